@@ -1,0 +1,121 @@
+"""A batch of cells: per modality only the cells that have it, and which row of the batch each one is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clue_dist.store.reader import Store
+from clue_dist.store.rows import Csr
+
+
+@dataclass(frozen=True)
+class SparseCounts:
+    """Raw counts as CSR. indptr: (n + 1,) int32; indices: (nnz,) int32; values: (nnz,) float32."""
+
+    indptr: Tensor
+    indices: Tensor
+    values: Tensor
+    n_features: int
+
+    def row_of_entry(self) -> Tensor:
+        """The row each non-zero belongs to, (nnz,) int64."""
+        lengths = self.indptr.diff()
+        rows = torch.arange(len(lengths), device=self.indptr.device)
+        return rows.repeat_interleave(lengths, output_size=len(self.indices))
+
+    def row_sums(self, values: Tensor) -> Tensor:
+        """Sum of one value per non-zero, by row: (nnz,) -> (n,)."""
+        out = values.new_zeros(len(self.indptr) - 1)
+        return out.index_add(0, self.row_of_entry(), values)
+
+
+Counts = SparseCounts | Tensor  # Tensor: (n, features) float32, where the store keeps the modality dense
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What was measured in one modality. rows: (n,) int64, which cells of the batch; counts: their n profiles."""
+
+    rows: Tensor
+    counts: Counts
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B cells. observed: (B, K) bool; batch_code: (B,) int64, -1 = unknown; modalities: by name, in model order."""
+
+    observed: Tensor
+    batch_code: Tensor
+    modalities: dict[str, Observed]
+
+    @property
+    def n_cells(self) -> int:
+        return len(self.observed)
+
+    def map(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with `move` applied to every tensor."""
+
+        def counts(c: Counts) -> Counts:
+            if isinstance(c, Tensor):
+                return move(c)
+            return replace(c, indptr=move(c.indptr), indices=move(c.indices), values=move(c.values))
+
+        modalities = {m: Observed(move(o.rows), counts(o.counts)) for m, o in self.modalities.items()}
+        return Batch(move(self.observed), move(self.batch_code), modalities)
+
+    def to(self, device: torch.device | str) -> Batch:
+        return self.map(lambda t: t.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        return self.map(Tensor.pin_memory)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Cells of one stratum on their way into a batch. rows: per modality; batch_code: (n,) int32."""
+
+    rows: dict[str, Csr | np.ndarray]
+    batch_code: np.ndarray
+
+
+def assemble(modalities: Sequence[str], parts: Sequence[Part]) -> Batch:
+    """One batch out of parts of several strata, laid one behind the other. `modalities`: in model order."""
+    sizes = [len(p.batch_code) for p in parts]
+    starts = np.cumsum([0, *sizes])
+    observed = np.zeros((starts[-1], len(modalities)), bool)
+    out: dict[str, Observed] = {}
+    for k, name in enumerate(modalities):
+        having = [i for i, p in enumerate(parts) if name in p.rows]
+        for i in having:
+            observed[starts[i] : starts[i + 1], k] = True
+        if having:
+            rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in having])
+            out[name] = Observed(torch.from_numpy(rows), _stack([parts[i].rows[name] for i in having]))
+    code = np.concatenate([p.batch_code for p in parts]).astype(np.int64)
+    return Batch(torch.from_numpy(observed), torch.from_numpy(code), out)
+
+
+def read_batch(store: Store, stratum: str, positions: np.ndarray) -> Batch:
+    """Any cells of one stratum as a batch, read straight from the store."""
+    reader = store.strata[stratum]
+    rows = {m: reader.rows(m, positions) for m in reader.modalities}
+    return assemble(store.modalities, [Part(rows, reader.obs_codes("batch", positions))])
+
+
+def _stack(rows: list[Csr | np.ndarray]) -> Counts:
+    if not isinstance(rows[0], Csr):
+        return torch.from_numpy(np.concatenate(rows).astype(np.float32, copy=False))
+    sparse = [r for r in rows if isinstance(r, Csr)]
+    ends = np.cumsum([0, *(r.indptr[-1] for r in sparse)])
+    indptr = np.concatenate([[0], *(r.indptr[1:] + end for r, end in zip(sparse, ends, strict=False))])
+    return SparseCounts(
+        torch.from_numpy(indptr.astype(np.int32)),
+        torch.from_numpy(np.concatenate([r.indices for r in sparse])),
+        torch.from_numpy(np.concatenate([r.values for r in sparse])),
+        sparse[0].n_features,
+    )

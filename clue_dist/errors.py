@@ -1,0 +1,76 @@
+"""Errors a person can act on: what happened, where, what was found, what was expected, how to mend it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
+
+
+class ClueError(Exception):
+    """A mistake in what the user gave (exit code 2), told so that it can be mended.
+
+    Only `what` is required; the other parts are printed one a line where they are known.
+    """
+
+    exit_code = 2
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: object | None = None,
+        got: object | None = None,
+        expected: object | None = None,
+        fix: str | None = None,
+    ) -> None:
+        self.what, self.where, self.got, self.expected, self.fix = what, where, got, expected, fix
+        super().__init__(what, where, got, expected, fix)
+
+    def __str__(self) -> str:
+        parts = {"where": self.where, "got": self.got, "expected": self.expected, "fix": self.fix}
+        return "\n".join([self.what, *(f"  {name}: {text}" for name, text in parts.items() if text is not None)])
+
+    def __reduce__(self) -> tuple[Callable[..., ClueError], tuple[Any, ...]]:
+        # Errors cross process borders (Dask workers); keyword-only arguments need help to unpickle.
+        return _rebuild, (type(self), self.args)
+
+
+def _rebuild(kind: type[ClueError], args: tuple[Any, ...]) -> ClueError:
+    what, where, got, expected, fix = args
+    return kind(what, where=where, got=got, expected=expected, fix=fix)
+
+
+class ConfigError(ClueError):
+    """A config file, a `--set`, or a combination of settings that cannot work."""
+
+
+class DataError(ClueError):
+    """Input files that are not what they should be: counts, barcodes, features, modalities."""
+
+
+class StoreError(ClueError):
+    """A store that is incomplete, damaged, or not the one that was expected."""
+
+
+class ResumeError(ClueError):
+    """A checkpoint or run folder that does not fit what is asked of it."""
+
+
+def listed(names: Iterable[object], limit: int = 10) -> str:
+    """The first `limit` names, then how many more there are."""
+    names = list(names)
+    more = f" ... and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(str(n) for n in names[:limit]) + more
+
+
+def run_main(main: Callable[[], None]) -> NoReturn:
+    """Run a command line; print a `ClueError` without its traceback, once per job, and exit with its code."""
+    try:
+        main()
+    except ClueError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    sys.exit(0)

@@ -1,0 +1,176 @@
+"""The manifest: everything a reader must know before it touches an array, and the store's fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from clue_dist.errors import StoreError
+from clue_dist.store import layout
+from clue_dist.store.layout import ArraySpec, Kind, Storage
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Modality(_Strict):
+    """One modality: what was measured, how it lies on disk, its features in column order."""
+
+    kind: Kind
+    storage: Storage
+    features: list[str]
+
+    @property
+    def n_features(self) -> int:
+        return len(self.features)
+
+
+class Packed(_Strict):
+    """How a modality is packed in one stratum; `counts` is None for binary data, `deltas` None for dense."""
+
+    capacity: int = Field(ge=0, le=2**31)
+    deltas: Literal["uint16", "uint32"] | None = None
+    counts: Literal["uint8", "uint16", "uint32", "uint64"] | None = None
+    values: Literal["uint8", "uint16", "uint32", "uint64", "float32"] | None = None
+
+
+class Stratum(_Strict):
+    """The cells that carry exactly `modalities`, globally shuffled."""
+
+    modalities: list[str]
+    n_cells: int = Field(ge=1)
+    shard_blocks: int = Field(ge=1)
+    barcode_width: int = Field(ge=1, le=4096)
+    packed: dict[str, Packed]
+    batch_counts: dict[str, int]
+    label_counts: dict[str, int]
+
+
+class Shard(_Strict):
+    """Size and SHA-256 of one shard file."""
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(_Strict):
+    """The whole store at a glance. Writing it is what makes the store exist."""
+
+    format: Literal["clue_dist.store"] = "clue_dist.store"
+    version: Literal[1] = 1
+    block_cells: int = Field(default=layout.BLOCK_CELLS, ge=1, le=65536)
+    codec: Literal["fast", "small"] = "fast"
+    modalities: dict[str, Modality]
+    batches: list[str]
+    labels: list[str]
+    strata: dict[str, Stratum]
+    shards: dict[str, Shard]
+    provenance: dict[str, Any] = {}  # where the cells came from; not part of the fingerprint
+    fingerprint: str = ""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Manifest:
+        order = list(self.modalities)
+        for name in order:
+            if not layout.NAME.fullmatch(name) or name in layout.RESERVED:
+                raise ValueError(f"modality name {name!r} is not a plain name")
+        for name, stratum in self.strata.items():
+            if stratum.modalities != [m for m in order if m in stratum.modalities] or not stratum.modalities:
+                raise ValueError(f"stratum {name!r} lists modalities {stratum.modalities}, known are {order}")
+            if name != layout.stratum_name(stratum.modalities) or set(stratum.packed) != set(stratum.modalities):
+                raise ValueError(f"stratum {name!r} does not fit its modalities {stratum.modalities}")
+            for m, packed in stratum.packed.items():
+                dense = self.modalities[m].storage == "dense"
+                if dense != (packed.values is not None) or dense == (packed.deltas is not None):
+                    raise ValueError(f"stratum {name!r} packs {m!r} against its storage {self.modalities[m].storage!r}")
+        return self
+
+    @property
+    def n_cells(self) -> int:
+        return sum(s.n_cells for s in self.strata.values())
+
+    def computed_fingerprint(self) -> str:
+        """SHA-256 of the manifest's content, provenance left out: equal data gives an equal fingerprint."""
+        content = self.model_dump(mode="json", exclude={"fingerprint", "provenance"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def arrays(self, stratum: str) -> list[ArraySpec]:
+        """Specs of every array of a stratum, `obs` first."""
+        s, size = self.strata[stratum], self.block_cells
+        n = layout.blocks_of(s.n_cells, size)
+        root = f"strata/{stratum}"
+        specs = [
+            layout.narrow(f"{root}/obs/batch", n, s.shard_blocks, (size,), "int32"),
+            layout.narrow(f"{root}/obs/label", n, s.shard_blocks, (size,), "int32"),
+            layout.narrow(f"{root}/obs/barcode", n, s.shard_blocks, (size, s.barcode_width), "uint8"),
+        ]
+        for m in s.modalities:
+            packed, features = s.packed[m], self.modalities[m].n_features
+            if packed.values is not None:
+                specs.append(layout.wide(f"{root}/{m}/values", n, s.shard_blocks, (size, features), packed.values))
+                continue
+            assert packed.deltas is not None
+            specs.append(layout.narrow(f"{root}/{m}/lengths", n, s.shard_blocks, (size,), "uint32"))
+            specs.append(layout.wide(f"{root}/{m}/deltas", n, s.shard_blocks, (packed.capacity,), packed.deltas))
+            if packed.counts is not None:
+                specs.append(layout.wide(f"{root}/{m}/counts", n, s.shard_blocks, (packed.capacity,), packed.counts))
+        return specs
+
+    def write(self, root: Path) -> Manifest:
+        """Sign and write the manifest durably: to a temporary name, synced, then renamed."""
+        signed = self.model_copy(update={"fingerprint": self.computed_fingerprint()})
+        temporary = root / (layout.MANIFEST + ".tmp")
+        with temporary.open("w") as f:
+            json.dump(signed.model_dump(mode="json"), f, indent=1)
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.rename(root / layout.MANIFEST)
+        return signed
+
+    @classmethod
+    def read(cls, root: Path) -> Manifest:
+        """Read and verify the manifest of a store.
+
+        Raises:
+            StoreError: no store there, an unfinished conversion, a manifest that is not ours or was edited.
+        """
+        path = root / layout.MANIFEST
+        if not path.is_file():
+            partial = root.with_name(root.name + ".partial")
+            fix = "run the same `python -m data_prep convert` again: it goes on where it stopped" if partial.exists() else None
+            fix = fix or "make one with `python -m data_prep convert ... --out STORE.zarr`, or mend the path"
+            raise StoreError("no store here", where=root, got=f"no {layout.MANIFEST}", fix=fix)
+        try:
+            manifest = cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(p) for p in first["loc"]) or "top level"
+            raise StoreError(
+                "the manifest does not describe a store of this version",
+                where=f"{path}: {place}",
+                got=first["msg"],
+                expected=f"{layout.FORMAT} version {layout.VERSION}",
+                fix="convert again from the source files",
+            ) from None
+        if manifest.fingerprint != manifest.computed_fingerprint():
+            raise StoreError(
+                "the manifest was changed after it was written",
+                where=path,
+                got=manifest.fingerprint[:16],
+                expected=manifest.computed_fingerprint()[:16],
+                fix="convert again from the source files, or restore the manifest",
+            )
+        return manifest
+
+
+def capacity_of(lengths: np.ndarray, block_cells: int) -> int:
+    """The largest number of non-zeros in a block. lengths: (n_cells,) in store order."""
+    edges = np.arange(0, len(lengths), block_cells)
+    return int(np.add.reduceat(lengths.astype(np.int64), edges).max(initial=1)) if len(lengths) else 1

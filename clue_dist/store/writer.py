@@ -1,0 +1,146 @@
+"""Writes a store with zarr-python: arrays first, then shard by shard, the manifest last."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import zarr
+
+from clue_dist.errors import StoreError
+from clue_dist.store import layout
+from clue_dist.store.layout import ArraySpec
+from clue_dist.store.manifest import Manifest, Shard
+from clue_dist.store.rows import Csr, pack_deltas
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Consecutive cells of one stratum, in store order.
+
+    modalities: rows per modality, `Csr` (raw counts) or a dense (n, features) array; batch, label: (n,) int32
+    codes into the manifest's lists, -1 = unknown; barcodes: (n,) str.
+    """
+
+    modalities: dict[str, Csr | np.ndarray]
+    batch: np.ndarray
+    label: np.ndarray
+    barcodes: np.ndarray
+
+
+def create(root: Path, manifest: Manifest) -> None:
+    """Create the groups and empty arrays of every stratum under `root`; existing shards stay."""
+    root.mkdir(parents=True, exist_ok=True)
+    zarr.open_group(root, mode="a", zarr_format=3)
+    for name in manifest.strata:
+        for spec in manifest.arrays(name):
+            if not (root / spec.path / "zarr.json").exists():
+                _create_array(root, spec, manifest.codec)
+
+
+def write_shard(root: Path, manifest: Manifest, stratum: str, shard: int, cells: Cells) -> dict[str, Shard]:
+    """Write shard number `shard` of every array of a stratum; returns the size and hash of each file.
+
+    `cells` holds the shard's cells in order: shard_blocks * block_cells of them, fewer only in the last shard.
+    Writing again gives the same bytes.
+    """
+    s, size = manifest.strata[stratum], manifest.block_cells
+    per_shard = s.shard_blocks * size
+    expected = min(per_shard, s.n_cells - shard * per_shard)
+    if len(cells.barcodes) != expected:
+        raise StoreError("a shard got the wrong number of cells", where=f"{stratum} shard {shard}", got=len(cells.barcodes), expected=expected)
+    first = shard * s.shard_blocks
+    n_blocks = layout.blocks_of(expected, size)
+    arrays = _obs_arrays(cells, n_blocks, size, s.barcode_width)
+    for name in s.modalities:
+        arrays |= _modality_arrays(name, cells.modalities[name], n_blocks, size, s.packed[name])
+
+    written = {}
+    for spec in manifest.arrays(stratum):
+        data = arrays[spec.path.removeprefix(f"strata/{stratum}/")]
+        # Without this an all-zero chunk is left out, and a missing chunk could not be told from zeros.
+        array = zarr.open_array(root / spec.path, mode="r+").with_config({"write_empty_chunks": True})
+        array[first : first + n_blocks] = data
+        key = f"{spec.path}/c/{shard}" + "/0" * (len(spec.shape) - 1)
+        written[key] = hash_file(root / key)
+    return written
+
+
+def commit(partial: Path, final: Path, manifest: Manifest) -> Manifest:
+    """Write the manifest into `partial`, then give the folder its final name. From here on the store exists."""
+    signed = manifest.write(partial)
+    if final.exists():
+        raise StoreError("something is already there", where=final, fix="choose another --out, or remove it")
+    partial.rename(final)
+    _sync_folder(final.parent)
+    return signed
+
+
+def hash_file(path: Path) -> Shard:
+    """Size and SHA-256 of a file, read in pieces."""
+    with path.open("rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+        return Shard(bytes=f.tell(), sha256=digest)
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _create_array(root: Path, spec: ArraySpec, preset: str) -> None:
+    _, blosc, _ = layout.codecs(spec.dtype, preset)
+    options = blosc["configuration"]
+    zarr.create_array(
+        store=str(root),
+        name=spec.path,
+        shape=spec.shape,
+        chunks=spec.chunk,
+        shards=spec.shard,
+        dtype=spec.dtype,
+        compressors=[
+            zarr.codecs.BloscCodec(**options),
+            zarr.codecs.Crc32cCodec(),
+        ],
+        fill_value=0,
+    )
+
+
+def _padded(values: np.ndarray, rows: int, dtype: str | np.dtype) -> np.ndarray:
+    out = np.zeros((rows, *values.shape[1:]), dtype)
+    out[: len(values)] = values
+    return out
+
+
+def _obs_arrays(cells: Cells, n_blocks: int, size: int, width: int) -> dict[str, np.ndarray]:
+    rows = n_blocks * size
+    encoded = np.char.encode(cells.barcodes.astype(str), "utf-8").astype(f"S{width}")
+    letters = encoded.view(np.uint8).reshape(len(encoded), width)
+    return {
+        "obs/batch": _padded(cells.batch, rows, "int32").reshape(n_blocks, size),
+        "obs/label": _padded(cells.label, rows, "int32").reshape(n_blocks, size),
+        "obs/barcode": _padded(letters, rows, "uint8").reshape(n_blocks, size, width),
+    }
+
+
+def _modality_arrays(name, rows, n_blocks, size, packed):  # type: ignore[no-untyped-def]
+    if not isinstance(rows, Csr):
+        values = _padded(rows, n_blocks * size, packed.values)
+        return {f"{name}/values": values.reshape(n_blocks, size, rows.shape[1])}
+    lengths = _padded(np.diff(rows.indptr), n_blocks * size, "uint32").reshape(n_blocks, size)
+    starts = rows.indptr[np.minimum(np.arange(n_blocks + 1) * size, rows.n_rows)]
+    gaps = pack_deltas(rows.indptr, rows.indices)
+    out = {f"{name}/lengths": lengths, f"{name}/deltas": np.zeros((n_blocks, packed.capacity), packed.deltas)}
+    if packed.counts is not None:
+        out[f"{name}/counts"] = np.zeros((n_blocks, packed.capacity), packed.counts)
+    for b, (lo, hi) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+        out[f"{name}/deltas"][b, : hi - lo] = gaps[lo:hi]
+        if packed.counts is not None:
+            out[f"{name}/counts"][b, : hi - lo] = rows.values[lo:hi] - 1
+    return out
