@@ -58,6 +58,12 @@ class ResumeError(ClueError):
     """A checkpoint or run folder that does not fit what is asked of it."""
 
 
+class TrainingError(ClueError):
+    """Training itself went wrong: a loss that is not finite."""
+
+    exit_code = 1
+
+
 def listed(names: Iterable[object], limit: int = 10) -> str:
     """The first `limit` names, then how many more there are."""
     names = list(names)

@@ -100,11 +100,12 @@ def assemble(modalities: Sequence[str], parts: Sequence[Part]) -> Batch:
     return Batch(torch.from_numpy(observed), torch.from_numpy(code), out)
 
 
-def read_batch(store: Store, stratum: str, positions: np.ndarray) -> Batch:
-    """Any cells of one stratum as a batch, read straight from the store."""
+def read_batch(store: Store, stratum: str, positions: np.ndarray, modalities: Sequence[str] | None = None) -> Batch:
+    """Any cells of one stratum as a batch, read straight from the store. `modalities`: in model order, the store's
+    by default; it names all that the stratum carries."""
     reader = store.strata[stratum]
     rows = {m: reader.rows(m, positions) for m in reader.modalities}
-    return assemble(store.modalities, [Part(rows, reader.obs_codes("batch", positions))])
+    return assemble(modalities or store.modalities, [Part(rows, reader.obs_codes("batch", positions))])
 
 
 def _stack(rows: list[Csr | np.ndarray]) -> Counts:

@@ -67,6 +67,10 @@ class StratumReader:
         """`batch` or `label` codes of whole blocks, (n, B) int32."""
         return self._read(f"obs/{field}", blocks)
 
+    def read_lengths(self, modality: str, blocks: np.ndarray) -> np.ndarray:
+        """Non-zeros of each cell of whole blocks of a sparse modality, (n, B) uint32; padding has none."""
+        return self._read(f"{modality}/lengths", blocks)
+
     def rows(self, modality: str, positions: np.ndarray) -> Csr | np.ndarray:
         """Raw counts of any cells, in the order asked for: `Csr`, or (n, features) where stored dense."""
         blocks, slot = np.unique(positions // self.block_cells, return_inverse=True)

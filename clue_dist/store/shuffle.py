@@ -21,6 +21,8 @@ def key_of(*parts: object) -> int:
 
 def permute(i: np.ndarray, n: int, key: int) -> np.ndarray:
     """Where a shuffle of range(n) puts or takes element `i`. i: any shape, values in [0, n). Returns int64."""
+    if np.size(i) == 0:
+        return np.empty(np.shape(i), np.int64)
     if n < 1:
         raise ValueError(f"a permutation of {n} elements does not exist")
     half = max(1, -(-int(n - 1).bit_length() // 2))

@@ -1,0 +1,226 @@
+"""The one tree of settings: read once, checked, resolved against the data, passed down, kept in the run folder.
+
+Nothing heavy is imported here, so that a misspelt key is answered at once. `configs/README.md` explains every field.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from clue_dist.errors import ConfigError
+
+Auto = Literal["auto"]
+Likelihood = Literal["nb", "zinb", "poisson", "bernoulli", "normal"]
+Normalise = Literal["log_cp10k", "clr", "tfidf", "none"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModalityConfig(_Strict):
+    """What differs from the defaults of the modality's kind."""
+
+    likelihood: Likelihood | Auto = "auto"
+    normalise: Normalise | Auto = "auto"
+    weight: float = Field(1.0, gt=0)  # of this modality in the ELBOs
+
+
+class TrunkConfig(_Strict):
+    """One network per modality, shared by its K heads: projection -> hidden layers -> h."""
+
+    projection: int = Field(100, ge=1)  # components of the first, sparse layer
+    projection_init: Literal["svd", "random"] = "svd"
+    projection_lr: float = Field(0.0, ge=0)  # relative to train.lr; 0 keeps the projection as initialised
+    hidden: int = Field(256, ge=1)
+    depth: int = Field(2, ge=0)
+    dropout: float = Field(0.2, ge=0, lt=1)
+
+
+class DecoderConfig(_Strict):
+    """z_k and the cell's batch -> parameters of p(x_k | z_k)."""
+
+    hidden: int = Field(128, ge=1)
+    depth: int = Field(1, ge=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    features_per_step: int | Auto = "auto"  # score a fresh random subset of so many features each step
+
+
+class DiscriminatorConfig(_Strict):
+    """Full z inferred from one modality -> which modality it was (eq. 12)."""
+
+    hidden: int = Field(128, ge=1)
+    depth: int = Field(2, ge=0)
+    dropout: float = Field(0.2, ge=0, lt=1)
+
+
+class ModelConfig(_Strict):
+    latent: int = Field(32, ge=1)  # d, dimensions of each modality's z_k
+    posterior: Literal["poe", "mean"] = "poe"
+    trunk: TrunkConfig = TrunkConfig()
+    decoder: DecoderConfig = DecoderConfig()
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+
+
+class ObjectiveConfig(_Strict):
+    """Weights of eq. 15, and of the terms beyond the paper."""
+
+    lambda_self: float = Field(1.0, ge=0)
+    lambda_cross: float = Field(1.0, ge=0)
+    lambda_mse: float = Field(1.0, ge=0)
+    lambda_d: float = Field(1.0, ge=0)
+    lambda_kl: float = Field(1.0, ge=0)  # beta on the KL of both ELBOs
+    lambda_contrastive: float = Field(0.0, ge=0)  # InfoNCE on pairs
+    alignment: Literal["mse", "cosine"] = "mse"
+    per_feature: bool = True  # divide each modality's ELBO by its number of features
+    contrastive_within_batch: bool = True  # negatives come from the pair's own biological batch
+
+
+class DataConfig(_Strict):
+    batch_size: int | Auto = "auto"  # cells of one optimizer step, over all ranks
+    lanes: int = Field(8, ge=1)  # streams of the global batch; the number of ranks must divide it
+    window_blocks: int = Field(16, ge=1)  # blocks a lane mixes at a time
+    paired_share: float | Auto = "auto"  # share of a batch given to cells with two or more modalities
+    weights: dict[str, float] | None = None  # of strata by name; overrides paired_share
+    holdout: float = Field(0.05, ge=0, lt=1)  # share of the paired cells kept for validation
+    holdout_max: int = Field(2000, ge=0)
+    prefetch: int = Field(4, ge=1)  # batches kept ready
+
+
+class TrainConfig(_Strict):
+    epochs: float | Auto = "auto"
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    warmup: float = Field(0.02, ge=0, lt=1)  # share of the steps; the rest is a cosine
+    final_lr: float = Field(0.05, ge=0, le=1)  # of lr, at the last step
+    kl_warmup: float = Field(0.0, ge=0, le=1)  # share of the steps over which lambda_kl rises
+    clip: float = Field(5.0, ge=0)  # norm of the gradient; 0 = off
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    grad_accum: int = Field(1, ge=1)
+    validate_every: int | Auto = "auto"  # steps
+    patience: int | Auto = "auto"  # validations without a better score; 0 = never stop early
+    checkpoint_every: int | Auto = "auto"  # steps
+    keep: int = Field(2, ge=1)  # checkpoints besides the best
+
+
+class LogConfig(_Strict):
+    every: int = Field(20, ge=1)  # steps
+    tensorboard: bool = True
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+    project: str = "clue_dist"
+
+
+class Config(_Strict):
+    store: str = ""  # the Zarr store to train on
+    run: str = ""  # folder of this run: config, metrics, checkpoints
+    seed: int = Field(0, ge=0)
+    modalities: dict[str, ModalityConfig] = {}
+    model: ModelConfig = ModelConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _batches(self) -> Config:
+        size, step = self.data.batch_size, self.data.lanes * self.train.grad_accum
+        if size != "auto" and size % step:
+            raise ValueError(
+                f"data.batch_size must be a multiple of data.lanes x train.grad_accum = {self.data.lanes} x "
+                f"{self.train.grad_accum} = {step}; got {size} % {step} = {size % step}"
+            )
+        return self
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(self.model_dump(mode="json"), indent=2) + "\n")
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a config file and apply `--set dotted.path=value` overrides (values are JSON, or else text).
+
+    Raises:
+        ConfigError: no such file, not JSON, an unknown key (its nearest name is given), a value out of range.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError("the config file does not exist", where=path, fix="see configs/ for recipes")
+    try:
+        tree = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError("the config file is not JSON", where=path, got=error) from None
+    if not isinstance(tree, dict):
+        raise ConfigError("the config file is not a JSON object", where=path, got=type(tree).__name__, expected="{...}")
+    for override in overrides or []:
+        _set(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise _explained(error, path) from None
+
+
+def require_paths(config: Config) -> None:
+    """`store` and `run` may be left out of a recipe, but not of a run."""
+    for key in ("store", "run"):
+        if not getattr(config, key):
+            raise ConfigError(f"`{key}` is not set", where="config", fix=f"add --set {key}=PATH, or name it in the config file")
+
+
+def changed(a: Config, b: Config) -> list[str]:
+    """Dotted paths in which two configs differ."""
+    left, right = _flat(a.model_dump(mode="json")), _flat(b.model_dump(mode="json"))
+    return sorted(k for k in left.keys() | right.keys() if left.get(k) != right.get(k))
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
+
+
+def _set(tree: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise ConfigError("--set wants dotted.path=value", got=override, expected="for example --set train.lr=1e-4")
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise ConfigError("--set goes below a value that is not an object", got=override, where=parent)
+    tree[last] = value
+
+
+def _explained(error: ValidationError, path: Path) -> ConfigError:
+    first = error.errors()[0]
+    dotted = ".".join(str(p) for p in first["loc"] if p not in ("float", "int", "constrained-int") and "literal" not in str(p))
+    if first["type"] != "extra_forbidden":
+        got = None if first["type"] == "value_error" else repr(first["input"])
+        return ConfigError(first["msg"].removeprefix("Value error, "), where=f"{path}: {dotted or 'config'}", got=got)
+    known = _known_keys(first["loc"][:-1])
+    near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.0)
+    parent = ".".join(str(p) for p in first["loc"][:-1])
+    return ConfigError(
+        "unknown key in the config",
+        where=f"{path}: {dotted}",
+        expected=f"one of {', '.join(known)}",
+        fix=f"did you mean `{'.'.join(filter(None, [parent, *near]))}`?" if near else None,
+    )
+
+
+def _known_keys(loc: tuple[Any, ...]) -> list[str]:
+    node: Any = Config
+    for key in loc:
+        if node is Config and key == "modalities":
+            return list(ModalityConfig.model_fields) if len(loc) > 1 else []
+        node = node.model_fields[key].annotation
+    return list(node.model_fields)

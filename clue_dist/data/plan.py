@@ -1,0 +1,131 @@
+"""Which cells, when: a pure function of (seed, step). No state, no file, no rank.
+
+The global micro-batch of step t is the same on 1, 2, 4 or 64 ranks; a rank takes every W-th cell of it. Each
+stratum s gives a fixed number N_s of cells to every micro-batch, so shapes are static and every rank runs the same
+graph. Cell j of the stratum's share belongs to lane j mod L; the L lanes read from separate blocks, so that ranks
+do not all decode the same data:
+
+    q = t * N_s + j            place in the endless sequence of passes over the stratum
+    pass, o = divmod(q, n_s)   every pass covers the n_s cells exactly once
+    span = o // (L * G * B)    L lanes x G blocks x B cells, in this pass's random order of blocks
+    lane d = o mod L           owns G of the span's blocks and deals their cells in random order
+
+What is left at the end of a pass (less than one span, the partly filled last block in it) is dealt as one lot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from clue_dist.errors import ConfigError
+from clue_dist.store.shuffle import key_of, permute
+
+
+@dataclass(frozen=True)
+class Plan:
+    """seed; sizes: cells to draw from per stratum, {name: n_s}; share: {name: N_s}, each a multiple of lanes."""
+
+    seed: int
+    sizes: Mapping[str, int]
+    share: Mapping[str, int]
+    lanes: int
+    window_blocks: int
+    block_cells: int
+
+    def __post_init__(self) -> None:
+        for name, n in self.share.items():
+            if n <= 0 or n % self.lanes:
+                raise ConfigError(
+                    "a stratum's share of the batch does not divide into the lanes",
+                    where=name,
+                    got=f"{n} % {self.lanes} = {n % self.lanes}",
+                    expected="a positive multiple of data.lanes",
+                )
+
+    @property
+    def batch_size(self) -> int:
+        """Cells of one global micro-batch."""
+        return sum(self.share.values())
+
+    def cells(self, step: int, stratum: str) -> np.ndarray:
+        """Positions in the stratum of its cells in micro-batch `step`, (N_s,) int64; rank r of W takes [r::W]."""
+        n, size, lanes = self.sizes[stratum], self.block_cells, self.lanes
+        count = self.share[stratum]
+        q = step * count + np.arange(count, dtype=np.int64)
+        out = np.empty(count, np.int64)
+        for number in range(int(q[0] // n), int(q[-1] // n) + 1):
+            here = q // n == number
+            out[here] = self._of_pass(stratum, number, q[here] - number * n, n, size, lanes)
+        return out
+
+    def _of_pass(self, stratum: str, number: int, o: np.ndarray, n: int, size: int, lanes: int) -> np.ndarray:
+        full_blocks = n // size
+        span = lanes * self.window_blocks * size
+        spans = full_blocks * size // span
+        order = key_of(self.seed, stratum, number)
+        out = np.empty(len(o), np.int64)
+
+        inside = o < spans * span
+        lot, r = o[inside] // span, o[inside] % span
+        window = lot * lanes + r % lanes  # which run of G blocks in this pass's order
+        i = _by_key(r // lanes, window, self.window_blocks * size, order)
+        block = permute(window * self.window_blocks + i // size, full_blocks, order)
+        out[inside] = block * size + i % size
+
+        rest = n - spans * span
+        if rest:
+            i = permute(o[~inside] - spans * span, rest, order + 1)
+            block = spans * lanes * self.window_blocks + i // size
+            full = block < full_blocks  # the partly filled block keeps its place at the end
+            block[full] = permute(block[full], full_blocks, order)
+            out[~inside] = block * size + i % size
+        return out
+
+
+def _by_key(i: np.ndarray, window: np.ndarray, n: int, key: int) -> np.ndarray:
+    """Element `i` of each window's own shuffle of range(n)."""
+    out = np.empty(len(i), np.int64)
+    for w in np.unique(window):
+        out[window == w] = permute(i[window == w], n, key_of(key, int(w)))
+    return out
+
+
+def shares(batch_size: int, lanes: int, weights: Mapping[str, float]) -> dict[str, int]:
+    """Cells of each stratum in a batch: multiples of `lanes`, at least one each, as near the weights as can be.
+
+    Raises:
+        ConfigError: the batch has fewer slots than there are strata.
+    """
+    slots = batch_size // lanes
+    if slots < len(weights):
+        raise ConfigError(
+            "the batch is too small for the strata of this store",
+            got=f"{batch_size} cells / {lanes} lanes = {slots} slots for {len(weights)} strata",
+            fix=f"--set data.batch_size={lanes * len(weights)} or more",
+        )
+    total = sum(weights.values())
+    exact = {s: w / total * slots for s, w in weights.items()}
+    out = {s: max(1, int(x)) for s, x in exact.items()}
+    while sum(out.values()) > slots:
+        out[max(out, key=lambda s: out[s] - exact[s] if out[s] > 1 else -np.inf)] -= 1
+    while sum(out.values()) < slots:
+        out[max(out, key=lambda s: exact[s] - out[s])] += 1
+    return {s: n * lanes for s, n in out.items()}
+
+
+def weights(sizes: Mapping[str, int], paired: Mapping[str, bool], paired_share: float | str) -> dict[str, float]:
+    """Weights of strata: `paired_share` of the batch to paired strata, by number of cells inside each group.
+
+    "auto" gives paired cells twice the share they have of the data, between a half and four fifths.
+    """
+    pairs = sum(n for s, n in sizes.items() if paired[s])
+    single = sum(n for s, n in sizes.items() if not paired[s])
+    if not pairs or not single:
+        return {s: float(n) for s, n in sizes.items()}
+    share = min(max(2 * pairs / (pairs + single), 0.5), 0.8) if paired_share == "auto" else float(paired_share)
+    if not 0 < share < 1:
+        raise ConfigError("data.paired_share must lie between 0 and 1", got=paired_share)
+    return {s: n / pairs * share if paired[s] else n / single * (1 - share) for s, n in sizes.items()}

@@ -1,0 +1,308 @@
+"""Embeds a store with a trained model, block by block, over any number of ranks.
+
+Every rank writes its rows into arrays shared through files beside the output; rank 0 puts them together. The store
+is always cut into the same batches, however many ranks there are, so that the result is the same to the last bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import anndata as ad
+import mudata as md
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from clue_dist.data.batch import Batch, read_batch
+from clue_dist.errors import ConfigError, ResumeError, StoreError, listed
+from clue_dist.ranks import Ranks
+from clue_dist.store.manifest import Modality
+from clue_dist.store.reader import Store
+
+FORMATS = (".h5mu", ".h5ad", ".zarr")
+KEY = "X_clue"
+
+
+class Embedder(Protocol):
+    """What is asked of a model."""
+
+    def to(self, device: Any) -> Any: ...
+
+    def embed(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Posterior mean of the full z from everything observed, (B, K * d), and per modality present from it
+        alone, (B_k, K * d), rows as in the batch's `modalities[m].rows`."""
+        ...
+
+
+class Loaded(Protocol):
+    """A trained model as `train.checkpoint.load_model` gives it. modalities: in model order; latent: d."""
+
+    @property
+    def model(self) -> Embedder: ...
+    @property
+    def modalities(self) -> dict[str, Modality]: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def latent(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Cells [start, stop) of a stratum, whose rows in the shared arrays begin at `row`."""
+
+    stratum: str
+    start: int
+    stop: int
+    row: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.row, self.row + self.stop - self.start)
+
+    @property
+    def positions(self) -> np.ndarray:
+        return np.arange(self.start, self.stop)
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """Cells in store order, stratum after stratum. joint, alone[m]: (N, K * d) float32, on disk; alone[m] is the full
+    z inferred from modality m alone, NaN where m was not observed; pieces: which cells the rows are."""
+
+    pieces: list[Piece]
+    joint: np.ndarray
+    alone: dict[str, np.ndarray]
+
+
+def embed_store(
+    loaded: Loaded,
+    store: Store,
+    out: Path,
+    *,
+    run: Path | str,
+    per_modality: bool = False,
+    batch_size: int = 4096,
+    ranks: Ranks | None = None,
+) -> None:
+    """Embed every cell of `store` into `out`; all ranks call this. Overwrites an embedding that is there.
+
+    `.h5mu`: one AnnData per modality with the cells that carry it, X left out; obsm["X_clue"] of all cells and, with
+    `per_modality`, of each modality. `.h5ad`, `.zarr`: one AnnData of all cells, obsm["X_clue"] and "X_clue_<m>".
+    uns["clue_dist"] says what made it.
+
+    Raises:
+        ConfigError: an ending that is not known, or a folder that is not an embedding in the way.
+        StoreError: the store's modalities or features are not the model's; a damaged store.
+        ResumeError: the model gives NaN.
+    """
+    ranks = ranks or Ranks()
+    check_output(out)
+    check_features(store, loaded.modalities)
+    with scratch_beside(out, ranks) as scratch:
+        done = compute(loaded, store, scratch, pieces_of(store, batch_size), per_modality=per_modality, ranks=ranks)
+        if ranks.first:
+            about = {
+                "run": str(run),
+                "checkpoint": loaded.name,
+                "store": str(store.root),
+                "fingerprint": store.fingerprint,
+                "latent": dict.fromkeys(loaded.modalities, loaded.latent),
+            }
+            with md.set_options(pull_on_update=False), ad.settings.override(zarr_write_format=3, auto_shard_zarr_v3=False):
+                _write(out, scratch / f"out{out.suffix}", _assemble(out.suffix, store, done, about))
+
+
+def check_output(out: Path) -> None:
+    """An output is one of FORMATS and takes the place of nothing but a file or an earlier embedding."""
+    if out.suffix not in FORMATS:
+        raise ConfigError(
+            "the output's ending says its format", where=f"--out {out}", got=out.suffix, expected=" or ".join(FORMATS)
+        )
+    if out.is_dir() and not (out / "uns" / "clue_dist").is_dir():
+        raise ConfigError(
+            "a folder that is not an embedding is in the way", where=f"--out {out}", fix="choose another name"
+        )
+
+
+def check_features(store: Store, modalities: dict[str, Modality]) -> None:
+    """The store's modalities are among the model's, with the same kind and the same features in the same order.
+
+    Raises:
+        StoreError: missing, extra or reordered features, the first 10 of each.
+    """
+    fix = "`python -m data_prep convert ... --features-from TRAINING_STORE` lays the features out as the model's"
+    for name, got in store.manifest.modalities.items():
+        where = f"{store.root}: modality {name}"
+        if name not in modalities:
+            raise StoreError("the model does not know a modality", where=where, got=name, expected=listed(modalities))
+        known = modalities[name]
+        if (got.kind, got.storage) != (known.kind, known.storage):
+            raise StoreError(
+                "a modality is of another kind than the model's", where=where, got=got.kind, expected=known.kind
+            )
+        if got.features == known.features:
+            continue
+        have, want = set(got.features), set(known.features)
+        missing, extra = [f for f in known.features if f not in have], [f for f in got.features if f not in want]
+        moved = [f for f, g in zip(known.features, got.features, strict=False) if f != g and f in have and g in want]
+        lists = {"missing": missing, "extra": extra, "reordered": moved}
+        told = "; ".join(f"{len(names)} {what}: {listed(names)}" for what, names in lists.items() if names)
+        raise StoreError(
+            "the store's features are not the model's",
+            where=where,
+            got=told,
+            expected=f"the model's {len(want)} features in their order",
+            fix=fix,
+        )
+
+
+def pieces_of(store: Store, batch_size: int, cells: dict[str, int] | None = None) -> list[Piece]:
+    """The store cut into batches of whole blocks. cells: how many of each stratum, all of every stratum by default."""
+    size = store.manifest.block_cells
+    step = max(1, batch_size // size) * size
+    pieces, row = [], 0
+    for name, stratum in store.manifest.strata.items():
+        n = stratum.n_cells if cells is None else cells.get(name, 0)
+        pieces += [Piece(name, at, min(at + step, n), row + at) for at in range(0, n, step)]
+        row += n
+    if not pieces:
+        raise StoreError("the store has no cells to embed", where=store.root)
+    return pieces
+
+
+def compute(
+    loaded: Loaded, store: Store, scratch: Path, pieces: list[Piece], *, per_modality: bool, ranks: Ranks
+) -> Embedding:
+    """Embed `pieces`, this rank its share; returns when every rank is done. `scratch`: a folder all ranks see."""
+    n, width = pieces[-1].rows.stop, loaded.latent * len(loaded.modalities)
+    names = ["joint", *(f"alone-{m}" for m in store.modalities if per_modality)]
+    if ranks.first:
+        for name in names:
+            _allocate(scratch / f"{name}.npy", (n, width))
+    ranks.barrier()
+    arrays = {name: np.load(scratch / f"{name}.npy", mmap_mode="r+") for name in names}
+    device = f"cuda:{ranks.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    model = loaded.model.to(device)
+    mine = pieces[ranks.share(len(pieces))]
+    for piece, batch in _read_ahead(store, mine, list(loaded.modalities)):
+        with torch.inference_mode():
+            joint, alone = model.embed(batch.to(device))
+        arrays["joint"][piece.rows] = _finite(joint, piece, "everything observed")
+        for m in store.modalities if per_modality else ():
+            # All cells of a stratum carry the same modalities: a piece has every row of m, or none.
+            arrays[f"alone-{m}"][piece.rows] = _finite(alone[m], piece, m) if m in alone else np.nan
+    for array in arrays.values():
+        array.flush()
+    ranks.barrier()
+    return Embedding(pieces, arrays["joint"], {n.removeprefix("alone-"): a for n, a in arrays.items() if n != "joint"})
+
+
+@contextlib.contextmanager
+def scratch_beside(out: Path, ranks: Ranks) -> Iterator[Path]:
+    """A folder beside `out` that all ranks share; gone at the end, also after an error."""
+    scratch = out.with_name(f".{out.name}.partial")
+    if ranks.first:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+    ranks.barrier()
+    try:
+        yield scratch
+        ranks.barrier()  # the others may still have the arrays open
+    finally:
+        if ranks.first:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _allocate(path: Path, shape: tuple[int, int]) -> None:
+    np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape).flush()
+    with path.open("r+b") as f:  # claim the space now: writing to a full disk through a mapping kills the process
+        os.posix_fallocate(f.fileno(), 0, path.stat().st_size)
+
+
+def _read_ahead(store: Store, pieces: list[Piece], modalities: list[str]) -> Iterator[tuple[Piece, Batch]]:
+    """Batches in the model's order of modalities; the next is read while the model works on this one."""
+    if not pieces:
+        return
+
+    def read(piece: Piece) -> Batch:
+        return read_batch(store, piece.stratum, piece.positions, modalities)
+
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(read, pieces[0])
+        for piece, following in zip(pieces, [*pieces[1:], None], strict=True):
+            batch = ahead.result()
+            if following is not None:
+                ahead = pool.submit(read, following)
+            yield piece, batch
+
+
+def _finite(z: Tensor, piece: Piece, source: str) -> np.ndarray:
+    values = z.float().cpu().numpy()
+    if not np.isfinite(values).all():
+        where = f"stratum {piece.stratum}, cells {piece.start} to {piece.stop - 1}, z from {source}"
+        raise ResumeError("the model gives NaN or Inf", where=where, fix="use another checkpoint (--checkpoint)")
+    return np.asarray(values)
+
+
+def _assemble(suffix: str, store: Store, done: Embedding, about: dict[str, Any]) -> ad.AnnData | md.MuData:
+    obs = _obs(store, done.pieces)
+    if suffix != ".h5mu":
+        obsm = {KEY: done.joint, **{f"{KEY}_{m}": z for m, z in done.alone.items()}}
+        return ad.AnnData(obs=obs, obsm={k: np.asarray(z) for k, z in obsm.items()}, uns={"clue_dist": about})
+    parts: dict[str, ad.AnnData] = {}
+    for name, modality in store.manifest.modalities.items():
+        has = _carry(store, done.pieces, name)
+        alone = {KEY: np.asarray(done.alone[name][has])} if name in done.alone else None
+        parts[name] = ad.AnnData(obs=obs[has], var=pd.DataFrame(index=modality.features), obsm=alone)
+    mdata = md.MuData(parts)
+    order = obs.index.get_indexer(mdata.obs_names)  # MuData puts the cells in its own order
+    for column in obs:
+        mdata.obs[column] = obs[column].array[order]
+    mdata.obsm[KEY] = np.asarray(done.joint[order])
+    mdata.uns["clue_dist"] = about
+    return mdata
+
+
+def _obs(store: Store, pieces: list[Piece]) -> pd.DataFrame:
+    """Barcodes as the index, `batch` and `cell_type` where they are known; in the order of the shared arrays."""
+    seen = [store.strata[p.stratum].obs(p.positions) for p in pieces]
+    barcodes = pd.Index(np.concatenate([o.barcodes for o in seen]).astype(object))
+    frame = pd.DataFrame(index=ad.utils.make_index_unique(barcodes) if barcodes.has_duplicates else barcodes)
+    if barcodes.has_duplicates:  # data sets may share barcodes; MuData would take such cells for one
+        frame["barcode"] = barcodes.to_numpy()
+    columns = {
+        "batch": ([o.batch for o in seen], store.manifest.batches),
+        "cell_type": ([o.label for o in seen], store.manifest.labels),
+    }
+    for column, (codes, names) in columns.items():
+        code = np.concatenate(codes)
+        if (code >= 0).any():
+            frame[column] = pd.Categorical.from_codes(code, categories=pd.Index(names))
+    return frame
+
+
+def _carry(store: Store, pieces: list[Piece], modality: str) -> np.ndarray:
+    """Which cells carry a modality, (N,) bool."""
+    strata = store.manifest.strata
+    return np.concatenate([np.full(p.stop - p.start, modality in strata[p.stratum].modalities) for p in pieces])
+
+
+def _write(out: Path, temporary: Path, data: ad.AnnData | md.MuData) -> None:
+    """Write under a temporary name, then rename: `out` is whole or is not there."""
+    if out.suffix == ".zarr":
+        data.write_zarr(temporary)
+        if out.exists():
+            out.rename(temporary.with_name("replaced"))  # goes with the scratch folder
+    else:
+        (data.write if out.suffix == ".h5mu" else data.write_h5ad)(temporary)
+    temporary.replace(out)

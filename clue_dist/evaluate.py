@@ -1,0 +1,124 @@
+"""Scores a trained model: how well the modalities of held-out paired cells find each other, each seen alone."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clue_dist import matching
+from clue_dist.embed import Embedding, Loaded, check_features, compute, pieces_of, scratch_beside
+from clue_dist.errors import ConfigError, StoreError
+from clue_dist.ranks import Ranks
+from clue_dist.store.reader import Store
+
+
+def evaluate_store(
+    loaded: Loaded,
+    store: Store,
+    out: Path,
+    *,
+    run: Path | str,
+    max_cells: int | None = None,
+    batch_size: int = 4096,
+    ranks: Ranks | None = None,
+) -> dict[str, Any]:
+    """Write `scores.json`; all ranks call this, all get its content.
+
+    For each ordered pair "rna->adt": `cells`, `global` and `within_batch` with both directions averaged, `directed`
+    with the direction from the first to the second alone, `chance` with what blind embeddings get. `about` says what
+    was scored. Every cell of the store that carries both modalities counts; `max_cells` takes an even part of each
+    stratum, which is a random draw, as strata are stored shuffled.
+
+    Raises:
+        StoreError: no cell carries two modalities; features that are not the model's.
+        ConfigError: `out` is a folder, `max_cells` below 2.
+        ResumeError: the model gives NaN.
+    """
+    ranks = ranks or Ranks()
+    if out.is_dir():
+        raise ConfigError(
+            "the scores go into a file", where=f"--out {out}", got="a folder", fix=f"--out {out}/scores.json"
+        )
+    if max_cells is not None and max_cells < 2:
+        raise ConfigError("matching needs two cells", where="--max-cells", got=max_cells, expected="2 or more")
+    check_features(store, loaded.modalities)
+    pieces = pieces_of(store, batch_size, paired_cells(store, max_cells))
+    with scratch_beside(out, ranks) as scratch:
+        done = compute(loaded, store, scratch, pieces, per_modality=True, ranks=ranks)
+        result = _pairs(store, done, [m for m in loaded.modalities if m in store.modalities], ranks)
+        result["about"] = {
+            "run": str(run),
+            "checkpoint": loaded.name,
+            "store": str(store.root),
+            "fingerprint": store.fingerprint,
+            "cells": len(done.joint),
+            "max_cells": max_cells,
+            "latent": dict.fromkeys(loaded.modalities, loaded.latent),
+        }
+        if ranks.first:
+            temporary = scratch / "scores.json"
+            temporary.write_text(json.dumps(_without_nan(result), indent=1, allow_nan=False) + "\n")
+            os.replace(temporary, out)
+    return result
+
+
+def paired_cells(store: Store, max_cells: int | None = None) -> dict[str, int]:
+    """How many cells to take of each stratum that carries two modalities or more, `max_cells` in all at most."""
+    paired = {name: s.n_cells for name, s in store.manifest.strata.items() if len(s.modalities) > 1}
+    if not paired:
+        raise StoreError(
+            "no cell carries two modalities, so there is no true match to look for",
+            where=store.root,
+            got=f"strata {', '.join(store.manifest.strata)}",
+            fix="evaluate on a store with paired cells",
+        )
+    if max_cells is None:
+        return paired
+    edges = [0, *itertools.accumulate(paired.values())]
+    part = min(1.0, max_cells / edges[-1])
+    taken = [int(hi * part) - int(lo * part) for lo, hi in itertools.pairwise(edges)]
+    return dict(zip(paired, taken, strict=True))
+
+
+def table(result: dict[str, Any]) -> str:
+    """The scores as text, chance beside each pair."""
+    head = f"{'pair':<16}{'scope':<14}{'cells':>9}" + "".join(f"{m:>10}{'chance':>10}" for m in matching.METRICS)
+    lines = [head, "-" * len(head)]
+    for pair, entry in result.items():
+        for scope in matching.SCOPES if pair != "about" else ():
+            numbers = "".join(f"{entry[scope][m]:>10.4f}{entry['chance'][scope][m]:>10.4f}" for m in matching.METRICS)
+            lines.append(f"{pair:<16}{scope:<14}{entry['cells']:>9,}{numbers}")
+    return "\n".join(lines)
+
+
+def _pairs(store: Store, done: Embedding, modalities: list[str], ranks: Ranks) -> dict[str, Any]:
+    batch = np.concatenate([store.strata[p.stratum].obs_codes("batch", p.positions) for p in done.pieces])
+    result: dict[str, Any] = {}
+    for a, b in itertools.combinations(modalities, 2):
+        both = np.concatenate([_carries(store, p.stratum, a, b, p.stop - p.start) for p in done.pieces])
+        if both.sum() < 2:
+            continue
+        forward_of = matching.directed_scores(done.alone[a][both], done.alone[b][both], batch[both], ranks)
+        common = {"cells": int(both.sum()), **matching.averaged(forward_of)}
+        for name, direction in ((f"{a}->{b}", "forward"), (f"{b}->{a}", "backward")):
+            result[name] = {**common, "directed": forward_of[direction], "chance": matching.chance(batch[both])}
+    if not result:
+        raise StoreError("no two modalities share two cells", where=store.root, got=f"{len(batch)} paired cells taken")
+    return result
+
+
+def _carries(store: Store, stratum: str, a: str, b: str, n: int) -> np.ndarray:
+    return np.full(n, {a, b} <= set(store.manifest.strata[stratum].modalities))
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: a scope without a group of two cells is null."""
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value

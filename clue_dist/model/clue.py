@@ -1,0 +1,165 @@
+"""CLUE: trunk -> K x K heads -> posterior -> decoders, for batches in which cells lack modalities."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from clue_dist.config import Config, ModelConfig
+from clue_dist.data.batch import Batch
+from clue_dist.errors import ConfigError
+from clue_dist.model.decoders import Decoder
+from clue_dist.model.discriminator import Discriminator
+from clue_dist.model.encoders import Heads
+from clue_dist.model.layers import reverse_gradient
+from clue_dist.model.likelihoods import OF_KIND
+from clue_dist.model.noise import Noise
+from clue_dist.model.posterior import COMBINE, sample
+from clue_dist.model.trunk import NORMALISE, Trunk
+from clue_dist.store.manifest import Modality
+
+
+@dataclass(frozen=True)
+class ModalitySpec:
+    """What the model needs to know of one modality."""
+
+    n_features: int
+    normalise: str
+    likelihood: str
+    features_per_step: int | None
+
+
+class Posterior(NamedTuple):
+    """Gaussians over the full z. mean, log_var: (B, K source, K target, d) of the experts q(z_j | x_k); joint_mean,
+    joint_log_var: (B, K target, d) of q(z | everything observed), eq. 6."""
+
+    mean: Tensor
+    log_var: Tensor
+    joint_mean: Tensor
+    joint_log_var: Tensor
+
+
+class Output(NamedTuple):
+    """One forward pass. posterior; z: (B, K source, K target, d) samples of the experts; ln_self, ln_cross: (B, K)
+    ln p(x_k | z_k) with z_k from x_k alone (eq. 5) and from everything observed (eq. 8), zero where x_k is not
+    observed; logits: (B, K source, K) of the discriminator; log_scale: () inverse temperature of the contrast."""
+
+    posterior: Posterior
+    z: Tensor
+    ln_self: Tensor
+    ln_cross: Tensor
+    logits: Tensor
+    log_scale: Tensor
+
+
+class Scale(nn.Module):
+    """A learnt inverse temperature, kept as its log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log = nn.Parameter(torch.tensor([2.5]))
+
+    def forward(self) -> Tensor:
+        return self.log.float().clamp(max=4.6)[0]
+
+
+class CLUE(nn.Module):
+    """The model for K modalities, K >= 1, in the order of `specs`."""
+
+    def __init__(self, specs: dict[str, ModalitySpec], n_batches: int, config: ModelConfig) -> None:
+        super().__init__()
+        self.names, self.latent = list(specs), config.latent
+        k = len(specs)
+        self.trunks = nn.ModuleDict({m: Trunk(s.n_features, s.normalise, config.trunk) for m, s in specs.items()})
+        width = next(iter(self.trunks.values())).width
+        self.heads = Heads(k, width, config.latent)
+        self.combine = COMBINE[config.posterior]
+        self.decoders = nn.ModuleDict(
+            {m: Decoder(s.likelihood, s.n_features, n_batches, config.latent, config.decoder) for m, s in specs.items()}
+        )
+        self.discriminator = Discriminator(k, config.latent, config.discriminator)
+        self.scale = Scale()
+        self.features_per_step = {m: s.features_per_step for m, s in specs.items()}
+
+    def encode(self, batch: Batch, noise: Noise | None = None) -> Posterior:
+        """Every expert's Gaussian and the joint one. Sources that a cell lacks hold values nobody may use."""
+        k = len(self.names)
+        h: list[Tensor] = []  # K times (B, hidden)
+        for name in self.names:
+            h.append(self._trunk(name, batch, noise))
+        mean, log_var = self.heads(torch.stack(h))  # (B, K, K, d)
+        assert mean.shape[1:3] == (k, k)
+        return Posterior(mean, log_var, *self.combine(mean, log_var, batch.observed))
+
+    def forward(self, batch: Batch, noise: Noise) -> Output:
+        """Encode once, sample, decode twice, discriminate. See `Output`."""
+        posterior = self.encode(batch, noise)
+        z = sample(posterior.mean, posterior.log_var, noise.normal(*posterior.mean.shape[1:]))
+        joint = sample(posterior.joint_mean, posterior.joint_log_var, noise.normal(*posterior.joint_mean.shape[1:]))
+        ln_self, ln_cross = self._decode(batch, z, joint, noise)
+        logits = self.discriminator(reverse_gradient(z.flatten(2)), noise)
+        return Output(posterior, z, ln_self, ln_cross, logits, self.scale())
+
+    @torch.no_grad()
+    def embed(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Posterior means of the full z: (B, K * d) from everything observed, and from each modality alone
+        (n, K * d), rows as in `batch.modalities[m].rows`."""
+        posterior = self.encode(batch)
+        alone = {m: posterior.mean[o.rows, self.names.index(m)].flatten(1) for m, o in batch.modalities.items()}
+        return posterior.joint_mean.flatten(1), alone
+
+    def _trunk(self, name: str, batch: Batch, noise: Noise | None) -> Tensor:
+        """h of the cells that carry the modality, zero elsewhere: (B, hidden)."""
+        trunk = self.trunks[name]
+        weight = self.heads.weight
+        h = torch.zeros(batch.n_cells, trunk.width, dtype=weight.dtype, device=batch.observed.device)
+        if name not in batch.modalities:
+            return h
+        observed = batch.modalities[name]
+        return h.index_copy(0, observed.rows, trunk(observed.counts, noise, observed.rows))
+
+    def _decode(self, batch: Batch, z: Tensor, joint: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
+        ln_self, ln_cross = [], []
+        for k, name in enumerate(self.names):
+            empty = z.new_zeros(batch.n_cells)
+            observed = batch.modalities.get(name)
+            if observed is None:
+                ln_self.append(empty)
+                ln_cross.append(empty)
+                continue
+            rows, decoder = observed.rows, self.decoders[name]
+            wanted = self.features_per_step[name]
+            features = noise.subset(wanted, decoder.n_features) if wanted else None
+            code = batch.batch_code[rows]
+            for out, source in ((ln_self, z[rows, k, k]), (ln_cross, joint[rows, k])):
+                out.append(empty.index_copy(0, rows, decoder(source, code, observed.counts, noise, rows, features)))
+        return torch.stack(ln_self, 1), torch.stack(ln_cross, 1)
+
+
+# A decoder scores at most this many features a step unless told otherwise; the estimate stays unbiased.
+AUTO_FEATURES = 4096
+
+
+def specs_of(modalities: dict[str, Modality], config: Config) -> dict[str, ModalitySpec]:
+    """Defaults of each modality's kind, overridden by the config.
+
+    Raises:
+        ConfigError: the config names a modality that the store lacks, or asks for CLR on a sparse modality.
+    """
+    unknown = [m for m in config.modalities if m not in modalities]
+    if unknown:
+        raise ConfigError("the config names a modality that the store lacks", where="modalities", got=unknown, expected=list(modalities))
+    out = {}
+    for name, m in modalities.items():
+        own = config.modalities.get(name)
+        how = NORMALISE[m.kind] if own is None or own.normalise == "auto" else own.normalise
+        likelihood = OF_KIND[m.kind] if own is None or own.likelihood == "auto" else own.likelihood
+        if how == "clr" and m.storage == "sparse":
+            raise ConfigError("clr needs a modality that is stored dense (kinds adt and dense)", where=f"modalities.{name}.normalise")
+        wanted = config.model.decoder.features_per_step
+        limit = AUTO_FEATURES if wanted == "auto" else wanted
+        out[name] = ModalitySpec(m.n_features, how, likelihood, limit if limit < m.n_features else None)
+    return out

@@ -1,0 +1,84 @@
+"""The shared preprocessing of one modality (section 6 of the paper): raw counts -> h, once for its K heads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clue_dist.config import TrunkConfig
+from clue_dist.data.batch import Counts
+from clue_dist.model.layers import MLP
+from clue_dist.model.noise import Noise
+
+NORMALISE = {"rna": "log_cp10k", "adt": "clr", "atac": "tfidf", "dense": "none"}  # by kind
+
+
+def normalise(counts: Counts, how: str, idf: Tensor | None = None) -> Counts:
+    """Normalised values on the fly; the store keeps raw counts only.
+
+    log_cp10k: ln(1 + 10^4 x / sum x). clr: ln(1 + x) minus its mean over the cell's features (dense modalities).
+    tfidf: ln(1 + 10^4 t / sum t) with t = x * idf, idf (features,) = cells / cells with the feature. none: as stored.
+    """
+    if isinstance(counts, Tensor):
+        return _dense(counts, how, idf)
+    x = counts.values
+    if how == "tfidf" and idf is not None:
+        x = x * idf[counts.indices]
+    if how in ("log_cp10k", "tfidf"):
+        scale = 1e4 / counts.row_sums(x).clamp_min(1e-9)
+        x = torch.log1p(x * scale.repeat_interleave(counts.indptr.diff(), output_size=len(x)))
+    return type(counts)(counts.indptr, counts.indices, x, counts.n_features)
+
+
+def _dense(x: Tensor, how: str, idf: Tensor | None) -> Tensor:
+    if how == "clr":
+        x = torch.log1p(x)
+        return x - x.mean(1, keepdim=True)
+    if how == "tfidf" and idf is not None:
+        x = x * idf
+    if how in ("log_cp10k", "tfidf"):
+        return torch.log1p(1e4 * x / x.sum(1, keepdim=True).clamp_min(1e-9))
+    return x
+
+
+class Projection(nn.Module):
+    """The first, sparse layer: features -> components. `initialise` folds feature means and scales into it."""
+
+    def __init__(self, n_features: int, components: int, trainable: bool) -> None:
+        super().__init__()
+        weight = torch.randn(n_features, components) / n_features**0.5
+        self.weight = nn.Parameter(weight, requires_grad=trainable)  # (features, components)
+        self.bias = nn.Parameter(torch.zeros(components), requires_grad=trainable)
+
+    def forward(self, x: Counts) -> Tensor:
+        """(n, features) -> (n, components); a sparse input stays sparse."""
+        if isinstance(x, Tensor):
+            return x.to(self.weight.dtype) @ self.weight + self.bias
+        weights = x.values.to(self.weight.dtype)
+        out = F.embedding_bag(x.indices, self.weight, x.indptr, mode="sum", per_sample_weights=weights, include_last_offset=True)
+        return out + self.bias
+
+
+class Trunk(nn.Module):
+    """Raw counts (n, features) -> h (n, hidden), with h = MLP(layer norm(projection(normalised counts)))."""
+
+    idf: Tensor
+
+    def __init__(self, n_features: int, how: str, config: TrunkConfig) -> None:
+        super().__init__()
+        self.how = how
+        components = min(config.projection, n_features)
+        self.register_buffer("idf", torch.ones(n_features))
+        self.projection = Projection(n_features, components, trainable=config.projection_lr > 0)
+        self.norm = nn.LayerNorm(components)
+        self.mlp = MLP(components, config.hidden, config.depth, config.dropout)
+
+    @property
+    def width(self) -> int:
+        return self.mlp.width
+
+    def forward(self, counts: Counts, noise: Noise | None, rows: Tensor | None) -> Tensor:
+        x = self.projection(normalise(counts, self.how, self.idf.float()))
+        out: Tensor = self.mlp(self.norm(x), noise, rows)
+        return out

@@ -1,0 +1,129 @@
+"""The losses of eq. 13-15 by the paper's names, and InfoNCE beyond it.
+
+Every mean runs over a number of cells that is the same on every rank, so that averaging gradients over ranks gives
+the gradient of the global batch's mean.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
+from torch.nn import functional as F
+
+from clue_dist.config import ObjectiveConfig
+from clue_dist.data.batch import Batch
+from clue_dist.model.clue import CLUE, Output
+from clue_dist.model.noise import Noise
+from clue_dist.model.posterior import kl_to_prior
+
+
+def elbo_self(out: Output, observed: Tensor, weight: Tensor, beta: float) -> Tensor:
+    """Eq. 5 for each cell, (B,): sum over observed k of E ln p(x_k | z_k) - KL(q(z_k | x_k) || p). weight: (K,)."""
+    own = range(observed.shape[1])
+    mean = torch.stack([out.posterior.mean[:, k, k] for k in own], 1)  # (B, K, d)
+    log_var = torch.stack([out.posterior.log_var[:, k, k] for k in own], 1)
+    terms = out.ln_self - beta * kl_to_prior(mean, log_var)
+    return (terms * weight * observed).sum(1)
+
+
+def elbo_cross(out: Output, observed: Tensor, weight: Tensor, beta: float) -> Tensor:
+    """Eq. 8 for each cell, (B,): reconstruction where x_k was observed, KL of the joint posterior over every k."""
+    kl = kl_to_prior(out.posterior.joint_mean, out.posterior.joint_log_var)  # (B, K)
+    return ((out.ln_cross * observed - beta * kl) * weight).sum(1)
+
+
+def mse(z: Tensor, observed: Tensor, cosine: bool = False) -> Tensor:
+    """Eq. 9-11: mean over cells with two or more modalities of the mean squared distance of their z's to the centre.
+
+    z: (B, K source, K * d) samples. With `cosine`, rows are scaled to length 1 first, as the reference does.
+    """
+    if cosine:
+        z = F.normalize(z, dim=-1)
+    mask = observed[:, :, None].to(z.dtype)
+    n = mask.sum(1)  # (B, 1)
+    centre = (z * mask).sum(1) / n.clamp_min(1)
+    squared = ((z - centre[:, None]) ** 2 * mask).sum((1, 2)) / n[:, 0].clamp_min(1)
+    paired = n[:, 0] > 1
+    return (squared * paired).sum() / paired.sum().clamp_min(1)
+
+
+def discriminator_ln(logits: Tensor, observed: Tensor) -> Tensor:
+    """Eq. 12: mean over cells of the mean over observed k of ln q(k | z). logits: (B, K source, K)."""
+    ln_q = torch.diagonal(logits.log_softmax(-1), dim1=1, dim2=2)  # (B, K source)
+    per_cell = (ln_q * observed).sum(1) / observed.sum(1).clamp_min(1)
+    return per_cell.mean()
+
+
+def info_nce(z: Tensor, observed: Tensor, batch_code: Tensor, log_scale: Tensor, within_batch: bool) -> Tensor:
+    """InfoNCE between the modalities of paired cells, both directions, against all pairs of the global batch.
+
+    z: (B, K source, K * d). Negatives come from the same biological batch if `within_batch`. The loss of this rank's
+    cells; columns are gathered from every rank, gradients flow back to them.
+    """
+    z = F.normalize(z, dim=-1)
+    every_z, every_observed, every_code, first = _gathered(z, observed, batch_code)
+    true = first + torch.arange(len(z), device=z.device)
+    total, pairs = z.new_zeros(()), 0
+    for a, b in combinations(range(observed.shape[1]), 2):
+        row, column = observed[:, a] & observed[:, b], every_observed[:, a] & every_observed[:, b]
+        allowed = column[None] & (batch_code[:, None] == every_code[None]) if within_batch else column[None]
+        for source, target in ((a, b), (b, a)):
+            logits = log_scale.exp() * z[:, source] @ every_z[:, target].T  # (B, global B)
+            logits = logits.masked_fill(~allowed, -torch.inf).masked_fill(~row[:, None], 0.0)
+            total = total + (F.cross_entropy(logits, true, reduction="none") * row).sum()
+        pairs = pairs + row.sum()
+    return total / (2 * pairs).clamp_min(1) if isinstance(pairs, Tensor) else total
+
+
+def _gathered(z: Tensor, observed: Tensor, code: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+    """All ranks' z (with gradient), observed and batch codes, and where this rank's rows begin."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return z, observed, code, 0
+    packed = torch.cat([observed.to(torch.int64), code[:, None]], 1)
+    others = [torch.empty_like(packed) for _ in range(dist.get_world_size())]
+    dist.all_gather(others, packed)
+    flags = torch.cat(others)
+    every_z = torch.cat(list(all_gather(z.contiguous())))
+    return every_z, flags[:, :-1].bool(), flags[:, -1], dist.get_rank() * len(z)
+
+
+class Objective(nn.Module):
+    """The model and its training loss (eq. 15) as one module, so that DeepSpeed sees one forward pass."""
+
+    def __init__(self, model: CLUE, config: ObjectiveConfig, modality_weights: list[float]) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+        sizes = [decoder.n_features if config.per_feature else 1 for decoder in model.decoders.values()]
+        self.weights = [w / m for w, m in zip(modality_weights, sizes, strict=True)]
+
+    def forward(self, batch: Batch, noise: Noise | None, beta: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss (), and its terms without their weights; without noise what `CLUE.embed` gives, for validation.
+
+        beta: factor on lambda_kl, for a warm-up.
+        """
+        if noise is None:  # every call goes through the engine, so that ZeRO-3 gathers what is needed
+            return self.model.embed(batch)
+        c, observed = self.config, batch.observed
+        out = self.model(batch, noise)
+        weight = torch.tensor(self.weights, device=observed.device)
+        z = out.z.flatten(2)  # (B, K source, K * d)
+        terms = {
+            "self": -elbo_self(out, observed, weight, beta * c.lambda_kl).mean(),
+            "cross": -elbo_cross(out, observed, weight, beta * c.lambda_kl).mean(),
+            "mse": mse(z, observed, cosine=c.alignment == "cosine"),
+            # The discriminator maximises L_D; the reversed gradient makes the encoders minimise it.
+            "d": discriminator_ln(out.logits, observed),
+            "contrastive": info_nce(z, observed, batch.batch_code, out.log_scale, c.contrastive_within_batch),
+        }
+        loss = (
+            c.lambda_self * terms["self"]
+            + c.lambda_cross * terms["cross"]
+            + c.lambda_mse * terms["mse"]
+            - c.lambda_d * terms["d"]
+            + c.lambda_contrastive * terms["contrastive"]
+        )
+        return loss, {name: term.detach() for name, term in terms.items()}

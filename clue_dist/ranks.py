@@ -1,0 +1,105 @@
+"""Which of how many processes this one is, and the few words they exchange. One process needs no set-up at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from clue_dist.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Process `rank` of `world`, the `local_rank`-th of its machine.
+
+    Every method is a no-op, or the trivial answer, for one process.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] = os.environ) -> Ranks:
+        """What the launcher said: `deepspeed` and torchrun (RANK, WORLD_SIZE, LOCAL_RANK), or srun.
+
+        Under srun the size is that of the job *step*: a batch script that calls `python` without srun is alone,
+        though SLURM_NTASKS is set there too and waiting for the others would never end.
+
+        Raises:
+            ConfigError: the variables are not numbers, or the rank lies outside the world.
+        """
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        if "RANK" not in env and "SLURM_STEP_NUM_TASKS" in env:
+            names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+        values = [env.get(name, default) for name, default in zip(names, ("0", "1", "0"), strict=True)]
+        got = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
+        if not all(v.isdecimal() for v in values) or not int(values[0]) < int(values[1]):
+            raise ConfigError(
+                "the launcher's variables make no sense",
+                where="environment",
+                got=got,
+                expected=f"whole numbers with {names[0]} < {names[1]}",
+                fix=f"start with `deepspeed`, torchrun or srun, or unset {names[0]}",
+            )
+        return cls(*map(int, values))
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def init(self, backend: str = "gloo", timeout_s: float = 1800) -> Ranks:
+        """Join the others; returns self. Sets the variables DeepSpeed reads, so that srun needs no other launcher.
+
+        Raises:
+            ConfigError: several machines and no MASTER_ADDR.
+        """
+        if self.world == 1 or dist.is_initialized():
+            return self
+        os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.world), LOCAL_RANK=str(self.local_rank))
+        if "MASTER_ADDR" not in os.environ:
+            os.environ["MASTER_ADDR"] = self._only_host()
+        # Jobs that share a machine must not meet at one port; all ranks of a job derive the same.
+        job = int(os.environ.get("SLURM_JOB_ID", "0"))
+        os.environ.setdefault("MASTER_PORT", str(20000 + job % 10000))
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        return self
+
+    def close(self) -> None:
+        """Leave the others, after the last exchange."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def all_gather_object(self, value: T) -> list[T]:
+        """Every rank's value, in rank order, on every rank. Values are pickled: keep them small."""
+        if self.world == 1:
+            return [value]
+        got: list[T] = [value] * self.world
+        dist.all_gather_object(got, value)
+        return got
+
+    def share(self, n: int) -> slice:
+        """This rank's consecutive part of range(n); the parts differ by one at most and cover it."""
+        return slice(n * self.rank // self.world, n * (self.rank + 1) // self.world)
+
+    def _only_host(self) -> str:
+        if os.environ.get("SLURM_STEP_NUM_NODES", "1") != "1":
+            raise ConfigError(
+                "several machines, and nobody said where to meet",
+                where="environment",
+                got=f"no MASTER_ADDR on rank {self.rank} of {self.world}",
+                fix="in the sbatch file: export MASTER_ADDR=$(scontrol show hostnames | head -n 1)",
+            )
+        return "127.0.0.1"

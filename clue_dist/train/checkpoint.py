@@ -1,0 +1,260 @@
+"""Saving and restoring a run. Nothing exists until its commit marker does; what was damaged is not used.
+
+    RUN/config.json                          resolved config
+    RUN/model.json                           modalities, features and batches: with the weights, all that embed needs
+    RUN/checkpoints/step-00001200/           DeepSpeed's files, state.json, COMMIT.json (size and SHA-256 of each)
+    RUN/best/step-00001100/                  weights.safetensors and state.json of the best validation, COMMIT.json
+
+DeepSpeed's optimizer files are pickles: resume only from your own run folders. Share `weights.safetensors`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from clue_dist import config as configs
+from clue_dist.config import Config
+from clue_dist.errors import ResumeError
+from clue_dist.model.clue import CLUE, specs_of
+from clue_dist.ranks import Ranks
+from clue_dist.store.manifest import Modality
+from clue_dist.store.reader import Store
+from clue_dist.store.writer import hash_file
+from clue_dist.train.engine import full_weights
+
+COMMIT, STATE, WEIGHTS, TAG = "COMMIT.json", "state.json", "weights.safetensors", "deepspeed"
+
+
+@dataclass(frozen=True)
+class State:
+    """All that a run must know to go on, besides the engine's own state. step: optimizer steps done."""
+
+    step: int
+    world: int
+    fingerprint: str
+    best: float | None = None
+    best_step: int = 0
+    bad: int = 0
+    stopped: bool = False
+
+
+class ModelCard(BaseModel):
+    """model.json: what the weights expect of a store."""
+
+    model_config = ConfigDict(extra="forbid")
+    fingerprint: str
+    modalities: dict[str, Modality]
+    batches: list[str]
+
+
+# --- saving -----------------------------------------------------------------------------------------------------
+
+
+def save(run: Path, engine: Any, state: State, ranks: Ranks, keep: int) -> Path:
+    """Write a checkpoint of the whole run under a temporary name, hash it, commit it, drop the oldest."""
+    final = run / "checkpoints" / f"step-{state.step:08d}"
+    partial = final.with_suffix(".partial")
+    if ranks.first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    ranks.barrier()
+    engine.save_checkpoint(str(partial), tag=TAG, save_latest=False, exclude_frozen_parameters=False)
+    ranks.barrier()
+    if ranks.first:
+        _commit(partial, final, state)
+        _prune(run / "checkpoints", keep)
+    ranks.barrier()
+    return final
+
+
+def save_best(run: Path, engine: Any, state: State, ranks: Ranks) -> None:
+    """Keep the weights alone of the best validation so far; the one before goes once this one stands."""
+    weights = full_weights(engine)
+    if ranks.first:
+        final = run / "best" / f"step-{state.step:08d}"
+        partial = final.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_file({k.removeprefix("model."): v for k, v in weights.items()}, partial / WEIGHTS)
+        _commit(partial, final, state)
+        _prune(run / "best", 1)
+    ranks.barrier()
+
+
+def _commit(partial: Path, final: Path, state: State) -> None:
+    (partial / STATE).write_text(json.dumps(asdict(state), indent=1))
+    files = sorted(p for p in partial.rglob("*") if p.is_file())
+    listing = {}
+    for path in files:
+        with path.open("rb+") as f:
+            os.fsync(f.fileno())
+        listing[str(path.relative_to(partial))] = hash_file(path).model_dump()
+    with (partial / COMMIT).open("w") as f:
+        json.dump(listing, f, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
+    shutil.rmtree(final, ignore_errors=True)  # the same step again, after a resume from an older checkpoint
+    partial.rename(final)
+
+
+def _prune(folder: Path, keep: int) -> None:
+    for old in committed(folder)[keep:]:
+        shutil.rmtree(old)
+
+
+# --- restoring --------------------------------------------------------------------------------------------------
+
+
+def committed(folder: Path) -> list[Path]:
+    """Committed checkpoints in a folder, newest first."""
+    return sorted((p.parent for p in folder.glob(f"step-*/{COMMIT}") if p.parent.suffix != ".partial"), reverse=True)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, or None: every file is compared with its recorded size and hash."""
+    try:
+        listing = json.loads((checkpoint / COMMIT).read_text())
+        for name, recorded in listing.items():
+            if hash_file(checkpoint / name).model_dump() != recorded:
+                return f"{name} differs from what was saved"
+    except (OSError, ValueError, AttributeError) as error:
+        return str(error)
+    return None
+
+
+def _sound(folder: Path) -> Iterator[Path]:
+    for checkpoint in committed(folder):
+        problem = damage(checkpoint)
+        if problem is None:
+            yield checkpoint
+        else:
+            print(f"checkpoint {checkpoint} is damaged and not used: {problem}", flush=True)
+
+
+def find(run: Path, resume: str, ranks: Ranks) -> Path | None:
+    """The checkpoint to go on from, chosen by rank 0 for all. resume: "auto" (newest sound one), "never", a folder.
+
+    Raises:
+        ResumeError: "never" in a folder that holds a run; a named checkpoint that is missing or damaged; every
+            checkpoint damaged.
+    """
+    found: list[Path | ResumeError | None] = [None]
+    if ranks.first:
+        try:
+            found = [_choose(run, resume)]
+        except ResumeError as error:
+            found = [error]
+    chosen = ranks.all_gather_object(found[0])[0]
+    if isinstance(chosen, ResumeError):
+        raise chosen
+    return chosen
+
+
+def _choose(run: Path, resume: str) -> Path | None:
+    there = committed(run / "checkpoints")
+    if resume == "never":
+        if there:
+            raise ResumeError(
+                "the run folder already holds a run", where=run, got=there[0].name, expected="an empty folder with --resume never",
+                fix="use --resume auto to go on, or --set run=ANOTHER_FOLDER",
+            )  # fmt: skip
+        return None
+    if resume == "auto":
+        chosen = next(_sound(run / "checkpoints"), None)
+        if chosen is None and there:
+            raise ResumeError("every checkpoint of the run is damaged", where=run, fix="start anew with --set run=ANOTHER_FOLDER")
+        return chosen
+    folder = Path(resume)
+    problem = damage(folder)
+    if problem:
+        raise ResumeError("this checkpoint cannot be used", where=folder, got=problem, fix="name a folder like RUN/checkpoints/step-00001200")
+    return folder
+
+
+def check_same_run(run: Path, config: Config, fingerprint: str, world: int, checkpoint: Path) -> State:
+    """The state of a checkpoint, if this run may go on from it.
+
+    Raises:
+        ResumeError: other data, other settings, or another number of ranks.
+    """
+    state = State(**json.loads((checkpoint / STATE).read_text()))
+    if state.fingerprint != fingerprint:
+        raise ResumeError(
+            "the store is not the one this run was trained on", where=config.store, got=f"fingerprint {fingerprint[:16]}",
+            expected=state.fingerprint[:16], fix="point --set store=... at the original store, or start a new run",
+        )  # fmt: skip
+    if state.world != world:
+        raise ResumeError(
+            "the checkpoint was written by another number of ranks", where=checkpoint, got=f"{world} ranks", expected=state.world,
+            fix=f"start with {state.world} ranks",
+        )  # fmt: skip
+    before = configs.load(checkpoint.parent.parent / "config.json")
+    free = ("store", "run", "log.", "train.epochs", "train.patience", "train.checkpoint_every", "train.keep", "data.prefetch")
+    different = [key for key in configs.changed(before, config) if not key.startswith(free)]
+    if different:
+        raise ResumeError(
+            "the settings are not those of the run to go on with", where=run, got=f"changed: {', '.join(different)}",
+            fix="use the run's own config.json, or start a new run with --set run=ANOTHER_FOLDER",
+        )  # fmt: skip
+    return state
+
+
+def restore(engine: Any, checkpoint: Path) -> None:
+    """Load the engine's state; never starts from scratch in silence."""
+    path, _ = engine.load_checkpoint(str(checkpoint), tag=TAG)
+    if path is None:
+        raise ResumeError("DeepSpeed found nothing to load", where=checkpoint)
+
+
+# --- for embed and evaluate -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A trained model, ready to embed: modalities in the model's order."""
+
+    model: CLUE
+    modalities: dict[str, Modality]
+    name: str
+    latent: int
+    config: Config
+
+
+def describe(run: Path, store: Store, config: Config) -> None:
+    """Write config.json and model.json: a run folder explains itself a year later."""
+    run.mkdir(parents=True, exist_ok=True)
+    config.write(run / "config.json")
+    card = ModelCard(fingerprint=store.fingerprint, modalities=store.manifest.modalities, batches=store.manifest.batches)
+    (run / "model.json").write_text(card.model_dump_json(indent=1))
+
+
+def load_model(run: Path, checkpoint: str = "best") -> Loaded:
+    """The best (or, by name, another committed) set of weights of a run.
+
+    Raises:
+        ResumeError: no run there, nothing saved yet, or damaged weights.
+    """
+    if not (run / "model.json").is_file():
+        raise ResumeError("no run here", where=run, got="no model.json", fix="train one: deepspeed launch/train.py --config ...")
+    config = configs.load(run / "config.json")
+    card = ModelCard.model_validate_json((run / "model.json").read_bytes())
+    folder = next(_sound(run / "best"), None) if checkpoint == "best" else run / "best" / checkpoint
+    if folder is None or not (folder / COMMIT).is_file():
+        raise ResumeError("the run holds no weights to use", where=run / "best", got=checkpoint, fix="train until the first validation")
+    problem = damage(folder)
+    if problem:
+        raise ResumeError("the weights are damaged", where=folder, got=problem)
+    model = CLUE(specs_of(card.modalities, config), len(card.batches), config.model)
+    weights: dict[str, Tensor] = load_file(folder / WEIGHTS)
+    model.load_state_dict(weights)
+    return Loaded(model.eval(), card.modalities, folder.name, config.model.latent, config)

@@ -1,0 +1,120 @@
+"""DeepSpeed: its config out of ours, the engine, and what a checkpoint of plain weights needs."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+if not torch.cuda.is_available():  # said before DeepSpeed looks for it, so that it does not warn
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor, nn
+
+from clue_dist.config import Config
+from clue_dist.model.clue import CLUE
+from clue_dist.model.initialise import initialise
+from clue_dist.objective import Objective
+from clue_dist.ranks import Ranks
+from clue_dist.train.setup import Setup
+
+
+def join(ranks: Ranks) -> torch.device:
+    """Join the process group and return this rank's device; a single process makes a group of one."""
+    cuda = torch.cuda.is_available()
+    backend = "nccl" if cuda else "gloo"
+    if cuda:
+        torch.cuda.set_device(ranks.local_rank)
+    os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed insists
+    if ranks.world == 1 and not dist.is_initialized():
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    ranks.init(backend)
+    # DeepSpeed would compile its own shared-memory collectives on first use; gloo needs no compiler and is tested.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    return torch.device("cuda", ranks.local_rank) if cuda else torch.device("cpu")
+
+
+def build(setup: Setup, ranks: Ranks, device: torch.device) -> Any:
+    """The DeepSpeed engine around a freshly initialised `Objective`, the same on every rank."""
+    c = setup.config
+    torch.manual_seed(c.seed)
+    model = new_model(setup)
+    if ranks.first:
+        initialise(model, setup.store, setup.train, c.model.trunk.projection_init == "svd", c.seed)
+    objective = Objective(model, c.objective, modality_weights(setup)).to(device)
+    for tensor in [*objective.parameters(), *objective.buffers()]:
+        dist.broadcast(tensor.data, 0)
+    engine, *_ = deepspeed.initialize(
+        model=objective,
+        optimizer=torch.optim.AdamW(parameter_groups(objective, c), lr=c.train.lr, weight_decay=c.train.weight_decay),
+        config=deepspeed_config(c, ranks.world),
+        dist_init_required=False,
+    )
+    return engine
+
+
+def new_model(setup: Setup) -> CLUE:
+    return CLUE(setup.specs, len(setup.store.manifest.batches), setup.config.model)
+
+
+def modality_weights(setup: Setup) -> list[float]:
+    own = setup.config.modalities
+    return [own[m].weight if m in own else 1.0 for m in setup.specs]
+
+
+def parameter_groups(objective: nn.Module, config: Config) -> list[dict[str, Any]]:
+    """Trained parameters in groups with their share of the learning rate: projections, matrices, vectors.
+
+    Biases, norms and temperatures are not decayed.
+    """
+    groups: dict[str, list[nn.Parameter]] = {"projection": [], "matrix": [], "vector": []}
+    for name, p in objective.named_parameters():
+        if p.requires_grad:
+            kind = "projection" if ".projection." in name else "matrix" if p.ndim > 1 and "bias" not in name else "vector"
+            groups[kind].append(p)
+    scale = {"projection": config.model.trunk.projection_lr}
+    decay = {"vector": 0.0}
+    return [
+        {"params": ps, "lr_scale": scale.get(kind, 1.0), "weight_decay": decay.get(kind, config.train.weight_decay)}
+        for kind, ps in groups.items()
+        if ps
+    ]
+
+
+def deepspeed_config(config: Config, world: int) -> dict[str, Any]:
+    """The few settings DeepSpeed needs. Everything a person may set lives in our own config."""
+    t = config.train
+    assert config.data.batch_size != "auto"
+    bf16 = t.precision == "bf16"
+    return {
+        "train_batch_size": config.data.batch_size,
+        "train_micro_batch_size_per_gpu": config.data.batch_size // (t.grad_accum * world),
+        "gradient_accumulation_steps": t.grad_accum,
+        "gradient_clipping": t.clip,
+        "zero_optimization": {"stage": t.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": bf16},
+        **({"data_types": {"grad_accum_dtype": "fp32"}} if bf16 else {}),
+        "steps_per_print": 10**12,  # our own sinks report
+    }
+
+
+def full_weights(engine: Any) -> dict[str, Tensor]:
+    """Every parameter and buffer in float32 on the CPU of rank 0, whatever the ZeRO stage. All ranks must call."""
+    first = dist.get_rank() == 0
+    out = {}
+    for name, p in engine.module.named_parameters():
+        full = safe_get_full_fp32_param(p) if p.requires_grad else None
+        if full is None:  # frozen, or an engine without a sharded optimizer
+            with deepspeed.zero.GatheredParameters([p] if hasattr(p, "ds_id") else []):
+                full = p.data.clone()
+        if first:
+            out[name] = full.detach().float().cpu().contiguous()
+    if first:
+        out |= {name: b.detach().float().cpu().contiguous() for name, b in engine.module.named_buffers()}
+    return out

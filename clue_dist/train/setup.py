@@ -1,0 +1,147 @@
+"""From a config and a store to everything training needs to know, checked before any process group or GPU is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from clue_dist import config as configs
+from clue_dist.config import Config
+from clue_dist.data import plan as plans
+from clue_dist.data.batch import Batch, Part, assemble
+from clue_dist.data.plan import Plan
+from clue_dist.errors import ConfigError
+from clue_dist.model.clue import ModalitySpec, specs_of
+from clue_dist.store.reader import Store
+
+
+@dataclass(frozen=True)
+class Setup:
+    """config: with every "auto" resolved; train, holdout: cells per stratum (the last ones are held out)."""
+
+    config: Config
+    store: Store
+    specs: dict[str, ModalitySpec]
+    plan: Plan
+    train: dict[str, int]
+    holdout: dict[str, int]
+    total_steps: int
+
+    @property
+    def paired(self) -> bool:
+        """Whether validation can score pairs."""
+        return any(len(self.store.strata[s].modalities) > 1 for s, n in self.holdout.items() if n)
+
+    def held_out(self) -> Batch:
+        """The validation cells of every stratum as one batch."""
+        parts = []
+        for name, n in self.holdout.items():
+            reader = self.store.strata[name]
+            positions = np.arange(self.train[name], self.train[name] + n)
+            if n:
+                parts.append(Part({m: reader.rows(m, positions) for m in reader.modalities}, reader.obs_codes("batch", positions)))
+        return assemble(self.store.modalities, parts)
+
+    def summary(self) -> str:
+        """What a dry run prints."""
+        c, strata = self.config, self.store.strata
+        lines = [f"store {c.store}  fingerprint {self.store.fingerprint[:12]}  run {c.run}"]
+        lines += [f"  {m}: {s.n_features} features, {s.normalise} -> {s.likelihood}" for m, s in self.specs.items()]
+        for name in strata:
+            share = self.plan.share[name]
+            lines.append(f"  stratum {name}: {self.train[name]} cells, {self.holdout[name]} held out, {share} in each batch")
+        lines.append(
+            f"  {self.total_steps} steps of {c.data.batch_size} cells ({c.train.epochs:g} epochs), "
+            f"validation every {c.train.validate_every}, ZeRO-{c.train.zero_stage}, {c.train.precision}"
+        )
+        return "\n".join(lines)
+
+
+def prepare(config: Config, world: int) -> Setup:
+    """Open the store, resolve what is "auto", and check that the two fit.
+
+    Raises:
+        StoreError: no store, or a damaged one.
+        ConfigError: settings that cannot work on this store or on this number of ranks.
+    """
+    configs.require_paths(config)
+    store = Store(config.store)
+    specs = specs_of(store.manifest.modalities, config)
+    sizes = {s: r.n_cells for s, r in store.strata.items()}
+    paired = {s: len(r.modalities) > 1 for s, r in store.strata.items()}
+    _check_pairs(config, store, paired)
+    if config.data.lanes % world:
+        raise ConfigError(
+            "the number of ranks must divide data.lanes, or the ranks would not see the same composition of cells",
+            got=f"{config.data.lanes} lanes % {world} ranks = {config.data.lanes % world}",
+            fix=f"--set data.lanes={world * -(-config.data.lanes // world)} (of a new run), or another number of ranks",
+        )
+    holdout = _holdout(config, sizes, paired)
+    train = {s: n - holdout[s] for s, n in sizes.items()}
+    config = resolve(config, sum(train.values()))
+    assert config.data.batch_size != "auto" and config.train.epochs != "auto"
+    weights = _weights(config, train, paired)
+    micro = config.data.batch_size // config.train.grad_accum
+    share = plans.shares(micro, config.data.lanes, weights)
+    plan = Plan(config.seed, train, share, config.data.lanes, config.data.window_blocks, store.manifest.block_cells)
+    total = max(1, round(config.train.epochs * sum(train.values()) / config.data.batch_size))
+    return Setup(config, store, specs, plan, train, holdout, total)
+
+
+def resolve(config: Config, n_train: int) -> Config:
+    """Put numbers where the config says "auto": small data gets small batches and many epochs, an atlas the opposite."""
+    t, d = config.train, config.data
+    step = d.lanes * t.grad_accum
+    size = d.batch_size if d.batch_size != "auto" else step * -(-_auto_batch(n_train) // step)
+    per_epoch = max(1.0, n_train / size)
+    epochs = t.epochs if t.epochs != "auto" else round(min(max(1.0, AUTO_STEPS / per_epoch), AUTO_EPOCHS), 2)
+    total = max(1, round(epochs * per_epoch))
+    every = t.validate_every if t.validate_every != "auto" else max(1, min(total // 20, 2000))
+    patience = t.patience if t.patience != "auto" else 6
+    save = t.checkpoint_every if t.checkpoint_every != "auto" else max(1, min(total // 4, 2000))
+    numbers = {"epochs": epochs, "validate_every": every, "patience": patience, "checkpoint_every": save}
+    return config.model_copy(
+        update={"data": d.model_copy(update={"batch_size": size}), "train": t.model_copy(update=numbers)}
+    )
+
+
+AUTO_STEPS = 1500  # a small data set is seen often enough to make so many steps ...
+AUTO_EPOCHS = 100.0  # ... but never more often than this
+
+
+def _auto_batch(n_train: int) -> int:
+    """A power of two: 128 below 2,000 cells, 512 up to half a million, 4096 from 4 million on."""
+    for size, limit in ((128, 2_000), (256, 4_000), (512, 500_000), (1024, 1_000_000), (2048, 4_000_000)):
+        if n_train < limit:
+            return size
+    return 4096
+
+
+def _holdout(config: Config, sizes: Mapping[str, int], paired: Mapping[str, bool]) -> dict[str, int]:
+    """Cells to hold out per stratum: of the paired strata where there are any, else of all."""
+    used = {s: n for s, n in sizes.items() if paired[s] or not any(paired.values())}
+    wanted = min(config.data.holdout * sum(used.values()), config.data.holdout_max)
+    return {s: int(wanted * n / sum(used.values())) if s in used else 0 for s, n in sizes.items()}
+
+
+def _weights(config: Config, train: Mapping[str, int], paired: Mapping[str, bool]) -> dict[str, float]:
+    own = config.data.weights
+    if own is None:
+        return plans.weights(train, paired, config.data.paired_share)
+    if set(own) != set(train) or min(own.values()) <= 0:
+        raise ConfigError("data.weights must give every stratum a positive weight", got=own, expected=sorted(train))
+    return dict(own)
+
+
+def _check_pairs(config: Config, store: Store, paired: Mapping[str, bool]) -> None:
+    if len(store.modalities) > 1 and not any(paired.values()) and config.objective.lambda_cross > 0:
+        raise ConfigError(
+            "no cell of the store carries two modalities, so the cross-encoders have nothing to learn from",
+            where=config.store,
+            got=f"strata {', '.join(paired)}",
+            expected="at least one stratum of paired cells",
+            fix="add paired cells to the conversion (their barcodes must be equal in both files), "
+            "or train independent VAEs with --set objective.lambda_cross=0",
+        )

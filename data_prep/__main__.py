@@ -1,0 +1,152 @@
+"""The command line: python -m data_prep convert | check | inspect | fetch | simulate."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from clue_dist.errors import DataError, StoreError, run_main
+from clue_dist.store import layout
+from data_prep import inspect
+from data_prep.check import check
+from data_prep.convert import Options, convert, report
+from data_prep.fetch import fetch
+from data_prep.inputs import parse_inputs
+from data_prep.simulate import Spec, parse_features, write_h5mu
+from data_prep.sources import FIELDS, Keys
+from data_prep.tasks import pool
+
+
+def main() -> None:
+    args = _parser().parse_args()
+    args.run(args)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    kinds = _pairs(args.kind, "--kind")
+    named = {"batch": args.batch_key, "label": args.label_key}
+    explicit = frozenset(field for field, column in named.items() if column)
+    keys = Keys({field: named[field] or column for field, column in FIELDS.items()}, explicit)
+    options = Options(args.seed, args.block_cells, args.codec, args.features, args.features_from, kinds, keys)
+    sources = parse_inputs(args.inputs, keys, args.layer, kinds)
+    with pool(args.workers, args.scheduler) as workers:
+        manifest = convert(sources, args.out, options, workers)
+    print(f"{args.out}: {report(manifest)}")
+
+
+def _check(args: argparse.Namespace) -> None:
+    problems = check(args.store)
+    if problems:
+        shown = "".join(f"\n    {problem}" for problem in problems)
+        fix = "restore these files from a copy, or convert again"
+        raise StoreError(f"{len(problems)} problems", where=args.store, got=shown, fix=fix)
+    print(f"{args.store}: sound")
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    found = inspect.facts(args.store)
+    print(inspect.as_json(found) if args.json else inspect.text(found))
+
+
+def _fetch(args: argparse.Namespace) -> None:
+    fetch(args.out, args.simulate)
+
+
+def _simulate(args: argparse.Namespace) -> None:
+    kinds = _pairs(args.kind, "--kind")
+    features = parse_features(args.modality)
+    sizes = {name: getattr(args, name) for name in ("cells", "paired", "batches", "shared", "private", "seed")}
+    spec = Spec.of(features, kinds, **sizes)
+    if args.out.suffix == ".h5mu":
+        write_h5mu(spec, args.out)
+    else:
+        with pool(args.workers, args.scheduler) as workers:
+            print(report(convert(spec.sources(), args.out, Options(seed=args.seed, kinds=kinds), workers)))
+    print(f"{args.out}: {args.cells:,} simulated cells")
+
+
+def _pairs(texts: list[str], flag: str) -> dict[str, str]:
+    for text in texts:
+        if "=" not in text:
+            raise DataError("not NAME=VALUE", where=flag, got=text)
+    return dict(text.split("=", 1) for text in texts)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m data_prep", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    p = commands.add_parser("convert", help="raw counts -> a store")
+    p.add_argument(
+        "inputs", nargs="+", metavar="[DATASET:][NAME=]FILE", help=".h5ad, .h5mu, 10x .h5, or a Matrix Market folder"
+    )
+    p.add_argument("--out", type=Path, required=True, help="the store to write, STORE.zarr")
+    p.add_argument("--batch-key", help=f"obs column of the batch (default: {FIELDS['batch']}, where there is one)")
+    p.add_argument("--label-key", help=f"obs column of the cell type (default: {FIELDS['label']}, where there is one)")
+    p.add_argument(
+        "--layer",
+        action="append",
+        default=[],
+        metavar="[NAME=]LAYER",
+        help="layer of raw counts instead of X; raw.X is one",
+    )
+    p.add_argument(
+        "--features", choices=["same", "intersection", "union"], default="same", help="when files of a modality differ"
+    )
+    p.add_argument(
+        "--features-from", type=Path, metavar="STORE", help="fit the modalities and features of another store"
+    )
+    p.add_argument(
+        "--kind",
+        action="append",
+        default=[],
+        metavar="NAME=KIND",
+        help="rna, adt, atac or dense, where the name does not say",
+    )
+    p.add_argument(
+        "--block-cells", type=int, default=layout.BLOCK_CELLS, help="cells of a block (default: %(default)s)"
+    )
+    p.add_argument("--codec", choices=["fast", "small"], default="fast")
+    p.add_argument("--seed", type=int, default=0, help="of the shuffle")
+    _pool_options(p)
+    p.set_defaults(run=_convert)
+
+    p = commands.add_parser("check", help="verify every byte of a store")
+    p.add_argument("store", type=Path)
+    p.set_defaults(run=_check)
+
+    p = commands.add_parser("inspect", help="what is in a store")
+    p.add_argument("store", type=Path)
+    p.add_argument("--json", action="store_true", help="for programs")
+    p.set_defaults(run=_inspect)
+
+    p = commands.add_parser("fetch", help="real PBMC from the package index, cut into a mosaic and a paired test set")
+    p.add_argument("--out", type=Path, default=Path("data/pbmc"), help="folder (default: %(default)s)")
+    p.add_argument("--simulate", action="store_true", help="simulated cells instead: needs no network")
+    p.set_defaults(run=_fetch)
+
+    p = commands.add_parser("simulate", help="a mosaic of any size with known truth")
+    p.add_argument("--out", type=Path, required=True, help="SIM.h5mu (with the truth) or SIM.zarr (any size)")
+    p.add_argument("--cells", type=int, default=2000)
+    p.add_argument("--modality", nargs="+", default=["rna:2000", "adt:50"], metavar="NAME:FEATURES")
+    p.add_argument(
+        "--paired", type=float, default=0.5, help="share of cells that carry every modality (default: %(default)s)"
+    )
+    p.add_argument("--batches", type=int, default=2)
+    p.add_argument("--shared", type=int, default=8, help="dimensions seen by every modality")
+    p.add_argument("--private", type=int, default=4, help="dimensions of each modality alone")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--kind", action="append", default=[], metavar="NAME=KIND")
+    _pool_options(p)
+    p.set_defaults(run=_simulate)
+    return parser
+
+
+def _pool_options(p: argparse.ArgumentParser) -> None:
+    where = p.add_mutually_exclusive_group()
+    where.add_argument("--workers", type=int, help="threads (default: one per core)")
+    where.add_argument("--scheduler", metavar="tcp://HOST:PORT", help="a running Dask scheduler")
+
+
+if __name__ == "__main__":
+    run_main(main)

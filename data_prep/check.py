@@ -1,0 +1,143 @@
+"""Is a store exactly what its manifest says? Every file hashed, every block decoded, all problems listed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clue_dist.errors import StoreError
+from clue_dist.store import layout
+from clue_dist.store.manifest import Manifest, Shard
+from clue_dist.store.reader import SparseBlocks, StratumReader
+from clue_dist.store.rows import row_starts
+from clue_dist.store.writer import hash_file
+from data_prep.tasks import Progress
+
+THREADS = 4
+
+
+def check(root: Path) -> list[str]:
+    """Problems of a committed store, one line each; empty where it is sound.
+
+    Raises:
+        StoreError: there is no store, or its manifest cannot be used at all.
+    """
+    manifest = Manifest.read(root)
+    problems = _extra_files(root, manifest)
+    damaged: set[str] = set()
+
+    def verify(item: tuple[str, Shard]) -> list[str]:
+        found = _verify_shard(root, *item)
+        if found:
+            damaged.add(item[0])
+        return found
+
+    problems += _all("hash", verify, list(manifest.shards.items()))
+    problems += [
+        f"{key}: not in the manifest's list of shards" for key in sorted(_expected(manifest) - set(manifest.shards))
+    ]
+    for name in manifest.strata:
+        try:
+            reader = StratumReader(root, manifest, name)
+        except StoreError as error:
+            problems.append(_line(error))
+            continue
+        problems += _check_stratum(reader, damaged)
+    return problems
+
+
+def _all(title: str, function: Callable[[Any], list[str]], items: list[Any]) -> list[str]:
+    progress = Progress(title, len(items))
+
+    def step(item: Any) -> list[str]:
+        found = function(item)
+        progress.step()
+        return found
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = [line for lines in pool.map(step, items) for line in lines]
+    progress.close()
+    return found
+
+
+def _verify_shard(root: Path, key: str, expected: Shard) -> list[str]:
+    path = root / key
+    if not path.resolve().is_relative_to(root.resolve()) or path.is_symlink():
+        return [f"{key}: a link, or outside the store"]
+    if not path.is_file():
+        return [f"{key}: missing"]
+    if path.stat().st_size != expected.bytes:
+        return [f"{key}: {path.stat().st_size} bytes, expected {expected.bytes}"]
+    try:
+        return [] if hash_file(path) == expected else [f"{key}: content changed (sha256 differs)"]
+    except OSError as error:
+        return [f"{key}: cannot be read ({error.strerror})"]
+
+
+def _expected(manifest: Manifest) -> set[str]:
+    """Keys of every shard that a store of this manifest has."""
+    keys = set()
+    for name in manifest.strata:
+        for spec in manifest.arrays(name):
+            for shard in range(-(-spec.shape[0] // spec.shard[0])):
+                keys.add(f"{spec.path}/c/{shard}" + "/0" * (len(spec.shape) - 1))
+    return keys
+
+
+def _extra_files(root: Path, manifest: Manifest) -> list[str]:
+    known = {*manifest.shards, layout.MANIFEST}
+    files = (path.relative_to(root).as_posix() for path in root.rglob("*") if not path.is_dir() or path.is_symlink())
+    return [f"{f}: not part of the store" for f in sorted(files) if f not in known and not f.endswith("zarr.json")]
+
+
+def _check_stratum(reader: StratumReader, damaged: set[str]) -> list[str]:
+    """Decode every block, some at a time; pieces of shards that are known to be damaged are left out."""
+    shard = reader.stratum.shard_blocks
+    step = layout.CHUNK_ROWS * max(1, shard // layout.CHUNK_ROWS // 8)
+    parts = [*reader.modalities, "obs"]
+    pieces = [(part, lo, min(lo + step, reader.n_blocks)) for part in parts for lo in range(0, reader.n_blocks, step)]
+    bad = {(key.split("/")[2], int(key.split("/")[5])) for key in damaged if key.startswith(f"strata/{reader.name}/")}
+    sound = [p for p in pieces if not {(p[0], s) for s in range(p[1] // shard, -(-p[2] // shard))} & bad]
+
+    def decode(piece: tuple[str, int, int]) -> list[str]:
+        part, blocks = piece[0], np.arange(piece[1], piece[2])
+        try:
+            found = _check_obs(reader, blocks) if part == "obs" else _check_blocks(reader, part, blocks)
+        except StoreError as error:
+            return [_line(error)]
+        return [f"strata/{reader.name}/{part}, blocks {blocks[0]} to {blocks[-1]}: {problem}" for problem in found]
+
+    return _all(f"decode {reader.name}", decode, sound)
+
+
+def _check_obs(reader: StratumReader, blocks: np.ndarray) -> list[str]:
+    found = []
+    for field, names in (("batch", reader.manifest.batches), ("label", reader.manifest.labels)):
+        codes = reader.read_codes(field, blocks)
+        if codes.min() < -1 or codes.max() >= max(len(names), 1):
+            found.append(f"{field} codes from {codes.min()} to {codes.max()}, the manifest knows {len(names)}")
+    size = reader.block_cells
+    reader.obs(np.arange(blocks[0] * size, min((blocks[-1] + 1) * size, reader.n_cells)))
+    return found
+
+
+def _check_blocks(reader: StratumReader, modality: str, blocks: np.ndarray) -> list[str]:
+    decoded = reader.read_blocks(modality, blocks)
+    if not isinstance(decoded, SparseBlocks):
+        return [] if np.isfinite(decoded).all() else ["values that are not finite"]
+    capacity, n_features = reader.stratum.packed[modality].capacity, reader.manifest.modalities[modality].n_features
+    starts = row_starts(decoded.lengths)
+    if starts[:, -1].max() > capacity:
+        return [f"a block of {starts[:, -1].max()} non-zeros, more than its capacity {capacity}"]
+    # the sum of a row's gaps is its last column
+    sums = np.pad(np.cumsum(decoded.deltas, axis=1, dtype=np.int64), ((0, 0), (1, 0)))
+    last = np.take_along_axis(sums, starts[:, 1:], 1) - np.take_along_axis(sums, starts[:, :-1], 1)
+    return [] if last.max() < n_features else [f"column {last.max()}, but there are {n_features} features"]
+
+
+def _line(error: StoreError) -> str:
+    return f"{error.where}: {error.what} ({error.got})"

@@ -1,0 +1,40 @@
+"""Entries that come in any order (CSC, Matrix Market), sorted part by part so that rows can be read.
+
+Each part holds a bounded number of entries, sorted by row; a range of rows is one run in each part.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import scipy.sparse as sp
+
+PART_ENTRIES = 8 * 2**20
+
+
+def write_part(folder: Path, rows: np.ndarray, columns: np.ndarray, values: np.ndarray) -> None:
+    """Write one part. rows, columns, values: (n,). The folder exists only once it is complete."""
+    order = np.argsort(rows, kind="stable")
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    np.save(temporary / "rows.npy", rows[order])
+    np.save(temporary / "columns.npy", columns[order].astype(np.int32, copy=False))
+    np.save(temporary / "values.npy", values[order])
+    temporary.rename(folder)
+
+
+def read_rows(folders: list[Path], lo: int, hi: int, n_columns: int) -> sp.csr_matrix:
+    """Rows lo to hi out of every part; entries given twice are added up."""
+    pieces = []
+    for folder in folders:
+        rows = np.load(folder / "rows.npy", mmap_mode="r")
+        i, j = np.searchsorted(rows, [lo, hi])
+        if i < j:
+            columns, values = (np.load(folder / f"{name}.npy", mmap_mode="r")[i:j] for name in ("columns", "values"))
+            pieces.append((rows[i:j] - lo, columns, values))
+    pieces = pieces or [(np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.uint8))]
+    rows, columns, values = (np.concatenate([p[k] for p in pieces]) for k in range(3))
+    return sp.coo_matrix((values, (rows, columns)), shape=(hi - lo, n_columns)).tocsr()

@@ -1,0 +1,242 @@
+"""Matrices in HDF5: AnnData (.h5ad), MuData (.h5mu) and 10x (.h5), read slice by slice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from anndata.io import read_elem
+
+from clue_dist.errors import DataError, listed
+from data_prep import entries
+from data_prep.sources import Codes, Direct, FeatureTable, Head, Keys, Rows, as_bytes, columns_of, file_identity
+
+_PROBE = 10_000  # values looked at to guess whether a matrix holds counts
+
+
+@contextmanager
+def open_h5(path: Path) -> Iterator[h5py.File]:
+    """Open for reading; what HDF5 cannot read becomes a DataError."""
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise DataError(
+            "not a readable HDF5 file", where=path, got=str(error), fix="check that the file is complete"
+        ) from None
+    with file:
+        try:
+            yield file
+        except (OSError, KeyError) as error:
+            raise DataError("part of the file is missing or damaged", where=path, got=str(error)) from error
+
+
+@dataclass(frozen=True)
+class AnnDataSource:
+    """One AnnData: a whole .h5ad (`group` "") or a modality of a .h5mu (`group` "mod/rna")."""
+
+    path: Path
+    modality: str
+    dataset: str = ""
+    group: str = ""
+    layer: str | None = None  # None: X
+    keys: Keys = field(default_factory=Keys)
+
+    @property
+    def where(self) -> str:
+        return f"{self.path.name}/{self.group}" if self.group else self.path.name
+
+    @property
+    def matrix(self) -> str:
+        inside = {None: "X", "raw.X": "raw/X"}.get(self.layer, f"layers/{self.layer}")
+        return f"{self.group}/{inside}".lstrip("/")
+
+    def identity(self) -> dict[str, Any]:
+        return file_identity(self.path) | {"matrix": self.matrix, "modality": self.modality, "dataset": self.dataset}
+
+    def head(self) -> Head:
+        with open_h5(self.path) as file:
+            root = file[self.group] if self.group else file
+            matrix = self._matrix(file)
+            var = "raw/var" if self.layer == "raw.X" else "var"
+            barcodes, features = as_bytes(_index(root, "obs", self.where)), _index(root, var, self.where)
+            if _shape(matrix) != (len(barcodes), len(features)):
+                got = f"{_shape(matrix)} for {len(barcodes)} cells and {len(features)} features"
+                raise DataError(
+                    "matrix, obs and var do not fit together", where=f"{self.where}: {self.matrix}", got=got
+                )
+            fields = {
+                f: c for f, key in self.keys.columns.items() if (c := self._codes(file, key, barcodes)) is not None
+            }
+            columns = _columns(root["obs"]) + (_columns(file["obs"]) if self.group and "obs" in file else [])
+            nnz = int(matrix.size if isinstance(matrix, h5py.Dataset) else matrix["data"].shape[0])
+        return Head(barcodes, [str(f) for f in features], nnz, fields, columns)
+
+    def parts(self) -> int:
+        with open_h5(self.path) as file:
+            matrix = self._matrix(file)
+            if _format(matrix) != "csc_matrix":
+                return 0
+            return -(-int(matrix["data"].shape[0]) // entries.PART_ENTRIES)
+
+    def prepare(self, part: int, scratch: Path) -> None:
+        """Sort one run of a CSC matrix's entries by row."""
+        lo = part * entries.PART_ENTRIES
+        with open_h5(self.path) as file:
+            matrix = self._matrix(file)
+            rows, values = (matrix[name][lo : lo + entries.PART_ENTRIES] for name in ("indices", "data"))
+            columns = np.searchsorted(matrix["indptr"][:], np.arange(lo, lo + len(rows)), side="right") - 1
+        entries.write_part(scratch / f"{part:06d}", rows, columns, values)
+
+    def read(self, lo: int, hi: int, scratch: Path) -> Rows:
+        with open_h5(self.path) as file:
+            matrix = self._matrix(file)
+            n_columns = _shape(matrix)[1]
+            if _format(matrix) == "array":
+                return np.asarray(matrix[lo:hi])
+            if _format(matrix) == "csr_matrix":
+                return _csr_slice(matrix, lo, hi, n_columns, self.where)
+        return entries.read_rows(sorted(scratch.glob("[0-9]" * 6)), lo, hi, n_columns)
+
+    def other_counts(self) -> list[str]:
+        with open_h5(self.path) as file:
+            root = file[self.group] if self.group else file
+            names = [f"layers/{name}" for name in root.get("layers", {})] + ["raw/X"] * (
+                "raw" in root and "X" in root["raw"]
+            )
+            fitting = [
+                n for n in names if f"{self.group}/{n}".lstrip("/") != self.matrix and _looks_like_counts(root[n])
+            ]
+        return ["raw.X" if name == "raw/X" else name.removeprefix("layers/") for name in fitting]
+
+    def _matrix(self, file: h5py.File) -> Any:
+        if self.matrix not in file:
+            root = file[self.group] if self.group else file
+            there = [*root.get("layers", {}), *(["raw.X"] if "raw" in root else [])]
+            raise DataError(
+                "the file has no such matrix",
+                where=f"{self.where}: {self.matrix}",
+                got=f"layers: {listed(there) or 'none'}",
+                fix=f"name one of them with `--layer`, or `--layer {self.modality}=NAME` for this modality alone",
+            )
+        return file[self.matrix]
+
+    def _codes(self, file: h5py.File, key: str, barcodes: np.ndarray) -> Codes | None:
+        """A column of the modality's own obs, else of MuData's: `key` or `modality:key`."""
+        root = file[self.group] if self.group else file
+        if key in root["obs"]:
+            return Codes.of(read_elem(root["obs"][key]))
+        if not self.group or "obs" not in file:
+            return None
+        for name in (key, f"{self.modality}:{key}"):
+            if name in file["obs"]:
+                shared = pd.Index(as_bytes(_index(file, "obs", self.where)))
+                return Codes.of(read_elem(file["obs"][name])).take(shared.get_indexer(pd.Index(barcodes)))
+        return None
+
+
+@dataclass(frozen=True)
+class TenxSource(Direct):
+    """One feature type of a 10x .h5 (Cell Ranger 3 and later): CSC over features x cells is CSR over cells."""
+
+    path: Path
+    modality: str
+    dataset: str = ""
+    feature_type: str | None = None  # None: the file holds one type
+
+    @property
+    def where(self) -> str:
+        return f"{self.path.name}/{self.feature_type}" if self.feature_type else self.path.name
+
+    def identity(self) -> dict[str, Any]:
+        kept = {"feature_type": self.feature_type, "modality": self.modality, "dataset": self.dataset}
+        return file_identity(self.path) | kept
+
+    def head(self) -> Head:
+        with open_h5(self.path) as file:
+            table = tenx_features(file)
+            barcodes, nnz = as_bytes(file["matrix/barcodes"][:]), int(file["matrix/data"].shape[0])
+            expected = (len(table.ids), len(barcodes))
+            if (got := tuple(int(n) for n in file["matrix/shape"][:])) != expected:
+                raise DataError(
+                    "the matrix does not fit its features and barcodes", where=self.where, got=got, expected=expected
+                )
+        wanted, names = table.select(self.feature_type)
+        return Head(barcodes, names, nnz * len(wanted) // max(len(table.ids), 1), {}, [])
+
+    def read(self, lo: int, hi: int, scratch: Path) -> Rows:
+        with open_h5(self.path) as file:
+            table = tenx_features(file)
+            rows = _csr_slice(file["matrix"], lo, hi, len(table.ids), self.where)
+        return columns_of(rows, table.select(self.feature_type)[0])
+
+
+def tenx_features(file: h5py.File) -> FeatureTable:
+    """The feature table of a 10x file."""
+    columns = (file[f"matrix/features/{name}"].asstr()[:].tolist() for name in ("id", "name", "feature_type"))
+    return FeatureTable(*columns)
+
+
+def _csr_slice(matrix: Any, lo: int, hi: int, n_columns: int, where: str) -> sp.csr_matrix:
+    indptr = matrix["indptr"][lo : hi + 1].astype(np.int64)
+    start, stop = int(indptr[0]), int(indptr[-1])
+    indices, values = matrix["indices"][start:stop], matrix["data"][start:stop]
+    if (np.diff(indptr) < 0).any() or len(values) != stop - start:
+        raise DataError(
+            "the sparse matrix is damaged: its indptr does not fit its data", where=f"{where}, rows {lo} to {hi - 1}"
+        )
+    if len(indices) and not 0 <= indices.min() <= indices.max() < n_columns:
+        got = f"column {indices.min()} to {indices.max()}"
+        raise DataError(
+            "the sparse matrix points outside its features", where=f"{where}, rows {lo} to {hi - 1}", got=got
+        )
+    return sp.csr_matrix((values, indices, indptr - start), shape=(hi - lo, n_columns), copy=False)
+
+
+def _format(matrix: Any) -> str:
+    if isinstance(matrix, h5py.Dataset):
+        return "array"
+    name = matrix.attrs.get("encoding-type", "")
+    name = name or {"csr": "csr_matrix", "csc": "csc_matrix"}.get(matrix.attrs.get("h5sparse_format", ""), "")
+    if name not in ("csr_matrix", "csc_matrix"):
+        raise DataError(
+            "a matrix in a form this reader does not know", where=matrix.name, got=name, expected="array, CSR or CSC"
+        )
+    return str(name)
+
+
+def _shape(matrix: Any) -> tuple[int, int]:
+    shape = (
+        matrix.shape
+        if isinstance(matrix, h5py.Dataset)
+        else matrix.attrs.get("shape", matrix.attrs.get("h5sparse_shape"))
+    )
+    return int(shape[0]), int(shape[1])
+
+
+def _index(root: Any, name: str, where: str) -> np.ndarray:
+    """Row names of a data frame (`obs`, `var`), (n,) str."""
+    if name not in root or isinstance(root[name], h5py.Dataset):
+        fix = "read and write it once with a current anndata"
+        raise DataError(f"no {name} of a current AnnData", where=where, fix=fix)
+    return np.asarray(read_elem(root[name][root[name].attrs["_index"]]), dtype=str)
+
+
+def _columns(frame: h5py.Group) -> list[str]:
+    return [str(name) for name in frame.attrs["column-order"]]
+
+
+def _looks_like_counts(matrix: Any) -> bool:
+    if isinstance(matrix, h5py.Dataset):
+        values = matrix[: max(1, _PROBE // matrix.shape[1])] if matrix.size else np.empty(0)
+    else:
+        values = matrix["data"][:_PROBE]
+    return bool(
+        len(values) and np.isfinite(values).all() and (values >= 0).all() and (values == np.floor(values)).all()
+    )

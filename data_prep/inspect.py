@@ -1,0 +1,129 @@
+"""A store at a glance, from its manifest and the sizes of its files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clue_dist.errors import listed
+from clue_dist.store.manifest import Manifest
+from clue_dist.store.reader import Store
+
+_SHOWN = 12  # batches, labels and inputs printed before "... and N more"
+
+
+def facts(root: Path) -> dict[str, Any]:
+    """What `inspect --json` prints. Reads row lengths where a modality is sparse, no counts.
+
+    Raises:
+        StoreError: there is no sound store at `root`.
+    """
+    store = Store(root)
+    manifest = store.manifest
+    total = sum(shard.bytes for shard in manifest.shards.values())
+    return {
+        "store": str(root),
+        "fingerprint": manifest.fingerprint,
+        "cells": manifest.n_cells,
+        "block_cells": manifest.block_cells,
+        "codec": manifest.codec,
+        "bytes": total,
+        "modalities": {name: _modality(store, name) for name in store.modalities},
+        "strata": {
+            name: {
+                "cells": s.n_cells,
+                "paired": len(s.modalities) > 1,
+                "modalities": s.modalities,
+                "shard_blocks": s.shard_blocks,
+            }
+            for name, s in manifest.strata.items()
+        },
+        "batches": _totals(manifest, "batch"),
+        "labels": _totals(manifest, "label"),
+        "provenance": manifest.provenance,
+    }
+
+
+def _modality(store: Store, name: str) -> dict[str, Any]:
+    modality = store.manifest.modalities[name]
+    size = sum(s.bytes for key, s in store.manifest.shards.items() if key.split("/")[2] == name)
+    cells = sum(r.n_cells for r in store.strata.values() if name in r.modalities)
+    out = {
+        "kind": modality.kind,
+        "storage": modality.storage,
+        "features": modality.n_features,
+        "cells": cells,
+        "bytes": size,
+    }
+    if modality.storage == "sparse":
+        nnz = sum(_non_zeros(store, stratum, name) for stratum, r in store.strata.items() if name in r.modalities)
+        return out | {"non_zeros": nnz, "bytes_per_non_zero": size / max(nnz, 1)}
+    return out | {"bytes_per_value": size / max(cells * modality.n_features, 1)}
+
+
+def _non_zeros(store: Store, stratum: str, modality: str) -> int:
+    reader = store.strata[stratum]
+    step = 4096
+    return sum(
+        int(reader.read_lengths(modality, np.arange(lo, min(lo + step, reader.n_blocks))).sum(dtype=np.int64))
+        for lo in range(0, reader.n_blocks, step)
+    )
+
+
+def _totals(manifest: Manifest, field: str) -> dict[str, int]:
+    names = manifest.batches if field == "batch" else manifest.labels
+    tallies = [s.batch_counts if field == "batch" else s.label_counts for s in manifest.strata.values()]
+    totals = {name: sum(tally.get(name, 0) for tally in tallies) for name in names}
+    unknown = manifest.n_cells - sum(totals.values())
+    return totals | ({"(unknown)": unknown} if unknown else {})
+
+
+def text(found: dict[str, Any]) -> str:
+    """`facts` for people."""
+    lines = [
+        f"{found['store']}: {found['cells']:,} cells, {found['bytes'] / 2**20:,.1f} MiB",
+        f"fingerprint  {found['fingerprint']}",
+        f"blocks       {found['block_cells']} cells, codec {found['codec']}",
+        "modalities",
+    ]
+    for name, m in found["modalities"].items():
+        density = (
+            f"{m['bytes_per_non_zero']:.2f} bytes per non-zero"
+            if "non_zeros" in m
+            else f"{m['bytes_per_value']:.2f} bytes per value"
+        )
+        lines.append(
+            f"  {name:<12} {m['kind']}, {m['storage']}, {m['features']:,} features, {m['cells']:,} cells, {density}"
+        )
+    lines.append("strata")
+    for name, s in found["strata"].items():
+        lines.append(f"  {name:<12} {s['cells']:,} cells, {'paired' if s['paired'] else 'one modality'}")
+    for title in ("batches", "labels"):
+        shares = [f"{name} {n:,}" for name, n in found[title].items()]
+        lines.append(f"{title:<12} {listed(shares, _SHOWN) or 'none'}")
+    return "\n".join(lines + _provenance(found["provenance"]))
+
+
+def _provenance(notes: dict[str, Any]) -> list[str]:
+    if not notes:
+        return ["provenance   none recorded"]
+    cells = notes.get("cells", {})
+    lines = [
+        f"provenance   {notes.get('tool', '?')}: {cells.get('in', 0):,} cells in, {cells.get('dropped', 0):,} dropped"
+    ]
+    for item in notes.get("inputs", [])[:_SHOWN]:
+        missing, extra = item["features"]["missing"], item["features"]["extra"]
+        told = f"{item['cells']:,} cells ({item['empty']:,} empty), features: {missing} missing, {extra} extra"
+        lines.append(
+            f"  {item['dataset'] + ':' if item['dataset'] else ''}{item['file']} -> {item['modality']}: {told}"
+        )
+    if len(notes.get("inputs", [])) > _SHOWN:
+        lines.append(f"  ... and {len(notes['inputs']) - _SHOWN} more")
+    return lines
+
+
+def as_json(found: dict[str, Any]) -> str:
+    return json.dumps(found, indent=1)

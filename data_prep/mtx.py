@@ -1,0 +1,184 @@
+"""Matrix Market folders as 10x writes them: matrix.mtx, barcodes.tsv, features.tsv (or genes.tsv), each maybe gzipped.
+
+Entries may come in any order, so the text is read once, in pieces, and kept as sorted parts (see `entries`).
+"""
+
+from __future__ import annotations
+
+import gzip
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pandas as pd
+
+from clue_dist.errors import DataError
+from data_prep import entries
+from data_prep.sources import FeatureTable, Head, Rows, as_bytes, columns_of, file_identity
+
+
+@dataclass(frozen=True)
+class MtxSource:
+    """One feature type of a Matrix Market folder."""
+
+    path: Path
+    modality: str
+    dataset: str = ""
+    feature_type: str | None = None  # None: every feature
+
+    @property
+    def where(self) -> str:
+        return f"{self.path.name}/{self.feature_type}" if self.feature_type else self.path.name
+
+    def identity(self) -> dict[str, Any]:
+        files = [file_identity(_find(self.path, name)) for name in ("matrix", "barcodes", "features")]
+        return {"files": files, "modality": self.modality, "dataset": self.dataset, "feature_type": self.feature_type}
+
+    def head(self) -> Head:
+        table = is_mtx(self.path)
+        barcodes = _lines(_find(self.path, "barcodes"))
+        with _open(_find(self.path, "matrix")) as file:
+            n_features, n_cells, nnz = self._sizes(file)
+        if (n_features, n_cells) != (len(table.ids), len(barcodes)):
+            turned = (n_cells, n_features) == (len(table.ids), len(barcodes))
+            raise DataError(
+                "the matrix does not fit its features and barcodes",
+                where=f"{self.path.name}: header of the matrix",
+                got=f"{n_features} x {n_cells}",
+                expected=f"{len(table.ids)} features x {len(barcodes)} barcodes",
+                fix="the matrix is transposed: write it as features x cells"
+                if turned
+                else "check that the three files belong together",
+            )
+        wanted, names = table.select(self.feature_type)
+        return Head(
+            as_bytes([b.split("\t")[0] for b in barcodes]), names, nnz * len(wanted) // max(len(table.ids), 1), {}, []
+        )
+
+    def parts(self) -> int:
+        return 1  # text, and perhaps gzip, can only be read from its start
+
+    def prepare(self, part: int, scratch: Path) -> None:
+        folder, path = scratch / f"{part:06d}", _find(self.path, "matrix")
+        temporary = scratch / f"{part:06d}.reading"
+        with _open(path) as file:
+            n_features, n_cells, nnz = self._sizes(file)
+            seen = 0
+            pieces = (
+                pd.read_csv(file, sep=r"\s+", header=None, chunksize=entries.PART_ENTRIES, comment="%") if nnz else []
+            )
+            for i, piece in enumerate(self._checked(pieces)):
+                self._validate(piece, seen, n_features, n_cells)
+                seen += len(piece)
+                row, column, value = (piece[k].to_numpy() for k in range(3))
+                target = temporary / f"{i:06d}"
+                if not target.exists():
+                    entries.write_part(target, column - 1, row - 1, value)
+        if seen != nnz:
+            raise DataError(
+                "the matrix ends early or late",
+                where=path.name,
+                got=f"{seen} entries",
+                expected=f"{nnz}, as its header says",
+            )
+        temporary.mkdir(parents=True, exist_ok=True)
+        temporary.rename(folder)
+
+    def read(self, lo: int, hi: int, scratch: Path) -> Rows:
+        table = is_mtx(self.path)
+        rows = entries.read_rows(sorted((scratch / "000000").iterdir()), lo, hi, len(table.ids))
+        return columns_of(rows, table.select(self.feature_type)[0])
+
+    def other_counts(self) -> list[str]:
+        return []
+
+    def _sizes(self, file: IO[str]) -> tuple[int, int, int]:
+        """Read the header up to and with the sizes line; the file stands at the first entry then."""
+        where = f"{self.path.name}: {_find(self.path, 'matrix').name}"
+        banner = file.readline().split()
+        fits = [w.lower() for w in banner[:3]] == ["%%matrixmarket", "matrix", "coordinate"] and len(banner) == 5
+        if not fits or banner[3].lower() not in ("integer", "real") or banner[4].lower() != "general":
+            expected = "%%MatrixMarket matrix coordinate integer (or real) general"
+            raise DataError(
+                "not a Matrix Market header this reader knows",
+                where=where,
+                got=" ".join(banner)[:80],
+                expected=expected,
+            )
+        line = file.readline()
+        while line.startswith("%") or line.isspace():
+            line = file.readline()
+        sizes = line.split()
+        if len(sizes) != 3 or not all(s.isdigit() for s in sizes):
+            raise DataError(
+                "the sizes line is wrong", where=where, got=line.strip()[:80], expected="FEATURES CELLS ENTRIES"
+            )
+        return int(sizes[0]), int(sizes[1]), int(sizes[2])
+
+    def _checked(self, pieces: Any) -> Any:
+        """Pieces of the table, parse errors as DataErrors."""
+        try:
+            yield from pieces
+        except (pd.errors.ParserError, pd.errors.EmptyDataError, EOFError, OSError) as error:
+            raise DataError(
+                "the matrix cannot be read to its end", where=self.path.name, got=str(error).strip()
+            ) from None
+
+    def _validate(self, piece: pd.DataFrame, before: int, n_features: int, n_cells: int) -> None:
+        where = f"{self.path.name}: matrix"
+        if (
+            piece.shape[1] != 3
+            or any(piece[k].dtype.kind not in "iuf" for k in range(3))
+            or piece[[0, 1]].dtypes.ne("int64").any()
+        ):
+            got = piece.iloc[0].tolist()
+            raise DataError(
+                "an entry is not `feature cell count`", where=f"{where}, entries from {before + 1}", got=got
+            )
+        bad = np.flatnonzero(~(piece[0].between(1, n_features) & piece[1].between(1, n_cells)).to_numpy())
+        if len(bad):
+            at = int(bad[0])
+            feature, cell = (int(piece[k].iloc[at]) for k in (0, 1))
+            raise DataError(
+                "an entry lies outside the matrix",
+                where=f"{where}, entry {before + at + 1}",
+                got=f"feature {feature}, cell {cell}",
+                expected=f"feature 1 to {n_features}, cell 1 to {n_cells} (counted from 1)",
+            )
+
+
+def is_mtx(path: Path) -> FeatureTable:
+    """The feature table of a Matrix Market folder: id, name and type, as many of them as there are."""
+    lines = [line.split("\t") for line in _lines(_find(path, "features"))]
+    return FeatureTable(
+        [line[0] for line in lines],
+        [line[1] if len(line) > 1 else line[0] for line in lines],
+        [line[2] if len(line) > 2 else "" for line in lines],
+    )
+
+
+def _find(folder: Path, name: str) -> Path:
+    stems = {"matrix": ["matrix.mtx"], "barcodes": ["barcodes.tsv"], "features": ["features.tsv", "genes.tsv"]}[name]
+    for stem in stems:
+        for path in (folder / stem, folder / f"{stem}.gz"):
+            if path.is_file():
+                return path
+    raise DataError(
+        "a folder that is no Matrix Market input",
+        where=folder,
+        got=f"no {stems[0]}",
+        expected="matrix.mtx, barcodes.tsv, features.tsv",
+    )
+
+
+def _open(path: Path) -> IO[str]:
+    return gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        with _open(path) as file:
+            return [line.rstrip("\r\n") for line in file if line.strip()]
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise DataError("a text file cannot be read", where=path, got=str(error)) from None

@@ -1,0 +1,209 @@
+"""What every input looks like to the conversion: a `Source` of rows, and the `Head` that says what they are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, get_args
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from clue_dist.errors import DataError, listed
+from clue_dist.store.layout import Kind
+
+Rows = sp.csr_matrix | np.ndarray  # (n, features), as the file has them: not validated, not aligned
+FIELDS = {"batch": "batch", "label": "cell_type"}  # what a store keeps of each cell, and the column it comes from
+
+_ALIASES = {
+    "rna": "rna gex gene_expression",
+    "adt": "adt prot protein cite antibody antibody_capture",
+    "atac": "atac peak peaks chromatin",
+    "dense": "dense",
+}
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Columns of obs that hold batch and label; a name given explicitly must exist in some file."""
+
+    columns: Mapping[str, str] = field(default_factory=lambda: dict(FIELDS))
+    explicit: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Codes:
+    """One category per cell. codes: (n,) int32 into `names`, -1 = unknown."""
+
+    codes: np.ndarray
+    names: list[str]
+
+    @classmethod
+    def of(cls, values: Any) -> Codes:
+        """Encode a column of any type; NaN and the empty string are unknown, 1.0 is the same as 1."""
+        series = pd.Series(values)
+        if series.dtype.kind == "f":
+            whole = series.dropna().mod(1).eq(0).all()
+            series = series.astype("Int64") if whole else series
+        codes, names = pd.factorize(series)
+        texts = ["" if pd.isna(name) else str(name) for name in names]
+        unique = sorted({t for t in texts if t})
+        place = {t: i for i, t in enumerate(unique)} | {"": -1}
+        renumber = np.array([place[t] for t in texts] + [-1], np.int32)  # the last one: factorize's own -1
+        return cls(renumber[codes], unique)
+
+    def take(self, rows: np.ndarray) -> Codes:
+        """The codes of `rows`; -1 stays unknown."""
+        return Codes(np.where(rows >= 0, self.codes[rows], -1).astype(np.int32), self.names)
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a source holds. barcodes: (n,) bytes; nnz: stored entries, for sizing tasks only."""
+
+    barcodes: np.ndarray
+    features: list[str]
+    nnz: int
+    fields: dict[str, Codes]  # "batch", "label" where the file has them
+    columns: list[str]  # every obs column there is, for error messages
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.barcodes)
+
+
+class Source(Protocol):
+    """One modality of one input. Instances are small and travel to the workers; `read` may run anywhere."""
+
+    @property
+    def modality(self) -> str: ...
+    @property
+    def dataset(self) -> str:
+        """Cells of different data sets never join; "" is a data set too."""
+        ...
+
+    @property
+    def where(self) -> str:
+        """The file, for messages and provenance."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """What must be unchanged for an interrupted conversion to go on."""
+        ...
+
+    def head(self) -> Head: ...
+    def parts(self) -> int:
+        """How many `prepare` tasks must run before `read`; 0 where rows can be read directly."""
+        ...
+
+    def prepare(self, part: int, scratch: Path) -> None:
+        """Bring part of the input into a form from which rows can be read; bounded memory."""
+        ...
+
+    def read(self, lo: int, hi: int, scratch: Path) -> Rows:
+        """Rows lo to hi, with this source's own columns."""
+        ...
+
+    def other_counts(self) -> list[str]:
+        """Other matrices of the file that look like raw counts, to be named in errors."""
+        ...
+
+
+class Direct:
+    """Mixin for sources whose rows can be read without preparation."""
+
+    def parts(self) -> int:
+        return 0
+
+    def prepare(self, part: int, scratch: Path) -> None:
+        raise AssertionError(f"nothing to prepare, asked for part {part} in {scratch}")
+
+    def other_counts(self) -> list[str]:
+        return []
+
+
+def kind_of(modality: str, given: Mapping[str, str]) -> Kind:
+    """What a modality measures: from `--kind name=kind`, else from its name.
+
+    Raises:
+        DataError: the name says nothing, or two things at once.
+    """
+    kinds = get_args(Kind)
+    if modality in given:
+        if given[modality] not in kinds:
+            raise DataError("unknown kind", where=f"--kind {modality}={given[modality]}", expected=listed(kinds))
+        return given[modality]  # type: ignore[return-value]
+    name = "_".join(re.findall(r"[a-z0-9]+", modality.lower()))
+    found = {kind for kind, aliases in _ALIASES.items() for alias in aliases.split() if f"_{alias}_" in f"_{name}_"}
+    if len(found) != 1:
+        raise DataError(
+            "cannot tell from its name what a modality measures",
+            where=f"modality {modality!r}",
+            got=listed(sorted(found)) or "no known word in the name",
+            expected=f"one of {listed(kinds)}",
+            fix=f"add `--kind {modality}=rna` (or another kind)",
+        )
+    return found.pop()  # type: ignore[return-value]
+
+
+def file_identity(path: Path) -> dict[str, Any]:
+    """Path, size and time of a file: an interrupted conversion goes on only if these are unchanged."""
+    stat = path.stat()
+    return {"path": str(path.resolve()), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+
+
+def as_bytes(texts: Any) -> np.ndarray:
+    """Barcodes or names as fixed-width UTF-8 bytes, (n,)."""
+    texts = np.asarray(texts)
+    if texts.dtype.kind == "S":
+        return texts
+    return np.asarray(np.char.encode(texts.astype(str), "utf-8")) if len(texts) else np.empty(0, "S1")
+
+
+def decode(barcodes: np.ndarray) -> np.ndarray:
+    """UTF-8 bytes -> str, (n,)."""
+    decoded: np.ndarray = np.char.decode(barcodes, "utf-8")
+    return decoded
+
+
+@dataclass(frozen=True)
+class FeatureTable:
+    """The features of a 10x file, which may mix modalities. All lists are (features,)."""
+
+    ids: list[str]
+    names: list[str]
+    types: list[str]
+
+    def select(self, feature_type: str | None) -> tuple[np.ndarray, list[str]]:
+        """Columns of one type (None: all) and their names; a name that repeats gives way to its id."""
+        wanted = [i for i, t in enumerate(self.types) if feature_type is None or t == feature_type]
+        seen = pd.Series([self.names[i] for i in wanted], dtype=object)
+        repeated = seen.duplicated(keep=False)
+        return np.array(wanted, np.int64), [
+            self.ids[i] if r else self.names[i] for i, r in zip(wanted, repeated, strict=True)
+        ]
+
+    def type_for(self, kind: str, where: str) -> str | None:
+        """The feature type that holds `kind`; None where the file does not tell types apart.
+
+        Raises:
+            DataError: the file has several types and none of this kind.
+        """
+        types = sorted(set(self.types))
+        if len(types) <= 1:
+            return None
+        fitting = [t for t in types if t in TENX_TYPES and TENX_TYPES[t] == kind]
+        if len(fitting) != 1:
+            raise DataError("the file has no features of this kind", where=where, got=listed(types), expected=kind)
+        return fitting[0]
+
+
+TENX_TYPES = {"Gene Expression": "rna", "Antibody Capture": "adt", "Peaks": "atac"}
+
+
+def columns_of(rows: sp.csr_matrix, wanted: np.ndarray) -> sp.csr_matrix:
+    """The `wanted` columns of a CSR matrix (ascending), without SciPy's detour for a plain slice."""
+    return rows if len(wanted) == rows.shape[1] else rows[:, wanted]

@@ -1,0 +1,135 @@
+"""From spooled rows to strata: which cells end up where, in which order, packed how."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from clue_dist.errors import DataError
+from clue_dist.store import layout
+from clue_dist.store.manifest import Manifest, Modality, Packed, Stratum, capacity_of
+from data_prep import spool
+from data_prep.cells import Cells
+
+
+@dataclass(frozen=True)
+class Final:
+    """mask: (n,) int64 per cell, bit m set where it keeps modality m, 0 = dropped; order: cells of each mask, shuffled;
+    packed: how each modality lies in each stratum, keyed by mask.
+    """
+
+    mask: np.ndarray
+    order: dict[int, np.ndarray]
+    packed: dict[int, dict[str, Packed]]
+
+
+def settle(
+    cells: Cells, modalities: dict[str, Modality], spools: dict[str, list[Path]], block_cells: int, folder: Path
+) -> Final:
+    """Decide every cell's final stratum and position; writes what the second pass needs of each stratum to `folder`.
+
+    A cell loses a modality in which it has no counts. Strata keep the order of the shuffle of all cells.
+
+    Raises:
+        DataError: no cell has any count.
+    """
+    by_key = np.argsort(cells.keys(np.arange(len(cells.barcodes))))
+    sorted_keys = cells.keys(by_key)
+    mask = np.zeros(len(cells.barcodes), np.int64)
+    lengths, extremes = {}, {}
+    for m, (name, modality) in enumerate(modalities.items()):
+        lengths[name] = np.zeros(len(mask), np.uint32)
+        extremes[name] = [0, 0]
+        for path in spools[name]:
+            seen = spool.survey(path)
+            of = by_key[np.searchsorted(sorted_keys, seen.keys)]
+            lengths[name][of] = seen.lengths
+            mask[of[(seen.lengths > 0) | (modality.kind == "dense")]] |= 1 << m
+            extremes[name] = [max(a, b) for a, b in zip(extremes[name], (seen.largest, seen.gap), strict=True)]
+    if not mask.any():
+        raise DataError("no cell has any count", where="all inputs", fix="check that the files hold raw counts")
+    shuffled = np.argsort(cells.place)
+    order = {int(bits): shuffled[mask[shuffled] == bits] for bits in np.unique(mask[mask > 0])}
+    packed = {
+        bits: {
+            name: _pack(modality, lengths[name][of], extremes[name][0], extremes[name][1], block_cells)
+            for m, (name, modality) in enumerate(modalities.items())
+            if bits >> m & 1
+        }
+        for bits, of in order.items()
+    }
+    _write(cells, order, modalities, folder)
+    return Final(mask, order, packed)
+
+
+def manifest(
+    final: Final,
+    cells: Cells,
+    modalities: dict[str, Modality],
+    block_cells: int,
+    codec: Literal["fast", "small"],
+    provenance: dict[str, Any],
+) -> Manifest:
+    """The manifest but for its shards."""
+    strata = {}
+    for bits, of in final.order.items():
+        packed = final.packed[bits]
+        raw = max(_cell_bytes(packed[name], modalities[name].n_features, block_cells) for name in packed)
+        strata[layout.stratum_name(list(packed))] = Stratum(
+            modalities=list(packed),
+            n_cells=len(of),
+            shard_blocks=layout.shard_blocks(raw, len(of), block_cells),
+            barcode_width=max(1, int(np.char.str_len(cells.barcodes[of]).max())),
+            packed=packed,
+            batch_counts=_tally(cells, "batch", of),
+            label_counts=_tally(cells, "label", of),
+        )
+    return Manifest(
+        block_cells=block_cells,
+        codec=codec,
+        modalities=modalities,
+        batches=cells.names["batch"],
+        labels=cells.names["label"],
+        strata=strata,
+        shards={},
+        provenance=provenance,
+    )
+
+
+def _pack(modality: Modality, lengths: np.ndarray, largest: int, gap: int, block_cells: int) -> Packed:
+    """lengths: non-zeros of the stratum's cells, in order; largest, gap: over the whole modality."""
+    if modality.storage == "dense":
+        values = "float32" if modality.kind == "dense" else layout.unsigned(largest)
+        return Packed(capacity=0, values=values)  # type: ignore[arg-type]
+    kept = None if largest <= 1 else layout.unsigned(largest - 1)
+    return Packed(capacity=capacity_of(lengths, block_cells), deltas=layout.index_type(gap), counts=kept)  # type: ignore[arg-type]
+
+
+def _cell_bytes(packed: Packed, n_features: int, block_cells: int) -> float:
+    """Raw bytes of one cell in the store."""
+    if packed.values is not None:
+        return n_features * np.dtype(packed.values).itemsize
+    entry = np.dtype(packed.deltas).itemsize + (np.dtype(packed.counts).itemsize if packed.counts else 0)
+    return packed.capacity / block_cells * entry
+
+
+def _tally(cells: Cells, field: str, of: np.ndarray) -> dict[str, int]:
+    codes = cells.codes[field][of]
+    times = np.bincount(codes[codes >= 0], minlength=len(cells.names[field]))
+    return {name: int(n) for name, n in zip(cells.names[field], times, strict=True) if n}
+
+
+def _write(cells: Cells, order: dict[int, np.ndarray], modalities: dict[str, Modality], folder: Path) -> None:
+    """Per stratum: spool keys, codes and barcodes of its cells, in store order, as arrays the tasks can map."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for bits, of in order.items():
+        target = folder / layout.stratum_name([name for m, name in enumerate(modalities) if bits >> m & 1])
+        target.mkdir(parents=True)
+        np.save(target / "keys.npy", cells.keys(of))
+        np.save(target / "batch.npy", cells.codes["batch"][of])
+        np.save(target / "label.npy", cells.codes["label"][of])
+        np.save(target / "barcodes.npy", cells.barcodes[of])

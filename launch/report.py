@@ -1,0 +1,23 @@
+"""python launch/report.py --run RUN [--embedding OUT.h5mu] [--scores scores.json]
+
+Writes RUN/report/index.html; the last line printed is its path.
+"""
+
+import argparse
+from pathlib import Path
+
+from clue_dist.errors import run_main
+from clue_dist.report import write_report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="launch/report.py", description="Write one page about a run.")
+    parser.add_argument("--run", type=Path, required=True, help="folder of the trained run")
+    parser.add_argument("--embedding", type=Path, help="output of launch/embed.py --per-modality")
+    parser.add_argument("--scores", type=Path, help="scores.json of launch/evaluate.py")
+    args = parser.parse_args()
+    print(write_report(args.run, args.embedding, args.scores))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,60 @@
+"""A model without training: a fixed random projection per modality, behind the interface of a loaded one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clue_dist.data.batch import Batch, SparseCounts
+from clue_dist.store.manifest import Modality
+
+
+class Projection:
+    """z from a modality = log1p(counts) @ a fixed matrix; joint z = the mean over what was observed."""
+
+    def __init__(self, modalities: dict[str, Modality], latent: int) -> None:
+        draw = torch.Generator().manual_seed(0)
+        self.width = latent * len(modalities)
+        self.order = list(modalities)
+        self.weights = {m: torch.randn(v.n_features, self.width, generator=draw) for m, v in modalities.items()}
+
+    def to(self, device: Any) -> Projection:
+        return self
+
+    def embed(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        assert batch.observed.shape[1] == len(self.order)
+        total = torch.zeros(batch.n_cells, self.width)
+        alone = {}
+        for k, m in enumerate(self.order):
+            if m not in batch.modalities:
+                continue
+            assert batch.observed[:, k].sum() == len(batch.modalities[m].rows)
+            alone[m] = dense(batch.modalities[m].counts).log1p() @ self.weights[m]
+            total.index_add_(0, batch.modalities[m].rows, alone[m])
+        return total / batch.observed.sum(1, keepdim=True), alone
+
+
+def dense(counts: SparseCounts | Tensor) -> Tensor:
+    """Counts as (n, features) float32."""
+    if isinstance(counts, Tensor):
+        return counts
+    out = torch.zeros(len(counts.indptr) - 1, counts.n_features)
+    out[counts.row_of_entry(), counts.indices.long()] = counts.values
+    return out
+
+
+@dataclass(frozen=True)
+class FakeLoaded:
+    """What `load_model` gives, with a `Projection` as its model."""
+
+    modalities: dict[str, Modality]
+    latent: int = 3
+    name: str = "step-7"
+    model: Any = field(default=None)
+
+    def __post_init__(self) -> None:
+        if self.model is None:
+            object.__setattr__(self, "model", Projection(self.modalities, self.latent))

@@ -1,0 +1,129 @@
+"""Tiny stores for tests, written by clue_dist.store.writer itself: random counts for the strata that are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import scipy.sparse as sp
+
+from clue_dist.store import layout, writer
+from clue_dist.store.layout import STORAGE, Kind
+from clue_dist.store.manifest import Manifest, Modality, Packed, Shard, Stratum, capacity_of
+from clue_dist.store.reader import Store
+from clue_dist.store.rows import Csr
+
+KINDS: dict[str, Kind] = {"rna": "rna", "adt": "adt", "atac": "atac"}
+
+
+def make_store(
+    path: Path,
+    cells: Mapping[str, int] | None = None,
+    features: Mapping[str, int] | None = None,
+    kinds: Mapping[str, Kind] | None = None,
+    seed: int = 0,
+    block_cells: int = 16,
+    batches: int = 2,
+    labels: int = 3,
+) -> Store:
+    """A committed store at `path`; equal arguments give equal bytes.
+
+    cells: stratum -> number of cells; features: modality -> number, in the manifest's order; kinds: by name where
+    it is rna, adt or atac, else dense. Counts depend on the cell's label, so that modalities of a cell agree.
+    Features are `rna-0`, ...; barcodes `rna+adt-0`, ...; batches `batch-0`, ...; labels `type-0`, ...
+    """
+    cells = cells or {"rna+adt": 100, "rna": 50}
+    features = features or {"rna": 30, "adt": 8}
+    rng = np.random.default_rng(seed)
+    kind_of = {m: (kinds or {}).get(m, KINDS.get(m, "dense")) for m in features}
+    modalities = {
+        m: Modality(kind=kind_of[m], storage=STORAGE[kind_of[m]], features=[f"{m}-{i}" for i in range(n)])
+        for m, n in features.items()
+    }
+    rates = {m: rng.gamma(0.5, 2.0, (max(labels, 1), n)) for m, n in features.items()}
+    drawn = {s: _draw(rng, s, n, modalities, rates, batches, labels) for s, n in cells.items()}
+    batch_names, label_names = [f"batch-{i}" for i in range(batches)], [f"type-{i}" for i in range(labels)]
+    manifest = Manifest(
+        block_cells=block_cells,
+        modalities=modalities,
+        batches=batch_names,
+        labels=label_names,
+        strata={s: _stratum(s, c, modalities, block_cells, batch_names, label_names) for s, c in drawn.items()},
+        shards={},
+    )
+    partial = path.with_name(path.name + ".partial")
+    writer.create(partial, manifest)
+    shards: dict[str, Shard] = {}
+    for name, stratum in manifest.strata.items():
+        per_shard = stratum.shard_blocks * block_cells
+        for i in range(-(-stratum.n_cells // per_shard)):
+            part = _part(drawn[name], slice(i * per_shard, (i + 1) * per_shard))
+            shards |= writer.write_shard(partial, manifest, name, i, part)
+    writer.commit(partial, path, manifest.model_copy(update={"shards": shards}))
+    return Store(path)
+
+
+def _draw(
+    rng: np.random.Generator,
+    stratum: str,
+    n: int,
+    modalities: dict[str, Modality],
+    rates: dict[str, np.ndarray],
+    batches: int,
+    labels: int,
+) -> writer.Cells:
+    label = rng.integers(0, labels, n).astype(np.int32) if labels else np.full(n, -1, np.int32)
+    batch = rng.integers(0, batches, n).astype(np.int32) if batches else np.full(n, -1, np.int32)
+    rows: dict[str, Csr | np.ndarray] = {}
+    for m in stratum.split("+"):
+        counts = rng.poisson(rates[m][np.maximum(label, 0)])
+        counts[:, 0] += 1  # no empty cells
+        if modalities[m].storage == "dense":
+            is_count = modalities[m].kind == "adt"
+            rows[m] = counts.astype(np.uint16) if is_count else rng.normal(counts).astype(np.float32)
+            continue
+        if modalities[m].kind == "atac":
+            counts = np.minimum(counts, 1)
+        sparse = sp.csr_matrix(counts)
+        values = sparse.data.astype(np.float32)
+        rows[m] = Csr(sparse.indptr.astype(np.int64), sparse.indices.astype(np.int32), values, counts.shape[1])
+    return writer.Cells(rows, batch, label, np.array([f"{stratum}-{i}" for i in range(n)]))
+
+
+def _stratum(
+    name: str,
+    cells: writer.Cells,
+    modalities: dict[str, Modality],
+    block_cells: int,
+    batches: list[str],
+    labels: list[str],
+) -> Stratum:
+    n = len(cells.barcodes)
+    return Stratum(
+        modalities=name.split("+"),
+        n_cells=n,
+        shard_blocks=2 * layout.CHUNK_ROWS if n > 2 * layout.CHUNK_ROWS * block_cells else layout.CHUNK_ROWS,
+        barcode_width=max(len(b) for b in cells.barcodes),
+        packed={m: _packed(rows, modalities[m], block_cells) for m, rows in cells.modalities.items()},
+        batch_counts={b: int((cells.batch == i).sum()) for i, b in enumerate(batches)},
+        label_counts={t: int((cells.label == i).sum()) for i, t in enumerate(labels)},
+    )
+
+
+def _packed(rows: Csr | np.ndarray, modality: Modality, block_cells: int) -> Packed:
+    if not isinstance(rows, Csr):
+        return Packed(capacity=0, values="uint16" if modality.kind == "adt" else "float32")
+    counts = None if modality.kind == "atac" else "uint16"
+    return Packed(capacity=capacity_of(np.diff(rows.indptr), block_cells), deltas="uint16", counts=counts)
+
+
+def _part(cells: writer.Cells, part: slice) -> writer.Cells:
+    rows: dict[str, Csr | np.ndarray] = {}
+    for m, r in cells.modalities.items():
+        if isinstance(r, Csr):
+            cut = r.scipy()[part]
+            rows[m] = Csr(cut.indptr.astype(np.int64), cut.indices, cut.data, r.n_features)
+        else:
+            rows[m] = r[part]
+    return writer.Cells(rows, cells.batch[part], cells.label[part], cells.barcodes[part])

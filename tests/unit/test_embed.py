@@ -1,0 +1,203 @@
+"""Embedding a store: every cell gets its own z, in every format, on any number of ranks."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import anndata as ad
+import mudata as md
+import numpy as np
+import pytest
+import torch
+
+from clue_dist.data.batch import read_batch
+from clue_dist.embed import check_features, embed_store
+from clue_dist.errors import ConfigError, ResumeError, StoreError
+from clue_dist.store.manifest import Modality
+from clue_dist.store.reader import Store
+from tests.fakes import FakeLoaded
+from tests.processes import ROOT, run_ranks
+from tests.stores import make_store
+
+CELLS = {"rna+adt": 90, "rna": 41, "adt": 20}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Store:
+    return make_store(tmp_path_factory.mktemp("store") / "s.zarr", cells=CELLS)
+
+
+@pytest.fixture(scope="module")
+def loaded(store) -> FakeLoaded:
+    """Knows one modality more than the store, and names them in another order."""
+    extra = Modality(kind="atac", storage="sparse", features=["peak-0", "peak-1"])
+    return FakeLoaded({"adt": store.manifest.modalities["adt"], "atac": extra, "rna": store.manifest.modalities["rna"]})
+
+
+@pytest.fixture(scope="module")
+def expected(store, loaded) -> dict[str, dict[str, np.ndarray]]:
+    """Barcode -> z, by source: one batch per stratum, straight through the model."""
+    out: dict[str, dict[str, np.ndarray]] = {"joint": {}, "rna": {}, "adt": {}}
+    for name, reader in store.strata.items():
+        everyone = np.arange(reader.n_cells)
+        joint, alone = loaded.model.embed(read_batch(store, name, everyone, list(loaded.modalities)))
+        for source, z in {"joint": joint, **alone}.items():
+            out[source] |= dict(zip(reader.obs(everyone).barcodes, z.numpy(), strict=True))
+    return out
+
+
+def assert_rows(names, z, expected) -> None:
+    assert len(names) == len(set(names)) == len(expected)
+    np.testing.assert_allclose(z, np.stack([expected[n] for n in names]), rtol=1e-5, atol=1e-5)
+
+
+def test_h5mu_holds_every_cell_once_with_its_own_z(store, loaded, expected, tmp_path):
+    embed_store(loaded, store, tmp_path / "o.h5mu", run="runs/a", per_modality=True, batch_size=32)
+    got = md.read_h5mu(tmp_path / "o.h5mu")
+    assert got.obsm["X_clue"].shape == (151, 9)
+    assert_rows(got.obs_names, got.obsm["X_clue"], expected["joint"])
+    assert list(got.mod) == ["rna", "adt"]
+    for m in got.mod:
+        assert_rows(got[m].obs_names, got[m].obsm["X_clue"], expected[m])
+        assert got[m].X is None
+        assert list(got[m].var_names) == store.manifest.modalities[m].features
+    obs = store.strata["rna"].obs(np.arange(41))
+    frame = got["rna"].obs.loc[obs.barcodes]
+    assert list(frame["batch"]) == [store.manifest.batches[i] for i in obs.batch]
+    assert list(frame["cell_type"]) == [store.manifest.labels[i] for i in obs.label]
+    assert list(got.obs.loc[obs.barcodes, "batch"]) == list(frame["batch"])
+    about = got.uns["clue_dist"]
+    assert (about["run"], about["checkpoint"], about["fingerprint"]) == ("runs/a", "step-7", store.fingerprint)
+    assert about["latent"] == {"adt": 3, "atac": 3, "rna": 3}
+    assert [p.name for p in tmp_path.iterdir()] == ["o.h5mu"]
+
+
+@pytest.mark.parametrize("ending", ["h5ad", "zarr"])
+def test_one_table_has_nan_where_a_modality_was_not_observed(store, loaded, expected, tmp_path, ending):
+    out = tmp_path / f"o.{ending}"
+    for _ in range(2):  # the second time over the first
+        embed_store(loaded, store, out, run="r", per_modality=True)
+    got = ad.read_h5ad(out) if ending == "h5ad" else ad.read_zarr(out)
+    assert_rows(got.obs_names, got.obsm["X_clue"], expected["joint"])
+    for m in ("rna", "adt"):
+        has = np.array([m in name.split("-")[0].split("+") for name in got.obs_names])
+        assert np.isnan(got.obsm[f"X_clue_{m}"][~has]).all()
+        assert_rows(got.obs_names[has], got.obsm[f"X_clue_{m}"][has], expected[m])
+    assert [p.name for p in tmp_path.iterdir()] == [out.name]
+
+
+def test_unknown_batch_and_label_are_left_out(tmp_path):
+    store = make_store(tmp_path / "s.zarr", cells={"rna": 20}, features={"rna": 9}, batches=0, labels=0)
+    embed_store(FakeLoaded(store.manifest.modalities), store, tmp_path / "o.h5ad", run="r")
+    got = ad.read_h5ad(tmp_path / "o.h5ad")
+    assert list(got.obs) == []
+    assert list(got.obsm) == ["X_clue"]
+
+
+def test_cells_that_share_a_barcode_stay_apart(store, loaded, tmp_path, monkeypatch):
+    obs = store.strata["rna"].obs
+    shared = store.strata["adt"].obs(np.arange(20)).barcodes
+
+    def doubled(positions):
+        got = obs(positions)
+        return replace(got, barcodes=np.where(positions < 20, shared[np.minimum(positions, 19)], got.barcodes))
+
+    monkeypatch.setattr(store.strata["rna"], "obs", doubled)
+    embed_store(loaded, store, tmp_path / "o.h5mu", run="r")
+    got = md.read_h5mu(tmp_path / "o.h5mu")
+    assert got.n_obs == 151
+    assert sorted(got.obs["barcode"]).count("adt-0") == 2
+
+
+def test_two_ranks_write_what_one_writes(store, loaded, tmp_path):
+    embed_store(loaded, store, tmp_path / "one.h5mu", run="r", per_modality=True, batch_size=16)
+    code = """
+        from pathlib import Path
+        from clue_dist.embed import embed_store
+        from clue_dist.ranks import Ranks
+        from clue_dist.store.reader import Store
+        from tests.fakes import FakeLoaded
+        from clue_dist.store.manifest import Modality
+        ranks, store = Ranks.from_env().init(), Store(root)
+        extra = Modality(kind="atac", storage="sparse", features=["peak-0", "peak-1"])
+        known = {"adt": store.manifest.modalities["adt"], "atac": extra, "rna": store.manifest.modalities["rna"]}
+        embed_store(FakeLoaded(known), store, Path(out), run="r", per_modality=True, batch_size=16, ranks=ranks)
+        ranks.close()
+    """
+    run_ranks(2, f"root, out = {str(store.root)!r}, {str(tmp_path / 'two.h5mu')!r}", code)
+    one, two = md.read_h5mu(tmp_path / "one.h5mu"), md.read_h5mu(tmp_path / "two.h5mu")
+    assert list(one.obs_names) == list(two.obs_names)
+    np.testing.assert_array_equal(one.obsm["X_clue"], two.obsm["X_clue"])
+    for m in one.mod:
+        np.testing.assert_array_equal(one[m].obsm["X_clue"], two[m].obsm["X_clue"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one.h5mu", "two.h5mu"]
+
+
+@pytest.mark.parametrize(
+    ("features", "told"),
+    [
+        (["a", "b"], r"1 missing: c$"),
+        (["a", "b", "c", "x"], r"1 extra: x$"),
+        (["b", "a", "c"], r"2 reordered: a, b$"),
+        ([f"n{i}" for i in range(12)], r"3 missing: a, b, c; 12 extra: n0, .*n9 ... and 2 more$"),
+    ],
+)
+def test_other_features_are_listed(store, features, told):
+    known = {
+        "rna": store.manifest.modalities["rna"],
+        "adt": Modality(kind="adt", storage="dense", features=["a", "b", "c"]),
+    }
+    modalities = {**store.manifest.modalities, "adt": Modality(kind="adt", storage="dense", features=features)}
+    fake = Store(store.root)
+    fake.manifest = store.manifest.model_copy(update={"modalities": modalities})
+    with pytest.raises(StoreError, match="not the model's") as error:
+        check_features(fake, known)
+    assert "modality adt" in str(error.value)
+    assert re.search(told, str(error.value.got))
+    assert "--features-from" in str(error.value.fix)
+
+
+def test_a_modality_unknown_to_the_model_is_an_error(store):
+    with pytest.raises(StoreError, match=r"does not know a modality[\s\S]*got: adt"):
+        check_features(store, {"rna": store.manifest.modalities["rna"]})
+
+
+def test_a_modality_of_another_kind_is_an_error(store):
+    known = {**store.manifest.modalities, "adt": store.manifest.modalities["adt"].model_copy(update={"kind": "dense"})}
+    with pytest.raises(StoreError, match="another kind"):
+        check_features(store, known)
+
+
+def test_outputs_that_cannot_be_are_refused_before_any_work(store, loaded, tmp_path):
+    with pytest.raises(ConfigError, match=r"expected: .h5mu or"):
+        embed_store(loaded, store, tmp_path / "o.csv", run="r")
+    with pytest.raises(ConfigError, match="in the way"):
+        embed_store(loaded, store, store.root, run="r")
+    assert Store(store.root).fingerprint == store.fingerprint
+
+
+def test_nan_is_refused_and_the_earlier_output_stands(store, loaded, tmp_path):
+    out = tmp_path / "o.h5ad"
+    embed_store(loaded, store, out, run="r")
+    before = out.read_bytes()
+    broken = FakeLoaded(loaded.modalities)
+    broken.model.weights["adt"] = broken.model.weights["adt"] * torch.nan
+    with pytest.raises(ResumeError, match=r"NaN or Inf[\s\S]*stratum rna\+adt"):
+        embed_store(broken, store, out, run="r")
+    assert out.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["o.h5ad"]
+
+
+@pytest.mark.parametrize("name", ["embed", "evaluate", "report"])
+def test_command_lines_explain_themselves(name):
+    if name != "report" and not (ROOT / "clue_dist" / "train" / "checkpoint.py").exists():
+        pytest.skip("needs clue_dist.train.checkpoint")
+    done = subprocess.run(
+        [sys.executable, Path("launch") / f"{name}.py", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--run" in done.stdout

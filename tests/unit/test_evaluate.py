@@ -1,0 +1,105 @@
+"""scores.json: the right cells, both directions, the same on any number of ranks."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from clue_dist import matching
+from clue_dist.data.batch import read_batch
+from clue_dist.errors import ConfigError, StoreError
+from clue_dist.evaluate import evaluate_store, paired_cells, table
+from tests.fakes import FakeLoaded
+from tests.processes import run_ranks
+from tests.stores import make_store
+
+FEATURES = {"rna": 20, "adt": 6, "atac": 15}
+CELLS = {"rna+adt+atac": 40, "rna+adt": 70, "rna+atac": 25, "rna": 30, "adt": 12}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("store") / "s.zarr", cells=CELLS, features=FEATURES)
+
+
+def test_every_cell_that_carries_both_counts(store, tmp_path):
+    loaded = FakeLoaded(store.manifest.modalities)
+    evaluate_store(loaded, store, tmp_path / "scores.json", run="runs/a", batch_size=16)
+    got = json.loads((tmp_path / "scores.json").read_text())
+    pairs = {"rna->adt": 110, "adt->rna": 110, "rna->atac": 65, "atac->rna": 65, "adt->atac": 40, "atac->adt": 40}
+    assert {name: entry["cells"] for name, entry in got.items() if name != "about"} == pairs
+    assert got["about"]["fingerprint"] == store.fingerprint
+    assert (got["about"]["run"], got["about"]["checkpoint"], got["about"]["cells"]) == ("runs/a", "step-7", 135)
+
+    z: dict[str, list[np.ndarray]] = {"rna": [], "adt": []}
+    batch = []
+    for name in ("rna+adt+atac", "rna+adt"):
+        everyone = np.arange(CELLS[name])
+        _, alone = loaded.model.embed(read_batch(store, name, everyone))
+        for m, parts in z.items():
+            parts.append(alone[m].numpy())
+        batch.append(store.strata[name].obs_codes("batch", everyone))
+    args = np.concatenate(z["rna"]), np.concatenate(z["adt"]), np.concatenate(batch)
+    both, directed = matching.scores(*args), matching.directed_scores(*args)
+    for scope in matching.SCOPES:
+        assert got["rna->adt"][scope] == pytest.approx(both[scope], abs=1e-6)
+        assert got["adt->rna"][scope] == got["rna->adt"][scope]
+        assert got["rna->adt"]["directed"][scope] == pytest.approx(directed["forward"][scope], abs=1e-6)
+        assert got["adt->rna"]["directed"][scope] == pytest.approx(directed["backward"][scope], abs=1e-6)
+    assert [p.name for p in tmp_path.iterdir()] == ["scores.json"]
+    lines = table(got).splitlines()
+    assert len(lines) == 2 + 2 * len(pairs)
+    assert lines[2].split()[:3] == ["rna->adt", "global", "110"]
+
+
+def test_two_ranks_score_as_one(store, tmp_path):
+    evaluate_store(FakeLoaded(store.manifest.modalities), store, tmp_path / "one.json", run="r", batch_size=16)
+    code = """
+        from pathlib import Path
+        from clue_dist.evaluate import evaluate_store
+        from clue_dist.ranks import Ranks
+        from clue_dist.store.reader import Store
+        from tests.fakes import FakeLoaded
+        ranks, store = Ranks.from_env().init(), Store(root)
+        evaluate_store(FakeLoaded(store.manifest.modalities), store, Path(out), run="r", batch_size=16, ranks=ranks)
+        ranks.close()
+    """
+    run_ranks(2, f"root, out = {str(store.root)!r}, {str(tmp_path / 'two.json')!r}", code)
+    assert json.loads((tmp_path / "two.json").read_text()) == json.loads((tmp_path / "one.json").read_text())
+
+
+def test_a_part_of_the_cells(store, tmp_path):
+    taken = paired_cells(store, 50)
+    assert sum(taken.values()) == 50
+    assert all(0 < n <= CELLS[s] for s, n in taken.items())
+    assert "rna" not in taken
+    got = evaluate_store(FakeLoaded(store.manifest.modalities), store, tmp_path / "s.json", run="r", max_cells=50)
+    assert got["about"]["cells"] == 50
+    assert got["rna->adt"]["cells"] == taken["rna+adt"] + taken["rna+adt+atac"]
+    assert sum(paired_cells(store, 10**9).values()) == 135
+
+
+def test_no_paired_cells_is_a_clear_error(tmp_path):
+    store = make_store(tmp_path / "s.zarr", cells={"rna": 20, "adt": 20}, features={"rna": 9, "adt": 4})
+    with pytest.raises(StoreError, match=r"no cell carries two modalities[\s\S]*strata rna, adt"):
+        evaluate_store(FakeLoaded(store.manifest.modalities), store, tmp_path / "s.json", run="r")
+
+
+def test_arguments_that_cannot_be(store, tmp_path):
+    loaded = FakeLoaded(store.manifest.modalities)
+    with pytest.raises(ConfigError, match="into a file"):
+        evaluate_store(loaded, store, tmp_path, run="r")
+    with pytest.raises(ConfigError, match="two cells"):
+        evaluate_store(loaded, store, tmp_path / "s.json", run="r", max_cells=1)
+
+
+def test_batches_of_one_cell_give_null_not_nan(tmp_path):
+    store = make_store(tmp_path / "s.zarr", cells={"rna+adt": 2}, features={"rna": 9, "adt": 4}, batches=2, seed=2)
+    codes = store.strata["rna+adt"].obs_codes("batch", np.arange(2))
+    assert codes[0] != codes[1], "the seed must put the two cells into two batches"
+    evaluate_store(FakeLoaded(store.manifest.modalities), store, tmp_path / "s.json", run="r")
+    text = (tmp_path / "s.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["rna->adt"]["within_batch"]["foscttm"] is None

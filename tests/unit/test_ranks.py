@@ -1,0 +1,73 @@
+"""Who am I, from the environment of each launcher; what is mine of n."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clue_dist.errors import ConfigError
+from clue_dist.ranks import Ranks
+from tests.processes import run_ranks
+
+SLURM = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8"}
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({}, Ranks(0, 1, 0)),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, Ranks(3, 4, 1)),
+        ({**SLURM, "SLURM_STEP_NUM_TASKS": "8"}, Ranks(5, 8, 1)),
+        ({**SLURM, "SLURM_PROCID": "0"}, Ranks(0, 1, 0)),  # a batch script without srun
+        ({**SLURM, "SLURM_STEP_NUM_TASKS": "8", "RANK": "0", "WORLD_SIZE": "2"}, Ranks(0, 2, 0)),  # a launcher in srun
+    ],
+)
+def test_environment(env, expected):
+    assert Ranks.from_env(env) == expected
+
+
+@pytest.mark.parametrize("env", [{"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "one"}, {"RANK": "-1"}])
+def test_an_environment_that_makes_no_sense_is_an_error(env):
+    with pytest.raises(ConfigError, match=f"RANK={env['RANK']}"):
+        Ranks.from_env(env)
+
+
+@given(n=st.integers(0, 1000), world=st.integers(1, 20))
+def test_shares_cover_everything_once_and_evenly(n, world):
+    parts = [list(range(n))[Ranks(r, world).share(n)] for r in range(world)]
+    assert list(itertools.chain(*parts)) == list(range(n))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_one_process_needs_no_set_up():
+    ranks = Ranks().init()
+    ranks.barrier()
+    assert ranks.all_gather_object("x") == ["x"]
+    ranks.close()
+
+
+def test_several_machines_need_an_address(monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_NODES", "2")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")  # init sets them; undone at the end
+    with pytest.raises(ConfigError, match="MASTER_ADDR"):
+        Ranks(1, 2, 0).init()
+
+
+def test_processes_meet(tmp_path):
+    code = """
+        import os
+        from pathlib import Path
+        from clue_dist.ranks import Ranks
+        ranks = Ranks.from_env().init()
+        Path(f"{here}/{ranks.rank}").write_text("here")
+        ranks.barrier()
+        assert Path(f"{here}/{1 - ranks.rank}").exists()
+        assert ranks.all_gather_object(f"rank {ranks.rank}") == ["rank 0", "rank 1"]
+        ranks.close()
+    """
+    run_ranks(2, f"here = {str(tmp_path)!r}", code)
