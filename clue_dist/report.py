@@ -32,29 +32,12 @@ from clue_dist.matching import METRICS, SCOPES
 
 MOST_PROFILES = 10_000
 MOST_LEGEND = 36
+_MOST_CURVES = 15
 UNKNOWN = "unknown"
 _PALETTE = [
-    "#3b6fb6",
-    "#e07b39",
-    "#3a9e6f",
-    "#c44e6c",
-    "#8a63b0",
-    "#b8a038",
-    "#4bb0c6",
-    "#8c6d54",
-    "#e58fb8",
-    "#7d8790",
-    "#1f3f77",
-    "#f4b183",
-    "#8fd1a8",
-    "#7a1f3d",
-    "#c3a6e0",
-    "#5f5a1e",
-    "#a6dbe8",
-    "#3f2a1d",
-    "#f7c6de",
-    "#d62f2f",
-]
+    "#3b6fb6", "#e07b39", "#3a9e6f", "#c44e6c", "#8a63b0", "#b8a038", "#4bb0c6", "#8c6d54", "#e58fb8", "#7d8790",
+    "#1f3f77", "#f4b183", "#8fd1a8", "#7a1f3d", "#c3a6e0", "#5f5a1e", "#a6dbe8", "#3f2a1d", "#f7c6de", "#d62f2f",
+]  # fmt: skip
 _GREY, _INK = "#cfd3d8", "#2b2f36"
 _STYLE = {
     "font.family": "sans-serif",
@@ -74,26 +57,17 @@ _STYLE = {
     "legend.frameon": False,
     "savefig.dpi": 160,
 }
-_CURVES = (
-    "loss",
-    "self",
-    "cross",
-    "mse",
-    "adversarial",
-    "contrastive",
-    "foscttm",
-    "match",
-    "recall10",
-    "cells_per_s",
-    "data_wait",
-)
-_NOT_CURVES = {"step", "epoch", "time", "seconds", "cells"}
+_CURVES = [
+    "loss", "self", "cross", "mse", "adversarial", "contrastive",
+    "foscttm", "match", "recall10", "cells_per_s", "data_wait",
+]  # fmt: skip
+_NOT_CURVES = {"step", "epoch", "time", "seconds", "cells", "best", "best_step"}
 _TITLES = {
     "self": "ELBO self (eq. 5)",
     "cross": "ELBO cross (eq. 8)",
     "mse": "MSE of paired z (eq. 9)",
     "adversarial": "adversarial (eq. 12)",
-    "foscttm": "FOSCTTM, held-out pairs",
+    "foscttm": "held-out FOSCTTM",
     "cells_per_s": "cells per second",
     "data_wait": "share of time waiting for data",
 }
@@ -180,7 +154,8 @@ def draw_curves(metrics: pd.DataFrame) -> Figure:
             for split, colour in (("train", _PALETTE[0]), ("validation", _PALETTE[1])):
                 part = metrics.loc[metrics["split"] == split, ["step", name]].dropna()
                 handles |= _line(ax, part["step"].to_numpy(), part[name].to_numpy(float), split, colour)
-            ax.set_title(_TITLES.get(name, name))
+            what, *of = name.split(" ")
+            ax.set_title(" ".join([_TITLES.get(what, what), *of]))
             ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
             ax.yaxis.set_major_locator(MaxNLocator(4))
             ax.grid(axis="y", color="#eceef1", linewidth=0.8)
@@ -195,11 +170,14 @@ def draw_curves(metrics: pd.DataFrame) -> Figure:
 
 
 def curve_names(metrics: pd.DataFrame) -> list[str]:
-    """The numbers worth a panel: known ones first, in order, then others that vary; 12 at most."""
+    """The numbers worth a panel: known ones first, in order ("foscttm rna-adt" is a foscttm), then others that vary."""
     numeric = [str(c) for c in metrics.select_dtypes("number") if c not in _NOT_CURVES and metrics[c].notna().any()]
-    known = [c for c in _CURVES if c in numeric]
+    kind = {c: c.split(" ")[0] for c in numeric}
+    known = sorted((c for c in numeric if kind[c] in _CURVES), key=lambda c: _CURVES.index(kind[c]))
     others = [c for c in numeric if c not in known and metrics[c].nunique() > 1]
-    return (known + others)[:12]
+    if "foscttm" in kind.values():
+        others = [c for c in others if c != "score"]  # their mean
+    return (known + others)[:_MOST_CURVES]
 
 
 def draw_scatter(xy: np.ndarray, names: np.ndarray, title: str) -> Figure:
@@ -267,7 +245,7 @@ def _line(ax: Any, x: np.ndarray, y: np.ndarray, split: str, colour: str) -> dic
     low, high = np.nanpercentile(y, [3, 97])
     margin = 0.5 * (high - low)
     if len(y) > 50 and np.nanmax(y) - np.nanmin(y) > 3 * (high - low) > 0:  # the first steps would flatten the rest
-        ax.set_ylim(max(np.nanmin(y), low - margin), min(np.nanmax(y), high + margin))
+        ax.set_ylim(max(np.nanmin(y) - margin / 8, low - margin), min(np.nanmax(y) + margin / 8, high + margin))
     return {split: ax.plot(x, y, lw=1.4, color=colour)[0]}
 
 
@@ -302,14 +280,12 @@ def _curves_section(run: Path, folder: Path) -> str:
     metrics, bad = read_metrics(run / "metrics.jsonl")
     if not curve_names(metrics):
         return "<h2>Training</h2><p class='muted'>Nothing was logged.</p>"
-    last = metrics.iloc[-1]
-    facts = [f"{int(last['step']):,} steps"]
-    if not pd.isna(last.get("epoch")):
-        facts.append(f"{last['epoch']:.4g} epochs")
-    held_out = metrics[metrics["split"] == "validation"]
-    if "foscttm" in held_out and held_out["foscttm"].notna().any():
-        best = held_out.sort_values("foscttm", kind="stable").iloc[0]
-        facts.append(f"best held-out FOSCTTM {best['foscttm']:.4f} at step {int(best['step']):,}")
+    facts = [f"{int(metrics['step'].max()):,} steps"]
+    if "epoch" in metrics:
+        facts.append(f"{metrics['epoch'].max():.4g} epochs")
+    if "best_step" in metrics and metrics["best_step"].notna().any():
+        best = metrics.dropna(subset=["best_step"]).iloc[-1]
+        facts.append(f"best validation {best['best']:.4f} at step {int(best['best_step']):,}")
     if bad:
         facts.append(f"{bad} unreadable lines of metrics.jsonl left out")
     return f"<h2>Training</h2><p class='muted'>{'; '.join(facts)}.</p>" + _image(folder, "curves", draw_curves(metrics))

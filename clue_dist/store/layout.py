@@ -25,7 +25,7 @@ FORMAT = "clue_dist.store"
 VERSION = 1
 MANIFEST = "manifest.json"
 BLOCK_CELLS = 64
-SHARD_BYTES = 128 * 2**20  # raw bytes of the largest modality of one shard
+SHARD_BYTES = 64 * 2**20  # raw bytes of the largest modality of one shard
 CHUNK_ROWS = 16  # blocks that share one chunk in the narrow arrays (lengths, obs); shards hold a multiple of it
 
 Kind = Literal["rna", "adt", "atac", "dense"]
@@ -94,7 +94,12 @@ def codecs(dtype: str, preset: str) -> list[dict[str, Any]]:
         {"name": "bytes", "configuration": {"endian": "little"}} if size > 1 else {"name": "bytes"},
         {
             "name": "blosc",
-            "configuration": {**blosc, "shuffle": "shuffle" if size > 1 else "noshuffle", "typesize": size, "blocksize": 0},
+            "configuration": {
+                **blosc,
+                "shuffle": "shuffle" if size > 1 else "noshuffle",
+                "typesize": size,
+                "blocksize": 0,
+            },
         },
         {"name": "crc32c"},
     ]

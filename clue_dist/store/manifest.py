@@ -144,7 +144,11 @@ class Manifest(_Strict):
         path = root / layout.MANIFEST
         if not path.is_file():
             partial = root.with_name(root.name + ".partial")
-            fix = "run the same `python -m data_prep convert` again: it goes on where it stopped" if partial.exists() else None
+            fix = (
+                "run the same `python -m data_prep convert` again: it goes on where it stopped"
+                if partial.exists()
+                else None
+            )
             fix = fix or "make one with `python -m data_prep convert ... --out STORE.zarr`, or mend the path"
             raise StoreError("no store here", where=root, got=f"no {layout.MANIFEST}", fix=fix)
         try:

@@ -79,7 +79,9 @@ class StratumReader:
         if not isinstance(decoded, SparseBlocks):
             return decoded[slot, row]
         starts = row_starts(decoded.lengths)
-        return gather_rows(decoded.deltas, decoded.counts, starts, slot, row, self.manifest.modalities[modality].n_features)
+        return gather_rows(
+            decoded.deltas, decoded.counts, starts, slot, row, self.manifest.modalities[modality].n_features
+        )
 
     def obs_codes(self, field: str, positions: np.ndarray) -> np.ndarray:
         """`batch` or `label` codes of any cells, (n,) int32, -1 = unknown."""
@@ -97,16 +99,26 @@ class StratumReader:
     def _open(self, spec: ArraySpec) -> Any:
         folder = self.root / spec.path
         if not folder.resolve().is_relative_to(self.root.resolve()):
-            raise StoreError("an array lies outside its store", where=folder, got=folder.resolve(), expected=f"inside {self.root}")
+            raise StoreError(
+                "an array lies outside its store", where=folder, got=folder.resolve(), expected=f"inside {self.root}"
+            )
         kvstore = {"driver": "file", "path": f"{folder}/"}
         request = {"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False}
         try:
             array = ts.open(request, read=True, open=True, context=self._context, recheck_cached_data=False).result()
         except (ValueError, OSError) as error:
-            raise StoreError("an array of the store cannot be opened", where=folder, got=_first_line(error), fix=_CHECK) from None
+            raise StoreError(
+                "an array of the store cannot be opened", where=folder, got=_first_line(error), fix=_CHECK
+            ) from None
         got = (tuple(array.shape), str(array.dtype.numpy_dtype))
         if got != (spec.shape, spec.dtype):
-            raise StoreError("an array does not fit the manifest", where=folder, got=got, expected=(spec.shape, spec.dtype), fix=_CHECK)
+            raise StoreError(
+                "an array does not fit the manifest",
+                where=folder,
+                got=got,
+                expected=(spec.shape, spec.dtype),
+                fix=_CHECK,
+            )
         return array
 
     def _start(self, name: str, blocks: np.ndarray) -> Any:
@@ -152,7 +164,9 @@ class Store:
         return self.manifest.fingerprint
 
 
-def gather_rows(deltas: np.ndarray, counts: np.ndarray, starts: np.ndarray, slot: np.ndarray, row: np.ndarray, n_features: int) -> Csr:
+def gather_rows(
+    deltas: np.ndarray, counts: np.ndarray, starts: np.ndarray, slot: np.ndarray, row: np.ndarray, n_features: int
+) -> Csr:
     """Rows `row` of blocks `slot`, both (n,), out of decoded blocks; see `rows.gather`."""
     indptr = np.zeros(len(slot) + 1, np.int64)
     np.cumsum(starts[slot, row + 1] - starts[slot, row], out=indptr[1:])

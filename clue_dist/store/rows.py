@@ -1,4 +1,4 @@
-"""Rows of a sparse matrix, and the two kernels that pack them into blocks and gather them out again."""
+"""Rows of a sparse matrix, and the kernels that pack them into blocks and gather them out again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from numba import njit
 
 @dataclass(frozen=True)
 class Csr:
-    """Sparse rows. indptr: (n + 1,) int64; indices: (nnz,) int32, sorted in a row; values: (nnz,) float32."""
+    """Sparse rows. indptr: (n + 1,) int64; indices: (nnz,) int32, sorted in a row; values: (nnz,) float32.
+
+    The writer takes any integer types.
+    """
 
     indptr: np.ndarray
     indices: np.ndarray
@@ -27,15 +30,23 @@ class Csr:
 
 
 @njit(nogil=True, cache=True)
-def pack_deltas(indptr: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """Column indices -> gaps: the first of a row counts from column 0. Returns (nnz,) int64."""
-    out = np.empty(len(indices), np.int64)
+def pack(indptr, indices, values, block_cells, deltas, counts):  # type: ignore[no-untyped-def]
+    """Rows -> blocks: gaps between column indices (a row's first counts from column 0), and counts minus one.
+
+    Fills deltas (blocks, C) and counts (blocks, C), zeros so far; counts has no columns for binary data.
+    """
+    binary = counts.shape[1] == 0
     for row in range(len(indptr) - 1):
-        before = 0
+        block = row // block_cells
+        target = indptr[row] - indptr[block * block_cells]
+        before = np.int64(0)
         for i in range(indptr[row], indptr[row + 1]):
-            out[i] = indices[i] - before
-            before = indices[i]
-    return out
+            column = np.int64(indices[i])
+            deltas[block, target] = column - before
+            before = column
+            if not binary:
+                counts[block, target] = np.int64(values[i]) - 1
+            target += 1
 
 
 @njit(nogil=True, cache=True)

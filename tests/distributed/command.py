@@ -1,0 +1,81 @@
+"""Run the project's commands as a person does, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+ROOT = Path(__file__).parents[2]
+FAST = ("log.wandb=disabled", "log.tensorboard=false", "train.validate_every=1000", "train.checkpoint_every=1000")
+
+
+def environment() -> dict[str, str]:
+    """This process's environment without a launcher's variables; the virtual environment's programs come first."""
+    left_out = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    env = {k: v for k, v in os.environ.items() if k not in left_out and not k.startswith("SLURM_")}
+    return env | {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}", "OMP_NUM_THREADS": "1"}
+
+
+def run(*command: str, expect: int | None = 0, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """Run a command in the repository's root; its exit code must be `expect` (None: any)."""
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout)
+    if expect is not None:
+        assert done.returncode == expect, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done
+
+
+def python(*args: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, *args, **kwargs)
+
+
+def launched(ranks: int, *args: str) -> list[str]:
+    """A command line under the deepspeed launcher, on a port of its own."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    return ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(port), *args]
+
+
+def train_args(folder: Path, store: Path, name: str, *settings: str) -> list[str]:
+    """Arguments of launch/train.py for a small model; writes the config beside the run."""
+    config = folder / f"{name}.json"
+    config.write_text(
+        json.dumps(
+            {
+                "store": str(store),
+                "run": str(folder / name),
+                "model": {
+                    "latent": 6,
+                    "trunk": {"projection": 12, "hidden": 24, "projection_lr": 0.1},
+                    "decoder": {"hidden": 16},
+                    "discriminator": {"hidden": 16},
+                },
+                "objective": {"lambda_contrastive": 1.0},
+                "data": {"lanes": 4, "batch_size": 64, "window_blocks": 2},
+            }
+        )
+    )
+    return ["launch/train.py", "--config", str(config), "--set", *FAST, *settings]
+
+
+def best_weights(run_folder: Path) -> dict[str, Tensor]:
+    (path,) = (run_folder / "best").glob("step-*/weights.safetensors")
+    return load_file(path)
+
+
+def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[k] - b[k]).abs().max()) for k in a)
+
+
+def metrics(run_folder: Path, split: str = "train") -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["split"] == split]

@@ -1,0 +1,129 @@
+"""Every likelihood equals scipy's, sparse equals dense, and a random subset of features is unbiased."""
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from scipy import stats
+from torch.nn import functional as F
+
+from clue_dist.config import DecoderConfig
+from clue_dist.data.batch import SparseCounts
+from clue_dist.model.decoders import Decoder, library_of, only
+from clue_dist.model.likelihoods import LIKELIHOODS, Params, log_likelihood
+
+N, M = 7, 23
+COUNTS = ["nb", "zinb", "poisson", "bernoulli"]
+
+
+def counts(seed: int = 0) -> np.ndarray:
+    x = np.random.default_rng(seed).negative_binomial(0.5, 0.2, (N, M)).astype(np.float64)
+    x[:, 0] += 1  # no cell is empty
+    return x
+
+
+def sparse(x: np.ndarray) -> SparseCounts:
+    m = sp.csr_matrix(x)
+    return SparseCounts(torch.tensor(m.indptr), torch.tensor(m.indices), torch.tensor(m.data, dtype=torch.float32), M)
+
+
+def params(name: str, x: np.ndarray) -> Params:
+    rng = np.random.default_rng(1)
+    t = lambda *shape: torch.tensor(rng.normal(size=shape), dtype=torch.float32)  # noqa: E731
+    return Params(t(N, M) - 2, t(M), torch.tensor(x.sum(1, keepdims=True), dtype=torch.float32), t(N, M) if name == "zinb" else None)
+
+
+def oracle(name: str, x: np.ndarray, p: Params) -> np.ndarray:
+    """ln p per cell in float64, by scipy.stats, without the terms that hold no parameter."""
+    rate, theta, library = (v.double().numpy() for v in p[:3])
+    mu, r = library / (1 + np.exp(-rate)), np.exp(theta)
+    factorial = stats.poisson.logpmf(x, 1.0) + 1.0  # ln 1 / x!
+    if name == "poisson":
+        return (stats.poisson.logpmf(x, mu) - factorial).sum(1)
+    if name == "bernoulli":
+        odds = library * np.exp(rate)
+        return stats.bernoulli.logpmf(x > 0, odds / (1 + odds)).sum(1)
+    if name == "normal":
+        return (stats.norm.logpdf(x, rate, np.exp(theta)) + 0.5 * np.log(2 * np.pi)).sum(1)
+    nb = stats.nbinom.logpmf(x, r, r / (r + mu))
+    if name == "nb":
+        return (nb - factorial).sum(1)
+    gate = 1 / (1 + np.exp(-p.gate.double().numpy()))
+    return np.where(x > 0, np.log1p(-gate) + nb - factorial, np.log(gate + (1 - gate) * np.exp(nb))).sum(1)
+
+
+@pytest.mark.parametrize("name", [*COUNTS, "normal"])
+def test_equals_scipy(name: str) -> None:
+    x = counts() if name != "normal" else np.random.default_rng(2).normal(size=(N, M))
+    p = params(name, np.abs(x))
+    got = log_likelihood(name, torch.tensor(x, dtype=torch.float32), p)
+    np.testing.assert_allclose(got.numpy(), oracle(name, x, p), rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_sparse_equals_dense_with_its_gradient(name: str) -> None:
+    x = counts()
+    grads, values = [], []
+    for profile in (torch.tensor(x, dtype=torch.float32), sparse(x)):
+        p = params(name, x)
+        p = p._replace(rate=p.rate.requires_grad_(), theta=p.theta.requires_grad_())
+        value = log_likelihood(name, profile, p)
+        value.sum().backward()
+        values.append(value.detach())
+        grads.append((p.rate.grad, p.theta.grad))
+    torch.testing.assert_close(*values, rtol=1e-5, atol=1e-4)
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_at_most_probable_counts_the_likelihood_peaks() -> None:
+    # A check of signs that no shared mistake with the oracle can pass: the data's own mean beats a shifted one.
+    x = counts()
+    library = torch.tensor(x.sum(1, keepdims=True), dtype=torch.float32)
+    share = torch.tensor((x.sum(0) + 0.5) / (x.sum() + 0.5 * M), dtype=torch.float32)
+    best = torch.logit(share).expand(N, M)
+    for name in ("nb", "poisson"):
+        p = Params(best, torch.zeros(M), library)
+        near, far = log_likelihood(name, sparse(x), p), log_likelihood(name, sparse(x), p._replace(rate=best + 1.5))
+        assert near.sum() > far.sum()
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_random_features_estimate_the_whole_sum_without_bias(name: str) -> None:
+    torch.manual_seed(0)
+    x = counts()
+    decoder = Decoder(name, M, 1, 4, DecoderConfig(hidden=8, features_per_step=5))
+    z, code = torch.randn(N, 4), torch.zeros(N, dtype=torch.int64)
+    profile = sparse(x)
+    with torch.no_grad():
+        whole = decoder(z, code, profile)
+        draws = [decoder(z, code, profile, features=torch.randperm(M)[:5].sort().values) for _ in range(4000)]
+    mean, error = torch.stack(draws).mean(0), torch.stack(draws).std(0) / 4000**0.5
+    assert ((mean - whole).abs() < 5 * error + 1e-3).all()
+
+
+def test_only_takes_the_columns_asked_for() -> None:
+    x = counts()
+    keep = torch.tensor([0, 3, 4, 20])
+    got = only(sparse(x), keep)
+    dense = torch.sparse_csr_tensor(got.indptr, got.indices, got.values, (N, 4)).to_dense()
+    np.testing.assert_array_equal(dense.numpy(), x[:, keep.numpy()])
+    torch.testing.assert_close(library_of(sparse(x)), torch.tensor(x.sum(1, keepdims=True), dtype=torch.float32))
+
+
+def test_batch_covariates_reach_the_decoder_and_an_unknown_batch_is_finite() -> None:
+    torch.manual_seed(0)
+    decoder = Decoder("nb", M, 3, 4, DecoderConfig(hidden=8))
+    z = torch.randn(1, 4).expand(N, 4)
+    same = torch.tensor(counts()[:1].repeat(N, 0), dtype=torch.float32)
+    out = decoder(z, torch.tensor([0, 1, 2, -1, 0, 0, 0]), same)
+    assert out.isfinite().all()
+    assert out[0] == out[4]
+    assert len({round(float(v), 4) for v in out[:4]}) == 4
+
+
+def test_softplus_form_stays_finite_for_extreme_rates() -> None:
+    p = Params(torch.tensor([[-200.0, 200.0]]), torch.tensor([-10.0, 10.0]), torch.tensor([[1e6]]))
+    for name in ("nb", "poisson", "bernoulli"):
+        assert log_likelihood(name, torch.tensor([[0.0, 5.0]]), p).isfinite().all()
+    assert F.logsigmoid(torch.tensor(-200.0)).isfinite()

@@ -1,0 +1,100 @@
+"""What the loader serves is what the plan asked for, on any number of ranks, and an error is never swallowed."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from clue_dist.data.batch import Batch, SparseCounts
+from clue_dist.data.loader import Loader
+from clue_dist.data.plan import Plan
+from clue_dist.errors import StoreError
+from clue_dist.store.reader import Store
+from tests.stores import make_store
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return make_store(
+        tmp_path / "s.zarr", cells={"rna+adt": 203, "rna": 70, "adt": 33}, features={"rna": 40, "adt": 6}, block_cells=16
+    )
+
+
+def plan_of(store: Store, window: int = 2) -> Plan:
+    sizes = {s: r.n_cells for s, r in store.strata.items()}
+    return Plan(5, sizes, {"rna+adt": 16, "rna": 8, "adt": 8}, 4, window, 16)
+
+
+def dense(batch: Batch, modality: str) -> np.ndarray:
+    """Rows of the modality in batch order, NaN where a cell lacks it."""
+    observed = batch.modalities[modality]
+    c = observed.counts
+    if isinstance(c, SparseCounts):
+        values = torch.sparse_csr_tensor(c.indptr, c.indices, c.values, (len(observed.rows), c.n_features)).to_dense()
+    else:
+        values = c
+    out = np.full((batch.n_cells, values.shape[1]), np.nan)
+    out[observed.rows.numpy()] = values.numpy()
+    return out
+
+
+def expected(store: Store, plan: Plan, step: int, modality: str) -> np.ndarray:
+    parts = []
+    for name, reader in store.strata.items():
+        cells = plan.cells(step, name)
+        if modality not in reader.modalities:
+            parts.append(np.full((len(cells), store.manifest.modalities[modality].n_features), np.nan))
+            continue
+        rows = reader.rows(modality, cells)
+        parts.append(rows if isinstance(rows, np.ndarray) else rows.scipy().toarray())
+    return np.concatenate(parts)
+
+
+def test_batches_hold_the_planned_cells(store: Store) -> None:
+    plan = plan_of(store)
+    with Loader(store, plan) as loader:
+        for step in range(40):  # several passes over every stratum
+            batch = next(loader)
+            for m in ("rna", "adt"):
+                np.testing.assert_array_equal(dense(batch, m), expected(store, plan, step, m))
+            np.testing.assert_array_equal(batch.observed.numpy(), np.repeat([[1, 1], [1, 0], [0, 1]], [16, 8, 8], 0) == 1)
+
+
+def test_batch_codes_come_with_their_cells(store: Store) -> None:
+    plan = plan_of(store)
+    with Loader(store, plan) as loader:
+        got = next(loader).batch_code.numpy()
+    want = np.concatenate([r.obs_codes("batch", plan.cells(0, s)) for s, r in store.strata.items()])
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_together_hold_the_global_batch_in_the_same_composition(store: Store, world: int) -> None:
+    plan = plan_of(store)
+    for first in (0, 37):
+        batches = []
+        for rank in range(world):
+            with Loader(store, plan, rank=rank, world=world, first=first) as loader:
+                batches.append(next(loader))
+        assert all(torch.equal(b.observed, batches[0].observed) for b in batches)
+        together = np.concatenate([dense(b, "rna") for b in batches])
+        want = expected(store, plan, first, "rna")
+        order = lambda x: x[np.lexsort(np.nan_to_num(x, nan=-1).T)]  # noqa: E731
+        np.testing.assert_array_equal(order(together), order(want))
+
+
+def test_a_damaged_chunk_raises_where_its_batch_was_due(store: Store) -> None:
+    shard = store.root / "strata/rna/rna/deltas/c/0/0"
+    data = bytearray(shard.read_bytes())
+    data[3] ^= 0x10
+    shard.write_bytes(data)
+    with Loader(Store(store.root), plan_of(store)) as loader, pytest.raises(StoreError, match="missing or damaged"):
+        for _ in range(40):
+            next(loader)
+
+
+def test_closing_ends_the_thread_even_when_nobody_reads(store: Store) -> None:
+    loader = Loader(store, plan_of(store), prefetch=1)
+    loader.close()
+    assert not loader._thread.is_alive()

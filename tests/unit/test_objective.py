@@ -1,0 +1,243 @@
+"""Each loss term equals a slow float64 transcription of its equation, cell by cell, on a mosaic of three modalities."""
+
+import math
+from itertools import permutations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from clue_dist.config import ObjectiveConfig
+from clue_dist.data.batch import Batch, Observed
+from clue_dist.model.clue import CLUE, ModalitySpec, Output, Posterior
+from clue_dist.model.layers import reverse_gradient
+from clue_dist.model.noise import Noise
+from clue_dist.model.posterior import kl_to_prior, mean_of_experts, product_of_experts
+from clue_dist.objective import Objective, discriminator_ln, elbo_cross, elbo_self, info_nce, mse
+
+B, K, D = 12, 3, 4
+OBSERVED = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 1, 1], [0, 0, 1], [1, 0, 1]] * 2, dtype=torch.bool)
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def output(seed: int = 0) -> Output:
+    mean, log_var = draw(B, K, K, D, seed=seed), draw(B, K, K, D, seed=seed + 1)
+    posterior = Posterior(mean, log_var, *product_of_experts(mean, log_var, OBSERVED))
+    ln = [draw(B, K, seed=seed + i) * OBSERVED for i in (2, 3)]
+    return Output(posterior, draw(B, K, K, D, seed=seed + 4), *ln, draw(B, K, K, seed=seed + 5), torch.tensor(1.5))
+
+
+def kl64(mean: np.ndarray, log_var: np.ndarray) -> float:
+    return sum(0.5 * (m * m + math.exp(v) - 1 - v) for m, v in zip(mean, log_var, strict=True))
+
+
+def test_kl_equals_torch_distributions() -> None:
+    mean, log_var = draw(5, D), draw(5, D, seed=1)
+    q = torch.distributions.Normal(mean, torch.exp(0.5 * log_var))
+    want = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).sum(-1)
+    torch.testing.assert_close(kl_to_prior(mean, log_var), want)
+
+
+def test_product_of_experts_is_eq_6() -> None:
+    mean, log_var = draw(B, K, K, D), 3 * draw(B, K, K, D, seed=1)
+    got_mean, got_log_var = product_of_experts(mean, log_var, OBSERVED)
+    for c in range(B):
+        for j in range(K):
+            precision = sum(np.exp(-log_var[c, k, j].double().numpy()) for k in range(K) if OBSERVED[c, k])
+            weighted = sum(
+                np.exp(-log_var[c, k, j].double().numpy()) * mean[c, k, j].double().numpy() for k in range(K) if OBSERVED[c, k]
+            )
+            np.testing.assert_allclose(got_log_var[c, j], -np.log(precision), rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(got_mean[c, j], weighted / precision, rtol=1e-4, atol=1e-5)
+
+
+def test_mean_of_experts_has_the_moments_of_the_averaged_samples() -> None:
+    mean, log_var = draw(1, K, K, D), draw(1, K, K, D, seed=1)
+    observed = torch.tensor([[True, False, True]])
+    got_mean, got_log_var = mean_of_experts(mean, log_var, observed)
+    samples = mean + torch.exp(0.5 * log_var) * draw(200_000, K, K, D, seed=2)
+    averaged = (samples[:, 0] + samples[:, 2]) / 2
+    torch.testing.assert_close(got_mean[0], averaged.mean(0), atol=0.02, rtol=0)
+    torch.testing.assert_close(got_log_var[0].exp(), averaged.var(0), atol=0.02, rtol=0.02)
+
+
+def test_elbo_self_is_eq_5() -> None:
+    out, weight, beta = output(), torch.tensor([1.0, 0.5, 0.1]), 0.7
+    got = elbo_self(out, OBSERVED, weight, beta)
+    p = out.posterior
+    for c in range(B):
+        want = sum(
+            float(weight[k]) * (float(out.ln_self[c, k]) - beta * kl64(p.mean[c, k, k].double().numpy(), p.log_var[c, k, k].double().numpy()))
+            for k in range(K)
+            if OBSERVED[c, k]
+        )
+        assert float(got[c]) == pytest.approx(want, rel=1e-5, abs=1e-5)
+
+
+def test_elbo_cross_is_eq_8() -> None:
+    out, weight, beta = output(), torch.tensor([1.0, 0.5, 0.1]), 0.7
+    got = elbo_cross(out, OBSERVED, weight, beta)
+    p = out.posterior
+    for c in range(B):
+        want = 0.0
+        for k in range(K):  # the KL runs over all k, the reconstruction over the observed
+            reconstruction = float(out.ln_cross[c, k]) if OBSERVED[c, k] else 0.0
+            kl = kl64(p.joint_mean[c, k].double().numpy(), p.joint_log_var[c, k].double().numpy())
+            want += float(weight[k]) * (reconstruction - beta * kl)
+        assert float(got[c]) == pytest.approx(want, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+def test_mse_is_eq_9_to_11_over_multimodal_cells(cosine: bool) -> None:
+    z = draw(B, K, K * D)
+    per_cell = []
+    for c in range(B):
+        rows = [z[c, k].double().numpy() for k in range(K) if OBSERVED[c, k]]
+        if len(rows) < 2:
+            continue  # contributes nothing and does not dilute the mean
+        rows = [r / np.linalg.norm(r) for r in rows] if cosine else rows
+        centre = sum(rows) / len(rows)
+        per_cell.append(sum(((r - centre) ** 2).sum() for r in rows) / len(rows))
+    assert float(mse(z, OBSERVED, cosine)) == pytest.approx(np.mean(per_cell), rel=1e-5)
+
+
+def test_discriminator_term_is_eq_12() -> None:
+    logits = draw(B, K, K)
+    per_cell = []
+    for c in range(B):
+        terms = []
+        for k in range(K):
+            if OBSERVED[c, k]:
+                row = logits[c, k].double().numpy()
+                terms.append(row[k] - np.log(np.exp(row).sum()))
+        per_cell.append(np.mean(terms))
+    assert float(discriminator_ln(logits, OBSERVED)) == pytest.approx(np.mean(per_cell), rel=1e-5)
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_info_nce_over_pairs_both_directions(within: bool) -> None:
+    z, code, log_scale = draw(B, K, K * D), torch.arange(B) % 2, torch.tensor(1.3)
+    unit = z.double().numpy() / np.linalg.norm(z.double().numpy(), axis=-1, keepdims=True)
+    losses = []
+    for a, b in permutations(range(K), 2):
+        both = [c for c in range(B) if OBSERVED[c, a] and OBSERVED[c, b]]
+        for c in both:
+            rivals = [e for e in both if not within or code[e] == code[c]]
+            logits = {e: math.exp(1.3) * unit[c, a] @ unit[e, b] for e in rivals}
+            losses.append(math.log(sum(math.exp(v) for v in logits.values())) - logits[c])
+    got = info_nce(z, OBSERVED, code, log_scale, within)
+    assert float(got) == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_reversed_gradient() -> None:
+    x = draw(3).requires_grad_()
+    (reverse_gradient(x) * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    torch.testing.assert_close(x.grad, -torch.tensor([1.0, 2.0, 3.0]))
+
+
+def small_model(k: int = K, **objective: float) -> tuple[Objective, Batch, Noise]:
+    from clue_dist.config import ModelConfig
+
+    torch.manual_seed(0)
+    specs = {f"m{i}": ModalitySpec(6, "none", "normal", None) for i in range(k)}
+    config = ModelConfig(latent=D, trunk={"hidden": 8, "projection_lr": 1.0}, discriminator={"hidden": 8}, decoder={"hidden": 8})
+    model = Objective(CLUE(specs, 1, config), ObjectiveConfig(**objective), [1.0] * k)
+    observed = OBSERVED[:, :k].clone()
+    observed[~observed.any(1), 0] = True
+    modalities = {
+        f"m{i}": Observed(observed[:, i].nonzero()[:, 0], draw(int(observed[:, i].sum()), 6, seed=i)) for i in range(k)
+    }
+    return model, Batch(observed, torch.zeros(B, dtype=torch.int64), modalities), Noise(0, 0, {"s": B}, 1)
+
+
+def test_total_loss_is_eq_15_and_plays_the_min_max() -> None:
+    weights = {"lambda_self": 2.0, "lambda_cross": 3.0, "lambda_mse": 0.5, "lambda_d": 0.25, "lambda_contrastive": 0.75}
+    model, batch, noise = small_model(**weights)
+    loss, t = model(batch, noise)
+    want = 2 * t["self"] + 3 * t["cross"] + 0.5 * t["mse"] - 0.25 * t["d"] + 0.75 * t["contrastive"]
+    torch.testing.assert_close(loss.detach(), want)
+
+
+def test_discriminator_ascends_and_encoders_descend_the_adversarial_term() -> None:
+    off = dict.fromkeys(("lambda_self", "lambda_cross", "lambda_mse", "lambda_contrastive"), 0.0)
+    for part, sign in (("discriminator", 1), ("heads", -1)):
+        model, batch, _ = small_model(**off, lambda_d=1.0)
+        model.eval()
+        loss, before = model(batch, Noise(0, 0, {"s": B}, 1))
+        loss.backward()
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if part in name and p.grad is not None:
+                    p -= 0.01 * p.grad
+        _, after = model(batch, Noise(0, 0, {"s": B}, 1))
+        assert sign * float(after["d"] - before["d"]) > 0
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_any_number_of_modalities_trains_with_finite_gradients(k: int) -> None:
+    model, batch, noise = small_model(k, lambda_contrastive=1.0)
+    loss, _ = model(batch, noise)
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_what_a_cell_lacks_does_not_touch_its_loss() -> None:
+    model, batch, _ = small_model(lambda_contrastive=1.0)
+    model.eval()
+    loss, _ = model(batch, Noise(0, 0, {"s": B}, 1))
+    # The grid's entries of unobserved sources are arbitrary: make them absurd through the zero rows of h.
+    hook = model.model.heads.register_forward_hook(
+        lambda _m, _i, out: tuple(torch.where(OBSERVED[:, :, None, None], o, torch.full_like(o, 3.0)) for o in out)
+    )
+    other, _ = model(batch, Noise(0, 0, {"s": B}, 1))
+    hook.remove()
+    torch.testing.assert_close(loss, other)
+
+
+def test_heads_are_the_grid_of_separate_encoders() -> None:
+    model, batch, _ = small_model()
+    clue = model.model.eval()
+    h = draw(K, B, 8)
+    mean, log_var = clue.heads(h)
+    for k in range(K):
+        weight = clue.heads.weight[k].view(8, K, 2, D)
+        bias = clue.heads.bias[k].view(K, 2, D)
+        for j in range(K):
+            torch.testing.assert_close(mean[:, k, j], h[k] @ weight[:, j, 0] + bias[j, 0], rtol=1e-4, atol=1e-5)
+            want = (h[k] @ weight[:, j, 1] + bias[j, 1]).clamp(-8, 8)
+            torch.testing.assert_close(log_var[:, k, j], want, rtol=1e-4, atol=1e-5)
+
+
+def test_parameters_grow_as_k_in_the_wide_layers_and_as_k_squared_only_in_the_heads() -> None:
+    sizes = {}
+    for k in (1, 3):
+        model, _, _ = small_model(k)
+        sizes[k] = {p: sum(x.numel() for x in getattr(model.model, p).parameters()) for p in ("trunks", "decoders", "heads")}
+    assert sizes[3]["trunks"] == 3 * sizes[1]["trunks"]
+    assert sizes[3]["decoders"] == 3 * sizes[1]["decoders"]
+    assert sizes[3]["heads"] == 9 * sizes[1]["heads"]
+
+
+def test_noise_is_the_same_for_a_cell_on_any_number_of_ranks() -> None:
+    share = {"a": 16, "b": 8}
+    whole = Noise(3, 11, share, 4)
+    first = whole.normal(5)
+    kept = whole.dropout(torch.ones(24, 10), 0.5)
+    for world in (2, 4):
+        for rank in range(world):
+            part = Noise(3, 11, share, 4, rank, world)
+            rows = torch.cat([torch.arange(0, 16)[rank::world], torch.arange(16, 24)[rank::world]])
+            torch.testing.assert_close(part.normal(5), first[rows])
+            torch.testing.assert_close(part.dropout(torch.ones(len(rows), 10), 0.5), kept[rows])
+    assert (Noise(3, 12, share, 4).normal(5) != first).all()
+
+
+def test_dropout_keeps_its_rate_and_its_mean() -> None:
+    x = Noise(0, 0, {"s": 4096}, 1).dropout(torch.ones(4096, 30), 0.3)
+    assert float((x == 0).float().mean()) == pytest.approx(0.3, abs=0.01)
+    assert float(x.mean()) == pytest.approx(1.0, abs=0.02)

@@ -1,0 +1,155 @@
+"""The report: what was logged is drawn, what was embedded is shown, and the page needs nothing outside itself."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+
+import anndata as ad
+import mudata as md
+import numpy as np
+import pandas as pd
+import pytest
+
+from clue_dist import report
+from clue_dist.errors import ConfigError
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "runs" / "demo"
+    folder.mkdir(parents=True)
+    lines = [
+        {"step": s, "epoch": s / 10, "split": "train", "loss": 5.0 - s / 100, "mse": 0.1, "new": s * 2}
+        for s in range(0, 100, 5)
+    ]
+    lines += [
+        {"step": s, "epoch": s / 10, "split": "validation", "loss": 5.5, "foscttm": 0.3 - s / 1000} for s in (40, 80)
+    ]
+    lines += [{"step": 80, "split": "validation", "loss": 5.4, "foscttm": 0.21}]  # after a resume
+    text = "\n".join(json.dumps(line) for line in lines) + '\n{"step": 85, "lo'
+    (folder / "metrics.jsonl").write_text(text)
+    (folder / "config.json").write_text('{"run": "<b>"}')
+    return folder
+
+
+@pytest.fixture
+def embedding(tmp_path):
+    rng = np.random.default_rng(0)
+    obs = pd.DataFrame(
+        {"batch": pd.Categorical(["a", "b"] * 20), "cell_type": ["T", "B", None, "T"] * 10},
+        index=[f"c{i}" for i in range(40)],
+    )
+    parts = {
+        m: ad.AnnData(obs=obs.iloc[:n].copy(), obsm={"X_clue": rng.normal(size=(n, 4)).astype("f4")})
+        for m, n in (("rna", 40), ("adt", 30))
+    }
+    path = tmp_path / "o.h5mu"
+    md.MuData(parts).write(path)
+    return path
+
+
+SCORES = {
+    "rna->adt": {
+        "cells": 1234,
+        "global": {"foscttm": 0.0712, "match": 0.05, "recall10": 0.4},
+        "within_batch": {"foscttm": 0.0813, "match": 0.06, "recall10": None},
+        "chance": {"global": {"foscttm": 0.5, "match": 0.0008, "recall10": 0.0081}},
+    },
+    "about": {"run": "r"},
+}
+
+
+def test_page_is_whole_and_stands_alone(run, embedding, tmp_path):
+    scores = tmp_path / "scores.json"
+    scores.write_text(json.dumps(SCORES))
+    page = report.write_report(run, embedding, scores)
+    assert page == run / "report" / "index.html"
+    text = page.read_text()
+    names = ["curves", "umap_modality", "umap_batch", "umap_cell_type"]
+    images = dict(re.findall(r"<img alt='(\w+)'[^>]*base64,([^']+)'", text))
+    assert list(images) == names
+    for name, data in images.items():
+        png = base64.b64decode(data)
+        assert png.startswith(b"\x89PNG")
+        assert png == (page.parent / f"{name}.png").read_bytes()
+    assert not re.search(r"(src|href)=['\"](?!data:)", text)
+    for cell in ("rna → adt", "1,234", "0.0712", "0.5000", "0.0813", "0.0081"):
+        assert f">{cell}</td>" in text
+    assert "UMAP of 70 profiles" in text
+    assert "{&quot;run&quot;: &quot;&lt;b&gt;&quot;}" in text
+    assert "best held-out FOSCTTM 0.2100 at step 80" in text
+    assert "1 unreadable lines" in text
+
+
+def test_metrics_of_a_resumed_run_count_once(run):
+    metrics, bad = report.read_metrics(run / "metrics.jsonl")
+    assert bad == 1
+    assert len(metrics) == 22
+    assert metrics.query("split == 'validation' and step == 80")["loss"].tolist() == [5.4]
+    assert report.curve_names(metrics) == ["loss", "mse", "foscttm", "new"]
+
+
+def test_curves_show_the_numbers_of_both_splits(run):
+    metrics, _ = report.read_metrics(run / "metrics.jsonl")
+    panel = {ax.get_title("left"): ax for ax in report.draw_curves(metrics).axes}
+    train, validation = panel["loss"].lines
+    assert (len(train.get_xdata()), train.get_ydata()[-1]) == (20, pytest.approx(4.05))
+    assert validation.get_ydata().tolist() == [5.5, 5.4]
+    assert [len(line.get_xdata()) for line in panel["FOSCTTM, held-out pairs"].lines] == [2]
+
+
+def test_a_run_without_metrics_has_a_report_too(run):
+    (run / "metrics.jsonl").unlink()
+    assert "Nothing was logged" in report.write_report(run).read_text()
+
+
+def test_profiles_are_scaled_sampled_and_named(embedding):
+    everything = report.read_profiles(embedding)
+    assert len(everything.z) == 70
+    np.testing.assert_allclose(np.linalg.norm(everything.z, axis=1), 1)
+    assert everything.modality.tolist() == ["rna"] * 40 + ["adt"] * 30
+    assert everything.batch[:3].tolist() == ["a", "b", "a"]
+    assert everything.cell_type[:3].tolist() == ["T", "B", report.UNKNOWN]
+    some, again, other = (report.read_profiles(embedding, most=20, seed=s) for s in (1, 1, 2))
+    assert len(some.z) == 20
+    np.testing.assert_array_equal(some.z, again.z)
+    assert not np.array_equal(some.z, other.z)
+
+
+def test_profiles_of_one_table_leave_out_what_was_not_observed(tmp_path):
+    z = np.ones((6, 2), "f4")
+    alone = z.copy()
+    alone[4:] = np.nan
+    table = ad.AnnData(obs=pd.DataFrame(index=list("abcdef")), obsm={"X_clue": z, "X_clue_rna": alone, "X_clue_adt": z})
+    table.write_h5ad(tmp_path / "o.h5ad")
+    got = report.read_profiles(tmp_path / "o.h5ad")
+    assert sorted(got.modality) == ["adt"] * 6 + ["rna"] * 4
+    assert set(got.batch) == {report.UNKNOWN}
+    del table.obsm["X_clue_rna"], table.obsm["X_clue_adt"]
+    table.write_h5ad(tmp_path / "joint.h5ad")
+    assert report.read_profiles(tmp_path / "joint.h5ad").modality.tolist() == ["all observed"] * 6
+
+
+def test_legends_stay_readable():
+    names = np.array([f"type-{i % 60}" for i in range(6000)] + ["type-2"] * 50 + [report.UNKNOWN] * 9, dtype=object)
+    groups = report.legend_groups(names)
+    assert len(groups) == report.MOST_LEGEND
+    assert groups.index("type-2") < groups.index("type-10")
+    assert report.UNKNOWN not in groups
+    for n in (3, 20, 36):
+        assert len(set(report.palette(n))) == n
+    figure = report.draw_scatter(np.random.default_rng(0).normal(size=(len(names), 2)), names, "cell type")
+    labels = [t.get_text() for t in figure.legends[0].get_texts()]
+    assert labels == [*groups, "24 others"]
+
+
+def test_what_is_not_there_is_said(run, tmp_path):
+    with pytest.raises(ConfigError, match="no run here"):
+        report.write_report(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="no embedding here"):
+        report.write_report(run, tmp_path / "nowhere.h5mu")
+    (tmp_path / "bad.json").write_text('{"rna->adt": {}}')
+    with pytest.raises(ConfigError, match="scores cannot be read"):
+        report.write_report(run, scores=tmp_path / "bad.json")

@@ -1,0 +1,96 @@
+"""Normalisation, sparse projection and the SVD start equal plain NumPy."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+
+from clue_dist import config as configs
+from clue_dist.data.batch import SparseCounts, read_batch
+from clue_dist.model.clue import CLUE, specs_of
+from clue_dist.model.initialise import initialise, randomised_svd, sample
+from clue_dist.model.trunk import Projection, normalise
+from tests.stores import make_store
+
+X = np.random.default_rng(0).poisson(0.7, (9, 15)).astype(np.float32) + np.eye(9, 15, dtype=np.float32)
+
+
+def sparse(x: np.ndarray) -> SparseCounts:
+    m = sp.csr_matrix(x)
+    return SparseCounts(torch.tensor(m.indptr), torch.tensor(m.indices), torch.tensor(m.data), x.shape[1])
+
+
+def plain(x: np.ndarray, how: str, idf: np.ndarray) -> np.ndarray:
+    if how == "clr":
+        return np.log1p(x) - np.log1p(x).mean(1, keepdims=True)
+    if how == "none":
+        return x
+    t = x * idf if how == "tfidf" else x
+    return np.log1p(1e4 * t / t.sum(1, keepdims=True))
+
+
+@pytest.mark.parametrize("how", ["log_cp10k", "tfidf", "none", "clr"])
+def test_normalise(how: str) -> None:
+    idf = np.random.default_rng(1).uniform(1, 9, 15).astype(np.float32)
+    want = plain(X, how, idf)
+    dense = normalise(torch.tensor(X), how, torch.tensor(idf))
+    np.testing.assert_allclose(dense, want, rtol=1e-5, atol=1e-6)
+    if how != "clr":  # would not stay sparse
+        got = normalise(sparse(X), how, torch.tensor(idf))
+        assert isinstance(got, SparseCounts)
+        np.testing.assert_allclose(sp.csr_matrix((got.values, got.indices, got.indptr), X.shape).toarray(), want, rtol=1e-5)
+
+
+def test_projection_of_sparse_equals_dense_with_its_gradient() -> None:
+    torch.manual_seed(0)
+    projection = Projection(15, 4, trainable=True)
+    grads, values = [], []
+    for x in (torch.tensor(X), sparse(X)):
+        projection.zero_grad()
+        out = projection(x)
+        (out**2).sum().backward()
+        values.append(out.detach())
+        grads.append(projection.weight.grad.clone())
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*grads)
+
+
+def test_randomised_svd_finds_the_leading_space() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(300, 5)) @ rng.normal(size=(5, 40)) * 3 + rng.normal(size=(300, 40))
+    mean, scale = x.mean(0), x.std(0)
+    right, singular = randomised_svd(sp.csr_matrix(x), mean, scale, 5, seed=0)
+    _, want, v = np.linalg.svd((x - mean) / scale, full_matrices=False)
+    np.testing.assert_allclose(singular, want[:5], rtol=1e-4)
+    np.testing.assert_allclose(np.abs(np.sum(right * v[:5].T, 0)), 1, atol=1e-3)
+
+
+def test_initialised_projection_is_pca_of_the_training_cells(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s.zarr", cells={"rna+adt": 120, "rna": 60}, features={"rna": 30, "adt": 8})
+    config = configs.Config(model={"trunk": {"projection": 6}})
+    model = CLUE(specs_of(store.manifest.modalities, config), 2, config.model)
+    n_train = {"rna+adt": 100, "rna": 60}
+    initialise(model, store, n_train, svd=True, seed=0)
+    counts = sample(store, n_train, "rna")
+    assert counts.shape == (160, 30)  # held-out cells have no part in it
+    x = plain(counts.toarray(), "log_cp10k", np.ones(30))
+    standard = (x - x.mean(0)) / x.std(0)
+    left, singular, _ = np.linalg.svd(standard, full_matrices=False)
+    batch = read_batch(store, "rna", np.arange(60))
+    trunk = model.trunks["rna"]
+    got = trunk.projection(normalise(batch.modalities["rna"].counts, trunk.how, trunk.idf)).detach().numpy()
+    want = (left * singular)[100:, :6] / singular[0] * 160**0.5
+    clear = slice(0, 2)  # three cell types make two clear components; the rest is noise of near-equal strength
+    np.testing.assert_allclose(np.abs(got[:, clear]), np.abs(want[:, clear]), rtol=0.01, atol=0.01)
+
+
+def test_more_components_than_cells_is_fine(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s.zarr", cells={"rna+adt": 20}, features={"rna": 200, "adt": 8})
+    config = configs.Config()
+    model = CLUE(specs_of(store.manifest.modalities, config), 2, config.model)
+    initialise(model, store, {"rna+adt": 20}, svd=True, seed=0)
+    joint, alone = model.embed(read_batch(store, "rna+adt", np.arange(20)))
+    assert joint.isfinite().all()
+    assert set(alone) == {"rna", "adt"}
