@@ -94,6 +94,7 @@ class DataConfig(_Strict):
 
 class TrainConfig(_Strict):
     epochs: float | Auto = "auto"
+    optimizer: Literal["adamw", "rmsprop"] = "adamw"
     lr: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.01, ge=0)
     warmup: float = Field(0.02, ge=0, lt=1)  # share of the steps; the rest is a cosine
@@ -168,7 +169,9 @@ def require_paths(config: Config) -> None:
     """`store` and `run` may be left out of a recipe, but not of a run."""
     for key in ("store", "run"):
         if not getattr(config, key):
-            raise ConfigError(f"`{key}` is not set", where="config", fix=f"add --set {key}=PATH, or name it in the config file")
+            raise ConfigError(
+                f"`{key}` is not set", where="config", fix=f"add --set {key}=PATH, or name it in the config file"
+            )
 
 
 def changed(a: Config, b: Config) -> list[str]:
@@ -202,7 +205,9 @@ def _set(tree: dict[str, Any], override: str) -> None:
 
 def _explained(error: ValidationError, path: Path) -> ConfigError:
     first = error.errors()[0]
-    dotted = ".".join(str(p) for p in first["loc"] if p not in ("float", "int", "constrained-int") and "literal" not in str(p))
+    dotted = ".".join(
+        str(p) for p in first["loc"] if p not in ("float", "int", "constrained-int") and "literal" not in str(p)
+    )
     if first["type"] != "extra_forbidden":
         got = None if first["type"] == "value_error" else repr(first["input"])
         return ConfigError(first["msg"].removeprefix("Value error, "), where=f"{path}: {dotted or 'config'}", got=got)

@@ -118,7 +118,10 @@ def embed_store(
                 "fingerprint": store.fingerprint,
                 "latent": dict.fromkeys(loaded.modalities, loaded.latent),
             }
-            with md.set_options(pull_on_update=False), ad.settings.override(zarr_write_format=3, auto_shard_zarr_v3=False):
+            with (
+                md.set_options(pull_on_update=False),
+                ad.settings.override(zarr_write_format=3, auto_shard_zarr_v3=False),
+            ):
                 _write(out, scratch / f"out{out.suffix}", _assemble(out.suffix, store, done, about))
 
 

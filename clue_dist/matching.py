@@ -97,8 +97,11 @@ def foscttm(u1: np.ndarray | Tensor, u2: np.ndarray | Tensor) -> float:
     u1, u2: (N, D), N >= 1, on any device; rows are L2-normalised here.
     """
     x, y = (_l2(u) for u in _checked(u1, u2))
-    everyone = slice(0, len(x))
-    return (look(x, y, everyone).nearer + look(y, x, everyone).nearer) / (2 * len(x) ** 2)
+    nearer = 0
+    for queries, keys in ((x, y), (y, x)):
+        for rows, d in _distances(queries, keys, slice(None)):
+            nearer += int((d < _own(d, rows)).sum())
+    return nearer / (2 * len(x) ** 2)
 
 
 def chance(batch: np.ndarray) -> Scores:
@@ -119,11 +122,12 @@ def look(queries: Tensor, keys: Tensor, part: slice) -> Look:
     """
     nearer, found, nearest = 0, 0, [torch.empty(0, dtype=torch.int64)]
     for rows, d in _distances(queries, keys, part):
-        own = d[torch.arange(len(rows), device=d.device), rows]  # of the same product as the rest: ties stay ties
-        before = (d < own[:, None]).sum(1)
+        own = _own(d, rows)
+        before = (d < own).sum(1)
         nearer += int(before.sum())
-        ties = ((d == own[:, None]) & (torch.arange(len(keys), device=d.device) < rows[:, None])).sum(1)
-        found += int((before + ties < _TOP).sum())
+        tied = ((d <= own).sum(1) > before + 1).nonzero()[:, 0]  # few rows, if any
+        before[tied] += ((d[tied] == own[tied]) & (torch.arange(len(keys), device=d.device) < rows[tied, None])).sum(1)
+        found += int((before < _TOP).sum())
         nearest.append(d.argmin(1).cpu())
     return Look(nearer, found, torch.cat(nearest).numpy())
 
@@ -168,6 +172,11 @@ def _distances(queries: Tensor, keys: Tensor, part: slice) -> Iterator[tuple[Ten
         product = (2 * queries[lo:hi]) @ keys.T
         d = (q_norm[lo:hi, None] + k_norm[None]).sub_(product).clamp_(min=0)
         yield torch.arange(lo, hi, device=d.device), d
+
+
+def _own(d: Tensor, rows: Tensor) -> Tensor:
+    """Distance to the own partner, (n, 1); taken from `d`, so that what ties in exact arithmetic ties here."""
+    return d.gather(1, rows[:, None])
 
 
 def _groups(batch: np.ndarray, device: torch.device | str) -> dict[str, list[Tensor]]:

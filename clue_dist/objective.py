@@ -67,7 +67,7 @@ def info_nce(z: Tensor, observed: Tensor, batch_code: Tensor, log_scale: Tensor,
     z = F.normalize(z, dim=-1)
     every_z, every_observed, every_code, first = _gathered(z, observed, batch_code)
     true = first + torch.arange(len(z), device=z.device)
-    total, pairs = z.new_zeros(()), 0
+    total, pairs = z.new_zeros(()), z.new_zeros(())
     for a, b in combinations(range(observed.shape[1]), 2):
         row, column = observed[:, a] & observed[:, b], every_observed[:, a] & every_observed[:, b]
         allowed = column[None] & (batch_code[:, None] == every_code[None]) if within_batch else column[None]
@@ -76,7 +76,7 @@ def info_nce(z: Tensor, observed: Tensor, batch_code: Tensor, log_scale: Tensor,
             logits = logits.masked_fill(~allowed, -torch.inf).masked_fill(~row[:, None], 0.0)
             total = total + (F.cross_entropy(logits, true, reduction="none") * row).sum()
         pairs = pairs + row.sum()
-    return total / (2 * pairs).clamp_min(1) if isinstance(pairs, Tensor) else total
+    return total / (2 * pairs).clamp_min(1)
 
 
 def _gathered(z: Tensor, observed: Tensor, code: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -97,7 +97,7 @@ class Objective(nn.Module):
     def __init__(self, model: CLUE, config: ObjectiveConfig, modality_weights: list[float]) -> None:
         super().__init__()
         self.model, self.config = model, config
-        sizes = [decoder.n_features if config.per_feature else 1 for decoder in model.decoders.values()]
+        sizes = [model.decoder(m).n_features if config.per_feature else 1 for m in model.names]
         self.weights = [w / m for w, m in zip(modality_weights, sizes, strict=True)]
 
     def forward(self, batch: Batch, noise: Noise | None, beta: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
@@ -108,7 +108,7 @@ class Objective(nn.Module):
         if noise is None:  # every call goes through the engine, so that ZeRO-3 gathers what is needed
             return self.model.embed(batch)
         c, observed = self.config, batch.observed
-        out = self.model(batch, noise)
+        out = self.model(batch, noise, decode_self=c.lambda_self > 0, decode_cross=c.lambda_cross > 0)
         weight = torch.tensor(self.weights, device=observed.device)
         z = out.z.flatten(2)  # (B, K source, K * d)
         terms = {

@@ -58,7 +58,7 @@ _STYLE = {
     "savefig.dpi": 160,
 }
 _CURVES = [
-    "loss", "self", "cross", "mse", "adversarial", "contrastive",
+    "loss", "self", "cross", "mse", "adversarial", "d", "contrastive",
     "foscttm", "match", "recall10", "cells_per_s", "data_wait",
 ]  # fmt: skip
 _NOT_CURVES = {"step", "epoch", "time", "seconds", "cells", "best", "best_step"}
@@ -66,7 +66,8 @@ _TITLES = {
     "self": "ELBO self (eq. 5)",
     "cross": "ELBO cross (eq. 8)",
     "mse": "MSE of paired z (eq. 9)",
-    "adversarial": "adversarial (eq. 12)",
+    "adversarial": "discriminator (eq. 12)",
+    "d": "discriminator (eq. 12)",
     "foscttm": "held-out FOSCTTM",
     "cells_per_s": "cells per second",
     "data_wait": "share of time waiting for data",

@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         help="rna, adt, atac or dense, where the name does not say",
     )
     p.add_argument(
-        "--block-cells", type=int, default=layout.BLOCK_CELLS, help="cells of a block (default: %(default)s)"
+        "--block-cells", type=_positive, default=layout.BLOCK_CELLS, help="cells of a block (default: %(default)s)"
     )
     p.add_argument("--codec", choices=["fast", "small"], default="fast")
     p.add_argument("--seed", type=int, default=0, help="of the shuffle")
@@ -142,9 +142,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _positive(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) <= 65536:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 65536")
+    return int(text)
+
+
 def _pool_options(p: argparse.ArgumentParser) -> None:
     where = p.add_mutually_exclusive_group()
-    where.add_argument("--workers", type=int, help="threads (default: one per core)")
+    where.add_argument("--workers", type=_positive, help="threads (default: one per core)")
     where.add_argument("--scheduler", metavar="tcp://HOST:PORT", help="a running Dask scheduler")
 
 

@@ -69,9 +69,9 @@ def _reject_duplicates(
 ) -> None:
     for modality in modalities:
         mine = [i for i, s in enumerate(sources) if s.modality == modality]
-        times = np.zeros(len(barcodes), np.int32)
+        times = np.zeros(len(barcodes), np.int64)
         for i in mine:
-            np.add.at(times, rows[i], 1)
+            times += np.bincount(rows[i], minlength=len(barcodes))
         twice = np.flatnonzero(times > 1)
         if len(twice):
             raise DataError(

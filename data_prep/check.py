@@ -91,7 +91,7 @@ def _expected(manifest: Manifest) -> set[str]:
 def _extra_files(root: Path, manifest: Manifest) -> list[str]:
     known = {*manifest.shards, layout.MANIFEST}
     files = (path.relative_to(root).as_posix() for path in root.rglob("*") if not path.is_dir() or path.is_symlink())
-    return [f"{f}: not part of the store" for f in sorted(files) if f not in known and not f.endswith("zarr.json")]
+    return [f"{f}: not part of the store" for f in sorted(files) if f not in known and Path(f).name != "zarr.json"]
 
 
 def _check_stratum(reader: StratumReader, damaged: set[str]) -> list[str]:

@@ -12,11 +12,7 @@ skipping what is there; nothing depends on the order of tasks, so any number of 
 
 from __future__ import annotations
 
-import fcntl
 import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 import clue_dist
-from clue_dist.errors import StoreError, listed
+from clue_dist.errors import listed
 from clue_dist.store import layout
 from clue_dist.store.manifest import Manifest, Shard
 from clue_dist.store.writer import Cells as ShardCells
@@ -33,10 +29,12 @@ from data_prep import cells as cell_table
 from data_prep import counts, features, spool, strata
 from data_prep.cells import Cells
 from data_prep.counts import Target
+from data_prep.job import job
 from data_prep.sources import Head, Keys, Source, decode
 from data_prep.tasks import Pool, Progress
 
-TASK_ENTRIES = 4 * 2**20  # stored values of a scatter task: about 100 MB while it runs
+TASK_ENTRIES = 2**20  # stored values of a scatter task, up to eight times as many ...
+MANY_TASKS = 2000  # ... where there would be more tasks than this: each shard looks into every spool
 
 
 @dataclass(frozen=True)
@@ -60,8 +58,7 @@ def convert(sources: list[Source], out: Path, options: Options, pool: Pool) -> M
         StoreError: something is at `out` already, or another job was or is under way there.
     """
     reference = None if options.features_from is None else Manifest.read(options.features_from)
-    partial = out.with_name(out.name + ".partial")
-    with _job(out, partial, sources, options, reference):
+    with job(out, _description(sources, options, reference)) as partial:
         work, store = partial / "work", partial / "store"
         heads = [source.head() for source in sources]
         plan = features.plan(sources, heads, options.kinds, options.features, reference)
@@ -79,55 +76,15 @@ def convert(sources: list[Source], out: Path, options: Options, pool: Pool) -> M
         return commit(store, out, manifest.model_copy(update={"shards": shards}))
 
 
-@contextmanager
-def _job(
-    out: Path, partial: Path, sources: list[Source], options: Options, reference: Manifest | None
-) -> Iterator[None]:
-    """Claim OUT.partial for this job alone; remove it at the end of a conversion that succeeded."""
-    if out.exists():
-        if partial.exists() and not (partial / "store").exists():
-            shutil.rmtree(partial)  # a run that was killed after its commit
-        raise StoreError("something is already there", where=out, fix="choose another --out, or remove it")
-    given = {
+def _description(sources: list[Source], options: Options, reference: Manifest | None) -> dict[str, Any]:
+    """All that decides the result: if any of it changes, what an interrupted run left is of no use."""
+    return {
         "inputs": [source.identity() for source in sources],
         "options": {k: repr(v) for k, v in vars(options).items() if k != "keys"}
         | {"columns": dict(options.keys.columns)},
         "features_from": reference.fingerprint if reference else None,
         "version": [clue_dist.__version__, layout.VERSION],
     }
-    partial.mkdir(parents=True, exist_ok=True)
-    with (partial / "job.json").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StoreError(
-                "another conversion is writing here now", where=partial, fix="wait for it, or choose another --out"
-            ) from None
-        file.seek(0)
-        before = file.read()
-        text = json.dumps(given, indent=1, sort_keys=True)
-        if before and before != text:
-            changed = [
-                key for key, value in given.items() if f"{json.dumps(value, sort_keys=True)}" != _old(before, key)
-            ]
-            raise StoreError(
-                "an interrupted conversion of other inputs or options is here",
-                where=partial,
-                got=f"a change of {listed(changed)}",
-                fix=f"run it again as it was, or remove {partial.name} to start afresh",
-            )
-        if not before:
-            file.write(text)
-            file.flush()
-        yield
-    shutil.rmtree(partial)
-
-
-def _old(before: str, key: str) -> str | None:
-    try:
-        return json.dumps(json.loads(before).get(key), sort_keys=True)
-    except ValueError:  # killed while it was written
-        return None
 
 
 @dataclass(frozen=True)
@@ -189,6 +146,7 @@ def _scatter(
     """Spool every row of every source; returns the spools of each modality."""
     tasks: dict[Path, _Scatter] = {}
     spools: dict[str, list[Path]] = {name: [] for name in plan.modalities}
+    entries = min(max(sum(head.nnz for head in heads) // MANY_TASKS, TASK_ENTRIES), 8 * TASK_ENTRIES)
     for i, (source, head) in enumerate(zip(sources, heads, strict=True)):
         folder = work / "sources" / f"{i:03d}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -198,7 +156,7 @@ def _scatter(
             np.save(folder / "columns.npy", columns)
         modality = plan.modalities[source.modality]
         target = Target(modality.kind, modality.n_features, None if columns is None else folder / "columns.npy")
-        step = max(1, TASK_ENTRIES * head.n_rows // max(head.nnz, 1))
+        step = max(1, entries * head.n_rows // max(head.nnz, 1))
         for lo in range(0, head.n_rows, step):
             out = work / "spools" / source.modality / f"{i:03d}-{lo:012d}"
             hi = min(lo + step, head.n_rows)

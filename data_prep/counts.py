@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import scipy.sparse as sp
+from numba import njit
 
 from clue_dist.errors import DataError, listed
 from clue_dist.store.layout import Kind, unsigned
 from data_prep.sources import Rows, Source, decode
 
 LARGEST = 2**24  # training reads counts as float32, exact up to here
+_COUNTS = "counts must be raw: non-negative, finite integers"
 
 
 @dataclass(frozen=True)
@@ -27,42 +29,61 @@ class Target:
 def canonical(source: Source, target: Target, rows: Rows, first: int) -> Rows:
     """Validate rows `first`, `first` + 1, ... of a source and align them to the target's features.
 
-    Returns CSR with sorted indices, no zeros, the narrowest unsigned values (rna, atac), or a dense array:
-    (n, features) of the narrowest unsigned type (adt) or float32 (dense).
+    Returns CSR with sorted indices and no zeros, integers of any type (rna, atac), or a dense array (n, features) of
+    the narrowest unsigned type (adt) or float32 (dense).
 
     Raises:
         DataError: a value that is not a count (rna, adt, atac), or not finite (dense).
     """
+    rows = _numeric(source, rows)
     columns = None if target.columns is None else np.load(target.columns)
     if target.kind == "dense":
-        dense = np.asarray(rows.todense() if sp.issparse(rows) else rows, np.float32)
+        dense = np.asarray(rows if isinstance(rows, np.ndarray) else rows.toarray(), np.float32)
         _refuse(source, rows, first, np.argwhere(~np.isfinite(dense)), dense, "dense values must be finite")
         return dense if columns is None else _align_dense(dense, columns, target.n_features)
-    matrix = rows if sp.issparse(rows) else sp.csr_matrix(rows)
-    validate_counts(source, matrix, first)
-    matrix = sp.csr_matrix((narrow(matrix.data), matrix.indices, matrix.indptr), shape=matrix.shape, copy=False)
+    matrix = sp.csr_matrix(rows) if isinstance(rows, np.ndarray) else rows
+    tidy = _validate(source, matrix, first)
     if columns is not None:
         matrix = _align_sparse(matrix, columns, target.n_features)
-    matrix = _tidy(matrix)
-    return narrow(np.asarray(matrix.todense())) if target.kind == "adt" else matrix
+    if not tidy:
+        matrix = matrix.astype(np.int64)  # two narrow counts may not add up in their own type
+        matrix.sum_duplicates()
+        matrix.eliminate_zeros()
+    return narrow(matrix.toarray()) if target.kind == "adt" else matrix
 
 
-def validate_counts(source: Source, matrix: sp.csr_matrix, first: int) -> None:
-    """Raise a DataError that names the first entry that is no count."""
-    values = matrix.data
-    with np.errstate(invalid="ignore"):
-        good = values <= LARGEST
-        if values.dtype.kind != "u":
-            good &= values >= 0
-        if values.dtype.kind == "f":
-            good &= values == np.floor(values)
-    if good.all():
-        return
-    at = int(np.argmin(good))
-    row = int(np.searchsorted(matrix.indptr, at, side="right")) - 1
-    raise _bad_value(
-        source, first + row, int(matrix.indices[at]), values[at], "counts must be raw: non-negative, finite integers"
-    )
+def _numeric(source: Source, rows: Rows) -> Rows:
+    """Types the kernels know: bool and half precision are widened, text and complex numbers refused."""
+    if rows.dtype.kind not in "buif":
+        raise DataError(
+            "the matrix does not hold real numbers", where=source.where, got=rows.dtype, expected="integers or floats"
+        )
+    wider = {"bool": np.uint8, "float16": np.float32}.get(rows.dtype.name)
+    return rows if wider is None else rows.astype(wider)
+
+
+def _validate(source: Source, matrix: sp.csr_matrix, first: int) -> bool:
+    """Raise a DataError that names the first entry that is no count; True if the rows are in canonical form."""
+    bad, tidy = _scan(matrix.indptr, matrix.indices, matrix.data)
+    if bad >= 0:
+        row = int(np.searchsorted(matrix.indptr, bad, side="right")) - 1
+        raise _bad_value(source, first + row, int(matrix.indices[bad]), matrix.data[bad], _COUNTS)
+    return bool(tidy)
+
+
+@njit(nogil=True, cache=True)
+def _scan(indptr, indices, values):  # type: ignore[no-untyped-def]
+    """The first entry that is not 0, 1, ... LARGEST (or -1), and whether columns ascend and no zero is stored."""
+    tidy = True
+    for row in range(len(indptr) - 1):
+        before = -1
+        for i in range(indptr[row], indptr[row + 1]):
+            value = values[i]
+            if not (value >= 0 and value <= LARGEST and value == np.floor(value)):
+                return i, False
+            tidy &= value > 0 and indices[i] > before
+            before = indices[i]
+    return -1, tidy
 
 
 def narrow(values: np.ndarray) -> np.ndarray:
@@ -78,30 +99,19 @@ def _refuse(source: Source, rows: Rows, first: int, bad: np.ndarray, values: np.
         raise _bad_value(source, first + row, column, values[row, column], rule)
 
 
-def _bad_value(source: Source, row: int, column: int, value: object, rule: str) -> DataError:
+def _bad_value(source: Source, row: int, column: int, value: np.number, rule: str) -> DataError:
     head, others = source.head(), source.other_counts()
-    fix = f"these look like raw counts: {listed(others)}; name one with `--layer`" if others else None
-    if isinstance(value, np.number) and value > LARGEST:
-        rule, fix = f"counts above {LARGEST} cannot be held exactly", None
+    cell, counting = str(decode(head.barcodes[row : row + 1])[0]), rule == _COUNTS
+    if counting and value > LARGEST:
+        rule = f"counts above {LARGEST} cannot be held exactly in float32"
+    named = f"these look like raw counts: {listed(others)}; name one with `--layer`" if others else None
     return DataError(
         rule,
-        where=f"{source.where}, cell {decode(head.barcodes[row : row + 1])[0]!r}, feature {head.features[column]!r}",
+        where=f"{source.where}, cell {cell!r}, feature {head.features[column]!r}",
         got=value,
-        expected="a finite number" if "finite" in rule and "raw" not in rule else "0, 1, 2, ...",
-        fix=fix or "convert the raw counts, not normalised values",
+        expected="0, 1, 2, ..." if counting else "a finite number",
+        fix=named or ("convert the raw counts, not normalised values" if counting else None),
     )
-
-
-def _tidy(matrix: sp.csr_matrix) -> sp.csr_matrix:
-    """Sorted indices, no entry twice, no explicit zero."""
-    if not matrix.has_canonical_format:
-        # Two narrow counts may not add up in their own type.
-        matrix = matrix.astype(np.uint32)
-        matrix.sum_duplicates()
-        matrix.data = narrow(matrix.data)
-    if len(matrix.data) and not matrix.data.all():
-        matrix.eliminate_zeros()
-    return matrix
 
 
 def _align_sparse(matrix: sp.csr_matrix, columns: np.ndarray, n_features: int) -> sp.csr_matrix:

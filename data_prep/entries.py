@@ -5,25 +5,23 @@ Each part holds a bounded number of entries, sorted by row; a range of rows is o
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
 import scipy.sparse as sp
 
+from data_prep.files import whole_folder
+
 PART_ENTRIES = 8 * 2**20
 
 
 def write_part(folder: Path, rows: np.ndarray, columns: np.ndarray, values: np.ndarray) -> None:
-    """Write one part. rows, columns, values: (n,). The folder exists only once it is complete."""
+    """Write one part. rows, columns, values: (n,)."""
     order = np.argsort(rows, kind="stable")
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    np.save(temporary / "rows.npy", rows[order])
-    np.save(temporary / "columns.npy", columns[order].astype(np.int32, copy=False))
-    np.save(temporary / "values.npy", values[order])
-    temporary.rename(folder)
+    with whole_folder(folder) as part:
+        np.save(part / "rows.npy", rows[order])
+        np.save(part / "columns.npy", columns[order].astype(np.int32, copy=False))
+        np.save(part / "values.npy", values[order])
 
 
 def read_rows(folders: list[Path], lo: int, hi: int, n_columns: int) -> sp.csr_matrix:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import h5py
@@ -88,4 +89,7 @@ def _tenx(
         raise DataError(
             "the features have no type that names a modality", where=text, got=listed(sorted(set(table.types))), fix=fix
         )
+    others = sorted(set(table.types) - set(known))
+    if others:
+        print(f"{text}: features of type {listed(others)} are left out", file=sys.stderr)
     return [make(path, TENX_TYPES[t], dataset, t) for t in known]

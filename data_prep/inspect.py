@@ -102,7 +102,7 @@ def text(found: dict[str, Any]) -> str:
     for name, s in found["strata"].items():
         lines.append(f"  {name:<12} {s['cells']:,} cells, {'paired' if s['paired'] else 'one modality'}")
     for title in ("batches", "labels"):
-        shares = [f"{name} {n:,}" for name, n in found[title].items()]
+        shares = [f"{name} {n:,}" for name, n in found[title].items() if n]
         lines.append(f"{title:<12} {listed(shares, _SHOWN) or 'none'}")
     return "\n".join(lines + _provenance(found["provenance"]))
 

@@ -6,6 +6,7 @@ Entries may come in any order, so the text is read once, in pieces, and kept as 
 from __future__ import annotations
 
 import gzip
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -65,10 +66,7 @@ class MtxSource:
         with _open(path) as file:
             n_features, n_cells, nnz = self._sizes(file)
             seen = 0
-            pieces = (
-                pd.read_csv(file, sep=r"\s+", header=None, chunksize=entries.PART_ENTRIES, comment="%") if nnz else []
-            )
-            for i, piece in enumerate(self._checked(pieces)):
+            for i, piece in enumerate(self._pieces(file) if nnz else []):
                 self._validate(piece, seen, n_features, n_cells)
                 seen += len(piece)
                 row, column, value = (piece[k].to_numpy() for k in range(3))
@@ -116,10 +114,10 @@ class MtxSource:
             )
         return int(sizes[0]), int(sizes[1]), int(sizes[2])
 
-    def _checked(self, pieces: Any) -> Any:
-        """Pieces of the table, parse errors as DataErrors."""
+    def _pieces(self, file: IO[str]) -> Iterator[pd.DataFrame]:
+        """The entries, some at a time; parse errors as DataErrors."""
         try:
-            yield from pieces
+            yield from pd.read_csv(file, sep=r"\s+", header=None, chunksize=entries.PART_ENTRIES, comment="%")
         except (pd.errors.ParserError, pd.errors.EmptyDataError, EOFError, OSError) as error:
             raise DataError(
                 "the matrix cannot be read to its end", where=self.path.name, got=str(error).strip()

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol, TypeAlias, get_args
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,7 @@ import scipy.sparse as sp
 from clue_dist.errors import DataError, listed
 from clue_dist.store.layout import Kind
 
-Rows = sp.csr_matrix | np.ndarray  # (n, features), as the file has them: not validated, not aligned
+Rows: TypeAlias = sp.csr_matrix | np.ndarray  # (n, features), as the file has them: not validated, not aligned
 FIELDS = {"batch": "batch", "label": "cell_type"}  # what a store keeps of each cell, and the column it comes from
 
 _ALIASES = {
@@ -159,7 +159,7 @@ def as_bytes(texts: Any) -> np.ndarray:
     """Barcodes or names as fixed-width UTF-8 bytes, (n,)."""
     texts = np.asarray(texts)
     if texts.dtype.kind == "S":
-        return texts
+        return texts.astype(f"S{texts.dtype.itemsize}")  # h5py's own type carries metadata that .npy cannot
     return np.asarray(np.char.encode(texts.astype(str), "utf-8")) if len(texts) else np.empty(0, "S1")
 
 

@@ -6,43 +6,48 @@ run in each spool, so the second pass reads what it needs and no more. A spool e
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import scipy.sparse as sp
 from numba import njit
 
+from clue_dist.store.layout import unsigned
 from clue_dist.store.rows import Csr
+from data_prep.files import whole_folder
 from data_prep.sources import Rows
 
 
 def write(folder: Path, keys: np.ndarray, rows: Rows) -> None:
-    """Write rows sorted by key. keys: (n,) int64, unique; rows: (n, features), CSR or dense."""
+    """Write rows sorted by key. keys: (n,) int64, unique; rows: (n, features), CSR of integers, or dense."""
     order = np.argsort(keys)
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    np.save(temporary / "keys.npy", keys[order])
-    if isinstance(rows, np.ndarray):
-        np.save(temporary / "lengths.npy", np.count_nonzero(rows, axis=1)[order].astype(np.uint32))
-        np.save(temporary / "values.npy", rows[order])
-        gap = 0
-    else:
-        lengths = np.diff(rows.indptr)[order]
-        indptr = _indptr(lengths)
-        narrow = np.uint16 if rows.shape[1] <= 2**16 else np.int32  # two types only: fewer kernels to compile
-        indices, values = np.empty(indptr[-1], narrow), np.empty(indptr[-1], rows.data.dtype)
-        gap = copy_rows(rows.indptr, rows.indices, rows.data, order, np.arange(len(order)), indptr, indices, values)
-        np.save(temporary / "lengths.npy", lengths.astype(np.uint32))
-        np.save(temporary / "indptr.npy", indptr)
-        np.save(temporary / "indices.npy", indices)
-        np.save(temporary / "values.npy", values)
-    values = rows if isinstance(rows, np.ndarray) else rows.data
-    np.save(
-        temporary / "extremes.npy", np.array([0 if values.dtype.kind == "f" else values.max(initial=0), gap], np.int64)
-    )
-    temporary.rename(folder)
+    with whole_folder(folder) as spool:
+        np.save(spool / "keys.npy", keys[order])
+        extremes = (
+            _write_dense(spool, order, rows) if isinstance(rows, np.ndarray) else _write_sparse(spool, order, rows)
+        )
+        np.save(spool / "extremes.npy", np.array(extremes, np.int64))
+
+
+def _write_dense(spool: Path, order: np.ndarray, rows: np.ndarray) -> tuple[int, int]:
+    """Returns the largest count (0 for measured floats, whose type does not depend on them) and 0."""
+    np.save(spool / "lengths.npy", np.count_nonzero(rows, axis=1)[order].astype(np.uint32))
+    np.save(spool / "values.npy", rows[order])
+    return 0 if rows.dtype.kind == "f" else int(rows.max(initial=0)), 0
+
+
+def _write_sparse(spool: Path, order: np.ndarray, rows: sp.csr_matrix) -> tuple[int, int]:
+    """Returns the largest count and the largest gap between columns."""
+    largest, lengths = int(rows.data.max(initial=0)), np.diff(rows.indptr)[order]
+    indptr = _indptr(lengths)
+    indices, values = np.empty(indptr[-1], _index_type(rows.shape[1])), np.empty(indptr[-1], unsigned(largest))
+    gap = copy_rows(rows.indptr, rows.indices, rows.data, order, np.arange(len(order)), indptr, indices, values)
+    np.save(spool / "lengths.npy", lengths.astype(np.uint32))
+    np.save(spool / "indptr.npy", indptr)
+    np.save(spool / "indices.npy", indices)
+    np.save(spool / "values.npy", values)
+    return largest, int(gap)
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ def read(folders: list[Path], wanted: np.ndarray, n_features: int, dtype: str) -
     for folder, rows, at in hits:
         lengths[at] = np.load(folder / "lengths.npy", mmap_mode="r")[rows]
     indptr = _indptr(lengths)
-    indices, values = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], dtype)
+    indices, values = np.empty(indptr[-1], _index_type(n_features)), np.empty(indptr[-1], dtype)
     for folder, rows, at in hits:
         parts = (
             np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray) for name in ("indptr", "indices", "values")
@@ -110,6 +115,10 @@ def _find(keys: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 GROUP_SHIFT = 40  # a key is (planned stratum << 40) + the cell's place in the shuffle of all cells
+
+
+def _index_type(n_features: int) -> type:
+    return np.uint16 if n_features <= 2**16 else np.int32
 
 
 def _indptr(lengths: np.ndarray) -> np.ndarray:

@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 from clue_dist.errors import DataError
 
+CONNECT = "20s"  # how long a scheduler may take to answer
+
 
 class Progress:
     """A bar on a terminal; elsewhere a line every few seconds, which logs can keep."""
@@ -70,7 +72,7 @@ class Cluster:
         import distributed
 
         try:
-            self.client = distributed.Client(address, timeout="20s", set_as_default=False)
+            self.client = distributed.Client(address, timeout=CONNECT, set_as_default=False)
         except (OSError, TimeoutError, ValueError) as error:
             fix = "start `dask scheduler` and `dask worker`, or leave --scheduler out"
             raise DataError("no Dask scheduler answers", where=address, got=str(error), fix=fix) from None
@@ -80,7 +82,7 @@ class Cluster:
 
         futures = self.client.map(function, tasks, pure=False, retries=0)
         try:
-            for future in distributed.as_completed(futures):
+            for future in distributed.as_completed(futures, loop=self.client.loop):
                 future.result()
                 progress.step()
         finally:

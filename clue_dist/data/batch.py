@@ -109,8 +109,9 @@ def read_batch(store: Store, stratum: str, positions: np.ndarray, modalities: Se
 
 
 def _stack(rows: list[Csr | np.ndarray]) -> Counts:
-    if not isinstance(rows[0], Csr):
-        return torch.from_numpy(np.concatenate(rows).astype(np.float32, copy=False))
+    dense = [r for r in rows if isinstance(r, np.ndarray)]
+    if dense:
+        return torch.from_numpy(np.concatenate(dense).astype(np.float32, copy=False))
     sparse = [r for r in rows if isinstance(r, Csr)]
     ends = np.cumsum([0, *(r.indptr[-1] for r in sparse)])
     indptr = np.concatenate([[0], *(r.indptr[1:] + end for r, end in zip(sparse, ends, strict=False))])

@@ -68,7 +68,9 @@ class BlockCache:
                 self._put(m, slots, {"values": got})
 
     def _put(self, name: str, slots: np.ndarray, arrays: dict[str, np.ndarray]) -> None:
-        pool = self._pools.setdefault(name, {k: np.empty((self.slots, *a.shape[1:]), a.dtype) for k, a in arrays.items()})
+        pool = self._pools.setdefault(
+            name, {k: np.empty((self.slots, *a.shape[1:]), a.dtype) for k, a in arrays.items()}
+        )
         for k, a in arrays.items():
             pool[k][slots] = a
 
@@ -81,7 +83,15 @@ class Loader:
     """
 
     def __init__(
-        self, store: Store, plan: Plan, *, rank: int = 0, world: int = 1, first: int = 0, prefetch: int = 4, pin: bool = False
+        self,
+        store: Store,
+        plan: Plan,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        first: int = 0,
+        prefetch: int = 4,
+        pin: bool = False,
     ) -> None:
         self.plan, self.rank, self.world, self.pin = plan, rank, world, pin
         self.modalities = store.modalities

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -73,8 +73,9 @@ class CLUE(nn.Module):
         super().__init__()
         self.names, self.latent = list(specs), config.latent
         k = len(specs)
-        self.trunks = nn.ModuleDict({m: Trunk(s.n_features, s.normalise, config.trunk) for m, s in specs.items()})
-        width = next(iter(self.trunks.values())).width
+        trunks = {m: Trunk(s.n_features, s.normalise, config.trunk) for m, s in specs.items()}
+        self.trunks = nn.ModuleDict(trunks)
+        width = max(trunk.width for trunk in trunks.values())
         self.heads = Heads(k, width, config.latent)
         self.combine = COMBINE[config.posterior]
         self.decoders = nn.ModuleDict(
@@ -83,6 +84,12 @@ class CLUE(nn.Module):
         self.discriminator = Discriminator(k, config.latent, config.discriminator)
         self.scale = Scale()
         self.features_per_step = {m: s.features_per_step for m, s in specs.items()}
+
+    def trunk(self, name: str) -> Trunk:
+        return cast(Trunk, self.trunks[name])
+
+    def decoder(self, name: str) -> Decoder:
+        return cast(Decoder, self.decoders[name])
 
     def encode(self, batch: Batch, noise: Noise | None = None) -> Posterior:
         """Every expert's Gaussian and the joint one. Sources that a cell lacks hold values nobody may use."""
@@ -94,12 +101,15 @@ class CLUE(nn.Module):
         assert mean.shape[1:3] == (k, k)
         return Posterior(mean, log_var, *self.combine(mean, log_var, batch.observed))
 
-    def forward(self, batch: Batch, noise: Noise) -> Output:
-        """Encode once, sample, decode twice, discriminate. See `Output`."""
+    def forward(self, batch: Batch, noise: Noise, decode_self: bool = True, decode_cross: bool = True) -> Output:
+        """Encode once, sample, decode twice, discriminate. See `Output`; what is not decoded has ln p = 0."""
         posterior = self.encode(batch, noise)
         z = sample(posterior.mean, posterior.log_var, noise.normal(*posterior.mean.shape[1:]))
         joint = sample(posterior.joint_mean, posterior.joint_log_var, noise.normal(*posterior.joint_mean.shape[1:]))
-        ln_self, ln_cross = self._decode(batch, z, joint, noise)
+        own = torch.stack([z[:, k, k] for k in range(len(self.names))], 1)  # (B, K, d)
+        nothing = z.new_zeros(batch.n_cells, len(self.names))
+        decoded = iter(self._decode(batch, [own] * decode_self + [joint] * decode_cross, noise))
+        ln_self, ln_cross = (next(decoded) if wanted else nothing for wanted in (decode_self, decode_cross))
         logits = self.discriminator(reverse_gradient(z.flatten(2)), noise)
         return Output(posterior, z, ln_self, ln_cross, logits, self.scale())
 
@@ -113,30 +123,26 @@ class CLUE(nn.Module):
 
     def _trunk(self, name: str, batch: Batch, noise: Noise | None) -> Tensor:
         """h of the cells that carry the modality, zero elsewhere: (B, hidden)."""
-        trunk = self.trunks[name]
-        weight = self.heads.weight
+        trunk, weight = self.trunk(name), self.heads.weight
         h = torch.zeros(batch.n_cells, trunk.width, dtype=weight.dtype, device=batch.observed.device)
         if name not in batch.modalities:
             return h
         observed = batch.modalities[name]
         return h.index_copy(0, observed.rows, trunk(observed.counts, noise, observed.rows))
 
-    def _decode(self, batch: Batch, z: Tensor, joint: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
-        ln_self, ln_cross = [], []
+    def _decode(self, batch: Batch, sources: list[Tensor], noise: Noise) -> list[Tensor]:
+        """ln p(x_k | z_k) where x_k is observed, else 0: (B, K) for each z (B, K, d) in `sources`."""
+        out = [z.new_zeros(len(self.names), batch.n_cells) for z in sources]
         for k, name in enumerate(self.names):
-            empty = z.new_zeros(batch.n_cells)
-            observed = batch.modalities.get(name)
-            if observed is None:
-                ln_self.append(empty)
-                ln_cross.append(empty)
+            if name not in batch.modalities:
                 continue
-            rows, decoder = observed.rows, self.decoders[name]
-            wanted = self.features_per_step[name]
+            observed, decoder, wanted = batch.modalities[name], self.decoder(name), self.features_per_step[name]
+            rows = observed.rows
             features = noise.subset(wanted, decoder.n_features) if wanted else None
-            code = batch.batch_code[rows]
-            for out, source in ((ln_self, z[rows, k, k]), (ln_cross, joint[rows, k])):
-                out.append(empty.index_copy(0, rows, decoder(source, code, observed.counts, noise, rows, features)))
-        return torch.stack(ln_self, 1), torch.stack(ln_cross, 1)
+            for i, z in enumerate(sources):
+                ln_p = decoder(z[rows, k], batch.batch_code[rows], observed.counts, noise, rows, features)
+                out[i] = out[i].index_put((torch.tensor(k), rows), ln_p)
+        return [ln_p.T for ln_p in out]
 
 
 # A decoder scores at most this many features a step unless told otherwise; the estimate stays unbiased.
@@ -151,14 +157,21 @@ def specs_of(modalities: dict[str, Modality], config: Config) -> dict[str, Modal
     """
     unknown = [m for m in config.modalities if m not in modalities]
     if unknown:
-        raise ConfigError("the config names a modality that the store lacks", where="modalities", got=unknown, expected=list(modalities))
+        raise ConfigError(
+            "the config names a modality that the store lacks",
+            where="modalities",
+            got=unknown,
+            expected=list(modalities),
+        )
     out = {}
     for name, m in modalities.items():
         own = config.modalities.get(name)
         how = NORMALISE[m.kind] if own is None or own.normalise == "auto" else own.normalise
         likelihood = OF_KIND[m.kind] if own is None or own.likelihood == "auto" else own.likelihood
         if how == "clr" and m.storage == "sparse":
-            raise ConfigError("clr needs a modality that is stored dense (kinds adt and dense)", where=f"modalities.{name}.normalise")
+            raise ConfigError(
+                "clr needs a modality that is stored dense (kinds adt and dense)", where=f"modalities.{name}.normalise"
+            )
         wanted = config.model.decoder.features_per_step
         limit = AUTO_FEATURES if wanted == "auto" else wanted
         out[name] = ModalitySpec(m.n_features, how, likelihood, limit if limit < m.n_features else None)

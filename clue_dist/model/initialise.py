@@ -22,10 +22,13 @@ MAX_NONZEROS = 40_000_000
 
 @torch.no_grad()
 def initialise(model: CLUE, store: Store, n_train: dict[str, int], svd: bool, seed: int) -> None:
-    """Set TF-IDF weights, projections and decoder offsets from training cells. n_train: cells per stratum to draw from."""
+    """Set TF-IDF weights, projections and decoder offsets from training cells.
+
+    n_train: how many cells of each stratum, from its beginning, may be looked at.
+    """
     for name in model.names:
         counts = sample(store, n_train, name)
-        trunk, decoder = model.trunks[name], model.decoders[name]
+        trunk, decoder = model.trunk(name), model.decoder(name)
         detected = _column_sums(counts, lambda v: (v > 0).astype(np.float64))
         n = counts.shape[0]
         trunk.idf.copy_(torch.from_numpy(n / np.maximum(detected, 1)))
@@ -59,14 +62,16 @@ def _normalised(counts: sp.csr_matrix | np.ndarray, trunk: Trunk) -> sp.csr_matr
     got = normalise(_counts(counts), trunk.how, trunk.idf.float())
     if isinstance(got, Tensor):
         return got.double().numpy()
-    return sp.csr_matrix((got.values.double().numpy(), counts.indices, counts.indptr), shape=counts.shape)
+    arrays = (got.values.double().numpy(), got.indices.numpy(), got.indptr.numpy())
+    return sp.csr_matrix(arrays, shape=counts.shape)
 
 
 def _counts(x: sp.csr_matrix | np.ndarray) -> Counts:
     if isinstance(x, np.ndarray):
         return torch.from_numpy(x).float()
-    parts = (torch.from_numpy(a) for a in (x.indptr.astype(np.int32), x.indices.astype(np.int32), x.data.astype(np.float32)))
-    return SparseCounts(*parts, n_features=x.shape[1])
+    indptr, indices = x.indptr.astype(np.int32), x.indices.astype(np.int32)
+    values = torch.from_numpy(x.data.astype(np.float32))
+    return SparseCounts(torch.from_numpy(indptr), torch.from_numpy(indices), values, x.shape[1])
 
 
 def _column_sums(x, of):  # type: ignore[no-untyped-def]
@@ -83,7 +88,9 @@ def _moments(x: sp.csr_matrix | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean, np.sqrt(np.maximum(variance, 1e-12))
 
 
-def _set_projection(projection: Projection, x: sp.csr_matrix | np.ndarray, mean: np.ndarray, scale: np.ndarray, seed: int) -> None:
+def _set_projection(
+    projection: Projection, x: sp.csr_matrix | np.ndarray, mean: np.ndarray, scale: np.ndarray, seed: int
+) -> None:
     """Loadings V of the standardised sample: z = ((x - mean) / scale) V, folded into weight and bias."""
     components = projection.weight.shape[1]
     right, singular = randomised_svd(x, mean, scale, components, seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,12 +13,12 @@ from clue_dist.model.noise import Noise
 
 
 class MLP(nn.Module):
-    """depth x (dropout -> linear -> GELU -> layer norm). LayerNorm, since batch statistics would depend on the ranks."""
+    """depth x (dropout -> linear -> GELU -> layer norm). Batch statistics instead would depend on the ranks."""
 
     def __init__(self, width: int, hidden: int, depth: int, dropout: float) -> None:
         super().__init__()
         widths = [width, *[hidden] * depth]
-        self.linear = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.linear = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         self.norm = nn.ModuleList(nn.LayerNorm(hidden) for _ in range(depth))
         self.dropout, self.width = dropout, widths[-1]
 

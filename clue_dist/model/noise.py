@@ -39,13 +39,16 @@ class Noise:
         return self._rows([torch.randn(shape, generator=g, device=self._device) for g in self._lanes])
 
     def dropout(self, x: Tensor, rate: float, rows: Tensor | None = None) -> Tensor:
-        """Inverted dropout of x: (B, F), or (len(rows), F) for these rows of the batch alone. Rate in steps of 1/256."""
+        """Inverted dropout of x: (B, F), or (n, F) with `rows` (n,) of the batch. The rate goes in steps of 1/256."""
         threshold = round(rate * 256)
         if threshold == 0:
             return x
         width = -(-x.shape[1] // 4)  # four bytes of a 32-bit draw decide over four features
         shape = (self._per_lane, width)
-        draws = [torch.empty(shape, dtype=torch.int32, device=self._device).random_(-(2**31), 2**31 - 1, generator=g) for g in self._lanes]
+        draws = [
+            torch.empty(shape, dtype=torch.int32, device=self._device).random_(-(2**31), 2**31 - 1, generator=g)
+            for g in self._lanes
+        ]
         bits = self._rows(draws)
         keep = (bits if rows is None else bits[rows]).view(torch.uint8)[:, : x.shape[1]] >= threshold
         return x * keep * (256 / (256 - threshold))

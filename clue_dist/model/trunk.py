@@ -56,7 +56,9 @@ class Projection(nn.Module):
         if isinstance(x, Tensor):
             return x.to(self.weight.dtype) @ self.weight + self.bias
         weights = x.values.to(self.weight.dtype)
-        out = F.embedding_bag(x.indices, self.weight, x.indptr, mode="sum", per_sample_weights=weights, include_last_offset=True)
+        out = F.embedding_bag(
+            x.indices, self.weight, x.indptr, mode="sum", per_sample_weights=weights, include_last_offset=True
+        )
         return out + self.bias
 
 

@@ -2,8 +2,10 @@
 
     RUN/config.json                          resolved config
     RUN/model.json                           modalities, features and batches: with the weights, all that embed needs
-    RUN/checkpoints/step-00001200/           DeepSpeed's files, state.json, COMMIT.json (size and SHA-256 of each)
-    RUN/best/step-00001100/                  weights.safetensors and state.json of the best validation, COMMIT.json
+    RUN/checkpoints/step-00001200/           DeepSpeed's files, weights.safetensors, state.json, COMMIT.json
+    RUN/best/step-00001100/                  weights.safetensors, state.json, COMMIT.json of the best validation
+
+COMMIT.json holds the size and SHA-256 of every file beside it.
 
 DeepSpeed's optimizer files are pickles: resume only from your own run folders. Share `weights.safetensors`.
 """
@@ -69,9 +71,10 @@ def save(run: Path, engine: Any, state: State, ranks: Ranks, keep: int) -> Path:
         partial.mkdir(parents=True)
     ranks.barrier()
     engine.save_checkpoint(str(partial), tag=TAG, save_latest=False, exclude_frozen_parameters=False)
+    weights = full_weights(engine)
     ranks.barrier()
     if ranks.first:
-        _commit(partial, final, state)
+        _commit(partial, final, state, weights)
         _prune(run / "checkpoints", keep)
     ranks.barrier()
     return final
@@ -85,13 +88,13 @@ def save_best(run: Path, engine: Any, state: State, ranks: Ranks) -> None:
         partial = final.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_file({k.removeprefix("model."): v for k, v in weights.items()}, partial / WEIGHTS)
-        _commit(partial, final, state)
+        _commit(partial, final, state, weights)
         _prune(run / "best", 1)
     ranks.barrier()
 
 
-def _commit(partial: Path, final: Path, state: State) -> None:
+def _commit(partial: Path, final: Path, state: State, weights: dict[str, Tensor]) -> None:
+    save_file({k.removeprefix("model."): v for k, v in weights.items()}, partial / WEIGHTS)
     (partial / STATE).write_text(json.dumps(asdict(state), indent=1))
     files = sorted(p for p in partial.rglob("*") if p.is_file())
     listing = {}
@@ -165,19 +168,29 @@ def _choose(run: Path, resume: str) -> Path | None:
     if resume == "never":
         if there:
             raise ResumeError(
-                "the run folder already holds a run", where=run, got=there[0].name, expected="an empty folder with --resume never",
+                "the run folder already holds a run",
+                where=run,
+                got=there[0].name,
+                expected="an empty folder with --resume never",
                 fix="use --resume auto to go on, or --set run=ANOTHER_FOLDER",
-            )  # fmt: skip
+            )
         return None
     if resume == "auto":
         chosen = next(_sound(run / "checkpoints"), None)
         if chosen is None and there:
-            raise ResumeError("every checkpoint of the run is damaged", where=run, fix="start anew with --set run=ANOTHER_FOLDER")
+            raise ResumeError(
+                "every checkpoint of the run is damaged", where=run, fix="start anew with --set run=ANOTHER_FOLDER"
+            )
         return chosen
     folder = Path(resume)
     problem = damage(folder)
     if problem:
-        raise ResumeError("this checkpoint cannot be used", where=folder, got=problem, fix="name a folder like RUN/checkpoints/step-00001200")
+        raise ResumeError(
+            "this checkpoint cannot be used",
+            where=folder,
+            got=problem,
+            fix="name a folder like RUN/checkpoints/step-00001200",
+        )
     return folder
 
 
@@ -190,22 +203,39 @@ def check_same_run(run: Path, config: Config, fingerprint: str, world: int, chec
     state = State(**json.loads((checkpoint / STATE).read_text()))
     if state.fingerprint != fingerprint:
         raise ResumeError(
-            "the store is not the one this run was trained on", where=config.store, got=f"fingerprint {fingerprint[:16]}",
-            expected=state.fingerprint[:16], fix="point --set store=... at the original store, or start a new run",
-        )  # fmt: skip
+            "the store is not the one this run was trained on",
+            where=config.store,
+            got=f"fingerprint {fingerprint[:16]}",
+            expected=state.fingerprint[:16],
+            fix="point --set store=... at the original store, or start a new run",
+        )
     if state.world != world:
         raise ResumeError(
-            "the checkpoint was written by another number of ranks", where=checkpoint, got=f"{world} ranks", expected=state.world,
+            "the checkpoint was written by another number of ranks",
+            where=checkpoint,
+            got=f"{world} ranks",
+            expected=state.world,
             fix=f"start with {state.world} ranks",
-        )  # fmt: skip
+        )
     before = configs.load(checkpoint.parent.parent / "config.json")
-    free = ("store", "run", "log.", "train.epochs", "train.patience", "train.checkpoint_every", "train.keep", "data.prefetch")
+    free = (
+        "store",
+        "run",
+        "log.",
+        "train.epochs",
+        "train.patience",
+        "train.checkpoint_every",
+        "train.keep",
+        "data.prefetch",
+    )
     different = [key for key in configs.changed(before, config) if not key.startswith(free)]
     if different:
         raise ResumeError(
-            "the settings are not those of the run to go on with", where=run, got=f"changed: {', '.join(different)}",
+            "the settings are not those of the run to go on with",
+            where=run,
+            got=f"changed: {', '.join(different)}",
             fix="use the run's own config.json, or start a new run with --set run=ANOTHER_FOLDER",
-        )  # fmt: skip
+        )
     return state
 
 
@@ -234,23 +264,33 @@ def describe(run: Path, store: Store, config: Config) -> None:
     """Write config.json and model.json: a run folder explains itself a year later."""
     run.mkdir(parents=True, exist_ok=True)
     config.write(run / "config.json")
-    card = ModelCard(fingerprint=store.fingerprint, modalities=store.manifest.modalities, batches=store.manifest.batches)
+    card = ModelCard(
+        fingerprint=store.fingerprint, modalities=store.manifest.modalities, batches=store.manifest.batches
+    )
     (run / "model.json").write_text(card.model_dump_json(indent=1))
 
 
 def load_model(run: Path, checkpoint: str = "best") -> Loaded:
-    """The best (or, by name, another committed) set of weights of a run.
+    """The weights of a run: of the best validation, the last saved, or by the name of a committed checkpoint.
 
     Raises:
         ResumeError: no run there, nothing saved yet, or damaged weights.
     """
     if not (run / "model.json").is_file():
-        raise ResumeError("no run here", where=run, got="no model.json", fix="train one: deepspeed launch/train.py --config ...")
+        raise ResumeError(
+            "no run here", where=run, got="no model.json", fix="train one: deepspeed launch/train.py --config ..."
+        )
     config = configs.load(run / "config.json")
     card = ModelCard.model_validate_json((run / "model.json").read_bytes())
-    folder = next(_sound(run / "best"), None) if checkpoint == "best" else run / "best" / checkpoint
-    if folder is None or not (folder / COMMIT).is_file():
-        raise ResumeError("the run holds no weights to use", where=run / "best", got=checkpoint, fix="train until the first validation")
+    folder = _weights_folder(run, checkpoint)
+    if folder is None:
+        raise ResumeError(
+            "the run holds no such weights",
+            where=run,
+            got=checkpoint,
+            expected="best, last, or a name like step-00001200",
+            fix="train at least until the first validation",
+        )
     problem = damage(folder)
     if problem:
         raise ResumeError("the weights are damaged", where=folder, got=problem)
@@ -258,3 +298,10 @@ def load_model(run: Path, checkpoint: str = "best") -> Loaded:
     weights: dict[str, Tensor] = load_file(folder / WEIGHTS)
     model.load_state_dict(weights)
     return Loaded(model.eval(), card.modalities, folder.name, config.model.latent, config)
+
+
+def _weights_folder(run: Path, checkpoint: str) -> Path | None:
+    if checkpoint in ("best", "last"):
+        return next(_sound(run / {"best": "best", "last": "checkpoints"}[checkpoint]), None)
+    named = [p for folder in ("best", "checkpoints") for p in committed(run / folder) if p.name == checkpoint]
+    return named[0] if named else None

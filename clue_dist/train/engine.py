@@ -31,7 +31,7 @@ def join(ranks: Ranks) -> torch.device:
         torch.cuda.set_device(ranks.local_rank)
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed insists
     if ranks.world == 1 and not dist.is_initialized():
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     ranks.init(backend)
     # DeepSpeed would compile its own shared-memory collectives on first use; gloo needs no compiler and is tested.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -51,11 +51,14 @@ def build(setup: Setup, ranks: Ranks, device: torch.device) -> Any:
         dist.broadcast(tensor.data, 0)
     engine, *_ = deepspeed.initialize(
         model=objective,
-        optimizer=torch.optim.AdamW(parameter_groups(objective, c), lr=c.train.lr, weight_decay=c.train.weight_decay),
+        optimizer=OPTIMIZERS[c.train.optimizer](parameter_groups(objective, c), lr=c.train.lr),
         config=deepspeed_config(c, ranks.world),
         dist_init_required=False,
     )
     return engine
+
+
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}
 
 
 def new_model(setup: Setup) -> CLUE:
@@ -75,7 +78,9 @@ def parameter_groups(objective: nn.Module, config: Config) -> list[dict[str, Any
     groups: dict[str, list[nn.Parameter]] = {"projection": [], "matrix": [], "vector": []}
     for name, p in objective.named_parameters():
         if p.requires_grad:
-            kind = "projection" if ".projection." in name else "matrix" if p.ndim > 1 and "bias" not in name else "vector"
+            kind = (
+                "projection" if ".projection." in name else "matrix" if p.ndim > 1 and "bias" not in name else "vector"
+            )
             groups[kind].append(p)
     scale = {"projection": config.model.trunk.projection_lr}
     decay = {"vector": 0.0}

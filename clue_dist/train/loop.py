@@ -63,7 +63,11 @@ def fit(setup: Setup, ranks: Ranks, resume: str = "auto") -> Result:
             sinks.advance()
             last = state.step == setup.total_steps
             if state.step % setup.config.log.every == 0 or last:
-                sinks.write("train", state.step, meter.read(learning_rate(setup, step)))
+                sinks.write(
+                    "train",
+                    state.step,
+                    meter.read() | {"epoch": setup.epoch(state.step), "lr": learning_rate(setup, step)},
+                )
             if state.step % t.validate_every == 0 or last:  # type: ignore[operator]
                 state = _validate(engine, setup, ranks, held_out, state, sinks)
             stopping = state.step % STOP_EVERY == 0 and stop.agreed()
@@ -81,7 +85,9 @@ def _loader(setup: Setup, ranks: Ranks, state: State, device: torch.device) -> L
     d = setup.config.data
     first = state.step * setup.config.train.grad_accum
     pin = device.type == "cuda"
-    return Loader(setup.store, setup.plan, rank=ranks.rank, world=ranks.world, first=first, prefetch=d.prefetch, pin=pin)
+    return Loader(
+        setup.store, setup.plan, rank=ranks.rank, world=ranks.world, first=first, prefetch=d.prefetch, pin=pin
+    )
 
 
 def _validate(engine: Any, setup: Setup, ranks: Ranks, held_out: Batch, state: State, sinks: Sinks) -> State:
@@ -105,7 +111,9 @@ def _validate(engine: Any, setup: Setup, ranks: Ranks, held_out: Batch, state: S
     return state
 
 
-def train_step(engine: Any, setup: Setup, ranks: Ranks, loader: Loader, step: int, device: torch.device) -> dict[str, Tensor]:
+def train_step(
+    engine: Any, setup: Setup, ranks: Ranks, loader: Loader, step: int, device: torch.device
+) -> dict[str, Tensor]:
     """One optimizer step: grad_accum micro-batches, each the same global set of cells whatever the ranks."""
     c, plan = setup.config, setup.plan
     for group in engine.optimizer.param_groups:
@@ -113,7 +121,9 @@ def train_step(engine: Any, setup: Setup, ranks: Ranks, loader: Loader, step: in
     sums: dict[str, Tensor] = {}
     for micro in range(c.train.grad_accum):
         batch = next(loader).to(device)
-        noise = Noise(c.seed, step * c.train.grad_accum + micro, plan.share, plan.lanes, ranks.rank, ranks.world, device)
+        noise = Noise(
+            c.seed, step * c.train.grad_accum + micro, plan.share, plan.lanes, ranks.rank, ranks.world, device
+        )
         loss, terms = engine(batch, noise, kl_weight(setup, step))
         engine.backward(loss)
         engine.step()  # DeepSpeed updates at the last micro-batch
@@ -153,16 +163,22 @@ class Meter:
         self._steps += 1
         self._loader = loader
 
-    def read(self, lr: float) -> dict[str, float | int | str]:
+    def read(self) -> dict[str, float]:
         """Rank-0 means; raises if the loss is not finite, naming the terms that are not."""
         means = {name: float(v) / self._steps for name, v in self._sums.items()}
         seconds = time.perf_counter() - self._since
         waited = self._loader.waited - self._waited
-        out = means | {"lr": lr, "cells_per_s": self._steps * self._cells / seconds, "data_wait": waited / seconds}
+        out = {
+            **means,
+            "cells_per_s": self._steps * self._cells / seconds,
+            "data_wait": waited / seconds,
+        }
         if self._device.type == "cuda":
             out["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
         self._sums, self._steps, self._since, self._waited = {}, 0, time.perf_counter(), self._loader.waited
         broken = [name for name, v in means.items() if not math.isfinite(v)]
         if broken:
-            raise TrainingError("the loss is not finite", where=", ".join(broken), fix="lower train.lr, or look for broken counts")
+            raise TrainingError(
+                "the loss is not finite", where=", ".join(broken), fix="lower train.lr, or look for broken counts"
+            )
         return out

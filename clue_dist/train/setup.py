@@ -1,4 +1,4 @@
-"""From a config and a store to everything training needs to know, checked before any process group or GPU is touched."""
+"""From a config and a store to all that training needs to know, checked before any process group is touched."""
 
 from __future__ import annotations
 
@@ -34,6 +34,11 @@ class Setup:
         """Whether validation can score pairs."""
         return any(len(self.store.strata[s].modalities) > 1 for s, n in self.holdout.items() if n)
 
+    def epoch(self, step: int) -> float:
+        """Passes over as many cells as there are, after so many steps."""
+        assert self.config.data.batch_size != "auto"
+        return round(step * self.config.data.batch_size / sum(self.train.values()), 2)
+
     def held_out(self) -> Batch:
         """The validation cells of every stratum as one batch."""
         parts = []
@@ -41,7 +46,11 @@ class Setup:
             reader = self.store.strata[name]
             positions = np.arange(self.train[name], self.train[name] + n)
             if n:
-                parts.append(Part({m: reader.rows(m, positions) for m in reader.modalities}, reader.obs_codes("batch", positions)))
+                parts.append(
+                    Part(
+                        {m: reader.rows(m, positions) for m in reader.modalities}, reader.obs_codes("batch", positions)
+                    )
+                )
         return assemble(self.store.modalities, parts)
 
     def summary(self) -> str:
@@ -51,7 +60,9 @@ class Setup:
         lines += [f"  {m}: {s.n_features} features, {s.normalise} -> {s.likelihood}" for m, s in self.specs.items()]
         for name in strata:
             share = self.plan.share[name]
-            lines.append(f"  stratum {name}: {self.train[name]} cells, {self.holdout[name]} held out, {share} in each batch")
+            lines.append(
+                f"  stratum {name}: {self.train[name]} cells, {self.holdout[name]} held out, {share} in each batch"
+            )
         lines.append(
             f"  {self.total_steps} steps of {c.data.batch_size} cells ({c.train.epochs:g} epochs), "
             f"validation every {c.train.validate_every}, ZeRO-{c.train.zero_stage}, {c.train.precision}"
@@ -81,7 +92,8 @@ def prepare(config: Config, world: int) -> Setup:
     holdout = _holdout(config, sizes, paired)
     train = {s: n - holdout[s] for s, n in sizes.items()}
     config = resolve(config, sum(train.values()))
-    assert config.data.batch_size != "auto" and config.train.epochs != "auto"
+    assert config.data.batch_size != "auto"
+    assert config.train.epochs != "auto"
     weights = _weights(config, train, paired)
     micro = config.data.batch_size // config.train.grad_accum
     share = plans.shares(micro, config.data.lanes, weights)
@@ -91,7 +103,7 @@ def prepare(config: Config, world: int) -> Setup:
 
 
 def resolve(config: Config, n_train: int) -> Config:
-    """Put numbers where the config says "auto": small data gets small batches and many epochs, an atlas the opposite."""
+    """Put numbers where the config says "auto": small data get small batches and many epochs, an atlas not."""
     t, d = config.train, config.data
     step = d.lanes * t.grad_accum
     size = d.batch_size if d.batch_size != "auto" else step * -(-_auto_batch(n_train) // step)

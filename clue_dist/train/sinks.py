@@ -6,6 +6,7 @@ import json
 import secrets
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from clue_dist.config import Config
 
-Numbers = dict[str, float | int | str]
+Numbers = Mapping[str, float | int | str]
 
 
 class Sinks:
@@ -120,9 +121,15 @@ def _wandb(run: Path, config: Config) -> Any:
         settings = wandb.Settings(silent=True, console="off", init_timeout=30)
         started.append(
             wandb.init(
-                project=config.log.project, name=run.name, dir=str(run), mode=config.log.wandb,
-                id=_wandb_id(run), resume="allow", config=config.model_dump(mode="json"), settings=settings,
-            )  # fmt: skip
+                project=config.log.project,
+                name=run.name,
+                dir=str(run),
+                mode=config.log.wandb,
+                id=_wandb_id(run),
+                resume="allow",
+                config=config.model_dump(mode="json"),
+                settings=settings,
+            )
         )
 
     _guarded(start)

@@ -11,7 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.command import ROOT, best_weights, environment, largest_difference, launched, metrics, python, run, train_args
+from tests.distributed.command import (
+    ROOT,
+    best_weights,
+    environment,
+    largest_difference,
+    launched,
+    metrics,
+    python,
+    run,
+    train_args,
+)
 from tests.stores import make_store
 
 
@@ -34,7 +44,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_mistakes_end_with_2_before_any_worker_starts(folder: Path, settings: list[str], message: str) -> None:
     args = train_args(folder, folder / "s.zarr", "bad", *settings)
     done = subprocess.run(
-        ["python", *args], cwd=ROOT, env=environment() | {"RANK": "0", "WORLD_SIZE": "2"}, capture_output=True, text=True, timeout=60
+        ["python", *args],
+        cwd=ROOT,
+        env=environment() | {"RANK": "0", "WORLD_SIZE": "2"},
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
@@ -77,8 +92,12 @@ def test_resumed_after_a_stop_signal_ends_like_an_unbroken_run(folder: Path) -> 
     assert 20 < int(saved.name.split("-")[1]) < metrics(folder / "whole")[-1]["step"]
 
     python(*args)
-    timeless = [{k: v for k, v in line.items() if k not in ("cells_per_s", "data_wait")} for line in metrics(folder / "broken")]
-    unbroken = [{k: v for k, v in line.items() if k not in ("cells_per_s", "data_wait")} for line in metrics(folder / "whole")]
+    timeless = [
+        {k: v for k, v in line.items() if k not in ("cells_per_s", "data_wait")} for line in metrics(folder / "broken")
+    ]
+    unbroken = [
+        {k: v for k, v in line.items() if k not in ("cells_per_s", "data_wait")} for line in metrics(folder / "whole")
+    ]
     assert timeless == unbroken  # bit for bit
     assert largest_difference(best_weights(folder / "whole"), best_weights(folder / "broken")) == 0.0
 
@@ -88,8 +107,13 @@ def test_resume_refuses_other_data_settings_ranks_and_damage(folder: Path) -> No
     python(*args)
     assert "already holds a run" in python(*args, "--resume", "never", expect=2).stderr
     assert "changed: train.lr" in python(*args, "--set", "train.lr=0.5", expect=2).stderr
-    make_store(folder / "other.zarr", cells={"rna+adt": 200, "rna": 60, "adt": 40}, features={"rna": 60, "adt": 10}, seed=1)
-    assert "not the one this run was trained on" in python(*args, "--set", f"store={folder / 'other.zarr'}", expect=2).stderr
+    make_store(
+        folder / "other.zarr", cells={"rna+adt": 200, "rna": 60, "adt": 40}, features={"rna": 60, "adt": 10}, seed=1
+    )
+    assert (
+        "not the one this run was trained on"
+        in python(*args, "--set", f"store={folder / 'other.zarr'}", expect=2).stderr
+    )
     assert "another number of ranks" in run(*launched(2, *args), expect=2).stderr
 
     (checkpoint,) = (folder / "again" / "checkpoints").glob("step-*")
@@ -104,7 +128,11 @@ def test_resume_refuses_other_data_settings_ranks_and_damage(folder: Path) -> No
 
 def test_bf16_trains_close_to_fp32(folder: Path) -> None:
     for precision in ("fp32", "bf16"):
-        python(*train_args(folder, folder / "s.zarr", precision, "train.epochs=10", "log.every=5", f"train.precision={precision}"))
+        python(
+            *train_args(
+                folder, folder / "s.zarr", precision, "train.epochs=10", "log.every=5", f"train.precision={precision}"
+            )
+        )
     a, b = ([line["loss"] for line in metrics(folder / p)] for p in ("fp32", "bf16"))
     assert b == pytest.approx(a, rel=0.02)
     assert a[-1] < a[0]
@@ -113,7 +141,13 @@ def test_bf16_trains_close_to_fp32(folder: Path) -> None:
 
 @pytest.mark.parametrize("likelihood", ["zinb", "poisson", "bernoulli"])
 def test_other_likelihoods_and_the_mean_posterior_train(folder: Path, likelihood: str) -> None:
-    settings = ("train.epochs=8", "log.every=5", f"modalities.rna.likelihood={likelihood}", "model.posterior=mean", "objective.alignment=cosine")
+    settings = (
+        "train.epochs=8",
+        "log.every=5",
+        f"modalities.rna.likelihood={likelihood}",
+        "model.posterior=mean",
+        "objective.alignment=cosine",
+    )
     python(*train_args(folder, folder / "s.zarr", likelihood, *settings))
     losses = [line["loss"] for line in metrics(folder / likelihood)]
     assert losses[-1] < losses[0]
@@ -135,7 +169,10 @@ def test_sinks_wandb_offline_and_tensorboard(folder: Path) -> None:
     run_folder = folder / "sinks"
     assert list(run_folder.glob("wandb/offline-run-*/*.wandb"))
     assert list(run_folder.glob("tensorboard/events*"))
-    assert {line["split"] for line in map(json.loads, (run_folder / "metrics.jsonl").read_text().splitlines())} == {"train", "validation"}
+    assert {line["split"] for line in map(json.loads, (run_folder / "metrics.jsonl").read_text().splitlines())} == {
+        "train",
+        "validation",
+    }
 
 
 def test_early_stop_keeps_the_best_and_does_not_train_on(folder: Path) -> None:

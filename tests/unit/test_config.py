@@ -93,6 +93,6 @@ def test_changed_lists_dotted_paths(tmp_path: Path) -> None:
 
 
 def test_a_written_config_reads_back(tmp_path: Path) -> None:
-    a = configs.load(written(tmp_path, {}), ["data.weights={\"rna\": 2}", "seed=4"])
+    a = configs.load(written(tmp_path, {}), ['data.weights={"rna": 2}', "seed=4"])
     a.write(tmp_path / "out.json")
     assert configs.load(tmp_path / "out.json") == a

@@ -30,7 +30,12 @@ def sparse(x: np.ndarray) -> SparseCounts:
 def params(name: str, x: np.ndarray) -> Params:
     rng = np.random.default_rng(1)
     t = lambda *shape: torch.tensor(rng.normal(size=shape), dtype=torch.float32)  # noqa: E731
-    return Params(t(N, M) - 2, t(M), torch.tensor(x.sum(1, keepdims=True), dtype=torch.float32), t(N, M) if name == "zinb" else None)
+    return Params(
+        t(N, M) - 2,
+        t(M),
+        torch.tensor(x.sum(1, keepdims=True), dtype=torch.float32),
+        t(N, M) if name == "zinb" else None,
+    )
 
 
 def oracle(name: str, x: np.ndarray, p: Params) -> np.ndarray:

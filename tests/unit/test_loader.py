@@ -1,5 +1,6 @@
 """What the loader serves is what the plan asked for, on any number of ranks, and an error is never swallowed."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,10 @@ from tests.stores import make_store
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return make_store(
-        tmp_path / "s.zarr", cells={"rna+adt": 203, "rna": 70, "adt": 33}, features={"rna": 40, "adt": 6}, block_cells=16
+        tmp_path / "s.zarr",
+        cells={"rna+adt": 203, "rna": 70, "adt": 33},
+        features={"rna": 40, "adt": 6},
+        block_cells=16,
     )
 
 
@@ -58,7 +62,9 @@ def test_batches_hold_the_planned_cells(store: Store) -> None:
             batch = next(loader)
             for m in ("rna", "adt"):
                 np.testing.assert_array_equal(dense(batch, m), expected(store, plan, step, m))
-            np.testing.assert_array_equal(batch.observed.numpy(), np.repeat([[1, 1], [1, 0], [0, 1]], [16, 8, 8], 0) == 1)
+            np.testing.assert_array_equal(
+                batch.observed.numpy(), np.repeat([[1, 1], [1, 0], [0, 1]], [16, 8, 8], 0) == 1
+            )
 
 
 def test_batch_codes_come_with_their_cells(store: Store) -> None:
@@ -90,8 +96,7 @@ def test_a_damaged_chunk_raises_where_its_batch_was_due(store: Store) -> None:
     data[3] ^= 0x10
     shard.write_bytes(data)
     with Loader(Store(store.root), plan_of(store)) as loader, pytest.raises(StoreError, match="missing or damaged"):
-        for _ in range(40):
-            next(loader)
+        list(itertools.islice(loader, 40))
 
 
 def test_closing_ends_the_thread_even_when_nobody_reads(store: Store) -> None:

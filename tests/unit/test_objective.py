@@ -49,7 +49,9 @@ def test_product_of_experts_is_eq_6() -> None:
         for j in range(K):
             precision = sum(np.exp(-log_var[c, k, j].double().numpy()) for k in range(K) if OBSERVED[c, k])
             weighted = sum(
-                np.exp(-log_var[c, k, j].double().numpy()) * mean[c, k, j].double().numpy() for k in range(K) if OBSERVED[c, k]
+                np.exp(-log_var[c, k, j].double().numpy()) * mean[c, k, j].double().numpy()
+                for k in range(K)
+                if OBSERVED[c, k]
             )
             np.testing.assert_allclose(got_log_var[c, j], -np.log(precision), rtol=1e-4, atol=1e-5)
             np.testing.assert_allclose(got_mean[c, j], weighted / precision, rtol=1e-4, atol=1e-5)
@@ -71,7 +73,11 @@ def test_elbo_self_is_eq_5() -> None:
     p = out.posterior
     for c in range(B):
         want = sum(
-            float(weight[k]) * (float(out.ln_self[c, k]) - beta * kl64(p.mean[c, k, k].double().numpy(), p.log_var[c, k, k].double().numpy()))
+            float(weight[k])
+            * (
+                float(out.ln_self[c, k])
+                - beta * kl64(p.mean[c, k, k].double().numpy(), p.log_var[c, k, k].double().numpy())
+            )
             for k in range(K)
             if OBSERVED[c, k]
         )
@@ -144,7 +150,9 @@ def small_model(k: int = K, **objective: float) -> tuple[Objective, Batch, Noise
 
     torch.manual_seed(0)
     specs = {f"m{i}": ModalitySpec(6, "none", "normal", None) for i in range(k)}
-    config = ModelConfig(latent=D, trunk={"hidden": 8, "projection_lr": 1.0}, discriminator={"hidden": 8}, decoder={"hidden": 8})
+    config = ModelConfig(
+        latent=D, trunk={"hidden": 8, "projection_lr": 1.0}, discriminator={"hidden": 8}, decoder={"hidden": 8}
+    )
     model = Objective(CLUE(specs, 1, config), ObjectiveConfig(**objective), [1.0] * k)
     observed = OBSERVED[:, :k].clone()
     observed[~observed.any(1), 0] = True
@@ -200,7 +208,7 @@ def test_what_a_cell_lacks_does_not_touch_its_loss() -> None:
 
 
 def test_heads_are_the_grid_of_separate_encoders() -> None:
-    model, batch, _ = small_model()
+    model, _, _ = small_model()
     clue = model.model.eval()
     h = draw(K, B, 8)
     mean, log_var = clue.heads(h)
@@ -217,7 +225,9 @@ def test_parameters_grow_as_k_in_the_wide_layers_and_as_k_squared_only_in_the_he
     sizes = {}
     for k in (1, 3):
         model, _, _ = small_model(k)
-        sizes[k] = {p: sum(x.numel() for x in getattr(model.model, p).parameters()) for p in ("trunks", "decoders", "heads")}
+        sizes[k] = {
+            p: sum(x.numel() for x in getattr(model.model, p).parameters()) for p in ("trunks", "decoders", "heads")
+        }
     assert sizes[3]["trunks"] == 3 * sizes[1]["trunks"]
     assert sizes[3]["decoders"] == 3 * sizes[1]["decoders"]
     assert sizes[3]["heads"] == 9 * sizes[1]["heads"]

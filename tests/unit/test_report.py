@@ -24,10 +24,11 @@ def run(tmp_path):
         {"step": s, "epoch": s / 10, "split": "train", "loss": 5.0 - s / 100, "mse": 0.1, "new": s * 2}
         for s in range(0, 100, 5)
     ]
+    held_out = [(40, 5.5, 0.26), (80, 5.5, 0.22), (80, 5.4, 0.21)]  # the last after a resume
     lines += [
-        {"step": s, "epoch": s / 10, "split": "validation", "loss": 5.5, "foscttm": 0.3 - s / 1000} for s in (40, 80)
+        {"step": s, "split": "validation", "loss": v, "foscttm rna-adt": f, "score": f, "best": f, "best_step": s}
+        for s, v, f in held_out
     ]
-    lines += [{"step": 80, "split": "validation", "loss": 5.4, "foscttm": 0.21}]  # after a resume
     text = "\n".join(json.dumps(line) for line in lines) + '\n{"step": 85, "lo'
     (folder / "metrics.jsonl").write_text(text)
     (folder / "config.json").write_text('{"run": "<b>"}')
@@ -79,8 +80,7 @@ def test_page_is_whole_and_stands_alone(run, embedding, tmp_path):
         assert f">{cell}</td>" in text
     assert "UMAP of 70 profiles" in text
     assert "{&quot;run&quot;: &quot;&lt;b&gt;&quot;}" in text
-    assert "best held-out FOSCTTM 0.2100 at step 80" in text
-    assert "1 unreadable lines" in text
+    assert "95 steps; 9.5 epochs; best validation 0.2100 at step 80; 1 unreadable lines" in text
 
 
 def test_metrics_of_a_resumed_run_count_once(run):
@@ -88,7 +88,7 @@ def test_metrics_of_a_resumed_run_count_once(run):
     assert bad == 1
     assert len(metrics) == 22
     assert metrics.query("split == 'validation' and step == 80")["loss"].tolist() == [5.4]
-    assert report.curve_names(metrics) == ["loss", "mse", "foscttm", "new"]
+    assert report.curve_names(metrics) == ["loss", "mse", "foscttm rna-adt", "new"]
 
 
 def test_curves_show_the_numbers_of_both_splits(run):
@@ -97,7 +97,7 @@ def test_curves_show_the_numbers_of_both_splits(run):
     train, validation = panel["loss"].lines
     assert (len(train.get_xdata()), train.get_ydata()[-1]) == (20, pytest.approx(4.05))
     assert validation.get_ydata().tolist() == [5.5, 5.4]
-    assert [len(line.get_xdata()) for line in panel["FOSCTTM, held-out pairs"].lines] == [2]
+    assert [len(line.get_xdata()) for line in panel["held-out FOSCTTM rna-adt"].lines] == [2]
 
 
 def test_a_run_without_metrics_has_a_report_too(run):

@@ -40,7 +40,9 @@ def test_normalise(how: str) -> None:
     if how != "clr":  # would not stay sparse
         got = normalise(sparse(X), how, torch.tensor(idf))
         assert isinstance(got, SparseCounts)
-        np.testing.assert_allclose(sp.csr_matrix((got.values, got.indices, got.indptr), X.shape).toarray(), want, rtol=1e-5)
+        np.testing.assert_allclose(
+            sp.csr_matrix((got.values, got.indices, got.indptr), X.shape).toarray(), want, rtol=1e-5
+        )
 
 
 def test_projection_of_sparse_equals_dense_with_its_gradient() -> None:

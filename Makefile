@@ -1,0 +1,62 @@
+# make demo    real cells in, trained model and report out (SIMULATE=1: simulated cells, needs no data from the network)
+# make test    lint, types, import contracts, all tests
+# make lint    the first three of these
+# Each sets up .venv first: pinned by constraints.txt, again when that or pyproject.toml changes.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.PHONY: demo test lint
+
+VENV := .venv
+READY := $(VENV)/.installed
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+RANKS ?= 2
+DATA := data/$(if $(SIMULATE),simulated,pbmc)
+RUN := runs/demo$(if $(SIMULATE),-simulated)
+
+demo: $(READY)
+	@set -x
+	python -m data_prep fetch --out $(DATA) $(if $(SIMULATE),--simulate)
+	[ -e $(DATA)/train.zarr ] || python -m data_prep convert $(DATA)/train.h5mu --out $(DATA)/train.zarr
+	[ -e $(DATA)/test.zarr ] || \
+	  python -m data_prep convert $(DATA)/test.h5mu --out $(DATA)/test.zarr --features-from $(DATA)/train.zarr
+	deepspeed --num_accelerators $(RANKS) launch/train.py --config configs/demo.json --set store=$(DATA)/train.zarr run=$(RUN)
+	python launch/embed.py --run $(RUN) --store $(DATA)/test.zarr --out $(RUN)/test.h5mu --per-modality
+	python launch/evaluate.py --run $(RUN) --store $(DATA)/test.zarr --out $(RUN)/scores.json
+	python launch/report.py --run $(RUN) --embedding $(RUN)/test.h5mu --scores $(RUN)/scores.json
+
+test: lint
+	@python -m pytest
+
+lint: $(READY)
+	@set -x
+	ruff check
+	ruff format --check
+	mypy
+	lint-imports
+
+# .installing marks a set-up under way: one that was broken off may have left half a package, so it starts anew.
+$(READY): pyproject.toml constraints.txt
+	@[ ! -e $(VENV)/.installing ] || rm -rf $(VENV)
+	python=
+	for p in python3.11 python3 python; do
+	  if command -v "$$p" >/dev/null && "$$p" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null
+	  then python=$$(command -v "$$p"); break; fi
+	done
+	if [ ! -x $(VENV)/bin/python ]; then
+	  if [ -z "$$python" ]; then
+	    echo "error: Python 3.11 is needed; neither python3.11, python3 nor python is one" >&2
+	    echo "  fix: install it (Debian, Ubuntu: apt-get install python3.11 python3.11-venv)" >&2
+	    exit 1
+	  fi
+	  mkdir -p $(VENV)
+	  touch $(VENV)/.installing
+	  "$$python" -m venv $(VENV)
+	fi
+	touch $(VENV)/.installing
+	echo "installing into $(VENV): the first time takes minutes"
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	mv $(VENV)/.installing $(READY)

@@ -1,0 +1,142 @@
+"""`check` finds every kind of damage, `inspect` tells what is there, and both go through the command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from clue_dist.errors import StoreError
+from clue_dist.store.manifest import Manifest
+from clue_dist.store.writer import hash_file
+from data_prep import inspect
+from data_prep.check import check
+from tests.unit.prep_helpers import anndata_of, build, frame, write_h5mu
+
+REPO = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    rna, adt = frame(100, 40), frame(100, 8, 1, "p", density=0.9)
+    parts = {"rna": anndata_of(rna, batch="b"), "adt": anndata_of(adt[20:], cell_type=["T", "B"] * 40)}
+    build(tmp_path / "s.zarr", str(write_h5mu(tmp_path / "in.h5mu", **parts)), block_cells=2)
+    return tmp_path / "s.zarr"
+
+
+def resign(root: Path, **changes: object) -> None:
+    """What a person with an editor and bad luck might do: a manifest that fits files that are wrong."""
+    manifest = Manifest.read(root)
+    shards = {key: hash_file(root / key) for key in manifest.shards}
+    manifest.model_copy(update={"shards": shards, **changes}).write(root)
+
+
+def test_a_sound_store(root: Path) -> None:
+    assert check(root) == []
+
+
+def test_one_flipped_bit_in_any_shard(root: Path) -> None:
+    for key in Manifest.read(root).shards:
+        path = root / key
+        before = path.read_bytes()
+        middle = len(before) // 2
+        path.write_bytes(before[:middle] + bytes([before[middle] ^ 4]) + before[middle + 1 :])
+        assert check(root) == [f"{key}: content changed (sha256 differs)"]
+        path.write_bytes(before)
+
+
+def test_all_problems_are_listed(root: Path) -> None:
+    keys = sorted(Manifest.read(root).shards)
+    first, second, third = keys[0], keys[5], keys[-1]
+    (root / first).unlink()
+    (root / second).write_bytes((root / second).read_bytes()[:-1])
+    size = (root / second).stat().st_size
+    data = (root / third).read_bytes()
+    (root / third).unlink()
+    (root.parent / "elsewhere").write_bytes(data)
+    (root / third).symlink_to(root.parent / "elsewhere")
+    (root / "strata" / "extra").write_text("x")
+    expected = {
+        f"{first}: missing",
+        f"{second}: {size} bytes, expected {size + 1}",
+        f"{third}: a link, or outside the store",
+        "strata/extra: not part of the store",
+    }
+    assert set(check(root)) == expected
+
+
+def test_damage_that_the_hashes_know(root: Path) -> None:
+    """The reader decodes every block, so a chunk that was broken before it was hashed is found too."""
+    key = next(k for k in Manifest.read(root).shards if "deltas" in k)
+    data = bytearray((root / key).read_bytes())
+    data[len(data) // 3] ^= 1
+    (root / key).write_bytes(bytes(data))
+    resign(root)
+    (problem,) = check(root)
+    assert "missing or damaged" in problem
+    assert "deltas" in problem
+
+
+def test_columns_outside_the_features(root: Path) -> None:
+    modalities = Manifest.read(root).modalities
+    short = modalities["rna"].model_copy(update={"features": modalities["rna"].features[:10]})
+    resign(root, modalities={**modalities, "rna": short})
+    assert any("but there are 10 features" in problem for problem in check(root))
+
+
+def test_metadata_that_does_not_fit(root: Path) -> None:
+    path = root / "strata/rna/rna/deltas/zarr.json"
+    meta = json.loads(path.read_text())
+    meta["data_type"] = "int16"
+    path.write_text(json.dumps(meta))
+    assert any("does not fit the manifest" in problem for problem in check(root))
+    path.write_text("{")
+    assert any("cannot be opened" in problem for problem in check(root))
+
+
+def test_what_inspect_tells(root: Path) -> None:
+    found = inspect.facts(root)
+    assert found["cells"] == 100
+    assert {n: (s["cells"], s["paired"]) for n, s in found["strata"].items()} == {
+        "rna": (20, False),
+        "rna+adt": (80, True),
+    }
+    assert found["modalities"]["rna"]["non_zeros"] == int((frame(100, 40) > 0).sum().sum())
+    assert found["batches"] == {"b": 100}
+    assert found["labels"] == {"B": 40, "T": 40, "(unknown)": 20}
+    text = inspect.text(found)
+    for told in (
+        "100 cells",
+        "bytes per non-zero",
+        "in.h5mu/mod/adt -> adt: 80 cells",
+        found["fingerprint"],
+        "(unknown) 20",
+    ):
+        assert told in text
+
+
+def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    whole = [sys.executable, "-m", "data_prep", *map(str, arguments)]
+    return subprocess.run(whole, cwd=REPO, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_command_line(root: Path) -> None:
+    assert json.loads(command("inspect", root, "--json").stdout)["cells"] == 100
+    (root / "strata" / "extra").write_text("x")
+    broken = command("check", root)
+    assert broken.returncode == 2
+    assert "1 problems" in broken.stderr
+    assert "strata/extra" in broken.stderr
+    missing = command("inspect", root.parent / "nothing.zarr")
+    assert (missing.returncode, missing.stdout) == (2, "")
+    assert missing.stderr.startswith("error: no store here")
+    assert "Traceback" not in missing.stderr
+    assert command("convert", "x.h5mu", "--out", root.parent / "o.zarr", "--block-cells", "0").returncode == 2
+
+
+def test_nothing_to_check(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="no store here"):
+        check(tmp_path)

@@ -1,0 +1,209 @@
+"""Every input format comes back out of the store exactly, whatever the sizes of tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+
+from clue_dist.errors import DataError
+from data_prep import convert, entries
+from tests.unit.prep_helpers import (
+    anndata_of,
+    build,
+    codes_of,
+    frame,
+    held,
+    same,
+    write_10x,
+    write_h5ad,
+    write_h5mu,
+    write_mtx,
+)
+
+
+@pytest.fixture(autouse=True)
+def _small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many tasks and parts, even for a few hundred cells."""
+    monkeypatch.setattr(convert, "TASK_ENTRIES", 500)
+    monkeypatch.setattr(entries, "PART_ENTRIES", 300)
+
+
+@pytest.mark.parametrize("form", [sp.csr_matrix, sp.csc_matrix, np.asarray], ids=["csr", "csc", "dense"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "int32", "uint8", "int64"])
+def test_h5ad(tmp_path: Path, form: object, dtype: str) -> None:
+    counts = frame(150, 40)
+    write_h5ad(tmp_path / "a.h5ad", counts, form, dtype)
+    store = build(tmp_path / "s.zarr", f"rna={tmp_path / 'a.h5ad'}", block_cells=16)
+    same(held(store, "rna"), counts)
+
+
+def test_true_or_false_counts(tmp_path: Path) -> None:
+    counts = (frame(50, 20) > 0).astype(int)
+    write_h5ad(tmp_path / "a.h5ad", counts, sp.csr_matrix, "bool")
+    store = build(tmp_path / "s.zarr", f"peaks={tmp_path / 'a.h5ad'}")
+    same(held(store, "peaks"), counts)
+    assert store.manifest.strata["peaks"].packed["peaks"].counts is None  # binary: no counts on disk
+
+
+def test_layer_and_raw(tmp_path: Path) -> None:
+    counts, wide = frame(60, 20), frame(60, 30)
+    adata = anndata_of(counts)
+    adata.layers["counts"] = adata.X.copy()
+    adata.raw = anndata_of(wide)
+    adata.X = adata.X * 0.5
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    given = f"rna={tmp_path / 'a.h5ad'}"
+    same(held(build(tmp_path / "s.zarr", given, layers=("counts",)), "rna"), counts)
+    same(held(build(tmp_path / "r.zarr", given, layers=("rna=raw.X",)), "rna"), wide)
+    with pytest.raises(DataError, match=r"look like raw counts: counts, raw\.X; name one with `--layer`"):
+        build(tmp_path / "x.zarr", given)
+    with pytest.raises(DataError, match=r"layers: counts, raw\.X"):
+        build(tmp_path / "y.zarr", given, layers=("conuts",))
+
+
+def test_h5mu_mosaic(tmp_path: Path) -> None:
+    rna, adt = frame(120, 30).iloc[:90], frame(120, 10, seed=1, prefix="p").iloc[40:]
+    path = write_h5mu(tmp_path / "m.h5mu", rna=anndata_of(rna, batch="b1"), adt=anndata_of(adt, cell_type="T"))
+    store = build(tmp_path / "s.zarr", str(path))
+    assert {n: s.n_cells for n, s in store.manifest.strata.items()} == {"rna+adt": 50, "rna": 40, "adt": 30}
+    same(held(store, "rna"), rna)
+    same(held(store, "adt"), adt)
+    assert codes_of(store, "batch") == {c: "b1" if c in rna.index else None for c in rna.index.union(adt.index)}
+    assert codes_of(store, "label") == {c: "T" if c in adt.index else None for c in rna.index.union(adt.index)}
+    only = build(tmp_path / "o.zarr", f"adt={path}")
+    assert only.modalities == ["adt"]
+    with pytest.raises(DataError, match="no such modality"):
+        build(tmp_path / "x.zarr", f"atac={path}")
+
+
+def test_h5mu_shared_obs(tmp_path: Path) -> None:
+    import mudata
+
+    mudata.set_options(pull_on_update=False)
+    rna, adt = frame(20, 10), frame(30, 5, seed=1)
+    whole = mudata.MuData({"rna": anndata_of(rna), "adt": anndata_of(adt)})
+    whole.obs["batch"] = [f"b{int(name[1:]) % 3}" for name in whole.obs_names]
+    whole.obs["rna:cell_type"] = [name if name in rna.index else np.nan for name in whole.obs_names]
+    whole.write(tmp_path / "m.h5mu")
+    store = build(tmp_path / "s.zarr", str(tmp_path / "m.h5mu"))
+    assert codes_of(store, "batch") == {f"c{i}": f"b{i % 3}" for i in range(30)}
+    assert codes_of(store, "label") == {f"c{i}": f"c{i}" if i < 20 else None for i in range(30)}
+
+
+TYPES = ["Gene Expression"] * 20 + ["Antibody Capture"] * 6 + ["Peaks"] * 14
+
+
+def _tenx(tmp_path: Path, form: str, counts: pd.DataFrame, types: list[str]) -> Path:
+    if form == "h5":
+        return write_10x(tmp_path / "a.h5", counts, types)
+    return write_mtx(tmp_path / "folder", counts, types, zipped=form == "mtx.gz")
+
+
+@pytest.mark.parametrize("form", ["h5", "mtx", "mtx.gz"])
+def test_10x(tmp_path: Path, form: str) -> None:
+    counts = frame(80, 40, density=0.5)
+    path = _tenx(tmp_path, form, counts, TYPES)
+    store = build(tmp_path / "s.zarr", str(path))
+    for name, columns in {"rna": slice(0, 20), "adt": slice(20, 26), "atac": slice(26, 40)}.items():
+        expected = counts.iloc[:, columns]
+        same(held(store, name), expected[expected.sum(axis=1) > 0])
+    gex = build(tmp_path / "g.zarr", f"gex={path}")
+    same(held(gex, "gex"), counts.iloc[:, :20][counts.iloc[:, :20].sum(axis=1) > 0])
+    with pytest.raises(DataError, match="no features of this kind"):
+        build(tmp_path / "x.zarr", f"dense={path}")
+
+
+def test_10x_names_that_repeat_take_their_id(tmp_path: Path) -> None:
+    counts = frame(30, 4, prefix="ENSG")
+    path = write_10x(tmp_path / "a.h5", counts, ["Gene Expression"] * 4, ["A", "B", "A", "C"])
+    assert build(tmp_path / "s.zarr", str(path)).manifest.modalities["rna"].features == ["ENSG0", "B", "ENSG2", "C"]
+
+
+def test_old_genes_tsv(tmp_path: Path) -> None:
+    counts = frame(30, 8)
+    folder = write_mtx(tmp_path / "folder", counts, ["-"] * 8, zipped=False)
+    lines = (folder / "features.tsv").read_text().splitlines()
+    (folder / "genes.tsv").write_text("".join("\t".join(line.split("\t")[:2]) + "\n" for line in lines))
+    (folder / "features.tsv").unlink()
+    same(held(build(tmp_path / "s.zarr", f"rna={folder}"), "rna"), counts)
+    with pytest.raises(DataError, match="write it as `rna=folder`"):
+        build(tmp_path / "x.zarr", str(folder))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("matrix coordinate integer general", "matrix array integer general", "not a Matrix Market header"),
+        ("matrix coordinate integer general", "matrix coordinate integer symmetric", "not a Matrix Market header"),
+        ("8 30 ", "30 8 ", "transposed"),
+        ("8 30 ", "8 31 ", "does not fit its features and barcodes"),
+        ("8 30 ", "eight 30 ", "sizes line is wrong"),
+        ("\n1 1 ", "\n0 1 ", "feature 0, cell 1"),
+        ("\n1 1 ", "\n9 1 ", "feature 9, cell 1"),
+        ("\n1 1 ", "\n1 31 ", "feature 1, cell 31"),
+        ("\n1 1 5", "\n1 1 five", "not `feature cell count`"),
+        ("\n1 1 5", "\n1 1 5 5", "cannot be read to its end|not `feature cell count`"),
+        ("\n1 1 5", "", "ends early or late"),
+        ("\n1 1 5", "\n1 1 -5", "counts must be raw"),
+    ],
+)
+def test_wrong_matrix_market(tmp_path: Path, old: str, new: str, message: str) -> None:
+    counts = frame(30, 8, density=1)
+    counts.iloc[0, 0] = 5
+    folder = write_mtx(tmp_path / "folder", counts, ["-"] * 8, zipped=False)
+    text = (folder / "matrix.mtx").read_text()
+    assert old in text
+    (folder / "matrix.mtx").write_text(text.replace(old, new, 1))
+    with pytest.raises(DataError, match=message):
+        build(tmp_path / "s.zarr", f"rna={folder}")
+
+
+def test_inputs_that_are_not(tmp_path: Path) -> None:
+    (tmp_path / "text.h5ad").write_text("no HDF5")
+    (tmp_path / "empty").mkdir()
+    write_h5ad(tmp_path / "a.h5ad", frame(5, 5))
+    cut = (tmp_path / "a.h5ad").read_bytes()
+    (tmp_path / "cut.h5ad").write_bytes(cut[: len(cut) // 2])
+    cases = {
+        "rna=nothing.h5ad": "does not exist",
+        f"rna={tmp_path / 'text.h5ad'}": "not a readable HDF5 file",
+        f"rna={tmp_path / 'cut.h5ad'}": "not a readable HDF5 file",
+        f"rna={tmp_path / 'empty'}": "no Matrix Market input",
+        f"{tmp_path / 'a.h5ad'}": "write it as `rna=a.h5ad`",
+        f"mystery={tmp_path / 'a.h5ad'}": "--kind mystery=rna",
+    }
+    for given, message in cases.items():
+        with pytest.raises(DataError, match=message):
+            build(tmp_path / "s.zarr", given)
+
+
+def test_dense_kind_keeps_any_float(tmp_path: Path) -> None:
+    values = pd.DataFrame(
+        np.random.default_rng(0).normal(size=(40, 6)).astype("float32"), [f"c{i}" for i in range(40)], list("abcdef")
+    )
+    values.iloc[3] = 0  # an all-zero cell is a measurement here
+    ad.AnnData(values).write_h5ad(tmp_path / "a.h5ad")
+    store = build(tmp_path / "s.zarr", f"x={tmp_path / 'a.h5ad'}", kinds={"x": "dense"})
+    same(held(store, "x"), values)
+    values.iloc[7, 2] = np.nan
+    ad.AnnData(values).write_h5ad(tmp_path / "b.h5ad")
+    with pytest.raises(DataError, match="cell 'c7', feature 'c'"):
+        build(tmp_path / "t.zarr", f"x={tmp_path / 'b.h5ad'}", kinds={"x": "dense"})
+
+
+def test_real_cells(tmp_path: Path) -> None:
+    import mudata
+
+    path = Path(__file__).parents[3] / "shared" / "data" / "hao_mosaic.h5mu"
+    if not path.exists():
+        pytest.skip(f"no real cells at {path}")
+    whole = mudata.read(path)
+    store = build(tmp_path / "s.zarr", str(path))
+    for name, part in whole.mod.items():
+        same(held(store, name), part.to_df())
+    assert codes_of(store, "label") == whole.obs["cell_type"].astype(str).to_dict()

@@ -1,0 +1,211 @@
+"""The same bytes whoever did the work and however often it was killed."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from clue_dist.errors import DataError, StoreError
+from clue_dist.store import layout
+from clue_dist.store.reader import Store
+from data_prep import convert as conversion
+from data_prep.check import check
+from data_prep.convert import Options, convert
+from data_prep.inputs import parse_inputs
+from data_prep.sources import Keys
+from data_prep.tasks import pool
+from tests.unit.prep_helpers import anndata_of, build, frame, write_h5ad, write_h5mu
+
+REPO = Path(__file__).parents[2]
+TASK_ENTRIES, SHARD_BYTES, BLOCK = 400, 1, 4  # about 20 spools and 10 shards
+
+# A process that ends itself without any warning at the n-th call of a function, or whose files may not grow.
+VICTIM = f"""
+import importlib, os, resource, signal, sys
+from clue_dist.errors import run_main
+from clue_dist.store import layout
+from data_prep import __main__, convert
+convert.TASK_ENTRIES, layout.SHARD_BYTES = {TASK_ENTRIES}, {SHARD_BYTES}
+place, n, limit = sys.argv.pop(1), int(sys.argv.pop(1)), int(sys.argv.pop(1))
+module, name = place.rsplit(".", 1)
+module = importlib.import_module(module)
+real, calls = getattr(module, name), [0]
+def fatal(*args, **kwargs):
+    calls[0] += 1
+    if calls[0] == n:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args, **kwargs)
+setattr(module, name, fatal)
+if limit:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+run_main(__main__.main)
+"""
+
+
+def run_victim(
+    out: Path, given: str, place: str = "os.getcwd", n: int = -1, limit: int = 0
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", VICTIM, place, str(n), str(limit), "convert", given, "--out", str(out)]
+    command += ["--block-cells", str(BLOCK), "--workers", "2"]
+    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture
+def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(conversion, "TASK_ENTRIES", TASK_ENTRIES)
+    monkeypatch.setattr(layout, "SHARD_BYTES", SHARD_BYTES)
+    rna, adt = frame(500, 40), frame(500, 8, 1, "p", density=0.8)
+    return str(write_h5mu(tmp_path / "in.h5mu", rna=anndata_of(rna[:400]), adt=anndata_of(adt[100:])))
+
+
+@pytest.mark.parametrize(
+    ("place", "n"),
+    [
+        ("numpy.save", 40),  # in the middle of a spool
+        ("data_prep.strata.settle", 1),  # between the passes
+        ("clue_dist.store.writer.hash_file", 33),  # in the middle of a shard's arrays
+        ("data_prep.convert.commit", 1),  # all done but the commit
+    ],
+)
+def test_killed_and_run_again(tmp_path: Path, given: str, place: str, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    every = _counting(monkeypatch, "_scatter_rows"), _counting(monkeypatch, "_gather_shard")
+    whole = build(tmp_path / "whole.zarr", given, block_cells=BLOCK)
+    n_spools, n_shards = every[0][0], every[1][0]
+    assert n_spools > 10
+    assert n_shards > 5
+    out, partial = tmp_path / "s.zarr", tmp_path / "s.zarr.partial"
+    assert run_victim(out, given, place, n).returncode == -signal.SIGKILL
+    assert not out.exists()
+    with pytest.raises(StoreError, match="run the same `python -m data_prep convert` again"):
+        Store(out)
+    spooled = [p for p in (partial / "work/spools").glob("*/*") if p.suffix != ".tmp"]
+    written = list((partial / "work/shards").glob("*.json"))
+    assert spooled
+    redone = _counting(monkeypatch, "_scatter_rows"), _counting(monkeypatch, "_gather_shard")
+    again = build(out, given, block_cells=BLOCK, workers=1)
+    assert again.fingerprint == whole.fingerprint
+    assert redone[1][0] == n_shards - len(written)
+    assert redone[0][0] == n_spools - len(spooled)
+    assert check(out) == []
+    assert not partial.exists()
+
+
+def _counting(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
+    real: Callable[[object], None] = getattr(conversion, name)
+    calls = [0]
+
+    def counted(task: object) -> None:
+        calls[0] += 1
+        real(task)
+
+    monkeypatch.setattr(conversion, name, counted)
+    return calls
+
+
+def test_spools_that_are_there_are_not_made_again(tmp_path: Path, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_victim(tmp_path / "s.zarr", given, "data_prep.strata.settle", 1).returncode == -signal.SIGKILL
+    calls = _counting(monkeypatch, "_scatter_rows")
+    build(tmp_path / "s.zarr", given, block_cells=BLOCK)
+    assert calls == [0]
+
+
+def test_killed_after_the_commit(tmp_path: Path, given: str) -> None:
+    out = tmp_path / "s.zarr"
+    assert run_victim(out, given, "shutil.rmtree", 10**6).returncode == 0
+    (tmp_path / "s.zarr.partial" / "work").mkdir(parents=True)  # what is left if the clean-up was killed
+    with pytest.raises(StoreError, match="something is already there"):
+        build(out, given, block_cells=BLOCK)
+    assert not (tmp_path / "s.zarr.partial").exists()
+    assert check(out) == []
+
+
+def test_a_full_disk_is_loud_and_can_be_mended(tmp_path: Path, given: str) -> None:
+    out = tmp_path / "s.zarr"
+    for limit in (500, 5000):  # too little for the job's description; for a spool
+        failed = run_victim(out, given, limit=limit)
+        assert failed.returncode == 2, failed.stderr
+        assert "disk" in failed.stderr
+        assert "Traceback" not in failed.stderr
+        assert not out.exists()
+    again = build(out, given, block_cells=BLOCK)
+    assert again.fingerprint == build(tmp_path / "whole.zarr", given, block_cells=BLOCK).fingerprint
+
+
+def test_another_job_is_refused(tmp_path: Path, given: str) -> None:
+    out = tmp_path / "s.zarr"
+    run_victim(out, given, "data_prep.strata.settle", 1)
+    with pytest.raises(StoreError, match="a change of options") as caught:
+        build(out, given, block_cells=BLOCK, seed=1)
+    assert "remove s.zarr.partial" in str(caught.value)
+    write_h5mu(tmp_path / "in.h5mu", rna=anndata_of(frame(30, 40)))
+    with pytest.raises(StoreError, match="a change of inputs"):
+        build(out, given, block_cells=BLOCK)
+
+
+def test_a_mistake_in_the_inputs_leaves_nothing_behind(tmp_path: Path) -> None:
+    counts = frame(20, 10).astype(float)
+    for broken in (True, False):
+        counts.iloc[4, 2] = 0.5 if broken else 1
+        path = write_h5ad(tmp_path / "a.h5ad", counts)
+        if broken:
+            with pytest.raises(DataError, match="counts must be raw"):
+                build(tmp_path / "s.zarr", f"rna={path}")
+            assert [p.name for p in tmp_path.iterdir()] == ["a.h5ad"]
+        else:
+            build(tmp_path / "s.zarr", f"rna={path}")
+
+
+def test_what_killed_writers_leave_is_swept(tmp_path: Path, given: str) -> None:
+    out = tmp_path / "s.zarr"
+    run_victim(out, given, "data_prep.convert.commit", 1)
+    store = tmp_path / "s.zarr.partial" / "store"
+    (store / "zarr.0123.partial").write_text("{")
+    (next(store.rglob("c")) / "0.__lock").write_text("")
+    build(out, given, block_cells=BLOCK)
+    assert check(out) == []
+
+
+def test_two_at_once_are_refused(tmp_path: Path, given: str) -> None:
+    (tmp_path / "s.zarr.partial").mkdir()
+    with (tmp_path / "s.zarr.partial" / "lock").open("w") as job:
+        fcntl.flock(job, fcntl.LOCK_EX)
+        with pytest.raises(StoreError, match="another conversion is writing here"):
+            build(tmp_path / "s.zarr", given)
+
+
+def test_any_number_of_workers_and_a_cluster(tmp_path: Path, given: str) -> None:
+    from distributed import LocalCluster
+
+    one, three = (build(tmp_path / f"{n}.zarr", given, block_cells=BLOCK, workers=n).fingerprint for n in (1, 3))
+    assert one == three
+    cluster = LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None)
+    with cluster, pool(scheduler=cluster.scheduler_address) as workers:
+        sources = parse_inputs([given], Keys(), [], {})
+        assert convert(sources, tmp_path / "c.zarr", Options(block_cells=BLOCK), workers).fingerprint == one
+        bad = frame(500, 40).astype(float)
+        bad.iloc[450, 2] = 0.5
+        sources = parse_inputs([f"rna={write_h5ad(tmp_path / 'bad.h5ad', bad)}"], Keys(), [], {})
+        with pytest.raises(DataError, match="cell 'c450', feature 'g2'"):
+            convert(sources, tmp_path / "bad.zarr", Options(), workers)
+    assert check(tmp_path / "c.zarr") == []
+
+
+def test_no_scheduler_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from data_prep import tasks
+
+    monkeypatch.setattr(tasks, "CONNECT", "1s")
+    with pytest.raises(DataError, match="no Dask scheduler answers"), pool(scheduler="tcp://127.0.0.1:9"):
+        pass
+
+
+def test_provenance_tells_base_names_only(tmp_path: Path, given: str) -> None:
+    provenance = build(tmp_path / "s.zarr", given).manifest.provenance
+    assert [item["file"] for item in provenance["inputs"]] == ["in.h5mu/mod/rna", "in.h5mu/mod/adt"]
+    assert str(tmp_path) not in json.dumps(provenance)

@@ -1,0 +1,138 @@
+"""What the writer writes, TensorStore and zarr-python read alike, for any rows in any order."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import scipy.sparse as sp
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clue_dist.store import layout
+from clue_dist.store.manifest import Manifest, Modality, Packed, Stratum, capacity_of
+from clue_dist.store.reader import Store
+from clue_dist.store.rows import Csr
+from clue_dist.store.writer import Cells, commit, create, write_shard
+
+
+def write(root: Path, sparse: np.ndarray, dense: np.ndarray, block: int, codec: str) -> Manifest:
+    """A store of one stratum, shards of 16 blocks. sparse, dense: (n, features)"""
+    n, matrix = len(sparse), sp.csr_matrix(sparse)
+    gaps = np.concatenate([np.diff(row.indices, prepend=0) for row in matrix] or [np.zeros(1, int)])
+    largest = int(sparse.max(initial=0))
+    packed = {
+        "rna": Packed(
+            capacity=capacity_of(np.diff(matrix.indptr), block),
+            deltas=layout.index_type(int(gaps.max(initial=0))),
+            counts=None if largest <= 1 else layout.unsigned(largest - 1),
+        ),
+        "adt": Packed(capacity=0, values=layout.unsigned(int(dense.max(initial=0)))),
+    }
+    features = {
+        name: [f"{name}{i}" for i in range(values.shape[1])] for name, values in (("rna", sparse), ("adt", dense))
+    }
+    manifest = Manifest(
+        block_cells=block,
+        codec=codec,
+        modalities={n: Modality(kind=n, storage=layout.STORAGE[n], features=features[n]) for n in features},
+        batches=["b0", "b1"],
+        labels=[],
+        strata={
+            "rna+adt": Stratum(
+                modalities=["rna", "adt"],
+                n_cells=n,
+                shard_blocks=16,
+                barcode_width=8,
+                packed=packed,
+                batch_counts={},
+                label_counts={},
+            )
+        },
+        shards={},
+    )
+    create(root / "new", manifest)
+    shards = {}
+    for shard in range(-(-n // (16 * block))):
+        part = slice(shard * 16 * block, (shard + 1) * 16 * block)
+        rows = matrix[part]
+        of = Csr(rows.indptr.astype(np.int64), rows.indices, rows.data, sparse.shape[1])
+        names = np.array([f"é{i}" for i in range(n)])[part]
+        cells = Cells(
+            {"rna": of, "adt": dense[part]},
+            (np.arange(n) % 3 - 1).astype(np.int32)[part],
+            np.full(n, -1, np.int32)[part],
+            names,
+        )
+        shards |= write_shard(root / "new", manifest, "rna+adt", shard, cells)
+    return commit(root / "new", root / "s.zarr", manifest.model_copy(update={"shards": shards}))
+
+
+def oracle(root: Path, manifest: Manifest, n_features: int) -> np.ndarray:
+    """The sparse modality through zarr-python and plain NumPy, (n, features)."""
+    group = zarr.open_group(root / "strata/rna+adt", mode="r")
+    lengths, deltas = group["rna/lengths"][:], group["rna/deltas"][:]
+    counts = group["rna/counts"][:] if "rna/counts" in group else np.zeros_like(deltas)
+    out = np.zeros((lengths.size, n_features), np.int64)
+    for block in range(len(lengths)):
+        stops = np.cumsum(lengths[block])
+        for i, (lo, hi) in enumerate(zip(stops - lengths[block], stops, strict=True)):
+            columns = np.cumsum(deltas[block, lo:hi].astype(np.int64))
+            out[block * manifest.block_cells + i, columns] = counts[block, lo:hi].astype(np.int64) + 1
+    return out[: manifest.n_cells]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    n=st.integers(1, 90),
+    features=st.sampled_from([1, 7, 300, 70_000]),
+    block=st.sampled_from([1, 2, 3, 8, 64]),
+    largest=st.sampled_from([1, 2, 256, 257, 70_000]),
+    density=st.sampled_from([0.0, 0.01, 0.5, 1.0]),
+    codec=st.sampled_from(["fast", "small"]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_rows_at_any_positions(
+    n: int, features: int, block: int, largest: int, density: float, codec: str, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    density = min(density, 2000 / features)  # keeps an example small
+    sparse = rng.integers(1, largest + 1, (n, features)) * (rng.random((n, features)) < density)
+    dense = rng.integers(0, largest + 1, (n, 5))
+    with tempfile.TemporaryDirectory() as folder:
+        manifest = write(Path(folder), sparse, dense, block, codec)
+        store = Store(Path(folder) / "s.zarr")
+        reader = store.strata["rna+adt"]
+        positions = rng.integers(n, size=rng.integers(1, 2 * n + 1))
+        rows = reader.rows("rna", positions)
+        assert isinstance(rows, Csr)
+        np.testing.assert_array_equal(rows.scipy().toarray(), sparse[positions])
+        assert rows.scipy().has_sorted_indices
+        np.testing.assert_array_equal(reader.rows("adt", positions), dense[positions])
+        obs = reader.obs(positions)
+        assert obs.barcodes.tolist() == [f"é{p}" for p in positions]
+        np.testing.assert_array_equal(obs.batch, positions % 3 - 1)
+        np.testing.assert_array_equal(oracle(store.root, manifest, features), sparse)
+        np.testing.assert_array_equal(
+            zarr.open_array(store.root / "strata/rna+adt/adt/values")[:].reshape(-1, 5)[:n], dense
+        )
+
+
+def test_writing_a_shard_again_gives_the_same_bytes(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    sparse, dense = rng.poisson(0.5, (50, 30)), rng.poisson(5, (50, 4))
+    one, two = (write(tmp_path / name, sparse, dense, 4, "fast") for name in "ab")
+    assert one.fingerprint == two.fingerprint
+    assert len(one.shards) == 7
+
+
+def test_all_zero_chunks_are_on_disk(tmp_path: Path) -> None:
+    """A chunk left out could not be told from one that was lost."""
+    manifest = write(tmp_path, np.zeros((40, 5), int), np.zeros((40, 3), int), 2, "fast")
+    for key in manifest.shards:
+        assert (tmp_path / "s.zarr" / key).stat().st_size > 0
+    np.testing.assert_array_equal(
+        Store(tmp_path / "s.zarr").strata["rna+adt"].rows("adt", np.arange(40)), np.zeros((40, 3))
+    )
