@@ -58,5 +58,5 @@ $(READY): pyproject.toml constraints.txt
 	touch $(VENV)/.installing
 	echo "installing into $(VENV): the first time takes minutes"
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	PYTHONWARNINGS=ignore $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	mv $(VENV)/.installing $(READY)

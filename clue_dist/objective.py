@@ -7,11 +7,11 @@ the gradient of the global batch's mean.
 from __future__ import annotations
 
 from itertools import combinations
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
 
 from clue_dist.config import ObjectiveConfig
@@ -87,8 +87,24 @@ def _gathered(z: Tensor, observed: Tensor, code: Tensor) -> tuple[Tensor, Tensor
     others = [torch.empty_like(packed) for _ in range(dist.get_world_size())]
     dist.all_gather(others, packed)
     flags = torch.cat(others)
-    every_z = torch.cat(list(all_gather(z.contiguous())))
-    return every_z, flags[:, :-1].bool(), flags[:, -1], dist.get_rank() * len(z)
+    return _Gather.apply(z), flags[:, :-1].bool(), flags[:, -1], dist.get_rank() * len(z)
+
+
+class _Gather(torch.autograd.Function):
+    """Concatenation over ranks of equally long tensors; the gradients of all ranks flow back, summed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        ctx.n = len(x)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.narrow(0, dist.get_rank() * ctx.n, ctx.n)
 
 
 class Objective(nn.Module):

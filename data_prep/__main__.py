@@ -76,7 +76,26 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data_prep", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    p = commands.add_parser("convert", help="raw counts -> a store")
+    _add_convert(commands.add_parser("convert", help="raw counts -> a store"))
+    _add_simulate(commands.add_parser("simulate", help="a mosaic of any size with known truth"))
+
+    p = commands.add_parser("check", help="verify every byte of a store")
+    p.add_argument("store", type=Path)
+    p.set_defaults(run=_check)
+
+    p = commands.add_parser("inspect", help="what is in a store")
+    p.add_argument("store", type=Path)
+    p.add_argument("--json", action="store_true", help="for programs")
+    p.set_defaults(run=_inspect)
+
+    p = commands.add_parser("fetch", help="real PBMC from the package index, cut into a mosaic and a paired test set")
+    p.add_argument("--out", type=Path, default=Path("data/pbmc"), help="folder (default: %(default)s)")
+    p.add_argument("--simulate", action="store_true", help="simulated cells instead: needs no network")
+    p.set_defaults(run=_fetch)
+    return parser
+
+
+def _add_convert(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "inputs", nargs="+", metavar="[DATASET:][NAME=]FILE", help=".h5ad, .h5mu, 10x .h5, or a Matrix Market folder"
     )
@@ -111,21 +130,8 @@ def _parser() -> argparse.ArgumentParser:
     _pool_options(p)
     p.set_defaults(run=_convert)
 
-    p = commands.add_parser("check", help="verify every byte of a store")
-    p.add_argument("store", type=Path)
-    p.set_defaults(run=_check)
 
-    p = commands.add_parser("inspect", help="what is in a store")
-    p.add_argument("store", type=Path)
-    p.add_argument("--json", action="store_true", help="for programs")
-    p.set_defaults(run=_inspect)
-
-    p = commands.add_parser("fetch", help="real PBMC from the package index, cut into a mosaic and a paired test set")
-    p.add_argument("--out", type=Path, default=Path("data/pbmc"), help="folder (default: %(default)s)")
-    p.add_argument("--simulate", action="store_true", help="simulated cells instead: needs no network")
-    p.set_defaults(run=_fetch)
-
-    p = commands.add_parser("simulate", help="a mosaic of any size with known truth")
+def _add_simulate(p: argparse.ArgumentParser) -> None:
     p.add_argument("--out", type=Path, required=True, help="SIM.h5mu (with the truth) or SIM.zarr (any size)")
     p.add_argument("--cells", type=int, default=2000)
     p.add_argument("--modality", nargs="+", default=["rna:2000", "adt:50"], metavar="NAME:FEATURES")
@@ -139,7 +145,6 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--kind", action="append", default=[], metavar="NAME=KIND")
     _pool_options(p)
     p.set_defaults(run=_simulate)
-    return parser
 
 
 def _positive(text: str) -> int:

@@ -80,8 +80,8 @@ def _description(sources: list[Source], options: Options, reference: Manifest | 
     """All that decides the result: if any of it changes, what an interrupted run left is of no use."""
     return {
         "inputs": [source.identity() for source in sources],
-        "options": {k: repr(v) for k, v in vars(options).items() if k != "keys"}
-        | {"columns": dict(options.keys.columns)},
+        "options": {k: v for k, v in vars(options).items() if k not in ("keys", "features_from")},
+        "columns": dict(options.keys.columns),
         "features_from": reference.fingerprint if reference else None,
         "version": [clue_dist.__version__, layout.VERSION],
     }

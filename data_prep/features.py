@@ -50,24 +50,27 @@ def plan(
                 "a modality needs a plain name", got=repr(name), expected="letters, digits, _ . -; not 'obs'"
             )
 
-    columns: list[np.ndarray | None] = []
-    notes = []
+    columns, notes = [], []
     for source, head in zip(sources, heads, strict=True):
         wanted = modalities[source.modality].features
-        place = {feature: i for i, feature in enumerate(wanted)}
-        own = np.array([place.get(f, -1) for f in head.features], np.int32)
-        known = int((own >= 0).sum())
-        if not known:
-            raise DataError(
-                f"no feature of modality {source.modality!r} is known to the store it should fit",
-                where=source.where,
-                got=listed(head.features, 5),
-                expected=listed(wanted, 5),
-                fix="both must name their features alike (symbols or ids)",
-            )
-        columns.append(None if head.features == wanted else own)
+        columns.append(None if head.features == wanted else _places(source, head.features, wanted))
         notes.append(_note(wanted, head.features))
     return Plan(modalities, columns, notes)
+
+
+def _places(source: Source, own: list[str], wanted: list[str]) -> np.ndarray:
+    """Where each of a source's own columns goes, (features,) int32; -1 = dropped."""
+    place = {feature: i for i, feature in enumerate(wanted)}
+    columns = np.array([place.get(feature, -1) for feature in own], np.int32)
+    if not (columns >= 0).any():
+        raise DataError(
+            f"no feature of modality {source.modality!r} is known to the store it should fit",
+            where=source.where,
+            got=listed(own, 5),
+            expected=listed(wanted, 5),
+            fix="both must name their features alike (symbols or ids)",
+        )
+    return columns
 
 
 def _new_modality(name: str, kinds: dict[str, str], heads: list[Head], sources: list[Source], mode: Mode) -> Modality:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ def join(ranks: Ranks) -> torch.device:
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed insists
     if ranks.world == 1 and not dist.is_initialized():
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's own calls
     ranks.init(backend)
     # DeepSpeed would compile its own shared-memory collectives on first use; gloo needs no compiler and is tested.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
