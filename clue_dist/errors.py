@@ -76,7 +76,7 @@ def run_main(main: Callable[[], None]) -> NoReturn:
     try:
         main()
     except ClueError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     sys.exit(0)

@@ -63,8 +63,8 @@ _CURVES = [
 ]  # fmt: skip
 _NOT_CURVES = {"step", "epoch", "time", "seconds", "cells", "best", "best_step"}
 _TITLES = {
-    "self": "ELBO self (eq. 5)",
-    "cross": "ELBO cross (eq. 8)",
+    "self": "minus ELBO self (eq. 13)",
+    "cross": "minus ELBO cross (eq. 14)",
     "mse": "MSE of paired z (eq. 9)",
     "adversarial": "discriminator (eq. 12)",
     "d": "discriminator (eq. 12)",

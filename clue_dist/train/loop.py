@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clue_dist.config import Config
 from clue_dist.data.batch import Batch
 from clue_dist.data.loader import Loader
 from clue_dist.errors import TrainingError
@@ -51,34 +50,33 @@ def fit(setup: Setup, ranks: Ranks, resume: str = "auto") -> Result:
 
     held_out = setup.held_out().to(device)
     sinks = Sinks(run, setup.config, setup.total_steps, state.step, ranks.first)
-    sinks.say(f"{'going on from step ' + str(state.step) if found else 'starting'}: {run}")
-    meter = Meter(setup.config, device)
-    done = state.stopped or state.step >= setup.total_steps
-    with _loader(setup, ranks, state, device) as loader, StopFlag(device) as stop:
+    with sinks, _loader(setup, ranks, state, device) as loader, StopFlag(device) as stop:
+        sinks.say(f"{f'going on from step {state.step}' if found else 'starting'}: {run}")
+        meter = Meter(setup, loader, device)
+        done, stopping = state.stopped or state.step >= setup.total_steps, False
         while not done:
-            step = state.step
-            terms = train_step(engine, setup, ranks, loader, step, device)
-            meter.add(terms, loader)
-            state = replace(state, step=step + 1)
+            terms = train_step(engine, setup, ranks, loader, state.step, device)
+            state = replace(state, step=state.step + 1)
+            meter.add(terms)
             sinks.advance()
             last = state.step == setup.total_steps
-            if state.step % setup.config.log.every == 0 or last:
-                sinks.write(
-                    "train",
-                    state.step,
-                    meter.read() | {"epoch": setup.epoch(state.step), "lr": learning_rate(setup, step)},
-                )
-            if state.step % t.validate_every == 0 or last:  # type: ignore[operator]
+            if last or state.step % setup.config.log.every == 0:
+                sinks.write("train", state.step, meter.read(state.step))
+            if last or due(state, t.validate_every):
                 state = _validate(engine, setup, ranks, held_out, state, sinks)
-            stopping = state.step % STOP_EVERY == 0 and stop.agreed()
+            stopping = due(state, STOP_EVERY) and stop.agreed()
             done = last or state.stopped or stopping
-            if done or state.step % t.checkpoint_every == 0:  # type: ignore[operator]
+            if done or due(state, t.checkpoint_every):
                 checkpoint.save(run, engine, state, ranks, t.keep)
-            if stopping:
-                sinks.say(f"asked to stop: saved at step {state.step}, `--resume auto` goes on from there")
-    sinks.close()
+        if stopping:
+            sinks.say(f"asked to stop: saved at step {state.step}, `--resume auto` goes on from there")
     engine.destroy()
     return Result(state, state.stopped or state.step >= setup.total_steps)
+
+
+def due(state: State, every: int | str) -> bool:
+    """Whether something that happens every so many steps happens now. `every` is a number once resolved."""
+    return state.step % int(every) == 0
 
 
 def _loader(setup: Setup, ranks: Ranks, state: State, device: torch.device) -> Loader:
@@ -104,8 +102,8 @@ def _validate(engine: Any, setup: Setup, ranks: Ranks, held_out: Batch, state: S
     else:
         state = replace(state, bad=state.bad + 1)
     sinks.write("validation", state.step, values | {"best": state.best or score, "best_step": state.best_step})
-    patience = setup.config.train.patience
-    if patience and state.bad >= patience:  # type: ignore[operator]
+    patience = int(setup.config.train.patience)
+    if patience and state.bad >= patience:
         sinks.say(f"no better validation since step {state.best_step}: stopping early")
         return replace(state, stopped=True)
     return state
@@ -128,7 +126,7 @@ def train_step(
         engine.backward(loss)
         engine.step()  # DeepSpeed updates at the last micro-batch
         for name, value in {"loss": loss.detach(), **terms}.items():
-            sums[name] = sums.get(name, torch.zeros((), device=device)) + value / c.train.grad_accum
+            sums[name] = sums.get(name, 0.0) + value / c.train.grad_accum
     return sums
 
 
@@ -151,34 +149,36 @@ def kl_weight(setup: Setup, step: int) -> float:
 class Meter:
     """Means over the steps since the last look: loss terms, speed, share of time spent waiting for data."""
 
-    def __init__(self, config: Config, device: torch.device) -> None:
-        assert config.data.batch_size != "auto"
-        self._cells, self._device = config.data.batch_size, device
+    def __init__(self, setup: Setup, loader: Loader, device: torch.device) -> None:
+        self._setup, self._loader, self._device = setup, loader, device
+        self._restart()
+
+    def _restart(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._steps, self._since, self._waited = 0, time.perf_counter(), 0.0
+        self._steps, self._since, self._waited = 0, time.perf_counter(), self._loader.waited
 
-    def add(self, terms: dict[str, Tensor], loader: Loader) -> None:
+    def add(self, terms: dict[str, Tensor]) -> None:
         for name, value in terms.items():
-            self._sums[name] = self._sums.get(name, torch.zeros((), device=self._device)) + value
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._steps += 1
-        self._loader = loader
 
-    def read(self) -> dict[str, float]:
-        """Rank-0 means; raises if the loss is not finite, naming the terms that are not."""
+    def read(self, step: int) -> dict[str, float]:
+        """This rank's means up to `step`.
+
+        Raises:
+            TrainingError: the loss is not finite; the terms that are not are named.
+        """
         means = {name: float(v) / self._steps for name, v in self._sums.items()}
-        seconds = time.perf_counter() - self._since
-        waited = self._loader.waited - self._waited
-        out = {
-            **means,
-            "cells_per_s": self._steps * self._cells / seconds,
-            "data_wait": waited / seconds,
-        }
-        if self._device.type == "cuda":
-            out["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
-        self._sums, self._steps, self._since, self._waited = {}, 0, time.perf_counter(), self._loader.waited
         broken = [name for name, v in means.items() if not math.isfinite(v)]
         if broken:
-            raise TrainingError(
-                "the loss is not finite", where=", ".join(broken), fix="lower train.lr, or look for broken counts"
-            )
-        return out
+            fix = "lower train.lr, or look for absurd counts in the store"
+            raise TrainingError("the loss is not finite", where=f"step {step}: {', '.join(broken)}", fix=fix)
+        seconds = time.perf_counter() - self._since
+        means["epoch"] = self._setup.epoch(step)
+        means["lr"] = learning_rate(self._setup, step - 1)
+        means["cells_per_s"] = self._steps * int(self._setup.config.data.batch_size) / seconds
+        means["data_wait"] = (self._loader.waited - self._waited) / seconds
+        if self._device.type == "cuda":
+            means["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+        self._restart()
+        return means

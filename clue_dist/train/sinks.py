@@ -52,7 +52,10 @@ class Sinks:
         if self.active:
             self._bar.write(text) if self._bar is not None else print(text, flush=True)
 
-    def close(self) -> None:
+    def __enter__(self) -> Sinks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if not self.active:
             return
         self._file.close()
