@@ -39,7 +39,7 @@ class TrunkConfig(_Strict):
     projection_lr: float = Field(0.0, ge=0)  # relative to train.lr; 0 keeps the projection as initialised
     hidden: int = Field(256, ge=1)
     depth: int = Field(2, ge=0)
-    dropout: float = Field(0.2, ge=0, lt=1)
+    dropout: float = Field(0.3, ge=0, lt=1)
 
 
 class DecoderConfig(_Strict):
@@ -70,15 +70,15 @@ class ModelConfig(_Strict):
 class ObjectiveConfig(_Strict):
     """Weights of eq. 15, and of the terms beyond the paper."""
 
-    lambda_self: float = Field(1.0, ge=0)
-    lambda_cross: float = Field(1.0, ge=0)
-    lambda_mse: float = Field(1.0, ge=0)
-    lambda_d: float = Field(1.0, ge=0)
+    lambda_self: float = Field(0.01, ge=0)
+    lambda_cross: float = Field(0.02, ge=0)
+    lambda_mse: float = Field(0.01, ge=0)
+    lambda_d: float = Field(0.05, ge=0)
     lambda_kl: float = Field(1.0, ge=0)  # beta on the KL of both ELBOs
-    lambda_contrastive: float = Field(0.0, ge=0)  # InfoNCE on pairs
+    lambda_contrastive: float = Field(1.0, ge=0)  # InfoNCE on pairs
     alignment: Literal["mse", "cosine"] = "mse"
-    per_feature: bool = True  # divide each modality's ELBO by its number of features
-    contrastive_within_batch: bool = True  # negatives come from the pair's own biological batch
+    per_feature: bool = False  # divide each modality's ELBO by its number of features
+    contrastive_within_batch: bool = False  # negatives come from the pair's own biological batch
 
 
 class DataConfig(_Strict):
