@@ -83,7 +83,7 @@ def _download(folder: Path) -> Any:
     if done.returncode or len(wheels) != 1:
         last = [line for line in done.stderr.splitlines() if "ERROR" in line][-1:] or ["no wheel came"]
         raise DataError(
-            f"cannot download {WHEEL} ({last[0].strip()}): offline? `--simulate` writes simulated cells instead"
+            f"cannot download {WHEEL} ({last[0].strip()}): offline? `--simulate` (make demo SIMULATE=1) writes simulated cells"
         )
     digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
     if digest != WHEEL_SHA256:

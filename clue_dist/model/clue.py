@@ -132,17 +132,20 @@ class CLUE(nn.Module):
 
     def _decode(self, batch: Batch, sources: list[Tensor], noise: Noise) -> list[Tensor]:
         """ln p(x_k | z_k) where x_k is observed, else 0: (B, K) for each z (B, K, d) in `sources`."""
-        out = [z.new_zeros(len(self.names), batch.n_cells) for z in sources]
+        out: list[list[Tensor]] = [[] for _ in sources]
         for k, name in enumerate(self.names):
+            nothing = batch.observed.new_zeros(batch.n_cells, dtype=torch.float32)
             if name not in batch.modalities:
+                for columns in out:
+                    columns.append(nothing)
                 continue
             observed, decoder, wanted = batch.modalities[name], self.decoder(name), self.features_per_step[name]
             rows = observed.rows
             features = noise.subset(wanted, decoder.n_features) if wanted else None
-            for i, z in enumerate(sources):
+            for columns, z in zip(out, sources, strict=True):
                 ln_p = decoder(z[rows, k], batch.batch_code[rows], observed.counts, noise, rows, features)
-                out[i] = out[i].index_put((torch.tensor(k), rows), ln_p)
-        return [ln_p.T for ln_p in out]
+                columns.append(nothing.index_copy(0, rows, ln_p))
+        return [torch.stack(columns, 1) for columns in out]
 
 
 # A decoder scores at most this many features a step unless told otherwise; the estimate stays unbiased.

@@ -53,7 +53,7 @@ def build(setup: Setup, ranks: Ranks, device: torch.device) -> Any:
         dist.broadcast(tensor.data, 0)
     engine, *_ = deepspeed.initialize(
         model=objective,
-        optimizer=OPTIMIZERS[c.train.optimizer](parameter_groups(objective, c), lr=c.train.lr),
+        optimizer=OPTIMIZERS[c.train.optimizer](parameter_groups(objective, c), lr=c.train.lr, eps=EPSILON),
         config=deepspeed_config(c, ranks.world),
         dist_init_required=False,
     )
@@ -61,6 +61,9 @@ def build(setup: Setup, ranks: Ranks, device: torch.device) -> Any:
 
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}
+# Above the rounding of a gradient: with torch's 1e-8 a gradient that is zero but for the order of a sum moves its
+# weight by a good part of the learning rate, and another number of ranks by another part.
+EPSILON = 1e-6
 
 
 def new_model(setup: Setup) -> CLUE:

@@ -34,7 +34,7 @@ def score(engine: Any, batch: Batch, paired: bool, noise: Noise) -> dict[str, fl
 def _foscttms(batch: Batch, alone: dict[str, Tensor]) -> dict[str, float]:
     out = {}
     for a, b in combinations(alone, 2):
-        place = {m: {int(r): i for i, r in enumerate(batch.modalities[m].rows)} for m in (a, b)}
+        place = {m: {r: i for i, r in enumerate(batch.modalities[m].rows.tolist())} for m in (a, b)}
         both = sorted(place[a].keys() & place[b].keys())
         if len(both) > 1:
             u, v = (alone[m][[place[m][r] for r in both]] for m in (a, b))
