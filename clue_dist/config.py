@@ -8,13 +8,16 @@ from __future__ import annotations
 import difflib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from clue_dist.errors import ConfigError
 
 Auto = Literal["auto"]
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Dropout = Annotated[float, Field(ge=0, le=0.9)]
 Likelihood = Literal["nb", "zinb", "poisson", "bernoulli", "normal"]
 Normalise = Literal["log_cp10k", "clr", "tfidf", "none"]
 
@@ -38,8 +41,8 @@ class TrunkConfig(_Strict):
     projection_init: Literal["svd", "random"] = "svd"
     projection_lr: float = Field(0.0, ge=0)  # relative to train.lr; 0 keeps the projection as initialised
     hidden: int = Field(256, ge=1)
-    depth: int = Field(2, ge=0)
-    dropout: float = Field(0.3, ge=0, lt=1)
+    depth: int = Field(2, ge=1)
+    dropout: Dropout = 0.3
 
 
 class DecoderConfig(_Strict):
@@ -47,8 +50,8 @@ class DecoderConfig(_Strict):
 
     hidden: int = Field(128, ge=1)
     depth: int = Field(1, ge=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    features_per_step: int | Auto = "auto"  # score a fresh random subset of so many features each step
+    dropout: Dropout = 0.0
+    features_per_step: Positive | Auto = "auto"  # score a fresh random subset of so many features each step
 
 
 class DiscriminatorConfig(_Strict):
@@ -56,7 +59,7 @@ class DiscriminatorConfig(_Strict):
 
     hidden: int = Field(128, ge=1)
     depth: int = Field(2, ge=0)
-    dropout: float = Field(0.2, ge=0, lt=1)
+    dropout: Dropout = 0.2
 
 
 class ModelConfig(_Strict):
@@ -82,10 +85,10 @@ class ObjectiveConfig(_Strict):
 
 
 class DataConfig(_Strict):
-    batch_size: int | Auto = "auto"  # cells of one optimizer step, over all ranks
+    batch_size: Positive | Auto = "auto"  # cells of one optimizer step, over all ranks
     lanes: int = Field(8, ge=1)  # streams of the global batch; the number of ranks must divide it
     window_blocks: int = Field(16, ge=1)  # blocks a lane mixes at a time
-    paired_share: float | Auto = "auto"  # share of a batch given to cells with two or more modalities
+    paired_share: Share | Auto = "auto"  # of a batch, given to cells with two or more modalities
     weights: dict[str, float] | None = None  # of strata by name; overrides paired_share
     holdout: float = Field(0.05, ge=0, lt=1)  # share of the paired cells kept for validation
     holdout_max: int = Field(2000, ge=0)
@@ -93,7 +96,7 @@ class DataConfig(_Strict):
 
 
 class TrainConfig(_Strict):
-    epochs: float | Auto = "auto"
+    epochs: Annotated[float, Field(gt=0)] | Auto = "auto"
     optimizer: Literal["adamw", "rmsprop"] = "adamw"
     lr: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.01, ge=0)
@@ -104,9 +107,9 @@ class TrainConfig(_Strict):
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["fp32", "bf16"] = "fp32"
     grad_accum: int = Field(1, ge=1)
-    validate_every: int | Auto = "auto"  # steps
-    patience: int | Auto = "auto"  # validations without a better score; 0 = never stop early
-    checkpoint_every: int | Auto = "auto"  # steps
+    validate_every: Positive | Auto = "auto"  # steps
+    patience: Annotated[int, Field(ge=0)] | Auto = "auto"  # validations without a better score; 0 = never stop early
+    checkpoint_every: Positive | Auto = "auto"  # steps
     keep: int = Field(2, ge=1)  # checkpoints besides the best
 
 
@@ -120,7 +123,7 @@ class LogConfig(_Strict):
 class Config(_Strict):
     store: str = ""  # the Zarr store to train on
     run: str = ""  # folder of this run: config, metrics, checkpoints
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     modalities: dict[str, ModalityConfig] = {}
     model: ModelConfig = ModelConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -205,12 +208,14 @@ def _set(tree: dict[str, Any], override: str) -> None:
 
 def _explained(error: ValidationError, path: Path) -> ConfigError:
     first = error.errors()[0]
-    dotted = ".".join(
-        str(p) for p in first["loc"] if p not in ("float", "int", "constrained-int") and "literal" not in str(p)
-    )
+    # Pydantic adds which member of a union it tried ("constrained-int", "literal['auto']").
+    dotted = ".".join(str(p) for p in first["loc"] if str(p).isidentifier() and p not in ("float", "int"))
     if first["type"] != "extra_forbidden":
         got = None if first["type"] == "value_error" else repr(first["input"])
-        return ConfigError(first["msg"].removeprefix("Value error, "), where=f"{path}: {dotted or 'config'}", got=got)
+        fix = "put it in double quotes" if first["type"] == "string_type" else None
+        return ConfigError(
+            first["msg"].removeprefix("Value error, "), where=f"{path}: {dotted or 'config'}", got=got, fix=fix
+        )
     known = _known_keys(first["loc"][:-1])
     near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.0)
     parent = ".".join(str(p) for p in first["loc"][:-1])

@@ -15,6 +15,7 @@ class ClueError(Exception):
     """
 
     exit_code = 2
+    on_every_rank = False  # whether all ranks of a job raise it together
 
     def __init__(
         self,
@@ -45,6 +46,8 @@ def _rebuild(kind: type[ClueError], args: tuple[Any, ...]) -> ClueError:
 class ConfigError(ClueError):
     """A config file, a `--set`, or a combination of settings that cannot work."""
 
+    on_every_rank = True
+
 
 class DataError(ClueError):
     """Input files that are not what they should be: counts, barcodes, features, modalities."""
@@ -57,11 +60,14 @@ class StoreError(ClueError):
 class ResumeError(ClueError):
     """A checkpoint or run folder that does not fit what is asked of it."""
 
+    on_every_rank = True
+
 
 class TrainingError(ClueError):
     """Training itself went wrong: a loss that is not finite."""
 
     exit_code = 1
+    on_every_rank = True
 
 
 def listed(names: Iterable[object], limit: int = 10) -> str:
@@ -72,11 +78,22 @@ def listed(names: Iterable[object], limit: int = 10) -> str:
 
 
 def run_main(main: Callable[[], None]) -> NoReturn:
-    """Run a command line; print a `ClueError` without its traceback, once per job, and exit with its code."""
+    """Run a command line; print a `ClueError` without its traceback and exit with its code.
+
+    What every rank meets alike is printed by rank 0 alone.
+    """
     try:
         main()
     except ClueError as error:
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+        if rank == "0" or (_joined() and not error.on_every_rank):
+            prefix = "" if rank == "0" else f"rank {rank}: "
+            print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     sys.exit(0)
+
+
+def _joined() -> bool:
+    """Whether this process is one of a group; before that, all ranks do and meet the same."""
+    group = sys.modules.get("torch.distributed")
+    return group is not None and group.is_available() and group.is_initialized()

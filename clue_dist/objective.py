@@ -133,13 +133,15 @@ class Objective(nn.Module):
             "mse": mse(z, observed, cosine=c.alignment == "cosine"),
             # The discriminator maximises L_D; the reversed gradient makes the encoders minimise it.
             "d": discriminator_ln(out.logits, observed),
-            "contrastive": info_nce(z, observed, batch.batch_code, out.log_scale, c.contrastive_within_batch),
         }
+        if c.lambda_contrastive:
+            within = c.contrastive_within_batch
+            terms["contrastive"] = info_nce(z, observed, batch.batch_code, out.log_scale, within)
         loss = (
             c.lambda_self * terms["self"]
             + c.lambda_cross * terms["cross"]
             + c.lambda_mse * terms["mse"]
             - c.lambda_d * terms["d"]
-            + c.lambda_contrastive * terms["contrastive"]
+            + c.lambda_contrastive * terms.get("contrastive", 0.0)
         )
         return loss, {name: term.detach() for name, term in terms.items()}

@@ -18,6 +18,7 @@ import numpy as np
 
 from clue_dist.errors import DataError
 from data_prep import simulate
+from data_prep.files import make_folder
 from data_prep.sources import FIELDS
 
 WHEEL = "scmidas==0.3.0"
@@ -31,13 +32,13 @@ def fetch(out: Path, simulated: bool = False) -> None:
     """Write `train.h5mu` (mosaic) and `test.h5mu` (paired) to `out`; what is there already stays.
 
     Raises:
-        DataError: no network, or not the file that was expected.
+        DataError: no network, not the file that was expected, or `out` cannot be a folder.
     """
     wanted = [out / "train.h5mu", out / "test.h5mu"]
     if all(path.exists() for path in wanted):
         print(f"{out}: already there")
         return
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     with tempfile.TemporaryDirectory(dir=out) as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # mudata announces its next defaults at every call
         whole = simulate.mudata(SIMULATED) if simulated else _download(Path(folder))
@@ -83,7 +84,8 @@ def _download(folder: Path) -> Any:
     if done.returncode or len(wheels) != 1:
         last = [line for line in done.stderr.splitlines() if "ERROR" in line][-1:] or ["no wheel came"]
         raise DataError(
-            f"cannot download {WHEEL} ({last[0].strip()}): offline? `--simulate` (make demo SIMULATE=1) writes simulated cells"
+            f"cannot download {WHEEL} ({last[0].strip()}): offline? "
+            "`--simulate` (make demo SIMULATE=1) writes simulated cells"
         )
     digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
     if digest != WHEEL_SHA256:

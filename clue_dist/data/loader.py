@@ -96,9 +96,10 @@ class Loader:
         self.plan, self.rank, self.world, self.pin = plan, rank, world, pin
         self.modalities = store.modalities
         self.waited = 0.0
-        # One lot may span every lane's window at the end of a pass, and the next pass's windows follow at once.
+        # The rest of a pass may lie in every lane's window; this rank's windows of the next pass follow at once.
         lot = plan.lanes * plan.window_blocks
-        self._caches = {s: BlockCache(store.strata[s], 2 * lot + n) for s, n in plan.share.items()}
+        lot += lot // world
+        self._caches = {s: BlockCache(store.strata[s], lot + n // world) for s, n in plan.share.items()}
         self._ring: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=prefetch)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(first,), name="loader", daemon=True)

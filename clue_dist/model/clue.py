@@ -175,6 +175,14 @@ def specs_of(modalities: dict[str, Modality], config: Config) -> dict[str, Modal
             raise ConfigError(
                 "clr needs a modality that is stored dense (kinds adt and dense)", where=f"modalities.{name}.normalise"
             )
+        if m.kind == "dense" and (likelihood != "normal" or how != "none"):
+            raise ConfigError(
+                "a modality of kind dense holds real values, not counts",
+                where=f"modalities.{name}",
+                got=f"likelihood {likelihood}, normalise {how}",
+                expected="normal and none",
+                fix="convert it again with --kind if it does hold counts",
+            )
         wanted = config.model.decoder.features_per_step
         limit = AUTO_FEATURES if wanted == "auto" else wanted
         out[name] = ModalitySpec(m.n_features, how, likelihood, limit if limit < m.n_features else None)

@@ -17,7 +17,7 @@ from clue_dist.model.trunk import Projection, Trunk, normalise
 from clue_dist.store.reader import Store
 
 MAX_CELLS = 20_000  # of each modality
-MAX_NONZEROS = 40_000_000
+MAX_NONZEROS = 40_000_000  # bounds memory and time where profiles are long
 
 
 @torch.no_grad()
@@ -47,15 +47,15 @@ def sample(store: Store, n_train: dict[str, int], modality: str) -> sp.csr_matri
     total = sum(having.values())
     limit = min(MAX_CELLS, total)
     parts = []
-    for stratum, n in having.items():
-        wanted = max(1, round(limit * n / total))
-        got = store.strata[stratum].rows(modality, np.arange(min(wanted, n)))
-        parts.append(got if isinstance(got, np.ndarray) else got.scipy())
+    for name, n in having.items():
+        reader = store.strata[name]
+        # A block holds at most `capacity` non-zeros, so this many cells cannot go beyond the stratum's share of them.
+        most = MAX_NONZEROS * n / total * reader.block_cells / max(reader.stratum.packed[modality].capacity, 1)
+        rows = reader.rows(modality, np.arange(max(1, min(n, round(limit * n / total), int(most)))))
+        parts.append(rows if isinstance(rows, np.ndarray) else rows.scipy())
     if isinstance(parts[0], np.ndarray):
         return np.concatenate(parts).astype(np.float64)
-    stacked = sp.vstack(parts, format="csr")
-    rows = np.searchsorted(stacked.indptr, MAX_NONZEROS)
-    return stacked[: max(int(rows), 1)] if rows < stacked.shape[0] else stacked
+    return sp.vstack(parts, format="csr")
 
 
 def _normalised(counts: sp.csr_matrix | np.ndarray, trunk: Trunk) -> sp.csr_matrix | np.ndarray:

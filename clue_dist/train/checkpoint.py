@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +75,18 @@ def save(run: Path, engine: Any, state: State, ranks: Ranks, keep: int) -> Path:
     ranks.barrier()
     if ranks.first:
         _commit(partial, final, state, weights)
-        _prune(run / "checkpoints", keep)
+        for old in committed(run / "checkpoints")[keep:]:
+            shutil.rmtree(old)
+        # Only now: until this checkpoint stood, the one before it needed the best of its time.
+        for old in committed(run / "best"):
+            if step_of(old) != state.best_step:
+                shutil.rmtree(old)
     ranks.barrier()
     return final
 
 
 def save_best(run: Path, engine: Any, state: State, ranks: Ranks) -> None:
-    """Keep the weights alone of the best validation so far; the one before goes once this one stands."""
+    """Keep the weights alone of the best validation so far; `save` drops those before it."""
     weights = full_weights(engine)
     if ranks.first:
         final = run / "best" / f"step-{state.step:08d}"
@@ -89,7 +94,6 @@ def save_best(run: Path, engine: Any, state: State, ranks: Ranks) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         _commit(partial, final, state, weights)
-        _prune(run / "best", 1)
     ranks.barrier()
 
 
@@ -110,9 +114,19 @@ def _commit(partial: Path, final: Path, state: State, weights: dict[str, Tensor]
     partial.rename(final)
 
 
-def _prune(folder: Path, keep: int) -> None:
-    for old in committed(folder)[keep:]:
-        shutil.rmtree(old)
+def set_aside(run: Path, state: State, ranks: Ranks) -> State:
+    """Clear the way for going on from `state`: what an earlier attempt left beyond its step is renamed, half-written
+    checkpoints are removed. Without sound weights of its best validation, the next validation counts as the best."""
+    if ranks.first:
+        for path in [p for folder in ("checkpoints", "best") for p in (run / folder).glob("step-*")]:
+            if path.suffix == ".partial":
+                shutil.rmtree(path)
+            elif not path.suffix and step_of(path) > state.step:
+                shutil.rmtree(path.with_suffix(".aside"), ignore_errors=True)
+                path.rename(path.with_suffix(".aside"))
+    best = run / "best" / f"step-{state.best_step:08d}"
+    lost = ranks.all_gather_object(state.best is not None and damage(best) is not None)[0]
+    return replace(state, best=None, best_step=0, bad=0) if lost else state
 
 
 # --- restoring --------------------------------------------------------------------------------------------------
@@ -120,7 +134,11 @@ def _prune(folder: Path, keep: int) -> None:
 
 def committed(folder: Path) -> list[Path]:
     """Committed checkpoints in a folder, newest first."""
-    return sorted((p.parent for p in folder.glob(f"step-*/{COMMIT}") if p.parent.suffix != ".partial"), reverse=True)
+    return sorted((p.parent for p in folder.glob(f"step-*/{COMMIT}") if not p.parent.suffix), reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.stem.removeprefix("step-"))
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -219,6 +237,7 @@ def check_same_run(run: Path, config: Config, fingerprint: str, world: int, chec
         )
     before = configs.load(checkpoint.parent.parent / "config.json")
     free = (
+        "train.validate_every",
         "store",
         "run",
         "log.",

@@ -26,19 +26,19 @@ from clue_dist.train.setup import Setup
 
 def join(ranks: Ranks) -> torch.device:
     """Join the process group and return this rank's device; a single process makes a group of one."""
-    cuda = torch.cuda.is_available()
-    backend = "nccl" if cuda else "gloo"
-    if cuda:
-        torch.cuda.set_device(ranks.local_rank)
-    os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))  # DeepSpeed insists
+    device = ranks.device()
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if ranks.world == 1 and not dist.is_initialized():
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's own calls
     ranks.init(backend)
+    os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed takes the device of this number
     # DeepSpeed would compile its own shared-memory collectives on first use; gloo needs no compiler and is tested.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
-    return torch.device("cuda", ranks.local_rank) if cuda else torch.device("cpu")
+    return device
 
 
 def build(setup: Setup, ranks: Ranks, device: torch.device) -> Any:
@@ -109,7 +109,8 @@ def deepspeed_config(config: Config, world: int) -> dict[str, Any]:
         "zero_optimization": {"stage": t.zero_stage},
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": bf16},
-        **({"data_types": {"grad_accum_dtype": "fp32"}} if bf16 else {}),
+        # ZeRO-0 knows gradients of the model's own type alone
+        **({"data_types": {"grad_accum_dtype": "fp32"}} if bf16 and t.zero_stage else {}),
         "steps_per_print": 10**12,  # our own sinks report
     }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from clue_dist.data.batch import Batch
@@ -19,6 +20,7 @@ from clue_dist.ranks import Ranks
 from clue_dist.train import checkpoint, validate
 from clue_dist.train.checkpoint import State
 from clue_dist.train.engine import build, join
+from clue_dist.train.lock import alone_in
 from clue_dist.train.setup import Setup
 from clue_dist.train.sinks import Sinks
 from clue_dist.train.stop import StopFlag
@@ -35,42 +37,62 @@ class Result:
 
 
 def fit(setup: Setup, ranks: Ranks, resume: str = "auto") -> Result:
-    """Train until the last step, until validation stops improving, or until a signal asks to stop."""
-    run, t = Path(setup.config.run), setup.config.train
+    """Train until the last step, until validation stops improving, or until a signal asks to stop.
+
+    Raises:
+        ResumeError: nothing that `resume` names can be gone on from, or another job is in the run folder.
+        StoreError: a damaged chunk; TrainingError: the loss is not finite.
+    """
     device = join(ranks)
+    with alone_in(Path(setup.config.run), ranks):
+        engine, state = _start(setup, ranks, resume, device)
+        result = _train(engine, setup, ranks, state, device)
+        engine.destroy()
+    return result
+
+
+def _start(setup: Setup, ranks: Ranks, resume: str, device: torch.device) -> tuple[Any, State]:
+    """A fresh engine, or one that goes on from a checkpoint."""
+    run = Path(setup.config.run)
     found = checkpoint.find(run, resume, ranks)
     state = State(0, ranks.world, setup.store.fingerprint)
     if found is not None:
         state = checkpoint.check_same_run(run, setup.config, setup.store.fingerprint, ranks.world, found)
-    elif ranks.first:
+    state = checkpoint.set_aside(run, state, ranks)
+    if ranks.first and (found is None or not (run / "model.json").exists()):
         checkpoint.describe(run, setup.store, setup.config)
     engine = build(setup, ranks, device)
     if found is not None:
         checkpoint.restore(engine, found)
+    return engine, state
 
-    held_out = setup.held_out().to(device)
+
+def _train(engine: Any, setup: Setup, ranks: Ranks, state: State, device: torch.device) -> Result:
+    run, t, every = Path(setup.config.run), setup.config.train, setup.config.log.every
+    held_out = setup.held_out()
+    held_out = held_out.to(device) if held_out is not None else None
     sinks = Sinks(run, setup.config, setup.total_steps, state.step, ranks.first)
     with sinks, _loader(setup, ranks, state, device) as loader, StopFlag(device) as stop:
-        sinks.say(f"{f'going on from step {state.step}' if found else 'starting'}: {run}")
+        sinks.say(f"{f'going on from step {state.step}' if state.step else 'starting'}: {run}")
         meter = Meter(setup, loader, device)
         done, stopping = state.stopped or state.step >= setup.total_steps, False
         while not done:
-            terms = train_step(engine, setup, ranks, loader, state.step, device)
+            meter.add(train_step(engine, setup, ranks, loader, state.step, device))
             state = replace(state, step=state.step + 1)
-            meter.add(terms)
             sinks.advance()
             last = state.step == setup.total_steps
-            if last or state.step % setup.config.log.every == 0:
+            stopping = due(state, STOP_EVERY) and stop.agreed()
+            if last or due(state, every):
                 sinks.write("train", state.step, meter.read(state.step))
             if last or due(state, t.validate_every):
+                meter.check(state.step)
                 state = _validate(engine, setup, ranks, held_out, state, sinks)
-            stopping = due(state, STOP_EVERY) and stop.agreed()
             done = last or state.stopped or stopping
             if done or due(state, t.checkpoint_every):
+                meter.check(state.step)  # a broken state must not become what a run goes on from
                 checkpoint.save(run, engine, state, ranks, t.keep)
         if stopping:
             sinks.say(f"asked to stop: saved at step {state.step}, `--resume auto` goes on from there")
-    engine.destroy()
     return Result(state, state.stopped or state.step >= setup.total_steps)
 
 
@@ -88,20 +110,23 @@ def _loader(setup: Setup, ranks: Ranks, state: State, device: torch.device) -> L
     )
 
 
-def _validate(engine: Any, setup: Setup, ranks: Ranks, held_out: Batch, state: State, sinks: Sinks) -> State:
+def _validate(engine: Any, setup: Setup, ranks: Ranks, held_out: Batch | None, state: State, sinks: Sinks) -> State:
     """Score the held-out cells, keep the best weights, count the validations without a better score."""
-    if not held_out.n_cells:
-        checkpoint.save_best(Path(setup.config.run), engine, state, ranks)
+    run = Path(setup.config.run)
+    if held_out is None:  # the last weights are the best there are
+        state = replace(state, best_step=state.step)
+        checkpoint.save_best(run, engine, state, ranks)
         return state
     noise = Noise(setup.config.seed, 0, {"held out": held_out.n_cells}, lanes=1, device=held_out.observed.device)
     values = validate.score(engine, held_out, setup.paired, noise)
     score = ranks.all_gather_object(values["score"])[0]  # rank 0 decides: rounding may differ between ranks
     if state.best is None or score < state.best:
         state = replace(state, best=score, best_step=state.step, bad=0)
-        checkpoint.save_best(Path(setup.config.run), engine, state, ranks)
+        checkpoint.save_best(run, engine, state, ranks)
     else:
         state = replace(state, bad=state.bad + 1)
-    sinks.write("validation", state.step, values | {"best": state.best or score, "best_step": state.best_step})
+    assert state.best is not None
+    sinks.write("validation", state.step, values | {"best": state.best, "best_step": state.best_step})
     patience = int(setup.config.train.patience)
     if patience and state.bad >= patience:
         sinks.say(f"no better validation since step {state.best_step}: stopping early")
@@ -147,7 +172,10 @@ def kl_weight(setup: Setup, step: int) -> float:
 
 
 class Meter:
-    """Means over the steps since the last look: loss terms, speed, share of time spent waiting for data."""
+    """Means over ranks and over the steps since the last reading: loss terms, speed, share of time waiting for data.
+
+    Every rank must read and check at the same step.
+    """
 
     def __init__(self, setup: Setup, loader: Loader, device: torch.device) -> None:
         self._setup, self._loader, self._device = setup, loader, device
@@ -162,17 +190,26 @@ class Meter:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._steps += 1
 
-    def read(self, step: int) -> dict[str, float]:
-        """This rank's means up to `step`.
+    def check(self, step: int) -> dict[str, float]:
+        """The mean of each term since the last reading.
 
         Raises:
-            TrainingError: the loss is not finite; the terms that are not are named.
+            TrainingError: one is not finite; it is named.
         """
-        means = {name: float(v) / self._steps for name, v in self._sums.items()}
-        broken = [name for name, v in means.items() if not math.isfinite(v)]
+        if not self._sums:
+            return {}
+        means = torch.stack(list(self._sums.values())) / self._steps
+        dist.all_reduce(means)
+        out = dict(zip(self._sums, (means / dist.get_world_size()).tolist(), strict=True))
+        broken = [name for name, v in out.items() if not math.isfinite(v)]
         if broken:
-            fix = "lower train.lr, or look for absurd counts in the store"
+            fix = "lower train.lr, or look for absurd counts in the store; checkpoints before it are sound"
             raise TrainingError("the loss is not finite", where=f"step {step}: {', '.join(broken)}", fix=fix)
+        return out
+
+    def read(self, step: int) -> dict[str, float]:
+        """What `check` gives, progress and speed up to `step`; begins anew."""
+        means = self.check(step)
         seconds = time.perf_counter() - self._since
         means["epoch"] = self._setup.epoch(step)
         means["lr"] = learning_rate(self._setup, step - 1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -32,15 +34,17 @@ class Setup:
     @property
     def paired(self) -> bool:
         """Whether validation can score pairs."""
-        return any(len(self.store.strata[s].modalities) > 1 for s, n in self.holdout.items() if n)
+        return any(n and len(self.store.strata[s].modalities) > 1 for s, n in self.holdout.items())
 
     def epoch(self, step: int) -> float:
         """Passes over as many cells as there are, after so many steps."""
         assert self.config.data.batch_size != "auto"
         return round(step * self.config.data.batch_size / sum(self.train.values()), 2)
 
-    def held_out(self) -> Batch:
-        """The validation cells of every stratum as one batch."""
+    def held_out(self) -> Batch | None:
+        """The validation cells of every stratum as one batch; None if nothing is held out."""
+        if not any(self.holdout.values()):
+            return None
         parts = []
         for name, n in self.holdout.items():
             reader = self.store.strata[name]
@@ -78,6 +82,7 @@ def prepare(config: Config, world: int) -> Setup:
         ConfigError: settings that cannot work on this store or on this number of ranks.
     """
     configs.require_paths(config)
+    _check_run_folder(Path(config.run))
     store = Store(config.store)
     specs = specs_of(store.manifest.modalities, config)
     sizes = {s: r.n_cells for s, r in store.strata.items()}
@@ -132,10 +137,19 @@ def _auto_batch(n_train: int) -> int:
 
 
 def _holdout(config: Config, sizes: Mapping[str, int], paired: Mapping[str, bool]) -> dict[str, int]:
-    """Cells to hold out per stratum: of the paired strata where there are any, else of all."""
+    """Cells to hold out per stratum: of the paired strata where there are any, else of all. One cell scores nothing."""
     used = {s: n for s, n in sizes.items() if paired[s] or not any(paired.values())}
     wanted = min(config.data.holdout * sum(used.values()), config.data.holdout_max)
-    return {s: int(wanted * n / sum(used.values())) if s in used else 0 for s, n in sizes.items()}
+    share = {s: int(wanted * n / sum(used.values())) if s in used else 0 for s, n in sizes.items()}
+    return {s: n if n > 1 else 0 for s, n in share.items()}
+
+
+def _check_run_folder(run: Path) -> None:
+    """Whether the run folder can be made and written, before any rank waits for another."""
+    there = next(p for p in (run, *run.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        got = "a folder without write permission" if there.is_dir() else "a file"
+        raise ConfigError("the run folder cannot be written", where=f"run={run}", got=f"{there} is {got}")
 
 
 def _weights(config: Config, train: Mapping[str, int], paired: Mapping[str, bool]) -> dict[str, float]:
@@ -148,6 +162,9 @@ def _weights(config: Config, train: Mapping[str, int], paired: Mapping[str, bool
 
 
 def _check_pairs(config: Config, store: Store, paired: Mapping[str, bool]) -> None:
+    unseen = [m for m in store.modalities if not any(m in r.modalities for r in store.strata.values())]
+    if unseen:
+        raise ConfigError("no cell of the store carries these modalities", where=config.store, got=", ".join(unseen))
     if len(store.modalities) > 1 and not any(paired.values()) and config.objective.lambda_cross > 0:
         raise ConfigError(
             "no cell of the store carries two modalities, so the cross-encoders have nothing to learn from",

@@ -67,8 +67,7 @@ def train_args(folder: Path, store: Path, name: str, *settings: str) -> list[str
 
 
 def best_weights(run_folder: Path) -> dict[str, Tensor]:
-    (path,) = (run_folder / "best").glob("step-*/weights.safetensors")
-    return load_file(path)
+    return load_file(max((run_folder / "best").glob("step-????????/weights.safetensors")))
 
 
 def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:

@@ -1,12 +1,16 @@
 """launch/train.py as a person uses it: errors before any worker starts, resume, precision, any K, any likelihood."""
 
+import fcntl
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,30 +80,91 @@ def test_dry_run_shows_the_plan_and_writes_nothing(folder: Path) -> None:
     assert not (folder / "dry").exists()
 
 
-def test_resumed_after_a_stop_signal_ends_like_an_unbroken_run(folder: Path) -> None:
-    settings = ("train.epochs=40", "log.every=1")
-    python(*train_args(folder, folder / "s.zarr", "whole", *settings))
-    args = train_args(folder, folder / "s.zarr", "broken", *settings)
-    process = subprocess.Popen(["python", *args], cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
-    log = folder / "broken" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and log.read_text().count("\n") > 20):
+def timeless(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k not in ("cells_per_s", "data_wait")} for line in lines]
+
+
+def stopped_after(command: list[str], run_folder: Path, lines: int) -> int:
+    """Start a command in a process group of its own, send SIGTERM to the group once it has logged; its exit code."""
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    log, deadline = run_folder / "metrics.jsonl", time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= lines):
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGTERM)
-    assert process.wait(60) == 75
+    os.killpg(process.pid, signal.SIGTERM)
+    return process.wait(60)
+
+
+def test_resumed_after_a_stop_signal_ends_like_an_unbroken_run(folder: Path) -> None:
+    settings = ("train.epochs=150", "log.every=1")
+    python(*train_args(folder, folder / "s.zarr", "whole", *settings))
+    args = train_args(folder, folder / "s.zarr", "broken", *settings)
+    assert stopped_after([sys.executable, *args], folder / "broken", 20) == 75
     (saved,) = (folder / "broken" / "checkpoints").glob("step-*")
-    assert 20 < int(saved.name.split("-")[1]) < metrics(folder / "whole")[-1]["step"]
+    assert 20 <= int(saved.name.split("-")[1]) < metrics(folder / "whole")[-1]["step"]
 
     python(*args)
-    timeless = [
-        {k: v for k, v in line.items() if k not in ("cells_per_s", "data_wait")} for line in metrics(folder / "broken")
-    ]
-    unbroken = [
-        {k: v for k, v in line.items() if k not in ("cells_per_s", "data_wait")} for line in metrics(folder / "whole")
-    ]
-    assert timeless == unbroken  # bit for bit
+    assert timeless(metrics(folder / "broken")) == timeless(metrics(folder / "whole"))  # bit for bit
     assert largest_difference(best_weights(folder / "whole"), best_weights(folder / "broken")) == 0.0
+
+
+def test_two_ranks_stopped_under_the_launcher_go_on_to_the_same_weights(folder: Path) -> None:
+    # ZeRO-3 and bf16, with validations between the steps: the settings of configs/zero3.json
+    sharded = ("train.zero_stage=3", "train.precision=bf16", "train.validate_every=7", "train.patience=0")
+    settings = ("train.epochs=40", "log.every=1", *sharded)
+    run(*launched(2, *train_args(folder, folder / "s.zarr", "whole3", *settings)))
+    args = train_args(folder, folder / "s.zarr", "broken3", *settings)
+    assert stopped_after(launched(2, *args), folder / "broken3", 15) != 0
+    deadline = time.monotonic() + 60  # the launcher may be gone before its ranks
+    while not list((folder / "broken3" / "checkpoints").glob("step-????????/COMMIT.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    with (folder / "broken3" / ".lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the last rank 0 has left
+    run(*launched(2, *args))
+    assert timeless(metrics(folder / "broken3")) == timeless(metrics(folder / "whole3"))
+    assert largest_difference(best_weights(folder / "whole3"), best_weights(folder / "broken3")) == 0.0
+
+
+def test_a_second_job_on_the_same_run_folder_is_refused(folder: Path) -> None:
+    args = train_args(folder, folder / "s.zarr", "twice", "train.epochs=1")
+    (folder / "twice").mkdir()
+    with (folder / "twice" / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another job is training" in python(*args, expect=2).stderr
+    python(*args)
+
+
+def test_best_weights_of_a_killed_attempt_do_not_outlive_it(folder: Path) -> None:
+    # Killed before its first checkpoint, but after a validation: the next attempt starts anew.
+    settings = ("train.epochs=10", "train.validate_every=10")
+    python(*train_args(folder, folder / "s.zarr", "killed", *settings))
+    shutil.rmtree(folder / "killed" / "checkpoints")
+    python(*train_args(folder, folder / "s.zarr", "killed", *settings, "model.latent=4"))
+    assert best_weights(folder / "killed")["heads.bias"].shape[-1] == 2 * 2 * 4
+    assert list((folder / "killed" / "best").glob("step-*.aside"))
+
+
+def test_going_on_from_a_checkpoint_of_another_run(folder: Path) -> None:
+    python(*train_args(folder, folder / "s.zarr", "first", "train.epochs=4", "train.checkpoint_every=10"))
+    start = min((folder / "first" / "checkpoints").iterdir())
+    python(*train_args(folder, folder / "s.zarr", "second", "train.epochs=4"), "--resume", str(start))
+    assert (folder / "second" / "model.json").exists()
+    assert largest_difference(best_weights(folder / "first"), best_weights(folder / "second")) == 0.0
+
+
+@pytest.mark.parametrize("settings", [("data.holdout=0",), ("data.holdout=0.005",)])
+def test_nothing_or_a_single_pair_held_out(folder: Path, settings: tuple[str, ...]) -> None:
+    name = settings[0].replace(".", "-")
+    python(*train_args(folder, folder / "s.zarr", name, "train.epochs=1", *settings))
+    assert best_weights(folder / name)
 
 
 def test_resume_refuses_other_data_settings_ranks_and_damage(folder: Path) -> None:
@@ -126,31 +191,27 @@ def test_resume_refuses_other_data_settings_ranks_and_damage(folder: Path) -> No
     assert victim.name in done.stdout
 
 
-def test_bf16_trains_close_to_fp32(folder: Path) -> None:
+@pytest.mark.parametrize("stage", [0, 2])
+def test_bf16_trains_close_to_fp32(folder: Path, stage: int) -> None:
     for precision in ("fp32", "bf16"):
-        python(
-            *train_args(
-                folder, folder / "s.zarr", precision, "train.epochs=10", "log.every=5", f"train.precision={precision}"
-            )
-        )
-    a, b = ([line["loss"] for line in metrics(folder / p)] for p in ("fp32", "bf16"))
-    assert b == pytest.approx(a, rel=0.02)
-    assert a[-1] < a[0]
-    assert all(w.dtype == torch.float32 for w in best_weights(folder / "bf16").values())
+        settings = ("train.epochs=10", "log.every=5", f"train.precision={precision}", f"train.zero_stage={stage}")
+        python(*train_args(folder, folder / "s.zarr", f"{precision}-{stage}", *settings))
+    for term in ("self", "cross", "contrastive"):
+        a, b = ([line[term] for line in metrics(folder / f"{p}-{stage}")] for p in ("fp32", "bf16"))
+        assert b == pytest.approx(a, rel=0.02)
+        assert a[-1] < a[0]
+    assert all(w.dtype == torch.float32 for w in best_weights(folder / f"bf16-{stage}").values())
 
 
 @pytest.mark.parametrize("likelihood", ["zinb", "poisson", "bernoulli"])
 def test_other_likelihoods_and_the_mean_posterior_train(folder: Path, likelihood: str) -> None:
-    settings = (
-        "train.epochs=8",
-        "log.every=5",
-        f"modalities.rna.likelihood={likelihood}",
-        "model.posterior=mean",
-        "objective.alignment=cosine",
-    )
-    python(*train_args(folder, folder / "s.zarr", likelihood, *settings))
-    losses = [line["loss"] for line in metrics(folder / likelihood)]
-    assert losses[-1] < losses[0]
+    own = (f"modalities.rna.likelihood={likelihood}", "model.posterior=mean", "objective.alignment=cosine")
+    elbo = ("objective.lambda_contrastive=0", "objective.lambda_self=1", "objective.lambda_cross=1")
+    args = train_args(folder, folder / "s.zarr", likelihood, "train.epochs=8", "log.every=5", *own, *elbo)
+    python(*args)
+    for term in ("self", "cross"):
+        losses = [line[term] for line in metrics(folder / likelihood)]
+        assert losses[-1] < losses[0]
 
 
 def test_one_modality_and_dense_real_values(folder: Path) -> None:
