@@ -1,7 +1,7 @@
 """Embeds a store with a trained model, block by block, over any number of ranks.
 
-Every rank writes its rows into arrays shared through files beside the output; rank 0 puts them together. The store
-is always cut into the same batches, however many ranks there are, so that the result is the same to the last bit.
+Every rank writes its rows into files of its own beside the output; rank 0 puts them together. The store is always
+cut into the same batches, however many ranks there are, so that the result is the same to the last bit.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import anndata as ad
 import mudata as md
@@ -58,7 +58,7 @@ class Loaded(Protocol):
 
 @dataclass(frozen=True)
 class Piece:
-    """Cells [start, stop) of a stratum, whose rows in the shared arrays begin at `row`."""
+    """Cells [start, stop) of a stratum, whose rows in the embedding begin at `row`."""
 
     stratum: str
     start: int
@@ -101,7 +101,7 @@ def embed_store(
     uns["clue_dist"] says what made it.
 
     Raises:
-        ConfigError: an ending that is not known, or a folder that is not an embedding in the way.
+        ConfigError: an ending that is not known, no such folder, or one that is not an embedding in the way.
         StoreError: the store's modalities or features are not the model's; a damaged store.
         ResumeError: the model gives NaN.
     """
@@ -111,18 +111,33 @@ def embed_store(
     with scratch_beside(out, ranks) as scratch:
         done = compute(loaded, store, scratch, pieces_of(store, batch_size), per_modality=per_modality, ranks=ranks)
         if ranks.first:
-            about = {
-                "run": str(run),
-                "checkpoint": loaded.name,
-                "store": str(store.root),
-                "fingerprint": store.fingerprint,
-                "latent": dict.fromkeys(loaded.modalities, loaded.latent),
-            }
             with (
                 md.set_options(pull_on_update=False),
                 ad.settings.override(zarr_write_format=3, auto_shard_zarr_v3=False),
             ):
-                _write(out, scratch / f"out{out.suffix}", _assemble(out.suffix, store, done, about))
+                _write(out, scratch / f"out{out.suffix}", _assemble(out.suffix, store, done, about(loaded, store, run)))
+
+
+def about(loaded: Loaded, store: Store, run: Path | str) -> dict[str, Any]:
+    """What made a result, to be kept in it."""
+    return {
+        "run": str(run),
+        "checkpoint": loaded.name,
+        "store": str(store.root),
+        "fingerprint": store.fingerprint,
+        "latent": dict.fromkeys(loaded.modalities, loaded.latent),
+    }
+
+
+def check_folder(out: Path) -> None:
+    """The folder that `out` goes into is there.
+
+    Raises:
+        ConfigError: it is not, or is a file.
+    """
+    if not out.parent.is_dir():
+        got = f"{out.parent} {'is a file' if out.parent.exists() else 'does not exist'}"
+        raise ConfigError("no such folder", where=f"--out {out}", got=got, fix="mend the path, or make the folder")
 
 
 def check_output(out: Path) -> None:
@@ -131,10 +146,13 @@ def check_output(out: Path) -> None:
         raise ConfigError(
             "the output's ending says its format", where=f"--out {out}", got=out.suffix, expected=" or ".join(FORMATS)
         )
+    check_folder(out)
     if out.is_dir() and not (out / "uns" / "clue_dist").is_dir():
         raise ConfigError(
             "a folder that is not an embedding is in the way", where=f"--out {out}", fix="choose another name"
         )
+    if out.suffix == ".zarr" and out.is_file():
+        raise ConfigError("a file is in the way", where=f"--out {out}", fix="choose another name")
 
 
 def check_features(store: Store, modalities: dict[str, Modality]) -> None:
@@ -187,38 +205,32 @@ def compute(
     loaded: Loaded, store: Store, scratch: Path, pieces: list[Piece], *, per_modality: bool, ranks: Ranks
 ) -> Embedding:
     """Embed `pieces`, this rank its share; returns when every rank is done. `scratch`: a folder all ranks see."""
-    n, width = pieces[-1].rows.stop, loaded.latent * len(loaded.modalities)
+    shape = pieces[-1].rows.stop, loaded.latent * len(loaded.modalities)
     names = ["joint", *(f"alone-{m}" for m in store.modalities if per_modality)]
-    if ranks.first:
-        for name in names:
-            _allocate(scratch / f"{name}.npy", (n, width))
-    ranks.barrier()
-    arrays = {name: np.load(scratch / f"{name}.npy", mmap_mode="r+") for name in names}
-    device = f"cuda:{ranks.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-    model = loaded.model.to(device)
     mine = pieces[ranks.share(len(pieces))]
-    for piece, batch in _read_ahead(store, mine, list(loaded.modalities)):
-        with torch.inference_mode():
-            joint, alone = model.embed(batch.to(device))
-        arrays["joint"][piece.rows] = _finite(joint, piece, "everything observed")
-        for m in store.modalities if per_modality else ():
-            # All cells of a stratum carry the same modalities: a piece has every row of m, or none.
-            arrays[f"alone-{m}"][piece.rows] = _finite(alone[m], piece, m) if m in alone else np.nan
-    for array in arrays.values():
-        array.flush()
-    ranks.barrier()
+    ranks.together(lambda: _embed_share(loaded, store, scratch, mine, names, ranks))
+    ranks.together(lambda: _join(scratch, names, shape, ranks.world) if ranks.first else None)
+    arrays = {name: np.memmap(_part(scratch, name, 0), np.float32, mode="r", shape=shape) for name in names}
     return Embedding(pieces, arrays["joint"], {n.removeprefix("alone-"): a for n, a in arrays.items() if n != "joint"})
 
 
 @contextlib.contextmanager
 def scratch_beside(out: Path, ranks: Ranks) -> Iterator[Path]:
-    """A folder beside `out` that all ranks share; gone at the end, also after an error."""
+    """A folder beside `out` that all ranks share; gone at the end, also after an error.
+
+    What a killed process leaves of it is removed by the next one with the same `out`.
+    """
     scratch = out.with_name(f".{out.name}.partial")
-    if ranks.first:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-    ranks.barrier()
+
+    def make() -> None:
+        if ranks.first:
+            shutil.rmtree(scratch, ignore_errors=True)
+            with _told(scratch):
+                scratch.mkdir()
+
+    ranks.together(make)
     try:
+        ranks.together(lambda: _require_shared(scratch))
         yield scratch
         ranks.barrier()  # the others may still have the arrays open
     finally:
@@ -226,10 +238,74 @@ def scratch_beside(out: Path, ranks: Ranks) -> Iterator[Path]:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _allocate(path: Path, shape: tuple[int, int]) -> None:
-    np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape).flush()
-    with path.open("r+b") as f:  # claim the space now: writing to a full disk through a mapping kills the process
-        os.posix_fallocate(f.fileno(), 0, path.stat().st_size)
+def _require_shared(scratch: Path) -> None:
+    if not scratch.is_dir():
+        fix = "put --out on a file system that every machine of the job mounts"
+        raise ConfigError("not all machines see the folder of the output", where=scratch.parent, fix=fix)
+
+
+@contextlib.contextmanager
+def _told(where: Path) -> Iterator[None]:
+    """What the file system refuses (a full disk, say), in plain words."""
+    try:
+        yield
+    except OSError as error:
+        fix = "free some space or mend the permissions, then run it again"
+        raise StoreError("the disk is full or refuses to be written", where=where, got=error, fix=fix) from error
+
+
+def _part(scratch: Path, name: str, rank: int) -> Path:
+    """A rank's rows of an array. Never one file for all: machines that write into the same page of a file over a
+    network lose each other's rows."""
+    return scratch / f"{name}-{rank:05d}.f32"
+
+
+def _embed_share(
+    loaded: Loaded, store: Store, scratch: Path, pieces: list[Piece], names: list[str], ranks: Ranks
+) -> None:
+    """Embed this rank's pieces into its own files, safe on the disk when this returns."""
+    device = ranks.device()
+    model = loaded.model.to(device)
+    with contextlib.ExitStack() as stack:
+        paths = {name: _part(scratch, name, ranks.rank) for name in names}
+        with _told(scratch):
+            files = {name: stack.enter_context(path.open("wb", buffering=0)) for name, path in paths.items()}
+        for piece, batch in _read_ahead(store, pieces, list(loaded.modalities)):
+            with torch.inference_mode():
+                joint, alone = model.embed(batch.to(device))
+            z = {"joint": joint} | {f"alone-{m}": z for m, z in alone.items()}
+            for name, file in files.items():
+                # All cells of a stratum carry the same modalities: a piece has every row of one, or none.
+                rows = _finite(z[name], piece, name) if name in z else np.full(joint.shape, np.nan, np.float32)
+                with _told(scratch):
+                    _write_all(file, rows)
+        with _told(scratch):
+            for file in files.values():
+                os.fsync(file.fileno())
+
+
+def _write_all(file: IO[bytes], rows: np.ndarray) -> None:
+    """NumPy's own tofile() hides errors of the last few kilobytes; a plain write may stop half-way."""
+    left = np.ascontiguousarray(rows).data.cast("B")
+    while left:
+        left = left[file.write(left) :]
+
+
+def _join(scratch: Path, names: list[str], shape: tuple[int, int], world: int) -> None:
+    """Append the rows of the other ranks to those of rank 0, whose file so becomes the whole."""
+    for name in names:
+        parts = [_part(scratch, name, rank) for rank in range(world)]
+        size, expected = sum(p.stat().st_size for p in parts if p.exists()), 4 * shape[0] * shape[1]
+        if size != expected:
+            where, got = scratch, f"{size} bytes of {name} by {world} ranks"
+            raise StoreError("rows of some rank are missing", where=where, got=got, expected=f"{expected} bytes")
+        with _told(scratch), parts[0].open("ab") as whole:
+            for part in parts[1:]:
+                with part.open("rb") as rows:
+                    shutil.copyfileobj(rows, whole, 2**24)
+                part.unlink()
+            whole.flush()
+            os.fsync(whole.fileno())
 
 
 def _read_ahead(store: Store, pieces: list[Piece], modalities: list[str]) -> Iterator[tuple[Piece, Batch]]:
@@ -249,9 +325,10 @@ def _read_ahead(store: Store, pieces: list[Piece], modalities: list[str]) -> Ite
             yield piece, batch
 
 
-def _finite(z: Tensor, piece: Piece, source: str) -> np.ndarray:
+def _finite(z: Tensor, piece: Piece, name: str) -> np.ndarray:
     values = z.float().cpu().numpy()
     if not np.isfinite(values).all():
+        source = "everything observed" if name == "joint" else name.removeprefix("alone-")
         where = f"stratum {piece.stratum}, cells {piece.start} to {piece.stop - 1}, z from {source}"
         raise ResumeError("the model gives NaN or Inf", where=where, fix="use another checkpoint (--checkpoint)")
     return np.asarray(values)
@@ -277,7 +354,7 @@ def _assemble(suffix: str, store: Store, done: Embedding, about: dict[str, Any])
 
 
 def _obs(store: Store, pieces: list[Piece]) -> pd.DataFrame:
-    """Barcodes as the index, `batch` and `cell_type` where they are known; in the order of the shared arrays."""
+    """Barcodes as the index, `batch` and `cell_type` where they are known; in the order of the embedding."""
     seen = [store.strata[p.stratum].obs(p.positions) for p in pieces]
     barcodes = pd.Index(np.concatenate([o.barcodes for o in seen]).astype(object))
     frame = pd.DataFrame(index=ad.utils.make_index_unique(barcodes) if barcodes.has_duplicates else barcodes)

@@ -16,6 +16,7 @@ class ClueError(Exception):
 
     exit_code = 2
     on_every_rank = False  # whether all ranks of a job raise it together
+    before_joining = False  # whether a single rank may raise it before the ranks have joined
 
     def __init__(
         self,
@@ -47,6 +48,13 @@ class ConfigError(ClueError):
     """A config file, a `--set`, or a combination of settings that cannot work."""
 
     on_every_rank = True
+
+
+class RankError(ConfigError):
+    """One rank cannot take part, perhaps that one alone: it speaks for itself, even before the ranks have joined."""
+
+    on_every_rank = False
+    before_joining = True
 
 
 class DataError(ClueError):
@@ -86,7 +94,7 @@ def run_main(main: Callable[[], None]) -> NoReturn:
         main()
     except ClueError as error:
         rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-        if rank == "0" or (_joined() and not error.on_every_rank):
+        if rank == "0" or ((_joined() or error.before_joining) and not error.on_every_rank):
             prefix = "" if rank == "0" else f"rank {rank}: "
             print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)

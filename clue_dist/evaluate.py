@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from clue_dist import matching
-from clue_dist.embed import Embedding, Loaded, check_features, compute, pieces_of, scratch_beside
+from clue_dist.embed import Embedding, Loaded, about, check_features, check_folder, compute, pieces_of, scratch_beside
 from clue_dist.errors import ConfigError, StoreError
 from clue_dist.ranks import Ranks
 from clue_dist.store.reader import Store
@@ -37,35 +37,33 @@ def evaluate_store(
 
     Raises:
         StoreError: no cell carries two modalities; features that are not the model's.
-        ConfigError: `out` is a folder, `max_cells` below 2.
+        ConfigError: `out` is a folder or in none, `max_cells` below 2.
         ResumeError: the model gives NaN.
     """
     ranks = ranks or Ranks()
-    if out.is_dir():
-        raise ConfigError(
-            "the scores go into a file", where=f"--out {out}", got="a folder", fix=f"--out {out}/scores.json"
-        )
-    if max_cells is not None and max_cells < 2:
-        raise ConfigError("matching needs two cells", where="--max-cells", got=max_cells, expected="2 or more")
+    check_scores(out, max_cells)
     check_features(store, loaded.modalities)
     pieces = pieces_of(store, batch_size, paired_cells(store, max_cells))
     with scratch_beside(out, ranks) as scratch:
         done = compute(loaded, store, scratch, pieces, per_modality=True, ranks=ranks)
         result = _pairs(store, done, [m for m in loaded.modalities if m in store.modalities], ranks)
-        result["about"] = {
-            "run": str(run),
-            "checkpoint": loaded.name,
-            "store": str(store.root),
-            "fingerprint": store.fingerprint,
-            "cells": len(done.joint),
-            "max_cells": max_cells,
-            "latent": dict.fromkeys(loaded.modalities, loaded.latent),
-        }
+        result["about"] = about(loaded, store, run) | {"cells": len(done.joint), "max_cells": max_cells}
         if ranks.first:
             temporary = scratch / "scores.json"
             temporary.write_text(json.dumps(_without_nan(result), indent=1, allow_nan=False) + "\n")
             os.replace(temporary, out)
     return result
+
+
+def check_scores(out: Path, max_cells: int | None) -> None:
+    """The scores go into a file of a folder that is there, and come from two cells or more."""
+    if out.is_dir():
+        raise ConfigError(
+            "the scores go into a file", where=f"--out {out}", got="a folder", fix=f"--out {out}/scores.json"
+        )
+    check_folder(out)
+    if max_cells is not None and max_cells < 2:
+        raise ConfigError("matching needs two cells", where="--max-cells", got=max_cells, expected="2 or more")
 
 
 def paired_cells(store: Store, max_cells: int | None = None) -> dict[str, int]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
-from clue_dist.errors import ConfigError
+from clue_dist.errors import ClueError, ConfigError, RankError
 
 T = TypeVar("T")
 
@@ -77,6 +78,25 @@ class Ranks:
         if dist.is_initialized():
             dist.destroy_process_group()
 
+    def device(self) -> torch.device:
+        """This rank's GPU; the CPU where none is visible.
+
+        A rank that sees one GPU takes it, whatever its number: `srun --gpus-per-task=1` shows each rank its own.
+
+        Raises:
+            RankError: several GPUs are visible, but fewer than the ranks of this machine need.
+        """
+        seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if seen > 1 and self.local_rank >= seen:
+            raise RankError(
+                "more ranks on this machine than GPUs",
+                where=f"rank {self.rank}, local rank {self.local_rank}",
+                got=f"{seen} visible GPUs",
+                expected=f"{self.local_rank + 1} or more",
+                fix="start as many ranks per machine as it has GPUs, or widen CUDA_VISIBLE_DEVICES",
+            )
+        return torch.device("cuda", self.local_rank % seen) if seen else torch.device("cpu")
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.world > 1:
@@ -89,6 +109,17 @@ class Ranks:
         got: list[T] = [value] * self.world
         dist.all_gather_object(got, value)
         return got
+
+    def together(self, work: Callable[[], None]) -> None:
+        """Do `work`, then wait for the others; an error that any rank meets is raised on all, so that none waits on."""
+        problem: ClueError | None = None
+        try:
+            work()
+        except ClueError as error:
+            problem = error
+        for met in self.all_gather_object(problem):
+            if met is not None:
+                raise met
 
     def share(self, n: int) -> slice:
         """This rank's consecutive part of range(n); the parts differ by one at most and cover it."""

@@ -34,10 +34,12 @@ MOST_PROFILES = 10_000
 MOST_LEGEND = 36
 _MOST_CURVES = 15
 UNKNOWN = "unknown"
+JOINT = "all observed"  # in place of a modality: z from everything observed in a cell
 _PALETTE = [
     "#3b6fb6", "#e07b39", "#3a9e6f", "#c44e6c", "#8a63b0", "#b8a038", "#4bb0c6", "#8c6d54", "#e58fb8", "#7d8790",
     "#1f3f77", "#f4b183", "#8fd1a8", "#7a1f3d", "#c3a6e0", "#5f5a1e", "#a6dbe8", "#3f2a1d", "#f7c6de", "#d62f2f",
 ]  # fmt: skip
+_UNREADABLE = (OSError, KeyError, ValueError, TypeError, AttributeError, AssertionError, RuntimeError)
 _GREY, _INK = "#cfd3d8", "#2b2f36"
 _STYLE = {
     "font.family": "sans-serif",
@@ -57,18 +59,16 @@ _STYLE = {
     "legend.frameon": False,
     "savefig.dpi": 160,
 }
-_CURVES = [
-    "loss", "self", "cross", "mse", "adversarial", "d", "contrastive",
-    "foscttm", "match", "recall10", "cells_per_s", "data_wait",
-]  # fmt: skip
-_NOT_CURVES = {"step", "epoch", "time", "seconds", "cells", "best", "best_step"}
+_CURVES = ["loss", "self", "cross", "mse", "contrastive", "d", "foscttm", "score", "lr", "cells_per_s", "data_wait"]
+_NOT_CURVES = {"step", "epoch", "best", "best_step"}
 _TITLES = {
     "self": "minus ELBO self (eq. 13)",
     "cross": "minus ELBO cross (eq. 14)",
     "mse": "MSE of paired z (eq. 9)",
-    "adversarial": "discriminator (eq. 12)",
     "d": "discriminator (eq. 12)",
+    "contrastive": "InfoNCE of pairs",
     "foscttm": "held-out FOSCTTM",
+    "lr": "learning rate",
     "cells_per_s": "cells per second",
     "data_wait": "share of time waiting for data",
 }
@@ -90,8 +90,9 @@ def write_report(run: Path, embedding: Path | None = None, scores: Path | None =
     Raises:
         ConfigError: no such run, embedding or scores, or a file that is not one.
     """
-    if not run.is_dir():
-        raise ConfigError("no run here", where=f"--run {run}", fix="train one with launch/train.py, or mend the path")
+    if not (run / "config.json").is_file():
+        fix = "train one with launch/train.py, or mend the path"
+        raise ConfigError("no run here", where=f"--run {run}", got="no config.json", fix=fix)
     folder = run / "report"
     sections = [_curves_section(run, folder)]
     if embedding is not None:
@@ -125,9 +126,13 @@ def read_profiles(path: Path, most: int = MOST_PROFILES, seed: int = 0) -> Profi
     """Each modality's own embedding of an output of `launch/embed.py`, else the joint one; `most` at random."""
     if not path.exists():
         raise ConfigError("no embedding here", where=f"--embedding {path}", fix="make one with launch/embed.py")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # mudata announces a default that changes nothing here
-        tables = _tables(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # mudata announces a default that changes nothing here
+            tables = _tables(path)
+    except _UNREADABLE as error:
+        got = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ConfigError("the embedding cannot be read", where=f"--embedding {path}", got=got) from error
     if not tables:
         raise ConfigError("no embedding in this file", where=f"--embedding {path}", expected=f"obsm[{KEY!r}]")
     z = np.concatenate([z for _, z, _ in tables])
@@ -174,10 +179,10 @@ def curve_names(metrics: pd.DataFrame) -> list[str]:
     """The numbers worth a panel: known ones first, in order ("foscttm rna-adt" is a foscttm), then others that vary."""
     numeric = [str(c) for c in metrics.select_dtypes("number") if c not in _NOT_CURVES and metrics[c].notna().any()]
     kind = {c: c.split(" ")[0] for c in numeric}
-    known = sorted((c for c in numeric if kind[c] in _CURVES), key=lambda c: _CURVES.index(kind[c]))
-    others = [c for c in numeric if c not in known and metrics[c].nunique() > 1]
     if "foscttm" in kind.values():
-        others = [c for c in others if c != "score"]  # their mean
+        kind.pop("score", None)  # their mean
+    known = sorted((c for c in kind if kind[c] in _CURVES), key=lambda c: _CURVES.index(kind[c]))
+    others = [c for c in kind if c not in known and metrics[c].nunique() > 1]
     return (known + others)[:_MOST_CURVES]
 
 
@@ -260,10 +265,10 @@ def _tables(path: Path) -> list[tuple[str, np.ndarray, pd.DataFrame]]:
     if path.suffix == ".h5mu":
         mdata = md.read_h5mu(path)
         found = [(m, a.obsm[KEY], a.obs) for m, a in mdata.mod.items() if KEY in a.obsm]
-        joint = [("all observed", mdata.obsm[KEY], mdata.obs)] if KEY in mdata.obsm else []
+        joint = [(JOINT, mdata.obsm[KEY], mdata.obs)] if KEY in mdata.obsm else []
         return found or joint
     data = ad.read_zarr(path) if path.suffix == ".zarr" else ad.read_h5ad(path)
-    whole = [("all observed", data.obsm[KEY], data.obs)] if KEY in data.obsm else []
+    whole = [(JOINT, data.obsm[KEY], data.obs)] if KEY in data.obsm else []
     found = []
     for key in [k for k in data.obsm if k.startswith(f"{KEY}_")]:
         has = ~np.isnan(data.obsm[key]).any(axis=1)
@@ -295,10 +300,11 @@ def _curves_section(run: Path, folder: Path) -> str:
 def _umap_section(embedding: Path, folder: Path) -> str:
     profiles = read_profiles(embedding)
     xy = umap_of(profiles.z)
+    through = "everything observed in it" if (profiles.modality == JOINT).all() else "one modality alone"
     out = [
         f"<h2>Embedding</h2><p class='muted'>UMAP of {len(xy):,} profiles of {html.escape(embedding.name)}, each a cell"
+        f" seen through {through}, scaled to length 1.</p><div class='row'>"
     ]
-    out.append(" seen through one modality alone, scaled to length 1.</p><div class='row'>")
     for field, title in (("modality", "modality"), ("batch", "batch"), ("cell_type", "cell type")):
         names = getattr(profiles, field)
         if (names != UNKNOWN).any():
@@ -337,8 +343,7 @@ def _number(value: float | None) -> str:
 
 
 def _config_section(run: Path) -> str:
-    path = run / "config.json"
-    text = path.read_text(encoding="utf-8") if path.exists() else "no config.json in the run folder"
+    text = (run / "config.json").read_text(encoding="utf-8")
     return f"<h2>Config</h2><details><summary>resolved config</summary><pre>{html.escape(text)}</pre></details>"
 
 

@@ -53,6 +53,11 @@ def _fetch(args: argparse.Namespace) -> None:
 
 
 def _simulate(args: argparse.Namespace) -> None:
+    if args.out.suffix not in (".h5mu", ".zarr"):
+        got = args.out.suffix or "none"
+        raise DataError(
+            "the output's ending says its format", where=f"--out {args.out}", got=got, expected=".h5mu or .zarr"
+        )
     kinds = _pairs(args.kind, "--kind")
     features = parse_features(args.modality)
     sizes = {name: getattr(args, name) for name in ("cells", "paired", "batches", "shared", "private", "seed")}

@@ -67,7 +67,8 @@ def convert(sources: list[Source], out: Path, options: Options, pool: Pool) -> M
 
         _prepare(sources, work, pool)
         spools = _scatter(sources, heads, plan, cells, work, pool)
-        final = strata.settle(cells, plan.modalities, spools, options.block_cells, work / "strata")
+        files = {name: listed(s.where for s in sources if s.modality == name) for name in plan.modalities}
+        final = strata.settle(cells, plan.modalities, files, spools, options.block_cells, work / "strata")
         notes = _provenance(sources, heads, plan, cells, final, options)
         manifest = strata.manifest(final, cells, plan.modalities, options.block_cells, options.codec, notes)
         create(store, manifest)

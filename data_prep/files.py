@@ -8,6 +8,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from clue_dist.errors import DataError
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, where they are missing.
+
+    Raises:
+        DataError: a file is in the way, or permission is lacking.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise DataError("the folder cannot be made", where=folder, got=error, fix="choose another --out") from None
+
 
 @contextmanager
 def whole_folder(final: Path) -> Iterator[Path]:

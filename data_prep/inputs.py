@@ -10,8 +10,8 @@ import h5py
 
 from clue_dist.errors import DataError, listed
 from data_prep.h5 import AnnDataSource, TenxSource, open_h5, tenx_features
-from data_prep.mtx import MtxSource, is_mtx
-from data_prep.sources import TENX_TYPES, FeatureTable, Keys, Source, kind_of
+from data_prep.mtx import MtxSource, mtx_features
+from data_prep.sources import TENX_TYPES, FeatureTable, Keys, Source, kind_of, require_known
 
 _INPUT = re.compile(r"(?:(?P<dataset>[A-Za-z0-9_.-]+):)?(?:(?P<name>[^=/]+)=)?(?P<path>.+)")
 
@@ -22,23 +22,33 @@ def parse_inputs(texts: list[str], keys: Keys, layers: list[str], kinds: dict[st
     layers: `NAME` for every AnnData, or `modality=NAME`.
 
     Raises:
-        DataError: a file that is not there or in no known format; a modality it does not have.
+        DataError: a file that is not there or in no known format; a modality it does not have; a layer or kind of a
+            modality that no input has.
     """
     by_modality = dict(layer.split("=", 1) for layer in layers if "=" in layer)
-    general = next((layer for layer in layers if "=" not in layer), None)
-    return [source for text in texts for source in _parse(text, keys, by_modality, general, kinds)]
+    general = [layer for layer in layers if "=" not in layer]
+    if len(general) > 1 or len(by_modality) + len(general) < len(layers):
+        raise DataError("two layers for one modality", where="--layer", got=listed(layers), fix="NAME=LAYER for each")
+    layer = general[0] if general else None
+    sources = [source for text in texts for source in _parse(text, keys, by_modality, layer, kinds)]
+    require_known("--kind", kinds, [s.modality for s in sources])
+    layered = [s.modality for s in sources if isinstance(s, AnnDataSource)]
+    require_known("--layer", by_modality, layered)
+    if layer is not None and not layered:
+        raise DataError("no input has layers", where=f"--layer {layer}", expected="an .h5ad or .h5mu among the inputs")
+    return sources
 
 
 def _parse(text: str, keys: Keys, layers: dict[str, str], layer: str | None, kinds: dict[str, str]) -> list[Source]:
-    match = _INPUT.fullmatch(text)
-    assert match is not None or not text
-    dataset, name, path = (match["dataset"] or "", match["name"], Path(match["path"])) if match else ("", None, Path())
+    match, fix = _INPUT.fullmatch(text), "check the path; inputs are written NAME=FILE, FILE.h5mu, or DATASET:NAME=FILE"
+    if match is None:
+        raise DataError("not an input", where="the inputs", got=repr(text), fix=fix)
+    dataset, name, path = match["dataset"] or "", match["name"], Path(match["path"])
     if not path.exists():
-        fix = "check the path; inputs are written NAME=FILE, FILE.h5mu, or DATASET:NAME=FILE"
         raise DataError("no such input", where=text, got=f"{path} does not exist", fix=fix)
     path = path.resolve()
     if path.is_dir():
-        return _tenx(text, dataset, name, path, is_mtx(path), kinds)
+        return _tenx(text, dataset, name, path, mtx_features(path), kinds)
     with open_h5(path) as file:
         if "mod" in file:
             return _mudata(file, text, dataset, name, path, keys, layers, layer)

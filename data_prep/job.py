@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from clue_dist.errors import DataError, StoreError, listed
-from data_prep.files import remove_leftovers
+from data_prep.files import make_folder, remove_leftovers
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EIO}
 
@@ -23,6 +23,7 @@ def job(out: Path, description: dict[str, Any]) -> Iterator[Path]:
 
     Raises:
         StoreError: OUT exists; another job was or is under way there; the disk is full.
+        DataError: OUT.partial cannot be a folder.
     """
     partial = out.with_name(out.name + ".partial")
     if out.exists():
@@ -30,7 +31,7 @@ def job(out: Path, description: dict[str, Any]) -> Iterator[Path]:
             shutil.rmtree(partial)  # left by a run that was killed after its commit
         raise StoreError("something is already there", where=out, fix="choose another --out, or remove it")
     with _loud(partial):
-        partial.mkdir(parents=True, exist_ok=True)
+        make_folder(partial)
         with _locked(partial):
             _same_as_before(partial / "job.json", description)
             remove_leftovers(partial)

@@ -37,7 +37,7 @@ class MtxSource:
         return {"files": files, "modality": self.modality, "dataset": self.dataset, "feature_type": self.feature_type}
 
     def head(self) -> Head:
-        table = is_mtx(self.path)
+        table = mtx_features(self.path)
         barcodes = _lines(_find(self.path, "barcodes"))
         with _open(_find(self.path, "matrix")) as file:
             n_features, n_cells, nnz = self._sizes(file)
@@ -84,7 +84,7 @@ class MtxSource:
         temporary.rename(folder)
 
     def read(self, lo: int, hi: int, scratch: Path) -> Rows:
-        table = is_mtx(self.path)
+        table = mtx_features(self.path)
         rows = entries.read_rows(sorted((scratch / "000000").iterdir()), lo, hi, len(table.ids))
         return columns_of(rows, table.select(self.feature_type)[0])
 
@@ -146,7 +146,7 @@ class MtxSource:
             )
 
 
-def is_mtx(path: Path) -> FeatureTable:
+def mtx_features(path: Path) -> FeatureTable:
     """The feature table of a Matrix Market folder: id, name and type, as many of them as there are."""
     lines = [line.split("\t") for line in _lines(_find(path, "features"))]
     return FeatureTable(

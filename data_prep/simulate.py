@@ -18,7 +18,8 @@ import scipy.sparse as sp
 
 from clue_dist.errors import DataError
 from clue_dist.store.layout import Kind
-from data_prep.sources import Codes, Direct, Head, Rows, Source, kind_of
+from data_prep.files import make_folder
+from data_prep.sources import Codes, Direct, Head, Rows, Source, kind_of, require_known
 
 PIECE = 1024  # cells whose truth is drawn together
 PIECE_VALUES = 2**20  # values of a modality drawn together: bounds memory, however many features
@@ -43,18 +44,19 @@ class Spec:
         """A spec of named modalities; kinds from their names, or as given.
 
         Raises:
-            DataError: a size that makes no sense, or a modality of unknown kind.
+            DataError: a size that makes no sense, a modality of unknown kind, or a kind of no modality.
         """
+        require_known("--kind", kinds, features)
         spec = cls(tuple((name, kind_of(name, kinds), n) for name, n in features.items()), **sizes)
         counted = {"cells": spec.cells, "batches": spec.batches, "shared": spec.shared, **features}
         for name, value in counted.items():
             if value < 1:
                 raise DataError("a size must be positive", where=name, got=value, expected="1 or more")
-        if not 0 <= spec.paired <= 1 or spec.private < 0:
+        if not 0 <= spec.paired <= 1 or spec.private < 0 or spec.seed < 0:
             raise DataError(
                 "a simulation that cannot be",
-                got=f"paired {spec.paired}, private {spec.private}",
-                expected="0 to 1, and 0 or more",
+                got=f"paired {spec.paired}, private {spec.private}, seed {spec.seed}",
+                expected="paired from 0 to 1, private and seed 0 or more",
             )
         return spec
 
@@ -240,7 +242,7 @@ def write_h5mu(spec: Spec, out: Path) -> None:
     """Write a mosaic and its truth; under a temporary name first."""
     if out.exists():
         raise DataError("something is already there", where=out, fix="choose another --out, or remove it")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     temporary = out.with_name(f".{out.name}.tmp.h5mu")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)

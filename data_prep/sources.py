@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, get_args
@@ -147,6 +147,17 @@ def kind_of(modality: str, given: Mapping[str, str]) -> Kind:
             fix=f"add `--kind {modality}=rna` (or another kind)",
         )
     return found.pop()  # type: ignore[return-value]
+
+
+def require_known(flag: str, named: Iterable[str], known: Iterable[str]) -> None:
+    """Every modality that `flag` names is among the `known` ones.
+
+    Raises:
+        DataError: one is not, so what was asked for it would be left undone.
+    """
+    there = list(dict.fromkeys(known))
+    if absent := [name for name in named if name not in there]:
+        raise DataError("no such modality", where=flag, got=listed(absent), expected=listed(there) or "none")
 
 
 def file_identity(path: Path) -> dict[str, Any]:

@@ -28,30 +28,22 @@ class Final:
 
 
 def settle(
-    cells: Cells, modalities: dict[str, Modality], spools: dict[str, list[Path]], block_cells: int, folder: Path
+    cells: Cells,
+    modalities: dict[str, Modality],
+    files: dict[str, str],
+    spools: dict[str, list[Path]],
+    block_cells: int,
+    folder: Path,
 ) -> Final:
     """Decide every cell's final stratum and position; writes what the second pass needs of each stratum to `folder`.
 
-    A cell loses a modality in which it has no counts. Strata keep the order of the shuffle of all cells.
+    A cell loses a modality in which it has no counts. Strata keep the order of the shuffle of all cells. files: those
+    of each modality, for messages.
 
     Raises:
-        DataError: no cell has any count.
+        DataError: no cell has any counts in a modality.
     """
-    by_key = np.argsort(cells.keys(np.arange(len(cells.barcodes))))
-    sorted_keys = cells.keys(by_key)
-    mask = np.zeros(len(cells.barcodes), np.int64)
-    lengths, extremes = {}, {}
-    for m, (name, modality) in enumerate(modalities.items()):
-        lengths[name] = np.zeros(len(mask), np.uint32)
-        extremes[name] = [0, 0]
-        for path in spools[name]:
-            seen = spool.survey(path)
-            of = by_key[np.searchsorted(sorted_keys, seen.keys)]
-            lengths[name][of] = seen.lengths
-            mask[of[(seen.lengths > 0) | (modality.kind == "dense")]] |= 1 << m
-            extremes[name] = [max(a, b) for a, b in zip(extremes[name], (seen.largest, seen.gap), strict=True)]
-    if not mask.any():
-        raise DataError("no cell has any count", where="all inputs", fix="check that the files hold raw counts")
+    mask, lengths, extremes = _survey(cells, modalities, files, spools)
     shuffled = np.argsort(cells.place)
     order = {int(bits): shuffled[mask[shuffled] == bits] for bits in np.unique(mask[mask > 0])}
     packed = {
@@ -64,6 +56,30 @@ def settle(
     }
     _write(cells, order, modalities, folder)
     return Final(mask, order, packed)
+
+
+def _survey(
+    cells: Cells, modalities: dict[str, Modality], files: dict[str, str], spools: dict[str, list[Path]]
+) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, list[int]]]:
+    """Every cell's mask, (n,) int64; per modality its non-zeros in every cell, (n,), the largest count and gap."""
+    by_key = np.argsort(cells.keys(np.arange(len(cells.barcodes))))
+    sorted_keys = cells.keys(by_key)
+    mask = np.zeros(len(cells.barcodes), np.int64)
+    lengths: dict[str, np.ndarray] = {}
+    extremes: dict[str, list[int]] = {}
+    for m, (name, modality) in enumerate(modalities.items()):
+        lengths[name] = np.zeros(len(mask), np.uint32)
+        extremes[name] = [0, 0]
+        for path in spools[name]:
+            seen = spool.survey(path)
+            of = by_key[np.searchsorted(sorted_keys, seen.keys)]
+            lengths[name][of] = seen.lengths
+            mask[of[(seen.lengths > 0) | (modality.kind == "dense")]] |= 1 << m
+            extremes[name] = [max(a, b) for a, b in zip(extremes[name], (seen.largest, seen.gap), strict=True)]
+        if not (mask >> m & 1).any():
+            fix = "check that the files hold raw counts, or leave the modality out"
+            raise DataError(f"no cell has any counts in modality {name!r}", where=files[name], fix=fix)
+    return mask, lengths, extremes
 
 
 def manifest(

@@ -72,8 +72,10 @@ class Sinks:
 
     def _show(self, split: str, step: int, numbers: Numbers) -> None:
         if split == "train" and self._bar is not None:
-            keys = {"loss": "loss", "cells_per_s": "cells/s", "data_wait": "wait"}
-            self._bar.set_postfix({short: _short(numbers[k]) for k, short in keys.items() if k in numbers})
+            wait = f"{float(numbers['data_wait']):.1%}"
+            self._bar.set_postfix_str(
+                f"loss {_short(numbers['loss'])}, {float(numbers['cells_per_s']):,.0f} cells/s, {wait} waiting for data"
+            )
             return
         left = ""
         if split == "train":
@@ -84,6 +86,7 @@ class Sinks:
 
 
 def _short(value: float | int | str) -> str:
+    """Four digits are enough on a screen."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import resource
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -113,10 +115,12 @@ def test_cells_that_share_a_barcode_stay_apart(store, loaded, tmp_path, monkeypa
     assert sorted(got.obs["barcode"]).count("adt-0") == 2
 
 
-def test_two_ranks_write_what_one_writes(store, loaded, tmp_path):
-    embed_store(loaded, store, tmp_path / "one.h5mu", run="r", per_modality=True, batch_size=16)
+@pytest.mark.parametrize(("world", "batch_size"), [(2, 16), (4, 4096)])  # the latter: 3 batches, a rank has none
+def test_ranks_write_what_one_writes(store, loaded, tmp_path, world, batch_size):
+    embed_store(loaded, store, tmp_path / "one.h5mu", run="r", per_modality=True, batch_size=batch_size)
     code = """
         from pathlib import Path
+        from clue_dist import embed
         from clue_dist.embed import embed_store
         from clue_dist.ranks import Ranks
         from clue_dist.store.reader import Store
@@ -125,10 +129,19 @@ def test_two_ranks_write_what_one_writes(store, loaded, tmp_path):
         ranks, store = Ranks.from_env().init(), Store(root)
         extra = Modality(kind="atac", storage="sparse", features=["peak-0", "peak-1"])
         known = {"adt": store.manifest.modalities["adt"], "atac": extra, "rna": store.manifest.modalities["rna"]}
-        embed_store(FakeLoaded(known), store, Path(out), run="r", per_modality=True, batch_size=16, ranks=ranks)
+        join = embed._join
+
+        def spied(scratch, *args):
+            print("files", len(list(scratch.iterdir())))
+            join(scratch, *args)
+
+        embed._join = spied
+        embed_store(FakeLoaded(known), store, Path(out), run="r", per_modality=True, batch_size=size, ranks=ranks)
         ranks.close()
     """
-    run_ranks(2, f"root, out = {str(store.root)!r}, {str(tmp_path / 'two.h5mu')!r}", code)
+    given = f"root, out, size = {str(store.root)!r}, {str(tmp_path / 'two.h5mu')!r}, {batch_size}"
+    outputs = run_ranks(world, given, code)
+    assert f"files {3 * world}\n" in outputs[0], "each rank must have a file of its own for each of three arrays"
     one, two = md.read_h5mu(tmp_path / "one.h5mu"), md.read_h5mu(tmp_path / "two.h5mu")
     assert list(one.obs_names) == list(two.obs_names)
     np.testing.assert_array_equal(one.obsm["X_clue"], two.obsm["X_clue"])
@@ -178,6 +191,47 @@ def test_outputs_that_cannot_be_are_refused_before_any_work(store, loaded, tmp_p
     with pytest.raises(ConfigError, match="in the way"):
         embed_store(loaded, store, store.root, run="r")
     assert Store(store.root).fingerprint == store.fingerprint
+    (tmp_path / "file").write_text("")
+    for folder, told in (("file", "is a file"), ("nowhere", "does not exist")):
+        with pytest.raises(ConfigError, match=f"no such folder[\\s\\S]*{told}"):
+            embed_store(loaded, store, tmp_path / folder / "o.h5mu", run="r")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(store, loaded, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    assert signal.getsignal(signal.SIGXFSZ) == signal.SIG_IGN  # as Python has it: writing fails, and is no signal
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(StoreError, match="the disk is full"):
+            embed_store(loaded, store, tmp_path / "o.h5mu", run="r")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_one_rank_is_raised_on_all(store, tmp_path):
+    code = """
+        import torch
+        from pathlib import Path
+        from clue_dist.embed import embed_store
+        from clue_dist.errors import ResumeError
+        from clue_dist.ranks import Ranks
+        from clue_dist.store.reader import Store
+        from tests.fakes import FakeLoaded
+        ranks, store = Ranks.from_env().init(timeout_s=60), Store(root)
+        loaded = FakeLoaded(store.manifest.modalities)
+        if ranks.rank == 1:
+            loaded.model.weights["adt"] *= torch.nan
+        try:
+            embed_store(loaded, store, Path(out), run="r", ranks=ranks)
+        except ResumeError as error:
+            print("told:", error.what)
+        ranks.close()
+    """
+    outputs = run_ranks(2, f"root, out = {str(store.root)!r}, {str(tmp_path / 'o.h5mu')!r}", code)
+    assert all("told: the model gives NaN" in output for output in outputs)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nan_is_refused_and_the_earlier_output_stands(store, loaded, tmp_path):
@@ -194,8 +248,6 @@ def test_nan_is_refused_and_the_earlier_output_stands(store, loaded, tmp_path):
 
 @pytest.mark.parametrize("name", ["embed", "evaluate", "report"])
 def test_command_lines_explain_themselves(name):
-    if name != "report" and not (ROOT / "clue_dist" / "train" / "checkpoint.py").exists():
-        pytest.skip("needs clue_dist.train.checkpoint")
     done = subprocess.run(
         [sys.executable, Path("launch") / f"{name}.py", "--help"], cwd=ROOT, capture_output=True, text=True
     )

@@ -91,6 +91,10 @@ def test_arguments_that_cannot_be(store, tmp_path):
     loaded = FakeLoaded(store.manifest.modalities)
     with pytest.raises(ConfigError, match="into a file"):
         evaluate_store(loaded, store, tmp_path, run="r")
+    (tmp_path / "file").write_text("")
+    for folder in ("file", "nowhere"):
+        with pytest.raises(ConfigError, match="no such folder"):
+            evaluate_store(loaded, store, tmp_path / folder / "s.json", run="r")
     with pytest.raises(ConfigError, match="two cells"):
         evaluate_store(loaded, store, tmp_path / "s.json", run="r", max_cells=1)
 

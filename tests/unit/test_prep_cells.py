@@ -104,6 +104,17 @@ def test_empty_cells_lose_the_modality_or_go(tmp_path: Path) -> None:
         build(tmp_path / "x.zarr", f"rna={write_h5ad(tmp_path / 'z.h5ad', rna[:10])}")
 
 
+def test_a_modality_without_any_counts_is_refused(tmp_path: Path) -> None:
+    rna, adt = frame(20, 10), frame(20, 4, 1, "p")
+    given = [
+        f"rna={write_h5ad(tmp_path / 'r.h5ad', rna)}",
+        f"adt={write_h5ad(tmp_path / 'a.h5ad', adt * 0)}",
+    ]
+    with pytest.raises(DataError, match=r"no cell has any counts in modality 'adt'\n  where: a\.h5ad"):
+        build(tmp_path / "s.zarr", *given)
+    assert not list(tmp_path.glob("s.zarr*"))
+
+
 def test_cells_that_change_stratum_are_shuffled_among_the_others(tmp_path: Path) -> None:
     rna, adt = frame(400, 10), frame(400, 4, 1, "p")
     adt.iloc[:200] = 0  # listed as paired, but only RNA is left

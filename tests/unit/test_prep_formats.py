@@ -171,6 +171,7 @@ def test_inputs_that_are_not(tmp_path: Path) -> None:
     (tmp_path / "cut.h5ad").write_bytes(cut[: len(cut) // 2])
     cases = {
         "rna=nothing.h5ad": "does not exist",
+        "": "not an input",
         f"rna={tmp_path / 'text.h5ad'}": "not a readable HDF5 file",
         f"rna={tmp_path / 'cut.h5ad'}": "not a readable HDF5 file",
         f"rna={tmp_path / 'empty'}": "no Matrix Market input",
@@ -180,6 +181,23 @@ def test_inputs_that_are_not(tmp_path: Path) -> None:
     for given, message in cases.items():
         with pytest.raises(DataError, match=message):
             build(tmp_path / "s.zarr", given)
+
+
+def test_layers_and_kinds_of_no_modality_are_refused(tmp_path: Path) -> None:
+    adata = anndata_of(frame(20, 8))
+    adata.layers["counts"] = adata.X.copy()
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    given, tenx = f"rna={tmp_path / 'a.h5ad'}", write_10x(tmp_path / "b.h5", frame(20, 8), ["Gene Expression"] * 8)
+    out = tmp_path / "s.zarr"
+    with pytest.raises(DataError, match=r"where: --layer\n  got: rnaa\n  expected: rna"):
+        build(out, given, layers=("rnaa=counts",))
+    with pytest.raises(DataError, match=r"where: --kind\n  got: foo\n  expected: rna"):
+        build(out, given, kinds={"foo": "rna"})
+    for layers in (("counts", "other"), ("rna=counts", "rna=other")):
+        with pytest.raises(DataError, match="two layers"):
+            build(out, given, layers=layers)
+    with pytest.raises(DataError, match="no input has layers"):
+        build(out, str(tenx), layers=("counts",))
 
 
 def test_dense_kind_keeps_any_float(tmp_path: Path) -> None:

@@ -99,11 +99,13 @@ def test_sizes_that_make_no_sense() -> None:
     for texts in (["rna"], ["rna:x"], [":5"], ["rna:1", "rna:2"]):
         with pytest.raises(DataError):
             parse_features(texts)
-    for sizes in ({"cells": 0}, {"paired": 1.5}, {"batches": 0}):
+    for sizes in ({"cells": 0}, {"paired": 1.5}, {"batches": 0}, {"seed": -1}):
         with pytest.raises(DataError):
             Spec.of({"rna": 10}, {}, **sizes)
     with pytest.raises(DataError, match="--kind foo=rna"):
         Spec.of({"foo": 10}, {})
+    with pytest.raises(DataError, match=r"no such modality[\s\S]*got: foo\n  expected: rna"):
+        Spec.of({"rna": 10}, {"foo": "rna"})
 
 
 def test_memory_follows_the_tasks_and_not_the_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

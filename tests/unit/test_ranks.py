@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,6 +41,23 @@ def test_shares_cover_everything_once_and_evenly(n, world):
     parts = [list(range(n))[Ranks(r, world).share(n)] for r in range(world)]
     assert list(itertools.chain(*parts)) == list(range(n))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "gpus", "expected"),
+    [(0, 0, "cpu"), (3, 0, "cpu"), (3, 1, "cuda:0"), (1, 2, "cuda:1")],  # 3 of 1: srun --gpus-per-task=1
+)
+def test_every_rank_takes_its_own_gpu(local_rank, gpus, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert Ranks(local_rank, 4, local_rank).device() == torch.device(expected)
+
+
+def test_more_ranks_than_gpus_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match=r"more ranks[\s\S]*2 visible GPUs"):
+        Ranks(6, 8, 2).device()
 
 
 def test_one_process_needs_no_set_up():

@@ -78,9 +78,41 @@ def test_page_is_whole_and_stands_alone(run, embedding, tmp_path):
     assert not re.search(r"(src|href)=['\"](?!data:)", text)
     for cell in ("rna → adt", "1,234", "0.0712", "0.5000", "0.0813", "0.0081"):
         assert f">{cell}</td>" in text
-    assert "UMAP of 70 profiles" in text
+    assert "UMAP of 70 profiles of o.h5mu, each a cell seen through one modality alone" in text
     assert "{&quot;run&quot;: &quot;&lt;b&gt;&quot;}" in text
     assert "95 steps; 9.5 epochs; best validation 0.2100 at step 80; 1 unreadable lines" in text
+
+
+def test_a_joint_embedding_is_called_one(run, tmp_path):
+    z = np.random.default_rng(0).normal(size=(30, 4))
+    ad.AnnData(obs=pd.DataFrame(index=[f"c{i}" for i in range(30)]), obsm={"X_clue": z}).write_h5ad(tmp_path / "o.h5ad")
+    text = report.write_report(run, tmp_path / "o.h5ad").read_text()
+    assert "each a cell seen through everything observed in it" in text
+    assert "one modality alone" not in text
+
+
+def test_curves_come_in_the_order_in_which_they_are_read():
+    logged = [
+        "data_wait",
+        "cells_per_s",
+        "lr",
+        "epoch",
+        "contrastive",
+        "d",
+        "mse",
+        "cross",
+        "self",
+        "loss",
+        "score",
+        "best",
+        "best_step",
+    ]
+    frame = pd.DataFrame({"split": "train", "step": [1, 2]} | {name: [1.0, 1.0] for name in logged})
+    expected = ["loss", "self", "cross", "mse", "contrastive", "d", "score", "lr", "cells_per_s", "data_wait"]
+    assert report.curve_names(frame) == expected
+    frame["foscttm rna-adt"] = [0.3, 0.2]
+    expected[expected.index("score")] = "foscttm rna-adt"  # whose mean the score is
+    assert report.curve_names(frame) == expected
 
 
 def test_metrics_of_a_resumed_run_count_once(run):
@@ -148,8 +180,16 @@ def test_legends_stay_readable():
 def test_what_is_not_there_is_said(run, tmp_path):
     with pytest.raises(ConfigError, match="no run here"):
         report.write_report(tmp_path / "nowhere")
+    (tmp_path / "store.zarr").mkdir()
+    with pytest.raises(ConfigError, match=r"no run here[\s\S]*no config\.json"):
+        report.write_report(tmp_path / "store.zarr")
+    assert list((tmp_path / "store.zarr").iterdir()) == []
     with pytest.raises(ConfigError, match="no embedding here"):
         report.write_report(run, tmp_path / "nowhere.h5mu")
+    for ending in ("h5mu", "h5ad", "zarr"):
+        (tmp_path / f"text.{ending}").write_text("no HDF5")
+        with pytest.raises(ConfigError, match="embedding cannot be read"):
+            report.write_report(run, tmp_path / f"text.{ending}")
     (tmp_path / "bad.json").write_text('{"rna->adt": {}}')
     with pytest.raises(ConfigError, match="scores cannot be read"):
         report.write_report(run, scores=tmp_path / "bad.json")

@@ -1,0 +1,32 @@
+"""What the command lines that use a trained run share: their arguments, and getting the model and the store."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from clue_dist.ranks import Ranks
+from clue_dist.store.reader import Store
+from clue_dist.train.checkpoint import Loaded, load_model
+
+
+def parser_of(script: str, description: str, store: str, out: str) -> argparse.ArgumentParser:
+    """A parser with --run, --store, --out, --checkpoint and --batch-size. store, out: what these are, for the help."""
+    parser = argparse.ArgumentParser(prog=f"launch/{script}", description=description)
+    parser.add_argument("--run", type=Path, required=True, help="folder of the trained run")
+    parser.add_argument("--store", type=Path, required=True, help=store)
+    parser.add_argument("--out", type=Path, required=True, help=out)
+    parser.add_argument("--checkpoint", default="best", help="best, last, or a checkpoint's name")
+    parser.add_argument("--batch-size", type=int, default=4096, help="cells embedded at once")
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the launcher's; LOCAL_RANK says it
+    return parser
+
+
+@contextmanager
+def opened(args: argparse.Namespace) -> Iterator[tuple[Loaded, Store, Ranks]]:
+    """The model, the store and the ranks these arguments ask for; the ranks part after success."""
+    ranks = Ranks.from_env().init()
+    yield load_model(args.run, args.checkpoint), Store(args.store), ranks
+    ranks.close()

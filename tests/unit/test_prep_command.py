@@ -1,0 +1,58 @@
+"""The command line of data_prep: what a person may mistype ends in a message and exit code 2, and leaves nothing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from clue_dist.errors import run_main
+from data_prep.__main__ import main
+from tests.unit.prep_helpers import frame, write_h5ad
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder: good.h5ad and a file that is no folder."""
+    write_h5ad(tmp_path / "good.h5ad", frame(20, 8))
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["convert", "rna=good.h5ad", "--out", "file/x.zarr"], "the folder cannot be made"),
+        (["convert", "rna=good.h5ad", "--out", "x.zarr", "--layer", "rnaa=counts"], "no such modality"),
+        (["convert", "rna=good.h5ad", "--out", "x.zarr", "--kind", "foo=rna"], "no such modality"),
+        (["convert", "", "--out", "x.zarr"], "not an input"),
+        (["simulate", "--out", "x.h5ad"], ".h5mu or .zarr"),
+        (["simulate", "--out", "x"], ".h5mu or .zarr"),
+        (["simulate", "--out", "file/x.h5mu", "--cells", "20"], "the folder cannot be made"),
+        (["simulate", "--out", "file/x.zarr", "--cells", "20"], "the folder cannot be made"),
+        (["simulate", "--out", "x.zarr", "--seed", "-1"], "seed -1"),
+        (["simulate", "--out", "x.h5mu", "--seed", "-1"], "seed -1"),
+        (["fetch", "--out", "file", "--simulate"], "the folder cannot be made"),
+    ],
+)
+def test_mistakes(
+    here: Path, command: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["data_prep", *command])
+    with pytest.raises(SystemExit) as ended:
+        run_main(main)
+    assert ended.value.code == 2
+    assert told in capsys.readouterr().err
+    assert sorted(p.name for p in here.iterdir()) == ["file", "good.h5ad"]
+
+
+def test_the_way_it_should_go(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["convert", "rna=good.h5ad"], ["simulate", "--cells", "20", "--modality", "rna:9", "adt:3"]):
+        monkeypatch.setattr(sys, "argv", ["data_prep", *command, "--out", f"new/{command[0]}.zarr", "--seed", "7"])
+        with pytest.raises(SystemExit) as ended:
+            run_main(main)
+        assert ended.value.code == 0
+    assert "20 simulated cells" in capsys.readouterr().out
+    assert sorted(p.name for p in (here / "new").iterdir()) == ["convert.zarr", "simulate.zarr"]
