@@ -97,6 +97,9 @@ def run_main(main: Callable[[], None]) -> NoReturn:
         if rank == "0" or ((_joined() or error.before_joining) and not error.on_every_rank):
             prefix = "" if rank == "0" else f"rank {rank}: "
             print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
+        if _joined():  # threads of a live process group may abort the interpreter's own way out, and change the code
+            sys.stdout.flush()
+            os._exit(error.exit_code)
         sys.exit(error.exit_code)
     sys.exit(0)
 
