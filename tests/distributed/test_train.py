@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from tests.distributed.command import (
+    FAST,
     ROOT,
     best_weights,
     environment,
@@ -189,6 +190,16 @@ def test_resume_refuses_other_data_settings_ranks_and_damage(folder: Path) -> No
     done = python(*args, expect=2)
     assert "every checkpoint of the run is damaged" in done.stderr
     assert victim.name in done.stdout
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*.json")), ids=lambda p: p.stem)
+def test_every_recipe_trains(folder: Path, recipe: Path) -> None:
+    settings = (f"store={folder / 's.zarr'}", f"run={folder / recipe.stem}", "train.epochs=1.5", "log.every=1", *FAST)
+    python("launch/train.py", "--config", str(recipe), "--set", *settings)
+    losses = [line["loss"] for line in metrics(folder / recipe.stem)]
+    assert len(losses) >= 3
+    assert all(map(math.isfinite, losses))
+    assert best_weights(folder / recipe.stem)
 
 
 @pytest.mark.parametrize("stage", [0, 2])
