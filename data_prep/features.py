@@ -46,9 +46,7 @@ def plan(
         modalities = _from_reference(names, reference)
     for name in names:
         if not layout.NAME.fullmatch(name) or name in layout.RESERVED:
-            raise DataError(
-                "a modality needs a plain name", got=repr(name), expected="letters, digits, _ . -; not 'obs'"
-            )
+            raise DataError("a modality needs a plain name", got=repr(name), expected="letters, digits, _ -; not 'obs'")
 
     columns, notes = [], []
     for source, head in zip(sources, heads, strict=True):

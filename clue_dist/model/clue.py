@@ -93,12 +93,8 @@ class CLUE(nn.Module):
 
     def encode(self, batch: Batch, noise: Noise | None = None) -> Posterior:
         """Every expert's Gaussian and the joint one. Sources that a cell lacks hold values nobody may use."""
-        k = len(self.names)
-        h: list[Tensor] = []  # K times (B, hidden)
-        for name in self.names:
-            h.append(self._trunk(name, batch, noise))
-        mean, log_var = self.heads(torch.stack(h))  # (B, K, K, d)
-        assert mean.shape[1:3] == (k, k)
+        h = torch.stack([self._hidden(name, batch, noise) for name in self.names])  # (K, B, hidden)
+        mean, log_var = self.heads(h)  # (B, K source, K target, d)
         return Posterior(mean, log_var, *self.combine(mean, log_var, batch.observed))
 
     def forward(self, batch: Batch, noise: Noise, decode_self: bool = True, decode_cross: bool = True) -> Output:
@@ -121,7 +117,7 @@ class CLUE(nn.Module):
         alone = {m: posterior.mean[o.rows, self.names.index(m)].flatten(1) for m, o in batch.modalities.items()}
         return posterior.joint_mean.flatten(1), alone
 
-    def _trunk(self, name: str, batch: Batch, noise: Noise | None) -> Tensor:
+    def _hidden(self, name: str, batch: Batch, noise: Noise | None) -> Tensor:
         """h of the cells that carry the modality, zero elsewhere: (B, hidden)."""
         trunk, weight = self.trunk(name), self.heads.weight
         h = torch.zeros(batch.n_cells, trunk.width, dtype=weight.dtype, device=batch.observed.device)

@@ -212,6 +212,11 @@ def _choose(run: Path, resume: str) -> Path | None:
     return folder
 
 
+# Settings that may change when a run goes on: they do not decide what a step computes, or are meant to be prolonged.
+_FREE_TRAIN = ("epochs", "patience", "validate_every", "checkpoint_every", "keep")
+FREE = ("store", "run", "log.", "data.prefetch", *(f"train.{name}" for name in _FREE_TRAIN))
+
+
 def check_same_run(run: Path, config: Config, fingerprint: str, world: int, checkpoint: Path) -> State:
     """The state of a checkpoint, if this run may go on from it.
 
@@ -236,18 +241,7 @@ def check_same_run(run: Path, config: Config, fingerprint: str, world: int, chec
             fix=f"start with {state.world} ranks",
         )
     before = configs.load(checkpoint.parent.parent / "config.json")
-    free = (
-        "train.validate_every",
-        "store",
-        "run",
-        "log.",
-        "train.epochs",
-        "train.patience",
-        "train.checkpoint_every",
-        "train.keep",
-        "data.prefetch",
-    )
-    different = [key for key in configs.changed(before, config) if not key.startswith(free)]
+    different = [key for key in configs.changed(before, config) if not key.startswith(FREE)]
     if different:
         raise ResumeError(
             "the settings are not those of the run to go on with",

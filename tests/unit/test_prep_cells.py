@@ -199,6 +199,13 @@ def test_kinds_from_names() -> None:
 # ---- features ----
 
 
+@pytest.mark.parametrize("name", ["a.b", "obs", "rna atac"])
+def test_names_that_cannot_be_a_folder_or_a_parameter(tmp_path: Path, name: str) -> None:
+    path = write_h5ad(tmp_path / "a.h5ad", frame(20, 30))
+    with pytest.raises(DataError, match="plain name"):
+        build(tmp_path / "s.zarr", f"{name}={path}", kinds={name: "rna"})
+
+
 def test_features_in_another_order_are_put_in_order(tmp_path: Path) -> None:
     a, b = frame(20, 30), frame(20, 30, 1, cells="d")
     files = [write_h5ad(tmp_path / "a.h5ad", a), write_h5ad(tmp_path / "b.h5ad", b.iloc[:, ::-1])]
