@@ -83,23 +83,9 @@ def wide(path: str, n_blocks: int, shard: int, tail: tuple[int, ...], dtype: str
     return ArraySpec(path, (n_blocks, *tail), (1, *tail), (shard, *tail), dtype)
 
 
-def codecs(dtype: str, preset: str) -> list[dict[str, Any]]:
-    """Inner codecs of a shard, as Zarr v3 metadata: bytes, Blosc (`fast` lz4 or `small` zstd), crc32c.
-
-    crc32c comes last, so that a flipped bit raises before anything is decoded.
-    """
+def blosc(dtype: str, preset: str) -> dict[str, Any]:
+    """Options of the Blosc codec of an array's chunks: `fast` lz4 or `small` zstd; bytes of wide types are shuffled."""
     size = np.dtype(dtype).itemsize
-    blosc = {"fast": {"cname": "lz4", "clevel": 5}, "small": {"cname": "zstd", "clevel": 5}}[preset]
-    return [
-        {"name": "bytes", "configuration": {"endian": "little"}} if size > 1 else {"name": "bytes"},
-        {
-            "name": "blosc",
-            "configuration": {
-                **blosc,
-                "shuffle": "shuffle" if size > 1 else "noshuffle",
-                "typesize": size,
-                "blocksize": 0,
-            },
-        },
-        {"name": "crc32c"},
-    ]
+    cname = {"fast": "lz4", "small": "zstd"}[preset]
+    shuffle = "shuffle" if size > 1 else "noshuffle"
+    return {"cname": cname, "clevel": 5, "shuffle": shuffle, "typesize": size, "blocksize": 0}

@@ -119,8 +119,6 @@ def _sync_folder(path: Path) -> None:
 
 
 def _create_array(root: Path, spec: ArraySpec, preset: str) -> None:
-    _, blosc, _ = layout.codecs(spec.dtype, preset)
-    options = blosc["configuration"]
     zarr.create_array(
         store=str(root),
         name=spec.path,
@@ -128,10 +126,8 @@ def _create_array(root: Path, spec: ArraySpec, preset: str) -> None:
         chunks=spec.chunk,
         shards=spec.shard,
         dtype=spec.dtype,
-        compressors=[
-            zarr.codecs.BloscCodec(**options),
-            zarr.codecs.Crc32cCodec(),
-        ],
+        # crc32c comes last, so that a flipped bit raises before anything is decoded.
+        compressors=[zarr.codecs.BloscCodec(**layout.blosc(spec.dtype, preset)), zarr.codecs.Crc32cCodec()],
         fill_value=0,
     )
 

@@ -45,7 +45,7 @@ def build(setup: Setup, ranks: Ranks, device: torch.device) -> Any:
     """The DeepSpeed engine around a freshly initialised `Objective`, the same on every rank."""
     c = setup.config
     torch.manual_seed(c.seed)
-    model = new_model(setup)
+    model = CLUE(setup.specs, len(setup.store.manifest.batches), c.model)
     if ranks.first:
         initialise(model, setup.store, setup.train, c.model.trunk.projection_init == "svd", c.seed)
     objective = Objective(model, c.objective, modality_weights(setup)).to(device)
@@ -64,10 +64,6 @@ OPTIMIZERS = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}
 # Above the rounding of a gradient: with torch's 1e-8 a gradient that is zero but for the order of a sum moves its
 # weight by a good part of the learning rate, and another number of ranks by another part.
 EPSILON = 1e-6
-
-
-def new_model(setup: Setup) -> CLUE:
-    return CLUE(setup.specs, len(setup.store.manifest.batches), setup.config.model)
 
 
 def modality_weights(setup: Setup) -> list[float]:
