@@ -19,7 +19,7 @@ Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Dropout = Annotated[float, Field(ge=0, le=0.9)]
 Likelihood = Literal["nb", "zinb", "poisson", "bernoulli", "normal"]
-Normalise = Literal["log_cp10k", "clr", "tfidf", "none"]
+Normalise = Literal["log_cp10k", "log", "clr", "tfidf", "none"]
 
 
 class _Strict(BaseModel):
@@ -37,12 +37,14 @@ class ModalityConfig(_Strict):
 class TrunkConfig(_Strict):
     """One network per modality, shared by its K heads: projection -> hidden layers -> h."""
 
-    projection: int = Field(100, ge=1)  # components of the first, sparse layer
+    projection: int = Field(50, ge=1)  # components of the first, sparse layer
     projection_init: Literal["svd", "random"] = "svd"
     projection_lr: float = Field(0.0, ge=0)  # relative to train.lr; 0 keeps the projection as initialised
+    size_input: bool = True  # the cell's total count and number of detected features are inputs too, as ln
+    members: int = Field(4, ge=1)  # independent networks side by side, each with its share of every z_k
     hidden: int = Field(256, ge=1)
     depth: int = Field(2, ge=1)
-    dropout: Dropout = 0.3
+    dropout: Dropout = 0.2
 
 
 class DecoderConfig(_Strict):
@@ -63,24 +65,34 @@ class DiscriminatorConfig(_Strict):
 
 
 class ModelConfig(_Strict):
-    latent: int = Field(32, ge=1)  # d, dimensions of each modality's z_k
+    latent: int = Field(64, ge=1)  # d, dimensions of each modality's z_k
     posterior: Literal["poe", "mean"] = "poe"
     trunk: TrunkConfig = TrunkConfig()
     decoder: DecoderConfig = DecoderConfig()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
 
+    @model_validator(mode="after")
+    def _members(self) -> ModelConfig:
+        if self.latent % self.trunk.members:
+            raise ValueError(
+                f"model.trunk.members must divide model.latent; got {self.latent} % {self.trunk.members} = "
+                f"{self.latent % self.trunk.members}"
+            )
+        return self
+
 
 class ObjectiveConfig(_Strict):
     """Weights of eq. 15, and of the terms beyond the paper."""
 
-    lambda_self: float = Field(0.01, ge=0)
-    lambda_cross: float = Field(0.02, ge=0)
+    lambda_self: float = Field(0.02, ge=0)
+    lambda_cross: float = Field(0.05, ge=0)
     lambda_mse: float = Field(0.01, ge=0)
     lambda_d: float = Field(0.05, ge=0)
     lambda_kl: float = Field(1.0, ge=0)  # beta on the KL of both ELBOs
     lambda_contrastive: float = Field(1.0, ge=0)  # InfoNCE on pairs
     alignment: Literal["mse", "cosine"] = "mse"
     per_feature: bool = False  # divide each modality's ELBO by its number of features
+    contrastive_mixup: bool = True  # contrast random convex combinations of pairs instead of the pairs
     contrastive_within_batch: bool = False  # negatives come from the pair's own biological batch
 
 

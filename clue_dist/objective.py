@@ -61,20 +61,24 @@ def discriminator_ln(logits: Tensor, observed: Tensor) -> Tensor:
 def info_nce(z: Tensor, observed: Tensor, batch_code: Tensor, log_scale: Tensor, within_batch: bool) -> Tensor:
     """InfoNCE between the modalities of paired cells, both directions, against all pairs of the global batch.
 
-    z: (B, K source, K * d). Negatives come from the same biological batch if `within_batch`. The loss of this rank's
-    cells; columns are gathered from every rank, gradients flow back to them.
+    z: (M, B, K source, .), compared by cosine; the mean over the M members. Negatives come from the same biological
+    batch if `within_batch`. The loss of this rank's cells; columns are gathered from every rank, gradients flow back
+    to them.
     """
-    z = F.normalize(z, dim=-1)
+    z = F.normalize(z, dim=-1).transpose(0, 1)  # (B, M, K source, .)
     every_z, every_observed, every_code, first = _gathered(z, observed, batch_code)
-    true = first + torch.arange(len(z), device=z.device)
+    members = z.shape[1]
+    true = (first + torch.arange(len(z), device=z.device)).expand(members, -1)
     total, pairs = z.new_zeros(()), z.new_zeros(())
     for a, b in combinations(range(observed.shape[1]), 2):
         row, column = observed[:, a] & observed[:, b], every_observed[:, a] & every_observed[:, b]
         allowed = column[None] & (batch_code[:, None] == every_code[None]) if within_batch else column[None]
         for source, target in ((a, b), (b, a)):
-            logits = log_scale.exp() * z[:, source] @ every_z[:, target].T  # (B, global B)
+            rows, columns = z[:, :, source].transpose(0, 1), every_z[:, :, target].permute(1, 2, 0)
+            logits = log_scale.exp() * rows @ columns  # (M, B, global B)
             logits = logits.masked_fill(~allowed, -torch.inf).masked_fill(~row[:, None], 0.0)
-            total = total + (F.cross_entropy(logits, true, reduction="none") * row).sum()
+            losses = F.cross_entropy(logits.flatten(0, 1), true.flatten(), reduction="none")
+            total = total + (losses.view(members, -1).mean(0) * row).sum()
         pairs = pairs + row.sum()
     return total / (2 * pairs).clamp_min(1)
 
@@ -124,7 +128,8 @@ class Objective(nn.Module):
         if noise is None:  # every call goes through the engine, so that ZeRO-3 gathers what is needed
             return self.model.embed(batch)
         c, observed = self.config, batch.observed
-        out = self.model(batch, noise, decode_self=c.lambda_self > 0, decode_cross=c.lambda_cross > 0)
+        mixup = c.contrastive_mixup and c.lambda_contrastive > 0
+        out = self.model(batch, noise, c.lambda_self > 0, c.lambda_cross > 0, mixup)
         weight = torch.tensor(self.weights, device=observed.device)
         z = out.z.flatten(2)  # (B, K source, K * d)
         terms = {
@@ -136,7 +141,7 @@ class Objective(nn.Module):
         }
         if c.lambda_contrastive:
             within = c.contrastive_within_batch
-            terms["contrastive"] = info_nce(z, observed, batch.batch_code, out.log_scale, within)
+            terms["contrastive"] = info_nce(out.contrast, observed, batch.batch_code, out.log_scale, within)
         loss = (
             c.lambda_self * terms["self"]
             + c.lambda_cross * terms["cross"]

@@ -37,12 +37,20 @@ class SparseCounts:
 Counts = SparseCounts | Tensor  # Tensor: (n, features) float32, where the store keeps the modality dense
 
 
+def library_of(counts: Counts) -> Tensor:
+    """Total counts of each cell, (n,), at least 1."""
+    total = counts.sum(1) if isinstance(counts, Tensor) else counts.row_sums(counts.values)
+    return total.clamp_min(1.0)
+
+
 @dataclass(frozen=True)
 class Observed:
-    """What was measured in one modality. rows: (n,) int64, which cells of the batch; counts: their n profiles."""
+    """What was measured in one modality. rows: (n,) int64, which cells of the batch; counts: their n profiles;
+    paired: (p,) int64, which of the n belong to cells with other modalities too."""
 
     rows: Tensor
     counts: Counts
+    paired: Tensor
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ class Batch:
                 return move(c)
             return replace(c, indptr=move(c.indptr), indices=move(c.indices), values=move(c.values))
 
-        modalities = {m: Observed(move(o.rows), counts(o.counts)) for m, o in self.modalities.items()}
+        modalities = {m: Observed(move(o.rows), counts(o.counts), move(o.paired)) for m, o in self.modalities.items()}
         return Batch(move(self.observed), move(self.batch_code), modalities)
 
     def to(self, device: torch.device | str) -> Batch:
@@ -95,7 +103,9 @@ def assemble(modalities: Sequence[str], parts: Sequence[Part]) -> Batch:
             observed[starts[i] : starts[i + 1], k] = True
         if having:
             rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in having])
-            out[name] = Observed(torch.from_numpy(rows), _stack([parts[i].rows[name] for i in having]))
+            paired = np.flatnonzero(np.concatenate([np.full(sizes[i], len(parts[i].rows) > 1) for i in having]))
+            counts = _stack([parts[i].rows[name] for i in having])
+            out[name] = Observed(torch.from_numpy(rows), counts, torch.from_numpy(paired))
     code = np.concatenate([p.batch_code for p in parts]).astype(np.int64)
     return Batch(torch.from_numpy(observed), torch.from_numpy(code), out)
 

@@ -45,13 +45,15 @@ class Posterior(NamedTuple):
 class Output(NamedTuple):
     """One forward pass. posterior; z: (B, K source, K target, d) samples of the experts; ln_self, ln_cross: (B, K)
     ln p(x_k | z_k) with z_k from x_k alone (eq. 5) and from everything observed (eq. 8), zero where x_k is not
-    observed; logits: (B, K source, K) of the discriminator; log_scale: () inverse temperature of the contrast."""
+    observed; logits: (B, K source, K) of the discriminator; contrast: (M, B, K source, K * d / M) the experts' means
+    that InfoNCE compares, one set a member; log_scale: () inverse temperature of the contrast."""
 
     posterior: Posterior
     z: Tensor
     ln_self: Tensor
     ln_cross: Tensor
     logits: Tensor
+    contrast: Tensor
     log_scale: Tensor
 
 
@@ -76,7 +78,8 @@ class CLUE(nn.Module):
         trunks = {m: Trunk(s.n_features, s.normalise, config.trunk) for m, s in specs.items()}
         self.trunks = nn.ModuleDict(trunks)
         width = max(trunk.width for trunk in trunks.values())
-        self.heads = Heads(k, width, config.latent)
+        self.members = config.trunk.members
+        self.heads = Heads(k, self.members, width, config.latent)
         self.combine = COMBINE[config.posterior]
         self.decoders = nn.ModuleDict(
             {m: Decoder(s.likelihood, s.n_features, n_batches, config.latent, config.decoder) for m, s in specs.items()}
@@ -93,13 +96,18 @@ class CLUE(nn.Module):
 
     def encode(self, batch: Batch, noise: Noise | None = None) -> Posterior:
         """Every expert's Gaussian and the joint one. Sources that a cell lacks hold values nobody may use."""
-        h = torch.stack([self._hidden(name, batch, noise) for name in self.names])  # (K, B, hidden)
-        mean, log_var = self.heads(h)  # (B, K source, K target, d)
-        return Posterior(mean, log_var, *self.combine(mean, log_var, batch.observed))
+        return self._posterior(batch, self._components(batch), noise)
 
-    def forward(self, batch: Batch, noise: Noise, decode_self: bool = True, decode_cross: bool = True) -> Output:
-        """Encode once, sample, decode twice, discriminate. See `Output`; what is not decoded has ln p = 0."""
-        posterior = self.encode(batch, noise)
+    def forward(
+        self, batch: Batch, noise: Noise, decode_self: bool = True, decode_cross: bool = True, mixup: bool = False
+    ) -> Output:
+        """Encode, sample, decode twice, discriminate. See `Output`; what is not decoded has ln p = 0.
+
+        mixup: the contrast is between mixtures of paired cells, not between the cells of the batch.
+        """
+        components = self._components(batch)
+        posterior = self._posterior(batch, components, noise)
+        contrast = self._mixed(batch, components, noise) if mixup else posterior.mean
         z = sample(posterior.mean, posterior.log_var, noise.normal(*posterior.mean.shape[1:]))
         joint = sample(posterior.joint_mean, posterior.joint_log_var, noise.normal(*posterior.joint_mean.shape[1:]))
         own = torch.stack([z[:, k, k] for k in range(len(self.names))], 1)  # (B, K, d)
@@ -107,7 +115,7 @@ class CLUE(nn.Module):
         decoded = iter(self._decode(batch, [own] * decode_self + [joint] * decode_cross, noise))
         ln_self, ln_cross = (next(decoded) if wanted else nothing for wanted in (decode_self, decode_cross))
         logits = self.discriminator(reverse_gradient(z.flatten(2)), noise)
-        return Output(posterior, z, ln_self, ln_cross, logits, self.scale())
+        return Output(posterior, z, ln_self, ln_cross, logits, self._by_member(contrast), self.scale())
 
     @torch.no_grad()
     def embed(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -117,14 +125,48 @@ class CLUE(nn.Module):
         alone = {m: posterior.mean[o.rows, self.names.index(m)].flatten(1) for m, o in batch.modalities.items()}
         return posterior.joint_mean.flatten(1), alone
 
-    def _hidden(self, name: str, batch: Batch, noise: Noise | None) -> Tensor:
-        """h of the cells that carry the modality, zero elsewhere: (B, hidden)."""
-        trunk, weight = self.trunk(name), self.heads.weight
-        h = torch.zeros(batch.n_cells, trunk.width, dtype=weight.dtype, device=batch.observed.device)
-        if name not in batch.modalities:
-            return h
-        observed = batch.modalities[name]
-        return h.index_copy(0, observed.rows, trunk(observed.counts, noise, observed.rows))
+    def _components(self, batch: Batch) -> dict[str, Tensor]:
+        """The sparse first step of each trunk, done once: (n, components) by modality."""
+        return {m: self.trunk(m).components(o.counts) for m, o in batch.modalities.items()}
+
+    def _posterior(self, batch: Batch, components: dict[str, Tensor], noise: Noise | None) -> Posterior:
+        rows = {m: batch.modalities[m].rows for m in components}
+        mean, log_var = self._experts(batch, components, rows, noise)
+        return Posterior(mean, log_var, *self.combine(mean, log_var, batch.observed))
+
+    def _mixed(self, batch: Batch, components: dict[str, Tensor], noise: Noise) -> Tensor:
+        """Means of the experts for mixtures of paired cells (Zhang et al., mixup, 2018): (B, K source, K target, d).
+
+        Each paired cell is mixed with another of its stratum, by the same share in all of its modalities: a new true
+        pair. Rows of other cells hold values nobody may use.
+        """
+        partner, own = noise.mixing()
+        mixed, rows = {}, {}
+        for m, observed in batch.modalities.items():
+            x, rows[m] = components[m], observed.rows[observed.paired]
+            place = partner.new_zeros(batch.n_cells).index_copy(0, observed.rows, torch.arange(len(x), device=x.device))
+            share, other = own[rows[m]].to(x.dtype), x[place[partner[rows[m]]]]
+            mixed[m] = share * x[observed.paired] + (1 - share) * other
+        mean, _ = self._experts(batch, mixed, rows, noise)
+        return mean
+
+    def _experts(
+        self, batch: Batch, components: dict[str, Tensor], rows: dict[str, Tensor], noise: Noise | None
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance (B, K source, K target, d) of q(z_j | x_k), from components of the cells `rows`."""
+        h = []
+        for name in self.names:
+            trunk, weight = self.trunk(name), self.heads.weight
+            shape = (self.members, batch.n_cells, trunk.width)
+            absent = torch.zeros(shape, dtype=weight.dtype, device=batch.observed.device)
+            known = name in components
+            h.append(absent.index_copy(1, rows[name], trunk(components[name], noise, rows[name])) if known else absent)
+        mean, log_var = self.heads(torch.stack(h))
+        return mean, log_var
+
+    def _by_member(self, z: Tensor) -> Tensor:
+        """(B, K source, K target, d) -> (M, B, K source, K * d / M)."""
+        return z.unflatten(-1, (self.members, -1)).movedim(3, 0).flatten(3)
 
     def _decode(self, batch: Batch, sources: list[Tensor], noise: Noise) -> list[Tensor]:
         """ln p(x_k | z_k) where x_k is observed, else 0: (B, K) for each z (B, K, d) in `sources`."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from clue_dist.config import DecoderConfig
-from clue_dist.data.batch import Counts, SparseCounts
+from clue_dist.data.batch import Counts, SparseCounts, library_of
 from clue_dist.model.layers import MLP
 from clue_dist.model.likelihoods import Params, log_likelihood
 from clue_dist.model.noise import Noise
@@ -39,7 +39,7 @@ class Decoder(nn.Module):
 
         features: (F,) sorted; score these alone and scale up, an unbiased estimate of the sum over all of them.
         """
-        library = library_of(counts)
+        library = library_of(counts).unsqueeze(1)
         if self.batch is not None:
             known = (batch_code >= 0).unsqueeze(1)  # an unknown batch is the zero vector
             z = torch.cat([z, self.batch(batch_code.clamp_min(0)) * known], 1)
@@ -75,12 +75,6 @@ class Theta(nn.Module):
 
     def forward(self, features: Tensor | None) -> Tensor:
         return self.weight if features is None else self.weight[features]
-
-
-def library_of(counts: Counts) -> Tensor:
-    """Counts of each cell, (n, 1), at least 1."""
-    total = counts.sum(1) if isinstance(counts, Tensor) else counts.row_sums(counts.values)
-    return total.clamp_min(1.0).unsqueeze(1)
 
 
 def only(counts: Counts, features: Tensor) -> Counts:

@@ -8,15 +8,17 @@ from __future__ import annotations
 import numpy as np
 import scipy.sparse as sp
 import torch
+from scipy.sparse.linalg import LinearOperator, svds
 from torch import Tensor
 
 from clue_dist.data.batch import Counts, SparseCounts
 from clue_dist.model.clue import CLUE
 from clue_dist.model.decoders import Decoder
-from clue_dist.model.trunk import Projection, Trunk, normalise
+from clue_dist.model.trunk import Projection, Trunk, normalise, size_of
 from clue_dist.store.reader import Store
 
 MAX_CELLS = 20_000  # of each modality
+MIN_SIZE_SCALE = 0.05  # a size that hardly varies (a small panel is always detected) must not be blown up
 MAX_NONZEROS = 40_000_000  # bounds memory and time where profiles are long
 
 
@@ -34,10 +36,15 @@ def initialise(model: CLUE, store: Store, n_train: dict[str, int], svd: bool, se
         trunk.idf.copy_(torch.from_numpy(n / np.maximum(detected, 1)))
         values = _normalised(counts, trunk)
         mean, scale = _moments(values)
+        if trunk.how == "log_cp10k":  # between covariance (abundant genes rule) and correlation (noise votes too)
+            scale = scale**0.75
         if trunk.how == "tfidf":  # latent semantic indexing works on the values as they are
             mean, scale = np.zeros_like(mean), np.ones_like(scale)
         if svd:
             _set_projection(trunk.projection, values, mean, scale, seed)
+        if trunk.size_input:
+            size = size_of(_counts(counts)).double()
+            trunk.size.copy_(torch.stack([size.mean(0), size.std(0, correction=0).clamp_min(MIN_SIZE_SCALE)]))
         _set_offsets(decoder, counts)
 
 
@@ -93,39 +100,37 @@ def _set_projection(
 ) -> None:
     """Loadings V of the standardised sample: z = ((x - mean) / scale) V, folded into weight and bias."""
     components = projection.weight.shape[1]
-    right, singular = randomised_svd(x, mean, scale, components, seed)
-    # The strongest component gets unit variance, the others keep their proportion to it.
-    right = right * (x.shape[0] ** 0.5 / singular[0])
+    right, singular = leading_svd(x, mean, scale, components, seed)
+    # The components' mean square is one, as that of a cell's size; they keep their proportions to each other.
+    right = right * (x.shape[0] * np.count_nonzero(singular) / np.square(singular).sum()) ** 0.5
     weight = right / scale[:, None]
     projection.weight.copy_(torch.from_numpy(weight))
     projection.bias.copy_(torch.from_numpy(-mean @ weight))
 
 
-def randomised_svd(
-    x: sp.csr_matrix | np.ndarray, mean: np.ndarray, scale: np.ndarray, rank: int, seed: int, passes: int = 4
+def leading_svd(
+    x: sp.csr_matrix | np.ndarray, mean: np.ndarray, scale: np.ndarray, rank: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Right singular vectors (features, rank) and singular values of (x - mean) / scale, x never made dense.
 
-    Randomised range finder with power iterations (Halko, Martinsson, Tropp, 2011, algorithm 4.4).
+    By Lanczos iterations until they have converged: the spectrum of shallow counts is flat, and the few passes of a
+    randomised SVD leave noise in all but the first components. Columns beyond the rank of x are zero.
     """
-
-    def forward(v: np.ndarray) -> np.ndarray:
-        v = v / scale[:, None]
-        return np.asarray(x @ v) - mean @ v
-
-    def backward(u: np.ndarray) -> np.ndarray:
-        return (np.asarray(x.T @ u) - np.outer(mean, u.sum(0))) / scale[:, None]
-
-    width = min(rank + 10, min(x.shape))
-    u = np.random.default_rng(seed).standard_normal((x.shape[0], width))
-    for _ in range(passes):
-        v, _ = np.linalg.qr(backward(np.linalg.qr(u)[0]))
-        u = forward(v)
-    _, singular, rotation = np.linalg.svd(u, full_matrices=False)
-    right = v @ rotation.T
-    found = min(rank, right.shape[1])
     out, values = np.zeros((x.shape[1], rank)), np.zeros(rank)
-    out[:, :found], values[:found] = right[:, :found], singular[:found]
+    found = min(rank, *x.shape)
+    if min(x.shape) <= 4 * rank:  # small: no iterations needed
+        dense = (x if isinstance(x, np.ndarray) else x.toarray()) - mean
+        singular, right = np.linalg.svd(dense / scale, full_matrices=False)[1:]
+    else:
+        standard = LinearOperator(
+            x.shape,
+            matvec=lambda v: x @ (v.ravel() / scale) - mean @ (v.ravel() / scale),
+            rmatvec=lambda u: (x.T @ u.ravel() - mean * u.sum()) / scale,
+        )
+        start = np.random.default_rng(seed).standard_normal(min(x.shape))
+        _, singular, right = svds(standard, k=found, tol=1e-3, v0=start, return_singular_vectors="vh")
+        singular, right = singular[::-1], right[::-1]
+    out[:, :found], values[:found] = right[:found].T, singular[:found]
     return out, values
 
 

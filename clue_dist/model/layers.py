@@ -1,4 +1,4 @@
-"""Layers that trunk, decoders and discriminator share: dropout keyed by cell, an MLP, gradient reversal."""
+"""Layers that trunk, decoders and discriminator share: an MLP, an ensemble of them, gradient reversal."""
 
 from __future__ import annotations
 
@@ -29,6 +29,40 @@ class MLP(nn.Module):
                 x = noise.dropout(x, self.dropout, rows)
             x = norm(F.gelu(linear(x)))
         return x
+
+
+class Ensemble(nn.Module):
+    """M MLPs side by side that share nothing but their input; what they agree on is less of an accident."""
+
+    def __init__(self, members: int, width: int, hidden: int, depth: int, dropout: float) -> None:
+        super().__init__()
+        widths = [width, *[hidden] * depth]
+        self.layers = nn.ModuleList(EnsembleLayer(members, a, b) for a, b in pairwise(widths))
+        self.members, self.dropout, self.width = members, dropout, widths[-1]
+
+    def forward(self, x: Tensor, noise: Noise | None, rows: Tensor | None = None) -> Tensor:
+        """x: (n, width) -> (M, n, hidden). rows: which cells of the batch these are, None = all of them, in order."""
+        x = x.expand(self.members, *x.shape)
+        for layer in self.layers:
+            if noise is not None and self.training:
+                x = noise.dropout(x, self.dropout, rows)
+            x = layer(x)
+        return x
+
+
+class EnsembleLayer(nn.Module):
+    """linear -> GELU -> layer norm for each of M members: (M, n, inputs) -> (M, n, outputs)."""
+
+    def __init__(self, members: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter((torch.rand(members, inputs, outputs) * 2 - 1) / inputs**0.5)
+        self.bias = nn.Parameter(torch.zeros(members, 1, outputs))
+        self.norm_scale = nn.Parameter(torch.ones(members, 1, outputs))
+        self.norm_bias = nn.Parameter(torch.zeros(members, 1, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(torch.baddbmm(self.bias, x, self.weight))
+        return F.layer_norm(x, x.shape[-1:]) * self.norm_scale + self.norm_bias
 
 
 class _Reverse(torch.autograd.Function):

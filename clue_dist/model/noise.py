@@ -6,6 +6,7 @@ and lays the rows out in the order of its batch, so a cell gets the same noise o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -30,7 +31,8 @@ class Noise:
         self._device = device
         self._lanes = [self._generator(seed, step, lane) for lane in range(rank, lanes, world)]
         self._shared = self._generator(seed, step, "all ranks")
-        self._per_lane = sum(share.values()) // lanes
+        self._slots = [n // lanes for n in share.values()]
+        self._per_lane = sum(self._slots)
         self._order = row_order(tuple(share.values()), lanes, world).to(device)
 
     def normal(self, *tail: int) -> Tensor:
@@ -39,23 +41,42 @@ class Noise:
         return self._rows([torch.randn(shape, generator=g, device=self._device) for g in self._lanes])
 
     def dropout(self, x: Tensor, rate: float, rows: Tensor | None = None) -> Tensor:
-        """Inverted dropout of x: (B, F), or (n, F) with `rows` (n,) of the batch. The rate goes in steps of 1/256."""
+        """Inverted dropout of x: (..., B, F), or (..., n, F) with `rows` (n,) of the batch. The rate goes in steps of
+        1/256."""
         threshold = round(rate * 256)
         if threshold == 0:
             return x
-        width = -(-x.shape[1] // 4)  # four bytes of a 32-bit draw decide over four features
+        *members, n, width = x.shape
+        columns = math.prod(members) * width
+        keep = (self._bytes(columns, rows) >= threshold).view(n, *members, width).movedim(0, -2)
+        return x * keep * (256 / (256 - threshold))
+
+    def mixing(self) -> tuple[Tensor, Tensor]:
+        """For each cell a partner out of the same stratum and lane, (B,) int64 rows, and its own share, (B, 1)."""
+        partner, first = [], 0
+        for n in self._slots:
+            partner.append([first + torch.randperm(n, generator=g, device=self._device) for g in self._lanes])
+            first += n
+        in_lane = [torch.cat(slots) + i * self._per_lane for i, slots in enumerate(zip(*partner, strict=True))]
+        own = [torch.rand(self._per_lane, 1, generator=g, device=self._device) for g in self._lanes]
+        place = torch.empty_like(self._order)
+        place[self._order] = torch.arange(len(place), device=place.device)
+        return place[self._rows(in_lane)], self._rows(own)
+
+    def subset(self, size: int, of: int) -> Tensor:
+        """`size` of range(of), sorted, the same on every rank. (size,) int64."""
+        return torch.randperm(of, generator=self._shared, device=self._device)[:size].sort().values
+
+    def _bytes(self, columns: int, rows: Tensor | None) -> Tensor:
+        """Uniform bytes, (B, columns), or those of `rows`."""
+        width = -(-columns // 4)  # four bytes of a 32-bit draw
         shape = (self._per_lane, width)
         draws = [
             torch.empty(shape, dtype=torch.int32, device=self._device).random_(-(2**31), 2**31 - 1, generator=g)
             for g in self._lanes
         ]
         bits = self._rows(draws)
-        keep = (bits if rows is None else bits[rows]).view(torch.uint8)[:, : x.shape[1]] >= threshold
-        return x * keep * (256 / (256 - threshold))
-
-    def subset(self, size: int, of: int) -> Tensor:
-        """`size` of range(of), sorted, the same on every rank. (size,) int64."""
-        return torch.randperm(of, generator=self._shared, device=self._device)[:size].sort().values
+        return (bits if rows is None else bits[rows]).view(torch.uint8)[:, :columns]
 
     def _generator(self, *key: object) -> torch.Generator:
         return torch.Generator(self._device).manual_seed(key_of(*key) >> 1)

@@ -7,18 +7,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clue_dist.config import TrunkConfig
-from clue_dist.data.batch import Counts
-from clue_dist.model.layers import MLP
+from clue_dist.data.batch import Counts, library_of
+from clue_dist.model.layers import Ensemble
 from clue_dist.model.noise import Noise
 
-NORMALISE = {"rna": "log_cp10k", "adt": "clr", "atac": "tfidf", "dense": "none"}  # by kind
+NORMALISE = {"rna": "log_cp10k", "adt": "log", "atac": "tfidf", "dense": "none"}  # by kind
 
 
 def normalise(counts: Counts, how: str, idf: Tensor | None = None) -> Counts:
     """Normalised values on the fly; the store keeps raw counts only.
 
-    log_cp10k: ln(1 + 10^4 x / sum x). clr: ln(1 + x) minus its mean over the cell's features (dense modalities).
-    tfidf: ln(1 + 10^4 t / sum t) with t = x * idf, idf (features,) = cells / cells with the feature. none: as stored.
+    log_cp10k: ln(1 + 10^4 x / sum x). log: ln(1 + x). clr: that minus its mean over the cell's features (dense
+    modalities). tfidf: ln(1 + 10^4 t / sum t) with t = x * idf, idf (features,) = cells / cells with the feature.
+    none: as stored.
     """
     if isinstance(counts, Tensor):
         return _dense(counts, how, idf)
@@ -27,14 +28,16 @@ def normalise(counts: Counts, how: str, idf: Tensor | None = None) -> Counts:
         x = x * idf[counts.indices]
     if how in ("log_cp10k", "tfidf"):
         scale = 1e4 / counts.row_sums(x).clamp_min(1e-9)
-        x = torch.log1p(x * scale.repeat_interleave(counts.indptr.diff(), output_size=len(x)))
+        x = x * scale.repeat_interleave(counts.indptr.diff(), output_size=len(x))
+    if how in ("log_cp10k", "tfidf", "log"):
+        x = torch.log1p(x)
     return type(counts)(counts.indptr, counts.indices, x, counts.n_features)
 
 
 def _dense(x: Tensor, how: str, idf: Tensor | None) -> Tensor:
-    if how == "clr":
+    if how in ("log", "clr"):
         x = torch.log1p(x)
-        return x - x.mean(1, keepdim=True)
+        return x - x.mean(1, keepdim=True) if how == "clr" else x
     if how == "tfidf" and idf is not None:
         x = x * idf
     if how in ("log_cp10k", "tfidf"):
@@ -63,9 +66,10 @@ class Projection(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Raw counts (n, features) -> h (n, hidden), with h = MLP(layer norm(projection(normalised counts)))."""
+    """Raw counts -> components x = [projection(normalised counts), size] -> h = ensemble(layer norm(x))."""
 
     idf: Tensor
+    size: Tensor
 
     def __init__(self, n_features: int, how: str, config: TrunkConfig) -> None:
         super().__init__()
@@ -73,14 +77,32 @@ class Trunk(nn.Module):
         components = min(config.projection, n_features)
         self.register_buffer("idf", torch.ones(n_features))
         self.projection = Projection(n_features, components, trainable=config.projection_lr > 0)
-        self.norm = nn.LayerNorm(components)
-        self.mlp = MLP(components, config.hidden, config.depth, config.dropout)
+        # Normalisation takes a cell's size away; but what is large or well captured is so in every modality.
+        self.size_input = config.size_input and how != "none"
+        self.register_buffer("size", torch.tensor([[0.0, 0.0], [1.0, 1.0]]))  # mean, standard deviation of size_of
+        width = components + 2 * self.size_input
+        self.norm = nn.LayerNorm(width)
+        self.members = Ensemble(config.members, width, config.hidden, config.depth, config.dropout)
 
     @property
     def width(self) -> int:
-        return self.mlp.width
+        return self.members.width
 
-    def forward(self, counts: Counts, noise: Noise | None, rows: Tensor | None) -> Tensor:
-        x = self.projection(normalise(counts, self.how, self.idf.float()))
-        out: Tensor = self.mlp(self.norm(x), noise, rows)
+    def components(self, counts: Counts) -> Tensor:
+        """(n, features) -> (n, components), linear in the normalised profile but for the size."""
+        x: Tensor = self.projection(normalise(counts, self.how, self.idf.float()))
+        if self.size_input:
+            mean, scale = self.size.float()
+            x = torch.cat([x, ((size_of(counts) - mean) / scale).to(x.dtype)], 1)
+        return x
+
+    def forward(self, x: Tensor, noise: Noise | None, rows: Tensor | None) -> Tensor:
+        """Components (n, components) -> h (M, n, hidden)."""
+        out: Tensor = self.members(self.norm(x), noise, rows)
         return out
+
+
+def size_of(counts: Counts) -> Tensor:
+    """ln of each cell's total count and of its number of detected features, (n, 2)."""
+    detected = (counts > 0).sum(1) if isinstance(counts, Tensor) else counts.indptr.diff()
+    return torch.stack([library_of(counts), detected.clamp_min(1)], 1).log()

@@ -79,9 +79,8 @@ def parameter_groups(objective: nn.Module, config: Config) -> list[dict[str, Any
     groups: dict[str, list[nn.Parameter]] = {"projection": [], "matrix": [], "vector": []}
     for name, p in objective.named_parameters():
         if p.requires_grad:
-            kind = (
-                "projection" if ".projection." in name else "matrix" if p.ndim > 1 and "bias" not in name else "vector"
-            )
+            matrix = p.ndim > 1 and name.endswith("weight")
+            kind = "projection" if ".projection." in name else "matrix" if matrix else "vector"
             groups[kind].append(p)
     scale = {"projection": config.model.trunk.projection_lr}
     decay = {"vector": 0.0}

@@ -125,7 +125,7 @@ def resolve(config: Config, n_train: int) -> Config:
 
 
 AUTO_STEPS = 1500  # a small data set is seen often enough to make so many steps ...
-AUTO_EPOCHS = 100.0  # ... but never more often than this
+AUTO_EPOCHS = 60.0  # ... but never more often than this
 
 
 def _auto_batch(n_train: int) -> int:

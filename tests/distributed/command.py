@@ -54,7 +54,7 @@ def train_args(folder: Path, store: Path, name: str, *settings: str) -> list[str
                 "run": str(folder / name),
                 "model": {
                     "latent": 6,
-                    "trunk": {"projection": 12, "hidden": 24, "projection_lr": 0.1},
+                    "trunk": {"projection": 12, "hidden": 24, "members": 2, "projection_lr": 0.1},
                     "decoder": {"hidden": 16},
                     "discriminator": {"hidden": 16},
                 },

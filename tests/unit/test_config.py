@@ -88,7 +88,7 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
 
 def test_changed_lists_dotted_paths(tmp_path: Path) -> None:
     a = configs.load(written(tmp_path, {}))
-    b = configs.load(tmp_path / "c.json", ["train.lr=0.5", "model.latent=3"])
+    b = configs.load(tmp_path / "c.json", ["train.lr=0.5", "model.latent=8"])
     assert configs.changed(a, b) == ["model.latent", "train.lr"]
 
 

@@ -1,7 +1,7 @@
 """Each loss term equals a slow float64 transcription of its equation, cell by cell, on a mosaic of three modalities."""
 
 import math
-from itertools import permutations
+from itertools import permutations, product
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from torch import Tensor
 from clue_dist.config import ObjectiveConfig
 from clue_dist.data.batch import Batch, Observed
 from clue_dist.model.clue import CLUE, ModalitySpec, Output, Posterior
+from clue_dist.model.encoders import Heads
 from clue_dist.model.layers import reverse_gradient
 from clue_dist.model.noise import Noise
 from clue_dist.model.posterior import kl_to_prior, mean_of_experts, product_of_experts
@@ -28,7 +29,8 @@ def output(seed: int = 0) -> Output:
     mean, log_var = draw(B, K, K, D, seed=seed), draw(B, K, K, D, seed=seed + 1)
     posterior = Posterior(mean, log_var, *product_of_experts(mean, log_var, OBSERVED))
     ln = [draw(B, K, seed=seed + i) * OBSERVED for i in (2, 3)]
-    return Output(posterior, draw(B, K, K, D, seed=seed + 4), *ln, draw(B, K, K, seed=seed + 5), torch.tensor(1.5))
+    logits, contrast = draw(B, K, K, seed=seed + 5), draw(1, B, K, K * D, seed=seed + 6)
+    return Output(posterior, draw(B, K, K, D, seed=seed + 4), *ln, logits, contrast, torch.tensor(1.5))
 
 
 def kl64(mean: np.ndarray, log_var: np.ndarray) -> float:
@@ -126,15 +128,16 @@ def test_discriminator_term_is_eq_12() -> None:
 
 @pytest.mark.parametrize("within", [False, True])
 def test_info_nce_over_pairs_both_directions(within: bool) -> None:
-    z, code, log_scale = draw(B, K, K * D), torch.arange(B) % 2, torch.tensor(1.3)
-    unit = z.double().numpy() / np.linalg.norm(z.double().numpy(), axis=-1, keepdims=True)
+    z, code, log_scale = draw(2, B, K, K * D), torch.arange(B) % 2, torch.tensor(1.3)
     losses = []
-    for a, b in permutations(range(K), 2):
-        both = [c for c in range(B) if OBSERVED[c, a] and OBSERVED[c, b]]
-        for c in both:
-            rivals = [e for e in both if not within or code[e] == code[c]]
-            logits = {e: math.exp(1.3) * unit[c, a] @ unit[e, b] for e in rivals}
-            losses.append(math.log(sum(math.exp(v) for v in logits.values())) - logits[c])
+    for member in z.double().numpy():
+        unit = member / np.linalg.norm(member, axis=-1, keepdims=True)
+        for a, b in permutations(range(K), 2):
+            both = [c for c in range(B) if OBSERVED[c, a] and OBSERVED[c, b]]
+            for c in both:
+                rivals = [e for e in both if not within or code[e] == code[c]]
+                logits = {e: math.exp(1.3) * unit[c, a] @ unit[e, b] for e in rivals}
+                losses.append(math.log(sum(math.exp(v) for v in logits.values())) - logits[c])
     got = info_nce(z, OBSERVED, code, log_scale, within)
     assert float(got) == pytest.approx(np.mean(losses), rel=1e-5)
 
@@ -145,20 +148,25 @@ def test_reversed_gradient() -> None:
     torch.testing.assert_close(x.grad, -torch.tensor([1.0, 2.0, 3.0]))
 
 
-def small_model(k: int = K, **objective: float) -> tuple[Objective, Batch, Noise]:
+def small_model(k: int = K, members: int = 1, **objective: float) -> tuple[Objective, Batch, Noise]:
     from clue_dist.config import ModelConfig
 
     torch.manual_seed(0)
     specs = {f"m{i}": ModalitySpec(6, "none", "normal", None) for i in range(k)}
     config = ModelConfig(
-        latent=D, trunk={"hidden": 8, "projection_lr": 1.0}, discriminator={"hidden": 8}, decoder={"hidden": 8}
+        latent=D,
+        trunk={"hidden": 8, "projection_lr": 1.0, "members": members},
+        discriminator={"hidden": 8},
+        decoder={"hidden": 8},
     )
     model = Objective(CLUE(specs, 1, config), ObjectiveConfig(**objective), [1.0] * k)
     observed = OBSERVED[:, :k].clone()
     observed[~observed.any(1), 0] = True
-    modalities = {
-        f"m{i}": Observed(observed[:, i].nonzero()[:, 0], draw(int(observed[:, i].sum()), 6, seed=i)) for i in range(k)
-    }
+    paired = observed.sum(1) > 1
+    modalities = {}
+    for i in range(k):
+        rows = observed[:, i].nonzero()[:, 0]
+        modalities[f"m{i}"] = Observed(rows, draw(len(rows), 6, seed=i), paired[rows].nonzero()[:, 0])
     return model, Batch(observed, torch.zeros(B, dtype=torch.int64), modalities), Noise(0, 0, {"s": B}, 1)
 
 
@@ -208,17 +216,17 @@ def test_what_a_cell_lacks_does_not_touch_its_loss() -> None:
 
 
 def test_heads_are_the_grid_of_separate_encoders() -> None:
-    model, _, _ = small_model()
-    clue = model.model.eval()
-    h = draw(K, B, 8)
-    mean, log_var = clue.heads(h)
-    for k in range(K):
-        weight = clue.heads.weight[k].view(8, K, 2, D)
-        bias = clue.heads.bias[k].view(K, 2, D)
-        for j in range(K):
-            torch.testing.assert_close(mean[:, k, j], h[k] @ weight[:, j, 0] + bias[j, 0], rtol=1e-4, atol=1e-5)
-            want = (h[k] @ weight[:, j, 1] + bias[j, 1]).clamp(-8, 8)
-            torch.testing.assert_close(log_var[:, k, j], want, rtol=1e-4, atol=1e-5)
+    members, d = 2, D // 2
+    heads = Heads(K, members, 8, D)
+    h = draw(K, members, B, 8)
+    mean, log_var = heads(h)
+    for k, m, j in product(range(K), range(members), range(K)):
+        weight = heads.weight[k * members + m].view(8, K, 2, d)[:, j]
+        bias = heads.bias[k * members + m].view(K, 2, d)[j]
+        own = slice(m * d, (m + 1) * d)  # what this member says of z_j
+        torch.testing.assert_close(mean[:, k, j, own], h[k, m] @ weight[:, 0] + bias[0], rtol=1e-4, atol=1e-5)
+        want = (h[k, m] @ weight[:, 1] + bias[1]).clamp(-8, 8)
+        torch.testing.assert_close(log_var[:, k, j, own], want, rtol=1e-4, atol=1e-5)
 
 
 def test_parameters_grow_as_k_in_the_wide_layers_and_as_k_squared_only_in_the_heads() -> None:
@@ -245,6 +253,54 @@ def test_noise_is_the_same_for_a_cell_on_any_number_of_ranks() -> None:
             torch.testing.assert_close(part.normal(5), first[rows])
             torch.testing.assert_close(part.dropout(torch.ones(len(rows), 10), 0.5), kept[rows])
     assert (Noise(3, 12, share, 4).normal(5) != first).all()
+
+
+def test_partners_of_mixing_share_stratum_and_lane_on_any_number_of_ranks() -> None:
+    share = {"a": 16, "b": 8}
+    partner, own = Noise(3, 11, share, 4).mixing()
+    assert sorted(partner.tolist()) == list(range(24))  # everyone is somebody's partner
+    assert ((partner < 16) == (torch.arange(24) < 16)).all()
+    assert (partner % 4 == torch.arange(24) % 4).all()  # row r of a stratum lies in lane r mod 4
+    assert (partner != torch.arange(24)).any()
+    assert ((own >= 0) & (own < 1)).all()
+    for world in (2, 4):
+        for rank in range(world):
+            rows = torch.cat([torch.arange(0, 16)[rank::world], torch.arange(16, 24)[rank::world]])
+            its_partner, its_own = Noise(3, 11, share, 4, rank, world).mixing()
+            torch.testing.assert_close(rows[its_partner], partner[rows])
+            torch.testing.assert_close(its_own, own[rows])
+
+
+def test_contrast_compares_mixtures_of_pairs() -> None:
+    """What one member says of a mixture is what it says of a cell whose components are the mixture."""
+    model, _, _ = small_model(members=2)
+    model.eval()
+    share = {"m0+m1": 6, "m0+m2": 4, "m1": 2}
+    observed = torch.tensor([[1, 1, 0]] * 6 + [[1, 0, 1]] * 4 + [[0, 1, 0]] * 2, dtype=torch.bool)
+    x = {f"m{i}": draw(B, 6, seed=i) for i in range(K)}
+
+    def batch_of(x: dict[str, Tensor]) -> Batch:
+        rows = [observed[:, i].nonzero()[:, 0] for i in range(K)]
+        paired = [(observed.sum(1) > 1)[r].nonzero()[:, 0] for r in rows]
+        modalities = {m: Observed(r, x[m][r], p) for m, r, p in zip(x, rows, paired, strict=True)}
+        return Batch(observed, torch.zeros(B, dtype=torch.int64), modalities)
+
+    out = model.model(batch_of(x), Noise(0, 0, share, 1), decode_self=False, decode_cross=False, mixup=True)
+    assert out.contrast.shape == (2, B, K, K * D // 2)
+    partner, own = Noise(0, 0, share, 1).mixing()
+    want = model.model.encode(batch_of({m: own * v + (1 - own) * v[partner] for m, v in x.items()})).mean
+    want = want.view(B, K, K, 2, D // 2).permute(3, 0, 1, 2, 4).flatten(3)  # the projection is linear
+    used = observed & (observed.sum(1) > 1)[:, None]
+    torch.testing.assert_close(out.contrast[:, used], want[:, used])
+
+
+def test_members_share_nothing_but_their_input() -> None:
+    model, batch, _ = small_model(members=2)
+    out = model.model.encode(batch).mean  # (B, K, K, D): each member gives half of every z
+    out[..., : D // 2].sum().backward()
+    for layer in model.model.trunk("m0").members.layers:
+        assert layer.weight.grad[0].abs().sum() > 0
+        assert layer.weight.grad[1].abs().sum() == 0
 
 
 def test_dropout_keeps_its_rate_and_its_mean() -> None:

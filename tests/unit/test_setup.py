@@ -45,7 +45,7 @@ def test_auto_batch_grows_with_the_data_and_divides_into_lanes(cells: int, low: 
 
 
 def test_auto_epochs_are_many_for_few_cells_and_one_for_an_atlas() -> None:
-    assert resolve(Config(), 500).train.epochs == 100
+    assert resolve(Config(), 500).train.epochs == 60
     assert resolve(Config(), 30_000_000).train.epochs == 1
     explicit = resolve(
         Config(train={"epochs": 3, "patience": 2, "validate_every": 7, "checkpoint_every": 9}), 500

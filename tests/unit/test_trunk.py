@@ -10,8 +10,8 @@ import torch
 from clue_dist import config as configs
 from clue_dist.data.batch import SparseCounts, read_batch
 from clue_dist.model.clue import CLUE, specs_of
-from clue_dist.model.initialise import initialise, randomised_svd, sample
-from clue_dist.model.trunk import Projection, normalise
+from clue_dist.model.initialise import initialise, leading_svd, sample
+from clue_dist.model.trunk import Projection, normalise, size_of
 from tests.stores import make_store
 
 X = np.random.default_rng(0).poisson(0.7, (9, 15)).astype(np.float32) + np.eye(9, 15, dtype=np.float32)
@@ -25,13 +25,15 @@ def sparse(x: np.ndarray) -> SparseCounts:
 def plain(x: np.ndarray, how: str, idf: np.ndarray) -> np.ndarray:
     if how == "clr":
         return np.log1p(x) - np.log1p(x).mean(1, keepdims=True)
+    if how == "log":
+        return np.log1p(x)
     if how == "none":
         return x
     t = x * idf if how == "tfidf" else x
     return np.log1p(1e4 * t / t.sum(1, keepdims=True))
 
 
-@pytest.mark.parametrize("how", ["log_cp10k", "tfidf", "none", "clr"])
+@pytest.mark.parametrize("how", ["log_cp10k", "tfidf", "none", "log", "clr"])
 def test_normalise(how: str) -> None:
     idf = np.random.default_rng(1).uniform(1, 9, 15).astype(np.float32)
     want = plain(X, how, idf)
@@ -59,14 +61,16 @@ def test_projection_of_sparse_equals_dense_with_its_gradient() -> None:
     torch.testing.assert_close(*grads)
 
 
-def test_randomised_svd_finds_the_leading_space() -> None:
+@pytest.mark.parametrize("features", [40, 700])
+def test_leading_svd_is_exact_where_noise_is_nearly_as_strong(features: int) -> None:
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(300, 5)) @ rng.normal(size=(5, 40)) * 3 + rng.normal(size=(300, 40))
+    x = rng.normal(size=(500, 5)) @ rng.normal(size=(5, features)) * 0.1 + rng.normal(size=(500, features))
     mean, scale = x.mean(0), x.std(0)
-    right, singular = randomised_svd(sp.csr_matrix(x), mean, scale, 5, seed=0)
     _, want, v = np.linalg.svd((x - mean) / scale, full_matrices=False)
-    np.testing.assert_allclose(singular, want[:5], rtol=1e-4)
-    np.testing.assert_allclose(np.abs(np.sum(right * v[:5].T, 0)), 1, atol=1e-3)
+    for given in (x, sp.csr_matrix(x)):
+        right, singular = leading_svd(given, mean, scale, 20, seed=0)
+        np.testing.assert_allclose(singular, want[:20], rtol=1e-6)
+        np.testing.assert_allclose(np.abs(np.sum(right * v[:20].T, 0)), 1, atol=1e-6)
 
 
 def test_initialised_projection_is_pca_of_the_training_cells(tmp_path: Path) -> None:
@@ -78,12 +82,12 @@ def test_initialised_projection_is_pca_of_the_training_cells(tmp_path: Path) -> 
     counts = sample(store, n_train, "rna")
     assert counts.shape == (160, 30)  # held-out cells have no part in it
     x = plain(counts.toarray(), "log_cp10k", np.ones(30))
-    standard = (x - x.mean(0)) / x.std(0)
+    standard = (x - x.mean(0)) / x.std(0) ** 0.75
     left, singular, _ = np.linalg.svd(standard, full_matrices=False)
     batch = read_batch(store, "rna", np.arange(60))
     trunk = model.trunks["rna"]
     got = trunk.projection(normalise(batch.modalities["rna"].counts, trunk.how, trunk.idf)).detach().numpy()
-    want = (left * singular)[100:, :6] / singular[0] * 160**0.5
+    want = (left * singular)[100:, :6] * (160 * 6 / (singular[:6] ** 2).sum()) ** 0.5  # mean square of one
     clear = slice(0, 2)  # three cell types make two clear components; the rest is noise of near-equal strength
     np.testing.assert_allclose(np.abs(got[:, clear]), np.abs(want[:, clear]), rtol=0.01, atol=0.01)
 
@@ -96,3 +100,23 @@ def test_more_components_than_cells_is_fine(tmp_path: Path) -> None:
     joint, alone = model.embed(read_batch(store, "rna+adt", np.arange(20)))
     assert joint.isfinite().all()
     assert set(alone) == {"rna", "adt"}
+
+
+def test_size_is_total_and_detected_features_sparse_or_dense() -> None:
+    want = np.log(np.stack([X.sum(1), (X > 0).sum(1)], 1))
+    for x in (torch.tensor(X), sparse(X)):
+        np.testing.assert_allclose(size_of(x), want, rtol=1e-6)
+
+
+def test_initialised_size_is_standardised_over_the_training_cells(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s.zarr", cells={"rna+adt": 120}, features={"rna": 30, "adt": 8})
+    config = configs.Config(model={"trunk": {"projection": 6}})
+    model = CLUE(specs_of(store.manifest.modalities, config), 2, config.model)
+    initialise(model, store, {"rna+adt": 120}, svd=True, seed=0)
+    batch = read_batch(store, "rna+adt", np.arange(120))
+    size = model.trunk("rna").components(batch.modalities["rna"].counts)[:, -2:]
+    np.testing.assert_allclose(size.mean(0), 0, atol=1e-5)
+    np.testing.assert_allclose(size.std(0, correction=0), 1, atol=1e-4)
+    without = configs.Config(model={"trunk": {"projection": 6, "size_input": False}})
+    plain = CLUE(specs_of(store.manifest.modalities, without), 2, without.model)
+    assert plain.trunk("rna").components(batch.modalities["rna"].counts).shape == (120, 6)

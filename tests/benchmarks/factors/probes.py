@@ -1,0 +1,18 @@
+"""Linear probes: how much of each known factor can be read from an embedding."""
+
+from __future__ import annotations
+
+import numpy as np
+from sklearn.linear_model import RidgeCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+PENALTIES = np.logspace(-1, 5, 13)
+
+
+def r2(z: np.ndarray, factors: np.ndarray, z_test: np.ndarray, factors_test: np.ndarray) -> np.ndarray:
+    """R^2 of each factor on test cells, (factors,); the ridge penalty is chosen on the training cells alone."""
+    probe = make_pipeline(StandardScaler(), RidgeCV(PENALTIES, alpha_per_target=True)).fit(z, factors)
+    read = probe.predict(z_test).reshape(factors_test.shape)  # a single factor comes without its axis
+    left = ((read - factors_test) ** 2).sum(0)
+    return np.asarray(1 - left / ((factors_test - factors_test.mean(0)) ** 2).sum(0))

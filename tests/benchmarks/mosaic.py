@@ -1,0 +1,149 @@
+"""Data sets cut into mosaics, and clue_dist run on them by its own command lines: convert, train, embed, score."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import mudata as md
+import numpy as np
+
+from clue_dist import matching
+from clue_dist.errors import DataError
+from tests.benchmarks.common import BenchmarkError, call, digest, once
+from tests.benchmarks.split import cut
+from tests.distributed.command import ROOT, launched
+
+SETS: dict[str, tuple[str, str]] = {
+    "cbmc_cite": ("rna", "adt"),
+    "snare_adbrain_8lib": ("rna", "atac"),
+    "bmmc_cite_starter": ("rna", "adt"),
+    "bmmc_multiome_starter": ("rna", "atac"),
+    "hao_mosaic": ("rna", "adt"),
+}
+KEPT = ("config.json", "metrics.jsonl")  # of a run's folder; its checkpoints would fill the disk
+
+
+@dataclass(frozen=True)
+class Split:
+    """One fold of one data set: `train.h5mu` and `test.h5mu` in `folder`."""
+
+    folder: Path
+    mods: tuple[str, str]
+
+    @property
+    def train(self) -> Path:
+        return self.folder / "train.h5mu"
+
+    @property
+    def test(self) -> Path:
+        return self.folder / "test.h5mu"
+
+
+def source_of(name: str, data: Path) -> Path:
+    """The file of a data set.
+
+    Raises:
+        DataError: it is not there.
+    """
+    path = data / f"{name}.h5mu"
+    if not path.is_file():
+        have = ", ".join(sorted(p.stem for p in data.glob("*.h5mu"))) or "no .h5mu file"
+        raise DataError("the data set is not there", where=path, got=have, fix="name its folder with --data")
+    return path
+
+
+def data_digest(name: str, data: Path) -> str:
+    """Of the cells of all folds: the file, and the rule that cuts it."""
+    return digest(source_of(name, data), Path(__file__).with_name("split.py"), *SETS[name])
+
+
+def split_of(name: str, fold: int, data: Path, work: Path) -> Split:
+    """A fold of a data set, cut if it has not been."""
+
+    def make(folder: Path) -> None:
+        with _quiet():
+            train, test = cut(md.read(source_of(name, data)), SETS[name], fold)
+            train.write(folder / "train.h5mu")
+            test.write(folder / "test.h5mu")
+
+    folder = work / "splits" / f"{name}-{data_digest(name, data)[:12]}" / f"fold{fold}"
+    return Split(once(folder, make), SETS[name])
+
+
+def sources() -> str:
+    """Digest of all that our results follow from, data and settings on the command line aside."""
+    parts = ("clue_dist", "data_prep", "launch", "configs", "constraints.txt")
+    return digest(*(ROOT / part for part in parts))
+
+
+def ours(split: Split, folder: Path, seed: int, overrides: tuple[str, ...], threads: int, work: Path) -> float:
+    """Train configs/atlas.json on a split and embed its test cells; the seconds of the training command.
+
+    Leaves `z.npz`, the settings and the metrics in `folder`. overrides: of settings, as for `--set`.
+
+    Raises:
+        BenchmarkError: a command failed, or the sources changed meanwhile.
+    """
+    before = sources()
+    log = folder / "log.txt"
+    stores = stores_of(split, before, threads, work)
+    run, z = folder / "run", folder / "z.h5mu"
+    settings = [f"store={stores / 'train.zarr'}", f"run={run}", f"seed={seed}", *overrides]
+    train = launched(1, "launch/train.py", "--config", "configs/atlas.json", "--set", *settings)
+    seconds = call(train, log, threads)
+    embed = ["launch/embed.py", "--run", run, "--store", stores / "test.zarr", "--out", z, "--per-modality"]
+    call([sys.executable, *embed], log, threads)
+    if sources() != before:
+        raise BenchmarkError("the sources changed during the run, so nobody knows whose result it is", fix="run again")
+    _write_pair(z, split, folder / "z.npz")
+    for name in KEPT:
+        shutil.copy(run / name, folder)
+    shutil.rmtree(run)
+    z.unlink()
+    return seconds
+
+
+def stores_of(split: Split, code: str, threads: int, work: Path) -> Path:
+    """`train.zarr` and `test.zarr` of a split, converted if they have not been by these sources."""
+
+    def make(folder: Path) -> None:
+        log, workers = folder / "log.txt", ("--workers", str(threads))
+        train, test = folder / "train.zarr", folder / "test.zarr"
+        convert = [sys.executable, "-m", "data_prep", "convert"]
+        call([*convert, split.train, "--out", train, *workers], log, threads)
+        call([*convert, split.test, "--out", test, "--features-from", train, *workers], log, threads)
+
+    set_name, fold = split.folder.parts[-2:]
+    return once(work / "stores" / f"{set_name}-{fold}-{code[:12]}", make)
+
+
+def _write_pair(embedding: Path, split: Split, out: Path) -> None:
+    """The test cells' z of each modality alone as u1 and u2, (N, K x d) each, rows as in test.h5mu."""
+    with _quiet():
+        z, order = md.read(embedding), md.read(split.test)[split.mods[0]].obs_names
+    u1, u2 = (z[m][order].obsm["X_clue"] for m in split.mods)
+    np.savez(out, u1=u1, u2=u2)
+
+
+def scored(npz: Path, split: Split) -> list[matching.Scores]:
+    """Scores of each candidate in a file of embeddings. u1, u2: (N, D), or (C, N, D) for C candidates."""
+    arrays = np.load(npz)
+    u1, u2 = (arrays[name].reshape(-1, *arrays[name].shape[-2:]) for name in ("u1", "u2"))
+    with _quiet():
+        obs = md.read(split.test)[split.mods[0]].obs
+    batch = obs["batch"].astype(str).to_numpy() if "batch" in obs else np.zeros(len(obs))
+    return [matching.scores(a, b, batch) for a, b in zip(u1, u2, strict=True)]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without mudata's warnings of names that a gene and its protein share, and of defaults to come."""
+    with warnings.catch_warnings(), md.set_options(pull_on_update=False):
+        warnings.simplefilter("ignore")
+        yield
