@@ -41,6 +41,7 @@ class TrunkConfig(_Strict):
     projection_init: Literal["svd", "random"] = "svd"
     projection_lr: float = Field(0.0, ge=0)  # relative to train.lr; 0 keeps the projection as initialised
     size_input: bool = True  # the cell's total count and number of detected features are inputs too, as ln
+    shared: bool = True  # one trunk for a modality's K heads; false: K separate encoders behind the projection
     members: int = Field(4, ge=1)  # independent networks side by side, each with its share of every z_k
     hidden: int = Field(256, ge=1)
     depth: int = Field(2, ge=1)

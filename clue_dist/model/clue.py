@@ -75,11 +75,11 @@ class CLUE(nn.Module):
         super().__init__()
         self.names, self.latent = list(specs), config.latent
         k = len(specs)
-        trunks = {m: Trunk(s.n_features, s.normalise, config.trunk) for m, s in specs.items()}
+        trunks = {m: Trunk(s.n_features, s.normalise, k, config.trunk) for m, s in specs.items()}
         self.trunks = nn.ModuleDict(trunks)
         width = max(trunk.width for trunk in trunks.values())
         self.members = config.trunk.members
-        self.heads = Heads(k, self.members, width, config.latent)
+        self.heads = Heads(k, self.members, width, config.latent, config.trunk.shared)
         self.combine = COMBINE[config.posterior]
         self.decoders = nn.ModuleDict(
             {m: Decoder(s.likelihood, s.n_features, n_batches, config.latent, config.decoder) for m, s in specs.items()}
@@ -157,7 +157,7 @@ class CLUE(nn.Module):
         h = []
         for name in self.names:
             trunk, weight = self.trunk(name), self.heads.weight
-            shape = (self.members, batch.n_cells, trunk.width)
+            shape = (trunk.ensemble.members, batch.n_cells, trunk.width)
             absent = torch.zeros(shape, dtype=weight.dtype, device=batch.observed.device)
             known = name in components
             h.append(absent.index_copy(1, rows[name], trunk(components[name], noise, rows[name])) if known else absent)

@@ -71,7 +71,7 @@ class Trunk(nn.Module):
     idf: Tensor
     size: Tensor
 
-    def __init__(self, n_features: int, how: str, config: TrunkConfig) -> None:
+    def __init__(self, n_features: int, how: str, n_modalities: int, config: TrunkConfig) -> None:
         super().__init__()
         self.how = how
         components = min(config.projection, n_features)
@@ -82,11 +82,12 @@ class Trunk(nn.Module):
         self.register_buffer("size", torch.tensor([[0.0, 0.0], [1.0, 1.0]]))  # mean, standard deviation of size_of
         width = components + 2 * self.size_input
         self.norm = nn.LayerNorm(width)
-        self.members = Ensemble(config.members, width, config.hidden, config.depth, config.dropout)
+        networks = config.members if config.shared else config.members * n_modalities
+        self.ensemble = Ensemble(networks, width, config.hidden, config.depth, config.dropout)
 
     @property
     def width(self) -> int:
-        return self.members.width
+        return self.ensemble.width
 
     def components(self, counts: Counts) -> Tensor:
         """(n, features) -> (n, components), linear in the normalised profile but for the size."""
@@ -97,8 +98,8 @@ class Trunk(nn.Module):
         return x
 
     def forward(self, x: Tensor, noise: Noise | None, rows: Tensor | None) -> Tensor:
-        """Components (n, components) -> h (M, n, hidden)."""
-        out: Tensor = self.members(self.norm(x), noise, rows)
+        """Components (n, components) -> h (M, n, hidden); (M * K, n, hidden) where the K targets share no trunk."""
+        out: Tensor = self.ensemble(self.norm(x), noise, rows)
         return out
 
 

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import mudata as md
 import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from anndata import AnnData
 
 from clue_dist import matching
 from clue_dist.errors import DataError
@@ -67,7 +70,7 @@ def split_of(name: str, fold: int, data: Path, work: Path) -> Split:
     """A fold of a data set, cut if it has not been."""
 
     def make(folder: Path) -> None:
-        with _quiet():
+        with quiet():
             train, test = cut(md.read(source_of(name, data)), SETS[name], fold)
             train.write(folder / "train.h5mu")
             test.write(folder / "test.h5mu")
@@ -125,7 +128,7 @@ def stores_of(split: Split, code: str, threads: int, work: Path) -> Path:
 
 def _write_pair(embedding: Path, split: Split, out: Path) -> None:
     """The test cells' z of each modality alone as u1 and u2, (N, K x d) each, rows as in test.h5mu."""
-    with _quiet():
+    with quiet():
         z, order = md.read(embedding), md.read(split.test)[split.mods[0]].obs_names
     u1, u2 = (z[m][order].obsm["X_clue"] for m in split.mods)
     np.savez(out, u1=u1, u2=u2)
@@ -135,14 +138,19 @@ def scored(npz: Path, split: Split) -> list[matching.Scores]:
     """Scores of each candidate in a file of embeddings. u1, u2: (N, D), or (C, N, D) for C candidates."""
     arrays = np.load(npz)
     u1, u2 = (arrays[name].reshape(-1, *arrays[name].shape[-2:]) for name in ("u1", "u2"))
-    with _quiet():
+    with quiet():
         obs = md.read(split.test)[split.mods[0]].obs
     batch = obs["batch"].astype(str).to_numpy() if "batch" in obs else np.zeros(len(obs))
     return [matching.scores(a, b, batch) for a, b in zip(u1, u2, strict=True)]
 
 
+def joined(a: AnnData, b: AnnData) -> AnnData:
+    """The cells of two tables with the same features, one table behind the other."""
+    return AnnData(sp.vstack([a.X, b.X], format="csr"), obs=pd.concat([a.obs, b.obs]), var=a.var)
+
+
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without mudata's warnings of names that a gene and its protein share, and of defaults to come."""
     with warnings.catch_warnings(), md.set_options(pull_on_update=False):
         warnings.simplefilter("ignore")

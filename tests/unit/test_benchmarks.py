@@ -13,10 +13,12 @@ import scipy.sparse as sp
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clue_dist import config as configs
 from clue_dist.errors import ClueError, DataError
-from tests.benchmarks import common, matching, mosaic
+from tests.benchmarks import ablation, common, matching, mosaic
 from tests.benchmarks.common import Bar, BenchmarkError, Run
 from tests.benchmarks.split import FOLDS, cut, place
+from tests.distributed.command import ROOT
 
 MODS = ("rna", "adt")
 
@@ -239,3 +241,34 @@ def test_peers_are_pinned_and_torch_comes_first(name: str) -> None:
 def test_errors_of_benchmarks_end_with_one() -> None:
     assert issubclass(BenchmarkError, ClueError)
     assert BenchmarkError.exit_code == 1
+
+
+# --- the ablation ---
+
+
+def test_every_row_of_the_ablation_is_a_valid_recipe_of_its_own() -> None:
+    recipes = {}
+    for row, settings in ablation.ROWS.items():
+        recipes[row] = configs.load(ROOT / "configs" / "atlas.json", list(settings)).model_dump_json()
+    assert len({ablation.method_of(row) for row in ablation.ROWS}) == len(ablation.ROWS)
+    alike = {row for row in recipes if recipes[row] == recipes["atlas.json"]}
+    assert alike == {"atlas.json", ablation.TRANSDUCTIVE}
+    assert len(set(recipes.values())) == len(recipes) - 1
+    assert len(ablation.TABLE_5) == 8
+
+
+def test_test_cells_join_the_training_cells_without_their_partners(tmp_path: Path) -> None:
+    train, test = cut(paired_cells(), MODS, 0)
+    folder = tmp_path / "fold0"
+    folder.mkdir()
+    train.write(folder / "train.h5mu")
+    test.write(folder / "test.h5mu")
+    split = ablation.with_test_cells(mosaic.Split(folder, MODS))
+    with mosaic.quiet():
+        joined = md.read(split.train)
+    for m in MODS:
+        assert joined[m].n_obs == train[m].n_obs + test[m].n_obs
+        tail = joined[m][train[m].n_obs :]
+        np.testing.assert_array_equal(tail.X.toarray(), test[m].X.toarray())
+    rna, adt = (set(joined[m].obs_names) for m in MODS)
+    assert rna & adt == set(train["rna"].obs_names) & set(train["adt"].obs_names)  # no pair is added

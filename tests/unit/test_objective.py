@@ -148,14 +148,16 @@ def test_reversed_gradient() -> None:
     torch.testing.assert_close(x.grad, -torch.tensor([1.0, 2.0, 3.0]))
 
 
-def small_model(k: int = K, members: int = 1, **objective: float) -> tuple[Objective, Batch, Noise]:
+def small_model(
+    k: int = K, members: int = 1, shared: bool = True, **objective: float
+) -> tuple[Objective, Batch, Noise]:
     from clue_dist.config import ModelConfig
 
     torch.manual_seed(0)
     specs = {f"m{i}": ModalitySpec(6, "none", "normal", None) for i in range(k)}
     config = ModelConfig(
         latent=D,
-        trunk={"hidden": 8, "projection_lr": 1.0, "members": members},
+        trunk={"hidden": 8, "projection_lr": 1.0, "members": members, "shared": shared},
         discriminator={"hidden": 8},
         decoder={"hidden": 8},
     )
@@ -215,17 +217,21 @@ def test_what_a_cell_lacks_does_not_touch_its_loss() -> None:
     torch.testing.assert_close(loss, other)
 
 
-def test_heads_are_the_grid_of_separate_encoders() -> None:
+@pytest.mark.parametrize("shared", [True, False])
+def test_heads_are_the_grid_of_separate_encoders(shared: bool) -> None:
     members, d = 2, D // 2
-    heads = Heads(K, members, 8, D)
-    h = draw(K, members, B, 8)
+    heads = Heads(K, members, 8, D, shared)
+    targets = K if shared else 1  # of one network
+    h = draw(K, members * K // targets, B, 8)
     mean, log_var = heads(h)
     for k, m, j in product(range(K), range(members), range(K)):
-        weight = heads.weight[k * members + m].view(8, K, 2, d)[:, j]
-        bias = heads.bias[k * members + m].view(K, 2, d)[j]
+        i = m if shared else m * K + j
+        network = k * h.shape[1] + i
+        weight = heads.weight[network].view(8, targets, 2, d)[:, j % targets]
+        bias = heads.bias[network].view(targets, 2, d)[j % targets]
         own = slice(m * d, (m + 1) * d)  # what this member says of z_j
-        torch.testing.assert_close(mean[:, k, j, own], h[k, m] @ weight[:, 0] + bias[0], rtol=1e-4, atol=1e-5)
-        want = (h[k, m] @ weight[:, 1] + bias[1]).clamp(-8, 8)
+        torch.testing.assert_close(mean[:, k, j, own], h[k, i] @ weight[:, 0] + bias[0], rtol=1e-4, atol=1e-5)
+        want = (h[k, i] @ weight[:, 1] + bias[1]).clamp(-8, 8)
         torch.testing.assert_close(log_var[:, k, j, own], want, rtol=1e-4, atol=1e-5)
 
 
@@ -237,6 +243,11 @@ def test_parameters_grow_as_k_in_the_wide_layers_and_as_k_squared_only_in_the_he
             p: sum(x.numel() for x in getattr(model.model, p).parameters()) for p in ("trunks", "decoders", "heads")
         }
     assert sizes[3]["trunks"] == 3 * sizes[1]["trunks"]
+    wide = [  # K separate encoders instead of one trunk: the wide layers too grow as K^2
+        sum(x.numel() for m in model.model.names for x in model.model.trunk(m).ensemble.parameters())
+        for model in (small_model(k, shared=False)[0] for k in (1, 3))
+    ]
+    assert wide[1] == 9 * wide[0]
     assert sizes[3]["decoders"] == 3 * sizes[1]["decoders"]
     assert sizes[3]["heads"] == 9 * sizes[1]["heads"]
 
@@ -298,7 +309,7 @@ def test_members_share_nothing_but_their_input() -> None:
     model, batch, _ = small_model(members=2)
     out = model.model.encode(batch).mean  # (B, K, K, D): each member gives half of every z
     out[..., : D // 2].sum().backward()
-    for layer in model.model.trunk("m0").members.layers:
+    for layer in model.model.trunk("m0").ensemble.layers:
         assert layer.weight.grad[0].abs().sum() > 0
         assert layer.weight.grad[1].abs().sum() == 0
 
