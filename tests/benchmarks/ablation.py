@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import signal
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -154,16 +152,15 @@ def table(records: Sequence[Result]) -> str:
 
 def main() -> None:
     args = arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended too
-    told = matching.told
-    records, failures = common.finish(runs_of(args), args.work, lambda run, folder: do(run, folder, args), told)
-    heading = "QUICK LOOK: few cells, few steps; the numbers say that it runs, not how well\n" if args.quick else ""
-    print(f"\n{heading}{table(records)}\n\n{FOOTNOTES}", flush=True)
-    content = {"quick": args.quick, "bars": [], "results": records, "failures": failures}
-    common.write_json(args.json, content | {"machine": common.machine(), "versions": common.versions("deepspeed")})
-    print(f"\n{args.json}")
-    if failures:
-        raise BenchmarkError(f"{len(failures)} runs failed", got=", ".join(f["method"] for f in failures))
+    common.carry_out(
+        args,
+        runs_of(args),
+        lambda run, folder: do(run, folder, args),
+        matching.told,
+        table,
+        FOOTNOTES,
+        lambda records: (),
+    )
 
 
 if __name__ == "__main__":

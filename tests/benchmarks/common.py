@@ -6,6 +6,7 @@ again, and two that run side by side share what either has made.
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import hashlib
 import json
@@ -303,3 +304,34 @@ def machine() -> dict[str, Any]:
 def versions(*packages: str) -> dict[str, str]:
     """Of Python and of packages in this environment."""
     return {"python": platform.python_version()} | {name: version(name) for name in ("clue-dist", "torch", *packages)}
+
+
+QUICK = "QUICK LOOK: few cells, few steps; the numbers say that it runs, not how well\n"
+
+
+def carry_out(
+    args: argparse.Namespace,
+    runs: Sequence[Run],
+    do: Callable[[Run, Path], Result],
+    told: Callable[[Result], str],
+    table: Callable[[Sequence[Result]], str],
+    footnotes: str,
+    bars_of: Callable[[Sequence[Result]], Iterable[dict[str, Any]]],
+    **more: Any,
+) -> None:
+    """Do the runs, print their table and bars, and write everything as JSON.
+
+    args: with `work`, `quick` and `json`; more: goes into the JSON.
+
+    Raises:
+        BenchmarkError: runs failed; the others have been told and written.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended too
+    records, failures = finish(runs, args.work, do, told)
+    bars = list(bars_of(records))
+    print(f"\n{QUICK if args.quick else ''}{table(records)}\n\n{footnotes}\n", *bar_lines(bars), sep="\n", flush=True)
+    where = {"machine": machine(), "versions": versions("deepspeed", "scikit-learn")}
+    write_json(args.json, {"quick": args.quick, "bars": bars, "results": records, "failures": failures} | where | more)
+    print(f"\n{args.json}")
+    if failures:
+        raise BenchmarkError(f"{len(failures)} runs failed", got=", ".join(f["method"] for f in failures))

@@ -9,7 +9,6 @@ scored by `clue_dist.matching`. Runs that have been done are kept: typed again, 
 from __future__ import annotations
 
 import argparse
-import signal
 import statistics
 import sys
 from collections import defaultdict
@@ -173,31 +172,18 @@ def _value(records: Sequence[Result], name: str, metric: str, seeds: Sequence[in
     return statistics.fmean(r["scores"]["global"][metric] for r in mine.values())
 
 
-def report(args: argparse.Namespace, records: list[Result], failures: list[Result]) -> None:
-    """The table and the bars, printed; everything, as JSON."""
-    bars = bars_of(records, args.seeds, args.quick)
-    heading = "QUICK LOOK: few cells, few steps; the numbers say that it runs, not how well\n" if args.quick else ""
-    print(f"\n{heading}{table(records)}\n\n{FOOTNOTES}\n", *common.bar_lines(bars), sep="\n", flush=True)
-    peers = {m: common.pins(PEERS / f"{m}.txt") for m in args.methods if m != "ours"}
-    content = {
-        "quick": args.quick,
-        "bars": bars,
-        "results": records,
-        "failures": failures,
-        "machine": common.machine(),
-        "versions": common.versions("deepspeed") | {"peers": peers},
-    }
-    common.write_json(args.json, content)
-    print(f"\n{args.json}")
-
-
 def main() -> None:
     args = arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended too
-    records, failures = common.finish(runs_of(args), args.work, lambda run, folder: do(run, folder, args), told)
-    report(args, records, failures)
-    if failures:
-        raise BenchmarkError(f"{len(failures)} runs failed", got=", ".join(f["method"] for f in failures))
+    common.carry_out(
+        args,
+        runs_of(args),
+        lambda run, folder: do(run, folder, args),
+        told,
+        table,
+        FOOTNOTES,
+        lambda records: bars_of(records, args.seeds, args.quick),
+        peers={m: common.pins(PEERS / f"{m}.txt") for m in args.methods if m != "ours"},
+    )
 
 
 if __name__ == "__main__":

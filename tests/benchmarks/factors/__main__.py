@@ -10,9 +10,7 @@ and are scored on the test cells. Runs that have been done are kept: typed again
 from __future__ import annotations
 
 import argparse
-import signal
 import statistics
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +19,7 @@ from typing import Any
 from clue_dist.config import load
 from clue_dist.errors import run_main
 from tests.benchmarks import common, mosaic
-from tests.benchmarks.common import Bar, BenchmarkError, Result, Run
+from tests.benchmarks.common import Bar, Result, Run
 from tests.benchmarks.factors import methods
 from tests.benchmarks.factors.ours import JOINT
 from tests.benchmarks.factors.probes import r2
@@ -158,31 +156,18 @@ def bars_of(records: Sequence[Result], args: argparse.Namespace) -> Iterator[dic
         yield replace(KEPT, name=f"{name}: {KEPT.name}").judged(share)
 
 
-def report(args: argparse.Namespace, records: list[Result], failures: list[Result]) -> None:
-    """The table and the bars, printed; everything, as JSON."""
-    bars = list(bars_of(records, args))
-    heading = "QUICK LOOK: few cells, few steps; the numbers say that it runs, not how well\n" if args.quick else ""
-    print(f"\n{heading}{table(records)}\n\n{FOOTNOTES}\n", *common.bar_lines(bars), sep="\n", flush=True)
-    content = {
-        "quick": args.quick,
-        "settings": args.set,
-        "bars": bars,
-        "results": records,
-        "failures": failures,
-        "machine": common.machine(),
-        "versions": common.versions("deepspeed", "scikit-learn"),
-    }
-    common.write_json(args.json, content)
-    print(f"\n{args.json}")
-
-
 def main() -> None:
     args = arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended too
-    records, failures = common.finish(runs_of(args), args.work, lambda run, folder: do(run, folder, args), told)
-    report(args, records, failures)
-    if failures:
-        raise BenchmarkError(f"{len(failures)} runs failed", got=", ".join(f["method"] for f in failures))
+    common.carry_out(
+        args,
+        runs_of(args),
+        lambda run, folder: do(run, folder, args),
+        told,
+        table,
+        FOOTNOTES,
+        lambda records: bars_of(records, args),
+        settings=args.set,
+    )
 
 
 if __name__ == "__main__":

@@ -10,9 +10,7 @@ Runs that have been done are kept: typed again, it goes on.
 from __future__ import annotations
 
 import argparse
-import signal
 import statistics
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,7 +21,7 @@ import numpy as np
 
 from clue_dist.errors import run_main
 from tests.benchmarks import common, matching, mosaic
-from tests.benchmarks.common import Bar, BenchmarkError, Result, Run
+from tests.benchmarks.common import Bar, Result, Run
 from tests.benchmarks.factors import ours, views
 from tests.benchmarks.factors.ours import JOINT
 from tests.benchmarks.labels import score
@@ -180,31 +178,18 @@ def _minus(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None else a - b
 
 
-def report(args: argparse.Namespace, records: list[Result], failures: list[Result]) -> None:
-    """The table and the bars, printed; everything, as JSON."""
-    bars = list(bars_of(records, args))
-    heading = "QUICK LOOK: few cells, few steps; the numbers say that it runs, not how well\n" if args.quick else ""
-    print(f"\n{heading}{table(records)}\n\n{FOOTNOTES}\n", *common.bar_lines(bars), sep="\n", flush=True)
-    content = {
-        "quick": args.quick,
-        "settings": args.set,
-        "bars": bars,
-        "results": records,
-        "failures": failures,
-        "machine": common.machine(),
-        "versions": common.versions("deepspeed", "scikit-learn"),
-    }
-    common.write_json(args.json, content)
-    print(f"\n{args.json}")
-
-
 def main() -> None:
     args = arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended too
-    records, failures = common.finish(runs_of(args), args.work, lambda run, folder: do(run, folder, args), told)
-    report(args, records, failures)
-    if failures:
-        raise BenchmarkError(f"{len(failures)} runs failed", got=", ".join(f["method"] for f in failures))
+    common.carry_out(
+        args,
+        runs_of(args),
+        lambda run, folder: do(run, folder, args),
+        told,
+        table,
+        FOOTNOTES,
+        lambda records: bars_of(records, args),
+        settings=args.set,
+    )
 
 
 if __name__ == "__main__":
