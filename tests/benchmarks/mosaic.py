@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,31 +85,59 @@ def sources() -> str:
     return digest(*(ROOT / part for part in parts))
 
 
+JOINT = "joint"  # z from every modality that a cell has; the others are called as their modality
+Embedded = dict[str, np.ndarray]  # by source: (cells, dimensions)
+
+
 def ours(split: Split, folder: Path, seed: int, overrides: tuple[str, ...], threads: int, work: Path) -> float:
     """Train configs/atlas.json on a split and embed its test cells; the seconds of the training command.
 
-    Leaves `z.npz`, the settings and the metrics in `folder`. overrides: of settings, as for `--set`.
+    Leaves `z.npz`, the settings and the metrics in `folder`; the rest is as for `embedded`.
+    """
+    tables, seconds = embedded(split, folder, seed, overrides, threads, work, ("test",))
+    _write_pair(tables["test"], split, folder / "z.npz")
+    return seconds
+
+
+def embedded(
+    split: Split, folder: Path, seed: int, overrides: Sequence[str], threads: int, work: Path, parts: Sequence[str]
+) -> tuple[dict[str, md.MuData], float]:
+    """Train configs/atlas.json on a split: its `parts` ("train", "test") with their z, joint and from each modality
+    alone, and the seconds of the training command. Leaves the settings and the metrics in `folder`.
+
+    overrides: of settings, as for `--set`.
 
     Raises:
         BenchmarkError: a command failed, or the sources changed meanwhile.
     """
     before = sources()
-    log = folder / "log.txt"
+    log, run = folder / "log.txt", folder / "run"
     stores = stores_of(split, before, threads, work)
-    run, z = folder / "run", folder / "z.h5mu"
     settings = [f"store={stores / 'train.zarr'}", f"run={run}", f"seed={seed}", *overrides]
     train = launched(1, "launch/train.py", "--config", "configs/atlas.json", "--set", *settings)
     seconds = call(train, log, threads)
-    embed = ["launch/embed.py", "--run", run, "--store", stores / "test.zarr", "--out", z, "--per-modality"]
-    call([sys.executable, *embed], log, threads)
+    tables = {part: _embedded(run, stores / f"{part}.zarr", folder / "z.h5mu", log, threads) for part in parts}
     if sources() != before:
         raise BenchmarkError("the sources changed during the run, so nobody knows whose result it is", fix="run again")
-    _write_pair(z, split, folder / "z.npz")
     for name in KEPT:
         shutil.copy(run / name, folder)
     shutil.rmtree(run)
-    z.unlink()
-    return seconds
+    return tables, seconds
+
+
+def _embedded(run: Path, store: Path, out: Path, log: Path, threads: int) -> md.MuData:
+    command = [sys.executable, "launch/embed.py", "--run", run, "--store", store, "--out", out, "--per-modality"]
+    call(command, log, threads)
+    with quiet():
+        table = md.read(out)
+    out.unlink()
+    return table
+
+
+def z_of(table: md.MuData, cells: Sequence[str]) -> Embedded:
+    """z of cells that carry every modality, in the order of their barcodes: joint, and from each alone."""
+    tables = {JOINT: table} | dict(table.mod)
+    return {source: np.asarray(t.obsm["X_clue"])[t.obs_names.get_indexer(cells)] for source, t in tables.items()}
 
 
 def stores_of(split: Split, code: str, threads: int, work: Path) -> Path:
@@ -126,11 +154,11 @@ def stores_of(split: Split, code: str, threads: int, work: Path) -> Path:
     return once(work / "stores" / f"{set_name}-{fold}-{code[:12]}", make)
 
 
-def _write_pair(embedding: Path, split: Split, out: Path) -> None:
+def _write_pair(table: md.MuData, split: Split, out: Path) -> None:
     """The test cells' z of each modality alone as u1 and u2, (N, K x d) each, rows as in test.h5mu."""
     with quiet():
-        z, order = md.read(embedding), md.read(split.test)[split.mods[0]].obs_names
-    u1, u2 = (z[m][order].obsm["X_clue"] for m in split.mods)
+        z = z_of(table, md.read(split.test)[split.mods[0]].obs_names)
+    u1, u2 = (z[m] for m in split.mods)
     np.savez(out, u1=u1, u2=u2)
 
 

@@ -12,9 +12,9 @@ import torch
 from clue_dist.errors import DataError
 from tests.benchmarks.factors import common_space, methods
 from tests.benchmarks.factors.__main__ import scored
-from tests.benchmarks.factors.ours import JOINT
 from tests.benchmarks.factors.probes import r2
 from tests.benchmarks.factors.simulate import Assay, Design, mosaic, seen, simulate, write
+from tests.benchmarks.mosaic import JOINT
 
 DESIGN = Design((Assay("rna", 120, 600, 4), Assay("adt", 40, 600, 10)), cells=600, shared=2, private=1)
 

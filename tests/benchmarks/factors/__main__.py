@@ -21,10 +21,10 @@ from clue_dist.errors import run_main
 from tests.benchmarks import common, mosaic
 from tests.benchmarks.common import Bar, Result, Run
 from tests.benchmarks.factors import methods
-from tests.benchmarks.factors.ours import JOINT
 from tests.benchmarks.factors.probes import r2
 from tests.benchmarks.factors.simulate import Assay, Design, Simulation, simulate
 from tests.benchmarks.factors.simulate import mosaic as parts_of
+from tests.benchmarks.mosaic import JOINT
 from tests.distributed.command import ROOT
 
 RNA, ADT, ATAC = Assay("rna", 1000, 2000, 4), Assay("adt", 100, 2000, 10), Assay("atac", 2000, 1000, 10)

@@ -14,15 +14,16 @@ import torch
 
 from clue_dist.config import load
 from clue_dist.train.setup import resolve
+from tests.benchmarks import mosaic as mosaics
 from tests.benchmarks.common import once
-from tests.benchmarks.factors import common_space, ours
-from tests.benchmarks.factors.ours import JOINT
+from tests.benchmarks.factors import common_space
 from tests.benchmarks.factors.simulate import Simulation, mosaic, seen, write
 from tests.benchmarks.factors.views import components
-from tests.benchmarks.mosaic import Split
+from tests.benchmarks.mosaic import JOINT, Split
 from tests.distributed.command import ROOT
 
 COMPONENTS = 50
+QUIET = ("log.tensorboard=false", "log.wandb=disabled")
 Embedded = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
@@ -32,10 +33,12 @@ def by_ours(
     """name: of this simulation, among all that the work folder holds."""
     files = once(work / "splits" / name / f"seed{simulation.seed}", lambda folder: write(simulation, folder))
     split = Split(files, tuple(simulation.design.names))
-    tables, seconds = ours.embed(split, folder, simulation.seed, settings, threads, work)
+    tables, seconds = mosaics.embedded(
+        split, folder, simulation.seed, [*QUIET, *settings], threads, work, ("train", "test")
+    )
     parts = mosaic(simulation.design)
     train, test = (
-        ours.z_of(tables[file], simulation.barcodes[parts[part]])
+        mosaics.z_of(tables[file], simulation.barcodes[parts[part]])
         for file, part in (("train", "paired"), ("test", "test"))
     )
     return {source: (train[source], test[source]) for source in train}, seconds

@@ -22,9 +22,9 @@ import numpy as np
 from clue_dist.errors import run_main
 from tests.benchmarks import common, matching, mosaic
 from tests.benchmarks.common import Bar, Result, Run
-from tests.benchmarks.factors import ours, views
-from tests.benchmarks.factors.ours import JOINT
+from tests.benchmarks.factors import views
 from tests.benchmarks.labels import score
+from tests.benchmarks.mosaic import JOINT, Embedded
 from tests.benchmarks.split import FOLDS
 from tests.distributed.command import ROOT
 
@@ -41,8 +41,6 @@ accuracy: by 5-fold cross-validation among the test cells; from training: neighb
 iLISI: how batches mix, 0 to 1, where there are batches
 counts: PCA of log CP10k (rna), of CLR (adt), LSI of TF-IDF (atac), 50 components, side by side for joint
 reference: the authors' CLUE as tests.benchmarks.matching has run it; its joint z is the mean of its two"""
-
-Embedded = dict[str, np.ndarray]  # by source: (cells, dimensions)
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -67,7 +65,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 def runs_of(args: argparse.Namespace) -> list[Run]:
     """The reference's where it has been run, and quick looks aside."""
-    here = common.digest(Path(__file__).parent, Path(ours.__file__), Path(views.__file__))
+    here = common.digest(Path(__file__).parent, Path(views.__file__))
     code = {"ours": (mosaic.sources(), *args.set), "counts": (), "reference": ()}
     return [
         Run(f"labels-{method}", name, fold, 0, common.digest(here, mosaic.data_digest(name, args.data), *code[method]))
@@ -94,8 +92,8 @@ def do(run: Run, folder: Path, args: argparse.Namespace) -> Result:
     pairs = train[first].obs_names.intersection(train[second].obs_names)
     known: Embedded = {}
     if run.method == "labels-ours":
-        tables, _ = ours.embed(split, folder, run.seed, args.set, args.threads, args.work)
-        known, z = ours.z_of(tables["train"], pairs), ours.z_of(tables["test"], test[first].obs_names)
+        tables, _ = mosaic.embedded(split, folder, run.seed, args.set, args.threads, args.work, ("train", "test"))
+        known, z = mosaic.z_of(tables["train"], pairs), mosaic.z_of(tables["test"], test[first].obs_names)
     elif run.method == "labels-counts":
         known, z = counts(train, test, pairs)
     else:
