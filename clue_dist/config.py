@@ -67,7 +67,7 @@ class DiscriminatorConfig(_Strict):
 
 class ModelConfig(_Strict):
     latent: int = Field(64, ge=1)  # d, dimensions of each modality's z_k
-    posterior: Literal["poe", "mean"] = "poe"
+    posterior: Literal["gpoe", "poe", "mean"] = "gpoe"
     trunk: TrunkConfig = TrunkConfig()
     decoder: DecoderConfig = DecoderConfig()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()

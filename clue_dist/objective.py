@@ -18,15 +18,12 @@ from clue_dist.config import ObjectiveConfig
 from clue_dist.data.batch import Batch
 from clue_dist.model.clue import CLUE, Output
 from clue_dist.model.noise import Noise
-from clue_dist.model.posterior import kl_to_prior
+from clue_dist.model.posterior import information, kl_to_prior
 
 
 def elbo_self(out: Output, observed: Tensor, weight: Tensor, beta: float) -> Tensor:
     """Eq. 5 for each cell, (B,): sum over observed k of E ln p(x_k | z_k) - KL(q(z_k | x_k) || p). weight: (K,)."""
-    own = range(observed.shape[1])
-    mean = torch.stack([out.posterior.mean[:, k, k] for k in own], 1)  # (B, K, d)
-    log_var = torch.stack([out.posterior.log_var[:, k, k] for k in own], 1)
-    terms = out.ln_self - beta * kl_to_prior(mean, log_var)
+    terms = out.ln_self - beta * information(out.posterior.mean, out.posterior.log_var)
     return (terms * weight * observed).sum(1)
 
 

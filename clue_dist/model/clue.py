@@ -17,7 +17,7 @@ from clue_dist.model.encoders import Heads
 from clue_dist.model.layers import reverse_gradient
 from clue_dist.model.likelihoods import OF_KIND
 from clue_dist.model.noise import Noise
-from clue_dist.model.posterior import COMBINE, sample
+from clue_dist.model.posterior import combination, sample
 from clue_dist.model.trunk import NORMALISE, Trunk
 from clue_dist.store.manifest import Modality
 
@@ -80,7 +80,7 @@ class CLUE(nn.Module):
         width = max(trunk.width for trunk in trunks.values())
         self.members = config.trunk.members
         self.heads = Heads(k, self.members, width, config.latent, config.trunk.shared)
-        self.combine = COMBINE[config.posterior]
+        self.combine = combination(config.posterior, k)
         self.decoders = nn.ModuleDict(
             {m: Decoder(s.likelihood, s.n_features, n_batches, config.latent, config.decoder) for m, s in specs.items()}
         )

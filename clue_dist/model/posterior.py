@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch import distributed as dist
+
+Combine = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def product_of_experts(mean: Tensor, log_var: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
+def product_of_experts(
+    mean: Tensor, log_var: Tensor, observed: Tensor, log_weight: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Eq. 6: the normalised product of the observed sources' Gaussians, for every target.
 
-    mean, log_var: (B, K source, K target, d); observed: (B, K), at least one true in a row.
+    mean, log_var: (B, K source, K target, d); observed: (B, K), at least one true in a row; log_weight: (B, K), each
+    expert is raised to the power of its weight.
     Returns mean and log-variance, (B, K target, d): precisions add, means are weighted by precision.
     """
-    log_precision = (-log_var).masked_fill(~observed[:, :, None, None], -torch.inf)
+    log_precision = -log_var if log_weight is None else log_weight[:, :, None, None] - log_var
+    log_precision = log_precision.masked_fill(~observed[:, :, None, None], -torch.inf)
     total = torch.logsumexp(log_precision, dim=1)  # (B, K, d)
     weight = torch.exp(log_precision - total[:, None])
     return (weight * mean).sum(1), -total
@@ -26,12 +35,51 @@ def mean_of_experts(mean: Tensor, log_var: Tensor, observed: Tensor) -> tuple[Te
     return (mask * mean).sum(1) / n, variance.log()
 
 
-COMBINE = {"poe": product_of_experts, "mean": mean_of_experts}
+class GeneralisedProduct(nn.Module):
+    """Experts weighted by how much they know (Cao and Fleet, 2014): alpha_k, with sum 1 over the observed sources.
+
+    alpha_k goes with the nats that modality k tells of its own z_k, E KL(q(z_k | x_k) || p) over training cells. So 13
+    proteins do not count as much as a transcriptome, and a cell with two modalities is not surer than its experts.
+    """
+
+    DECAY = 0.9  # coarse enough for a bfloat16 buffer to move
+
+    def __init__(self, n_modalities: int) -> None:
+        super().__init__()
+        self.register_buffer("nats", torch.ones(n_modalities))
+        self.nats: Tensor
+
+    def forward(self, mean: Tensor, log_var: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
+        """As `product_of_experts`; in training it learns from this batch first."""
+        if self.training:
+            self._learn(mean.detach(), log_var.detach(), observed)
+        share = self.nats.float().clamp_min(1e-3) * observed
+        return product_of_experts(mean, log_var, observed, (share / share.sum(1, keepdim=True)).log())
+
+    def _learn(self, mean: Tensor, log_var: Tensor, observed: Tensor) -> None:
+        sums = torch.stack([(information(mean, log_var) * observed).sum(0), observed.float().sum(0)])  # (2, K)
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        told, cells = sums
+        recent = torch.where(cells > 0, told / cells.clamp_min(1), self.nats.float())
+        self.nats.lerp_(recent.to(self.nats.dtype), 1 - self.DECAY)
+
+
+def combination(name: str, n_modalities: int) -> Combine:
+    """How `model.posterior` combines experts."""
+    known: dict[str, Combine] = {"poe": product_of_experts, "mean": mean_of_experts}
+    return known[name] if name in known else GeneralisedProduct(n_modalities)
 
 
 def kl_to_prior(mean: Tensor, log_var: Tensor) -> Tensor:
     """KL(N(mean, exp log_var) || N(0, 1)) summed over the last axis, in nats."""
     return 0.5 * (mean**2 + log_var.exp() - 1 - log_var).sum(-1)
+
+
+def information(mean: Tensor, log_var: Tensor) -> Tensor:
+    """Nats that each modality tells of its own latent, KL(q(z_k | x_k) || p), (B, K). mean, log_var: (B, K, K, d)."""
+    own = (torch.diagonal(x, dim1=1, dim2=2).transpose(1, 2) for x in (mean, log_var))  # (B, K, d)
+    return kl_to_prior(*own)
 
 
 def sample(mean: Tensor, log_var: Tensor, noise: Tensor) -> Tensor:

@@ -9,19 +9,36 @@ scored like there. Runs that have been done are kept: typed again, it goes on.
 from __future__ import annotations
 
 import argparse
+import math
 import re
+import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import mudata as md
+import numpy as np
+import scipy.sparse as sp
 
+from clue_dist import matching as matching_scores
 from clue_dist.errors import run_main
 from clue_dist.matching import METRICS
 from tests.benchmarks import common, matching, mosaic
 from tests.benchmarks.common import BenchmarkError, Result, Run
-from tests.benchmarks.split import FOLDS
+from tests.benchmarks.split import FOLDS, paired
 from tests.distributed.command import ROOT
+
+
+@dataclass(frozen=True)
+class Cells:
+    """A split, and the data set it was cut from."""
+
+    mods: tuple[str, str]
+    train: md.MuData
+    test: md.MuData
+    whole: md.MuData
+
 
 # The paper's losses alone, each ELBO a mean per feature as in the reference, where weights of one are of its order.
 PAPER = ("objective.lambda_contrastive=0", "objective.per_feature=true", "objective.lambda_self=1")
@@ -63,12 +80,28 @@ BEYOND = {
     "random projection, trained": ("model.trunk.projection_init=random", "model.trunk.projection_lr=1"),
 }
 TRANSDUCTIVE = "test cells too, unpaired"
-ROWS: dict[str, tuple[str, ...]] = TABLE_5 | BEYOND | {TRANSDUCTIVE: ()}
+OTHER_CELLS: dict[str, Callable[[Cells], md.MuData]] = {
+    TRANSDUCTIVE: lambda cells: with_test_cells(cells),
+    "no unpaired cells": lambda cells: of_pairs(cells, halved=False, unpaired=False),
+    "half the pairs": lambda cells: of_pairs(cells, halved=True, unpaired=True),
+    "half the pairs, no unpaired cells": lambda cells: of_pairs(cells, halved=True, unpaired=False),
+    "every partner known": lambda cells: all_paired(cells),
+}
+COUNTED_ANEW = "proteins, counted anew"
+ROWS: dict[str, tuple[str, ...]] = TABLE_5 | BEYOND | dict.fromkeys([*OTHER_CELLS, COUNTED_ANEW], ())
+
+# Rows with ever twice as many pairs, and what they lead to.
+DOUBLINGS = ("half the pairs, no unpaired cells", "no unpaired cells", "every partner known")
+EXTRAPOLATED = "ever more pairs, extrapolated"
 
 FOOTNOTES = """\
 mean ± standard deviation over folds; one seed; scores over all test cells of a fold
 paper: the named terms of eq. 15 at weight 1, ELBOs per feature, no contrastive term; the trunks are those of atlas.json
-test cells too, unpaired: each modality of the test cells joins the training set as if no partner were known"""
+test cells too, unpaired: each modality of the test cells joins the training set as if no partner were known
+no unpaired cells: half of the training cells are left; every partner known: all of them are pairs
+ever more pairs: the limit of 20, 40 and 80% of the cells as pairs, if every doubling gains as the last two did
+proteins, counted anew: no training; each test cell's protein counts against a Poisson draw around them, as from a
+matcher that knows every true level: counting noise alone allows no more"""
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -94,6 +127,7 @@ def runs_of(args: argparse.Namespace) -> list[Run]:
         for row in args.rows
         for fold in args.folds
         for name in args.sets
+        if row != COUNTED_ANEW or mosaic.SETS[name][1] == "adt"
     ]
 
 
@@ -111,8 +145,12 @@ def do(run: Run, folder: Path, args: argparse.Namespace) -> Result:
     """One row on one split: its scores and the seconds of its training."""
     row = next(row for row in ROWS if method_of(row) == run.method)
     split = mosaic.split_of(run.data_set, run.fold, args.data, args.work)
-    if row == TRANSDUCTIVE:
-        split = with_test_cells(split)
+    if row == COUNTED_ANEW:
+        with mosaic.quiet():
+            proteins = md.read(split.test)[split.mods[1]].X
+        return {"row": row, "fit_s": 0.0, "threads": args.threads, "scores": counted_anew(proteins, run.fold)}
+    if row in OTHER_CELLS:
+        split = changed(split, row, args.data)
     settings = (*ROWS[row], *matching.overrides_of(args.quick))
     fit_s = mosaic.ours(split, folder, run.seed, settings, args.threads, args.work)
     if digest_of(row, run.data_set, args) != run.digest:
@@ -120,22 +158,61 @@ def do(run: Run, folder: Path, args: argparse.Namespace) -> Result:
     return {"row": row, "fit_s": fit_s, "threads": args.threads, "scores": mosaic.scored(folder / "z.npz", split)[0]}
 
 
-def with_test_cells(split: mosaic.Split) -> mosaic.Split:
-    """The same split with each modality of its test cells among the training cells, under barcodes of their own."""
+def changed(split: mosaic.Split, row: str, data: Path) -> mosaic.Split:
+    """The same test cells, with the training cells of a row of OTHER_CELLS."""
 
     def make(folder: Path) -> None:
         with mosaic.quiet():
-            train, test = md.read(split.train), md.read(split.test)
-            parts = {}
-            for m in split.mods:
-                unpaired = test[m].copy()
-                unpaired.obs_names = [f"{barcode}_{m}" for barcode in unpaired.obs_names]
-                parts[m] = mosaic.joined(train[m], unpaired)
-            md.MuData(parts).write(folder / "train.h5mu")
-            test.write(folder / "test.h5mu")
+            cells = Cells(split.mods, *(md.read(p) for p in (split.train, split.test, mosaic.source_of(name, data))))
+            OTHER_CELLS[row](cells).write(folder / "train.h5mu")
+            cells.test.write(folder / "test.h5mu")
 
-    folder = split.folder.parent / f"{split.folder.name}-transductive"
+    name = split.folder.parent.name.rpartition("-")[0]
+    folder = split.folder.parent / f"{split.folder.name}-{method_of(row)}"
     return mosaic.Split(common.once(folder, make), split.mods)
+
+
+def with_test_cells(cells: Cells) -> md.MuData:
+    """Each modality of the test cells among the training cells, under barcodes of their own."""
+    parts = {}
+    for m in cells.mods:
+        unpaired = cells.test[m].copy()
+        unpaired.obs_names = [f"{barcode}_{m}" for barcode in unpaired.obs_names]
+        parts[m] = mosaic.joined(cells.train[m], unpaired)
+    return md.MuData(parts)
+
+
+def of_pairs(cells: Cells, halved: bool, unpaired: bool) -> md.MuData:
+    """All of the pairs or every other one, with the unpaired cells or without."""
+    first, second = (cells.train[m].obs_names for m in cells.mods)
+    pairs = first.intersection(second).sort_values()
+    dropped = pairs[1::2] if halved else pairs[:0]
+    tables = {m: cells.train[m] for m in cells.mods}
+    keep = {m: ~t.obs_names.isin(dropped) & (unpaired | t.obs_names.isin(pairs)) for m, t in tables.items()}
+    return md.MuData({m: t[keep[m]].copy() for m, t in tables.items()})
+
+
+def all_paired(cells: Cells) -> md.MuData:
+    """Every training cell with both of its modalities."""
+    tables = dict(zip(cells.mods, paired(cells.whole, cells.mods), strict=True))
+    keep = ~tables[cells.mods[0]].obs_names.isin(cells.test[cells.mods[0]].obs_names)
+    return md.MuData({m: t[keep].copy() for m, t in tables.items()})
+
+
+def counted_anew(counts: sp.csr_matrix, seed: int) -> matching_scores.Scores:
+    """How well counts (cells, features) find a Poisson draw with themselves as rates, by Euclidean distance of square
+    roots, on which scale every count has the same noise."""
+    rates = counts.toarray().astype(float)
+    roots = [np.sqrt(x + 3 / 8) for x in (rates, np.random.default_rng(seed).poisson(rates))]
+    far = np.full((len(rates), 1), 1e3 * np.abs(roots[0]).max())  # seen from there, cosines are distances
+    return matching_scores.scores(*(np.hstack([x, far]) for x in roots), np.zeros(len(rates)))
+
+
+def limit(values: Sequence[float]) -> float:
+    """Where three values lead whose differences shrink by the same factor each time; NaN if they do not shrink."""
+    first, second, third = values
+    ratio = (third - second) / (second - first)
+    return third + (third - second) * ratio / (1 - ratio) if 0 <= ratio < 1 else math.nan
 
 
 def table(records: Sequence[Result]) -> str:
@@ -145,9 +222,18 @@ def table(records: Sequence[Result]) -> str:
         groups[record["data_set"], record["row"]].append(record)
     rows = [["set", "row", "folds", "FOSCTTM", "match", "recall10", "fit s"]]
     for (name, row), group in groups.items():
-        scores = [common.spread([r["scores"]["global"][m] for r in group], matching.DIGITS[m]) for m in METRICS]
+        scores = [common.spread([score(r, m) for r in group], matching.DIGITS[m]) for m in METRICS]
         rows.append([name, row, str(len(group)), *scores, common.spread([r["fit_s"] for r in group], 0)])
+    for name in dict.fromkeys(name for name, _ in groups):
+        if all((name, row) in groups for row in DOUBLINGS):
+            steps = [[statistics.fmean(score(r, m) for r in groups[name, row]) for row in DOUBLINGS] for m in METRICS]
+            limits = [f"{limit(step):.{matching.DIGITS[m]}f}" for m, step in zip(METRICS, steps, strict=True)]
+            rows.append([name, EXTRAPOLATED, "", *limits, ""])
     return common.aligned(rows)
+
+
+def score(record: Result, metric: str) -> float:
+    return record["scores"]["global"][metric]
 
 
 def main() -> None:

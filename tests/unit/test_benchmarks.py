@@ -252,23 +252,74 @@ def test_every_row_of_the_ablation_is_a_valid_recipe_of_its_own() -> None:
         recipes[row] = configs.load(ROOT / "configs" / "atlas.json", list(settings)).model_dump_json()
     assert len({ablation.method_of(row) for row in ablation.ROWS}) == len(ablation.ROWS)
     alike = {row for row in recipes if recipes[row] == recipes["atlas.json"]}
-    assert alike == {"atlas.json", ablation.TRANSDUCTIVE}
-    assert len(set(recipes.values())) == len(recipes) - 1
+    assert alike == {"atlas.json", *ablation.OTHER_CELLS, ablation.COUNTED_ANEW}
+    assert len(set(recipes.values())) == len(recipes) - len(alike) + 1
+    assert set(ablation.DOUBLINGS) <= set(ablation.OTHER_CELLS)
     assert len(ablation.TABLE_5) == 8
 
 
-def test_test_cells_join_the_training_cells_without_their_partners(tmp_path: Path) -> None:
-    train, test = cut(paired_cells(), MODS, 0)
-    folder = tmp_path / "fold0"
-    folder.mkdir()
-    train.write(folder / "train.h5mu")
-    test.write(folder / "test.h5mu")
-    split = ablation.with_test_cells(mosaic.Split(folder, MODS))
-    with mosaic.quiet():
-        joined = md.read(split.train)
+@pytest.fixture(scope="module")
+def cells() -> ablation.Cells:
+    whole = paired_cells()
+    return ablation.Cells(MODS, *cut(whole, MODS, 0), whole)
+
+
+def partners(table: md.MuData) -> set[str]:
+    return set(table["rna"].obs_names) & set(table["adt"].obs_names)
+
+
+def test_test_cells_join_the_training_cells_without_their_partners(cells: ablation.Cells) -> None:
+    joined = ablation.with_test_cells(cells)
     for m in MODS:
-        assert joined[m].n_obs == train[m].n_obs + test[m].n_obs
-        tail = joined[m][train[m].n_obs :]
-        np.testing.assert_array_equal(tail.X.toarray(), test[m].X.toarray())
-    rna, adt = (set(joined[m].obs_names) for m in MODS)
-    assert rna & adt == set(train["rna"].obs_names) & set(train["adt"].obs_names)  # no pair is added
+        assert joined[m].n_obs == cells.train[m].n_obs + cells.test[m].n_obs
+        tail = joined[m][cells.train[m].n_obs :]
+        np.testing.assert_array_equal(tail.X.toarray(), cells.test[m].X.toarray())
+    assert partners(joined) == partners(cells.train)
+
+
+@pytest.mark.parametrize("halved", [False, True])
+@pytest.mark.parametrize("unpaired", [False, True])
+def test_the_ablation_takes_pairs_or_unpaired_cells_away(cells: ablation.Cells, halved: bool, unpaired: bool) -> None:
+    pairs, fewer = partners(cells.train), ablation.of_pairs(cells, halved, unpaired)
+    assert len(partners(fewer)) == (-(-len(pairs) // 2) if halved else len(pairs))
+    assert partners(fewer) <= pairs
+    for m in MODS:
+        assert fewer[m].n_obs - len(partners(fewer)) == (cells.train[m].n_obs - len(pairs)) * unpaired
+        np.testing.assert_array_equal(fewer[m].X.toarray(), cells.train[m][fewer[m].obs_names].X.toarray())
+
+
+def test_the_ablation_reveals_partners_of_training_cells_alone(cells: ablation.Cells) -> None:
+    full = ablation.all_paired(cells)
+    known = set(cells.train["rna"].obs_names) | set(cells.train["adt"].obs_names)
+    assert set(full["rna"].obs_names) == partners(full) == known
+    assert not known & set(cells.test["rna"].obs_names)
+    for m in MODS:
+        assert list(full[m].var_names) == list(cells.test[m].var_names)
+
+
+def test_other_training_cells_are_kept_beside_their_split(tmp_path: Path, cells: ablation.Cells) -> None:
+    folder = tmp_path / "splits" / "cbmc_cite-abc" / "fold0"
+    folder.mkdir(parents=True)
+    for part in ("train", "test"):
+        getattr(cells, part).write(folder / f"{part}.h5mu")
+    cells.whole.write(tmp_path / "cbmc_cite.h5mu")
+    split = ablation.changed(mosaic.Split(folder, MODS), "no unpaired cells", tmp_path)
+    assert split.folder.parent == folder.parent != split.folder
+    with mosaic.quiet():
+        assert partners(md.read(split.train)) == partners(cells.train) == set(md.read(split.train)["rna"].obs_names)
+
+
+def test_counting_noise_is_what_hides_a_cell_from_its_own_recount() -> None:
+    rng = np.random.default_rng(0)
+    scores = {}
+    for depth in (1, 300):
+        counts = sp.csr_matrix(rng.poisson(depth * rng.gamma(2, 0.5, (200, 13))))
+        scores[depth] = ablation.counted_anew(counts, seed=0)["global"]
+    assert scores[300]["foscttm"] < 1e-4 < scores[1]["foscttm"] < 0.2
+    assert scores[300]["match"] > 0.95 > scores[1]["match"]
+
+
+def test_the_limit_of_a_geometric_approach_is_exact_and_of_none_unknown() -> None:
+    assert ablation.limit([8.0, 4.0, 2.0]) == pytest.approx(0)
+    assert ablation.limit([0.1, 0.15, 0.17]) == pytest.approx(0.17 + 0.02 * 0.4 / 0.6)
+    assert np.isnan(ablation.limit([0.1, 0.15, 0.21]))

@@ -14,7 +14,7 @@ from clue_dist.model.clue import CLUE, ModalitySpec, Output, Posterior
 from clue_dist.model.encoders import Heads
 from clue_dist.model.layers import reverse_gradient
 from clue_dist.model.noise import Noise
-from clue_dist.model.posterior import kl_to_prior, mean_of_experts, product_of_experts
+from clue_dist.model.posterior import GeneralisedProduct, kl_to_prior, mean_of_experts, product_of_experts
 from clue_dist.objective import Objective, discriminator_ln, elbo_cross, elbo_self, info_nce, mse
 
 B, K, D = 12, 3, 4
@@ -57,6 +57,38 @@ def test_product_of_experts_is_eq_6() -> None:
             )
             np.testing.assert_allclose(got_log_var[c, j], -np.log(precision), rtol=1e-4, atol=1e-5)
             np.testing.assert_allclose(got_mean[c, j], weighted / precision, rtol=1e-4, atol=1e-5)
+
+
+def test_the_generalised_product_weighs_experts_by_their_nats() -> None:
+    combine = GeneralisedProduct(K).eval()
+    combine.nats.copy_(torch.tensor([6.0, 3.0, 1.0]))
+    mean, log_var = draw(B, K, K, D), 3 * draw(B, K, K, D, seed=1)
+    got_mean, got_log_var = combine(mean, log_var, OBSERVED)
+    for c in range(B):
+        seen = [k for k in range(K) if OBSERVED[c, k]]
+        share = {k: combine.nats[k].item() / sum(combine.nats[s].item() for s in seen) for k in seen}
+        for j in range(K):
+            of = {k: share[k] * np.exp(-log_var[c, k, j].double().numpy()) for k in seen}
+            precision = sum(of.values())
+            weighted = sum(of[k] * mean[c, k, j].double().numpy() for k in seen)
+            np.testing.assert_allclose(got_log_var[c, j], -np.log(precision), rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(got_mean[c, j], weighted / precision, rtol=1e-4, atol=1e-5)
+
+
+def test_the_generalised_product_learns_nats_in_training_alone() -> None:
+    combine = GeneralisedProduct(K)
+    mean, log_var, observed = draw(B, K, K, D), draw(B, K, K, D, seed=1), OBSERVED.clone()
+    observed[:, 2] = False  # the third modality tells nothing of itself in this batch
+    observed[:, 0] = True
+    combine.eval()(mean, log_var, observed)
+    assert combine.nats.tolist() == [1, 1, 1]
+    for _ in range(200):
+        combine.train()(mean, log_var, observed)
+    for k in range(2):
+        rows = [c for c in range(B) if observed[c, k]]
+        want = np.mean([kl64(mean[c, k, k].double().numpy(), log_var[c, k, k].double().numpy()) for c in rows])
+        assert combine.nats[k].item() == pytest.approx(want, rel=1e-4)
+    assert combine.nats[2].item() == 1
 
 
 def test_mean_of_experts_has_the_moments_of_the_averaged_samples() -> None:
