@@ -22,8 +22,10 @@ import numpy as np
 import scipy.sparse as sp
 
 from clue_dist import matching as matching_scores
+from clue_dist.config import ModelConfig, load
 from clue_dist.errors import run_main
 from clue_dist.matching import METRICS
+from clue_dist.model.clue import CLUE, ModalitySpec
 from tests.benchmarks import common, matching, mosaic
 from tests.benchmarks.common import BenchmarkError, Result, Run
 from tests.benchmarks.split import FOLDS, paired
@@ -93,6 +95,7 @@ ROWS: dict[str, tuple[str, ...]] = TABLE_5 | BEYOND | dict.fromkeys([*OTHER_CELL
 # Rows with ever twice as many pairs, and what they lead to.
 DOUBLINGS = ("half the pairs, no unpaired cells", "no unpaired cells", "every partner known")
 EXTRAPOLATED = "ever more pairs, extrapolated"
+COUNTS_OF_MODALITIES = (2, 3, 4, 8)
 
 FOOTNOTES = """\
 mean ± standard deviation over folds; one seed; scores over all test cells of a fold
@@ -229,7 +232,25 @@ def table(records: Sequence[Result]) -> str:
             steps = [[statistics.fmean(score(r, m) for r in groups[name, row]) for row in DOUBLINGS] for m in METRICS]
             limits = [f"{limit(step):.{matching.DIGITS[m]}f}" for m, step in zip(METRICS, steps, strict=True)]
             rows.append([name, EXTRAPOLATED, "", *limits, ""])
+    return f"{common.aligned(rows)}\n\n{parameters()}"
+
+
+def parameters() -> str:
+    """Millions of parameters of the encoders of atlas.json, projections aside, as modalities become more."""
+    rows = [["million parameters of the encoders", *(f"K = {k}" for k in COUNTS_OF_MODALITIES)]]
+    for name, shared in (("one trunk a modality", True), ("separate encoders", False)):
+        model = load(ROOT / "configs/atlas.json", [f"model.trunk.shared={str(shared).lower()}"]).model
+        counts = [encoder_parameters(k, model) for k in COUNTS_OF_MODALITIES]
+        rows.append([name, *(f"{n / 1e6:.2f}" for n in counts)])
     return common.aligned(rows)
+
+
+def encoder_parameters(k: int, model: ModelConfig) -> int:
+    """Of the trunks behind their projections, and of the heads."""
+    spec = ModalitySpec(n_features=model.trunk.projection, normalise="log", likelihood="nb", features_per_step=None)
+    clue = CLUE({f"m{i}": spec for i in range(k)}, 1, model)
+    parts = [clue.heads, *(clue.trunk(name).ensemble for name in clue.names)]
+    return sum(p.numel() for part in parts for p in part.parameters())
 
 
 def score(record: Result, metric: str) -> float:

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clue_dist import config as configs
+from clue_dist.config import ModelConfig, TrunkConfig
 from clue_dist.errors import ClueError, DataError
 from tests.benchmarks import ablation, common, matching, mosaic
 from tests.benchmarks.common import Bar, BenchmarkError, Run
@@ -323,3 +324,13 @@ def test_the_limit_of_a_geometric_approach_is_exact_and_of_none_unknown() -> Non
     assert ablation.limit([8.0, 4.0, 2.0]) == pytest.approx(0)
     assert ablation.limit([0.1, 0.15, 0.17]) == pytest.approx(0.17 + 0.02 * 0.4 / 0.6)
     assert np.isnan(ablation.limit([0.1, 0.15, 0.21]))
+
+
+def test_separate_encoders_grow_faster_than_shared_trunks() -> None:
+    shared, separate = (
+        [ablation.encoder_parameters(k, ModelConfig(trunk=TrunkConfig(shared=s))) for k in (2, 4)]
+        for s in (True, False)
+    )
+    assert separate[1] / separate[0] > 3.9  # K^2 networks
+    assert shared[1] / shared[0] < 3
+    assert shared[0] < separate[0]

@@ -35,7 +35,7 @@ QUICK_CELLS, QUICK_SETTINGS = 1500, ("train.epochs=12", "model.trunk.hidden=64")
 FOOTNOTES = """\
 R² on test cells, mean of the factors (and seeds), by ridge probes on z of the paired training cells
 z from: everything, or one modality alone; private: factors of that modality, or of every modality for everything
-common space: a VAE with one z for all modalities (common_space.py), of the same size, widths, batches and steps
+common space: a VAE with one z for all modalities (common_space.py), of the same size, batches and steps
 counts: components of the normalised counts, 50 of each modality: what there is to be read"""
 
 # z from everything or from one modality alone; shared or private factors; ours minus the common space.

@@ -2,7 +2,8 @@
 
 Cobolt's ELBOs (the product of experts over what is observed, and each modality by itself) with MultiVI's penalty on
 paired cells, the symmetric KL between what their modalities infer. As many latent numbers as ours has in its full z;
-inputs, widths, dropout, likelihoods, optimizer, learning rate, batches and steps are those of our run.
+inputs, dropout, likelihoods, optimizer, learning rate, batches and steps are those of our run. One network has as many
+weights between hidden layers as our ensemble of narrower ones together.
 """
 
 from __future__ import annotations
@@ -45,12 +46,13 @@ class CommonSpace(nn.Module):
     def __init__(self, views: list[Views], latent: int, config: Config) -> None:
         super().__init__()
         trunk, decoder = config.model.trunk, config.model.decoder
+        width_of_trunk = round(trunk.hidden * trunk.members**0.5)
         self.latent, self.kinds = latent, [v.kind for v in views]
         self.encoders, self.decoders, self.theta = nn.ModuleList(), nn.ModuleList(), nn.ParameterList()
         for view in views:
             width, features = view.inputs.shape[1], view.counts.shape[1]
-            hidden = mlp(width, trunk.hidden, trunk.depth, trunk.dropout)
-            self.encoders.append(nn.Sequential(nn.LayerNorm(width), *hidden, nn.Linear(trunk.hidden, 2 * latent)))
+            hidden = mlp(width, width_of_trunk, trunk.depth, trunk.dropout)
+            self.encoders.append(nn.Sequential(nn.LayerNorm(width), *hidden, nn.Linear(width_of_trunk, 2 * latent)))
             hidden = mlp(latent, decoder.hidden, decoder.depth, decoder.dropout)
             self.decoders.append(nn.Sequential(*hidden, nn.Linear(decoder.hidden, features)))
             self.theta.append(nn.Parameter(torch.zeros(features)))
