@@ -96,6 +96,13 @@ class ObjectiveConfig(_Strict):
     contrastive_mixup: bool = True  # contrast random convex combinations of pairs instead of the pairs
     contrastive_within_batch: bool = False  # negatives come from the pair's own biological batch
 
+    @model_validator(mode="after")
+    def _some(self) -> ObjectiveConfig:
+        wanted = [f"lambda_{name}" for name in ("self", "cross", "mse", "d", "contrastive")]
+        if not any(getattr(self, name) for name in wanted):
+            raise ValueError(f"nothing to train: all of {', '.join(wanted)} are 0")
+        return self
+
 
 class DataConfig(_Strict):
     batch_size: Positive | Auto = "auto"  # cells of one optimizer step, over all ranks

@@ -7,7 +7,7 @@ the gradient of the global batch's mean.
 from __future__ import annotations
 
 from itertools import combinations
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -125,25 +125,33 @@ class Objective(nn.Module):
         if noise is None:  # every call goes through the engine, so that ZeRO-3 gathers what is needed
             return self.model.embed(batch)
         c, observed = self.config, batch.observed
-        mixup = c.contrastive_mixup and c.lambda_contrastive > 0
-        out = self.model(batch, noise, c.lambda_self > 0, c.lambda_cross > 0, mixup)
+        out = self.model(
+            batch, noise, decode_self=c.lambda_self > 0, decode_cross=c.lambda_cross > 0, mixup=self._mixup()
+        )
         weight = torch.tensor(self.weights, device=observed.device)
         z = out.z.flatten(2)  # (B, K source, K * d)
         terms = {
-            "self": -elbo_self(out, observed, weight, beta * c.lambda_kl).mean(),
-            "cross": -elbo_cross(out, observed, weight, beta * c.lambda_kl).mean(),
             "mse": mse(z, observed, cosine=c.alignment == "cosine"),
             # The discriminator maximises L_D; the reversed gradient makes the encoders minimise it.
             "d": discriminator_ln(out.logits, observed),
         }
+        if c.lambda_self:
+            terms["self"] = -elbo_self(out, observed, weight, beta * c.lambda_kl).mean()
+        if c.lambda_cross:
+            terms["cross"] = -elbo_cross(out, observed, weight, beta * c.lambda_kl).mean()
         if c.lambda_contrastive:
             within = c.contrastive_within_batch
             terms["contrastive"] = info_nce(out.contrast, observed, batch.batch_code, out.log_scale, within)
         loss = (
-            c.lambda_self * terms["self"]
-            + c.lambda_cross * terms["cross"]
+            c.lambda_self * terms.get("self", 0.0)
+            + c.lambda_cross * terms.get("cross", 0.0)
             + c.lambda_mse * terms["mse"]
             - c.lambda_d * terms["d"]
             + c.lambda_contrastive * terms.get("contrastive", 0.0)
         )
         return loss, {name: term.detach() for name, term in terms.items()}
+
+    def _mixup(self) -> Literal["none", "any", "within_batch"]:
+        if not (self.config.contrastive_mixup and self.config.lambda_contrastive):
+            return "none"
+        return "within_batch" if self.config.contrastive_within_batch else "any"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from clue_dist.model.encoders import Heads
 from clue_dist.model.layers import reverse_gradient
 from clue_dist.model.likelihoods import OF_KIND
 from clue_dist.model.noise import Noise
-from clue_dist.model.posterior import combination, sample
+from clue_dist.model.posterior import combination, own, sample
 from clue_dist.model.trunk import NORMALISE, Trunk
 from clue_dist.store.manifest import Modality
 
@@ -34,7 +34,7 @@ class ModalitySpec:
 
 class Posterior(NamedTuple):
     """Gaussians over the full z. mean, log_var: (B, K source, K target, d) of the experts q(z_j | x_k); joint_mean,
-    joint_log_var: (B, K target, d) of q(z | everything observed), eq. 6."""
+    joint_log_var: (B, K target, d) of q(z | everything observed), as `model.posterior` combines them."""
 
     mean: Tensor
     log_var: Tensor
@@ -77,9 +77,8 @@ class CLUE(nn.Module):
         k = len(specs)
         trunks = {m: Trunk(s.n_features, s.normalise, k, config.trunk) for m, s in specs.items()}
         self.trunks = nn.ModuleDict(trunks)
-        width = max(trunk.width for trunk in trunks.values())
         self.members = config.trunk.members
-        self.heads = Heads(k, self.members, width, config.latent, config.trunk.shared)
+        self.heads = Heads(k, self.members, config.trunk.hidden, config.latent, config.trunk.shared)
         self.combine = combination(config.posterior, k)
         self.decoders = nn.ModuleDict(
             {m: Decoder(s.likelihood, s.n_features, n_batches, config.latent, config.decoder) for m, s in specs.items()}
@@ -99,20 +98,25 @@ class CLUE(nn.Module):
         return self._posterior(batch, self._components(batch), noise)
 
     def forward(
-        self, batch: Batch, noise: Noise, decode_self: bool = True, decode_cross: bool = True, mixup: bool = False
+        self,
+        batch: Batch,
+        noise: Noise,
+        decode_self: bool = True,
+        decode_cross: bool = True,
+        mixup: Literal["none", "any", "within_batch"] = "none",
     ) -> Output:
         """Encode, sample, decode twice, discriminate. See `Output`; what is not decoded has ln p = 0.
 
-        mixup: the contrast is between mixtures of paired cells, not between the cells of the batch.
+        mixup: the contrast is between mixtures of paired cells, "any" or of the same biological batch, instead of the
+        cells themselves.
         """
         components = self._components(batch)
         posterior = self._posterior(batch, components, noise)
-        contrast = self._mixed(batch, components, noise) if mixup else posterior.mean
+        contrast = posterior.mean if mixup == "none" else self._mixed(batch, components, noise, mixup == "within_batch")
         z = sample(posterior.mean, posterior.log_var, noise.normal(*posterior.mean.shape[1:]))
         joint = sample(posterior.joint_mean, posterior.joint_log_var, noise.normal(*posterior.joint_mean.shape[1:]))
-        own = torch.stack([z[:, k, k] for k in range(len(self.names))], 1)  # (B, K, d)
         nothing = z.new_zeros(batch.n_cells, len(self.names))
-        decoded = iter(self._decode(batch, [own] * decode_self + [joint] * decode_cross, noise))
+        decoded = iter(self._decode(batch, [own(z)] * decode_self + [joint] * decode_cross, noise))
         ln_self, ln_cross = (next(decoded) if wanted else nothing for wanted in (decode_self, decode_cross))
         logits = self.discriminator(reverse_gradient(z.flatten(2)), noise)
         return Output(posterior, z, ln_self, ln_cross, logits, self._by_member(contrast), self.scale())
@@ -134,19 +138,22 @@ class CLUE(nn.Module):
         mean, log_var = self._experts(batch, components, rows, noise)
         return Posterior(mean, log_var, *self.combine(mean, log_var, batch.observed))
 
-    def _mixed(self, batch: Batch, components: dict[str, Tensor], noise: Noise) -> Tensor:
+    def _mixed(self, batch: Batch, components: dict[str, Tensor], noise: Noise, within_batch: bool) -> Tensor:
         """Means of the experts for mixtures of paired cells (Zhang et al., mixup, 2018): (B, K source, K target, d).
 
-        Each paired cell is mixed with another of its stratum, by the same share in all of its modalities: a new true
-        pair. Rows of other cells hold values nobody may use.
+        Each paired cell is mixed with another of its stratum and lane, by the same share in all of its modalities: a
+        new true pair. Alone there, or beside a cell of another biological batch if `within_batch`, it stays as it is.
+        Rows of unpaired cells hold values nobody may use.
         """
-        partner, own = noise.mixing()
+        partner, share = noise.mixing()
+        if within_batch:
+            share = share.masked_fill((batch.batch_code != batch.batch_code[partner])[:, None], 1.0)
         mixed, rows = {}, {}
         for m, observed in batch.modalities.items():
             x, rows[m] = components[m], observed.rows[observed.paired]
             place = partner.new_zeros(batch.n_cells).index_copy(0, observed.rows, torch.arange(len(x), device=x.device))
-            share, other = own[rows[m]].to(x.dtype), x[place[partner[rows[m]]]]
-            mixed[m] = share * x[observed.paired] + (1 - share) * other
+            own_share, other = share[rows[m]].to(x.dtype), x[place[partner[rows[m]]]]
+            mixed[m] = own_share * x[observed.paired] + (1 - own_share) * other
         mean, _ = self._experts(batch, mixed, rows, noise)
         return mean
 

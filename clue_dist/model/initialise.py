@@ -19,6 +19,7 @@ from clue_dist.store.reader import Store
 
 MAX_CELLS = 20_000  # of each modality
 MIN_SIZE_SCALE = 0.05  # a size that hardly varies (a small panel is always detected) must not be blown up
+CONSTANT, MIN_RELATIVE_SCALE = 2e-6, 0.01  # standard deviations: of rounding; of a feature next to the median's
 MAX_NONZEROS = 40_000_000  # bounds memory and time where profiles are long
 
 
@@ -66,7 +67,7 @@ def sample(store: Store, n_train: dict[str, int], modality: str) -> sp.csr_matri
 
 
 def _normalised(counts: sp.csr_matrix | np.ndarray, trunk: Trunk) -> sp.csr_matrix | np.ndarray:
-    got = normalise(_counts(counts), trunk.how, trunk.idf.float())
+    got = normalise(_counts(counts), trunk.how, trunk.idf)
     if isinstance(got, Tensor):
         return got.double().numpy()
     arrays = (got.values.double().numpy(), got.indices.numpy(), got.indptr.numpy())
@@ -102,7 +103,7 @@ def _set_projection(
     components = projection.weight.shape[1]
     right, singular = leading_svd(x, mean, scale, components, seed)
     # The components' mean square is one, as that of a cell's size; they keep their proportions to each other.
-    right = right * (x.shape[0] * np.count_nonzero(singular) / np.square(singular).sum()) ** 0.5
+    right = right * (x.shape[0] * np.count_nonzero(singular) / max(np.square(singular).sum(), 1e-12)) ** 0.5
     weight = right / scale[:, None]
     projection.weight.copy_(torch.from_numpy(weight))
     projection.bias.copy_(torch.from_numpy(-mean @ weight))
@@ -141,7 +142,9 @@ def _set_offsets(decoder: Decoder, counts: sp.csr_matrix | np.ndarray) -> None:
     if decoder.likelihood == "normal":
         mean, scale = _moments(counts)
         decoder.rate.bias.copy_(torch.from_numpy(mean))
-        decoder.theta.weight.copy_(torch.from_numpy(np.log(scale)))
+        varied = scale[scale > CONSTANT]  # what is constant here must not be trusted to be so, nor outweigh all else
+        floor = MIN_RELATIVE_SCALE * np.median(varied) if len(varied) else 1.0
+        decoder.theta.weight.copy_(torch.from_numpy(np.log(np.maximum(scale, floor))))
         return
     share = np.minimum(total / library, 0.999)
     if decoder.likelihood == "bernoulli":

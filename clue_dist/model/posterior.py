@@ -11,17 +11,13 @@ from torch import distributed as dist
 Combine = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def product_of_experts(
-    mean: Tensor, log_var: Tensor, observed: Tensor, log_weight: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Eq. 6: the normalised product of the observed sources' Gaussians, for every target.
+def product_of_experts(mean: Tensor, log_var: Tensor, power: Tensor) -> tuple[Tensor, Tensor]:
+    """The normalised product of the sources' Gaussians, each raised to a power, for every target.
 
-    mean, log_var: (B, K source, K target, d); observed: (B, K), at least one true in a row; log_weight: (B, K), each
-    expert is raised to the power of its weight.
+    mean, log_var: (B, K source, K target, d); power: (B, K), not all zero in a row; `observed` itself for eq. 6.
     Returns mean and log-variance, (B, K target, d): precisions add, means are weighted by precision.
     """
-    log_precision = -log_var if log_weight is None else log_weight[:, :, None, None] - log_var
-    log_precision = log_precision.masked_fill(~observed[:, :, None, None], -torch.inf)
+    log_precision = power.float().log()[:, :, None, None] - log_var
     total = torch.logsumexp(log_precision, dim=1)  # (B, K, d)
     weight = torch.exp(log_precision - total[:, None])
     return (weight * mean).sum(1), -total
@@ -38,11 +34,12 @@ def mean_of_experts(mean: Tensor, log_var: Tensor, observed: Tensor) -> tuple[Te
 class GeneralisedProduct(nn.Module):
     """Experts weighted by how much they know (Cao and Fleet, 2014): alpha_k, with sum 1 over the observed sources.
 
-    alpha_k goes with the nats that modality k tells of its own z_k, E KL(q(z_k | x_k) || p) over training cells. So 13
-    proteins do not count as much as a transcriptome, and a cell with two modalities is not surer than its experts.
+    alpha_k goes with the nats that modality k tells of its own z_k, E KL(q(z_k | x_k) || p), a running mean over the
+    cells of training. So 13 proteins do not count as much as a transcriptome, and two modalities together are not surer
+    than the surest of them. The nats mean something where lambda_self and lambda_kl price them.
     """
 
-    DECAY = 0.9  # coarse enough for a bfloat16 buffer to move
+    DECAY = 0.98  # of one micro-batch
 
     def __init__(self, n_modalities: int) -> None:
         super().__init__()
@@ -53,22 +50,26 @@ class GeneralisedProduct(nn.Module):
         """As `product_of_experts`; in training it learns from this batch first."""
         if self.training:
             self._learn(mean.detach(), log_var.detach(), observed)
-        share = self.nats.float().clamp_min(1e-3) * observed
-        return product_of_experts(mean, log_var, observed, (share / share.sum(1, keepdim=True)).log())
+        told = self.nats.clamp_min(1e-3) * observed
+        return product_of_experts(mean, log_var, told / told.sum(1, keepdim=True))
 
     def _learn(self, mean: Tensor, log_var: Tensor, observed: Tensor) -> None:
         sums = torch.stack([(information(mean, log_var) * observed).sum(0), observed.float().sum(0)])  # (2, K)
         if dist.is_initialized():
             dist.all_reduce(sums)
         told, cells = sums
-        recent = torch.where(cells > 0, told / cells.clamp_min(1), self.nats.float())
-        self.nats.lerp_(recent.to(self.nats.dtype), 1 - self.DECAY)
+        recent = torch.where(cells > 0, told / cells.clamp_min(1), self.nats)
+        self.nats.lerp_(recent, 1 - self.DECAY)
 
 
 def combination(name: str, n_modalities: int) -> Combine:
     """How `model.posterior` combines experts."""
-    known: dict[str, Combine] = {"poe": product_of_experts, "mean": mean_of_experts}
-    return known[name] if name in known else GeneralisedProduct(n_modalities)
+    known: dict[str, Callable[[], Combine]] = {
+        "gpoe": lambda: GeneralisedProduct(n_modalities),
+        "poe": lambda: product_of_experts,
+        "mean": lambda: mean_of_experts,
+    }
+    return known[name]()
 
 
 def kl_to_prior(mean: Tensor, log_var: Tensor) -> Tensor:
@@ -78,8 +79,12 @@ def kl_to_prior(mean: Tensor, log_var: Tensor) -> Tensor:
 
 def information(mean: Tensor, log_var: Tensor) -> Tensor:
     """Nats that each modality tells of its own latent, KL(q(z_k | x_k) || p), (B, K). mean, log_var: (B, K, K, d)."""
-    own = (torch.diagonal(x, dim1=1, dim2=2).transpose(1, 2) for x in (mean, log_var))  # (B, K, d)
-    return kl_to_prior(*own)
+    return kl_to_prior(own(mean), own(log_var))
+
+
+def own(x: Tensor) -> Tensor:
+    """(B, K source, K target, ...) -> (B, K, ...), what each modality says of its own latent."""
+    return torch.diagonal(x, dim1=1, dim2=2).movedim(-1, 1)
 
 
 def sample(mean: Tensor, log_var: Tensor, noise: Tensor) -> Tensor:

@@ -48,11 +48,19 @@ def _dense(x: Tensor, how: str, idf: Tensor | None) -> Tensor:
 class Projection(nn.Module):
     """The first, sparse layer: features -> components. `initialise` folds feature means and scales into it."""
 
+    weight: Tensor
+    bias: Tensor
+
     def __init__(self, n_features: int, components: int, trainable: bool) -> None:
         super().__init__()
-        weight = torch.randn(n_features, components) / n_features**0.5
-        self.weight = nn.Parameter(weight, requires_grad=trainable)  # (features, components)
-        self.bias = nn.Parameter(torch.zeros(components), requires_grad=trainable)
+        for name, values in (
+            ("weight", torch.randn(n_features, components) / n_features**0.5),  # (features, components)
+            ("bias", torch.zeros(components)),
+        ):
+            if trainable:
+                self.register_parameter(name, nn.Parameter(values))
+            else:  # a buffer keeps its precision where parameters are bf16
+                self.register_buffer(name, values)
 
     def forward(self, x: Counts) -> Tensor:
         """(n, features) -> (n, components); a sparse input stays sparse."""
@@ -77,7 +85,7 @@ class Trunk(nn.Module):
         components = min(config.projection, n_features)
         self.register_buffer("idf", torch.ones(n_features))
         self.projection = Projection(n_features, components, trainable=config.projection_lr > 0)
-        # Normalisation takes a cell's size away; but what is large or well captured is so in every modality.
+        # Normalisation takes most of a cell's size away; but what is large or well captured is so in every modality.
         self.size_input = config.size_input and how != "none"
         self.register_buffer("size", torch.tensor([[0.0, 0.0], [1.0, 1.0]]))  # mean, standard deviation of size_of
         width = components + 2 * self.size_input
@@ -91,15 +99,15 @@ class Trunk(nn.Module):
 
     def components(self, counts: Counts) -> Tensor:
         """(n, features) -> (n, components), linear in the normalised profile but for the size."""
-        x: Tensor = self.projection(normalise(counts, self.how, self.idf.float()))
+        x: Tensor = self.projection(normalise(counts, self.how, self.idf))
         if self.size_input:
-            mean, scale = self.size.float()
+            mean, scale = self.size
             x = torch.cat([x, ((size_of(counts) - mean) / scale).to(x.dtype)], 1)
         return x
 
     def forward(self, x: Tensor, noise: Noise | None, rows: Tensor | None) -> Tensor:
         """Components (n, components) -> h (M, n, hidden); (M * K, n, hidden) where the K targets share no trunk."""
-        out: Tensor = self.ensemble(self.norm(x), noise, rows)
+        out: Tensor = self.ensemble(self.norm(x.to(self.norm.weight.dtype)), noise, rows)
         return out
 
 

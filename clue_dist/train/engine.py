@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -72,22 +73,22 @@ def modality_weights(setup: Setup) -> list[float]:
 
 
 def parameter_groups(objective: nn.Module, config: Config) -> list[dict[str, Any]]:
-    """Trained parameters in groups with their share of the learning rate: projections, matrices, vectors.
+    """Trained parameters in groups with their share of the learning rate: of projections or not, matrices or not.
 
     Biases, norms and temperatures are not decayed.
     """
-    groups: dict[str, list[nn.Parameter]] = {"projection": [], "matrix": [], "vector": []}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
     for name, p in objective.named_parameters():
         if p.requires_grad:
             matrix = p.ndim > 1 and name.endswith("weight")
-            kind = "projection" if ".projection." in name else "matrix" if matrix else "vector"
-            groups[kind].append(p)
-    scale = {"projection": config.model.trunk.projection_lr}
-    decay = {"vector": 0.0}
+            groups[".projection." in name, matrix].append(p)
     return [
-        {"params": ps, "lr_scale": scale.get(kind, 1.0), "weight_decay": decay.get(kind, config.train.weight_decay)}
-        for kind, ps in groups.items()
-        if ps
+        {
+            "params": ps,
+            "lr_scale": config.model.trunk.projection_lr if projection else 1.0,
+            "weight_decay": config.train.weight_decay if matrix else 0.0,
+        }
+        for (projection, matrix), ps in groups.items()
     ]
 
 

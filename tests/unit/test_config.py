@@ -96,3 +96,9 @@ def test_a_written_config_reads_back(tmp_path: Path) -> None:
     a = configs.load(written(tmp_path, {}), ['data.weights={"rna": 2}', "seed=4"])
     a.write(tmp_path / "out.json")
     assert configs.load(tmp_path / "out.json") == a
+
+
+def test_a_recipe_that_trains_nothing_is_refused(tmp_path: Path) -> None:
+    off = {f"lambda_{term}": 0 for term in ("self", "cross", "mse", "d", "contrastive")}
+    with pytest.raises(ConfigError, match="nothing to train"):
+        configs.load(written(tmp_path, {"objective": off}))

@@ -82,7 +82,7 @@ def test_the_generalised_product_learns_nats_in_training_alone() -> None:
     observed[:, 0] = True
     combine.eval()(mean, log_var, observed)
     assert combine.nats.tolist() == [1, 1, 1]
-    for _ in range(200):
+    for _ in range(1000):
         combine.train()(mean, log_var, observed)
     for k in range(2):
         rows = [c for c in range(B) if observed[c, k]]
@@ -304,7 +304,8 @@ def test_partners_of_mixing_share_stratum_and_lane_on_any_number_of_ranks() -> N
     assert sorted(partner.tolist()) == list(range(24))  # everyone is somebody's partner
     assert ((partner < 16) == (torch.arange(24) < 16)).all()
     assert (partner % 4 == torch.arange(24) % 4).all()  # row r of a stratum lies in lane r mod 4
-    assert (partner != torch.arange(24)).any()
+    assert (partner != torch.arange(24)).all()
+    assert Noise(3, 11, {"a": 4}, 4).mixing()[0].tolist() == [0, 1, 2, 3]  # each alone in its lane
     assert ((own >= 0) & (own < 1)).all()
     for world in (2, 4):
         for rank in range(world):
@@ -328,13 +329,32 @@ def test_contrast_compares_mixtures_of_pairs() -> None:
         modalities = {m: Observed(r, x[m][r], p) for m, r, p in zip(x, rows, paired, strict=True)}
         return Batch(observed, torch.zeros(B, dtype=torch.int64), modalities)
 
-    out = model.model(batch_of(x), Noise(0, 0, share, 1), decode_self=False, decode_cross=False, mixup=True)
+    out = model.model(batch_of(x), Noise(0, 0, share, 1), decode_self=False, decode_cross=False, mixup="any")
     assert out.contrast.shape == (2, B, K, K * D // 2)
     partner, own = Noise(0, 0, share, 1).mixing()
     want = model.model.encode(batch_of({m: own * v + (1 - own) * v[partner] for m, v in x.items()})).mean
     want = want.view(B, K, K, 2, D // 2).permute(3, 0, 1, 2, 4).flatten(3)  # the projection is linear
     used = observed & (observed.sum(1) > 1)[:, None]
     torch.testing.assert_close(out.contrast[:, used], want[:, used])
+
+
+def test_mixtures_stay_within_a_biological_batch_if_asked() -> None:
+    model, batch, _ = small_model(members=2)
+    model.eval()
+    batch = Batch(batch.observed, (draw(B) > 0).long(), batch.modalities)
+    partner, _ = Noise(0, 0, {"all": B}, 1).mixing()
+    alike = batch.batch_code == batch.batch_code[partner]
+    paired = batch.observed.sum(1) > 1
+    assert (alike & paired).any()
+    assert (~alike & paired).any()
+    used = (batch.observed & paired[:, None])[None, :, :, None]
+    plain, mixed, within = (
+        model.model(batch, Noise(0, 0, {"all": B}, 1), mixup=how).contrast * used
+        for how in ("none", "any", "within_batch")
+    )
+    torch.testing.assert_close(within[:, alike], mixed[:, alike])
+    torch.testing.assert_close(within[:, ~alike], plain[:, ~alike])
+    assert (mixed[:, ~alike & paired] != plain[:, ~alike & paired]).any()
 
 
 def test_members_share_nothing_but_their_input() -> None:

@@ -8,9 +8,11 @@ import scipy.sparse as sp
 import torch
 
 from clue_dist import config as configs
+from clue_dist.config import DecoderConfig
 from clue_dist.data.batch import SparseCounts, read_batch
 from clue_dist.model.clue import CLUE, specs_of
-from clue_dist.model.initialise import initialise, leading_svd, sample
+from clue_dist.model.decoders import Decoder
+from clue_dist.model.initialise import _set_offsets, initialise, leading_svd, sample
 from clue_dist.model.trunk import Projection, normalise, size_of
 from tests.stores import make_store
 
@@ -106,6 +108,20 @@ def test_size_is_total_and_detected_features_sparse_or_dense() -> None:
     want = np.log(np.stack([X.sum(1), (X > 0).sum(1)], 1))
     for x in (torch.tensor(X), sparse(X)):
         np.testing.assert_allclose(size_of(x), want, rtol=1e-6)
+
+
+def test_a_constant_feature_does_not_outweigh_all_others() -> None:
+    decoder = Decoder("normal", 4, 1, 3, DecoderConfig(hidden=4))
+    values = np.random.default_rng(0).normal(size=(50, 4))
+    values[:, 2] = 7
+    with torch.no_grad():
+        _set_offsets(decoder, values)
+    floor = 0.01 * np.median(values[:, [0, 1, 3]].std(0))
+    assert decoder.theta.weight[2].item() == pytest.approx(np.log(floor), abs=1e-4)
+    values[:] = 7
+    with torch.no_grad():
+        _set_offsets(decoder, values)
+    torch.testing.assert_close(decoder.theta.weight.detach(), torch.zeros(4))
 
 
 def test_initialised_size_is_standardised_over_the_training_cells(tmp_path: Path) -> None:
