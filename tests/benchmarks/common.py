@@ -212,7 +212,7 @@ def finish(
         if known is None:
             print(f"{line}: began {time.strftime('%H:%M:%S')}, {time_left(runs[number:], work)}", flush=True)
         try:
-            record = known or _done(run, work, do)
+            record = known or done(run, work, do)
         except (ClueError, OSError, LookupError, ValueError) as error:
             failures.append(asdict(run) | {"error": f"{type(error).__name__}: {error}"})
             print(f"{line}: FAILED: {type(error).__name__}: {error}", flush=True)
@@ -222,7 +222,9 @@ def finish(
     return records, failures
 
 
-def _done(run: Run, work: Path, do: Callable[[Run, Path], Result]) -> Result:
+def done(run: Run, work: Path, do: Callable[[Run, Path], Result]) -> Result:
+    """The record of a run, which is done if it has not been."""
+
     def make(folder: Path) -> None:
         began = time.monotonic()
         result = do(run, folder)

@@ -90,13 +90,34 @@ Embedded = dict[str, np.ndarray]  # by source: (cells, dimensions)
 
 
 def ours(split: Split, folder: Path, seed: int, overrides: tuple[str, ...], threads: int, work: Path) -> float:
-    """Train configs/atlas.json on a split and embed its test cells; the seconds of the training command.
+    """Train configs/atlas.json on a split and embed its cells; the seconds of the training command.
 
-    Leaves `z.npz`, the settings and the metrics in `folder`; the rest is as for `embedded`.
+    Leaves `z.npz`, the settings and the metrics in `folder`; the rest is as for `embedded`. In z.npz: u1, u2, the test
+    cells' z of each modality alone, (N, K x d), rows as in test.h5mu; train_SOURCE and test_SOURCE, `Embedded` of the
+    paired cells of each part, rows as in its first modality.
     """
-    tables, seconds = embedded(split, folder, seed, overrides, threads, work, ("test",))
-    _write_pair(tables["test"], split, folder / "z.npz")
+    tables, seconds = embedded(split, folder, seed, overrides, threads, work, ("train", "test"))
+    arrays = {}
+    for part, table in tables.items():
+        of_part = z_of(table, pairs_of(split, part))
+        arrays |= {f"{part}_{source}": z for source, z in of_part.items()}
+    u = {f"u{i}": arrays[f"test_{m}"] for i, m in enumerate(split.mods, 1)}
+    np.savez(folder / "z.npz", **arrays, **u)
     return seconds
+
+
+def pairs_of(split: Split, part: str) -> pd.Index:
+    """Barcodes of the paired cells of "train" or "test", as they come in the first modality."""
+    with quiet():
+        table = md.read(split.folder / f"{part}.h5mu")
+    first, second = (table[m].obs_names for m in split.mods)
+    return first[first.isin(second)]
+
+
+def kept(npz: Path, part: str, sources: Sequence[str]) -> Embedded:
+    """What `ours` has left of "train" or "test"."""
+    arrays = np.load(npz)
+    return {source: arrays[f"{part}_{source}"] for source in sources}
 
 
 def embedded(
@@ -152,14 +173,6 @@ def stores_of(split: Split, code: str, threads: int, work: Path) -> Path:
 
     set_name, fold = split.folder.parts[-2:]
     return once(work / "stores" / f"{set_name}-{fold}-{code[:12]}", make)
-
-
-def _write_pair(table: md.MuData, split: Split, out: Path) -> None:
-    """The test cells' z of each modality alone as u1 and u2, (N, K x d) each, rows as in test.h5mu."""
-    with quiet():
-        z = z_of(table, md.read(split.test)[split.mods[0]].obs_names)
-    u1, u2 = (z[m] for m in split.mods)
-    np.savez(out, u1=u1, u2=u2)
 
 
 def scored(npz: Path, split: Split) -> list[matching.Scores]:

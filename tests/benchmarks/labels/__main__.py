@@ -1,10 +1,10 @@
 """Does the joint z of unseen cells tell cell types better than the better modality alone, and do batches mix in it?
 
-.venv/bin/python -m tests.benchmarks.labels --json OUT.json [--quick] [--sets ...] [--folds ...] [--set train.x=1 ...]
+.venv/bin/python -m tests.benchmarks.labels --json OUT.json [--quick] [--sets ...] [--folds ...]
 
 The mosaics are those of tests.benchmarks.matching; everything is fitted on their training cells and scored on their
-test cells. The reference's embeddings are taken from what that benchmark keeps; run it first, or its column is empty.
-Runs that have been done are kept: typed again, it goes on.
+test cells. Embeddings are those that benchmark keeps. Ours are made if they have not been; the reference, which takes
+long, has to be run there first, or its rows are missing. Runs that have been done are kept: typed again, it goes on.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ NO_TYPES = ("Mouse", "Multiplets", "T/Mono doublets", "Mis")  # labels that name
 METHODS = {"ours": "ours", "counts": "counts", "reference": "reference"}
 SCORES = {"accuracy": "accuracy", "transferred": "from training", "ilisi": "iLISI"}
 COMPONENTS = 50
-QUICK_SETTINGS = ("train.epochs=10",)
 
 FOOTNOTES = """\
 test cells of a fold, mean ± standard deviation over folds; 15 nearest neighbours, the majority's label
@@ -51,14 +50,12 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--sets", nargs="+", choices=SETS, help="default: all")
     parser.add_argument("--folds", nargs="+", type=int, choices=FOLDS, help="default: all five")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="PATH=VALUE", help="of our training")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the .h5mu files")
     parser.add_argument("--work", type=Path, default=ROOT / ".benchmarks" / "matching", help="where runs are kept")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args(words)
     args.sets = args.sets or (["bmmc_cite_starter"] if args.quick else list(SETS))
     args.folds = args.folds or ([0] if args.quick else list(FOLDS))
-    args.set = [*(QUICK_SETTINGS if args.quick else ()), *args.set]
     args.data, args.work = args.data.resolve(), args.work.resolve()
     return args
 
@@ -66,20 +63,19 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 def runs_of(args: argparse.Namespace) -> list[Run]:
     """The reference's where it has been run, and quick looks aside."""
     here = common.digest(Path(__file__).parent, Path(views.__file__))
-    code = {"ours": (mosaic.sources(), *args.set), "counts": (), "reference": ()}
+    code = {"ours": (matching.code_of("ours", args.quick),), "counts": (), "reference": ()}
     return [
         Run(f"labels-{method}", name, fold, 0, common.digest(here, mosaic.data_digest(name, args.data), *code[method]))
         for method in METHODS
         for fold in args.folds
         for name in args.sets
-        if method != "reference" or (not args.quick and reference_of(name, fold, args).record(args.work))
+        if method != "reference" or (not args.quick and matched("reference", name, fold, args).record(args.work))
     ]
 
 
-def reference_of(name: str, fold: int, args: argparse.Namespace) -> Run:
-    """The run of the matching benchmark that has embedded a fold with the reference."""
-    code = matching.code_of("reference", quick=False)
-    return Run("reference", name, fold, 0, common.digest(mosaic.data_digest(name, args.data), code))
+def matched(method: str, name: str, fold: int, args: argparse.Namespace) -> Run:
+    """The run of the matching benchmark that embeds a fold with a method."""
+    return Run(method, name, fold, 0, matching.digest_of(method, name, args))
 
 
 def do(run: Run, folder: Path, args: argparse.Namespace) -> Result:
@@ -88,16 +84,20 @@ def do(run: Run, folder: Path, args: argparse.Namespace) -> Result:
     with md.set_options(pull_on_update=False), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # genes and antibodies may share names
         train, test = md.read(split.train), md.read(split.test)
-    first, second = split.mods
-    pairs = train[first].obs_names.intersection(train[second].obs_names)
+    first = split.mods[0]
+    pairs = mosaic.pairs_of(split, "train")
     known: Embedded = {}
-    if run.method == "labels-ours":
-        tables, _ = mosaic.embedded(split, folder, run.seed, args.set, args.threads, args.work, ("train", "test"))
-        known, z = mosaic.z_of(tables["train"], pairs), mosaic.z_of(tables["test"], test[first].obs_names)
-    elif run.method == "labels-counts":
+    if run.method == "labels-counts":
         known, z = counts(train, test, pairs)
     else:
-        z = reference(reference_of(run.data_set, run.fold, args).folder(args.work), split.mods)
+        method = run.method.removeprefix("labels-")
+        embedding = matched(method, run.data_set, run.fold, args)
+        common.done(embedding, args.work, lambda run, folder: matching.do(run, folder, args))
+        npz = embedding.folder(args.work) / "z.npz"
+        if method == "ours":
+            known, z = (mosaic.kept(npz, part, (JOINT, *split.mods)) for part in ("train", "test"))
+        else:
+            z = reference(npz, split.mods)
     return scored(z, known, test[first].obs, train[first].obs.loc[pairs])
 
 
@@ -110,8 +110,8 @@ def counts(train: md.MuData, test: md.MuData, pairs: Sequence[str]) -> tuple[Emb
     return tuple({JOINT: np.hstack(list(alone.values()))} | alone for alone in (known, z))
 
 
-def reference(folder: Path, mods: tuple[str, str]) -> Embedded:
-    arrays = np.load(folder / "z.npz")
+def reference(npz: Path, mods: tuple[str, str]) -> Embedded:
+    arrays = np.load(npz)
     u = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (arrays["u1"], arrays["u2"])]
     return {JOINT: (u[0] + u[1]) / 2} | dict(zip(mods, u, strict=True))
 
@@ -186,7 +186,6 @@ def main() -> None:
         table,
         FOOTNOTES,
         lambda records: bars_of(records, args),
-        settings=args.set,
     )
 
 
