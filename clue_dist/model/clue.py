@@ -141,8 +141,8 @@ class CLUE(nn.Module):
     def _mixed(self, batch: Batch, components: dict[str, Tensor], noise: Noise, within_batch: bool) -> Tensor:
         """Means of the experts for mixtures of paired cells (Zhang et al., mixup, 2018): (B, K source, K target, d).
 
-        Each paired cell is mixed with another of its stratum and lane, by the same share in all of its modalities: a
-        new true pair. Alone there, or beside a cell of another biological batch if `within_batch`, it stays as it is.
+        Each paired cell is mixed with a partner of its stratum and lane, by the same share in all of its modalities: a
+        new true pair. With itself, or with a cell of another biological batch if `within_batch`, it stays as it is.
         Rows of unpaired cells hold values nobody may use.
         """
         partner, share = noise.mixing()

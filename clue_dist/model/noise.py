@@ -52,12 +52,11 @@ class Noise:
         return x * keep * (256 / (256 - threshold))
 
     def mixing(self) -> tuple[Tensor, Tensor]:
-        """For each cell another out of its stratum and lane (itself if it is alone there), (B,) int64 rows, and its own
-        share, (B, 1)."""
+        """For each cell a partner out of its stratum and lane, now and then itself, (B,) int64 rows, and its own share,
+        (B, 1)."""
         partner, first = [], 0
         for n in self._slots:
-            shifts = [torch.randint(1, max(n, 2), (), generator=g, device=self._device) for g in self._lanes]
-            partner.append([first + (torch.arange(n, device=self._device) + shift) % n for shift in shifts])
+            partner.append([first + torch.randperm(n, generator=g, device=self._device) for g in self._lanes])
             first += n
         in_lane = [torch.cat(slots) + i * self._per_lane for i, slots in enumerate(zip(*partner, strict=True))]
         own = [torch.rand(self._per_lane, 1, generator=g, device=self._device) for g in self._lanes]

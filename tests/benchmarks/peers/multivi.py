@@ -38,7 +38,9 @@ def mosaic(rna: ad.AnnData, atac: ad.AnnData) -> md.MuData:
     obs["modality"] = np.select([has_rna & has_atac, has_rna], [PAIRED, EXPRESSION], ACCESSIBILITY)
     obs["batch"] = batch[~batch.index.duplicated()][names]
     parts = {m: ad.AnnData(filled(x, names), obs=obs.copy(), var=x.var[[]]) for m, x in (("rna", rna), ("atac", atac))}
-    return md.MuData(parts)
+    whole = md.MuData(parts)
+    whole.obs["_indices"] = np.arange(whole.n_obs)  # its set-up adds this to the training cells, and wants it of others
+    return whole
 
 
 def main() -> None:
