@@ -128,7 +128,7 @@ class TrainConfig(_Strict):
     precision: Literal["fp32", "bf16"] = "fp32"
     grad_accum: int = Field(1, ge=1)
     validate_every: Positive | Auto = "auto"  # steps
-    patience: Annotated[int, Field(ge=0)] | Auto = "auto"  # validations without a better score; 0 = never stop early
+    patience: int = Field(0, ge=0)  # validations without a better score before it stops; 0 = never
     checkpoint_every: Positive | Auto = "auto"  # steps
     keep: int = Field(2, ge=1)  # checkpoints besides the best
 

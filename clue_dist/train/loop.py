@@ -127,7 +127,7 @@ def _validate(engine: Any, setup: Setup, ranks: Ranks, held_out: Batch | None, s
         state = replace(state, bad=state.bad + 1)
     assert state.best is not None
     sinks.write("validation", state.step, values | {"best": state.best, "best_step": state.best_step})
-    patience = int(setup.config.train.patience)
+    patience = setup.config.train.patience
     if patience and state.bad >= patience:
         sinks.say(f"no better validation since step {state.best_step}: stopping early")
         return replace(state, stopped=True)

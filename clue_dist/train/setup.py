@@ -116,9 +116,8 @@ def resolve(config: Config, n_train: int) -> Config:
     epochs = t.epochs if t.epochs != "auto" else round(min(max(1.0, AUTO_STEPS / per_epoch), AUTO_EPOCHS), 2)
     total = max(1, round(epochs * per_epoch))
     every = t.validate_every if t.validate_every != "auto" else max(1, min(total // 20, 2000))
-    patience = t.patience if t.patience != "auto" else 6
     save = t.checkpoint_every if t.checkpoint_every != "auto" else max(1, min(total // 4, 2000))
-    numbers = {"epochs": epochs, "validate_every": every, "patience": patience, "checkpoint_every": save}
+    numbers = {"epochs": epochs, "validate_every": every, "checkpoint_every": save}
     return config.model_copy(
         update={"data": d.model_copy(update={"batch_size": size}), "train": t.model_copy(update=numbers)}
     )
