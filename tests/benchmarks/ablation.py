@@ -115,19 +115,13 @@ matcher that knows every true level: counting noise alone allows no more"""
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.ablation", description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, required=True, help="where to write results, machine and versions")
-    parser.add_argument("--quick", action="store_true", help="a look of a minute: few cells, few steps, two rows")
+    parser = mosaic.parser("ablation", __doc__)
     parser.add_argument("--sets", nargs="+", choices=mosaic.SETS, help="default: cbmc_cite snare_adbrain_8lib")
     parser.add_argument("--folds", nargs="+", type=int, choices=FOLDS, default=[0])
     parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", help=f"default: all; {', '.join(ROWS)}")
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the .h5mu files")
-    parser.add_argument("--work", type=Path, default=ROOT / ".benchmarks" / "matching", help="where runs are kept")
-    parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args(words)
     args.sets = args.sets or (["bmmc_cite_starter"] if args.quick else ["cbmc_cite", "snare_adbrain_8lib"])
     args.rows = args.rows or (["atlas.json", TRANSDUCTIVE] if args.quick else list(ROWS))
-    args.data, args.work = args.data.resolve(), args.work.resolve()
     return args
 
 
@@ -269,7 +263,7 @@ def main() -> None:
     common.carry_out(
         args,
         runs_of(args),
-        lambda run, folder: do(run, folder, args),
+        do,
         matching.told,
         table,
         FOOTNOTES,

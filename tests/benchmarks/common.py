@@ -308,13 +308,27 @@ def versions(*packages: str) -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in ("clue-dist", "torch", *packages)}
 
 
+def parser(name: str, doc: str | None, work: str) -> argparse.ArgumentParser:
+    """What every benchmark is told on the command line. doc: of its module; work: folder below .benchmarks."""
+    out = argparse.ArgumentParser(prog=f"python -m tests.benchmarks.{name}", description=(doc or "").split("\n")[0])
+    out.add_argument("--json", type=Path, required=True, help="where to write results, bars, machine and versions")
+    out.add_argument("--quick", action="store_true", help="a look of a minute: few cells, few steps, no bar judged")
+    out.add_argument("--work", type=resolved, default=f"{ROOT}/.benchmarks/{work}", help="where runs are kept")
+    out.add_argument("--threads", type=int, default=2)
+    return out
+
+
+def resolved(path: str) -> Path:
+    return Path(path).resolve()
+
+
 QUICK = "QUICK LOOK: few cells, few steps; the numbers say that it runs, not how well\n"
 
 
 def carry_out(
     args: argparse.Namespace,
     runs: Sequence[Run],
-    do: Callable[[Run, Path], Result],
+    do: Callable[[Run, Path, argparse.Namespace], Result],
     told: Callable[[Result], str],
     table: Callable[[Sequence[Result]], str],
     footnotes: str,
@@ -329,7 +343,7 @@ def carry_out(
         BenchmarkError: runs failed; the others have been told and written.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended too
-    records, failures = finish(runs, args.work, do, told)
+    records, failures = finish(runs, args.work, lambda run, folder: do(run, folder, args), told)
     bars = list(bars_of(records))
     print(f"\n{QUICK if args.quick else ''}{table(records)}\n\n{footnotes}\n", *bar_lines(bars), sep="\n", flush=True)
     where = {"machine": machine(), "versions": versions("deepspeed", "scikit-learn")}

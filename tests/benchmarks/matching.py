@@ -23,7 +23,6 @@ from clue_dist.matching import METRICS
 from tests.benchmarks import common, mosaic
 from tests.benchmarks.common import Bar, BenchmarkError, Result, Run
 from tests.benchmarks.split import FOLDS
-from tests.distributed.command import ROOT
 
 PEERS = Path(__file__).with_name("peers")
 METHODS = ("ours", "contrastive", "reference", "multivi")
@@ -55,21 +54,15 @@ QUICK_EPOCHS = {"contrastive": 8, "reference": 2, "multivi": 2}
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.matching", description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, required=True, help="where to write results, bars, machine and versions")
-    parser.add_argument("--quick", action="store_true", help="a look of a minute: few cells, few steps, no bar judged")
+    parser = mosaic.parser("matching", __doc__)
     parser.add_argument("--sets", nargs="+", choices=mosaic.SETS, help="default: cbmc_cite snare_adbrain_8lib")
     parser.add_argument("--folds", nargs="+", type=int, choices=FOLDS, help="default: all five")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all; multivi is for RNA+ATAC alone")
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the .h5mu files")
-    parser.add_argument("--work", type=Path, default=ROOT / ".benchmarks" / "matching", help="where runs are kept")
-    parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args(words)
     args.sets = args.sets or (["bmmc_cite_starter"] if args.quick else ["cbmc_cite", "snare_adbrain_8lib"])
     args.folds = args.folds or ([0] if args.quick else list(FOLDS))
     args.methods = args.methods or (["ours", "contrastive"] if args.quick else list(METHODS))
-    args.data, args.work = args.data.resolve(), args.work.resolve()
     return args
 
 
@@ -177,7 +170,7 @@ def main() -> None:
     common.carry_out(
         args,
         runs_of(args),
-        lambda run, folder: do(run, folder, args),
+        do,
         told,
         table,
         FOOTNOTES,

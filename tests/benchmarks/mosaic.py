@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import sys
 import warnings
@@ -18,6 +19,7 @@ from anndata import AnnData
 
 from clue_dist import matching
 from clue_dist.errors import DataError
+from tests.benchmarks import common
 from tests.benchmarks.common import BenchmarkError, call, digest, once
 from tests.benchmarks.split import cut
 from tests.distributed.command import ROOT, launched
@@ -30,6 +32,14 @@ SETS: dict[str, tuple[str, str]] = {
     "hao_mosaic": ("rna", "adt"),
 }
 KEPT = ("config.json", "metrics.jsonl")  # of a run's folder; its checkpoints would fill the disk
+
+
+def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
+    """What a benchmark on mosaics is told; all keep their runs, splits and stores in one place."""
+    out = common.parser(name, doc, work="matching")
+    data = f"{ROOT.parent}/shared/data"
+    out.add_argument("--data", type=common.resolved, default=data, help="folder of the .h5mu files")
+    return out
 
 
 @dataclass(frozen=True)

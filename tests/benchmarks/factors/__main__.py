@@ -49,20 +49,13 @@ KEPT = Bar("R² of private factors, z from everything, ours as a share of counts
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.factors", description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, required=True, help="where to write results, bars, machine and versions")
-    parser.add_argument(
-        "--quick", action="store_true", help="a minute's look on few cells, few steps: no bar is judged"
-    )
+    parser = common.parser("factors", __doc__, work="factors")
     parser.add_argument("--designs", nargs="+", choices=DESIGNS, help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="PATH=VALUE", help="of our training")
-    parser.add_argument("--work", type=Path, default=ROOT / ".benchmarks" / "factors", help="where runs are kept")
-    parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args(words)
     args.designs = args.designs or (["cite"] if args.quick else list(DESIGNS))
     args.set = [*(QUICK_SETTINGS if args.quick else ()), *args.set]
-    args.work = args.work.resolve()
     return args
 
 
@@ -161,7 +154,7 @@ def main() -> None:
     common.carry_out(
         args,
         runs_of(args),
-        lambda run, folder: do(run, folder, args),
+        do,
         told,
         table,
         FOOTNOTES,

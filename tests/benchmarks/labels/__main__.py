@@ -26,7 +26,6 @@ from tests.benchmarks.factors import views
 from tests.benchmarks.labels import score
 from tests.benchmarks.mosaic import JOINT, Embedded
 from tests.benchmarks.split import FOLDS
-from tests.distributed.command import ROOT
 
 SETS = ("cbmc_cite", "snare_adbrain_8lib", "bmmc_cite_starter")
 NO_TYPES = ("Mouse", "Multiplets", "T/Mono doublets", "Mis")  # labels that name no cell type
@@ -43,20 +42,12 @@ reference: the authors' CLUE as tests.benchmarks.matching has run it; its joint 
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.labels", description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, required=True, help="where to write results, bars, machine and versions")
-    parser.add_argument(
-        "--quick", action="store_true", help="a minute's look on few cells, few steps: no bar is judged"
-    )
+    parser = mosaic.parser("labels", __doc__)
     parser.add_argument("--sets", nargs="+", choices=SETS, help="default: all")
     parser.add_argument("--folds", nargs="+", type=int, choices=FOLDS, help="default: all five")
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the .h5mu files")
-    parser.add_argument("--work", type=Path, default=ROOT / ".benchmarks" / "matching", help="where runs are kept")
-    parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args(words)
     args.sets = args.sets or (["bmmc_cite_starter"] if args.quick else list(SETS))
     args.folds = args.folds or ([0] if args.quick else list(FOLDS))
-    args.data, args.work = args.data.resolve(), args.work.resolve()
     return args
 
 
@@ -181,7 +172,7 @@ def main() -> None:
     common.carry_out(
         args,
         runs_of(args),
-        lambda run, folder: do(run, folder, args),
+        do,
         told,
         table,
         FOOTNOTES,
