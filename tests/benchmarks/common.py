@@ -87,7 +87,7 @@ def _finite(value: Any) -> Any:
 
 
 def digest(*parts: Path | str) -> str:
-    """Of texts, files and everything in folders (but caches): what a result follows from."""
+    """Of texts, files and everything in folders but caches and what is only read: what a result follows from."""
     total = hashlib.sha256()
     for part in parts:
         for name, content in [("", part.encode())] if isinstance(part, str) else _files(part):
@@ -98,7 +98,7 @@ def digest(*parts: Path | str) -> str:
 def _files(path: Path) -> Iterator[tuple[str, bytes]]:
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     for file in files:
-        if "__pycache__" not in file.parts:
+        if "__pycache__" not in file.parts and file.suffix != ".md":
             yield str(file.relative_to(path.parent)), file.read_bytes()
 
 

@@ -144,11 +144,12 @@ def test_time_left_follows_runs_of_the_same_kind(tmp_path: Path) -> None:
     assert common.time_left(runs, tmp_path) == "2 min and 1 run of unknown length left"
 
 
-def test_digest_follows_names_and_contents_but_not_caches(tmp_path: Path) -> None:
+def test_digest_follows_names_and_contents_but_not_caches_and_pages(tmp_path: Path) -> None:
     (tmp_path / "code/__pycache__").mkdir(parents=True)
     (tmp_path / "code/a.py").write_text("a")
     first = common.digest(tmp_path / "code")
     (tmp_path / "code/__pycache__/a.pyc").write_text("x")
+    (tmp_path / "code/README.md").write_text("x")
     assert common.digest(tmp_path / "code") == first
     (tmp_path / "code/a.py").rename(tmp_path / "code/b.py")
     assert common.digest(tmp_path / "code") != first
