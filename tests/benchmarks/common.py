@@ -137,6 +137,14 @@ def call(command: Sequence[str | Path], log: Path, threads: int) -> float:
     return seconds
 
 
+def last_json(log: Path) -> dict[str, Any]:
+    """The last line of a log that is a JSON object: what a probe printed."""
+    lines = [line for line in log.read_text().splitlines() if line.startswith("{")]
+    if not lines:
+        raise BenchmarkError("a probe printed no result", where=log, got=f"\n{tail(log)}")
+    return dict(json.loads(lines[-1]))
+
+
 def _end(process: subprocess.Popen[bytes]) -> None:
     os.killpg(process.pid, signal.SIGTERM)
     try:
@@ -149,20 +157,47 @@ def tail(log: Path, lines: int = 15) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
 
 
-def python_with(requirements: Path, work: Path) -> Path:
-    """The Python of a virtual environment that holds what a pinned requirements file names, made if need be."""
+def python_with(requirements: Path, work: Path, version: str | None = None) -> Path:
+    """The Python of a virtual environment that holds what a pinned requirements file names, made if need be.
+
+    version: "3.12" where another Python than this one is needed.
+    """
 
     def make(folder: Path) -> None:
         print(f"installing {requirements.name} into {folder}: takes minutes", flush=True)
         install = [folder / "bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         log = folder.with_name(f"{folder.name}.log")
-        call([sys.executable, "-m", "venv", folder], log, threads=1)
+        base = interpreter(version) if version else sys.executable
+        call([base, "-m", "venv", folder], log, threads=1)
         # torch goes first: as somebody else's dependency it may bring gigabytes of CUDA along.
-        call([*install, *(pin for pin in pins(requirements) if pin.startswith("torch=="))], log, threads=1)
+        if torch := [pin for pin in pins(requirements) if pin.startswith("torch==")]:
+            call([*install, *torch], log, threads=1)
         call([*install, "--requirement", requirements], log, threads=1)
 
     name = f"{requirements.stem}-{digest(requirements)[:8]}"
     return once(work / "venvs" / name, make) / "bin/python"
+
+
+def interpreter(version: str) -> Path:
+    """An installed Python of a version such as "3.12": from PATH, or one that pyenv keeps.
+
+    Raises:
+        BenchmarkError: there is none that starts.
+    """
+    name = f"python{version}"
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    folders = [Path(part) for part in os.environ["PATH"].split(os.pathsep)]
+    tried = [folder / name for folder in [*folders, *sorted(pyenv.glob(f"{version}*/bin"))] if (folder / name).exists()]
+    for path in tried:
+        # pyenv's shims are found but refuse to start a version that is not switched on.
+        if subprocess.run([path, "-c", "import venv"], capture_output=True).returncode == 0:
+            return path
+    raise BenchmarkError(
+        f"no Python {version} here, which a peer needs",
+        got=", ".join(f"{path}, which does not start" for path in tried) or f"no {name} on PATH",
+        fix=f"install it so that `{name}` is on PATH: `uv python install {version}`, `pyenv install {version}`, "
+        f"or `apt install {name}-venv`",
+    )
 
 
 def pins(requirements: Path) -> list[str]:
