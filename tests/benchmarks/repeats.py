@@ -7,11 +7,9 @@ import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from tests.benchmarks import cells
+from tests.benchmarks import cells, common
 from tests.benchmarks.common import Result, Run
-from tests.distributed.command import ROOT
 
 REPEATS = 3
 
@@ -25,19 +23,24 @@ class Repeat(Run):
         return f"{self.method} on {self.data_set}, repeat {self.fold}"
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", type=Path, required=True, help="where to write results, bars, machine and versions")
-    parser.add_argument("--quick", action="store_true", help="a look of a minute on few cells: no bar is judged")
-    parser.add_argument("--sets", nargs="+", choices=cells.SHAPES, help="default: both")
-    parser.add_argument("--repeats", type=int, help=f"default: {REPEATS}, of a quick look 1")
-    parser.add_argument("--work", type=Path, default=ROOT / ".benchmarks" / "streaming", help="where all is kept")
-    parser.add_argument("--threads", type=int, default=2, help="and processor cores, of each measurement")
+def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
+    """What the benchmarks of stores are told on the command line."""
+    out = common.parser(name, doc, "streaming")
+    out.add_argument("--sets", nargs="+", choices=cells.SHAPES, help="default: both, of a quick look rna")
+    out.add_argument("--repeats", type=int, help=f"default: {REPEATS}, of a quick look 1")
+    return out
+
+
+def parsed(parser: argparse.ArgumentParser, words: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, and what follows where they do not say."""
+    args = parser.parse_args(words)
+    args.sets = args.sets or (["rna"] if args.quick else list(cells.SHAPES))
+    args.repeats = args.repeats or (1 if args.quick else REPEATS)
+    return args
 
 
 def settle(args: argparse.Namespace) -> None:
-    """Fill in what follows, and leave this process and all it starts as many cores as threads."""
-    args.work = args.work.resolve()
-    args.repeats = args.repeats or (1 if args.quick else REPEATS)
+    """Leave this process and all it starts as many cores as threads."""
     # Pools size themselves by the cores they may use: TensorStore's and Rust's take no other limit from us.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
 

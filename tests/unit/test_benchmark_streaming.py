@@ -201,7 +201,6 @@ def test_limits_of_the_machine_are_numbers(store: Store) -> None:
 
 def arguments(*words: str) -> argparse.Namespace:
     args = streaming.arguments(["--json", "out.json", *words])
-    args.repeats = args.repeats or repeats.REPEATS
     return args
 
 

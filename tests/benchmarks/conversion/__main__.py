@@ -32,11 +32,7 @@ ratio: ours to annbatch's, of the medians"""
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.conversion", description=__doc__.split("\n")[0])
-    repeats.arguments(parser)
-    args = parser.parse_args(words)
-    args.sets = args.sets or list(cells.SHAPES)
-    return args
+    return repeats.parsed(repeats.parser("conversion", __doc__), words)
 
 
 def runs_of(args: argparse.Namespace) -> list[Run]:
@@ -106,7 +102,7 @@ def main() -> None:
     common.carry_out(
         args,
         runs_of(args),
-        lambda run, folder: do(run, folder, args),
+        do,
         told,
         table,
         FOOTNOTES,

@@ -55,14 +55,12 @@ blocks kept decoded: at 100% ours decodes nothing after a first pass, as a large
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.streaming", description=__doc__.split("\n")[0])
-    repeats.arguments(parser)
+    parser = repeats.parser("streaming", __doc__)
     parser.add_argument("--window", type=int, help="cells mixed at a time (default: 8192, of a quick look 2048)")
     parser.add_argument("--seconds", type=float, help="of each measurement (default: 10, of a quick look 0.5)")
-    args = parser.parse_args(words)
+    args = repeats.parsed(parser, words)
     args.window = args.window or (2048 if args.quick else 8192)
     args.seconds = args.seconds or (0.5 if args.quick else 10.0)
-    args.sets = args.sets or (["rna"] if args.quick else list(cells.SHAPES))
     return args
 
 
@@ -250,7 +248,7 @@ def main() -> None:
     common.carry_out(
         args,
         runs_of(args),
-        lambda run, folder: do(run, folder, args),
+        do,
         told,
         table,
         FOOTNOTES,
