@@ -12,8 +12,8 @@ import numpy as np
 from clue_dist.errors import StoreError
 from clue_dist.store import layout
 from clue_dist.store.manifest import Manifest, Shard
-from clue_dist.store.reader import SparseBlocks, StratumReader
-from clue_dist.store.rows import row_starts
+from clue_dist.store.reader import StratumReader
+from clue_dist.store.rows import misfit
 from clue_dist.store.writer import hash_file
 from data_prep.tasks import Progress
 
@@ -127,16 +127,15 @@ def _check_obs(reader: StratumReader, blocks: np.ndarray) -> list[str]:
 
 def _check_blocks(reader: StratumReader, modality: str, blocks: np.ndarray) -> list[str]:
     decoded = reader.read_blocks(modality, blocks)
-    if not isinstance(decoded, SparseBlocks):
+    if isinstance(decoded, np.ndarray):
         return [] if np.isfinite(decoded).all() else ["values that are not finite"]
-    capacity, n_features = reader.stratum.packed[modality].capacity, reader.manifest.modalities[modality].n_features
-    starts = row_starts(decoded.lengths)
-    if starts[:, -1].max() > capacity:
-        return [f"a block of {starts[:, -1].max()} non-zeros, more than its capacity {capacity}"]
-    # the sum of a row's gaps is its last column
-    sums = np.pad(np.cumsum(decoded.deltas, axis=1, dtype=np.int64), ((0, 0), (1, 0)))
-    last = np.take_along_axis(sums, starts[:, 1:], 1) - np.take_along_axis(sums, starts[:, :-1], 1)
-    return [] if last.max() < n_features else [f"column {last.max()}, but there are {n_features} features"]
+    packed, n_features = reader.stratum.packed[modality], reader.manifest.modalities[modality].n_features
+    for what, limit, most in zip(
+        ("non-zeros", "rests"), (packed.capacity, packed.rest), decoded.starts.max((0, 1)), strict=True
+    ):
+        if most > limit:
+            return [f"a block of {most} {what}, more than its capacity {limit}"]
+    return [] if (problem := misfit(decoded, packed.bits, n_features)) is None else [problem]
 
 
 def _line(error: StoreError) -> str:

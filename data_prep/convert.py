@@ -202,10 +202,9 @@ def _gather_shard(task: _Gather) -> None:
     }
     modalities = {}
     for name in s.modalities:
-        packed, n_features = s.packed[name], manifest.modalities[name].n_features
+        n_features = manifest.modalities[name].n_features
         folders = sorted(p for p in (task.spools / name).iterdir() if p.suffix != ".tmp")
-        dtype = packed.values or packed.counts or "uint8"
-        modalities[name] = spool.read(folders, np.asarray(obs["keys"]), n_features, dtype)
+        modalities[name] = spool.read(folders, np.asarray(obs["keys"]), n_features, s.packed[name])
     cells = ShardCells(modalities, obs["batch"], obs["label"], decode(obs["barcodes"]))
     written = write_shard(task.store, manifest, task.stratum, task.shard, cells)
     temporary = task.out.with_suffix(".tmp")

@@ -13,8 +13,8 @@ import numpy as np
 import scipy.sparse as sp
 from numba import njit
 
-from clue_dist.store.layout import unsigned
-from clue_dist.store.rows import Csr
+from clue_dist.store.manifest import Packed
+from clue_dist.store.rows import COUNT_BITS, Coded, Csr, coded, row_starts
 from data_prep.files import whole_folder
 from data_prep.sources import Rows
 
@@ -24,71 +24,64 @@ def write(folder: Path, keys: np.ndarray, rows: Rows) -> None:
     order = np.argsort(keys)
     with whole_folder(folder) as spool:
         np.save(spool / "keys.npy", keys[order])
-        extremes = (
-            _write_dense(spool, order, rows) if isinstance(rows, np.ndarray) else _write_sparse(spool, order, rows)
-        )
-        np.save(spool / "extremes.npy", np.array(extremes, np.int64))
+        if isinstance(rows, np.ndarray):
+            _write_dense(spool, rows[order])
+        else:
+            _write_sparse(spool, rows, order)
 
 
-def _write_dense(spool: Path, order: np.ndarray, rows: np.ndarray) -> tuple[int, int]:
-    """Returns the largest count (0 for measured floats, whose type does not depend on them) and 0."""
-    np.save(spool / "lengths.npy", np.count_nonzero(rows, axis=1)[order].astype(np.uint32))
-    np.save(spool / "values.npy", rows[order])
-    return 0 if rows.dtype.kind == "f" else int(rows.max(initial=0)), 0
+def _write_dense(spool: Path, rows: np.ndarray) -> None:
+    nonzeros = np.count_nonzero(rows, axis=1)
+    np.save(spool / "lengths.npy", np.column_stack([nonzeros, np.zeros((len(rows), 3), int)]).astype(np.uint32))
+    np.save(spool / "values.npy", rows)
+    # Measured floats keep their type, whatever they are.
+    largest = 0 if rows.dtype.kind == "f" else int(rows.max(initial=0))
+    np.save(spool / "largest.npy", np.array([largest, 0], np.int64))
 
 
-def _write_sparse(spool: Path, order: np.ndarray, rows: sp.csr_matrix) -> tuple[int, int]:
-    """Returns the largest count and the largest gap between columns."""
-    largest, lengths = int(rows.data.max(initial=0)), np.diff(rows.indptr)[order]
-    indptr = _indptr(lengths)
-    indices, values = np.empty(indptr[-1], _index_type(rows.shape[1])), np.empty(indptr[-1], unsigned(largest))
-    gap = copy_rows(rows.indptr, rows.indices, rows.data, order, np.arange(len(order)), indptr, indices, values)
-    np.save(spool / "lengths.npy", lengths.astype(np.uint32))
-    np.save(spool / "indptr.npy", indptr)
-    np.save(spool / "indices.npy", indices)
-    np.save(spool / "values.npy", values)
-    return largest, int(gap)
+def _write_sparse(spool: Path, rows: sp.csr_matrix, order: np.ndarray) -> None:
+    got = coded(Csr(rows.indptr, rows.indices, rows.data, rows.shape[1]), COUNT_BITS, order)
+    binary = farther(got.rest, got.lengths, got.starts())
+    np.save(spool / "lengths.npy", np.column_stack([got.lengths, binary]))
+    np.save(spool / "starts.npy", got.starts())
+    np.save(spool / "codes.npy", got.codes)
+    np.save(spool / "rest.npy", got.rest)
+    largest = int(rows.data.max(initial=0)), int(got.rest.max(initial=0))
+    np.save(spool / "largest.npy", np.array(largest, np.int64))
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What the second pass must know of a spool. keys, lengths: (n,); the largest count and gap between columns."""
+    """What the second pass must know of a spool. keys: (n,); lengths: (n, 4), of each row its non-zeros, far gaps and
+    high counts, and the far gaps it would have as a binary row; the largest count, and the largest number in rest."""
 
     keys: np.ndarray
     lengths: np.ndarray
     largest: int
-    gap: int
+    rest: int
 
 
 def survey(folder: Path) -> Survey:
-    """Read a spool's keys, row lengths and extremes."""
-    largest, gap = np.load(folder / "extremes.npy").tolist()
-    return Survey(np.load(folder / "keys.npy"), np.load(folder / "lengths.npy"), largest, gap)
+    """Read a spool's keys, what its rows take, and its largest numbers."""
+    return Survey(
+        np.load(folder / "keys.npy"), np.load(folder / "lengths.npy"), *np.load(folder / "largest.npy").tolist()
+    )
 
 
-def read(folders: list[Path], wanted: np.ndarray, n_features: int, dtype: str) -> Csr | np.ndarray:
+def read(folders: list[Path], wanted: np.ndarray, n_features: int, packed: Packed) -> Coded | np.ndarray:
     """The rows with keys `wanted`, (n,), in that order, out of any spools; each key must be in exactly one.
 
-    Returns a Csr with integer values for sparse spools, or (n, features) of `dtype` for dense ones.
+    Returns them as `packed` says: coded, or (n, features) of its type.
     """
     order = np.argsort(wanted)
     hits = [(folder, *_find(np.load(folder / "keys.npy", mmap_mode="r"), wanted[order])) for folder in folders]
     hits = [(folder, rows, order[at]) for folder, rows, at in hits if len(rows)]
     if sum(len(rows) for _, rows, _ in hits) != len(wanted):
         raise AssertionError(f"{len(wanted)} rows wanted, spools hold {sum(len(r) for _, r, _ in hits)}")
-    if not hits or not (hits[0][0] / "indptr.npy").exists():
-        return _read_dense(hits, len(wanted), n_features, dtype)
-    lengths = np.empty(len(wanted), np.int64)
-    for folder, rows, at in hits:
-        lengths[at] = np.load(folder / "lengths.npy", mmap_mode="r")[rows]
-    indptr = _indptr(lengths)
-    indices, values = np.empty(indptr[-1], _index_type(n_features)), np.empty(indptr[-1], dtype)
-    for folder, rows, at in hits:
-        parts = (
-            np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray) for name in ("indptr", "indices", "values")
-        )
-        copy_rows(*parts, rows, at, indptr, indices, values)
-    return Csr(indptr, indices, values, n_features)
+    if packed.values is not None:
+        return _read_dense(hits, len(wanted), n_features, packed.values)
+    got = _read_coded(hits, len(wanted), str(packed.rest_type))
+    return got if packed.bits == got.bits else coded(got.csr(n_features), packed.bits)
 
 
 def _read_dense(hits: list[tuple[Path, np.ndarray, np.ndarray]], n: int, n_features: int, dtype: str) -> np.ndarray:
@@ -96,6 +89,20 @@ def _read_dense(hits: list[tuple[Path, np.ndarray, np.ndarray]], n: int, n_featu
     for folder, rows, at in hits:
         out[at] = np.load(folder / "values.npy", mmap_mode="r")[rows]
     return out
+
+
+def _read_coded(hits: list[tuple[Path, np.ndarray, np.ndarray]], n: int, rest_type: str) -> Coded:
+    lengths = np.empty((n, 3), np.uint32)
+    for folder, rows, at in hits:
+        lengths[at] = np.load(folder / "lengths.npy", mmap_mode="r")[rows, :3]
+    starts = row_starts(lengths[None])[0]
+    codes, rest = np.empty(starts[-1, 0], np.uint8), np.empty(starts[-1, 1], rest_type)
+    for folder, rows, at in hits:
+        begins = np.load(folder / "starts.npy", mmap_mode="r").view(np.ndarray)
+        for k, (name, out) in enumerate((("codes", codes), ("rest", rest))):
+            source = np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray)
+            copy_rows(begins[:, k], source, rows, at, starts[:, k], out)
+    return Coded(codes, rest, lengths, COUNT_BITS)
 
 
 def _find(keys: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -117,25 +124,20 @@ def _find(keys: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 GROUP_SHIFT = 40  # a key is (planned stratum << 40) + the cell's place in the shuffle of all cells
 
 
-def _index_type(n_features: int) -> type:
-    return np.uint16 if n_features <= 2**16 else np.int32
-
-
-def _indptr(lengths: np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+@njit(nogil=True, cache=True)
+def copy_rows(starts, values, rows, at, out_starts, out):  # type: ignore[no-untyped-def]
+    """Copy what row rows[i] has of `values` to row at[i] of `out`."""
+    for i in range(len(rows)):
+        lo, target = starts[rows[i]], out_starts[at[i]]
+        for k in range(starts[rows[i] + 1] - lo):
+            out[target + k] = values[lo + k]
 
 
 @njit(nogil=True, cache=True)
-def copy_rows(indptr, indices, values, rows, at, out_indptr, out_indices, out_values):  # type: ignore[no-untyped-def]
-    """Copy row rows[i] to row at[i] of the output; returns the largest gap between columns of a row."""
-    widest = np.int64(0)
-    for i in range(len(rows)):
-        source, target = indptr[rows[i]], out_indptr[at[i]]
-        before = np.int64(0)
-        for k in range(out_indptr[at[i] + 1] - target):
-            column = np.int64(indices[source + k])
-            widest = max(widest, column - before)
-            before = column
-            out_indices[target + k] = column
-            out_values[target + k] = values[source + k]
-    return widest
+def farther(rest, lengths, starts):  # type: ignore[no-untyped-def]
+    """How many gaps of each row are far if all of a code's bits are the gap's. (n,) uint32"""
+    out = np.zeros(len(lengths), np.uint32)
+    for row in range(len(lengths)):
+        for k in range(starts[row, 1], starts[row, 1] + lengths[row, 1]):
+            out[row] += rest[k] >= 255
+    return out

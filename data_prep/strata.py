@@ -11,7 +11,8 @@ import numpy as np
 
 from clue_dist.errors import DataError
 from clue_dist.store import layout
-from clue_dist.store.manifest import Manifest, Modality, Packed, Stratum, capacity_of
+from clue_dist.store.manifest import Manifest, Modality, Packed, Stratum, largest_block
+from clue_dist.store.rows import COUNT_BITS
 from data_prep import spool
 from data_prep.cells import Cells
 
@@ -43,12 +44,12 @@ def settle(
     Raises:
         DataError: no cell has any counts in a modality.
     """
-    mask, lengths, extremes = _survey(cells, modalities, files, spools)
+    mask, lengths, largest = _survey(cells, modalities, files, spools)
     shuffled = np.argsort(cells.place)
     order = {int(bits): shuffled[mask[shuffled] == bits] for bits in np.unique(mask[mask > 0])}
     packed = {
         bits: {
-            name: _pack(modality, lengths[name][of], extremes[name][0], extremes[name][1], block_cells)
+            name: _pack(modality, lengths[name][of], largest[name], block_cells)
             for m, (name, modality) in enumerate(modalities.items())
             if bits >> m & 1
         }
@@ -61,25 +62,25 @@ def settle(
 def _survey(
     cells: Cells, modalities: dict[str, Modality], files: dict[str, str], spools: dict[str, list[Path]]
 ) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, list[int]]]:
-    """Every cell's mask, (n,) int64; per modality its non-zeros in every cell, (n,), the largest count and gap."""
+    """Every cell's mask, (n,) int64; per modality what every cell takes, (n, 4), and its largest count and rest."""
     by_key = np.argsort(cells.keys(np.arange(len(cells.barcodes))))
     sorted_keys = cells.keys(by_key)
     mask = np.zeros(len(cells.barcodes), np.int64)
     lengths: dict[str, np.ndarray] = {}
-    extremes: dict[str, list[int]] = {}
+    largest: dict[str, list[int]] = {}
     for m, (name, modality) in enumerate(modalities.items()):
-        lengths[name] = np.zeros(len(mask), np.uint32)
-        extremes[name] = [0, 0]
+        lengths[name] = np.zeros((len(mask), 4), np.uint32)
+        largest[name] = [0, 0]
         for path in spools[name]:
             seen = spool.survey(path)
             of = by_key[np.searchsorted(sorted_keys, seen.keys)]
             lengths[name][of] = seen.lengths
-            mask[of[(seen.lengths > 0) | (modality.kind == "dense")]] |= 1 << m
-            extremes[name] = [max(a, b) for a, b in zip(extremes[name], (seen.largest, seen.gap), strict=True)]
+            mask[of[(seen.lengths[:, 0] > 0) | (modality.kind == "dense")]] |= 1 << m
+            largest[name] = [max(a, b) for a, b in zip(largest[name], (seen.largest, seen.rest), strict=True)]
         if not (mask >> m & 1).any():
             fix = "check that the files hold raw counts, or leave the modality out"
             raise DataError(f"no cell has any counts in modality {name!r}", where=files[name], fix=fix)
-    return mask, lengths, extremes
+    return mask, lengths, largest
 
 
 def manifest(
@@ -116,21 +117,26 @@ def manifest(
     )
 
 
-def _pack(modality: Modality, lengths: np.ndarray, largest: int, gap: int, block_cells: int) -> Packed:
-    """lengths: non-zeros of the stratum's cells, in order; largest, gap: over the whole modality."""
+def _pack(modality: Modality, lengths: np.ndarray, largest: list[int], block_cells: int) -> Packed:
+    """lengths: (n, 4) of the stratum's cells, in order; largest: count and rest, over the whole modality."""
+    count, rest = largest
     if modality.storage == "dense":
-        values = "float32" if modality.kind == "dense" else layout.unsigned(largest)
-        return Packed(capacity=0, values=values)  # type: ignore[arg-type]
-    kept = None if largest <= 1 else layout.unsigned(largest - 1)
-    return Packed(capacity=capacity_of(lengths, block_cells), deltas=layout.index_type(gap), counts=kept)  # type: ignore[arg-type]
+        return Packed(values="float32" if modality.kind == "dense" else layout.unsigned(count))  # type: ignore[arg-type]
+    binary = count <= 1
+    rests = lengths[:, 3] if binary else lengths[:, 1] + 2 * lengths[:, 2]
+    return Packed(
+        capacity=largest_block(lengths[:, 0], block_cells),
+        bits=0 if binary else COUNT_BITS,
+        rest=largest_block(rests, block_cells),
+        rest_type=layout.unsigned(rest),  # type: ignore[arg-type]
+    )
 
 
 def _cell_bytes(packed: Packed, n_features: int, block_cells: int) -> float:
     """Raw bytes of one cell in the store."""
     if packed.values is not None:
         return n_features * np.dtype(packed.values).itemsize
-    entry = np.dtype(packed.deltas).itemsize + (np.dtype(packed.counts).itemsize if packed.counts else 0)
-    return packed.capacity / block_cells * entry
+    return (packed.capacity + packed.rest * np.dtype(packed.rest_type).itemsize) / block_cells
 
 
 def _tally(cells: Cells, field: str, of: np.ndarray) -> dict[str, int]:

@@ -10,9 +10,9 @@ import scipy.sparse as sp
 
 from clue_dist.store import layout, writer
 from clue_dist.store.layout import STORAGE, Kind
-from clue_dist.store.manifest import Manifest, Modality, Packed, Shard, Stratum, capacity_of
+from clue_dist.store.manifest import Manifest, Modality, Packed, Shard, Stratum, largest_block
 from clue_dist.store.reader import Store
-from clue_dist.store.rows import Csr
+from clue_dist.store.rows import COUNT_BITS, Coded, Csr, coded
 
 KINDS: dict[str, Kind] = {"rna": "rna", "adt": "adt", "atac": "atac"}
 
@@ -75,7 +75,7 @@ def _draw(
 ) -> writer.Cells:
     label = rng.integers(0, labels, n).astype(np.int32) if labels else np.full(n, -1, np.int32)
     batch = rng.integers(0, batches, n).astype(np.int32) if batches else np.full(n, -1, np.int32)
-    rows: dict[str, Csr | np.ndarray] = {}
+    rows: dict[str, Coded | np.ndarray] = {}
     for m in stratum.split("+"):
         counts = rng.poisson(rates[m][np.maximum(label, 0)])
         counts[:, 0] += 1  # no empty cells
@@ -87,7 +87,8 @@ def _draw(
             counts = np.minimum(counts, 1)
         sparse = sp.csr_matrix(counts)
         values = sparse.data.astype(np.float32)
-        rows[m] = Csr(sparse.indptr.astype(np.int64), sparse.indices.astype(np.int32), values, counts.shape[1])
+        csr = Csr(sparse.indptr.astype(np.int64), sparse.indices.astype(np.int32), values, counts.shape[1])
+        rows[m] = coded(csr, 0 if modalities[m].kind == "atac" else COUNT_BITS)
     return writer.Cells(rows, batch, label, np.array([f"{stratum}-{i}" for i in range(n)]))
 
 
@@ -105,25 +106,33 @@ def _stratum(
         n_cells=n,
         shard_blocks=2 * layout.CHUNK_ROWS if n > 2 * layout.CHUNK_ROWS * block_cells else layout.CHUNK_ROWS,
         barcode_width=max(len(b) for b in cells.barcodes),
-        packed={m: _packed(rows, modalities[m], block_cells) for m, rows in cells.modalities.items()},
+        packed={m: packed_of(rows, block_cells) for m, rows in cells.modalities.items()},
         batch_counts={b: int((cells.batch == i).sum()) for i, b in enumerate(batches)},
         label_counts={t: int((cells.label == i).sum()) for i, t in enumerate(labels)},
     )
 
 
-def _packed(rows: Csr | np.ndarray, modality: Modality, block_cells: int) -> Packed:
-    if not isinstance(rows, Csr):
-        return Packed(capacity=0, values="uint16" if modality.kind == "adt" else "float32")
-    counts = None if modality.kind == "atac" else "uint16"
-    return Packed(capacity=capacity_of(np.diff(rows.indptr), block_cells), deltas="uint16", counts=counts)
+def packed_of(rows: Coded | np.ndarray, block_cells: int) -> Packed:
+    """How rows have to be packed."""
+    if isinstance(rows, np.ndarray):
+        return Packed(values=str(rows.dtype))  # type: ignore[arg-type]
+    return Packed(
+        capacity=largest_block(rows.lengths[:, 0], block_cells),
+        bits=rows.bits,  # type: ignore[arg-type]
+        rest=largest_block(rows.lengths[:, 1] + 2 * rows.lengths[:, 2], block_cells),
+        rest_type=str(rows.rest.dtype),  # type: ignore[arg-type]
+    )
+
+
+def part_of(rows: Coded | np.ndarray, part: slice) -> Coded | np.ndarray:
+    """Some of the rows, as they are."""
+    if isinstance(rows, np.ndarray):
+        return rows[part]
+    starts, (lo, hi, _) = rows.starts(), part.indices(rows.n_rows)
+    (first, first_rest), (last, last_rest) = starts[lo], starts[hi]
+    return Coded(rows.codes[first:last], rows.rest[first_rest:last_rest], rows.lengths[part], rows.bits)
 
 
 def _part(cells: writer.Cells, part: slice) -> writer.Cells:
-    rows: dict[str, Csr | np.ndarray] = {}
-    for m, r in cells.modalities.items():
-        if isinstance(r, Csr):
-            cut = r.scipy()[part]
-            rows[m] = Csr(cut.indptr.astype(np.int64), cut.indices, cut.data, r.n_features)
-        else:
-            rows[m] = r[part]
+    rows = {m: part_of(r, part) for m, r in cells.modalities.items()}
     return writer.Cells(rows, cells.batch[part], cells.label[part], cells.barcodes[part])

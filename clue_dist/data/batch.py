@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clue_dist.store.reader import Store
-from clue_dist.store.rows import Csr
+from clue_dist.store.rows import Located
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Part:
-    """Cells of one stratum on their way into a batch. rows: per modality; batch_code: (n,) int32."""
+    """Cells of one stratum on their way into a batch. rows: per modality, still coded where sparse; batch_code: (n,)
+    int32."""
 
-    rows: dict[str, Csr | np.ndarray]
+    rows: dict[str, Located | np.ndarray]
     batch_code: np.ndarray
 
 
@@ -114,20 +115,25 @@ def read_batch(store: Store, stratum: str, positions: np.ndarray, modalities: Se
     """Any cells of one stratum as a batch, read straight from the store. `modalities`: in model order, the store's
     by default; it names all that the stratum carries."""
     reader = store.strata[stratum]
-    rows = {m: reader.rows(m, positions) for m in reader.modalities}
+    rows = {m: reader.located(m, positions) for m in reader.modalities}
     return assemble(modalities or store.modalities, [Part(rows, reader.obs_codes("batch", positions))])
 
 
-def _stack(rows: list[Csr | np.ndarray]) -> Counts:
+def _stack(rows: list[Located | np.ndarray]) -> Counts:
     dense = [r for r in rows if isinstance(r, np.ndarray)]
     if dense:
         return torch.from_numpy(np.concatenate(dense).astype(np.float32, copy=False))
-    sparse = [r for r in rows if isinstance(r, Csr)]
-    ends = np.cumsum([0, *(r.indptr[-1] for r in sparse)])
-    indptr = np.concatenate([[0], *(r.indptr[1:] + end for r, end in zip(sparse, ends, strict=False))])
+    sparse = [r for r in rows if isinstance(r, Located)]
+    indptr = np.concatenate([[0], np.cumsum(np.concatenate([r.nonzeros() for r in sparse]), dtype=np.int64)])
+    indices, values = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], np.float32)
+    first = 0
+    for r in sparse:
+        last = first + len(r.row)
+        r.decode(indptr[first : last + 1], indices, values)
+        first = last
     return SparseCounts(
         torch.from_numpy(indptr.astype(np.int32)),
-        torch.from_numpy(np.concatenate([r.indices for r in sparse])),
-        torch.from_numpy(np.concatenate([r.values for r in sparse])),
+        torch.from_numpy(indices),
+        torch.from_numpy(values),
         sparse[0].n_features,
     )

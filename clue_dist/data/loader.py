@@ -13,8 +13,8 @@ import numpy as np
 
 from clue_dist.data.batch import Batch, Part, assemble
 from clue_dist.data.plan import Plan
-from clue_dist.store.reader import SparseBlocks, Store, StratumReader, gather_rows
-from clue_dist.store.rows import Csr, row_starts
+from clue_dist.store.reader import Store, StratumReader
+from clue_dist.store.rows import Blocks, Located
 
 
 class BlockCache:
@@ -31,15 +31,14 @@ class BlockCache:
         blocks, which = np.unique(positions // self.reader.block_cells, return_inverse=True)
         row = positions % self.reader.block_cells
         slot = self._load(blocks)[which]
-        rows = {m: self._gather(m, slot, row) for m in self.reader.modalities}
+        rows = {m: self._rows(m, slot, row) for m in self.reader.modalities}
         return Part(rows, self._pools["obs"]["batch"][slot, row])
 
-    def _gather(self, modality: str, slot: np.ndarray, row: np.ndarray) -> Csr | np.ndarray:
+    def _rows(self, modality: str, slot: np.ndarray, row: np.ndarray) -> Located | np.ndarray:
         pool = self._pools[modality]
         if "values" in pool:
             return pool["values"][slot, row]
-        n_features = self.reader.manifest.modalities[modality].n_features
-        return gather_rows(pool["deltas"], pool["counts"], pool["starts"], slot, row, n_features)
+        return self.reader.locate(modality, Blocks(**pool), slot, row)
 
     def _load(self, blocks: np.ndarray) -> np.ndarray:
         """Slots of `blocks`, reading those that are not here in place of the ones not used for longest."""
@@ -62,10 +61,7 @@ class BlockCache:
         self._put("obs", slots, {"batch": self.reader.read_codes("batch", blocks)})
         for m in self.reader.modalities:
             got = self.reader.read_blocks(m, blocks)
-            if isinstance(got, SparseBlocks):
-                self._put(m, slots, {"deltas": got.deltas, "counts": got.counts, "starts": row_starts(got.lengths)})
-            else:
-                self._put(m, slots, {"values": got})
+            self._put(m, slots, vars(got) if isinstance(got, Blocks) else {"values": got})
 
     def _put(self, name: str, slots: np.ndarray, arrays: dict[str, np.ndarray]) -> None:
         pool = self._pools.setdefault(

@@ -5,12 +5,13 @@
       strata/<rna+adt>/                           one group per stratum: the cells that carry the same modalities
         obs/batch, obs/label     (blocks, B)      int32 codes into the manifest's lists, -1 = unknown
         obs/barcode              (blocks, B, w)   uint8, padded with zeros
-        rna/lengths              (blocks, B)      non-zeros of each cell
-        rna/deltas, rna/counts   (blocks, C)      sparse modality: gaps between column indices; counts minus one
+        rna/lengths              (blocks, B, 3)   sparse modality: what each cell has of both arrays below
+        rna/codes                (blocks, C)      uint8, gap between columns and count of each non-zero (see `rows`)
+        rna/rest                 (blocks, R)      gaps and counts that do not fit into a byte
         adt/values               (blocks, B, m)   dense modality
 
 Every array's first axis is the block: B cells in random order, so that a block is a random draw of its stratum.
-A block of a sparse modality is padded to the stratum's capacity C; codecs make the padding nearly free on disk.
+Blocks of a sparse modality are padded to the stratum's largest, C and R; codecs make that nearly free on disk.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 
 FORMAT = "clue_dist.store"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 BLOCK_CELLS = 64
 SHARD_BYTES = 64 * 2**20  # raw bytes of the largest modality of one shard
@@ -55,11 +56,6 @@ def stratum_name(modalities: list[str]) -> str:
 def unsigned(largest: int) -> str:
     """The narrowest unsigned type that holds `largest`."""
     return next(t for t in ("uint8", "uint16", "uint32", "uint64") if largest <= np.iinfo(t).max)
-
-
-def index_type(largest_gap: int) -> str:
-    """Gaps are uint16, or uint32 where one needs it."""
-    return "uint16" if largest_gap <= np.iinfo(np.uint16).max else "uint32"
 
 
 def blocks_of(n_cells: int, block_cells: int) -> int:

@@ -32,13 +32,18 @@ class Modality(_Strict):
         return len(self.features)
 
 
-class Packed(_Strict):
-    """How a modality is packed in one stratum; `counts` is None for binary data, `deltas` None for dense."""
+Unsigned = Literal["uint8", "uint16", "uint32", "uint64"]
 
-    capacity: int = Field(ge=0, le=2**31)
-    deltas: Literal["uint16", "uint32"] | None = None
-    counts: Literal["uint8", "uint16", "uint32", "uint64"] | None = None
-    values: Literal["uint8", "uint16", "uint32", "uint64", "float32"] | None = None
+
+class Packed(_Strict):
+    """How a modality is packed in one stratum: `values` where it is dense, else blocks of at most `capacity` non-zeros
+    with `bits` of each for its count, and at most `rest` numbers of `rest_type` that did not fit."""
+
+    values: Unsigned | Literal["float32"] | None = None
+    capacity: int = Field(default=0, ge=0, le=2**31)
+    bits: Literal[0, 2] = 0
+    rest: int = Field(default=0, ge=0, le=2**31)
+    rest_type: Unsigned | None = None
 
 
 class Stratum(_Strict):
@@ -64,7 +69,7 @@ class Manifest(_Strict):
     """The whole store at a glance. Writing it is what makes the store exist."""
 
     format: Literal["clue_dist.store"] = "clue_dist.store"
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     block_cells: int = Field(default=layout.BLOCK_CELLS, ge=1, le=65536)
     codec: Literal["fast", "small"] = "fast"
     modalities: dict[str, Modality]
@@ -88,7 +93,7 @@ class Manifest(_Strict):
                 raise ValueError(f"stratum {name!r} does not fit its modalities {stratum.modalities}")
             for m, packed in stratum.packed.items():
                 dense = self.modalities[m].storage == "dense"
-                if dense != (packed.values is not None) or dense == (packed.deltas is not None):
+                if dense != (packed.values is not None) or dense == (packed.rest_type is not None):
                     raise ValueError(f"stratum {name!r} packs {m!r} against its storage {self.modalities[m].storage!r}")
         return self
 
@@ -116,11 +121,10 @@ class Manifest(_Strict):
             if packed.values is not None:
                 specs.append(layout.wide(f"{root}/{m}/values", n, s.shard_blocks, (size, features), packed.values))
                 continue
-            assert packed.deltas is not None
-            specs.append(layout.narrow(f"{root}/{m}/lengths", n, s.shard_blocks, (size,), "uint32"))
-            specs.append(layout.wide(f"{root}/{m}/deltas", n, s.shard_blocks, (packed.capacity,), packed.deltas))
-            if packed.counts is not None:
-                specs.append(layout.wide(f"{root}/{m}/counts", n, s.shard_blocks, (packed.capacity,), packed.counts))
+            assert packed.rest_type is not None
+            specs.append(layout.narrow(f"{root}/{m}/lengths", n, s.shard_blocks, (size, 3), "uint32"))
+            specs.append(layout.wide(f"{root}/{m}/codes", n, s.shard_blocks, (packed.capacity,), "uint8"))
+            specs.append(layout.wide(f"{root}/{m}/rest", n, s.shard_blocks, (packed.rest,), packed.rest_type))
         return specs
 
     def write(self, root: Path) -> Manifest:
@@ -174,7 +178,7 @@ class Manifest(_Strict):
         return manifest
 
 
-def capacity_of(lengths: np.ndarray, block_cells: int) -> int:
-    """The largest number of non-zeros in a block. lengths: (n_cells,) in store order."""
+def largest_block(lengths: np.ndarray, block_cells: int) -> int:
+    """The most of something in a block, at least 1. lengths: what each cell has, (n_cells,) in store order."""
     edges = np.arange(0, len(lengths), block_cells)
     return int(np.add.reduceat(lengths.astype(np.int64), edges).max(initial=1)) if len(lengths) else 1

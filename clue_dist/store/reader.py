@@ -14,19 +14,10 @@ from clue_dist.errors import StoreError
 from clue_dist.store import layout
 from clue_dist.store.layout import ArraySpec
 from clue_dist.store.manifest import Manifest
-from clue_dist.store.rows import Csr, gather, row_starts
+from clue_dist.store.rows import Blocks, Csr, Located, row_starts
 
 # Opening a handle caches nothing: the loader keeps the blocks it needs, once.
 _CONTEXT = {"cache_pool": {"total_bytes_limit": 0}}
-
-
-@dataclass(frozen=True)
-class SparseBlocks:
-    """Decoded blocks of a sparse modality. deltas, counts: (n, C), counts (n, 0) if binary; lengths: (n, B)."""
-
-    deltas: np.ndarray
-    counts: np.ndarray
-    lengths: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -53,15 +44,19 @@ class StratumReader:
     def modalities(self) -> list[str]:
         return self.stratum.modalities
 
-    def read_blocks(self, modality: str, blocks: np.ndarray) -> SparseBlocks | np.ndarray:
-        """Decoded blocks of one modality: `SparseBlocks`, or (n, B, features) where it is stored dense."""
+    def read_blocks(self, modality: str, blocks: np.ndarray) -> Blocks | np.ndarray:
+        """Decoded blocks of one modality: `Blocks`, or (n, B, features) where it is stored dense."""
         if self.manifest.modalities[modality].storage == "dense":
             return self._read(f"{modality}/values", blocks)
-        names = [f"{modality}/{part}" for part in ("deltas", "counts", "lengths")]
-        pending = {name: self._start(name, blocks) for name in names if name in self._arrays}
-        got = {name: self._finish(name, blocks, future) for name, future in pending.items()}
-        empty = np.empty((len(blocks), 0), np.uint8)
-        return SparseBlocks(got[names[0]], got.get(names[1], empty), got[names[2]])
+        names = [f"{modality}/{part}" for part in ("codes", "rest", "lengths")]
+        pending = [self._start(name, blocks) for name in names]
+        codes, rest, lengths = (self._finish(n, blocks, future) for n, future in zip(names, pending, strict=True))
+        return Blocks(codes, rest, lengths, row_starts(lengths))
+
+    def locate(self, modality: str, blocks: Blocks, slot: np.ndarray, row: np.ndarray) -> Located:
+        """Rows `row` of blocks `slot`, both (n,), among blocks of a sparse modality."""
+        n_features, bits = self.manifest.modalities[modality].n_features, self.stratum.packed[modality].bits
+        return Located(blocks, slot, row, n_features, bits)
 
     def read_codes(self, field: str, blocks: np.ndarray) -> np.ndarray:
         """`batch` or `label` codes of whole blocks, (n, B) int32."""
@@ -69,19 +64,19 @@ class StratumReader:
 
     def read_lengths(self, modality: str, blocks: np.ndarray) -> np.ndarray:
         """Non-zeros of each cell of whole blocks of a sparse modality, (n, B) uint32; padding has none."""
-        return self._read(f"{modality}/lengths", blocks)
+        return self._read(f"{modality}/lengths", blocks)[..., 0]
+
+    def located(self, modality: str, positions: np.ndarray) -> Located | np.ndarray:
+        """Any cells, in the order asked for: still coded, or (n, features) where stored dense."""
+        blocks, slot = np.unique(positions // self.block_cells, return_inverse=True)
+        row = positions % self.block_cells
+        got = self.read_blocks(modality, blocks)
+        return got[slot, row] if isinstance(got, np.ndarray) else self.locate(modality, got, slot, row)
 
     def rows(self, modality: str, positions: np.ndarray) -> Csr | np.ndarray:
         """Raw counts of any cells, in the order asked for: `Csr`, or (n, features) where stored dense."""
-        blocks, slot = np.unique(positions // self.block_cells, return_inverse=True)
-        row = positions % self.block_cells
-        decoded = self.read_blocks(modality, blocks)
-        if not isinstance(decoded, SparseBlocks):
-            return decoded[slot, row]
-        starts = row_starts(decoded.lengths)
-        return gather_rows(
-            decoded.deltas, decoded.counts, starts, slot, row, self.manifest.modalities[modality].n_features
-        )
+        got = self.located(modality, positions)
+        return got.csr() if isinstance(got, Located) else got
 
     def obs_codes(self, field: str, positions: np.ndarray) -> np.ndarray:
         """`batch` or `label` codes of any cells, (n,) int32, -1 = unknown."""
@@ -162,17 +157,6 @@ class Store:
     @property
     def fingerprint(self) -> str:
         return self.manifest.fingerprint
-
-
-def gather_rows(
-    deltas: np.ndarray, counts: np.ndarray, starts: np.ndarray, slot: np.ndarray, row: np.ndarray, n_features: int
-) -> Csr:
-    """Rows `row` of blocks `slot`, both (n,), out of decoded blocks; see `rows.gather`."""
-    indptr = np.zeros(len(slot) + 1, np.int64)
-    np.cumsum(starts[slot, row + 1] - starts[slot, row], out=indptr[1:])
-    indices, values = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], np.float32)
-    gather(deltas, counts, starts, slot, row, indptr, indices, values)
-    return Csr(indptr, indices, values, n_features)
 
 
 def _span(blocks: np.ndarray) -> str:

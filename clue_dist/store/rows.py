@@ -1,4 +1,10 @@
-"""Rows of a sparse matrix, and the kernels that pack them into blocks and gather them out again."""
+"""Rows of a sparse matrix, how they are coded on disk, and the kernels that code and decode them.
+
+A non-zero is one byte: the gap from the column before it in its row (a row's first counts from column 0) and, below
+it, `bits` bits of its count minus one. What does not fit is marked by the largest value of its field and follows in
+the row's `rest`: first the far gaps, then of every high count how many non-zeros lie between it and the high count
+before it, then the high counts minus one. Binary rows have bits = 0 and store no counts.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +14,14 @@ import numpy as np
 import scipy.sparse as sp
 from numba import njit
 
+COUNT_BITS = 2  # three of four counts of a droplet are below 4, and gaps below 63 leave few that are far
+
 
 @dataclass(frozen=True)
 class Csr:
     """Sparse rows. indptr: (n + 1,) int64; indices: (nnz,) int32, sorted in a row; values: (nnz,) float32.
 
-    The writer takes any integer types.
+    `coded` takes any integer types.
     """
 
     indptr: np.ndarray
@@ -29,51 +37,200 @@ class Csr:
         return sp.csr_matrix((self.values, self.indices, self.indptr), shape=(self.n_rows, self.n_features))
 
 
-@njit(nogil=True, cache=True)
-def pack(indptr, indices, values, block_cells, deltas, counts):  # type: ignore[no-untyped-def]
-    """Rows -> blocks: gaps between column indices (a row's first counts from column 0), and counts minus one.
-
-    Fills deltas (blocks, C) and counts (blocks, C), zeros so far; counts has no columns for binary data.
+@dataclass(frozen=True)
+class Coded:
+    """Rows as they are on disk, one behind the other. codes: (nnz,) uint8; rest: (r,) unsigned;
+    lengths: (n, 3) uint32, of each row its non-zeros, far gaps and high counts; bits: of a code that hold the count.
     """
-    binary = counts.shape[1] == 0
-    for row in range(len(indptr) - 1):
-        block = row // block_cells
-        target = indptr[row] - indptr[block * block_cells]
-        before = np.int64(0)
-        for i in range(indptr[row], indptr[row + 1]):
-            column = np.int64(indices[i])
-            deltas[block, target] = column - before
-            before = column
-            if not binary:
-                counts[block, target] = np.int64(values[i]) - 1
-            target += 1
+
+    codes: np.ndarray
+    rest: np.ndarray
+    lengths: np.ndarray
+    bits: int
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.lengths)
+
+    def csr(self, n_features: int) -> Csr:
+        blocks = Blocks(self.codes[None], self.rest[None], self.lengths[None], self.starts()[None])
+        return Located(blocks, np.zeros(self.n_rows, np.int64), np.arange(self.n_rows), n_features, self.bits).csr()
+
+    def starts(self) -> np.ndarray:
+        """Where each row starts in codes and in rest, and where the last one ends. (n + 1, 2) int64"""
+        return row_starts(self.lengths[None])[0]
+
+
+def coded(rows: Csr, bits: int, order: np.ndarray | None = None) -> Coded:
+    """Code rows of counts from 1 on, in the given order; without bits for the count, all are 1."""
+    order = np.arange(rows.n_rows) if order is None else order
+    lengths = np.empty((len(order), 3), np.uint32)
+    largest = _measure(rows.indptr, rows.indices, rows.values, order, bits, lengths)
+    starts = row_starts(lengths[None])[0]
+    codes = np.empty(starts[-1, 0], np.uint8)
+    rest = np.empty(starts[-1, 1], np.min_scalar_type(largest))
+    _encode(rows.indptr, rows.indices, rows.values, order, bits, lengths, starts, codes, rest)
+    return Coded(codes, rest, lengths, bits)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Decompressed blocks, their rows still coded. codes: (n, C) uint8; rest: (n, R) unsigned; lengths: (n, B, 3) as in
+    `Coded`; starts: (n, B + 1, 2), where each row starts in its block's codes and rest."""
+
+    codes: np.ndarray
+    rest: np.ndarray
+    lengths: np.ndarray
+    starts: np.ndarray
+
+
+@dataclass(frozen=True)
+class Located:
+    """Some rows inside blocks. slot, row: (n,), which block and which row of it; bits: as in `Coded`."""
+
+    blocks: Blocks
+    slot: np.ndarray
+    row: np.ndarray
+    n_features: int
+    bits: int
+
+    def nonzeros(self) -> np.ndarray:
+        """Of each row, (n,) uint32."""
+        return self.blocks.lengths[self.slot, self.row, 0]
+
+    def decode(self, indptr: np.ndarray, indices: np.ndarray, values: np.ndarray) -> None:
+        """Fill indices (nnz,) int32 and values (nnz,) float32. indptr: (n + 1,), where each row goes in them."""
+        b = self.blocks
+        _decode(b.codes, b.rest, b.lengths, b.starts, self.bits, self.slot, self.row, indptr, indices, values)
+
+    def csr(self) -> Csr:
+        indptr = np.concatenate([[0], np.cumsum(self.nonzeros(), dtype=np.int64)])
+        indices, values = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], np.float32)
+        self.decode(indptr, indices, values)
+        return Csr(indptr, indices, values, self.n_features)
 
 
 @njit(nogil=True, cache=True)
 def row_starts(lengths: np.ndarray) -> np.ndarray:
-    """lengths (blocks, B) -> where each row starts inside its block, (blocks, B + 1) int64."""
-    blocks, size = lengths.shape
-    out = np.zeros((blocks, size + 1), np.int64)
+    """lengths (blocks, B, 3) -> where each row starts in its block's codes and rest, (blocks, B + 1, 2) int64."""
+    blocks, size, _ = lengths.shape
+    out = np.zeros((blocks, size + 1, 2), np.int64)
     for b in range(blocks):
         for i in range(size):
-            out[b, i + 1] = out[b, i] + lengths[b, i]
+            out[b, i + 1, 0] = out[b, i, 0] + lengths[b, i, 0]
+            out[b, i + 1, 1] = out[b, i, 1] + lengths[b, i, 1] + 2 * lengths[b, i, 2]
     return out
 
 
 @njit(nogil=True, cache=True)
-def gather(deltas, counts, starts, block, row, indptr, indices, values):  # type: ignore[no-untyped-def]
-    """Undelta the asked rows out of decoded blocks.
+def _measure(indptr, indices, values, order, bits, lengths):  # type: ignore[no-untyped-def]
+    """Fill lengths (n, 3); returns the largest value that rest must hold."""
+    far, high = (256 >> bits) - 1, (1 << bits) - 1
+    largest = np.uint64(0)
+    for row in range(len(order)):
+        lo, hi = indptr[order[row]], indptr[order[row] + 1]
+        before, last = np.int64(0), lo
+        n_far, n_high = 0, 0
+        for i in range(lo, hi):
+            gap = np.int64(indices[i]) - before
+            before = np.int64(indices[i])
+            if gap >= far:
+                n_far += 1
+                largest = max(largest, np.uint64(gap))
+            count = np.uint64(values[i]) - np.uint64(1)
+            if bits and count >= high:
+                n_high += 1
+                largest = max(largest, count, np.uint64(i - last))
+                last = i
+        lengths[row, 0], lengths[row, 1], lengths[row, 2] = hi - lo, n_far, n_high
+    return largest
 
-    deltas, counts: (slots, C), counts has no columns for binary data; starts: (slots, B + 1);
-    block, row: (n,) slot and row in it; indptr: (n + 1,); fills indices (nnz,) int32, values (nnz,) float32.
-    """
-    binary = counts.shape[1] == 0
-    for i in range(len(block)):
-        slot = block[i]
-        source = starts[slot, row[i]]
-        column = 0
-        for target in range(indptr[i], indptr[i + 1]):
-            column += deltas[slot, source]
-            indices[target] = column
-            values[target] = 1.0 if binary else np.float32(counts[slot, source]) + np.float32(1.0)
-            source += 1
+
+@njit(nogil=True, cache=True)
+def _encode(indptr, indices, values, order, bits, lengths, starts, codes, rest):  # type: ignore[no-untyped-def]
+    far, high = (256 >> bits) - 1, (1 << bits) - 1
+    for row in range(len(order)):
+        lo, hi, target = indptr[order[row]], indptr[order[row] + 1], starts[row, 0]
+        at_far = starts[row, 1]
+        at_high = at_far + lengths[row, 1]
+        before, last = np.int64(0), lo
+        for i in range(lo, hi):
+            gap = np.int64(indices[i]) - before
+            before = np.int64(indices[i])
+            if gap >= far:
+                rest[at_far] = gap
+                at_far += 1
+                gap = far
+            count = np.int64(0)
+            if bits:
+                more = np.uint64(values[i]) - np.uint64(1)
+                count = min(np.int64(more), high)
+                if more >= high:
+                    rest[at_high] = i - last
+                    rest[at_high + lengths[row, 2]] = more
+                    at_high += 1
+                    last = i
+            codes[target + i - lo] = gap << bits | count
+
+
+@njit(nogil=True, cache=True)
+def _decode(codes, rest, lengths, starts, bits, slot, row, indptr, indices, values):  # type: ignore[no-untyped-def]
+    """Columns first, then counts: the second loop runs on vector units, and only high counts are touched twice."""
+    far, mask = np.int32((256 >> bits) - 1), np.uint8((1 << bits) - 1)
+    shift = np.uint8(bits)
+    for i in range(len(slot)):
+        s, r = slot[i], row[i]
+        first, at, n_far, n_high = starts[s, r, 0], starts[s, r, 1], lengths[s, r, 1], lengths[s, r, 2]
+        columns, counts = indices[indptr[i] : indptr[i + 1]], values[indptr[i] : indptr[i + 1]]
+        of, more = codes[s, first : first + len(columns)], rest[s, at : at + n_far + 2 * n_high]
+        column, k = np.int32(0), 0
+        for j in range(len(columns)):
+            gap = np.int32(of[j] >> shift)
+            if gap == far:
+                gap = np.int32(more[k])
+                k += 1
+            column += gap
+            columns[j] = column
+        for j in range(len(columns)):
+            counts[j] = np.float32(np.int32(of[j] & mask) + np.int32(1))
+        place = np.int64(0)
+        for k in range(n_far, n_far + n_high):
+            place += np.int64(more[k])
+            counts[place] = np.float32(more[k + n_high]) + np.float32(1)
+
+
+def misfit(blocks: Blocks, bits: int, n_features: int) -> str | None:
+    """What is wrong with the coding of some row, if anything."""
+    found = _misfit(blocks.codes, blocks.rest, blocks.lengths, blocks.starts, bits, n_features)
+    return ("", f"a column beyond the last, there are {n_features} features", "lengths that do not fit the codes")[
+        found
+    ] or None
+
+
+@njit(nogil=True, cache=True)
+def _misfit(codes, rest, lengths, starts, bits, n_features):  # type: ignore[no-untyped-def]
+    far, high = (256 >> bits) - 1, (1 << bits) - 1
+    for s in range(lengths.shape[0]):
+        for r in range(lengths.shape[1]):
+            column, passed, n_far, n_high = np.int64(0), np.int64(0), 0, 0
+            at = starts[s, r, 1]
+            for j in range(starts[s, r, 0], starts[s, r + 1, 0]):
+                gap = np.int64(codes[s, j] >> bits)
+                if gap == far:
+                    if n_far == lengths[s, r, 1]:
+                        return 2
+                    gap = np.int64(rest[s, at + n_far])
+                    n_far += 1
+                column += gap
+                if bits and (codes[s, j] & high) == high:
+                    if n_high == lengths[s, r, 2]:
+                        return 2
+                    passed += np.int64(rest[s, at + lengths[s, r, 1] + n_high])
+                    if passed != j - starts[s, r, 0]:
+                        return 2
+                    n_high += 1
+            if column >= n_features:
+                return 1
+            if n_far != lengths[s, r, 1] or n_high != lengths[s, r, 2]:
+                return 2
+    return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,19 +15,19 @@ import zarr
 from clue_dist.errors import StoreError
 from clue_dist.store import layout
 from clue_dist.store.layout import ArraySpec
-from clue_dist.store.manifest import Manifest, Shard
-from clue_dist.store.rows import Csr, pack
+from clue_dist.store.manifest import Manifest, Packed, Shard
+from clue_dist.store.rows import Coded
 
 
 @dataclass(frozen=True)
 class Cells:
     """Consecutive cells of one stratum, in store order.
 
-    modalities: rows per modality, `Csr` (raw counts) or a dense (n, features) array; batch, label: (n,) int32
-    codes into the manifest's lists, -1 = unknown; barcodes: (n,) str.
+    modalities: rows per modality, `Coded` as the manifest says, or a dense (n, features) array; batch, label: (n,)
+    int32 codes into the manifest's lists, -1 = unknown; barcodes: (n,) str.
     """
 
-    modalities: dict[str, Csr | np.ndarray]
+    modalities: dict[str, Coded | np.ndarray]
     batch: np.ndarray
     label: np.ndarray
     barcodes: np.ndarray
@@ -149,13 +150,24 @@ def _obs_arrays(cells: Cells, n_blocks: int, size: int, width: int) -> dict[str,
     }
 
 
-def _modality_arrays(name, rows, n_blocks, size, packed):  # type: ignore[no-untyped-def]
-    if not isinstance(rows, Csr):
-        values = _padded(rows, n_blocks * size, packed.values)
+def _modality_arrays(
+    name: str, rows: Coded | np.ndarray, n_blocks: int, size: int, packed: Packed
+) -> dict[str, np.ndarray]:
+    if isinstance(rows, np.ndarray):
+        values = _padded(rows, n_blocks * size, str(packed.values))
         return {f"{name}/values": values.reshape(n_blocks, size, rows.shape[1])}
-    lengths = _padded(np.diff(rows.indptr), n_blocks * size, "uint32").reshape(n_blocks, size)
-    deltas = np.zeros((n_blocks, packed.capacity), packed.deltas)
-    counts = np.zeros((n_blocks, packed.capacity if packed.counts else 0), packed.counts or "uint8")
-    pack(rows.indptr, rows.indices, rows.values, size, deltas, counts)
-    out = {f"{name}/lengths": lengths, f"{name}/deltas": deltas}
-    return out | {f"{name}/counts": counts} if packed.counts else out
+    lengths = _padded(rows.lengths, n_blocks * size, "uint32").reshape(n_blocks, size, 3)
+    edges = rows.starts()[np.minimum(np.arange(n_blocks + 1) * size, rows.n_rows)]  # (n_blocks + 1, 2)
+    return {
+        f"{name}/lengths": lengths,
+        f"{name}/codes": _blocked(rows.codes, edges[:, 0], packed.capacity, "uint8"),
+        f"{name}/rest": _blocked(rows.rest, edges[:, 1], packed.rest, str(packed.rest_type)),
+    }
+
+
+def _blocked(values: np.ndarray, edges: np.ndarray, width: int, dtype: str) -> np.ndarray:
+    """Values between neighbouring edges, each run padded with zeros to `width`. (n_blocks, width)"""
+    out = np.zeros((len(edges) - 1, width), dtype)
+    for block, (lo, hi) in enumerate(pairwise(edges)):
+        out[block, : hi - lo] = values[lo:hi]
+    return out

@@ -50,11 +50,8 @@ class Setup:
             reader = self.store.strata[name]
             positions = np.arange(self.train[name], self.train[name] + n)
             if n:
-                parts.append(
-                    Part(
-                        {m: reader.rows(m, positions) for m in reader.modalities}, reader.obs_codes("batch", positions)
-                    )
-                )
+                rows = {m: reader.located(m, positions) for m in reader.modalities}
+                parts.append(Part(rows, reader.obs_codes("batch", positions)))
         return assemble(self.store.modalities, parts)
 
     def summary(self) -> str:

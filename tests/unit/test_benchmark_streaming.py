@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from clue_dist.store.reader import Store
-from tests.benchmarks import cells, common, repeats
+from tests.benchmarks import cells, common
 from tests.benchmarks.cells import SHAPES, Shape
 from tests.benchmarks.common import BenchmarkError, Result, Run
 from tests.benchmarks.conversion import __main__ as conversion
@@ -186,7 +186,7 @@ def test_decoding_alone_decompresses_the_stores_own_blocks(store: Store) -> None
     for i, parts in enumerate(blocks.parts):
         raw = [numcodecs.blosc.decompress(part) for part in parts]
         assert [len(r) for r in raw] == blocks.sizes
-        assert raw == [want.deltas[i].tobytes(), want.counts[i].tobytes()]
+        assert raw == [want.codes[i].tobytes(), want.rest[i].tobytes()]
     assert len(probe.held(store, limit=1).parts) == 1
 
 

@@ -91,7 +91,7 @@ def test_ranks_together_hold_the_global_batch_in_the_same_composition(store: Sto
 
 
 def test_a_damaged_chunk_raises_where_its_batch_was_due(store: Store) -> None:
-    shard = store.root / "strata/rna/rna/deltas/c/0/0"
+    shard = store.root / "strata/rna/rna/codes/c/0/0"
     data = bytearray(shard.read_bytes())
     data[3] ^= 0x10
     shard.write_bytes(data)

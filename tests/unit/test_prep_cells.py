@@ -273,6 +273,6 @@ def test_types_fit_the_data(tmp_path: Path) -> None:
     path = write_h5mu(tmp_path / "m.h5mu", rna=anndata_of(rna), adt=anndata_of(adt))
     store = build(tmp_path / "s.zarr", str(path))
     packed = store.manifest.strata["rna+adt"].packed
-    assert (packed["rna"].deltas, packed["rna"].counts, packed["adt"].values) == ("uint32", "uint16", "uint32")
+    assert (packed["rna"].bits, packed["rna"].rest_type, packed["adt"].values) == (2, "uint32", "uint32")
     same(held(store, "rna"), rna)
     same(held(store, "adt"), adt)

@@ -70,27 +70,27 @@ def test_all_problems_are_listed(root: Path) -> None:
 
 def test_damage_that_the_hashes_know(root: Path) -> None:
     """The reader decodes every block, so a chunk that was broken before it was hashed is found too."""
-    key = next(k for k in Manifest.read(root).shards if "deltas" in k)
+    key = next(k for k in Manifest.read(root).shards if "codes" in k)
     data = bytearray((root / key).read_bytes())
     data[len(data) // 3] ^= 1
     (root / key).write_bytes(bytes(data))
     resign(root)
     (problem,) = check(root)
     assert "missing or damaged" in problem
-    assert "deltas" in problem
+    assert "codes" in problem
 
 
 def test_columns_outside_the_features(root: Path) -> None:
     modalities = Manifest.read(root).modalities
     short = modalities["rna"].model_copy(update={"features": modalities["rna"].features[:10]})
     resign(root, modalities={**modalities, "rna": short})
-    assert any("but there are 10 features" in problem for problem in check(root))
+    assert any("there are 10 features" in problem for problem in check(root))
 
 
 def test_metadata_that_does_not_fit(root: Path) -> None:
-    path = root / "strata/rna/rna/deltas/zarr.json"
+    path = root / "strata/rna/rna/codes/zarr.json"
     meta = json.loads(path.read_text())
-    meta["data_type"] = "int16"
+    meta["data_type"] = "int8"
     path.write_text(json.dumps(meta))
     assert any("does not fit the manifest" in problem for problem in check(root))
     path.write_text("{")
@@ -140,3 +140,11 @@ def test_the_command_line(root: Path) -> None:
 def test_nothing_to_check(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no store here"):
         check(tmp_path)
+
+
+def test_rows_that_are_not_coded_as_the_manifest_says(root: Path) -> None:
+    stratum = Manifest.read(root).strata["rna+adt"]
+    packed = stratum.packed | {"rna": stratum.packed["rna"].model_copy(update={"bits": 0})}
+    resign(root, strata={**Manifest.read(root).strata, "rna+adt": stratum.model_copy(update={"packed": packed})})
+    told = "lengths that do not fit the codes", "beyond the last"
+    assert any(words in problem for problem in check(root) for words in told)

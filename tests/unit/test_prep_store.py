@@ -12,25 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clue_dist.store import layout
-from clue_dist.store.manifest import Manifest, Modality, Packed, Stratum, capacity_of
+from clue_dist.store.manifest import Manifest, Modality, Stratum
 from clue_dist.store.reader import Store
-from clue_dist.store.rows import Csr
+from clue_dist.store.rows import COUNT_BITS, Csr, coded
 from clue_dist.store.writer import Cells, commit, create, write_shard
+from tests.stores import packed_of, part_of
 
 
 def write(root: Path, sparse: np.ndarray, dense: np.ndarray, block: int, codec: str) -> Manifest:
     """A store of one stratum, shards of 16 blocks. sparse, dense: (n, features)"""
     n, matrix = len(sparse), sp.csr_matrix(sparse)
-    gaps = np.concatenate([np.diff(row.indices, prepend=0) for row in matrix] or [np.zeros(1, int)])
-    largest = int(sparse.max(initial=0))
-    packed = {
-        "rna": Packed(
-            capacity=capacity_of(np.diff(matrix.indptr), block),
-            deltas=layout.index_type(int(gaps.max(initial=0))),
-            counts=None if largest <= 1 else layout.unsigned(largest - 1),
-        ),
-        "adt": Packed(capacity=0, values=layout.unsigned(int(dense.max(initial=0)))),
+    csr = Csr(matrix.indptr.astype(np.int64), matrix.indices, matrix.data, sparse.shape[1])
+    rows = {
+        "rna": coded(csr, COUNT_BITS if sparse.max(initial=0) > 1 else 0),
+        "adt": dense.astype(layout.unsigned(int(dense.max(initial=0)))),
     }
+    packed = {name: packed_of(of, block) for name, of in rows.items()}
     features = {
         name: [f"{name}{i}" for i in range(values.shape[1])] for name, values in (("rna", sparse), ("adt", dense))
     }
@@ -57,11 +54,9 @@ def write(root: Path, sparse: np.ndarray, dense: np.ndarray, block: int, codec: 
     shards = {}
     for shard in range(-(-n // (16 * block))):
         part = slice(shard * 16 * block, (shard + 1) * 16 * block)
-        rows = matrix[part]
-        of = Csr(rows.indptr.astype(np.int64), rows.indices, rows.data, sparse.shape[1])
         names = np.array([f"é{i}" for i in range(n)])[part]
         cells = Cells(
-            {"rna": of, "adt": dense[part]},
+            {name: part_of(of, part) for name, of in rows.items()},
             (np.arange(n) % 3 - 1).astype(np.int32)[part],
             np.full(n, -1, np.int32)[part],
             names,
@@ -73,14 +68,21 @@ def write(root: Path, sparse: np.ndarray, dense: np.ndarray, block: int, codec: 
 def oracle(root: Path, manifest: Manifest, n_features: int) -> np.ndarray:
     """The sparse modality through zarr-python and plain NumPy, (n, features)."""
     group = zarr.open_group(root / "strata/rna+adt", mode="r")
-    lengths, deltas = group["rna/lengths"][:], group["rna/deltas"][:]
-    counts = group["rna/counts"][:] if "rna/counts" in group else np.zeros_like(deltas)
-    out = np.zeros((lengths.size, n_features), np.int64)
+    lengths, codes, rest = (group[f"rna/{name}"][:] for name in ("lengths", "codes", "rest"))
+    bits = manifest.strata["rna+adt"].packed["rna"].bits
+    out = np.zeros((len(lengths) * manifest.block_cells, n_features), np.int64)
     for block in range(len(lengths)):
-        stops = np.cumsum(lengths[block])
-        for i, (lo, hi) in enumerate(zip(stops - lengths[block], stops, strict=True)):
-            columns = np.cumsum(deltas[block, lo:hi].astype(np.int64))
-            out[block * manifest.block_cells + i, columns] = counts[block, lo:hi].astype(np.int64) + 1
+        left, more = codes[block].tolist(), rest[block].tolist()
+        for row, (n, far, high) in enumerate(lengths[block].tolist()):
+            own, left, far_gaps, more = left[:n], left[n:], more[:far], more[far:]
+            between, high_counts, more = more[:high], more[high : 2 * high], more[2 * high :]
+            gaps, counts = [code >> bits for code in own], [code % 2**bits for code in own]
+            columns = np.cumsum([far_gaps.pop(0) if gap == 2 ** (8 - bits) - 1 else gap for gap in gaps])
+            at = np.cumsum(between)
+            assert bits == 0 or [i for i, c in enumerate(counts) if c == 2**bits - 1] == at.tolist()
+            for i, count in zip(at, high_counts, strict=True):
+                counts[i] = count
+            out[block * manifest.block_cells + row, columns.astype(int)] = np.array(counts, int) + 1
     return out[: manifest.n_cells]
 
 

@@ -21,8 +21,8 @@ from clue_dist.data.batch import SparseCounts
 from clue_dist.data.loader import Loader
 from clue_dist.data.plan import Plan
 from clue_dist.store.layout import ArraySpec
-from clue_dist.store.reader import SparseBlocks, Store
-from clue_dist.store.rows import Csr
+from clue_dist.store.reader import Store
+from clue_dist.store.rows import Blocks, Csr
 from clue_dist.store.shuffle import permute
 from tests.benchmarks.peers import measure
 from tests.benchmarks.peers.measure import Take
@@ -64,16 +64,16 @@ def batches(loader: Loader, as_dense: bool) -> Take:
     return take
 
 
-def windows(store: Store, cells: int) -> Iterator[SparseBlocks]:
+def windows(store: Store, cells: int) -> Iterator[Blocks]:
     """Decoded blocks in random order, as many as hold `cells`, one window ahead; pass after pass."""
     ((_, reader),) = store.strata.items()
     count = cells // reader.block_cells
 
-    def read(number: int) -> SparseBlocks:
+    def read(number: int) -> Blocks:
         place = np.arange(number * count, (number + 1) * count)
         blocks = permute(place % reader.n_blocks, reader.n_blocks, key=0)
         got = reader.read_blocks(reader.modalities[0], blocks)
-        assert isinstance(got, SparseBlocks)
+        assert isinstance(got, Blocks)
         return got
 
     with ThreadPoolExecutor(1) as ahead:
@@ -94,7 +94,7 @@ def whole_windows(store: Store, cells: int) -> Take:
     source = windows(store, cells)
 
     def take() -> tuple[int, int]:
-        lengths = next(source).lengths
+        lengths = next(source).lengths[..., 0]
         return int((lengths > 0).sum()), int(lengths.sum())
 
     return take
@@ -127,7 +127,7 @@ class Held:
 def held(store: Store, limit: int = IN_MEMORY) -> Held:
     """The store's first blocks, up to `limit` compressed bytes."""
     ((name, reader),) = store.strata.items()
-    specs = [s for s in store.manifest.arrays(name) if s.path.endswith(("/deltas", "/counts"))]
+    specs = [s for s in store.manifest.arrays(name) if s.path.endswith(("/codes", "/rest"))]
     parts, total = [], 0
     for block in zip(*(compressed(store.root, spec) for spec in specs), strict=True):
         parts.append(block)
