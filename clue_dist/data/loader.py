@@ -1,11 +1,11 @@
-"""Builds the batches of one rank ahead of time: a thread, a cache of decoded blocks, a bounded ring."""
+"""Builds the batches of one rank ahead of time: blocks read ahead, a thread that builds, a bounded ring."""
 
 from __future__ import annotations
 
 import queue
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,62 +13,55 @@ import numpy as np
 
 from clue_dist.data.batch import Batch, Part, assemble
 from clue_dist.data.plan import Plan
+from clue_dist.store.pool import Pool, Reading
 from clue_dist.store.reader import Store, StratumReader
-from clue_dist.store.rows import Blocks, Located
+
+AHEAD = 4  # micro-batches between the one that is built and the one whose blocks are being read
 
 
 class BlockCache:
-    """The decoded blocks of one stratum that were used last, `slots` of them at most, in fixed memory."""
+    """The blocks of one stratum that are used now or soon, `slots` at most, in fixed memory."""
 
     def __init__(self, reader: StratumReader, slots: int) -> None:
-        self.reader = reader
         self.slots = min(slots, reader.n_blocks)
-        self._slot_of: OrderedDict[int, int] = OrderedDict()
-        self._pools: dict[str, dict[str, np.ndarray]] = {}
+        self.block_cells, self.modalities = reader.block_cells, reader.modalities
+        self._pool = Pool(reader, self.slots)
+        self._slot_of: OrderedDict[int, int] = OrderedDict()  # the block that was asked for longest ago comes first
+        self._coming: dict[int, Reading] = {}
+
+    def expect(self, positions: np.ndarray) -> None:
+        """Begin to read the blocks of cells that will be asked for, in place of those not used for longest."""
+        blocks = np.unique(positions // self.block_cells).tolist()
+        missing = [b for b in blocks if b not in self._slot_of]
+        for b in blocks:
+            if b in self._slot_of:
+                self._slot_of.move_to_end(b)
+        if missing:
+            for b in missing:
+                full = len(self._slot_of) == self.slots
+                self._slot_of[b] = self._slot_of.popitem(last=False)[1] if full else len(self._slot_of)
+            reading = self._pool.start(np.array(missing), np.array([self._slot_of[b] for b in missing]))
+            self._coming |= dict.fromkeys(missing, reading)
 
     def rows(self, positions: np.ndarray) -> Part:
-        """Raw counts and batch codes of any cells, in the order asked for."""
-        blocks, which = np.unique(positions // self.reader.block_cells, return_inverse=True)
-        row = positions % self.reader.block_cells
-        slot = self._load(blocks)[which]
-        rows = {m: self._rows(m, slot, row) for m in self.reader.modalities}
-        return Part(rows, self._pools["obs"]["batch"][slot, row])
+        """Raw counts and batch codes of cells that were expected, in the order asked for."""
+        blocks, which = np.unique(positions // self.block_cells, return_inverse=True)
+        for b in blocks.tolist():
+            if (reading := self._coming.get(b)) is not None:
+                self._pool.finish(reading)
+                for done in reading.blocks.tolist():
+                    del self._coming[done]
+        slot, row = np.array([self._slot_of[b] for b in blocks.tolist()])[which], positions % self.block_cells
+        rows = {m: self._pool.rows(m, slot, row) for m in self.modalities}
+        return Part(rows, self._pool.batch_codes(slot, row))
 
-    def _rows(self, modality: str, slot: np.ndarray, row: np.ndarray) -> Located | np.ndarray:
-        pool = self._pools[modality]
-        if "values" in pool:
-            return pool["values"][slot, row]
-        return self.reader.locate(modality, Blocks(**pool), slot, row)
 
-    def _load(self, blocks: np.ndarray) -> np.ndarray:
-        """Slots of `blocks`, reading those that are not here in place of the ones not used for longest."""
-        missing = [int(b) for b in blocks if int(b) not in self._slot_of]
-        for b in blocks:
-            if int(b) in self._slot_of:
-                self._slot_of.move_to_end(int(b))
-        if missing:
-            free = len(self._slot_of)
-            slots = []
-            for b in missing:
-                slot = free if free < self.slots else self._slot_of.popitem(last=False)[1]
-                free += 1
-                self._slot_of[b] = slot
-                slots.append(slot)
-            self._fill(np.array(slots), np.array(missing))
-        return np.array([self._slot_of[int(b)] for b in blocks])
-
-    def _fill(self, slots: np.ndarray, blocks: np.ndarray) -> None:
-        self._put("obs", slots, {"batch": self.reader.read_codes("batch", blocks)})
-        for m in self.reader.modalities:
-            got = self.reader.read_blocks(m, blocks)
-            self._put(m, slots, vars(got) if isinstance(got, Blocks) else {"values": got})
-
-    def _put(self, name: str, slots: np.ndarray, arrays: dict[str, np.ndarray]) -> None:
-        pool = self._pools.setdefault(
-            name, {k: np.empty((self.slots, *a.shape[1:]), a.dtype) for k, a in arrays.items()}
-        )
-        for k, a in arrays.items():
-            pool[k][slots] = a
+def slots_for(plan: Plan, stratum: str, world: int, steps: int) -> int:
+    """Blocks of a stratum that one of `world` ranks may need for any `steps` micro-batches in a row."""
+    lot = plan.lanes * plan.window_blocks  # blocks of one span, of which a rank reads its lanes' windows
+    spans = steps * plan.share[stratum] // (lot * plan.block_cells) + 2
+    # What is left at the end of a pass is no lane's own: a rank may need all of it.
+    return spans * lot // world + lot + 1
 
 
 class Loader:
@@ -92,10 +85,8 @@ class Loader:
         self.plan, self.rank, self.world, self.pin = plan, rank, world, pin
         self.modalities = store.modalities
         self.waited = 0.0
-        # The rest of a pass may lie in every lane's window; this rank's windows of the next pass follow at once.
-        lot = plan.lanes * plan.window_blocks
-        lot += lot // world
-        self._caches = {s: BlockCache(store.strata[s], lot + n // world) for s, n in plan.share.items()}
+        steps = AHEAD + 1
+        self._caches = {s: BlockCache(store.strata[s], slots_for(plan, s, world, steps)) for s in plan.share}
         self._ring: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=prefetch)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(first,), name="loader", daemon=True)
@@ -127,19 +118,27 @@ class Loader:
             except queue.Empty:
                 self._thread.join(0.01)
 
-    def _build(self, step: int) -> Batch:
-        """This rank's part of micro-batch `step`."""
-        parts = [cache.rows(self.plan.cells(step, s)[self.rank :: self.world]) for s, cache in self._caches.items()]
-        batch = assemble(self.modalities, parts)
-        return batch.pin_memory() if self.pin else batch
-
     def _run(self, step: int) -> None:
+        planned: deque[dict[str, np.ndarray]] = deque()
         try:
             while not self._stop.is_set():
-                self._offer(self._build(step))
-                step += 1
+                while len(planned) <= AHEAD:
+                    planned.append(self._expect(step))
+                    step += 1
+                self._offer(self._build(planned.popleft()))
         except BaseException as error:  # noqa: BLE001  raised again where the batch was expected
             self._offer(error)
+
+    def _expect(self, step: int) -> dict[str, np.ndarray]:
+        """This rank's cells of micro-batch `step`, whose blocks begin to be read."""
+        cells = {s: self.plan.cells(step, s)[self.rank :: self.world] for s in self._caches}
+        for s, positions in cells.items():
+            self._caches[s].expect(positions)
+        return cells
+
+    def _build(self, cells: dict[str, np.ndarray]) -> Batch:
+        batch = assemble(self.modalities, [self._caches[s].rows(positions) for s, positions in cells.items()])
+        return batch.pin_memory() if self.pin else batch
 
     def _offer(self, item: Batch | BaseException) -> None:
         while not self._stop.is_set():

@@ -50,7 +50,7 @@ class StratumReader:
             return self._read(f"{modality}/values", blocks)
         names = [f"{modality}/{part}" for part in ("codes", "rest", "lengths")]
         pending = [self._start(name, blocks) for name in names]
-        codes, rest, lengths = (self._finish(n, blocks, future) for n, future in zip(names, pending, strict=True))
+        codes, rest, lengths = (self.finish(n, blocks, future) for n, future in zip(names, pending, strict=True))
         return Blocks(codes, rest, lengths, row_starts(lengths))
 
     def locate(self, modality: str, blocks: Blocks, slot: np.ndarray, row: np.ndarray) -> Located:
@@ -119,9 +119,18 @@ class StratumReader:
     def _start(self, name: str, blocks: np.ndarray) -> Any:
         return self._arrays[name][np.asarray(blocks, np.int64)].read()
 
-    def _finish(self, name: str, blocks: np.ndarray, future: Any) -> np.ndarray:
+    def start_into(self, name: str, blocks: np.ndarray, target: ts.TensorStore) -> Any:
+        """Begin to read whole blocks of an array into memory, without holding this thread up; see `finish`."""
+        return target.write(self._arrays[name][np.asarray(blocks, np.int64)])
+
+    def finish(self, name: str, blocks: np.ndarray, future: Any) -> Any:
+        """What `future` gives, once it is there.
+
+        Raises:
+            StoreError: part of the store is missing or damaged.
+        """
         try:
-            return np.asarray(future.result())
+            return future.result()
         except (ValueError, OSError) as error:
             raise StoreError(
                 "part of the store is missing or damaged",
@@ -132,7 +141,7 @@ class StratumReader:
             ) from None
 
     def _read(self, name: str, blocks: np.ndarray) -> np.ndarray:
-        return self._finish(name, blocks, self._start(name, blocks))
+        return np.asarray(self.finish(name, blocks, self._start(name, blocks)))
 
 
 _CHECK = "`python -m data_prep check STORE` lists every damaged shard; restore them or convert again"

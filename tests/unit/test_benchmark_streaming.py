@@ -165,7 +165,7 @@ def test_our_batches_are_counted_and_dense_ones_equal_them(store: Store) -> None
         counts = probe.csr(loader)
         values = probe.dense(counts)
         assert probe.batches(loader, as_dense=True)()[0] == 16
-        assert probe.kept(loader) == 1  # room for two lots and a batch of blocks is more than these 26
+        assert probe.kept(loader, store) == 1  # room for two lots and a batch of blocks is more than these 26
     assert values.shape == (16, 40)
     assert values.sum() == counts.values.sum()
     with pytest.raises(ValueError, match="no multiple"):

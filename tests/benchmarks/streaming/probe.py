@@ -84,10 +84,10 @@ def windows(store: Store, cells: int) -> Iterator[Blocks]:
             yield got
 
 
-def kept(loader: Loader) -> float:
+def kept(loader: Loader, store: Store) -> float:
     """Share of the store's blocks that the loader has room for: at 1 it decodes nothing after the first pass."""
-    (cache,) = loader._caches.values()
-    return cache.slots / cache.reader.n_blocks
+    (cache,), (reader,) = loader._caches.values(), store.strata.values()
+    return cache.slots / reader.n_blocks
 
 
 def whole_windows(store: Store, cells: int) -> Take:
@@ -192,7 +192,7 @@ def main() -> None:
     if args.measure == "windows":
         return measure.tell(measure.stream(whole_windows(store, args.window), args))
     with Loader(store, plan_of(store, args.batch, args.window)) as loader:
-        measure.tell(measure.stream(batches(loader, args.measure == "dense"), args) | {"kept": kept(loader)})
+        measure.tell(measure.stream(batches(loader, args.measure == "dense"), args) | {"kept": kept(loader, store)})
 
 
 if __name__ == "__main__":
