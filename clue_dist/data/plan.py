@@ -87,10 +87,8 @@ class Plan:
 
 def _by_key(i: np.ndarray, window: np.ndarray, n: int, key: int) -> np.ndarray:
     """Element `i` of each window's own shuffle of range(n)."""
-    out = np.empty(len(i), np.int64)
-    for w in np.unique(window):
-        out[window == w] = permute(i[window == w], n, key_of(key, int(w)))
-    return out
+    windows, which = np.unique(window, return_inverse=True)
+    return permute(i, n, np.array([key_of(key, w) for w in windows.tolist()], np.uint64)[which])
 
 
 def shares(batch_size: int, lanes: int, weights: Mapping[str, float]) -> dict[str, int]:

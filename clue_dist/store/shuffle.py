@@ -19,23 +19,27 @@ def key_of(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
 
-def permute(i: np.ndarray, n: int, key: int) -> np.ndarray:
-    """Where a shuffle of range(n) puts or takes element `i`. i: any shape, values in [0, n). Returns int64."""
+def permute(i: np.ndarray, n: int, key: int | np.ndarray) -> np.ndarray:
+    """Where a shuffle of range(n) puts or takes element `i`. i: any shape, values in [0, n). Returns int64.
+
+    key: of the shuffle, or one for each element, uint64 of i's shape: of many shuffles at once.
+    """
     if np.size(i) == 0:
         return np.empty(np.shape(i), np.int64)
     if n < 1:
         raise ValueError(f"a permutation of {n} elements does not exist")
     half = max(1, -(-int(n - 1).bit_length() // 2))
     flat = np.ascontiguousarray(i, np.int64).reshape(-1)
-    return _walk(flat, np.uint64(n), np.uint64(key), np.uint64(half)).reshape(np.shape(i))
+    keys = np.broadcast_to(np.asarray(key, np.uint64), np.shape(i)).reshape(-1)
+    return _walk(flat, np.uint64(n), keys, np.uint64(half)).reshape(np.shape(i))
 
 
 @njit(nogil=True, cache=True)
-def _walk(i: np.ndarray, n: np.uint64, key: np.uint64, half: np.uint64) -> np.ndarray:
+def _walk(i: np.ndarray, n: np.uint64, keys: np.ndarray, half: np.uint64) -> np.ndarray:
     mask = (np.uint64(1) << half) - np.uint64(1)
     out = np.empty(len(i), np.int64)
     for at in range(len(i)):
-        x = np.uint64(i[at])
+        x, key = np.uint64(i[at]), keys[at]
         while True:
             left, right = x >> half, x & mask
             for r in range(_ROUNDS):
