@@ -13,6 +13,7 @@ skipping what is there; nothing depends on the order of tasks, so any number of 
 from __future__ import annotations
 
 import json
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,7 @@ from data_prep import cells as cell_table
 from data_prep import counts, features, spool, strata
 from data_prep.cells import Cells
 from data_prep.counts import Target
+from data_prep.files import remove_leftovers
 from data_prep.job import job
 from data_prep.sources import Head, Keys, Source, decode
 from data_prep.tasks import Pool, Progress
@@ -73,7 +75,7 @@ def convert(sources: list[Source], out: Path, options: Options, pool: Pool) -> M
         manifest = strata.manifest(final, cells, plan.modalities, options.block_cells, options.codec, notes)
         create(store, manifest)
         shards = _gather(manifest, store, work, spools, pool)
-
+        remove_leftovers(store)  # of workers that were killed while this process lived on
         return commit(store, out, manifest.model_copy(update={"shards": shards}))
 
 
@@ -208,7 +210,7 @@ def _gather_shard(task: _Gather) -> None:
         modalities[name] = spool.read(folders, np.asarray(obs["keys"]), n_features, dtype)
     cells = ShardCells(modalities, obs["batch"], obs["label"], decode(obs["barcodes"]))
     written = write_shard(task.store, manifest, task.stratum, task.shard, cells)
-    temporary = task.out.with_suffix(".tmp")
+    temporary = task.out.with_suffix(f".{uuid.uuid4().hex[:8]}.tmp")  # a worker given up for dead may still be at it
     temporary.write_text(json.dumps({key: shard.model_dump() for key, shard in written.items()}))
     temporary.rename(task.out)
 
