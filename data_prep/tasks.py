@@ -6,9 +6,10 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
@@ -118,6 +119,16 @@ class Cluster:
                 if not told and self.client.status == "running" and not self.client.scheduler_info()["workers"]:
                     told = True
                     print(f"{self.address} has no workers: waiting for one", file=sys.stderr, flush=True)
+
+
+def run_missing(pool: Pool, title: str, function: Callable[[Any], object], tasks: Mapping[Path, object]) -> None:
+    """Run the tasks whose result, the key, is not there yet."""
+    missing = [task for path, task in tasks.items() if not path.exists()]
+    progress = Progress(title, len(tasks), len(tasks) - len(missing))
+    try:
+        pool.run(function, missing, progress)
+    finally:
+        progress.close()
 
 
 @contextmanager

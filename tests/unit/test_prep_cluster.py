@@ -22,8 +22,7 @@ from data_prep import convert as conversion
 from data_prep import tasks
 from data_prep.check import check
 from data_prep.convert import Options, convert
-from data_prep.inputs import parse_inputs
-from data_prep.sources import Keys
+from data_prep.inputs import Asked, parse_inputs
 from data_prep.tasks import pool
 from tests.unit.prep_helpers import anndata_of, build, frame, write_h5mu
 
@@ -121,7 +120,7 @@ def given(tmp_path: Path) -> str:
 
 def run(cluster: Cluster, given: str, out: Path) -> Manifest:
     with pool(scheduler=cluster.address) as workers:
-        return convert(parse_inputs([given], Keys(), [], {}), out, Options(block_cells=BLOCK), workers)
+        return convert(parse_inputs([given], Asked()), out, Options(block_cells=BLOCK), workers)
 
 
 @pytest.mark.parametrize(
