@@ -39,7 +39,7 @@ class Choice:
     def identity(self) -> dict[str, Any]:
         """JSON-able; changes with whatever changes the features."""
         names = None if self.given is None else hashlib.sha256("\n".join(self.given).encode()).hexdigest()
-        return {"mode": self.together, "given": names, "bins": self.bins, "top": self.top}
+        return {"mode": self.together, "list_sha256": names, "bins": self.bins, "top": self.top}
 
 
 def parse_choices(
@@ -66,7 +66,7 @@ def parse_choices(
         )
     asked = PerModality.parse(features, "--features")
     asked.require_known(names)
-    if asked.general not in (None, *get_args(Mode)) and len(names) > 1:
+    if len(names) > 1 and asked.general and asked.general not in get_args(Mode) and Path(asked.general).is_file():
         raise DataError(
             "a list of features belongs to one modality",
             where=f"--features {asked.general}",

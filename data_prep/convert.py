@@ -248,7 +248,7 @@ def _provenance(
         "tool": f"data_prep {clue_dist.__version__}",
         "seed": options.seed,
         "inputs": inputs,
-        "features": {name: choice.identity() for name, choice in options.choices.items()},
+        "features": {name: options.choices.get(name, Choice()).identity() for name in plan.modalities},
         "selected": {name: chosen.note for name, chosen in kept.items()},
         "cells": {"in": len(cells.barcodes), "dropped": int((final.mask == 0).sum())},
     }

@@ -204,10 +204,11 @@ def _chunks(given: FragmentsInput) -> Iterator[pd.DataFrame]:
                 chunksize=CHUNK_LINES, quoting=3, na_filter=False,
             )  # fmt: skip
             for chunk in reader:
-                bad = np.flatnonzero(((chunk["start"] < 0) | (chunk["end"] <= chunk["start"])).to_numpy())
+                wrong = (chunk["start"] < 0) | (chunk["end"] <= chunk["start"]) | (chunk["barcode"] == "")
+                bad = np.flatnonzero(wrong.to_numpy())
                 if len(bad):
-                    line = chunk.iloc[bad[0]].tolist()
-                    expected = "0 <= start < end"
+                    line = " ".join(map(str, chunk.iloc[bad[0]]))
+                    expected = "chromosome, 0 <= start < end, barcode"
                     where = f"{given.where}, fragment {seen + bad[0] + 1}"
                     raise DataError("not a fragment", where=where, got=line, expected=expected)
                 seen += len(chunk)
