@@ -199,9 +199,10 @@ def _chunks(given: FragmentsInput) -> Iterator[pd.DataFrame]:
             while file.readline().startswith("#"):
                 skipped += 1
         with open_text(given.path) as file:
+            # low_memory would cut each piece into smaller ones, and take longer to bring their categories together
             reader = pd.read_csv(
                 file, sep="\t", header=None, skiprows=skipped, usecols=range(4), names=list(columns), dtype=columns,
-                chunksize=CHUNK_LINES, quoting=3, na_filter=False,
+                chunksize=CHUNK_LINES, quoting=3, na_filter=False, low_memory=False,
             )  # fmt: skip
             for chunk in reader:
                 wrong = (chunk["start"] < 0) | (chunk["end"] <= chunk["start"]) | (chunk["barcode"] == "")

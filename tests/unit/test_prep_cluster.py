@@ -10,21 +10,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from clue_dist.errors import StoreError
+from clue_dist.errors import DataError, StoreError
 from clue_dist.store import layout
 from clue_dist.store.manifest import Manifest
 from data_prep import convert as conversion
 from data_prep import tasks
 from data_prep.check import check
+from data_prep.choices import parse_choices
 from data_prep.convert import Options, convert
 from data_prep.inputs import Asked, parse_inputs
 from data_prep.tasks import pool
-from tests.unit.prep_helpers import anndata_of, build, frame, write_h5mu
+from tests.unit.prep_helpers import anndata_of, build, frame, write_h5ad, write_h5mu
 
 REPO = Path(__file__).parents[2]
 BLOCK = 4
@@ -33,7 +34,7 @@ BLOCK = 4
 PRELOAD = """
 import importlib, os, signal, time
 from clue_dist.store import layout, writer
-from data_prep import convert, spool
+from data_prep import convert, selection, spool
 layout.SHARD_BYTES = 1
 def patch(module, name, before):
     module = importlib.import_module(module)
@@ -50,6 +51,7 @@ def fatal(*args):
             args[0].with_name("9.__lock").touch()  # as TensorStore leaves it when it is killed
         os.kill(os.getpid(), signal.SIGKILL)
 patch("data_prep.spool", "write", lambda *_: time.sleep(0.1))
+patch("data_prep.selection", "_add", lambda *_: time.sleep(0.1))
 patch("clue_dist.store.writer", "_obs_arrays", lambda *_: time.sleep(0.1))
 patch({module!r}, {name!r}, fatal)
 """
@@ -118,31 +120,29 @@ def given(tmp_path: Path) -> str:
     return str(write_h5mu(tmp_path / "in.h5mu", rna=anndata_of(rna[:400]), adt=anndata_of(adt[100:])))
 
 
-def run(cluster: Cluster, given: str, out: Path) -> Manifest:
+def run(cluster: Cluster, given: str, out: Path, top: Sequence[str] = ()) -> Manifest:
+    inputs = parse_inputs([given], Asked())
+    choices = parse_choices([source.modality for source in inputs], {}, top=top)
     with pool(scheduler=cluster.address) as workers:
-        return convert(parse_inputs([given], Asked()), out, Options(block_cells=BLOCK), workers)
+        return convert(inputs, out, Options(block_cells=BLOCK, choices=choices), workers)
 
 
-@pytest.mark.parametrize(
-    ("place", "n"),
-    [
-        ("numpy.save", 14),  # in the middle of a spool
-        ("clue_dist.store.writer.hash_file", 10),  # in the middle of a shard's arrays
-    ],
-)
-def test_a_worker_killed_in_mid_conversion_loses_nothing(
-    tmp_path: Path, cluster: Cluster, steady: None, given: str, place: str, n: int, capsys: pytest.CaptureFixture[str]
+def test_workers_killed_in_mid_conversion_lose_nothing(
+    tmp_path: Path, cluster: Cluster, steady: None, given: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    victim = cluster.worker(place, n)
-    cluster.wait_for(2)
-    stored = run(cluster, given, tmp_path / "s.zarr")
-    assert victim.wait(30) == -signal.SIGKILL
-    assert stored.fingerprint == build(tmp_path / "one.zarr", given, block_cells=BLOCK, workers=1).fingerprint
+    """One dies while features are chosen, one in the middle of a spool, one in the middle of a shard's arrays."""
+    places = {"numpy.savez": 2, "numpy.save": 14, "clue_dist.store.writer.hash_file": 10}
+    victims = [cluster.worker(place, n) for place, n in places.items()]
+    cluster.wait_for(4)
+    stored = run(cluster, given, tmp_path / "s.zarr", ["rna=20"])
+    assert [victim.wait(30) for victim in victims] == [-signal.SIGKILL] * 3
+    one = build(tmp_path / "one.zarr", given, block_cells=BLOCK, workers=1, top=["rna=20"])
+    assert stored.fingerprint == one.fingerprint
     assert check(tmp_path / "s.zarr") == []
     assert not (tmp_path / "s.zarr.partial").exists()
     told = capsys.readouterr().err
-    for title in ("read", "write"):
-        done, total = map(int, re.search(rf"{title}: (\d+) of (\d+), \d", told).groups())  # type: ignore[union-attr]
+    for title in ("select rna (sums)", "select rna (clip)", "read", "write"):
+        done, total = map(int, re.search(rf"{re.escape(title)}: (\d+) of (\d+), \d", told).groups())  # type: ignore[union-attr]
         assert done == total > 5
 
 
@@ -153,6 +153,27 @@ def test_the_command_line_on_a_cluster(tmp_path: Path, cluster: Cluster, steady:
     ended = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 0, ended.stderr
     assert re.search(r"read: 2 of 2, \d", ended.stderr)
+
+
+def test_a_mistake_in_the_inputs_is_told_across_processes(tmp_path: Path, cluster: Cluster, steady: None) -> None:
+    bad = frame(500, 40).astype(float)
+    bad.iloc[450, 2] = 0.5
+    with pytest.raises(DataError, match="cell 'c450', feature 'g2'"):
+        run(cluster, f"rna={write_h5ad(tmp_path / 'bad.h5ad', bad)}", tmp_path / "bad.zarr")
+
+
+def test_a_task_that_kills_every_worker(tmp_path: Path, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one does that needs more memory than they have."""
+    monkeypatch.setenv("DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES", "0")
+    cluster = Cluster(tmp_path)
+    try:
+        cluster.worker("numpy.save", 1)
+        with pytest.raises(
+            StoreError, match=r"a task kills its workers\n.*\n  got: 1 workers died of it\n  fix: give each"
+        ):
+            run(cluster, given, tmp_path / "s.zarr")
+    finally:
+        cluster.close()
 
 
 def _until(true: Callable[[], bool], seconds: float = 60) -> None:
