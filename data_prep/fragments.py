@@ -21,7 +21,7 @@ from data_prep.files import whole_folder
 from data_prep.genome import bin_name
 from data_prep.sources import Direct, Head, Rows, Source, as_bytes, decode, file_identity
 from data_prep.tasks import Pool, run_missing
-from data_prep.text import lines_of, open_text
+from data_prep.text import UNREADABLE, lines_of, open_text
 
 CHUNK_LINES = 2**21  # read at once: about 100 MB
 _SHIFT = 32  # a bin's key is (chromosome << 32) + its number
@@ -214,7 +214,7 @@ def _chunks(given: FragmentsInput) -> Iterator[pd.DataFrame]:
                     raise DataError("not a fragment", where=where, got=line, expected=expected)
                 seen += len(chunk)
                 yield chunk
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError, EOFError, OSError) as error:
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError, *UNREADABLE) as error:
         raise DataError(
             "the fragments cannot be read to their end",
             where=f"{given.where}, after fragment {seen}",
@@ -229,7 +229,7 @@ def looks_like_fragments(path: Path) -> bool:
     try:
         with open_text(path) as file:
             line = next((line for line in file if not line.startswith("#")), "")
-    except (OSError, EOFError, UnicodeDecodeError):
+    except UNREADABLE:
         return False
     parts = line.rstrip("\r\n").split("\t")
     return len(parts) >= 4 and parts[1].isdigit() and parts[2].isdigit()

@@ -16,7 +16,7 @@ import pandas as pd
 from clue_dist.errors import DataError
 from data_prep import entries
 from data_prep.sources import TENX_COLUMNS, FeatureTable, Head, Rows, as_bytes, columns_of, file_identity
-from data_prep.text import lines_of, open_text
+from data_prep.text import UNREADABLE, lines_of, open_text, unreadable
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,12 @@ class MtxSource:
     def head(self) -> Head:
         table = mtx_features(self.path)
         barcodes = lines_of(_find(self.path, "barcodes"))
-        with open_text(_find(self.path, "matrix")) as file:
-            n_features, n_cells, nnz = self._sizes(file)
+        matrix = _find(self.path, "matrix")
+        try:
+            with open_text(matrix) as file:
+                n_features, n_cells, nnz = self._sizes(file)
+        except UNREADABLE as error:
+            raise unreadable(matrix, error) from None
         if (n_features, n_cells) != (len(table.ids), len(barcodes)):
             turned = (n_cells, n_features) == (len(table.ids), len(barcodes))
             raise DataError(
@@ -119,7 +123,7 @@ class MtxSource:
         """The entries, some at a time; parse errors as DataErrors."""
         try:
             yield from pd.read_csv(file, sep=r"\s+", header=None, chunksize=entries.PART_ENTRIES, comment="%")
-        except (pd.errors.ParserError, pd.errors.EmptyDataError, EOFError, OSError) as error:
+        except (pd.errors.ParserError, pd.errors.EmptyDataError, *UNREADABLE) as error:
             raise DataError(
                 "the matrix cannot be read to its end", where=self.path.name, got=str(error).strip()
             ) from None

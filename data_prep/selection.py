@@ -1,8 +1,9 @@
 """Features chosen from the cells, `--top rna=4000 atac=100000`, in one or two more passes over the rows.
 
 Tasks add up integers (entries, their sum, the sum of their squares, per batch and feature), and integers add up to
-the same in any order: the choice depends on neither the number of workers nor the sizes of tasks. Memory is batches
-x features x 24 bytes in a task and here. Every task leaves its sums in a file, so that a killed conversion goes on.
+the same in any order: the choice depends on neither the number of workers nor the sizes of tasks. Memory is 32 bytes
+per batch and feature in a task (for the batches of its own rows), about three times that in the process that combines
+them; the number of cells does not matter. Every task leaves its sums in a file, so that a killed conversion goes on.
 """
 
 from __future__ import annotations

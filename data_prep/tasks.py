@@ -30,6 +30,8 @@ class Progress:
         self.lock = threading.Lock()  # steps come from every worker thread
         self.started = self.said = time.monotonic()
         self.bar = tqdm(total=total, initial=done, desc=title, leave=True) if sys.stderr.isatty() else None
+        if done and self.bar is None:
+            print(f"{title}: {done} of {total} were done before", file=sys.stderr, flush=True)
 
     def step(self) -> None:
         with self.lock:

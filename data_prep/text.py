@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import zlib
 from pathlib import Path
 from typing import IO
 
 from clue_dist.errors import DataError
+
+UNREADABLE = (OSError, EOFError, UnicodeDecodeError, zlib.error)  # what reading a damaged file may raise
 
 
 def open_text(path: Path) -> IO[str]:
@@ -25,5 +28,10 @@ def lines_of(path: Path) -> list[str]:
     try:
         with open_text(path) as file:
             return [line.rstrip("\r\n") for line in file if line.strip()]
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError("a text file cannot be read", where=path, got=str(error)) from None
+    except UNREADABLE as error:
+        raise unreadable(path, error) from None
+
+
+def unreadable(path: Path, error: Exception) -> DataError:
+    fix = "check that the file is complete"
+    return DataError("a text file cannot be read", where=path, got=str(error), fix=fix)
