@@ -57,21 +57,17 @@ def trend(n: int, total: np.ndarray, squares: np.ndarray) -> Trend | None:
 def loess(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Local quadratic regression of y on x, both (n,), evaluated at x, (n,)."""
     vertices = np.unique(np.quantile(x, np.linspace(0, 1, VERTICES)))
-    distinct = np.unique(x)
-    fits = np.array([_local(x, y, distinct, at) for at in vertices])
+    fits = np.array([_local(x, y, at) for at in vertices])
     if len(vertices) == 1:
         return np.full(len(x), fits[0, 0])
     return np.asarray(CubicHermiteSpline(vertices, fits[:, 0], fits[:, 1])(x))
 
 
-def _local(x: np.ndarray, y: np.ndarray, distinct: np.ndarray, at: float) -> tuple[float, float]:
+def _local(x: np.ndarray, y: np.ndarray, at: float) -> tuple[float, float]:
     """Value and slope at one point of the quadratic that fits the nearest SPAN of all points, tricube weights."""
     distance = np.abs(x - at)
     nearest = min(len(x) - 1, max(int(SPAN * len(x)) - 1, 0))
-    width = np.partition(distance, nearest)[nearest]
-    # In a small batch a third of the genes may have one mean: reach on until four differ, or all are in.
-    reach = np.sort(np.abs(distinct - at))
-    width = max(width, reach[min(3, len(reach) - 1)]) or 1.0
+    width = np.partition(distance, nearest)[nearest] or 1.0  # in a small batch, all the nearest may have one mean
     near = distance < width
     weight = np.sqrt((1 - (distance[near] / width) ** 3) ** 3)
     steps = (x[near] - at) / width

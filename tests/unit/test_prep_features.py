@@ -153,6 +153,7 @@ def test_files_with_other_peaks_meet_in_bins(tmp_path: Path) -> None:
         names = ["chr1:0-1000", "chr1:1000-2000", "chr2:0-1000", "chr10:0-1000"]
         rows = [[300, 0, 0, 0], [1, 0, 5, 0], [3, 4, 0, 7]]
         same(held(store, "atac"), pd.DataFrame(rows, ["c0", "c1", "d0"], names))
+        assert inspect.facts(store.root)["modalities"]["atac"]["non_zeros"] == 6
     assert "  atac: union of its files; bins of 1,000 bp\n" in inspect.text(inspect.facts(tmp_path / "asarray.zarr"))
     new = build(tmp_path / "n.zarr", given[0], bins=["atac=1000"], features_from=tmp_path / "asarray.zarr")
     assert new.manifest.modalities["atac"].features == names

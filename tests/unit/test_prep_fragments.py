@@ -95,6 +95,10 @@ def test_lanes_and_peaks_come_together(tmp_path: Path) -> None:
     store = build(tmp_path / "s.zarr", *given, with_peaks, bins=["atac=1000"], barcodes=["rna"])
     parts = [expected(lanes[n][lanes[n]["barcode"].isin(rna[n].index)]).rename(f"{n}:{{}}".format) for n in lanes]
     parts.append(pd.DataFrame([[3, 1]], ["one:p0"], ["chr1:0-1000", "chr3:5000-6000"]))
+    listed = tmp_path / "cells.txt"  # barcodes of a list may name their lane, or hold for every lane
+    listed.write_text("".join(f"{lane}:{b}\n" for lane in lanes for b in rna[lane].index))
+    flags = {"bins": ["atac=1000"], "barcodes": [f"atac={listed}"]}
+    assert build(tmp_path / "l.zarr", *given, with_peaks, **flags).fingerprint == store.fingerprint
     got = held(store, "atac")
     assert set(got.columns) == {b for part in parts for b in part.columns}
     same(got, pd.concat(parts).reindex(columns=got.columns).fillna(0))

@@ -72,6 +72,16 @@ def test_scores_are_those_of_the_published_formula() -> None:
     assert np.median(np.abs(scores / published(counts) - 1)) < 0.001
 
 
+def test_the_regression_keeps_quadratics_and_bears_ties() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=500)
+    np.testing.assert_allclose(variable.loess(x, 3 - x + 2 * x**2), 3 - x + 2 * x**2, rtol=1e-6)
+    y = rng.normal(size=500)
+    np.testing.assert_allclose(variable.loess(np.full(500, -2.0), y), np.full(500, y.mean()))
+    tied = np.where(np.arange(500) < 250, x.max() + 1, x)  # half of all genes have one mean
+    np.testing.assert_allclose(variable.loess(tied, 5 + tied)[:250], 6 + x.max(), rtol=1e-3)
+
+
 @pytest.mark.parametrize(("form", "task"), [(sp.csr_matrix, 2000), (sp.csc_matrix, 5000), (np.asarray, 2**20)])
 def test_the_most_variable_genes_within_batches(
     tmp_path: Path, form: object, task: int, monkeypatch: pytest.MonkeyPatch
@@ -139,6 +149,18 @@ def test_more_than_there_are_keeps_all(tmp_path: Path) -> None:
     path = write_h5mu(tmp_path / "a.h5mu", rna=anndata_of(rna), atac=anndata_of(atac))
     plain = build(tmp_path / "p.zarr", str(path))
     assert build(tmp_path / "s.zarr", str(path), top=["rna=99", "atac=99"]).fingerprint == plain.fingerprint
+
+
+def test_empty_cells_do_not_count(tmp_path: Path) -> None:
+    """They lose the modality, so they are none of the cells that genes vary over."""
+    counts, batch = cells()
+    empty = pd.DataFrame(0, [f"e{i}" for i in range(900)], counts.columns)
+    stores = []
+    for name, more in (("without", empty[:0]), ("with", empty)):
+        obs = {"batch": np.append(batch, np.zeros(len(more), int)).astype(str)}
+        path = write_h5ad(tmp_path / f"{name}.h5ad", pd.concat([counts, more]), **obs)
+        stores.append(build(tmp_path / f"{name}.zarr", f"rna={path}", top=["rna=60"]))
+    assert stores[0].manifest.modalities == stores[1].manifest.modalities
 
 
 def test_few_cells_and_genes_alike(tmp_path: Path) -> None:
