@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from clue_dist.errors import DataError, StoreError, run_main
 from clue_dist.store import layout
 from data_prep import inspect
 from data_prep.check import check
+from data_prep.choices import parse_choices
 from data_prep.convert import Options, convert, report
 from data_prep.fetch import fetch
-from data_prep.inputs import parse_inputs
+from data_prep.flags import PerModality
+from data_prep.inputs import Asked, parse_inputs
 from data_prep.simulate import Spec, parse_features, write_h5mu
 from data_prep.sources import FIELDS, Keys
 from data_prep.tasks import pool
@@ -27,10 +30,15 @@ def _convert(args: argparse.Namespace) -> None:
     named = {"batch": args.batch_key, "label": args.label_key}
     explicit = frozenset(field for field, column in named.items() if column)
     keys = Keys({field: named[field] or column for field, column in FIELDS.items()}, explicit)
-    options = Options(args.seed, args.block_cells, args.codec, args.features, args.features_from, kinds, keys)
-    sources = parse_inputs(args.inputs, keys, args.layer, kinds)
+    layers = PerModality.parse(args.layer, "--layer", "layers")
+    ids = PerModality.parse(args.feature_ids, "--feature-ids", "columns")
+    barcodes = PerModality.parse(args.barcodes, "--barcodes", "lists")
+    inputs = parse_inputs(args.inputs, Asked(keys, kinds, layers, ids, barcodes, args.cut_sites))
+    names = [given.modality for given in inputs]
+    choices = parse_choices(names, kinds, args.features, args.bins, args.top, args.features_from)
+    options = Options(args.seed, args.block_cells, args.codec, choices, args.features_from, kinds, keys)
     with pool(args.workers, args.scheduler) as workers:
-        manifest = convert(sources, args.out, options, workers)
+        manifest = convert(inputs, args.out, options, workers)
     print(f"{args.out}: {report(manifest)}")
 
 
@@ -102,7 +110,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_convert(p: argparse.ArgumentParser) -> None:
     p.add_argument(
-        "inputs", nargs="+", metavar="[DATASET:][NAME=]FILE", help=".h5ad, .h5mu, 10x .h5, or a Matrix Market folder"
+        "inputs",
+        nargs="+",
+        metavar="[DATASET:][NAME=]FILE",
+        help=".h5ad, .h5mu, 10x .h5, a Matrix Market folder, or fragments.tsv.gz",
     )
     p.add_argument("--out", type=Path, required=True, help="the store to write, STORE.zarr")
     p.add_argument("--batch-key", help=f"obs column of the batch (default: {FIELDS['batch']}, where there is one)")
@@ -114,12 +125,7 @@ def _add_convert(p: argparse.ArgumentParser) -> None:
         metavar="[NAME=]LAYER",
         help="layer of raw counts instead of X; raw.X is one",
     )
-    p.add_argument(
-        "--features", choices=["same", "intersection", "union"], default="same", help="when files of a modality differ"
-    )
-    p.add_argument(
-        "--features-from", type=Path, metavar="STORE", help="fit the modalities and features of another store"
-    )
+    _feature_options(p)
     p.add_argument(
         "--kind",
         action="append",
@@ -134,6 +140,44 @@ def _add_convert(p: argparse.ArgumentParser) -> None:
     p.add_argument("--seed", type=int, default=0, help="of the shuffle")
     _pool_options(p)
     p.set_defaults(run=_convert)
+
+
+def _feature_options(p: argparse.ArgumentParser) -> None:
+    several: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}
+    p.add_argument(
+        "--features",
+        metavar="[NAME=]same|intersection|union|FILE",
+        help="when files of a modality differ (default: same); FILE lists names, one a line",
+        **several,
+    )
+    p.add_argument(
+        "--feature-ids",
+        metavar="[NAME=]COLUMN",
+        help="column of var that names the features, gene_ids, say, instead of var_names; A,B: the first there is",
+        **several,
+    )
+    p.add_argument(
+        "--bins",
+        metavar="NAME=WIDTH",
+        help="genome bins so many bp wide, from peaks or fragments: atac=5000",
+        **several,
+    )
+    p.add_argument(
+        "--top",
+        metavar="NAME=NUMBER",
+        help="keep the features that vary most within batches (rna) or are seen in most cells (atac)",
+        **several,
+    )
+    p.add_argument(
+        "--features-from", type=Path, metavar="STORE", help="fit the modalities and features of another store"
+    )
+    p.add_argument(
+        "--barcodes",
+        metavar="[NAME=]FILE|MODALITY",
+        help="cells of a fragments file: those listed, or those of another modality (default: every barcode)",
+        **several,
+    )
+    p.add_argument("--cut-sites", action="store_true", help="count both ends of a fragment, not its middle once")
 
 
 def _add_simulate(p: argparse.ArgumentParser) -> None:

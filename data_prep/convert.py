@@ -13,6 +13,8 @@ skipping what is there; nothing depends on the order of tasks, so any number of 
 from __future__ import annotations
 
 import json
+import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,12 +28,17 @@ from clue_dist.store.manifest import Manifest, Shard
 from clue_dist.store.writer import Cells as ShardCells
 from clue_dist.store.writer import commit, create, write_shard
 from data_prep import cells as cell_table
-from data_prep import counts, features, spool, strata
+from data_prep import features, spool, strata
 from data_prep.cells import Cells
-from data_prep.counts import Target
+from data_prep.choices import Choice
+from data_prep.counts import Reading, Target
+from data_prep.files import remove_leftovers
+from data_prep.fragments import CountedSource, counted
+from data_prep.inputs import Input
 from data_prep.job import job
+from data_prep.selection import Chosen, select
 from data_prep.sources import Head, Keys, Source, decode
-from data_prep.tasks import Pool, Progress
+from data_prep.tasks import Pool, run_missing
 
 TASK_ENTRIES = 2**20  # stored values of a scatter task, up to eight times as many ...
 MANY_TASKS = 2000  # ... where there would be more tasks than this: each shard looks into every spool
@@ -44,44 +51,50 @@ class Options:
     seed: int = 0
     block_cells: int = layout.BLOCK_CELLS
     codec: Literal["fast", "small"] = "fast"
-    features: features.Mode = "same"
+    choices: Mapping[str, Choice] = field(default_factory=dict)  # of features, by modality; else `Choice()`
     features_from: Path | None = None
     kinds: dict[str, str] = field(default_factory=dict)
     keys: Keys = field(default_factory=Keys)
 
 
-def convert(sources: list[Source], out: Path, options: Options, pool: Pool) -> Manifest:
-    """Convert `sources` into a store at `out`; goes on where an interrupted run of the same job stopped.
+def convert(inputs: Sequence[Input], out: Path, options: Options, pool: Pool) -> Manifest:
+    """Convert `inputs` into a store at `out`; goes on where an interrupted run of the same job stopped.
 
     Raises:
-        DataError: inputs that are not what they should be (see `cells.join`, `features.plan`, `counts.canonical`).
+        DataError: inputs that are not what they should be (see `fragments.counted`, `features.plan`, `cells.join`,
+            `counts.canonical`, `selection.select`).
         StoreError: something is at `out` already, or another job was or is under way there.
     """
     reference = None if options.features_from is None else Manifest.read(options.features_from)
-    with job(out, _description(sources, options, reference)) as partial:
+    with job(out, _description(inputs, options, reference)) as partial:
         work, store = partial / "work", partial / "store"
+        sources = counted(inputs, options.choices, work / "fragments", pool)
         heads = [source.head() for source in sources]
-        plan = features.plan(sources, heads, options.kinds, options.features, reference)
+        plan = features.plan(sources, heads, options.kinds, options.choices, reference)
         known = {"batch": reference.batches, "label": reference.labels} if reference else {}
         cells = cell_table.join(sources, heads, list(plan.modalities), known, options.keys, options.seed)
 
         _prepare(sources, work, pool)
+        reading = _reading(sources, heads, plan, cells, work)
+        kept = select(reading, plan, cells, options.choices, work / "select", TASK_ENTRIES, pool)
+        plan = plan.narrowed(sources, heads, {name: chosen.places for name, chosen in kept.items()})
         spools = _scatter(sources, heads, plan, cells, work, pool)
         files = {name: listed(s.where for s in sources if s.modality == name) for name in plan.modalities}
         final = strata.settle(cells, plan.modalities, files, spools, options.block_cells, work / "strata")
-        notes = _provenance(sources, heads, plan, cells, final, options)
+        notes = _provenance(sources, heads, plan, cells, final, options, kept)
         manifest = strata.manifest(final, cells, plan.modalities, options.block_cells, options.codec, notes)
         create(store, manifest)
         shards = _gather(manifest, store, work, spools, pool)
-
+        remove_leftovers(store)  # of workers that were killed while this process lived on
         return commit(store, out, manifest.model_copy(update={"shards": shards}))
 
 
-def _description(sources: list[Source], options: Options, reference: Manifest | None) -> dict[str, Any]:
+def _description(inputs: Sequence[Input], options: Options, reference: Manifest | None) -> dict[str, Any]:
     """All that decides the result: if any of it changes, what an interrupted run left is of no use."""
     return {
-        "inputs": [source.identity() for source in sources],
-        "options": {k: v for k, v in vars(options).items() if k not in ("keys", "features_from")},
+        "inputs": [given.identity() for given in inputs],
+        "options": {k: v for k, v in vars(options).items() if k not in ("keys", "choices", "features_from")},
+        "features": {name: choice.identity() for name, choice in sorted(options.choices.items())},
         "columns": dict(options.keys.columns),
         "features_from": reference.fingerprint if reference else None,
         "version": [clue_dist.__version__, layout.VERSION],
@@ -97,12 +110,9 @@ class _Prepare:
 
 @dataclass(frozen=True)
 class _Scatter:
-    source: Source
-    target: Target
+    reading: Reading
     lo: int
     hi: int
-    scratch: Path
-    keys: Path
     out: Path
 
 
@@ -117,60 +127,58 @@ class _Gather:
     out: Path
 
 
-def _run(pool: Pool, title: str, function: Any, tasks: dict[Path, Any]) -> None:
-    """Run the tasks whose result is not there yet."""
-    missing = [task for path, task in tasks.items() if not path.exists()]
-    progress = Progress(title, len(tasks), len(tasks) - len(missing))
-    try:
-        pool.run(function, missing, progress)
-    finally:
-        progress.close()
-
-
-def _prepare(sources: list[Source], work: Path, pool: Pool) -> None:
+def _prepare(sources: Sequence[Source], work: Path, pool: Pool) -> None:
     """Sort the inputs whose rows cannot be read directly."""
     tasks: dict[Path, _Prepare] = {}
     for i, source in enumerate(sources):
         scratch = work / "prepared" / f"{i:03d}"
         tasks |= {scratch / f"{part:06d}": _Prepare(source, part, scratch) for part in range(source.parts())}
     if tasks:
-        _run(pool, "sort entries", _prepare_part, tasks)
+        run_missing(pool, "sort entries", _prepare_part, tasks)
 
 
 def _prepare_part(task: _Prepare) -> None:
     task.source.prepare(task.part, task.scratch)
 
 
+def _reading(
+    sources: Sequence[Source], heads: Sequence[Head], plan: features.Plan, cells: Cells, work: Path
+) -> list[Reading]:
+    """What the tasks must know to read each source's rows; per-row and per-column arrays go to files."""
+    out = []
+    for i, (source, head) in enumerate(zip(sources, heads, strict=True)):
+        folder, columns = work / "sources" / f"{i:03d}", plan.columns[i]
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(folder / "keys.npy", cells.keys(cells.rows[i]))
+        np.save(folder / "batch.npy", cells.codes["batch"][cells.rows[i]])
+        if columns is not None:
+            np.save(folder / "columns.npy", columns)
+        modality = plan.modalities[source.modality]
+        target = Target(modality.kind, modality.n_features, None if columns is None else folder / "columns.npy")
+        out.append(Reading(source, target, head.n_rows, head.nnz, work / "prepared" / f"{i:03d}", folder))
+    return out
+
+
 def _scatter(
-    sources: list[Source], heads: list[Head], plan: features.Plan, cells: Cells, work: Path, pool: Pool
+    sources: Sequence[Source], heads: Sequence[Head], plan: features.Plan, cells: Cells, work: Path, pool: Pool
 ) -> dict[str, list[Path]]:
     """Spool every row of every source; returns the spools of each modality."""
     tasks: dict[Path, _Scatter] = {}
     spools: dict[str, list[Path]] = {name: [] for name in plan.modalities}
     entries = min(max(sum(head.nnz for head in heads) // MANY_TASKS, TASK_ENTRIES), 8 * TASK_ENTRIES)
-    for i, (source, head) in enumerate(zip(sources, heads, strict=True)):
-        folder = work / "sources" / f"{i:03d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        np.save(folder / "keys.npy", cells.keys(cells.rows[i]))
-        columns = plan.columns[i]
-        if columns is not None:
-            np.save(folder / "columns.npy", columns)
-        modality = plan.modalities[source.modality]
-        target = Target(modality.kind, modality.n_features, None if columns is None else folder / "columns.npy")
-        step = max(1, entries * head.n_rows // max(head.nnz, 1))
-        for lo in range(0, head.n_rows, step):
-            out = work / "spools" / source.modality / f"{i:03d}-{lo:012d}"
-            hi = min(lo + step, head.n_rows)
-            tasks[out] = _Scatter(source, target, lo, hi, work / "prepared" / f"{i:03d}", folder / "keys.npy", out)
-            spools[source.modality].append(out)
-    _run(pool, "read", _scatter_rows, tasks)
+    for i, reading in enumerate(_reading(sources, heads, plan, cells, work)):
+        modality = reading.source.modality
+        for lo, hi in reading.ranges(entries):
+            out = work / "spools" / modality / f"{i:03d}-{lo:012d}"
+            tasks[out] = _Scatter(reading, lo, hi, out)
+            spools[modality].append(out)
+    run_missing(pool, "read", _scatter_rows, tasks)
     return spools
 
 
 def _scatter_rows(task: _Scatter) -> None:
-    rows = task.source.read(task.lo, task.hi, task.scratch)
-    keys = np.load(task.keys, mmap_mode="r")[task.lo : task.hi]
-    spool.write(task.out, np.asarray(keys), counts.canonical(task.source, task.target, rows, task.lo))
+    keys = np.load(task.reading.folder / "keys.npy", mmap_mode="r")[task.lo : task.hi]
+    spool.write(task.out, np.asarray(keys), task.reading.rows(task.lo, task.hi))
 
 
 def _gather(manifest: Manifest, store: Path, work: Path, spools: dict[str, list[Path]], pool: Pool) -> dict[str, Shard]:
@@ -184,7 +192,7 @@ def _gather(manifest: Manifest, store: Path, work: Path, spools: dict[str, list[
             tasks[out] = _Gather(
                 work / "manifest.json", store, name, shard, work / "strata" / name, work / "spools", out
             )
-    _run(pool, "write", _gather_shard, tasks)
+    run_missing(pool, "write", _gather_shard, tasks)
     shards: dict[str, Shard] = {}
     for path in tasks:
         shards |= {key: Shard(**value) for key, value in json.loads(path.read_text()).items()}
@@ -207,31 +215,40 @@ def _gather_shard(task: _Gather) -> None:
         modalities[name] = spool.read(folders, np.asarray(obs["keys"]), n_features, s.packed[name])
     cells = ShardCells(modalities, obs["batch"], obs["label"], decode(obs["barcodes"]))
     written = write_shard(task.store, manifest, task.stratum, task.shard, cells)
-    temporary = task.out.with_suffix(".tmp")
+    temporary = task.out.with_suffix(f".{uuid.uuid4().hex[:8]}.tmp")  # a worker given up for dead may still be at it
     temporary.write_text(json.dumps({key: shard.model_dump() for key, shard in written.items()}))
     temporary.rename(task.out)
 
 
 def _provenance(
-    sources: list[Source], heads: list[Head], plan: features.Plan, cells: Cells, final: strata.Final, options: Options
+    sources: Sequence[Source],
+    heads: Sequence[Head],
+    plan: features.Plan,
+    cells: Cells,
+    final: strata.Final,
+    options: Options,
+    kept: Mapping[str, Chosen],
 ) -> dict[str, Any]:
     """Where the cells came from and what was left out. Base names only: a store may be passed on."""
     inputs = []
     for i, (source, head) in enumerate(zip(sources, heads, strict=True)):
         bit = 1 << list(plan.modalities).index(source.modality)
-        empty = int(((final.mask[cells.rows[i]] & bit) == 0).sum())
         note = {
             "file": source.where,
             "modality": source.modality,
             "dataset": source.dataset,
             "cells": head.n_rows,
-            "empty": empty,
+            "empty": int(((final.mask[cells.rows[i]] & bit) == 0).sum()),
+            "features": plan.notes[i],
+            "names": head.named_by or "var_names",
         }
-        inputs.append(note | {"features": plan.notes[i]})
+        inputs.append(note | ({"counted": source.given.what} if isinstance(source, CountedSource) else {}))
     return {
         "tool": f"data_prep {clue_dist.__version__}",
         "seed": options.seed,
         "inputs": inputs,
+        "features": {name: options.choices.get(name, Choice()).identity() for name in plan.modalities},
+        "selected": {name: chosen.note for name, chosen in kept.items()},
         "cells": {"in": len(cells.barcodes), "dropped": int((final.mask == 0).sum())},
     }
 
@@ -241,6 +258,8 @@ def report(manifest: Manifest) -> str:
     notes = manifest.provenance
     lines = [f"{manifest.n_cells:,} cells, fingerprint {manifest.fingerprint[:16]}"]
     lines += [f"  {name}: {s.n_cells:,} cells" for name, s in manifest.strata.items()]
+    for name, note in notes["selected"].items():
+        lines.append(f"  {name}: {note['kept']:,} of {note['of']:,} features, {note['by']}")
     if notes["cells"]["dropped"]:
         lines.append(f"  dropped: {notes['cells']['dropped']:,} cells with no counts at all")
     for item in notes["inputs"]:

@@ -26,6 +26,27 @@ class Target:
     columns: Path | None
 
 
+@dataclass(frozen=True)
+class Reading:
+    """All that a task must know to read any rows of a source. folder: keys.npy and batch.npy, one number per row."""
+
+    source: Source
+    target: Target
+    n_rows: int
+    nnz: int
+    scratch: Path
+    folder: Path
+
+    def ranges(self, entries: int) -> list[tuple[int, int]]:
+        """The rows, cut into ranges of about so many stored entries."""
+        step = max(1, entries * self.n_rows // max(self.nnz, 1))
+        return [(lo, min(lo + step, self.n_rows)) for lo in range(0, self.n_rows, step)]
+
+    def rows(self, lo: int, hi: int) -> Rows:
+        """Rows lo to hi, in canonical form."""
+        return canonical(self.source, self.target, self.source.read(lo, hi, self.scratch), lo)
+
+
 def canonical(source: Source, target: Target, rows: Rows, first: int) -> Rows:
     """Validate rows `first`, `first` + 1, ... of a source and align them to the target's features.
 
@@ -45,6 +66,7 @@ def canonical(source: Source, target: Target, rows: Rows, first: int) -> Rows:
     tidy = _validate(source, matrix, first)
     if columns is not None:
         matrix = _align_sparse(matrix, columns, target.n_features)
+        tidy = tidy and np.bincount(columns[columns >= 0]).max(initial=0) <= 1  # else columns are added up
     if not tidy:
         matrix = matrix.astype(np.int64)  # two narrow counts may not add up in their own type
         matrix.sum_duplicates()

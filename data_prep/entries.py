@@ -32,6 +32,8 @@ def read_rows(folders: list[Path], lo: int, hi: int, n_columns: int) -> sp.csr_m
         i, j = np.searchsorted(rows, [lo, hi])
         if i < j:
             columns, values = (np.load(folder / f"{name}.npy", mmap_mode="r")[i:j] for name in ("columns", "values"))
+            if values.dtype.kind in "bui" and values.dtype.itemsize < 8:
+                values = values.astype(np.int64)  # two narrow counts may not add up in their own type
             pieces.append((rows[i:j] - lo, columns, values))
     pieces = pieces or [(np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.uint8))]
     rows, columns, values = (np.concatenate([p[k] for p in pieces]) for k in range(3))

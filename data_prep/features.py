@@ -2,46 +2,76 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from clue_dist.errors import DataError, listed
 from clue_dist.store import layout
 from clue_dist.store.manifest import Manifest, Modality
+from data_prep.choices import Choice
+from data_prep.genome import along_genome, bins_of
 from data_prep.sources import Head, Source, kind_of
 
-Mode = Literal["same", "intersection", "union"]
+_ENSEMBL = re.compile(r"ENS[A-Z]*G\d+")
+_REGION = re.compile(r"[^:]+[:_-]\d+[-_]\d+")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """modalities: as the manifest will list them; columns: per source, its columns' places (-1 = dropped) or None
-    where they are in place already; notes: per source, what was missing or extra, for the provenance.
+    """modalities: as the manifest will list them; columns: per source, its columns' places (-1 = dropped; several may
+    share a place: they are added up) or None where they are in place already; notes: per source, what was missing or
+    extra, for the provenance.
     """
 
     modalities: dict[str, Modality]
     columns: list[np.ndarray | None]
     notes: list[dict[str, Any]]
 
+    def narrowed(self, sources: Sequence[Source], heads: Sequence[Head], kept: Mapping[str, np.ndarray]) -> Plan:
+        """The plan with only the features `kept`, ascending places by modality; other modalities stay as they are."""
+        modalities, columns = dict(self.modalities), list(self.columns)
+        for name, places in kept.items():
+            features = self.modalities[name].features
+            modalities[name] = self.modalities[name].model_copy(update={"features": [features[i] for i in places]})
+            moved = np.full(len(features) + 1, -1, np.int32)  # the last one: columns that were dropped before
+            moved[places] = np.arange(len(places))
+            for i, source in enumerate(sources):
+                if source.modality == name:
+                    own = columns[i]
+                    columns[i] = moved[np.arange(len(heads[i].features)) if own is None else own]
+        return replace(self, modalities=modalities, columns=columns)
+
 
 def plan(
-    sources: list[Source], heads: list[Head], kinds: dict[str, str], mode: Mode, reference: Manifest | None
+    sources: Sequence[Source],
+    heads: Sequence[Head],
+    kinds: Mapping[str, str],
+    choices: Mapping[str, Choice],
+    reference: Manifest | None,
 ) -> Plan:
-    """Decide the features of every modality; `reference` decides alone where it is given.
+    """Decide the features of every modality, by its choice (default: `Choice()`), or by `reference` alone.
 
     Raises:
-        DataError: feature names that repeat, sets that differ, modalities the reference lacks, no overlap with it.
+        DataError: feature names that repeat, sets that differ, names of different kinds, modalities the reference
+            lacks, no overlap with it or with the list that was given.
     """
     for source, head in zip(sources, heads, strict=True):
         _reject_repeated(source, head)
+    _require_ids(sources, heads)
     names = list(dict.fromkeys(s.modality for s in sources))
-    of = {name: [(s, h) for s, h in zip(sources, heads, strict=True) if s.modality == name] for name in names}
+    own = [
+        _own(source, head, choices.get(source.modality, Choice())) for source, head in zip(sources, heads, strict=True)
+    ]
     if reference is None:
-        modalities = {
-            name: _new_modality(name, kinds, [h for _, h in of[name]], [s for s, _ in of[name]], mode) for name in names
-        }
+        modalities = {}
+        for name in names:
+            mine = [i for i, s in enumerate(sources) if s.modality == name]
+            files = [(sources[i], heads[i], own[i]) for i in mine]
+            modalities[name] = _new_modality(name, kinds, files, choices.get(name, Choice()))
     else:
         modalities = _from_reference(names, reference)
     for name in names:
@@ -49,11 +79,16 @@ def plan(
             raise DataError("a modality needs a plain name", got=repr(name), expected="letters, digits, _ -; not 'obs'")
 
     columns, notes = [], []
-    for source, head in zip(sources, heads, strict=True):
+    for source, theirs in zip(sources, own, strict=True):
         wanted = modalities[source.modality].features
-        columns.append(None if head.features == wanted else _places(source, head.features, wanted))
-        notes.append(_note(wanted, head.features))
+        columns.append(None if theirs == wanted else _places(source, theirs, wanted))
+        notes.append(_note(wanted, theirs))
     return Plan(modalities, columns, notes)
+
+
+def _own(source: Source, head: Head, choice: Choice) -> list[str]:
+    """A source's features as the store would call them; with bins, several may have one name."""
+    return head.features if choice.bins is None else bins_of(head.features, choice.bins, source.where)
 
 
 def _places(source: Source, own: list[str], wanted: list[str]) -> np.ndarray:
@@ -62,38 +97,97 @@ def _places(source: Source, own: list[str], wanted: list[str]) -> np.ndarray:
     columns = np.array([place.get(feature, -1) for feature in own], np.int32)
     if not (columns >= 0).any():
         raise DataError(
-            f"no feature of modality {source.modality!r} is known to the store it should fit",
+            f"no feature of modality {source.modality!r} is known to the store or list it should fit",
             where=source.where,
             got=listed(own, 5),
             expected=listed(wanted, 5),
-            fix="both must name their features alike (symbols or ids)",
+            fix="both must name their features alike: `--feature-ids COLUMN` takes the names from a column of var; "
+            "bins need the same `--bins`",
         )
     return columns
 
 
-def _new_modality(name: str, kinds: dict[str, str], heads: list[Head], sources: list[Source], mode: Mode) -> Modality:
+_File = tuple[Source, Head, list[str]]  # with the file's features as the store would call them
+
+
+def _new_modality(name: str, kinds: Mapping[str, str], files: list[_File], choice: Choice) -> Modality:
     kind = kind_of(name, kinds)
-    features = heads[0].features
-    for source, head in zip(sources[1:], heads[1:], strict=True):
-        note = _note(features, head.features)
-        if mode == "same" and (note["missing"] or note["extra"]):
-            raise DataError(
-                f"the files of modality {name!r} have different features",
-                where=f"{source.where}, against {sources[0].where}",
-                got=f"{note['missing']} missing ({listed(_lacking(features, head.features)) or 'none'}); "
-                f"{note['extra']} extra ({listed(_lacking(head.features, features)) or 'none'})",
-                expected="the same features, in any order",
-                fix="add `--features intersection` (those in every file) or `--features union` (absent ones are zero)",
-            )
-    if mode == "intersection":
-        common = set(features).intersection(*(head.features for head in heads[1:]))
-        features = [f for f in features if f in common]
-    if mode == "union":
-        features = list(dict.fromkeys(f for head in heads for f in head.features))
+    features = list(choice.given) if choice.given is not None else _together(name, files, choice)
     if not features:
         fix = "use `--features union`, or check that the files name their features alike"
-        raise DataError(f"no feature of modality {name!r} is left", where=listed(s.where for s in sources), fix=fix)
+        raise DataError(f"no feature of modality {name!r} is left", where=listed(s.where for s, _, _ in files), fix=fix)
     return Modality(kind=kind, storage=layout.STORAGE[kind], features=features)
+
+
+def _together(name: str, files: list[_File], choice: Choice) -> list[str]:
+    """The features of all files: those of the first in its order, or what mode makes of them; bins along the genome."""
+    _require_alike(name, files, choice)
+    sets = [dict.fromkeys(own) for _, _, own in files]
+    features = list(sets[0])
+    if choice.together == "same":
+        for source, _, own in files[1:]:
+            _require_same(name, files[0][0], features, source, own)
+    elif choice.together == "intersection":
+        features = [f for f in features if all(f in own for own in sets[1:])]
+    else:
+        features = list(dict.fromkeys(f for own in sets for f in own))
+    return along_genome(set(features)) if choice.bins else features
+
+
+def _require_same(name: str, first: Source, features: list[str], source: Source, own: list[str]) -> None:
+    note = _note(features, own)
+    if note["missing"] or note["extra"]:
+        raise DataError(
+            f"the files of modality {name!r} have different features",
+            where=f"{source.where}, against {first.where}",
+            got=f"{note['missing']} missing ({listed(_lacking(features, own)) or 'none'}); "
+            f"{note['extra']} extra ({listed(_lacking(own, features)) or 'none'})",
+            expected="the same features, in any order",
+            fix="add `--features intersection` (those in every file), `--features union` (absent ones are zero), or "
+            f"`--features {name}=FILE` (those of a list); peaks that differ fit together as `--bins {name}=5000`",
+        )
+
+
+def _require_alike(name: str, files: list[_File], choice: Choice) -> None:
+    """Files that share nothing cannot be brought together, save disjoint panels that a union of them is asked for."""
+    first, head, own = files[0]
+    before = set(own)
+    for source, other, theirs in files[1:]:
+        if before.isdisjoint(theirs) and (choice.together != "union" or _naming(own) != _naming(theirs)):
+            raise DataError(
+                f"the files of modality {name!r} share no feature",
+                where=f"{first.where} and {source.where}",
+                got=f"{_naming(own)} ({listed(own, 3)}) and {_naming(theirs)} ({listed(theirs, 3)})",
+                expected="features named alike",
+                fix=f"take the names from a column of var, `--feature-ids {name}=COLUMN` (a file without keeps its); "
+                f"columns of {first.where}: {listed(head.var_columns, 20) or 'none'}; "
+                f"of {source.where}: {listed(other.var_columns, 20) or 'none'}",
+            )
+        before.update(theirs)
+
+
+def _naming(features: list[str]) -> str:
+    """What most of the features are called by."""
+    sample = features[:: max(1, len(features) // 200)]
+    if sum(bool(_ENSEMBL.match(f)) for f in sample) > len(sample) / 2:
+        return "Ensembl ids"
+    if sum(bool(_REGION.fullmatch(f)) for f in sample) > len(sample) / 2:
+        return "regions of chromosomes named " + ("chr1" if sample[0].startswith("chr") else "1")
+    return "names"
+
+
+def _require_ids(sources: Sequence[Source], heads: Sequence[Head]) -> None:
+    """A column that `--feature-ids` asks for is in one file at least."""
+    for asked in {s.ids for s in sources if s.ids is not None}:
+        mine = [(s, h) for s, h in zip(sources, heads, strict=True) if s.ids == asked]
+        if not any(head.named_by for _, head in mine):
+            columns = dict.fromkeys(column for _, head in mine for column in head.var_columns)
+            raise DataError(
+                "no file has the column of var asked for",
+                where=f"--feature-ids {asked}: {listed(s.where for s, _ in mine)}",
+                got=f"columns: {listed(columns, 30) or 'none'}",
+                fix="name one of these columns, or leave --feature-ids out to use var_names",
+            )
 
 
 def _from_reference(names: list[str], reference: Manifest) -> dict[str, Modality]:
@@ -120,7 +214,7 @@ def _reject_repeated(source: Source, head: Head) -> None:
 
 def _lacking(wanted: list[str], there: list[str]) -> list[str]:
     have = set(there)
-    return [f for f in wanted if f not in have]
+    return [f for f in dict.fromkeys(wanted) if f not in have]
 
 
 def _note(wanted: list[str], there: list[str]) -> dict[str, Any]:

@@ -16,7 +16,19 @@ from anndata.io import read_elem
 
 from clue_dist.errors import DataError, listed
 from data_prep import entries
-from data_prep.sources import Codes, Direct, FeatureTable, Head, Keys, Rows, as_bytes, columns_of, file_identity
+from data_prep.sources import (
+    TENX_COLUMNS,
+    Codes,
+    Direct,
+    FeatureTable,
+    Head,
+    Keys,
+    Rows,
+    as_bytes,
+    columns_of,
+    file_identity,
+    unrepeated,
+)
 
 _PROBE = 10_000  # values looked at to guess whether a matrix holds counts
 
@@ -47,6 +59,7 @@ class AnnDataSource:
     group: str = ""
     layer: str | None = None  # None: X
     keys: Keys = field(default_factory=Keys)
+    ids: str | None = None
 
     @property
     def where(self) -> str:
@@ -58,14 +71,15 @@ class AnnDataSource:
         return f"{self.group}/{inside}".lstrip("/")
 
     def identity(self) -> dict[str, Any]:
-        return file_identity(self.path) | {"matrix": self.matrix, "modality": self.modality, "dataset": self.dataset}
+        kept = {"matrix": self.matrix, "modality": self.modality, "dataset": self.dataset, "ids": self.ids}
+        return file_identity(self.path) | kept
 
     def head(self) -> Head:
         with open_h5(self.path) as file:
             root = file[self.group] if self.group else file
             matrix = self._matrix(file)
             var = "raw/var" if self.layer == "raw.X" else "var"
-            barcodes, features = as_bytes(_index(root, "obs", self.where)), _index(root, var, self.where)
+            barcodes, features = as_bytes(_index(root, "obs", self.where)), _index(root, var, self.where).tolist()
             if _shape(matrix) != (len(barcodes), len(features)):
                 got = f"{_shape(matrix)} for {len(barcodes)} cells and {len(features)} features"
                 raise DataError(
@@ -76,7 +90,9 @@ class AnnDataSource:
             }
             columns = _columns(root["obs"]) + (_columns(file["obs"]) if self.group and "obs" in file else [])
             nnz = int(matrix.size if isinstance(matrix, h5py.Dataset) else matrix["data"].shape[0])
-        return Head(barcodes, [str(f) for f in features], nnz, fields, columns)
+            named_by, names = self._names(root[var], features)
+            var_columns = _columns(root[var])
+        return Head(barcodes, names, nnz, fields, columns, var_columns, named_by)
 
     def parts(self) -> int:
         with open_h5(self.path) as file:
@@ -127,6 +143,14 @@ class AnnDataSource:
             )
         return file[self.matrix]
 
+    def _names(self, var: h5py.Group, own: list[str]) -> tuple[str | None, list[str]]:
+        """The features' names, of the first column of `ids` there is, and that column; else their own."""
+        for column in (self.ids or "").split(","):
+            if column and column in var:
+                values = pd.Series(read_elem(var[column]), dtype=object)
+                return column, unrepeated(values.where(values.notna(), "").astype(str).tolist(), own)
+        return None, own
+
     def _codes(self, file: h5py.File, key: str, barcodes: np.ndarray) -> Codes | None:
         """A column of the modality's own obs, else of MuData's: `key` or `modality:key`."""
         root = file[self.group] if self.group else file
@@ -149,13 +173,14 @@ class TenxSource(Direct):
     modality: str
     dataset: str = ""
     feature_type: str | None = None  # None: the file holds one type
+    ids: str | None = None
 
     @property
     def where(self) -> str:
         return f"{self.path.name}/{self.feature_type}" if self.feature_type else self.path.name
 
     def identity(self) -> dict[str, Any]:
-        kept = {"feature_type": self.feature_type, "modality": self.modality, "dataset": self.dataset}
+        kept = {"feature_type": self.feature_type, "modality": self.modality, "dataset": self.dataset, "ids": self.ids}
         return file_identity(self.path) | kept
 
     def head(self) -> Head:
@@ -167,8 +192,9 @@ class TenxSource(Direct):
                 raise DataError(
                     "the matrix does not fit its features and barcodes", where=self.where, got=got, expected=expected
                 )
-        wanted, names = table.select(self.feature_type)
-        return Head(barcodes, names, nnz * len(wanted) // max(len(table.ids), 1), {}, [])
+        wanted, names, named_by = table.select(self.feature_type, self.ids)
+        share = nnz * len(wanted) // max(len(table.ids), 1)
+        return Head(barcodes, names, share, {}, [], list(TENX_COLUMNS), named_by)
 
     def read(self, lo: int, hi: int, scratch: Path) -> Rows:
         with open_h5(self.path) as file:

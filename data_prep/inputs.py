@@ -4,42 +4,62 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 import h5py
 
 from clue_dist.errors import DataError, listed
+from data_prep.flags import PerModality
+from data_prep.fragments import FragmentsInput, looks_like_fragments
 from data_prep.h5 import AnnDataSource, TenxSource, open_h5, tenx_features
 from data_prep.mtx import MtxSource, mtx_features
 from data_prep.sources import TENX_TYPES, FeatureTable, Keys, Source, kind_of, require_known
 
+Input: TypeAlias = Source | FragmentsInput
+
 _INPUT = re.compile(r"(?:(?P<dataset>[A-Za-z0-9_.-]+):)?(?:(?P<name>[^=/]+)=)?(?P<path>.+)")
 
 
-def parse_inputs(texts: list[str], keys: Keys, layers: list[str], kinds: dict[str, str]) -> list[Source]:
-    """`name=FILE`, `FILE.h5mu`, a 10x file or folder, each optionally `dataset:`-prefixed -> sources, in order.
+@dataclass(frozen=True)
+class Asked:
+    """What the command line says about how inputs are read; see `python -m data_prep convert --help`."""
 
-    layers: `NAME` for every AnnData, or `modality=NAME`.
+    keys: Keys = field(default_factory=Keys)
+    kinds: dict[str, str] = field(default_factory=dict)
+    layers: PerModality = field(default_factory=lambda: PerModality("--layer"))
+    ids: PerModality = field(default_factory=lambda: PerModality("--feature-ids"))
+    barcodes: PerModality = field(default_factory=lambda: PerModality("--barcodes"))
+    cut_sites: bool = False
+
+
+def parse_inputs(texts: list[str], asked: Asked) -> list[Input]:
+    """`name=FILE`, `FILE.h5mu`, a 10x file or folder, each optionally `dataset:`-prefixed -> inputs, in order.
 
     Raises:
-        DataError: a file that is not there or in no known format; a modality it does not have; a layer or kind of a
-            modality that no input has.
+        DataError: a file that is not there or in no known format; a modality it does not have; a layer, column,
+            list of barcodes or kind of a modality that no input has.
     """
-    by_modality = dict(layer.split("=", 1) for layer in layers if "=" in layer)
-    general = [layer for layer in layers if "=" not in layer]
-    if len(general) > 1 or len(by_modality) + len(general) < len(layers):
-        raise DataError("two layers for one modality", where="--layer", got=listed(layers), fix="NAME=LAYER for each")
-    layer = general[0] if general else None
-    sources = [source for text in texts for source in _parse(text, keys, by_modality, layer, kinds)]
-    require_known("--kind", kinds, [s.modality for s in sources])
-    layered = [s.modality for s in sources if isinstance(s, AnnDataSource)]
-    require_known("--layer", by_modality, layered)
-    if layer is not None and not layered:
-        raise DataError("no input has layers", where=f"--layer {layer}", expected="an .h5ad or .h5mu among the inputs")
-    return sources
+    inputs = [source for text in texts for source in _parse(text, asked)]
+    names = [s.modality for s in inputs]
+    require_known("--kind", asked.kinds, names)
+    asked.ids.require_known(names)
+    layered = [s.modality for s in inputs if isinstance(s, AnnDataSource)]
+    asked.layers.require_known(layered)
+    if asked.layers.general is not None and not layered:
+        where = f"--layer {asked.layers.general}"
+        raise DataError("no input has layers", where=where, expected="an .h5ad or .h5mu among the inputs")
+    counted = [s.modality for s in inputs if isinstance(s, FragmentsInput)]
+    asked.barcodes.require_known(counted)
+    for flag, given in (("--barcodes", asked.barcodes.general is not None), ("--cut-sites", asked.cut_sites)):
+        if given and not counted:
+            raise DataError("no input is a fragments file", where=flag, fix=f"leave {flag} out")
+    return inputs
 
 
-def _parse(text: str, keys: Keys, layers: dict[str, str], layer: str | None, kinds: dict[str, str]) -> list[Source]:
+def _parse(text: str, asked: Asked) -> Sequence[Input]:
     match, fix = _INPUT.fullmatch(text), "check the path; inputs are written NAME=FILE, FILE.h5mu, or DATASET:NAME=FILE"
     if match is None:
         raise DataError("not an input", where="the inputs", got=repr(text), fix=fix)
@@ -48,51 +68,56 @@ def _parse(text: str, keys: Keys, layers: dict[str, str], layer: str | None, kin
         raise DataError("no such input", where=text, got=f"{path} does not exist", fix=fix)
     path = path.resolve()
     if path.is_dir():
-        return _tenx(text, dataset, name, path, mtx_features(path), kinds)
+        return _tenx(text, dataset, name, path, mtx_features(path), asked)
+    if not h5py.is_hdf5(path) and looks_like_fragments(path):
+        return [_fragments(text, dataset, name, path, asked)]
     with open_h5(path) as file:
         if "mod" in file:
-            return _mudata(file, text, dataset, name, path, keys, layers, layer)
+            return _mudata(file, text, dataset, name, path, asked)
         if "X" in file or "layers" in file:
             if name is None:
                 raise DataError(
                     "an .h5ad needs a modality's name", where=text, fix=f"write it as `rna={path.name}`, say"
                 )
-            return [AnnDataSource(path, name, dataset, "", layers.get(name, layer), keys)]
+            return [AnnDataSource(path, name, dataset, "", asked.layers.of(name), asked.keys, asked.ids.of(name))]
         if "matrix/features" in file:
-            return _tenx(text, dataset, name, path, tenx_features(file), kinds)
+            return _tenx(text, dataset, name, path, tenx_features(file), asked)
         got = f"top level: {listed(file) or 'nothing'}"
     raise DataError(
         "not a format this reader knows",
         where=path,
         got=got,
-        expected=".h5ad, .h5mu, 10x .h5 or a Matrix Market folder",
+        expected=".h5ad, .h5mu, 10x .h5, a Matrix Market folder or fragments.tsv.gz",
     )
 
 
+def _fragments(text: str, dataset: str, name: str | None, path: Path, asked: Asked) -> FragmentsInput:
+    if name is None:
+        raise DataError("a fragments file needs a modality's name", where=text, fix=f"write it as `atac={path.name}`")
+    if (kind := kind_of(name, asked.kinds)) != "atac":
+        raise DataError("fragments are of kind atac", where=text, got=kind, fix=f"`atac={path.name}`")
+    return FragmentsInput(path, name, dataset, asked.cut_sites, asked.barcodes.of(name))
+
+
 def _mudata(
-    file: h5py.File,
-    text: str,
-    dataset: str,
-    name: str | None,
-    path: Path,
-    keys: Keys,
-    layers: dict[str, str],
-    layer: str | None,
-) -> list[Source]:
+    file: h5py.File, text: str, dataset: str, name: str | None, path: Path, asked: Asked
+) -> list[AnnDataSource]:
     there = [str(m) for m in file["mod"].attrs.get("mod-order", list(file["mod"]))]
     if name is not None and name not in there:
         raise DataError("the file has no such modality", where=text, got=listed(there), expected=name)
     wanted = there if name is None else [name]
-    return [AnnDataSource(path, m, dataset, f"mod/{m}", layers.get(m, layer), keys) for m in wanted]
+    return [
+        AnnDataSource(path, m, dataset, f"mod/{m}", asked.layers.of(m), asked.keys, asked.ids.of(m)) for m in wanted
+    ]
 
 
 def _tenx(
-    text: str, dataset: str, name: str | None, path: Path, table: FeatureTable, kinds: dict[str, str]
-) -> list[Source]:
+    text: str, dataset: str, name: str | None, path: Path, table: FeatureTable, asked: Asked
+) -> list[MtxSource | TenxSource]:
     """A file's feature types as modalities, or the one that `name` asks for."""
     make = MtxSource if path.is_dir() else TenxSource
     if name is not None:
-        return [make(path, name, dataset, table.type_for(kind_of(name, kinds), text))]
+        return [make(path, name, dataset, table.type_for(kind_of(name, asked.kinds), text), asked.ids.of(name))]
     known = [t for t in TENX_TYPES if t in table.types]
     if not known:
         fix = f"write it as `rna={path.name}`, say"
@@ -102,4 +127,4 @@ def _tenx(
     others = sorted(set(table.types) - set(known))
     if others:
         print(f"{text}: features of type {listed(others)} are left out", file=sys.stderr)
-    return [make(path, TENX_TYPES[t], dataset, t) for t in known]
+    return [make(path, TENX_TYPES[t], dataset, t, asked.ids.of(TENX_TYPES[t])) for t in known]

@@ -114,15 +114,31 @@ def _provenance(notes: dict[str, Any]) -> list[str]:
     lines = [
         f"provenance   {notes.get('tool', '?')}: {cells.get('in', 0):,} cells in, {cells.get('dropped', 0):,} dropped"
     ]
+    lines += [f"  {name}: {how}" for name in notes.get("features", {}) if (how := _chosen(name, notes))]
     for item in notes.get("inputs", [])[:_SHOWN]:
         missing, extra = item["features"]["missing"], item["features"]["extra"]
         told = f"{item['cells']:,} cells ({item['empty']:,} empty), features: {missing} missing, {extra} extra"
+        told += f", named by {item['names']}" if item.get("names", "var_names") != "var_names" else ""
+        told += f", {item['counted']} counted" if "counted" in item else ""
         lines.append(
             f"  {item['dataset'] + ':' if item['dataset'] else ''}{item['file']} -> {item['modality']}: {told}"
         )
     if len(notes.get("inputs", [])) > _SHOWN:
         lines.append(f"  ... and {len(notes['inputs']) - _SHOWN} more")
     return lines
+
+
+def _chosen(name: str, notes: dict[str, Any]) -> str:
+    """How a modality's features were decided, where that was not simply those of its files."""
+    choice, selected = notes["features"][name], notes.get("selected", {}).get(name)
+    parts = [f"{choice['mode']} of its files"] if choice["mode"] != "same" else []
+    if choice["list_sha256"]:
+        parts = [f"a list (sha256 {choice['list_sha256'][:12]})"]
+    if choice["bins"]:
+        parts.append(f"bins of {choice['bins']:,} bp")
+    if selected:
+        parts.append(f"{selected['kept']:,} of {selected['of']:,}, {selected['by']}")
+    return "; ".join(parts)
 
 
 def as_json(found: dict[str, Any]) -> str:

@@ -5,7 +5,6 @@ Entries may come in any order, so the text is read once, in pieces, and kept as 
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,8 @@ import pandas as pd
 
 from clue_dist.errors import DataError
 from data_prep import entries
-from data_prep.sources import FeatureTable, Head, Rows, as_bytes, columns_of, file_identity
+from data_prep.sources import TENX_COLUMNS, FeatureTable, Head, Rows, as_bytes, columns_of, file_identity
+from data_prep.text import UNREADABLE, lines_of, open_text, unreadable
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class MtxSource:
     modality: str
     dataset: str = ""
     feature_type: str | None = None  # None: every feature
+    ids: str | None = None
 
     @property
     def where(self) -> str:
@@ -34,13 +35,18 @@ class MtxSource:
 
     def identity(self) -> dict[str, Any]:
         files = [file_identity(_find(self.path, name)) for name in ("matrix", "barcodes", "features")]
-        return {"files": files, "modality": self.modality, "dataset": self.dataset, "feature_type": self.feature_type}
+        kept = {"feature_type": self.feature_type, "modality": self.modality, "dataset": self.dataset, "ids": self.ids}
+        return {"files": files} | kept
 
     def head(self) -> Head:
         table = mtx_features(self.path)
-        barcodes = _lines(_find(self.path, "barcodes"))
-        with _open(_find(self.path, "matrix")) as file:
-            n_features, n_cells, nnz = self._sizes(file)
+        barcodes = lines_of(_find(self.path, "barcodes"))
+        matrix = _find(self.path, "matrix")
+        try:
+            with open_text(matrix) as file:
+                n_features, n_cells, nnz = self._sizes(file)
+        except UNREADABLE as error:
+            raise unreadable(matrix, error) from None
         if (n_features, n_cells) != (len(table.ids), len(barcodes)):
             turned = (n_cells, n_features) == (len(table.ids), len(barcodes))
             raise DataError(
@@ -52,10 +58,9 @@ class MtxSource:
                 if turned
                 else "check that the three files belong together",
             )
-        wanted, names = table.select(self.feature_type)
-        return Head(
-            as_bytes([b.split("\t")[0] for b in barcodes]), names, nnz * len(wanted) // max(len(table.ids), 1), {}, []
-        )
+        wanted, names, named_by = table.select(self.feature_type, self.ids)
+        share, cells = nnz * len(wanted) // max(len(table.ids), 1), as_bytes([b.split("\t")[0] for b in barcodes])
+        return Head(cells, names, share, {}, [], list(TENX_COLUMNS), named_by)
 
     def parts(self) -> int:
         return 1  # text, and perhaps gzip, can only be read from its start
@@ -63,7 +68,7 @@ class MtxSource:
     def prepare(self, part: int, scratch: Path) -> None:
         folder, path = scratch / f"{part:06d}", _find(self.path, "matrix")
         temporary = scratch / f"{part:06d}.reading"
-        with _open(path) as file:
+        with open_text(path) as file:
             n_features, n_cells, nnz = self._sizes(file)
             seen = 0
             for i, piece in enumerate(self._pieces(file) if nnz else []):
@@ -118,7 +123,7 @@ class MtxSource:
         """The entries, some at a time; parse errors as DataErrors."""
         try:
             yield from pd.read_csv(file, sep=r"\s+", header=None, chunksize=entries.PART_ENTRIES, comment="%")
-        except (pd.errors.ParserError, pd.errors.EmptyDataError, EOFError, OSError) as error:
+        except (pd.errors.ParserError, pd.errors.EmptyDataError, *UNREADABLE) as error:
             raise DataError(
                 "the matrix cannot be read to its end", where=self.path.name, got=str(error).strip()
             ) from None
@@ -148,7 +153,7 @@ class MtxSource:
 
 def mtx_features(path: Path) -> FeatureTable:
     """The feature table of a Matrix Market folder: id, name and type, as many of them as there are."""
-    lines = [line.split("\t") for line in _lines(_find(path, "features"))]
+    lines = [line.split("\t") for line in lines_of(_find(path, "features"))]
     return FeatureTable(
         [line[0] for line in lines],
         [line[1] if len(line) > 1 else line[0] for line in lines],
@@ -168,15 +173,3 @@ def _find(folder: Path, name: str) -> Path:
         got=f"no {stems[0]}",
         expected="matrix.mtx, barcodes.tsv, features.tsv",
     )
-
-
-def _open(path: Path) -> IO[str]:
-    return gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        with _open(path) as file:
-            return [line.rstrip("\r\n") for line in file if line.strip()]
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError("a text file cannot be read", where=path, got=str(error)) from None

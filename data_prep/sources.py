@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, get_args
@@ -69,6 +70,8 @@ class Head:
     nnz: int
     fields: dict[str, Codes]  # "batch", "label" where the file has them
     columns: list[str]  # every obs column there is, for error messages
+    var_columns: list[str] = field(default_factory=list)  # and those of var
+    named_by: str | None = None  # the column of var that gave the features' names; None: they are the var_names
 
     @property
     def n_rows(self) -> int:
@@ -88,6 +91,11 @@ class Source(Protocol):
     @property
     def where(self) -> str:
         """The file, for messages and provenance."""
+        ...
+
+    @property
+    def ids(self) -> str | None:
+        """Columns of var, comma between, of which the first there is names the features; None: var_names do."""
         ...
 
     def identity(self) -> dict[str, Any]:
@@ -114,6 +122,8 @@ class Source(Protocol):
 
 class Direct:
     """Mixin for sources whose rows can be read without preparation."""
+
+    ids: str | None = None
 
     def parts(self) -> int:
         return 0
@@ -188,14 +198,16 @@ class FeatureTable:
     names: list[str]
     types: list[str]
 
-    def select(self, feature_type: str | None) -> tuple[np.ndarray, list[str]]:
-        """Columns of one type (None: all) and their names; a name that repeats gives way to its id."""
+    def select(self, feature_type: str | None, asked: str | None = None) -> tuple[np.ndarray, list[str], str | None]:
+        """Columns of one type (None: all), their names, and which of the columns `asked` for gave them.
+
+        A name that repeats gives way to its id.
+        """
         wanted = [i for i, t in enumerate(self.types) if feature_type is None or t == feature_type]
-        seen = pd.Series([self.names[i] for i in wanted], dtype=object)
-        repeated = seen.duplicated(keep=False)
-        return np.array(wanted, np.int64), [
-            self.ids[i] if r else self.names[i] for i, r in zip(wanted, repeated, strict=True)
-        ]
+        column = next((c for c in (asked or "").split(",") if c in TENX_COLUMNS), None)
+        own = self.ids if column is not None and TENX_COLUMNS[column] == "id" else self.names
+        names = unrepeated([own[i] for i in wanted], [self.ids[i] for i in wanted])
+        return np.array(wanted, np.int64), names, column
 
     def type_for(self, kind: str, where: str) -> str | None:
         """The feature type that holds `kind`; None where the file does not tell types apart.
@@ -212,6 +224,21 @@ class FeatureTable:
         return fitting[0]
 
 
+def unrepeated(names: Sequence[str], instead: Sequence[str]) -> list[str]:
+    """`names`, where one that repeats, or is empty, gives way to what is given `instead`. All (features,)."""
+    times = Counter(names)
+    return [other if times[name] > 1 or not name else name for name, other in zip(names, instead, strict=True)]
+
+
+# What scanpy and Cell Ranger call the two columns of a 10x feature table.
+TENX_COLUMNS = {
+    "gene_ids": "id",
+    "gene_id": "id",
+    "id": "id",
+    "gene_symbols": "name",
+    "gene_name": "name",
+    "name": "name",
+}
 TENX_TYPES = {"Gene Expression": "rna", "Antibody Capture": "adt", "Peaks": "atac"}
 
 

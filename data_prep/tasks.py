@@ -6,16 +6,20 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
+from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 import dask
 from tqdm import tqdm
 
-from clue_dist.errors import DataError
+from clue_dist.errors import DataError, StoreError
 
 CONNECT = "20s"  # how long a scheduler may take to answer
+PATIENCE = 5.0  # seconds without a result after which one looks whether there are workers at all
 
 
 class Progress:
@@ -26,6 +30,8 @@ class Progress:
         self.lock = threading.Lock()  # steps come from every worker thread
         self.started = self.said = time.monotonic()
         self.bar = tqdm(total=total, initial=done, desc=title, leave=True) if sys.stderr.isatty() else None
+        if done and self.bar is None:
+            print(f"{title}: {done} of {total} were done before", file=sys.stderr, flush=True)
 
     def step(self) -> None:
         with self.lock:
@@ -66,7 +72,10 @@ class Threads:
 
 
 class Cluster:
-    """Workers of a running Dask scheduler. They must see the inputs and the output under the same paths."""
+    """Workers of a running Dask scheduler. They must see the inputs and the output under the same paths.
+
+    Tasks of a worker that dies are given to another one; workers may join and leave at any time.
+    """
 
     def __init__(self, address: str) -> None:
         import distributed
@@ -76,17 +85,52 @@ class Cluster:
         except (OSError, TimeoutError, ValueError) as error:
             fix = "start `dask scheduler` and `dask worker`, or leave --scheduler out"
             raise DataError("no Dask scheduler answers", where=address, got=str(error), fix=fix) from None
+        self.address = address
 
     def run(self, function: Callable[[Any], object], tasks: Sequence[object], progress: Progress) -> None:
         import distributed
 
+        done: SimpleQueue[distributed.Future] = SimpleQueue()
         futures = self.client.map(function, tasks, pure=False, retries=0)
         try:
-            for future in distributed.as_completed(futures, loop=self.client.loop):
-                future.result()
+            for future in futures:
+                future.add_done_callback(done.put)
+            for _ in futures:
+                self._next(done).result()
                 progress.step()
+        except distributed.scheduler.KilledWorker as error:
+            fix = "give each worker more memory or fewer threads, then run the same command again: it goes on"
+            got = f"{error.allowed_failures + 1} workers died of it"
+            raise StoreError("a task kills its workers", where=self.address, got=got, fix=fix) from None
+        except (CancelledError, OSError) as error:
+            if self.client.status == "running":
+                raise  # an error of the task itself
+            fix = "start the scheduler again, then run the same command: it goes on"
+            raise StoreError("the Dask scheduler is gone", where=self.address, got=repr(error), fix=fix) from None
         finally:
-            self.client.cancel(futures)
+            if self.client.status == "running":
+                self.client.cancel(futures)
+
+    def _next(self, done: SimpleQueue[Any]) -> Any:
+        """The next finished future; says so once if there is nobody to wait for."""
+        told = False
+        while True:
+            try:
+                return done.get(timeout=PATIENCE)
+            except Empty:
+                if not told and self.client.status == "running" and not self.client.scheduler_info()["workers"]:
+                    told = True
+                    print(f"{self.address} has no workers: waiting for one", file=sys.stderr, flush=True)
+
+
+def run_missing(pool: Pool, title: str, function: Callable[[Any], object], tasks: Mapping[Path, object]) -> None:
+    """Run the tasks whose result, the key, is not there yet."""
+    missing = [task for path, task in tasks.items() if not path.exists()]
+    progress = Progress(title, len(tasks), len(tasks) - len(missing))
+    try:
+        pool.run(function, missing, progress)
+    finally:
+        progress.close()
 
 
 @contextmanager

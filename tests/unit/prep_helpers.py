@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import scipy.sparse as sp
 
 from clue_dist.store.reader import Store
 from clue_dist.store.rows import Csr
+from data_prep.choices import parse_choices
 from data_prep.convert import Options, convert
-from data_prep.inputs import parse_inputs
+from data_prep.flags import PerModality
+from data_prep.inputs import Asked, parse_inputs
 from data_prep.sources import FIELDS, Keys
 from data_prep.tasks import Threads
 
@@ -90,13 +93,24 @@ def build(
     *inputs: str,
     workers: int = 2,
     columns: dict[str, str] | None = None,
-    layers: tuple[str, ...] = (),
+    layers: Sequence[str] = (),
+    ids: Sequence[str] = (),
+    barcodes: Sequence[str] = (),
+    cut_sites: bool = False,
+    features: Sequence[str] = (),
+    bins: Sequence[str] = (),
+    top: Sequence[str] = (),
     **options: Any,
 ) -> Store:
-    """Convert and open."""
-    keys = Keys(FIELDS | (columns or {}), frozenset(columns or {}))
-    chosen = Options(keys=keys, **options)
-    convert(parse_inputs(list(inputs), keys, list(layers), chosen.kinds), out, chosen, Threads(workers))
+    """Convert and open; flags as the command line takes them."""
+    keys, kinds = Keys(FIELDS | (columns or {}), frozenset(columns or {})), options.get("kinds", {})
+    flags = (("--layer", layers, "layers"), ("--feature-ids", ids, "columns"), ("--barcodes", barcodes, "lists"))
+    given = parse_inputs(
+        list(inputs), Asked(keys, kinds, *(PerModality.parse(t, f, w) for f, t, w in flags), cut_sites)
+    )
+    names = [source.modality for source in given]
+    choices = parse_choices(names, kinds, features, bins, top, options.get("features_from"))
+    convert(given, out, Options(keys=keys, choices=choices, **options), Threads(workers))
     return Store(out)
 
 

@@ -219,8 +219,8 @@ def test_other_features_need_a_choice(tmp_path: Path) -> None:
         build(tmp_path / "x.zarr", *given)
     assert "--features intersection" in str(caught.value)
     both = pd.concat([a, b]).fillna(0)
-    same(held(build(tmp_path / "i.zarr", *given, features="intersection"), "rna"), both.drop(columns=["g3", "new"]))
-    union = build(tmp_path / "u.zarr", *given, features="union")
+    same(held(build(tmp_path / "i.zarr", *given, features=["intersection"]), "rna"), both.drop(columns=["g3", "new"]))
+    union = build(tmp_path / "u.zarr", *given, features=["union"])
     same(held(union, "rna"), both)
     assert [(i["features"]["missing"], i["features"]["extra"]) for i in union.manifest.provenance["inputs"]] == [
         (1, 0),

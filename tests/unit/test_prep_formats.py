@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import anndata as ad
@@ -161,6 +162,16 @@ def test_wrong_matrix_market(tmp_path: Path, old: str, new: str, message: str) -
     (folder / "matrix.mtx").write_text(text.replace(old, new, 1))
     with pytest.raises(DataError, match=message):
         build(tmp_path / "s.zarr", f"rna={folder}")
+
+
+@pytest.mark.parametrize("name", ["matrix.mtx.gz", "barcodes.tsv.gz", "features.tsv.gz"])
+@pytest.mark.parametrize("kept", [0, 10_000])
+def test_damaged_gzip(tmp_path: Path, name: str, kept: int) -> None:
+    """Damage at the start of a file or behind its first lines."""
+    path = write_mtx(tmp_path / "folder", frame(30, 8), ["-"] * 8) / name
+    path.write_bytes(path.read_bytes()[:kept] + gzip.compress(b"")[:10] + b"\x07")  # no such type of block
+    with pytest.raises(DataError, match="cannot be read"):
+        build(tmp_path / "s.zarr", f"rna={path.parent}")
 
 
 def test_inputs_that_are_not(tmp_path: Path) -> None:

@@ -17,9 +17,6 @@ from clue_dist.store import layout
 from clue_dist.store.reader import Store
 from data_prep import convert as conversion
 from data_prep.check import check
-from data_prep.convert import Options, convert
-from data_prep.inputs import parse_inputs
-from data_prep.sources import Keys
 from data_prep.tasks import pool
 from tests.unit.prep_helpers import anndata_of, build, frame, write_h5ad, write_h5mu
 
@@ -180,21 +177,9 @@ def test_two_at_once_are_refused(tmp_path: Path, given: str) -> None:
             build(tmp_path / "s.zarr", given)
 
 
-def test_any_number_of_workers_and_a_cluster(tmp_path: Path, given: str) -> None:
-    from distributed import LocalCluster
-
+def test_any_number_of_workers(tmp_path: Path, given: str) -> None:
     one, three = (build(tmp_path / f"{n}.zarr", given, block_cells=BLOCK, workers=n).fingerprint for n in (1, 3))
     assert one == three
-    cluster = LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None)
-    with cluster, pool(scheduler=cluster.scheduler_address) as workers:
-        sources = parse_inputs([given], Keys(), [], {})
-        assert convert(sources, tmp_path / "c.zarr", Options(block_cells=BLOCK), workers).fingerprint == one
-        bad = frame(500, 40).astype(float)
-        bad.iloc[450, 2] = 0.5
-        sources = parse_inputs([f"rna={write_h5ad(tmp_path / 'bad.h5ad', bad)}"], Keys(), [], {})
-        with pytest.raises(DataError, match="cell 'c450', feature 'g2'"):
-            convert(sources, tmp_path / "bad.zarr", Options(), workers)
-    assert check(tmp_path / "c.zarr") == []
 
 
 def test_no_scheduler_answers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,109 @@
+"""What the command line says about features, modality by modality: which, how binned, how many."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from clue_dist.errors import DataError, listed
+from data_prep.flags import PerModality
+from data_prep.sources import kind_of
+from data_prep.text import lines_of
+
+Mode = Literal["same", "intersection", "union"]
+SELECTABLE = ("rna", "atac")  # kinds that `--top` knows a measure for
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which features a modality gets.
+
+    mode: how files that differ come together (None: the same in every file, or the union of bins); given: a list of
+    names that decides instead; bins: width in base pairs of the genome bins that peaks or fragments become; top: how
+    many to keep, chosen from the cells.
+    """
+
+    mode: Mode | None = None
+    given: tuple[str, ...] | None = None
+    bins: int | None = None
+    top: int | None = None
+
+    @property
+    def together(self) -> Mode:
+        """A bin that a file does not list was not hit there, so that bins of files are united."""
+        return self.mode or ("union" if self.bins else "same")
+
+    def identity(self) -> dict[str, Any]:
+        """JSON-able; changes with whatever changes the features."""
+        names = None if self.given is None else hashlib.sha256("\n".join(self.given).encode()).hexdigest()
+        return {"mode": self.together, "list_sha256": names, "bins": self.bins, "top": self.top}
+
+
+def parse_choices(
+    modalities: Sequence[str],
+    kinds: Mapping[str, str],
+    features: Sequence[str] = (),
+    bins: Sequence[str] = (),
+    top: Sequence[str] = (),
+    reference: Path | None = None,
+) -> dict[str, Choice]:
+    """The choice of each modality. features: MODE or FILE, each optionally `NAME=`; bins, top: NAME=NUMBER.
+
+    Raises:
+        DataError: something that is not one of these; an unknown modality; a kind that cannot be binned or selected;
+            a choice of features beside a reference, which decides them alone.
+    """
+    names = list(dict.fromkeys(modalities))
+    if reference is not None and (features or top):
+        flag = "--features" if features else "--top"
+        raise DataError(
+            f"the store of `--features-from` decides the features alone, so `{flag}` would be left undone",
+            where=f"{flag} {' '.join(features or top)}, --features-from {reference}",
+            fix=f"leave out {flag}, or --features-from",
+        )
+    asked = PerModality.parse(features, "--features")
+    asked.require_known(names)
+    if len(names) > 1 and asked.general and asked.general not in get_args(Mode) and Path(asked.general).is_file():
+        raise DataError(
+            "a list of features belongs to one modality",
+            where=f"--features {asked.general}",
+            got=f"modalities {listed(names)}",
+            fix=f"--features {names[0]}={asked.general}",
+        )
+    widths = _numbers(bins, "--bins", names, kinds, ("atac",))
+    numbers = _numbers(top, "--top", names, kinds, SELECTABLE)
+    return {name: _choice(asked.of(name), widths.get(name), numbers.get(name)) for name in names}
+
+
+def _choice(features: str | None, bins: int | None, top: int | None) -> Choice:
+    if features is None or features in get_args(Mode):
+        return Choice(features, None, bins, top)  # type: ignore[arg-type]
+    path = Path(features)
+    if not path.is_file():
+        expected = f"{listed(get_args(Mode))}, or a file that lists features, one a line"
+        raise DataError("no such choice of features", where="--features", got=features, expected=expected)
+    names = [line.split("\t")[0].strip() for line in lines_of(path)]
+    if not names or len(set(names)) < len(names):
+        seen: set[str] = set()
+        twice = [n for n in names if n in seen or seen.add(n)]  # type: ignore[func-returns-value]
+        what = "a list of features names some more than once" if names else "a list of features is empty"
+        raise DataError(what, where=path, got=listed(twice) or None, expected="a feature a line, each once")
+    return Choice(None, tuple(names), bins, top)
+
+
+def _numbers(
+    texts: Sequence[str], flag: str, names: Sequence[str], kinds: Mapping[str, str], fitting: Sequence[str]
+) -> dict[str, int]:
+    asked = PerModality.parse(texts, flag)
+    asked.require_known(names)
+    if asked.general is not None:
+        raise DataError("not NAME=NUMBER", where=flag, got=asked.general, expected=f"{fitting[0]}=5000, say")
+    for name, value in asked.named.items():
+        if not value.isdigit() or not 1 <= int(value) < 2**31:
+            raise DataError("not a number from 1 on", where=f"{flag} {name}={value}", got=value or "nothing")
+        if (kind := kind_of(name, kinds)) not in fitting:
+            raise DataError("not for this kind", where=f"{flag} {name}", got=kind, expected=listed(fitting))
+    return {name: int(value) for name, value in asked.named.items()}

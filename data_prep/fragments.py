@@ -1,0 +1,235 @@
+"""Fragments files (10x `fragments.tsv.gz`: chromosome, start, end, barcode) -> counts per cell and genome bin.
+
+A file is text, so one task reads it from its start, some lines at a time; several files are read at once. What it
+leaves is sorted parts (see `entries`), from which rows are read like those of any other source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from clue_dist.errors import DataError, listed
+from data_prep import entries
+from data_prep.choices import Choice
+from data_prep.files import whole_folder
+from data_prep.genome import bin_name
+from data_prep.sources import Direct, Head, Rows, Source, as_bytes, decode, file_identity
+from data_prep.tasks import Pool, run_missing
+from data_prep.text import UNREADABLE, lines_of, open_text
+
+CHUNK_LINES = 2**21  # read at once: about 100 MB
+_SHIFT = 32  # a bin's key is (chromosome << 32) + its number
+
+
+@dataclass(frozen=True)
+class FragmentsInput:
+    """A fragments file as it was given; `counted` makes a source of it.
+
+    cut_sites: count both ends of a fragment, each in its own bin, instead of the fragment in the bin of its middle.
+    limit: a list of barcodes, or another modality, whose cells alone are counted; None: every barcode.
+    """
+
+    path: Path
+    modality: str
+    dataset: str = ""
+    cut_sites: bool = False
+    limit: str | None = None
+
+    @property
+    def where(self) -> str:
+        return self.path.name
+
+    @property
+    def what(self) -> str:
+        return "cut sites" if self.cut_sites else "fragments"
+
+    def identity(self) -> dict[str, Any]:
+        """What must be unchanged for an interrupted conversion to go on."""
+        kept = {"modality": self.modality, "dataset": self.dataset, "cut_sites": self.cut_sites, "limit": self.limit}
+        listed_in = file_identity(Path(self.limit)) if self.limit and Path(self.limit).is_file() else None
+        return file_identity(self.path) | kept | {"barcodes": listed_in}
+
+
+@dataclass(frozen=True)
+class CountedSource(Direct):
+    """A fragments file after it was counted. folder: its parts, barcodes and bins."""
+
+    given: FragmentsInput
+    folder: Path
+
+    @property
+    def modality(self) -> str:
+        return self.given.modality
+
+    @property
+    def dataset(self) -> str:
+        return self.given.dataset
+
+    @property
+    def where(self) -> str:
+        return self.given.where
+
+    def identity(self) -> dict[str, Any]:
+        return self.given.identity()
+
+    def head(self) -> Head:
+        barcodes, bins = np.load(self.folder / "barcodes.npy"), decode(np.load(self.folder / "bins.npy"))
+        nnz = sum(len(np.load(part / "rows.npy", mmap_mode="r")) for part in self._parts())
+        return Head(barcodes, bins.tolist(), nnz, {}, [])
+
+    def read(self, lo: int, hi: int, scratch: Path) -> Rows:
+        n_bins = len(np.load(self.folder / "bins.npy", mmap_mode="r"))
+        return entries.read_rows(self._parts(), lo, hi, n_bins)
+
+    def _parts(self) -> list[Path]:
+        return sorted(self.folder.glob("[0-9]" * 6))
+
+
+@dataclass(frozen=True)
+class _Count:
+    given: FragmentsInput
+    width: int
+    keep: Path | None
+    out: Path
+
+
+def counted(
+    inputs: Sequence[Source | FragmentsInput], choices: Mapping[str, Choice], work: Path, pool: Pool
+) -> list[Source]:
+    """Count every fragments file among the inputs; the other inputs stay what they are.
+
+    Raises:
+        DataError: no width of the bins; a file, or a list of barcodes, that is not what it should be.
+    """
+    sources: list[Source] = []
+    tasks: dict[Path, _Count] = {}
+    for i, given in enumerate(inputs):
+        if not isinstance(given, FragmentsInput):
+            sources.append(given)
+            continue
+        width, out = choices.get(given.modality, Choice()).bins, work / f"{i:03d}"
+        if width is None:
+            fix = f"`--bins {given.modality}=5000`, in base pairs"
+            raise DataError("fragments are counted in bins of the genome: how wide?", where=given.where, fix=fix)
+        keep = None
+        if given.limit is not None:
+            work.mkdir(parents=True, exist_ok=True)
+            keep = work / f"keep{i:03d}.npy"
+            np.save(keep, _wanted(given, inputs))
+        tasks[out] = _Count(given, width, keep, out)
+        sources.append(CountedSource(given, out))
+    if tasks:
+        run_missing(pool, "count fragments", _count, tasks)
+    return sources
+
+
+def _wanted(given: FragmentsInput, inputs: Sequence[Source | FragmentsInput]) -> np.ndarray:
+    """The barcodes that `given.limit` allows, (n,) bytes: a list's, or those of a modality in the same data set."""
+    assert given.limit is not None
+    if Path(given.limit).is_file():
+        barcodes = as_bytes([line.split("\t")[0] for line in lines_of(Path(given.limit))])
+        mine = f"{given.dataset}:".encode()
+        return np.array([b.removeprefix(mine) for b in barcodes.tolist()] if given.dataset else barcodes, "S")
+    others = [s for s in inputs if not isinstance(s, FragmentsInput)]
+    found = [s.head().barcodes for s in others if (s.modality, s.dataset) == (given.limit, given.dataset)]
+    if not found:
+        raise DataError(
+            "neither a list of barcodes nor another modality of this data set",
+            where=f"--barcodes {given.modality}={given.limit}",
+            got=f"modalities with cells: {listed(dict.fromkeys(s.modality for s in others)) or 'none'}",
+            expected="a file with a barcode a line, or one of these modalities",
+        )
+    return np.concatenate(found)
+
+
+class _Codes:
+    """Numbers things in the order in which they are first seen."""
+
+    def __init__(self) -> None:
+        self.of: dict[Any, int] = {}
+
+    def __call__(self, values: list[Any]) -> np.ndarray:
+        return np.array([self.of.setdefault(value, len(self.of)) for value in values], np.int64)
+
+
+def _count(task: _Count) -> None:
+    """One file -> a folder of parts, barcodes.npy and bins.npy."""
+    allowed = None if task.keep is None else set(decode(np.load(task.keep)).tolist())
+    cells, chromosomes, bins = _Codes(), _Codes(), _Codes()
+    with whole_folder(task.out) as folder:
+        for part, lines in enumerate(_chunks(task.given)):
+            if allowed is not None:
+                lines = lines[lines["barcode"].isin(allowed).to_numpy()]
+                lines = lines.assign(barcode=lines["barcode"].cat.remove_unused_categories())
+            rows = cells(lines["barcode"].cat.categories.tolist())[lines["barcode"].cat.codes]
+            chromosome = chromosomes(lines["chromosome"].cat.categories.tolist())[lines["chromosome"].cat.codes]
+            start, end = lines["start"].to_numpy(), lines["end"].to_numpy()
+            at = [start, end - 1] if task.given.cut_sites else [(start + end) // 2]
+            keys = np.concatenate([(chromosome << _SHIFT) + where // task.width for where in at])
+            unique, inverse = np.unique(keys, return_inverse=True)
+            _write(folder / f"{part:06d}", np.tile(rows, len(at)), bins(unique.tolist())[inverse])
+        if not cells.of:
+            fix = "the list and the file must spell barcodes alike" if allowed is not None else None
+            raise DataError("no fragment is of a cell that is wanted", where=task.given.where, fix=fix)
+        names = list(chromosomes.of)
+        np.save(folder / "barcodes.npy", as_bytes(list(cells.of)))
+        texts = [bin_name(names[key >> _SHIFT], key & (2**_SHIFT - 1), task.width) for key in bins.of]
+        np.save(folder / "bins.npy", as_bytes(texts))
+
+
+def _write(folder: Path, rows: np.ndarray, columns: np.ndarray) -> None:
+    """Add up what falls into the same cell and bin. rows, columns: (n,)"""
+    pairs, times = np.unique((rows << _SHIFT) + columns, return_counts=True)
+    entries.write_part(folder, pairs >> _SHIFT, pairs & (2**_SHIFT - 1), times.astype(np.int32))
+
+
+def _chunks(given: FragmentsInput) -> Iterator[pd.DataFrame]:
+    """The fragments, some at a time; what is none becomes a DataError."""
+    columns = {"chromosome": "category", "start": "int64", "end": "int64", "barcode": "category"}
+    seen = 0
+    try:
+        with open_text(given.path) as file:
+            skipped = 0
+            while file.readline().startswith("#"):
+                skipped += 1
+        with open_text(given.path) as file:
+            # low_memory would cut each piece into smaller ones, and take longer to bring their categories together
+            reader = pd.read_csv(
+                file, sep="\t", header=None, skiprows=skipped, usecols=range(4), names=list(columns), dtype=columns,
+                chunksize=CHUNK_LINES, quoting=3, na_filter=False, low_memory=False,
+            )  # fmt: skip
+            for chunk in reader:
+                wrong = (chunk["start"] < 0) | (chunk["end"] <= chunk["start"]) | (chunk["barcode"] == "")
+                bad = np.flatnonzero(wrong.to_numpy())
+                if len(bad):
+                    line = " ".join(map(str, chunk.iloc[bad[0]]))
+                    expected = "chromosome, 0 <= start < end, barcode"
+                    where = f"{given.where}, fragment {seen + bad[0] + 1}"
+                    raise DataError("not a fragment", where=where, got=line, expected=expected)
+                seen += len(chunk)
+                yield chunk
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError, *UNREADABLE) as error:
+        raise DataError(
+            "the fragments cannot be read to their end",
+            where=f"{given.where}, after fragment {seen}",
+            got=str(error).strip(),
+            expected="lines of chromosome, start, end, barcode, with tabs between",
+            fix="check that the file is complete",
+        ) from None
+
+
+def looks_like_fragments(path: Path) -> bool:
+    """Whether the first line that is no comment reads as a fragment."""
+    try:
+        with open_text(path) as file:
+            line = next((line for line in file if not line.startswith("#")), "")
+    except UNREADABLE:
+        return False
+    parts = line.rstrip("\r\n").split("\t")
+    return len(parts) >= 4 and parts[1].isdigit() and parts[2].isdigit()

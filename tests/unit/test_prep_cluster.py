@@ -1,0 +1,219 @@
+"""A conversion on a real Dask cluster: a scheduler and workers as processes of their own, on loopback, some killed."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from clue_dist.errors import DataError, StoreError
+from clue_dist.store import layout
+from clue_dist.store.manifest import Manifest
+from data_prep import convert as conversion
+from data_prep import tasks
+from data_prep.check import check
+from data_prep.choices import parse_choices
+from data_prep.convert import Options, convert
+from data_prep.inputs import Asked, parse_inputs
+from data_prep.tasks import pool
+from tests.unit.prep_helpers import anndata_of, build, frame, write_h5ad, write_h5mu
+
+REPO = Path(__file__).parents[2]
+BLOCK = 4
+
+# Loaded into a worker: tasks take a moment, so that all workers get some; a victim ends itself at the n-th call.
+PRELOAD = """
+import importlib, os, signal, time
+from clue_dist.store import layout, writer
+from data_prep import convert, selection, spool
+layout.SHARD_BYTES = 1
+def patch(module, name, before):
+    module = importlib.import_module(module)
+    real = getattr(module, name)
+    def patched(*args, **kwargs):
+        before(*args)
+        return real(*args, **kwargs)
+    setattr(module, name, patched)
+calls = [0]
+def fatal(*args):
+    calls[0] += 1
+    if calls[0] == {n}:
+        if {name!r} == "hash_file":
+            args[0].with_name("9.__lock").touch()  # as TensorStore leaves it when it is killed
+        os.kill(os.getpid(), signal.SIGKILL)
+patch("data_prep.spool", "write", lambda *_: time.sleep(0.1))
+patch("data_prep.selection", "_add", lambda *_: time.sleep(0.1))
+patch("clue_dist.store.writer", "_obs_arrays", lambda *_: time.sleep(0.1))
+patch({module!r}, {name!r}, fatal)
+"""
+
+
+class Cluster:
+    """Processes on a free port of this machine."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.folder, self.address = folder, f"tcp://127.0.0.1:{port}"
+        self.processes: list[subprocess.Popen[bytes]] = []
+        here = ["--host", "127.0.0.1", "--port", str(port), "--no-dashboard"]
+        self.scheduler = self._start("dask_scheduler", *here)
+
+    def worker(self, place: str = "os.getcwd", n: int = -1) -> subprocess.Popen[bytes]:
+        """Start a worker; it kills itself at the n-th call of `place`."""
+        module, name = place.rsplit(".", 1)
+        preload = self.folder / f"preload{len(self.processes)}.py"
+        preload.write_text(PRELOAD.format(module=module, name=name, n=n))
+        here = ["--host", "127.0.0.1", "--no-nanny", "--nthreads", "1", "--no-dashboard", "--preload", str(preload)]
+        return self._start("dask_worker", self.address, *here, "--local-directory", str(self.folder))
+
+    def wait_for(self, workers: int) -> None:
+        import distributed
+
+        with distributed.Client(self.address, timeout="60s", set_as_default=False) as client:
+            client.wait_for_workers(workers, timeout=60)
+
+    def _start(self, module: str, *arguments: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", f"distributed.cli.{module}", *arguments]
+        with (self.folder / f"{module}{len(self.processes)}.log").open("wb") as log:
+            self.processes.append(subprocess.Popen(command, cwd=REPO, stdout=log, stderr=log))
+        return self.processes[-1]
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    cluster = Cluster(tmp_path_factory.mktemp("cluster"))
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture(scope="module")
+def steady(cluster: Cluster) -> None:
+    cluster.worker()
+
+
+@pytest.fixture(autouse=True)
+def _small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """About 20 tasks of each pass."""
+    monkeypatch.setattr(conversion, "TASK_ENTRIES", 400)
+    monkeypatch.setattr(layout, "SHARD_BYTES", 1)
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> str:
+    rna, adt = frame(500, 40), frame(500, 8, 1, "p", density=0.8)
+    return str(write_h5mu(tmp_path / "in.h5mu", rna=anndata_of(rna[:400]), adt=anndata_of(adt[100:])))
+
+
+def run(cluster: Cluster, given: str, out: Path, top: Sequence[str] = ()) -> Manifest:
+    inputs = parse_inputs([given], Asked())
+    choices = parse_choices([source.modality for source in inputs], {}, top=top)
+    with pool(scheduler=cluster.address) as workers:
+        return convert(inputs, out, Options(block_cells=BLOCK, choices=choices), workers)
+
+
+def test_workers_killed_in_mid_conversion_lose_nothing(
+    tmp_path: Path, cluster: Cluster, steady: None, given: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One dies while features are chosen, one in the middle of a spool, one in the middle of a shard's arrays."""
+    places = {"numpy.savez": 2, "numpy.save": 14, "clue_dist.store.writer.hash_file": 10}
+    victims = [cluster.worker(place, n) for place, n in places.items()]
+    cluster.wait_for(4)
+    stored = run(cluster, given, tmp_path / "s.zarr", ["rna=20"])
+    assert [victim.wait(30) for victim in victims] == [-signal.SIGKILL] * 3
+    one = build(tmp_path / "one.zarr", given, block_cells=BLOCK, workers=1, top=["rna=20"])
+    assert stored.fingerprint == one.fingerprint
+    assert check(tmp_path / "s.zarr") == []
+    assert not (tmp_path / "s.zarr.partial").exists()
+    told = capsys.readouterr().err
+    for title in ("select rna (sums)", "select rna (clip)", "read", "write"):
+        done, total = map(int, re.search(rf"{re.escape(title)}: (\d+) of (\d+), \d", told).groups())  # type: ignore[union-attr]
+        assert done == total > 5
+
+
+def test_the_command_line_on_a_cluster(tmp_path: Path, cluster: Cluster, steady: None, given: str) -> None:
+    cluster.wait_for(1)
+    command = [sys.executable, "-m", "data_prep", "convert", given, "--block-cells", str(BLOCK)]
+    command += ["--scheduler", cluster.address, "--out", str(tmp_path / "s.zarr")]
+    ended = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert re.search(r"read: 2 of 2, \d", ended.stderr)
+
+
+def test_a_mistake_in_the_inputs_is_told_across_processes(tmp_path: Path, cluster: Cluster, steady: None) -> None:
+    bad = frame(500, 40).astype(float)
+    bad.iloc[450, 2] = 0.5
+    with pytest.raises(DataError, match="cell 'c450', feature 'g2'"):
+        run(cluster, f"rna={write_h5ad(tmp_path / 'bad.h5ad', bad)}", tmp_path / "bad.zarr")
+
+
+def test_a_task_that_kills_every_worker(tmp_path: Path, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one does that needs more memory than they have."""
+    monkeypatch.setenv("DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES", "0")
+    cluster = Cluster(tmp_path)
+    try:
+        cluster.worker("numpy.save", 1)
+        with pytest.raises(
+            StoreError, match=r"a task kills its workers\n.*\n  got: 1 workers died of it\n  fix: give each"
+        ):
+            run(cluster, given, tmp_path / "s.zarr")
+    finally:
+        cluster.close()
+
+
+def _until(true: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.05)
+
+
+def test_nobody_left_then_somebody_then_no_scheduler(
+    tmp_path: Path, given: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without workers it waits and says so; without a scheduler it ends, and what is done stays done."""
+    monkeypatch.setattr(tasks, "PATIENCE", 0.5)
+    cluster, out = Cluster(tmp_path), tmp_path / "s.zarr"
+    spools = tmp_path / "s.zarr.partial/work/spools"
+    told: list[str] = []
+    try:
+        cluster.worker("numpy.save", 14)
+
+        def disturb() -> None:
+            _until(lambda: _heard(capsys, told, "has no workers: waiting"))
+            cluster.worker("clue_dist.store.writer.hash_file", 10**6)
+            _until(lambda: any((tmp_path / "s.zarr.partial/work/shards").glob("*.json")))
+            os.kill(cluster.scheduler.pid, signal.SIGKILL)
+
+        thread = threading.Thread(target=disturb)
+        thread.start()
+        with pytest.raises(StoreError, match="the Dask scheduler is gone"):
+            run(cluster, given, out)
+        thread.join()
+    finally:
+        cluster.close()
+    assert not out.exists()
+    there = {p: p.stat().st_mtime_ns for p in spools.glob("*/*/keys.npy") if p.parent.suffix != ".tmp"}
+    assert len(there) > 10
+    again = build(out, given, block_cells=BLOCK, workers=1)
+    assert again.fingerprint == build(tmp_path / "one.zarr", given, block_cells=BLOCK).fingerprint
+
+
+def _heard(capsys: pytest.CaptureFixture[str], told: list[str], text: str) -> bool:
+    told.append(capsys.readouterr().err)
+    return text in "".join(told)

@@ -1,0 +1,172 @@
+"""Fragments files become counts per cell and genome bin: exactly those, whatever the sizes of pieces."""
+
+from __future__ import annotations
+
+import gzip
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from clue_dist.errors import DataError, StoreError
+from clue_dist.store.reader import Store
+from data_prep import convert, fragments, inspect
+from tests.unit.prep_helpers import build, frame, held, same, write_h5ad
+
+WIDTH = 1000
+CELLS = [f"c{i}" for i in range(30)]
+
+
+def some(n: int = 3000, seed: int = 0, cells: list[str] = CELLS) -> pd.DataFrame:
+    """Fragments sorted by place, as 10x writes them."""
+    rng = np.random.default_rng(seed)
+    start = rng.integers(0, 40_000, n)
+    names = np.array(["chr1", "chr2", "chr10", "chrX"])[rng.integers(4, size=n)]
+    of = np.array(cells)[rng.integers(len(cells), size=n)]
+    end = start + rng.integers(1, 1500, n)
+    table = pd.DataFrame({"chromosome": names, "start": start, "end": end, "barcode": of, "reads": 1})
+    return table.sort_values(["chromosome", "start"], ignore_index=True)
+
+
+def write(path: Path, table: pd.DataFrame, comments: str = "# id=sample\n# pipeline=x\n") -> Path:
+    text = (comments + table.to_csv(sep="\t", header=False, index=False)).encode()
+    path.write_bytes(gzip.compress(text[:1000]) + gzip.compress(text[1000:]) if path.suffix == ".gz" else text)
+    return path  # as bgzip does, in more than one gzip member
+
+
+def expected(table: pd.DataFrame, cut_sites: bool = False) -> pd.DataFrame:
+    """Cells x bins, one fragment at a time."""
+    counts: Counter[tuple[str, str, int]] = Counter()
+    for chromosome, start, end, barcode in table.iloc[:, :4].itertuples(index=False):
+        for at in [start, end - 1] if cut_sites else [(start + end) // 2]:
+            counts[barcode, chromosome, at // WIDTH] += 1
+    bins = sorted({key[1:] for key in counts}, key=lambda b: (b[0] == "chrX", len(b[0]), b))
+    cells = sorted({key[0] for key in counts})
+    values = [[counts[(cell, *b)] for b in bins] for cell in cells]
+    return pd.DataFrame(values, cells, [f"{c}:{i * WIDTH}-{(i + 1) * WIDTH}" for c, i in bins])
+
+
+@pytest.fixture(autouse=True)
+def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fragments, "CHUNK_LINES", 700)
+    monkeypatch.setattr(convert, "TASK_ENTRIES", 500)
+
+
+@pytest.mark.parametrize("cut_sites", [False, True])
+@pytest.mark.parametrize("name", ["fragments.tsv.gz", "fragments.tsv"])
+def test_counts_per_bin(tmp_path: Path, name: str, cut_sites: bool) -> None:
+    path = write(tmp_path / name, some())
+    store = build(tmp_path / "s.zarr", f"atac={path}", bins=["atac=1000"], cut_sites=cut_sites)
+    same(held(store, "atac"), expected(some(), cut_sites))
+    told = inspect.text(inspect.facts(tmp_path / "s.zarr"))
+    assert f", {'cut sites' if cut_sites else 'fragments'} counted" in told
+    alone = build(tmp_path / "t.zarr", f"atac={path}", bins=["atac=1000"], cut_sites=cut_sites, workers=1)
+    assert alone.fingerprint == store.fingerprint
+
+
+def test_only_cells_of_a_list_or_of_another_modality(tmp_path: Path) -> None:
+    table, rna = some(), frame(10, 6)
+    given = [f"atac={write(tmp_path / 'f.tsv.gz', table)}", f"rna={write_h5ad(tmp_path / 'r.h5ad', rna)}"]
+    wanted = expected(table[table["barcode"].isin(rna.index)])
+    (tmp_path / "cells.tsv").write_text("".join(f"{b}\n" for b in [*rna.index, "nobody"]))
+    both = build(tmp_path / "b.zarr", *given, bins=["atac=1000"], barcodes=["atac=rna"])
+    assert {name: s.n_cells for name, s in both.manifest.strata.items()} == {"atac+rna": 10}
+    same(held(both, "atac"), wanted)
+    alone = build(tmp_path / "a.zarr", given[0], bins=["atac=1000"], barcodes=[str(tmp_path / "cells.tsv")])
+    same(held(alone, "atac"), wanted)
+    with pytest.raises(DataError, match="neither a list of barcodes nor another modality") as caught:
+        build(tmp_path / "x.zarr", *given, bins=["atac=1000"], barcodes=["atac=adt"])
+    assert "modalities with cells: rna" in str(caught.value)
+    (tmp_path / "cells.tsv").write_text("ACGT-1\n")
+    with pytest.raises(DataError, match="no fragment is of a cell that is wanted"):
+        build(tmp_path / "y.zarr", given[0], bins=["atac=1000"], barcodes=[str(tmp_path / "cells.tsv")])
+
+
+def test_lanes_and_peaks_come_together(tmp_path: Path) -> None:
+    """Two lanes that reuse barcodes, the cells of each by its own RNA, beside a matrix of peaks."""
+    lanes = {"one": some(seed=1), "two": some(seed=2)}
+    rna = {"one": frame(10, 6), "two": frame(5, 6, 1)}
+    peaks = pd.DataFrame({"chr1:100-300": [3], "chr3_5000_5100": [1]}, ["p0"])
+    given = [f"{lane}:atac={write(tmp_path / f'{lane}.tsv.gz', table)}" for lane, table in lanes.items()]
+    given += [f"{lane}:rna={write_h5ad(tmp_path / f'{lane}.h5ad', table)}" for lane, table in rna.items()]
+    with_peaks = f"one:atac={write_h5ad(tmp_path / 'p.h5ad', peaks)}"
+    store = build(tmp_path / "s.zarr", *given, with_peaks, bins=["atac=1000"], barcodes=["rna"])
+    parts = [expected(lanes[n][lanes[n]["barcode"].isin(rna[n].index)]).rename(f"{n}:{{}}".format) for n in lanes]
+    parts.append(pd.DataFrame([[3, 1]], ["one:p0"], ["chr1:0-1000", "chr3:5000-6000"]))
+    listed = tmp_path / "cells.txt"  # barcodes of a list may name their lane, or hold for every lane
+    listed.write_text("".join(f"{lane}:{b}\n" for lane in lanes for b in rna[lane].index))
+    flags = {"bins": ["atac=1000"], "barcodes": [f"atac={listed}"]}
+    assert build(tmp_path / "l.zarr", *given, with_peaks, **flags).fingerprint == store.fingerprint
+    got = held(store, "atac")
+    assert set(got.columns) == {b for part in parts for b in part.columns}
+    same(got, pd.concat(parts).reindex(columns=got.columns).fillna(0))
+
+
+def test_killed_while_counting_and_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that were counted are not read again."""
+    given = [f"atac={write(tmp_path / f'{n}.tsv.gz', some(cells=[n + c for c in CELLS]))}" for n in "ab"]
+    whole = build(tmp_path / "w.zarr", *given, bins=["atac=1000"])
+    real, seen = fragments._chunks, []
+
+    def counting(of: fragments.FragmentsInput, stop: int = 2) -> object:
+        seen.append(of.where)
+        if len(seen) == stop:
+            raise KeyboardInterrupt
+        return real(of)
+
+    monkeypatch.setattr(fragments, "_chunks", counting)
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "s.zarr", *given, bins=["atac=1000"], workers=1)
+    monkeypatch.setattr(fragments, "_chunks", lambda of: counting(of, 0))
+    with pytest.raises(StoreError, match="a change of inputs"):
+        build(tmp_path / "s.zarr", *given, bins=["atac=1000"], cut_sites=True)
+    assert sorted(seen) == ["a.tsv.gz", "b.tsv.gz"]
+    failed = seen[1]
+    again = build(tmp_path / "s.zarr", *given, bins=["atac=1000"])
+    assert seen[2:] == [failed]
+    assert again.fingerprint == whole.fingerprint == Store(tmp_path / "s.zarr").fingerprint
+
+
+def test_what_is_no_fragment(tmp_path: Path) -> None:
+    table = some(50)
+    good = write(tmp_path / "good.tsv", table).read_text()
+    lines = good.splitlines(keepends=True)
+    broken = {
+        "start.tsv": ("".join([*lines[:20], "chr1\tten\t20\tc0\t1\n", *lines[20:]]), "cannot be read to their end"),
+        "short.tsv": (
+            "".join([*lines[:20], "chr1\t10\t20\n", *lines[20:]]),
+            r"not a fragment\n  where: short\.tsv, fragment 19",
+        ),
+        "turned.tsv": (
+            "".join([*lines[:2], "chr1\t20\t10\tc0\t1\n"]),
+            r"turned\.tsv, fragment 1\n  got: chr1 20 10 c0",
+        ),
+    }
+    for name, (text, message) in broken.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(DataError, match=message):
+            build(tmp_path / "x.zarr", f"atac={tmp_path / name}", bins=["atac=1000"])
+    whole = write(tmp_path / "cut.tsv.gz", some(5000)).read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole + gzip.compress(b"")[:10] + b"\x07"):  # no such type of block
+        (tmp_path / "cut.tsv.gz").write_bytes(damaged)
+        with pytest.raises(DataError, match="cannot be read to their end"):
+            build(tmp_path / "x.zarr", f"atac={tmp_path / 'cut.tsv.gz'}", bins=["atac=1000"])
+    assert not list(tmp_path.glob("x.zarr*"))
+
+
+def test_flags_that_do_not_fit(tmp_path: Path) -> None:
+    path, rna = write(tmp_path / "f.tsv.gz", some(50)), write_h5ad(tmp_path / "r.h5ad", frame(5, 5))
+    out = tmp_path / "x.zarr"
+    with pytest.raises(DataError, match=r"how wide\?(.|\n)*--bins atac=5000"):
+        build(out, f"atac={path}")
+    with pytest.raises(DataError, match="write it as `atac="):
+        build(out, str(path), bins=["atac=1000"])
+    with pytest.raises(DataError, match="fragments are of kind atac"):
+        build(out, f"rna={path}")
+    for flags in ({"cut_sites": True}, {"barcodes": ["rna"]}):
+        with pytest.raises(DataError, match="no input is a fragments file"):
+            build(out, f"rna={rna}", **flags)
+    with pytest.raises(DataError, match="no such modality"):
+        build(out, f"rna={rna}", f"atac={path}", bins=["atac=1000"], barcodes=["rna=atac"])
