@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clue_dist.data.phases import phase
 from clue_dist.store.reader import Store
 from clue_dist.store.rows import Csr
 
@@ -79,6 +80,7 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         return self.map(lambda t: t.to(device, non_blocking=True))
 
+    @phase("pin")
     def pin_memory(self) -> Batch:
         return self.map(Tensor.pin_memory)
 
@@ -91,6 +93,7 @@ class Part:
     batch_code: np.ndarray
 
 
+@phase("assemble")
 def assemble(modalities: Sequence[str], parts: Sequence[Part]) -> Batch:
     """One batch out of parts of several strata, laid one behind the other. `modalities`: in model order."""
     sizes = [len(p.batch_code) for p in parts]

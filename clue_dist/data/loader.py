@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from clue_dist.data.batch import Batch, Part, assemble
+from clue_dist.data.phases import phase
 from clue_dist.data.plan import Plan
 from clue_dist.store.reader import SparseBlocks, Store, StratumReader, gather_rows
 from clue_dist.store.rows import Csr, row_starts
@@ -34,6 +35,7 @@ class BlockCache:
         rows = {m: self._gather(m, slot, row) for m in self.reader.modalities}
         return Part(rows, self._pools["obs"]["batch"][slot, row])
 
+    @phase("gather")
     def _gather(self, modality: str, slot: np.ndarray, row: np.ndarray) -> Csr | np.ndarray:
         pool = self._pools[modality]
         if "values" in pool:
@@ -58,6 +60,7 @@ class BlockCache:
             self._fill(np.array(slots), np.array(missing))
         return np.array([self._slot_of[int(b)] for b in blocks])
 
+    @phase("read and decode")
     def _fill(self, slots: np.ndarray, blocks: np.ndarray) -> None:
         self._put("obs", slots, {"batch": self.reader.read_codes("batch", blocks)})
         for m in self.reader.modalities:
