@@ -85,11 +85,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_simulate(commands.add_parser("simulate", help="a mosaic of any size with known truth"))
 
     p = commands.add_parser("check", help="verify every byte of a store")
-    p.add_argument("store", type=Path)
+    p.add_argument("store", help="a folder or a URL: s3://, gs://, https://")
     p.set_defaults(run=_check)
 
     p = commands.add_parser("inspect", help="what is in a store")
-    p.add_argument("store", type=Path)
+    p.add_argument("store", help="a folder or a URL: s3://, gs://, https://")
     p.add_argument("--json", action="store_true", help="for programs")
     p.set_defaults(run=_inspect)
 
@@ -117,9 +117,7 @@ def _add_convert(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--features", choices=["same", "intersection", "union"], default="same", help="when files of a modality differ"
     )
-    p.add_argument(
-        "--features-from", type=Path, metavar="STORE", help="fit the modalities and features of another store"
-    )
+    p.add_argument("--features-from", metavar="STORE", help="fit the modalities and features of another store")
     p.add_argument(
         "--kind",
         action="append",

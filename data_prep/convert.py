@@ -23,6 +23,7 @@ import clue_dist
 from clue_dist.errors import listed
 from clue_dist.store import layout
 from clue_dist.store.manifest import Manifest, Shard
+from clue_dist.store.place import place_of
 from clue_dist.store.writer import Cells as ShardCells
 from clue_dist.store.writer import commit, create, write_shard
 from data_prep import cells as cell_table
@@ -45,7 +46,7 @@ class Options:
     block_cells: int = layout.BLOCK_CELLS
     codec: Literal["fast", "small"] = "fast"
     features: features.Mode = "same"
-    features_from: Path | None = None
+    features_from: str | Path | None = None
     kinds: dict[str, str] = field(default_factory=dict)
     keys: Keys = field(default_factory=Keys)
 
@@ -57,7 +58,7 @@ def convert(sources: list[Source], out: Path, options: Options, pool: Pool) -> M
         DataError: inputs that are not what they should be (see `cells.join`, `features.plan`, `counts.canonical`).
         StoreError: something is at `out` already, or another job was or is under way there.
     """
-    reference = None if options.features_from is None else Manifest.read(options.features_from)
+    reference = None if options.features_from is None else Manifest.read(place_of(options.features_from))
     with job(out, _description(sources, options, reference)) as partial:
         work, store = partial / "work", partial / "store"
         heads = [source.head() for source in sources]
