@@ -22,6 +22,7 @@ _EIGHT_TIMES = {"max_retries": 8, "initial_delay": "250ms", "max_delay": "8s"}  
 RETRIES = {f"{driver}_request_retries": _EIGHT_TIMES for driver in ("s3", "gcs", "http")}
 
 _KEYS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; for gs:// GOOGLE_APPLICATION_CREDENTIALS"
+_MEND = "mend the URL or AWS_ENDPOINT_URL"
 _SERVER_SAYS = {  # a part of TensorStore's message -> what to tell, how to mend it
     "PERMISSION_DENIED": ("the server refuses access to the store", f"mend the URL, or set {_KEYS}"),
     "UNAUTHENTICATED": ("the server refuses access to the store", f"mend the URL, or set {_KEYS}"),
@@ -138,6 +139,7 @@ def failed(error: Exception, root: Place, what: str, where: object, fix: str | N
         for mark, (told, mend) in _SERVER_SAYS.items():
             if mark in got:
                 return StoreError(told, where=where, got=got, fix=mend)
+        fix = fix or _MEND
     return StoreError(what, where=where, got=got, fix=fix)
 
 
@@ -153,9 +155,7 @@ def _require_bucket(root: Place, store: Any, name: str) -> None:
         store.list(ts.KvStore.KeyRange(name, name + "\0")).result()
     except (ValueError, OSError) as error:
         if "NOT_FOUND" in str(error):
-            raise StoreError(
-                "no such bucket", where=root, got=_plain(str(error)), fix="mend the URL or AWS_ENDPOINT_URL"
-            ) from None
+            raise StoreError("no such bucket", where=root, got=_plain(str(error)), fix=_MEND) from None
         if "PERMISSION_DENIED" not in str(error):  # who may read objects need not be allowed to list them
             raise
 
