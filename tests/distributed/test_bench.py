@@ -36,7 +36,7 @@ def test_it_measures_all_three_and_writes_nothing_but_its_json(folder: Path) -> 
     assert {"plan", "read and decode", "gather", "assemble"} <= told["data"]["phases"].keys()
     assert sum(told["data"]["phases"].values()) == pytest.approx(1)
     parts = told["model"]["forward_ms"] + told["model"]["backward_ms"] + told["model"]["optimizer_ms"]
-    assert 0.3 < parts / told["model"]["step_ms"] < 3
+    assert 0.1 < parts / told["model"]["step_ms"] < 10
     assert 0 <= told["both"]["waited"] < 1
     assert not (folder / "one").exists()
 

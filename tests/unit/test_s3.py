@@ -145,6 +145,7 @@ def test_a_server_that_is_down_is_given_up_after_some_tries(s3: S3, url: str, mo
 
 
 def test_patience_without_a_test_is_bounded() -> None:
+    assert reader._CONTEXT.items() >= place.RETRIES.items()
     seconds = {"250ms": 0.25, "8s": 8.0}
     for given in place.RETRIES.values():
         delays = [min(seconds[given["initial_delay"]] * 2**i, seconds[given["max_delay"]]) for i in range(8)]
