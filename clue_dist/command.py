@@ -16,7 +16,7 @@ def parser_of(script: str, description: str, store: str, out: str) -> argparse.A
     """A parser with --run, --store, --out, --checkpoint and --batch-size. store, out: what these are, for the help."""
     parser = argparse.ArgumentParser(prog=f"launch/{script}", description=description)
     parser.add_argument("--run", type=Path, required=True, help="folder of the trained run")
-    parser.add_argument("--store", type=Path, required=True, help=store)
+    parser.add_argument("--store", required=True, help=f"{store}: a folder or a URL")
     parser.add_argument("--out", type=Path, required=True, help=out)
     parser.add_argument("--checkpoint", default="best", help="best, last, or a checkpoint's name")
     parser.add_argument("--batch-size", type=int, default=4096, help="cells embedded at once")

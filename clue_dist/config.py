@@ -188,9 +188,9 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise _explained(error, path) from None
 
 
-def require_paths(config: Config) -> None:
-    """`store` and `run` may be left out of a recipe, but not of a run."""
-    for key in ("store", "run"):
+def require_paths(config: Config, *keys: str) -> None:
+    """`store` and `run` (`keys`: which of them) may be left out of a recipe, but not of a run."""
+    for key in keys or ("store", "run"):
         if not getattr(config, key):
             raise ConfigError(
                 f"`{key}` is not set", where="config", fix=f"add --set {key}=PATH, or name it in the config file"

@@ -93,11 +93,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_simulate(commands.add_parser("simulate", help="a mosaic of any size with known truth"))
 
     p = commands.add_parser("check", help="verify every byte of a store")
-    p.add_argument("store", type=Path)
+    p.add_argument("store", help="a folder or a URL: s3://, gs://, https://")
     p.set_defaults(run=_check)
 
     p = commands.add_parser("inspect", help="what is in a store")
-    p.add_argument("store", type=Path)
+    p.add_argument("store", help="a folder or a URL: s3://, gs://, https://")
     p.add_argument("--json", action="store_true", help="for programs")
     p.set_defaults(run=_inspect)
 
@@ -168,9 +168,7 @@ def _feature_options(p: argparse.ArgumentParser) -> None:
         help="keep the features that vary most within batches (rna) or are seen in most cells (atac)",
         **several,
     )
-    p.add_argument(
-        "--features-from", type=Path, metavar="STORE", help="fit the modalities and features of another store"
-    )
+    p.add_argument("--features-from", metavar="STORE", help="fit the modalities and features of another store")
     p.add_argument(
         "--barcodes",
         metavar="[NAME=]FILE|MODALITY",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from clue_dist.errors import StoreError
-from clue_dist.store import layout
+from clue_dist.store import layout, place
 from clue_dist.store.manifest import Manifest, Shard
+from clue_dist.store.place import Place
 from clue_dist.store.reader import StratumReader
 from clue_dist.store.rows import misfit
 from clue_dist.store.writer import hash_file
@@ -20,12 +22,13 @@ from data_prep.tasks import Progress
 THREADS = 4
 
 
-def check(root: Path) -> list[str]:
+def check(where: str | Place) -> list[str]:
     """Problems of a committed store, one line each; empty where it is sound.
 
     Raises:
-        StoreError: there is no store, or its manifest cannot be used at all.
+        StoreError: there is no store, its manifest cannot be used at all, or its server fails.
     """
+    root = place.place_of(where)
     manifest = Manifest.read(root)
     problems = _extra_files(root, manifest)
     damaged: set[str] = set()
@@ -64,18 +67,28 @@ def _all(title: str, function: Callable[[Any], list[str]], items: list[Any]) -> 
     return found
 
 
-def _verify_shard(root: Path, key: str, expected: Shard) -> list[str]:
-    path = root / key
-    if not path.resolve().is_relative_to(root.resolve()) or path.is_symlink():
+def _verify_shard(root: Place, key: str, expected: Shard) -> list[str]:
+    if isinstance(root, Path) and (
+        not (root / key).resolve().is_relative_to(root.resolve()) or (root / key).is_symlink()
+    ):
         return [f"{key}: a link, or outside the store"]
-    if not path.is_file():
-        return [f"{key}: missing"]
-    if path.stat().st_size != expected.bytes:
-        return [f"{key}: {path.stat().st_size} bytes, expected {expected.bytes}"]
     try:
-        return [] if hash_file(path) == expected else [f"{key}: content changed (sha256 differs)"]
+        got = _hash(root, key)
     except OSError as error:
         return [f"{key}: cannot be read ({error.strerror})"]
+    if got is None:
+        return [f"{key}: missing"]
+    if got.bytes != expected.bytes:
+        return [f"{key}: {got.bytes} bytes, expected {expected.bytes}"]
+    return [] if got == expected else [f"{key}: content changed (sha256 differs)"]
+
+
+def _hash(root: Place, key: str) -> Shard | None:
+    """Size and SHA-256 of a shard; None where there is none."""
+    if isinstance(root, Path):
+        return hash_file(root / key) if (root / key).is_file() else None
+    content = place.read(root, key)
+    return None if content is None else Shard(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
 def _expected(manifest: Manifest) -> set[str]:
@@ -88,9 +101,9 @@ def _expected(manifest: Manifest) -> set[str]:
     return keys
 
 
-def _extra_files(root: Path, manifest: Manifest) -> list[str]:
+def _extra_files(root: Place, manifest: Manifest) -> list[str]:
     known = {*manifest.shards, layout.MANIFEST}
-    files = (path.relative_to(root).as_posix() for path in root.rglob("*") if not path.is_dir() or path.is_symlink())
+    files = place.names(root) or []
     return [f"{f}: not part of the store" for f in sorted(files) if f not in known and Path(f).name != "zarr.json"]
 
 

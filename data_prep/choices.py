@@ -48,7 +48,7 @@ def parse_choices(
     features: Sequence[str] = (),
     bins: Sequence[str] = (),
     top: Sequence[str] = (),
-    reference: Path | None = None,
+    reference: str | Path | None = None,
 ) -> dict[str, Choice]:
     """The choice of each modality. features: MODE or FILE, each optionally `NAME=`; bins, top: NAME=NUMBER.
 

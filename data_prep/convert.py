@@ -25,6 +25,7 @@ import clue_dist
 from clue_dist.errors import listed
 from clue_dist.store import layout
 from clue_dist.store.manifest import Manifest, Shard
+from clue_dist.store.place import place_of
 from clue_dist.store.writer import Cells as ShardCells
 from clue_dist.store.writer import commit, create, write_shard
 from data_prep import cells as cell_table
@@ -52,7 +53,7 @@ class Options:
     block_cells: int = layout.BLOCK_CELLS
     codec: Literal["fast", "small"] = "fast"
     choices: Mapping[str, Choice] = field(default_factory=dict)  # of features, by modality; else `Choice()`
-    features_from: Path | None = None
+    features_from: str | Path | None = None
     kinds: dict[str, str] = field(default_factory=dict)
     keys: Keys = field(default_factory=Keys)
 
@@ -65,7 +66,7 @@ def convert(inputs: Sequence[Input], out: Path, options: Options, pool: Pool) ->
             `counts.canonical`, `selection.select`).
         StoreError: something is at `out` already, or another job was or is under way there.
     """
-    reference = None if options.features_from is None else Manifest.read(options.features_from)
+    reference = None if options.features_from is None else Manifest.read(place_of(options.features_from))
     with job(out, _description(inputs, options, reference)) as partial:
         work, store = partial / "work", partial / "store"
         sources = counted(inputs, options.choices, work / "fragments", pool)

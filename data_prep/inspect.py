@@ -15,7 +15,7 @@ from clue_dist.store.reader import Store
 _SHOWN = 12  # batches, labels and inputs printed before "... and N more"
 
 
-def facts(root: Path) -> dict[str, Any]:
+def facts(root: str | Path) -> dict[str, Any]:
     """What `inspect --json` prints. Reads row lengths where a modality is sparse, no counts.
 
     Raises:

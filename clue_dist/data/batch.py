@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clue_dist.data.phases import phase
 from clue_dist.store.reader import Store
 from clue_dist.store.rows import Located
 
@@ -79,6 +80,7 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         return self.map(lambda t: t.to(device, non_blocking=True))
 
+    @phase("pin")
     def pin_memory(self) -> Batch:
         return self.map(Tensor.pin_memory)
 
@@ -119,6 +121,7 @@ def read_batch(store: Store, stratum: str, positions: np.ndarray, modalities: Se
     return assemble(modalities or store.modalities, [Part(rows, reader.obs_codes("batch", positions))])
 
 
+@phase("gather")
 def _stack(rows: list[Located | np.ndarray]) -> Counts:
     dense = [r for r in rows if isinstance(r, np.ndarray)]
     if dense:

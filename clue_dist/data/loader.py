@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from clue_dist.data.batch import Batch, Part, assemble
+from clue_dist.data.phases import phase
 from clue_dist.data.plan import Plan
 from clue_dist.store.pool import Pool, Reading
 from clue_dist.store.reader import Store, StratumReader
@@ -29,6 +30,7 @@ class BlockCache:
         self._slot_of: OrderedDict[int, int] = OrderedDict()  # the block that was asked for longest ago comes first
         self._coming: dict[int, Reading] = {}
 
+    @phase("read and decode")
     def expect(self, positions: np.ndarray) -> None:
         """Begin to read the blocks of cells that will be asked for, in place of those not used for longest."""
         blocks = np.unique(positions // self.block_cells).tolist()
@@ -46,14 +48,18 @@ class BlockCache:
     def rows(self, positions: np.ndarray) -> Part:
         """Raw counts and batch codes of cells that were expected, in the order asked for."""
         blocks, which = np.unique(positions // self.block_cells, return_inverse=True)
-        for b in blocks.tolist():
+        self._await(blocks.tolist())
+        slot, row = np.array([self._slot_of[b] for b in blocks.tolist()])[which], positions % self.block_cells
+        rows = {m: self._pool.rows(m, slot, row) for m in self.modalities}
+        return Part(rows, self._pool.batch_codes(slot, row))
+
+    @phase("read and decode")
+    def _await(self, blocks: list[int]) -> None:
+        for b in blocks:
             if (reading := self._coming.get(b)) is not None:
                 self._pool.finish(reading)
                 for done in reading.blocks.tolist():
                     del self._coming[done]
-        slot, row = np.array([self._slot_of[b] for b in blocks.tolist()])[which], positions % self.block_cells
-        rows = {m: self._pool.rows(m, slot, row) for m in self.modalities}
-        return Part(rows, self._pool.batch_codes(slot, row))
 
 
 def slots_for(plan: Plan, stratum: str, world: int, steps: int) -> int:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from clue_dist.data.phases import phase
 from clue_dist.errors import ConfigError
 from clue_dist.store.shuffle import key_of, permute
 
@@ -50,6 +51,7 @@ class Plan:
         """Cells of one global micro-batch."""
         return sum(self.share.values())
 
+    @phase("plan")
     def cells(self, step: int, stratum: str) -> np.ndarray:
         """Positions in the stratum of its cells in micro-batch `step`, (N_s,) int64; rank r of W takes [r::W]."""
         n, size, lanes = self.sizes[stratum], self.block_cells, self.lanes

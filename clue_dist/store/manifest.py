@@ -12,8 +12,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from clue_dist.errors import StoreError
-from clue_dist.store import layout
+from clue_dist.store import layout, place
 from clue_dist.store.layout import ArraySpec, Kind, Storage
+from clue_dist.store.place import Place
 
 
 class _Strict(BaseModel):
@@ -139,30 +140,30 @@ class Manifest(_Strict):
         return signed
 
     @classmethod
-    def read(cls, root: Path) -> Manifest:
+    def read(cls, root: Place) -> Manifest:
         """Read and verify the manifest of a store.
 
         Raises:
-            StoreError: no store there, an unfinished conversion, a manifest that is not ours or was edited.
+            StoreError: no store there, an unfinished conversion, a manifest that is not ours or was edited; a server
+                that fails.
         """
-        path = root / layout.MANIFEST
-        if not path.is_file():
-            partial = root.with_name(root.name + ".partial")
+        path, content = root / layout.MANIFEST, place.read(root, layout.MANIFEST)
+        if content is None:
+            unfinished = isinstance(root, Path) and root.with_name(root.name + ".partial").exists()
             fix = (
                 "run the same `python -m data_prep convert` again: it goes on where it stopped"
-                if partial.exists()
-                else None
+                if unfinished
+                else "make one with `python -m data_prep convert ... --out STORE.zarr`, or mend the path"
             )
-            fix = fix or "make one with `python -m data_prep convert ... --out STORE.zarr`, or mend the path"
             raise StoreError("no store here", where=root, got=f"no {layout.MANIFEST}", fix=fix)
         try:
-            manifest = cls.model_validate_json(path.read_bytes())
+            manifest = cls.model_validate_json(content)
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join(str(p) for p in first["loc"]) or "top level"
+            field = ".".join(str(p) for p in first["loc"]) or "top level"
             raise StoreError(
                 "the manifest does not describe a store of this version",
-                where=f"{path}: {place}",
+                where=f"{path}: {field}",
                 got=first["msg"],
                 expected=f"{layout.FORMAT} version {layout.VERSION}",
                 fix="convert again from the source files",

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
 
 from clue_dist.errors import StoreError
-from clue_dist.store import layout
+from clue_dist.store import layout, place
 from clue_dist.store.layout import ArraySpec
 from clue_dist.store.manifest import Manifest
+from clue_dist.store.place import Place
 from clue_dist.store.rows import Blocks, Csr, Located, row_starts
 
 # Opening a handle caches nothing: the loader keeps the blocks it needs, once.
-_CONTEXT = {"cache_pool": {"total_bytes_limit": 0}}
+_CONTEXT = {"cache_pool": {"total_bytes_limit": 0}, **place.RETRIES}
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Obs:
 class StratumReader:
     """The cells of one stratum. A cell's position p lies in block p // B, row p % B."""
 
-    def __init__(self, root: Path, manifest: Manifest, name: str) -> None:
+    def __init__(self, root: Place, manifest: Manifest, name: str) -> None:
         self.root, self.manifest, self.name = root, manifest, name
         self.stratum = manifest.strata[name]
         self.n_cells, self.block_cells = self.stratum.n_cells, manifest.block_cells
@@ -92,19 +91,13 @@ class StratumReader:
         return Obs(self.obs_codes("batch", positions), self.obs_codes("label", positions), barcodes)
 
     def _open(self, spec: ArraySpec) -> Any:
-        folder = self.root / spec.path
-        if not folder.resolve().is_relative_to(self.root.resolve()):
-            raise StoreError(
-                "an array lies outside its store", where=folder, got=folder.resolve(), expected=f"inside {self.root}"
-            )
-        kvstore = {"driver": "file", "path": f"{folder}/"}
+        folder, kvstore = self.root / spec.path, place.kvstore(self.root, spec.path)
         request = {"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False}
         try:
             array = ts.open(request, read=True, open=True, context=self._context, recheck_cached_data=False).result()
         except (ValueError, OSError) as error:
-            raise StoreError(
-                "an array of the store cannot be opened", where=folder, got=_first_line(error), fix=_CHECK
-            ) from None
+            what = "an array of the store cannot be opened"
+            raise place.failed(error, self.root, what, where=folder, fix=_CHECK) from None
         got = (tuple(array.shape), str(array.dtype.numpy_dtype))
         if got != (spec.shape, spec.dtype):
             raise StoreError(
@@ -132,11 +125,12 @@ class StratumReader:
         try:
             return future.result()
         except (ValueError, OSError) as error:
-            raise StoreError(
+            raise place.failed(
+                error,
+                self.root,
                 "part of the store is missing or damaged",
                 where=f"{self.root}: stratum {self.name}, array {name}, blocks {_span(blocks)} "
                 f"(cells {int(blocks.min()) * self.block_cells} to {(int(blocks.max()) + 1) * self.block_cells - 1})",
-                got=_first_line(error),
                 fix=_CHECK,
             ) from None
 
@@ -148,14 +142,14 @@ _CHECK = "`python -m data_prep check STORE` lists every damaged shard; restore t
 
 
 class Store:
-    """A committed store: its manifest, and one reader per stratum.
+    """A committed store: its manifest, and one reader per stratum. root: a folder or a URL, see `place`.
 
     Raises:
-        StoreError: the store does not exist, is unfinished, or does not fit its manifest.
+        StoreError: the store does not exist, is unfinished, or does not fit its manifest; its server fails.
     """
 
-    def __init__(self, root: str | Path) -> None:
-        self.root = Path(root)
+    def __init__(self, root: str | Place) -> None:
+        self.root = place.place_of(root)
         self.manifest = Manifest.read(self.root)
         self.strata = {name: StratumReader(self.root, self.manifest, name) for name in self.manifest.strata}
 
@@ -170,8 +164,3 @@ class Store:
 
 def _span(blocks: np.ndarray) -> str:
     return f"{int(blocks.min())} to {int(blocks.max())}" if len(blocks) > 1 else str(int(blocks[0]))
-
-
-def _first_line(error: Exception) -> str:
-    """TensorStore's message, without the request it repeats."""
-    return json.dumps(str(error).split("[")[0].strip())[1:-1]

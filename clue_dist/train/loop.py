@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def _train(engine: Any, setup: Setup, ranks: Ranks, state: State, device: torch.
     held_out = setup.held_out()
     held_out = held_out.to(device) if held_out is not None else None
     sinks = Sinks(run, setup.config, setup.total_steps, state.step, ranks.first)
-    with sinks, _loader(setup, ranks, state, device) as loader, StopFlag(device) as stop:
+    with sinks, loader_at(setup, ranks, state.step, device) as loader, StopFlag(device) as stop:
         sinks.say(f"{f'going on from step {state.step}' if state.step else 'starting'}: {run}")
         meter = Meter(setup, loader, device)
         done, stopping = state.stopped or state.step >= setup.total_steps, False
@@ -101,9 +102,10 @@ def due(state: State, every: int | str) -> bool:
     return state.step % int(every) == 0
 
 
-def _loader(setup: Setup, ranks: Ranks, state: State, device: torch.device) -> Loader:
+def loader_at(setup: Setup, ranks: Ranks, step: int, device: torch.device) -> Loader:
+    """This rank's batches from optimizer step `step` on."""
     d = setup.config.data
-    first = state.step * setup.config.train.grad_accum
+    first = step * setup.config.train.grad_accum
     pin = device.type == "cuda"
     return Loader(
         setup.store, setup.plan, rank=ranks.rank, world=ranks.world, first=first, prefetch=d.prefetch, pin=pin
@@ -135,7 +137,7 @@ def _validate(engine: Any, setup: Setup, ranks: Ranks, held_out: Batch | None, s
 
 
 def train_step(
-    engine: Any, setup: Setup, ranks: Ranks, loader: Loader, step: int, device: torch.device
+    engine: Any, setup: Setup, ranks: Ranks, batches: Iterator[Batch], step: int, device: torch.device
 ) -> dict[str, Tensor]:
     """One optimizer step: grad_accum micro-batches, each the same global set of cells whatever the ranks."""
     c, plan = setup.config, setup.plan
@@ -143,7 +145,7 @@ def train_step(
         group["lr"] = learning_rate(setup, step) * group["lr_scale"]
     sums: dict[str, Tensor] = {}
     for micro in range(c.train.grad_accum):
-        batch = next(loader).to(device)
+        batch = next(batches).to(device)
         noise = Noise(
             c.seed, step * c.train.grad_accum + micro, plan.share, plan.lanes, ranks.rank, ranks.world, device
         )

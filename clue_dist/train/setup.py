@@ -71,15 +71,16 @@ class Setup:
         return "\n".join(lines)
 
 
-def prepare(config: Config, world: int) -> Setup:
-    """Open the store, resolve what is "auto", and check that the two fit.
+def prepare(config: Config, world: int, *, writes: bool = True) -> Setup:
+    """Open the store, resolve what is "auto", and check that the two fit. writes: whether a run folder is needed.
 
     Raises:
         StoreError: no store, or a damaged one.
         ConfigError: settings that cannot work on this store or on this number of ranks.
     """
-    configs.require_paths(config)
-    _check_run_folder(Path(config.run))
+    configs.require_paths(config, *([] if writes else ["store"]))
+    if writes:
+        _check_run_folder(Path(config.run))
     store = Store(config.store)
     specs = specs_of(store.manifest.modalities, config)
     sizes = {s: r.n_cells for s, r in store.strata.items()}

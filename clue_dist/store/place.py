@@ -1,0 +1,167 @@
+"""Where a store lies: a folder, or a URL that TensorStore reads: s3://, gs://, http://, https://.
+
+TensorStore finds credentials by itself, but takes neither the server nor the region of S3 from the environment; these
+go from the usual AWS variables into the spec.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tensorstore as ts
+
+from clue_dist.errors import StoreError
+
+SCHEMES = ("s3", "gs", "http", "https")
+_EIGHT_TIMES = {"max_retries": 8, "initial_delay": "250ms", "max_delay": "8s"}  # half a minute in all, then the error
+RETRIES = {f"{driver}_request_retries": _EIGHT_TIMES for driver in ("s3", "gcs", "http")}
+
+_KEYS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; for gs:// GOOGLE_APPLICATION_CREDENTIALS"
+_MEND = "mend the URL or AWS_ENDPOINT_URL"
+_SERVER_SAYS = {  # a part of TensorStore's message -> what to tell, how to mend it
+    "PERMISSION_DENIED": ("the server refuses access to the store", f"mend the URL, or set {_KEYS}"),
+    "UNAUTHENTICATED": ("the server refuses access to the store", f"mend the URL, or set {_KEYS}"),
+    "Failed to get credentials": ("no credentials for the store", f"set {_KEYS}"),
+    "retry attempts failed": (
+        "the server of the store cannot be reached, or fails",
+        "check the URL, AWS_ENDPOINT_URL and the server; once it answers, type the same command again",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A URL, without a slash at its end; `remote / "a/b"` lies below it."""
+
+    url: str
+
+    def __str__(self) -> str:
+        return self.url
+
+    def __truediv__(self, path: str) -> Remote:
+        return Remote(f"{self.url}/{path}")
+
+
+Place = Path | Remote
+
+
+def place_of(where: str | Place) -> Place:
+    """What a person typed -> a folder or a URL.
+
+    Raises:
+        StoreError: a URL of a kind that is not known, or without a bucket or host.
+    """
+    if not isinstance(where, str) or "://" not in where:
+        return Path(where) if isinstance(where, str) else where
+    scheme, _, rest = where.partition("://")
+    if scheme not in SCHEMES or not rest.strip("/") or "?" in rest or "#" in rest:
+        expected = f"a folder, or {', '.join(f'{s}://' for s in SCHEMES)} and a path"
+        raise StoreError("a store cannot lie there", where=where, expected=expected, fix="mend the path")
+    return Remote(where.rstrip("/"))
+
+
+def kvstore(root: Place, folder: str = "") -> dict[str, Any]:
+    """TensorStore's spec of a store, or of a folder in it.
+
+    Raises:
+        StoreError: the folder is a link that leads out of the store.
+    """
+    place = root / folder if folder else root
+    if isinstance(place, Remote):
+        return _remote(place)
+    if not place.resolve().is_relative_to(root.resolve()):  # type: ignore[union-attr]
+        raise StoreError("an array lies outside its store", where=place, got=place.resolve(), expected=f"inside {root}")
+    return {"driver": "file", "path": f"{place}/"}
+
+
+def _remote(place: Remote) -> dict[str, Any]:
+    scheme, _, rest = place.url.partition("://")
+    first, _, path = rest.partition("/")
+    path = f"{path}/" if path else ""
+    if scheme == "gs":
+        return {"driver": "gcs", "bucket": first, "path": path}
+    if scheme == "s3":
+        return {"driver": "s3", "bucket": first, "path": path, **_aws(os.environ)}
+    return {"driver": "http", "base_url": f"{scheme}://{first}", "path": f"/{path}"}
+
+
+def _aws(env: Any) -> dict[str, Any]:
+    endpoint = env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL")
+    region = env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION")
+    # Otherwise: files, the instance's role, or none. Named, as looking for these files is loud where there are none.
+    keys = {"type": "environment"} if env.get("AWS_ACCESS_KEY_ID") else None
+    told = {"endpoint": endpoint and endpoint.rstrip("/"), "aws_region": region, "aws_credentials": keys}
+    return {name: value for name, value in told.items() if value}
+
+
+def read(root: Place, name: str) -> bytes | None:
+    """The bytes of one file of a store; None where there is none.
+
+    Raises:
+        StoreError: the file, or its server, cannot be read; there is no such bucket.
+    """
+    try:
+        store = _open(root)
+        got = store.read(name).result()
+        if got.state == "missing":
+            _require_bucket(root, store, name)
+            return None
+    except (ValueError, OSError) as error:
+        raise failed(error, root, "a file of the store cannot be read", where=root / name) from None
+    return bytes(got.value)
+
+
+def names(root: Place) -> list[str] | None:
+    """Names of all files of a store, links among them; None where the server has no list (http).
+
+    Raises:
+        StoreError: the server cannot be read.
+    """
+    if isinstance(root, Path):
+        return [p.relative_to(root).as_posix() for p in root.rglob("*") if not p.is_dir() or p.is_symlink()]
+    if root.url.startswith("http"):
+        return None
+    try:
+        return [key.decode() for key in _open(root).list().result()]
+    except (ValueError, OSError) as error:
+        raise failed(error, root, "the files of the store cannot be listed", where=root) from None
+
+
+def failed(error: Exception, root: Place, what: str, where: object, fix: str | None = None) -> StoreError:
+    """What TensorStore met, as an error; a server that is down or refuses is told from data that are damaged."""
+    got = _plain(str(error))
+    if isinstance(root, Remote):
+        for mark, (told, mend) in _SERVER_SAYS.items():
+            if mark in got:
+                return StoreError(told, where=where, got=got, fix=mend)
+        fix = fix or _MEND
+    return StoreError(what, where=where, got=got, fix=fix)
+
+
+def _open(root: Place) -> Any:
+    return ts.KvStore.open(kvstore(root), context=ts.Context(RETRIES)).result()
+
+
+def _require_bucket(root: Place, store: Any, name: str) -> None:
+    """S3 and GCS say the same of a missing object and of a missing bucket; a list of one name tells them apart."""
+    if not isinstance(root, Remote) or root.url.startswith("http"):
+        return
+    try:
+        store.list(ts.KvStore.KeyRange(name, name + "\0")).result()
+    except (ValueError, OSError) as error:
+        if "NOT_FOUND" in str(error):
+            raise StoreError("no such bucket", where=root, got=_plain(str(error)), fix=_MEND) from None
+        if "PERMISSION_DENIED" not in str(error):  # who may read objects need not be allowed to list them
+            raise
+
+
+def _plain(message: str) -> str:
+    """TensorStore's message without the request it repeats, but with the server's status."""
+    status = re.search(r"(?:http_response_code='|HTTP code )(\d+)", message)
+    text = message.split("[")[0].strip() + (f" (HTTP {status[1]})" if status else "")
+    return json.dumps(text)[1:-1]

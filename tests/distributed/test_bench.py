@@ -1,0 +1,93 @@
+"""launch/bench.py as a person uses it, alone and under the launcher, and on a store that is slow to read."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.command import launched, python, run, train_args
+from tests.processes import run_ranks
+from tests.stores import make_store
+
+QUICK = ("--seconds", "0.2", "--repeats", "2")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """More blocks than the loader keeps, so that it reads all the time."""
+    folder = tmp_path_factory.mktemp("bench")
+    make_store(folder / "s.zarr", cells={"rna+adt": 2000, "rna": 900}, features={"rna": 60, "adt": 10})
+    return folder
+
+
+def bench_args(folder: Path, name: str, *settings: str) -> list[str]:
+    _, *args = train_args(folder, folder / "s.zarr", name, *settings)
+    return ["launch/bench.py", *args, *QUICK]
+
+
+def test_it_measures_all_three_and_writes_nothing_but_its_json(folder: Path) -> None:
+    out = folder / "one.json"
+    done = python(*bench_args(folder, "one", "data.window_blocks=1"), "--json", str(out))
+    told = json.loads(out.read_text())
+    assert told["verdict"] == done.stdout.splitlines()[-1]
+    assert told["feeds"] == told["data"]["cells_per_s"] / told["model"]["cells_per_s"]
+    assert told["data"]["cells_per_s"] == told["data"]["batches_per_s"] * 64
+    assert told["data"]["non_zeros_per_s"] > told["data"]["cells_per_s"]
+    assert {"plan", "read and decode", "gather"} <= told["data"]["phases"].keys()
+    assert sum(told["data"]["phases"].values()) == pytest.approx(1)
+    parts = told["model"]["forward_ms"] + told["model"]["backward_ms"] + told["model"]["optimizer_ms"]
+    assert 0.1 < parts / told["model"]["step_ms"] < 10
+    assert 0 <= told["both"]["waited"] < 1
+    assert not (folder / "one").exists()
+
+
+def test_two_ranks_report_once_and_count_all_cells(folder: Path) -> None:
+    out = folder / "two.json"
+    done = run(*launched(2, *bench_args(folder, "two", "train.grad_accum=2"), "--json", str(out)))
+    told = json.loads(out.read_text())
+    assert told["about"]["ranks"] == 2
+    assert told["both"]["cells_per_s"] == pytest.approx(64e3 / told["both"]["step_ms"])
+    assert (done.stdout + done.stderr).count("is the limit") == 1
+    assert not (folder / "two").exists()
+
+
+def test_a_recipe_needs_a_store_but_no_run(folder: Path) -> None:
+    assert "`store` is not set" in python("launch/bench.py", "--config", "configs/atlas.json", expect=2).stderr
+    store = ["--set", f"store={folder / 's.zarr'}", "data.batch_size=64", "model.trunk.hidden=8"]
+    python("launch/bench.py", "--config", "configs/atlas.json", *store, *QUICK)
+
+
+def test_mistakes_are_told_before_anything_is_measured(folder: Path) -> None:
+    args = bench_args(folder, "bad")
+    assert "folder that is there" in python(*args, "--json", str(folder / "no" / "o.json"), expect=2).stderr
+    assert "one repeat or more" in python(*args, "--repeats", "0", expect=2).stderr
+
+
+def test_a_slow_store_is_found_to_be_the_limit(folder: Path) -> None:
+    settings = {
+        "store": str(folder / "s.zarr"),
+        "model": {"latent": 4, "trunk": {"projection": 4, "hidden": 4, "members": 1, "depth": 1}},
+        "data": {"lanes": 4, "batch_size": 64, "window_blocks": 1},
+    }
+    output = run_ranks(
+        1,
+        f"settings = {settings!r}",
+        """
+        import time
+        from clue_dist.config import Config
+        from clue_dist.ranks import Ranks
+        from clue_dist.store.reader import StratumReader
+        from clue_dist.train.setup import prepare
+        read = StratumReader.read_blocks
+        def slow(*args):
+            time.sleep(0.1)
+            return read(*args)
+        StratumReader.read_blocks = slow
+        from clue_dist.train.bench import measure
+        report = measure(prepare(Config(**settings), 1, writes=False), Ranks(), 0.2, 2)
+        print(max(report.data.phases, key=report.data.phases.get))
+        print(report.verdict)
+        """,
+    )[0].splitlines()
+    assert output[-2] == "read and decode"
+    assert output[-1].startswith("data is the limit: the model could take")

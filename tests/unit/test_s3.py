@@ -1,0 +1,266 @@
+"""A store on an S3 server is the store in its folder; what is wrong with it, or with the server, is told as it is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from clue_dist.data.loader import Loader
+from clue_dist.data.plan import Plan
+from clue_dist.errors import StoreError
+from clue_dist.store import place, reader
+from clue_dist.store.place import Remote, kvstore, place_of
+from clue_dist.store.reader import SparseBlocks, Store
+from data_prep import inspect
+from data_prep.check import check
+from tests.s3 import S3, serve
+from tests.stores import make_store
+from tests.unit.prep_helpers import anndata_of, build, frame, write_h5mu
+
+SHARD = "strata/rna+adt/rna/deltas/c/0/0"
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    folder = tmp_path_factory.mktemp("s3")
+    return make_store(folder / "s.zarr", cells={"rna+adt": 203, "adt": 70}, features={"rna": 40, "adt": 6})
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
+    """A server that this process finds, and patience that fits a test."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    patience = {"max_retries": 3, "initial_delay": "20ms", "max_delay": "50ms"}
+    for name in place.RETRIES:
+        monkeypatch.setitem(place.RETRIES, name, patience)
+        monkeypatch.setitem(reader._CONTEXT, name, patience)
+    with serve() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture
+def url(s3: S3, local: Store) -> str:
+    assert isinstance(local.root, Path)
+    return s3.upload(local.root, "deep/s.zarr")
+
+
+def blocks(store: Store) -> SparseBlocks:
+    got = store.strata["rna+adt"].read_blocks("rna", np.arange(13))
+    assert isinstance(got, SparseBlocks)
+    return got
+
+
+# --- the same cells ---
+
+
+def test_every_cell_is_the_same(local: Store, url: str) -> None:
+    remote = Store(url)
+    assert str(remote.root) == url
+    assert remote.fingerprint == local.fingerprint
+    for name, there in remote.strata.items():
+        here, all_cells = local.strata[name], np.arange(there.n_cells)
+        for m in there.modalities:
+            a, b = here.rows(m, all_cells), there.rows(m, all_cells)
+            pairs = [(a, b)] if isinstance(a, np.ndarray) else [(a.indices, b.indices), (a.values, b.values)]
+            for x, y in pairs:
+                np.testing.assert_array_equal(x, y)
+        np.testing.assert_array_equal(here.obs(all_cells).barcodes, there.obs(all_cells).barcodes)
+
+
+def test_the_loader_serves_the_same_batches(local: Store, url: str) -> None:
+    plan = Plan(5, {"rna+adt": 203, "adt": 70}, {"rna+adt": 16, "adt": 8}, 4, 2, 16)
+    with Loader(local, plan) as here, Loader(Store(url), plan) as there:
+        for _ in range(20):
+            a, b = next(here), next(there)
+            assert torch.equal(a.batch_code, b.batch_code)
+            assert torch.equal(a.modalities["rna"].counts.indices, b.modalities["rna"].counts.indices)  # type: ignore[union-attr]
+            assert torch.equal(a.modalities["adt"].counts, b.modalities["adt"].counts)  # type: ignore[arg-type]
+
+
+def test_http_serves_a_public_store_too(s3: S3, local: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(local.root, Path)
+    s3.upload(local.root, "public.zarr", acl="public-read")
+    np.testing.assert_array_equal(blocks(Store(f"{s3.url}/cells/public.zarr/")).deltas, blocks(local).deltas)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    np.testing.assert_array_equal(blocks(Store("s3://cells/public.zarr")).deltas, blocks(local).deltas)
+    assert check(f"{s3.url}/cells/public.zarr") == []
+
+
+def test_new_cells_take_their_features_from_a_url(s3: S3, tmp_path: Path) -> None:
+    trained = build(tmp_path / "t.zarr", f"rna={write_h5mu(tmp_path / 't.h5mu', rna=anndata_of(frame(40, 12)))}")
+    assert isinstance(trained.root, Path)
+    url = s3.upload(trained.root, "t.zarr")
+    new = write_h5mu(tmp_path / "q.h5mu", rna=anndata_of(frame(30, 9)))
+    query = build(tmp_path / "q.zarr", f"rna={new}", features_from=url)
+    assert query.manifest.modalities == trained.manifest.modalities
+
+
+# --- what is wrong with the server ---
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("s3://cells/nothing.zarr", "no store here"),
+        ("s3://other-cells/s.zarr", "no such bucket"),
+        ("s3://B_!/s.zarr", "Invalid S3 bucket name"),
+        ("ftp://cells/s.zarr", "a store cannot lie there"),
+        ("s3:///", "a store cannot lie there"),
+        ("https://host/s.zarr?signed=1", "a store cannot lie there"),
+    ],
+)
+def test_a_wrong_url_is_told(s3: S3, where: str, message: str) -> None:
+    with pytest.raises(StoreError, match=message) as error:
+        Store(where)
+    assert where.rstrip("/") in str(error.value.where)
+    assert error.value.fix
+
+
+def test_credentials_that_are_missing_or_half_given(s3: S3, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(StoreError, match="no credentials for the store"):
+        Store(url)
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    with pytest.raises(StoreError, match=r"(?s)refuses access.*HTTP 403.*AWS_ACCESS_KEY_ID"):
+        Store(url)
+
+
+def test_a_server_that_is_down_is_given_up_after_some_tries(s3: S3, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    started = time.perf_counter()
+    with pytest.raises(StoreError, match=r"(?s)cannot be reached.*All 3 retry attempts failed.*AWS_ENDPOINT_URL"):
+        Store(url)
+    assert time.perf_counter() - started < 10
+
+
+def test_patience_without_a_test_is_bounded() -> None:
+    assert reader._CONTEXT.items() >= place.RETRIES.items()
+    seconds = {"250ms": 0.25, "8s": 8.0}
+    for given in place.RETRIES.values():
+        delays = [min(seconds[given["initial_delay"]] * 2**i, seconds[given["max_delay"]]) for i in range(8)]
+        assert given["max_retries"] == 8
+        assert sum(delays) < 60
+
+
+def test_faults_that_pass_are_not_seen(s3: S3, local: Store, url: str) -> None:
+    s3.gate.fail = ["503", "500"]
+    store = Store(url)  # the manifest came at the third try
+    for fault in ("503", "429", "cut"):
+        s3.gate.fail = [fault]
+        np.testing.assert_array_equal(blocks(store).deltas, blocks(local).deltas)
+        assert s3.gate.fail == []
+
+
+@pytest.mark.parametrize("fault", ["500", "503", "cut"])
+def test_faults_that_stay_raise_where_the_batch_was_due(s3: S3, url: str, fault: str) -> None:
+    store = Store(url)
+    s3.gate.always = fault
+    plan = Plan(5, {"rna+adt": 203, "adt": 70}, {"rna+adt": 16, "adt": 8}, 4, 2, 16)
+    with Loader(store, plan) as loader, pytest.raises(StoreError, match="cannot be reached, or fails") as error:
+        next(loader)
+    assert "blocks" in str(error.value.where)
+
+
+# --- what is wrong with the data ---
+
+
+def test_damaged_objects_raise_and_never_give_other_values(s3: S3, local: Store, url: str) -> None:
+    key, right, store = f"deep/s.zarr/{SHARD}", blocks(local).deltas, Store(url)
+    good, rng = s3.get(key), np.random.default_rng(0)
+    flipped = [good[:at] + bytes([good[at] ^ 1 << at % 8]) + good[at + 1 :] for at in rng.integers(0, len(good), 40)]
+    caught = []
+    for damaged in [*flipped, good[:-1], good[: len(good) // 2], good[1:], b""]:
+        s3.put(key, damaged)
+        try:
+            np.testing.assert_array_equal(blocks(store).deltas, right)  # the byte may belong to no chunk
+        except StoreError as error:
+            caught.append(error)
+    assert len(caught) >= 40
+    assert {error.what for error in caught} == {"part of the store is missing or damaged"}
+    assert all("rna/deltas" in str(error.where) for error in caught)
+    s3.client.delete_object(Bucket="cells", Key=key)
+    with pytest.raises(StoreError, match="missing or damaged"):
+        blocks(store)
+
+
+def test_a_manifest_that_was_cut_off_or_edited(s3: S3, url: str) -> None:
+    key = "deep/s.zarr/manifest.json"
+    good = s3.get(key)
+    s3.put(key, good[:-20])
+    with pytest.raises(StoreError, match="does not describe a store"):
+        Store(url)
+    s3.put(key, good.replace(b"rna-7", b"rna-8", 1))
+    with pytest.raises(StoreError, match="was changed after it was written"):
+        Store(url)
+
+
+def test_check_lists_what_is_wrong_and_inspect_reads(s3: S3, local: Store, url: str) -> None:
+    assert check(url) == []
+    here, there = inspect.facts(str(local.root)), inspect.facts(url)
+    assert there == here | {"store": url}
+    keys = sorted(local.manifest.shards)
+    good = s3.get(f"deep/s.zarr/{keys[0]}")
+    s3.put(f"deep/s.zarr/{keys[0]}", good[:5] + bytes([good[5] ^ 1]) + good[6:])
+    s3.put(f"deep/s.zarr/{keys[1]}", s3.get(f"deep/s.zarr/{keys[1]}")[:-1])
+    s3.client.delete_object(Bucket="cells", Key=f"deep/s.zarr/{keys[2]}")
+    s3.put("deep/s.zarr/strata/extra", b"x")
+    size = local.manifest.shards[keys[1]].bytes
+    assert set(check(url)) == {
+        f"{keys[0]}: content changed (sha256 differs)",
+        f"{keys[1]}: {size - 1} bytes, expected {size}",
+        f"{keys[2]}: missing",
+        "strata/extra: not part of the store",
+    }
+
+
+# --- URLs ---
+
+
+def test_specs_take_the_server_and_the_region_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    plain = {"driver": "s3", "bucket": "b", "path": "x/s.zarr/"}
+    assert kvstore(place_of("s3://b/x/s.zarr/")) == plain
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://a:1/")
+    assert kvstore(Remote("s3://b/x/s.zarr")) == plain | {"endpoint": "http://a:1", "aws_region": "eu-west-1"}
+    monkeypatch.setenv("AWS_REGION", "eu-west-2")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://b:2")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "k")
+    named = {"endpoint": "http://b:2", "aws_region": "eu-west-2", "aws_credentials": {"type": "environment"}}
+    assert kvstore(Remote("s3://b/x/s.zarr")) == plain | named
+
+
+def test_specs_of_other_servers() -> None:
+    assert kvstore(Remote("gs://b/s.zarr"), "strata/rna") == {
+        "driver": "gcs",
+        "bucket": "b",
+        "path": "s.zarr/strata/rna/",
+    }
+    assert kvstore(Remote("https://h:8/a/s.zarr"), "c") == {
+        "driver": "http",
+        "base_url": "https://h:8",
+        "path": "/a/s.zarr/c/",
+    }
+
+
+def test_a_folder_is_a_folder(local: Store, tmp_path: Path) -> None:
+    assert place_of("a/b.zarr") == Path("a/b.zarr")
+    assert isinstance(local.root, Path)
+    shutil.copytree(local.root, tmp_path / "c.zarr")
+    inside = tmp_path / "c.zarr/strata/rna+adt/rna"
+    shutil.move(inside, tmp_path / "elsewhere")
+    inside.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StoreError, match="an array lies outside its store"):
+        Store(tmp_path / "c.zarr")
