@@ -17,14 +17,15 @@ from clue_dist.data.plan import Plan
 from clue_dist.errors import StoreError
 from clue_dist.store import place, reader
 from clue_dist.store.place import Remote, kvstore, place_of
-from clue_dist.store.reader import SparseBlocks, Store
+from clue_dist.store.reader import Store
+from clue_dist.store.rows import Blocks
 from data_prep import inspect
 from data_prep.check import check
 from tests.s3 import S3, serve
 from tests.stores import make_store
 from tests.unit.prep_helpers import anndata_of, build, frame, write_h5mu
 
-SHARD = "strata/rna+adt/rna/deltas/c/0/0"
+SHARD = "strata/rna+adt/rna/codes/c/0/0"
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +55,9 @@ def url(s3: S3, local: Store) -> str:
     return s3.upload(local.root, "deep/s.zarr")
 
 
-def blocks(store: Store) -> SparseBlocks:
+def blocks(store: Store) -> Blocks:
     got = store.strata["rna+adt"].read_blocks("rna", np.arange(13))
-    assert isinstance(got, SparseBlocks)
+    assert isinstance(got, Blocks)
     return got
 
 
@@ -90,10 +91,10 @@ def test_the_loader_serves_the_same_batches(local: Store, url: str) -> None:
 def test_http_serves_a_public_store_too(s3: S3, local: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(local.root, Path)
     s3.upload(local.root, "public.zarr", acl="public-read")
-    np.testing.assert_array_equal(blocks(Store(f"{s3.url}/cells/public.zarr/")).deltas, blocks(local).deltas)
+    np.testing.assert_array_equal(blocks(Store(f"{s3.url}/cells/public.zarr/")).codes, blocks(local).codes)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
-    np.testing.assert_array_equal(blocks(Store("s3://cells/public.zarr")).deltas, blocks(local).deltas)
+    np.testing.assert_array_equal(blocks(Store("s3://cells/public.zarr")).codes, blocks(local).codes)
     assert check(f"{s3.url}/cells/public.zarr") == []
 
 
@@ -158,7 +159,7 @@ def test_faults_that_pass_are_not_seen(s3: S3, local: Store, url: str) -> None:
     store = Store(url)  # the manifest came at the third try
     for fault in ("503", "429", "cut"):
         s3.gate.fail = [fault]
-        np.testing.assert_array_equal(blocks(store).deltas, blocks(local).deltas)
+        np.testing.assert_array_equal(blocks(store).codes, blocks(local).codes)
         assert s3.gate.fail == []
 
 
@@ -176,19 +177,19 @@ def test_faults_that_stay_raise_where_the_batch_was_due(s3: S3, url: str, fault:
 
 
 def test_damaged_objects_raise_and_never_give_other_values(s3: S3, local: Store, url: str) -> None:
-    key, right, store = f"deep/s.zarr/{SHARD}", blocks(local).deltas, Store(url)
+    key, right, store = f"deep/s.zarr/{SHARD}", blocks(local).codes, Store(url)
     good, rng = s3.get(key), np.random.default_rng(0)
     flipped = [good[:at] + bytes([good[at] ^ 1 << at % 8]) + good[at + 1 :] for at in rng.integers(0, len(good), 40)]
     caught = []
     for damaged in [*flipped, good[:-1], good[: len(good) // 2], good[1:], b""]:
         s3.put(key, damaged)
         try:
-            np.testing.assert_array_equal(blocks(store).deltas, right)  # the byte may belong to no chunk
+            np.testing.assert_array_equal(blocks(store).codes, right)  # the byte may belong to no chunk
         except StoreError as error:
             caught.append(error)
     assert len(caught) >= 40
     assert {error.what for error in caught} == {"part of the store is missing or damaged"}
-    assert all("rna/deltas" in str(error.where) for error in caught)
+    assert all("rna/codes" in str(error.where) for error in caught)
     s3.client.delete_object(Bucket="cells", Key=key)
     with pytest.raises(StoreError, match="missing or damaged"):
         blocks(store)
