@@ -19,7 +19,7 @@ from typing import Any
 from clue_dist.config import load
 from clue_dist.errors import run_main
 from tests.benchmarks import common, mosaic
-from tests.benchmarks.common import Bar, Result, Run
+from tests.benchmarks.common import Bar, Result, Run, Steps
 from tests.benchmarks.factors import methods
 from tests.benchmarks.factors.probes import r2
 from tests.benchmarks.factors.simulate import Assay, Design, Simulation, simulate
@@ -154,7 +154,7 @@ def main() -> None:
     common.carry_out(
         args,
         runs_of(args),
-        do,
+        Steps(lambda run, folder: do(run, folder, args)),
         told,
         table,
         FOOTNOTES,
