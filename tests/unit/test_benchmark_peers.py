@@ -71,6 +71,7 @@ def test_the_contrastive_baseline_leaves_four_looks_at_the_test_cells(tmp_path: 
     assert len(scores.of(tmp_path / "z.npz", mosaic.Split(tmp_path, MODS))["candidates"]) == 4
 
 
+@pytest.mark.filterwarnings("ignore:Cannot join columns")
 def test_multivi_sees_every_cell_once_with_zeros_where_nothing_was_measured(script) -> None:
     multivi = script("multivi")
     rna = table(["a", "b", "c"], 4, batch=["one", "one", "two"])
