@@ -39,7 +39,11 @@ COMMIT, STATE, WEIGHTS, TAG = "COMMIT.json", "state.json", "weights.safetensors"
 
 @dataclass(frozen=True)
 class State:
-    """All that a run must know to go on, besides the engine's own state. step: optimizer steps done."""
+    """All that a run must know to go on, besides the engine's own state.
+
+    step: optimizer steps done; best: the lowest validation score; best_step: of the weights that are kept; bad:
+    validations since the lowest.
+    """
 
     step: int
     world: int
