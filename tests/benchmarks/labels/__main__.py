@@ -29,7 +29,7 @@ from tests.benchmarks.split import FOLDS
 
 SETS = ("cbmc_cite", "snare_adbrain_8lib", "bmmc_cite_starter")
 MIXED = tuple(name for name in SETS if name in mosaic.BATCHED)
-METHODS = {"ours": "ours", "counts": "counts", "reference": "reference"}
+METHODS = ("ours", "counts", "reference")
 SCORES = {"accuracy": "accuracy", "transferred": "from training", "ilisi": "iLISI"}
 COMPONENTS = 50
 
@@ -146,7 +146,7 @@ def table(records: Sequence[Result]) -> str:
             by_score = {what: values(records, method, name, what) for what in SCORES}
             for source, folds in by_score["accuracy"].items():
                 cells = [common.spread(list(v[source].values()), 3) if source in v else "" for v in by_score.values()]
-                rows.append([name, METHODS[method], source, str(len(folds)), *cells])
+                rows.append([name, method, source, str(len(folds)), *cells])
     return common.aligned(rows)
 
 
