@@ -17,9 +17,12 @@ from clue_dist.model.encoders import Heads
 from clue_dist.model.layers import reverse_gradient
 from clue_dist.model.likelihoods import OF_KIND
 from clue_dist.model.noise import Noise
-from clue_dist.model.posterior import combination, own, sample
+from clue_dist.model.posterior import combination, own, sample, with_private
 from clue_dist.model.trunk import NORMALISE, Trunk
 from clue_dist.store.manifest import Modality
+
+# In an embedding, of private dimensions: a probe reads them there, but neighbours are those by what modalities share.
+PRIVATE_SCALE = 0.2
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class ModalitySpec:
 
 class Posterior(NamedTuple):
     """Gaussians over the full z. mean, log_var: (B, K source, K target, d) of the experts q(z_j | x_k); joint_mean,
-    joint_log_var: (B, K target, d) of q(z | everything observed), as `model.posterior` combines them."""
+    joint_log_var: (B, K target, d) of q(z | everything observed), as `model.posterior` combines them. Of private
+    dimensions of z_j, experts of other modalities give the prior."""
 
     mean: Tensor
     log_var: Tensor
@@ -43,10 +47,11 @@ class Posterior(NamedTuple):
 
 
 class Output(NamedTuple):
-    """One forward pass. posterior; z: (B, K source, K target, d) samples of the experts; ln_self, ln_cross: (B, K)
-    ln p(x_k | z_k) with z_k from x_k alone (eq. 5) and from everything observed (eq. 8), zero where x_k is not
-    observed; logits: (B, K source, K) of the discriminator; contrast: (M, B, K source, K * d / M) the experts' means
-    that InfoNCE compares, one set a member; log_scale: () inverse temperature of the contrast."""
+    """One forward pass. posterior; z: (B, K source, K target, d) samples of the experts, to be aligned; ln_self,
+    ln_cross: (B, K) ln p(x_k | z_k) with z_k from x_k alone (eq. 5) and from everything observed (eq. 8), zero where
+    x_k is not observed; logits: (B, K source, K) of the discriminator; contrast: (M, B, K source, K * d / M) the
+    experts' means that InfoNCE compares, one set a member; log_scale: () inverse temperature of the contrast. z and
+    contrast are zero in private dimensions, and the discriminator sees none of them."""
 
     posterior: Posterior
     z: Tensor
@@ -75,23 +80,27 @@ class CLUE(nn.Module):
         super().__init__()
         self.names, self.latent = list(specs), config.latent
         k = len(specs)
-        trunks = {m: Trunk(s.n_features, s.normalise, k, config.trunk) for m, s in specs.items()}
-        self.trunks = nn.ModuleDict(trunks)
+        # Lists, not dicts by name: torch has attributes of its own, and a modality may be called like one.
+        self.trunks = nn.ModuleList(Trunk(s.n_features, s.normalise, k, config.trunk) for s in specs.values())
         self.members = config.trunk.members
+        each = config.latent // self.members
+        private = config.n_private // self.members if k > 1 else 0  # nothing is shared where there is one modality
+        self.register_buffer("private", torch.arange(config.latent) % each >= each - private)  # the last of each member
+        self.private: Tensor
         self.heads = Heads(k, self.members, config.trunk.hidden, config.latent, config.trunk.shared)
         self.combine = combination(config.posterior, k)
-        self.decoders = nn.ModuleDict(
-            {m: Decoder(s.likelihood, s.n_features, n_batches, config.latent, config.decoder) for m, s in specs.items()}
+        self.decoders = nn.ModuleList(
+            Decoder(s.likelihood, s.n_features, n_batches, config.latent, config.decoder) for s in specs.values()
         )
         self.discriminator = Discriminator(k, config.latent, config.discriminator)
         self.scale = Scale()
         self.features_per_step = {m: s.features_per_step for m, s in specs.items()}
 
     def trunk(self, name: str) -> Trunk:
-        return cast(Trunk, self.trunks[name])
+        return cast(Trunk, self.trunks[self.names.index(name)])
 
     def decoder(self, name: str) -> Decoder:
-        return cast(Decoder, self.decoders[name])
+        return cast(Decoder, self.decoders[self.names.index(name)])
 
     def encode(self, batch: Batch, noise: Noise | None = None) -> Posterior:
         """Every expert's Gaussian and the joint one. Sources that a cell lacks hold values nobody may use."""
@@ -118,16 +127,18 @@ class CLUE(nn.Module):
         nothing = z.new_zeros(batch.n_cells, len(self.names))
         decoded = iter(self._decode(batch, [own(z)] * decode_self + [joint] * decode_cross, noise))
         ln_self, ln_cross = (next(decoded) if wanted else nothing for wanted in (decode_self, decode_cross))
+        z, contrast = self._aligned(z), self._aligned(contrast)
         logits = self.discriminator(reverse_gradient(z.flatten(2)), noise)
         return Output(posterior, z, ln_self, ln_cross, logits, self._by_member(contrast), self.scale())
 
     @torch.no_grad()
     def embed(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Posterior means of the full z: (B, K * d) from everything observed, and from each modality alone
-        (n, K * d), rows as in `batch.modalities[m].rows`."""
+        (n, K * d), rows as in `batch.modalities[m].rows`. Private dimensions are scaled by PRIVATE_SCALE."""
         posterior = self.encode(batch)
-        alone = {m: posterior.mean[o.rows, self.names.index(m)].flatten(1) for m, o in batch.modalities.items()}
-        return posterior.joint_mean.flatten(1), alone
+        mean, joint = (torch.where(self.private, PRIVATE_SCALE * x, x) for x in (posterior.mean, posterior.joint_mean))
+        alone = {m: mean[o.rows, self.names.index(m)].flatten(1) for m, o in batch.modalities.items()}
+        return joint.flatten(1), alone
 
     def _components(self, batch: Batch) -> dict[str, Tensor]:
         """The sparse first step of each trunk, done once: (n, components) by modality."""
@@ -136,7 +147,16 @@ class CLUE(nn.Module):
     def _posterior(self, batch: Batch, components: dict[str, Tensor], noise: Noise | None) -> Posterior:
         rows = {m: batch.modalities[m].rows for m in components}
         mean, log_var = self._experts(batch, components, rows, noise)
-        return Posterior(mean, log_var, *self.combine(mean, log_var, batch.observed))
+        others = ~torch.eye(len(self.names), dtype=torch.bool, device=mean.device)[:, :, None]
+        mean, log_var = (x.masked_fill(others & self.private, 0.0) for x in (mean, log_var))
+        joint_mean, joint_log_var = self.combine(self._aligned(mean), self._aligned(log_var), batch.observed)
+        joint_mean = with_private(mean, joint_mean, batch.observed, self.private)
+        joint_log_var = with_private(log_var, joint_log_var, batch.observed, self.private)
+        return Posterior(mean, log_var, joint_mean, joint_log_var)
+
+    def _aligned(self, x: Tensor) -> Tensor:
+        """(..., d) with zeros in private dimensions."""
+        return x.masked_fill(self.private, 0.0)
 
     def _mixed(self, batch: Batch, components: dict[str, Tensor], noise: Noise, within_batch: bool) -> Tensor:
         """Means of the experts for mixtures of paired cells (Zhang et al., mixup, 2018): (B, K source, K target, d).

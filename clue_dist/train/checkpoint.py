@@ -313,7 +313,13 @@ def load_model(run: Path, checkpoint: str = "best") -> Loaded:
         raise ResumeError("the weights are damaged", where=folder, got=problem)
     model = CLUE(specs_of(card.modalities, config), len(card.batches), config.model)
     weights: dict[str, Tensor] = load_file(folder / WEIGHTS)
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        fix = "embed with the version of clue_dist that trained them, or train again"
+        raise ResumeError(
+            "the weights do not fit the model of these settings", where=folder, got=error, fix=fix
+        ) from error
     return Loaded(model.eval(), card.modalities, folder.name, config.model.latent, config)
 
 

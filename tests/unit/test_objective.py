@@ -8,14 +8,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from clue_dist.config import ObjectiveConfig
+from clue_dist.config import Config, ObjectiveConfig
 from clue_dist.data.batch import Batch, Observed
-from clue_dist.model.clue import CLUE, ModalitySpec, Output, Posterior
+from clue_dist.model.clue import CLUE, PRIVATE_SCALE, ModalitySpec, Output, Posterior
 from clue_dist.model.encoders import Heads
 from clue_dist.model.layers import reverse_gradient
 from clue_dist.model.noise import Noise
-from clue_dist.model.posterior import GeneralisedProduct, kl_to_prior, mean_of_experts, product_of_experts
+from clue_dist.model.posterior import (
+    GeneralisedProduct,
+    kl_to_prior,
+    mean_of_experts,
+    own,
+    product_of_experts,
+)
 from clue_dist.objective import Objective, discriminator_ln, elbo_cross, elbo_self, info_nce, mse
+from clue_dist.train.engine import parameter_groups
 
 B, K, D = 12, 3, 4
 OBSERVED = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 1, 1], [0, 0, 1], [1, 0, 1]] * 2, dtype=torch.bool)
@@ -181,7 +188,7 @@ def test_reversed_gradient() -> None:
 
 
 def small_model(
-    k: int = K, members: int = 1, shared: bool = True, **objective: float
+    k: int = K, members: int = 1, shared: bool = True, private: float = 0.0, **objective: float
 ) -> tuple[Objective, Batch, Noise]:
     from clue_dist.config import ModelConfig
 
@@ -189,6 +196,7 @@ def small_model(
     specs = {f"m{i}": ModalitySpec(6, "none", "normal", None) for i in range(k)}
     config = ModelConfig(
         latent=D,
+        private=private,
         trunk={"hidden": 8, "projection_lr": 1.0, "members": members, "shared": shared},
         discriminator={"hidden": 8},
         decoder={"hidden": 8},
@@ -247,6 +255,61 @@ def test_what_a_cell_lacks_does_not_touch_its_loss() -> None:
     other, _ = model(batch, Noise(0, 0, {"s": B}, 1))
     hook.remove()
     torch.testing.assert_close(loss, other)
+
+
+def test_private_dimensions_follow_from_their_own_modality_alone() -> None:
+    model, batch, noise = small_model(members=2, private=0.5)
+    clue, observed = model.model.eval(), batch.observed
+    assert clue.private.tolist() == ([False] * (D // 4) + [True] * (D // 4)) * 2
+    got = clue.encode(batch)
+    foreign = ~torch.eye(K, dtype=torch.bool)
+    for expert, joint in ((got.mean, got.joint_mean), (got.log_var, got.joint_log_var)):
+        private, joint = expert[..., clue.private], joint[..., clue.private]  # (B, K, K, .), (B, K, .)
+        assert (private[:, foreign] == 0).all()  # the prior
+        assert (own(private)[observed] != 0).all()
+        torch.testing.assert_close(joint[observed], own(private)[observed])
+        assert (joint[~observed] == 0).all()
+    out = clue(batch, noise)
+    assert (out.z[..., clue.private] == 0).all()
+    assert (out.contrast.unflatten(-1, (K, -1))[..., D // 4 :] == 0).all()
+
+
+def test_no_alignment_reaches_private_dimensions() -> None:
+    off = {"lambda_self": 0.0, "lambda_cross": 0.0}
+    model, batch, noise = small_model(private=0.5, **off, lambda_mse=1.0, lambda_d=1.0, lambda_contrastive=1.0)
+    kept: list[Tensor] = []
+    model.model.heads.register_forward_hook(lambda _m, _i, out: kept.extend(out))
+    loss, _ = model(batch, noise)
+    for gradient in torch.autograd.grad(loss, kept, allow_unused=True):
+        if gradient is not None:
+            assert (gradient[..., model.model.private] == 0).all()
+            assert (gradient[..., ~model.model.private] != 0).any()
+
+
+def test_dispersions_learn_faster_and_biases_do_not_decay() -> None:
+    model, _, _ = small_model()
+    config = Config(model={"trunk": {"projection_lr": 0.5}}, train={"weight_decay": 0.1})
+    groups = {id(p): g for g in parameter_groups(model, config) for p in g["params"]}
+    found = {n: (groups[id(p)]["lr_scale"], groups[id(p)]["weight_decay"]) for n, p in model.named_parameters()}
+    assert found["model.decoders.0.theta.weight"] == (10.0, 0.0)
+    assert found["model.decoders.0.rate.weight"] == (1.0, 0.1)
+    assert found["model.decoders.0.rate.bias"] == (1.0, 0.0)
+    assert found["model.trunks.0.projection.weight"] == (0.5, 0.1)
+
+
+def test_an_embedding_shrinks_private_dimensions() -> None:
+    model, batch, _ = small_model(private=0.5)
+    clue = model.model.eval()
+    posterior, (joint, alone) = clue.encode(batch), clue.embed(batch)
+    scale = torch.where(clue.private, PRIVATE_SCALE, 1.0)
+    torch.testing.assert_close(joint, (posterior.joint_mean * scale).flatten(1))
+    rows = batch.modalities["m1"].rows
+    torch.testing.assert_close(alone["m1"], (posterior.mean[rows, 1] * scale).flatten(1))
+
+
+def test_a_single_modality_has_nothing_private() -> None:
+    model, _, _ = small_model(1, private=0.5)
+    assert not model.model.private.any()
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -32,12 +32,12 @@ class CommonSpace(CLUE):
     """CLUE's encoders, whose K sections are here one z of K * d numbers; each decoder reads all of it."""
 
     def __init__(self, specs: dict[str, ModalitySpec], n_batches: int, config: Config) -> None:
-        super().__init__(specs, n_batches, config.model)
+        super().__init__(specs, n_batches, config.model.model_copy(update={"private": 0.0}))
         del self.discriminator, self.scale
         self.objective = config.objective
         width = config.model.latent * len(specs)
-        self.decoders = nn.ModuleDict(
-            {m: Decoder(s.likelihood, s.n_features, n_batches, width, config.model.decoder) for m, s in specs.items()}
+        self.decoders = nn.ModuleList(
+            Decoder(s.likelihood, s.n_features, n_batches, width, config.model.decoder) for s in specs.values()
         )
 
     def inferred(self, batch: Batch, noise: Noise | None = None) -> tuple[Tensor, Tensor]:
