@@ -73,12 +73,6 @@ def combination(name: str, n_modalities: int) -> Combine:
     return known[name]()
 
 
-def with_private(experts: Tensor, joint: Tensor, observed: Tensor, private: Tensor) -> Tensor:
-    """A parameter of the joint posterior, whose private dimensions follow from x_k alone: where that was not observed,
-    the prior's 0. experts: (B, K, K, d); joint: (B, K, d); private: (d,)."""
-    return torch.where(private, own(experts) * observed[:, :, None], joint)
-
-
 def kl_to_prior(mean: Tensor, log_var: Tensor) -> Tensor:
     """KL(N(mean, exp log_var) || N(0, 1)) summed over the last axis, in nats."""
     return 0.5 * (mean**2 + log_var.exp() - 1 - log_var).sum(-1)

@@ -273,8 +273,15 @@ class Loaded:
     model: CLUE
     modalities: dict[str, Modality]
     name: str
-    latent: int
     config: Config
+
+    @property
+    def latent(self) -> int:
+        return self.model.latent
+
+    @property
+    def private(self) -> int:
+        return self.model.private
 
 
 def describe(run: Path, store: Store, config: Config) -> None:
@@ -320,7 +327,7 @@ def load_model(run: Path, checkpoint: str = "best") -> Loaded:
         raise ResumeError(
             "the weights do not fit the model of these settings", where=folder, got=error, fix=fix
         ) from error
-    return Loaded(model.eval(), card.modalities, folder.name, config.model.latent, config)
+    return Loaded(model.eval(), card.modalities, folder.name, config)
 
 
 def _weights_folder(run: Path, checkpoint: str) -> Path | None:

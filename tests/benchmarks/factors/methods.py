@@ -63,7 +63,7 @@ def by_common_space(
     model = common_space.train(setup, alignment)
     seconds = time.monotonic() - began
     config, out = setup.config, folder / "z.h5mu"
-    loaded = Loaded(model, setup.store.manifest.modalities, "last", config.model.latent, config)
+    loaded = Loaded(model, setup.store.manifest.modalities, "last", config)
     embed_store(loaded, Store(stores / "test.zarr"), out, run=folder, per_modality=True)
     with mosaics.quiet():
         table = md.read(out)
