@@ -67,10 +67,17 @@ class DiscriminatorConfig(_Strict):
 
 class ModelConfig(_Strict):
     latent: int = Field(64, ge=1)  # d, dimensions of each modality's z_k
+    private: float = Field(0.25, ge=0, lt=1)  # share of them that x_k alone tells and that no term aligns
     posterior: Literal["gpoe", "poe", "mean"] = "gpoe"
     trunk: TrunkConfig = TrunkConfig()
     decoder: DecoderConfig = DecoderConfig()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
+
+    @property
+    def n_private(self) -> int:
+        """How many of the d dimensions are private: as many in each member, rounded down."""
+        each = self.latent // self.trunk.members
+        return int(self.private * each) * self.trunk.members
 
     @model_validator(mode="after")
     def _members(self) -> ModelConfig:

@@ -44,7 +44,8 @@ class Embedder(Protocol):
 
 
 class Loaded(Protocol):
-    """A trained model as `train.checkpoint.load_model` gives it. modalities: in model order; latent: d."""
+    """A trained model as `train.checkpoint.load_model` gives it. modalities: in model order; latent: d; private: so
+    many of each modality's d dimensions, the last, follow from it alone."""
 
     @property
     def model(self) -> Embedder: ...
@@ -54,6 +55,8 @@ class Loaded(Protocol):
     def name(self) -> str: ...
     @property
     def latent(self) -> int: ...
+    @property
+    def private(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,7 @@ def about(loaded: Loaded, store: Store, run: Path | str) -> dict[str, Any]:
         "store": str(store.root),
         "fingerprint": store.fingerprint,
         "latent": dict.fromkeys(loaded.modalities, loaded.latent),
+        "private": dict.fromkeys(loaded.modalities, loaded.private),
     }
 
 

@@ -96,12 +96,17 @@ def foscttm(u1: np.ndarray | Tensor, u2: np.ndarray | Tensor) -> float:
 
     u1, u2: (N, D), N >= 1, on any device; rows are L2-normalised here.
     """
+    return float(nearer_than_match(u1, u2).mean())
+
+
+def nearer_than_match(u1: np.ndarray | Tensor, u2: np.ndarray | Tensor) -> np.ndarray:
+    """Each pair's share in `foscttm`, the mean of both directions. u1, u2: (N, D). (N,) float64"""
     x, y = (_l2(u) for u in _checked(u1, u2))
-    nearer = 0
+    nearer = np.zeros(len(x))
     for queries, keys in ((x, y), (y, x)):
         for rows, d in _distances(queries, keys, slice(None)):
-            nearer += int((d < _own(d, rows)).sum())
-    return nearer / (2 * len(x) ** 2)
+            nearer[rows.cpu().numpy()] += (d < _own(d, rows)).sum(1).cpu().numpy()
+    return nearer / (2 * len(x))
 
 
 def chance(batch: np.ndarray) -> Scores:

@@ -291,7 +291,7 @@ def _curves_section(run: Path, folder: Path) -> str:
         facts.append(f"{metrics['epoch'].max():.4g} epochs")
     if "best_step" in metrics and metrics["best_step"].notna().any():
         best = metrics.dropna(subset=["best_step"]).iloc[-1]
-        facts.append(f"best validation {best['best']:.4f} at step {int(best['best_step']):,}")
+        facts.append(f"weights of step {int(best['best_step']):,}, lowest validation score {best['best']:.4f}")
     if bad:
         facts.append(f"{bad} unreadable lines of metrics.jsonl left out")
     return f"<h2>Training</h2><p class='muted'>{'; '.join(facts)}.</p>" + _image(folder, "curves", draw_curves(metrics))

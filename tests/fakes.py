@@ -52,6 +52,7 @@ class FakeLoaded:
 
     modalities: dict[str, Modality]
     latent: int = 3
+    private: int = 0
     name: str = "step-7"
     model: Any = field(default=None)
 

@@ -116,16 +116,21 @@ def shares(batch_size: int, lanes: int, weights: Mapping[str, float]) -> dict[st
     return {s: n * lanes for s, n in out.items()}
 
 
-def weights(sizes: Mapping[str, int], paired: Mapping[str, bool], paired_share: float | str) -> dict[str, float]:
+def weights(
+    sizes: Mapping[str, int], paired: Mapping[str, bool], paired_share: float | str, batch_size: int
+) -> dict[str, float]:
     """Weights of strata: `paired_share` of the batch to paired strata, by number of cells inside each group.
 
-    "auto" gives paired cells twice the share they have of the data, between a half and four fifths.
+    "auto" gives paired cells twice the share they have of the data, between a half and four fifths, but at most half
+    of them to a batch: the contrastive term would take copies of a cell for other cells.
     """
     pairs = sum(n for s, n in sizes.items() if paired[s])
     single = sum(n for s, n in sizes.items() if not paired[s])
     if not pairs or not single:
         return {s: float(n) for s, n in sizes.items()}
-    share = min(max(2 * pairs / (pairs + single), 0.5), 0.8) if paired_share == "auto" else float(paired_share)
+    if paired_share == "auto":
+        paired_share = min(max(2 * pairs / (pairs + single), 0.5), 0.8, pairs / 2 / batch_size)
+    share = float(paired_share)
     if not 0 < share < 1:
         raise ConfigError("data.paired_share must lie between 0 and 1", got=paired_share)
     return {s: n / pairs * share if paired[s] else n / single * (1 - share) for s, n in sizes.items()}

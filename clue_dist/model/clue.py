@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast
 
@@ -21,6 +22,9 @@ from clue_dist.model.posterior import combination, own, sample
 from clue_dist.model.trunk import NORMALISE, Trunk
 from clue_dist.store.manifest import Modality
 
+# In an embedding, of private dimensions: a probe reads them there, but neighbours are those by what modalities share.
+PRIVATE_SCALE = 0.2
+
 
 @dataclass(frozen=True)
 class ModalitySpec:
@@ -34,7 +38,8 @@ class ModalitySpec:
 
 class Posterior(NamedTuple):
     """Gaussians over the full z. mean, log_var: (B, K source, K target, d) of the experts q(z_j | x_k); joint_mean,
-    joint_log_var: (B, K target, d) of q(z | everything observed), as `model.posterior` combines them."""
+    joint_log_var: (B, K target, d) of q(z | everything observed), as `model.posterior` combines them. The last, private
+    dimensions of z_j follow from x_j alone: what other experts say there is not used, the prior stands for it."""
 
     mean: Tensor
     log_var: Tensor
@@ -43,10 +48,11 @@ class Posterior(NamedTuple):
 
 
 class Output(NamedTuple):
-    """One forward pass. posterior; z: (B, K source, K target, d) samples of the experts; ln_self, ln_cross: (B, K)
+    """One forward pass. posterior; z: (B, K source, K target, a) samples of the experts; ln_self, ln_cross: (B, K)
     ln p(x_k | z_k) with z_k from x_k alone (eq. 5) and from everything observed (eq. 8), zero where x_k is not
-    observed; logits: (B, K source, K) of the discriminator; contrast: (M, B, K source, K * d / M) the experts' means
-    that InfoNCE compares, one set a member; log_scale: () inverse temperature of the contrast."""
+    observed; logits: (B, K source, K) of the discriminator; contrast: (M, B, K source, K * a / M) the experts' means
+    that InfoNCE compares, one set a member; log_scale: () inverse temperature of the contrast. a: the dimensions of
+    each z_k that are aligned, all but the private ones."""
 
     posterior: Posterior
     z: Tensor
@@ -75,23 +81,25 @@ class CLUE(nn.Module):
         super().__init__()
         self.names, self.latent = list(specs), config.latent
         k = len(specs)
-        trunks = {m: Trunk(s.n_features, s.normalise, k, config.trunk) for m, s in specs.items()}
-        self.trunks = nn.ModuleDict(trunks)
+        # Lists, not dicts by name: torch has attributes of its own, and a modality may be called like one.
+        self.trunks = nn.ModuleList(Trunk(s.n_features, s.normalise, k, config.trunk) for s in specs.values())
         self.members = config.trunk.members
+        self.private = config.n_private if k > 1 else 0  # where nothing is shared, nothing is kept from it
+        self.aligned = config.latent - self.private
         self.heads = Heads(k, self.members, config.trunk.hidden, config.latent, config.trunk.shared)
         self.combine = combination(config.posterior, k)
-        self.decoders = nn.ModuleDict(
-            {m: Decoder(s.likelihood, s.n_features, n_batches, config.latent, config.decoder) for m, s in specs.items()}
+        self.decoders = nn.ModuleList(
+            Decoder(s.likelihood, s.n_features, n_batches, config.latent, config.decoder) for s in specs.values()
         )
-        self.discriminator = Discriminator(k, config.latent, config.discriminator)
+        self.discriminator = Discriminator(k, self.aligned, config.discriminator)
         self.scale = Scale()
         self.features_per_step = {m: s.features_per_step for m, s in specs.items()}
 
     def trunk(self, name: str) -> Trunk:
-        return cast(Trunk, self.trunks[name])
+        return cast(Trunk, self.trunks[self.names.index(name)])
 
     def decoder(self, name: str) -> Decoder:
-        return cast(Decoder, self.decoders[name])
+        return cast(Decoder, self.decoders[self.names.index(name)])
 
     def encode(self, batch: Batch, noise: Noise | None = None) -> Posterior:
         """Every expert's Gaussian and the joint one. Sources that a cell lacks hold values nobody may use."""
@@ -118,16 +126,27 @@ class CLUE(nn.Module):
         nothing = z.new_zeros(batch.n_cells, len(self.names))
         decoded = iter(self._decode(batch, [own(z)] * decode_self + [joint] * decode_cross, noise))
         ln_self, ln_cross = (next(decoded) if wanted else nothing for wanted in (decode_self, decode_cross))
+        z, contrast = z[..., : self.aligned], contrast[..., : self.aligned]
         logits = self.discriminator(reverse_gradient(z.flatten(2)), noise)
         return Output(posterior, z, ln_self, ln_cross, logits, self._by_member(contrast), self.scale())
 
     @torch.no_grad()
     def embed(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Posterior means of the full z: (B, K * d) from everything observed, and from each modality alone
-        (n, K * d), rows as in `batch.modalities[m].rows`."""
+        (n, K * d), rows as in `batch.modalities[m].rows`. Private dimensions are scaled by PRIVATE_SCALE."""
         posterior = self.encode(batch)
-        alone = {m: posterior.mean[o.rows, self.names.index(m)].flatten(1) for m, o in batch.modalities.items()}
-        return posterior.joint_mean.flatten(1), alone
+        alone = {}
+        for m, o in batch.modalities.items():
+            k = self.names.index(m)
+            alone[m] = self._shown(posterior.mean[o.rows, k], [k])
+        return self._shown(posterior.joint_mean, range(len(self.names))), alone
+
+    def _shown(self, z: Tensor, own: Iterable[int]) -> Tensor:
+        """(n, K, d) -> (n, K * d) with the private dimensions of `own` modalities scaled, of others zero."""
+        scale = z.new_ones(z.shape[1:])
+        scale[:, self.aligned :] = 0
+        scale[list(own), self.aligned :] = PRIVATE_SCALE
+        return (z * scale).flatten(1)
 
     def _components(self, batch: Batch) -> dict[str, Tensor]:
         """The sparse first step of each trunk, done once: (n, components) by modality."""
@@ -136,7 +155,11 @@ class CLUE(nn.Module):
     def _posterior(self, batch: Batch, components: dict[str, Tensor], noise: Noise | None) -> Posterior:
         rows = {m: batch.modalities[m].rows for m in components}
         mean, log_var = self._experts(batch, components, rows, noise)
-        return Posterior(mean, log_var, *self.combine(mean, log_var, batch.observed))
+        joint = self.combine(mean[..., : self.aligned], log_var[..., : self.aligned], batch.observed)
+        # Zeros are the prior's mean and log-variance.
+        private = (own(x[..., self.aligned :]) * batch.observed[:, :, None] for x in (mean, log_var))
+        joint_mean, joint_log_var = (torch.cat(parts, -1) for parts in zip(joint, private, strict=True))
+        return Posterior(mean, log_var, joint_mean, joint_log_var)
 
     def _mixed(self, batch: Batch, components: dict[str, Tensor], noise: Noise, within_batch: bool) -> Tensor:
         """Means of the experts for mixtures of paired cells (Zhang et al., mixup, 2018): (B, K source, K target, d).
@@ -172,8 +195,8 @@ class CLUE(nn.Module):
         return mean, log_var
 
     def _by_member(self, z: Tensor) -> Tensor:
-        """(B, K source, K target, d) -> (M, B, K source, K * d / M)."""
-        return z.unflatten(-1, (self.members, -1)).movedim(3, 0).flatten(3)
+        """(B, K source, K target, a) -> (M, B, K source, K * a / M)."""
+        return z.unflatten(-1, (-1, self.members)).movedim(-1, 0).flatten(3)
 
     def _decode(self, batch: Batch, sources: list[Tensor], noise: Noise) -> list[Tensor]:
         """ln p(x_k | z_k) where x_k is observed, else 0: (B, K) for each z (B, K, d) in `sources`."""

@@ -29,13 +29,13 @@ class Heads(nn.Module):
     def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """h: (K, N, B, H) by source -> mean, log-variance: (B, K source, K target, d), float32.
 
-        N networks a source: M members of one trunk, or, not shared, M of each of K targets. Each member gives d / M of
-        the d dimensions of every z.
+        N networks a source: M members of one trunk, or, not shared, M of each of K targets. Each member gives every
+        M-th of the d dimensions of every z.
         """
         out = torch.baddbmm(self.bias, h.flatten(0, 1), self.weight)
         if self.shared:
-            out = out.view(self.k, self.members, -1, *self.grid).permute(2, 0, 3, 4, 1, 5)
+            out = out.view(self.k, self.members, -1, *self.grid).permute(2, 0, 3, 4, 5, 1)
         else:
-            out = out.view(self.k, self.members, self.k, -1, *self.grid[1:]).permute(3, 0, 2, 4, 1, 5)
+            out = out.view(self.k, self.members, self.k, -1, *self.grid[1:]).permute(3, 0, 2, 4, 5, 1)
         out = out.flatten(-2).float()  # (B, K source, K target, 2, d)
         return out[:, :, :, 0], out[:, :, :, 1].clamp(-MAX_LOG_VARIANCE, MAX_LOG_VARIANCE)

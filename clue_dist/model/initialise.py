@@ -20,6 +20,7 @@ from clue_dist.store.reader import Store
 MAX_CELLS = 20_000  # of each modality
 MIN_SIZE_SCALE = 0.05  # a size that hardly varies (a small panel is always detected) must not be blown up
 CONSTANT, MIN_RELATIVE_SCALE = 2e-6, 0.01  # standard deviations: of rounding; of a feature next to the median's
+R_LIMITS = 0.1, 100.0  # of an NB at its start
 MAX_NONZEROS = 40_000_000  # bounds memory and time where profiles are long
 
 
@@ -136,7 +137,7 @@ def leading_svd(
 
 
 def _set_offsets(decoder: Decoder, counts: sp.csr_matrix | np.ndarray) -> None:
-    """Start each feature's rate at its average over the sample."""
+    """Start each feature's rate at its average over the sample, and its second parameter at what its moments say."""
     total = np.maximum(_column_sums(counts, lambda v: v), 0.5)
     library = total.sum()
     if decoder.likelihood == "normal":
@@ -147,8 +148,20 @@ def _set_offsets(decoder: Decoder, counts: sp.csr_matrix | np.ndarray) -> None:
         decoder.theta.weight.copy_(torch.from_numpy(np.log(np.maximum(scale, floor))))
         return
     share = np.minimum(total / library, 0.999)
+    if decoder.likelihood in ("nb", "zinb"):
+        decoder.theta.weight.copy_(torch.from_numpy(np.log(_inverse_dispersions(counts, share))))
     if decoder.likelihood == "bernoulli":
         detected = np.clip(_column_sums(counts, lambda v: (v > 0).astype(np.float64)) / counts.shape[0], 1e-6, 0.999)
         decoder.rate.bias.copy_(torch.from_numpy(np.log(detected / (1 - detected)) - np.log(library / counts.shape[0])))
         return
     decoder.rate.bias.copy_(torch.from_numpy(np.log(share / (1 - share))))
+
+
+def _inverse_dispersions(counts: sp.csr_matrix | np.ndarray, share: np.ndarray) -> np.ndarray:
+    """r of each feature, (features,), by the moments of an NB with variance mu + mu^2 / r, where mu is the feature's
+    share of the cell's counts. What differs from cell to cell beyond that lowers r: training raises it again."""
+    size = np.asarray(counts.sum(1), np.float64).ravel()  # (n,)
+    squares, products = _column_sums(counts, np.square), np.asarray(counts.T @ size, np.float64).ravel()
+    squared_mean = share**2 * np.square(size).sum()
+    excess = squares - 2 * share * products + squared_mean - share * size.sum()  # sum of (x - mu)^2 - mu
+    return np.clip(squared_mean / np.maximum(excess, 1e-9), *R_LIMITS)

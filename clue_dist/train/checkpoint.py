@@ -39,7 +39,11 @@ COMMIT, STATE, WEIGHTS, TAG = "COMMIT.json", "state.json", "weights.safetensors"
 
 @dataclass(frozen=True)
 class State:
-    """All that a run must know to go on, besides the engine's own state. step: optimizer steps done."""
+    """All that a run must know to go on, besides the engine's own state.
+
+    step: optimizer steps done; best: the lowest validation score; best_step: of the weights that are kept; bad:
+    validations since the lowest.
+    """
 
     step: int
     world: int
@@ -269,8 +273,15 @@ class Loaded:
     model: CLUE
     modalities: dict[str, Modality]
     name: str
-    latent: int
     config: Config
+
+    @property
+    def latent(self) -> int:
+        return self.model.latent
+
+    @property
+    def private(self) -> int:
+        return self.model.private
 
 
 def describe(run: Path, store: Store, config: Config) -> None:
@@ -309,8 +320,14 @@ def load_model(run: Path, checkpoint: str = "best") -> Loaded:
         raise ResumeError("the weights are damaged", where=folder, got=problem)
     model = CLUE(specs_of(card.modalities, config), len(card.batches), config.model)
     weights: dict[str, Tensor] = load_file(folder / WEIGHTS)
-    model.load_state_dict(weights)
-    return Loaded(model.eval(), card.modalities, folder.name, config.model.latent, config)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        fix = "embed with the version of clue_dist that trained them, or train again"
+        raise ResumeError(
+            "the weights do not fit the model of these settings", where=folder, got=error, fix=fix
+        ) from error
+    return Loaded(model.eval(), card.modalities, folder.name, config)
 
 
 def _weights_folder(run: Path, checkpoint: str) -> Path | None:

@@ -73,23 +73,32 @@ def modality_weights(setup: Setup) -> list[float]:
 
 
 def parameter_groups(objective: nn.Module, config: Config) -> list[dict[str, Any]]:
-    """Trained parameters in groups with their share of the learning rate: of projections or not, matrices or not.
+    """Trained parameters in groups of equal learning rate, relative to `train.lr`, and decay.
 
     Biases, norms and temperatures are not decayed.
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)
     for name, p in objective.named_parameters():
         if p.requires_grad:
             matrix = p.ndim > 1 and name.endswith("weight")
-            groups[".projection." in name, matrix].append(p)
+            groups[_lr_scale(name, config), matrix].append(p)
     return [
         {
             "params": ps,
-            "lr_scale": config.model.trunk.projection_lr if projection else 1.0,
+            "lr_scale": scale,
             "weight_decay": config.train.weight_decay if matrix else 0.0,
         }
-        for (projection, matrix), ps in groups.items()
+        for (scale, matrix), ps in groups.items()
     ]
+
+
+THETA_LR = 10.0  # dispersions may be off by orders of magnitude; at the rate of weights they would never get there
+
+
+def _lr_scale(name: str, config: Config) -> float:
+    if ".projection." in name:
+        return config.model.trunk.projection_lr
+    return THETA_LR if ".theta." in name else 1.0
 
 
 def deepspeed_config(config: Config, world: int) -> dict[str, Any]:

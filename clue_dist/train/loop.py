@@ -113,7 +113,11 @@ def loader_at(setup: Setup, ranks: Ranks, step: int, device: torch.device) -> Lo
 
 
 def _validate(engine: Any, setup: Setup, ranks: Ranks, held_out: Batch | None, state: State, sinks: Sinks) -> State:
-    """Score the held-out cells, keep the best weights, count the validations without a better score."""
+    """Score the held-out cells, keep the best weights, count the validations without a better score.
+
+    Scores within a standard error of the lowest cannot be told apart; the latest of them wins, as steps have become
+    smaller since.
+    """
     run = Path(setup.config.run)
     if held_out is None:  # the last weights are the best there are
         state = replace(state, best_step=state.step)
@@ -121,14 +125,15 @@ def _validate(engine: Any, setup: Setup, ranks: Ranks, held_out: Batch | None, s
         return state
     noise = Noise(setup.config.seed, 0, {"held out": held_out.n_cells}, lanes=1, device=held_out.observed.device)
     values = validate.score(engine, held_out, setup.paired, noise)
-    score = ranks.all_gather_object(values["score"])[0]  # rank 0 decides: rounding may differ between ranks
-    if state.best is None or score < state.best:
-        state = replace(state, best=score, best_step=state.step, bad=0)
+    # Rank 0 decides: rounding may differ between ranks.
+    score, error = ranks.all_gather_object((values["score"], values["error"]))[0]
+    lower = state.best is None or score < state.best
+    lowest = score if state.best is None else min(score, state.best)
+    state = replace(state, best=lowest, bad=0 if lower else state.bad + 1)
+    if score <= lowest + error:
+        state = replace(state, best_step=state.step)
         checkpoint.save_best(run, engine, state, ranks)
-    else:
-        state = replace(state, bad=state.bad + 1)
-    assert state.best is not None
-    sinks.write("validation", state.step, values | {"best": state.best, "best_step": state.best_step})
+    sinks.write("validation", state.step, values | {"best": lowest, "best_step": state.best_step})
     patience = setup.config.train.patience
     if patience and state.bad >= patience:
         sinks.say(f"no better validation since step {state.best_step}: stopping early")

@@ -97,8 +97,8 @@ def prepare(config: Config, world: int, *, writes: bool = True) -> Setup:
     config = resolve(config, sum(train.values()))
     assert config.data.batch_size != "auto"
     assert config.train.epochs != "auto"
-    weights = _weights(config, train, paired)
     micro = config.data.batch_size // config.train.grad_accum
+    weights = _weights(config, train, paired, micro)
     share = plans.shares(micro, config.data.lanes, weights)
     plan = Plan(config.seed, train, share, config.data.lanes, config.data.window_blocks, store.manifest.block_cells)
     total = max(1, round(config.train.epochs * sum(train.values()) / config.data.batch_size))
@@ -149,10 +149,10 @@ def _check_run_folder(run: Path) -> None:
         raise ConfigError("the run folder cannot be written", where=f"run={run}", got=f"{there} is {got}")
 
 
-def _weights(config: Config, train: Mapping[str, int], paired: Mapping[str, bool]) -> dict[str, float]:
+def _weights(config: Config, train: Mapping[str, int], paired: Mapping[str, bool], micro: int) -> dict[str, float]:
     own = config.data.weights
     if own is None:
-        return plans.weights(train, paired, config.data.paired_share)
+        return plans.weights(train, paired, config.data.paired_share, micro)
     if set(own) != set(train) or min(own.values()) <= 0:
         raise ConfigError("data.weights must give every stratum a positive weight", got=own, expected=sorted(train))
     return dict(own)

@@ -61,13 +61,17 @@ def locked(path: Path) -> Iterator[None]:
 
 def once(folder: Path, make: Callable[[Path], None], mark: str = ".done") -> Path:
     """`folder`, filled by `make` unless it has been before; what was broken off is begun anew."""
-    with locked(folder.with_name(f"{folder.name}.lock")):
+    with locked(lock_of(folder)):
         if not (folder / mark).exists():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             make(folder)
             (folder / mark).touch()
     return folder
+
+
+def lock_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -233,21 +237,32 @@ class Run:
 Result = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Steps:
+    """How runs are done. do: what takes long, in a folder that is kept; score: what that is worth, read from the
+    folder; code: digest of what `score` follows from. Where it is another than a kept run was scored by, that run is
+    scored anew, and not done anew."""
+
+    do: Callable[[Run, Path], Result]
+    score: Callable[[Run, Path], Result] | None = None
+    code: str = ""
+
+
 def finish(
-    runs: Sequence[Run], work: Path, do: Callable[[Run, Path], Result], told: Callable[[Result], str]
+    runs: Sequence[Run], work: Path, steps: Steps, told: Callable[[Result], str]
 ) -> tuple[list[Result], list[Result]]:
     """Do the runs that have not been done, one line as each starts and ends; the records and the failures of all.
 
-    do: runs one in a folder of its own and returns what to keep; told: that, in a few words.
+    told: what a record says, in a few words.
     """
     records, failures = [], []
     for number, run in enumerate(runs):
         line = f"[{number + 1}/{len(runs)}] {run.name}"
-        known = run.record(work)
-        if known is None:
+        known = run.record(work) is not None
+        if not known:
             print(f"{line}: began {time.strftime('%H:%M:%S')}, {time_left(runs[number:], work)}", flush=True)
         try:
-            record = known or done(run, work, do)
+            record = done(run, work, steps)
         except (ClueError, OSError, LookupError, ValueError) as error:
             failures.append(asdict(run) | {"error": f"{type(error).__name__}: {error}"})
             print(f"{line}: FAILED: {type(error).__name__}: {error}", flush=True)
@@ -257,18 +272,34 @@ def finish(
     return records, failures
 
 
-def done(run: Run, work: Path, do: Callable[[Run, Path], Result]) -> Result:
-    """The record of a run, which is done if it has not been."""
+def done(run: Run, work: Path, steps: Steps) -> Result:
+    """The record of a run, which is done if it has not been, and scored if its scores are not of this code."""
 
     def make(folder: Path) -> None:
         began = time.monotonic()
-        result = do(run, folder)
+        result = steps.do(run, folder)
         write_json(folder / RESULT, asdict(run) | result | {"wall_s": time.monotonic() - began})
 
-    once(run.folder(work), make, mark=RESULT)
-    record = run.record(work)
-    assert record is not None
+    folder = once(run.folder(work), make, mark=RESULT)
+    with locked(lock_of(folder)):
+        record = run.record(work)
+        assert record is not None
+        if steps.score is not None and record.get("scored_by") != steps.code:
+            record |= steps.score(run, folder) | {"scored_by": steps.code}
+            write_json(folder / RESULT, record)
     return record
+
+
+def unchanged(run: Run, now: str) -> None:
+    """A result is kept under the digest its run was planned with, so that must be true until it ends.
+
+    now: the digest as it is.
+
+    Raises:
+        BenchmarkError: it is another.
+    """
+    if now != run.digest:
+        raise BenchmarkError("sources or cells changed while the benchmark ran", where=run.name, fix="start it again")
 
 
 def time_left(runs: Iterable[Run], work: Path) -> str:
@@ -301,16 +332,19 @@ class Bar:
     op: str
     bar: float
 
-    def judged(self, value: float | None) -> dict[str, Any]:
-        """value: None where not all was run that the bar is about; then it neither holds nor fails."""
+    def judged(self, value: float | None, deviation: float | None = None) -> dict[str, Any]:
+        """value: None where not all was run that the bar is about; then it neither holds nor fails. deviation: of the
+        values it is the mean of, to be told beside it."""
         holds = None if value is None else bool(OPERATORS[self.op](value, self.bar))
-        return {"name": self.name, "value": value, "op": self.op, "bar": self.bar, "holds": holds}
+        spread = {} if deviation is None else {"deviation": deviation}
+        return {"name": self.name, "value": value, "op": self.op, "bar": self.bar, "holds": holds} | spread
 
 
 def bar_lines(bars: Iterable[dict[str, Any]]) -> Iterator[str]:
     words = {True: "holds ", False: "MISSED", None: "open  "}
     for bar in bars:
         value = "not run" if bar["value"] is None else f"{bar['value']:.4g}"
+        value += f" ± {bar['deviation']:.2g}" if "deviation" in bar else ""
         yield f"{words[bar['holds']]}  {bar['name']}: {value} {bar['op']} {bar['bar']:g}"
 
 
@@ -363,7 +397,7 @@ QUICK = "QUICK LOOK: few cells, few steps; the numbers say that it runs, not how
 def carry_out(
     args: argparse.Namespace,
     runs: Sequence[Run],
-    do: Callable[[Run, Path, argparse.Namespace], Result],
+    steps: Steps,
     told: Callable[[Result], str],
     table: Callable[[Sequence[Result]], str],
     footnotes: str,
@@ -378,7 +412,7 @@ def carry_out(
         BenchmarkError: runs failed; the others have been told and written.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended too
-    records, failures = finish(runs, args.work, lambda run, folder: do(run, folder, args), told)
+    records, failures = finish(runs, args.work, steps, told)
     bars = list(bars_of(records))
     print(f"\n{QUICK if args.quick else ''}{table(records)}\n\n{footnotes}\n", *bar_lines(bars), sep="\n", flush=True)
     where = {"machine": machine(), "versions": versions("deepspeed", "scikit-learn")}

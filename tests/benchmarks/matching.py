@@ -20,8 +20,8 @@ import numpy as np
 
 from clue_dist.errors import run_main
 from clue_dist.matching import METRICS
-from tests.benchmarks import common, mosaic
-from tests.benchmarks.common import Bar, BenchmarkError, Result, Run
+from tests.benchmarks import common, mosaic, scores
+from tests.benchmarks.common import Bar, Result, Run, Steps
 from tests.benchmarks.split import FOLDS
 
 PEERS = Path(__file__).with_name("peers")
@@ -80,12 +80,12 @@ def runs_of(args: argparse.Namespace) -> list[Run]:
 
 
 def digest_of(method: str, name: str, args: argparse.Namespace) -> str:
-    """Of the cells, sources and settings that a method's results on a data set follow from."""
+    """Of the cells, sources and settings that a method's embeddings of a data set follow from."""
     return common.digest(mosaic.data_digest(name, args.data), code_of(method, args.quick))
 
 
 def code_of(method: str, quick: bool) -> str:
-    """Digest of the sources and settings that a method's results follow from."""
+    """Digest of the sources and settings that a method's embeddings follow from."""
     if method == "ours":
         return common.digest(mosaic.sources(), *overrides_of(quick))
     files = [PEERS / name for name in ("peer.py", f"{method}.py", f"{method}.txt")]
@@ -100,25 +100,24 @@ def epochs_of(method: str, quick: bool) -> tuple[str, ...]:
     return ("--epochs", str(QUICK_EPOCHS[method])) if quick else ()
 
 
+def steps_of(args: argparse.Namespace) -> Steps:
+    return Steps(lambda run, folder: do(run, folder, args), lambda run, folder: score(run, folder, args), scores.code())
+
+
 def do(run: Run, folder: Path, args: argparse.Namespace) -> Result:
-    """One method on one split: its scores and the seconds of its fit."""
-    unchanged(run, args)
+    """One method on one split: its embedding in `z.npz`, and the seconds of its fit."""
+    common.unchanged(run, digest_of(run.method, run.data_set, args))
     split = mosaic.split_of(run.data_set, run.fold, args.data, args.work)
     if run.method == "ours":
         fit_s = mosaic.ours(split, folder, run.seed, overrides_of(args.quick), args.threads, args.work)
     else:
         fit_s = peer(run, split, folder, args)
-    unchanged(run, args)
-    candidates = mosaic.scored(folder / "z.npz", split)
-    best = min(candidates, key=lambda scores: scores["global"]["foscttm"])
-    others = {"candidates": candidates} if len(candidates) > 1 else {}
-    return {"fit_s": fit_s, "threads": args.threads, "scores": best, **others}
+    common.unchanged(run, digest_of(run.method, run.data_set, args))
+    return {"fit_s": fit_s, "threads": args.threads}
 
 
-def unchanged(run: Run, args: argparse.Namespace) -> None:
-    """A result is kept under the digest its run was planned with, so that must be true until it ends."""
-    if digest_of(run.method, run.data_set, args) != run.digest:
-        raise BenchmarkError("sources or cells changed while the benchmark ran", where=run.name, fix="start it again")
+def score(run: Run, folder: Path, args: argparse.Namespace) -> Result:
+    return scores.of(folder / "z.npz", mosaic.split_of(run.data_set, run.fold, args.data, args.work))
 
 
 def peer(run: Run, split: mosaic.Split, folder: Path, args: argparse.Namespace) -> float:
@@ -132,8 +131,8 @@ def peer(run: Run, split: mosaic.Split, folder: Path, args: argparse.Namespace) 
 
 
 def told(record: Result) -> str:
-    scores = ", ".join(f"{m} {record['scores']['global'][m]:.{DIGITS[m]}f}" for m in METRICS)
-    return f"{scores}, fit {common.duration(record['fit_s'])}"
+    found = ", ".join(f"{m} {record['scores']['global'][m]:.{DIGITS[m]}f}" for m in METRICS)
+    return f"{found}, fit {common.duration(record['fit_s'])}"
 
 
 def table(records: Sequence[Result]) -> str:
@@ -143,11 +142,11 @@ def table(records: Sequence[Result]) -> str:
         groups[record["data_set"], record["method"]].append(record)
     rows = [["set", "method", "folds", "FOSCTTM", "match", "recall10", "fit s", "threads"]]
     for (name, method), group in groups.items():
-        scores = [common.spread([r["scores"]["global"][m] for r in group], DIGITS[m]) for m in METRICS]
+        found = [common.spread([r["scores"]["global"][m] for r in group], DIGITS[m]) for m in METRICS]
         seeds = len({r["seed"] for r in group})
         folds = f"{len({r['fold'] for r in group})}" + (f" x {seeds} seeds" if seeds > 1 else "")
         threads = "/".join(sorted({str(r["threads"]) for r in group}))
-        rows.append([name, method, folds, *scores, common.spread([r["fit_s"] for r in group], 0), threads])
+        rows.append([name, method, folds, *found, common.spread([r["fit_s"] for r in group], 0), threads])
     return common.aligned(rows)
 
 
@@ -170,7 +169,7 @@ def main() -> None:
     common.carry_out(
         args,
         runs_of(args),
-        do,
+        steps_of(args),
         told,
         table,
         FOOTNOTES,

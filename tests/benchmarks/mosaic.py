@@ -14,10 +14,7 @@ from pathlib import Path
 import mudata as md
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
-from anndata import AnnData
 
-from clue_dist import matching
 from clue_dist.errors import DataError
 from tests.benchmarks import common
 from tests.benchmarks.common import BenchmarkError, call, digest, once
@@ -31,6 +28,8 @@ SETS: dict[str, tuple[str, str]] = {
     "bmmc_multiome_starter": ("rna", "atac"),
     "hao_mosaic": ("rna", "adt"),
 }
+BATCHED = tuple(name for name in SETS if name != "cbmc_cite")  # their cells are of two batches or more
+RECIPE = "configs/atlas.json"
 KEPT = ("config.json", "metrics.jsonl")  # of a run's folder; its checkpoints would fill the disk
 
 
@@ -90,23 +89,25 @@ def split_of(name: str, fold: int, data: Path, work: Path) -> Split:
 
 
 def sources() -> str:
-    """Digest of all that our results follow from, data and settings on the command line aside."""
+    """Digest of all that our embeddings follow from, data, recipe and settings on the command line aside."""
     parts = ("clue_dist", "data_prep", "launch", "configs", "constraints.txt")
-    return digest(*(ROOT / part for part in parts))
+    return digest(*(ROOT / part for part in parts), Path(__file__))
 
 
 JOINT = "joint"  # z from every modality that a cell has; the others are called as their modality
 Embedded = dict[str, np.ndarray]  # by source: (cells, dimensions)
 
 
-def ours(split: Split, folder: Path, seed: int, overrides: tuple[str, ...], threads: int, work: Path) -> float:
-    """Train configs/atlas.json on a split and embed its cells; the seconds of the training command.
+def ours(
+    split: Split, folder: Path, seed: int, overrides: Sequence[str], threads: int, work: Path, recipe: str = RECIPE
+) -> float:
+    """Train a recipe on a split and embed its cells; the seconds of the training command.
 
     Leaves `z.npz`, the settings and the metrics in `folder`; the rest is as for `embedded`. In z.npz: u1, u2, the test
     cells' z of each modality alone, (N, K x d), rows as in test.h5mu; train_SOURCE and test_SOURCE, `Embedded` of the
     paired cells of each part, rows as in its first modality.
     """
-    tables, seconds = embedded(split, folder, seed, overrides, threads, work, ("train", "test"))
+    tables, seconds = embedded(split, folder, seed, overrides, threads, work, ("train", "test"), recipe)
     arrays = {}
     for part, table in tables.items():
         of_part = z_of(table, pairs_of(split, part))
@@ -131,9 +132,16 @@ def kept(npz: Path, part: str, sources: Sequence[str]) -> Embedded:
 
 
 def embedded(
-    split: Split, folder: Path, seed: int, overrides: Sequence[str], threads: int, work: Path, parts: Sequence[str]
+    split: Split,
+    folder: Path,
+    seed: int,
+    overrides: Sequence[str],
+    threads: int,
+    work: Path,
+    parts: Sequence[str],
+    recipe: str = RECIPE,
 ) -> tuple[dict[str, md.MuData], float]:
-    """Train configs/atlas.json on a split: its `parts` ("train", "test") with their z, joint and from each modality
+    """Train a recipe on a split: its `parts` ("train", "test") with their z, joint and from each modality
     alone, and the seconds of the training command. Leaves the settings and the metrics in `folder`.
 
     overrides: of settings, as for `--set`.
@@ -145,7 +153,7 @@ def embedded(
     log, run = folder / "log.txt", folder / "run"
     stores = stores_of(split, before, threads, work)
     settings = [f"store={stores / 'train.zarr'}", f"run={run}", f"seed={seed}", *overrides]
-    train = launched(1, "launch/train.py", "--config", "configs/atlas.json", "--set", *settings)
+    train = launched(1, "launch/train.py", "--config", recipe, "--set", *settings)
     seconds = call(train, log, threads)
     tables = {part: _embedded(run, stores / f"{part}.zarr", folder / "z.h5mu", log, threads) for part in parts}
     if sources() != before:
@@ -183,21 +191,6 @@ def stores_of(split: Split, code: str, threads: int, work: Path) -> Path:
 
     set_name, fold = split.folder.parts[-2:]
     return once(work / "stores" / f"{set_name}-{fold}-{code[:12]}", make)
-
-
-def scored(npz: Path, split: Split) -> list[matching.Scores]:
-    """Scores of each candidate in a file of embeddings. u1, u2: (N, D), or (C, N, D) for C candidates."""
-    arrays = np.load(npz)
-    u1, u2 = (arrays[name].reshape(-1, *arrays[name].shape[-2:]) for name in ("u1", "u2"))
-    with quiet():
-        obs = md.read(split.test)[split.mods[0]].obs
-    batch = obs["batch"].astype(str).to_numpy() if "batch" in obs else np.zeros(len(obs))
-    return [matching.scores(a, b, batch) for a, b in zip(u1, u2, strict=True)]
-
-
-def joined(a: AnnData, b: AnnData) -> AnnData:
-    """The cells of two tables with the same features, one table behind the other."""
-    return AnnData(sp.vstack([a.X, b.X], format="csr"), obs=pd.concat([a.obs, b.obs]), var=a.var)
 
 
 @contextmanager

@@ -54,6 +54,7 @@ def train_args(folder: Path, store: Path, name: str, *settings: str) -> list[str
                 "run": str(folder / name),
                 "model": {
                     "latent": 6,
+                    "private": 0.34,
                     "trunk": {"projection": 12, "hidden": 24, "members": 2, "projection_lr": 0.1},
                     "decoder": {"hidden": 16},
                     "discriminator": {"hidden": 16},

@@ -1,6 +1,7 @@
 """The whole way a person goes: simulate, convert, train, embed, evaluate, report; and the numbers are true."""
 
 import json
+import shutil
 from pathlib import Path
 
 import mudata as md
@@ -86,3 +87,15 @@ def test_features_of_another_store_are_refused_with_a_way_out(folder: Path) -> N
     done = python("launch/embed.py", *args, expect=2)
     assert "--features-from" in done.stderr
     assert not (folder / "o.h5mu").exists()
+
+
+def test_weights_of_another_shape_than_the_settings_say_are_refused(folder: Path) -> None:
+    run_folder = folder / "misfit"
+    shutil.copytree(folder / "run", run_folder)
+    config = json.loads((run_folder / "config.json").read_text())
+    config["model"]["trunk"]["hidden"] += 2
+    (run_folder / "config.json").write_text(json.dumps(config))
+    args = ("--run", str(run_folder), "--store", str(folder / "test.zarr"), "--out", str(folder / "m.h5mu"))
+    done = python("launch/embed.py", *args, expect=2)
+    assert "the weights do not fit the model of these settings" in done.stderr
+    assert "Traceback" not in done.stderr

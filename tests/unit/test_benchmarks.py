@@ -5,44 +5,16 @@ import json
 import sys
 from pathlib import Path
 
-import anndata as ad
-import mudata as md
 import numpy as np
 import pytest
-import scipy.sparse as sp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clue_dist import config as configs
-from clue_dist.config import ModelConfig, TrunkConfig
 from clue_dist.errors import ClueError, DataError
-from tests.benchmarks import ablation, common, matching, mosaic
-from tests.benchmarks.common import Bar, BenchmarkError, Run
+from tests.benchmarks import common, matching, mosaic, scores
+from tests.benchmarks.common import Bar, BenchmarkError, Run, Steps
 from tests.benchmarks.split import FOLDS, cut, place
-from tests.distributed.command import ROOT
-
-MODS = ("rna", "adt")
-
-
-def paired_cells(n: int = 300) -> md.MuData:
-    """Cells in both modalities, the second in another order and with strangers; one cell and one feature are empty."""
-    rng = np.random.default_rng(0)
-    names = np.array([f"cell-{i}" for i in range(n)])
-    parts = {}
-    for mod, width in zip(MODS, (12, 5), strict=True):
-        counts = rng.poisson(2, (n, width)) + (np.arange(width) == 0)
-        counts[:, -1] = 0
-        if mod == "adt":
-            counts[7] = 0
-        order = np.arange(n) if mod == "rna" else rng.permutation(n)
-        x = ad.AnnData(sp.csr_matrix(counts[order]))
-        x.obs_names, x.var_names = names[order], [f"{mod}-{i}" for i in range(width)]
-        x.obs["batch"] = "one"
-        parts[mod] = x
-    parts["adt"].obs_names = [f"other-{name}" if name == "cell-9" else name for name in parts["adt"].obs_names]
-    with md.set_options(pull_on_update=False):
-        return md.MuData(parts)
-
+from tests.unit.mosaic_helpers import MODS, paired_cells
 
 # --- the split ---
 
@@ -78,14 +50,31 @@ def test_a_mosaic_keeps_counts_with_their_cells_and_drops_empty_features() -> No
             np.testing.assert_array_equal(part[mod].X.toarray(), same.X.toarray())
 
 
-def test_embeddings_are_scored_candidate_by_candidate(tmp_path: Path) -> None:
+def test_embeddings_are_scored_candidate_by_candidate_and_the_best_counts(tmp_path: Path) -> None:
     _, test = cut(paired_cells(), MODS, 0)
     test.write(tmp_path / "test.h5mu")
     z = np.random.default_rng(0).normal(size=(2, test["rna"].n_obs, 6))
-    np.savez(tmp_path / "z.npz", u1=z, u2=np.stack([z[0], z[1, ::-1]]))
-    good, bad = mosaic.scored(tmp_path / "z.npz", mosaic.Split(tmp_path, MODS))
+    np.savez(tmp_path / "z.npz", u1=z, u2=np.stack([z[0, ::-1], z[1]]))
+    found = scores.of(tmp_path / "z.npz", mosaic.Split(tmp_path, MODS))
+    bad, good = found["candidates"]
+    assert found["scores"] == good
     assert good["global"] == {"foscttm": 0.0, "match": 1.0, "recall10": 1.0}
     assert bad["within_batch"]["foscttm"] > 0.3
+    assert "accuracy" not in found  # neither a joint z nor labels
+
+
+def test_the_joint_z_is_scored_by_the_cell_types_it_tells(tmp_path: Path) -> None:
+    _, test = cut(paired_cells(), MODS, 0)
+    n = test["rna"].n_obs
+    kind = np.arange(n) % 3
+    test["rna"].obs["cell_type"] = np.array(["B", "T", "Multiplets"])[kind]
+    test.write(tmp_path / "test.h5mu")
+    z = np.random.default_rng(0).normal(size=(n, 4))
+    told = z + 100 * np.where(kind == 2, np.arange(n) % 2, kind)[:, None]  # what names no type lies anywhere
+    np.savez(tmp_path / "z.npz", u1=z, u2=z, test_joint=told)
+    found = scores.of(tmp_path / "z.npz", mosaic.Split(tmp_path, MODS))
+    assert found["accuracy"] == 1.0
+    assert "candidates" not in found
 
 
 def test_a_missing_data_set_is_told_with_a_way_out(tmp_path: Path) -> None:
@@ -123,7 +112,7 @@ def test_finished_runs_are_kept_and_failed_ones_are_done_again(tmp_path: Path, c
         return {"value": run.fold}
 
     def finish(runs: list[Run]) -> tuple[list[int], list[int]]:
-        records, failures = common.finish(runs, tmp_path, do, lambda r: f"value {r['value']}")
+        records, failures = common.finish(runs, tmp_path, Steps(do), lambda r: f"value {r['value']}")
         return [r["value"] for r in records], [f["fold"] for f in failures]
 
     assert finish(runs) == ([0, 2], [1])
@@ -134,6 +123,53 @@ def test_finished_runs_are_kept_and_failed_ones_are_done_again(tmp_path: Path, c
     assert "[3/3] ours on cells, fold 2, seed 0: kept: value 2" in told
     assert finish([Run("ours", "cells", 0, 0, "beef")]) == ([0], [])  # of other sources
     assert begun[-1] == 0
+
+
+def test_a_kept_run_is_scored_anew_when_the_scores_change_and_not_done_anew(tmp_path: Path) -> None:
+    run, calls = Run("theirs", "cells", 0, 0, "f00d"), []
+
+    def steps(code: str) -> Steps:
+        def do(run: Run, folder: Path) -> common.Result:
+            calls.append("do")
+            (folder / "z").write_text("3")
+            return {"fit_s": 1.0}
+
+        def score(run: Run, folder: Path) -> common.Result:
+            calls.append(code)
+            return {"score": f"{code} of {(folder / 'z').read_text()}"}
+
+        return Steps(do, score, code)
+
+    first = [common.done(run, tmp_path, steps("a"))["score"] for _ in range(2)]
+    assert (first, calls) == (["a of 3"] * 2, ["do", "a"])
+    again = common.done(run, tmp_path, steps("b"))
+    assert (again["score"], again["fit_s"], again["scored_by"]) == ("b of 3", 1.0, "b")
+    assert calls == ["do", "a", "b"]
+    assert run.record(tmp_path) == again
+
+
+def test_a_result_from_before_scores_had_a_digest_is_scored_anew(tmp_path: Path) -> None:
+    run = Run("theirs", "cells", 0, 0, "f00d")
+    common.write_json(run.folder(tmp_path) / "result.json", {"fit_s": 9.0, "scores": "old"})
+    never = Steps(lambda run, folder: pytest.fail("done anew"), lambda run, folder: {"scores": "new"}, "a")
+    assert common.done(run, tmp_path, never) == {"fit_s": 9.0, "scores": "new", "scored_by": "a"}
+
+
+def test_peers_are_kept_under_what_they_follow_from_alone(tmp_path: Path) -> None:
+    """Runs of an hour lie under these digests: of the script, its pins, the data set, and the rule that cuts it."""
+    (tmp_path / "cbmc_cite.h5mu").write_bytes(b"cells")
+    here = Path(matching.__file__).parent
+    data = common.digest(tmp_path / "cbmc_cite.h5mu", here / "split.py", "rna", "adt")
+    script = common.digest(*(here / "peers" / name for name in ("peer.py", "reference.py", "reference.txt")))
+    run = matching.runs_of(arguments(tmp_path, "--methods", "reference", "--sets", "cbmc_cite"))[0]
+    assert run.digest == common.digest(data, script)
+
+
+def test_our_runs_are_kept_under_the_way_they_are_run_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr(mosaic, "digest", lambda *parts: seen.extend(parts) or "f00d")
+    mosaic.sources()
+    assert Path(mosaic.__file__) in seen
 
 
 def test_time_left_follows_runs_of_the_same_kind(tmp_path: Path) -> None:
@@ -227,7 +263,6 @@ def test_a_run_whose_cells_changed_since_it_was_planned_is_refused(tmp_path: Pat
     (tmp_path / "cbmc_cite.h5mu").write_bytes(b"cells")
     args = arguments(tmp_path, "--methods", "contrastive", "--sets", "cbmc_cite")
     run = matching.runs_of(args)[0]
-    matching.unchanged(run, args)
     (tmp_path / "cbmc_cite.h5mu").write_bytes(b"other cells")
     with pytest.raises(BenchmarkError, match="changed while"):
         matching.do(run, tmp_path, args)
@@ -245,93 +280,6 @@ def test_errors_of_benchmarks_end_with_one() -> None:
     assert BenchmarkError.exit_code == 1
 
 
-# --- the ablation ---
-
-
-def test_every_row_of_the_ablation_is_a_valid_recipe_of_its_own() -> None:
-    recipes = {}
-    for row, settings in ablation.ROWS.items():
-        recipes[row] = configs.load(ROOT / "configs" / "atlas.json", list(settings)).model_dump_json()
-    assert len({ablation.method_of(row) for row in ablation.ROWS}) == len(ablation.ROWS)
-    alike = {row for row in recipes if recipes[row] == recipes["atlas.json"]}
-    assert alike == {"atlas.json", *ablation.OTHER_CELLS, ablation.COUNTED_ANEW}
-    assert len(set(recipes.values())) == len(recipes) - len(alike) + 1
-    assert set(ablation.DOUBLINGS) <= set(ablation.OTHER_CELLS)
-    assert len(ablation.TABLE_5) == 8
-
-
-@pytest.fixture(scope="module")
-def cells() -> ablation.Cells:
-    whole = paired_cells()
-    return ablation.Cells(MODS, *cut(whole, MODS, 0), whole)
-
-
-def partners(table: md.MuData) -> set[str]:
-    return set(table["rna"].obs_names) & set(table["adt"].obs_names)
-
-
-def test_test_cells_join_the_training_cells_without_their_partners(cells: ablation.Cells) -> None:
-    joined = ablation.with_test_cells(cells)
-    for m in MODS:
-        assert joined[m].n_obs == cells.train[m].n_obs + cells.test[m].n_obs
-        tail = joined[m][cells.train[m].n_obs :]
-        np.testing.assert_array_equal(tail.X.toarray(), cells.test[m].X.toarray())
-    assert partners(joined) == partners(cells.train)
-
-
-@pytest.mark.parametrize("halved", [False, True])
-@pytest.mark.parametrize("unpaired", [False, True])
-def test_the_ablation_takes_pairs_or_unpaired_cells_away(cells: ablation.Cells, halved: bool, unpaired: bool) -> None:
-    pairs, fewer = partners(cells.train), ablation.of_pairs(cells, halved, unpaired)
-    assert len(partners(fewer)) == (-(-len(pairs) // 2) if halved else len(pairs))
-    assert partners(fewer) <= pairs
-    for m in MODS:
-        assert fewer[m].n_obs - len(partners(fewer)) == (cells.train[m].n_obs - len(pairs)) * unpaired
-        np.testing.assert_array_equal(fewer[m].X.toarray(), cells.train[m][fewer[m].obs_names].X.toarray())
-
-
-def test_the_ablation_reveals_partners_of_training_cells_alone(cells: ablation.Cells) -> None:
-    full = ablation.all_paired(cells)
-    known = set(cells.train["rna"].obs_names) | set(cells.train["adt"].obs_names)
-    assert set(full["rna"].obs_names) == partners(full) == known
-    assert not known & set(cells.test["rna"].obs_names)
-    for m in MODS:
-        assert list(full[m].var_names) == list(cells.test[m].var_names)
-
-
-def test_other_training_cells_are_kept_beside_their_split(tmp_path: Path, cells: ablation.Cells) -> None:
-    folder = tmp_path / "splits" / "cbmc_cite-abc" / "fold0"
-    folder.mkdir(parents=True)
-    for part in ("train", "test"):
-        getattr(cells, part).write(folder / f"{part}.h5mu")
-    cells.whole.write(tmp_path / "cbmc_cite.h5mu")
-    split = ablation.changed(mosaic.Split(folder, MODS), "no unpaired cells", tmp_path)
-    assert split.folder.parent == folder.parent != split.folder
-    with mosaic.quiet():
-        assert partners(md.read(split.train)) == partners(cells.train) == set(md.read(split.train)["rna"].obs_names)
-
-
-def test_counting_noise_is_what_hides_a_cell_from_its_own_recount() -> None:
-    rng = np.random.default_rng(0)
-    scores = {}
-    for depth in (1, 300):
-        counts = sp.csr_matrix(rng.poisson(depth * rng.gamma(2, 0.5, (200, 13))))
-        scores[depth] = ablation.counted_anew(counts, seed=0)["global"]
-    assert scores[300]["foscttm"] < 1e-4 < scores[1]["foscttm"] < 0.2
-    assert scores[300]["match"] > 0.95 > scores[1]["match"]
-
-
-def test_the_limit_of_a_geometric_approach_is_exact_and_of_none_unknown() -> None:
-    assert ablation.limit([8.0, 4.0, 2.0]) == pytest.approx(0)
-    assert ablation.limit([0.1, 0.15, 0.17]) == pytest.approx(0.17 + 0.02 * 0.4 / 0.6)
-    assert np.isnan(ablation.limit([0.1, 0.15, 0.21]))
-
-
-def test_separate_encoders_grow_faster_than_shared_trunks() -> None:
-    shared, separate = (
-        [ablation.encoder_parameters(k, ModelConfig(trunk=TrunkConfig(shared=s))) for k in (2, 4)]
-        for s in (True, False)
-    )
-    assert separate[1] / separate[0] > 3.9  # K^2 networks
-    assert shared[1] / shared[0] < 3
-    assert shared[0] < separate[0]
+def test_a_bar_tells_the_spread_of_what_it_is_the_mean_of() -> None:
+    bars = [Bar("b", ">", 0.0).judged(0.5, 0.25), Bar("c", ">", 0.0).judged(None)]
+    assert list(common.bar_lines(bars)) == ["holds   b: 0.5 ± 0.25 > 0", "open    c: not run > 0"]

@@ -75,6 +75,7 @@ def test_h5mu_holds_every_cell_once_with_its_own_z(store, loaded, expected, tmp_
     about = got.uns["clue_dist"]
     assert (about["run"], about["checkpoint"], about["fingerprint"]) == ("runs/a", "step-7", store.fingerprint)
     assert about["latent"] == {"adt": 3, "atac": 3, "rna": 3}
+    assert about["private"] == {"adt": 0, "atac": 0, "rna": 0}
     assert [p.name for p in tmp_path.iterdir()] == ["o.h5mu"]
 
 

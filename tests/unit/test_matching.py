@@ -153,6 +153,19 @@ def test_memory_is_bounded_by_the_slice(monkeypatch):
     assert max(sizes) <= 120
 
 
+def test_what_each_pair_adds_to_foscttm():
+    u1 = np.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    u2 = np.array([[1.0, 0.1], [1.0, 0.0], [-1.0, 0.1]])
+    by_hand = []
+    for i in range(3):
+        unit = [u / np.linalg.norm(u, axis=1, keepdims=True) for u in (u1, u2)]
+        there = ((unit[0][i] - unit[1]) ** 2).sum(1)
+        back = ((unit[1][i] - unit[0]) ** 2).sum(1)
+        by_hand.append(((there < there[i]).sum() + (back < back[i]).sum()) / 6)
+    np.testing.assert_allclose(matching.nearer_than_match(u1, u2), by_hand)
+    assert len(set(by_hand)) == 3
+
+
 def test_foscttm_alone_is_the_global_foscttm():
     u1, u2 = noisy_pair(60, 5, seed=3)
     expected = matching.scores(u1, u2, np.zeros(60))["global"]["foscttm"]

@@ -8,14 +8,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from clue_dist.config import ObjectiveConfig
+from clue_dist.config import Config, ObjectiveConfig
 from clue_dist.data.batch import Batch, Observed
-from clue_dist.model.clue import CLUE, ModalitySpec, Output, Posterior
+from clue_dist.model.clue import CLUE, PRIVATE_SCALE, ModalitySpec, Output, Posterior
 from clue_dist.model.encoders import Heads
 from clue_dist.model.layers import reverse_gradient
 from clue_dist.model.noise import Noise
-from clue_dist.model.posterior import GeneralisedProduct, kl_to_prior, mean_of_experts, product_of_experts
+from clue_dist.model.posterior import (
+    GeneralisedProduct,
+    kl_to_prior,
+    mean_of_experts,
+    own,
+    product_of_experts,
+)
 from clue_dist.objective import Objective, discriminator_ln, elbo_cross, elbo_self, info_nce, mse
+from clue_dist.train.engine import parameter_groups
 
 B, K, D = 12, 3, 4
 OBSERVED = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 1, 1], [0, 0, 1], [1, 0, 1]] * 2, dtype=torch.bool)
@@ -181,7 +188,7 @@ def test_reversed_gradient() -> None:
 
 
 def small_model(
-    k: int = K, members: int = 1, shared: bool = True, **objective: float
+    k: int = K, members: int = 1, shared: bool = True, private: float = 0.0, **objective: float
 ) -> tuple[Objective, Batch, Noise]:
     from clue_dist.config import ModelConfig
 
@@ -189,6 +196,7 @@ def small_model(
     specs = {f"m{i}": ModalitySpec(6, "none", "normal", None) for i in range(k)}
     config = ModelConfig(
         latent=D,
+        private=private,
         trunk={"hidden": 8, "projection_lr": 1.0, "members": members, "shared": shared},
         discriminator={"hidden": 8},
         decoder={"hidden": 8},
@@ -249,6 +257,65 @@ def test_what_a_cell_lacks_does_not_touch_its_loss() -> None:
     torch.testing.assert_close(loss, other)
 
 
+def test_private_dimensions_follow_from_their_own_modality_alone() -> None:
+    model, batch, noise = small_model(members=2, private=0.5)
+    clue, observed = model.model.eval(), batch.observed
+    a = clue.aligned
+    assert (a, clue.private) == (D // 2, D // 2)
+    got = clue.encode(batch)
+    for expert, joint in ((got.mean, got.joint_mean), (got.log_var, got.joint_log_var)):
+        mine, private = own(expert)[..., a:], joint[..., a:]  # (B, K, .)
+        torch.testing.assert_close(private[observed], mine[observed])
+        assert (private[~observed] == 0).all()  # the prior
+    aligned = clue.combine(got.mean[..., :a], got.log_var[..., :a], observed)
+    torch.testing.assert_close((got.joint_mean[..., :a], got.joint_log_var[..., :a]), aligned)
+    out = clue(batch, noise)
+    assert out.z.shape == (B, K, K, a)
+    assert out.contrast.shape == (2, B, K, K * a // 2)
+
+
+def test_no_alignment_reaches_private_dimensions() -> None:
+    weights = {"lambda_self": 0.0, "lambda_cross": 0.0, "lambda_mse": 1.0, "lambda_d": 1.0, "lambda_contrastive": 1.0}
+    model, batch, noise = small_model(private=0.5, **weights)
+    kept: list[Tensor] = []
+    model.model.heads.register_forward_hook(lambda _m, _i, out: kept.extend(out))
+    loss, _ = model(batch, noise)
+    gradients = torch.autograd.grad(loss, kept, allow_unused=True)  # of the cells' and of their mixtures' experts
+    for gradient in (g for g in gradients if g is not None):
+        assert (gradient[..., model.model.aligned :] == 0).all()
+        assert (gradient[..., : model.model.aligned] != 0).any()
+
+
+def test_an_embedding_shows_private_dimensions_small_and_of_what_was_observed() -> None:
+    model, batch, _ = small_model(private=0.5)
+    clue = model.model.eval()
+    a, posterior, (joint, alone) = clue.aligned, clue.encode(batch), clue.embed(batch)
+    joint = joint.view(B, K, D)
+    torch.testing.assert_close(joint[..., :a], posterior.joint_mean[..., :a])
+    torch.testing.assert_close(joint[..., a:], PRIVATE_SCALE * posterior.joint_mean[..., a:])
+    rows = batch.modalities["m1"].rows
+    z = alone["m1"].view(len(rows), K, D)
+    torch.testing.assert_close(z[..., :a], posterior.mean[rows, 1, :, :a])
+    torch.testing.assert_close(z[:, 1, a:], PRIVATE_SCALE * posterior.mean[rows, 1, 1, a:])
+    assert (z[:, [0, 2], a:] == 0).all()
+
+
+def test_a_single_modality_has_nothing_private() -> None:
+    model, _, _ = small_model(1, private=0.5)
+    assert model.model.private == 0
+
+
+def test_dispersions_learn_faster_and_biases_do_not_decay() -> None:
+    model, _, _ = small_model()
+    config = Config(model={"trunk": {"projection_lr": 0.5}}, train={"weight_decay": 0.1})
+    groups = {id(p): g for g in parameter_groups(model, config) for p in g["params"]}
+    found = {n: (groups[id(p)]["lr_scale"], groups[id(p)]["weight_decay"]) for n, p in model.named_parameters()}
+    assert found["model.decoders.0.theta.weight"] == (10.0, 0.0)
+    assert found["model.decoders.0.rate.weight"] == (1.0, 0.1)
+    assert found["model.decoders.0.rate.bias"] == (1.0, 0.0)
+    assert found["model.trunks.0.projection.weight"] == (0.5, 0.1)
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_heads_are_the_grid_of_separate_encoders(shared: bool) -> None:
     members, d = 2, D // 2
@@ -261,10 +328,10 @@ def test_heads_are_the_grid_of_separate_encoders(shared: bool) -> None:
         network = k * h.shape[1] + i
         weight = heads.weight[network].view(8, targets, 2, d)[:, j % targets]
         bias = heads.bias[network].view(targets, 2, d)[j % targets]
-        own = slice(m * d, (m + 1) * d)  # what this member says of z_j
-        torch.testing.assert_close(mean[:, k, j, own], h[k, i] @ weight[:, 0] + bias[0], rtol=1e-4, atol=1e-5)
+        its = slice(m, None, members)  # what this member says of z_j
+        torch.testing.assert_close(mean[:, k, j, its], h[k, i] @ weight[:, 0] + bias[0], rtol=1e-4, atol=1e-5)
         want = (h[k, i] @ weight[:, 1] + bias[1]).clamp(-8, 8)
-        torch.testing.assert_close(log_var[:, k, j, own], want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(log_var[:, k, j, its], want, rtol=1e-4, atol=1e-5)
 
 
 def test_parameters_grow_as_k_in_the_wide_layers_and_as_k_squared_only_in_the_heads() -> None:
@@ -333,7 +400,7 @@ def test_contrast_compares_mixtures_of_pairs() -> None:
     assert out.contrast.shape == (2, B, K, K * D // 2)
     partner, own = Noise(0, 0, share, 1).mixing()
     want = model.model.encode(batch_of({m: own * v + (1 - own) * v[partner] for m, v in x.items()})).mean
-    want = want.view(B, K, K, 2, D // 2).permute(3, 0, 1, 2, 4).flatten(3)  # the projection is linear
+    want = want.view(B, K, K, D // 2, 2).permute(4, 0, 1, 2, 3).flatten(3)  # the projection is linear
     used = observed & (observed.sum(1) > 1)[:, None]
     torch.testing.assert_close(out.contrast[:, used], want[:, used])
 
@@ -359,8 +426,8 @@ def test_mixtures_stay_within_a_biological_batch_if_asked() -> None:
 
 def test_members_share_nothing_but_their_input() -> None:
     model, batch, _ = small_model(members=2)
-    out = model.model.encode(batch).mean  # (B, K, K, D): each member gives half of every z
-    out[..., : D // 2].sum().backward()
+    out = model.model.encode(batch).mean  # (B, K, K, D): each member gives every other dimension
+    out[..., ::2].sum().backward()
     for layer in model.model.trunk("m0").ensemble.layers:
         assert layer.weight.grad[0].abs().sum() > 0
         assert layer.weight.grad[1].abs().sum() == 0

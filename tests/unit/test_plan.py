@@ -84,10 +84,19 @@ def test_too_small_a_batch_shows_the_arithmetic() -> None:
 
 
 def test_weights_give_paired_cells_their_share() -> None:
-    got = weights({"p": 100, "q": 300, "u": 600}, {"p": True, "q": True, "u": False}, 0.5)
+    got = weights({"p": 100, "q": 300, "u": 600}, {"p": True, "q": True, "u": False}, 0.5, 64)
     assert got["p"] + got["q"] == pytest.approx(0.5)
     assert got["q"] == pytest.approx(3 * got["p"])
-    assert weights({"u": 10, "v": 30}, {"u": False, "v": False}, "auto") == {"u": 10.0, "v": 30.0}
+    assert weights({"u": 10, "v": 30}, {"u": False, "v": False}, "auto", 64) == {"u": 10.0, "v": 30.0}
+
+
+@pytest.mark.parametrize(
+    ("pairs", "single", "share"),
+    [(4000, 4000, 0.8), (3000, 7000, 0.6), (1000, 9000, 0.5), (200, 9800, 100 / 512), (20, 9980, 10 / 512)],
+)
+def test_auto_favours_pairs_but_takes_half_of_them_at_most(pairs: int, single: int, share: float) -> None:
+    got = weights({"p": pairs, "u": single}, {"p": True, "u": False}, "auto", 512)
+    assert got == pytest.approx({"p": share, "u": 1 - share})
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**63))

@@ -80,7 +80,7 @@ def test_page_is_whole_and_stands_alone(run, embedding, tmp_path):
         assert f">{cell}</td>" in text
     assert "UMAP of 70 profiles of o.h5mu, each a cell seen through one modality alone" in text
     assert "{&quot;run&quot;: &quot;&lt;b&gt;&quot;}" in text
-    assert "95 steps; 9.5 epochs; best validation 0.2100 at step 80; 1 unreadable lines" in text
+    assert "95 steps; 9.5 epochs; weights of step 80, lowest validation score 0.2100; 1 unreadable lines" in text
 
 
 def test_a_joint_embedding_is_called_one(run, tmp_path):

@@ -87,7 +87,7 @@ def test_initialised_projection_is_pca_of_the_training_cells(tmp_path: Path) -> 
     standard = (x - x.mean(0)) / x.std(0) ** 0.75
     left, singular, _ = np.linalg.svd(standard, full_matrices=False)
     batch = read_batch(store, "rna", np.arange(60))
-    trunk = model.trunks["rna"]
+    trunk = model.trunk("rna")
     got = trunk.projection(normalise(batch.modalities["rna"].counts, trunk.how, trunk.idf)).detach().numpy()
     want = (left * singular)[100:, :6] * (160 * 6 / (singular[:6] ** 2).sum()) ** 0.5  # mean square of one
     clear = slice(0, 2)  # three cell types make two clear components; the rest is noise of near-equal strength
@@ -122,6 +122,24 @@ def test_a_constant_feature_does_not_outweigh_all_others() -> None:
     with torch.no_grad():
         _set_offsets(decoder, values)
     torch.testing.assert_close(decoder.theta.weight.detach(), torch.zeros(4))
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_inverse_dispersions_start_at_what_the_moments_say(dense: bool) -> None:
+    rng = np.random.default_rng(0)
+    r, size = np.array([0.5, 2.0, 8.0, 1e6]), rng.lognormal(5, 0.5, (20_000, 1))
+    counts = rng.poisson(rng.gamma(r, size * [0.1, 0.2, 0.3, 0.4] / r)).astype(np.float32)
+    decoder = Decoder("nb", 4, 1, 3, DecoderConfig(hidden=4))
+    with torch.no_grad():
+        _set_offsets(decoder, counts if dense else sp.csr_matrix(counts))
+    # Features share one total, which ties their noise together a little; the last one has hardly any of its own.
+    got = decoder.theta.weight.detach().exp().numpy()
+    np.testing.assert_allclose(got[:3], r[:3], rtol=0.5)
+    assert (np.diff(got) > 0).all()
+    nothing = Decoder("nb", 4, 1, 3, DecoderConfig(hidden=4))
+    with torch.no_grad():
+        _set_offsets(nothing, np.zeros((5, 4)))
+    assert nothing.theta.weight.isfinite().all()
 
 
 def test_initialised_size_is_standardised_over_the_training_cells(tmp_path: Path) -> None:

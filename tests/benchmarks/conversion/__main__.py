@@ -102,7 +102,7 @@ def main() -> None:
     common.carry_out(
         args,
         runs_of(args),
-        do,
+        common.Steps(do),
         told,
         table,
         FOOTNOTES,

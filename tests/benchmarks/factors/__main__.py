@@ -14,47 +14,79 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from clue_dist.config import load
+import numpy as np
+
 from clue_dist.errors import run_main
 from tests.benchmarks import common, mosaic
-from tests.benchmarks.common import Bar, Result, Run
-from tests.benchmarks.factors import methods
-from tests.benchmarks.factors.probes import r2
-from tests.benchmarks.factors.simulate import Assay, Design, Simulation, simulate
-from tests.benchmarks.factors.simulate import mosaic as parts_of
+from tests.benchmarks.common import Bar, Result, Run, Steps
+from tests.benchmarks.factors import methods, probes
+from tests.benchmarks.factors.common_space import ALIGNMENT
+from tests.benchmarks.factors.simulate import Assay, Design, simulate
 from tests.benchmarks.mosaic import JOINT
-from tests.distributed.command import ROOT
 
+HERE = Path(__file__).parent
 RNA, ADT, ATAC = Assay("rna", 1000, 2000, 4), Assay("adt", 100, 2000, 10), Assay("atac", 2000, 1000, 10)
 DESIGNS = {"cite": Design((RNA, ADT)), "multiome": Design((RNA, ATAC)), "three": Design((RNA, ADT, ATAC))}
-METHODS = {"ours": "ours", "common": "common space", "counts": "counts"}
+METHODS = {"ours": "ours", "aligned": "common space, aligned", "common": "common space", "counts": "counts"}
+COMMON_SPACES = {"aligned": ALIGNMENT, "common": 0.0}
+SEEDS = 3  # bars are judged on so many or more
+PARTS = ("train", "test")  # of an embedding: the cells that probes learn on, and those they are scored on
 QUICK_CELLS, QUICK_SETTINGS = 1500, ("train.epochs=12", "model.trunk.hidden=64")
 
 FOOTNOTES = """\
-R² on test cells, mean of the factors (and seeds), by ridge probes on z of the paired training cells
-z from: everything, or one modality alone; private: factors of that modality, or of every modality for everything
-common space: a VAE with one z for all modalities (common_space.py), of the same size, batches and steps
-counts: components of the normalised counts, 50 of each modality: what there is to be read"""
+R² on test cells, mean of the factors, by ridge probes on z of the paired training cells; mean ± standard deviation over
+seeds, each a simulation and a training of its own
+z from: everything, or some modalities alone; nothing tells the private factors of the others
+common space: a VAE with one z for all modalities (common_space.py), of the same size and with the same encoders,
+inputs, batches, steps and optimizer; aligned: with MultiVI's penalty on what the modalities of a cell infer
+counts: components of the normalised counts, 50 of each modality: what there is to be read
+bars: ours minus the better of both common spaces; ±: standard deviation over seeds"""
 
-# z from everything or from one modality alone; shared or private factors; ours minus the common space.
-LEADS = (
-    (True, False, Bar("R² of private factors, z from everything, ours minus common space", ">", 0.0)),
-    (False, False, Bar("R² of private factors, z from their modality alone, ours minus common space", ">", 0.0)),
-    (True, True, Bar("R² of shared factors, z from everything, ours minus common space", ">=", -0.02)),
-    (False, True, Bar("R² of shared factors, z from one modality alone, ours minus common space", ">=", -0.02)),
-)
-KEPT = Bar("R² of private factors, z from everything, ours as a share of counts", ">=", 0.9)
+PRIVATE, SHARED = Bar("", ">", 0.0), Bar("", ">=", -0.02)
+KEPT = Bar("", ">=", 0.9)
+
+
+class Question(NamedTuple):
+    """Whose factors are read from which sources of z."""
+
+    whose: str
+    z_from: str
+    sources: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.factors} factors, z from {self.z_from}"
+
+    @property
+    def factors(self) -> str:
+        return "shared" if self.whose == "shared" else f"private {self.whose}"
+
+
+def questions(design: Design) -> Iterator[Question]:
+    """Of everything, of each modality alone, and of two where there are three."""
+    for whose in ("shared", *design.names):
+        yield Question(whose, "everything", (JOINT,))
+    for name in design.names:
+        for whose in ("shared", name):
+            yield Question(whose, f"{name} alone", (name,))
+    if design.subsets:
+        for whose in ("shared", *design.names):
+            some = tuple(subset for subset, names in design.subsets.items() if whose in ("shared", *names))
+            yield Question(whose, "any two", some)
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = common.parser("factors", __doc__, work="factors")
     parser.add_argument("--designs", nargs="+", choices=DESIGNS, help="default: all")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="PATH=VALUE", help="of our training")
+    parser.add_argument("--seeds", nargs="+", type=int, help=f"default: {' '.join(map(str, range(SEEDS)))}")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="PATH=VALUE", help="of our training and the peers'"
+    )
     args = parser.parse_args(words)
     args.designs = args.designs or (["cite"] if args.quick else list(DESIGNS))
+    args.seeds = args.seeds or ([0] if args.quick else list(range(SEEDS)))
     args.set = [*(QUICK_SETTINGS if args.quick else ()), *args.set]
     return args
 
@@ -64,89 +96,98 @@ def design_of(name: str, quick: bool) -> Design:
 
 
 def runs_of(args: argparse.Namespace) -> list[Run]:
-    here, sources = common.digest(Path(__file__).parent), mosaic.sources()
-    code = {"ours": (sources, *args.set), "common": (budget(args.set),), "counts": ()}
+    digests = {(m, name): digest_of(m, name, args) for m in METHODS for name in args.designs}
     return [
-        Run(method, name, 0, seed, common.digest(here, str(design_of(name, args.quick)), *code[method]))
+        Run(method, name, 0, seed, digests[method, name])
         for seed in args.seeds
         for name in args.designs
         for method in METHODS
     ]
 
 
-def budget(settings: Sequence[str]) -> str:
-    """What the common space takes over of our settings: all but the objective."""
-    config = load(ROOT / "configs/atlas.json", list(settings))
-    return config.model_dump_json(include={"seed", "model", "data", "train"})
+def digest_of(method: str, name: str, args: argparse.Namespace) -> str:
+    """Of the cells, sources and settings that a method's embeddings follow from."""
+    files = {"ours": (), "counts": ("views.py",)}.get(method, ("common_space.py",))
+    trained = () if method == "counts" else (mosaic.sources(), *args.set)
+    here = [HERE / file for file in ("methods.py", *files)]
+    return common.digest(cells_digest(name, args), *here, *trained)
+
+
+def cells_digest(name: str, args: argparse.Namespace) -> str:
+    return common.digest(str(design_of(name, args.quick)), HERE / "simulate.py")
 
 
 def do(run: Run, folder: Path, args: argparse.Namespace) -> Result:
-    """One method on one simulation: R² of every factor."""
+    """One method on one simulation: its embedding in `z.npz`, and the seconds of its fit."""
     simulation = simulate(design_of(run.data_set, args.quick), run.seed)
-    if run.method == "ours":
-        name = f"{run.data_set}-{run.digest[:12]}"
-        z, fit_s = methods.by_ours(simulation, name, folder, args.set, args.threads, args.work)
-    elif run.method == "common":
-        z, fit_s = methods.by_common_space(simulation, args.set)
-    else:
+    if run.method == "counts":
         z, fit_s = methods.by_counts(simulation)
-    return {"r2": scored(simulation, z), "fit_s": fit_s}
+    else:
+        name = f"{run.data_set}-{cells_digest(run.data_set, args)[:12]}"
+        split = methods.split_of(simulation, name, args.work)
+        known = simulation, split, folder, args.set, args.threads, args.work
+        ours = run.method == "ours"
+        z, fit_s = methods.by_ours(*known) if ours else methods.by_common_space(*known, COMMON_SPACES[run.method])
+    common.unchanged(run, digest_of(run.method, run.data_set, args))
+    arrays = {f"{part}_{source}": x for source, pair in z.items() for part, x in zip(PARTS, pair, strict=True)}
+    np.savez(folder / "z.npz", **arrays)
+    return {"fit_s": fit_s, "threads": args.threads}
 
 
-def scored(simulation: Simulation, z: methods.Embedded) -> dict[str, dict[str, list[float]]]:
-    """R² by source of z, then by whose factors they are; nothing tells a modality the private factors of another."""
-    parts = parts_of(simulation.design)
-    return {
-        source: {
-            whose: r2(train, factors[parts["paired"]], test, factors[parts["test"]]).tolist()
-            for whose, factors in simulation.factors.items()
-            if source == JOINT or whose in ("shared", source)
-        }
-        for source, (train, test) in z.items()
-    }
+def score(run: Run, folder: Path, args: argparse.Namespace) -> Result:
+    """R² of every factor."""
+    simulation = simulate(design_of(run.data_set, args.quick), run.seed)
+    sources = (JOINT, *simulation.design.names, *simulation.design.subsets)
+    train, test = (mosaic.kept(folder / "z.npz", part, sources) for part in PARTS)
+    return {"r2": probes.scored(simulation, {source: (train[source], test[source]) for source in sources})}
 
 
 def told(record: Result) -> str:
-    means = {kind: mean([record], joint=True, shared=kind == "shared") for kind in ("shared", "private")}
-    return ", ".join(f"{kind} {value:.3f}" for kind, value in means.items())
+    r2 = record["r2"][JOINT]
+    means = {whose: statistics.fmean(values) for whose, values in r2.items()}
+    return ", ".join(f"{whose} {value:.3f}" for whose, value in means.items())
 
 
-def mean(records: Sequence[Result], joint: bool, shared: bool) -> float:
-    """R² over modalities, factors and seeds."""
-    return statistics.fmean(
-        value
-        for record in records
-        for source, by_owner in record["r2"].items()
-        for whose, values in by_owner.items()
-        if (source == JOINT, whose == "shared") == (joint, shared)
-        for value in values
-    )
+def values(records: Sequence[Result], method: str, name: str, question: Question) -> dict[int, float]:
+    """R² by seed, mean over factors and sources."""
+    return {
+        r["seed"]: statistics.fmean(v for source in question.sources for v in r["r2"][source][question.whose])
+        for r in records
+        if (r["method"], r["data_set"]) == (method, name)
+    }
 
 
 def table(records: Sequence[Result]) -> str:
-    """One row for each design, source of z and owner of factors; one column for each method."""
+    """One row for each design and question; one column for each method."""
     rows = [["design", "z from", "factors", *METHODS.values()]]
     for name in dict.fromkeys(r["data_set"] for r in records):
-        mine = {m: [r for r in records if (r["method"], r["data_set"]) == (m, name)] for m in METHODS}
-        any_r2 = next(r for rs in mine.values() for r in rs)["r2"]
-        for source, whose in ((s, w) for s, by_owner in any_r2.items() for w in by_owner):
-            values = [[v for r in rs for v in r["r2"][source][whose]] for rs in mine.values()]
-            cells = [f"{statistics.fmean(v):.3f}" if v else "" for v in values]
-            owner = "shared" if whose == "shared" else f"private of {whose}"
-            rows.append([name, "everything" if source == JOINT else f"{source} alone", owner, *cells])
+        for question in questions(DESIGNS[name]):
+            by_method = [list(values(records, m, name, question).values()) for m in METHODS]
+            cells = [common.spread(v, 3) if v else "" for v in by_method]
+            rows.append([name, question.z_from, question.factors, *cells])
     return common.aligned(rows)
 
 
 def bars_of(records: Sequence[Result], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Design by design; open where not every method was run with every seed, and on a quick look."""
+    """Design by design and modality by modality; open with fewer than three seeds, where a method was not run with
+    every seed, and on a quick look."""
+    judged = not args.quick and len(args.seeds) >= SEEDS
     for name in args.designs:
-        of = {m: [r for r in records if (r["method"], r["data_set"]) == (m, name)] for m in METHODS}
-        complete = not args.quick and all(len(rs) == len(args.seeds) for rs in of.values())
-        for joint, shared, bar in LEADS:
-            lead = mean(of["ours"], joint, shared) - mean(of["common"], joint, shared) if complete else None
-            yield replace(bar, name=f"{name}: {bar.name}").judged(lead)
-        share = mean(of["ours"], True, False) / mean(of["counts"], True, False) if complete else None
-        yield replace(KEPT, name=f"{name}: {KEPT.name}").judged(share)
+        for question in questions(DESIGNS[name]):
+            of = {m: values(records, m, name, question) for m in METHODS}
+            complete = judged and all(v.keys() == set(args.seeds) for v in of.values())
+            bar = SHARED if question.whose == "shared" else PRIVATE
+            title = f"{name}: R² of {question.name}, ours"
+            better = max(COMMON_SPACES, key=lambda m: statistics.fmean(of[m].values())) if complete else ""
+            leads = [of["ours"][s] - of[better][s] for s in args.seeds] if complete else []
+            yield over_seeds(replace(bar, name=f"{title} minus common space"), leads)
+            if bar is PRIVATE and question.sources == (JOINT,):
+                shares = [of["ours"][s] / of["counts"][s] for s in args.seeds] if complete else []
+                yield over_seeds(replace(KEPT, name=f"{title} as a share of counts"), shares)
+
+
+def over_seeds(bar: Bar, values: Sequence[float]) -> dict[str, Any]:
+    return bar.judged(statistics.fmean(values), statistics.stdev(values)) if values else bar.judged(None)
 
 
 def main() -> None:
@@ -154,7 +195,11 @@ def main() -> None:
     common.carry_out(
         args,
         runs_of(args),
-        do,
+        Steps(
+            lambda run, folder: do(run, folder, args),
+            lambda run, folder: score(run, folder, args),
+            common.digest(HERE / "probes.py"),
+        ),
         told,
         table,
         FOOTNOTES,

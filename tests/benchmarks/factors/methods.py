@@ -1,4 +1,4 @@
-"""Three ways to embed a simulated mosaic: ours, a common space, and the components of its counts as they are.
+"""Ways to embed a simulated mosaic: ours, a common space with and without alignment, and the components of its counts.
 
 Each gives, by source of z, the z of the paired training cells and of the test cells; and the seconds it took to fit.
 """
@@ -9,15 +9,19 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import mudata as md
 import numpy as np
 import torch
 
 from clue_dist.config import load
-from clue_dist.train.setup import resolve
+from clue_dist.embed import embed_store
+from clue_dist.store.reader import Store
+from clue_dist.train.checkpoint import Loaded
+from clue_dist.train.setup import prepare
 from tests.benchmarks import mosaic as mosaics
 from tests.benchmarks.common import once
 from tests.benchmarks.factors import common_space
-from tests.benchmarks.factors.simulate import Simulation, mosaic, seen, write
+from tests.benchmarks.factors.simulate import Design, Simulation, barcodes, mosaic, seen, write
 from tests.benchmarks.factors.views import components
 from tests.benchmarks.mosaic import JOINT, Split
 from tests.distributed.command import ROOT
@@ -27,49 +31,70 @@ QUIET = ("log.tensorboard=false", "log.wandb=disabled")
 Embedded = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
+def split_of(simulation: Simulation, name: str, work: Path) -> Split:
+    """The files of a simulation. name: of it, among all that the work folder holds."""
+    folder = work / "splits" / name / f"seed{simulation.seed}"
+    return Split(once(folder, lambda folder: write(simulation, folder)), tuple(simulation.design.names))
+
+
 def by_ours(
-    simulation: Simulation, name: str, folder: Path, settings: Sequence[str], threads: int, work: Path
+    simulation: Simulation, split: Split, folder: Path, settings: Sequence[str], threads: int, work: Path
 ) -> tuple[Embedded, float]:
-    """name: of this simulation, among all that the work folder holds."""
-    files = once(work / "splits" / name / f"seed{simulation.seed}", lambda folder: write(simulation, folder))
-    split = Split(files, tuple(simulation.design.names))
-    tables, seconds = mosaics.embedded(
-        split, folder, simulation.seed, [*QUIET, *settings], threads, work, ("train", "test")
-    )
-    parts = mosaic(simulation.design)
-    train, test = (
-        mosaics.z_of(tables[file], simulation.barcodes[parts[part]])
-        for file, part in (("train", "paired"), ("test", "test"))
-    )
-    return {source: (train[source], test[source]) for source in train}, seconds
+    settings = [*QUIET, *settings]
+    tables, seconds = mosaics.embedded(split, folder, simulation.seed, settings, threads, work, ("test",))
+    return z_of(tables["test"], simulation.design), seconds
 
 
-def by_common_space(simulation: Simulation, settings: Sequence[str]) -> tuple[Embedded, float]:
-    """The peer, with the widths and the whole budget of our run, which may stop before its end and holds pairs out."""
+def by_common_space(
+    simulation: Simulation,
+    split: Split,
+    folder: Path,
+    settings: Sequence[str],
+    threads: int,
+    work: Path,
+    alignment: float,
+) -> tuple[Embedded, float]:
+    """The peer, trained and embedded from the stores that our run reads."""
+    stores = mosaics.stores_of(split, mosaics.sources(), threads, work)
+    paths = [f"store={stores / 'train.zarr'}", f"run={folder / 'run'}", f"seed={simulation.seed}"]
+    setup = prepare(load(ROOT / mosaics.RECIPE, [*paths, *settings]), 1)
+    torch.set_num_threads(threads)
     began = time.monotonic()
-    names, parts = simulation.design.names, mosaic(simulation.design)
-    first = len(parts["test"])  # the test cells stand before all others
-    config = resolve(load(ROOT / "configs/atlas.json", [*settings]), simulation.design.cells - first)
-    observed = torch.zeros(simulation.design.cells - first, len(names), dtype=torch.bool)
-    data, inputs = [], []
-    for k, name in enumerate(names):
-        rows, counts = seen(parts, name), simulation.counts[name]
-        train, test = components(name, counts[rows], counts[parts["test"]], config.model.trunk.projection)
-        data.append(common_space.placed(name, train, counts[rows], rows - first, len(observed)))
-        inputs.append((train[: len(parts["paired"])], test))
-        observed[rows - first, k] = True
-    model = common_space.train(data, observed, config, simulation.seed)
-    z = [common_space.embed(model, list(part)) for part in zip(*inputs, strict=True)]
-    return dict(zip([JOINT, *names], zip(*z, strict=True), strict=True)), time.monotonic() - began
+    model = common_space.train(setup, alignment)
+    seconds = time.monotonic() - began
+    config, out = setup.config, folder / "z.h5mu"
+    loaded = Loaded(model, setup.store.manifest.modalities, "last", config)
+    embed_store(loaded, Store(stores / "test.zarr"), out, run=folder, per_modality=True)
+    with mosaics.quiet():
+        table = md.read(out)
+    out.unlink()
+    return z_of(table, simulation.design), seconds
+
+
+def z_of(table: md.MuData, design: Design) -> Embedded:
+    """z of the paired training cells and of the test cells out of what was made of test.h5mu: joint, from each modality
+    alone, and from each of the design's subsets."""
+    train, test = (_z_of_cells(table, rows, design) for rows in (mosaic(design)[part] for part in ("paired", "test")))
+    return {source: (train[source], test[source]) for source in train}
+
+
+def _z_of_cells(table: md.MuData, rows: np.ndarray, design: Design) -> mosaics.Embedded:
+    z = np.asarray(table.obsm["X_clue"])
+    place = {subset: table.obs_names.get_indexer(barcodes(rows, subset)) for subset in design.subsets}
+    return mosaics.z_of(table, barcodes(rows)) | {subset: z[at] for subset, at in place.items()}
 
 
 def by_counts(simulation: Simulation) -> tuple[Embedded, float]:
-    """Components of the normalised counts, side by side for the joint z: what there is to be read."""
+    """Components of the normalised counts, side by side for several modalities: what there is to be read."""
     began = time.monotonic()
-    parts = mosaic(simulation.design)
+    design, parts = simulation.design, mosaic(simulation.design)
     views: Embedded = {}
     for name, counts in simulation.counts.items():
         train, test = components(name, counts[seen(parts, name)], counts[parts["test"]], COMPONENTS)
         views[name] = train[: len(parts["paired"])], test
-    train, test = (np.hstack(part) for part in zip(*views.values(), strict=True))
-    return {JOINT: (train, test)} | views, time.monotonic() - began
+    several = {JOINT: tuple(design.names)} | design.subsets
+    together = {
+        source: tuple(np.hstack(part) for part in zip(*(views[name] for name in some), strict=True))
+        for source, some in several.items()
+    }
+    return together | views, time.monotonic() - began

@@ -7,6 +7,9 @@ from sklearn.linear_model import RidgeCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from tests.benchmarks.factors.simulate import Simulation, mosaic
+from tests.benchmarks.mosaic import JOINT
+
 PENALTIES = np.logspace(-1, 5, 13)
 
 
@@ -16,3 +19,17 @@ def r2(z: np.ndarray, factors: np.ndarray, z_test: np.ndarray, factors_test: np.
     read = probe.predict(z_test).reshape(factors_test.shape)  # a single factor comes without its axis
     left = ((read - factors_test) ** 2).sum(0)
     return np.asarray(1 - left / ((factors_test - factors_test.mean(0)) ** 2).sum(0))
+
+
+def scored(simulation: Simulation, z: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, dict[str, list[float]]]:
+    """R^2 by source of z, then by whose factors they are; nothing tells the private factors of a modality that was not
+    observed. z: of the paired training cells and of the test cells."""
+    parts = mosaic(simulation.design)
+    return {
+        source: {
+            whose: r2(train, factors[parts["paired"]], test, factors[parts["test"]]).tolist()
+            for whose, factors in simulation.factors.items()
+            if source == JOINT or whose in ("shared", *source.split("+"))
+        }
+        for source, (train, test) in z.items()
+    }

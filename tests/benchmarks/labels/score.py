@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 from sklearn.model_selection import KFold, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
+LABEL = "cell_type"
+NO_TYPES = ("Mouse", "Multiplets", "T/Mono doublets", "Mis")  # labels that name no cell type
 NEIGHBOURS = 15
 PERPLEXITY = 30
+
+
+def typed(obs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Which cells have a label that names a cell type, and the labels of all. obs: (N,)."""
+    return ~obs[LABEL].isin(NO_TYPES).to_numpy(), obs[LABEL].astype(str).to_numpy()
 
 
 def accuracy(z: np.ndarray, labels: np.ndarray) -> float:

@@ -248,7 +248,7 @@ def main() -> None:
     common.carry_out(
         args,
         runs_of(args),
-        do,
+        common.Steps(do),
         told,
         table,
         FOOTNOTES,
