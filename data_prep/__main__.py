@@ -1,4 +1,4 @@
-"""The command line: python -m data_prep convert | check | inspect | fetch | simulate."""
+"""The command line: python -m data_prep convert | append | check | inspect | fetch | simulate."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 from clue_dist.errors import DataError, StoreError, run_main
 from clue_dist.store import layout
 from data_prep import inspect
+from data_prep.append import append, appended
 from data_prep.check import check
 from data_prep.choices import parse_choices
 from data_prep.convert import Options, convert, report
 from data_prep.fetch import fetch
 from data_prep.flags import PerModality
-from data_prep.inputs import Asked, parse_inputs
+from data_prep.inputs import Asked, Input, parse_inputs
 from data_prep.simulate import Spec, parse_features, write_h5mu
 from data_prep.sources import FIELDS, Keys
 from data_prep.tasks import pool
@@ -26,6 +27,20 @@ def main() -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
+    inputs, options = _asked(args)
+    with pool(args.workers, args.scheduler) as workers:
+        manifest = convert(inputs, args.out, options, workers)
+    print(f"{args.out}: {report(manifest)}")
+
+
+def _append(args: argparse.Namespace) -> None:
+    inputs, options = _asked(args)
+    with pool(args.workers, args.scheduler) as workers:
+        manifest = append(inputs, args.to, options, workers)
+    print(f"{args.to}: {appended(manifest)}")
+
+
+def _asked(args: argparse.Namespace) -> tuple[list[Input], Options]:
     kinds = _pairs(args.kind, "--kind")
     named = {"batch": args.batch_key, "label": args.label_key}
     explicit = frozenset(field for field, column in named.items() if column)
@@ -36,10 +51,7 @@ def _convert(args: argparse.Namespace) -> None:
     inputs = parse_inputs(args.inputs, Asked(keys, kinds, layers, ids, barcodes, args.cut_sites))
     names = [given.modality for given in inputs]
     choices = parse_choices(names, kinds, args.features, args.bins, args.top, args.features_from)
-    options = Options(args.seed, args.block_cells, args.codec, choices, args.features_from, kinds, keys)
-    with pool(args.workers, args.scheduler) as workers:
-        manifest = convert(inputs, args.out, options, workers)
-    print(f"{args.out}: {report(manifest)}")
+    return inputs, Options(args.seed, args.block_cells, args.codec, choices, args.features_from, kinds, keys)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -90,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     _add_convert(commands.add_parser("convert", help="raw counts -> a store"))
+    _add_append(commands.add_parser("append", help="more cells for a store, which is not rewritten"))
     _add_simulate(commands.add_parser("simulate", help="a mosaic of any size with known truth"))
 
     p = commands.add_parser("check", help="verify every byte of a store")
@@ -109,13 +122,29 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_convert(p: argparse.ArgumentParser) -> None:
+    _input_options(p)
+    p.add_argument("--out", type=Path, required=True, help="the store to write, STORE.zarr")
+    p.add_argument("--features-from", metavar="STORE", help="fit the modalities and features of another store")
+    p.add_argument(
+        "--block-cells", type=_positive, default=layout.BLOCK_CELLS, help="cells of a block (default: %(default)s)"
+    )
+    p.add_argument("--codec", choices=["fast", "small"], default="fast")
+    p.set_defaults(run=_convert)
+
+
+def _add_append(p: argparse.ArgumentParser) -> None:
+    _input_options(p)
+    p.add_argument("--to", type=Path, required=True, help="the store that gets them; features and blocks are its own")
+    p.set_defaults(run=_append, features_from=None, block_cells=layout.BLOCK_CELLS, codec="fast")
+
+
+def _input_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "inputs",
         nargs="+",
         metavar="[DATASET:][NAME=]FILE",
         help=".h5ad, .h5mu, 10x .h5, a Matrix Market folder, or fragments.tsv.gz",
     )
-    p.add_argument("--out", type=Path, required=True, help="the store to write, STORE.zarr")
     p.add_argument("--batch-key", help=f"obs column of the batch (default: {FIELDS['batch']}, where there is one)")
     p.add_argument("--label-key", help=f"obs column of the cell type (default: {FIELDS['label']}, where there is one)")
     p.add_argument(
@@ -133,13 +162,8 @@ def _add_convert(p: argparse.ArgumentParser) -> None:
         metavar="NAME=KIND",
         help="rna, adt, atac or dense, where the name does not say",
     )
-    p.add_argument(
-        "--block-cells", type=_positive, default=layout.BLOCK_CELLS, help="cells of a block (default: %(default)s)"
-    )
-    p.add_argument("--codec", choices=["fast", "small"], default="fast")
     p.add_argument("--seed", type=int, default=0, help="of the shuffle")
     _pool_options(p)
-    p.set_defaults(run=_convert)
 
 
 def _feature_options(p: argparse.ArgumentParser) -> None:
@@ -168,7 +192,6 @@ def _feature_options(p: argparse.ArgumentParser) -> None:
         help="keep the features that vary most within batches (rna) or are seen in most cells (atac)",
         **several,
     )
-    p.add_argument("--features-from", metavar="STORE", help="fit the modalities and features of another store")
     p.add_argument(
         "--barcodes",
         metavar="[NAME=]FILE|MODALITY",

@@ -1,4 +1,4 @@
-"""The conversion: any inputs -> one committed store. Read `convert` for the whole of it.
+"""The conversion: any inputs -> one committed store. Read `build` for the whole of it.
 
 First pass (scatter): ranges of rows are read, validated, aligned and spooled, sorted by their shuffled place.
 Second pass (gather): each shard collects its rows from the spools and is written. Memory is bounded by a range or
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -62,35 +62,54 @@ def convert(inputs: Sequence[Input], out: Path, options: Options, pool: Pool) ->
     """Convert `inputs` into a store at `out`; goes on where an interrupted run of the same job stopped.
 
     Raises:
-        DataError: inputs that are not what they should be (see `fragments.counted`, `features.plan`, `cells.join`,
-            `counts.canonical`, `selection.select`).
+        DataError: inputs that are not what they should be (see `build`).
         StoreError: something is at `out` already, or another job was or is under way there.
     """
     reference = None if options.features_from is None else Manifest.read(place_of(options.features_from))
-    with job(out, _description(inputs, options, reference)) as partial:
-        work, store = partial / "work", partial / "store"
-        sources = counted(inputs, options.choices, work / "fragments", pool)
-        heads = [source.head() for source in sources]
-        plan = features.plan(sources, heads, options.kinds, options.choices, reference)
-        known = {"batch": reference.batches, "label": reference.labels} if reference else {}
-        cells = cell_table.join(sources, heads, list(plan.modalities), known, options.keys, options.seed)
-
-        _prepare(sources, work, pool)
-        reading = _reading(sources, heads, plan, cells, work)
-        kept = select(reading, plan, cells, options.choices, work / "select", TASK_ENTRIES, pool)
-        plan = plan.narrowed(sources, heads, {name: chosen.places for name, chosen in kept.items()})
-        spools = _scatter(sources, heads, plan, cells, work, pool)
-        files = {name: listed(s.where for s in sources if s.modality == name) for name in plan.modalities}
-        final = strata.settle(cells, plan.modalities, files, spools, options.block_cells, work / "strata")
-        notes = _provenance(sources, heads, plan, cells, final, options, kept)
-        manifest = strata.manifest(final, cells, plan.modalities, options.block_cells, options.codec, notes)
-        create(store, manifest)
-        shards = _gather(manifest, store, work, spools, pool)
-        remove_leftovers(store)  # of workers that were killed while this process lived on
-        return commit(store, out, manifest.model_copy(update={"shards": shards}))
+    with job(out, description(inputs, options, reference)) as partial:
+        return commit(partial / "store", out, build(inputs, options, reference, partial, pool))
 
 
-def _description(inputs: Sequence[Input], options: Options, reference: Manifest | None) -> dict[str, Any]:
+def build(
+    inputs: Sequence[Input],
+    options: Options,
+    reference: Manifest | None,
+    partial: Path,
+    pool: Pool,
+    accept: Callable[[Cells], None] = lambda cells: None,
+) -> Manifest:
+    """All shards of the store to be, in `partial`; returns its manifest, which is not written yet.
+
+    reference: of the store whose modalities and features the inputs are fitted to; accept: may refuse the cells.
+
+    Raises:
+        DataError: inputs that are not what they should be (see `fragments.counted`, `features.plan`, `cells.join`,
+            `counts.canonical`, `selection.select`).
+    """
+    work, store = partial / "work", partial / "store"
+    sources = counted(inputs, options.choices, work / "fragments", pool)
+    heads = [source.head() for source in sources]
+    plan = features.plan(sources, heads, options.kinds, options.choices, reference)
+    known = {"batch": reference.batches, "label": reference.labels} if reference else {}
+    cells = cell_table.join(sources, heads, list(plan.modalities), known, options.keys, options.seed)
+    accept(cells)
+
+    _prepare(sources, work, pool)
+    reading = _reading(sources, heads, plan, cells, work)
+    kept = select(reading, plan, cells, options.choices, work / "select", TASK_ENTRIES, pool)
+    plan = plan.narrowed(sources, heads, {name: chosen.places for name, chosen in kept.items()})
+    spools = _scatter(sources, heads, plan, cells, work, pool)
+    files = {name: listed(s.where for s in sources if s.modality == name) for name in plan.modalities}
+    final = strata.settle(cells, plan.modalities, files, spools, options.block_cells, work / "strata")
+    notes = _provenance(sources, heads, plan, cells, final, options, kept)
+    manifest = strata.manifest(final, cells, plan.modalities, options.block_cells, options.codec, notes)
+    create(store, manifest)
+    shards = _gather(manifest, store, work, spools, pool)
+    remove_leftovers(store)  # of workers that were killed while this process lived on
+    return manifest.model_copy(update={"shards": shards})
+
+
+def description(inputs: Sequence[Input], options: Options, reference: Manifest | None) -> dict[str, Any]:
     """All that decides the result: if any of it changes, what an interrupted run left is of no use."""
     return {
         "inputs": [given.identity() for given in inputs],

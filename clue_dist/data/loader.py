@@ -14,6 +14,7 @@ import numpy as np
 from clue_dist.data.batch import Batch, Part, assemble
 from clue_dist.data.phases import phase
 from clue_dist.data.plan import Plan
+from clue_dist.store.layout import group_of
 from clue_dist.store.pool import Pool, Reading
 from clue_dist.store.reader import Store, StratumReader
 
@@ -21,7 +22,7 @@ AHEAD = 4  # micro-batches between the one that is built and the one whose block
 
 
 class BlockCache:
-    """The blocks of one stratum that are used now or soon, `slots` at most, in fixed memory."""
+    """The blocks of one segment that are used now or soon, `slots` at most, in fixed memory."""
 
     def __init__(self, reader: StratumReader, slots: int) -> None:
         self.slots = min(slots, reader.n_blocks)
@@ -62,10 +63,10 @@ class BlockCache:
                     del self._coming[done]
 
 
-def slots_for(plan: Plan, stratum: str, world: int, steps: int) -> int:
-    """Blocks of a stratum that one of `world` ranks may need for any `steps` micro-batches in a row."""
+def slots_for(plan: Plan, segment: str, world: int, steps: int) -> int:
+    """Blocks of a segment that one of `world` ranks may need for any `steps` micro-batches in a row."""
     lot = plan.lanes * plan.window_blocks  # blocks of one span, of which a rank reads its lanes' windows
-    spans = steps * plan.share[stratum] // (lot * plan.block_cells) + 2
+    spans = steps * plan.share[group_of(segment)] // (lot * plan.block_cells) + 2
     # What is left at the end of a pass is no lane's own: a rank may need all of it.
     return spans * lot // world + lot + 1
 
@@ -92,7 +93,7 @@ class Loader:
         self.modalities = store.modalities
         self.waited = 0.0
         steps = AHEAD + 1
-        self._caches = {s: BlockCache(store.strata[s], slots_for(plan, s, world, steps)) for s in plan.share}
+        self._caches = {s: BlockCache(store.strata[s], slots_for(plan, s, world, steps)) for s in plan.segments}
         self._ring: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=prefetch)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(first,), name="loader", daemon=True)
@@ -143,7 +144,8 @@ class Loader:
         return cells
 
     def _build(self, cells: dict[str, np.ndarray]) -> Batch:
-        batch = assemble(self.modalities, [self._caches[s].rows(positions) for s, positions in cells.items()])
+        parts = [self._caches[s].rows(positions) for s, positions in cells.items() if len(positions)]
+        batch = assemble(self.modalities, parts)
         return batch.pin_memory() if self.pin else batch
 
     def _offer(self, item: Batch | BaseException) -> None:

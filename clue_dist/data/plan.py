@@ -3,7 +3,8 @@
 The global micro-batch of step t is the same on 1, 2, 4 or 64 ranks; a rank takes every W-th cell of it. Each
 stratum s gives a fixed number N_s of cells to every micro-batch, so shapes are static and every rank runs the same
 graph. Cell j of the stratum's share belongs to lane j mod L; the L lanes read from separate blocks, so that ranks
-do not all decode the same data:
+do not all decode the same data. Segments of a stratum, cells that were appended later, share N_s: they take turns,
+lane by lane in step, in proportion to their sizes.
 
     q = t * N_s + j            place in the endless sequence of passes over the stratum
     pass, o = divmod(q, n_s)   every pass covers the n_s cells exactly once
@@ -22,12 +23,14 @@ import numpy as np
 
 from clue_dist.data.phases import phase
 from clue_dist.errors import ConfigError
+from clue_dist.store.layout import group_of
 from clue_dist.store.shuffle import key_of, permute
 
 
 @dataclass(frozen=True)
 class Plan:
-    """seed; sizes: cells to draw from per stratum, {name: n_s}; share: {name: N_s}, each a multiple of lanes."""
+    """seed; sizes: cells to draw from per segment of a stratum, {name: n_s}; share: {stratum: N_s}, each a multiple of
+    lanes."""
 
     seed: int
     sizes: Mapping[str, int]
@@ -51,23 +54,42 @@ class Plan:
         """Cells of one global micro-batch."""
         return sum(self.share.values())
 
+    @property
+    def segments(self) -> list[str]:
+        """In the order in which their cells come in a batch."""
+        return [name for stratum in self.share for name in self._segments(stratum)]
+
+    def _segments(self, stratum: str) -> dict[str, int]:
+        return {name: n for name, n in self.sizes.items() if group_of(name) == stratum}
+
+    def dealt(self, step: int, segment: str) -> int:
+        """Cells of a segment in all micro-batches before `step`: whole rounds of the lanes."""
+        stratum = group_of(segment)
+        rounds, cells = step * self.share[stratum] // self.lanes, sum(self._segments(stratum).values())
+        for name, n in self._segments(stratum).items():
+            own = rounds * n // cells
+            if name == segment:
+                return own * self.lanes
+            rounds, cells = rounds - own, cells - n  # the others share what is left
+        raise KeyError(segment)
+
     @phase("plan")
-    def cells(self, step: int, stratum: str) -> np.ndarray:
-        """Positions in the stratum of its cells in micro-batch `step`, (N_s,) int64; rank r of W takes [r::W]."""
-        n, size, lanes = self.sizes[stratum], self.block_cells, self.lanes
-        count = self.share[stratum]
-        q = step * count + np.arange(count, dtype=np.int64)
-        out = np.empty(count, np.int64)
-        for number in range(int(q[0] // n), int(q[-1] // n) + 1):
+    def cells(self, step: int, segment: str) -> np.ndarray:
+        """Positions in a segment of its cells in micro-batch `step`, int64; rank r of W takes [r::W]. (N_s,) where the
+        stratum has one segment; all segments of a stratum together give N_s."""
+        n, size, lanes = self.sizes[segment], self.block_cells, self.lanes
+        q = np.arange(self.dealt(step, segment), self.dealt(step + 1, segment), dtype=np.int64)
+        out = np.empty(len(q), np.int64)
+        for number in np.unique(q // n).tolist():
             here = q // n == number
-            out[here] = self._of_pass(stratum, number, q[here] - number * n, n, size, lanes)
+            out[here] = self._of_pass(segment, number, q[here] - number * n, n, size, lanes)
         return out
 
-    def _of_pass(self, stratum: str, number: int, o: np.ndarray, n: int, size: int, lanes: int) -> np.ndarray:
+    def _of_pass(self, segment: str, number: int, o: np.ndarray, n: int, size: int, lanes: int) -> np.ndarray:
         full_blocks = n // size
         span = lanes * self.window_blocks * size
         spans = full_blocks * size // span
-        order = key_of(self.seed, stratum, number)
+        order = key_of(self.seed, segment, number)
         out = np.empty(len(o), np.int64)
 
         inside = o < spans * span

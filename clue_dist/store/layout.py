@@ -2,7 +2,8 @@
 
     STORE.zarr/
       zarr.json  manifest.json                    the manifest is written last: it is the commit
-      strata/<rna+adt>/                           one group per stratum: the cells that carry the same modalities
+      strata/<rna+adt>/                           one folder per stratum: the cells that carry the same modalities
+      strata/<rna+adt.2>/                         a second segment of them: cells that were appended later
         obs/batch, obs/label     (blocks, B)      int32 codes into the manifest's lists, -1 = unknown
         obs/barcode              (blocks, B, w)   uint8, padded with zeros
         rna/lengths              (blocks, B, 3)   sparse modality: what each cell has of both arrays below
@@ -48,9 +49,14 @@ class ArraySpec:
     dtype: str
 
 
-def stratum_name(modalities: list[str]) -> str:
-    """`["rna", "adt"]` -> `rna+adt`; the order is the manifest's order of modalities."""
-    return "+".join(modalities)
+def stratum_name(modalities: list[str], segment: int = 1) -> str:
+    """`["rna", "adt"]` -> `rna+adt`, or `rna+adt.2`; the order is the manifest's order of modalities."""
+    return "+".join(modalities) + (f".{segment}" if segment > 1 else "")
+
+
+def group_of(stratum: str) -> str:
+    """What the segments of cells with the same modalities have in common: `rna+adt.2` -> `rna+adt`."""
+    return stratum.partition(".")[0]
 
 
 def unsigned(largest: int) -> str:

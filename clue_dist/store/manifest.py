@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,7 +49,7 @@ class Packed(_Strict):
 
 
 class Stratum(_Strict):
-    """The cells that carry exactly `modalities`, globally shuffled."""
+    """Cells that carry exactly `modalities`, globally shuffled; of several segments, those of one."""
 
     modalities: list[str]
     n_cells: int = Field(ge=1)
@@ -87,10 +88,13 @@ class Manifest(_Strict):
         for name in order:
             if not layout.NAME.fullmatch(name) or name in layout.RESERVED:
                 raise ValueError(f"modality name {name!r} is not a plain name")
+        segments: Counter[str] = Counter()
         for name, stratum in self.strata.items():
+            segments[layout.group_of(name)] += 1
             if stratum.modalities != [m for m in order if m in stratum.modalities] or not stratum.modalities:
                 raise ValueError(f"stratum {name!r} lists modalities {stratum.modalities}, known are {order}")
-            if name != layout.stratum_name(stratum.modalities) or set(stratum.packed) != set(stratum.modalities):
+            expected = layout.stratum_name(stratum.modalities, segments[layout.group_of(name)])
+            if name != expected or set(stratum.packed) != set(stratum.modalities):
                 raise ValueError(f"stratum {name!r} does not fit its modalities {stratum.modalities}")
             for m, packed in stratum.packed.items():
                 dense = self.modalities[m].storage == "dense"

@@ -84,11 +84,14 @@ class StratumReader:
 
     def obs(self, positions: np.ndarray) -> Obs:
         """Batch, label and barcode of any cells, in the order asked for."""
+        barcodes = np.char.decode(self.barcodes(positions), "utf-8")
+        return Obs(self.obs_codes("batch", positions), self.obs_codes("label", positions), barcodes)
+
+    def barcodes(self, positions: np.ndarray) -> np.ndarray:
+        """Barcodes of any cells, in the order asked for, as UTF-8: (n,) bytes."""
         blocks, slot = np.unique(positions // self.block_cells, return_inverse=True)
         letters = self._read("obs/barcode", blocks)[slot, positions % self.block_cells]  # (n, w)
-        encoded = np.ascontiguousarray(letters).view(f"S{letters.shape[1]}").reshape(-1)
-        barcodes = np.char.decode(encoded, "utf-8")
-        return Obs(self.obs_codes("batch", positions), self.obs_codes("label", positions), barcodes)
+        return np.ascontiguousarray(letters).view(f"S{letters.shape[1]}").reshape(-1)
 
     def _open(self, spec: ArraySpec) -> Any:
         folder, kvstore = self.root / spec.path, place.kvstore(self.root, spec.path)

@@ -16,12 +16,13 @@ from clue_dist.data.batch import Batch, Part, assemble
 from clue_dist.data.plan import Plan
 from clue_dist.errors import ConfigError
 from clue_dist.model.clue import ModalitySpec, specs_of
+from clue_dist.store.layout import group_of
 from clue_dist.store.reader import Store
 
 
 @dataclass(frozen=True)
 class Setup:
-    """config: with every "auto" resolved; train, holdout: cells per stratum (the last ones are held out)."""
+    """config: with every "auto" resolved; train, holdout: cells per segment of a stratum (the last are held out)."""
 
     config: Config
     store: Store
@@ -56,14 +57,14 @@ class Setup:
 
     def summary(self) -> str:
         """What a dry run prints."""
-        c, strata = self.config, self.store.strata
+        c = self.config
         lines = [f"store {c.store}  fingerprint {self.store.fingerprint[:12]}  run {c.run}"]
         lines += [f"  {m}: {s.n_features} features, {s.normalise} -> {s.likelihood}" for m, s in self.specs.items()]
-        for name in strata:
-            share = self.plan.share[name]
-            lines.append(
-                f"  stratum {name}: {self.train[name]} cells, {self.holdout[name]} held out, {share} in each batch"
-            )
+        for stratum, share in self.plan.share.items():
+            mine = [name for name in self.train if group_of(name) == stratum]
+            train, held = (sum(n[name] for name in mine) for n in (self.train, self.holdout))
+            parts = f" in {len(mine)} segments" if len(mine) > 1 else ""
+            lines.append(f"  stratum {stratum}: {train} cells{parts}, {held} held out, {share} in each batch")
         lines.append(
             f"  {self.total_steps} steps of {c.data.batch_size} cells ({c.train.epochs:g} epochs), "
             f"validation every {c.train.validate_every}, ZeRO-{c.train.zero_stage}, {c.train.precision}"
@@ -99,7 +100,7 @@ def prepare(config: Config, world: int, *, writes: bool = True) -> Setup:
     assert config.train.epochs != "auto"
     micro = config.data.batch_size // config.train.grad_accum
     weights = _weights(config, train, paired, micro)
-    share = plans.shares(micro, config.data.lanes, weights)
+    share = plans.shares(micro, config.data.lanes, weights)  # by stratum; its segments take turns
     plan = Plan(config.seed, train, share, config.data.lanes, config.data.window_blocks, store.manifest.block_cells)
     total = max(1, round(config.train.epochs * sum(train.values()) / config.data.batch_size))
     return Setup(config, store, specs, plan, train, holdout, total)
@@ -150,11 +151,15 @@ def _check_run_folder(run: Path) -> None:
 
 
 def _weights(config: Config, train: Mapping[str, int], paired: Mapping[str, bool], micro: int) -> dict[str, float]:
+    """By stratum."""
     own = config.data.weights
+    strata: dict[str, int] = {}
+    for name, n in train.items():
+        strata[group_of(name)] = strata.get(group_of(name), 0) + n
     if own is None:
-        return plans.weights(train, paired, config.data.paired_share, micro)
-    if set(own) != set(train) or min(own.values()) <= 0:
-        raise ConfigError("data.weights must give every stratum a positive weight", got=own, expected=sorted(train))
+        return plans.weights(strata, paired, config.data.paired_share, micro)
+    if set(own) != set(strata) or min(own.values()) <= 0:
+        raise ConfigError("data.weights must give every stratum a positive weight", got=own, expected=sorted(strata))
     return dict(own)
 
 
