@@ -45,8 +45,8 @@ QUICK = (Size(20_000, 4, 2, SETTINGS[:2]),)
 SOURCES = (ROOT / "clue_dist/data/plan.py", ROOT / "clue_dist/store/shuffle.py", Path(__file__).parent)
 PAIRED, MOSAIC = "paired", "mosaic"  # all cells paired, or three plates of five with one modality alone
 
-SPREAD = Bar("cells of a plate or type in a batch: standard deviation, off that of draws by", "<", 0.05)
-NEIGHBOURS = Bar("correlation of a batch with the next, of any plate or type", "<", 0.05)
+SPREAD = Bar("how far the spread of a plate or type is from that of draws", "<", 0.05)
+NEIGHBOURS = Bar("correlation between neighbouring batches, of any plate or type", "<", 0.05)
 ONCE = Bar("cells that a pass did not deal exactly once", "<=", 0)
 
 FOOTNOTES = f"""\
@@ -150,7 +150,7 @@ def table(records: Sequence[Result]) -> str:
     rows = [["cells", "", "batches", "spread", "farthest", "neighbours", "farthest", "not once", "again (chance)"]]
     for r in records:
         kind, _, cells = r["data_set"].partition("-")
-        again = "-" if r["again"] is None else "{:.1f} ({:.1f})".format(*r["again"])
+        again = "-" if r["again"] is None else "{:.2f} ({:.2f})".format(*r["again"])
         of = [text for key in ("spread", "neighbours") for text in (shown(r[key]), f"{r[key]['worst']:.3f}")]
         rows.append([f"{int(cells):,} {kind}", r["method"], f"{r['batches']:,}", *of, f"{r['not_once']}", again])
     return common.aligned(rows)
