@@ -30,16 +30,16 @@ def check(where: str | Place) -> list[str]:
     """
     root = place.place_of(where)
     manifest = Manifest.read(root)
-    problems = _extra_files(root, manifest)
+    problems = _manifest_file(root, manifest) + _extra_files(root, manifest)
     damaged: set[str] = set()
 
     def verify(item: tuple[str, Shard]) -> list[str]:
-        found = _verify_shard(root, *item)
-        if found:
+        found = _verify_file(root, *item)
+        if found and item[0] in manifest.shards:
             damaged.add(item[0])
         return found
 
-    problems += _all("hash", verify, list(manifest.shards.items()))
+    problems += _all("hash", verify, [*manifest.metadata.items(), *manifest.shards.items()])
     problems += [
         f"{key}: not in the manifest's list of shards" for key in sorted(_expected(manifest) - set(manifest.shards))
     ]
@@ -67,7 +67,14 @@ def _all(title: str, function: Callable[[Any], list[str]], items: list[Any]) -> 
     return found
 
 
-def _verify_shard(root: Place, key: str, expected: Shard) -> list[str]:
+def _manifest_file(root: Place, manifest: Manifest) -> list[str]:
+    content = place.read(root, layout.MANIFEST)
+    if content is not None and manifest.sealed(content):
+        return []
+    return [f"{layout.MANIFEST}: changed after it was written, where its fingerprint does not see it"]
+
+
+def _verify_file(root: Place, key: str, expected: Shard) -> list[str]:
     if isinstance(root, Path) and (
         not (root / key).resolve().is_relative_to(root.resolve()) or (root / key).is_symlink()
     ):
@@ -84,7 +91,7 @@ def _verify_shard(root: Place, key: str, expected: Shard) -> list[str]:
 
 
 def _hash(root: Place, key: str) -> Shard | None:
-    """Size and SHA-256 of a shard; None where there is none."""
+    """Size and SHA-256 of a file; None where there is none."""
     if isinstance(root, Path):
         return hash_file(root / key) if (root / key).is_file() else None
     content = place.read(root, key)
@@ -102,9 +109,11 @@ def _expected(manifest: Manifest) -> set[str]:
 
 
 def _extra_files(root: Place, manifest: Manifest) -> list[str]:
-    known = {*manifest.shards, layout.MANIFEST}
-    files = place.names(root) or []
-    return [f"{f}: not part of the store" for f in sorted(files) if f not in known and Path(f).name != "zarr.json"]
+    files = sorted(place.names(root) or [])
+    # Stores of before metadata were hashed do not list it.
+    old = set() if manifest.metadata else {f for f in files if Path(f).name == "zarr.json"}
+    known = {layout.MANIFEST, *manifest.metadata, *manifest.shards, *old}
+    return [f"{f}: not part of the store" for f in files if f not in known]
 
 
 def _check_stratum(reader: StratumReader, damaged: set[str]) -> list[str]:

@@ -61,7 +61,7 @@ class Stratum(_Strict):
 
 
 class Shard(_Strict):
-    """Size and SHA-256 of one shard file."""
+    """Size and SHA-256 of one file: a shard, or a zarr.json."""
 
     bytes: int
     sha256: str
@@ -79,8 +79,11 @@ class Manifest(_Strict):
     labels: list[str]
     strata: dict[str, Stratum]
     shards: dict[str, Shard]
-    provenance: dict[str, Any] = {}  # where the cells came from; not part of the fingerprint
+    # Not part of the fingerprint: where the cells came from, and every zarr.json, as zarr-python happens to write it.
+    provenance: dict[str, Any] = {}
+    metadata: dict[str, Shard] = {}
     fingerprint: str = ""
+    seal: str = ""  # SHA-256 of the manifest's file as it is without these letters
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
@@ -107,8 +110,8 @@ class Manifest(_Strict):
         return sum(s.n_cells for s in self.strata.values())
 
     def computed_fingerprint(self) -> str:
-        """SHA-256 of the manifest's content, provenance left out: equal data gives an equal fingerprint."""
-        content = self.model_dump(mode="json", exclude={"fingerprint", "provenance"})
+        """SHA-256 of the manifest's content, but for what the data do not decide: equal data, equal fingerprint."""
+        content = self.model_dump(mode="json", exclude={"provenance", "metadata", "fingerprint", "seal"})
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def arrays(self, stratum: str) -> list[ArraySpec]:
@@ -134,14 +137,26 @@ class Manifest(_Strict):
 
     def write(self, root: Path) -> Manifest:
         """Sign and write the manifest durably: to a temporary name, synced, then renamed."""
-        signed = self.model_copy(update={"fingerprint": self.computed_fingerprint()})
+        signed = self.model_copy(update={"fingerprint": self.computed_fingerprint(), "seal": ""})
+        signed = signed.model_copy(update={"seal": hashlib.sha256(signed._text()).hexdigest()})
         temporary = root / (layout.MANIFEST + ".tmp")
-        with temporary.open("w") as f:
-            json.dump(signed.model_dump(mode="json"), f, indent=1)
+        with temporary.open("wb") as f:
+            f.write(signed._text())
             f.flush()
             os.fsync(f.fileno())
         temporary.rename(root / layout.MANIFEST)
         return signed
+
+    def _text(self) -> bytes:
+        return json.dumps(self.model_dump(mode="json"), indent=1).encode()
+
+    def sealed(self, content: bytes) -> bool:
+        """Whether `content`, of the file this was read from, is to the byte what `write` wrote, provenance and all.
+
+        Stores of before there were seals are believed.
+        """
+        unsealed = b"".join(content.rsplit(self.seal.encode(), 1)) if self.seal else b""
+        return not self.seal or hashlib.sha256(unsealed).hexdigest() == self.seal
 
     @classmethod
     def read(cls, root: Place) -> Manifest:

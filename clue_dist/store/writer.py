@@ -95,8 +95,12 @@ def _write(folder: Path, first: int, data: np.ndarray) -> None:
 
 
 def commit(partial: Path, final: Path, manifest: Manifest) -> Manifest:
-    """Write the manifest into `partial`, then give the folder its final name. From here on the store exists."""
-    signed = manifest.write(partial)
+    """Write the manifest into `partial`, with hashes of its metadata, then give the folder its final name.
+
+    From here on the store exists.
+    """
+    metadata = {path.relative_to(partial).as_posix(): hash_file(path) for path in sorted(partial.rglob("zarr.json"))}
+    signed = manifest.model_copy(update={"metadata": metadata}).write(partial)
     if final.exists():
         raise StoreError("something is already there", where=final, fix="choose another --out, or remove it")
     partial.rename(final)

@@ -148,3 +148,29 @@ def test_rows_that_are_not_coded_as_the_manifest_says(root: Path) -> None:
     resign(root, strata={**Manifest.read(root).strata, "rna+adt": stratum.model_copy(update={"packed": packed})})
     told = "lengths that do not fit the codes", "beyond the last"
     assert any(words in problem for problem in check(root) for words in told)
+
+
+def test_metadata_and_what_the_fingerprint_leaves_out(root: Path) -> None:
+    """Changes that alter no value served are told as well."""
+    group, manifest = root / "strata/rna/zarr.json", root / "manifest.json"
+    sound = manifest.read_text()
+    group.write_text(group.read_text().replace("{}", '{"a": 1}'))
+    manifest.write_text(sound.replace("in.h5mu", "ix.h5mu"))
+    (root / "strata/zarr.json").unlink()
+    (root / "strata/rna/rna/rest/c/zarr.json").write_text("{}")
+    assert Manifest.read(root).fingerprint == Manifest.model_validate_json(sound).fingerprint
+    assert check(root) == [
+        "manifest.json: changed after it was written, where its fingerprint does not see it",
+        "strata/rna/rna/rest/c/zarr.json: not part of the store",
+        f"strata/rna/zarr.json: {group.stat().st_size} bytes, expected {group.stat().st_size - 6}",
+        "strata/zarr.json: missing",
+    ]
+    manifest.write_text(sound.replace(" ", "\t", 1))
+    assert check(root)[0].startswith("manifest.json: changed")
+
+
+def test_a_store_of_before_metadata_were_hashed(root: Path) -> None:
+    content = json.loads((root / "manifest.json").read_text())
+    del content["metadata"], content["seal"]
+    (root / "manifest.json").write_text(json.dumps(content))
+    assert check(root) == []

@@ -1,0 +1,101 @@
+"""From the store to the ranks, for any plan: what is served where, and after a resume, is what the plan says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clue_dist.data.batch import Batch
+from clue_dist.data.loader import Loader
+from clue_dist.data.plan import Plan
+from clue_dist.store.reader import Store
+from tests.stores import make_store
+
+BLOCK = 4
+CELLS = {"rna+place": 61, "place": 37}
+WORLDS = {1: (1,), 2: (1, 2), 3: (1, 3), 4: (1, 2, 4), 6: (2, 3, 6)}  # lanes -> numbers of ranks that divide them
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A dense modality of real numbers tells its cells apart."""
+    path = tmp_path_factory.mktemp("order") / "s.zarr"
+    return make_store(path, cells=CELLS, features={"rna": 9, "place": 1}, block_cells=BLOCK)
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> tuple[Plan, int]:
+    """A plan that draws from some or all cells of each stratum, as hold-out makes it, and a number of ranks."""
+    lanes = draw(st.sampled_from(sorted(WORLDS)))
+    sizes = {s: draw(st.integers(1, n)) for s, n in CELLS.items()}
+    share = {s: lanes * draw(st.integers(1, 4)) for s in CELLS}
+    plan = Plan(draw(st.integers(0, 2**63)), sizes, share, lanes, draw(st.integers(1, 4)), BLOCK)
+    return plan, draw(st.sampled_from(WORLDS[lanes]))
+
+
+def places(store: Store, batch: Batch, rank_share: dict[str, int]) -> dict[str, np.ndarray]:
+    """Which cell of its stratum each cell of a batch is."""
+    served, out, first = batch.modalities["place"].counts, {}, 0
+    for stratum, n in rank_share.items():
+        known = store.strata[stratum].rows("place", np.arange(CELLS[stratum]))[:, 0]  # type: ignore[index]
+        of = served[first : first + n, 0].numpy()  # type: ignore[index]
+        order = np.argsort(known)
+        out[stratum] = order[np.searchsorted(known[order], of).clip(max=len(known) - 1)]
+        np.testing.assert_array_equal(known[out[stratum]], of)
+        first += n
+    return out
+
+
+def served(store: Store, plan: Plan, first: int, steps: int, rank: int, world: int) -> Iterator[dict[str, np.ndarray]]:
+    with Loader(store, plan, rank=rank, world=world, first=first, prefetch=1) as loader:
+        for batch in islice(loader, steps):
+            yield places(store, batch, {s: n // world for s, n in plan.share.items()})
+
+
+def global_batches(store: Store, plan: Plan, first: int, steps: int, world: int) -> dict[str, np.ndarray]:
+    """Cells of every stratum in batches `first` on, (steps, N_s), each rank's put where it belongs."""
+    out = {s: np.full((steps, n), -1) for s, n in plan.share.items()}
+    for rank in range(world):
+        for t, cells in enumerate(served(store, plan, first, steps, rank, world)):
+            for stratum, of in cells.items():
+                out[stratum][t, rank::world] = of
+    return out
+
+
+def equal(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> None:
+    assert got.keys() == want.keys()
+    for stratum, cells in got.items():
+        np.testing.assert_array_equal(cells, want[stratum])
+
+
+@given(plans(), st.integers(0, 10**9), st.integers(1, 5))
+@settings(max_examples=40, deadline=None)
+def test_ranks_together_serve_the_plans_batches_from_any_step(
+    store: Store, chosen: tuple[Plan, int], first: int, steps: int
+) -> None:
+    plan, world = chosen
+    want = {s: np.stack([plan.cells(t, s) for t in range(first, first + steps)]) for s in plan.share}
+    equal(global_batches(store, plan, first, steps, world), want)
+
+
+@given(plans(), st.data())
+@settings(max_examples=40, deadline=None)
+def test_a_run_resumed_on_other_ranks_serves_what_one_run_through_does(
+    store: Store, chosen: tuple[Plan, int], data: st.DataObject
+) -> None:
+    """And the run through serves every cell once in each pass of its stratum."""
+    plan, world = chosen
+    steps = max(-(-2 * plan.sizes[s] // n) for s, n in plan.share.items())
+    at = data.draw(st.integers(0, steps - 1), "resumed at")
+    through = global_batches(store, plan, 0, steps, 1)
+    resumed = global_batches(store, plan, at, min(steps - at, 6), world)
+    equal(resumed, {s: cells[at : at + 6] for s, cells in through.items()})
+    for stratum, cells in through.items():
+        n = plan.sizes[stratum]
+        for one in cells.reshape(-1)[: cells.size // n * n].reshape(-1, n):
+            assert sorted(one.tolist()) == list(range(n))
