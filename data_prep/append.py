@@ -22,6 +22,7 @@ from clue_dist.errors import DataError, StoreError, listed
 from clue_dist.store import layout
 from clue_dist.store.manifest import Manifest, Shard
 from clue_dist.store.reader import Store, StratumReader
+from clue_dist.store.writer import metadata
 from data_prep.cells import Cells
 from data_prep.convert import Options, build, description
 from data_prep.inputs import Input
@@ -30,6 +31,7 @@ from data_prep.sources import decode
 from data_prep.tasks import Pool
 
 APPENDED = "appended"  # in the provenance: one entry for each addition
+BUILT = "addition.json"  # in the addition's folder: its manifest; from here on its strata may be in the store
 DONE = "becomes"  # in the addition's folder: the fingerprint that the store is about to get
 BLOCKS = 4096  # whose barcodes are read at once
 
@@ -51,7 +53,10 @@ def append(inputs: Sequence[Input], root: Path, options: Options, pool: Pool) ->
         return old
     options = replace(options, features_from=root, block_cells=old.block_cells, codec=old.codec)
     with job(partial.with_suffix(""), description(inputs, options, old)) as partial:
-        addition = build(inputs, options, old, partial, pool, lambda cells: _refuse_known(cells, store))
+        if not (partial / BUILT).exists():
+            built = build(inputs, options, old, partial, pool, lambda cells: _refuse_known(cells, store))
+            _write(partial / BUILT, built.model_dump_json())
+        addition = Manifest.model_validate_json((partial / BUILT).read_bytes())
         return _graft(addition, partial, old, root)
 
 
@@ -64,8 +69,8 @@ def _refuse_known(cells: Cells, store: Store) -> None:
             where=store.root,
             got=listed(decode(names)),
             expected="cells with barcodes of their own",
-            fix="other cells with the same barcodes need a prefix, `lane2:FILE`; for more modalities of the same cells, "
-            "convert all files again",
+            fix="other cells with the same barcodes need a prefix, `lane2:FILE`; for more modalities of the same "
+            "cells, convert all files again",
         )
 
 
@@ -93,9 +98,12 @@ def _graft(addition: Manifest, partial: Path, old: Manifest, root: Path) -> Mani
         }
     )
     new = Manifest.model_validate(new.model_dump())
+    found = dict(old.metadata)
     for name, final in names.items():
         _move(partial / "store" / "strata" / name, root / "strata" / final)
-    (partial / DONE).write_text(new.computed_fingerprint())
+        found |= metadata(root, f"strata/{final}")
+    new = new.model_copy(update={"metadata": found})
+    _write(partial / DONE, new.computed_fingerprint())
     return new.write(root)
 
 
@@ -105,6 +113,12 @@ def _renamed(addition: Manifest, names: dict[str, str]) -> dict[str, Shard]:
         strata, name, rest = key.split("/", 2)
         out[f"{strata}/{names[name]}/{rest}"] = shard
     return out
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.rename(path)
 
 
 def _move(source: Path, target: Path) -> None:

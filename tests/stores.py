@@ -76,7 +76,7 @@ def _draw(
     label = rng.integers(0, labels, n).astype(np.int32) if labels else np.full(n, -1, np.int32)
     batch = rng.integers(0, batches, n).astype(np.int32) if batches else np.full(n, -1, np.int32)
     rows: dict[str, Coded | np.ndarray] = {}
-    for m in stratum.split("+"):
+    for m in layout.group_of(stratum).split("+"):
         counts = rng.poisson(rates[m][np.maximum(label, 0)])
         counts[:, 0] += 1  # no empty cells
         if modalities[m].storage == "dense":
@@ -102,7 +102,7 @@ def _stratum(
 ) -> Stratum:
     n = len(cells.barcodes)
     return Stratum(
-        modalities=name.split("+"),
+        modalities=layout.group_of(name).split("+"),
         n_cells=n,
         shard_blocks=2 * layout.CHUNK_ROWS if n > 2 * layout.CHUNK_ROWS * block_cells else layout.CHUNK_ROWS,
         barcode_width=max(len(b) for b in cells.barcodes),

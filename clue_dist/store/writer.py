@@ -99,13 +99,17 @@ def commit(partial: Path, final: Path, manifest: Manifest) -> Manifest:
 
     From here on the store exists.
     """
-    metadata = {path.relative_to(partial).as_posix(): hash_file(path) for path in sorted(partial.rglob("zarr.json"))}
-    signed = manifest.model_copy(update={"metadata": metadata}).write(partial)
+    signed = manifest.model_copy(update={"metadata": metadata(partial)}).write(partial)
     if final.exists():
         raise StoreError("something is already there", where=final, fix="choose another --out, or remove it")
     partial.rename(final)
     _sync_folder(final.parent)
     return signed
+
+
+def metadata(root: Path, below: str = "") -> dict[str, Shard]:
+    """Size and hash of every zarr.json of a store, or of those in a folder of it."""
+    return {p.relative_to(root).as_posix(): hash_file(p) for p in sorted((root / below).rglob("zarr.json"))}
 
 
 def hash_file(path: Path) -> Shard:
