@@ -32,7 +32,7 @@ SETTINGS = ((8, 16), (8, 1), (1, 16), (64, 16))  # lanes, blocks of a lane's win
 
 @dataclass(frozen=True)
 class Size:
-    """cells: of the atlas; seeds: how many; passes: over every stratum; settings: how many of SETTINGS."""
+    """cells: of the atlas; seeds: how many; passes: over every stratum; settings: which of SETTINGS."""
 
     cells: int
     seeds: int
