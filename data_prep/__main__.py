@@ -1,4 +1,4 @@
-"""The command line: python -m data_prep convert | check | inspect | fetch | simulate."""
+"""The command line: python -m data_prep convert | svd | check | inspect | fetch | simulate."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from clue_dist.errors import DataError, StoreError, run_main
 from clue_dist.store import layout
-from data_prep import inspect
+from data_prep import inspect, svd
 from data_prep.check import check
 from data_prep.choices import parse_choices
 from data_prep.convert import Options, convert, report
@@ -40,6 +40,13 @@ def _convert(args: argparse.Namespace) -> None:
     with pool(args.workers, args.scheduler) as workers:
         manifest = convert(inputs, args.out, options, workers)
     print(f"{args.out}: {report(manifest)}")
+
+
+def _svd(args: argparse.Namespace) -> None:
+    options = svd.Options(args.components, args.power, args.seed)
+    with pool(args.workers, args.scheduler) as workers:
+        notes = svd.compute(args.store, args.modality, options, workers)
+    print(f"{args.store}: singular vectors\n{svd.report(notes)}")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -91,6 +98,8 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_convert(commands.add_parser("convert", help="raw counts -> a store"))
     _add_simulate(commands.add_parser("simulate", help="a mosaic of any size with known truth"))
+
+    _add_svd(commands.add_parser("svd", help="singular vectors of all cells, for training to start from"))
 
     p = commands.add_parser("check", help="verify every byte of a store")
     p.add_argument("store", help="a folder or a URL: s3://, gs://, https://")
@@ -192,6 +201,23 @@ def _add_simulate(p: argparse.ArgumentParser) -> None:
     p.add_argument("--kind", action="append", default=[], metavar="NAME=KIND")
     _pool_options(p)
     p.set_defaults(run=_simulate)
+
+
+def _add_svd(p: argparse.ArgumentParser) -> None:
+    default = svd.Options()
+    p.add_argument("store", help="a folder; the result is saved in it")
+    p.add_argument("--modality", nargs="+", action="extend", default=[], metavar="NAME", help="default: all")
+    p.add_argument("--components", type=_positive, default=default.components, help="default: %(default)s")
+    p.add_argument("--power", type=_natural, default=default.power, help="iterations (default: %(default)s)")
+    p.add_argument("--seed", type=_natural, default=default.seed, help="of the start")
+    _pool_options(p)
+    p.set_defaults(run=_svd)
+
+
+def _natural(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
+    return int(text)
 
 
 def _positive(text: str) -> int:

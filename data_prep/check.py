@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from clue_dist.errors import StoreError
-from clue_dist.store import layout, place
+from clue_dist.store import layout, place, svd
 from clue_dist.store.manifest import Manifest, Shard
 from clue_dist.store.place import Place
 from clue_dist.store.reader import StratumReader
@@ -30,7 +30,8 @@ def check(where: str | Place) -> list[str]:
     """
     root = place.place_of(where)
     manifest = Manifest.read(root)
-    problems = _extra_files(root, manifest)
+    problems, side_files = svd.verify(root, manifest)
+    problems += _extra_files(root, {*manifest.shards, *side_files, layout.MANIFEST})
     damaged: set[str] = set()
 
     def verify(item: tuple[str, Shard]) -> list[str]:
@@ -101,8 +102,7 @@ def _expected(manifest: Manifest) -> set[str]:
     return keys
 
 
-def _extra_files(root: Place, manifest: Manifest) -> list[str]:
-    known = {*manifest.shards, layout.MANIFEST}
+def _extra_files(root: Place, known: set[str]) -> list[str]:
     files = place.names(root) or []
     return [f"{f}: not part of the store" for f in sorted(files) if f not in known and Path(f).name != "zarr.json"]
 
