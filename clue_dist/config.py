@@ -38,7 +38,7 @@ class TrunkConfig(_Strict):
     """One network per modality, shared by its K heads: projection -> hidden layers -> h."""
 
     projection: int = Field(50, ge=1)  # components of the first, sparse layer
-    projection_init: Literal["svd", "random"] = "svd"
+    projection_init: Literal["svd", "svd_of_sample", "svd_of_store", "random"] = "svd"
     projection_lr: float = Field(0.0, ge=0)  # relative to train.lr; 0 keeps the projection as initialised
     size_input: bool = True  # the cell's total count and number of detected features are inputs too, as ln
     shared: bool = True  # one trunk for a modality's K heads; false: K separate encoders behind the projection

@@ -1,4 +1,4 @@
-"""The command line: python -m data_prep convert | append | check | inspect | fetch | simulate."""
+"""The command line: python -m data_prep convert | append | svd | check | inspect | fetch | simulate."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from clue_dist.errors import DataError, StoreError, run_main
 from clue_dist.store import layout
-from data_prep import inspect
+from data_prep import inspect, svd
 from data_prep.append import append, appended
 from data_prep.check import check
 from data_prep.choices import parse_choices
@@ -52,6 +52,13 @@ def _asked(args: argparse.Namespace) -> tuple[list[Input], Options]:
     names = [given.modality for given in inputs]
     choices = parse_choices(names, kinds, args.features, args.bins, args.top, args.features_from)
     return inputs, Options(args.seed, args.block_cells, args.codec, choices, args.features_from, kinds, keys)
+
+
+def _svd(args: argparse.Namespace) -> None:
+    options = svd.Options(args.components, args.power, args.seed)
+    with pool(args.workers, args.scheduler) as workers:
+        notes = svd.compute(args.store, args.modality, options, workers)
+    print(f"{args.store}: singular vectors\n{svd.report(notes)}")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -104,6 +111,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(commands.add_parser("convert", help="raw counts -> a store"))
     _add_append(commands.add_parser("append", help="more cells for a store, which is not rewritten"))
     _add_simulate(commands.add_parser("simulate", help="a mosaic of any size with known truth"))
+
+    _add_svd(commands.add_parser("svd", help="singular vectors of all cells, for training to start from"))
 
     p = commands.add_parser("check", help="verify every byte of a store")
     p.add_argument("store", help="a folder or a URL: s3://, gs://, https://")
@@ -215,6 +224,23 @@ def _add_simulate(p: argparse.ArgumentParser) -> None:
     p.add_argument("--kind", action="append", default=[], metavar="NAME=KIND")
     _pool_options(p)
     p.set_defaults(run=_simulate)
+
+
+def _add_svd(p: argparse.ArgumentParser) -> None:
+    default = svd.Options()
+    p.add_argument("store", help="a folder; the result is saved in it")
+    p.add_argument("--modality", nargs="+", action="extend", default=[], metavar="NAME", help="default: all")
+    p.add_argument("--components", type=_positive, default=default.components, help="default: %(default)s")
+    p.add_argument("--power", type=_natural, default=default.power, help="iterations (default: %(default)s)")
+    p.add_argument("--seed", type=_natural, default=default.seed, help="of the start")
+    _pool_options(p)
+    p.set_defaults(run=_svd)
+
+
+def _natural(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
+    return int(text)
 
 
 def _positive(text: str) -> int:

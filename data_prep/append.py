@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from clue_dist.errors import DataError, StoreError, listed
-from clue_dist.store import layout
+from clue_dist.store import layout, svd
 from clue_dist.store.manifest import Manifest, Shard
 from clue_dist.store.reader import Store, StratumReader
 from clue_dist.store.writer import metadata
@@ -103,6 +103,7 @@ def _graft(addition: Manifest, partial: Path, old: Manifest, root: Path) -> Mani
         _move(partial / "store" / "strata" / name, root / "strata" / final)
         found |= metadata(root, f"strata/{final}")
     new = new.model_copy(update={"metadata": found})
+    shutil.rmtree(root / svd.FOLDER, ignore_errors=True)  # of other cells from now on
     _write(partial / DONE, new.computed_fingerprint())
     return new.write(root)
 
@@ -136,4 +137,5 @@ def _move(source: Path, target: Path) -> None:
 def appended(manifest: Manifest) -> str:
     """What a person should know after an addition."""
     lines = [f"{manifest.n_cells:,} cells, fingerprint {manifest.fingerprint[:16]}"]
-    return "\n".join(lines + [f"  {name}: {s.n_cells:,} cells" for name, s in manifest.strata.items()])
+    lines += [f"  {name}: {s.n_cells:,} cells" for name, s in manifest.strata.items()]
+    return "\n".join([*lines, "  a stored SVD is gone: it was of the cells before"])

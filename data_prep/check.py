@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from clue_dist.errors import StoreError
-from clue_dist.store import layout, place
+from clue_dist.store import layout, place, svd
 from clue_dist.store.manifest import Manifest, Shard
 from clue_dist.store.place import Place
 from clue_dist.store.reader import StratumReader
@@ -30,7 +30,8 @@ def check(where: str | Place) -> list[str]:
     """
     root = place.place_of(where)
     manifest = Manifest.read(root)
-    problems = _manifest_file(root, manifest) + _extra_files(root, manifest)
+    problems, side_files = svd.verify(root, manifest)
+    problems += _manifest_file(root, manifest) + _extra_files(root, manifest, side_files)
     damaged: set[str] = set()
 
     def verify(item: tuple[str, Shard]) -> list[str]:
@@ -108,12 +109,9 @@ def _expected(manifest: Manifest) -> set[str]:
     return keys
 
 
-def _extra_files(root: Place, manifest: Manifest) -> list[str]:
-    files = sorted(place.names(root) or [])
-    # Stores of before metadata were hashed do not list it.
-    old = set() if manifest.metadata else {f for f in files if Path(f).name == "zarr.json"}
-    known = {layout.MANIFEST, *manifest.metadata, *manifest.shards, *old}
-    return [f"{f}: not part of the store" for f in files if f not in known]
+def _extra_files(root: Place, manifest: Manifest, side_files: Collection[str]) -> list[str]:
+    known = {layout.MANIFEST, *manifest.metadata, *manifest.shards, *side_files}
+    return [f"{f}: not part of the store" for f in sorted(place.names(root) or []) if f not in known]
 
 
 def _check_stratum(reader: StratumReader, damaged: set[str]) -> list[str]:

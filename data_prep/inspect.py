@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from clue_dist.errors import listed
+from clue_dist.store import svd
 from clue_dist.store.manifest import Manifest
 from clue_dist.store.reader import Store
 
@@ -43,6 +44,10 @@ def facts(root: str | Path) -> dict[str, Any]:
         },
         "batches": _totals(manifest, "batch"),
         "labels": _totals(manifest, "label"),
+        "svd": {
+            name: {"components": note.components, "cells": note.n_cells, "normalise": note.normalise}
+            for name, note in svd.known(store.root, manifest).items()
+        },
         "provenance": manifest.provenance,
     }
 
@@ -104,6 +109,9 @@ def text(found: dict[str, Any]) -> str:
     for title in ("batches", "labels"):
         shares = [f"{name} {n:,}" for name, n in found[title].items() if n]
         lines.append(f"{title:<12} {listed(shares, _SHOWN) or 'none'}")
+    for name, note in found["svd"].items():
+        how = f"{note['components']} components of {note['cells']:,} cells, {note['normalise']}"
+        lines.append(f"{'svd':<12} {name}: {how}")
     return "\n".join(lines + _provenance(found["provenance"]))
 
 

@@ -1,4 +1,4 @@
-"""One conversion at a time in OUT.partial: claimed, told apart from other jobs, removed when it is done."""
+"""One conversion, or SVD, at a time in OUT.partial: claimed, told apart from other jobs, removed when it is done."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, err
 
 
 @contextmanager
-def job(out: Path, description: dict[str, Any]) -> Iterator[Path]:
+def job(out: Path, description: dict[str, Any], what: str = "conversion") -> Iterator[Path]:
     """Claim OUT.partial for the job of this `description` (JSON-able); yields the folder, removes it on success.
+
+    what: the job is, for people.
 
     Raises:
         StoreError: OUT exists; another job was or is under way there; the disk is full.
@@ -32,8 +34,8 @@ def job(out: Path, description: dict[str, Any]) -> Iterator[Path]:
         raise StoreError("something is already there", where=out, fix="choose another --out, or remove it")
     with _loud(partial):
         make_folder(partial)
-        with _locked(partial):
-            _same_as_before(partial / "job.json", description)
+        with _locked(partial, what):
+            _same_as_before(partial / "job.json", description, what)
             remove_leftovers(partial)
             try:
                 yield partial
@@ -44,17 +46,17 @@ def job(out: Path, description: dict[str, Any]) -> Iterator[Path]:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path, what: str) -> Iterator[None]:
     with (folder / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            fix = "wait for it, or choose another --out"
-            raise StoreError("another conversion is writing here now", where=folder, fix=fix) from None
+            fix = "wait for it" + (", or choose another --out" if what == "conversion" else "")
+            raise StoreError(f"another {what} is writing here now", where=folder, fix=fix) from None
         yield
 
 
-def _same_as_before(path: Path, description: dict[str, Any]) -> None:
+def _same_as_before(path: Path, description: dict[str, Any], what: str) -> None:
     """Refuse to go on with another job than the one that was begun; write down a new one."""
     description = json.loads(json.dumps(description))
     if not path.exists():
@@ -66,7 +68,7 @@ def _same_as_before(path: Path, description: dict[str, Any]) -> None:
     changed = [key for key in description if before.get(key) != description[key]]
     if changed:
         raise StoreError(
-            "an interrupted conversion of other inputs or options is here",
+            f"an interrupted {what} of other inputs or options is here",
             where=path.parent,
             got=f"a change of {listed(changed)}",
             fix=f"run it again as it was, or remove {path.parent.name} to start afresh",

@@ -19,7 +19,8 @@ from clue_dist.model.layers import reverse_gradient
 from clue_dist.model.likelihoods import OF_KIND
 from clue_dist.model.noise import Noise
 from clue_dist.model.posterior import combination, own, sample
-from clue_dist.model.trunk import NORMALISE, Trunk
+from clue_dist.model.trunk import Trunk
+from clue_dist.normalise import NORMALISE
 from clue_dist.store.manifest import Modality
 
 # In an embedding, of private dimensions: a probe reads them there, but neighbours are those by what modalities share.

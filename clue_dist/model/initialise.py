@@ -5,6 +5,9 @@ A store is globally shuffled, so its first cells are a random draw: the cost doe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import numpy as np
 import scipy.sparse as sp
 import torch
@@ -15,7 +18,9 @@ from clue_dist.data.batch import Counts, SparseCounts
 from clue_dist.model.clue import CLUE
 from clue_dist.model.decoders import Decoder
 from clue_dist.model.trunk import Projection, Trunk, normalise, size_of
+from clue_dist.normalise import column_sums, inverse_frequency, spread, standard
 from clue_dist.store.reader import Store
+from clue_dist.store.svd import Svd
 
 MAX_CELLS = 20_000  # of each modality
 MIN_SIZE_SCALE = 0.05  # a size that hardly varies (a small panel is always detected) must not be blown up
@@ -25,29 +30,48 @@ MAX_NONZEROS = 40_000_000  # bounds memory and time where profiles are long
 
 
 @torch.no_grad()
-def initialise(model: CLUE, store: Store, n_train: dict[str, int], svd: bool, seed: int) -> None:
+def initialise(
+    model: CLUE,
+    store: Store,
+    n_train: dict[str, int],
+    svd: bool,
+    seed: int,
+    stored: Mapping[str, Svd] = MappingProxyType({}),
+) -> None:
     """Set TF-IDF weights, projections and decoder offsets from training cells.
 
-    n_train: how many cells of each stratum, from its beginning, may be looked at.
+    n_train: how many cells of each stratum, from its beginning, may be looked at; svd: whether projections start from
+    singular vectors; stored: those of all cells of the store, by modality, where they are to be used.
     """
     for name in model.names:
         counts = sample(store, n_train, name)
-        trunk, decoder = model.trunk(name), model.decoder(name)
-        detected = _column_sums(counts, lambda v: (v > 0).astype(np.float64))
-        n = counts.shape[0]
-        trunk.idf.copy_(torch.from_numpy(n / np.maximum(detected, 1)))
-        values = _normalised(counts, trunk)
-        mean, scale = _moments(values)
-        if trunk.how == "log_cp10k":  # between covariance (abundant genes rule) and correlation (noise votes too)
-            scale = scale**0.75
-        if trunk.how == "tfidf":  # latent semantic indexing works on the values as they are
-            mean, scale = np.zeros_like(mean), np.ones_like(scale)
-        if svd:
-            _set_projection(trunk.projection, values, mean, scale, seed)
+        trunk = model.trunk(name)
+        if svd and name in stored:
+            _project_as_stored(trunk, stored[name])
+        else:
+            _project_as_sampled(trunk, counts, svd, seed)
         if trunk.size_input:
             size = size_of(_counts(counts)).double()
             trunk.size.copy_(torch.stack([size.mean(0), size.std(0, correction=0).clamp_min(MIN_SIZE_SCALE)]))
-        _set_offsets(decoder, counts)
+        _set_offsets(model.decoder(name), counts)
+
+
+def _project_as_stored(trunk: Trunk, stored: Svd) -> None:
+    trunk.idf.copy_(torch.from_numpy(stored.idf))
+    n = stored.note.n_cells
+    _set_projection(trunk.projection, stored.loadings, stored.singular, n, stored.mean, stored.scale)
+
+
+def _project_as_sampled(trunk: Trunk, counts: sp.csr_matrix | np.ndarray, svd: bool, seed: int) -> None:
+    detected = column_sums(counts, lambda v: (v > 0).astype(np.float64))
+    n = counts.shape[0]
+    trunk.idf.copy_(torch.from_numpy(inverse_frequency(n, detected)))
+    if not svd:
+        return
+    values = _normalised(counts, trunk)
+    mean, scale = standard(trunk.how, *_moments(values))
+    right, singular = leading_svd(values, mean, scale, trunk.projection.weight.shape[1], seed)
+    _set_projection(trunk.projection, right, singular, n, mean, scale)
 
 
 def sample(store: Store, n_train: dict[str, int], modality: str) -> sp.csr_matrix | np.ndarray:
@@ -83,28 +107,21 @@ def _counts(x: sp.csr_matrix | np.ndarray) -> Counts:
     return SparseCounts(torch.from_numpy(indptr), torch.from_numpy(indices), values, x.shape[1])
 
 
-def _column_sums(x, of):  # type: ignore[no-untyped-def]
-    if isinstance(x, np.ndarray):
-        return of(x).sum(0)
-    return np.bincount(x.indices, weights=of(x.data), minlength=x.shape[1])
-
-
 def _moments(x: sp.csr_matrix | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of each column."""
     n = x.shape[0]
-    mean = _column_sums(x, lambda v: v) / n
-    variance = _column_sums(x, np.square) / n - mean**2
-    return mean, np.sqrt(np.maximum(variance, 1e-12))
+    mean = column_sums(x) / n
+    return mean, spread(mean, column_sums(x, np.square) / n)
 
 
 def _set_projection(
-    projection: Projection, x: sp.csr_matrix | np.ndarray, mean: np.ndarray, scale: np.ndarray, seed: int
+    projection: Projection, right: np.ndarray, singular: np.ndarray, n: int, mean: np.ndarray, scale: np.ndarray
 ) -> None:
-    """Loadings V of the standardised sample: z = ((x - mean) / scale) V, folded into weight and bias."""
+    """Loadings V of n standardised cells, the first of them: z = ((x - mean) / scale) V, in weight and bias."""
     components = projection.weight.shape[1]
-    right, singular = leading_svd(x, mean, scale, components, seed)
+    right, singular = right[:, :components].astype(np.float64), singular[:components]
     # The components' mean square is one, as that of a cell's size; they keep their proportions to each other.
-    right = right * (x.shape[0] * np.count_nonzero(singular) / max(np.square(singular).sum(), 1e-12)) ** 0.5
+    right = right * (n * np.count_nonzero(singular) / max(np.square(singular).sum(), 1e-12)) ** 0.5
     weight = right / scale[:, None]
     projection.weight.copy_(torch.from_numpy(weight))
     projection.bias.copy_(torch.from_numpy(-mean @ weight))
@@ -117,6 +134,9 @@ def leading_svd(
 
     By Lanczos iterations until they have converged: the spectrum of shallow counts is flat, and the few passes of a
     randomised SVD leave noise in all but the first components. Columns beyond the rank of x are zero.
+    Of 8,000 simulated cells x 3,000 genes, 300 counts each, 1 to 8 passes of `data_prep.svd` lose 85, 14, 3.7, 1.2,
+    0.56, 0.27, 0.12, 0.05% of the variance that 50 exact components capture; the first 10 are turned by up to 89, 82,
+    25, 5, 0.9, 0.2, 0.03, 0.01 degrees, the first 20 (all that is not flat) by 0.03 after 8, its default.
     """
     out, values = np.zeros((x.shape[1], rank)), np.zeros(rank)
     found = min(rank, *x.shape)
@@ -138,7 +158,7 @@ def leading_svd(
 
 def _set_offsets(decoder: Decoder, counts: sp.csr_matrix | np.ndarray) -> None:
     """Start each feature's rate at its average over the sample, and its second parameter at what its moments say."""
-    total = np.maximum(_column_sums(counts, lambda v: v), 0.5)
+    total = np.maximum(column_sums(counts), 0.5)
     library = total.sum()
     if decoder.likelihood == "normal":
         mean, scale = _moments(counts)
@@ -151,7 +171,7 @@ def _set_offsets(decoder: Decoder, counts: sp.csr_matrix | np.ndarray) -> None:
     if decoder.likelihood in ("nb", "zinb"):
         decoder.theta.weight.copy_(torch.from_numpy(np.log(_inverse_dispersions(counts, share))))
     if decoder.likelihood == "bernoulli":
-        detected = np.clip(_column_sums(counts, lambda v: (v > 0).astype(np.float64)) / counts.shape[0], 1e-6, 0.999)
+        detected = np.clip(column_sums(counts, lambda v: (v > 0).astype(np.float64)) / counts.shape[0], 1e-6, 0.999)
         decoder.rate.bias.copy_(torch.from_numpy(np.log(detected / (1 - detected)) - np.log(library / counts.shape[0])))
         return
     decoder.rate.bias.copy_(torch.from_numpy(np.log(share / (1 - share))))
@@ -161,7 +181,7 @@ def _inverse_dispersions(counts: sp.csr_matrix | np.ndarray, share: np.ndarray) 
     """r of each feature, (features,), by the moments of an NB with variance mu + mu^2 / r, where mu is the feature's
     share of the cell's counts. What differs from cell to cell beyond that lowers r: training raises it again."""
     size = np.asarray(counts.sum(1), np.float64).ravel()  # (n,)
-    squares, products = _column_sums(counts, np.square), np.asarray(counts.T @ size, np.float64).ravel()
+    squares, products = column_sums(counts, np.square), np.asarray(counts.T @ size, np.float64).ravel()
     squared_mean = share**2 * np.square(size).sum()
     excess = squares - 2 * share * products + squared_mean - share * size.sum()  # sum of (x - mu)^2 - mu
     return np.clip(squared_mean / np.maximum(excess, 1e-9), *R_LIMITS)

@@ -11,11 +11,9 @@ from clue_dist.data.batch import Counts, library_of
 from clue_dist.model.layers import Ensemble
 from clue_dist.model.noise import Noise
 
-NORMALISE = {"rna": "log_cp10k", "adt": "log", "atac": "tfidf", "dense": "none"}  # by kind
-
 
 def normalise(counts: Counts, how: str, idf: Tensor | None = None) -> Counts:
-    """Normalised values on the fly; the store keeps raw counts only.
+    """Normalised values on the fly; the store keeps raw counts only. `clue_dist.normalise` is the same in NumPy.
 
     log_cp10k: ln(1 + 10^4 x / sum x). log: ln(1 + x). clr: that minus its mean over the cell's features (dense
     modalities). tfidf: ln(1 + 10^4 t / sum t) with t = x * idf, idf (features,) = cells / cells with the feature.

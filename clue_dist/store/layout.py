@@ -10,6 +10,7 @@
         rna/codes                (blocks, C)      uint8, gap between columns and count of each non-zero (see `rows`)
         rna/rest                 (blocks, R)      gaps and counts that do not fit into a byte
         adt/values               (blocks, B, m)   dense modality
+      svd/                                        may be there: see `svd`
 
 Every array's first axis is the block: B cells in random order, so that a block is a random draw of its stratum.
 Blocks of a sparse modality are padded to the stratum's largest, C and R; codecs make that nearly free on disk.

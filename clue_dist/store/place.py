@@ -99,8 +99,10 @@ def _aws(env: Any) -> dict[str, Any]:
     return {name: value for name, value in told.items() if value}
 
 
-def read(root: Place, name: str) -> bytes | None:
+def read(root: Place, name: str, optional: bool = False) -> bytes | None:
     """The bytes of one file of a store; None where there is none.
+
+    optional: a store need not have it. Who may not list the objects of a bucket is refused what is not there.
 
     Raises:
         StoreError: the file, or its server, cannot be read; there is no such bucket.
@@ -112,6 +114,8 @@ def read(root: Place, name: str) -> bytes | None:
             _require_bucket(root, store, name)
             return None
     except (ValueError, OSError) as error:
+        if optional and isinstance(root, Remote) and "PERMISSION_DENIED" in str(error):
+            return None
         raise failed(error, root, "a file of the store cannot be read", where=root / name) from None
     return bytes(got.value)
 

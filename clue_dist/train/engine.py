@@ -48,7 +48,9 @@ def build(setup: Setup, ranks: Ranks, device: torch.device) -> Any:
     torch.manual_seed(c.seed)
     model = CLUE(setup.specs, len(setup.store.manifest.batches), c.model)
     if ranks.first:
-        initialise(model, setup.store, setup.train, c.model.trunk.projection_init == "svd", c.seed)
+        initialise(
+            model, setup.store, setup.train, c.model.trunk.projection_init != "random", c.seed, setup.stored_svds
+        )
     objective = Objective(model, c.objective, modality_weights(setup)).to(device)
     for tensor in [*objective.parameters(), *objective.buffers()]:
         dist.broadcast(tensor.data, 0)

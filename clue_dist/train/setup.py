@@ -18,11 +18,14 @@ from clue_dist.errors import ConfigError
 from clue_dist.model.clue import ModalitySpec, specs_of
 from clue_dist.store.layout import group_of
 from clue_dist.store.reader import Store
+from clue_dist.store.svd import Svd
+from clue_dist.train.projection import Start, starts
 
 
 @dataclass(frozen=True)
 class Setup:
-    """config: with every "auto" resolved; train, holdout: cells per segment of a stratum (the last are held out)."""
+    """config: with every "auto" resolved; train, holdout: cells per segment of a stratum (the last are held out);
+    starts: of the projections, by modality."""
 
     config: Config
     store: Store
@@ -31,6 +34,7 @@ class Setup:
     train: dict[str, int]
     holdout: dict[str, int]
     total_steps: int
+    starts: dict[str, Start]
 
     @property
     def paired(self) -> bool:
@@ -41,6 +45,11 @@ class Setup:
         """Passes over as many cells as there are, after so many steps."""
         assert self.config.data.batch_size != "auto"
         return round(step * self.config.data.batch_size / sum(self.train.values()), 2)
+
+    @property
+    def stored_svds(self) -> dict[str, Svd]:
+        """Those of the store that projections start from, by modality."""
+        return {m: start.stored for m, start in self.starts.items() if start.stored is not None}
 
     def held_out(self) -> Batch | None:
         """The validation cells of every stratum as one batch; None if nothing is held out."""
@@ -59,7 +68,10 @@ class Setup:
         """What a dry run prints."""
         c = self.config
         lines = [f"store {c.store}  fingerprint {self.store.fingerprint[:12]}  run {c.run}"]
-        lines += [f"  {m}: {s.n_features} features, {s.normalise} -> {s.likelihood}" for m, s in self.specs.items()]
+        lines += [
+            f"  {m}: {s.n_features} features, {s.normalise} -> {s.likelihood}, {self.starts[m].told}"
+            for m, s in self.specs.items()
+        ]
         for stratum, share in self.plan.share.items():
             mine = [name for name in self.train if group_of(name) == stratum]
             train, held = (sum(n[name] for name in mine) for n in (self.train, self.holdout))
@@ -103,7 +115,7 @@ def prepare(config: Config, world: int, *, writes: bool = True) -> Setup:
     share = plans.shares(micro, config.data.lanes, weights)  # by stratum; its segments take turns
     plan = Plan(config.seed, train, share, config.data.lanes, config.data.window_blocks, store.manifest.block_cells)
     total = max(1, round(config.train.epochs * sum(train.values()) / config.data.batch_size))
-    return Setup(config, store, specs, plan, train, holdout, total)
+    return Setup(config, store, specs, plan, train, holdout, total, starts(config, store, specs))
 
 
 def resolve(config: Config, n_train: int) -> Config:

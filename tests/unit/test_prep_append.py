@@ -19,6 +19,7 @@ from clue_dist.errors import DataError, StoreError
 from clue_dist.store.reader import Store
 from clue_dist.store.writer import hash_file
 from clue_dist.train.setup import prepare
+from data_prep import svd
 from data_prep.append import append
 from data_prep.check import check
 from data_prep.choices import parse_choices
@@ -210,3 +211,11 @@ def test_killed_after_the_commit_and_typed_again(tmp_path: Path, store: Path) ->
     (left / "becomes").write_text(want.fingerprint)
     assert add(store, more).fingerprint == want.fingerprint
     assert not left.exists()
+
+
+def test_an_svd_of_the_cells_before_is_removed(tmp_path: Path, store: Path) -> None:
+    svd.compute(str(store), [], svd.Options(5, 2, 0), Threads(1))
+    assert check(store) == []
+    add(store, given(tmp_path, slice(200, 300), "more"))
+    assert not (store / "svd").exists()
+    assert check(store) == []

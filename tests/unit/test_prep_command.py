@@ -39,6 +39,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["simulate", "--out", "file/x.zarr", "--cells", "20"], "the folder cannot be made"),
         (["simulate", "--out", "x.zarr", "--seed", "-1"], "seed -1"),
         (["simulate", "--out", "x.h5mu", "--seed", "-1"], "seed -1"),
+        (["svd", "x.zarr"], "no store here"),
         (["fetch", "--out", "file", "--simulate"], "the folder cannot be made"),
     ],
 )

@@ -15,12 +15,14 @@ import torch
 from clue_dist.data.loader import Loader
 from clue_dist.data.plan import Plan
 from clue_dist.errors import StoreError
-from clue_dist.store import place, reader
+from clue_dist.store import place, reader, svd
 from clue_dist.store.place import Remote, kvstore, place_of
 from clue_dist.store.reader import Store
 from clue_dist.store.rows import Blocks
 from data_prep import inspect
 from data_prep.check import check
+from data_prep.svd import Options, compute
+from data_prep.tasks import Threads
 from tests.s3 import S3, serve
 from tests.stores import make_store
 from tests.unit.prep_helpers import anndata_of, build, frame, write_h5mu
@@ -265,3 +267,18 @@ def test_a_folder_is_a_folder(local: Store, tmp_path: Path) -> None:
     inside.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(StoreError, match="an array lies outside its store"):
         Store(tmp_path / "c.zarr")
+
+
+def test_an_svd_is_read_and_may_be_missing(s3: S3, tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s.zarr", cells={"rna": 40}, features={"rna": 20})
+    url = s3.upload(tmp_path / "s.zarr", "without.zarr")
+    assert svd.read(place_of(url), store.manifest, "rna") is None
+    compute(str(store.root), [], Options(components=3), Threads(1))
+    url = s3.upload(tmp_path / "s.zarr", "with.zarr")
+    here, there = (svd.read(place_of(root), store.manifest, "rna") for root in (str(store.root), url))
+    assert here is not None
+    assert there is not None
+    np.testing.assert_array_equal(here.loadings, there.loadings)
+    assert check(url) == []
+    s3.gate.always = "403"  # as a server answers for what is not there, where its objects may not be listed
+    assert svd.read(place_of(url), store.manifest, "rna") is None

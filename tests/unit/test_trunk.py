@@ -8,6 +8,7 @@ import scipy.sparse as sp
 import torch
 
 from clue_dist import config as configs
+from clue_dist import normalise as in_numpy
 from clue_dist.config import DecoderConfig
 from clue_dist.data.batch import SparseCounts, read_batch
 from clue_dist.model.clue import CLUE, specs_of
@@ -41,12 +42,14 @@ def test_normalise(how: str) -> None:
     want = plain(X, how, idf)
     dense = normalise(torch.tensor(X), how, torch.tensor(idf))
     np.testing.assert_allclose(dense, want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(in_numpy.normalised(X, how, idf), want, rtol=1e-5, atol=1e-6)
     if how != "clr":  # would not stay sparse
         got = normalise(sparse(X), how, torch.tensor(idf))
         assert isinstance(got, SparseCounts)
         np.testing.assert_allclose(
             sp.csr_matrix((got.values, got.indices, got.indptr), X.shape).toarray(), want, rtol=1e-5
         )
+        np.testing.assert_allclose(in_numpy.normalised(sp.csr_matrix(X), how, idf).toarray(), want, rtol=1e-5)
 
 
 def test_projection_of_sparse_equals_dense_with_its_gradient() -> None:

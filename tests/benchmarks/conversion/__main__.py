@@ -50,6 +50,10 @@ def digest_of(name: str, args: argparse.Namespace) -> str:
     return common.digest(cells.digest_of(shape), stores.sources(), Path(__file__).parent, str(args.threads))
 
 
+def steps_of(args: argparse.Namespace) -> common.Steps:
+    return common.Steps(lambda run, folder: do(run, folder, args))
+
+
 def do(run: Run, folder: Path, args: argparse.Namespace) -> Result:
     """Convert once; what was written is looked at and removed."""
     method = run.method.removeprefix("convert-")
@@ -102,7 +106,7 @@ def main() -> None:
     common.carry_out(
         args,
         runs_of(args),
-        common.Steps(do),
+        steps_of(args),
         told,
         table,
         FOOTNOTES,

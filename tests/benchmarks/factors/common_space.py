@@ -89,7 +89,7 @@ def train(setup: Setup, alignment: float) -> CommonSpace:
     c, plan = setup.config, setup.plan
     torch.manual_seed(c.seed)
     model = CommonSpace(setup.specs, len(setup.store.manifest.batches), c)
-    initialise(model, setup.store, setup.train, c.model.trunk.projection_init == "svd", c.seed)
+    initialise(model, setup.store, setup.train, c.model.trunk.projection_init != "random", c.seed, setup.stored_svds)
     optimizer = OPTIMIZERS[c.train.optimizer](parameter_groups(model, c), lr=c.train.lr, eps=EPSILON)
     with Loader(setup.store, plan, prefetch=c.data.prefetch) as loader:
         for step in range(setup.total_steps):

@@ -98,6 +98,10 @@ def digest_of(name: str, args: argparse.Namespace) -> str:
     return common.digest(cells.digest_of(shape), stores.sources(), Path(__file__).parent, how)
 
 
+def steps_of(args: argparse.Namespace) -> common.Steps:
+    return common.Steps(lambda run, folder: do(run, folder, args))
+
+
 def do(run: Run, folder: Path, args: argparse.Namespace) -> Result:
     """One measurement; a store is made before the first that reads it."""
     unchanged(run, args)
@@ -149,7 +153,7 @@ def setting_of(run: Run, measure: str, args: argparse.Namespace) -> tuple[int, i
 
     def speed(setting: tuple[int, int]) -> float:
         tried = Repeat(tuning(setting), run.data_set, 0, 0, run.digest)
-        return float(common.done(tried, args.work, lambda run, folder: do(run, folder, args))["cells_per_s"])
+        return float(common.done(tried, args.work, steps_of(args))["cells_per_s"])
 
     return max(settings_of(args), key=speed)
 
@@ -248,7 +252,7 @@ def main() -> None:
     common.carry_out(
         args,
         runs_of(args),
-        common.Steps(do),
+        steps_of(args),
         told,
         table,
         FOOTNOTES,

@@ -1,0 +1,196 @@
+"""The leading singular vectors of a modality, over all its cells, kept beside them in the store.
+
+    STORE.zarr/svd/rna.json                what was computed, from the store of which fingerprint, hash of the arrays
+    STORE.zarr/svd/rna-<hash>.npz          the arrays of `Svd`
+
+The store's own fingerprint is that of its cells, and an SVD does not change it. The note is signed by a digest of its
+own and names the fingerprint that it was computed from; it is written last, and without it there is no SVD.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import zipfile
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from clue_dist.errors import StoreError
+from clue_dist.store import place
+from clue_dist.store.manifest import Manifest, Shard
+from clue_dist.store.place import Place
+
+FOLDER = "svd"
+VERSION = 1
+_FIX = "compute it again with `python -m data_prep svd STORE`, or remove the store's folder `svd`"
+
+
+class Note(BaseModel):
+    """How an SVD came about, and how to know that it is whole."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal["clue_dist.svd"] = "clue_dist.svd"
+    version: Literal[1] = 1
+    store: str  # fingerprint of the cells
+    modality: str
+    normalise: str
+    n_cells: int = Field(ge=1)
+    n_features: int = Field(ge=1)
+    components: int = Field(ge=1)
+    power: int = Field(ge=0)
+    seed: int
+    arrays: Shard = Shard(bytes=0, sha256="")
+    digest: str = ""
+
+    def computed_digest(self) -> str:
+        content = self.model_dump(mode="json", exclude={"digest"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    @property
+    def arrays_name(self) -> str:
+        return f"{FOLDER}/{self.modality}-{self.arrays.sha256[:16]}.npz"
+
+    @property
+    def files(self) -> set[str]:
+        return {_name(self.modality), self.arrays_name}
+
+
+@dataclass(frozen=True)
+class Svd:
+    """Right singular vectors of (x - mean) / scale, x the normalised cells. loadings: (features, components) float32,
+    zero beyond the rank; singular: (components,); idf, mean, scale: (features,); float64."""
+
+    note: Note
+    loadings: np.ndarray
+    singular: np.ndarray
+    idf: np.ndarray
+    mean: np.ndarray
+    scale: np.ndarray
+
+
+_ARRAYS = [f.name for f in fields(Svd) if f.name != "note"]
+
+
+def write(root: Path, svd: Svd) -> Note:
+    """Save an SVD in its store, durably; one that was there is replaced. Returns its signed note."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **{name: getattr(svd, name) for name in _ARRAYS})
+    content = buffer.getvalue()
+    arrays = Shard(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    unsigned = svd.note.model_copy(update={"arrays": arrays})
+    note = unsigned.model_copy(update={"digest": unsigned.computed_digest()})
+    (root / FOLDER).mkdir(exist_ok=True)
+    _write_whole(root / note.arrays_name, content)
+    _write_whole(root / _name(note.modality), json.dumps(note.model_dump(mode="json"), indent=1).encode())
+    for old in (root / FOLDER).glob(f"{note.modality}-*.npz"):
+        if f"{FOLDER}/{old.name}" != note.arrays_name and len(old.stem) == len(note.modality) + 17:
+            old.unlink()
+    return note
+
+
+def read_note(root: Place, manifest: Manifest, modality: str) -> Note | None:
+    """The note of a modality's SVD; None where there is none.
+
+    Raises:
+        StoreError: it is damaged, or of other cells; a server that fails.
+    """
+    where, content = root / _name(modality), place.read(root, _name(modality), optional=True)
+    if content is None:
+        return None
+    try:
+        note = Note.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise _damaged(where, f"{'.'.join(map(str, first['loc'])) or 'top level'}: {first['msg']}") from None
+    if note.digest != note.computed_digest():
+        raise _damaged(where, f"digest {note.digest[:16]}", note.computed_digest()[:16])
+    expected = (manifest.fingerprint, modality, manifest.modalities[modality].n_features)
+    if (note.store, note.modality, note.n_features) != expected:
+        what, got = "the SVD was computed from other cells", f"those of fingerprint {note.store[:16]}"
+        raise StoreError(what, where=where, got=got, expected=manifest.fingerprint[:16], fix=_FIX)
+    return note
+
+
+def read(root: Place, manifest: Manifest, modality: str) -> Svd | None:
+    """The SVD of a modality, every byte verified; None where there is none.
+
+    Raises:
+        StoreError: see `read_note`; arrays that are missing or damaged.
+    """
+    note = read_note(root, manifest, modality)
+    if note is None:
+        return None
+    where, content = root / note.arrays_name, place.read(root, note.arrays_name)
+    if content is None:
+        raise _damaged(where, "no such file")
+    got = Shard(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    if got != note.arrays:
+        raise _damaged(where, f"{got.bytes} bytes, sha256 {got.sha256[:16]}", _told(note.arrays))
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            arrays = {name: file[name] for name in _ARRAYS}
+    except (ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise _damaged(where, str(error)) from None
+    for name, array in arrays.items():
+        if array.shape != (shape := _shape(note, name)) or not np.isfinite(array).all():
+            raise _damaged(where, f"{name} {array.shape}", f"finite numbers {shape}")
+    return Svd(note, **arrays)
+
+
+def verify(root: Place, manifest: Manifest) -> tuple[list[str], set[str]]:
+    """What is wrong with the SVDs of a store, a line each; and the files that belong to them."""
+    problems, files = [], set()
+    for modality in manifest.modalities:
+        try:
+            note = read_note(root, manifest, modality)
+            if note is None:
+                continue
+            files |= note.files
+            read(root, manifest, modality)
+            problems += [
+                f"{f}: a link" for f in sorted(note.files) if isinstance(root, Path) and (root / f).is_symlink()
+            ]
+        except StoreError as error:
+            problems.append(f"{error.where}: {error.what} ({error.got})")
+            files.add(_name(modality))
+    return problems, files
+
+
+def known(root: Place, manifest: Manifest) -> dict[str, Note]:
+    """The notes of the modalities that have an SVD; raises as `read_note` does."""
+    notes = {m: read_note(root, manifest, m) for m in manifest.modalities}
+    return {m: note for m, note in notes.items() if note is not None}
+
+
+def _name(modality: str) -> str:
+    return f"{FOLDER}/{modality}.json"
+
+
+def _shape(note: Note, name: str) -> tuple[int, ...]:
+    shapes = {"loadings": (note.n_features, note.components), "singular": (note.components,)}
+    return shapes.get(name, (note.n_features,))
+
+
+def _told(shard: Shard) -> str:
+    return f"{shard.bytes} bytes, sha256 {shard.sha256[:16]}"
+
+
+def _damaged(where: object, got: str, expected: str | None = None) -> StoreError:
+    return StoreError("the stored SVD is damaged", where=where, got=got, expected=expected, fix=_FIX)
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Under a temporary name, synced, then renamed."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
