@@ -47,15 +47,20 @@ class Likelihood(Protocol):
         """ln p(x) - ln p(0), up to terms without parameters."""
 
 
+MAX_LOG_R = 7.0  # an NB with r = 1,100 is as good as a Poisson; beyond, differences of lgamma are float32 noise
+
+
 class NegativeBinomial:
     """Mean mu, inverse dispersion r = exp(theta): variance mu + mu^2 / r."""
 
     def zero(self, p: Params) -> Tensor:
-        return -p.theta.exp() * F.softplus(p.log_mean - p.theta)
+        theta = p.theta.clamp(max=MAX_LOG_R)
+        return -theta.exp() * F.softplus(p.log_mean - theta)
 
     def gain(self, x: Tensor, p: Params) -> Tensor:
-        r = p.theta.exp()
-        return torch.lgamma(x + r) - torch.lgamma(r) + x * F.logsigmoid(p.log_mean - p.theta)
+        theta = p.theta.clamp(max=MAX_LOG_R)
+        r = theta.exp()
+        return torch.lgamma(x + r) - torch.lgamma(r) + x * F.logsigmoid(p.log_mean - theta)
 
 
 class ZeroInflatedNegativeBinomial:

@@ -35,9 +35,9 @@ class GeneralisedProduct(nn.Module):
     """Experts weighted by how much they know (Cao and Fleet, 2014): alpha_k, with sum 1 over the observed sources.
 
     alpha_k goes with the square of the nats that modality k tells of its own z_k, E KL(q(z_k | x_k) || p), a running
-    mean over the cells of training. So 13 proteins do not blur a transcriptome, and two modalities together are not
-    surer than the surest of them. The square is by experience: cell types were told worse by the nats themselves. They
-    mean something where lambda_self and lambda_kl price them.
+    mean over the cells of training; of the dimensions given here, the aligned ones. So 13 proteins do not blur a
+    transcriptome, and two modalities together are not surer than the surest of them. The square is by experience: cell
+    types were told worse by the nats themselves. They mean something where lambda_self and lambda_kl price them.
     """
 
     DECAY = 0.98  # of one micro-batch

@@ -306,14 +306,18 @@ def test_a_single_modality_has_nothing_private() -> None:
 
 
 def test_dispersions_learn_faster_and_biases_do_not_decay() -> None:
-    model, _, _ = small_model()
     config = Config(model={"trunk": {"projection_lr": 0.5}}, train={"weight_decay": 0.1})
+    specs = {"counts": ModalitySpec(6, "log", "nb", None), "reals": ModalitySpec(6, "none", "normal", None)}
+    model = CLUE(specs, 1, config.model)
     groups = {id(p): g for g in parameter_groups(model, config) for p in g["params"]}
     found = {n: (groups[id(p)]["lr_scale"], groups[id(p)]["weight_decay"]) for n, p in model.named_parameters()}
-    assert found["model.decoders.0.theta.weight"] == (10.0, 0.0)
-    assert found["model.decoders.0.rate.weight"] == (1.0, 0.1)
-    assert found["model.decoders.0.rate.bias"] == (1.0, 0.0)
-    assert found["model.trunks.0.projection.weight"] == (0.5, 0.1)
+    assert found["decoders.0.theta.weight"] == (10.0, 0.0)
+    assert found["decoders.1.theta.weight"] == (1.0, 0.0)  # a standard deviation starts at its value
+    assert found["decoders.0.rate.weight"] == (1.0, 0.1)
+    assert found["decoders.0.rate.bias"] == (1.0, 0.0)
+    assert found["trunks.0.projection.weight"] == (0.5, 0.1)
+    assert found["trunks.0.ensemble.layers.0.weight"] == (1.0, 0.1)
+    assert found["scale.log"] == (1.0, 0.0)
 
 
 @pytest.mark.parametrize("shared", [True, False])

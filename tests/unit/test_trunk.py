@@ -51,7 +51,7 @@ def test_normalise(how: str) -> None:
 
 def test_projection_of_sparse_equals_dense_with_its_gradient() -> None:
     torch.manual_seed(0)
-    projection = Projection(15, 4, trainable=True)
+    projection = Projection(15, 4, lr_scale=1.0)
     grads, values = [], []
     for x in (torch.tensor(X), sparse(X)):
         projection.zero_grad()
