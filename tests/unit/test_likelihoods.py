@@ -127,6 +127,21 @@ def test_batch_covariates_reach_the_decoder_and_an_unknown_batch_is_finite() -> 
     assert len({round(float(v), 4) for v in out[:4]}) == 4
 
 
+@pytest.mark.parametrize("name", ["nb", "zinb"])
+@pytest.mark.parametrize("theta", [8.0, 20.0, 90.0])
+def test_without_overdispersion_it_is_a_poisson_and_its_dispersion_rests(name: str, theta: float) -> None:
+    # Beyond some theta, differences of lgamma are the rounding of float32, and their gradients have no bound.
+    x = torch.tensor(counts(), dtype=torch.float32)
+    gate = torch.full((N, M), -30.0) if name == "zinb" else None
+    log_r = torch.full((M,), theta, requires_grad=True)
+    rate, library = torch.full((N, M), -3.0), torch.full((N, 1), 20.0)
+    got = log_likelihood(name, x, Params(rate, log_r, library, gate))
+    want = log_likelihood("poisson", x, Params(rate, log_r, library))
+    torch.testing.assert_close(got, want, rtol=0.01, atol=0.3)
+    got.sum().backward()
+    assert (log_r.grad == 0).all()
+
+
 def test_softplus_form_stays_finite_for_extreme_rates() -> None:
     p = Params(torch.tensor([[-200.0, 200.0]]), torch.tensor([-10.0, 10.0]), torch.tensor([[1e6]]))
     for name in ("nb", "poisson", "bernoulli"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clue_dist.config import Config, ObjectiveConfig
+from clue_dist.config import Config, ModelConfig, ObjectiveConfig
 from clue_dist.data.batch import Batch, Observed
 from clue_dist.model.clue import CLUE, PRIVATE_SCALE, ModalitySpec, Output, Posterior
 from clue_dist.model.encoders import Heads
@@ -190,8 +190,6 @@ def test_reversed_gradient() -> None:
 def small_model(
     k: int = K, members: int = 1, shared: bool = True, private: float = 0.0, **objective: float
 ) -> tuple[Objective, Batch, Noise]:
-    from clue_dist.config import ModelConfig
-
     torch.manual_seed(0)
     specs = {f"m{i}": ModalitySpec(6, "none", "normal", None) for i in range(k)}
     config = ModelConfig(
@@ -284,6 +282,26 @@ def test_no_alignment_reaches_private_dimensions() -> None:
     for gradient in (g for g in gradients if g is not None):
         assert (gradient[..., model.model.aligned :] == 0).all()
         assert (gradient[..., : model.model.aligned] != 0).any()
+
+
+def test_the_joint_likelihood_trains_the_private_dimensions_of_what_was_observed() -> None:
+    off = dict.fromkeys(("lambda_self", "lambda_mse", "lambda_d", "lambda_contrastive"), 0.0)
+    model, batch, noise = small_model(private=0.5, **off, lambda_cross=1.0)
+    kept: list[Tensor] = []
+    model.model.heads.register_forward_hook(lambda _m, _i, out: kept.extend(out))
+    loss, _ = model(batch, noise)
+    foreign = ~torch.eye(K, dtype=torch.bool)
+    for gradient in torch.autograd.grad(loss, kept):  # of means, of log-variances
+        private = gradient[..., model.model.aligned :]  # (B, K source, K target, .)
+        assert (own(private)[batch.observed] != 0).any(-1).all()
+        assert (own(private)[~batch.observed] == 0).all()
+        assert (private[:, foreign] == 0).all()
+
+
+def test_private_dimensions_are_as_many_in_each_member() -> None:
+    assert ModelConfig(latent=20, private=0.25, trunk={"members": 4}).n_private == 4  # of each member's 5, one
+    assert ModelConfig(latent=8, private=0.25, trunk={"members": 4}).n_private == 0
+    assert ModelConfig(latent=64, trunk={"members": 4}).n_private == 16
 
 
 def test_an_embedding_shows_private_dimensions_small_and_of_what_was_observed() -> None:
