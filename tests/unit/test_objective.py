@@ -66,14 +66,14 @@ def test_product_of_experts_is_eq_6() -> None:
             np.testing.assert_allclose(got_mean[c, j], weighted / precision, rtol=1e-4, atol=1e-5)
 
 
-def test_the_generalised_product_weighs_experts_by_the_square_of_their_nats() -> None:
+def test_the_generalised_product_weighs_experts_by_the_cube_of_their_nats() -> None:
     combine = GeneralisedProduct(K).eval()
     combine.nats.copy_(torch.tensor([6.0, 3.0, 1.0]))
     mean, log_var = draw(B, K, K, D), 3 * draw(B, K, K, D, seed=1)
     got_mean, got_log_var = combine(mean, log_var, OBSERVED)
     for c in range(B):
         seen = [k for k in range(K) if OBSERVED[c, k]]
-        share = {k: combine.nats[k].item() ** 2 / sum(combine.nats[s].item() ** 2 for s in seen) for k in seen}
+        share = {k: combine.nats[k].item() ** 3 / sum(combine.nats[s].item() ** 3 for s in seen) for k in seen}
         for j in range(K):
             of = {k: share[k] * np.exp(-log_var[c, k, j].double().numpy()) for k in seen}
             precision = sum(of.values())
