@@ -86,6 +86,7 @@ def parameter_groups(objective: nn.Module, config: Config) -> list[dict[str, Any
         {
             "params": ps,
             "lr_scale": scale,
+            "eps": EPSILON * max(scale, 1.0),
             "weight_decay": config.train.weight_decay if matrix else 0.0,
         }
         for (scale, matrix), ps in groups.items()

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from clue_dist.config import DecoderConfig
 from clue_dist.data.batch import SparseCounts, library_of
 from clue_dist.model.decoders import Decoder, only
-from clue_dist.model.likelihoods import LIKELIHOODS, Params, log_likelihood
+from clue_dist.model.likelihoods import LIKELIHOODS, Params, log_likelihood, log_rising
 
 N, M = 7, 23
 COUNTS = ["nb", "zinb", "poisson", "bernoulli"]
@@ -140,6 +140,18 @@ def test_without_overdispersion_it_is_a_poisson_and_its_dispersion_rests(name: s
     torch.testing.assert_close(got, want, rtol=0.01, atol=0.3)
     got.sum().backward()
     assert (log_r.grad == 0).all()
+
+
+def test_rising_factorial_and_its_gradient_are_those_of_float64() -> None:
+    r = torch.logspace(-2, 3, 200)[:, None].requires_grad_()
+    x = torch.tensor([0.0, 1, 2, 5, 20, 300, 50_000]).expand(200, 7)
+    exact = r.detach().double().requires_grad_()
+    want = torch.lgamma(exact + x.double()) - torch.lgamma(exact)
+    got = log_rising(r, x)
+    torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=2e-5)
+    got.sum().backward()
+    want.sum().backward()
+    torch.testing.assert_close(r.grad.double(), exact.grad, rtol=2e-5, atol=1e-6)
 
 
 def test_softplus_form_stays_finite_for_extreme_rates() -> None:
