@@ -162,7 +162,8 @@ def _inverse_dispersions(counts: sp.csr_matrix | np.ndarray, share: np.ndarray) 
     share of the cell's counts. What differs from cell to cell beyond that lowers r, which training mends; too few
     counts to tell a dispersion give a Poisson's r."""
     size = np.asarray(counts.sum(1), np.float64).ravel()  # (n,)
-    squares, products = _column_sums(counts, np.square), np.asarray(counts.T @ size, np.float64).ravel()
+    squares = _column_sums(counts, lambda v: np.square(v, dtype=np.float64))  # integers would overflow
+    products = np.asarray(counts.T @ size, np.float64).ravel()
     squared_mean = share**2 * np.square(size).sum()
     excess = squares - 2 * share * products + squared_mean - share * size.sum()  # sum of (x - mu)^2 - mu
     return np.clip(squared_mean / np.maximum(excess, 1e-9), *R_LIMITS)

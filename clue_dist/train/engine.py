@@ -75,7 +75,7 @@ def modality_weights(setup: Setup) -> list[float]:
 def parameter_groups(objective: nn.Module, config: Config) -> list[dict[str, Any]]:
     """Trained parameters in groups of equal learning rate, their module's `lr_scale` times `train.lr`, and decay.
 
-    Biases, norms and temperatures are not decayed.
+    Biases, norms and temperatures are not decayed. A larger rate has a larger epsilon, see there.
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)
     for module in objective.modules():

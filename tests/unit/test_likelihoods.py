@@ -130,7 +130,7 @@ def test_batch_covariates_reach_the_decoder_and_an_unknown_batch_is_finite() -> 
 @pytest.mark.parametrize("name", ["nb", "zinb"])
 @pytest.mark.parametrize("theta", [8.0, 20.0, 90.0])
 def test_without_overdispersion_it_is_a_poisson_and_its_dispersion_rests(name: str, theta: float) -> None:
-    # Beyond some theta, differences of lgamma are the rounding of float32, and their gradients have no bound.
+    # What is left to learn of so large an r is less than the rounding of float32.
     x = torch.tensor(counts(), dtype=torch.float32)
     gate = torch.full((N, M), -30.0) if name == "zinb" else None
     log_r = torch.full((M,), theta, requires_grad=True)

@@ -153,6 +153,18 @@ def test_inverse_dispersions_stay_within_limits(x: np.ndarray) -> None:
     assert (decoder.theta.weight < 0).all()
 
 
+def test_squares_of_large_integer_counts_do_not_overflow() -> None:
+    counts = np.random.default_rng(0).gamma(2.0, 35_000, (200, 4)).round()
+    starts = []
+    for x in (sp.csr_matrix(counts.astype(np.int32)), counts.astype(np.float64)):
+        decoder = Decoder("nb", 4, 1, 3, DecoderConfig(hidden=4))
+        with torch.no_grad():
+            _set_offsets(decoder, x)
+        starts.append(decoder.theta.weight.detach())
+    torch.testing.assert_close(*starts)
+    assert (starts[0].abs() < 2.5).all()  # overdispersed, and not at a limit
+
+
 def test_initialised_size_is_standardised_over_the_training_cells(tmp_path: Path) -> None:
     store = make_store(tmp_path / "s.zarr", cells={"rna+adt": 120}, features={"rna": 30, "adt": 8})
     config = configs.Config(model={"trunk": {"projection": 6}})
