@@ -58,7 +58,7 @@ class DecoderConfig(_Strict):
 
 
 class DiscriminatorConfig(_Strict):
-    """Full z inferred from one modality -> which modality it was (eq. 12)."""
+    """The aligned dimensions of a z inferred from one modality -> which modality it was (eq. 12)."""
 
     hidden: int = Field(128, ge=1)
     depth: int = Field(2, ge=0)
@@ -75,7 +75,8 @@ class ModelConfig(_Strict):
 
     @property
     def n_private(self) -> int:
-        """How many of the d dimensions are private: as many in each member, rounded down."""
+        """How many of the d dimensions are private where there are modalities to share with: as many in each member,
+        rounded down."""
         each = self.latent // self.trunk.members
         return int(self.private * each) * self.trunk.members
 

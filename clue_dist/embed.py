@@ -39,13 +39,13 @@ class Embedder(Protocol):
 
     def embed(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Posterior mean of the full z from everything observed, (B, K * d), and per modality present from it
-        alone, (B_k, K * d), rows as in the batch's `modalities[m].rows`."""
+        alone, (B_k, K * d), rows as in the batch's `modalities[m].rows`; private dimensions shrunk."""
         ...
 
 
 class Loaded(Protocol):
     """A trained model as `train.checkpoint.load_model` gives it. modalities: in model order; latent: d; private: so
-    many of each modality's d dimensions, the last, follow from it alone."""
+    many of each modality's d dimensions, the last, follow from it alone, and are shown times private_scale."""
 
     @property
     def model(self) -> Embedder: ...
@@ -57,6 +57,8 @@ class Loaded(Protocol):
     def latent(self) -> int: ...
     @property
     def private(self) -> int: ...
+    @property
+    def private_scale(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,7 @@ def about(loaded: Loaded, store: Store, run: Path | str) -> dict[str, Any]:
         "fingerprint": store.fingerprint,
         "latent": dict.fromkeys(loaded.modalities, loaded.latent),
         "private": dict.fromkeys(loaded.modalities, loaded.private),
+        "private_scale": loaded.private_scale,
     }
 
 

@@ -36,7 +36,8 @@ def elbo_cross(out: Output, observed: Tensor, weight: Tensor, beta: float) -> Te
 def mse(z: Tensor, observed: Tensor, cosine: bool = False) -> Tensor:
     """Eq. 9-11: mean over cells with two or more modalities of the mean squared distance of their z's to the centre.
 
-    z: (B, K source, K * d) samples. With `cosine`, rows are scaled to length 1 first, as the reference does.
+    z: (B, K source, K * a) samples of the aligned dimensions. With `cosine`, rows are scaled to length 1 first, as
+    the reference does.
     """
     if cosine:
         z = F.normalize(z, dim=-1)
@@ -129,7 +130,7 @@ class Objective(nn.Module):
             batch, noise, decode_self=c.lambda_self > 0, decode_cross=c.lambda_cross > 0, mixup=self._mixup()
         )
         weight = torch.tensor(self.weights, device=observed.device)
-        z = out.z.flatten(2)  # (B, K source, K * d)
+        z = out.z.flatten(2)  # (B, K source, K * a)
         terms = {
             "mse": mse(z, observed, cosine=c.alignment == "cosine"),
             # The discriminator maximises L_D; the reversed gradient makes the encoders minimise it.

@@ -53,6 +53,7 @@ class FakeLoaded:
     modalities: dict[str, Modality]
     latent: int = 3
     private: int = 0
+    private_scale: float = 0.2
     name: str = "step-7"
     model: Any = field(default=None)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast
 
@@ -23,7 +22,8 @@ from clue_dist.model.trunk import Trunk
 from clue_dist.normalise import NORMALISE
 from clue_dist.store.manifest import Modality
 
-# In an embedding, of private dimensions: a probe reads them there, but neighbours are those by what modalities share.
+# Embeddings shrink private dimensions to this: a linear probe still reads them, and neighbours follow from what
+# modalities share.
 PRIVATE_SCALE = 0.2
 
 
@@ -85,7 +85,7 @@ class CLUE(nn.Module):
         # Lists, not dicts by name: torch has attributes of its own, and a modality may be called like one.
         self.trunks = nn.ModuleList(Trunk(s.n_features, s.normalise, k, config.trunk) for s in specs.values())
         self.members = config.trunk.members
-        self.private = config.n_private if k > 1 else 0  # where nothing is shared, nothing is kept from it
+        self.private = config.n_private if k > 1 else 0  # a single modality has nothing to align
         self.aligned = config.latent - self.private
         self.heads = Heads(k, self.members, config.trunk.hidden, config.latent, config.trunk.shared)
         self.combine = combination(config.posterior, k)
@@ -134,20 +134,18 @@ class CLUE(nn.Module):
     @torch.no_grad()
     def embed(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Posterior means of the full z: (B, K * d) from everything observed, and from each modality alone
-        (n, K * d), rows as in `batch.modalities[m].rows`. Private dimensions are scaled by PRIVATE_SCALE."""
+        (n, K * d), rows as in `batch.modalities[m].rows`. Private dimensions are scaled by PRIVATE_SCALE, and zero
+        where their modality was not looked at."""
         posterior = self.encode(batch)
+        scale = posterior.mean.new_ones(self.latent)
+        scale[self.aligned :] = PRIVATE_SCALE
         alone = {}
         for m, o in batch.modalities.items():
             k = self.names.index(m)
-            alone[m] = self._shown(posterior.mean[o.rows, k], [k])
-        return self._shown(posterior.joint_mean, range(len(self.names))), alone
-
-    def _shown(self, z: Tensor, own: Iterable[int]) -> Tensor:
-        """(n, K, d) -> (n, K * d) with the private dimensions of `own` modalities scaled, of others zero."""
-        scale = z.new_ones(z.shape[1:])
-        scale[:, self.aligned :] = 0
-        scale[list(own), self.aligned :] = PRIVATE_SCALE
-        return (z * scale).flatten(1)
+            z = posterior.mean[o.rows, k] * scale  # (n, K, d)
+            z[:, [j for j in range(len(self.names)) if j != k], self.aligned :] = 0
+            alone[m] = z.flatten(1)
+        return (posterior.joint_mean * scale).flatten(1), alone
 
     def _components(self, batch: Batch) -> dict[str, Tensor]:
         """The sparse first step of each trunk, done once: (n, components) by modality."""
@@ -156,10 +154,11 @@ class CLUE(nn.Module):
     def _posterior(self, batch: Batch, components: dict[str, Tensor], noise: Noise | None) -> Posterior:
         rows = {m: batch.modalities[m].rows for m in components}
         mean, log_var = self._experts(batch, components, rows, noise)
-        joint = self.combine(mean[..., : self.aligned], log_var[..., : self.aligned], batch.observed)
+        a, seen = self.aligned, batch.observed[:, :, None]
+        joint_mean, joint_log_var = self.combine(mean[..., :a], log_var[..., :a], batch.observed)
         # Zeros are the prior's mean and log-variance.
-        private = (own(x[..., self.aligned :]) * batch.observed[:, :, None] for x in (mean, log_var))
-        joint_mean, joint_log_var = (torch.cat(parts, -1) for parts in zip(joint, private, strict=True))
+        joint_mean = torch.cat([joint_mean, own(mean)[..., a:] * seen], -1)
+        joint_log_var = torch.cat([joint_log_var, own(log_var)[..., a:] * seen], -1)
         return Posterior(mean, log_var, joint_mean, joint_log_var)
 
     def _mixed(self, batch: Batch, components: dict[str, Tensor], noise: Noise, within_batch: bool) -> Tensor:

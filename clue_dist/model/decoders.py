@@ -11,6 +11,8 @@ from clue_dist.model.layers import MLP
 from clue_dist.model.likelihoods import Params, log_likelihood
 from clue_dist.model.noise import Noise
 
+OVERDISPERSED = ("nb", "zinb")
+DISPERSION_LR = 10.0  # the noise that remains given z is far from what moments say, in e-folds, not in fractions
 BATCH_WIDTH = 16  # components that describe a biological batch to the decoder
 
 
@@ -24,7 +26,7 @@ class Decoder(nn.Module):
         self.mlp = MLP(latent + (BATCH_WIDTH if self.batch else 0), config.hidden, config.depth, config.dropout)
         self.rate = Output(self.mlp.width, n_features)
         self.gate = Output(self.mlp.width, n_features) if likelihood == "zinb" else None
-        self.theta = Theta(n_features)
+        self.theta = Theta(n_features, DISPERSION_LR if likelihood in OVERDISPERSED else 1.0)
 
     def forward(
         self,
@@ -67,10 +69,11 @@ class Output(nn.Module):
 
 
 class Theta(nn.Module):
-    """The per-feature second parameter of a likelihood, a log."""
+    """The per-feature second parameter of a likelihood, a log. lr_scale: its learning rate, relative to `train.lr`."""
 
-    def __init__(self, n_features: int) -> None:
+    def __init__(self, n_features: int, lr_scale: float = 1.0) -> None:
         super().__init__()
+        self.lr_scale = lr_scale
         self.weight = nn.Parameter(torch.zeros(n_features))
 
     def forward(self, features: Tensor | None) -> Tensor:

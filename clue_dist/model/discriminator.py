@@ -11,7 +11,7 @@ from clue_dist.model.noise import Noise
 
 
 class Discriminator(nn.Module):
-    """z: (B, K source, K * d), the full z inferred from each source -> logits (B, K source, K) of the source."""
+    """z: (B, K source, K * a), the aligned dimensions as inferred from each source -> logits (B, K source, K)."""
 
     def __init__(self, n_modalities: int, latent: int, config: DiscriminatorConfig) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clue_dist.data.batch import Counts, SparseCounts
 from clue_dist.model.clue import CLUE
-from clue_dist.model.decoders import Decoder
+from clue_dist.model.decoders import OVERDISPERSED, Decoder
 from clue_dist.model.trunk import Projection, Trunk, normalise, size_of
 from clue_dist.normalise import column_sums, inverse_frequency, spread, standard
 from clue_dist.store.reader import Store
@@ -168,7 +168,7 @@ def _set_offsets(decoder: Decoder, counts: sp.csr_matrix | np.ndarray) -> None:
         decoder.theta.weight.copy_(torch.from_numpy(np.log(np.maximum(scale, floor))))
         return
     share = np.minimum(total / library, 0.999)
-    if decoder.likelihood in ("nb", "zinb"):
+    if decoder.likelihood in OVERDISPERSED:
         decoder.theta.weight.copy_(torch.from_numpy(np.log(_inverse_dispersions(counts, share))))
     if decoder.likelihood == "bernoulli":
         detected = np.clip(column_sums(counts, lambda v: (v > 0).astype(np.float64)) / counts.shape[0], 1e-6, 0.999)
@@ -179,9 +179,11 @@ def _set_offsets(decoder: Decoder, counts: sp.csr_matrix | np.ndarray) -> None:
 
 def _inverse_dispersions(counts: sp.csr_matrix | np.ndarray, share: np.ndarray) -> np.ndarray:
     """r of each feature, (features,), by the moments of an NB with variance mu + mu^2 / r, where mu is the feature's
-    share of the cell's counts. What differs from cell to cell beyond that lowers r: training raises it again."""
+    share of the cell's counts. What differs from cell to cell beyond that lowers r, which training mends; too few
+    counts to tell a dispersion give a Poisson's r."""
     size = np.asarray(counts.sum(1), np.float64).ravel()  # (n,)
-    squares, products = column_sums(counts, np.square), np.asarray(counts.T @ size, np.float64).ravel()
+    squares = column_sums(counts, lambda v: np.square(v, dtype=np.float64))  # integers would overflow
+    products = np.asarray(counts.T @ size, np.float64).ravel()
     squared_mean = share**2 * np.square(size).sum()
     excess = squares - 2 * share * products + squared_mean - share * size.sum()  # sum of (x - mu)^2 - mu
     return np.clip(squared_mean / np.maximum(excess, 1e-9), *R_LIMITS)

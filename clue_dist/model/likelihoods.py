@@ -47,15 +47,32 @@ class Likelihood(Protocol):
         """ln p(x) - ln p(0), up to terms without parameters."""
 
 
+MAX_LOG_R = 7.0  # an NB with r = 1,100 is as good as a Poisson
+
+
 class NegativeBinomial:
     """Mean mu, inverse dispersion r = exp(theta): variance mu + mu^2 / r."""
 
     def zero(self, p: Params) -> Tensor:
-        return -p.theta.exp() * F.softplus(p.log_mean - p.theta)
+        theta = p.theta.clamp(max=MAX_LOG_R)
+        return -theta.exp() * F.softplus(p.log_mean - theta)
 
     def gain(self, x: Tensor, p: Params) -> Tensor:
-        r = p.theta.exp()
-        return torch.lgamma(x + r) - torch.lgamma(r) + x * F.logsigmoid(p.log_mean - p.theta)
+        theta = p.theta.clamp(max=MAX_LOG_R)
+        return log_rising(theta.exp(), x) + x * F.logsigmoid(p.log_mean - theta)
+
+
+STIRLING = 8.0
+
+
+def log_rising(r: Tensor, x: Tensor) -> Tensor:
+    """ln Gamma(r + x) - ln Gamma(r), also where both are large and nearly equal: by Stirling's series from r = 8 on, to
+    1e-6, with a gradient that float32 does not drown."""
+    large = r.clamp(min=STIRLING)
+    y = x + large
+    series = (large - 0.5) * torch.log1p(x / large) + x * (y.log() - 1) + (1 / y - 1 / large) / 12
+    small = r.clamp(max=STIRLING)
+    return torch.where(r > STIRLING, series, torch.lgamma(x + small) - torch.lgamma(small))
 
 
 class ZeroInflatedNegativeBinomial:

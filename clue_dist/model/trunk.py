@@ -44,18 +44,20 @@ def _dense(x: Tensor, how: str, idf: Tensor | None) -> Tensor:
 
 
 class Projection(nn.Module):
-    """The first, sparse layer: features -> components. `initialise` folds feature means and scales into it."""
+    """The first, sparse layer: features -> components. `initialise` folds feature means and scales into it. lr_scale:
+    its learning rate, relative to `train.lr`; 0 keeps it."""
 
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, n_features: int, components: int, trainable: bool) -> None:
+    def __init__(self, n_features: int, components: int, lr_scale: float) -> None:
         super().__init__()
+        self.lr_scale = lr_scale
         for name, values in (
             ("weight", torch.randn(n_features, components) / n_features**0.5),  # (features, components)
             ("bias", torch.zeros(components)),
         ):
-            if trainable:
+            if lr_scale > 0:
                 self.register_parameter(name, nn.Parameter(values))
             else:  # a buffer keeps its precision where parameters are bf16
                 self.register_buffer(name, values)
@@ -82,7 +84,7 @@ class Trunk(nn.Module):
         self.how = how
         components = min(config.projection, n_features)
         self.register_buffer("idf", torch.ones(n_features))
-        self.projection = Projection(n_features, components, trainable=config.projection_lr > 0)
+        self.projection = Projection(n_features, components, config.projection_lr)
         # Normalisation takes most of a cell's size away; but what is large or well captured is so in every modality.
         self.size_input = config.size_input and how != "none"
         self.register_buffer("size", torch.tensor([[0.0, 0.0], [1.0, 1.0]]))  # mean, standard deviation of size_of

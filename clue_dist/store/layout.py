@@ -35,7 +35,7 @@ Kind = Literal["rna", "adt", "atac", "dense"]
 Storage = Literal["sparse", "dense"]
 STORAGE: dict[str, Storage] = {"rna": "sparse", "atac": "sparse", "adt": "dense", "dense": "dense"}
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # modality names become folders and parts of parameter names
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # modality names become folders
 RESERVED = {"obs"}
 
 

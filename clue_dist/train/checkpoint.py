@@ -26,8 +26,8 @@ from torch import Tensor
 
 from clue_dist import config as configs
 from clue_dist.config import Config
-from clue_dist.errors import ResumeError
-from clue_dist.model.clue import CLUE, specs_of
+from clue_dist.errors import ResumeError, listed
+from clue_dist.model.clue import CLUE, PRIVATE_SCALE, specs_of
 from clue_dist.ranks import Ranks
 from clue_dist.store.manifest import Modality
 from clue_dist.store.reader import Store
@@ -257,8 +257,15 @@ def check_same_run(run: Path, config: Config, fingerprint: str, world: int, chec
 
 
 def restore(engine: Any, checkpoint: Path) -> None:
-    """Load the engine's state; never starts from scratch in silence."""
-    path, _ = engine.load_checkpoint(str(checkpoint), tag=TAG)
+    """Load the engine's state; never starts from scratch in silence.
+
+    Raises:
+        ResumeError: nothing there, or the state of another model or optimizer.
+    """
+    try:
+        path, _ = engine.load_checkpoint(str(checkpoint), tag=TAG)
+    except (RuntimeError, ValueError) as error:
+        raise _misfit(checkpoint, error, "go on with the version of clue_dist that began the run") from error
     if path is None:
         raise ResumeError("DeepSpeed found nothing to load", where=checkpoint)
 
@@ -283,6 +290,10 @@ class Loaded:
     def private(self) -> int:
         return self.model.private
 
+    @property
+    def private_scale(self) -> float:
+        return PRIVATE_SCALE
+
 
 def describe(run: Path, store: Store, config: Config) -> None:
     """Write config.json and model.json: a run folder explains itself a year later."""
@@ -298,7 +309,7 @@ def load_model(run: Path, checkpoint: str = "best") -> Loaded:
     """The weights of a run: of the best validation, the last saved, or by the name of a committed checkpoint.
 
     Raises:
-        ResumeError: no run there, nothing saved yet, or damaged weights.
+        ResumeError: no run there, nothing saved yet, damaged weights, or those of another model.
     """
     if not (run / "model.json").is_file():
         raise ResumeError(
@@ -323,11 +334,14 @@ def load_model(run: Path, checkpoint: str = "best") -> Loaded:
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        fix = "embed with the version of clue_dist that trained them, or train again"
-        raise ResumeError(
-            "the weights do not fit the model of these settings", where=folder, got=error, fix=fix
-        ) from error
+        raise _misfit(folder, error, "use the version of clue_dist that trained them") from error
     return Loaded(model.eval(), card.modalities, folder.name, config)
+
+
+def _misfit(where: Path, error: Exception, fix: str) -> ResumeError:
+    got = listed((line.strip() for line in str(error).splitlines()), 3)
+    what = "the weights do not fit the model of these settings"
+    return ResumeError(what, where=where, got=got, fix=f"{fix}, or train again")
 
 
 def _weights_folder(run: Path, checkpoint: str) -> Path | None:

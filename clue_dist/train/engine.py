@@ -75,32 +75,24 @@ def modality_weights(setup: Setup) -> list[float]:
 
 
 def parameter_groups(objective: nn.Module, config: Config) -> list[dict[str, Any]]:
-    """Trained parameters in groups of equal learning rate, relative to `train.lr`, and decay.
+    """Trained parameters in groups of equal learning rate, their module's `lr_scale` times `train.lr`, and decay.
 
-    Biases, norms and temperatures are not decayed.
+    Biases, norms and temperatures are not decayed. A larger rate has a larger epsilon, see there.
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)
-    for name, p in objective.named_parameters():
-        if p.requires_grad:
-            matrix = p.ndim > 1 and name.endswith("weight")
-            groups[_lr_scale(name, config), matrix].append(p)
+    for module in objective.modules():
+        for name, p in module.named_parameters(recurse=False):
+            matrix = p.ndim > 1 and name == "weight"
+            groups[getattr(module, "lr_scale", 1.0), matrix].append(p)
     return [
         {
             "params": ps,
             "lr_scale": scale,
+            "eps": EPSILON * max(scale, 1.0),
             "weight_decay": config.train.weight_decay if matrix else 0.0,
         }
         for (scale, matrix), ps in groups.items()
     ]
-
-
-THETA_LR = 10.0  # dispersions may be off by orders of magnitude; at the rate of weights they would never get there
-
-
-def _lr_scale(name: str, config: Config) -> float:
-    if ".projection." in name:
-        return config.model.trunk.projection_lr
-    return THETA_LR if ".theta." in name else 1.0
 
 
 def deepspeed_config(config: Config, world: int) -> dict[str, Any]:

@@ -43,6 +43,9 @@ def test_unseen_cells_find_their_other_half(folder: Path) -> None:
     run(*launched(2, "launch/evaluate.py", *store, "--out", str(folder / "scores.json")))
     z = md.read(folder / "test-z.h5mu")
     assert z.obsm["X_clue"].shape == (300, 12)
+    assert z.uns["clue_dist"]["private"] == {"rna": 2, "adt": 2}  # of the last of each six
+    assert np.abs(z["rna"].obsm["X_clue"][:, 4:6]).min() > 0
+    assert np.abs(z["rna"].obsm["X_clue"][:, 10:]).max() == 0  # RNA does not know what proteins alone tell
     order = z["rna"].obs_names
     recomputed = dense_foscttm(z["rna"].obsm["X_clue"], z["adt"][order].obsm["X_clue"])
     scores = json.loads((folder / "scores.json").read_text())

@@ -182,6 +182,13 @@ def test_resume_refuses_other_data_settings_ranks_and_damage(folder: Path) -> No
         in python(*args, "--set", f"store={folder / 'other.zarr'}", expect=2).stderr
     )
     assert "another number of ranks" in run(*launched(2, *args), expect=2).stderr
+    config = folder / "again" / "config.json"
+    before = config.read_text()
+    config.write_text(before.replace('"latent": 6', '"latent": 8'))  # as if another version had begun the run
+    done = python(*args, "--set", "model.latent=8", expect=2)
+    assert "the weights do not fit the model of these settings" in done.stderr
+    assert "Traceback" not in done.stderr
+    config.write_text(before)
 
     (checkpoint,) = (folder / "again" / "checkpoints").glob("step-*")
     victim = max(checkpoint.rglob("*.pt"), key=lambda p: p.stat().st_size)

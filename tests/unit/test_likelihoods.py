@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from clue_dist.config import DecoderConfig
 from clue_dist.data.batch import SparseCounts, library_of
 from clue_dist.model.decoders import Decoder, only
-from clue_dist.model.likelihoods import LIKELIHOODS, Params, log_likelihood
+from clue_dist.model.likelihoods import LIKELIHOODS, Params, log_likelihood, log_rising
 
 N, M = 7, 23
 COUNTS = ["nb", "zinb", "poisson", "bernoulli"]
@@ -125,6 +125,33 @@ def test_batch_covariates_reach_the_decoder_and_an_unknown_batch_is_finite() -> 
     assert out.isfinite().all()
     assert out[0] == out[4]
     assert len({round(float(v), 4) for v in out[:4]}) == 4
+
+
+@pytest.mark.parametrize("name", ["nb", "zinb"])
+@pytest.mark.parametrize("theta", [8.0, 20.0, 90.0])
+def test_without_overdispersion_it_is_a_poisson_and_its_dispersion_rests(name: str, theta: float) -> None:
+    # What is left to learn of so large an r is less than the rounding of float32.
+    x = torch.tensor(counts(), dtype=torch.float32)
+    gate = torch.full((N, M), -30.0) if name == "zinb" else None
+    log_r = torch.full((M,), theta, requires_grad=True)
+    rate, library = torch.full((N, M), -3.0), torch.full((N, 1), 20.0)
+    got = log_likelihood(name, x, Params(rate, log_r, library, gate))
+    want = log_likelihood("poisson", x, Params(rate, log_r, library))
+    torch.testing.assert_close(got, want, rtol=0.01, atol=0.3)
+    got.sum().backward()
+    assert (log_r.grad == 0).all()
+
+
+def test_rising_factorial_and_its_gradient_are_those_of_float64() -> None:
+    r = torch.logspace(-2, 3, 200)[:, None].requires_grad_()
+    x = torch.tensor([0.0, 1, 2, 5, 20, 300, 50_000]).expand(200, 7)
+    exact = r.detach().double().requires_grad_()
+    want = torch.lgamma(exact + x.double()) - torch.lgamma(exact)
+    got = log_rising(r, x)
+    torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=2e-5)
+    got.sum().backward()
+    want.sum().backward()
+    torch.testing.assert_close(r.grad.double(), exact.grad, rtol=2e-5, atol=1e-6)
 
 
 def test_softplus_form_stays_finite_for_extreme_rates() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clue_dist.config import Config, ObjectiveConfig
+from clue_dist.config import Config, ModelConfig, ObjectiveConfig
 from clue_dist.data.batch import Batch, Observed
 from clue_dist.model.clue import CLUE, PRIVATE_SCALE, ModalitySpec, Output, Posterior
 from clue_dist.model.encoders import Heads
@@ -66,14 +66,14 @@ def test_product_of_experts_is_eq_6() -> None:
             np.testing.assert_allclose(got_mean[c, j], weighted / precision, rtol=1e-4, atol=1e-5)
 
 
-def test_the_generalised_product_weighs_experts_by_the_square_of_their_nats() -> None:
+def test_the_generalised_product_weighs_experts_by_the_cube_of_their_nats() -> None:
     combine = GeneralisedProduct(K).eval()
     combine.nats.copy_(torch.tensor([6.0, 3.0, 1.0]))
     mean, log_var = draw(B, K, K, D), 3 * draw(B, K, K, D, seed=1)
     got_mean, got_log_var = combine(mean, log_var, OBSERVED)
     for c in range(B):
         seen = [k for k in range(K) if OBSERVED[c, k]]
-        share = {k: combine.nats[k].item() ** 2 / sum(combine.nats[s].item() ** 2 for s in seen) for k in seen}
+        share = {k: combine.nats[k].item() ** 3 / sum(combine.nats[s].item() ** 3 for s in seen) for k in seen}
         for j in range(K):
             of = {k: share[k] * np.exp(-log_var[c, k, j].double().numpy()) for k in seen}
             precision = sum(of.values())
@@ -190,8 +190,6 @@ def test_reversed_gradient() -> None:
 def small_model(
     k: int = K, members: int = 1, shared: bool = True, private: float = 0.0, **objective: float
 ) -> tuple[Objective, Batch, Noise]:
-    from clue_dist.config import ModelConfig
-
     torch.manual_seed(0)
     specs = {f"m{i}": ModalitySpec(6, "none", "normal", None) for i in range(k)}
     config = ModelConfig(
@@ -286,6 +284,26 @@ def test_no_alignment_reaches_private_dimensions() -> None:
         assert (gradient[..., : model.model.aligned] != 0).any()
 
 
+def test_the_joint_likelihood_trains_the_private_dimensions_of_what_was_observed() -> None:
+    off = dict.fromkeys(("lambda_self", "lambda_mse", "lambda_d", "lambda_contrastive"), 0.0)
+    model, batch, noise = small_model(private=0.5, **off, lambda_cross=1.0)
+    kept: list[Tensor] = []
+    model.model.heads.register_forward_hook(lambda _m, _i, out: kept.extend(out))
+    loss, _ = model(batch, noise)
+    foreign = ~torch.eye(K, dtype=torch.bool)
+    for gradient in torch.autograd.grad(loss, kept):  # of means, of log-variances
+        private = gradient[..., model.model.aligned :]  # (B, K source, K target, .)
+        assert (own(private)[batch.observed] != 0).any(-1).all()
+        assert (own(private)[~batch.observed] == 0).all()
+        assert (private[:, foreign] == 0).all()
+
+
+def test_private_dimensions_are_as_many_in_each_member() -> None:
+    assert ModelConfig(latent=20, private=0.25, trunk={"members": 4}).n_private == 4  # of each member's 5, one
+    assert ModelConfig(latent=8, private=0.25, trunk={"members": 4}).n_private == 0
+    assert ModelConfig(latent=64, trunk={"members": 4}).n_private == 16
+
+
 def test_an_embedding_shows_private_dimensions_small_and_of_what_was_observed() -> None:
     model, batch, _ = small_model(private=0.5)
     clue = model.model.eval()
@@ -306,14 +324,18 @@ def test_a_single_modality_has_nothing_private() -> None:
 
 
 def test_dispersions_learn_faster_and_biases_do_not_decay() -> None:
-    model, _, _ = small_model()
     config = Config(model={"trunk": {"projection_lr": 0.5}}, train={"weight_decay": 0.1})
+    specs = {"counts": ModalitySpec(6, "log", "nb", None), "reals": ModalitySpec(6, "none", "normal", None)}
+    model = CLUE(specs, 1, config.model)
     groups = {id(p): g for g in parameter_groups(model, config) for p in g["params"]}
     found = {n: (groups[id(p)]["lr_scale"], groups[id(p)]["weight_decay"]) for n, p in model.named_parameters()}
-    assert found["model.decoders.0.theta.weight"] == (10.0, 0.0)
-    assert found["model.decoders.0.rate.weight"] == (1.0, 0.1)
-    assert found["model.decoders.0.rate.bias"] == (1.0, 0.0)
-    assert found["model.trunks.0.projection.weight"] == (0.5, 0.1)
+    assert found["decoders.0.theta.weight"] == (10.0, 0.0)
+    assert found["decoders.1.theta.weight"] == (1.0, 0.0)  # a standard deviation starts at its value
+    assert found["decoders.0.rate.weight"] == (1.0, 0.1)
+    assert found["decoders.0.rate.bias"] == (1.0, 0.0)
+    assert found["trunks.0.projection.weight"] == (0.5, 0.1)
+    assert found["trunks.0.ensemble.layers.0.weight"] == (1.0, 0.1)
+    assert found["scale.log"] == (1.0, 0.0)
 
 
 @pytest.mark.parametrize("shared", [True, False])

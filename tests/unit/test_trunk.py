@@ -13,7 +13,7 @@ from clue_dist.config import DecoderConfig
 from clue_dist.data.batch import SparseCounts, read_batch
 from clue_dist.model.clue import CLUE, specs_of
 from clue_dist.model.decoders import Decoder
-from clue_dist.model.initialise import _set_offsets, initialise, leading_svd, sample
+from clue_dist.model.initialise import R_LIMITS, _set_offsets, initialise, leading_svd, sample
 from clue_dist.model.trunk import Projection, normalise, size_of
 from tests.stores import make_store
 
@@ -54,7 +54,7 @@ def test_normalise(how: str) -> None:
 
 def test_projection_of_sparse_equals_dense_with_its_gradient() -> None:
     torch.manual_seed(0)
-    projection = Projection(15, 4, trainable=True)
+    projection = Projection(15, 4, lr_scale=1.0)
     grads, values = [], []
     for x in (torch.tensor(X), sparse(X)):
         projection.zero_grad()
@@ -127,22 +127,45 @@ def test_a_constant_feature_does_not_outweigh_all_others() -> None:
     torch.testing.assert_close(decoder.theta.weight.detach(), torch.zeros(4))
 
 
+@pytest.mark.parametrize("likelihood", ["nb", "zinb"])
 @pytest.mark.parametrize("dense", [True, False])
-def test_inverse_dispersions_start_at_what_the_moments_say(dense: bool) -> None:
+def test_inverse_dispersions_start_at_what_the_moments_say(dense: bool, likelihood: str) -> None:
     rng = np.random.default_rng(0)
-    r, size = np.array([0.5, 2.0, 8.0, 1e6]), rng.lognormal(5, 0.5, (20_000, 1))
-    counts = rng.poisson(rng.gamma(r, size * [0.1, 0.2, 0.3, 0.4] / r)).astype(np.float32)
-    decoder = Decoder("nb", 4, 1, 3, DecoderConfig(hidden=4))
+    r = np.concatenate([[0.5, 2.0, 8.0, 1e9], np.full(300, 5.0)])  # many, for features of one total tie each other
+    mean = np.concatenate([[2.0, 4.0, 4.0, 2.0], np.full(300, 2.0)])
+    size = rng.lognormal(0, 0.5, (20_000, 1))
+    counts = rng.poisson(rng.gamma(r, size * mean / r)).astype(np.float32)
+    counts[:, -1] = 0
+    decoder = Decoder(likelihood, len(r), 1, 3, DecoderConfig(hidden=4))
     with torch.no_grad():
         _set_offsets(decoder, counts if dense else sp.csr_matrix(counts))
-    # Features share one total, which ties their noise together a little; the last one has hardly any of its own.
     got = decoder.theta.weight.detach().exp().numpy()
-    np.testing.assert_allclose(got[:3], r[:3], rtol=0.5)
-    assert (np.diff(got) > 0).all()
-    nothing = Decoder("nb", 4, 1, 3, DecoderConfig(hidden=4))
+    np.testing.assert_allclose(got[:3], r[:3], rtol=0.1)
+    assert got[3] > 50
+    assert np.isfinite(got).all()
+
+
+@pytest.mark.parametrize("x", [np.zeros((5, 4)), np.diag([9.0, 9, 9, 9]).repeat(20, 0)])
+def test_inverse_dispersions_stay_within_limits(x: np.ndarray) -> None:
+    # No counts at all, and features of which each holds all of a cell's counts, or none.
+    decoder = Decoder("nb", 4, 1, 3, DecoderConfig(hidden=4))
     with torch.no_grad():
-        _set_offsets(nothing, np.zeros((5, 4)))
-    assert nothing.theta.weight.isfinite().all()
+        _set_offsets(decoder, x)
+    low, high = np.log(R_LIMITS)
+    assert ((decoder.theta.weight >= low - 1e-6) & (decoder.theta.weight <= high + 1e-6)).all()
+    assert (decoder.theta.weight < 0).all()
+
+
+def test_squares_of_large_integer_counts_do_not_overflow() -> None:
+    counts = np.random.default_rng(0).gamma(2.0, 35_000, (200, 4)).round()
+    starts = []
+    for x in (sp.csr_matrix(counts.astype(np.int32)), counts.astype(np.float64)):
+        decoder = Decoder("nb", 4, 1, 3, DecoderConfig(hidden=4))
+        with torch.no_grad():
+            _set_offsets(decoder, x)
+        starts.append(decoder.theta.weight.detach())
+    torch.testing.assert_close(*starts)
+    assert (starts[0].abs() < 2.5).all()  # overdispersed, and not at a limit
 
 
 def test_initialised_size_is_standardised_over_the_training_cells(tmp_path: Path) -> None:

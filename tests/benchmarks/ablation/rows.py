@@ -49,7 +49,8 @@ BEYOND = {
     "posterior mean": Row(("model.posterior=mean",)),
     "alignment cosine": Row(("objective.alignment=cosine",)),
     "no contrast: the paper's terms at the weights of atlas.json": Row(("objective.lambda_contrastive=0",)),
-    "contrast alone": Row(zero(("self", *TERMS))),
+    "contrast alone": Row((*zero(("self", *TERMS)), "model.private=0")),  # which nothing would train
+    "no private dimensions": Row(("model.private=0",)),
     "no mse, no d": Row(zero(("mse", "d"))),
     WITHIN_BATCH: Row(("objective.contrastive_within_batch=true",)),
     "no mixup": Row(("objective.contrastive_mixup=false",)),
