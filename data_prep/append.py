@@ -61,7 +61,7 @@ def append(inputs: Sequence[Input], root: Path, options: Options, pool: Pool) ->
 
 
 def _refuse_known(cells: Cells, store: Store) -> None:
-    known = [found for reader in store.strata.values() for found in _known(cells.barcodes, reader)]
+    known = [found for reader in store.strata.values() for found in _known(cells, reader)]
     if known:
         names = np.concatenate(known)
         raise DataError(
@@ -74,12 +74,12 @@ def _refuse_known(cells: Cells, store: Store) -> None:
         )
 
 
-def _known(barcodes: np.ndarray, reader: StratumReader) -> Iterator[np.ndarray]:
-    """Those of `barcodes`, sorted (n,) bytes, that a stratum holds."""
+def _known(cells: Cells, reader: StratumReader) -> Iterator[np.ndarray]:
+    """Barcodes of a stratum that are also new ones."""
     step = BLOCKS * reader.block_cells
     for first in range(0, reader.n_cells, step):
-        there = reader.barcodes(np.arange(first, min(first + step, reader.n_cells)))
-        if len(found := np.intersect1d(barcodes, there)):
+        found = cells.among(reader.barcodes(np.arange(first, min(first + step, reader.n_cells))))
+        if len(found):
             yield found
 
 

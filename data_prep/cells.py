@@ -1,90 +1,296 @@
-"""Which cells there are: barcodes joined across modalities, batch and label of each, and their shuffled order."""
+"""Which cells there are: rows joined by barcode across modalities, batch and label of each, in shuffled order.
+
+A hash of its barcode, keyed by the seed, gives a cell its place in the shuffle of all. So cells are joined one range of
+hashes after another, in the order in which they will lie, and memory does not grow with their number.
+
+    WORK/cells/rows/000-000000000000/    rows of a source: hash, barcode, codes; sorted by hash
+    WORK/cells/joined/0003/              cells of one range of hashes, and which rows they have
+    WORK/sources/000/                    of each row of a source: its spool key, its batch
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from clue_dist.errors import DataError, listed
-from clue_dist.store import shuffle
-from data_prep.sources import Codes, Head, Keys, Source, decode
+from clue_dist.store.shuffle import hashed, key_of
+from data_prep.files import flush, mapped, save, whole_folder
+from data_prep.sources import Head, Keys, Source, decode
 from data_prep.spool import GROUP_SHIFT
+from data_prep.tasks import Pool, run_missing
+
+ROWS = 2**20  # of a source that a task lists at once
+RANGE = 2**19  # rows of a range of hashes, about; some 50 MB
+TOLD = 10  # barcodes that an error names
+
+
+@dataclass(frozen=True)
+class Part:
+    """Cells of one range of hashes, in shuffled order. first: place of the first in the shuffle of all; hashes: (n,)
+    uint64, ascending; barcodes: (n,) bytes, `dataset:barcode`; planned: (n,) int64, bit m set where the inputs list
+    modality m; codes: per field, (n,) int32 into `Cells.names`, -1 = unknown."""
+
+    first: int
+    hashes: np.ndarray
+    barcodes: np.ndarray
+    planned: np.ndarray
+    codes: dict[str, np.ndarray]
+
+    @property
+    def keys(self) -> np.ndarray:
+        """Spool keys: planned strata apart, shuffled inside. (n,) int64."""
+        out: np.ndarray = (self.planned << GROUP_SHIFT) + np.arange(self.first, self.first + len(self.planned))
+        return out
 
 
 @dataclass(frozen=True)
 class Cells:
-    """Every cell of the inputs, numbered in the order of its barcode.
+    """Every cell of the inputs, in folders. starts: (P + 1,), place of the first cell of each; key: of the hash; names:
+    per field; sources: folders of `keys.npy` and `batch.npy`, a number for each row."""
 
-    barcodes: (n,) bytes, `dataset:barcode`; planned: (n,) int64, bit m set where the inputs list modality m;
-    place: (n,) int64, the cell's place in the shuffle of all; codes: (n,) int32 into `names`, per field;
-    rows: per source, the cell of each of its rows.
-    """
-
-    barcodes: np.ndarray
-    planned: np.ndarray
-    place: np.ndarray
-    codes: dict[str, np.ndarray]
+    folders: list[Path]
+    starts: np.ndarray
+    key: int
     names: dict[str, list[str]]
-    rows: list[np.ndarray]
+    sources: list[Path]
 
-    def keys(self, cells: np.ndarray) -> np.ndarray:
-        """Spool keys: planned strata apart, shuffled inside. (n,) int64."""
-        keys: np.ndarray = (self.planned[cells] << GROUP_SHIFT) + self.place[cells]
-        return keys
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def parts(self) -> Iterator[Part]:
+        """In shuffled order."""
+        for folder, first in zip(self.folders, self.starts.tolist(), strict=False):
+            codes = {field: np.load(folder / f"{field}.npy") for field in self.names}
+            yield Part(first, *(np.load(folder / f"{name}.npy") for name in ("hashes", "barcodes", "planned")), codes)
+
+    def among(self, barcodes: np.ndarray) -> np.ndarray:
+        """Those of `barcodes`, (n,) bytes, that are a cell's."""
+        hashes = hashed(barcodes, self.key)
+        part = np.searchsorted(_bounds(len(self.folders)), hashes, side="right") - 1
+        found = []
+        for p in np.unique(part).tolist():
+            there = np.load(self.folders[p] / "hashes.npy", mmap_mode="r")
+            names = np.load(self.folders[p] / "barcodes.npy", mmap_mode="r")
+            mine = np.flatnonzero(part == p)
+            first, last = (np.searchsorted(there, hashes[mine], side=side) for side in ("left", "right"))  # type: ignore[call-overload]
+            hits = np.flatnonzero(last > first)
+            found += [barcodes[mine[i]] for i in hits.tolist() if barcodes[mine[i]] in names[first[i] : last[i]]]
+        return np.array(found, barcodes.dtype)
+
+
+def places(keys: np.ndarray) -> np.ndarray:
+    """Of spool keys, places in the shuffle of all cells."""
+    out: np.ndarray = keys & ((1 << GROUP_SHIFT) - 1)
+    return out
+
+
+@dataclass(frozen=True)
+class _List:
+    source: Source
+    key: int
+    codes: dict[str, np.ndarray]  # the final code of each of the source's own, -1 last
+    lo: int
+    hi: int
+    out: Path
+
+
+@dataclass(frozen=True)
+class _Join:
+    rows: list[list[Path]]  # of each source
+    modality: list[int]
+    fields: list[str]
+    low: int
+    high: int
+    out: Path
 
 
 def join(
-    sources: list[Source], heads: list[Head], modalities: list[str], known: dict[str, list[str]], keys: Keys, seed: int
+    sources: Sequence[Source],
+    heads: Sequence[Head],
+    modalities: Sequence[str],
+    known: Mapping[str, list[str]],
+    keys: Keys,
+    seed: int,
+    work: Path,
+    pool: Pool,
 ) -> Cells:
     """Join the rows of all sources into cells. known: per field, names whose codes are taken already.
 
     Raises:
         DataError: a barcode twice in a modality of a data set; batch or label in dispute; a column that no file has.
     """
-    if not sum(head.n_rows for head in heads):
+    n_rows = sum(head.n_rows for head in heads)
+    if not n_rows:
         raise DataError("the inputs hold no cells", where=listed(s.where for s in sources))
-    prefixed = [_with_dataset(source.dataset, head.barcodes) for source, head in zip(sources, heads, strict=True)]
-    barcodes, inverse = np.unique(np.concatenate(prefixed), return_inverse=True)
-    rows = np.split(inverse, np.cumsum([head.n_rows for head in heads])[:-1])
-    _reject_duplicates(sources, rows, barcodes, modalities)
-    planned = np.zeros(len(barcodes), np.int64)
-    for source, of in zip(sources, rows, strict=True):
-        planned[of] |= 1 << modalities.index(source.modality)
-    place = shuffle.permute(np.arange(len(barcodes)), len(barcodes), shuffle.key_of(seed, "cells"))
-    codes, names = {}, {}
+    names = {}
     for field in keys.columns:
         _require_column(field, keys, heads)
         names[field] = _vocabulary(field, heads, known.get(field, []))
-        codes[field] = _agreed_codes(field, sources, heads, rows, barcodes, names[field])
-    return Cells(barcodes, planned, place, codes, names, rows)
+    key, of = key_of(seed, "cells"), [list(modalities).index(s.modality) for s in sources]
+
+    listing: list[dict[Path, _List]] = []
+    for i, (source, head) in enumerate(zip(sources, heads, strict=True)):
+        codes = {field: _renumbering(head, field, names[field]) for field in names}
+        outs = {lo: work / "cells" / "rows" / f"{i:03d}-{lo:012d}" for lo in range(0, head.n_rows, ROWS)}
+        listing.append({p: _List(source, key, codes, lo, min(lo + ROWS, head.n_rows), p) for lo, p in outs.items()})
+    run_missing(pool, "list cells", _list_rows, {p: task for tasks in listing for p, task in tasks.items()})
+
+    bounds = [*_bounds(-(-n_rows // RANGE)).tolist(), 2**64]
+    folders = [work / "cells" / "joined" / f"{p:04d}" for p in range(len(bounds) - 1)]
+    rows = [list(tasks) for tasks in listing]
+    joining = {
+        out: _Join(rows, of, list(names), low, high, out)
+        for out, low, high in zip(folders, bounds[:-1], bounds[1:], strict=True)
+    }
+    run_missing(pool, "join cells", _join_range, joining)
+    _refuse_problems(folders, sources, modalities, names)
+    counts = [len(np.load(folder / "planned.npy", mmap_mode="r")) for folder in folders]
+    own = [work / "sources" / f"{i:03d}" for i in range(len(sources))]
+    cells = Cells(folders, np.concatenate([[0], np.cumsum(counts)]), key, names, own)
+    _write_rows(cells, [head.n_rows for head in heads])
+    return cells
 
 
-def _with_dataset(dataset: str, barcodes: np.ndarray) -> np.ndarray:
-    return np.char.add(f"{dataset}:".encode(), barcodes) if dataset else barcodes
+def _bounds(ranges: int) -> np.ndarray:
+    """The first hash of each of so many ranges."""
+    return np.array([(p << 64) // ranges for p in range(ranges)], np.uint64)
 
 
-def _reject_duplicates(
-    sources: list[Source], rows: list[np.ndarray], barcodes: np.ndarray, modalities: list[str]
+def _list_rows(task: _List) -> None:
+    """Rows of a source, sorted by the hash of their barcodes."""
+    head, dataset = task.source.head(), task.source.dataset
+    barcodes = head.barcodes[task.lo : task.hi]
+    if dataset:
+        barcodes = np.char.add(f"{dataset}:".encode(), barcodes)
+    hashes = hashed(barcodes, task.key)
+    order = np.argsort(hashes)
+    with whole_folder(task.out) as folder:
+        save(folder / "hashes.npy", hashes[order])
+        save(folder / "barcodes.npy", barcodes[order])
+        save(folder / "rows.npy", order + task.lo)
+        for field, final in task.codes.items():
+            own = head.fields[field].codes[task.lo : task.hi] if field in head.fields else np.full(len(order), -1)
+            save(folder / f"{field}.npy", final[own][order])
+
+
+def _join_range(task: _Join) -> None:
+    """The cells whose hashes lie in one range; what is wrong with them is written down, to be told of all ranges."""
+    parts = [(i, folder, _within(folder, task.low, task.high)) for i, of in enumerate(task.rows) for folder in of]
+
+    def load(name: str) -> np.ndarray:
+        return np.concatenate([np.load(folder / f"{name}.npy", mmap_mode="r")[span] for _, folder, span in parts])
+
+    hashes, barcodes, rows = load("hashes"), load("barcodes"), load("rows")
+    source = np.concatenate([np.full(span.stop - span.start, i) for i, _, span in parts])
+    order = np.lexsort((barcodes, hashes))
+    new = np.ones(len(order), bool)
+    new[1:] = (hashes[order[1:]] != hashes[order[:-1]]) | (barcodes[order[1:]] != barcodes[order[:-1]])
+    cell = np.empty(len(order), np.int64)
+    cell[order] = np.cumsum(new) - 1
+    names = barcodes[order[new]]
+    of = [np.flatnonzero(source == i) for i in range(len(task.rows))]
+
+    twice: dict[int, Any] = {}
+    planned = np.zeros(len(names), np.int64)
+    for m in sorted(set(task.modality)):
+        mine = np.concatenate([of[i] for i in range(len(of)) if task.modality[i] == m])
+        times = np.bincount(cell[mine], minlength=len(names))
+        planned |= (times > 0).astype(np.int64) << m
+        if len(repeated := np.sort(names[times > 1])):
+            twice[m] = {"number": len(repeated), "first": decode(repeated[:TOLD]).tolist()}
+    dispute = {}
+    with whole_folder(task.out) as folder:
+        for field in task.fields:
+            agreed, told = _agreed(load(field), cell, of, names)
+            save(folder / f"{field}.npy", agreed)
+            if told:
+                dispute[field] = told
+        save(folder / "hashes.npy", hashes[order[new]])
+        save(folder / "barcodes.npy", names)
+        save(folder / "planned.npy", planned)
+        for i, mine in enumerate(of):
+            save(folder / f"rows-{i:03d}.npy", np.stack([rows[mine], cell[mine]]))
+        (folder / "problems.json").write_text(json.dumps({"twice": twice, "dispute": dispute}))
+
+
+def _within(folder: Path, low: int, high: int) -> slice:
+    hashes = np.load(folder / "hashes.npy", mmap_mode="r")
+    start = int(np.searchsorted(hashes, np.uint64(low)))
+    stop = len(hashes) if high == 2**64 else int(np.searchsorted(hashes, np.uint64(high)))
+    return slice(start, stop)
+
+
+def _agreed(
+    codes: np.ndarray, cell: np.ndarray, of: Sequence[np.ndarray], names: np.ndarray
+) -> tuple[np.ndarray, dict[str, Any] | None]:
+    """One code per cell, and the cells whose sources disagree. codes, cell: of each row; of: rows of each source."""
+    out = np.full(len(names), -1, np.int32)
+    number, first = 0, []
+    for i, mine in enumerate(of):
+        theirs, before = codes[mine], out[cell[mine]]
+        wrong = np.flatnonzero((theirs >= 0) & (before >= 0) & (theirs != before))
+        number += len(wrong)
+        some = wrong[np.argsort(names[cell[mine[wrong]]])][:TOLD]
+        texts = decode(names[cell[mine[some]]]).tolist()
+        first += [[t, int(before[w]), int(theirs[w]), i] for t, w in zip(texts, some.tolist(), strict=True)]
+        out[cell[mine]] = np.where(theirs >= 0, theirs, before)
+    return out, {"number": number, "first": first} if number else None
+
+
+def _refuse_problems(
+    folders: Sequence[Path], sources: Sequence[Source], modalities: Sequence[str], names: Mapping[str, list[str]]
 ) -> None:
-    for modality in modalities:
-        mine = [i for i, s in enumerate(sources) if s.modality == modality]
-        times = np.zeros(len(barcodes), np.int64)
-        for i in mine:
-            times += np.bincount(rows[i], minlength=len(barcodes))
-        twice = np.flatnonzero(times > 1)
-        if len(twice):
+    problems = [json.loads((folder / "problems.json").read_text()) for folder in folders]
+    for m, modality in enumerate(modalities):
+        number, first = _all_of(problems, lambda found, m=m: found["twice"].get(str(m)))
+        if number:
             raise DataError(
-                f"{len(twice)} barcodes occur more than once in modality {modality!r} of one data set",
-                where=listed(dict.fromkeys(sources[i].where for i in mine)),
-                got=listed(decode(barcodes[twice[:10]]))
-                + (f" ... and {len(twice) - 10} more" if len(twice) > 10 else ""),
+                f"{number} barcodes occur more than once in modality {modality!r} of one data set",
+                where=listed(dict.fromkeys(s.where for s in sources if s.modality == modality)),
+                got=listed(first) + (f" ... and {number - TOLD} more" if number > TOLD else ""),
                 expected="each cell once",
                 fix="if the files are different data sets, keep them apart with a prefix: `lane1:FILE lane2:FILE`",
             )
+    for field, values in names.items():
+        number, first = _all_of(problems, lambda found, field=field: found["dispute"].get(field))
+        if number:
+            raise DataError(
+                f"the modalities of {number} cells disagree on their {field}",
+                where=sources[first[0][3]].where,
+                got=listed(f"{barcode}: {values[a]!r} and {values[b]!r}" for barcode, a, b, _ in first),
+                expected="one value per cell, or none",
+                fix="mend the column; if the barcodes name different cells, prefix the data sets: `lane1:FILE`",
+            )
 
 
-def _require_column(field: str, keys: Keys, heads: list[Head]) -> None:
+def _all_of(problems: Sequence[Any], of: Callable[[Any], Any]) -> tuple[int, list[Any]]:
+    """How many there are of a problem in all ranges, and the first of them."""
+    found = [told for problem in problems if (told := of(problem))]
+    return sum(told["number"] for told in found), sorted(name for told in found for name in told["first"])[:TOLD]
+
+
+def _write_rows(cells: Cells, n_rows: Sequence[int]) -> None:
+    """Key and batch of every row of every source, in files: by this process alone, as rows of a range lie anywhere."""
+    arrays = []
+    for folder, n in zip(cells.sources, n_rows, strict=True):
+        of = ("keys", np.int64), ("batch", np.int32)
+        arrays.append({name: mapped(folder / f"{name}.npy", dtype, (n,)) for name, dtype in of})
+    for part, folder in zip(cells.parts(), cells.folders, strict=True):
+        keys = part.keys
+        for i, mine in enumerate(arrays):
+            rows, cell = np.load(folder / f"rows-{i:03d}.npy")
+            if len(rows):
+                mine["keys"][rows], mine["batch"][rows] = keys[cell], part.codes["batch"][cell]
+    flush(array for mine in arrays for array in mine.values())
+
+
+def _require_column(field: str, keys: Keys, heads: Sequence[Head]) -> None:
     if field in keys.explicit and not any(field in head.fields for head in heads):
         columns = sorted({column for head in heads for column in head.columns})
         raise DataError(
@@ -95,30 +301,13 @@ def _require_column(field: str, keys: Keys, heads: list[Head]) -> None:
         )
 
 
-def _vocabulary(field: str, heads: list[Head], known: list[str]) -> list[str]:
+def _vocabulary(field: str, heads: Sequence[Head], known: list[str]) -> list[str]:
     new = {name for head in heads if field in head.fields for name in head.fields[field].names}
     return known + sorted(new - set(known))
 
 
-def _agreed_codes(
-    field: str, sources: list[Source], heads: list[Head], rows: list[np.ndarray], barcodes: np.ndarray, names: list[str]
-) -> np.ndarray:
-    """One code per cell; every modality that knows it must agree."""
+def _renumbering(head: Head, field: str, names: list[str]) -> np.ndarray:
+    """The code of each of a source's own names; the last one, which -1 means, stays unknown."""
     code_of = {name: i for i, name in enumerate(names)}
-    out = np.full(len(barcodes), -1, np.int32)
-    for source, head, of in zip(sources, heads, rows, strict=True):
-        own = head.fields.get(field, Codes(np.full(head.n_rows, -1, np.int32), []))
-        codes = np.array([code_of[name] for name in own.names] + [-1], np.int32)[own.codes]
-        dispute = np.flatnonzero((codes >= 0) & (out[of] >= 0) & (codes != out[of]))
-        if len(dispute):
-            cells = dispute[:10]
-            pairs = zip(decode(barcodes[of[cells]]), out[of[cells]], codes[cells], strict=True)
-            raise DataError(
-                f"the modalities of {len(dispute)} cells disagree on their {field}",
-                where=source.where,
-                got=listed(f"{barcode}: {names[a]!r} and {names[b]!r}" for barcode, a, b in pairs),
-                expected="one value per cell, or none",
-                fix="mend the column; if the barcodes name different cells, prefix the data sets: `lane1:FILE`",
-            )
-        out[of] = np.where(codes >= 0, codes, out[of])
-    return out
+    own = head.fields[field].names if field in head.fields else []
+    return np.array([code_of[name] for name in own] + [-1], np.int32)

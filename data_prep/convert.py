@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +33,7 @@ from data_prep import features, spool, strata
 from data_prep.cells import Cells
 from data_prep.choices import Choice
 from data_prep.counts import Reading, Target
-from data_prep.files import remove_leftovers
+from data_prep.files import remove_leftovers, save
 from data_prep.fragments import CountedSource, counted
 from data_prep.inputs import Input
 from data_prep.job import job
@@ -88,10 +88,10 @@ def build(
     """
     work, store = partial / "work", partial / "store"
     sources = counted(inputs, options.choices, work / "fragments", pool)
-    heads = [source.head() for source in sources]
+    heads = _heads(sources)
     plan = features.plan(sources, heads, options.kinds, options.choices, reference)
     known = {"batch": reference.batches, "label": reference.labels} if reference else {}
-    cells = cell_table.join(sources, heads, list(plan.modalities), known, options.keys, options.seed)
+    cells = cell_table.join(sources, heads, list(plan.modalities), known, options.keys, options.seed, work, pool)
     accept(cells)
 
     _prepare(sources, work, pool)
@@ -119,6 +119,16 @@ def description(inputs: Sequence[Input], options: Options, reference: Manifest |
         "features_from": reference.fingerprint if reference else None,
         "version": [clue_dist.__version__, layout.VERSION],
     }
+
+
+def _heads(sources: Sequence[Source]) -> list[Head]:
+    """Of every source; equal lists of features are one, as files may be many."""
+    heads: list[Head] = []
+    for source in sources:
+        head = source.head()
+        same = next((h.features for h in heads if h.features == head.features), head.features)
+        heads.append(replace(head, features=same))
+    return heads
 
 
 @dataclass(frozen=True)
@@ -164,15 +174,12 @@ def _prepare_part(task: _Prepare) -> None:
 def _reading(
     sources: Sequence[Source], heads: Sequence[Head], plan: features.Plan, cells: Cells, work: Path
 ) -> list[Reading]:
-    """What the tasks must know to read each source's rows; per-row and per-column arrays go to files."""
+    """What the tasks must know to read each source's rows; where its columns go is in a file, like its rows' keys."""
     out = []
-    for i, (source, head) in enumerate(zip(sources, heads, strict=True)):
-        folder, columns = work / "sources" / f"{i:03d}", plan.columns[i]
-        folder.mkdir(parents=True, exist_ok=True)
-        np.save(folder / "keys.npy", cells.keys(cells.rows[i]))
-        np.save(folder / "batch.npy", cells.codes["batch"][cells.rows[i]])
+    for i, (source, head, folder) in enumerate(zip(sources, heads, cells.sources, strict=True)):
+        columns = plan.columns[i]
         if columns is not None:
-            np.save(folder / "columns.npy", columns)
+            save(folder / "columns.npy", columns)
         modality = plan.modalities[source.modality]
         target = Target(modality.kind, modality.n_features, None if columns is None else folder / "columns.npy")
         out.append(Reading(source, target, head.n_rows, head.nnz, work / "prepared" / f"{i:03d}", folder))
@@ -258,7 +265,7 @@ def _provenance(
             "modality": source.modality,
             "dataset": source.dataset,
             "cells": head.n_rows,
-            "empty": int(((final.mask[cells.rows[i]] & bit) == 0).sum()),
+            "empty": final.lost(np.load(cells.sources[i] / "keys.npy", mmap_mode="r"), bit),
             "features": plan.notes[i],
             "names": head.named_by or "var_names",
         }
@@ -269,7 +276,7 @@ def _provenance(
         "inputs": inputs,
         "features": {name: options.choices.get(name, Choice()).identity() for name in plan.modalities},
         "selected": {name: chosen.note for name, chosen in kept.items()},
-        "cells": {"in": len(cells.barcodes), "dropped": int((final.mask == 0).sum())},
+        "cells": {"in": len(cells), "dropped": final.dropped},
     }
 
 

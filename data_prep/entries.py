@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse as sp
 
-from data_prep.files import whole_folder
+from data_prep.files import save, whole_folder
 
 PART_ENTRIES = 8 * 2**20
 
@@ -19,9 +19,9 @@ def write_part(folder: Path, rows: np.ndarray, columns: np.ndarray, values: np.n
     """Write one part. rows, columns, values: (n,)."""
     order = np.argsort(rows, kind="stable")
     with whole_folder(folder) as part:
-        np.save(part / "rows.npy", rows[order])
-        np.save(part / "columns.npy", columns[order].astype(np.int32, copy=False))
-        np.save(part / "values.npy", values[order])
+        save(part / "rows.npy", rows[order])
+        save(part / "columns.npy", columns[order].astype(np.int32, copy=False))
+        save(part / "values.npy", values[order])
 
 
 def read_rows(folders: list[Path], lo: int, hi: int, n_columns: int) -> sp.csr_matrix:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from clue_dist.errors import DataError
 
@@ -21,6 +25,34 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise DataError("the folder cannot be made", where=folder, got=error, fix="choose another --out") from None
+
+
+def save(path: Path, values: np.ndarray) -> None:
+    """As np.save, which lets a full disk pass where what did not fit is small."""
+    values = np.ascontiguousarray(values)
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(values))
+        file.write(values.data)
+
+
+def mapped(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """A new .npy file of zeros, to be filled in place: its pages need no memory of this process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    if 0 in shape:  # which cannot be mapped
+        save(path, np.zeros(shape, dtype))
+        return np.zeros(shape, dtype)
+    out: np.ndarray = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    with path.open("r+b") as file:  # a disk that is full must say so here: to a write into pages it answers by a signal
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return out
+
+
+def flush(arrays: Iterable[np.ndarray]) -> None:
+    """What was written to mapped arrays is in their files, for workers of other machines too."""
+    for array in arrays:
+        if isinstance(array, np.memmap):
+            array.flush()
 
 
 @contextmanager

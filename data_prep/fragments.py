@@ -17,7 +17,7 @@ import pandas as pd
 from clue_dist.errors import DataError, listed
 from data_prep import entries
 from data_prep.choices import Choice
-from data_prep.files import whole_folder
+from data_prep.files import save, whole_folder
 from data_prep.genome import bin_name
 from data_prep.sources import Direct, Head, Rows, Source, as_bytes, decode, file_identity
 from data_prep.tasks import Pool, run_missing
@@ -121,7 +121,7 @@ def counted(
         if given.limit is not None:
             work.mkdir(parents=True, exist_ok=True)
             keep = work / f"keep{i:03d}.npy"
-            np.save(keep, _wanted(given, inputs))
+            save(keep, _wanted(given, inputs))
         tasks[out] = _Count(given, width, keep, out)
         sources.append(CountedSource(given, out))
     if tasks:
@@ -137,7 +137,7 @@ def _wanted(given: FragmentsInput, inputs: Sequence[Source | FragmentsInput]) ->
         mine = f"{given.dataset}:".encode()
         return np.array([b.removeprefix(mine) for b in barcodes.tolist()] if given.dataset else barcodes, "S")
     others = [s for s in inputs if not isinstance(s, FragmentsInput)]
-    found = [s.head().barcodes for s in others if (s.modality, s.dataset) == (given.limit, given.dataset)]
+    found = [s.head().barcodes[:] for s in others if (s.modality, s.dataset) == (given.limit, given.dataset)]
     if not found:
         raise DataError(
             "neither a list of barcodes nor another modality of this data set",
@@ -178,9 +178,9 @@ def _count(task: _Count) -> None:
             fix = "the list and the file must spell barcodes alike" if allowed is not None else None
             raise DataError("no fragment is of a cell that is wanted", where=task.given.where, fix=fix)
         names = list(chromosomes.of)
-        np.save(folder / "barcodes.npy", as_bytes(list(cells.of)))
+        save(folder / "barcodes.npy", as_bytes(list(cells.of)))
         texts = [bin_name(names[key >> _SHIFT], key & (2**_SHIFT - 1), task.width) for key in bins.of]
-        np.save(folder / "bins.npy", as_bytes(texts))
+        save(folder / "bins.npy", as_bytes(texts))
 
 
 def _write(folder: Path, rows: np.ndarray, columns: np.ndarray) -> None:

@@ -24,12 +24,14 @@ from data_prep.sources import (
     Head,
     Keys,
     Rows,
+    Sliced,
     as_bytes,
     columns_of,
     file_identity,
     unrepeated,
 )
 
+_SLICE = 2**20  # rows of a column that are looked at together
 _PROBE = 10_000  # values looked at to guess whether a matrix holds counts
 
 
@@ -79,7 +81,7 @@ class AnnDataSource:
             root = file[self.group] if self.group else file
             matrix = self._matrix(file)
             var = "raw/var" if self.layer == "raw.X" else "var"
-            barcodes, features = as_bytes(_index(root, "obs", self.where)), _index(root, var, self.where).tolist()
+            barcodes, features = _names(root, "obs", self.where), _index(root, var, self.where).tolist()
             if _shape(matrix) != (len(barcodes), len(features)):
                 got = f"{_shape(matrix)} for {len(barcodes)} cells and {len(features)} features"
                 raise DataError(
@@ -151,17 +153,17 @@ class AnnDataSource:
                 return column, unrepeated(values.where(values.notna(), "").astype(str).tolist(), own)
         return None, own
 
-    def _codes(self, file: h5py.File, key: str, barcodes: np.ndarray) -> Codes | None:
+    def _codes(self, file: h5py.File, key: str, barcodes: Sliced) -> Codes | None:
         """A column of the modality's own obs, else of MuData's: `key` or `modality:key`."""
         root = file[self.group] if self.group else file
         if key in root["obs"]:
-            return Codes.of(read_elem(root["obs"][key]))
+            return _codes_of(root["obs"][key])
         if not self.group or "obs" not in file:
             return None
         for name in (key, f"{self.modality}:{key}"):
             if name in file["obs"]:
                 shared = pd.Index(as_bytes(_index(file, "obs", self.where)))
-                return Codes.of(read_elem(file["obs"][name])).take(shared.get_indexer(pd.Index(barcodes)))
+                return Codes.of(read_elem(file["obs"][name])).take(shared.get_indexer(pd.Index(barcodes[:])))
         return None
 
 
@@ -186,7 +188,7 @@ class TenxSource(Direct):
     def head(self) -> Head:
         with open_h5(self.path) as file:
             table = tenx_features(file)
-            barcodes, nnz = as_bytes(file["matrix/barcodes"][:]), int(file["matrix/data"].shape[0])
+            barcodes, nnz = Texts.of(file["matrix/barcodes"]), int(file["matrix/data"].shape[0])
             expected = (len(table.ids), len(barcodes))
             if (got := tuple(int(n) for n in file["matrix/shape"][:])) != expected:
                 raise DataError(
@@ -244,6 +246,69 @@ def _shape(matrix: Any) -> tuple[int, int]:
         else matrix.attrs.get("shape", matrix.attrs.get("h5sparse_shape"))
     )
     return int(shape[0]), int(shape[1])
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A dataset of texts, of which a slice gives (n,) UTF-8 bytes."""
+
+    path: Path
+    name: str
+    n: int
+
+    @classmethod
+    def of(cls, texts: h5py.Dataset) -> Texts:
+        return cls(Path(texts.file.filename), texts.name, len(texts))
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        with open_h5(self.path) as file:
+            values = file[self.name][rows]
+        return as_bytes(values if values.dtype.kind == "S" else np.array(values.tolist() or [b""], "S")[: len(values)])
+
+
+@dataclass(frozen=True)
+class Categories:
+    """Codes of a categorical column, of which a slice gives (n,) int32. final: of each own code, -1 last."""
+
+    path: Path
+    name: str
+    n: int
+    final: np.ndarray
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        with open_h5(self.path) as file:
+            out: np.ndarray = self.final[file[self.name][rows]]
+        return out
+
+
+def _codes_of(column: Any) -> Codes:
+    """A column of obs; a categorical one is read when it is needed, and categories that no cell has do not count."""
+    if column.attrs.get("encoding-type") != "categorical":
+        return Codes.of(read_elem(column))
+    codes, names = column["codes"], Codes.of(pd.Categorical(read_elem(column["categories"])))
+    used = np.zeros(len(names.codes) + 1, bool)
+    for lo in range(0, len(codes), _SLICE):
+        used[codes[lo : lo + _SLICE]] = True  # the last one: -1
+    of = np.where(used[:-1], names.codes[:], -1)
+    kept = sorted(names.names[i] for i in np.unique(of[of >= 0]).tolist())
+    place = {name: i for i, name in enumerate(kept)}
+    final = np.array([place[names.names[i]] if i >= 0 else -1 for i in of.tolist()] + [-1], np.int32)
+    return Codes(Categories(Path(codes.file.filename), codes.name, len(codes), final), kept)
+
+
+def _names(root: Any, name: str, where: str) -> Sliced:
+    """Row names of a data frame, as bytes."""
+    if name in root and not isinstance(root[name], h5py.Dataset):
+        index = root[name][root[name].attrs["_index"]]
+        if isinstance(index, h5py.Dataset) and (h5py.check_string_dtype(index.dtype) or index.dtype.kind == "S"):
+            return Texts.of(index)
+    return as_bytes(_index(root, name, where))
 
 
 def _index(root: Any, name: str, where: str) -> np.ndarray:

@@ -35,11 +35,18 @@ class Keys:
     explicit: frozenset[str] = frozenset()
 
 
+class Sliced(Protocol):
+    """An array, or what reads one from its file slice by slice."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, rows: slice, /) -> np.ndarray: ...
+
+
 @dataclass(frozen=True)
 class Codes:
-    """One category per cell. codes: (n,) int32 into `names`, -1 = unknown."""
+    """One category per cell. codes: (n,) integers into `names`, -1 = unknown."""
 
-    codes: np.ndarray
+    codes: Sliced
     names: list[str]
 
     @classmethod
@@ -58,14 +65,14 @@ class Codes:
 
     def take(self, rows: np.ndarray) -> Codes:
         """The codes of `rows`; -1 stays unknown."""
-        return Codes(np.where(rows >= 0, self.codes[rows], -1).astype(np.int32), self.names)
+        return Codes(np.where(rows >= 0, self.codes[:][rows], -1).astype(np.int32), self.names)
 
 
 @dataclass(frozen=True)
 class Head:
     """What a source holds. barcodes: (n,) bytes; nnz: stored entries, for sizing tasks only."""
 
-    barcodes: np.ndarray
+    barcodes: Sliced
     features: list[str]
     nnz: int
     fields: dict[str, Codes]  # "batch", "label" where the file has them

@@ -15,7 +15,7 @@ from numba import njit
 
 from clue_dist.store.manifest import Packed
 from clue_dist.store.rows import COUNT_BITS, Coded, Csr, coded, row_starts
-from data_prep.files import whole_folder
+from data_prep.files import save, whole_folder
 from data_prep.sources import Rows
 
 
@@ -23,7 +23,7 @@ def write(folder: Path, keys: np.ndarray, rows: Rows) -> None:
     """Write rows sorted by key. keys: (n,) int64, unique; rows: (n, features), CSR of integers, or dense."""
     order = np.argsort(keys)
     with whole_folder(folder) as spool:
-        np.save(spool / "keys.npy", keys[order])
+        save(spool / "keys.npy", keys[order])
         if isinstance(rows, np.ndarray):
             _write_dense(spool, rows[order])
         else:
@@ -32,22 +32,22 @@ def write(folder: Path, keys: np.ndarray, rows: Rows) -> None:
 
 def _write_dense(spool: Path, rows: np.ndarray) -> None:
     nonzeros = np.count_nonzero(rows, axis=1)
-    np.save(spool / "lengths.npy", np.column_stack([nonzeros, np.zeros((len(rows), 3), int)]).astype(np.uint32))
-    np.save(spool / "values.npy", rows)
+    save(spool / "lengths.npy", np.column_stack([nonzeros, np.zeros((len(rows), 3), int)]).astype(np.uint32))
+    save(spool / "values.npy", rows)
     # Measured floats keep their type, whatever they are.
     largest = 0 if rows.dtype.kind == "f" else int(rows.max(initial=0))
-    np.save(spool / "largest.npy", np.array([largest, 0], np.int64))
+    save(spool / "largest.npy", np.array([largest, 0], np.int64))
 
 
 def _write_sparse(spool: Path, rows: sp.csr_matrix, order: np.ndarray) -> None:
     got = coded(Csr(rows.indptr, rows.indices, rows.data, rows.shape[1]), COUNT_BITS, order)
     binary = farther(got.rest, got.lengths, got.starts())
-    np.save(spool / "lengths.npy", np.column_stack([got.lengths, binary]))
-    np.save(spool / "starts.npy", got.starts())
-    np.save(spool / "codes.npy", got.codes)
-    np.save(spool / "rest.npy", got.rest)
+    save(spool / "lengths.npy", np.column_stack([got.lengths, binary]))
+    save(spool / "starts.npy", got.starts())
+    save(spool / "codes.npy", got.codes)
+    save(spool / "rest.npy", got.rest)
     largest = int(rows.data.max(initial=0)), int(got.rest.max(initial=0))
-    np.save(spool / "largest.npy", np.array(largest, np.int64))
+    save(spool / "largest.npy", np.array(largest, np.int64))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""From spooled rows to strata: which cells end up where, in which order, packed how."""
+"""From spooled rows to strata: which cells end up where, in which order, packed how.
+
+What a cell takes is written to mapped files, at its place in the shuffle of all; one walk along that order then finds
+the strata. Memory does not grow with the number of cells.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +15,54 @@ import numpy as np
 
 from clue_dist.errors import DataError
 from clue_dist.store import layout
-from clue_dist.store.manifest import Manifest, Modality, Packed, Stratum, largest_block
+from clue_dist.store.manifest import Manifest, Modality, Packed, Stratum
 from clue_dist.store.rows import COUNT_BITS
 from data_prep import spool
-from data_prep.cells import Cells
+from data_prep.cells import Cells, Part, places
+from data_prep.files import flush, mapped
+
+PLACES = 2**20  # looked at together
+
+
+@dataclass(frozen=True)
+class Placed:
+    """The cells of one stratum. barcode_width: bytes of the longest; tallies: per field, cells of each name."""
+
+    n_cells: int
+    packed: dict[str, Packed]
+    barcode_width: int
+    tallies: dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Final:
-    """mask: (n,) int64 per cell, bit m set where it keeps modality m, 0 = dropped; order: cells of each mask, shuffled;
-    packed: how each modality lies in each stratum, keyed by mask.
-    """
+    """mask: (n,) per cell, in shuffled order, bit m set where it keeps modality m, 0 = dropped; strata: by mask."""
 
     mask: np.ndarray
-    order: dict[int, np.ndarray]
-    packed: dict[int, dict[str, Packed]]
+    strata: dict[int, Placed]
+
+    @property
+    def dropped(self) -> int:
+        return len(self.mask) - sum(s.n_cells for s in self.strata.values())
+
+    def lost(self, keys: np.ndarray, bit: int) -> int:
+        """Of rows with these spool keys, those whose cell does not keep their modality."""
+        pieces = (keys[lo : lo + PLACES] for lo in range(0, len(keys), PLACES))
+        return sum(int((self.mask[places(piece)] & bit == 0).sum()) for piece in pieces)
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """What the cells of a modality take, mapped, in shuffled order. lengths: (n, 4) as of `spool.survey`; the largest
+    count, and the largest number in rest."""
+
+    lengths: np.ndarray
+    largest: int
+    rest: int
+
+    @property
+    def binary(self) -> bool:
+        return self.largest <= 1
 
 
 def settle(
@@ -44,43 +81,123 @@ def settle(
     Raises:
         DataError: no cell has any counts in a modality.
     """
-    mask, lengths, largest = _survey(cells, modalities, files, spools)
-    shuffled = np.argsort(cells.place)
-    order = {int(bits): shuffled[mask[shuffled] == bits] for bits in np.unique(mask[mask > 0])}
-    packed = {
-        bits: {
-            name: _pack(modality, lengths[name][of], largest[name], block_cells)
-            for m, (name, modality) in enumerate(modalities.items())
-            if bits >> m & 1
-        }
-        for bits, of in order.items()
-    }
-    _write(cells, order, modalities, folder)
-    return Final(mask, order, packed)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    mask, taken = _survey(cells, modalities, files, spools, folder)
+    sizes = _sizes(mask)
+    width = max(part.barcodes.dtype.itemsize for part in cells.parts())
+    walks = {bits: _Walk(bits, n, modalities, taken, block_cells, width, folder, cells) for bits, n in sizes.items()}
+    for part in cells.parts():
+        span = slice(part.first, part.first + len(part.planned))
+        here = mask[span]
+        for bits in np.unique(here[here > 0]).tolist():
+            of = np.flatnonzero(here == bits)
+            walks[bits].add(part, of, {name: taken[name].lengths[part.first + of] for name in walks[bits].names})
+    flush(array for walk in walks.values() for array in walk.arrays.values())
+    return Final(mask, {bits: walk.placed() for bits, walk in walks.items()})
 
 
 def _survey(
-    cells: Cells, modalities: dict[str, Modality], files: dict[str, str], spools: dict[str, list[Path]]
-) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, list[int]]]:
-    """Every cell's mask, (n,) int64; per modality what every cell takes, (n, 4), and its largest count and rest."""
-    by_key = np.argsort(cells.keys(np.arange(len(cells.barcodes))))
-    sorted_keys = cells.keys(by_key)
-    mask = np.zeros(len(cells.barcodes), np.int64)
-    lengths: dict[str, np.ndarray] = {}
-    largest: dict[str, list[int]] = {}
+    cells: Cells, modalities: dict[str, Modality], files: dict[str, str], spools: dict[str, list[Path]], folder: Path
+) -> tuple[np.ndarray, dict[str, _Taken]]:
+    """Every cell's mask, (n,) int64, and what it takes in each modality."""
+    mask = mapped(folder / "mask.npy", np.int64, (len(cells),))
+    taken: dict[str, _Taken] = {}
     for m, (name, modality) in enumerate(modalities.items()):
-        lengths[name] = np.zeros((len(mask), 4), np.uint32)
-        largest[name] = [0, 0]
+        lengths = mapped(folder / f"lengths-{name}.npy", np.uint32, (len(cells), 4))
+        largest, rest, any_left = 0, 0, False
         for path in spools[name]:
             seen = spool.survey(path)
-            of = by_key[np.searchsorted(sorted_keys, seen.keys)]
-            lengths[name][of] = seen.lengths
-            mask[of[(seen.lengths[:, 0] > 0) | (modality.kind == "dense")]] |= 1 << m
-            largest[name] = [max(a, b) for a, b in zip(largest[name], (seen.largest, seen.rest), strict=True)]
-        if not (mask >> m & 1).any():
+            at = places(seen.keys)
+            lengths[at] = seen.lengths
+            kept = at[(seen.lengths[:, 0] > 0) | (modality.kind == "dense")]
+            mask[kept] |= 1 << m
+            largest, rest, any_left = max(largest, seen.largest), max(rest, seen.rest), any_left or len(kept) > 0
+        if not any_left:
             fix = "check that the files hold raw counts, or leave the modality out"
             raise DataError(f"no cell has any counts in modality {name!r}", where=files[name], fix=fix)
-    return mask, lengths, largest
+        taken[name] = _Taken(lengths, largest, rest)
+    return mask, taken
+
+
+def _sizes(mask: np.ndarray) -> dict[int, int]:
+    """Cells of each stratum, by mask, ascending."""
+    sizes: dict[int, int] = {}
+    for lo in range(0, len(mask), PLACES):
+        found, times = np.unique(mask[lo : lo + PLACES], return_counts=True)
+        for bits, n in zip(found.tolist(), times.tolist(), strict=True):
+            sizes[bits] = sizes.get(bits, 0) + n
+    return {bits: sizes[bits] for bits in sorted(sizes) if bits}
+
+
+class _Walk:
+    """A stratum as its cells come along: the sizes of its blocks, and its arrays that tasks of the second pass map."""
+
+    def __init__(
+        self,
+        bits: int,
+        n: int,
+        modalities: dict[str, Modality],
+        taken: dict[str, _Taken],
+        block_cells: int,
+        width: int,
+        folder: Path,
+        cells: Cells,
+    ) -> None:
+        self.names = [name for m, name in enumerate(modalities) if bits >> m & 1]
+        self.modalities, self.taken, self.done, self.width = modalities, taken, 0, 1
+        self.codes, self.rests = ({name: _Largest(block_cells) for name in self.names} for _ in range(2))
+        self.tallies = {field: np.zeros(len(names), np.int64) for field, names in cells.names.items()}
+        target = folder / layout.stratum_name(self.names)
+        types: dict[str, Any] = {"keys": np.int64, "barcodes": f"S{width}"} | dict.fromkeys(cells.names, np.int32)
+        self.arrays = {name: mapped(target / f"{name}.npy", dtype, (n,)) for name, dtype in types.items()}
+
+    def add(self, part: Part, of: np.ndarray, lengths: dict[str, np.ndarray]) -> None:
+        """Cells `of` a part, and what they take in each modality, (n, 4)."""
+        span = slice(self.done, self.done + len(of))
+        self.done += len(of)
+        self.arrays["keys"][span], self.arrays["barcodes"][span] = part.keys[of], part.barcodes[of]
+        self.width = max(self.width, int(np.char.str_len(part.barcodes[of]).max()))
+        for field, tally in self.tallies.items():
+            codes = part.codes[field][of]
+            self.arrays[field][span] = codes
+            tally += np.bincount(codes[codes >= 0], minlength=len(tally))
+        for name, own in lengths.items():
+            own = own.astype(np.int64)
+            self.codes[name].add(own[:, 0])
+            self.rests[name].add(own[:, 3] if self.taken[name].binary else own[:, 1] + 2 * own[:, 2])
+
+    def placed(self) -> Placed:
+        packed = {name: self._packed(name) for name in self.names}
+        return Placed(self.done, packed, self.width, self.tallies)
+
+    def _packed(self, name: str) -> Packed:
+        modality, taken = self.modalities[name], self.taken[name]
+        if modality.storage == "dense":
+            return Packed(values="float32" if modality.kind == "dense" else layout.unsigned(taken.largest))  # type: ignore[arg-type]
+        return Packed(
+            capacity=self.codes[name].largest(),
+            bits=0 if taken.binary else COUNT_BITS,
+            rest=self.rests[name].largest(),
+            rest_type=layout.unsigned(taken.rest),  # type: ignore[arg-type]
+        )
+
+
+class _Largest:
+    """The most of something in a block of cells, at least 1."""
+
+    def __init__(self, block_cells: int) -> None:
+        self.block_cells, self.most, self.left = block_cells, 1, np.zeros(0, np.int64)
+
+    def add(self, values: np.ndarray) -> None:
+        """What the next cells have, (n,) int64."""
+        values = np.concatenate([self.left, values])
+        whole = len(values) // self.block_cells * self.block_cells
+        sums = values[:whole].reshape(-1, self.block_cells).sum(1)
+        self.most, self.left = max(self.most, int(sums.max(initial=1))), values[whole:]
+
+    def largest(self) -> int:
+        return max(self.most, int(self.left.sum()))
 
 
 def manifest(
@@ -93,17 +210,17 @@ def manifest(
 ) -> Manifest:
     """The manifest but for its shards."""
     strata = {}
-    for bits, of in final.order.items():
-        packed = final.packed[bits]
+    for placed in final.strata.values():
+        packed = placed.packed
         raw = max(_cell_bytes(packed[name], modalities[name].n_features, block_cells) for name in packed)
         strata[layout.stratum_name(list(packed))] = Stratum(
             modalities=list(packed),
-            n_cells=len(of),
-            shard_blocks=layout.shard_blocks(raw, len(of), block_cells),
-            barcode_width=max(1, int(np.char.str_len(cells.barcodes[of]).max())),
+            n_cells=placed.n_cells,
+            shard_blocks=layout.shard_blocks(raw, placed.n_cells, block_cells),
+            barcode_width=placed.barcode_width,
             packed=packed,
-            batch_counts=_tally(cells, "batch", of),
-            label_counts=_tally(cells, "label", of),
+            batch_counts=_tally(cells, placed, "batch"),
+            label_counts=_tally(cells, placed, "label"),
         )
     return Manifest(
         block_cells=block_cells,
@@ -117,21 +234,6 @@ def manifest(
     )
 
 
-def _pack(modality: Modality, lengths: np.ndarray, largest: list[int], block_cells: int) -> Packed:
-    """lengths: (n, 4) of the stratum's cells, in order; largest: count and rest, over the whole modality."""
-    count, rest = largest
-    if modality.storage == "dense":
-        return Packed(values="float32" if modality.kind == "dense" else layout.unsigned(count))  # type: ignore[arg-type]
-    binary = count <= 1
-    rests = lengths[:, 3] if binary else lengths[:, 1] + 2 * lengths[:, 2]
-    return Packed(
-        capacity=largest_block(lengths[:, 0], block_cells),
-        bits=0 if binary else COUNT_BITS,
-        rest=largest_block(rests, block_cells),
-        rest_type=layout.unsigned(rest),  # type: ignore[arg-type]
-    )
-
-
 def _cell_bytes(packed: Packed, n_features: int, block_cells: int) -> float:
     """Raw bytes of one cell in the store."""
     if packed.values is not None:
@@ -139,19 +241,5 @@ def _cell_bytes(packed: Packed, n_features: int, block_cells: int) -> float:
     return (packed.capacity + packed.rest * np.dtype(packed.rest_type).itemsize) / block_cells
 
 
-def _tally(cells: Cells, field: str, of: np.ndarray) -> dict[str, int]:
-    codes = cells.codes[field][of]
-    times = np.bincount(codes[codes >= 0], minlength=len(cells.names[field]))
-    return {name: int(n) for name, n in zip(cells.names[field], times, strict=True) if n}
-
-
-def _write(cells: Cells, order: dict[int, np.ndarray], modalities: dict[str, Modality], folder: Path) -> None:
-    """Per stratum: spool keys, codes and barcodes of its cells, in store order, as arrays the tasks can map."""
-    shutil.rmtree(folder, ignore_errors=True)
-    for bits, of in order.items():
-        target = folder / layout.stratum_name([name for m, name in enumerate(modalities) if bits >> m & 1])
-        target.mkdir(parents=True)
-        np.save(target / "keys.npy", cells.keys(of))
-        np.save(target / "batch.npy", cells.codes["batch"][of])
-        np.save(target / "label.npy", cells.codes["label"][of])
-        np.save(target / "barcodes.npy", cells.barcodes[of])
+def _tally(cells: Cells, placed: Placed, field: str) -> dict[str, int]:
+    return {name: int(n) for name, n in zip(cells.names[field], placed.tallies[field], strict=True) if n}

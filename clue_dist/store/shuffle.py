@@ -1,7 +1,8 @@
 """Keyed permutations: the i-th element of a shuffled range without holding the range.
 
 A Feistel network over the next even power of two, walked until it lands inside (Black and Rogaway, 2002):
-bijective for any n, O(1) memory, the same on every machine. Conversion and the plan of cells both use it.
+bijective for any n, O(1) memory, the same on every machine. The plan of cells uses it; conversion shuffles cells by a
+hash of their names instead.
 """
 
 from __future__ import annotations
@@ -32,6 +33,33 @@ def permute(i: np.ndarray, n: int, key: int | np.ndarray) -> np.ndarray:
     flat = np.ascontiguousarray(i, np.int64).reshape(-1)
     keys = np.broadcast_to(np.asarray(key, np.uint64), np.shape(i)).reshape(-1)
     return _walk(flat, np.uint64(n), keys, np.uint64(half)).reshape(np.shape(i))
+
+
+def hashed(names: np.ndarray, key: int) -> np.ndarray:
+    """A keyed hash of each name, the same on every machine: sorted by it, names are shuffled.
+
+    names: (n,) bytes, however wide. Returns (n,) uint64.
+    """
+    width = names.dtype.itemsize
+    letters = np.ascontiguousarray(names).view(np.uint8).reshape(len(names), width)
+    return _hash(letters, np.uint64(key))
+
+
+@njit(nogil=True, cache=True)
+def _hash(letters, key):  # type: ignore[no-untyped-def]
+    """FNV-1a over the letters, then splitmix64's finaliser."""
+    out = np.empty(len(letters), np.uint64)
+    for i in range(len(letters)):
+        end = letters.shape[1]
+        while end and letters[i, end - 1] == 0:
+            end -= 1
+        h = key
+        for k in range(end):
+            h = (h ^ np.uint64(letters[i, k])) * np.uint64(0x100000001B3)
+        h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        out[i] = h ^ (h >> np.uint64(31))
+    return out
 
 
 @njit(nogil=True, cache=True)

@@ -14,7 +14,7 @@ from clue_dist.data.plan import Plan
 from tests.benchmarks.randomness import __main__ as randomness
 from tests.benchmarks.randomness import deal
 from tests.benchmarks.randomness.__main__ import BATCH
-from tests.benchmarks.randomness.atlas import GROUPS, TYPES, atlas_of, stored
+from tests.benchmarks.randomness.atlas import GROUPS, TYPES, atlas_of, barcodes, stored
 from tests.unit.prep_helpers import anndata_of, build, frame, write_h5mu
 
 
@@ -33,7 +33,7 @@ def test_the_atlas_is_sorted_by_plate_and_by_type() -> None:
 def test_a_converted_store_lies_and_is_served_as_said(seed: int, tmp_path: Path) -> None:
     """The plan and the groups in stored order say of every batch what the loader serves of the real store."""
     atlas = atlas_of(900, unpaired=True)
-    groups = pd.Series([f"group-{g:03d}" for g in atlas.group], [f"c{i:04d}" for i in range(900)])
+    groups = pd.Series([f"group-{g:03d}" for g in atlas.group], barcodes(900).astype(str))
     files = {}
     for m, name in enumerate(("rna", "atac")):
         mine = np.array([name in atlas.strata[s].split("+") for s in atlas.stratum])

@@ -11,6 +11,7 @@ import pytest
 import scipy.sparse as sp
 
 from clue_dist.errors import DataError, StoreError
+from data_prep import cells, strata
 from data_prep.convert import report
 from data_prep.sources import Codes, kind_of
 from tests.unit.prep_helpers import anndata_of, build, codes_of, frame, held, same, write_h5ad, write_h5mu
@@ -38,6 +39,23 @@ def test_order_is_shuffled_by_the_seed_and_blind_to_the_order_of_files(tmp_path:
     assert first.fingerprint == again.fingerprint != other.fingerprint
     order = [int(c[1:]) for c in first.strata["rna"].obs(np.arange(200)).barcodes]
     assert abs(np.corrcoef(order, np.arange(200))[0, 1]) < 0.2
+
+
+def test_cells_joined_range_by_range_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rna, adt = frame(300, 20), frame(300, 5, 1, "p")
+    tables = {"rna": anndata_of(rna[:250], donor=["x", "y"] * 125), "adt": anndata_of(adt[100:])}
+    path, columns = str(write_h5mu(tmp_path / "m.h5mu", **tables)), {"batch": "donor"}
+    whole = build(tmp_path / "1.zarr", path, block_cells=16, columns=columns)
+    monkeypatch.setattr(cells, "ROWS", 40)
+    monkeypatch.setattr(cells, "RANGE", 60)
+    monkeypatch.setattr(strata, "PLACES", 50)
+    pieces = build(tmp_path / "2.zarr", path, block_cells=16, columns=columns)
+    assert pieces.fingerprint == whole.fingerprint
+    same(held(pieces, "rna"), rna[:250])
+    same(held(pieces, "adt"), adt[100:])
+    twice = [f"rna={write_h5ad(tmp_path / f'{n}.h5ad', rna)}" for n in "ab"]
+    with pytest.raises(DataError, match="300 barcodes occur more than once"):
+        build(tmp_path / "3.zarr", *twice)
 
 
 def test_a_file_name_never_becomes_a_batch(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize(
     ("place", "n"),
     [
-        ("numpy.save", 40),  # in the middle of a spool
+        ("data_prep.spool.save", 40),  # in the middle of a spool
         ("data_prep.strata.settle", 1),  # between the passes
         ("clue_dist.store.writer.hash_file", 33),  # in the middle of a shard's arrays
         ("data_prep.convert.commit", 1),  # all done but the commit
@@ -92,6 +92,21 @@ def test_killed_and_run_again(tmp_path: Path, given: str, place: str, n: int, mo
     assert redone[0][0] == n_spools - len(spooled)
     assert check(out) == []
     assert not partial.exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "n"),
+    [
+        ("data_prep.cells.save", 7),  # while rows are listed
+        ("data_prep.cells.save", 13),  # while a range of hashes is joined
+        ("data_prep.cells._write_rows", 1),
+        ("data_prep.cells.flush", 1),  # once rows know their places
+    ],
+)
+def test_killed_while_cells_are_joined(tmp_path: Path, given: str, place: str, n: int) -> None:
+    whole, out = build(tmp_path / "whole.zarr", given, block_cells=BLOCK), tmp_path / "s.zarr"
+    assert run_victim(out, given, place, n).returncode == -signal.SIGKILL
+    assert build(out, given, block_cells=BLOCK, workers=1).fingerprint == whole.fingerprint
 
 
 def _counting(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from clue_dist.store.shuffle import key_of, permute
+from clue_dist.store.shuffle import hashed, key_of
 
 PLATES, TYPES = 20, 12
 GROUPS = PLATES * TYPES
@@ -42,10 +42,15 @@ def atlas_of(n: int, unpaired: bool) -> Atlas:
 
 def stored(atlas: Atlas, seed: int) -> dict[str, np.ndarray]:
     """Groups of each stratum's cells, (n_s,) in the order in which `data_prep convert` with this seed lays them."""
-    n = len(atlas.group)
-    order = np.empty(n, np.int64)
-    order[permute(np.arange(n), n, key_of(seed, "cells"))] = np.arange(n)
-    return _by_stratum(atlas, order)
+    return _by_stratum(atlas, np.argsort(hashed(barcodes(len(atlas.group)), key_of(seed, "cells"))))
+
+
+def barcodes(n: int) -> np.ndarray:
+    """cell00000000 and so on, (n,) bytes."""
+    letters = np.empty((n, 12), np.uint8)
+    letters[:, :4] = np.frombuffer(b"cell", np.uint8)
+    letters[:, 4:] = ord("0") + np.arange(n)[:, None] // 10 ** np.arange(7, -1, -1) % 10
+    return letters.view("S12").reshape(n)
 
 
 def unshuffled(atlas: Atlas) -> dict[str, np.ndarray]:
