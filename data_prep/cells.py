@@ -25,8 +25,8 @@ from data_prep.sources import Head, Keys, Source, decode
 from data_prep.spool import GROUP_SHIFT
 from data_prep.tasks import Pool, run_missing
 
-ROWS = 2**20  # of a source that a task lists at once
-RANGE = 2**19  # rows of a range of hashes, about; some 50 MB
+ROWS = 2**18  # of a source that a task lists at once
+RANGE = 2**18  # rows of a range of hashes, about; some 40 MB
 TOLD = 10  # barcodes that an error names
 
 

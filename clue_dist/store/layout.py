@@ -28,7 +28,8 @@ FORMAT = "clue_dist.store"
 VERSION = 2
 MANIFEST = "manifest.json"
 BLOCK_CELLS = 64
-SHARD_BYTES = 64 * 2**20  # raw bytes of the largest modality of one shard
+SHARD_BYTES = 64 * 2**20  # raw bytes of the largest modality of one shard ...
+SHARD_CELLS = 2**17  # ... and the most cells, where each has few counts: their names take memory too
 CHUNK_ROWS = 16  # blocks that share one chunk in the narrow arrays (lengths, obs); shards hold a multiple of it
 
 Kind = Literal["rna", "adt", "atac", "dense"]
@@ -70,8 +71,9 @@ def blocks_of(n_cells: int, block_cells: int) -> int:
 
 
 def shard_blocks(cell_bytes: float, n_cells: int, block_cells: int) -> int:
-    """Blocks in a shard so that `cell_bytes` a cell come to about SHARD_BYTES; a multiple of CHUNK_ROWS."""
-    wanted = int(SHARD_BYTES / max(cell_bytes * block_cells, 1))
+    """Blocks in a shard so that `cell_bytes` a cell come to about SHARD_BYTES, of SHARD_CELLS at most; a multiple of
+    CHUNK_ROWS."""
+    wanted = min(int(SHARD_BYTES / max(cell_bytes * block_cells, 1)), SHARD_CELLS // block_cells)
     needed = blocks_of(n_cells, block_cells)
     return max(1, -(-min(max(wanted, 1), needed) // CHUNK_ROWS)) * CHUNK_ROWS
 
