@@ -204,8 +204,9 @@ def _scatter(
 
 
 def _scatter_rows(task: _Scatter) -> None:
-    keys = np.load(task.reading.folder / "keys.npy", mmap_mode="r")[task.lo : task.hi]
-    spool.write(task.out, np.asarray(keys), task.reading.rows(task.lo, task.hi))
+    keys = np.asarray(np.load(task.reading.folder / "keys.npy", mmap_mode="r")[task.lo : task.hi])
+    order = np.argsort(keys)
+    spool.write(task.out, keys[order], *task.reading.coded(task.lo, task.hi, order))
 
 
 def _gather(manifest: Manifest, store: Path, work: Path, spools: dict[str, list[Path]], pool: Pool) -> dict[str, Shard]:

@@ -11,9 +11,9 @@ from numba import njit
 
 from clue_dist.errors import DataError, listed
 from clue_dist.store.layout import Kind, unsigned
+from clue_dist.store.rows import COUNT_BITS, LARGEST, Coded, Csr, try_coded
 from data_prep.sources import Rows, Source, decode
 
-LARGEST = 2**24  # training reads counts as float32, exact up to here
 _COUNTS = "counts must be raw: non-negative, finite integers"
 
 
@@ -45,6 +45,25 @@ class Reading:
     def rows(self, lo: int, hi: int) -> Rows:
         """Rows lo to hi, in canonical form."""
         return canonical(self.source, self.target, self.source.read(lo, hi, self.scratch), lo)
+
+    def coded(self, lo: int, hi: int, order: np.ndarray) -> tuple[Coded | np.ndarray, int]:
+        """Rows lo to hi in the given order, coded or dense, and the largest count among them (0: measured floats)."""
+        rows = self.source.read(lo, hi, self.scratch)
+        sparse = self.target.kind in ("rna", "atac")
+        if sparse and self.target.columns is None and not isinstance(rows, np.ndarray):
+            got = try_coded(_csr(rows), COUNT_BITS, order)  # most are as they should be: looked at and coded in one go
+            if got is not None:
+                return got
+        rows = canonical(self.source, self.target, rows, lo)
+        if isinstance(rows, np.ndarray):
+            return rows[order], 0 if rows.dtype.kind == "f" else int(rows.max(initial=0))
+        got = try_coded(_csr(rows), COUNT_BITS, order)
+        assert got is not None
+        return got
+
+
+def _csr(rows: sp.csr_matrix) -> Csr:
+    return Csr(rows.indptr, rows.indices, rows.data, rows.shape[1])
 
 
 def canonical(source: Source, target: Target, rows: Rows, first: int) -> Rows:

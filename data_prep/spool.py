@@ -10,44 +10,30 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import scipy.sparse as sp
 from numba import njit
 
 from clue_dist.store.manifest import Packed
-from clue_dist.store.rows import COUNT_BITS, Coded, Csr, coded, row_starts
+from clue_dist.store.rows import COUNT_BITS, Coded, coded, row_starts
 from data_prep.files import save, whole_folder
-from data_prep.sources import Rows
 
 
-def write(folder: Path, keys: np.ndarray, rows: Rows) -> None:
-    """Write rows sorted by key. keys: (n,) int64, unique; rows: (n, features), CSR of integers, or dense."""
-    order = np.argsort(keys)
+def write(folder: Path, keys: np.ndarray, rows: Coded | np.ndarray, largest: int) -> None:
+    """Write rows sorted by key. keys: (n,) int64, unique, ascending; rows: coded, or dense (n, features); largest:
+    count among them, 0 where they are measured floats, which keep their type whatever they are."""
     with whole_folder(folder) as spool:
-        save(spool / "keys.npy", keys[order])
+        save(spool / "keys.npy", keys)
         if isinstance(rows, np.ndarray):
-            _write_dense(spool, rows[order])
+            nonzeros = np.count_nonzero(rows, axis=1)
+            save(spool / "lengths.npy", np.column_stack([nonzeros, np.zeros((len(rows), 3), int)]).astype(np.uint32))
+            save(spool / "values.npy", rows)
+            save(spool / "largest.npy", np.array([largest, 0], np.int64))
         else:
-            _write_sparse(spool, rows, order)
-
-
-def _write_dense(spool: Path, rows: np.ndarray) -> None:
-    nonzeros = np.count_nonzero(rows, axis=1)
-    save(spool / "lengths.npy", np.column_stack([nonzeros, np.zeros((len(rows), 3), int)]).astype(np.uint32))
-    save(spool / "values.npy", rows)
-    # Measured floats keep their type, whatever they are.
-    largest = 0 if rows.dtype.kind == "f" else int(rows.max(initial=0))
-    save(spool / "largest.npy", np.array([largest, 0], np.int64))
-
-
-def _write_sparse(spool: Path, rows: sp.csr_matrix, order: np.ndarray) -> None:
-    got = coded(Csr(rows.indptr, rows.indices, rows.data, rows.shape[1]), COUNT_BITS, order)
-    binary = farther(got.rest, got.lengths, got.starts())
-    save(spool / "lengths.npy", np.column_stack([got.lengths, binary]))
-    save(spool / "starts.npy", got.starts())
-    save(spool / "codes.npy", got.codes)
-    save(spool / "rest.npy", got.rest)
-    largest = int(rows.data.max(initial=0)), int(got.rest.max(initial=0))
-    save(spool / "largest.npy", np.array(largest, np.int64))
+            binary = farther(rows.rest, rows.lengths, rows.starts())
+            save(spool / "lengths.npy", np.column_stack([rows.lengths, binary]))
+            save(spool / "starts.npy", rows.starts())
+            save(spool / "codes.npy", rows.codes)
+            save(spool / "rest.npy", rows.rest)
+            save(spool / "largest.npy", np.array([largest, int(rows.rest.max(initial=0))], np.int64))
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,8 @@ class Cluster:
             got = f"{error.allowed_failures + 1} workers died of it"
             raise StoreError("a task kills its workers", where=self.address, got=got, fix=fix) from None
         except (CancelledError, OSError) as error:
-            if self.client.status == "running":
+            lost = isinstance(error, distributed.comm.CommClosedError)  # which the client may not have noticed yet
+            if self.client.status == "running" and not lost:
                 raise  # an error of the task itself
             fix = "start the scheduler again, then run the same command: it goes on"
             raise StoreError("the Dask scheduler is gone", where=self.address, got=repr(error), fix=fix) from None

@@ -151,12 +151,9 @@ class Manifest(_Strict):
         return json.dumps(self.model_dump(mode="json"), indent=1).encode()
 
     def sealed(self, content: bytes) -> bool:
-        """Whether `content`, of the file this was read from, is to the byte what `write` wrote, provenance and all.
-
-        Stores of before there were seals are believed.
-        """
-        unsealed = b"".join(content.rsplit(self.seal.encode(), 1)) if self.seal else b""
-        return not self.seal or hashlib.sha256(unsealed).hexdigest() == self.seal
+        """Whether `content`, of the file this was read from, is to the byte what `write` wrote, provenance and all."""
+        unsealed = b"".join(content.rsplit(self.seal.encode(), 1)) if self.seal else content
+        return hashlib.sha256(unsealed).hexdigest() == self.seal
 
     @classmethod
     def read(cls, root: Place) -> Manifest:

@@ -14,6 +14,7 @@ import numpy as np
 import scipy.sparse as sp
 from numba import njit
 
+LARGEST = 2**24  # count: training reads counts as float32, exact up to here
 COUNT_BITS = 2  # three of four counts of a droplet are below 4, and gaps below 63 leave few that are far
 
 
@@ -64,13 +65,25 @@ class Coded:
 def coded(rows: Csr, bits: int, order: np.ndarray | None = None) -> Coded:
     """Code rows of counts from 1 on, in the given order; without bits for the count, all are 1."""
     order = np.arange(rows.n_rows) if order is None else order
+    got = try_coded(rows, bits, order)
+    if got is None:
+        raise ValueError(f"rows that are not canonical: columns must ascend, counts be 1, 2, ... {LARGEST}")
+    return got[0]
+
+
+def try_coded(rows: Csr, bits: int, order: np.ndarray) -> tuple[Coded, int] | None:
+    """Code rows of any numbers, and the largest; None where a column does not ascend, or a number is no count."""
     lengths = np.empty((len(order), 3), np.uint32)
-    largest = _measure(rows.indptr, rows.indices, rows.values, order, bits, lengths)
-    starts = row_starts(lengths[None])[0]
-    codes = np.empty(starts[-1, 0], np.uint8)
-    rest = np.empty(starts[-1, 1], np.min_scalar_type(largest))
-    _encode(rows.indptr, rows.indices, rows.values, order, bits, lengths, starts, codes, rest)
-    return Coded(codes, rest, lengths, bits)
+    most = int(np.diff(rows.indptr).max(initial=0))
+    codes = np.empty(len(rows.values), np.uint8)
+    rest = np.empty(3 * len(rows.values), np.uint32)  # only what is written to takes memory
+    scratch = np.empty((2, most), np.uint32)
+    ends = _encode(rows.indptr, rows.indices, rows.values, order, bits, lengths, codes, rest, scratch)
+    n_codes, n_rest, largest, largest_rest = (int(n) for n in ends)
+    if largest < 0:
+        return None
+    narrow = rest[:n_rest].astype(np.min_scalar_type(largest_rest))
+    return Coded(codes[:n_codes], narrow, lengths, bits), largest
 
 
 @dataclass(frozen=True)
@@ -123,54 +136,45 @@ def row_starts(lengths: np.ndarray) -> np.ndarray:
 
 
 @njit(nogil=True, cache=True)
-def _measure(indptr, indices, values, order, bits, lengths):  # type: ignore[no-untyped-def]
-    """Fill lengths (n, 3); returns the largest value that rest must hold."""
+def _encode(indptr, indices, values, order, bits, lengths, codes, rest, scratch):  # type: ignore[no-untyped-def]
+    """Fill codes, rest and lengths (n, 3). Returns how much of codes and of rest is filled, the largest count, or -1
+    where a row is not canonical, and the largest number in rest. scratch: (2, longest row)."""
     far, high = (256 >> bits) - 1, (1 << bits) - 1
-    largest = np.uint64(0)
+    to, at = 0, 0
+    largest, largest_rest = np.int64(0), np.int64(0)
     for row in range(len(order)):
         lo, hi = indptr[order[row]], indptr[order[row] + 1]
-        before, last = np.int64(0), lo
-        n_far, n_high = 0, 0
+        column, last = np.int64(-1), lo
+        first, n_high = at, 0
         for i in range(lo, hi):
-            gap = np.int64(indices[i]) - before
-            before = np.int64(indices[i])
+            before, column = column, np.int64(indices[i])
+            value = values[i]
+            count = np.int64(value)
+            if column <= before or count < 1 or count > LARGEST or count != value:
+                return 0, 0, np.int64(-1), np.int64(0)
+            largest = max(largest, count)
+            gap = column - max(before, 0)
             if gap >= far:
-                n_far += 1
-                largest = max(largest, np.uint64(gap))
-            count = np.uint64(values[i]) - np.uint64(1)
-            if bits and count >= high:
-                n_high += 1
-                largest = max(largest, count, np.uint64(i - last))
-                last = i
-        lengths[row, 0], lengths[row, 1], lengths[row, 2] = hi - lo, n_far, n_high
-    return largest
-
-
-@njit(nogil=True, cache=True)
-def _encode(indptr, indices, values, order, bits, lengths, starts, codes, rest):  # type: ignore[no-untyped-def]
-    far, high = (256 >> bits) - 1, (1 << bits) - 1
-    for row in range(len(order)):
-        lo, hi, target = indptr[order[row]], indptr[order[row] + 1], starts[row, 0]
-        at_far = starts[row, 1]
-        at_high = at_far + lengths[row, 1]
-        before, last = np.int64(0), lo
-        for i in range(lo, hi):
-            gap = np.int64(indices[i]) - before
-            before = np.int64(indices[i])
-            if gap >= far:
-                rest[at_far] = gap
-                at_far += 1
-                gap = far
-            count = np.int64(0)
+                rest[at] = gap
+                at += 1
+                largest_rest = max(largest_rest, gap)
+                gap = np.int64(far)
+            low = np.int64(0)
             if bits:
-                more = np.uint64(values[i]) - np.uint64(1)
-                count = min(np.int64(more), high)
-                if more >= high:
-                    rest[at_high] = i - last
-                    rest[at_high + lengths[row, 2]] = more
-                    at_high += 1
+                low = count - 1
+                if low >= high:
+                    scratch[0, n_high], scratch[1, n_high] = i - last, low
+                    largest_rest = max(largest_rest, low, i - last)
+                    n_high += 1
                     last = i
-            codes[target + i - lo] = gap << bits | count
+                    low = np.int64(high)
+            codes[to] = gap << bits | low
+            to += 1
+        lengths[row, 0], lengths[row, 1], lengths[row, 2] = hi - lo, at - first, n_high
+        for k in range(n_high):
+            rest[at + k], rest[at + n_high + k] = scratch[0, k], scratch[1, k]
+        at += 2 * n_high
+    return to, at, largest, largest_rest
 
 
 @njit(nogil=True, cache=True)

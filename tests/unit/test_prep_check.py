@@ -167,10 +167,3 @@ def test_metadata_and_what_the_fingerprint_leaves_out(root: Path) -> None:
     ]
     manifest.write_text(sound.replace(" ", "\t", 1))
     assert check(root)[0].startswith("manifest.json: changed")
-
-
-def test_a_store_of_before_metadata_were_hashed(root: Path) -> None:
-    content = json.loads((root / "manifest.json").read_text())
-    del content["metadata"], content["seal"]
-    (root / "manifest.json").write_text(json.dumps(content))
-    assert check(root) == []

@@ -6,13 +6,14 @@ import gzip
 from pathlib import Path
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
 
 from clue_dist.errors import DataError
-from data_prep import convert, entries
+from data_prep import convert, entries, h5
 from tests.unit.prep_helpers import (
     anndata_of,
     build,
@@ -236,3 +237,26 @@ def test_real_cells(tmp_path: Path) -> None:
     for name, part in whole.mod.items():
         same(held(store, name), part.to_df())
     assert codes_of(store, "label") == whole.obs["cell_type"].astype(str).to_dict()
+
+
+@pytest.mark.parametrize("options", [{"chunks": (7,)}, {"chunks": (64,), "compression": "gzip"}, {}, {"dtype": ">i4"}])
+def test_a_stretch_of_a_dataset_is_what_hdf5_reads(tmp_path: Path, options: dict[str, object]) -> None:
+    values = np.arange(1, 101, dtype=np.int32)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("x", data=values, **options)
+        hollow = file.create_dataset("y", (100,), "int32", chunks=(10,))
+        hollow[30:] = values[30:]  # the chunks before were never written
+    with h5py.File(tmp_path / "a.h5") as file:
+        for lo, hi in ((0, 100), (3, 5), (6, 8), (14, 77), (95, 100), (40, 40), (90, 200)):
+            np.testing.assert_array_equal(h5._stretch(file["x"], lo, hi), values[lo:hi])
+            np.testing.assert_array_equal(h5._stretch(file["y"], lo, hi), file["y"][lo:hi])
+
+
+def test_a_file_that_ends_within_its_data(tmp_path: Path) -> None:
+    path = write_h5ad(tmp_path / "a.h5ad", frame(4000, 60, density=0.9))
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.truncate(size // 2)
+    with pytest.raises(DataError, match=r"a\.h5ad") as caught:
+        build(tmp_path / "s.zarr", f"rna={path}")
+    assert "damaged" in str(caught.value) or "HDF5" in str(caught.value)
