@@ -1,6 +1,7 @@
 """The benchmarks of stores: their cells have the stated shape, what they measure is told truly, bars are judged."""
 
 import argparse
+import os
 import sys
 import time
 from dataclasses import replace
@@ -196,6 +197,16 @@ def test_limits_of_the_machine_are_numbers(store: Store) -> None:
     assert got["nonzeros_per_s"] / got["cells_per_s"] == pytest.approx(nonzeros(store) / 203)
 
 
+def test_a_store_on_s3_is_measured_like_one_in_a_folder(store: Store, tmp_path: Path) -> None:
+    assert isinstance(store.root, Path)
+    with streaming.on_s3(store.root) as url:
+        limits = ["--window", str(probe.LANES * 16), "--batch", "32", "--seconds", "0.2", "--warm", "0"]
+        command = [sys.executable, "-m", "tests.benchmarks.streaming.probe", url, "csr", *limits]
+        common.call(command, tmp_path / "log.txt", threads=1)
+    assert common.last_json(tmp_path / "log.txt")["cells_per_s"] > 0
+    assert "AWS_ENDPOINT_URL" not in os.environ
+
+
 # --- what is told ---
 
 
@@ -219,7 +230,7 @@ def records(args: argparse.Namespace) -> list[Result]:
 def test_ours_and_the_peer_take_turns() -> None:
     methods = [run.method for run in streaming.runs_of(arguments("--sets", "rna", "--repeats", "2"))]
     turn = ["ours-csr", "annbatch-csr", "ours-dense", "annbatch-dense", "ours-step", "annbatch-step"]
-    turn += ["ours-windows", "ours-decode", "ours-memcpy"]
+    turn += ["ours-windows", "ours-s3", "ours-decode", "ours-memcpy"]
     assert methods[-len(turn) * 2 :] == turn * 2
     runs = conversion.runs_of(conversion.arguments(["--json", "out.json", "--sets", "rna", "--repeats", "2"]))
     assert [run.method for run in runs] == ["convert-ours", "convert-annbatch"] * 2

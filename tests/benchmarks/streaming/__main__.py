@@ -12,14 +12,18 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from clue_dist.errors import run_main
 from tests.benchmarks import cells, common, repeats
 from tests.benchmarks.common import Bar, BenchmarkError, Result, Run
 from tests.benchmarks.conversion import stores
 from tests.benchmarks.repeats import Repeat, median, ratio, shown
+from tests.s3 import serve
 
 BATCH = 512
 STEP_MS = 2.0
@@ -29,7 +33,7 @@ QUICK_SETTING = (512, 4)
 
 # What is measured in turns with annbatch, and what of ours alone.
 PAIRED = {"rna": ("csr", "dense", "step"), "atac": ("csr", "step")}
-ALONE = ("windows", "decode", "memcpy")
+ALONE = ("windows", "s3", "decode", "memcpy")
 COPIED_BYTES = 8  # of a non-zero in a CSR batch: int32 index, float32 value
 
 BARS: dict[tuple[str, str], Bar] = {
@@ -49,6 +53,8 @@ FOOTNOTES = """\
 medians over repeats in turns; ratio: our cells/s to annbatch's; batches of 512
 csr, dense: as fast as batches come; step: CSR batches with a sleep of 2 ms after each, as an accelerator would work
 windows: decoded blocks of ours for a GPU to expand, next to annbatch's CSR batches
+s3: our CSR batches from an S3 server on loopback, moto's, which is Python on the same cores; ratio: to those of the
+folder
 waiting: share of the time inside next(); anon MiB: peak anonymous memory; of dense, next() includes making it dense
 decode: our blocks decompressed from memory, nothing else; memcpy: bytes copied, each read and written once
 blocks kept decoded: at 100% ours decodes nothing after a first pass, as a larger store would have it do"""
@@ -111,17 +117,28 @@ def do(run: Run, folder: Path, args: argparse.Namespace) -> Result:
     if measure == "disk":
         return {"bytes_per_nonzero": stores.bytes_in(store) / cells.nonzeros_in(cells.file_of(shape, args.work))}
     chosen: dict[str, Any] = {}
-    command: list[str | Path]
+    log = folder / "log.txt"
     if method == "ours":
-        command = [sys.executable, "-m", "tests.benchmarks.streaming.probe", store, *ours(measure, args)]
+        probe = [sys.executable, "-m", "tests.benchmarks.streaming.probe"]
+        with on_s3(store) if measure == "s3" else nullcontext(store) as place:
+            common.call([*probe, place, *ours(measure, args), *limits(measure, args)], log, args.threads)
     else:
         setting = setting_of(run, measure, args)
         chosen = {"chunk": setting[0], "preload": setting[1]}
         python = stores.annbatch(args.work)
         command = [python, stores.PEERS / "annbatch_stream.py", store, *theirs(measure, setting)]
-    common.call([*command, *limits(measure, args)], folder / "log.txt", args.threads)
+        common.call([*command, *limits(measure, args)], log, args.threads)
     unchanged(run, args)
-    return common.last_json(folder / "log.txt") | chosen
+    return common.last_json(log) | chosen
+
+
+@contextmanager
+def on_s3(store: Path) -> Iterator[str]:
+    """The URL of a copy of the store on a server that the commands of this process find."""
+    with serve() as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        yield server.upload(store, "store")
 
 
 def unchanged(run: Run, args: argparse.Namespace) -> None:
@@ -131,7 +148,7 @@ def unchanged(run: Run, args: argparse.Namespace) -> None:
 
 
 def ours(measure: str, args: argparse.Namespace) -> list[str]:
-    return ["csr" if measure == "step" else measure, "--window", str(args.window)]
+    return ["csr" if measure in ("step", "s3") else measure, "--window", str(args.window)]
 
 
 def theirs(measure: str, setting: tuple[int, int]) -> list[str]:
@@ -173,7 +190,7 @@ def table(records: Sequence[Result]) -> str:
     names = [name for name in cells.SHAPES if any(r["data_set"] == name for r in records)]
     rows = [["set", "measure", "method", "cells/s", "M non-zeros/s", "waiting %", "p99 ms", "anon MiB", "ratio"]]
     for name in names:
-        for measure in (*PAIRED[name], "windows"):
+        for measure in (*PAIRED[name], "windows", "s3"):
             for method in stores.METHODS:
                 rows += _row(records, name, measure, method)
     notes = [line for name in names for line in (*_disk(records, name), *_limits(records, name))]
@@ -202,10 +219,10 @@ def _row(records: Sequence[Result], name: str, measure: str, method: str) -> lis
 
 
 def times(records: Sequence[Result], name: str, measure: str, least: int = 1) -> float | None:
-    """Our cells/s to annbatch's; whole windows, which it has not, to its CSR batches."""
-    peer = "csr" if measure == "windows" else measure
+    """Our cells/s to annbatch's; whole windows, which it has not, to its CSR batches; those from S3 to our own."""
+    peer = {"windows": "annbatch-csr", "s3": "ours-csr"}.get(measure, f"annbatch-{measure}")
     mine = median(records, f"ours-{measure}", name, "cells_per_s", least)
-    return ratio(mine, median(records, f"annbatch-{peer}", name, "cells_per_s", least))
+    return ratio(mine, median(records, peer, name, "cells_per_s", least))
 
 
 def disk(records: Sequence[Result], name: str) -> float | None:

@@ -179,7 +179,7 @@ def memcpy(args: argparse.Namespace) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("store", type=Path)
+    parser.add_argument("store", help="folder or URL")
     parser.add_argument("measure", choices=("csr", "dense", "windows", "decode", "memcpy"))
     parser.add_argument("--window", type=int, required=True, help="cells mixed at a time")
     measure.arguments(parser)
