@@ -263,7 +263,7 @@ def finish(
             print(f"{line}: began {time.strftime('%H:%M:%S')}, {time_left(runs[number:], work)}", flush=True)
         try:
             record = done(run, work, steps)
-        except (ClueError, OSError, LookupError, ValueError) as error:
+        except (ClueError, OSError, LookupError, ValueError, RuntimeError) as error:  # torch raises the last
             failures.append(asdict(run) | {"error": f"{type(error).__name__}: {error}"})
             print(f"{line}: FAILED: {type(error).__name__}: {error}", flush=True)
         else:
@@ -338,6 +338,12 @@ class Bar:
         holds = None if value is None else bool(OPERATORS[self.op](value, self.bar))
         spread = {} if deviation is None else {"deviation": deviation}
         return {"name": self.name, "value": value, "op": self.op, "bar": self.bar, "holds": holds} | spread
+
+    def over(self, values: Sequence[float]) -> dict[str, Any]:
+        """Judged by the mean of values, of folds or seeds, with their standard deviation; open where there are none."""
+        if not values:
+            return self.judged(None)
+        return self.judged(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
 def bar_lines(bars: Iterable[dict[str, Any]]) -> Iterator[str]:

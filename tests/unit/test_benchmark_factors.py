@@ -18,7 +18,7 @@ from clue_dist.store.reader import Store
 from clue_dist.train.setup import Setup, prepare
 from tests.benchmarks.factors import __main__ as factors
 from tests.benchmarks.factors import common_space, methods
-from tests.benchmarks.factors.probes import r2, scored
+from tests.benchmarks.factors.probes import foscttm, r2, scored
 from tests.benchmarks.factors.simulate import Assay, Design, barcodes, mosaic, seen, simulate, write
 from tests.benchmarks.mosaic import JOINT, RECIPE
 from tests.distributed.command import ROOT
@@ -182,7 +182,7 @@ def test_the_common_space_learns(setup: Setup) -> None:
 def record(method: str, seed: int, r2: float) -> dict:
     found = {whose: [r2 + 0.01 * seed] * 2 for whose in ("shared", "rna", "adt")}
     by_source = {JOINT: found} | {m: {w: found[w] for w in ("shared", m)} for m in ("rna", "adt")}
-    return {"method": method, "data_set": "cite", "seed": seed, "r2": by_source}
+    return {"method": method, "data_set": "cite", "seed": seed, "r2": by_source, "foscttm": 0.3 + 0.01 * seed}
 
 
 def bars(records: list[dict], *words: str) -> list[dict]:
@@ -208,8 +208,17 @@ def test_ours_is_judged_modality_by_modality_against_the_better_common_space() -
 def test_the_table_tells_the_spread_over_seeds() -> None:
     lines = factors.table([record("ours", seed, 0.8) for seed in range(3)]).splitlines()
     assert lines[0].split("  ")[0] == "design"
-    assert len(lines) == 2 + 3 + 4
+    assert len(lines) == 2 + 3 + 4 + 1
     assert "0.810 ± 0.010" in lines[2]
+    assert "0.310 ± 0.010" in lines[-1]
+
+
+def test_foscttm_is_the_mean_over_pairs_of_modalities() -> None:
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(200, 8))
+    apart = rng.normal(size=(200, 8))
+    assert foscttm({"a": z, "b": z + 1e-6}, ["a", "b"]) == 0
+    assert foscttm({"a": z, "b": z, "c": apart}, ["a", "b", "c"]) == pytest.approx(2 / 3 * 0.5, abs=0.04)
 
 
 def test_designs_of_three_are_asked_about_every_two() -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
+import mudata as md
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse as sp
+from anndata import AnnData
 
 from tests.benchmarks import matching
 from tests.benchmarks.labels import __main__ as labels
@@ -31,6 +34,14 @@ def test_ilisi_of_an_uneven_mixture_is_the_inverse_simpson_index_of_its_shares()
     batch = (rng.random(3000) < 0.2).astype(int)
     expected = 1 / (0.2**2 + 0.8**2) - 1  # over two batches, so that the scale is one
     assert score.ilisi(rng.normal(size=(3000, 3)), batch) == pytest.approx(expected, abs=0.08)
+
+
+def test_ilisi_is_that_of_scib_metrics() -> None:
+    rng = np.random.default_rng(3)
+    z, batch = rng.normal(size=(300, 6)), rng.choice(3, 300, p=[0.5, 0.3, 0.2])
+    z[:, 0] += 0.7 * batch
+    # `ilisi_knn` of scib-metrics 0.5.10 on sklearn's neighbours, the cell itself and 90 others
+    assert score.ilisi(z, batch) == pytest.approx(0.6447145938873291, abs=1e-5)
 
 
 def test_ilisi_knows_no_scale() -> None:
@@ -68,6 +79,43 @@ def test_the_joint_z_is_judged_against_counts_and_against_our_own_z_of_one_modal
     assert (over_own["value"], over_own["holds"]) == (pytest.approx(-0.01), False)
     assert [b["holds"] for b in bars(ours[:4] + counts)] == [None] * 3
     assert [b["holds"] for b in bars(ours + counts, quick=True)] == [None] * 3
+
+
+def test_leads_are_of_the_same_folds_and_told_with_their_spread() -> None:
+    ours = [record("ours", fold, {JOINT: 0.5 + 0.1 * fold, "rna": 0.5 + 0.1 * fold, "atac": 0.1}) for fold in FOLDS]
+    counts = [record("counts", fold, {"rna": 0.4 + 0.1 * fold - 0.01 * (-1) ** fold, "atac": 0}) for fold in FOLDS]
+    over_counts, over_own, _ = bars(ours + counts)
+    assert over_counts["value"] == pytest.approx(0.1 + 0.01 / 5)
+    assert over_counts["deviation"] == pytest.approx(np.std([0.11, 0.09, 0.11, 0.09, 0.11], ddof=1))
+    assert (over_own["value"], over_own["deviation"]) == (pytest.approx(0), pytest.approx(0))
+
+
+def test_the_joint_z_of_the_reference_has_length_one(tmp_path: Path) -> None:
+    u = {"u1": np.array([[3.0, 4.0], [0, 2]]), "u2": np.array([[0.0, 1], [5, 0]])}
+    np.savez(tmp_path / "z.npz", **u)
+    z = labels.reference(tmp_path / "z.npz", ("rna", "atac"))
+    assert np.linalg.norm(z[JOINT], axis=1) == pytest.approx([1, 1])
+    assert z[JOINT][1] == pytest.approx(np.array([1, 1]) / np.sqrt(2))
+    assert z["rna"] == pytest.approx(np.array([[0.6, 0.8], [0, 1]]))
+
+
+def test_counts_are_reduced_by_training_cells_alone(tmp_path: Path) -> None:
+    """Other test cells leave the components of a test cell and of all training cells as they are."""
+    rng = np.random.default_rng(0)
+    x = {m: rng.poisson(1.0, (120, 60)) for m in ("rna", "adt", "atac")}
+
+    def table(cells: slice) -> md.MuData:
+        names = [f"cell{i}" for i in range(*cells.indices(120))]
+        return md.MuData({m: AnnData(sp.csr_matrix(v[cells]), obs=pd.DataFrame(index=names)) for m, v in x.items()})
+
+    train, pairs = table(slice(100)), [f"cell{i}" for i in (7, 3, 50)]
+    known, z = labels.counts(train, table(slice(100, 120)), pairs)
+    again, alone = labels.counts(train, table(slice(100, 101)), pairs)
+    for source in (JOINT, *x):
+        assert known[source] == pytest.approx(again[source], abs=1e-5)
+        assert z[source][:1] == pytest.approx(alone[source], abs=1e-5)
+    whole, _ = labels.counts(train, train, [f"cell{i}" for i in range(100)])
+    assert known["rna"] == pytest.approx(whole["rna"][[7, 3, 50]], abs=1e-5)
 
 
 def test_batch_mixing_is_compared_on_the_folds_that_both_have() -> None:

@@ -63,6 +63,20 @@ def test_embeddings_are_scored_candidate_by_candidate_and_the_best_counts(tmp_pa
     assert "accuracy" not in found  # neither a joint z nor labels
 
 
+def test_z_of_each_source_is_in_the_order_of_the_cells_asked_for() -> None:
+    table = paired_cells(50)
+    numbers = {"rna": [int(name.rpartition("-")[2]) for name in table["rna"].obs_names]}
+    numbers["adt"] = [int(name.rpartition("-")[2]) for name in table["adt"].obs_names]
+    for mod, number in numbers.items():
+        table[mod].obsm["X_clue"] = np.array(number)[:, None] + (0.5 if mod == "adt" else 0.25)
+    table.obsm["X_clue"] = np.array([int(name.rpartition("-")[2]) for name in table.obs_names])[:, None]
+    got = mosaic.z_of(table, ["cell-30", "cell-4", "cell-17"])
+    wanted = np.array([[30], [4], [17]])
+    np.testing.assert_array_equal(got[mosaic.JOINT], wanted)
+    np.testing.assert_array_equal(got["rna"], wanted + 0.25)
+    np.testing.assert_array_equal(got["adt"], wanted + 0.5)
+
+
 def test_the_joint_z_is_scored_by_the_cell_types_it_tells(tmp_path: Path) -> None:
     _, test = cut(paired_cells(), MODS, 0)
     n = test["rna"].n_obs

@@ -318,6 +318,23 @@ def test_an_embedding_shows_private_dimensions_small_and_of_what_was_observed() 
     assert (z[:, [0, 2], a:] == 0).all()
 
 
+def test_an_embedding_of_a_cell_does_not_follow_from_the_cells_beside_it() -> None:
+    model, batch, _ = small_model(private=0.5, members=2)
+    clue = model.model.eval()
+    together, alone_together = clue.embed(batch)
+    for cell in range(B):
+        rows = {m: (o.rows == cell).nonzero()[:, 0] for m, o in batch.modalities.items()}
+        modalities = {
+            m: Observed(torch.zeros(len(at), dtype=torch.int64), o.counts[at], torch.arange(len(at)))
+            for (m, o), at in zip(batch.modalities.items(), rows.values(), strict=True)
+        }
+        one = Batch(batch.observed[cell : cell + 1], batch.batch_code[cell : cell + 1], modalities)
+        joint, alone = clue.embed(one)
+        torch.testing.assert_close(joint[0], together[cell])
+        for m, at in rows.items():
+            torch.testing.assert_close(alone[m], alone_together[m][at])
+
+
 def test_a_single_modality_has_nothing_private() -> None:
     model, _, _ = small_model(1, private=0.5)
     assert model.model.private == 0

@@ -44,6 +44,7 @@ TABLE_5 = {
 WITHIN_BATCH = "contrast within batch"
 BEYOND = {
     "paper: all, alignment mse (eq. 9)": Row(("objective.alignment=mse",), paper=True),
+    "paper: all, 60 epochs": Row(("train.epochs=60",), paper=True),
     ATLAS: Row(),
     "posterior poe (eq. 6)": Row(("model.posterior=poe",)),
     "posterior mean": Row(("model.posterior=mean",)),

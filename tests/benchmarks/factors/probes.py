@@ -1,12 +1,17 @@
-"""Linear probes: how much of each known factor can be read from an embedding."""
+"""How much of each known factor linear probes read from an embedding, and whether a cell's modalities meet in it."""
 
 from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 
 import numpy as np
 from sklearn.linear_model import RidgeCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from clue_dist import matching
 from tests.benchmarks.factors.simulate import Simulation, mosaic
 from tests.benchmarks.mosaic import JOINT
 
@@ -33,3 +38,10 @@ def scored(simulation: Simulation, z: dict[str, tuple[np.ndarray, np.ndarray]]) 
         }
         for source, (train, test) in z.items()
     }
+
+
+def foscttm(z: Mapping[str, np.ndarray], names: Sequence[str]) -> float:
+    """Mean over pairs of modalities. z: of the same cells, from each modality alone."""
+    batch = np.zeros(len(z[names[0]]))
+    pairs = combinations(names, 2)
+    return statistics.fmean(matching.scores(z[a], z[b], batch)["global"]["foscttm"] for a, b in pairs)
