@@ -65,11 +65,8 @@ def test_embeddings_are_scored_candidate_by_candidate_and_the_best_counts(tmp_pa
 
 def test_z_of_each_source_is_in_the_order_of_the_cells_asked_for() -> None:
     table = paired_cells(50)
-    numbers = {"rna": [int(name.rpartition("-")[2]) for name in table["rna"].obs_names]}
-    numbers["adt"] = [int(name.rpartition("-")[2]) for name in table["adt"].obs_names]
-    for mod, number in numbers.items():
-        table[mod].obsm["X_clue"] = np.array(number)[:, None] + (0.5 if mod == "adt" else 0.25)
-    table.obsm["X_clue"] = np.array([int(name.rpartition("-")[2]) for name in table.obs_names])[:, None]
+    for part, mark in ((table, 0), (table["rna"], 0.25), (table["adt"], 0.5)):
+        part.obsm["X_clue"] = np.array([[int(name.rpartition("-")[2]) + mark] for name in part.obs_names])
     got = mosaic.z_of(table, ["cell-30", "cell-4", "cell-17"])
     wanted = np.array([[30], [4], [17]])
     np.testing.assert_array_equal(got[mosaic.JOINT], wanted)

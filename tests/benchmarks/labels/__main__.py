@@ -18,6 +18,7 @@ from typing import Any
 import mudata as md
 import numpy as np
 import pandas as pd
+from sklearn.preprocessing import normalize
 
 from clue_dist.errors import run_main
 from tests.benchmarks import common, matching, mosaic
@@ -110,12 +111,8 @@ def counts(train: md.MuData, test: md.MuData, pairs: Sequence[str]) -> tuple[Emb
 
 def reference(npz: Path, mods: tuple[str, str]) -> Embedded:
     arrays = np.load(npz)
-    u = [unit(arrays["u1"]), unit(arrays["u2"])]
-    return {JOINT: unit(u[0] + u[1])} | dict(zip(mods, u, strict=True))
-
-
-def unit(x: np.ndarray) -> np.ndarray:
-    return x / np.linalg.norm(x, axis=1, keepdims=True)
+    u = [normalize(arrays[name]) for name in ("u1", "u2")]
+    return {JOINT: normalize(u[0] + u[1])} | dict(zip(mods, u, strict=True))
 
 
 def scored(z: Embedded, known: Embedded, obs: pd.DataFrame, known_obs: pd.DataFrame) -> Result:
