@@ -169,6 +169,15 @@ class Config(_Strict):
             )
         return self
 
+    @model_validator(mode="after")
+    def _private(self) -> Config:
+        if self.model.n_private and not (self.objective.lambda_self or self.objective.lambda_cross):
+            raise ValueError(
+                "nothing would train the private dimensions: objective.lambda_self and objective.lambda_cross are 0; "
+                "set model.private=0, too"
+            )
+        return self
+
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(self.model_dump(mode="json"), indent=2) + "\n")
 

@@ -11,7 +11,7 @@ hashes after another, in the order in which they will lie, and memory does not g
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,8 @@ class Cells:
         """In shuffled order."""
         for folder, first in zip(self.folders, self.starts.tolist(), strict=False):
             codes = {field: np.load(folder / f"{field}.npy") for field in self.names}
-            yield Part(first, *(np.load(folder / f"{name}.npy") for name in ("hashes", "barcodes", "planned")), codes)
+            hashes, barcodes, planned = (np.load(folder / f"{name}.npy") for name in ("hashes", "barcodes", "planned"))
+            yield Part(first, hashes, barcodes, planned, codes)
 
     def among(self, barcodes: np.ndarray) -> np.ndarray:
         """Those of `barcodes`, (n,) bytes, that are a cell's."""
@@ -248,7 +249,7 @@ def _refuse_problems(
 ) -> None:
     problems = [json.loads((folder / "problems.json").read_text()) for folder in folders]
     for m, modality in enumerate(modalities):
-        number, first = _all_of(problems, lambda found, m=m: found["twice"].get(str(m)))
+        number, first = _all_of([problem["twice"].get(str(m)) for problem in problems])
         if number:
             raise DataError(
                 f"{number} barcodes occur more than once in modality {modality!r} of one data set",
@@ -258,7 +259,7 @@ def _refuse_problems(
                 fix="if the files are different data sets, keep them apart with a prefix: `lane1:FILE lane2:FILE`",
             )
     for field, values in names.items():
-        number, first = _all_of(problems, lambda found, field=field: found["dispute"].get(field))
+        number, first = _all_of([problem["dispute"].get(field) for problem in problems])
         if number:
             raise DataError(
                 f"the modalities of {number} cells disagree on their {field}",
@@ -269,10 +270,10 @@ def _refuse_problems(
             )
 
 
-def _all_of(problems: Sequence[Any], of: Callable[[Any], Any]) -> tuple[int, list[Any]]:
-    """How many there are of a problem in all ranges, and the first of them."""
-    found = [told for problem in problems if (told := of(problem))]
-    return sum(told["number"] for told in found), sorted(name for told in found for name in told["first"])[:TOLD]
+def _all_of(told: Sequence[Any]) -> tuple[int, list[Any]]:
+    """How many there are of a problem in all ranges, and the first of them. told: of each range, None where none is."""
+    found = [of for of in told if of]
+    return sum(of["number"] for of in found), sorted(name for of in found for name in of["first"])[:TOLD]
 
 
 def _write_rows(cells: Cells, n_rows: Sequence[int]) -> None:

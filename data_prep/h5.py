@@ -230,7 +230,7 @@ def _stretch(dataset: h5py.Dataset, lo: int, hi: int) -> np.ndarray:
                 out[begin - lo : end - lo] = dataset[begin:end]
                 continue
             file.seek(chunk.byte_offset + (begin - first) * out.itemsize)
-            if file.readinto(out[begin - lo : end - lo]) != (end - begin) * out.itemsize:
+            if file.readinto(out[begin - lo : end - lo].data) != (end - begin) * out.itemsize:
                 raise OSError("the file ends within its data")
     return out
 

@@ -84,17 +84,43 @@ def settle(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     mask, taken = _survey(cells, modalities, files, spools, folder)
-    sizes = _sizes(mask)
-    width = max(part.barcodes.dtype.itemsize for part in cells.parts())
-    walks = {bits: _Walk(bits, n, modalities, taken, block_cells, width, folder, cells) for bits, n in sizes.items()}
+    walks = {}
+    for bits, n in _sizes(mask).items():
+        binary = {name: taken[name].binary for m, name in enumerate(modalities) if bits >> m & 1}
+        arrays = _arrays(cells, n, folder / layout.stratum_name(list(binary)))
+        walks[bits] = _Walk(arrays, binary, {field: np.zeros(len(of), np.int64) for field, of in cells.names.items()})
     for part in cells.parts():
-        span = slice(part.first, part.first + len(part.planned))
-        here = mask[span]
+        here = mask[part.first : part.first + len(part.planned)]
         for bits in np.unique(here[here > 0]).tolist():
             of = np.flatnonzero(here == bits)
-            walks[bits].add(part, of, {name: taken[name].lengths[part.first + of] for name in walks[bits].names})
+            lengths = {name: taken[name].lengths[part.first + of] for name in walks[bits].binary}
+            walks[bits].add(part, of, lengths, block_cells)
     flush(array for walk in walks.values() for array in walk.arrays.values())
-    return Final(mask, {bits: walk.placed() for bits, walk in walks.items()})
+    return Final(mask, {bits: _placed(walk, modalities, taken) for bits, walk in walks.items()})
+
+
+def _arrays(cells: Cells, n: int, folder: Path) -> dict[str, np.ndarray]:
+    """Of n cells of a stratum, mapped."""
+    width = max(part.barcodes.dtype.itemsize for part in cells.parts())
+    types: dict[str, Any] = {"keys": np.int64, "barcodes": f"S{width}"} | dict.fromkeys(cells.names, np.int32)
+    return {name: mapped(folder / f"{name}.npy", dtype, (n,)) for name, dtype in types.items()}
+
+
+def _placed(walk: _Walk, modalities: dict[str, Modality], taken: dict[str, _Taken]) -> Placed:
+    packed = {}
+    for name, binary in walk.binary.items():
+        modality, took = modalities[name], taken[name]
+        if modality.storage == "dense":
+            values: Any = "float32" if modality.kind == "dense" else layout.unsigned(took.largest)
+            packed[name] = Packed(values=values)
+        else:
+            packed[name] = Packed(
+                capacity=walk.codes[name].largest(),
+                bits=0 if binary else COUNT_BITS,
+                rest=walk.rests[name].largest(),
+                rest_type=layout.unsigned(took.rest),  # type: ignore[arg-type]
+            )
+    return Placed(walk.done, packed, walk.barcode_width, walk.tallies)
 
 
 def _survey(
@@ -131,69 +157,40 @@ def _sizes(mask: np.ndarray) -> dict[int, int]:
 
 
 class _Walk:
-    """A stratum as its cells come along: the sizes of its blocks, and its arrays that tasks of the second pass map."""
+    """A stratum as its cells come along. arrays: what tasks of the second pass map; binary: by modality."""
 
-    def __init__(
-        self,
-        bits: int,
-        n: int,
-        modalities: dict[str, Modality],
-        taken: dict[str, _Taken],
-        block_cells: int,
-        width: int,
-        folder: Path,
-        cells: Cells,
-    ) -> None:
-        self.names = [name for m, name in enumerate(modalities) if bits >> m & 1]
-        self.modalities, self.taken, self.done, self.width = modalities, taken, 0, 1
-        self.codes, self.rests = ({name: _Largest(block_cells) for name in self.names} for _ in range(2))
-        self.tallies = {field: np.zeros(len(names), np.int64) for field, names in cells.names.items()}
-        target = folder / layout.stratum_name(self.names)
-        types: dict[str, Any] = {"keys": np.int64, "barcodes": f"S{width}"} | dict.fromkeys(cells.names, np.int32)
-        self.arrays = {name: mapped(target / f"{name}.npy", dtype, (n,)) for name, dtype in types.items()}
+    def __init__(self, arrays: dict[str, np.ndarray], binary: dict[str, bool], tallies: dict[str, np.ndarray]) -> None:
+        self.arrays, self.binary, self.tallies = arrays, binary, tallies
+        self.done, self.barcode_width = 0, 1
+        self.codes, self.rests = ({name: _Largest() for name in binary} for _ in range(2))
 
-    def add(self, part: Part, of: np.ndarray, lengths: dict[str, np.ndarray]) -> None:
+    def add(self, part: Part, of: np.ndarray, lengths: dict[str, np.ndarray], block_cells: int) -> None:
         """Cells `of` a part, and what they take in each modality, (n, 4)."""
         span = slice(self.done, self.done + len(of))
         self.done += len(of)
         self.arrays["keys"][span], self.arrays["barcodes"][span] = part.keys[of], part.barcodes[of]
-        self.width = max(self.width, int(np.char.str_len(part.barcodes[of]).max()))
+        self.barcode_width = max(self.barcode_width, int(np.char.str_len(part.barcodes[of]).max()))
         for field, tally in self.tallies.items():
             codes = part.codes[field][of]
             self.arrays[field][span] = codes
             tally += np.bincount(codes[codes >= 0], minlength=len(tally))
         for name, own in lengths.items():
             own = own.astype(np.int64)
-            self.codes[name].add(own[:, 0])
-            self.rests[name].add(own[:, 3] if self.taken[name].binary else own[:, 1] + 2 * own[:, 2])
-
-    def placed(self) -> Placed:
-        packed = {name: self._packed(name) for name in self.names}
-        return Placed(self.done, packed, self.width, self.tallies)
-
-    def _packed(self, name: str) -> Packed:
-        modality, taken = self.modalities[name], self.taken[name]
-        if modality.storage == "dense":
-            return Packed(values="float32" if modality.kind == "dense" else layout.unsigned(taken.largest))  # type: ignore[arg-type]
-        return Packed(
-            capacity=self.codes[name].largest(),
-            bits=0 if taken.binary else COUNT_BITS,
-            rest=self.rests[name].largest(),
-            rest_type=layout.unsigned(taken.rest),  # type: ignore[arg-type]
-        )
+            self.codes[name].add(own[:, 0], block_cells)
+            self.rests[name].add(own[:, 3] if self.binary[name] else own[:, 1] + 2 * own[:, 2], block_cells)
 
 
 class _Largest:
     """The most of something in a block of cells, at least 1."""
 
-    def __init__(self, block_cells: int) -> None:
-        self.block_cells, self.most, self.left = block_cells, 1, np.zeros(0, np.int64)
+    def __init__(self) -> None:
+        self.most, self.left = 1, np.zeros(0, np.int64)
 
-    def add(self, values: np.ndarray) -> None:
+    def add(self, values: np.ndarray, block_cells: int) -> None:
         """What the next cells have, (n,) int64."""
         values = np.concatenate([self.left, values])
-        whole = len(values) // self.block_cells * self.block_cells
-        sums = values[:whole].reshape(-1, self.block_cells).sum(1)
+        whole = len(values) // block_cells * block_cells
+        sums = values[:whole].reshape(-1, block_cells).sum(1)
         self.most, self.left = max(self.most, int(sums.max(initial=1))), values[whole:]
 
     def largest(self) -> int:

@@ -153,7 +153,7 @@ def _encode(indptr, indices, values, order, bits, lengths, codes, rest, scratch)
             if column <= before or count < 1 or count > LARGEST or count != value:
                 return 0, 0, np.int64(-1), np.int64(0)
             largest = max(largest, count)
-            gap = column - max(before, 0)
+            gap = column - before if before > 0 else column
             if gap >= far:
                 rest[at] = gap
                 at += 1

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -264,6 +265,8 @@ def restore(engine: Any, checkpoint: Path) -> None:
     """
     try:
         path, _ = engine.load_checkpoint(str(checkpoint), tag=TAG)
+    except torch.OutOfMemoryError:
+        raise  # a RuntimeError that says nothing of the checkpoint
     except (RuntimeError, ValueError) as error:
         raise _misfit(checkpoint, error, "go on with the version of clue_dist that began the run") from error
     if path is None:

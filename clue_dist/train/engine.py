@@ -77,7 +77,7 @@ def modality_weights(setup: Setup) -> list[float]:
 def parameter_groups(objective: nn.Module, config: Config) -> list[dict[str, Any]]:
     """Trained parameters in groups of equal learning rate, their module's `lr_scale` times `train.lr`, and decay.
 
-    Biases, norms and temperatures are not decayed. A larger rate has a larger epsilon, see there.
+    Biases, norms and temperatures are not decayed. Where the rate is larger, `EPSILON` is, by as much.
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)
     for module in objective.modules():

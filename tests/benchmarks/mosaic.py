@@ -176,7 +176,7 @@ def _embedded(run: Path, store: Path, out: Path, log: Path, threads: int) -> md.
 def z_of(table: md.MuData, cells: Sequence[str]) -> Embedded:
     """z of cells that carry every modality, in the order of their barcodes: joint, and from each alone."""
     tables = {JOINT: table} | dict(table.mod)
-    return {source: np.asarray(t.obsm["X_clue"])[t.obs_names.get_indexer(cells)] for source, t in tables.items()}
+    return {source: np.asarray(t[cells].obsm["X_clue"]) for source, t in tables.items()}
 
 
 def stores_of(split: Split, code: str, threads: int, work: Path) -> Path:

@@ -102,3 +102,10 @@ def test_a_recipe_that_trains_nothing_is_refused(tmp_path: Path) -> None:
     off = {f"lambda_{term}": 0 for term in ("self", "cross", "mse", "d", "contrastive")}
     with pytest.raises(ConfigError, match="nothing to train"):
         configs.load(written(tmp_path, {"objective": off}))
+
+
+def test_private_dimensions_without_a_term_that_trains_them_are_refused(tmp_path: Path) -> None:
+    contrast_alone = {"lambda_self": 0, "lambda_cross": 0}
+    with pytest.raises(ConfigError, match=r"model\.private=0"):
+        configs.load(written(tmp_path, {"objective": contrast_alone}))
+    configs.load(written(tmp_path, {"objective": contrast_alone, "model": {"private": 0}}))
