@@ -78,11 +78,11 @@ def test_a_slow_store_is_found_to_be_the_limit(folder: Path) -> None:
         from clue_dist.ranks import Ranks
         from clue_dist.store.reader import StratumReader
         from clue_dist.train.setup import prepare
-        read = StratumReader.read_blocks
+        finish = StratumReader.finish
         def slow(*args):
             time.sleep(0.1)
-            return read(*args)
-        StratumReader.read_blocks = slow
+            return finish(*args)
+        StratumReader.finish = slow
         from clue_dist.train.bench import measure
         report = measure(prepare(Config(**settings), 1, writes=False), Ranks(), 0.2, 2)
         print(max(report.data.phases, key=report.data.phases.get))
