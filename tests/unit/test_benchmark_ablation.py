@@ -200,6 +200,7 @@ def test_pairs_are_extrapolated_from_five_folds_of_every_row_alone() -> None:
     with_five = ablation.table(some + records(other.DOUBLINGS[2], FOLDS))
     assert ablation.EXTRAPOLATED not in with_four
     assert ablation.EXTRAPOLATED in with_five
+    assert with_five.count("no limit") == 3  # of equal values none can be told
 
 
 def test_the_table_tells_the_label_accuracy_of_the_joint_z_and_of_one_modality() -> None:

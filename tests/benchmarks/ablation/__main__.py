@@ -9,6 +9,7 @@ like there. Runs that have been done are kept: typed again, it goes on.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
@@ -44,7 +45,7 @@ transductive, and rows with fewer or more pairs: as many steps, cells in a batch
 pairs among them as with the full set. no unpaired cells: half of the training cells are left; every partner known: all
 of them are pairs
 ever more pairs, told of five folds: the limit of 20, 40 and 80% of the cells as pairs, if every doubling gains as the
-last two did
+last two did; no limit: the last gained as much as the one before, or more
 proteins, counted anew: no training; each test cell's protein counts against a Poisson draw around them, as from a
 matcher that knows every true level: an estimate of what counting noise alone allows, not a bound"""
 
@@ -126,9 +127,14 @@ def table(records: Sequence[Result]) -> str:
     for name in dict.fromkeys(name for name, _ in groups):
         if all({r["fold"] for r in groups.get((name, row), [])} == set(FOLDS) for row in DOUBLINGS):
             means = [[statistics.fmean(value(r, m) for r in groups[name, row]) for row in DOUBLINGS] for m in METRICS]
-            limits = [f"{estimates.limit(v):.{matching.DIGITS[m]}f}" for m, v in zip(METRICS, means, strict=True)]
+            limits = [limit_of(v, matching.DIGITS[m]) for m, v in zip(METRICS, means, strict=True)]
             rows.append([name, EXTRAPOLATED, "", *limits, *([""] * (len(LABELS) + 1))])
     return f"{common.aligned(rows)}\n\n{estimates.parameters()}"
+
+
+def limit_of(values: Sequence[float], digits: int) -> str:
+    limit = estimates.limit(values)
+    return "no limit" if math.isnan(limit) else f"{limit:.{digits}f}"
 
 
 def value(record: Result, metric: str) -> float:
