@@ -191,7 +191,7 @@ def test_separate_encoders_grow_faster_than_shared_trunks() -> None:
 def records(row: str, folds: range) -> list[common.Result]:
     scores = {"global": {"foscttm": 0.1, "match": 0.02, "recall10": 0.1}}
     run = {"method": rows.method_of(row), "data_set": "cbmc_cite", "scores": scores, "fit_s": 100.0}
-    return [run | {"fold": fold, "accuracy": 0.9} for fold in folds]
+    return [run | {"fold": fold, "accuracy": 0.9, "alone": 0.8} for fold in folds]
 
 
 def test_pairs_are_extrapolated_from_five_folds_of_every_row_alone() -> None:
@@ -200,10 +200,11 @@ def test_pairs_are_extrapolated_from_five_folds_of_every_row_alone() -> None:
     with_five = ablation.table(some + records(other.DOUBLINGS[2], FOLDS))
     assert ablation.EXTRAPOLATED not in with_four
     assert ablation.EXTRAPOLATED in with_five
+    assert with_five.count("no limit") == 3  # of equal values none can be told
 
 
-def test_the_table_tells_the_label_accuracy_of_the_joint_z() -> None:
+def test_the_table_tells_the_label_accuracy_of_the_joint_z_and_of_one_modality() -> None:
     lines = ablation.table([*records("posterior mean", range(2)), *records(rows.ATLAS, range(1))]).splitlines()
-    assert lines[0].split() == ["set", "row", "folds", "FOSCTTM", "match", "recall10", "accuracy", "fit", "s"]
-    assert "0.900 ± 0.000" in lines[2]
+    assert lines[0].split() == ["set", "row", "folds", "FOSCTTM", "match", "recall10", "joint", "alone", "fit", "s"]
+    assert lines[2].index("0.900 ± 0.000") < lines[2].index("0.800 ± 0.000")
     assert lines[3].split()[:3] == ["cbmc_cite", "atlas.json", "1"]
