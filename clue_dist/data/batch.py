@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clue_dist.data.buffers import Buffers
 from clue_dist.data.phases import phase
 from clue_dist.store.reader import Store
 from clue_dist.store.rows import Located
@@ -94,8 +95,12 @@ class Part:
     batch_code: np.ndarray
 
 
-def assemble(modalities: Sequence[str], parts: Sequence[Part]) -> Batch:
-    """One batch out of parts of several strata, laid one behind the other. `modalities`: in model order."""
+def assemble(
+    modalities: Sequence[str], parts: Sequence[Part], buffers: Buffers | None = None, dense: bool = False
+) -> Batch:
+    """One batch out of parts of several strata, laid one behind the other. `modalities`: in model order; dense: counts
+    of all of them as (n, features) float32."""
+    buffers = buffers or Buffers()
     sizes = [len(p.batch_code) for p in parts]
     starts = np.cumsum([0, *sizes])
     observed = np.zeros((starts[-1], len(modalities)), bool)
@@ -107,7 +112,7 @@ def assemble(modalities: Sequence[str], parts: Sequence[Part]) -> Batch:
         if having:
             rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in having])
             paired = np.flatnonzero(np.concatenate([np.full(sizes[i], len(parts[i].rows) > 1) for i in having]))
-            counts = _stack([parts[i].rows[name] for i in having])
+            counts = _stack([parts[i].rows[name] for i in having], buffers, dense)
             out[name] = Observed(torch.from_numpy(rows), counts, torch.from_numpy(paired))
     code = np.concatenate([p.batch_code for p in parts]).astype(np.int64)
     return Batch(torch.from_numpy(observed), torch.from_numpy(code), out)
@@ -122,13 +127,21 @@ def read_batch(store: Store, stratum: str, positions: np.ndarray, modalities: Se
 
 
 @phase("gather")
-def _stack(rows: list[Located | np.ndarray]) -> Counts:
-    dense = [r for r in rows if isinstance(r, np.ndarray)]
-    if dense:
-        return torch.from_numpy(np.concatenate(dense).astype(np.float32, copy=False))
+def _stack(rows: list[Located | np.ndarray], buffers: Buffers, dense: bool) -> Counts:
+    stored_dense = [r for r in rows if isinstance(r, np.ndarray)]
+    if stored_dense:
+        return torch.from_numpy(np.concatenate(stored_dense).astype(np.float32, copy=False))
     sparse = [r for r in rows if isinstance(r, Located)]
+    if dense:
+        n, n_features = sum(len(r.row) for r in sparse), sparse[0].n_features
+        out = buffers.empty(n * n_features, np.float32).reshape(n, n_features)
+        first = 0
+        for r in sparse:
+            r.decode_dense(out[first : first + len(r.row)])
+            first += len(r.row)
+        return torch.from_numpy(out)
     indptr = np.concatenate([[0], np.cumsum(np.concatenate([r.nonzeros() for r in sparse]), dtype=np.int64)])
-    indices, values = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], np.float32)
+    indices, values = (buffers.empty(int(indptr[-1]), dtype) for dtype in (np.int32, np.float32))
     first = 0
     for r in sparse:
         last = first + len(r.row)

@@ -1,24 +1,28 @@
-"""Builds the batches of one rank ahead of time: blocks read ahead, a thread that builds, a bounded ring."""
+"""Builds the batches of one rank ahead of time: one thread plans them and has their blocks read, others gather rows."""
 
 from __future__ import annotations
 
 import queue
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
 
 from clue_dist.data.batch import Batch, Part, assemble
+from clue_dist.data.buffers import Buffers, keep_freed_memory
 from clue_dist.data.phases import phase
 from clue_dist.data.plan import Plan
 from clue_dist.store.layout import group_of
 from clue_dist.store.pool import Pool, Reading
 from clue_dist.store.reader import Store, StratumReader
 
-AHEAD = 4  # micro-batches between the one that is built and the one whose blocks are being read
+AHEAD = 8  # micro-batches, at least, whose blocks are being read while another is built
+STRETCH = 8  # micro-batches that are planned, and whose blocks are asked for, together
+GATHERERS = 2  # threads: one alone gathers rows more slowly than TensorStore decompresses them
 
 
 class BlockCache:
@@ -28,39 +32,40 @@ class BlockCache:
         self.slots = min(slots, reader.n_blocks)
         self.block_cells, self.modalities = reader.block_cells, reader.modalities
         self._pool = Pool(reader, self.slots)
-        self._slot_of: OrderedDict[int, int] = OrderedDict()  # the block that was asked for longest ago comes first
-        self._coming: dict[int, Reading] = {}
+        self._slot_of = np.full(reader.n_blocks, -1, np.int32)
+        self._block_in = np.full(self.slots, -1, np.int64)
+        self._asked = np.zeros(self.slots, np.int64)  # when a slot's block was asked for, in calls of `expect`
+        self._calls = 0
+        self._coming: list[Reading] = []
 
     @phase("read and decode")
     def expect(self, positions: np.ndarray) -> None:
-        """Begin to read the blocks of cells that will be asked for, in place of those not used for longest."""
-        blocks = np.unique(positions // self.block_cells).tolist()
-        missing = [b for b in blocks if b not in self._slot_of]
-        for b in blocks:
-            if b in self._slot_of:
-                self._slot_of.move_to_end(b)
-        if missing:
-            for b in missing:
-                full = len(self._slot_of) == self.slots
-                self._slot_of[b] = self._slot_of.popitem(last=False)[1] if full else len(self._slot_of)
-            reading = self._pool.start(np.array(missing), np.array([self._slot_of[b] for b in missing]))
-            self._coming |= dict.fromkeys(missing, reading)
+        """Begin to read the blocks of cells that will be asked for, in place of those not asked for longest."""
+        self._calls += 1
+        blocks = np.unique(positions // self.block_cells)
+        slots = self._slot_of[blocks]
+        self._asked[slots[slots >= 0]] = self._calls
+        missing = blocks[slots < 0]
+        if len(missing):
+            slots = np.argsort(self._asked, kind="stable")[: len(missing)]
+            left = self._block_in[slots]
+            self._slot_of[left[left >= 0]] = -1
+            self._slot_of[missing], self._block_in[slots], self._asked[slots] = slots, missing, self._calls
+            self._coming.append(self._pool.start(missing, slots))
 
     def rows(self, positions: np.ndarray) -> Part:
         """Raw counts and batch codes of cells that were expected, in the order asked for."""
-        blocks, which = np.unique(positions // self.block_cells, return_inverse=True)
-        self._await(blocks.tolist())
-        slot, row = np.array([self._slot_of[b] for b in blocks.tolist()])[which], positions % self.block_cells
+        slot, row = self._slot_of[positions // self.block_cells], positions % self.block_cells
+        self._await(slot)
         rows = {m: self._pool.rows(m, slot, row) for m in self.modalities}
         return Part(rows, self._pool.batch_codes(slot, row))
 
     @phase("read and decode")
-    def _await(self, blocks: list[int]) -> None:
-        for b in blocks:
-            if (reading := self._coming.get(b)) is not None:
-                self._pool.finish(reading)
-                for done in reading.blocks.tolist():
-                    del self._coming[done]
+    def _await(self, slot: np.ndarray) -> None:
+        late = [np.isin(reading.slots, slot).any() for reading in self._coming]
+        for reading in [r for r, is_late in zip(self._coming, late, strict=True) if is_late]:
+            self._pool.finish(reading)
+            self._coming.remove(reading)
 
 
 def slots_for(plan: Plan, segment: str, world: int, steps: int) -> int:
@@ -74,8 +79,9 @@ def slots_for(plan: Plan, segment: str, world: int, steps: int) -> int:
 class Loader:
     """Micro-batches `first`, `first` + 1, ... of the plan, the cells of rank `rank` of `world`.
 
-    Use as a context manager; `next()` gives a `Batch`. `waited` counts the seconds `next()` had to wait.
-    An error in the thread (a damaged chunk, say) is raised by the `next()` that would have given its batch.
+    Use as a context manager; `next()` gives a `Batch`, its counts sparse as they are stored, or all of them `dense`.
+    `waited` counts the seconds `next()` had to wait.
+    An error in a thread (a damaged chunk, say) is raised by the `next()` that would have given its batch.
     """
 
     def __init__(
@@ -88,14 +94,18 @@ class Loader:
         first: int = 0,
         prefetch: int = 4,
         pin: bool = False,
+        dense: bool = False,
     ) -> None:
-        self.plan, self.rank, self.world, self.pin = plan, rank, world, pin
+        self.plan, self.rank, self.world, self.pin, self.dense = plan, rank, world, pin, dense
         self.modalities = store.modalities
         self.waited = 0.0
-        steps = AHEAD + 1
+        steps = 2 * GATHERERS + AHEAD + STRETCH  # from the oldest that is gathered to the newest that is planned
         self._caches = {s: BlockCache(store.strata[s], slots_for(plan, s, world, steps)) for s in plan.segments}
-        self._ring: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=prefetch)
+        self._buffers = Buffers()
+        keep_freed_memory()
+        self._ring: queue.Queue[Future[Batch]] = queue.Queue(maxsize=prefetch)
         self._stop = threading.Event()
+        self._gatherers = ThreadPoolExecutor(GATHERERS, thread_name_prefix="gather")
         self._thread = threading.Thread(target=self._run, args=(first,), name="loader", daemon=True)
         self._thread.start()
 
@@ -104,11 +114,10 @@ class Loader:
 
     def __next__(self) -> Batch:
         started = time.perf_counter()
-        got = self._ring.get()
-        self.waited += time.perf_counter() - started
-        if isinstance(got, BaseException):
-            raise got
-        return got
+        try:
+            return self._ring.get().result()
+        finally:
+            self.waited += time.perf_counter() - started
 
     def __enter__(self) -> Loader:
         return self
@@ -117,38 +126,52 @@ class Loader:
         self.close()
 
     def close(self) -> None:
-        """Stop the thread; returns when it is gone."""
+        """Stop the threads; returns when they are gone."""
         self._stop.set()
         while self._thread.is_alive():
             try:
                 self._ring.get_nowait()
             except queue.Empty:
                 self._thread.join(0.01)
+        self._gatherers.shutdown(cancel_futures=True)
 
     def _run(self, step: int) -> None:
         planned: deque[dict[str, np.ndarray]] = deque()
+        gathering: deque[Future[Batch]] = deque()
         try:
             while not self._stop.is_set():
-                while len(planned) <= AHEAD:
-                    planned.append(self._expect(step))
-                    step += 1
-                self._offer(self._build(planned.popleft()))
+                if len(planned) < AHEAD:
+                    planned += self._expect(step)
+                    step += STRETCH
+                if len(gathering) == 2 * GATHERERS:
+                    wait([gathering.popleft()])  # what it reads from must not be overwritten before
+                gathering.append(self._gathered(planned.popleft()))
+                self._offer(gathering[-1])
         except BaseException as error:  # noqa: BLE001  raised again where the batch was expected
-            self._offer(error)
+            failed: Future[Batch] = Future()
+            failed.set_exception(error)
+            self._offer(failed)
 
-    def _expect(self, step: int) -> dict[str, np.ndarray]:
-        """This rank's cells of micro-batch `step`, whose blocks begin to be read."""
-        cells = {s: self.plan.cells(step, s)[self.rank :: self.world] for s in self._caches}
-        for s, positions in cells.items():
-            self._caches[s].expect(positions)
-        return cells
+    def _expect(self, step: int) -> list[dict[str, np.ndarray]]:
+        """This rank's cells of micro-batches from `step` on, whose blocks begin to be read."""
+        stretch: list[dict[str, np.ndarray]] = [{} for _ in range(STRETCH)]
+        for s, cache in self._caches.items():
+            positions = self.plan.cells(step, s, STRETCH)
+            ends = [self.plan.dealt(step + i, s) - self.plan.dealt(step, s) for i in range(1, STRETCH)]
+            for cells, of in zip(stretch, np.split(positions, ends), strict=True):
+                cells[s] = of[self.rank :: self.world]
+            cache.expect(np.concatenate([cells[s] for cells in stretch]))
+        return stretch
 
-    def _build(self, cells: dict[str, np.ndarray]) -> Batch:
+    def _gathered(self, cells: dict[str, np.ndarray]) -> Future[Batch]:
         parts = [self._caches[s].rows(positions) for s, positions in cells.items() if len(positions)]
-        batch = assemble(self.modalities, parts)
+        return self._gatherers.submit(self._build, parts)
+
+    def _build(self, parts: list[Part]) -> Batch:
+        batch = assemble(self.modalities, parts, self._buffers, self.dense)
         return batch.pin_memory() if self.pin else batch
 
-    def _offer(self, item: Batch | BaseException) -> None:
+    def _offer(self, item: Future[Batch]) -> None:
         while not self._stop.is_set():
             try:
                 return self._ring.put(item, timeout=0.1)

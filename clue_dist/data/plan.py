@@ -74,11 +74,12 @@ class Plan:
         raise KeyError(segment)
 
     @phase("plan")
-    def cells(self, step: int, segment: str) -> np.ndarray:
+    def cells(self, step: int, segment: str, steps: int = 1) -> np.ndarray:
         """Positions in a segment of its cells in micro-batch `step`, int64; rank r of W takes [r::W]. (N_s,) where the
-        stratum has one segment; all segments of a stratum together give N_s."""
+        stratum has one segment; all segments of a stratum together give N_s. steps: of so many, one behind the other.
+        """
         n, size, lanes = self.sizes[segment], self.block_cells, self.lanes
-        q = np.arange(self.dealt(step, segment), self.dealt(step + 1, segment), dtype=np.int64)
+        q = np.arange(self.dealt(step, segment), self.dealt(step + steps, segment), dtype=np.int64)
         out = np.empty(len(q), np.int64)
         for number in np.unique(q // n).tolist():
             here = q // n == number

@@ -116,6 +116,11 @@ class Located:
         b = self.blocks
         _decode(b.codes, b.rest, b.lengths, b.starts, self.bits, self.slot, self.row, indptr, indices, values)
 
+    def decode_dense(self, out: np.ndarray) -> None:
+        """Fill out, (n, features) float32."""
+        b = self.blocks
+        _decode_dense(b.codes, b.rest, b.lengths, b.starts, self.bits, self.slot, self.row, out)
+
     def csr(self) -> Csr:
         indptr = np.concatenate([[0], np.cumsum(self.nonzeros(), dtype=np.int64)])
         indices, values = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], np.float32)
@@ -179,28 +184,46 @@ def _encode(indptr, indices, values, order, bits, lengths, codes, rest, scratch)
 
 @njit(nogil=True, cache=True)
 def _decode(codes, rest, lengths, starts, bits, slot, row, indptr, indices, values):  # type: ignore[no-untyped-def]
+    for i in range(len(slot)):
+        s, r = slot[i], row[i]
+        columns, counts = indices[indptr[i] : indptr[i + 1]], values[indptr[i] : indptr[i + 1]]
+        _row(codes[s], rest[s], lengths[s, r], starts[s, r], bits, columns, counts)
+
+
+@njit(nogil=True, cache=True)
+def _decode_dense(codes, rest, lengths, starts, bits, slot, row, out):  # type: ignore[no-untyped-def]
+    columns, counts = np.empty(out.shape[1], np.int32), np.empty(out.shape[1], np.float32)
+    for i in range(len(slot)):
+        s, r = slot[i], row[i]
+        n = lengths[s, r, 0]
+        _row(codes[s], rest[s], lengths[s, r], starts[s, r], bits, columns[:n], counts[:n])
+        target = out[i]
+        target[:] = np.float32(0)  # and filled while it is in the cache
+        for j in range(n):
+            target[columns[j]] = counts[j]
+
+
+@njit(nogil=True, cache=True)
+def _row(codes, rest, lengths, start, bits, columns, counts):  # type: ignore[no-untyped-def]
     """Columns first, then counts: the second loop runs on vector units, and only high counts are touched twice."""
     far, mask = np.int32((256 >> bits) - 1), np.uint8((1 << bits) - 1)
     shift = np.uint8(bits)
-    for i in range(len(slot)):
-        s, r = slot[i], row[i]
-        first, at, n_far, n_high = starts[s, r, 0], starts[s, r, 1], lengths[s, r, 1], lengths[s, r, 2]
-        columns, counts = indices[indptr[i] : indptr[i + 1]], values[indptr[i] : indptr[i + 1]]
-        of, more = codes[s, first : first + len(columns)], rest[s, at : at + n_far + 2 * n_high]
-        column, k = np.int32(0), 0
-        for j in range(len(columns)):
-            gap = np.int32(of[j] >> shift)
-            if gap == far:
-                gap = np.int32(more[k])
-                k += 1
-            column += gap
-            columns[j] = column
-        for j in range(len(columns)):
-            counts[j] = np.float32(np.int32(of[j] & mask) + np.int32(1))
-        place = np.int64(0)
-        for k in range(n_far, n_far + n_high):
-            place += np.int64(more[k])
-            counts[place] = np.float32(more[k + n_high]) + np.float32(1)
+    n_far, n_high = lengths[1], lengths[2]
+    of, more = codes[start[0] : start[0] + len(columns)], rest[start[1] : start[1] + n_far + 2 * n_high]
+    column, k = np.int32(0), 0
+    for j in range(len(columns)):
+        gap = np.int32(of[j] >> shift)
+        if gap == far:
+            gap = np.int32(more[k])
+            k += 1
+        column += gap
+        columns[j] = column
+    for j in range(len(columns)):
+        counts[j] = np.float32(np.int32(of[j] & mask) + np.int32(1))
+    place = np.int64(0)
+    for k in range(n_far, n_far + n_high):
+        place += np.int64(more[k])
+        counts[place] = np.float32(more[k + n_high]) + np.float32(1)
 
 
 def misfit(blocks: Blocks, bits: int, n_features: int) -> str | None:

@@ -1,13 +1,17 @@
 """What the loader serves is what the plan asked for, on any number of ranks, and an error is never swallowed."""
 
 import itertools
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from clue_dist.data import batch as loaders
 from clue_dist.data.batch import Batch, SparseCounts
+from clue_dist.data.buffers import Buffers
 from clue_dist.data.loader import Loader
 from clue_dist.data.plan import Plan
 from clue_dist.errors import StoreError
@@ -65,6 +69,44 @@ def test_batches_hold_the_planned_cells(store: Store) -> None:
             np.testing.assert_array_equal(
                 batch.observed.numpy(), np.repeat([[1, 1], [1, 0], [0, 1]], [16, 8, 8], 0) == 1
             )
+
+
+def test_dense_batches_hold_the_same_counts(store: Store) -> None:
+    plan = plan_of(store)
+    with Loader(store, plan, dense=True) as loader:
+        for step in range(12):
+            batch = next(loader)
+            assert all(isinstance(o.counts, torch.Tensor) for o in batch.modalities.values())
+            for m in ("rna", "adt"):
+                np.testing.assert_array_equal(dense(batch, m), expected(store, plan, step, m))
+
+
+def test_blocks_stay_while_a_slow_thread_gathers_from_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make_store(tmp_path / "s.zarr", cells={"rna": 1600}, features={"rna": 40}, block_cells=16)
+    plan = Plan(0, {"rna": 1600}, {"rna": 16}, 4, 1, 16)
+    slow = np.random.default_rng(0)
+
+    def assemble(*args: Any) -> Batch:
+        time.sleep(0.004 * slow.random())
+        return loaders.assemble(*args)
+
+    monkeypatch.setattr("clue_dist.data.loader.assemble", assemble)
+    with Loader(store, plan, first=7) as loader:
+        assert loader._caches["rna"].slots < 100  # of as many blocks: they are replaced all the time
+        for step in range(7, 250):
+            np.testing.assert_array_equal(dense(next(loader), "rna"), expected(store, plan, step, "rna"))
+
+
+def test_memory_is_used_again_once_nobody_holds_it() -> None:
+    buffers = Buffers()
+    tensor = torch.from_numpy(buffers.empty(90, np.float32)).reshape(9, 10)
+    place, part = tensor.data_ptr(), tensor[3:]
+    del tensor
+    assert buffers.empty(10, np.float32).ctypes.data != place  # part of a tensor holds all of it
+    del part
+    held = [buffers.empty(100, np.float32), buffers.empty(100, np.float32)]  # there was some to spare
+    assert place in {array.ctypes.data for array in held}
+    assert buffers.empty(10, np.int32).dtype == np.int32
 
 
 def test_batch_codes_come_with_their_cells(store: Store) -> None:

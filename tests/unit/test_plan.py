@@ -43,6 +43,12 @@ def test_a_far_step_needs_no_history_and_gives_the_same_cells_again(plan: Plan, 
     np.testing.assert_array_equal(cells, plan.cells(step, "s"))
 
 
+@given(plans, st.integers(0, 200), st.integers(1, 9))
+@settings(max_examples=60, deadline=None)
+def test_steps_planned_together_are_those_planned_one_by_one(plan: Plan, first: int, steps: int) -> None:
+    np.testing.assert_array_equal(plan.cells(first, "s", steps), sequence(plan, first, steps))
+
+
 def test_passes_and_seeds_differ() -> None:
     plan = Plan(0, {"s": 512}, {"s": 64}, 4, 2, 16)
     first, second = sequence(plan, 0, 8), sequence(plan, 8, 8)

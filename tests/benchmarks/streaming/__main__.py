@@ -33,7 +33,7 @@ QUICK_SETTING = (512, 4)
 
 # What is measured in turns with annbatch, and what of ours alone.
 PAIRED = {"rna": ("csr", "dense", "step"), "atac": ("csr", "step")}
-ALONE = ("windows", "s3", "decode", "memcpy")
+ALONE = ("windows", "s3", "decode", "memcpy", "memset")
 COPIED_BYTES = 8  # of a non-zero in a CSR batch: int32 index, float32 value
 
 BARS: dict[tuple[str, str], Bar] = {
@@ -55,8 +55,9 @@ csr, dense: as fast as batches come; step: CSR batches with a sleep of 2 ms afte
 windows: decoded blocks of ours for a GPU to expand, next to annbatch's CSR batches
 s3: our CSR batches from an S3 server on loopback, moto's, which is Python on the same cores; ratio: to those of the
 folder
-waiting: share of the time inside next(); anon MiB: peak anonymous memory; of dense, next() includes making it dense
-decode: our blocks decompressed from memory, nothing else; memcpy: bytes copied, each read and written once
+waiting: share of the time inside next(); anon MiB: peak anonymous memory; annbatch's dense: its CSR batch, .toarray()
+decode: our blocks decompressed from memory, nothing else; memcpy: bytes copied, each read and written once; memset:
+bytes set to zero, as all of a dense batch must be before it is filled
 blocks kept decoded: at 100% ours decodes nothing after a first pass, as a larger store would have it do"""
 
 
@@ -214,6 +215,8 @@ def _row(records: Sequence[Result], name: str, measure: str, method: str) -> lis
     texts = [shown(v, digits) for v, (_, digits) in zip(scaled, COLUMNS.values(), strict=True)]
     if measure != "step":
         texts[list(COLUMNS).index("waiting")] = ""  # whoever does nothing else waits all the time
+    if measure == "dense":
+        texts[list(COLUMNS).index("nonzeros_per_s")] = ""  # ours are not counted
     faster = shown(times(records, name, measure), 2) if method == "ours" else ""
     return [[name, measure, method, *texts, faster]]
 
@@ -249,6 +252,15 @@ def _limits(records: Sequence[Result], name: str) -> Iterator[str]:
         yield (
             f"{name}: decode alone {decode / 1e6:,.0f} M non-zeros/s, of which CSR batches reach {csr / decode:.0%}; "
             f"memcpy {copied / 1e9:.1f} GB/s, of which they reach {csr * COPIED_BYTES / copied:.0%}"
+        )
+    dense, cleared = (
+        median(records, f"ours-{m}", name, w) for m, w in (("dense", "cells_per_s"), ("memset", "bytes_per_s"))
+    )
+    if dense and cleared:
+        row = 4 * cells.SHAPES[name].features  # float32
+        yield (
+            f"{name}: memset {cleared / 1e9:.1f} GB/s, {cleared / row:,.0f} dense rows/s, of which dense batches reach "
+            f"{dense * row / cleared:.0%}"
         )
 
 

