@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
 from collections import deque
@@ -76,6 +75,37 @@ def slots_for(plan: Plan, segment: str, world: int, steps: int) -> int:
     return spans * lot // world + lot + 1
 
 
+class _Ring:
+    """Batches on their way to training, at most `size`. Who fills it sleeps until half of them are gone: to be woken
+    for each would take the interpreter's lock from training each time."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._items = size, deque[Future[Batch]]()
+        self._changed = threading.Condition()
+        self._open = True
+
+    def put(self, item: Future[Batch]) -> None:
+        """Waits for room; does nothing once closed."""
+        with self._changed:
+            if len(self._items) == self._size:
+                self._changed.wait_for(lambda: len(self._items) <= self._size // 2 or not self._open)
+            self._items.append(item)
+            self._changed.notify()
+
+    def get(self) -> Future[Batch]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._items)
+            item = self._items.popleft()
+            if len(self._items) == self._size // 2:
+                self._changed.notify()
+            return item
+
+    def close(self) -> None:
+        with self._changed:
+            self._open = False
+            self._changed.notify_all()
+
+
 class Loader:
     """Micro-batches `first`, `first` + 1, ... of the plan, the cells of rank `rank` of `world`.
 
@@ -103,7 +133,7 @@ class Loader:
         self._caches = {s: BlockCache(store.strata[s], slots_for(plan, s, world, steps)) for s in plan.segments}
         self._buffers = Buffers()
         keep_freed_memory()
-        self._ring: queue.Queue[Future[Batch]] = queue.Queue(maxsize=prefetch)
+        self._ring = _Ring(prefetch)
         self._stop = threading.Event()
         self._gatherers = ThreadPoolExecutor(GATHERERS, thread_name_prefix="gather")
         self._thread = threading.Thread(target=self._run, args=(first,), name="loader", daemon=True)
@@ -128,11 +158,8 @@ class Loader:
     def close(self) -> None:
         """Stop the threads; returns when they are gone."""
         self._stop.set()
-        while self._thread.is_alive():
-            try:
-                self._ring.get_nowait()
-            except queue.Empty:
-                self._thread.join(0.01)
+        self._ring.close()
+        self._thread.join()
         self._gatherers.shutdown(cancel_futures=True)
 
     def _run(self, step: int) -> None:
@@ -146,11 +173,11 @@ class Loader:
                 if len(gathering) == 2 * GATHERERS:
                     wait([gathering.popleft()])  # what it reads from must not be overwritten before
                 gathering.append(self._gathered(planned.popleft()))
-                self._offer(gathering[-1])
+                self._ring.put(gathering[-1])
         except BaseException as error:  # noqa: BLE001  raised again where the batch was expected
             failed: Future[Batch] = Future()
             failed.set_exception(error)
-            self._offer(failed)
+            self._ring.put(failed)
 
     def _expect(self, step: int) -> list[dict[str, np.ndarray]]:
         """This rank's cells of micro-batches from `step` on, whose blocks begin to be read."""
@@ -170,10 +197,3 @@ class Loader:
     def _build(self, parts: list[Part]) -> Batch:
         batch = assemble(self.modalities, parts, self._buffers, self.dense)
         return batch.pin_memory() if self.pin else batch
-
-    def _offer(self, item: Future[Batch]) -> None:
-        while not self._stop.is_set():
-            try:
-                return self._ring.put(item, timeout=0.1)
-            except queue.Full:
-                continue

@@ -109,6 +109,90 @@ def test_memory_is_used_again_once_nobody_holds_it() -> None:
     assert buffers.empty(10, np.int32).dtype == np.int32
 
 
+def test_dense_batches_hold_the_same_counts(store: Store) -> None:
+    plan = plan_of(store)
+    with Loader(store, plan, dense=True) as loader:
+        for step in range(12):
+            batch = next(loader)
+            assert all(isinstance(o.counts, torch.Tensor) for o in batch.modalities.values())
+            for m in ("rna", "adt"):
+                np.testing.assert_array_equal(dense(batch, m), expected(store, plan, step, m))
+
+
+def test_blocks_stay_while_a_slow_thread_gathers_from_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make_store(tmp_path / "s.zarr", cells={"rna": 1600}, features={"rna": 40}, block_cells=16)
+    plan = Plan(0, {"rna": 1600}, {"rna": 16}, 4, 1, 16)
+    slow = np.random.default_rng(0)
+
+    def assemble(*args: Any) -> Batch:
+        time.sleep(0.004 * slow.random())
+        return loaders.assemble(*args)
+
+    monkeypatch.setattr("clue_dist.data.loader.assemble", assemble)
+    with Loader(store, plan, first=7) as loader:
+        assert loader._caches["rna"].slots < 100  # of as many blocks: they are replaced all the time
+        for step in range(7, 250):
+            np.testing.assert_array_equal(dense(next(loader), "rna"), expected(store, plan, step, "rna"))
+
+
+def test_memory_is_used_again_once_nobody_holds_it() -> None:
+    buffers = Buffers()
+    first = buffers.empty(100, np.float32)
+    second = torch.from_numpy(buffers.empty(90, np.float32)).reshape(9, 10)
+    places = [first.ctypes.data, second.data_ptr()]
+    del first
+    assert buffers.empty(110, np.float32).ctypes.data == places[0]  # there is some to spare
+    rows = second[3:]
+    del second
+    assert buffers.empty(10, np.float32).ctypes.data != places[1]  # part of a tensor holds all of it
+    del rows
+    assert places[1] in {buffers.empty(10, np.float32).ctypes.data for _ in range(1)} | {
+        held.ctypes.data for held in [buffers.empty(10, np.float32), buffers.empty(10, np.float32)]
+    }
+
+
+def test_dense_batches_hold_the_same_counts(store: Store) -> None:
+    plan = plan_of(store)
+    with Loader(store, plan, dense=True) as loader:
+        for step in range(12):
+            batch = next(loader)
+            assert all(isinstance(o.counts, torch.Tensor) for o in batch.modalities.values())
+            for m in ("rna", "adt"):
+                np.testing.assert_array_equal(dense(batch, m), expected(store, plan, step, m))
+
+
+def test_blocks_stay_while_a_slow_thread_gathers_from_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make_store(tmp_path / "s.zarr", cells={"rna": 1600}, features={"rna": 40}, block_cells=16)
+    plan = Plan(0, {"rna": 1600}, {"rna": 16}, 4, 1, 16)
+    slow = np.random.default_rng(0)
+
+    def assemble(*args: Any) -> Batch:
+        time.sleep(0.004 * slow.random())
+        return loaders.assemble(*args)
+
+    monkeypatch.setattr("clue_dist.data.loader.assemble", assemble)
+    with Loader(store, plan, first=7) as loader:
+        assert loader._caches["rna"].slots < 100  # of as many blocks: they are replaced all the time
+        for step in range(7, 250):
+            np.testing.assert_array_equal(dense(next(loader), "rna"), expected(store, plan, step, "rna"))
+
+
+def test_memory_is_used_again_once_nobody_holds_it() -> None:
+    buffers = Buffers()
+    first = buffers.empty(100, np.float32)
+    second = torch.from_numpy(buffers.empty(90, np.float32)).reshape(9, 10)
+    places = [first.ctypes.data, second.data_ptr()]
+    del first
+    assert buffers.empty(110, np.float32).ctypes.data == places[0]  # there is some to spare
+    rows = second[3:]
+    del second
+    assert buffers.empty(10, np.float32).ctypes.data != places[1]  # part of a tensor holds all of it
+    del rows
+    assert places[1] in {buffers.empty(10, np.float32).ctypes.data for _ in range(1)} | {
+        held.ctypes.data for held in [buffers.empty(10, np.float32), buffers.empty(10, np.float32)]
+    }
+
+
 def test_batch_codes_come_with_their_cells(store: Store) -> None:
     plan = plan_of(store)
     with Loader(store, plan) as loader:

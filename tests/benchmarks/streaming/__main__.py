@@ -253,9 +253,8 @@ def _limits(records: Sequence[Result], name: str) -> Iterator[str]:
             f"{name}: decode alone {decode / 1e6:,.0f} M non-zeros/s, of which CSR batches reach {csr / decode:.0%}; "
             f"memcpy {copied / 1e9:.1f} GB/s, of which they reach {csr * COPIED_BYTES / copied:.0%}"
         )
-    dense, cleared = (
-        median(records, f"ours-{m}", name, w) for m, w in (("dense", "cells_per_s"), ("memset", "bytes_per_s"))
-    )
+    dense = median(records, "ours-dense", name, "cells_per_s")
+    cleared = median(records, "ours-memset", name, "bytes_per_s")
     if dense and cleared:
         row = 4 * cells.SHAPES[name].features  # float32
         yield (

@@ -1,7 +1,8 @@
 """Our loader, measured in a process of its own: python -m tests.benchmarks.streaming.probe STORE MEASURE.
 
 csr, dense: batches of the loader, sparse or as dense float32; windows: decoded blocks for a GPU to expand, no
-rows gathered. The limits of the machine: decode: our compressed blocks in memory, nothing but decompressed; memcpy, memset.
+rows gathered. The limits of the machine: decode: our compressed blocks in memory, nothing but decompressed; memcpy;
+memset.
 """
 
 from __future__ import annotations
