@@ -49,20 +49,6 @@ def test_steps_planned_together_are_those_planned_one_by_one(plan: Plan, first: 
     np.testing.assert_array_equal(plan.cells(first, "s", steps), sequence(plan, first, steps))
 
 
-def test_many_steps_are_planned_at_once_as_one_by_one(plan: Plan) -> None:
-    for segment in plan.segments:
-        for first, steps in ((0, 3), (11, 7)):
-            one_by_one = [plan.cells(step, segment) for step in range(first, first + steps)]
-            np.testing.assert_array_equal(plan.cells(first, segment, steps), np.concatenate(one_by_one))
-
-
-def test_many_steps_are_planned_at_once_as_one_by_one(plan: Plan) -> None:
-    for segment in plan.segments:
-        for first, steps in ((0, 3), (11, 7)):
-            one_by_one = [plan.cells(step, segment) for step in range(first, first + steps)]
-            np.testing.assert_array_equal(plan.cells(first, segment, steps), np.concatenate(one_by_one))
-
-
 def test_passes_and_seeds_differ() -> None:
     plan = Plan(0, {"s": 512}, {"s": 64}, 4, 2, 16)
     first, second = sequence(plan, 0, 8), sequence(plan, 8, 8)
