@@ -23,7 +23,7 @@ def code() -> str:
 
 def of(npz: Path, split: Split) -> Result:
     """scores: how the modalities match, of the best candidate by FOSCTTM; candidates: of each, where there are
-    several; accuracy, alone: how well the joint z tells labels, and the better of both modalities' own, where the file
+    several; joint, alone: how well the joint z tells labels, and the better of both modalities' own, where the file
     holds a joint z and the cells have labels.
 
     In the file: u1, u2, (N, D), or (C, N, D) for C candidates; test_joint, (N, D). Rows as in test.h5mu.
@@ -40,5 +40,5 @@ def of(npz: Path, split: Split) -> Result:
     if f"test_{JOINT}" in arrays and score.LABEL in obs:
         keep, label = score.typed(obs)
         joint, *alone = (score.accuracy(z[keep], label[keep]) for z in (arrays[f"test_{JOINT}"], u1[0], u2[0]))
-        out |= {"accuracy": joint, "alone": max(alone)}
+        out |= {"joint": joint, "alone": max(alone)}
     return out

@@ -191,7 +191,7 @@ def test_separate_encoders_grow_faster_than_shared_trunks() -> None:
 def records(row: str, folds: range) -> list[common.Result]:
     scores = {"global": {"foscttm": 0.1, "match": 0.02, "recall10": 0.1}}
     run = {"method": rows.method_of(row), "data_set": "cbmc_cite", "scores": scores, "fit_s": 100.0}
-    return [run | {"fold": fold, "accuracy": 0.9, "alone": 0.8} for fold in folds]
+    return [run | {"fold": fold, "joint": 0.9, "alone": 0.8} for fold in folds]
 
 
 def test_pairs_are_extrapolated_from_five_folds_of_every_row_alone() -> None:

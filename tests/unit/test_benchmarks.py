@@ -60,7 +60,7 @@ def test_embeddings_are_scored_candidate_by_candidate_and_the_best_counts(tmp_pa
     assert found["scores"] == good
     assert good["global"] == {"foscttm": 0.0, "match": 1.0, "recall10": 1.0}
     assert bad["within_batch"]["foscttm"] > 0.3
-    assert "accuracy" not in found  # neither a joint z nor labels
+    assert "joint" not in found  # neither a joint z nor labels
 
 
 def test_z_of_each_source_is_in_the_order_of_the_cells_asked_for() -> None:
@@ -84,10 +84,10 @@ def test_the_joint_z_and_the_better_modality_are_scored_by_the_cell_types_they_t
     told = z + 100 * np.where(kind == 2, np.arange(n) % 2, kind)[:, None]  # what names no type lies anywhere
     np.savez(tmp_path / "z.npz", u1=z, u2=told, test_joint=told)
     found = scores.of(tmp_path / "z.npz", mosaic.Split(tmp_path, MODS))
-    assert found["accuracy"] == found["alone"] == 1.0
+    assert found["joint"] == found["alone"] == 1.0
     np.savez(tmp_path / "z.npz", u1=z, u2=z, test_joint=told)
     found = scores.of(tmp_path / "z.npz", mosaic.Split(tmp_path, MODS))
-    assert found["accuracy"] == 1.0 > found["alone"]
+    assert found["joint"] == 1.0 > found["alone"]
     assert "candidates" not in found
 
 

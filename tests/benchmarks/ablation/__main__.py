@@ -27,7 +27,7 @@ from tests.benchmarks.common import Result, Run, Steps
 from tests.benchmarks.split import FOLDS
 from tests.distributed.command import ROOT
 
-LABELS = {"joint": "accuracy", "alone": "alone"}  # columns of label accuracy, and what records call them
+ACCURACIES = ("joint", "alone")  # of cell types
 EXTRAPOLATED = "ever more pairs, extrapolated"
 
 FOOTNOTES = """\
@@ -117,10 +117,10 @@ def table(records: Sequence[Result]) -> str:
     groups: dict[tuple[str, str], list[Result]] = defaultdict(list)
     for record in sorted(records, key=lambda r: list(mosaic.SETS).index(r["data_set"])):
         groups[record["data_set"], row_of(record["method"])].append(record)
-    rows = [["set", "row", "folds", "FOSCTTM", "match", "recall10", *LABELS, "fit s"]]
+    rows = [["set", "row", "folds", "FOSCTTM", "match", "recall10", *ACCURACIES, "fit s"]]
     for (name, row), group in groups.items():
         found = [common.spread([value(r, m) for r in group], matching.DIGITS[m]) for m in METRICS]
-        for key in LABELS.values():
+        for key in ACCURACIES:
             told = [r[key] for r in group if key in r]
             found.append(common.spread(told, 3) if told else "")
         rows.append([name, row, str(len(group)), *found, common.spread([r["fit_s"] for r in group], 0)])
@@ -128,7 +128,7 @@ def table(records: Sequence[Result]) -> str:
         if all({r["fold"] for r in groups.get((name, row), [])} == set(FOLDS) for row in DOUBLINGS):
             means = [[statistics.fmean(value(r, m) for r in groups[name, row]) for row in DOUBLINGS] for m in METRICS]
             limits = [limit_of(v, matching.DIGITS[m]) for m, v in zip(METRICS, means, strict=True)]
-            rows.append([name, EXTRAPOLATED, "", *limits, *([""] * (len(LABELS) + 1))])
+            rows.append([name, EXTRAPOLATED, "", *limits, *([""] * (len(ACCURACIES) + 1))])
     return f"{common.aligned(rows)}\n\n{estimates.parameters()}"
 
 
