@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from clue_dist.errors import DataError, StoreError, run_main
 from clue_dist.store import layout
@@ -137,14 +137,15 @@ def _add_convert(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--block-cells", type=_positive, default=layout.BLOCK_CELLS, help="cells of a block (default: %(default)s)"
     )
-    p.add_argument("--codec", choices=["fast", "small"], default="fast")
+    codec = "lz4, with zstd for binary counts (default: %(default)s), lz4 alone, or zstd alone"
+    p.add_argument("--codec", choices=get_args(layout.Codec), default="balanced", help=codec)
     p.set_defaults(run=_convert)
 
 
 def _add_append(p: argparse.ArgumentParser) -> None:
     _input_options(p)
     p.add_argument("--to", type=Path, required=True, help="the store that gets them; features and blocks are its own")
-    p.set_defaults(run=_append, features_from=None, block_cells=layout.BLOCK_CELLS, codec="fast")
+    p.set_defaults(run=_append, features_from=None, block_cells=layout.BLOCK_CELLS, codec="balanced")
 
 
 def _input_options(p: argparse.ArgumentParser) -> None:

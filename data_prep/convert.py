@@ -17,13 +17,14 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 import clue_dist
 from clue_dist.errors import listed
 from clue_dist.store import layout
+from clue_dist.store.layout import Codec
 from clue_dist.store.manifest import Manifest, Shard
 from clue_dist.store.place import place_of
 from clue_dist.store.writer import Cells as ShardCells
@@ -51,7 +52,7 @@ class Options:
 
     seed: int = 0
     block_cells: int = layout.BLOCK_CELLS
-    codec: Literal["fast", "small"] = "fast"
+    codec: Codec = "balanced"
     choices: Mapping[str, Choice] = field(default_factory=dict)  # of features, by modality; else `Choice()`
     features_from: str | Path | None = None
     kinds: dict[str, str] = field(default_factory=dict)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from clue_dist.errors import DataError
 from clue_dist.store import layout
+from clue_dist.store.layout import Codec
 from clue_dist.store.manifest import Manifest, Modality, Packed, Stratum
 from clue_dist.store.rows import COUNT_BITS
 from data_prep import spool
@@ -202,7 +203,7 @@ def manifest(
     cells: Cells,
     modalities: dict[str, Modality],
     block_cells: int,
-    codec: Literal["fast", "small"],
+    codec: Codec,
     provenance: dict[str, Any],
 ) -> Manifest:
     """The manifest but for its shards."""

@@ -17,7 +17,8 @@ from clue_dist.store.rows import Located
 
 @dataclass(frozen=True)
 class SparseCounts:
-    """Raw counts as CSR. indptr: (n + 1,) int32; indices: (nnz,) int32; values: (nnz,) float32."""
+    """Raw counts as CSR. indptr: (n + 1,) int32; indices: (nnz,) int32; values: (nnz,) float32, not to be written to:
+    where all counts are 1, batches share them."""
 
     indptr: Tensor
     indices: Tensor
@@ -141,11 +142,13 @@ def _stack(rows: list[Located | np.ndarray], buffers: Buffers, dense: bool) -> C
             first += len(r.row)
         return torch.from_numpy(out)
     indptr = np.concatenate([[0], np.cumsum(np.concatenate([r.nonzeros() for r in sparse]), dtype=np.int64)])
-    indices, values = (buffers.empty(int(indptr[-1]), dtype) for dtype in (np.int32, np.float32))
+    indices = buffers.empty(int(indptr[-1]), np.int32)
+    binary = not any(r.bits for r in sparse)
+    values = buffers.ones(len(indices)) if binary else buffers.empty(len(indices), np.float32)
     first = 0
     for r in sparse:
         last = first + len(r.row)
-        r.decode(indptr[first : last + 1], indices, values)
+        r.decode(indptr[first : last + 1], indices, None if binary else values)
         first = last
     return SparseCounts(
         torch.from_numpy(indptr.astype(np.int32)),

@@ -31,6 +31,7 @@ class Buffers:
 
     def __init__(self) -> None:
         self._kept: dict[np.dtype[Any], list[np.ndarray]] = {}
+        self._ones = np.ones(0, np.float32)
         self._lock = threading.Lock()
 
     def empty(self, n: int, dtype: Any) -> np.ndarray:
@@ -46,3 +47,10 @@ class Buffers:
                     break
             kept.append(np.empty(n + n // _SPARE, dtype))
             return kept[-1][:n]
+
+    def ones(self, n: int) -> np.ndarray:
+        """(n,) float32, the same memory for all who ask: nobody may write to it."""
+        with self._lock:
+            if len(self._ones) < n:
+                self._ones = np.ones(n + n // _SPARE, np.float32)
+            return self._ones[:n]

@@ -19,7 +19,7 @@ from clue_dist.store.layout import group_of
 from clue_dist.store.pool import Pool, Reading
 from clue_dist.store.reader import Store, StratumReader
 
-AHEAD = 8  # micro-batches, at least, whose blocks are being read while another is built
+AHEAD = 20  # micro-batches, at least, whose blocks are being read while another is built
 STRETCH = 8  # micro-batches that are planned, and whose blocks are asked for, together
 GATHERERS = 2  # threads: one alone gathers rows more slowly than TensorStore decompresses them
 
@@ -35,7 +35,8 @@ class BlockCache:
         self._block_in = np.full(self.slots, -1, np.int64)
         self._asked = np.zeros(self.slots, np.int64)  # when a slot's block was asked for, in calls of `expect`
         self._calls = 0
-        self._coming: list[Reading] = []
+        self._coming = deque[Reading]()
+        self._is_coming = np.zeros(self.slots, bool)
 
     @phase("read and decode")
     def expect(self, positions: np.ndarray) -> None:
@@ -51,6 +52,7 @@ class BlockCache:
             self._slot_of[left[left >= 0]] = -1
             self._slot_of[missing], self._block_in[slots], self._asked[slots] = slots, missing, self._calls
             self._coming.append(self._pool.start(missing, slots))
+            self._is_coming[slots] = True
 
     def rows(self, positions: np.ndarray) -> Part:
         """Raw counts and batch codes of cells that were expected, in the order asked for."""
@@ -61,10 +63,10 @@ class BlockCache:
 
     @phase("read and decode")
     def _await(self, slot: np.ndarray) -> None:
-        late = [np.isin(reading.slots, slot).any() for reading in self._coming]
-        for reading in [r for r, is_late in zip(self._coming, late, strict=True) if is_late]:
+        while self._is_coming[slot].any():
+            reading = self._coming.popleft()
             self._pool.finish(reading)
-            self._coming.remove(reading)
+            self._is_coming[reading.slots] = False
 
 
 def slots_for(plan: Plan, segment: str, world: int, steps: int) -> int:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from clue_dist.errors import StoreError
 from clue_dist.store import layout, place
-from clue_dist.store.layout import ArraySpec, Kind, Storage
+from clue_dist.store.layout import ArraySpec, Codec, Kind, Storage
 from clue_dist.store.place import Place
 
 
@@ -73,7 +74,7 @@ class Manifest(_Strict):
     format: Literal["clue_dist.store"] = "clue_dist.store"
     version: Literal[2] = 2
     block_cells: int = Field(default=layout.BLOCK_CELLS, ge=1, le=65536)
-    codec: Literal["fast", "small"] = "fast"
+    codec: Codec = "balanced"
     modalities: dict[str, Modality]
     batches: list[str]
     labels: list[str]
@@ -118,21 +119,24 @@ class Manifest(_Strict):
         """Specs of every array of a stratum, `obs` first."""
         s, size = self.strata[stratum], self.block_cells
         n = layout.blocks_of(s.n_cells, size)
-        root = f"strata/{stratum}"
+        root, usual = f"strata/{stratum}", layout.compressor(self.codec)
+        narrow = partial(layout.narrow, n_blocks=n, shard=s.shard_blocks, compressor=usual)
+        wide = partial(layout.wide, n_blocks=n, shard=s.shard_blocks)
         specs = [
-            layout.narrow(f"{root}/obs/batch", n, s.shard_blocks, (size,), "int32"),
-            layout.narrow(f"{root}/obs/label", n, s.shard_blocks, (size,), "int32"),
-            layout.narrow(f"{root}/obs/barcode", n, s.shard_blocks, (size, s.barcode_width), "uint8"),
+            narrow(f"{root}/obs/batch", tail=(size,), dtype="int32"),
+            narrow(f"{root}/obs/label", tail=(size,), dtype="int32"),
+            narrow(f"{root}/obs/barcode", tail=(size, s.barcode_width), dtype="uint8"),
         ]
         for m in s.modalities:
-            packed, features = s.packed[m], self.modalities[m].n_features
+            packed, features, folder = s.packed[m], self.modalities[m].n_features, f"{root}/{m}"
             if packed.values is not None:
-                specs.append(layout.wide(f"{root}/{m}/values", n, s.shard_blocks, (size, features), packed.values))
+                specs.append(wide(f"{folder}/values", tail=(size, features), dtype=packed.values, compressor=usual))
                 continue
             assert packed.rest_type is not None
-            specs.append(layout.narrow(f"{root}/{m}/lengths", n, s.shard_blocks, (size, 3), "uint32"))
-            specs.append(layout.wide(f"{root}/{m}/codes", n, s.shard_blocks, (packed.capacity,), "uint8"))
-            specs.append(layout.wide(f"{root}/{m}/rest", n, s.shard_blocks, (packed.rest,), packed.rest_type))
+            of_codes = layout.compressor(self.codec, lz4_is_idle=packed.bits == 0)
+            specs.append(narrow(f"{folder}/lengths", tail=(size, 3), dtype="uint32"))
+            specs.append(wide(f"{folder}/codes", tail=(packed.capacity,), dtype="uint8", compressor=of_codes))
+            specs.append(wide(f"{folder}/rest", tail=(packed.rest,), dtype=packed.rest_type, compressor=usual))
         return specs
 
     def write(self, root: Path) -> Manifest:

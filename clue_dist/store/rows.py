@@ -111,8 +111,9 @@ class Located:
         """Of each row, (n,) uint32."""
         return self.blocks.lengths[self.slot, self.row, 0]
 
-    def decode(self, indptr: np.ndarray, indices: np.ndarray, values: np.ndarray) -> None:
-        """Fill indices (nnz,) int32 and values (nnz,) float32. indptr: (n + 1,), where each row goes in them."""
+    def decode(self, indptr: np.ndarray, indices: np.ndarray, values: np.ndarray | None) -> None:
+        """Fill indices (nnz,) int32 and values (nnz,) float32. indptr: (n + 1,), where each row goes in them. Without
+        `values`, binary rows alone can be decoded."""
         b = self.blocks
         _decode(b.codes, b.rest, b.lengths, b.starts, self.bits, self.slot, self.row, indptr, indices, values)
 
@@ -186,8 +187,11 @@ def _encode(indptr, indices, values, order, bits, lengths, codes, rest, scratch)
 def _decode(codes, rest, lengths, starts, bits, slot, row, indptr, indices, values):  # type: ignore[no-untyped-def]
     for i in range(len(slot)):
         s, r = slot[i], row[i]
-        columns, counts = indices[indptr[i] : indptr[i + 1]], values[indptr[i] : indptr[i + 1]]
-        _row(codes[s], rest[s], lengths[s, r], starts[s, r], bits, columns, counts)
+        columns = indices[indptr[i] : indptr[i + 1]]
+        if values is None:
+            _columns(codes[s], rest[s], starts[s, r], bits, columns)
+        else:
+            _row(codes[s], rest[s], lengths[s, r], starts[s, r], bits, columns, values[indptr[i] : indptr[i + 1]])
 
 
 @njit(nogil=True, cache=True)
@@ -206,10 +210,22 @@ def _decode_dense(codes, rest, lengths, starts, bits, slot, row, out):  # type: 
 @njit(nogil=True, cache=True)
 def _row(codes, rest, lengths, start, bits, columns, counts):  # type: ignore[no-untyped-def]
     """Columns first, then counts: the second loop runs on vector units, and only high counts are touched twice."""
-    far, mask = np.int32((256 >> bits) - 1), np.uint8((1 << bits) - 1)
-    shift = np.uint8(bits)
+    _columns(codes, rest, start, bits, columns)
+    mask = np.uint8((1 << bits) - 1)
     n_far, n_high = lengths[1], lengths[2]
     of, more = codes[start[0] : start[0] + len(columns)], rest[start[1] : start[1] + n_far + 2 * n_high]
+    for j in range(len(columns)):
+        counts[j] = np.float32(np.int32(of[j] & mask) + np.int32(1))
+    place = np.int64(0)
+    for k in range(n_far, n_far + n_high):
+        place += np.int64(more[k])
+        counts[place] = np.float32(more[k + n_high]) + np.float32(1)
+
+
+@njit(nogil=True, cache=True)
+def _columns(codes, rest, start, bits, columns):  # type: ignore[no-untyped-def]
+    far, shift = np.int32((256 >> bits) - 1), np.uint8(bits)
+    of, more = codes[start[0] : start[0] + len(columns)], rest[start[1] :]
     column, k = np.int32(0), 0
     for j in range(len(columns)):
         gap = np.int32(of[j] >> shift)
@@ -218,12 +234,6 @@ def _row(codes, rest, lengths, start, bits, columns, counts):  # type: ignore[no
             k += 1
         column += gap
         columns[j] = column
-    for j in range(len(columns)):
-        counts[j] = np.float32(np.int32(of[j] & mask) + np.int32(1))
-    place = np.int64(0)
-    for k in range(n_far, n_far + n_high):
-        place += np.int64(more[k])
-        counts[place] = np.float32(more[k + n_high]) + np.float32(1)
 
 
 def misfit(blocks: Blocks, bits: int, n_features: int) -> str | None:

@@ -40,7 +40,7 @@ def create(root: Path, manifest: Manifest) -> None:
     for name in manifest.strata:
         for spec in manifest.arrays(name):
             if not (root / spec.path / "zarr.json").exists():
-                _create_array(root, spec, manifest.codec)
+                _create_array(root, spec)
 
 
 def write_shard(root: Path, manifest: Manifest, stratum: str, shard: int, cells: Cells) -> dict[str, Shard]:
@@ -127,7 +127,7 @@ def _sync_folder(path: Path) -> None:
         os.close(handle)
 
 
-def _create_array(root: Path, spec: ArraySpec, preset: str) -> None:
+def _create_array(root: Path, spec: ArraySpec) -> None:
     zarr.create_array(
         store=str(root),
         name=spec.path,
@@ -136,7 +136,7 @@ def _create_array(root: Path, spec: ArraySpec, preset: str) -> None:
         shards=spec.shard,
         dtype=spec.dtype,
         # crc32c comes last, so that a flipped bit raises before anything is decoded.
-        compressors=[zarr.codecs.BloscCodec(**layout.blosc(spec.dtype, preset)), zarr.codecs.Crc32cCodec()],
+        compressors=[zarr.codecs.BloscCodec(**layout.blosc(spec)), zarr.codecs.Crc32cCodec()],
         fill_value=0,
     )
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from clue_dist.data import batch as loaders
-from clue_dist.data.batch import Batch, SparseCounts
+from clue_dist.data.batch import Batch, Part, SparseCounts, assemble
 from clue_dist.data.buffers import Buffers
 from clue_dist.data.loader import Loader
 from clue_dist.data.plan import Plan
 from clue_dist.errors import StoreError
 from clue_dist.store.reader import Store
+from clue_dist.store.rows import Blocks, Csr, Located, coded
 from tests.stores import make_store
 
 
@@ -107,6 +108,27 @@ def test_memory_is_used_again_once_nobody_holds_it() -> None:
     held = [buffers.empty(100, np.float32), buffers.empty(100, np.float32)]  # there was some to spare
     assert place in {array.ctypes.data for array in held}
     assert buffers.empty(10, np.int32).dtype == np.int32
+
+
+def test_batches_of_binary_counts_share_their_ones() -> None:
+    rows = coded(Csr(np.array([0, 2, 3]), np.array([1, 4, 0], np.int32), np.ones(3, np.float32), 5), 0)
+    located = Located(
+        Blocks(rows.codes[None], rows.rest[None], rows.lengths[None], rows.starts()[None]),
+        np.zeros(2, np.int64),
+        np.array([1, 0]),
+        5,
+        rows.bits,
+    )
+    buffers = Buffers()
+    batches = [assemble(["atac"], [Part({"atac": located}, np.zeros(2, np.int32))], buffers) for _ in range(2)]
+    one, two = (batch.modalities["atac"].counts for batch in batches)
+    assert isinstance(one, SparseCounts)
+    assert isinstance(two, SparseCounts)
+    assert one.values.tolist() == [1, 1, 1]
+    assert one.indices.tolist() == [0, 1, 4]
+    assert one.indptr.tolist() == [0, 1, 3]
+    assert one.values.data_ptr() == two.values.data_ptr()
+    assert one.indices.data_ptr() != two.indices.data_ptr()
 
 
 def test_batch_codes_come_with_their_cells(store: Store) -> None:

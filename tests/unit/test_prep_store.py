@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 import scipy.sparse as sp
 import zarr
 from hypothesis import given, settings
@@ -19,7 +20,7 @@ from clue_dist.store.writer import Cells, commit, create, write_shard
 from tests.stores import packed_of, part_of
 
 
-def write(root: Path, sparse: np.ndarray, dense: np.ndarray, block: int, codec: str) -> Manifest:
+def write(root: Path, sparse: np.ndarray, dense: np.ndarray, block: int, codec: layout.Codec) -> Manifest:
     """A store of one stratum, shards of 16 blocks. sparse, dense: (n, features)"""
     n, matrix = len(sparse), sp.csr_matrix(sparse)
     csr = Csr(matrix.indptr.astype(np.int64), matrix.indices, matrix.data, sparse.shape[1])
@@ -93,11 +94,11 @@ def oracle(root: Path, manifest: Manifest, n_features: int) -> np.ndarray:
     block=st.sampled_from([1, 2, 3, 8, 64]),
     largest=st.sampled_from([1, 2, 256, 257, 70_000]),
     density=st.sampled_from([0.0, 0.01, 0.5, 1.0]),
-    codec=st.sampled_from(["fast", "small"]),
+    codec=st.sampled_from(["balanced", "fast", "small"]),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_rows_at_any_positions(
-    n: int, features: int, block: int, largest: int, density: float, codec: str, seed: int
+    n: int, features: int, block: int, largest: int, density: float, codec: layout.Codec, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
     density = min(density, 2000 / features)  # keeps an example small
@@ -120,6 +121,17 @@ def test_rows_at_any_positions(
         np.testing.assert_array_equal(
             zarr.open_array(store.root / "strata/rna+adt/adt/values")[:].reshape(-1, 5)[:n], dense
         )
+
+
+@pytest.mark.parametrize(
+    ("codec", "counts", "binary"), [("balanced", "lz4", "zstd"), ("fast", "lz4", "lz4"), ("small", "zstd", "zstd")]
+)
+def test_codec_of_gaps(tmp_path: Path, codec: layout.Codec, counts: str, binary: str) -> None:
+    x, adt = np.array([[0, 3, 0, 1], [1, 0, 0, 2]]), np.ones((2, 3), int)
+    for name, matrix, expected in (("counts", x, counts), ("binary", x.clip(max=1), binary)):
+        write(tmp_path / name, matrix, adt, 2, codec)
+        on_disk = zarr.open_array(tmp_path / name / "s.zarr/strata/rna+adt/rna/codes")
+        assert on_disk.compressors[0].cname.value == expected
 
 
 def test_writing_a_shard_again_gives_the_same_bytes(tmp_path: Path) -> None:
