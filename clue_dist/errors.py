@@ -65,6 +65,10 @@ class StoreError(ClueError):
     """A store that is incomplete, damaged, or not the one that was expected."""
 
 
+class ServerError(StoreError):
+    """The server of a store fails or refuses: nothing is said about the store itself."""
+
+
 class ResumeError(ClueError):
     """A checkpoint or run folder that does not fit what is asked of it."""
 

@@ -144,15 +144,15 @@ def _stack(rows: list[Located | np.ndarray], buffers: Buffers, dense: bool) -> C
     indptr = np.concatenate([[0], np.cumsum(np.concatenate([r.nonzeros() for r in sparse]), dtype=np.int64)])
     indices = buffers.empty(int(indptr[-1]), np.int32)
     binary = not any(r.bits for r in sparse)
-    values = buffers.ones(len(indices)) if binary else buffers.empty(len(indices), np.float32)
+    values = None if binary else buffers.empty(len(indices), np.float32)
     first = 0
     for r in sparse:
         last = first + len(r.row)
-        r.decode(indptr[first : last + 1], indices, None if binary else values)
+        r.decode(indptr[first : last + 1], indices, values)
         first = last
     return SparseCounts(
         torch.from_numpy(indptr.astype(np.int32)),
         torch.from_numpy(indices),
-        torch.from_numpy(values),
+        buffers.ones(len(indices)) if values is None else torch.from_numpy(values),
         sparse[0].n_features,
     )

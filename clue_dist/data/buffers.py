@@ -8,6 +8,7 @@ import threading
 from typing import Any
 
 import numpy as np
+import torch
 
 _UNUSED = 3  # references to an array that nobody uses: the list's, the variable's, and that of asking
 _SPARE = 8  # 1/8 more than asked for: batches differ in size
@@ -31,7 +32,7 @@ class Buffers:
 
     def __init__(self) -> None:
         self._kept: dict[np.dtype[Any], list[np.ndarray]] = {}
-        self._ones = np.ones(0, np.float32)
+        self._ones = torch.ones(0)
         self._lock = threading.Lock()
 
     def empty(self, n: int, dtype: Any) -> np.ndarray:
@@ -48,9 +49,15 @@ class Buffers:
             kept.append(np.empty(n + n // _SPARE, dtype))
             return kept[-1][:n]
 
-    def ones(self, n: int) -> np.ndarray:
-        """(n,) float32, the same memory for all who ask: nobody may write to it."""
+    def ones(self, n: int) -> torch.Tensor:
+        """(n,) float32, the same memory for all who ask: nobody may write to it.
+
+        Raises:
+            RuntimeError: somebody did.
+        """
         with self._lock:
+            if self._ones._version:
+                raise RuntimeError("the values of a batch of binary counts were written to; other batches share them")
             if len(self._ones) < n:
-                self._ones = np.ones(n + n // _SPARE, np.float32)
+                self._ones = torch.ones(n + n // _SPARE)
             return self._ones[:n]

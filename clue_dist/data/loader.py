@@ -15,13 +15,17 @@ from clue_dist.data.batch import Batch, Part, assemble
 from clue_dist.data.buffers import Buffers, keep_freed_memory
 from clue_dist.data.phases import phase
 from clue_dist.data.plan import Plan
-from clue_dist.store.layout import group_of
+from clue_dist.errors import ConfigError, ServerError, StoreError
+from clue_dist.store.layout import blocks_of
 from clue_dist.store.pool import Pool, Reading
 from clue_dist.store.reader import Store, StratumReader
 
 AHEAD = 20  # micro-batches, at least, whose blocks are being read while another is built
 STRETCH = 8  # micro-batches that are planned, and whose blocks are asked for, together
 GATHERERS = 2  # threads: one alone gathers rows more slowly than TensorStore decompresses them
+GATHERING = 2 * GATHERERS  # micro-batches that are being built, or wait for a thread
+# Stretches whose blocks are needed at a time: a new one, and those of all micro-batches planned or being built.
+HELD = 1 + -(-(AHEAD - 1 + GATHERING) // STRETCH)
 
 
 class BlockCache:
@@ -33,14 +37,16 @@ class BlockCache:
         self._pool = Pool(reader, self.slots)
         self._slot_of = np.full(reader.n_blocks, -1, np.int32)
         self._block_in = np.full(self.slots, -1, np.int64)
-        self._asked = np.zeros(self.slots, np.int64)  # when a slot's block was asked for, in calls of `expect`
+        self._asked = np.full(self.slots, -HELD, np.int64)  # when a slot's block was asked for, in calls of `expect`
         self._calls = 0
         self._coming = deque[Reading]()
         self._is_coming = np.zeros(self.slots, bool)
+        self._damaged: dict[int, StoreError] = {}  # by slot
 
     @phase("read and decode")
     def expect(self, positions: np.ndarray) -> None:
-        """Begin to read the blocks of cells that will be asked for, in place of those not asked for longest."""
+        """Begin to read the blocks of cells that will be asked for before HELD - 1 more calls, in place of those not
+        asked for longest."""
         self._calls += 1
         blocks = np.unique(positions // self.block_cells)
         slots = self._slot_of[blocks]
@@ -48,6 +54,8 @@ class BlockCache:
         missing = blocks[slots < 0]
         if len(missing):
             slots = np.argsort(self._asked, kind="stable")[: len(missing)]
+            if len(slots) < len(missing) or self._asked[slots[-1]] > self._calls - HELD:
+                raise RuntimeError(f"a loader has {self.slots} slots, too few for the blocks of {HELD} stretches")
             left = self._block_in[slots]
             self._slot_of[left[left >= 0]] = -1
             self._slot_of[missing], self._block_in[slots], self._asked[slots] = slots, missing, self._calls
@@ -55,9 +63,15 @@ class BlockCache:
             self._is_coming[slots] = True
 
     def rows(self, positions: np.ndarray) -> Part:
-        """Raw counts and batch codes of cells that were expected, in the order asked for."""
+        """Raw counts and batch codes of cells that were expected, in the order asked for.
+
+        Raises:
+            StoreError: a block of theirs is missing or damaged.
+        """
         slot, row = self._slot_of[positions // self.block_cells], positions % self.block_cells
         self._await(slot)
+        if self._damaged and (bad := self._damaged.keys() & slot.tolist()):
+            raise self._damaged[min(bad)]
         rows = {m: self._pool.rows(m, slot, row) for m in self.modalities}
         return Part(rows, self._pool.batch_codes(slot, row))
 
@@ -65,16 +79,33 @@ class BlockCache:
     def _await(self, slot: np.ndarray) -> None:
         while self._is_coming[slot].any():
             reading = self._coming.popleft()
-            self._pool.finish(reading)
+            self._settle(reading)
             self._is_coming[reading.slots] = False
 
+    def _settle(self, reading: Reading) -> None:
+        """Wait for blocks; of many that were read together, find out which one is damaged."""
+        try:
+            self._pool.finish(reading)
+        except StoreError as error:
+            if isinstance(error, ServerError):
+                raise
+            if len(reading.blocks) == 1:
+                self._damaged[int(reading.slots[0])] = error
+                return
+            for i in range(len(reading.blocks)):
+                self._settle(self._pool.start(reading.blocks[i : i + 1], reading.slots[i : i + 1]))
 
-def slots_for(plan: Plan, segment: str, world: int, steps: int) -> int:
-    """Blocks of a segment that one of `world` ranks may need for any `steps` micro-batches in a row."""
+
+def slots_for(plan: Plan, segment: str, world: int) -> int:
+    """Blocks of a segment that one of `world` ranks may need for HELD stretches of micro-batches."""
+    n, cells = plan.sizes[segment], plan.most(segment, HELD * STRETCH)
     lot = plan.lanes * plan.window_blocks  # blocks of one span, of which a rank reads its lanes' windows
-    spans = steps * plan.share[group_of(segment)] // (lot * plan.block_cells) + 2
-    # What is left at the end of a pass is no lane's own: a rank may need all of it.
-    return spans * lot // world + lot + 1
+    span = lot * plan.block_cells
+    spanned = n // span * span  # cells of a pass that are dealt in spans
+    whole = (cells // span + 2) * lot // world if spanned else 0  # two spans may be touched at one end only
+    # What is left at the end of a pass is no lane's own: a rank may need all of it. Between two such ends lies a pass.
+    ends = 1 if cells <= spanned else 2 + (cells - spanned - 1) // n
+    return min(whole + ends * blocks_of(n - spanned, plan.block_cells), cells // world)
 
 
 class _Ring:
@@ -84,6 +115,7 @@ class _Ring:
     def __init__(self, size: int) -> None:
         self._size, self._items = size, deque[Future[Batch]]()
         self._changed = threading.Condition()
+        self._last: Future[Batch] | None = None
         self._open = True
 
     def put(self, item: Future[Batch]) -> None:
@@ -91,12 +123,25 @@ class _Ring:
         with self._changed:
             if len(self._items) == self._size:
                 self._changed.wait_for(lambda: len(self._items) <= self._size // 2 or not self._open)
-            self._items.append(item)
+            if self._open:
+                self._items.append(item)
+                self._changed.notify()
+
+    def end(self, item: Future[Batch]) -> None:
+        """Put the last one: `get` gives it for ever."""
+        with self._changed:
+            self._last = item
             self._changed.notify()
 
     def get(self) -> Future[Batch]:
+        """Waits for a batch; StopIteration once closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._items)
+            self._changed.wait_for(lambda: self._items or self._last or not self._open)
+            if not self._open:
+                raise StopIteration
+            if not self._items:
+                assert self._last is not None
+                return self._last
             item = self._items.popleft()
             if len(self._items) == self._size // 2:
                 self._changed.notify()
@@ -113,7 +158,11 @@ class Loader:
 
     Use as a context manager; `next()` gives a `Batch`, its counts sparse as they are stored, or all of them `dense`.
     `waited` counts the seconds `next()` had to wait.
-    An error in a thread (a damaged chunk, say) is raised by the `next()` that would have given its batch.
+    An error in a thread (a damaged chunk, say) is raised by the `next()` that would have given its batch, and by all
+    after it.
+
+    Raises:
+        ConfigError: `world` does not divide the plan's lanes.
     """
 
     def __init__(
@@ -128,11 +177,17 @@ class Loader:
         pin: bool = False,
         dense: bool = False,
     ) -> None:
+        if plan.lanes % world:
+            raise ConfigError(
+                "the number of ranks does not divide the lanes",
+                where="data.lanes",
+                got=f"{plan.lanes} % {world} = {plan.lanes % world}",
+                expected="a multiple of the number of ranks",
+            )
         self.plan, self.rank, self.world, self.pin, self.dense = plan, rank, world, pin, dense
         self.modalities = store.modalities
         self.waited = 0.0
-        steps = 2 * GATHERERS + AHEAD + STRETCH  # from the oldest that is gathered to the newest that is planned
-        self._caches = {s: BlockCache(store.strata[s], slots_for(plan, s, world, steps)) for s in plan.segments}
+        self._caches = {s: BlockCache(store.strata[s], slots_for(plan, s, world)) for s in plan.segments}
         self._buffers = Buffers()
         keep_freed_memory()
         self._ring = _Ring(prefetch)
@@ -172,14 +227,14 @@ class Loader:
                 if len(planned) < AHEAD:
                     planned += self._expect(step)
                     step += STRETCH
-                if len(gathering) == 2 * GATHERERS:
+                if len(gathering) == GATHERING:
                     wait([gathering.popleft()])  # what it reads from must not be overwritten before
                 gathering.append(self._gathered(planned.popleft()))
                 self._ring.put(gathering[-1])
         except BaseException as error:  # noqa: BLE001  raised again where the batch was expected
             failed: Future[Batch] = Future()
             failed.set_exception(error)
-            self._ring.put(failed)
+            self._ring.end(failed)
 
     def _expect(self, step: int) -> list[dict[str, np.ndarray]]:
         """This rank's cells of micro-batches from `step` on, whose blocks begin to be read."""

@@ -63,7 +63,8 @@ class Plan:
         return {name: n for name, n in self.sizes.items() if group_of(name) == stratum}
 
     def dealt(self, step: int, segment: str) -> int:
-        """Cells of a segment in all micro-batches before `step`: whole rounds of the lanes."""
+        """Cells of a segment in all micro-batches before `step`: whole rounds of the lanes. One that has fewer cells
+        than there are lanes gives copies to a round."""
         stratum = group_of(segment)
         rounds, cells = step * self.share[stratum] // self.lanes, sum(self._segments(stratum).values())
         for name, n in self._segments(stratum).items():
@@ -72,6 +73,13 @@ class Plan:
                 return own * self.lanes
             rounds, cells = rounds - own, cells - n  # the others share what is left
         raise KeyError(segment)
+
+    def most(self, segment: str, steps: int) -> int:
+        """Cells of a segment in any `steps` micro-batches, at most."""
+        stratum, segments = group_of(segment), self._segments(group_of(segment))
+        rounds = steps * self.share[stratum] // self.lanes
+        own = rounds * segments[segment] // sum(segments.values()) + len(segments)  # each turn before it is rounded
+        return min(own, rounds) * self.lanes
 
     @phase("plan")
     def cells(self, step: int, segment: str, steps: int = 1) -> np.ndarray:

@@ -15,7 +15,7 @@ from typing import Any
 
 import tensorstore as ts
 
-from clue_dist.errors import StoreError
+from clue_dist.errors import ServerError, StoreError
 
 SCHEMES = ("s3", "gs", "http", "https")
 _EIGHT_TIMES = {"max_retries": 8, "initial_delay": "250ms", "max_delay": "8s"}  # half a minute in all, then the error
@@ -142,7 +142,7 @@ def failed(error: Exception, root: Place, what: str, where: object, fix: str | N
     if isinstance(root, Remote):
         for mark, (told, mend) in _SERVER_SAYS.items():
             if mark in got:
-                return StoreError(told, where=where, got=got, fix=mend)
+                return ServerError(told, where=where, got=got, fix=mend)
         fix = fix or _MEND
     return StoreError(what, where=where, got=got, fix=fix)
 

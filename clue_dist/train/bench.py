@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from clue_dist.data.batch import Batch, SparseCounts
+from clue_dist.data.loader import AHEAD, STRETCH
 from clue_dist.data.phases import watch
 from clue_dist.ranks import Ranks
 from clue_dist.train.engine import build, join
@@ -209,10 +210,11 @@ def shares(phases: dict[str, float], spent: float) -> dict[str, float]:
 
 
 def _span(setup: Setup) -> int:
-    """Micro-batches in which the loader opens new blocks once: it reads them in bursts, a window of every lane."""
+    """Micro-batches in which the loader opens new blocks once: it reads them in bursts, a window of every lane, and
+    plans ahead, so that fewer could all be there already."""
     plan = setup.plan
     cells = plan.lanes * plan.window_blocks * plan.block_cells
-    return min(MAX_SPAN, -(-cells // max(plan.share.values())))
+    return max(AHEAD + STRETCH, min(MAX_SPAN, -(-cells // max(plan.share.values()))))
 
 
 def _non_zeros(batch: Batch) -> int:

@@ -1,20 +1,24 @@
 """What the loader serves is what the plan asked for, on any number of ranks, and an error is never swallowed."""
 
 import itertools
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from clue_dist.data import batch as loaders
 from clue_dist.data.batch import Batch, Part, SparseCounts, assemble
 from clue_dist.data.buffers import Buffers
-from clue_dist.data.loader import Loader
+from clue_dist.data.loader import HELD, STRETCH, BlockCache, Loader, slots_for
 from clue_dist.data.plan import Plan
-from clue_dist.errors import StoreError
+from clue_dist.errors import ConfigError, StoreError
 from clue_dist.store.reader import Store
 from clue_dist.store.rows import Blocks, Csr, Located, coded
 from tests.stores import make_store
@@ -129,6 +133,9 @@ def test_batches_of_binary_counts_share_their_ones() -> None:
     assert one.indptr.tolist() == [0, 1, 3]
     assert one.values.data_ptr() == two.values.data_ptr()
     assert one.indices.data_ptr() != two.indices.data_ptr()
+    one.values.log1p_()
+    with pytest.raises(RuntimeError, match="were written to"):
+        buffers.ones(3)
 
 
 def test_batch_codes_come_with_their_cells(store: Store) -> None:
@@ -154,13 +161,92 @@ def test_ranks_together_hold_the_global_batch_in_the_same_composition(store: Sto
         np.testing.assert_array_equal(order(together), order(want))
 
 
-def test_a_damaged_chunk_raises_where_its_batch_was_due(store: Store) -> None:
+def test_a_damaged_block_raises_where_its_batch_was_due_and_is_named(tmp_path: Path) -> None:
+    """And ever after; it was read together with others, in which nothing is wrong."""
+    store = make_store(tmp_path / "s.zarr", cells={"rna": 1600}, features={"rna": 40}, block_cells=16)
+    plan = Plan(0, {"rna": 1600}, {"rna": 16}, 4, 1, 16)
+    due = next(step for step in itertools.count(13) if 0 in plan.cells(step, "rna") // 16)
+    assert due > STRETCH
     shard = store.root / "strata/rna/rna/codes/c/0/0"
     data = bytearray(shard.read_bytes())
-    data[3] ^= 0x10
+    data[3] ^= 0x10  # of block 0, the first one in the shard
     shard.write_bytes(data)
-    with Loader(Store(store.root), plan_of(store)) as loader, pytest.raises(StoreError, match="missing or damaged"):
-        list(itertools.islice(loader, 40))
+    with Loader(Store(store.root), plan, first=13) as loader:
+        for step in range(13, due):
+            np.testing.assert_array_equal(dense(next(loader), "rna"), expected(store, plan, step, "rna"))
+        for _ in range(2):
+            with pytest.raises(StoreError, match=r"damaged(.|\n)*blocks 0 \(cells 0 to 15\)"):
+                next(loader)
+
+
+def test_a_closed_loader_has_no_more_batches(store: Store) -> None:
+    loader = Loader(store, plan_of(store))
+    next(loader)
+    loader.close()
+    assert list(loader) == []
+
+
+def test_closing_wakes_who_waits_for_a_batch(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading = threading.Event()
+
+    def stuck(*_: Any) -> None:
+        reading.set()
+        time.sleep(0.5)
+
+    monkeypatch.setattr(BlockCache, "expect", stuck)
+    loader = Loader(store, plan_of(store))
+    with ThreadPoolExecutor(1) as other:
+        waiting = other.submit(list, loader)
+        assert reading.wait(10)
+        loader.close()
+        assert waiting.result(10) == []
+
+
+def test_ranks_that_do_not_divide_the_lanes_are_refused(store: Store) -> None:
+    with pytest.raises(ConfigError, match=r"4 % 3 = 1"):
+        Loader(store, plan_of(store), world=3)
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> tuple[Plan, int]:
+    """Strata of one to three segments, from a small part of a span to many of them, on any ranks."""
+    lanes, window, size = (draw(st.sampled_from(of)) for of in ((1, 2, 4, 16), (1, 2, 8), (4, 16)))
+    span = lanes * window * size
+    cells = {f"s.{i}" if i > 1 else "s": draw(st.integers(1, 5 * span)) for i in range(1, draw(st.integers(2, 4)))}
+    plan = Plan(draw(st.integers(0, 99)), cells, {"s": lanes * draw(st.integers(1, 9))}, lanes, window, size)
+    return plan, draw(st.sampled_from([w for w in (1, 2, 4, 16) if lanes % w == 0]))
+
+
+@given(plans(), st.integers(0, 10**6))
+@settings(max_examples=200, deadline=None)
+def test_no_rank_needs_more_blocks_than_it_has_slots_for(chosen: tuple[Plan, int], first: int) -> None:
+    plan, world = chosen
+    for segment in plan.segments:
+        needed: set[int] = set()
+        for step in range(first, first + HELD * STRETCH):
+            needed |= set((plan.cells(step, segment)[::world] // plan.block_cells).tolist())
+        assert len(needed) <= slots_for(plan, segment, world)
+
+
+def test_what_sixteen_ranks_are_served_while_blocks_are_replaced(tmp_path: Path) -> None:
+    """A pass of little more than a span, so that ends of passes, of which a rank may need all, follow each other."""
+    store = make_store(tmp_path / "s.zarr", cells={"adt": 3941}, features={"adt": 3}, block_cells=64)
+    plan = Plan(0, {"adt": 3941}, {"adt": 144}, 16, 1, 64)
+    known = store.strata["adt"].rows("adt", np.arange(3941))
+    assert isinstance(known, np.ndarray)
+    for rank in (0, 7):
+        with Loader(store, plan, rank=rank, world=16) as loader:
+            for step in range(200):
+                got = next(loader).modalities["adt"].counts
+                np.testing.assert_array_equal(got, known[plan.cells(step, "adt")[rank::16]])
+
+
+def test_too_few_slots_are_an_error_not_other_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make_store(tmp_path / "s.zarr", cells={"rna": 1600}, features={"rna": 40}, block_cells=16)
+    plan = Plan(0, {"rna": 1600}, {"rna": 16}, 4, 1, 16)
+    monkeypatch.setattr("clue_dist.data.loader.slots_for", lambda *_: 12)
+    with Loader(store, plan) as loader, pytest.raises(RuntimeError, match="12 slots, too few"):
+        list(itertools.islice(loader, 50))
 
 
 def test_closing_ends_the_thread_even_when_nobody_reads(store: Store) -> None:
