@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 from clue_dist.errors import DataError, StoreError, run_main
 from clue_dist.store import layout
+from clue_dist.store.manifest import Manifest
+from clue_dist.store.place import place_of
 from data_prep import inspect, svd
 from data_prep.append import append, appended
 from data_prep.check import check
@@ -19,6 +22,8 @@ from data_prep.inputs import Asked, Input, parse_inputs
 from data_prep.simulate import Spec, parse_features, write_h5mu
 from data_prep.sources import FIELDS, Keys
 from data_prep.tasks import pool
+
+SEVERAL: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}  # values of a flag
 
 
 def main() -> None:
@@ -34,17 +39,19 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _append(args: argparse.Namespace) -> None:
-    inputs, options = _asked(args)
+    before = Manifest.read(place_of(args.to)).provenance.get("columns", {})
+    inputs, options = _asked(args, FIELDS | before)
     with pool(args.workers, args.scheduler) as workers:
         manifest = append(inputs, args.to, options, workers)
     print(f"{args.to}: {appended(manifest)}")
 
 
-def _asked(args: argparse.Namespace) -> tuple[list[Input], Options]:
+def _asked(args: argparse.Namespace, columns: Mapping[str, str] = FIELDS) -> tuple[list[Input], Options]:
+    """columns: of batch and label, where the command line names no others."""
     kinds = _pairs(args.kind, "--kind")
     named = {"batch": args.batch_key, "label": args.label_key}
     explicit = frozenset(field for field, column in named.items() if column)
-    keys = Keys({field: named[field] or column for field, column in FIELDS.items()}, explicit)
+    keys = Keys({field: named[field] or column for field, column in columns.items()}, explicit)
     layers = PerModality.parse(args.layer, "--layer", "layers")
     ids = PerModality.parse(args.feature_ids, "--feature-ids", "columns")
     barcodes = PerModality.parse(args.barcodes, "--barcodes", "lists")
@@ -133,6 +140,18 @@ def _parser() -> argparse.ArgumentParser:
 def _add_convert(p: argparse.ArgumentParser) -> None:
     _input_options(p)
     p.add_argument("--out", type=Path, required=True, help="the store to write, STORE.zarr")
+    p.add_argument(
+        "--features",
+        metavar="[NAME=]same|intersection|union|FILE",
+        help="when files of a modality differ (default: same); FILE lists names, one a line",
+        **SEVERAL,
+    )
+    p.add_argument(
+        "--top",
+        metavar="NAME=NUMBER",
+        help="keep the features that vary most within batches (rna) or are seen in most cells (atac)",
+        **SEVERAL,
+    )
     p.add_argument("--features-from", metavar="STORE", help="fit the modalities and features of another store")
     p.add_argument(
         "--block-cells", type=_positive, default=layout.BLOCK_CELLS, help="cells of a block (default: %(default)s)"
@@ -144,8 +163,8 @@ def _add_convert(p: argparse.ArgumentParser) -> None:
 
 def _add_append(p: argparse.ArgumentParser) -> None:
     _input_options(p)
-    p.add_argument("--to", type=Path, required=True, help="the store that gets them; features and blocks are its own")
-    p.set_defaults(run=_append, features_from=None, block_cells=layout.BLOCK_CELLS, codec="balanced")
+    p.add_argument("--to", required=True, help="the store that gets them, a folder; it decides features and blocks")
+    p.set_defaults(run=_append, features_from=None, features=[], top=[], block_cells=0, codec="balanced")
 
 
 def _input_options(p: argparse.ArgumentParser) -> None:
@@ -177,36 +196,23 @@ def _input_options(p: argparse.ArgumentParser) -> None:
 
 
 def _feature_options(p: argparse.ArgumentParser) -> None:
-    several: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}
-    p.add_argument(
-        "--features",
-        metavar="[NAME=]same|intersection|union|FILE",
-        help="when files of a modality differ (default: same); FILE lists names, one a line",
-        **several,
-    )
     p.add_argument(
         "--feature-ids",
         metavar="[NAME=]COLUMN",
         help="column of var that names the features, gene_ids, say, instead of var_names; A,B: the first there is",
-        **several,
+        **SEVERAL,
     )
     p.add_argument(
         "--bins",
         metavar="NAME=WIDTH",
         help="genome bins so many bp wide, from peaks or fragments: atac=5000",
-        **several,
-    )
-    p.add_argument(
-        "--top",
-        metavar="NAME=NUMBER",
-        help="keep the features that vary most within batches (rna) or are seen in most cells (atac)",
-        **several,
+        **SEVERAL,
     )
     p.add_argument(
         "--barcodes",
         metavar="[NAME=]FILE|MODALITY",
         help="cells of a fragments file: those listed, or those of another modality (default: every barcode)",
-        **several,
+        **SEVERAL,
     )
     p.add_argument("--cut-sites", action="store_true", help="count both ends of a fragment, not its middle once")
 

@@ -11,22 +11,26 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from clue_dist.errors import DataError, StoreError, listed
 from clue_dist.store import layout, svd
 from clue_dist.store.manifest import Manifest, Shard
+from clue_dist.store.place import Place, place_of
 from clue_dist.store.reader import Store, StratumReader
 from clue_dist.store.writer import metadata
 from data_prep.cells import Cells
-from data_prep.convert import Options, build, description
+from data_prep.convert import Options, build, description, told
+from data_prep.files import remove_leftovers
 from data_prep.inputs import Input
-from data_prep.job import job
+from data_prep.job import as_json, begun, discard, job, partial_of
 from data_prep.sources import decode
 from data_prep.tasks import Pool
 
@@ -36,28 +40,60 @@ DONE = "becomes"  # in the addition's folder: the fingerprint that the store is 
 BLOCKS = 4096  # whose barcodes are read at once
 
 
-def append(inputs: Sequence[Input], root: Path, options: Options, pool: Pool) -> Manifest:
+def append(inputs: Sequence[Input], where: str | Place, options: Options, pool: Pool) -> Manifest:
     """Add the cells of `inputs`; returns the store's new manifest, whose fingerprint is another.
 
-    options: `features_from`, `block_cells` and `codec` are the store's own, whatever they say.
+    options: `features_from`, `block_cells` and `codec` are the store's own, whatever they say; choices: bins alone.
 
     Raises:
         DataError: inputs that are not what they should be, modalities the store lacks, cells that are in it already.
-        StoreError: no store there, another addition is under way, or the disk is full.
+        StoreError: no store there, or not a folder; another addition is under way; the disk is full.
     """
+    root = place_of(where)
+    if not isinstance(root, Path):
+        raise StoreError("cells can only be added to a folder", where=where, fix="add them there, then copy it again")
+    root = root.resolve()  # a link may lead to another disk, and the addition must lie beside the store
+    out = root.with_name(root.name + ".addition")
     store = Store(root)
     old = store.manifest
-    partial = root.with_name(root.name + ".addition.partial")
-    if (partial / DONE).exists() and (partial / DONE).read_text() == old.fingerprint:
-        shutil.rmtree(partial)  # left by a run that was killed after its commit
+    _forget_svd(root, old)  # of other cells, if the last addition was killed before it came to it
+    if _was_committed(partial_of(out), description(inputs, options, old), old):
         return old
     options = replace(options, features_from=root, block_cells=old.block_cells, codec=old.codec)
-    with job(partial.with_suffix(""), description(inputs, options, old)) as partial:
-        if not (partial / BUILT).exists():
-            built = build(inputs, options, old, partial, pool, lambda cells: _refuse_known(cells, store))
-            _write(partial / BUILT, built.model_dump_json())
-        addition = Manifest.model_validate_json((partial / BUILT).read_bytes())
-        return _graft(addition, partial, old, root)
+    with job(out, description(inputs, options, old), "addition") as folder:
+        if Manifest.read(root).fingerprint != old.fingerprint:
+            raise StoreError("other cells were added meanwhile", where=root, fix="run the same command again")
+        built = _built(folder)
+        _remove_strays(root, old, {} if built is None else _segments(built, old))
+        if built is None:
+            built = build(inputs, options, old, folder, pool, lambda cells: _refuse_known(cells, store))
+            _write(folder / BUILT, built.model_dump_json())
+        return _graft(built, folder, old, root)
+
+
+def _was_committed(partial: Path, wanted: dict[str, Any], now: Manifest) -> bool:
+    """Whether these inputs are in the store already, added by a run that was killed right after its commit. What it
+    left is removed, whatever it was."""
+    before = begun(partial)
+    if before is None or not any(done.read_text() == now.fingerprint for done in partial.glob(f"*/{DONE}")):
+        return False
+    discard(partial)
+    decided = ("inputs", "features", "columns")  # the rest is the store's, which is another one since
+    return all(before.get(key) == as_json(wanted)[key] for key in decided)
+
+
+def _built(folder: Path) -> Manifest | None:
+    path = folder / BUILT
+    return Manifest.model_validate_json(path.read_bytes()) if path.exists() else None
+
+
+def _remove_strays(root: Path, manifest: Manifest, coming: Mapping[str, str]) -> None:
+    """Strata in the store's folder that neither it nor this addition knows: of an addition that was given up."""
+    for folder in (root / "strata").iterdir():
+        if folder.is_dir() and folder.name not in manifest.strata and folder.name not in coming.values():
+            shutil.rmtree(folder)
+    remove_leftovers(root / "strata")
+    (root / f"{layout.MANIFEST}.tmp").unlink(missing_ok=True)
 
 
 def _refuse_known(cells: Cells, store: Store) -> None:
@@ -83,10 +119,18 @@ def _known(cells: Cells, reader: StratumReader) -> Iterator[np.ndarray]:
             yield found
 
 
-def _graft(addition: Manifest, partial: Path, old: Manifest, root: Path) -> Manifest:
+def _segments(addition: Manifest, old: Manifest) -> dict[str, str]:
+    """What the strata of an addition are called in the store."""
+    there = Counter(layout.group_of(name) for name in old.strata)
+    return {name: layout.stratum_name(s.modalities, there[name] + 1) for name, s in addition.strata.items()}
+
+
+def _graft(addition: Manifest, folder: Path, old: Manifest, root: Path) -> Manifest:
     """Move the strata of an addition into the store as further segments, then commit."""
-    segments = Counter(layout.group_of(name) for name in old.strata)
-    names = {name: layout.stratum_name(s.modalities, segments[name] + 1) for name, s in addition.strata.items()}
+    for name, modality in addition.modalities.items():
+        if modality != old.modalities[name]:
+            raise RuntimeError(f"an addition with other features of {name} than its store")
+    names = _segments(addition, old)
     notes = {APPENDED: [*old.provenance.get(APPENDED, []), addition.provenance]}
     new = old.model_copy(
         update={
@@ -100,12 +144,22 @@ def _graft(addition: Manifest, partial: Path, old: Manifest, root: Path) -> Mani
     new = Manifest.model_validate(new.model_dump())
     found = dict(old.metadata)
     for name, final in names.items():
-        _move(partial / "store" / "strata" / name, root / "strata" / final)
+        _move(folder / "store" / "strata" / name, root / "strata" / final)
         found |= metadata(root, f"strata/{final}")
     new = new.model_copy(update={"metadata": found})
-    shutil.rmtree(root / svd.FOLDER, ignore_errors=True)  # of other cells from now on
-    _write(partial / DONE, new.computed_fingerprint())
-    return new.write(root)
+    _write(folder / DONE, new.computed_fingerprint())
+    new = new.write(root)
+    _forget_svd(root, new)
+    return new
+
+
+def _forget_svd(root: Path, now: Manifest) -> None:
+    """Remove an SVD that is not of the cells there are now."""
+    try:
+        svd.known(root, now)
+    except StoreError:
+        shutil.rmtree(root / svd.FOLDER)
+        print(f"{root}: the stored SVD was of the cells before, and is gone", file=sys.stderr)
 
 
 def _renamed(addition: Manifest, names: dict[str, str]) -> dict[str, Shard]:
@@ -126,8 +180,6 @@ def _move(source: Path, target: Path) -> None:
     """Give a stratum its final name; where it has it already, an earlier run that was killed did so."""
     if not source.exists():
         return
-    if target.exists():
-        shutil.rmtree(target)  # of an addition that was given up
     try:
         os.rename(source, target)
     except OSError as error:
@@ -136,6 +188,7 @@ def _move(source: Path, target: Path) -> None:
 
 def appended(manifest: Manifest) -> str:
     """What a person should know after an addition."""
+    notes = manifest.provenance[APPENDED][-1]
     lines = [f"{manifest.n_cells:,} cells, fingerprint {manifest.fingerprint[:16]}"]
     lines += [f"  {name}: {s.n_cells:,} cells" for name, s in manifest.strata.items()]
-    return "\n".join([*lines, "  a stored SVD is gone: it was of the cells before"])
+    return "\n".join(lines + told(manifest, notes))

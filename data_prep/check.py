@@ -111,7 +111,14 @@ def _expected(manifest: Manifest) -> set[str]:
 
 def _extra_files(root: Place, manifest: Manifest, side_files: Collection[str]) -> list[str]:
     known = {layout.MANIFEST, *manifest.metadata, *manifest.shards, *side_files}
-    return [f"{f}: not part of the store" for f in sorted(place.names(root) or []) if f not in known]
+    extra = [f for f in sorted(place.names(root) or []) if f not in known]
+    folders = {f: f.split("/")[1] for f in extra if f.startswith("strata/") and f.count("/") > 1}
+    strays = {f: name for f, name in folders.items() if name not in manifest.strata}
+    fix = "perhaps of an addition that was broken off: type that again, or remove this folder"
+    return [
+        *(f"strata/{name}: not part of the store, {fix}" for name in sorted(set(strays.values()))),
+        *(f"{f}: not part of the store" for f in extra if f not in strays),
+    ]
 
 
 def _check_stratum(reader: StratumReader, damaged: set[str]) -> list[str]:

@@ -5,9 +5,8 @@ Second pass (gather): each shard collects its rows from the spools and is writte
 a shard. Every task leaves its result under its final name or not at all, so a killed conversion goes on by
 skipping what is there; nothing depends on the order of tasks, so any number of workers gives the same bytes.
 
-    OUT.partial/job.json                 what is being converted; another job is refused
-    OUT.partial/work/                    columns, spools, strata: per-cell arrays the tasks read
-    OUT.partial/store/                   the store to be; renamed to OUT once the manifest is in it
+    JOB/work/        columns, spools, strata: per-cell arrays the tasks read (JOB: the folder that `job` yields)
+    JOB/store/       the store to be; renamed to OUT once the manifest is in it
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from data_prep.fragments import CountedSource, counted
 from data_prep.inputs import Input
 from data_prep.job import job
 from data_prep.selection import Chosen, select
-from data_prep.sources import Head, Keys, Source, decode
+from data_prep.sources import FIELDS, Head, Keys, Source, decode
 from data_prep.tasks import Pool, run_missing
 
 TASK_ENTRIES = 2**20  # stored values of a scatter task, up to eight times as many ...
@@ -87,6 +86,8 @@ def build(
         DataError: inputs that are not what they should be (see `fragments.counted`, `features.plan`, `cells.join`,
             `counts.canonical`, `selection.select`).
     """
+    if reference and any(c.mode or c.given or c.top for c in options.choices.values()):
+        raise ValueError("features are chosen, though those of another store decide")
     work, store = partial / "work", partial / "store"
     sources = counted(inputs, options.choices, work / "fragments", pool)
     heads = _heads(sources)
@@ -278,15 +279,26 @@ def _provenance(
         "inputs": inputs,
         "features": {name: options.choices.get(name, Choice()).identity() for name in plan.modalities},
         "selected": {name: chosen.note for name, chosen in kept.items()},
-        "cells": {"in": len(cells), "dropped": final.dropped},
+        "columns": dict(options.keys.columns),
+        "cells": {"in": len(cells), "dropped": final.dropped}
+        | {f"without_{field}": strata.without(final, cells, field) for field in FIELDS},
     }
 
 
 def report(manifest: Manifest) -> str:
     """What a person should know after a conversion, in a few lines."""
-    notes = manifest.provenance
     lines = [f"{manifest.n_cells:,} cells, fingerprint {manifest.fingerprint[:16]}"]
     lines += [f"  {name}: {s.n_cells:,} cells" for name, s in manifest.strata.items()]
+    return "\n".join(lines + told(manifest, manifest.provenance))
+
+
+def told(manifest: Manifest, notes: Mapping[str, Any]) -> list[str]:
+    """What became of the inputs of a conversion, or of an addition to the store, by its notes in the provenance."""
+    lines = []
+    for what, names in (("batch", manifest.batches), ("label", manifest.labels)):
+        if names and (n := notes["cells"][f"without_{what}"]):
+            column = notes["columns"][what]
+            lines.append(f"  {n:,} cells have no {what}: their files have nothing in column {column!r} of obs")
     for name, note in notes["selected"].items():
         lines.append(f"  {name}: {note['kept']:,} of {note['of']:,} features, {note['by']}")
     if notes["cells"]["dropped"]:
@@ -302,4 +314,4 @@ def report(manifest: Manifest) -> str:
                 lines.append(
                     f"  {item['file']}: {n:,} features {what}, {became} ({listed(item['features']['first_' + what])})"
                 )
-    return "\n".join(lines)
+    return lines

@@ -17,6 +17,7 @@ from data_prep.genome import along_genome, bins_of
 from data_prep.sources import Head, Source, kind_of
 
 _ENSEMBL = re.compile(r"ENS[A-Z]*G\d+")
+_VERSION = re.compile(r"ENS[A-Z]*G\d+\.\d+")
 _REGION = re.compile(r"[^:]+[:_-]\d+[-_]\d+")
 
 
@@ -149,13 +150,17 @@ def _require_same(name: str, first: Source, features: list[str], source: Source,
 
 
 def _require_alike(name: str, files: list[_File], choice: Choice) -> None:
-    """Files that share nothing cannot be brought together, save disjoint panels that a union of them is asked for."""
+    """Files that share nothing cannot be brought together, save disjoint panels that a union of them is asked for; nor
+    can files that name their features differently, where less than half of the smaller one are named alike: many
+    annotations call genes without a symbol by their id."""
     first, head, own = files[0]
     before = set(own)
     for source, other, theirs in files[1:]:
-        if before.isdisjoint(theirs) and (choice.together != "union" or _naming(own) != _naming(theirs)):
+        shared, differ = len(before.intersection(theirs)), _naming(own) != _naming(theirs)
+        few = differ and 2 * shared < min(len(before), len(theirs))
+        if few or (not shared and choice.together != "union"):
             raise DataError(
-                f"the files of modality {name!r} share no feature",
+                f"the files of modality {name!r} share {f'{shared:,} features alone' if shared else 'no feature'}",
                 where=f"{first.where} and {source.where}",
                 got=f"{_naming(own)} ({listed(own, 3)}) and {_naming(theirs)} ({listed(theirs, 3)})",
                 expected="features named alike",
@@ -170,7 +175,8 @@ def _naming(features: list[str]) -> str:
     """What most of the features are called by."""
     sample = features[:: max(1, len(features) // 200)]
     if sum(bool(_ENSEMBL.match(f)) for f in sample) > len(sample) / 2:
-        return "Ensembl ids"
+        versions = sum(bool(_VERSION.match(f)) for f in sample) > len(sample) / 2
+        return "Ensembl ids" + (" with versions" if versions else "")
     if sum(bool(_REGION.fullmatch(f)) for f in sample) > len(sample) / 2:
         return "regions of chromosomes named " + ("chr1" if sample[0].startswith("chr") else "1")
     return "names"
@@ -194,7 +200,7 @@ def _from_reference(names: list[str], reference: Manifest) -> dict[str, Modality
     unknown = [name for name in names if name not in reference.modalities]
     if unknown:
         raise DataError(
-            "modalities that the store of `--features-from` does not have",
+            "modalities that the store, whose features these cells should fit, does not have",
             got=listed(unknown),
             expected=listed(reference.modalities),
             fix="name them as that store does: `NAME=FILE`",

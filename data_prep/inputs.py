@@ -71,6 +71,9 @@ def _parse(text: str, asked: Asked) -> Sequence[Input]:
         return _tenx(text, dataset, name, path, mtx_features(path), asked)
     if not h5py.is_hdf5(path) and looks_like_fragments(path):
         return [_fragments(text, dataset, name, path, asked)]
+    if {".tsv", ".bed"} & set(path.suffixes):
+        expected = "lines of chromosome, start, end and barcode, with tabs between them"
+        raise DataError("a text file that does not begin with a fragment", where=path, expected=expected)
     with open_h5(path) as file:
         if "mod" in file:
             return _mudata(file, text, dataset, name, path, asked)

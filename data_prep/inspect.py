@@ -112,15 +112,18 @@ def text(found: dict[str, Any]) -> str:
     for name, note in found["svd"].items():
         how = f"{note['components']} components of {note['cells']:,} cells, {note['normalise']}"
         lines.append(f"{'svd':<12} {name}: {how}")
-    return "\n".join(lines + _provenance(found["provenance"]))
+    additions = found["provenance"].get("appended", [])
+    return "\n".join(
+        lines + _provenance(found["provenance"]) + [line for a in additions for line in _provenance(a, added=True)]
+    )
 
 
-def _provenance(notes: dict[str, Any]) -> list[str]:
+def _provenance(notes: dict[str, Any], added: bool = False) -> list[str]:
     if not notes:
         return ["provenance   none recorded"]
-    cells = notes.get("cells", {})
+    cells, title = notes.get("cells", {}), "added" if added else "provenance"
     lines = [
-        f"provenance   {notes.get('tool', '?')}: {cells.get('in', 0):,} cells in, {cells.get('dropped', 0):,} dropped"
+        f"{title:<12} {notes.get('tool', '?')}: {cells.get('in', 0):,} cells in, {cells.get('dropped', 0):,} dropped"
     ]
     lines += [f"  {name}: {how}" for name in notes.get("features", {}) if (how := _chosen(name, notes))]
     for item in notes.get("inputs", [])[:_SHOWN]:

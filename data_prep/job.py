@@ -1,25 +1,34 @@
-"""One conversion, or SVD, at a time in OUT.partial: claimed, told apart from other jobs, removed when it is done."""
+"""One conversion, addition or SVD at a time in OUT.partial: claimed, told apart from other jobs, removed when done.
+
+OUT.partial/lock                     held while a job is at work
+OUT.partial/job.json                 what the job is; another one is refused
+OUT.partial/<digest of that>/        its files: a worker that was given up, but goes on, writes where nobody else looks
+"""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import glob
+import hashlib
 import json
 import shutil
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from clue_dist.errors import DataError, StoreError, listed
 from data_prep.files import make_folder, remove_leftovers
 
+_JOB = "job.json"
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EIO}
 
 
 @contextmanager
 def job(out: Path, description: dict[str, Any], what: str = "conversion") -> Iterator[Path]:
-    """Claim OUT.partial for the job of this `description` (JSON-able); yields the folder, removes it on success.
+    """Claim OUT.partial for the job of this `description` (JSON-able); yields a folder in it, removes all on success.
 
     what: the job is, for people.
 
@@ -27,22 +36,57 @@ def job(out: Path, description: dict[str, Any], what: str = "conversion") -> Ite
         StoreError: OUT exists; another job was or is under way there; the disk is full.
         DataError: OUT.partial cannot be a folder.
     """
-    partial = out.with_name(out.name + ".partial")
+    partial = partial_of(out)
     if out.exists():
-        if partial.exists() and not (partial / "store").exists():
-            shutil.rmtree(partial)  # left by a run that was killed after its commit
+        if not any(partial.glob("*/store")):
+            discard(partial)  # left by a run that was killed after its commit
         raise StoreError("something is already there", where=out, fix="choose another --out, or remove it")
     with _loud(partial):
         make_folder(partial)
         with _locked(partial, what):
-            _same_as_before(partial / "job.json", description, what)
+            description = as_json(description)
+            _same_as_before(partial, description, what)
             remove_leftovers(partial)
+            folder = partial / _digest(description)
+            folder.mkdir(exist_ok=True)
             try:
-                yield partial
+                yield folder
             except DataError:
-                shutil.rmtree(partial, ignore_errors=True)  # the inputs must change: nothing to go on with
+                discard(partial)  # the inputs must change: nothing to go on with
                 raise
-            shutil.rmtree(partial)
+            discard(partial)
+
+
+def partial_of(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
+def as_json(description: dict[str, Any]) -> dict[str, Any]:
+    """As it is read again from a file."""
+    found: dict[str, Any] = json.loads(json.dumps(description))
+    return found
+
+
+def begun(partial: Path) -> dict[str, Any] | None:
+    """What the job in a folder is, if there is one."""
+    path = partial / _JOB
+    if not path.exists():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def discard(partial: Path) -> None:
+    """Remove the folder of a job, which nobody finds from the first moment on."""
+    away = partial.with_name(f"{partial.name}.{uuid.uuid4().hex[:8]}.tmp")
+    with suppress(FileNotFoundError):
+        partial.rename(away)
+    for left in partial.parent.glob(f"{glob.escape(partial.name)}.*.tmp"):  # also by those killed in the midst of it
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _digest(description: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @contextmanager
@@ -56,22 +100,21 @@ def _locked(folder: Path, what: str) -> Iterator[None]:
         yield
 
 
-def _same_as_before(path: Path, description: dict[str, Any], what: str) -> None:
+def _same_as_before(partial: Path, description: dict[str, Any], what: str) -> None:
     """Refuse to go on with another job than the one that was begun; write down a new one."""
-    description = json.loads(json.dumps(description))
-    if not path.exists():
-        temporary = path.with_suffix(".tmp")
+    before = begun(partial)
+    if before is None:
+        temporary = partial / f"{_JOB}.tmp"
         temporary.write_text(json.dumps(description, indent=1))
-        temporary.rename(path)
+        temporary.rename(partial / _JOB)
         return
-    before = json.loads(path.read_text())
     changed = [key for key in description if before.get(key) != description[key]]
     if changed:
         raise StoreError(
             f"an interrupted {what} of other inputs or options is here",
-            where=path.parent,
+            where=partial,
             got=f"a change of {listed(changed)}",
-            fix=f"run it again as it was, or remove {path.parent.name} to start afresh",
+            fix=f"run it again as it was, or remove {partial.name} to start afresh",
         )
 
 

@@ -239,5 +239,10 @@ def _cell_bytes(packed: Packed, n_features: int, block_cells: int) -> float:
     return (packed.capacity + packed.rest * np.dtype(packed.rest_type).itemsize) / block_cells
 
 
+def without(final: Final, cells: Cells, field: str) -> int:
+    """Cells whose batch, or label, nobody told."""
+    return sum(placed.n_cells - sum(_tally(cells, placed, field).values()) for placed in final.strata.values())
+
+
 def _tally(cells: Cells, placed: Placed, field: str) -> dict[str, int]:
     return {name: int(n) for name, n in zip(cells.names[field], placed.tallies[field], strict=True) if n}

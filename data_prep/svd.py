@@ -10,10 +10,10 @@ its sum of (features, components + OVERSAMPLING) float64 in a file, at most MANY
 added up in one order: the result depends on neither the number of workers nor on who was killed. A worker needs the
 memory of about three such sums, the process that combines them of two for every pass.
 
-    STORE.svd.partial/MODALITY/moments.npz               idf, mean, scale
-    STORE.svd.partial/MODALITY/basis-1.npz ...           the Q of each pass
-    STORE.svd.partial/MODALITY/pass-1.npz ...            what it gave: the next Q, and its part of Q'A'AQ
-    STORE.svd.partial/MODALITY/{moments,pass-1}/         sums of the tasks of the pass under way
+    JOB/MODALITY/moments.npz               idf, mean, scale (JOB: the folder that `job` yields)
+    JOB/MODALITY/basis-1.npz ...           the Q of each pass
+    JOB/MODALITY/pass-1.npz ...            what it gave: the next Q, and its part of Q'A'AQ
+    JOB/MODALITY/{moments,pass-1}/         sums of the tasks of the pass under way
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 import clue_dist
-from clue_dist.errors import StoreError
+from clue_dist.errors import DataError, StoreError
 from clue_dist.normalise import NORMALISE, Rows, column_sums, inverse_frequency, normalised, spread, standard
 from clue_dist.store import layout
 from clue_dist.store import svd as stored
@@ -61,6 +61,7 @@ def compute(where: str, modalities: Sequence[str], options: Options, pool: Pool)
 
     Raises:
         StoreError: no such modality; a store that is damaged or not a folder; another run is or was under way.
+        DataError: cells were added to the store meanwhile.
     """
     root = place_of(where)
     if not isinstance(root, Path):
@@ -120,6 +121,8 @@ def _one(root: Path, manifest: Manifest, name: str, options: Options, folder: Pa
     width = min(components + OVERSAMPLING, n_features)
     start = np.linalg.qr(np.random.default_rng(options.seed).standard_normal((n_features, width)))[0]
     singular, vectors = leading(a.multiply, start, options.power + 1, components, folder)
+    if Manifest.read(root).fingerprint != manifest.fingerprint:
+        raise DataError("cells were added meanwhile", where=root, fix="run the same command again, for all of them")
     return stored.write(root, Svd(note, vectors.astype(np.float32), singular, **moments))
 
 
@@ -148,6 +151,7 @@ def leading(
             product = multiply(_save(folder / f"basis-{i + 1}.npz", q=blocks[-1]), done)
             basis = np.concatenate(blocks, 1)
             _save(done, next=_beyond(basis, product), column=basis.T @ product)
+            _remove_sums(done)
         with np.load(done) as part:
             blocks.append(part["next"])
             columns.append(part["column"])
@@ -218,6 +222,7 @@ class _Matrix:
             mean = total / n
             mean, scale = standard(self.how, mean, spread(mean, squares / n))
             _save(path, idf=inverse_frequency(n, detected), mean=mean, scale=scale)
+            _remove_sums(path)
         with np.load(path) as part:
             return dict(part)
 
@@ -227,7 +232,7 @@ class _Matrix:
 
     def _add_up(self, result: Path, basis: Path | None) -> np.ndarray:
         """One pass: the sum of what all tasks leave."""
-        sums = result.with_suffix("")
+        sums = _sums_of(result)
         sums.mkdir(parents=True, exist_ok=True)
         tasks = {}
         for name, lo, hi, step in _ranges(self.manifest, self.modality):
@@ -239,8 +244,16 @@ class _Matrix:
         for path in tasks:  # in order: sums of floats depend on it
             with np.load(path) as part:
                 total = total + part["sum"]
-        shutil.rmtree(sums)
         return np.asarray(total)
+
+
+def _sums_of(result: Path) -> Path:
+    """The folder of what tasks leave for a result: needed until that is saved."""
+    return result.with_suffix("")
+
+
+def _remove_sums(result: Path) -> None:
+    shutil.rmtree(_sums_of(result), ignore_errors=True)
 
 
 def _ranges(manifest: Manifest, modality: str) -> Iterator[tuple[str, int, int, int]]:

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -68,7 +68,8 @@ class Threads:
             progress.step()
 
         delayed = dask.delayed(call, pure=False)
-        dask.compute(*(delayed(i) for i in range(len(tasks))), scheduler="threads", num_workers=self.workers)
+        with ThreadPoolExecutor(self.workers) as threads:  # whose end waits for tasks that run after another failed
+            dask.compute(*(delayed(i) for i in range(len(tasks))), scheduler="threads", pool=threads)
 
 
 class Cluster:

@@ -59,6 +59,9 @@ def place_of(where: str | Place) -> Place:
     if not isinstance(where, str) or "://" not in where:
         return Path(where) if isinstance(where, str) else where
     scheme, _, rest = where.partition("://")
+    if scheme.startswith("http") and rest.split("/")[0].endswith(".amazonaws.com"):
+        what, fix = "Amazon takes the + in a store's paths for a space", "s3://BUCKET/PATH; a public one needs no keys"
+        raise StoreError(what, where=where, fix=fix)
     if scheme not in SCHEMES or not rest.strip("/") or "?" in rest or "#" in rest:
         expected = f"a folder, or {', '.join(f'{s}://' for s in SCHEMES)} and a path"
         raise StoreError("a store cannot lie there", where=where, expected=expected, fix="mend the path")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,13 +18,16 @@ from clue_dist.config import Config
 from clue_dist.data.loader import Loader
 from clue_dist.data.plan import Plan
 from clue_dist.errors import DataError, StoreError
+from clue_dist.store.manifest import Manifest
 from clue_dist.store.reader import Store
 from clue_dist.store.writer import hash_file
 from clue_dist.train.setup import prepare
+from data_prep import append as additions
 from data_prep import svd
-from data_prep.append import append
+from data_prep.__main__ import _parser, main
+from data_prep.append import append, appended
 from data_prep.check import check
-from data_prep.choices import parse_choices
+from data_prep.choices import Choice, parse_choices
 from data_prep.convert import Options
 from data_prep.inputs import Asked, parse_inputs
 from data_prep.sources import FIELDS, Keys
@@ -153,8 +158,10 @@ def test_cells_that_are_there_already_are_refused(tmp_path: Path, store: Path) -
 
 
 def test_unknown_modalities_and_no_store_are_refused(tmp_path: Path, store: Path) -> None:
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match=r"modalities that the store(.|\n)*got: atac"):
         add(store, f"atac={write_h5ad(tmp_path / 'p.h5ad', frame(9, 5, 2, 'peak', 'z'))}")
+    with pytest.raises(StoreError, match="added to a folder"):
+        append([], "s3://bucket/s.zarr", Options(), Threads(1))
     with pytest.raises(StoreError, match="no store here"):
         add(tmp_path / "nowhere.zarr", given(tmp_path, slice(200, 210), "x"))
 
@@ -192,9 +199,7 @@ def test_killed_and_typed_again(tmp_path: Path, store: Path, place: str, n: int)
     shutil.copytree(store, tmp_path / "whole.zarr")
     want = add(tmp_path / "whole.zarr", more)
     before = Store(store).fingerprint
-    command = [sys.executable, "-c", VICTIM, place, str(n), "append", more, "--to", str(store), "--workers", "1"]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    killed(store, more, place, n)
     assert Store(store).fingerprint == before
     again = add(store, more)
     assert again.fingerprint == want.fingerprint
@@ -203,19 +208,162 @@ def test_killed_and_typed_again(tmp_path: Path, store: Path, place: str, n: int)
     pd.testing.assert_frame_equal(held(again, "rna").loc[RNA.index], RNA, check_dtype=False)
 
 
-def test_killed_after_the_commit_and_typed_again(tmp_path: Path, store: Path) -> None:
-    more = given(tmp_path, slice(200, 300), "more")
-    want = add(store, more)
-    left = tmp_path / "s.zarr.addition.partial"
-    (left / "work").mkdir(parents=True)
-    (left / "becomes").write_text(want.fingerprint)
-    assert add(store, more).fingerprint == want.fingerprint
-    assert not left.exists()
+def killed(store: Path, more: str, place: str, n: int) -> None:
+    command = [sys.executable, "-c", VICTIM, place, str(n), "append", more, "--to", str(store), "--workers", "1"]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
 
 
-def test_an_svd_of_the_cells_before_is_removed(tmp_path: Path, store: Path) -> None:
+@pytest.mark.parametrize("place", ["data_prep.append._forget_svd", "data_prep.job.discard"])
+def test_killed_after_the_commit(tmp_path: Path, store: Path, place: str) -> None:
+    """The same command adds nothing twice, another one is not taken for it."""
     svd.compute(str(store), [], svd.Options(5, 2, 0), Threads(1))
+    one, two = given(tmp_path, slice(200, 260), "one"), given(tmp_path, slice(260, 300), "two")
+    killed(store, one, place, 2 if place.endswith("svd") else 1)
+    assert Store(store).manifest.n_cells == 260
+    assert list(tmp_path.glob("*.addition.partial"))
+    shutil.copytree(tmp_path, tmp_path.with_name("again"))
+    assert add(store, one).manifest.n_cells == 260
+    again = tmp_path.with_name("again") / "s.zarr"
+    assert add(again, two).manifest.n_cells == 300
+    for path in (store, again):
+        assert check(path) == []
+        assert not (path / "svd").exists()
+        assert not list(path.parent.glob("*.addition*"))
+    shutil.rmtree(again.parent)
+
+
+def test_cells_that_another_addition_commits_meanwhile_stay(
+    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = given(tmp_path, slice(200, 260), "one"), given(tmp_path, slice(260, 300), "two")
+    real = additions.job
+
+    def late(*args: Any) -> Any:
+        monkeypatch.setattr(additions, "job", real)
+        add(store, one)
+        return real(*args)
+
+    monkeypatch.setattr(additions, "job", late)
+    with pytest.raises(StoreError, match="other cells were added meanwhile"):
+        add(store, two)
+    shutil.rmtree(tmp_path / "s.zarr.addition.partial")
+    assert Store(store).manifest.n_cells == 260
+    assert add(store, two).manifest.n_cells == 300
     assert check(store) == []
-    add(store, given(tmp_path, slice(200, 300), "more"))
+
+
+def test_an_svd_of_the_cells_before_is_removed_once_there_are_others(
+    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    svd.compute(str(store), [], svd.Options(5, 2, 0), Threads(1))
+    more = given(tmp_path, slice(200, 300), "more")
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Manifest, "write", full)
+        with pytest.raises(StoreError, match="the disk is full"):
+            add(store, more)
+    assert (store / "svd").exists()
+    problems = check(store)
+    assert [p.split(":")[0] for p in problems] == ["strata/rna+adt.2", "strata/rna.2"]
+    assert all("of an addition that was broken off" in p for p in problems)
+    add(store, more)
     assert not (store / "svd").exists()
     assert check(store) == []
+
+
+def test_what_an_addition_left_that_was_given_up_goes_with_the_next(tmp_path: Path, store: Path) -> None:
+    killed(store, given(tmp_path, slice(200, 300), "more"), "data_prep.append.metadata", 2)
+    shutil.rmtree(tmp_path / "s.zarr.addition.partial")
+    assert (store / "strata/rna+adt.2").exists()
+    add(store, f"rna={write_h5ad(tmp_path / 'rna.h5ad', RNA[250:])}")
+    assert {p.name for p in (store / "strata").iterdir() if p.is_dir()} == {"rna", "rna+adt", "rna.2"}
+    assert check(store) == []
+
+
+def test_an_svd_is_not_saved_across_an_addition(tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = svd.leading
+
+    def meanwhile(*args: Any) -> Any:
+        monkeypatch.setattr(svd, "leading", real)
+        add(store, given(tmp_path, slice(200, 300), "more"))
+        return real(*args)
+
+    monkeypatch.setattr(svd, "leading", meanwhile)
+    with pytest.raises((DataError, StoreError), match="cells were added meanwhile"):
+        svd.compute(str(store), ["rna"], svd.Options(5, 0, 0), Threads(1))
+    assert not (store / "svd").exists()
+    assert svd.compute(str(store), ["rna"], svd.Options(5, 0, 0), Threads(1))["rna"].n_cells == 300
+
+
+def test_the_store_decides_features(tmp_path: Path, store: Path) -> None:
+    with pytest.raises(SystemExit):
+        _parser().parse_args(["append", "rna=x.h5ad", "--to", str(store), "--top", "rna=10"])
+    found = parse_inputs([given(tmp_path, slice(200, 300), "more")], Asked(Keys(dict(FIELDS))))
+    with pytest.raises(ValueError, match="another store decide"):
+        append(found, store, Options(choices={"rna": Choice(top=10)}), Threads(1))
+
+
+def test_batches_come_from_the_column_that_the_store_was_made_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def typed(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["data_prep", *words])
+        main()
+        return capsys.readouterr().out
+
+    store = str(tmp_path / "s.zarr")
+    parts = {"a": RNA[:100], "b": RNA[100:200], "none": RNA[200:]}
+    files = {
+        n: write_h5ad(tmp_path / f"{n}.h5ad", x, **({"donor": n} if n != "none" else {})) for n, x in parts.items()
+    }
+    typed("convert", f"rna={files['a']}", "--out", store, "--batch-key", "donor")
+    assert "no batch" not in typed("append", f"rna={files['b']}", "--to", store)
+    told = typed("append", f"rna={files['none']}", "--to", store)
+    assert "100 cells have no batch: their files have nothing in column 'donor'" in told
+    assert codes_of(Store(store), "batch") == {c: "ab"[i // 100] if i < 200 else None for i, c in enumerate(RNA.index)}
+    shown = typed("inspect", store)
+    assert shown.count("100 cells in, 0 dropped") == 3
+    assert "b.h5ad -> rna" in shown
+
+
+def test_what_did_not_fit_is_told(tmp_path: Path, store: Path) -> None:
+    found = parse_inputs([f"rna={write_h5ad(tmp_path / 'x.h5ad', RNA[200:].rename(columns={'g3': 'x'}))}"], Asked())
+    manifest = append(found, store, Options(), Threads(1))
+    assert "x.h5ad: 1 features missing, become zero (g3)" in appended(manifest)
+    assert "x.h5ad: 1 features extra, are dropped (x)" in appended(manifest)
+
+
+def test_segments_may_be_packed_in_other_ways(tmp_path: Path) -> None:
+    """Peaks that were binary and are counted later, proteins that need two bytes later."""
+    atac, adt = frame(200, 30, 3, "peak").clip(upper=1), frame(200, 8, 4, "p")
+    atac[100:] *= 3
+    adt[100:] *= 200
+    for name, cells in (("one", slice(0, 100)), ("two", slice(100, 200))):
+        write_h5mu(tmp_path / f"{name}.h5mu", atac=anndata_of(atac[cells]), adt=anndata_of(adt[cells]))
+    build(tmp_path / "s.zarr", str(tmp_path / "one.h5mu"))
+    after = add(tmp_path / "s.zarr", str(tmp_path / "two.h5mu"))
+    packed = [s.packed for s in after.manifest.strata.values()]
+    assert [p["atac"].bits for p in packed] == [0, 2]
+    assert [p["adt"].values for p in packed] == ["uint8", "uint16"]
+    pd.testing.assert_frame_equal(held(after, "atac").loc[atac.index], atac, check_dtype=False)
+    pd.testing.assert_frame_equal(held(after, "adt").loc[adt.index], adt, check_dtype=False)
+    stratum = "atac+adt"
+    plan = Plan(0, {n: r.n_cells for n, r in after.strata.items()}, {stratum: 16}, 4, 1, 64)
+    with Loader(after, plan) as loader:
+        for step in range(10):
+            got = next(loader).modalities["adt"].counts
+            rows = [after.strata[s].rows("adt", plan.cells(step, s)) for s in plan.segments]
+            np.testing.assert_array_equal(got, np.concatenate(rows))  # type: ignore[arg-type]
+
+
+def test_a_link_to_a_store(tmp_path: Path, store: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/link.zarr").symlink_to(store)
+    more = given(tmp_path, slice(200, 300), "more")
+    killed(tmp_path / "elsewhere/link.zarr", more, "data_prep.append._move", 1)
+    assert (tmp_path / "s.zarr.addition.partial").exists()  # on the store's own disk
+    assert add(store, more).manifest.n_cells == 300

@@ -115,7 +115,7 @@ def test_empty_cells_lose_the_modality_or_go(tmp_path: Path) -> None:
     assert {n: s.n_cells for n, s in store.manifest.strata.items()} == {"rna": 5, "adt": 5, "rna+adt": 25}
     same(held(store, "rna"), rna[10:])
     same(held(store, "adt"), adt[(adt.sum(axis=1) > 0)])
-    assert store.manifest.provenance["cells"] == {"in": 40, "dropped": 5}
+    assert store.manifest.provenance["cells"] == {"in": 40, "dropped": 5, "without_batch": 35, "without_label": 35}
     assert [item["empty"] for item in store.manifest.provenance["inputs"]] == [10, 10]
     assert "dropped: 5 cells" in report(store.manifest)
     with pytest.raises(DataError, match="no cell has any count"):

@@ -97,6 +97,21 @@ def test_names_come_from_a_column_where_a_file_has_it(tmp_path: Path) -> None:
     assert "columns: gene_ids, strand" in str(caught.value)
 
 
+@pytest.mark.parametrize("together", ["intersection", "union"])
+def test_files_that_name_few_genes_alike_are_refused(tmp_path: Path, together: str) -> None:
+    """Where a gene has no symbol, many annotations call it by its id."""
+    one = frame(20, 10)
+    two = frame(20, 10, 1, cells="d").rename(columns={f"g{i}": f"ENSG0000{i}" for i in range(10)})
+    one = one.rename(columns={"g8": "ENSG00008", "g9": "ENSG00009"})
+    files = [f"rna={write_h5ad(tmp_path / f'{i}.h5ad', x)}" for i, x in enumerate((one, two))]
+    with pytest.raises(DataError, match=r"share 2 features alone(.|\n)*names(.|\n)*Ensembl ids(.|\n)*--feature-ids"):
+        build(tmp_path / "s.zarr", *files, features=[together])
+    versions = two.rename(columns={f: f"{f}.3" for f in two.columns})
+    write_h5ad(tmp_path / "0.h5ad", versions.rename(index=lambda c: f"e{c}"))
+    with pytest.raises(DataError, match=r"Ensembl ids with versions \("):
+        build(tmp_path / "s.zarr", *files, features=[together])
+
+
 def test_names_that_are_empty_or_repeat_give_way(tmp_path: Path) -> None:
     counts = frame(20, 6)
     given = with_var(tmp_path / "a.h5ad", counts, symbol=["A", "B", "A", None, "", "C"])

@@ -153,6 +153,10 @@ def test_what_is_no_fragment(tmp_path: Path) -> None:
         (tmp_path / "cut.tsv.gz").write_bytes(damaged)
         with pytest.raises(DataError, match="cannot be read to their end"):
             build(tmp_path / "x.zarr", f"atac={tmp_path / 'cut.tsv.gz'}", bins=["atac=1000"])
+    for empty in ("", "# only\n# comments\n"):
+        (tmp_path / "empty.tsv.gz").write_bytes(gzip.compress(empty.encode()))
+        with pytest.raises(DataError, match="does not begin with a fragment"):
+            build(tmp_path / "x.zarr", f"atac={tmp_path / 'empty.tsv.gz'}", bins=["atac=1000"])
     assert not list(tmp_path.glob("x.zarr*"))
 
 

@@ -7,8 +7,11 @@ import json
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,8 +19,9 @@ from clue_dist.errors import DataError, StoreError
 from clue_dist.store import layout
 from clue_dist.store.reader import Store
 from data_prep import convert as conversion
+from data_prep import spool
 from data_prep.check import check
-from data_prep.tasks import pool
+from data_prep.tasks import Progress, Threads, pool
 from tests.unit.prep_helpers import anndata_of, build, frame, write_h5ad, write_h5mu
 
 REPO = Path(__file__).parents[2]
@@ -82,8 +86,8 @@ def test_killed_and_run_again(tmp_path: Path, given: str, place: str, n: int, mo
     assert not out.exists()
     with pytest.raises(StoreError, match="run the same `python -m data_prep convert` again"):
         Store(out)
-    spooled = [p for p in (partial / "work/spools").glob("*/*") if p.suffix != ".tmp"]
-    written = list((partial / "work/shards").glob("*.json"))
+    spooled = [p for p in partial.glob("*/work/spools/*/*") if p.suffix != ".tmp"]
+    written = list(partial.glob("*/work/shards/*.json"))
     assert spooled
     redone = _counting(monkeypatch, "_scatter_rows"), _counting(monkeypatch, "_gather_shard")
     again = build(out, given, block_cells=BLOCK, workers=1)
@@ -131,7 +135,7 @@ def test_spools_that_are_there_are_not_made_again(tmp_path: Path, given: str, mo
 def test_killed_after_the_commit(tmp_path: Path, given: str) -> None:
     out = tmp_path / "s.zarr"
     assert run_victim(out, given, "shutil.rmtree", 10**6).returncode == 0
-    (tmp_path / "s.zarr.partial" / "work").mkdir(parents=True)  # what is left if the clean-up was killed
+    (tmp_path / "s.zarr.partial" / "0123" / "work").mkdir(parents=True)  # what is left if the clean-up was killed
     with pytest.raises(StoreError, match="something is already there"):
         build(out, given, block_cells=BLOCK)
     assert not (tmp_path / "s.zarr.partial").exists()
@@ -174,10 +178,58 @@ def test_a_mistake_in_the_inputs_leaves_nothing_behind(tmp_path: Path) -> None:
             build(tmp_path / "s.zarr", f"rna={path}")
 
 
+def test_what_a_worker_still_writes_after_a_mistake_is_nobodys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One file has a bad value while a worker of a cluster, which nobody waits for, reads the other."""
+    good, bad = frame(30, 10, 1, cells="d"), frame(20, 10).astype(float)
+    bad.iloc[4, 2] = 0.5
+    files = [f"rna={write_h5ad(tmp_path / name, x)}" for name, x in (("bad.h5ad", bad), ("good.h5ad", good))]
+    real, failed, threads = spool.write, threading.Event(), []
+
+    def late(*args: Any) -> None:
+        def write() -> None:
+            failed.wait(10)
+            real(*args)
+
+        threads.append(threading.Thread(target=write))
+        threads[-1].start()
+
+    monkeypatch.setattr(spool, "write", late)
+    with pytest.raises(DataError, match="counts must be raw"):
+        build(tmp_path / "s.zarr", *files)
+    assert not (tmp_path / "s.zarr.partial").exists()
+    failed.set()
+    for thread in threads:
+        thread.join()
+    assert threads
+    monkeypatch.undo()
+    write_h5ad(tmp_path / "bad.h5ad", bad.round() + 1)
+    other = write_h5ad(tmp_path / "good.h5ad", good.iloc[:, :7])
+    stored = build(tmp_path / "s.zarr", files[0], f"rna={other}", features=["intersection"])
+    assert stored.fingerprint == build(tmp_path / "one.zarr", *files, features=["intersection"]).fingerprint
+    assert stored.manifest.modalities["rna"].n_features == 7
+
+
+def test_an_error_waits_for_the_tasks_that_run() -> None:
+    failed, ended = threading.Event(), []
+
+    def work(number: int) -> None:
+        if number:
+            failed.wait(10)
+            time.sleep(0.2)
+            ended.append(number)
+            return
+        failed.set()
+        raise ValueError("bad")
+
+    with pytest.raises(ValueError, match="bad"):
+        Threads(2).run(work, [0, 1], Progress("", 2))
+    assert ended == [1]
+
+
 def test_what_killed_writers_leave_is_swept(tmp_path: Path, given: str) -> None:
     out = tmp_path / "s.zarr"
     run_victim(out, given, "data_prep.convert.commit", 1)
-    store = tmp_path / "s.zarr.partial" / "store"
+    (store,) = (tmp_path / "s.zarr.partial").glob("*/store")
     (store / "zarr.0123.partial").write_text("{")
     (next(store.rglob("c")) / "0.__lock").write_text("")
     build(out, given, block_cells=BLOCK)

@@ -162,8 +162,8 @@ def test_killed_and_run_again(store: Store, tmp_path: Path, monkeypatch: pytest.
     shutil.rmtree(tmp_path / "s.zarr" / "svd")
     assert run_victim(store, 25, "--modality", "rna", "--workers", "2").returncode == -signal.SIGKILL
     partial = tmp_path / "s.zarr.svd.partial"
-    assert (partial / "rna/pass-1.npz").exists()  # in the middle of a later pass
-    assert len(list((partial / "rna/pass-2").glob("*.npz"))) > 1
+    assert list(partial.glob("*/rna/pass-1.npz"))  # in the middle of a later pass
+    assert len(list(partial.glob("*/rna/pass-2/*.npz"))) > 1
     assert stored.read(store.root, store.manifest, "rna") is None
     with pytest.raises(StoreError, match="an interrupted SVD of other inputs or options"):
         run(store, "rna", components=5)

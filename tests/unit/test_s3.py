@@ -121,6 +121,7 @@ def test_new_cells_take_their_features_from_a_url(s3: S3, tmp_path: Path) -> Non
         ("ftp://cells/s.zarr", "a store cannot lie there"),
         ("s3:///", "a store cannot lie there"),
         ("https://host/s.zarr?signed=1", "a store cannot lie there"),
+        ("https://cells.s3.eu-west-1.amazonaws.com/s.zarr", r"takes the \+"),
     ],
 )
 def test_a_wrong_url_is_told(s3: S3, where: str, message: str) -> None:
