@@ -408,11 +408,12 @@ def carry_out(
     table: Callable[[Sequence[Result]], str],
     footnotes: str,
     bars_of: Callable[[Sequence[Result]], Iterable[dict[str, Any]]],
+    packages: Sequence[str] = ("deepspeed", "scikit-learn"),
     **more: Any,
 ) -> None:
     """Do the runs, print their table and bars, and write everything as JSON.
 
-    args: with `work`, `quick` and `json`; more: goes into the JSON.
+    args: with `work`, `quick` and `json`; packages: whose versions go into the JSON, as `more` does.
 
     Raises:
         BenchmarkError: runs failed; the others have been told and written.
@@ -421,7 +422,7 @@ def carry_out(
     records, failures = finish(runs, args.work, steps, told)
     bars = list(bars_of(records))
     print(f"\n{QUICK if args.quick else ''}{table(records)}\n\n{footnotes}\n", *bar_lines(bars), sep="\n", flush=True)
-    where = {"machine": machine(), "versions": versions("deepspeed", "scikit-learn")}
+    where = {"machine": machine(), "versions": versions(*packages)}
     write_json(args.json, {"quick": args.quick, "bars": bars, "results": records, "failures": failures} | where | more)
     print(f"\n{args.json}")
     if failures:

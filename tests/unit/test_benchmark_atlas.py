@@ -47,16 +47,27 @@ def test_the_plan_takes_as_many_cells_of_every_stratum(tmp_path: Path) -> None:
 
 
 def record(method: str, size: int, repeat: int, **values: float) -> dict:
-    every = dict.fromkeys(("cells_per_s", "anon_mib", *atlas.SHORTS), 1.0)
+    every = dict.fromkeys(("cells_per_s", "anon_mib", *atlas.SHORTS, *atlas.ABSOLUTE), 1.0)
     return {"method": method, "data_set": str(size), "fold": repeat} | every | values
 
 
 def test_bars_compare_the_largest_with_the_smallest_once_all_is_measured() -> None:
     args = atlas.arguments(["--json", "x.json", "--cells", "2000000", "1000000", "--repeats", "2"])
     records = [record(m, n, r) for m in atlas.METHODS for n in args.cells for r in range(2)]
-    assert [bar["holds"] for bar in atlas.bars_of(records, args)] == [True] * 11
+    n_bars = 11 + 1 + len(atlas.ABSOLUTE)
+    assert [bar["holds"] for bar in atlas.bars_of(records, args)] == [True] * n_bars
     slow = [r | {"cells_per_s": 0.8} if r["data_set"] == "2000000" else r for r in records]
     judged = {bar["name"]: bar for bar in atlas.bars_of(slow, args)}
     missed = [name for name, bar in judged.items() if not bar["holds"]]
     assert missed == [f"{m}: cells/s of 2,000,000 cells, times that of 1,000,000" for m in atlas.METHODS]
+    heavy = [r | {"anon_mib": 1000.0, "open_ms": 200.0} for r in records]
+    missed = [bar["name"] for bar in atlas.bars_of(heavy, args) if not bar["holds"]]
+    assert missed == [atlas.GIGABYTE.name, atlas.ABSOLUTE["open_ms"].name]
+
+
+def test_the_worst_of_the_larger_sizes_counts() -> None:
+    args = atlas.arguments(["--json", "x.json", "--cells", "1000000", "2000000", "4000000", "--repeats", "1"])
+    records = [record(m, n, 0) for m in atlas.METHODS for n in args.cells]
+    bad = [r | {"cells_per_s": 0.5, "anon_mib": 1.5} if r["data_set"] == "2000000" else r for r in records]
+    assert [bar["value"] for bar in atlas.bars_of(bad, args)][:2] == [0.5, 1.5]
     assert [bar["holds"] for bar in atlas.bars_of(records[1:], args)][:2] == [None, None]

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -206,6 +207,43 @@ def test_limits_of_the_machine_are_numbers(store: Store) -> None:
     assert got["nonzeros_per_s"] / got["cells_per_s"] == pytest.approx(nonzeros(store) / 203)
 
 
+@pytest.mark.parametrize("what", ["memcpy", "memset"])
+def test_every_byte_of_memory_is_moved_once_a_round(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[int] = []
+    monkeypatch.setattr(probe, "COPIED", 4096)
+    monkeypatch.setattr(probe.np, "copyto", lambda target, source: moved.append(len(target)))
+
+    def over_and_over(work: Callable[[int], None], threads: int, seconds: float) -> float:
+        for thread in range(threads):
+            work(thread)
+        return 10.0
+
+    monkeypatch.setattr(probe, "over_and_over", over_and_over)
+    got = probe.memory(argparse.Namespace(measure=what, threads=2, warm=0, seconds=0))
+    assert got == {"bytes_per_s": 40960.0}
+    assert moved == ([2048] * 4 if what == "memcpy" else [])  # two parts to warm up, two that count
+
+
+def test_how_often_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, done = [0.0], []
+    monkeypatch.setattr(probe.time, "perf_counter", lambda: now[0])
+
+    def work(thread: int) -> None:
+        done.append(thread)
+        now[0] += 0.25
+
+    assert probe.over_and_over(work, threads=2, seconds=1) == pytest.approx(2)
+    assert sorted(done) == [0, 0, 1, 1]
+
+
+def test_eight_times_the_cells_are_that_many_data_sets(tmp_path: Path) -> None:
+    words = list(map(str, stores.command("ours", Path("x.h5ad"), tmp_path, "atac", 2, tmp_path, copies=3)))
+    assert [word for word in words if word.endswith("x.h5ad")] == [f"lane{i}:atac=x.h5ad" for i in range(3)]
+    atac = [run.method for run in streaming.runs_of(arguments("--sets", "atac", "--repeats", "1"))]
+    assert "ours-large" in atac
+    assert "annbatch-large" not in atac
+
+
 def test_a_store_on_s3_is_measured_like_one_in_a_folder(store: Store, tmp_path: Path) -> None:
     assert isinstance(store.root, Path)
     with streaming.on_s3(store.root) as url:
@@ -283,8 +321,8 @@ def test_the_table_tells_ratios_settings_and_limits() -> None:
     text = streaming.table(records(arguments("--sets", "rna")))
     assert "2.00" in text
     assert "rna: annbatch's chunk x preload 256x32 of: 256x32 1k" in text
-    assert "CSR batches reach 100%; memcpy 0.0 GB/s, of which they reach 100%" in text
-    assert "rna: our loader keeps up to 50% of this store's blocks decoded" in text
+    assert "batches of csr reach 100%; memcpy 0.0 GB/s, of which they reach 100%" in text
+    assert "rna: csr: our loader keeps up to 50% of this store's blocks decoded" in text
     assert "atac" not in text
 
 

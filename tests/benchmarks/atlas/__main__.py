@@ -12,15 +12,17 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from clue_dist.errors import run_main
 from tests.benchmarks import cells, common, repeats
+from tests.benchmarks.atlas.probe import MANY
 from tests.benchmarks.cells import Shape
 from tests.benchmarks.common import Bar, Result, Run
 from tests.benchmarks.conversion import stores
+from tests.benchmarks.conversion.__main__ import MIB_OF_GB
 from tests.benchmarks.conversion.memory import TreePeak
 from tests.benchmarks.repeats import Repeat, median, ratio, shown
 
@@ -32,12 +34,20 @@ STORE = "atlas.zarr"
 
 FLAT, MEMORY = Bar("", ">=", 0.9), Bar("", "<=", 1.1)
 SHORT = Bar("", "<=", 1.5)
+GIGABYTE = Bar("GB of memory at the peak of the largest conversion", "<", 1.0)
+ABSOLUTE = {
+    "open_ms": Bar("ms to open the largest store", "<", 100),
+    "step_ms": Bar("ms to find the cells of step 0 of it", "<", 10),
+    "far_step_ms": Bar("ms to find the cells of step 10^9 of it", "<", 10),
+    "far_first_ms": Bar("ms to go on from step 10^9 of it, to the first batch", "<", 500),
+    "manifest_ms": Bar(f"ms to read the manifest of {MANY:,} cells", "<", 1000),
+}
 
-FOOTNOTES = """\
+FOOTNOTES = f"""\
 medians over repeats in turns; cells/s of convert and check from start to end of the command, MiB of anonymous and
 shared memory at the peak of all its processes together; of stream those of the process that reads batches of 512
 open: a store; step, far step: which cells are in step 0, in step 10^9; first, far first: a loader's first batch there
-manifest: of 100,000,000 such cells; names: barcode, batch and label of a cell on disk, read only when asked for"""
+manifest: of {MANY:,} such cells; names: barcode, batch and label of a cell on disk, read only when asked for"""
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -122,21 +132,29 @@ def table(records: Sequence[Result]) -> str:
 
 
 def bars_of(records: Sequence[Result], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The largest size against the smallest, judged where every repeat has been measured, never on a quick look."""
-    small, large = str(args.cells[0]), str(args.cells[-1])
+    """Every larger size against the smallest, the worst of them counts; and what is bounded whatever the size. Judged
+    where every repeat has been measured, never on a quick look."""
+    small, *larger = map(str, args.cells)
 
-    def times(method: str, what: str) -> float | None:
-        """What the largest has, as so many times what the smallest has."""
-        of = [None if args.quick else median(records, method, n, what, args.repeats) for n in (large, small)]
-        return ratio(*of)
+    def of(method: str, size: str, what: str) -> float | None:
+        return None if args.quick else median(records, method, size, what, args.repeats)
 
-    between = f"{int(large):,} cells, times that of {int(small):,}"
+    def worst(method: str, what: str, which: Callable[[Iterable[float]], float]) -> float | None:
+        """What a larger size has, as so many times what the smallest has."""
+        known = [ratio(of(method, size, what), of(method, small, what)) for size in larger]
+        return which(k for k in known if k is not None) if known and None not in known else None
+
+    sizes = f"of {' and '.join(f'{int(size):,}' for size in larger)} cells, times that of {int(small):,}"
     for method in METHODS:
-        yield Bar(f"{method}: cells/s of {between}", FLAT.op, FLAT.bar).judged(times(method, "cells_per_s"))
-        yield Bar(f"{method}: memory of {between}", MEMORY.op, MEMORY.bar).judged(times(method, "anon_mib"))
+        yield Bar(f"{method}: cells/s {sizes}", FLAT.op, FLAT.bar).judged(worst(method, "cells_per_s", min))
+        yield Bar(f"{method}: memory {sizes}", MEMORY.op, MEMORY.bar).judged(worst(method, "anon_mib", max))
     for what in SHORTS:
         name = what.removesuffix("_ms").replace("_", " ")
-        yield Bar(f"time of {name}, {between}", SHORT.op, SHORT.bar).judged(times("stream", what))
+        yield Bar(f"time of {name} {sizes}", SHORT.op, SHORT.bar).judged(worst("stream", what, max))
+    most = of("convert", str(args.cells[-1]), "anon_mib")
+    yield GIGABYTE.judged(None if most is None else most / MIB_OF_GB)
+    for what, bar in ABSOLUTE.items():
+        yield bar.judged(of("stream", str(args.cells[-1]), what))
 
 
 def main() -> None:
@@ -150,6 +168,7 @@ def main() -> None:
         table,
         FOOTNOTES,
         lambda records: bars_of(records, args),
+        packages=stores.PACKAGES,
     )
 
 

@@ -111,6 +111,7 @@ def main() -> None:
         table,
         FOOTNOTES,
         lambda records: bars_of(records, args),
+        packages=stores.PACKAGES,
         peers={"annbatch": common.pins(stores.PEERS / "annbatch.txt")},
     )
 

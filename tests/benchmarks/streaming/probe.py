@@ -59,8 +59,8 @@ def windows(store: Store, cells: int) -> Iterator[Blocks]:
     count = cells // reader.block_cells
 
     def read(number: int) -> Blocks:
-        place = np.arange(number * count, (number + 1) * count)
-        blocks = permute(place % reader.n_blocks, reader.n_blocks, key=0)
+        passed, place = np.divmod(np.arange(number * count, (number + 1) * count), reader.n_blocks)
+        blocks = permute(place, reader.n_blocks, key=passed.astype(np.uint64))
         got = reader.read_blocks(reader.modalities[0], blocks)
         assert isinstance(got, Blocks)
         return got
