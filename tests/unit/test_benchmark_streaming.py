@@ -321,7 +321,7 @@ def test_the_table_tells_ratios_settings_and_limits() -> None:
     text = streaming.table(records(arguments("--sets", "rna")))
     assert "2.00" in text
     assert "rna: annbatch's chunk x preload 256x32 of: 256x32 1k" in text
-    assert "batches of csr reach 100%; memcpy 0.0 GB/s, of which they reach 100%" in text
+    assert "csr reaches 100%; memcpy 0.0 GB/s, of which its batches reach 100%" in text
     assert "rna: csr: our loader keeps up to 50% of this store's blocks decoded" in text
     assert "atac" not in text
 

@@ -36,7 +36,7 @@ PAIRED = {"rna": ("csr", "dense", "step"), "atac": ("csr", "step")}
 ALONE = {"rna": ("windows", "s3"), "atac": ("large", "windows", "s3")}
 LIMITS = ("decode", "memcpy", "memset")
 COPIES = 8  # of the cells that are in a store too large for the loader to keep decoded
-COPIED_BYTES = 8  # of a non-zero in a CSR batch: int32 index, float32 value
+INDEX_BYTES, VALUE_BYTES = 4, 4  # of a non-zero in a CSR batch; batches of binary counts share their values
 
 BARS: dict[tuple[str, str], Bar] = {
     ("rna", "csr"): Bar("rna: cells/s of CSR batches, times annbatch's", ">=", 2.5),
@@ -252,13 +252,14 @@ def _limits(records: Sequence[Result], name: str) -> Iterator[str]:
     which = "large" if "large" in ALONE[name] else "csr"
     csr, decode = (median(records, f"ours-{m}", name, "nonzeros_per_s") for m in (which, "decode"))
     copied = median(records, "ours-memcpy", name, "bytes_per_s")
+    written = INDEX_BYTES + (0 if cells.SHAPES[name].binary else VALUE_BYTES)
     for measure in ("csr", "large"):
         if (kept := median(records, f"ours-{measure}", name, "kept")) is not None:
             yield f"{name}: {measure}: our loader keeps up to {kept:.0%} of this store's blocks decoded"
     if csr and decode and copied:
         yield (
-            f"{name}: decode alone {decode / 1e6:,.0f} M non-zeros/s, of which batches of {which} reach {csr / decode:.0%}; "
-            f"memcpy {copied / 1e9:.1f} GB/s, of which they reach {csr * COPIED_BYTES / copied:.0%}"
+            f"{name}: decode alone {decode / 1e6:,.0f} M non-zeros/s, of which {which} reaches {csr / decode:.0%}; "
+            f"memcpy {copied / 1e9:.1f} GB/s, of which its batches reach {csr * written / copied:.0%}"
         )
     dense = median(records, "ours-dense", name, "cells_per_s")
     cleared = median(records, "ours-memset", name, "bytes_per_s")
