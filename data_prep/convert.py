@@ -42,7 +42,7 @@ from data_prep.sources import FIELDS, Head, Keys, Source, decode
 from data_prep.tasks import Pool, run_missing
 
 TASK_ENTRIES = 2**20  # stored values of a scatter task, up to eight times as many ...
-MANY_TASKS = 2000  # ... where there would be more tasks than this: each shard looks into every spool
+MANY_TASKS = 100  # ... where there would be more tasks than this: each shard looks into every spool, which takes time
 
 
 @dataclass(frozen=True)

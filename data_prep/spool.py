@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit
 
 from clue_dist.store.manifest import Packed
-from clue_dist.store.rows import COUNT_BITS, Coded, coded, row_starts
+from clue_dist.store.rows import COUNT_BITS, Coded, as_binary, row_starts
 from data_prep.files import save, whole_folder
 
 
@@ -67,7 +67,7 @@ def read(folders: list[Path], wanted: np.ndarray, n_features: int, packed: Packe
     if packed.values is not None:
         return _read_dense(hits, len(wanted), n_features, packed.values)
     got = _read_coded(hits, len(wanted), str(packed.rest_type))
-    return got if packed.bits == got.bits else coded(got.csr(n_features), packed.bits)
+    return got if packed.bits == got.bits else as_binary(got)
 
 
 def _read_dense(hits: list[tuple[Path, np.ndarray, np.ndarray]], n: int, n_features: int, dtype: str) -> np.ndarray:

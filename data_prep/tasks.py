@@ -17,6 +17,7 @@ import dask
 from tqdm import tqdm
 
 from clue_dist.errors import DataError, StoreError
+from clue_dist.memory import keep_freed_memory
 
 CONNECT = "20s"  # how long a scheduler may take to answer
 PATIENCE = 5.0  # seconds without a result after which one looks whether there are workers at all
@@ -61,6 +62,7 @@ class Threads:
 
     def __init__(self, workers: int | None = None) -> None:
         self.workers = workers or len(os.sched_getaffinity(0))
+        keep_freed_memory()
 
     def run(self, function: Callable[[Any], object], tasks: Sequence[object], progress: Progress) -> None:
         def call(i: int) -> None:

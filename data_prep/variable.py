@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.interpolate import CubicHermiteSpline
 
 SPAN = 0.3
 VERTICES = 128  # where the regression is computed; in between it is interpolated by value and slope
@@ -60,6 +59,8 @@ def loess(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     fits = np.array([_local(x, y, at) for at in vertices])
     if len(vertices) == 1:
         return np.full(len(x), fits[0, 0])
+    from scipy.interpolate import CubicHermiteSpline  # a tenth of a second, which few commands need
+
     return np.asarray(CubicHermiteSpline(vertices, fits[:, 0], fits[:, 1])(x))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import sys
 import threading
 from typing import Any
@@ -12,19 +11,6 @@ import torch
 
 _UNUSED = 3  # references to an array that nobody uses: the list's, the variable's, and that of asking
 _SPARE = 8  # 1/8 more than asked for: batches differ in size
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-_KEPT_BYTES, _LARGE_BYTES = 128 * 2**20, 32 * 2**20
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep what TensorStore frees after each block, up to 128 MiB, instead of asking for new pages.
-
-    Saves a tenth of the loader's time. Other C libraries have no such setting, and stay as they are.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
-        mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
 class Buffers:

@@ -86,6 +86,15 @@ def try_coded(rows: Csr, bits: int, order: np.ndarray) -> tuple[Coded, int] | No
     return Coded(codes[:n_codes], narrow, lengths, bits), largest
 
 
+def as_binary(rows: Coded) -> Coded:
+    """Rows whose counts are all 1, without bits for them. Takes the memory of `rows`, which are of no use any more."""
+    lengths, rest = np.zeros_like(rows.lengths), np.empty_like(rows.rest)
+    n_rest = int(_to_binary(rows.codes, rows.rest, rows.starts(), rows.bits, lengths, rest))
+    if n_rest < 0:
+        raise ValueError("a count above 1 in rows that should be binary")
+    return Coded(rows.codes, rest[:n_rest], lengths, 0)
+
+
 @dataclass(frozen=True)
 class Blocks:
     """Decompressed blocks, their rows still coded. codes: (n, C) uint8; rest: (n, R) unsigned; lengths: (n, B, 3) as in
@@ -181,6 +190,29 @@ def _encode(indptr, indices, values, order, bits, lengths, codes, rest, scratch)
             rest[at + k], rest[at + n_high + k] = scratch[0, k], scratch[1, k]
         at += 2 * n_high
     return to, at, largest, largest_rest
+
+
+@njit(nogil=True, cache=True)
+def _to_binary(codes, rest, starts, bits, lengths, out_rest):  # type: ignore[no-untyped-def]
+    """Fill lengths (n, 3) and out_rest, change codes. Returns how much of out_rest is filled, -1 at another count."""
+    far, count = (256 >> bits) - 1, (1 << bits) - 1
+    at = 0
+    for row in range(len(lengths)):
+        k, first = starts[row, 1], at
+        for j in range(starts[row, 0], starts[row + 1, 0]):
+            if codes[j] & count:
+                return -1
+            gap = np.int64(codes[j] >> bits)
+            if gap == far:
+                gap = np.int64(rest[k])
+                k += 1
+            if gap >= 255:
+                out_rest[at] = gap
+                at += 1
+                gap = np.int64(255)
+            codes[j] = gap
+        lengths[row, 0], lengths[row, 1] = starts[row + 1, 0] - starts[row, 0], at - first
+    return at
 
 
 @njit(nogil=True, cache=True)

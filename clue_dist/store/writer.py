@@ -86,7 +86,8 @@ def _write(folder: Path, first: int, data: np.ndarray) -> None:
     }
     try:
         array = ts.open(request, open=True, write=True).result()
-        array[first : first + len(data)].write(data).result()
+        # It need not copy what stays as it is until the result is there.
+        array[first : first + len(data)].write(data, can_reference_source_data_indefinitely=True).result()
     except (ValueError, OSError) as error:
         got = str(error).split("[")[0]
         raise StoreError(

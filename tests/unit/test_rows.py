@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from clue_dist.store.rows import COUNT_BITS, LARGEST, Csr, coded, try_coded
+from clue_dist.store.rows import COUNT_BITS, LARGEST, Csr, as_binary, coded, try_coded
 
 
 def csr(x: sp.csr_matrix) -> Csr:
@@ -25,6 +25,20 @@ def test_any_order_and_type_comes_back(dtype: type, bits: int) -> None:
     assert got is not None
     np.testing.assert_array_equal(got[0].csr(700).scipy().toarray(), dense[order])
     assert got[1] == dense.max()
+
+
+@pytest.mark.parametrize("density", [0.0, 0.002, 0.01, 0.3, 1.0])
+def test_rows_of_ones_need_no_bits_for_them(density: float) -> None:
+    x = sp.random(60, 3000, density, "csr", random_state=1)
+    x.data[:] = 1
+    rows = csr(x)
+    want, got = coded(rows, 0), as_binary(coded(rows, COUNT_BITS))
+    for name in ("codes", "rest", "lengths", "bits"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(want, name))
+    if density:
+        x.data[-1] = 2
+        with pytest.raises(ValueError, match="a count above 1"):
+            as_binary(coded(csr(x), COUNT_BITS))
 
 
 def test_the_largest_count_and_the_farthest_gap_fit() -> None:
