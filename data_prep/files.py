@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
@@ -13,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from clue_dist.errors import DataError
+
+_HEADER = re.compile(rb"\{'descr': '([^']+)', 'fortran_order': False, 'shape': \(([^)]*)\), \} *\n")
 
 
 def make_folder(folder: Path) -> None:
@@ -33,6 +37,18 @@ def save(path: Path, values: np.ndarray) -> None:
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(values))
         file.write(values.data)
+
+
+def saved(path: Path) -> np.ndarray:
+    """What `save` has written, mapped for reading: as np.load, in a fifth of its time: there are thousands."""
+    with path.open("rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    begin = 10 + int.from_bytes(content[8:10], "little")
+    found = _HEADER.match(content[10:begin])
+    if content[:8] != b"\x93NUMPY\x01\x00" or found is None:
+        raise ValueError(f"{path} is not as `save` writes it")
+    shape = tuple(int(n) for n in found[2].split(b",") if n.strip())
+    return np.ndarray(shape, np.dtype(found[1].decode()), content, begin)
 
 
 def mapped(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:

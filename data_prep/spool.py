@@ -14,7 +14,7 @@ from numba import njit
 
 from clue_dist.store.manifest import Packed
 from clue_dist.store.rows import COUNT_BITS, Coded, as_binary, row_starts
-from data_prep.files import save, whole_folder
+from data_prep.files import save, saved, whole_folder
 
 
 def write(folder: Path, keys: np.ndarray, rows: Coded | np.ndarray, largest: int) -> None:
@@ -60,7 +60,7 @@ def read(folders: list[Path], wanted: np.ndarray, n_features: int, packed: Packe
     Returns them as `packed` says: coded, or (n, features) of its type.
     """
     order = np.argsort(wanted)
-    hits = [(folder, *_find(np.load(folder / "keys.npy", mmap_mode="r"), wanted[order])) for folder in folders]
+    hits = [(folder, *_find(saved(folder / "keys.npy"), wanted[order])) for folder in folders]
     hits = [(folder, rows, order[at]) for folder, rows, at in hits if len(rows)]
     if sum(len(rows) for _, rows, _ in hits) != len(wanted):
         raise AssertionError(f"{len(wanted)} rows wanted, spools hold {sum(len(r) for _, r, _ in hits)}")
@@ -73,20 +73,20 @@ def read(folders: list[Path], wanted: np.ndarray, n_features: int, packed: Packe
 def _read_dense(hits: list[tuple[Path, np.ndarray, np.ndarray]], n: int, n_features: int, dtype: str) -> np.ndarray:
     out = np.empty((n, n_features), dtype)
     for folder, rows, at in hits:
-        out[at] = np.load(folder / "values.npy", mmap_mode="r")[rows]
+        out[at] = saved(folder / "values.npy")[rows]
     return out
 
 
 def _read_coded(hits: list[tuple[Path, np.ndarray, np.ndarray]], n: int, rest_type: str) -> Coded:
     lengths = np.empty((n, 3), np.uint32)
     for folder, rows, at in hits:
-        lengths[at] = np.load(folder / "lengths.npy", mmap_mode="r")[rows, :3]
+        lengths[at] = saved(folder / "lengths.npy")[rows, :3]
     starts = row_starts(lengths[None])[0]
     codes, rest = np.empty(starts[-1, 0], np.uint8), np.empty(starts[-1, 1], rest_type)
     for folder, rows, at in hits:
-        begins = np.load(folder / "starts.npy", mmap_mode="r").view(np.ndarray)
+        begins = saved(folder / "starts.npy")
         for k, (name, out) in enumerate((("codes", codes), ("rest", rest))):
-            source = np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray)
+            source = saved(folder / f"{name}.npy")
             copy_rows(begins[:, k], source, rows, at, starts[:, k], out)
     return Coded(codes, rest, lengths, COUNT_BITS)
 
