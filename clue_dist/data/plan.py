@@ -8,8 +8,11 @@ lane by lane in step, in proportion to their sizes.
 
     q = t * N_s + j            place in the endless sequence of passes over the stratum
     pass, o = divmod(q, n_s)   every pass covers the n_s cells exactly once
-    span = o // (L * G * B)    L lanes x G blocks x B cells, in this pass's random order of blocks
-    lane d = o mod L           owns G of the span's blocks and deals their cells in random order
+    span = o // (L * G * B)    L lanes x a window of G blocks x B cells, in this pass's random order of windows
+    lane d = o mod L           owns one of the span's windows and deals its cells in random order
+
+A window is G blocks one behind the other, which are read at once: the store is shuffled, so that they are as random as
+any. Where the first one begins is another block in each pass.
 
 What is left at the end of a pass (less than one span, the partly filled last block in it) is dealt as one lot.
 """
@@ -103,9 +106,9 @@ class Plan:
 
         inside = o < spans * span
         lot, r = o[inside] // span, o[inside] % span
-        window = lot * lanes + r % lanes  # which run of G blocks in this pass's order
+        window = lot * lanes + r % lanes  # in this pass's order
         i = _by_key(r // lanes, window, self.window_blocks * size, order)
-        block = permute(window * self.window_blocks + i // size, full_blocks, order)
+        block = self._block(window * self.window_blocks + i // size, full_blocks, order)
         out[inside] = block * size + i % size
 
         rest = n - spans * span
@@ -113,9 +116,20 @@ class Plan:
             i = permute(o[~inside] - spans * span, rest, order + 1)
             block = spans * lanes * self.window_blocks + i // size
             full = block < full_blocks  # the partly filled block keeps its place at the end
-            block[full] = permute(block[full], full_blocks, order)
+            block[full] = self._block(block[full], full_blocks, order)
             out[~inside] = block * size + i % size
         return out
+
+    def _block(self, i: np.ndarray, full_blocks: int, order: int) -> np.ndarray:
+        """The block at place `i` of a pass: windows are shuffled, and all blocks turned by as many places."""
+        if not len(i):
+            return i
+        windows = full_blocks // self.window_blocks
+        window, k = np.divmod(i, self.window_blocks)
+        whole = window < windows
+        i = i.copy()
+        i[whole] = permute(window[whole], windows, order) * self.window_blocks + k[whole]
+        return (i + order % full_blocks) % full_blocks
 
 
 def _by_key(i: np.ndarray, window: np.ndarray, n: int, key: int) -> np.ndarray:
