@@ -121,7 +121,8 @@ class Plan:
         return out
 
     def _block(self, i: np.ndarray, full_blocks: int, order: int) -> np.ndarray:
-        """The block at place `i` of a pass: windows are shuffled, and all blocks turned by as many places."""
+        """The block at place `i` of a pass: windows are shuffled, then all blocks moved on by as many places, round the
+        end, so that those too few for a window are others in each pass."""
         if not len(i):
             return i
         windows = full_blocks // self.window_blocks

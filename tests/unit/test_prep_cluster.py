@@ -201,7 +201,7 @@ def test_nobody_left_then_somebody_then_no_scheduler(
         def disturb() -> None:
             _until(lambda: _heard(capsys, told, "has no workers: waiting"))
             cluster.worker("clue_dist.store.writer.hash_file", 10**6)
-            _until(lambda: any((tmp_path / "s.zarr.partial").glob("*/work/shards/*.json")))
+            _until(lambda: any((tmp_path / "s.zarr.partial").rglob("shards/*.json")))
             os.kill(cluster.scheduler.pid, signal.SIGKILL)
 
         thread = threading.Thread(target=disturb)
@@ -212,7 +212,7 @@ def test_nobody_left_then_somebody_then_no_scheduler(
     finally:
         cluster.close()
     assert not out.exists()
-    spools = [p for p in (tmp_path / "s.zarr.partial").glob("*/work/spools/*/*") if p.suffix != ".tmp"]
+    spools = [p for p in (tmp_path / "s.zarr.partial").rglob("spools/*/*") if p.suffix != ".tmp"]
     assert len(spools) > 10
     capsys.readouterr()
     again = build(out, given, block_cells=BLOCK, workers=1)

@@ -86,8 +86,8 @@ def test_killed_and_run_again(tmp_path: Path, given: str, place: str, n: int, mo
     assert not out.exists()
     with pytest.raises(StoreError, match="run the same `python -m data_prep convert` again"):
         Store(out)
-    spooled = [p for p in partial.glob("*/work/spools/*/*") if p.suffix != ".tmp"]
-    written = list(partial.glob("*/work/shards/*.json"))
+    spooled = [p for p in partial.rglob("spools/*/*") if p.suffix != ".tmp"]
+    written = list(partial.rglob("shards/*.json"))
     assert spooled
     redone = _counting(monkeypatch, "_scatter_rows"), _counting(monkeypatch, "_gather_shard")
     again = build(out, given, block_cells=BLOCK, workers=1)
