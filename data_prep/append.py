@@ -46,7 +46,8 @@ def append(inputs: Sequence[Input], where: str | Place, options: Options, pool: 
     options: `features_from`, `block_cells` and `codec` are the store's own, whatever they say; choices: bins alone.
 
     Raises:
-        DataError: inputs that are not what they should be, modalities the store lacks, cells that are in it already.
+        DataError: inputs that are not what they should be, modalities the store lacks, cells that are in it already;
+            other cells were added meanwhile.
         StoreError: no store there, or not a folder; another addition is under way; the disk is full.
     """
     root = place_of(where)
@@ -62,7 +63,7 @@ def append(inputs: Sequence[Input], where: str | Place, options: Options, pool: 
     options = replace(options, features_from=root, block_cells=old.block_cells, codec=old.codec)
     with job(out, description(inputs, options, old), "addition") as folder:
         if Manifest.read(root).fingerprint != old.fingerprint:
-            raise StoreError("other cells were added meanwhile", where=root, fix="run the same command again")
+            raise DataError("other cells were added meanwhile", where=root, fix="run the same command again")
         built = _built(folder)
         _remove_strays(root, old, {} if built is None else _segments(built, old))
         if built is None:
