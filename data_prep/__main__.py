@@ -131,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     p.set_defaults(run=_inspect)
 
     p = commands.add_parser("fetch", help="real PBMC from the package index, cut into a mosaic and a paired test set")
-    p.add_argument("--out", type=Path, default=Path("data/pbmc"), help="folder (default: %(default)s)")
+    p.add_argument("--out", type=_local, default=Path("data/pbmc"), help="folder (default: %(default)s)")
     p.add_argument("--simulate", action="store_true", help="simulated cells instead: needs no network")
     p.set_defaults(run=_fetch)
     return parser
@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_convert(p: argparse.ArgumentParser) -> None:
     _input_options(p)
-    p.add_argument("--out", type=Path, required=True, help="the store to write, STORE.zarr")
+    p.add_argument("--out", type=_local, required=True, help="the store to write, STORE.zarr")
     p.add_argument(
         "--features",
         metavar="[NAME=]same|intersection|union|FILE",
@@ -218,7 +218,7 @@ def _feature_options(p: argparse.ArgumentParser) -> None:
 
 
 def _add_simulate(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--out", type=Path, required=True, help="SIM.h5mu (with the truth) or SIM.zarr (any size)")
+    p.add_argument("--out", type=_local, required=True, help="SIM.h5mu (with the truth) or SIM.zarr (any size)")
     p.add_argument("--cells", type=int, default=2000)
     p.add_argument("--modality", nargs="+", default=["rna:2000", "adt:50"], metavar="NAME:FEATURES")
     p.add_argument(
@@ -242,6 +242,14 @@ def _add_svd(p: argparse.ArgumentParser) -> None:
     p.add_argument("--seed", type=_natural, default=default.seed, help="of the start")
     _pool_options(p)
     p.set_defaults(run=_svd)
+
+
+def _local(text: str) -> Path:
+    """A path, which a URL would become too: one of a folder `s3:`."""
+    if "://" in text:
+        fix = "write it to a folder, then copy it there"
+        raise StoreError("a store can only be written to a folder", where="--out", got=text, fix=fix)
+    return Path(text)
 
 
 def _natural(text: str) -> int:

@@ -38,10 +38,10 @@ from data_prep.fragments import CountedSource, counted
 from data_prep.inputs import Input
 from data_prep.job import job
 from data_prep.selection import Chosen, select
-from data_prep.sources import FIELDS, Head, Keys, Source, decode
+from data_prep.sources import FIELDS, Head, Keys, Source
 from data_prep.tasks import Pool, run_missing
 
-TASK_ENTRIES = 2**20  # stored values of a scatter task, up to eight times as many ...
+TASK_ENTRIES = 2**20  # stored values of a scatter task, up to six times as many ...
 MANY_TASKS = 100  # ... where there would be more tasks than this: each shard looks into every spool, which takes time
 
 
@@ -194,7 +194,7 @@ def _scatter(
     """Spool every row of every source; returns the spools of each modality."""
     tasks: dict[Path, _Scatter] = {}
     spools: dict[str, list[Path]] = {name: [] for name in plan.modalities}
-    entries = min(max(sum(head.nnz for head in heads) // MANY_TASKS, TASK_ENTRIES), 8 * TASK_ENTRIES)
+    entries = min(max(sum(head.nnz for head in heads) // MANY_TASKS, TASK_ENTRIES), 6 * TASK_ENTRIES)
     for i, reading in enumerate(_reading(sources, heads, plan, cells, work)):
         modality = reading.source.modality
         for lo, hi in reading.ranges(entries):
@@ -243,7 +243,7 @@ def _gather_shard(task: _Gather) -> None:
         n_features = manifest.modalities[name].n_features
         folders = sorted(p for p in (task.spools / name).iterdir() if p.suffix != ".tmp")
         modalities[name] = spool.read(folders, np.asarray(obs["keys"]), n_features, s.packed[name])
-    cells = ShardCells(modalities, obs["batch"], obs["label"], decode(obs["barcodes"]))
+    cells = ShardCells(modalities, obs["batch"], obs["label"], obs["barcodes"])
     written = write_shard(task.store, manifest, task.stratum, task.shard, cells)
     temporary = task.out.with_suffix(f".{uuid.uuid4().hex[:8]}.tmp")  # a worker given up for dead may still be at it
     temporary.write_text(json.dumps({key: shard.model_dump() for key, shard in written.items()}))

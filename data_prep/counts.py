@@ -11,9 +11,10 @@ from numba import njit
 
 from clue_dist.errors import DataError, listed
 from clue_dist.store.layout import Kind, unsigned
-from clue_dist.store.rows import COUNT_BITS, LARGEST, Coded, Csr, try_coded
+from clue_dist.store.rows import COUNT_BITS, LARGEST, Coded, Csr, joined, try_coded
 from data_prep.sources import Rows, Source, decode
 
+PIECE_ENTRIES = 2**20  # stored values that are read at once: a count takes eight times what its code does
 _COUNTS = "counts must be raw: non-negative, finite integers"
 
 
@@ -48,16 +49,23 @@ class Reading:
 
     def coded(self, lo: int, hi: int, order: np.ndarray) -> tuple[Coded | np.ndarray, int]:
         """Rows lo to hi in the given order, coded or dense, and the largest count among them (0: measured floats)."""
+        step = max(1, PIECE_ENTRIES * self.n_rows // max(self.nnz, 1))
+        parts = [(at, min(at + step, hi)) for at in range(lo, hi, step)]
+        if self.target.kind in ("rna", "atac"):
+            pieces = [self._coded(*part) for part in parts]
+            rows, largest = joined([piece for piece, _ in pieces]), max(largest for _, largest in pieces)
+            pieces.clear()  # as their memory is wanted
+            return rows.taken(order), largest
+        values = np.concatenate([self.rows(*part) for part in parts])[order]
+        return values, 0 if values.dtype.kind == "f" else int(values.max(initial=0))
+
+    def _coded(self, lo: int, hi: int) -> tuple[Coded, int]:
         rows = self.source.read(lo, hi, self.scratch)
-        sparse = self.target.kind in ("rna", "atac")
-        if sparse and self.target.columns is None and not isinstance(rows, np.ndarray):
-            got = try_coded(_csr(rows), COUNT_BITS, order)  # most are as they should be: looked at and coded in one go
+        if self.target.columns is None and not isinstance(rows, np.ndarray):
+            got = try_coded(_csr(rows), COUNT_BITS)  # most are as they should be: looked at and coded in one go
             if got is not None:
                 return got
-        rows = canonical(self.source, self.target, rows, lo)
-        if isinstance(rows, np.ndarray):
-            return rows[order], 0 if rows.dtype.kind == "f" else int(rows.max(initial=0))
-        got = try_coded(_csr(rows), COUNT_BITS, order)
+        got = try_coded(_csr(canonical(self.source, self.target, rows, lo)), COUNT_BITS)
         assert got is not None
         return got
 

@@ -33,6 +33,7 @@ from data_prep.sources import (
 
 _SLICE = 2**20  # rows of a column that are looked at together
 _PROBE = 10_000  # values looked at to guess whether a matrix holds counts
+_ANEW = "write the file again, from what it was made of"
 
 
 @contextmanager
@@ -163,7 +164,7 @@ class AnnDataSource:
         for name in (key, f"{self.modality}:{key}"):
             if name in file["obs"]:
                 shared = pd.Index(as_bytes(_index(file, "obs", self.where)))
-                return Codes.of(read_elem(file["obs"][name])).take(shared.get_indexer(pd.Index(barcodes[:])))
+                return _codes_of(file["obs"][name]).take(shared.get_indexer(pd.Index(barcodes[:])))
         return None
 
 
@@ -258,18 +259,33 @@ def _format(matrix: Any) -> str:
     name = name or {"csr": "csr_matrix", "csc": "csc_matrix"}.get(matrix.attrs.get("h5sparse_format", ""), "")
     if name not in ("csr_matrix", "csc_matrix"):
         raise DataError(
-            "a matrix in a form this reader does not know", where=matrix.name, got=name, expected="array, CSR or CSC"
+            "a matrix in a form this reader does not know",
+            where=_place(matrix),
+            got=name or "a group that says no encoding-type",
+            expected="array, CSR or CSC",
+            fix=_ANEW,
         )
     return str(name)
 
 
 def _shape(matrix: Any) -> tuple[int, int]:
     shape = (
-        matrix.shape
-        if isinstance(matrix, h5py.Dataset)
-        else matrix.attrs.get("shape", matrix.attrs.get("h5sparse_shape"))
+        matrix.shape if _format(matrix) == "array" else matrix.attrs.get("shape", matrix.attrs.get("h5sparse_shape"))
     )
+    if np.shape(shape) != (2,):
+        raise DataError(
+            "a matrix that is not one of cells x features",
+            where=_place(matrix),
+            got="no shape" if shape is None else f"shape {tuple(np.ravel(shape).tolist())}",
+            expected="two axes",
+            fix=_ANEW,
+        )
     return int(shape[0]), int(shape[1])
+
+
+def _place(part: Any) -> str:
+    """A part of a file, for messages."""
+    return f"{Path(part.file.filename).name}: {part.name.lstrip('/')}"
 
 
 @dataclass(frozen=True)
@@ -315,15 +331,23 @@ def _codes_of(column: Any) -> Codes:
     """A column of obs; a categorical one is read when it is needed, and categories that no cell has do not count."""
     if column.attrs.get("encoding-type") != "categorical":
         return Codes.of(read_elem(column))
-    codes, names = column["codes"], Codes.of(pd.Categorical(read_elem(column["categories"])))
-    used = np.zeros(len(names.codes) + 1, bool)
+    codes, categories = column["codes"], read_elem(column["categories"])
+    used = np.zeros(len(categories) + 1, bool)
     for lo in range(0, len(codes), _SLICE):
-        used[codes[lo : lo + _SLICE]] = True  # the last one: -1
-    of = np.where(used[:-1], names.codes[:], -1)
-    kept = sorted(names.names[i] for i in np.unique(of[of >= 0]).tolist())
-    place = {name: i for i, name in enumerate(kept)}
-    final = np.array([place[names.names[i]] if i >= 0 else -1 for i in of.tolist()] + [-1], np.int32)
-    return Codes(Categories(Path(codes.file.filename), codes.name, len(codes), final), kept)
+        piece = codes[lo : lo + _SLICE]
+        if not -1 <= piece.min() <= piece.max() < len(categories):
+            raise DataError(
+                "a column of obs points outside its categories",
+                where=_place(column),
+                got=f"codes {piece.min()} to {piece.max()}",
+                expected=f"-1 (unknown) to {len(categories) - 1}",
+                fix=_ANEW,
+            )
+        used[piece] = True  # the last one: -1
+    kept = np.flatnonzero(used[:-1])
+    names, final = Codes.of(categories[kept]), np.full(len(used), -1, np.int32)
+    final[kept] = names.codes[:]
+    return Codes(Categories(Path(codes.file.filename), codes.name, len(codes), final), names.names)
 
 
 def _names(root: Any, name: str, where: str) -> Sliced:
@@ -349,7 +373,8 @@ def _columns(frame: h5py.Group) -> list[str]:
 
 def _looks_like_counts(matrix: Any) -> bool:
     if isinstance(matrix, h5py.Dataset):
-        values = matrix[: max(1, _PROBE // matrix.shape[1])] if matrix.size else np.empty(0)
+        whole = matrix.size and matrix.ndim == 2
+        values = matrix[: max(1, _PROBE // matrix.shape[1])] if whole else np.empty(0)
     else:
         values = matrix["data"][:_PROBE]
     return bool(

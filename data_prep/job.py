@@ -33,7 +33,7 @@ def job(out: Path, description: dict[str, Any], what: str = "conversion") -> Ite
     what: the job is, for people.
 
     Raises:
-        StoreError: OUT exists; another job was or is under way there; the disk is full.
+        StoreError: OUT exists, or has no name; another job was or is under way there; the disk is full.
         DataError: OUT.partial cannot be a folder.
     """
     partial = partial_of(out)
@@ -58,6 +58,14 @@ def job(out: Path, description: dict[str, Any], what: str = "conversion") -> Ite
 
 
 def partial_of(out: Path) -> Path:
+    """The folder beside OUT in which the job is at work.
+
+    Raises:
+        StoreError: OUT has no name of its own: it is the folder one is in, or one above it.
+    """
+    if out.name in ("", ".."):
+        fix = "name a folder that is not there yet"
+        raise StoreError("the output needs a name", where="--out", got=out, expected="STORE.zarr, say", fix=fix)
     return out.with_name(out.name + ".partial")
 
 

@@ -15,6 +15,7 @@ import pandas as pd
 
 from clue_dist.errors import DataError
 from data_prep import entries
+from data_prep.files import whole_folder
 from data_prep.sources import TENX_COLUMNS, FeatureTable, Head, Rows, as_bytes, columns_of, file_identity
 from data_prep.text import UNREADABLE, lines_of, open_text, unreadable
 
@@ -66,31 +67,26 @@ class MtxSource:
         return 1  # text, and perhaps gzip, can only be read from its start
 
     def prepare(self, part: int, scratch: Path) -> None:
-        folder, path = scratch / f"{part:06d}", _find(self.path, "matrix")
-        temporary = scratch / f"{part:06d}.reading"
-        with open_text(path) as file:
+        path = _find(self.path, "matrix")
+        with whole_folder(scratch / f"{part:06d}") as folder, open_text(path) as file:
             n_features, n_cells, nnz = self._sizes(file)
             seen = 0
             for i, piece in enumerate(self._pieces(file) if nnz else []):
                 self._validate(piece, seen, n_features, n_cells)
                 seen += len(piece)
                 row, column, value = (piece[k].to_numpy() for k in range(3))
-                target = temporary / f"{i:06d}"
-                if not target.exists():
-                    entries.write_part(target, column - 1, row - 1, value)
-        if seen != nnz:
-            raise DataError(
-                "the matrix ends early or late",
-                where=path.name,
-                got=f"{seen} entries",
-                expected=f"{nnz}, as its header says",
-            )
-        temporary.mkdir(parents=True, exist_ok=True)
-        temporary.rename(folder)
+                entries.write_part(folder / f"{i:06d}", column - 1, row - 1, value)
+            if seen != nnz:
+                raise DataError(
+                    "the matrix ends early or late",
+                    where=path.name,
+                    got=f"{seen} entries",
+                    expected=f"{nnz}, as its header says",
+                )
 
     def read(self, lo: int, hi: int, scratch: Path) -> Rows:
         table = mtx_features(self.path)
-        rows = entries.read_rows(sorted((scratch / "000000").iterdir()), lo, hi, len(table.ids))
+        rows = entries.read_rows(sorted((scratch / "000000").glob("[0-9]" * 6)), lo, hi, len(table.ids))
         return columns_of(rows, table.select(self.feature_type)[0])
 
     def other_counts(self) -> list[str]:

@@ -52,11 +52,10 @@ class Codes:
     @classmethod
     def of(cls, values: Any) -> Codes:
         """Encode a column of any type; NaN and the empty string are unknown, 1.0 is the same as 1."""
-        series = pd.Series(values)
-        if series.dtype.kind == "f":
-            whole = series.dropna().mod(1).eq(0).all()
-            series = series.astype("Int64") if whole else series
-        codes, names = pd.factorize(series)
+        codes, names = pd.factorize(pd.Series(values))
+        own = names.categories if isinstance(names, pd.CategoricalIndex) else names
+        if own.dtype.kind == "f" and all(name % 1 == 0 for name in names):
+            names = names.map(int)
         texts = ["" if pd.isna(name) else str(name) for name in names]
         unique = sorted({t for t in texts if t})
         place = {t: i for i, t in enumerate(unique)} | {"": -1}

@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit
 
 from clue_dist.store.manifest import Packed
-from clue_dist.store.rows import COUNT_BITS, Coded, as_binary, row_starts
+from clue_dist.store.rows import COUNT_BITS, Coded, as_binary, copy_rows, row_starts
 from data_prep.files import save, saved, whole_folder
 
 
@@ -60,7 +60,10 @@ def read(folders: list[Path], wanted: np.ndarray, n_features: int, packed: Packe
     Returns them as `packed` says: coded, or (n, features) of its type.
     """
     order = np.argsort(wanted)
-    hits = [(folder, *_find(saved(folder / "keys.npy"), wanted[order])) for folder in folders]
+    ascending = wanted[order]
+    groups = np.flatnonzero(np.diff(ascending >> GROUP_SHIFT, prepend=-1))
+    ends = ascending[groups], ascending[np.append(groups[1:], len(wanted)) - 1]
+    hits = [(folder, *_find(saved(folder / "keys.npy"), ascending, ends)) for folder in folders]
     hits = [(folder, rows, order[at]) for folder, rows, at in hits if len(rows)]
     if sum(len(rows) for _, rows, _ in hits) != len(wanted):
         raise AssertionError(f"{len(wanted)} rows wanted, spools hold {sum(len(r) for _, r, _ in hits)}")
@@ -91,14 +94,13 @@ def _read_coded(hits: list[tuple[Path, np.ndarray, np.ndarray]], n: int, rest_ty
     return Coded(codes, rest, lengths, COUNT_BITS)
 
 
-def _find(keys: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _find(keys: np.ndarray, wanted: np.ndarray, ends: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Rows of a spool that are wanted, and their places in `wanted`. Both inputs sorted.
 
-    The upper bits of a key are its planned stratum: one narrow run of the spool is searched for each.
+    The upper bits of a key are its planned stratum: one narrow run of the spool is searched for each. ends: first and
+    last key of each that is wanted.
     """
-    groups = np.flatnonzero(np.diff(wanted >> GROUP_SHIFT, prepend=-1))
-    starts = np.searchsorted(keys, wanted[groups])
-    stops = np.searchsorted(keys, wanted[np.append(groups[1:], len(wanted)) - 1], side="right")
+    starts, stops = np.searchsorted(keys, ends[0]).tolist(), np.searchsorted(keys, ends[1], side="right").tolist()
     candidates = np.concatenate(
         [np.arange(i, j) for i, j in zip(starts, stops, strict=True)] or [np.empty(0, np.int64)]
     )
@@ -108,15 +110,6 @@ def _find(keys: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 GROUP_SHIFT = 40  # a key is (planned stratum << 40) + the cell's place in the shuffle of all cells
-
-
-@njit(nogil=True, cache=True)
-def copy_rows(starts, values, rows, at, out_starts, out):  # type: ignore[no-untyped-def]
-    """Copy what row rows[i] has of `values` to row at[i] of `out`."""
-    for i in range(len(rows)):
-        lo, target = starts[rows[i]], out_starts[at[i]]
-        for k in range(starts[rows[i] + 1] - lo):
-            out[target + k] = values[lo + k]
 
 
 @njit(nogil=True, cache=True)

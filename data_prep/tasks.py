@@ -17,7 +17,7 @@ import dask
 from tqdm import tqdm
 
 from clue_dist.errors import DataError, StoreError
-from clue_dist.memory import keep_freed_memory
+from clue_dist.memory import give_back_freed_memory, keep_freed_memory
 
 CONNECT = "20s"  # how long a scheduler may take to answer
 PATIENCE = 5.0  # seconds without a result after which one looks whether there are workers at all
@@ -62,11 +62,12 @@ class Threads:
 
     def __init__(self, workers: int | None = None) -> None:
         self.workers = workers or len(os.sched_getaffinity(0))
-        keep_freed_memory()
+        keep_freed_memory(heaps=self.workers)  # a third less memory than with a heap for each of TensorStore's threads
 
     def run(self, function: Callable[[Any], object], tasks: Sequence[object], progress: Progress) -> None:
         def call(i: int) -> None:
             function(tasks[i])
+            give_back_freed_memory()
             progress.step()
 
         delayed = dask.delayed(call, pure=False)
@@ -83,6 +84,17 @@ class Cluster:
     def __init__(self, address: str) -> None:
         import distributed
 
+        try:
+            distributed.comm.get_address_host_port(address, strict=True)  # a Client would not end with one that is none
+        except ValueError as error:
+            fix = "give the address that `dask scheduler` tells when it starts"
+            raise DataError(
+                "not the address of a Dask scheduler",
+                where=f"--scheduler {address}",
+                got=str(error),
+                expected="tcp://HOST:PORT",
+                fix=fix,
+            ) from None
         try:
             self.client = distributed.Client(address, timeout=CONNECT, set_as_default=False)
         except (OSError, TimeoutError, ValueError) as error:

@@ -8,6 +8,7 @@ keeps in memory is read faster than what lies on the disk: a store larger than t
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 from clue_dist import config as configs
@@ -33,6 +34,9 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError("nothing to measure", got=got, expected="seconds above 0, one repeat or more")
     if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
         raise ConfigError("the figures go into a file of a folder that is there", where=f"--json {args.json}")
+    if args.json and not os.access(args.json if args.json.exists() else args.json.absolute().parent, os.W_OK):
+        got, fix = "no permission to write, or a disk that is read only", "choose another file, or leave --json out"
+        raise ConfigError("the figures cannot be written", where=f"--json {args.json}", got=got, fix=fix)
 
 
 def main() -> None:

@@ -89,7 +89,7 @@ def _draw(
         values = sparse.data.astype(np.float32)
         csr = Csr(sparse.indptr.astype(np.int64), sparse.indices.astype(np.int32), values, counts.shape[1])
         rows[m] = coded(csr, 0 if modalities[m].kind == "atac" else COUNT_BITS)
-    return writer.Cells(rows, batch, label, np.array([f"{stratum}-{i}" for i in range(n)]))
+    return writer.Cells(rows, batch, label, np.array([f"{stratum}-{i}".encode() for i in range(n)]))
 
 
 def _stratum(

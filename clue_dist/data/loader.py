@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -100,7 +100,7 @@ class BlockCache:
 def slots_for(plan: Plan, segment: str, world: int) -> int:
     """Blocks of a segment that one of `world` ranks may need for HELD stretches of micro-batches."""
     n, cells = plan.sizes[segment], plan.most(segment, HELD * STRETCH)
-    lot = plan.lanes * plan.window_blocks  # blocks of one span, of which a rank reads its lanes' windows
+    lot = plan.lanes * plan.window(segment)  # blocks of one span, of which a rank reads its lanes' windows
     span = lot * plan.block_cells
     spanned = n // span * span  # cells of a pass that are dealt in spans
     whole = (cells // span + 2) * lot // world if spanned else 0  # two spans may be touched at one end only
@@ -188,6 +188,7 @@ class Loader:
         self.plan, self.rank, self.world, self.pin, self.dense = plan, rank, world, pin, dense
         self.modalities = store.modalities
         self.waited = 0.0
+        self._failed: Exception | None = None
         self._caches = {s: BlockCache(store.strata[s], slots_for(plan, s, world)) for s in plan.segments}
         self._buffers = Buffers()
         keep_freed_memory()
@@ -201,9 +202,14 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
+        if self._failed is not None:
+            raise self._failed
         started = time.perf_counter()
         try:
             return self._ring.get().result()
+        except Exception as error:
+            self._failed = error  # batches behind it may have been built before
+            raise
         finally:
             self.waited += time.perf_counter() - started
 
@@ -229,7 +235,7 @@ class Loader:
                     planned += self._expect(step)
                     step += STRETCH
                 if len(gathering) == GATHERING:
-                    wait([gathering.popleft()])  # what it reads from must not be overwritten before
+                    gathering.popleft().result()  # what it reads from must not be overwritten before
                 gathering.append(self._gathered(planned.popleft()))
                 self._ring.put(gathering[-1])
         except BaseException as error:  # noqa: BLE001  raised again where the batch was expected

@@ -8,11 +8,12 @@ lane by lane in step, in proportion to their sizes.
 
     q = t * N_s + j            place in the endless sequence of passes over the stratum
     pass, o = divmod(q, n_s)   every pass covers the n_s cells exactly once
-    span = o // (L * G * B)    L lanes x a window of G blocks x B cells, in this pass's random order of windows
+    span = o // (L * G * B)    L lanes x a window of G blocks x B cells, in this pass's random order of blocks
     lane d = o mod L           owns one of the span's windows and deals its cells in random order
 
-A window is G blocks one behind the other, which are read at once: the store is shuffled, so that they are as random as
-any. Where the first one begins is another block in each pass.
+Blocks come in runs, RUN_BLOCKS or a smaller window, that lie one behind the other and are read at once: the store is
+shuffled, so that they are as random as any. Where runs begin is another block in each pass. A segment's window is as
+large a part of G as the segment is of its stratum, so that many segments need no more memory than one.
 
 What is left at the end of a pass (less than one span, the partly filled last block in it) is dealt as one lot.
 """
@@ -28,6 +29,8 @@ from clue_dist.data.phases import phase
 from clue_dist.errors import ConfigError
 from clue_dist.store.layout import group_of
 from clue_dist.store.shuffle import key_of, permute
+
+RUN_BLOCKS = 8  # one alone is a request of its own; a whole window would be the same cells in every pass
 
 
 @dataclass(frozen=True)
@@ -89,17 +92,23 @@ class Plan:
         """Positions in a segment of its cells in micro-batch `step`, int64; rank r of W takes [r::W]. (N_s,) where the
         stratum has one segment; all segments of a stratum together give N_s. steps: of so many, one behind the other.
         """
-        n, size, lanes = self.sizes[segment], self.block_cells, self.lanes
+        n = self.sizes[segment]
         q = np.arange(self.dealt(step, segment), self.dealt(step + steps, segment), dtype=np.int64)
         out = np.empty(len(q), np.int64)
         for number in np.unique(q // n).tolist():
             here = q // n == number
-            out[here] = self._of_pass(segment, number, q[here] - number * n, n, size, lanes)
+            out[here] = self._of_pass(segment, number, q[here] - number * n)
         return out
 
-    def _of_pass(self, segment: str, number: int, o: np.ndarray, n: int, size: int, lanes: int) -> np.ndarray:
-        full_blocks = n // size
-        span = lanes * self.window_blocks * size
+    def window(self, segment: str) -> int:
+        """Blocks of a segment that a lane mixes at a time."""
+        cells = sum(self._segments(group_of(segment)).values())
+        return max(1, self.window_blocks * self.sizes[segment] // cells)
+
+    def _of_pass(self, segment: str, number: int, o: np.ndarray) -> np.ndarray:
+        n, size, lanes, blocks = self.sizes[segment], self.block_cells, self.lanes, self.window(segment)
+        full_blocks, run = n // size, min(RUN_BLOCKS, blocks)
+        span = lanes * blocks * size
         spans = full_blocks * size // span
         order = key_of(self.seed, segment, number)
         out = np.empty(len(o), np.int64)
@@ -107,30 +116,30 @@ class Plan:
         inside = o < spans * span
         lot, r = o[inside] // span, o[inside] % span
         window = lot * lanes + r % lanes  # in this pass's order
-        i = _by_key(r // lanes, window, self.window_blocks * size, order)
-        block = self._block(window * self.window_blocks + i // size, full_blocks, order)
-        out[inside] = block * size + i % size
+        i = _by_key(r // lanes, window, blocks * size, order)
+        out[inside] = _block(window * blocks + i // size, full_blocks, run, order) * size + i % size
 
         rest = n - spans * span
         if rest:
             i = permute(o[~inside] - spans * span, rest, order + 1)
-            block = spans * lanes * self.window_blocks + i // size
+            block = spans * lanes * blocks + i // size
             full = block < full_blocks  # the partly filled block keeps its place at the end
-            block[full] = self._block(block[full], full_blocks, order)
+            block[full] = _block(block[full], full_blocks, run, order)
             out[~inside] = block * size + i % size
         return out
 
-    def _block(self, i: np.ndarray, full_blocks: int, order: int) -> np.ndarray:
-        """The block at place `i` of a pass: windows are shuffled, then all blocks moved on by as many places, round the
-        end, so that those too few for a window are others in each pass."""
-        if not len(i):
-            return i
-        windows = full_blocks // self.window_blocks
-        window, k = np.divmod(i, self.window_blocks)
-        whole = window < windows
-        i = i.copy()
-        i[whole] = permute(window[whole], windows, order) * self.window_blocks + k[whole]
-        return (i + order % full_blocks) % full_blocks
+
+def _block(i: np.ndarray, full_blocks: int, run: int, order: int) -> np.ndarray:
+    """The block at place `i` of a pass: runs are shuffled, then all blocks moved on by as many places, round the end,
+    so that those too few for a run are others in each pass."""
+    if not len(i):
+        return i
+    runs = full_blocks // run
+    which, k = np.divmod(i, run)
+    whole = which < runs
+    i = i.copy()
+    i[whole] = permute(which[whole], runs, order) * run + k[whole]
+    return (i + order % full_blocks) % full_blocks
 
 
 def _by_key(i: np.ndarray, window: np.ndarray, n: int, key: int) -> np.ndarray:

@@ -29,7 +29,7 @@ VERSION = 2
 MANIFEST = "manifest.json"
 BLOCK_CELLS = 64
 SHARD_BYTES = 64 * 2**20  # raw bytes of the largest modality of one shard ...
-SHARD_CELLS = 2**17  # ... and the most cells, where each has few counts: their names take memory too
+SHARD_CELLS = 2**16  # ... and the most cells, where each has few counts: their names take memory too
 CHUNK_ROWS = 16  # blocks that share one chunk in the narrow arrays (lengths, obs); shards hold a multiple of it
 
 Codec = Literal["balanced", "fast", "small"]

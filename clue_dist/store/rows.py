@@ -8,6 +8,7 @@ before it, then the high counts minus one. Binary rows have bits = 0 and store n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,24 +62,38 @@ class Coded:
         """Where each row starts in codes and in rest, and where the last one ends. (n + 1, 2) int64"""
         return row_starts(self.lengths[None])[0]
 
+    def taken(self, order: np.ndarray) -> Coded:
+        """Some of the rows, in the given order."""
+        lengths, starts = self.lengths[order], self.starts()
+        new, at = row_starts(lengths[None])[0], np.arange(len(order))
+        codes, rest = np.empty(new[-1, 0], self.codes.dtype), np.empty(new[-1, 1], self.rest.dtype)
+        for k, (values, out) in enumerate(((self.codes, codes), (self.rest, rest))):
+            copy_rows(starts[:, k], values, order, at, new[:, k], out)
+        return Coded(codes, rest, lengths, self.bits)
 
-def coded(rows: Csr, bits: int, order: np.ndarray | None = None) -> Coded:
-    """Code rows of counts from 1 on, in the given order; without bits for the count, all are 1."""
-    order = np.arange(rows.n_rows) if order is None else order
-    got = try_coded(rows, bits, order)
+
+def joined(parts: Sequence[Coded]) -> Coded:
+    """Rows of several, one behind the other; rest of the widest type."""
+    codes, rest, lengths = (np.concatenate([getattr(p, name) for p in parts]) for name in ("codes", "rest", "lengths"))
+    return Coded(codes, rest, lengths, parts[0].bits)
+
+
+def coded(rows: Csr, bits: int) -> Coded:
+    """Code rows of counts from 1 on; without bits for the count, all are 1."""
+    got = try_coded(rows, bits)
     if got is None:
         raise ValueError(f"rows that are not canonical: columns must ascend, counts be 1, 2, ... {LARGEST}")
     return got[0]
 
 
-def try_coded(rows: Csr, bits: int, order: np.ndarray) -> tuple[Coded, int] | None:
+def try_coded(rows: Csr, bits: int) -> tuple[Coded, int] | None:
     """Code rows of any numbers, and the largest; None where a column does not ascend, or a number is no count."""
-    lengths = np.empty((len(order), 3), np.uint32)
+    lengths = np.empty((rows.n_rows, 3), np.uint32)
     most = int(np.diff(rows.indptr).max(initial=0))
     codes = np.empty(len(rows.values), np.uint8)
     rest = np.empty(3 * len(rows.values), np.uint32)  # only what is written to takes memory
     scratch = np.empty((2, most), np.uint32)
-    ends = _encode(rows.indptr, rows.indices, rows.values, order, bits, lengths, codes, rest, scratch)
+    ends = _encode(rows.indptr, rows.indices, rows.values, bits, lengths, codes, rest, scratch)
     n_codes, n_rest, largest, largest_rest = (int(n) for n in ends)
     if largest < 0:
         return None
@@ -151,14 +166,23 @@ def row_starts(lengths: np.ndarray) -> np.ndarray:
 
 
 @njit(nogil=True, cache=True)
-def _encode(indptr, indices, values, order, bits, lengths, codes, rest, scratch):  # type: ignore[no-untyped-def]
+def copy_rows(starts, values, rows, at, out_starts, out):  # type: ignore[no-untyped-def]
+    """Copy what row rows[i] has of `values` to row at[i] of `out`."""
+    for i in range(len(rows)):
+        lo, target = starts[rows[i]], out_starts[at[i]]
+        for k in range(starts[rows[i] + 1] - lo):
+            out[target + k] = values[lo + k]
+
+
+@njit(nogil=True, cache=True)
+def _encode(indptr, indices, values, bits, lengths, codes, rest, scratch):  # type: ignore[no-untyped-def]
     """Fill codes, rest and lengths (n, 3). Returns how much of codes and of rest is filled, the largest count, or -1
     where a row is not canonical, and the largest number in rest. scratch: (2, longest row)."""
     far, high = (256 >> bits) - 1, (1 << bits) - 1
     to, at = 0, 0
     largest, largest_rest = np.int64(0), np.int64(0)
-    for row in range(len(order)):
-        lo, hi = indptr[order[row]], indptr[order[row] + 1]
+    for row in range(len(lengths)):
+        lo, hi = indptr[row], indptr[row + 1]
         column, last = np.int64(-1), lo
         first, n_high = at, 0
         for i in range(lo, hi):

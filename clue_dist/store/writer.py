@@ -24,7 +24,7 @@ class Cells:
     """Consecutive cells of one stratum, in store order.
 
     modalities: rows per modality, `Coded` as the manifest says, or a dense (n, features) array; batch, label: (n,)
-    int32 codes into the manifest's lists, -1 = unknown; barcodes: (n,) str.
+    int32 codes into the manifest's lists, -1 = unknown; barcodes: (n,) bytes, UTF-8.
     """
 
     modalities: dict[str, Coded | np.ndarray]
@@ -61,13 +61,14 @@ def write_shard(root: Path, manifest: Manifest, stratum: str, shard: int, cells:
         )
     first = shard * s.shard_blocks
     n_blocks = layout.blocks_of(expected, size)
-    arrays = _obs_arrays(cells, n_blocks, size, s.barcode_width)
-    for name in s.modalities:
-        arrays |= _modality_arrays(name, cells.modalities[name], n_blocks, size, s.packed[name])
 
     written = {}
     for spec in manifest.arrays(stratum):
-        data = arrays[spec.path.removeprefix(f"strata/{stratum}/")]
+        of, name = spec.path.split("/")[-2:]
+        if of == "obs":
+            data = _obs_array(name, cells, n_blocks, size, s.barcode_width)
+        else:
+            data = _modality_array(name, cells.modalities[of], n_blocks, size, s.packed[of])
         _write(root / spec.path, first, data)
         key = f"{spec.path}/c/{shard}" + "/0" * (len(spec.shape) - 1)
         written[key] = hash_file(root / key)
@@ -148,30 +149,22 @@ def _padded(values: np.ndarray, rows: int, dtype: str | np.dtype) -> np.ndarray:
     return out
 
 
-def _obs_arrays(cells: Cells, n_blocks: int, size: int, width: int) -> dict[str, np.ndarray]:
-    rows = n_blocks * size
-    encoded = np.char.encode(cells.barcodes.astype(str), "utf-8").astype(f"S{width}")
-    letters = encoded.view(np.uint8).reshape(len(encoded), width)
-    return {
-        "obs/batch": _padded(cells.batch, rows, "int32").reshape(n_blocks, size),
-        "obs/label": _padded(cells.label, rows, "int32").reshape(n_blocks, size),
-        "obs/barcode": _padded(letters, rows, "uint8").reshape(n_blocks, size, width),
-    }
+def _obs_array(name: str, cells: Cells, n_blocks: int, size: int, width: int) -> np.ndarray:
+    if name != "barcode":
+        return _padded(getattr(cells, name), n_blocks * size, "int32").reshape(n_blocks, size)
+    letters = cells.barcodes.astype(f"S{width}").view(np.uint8).reshape(-1, width)
+    return _padded(letters, n_blocks * size, "uint8").reshape(n_blocks, size, width)
 
 
-def _modality_arrays(
-    name: str, rows: Coded | np.ndarray, n_blocks: int, size: int, packed: Packed
-) -> dict[str, np.ndarray]:
+def _modality_array(name: str, rows: Coded | np.ndarray, n_blocks: int, size: int, packed: Packed) -> np.ndarray:
     if isinstance(rows, np.ndarray):
-        values = _padded(rows, n_blocks * size, str(packed.values))
-        return {f"{name}/values": values.reshape(n_blocks, size, rows.shape[1])}
-    lengths = _padded(rows.lengths, n_blocks * size, "uint32").reshape(n_blocks, size, 3)
+        return _padded(rows, n_blocks * size, str(packed.values)).reshape(n_blocks, size, rows.shape[1])
+    if name == "lengths":
+        return _padded(rows.lengths, n_blocks * size, "uint32").reshape(n_blocks, size, 3)
     edges = rows.starts()[np.minimum(np.arange(n_blocks + 1) * size, rows.n_rows)]  # (n_blocks + 1, 2)
-    return {
-        f"{name}/lengths": lengths,
-        f"{name}/codes": _blocked(rows.codes, edges[:, 0], packed.capacity, "uint8"),
-        f"{name}/rest": _blocked(rows.rest, edges[:, 1], packed.rest, str(packed.rest_type)),
-    }
+    if name == "codes":
+        return _blocked(rows.codes, edges[:, 0], packed.capacity, "uint8")
+    return _blocked(rows.rest, edges[:, 1], packed.rest, str(packed.rest_type))
 
 
 def _blocked(values: np.ndarray, edges: np.ndarray, width: int, dtype: str) -> np.ndarray:

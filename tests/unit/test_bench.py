@@ -1,12 +1,17 @@
 """The arithmetic and the words of launch/bench.py."""
 
+import argparse
+import os
+import runpy
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from clue_dist.data.phases import phase, watch
+from clue_dist.errors import ConfigError
 from clue_dist.ranks import Ranks
 from clue_dist.train import bench
 from clue_dist.train.bench import Both, Clock, Data, Model, Report, Watched, shares, verdict
@@ -54,6 +59,20 @@ def test_the_report_ends_with_the_verdict_and_json_has_it_all() -> None:
     assert report.text().splitlines()[-1] == "the model is the limit: the loader could feed 2.0 such GPUs"
     assert report.as_dict()["feeds"] == 2.0
     assert report.as_dict()["data"]["phases"]["gather"] == 0.4
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = runpy.run_path(str(Path(__file__).parents[2] / "launch" / "bench.py"))["check"]
+    (tmp_path / "old.json").touch()
+    given = [argparse.Namespace(seconds=1.0, repeats=1, json=tmp_path / name) for name in ("new.json", "old.json")]
+    for args, needed in zip(given, (tmp_path, tmp_path / "old.json"), strict=True):
+        check(args)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "access", lambda path, mode, needed=needed: path != needed)  # root may write anywhere
+            with pytest.raises(ConfigError, match=f"cannot be written\n  where: --json {args.json}"):
+                check(args)
 
 
 class FakeTime:

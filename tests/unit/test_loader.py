@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clue_dist.data import batch as loaders
+from clue_dist.data import loader as loading
 from clue_dist.data.batch import Batch, Part, SparseCounts, assemble
 from clue_dist.data.buffers import Buffers
 from clue_dist.data.loader import HELD, STRETCH, BlockCache, Loader, slots_for
@@ -179,6 +180,26 @@ def test_a_damaged_block_raises_where_its_batch_was_due_and_is_named(tmp_path: P
                 next(loader)
 
 
+def test_after_an_error_while_a_batch_is_built_no_other_is_served(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some behind it have been built by then: whoever caught the error would go on without its cells."""
+    calls, real = itertools.count(), loading.assemble
+
+    def third(*args: Any) -> Any:
+        if next(calls) == 2:
+            raise MemoryError("no room")
+        return real(*args)
+
+    monkeypatch.setattr(loading, "assemble", third)
+    monkeypatch.setattr(loading, "GATHERERS", 1)
+    with Loader(store, plan_of(store)) as loader:
+        next(loader), next(loader)
+        for _ in range(5):
+            with pytest.raises(MemoryError, match="no room"):
+                next(loader)
+
+
 def test_a_closed_loader_has_no_more_batches(store: Store) -> None:
     loader = Loader(store, plan_of(store))
     next(loader)
@@ -226,6 +247,17 @@ def test_no_rank_needs_more_blocks_than_it_has_slots_for(chosen: tuple[Plan, int
         for step in range(first, first + HELD * STRETCH):
             needed |= set((plan.cells(step, segment)[::world] // plan.block_cells).tolist())
         assert len(needed) <= slots_for(plan, segment, world)
+
+
+@pytest.mark.parametrize("world", [1, 8])
+def test_cells_added_a_hundred_times_take_hardly_more_memory(world: int) -> None:
+    def slots(segments: int) -> int:
+        cells = {f"s.{i}" if i > 1 else "s": 10**7 // segments for i in range(1, segments + 1)}
+        plan = Plan(0, cells, {"s": 512}, 8, 16, 64)
+        return sum(slots_for(plan, segment, world) for segment in plan.segments)
+
+    assert slots(10) < 2 * slots(1)
+    assert slots(100) < 6 * slots(1)
 
 
 def test_what_sixteen_ranks_are_served_while_blocks_are_replaced(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from data_prep.choices import parse_choices
 from data_prep.convert import Options, convert
 from data_prep.inputs import Asked, parse_inputs
 from data_prep.tasks import pool
-from tests.unit.prep_helpers import anndata_of, build, frame, held, write_h5ad, write_h5mu
+from tests.unit.prep_helpers import anndata_of, build, frame, held, write_h5ad, write_h5mu, write_mtx
 
 REPO = Path(__file__).parents[2]
 BLOCK = 4
@@ -35,7 +35,7 @@ BLOCK = 4
 # Loaded into a worker: tasks take a moment, so that all workers get some; a victim ends itself at the n-th call.
 PRELOAD = """
 import importlib, os, signal, time
-from clue_dist.store import layout, writer
+from clue_dist.store import layout
 from data_prep import convert, selection, spool
 layout.SHARD_BYTES = 1
 def patch(module, name, before):
@@ -54,7 +54,7 @@ def fatal(*args):
         os.kill(os.getpid(), signal.SIGKILL)
 patch("data_prep.spool", "write", lambda *_: time.sleep(0.1))
 patch("data_prep.selection", "_add", lambda *_: time.sleep(0.1))
-patch("clue_dist.store.writer", "_obs_arrays", lambda *_: time.sleep(0.1))
+patch("data_prep.convert", "write_shard", lambda *_: time.sleep(0.1))
 patch({module!r}, {name!r}, fatal)
 """
 
@@ -122,8 +122,8 @@ def given(tmp_path: Path) -> str:
     return str(write_h5mu(tmp_path / "in.h5mu", rna=anndata_of(rna[:400]), adt=anndata_of(adt[100:])))
 
 
-def run(cluster: Cluster, given: str, out: Path, top: Sequence[str] = ()) -> Manifest:
-    inputs = parse_inputs([given], Asked())
+def run(cluster: Cluster, given: list[str], out: Path, top: Sequence[str] = ()) -> Manifest:
+    inputs = parse_inputs(given, Asked())
     choices = parse_choices([source.modality for source in inputs], {}, top=top)
     with pool(scheduler=cluster.address) as workers:
         return convert(inputs, out, Options(block_cells=BLOCK, choices=choices), workers)
@@ -136,7 +136,7 @@ def test_workers_killed_in_mid_conversion_lose_nothing(
     places = {"numpy.savez": 2, "data_prep.spool.save": 14, "clue_dist.store.writer.hash_file": 10}
     victims = [cluster.worker(place, n) for place, n in places.items()]
     cluster.wait_for(4)
-    stored = run(cluster, given, tmp_path / "s.zarr", ["rna=20"])
+    stored = run(cluster, [given], tmp_path / "s.zarr", ["rna=20"])
     assert [victim.wait(30) for victim in victims] == [-signal.SIGKILL] * 3
     one = build(tmp_path / "one.zarr", given, block_cells=BLOCK, workers=1, top=["rna=20"])
     assert stored.fingerprint == one.fingerprint
@@ -146,6 +146,19 @@ def test_workers_killed_in_mid_conversion_lose_nothing(
     for title in ("select rna (sums)", "select rna (clip)", "read", "write"):
         done, total = map(int, re.search(rf"{re.escape(title)}: (\d+) of (\d+), \d", told).groups())  # type: ignore[union-attr]
         assert done == total > 5
+
+
+def test_a_worker_killed_while_it_sorts_a_matrix_market(
+    tmp_path: Path, cluster: Cluster, steady: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = frame(60, 40)
+    kinds = ["Gene Expression"] * 30 + ["Antibody Capture"] * 10
+    folders = [f"{name}:{write_mtx(tmp_path / name, counts, kinds, seed=i)}" for i, name in enumerate("abc")]
+    victim = cluster.worker("data_prep.entries.save", 3)  # two of a part's three files are there
+    cluster.wait_for(2)
+    stored = run(cluster, folders, tmp_path / "s.zarr")
+    assert victim.wait(30) == -signal.SIGKILL
+    assert stored.fingerprint == build(tmp_path / "one.zarr", *folders, block_cells=BLOCK, workers=1).fingerprint
 
 
 def test_the_command_line_on_a_cluster(tmp_path: Path, cluster: Cluster, steady: None, given: str) -> None:
@@ -164,7 +177,7 @@ def test_a_mistake_in_the_inputs_is_told_across_processes(tmp_path: Path, cluste
     bad = frame(500, 40).astype(float)
     bad.iloc[450, 2] = 0.5
     with pytest.raises(DataError, match="cell 'c450', feature 'g2'"):
-        run(cluster, f"rna={write_h5ad(tmp_path / 'bad.h5ad', bad)}", tmp_path / "bad.zarr")
+        run(cluster, [f"rna={write_h5ad(tmp_path / 'bad.h5ad', bad)}"], tmp_path / "bad.zarr")
 
 
 def test_a_task_that_kills_every_worker(tmp_path: Path, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +189,7 @@ def test_a_task_that_kills_every_worker(tmp_path: Path, given: str, monkeypatch:
         with pytest.raises(
             StoreError, match=r"a task kills its workers\n.*\n  got: 1 workers died of it\n  fix: give each"
         ):
-            run(cluster, given, tmp_path / "s.zarr")
+            run(cluster, [given], tmp_path / "s.zarr")
     finally:
         cluster.close()
 
@@ -207,7 +220,7 @@ def test_nobody_left_then_somebody_then_no_scheduler(
         thread = threading.Thread(target=disturb)
         thread.start()
         with pytest.raises(StoreError, match="the Dask scheduler is gone"):
-            run(cluster, given, out)
+            run(cluster, [given], out)
         thread.join()
     finally:
         cluster.close()

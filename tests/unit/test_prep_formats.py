@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from collections.abc import Callable
 from pathlib import Path
 
 import anndata as ad
@@ -14,6 +15,8 @@ import scipy.sparse as sp
 
 from clue_dist.errors import DataError
 from data_prep import convert, entries, h5
+from data_prep import counts as reading
+from data_prep.mtx import MtxSource
 from tests.unit.prep_helpers import (
     anndata_of,
     build,
@@ -30,9 +33,10 @@ from tests.unit.prep_helpers import (
 
 @pytest.fixture(autouse=True)
 def _small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many tasks and parts, even for a few hundred cells."""
+    """Many tasks, parts and pieces, even for a few hundred cells."""
     monkeypatch.setattr(convert, "TASK_ENTRIES", 500)
     monkeypatch.setattr(entries, "PART_ENTRIES", 300)
+    monkeypatch.setattr(reading, "PIECE_ENTRIES", 200)
 
 
 @pytest.mark.parametrize("form", [sp.csr_matrix, sp.csc_matrix, np.asarray], ids=["csr", "csc", "dense"])
@@ -126,6 +130,29 @@ def test_10x_names_that_repeat_take_their_id(tmp_path: Path) -> None:
     assert build(tmp_path / "s.zarr", str(path)).manifest.modalities["rna"].features == ["ENSG0", "B", "ENSG2", "C"]
 
 
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_what_a_killed_worker_leaves_of_a_matrix_market_is_not_read(
+    tmp_path: Path, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It dies when it is about to name the n-th folder, which is whole; the task is run again beside what is left."""
+    counts, scratch, real, calls = frame(60, 20), tmp_path / "scratch", Path.rename, iter(range(1, 99))
+
+    def fatal(self: Path, target: Path) -> Path:
+        if next(calls) == n:
+            raise SystemExit
+        return real(self, target)
+
+    source = MtxSource(write_mtx(tmp_path / "folder", counts, ["-"] * 20), "rna")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fatal)
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)  # the dead do not clean up
+        with pytest.raises(SystemExit):
+            source.prepare(0, scratch)
+    assert any(scratch.iterdir())
+    source.prepare(0, scratch)
+    np.testing.assert_array_equal(source.read(0, 60, scratch).toarray(), counts)
+
+
 def test_old_genes_tsv(tmp_path: Path) -> None:
     counts = frame(30, 8)
     folder = write_mtx(tmp_path / "folder", counts, ["-"] * 8, zipped=False)
@@ -173,6 +200,84 @@ def test_damaged_gzip(tmp_path: Path, name: str, kept: int) -> None:
     path.write_bytes(path.read_bytes()[:kept] + gzip.compress(b"")[:10] + b"\x07")  # no such type of block
     with pytest.raises(DataError, match="cannot be read"):
         build(tmp_path / "s.zarr", f"rna={path.parent}")
+
+
+def _flat(file: h5py.File) -> None:
+    del file["X"]
+    file["X"] = np.ones(20)
+
+
+def _bare(file: h5py.File) -> None:
+    del file["X"]
+    file.create_group("X")
+
+
+def _shapeless(file: h5py.File) -> None:
+    del file["X"].attrs["shape"]
+
+
+def _astray(file: h5py.File) -> None:
+    file["obs/batch/codes"][3] = 5
+
+
+def _just_astray(file: h5py.File) -> None:
+    file["obs/batch/codes"][3] = 2  # as many as there are categories
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (_flat, ("not one of cells x features", "a.h5ad: X", r"shape \(20,\)", "two axes")),
+        (_shapeless, ("not one of cells x features", "a.h5ad: X", "no shape", "two axes")),
+        (_bare, ("a form this reader does not know", "a.h5ad: X", "a group that says no enc.*", "array, CSR or CSC")),
+        (_astray, ("outside its categories", "a.h5ad: obs/batch", "codes 0 to 5", r"-1 \(unknown\) to 1")),
+        (_just_astray, ("outside its categories", "a.h5ad: obs/batch", "codes 0 to 2", r"-1 \(unknown\) to 1")),
+    ],
+)
+def test_damaged_h5ad(tmp_path: Path, damage: Callable[[h5py.File], None], told: tuple[str, ...]) -> None:
+    path = write_h5ad(tmp_path / "a.h5ad", frame(20, 8), batch=pd.Categorical(["a", "b"] * 10))
+    with h5py.File(path, "r+") as file:
+        damage(file)
+    what, where, got, expected = told
+    message = f"{what}\n  where: {where}\n  got: {got}\n  expected: {expected}\n  fix: write the file again"
+    with pytest.raises(DataError, match=message):
+        build(tmp_path / "s.zarr", f"rna={path}")
+
+
+def test_codes_outside_the_categories_that_modalities_share(tmp_path: Path) -> None:
+    import mudata
+
+    whole = mudata.MuData({"rna": anndata_of(frame(20, 8))})
+    whole.obs["batch"] = pd.Categorical(["a", "b"] * 10)
+    whole.write(tmp_path / "m.h5mu")
+    with h5py.File(tmp_path / "m.h5mu", "r+") as file:
+        _astray(file)
+    with pytest.raises(DataError, match=r"outside its categories\n  where: m\.h5mu: obs/batch"):
+        build(tmp_path / "s.zarr", str(tmp_path / "m.h5mu"))
+
+
+def test_a_layer_that_is_no_matrix_is_not_proposed_for_counts(tmp_path: Path) -> None:
+    path = write_h5ad(tmp_path / "a.h5ad", frame(20, 8) + 0.5)
+    with h5py.File(path, "r+") as file:
+        file["layers/flat"] = np.ones(20)
+    with pytest.raises(DataError, match="counts must be raw") as caught:
+        build(tmp_path / "s.zarr", f"rna={path}")
+    assert "flat" not in str(caught.value)
+
+
+def test_categories_of_whole_floats_are_those_of_integers(tmp_path: Path) -> None:
+    """As a column becomes that lacks some values; 1.5 is a category, but of no cell."""
+    import mudata
+
+    counts, numbers = frame(20, 8), np.array([0.0, 1.0, 2.0, np.nan] * 5)
+    expected = {f"c{i}": None if np.isnan(x) else str(int(x)) for i, x in enumerate(numbers)}
+    floats = pd.Categorical(numbers, [1.5, 2.0, 1.0, 0.0])
+    path = write_h5ad(tmp_path / "a.h5ad", counts, batch=floats)
+    assert codes_of(build(tmp_path / "s.zarr", f"rna={path}"), "batch") == expected
+    whole = mudata.MuData({"rna": anndata_of(counts)})
+    whole.obs["batch"] = floats
+    whole.write(tmp_path / "m.h5mu")
+    assert codes_of(build(tmp_path / "t.zarr", str(tmp_path / "m.h5mu")), "batch") == expected
 
 
 def test_inputs_that_are_not(tmp_path: Path) -> None:

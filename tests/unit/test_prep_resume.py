@@ -249,6 +249,15 @@ def test_any_number_of_workers(tmp_path: Path, given: str) -> None:
     assert one == three
 
 
+@pytest.mark.parametrize("address", ["foo", "127.0.0.1:8786", "tcp://host", "foo://host:8786"])
+def test_no_address_of_a_scheduler(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import distributed
+
+    monkeypatch.setattr(distributed, "Client", lambda *_, **__: pytest.fail("a Client of it does not end"))
+    with pytest.raises(DataError, match=f"where: --scheduler {address}\n"), pool(scheduler=address):
+        pass
+
+
 def test_no_scheduler_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     from data_prep import tasks
 

@@ -55,7 +55,7 @@ def write(root: Path, sparse: np.ndarray, dense: np.ndarray, block: int, codec: 
     shards = {}
     for shard in range(-(-n // (16 * block))):
         part = slice(shard * 16 * block, (shard + 1) * 16 * block)
-        names = np.array([f"é{i}" for i in range(n)])[part]
+        names = np.array([f"é{i}".encode() for i in range(n)])[part]
         cells = Cells(
             {name: part_of(of, part) for name, of in rows.items()},
             (np.arange(n) % 3 - 1).astype(np.int32)[part],
