@@ -25,7 +25,7 @@ def keep_freed_memory(heaps: int | None = None) -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Hand what is kept to the system, where other work begins that keeps its own."""
+    """Hand what is kept to the system: other work begins, that keeps its own."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

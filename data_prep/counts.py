@@ -14,7 +14,7 @@ from clue_dist.store.layout import Kind, unsigned
 from clue_dist.store.rows import COUNT_BITS, LARGEST, Coded, Csr, joined, try_coded
 from data_prep.sources import Rows, Source, decode
 
-PIECE_ENTRIES = 2**20  # stored values that are read at once: a count takes eight times what its code does
+PIECE_ENTRIES = 3 * 2**19  # stored values that are read at once: a count takes eight times what its code does
 _COUNTS = "counts must be raw: non-negative, finite integers"
 
 
@@ -53,9 +53,7 @@ class Reading:
         parts = [(at, min(at + step, hi)) for at in range(lo, hi, step)]
         if self.target.kind in ("rna", "atac"):
             pieces = [self._coded(*part) for part in parts]
-            rows, largest = joined([piece for piece, _ in pieces]), max(largest for _, largest in pieces)
-            pieces.clear()  # as their memory is wanted
-            return rows.taken(order), largest
+            return joined([piece for piece, _ in pieces], order), max(largest for _, largest in pieces)
         values = np.concatenate([self.rows(*part) for part in parts])[order]
         return values, 0 if values.dtype.kind == "f" else int(values.max(initial=0))
 

@@ -67,9 +67,9 @@ class Threads:
     def run(self, function: Callable[[Any], object], tasks: Sequence[object], progress: Progress) -> None:
         def call(i: int) -> None:
             function(tasks[i])
-            give_back_freed_memory()
             progress.step()
 
+        give_back_freed_memory()
         delayed = dask.delayed(call, pure=False)
         with ThreadPoolExecutor(self.workers) as threads:  # whose end waits for tasks that run after another failed
             dask.compute(*(delayed(i) for i in range(len(tasks))), scheduler="threads", pool=threads)

@@ -62,19 +62,19 @@ class Coded:
         """Where each row starts in codes and in rest, and where the last one ends. (n + 1, 2) int64"""
         return row_starts(self.lengths[None])[0]
 
-    def taken(self, order: np.ndarray) -> Coded:
-        """Some of the rows, in the given order."""
-        lengths, starts = self.lengths[order], self.starts()
-        new, at = row_starts(lengths[None])[0], np.arange(len(order))
-        codes, rest = np.empty(new[-1, 0], self.codes.dtype), np.empty(new[-1, 1], self.rest.dtype)
-        for k, (values, out) in enumerate(((self.codes, codes), (self.rest, rest))):
-            copy_rows(starts[:, k], values, order, at, new[:, k], out)
-        return Coded(codes, rest, lengths, self.bits)
 
-
-def joined(parts: Sequence[Coded]) -> Coded:
-    """Rows of several, one behind the other; rest of the widest type."""
-    codes, rest, lengths = (np.concatenate([getattr(p, name) for p in parts]) for name in ("codes", "rest", "lengths"))
+def joined(parts: Sequence[Coded], order: np.ndarray) -> Coded:
+    """Rows of several, as if one behind the other, in the given order; rest of the widest type."""
+    lengths = np.concatenate([part.lengths for part in parts])[order]
+    starts, place = row_starts(lengths[None])[0], np.argsort(order)
+    codes = np.empty(starts[-1, 0], np.uint8)
+    rest = np.empty(starts[-1, 1], np.result_type(*(part.rest for part in parts)))
+    first = 0
+    for part in parts:
+        rows = np.arange(part.n_rows)
+        for k, (values, out) in enumerate(((part.codes, codes), (part.rest, rest))):
+            copy_rows(part.starts()[:, k], values, rows, place[first + rows], starts[:, k], out)
+        first += part.n_rows
     return Coded(codes, rest, lengths, parts[0].bits)
 
 
@@ -169,9 +169,10 @@ def row_starts(lengths: np.ndarray) -> np.ndarray:
 def copy_rows(starts, values, rows, at, out_starts, out):  # type: ignore[no-untyped-def]
     """Copy what row rows[i] has of `values` to row at[i] of `out`."""
     for i in range(len(rows)):
-        lo, target = starts[rows[i]], out_starts[at[i]]
-        for k in range(starts[rows[i] + 1] - lo):
-            out[target + k] = values[lo + k]
+        source = values[starts[rows[i]] : starts[rows[i] + 1]]
+        target = out[out_starts[at[i]] : out_starts[at[i]] + len(source)]
+        for k in range(len(source)):  # of arrays that begin at 0: the compiler makes a copy of it
+            target[k] = source[k]
 
 
 @njit(nogil=True, cache=True)

@@ -23,7 +23,7 @@ def test_any_order_and_type_comes_back(dtype: type, bits: int) -> None:
     order = rng.permutation(40)
     x = sp.csr_matrix(dense.astype(dtype))
     got = [try_coded(csr(part), bits) for part in (x[:25], x[25:])]
-    rows = joined([part for part, _ in got]).taken(order)
+    rows = joined([part for part, _ in got], order)
     np.testing.assert_array_equal(rows.csr(700).scipy().toarray(), dense[order])
     assert max(largest for _, largest in got) == dense.max()
 
