@@ -14,7 +14,7 @@ from clue_dist.store.layout import Kind, unsigned
 from clue_dist.store.rows import COUNT_BITS, LARGEST, Coded, Csr, joined, try_coded
 from data_prep.sources import Rows, Source, decode
 
-PIECE_ENTRIES = 3 * 2**19  # stored values that are read at once: a count takes eight times what its code does
+PIECE_ENTRIES = 2**20  # stored values that are read at once: a count takes eight times what its code does
 _COUNTS = "counts must be raw: non-negative, finite integers"
 
 

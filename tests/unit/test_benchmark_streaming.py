@@ -326,16 +326,16 @@ def test_the_table_tells_ratios_settings_and_limits() -> None:
     assert "atac" not in text
 
 
-def test_conversions_memory_is_that_of_the_larger_set() -> None:
+def test_conversion_is_judged_on_both_sets_and_its_memory_on_the_larger() -> None:
     args = conversion.arguments(["--json", "out.json", "--repeats", "1"])
     found = [
-        {"method": f"convert-{m}", "data_set": s, "cells_per_s": 10.0 if m == "ours" else 2.0, "anon_mib": mib}
+        {"method": f"convert-{m}", "data_set": s, "cells_per_s": 10.0 if m == "ours" else theirs, "anon_mib": mib}
         | {"rss_mib": mib, "bytes_per_nonzero": 1.0}
         for m in stores.METHODS
-        for s, mib in (("rna", 500.0), ("atac", 1000.0))
+        for s, mib, theirs in (("rna", 500.0, 2.0), ("atac", 1000.0, 4.0))
     ]
-    speed, peak = conversion.bars_of(found, args)
-    assert (speed["value"], speed["holds"]) == (5.0, True)
+    *speeds, peak = conversion.bars_of(found, args)
+    assert [(bar["value"], bar["holds"]) for bar in speeds] == [(5.0, True), (2.5, False)]
     assert (peak["value"], peak["holds"]) == (pytest.approx(1000 * 2**20 / 1e9), False)
     assert "5.00" in conversion.table(found)
     assert conversion.told(found[0]) == "10 cells/s, 500 MiB"
