@@ -43,6 +43,7 @@ from data_prep.tasks import Pool, run_missing
 
 TASK_ENTRIES = 2**20  # stored values of a scatter task, up to six times as many ...
 MANY_TASKS = 100  # ... where there would be more tasks than this: each shard looks into every spool, which takes time
+MOST_TASKS, MOST_ENTRIES = 1000, 2**25  # beyond these that time would outgrow all other: spools grow, to 32 MB coded
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ def _scatter(
     """Spool every row of every source; returns the spools of each modality."""
     tasks: dict[Path, _Scatter] = {}
     spools: dict[str, list[Path]] = {name: [] for name in plan.modalities}
-    entries = min(max(sum(head.nnz for head in heads) // MANY_TASKS, TASK_ENTRIES), 6 * TASK_ENTRIES)
+    entries = _task_entries(sum(head.nnz for head in heads))
     for i, reading in enumerate(_reading(sources, heads, plan, cells, work)):
         modality = reading.source.modality
         for lo, hi in reading.ranges(entries):
@@ -203,6 +204,12 @@ def _scatter(
             spools[modality].append(out)
     run_missing(pool, "read", _scatter_rows, tasks)
     return spools
+
+
+def _task_entries(nnz: int) -> int:
+    """Stored values of each scatter task, of so many in all inputs."""
+    usual = min(max(nnz // MANY_TASKS, TASK_ENTRIES), 6 * TASK_ENTRIES)
+    return max(usual, min(nnz // MOST_TASKS, MOST_ENTRIES))
 
 
 def _scatter_rows(task: _Scatter) -> None:

@@ -14,6 +14,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 import dask
+import dask.threaded
 from tqdm import tqdm
 
 from clue_dist.errors import DataError, StoreError
@@ -72,7 +73,7 @@ class Threads:
         give_back_freed_memory()
         delayed = dask.delayed(call, pure=False)
         with ThreadPoolExecutor(self.workers) as threads:  # whose end waits for tasks that run after another failed
-            dask.compute(*(delayed(i) for i in range(len(tasks))), scheduler="threads", pool=threads)
+            dask.compute(*(delayed(i) for i in range(len(tasks))), scheduler=dask.threaded.get, pool=threads)
 
 
 class Cluster:

@@ -152,7 +152,7 @@ class Manifest(_Strict):
         return signed
 
     def _text(self) -> bytes:
-        return json.dumps(self.model_dump(mode="json"), indent=1).encode()
+        return self.model_dump_json(indent=1).encode()
 
     def sealed(self, content: bytes) -> bool:
         """Whether `content`, of the file this was read from, is to the byte what `write` wrote, provenance and all."""
