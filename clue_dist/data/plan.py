@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -30,7 +31,7 @@ from clue_dist.errors import ConfigError
 from clue_dist.store.layout import group_of
 from clue_dist.store.shuffle import key_of, permute
 
-RUN_BLOCKS = 8  # one alone is a request of its own; a whole window would be the same cells in every pass
+RUN_BLOCKS = 8  # one alone is a request of its own; a whole window is nearly the same cells in every pass
 
 
 @dataclass(frozen=True)
@@ -63,17 +64,27 @@ class Plan:
     @property
     def segments(self) -> list[str]:
         """In the order in which their cells come in a batch."""
-        return [name for stratum in self.share for name in self._segments(stratum)]
+        return [name for stratum in self.share for name in self._segments.get(stratum, {})]
 
-    def _segments(self, stratum: str) -> dict[str, int]:
-        return {name: n for name, n in self.sizes.items() if group_of(name) == stratum}
+    @cached_property
+    def _segments(self) -> dict[str, dict[str, int]]:
+        """Sizes of the segments of each stratum."""
+        out: dict[str, dict[str, int]] = {}
+        for name, n in self.sizes.items():
+            out.setdefault(group_of(name), {})[name] = n
+        return out
+
+    @cached_property
+    def _cells(self) -> dict[str, int]:
+        """Of all segments of each stratum."""
+        return {stratum: sum(sizes.values()) for stratum, sizes in self._segments.items()}
 
     def dealt(self, step: int, segment: str) -> int:
         """Cells of a segment in all micro-batches before `step`: whole rounds of the lanes. One that has fewer cells
         than there are lanes gives copies to a round."""
         stratum = group_of(segment)
-        rounds, cells = step * self.share[stratum] // self.lanes, sum(self._segments(stratum).values())
-        for name, n in self._segments(stratum).items():
+        rounds, cells = step * self.share[stratum] // self.lanes, self._cells[stratum]
+        for name, n in self._segments[stratum].items():
             own = rounds * n // cells
             if name == segment:
                 return own * self.lanes
@@ -82,9 +93,11 @@ class Plan:
 
     def most(self, segment: str, steps: int) -> int:
         """Cells of a segment in any `steps` micro-batches, at most."""
-        stratum, segments = group_of(segment), self._segments(group_of(segment))
+        stratum = group_of(segment)
         rounds = steps * self.share[stratum] // self.lanes
-        own = rounds * segments[segment] // sum(segments.values()) + len(segments)  # each turn before it is rounded
+        own = rounds * self.sizes[segment] // self._cells[stratum] + len(
+            self._segments[stratum]
+        )  # each turn before it is rounded
         return min(own, rounds) * self.lanes
 
     @phase("plan")
@@ -102,8 +115,7 @@ class Plan:
 
     def window(self, segment: str) -> int:
         """Blocks of a segment that a lane mixes at a time."""
-        cells = sum(self._segments(group_of(segment)).values())
-        return max(1, self.window_blocks * self.sizes[segment] // cells)
+        return max(1, self.window_blocks * self.sizes[segment] // self._cells[group_of(segment)])
 
     def _of_pass(self, segment: str, number: int, o: np.ndarray) -> np.ndarray:
         n, size, lanes, blocks = self.sizes[segment], self.block_cells, self.lanes, self.window(segment)
