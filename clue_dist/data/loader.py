@@ -116,7 +116,6 @@ class _Ring:
     def __init__(self, size: int) -> None:
         self._size, self._items = size, deque[Future[Batch]]()
         self._changed = threading.Condition()
-        self._last: Future[Batch] | None = None
         self._open = True
 
     def put(self, item: Future[Batch]) -> None:
@@ -128,21 +127,12 @@ class _Ring:
                 self._items.append(item)
                 self._changed.notify()
 
-    def end(self, item: Future[Batch]) -> None:
-        """Put the last one: `get` gives it for ever."""
-        with self._changed:
-            self._last = item
-            self._changed.notify()
-
     def get(self) -> Future[Batch]:
         """Waits for a batch; StopIteration once closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._items or self._last or not self._open)
+            self._changed.wait_for(lambda: self._items or not self._open)
             if not self._open:
                 raise StopIteration
-            if not self._items:
-                assert self._last is not None
-                return self._last
             item = self._items.popleft()
             if len(self._items) == self._size // 2:
                 self._changed.notify()
@@ -188,7 +178,7 @@ class Loader:
         self.plan, self.rank, self.world, self.pin, self.dense = plan, rank, world, pin, dense
         self.modalities = store.modalities
         self.waited = 0.0
-        self._failed: Exception | None = None
+        self._failed: BaseException | None = None
         self._caches = {s: BlockCache(store.strata[s], slots_for(plan, s, world)) for s in plan.segments}
         self._buffers = Buffers()
         keep_freed_memory()
@@ -206,10 +196,12 @@ class Loader:
             raise self._failed
         started = time.perf_counter()
         try:
-            return self._ring.get().result()
-        except Exception as error:
-            self._failed = error  # batches behind it may have been built before
-            raise
+            due = self._ring.get()
+            try:
+                return due.result()
+            except BaseException as error:
+                self._failed = error  # batches behind it may have been built, and this one's cells would be left out
+                raise
         finally:
             self.waited += time.perf_counter() - started
 
@@ -241,7 +233,7 @@ class Loader:
         except BaseException as error:  # noqa: BLE001  raised again where the batch was expected
             failed: Future[Batch] = Future()
             failed.set_exception(error)
-            self._ring.end(failed)
+            self._ring.put(failed)
 
     def _expect(self, step: int) -> list[dict[str, np.ndarray]]:
         """This rank's cells of micro-batches from `step` on, whose blocks begin to be read."""
