@@ -248,7 +248,7 @@ def _local(text: str) -> Path:
     """A path, which a URL would become too: one of a folder `s3:`."""
     if "://" in text:
         fix = "write it to a folder, then copy it there"
-        raise StoreError("a store can only be written to a folder", where="--out", got=text, fix=fix)
+        raise StoreError("only a folder can be written to", where="--out", got=text, fix=fix)
     return Path(text)
 
 

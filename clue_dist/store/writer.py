@@ -151,7 +151,8 @@ def _padded(values: np.ndarray, rows: int, dtype: str | np.dtype) -> np.ndarray:
 
 def _obs_array(name: str, cells: Cells, n_blocks: int, size: int, width: int) -> np.ndarray:
     if name != "barcode":
-        return _padded(getattr(cells, name), n_blocks * size, "int32").reshape(n_blocks, size)
+        codes = cells.batch if name == "batch" else cells.label
+        return _padded(codes, n_blocks * size, "int32").reshape(n_blocks, size)
     letters = cells.barcodes.astype(f"S{width}").view(np.uint8).reshape(-1, width)
     return _padded(letters, n_blocks * size, "uint8").reshape(n_blocks, size, width)
 

@@ -40,7 +40,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["convert", "atac=good.h5ad", "--out", "x.zarr", "--bins", "atac=5000"], "are not named as regions"),
         (["simulate", "--out", "x.h5ad"], ".h5mu or .zarr"),
         (["simulate", "--out", "x"], ".h5mu or .zarr"),
-        (["simulate", "--out", "s3://bucket/x.zarr", "--cells", "20"], "a store can only be written to a folder"),
+        (["simulate", "--out", "s3://bucket/x.zarr", "--cells", "20"], "only a folder can be written to"),
         (["simulate", "--out", "file/x.h5mu", "--cells", "20"], "the folder cannot be made"),
         (["simulate", "--out", "file/x.zarr", "--cells", "20"], "the folder cannot be made"),
         (["simulate", "--out", "x.zarr", "--seed", "-1"], "seed -1"),

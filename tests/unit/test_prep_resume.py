@@ -270,3 +270,12 @@ def test_provenance_tells_base_names_only(tmp_path: Path, given: str) -> None:
     provenance = build(tmp_path / "s.zarr", given).manifest.provenance
     assert [item["file"] for item in provenance["inputs"]] == ["in.h5mu/mod/rna", "in.h5mu/mod/adt"]
     assert str(tmp_path) not in json.dumps(provenance)
+
+
+def test_what_is_very_large_is_cut_into_a_bounded_number_of_spools() -> None:
+    """Each shard looks into every spool; a spool's memory is bounded too."""
+    for nnz in (10**k for k in range(12)):
+        entries = conversion._task_entries(nnz)
+        assert 2**20 <= entries <= 2**25
+        assert nnz / entries <= 1001 or entries == 2**25
+    assert conversion._task_entries(15 * 10**8) == 6 * 2**20
