@@ -15,6 +15,8 @@ import numpy as np
 import scipy.sparse as sp
 from numba import njit
 
+from clue_dist.store.prefetch import prefetch
+
 LARGEST = 2**24  # count: training reads counts as float32, exact up to here
 COUNT_BITS = 2  # three of four counts of a droplet are below 4, and gaps below 63 leave few that are far
 
@@ -241,8 +243,22 @@ def _to_binary(codes, rest, starts, bits, lengths, out_rest):  # type: ignore[no
 
 
 @njit(nogil=True, cache=True)
+def _fetch(codes, rest, lengths, starts, slot, row, i):  # type: ignore[no-untyped-def]
+    """While row i is decoded, the next one's codes and rest come into the cache, and where a later one's are."""
+    if i + 3 < len(slot):
+        s, r = slot[i + 3], row[i + 3]
+        prefetch(lengths[s, r])
+        prefetch(starts[s, r])
+    if i + 1 < len(slot):
+        s, r = slot[i + 1], row[i + 1]
+        prefetch(codes[s, starts[s, r, 0] : starts[s, r + 1, 0]])
+        prefetch(rest[s, starts[s, r, 1] : starts[s, r + 1, 1]])
+
+
+@njit(nogil=True, cache=True)
 def _decode(codes, rest, lengths, starts, bits, slot, row, indptr, indices, values):  # type: ignore[no-untyped-def]
     for i in range(len(slot)):
+        _fetch(codes, rest, lengths, starts, slot, row, i)
         s, r = slot[i], row[i]
         columns = indices[indptr[i] : indptr[i + 1]]
         if values is None:
@@ -255,6 +271,7 @@ def _decode(codes, rest, lengths, starts, bits, slot, row, indptr, indices, valu
 def _decode_dense(codes, rest, lengths, starts, bits, slot, row, out):  # type: ignore[no-untyped-def]
     columns, counts = np.empty(out.shape[1], np.int32), np.empty(out.shape[1], np.float32)
     for i in range(len(slot)):
+        _fetch(codes, rest, lengths, starts, slot, row, i)
         s, r = slot[i], row[i]
         n = lengths[s, r, 0]
         _row(codes[s], rest[s], lengths[s, r], starts[s, r], bits, columns[:n], counts[:n])
