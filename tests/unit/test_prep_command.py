@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from clue_dist.errors import run_main
-from data_prep.__main__ import main
+from data_prep.commands import main
 from tests.unit.prep_helpers import frame, write_h5ad
 
 
