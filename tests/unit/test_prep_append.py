@@ -24,10 +24,10 @@ from clue_dist.store.writer import hash_file
 from clue_dist.train.setup import prepare
 from data_prep import append as additions
 from data_prep import svd
-from data_prep.commands import _parser, main
 from data_prep.append import append, appended
 from data_prep.check import check
 from data_prep.choices import Choice, parse_choices
+from data_prep.commands import _parser, main
 from data_prep.convert import Options
 from data_prep.inputs import Asked, parse_inputs
 from data_prep.sources import FIELDS, Keys
