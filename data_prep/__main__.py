@@ -2,13 +2,12 @@
 
 import gc
 
-gc.disable()  # to look over and over for what could go again would take a sixth of the imports, and nothing can go
-
-from clue_dist.errors import run_main  # noqa: E402
-from data_prep.commands import main  # noqa: E402
-
-gc.freeze()
-gc.enable()
-
 if __name__ == "__main__":
+    gc.disable()  # packages stay: to look through them for garbage while they load takes a sixth of that time
+
+    from clue_dist.errors import run_main
+    from data_prep.commands import main
+
+    gc.freeze()  # nor is it looked for among them later
+    gc.enable()
     run_main(main)

@@ -10,8 +10,9 @@ import scipy.sparse as sp
 from numba import njit
 
 from clue_dist.errors import DataError, listed
+from clue_dist.store.kernels import LARGEST
 from clue_dist.store.layout import Kind, unsigned
-from clue_dist.store.rows import COUNT_BITS, LARGEST, Coded, Csr, joined, try_coded
+from clue_dist.store.rows import COUNT_BITS, Coded, Csr, joined, try_coded
 from data_prep.sources import Rows, Source, decode
 
 PIECE_ENTRIES = 2**20  # stored values that are read at once: a count takes eight times what its code does

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 from numba import njit
 
+from clue_dist.store.kernels import copy_rows, row_starts
 from clue_dist.store.manifest import Packed
-from clue_dist.store.rows import COUNT_BITS, Coded, as_binary, copy_rows, row_starts
+from clue_dist.store.rows import COUNT_BITS, Coded, as_binary
 from data_prep.files import save, saved, whole_folder
 
 

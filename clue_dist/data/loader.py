@@ -150,7 +150,7 @@ class Loader:
     Use as a context manager; `next()` gives a `Batch`, its counts sparse as they are stored, or all of them `dense`.
     `waited` counts the seconds `next()` had to wait.
     An error in a thread (a damaged chunk, say) is raised by the `next()` that would have given its batch, and by all
-    after it.
+    after it; one that was interrupted can be called again.
 
     Raises:
         ConfigError: `world` does not divide the plan's lanes.
@@ -178,7 +178,7 @@ class Loader:
         self.plan, self.rank, self.world, self.pin, self.dense = plan, rank, world, pin, dense
         self.modalities = store.modalities
         self.waited = 0.0
-        self._failed: BaseException | None = None
+        self._due: Future[Batch] | None = None  # what next() waits for
         self._caches = {s: BlockCache(store.strata[s], slots_for(plan, s, world)) for s in plan.segments}
         self._buffers = Buffers()
         keep_freed_memory()
@@ -192,16 +192,13 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        if self._failed is not None:
-            raise self._failed
         started = time.perf_counter()
         try:
-            due = self._ring.get()
-            try:
-                return due.result()
-            except BaseException as error:
-                self._failed = error  # batches behind it may have been built, and this one's cells would be left out
-                raise
+            if self._due is None:
+                self._due = self._ring.get()
+            batch = self._due.result()
+            self._due = None  # only now: after an error or an interrupt, no batch is left out
+            return batch
         finally:
             self.waited += time.perf_counter() - started
 

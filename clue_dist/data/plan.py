@@ -95,9 +95,8 @@ class Plan:
         """Cells of a segment in any `steps` micro-batches, at most."""
         stratum = group_of(segment)
         rounds = steps * self.share[stratum] // self.lanes
-        own = rounds * self.sizes[segment] // self._cells[stratum] + len(
-            self._segments[stratum]
-        )  # each turn before it is rounded
+        turns = len(self._segments[stratum])  # each is rounded
+        own = rounds * self.sizes[segment] // self._cells[stratum] + turns
         return min(own, rounds) * self.lanes
 
     @phase("plan")

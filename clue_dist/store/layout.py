@@ -91,7 +91,7 @@ def wide(path: str, n_blocks: int, shard: int, tail: tuple[int, ...], dtype: str
 
 
 def compressor(codec: Codec, lz4_is_idle: bool = False) -> str:
-    """lz4 decompresses eight times as fast as zstd, but finds nothing in the gaps of binary rows, whose bytes are all
+    """lz4 decompresses several times as fast as zstd, but finds nothing in the gaps of binary rows, whose bytes are all
     in use and seldom repeat; zstd needs a fifth less for them."""
     return "zstd" if codec == "small" or (codec == "balanced" and lz4_is_idle) else "lz4"
 

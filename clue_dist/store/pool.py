@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
+from clue_dist.store.kernels import row_starts
 from clue_dist.store.reader import StratumReader
-from clue_dist.store.rows import Blocks, Located, row_starts
+from clue_dist.store.rows import Blocks, Located
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ import tensorstore as ts
 
 from clue_dist.errors import StoreError
 from clue_dist.store import layout, place
+from clue_dist.store.kernels import row_starts
 from clue_dist.store.layout import ArraySpec
 from clue_dist.store.manifest import Manifest
 from clue_dist.store.place import Place
-from clue_dist.store.rows import Blocks, Csr, Located, row_starts
+from clue_dist.store.rows import Blocks, Csr, Located
 
 # Opening a handle caches nothing: the loader keeps the blocks it needs, once.
 _CONTEXT = {"cache_pool": {"total_bytes_limit": 0}, **place.RETRIES}

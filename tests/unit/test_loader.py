@@ -3,7 +3,7 @@
 import itertools
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +198,23 @@ def test_after_an_error_while_a_batch_is_built_no_other_is_served(
         for _ in range(5):
             with pytest.raises(MemoryError, match="no room"):
                 next(loader)
+
+
+def test_an_interrupted_wait_leaves_no_batch_out(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, real = plan_of(store), Future.result
+
+    def interrupted(future: Future[Any], timeout: float | None = None) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            return real(future, timeout)
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    with Loader(store, plan) as loader:
+        next(loader)
+        monkeypatch.setattr(Future, "result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(loader)
+        np.testing.assert_array_equal(dense(next(loader), "rna"), expected(store, plan, 1, "rna"))
 
 
 def test_a_closed_loader_has_no_more_batches(store: Store) -> None:

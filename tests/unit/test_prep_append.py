@@ -169,7 +169,7 @@ def test_unknown_modalities_and_no_store_are_refused(tmp_path: Path, store: Path
 VICTIM = """
 import importlib, os, signal, sys
 from clue_dist.errors import run_main
-from data_prep import __main__
+from data_prep import commands
 place, n = sys.argv.pop(1), int(sys.argv.pop(1))
 module, name = place.rsplit(".", 1)
 module = importlib.import_module(module)
@@ -180,7 +180,7 @@ def fatal(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args, **kwargs)
 setattr(module, name, fatal)
-run_main(__main__.main)
+run_main(commands.main)
 """
 
 

@@ -32,7 +32,7 @@ VICTIM = f"""
 import importlib, os, resource, signal, sys
 from clue_dist.errors import run_main
 from clue_dist.store import layout
-from data_prep import __main__, convert
+from data_prep import commands, convert
 convert.TASK_ENTRIES, layout.SHARD_BYTES = {TASK_ENTRIES}, {SHARD_BYTES}
 place, n, limit = sys.argv.pop(1), int(sys.argv.pop(1)), int(sys.argv.pop(1))
 module, name = place.rsplit(".", 1)
@@ -46,7 +46,7 @@ def fatal(*args, **kwargs):
 setattr(module, name, fatal)
 if limit:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-run_main(__main__.main)
+run_main(commands.main)
 """
 
 

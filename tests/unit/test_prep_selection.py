@@ -179,7 +179,7 @@ def test_few_cells_and_genes_alike(tmp_path: Path) -> None:
 VICTIM = """
 import os, signal, sys
 from clue_dist.errors import run_main
-from data_prep import __main__, convert, selection
+from data_prep import commands, convert, selection
 convert.TASK_ENTRIES = 2000
 real, left = selection.np.savez, [int(sys.argv.pop(1))]
 def fatal(*args, **kwargs):
@@ -188,7 +188,7 @@ def fatal(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args, **kwargs)
 selection.np.savez = fatal
-run_main(__main__.main)
+run_main(commands.main)
 """
 
 

@@ -126,7 +126,7 @@ def test_the_default_is_nearly_exact_where_the_spectrum_is_flat(shallow: Store) 
 VICTIM = """
 import os, signal, sys
 from clue_dist.errors import run_main
-from data_prep import __main__, svd
+from data_prep import commands, svd
 svd.MANY_TASKS, svd.STEP_ENTRIES = 8, 1500
 real, calls, n = svd._save, [0], int(sys.argv.pop(1))
 def fatal(*args, **kwargs):
@@ -135,7 +135,7 @@ def fatal(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args, **kwargs)
 svd._save = fatal
-run_main(__main__.main)
+run_main(commands.main)
 """
 
 

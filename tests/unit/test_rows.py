@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from clue_dist.store.rows import COUNT_BITS, LARGEST, Csr, as_binary, coded, joined, try_coded
+from clue_dist.store.kernels import LARGEST, ask_for
+from clue_dist.store.rows import COUNT_BITS, Blocks, Csr, Located, as_binary, coded, joined, try_coded
 
 
 def csr(x: sp.csr_matrix) -> Csr:
@@ -26,6 +31,58 @@ def test_any_order_and_type_comes_back(dtype: type, bits: int) -> None:
     rows = joined([part for part, _ in got], order)
     np.testing.assert_array_equal(rows.csr(700).scipy().toarray(), dense[order])
     assert max(largest for _, largest in got) == dense.max()
+
+
+@pytest.mark.parametrize("far", [80, 200, 1000, 70_000])  # rest of none, of one, two or four bytes
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 40])
+def test_rows_of_blocks_come_in_any_order_and_again(n: int, far: int) -> None:
+    """Whatever is asked for ahead: the last row of the last block, empty rows, one row many times."""
+    rng = np.random.default_rng(0)
+    dense = np.zeros((12, 100_000), np.int32)
+    dense[:, :60] = rng.random((12, 60)) < 0.3
+    dense[1::2, far] = 1
+    dense[5] = 0
+    codes = [coded(csr(sp.csr_matrix(part)), COUNT_BITS) for part in np.split(dense, 3)]
+    wide = np.result_type(*(part.rest for part in codes))
+    blocks = Blocks(
+        _stacked([part.codes for part in codes], np.uint8),
+        _stacked([part.rest for part in codes], wide),
+        np.stack([part.lengths for part in codes]),
+        np.stack([part.starts() for part in codes]),
+    )
+    rows = np.append(rng.integers(0, 12, n), [11, 11, 5])[-max(n, 1) :]
+    located = Located(blocks, (rows // 4).astype(np.int32), rows % 4, dense.shape[1], COUNT_BITS)
+    np.testing.assert_array_equal(located.csr().scipy().toarray(), dense[rows])
+    out = np.full((len(rows), dense.shape[1]), 7, np.float32)
+    located.decode_dense(out)
+    np.testing.assert_array_equal(out, dense[rows])
+
+
+def _stacked(parts: list[np.ndarray], dtype: np.typing.DTypeLike) -> np.ndarray:
+    out = np.zeros((len(parts), max(map(len, parts))), dtype)
+    for row, part in zip(out, parts, strict=True):
+        row[: len(part)] = part
+    return out
+
+
+@pytest.mark.parametrize("array", [np.empty(0), np.ones(1000)[::3], np.ones((3, 4))[:, 1], np.ones(8)[5:]], ids=str)
+def test_asking_for_memory_changes_nothing(array: np.ndarray) -> None:
+    before = array.copy()
+    ask_for(array)
+    np.testing.assert_array_equal(array, before)
+
+
+def test_kernels_run_as_plain_python() -> None:
+    """So that a debugger can step through them."""
+    script = """
+import numpy as np
+from clue_dist.store.rows import Csr, coded
+got = coded(Csr(np.array([0, 2, 3]), np.array([1, 9, 4]), np.ones(3), 10), 2).csr(10)
+print(got.indices.tolist(), got.indptr.tolist())
+"""
+    env = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=100)
+    assert done.stdout == "[1, 9, 4] [0, 2, 3]\n", done.stderr
 
 
 @pytest.mark.parametrize("density", [0.0, 0.002, 0.01, 0.3, 1.0])
