@@ -83,6 +83,12 @@ class BlockCache:
             self._settle(reading)
             self._is_coming[reading.slots] = False
 
+    def close(self) -> None:
+        """Wait until nothing is on its way any more: TensorStore's threads must not outlive what they write to."""
+        for reading in self._coming:
+            self._pool.abandon(reading)
+        self._coming.clear()
+
     def _settle(self, reading: Reading) -> None:
         """Wait for blocks; of many that were read together, find out which one is damaged."""
         try:
@@ -209,11 +215,13 @@ class Loader:
         self.close()
 
     def close(self) -> None:
-        """Stop the threads; returns when they are gone."""
+        """Stop the threads; returns when they are gone, and nothing is being read any more."""
         self._stop.set()
         self._ring.close()
         self._thread.join()
         self._gatherers.shutdown(cancel_futures=True)
+        for cache in self._caches.values():
+            cache.close()
 
     def _run(self, step: int) -> None:
         planned: deque[dict[str, np.ndarray]] = deque()

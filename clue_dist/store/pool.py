@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,12 @@ class Pool:
             self.reader.finish(name, reading.blocks, future)
         for modality, starts in self._starts.items():
             starts[reading.slots] = row_starts(self._arrays[f"{modality}/lengths"][reading.slots])
+
+    def abandon(self, reading: Reading) -> None:
+        """Wait until nothing is written to the slots any more; to cancel would not stop what has begun."""
+        for future in reading.futures.values():
+            with suppress(ValueError, OSError):  # a damage that nobody will see
+                future.result()
 
     def rows(self, modality: str, slot: np.ndarray, row: np.ndarray) -> Located | np.ndarray:
         """Rows `row` of what lies in `slot`, both (n,): still coded, or (n, features) where stored dense."""

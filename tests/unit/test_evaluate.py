@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,7 +57,6 @@ def test_every_cell_that_carries_both_counts(store, tmp_path):
 
 
 def test_two_ranks_score_as_one(store, tmp_path):
-    evaluate_store(FakeLoaded(store.manifest.modalities), store, tmp_path / "one.json", run="r", batch_size=16)
     code = """
         from pathlib import Path
         from clue_dist.evaluate import evaluate_store
@@ -66,8 +67,21 @@ def test_two_ranks_score_as_one(store, tmp_path):
         evaluate_store(FakeLoaded(store.manifest.modalities), store, Path(out), run="r", batch_size=16, ranks=ranks)
         ranks.close()
     """
-    run_ranks(2, f"root, out = {str(store.root)!r}, {str(tmp_path / 'two.json')!r}", code)
-    assert json.loads((tmp_path / "two.json").read_text()) == json.loads((tmp_path / "one.json").read_text())
+    for world in (1, 2):
+        run_ranks(world, f"root, out = {str(store.root)!r}, {str(tmp_path / f'{world}.json')!r}", code)
+    one, two = (dict(_leaves(json.loads((tmp_path / f"{world}.json").read_text()))) for world in (1, 2))
+    # The last bit of z depends on which cells are multiplied together, and may decide between two neighbours of 110.
+    numbers = {key for key, value in one.items() if isinstance(value, float)}
+    assert {key: two[key] for key in numbers} == pytest.approx({key: one[key] for key in numbers}, abs=0.01)
+    assert {k: v for k, v in two.items() if k not in numbers} == {k: v for k, v in one.items() if k not in numbers}
+
+
+def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _leaves(value, f"{path}/{key}")
+    else:
+        yield path, tree
 
 
 def test_a_part_of_the_cells(store, tmp_path):

@@ -4,6 +4,7 @@ import itertools
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from clue_dist.data.buffers import Buffers
 from clue_dist.data.loader import HELD, STRETCH, BlockCache, Loader, slots_for
 from clue_dist.data.plan import Plan
 from clue_dist.errors import ConfigError, StoreError
+from clue_dist.store.pool import Pool, Reading
 from clue_dist.store.reader import Store
 from clue_dist.store.rows import Blocks, Csr, Located, coded
 from tests.stores import make_store
@@ -222,6 +224,24 @@ def test_a_closed_loader_has_no_more_batches(store: Store) -> None:
     next(loader)
     loader.close()
     assert list(loader) == []
+
+
+def test_closing_waits_for_what_is_being_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread of TensorStore's that is still at it when the interpreter ends would abort the process."""
+    slow: list[Future[None]] = []
+
+    def start(pool: Pool, blocks: np.ndarray, slots: np.ndarray) -> Reading:
+        reading = real(pool, blocks, slots)
+        slow.append(Future())
+        threading.Timer(0.2, slow[-1].set_result, [None]).start()
+        return replace(reading, futures=reading.futures | {"slow": slow[-1]})
+
+    real = Pool.start
+    monkeypatch.setattr(Pool, "start", start)
+    with Loader(store, plan_of(store)) as loader:
+        next(loader)
+    assert len(slow) > 2
+    assert all(future.done() for future in slow)
 
 
 def test_closing_wakes_who_waits_for_a_batch(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
