@@ -79,8 +79,9 @@ class BlockCache:
     @phase("read and decode")
     def _await(self, slot: np.ndarray) -> None:
         while self._is_coming[slot].any():
-            reading = self._coming.popleft()
+            reading = self._coming[0]
             self._settle(reading)
+            self._coming.popleft()  # only now: after an error, closing waits for the rest of it
             self._is_coming[reading.slots] = False
 
     def close(self) -> None:
