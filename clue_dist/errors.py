@@ -76,7 +76,14 @@ class ResumeError(ClueError):
 
 
 class TrainingError(ClueError):
-    """Training itself went wrong: a loss that is not finite."""
+    """Training itself went wrong: loss or gradient stay not finite."""
+
+    exit_code = 1
+    on_every_rank = True
+
+
+class SavingError(ClueError):
+    """What a run must keep could not be written: a full disk, a folder that may not be written any more."""
 
     exit_code = 1
     on_every_rank = True

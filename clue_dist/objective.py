@@ -118,10 +118,12 @@ class Objective(nn.Module):
         sizes = [model.decoder(m).n_features if config.per_feature else 1 for m in model.names]
         self.weights = [w / m for w, m in zip(modality_weights, sizes, strict=True)]
 
-    def forward(self, batch: Batch, noise: Noise | None, beta: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, batch: Batch, noise: Noise | None, beta: float = 1.0, by_modality: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss (), and its terms without their weights; without noise what `CLUE.embed` gives, for validation.
 
-        beta: factor on lambda_kl, for a warm-up.
+        beta: factor on lambda_kl, for a warm-up; by_modality: tell what each modality adds to the ELBOs, too.
         """
         if noise is None:  # every call goes through the engine, so that ZeRO-3 gathers what is needed
             return self.model.embed(batch)
@@ -150,7 +152,19 @@ class Objective(nn.Module):
             - c.lambda_d * terms["d"]
             + c.lambda_contrastive * terms.get("contrastive", 0.0)
         )
+        if by_modality:
+            terms |= self._by_modality(out, observed)
         return loss, {name: term.detach() for name, term in terms.items()}
+
+    def _by_modality(self, out: Output, observed: Tensor) -> dict[str, Tensor]:
+        """Log-likelihoods of the ELBOs by modality, mean over cells."""
+        wanted = {"self": (self.config.lambda_self, out.ln_self), "cross": (self.config.lambda_cross, out.ln_cross)}
+        return {
+            f"{elbo} of {m}": -ln[:, k][observed[:, k].bool()].sum() / len(ln)
+            for elbo, (used, ln) in wanted.items()
+            if used
+            for k, m in enumerate(self.model.names)
+        }
 
     def _mixup(self) -> Literal["none", "any", "within_batch"]:
         if not (self.config.contrastive_mixup and self.config.lambda_contrastive):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,7 @@ class Ranks:
     rank: int = 0
     world: int = 1
     local_rank: int = 0
+    group: Any = None  # the channel they speak by; None: the one they joined
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Ranks:
@@ -73,6 +74,10 @@ class Ranks:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
         return self
 
+    def aside(self) -> Ranks:
+        """The same ranks on a channel of their own, for a thread that works beside the others. All must call."""
+        return self if self.world == 1 else replace(self, group=dist.new_group(backend="gloo"))
+
     def close(self) -> None:
         """Leave the others, after the last exchange."""
         if dist.is_initialized():
@@ -100,14 +105,14 @@ class Ranks:
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.world > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
 
     def all_gather_object(self, value: T) -> list[T]:
         """Every rank's value, in rank order, on every rank. Values are pickled: keep them small."""
         if self.world == 1:
             return [value]
         got: list[T] = [value] * self.world
-        dist.all_gather_object(got, value)
+        dist.all_gather_object(got, value, group=self.group)
         return got
 
     def together(self, work: Callable[[], None]) -> None:

@@ -59,8 +59,9 @@ class GeneralisedProduct(nn.Module):
         if dist.is_initialized():
             dist.all_reduce(sums)
         told, cells = sums
-        recent = torch.where(cells > 0, told / cells.clamp_min(1), self.nats)
-        self.nats.lerp_(recent, 1 - self.DECAY)
+        recent = told / cells.clamp_min(1)
+        known = (cells > 0) & recent.isfinite()  # a step that is skipped must leave no mark either
+        self.nats.lerp_(torch.where(known, recent, self.nats), 1 - self.DECAY)
 
 
 def combination(name: str, n_modalities: int) -> Combine:

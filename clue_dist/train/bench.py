@@ -19,8 +19,9 @@ from clue_dist.data.loader import AHEAD, STRETCH
 from clue_dist.data.phases import watch
 from clue_dist.ranks import Ranks
 from clue_dist.train.engine import build, join
-from clue_dist.train.loop import loader_at, train_step
+from clue_dist.train.loop import loader_at
 from clue_dist.train.setup import Setup
+from clue_dist.train.step import train_step
 
 WARM_UP = 3  # steps before the clock runs: memory is allocated, kernels are chosen
 MAX_SPAN = 64  # micro-batches at most that a repeat of the loader must cover

@@ -1,28 +1,25 @@
-"""Saving and restoring a run. Nothing exists until its commit marker does; what was damaged is not used.
+"""What a run folder holds, and which of it may be gone on from. Nothing exists until its commit marker does.
 
     RUN/config.json                          resolved config
     RUN/model.json                           modalities, features and batches: with the weights, all that embed needs
-    RUN/checkpoints/step-00001200/           DeepSpeed's files, weights.safetensors, state.json, COMMIT.json
+    RUN/checkpoints/step-00001200/           rank-00000.safetensors ..., state.json, COMMIT.json
     RUN/best/step-00001100/                  weights.safetensors, state.json, COMMIT.json of the best validation
 
-COMMIT.json holds the size and SHA-256 of every file beside it.
-
-DeepSpeed's optimizer files are pickles: resume only from your own run folders. Share `weights.safetensors`.
+COMMIT.json holds the size and SHA-256 of every file beside it; what differs is not used. Each rank writes its pieces of
+weights and optimizer (train/pieces.py), which any number of ranks reads. No file is a pickle.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from clue_dist import config as configs
@@ -33,26 +30,31 @@ from clue_dist.ranks import Ranks
 from clue_dist.store.manifest import Modality
 from clue_dist.store.reader import Store
 from clue_dist.store.writer import hash_file
-from clue_dist.train.engine import full_weights
+from clue_dist.train import pieces
 
-COMMIT, STATE, WEIGHTS, TAG = "COMMIT.json", "state.json", "weights.safetensors", "deepspeed"
+COMMIT, STATE, WEIGHTS, PARTS = "COMMIT.json", "state.json", "weights.safetensors", "rank-*.safetensors"
+MODEL = "model."  # what names of the model begin with in the engine, which trains an Objective
 
 
 @dataclass(frozen=True)
 class State:
     """All that a run must know to go on, besides the engine's own state.
 
-    step: optimizer steps done; best: the lowest validation score; best_step: of the weights that are kept; bad:
-    validations since the lowest.
+    step: optimizer steps done; updates: the optimizer's own count; best: the lowest validation score; best_step: of
+    the weights that are kept; bad: validations since the lowest; skipped: steps in a row whose loss or gradient was
+    not finite; usual: mean and variance of the loss of late, to tell spikes.
     """
 
     step: int
     world: int
     fingerprint: str
+    updates: int = 0
     best: float | None = None
     best_step: int = 0
     bad: int = 0
     stopped: bool = False
+    skipped: int = 0
+    usual: tuple[float, float] | None = None
 
 
 class ModelCard(BaseModel):
@@ -62,61 +64,6 @@ class ModelCard(BaseModel):
     fingerprint: str
     modalities: dict[str, Modality]
     batches: list[str]
-
-
-# --- saving -----------------------------------------------------------------------------------------------------
-
-
-def save(run: Path, engine: Any, state: State, ranks: Ranks, keep: int) -> Path:
-    """Write a checkpoint of the whole run under a temporary name, hash it, commit it, drop the oldest."""
-    final = run / "checkpoints" / f"step-{state.step:08d}"
-    partial = final.with_suffix(".partial")
-    if ranks.first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    ranks.barrier()
-    engine.save_checkpoint(str(partial), tag=TAG, save_latest=False, exclude_frozen_parameters=False)
-    weights = full_weights(engine)
-    ranks.barrier()
-    if ranks.first:
-        _commit(partial, final, state, weights)
-        for old in committed(run / "checkpoints")[keep:]:
-            shutil.rmtree(old)
-        # Only now: until this checkpoint stood, the one before it needed the best of its time.
-        for old in committed(run / "best"):
-            if step_of(old) != state.best_step:
-                shutil.rmtree(old)
-    ranks.barrier()
-    return final
-
-
-def save_best(run: Path, engine: Any, state: State, ranks: Ranks) -> None:
-    """Keep the weights alone of the best validation so far; `save` drops those before it."""
-    weights = full_weights(engine)
-    if ranks.first:
-        final = run / "best" / f"step-{state.step:08d}"
-        partial = final.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _commit(partial, final, state, weights)
-    ranks.barrier()
-
-
-def _commit(partial: Path, final: Path, state: State, weights: dict[str, Tensor]) -> None:
-    save_file({k.removeprefix("model."): v for k, v in weights.items()}, partial / WEIGHTS)
-    (partial / STATE).write_text(json.dumps(asdict(state), indent=1))
-    files = sorted(p for p in partial.rglob("*") if p.is_file())
-    listing = {}
-    for path in files:
-        with path.open("rb+") as f:
-            os.fsync(f.fileno())
-        listing[str(path.relative_to(partial))] = hash_file(path).model_dump()
-    with (partial / COMMIT).open("w") as f:
-        json.dump(listing, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-    shutil.rmtree(final, ignore_errors=True)  # the same step again, after a resume from an older checkpoint
-    partial.rename(final)
 
 
 def set_aside(run: Path, state: State, ranks: Ranks) -> State:
@@ -218,17 +165,17 @@ def _choose(run: Path, resume: str) -> Path | None:
 
 
 # Settings that may change when a run goes on: they do not decide what a step computes, or are meant to be prolonged.
-_FREE_TRAIN = ("epochs", "patience", "validate_every", "checkpoint_every", "keep")
+_FREE_TRAIN = ("epochs", "patience", "validate_every", "checkpoint_every", "keep", "zero_stage")
 FREE = ("store", "run", "log.", "data.prefetch", *(f"train.{name}" for name in _FREE_TRAIN))
 
 
-def check_same_run(run: Path, config: Config, fingerprint: str, world: int, checkpoint: Path) -> State:
-    """The state of a checkpoint, if this run may go on from it.
+def check_same_run(run: Path, config: Config, fingerprint: str, checkpoint: Path) -> State:
+    """The state of a checkpoint, if this run may go on from it. The number of ranks and the ZeRO stage may be others.
 
     Raises:
-        ResumeError: other data, other settings, or another number of ranks.
+        ResumeError: other data, other settings, or files of another version of clue_dist.
     """
-    state = State(**json.loads((checkpoint / STATE).read_text()))
+    state = _read_state(checkpoint)
     if state.fingerprint != fingerprint:
         raise ResumeError(
             "the store is not the one this run was trained on",
@@ -236,14 +183,6 @@ def check_same_run(run: Path, config: Config, fingerprint: str, world: int, chec
             got=f"fingerprint {fingerprint[:16]}",
             expected=state.fingerprint[:16],
             fix="point --set store=... at the original store, or start a new run",
-        )
-    if state.world != world:
-        raise ResumeError(
-            "the checkpoint was written by another number of ranks",
-            where=checkpoint,
-            got=f"{world} ranks",
-            expected=state.world,
-            fix=f"start with {state.world} ranks",
         )
     before = configs.load(checkpoint.parent.parent / "config.json")
     different = [key for key in configs.changed(before, config) if not key.startswith(FREE)]
@@ -257,20 +196,47 @@ def check_same_run(run: Path, config: Config, fingerprint: str, world: int, chec
     return state
 
 
-def restore(engine: Any, checkpoint: Path) -> None:
-    """Load the engine's state; never starts from scratch in silence.
+def _read_state(checkpoint: Path) -> State:
+    try:
+        state = State(**json.loads((checkpoint / STATE).read_text()))
+        if not list(checkpoint.glob(PARTS)):
+            raise ValueError(f"no {PARTS}")
+    except (OSError, ValueError, TypeError) as error:
+        raise ResumeError(
+            "this checkpoint is not one of this version of clue_dist",
+            where=checkpoint,
+            got=error,
+            fix="go on with the version that began the run, or start a new one with --set run=ANOTHER_FOLDER",
+        ) from error
+    return replace(state, usual=tuple(state.usual) if state.usual else None)  # type: ignore[arg-type]
+
+
+def restore(build: Callable[[Callable[[CLUE], None]], Any], checkpoint: Path, state: State) -> Any:
+    """An engine in the state of a checkpoint. build: makes the engine, given what sets the weights it begins with.
 
     Raises:
-        ResumeError: nothing there, or the state of another model or optimizer.
+        ResumeError: the state of another model or optimizer.
     """
+    fix = "go on with the version of clue_dist that began the run"
+    engine = build(lambda model: load_weights(model, checkpoint, fix))
     try:
-        path, _ = engine.load_checkpoint(str(checkpoint), tag=TAG)
-    except torch.OutOfMemoryError:
-        raise  # a RuntimeError that says nothing of the checkpoint
-    except (RuntimeError, ValueError) as error:
-        raise _misfit(checkpoint, error, "go on with the version of clue_dist that began the run") from error
-    if path is None:
-        raise ResumeError("DeepSpeed found nothing to load", where=checkpoint)
+        pieces.put(engine, parts(checkpoint), state.updates)
+    except (KeyError, RuntimeError) as error:
+        raise ResumeError("the checkpoint does not fit the model", where=checkpoint, got=error, fix=fix) from error
+    return engine
+
+
+def parts(checkpoint: Path) -> list[Path]:
+    """The files of a checkpoint's ranks."""
+    return sorted(checkpoint.glob(PARTS))
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """By parameter and buffer of the model in float32, whether kept as the best or as a checkpoint."""
+    if (folder / WEIGHTS).exists():
+        kept: dict[str, Tensor] = load_file(folder / WEIGHTS)
+        return kept
+    return {name.removeprefix(MODEL): values for name, values in pieces.full(parts(folder)).items()}
 
 
 # --- for embed and evaluate -------------------------------------------------------------------------------------
@@ -333,18 +299,22 @@ def load_model(run: Path, checkpoint: str = "best") -> Loaded:
     if problem:
         raise ResumeError("the weights are damaged", where=folder, got=problem)
     model = CLUE(specs_of(card.modalities, config), len(card.batches), config.model)
-    weights: dict[str, Tensor] = load_file(folder / WEIGHTS)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise _misfit(folder, error, "use the version of clue_dist that trained them") from error
+    load_weights(model, folder, "use the version of clue_dist that trained them")
     return Loaded(model.eval(), card.modalities, folder.name, config)
 
 
-def _misfit(where: Path, error: Exception, fix: str) -> ResumeError:
-    got = listed((line.strip() for line in str(error).splitlines()), 3)
-    what = "the weights do not fit the model of these settings"
-    return ResumeError(what, where=where, got=got, fix=f"{fix}, or train again")
+def load_weights(model: CLUE, folder: Path, fix: str) -> None:
+    """Set a model to the weights of a committed folder.
+
+    Raises:
+        ResumeError: they are those of another model.
+    """
+    try:
+        model.load_state_dict(weights(folder))
+    except (RuntimeError, KeyError) as error:
+        got = listed((line.strip() for line in str(error).splitlines()), 3)
+        what = "the weights do not fit the model of these settings"
+        raise ResumeError(what, where=folder, got=got, fix=f"{fix}, or train again") from error
 
 
 def _weights_folder(run: Path, checkpoint: str) -> Path | None:

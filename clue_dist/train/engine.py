@@ -1,10 +1,11 @@
-"""DeepSpeed: its config out of ours, the engine, and what a checkpoint of plain weights needs."""
+"""DeepSpeed: its config out of ours, and the engine."""
 
 from __future__ import annotations
 
 import os
 import warnings
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,8 +15,7 @@ if not torch.cuda.is_available():  # said before DeepSpeed looks for it, so that
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
-from deepspeed.utils import safe_get_full_fp32_param
-from torch import Tensor, nn
+from torch import nn
 
 from clue_dist.config import Config
 from clue_dist.model.clue import CLUE
@@ -42,12 +42,17 @@ def join(ranks: Ranks) -> torch.device:
     return device
 
 
-def build(setup: Setup, ranks: Ranks, device: torch.device) -> Any:
-    """The DeepSpeed engine around a freshly initialised `Objective`, the same on every rank."""
+def build(setup: Setup, ranks: Ranks, device: torch.device, start: Callable[[CLUE], None] | None = None) -> Any:
+    """The DeepSpeed engine around an `Objective`, the same on every rank.
+
+    start: sets the weights rank 0 begins with, instead of a fresh initialisation.
+    """
     c = setup.config
     torch.manual_seed(c.seed)
     model = CLUE(setup.specs, len(setup.store.manifest.batches), c.model)
-    if ranks.first:
+    if ranks.first and start is not None:
+        start(model)
+    elif ranks.first:
         initialise(
             model, setup.store, setup.train, c.model.trunk.projection_init != "random", c.seed, setup.stored_svds
         )
@@ -63,7 +68,24 @@ def build(setup: Setup, ranks: Ranks, device: torch.device) -> Any:
     return engine
 
 
-OPTIMIZERS = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}
+class Skipping:
+    """An optimizer that leaves an update out where it is told to: DeepSpeed itself does so under ZeRO alone."""
+
+    skip = False
+
+    def step(self, closure: Any = None) -> Any:
+        return None if self.skip else super().step(closure)  # type: ignore[misc]
+
+
+class AdamW(Skipping, torch.optim.AdamW):
+    pass
+
+
+class RMSprop(Skipping, torch.optim.RMSprop):
+    pass
+
+
+OPTIMIZERS = {"adamw": AdamW, "rmsprop": RMSprop}
 # Above the rounding of a gradient: with torch's 1e-8 a gradient that is zero but for the order of a sum moves its
 # weight by a good part of the learning rate, and another number of ranks by another part.
 EPSILON = 1e-6
@@ -112,19 +134,3 @@ def deepspeed_config(config: Config, world: int) -> dict[str, Any]:
         **({"data_types": {"grad_accum_dtype": "fp32"}} if bf16 and t.zero_stage else {}),
         "steps_per_print": 10**12,  # our own sinks report
     }
-
-
-def full_weights(engine: Any) -> dict[str, Tensor]:
-    """Every parameter and buffer in float32 on the CPU of rank 0, whatever the ZeRO stage. All ranks must call."""
-    first = dist.get_rank() == 0
-    out = {}
-    for name, p in engine.module.named_parameters():
-        full = safe_get_full_fp32_param(p) if p.requires_grad else None
-        if full is None:  # frozen, or an engine without a sharded optimizer
-            with deepspeed.zero.GatheredParameters([p] if hasattr(p, "ds_id") else []):
-                full = p.data.clone()
-        if first:
-            out[name] = full.detach().float().cpu().contiguous()
-    if first:
-        out |= {name: b.detach().float().cpu().contiguous() for name, b in engine.module.named_buffers()}
-    return out

@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from clue_dist.config import Config
+from clue_dist.errors import SavingError
 
 Numbers = Mapping[str, float | int | str]
 
@@ -21,7 +22,7 @@ class Sinks:
     """Rank 0's sinks; on other ranks every call does nothing. `step`: where the run goes on from."""
 
     def __init__(self, run: Path, config: Config, total: int, step: int, active: bool) -> None:
-        self.active, self.total = active, total
+        self.active, self.total, self._run = active, total, run
         if not active:
             return
         self._file = _reopened(run / "metrics.jsonl", step)
@@ -39,14 +40,17 @@ class Sinks:
         """Log numbers of a split ("train" or "validation") at a step."""
         if not self.active:
             return
-        self._file.write(json.dumps({"step": step, "split": split, **numbers}) + "\n")
-        self._file.flush()
+        self._to_file(json.dumps({"step": step, "split": split, **numbers}) + "\n")
         plain = {k: v for k, v in numbers.items() if isinstance(v, int | float)}
         if self._board is not None:
             for name, value in plain.items():
                 self._board.add_scalar(f"{split}/{name}", value, step)
         self._log_wandb({f"{split}/{k}": v for k, v in plain.items()}, step)
         self._show(split, step, numbers)
+
+    def event(self, what: str, step: int, numbers: Numbers) -> None:
+        """Log what seldom happens, at a step."""
+        self.write("event", step, {"event": what, **numbers})
 
     def say(self, text: str) -> None:
         if self.active:
@@ -66,15 +70,23 @@ class Sinks:
         if self._wandb is not None:
             _guarded(self._wandb.finish)
 
+    def _to_file(self, line: str) -> None:
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            fix = "make room, then type the same command: it goes on from the last checkpoint that was committed"
+            raise SavingError("metrics.jsonl could not be written", where=self._run, got=error, fix=fix) from error
+
     def _log_wandb(self, numbers: dict[str, Any], step: int) -> None:
         if self._wandb is not None and not _guarded(self._wandb.log, numbers, step=step):
             self._wandb = None
 
     def _show(self, split: str, step: int, numbers: Numbers) -> None:
         if split == "train" and self._bar is not None:
-            wait = f"{float(numbers['data_wait']):.1%}"
+            loss, wait = _short(numbers.get("loss", "skipped")), f"{float(numbers['data_wait']):.1%}"
             self._bar.set_postfix_str(
-                f"loss {_short(numbers['loss'])}, {float(numbers['cells_per_s']):,.0f} cells/s, {wait} waiting for data"
+                f"loss {loss}, {float(numbers['cells_per_s']):,.0f} cells/s, {wait} waiting for data"
             )
             return
         left = ""

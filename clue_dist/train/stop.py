@@ -1,21 +1,21 @@
-"""Stopping in time: SIGTERM or USR1 on any rank becomes a flag that all ranks see at the same step."""
+"""Stopping in time: SIGTERM or USR1 on any rank sets a flag, about which all ranks agree at the end of the step."""
 
 from __future__ import annotations
 
 import signal
 from types import FrameType, TracebackType
 
-import torch
-import torch.distributed as dist
-
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopFlag:
-    """Set by a signal; `agreed()` is true on every rank once it is set on one. Restores the handlers on exit."""
+    """True once a signal came to this rank. Restores the handlers on exit."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._set, self._device = False, device
+    def __init__(self) -> None:
+        self._set = False
+
+    def __bool__(self) -> bool:
+        return self._set
 
     def __enter__(self) -> StopFlag:
         self._before = {s: signal.signal(s, self._handle) for s in SIGNALS}
@@ -29,9 +29,3 @@ class StopFlag:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._set = True
-
-    def agreed(self) -> bool:
-        """Collective: every rank must call at the same step."""
-        flag = torch.tensor([float(self._set)], device=self._device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())

@@ -83,7 +83,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(folder: Path) -> None:
 
 
 def timeless(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k not in ("cells_per_s", "data_wait")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("cells_per_s", "data_wait", "saving_wait")} for line in lines]
 
 
 def stopped_after(command: list[str], run_folder: Path, lines: int) -> int:
@@ -181,7 +181,6 @@ def test_resume_refuses_other_data_settings_ranks_and_damage(folder: Path) -> No
         "not the one this run was trained on"
         in python(*args, "--set", f"store={folder / 'other.zarr'}", expect=2).stderr
     )
-    assert "another number of ranks" in run(*launched(2, *args), expect=2).stderr
     config = folder / "again" / "config.json"
     before = config.read_text()
     config.write_text(before.replace('"latent": 6', '"latent": 8'))  # as if another version had begun the run
@@ -191,7 +190,7 @@ def test_resume_refuses_other_data_settings_ranks_and_damage(folder: Path) -> No
     config.write_text(before)
 
     (checkpoint,) = (folder / "again" / "checkpoints").glob("step-*")
-    victim = max(checkpoint.rglob("*.pt"), key=lambda p: p.stat().st_size)
+    victim = checkpoint / "rank-00000.safetensors"
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)

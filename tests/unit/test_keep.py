@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from clue_dist.ranks import Ranks
-from clue_dist.train import checkpoint, loop, validate
+from clue_dist.train import loop, validate
 from clue_dist.train.checkpoint import State
 
 
@@ -30,7 +30,7 @@ def kept(scores: list[tuple[float, float]], monkeypatch: pytest.MonkeyPatch, pat
     """The state after validations of (score, error), one a step, and the steps whose weights were saved."""
     saved: list[int] = []
     looks = iter(scores)
-    monkeypatch.setattr(checkpoint, "save_best", lambda _run, _engine, state, _ranks: saved.append(state.step))
+    saver: Any = SimpleNamespace(best=lambda state: saved.append(state.step))
     monkeypatch.setattr(validate, "score", lambda *_: dict(zip(("score", "error"), next(looks), strict=True)))
     held_out: Any = SimpleNamespace(n_cells=1, observed=torch.ones(1, 1))
     config = SimpleNamespace(run="run", seed=0, train=SimpleNamespace(patience=patience))
@@ -38,7 +38,7 @@ def kept(scores: list[tuple[float, float]], monkeypatch: pytest.MonkeyPatch, pat
     state, said = State(0, 1, ""), Said([])
     for step in range(1, len(scores) + 1):
         state = State(**{**vars(state), "step": step})
-        state = loop._validate(None, setup, Ranks(), held_out, state, said)  # type: ignore[arg-type]
+        state = loop._validate(None, setup, Ranks(), held_out, state, said, saver)  # type: ignore[arg-type]
         assert said.lines[-1]["best_step"] == state.best_step == saved[-1]
         if state.stopped:
             break

@@ -22,8 +22,8 @@ from clue_dist.model.initialise import initialise
 from clue_dist.model.noise import Noise
 from clue_dist.model.posterior import kl_to_prior, product_of_experts, sample
 from clue_dist.train.engine import EPSILON, OPTIMIZERS, parameter_groups
-from clue_dist.train.loop import learning_rate
 from clue_dist.train.setup import Setup
+from clue_dist.train.step import learning_rate
 
 ALIGNMENT = 1.0  # weight of the symmetric KL next to the ELBO of everything observed, as MultiVI's
 

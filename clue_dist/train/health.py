@@ -1,0 +1,90 @@
+"""Losses that are not finite, and losses that jump: skipped, named, and after a few in a row the end of the run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clue_dist.data.batch import Batch
+from clue_dist.errors import TrainingError
+from clue_dist.ranks import Ranks
+from clue_dist.train.checkpoint import State
+from clue_dist.train.setup import Setup
+from clue_dist.train.sinks import Sinks
+from clue_dist.train.step import Outcome, kl_weight, noise_of
+
+SKIP_LIMIT = 5  # steps in a row
+SPIKE = 8.0  # standard deviations above the mean of late
+MEMORY = 0.98  # of mean and variance, a step
+WARM = 50  # steps until they are known
+
+
+def judged(engine: Any, setup: Setup, ranks: Ranks, state: State, outcome: Outcome, sinks: Sinks) -> State:
+    """The state after a step (`state.step` counts it already); what was odd is logged. Every rank must call.
+
+    Raises:
+        TrainingError: SKIP_LIMIT steps in a row were skipped; what was not finite is named.
+    """
+    if not outcome.skipped:
+        if _is_spike(state, outcome.loss):
+            assert state.usual is not None
+            sinks.event("loss spike", state.step, {"loss": outcome.loss, "usual": state.usual[0]})
+        return replace(state, skipped=0, usual=_usual(state.usual, outcome.loss))
+    found = culprits(engine, setup, ranks, state.step - 1, outcome.batches)
+    state = replace(state, skipped=state.skipped + 1)
+    sinks.event("not finite, step skipped", state.step, {"found": found, "in_a_row": state.skipped})
+    if state.skipped >= SKIP_LIMIT:
+        raise TrainingError(
+            f"loss or gradient were not finite in {SKIP_LIMIT} steps in a row; none of these changed a weight",
+            where=f"step {state.step}",
+            got=found,
+            fix="look for absurd counts in the store (`python -m data_prep check`), or lower train.lr; "
+            "the last checkpoint is sound, and `--resume auto` goes on from there",
+        )
+    return state
+
+
+def culprits(engine: Any, setup: Setup, ranks: Ranks, step: int, seen: list[Batch]) -> str:
+    """What is not finite in the micro-batches of a step, of any rank: values read, loss terms by modality."""
+    mine = []
+    engine.eval()
+    with torch.no_grad():
+        for micro, batch in enumerate(seen):
+            device = batch.observed.device
+            noise = noise_of(setup, ranks, step, micro, device)
+            _, terms = engine(batch, noise, kl_weight(setup, step), True)
+            bad = [name for name, value in terms.items() if not math.isfinite(float(value))]
+            mine += [f"values of {m}" for m in batch.modalities if not _values(batch, m).isfinite().all()]
+            mine += [f"term {name}" for name in bad]
+    engine.train()
+    told = [
+        f"rank {r}: {', '.join(dict.fromkeys(found))}" for r, found in enumerate(ranks.all_gather_object(mine)) if found
+    ]
+    return "; ".join(told) or "a gradient, of finite losses"
+
+
+def _values(batch: Batch, modality: str) -> Tensor:
+    counts = batch.modalities[modality].counts
+    return counts if isinstance(counts, Tensor) else counts.values
+
+
+def _is_spike(state: State, loss: float) -> bool:
+    if state.usual is None or state.step <= WARM:
+        return False
+    mean, variance = state.usual
+    return loss > mean + SPIKE * math.sqrt(variance) + 1e-12
+
+
+def _usual(usual: tuple[float, float] | None, loss: float) -> tuple[float, float]:
+    """Running mean and variance, a spike counting as no more than one."""
+    if usual is None:
+        return loss, 0.0
+    mean, variance = usual
+    change = loss - mean
+    limit = SPIKE * math.sqrt(variance)
+    change = min(change, limit) if limit else change
+    return mean + (1 - MEMORY) * change, MEMORY * (variance + (1 - MEMORY) * change**2)

@@ -1,0 +1,246 @@
+"""Saving beside training: a checkpoint is copied while the next step computes, and written while training goes on.
+
+Between two updates nothing changes what is trained, so the copy runs under the next forward and backward pass; only
+the update after it has to wait for it. Files are staged under a temporary name, hashed, and committed by a rename.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import asdict
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from clue_dist.errors import SavingError
+from clue_dist.ranks import Ranks
+from clue_dist.store.writer import hash_file
+from clue_dist.train import pieces
+from clue_dist.train.checkpoint import COMMIT, MODEL, STATE, WEIGHTS, State, committed, parts, step_of
+
+Kind = Literal["checkpoints", "best"]
+Listing = dict[str, dict[str, Any]]  # file -> size and hash, what COMMIT.json holds
+
+
+class Saver:
+    """Saves checkpoints and best weights of a run. Every rank must make the same calls at the same steps.
+
+    held: seconds training has waited for saving so far. Raises from `check` and `finish`, on all ranks alike:
+        SavingError: a file could not be written; what was half written is removed, what was committed stands.
+    """
+
+    def __init__(self, run: Path, engine: Any, ranks: Ranks, keep: int) -> None:
+        self._run, self._engine, self._ranks, self._keep = run, engine, ranks.aside(), keep
+        self._shapes = json.dumps(pieces.shapes(engine))
+        self._copier, self._writer = _Worker("copy"), _Worker("write")
+        self._copies: list[Future[Any]] = []
+        self._writes: list[Future[Any]] = []
+        self.held = 0.0
+
+    # --- called by training ---
+
+    def checkpoint(self, state: State) -> None:
+        """Save all that the run needs to go on; drop the oldest. Waits for the checkpoint before it, if need be."""
+        began = time.perf_counter()
+        _wait(self._writes)  # so that no more than two are held in memory
+        self.held += time.perf_counter() - began
+        self._save("checkpoints", state, optimizer=True)
+
+    def best(self, state: State) -> None:
+        """Keep the weights alone of the best validation so far; the next checkpoint drops those before it."""
+        self._save("best", state, optimizer=False)
+
+    def before_update(self) -> None:
+        """What is about to change has been copied when this returns."""
+        began = time.perf_counter()
+        _wait(self._copies)
+        self._copies = []
+        self.held += time.perf_counter() - began
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank knows of a failure; the others know as soon as they get there, `finish` raises on all."""
+        return any(f.done() and f.exception() for f in self._writes)
+
+    def finish(self) -> None:
+        """Wait until everything asked for is committed."""
+        self.before_update()
+        began = time.perf_counter()
+        _wait(self._writes)
+        self.held += time.perf_counter() - began
+        writes, self._writes = self._writes, []
+        for write in writes:
+            write.result()
+
+    def close(self) -> None:
+        """Once nothing is under way, on every rank."""
+        for worker in (self._copier, self._writer):
+            worker.close()
+
+    # --- the two threads ---
+
+    def _save(self, kind: Kind, state: State, optimizer: bool) -> None:
+        began = time.perf_counter()
+        views = pieces.tensors(self._engine, optimizer)
+        copied = self._copier.do(_copier(views))
+        self._copies.append(copied)
+        self._writes = [w for w in self._writes if not w.done() or w.exception()]
+        self._writes.append(self._writer.do(lambda: self._write(kind, state, copied.result())))
+        self.held += time.perf_counter() - began
+
+    def _write(self, kind: Kind, state: State, tensors: dict[str, Tensor]) -> None:
+        """Every rank's writer is here at the same time; they speak by a channel of their own."""
+        ranks = self._ranks
+        final = self._run / kind / f"step-{state.step:08d}"
+        partial = final.with_suffix(".partial")
+        mine = partial / f"rank-{ranks.rank:05d}.safetensors"
+        written: Listing = {}
+        try:
+            ranks.together(_told(partial, lambda: _empty(partial)) if ranks.first else _nothing)
+            ranks.together(_told(mine, lambda: written.update(_write_tensors(mine, tensors, shapes=self._shapes))))
+            listing = {name: entry for one in ranks.all_gather_object(written) for name, entry in one.items()}
+            commit = _told(partial, lambda: self._commit(kind, state, partial, final, listing))
+            ranks.together(commit if ranks.first else _nothing)
+        except SavingError:
+            if ranks.first:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def _commit(self, kind: Kind, state: State, partial: Path, final: Path, listing: Listing) -> None:
+        """On rank 0, once all parts are there."""
+        if kind == "best":  # one file, to be shared and read by other tools
+            files = parts(partial)
+            whole = pieces.full(files)
+            named = {name.removeprefix(MODEL): values for name, values in whole.items()}
+            listing = _write_tensors(partial / WEIGHTS, named)
+            for file in files:
+                file.unlink()
+        _write_text(partial / STATE, json.dumps(asdict(state), indent=1))
+        _write_text(partial / COMMIT, json.dumps(listing | _listed(partial / STATE), indent=1))
+        _sync(partial)
+        if final.exists():  # begun anew from an older checkpoint
+            shutil.rmtree(final)
+        partial.rename(final)
+        _sync(final.parent)
+        if kind == "checkpoints":
+            for old in committed(self._run / "checkpoints")[self._keep :]:
+                shutil.rmtree(old)
+            # Only now: until this checkpoint stood, the one before it needed the best of its time.
+            for old in committed(self._run / "best"):
+                if step_of(old) != state.best_step:
+                    shutil.rmtree(old)
+
+
+def _copier(views: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+    """Copies of tensors on the CPU. Buffers and what is small are copied at once, as a forward pass may change them."""
+    now = {name: view.clone() for name, view in views.items() if view.numel() < SMALL}
+    device = next((v.device for v in views.values() if v.device.type == "cuda"), None)
+    ready = torch.cuda.current_stream(device).record_event() if device is not None else None
+
+    def copy() -> dict[str, Tensor]:
+        if ready is None:
+            return {name: now[name] if name in now else view.clone() for name, view in views.items()}
+        stream = torch.cuda.Stream(device)
+        with torch.cuda.stream(stream):
+            stream.wait_event(ready)
+            out = {name: now.get(name, view).to("cpu", non_blocking=False) for name, view in views.items()}
+        return out
+
+    return copy
+
+
+SMALL = 1 << 16  # elements; what forward passes change is far smaller
+
+
+def _empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> Listing:
+    save_file(dict(tensors), path, metadata=metadata)
+    _sync(path)
+    return _listed(path)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text)
+    _sync(path)
+
+
+def _listed(path: Path) -> Listing:
+    return {path.name: hash_file(path).model_dump()}
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _told(where: Path, work: Callable[[], None]) -> Callable[[], None]:
+    """`work`, with what the system refuses told as an error that a person can mend."""
+
+    def told() -> None:
+        try:
+            work()
+        except (OSError, RuntimeError) as error:  # safetensors wraps what the system says
+            raise SavingError(
+                "a checkpoint could not be written",
+                where=where,
+                got=error,
+                fix="make room or make the folder writable, then type the same command: "
+                "it goes on from the last checkpoint that was committed",
+            ) from error
+
+    return told
+
+
+def _wait(futures: list[Future[Any]]) -> None:
+    for future in futures:
+        future.exception()
+
+
+class _Worker:
+    """A thread that does one thing after another. It ends with the process, however that ends."""
+
+    def __init__(self, name: str) -> None:
+        self._queue: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=f"saver-{name}", daemon=True)
+        self._thread.start()
+
+    def do(self, work: Callable[[], Any]) -> Future[Any]:
+        future: Future[Any] = Future()
+        self._queue.put((future, work))
+        return future
+
+    def close(self) -> None:
+        """After the work that was given."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (job := self._queue.get()) is not None:
+            future, work = job
+            del job
+            try:
+                future.set_result(work())
+            except BaseException as error:  # noqa: BLE001  whoever waits for the future is told
+                future.set_exception(error)
+            del future, work  # and the copies they hold
