@@ -258,8 +258,10 @@ class Watched:
 
     def __init__(self, engine: Any, clock: Clock) -> None:
         self._engine, self._clock = engine, clock
-        self.optimizer = engine.optimizer
         self._seconds: dict[str, list[float]] = defaultdict(list)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
 
     def __call__(self, *args: Any) -> Any:
         return self._timed("forward", self._engine, *args)

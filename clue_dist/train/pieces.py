@@ -23,7 +23,7 @@ UPDATES = "step"  # the optimizer's own count of updates, the same for every par
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements [start, start + numel) of a flattened parameter, which this rank updates.
+    """Elements [start, start + numel) of a flattened parameter.
 
     master: the tensor the optimizer knows, in which the piece begins at `at`.
     """
@@ -39,23 +39,32 @@ class Piece:
         return flat.detach().view(-1).narrow(0, self.at, self.numel)
 
 
-def pieces(engine: Any) -> list[Piece]:
-    """Of this rank; those of all ranks together cover each parameter once."""
-    find = _finder(engine)
+def held(engine: Any) -> list[Piece]:
+    """What this rank updates: under ZeRO-0 everything, else a part."""
+    return _pieces(engine, rank=0, world=1)
+
+
+def saved_by(engine: Any) -> list[Piece]:
+    """What this rank saves: those of all ranks together cover each parameter once."""
+    return _pieces(engine, dist.get_rank(), dist.get_world_size())
+
+
+def _pieces(engine: Any, rank: int, world: int) -> list[Piece]:
+    """rank of world: whose share of what every rank has."""
+    find = _finder(engine, rank, world)
     found = [find(name, p) for name, p in engine.module.named_parameters()]
     return [piece for piece in found if piece is not None and piece.numel > 0]
 
 
-def _finder(engine: Any) -> Callable[[str, Any], Piece | None]:
+def _finder(engine: Any, rank: int, world: int) -> Callable[[str, Any], Piece | None]:
     """How the pieces of a parameter are found; DeepSpeed 0.19 has an optimizer of its own for each way of training."""
-    rank, world = dist.get_rank(), dist.get_world_size()
     optimizer = engine.optimizer
     whole = _masters_of_whole(engine)
 
     def find(name: str, p: Any) -> Piece | None:
         if hasattr(p, "ds_id"):  # ZeRO-3: equal parts, the last of them padded
             group, at, part = optimizer.grad_position[optimizer.get_param_id(p)]
-            start = min(rank * part, p.ds_numel)
+            start = min(dist.get_rank() * part, p.ds_numel)
             return Piece(name, start, min(part, p.ds_numel - start), optimizer.fp32_partitioned_groups_flat[group], at)
         if hasattr(p, "_hp_mapping"):  # ZeRO-1, ZeRO-2: parts of parameters laid end to end
             here = p._hp_mapping
@@ -70,7 +79,7 @@ def _finder(engine: Any) -> Callable[[str, Any], Piece | None]:
             return Piece(
                 name, address.start, address.numel, masters[here.param_group_index], here.hp_fragment_address.start
             )
-        # ZeRO-0: every rank has everything; each saves its share
+        # ZeRO-0: every rank has everything
         start, end = p.numel() * rank // world, p.numel() * (rank + 1) // world
         return Piece(name, start, end - start, whole[p], start)
 
@@ -95,7 +104,7 @@ def tensors(engine: Any, optimizer: bool) -> dict[str, Tensor]:
     Names are `key:start:parameter`.
     """
     out = {}
-    for piece in pieces(engine):
+    for piece in saved_by(engine):
         flat = {WEIGHTS: piece.master}
         if optimizer:
             state = engine.basic_optimizer.state.get(piece.master, {})
@@ -131,7 +140,7 @@ def put(engine: Any, files: Iterable[Path], n_updates: int) -> None:
     Raises:
         KeyError: a parameter that the files lack in part.
     """
-    wanted: dict[str, Piece] = {piece.name: piece for piece in pieces(engine)}
+    wanted: dict[str, Piece] = {piece.name: piece for piece in held(engine)}
     missing = {name: piece.numel for name, piece in wanted.items()}
     if n_updates:  # as the optimizer's first update leaves it; padding stays zero
         for master in {id(piece.master): piece.master for piece in wanted.values()}.values():

@@ -1,0 +1,27 @@
+"""launch/train.py with planted faults, and what is compared of the runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from tests.distributed.command import launched, metrics
+
+TIMES = ("cells_per_s", "data_wait", "saving_wait")
+
+
+def planted(ranks: int, args: list[str], *faults: str) -> list[str]:
+    """A command line under the deepspeed launcher."""
+    return launched(ranks, "tests/faults/plant.py", *faults, "--", *args)
+
+
+def timeless(run: Path, split: str = "train") -> list[dict[str, Any]]:
+    """What a run logged, but for what depends on the clock."""
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in metrics(run, split)]
+
+
+def saved_steps(run: Path, kind: str = "checkpoints") -> list[int]:
+    """Steps of committed checkpoints, newest first."""
+    found = [re.fullmatch(r"step-(\d+)", p.parent.name) for p in (run / kind).glob("*/COMMIT.json")]
+    return sorted((int(m[1]) for m in found if m), reverse=True)

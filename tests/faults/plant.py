@@ -1,0 +1,105 @@
+"""Run launch/train.py with faults planted in it, under any launcher.
+
+[deepspeed] tests/faults/plant.py FAULT ... -- launch/train.py ARGS
+
+kill:RANK:STEP        the rank kills itself as it fetches the batch of a step
+term:RANK:STEP        it sends SIGTERM to itself, usr1:RANK:STEP USR1
+nan:RANK:FROM:TO:M    modality M of its batches of steps FROM to TO - 1 is NaN; inf:... has one infinite value
+jump:RANK:FROM:TO:M   the values are a thousand times as large
+dump:FOLDER           every rank writes what it begins with: its pieces of weights and optimizer
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from clue_dist.data.batch import Batch, SparseCounts
+from clue_dist.data.loader import Loader
+from clue_dist.ranks import Ranks
+from clue_dist.train import loop, pieces
+
+SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1}
+VALUES: dict[str, Callable[[torch.Tensor], Any]] = {
+    "nan": lambda v: v.fill_(torch.nan),
+    "inf": lambda v: v.view(-1)[:1].fill_(torch.inf),
+    "jump": lambda v: v.mul_(1000),
+}
+
+
+def main() -> None:
+    words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
+    cut = words.index("--")
+    for fault in words[:cut]:
+        plant(*fault.split(":"))
+    sys.argv = words[cut + 1 :]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def plant(kind: str, *where: str) -> None:
+    if kind == "dump":
+        return dump(Path(where[0]))
+    if Ranks.from_env().rank != int(where[0]):
+        return None
+    if kind in SIGNALS:
+        return at_batch(lambda step, _: os.kill(os.getpid(), SIGNALS[kind]) if step == int(where[1]) else None)
+    return at_batch(lambda step, b: spoil(b, where[3], kind) if int(where[1]) <= step < int(where[2]) else None)
+
+
+def at_batch(do: Callable[[int, Batch], object]) -> None:
+    """`do` is told the step and the batch as training fetches it."""
+    loader_at, following = loop.loader_at, Loader.__next__
+    steps: dict[int, int] = {}
+
+    def planted(setup: Any, ranks: Any, step: int, device: Any) -> Loader:
+        loader = loader_at(setup, ranks, step, device)
+        steps[id(loader)] = step
+        return loader
+
+    def fetched(self: Loader) -> Batch:
+        batch = following(self)
+        do(steps[id(self)], batch)
+        steps[id(self)] += 1
+        return batch
+
+    loop.loader_at, Loader.__next__ = planted, fetched  # type: ignore[method-assign]
+
+
+def spoil(batch: Batch, modality: str, kind: str) -> None:
+    observed = batch.modalities[modality]
+    counts = observed.counts
+    values = (counts.values if isinstance(counts, SparseCounts) else counts).clone()
+    VALUES[kind](values)
+    spoilt = (
+        values
+        if not isinstance(counts, SparseCounts)
+        else SparseCounts(counts.indptr, counts.indices, values, counts.n_features)
+    )
+    object.__setattr__(observed, "counts", spoilt)
+
+
+def dump(folder: Path) -> None:
+    start = loop._start
+
+    def started(setup: Any, ranks: Ranks, *rest: Any) -> Any:
+        engine, state = start(setup, ranks, *rest)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: view.clone() for name, view in pieces.tensors(engine, optimizer=True).items()}
+        metadata = {"shapes": json.dumps(pieces.shapes(engine))}
+        save_file(tensors, folder / f"rank-{ranks.rank:05d}.safetensors", metadata=metadata)
+        return engine, state
+
+    loop._start = started
+
+
+if __name__ == "__main__":
+    main()
