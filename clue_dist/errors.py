@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
@@ -112,6 +113,13 @@ def run_main(main: Callable[[], None]) -> NoReturn:
             sys.stdout.flush()
             os._exit(error.exit_code)
         sys.exit(error.exit_code)
+    except Exception:
+        if not _joined():
+            raise
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # at once: the others wait for this rank
     sys.exit(0)
 
 

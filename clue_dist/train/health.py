@@ -18,8 +18,8 @@ from clue_dist.train.sinks import Sinks
 from clue_dist.train.step import Outcome, kl_weight, noise_of
 
 SKIP_LIMIT = 5  # steps in a row
-SPIKE = 8.0  # standard deviations above the mean of late
-MEMORY = 0.98  # of mean and variance, a step
+SPIKE = 8.0  # standard deviations from the mean of late, either way: absurd counts may lower a loss, too
+MEMORY = 0.95  # of mean and variance, a step
 WARM = 50  # steps until they are known
 
 
@@ -49,8 +49,11 @@ def judged(engine: Any, setup: Setup, ranks: Ranks, state: State, outcome: Outco
 
 
 def culprits(engine: Any, setup: Setup, ranks: Ranks, step: int, seen: list[Batch]) -> str:
-    """What is not finite in the micro-batches of a step, of any rank: values read, loss terms by modality."""
-    mine = []
+    """What is not finite in the micro-batches of a step: values read, loss terms by modality.
+
+    Of the ranks that read such values, if there are any: some terms compare the cells of all ranks.
+    """
+    values, broken = [], []
     engine.eval()
     with torch.no_grad():
         for micro, batch in enumerate(seen):
@@ -58,13 +61,13 @@ def culprits(engine: Any, setup: Setup, ranks: Ranks, step: int, seen: list[Batc
             noise = noise_of(setup, ranks, step, micro, device)
             _, terms = engine(batch, noise, kl_weight(setup, step), True)
             bad = [name for name, value in terms.items() if not math.isfinite(float(value))]
-            mine += [f"values of {m}" for m in batch.modalities if not _values(batch, m).isfinite().all()]
-            mine += [f"term {name}" for name in bad]
+            values += [f"values of {m}" for m in batch.modalities if not _values(batch, m).isfinite().all()]
+            broken += [f"term {name}" for name in bad]
     engine.train()
-    told = [
-        f"rank {r}: {', '.join(dict.fromkeys(found))}" for r, found in enumerate(ranks.all_gather_object(mine)) if found
-    ]
-    return "; ".join(told) or "a gradient, of finite losses"
+    told = list(enumerate(ranks.all_gather_object((values, broken))))
+    readers = [one for one in told if one[1][0]] or told
+    lines = [f"rank {r}: {', '.join(dict.fromkeys(v + b))}" for r, (v, b) in readers if v or b]
+    return "; ".join(lines) or "a gradient, of finite losses"
 
 
 def _values(batch: Batch, modality: str) -> Tensor:
@@ -76,7 +79,7 @@ def _is_spike(state: State, loss: float) -> bool:
     if state.usual is None or state.step <= WARM:
         return False
     mean, variance = state.usual
-    return loss > mean + SPIKE * math.sqrt(variance) + 1e-12
+    return abs(loss - mean) > SPIKE * math.sqrt(variance) + 1e-12
 
 
 def _usual(usual: tuple[float, float] | None, loss: float) -> tuple[float, float]:
@@ -86,5 +89,5 @@ def _usual(usual: tuple[float, float] | None, loss: float) -> tuple[float, float
     mean, variance = usual
     change = loss - mean
     limit = SPIKE * math.sqrt(variance)
-    change = min(change, limit) if limit else change
+    change = max(-limit, min(change, limit)) if limit else change
     return mean + (1 - MEMORY) * change, MEMORY * (variance + (1 - MEMORY) * change**2)

@@ -18,6 +18,7 @@ from clue_dist.train.engine import build, join
 from clue_dist.train.health import judged
 from clue_dist.train.lock import alone_in
 from clue_dist.train.meter import Meter
+from clue_dist.train.peers import Peers
 from clue_dist.train.saver import Saver
 from clue_dist.train.setup import Setup
 from clue_dist.train.sinks import Sinks
@@ -41,7 +42,7 @@ def fit(setup: Setup, ranks: Ranks, resume: str = "auto") -> Result:
         StoreError: a damaged chunk; TrainingError: loss or gradient stay not finite; SavingError: a full disk.
     """
     device = join(ranks)
-    with alone_in(Path(setup.config.run), ranks):
+    with Peers(ranks), alone_in(Path(setup.config.run), ranks):
         engine, state = _start(setup, ranks, resume, device)
         result = _train(engine, setup, ranks, state, device)
         engine.destroy()

@@ -1,0 +1,119 @@
+"""Notices that another rank's machine is gone. A dead machine says nothing: whoever waits for it would wait on.
+
+Every rank says now and then that it lives, at the store the ranks met at; rank 0 looks whether all have, the others
+whether rank 0 has looked. Whoever hears nothing for too long ends its process, as no collective could end it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+
+from clue_dist.ranks import Ranks
+
+BEAT = 1.0  # seconds between two signs of life
+SILENCE = 15.0  # seconds without one after which a rank counts as lost
+_KEY, _LATE = "clue_dist/beat", "clue_dist/late"
+
+
+class Peers:
+    """Watches while it is open. Threads of its own, as training may wait in a collective."""
+
+    def __init__(self, ranks: Ranks, lost: Callable[[str], None] | None = None, silence: float = SILENCE) -> None:
+        self._ranks, self._lost, self._silence = ranks, lost or _leave, silence
+        self._over = threading.Event()
+        self._heard = time.monotonic()  # when all was last well
+        self._why = "rank 0"
+
+    def __enter__(self) -> Peers:
+        if self._ranks.world > 1:
+            self._store = _connection()
+            self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._watch)]
+            for thread in self._threads:
+                thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._ranks.barrier()  # who is done early must not seem lost to who is not
+        self._over.set()
+        if self._ranks.world > 1:
+            self._threads[1].join()
+            self._threads[0].join(2 * BEAT)  # it may hang in a connection that leads nowhere
+
+    def _beat(self) -> None:
+        seen: dict[int, tuple[bytes, float]] = {}
+        number = 0
+        while not self._over.wait(BEAT):
+            number += 1
+            try:
+                if self._ranks.first:
+                    late = self._late(seen)
+                    self._why = f"rank {', '.join(map(str, late))}"
+                    if late:
+                        self._store.set(_LATE, self._why)
+                    else:
+                        self._store.set(_KEY, str(number))
+                        self._heard = time.monotonic()
+                else:
+                    self._store.set(f"{_KEY}/{self._ranks.rank}", str(number))
+                    if self._changed(seen, 0, _KEY):
+                        self._heard = time.monotonic()
+                    elif self._store.check([_LATE]):
+                        self._why = self._store.get(_LATE).decode()
+            except RuntimeError:  # the store is gone, and rank 0 with it: `_watch` waits whether it comes back
+                continue
+
+    def _late(self, seen: dict[int, tuple[bytes, float]]) -> list[int]:
+        """Ranks that rank 0 has not heard of for a while."""
+        for rank in range(1, self._ranks.world):
+            self._changed(seen, rank, f"{_KEY}/{rank}")
+        now = time.monotonic()
+        return [rank for rank, (_, when) in seen.items() if now - when > 3 * BEAT]
+
+    def _changed(self, seen: dict[int, tuple[bytes, float]], rank: int, key: str) -> bool:
+        value = self._store.get(key) if self._store.check([key]) else b""
+        before = seen.get(rank)
+        if before is None or before[0] != value:
+            seen[rank] = value, time.monotonic()
+            return True
+        return False
+
+    def _watch(self) -> None:
+        """Counts the time in which this process itself was running: a whole job may be suspended."""
+        silent, last = 0.0, time.monotonic()
+        while not self._over.wait(BEAT / 2):
+            now = time.monotonic()
+            silent = silent + min(now - last, 2 * BEAT) if self._heard <= last else 0.0
+            last = now
+            if silent > self._silence:
+                self._lost(f"nothing heard of {self._why} for {silent:.0f} s")
+                return
+
+
+def _connection() -> Any:
+    """A connection of our own to the store the ranks met at: the other may be waiting for something."""
+    store: Any = dist.distributed_c10d._get_default_store()
+    store = store.clone()
+    store.set_timeout(timedelta(seconds=SILENCE))
+    return store
+
+
+def _leave(why: str) -> None:
+    print(
+        f"error: another rank is lost: {why}\n"
+        "  fix: type the same command again, on the machines that are left: it goes on from the last checkpoint",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)

@@ -1,0 +1,141 @@
+"""A real Slurm cluster of two nodes on this machine, of Debian's packages, in a folder of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from tests.distributed.command import ROOT, environment
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
+
+
+def missing() -> str | None:
+    """Why no cluster can be started here."""
+    if os.geteuid() != 0:
+        return "needs root: Slurm's and munge's daemons start processes of any user"
+    absent = [program for program in PROGRAMS if shutil.which(program) is None]
+    return f"not installed: {', '.join(absent)} (Debian: apt-get install slurm-wlm munge)" if absent else None
+
+
+class Slurm:
+    """What a person types on the cluster."""
+
+    def __init__(self, folder: Path) -> None:
+        self.env = environment() | {"SLURM_CONF": str(folder / "slurm.conf"), "MASTER_PORT": str(free_port())}
+
+    def run(self, *command: str, check: bool = True, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(command, cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=timeout)
+        assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done
+
+    def submit(self, *args: str) -> str:
+        """The number of a new job."""
+        return self.run("sbatch", "--parsable", *args).stdout.strip()
+
+    def state(self, job: str) -> dict[str, str]:
+        """What Slurm knows of a job: JobState, ExitCode, Restarts, ..."""
+        words = self.run("scontrol", "show", "job", "--oneliner", job).stdout.split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def wait(self, job: str, timeout_s: float) -> dict[str, str]:
+        """Wait until a job is over for good."""
+        deadline = time.monotonic() + timeout_s
+        while (state := self.state(job))["JobState"] in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED"):
+            assert time.monotonic() < deadline, state
+            time.sleep(0.5)
+        return state
+
+
+@contextmanager
+def cluster(folder: Path) -> Iterator[Slurm]:
+    """Nodes `one` and `two`, a core each."""
+    for name in ("state", "one", "two"):
+        (folder / name).mkdir()
+    folder.chmod(0o755)
+    key = folder / "munge.key"
+    key.write_bytes(os.urandom(128))
+    key.chmod(0o400)
+    ports = {name: free_port() for name in ("ctld", "one", "two")}
+    (folder / "slurm.conf").write_text(
+        f"""\
+ClusterName=test
+SlurmctldHost={socket.gethostname()}(127.0.0.1)
+SlurmctldPort={ports["ctld"]}
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+CredType=cred/munge
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+ProctrackType=proctrack/pgid
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+MpiDefault=none
+ReturnToService=2
+KillWait=30
+SchedulerParameters=sched_interval=1,sched_min_interval=100000,bf_interval=1
+NodeName=one NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={ports["one"]} CPUs=1
+NodeName=two NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={ports["two"]} CPUs=1
+PartitionName=all Nodes=one,two Default=YES MaxTime=INFINITE State=UP
+"""
+    )
+    slurm = Slurm(folder)
+    munge = ("--force", "--foreground", f"--key-file={key}", f"--socket={folder}/munge.socket")
+    files = (f"--pid-file={folder}/munge.pid", f"--log-file={folder}/munge.log", f"--seed-file={folder}/munge.seed")
+    with ExitStack() as started:
+        started.enter_context(daemon(slurm, folder, "munged", *munge, *files))
+        await_file(folder / "munge.socket")
+        started.enter_context(daemon(slurm, folder, "slurmctld", "-D"))
+        for node in ("one", "two"):
+            started.enter_context(daemon(slurm, folder, "slurmd", "-D", "-N", node))
+        deadline = time.monotonic() + 60
+        while slurm.run("sinfo", "-h", "-o", "%T", check=False).stdout.split() != ["idle"]:
+            assert time.monotonic() < deadline, (folder / "slurmctld.log").read_text()[-2000:]
+            time.sleep(0.3)
+        yield slurm
+        slurm.run("scancel", "--user=root", check=False)
+        deadline = time.monotonic() + 40
+        while slurm.run("squeue", "-h", check=False).stdout and time.monotonic() < deadline:
+            time.sleep(0.5)
+
+
+@contextmanager
+def daemon(slurm: Slurm, folder: Path, *command: str) -> Iterator[None]:
+    with (folder / f"{command[0]}.out").open("ab") as out:
+        process = subprocess.Popen(command, env=slurm.env, stdout=out, stderr=out)
+    try:
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def await_file(path: Path) -> None:
+    deadline = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.1)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+        return port

@@ -1,0 +1,128 @@
+"""launch/slurm/train.sbatch on a real Slurm of two nodes: preempted, signalled, short of a rank, it comes back."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.distributed.command import best_weights, largest_difference, launched, metrics, run, train_args
+from tests.faults.command import saved_steps, timeless
+from tests.faults.slurm import Slurm, cluster, missing
+from tests.stores import make_store
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
+
+SETTINGS = ("train.epochs=100", "log.every=1", "train.checkpoint_every=50")  # 446 steps
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("slurm")
+    make_store(folder / "s.zarr", cells={"rna+adt": 200, "rna": 60, "adt": 40}, features={"rna": 60, "adt": 10})
+    run(*launched(2, *args_of(folder, "whole")))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def slurm(folder: Path) -> Iterator[Slurm]:
+    (folder / "cluster").mkdir()
+    with cluster(folder / "cluster") as slurm:
+        yield slurm
+
+
+def args_of(folder: Path, name: str) -> list[str]:
+    return train_args(folder, folder / "s.zarr", name, *SETTINGS)
+
+
+def submitted(slurm: Slurm, folder: Path, name: str) -> str:
+    """A job on both nodes that trains into run `name`, once it has logged some steps."""
+    script = ("--nodes=2", "--ntasks-per-node=1", f"--output={folder}/{name}.out", "launch/slurm/train.sbatch")
+    job = slurm.submit(*script, *args_of(folder, name)[1:])
+    log, deadline = folder / name / "metrics.jsonl", time.monotonic() + 90
+    while not (log.exists() and log.read_text().count("\n") > 20):
+        state = slurm.state(job)["JobState"]
+        assert state in ("PENDING", "CONFIGURING", "RUNNING"), (state, output(folder, name))
+        assert time.monotonic() < deadline, output(folder, name)
+        time.sleep(0.05)
+    return job
+
+
+def output(folder: Path, name: str) -> str:
+    path = folder / f"{name}.out"
+    return path.read_text()[-3000:] if path.exists() else "no output"
+
+
+def ends_like_the_unbroken_run(slurm: Slurm, folder: Path, name: str, job: str) -> None:
+    state = slurm.wait(job, 180)
+    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("COMPLETED", "0:0", "1"), output(folder, name)
+    assert timeless(folder / name) == timeless(folder / "whole")
+    assert largest_difference(best_weights(folder / name), best_weights(folder / "whole")) == 0.0
+
+
+@pytest.mark.parametrize("how", ["requeue", "USR1", "TERM"])
+def test_stopped_in_time_it_comes_back_by_itself_and_loses_no_step(slurm: Slurm, folder: Path, how: str) -> None:
+    job = submitted(slurm, folder, how)
+    asked = time.time()
+    if how == "requeue":
+        slurm.run("scontrol", "requeue", job)
+    else:
+        slurm.run("scancel", f"--signal={how}", job)
+    newest = committed_after(folder / how, asked)
+    assert newest.stat().st_mtime - asked < 25
+    stopped_at = metrics(folder / how)[-1]["step"]
+    assert saved_steps(folder / how)[0] == stopped_at  # not one step is done again
+    ends_like_the_unbroken_run(slurm, folder, how, job)
+    assert f"going on from step {stopped_at}" in (folder / f"{how}.out").read_text()
+    if how != "requeue":
+        assert "exit code 75: back into the queue" in (folder / f"{how}.out").read_text()
+
+
+def committed_after(run_folder: Path, when: float) -> Path:
+    """The marker of the first checkpoint that was not saved because it was due, once it is there."""
+    deadline = time.monotonic() + 60
+    while True:
+        found = [p for p in run_folder.glob("checkpoints/step-????????/COMMIT.json") if p.stat().st_mtime > when]
+        off = [p for p in found if json.loads((p.parent / "state.json").read_text())["step"] % 50]
+        if off:
+            return off[0]
+        assert time.monotonic() < deadline, found
+        time.sleep(0.05)
+
+
+def test_a_rank_that_is_killed_brings_the_job_back(slurm: Slurm, folder: Path) -> None:
+    job = submitted(slurm, folder, "killed")
+    os.kill(rank_of(folder / "killed", 1), signal.SIGKILL)
+    ends_like_the_unbroken_run(slurm, folder, "killed", job)
+
+
+def rank_of(run_folder: Path, rank: int) -> int:
+    """The process of a rank that trains into a run folder."""
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if "launch/train.py" in words and any(str(run_folder) in w for w in words) and "srun" not in words[0]:
+            try:
+                if process.environ().get("SLURM_PROCID") == str(rank):
+                    return process.pid
+            except psutil.Error:  # it ended while we looked
+                continue
+    raise AssertionError("no such process")
+
+
+def test_an_error_that_starting_again_does_not_mend_is_told_once(slurm: Slurm, folder: Path) -> None:
+    job = slurm.submit(
+        "--nodes=2",
+        f"--output={folder}/wrong.out",
+        "launch/slurm/train.sbatch",
+        *args_of(folder, "wrong")[1:],
+        "train.lrr=1",
+    )
+    state = slurm.wait(job, 60)
+    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "2:0", "0")
+    assert output(folder, "wrong").count("did you mean `train.lr`?") == 1
