@@ -150,58 +150,80 @@ def _ask_ahead(codes, rest, starts, slot, row, i):  # type: ignore[no-untyped-de
 
 
 @njit(nogil=True, cache=True)
-def decode(codes, rest, lengths, starts, bits, slot, row, indptr, indices, values):  # type: ignore[no-untyped-def]
+def decode(codes, rest, lengths, starts, bits, n_features, slot, row, indptr, indices, values):  # type: ignore[no-untyped-def]
+    """Returns the first row that is not coded as it should be, or -1; nothing is written beside what rows have."""
     for i in range(len(slot)):
         _ask_ahead(codes, rest, starts, slot, row, i)
         s, r = slot[i], row[i]
         columns = indices[indptr[i] : indptr[i + 1]]
         if values is None:
-            _columns(codes[s], rest[s], starts[s, r], bits, columns)
+            fits = _columns(codes[s], rest[s], lengths[s, r], starts[s, r], bits, n_features, columns)
         else:
-            _row(codes[s], rest[s], lengths[s, r], starts[s, r], bits, columns, values[indptr[i] : indptr[i + 1]])
+            counts = values[indptr[i] : indptr[i + 1]]
+            fits = _row(codes[s], rest[s], lengths[s, r], starts[s, r], bits, n_features, columns, counts)
+        if not fits:
+            return i
+    return -1
 
 
 @njit(nogil=True, cache=True)
 def decode_dense(codes, rest, lengths, starts, bits, slot, row, out):  # type: ignore[no-untyped-def]
+    """Returns as `decode` does."""
     columns, counts = np.empty(out.shape[1], np.int32), np.empty(out.shape[1], np.float32)
     for i in range(len(slot)):
         _ask_ahead(codes, rest, starts, slot, row, i)
         s, r = slot[i], row[i]
-        n = lengths[s, r, 0]
-        _row(codes[s], rest[s], lengths[s, r], starts[s, r], bits, columns[:n], counts[:n])
+        n = np.int64(lengths[s, r, 0])
+        if n > out.shape[1] or not _row(
+            codes[s], rest[s], lengths[s, r], starts[s, r], bits, out.shape[1], columns[:n], counts[:n]
+        ):
+            return i
         target = out[i]
         target[:] = np.float32(0)  # and filled while it is in the cache
         for j in range(n):
             target[columns[j]] = counts[j]
+    return -1
 
 
 @njit(nogil=True, cache=True)
-def _row(codes, rest, lengths, start, bits, columns, counts):  # type: ignore[no-untyped-def]
-    """Columns first, then counts: the second loop runs on vector units, and only high counts are touched twice."""
-    _columns(codes, rest, start, bits, columns)
+def _row(codes, rest, lengths, start, bits, n_features, columns, counts):  # type: ignore[no-untyped-def]
+    """Columns first, then counts: the second loop runs on vector units, and only high counts are touched twice.
+
+    Returns whether the row is coded as it should be.
+    """
+    if not _columns(codes, rest, lengths, start, bits, n_features, columns):
+        return False
     mask = np.uint8((1 << bits) - 1)
-    n_far, n_high = lengths[1], lengths[2]
+    n_far, n_high = np.int64(lengths[1]), np.int64(lengths[2])
     of, more = codes[start[0] : start[0] + len(columns)], rest[start[1] : start[1] + n_far + 2 * n_high]
     for j in range(len(columns)):
         counts[j] = np.float32(np.int32(of[j] & mask) + np.int32(1))
     place = np.int64(0)
     for k in range(n_far, n_far + n_high):
         place += np.int64(more[k])
+        if place >= len(columns):
+            return False
         counts[place] = np.float32(more[k + n_high]) + np.float32(1)
+    return True
 
 
 @njit(nogil=True, cache=True)
-def _columns(codes, rest, start, bits, columns):  # type: ignore[no-untyped-def]
+def _columns(codes, rest, lengths, start, bits, n_features, columns):  # type: ignore[no-untyped-def]
+    """Gaps are never negative, so that the last column is the largest. Returns whether there are as many far gaps as
+    the row has, and whether all columns are below n_features."""
     far, shift = np.int32((256 >> bits) - 1), np.uint8(bits)
-    of, more = codes[start[0] : start[0] + len(columns)], rest[start[1] :]
-    column, k = np.int32(0), 0
+    n_far = np.int64(lengths[1])
+    of, more = codes[start[0] : start[0] + len(columns)], rest[start[1] : start[1] + n_far]
+    column, k = np.int64(0), 0
     for j in range(len(columns)):
-        gap = np.int32(of[j] >> shift)
+        gap = np.int64(of[j] >> shift)
         if gap == far:
-            gap = np.int32(more[k])
+            if k < n_far:
+                gap = np.int64(more[k])
             k += 1
         column += gap
         columns[j] = column
+    return k == n_far and column < n_features
 
 
 @njit(nogil=True, cache=True)

@@ -18,7 +18,9 @@ Blocks of a sparse modality are padded to the stratum's largest, C and R; codecs
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,6 +32,8 @@ MANIFEST = "manifest.json"
 BLOCK_CELLS = 64
 SHARD_BYTES = 64 * 2**20  # raw bytes of the largest modality of one shard ...
 SHARD_CELLS = 2**16  # ... and the most cells, where each has few counts: their names take memory too
+CHUNK_BYTES = 2**31 - 2**10  # raw bytes of a chunk: Blosc takes no more
+BARCODE_BYTES = 4096  # of the longest
 CHUNK_ROWS = 16  # blocks that share one chunk in the narrow arrays (lengths, obs); shards hold a multiple of it
 
 Codec = Literal["balanced", "fast", "small"]
@@ -37,7 +41,8 @@ Kind = Literal["rna", "adt", "atac", "dense"]
 Storage = Literal["sparse", "dense"]
 STORAGE: dict[str, Storage] = {"rna": "sparse", "atac": "sparse", "adt": "dense", "dense": "dense"}
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # modality names become folders
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")  # modality names become folders ...
+STRATUM_LETTERS = 200  # ... as all of a stratum's do together
 RESERVED = {"obs"}
 
 
@@ -51,6 +56,45 @@ class ArraySpec:
     shard: tuple[int, ...]
     dtype: str
     compressor: str  # as Blosc calls it
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Raw."""
+        return math.prod(self.chunk) * np.dtype(self.dtype).itemsize
+
+    @property
+    def n_shards(self) -> int:
+        return -(-self.shape[0] // self.shard[0])
+
+    def files(self) -> Iterator[str]:
+        """Names of its shards in the store."""
+        return (f"{self.path}/c/{shard}" + "/0" * (len(self.shape) - 1) for shard in range(self.n_shards))
+
+
+def metadata(spec: ArraySpec) -> dict[str, Any]:
+    """What an array's zarr.json says, as TensorStore reads it; attributes and names of axes aside."""
+    size = np.dtype(spec.dtype).itemsize
+    little = {"name": "bytes", "configuration": {"endian": "little"}}
+    options = blosc(spec)
+    if size == 1:  # has no order of bytes, nor anything to shuffle
+        del options["typesize"]
+    compressed = [little if size > 1 else {"name": "bytes"}, {"name": "blosc", "configuration": options}]
+    shards = {
+        "chunk_shape": list(spec.chunk),
+        "codecs": [*compressed, {"name": "crc32c"}],
+        "index_codecs": [little, {"name": "crc32c"}],
+        "index_location": "end",
+    }
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(spec.shape),
+        "data_type": spec.dtype,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(spec.shard)}},
+        "chunk_key_encoding": {"name": "default"},
+        "fill_value": 0,
+        "codecs": [{"name": "sharding_indexed", "configuration": shards}],
+    }
 
 
 def stratum_name(modalities: list[str], segment: int = 1) -> str:
@@ -78,6 +122,11 @@ def shard_blocks(cell_bytes: float, n_cells: int, block_cells: int) -> int:
     wanted = min(int(SHARD_BYTES / max(cell_bytes * block_cells, 1)), SHARD_CELLS // block_cells)
     needed = blocks_of(n_cells, block_cells)
     return max(1, -(-min(max(wanted, 1), needed) // CHUNK_ROWS)) * CHUNK_ROWS
+
+
+def most_shard_blocks(n_cells: int, block_cells: int) -> int:
+    """Where each cell takes next to nothing."""
+    return shard_blocks(0, n_cells, block_cells)
 
 
 def narrow(path: str, n_blocks: int, shard: int, tail: tuple[int, ...], dtype: str, compressor: str) -> ArraySpec:

@@ -8,14 +8,15 @@ import os
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from clue_dist.errors import StoreError
 from clue_dist.store import layout, place
 from clue_dist.store.layout import ArraySpec, Codec, Kind, Storage
+from clue_dist.store.notes import Notes
 from clue_dist.store.place import Place
 
 
@@ -23,12 +24,31 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _unrepeated(names: list[str]) -> list[str]:
+    if len(set(names)) < len(names):
+        raise ValueError(f"{len(names) - len(set(names))} names that occur more than once")
+    return names
+
+
+Names = Annotated[list[str], AfterValidator(_unrepeated)]
+Number = Annotated[int, Field(ge=0)]
+Sha256 = Annotated[str, StringConstraints(pattern="^([0-9a-f]{64})?$")]
+# Of a file in the store: no part of it leads up or out.
+FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_+.-]*(/[A-Za-z0-9][A-Za-z0-9_+.-]*)*$")]
+
+
 class Modality(_Strict):
     """One modality: what was measured, how it lies on disk, its features in column order."""
 
     kind: Kind
     storage: Storage
-    features: list[str]
+    features: Names = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _as_its_kind(self) -> Modality:
+        if self.storage != layout.STORAGE[self.kind]:
+            raise ValueError(f"{self.kind} is stored {layout.STORAGE[self.kind]}, not {self.storage}")
+        return self
 
     @property
     def n_features(self) -> int:
@@ -46,7 +66,7 @@ class Packed(_Strict):
     capacity: int = Field(default=0, ge=0, le=2**31)
     bits: Literal[0, 2] = 0
     rest: int = Field(default=0, ge=0, le=2**31)
-    rest_type: Unsigned | None = None
+    rest_type: Literal["uint8", "uint16", "uint32"] | None = None
 
 
 class Stratum(_Strict):
@@ -55,17 +75,17 @@ class Stratum(_Strict):
     modalities: list[str]
     n_cells: int = Field(ge=1)
     shard_blocks: int = Field(ge=1)
-    barcode_width: int = Field(ge=1, le=4096)
+    barcode_width: int = Field(ge=1, le=layout.BARCODE_BYTES)
     packed: dict[str, Packed]
-    batch_counts: dict[str, int]
-    label_counts: dict[str, int]
+    batch_counts: dict[str, Number]
+    label_counts: dict[str, Number]
 
 
 class Shard(_Strict):
     """Size and SHA-256 of one file: a shard, or a zarr.json."""
 
-    bytes: int
-    sha256: str
+    bytes: Number
+    sha256: Sha256
 
 
 class Manifest(_Strict):
@@ -76,13 +96,13 @@ class Manifest(_Strict):
     block_cells: int = Field(default=layout.BLOCK_CELLS, ge=1, le=65536)
     codec: Codec = "balanced"
     modalities: dict[str, Modality]
-    batches: list[str]
-    labels: list[str]
-    strata: dict[str, Stratum]
-    shards: dict[str, Shard]
+    batches: Names
+    labels: Names
+    strata: dict[str, Stratum] = Field(min_length=1)
+    shards: dict[FileName, Shard]
     # Not part of the fingerprint: where the cells came from, and every zarr.json, as zarr-python happens to write it.
-    provenance: dict[str, Any] = {}
-    metadata: dict[str, Shard] = {}
+    provenance: Notes = {}
+    metadata: dict[FileName, Shard] = {}
     fingerprint: str = ""
     seal: str = ""  # SHA-256 of the manifest's file as it is without these letters
 
@@ -104,6 +124,30 @@ class Manifest(_Strict):
                 dense = self.modalities[m].storage == "dense"
                 if dense != (packed.values is not None) or dense == (packed.rest_type is not None):
                     raise ValueError(f"stratum {name!r} packs {m!r} against its storage {self.modalities[m].storage!r}")
+            for field, of, names in (
+                ("batch", stratum.batch_counts, self.batches),
+                ("label", stratum.label_counts, self.labels),
+            ):
+                if not of.keys() <= set(names) or sum(of.values()) > stratum.n_cells:
+                    raise ValueError(f"{field}_counts of stratum {name!r} do not fit its cells and {field} names")
+        return self
+
+    @model_validator(mode="after")
+    def _of_real_sizes(self) -> Manifest:
+        """Before anything is allocated: no array is larger than its cells and features can make it."""
+        for name, s in self.strata.items():
+            most = layout.most_shard_blocks(s.n_cells, self.block_cells)
+            if s.shard_blocks > most or s.shard_blocks % layout.CHUNK_ROWS:
+                raise ValueError(f"stratum {name!r} has shards of {s.shard_blocks} blocks, more than {most} or uneven")
+            for m, packed in s.packed.items():
+                values = min(self.block_cells, s.n_cells) * self.modalities[m].n_features
+                if packed.capacity > values or packed.rest > 3 * values:
+                    raise ValueError(f"a block of {m!r} in stratum {name!r} has {values} values, and is packed as more")
+            for spec in self.arrays(name):
+                if not 0 < spec.chunk_bytes <= layout.CHUNK_BYTES:
+                    raise ValueError(
+                        f"{spec.path} has chunks of {spec.chunk_bytes} bytes, at most {layout.CHUNK_BYTES}"
+                    )
         return self
 
     @property
@@ -138,6 +182,13 @@ class Manifest(_Strict):
             specs.append(wide(f"{folder}/codes", tail=(packed.capacity,), dtype="uint8", compressor=of_codes))
             specs.append(wide(f"{folder}/rest", tail=(packed.rest,), dtype=packed.rest_type, compressor=usual))
         return specs
+
+    def fitting_shards(self) -> bool:
+        """Whether exactly the shards are listed that all arrays have."""
+        specs = [spec for name in self.strata for spec in self.arrays(name)]
+        if sum(spec.n_shards for spec in specs) != len(self.shards):  # which may be absurdly many
+            return False
+        return self.shards.keys() == {file for spec in specs for file in spec.files()}
 
     def write(self, root: Path) -> Manifest:
         """Sign and write the manifest durably: to a temporary name, synced, then renamed."""
@@ -188,6 +239,13 @@ class Manifest(_Strict):
                 expected=f"{layout.FORMAT} version {layout.VERSION}",
                 fix="convert again from the source files",
             ) from None
+        if not manifest.fitting_shards():
+            raise StoreError(
+                "the manifest does not list the shards that its strata have",
+                where=path,
+                got=f"{len(manifest.shards)} shards",
+                fix="convert again from the source files, or restore the manifest",
+            )
         # A file that is to the byte what was written needs no closer look, which takes longer than all the rest.
         if not manifest.sealed(content) and manifest.fingerprint != manifest.computed_fingerprint():
             raise StoreError(

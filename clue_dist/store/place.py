@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,17 +71,55 @@ def place_of(where: str | Place) -> Place:
 
 
 def kvstore(root: Place, folder: str = "") -> dict[str, Any]:
-    """TensorStore's spec of a store, or of a folder in it.
+    """TensorStore's spec of a store, or of a folder in it."""
+    place = root / folder if folder else root
+    return _remote(place) if isinstance(place, Remote) else {"driver": "file", "path": f"{place}/"}
+
+
+def require_plain(root: Place, name: str | None = None) -> None:
+    """Everything in a store's folder, or one file of it and the folders on the way, is a file or a folder: links lead
+    elsewhere, and to read a pipe may never end. What is not there is not looked at, nor what a server holds.
 
     Raises:
-        StoreError: the folder is a link that leads out of the store.
+        StoreError: it is something else, or cannot be looked at.
     """
-    place = root / folder if folder else root
-    if isinstance(place, Remote):
-        return _remote(place)
-    if not place.resolve().is_relative_to(root.resolve()):  # type: ignore[union-attr]
-        raise StoreError("an array lies outside its store", where=place, got=place.resolve(), expected=f"inside {root}")
-    return {"driver": "file", "path": f"{place}/"}
+    if isinstance(root, Remote):
+        return
+    try:
+        strange = next(_strange(root), None) if name is None else _strange_on_the_way(root, name)
+    except (OSError, ValueError) as error:
+        raise StoreError("the store's folder cannot be read", where=root, got=error, fix="mend the path") from None
+    if strange is not None:
+        kind = "a link" if strange.is_symlink() else "a folder" if strange.is_dir() else "a pipe, socket or device"
+        what, fix = "a store holds files and folders alone", "put what it should be in its place, or convert again"
+        raise StoreError(what, where=strange, got=kind, fix=fix)
+
+
+def _strange(folder: Path) -> Iterator[Path]:
+    """What lies in a folder and is neither file nor folder."""
+    try:
+        entries = list(os.scandir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _strange(Path(entry.path))
+        elif not entry.is_file(follow_symlinks=False):
+            yield Path(entry.path)
+
+
+def _strange_on_the_way(root: Path, name: str) -> Path | None:
+    """The first part of a file's path that is neither a folder nor, at its end, a file."""
+    path = root
+    try:
+        for part in name.split("/"):
+            path /= part
+            mode = path.lstat().st_mode
+            if not (stat.S_ISREG(mode) if path == root / name else stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+                return path
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    return None
 
 
 def _remote(place: Remote) -> dict[str, Any]:
@@ -108,8 +148,9 @@ def read(root: Place, name: str, optional: bool = False) -> bytes | None:
     optional: a store need not have it. Who may not list the objects of a bucket is refused what is not there.
 
     Raises:
-        StoreError: the file, or its server, cannot be read; there is no such bucket.
+        StoreError: the file, or its server, cannot be read; it is a link; there is no such bucket.
     """
+    require_plain(root, name)
     try:
         store = _open(root)
         got = store.read(name).result()

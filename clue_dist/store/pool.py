@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from clue_dist.store.kernels import row_starts
 from clue_dist.store.reader import StratumReader
 from clue_dist.store.rows import Blocks, Located
 
@@ -49,7 +48,7 @@ class Pool:
         for name, future in reading.futures.items():
             self.reader.finish(name, reading.blocks, future)
         for modality, starts in self._starts.items():
-            starts[reading.slots] = row_starts(self._arrays[f"{modality}/lengths"][reading.slots])
+            starts[reading.slots] = self.reader.starts(modality, self._arrays[f"{modality}/lengths"][reading.slots])
 
     def abandon(self, reading: Reading) -> None:
         """Wait until nothing is written to the slots any more; to cancel would not stop what has begun."""
@@ -66,7 +65,7 @@ class Pool:
 
     def batch_codes(self, slot: np.ndarray, row: np.ndarray) -> np.ndarray:
         """(n,) int32, -1 = unknown."""
-        return self._arrays["obs/batch"][slot, row]
+        return self.reader.known("batch", self._arrays["obs/batch"][slot, row])
 
     def _is_sparse(self, modality: str) -> bool:
         return self.reader.manifest.modalities[modality].storage == "sparse"

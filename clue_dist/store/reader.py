@@ -14,7 +14,7 @@ from clue_dist.store.kernels import row_starts
 from clue_dist.store.layout import ArraySpec
 from clue_dist.store.manifest import Manifest
 from clue_dist.store.place import Place
-from clue_dist.store.rows import Blocks, Csr, Located
+from clue_dist.store.rows import CHECK, Blocks, Csr, Located
 
 # Opening a handle caches nothing: the loader keeps the blocks it needs, once.
 _CONTEXT = {"cache_pool": {"total_bytes_limit": 0}, **place.RETRIES}
@@ -51,12 +51,25 @@ class StratumReader:
         names = [f"{modality}/{part}" for part in ("codes", "rest", "lengths")]
         pending = [self._start(name, blocks) for name in names]
         codes, rest, lengths = (self.finish(n, blocks, future) for n, future in zip(names, pending, strict=True))
-        return Blocks(codes, rest, lengths, row_starts(lengths))
+        return Blocks(codes, rest, lengths, self.starts(modality, lengths))
+
+    def starts(self, modality: str, lengths: np.ndarray) -> np.ndarray:
+        """Where the rows of blocks with these lengths, (n, B, 3), start: (n, B + 1, 2).
+
+        Raises:
+            StoreError: a block's rows are longer than the block.
+        """
+        starts, packed = row_starts(lengths), self.stratum.packed[modality]
+        most = starts[:, -1].max(0, initial=0)
+        if (most > (packed.capacity, packed.rest)).any():
+            got = f"a block of {most[0]} non-zeros and {most[1]} rests"
+            raise self._misfit(modality, got, f"{packed.capacity} and {packed.rest} at most")
+        return starts
 
     def locate(self, modality: str, blocks: Blocks, slot: np.ndarray, row: np.ndarray) -> Located:
         """Rows `row` of blocks `slot`, both (n,), among blocks of a sparse modality."""
         n_features, bits = self.manifest.modalities[modality].n_features, self.stratum.packed[modality].bits
-        return Located(blocks, slot, row, n_features, bits)
+        return Located(blocks, slot, row, n_features, bits, f"{self.root}: stratum {self.name}, {modality}")
 
     def read_codes(self, field: str, blocks: np.ndarray) -> np.ndarray:
         """`batch` or `label` codes of whole blocks, (n, B) int32."""
@@ -81,11 +94,25 @@ class StratumReader:
     def obs_codes(self, field: str, positions: np.ndarray) -> np.ndarray:
         """`batch` or `label` codes of any cells, (n,) int32, -1 = unknown."""
         blocks, slot = np.unique(positions // self.block_cells, return_inverse=True)
-        return self.read_codes(field, blocks)[slot, positions % self.block_cells]
+        return self.known(field, self.read_codes(field, blocks)[slot, positions % self.block_cells])
+
+    def known(self, field: str, codes: np.ndarray) -> np.ndarray:
+        """The same codes of cells, (n,), of `batch` or `label`.
+
+        Raises:
+            StoreError: one is not of the manifest's names.
+        """
+        n = len(self.manifest.batches if field == "batch" else self.manifest.labels)
+        if len(codes) and not (codes.min() >= -1 and codes.max() < n):
+            raise self._misfit(f"obs/{field}", f"codes from {codes.min()} to {codes.max()}", f"-1 to {n - 1}")
+        return codes
 
     def obs(self, positions: np.ndarray) -> Obs:
         """Batch, label and barcode of any cells, in the order asked for."""
-        barcodes = np.char.decode(self.barcodes(positions), "utf-8")
+        try:
+            barcodes = np.char.decode(self.barcodes(positions), "utf-8")
+        except UnicodeDecodeError as error:
+            raise self._misfit("obs/barcode", str(error), "UTF-8") from None
         return Obs(self.obs_codes("batch", positions), self.obs_codes("label", positions), barcodes)
 
     def barcodes(self, positions: np.ndarray) -> np.ndarray:
@@ -96,22 +123,22 @@ class StratumReader:
 
     def _open(self, spec: ArraySpec) -> Any:
         folder, kvstore = self.root / spec.path, place.kvstore(self.root, spec.path)
+        place.require_plain(self.root, f"{spec.path}/zarr.json")
         request = {"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False}
         try:
             array = ts.open(request, read=True, open=True, context=self._context, recheck_cached_data=False).result()
         except (ValueError, OSError) as error:
             what = "an array of the store cannot be opened"
-            raise place.failed(error, self.root, what, where=folder, fix=_CHECK) from None
-        got = (tuple(array.shape), str(array.dtype.numpy_dtype))
-        if got != (spec.shape, spec.dtype):
-            raise StoreError(
-                "an array does not fit the manifest",
-                where=folder,
-                got=got,
-                expected=(spec.shape, spec.dtype),
-                fix=_CHECK,
-            )
+            raise place.failed(error, self.root, what, where=folder, fix=CHECK) from None
+        found, expected = array.spec().to_json()["metadata"], layout.metadata(spec)
+        if differ := [key for key, value in expected.items() if found.get(key) != value]:
+            got, wanted = ({key: of.get(key) for key in differ} for of in (found, expected))
+            raise StoreError("an array does not fit the manifest", where=folder, got=got, expected=wanted, fix=CHECK)
         return array
+
+    def _misfit(self, array: str, got: str, expected: str) -> StoreError:
+        where = f"{self.root}: stratum {self.name}, {array}"
+        return StoreError("values that no conversion writes", where=where, got=got, expected=expected, fix=CHECK)
 
     def _start(self, name: str, blocks: np.ndarray) -> Any:
         return self._arrays[name][np.asarray(blocks, np.int64)].read()
@@ -135,25 +162,24 @@ class StratumReader:
                 "part of the store is missing or damaged",
                 where=f"{self.root}: stratum {self.name}, array {name}, blocks {_span(blocks)} "
                 f"(cells {int(blocks.min()) * self.block_cells} to {(int(blocks.max()) + 1) * self.block_cells - 1})",
-                fix=_CHECK,
+                fix=CHECK,
             ) from None
 
     def _read(self, name: str, blocks: np.ndarray) -> np.ndarray:
         return np.asarray(self.finish(name, blocks, self._start(name, blocks)))
 
 
-_CHECK = "`python -m data_prep check STORE` lists every damaged shard; restore them or convert again"
-
-
 class Store:
     """A committed store: its manifest, and one reader per stratum. root: a folder or a URL, see `place`.
 
     Raises:
-        StoreError: the store does not exist, is unfinished, or does not fit its manifest; its server fails.
+        StoreError: the store does not exist, is unfinished, does not fit its manifest, or holds a link; its server
+            fails.
     """
 
     def __init__(self, root: str | Place) -> None:
         self.root = place.place_of(root)
+        place.require_plain(self.root)
         self.manifest = Manifest.read(self.root)
         self.strata = {name: StratumReader(self.root, self.manifest, name) for name in self.manifest.strata}
 

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.sparse as sp
 
+from clue_dist.errors import StoreError
 from clue_dist.store import kernels
 from clue_dist.store.kernels import LARGEST, copy_rows, row_starts
 
+CHECK = "`python -m data_prep check STORE` lists every damaged shard; restore them or convert again"
 COUNT_BITS = 2  # three of four counts of a droplet are below 4, and gaps below 63 leave few that are far
 
 
@@ -124,13 +126,19 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Located:
-    """Some rows inside blocks. slot, row: (n,), which block and which row of it; bits: as in `Coded`."""
+    """Some rows inside blocks, none of which is longer than its block. slot, row: (n,), which block and which row of
+    it; bits: as in `Coded`; where: they come from, for messages.
+
+    Decoding raises a StoreError where a row is not coded as it should be: what is decoded lies within its bounds,
+    whatever the bytes are.
+    """
 
     blocks: Blocks
     slot: np.ndarray
     row: np.ndarray
     n_features: int
     bits: int
+    where: str = "rows"
 
     def nonzeros(self) -> np.ndarray:
         """Of each row, (n,) uint32."""
@@ -139,13 +147,23 @@ class Located:
     def decode(self, indptr: np.ndarray, indices: np.ndarray, values: np.ndarray | None) -> None:
         """Fill indices (nnz,) int32 and values (nnz,) float32. indptr: (n + 1,), where each row goes in them. Without
         `values`, binary rows alone can be decoded."""
-        b = self.blocks
-        kernels.decode(b.codes, b.rest, b.lengths, b.starts, self.bits, self.slot, self.row, indptr, indices, values)
+        b, of = self.blocks, (self.bits, self.n_features, self.slot, self.row)
+        self._require_all(kernels.decode(b.codes, b.rest, b.lengths, b.starts, *of, indptr, indices, values))
 
     def decode_dense(self, out: np.ndarray) -> None:
         """Fill out, (n, features) float32."""
         b = self.blocks
-        kernels.decode_dense(b.codes, b.rest, b.lengths, b.starts, self.bits, self.slot, self.row, out)
+        self._require_all(
+            kernels.decode_dense(b.codes, b.rest, b.lengths, b.starts, self.bits, self.slot, self.row, out)
+        )
+
+    def _require_all(self, bad: int) -> None:
+        if bad >= 0:
+            got = f"row {self.row[bad]} of a block, {self.nonzeros()[bad]} non-zeros"
+            expected = f"columns below {self.n_features}, each gap and count once"
+            raise StoreError(
+                "values that no conversion writes", where=self.where, got=got, expected=expected, fix=CHECK
+            )
 
     def csr(self) -> Csr:
         indptr = np.concatenate([[0], np.cumsum(self.nonzeros(), dtype=np.int64)])

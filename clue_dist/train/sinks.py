@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import sys
 import time
@@ -54,7 +55,10 @@ class Sinks:
 
     def say(self, text: str) -> None:
         if self.active:
-            self._bar.write(text) if self._bar is not None else print(text, flush=True)
+            try:
+                self._bar.write(text) if self._bar is not None else print(text, flush=True)
+            except OSError:  # nobody reads any more: a connection was closed, and metrics.jsonl goes on
+                sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
     def __enter__(self) -> Sinks:
         return self

@@ -1,11 +1,12 @@
-"""Stopping in time: SIGTERM or USR1 on any rank sets a flag, about which all ranks agree at the end of the step."""
+"""Stopping in time: a signal to any rank sets a flag, about which all ranks agree at the end of the step."""
 
 from __future__ import annotations
 
 import signal
 from types import FrameType, TracebackType
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# What Slurm and launchers send, a terminal that is closed, and Ctrl-C, which ends the process when typed again
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 
 class StopFlag:
@@ -18,7 +19,8 @@ class StopFlag:
         return self._set
 
     def __enter__(self) -> StopFlag:
-        self._before = {s: signal.signal(s, self._handle) for s in SIGNALS}
+        unheeded = {s for s in (signal.SIGHUP,) if signal.getsignal(s) == signal.SIG_IGN}  # nohup
+        self._before = {s: signal.signal(s, self._handle) for s in SIGNALS if s not in unheeded}
         return self
 
     def __exit__(
@@ -28,4 +30,6 @@ class StopFlag:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._set and number == signal.SIGINT:
+            raise KeyboardInterrupt
         self._set = True

@@ -1,0 +1,69 @@
+"""What the provenance of a manifest may hold: where the cells came from, for people to read. Others may write stores
+too, so that any of it may be missing, and more may be there; what is there must be of these types."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+
+class _Note(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class Fit(_Note):
+    """How the features of an input fit those of the store."""
+
+    missing: int
+    extra: int
+
+
+class Given(_Note):
+    """An input file."""
+
+    file: str
+    modality: str
+    dataset: str
+    cells: int
+    empty: int
+    features: Fit
+    names: str = "var_names"
+    counted: str = ""
+
+
+class Decided(_Note):
+    """How the features of a modality were decided."""
+
+    mode: str
+    list_sha256: str | None
+    bins: int | None
+
+
+class Selected(_Note):
+    kept: int
+    of: int
+    by: str
+
+
+class Tally(_Note):
+    into: int = Field(0, alias="in")
+    dropped: int = 0
+
+
+class Provenance(_Note):
+    tool: str = "?"
+    cells: Tally = Tally()
+    inputs: list[Given] = []
+    features: dict[str, Decided] = {}
+    selected: dict[str, Selected] = {}
+    columns: dict[str, str] = {}
+    appended: list[Provenance] = []
+
+
+def _checked(notes: dict[str, Any]) -> dict[str, Any]:
+    Provenance.model_validate(notes)
+    return notes
+
+
+Notes = Annotated[dict[str, Any], AfterValidator(_checked)]
