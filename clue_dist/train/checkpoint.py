@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -221,7 +222,7 @@ def restore(build: Callable[[Callable[[CLUE], None]], Any], checkpoint: Path, st
     engine = build(lambda model: load_weights(model, checkpoint, fix))
     try:
         pieces.put(engine, parts(checkpoint), state.updates)
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, RuntimeError, SafetensorError) as error:
         raise ResumeError("the checkpoint does not fit the model", where=checkpoint, got=error, fix=fix) from error
     return engine
 
@@ -311,7 +312,7 @@ def load_weights(model: CLUE, folder: Path, fix: str) -> None:
     """
     try:
         model.load_state_dict(weights(folder))
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError, SafetensorError) as error:
         got = listed((line.strip() for line in str(error).splitlines()), 3)
         what = "the weights do not fit the model of these settings"
         raise ResumeError(what, where=folder, got=got, fix=f"{fix}, or train again") from error

@@ -19,6 +19,7 @@ from queue import SimpleQueue
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -200,7 +201,7 @@ def _told(where: Path, work: Callable[[], None]) -> Callable[[], None]:
     def told() -> None:
         try:
             work()
-        except (OSError, RuntimeError) as error:  # safetensors wraps what the system says
+        except (OSError, SafetensorError) as error:
             raise SavingError(
                 "a checkpoint could not be written",
                 where=where,

@@ -6,6 +6,7 @@ kill:RANK:STEP        the rank kills itself as it fetches the batch of a step
 term:RANK:STEP        it sends SIGTERM to itself, usr1:RANK:STEP USR1
 nan:RANK:FROM:TO:M    modality M of its batches of steps FROM to TO - 1 is NaN; inf:... has one infinite value
 jump:RANK:FROM:TO:M   the values are a thousand times as large
+saving:RANK:STEP:P    it kills itself while the checkpoint of a step is saved, at place P of PLACES
 dump:FOLDER           every rank writes what it begins with: its pieces of weights and optimizer
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -26,7 +28,7 @@ from safetensors.torch import save_file
 from clue_dist.data.batch import Batch, SparseCounts
 from clue_dist.data.loader import Loader
 from clue_dist.ranks import Ranks
-from clue_dist.train import loop, pieces
+from clue_dist.train import loop, pieces, saver
 
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1}
 VALUES: dict[str, Callable[[torch.Tensor], Any]] = {
@@ -50,6 +52,8 @@ def plant(kind: str, *where: str) -> None:
         return dump(Path(where[0]))
     if Ranks.from_env().rank != int(where[0]):
         return None
+    if kind == "saving":
+        return in_save(int(where[1]), where[2])
     if kind in SIGNALS:
         return at_batch(lambda step, _: os.kill(os.getpid(), SIGNALS[kind]) if step == int(where[1]) else None)
     return at_batch(lambda step, b: spoil(b, where[3], kind) if int(where[1]) <= step < int(where[2]) else None)
@@ -72,6 +76,41 @@ def at_batch(do: Callable[[int, Batch], object]) -> None:
         return batch
 
     loop.loader_at, Loader.__next__ = planted, fetched  # type: ignore[method-assign]
+
+
+# Functions of a save, the word in their first argument by which the moment is known, and whether it comes before them
+PLACES = {
+    "folder": (saver, "_empty", "checkpoints", True),
+    "part": (saver, "_write_tensors", "rank-", True),
+    "part written": (saver, "_write_tensors", "rank-", False),
+    "commit": (saver, "_write_text", "COMMIT", True),
+    "commit written": (saver, "_write_text", "COMMIT", False),
+    "named": (Path, "rename", "checkpoints", False),
+    "pruning": (shutil, "rmtree", "checkpoints/step-00000005", True),
+}
+
+
+def in_save(step: int, place: str) -> None:
+    owner, name, word, before = PLACES[place]
+    function = getattr(owner, name)
+    due = [False]
+    save = saver.Saver.checkpoint
+
+    def checkpoint(self: Any, state: Any) -> None:
+        due[0] = due[0] or state.step == step
+        save(self, state)
+
+    def killing(path: Any, *rest: Any, **more: Any) -> Any:
+        mine = due[0] and word in str(path)
+        if mine and before:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = function(path, *rest, **more)
+        if mine:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    saver.Saver.checkpoint = checkpoint  # type: ignore[method-assign]
+    setattr(owner, name, killing)
 
 
 def spoil(batch: Batch, modality: str, kind: str) -> None:

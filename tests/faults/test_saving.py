@@ -1,0 +1,170 @@
+"""Checkpoints are there or not: killed in mid-save, damaged afterwards, out of space, a folder that turns read-only."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from clue_dist.errors import ResumeError
+from clue_dist.ranks import Ranks
+from clue_dist.train import checkpoint
+from tests.distributed.command import (
+    ROOT,
+    best_weights,
+    environment,
+    largest_difference,
+    launched,
+    python,
+    run,
+    train_args,
+)
+from tests.faults.command import planted, saved_steps, timeless
+from tests.faults.plant import PLACES
+from tests.stores import make_store
+
+SETTINGS = ("train.epochs=6", "log.every=1", "train.checkpoint_every=5")  # 27 steps
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: mounts a file system")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saving")
+    make_store(folder / "s.zarr", cells={"rna+adt": 200, "rna": 60, "adt": 40}, features={"rna": 60, "adt": 10})
+    python(*args_of(folder, "whole"))
+    return folder
+
+
+def args_of(folder: Path, name: str, *settings: str) -> list[str]:
+    return train_args(folder, folder / "s.zarr", name, *SETTINGS, *settings)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_killed_in_mid_save_the_checkpoint_before_it_stands(folder: Path, place: str) -> None:
+    args = args_of(folder, place)
+    run("python", "tests/faults/plant.py", f"saving:0:15:{place}", "--", *args, expect=-9)
+    left = saved_steps(folder / place)
+    assert left == ([15, 10, 5] if place in ("named", "pruning") else [10, 5])
+    assert checkpoint.damage(folder / place / "checkpoints" / f"step-{left[0]:08d}") is None
+    assert f"going on from step {left[0]}" in python(*args).stdout
+    assert timeless(folder / place) == timeless(folder / "whole")
+    assert largest_difference(best_weights(folder / place), best_weights(folder / "whole")) == 0.0
+    assert not list((folder / place).rglob("*.partial"))
+
+
+def test_a_rank_killed_in_mid_save_takes_the_others_with_it(folder: Path) -> None:
+    args = args_of(folder, "two")
+    began = time.monotonic()
+    done = run(*planted(2, args, "saving:1:15:part"), expect=None)
+    assert done.returncode != 0
+    assert time.monotonic() - began < 60
+    assert saved_steps(folder / "two") == [10, 5]
+    run(*launched(2, *args))
+    assert saved_steps(folder / "two") == [27, 25]
+
+
+def flip(path: Path, draw: random.Random) -> None:
+    data = bytearray(path.read_bytes())
+    data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    path.write_bytes(data)
+
+
+def truncate(path: Path, draw: random.Random) -> None:
+    os.truncate(path, draw.randrange(path.stat().st_size))
+
+
+def remove(path: Path, draw: random.Random) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize("harm", [flip, truncate, remove])
+def test_what_was_damaged_is_refused_and_the_one_before_it_used(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], harm: Callable[[Path, random.Random], None]
+) -> None:
+    source = folder / "whole" / "checkpoints"
+    newest, before = (f"step-{step:08d}" for step in saved_steps(folder / "whole"))
+    draw = random.Random(harm.__name__)
+    for i in range(20):
+        victim = draw.choice(sorted((source / newest).iterdir()))
+        there = shutil.copytree(source, tmp_path / str(i) / "checkpoints")
+        harm(there / newest / victim.name, draw)
+        found = checkpoint.find(tmp_path / str(i), "auto", Ranks())
+        assert found is not None
+        assert found.name == before, victim
+        said = capsys.readouterr().out
+        assert (newest in said) == ((harm, victim.name) != (remove, checkpoint.COMMIT))  # without it, none was made
+        with pytest.raises(ResumeError, match="cannot be used"):
+            checkpoint.find(tmp_path / str(i), str(there / newest), Ranks())
+
+
+def test_training_goes_on_from_the_one_before_a_damaged_one(folder: Path) -> None:
+    args = args_of(folder, "flipped")
+    python(*args, "--set", "train.epochs=4")
+    newest, before = saved_steps(folder / "flipped")
+    flip(folder / "flipped" / "checkpoints" / f"step-{newest:08d}" / "rank-00000.safetensors", random.Random(0))
+    done = python(*args, "--set", "train.epochs=4")
+    assert "is damaged and not used" in done.stdout
+    assert f"going on from step {before}" in done.stdout
+    assert saved_steps(folder / "flipped")[0] == newest
+    assert checkpoint.damage(folder / "flipped" / "checkpoints" / f"step-{newest:08d}") is None
+
+
+@contextmanager
+def mounted(where: Path, *options: str) -> Iterator[None]:
+    where.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["mount", *options, str(where)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(where)], check=True)
+
+
+@needs_root
+def test_a_full_disk_is_told_and_leaves_what_was_committed(folder: Path) -> None:
+    args = args_of(folder, "full", "train.keep=99")
+    with mounted(folder / "full", "-t", "tmpfs", "-o", "size=500k", "none"):
+        done = python(*args, expect=1)
+        assert "could not be written" in done.stderr
+        assert "No space left on device" in done.stderr
+        assert "make room" in done.stderr
+        assert "Traceback" not in done.stderr
+        there = saved_steps(folder / "full")
+        assert there
+        assert all(checkpoint.damage(p) is None for p in checkpoint.committed(folder / "full" / "checkpoints"))
+        assert not list((folder / "full").rglob("*.partial"))
+        subprocess.run(["mount", "-o", "remount,size=20M", str(folder / "full")], check=True)
+        assert f"going on from step {there[0]}" in python(*args).stdout
+        assert timeless(folder / "full") == timeless(folder / "whole")
+
+
+@needs_root
+def test_a_folder_that_turns_read_only_is_told_and_mended(folder: Path) -> None:
+    args = args_of(folder, "frozen", "train.epochs=400")
+    checkpoints = folder / "frozen" / "checkpoints"
+    process = subprocess.Popen(
+        ["python", *args], cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not saved_steps(folder / "frozen"):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    with mounted(checkpoints, "--bind", str(checkpoints)):
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(checkpoints)], check=True)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 1, said
+        assert "Read-only file system" in said
+        assert "Traceback" not in said
+    step = saved_steps(folder / "frozen")[0]
+    process = subprocess.Popen(["python", *args], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert any(f"going on from step {step}" in line for line in process.stdout)
+    process.kill()
+    process.wait()
