@@ -72,9 +72,7 @@ def test_the_variants_differ_in_base_and_torch() -> None:
     cuda, cpu = (instructions((ROOT / "docker" / d).read_text()) for d in DOCKERFILES)
     alone = [f"{i.name} {i.rest.split()[0]} {i.rest.split()[1]}" for i in cpu if i not in cuda and i.name == "RUN"]
     assert alone == ["RUN apt-get update", "RUN pip install", "RUN useradd --create-home"]
-    assert [i for i in cpu if i not in cuda and i.name not in ("RUN", "FROM")] == [
-        ("ARG", "TORCH_INDEX=")
-    ]
+    assert [i for i in cpu if i not in cuda and i.name not in ("RUN", "FROM")] == [("ARG", "TORCH_INDEX=")]
     assert [i.name for i in cuda if i not in cpu] == ["FROM", "RUN", "RUN", "RUN"]
 
 

@@ -1,0 +1,114 @@
+"""Jobs of two ranks under the deepspeed launcher, that are watched, killed, stopped and started again."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from tests.benchmarks.common import BenchmarkError
+from tests.distributed.command import ROOT, environment, launched
+
+STARTED = 180.0  # seconds within which a job makes its first new step
+
+
+@dataclass
+class Job:
+    """A job on a run folder. begins_at: step it went on from, once it has made one."""
+
+    process: subprocess.Popen[bytes]
+    run: Path
+    out: Path
+    before: int
+
+    def ranks(self) -> list[psutil.Process]:
+        """Processes of the ranks, by rank."""
+        found = {}
+        with suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    words = child.cmdline()
+                    local = next((w for w in words if w.startswith("--local_rank=")), None)
+                    if local and "launch/train.py" in words:
+                        found[int(local.partition("=")[2])] = child
+        return [found[rank] for rank in sorted(found)]
+
+    def await_step(self, more: int = 1) -> None:
+        """Until it has logged `more` steps beyond those that were there as it began."""
+        deadline = time.monotonic() + STARTED
+        while last_step(self.run) < self.before + more:
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise BenchmarkError("the job made no step", where=self.run, got=self.out.read_text()[-2000:])
+            time.sleep(0.02)
+
+    def await_save(self, draw: random.Random) -> None:
+        """Until a checkpoint is being written, and up to some milliseconds more."""
+        deadline = time.monotonic() + 20
+        while not partials(self.run) and self.process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.0005)
+        time.sleep(draw.uniform(0, 0.006))
+
+    def end(self, timeout_s: float) -> tuple[int, float]:
+        """Exit code, and the seconds it took to come."""
+        began = time.monotonic()
+        try:
+            return self.process.wait(timeout_s), time.monotonic() - began
+        except subprocess.TimeoutExpired:
+            self.kill_all()
+            raise BenchmarkError("the job did not end", where=self.run, got=self.out.read_text()[-2000:]) from None
+
+    def kill_all(self) -> None:
+        for process in [*self.ranks(), self.process]:
+            with suppress(psutil.NoSuchProcess, ProcessLookupError):
+                process.kill()
+
+
+@contextmanager
+def job(run: Path, *args: str) -> Iterator[Job]:
+    """`deepspeed launch/train.py` on a run folder; nothing of it is left running."""
+    out = run.with_suffix(".out")
+    before = resumes_at(run)
+    with out.open("wb") as output:
+        process = subprocess.Popen(
+            launched(2, *args), cwd=ROOT, env=environment(), stdout=output, stderr=subprocess.STDOUT
+        )
+    one = Job(process, run, out, before)
+    try:
+        yield one
+    finally:
+        one.kill_all()
+        process.wait()
+
+
+def resumes_at(run: Path) -> int:
+    """The newest committed step."""
+    return max((int(p.parent.name[5:]) for p in run.glob("checkpoints/step-????????/COMMIT.json")), default=0)
+
+
+def partials(run: Path) -> list[Path]:
+    return list(run.glob("checkpoints/*.partial"))
+
+
+def last_step(run: Path) -> int:
+    """Of the last whole line of metrics.jsonl."""
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        return 0
+    with path.open("rb") as f:
+        f.seek(max(0, path.stat().st_size - 2000))
+        lines = f.read().split(b"\n")[:-1]
+    return int(json.loads(lines[-1])["step"]) if lines else 0
+
+
+def signalled(one: Job, number: signal.Signals) -> None:
+    """As Slurm signals a job's processes: the ranks."""
+    for rank in one.ranks():
+        rank.send_signal(number)

@@ -1,0 +1,113 @@
+"""Training never depends on who looks on: wandb is killed, the terminal is closed, a lock cannot be held."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from clue_dist.errors import ResumeError
+from clue_dist.ranks import Ranks
+from clue_dist.train.lock import alone_in
+from tests.distributed.command import ROOT, environment, metrics, train_args
+from tests.faults.command import saved_steps
+from tests.processes import run_ranks
+from tests.stores import make_store
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sinks")
+    make_store(folder / "s.zarr", cells={"rna+adt": 200, "rna": 60, "adt": 40}, features={"rna": 60, "adt": 10})
+    return folder
+
+
+def started(folder: Path, name: str, *settings: str, **more: object) -> subprocess.Popen[str]:
+    """Training of its own session, once it has logged ten steps."""
+    args = train_args(folder, folder / "s.zarr", name, "log.every=1", *settings)
+    env = {k: v for k, v in environment().items() if not k.startswith("WANDB")}
+    process = subprocess.Popen(["python", *args], cwd=ROOT, env=env, text=True, start_new_session=True, **more)  # type: ignore[call-overload]
+    log, deadline = folder / name / "metrics.jsonl", time.monotonic() + 60
+    while not (log.exists() and log.read_text().count("\n") > 10):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return process
+
+
+def test_wandb_is_killed_in_mid_run(folder: Path) -> None:
+    out = (folder / "wandb.out").open("w+")
+    process = started(folder, "wandb", "train.epochs=100", "log.wandb=offline", stdout=out, stderr=out)
+    helpers = psutil.Process(process.pid).children(recursive=True)
+    assert any("wandb" in " ".join(h.cmdline()) for h in helpers)
+    for helper in helpers:
+        helper.kill()
+    assert process.wait(120) == 0
+    out.seek(0)
+    assert "wandb is off from here on" in out.read()
+    steps = [line["step"] for line in metrics(folder / "wandb")]
+    assert steps == list(range(1, len(steps) + 1))
+    assert saved_steps(folder / "wandb")[0] == steps[-1] > 400
+
+
+def test_a_closed_terminal_saves(folder: Path) -> None:
+    """What it printed to is gone, too."""
+    process = started(folder, "closed", "train.epochs=2000", stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    os.kill(process.pid, signal.SIGHUP)
+    assert process.wait(30) == 75
+    assert saved_steps(folder / "closed")[0] == metrics(folder / "closed")[-1]["step"]
+
+
+def test_ctrl_c_saves(folder: Path) -> None:
+    process = started(folder, "typed", "train.epochs=2000", stdout=subprocess.DEVNULL)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(30) == 75
+    assert saved_steps(folder / "typed")[0] == metrics(folder / "typed")[-1]["step"]
+
+
+def test_where_no_lock_can_be_held_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    with alone_in(tmp_path, Ranks()):
+        assert "no lock can be held here" in capsys.readouterr().out
+
+
+def test_the_lock_is_one_jobs(tmp_path: Path) -> None:
+    with (
+        alone_in(tmp_path, Ranks()),
+        pytest.raises(ResumeError, match="another job is training"),
+        alone_in(tmp_path, Ranks()),
+    ):
+        raise AssertionError("not reached")
+
+
+def test_a_run_folder_that_is_not_shared_is_told_on_all_ranks(tmp_path: Path) -> None:
+    code = f"""
+        from pathlib import Path
+        from clue_dist.errors import ResumeError
+        from clue_dist.ranks import Ranks
+        from clue_dist.train.lock import alone_in
+        ranks = Ranks.from_env().init()
+        try:
+            with alone_in(Path({str(tmp_path)!r}) / f"disk-of-{{ranks.rank}}", ranks):
+                print("went in")
+        except ResumeError as error:
+            print(error)
+        ranks.close()
+    """
+    for output in run_ranks(2, code):
+        assert "not the same on all machines" in output
+        assert "rank 1 does not see what rank 0 writes" in output
+        assert "went in" not in output
