@@ -1,12 +1,14 @@
 # make demo    real cells in, trained model and report out (SIMULATE=1: simulated cells, needs no data from the network)
 # make test    lint, types, import contracts, all tests
 # make lint    the first three of these
+# make system  as root on Debian: Slurm, sshd and what else the tests of clusters start; they are skipped without.
+#              `make test` does it where nothing but root runs: in containers and in CI
 # Each sets up .venv first: pinned by constraints.txt, again when that or pyproject.toml changes.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
-.PHONY: demo test lint
+.PHONY: demo test lint system
 
 VENV := .venv
 READY := $(VENV)/.installed
@@ -27,8 +29,13 @@ demo: $(READY)
 	python launch/evaluate.py --run $(RUN) --store $(DATA)/test.zarr --out $(RUN)/scores.json
 	python launch/report.py --run $(RUN) --embedding $(RUN)/test.h5mu --scores $(RUN)/scores.json
 
-test: lint
-	@python -m pytest
+test: lint $(if $(shell [ "$$(id -u)" = 0 ] && [ ! -d /run/systemd/system ] && command -v apt-get),system)
+	@python -m pytest --numprocesses 2
+
+system:
+	@absent=$$(while read -r name; do dpkg -s "$$name" >/dev/null 2>&1 || echo "$$name"; done < tests/debian.txt)
+	[ -z "$$absent" ] || { apt-get update --quiet=2 && DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --yes \
+	  --no-install-recommends $$absent >/dev/null; } || echo "could not install $$absent: some tests will be skipped"
 
 lint: $(READY)
 	@set -x

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.command import best_weights, largest_difference, launched, python, run, train_args
+from tests.distributed.command import best_weights, largest_difference, python, run, spawned, train_args
 from tests.stores import make_store
 
 # 20 steps of 64 cells; 350 cells less 14 held out
@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_ranks_equal_one_process(folder: Path, stage: int) -> None:
     args = train_args(folder, folder / "s.zarr", f"zero{stage}", *STEPS_20, f"train.zero_stage={stage}")
-    run(*launched(2, *args))
+    run(*spawned(2, *args))
     one, two = best_weights(folder / "one"), best_weights(folder / f"zero{stage}")
     assert [p.name for p in (folder / f"zero{stage}" / "best").iterdir()] == ["step-00000020"]
     assert largest_difference(one, two) < 1e-5
@@ -38,5 +38,5 @@ def test_the_weights_did_move(folder: Path) -> None:
 def test_accumulated_micro_batches_equal_on_two_ranks(folder: Path) -> None:
     settings = (*STEPS_20, "train.grad_accum=2", "data.batch_size=128", "train.zero_stage=2")
     python(*train_args(folder, folder / "s.zarr", "accum-one", *settings))
-    run(*launched(2, *train_args(folder, folder / "s.zarr", "accum-two", *settings)))
+    run(*spawned(2, *train_args(folder, folder / "s.zarr", "accum-two", *settings)))
     assert largest_difference(best_weights(folder / "accum-one"), best_weights(folder / "accum-two")) < 1e-5

@@ -6,14 +6,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tests.distributed.command import launched, metrics
+from tests.distributed.command import metrics, spawned
 
 TIMES = ("cells_per_s", "data_wait", "saving_wait")
 
 
 def planted(ranks: int, args: list[str], *faults: str) -> list[str]:
-    """A command line under the deepspeed launcher."""
-    return launched(ranks, "tests/faults/plant.py", *faults, "--", *args)
+    """A command line for so many ranks."""
+    return spawned(ranks, "tests/faults/plant.py", *faults, "--", *args)
 
 
 def timeless(run: Path, split: str = "train") -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import stat
 import subprocess
 import time
 from collections.abc import Iterator
@@ -30,8 +31,10 @@ class Slurm:
     def __init__(self, folder: Path) -> None:
         self.env = environment() | {"SLURM_CONF": str(folder / "slurm.conf"), "MASTER_PORT": str(free_port())}
 
-    def run(self, *command: str, check: bool = True, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(command, cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=timeout)
+    def run(
+        self, *command: str, check: bool = True, timeout: float = 120, cwd: Path = ROOT
+    ) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(command, cwd=cwd, env=self.env, capture_output=True, text=True, timeout=timeout)
         assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done
 
@@ -55,7 +58,7 @@ class Slurm:
 
 @contextmanager
 def cluster(folder: Path) -> Iterator[Slurm]:
-    """Nodes `one` and `two`, a core each."""
+    """Nodes `one` and `two`; Slurm thinks that each has two cores and two GPUs."""
     for name in ("state", "one", "two"):
         (folder / name).mkdir()
     folder.chmod(0o755)
@@ -87,11 +90,16 @@ MpiDefault=none
 ReturnToService=2
 KillWait=30
 SchedulerParameters=sched_interval=1,sched_min_interval=100000,bf_interval=1
-NodeName=one NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={ports["one"]} CPUs=1
-NodeName=two NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={ports["two"]} CPUs=1
+SlurmdParameters=config_overrides
+GresTypes=gpu
+NodeName=one NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={ports["one"]} CPUs=2 Gres=gpu:2
+NodeName=two NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={ports["two"]} CPUs=2 Gres=gpu:2
 PartitionName=all Nodes=one,two Default=YES MaxTime=INFINITE State=UP
 """
     )
+    for number in (0, 1):  # what Slurm takes for the devices of GPUs
+        os.mknod(folder / f"gpu{number}", 0o600 | stat.S_IFCHR, os.makedev(1, 3))
+    (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-1]\n")
     slurm = Slurm(folder)
     munge = ("--force", "--foreground", f"--key-file={key}", f"--socket={folder}/munge.socket")
     files = (f"--pid-file={folder}/munge.pid", f"--log-file={folder}/munge.log", f"--seed-file={folder}/munge.seed")

@@ -21,9 +21,9 @@ from tests.distributed.command import (
     best_weights,
     environment,
     largest_difference,
-    launched,
     python,
     run,
+    spawned,
     train_args,
 )
 from tests.faults.command import planted, saved_steps, timeless
@@ -67,7 +67,7 @@ def test_a_rank_killed_in_mid_save_takes_the_others_with_it(folder: Path) -> Non
     assert done.returncode != 0
     assert time.monotonic() - began < 60
     assert saved_steps(folder / "two") == [10, 5]
-    run(*launched(2, *args))
+    run(*spawned(2, *args))
     assert saved_steps(folder / "two") == [27, 25]
 
 

@@ -12,21 +12,21 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.distributed.command import best_weights, largest_difference, launched, metrics, run, train_args
+from tests.distributed.command import ROOT, best_weights, largest_difference, metrics, run, spawned, train_args
 from tests.faults.command import saved_steps, timeless
 from tests.faults.slurm import Slurm, cluster, missing
 from tests.stores import make_store
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 
-SETTINGS = ("train.epochs=100", "log.every=1", "train.checkpoint_every=50")  # 446 steps
+SETTINGS = ("train.epochs=40", "log.every=1", "train.checkpoint_every=50")  # 181 steps
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("slurm")
     make_store(folder / "s.zarr", cells={"rna+adt": 200, "rna": 60, "adt": 40}, features={"rna": 60, "adt": 10})
-    run(*launched(2, *args_of(folder, "whole")))
+    run(*spawned(2, *args_of(folder, "whole")))
     return folder
 
 
@@ -126,3 +126,26 @@ def test_an_error_that_starting_again_does_not_mend_is_told_once(slurm: Slurm, f
     state = slurm.wait(job, 60)
     assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "2:0", "0")
     assert output(folder, "wrong").count("did you mean `train.lr`?") == 1
+
+
+def test_cancelled_for_good_it_has_saved(slurm: Slurm, folder: Path) -> None:
+    job = submitted(slurm, folder, "cancelled")
+    slurm.run("scancel", job)
+    assert slurm.wait(job, 60)["JobState"] == "CANCELLED"
+    assert saved_steps(folder / "cancelled")[0] == metrics(folder / "cancelled")[-1]["step"]
+
+
+def test_the_command_of_the_readme_typed_as_it_stands(slurm: Slurm, tmp_path: Path) -> None:
+    """In a folder that looks like the project's, with the store it names: four ranks on two nodes."""
+    for name in ("launch", "configs", ".venv"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    make_store(tmp_path / "atlas.zarr", cells={"rna+adt": 120, "rna": 40}, features={"rna": 60, "adt": 10})
+    text = (ROOT / "README.md").read_text().partition("## Running on a cluster")[2].partition("```\n")[2]
+    command = text.partition("```")[0]
+    assert command.startswith("sbatch ")
+    job = slurm.run("bash", "-c", command, cwd=tmp_path).stdout.split()[-1]
+    state = slurm.wait(job, 300)
+    said = (tmp_path / f"slurm-{job}.out").read_text()
+    assert (state["JobState"], state["ExitCode"], state["NumTasks"]) == ("COMPLETED", "0:0", "4"), said[-3000:]
+    assert "finished at step" in said
+    assert saved_steps(tmp_path / "runs" / "atlas")[0] == metrics(tmp_path / "runs" / "atlas")[-1]["step"]

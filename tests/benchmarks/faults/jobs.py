@@ -30,7 +30,12 @@ class Job:
     before: int
 
     def ranks(self) -> list[psutil.Process]:
-        """Processes of the ranks, by rank."""
+        """Processes of the two ranks, by rank; fewer once the job is ending."""
+        while len(found := self._ranks()) < 2 and self.process.poll() is None:
+            time.sleep(0.01)  # psutil gives up where any process ends while it looks
+        return [found[rank] for rank in sorted(found)]
+
+    def _ranks(self) -> dict[int, psutil.Process]:
         found = {}
         with suppress(psutil.NoSuchProcess):
             for child in psutil.Process(self.process.pid).children(recursive=True):
@@ -39,7 +44,7 @@ class Job:
                     local = next((w for w in words if w.startswith("--local_rank=")), None)
                     if local and "launch/train.py" in words:
                         found[int(local.partition("=")[2])] = child
-        return [found[rank] for rank in sorted(found)]
+        return found
 
     def await_step(self, more: int = 1) -> None:
         """Until it has logged `more` steps beyond those that were there as it began."""
@@ -66,7 +71,7 @@ class Job:
             raise BenchmarkError("the job did not end", where=self.run, got=self.out.read_text()[-2000:]) from None
 
     def kill_all(self) -> None:
-        for process in [*self.ranks(), self.process]:
+        for process in [*self._ranks().values(), self.process]:
             with suppress(psutil.NoSuchProcess, ProcessLookupError):
                 process.kill()
 

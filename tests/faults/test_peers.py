@@ -1,0 +1,86 @@
+"""A rank that is not heard of any more ends the others; one that is busy, or a job that is suspended, does not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.distributed.command import ROOT, environment
+
+WORLD, SILENCE = 3, 4.0
+
+CODE = f"""
+import sys, time
+import torch, torch.distributed as dist
+from clue_dist.ranks import Ranks
+from clue_dist.train.peers import Peers
+ranks = Ranks.from_env().init()
+with Peers(ranks, silence={SILENCE}):
+    dist.all_reduce(torch.ones(1))
+    print("met", flush=True)
+    if ranks.rank == 1:
+        time.sleep({2 * SILENCE})  # busy for long, as rank 0 is while it computes singular vectors
+    dist.all_reduce(torch.ones(1))
+    print("done", flush=True)
+ranks.close()
+"""
+
+
+@contextmanager
+def ranks(folder: Path) -> Iterator[list[subprocess.Popen[str]]]:
+    """Three ranks that have met."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    shared = environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(WORLD)}
+    outputs = [folder / f"{rank}.out" for rank in range(WORLD)]
+    started = []
+    try:
+        for rank, path in enumerate(outputs):
+            with path.open("w") as out:
+                env = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                command = [sys.executable, "-c", CODE]
+                started.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=out, text=True))
+        deadline = time.monotonic() + 90
+        while not all("met" in path.read_text() for path in outputs):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+def test_a_rank_that_is_silent_ends_the_others_who_name_it(tmp_path: Path) -> None:
+    with ranks(tmp_path) as (zero, one, two):
+        two.send_signal(signal.SIGSTOP)
+        assert [zero.wait(30), one.wait(30)] == [1, 1]
+        assert two.poll() is None
+    for rank in (0, 1):
+        assert "another rank is lost: nothing heard of rank" in (tmp_path / f"{rank}.out").read_text()
+    assert "nothing heard of rank 2" in (tmp_path / "0.out").read_text()
+
+
+def test_when_rank_0_is_silent_all_others_leave(tmp_path: Path) -> None:
+    with ranks(tmp_path) as (zero, one, two):
+        zero.send_signal(signal.SIGSTOP)
+        assert [one.wait(30), two.wait(30)] == [1, 1]
+    assert "nothing heard of rank 0" in (tmp_path / "1.out").read_text()
+
+
+def test_a_job_that_is_suspended_and_one_rank_that_is_busy_are_not_lost(tmp_path: Path) -> None:
+    with ranks(tmp_path) as started:
+        for process in started:
+            os.kill(process.pid, signal.SIGSTOP)
+        time.sleep(1.5 * SILENCE)
+        for process in started:
+            os.kill(process.pid, signal.SIGCONT)
+        assert [process.wait(60) for process in started] == [0, 0, 0]
