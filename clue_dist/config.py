@@ -7,19 +7,34 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from clue_dist.errors import ConfigError
 
 Auto = Literal["auto"]
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, le=10**9)]
+Natural = Annotated[int, Field(ge=0, le=10**9)]
+Width = Annotated[int, Field(ge=1, le=2**20)]  # of a layer
+Weight = Annotated[float, Field(ge=0, le=1e9)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Dropout = Annotated[float, Field(ge=0, le=0.9)]
 Likelihood = Literal["nb", "zinb", "poisson", "bernoulli", "normal"]
 Normalise = Literal["log_cp10k", "log", "clr", "tfidf", "none"]
+
+
+def _possible(path: str) -> str:
+    """A path or URL that there can be on some machine."""
+    parts = [os.fsencode(part) for part in path.split("/")]
+    if "\0" in path or max(map(len, parts)) > 255 or sum(map(len, parts)) > 3000:
+        raise ValueError("no file can be called so")
+    return path
+
+
+Path_ = Annotated[str, AfterValidator(_possible)]
 
 
 class _Strict(BaseModel):
@@ -31,28 +46,28 @@ class ModalityConfig(_Strict):
 
     likelihood: Likelihood | Auto = "auto"
     normalise: Normalise | Auto = "auto"
-    weight: float = Field(1.0, gt=0)  # of this modality in the ELBOs
+    weight: float = Field(1.0, gt=0, le=1e9)  # of this modality in the ELBOs
 
 
 class TrunkConfig(_Strict):
     """One network per modality, shared by its K heads: projection -> hidden layers -> h."""
 
-    projection: int = Field(50, ge=1)  # components of the first, sparse layer
+    projection: Width = 50  # components of the first, sparse layer
     projection_init: Literal["svd", "svd_of_sample", "svd_of_store", "random"] = "svd"
-    projection_lr: float = Field(0.0, ge=0)  # relative to train.lr; 0 keeps the projection as initialised
+    projection_lr: Weight = 0.0  # relative to train.lr; 0 keeps the projection as initialised
     size_input: bool = True  # the cell's total count and number of detected features are inputs too, as ln
     shared: bool = True  # one trunk for a modality's K heads; false: K separate encoders behind the projection
-    members: int = Field(4, ge=1)  # independent networks side by side, each with its share of every z_k
-    hidden: int = Field(256, ge=1)
-    depth: int = Field(2, ge=1)
+    members: Width = 4  # independent networks side by side, each with its share of every z_k
+    hidden: Width = 256
+    depth: int = Field(2, ge=1, le=1000)
     dropout: Dropout = 0.2
 
 
 class DecoderConfig(_Strict):
     """z_k and the cell's batch -> parameters of p(x_k | z_k)."""
 
-    hidden: int = Field(128, ge=1)
-    depth: int = Field(1, ge=0)
+    hidden: Width = 128
+    depth: int = Field(1, ge=0, le=1000)
     dropout: Dropout = 0.0
     features_per_step: Positive | Auto = "auto"  # score a fresh random subset of so many features each step
 
@@ -60,13 +75,13 @@ class DecoderConfig(_Strict):
 class DiscriminatorConfig(_Strict):
     """The aligned dimensions of a z inferred from one modality -> which modality it was (eq. 12)."""
 
-    hidden: int = Field(128, ge=1)
-    depth: int = Field(2, ge=0)
+    hidden: Width = 128
+    depth: int = Field(2, ge=0, le=1000)
     dropout: Dropout = 0.2
 
 
 class ModelConfig(_Strict):
-    latent: int = Field(64, ge=1)  # d, dimensions of each modality's z_k
+    latent: Width = 64  # d, dimensions of each modality's z_k
     private: float = Field(0.25, ge=0, lt=1)  # share of them that x_k alone tells and that no term aligns
     posterior: Literal["gpoe", "poe", "mean"] = "gpoe"
     trunk: TrunkConfig = TrunkConfig()
@@ -93,12 +108,12 @@ class ModelConfig(_Strict):
 class ObjectiveConfig(_Strict):
     """Weights of eq. 15, and of the terms beyond the paper."""
 
-    lambda_self: float = Field(0.02, ge=0)
-    lambda_cross: float = Field(0.05, ge=0)
-    lambda_mse: float = Field(0.01, ge=0)
-    lambda_d: float = Field(0.05, ge=0)
-    lambda_kl: float = Field(1.0, ge=0)  # beta on the KL of both ELBOs
-    lambda_contrastive: float = Field(1.0, ge=0)  # InfoNCE on pairs
+    lambda_self: Weight = 0.02
+    lambda_cross: Weight = 0.05
+    lambda_mse: Weight = 0.01
+    lambda_d: Weight = 0.05
+    lambda_kl: Weight = 1.0  # beta on the KL of both ELBOs
+    lambda_contrastive: Weight = 1.0  # InfoNCE on pairs
     alignment: Literal["mse", "cosine"] = "mse"
     per_feature: bool = False  # divide each modality's ELBO by its number of features
     contrastive_mixup: bool = True  # contrast random convex combinations of pairs instead of the pairs
@@ -114,43 +129,43 @@ class ObjectiveConfig(_Strict):
 
 class DataConfig(_Strict):
     batch_size: Positive | Auto = "auto"  # cells of one optimizer step, over all ranks
-    lanes: int = Field(8, ge=1)  # streams of the global batch; the number of ranks must divide it
-    window_blocks: int = Field(16, ge=1)  # blocks a lane mixes at a time
+    lanes: Positive = 8  # streams of the global batch; the number of ranks must divide it
+    window_blocks: Positive = 16  # blocks a lane mixes at a time
     paired_share: Share | Auto = "auto"  # of a batch, given to cells with two or more modalities
-    weights: dict[str, float] | None = None  # of strata by name; overrides paired_share
+    weights: dict[str, Weight] | None = None  # of strata by name; overrides paired_share
     holdout: float = Field(0.05, ge=0, lt=1)  # share of the paired cells kept for validation
-    holdout_max: int = Field(2000, ge=0)
-    prefetch: int = Field(4, ge=1)  # batches kept ready
+    holdout_max: Natural = 2000
+    prefetch: Positive = 4  # batches kept ready
 
 
 class TrainConfig(_Strict):
-    epochs: Annotated[float, Field(gt=0)] | Auto = "auto"
+    epochs: Annotated[float, Field(gt=0, le=1e6)] | Auto = "auto"
     optimizer: Literal["adamw", "rmsprop"] = "adamw"
-    lr: float = Field(1e-3, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
+    lr: float = Field(1e-3, gt=0, le=1e3)
+    weight_decay: Weight = 0.01
     warmup: float = Field(0.02, ge=0, lt=1)  # share of the steps; the rest is a cosine
     final_lr: float = Field(0.05, ge=0, le=1)  # of lr, at the last step
     kl_warmup: float = Field(0.0, ge=0, le=1)  # share of the steps over which lambda_kl rises
-    clip: float = Field(5.0, ge=0)  # norm of the gradient; 0 = off
+    clip: Weight = 5.0  # norm of the gradient; 0 = off
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["fp32", "bf16"] = "fp32"
-    grad_accum: int = Field(1, ge=1)
+    grad_accum: Positive = 1
     validate_every: Positive | Auto = "auto"  # steps
-    patience: int = Field(0, ge=0)  # validations without a better score before it stops; 0 = never
+    patience: Natural = 0  # validations without a better score before it stops; 0 = never
     checkpoint_every: Positive | Auto = "auto"  # steps
-    keep: int = Field(2, ge=1)  # checkpoints besides the best
+    keep: Positive = 2  # checkpoints besides the best
 
 
 class LogConfig(_Strict):
-    every: int = Field(20, ge=1)  # steps
+    every: Positive = 20  # steps
     tensorboard: bool = True
     wandb: Literal["offline", "online", "disabled"] = "offline"
     project: str = "clue_dist"
 
 
 class Config(_Strict):
-    store: str = ""  # the Zarr store to train on
-    run: str = ""  # folder of this run: config, metrics, checkpoints
+    store: Path_ = ""  # the Zarr store to train on
+    run: Path_ = ""  # folder of this run: config, metrics, checkpoints
     seed: int = Field(0, ge=0, lt=2**63)
     modalities: dict[str, ModalityConfig] = {}
     model: ModelConfig = ModelConfig()
@@ -189,11 +204,13 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         ConfigError: no such file, not JSON, an unknown key (its nearest name is given), a value out of range.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ConfigError("the config file does not exist", where=path, fix="see configs/ for recipes")
     try:
+        if not path.is_file():
+            raise ConfigError("the config file does not exist", where=path, fix="see configs/ for recipes")
         tree = json.loads(path.read_text())
-    except ValueError as error:
+    except OSError as error:
+        raise ConfigError("the config file cannot be read", where=path, got=error) from None
+    except (ValueError, RecursionError) as error:
         raise ConfigError("the config file is not JSON", where=path, got=error) from None
     if not isinstance(tree, dict):
         raise ConfigError("the config file is not a JSON object", where=path, got=type(tree).__name__, expected="{...}")
@@ -230,10 +247,12 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _set(tree: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
-        raise ConfigError("--set wants dotted.path=value", got=override, expected="for example --set train.lr=1e-4")
+        raise ConfigError(
+            "--set wants dotted.path=value", got=repr(override), expected="for example --set train.lr=1e-4"
+        )
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = text
     *parents, last = dotted.split(".")
     for parent in parents:
@@ -248,7 +267,7 @@ def _explained(error: ValidationError, path: Path) -> ConfigError:
     # Pydantic adds which member of a union it tried ("constrained-int", "literal['auto']").
     dotted = ".".join(str(p) for p in first["loc"] if str(p).isidentifier() and p not in ("float", "int"))
     if first["type"] != "extra_forbidden":
-        got = None if first["type"] == "value_error" else repr(first["input"])
+        got = None if first["type"] == "value_error" else repr(first["input"])[:200]
         fix = "put it in double quotes" if first["type"] == "string_type" else None
         return ConfigError(
             first["msg"].removeprefix("Value error, "), where=f"{path}: {dotted or 'config'}", got=got, fix=fix

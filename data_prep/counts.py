@@ -82,10 +82,10 @@ def canonical(source: Source, target: Target, rows: Rows, first: int) -> Rows:
     Raises:
         DataError: a value that is not a count (rna, adt, atac), or not finite (dense).
     """
-    rows = _numeric(source, rows)
     columns = None if target.columns is None else np.load(target.columns)
     if target.kind == "dense":
-        dense = np.asarray(rows if isinstance(rows, np.ndarray) else rows.toarray(), np.float32)
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused
+            dense = np.asarray(rows if isinstance(rows, np.ndarray) else _added_up(rows), np.float32)
         _refuse(source, rows, first, np.argwhere(~np.isfinite(dense)), dense, "dense values must be finite")
         return dense if columns is None else _align_dense(dense, columns, target.n_features)
     matrix = sp.csr_matrix(rows) if isinstance(rows, np.ndarray) else rows
@@ -97,17 +97,15 @@ def canonical(source: Source, target: Target, rows: Rows, first: int) -> Rows:
         matrix = matrix.astype(np.int64)  # two narrow counts may not add up in their own type
         matrix.sum_duplicates()
         matrix.eliminate_zeros()
+        if matrix.data.max(initial=0) > LARGEST:
+            got, where = matrix.data.max(), f"{source.where}, cells from {first} on"
+            raise DataError("counts of one cell and feature add up to too much", where=where, got=got, expected=LARGEST)
     return narrow(matrix.toarray()) if target.kind == "adt" else matrix
 
 
-def _numeric(source: Source, rows: Rows) -> Rows:
-    """Types the kernels know: bool and half precision are widened, text and complex numbers refused."""
-    if rows.dtype.kind not in "buif":
-        raise DataError(
-            "the matrix does not hold real numbers", where=source.where, got=rows.dtype, expected="integers or floats"
-        )
-    wider = {"bool": np.uint8, "float16": np.float32}.get(rows.dtype.name)
-    return rows if wider is None else rows.astype(wider)
+def _added_up(rows: sp.csr_matrix) -> np.ndarray:
+    """Dense; what is given twice is added up, integers as floats, which do not wrap around."""
+    return (rows if rows.dtype.kind == "f" else rows.astype(np.float64)).toarray()
 
 
 def _validate(source: Source, matrix: sp.csr_matrix, first: int) -> bool:

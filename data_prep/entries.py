@@ -25,16 +25,16 @@ def write_part(folder: Path, rows: np.ndarray, columns: np.ndarray, values: np.n
 
 
 def read_rows(folders: list[Path], lo: int, hi: int, n_columns: int) -> sp.csr_matrix:
-    """Rows lo to hi out of every part; entries given twice are added up."""
+    """Rows lo to hi out of every part, as their entries come: unsorted, some perhaps twice."""
     pieces = []
     for folder in folders:
         rows = np.load(folder / "rows.npy", mmap_mode="r")
         i, j = np.searchsorted(rows, [lo, hi])
         if i < j:
             columns, values = (np.load(folder / f"{name}.npy", mmap_mode="r")[i:j] for name in ("columns", "values"))
-            if values.dtype.kind in "bui" and values.dtype.itemsize < 8:
-                values = values.astype(np.int64)  # two narrow counts may not add up in their own type
             pieces.append((rows[i:j] - lo, columns, values))
     pieces = pieces or [(np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.uint8))]
     rows, columns, values = (np.concatenate([p[k] for p in pieces]) for k in range(3))
-    return sp.coo_matrix((values, (rows, columns)), shape=(hi - lo, n_columns)).tocsr()
+    order = np.argsort(rows, kind="stable")
+    indptr = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=hi - lo))])
+    return sp.csr_matrix((values[order], columns[order], indptr), shape=(hi - lo, n_columns))

@@ -77,7 +77,11 @@ def plan(
         modalities = _from_reference(names, reference)
     for name in names:
         if not layout.NAME.fullmatch(name) or name in layout.RESERVED:
-            raise DataError("a modality needs a plain name", got=repr(name), expected="letters, digits, _ -; not 'obs'")
+            expected = "up to 64 letters, digits, _ -; not 'obs'"
+            raise DataError("a modality needs a plain name", got=repr(name), expected=expected)
+    if len(layout.stratum_name(names)) > layout.STRATUM_LETTERS:
+        fix = "name them shorter: `NAME=FILE`"
+        raise DataError("the names of all modalities are too long for a folder's", got=listed(names), fix=fix)
 
     columns, notes = [], []
     for source, theirs in zip(sources, own, strict=True):
@@ -117,6 +121,12 @@ def _new_modality(name: str, kinds: Mapping[str, str], files: list[_File], choic
     if not features:
         fix = "use `--features union`, or check that the files name their features alike"
         raise DataError(f"no feature of modality {name!r} is left", where=listed(s.where for s, _, _ in files), fix=fix)
+    if len(features) > layout.MOST_FEATURES:
+        where, fix = listed(s.where for s, _, _ in files), "bin or choose them: `--bins`, `--top`, `--features FILE`"
+        got = len(features)
+        raise DataError(
+            "more features than a store holds", where=where, got=got, expected=layout.MOST_FEATURES, fix=fix
+        )
     return Modality(kind=kind, storage=layout.STORAGE[kind], features=features)
 
 

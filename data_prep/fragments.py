@@ -23,6 +23,7 @@ from data_prep.sources import Direct, Head, Rows, Source, as_bytes, decode, file
 from data_prep.tasks import Pool, run_missing
 from data_prep.text import UNREADABLE, lines_of, open_text
 
+LINE = 2**16  # letters of a line, at most: what is no text may have none
 CHUNK_LINES = 2**21  # read at once: about 100 MB
 _SHIFT = 32  # a bin's key is (chromosome << 32) + its number
 
@@ -133,7 +134,7 @@ def _wanted(given: FragmentsInput, inputs: Sequence[Source | FragmentsInput]) ->
     """The barcodes that `given.limit` allows, (n,) bytes: a list's, or those of a modality in the same data set."""
     assert given.limit is not None
     if Path(given.limit).is_file():
-        barcodes = as_bytes([line.split("\t")[0] for line in lines_of(Path(given.limit))])
+        barcodes = as_bytes([line.split("\t")[0] for line in lines_of(Path(given.limit))], given.limit)
         mine = f"{given.dataset}:".encode()
         return np.array([b.removeprefix(mine) for b in barcodes.tolist()] if given.dataset else barcodes, "S")
     others = [s for s in inputs if not isinstance(s, FragmentsInput)]
@@ -178,9 +179,9 @@ def _count(task: _Count) -> None:
             fix = "the list and the file must spell barcodes alike" if allowed is not None else None
             raise DataError("no fragment is of a cell that is wanted", where=task.given.where, fix=fix)
         names = list(chromosomes.of)
-        save(folder / "barcodes.npy", as_bytes(list(cells.of)))
+        save(folder / "barcodes.npy", as_bytes(list(cells.of), task.given.where))
         texts = [bin_name(names[key >> _SHIFT], key & (2**_SHIFT - 1), task.width) for key in bins.of]
-        save(folder / "bins.npy", as_bytes(texts))
+        save(folder / "bins.npy", as_bytes(texts, task.given.where))
 
 
 def _write(folder: Path, rows: np.ndarray, columns: np.ndarray) -> None:
@@ -228,7 +229,9 @@ def looks_like_fragments(path: Path) -> bool:
     """Whether the first line that is no comment reads as a fragment."""
     try:
         with open_text(path) as file:
-            line = next((line for line in file if not line.startswith("#")), "")
+            line = "#"
+            while line.startswith("#"):
+                line = file.readline(LINE)
     except UNREADABLE:
         return False
     parts = line.rstrip("\r\n").split("\t")

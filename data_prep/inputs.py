@@ -66,6 +66,8 @@ def _parse(text: str, asked: Asked) -> Sequence[Input]:
     dataset, name, path = match["dataset"] or "", match["name"], Path(match["path"])
     if not path.exists():
         raise DataError("no such input", where=text, got=f"{path} does not exist", fix=fix)
+    if not (path.is_file() or path.is_dir()):
+        raise DataError("an input is a file or a folder", where=text, got="a pipe, socket or device", fix=fix)
     path = path.resolve()
     if path.is_dir():
         return _tenx(text, dataset, name, path, mtx_features(path), asked)

@@ -5,6 +5,8 @@ Entries may come in any order, so the text is read once, in pieces, and kept as 
 
 from __future__ import annotations
 
+import csv
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,8 @@ from data_prep import entries
 from data_prep.files import whole_folder
 from data_prep.sources import TENX_COLUMNS, FeatureTable, Head, Rows, as_bytes, columns_of, file_identity
 from data_prep.text import UNREADABLE, lines_of, open_text, unreadable
+
+_LINE = 2**20  # letters of a line of the header, at most
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,8 @@ class MtxSource:
                 else "check that the three files belong together",
             )
         wanted, names, named_by = table.select(self.feature_type, self.ids)
-        share, cells = nnz * len(wanted) // max(len(table.ids), 1), as_bytes([b.split("\t")[0] for b in barcodes])
+        share = nnz * len(wanted) // max(len(table.ids), 1)
+        cells = as_bytes([b.split("\t")[0] for b in barcodes], f"{self.path.name}: barcodes")
         return Head(cells, names, share, {}, [], list(TENX_COLUMNS), named_by)
 
     def parts(self) -> int:
@@ -95,7 +100,7 @@ class MtxSource:
     def _sizes(self, file: IO[str]) -> tuple[int, int, int]:
         """Read the header up to and with the sizes line; the file stands at the first entry then."""
         where = f"{self.path.name}: {_find(self.path, 'matrix').name}"
-        banner = file.readline().split()
+        banner = file.readline(_LINE).split()
         fits = [w.lower() for w in banner[:3]] == ["%%matrixmarket", "matrix", "coordinate"] and len(banner) == 5
         if not fits or banner[3].lower() not in ("integer", "real") or banner[4].lower() != "general":
             expected = "%%MatrixMarket matrix coordinate integer (or real) general"
@@ -105,11 +110,11 @@ class MtxSource:
                 got=" ".join(banner)[:80],
                 expected=expected,
             )
-        line = file.readline()
+        line = file.readline(_LINE)
         while line.startswith("%") or line.isspace():
-            line = file.readline()
+            line = file.readline(_LINE)
         sizes = line.split()
-        if len(sizes) != 3 or not all(s.isdigit() for s in sizes):
+        if len(sizes) != 3 or not all(re.fullmatch("[0-9]{1,18}", s) for s in sizes):
             raise DataError(
                 "the sizes line is wrong", where=where, got=line.strip()[:80], expected="FEATURES CELLS ENTRIES"
             )
@@ -118,8 +123,9 @@ class MtxSource:
     def _pieces(self, file: IO[str]) -> Iterator[pd.DataFrame]:
         """The entries, some at a time; parse errors as DataErrors."""
         try:
-            yield from pd.read_csv(file, sep=r"\s+", header=None, chunksize=entries.PART_ENTRIES, comment="%")
-        except (pd.errors.ParserError, pd.errors.EmptyDataError, *UNREADABLE) as error:
+            how: dict[str, Any] = {"sep": r"\s+", "header": None, "comment": "%", "quoting": csv.QUOTE_NONE}
+            yield from pd.read_csv(file, chunksize=entries.PART_ENTRIES, **how)
+        except (ValueError, OverflowError, *UNREADABLE) as error:  # those of pandas are ValueErrors
             raise DataError(
                 "the matrix cannot be read to its end", where=self.path.name, got=str(error).strip()
             ) from None

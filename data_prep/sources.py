@@ -14,7 +14,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from clue_dist.errors import DataError, listed
-from clue_dist.store.layout import Kind
+from clue_dist.store.layout import BARCODE_BYTES, Kind
 
 Rows: TypeAlias = sp.csr_matrix | np.ndarray  # (n, features), as the file has them: not validated, not aligned
 FIELDS = {"batch": "batch", "label": "cell_type"}  # what a store keeps of each cell, and the column it comes from
@@ -182,12 +182,41 @@ def file_identity(path: Path) -> dict[str, Any]:
     return {"path": str(path.resolve()), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
-def as_bytes(texts: Any) -> np.ndarray:
-    """Barcodes or names as fixed-width UTF-8 bytes, (n,)."""
-    texts = np.asarray(texts)
-    if texts.dtype.kind == "S":
-        return texts.astype(f"S{texts.dtype.itemsize}")  # h5py's own type carries metadata that .npy cannot
-    return np.asarray(np.char.encode(texts.astype(str), "utf-8")) if len(texts) else np.empty(0, "S1")
+def as_bytes(texts: Sequence[Any] | np.ndarray, where: object) -> np.ndarray:
+    """Barcodes, each str or UTF-8 bytes, as fixed-width bytes, (n,).
+
+    Raises:
+        DataError: one is too long, no UTF-8, or holds a NUL, which would end it; two axes. where: for messages.
+    """
+    texts = np.asarray(texts, object) if not isinstance(texts, np.ndarray) else texts
+    if texts.ndim != 1:
+        raise DataError("barcodes with more than one axis", where=where, got=f"shape {texts.shape}")
+    each: list[Any] = texts.tolist()
+    try:
+        coded = [t if isinstance(t, bytes) else str(t).encode() for t in each]
+        for text in coded:
+            text.isascii() or text.decode()
+    except UnicodeError as error:
+        raise DataError("a barcode is no UTF-8", where=where, got=str(error)) from None
+    bad = next((t for t in coded if len(t) > BARCODE_BYTES or b"\0" in t), None)
+    if bad is not None:
+        got, expected = f"{len(bad)} bytes, {bad[:40]!r} ...", f"{BARCODE_BYTES} bytes at most, no NUL"
+        raise DataError("a barcode that cannot be kept", where=where, got=got, expected=expected)
+    return np.array(coded, "S") if coded else np.empty(0, "S1")
+
+
+def real_numbers(values: np.ndarray, where: object) -> np.ndarray:
+    """Values of a type the kernels know: of this machine's order of bytes; bool, half precision and long doubles are
+    brought to another width.
+
+    Raises:
+        DataError: texts, complex numbers, records.
+    """
+    if values.dtype.kind not in "buif":
+        expected = "integers or floats"
+        raise DataError("the matrix does not hold real numbers", where=where, got=values.dtype, expected=expected)
+    known = {"bool": "uint8", "float16": "float32", np.dtype(np.longdouble).name: "float64"}
+    return values.astype(known.get(values.dtype.name, values.dtype.newbyteorder("=")), copy=False)
 
 
 def decode(barcodes: np.ndarray) -> np.ndarray:

@@ -33,7 +33,7 @@ from clue_dist.normalise import NORMALISE, Rows, column_sums, inverse_frequency,
 from clue_dist.store import layout
 from clue_dist.store import svd as stored
 from clue_dist.store.manifest import Manifest
-from clue_dist.store.place import place_of
+from clue_dist.store.place import place_of, require_plain
 from clue_dist.store.reader import StratumReader
 from clue_dist.store.rows import Csr
 from clue_dist.store.svd import Note, Svd
@@ -67,6 +67,7 @@ def compute(where: str, modalities: Sequence[str], options: Options, pool: Pool)
     if not isinstance(root, Path):
         fix = "compute it where the store's folder is, then copy its folder `svd` too"
         raise StoreError("an SVD can only be saved in a folder", where=where, fix=fix)
+    require_plain(root)
     manifest = Manifest.read(root)
     names = _chosen(manifest, modalities)
     version = [clue_dist.__version__, stored.VERSION]

@@ -209,21 +209,22 @@ def _row(codes, rest, lengths, start, bits, n_features, columns, counts):  # typ
 
 @njit(nogil=True, cache=True)
 def _columns(codes, rest, lengths, start, bits, n_features, columns):  # type: ignore[no-untyped-def]
-    """Gaps are never negative, so that the last column is the largest. Returns whether there are as many far gaps as
-    the row has, and whether all columns are below n_features."""
+    """Returns whether the row has as many far gaps as its lengths say, and its last column, which is the largest, is
+    one of the features. These are too few (`layout.MOST_FEATURES`) for the sum of gaps to wrap around unseen."""
     far, shift = np.int32((256 >> bits) - 1), np.uint8(bits)
-    n_far = np.int64(lengths[1])
-    of, more = codes[start[0] : start[0] + len(columns)], rest[start[1] : start[1] + n_far]
-    column, k = np.int64(0), 0
+    of, last = codes[start[0] : start[0] + len(columns)], len(rest) - 1
+    column, k, gone = np.int32(0), start[1], np.int64(0)
     for j in range(len(columns)):
-        gap = np.int64(of[j] >> shift)
+        gap = np.int32(of[j] >> shift)
         if gap == far:
-            if k < n_far:
-                gap = np.int64(more[k])
+            wide = rest[min(k, last)]  # a row with more far gaps than it says must not lead beyond the block
+            gone += np.int64(wide)
+            gap = np.int32(wide)
             k += 1
         column += gap
         columns[j] = column
-    return k == n_far and column < n_features
+    fits = k - start[1] == lengths[1] and len(columns) <= n_features
+    return fits and gone < n_features and column < n_features
 
 
 @njit(nogil=True, cache=True)

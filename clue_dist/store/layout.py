@@ -33,6 +33,8 @@ BLOCK_CELLS = 64
 SHARD_BYTES = 64 * 2**20  # raw bytes of the largest modality of one shard ...
 SHARD_CELLS = 2**16  # ... and the most cells, where each has few counts: their names take memory too
 CHUNK_BYTES = 2**31 - 2**10  # raw bytes of a chunk: Blosc takes no more
+MOST_FEATURES = 2**23  # of a modality: sums of near gaps stay within 32 bits
+METADATA_BYTES = 2**20  # of a zarr.json, which takes a thousandth of it
 BARCODE_BYTES = 4096  # of the longest
 CHUNK_ROWS = 16  # blocks that share one chunk in the narrow arrays (lengths, obs); shards hold a multiple of it
 
@@ -66,9 +68,18 @@ class ArraySpec:
     def n_shards(self) -> int:
         return -(-self.shape[0] // self.shard[0])
 
+    @property
+    def shard_bytes(self) -> int:
+        """Of a shard's file at most: Blosc and checksum add 20 bytes to a chunk it finds nothing in, the index 16."""
+        return self.shard[0] // self.chunk[0] * (self.chunk_bytes + 64) + 64
+
+    def file(self, shard: int) -> str:
+        """The name of a shard in the store."""
+        return f"{self.path}/c/{shard}" + "/0" * (len(self.shape) - 1)
+
     def files(self) -> Iterator[str]:
-        """Names of its shards in the store."""
-        return (f"{self.path}/c/{shard}" + "/0" * (len(self.shape) - 1) for shard in range(self.n_shards))
+        """Names of all its shards."""
+        return (self.file(shard) for shard in range(self.n_shards))
 
 
 def metadata(spec: ArraySpec) -> dict[str, Any]:

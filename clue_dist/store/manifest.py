@@ -42,7 +42,7 @@ class Modality(_Strict):
 
     kind: Kind
     storage: Storage
-    features: Names = Field(min_length=1)
+    features: Names = Field(min_length=1, max_length=layout.MOST_FEATURES)
 
     @model_validator(mode="after")
     def _as_its_kind(self) -> Modality:

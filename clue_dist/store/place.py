@@ -20,6 +20,7 @@ import tensorstore as ts
 from clue_dist.errors import ServerError, StoreError
 
 SCHEMES = ("s3", "gs", "http", "https")
+LARGEST = 2**32  # bytes of a file that is read whole: the manifest of a billion cells is smaller
 _EIGHT_TIMES = {"max_retries": 8, "initial_delay": "250ms", "max_delay": "8s"}  # half a minute in all, then the error
 RETRIES = {f"{driver}_request_retries": _EIGHT_TIMES for driver in ("s3", "gcs", "http")}
 
@@ -76,23 +77,29 @@ def kvstore(root: Place, folder: str = "") -> dict[str, Any]:
     return _remote(place) if isinstance(place, Remote) else {"driver": "file", "path": f"{place}/"}
 
 
-def require_plain(root: Place, name: str | None = None) -> None:
+def require_plain(root: Place, name: str | None = None, most: int | None = None) -> None:
     """Everything in a store's folder, or one file of it and the folders on the way, is a file or a folder: links lead
     elsewhere, and to read a pipe may never end. What is not there is not looked at, nor what a server holds.
 
+    most: bytes of that file.
+
     Raises:
-        StoreError: it is something else, or cannot be looked at.
+        StoreError: it is something else, is larger, or cannot be looked at.
     """
     if isinstance(root, Remote):
         return
     try:
         strange = next(_strange(root), None) if name is None else _strange_on_the_way(root, name)
+        size = (root / name).lstat().st_size if name and most is not None and (root / name).is_file() else 0
     except (OSError, ValueError) as error:
         raise StoreError("the store's folder cannot be read", where=root, got=error, fix="mend the path") from None
     if strange is not None:
         kind = "a link" if strange.is_symlink() else "a folder" if strange.is_dir() else "a pipe, socket or device"
         what, fix = "a store holds files and folders alone", "put what it should be in its place, or convert again"
         raise StoreError(what, where=strange, got=kind, fix=fix)
+    if most is not None and size > most:
+        what = "a file of the store is larger than it can be"
+        raise StoreError(what, where=f"{root}/{name}", got=f"{size} bytes", expected=f"{most} at most")
 
 
 def _strange(folder: Path) -> Iterator[Path]:
@@ -142,15 +149,16 @@ def _aws(env: Any) -> dict[str, Any]:
     return {name: value for name, value in told.items() if value}
 
 
-def read(root: Place, name: str, optional: bool = False) -> bytes | None:
+def read(root: Place, name: str, optional: bool = False, most: int = LARGEST) -> bytes | None:
     """The bytes of one file of a store; None where there is none.
 
-    optional: a store need not have it. Who may not list the objects of a bucket is refused what is not there.
+    optional: a store need not have it. Who may not list the objects of a bucket is refused what is not there. most:
+    bytes that it can have, in a folder.
 
     Raises:
         StoreError: the file, or its server, cannot be read; it is a link; there is no such bucket.
     """
-    require_plain(root, name)
+    require_plain(root, name, most)
     try:
         store = _open(root)
         got = store.read(name).result()

@@ -36,6 +36,8 @@ class Pool:
 
     def start(self, blocks: np.ndarray, slots: np.ndarray) -> Reading:
         """Begin to fill slots with blocks, (n,) each; what they held must not be needed any more."""
+        for name in self._targets:  # before any is begun: nobody would wait for it after an error
+            self.reader.require_plain(name, blocks)
         futures = {n: self.reader.start_into(n, blocks, target[slots]) for n, target in self._targets.items()}
         return Reading(blocks, slots, futures)
 

@@ -38,7 +38,9 @@ class StratumReader:
         self.n_cells, self.block_cells = self.stratum.n_cells, manifest.block_cells
         self.n_blocks = layout.blocks_of(self.n_cells, self.block_cells)
         self._context = ts.Context(_CONTEXT)
-        self._arrays = {s.path.removeprefix(f"strata/{name}/"): self._open(s) for s in manifest.arrays(name)}
+        self._specs = {s.path.removeprefix(f"strata/{name}/"): s for s in manifest.arrays(name)}
+        self._arrays = {array: self._open(spec) for array, spec in self._specs.items()}
+        self._plain: dict[str, set[int]] = {array: set() for array in self._specs}
 
     @property
     def modalities(self) -> list[str]:
@@ -123,7 +125,7 @@ class StratumReader:
 
     def _open(self, spec: ArraySpec) -> Any:
         folder, kvstore = self.root / spec.path, place.kvstore(self.root, spec.path)
-        place.require_plain(self.root, f"{spec.path}/zarr.json")
+        place.require_plain(self.root, f"{spec.path}/zarr.json", most=layout.METADATA_BYTES)
         request = {"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False}
         try:
             array = ts.open(request, read=True, open=True, context=self._context, recheck_cached_data=False).result()
@@ -140,11 +142,26 @@ class StratumReader:
         where = f"{self.root}: stratum {self.name}, {array}"
         return StoreError("values that no conversion writes", where=where, got=got, expected=expected, fix=CHECK)
 
+    def require_plain(self, name: str, blocks: np.ndarray) -> None:
+        """The shards that hold these blocks are files, no larger than they can be: TensorStore may read one whole. Each
+        is looked at once.
+
+        Raises:
+            StoreError: one is a link, say, or too large.
+        """
+        spec, known = self._specs[name], self._plain[name]
+        new = set((np.asarray(blocks) // spec.shard[0]).tolist()) - known
+        for shard in new:
+            place.require_plain(self.root, spec.file(shard), most=spec.shard_bytes)
+        known |= new
+
     def _start(self, name: str, blocks: np.ndarray) -> Any:
+        self.require_plain(name, blocks)
         return self._arrays[name][np.asarray(blocks, np.int64)].read()
 
     def start_into(self, name: str, blocks: np.ndarray, target: ts.TensorStore) -> Any:
-        """Begin to read whole blocks of an array into memory, without holding this thread up; see `finish`."""
+        """Begin to read whole blocks of an array, after `require_plain`, into memory, without holding this thread up;
+        see `finish`."""
         return target.write(self._arrays[name][np.asarray(blocks, np.int64)])
 
     def finish(self, name: str, blocks: np.ndarray, future: Any) -> Any:

@@ -29,6 +29,7 @@ from clue_dist.store.place import Place
 
 FOLDER = "svd"
 VERSION = 1
+_NOTE_BYTES = 2**20
 _FIX = "compute it again with `python -m data_prep svd STORE`, or remove the store's folder `svd`"
 
 
@@ -103,7 +104,7 @@ def read_note(root: Place, manifest: Manifest, modality: str) -> Note | None:
     Raises:
         StoreError: it is damaged, or of other cells; a server that fails.
     """
-    where, content = root / _name(modality), place.read(root, _name(modality), optional=True)
+    where, content = root / _name(modality), place.read(root, _name(modality), optional=True, most=_NOTE_BYTES)
     if content is None:
         return None
     try:
@@ -129,7 +130,7 @@ def read(root: Place, manifest: Manifest, modality: str) -> Svd | None:
     note = read_note(root, manifest, modality)
     if note is None:
         return None
-    where, content = root / note.arrays_name, place.read(root, note.arrays_name)
+    where, content = root / note.arrays_name, place.read(root, note.arrays_name, most=note.arrays.bytes)
     if content is None:
         raise _damaged(where, "no such file")
     got = Shard(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())

@@ -204,7 +204,7 @@ def test_a_manifest_that_was_cut_off_or_edited(s3: S3, url: str) -> None:
     s3.put(key, good[:-20])
     with pytest.raises(StoreError, match="does not describe a store"):
         Store(url)
-    s3.put(key, good.replace(b"rna-7", b"rna-8", 1))
+    s3.put(key, good.replace(b"rna-7", b"rna-x", 1))
     with pytest.raises(StoreError, match="was changed after it was written"):
         Store(url)
 
@@ -266,7 +266,7 @@ def test_a_folder_is_a_folder(local: Store, tmp_path: Path) -> None:
     inside = tmp_path / "c.zarr/strata/rna+adt/rna"
     shutil.move(inside, tmp_path / "elsewhere")
     inside.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(StoreError, match="an array lies outside its store"):
+    with pytest.raises(StoreError, match="holds files and folders alone"):
         Store(tmp_path / "c.zarr")
 
 

@@ -53,13 +53,12 @@ def every_cell(plan: Plan, step: int) -> None:
 
 
 def enlarged(manifest: Manifest, cells: int) -> Manifest:
-    """The manifest of about so many cells: every stratum, and the shards of its arrays, times as many."""
+    """The manifest of about so many cells: every stratum times as many, and the shards that its arrays have then."""
     times = max(1, cells // manifest.n_cells)
     strata = {name: s.model_copy(update={"n_cells": s.n_cells * times}) for name, s in manifest.strata.items()}
-    shards = {
-        f"{key}-{copy:03d}" if copy else key: shard for key, shard in manifest.shards.items() for copy in range(times)
-    }
-    return manifest.model_copy(update={"strata": strata, "shards": shards})
+    many, shard = manifest.model_copy(update={"strata": strata}), next(iter(manifest.shards.values()))
+    files = (file for name in strata for spec in many.arrays(name) for file in spec.files())
+    return many.model_copy(update={"shards": dict.fromkeys(files, shard)})
 
 
 def manifest_of_many(manifest: Manifest) -> dict[str, float]:
