@@ -8,6 +8,8 @@ import traceback
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
+LOST = 76  # exit code where a rank, a machine or the network was lost: starting again may mend it
+
 
 class ClueError(Exception):
     """A mistake in what the user gave (exit code 2), told so that it can be mended.
@@ -119,7 +121,7 @@ def run_main(main: Callable[[], None]) -> NoReturn:
         traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)  # at once: the others wait for this rank
+        os._exit(LOST)  # at once: the others wait for this rank
     sys.exit(0)
 
 

@@ -60,7 +60,7 @@ class GeneralisedProduct(nn.Module):
             dist.all_reduce(sums)
         told, cells = sums
         recent = told / cells.clamp_min(1)
-        known = (cells > 0) & recent.isfinite()  # a step that is skipped must leave no mark either
+        known = (cells > 0) & recent.isfinite()  # as weights, it stays finite in a step that is skipped
         self.nats.lerp_(torch.where(known, recent, self.nats), 1 - self.DECAY)
 
 

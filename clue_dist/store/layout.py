@@ -130,14 +130,15 @@ def blocks_of(n_cells: int, block_cells: int) -> int:
 def shard_blocks(cell_bytes: float, n_cells: int, block_cells: int) -> int:
     """Blocks in a shard so that `cell_bytes` a cell come to about SHARD_BYTES, of SHARD_CELLS at most; a multiple of
     CHUNK_ROWS."""
-    wanted = min(int(SHARD_BYTES / max(cell_bytes * block_cells, 1)), SHARD_CELLS // block_cells)
-    needed = blocks_of(n_cells, block_cells)
-    return max(1, -(-min(max(wanted, 1), needed) // CHUNK_ROWS)) * CHUNK_ROWS
+    wanted = max(int(SHARD_BYTES / max(cell_bytes * block_cells, 1)), 1)
+    most = most_shard_blocks(n_cells, block_cells)
+    return min(-(-wanted // CHUNK_ROWS) * CHUNK_ROWS, most)
 
 
 def most_shard_blocks(n_cells: int, block_cells: int) -> int:
-    """Where each cell takes next to nothing."""
-    return shard_blocks(0, n_cells, block_cells)
+    """Where each cell takes next to nothing: whatever SHARD_BYTES was when a store was written."""
+    most = min(max(SHARD_CELLS // block_cells, 1), blocks_of(n_cells, block_cells))
+    return max(1, -(-most // CHUNK_ROWS)) * CHUNK_ROWS
 
 
 def narrow(path: str, n_blocks: int, shard: int, tail: tuple[int, ...], dtype: str, compressor: str) -> ArraySpec:

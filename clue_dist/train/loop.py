@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,8 @@ def _train(engine: Any, setup: Setup, ranks: Ranks, state: State, device: torch.
     held_out = setup.held_out()
     held_out = held_out.to(device) if held_out is not None else None
     sinks = Sinks(run, setup.config, setup.total_steps, state.step, ranks.first)
-    saver = Saver(run, engine, ranks, t.keep)
-    with sinks, loader_at(setup, ranks, state.step, device) as loader, StopFlag() as stop:
+    loading, saving = loader_at(setup, ranks, state.step, device), Saver(run, engine, ranks, t.keep)
+    with StopFlag() as stop, sinks, loading as loader, saving as saver:
         sinks.say(_greeting(run, state, ranks))
         state = replace(state, world=ranks.world)
         meter = Meter(setup, loader, saver, device)
@@ -91,7 +92,6 @@ def _train(engine: Any, setup: Setup, ranks: Ranks, state: State, device: torch.
             if done or due(state, t.checkpoint_every):
                 saver.checkpoint(replace(state, updates=pieces.updates(engine)))
         saver.finish()
-        saver.close()
         if outcome is not None and outcome.stop:
             sinks.say(f"asked to stop: saved at step {state.step}, `--resume auto` goes on from there")
     return Result(state, state.stopped or state.step >= setup.total_steps)
@@ -135,6 +135,9 @@ def _validate(
     values = validate.score(engine, held_out, setup.paired, noise)
     # Rank 0 decides: rounding may differ between ranks.
     score, error = ranks.all_gather_object((values["score"], values["error"]))[0]
+    if not math.isfinite(score):
+        sinks.event("validation not finite", state.step, {"best_step": state.best_step})
+        return replace(state, bad=state.bad + 1)
     lower = state.best is None or score < state.best
     lowest = score if state.best is None else min(score, state.best)
     state = replace(state, best=lowest, bad=0 if lower else state.bad + 1)

@@ -27,7 +27,7 @@ class Meter:
     def _restart(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._steps = self._added = 0
-        self._since, self._waited, self._held = time.perf_counter(), self._loader.waited, self._saver.held
+        self._since, self._waited, self._held = time.perf_counter(), self._loader.waited, self._saver.waited
 
     def add(self, terms: dict[str, Tensor], skipped: bool) -> None:
         """The terms of a step; those of one that was skipped mean nothing."""
@@ -46,7 +46,7 @@ class Meter:
         means["lr"] = learning_rate(self._setup, step - 1)
         means["cells_per_s"] = self._steps * int(self._setup.config.data.batch_size) / seconds
         means["data_wait"] = (self._loader.waited - self._waited) / seconds
-        means["saving_wait"] = (self._saver.held - self._held) / seconds
+        means["saving_wait"] = (self._saver.waited - self._held) / seconds
         if self._device.type == "cuda":
             means["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
         self._restart()

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from clue_dist.errors import LOST
 from clue_dist.ranks import Ranks
 
 BEAT = 1.0  # seconds between two signs of life
@@ -116,4 +117,4 @@ def _leave(why: str) -> None:
         file=sys.stderr,
         flush=True,
     )
-    os._exit(1)
+    os._exit(LOST)

@@ -12,22 +12,23 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from queue import SimpleQueue
+from types import TracebackType
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from clue_dist.errors import SavingError
+from clue_dist.errors import ClueError, SavingError
 from clue_dist.ranks import Ranks
 from clue_dist.store.writer import hash_file
 from clue_dist.train import pieces
-from clue_dist.train.checkpoint import COMMIT, MODEL, STATE, WEIGHTS, State, committed, parts, step_of
+from clue_dist.train.checkpoint import COMMIT, MODEL, STATE, WEIGHTS, State, committed, step_of
 
 Kind = Literal["checkpoints", "best"]
 Listing = dict[str, dict[str, Any]]  # file -> size and hash, what COMMIT.json holds
@@ -36,7 +37,7 @@ Listing = dict[str, dict[str, Any]]  # file -> size and hash, what COMMIT.json h
 class Saver:
     """Saves checkpoints and best weights of a run. Every rank must make the same calls at the same steps.
 
-    held: seconds training has waited for saving so far. Raises from `check` and `finish`, on all ranks alike:
+    waited: seconds training has waited for saving so far. Raises from `check` and `finish`, on all ranks alike:
         SavingError: a file could not be written; what was half written is removed, what was committed stands.
     """
 
@@ -45,16 +46,14 @@ class Saver:
         self._shapes = json.dumps(pieces.shapes(engine))
         self._copier, self._writer = _Worker("copy"), _Worker("write")
         self._copies: list[Future[Any]] = []
-        self._writes: list[Future[Any]] = []
-        self.held = 0.0
+        self._writes: list[tuple[int, Future[Any]]] = []  # by step
+        self._broken: SavingError | None = None
+        self.waited = 0.0
 
     # --- called by training ---
 
     def checkpoint(self, state: State) -> None:
-        """Save all that the run needs to go on; drop the oldest. Waits for the checkpoint before it, if need be."""
-        began = time.perf_counter()
-        _wait(self._writes)  # so that no more than two are held in memory
-        self.held += time.perf_counter() - began
+        """Save all that the run needs to go on; drop the oldest. Waits for what earlier steps saved, if need be."""
         self._save("checkpoints", state, optimizer=True)
 
     def best(self, state: State) -> None:
@@ -63,44 +62,62 @@ class Saver:
 
     def before_update(self) -> None:
         """What is about to change has been copied when this returns."""
-        began = time.perf_counter()
-        _wait(self._copies)
+        self._wait(self._copies)
         self._copies = []
-        self.held += time.perf_counter() - began
 
     @property
     def failed(self) -> bool:
         """Whether this rank knows of a failure; the others know as soon as they get there, `finish` raises on all."""
-        return any(f.done() and f.exception() for f in self._writes)
+        return any(write.done() and write.exception() for _, write in self._writes)
 
     def finish(self) -> None:
         """Wait until everything asked for is committed."""
         self.before_update()
-        began = time.perf_counter()
-        _wait(self._writes)
-        self.held += time.perf_counter() - began
-        writes, self._writes = self._writes, []
+        writes, self._writes = [write for _, write in self._writes], []
+        self._wait(writes)
         for write in writes:
             write.result()
 
-    def close(self) -> None:
-        """Once nothing is under way, on every rank."""
-        for worker in (self._copier, self._writer):
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Before an error that was told ends the run, what is under way is committed, or fails and is removed."""
+        deadline = time.monotonic() + SETTLE
+        for _, write in self._writes if isinstance(error, ClueError) else []:
+            with suppress(TimeoutError, CancelledError):
+                write.exception(max(0.0, deadline - time.monotonic()))
+        for worker in (self._copier, self._writer) if error is None else ():
             worker.close()
+
+    def _wait(self, futures: list[Future[Any]]) -> None:
+        began = time.perf_counter()
+        for future in futures:
+            future.exception()
+        self.waited += time.perf_counter() - began
 
     # --- the two threads ---
 
     def _save(self, kind: Kind, state: State, optimizer: bool) -> None:
+        # No more is held in memory than what one earlier step and this one save.
+        self._wait([write for step, write in self._writes if step < state.step])
         began = time.perf_counter()
         views = pieces.tensors(self._engine, optimizer)
         copied = self._copier.do(_copier(views))
         self._copies.append(copied)
-        self._writes = [w for w in self._writes if not w.done() or w.exception()]
-        self._writes.append(self._writer.do(lambda: self._write(kind, state, copied.result())))
-        self.held += time.perf_counter() - began
+        self._writes = [(step, w) for step, w in self._writes if not w.done() or w.exception()]
+        self._writes.append((state.step, self._writer.do(lambda: self._write(kind, state, copied))))
+        self.waited += time.perf_counter() - began
 
-    def _write(self, kind: Kind, state: State, tensors: dict[str, Tensor]) -> None:
-        """Every rank's writer is here at the same time; they speak by a channel of their own."""
+    def _write(self, kind: Kind, state: State, copied: Future[dict[str, Tensor]]) -> None:
+        """Every rank's writer is here at the same time; they speak by a channel of their own.
+
+        After a failure nothing more is written: what comes later may rely on what is missing.
+        """
+        if self._broken is not None:
+            raise self._broken
         ranks = self._ranks
         final = self._run / kind / f"step-{state.step:08d}"
         partial = final.with_suffix(".partial")
@@ -108,38 +125,48 @@ class Saver:
         written: Listing = {}
         try:
             ranks.together(_told(partial, lambda: _empty(partial)) if ranks.first else _nothing)
-            ranks.together(_told(mine, lambda: written.update(_write_tensors(mine, tensors, shapes=self._shapes))))
+            part = _told(mine, lambda: written.update(_write_tensors(mine, copied.result(), shapes=self._shapes)))
+            ranks.together(part)
             listing = {name: entry for one in ranks.all_gather_object(written) for name, entry in one.items()}
             commit = _told(partial, lambda: self._commit(kind, state, partial, final, listing))
             ranks.together(commit if ranks.first else _nothing)
-        except SavingError:
+        except SavingError as error:
+            self._broken = error
             if ranks.first:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
 
     def _commit(self, kind: Kind, state: State, partial: Path, final: Path, listing: Listing) -> None:
         """On rank 0, once all parts are there."""
-        if kind == "best":  # one file, to be shared and read by other tools
-            files = parts(partial)
-            whole = pieces.full(files)
-            named = {name.removeprefix(MODEL): values for name, values in whole.items()}
-            listing = _write_tensors(partial / WEIGHTS, named)
-            for file in files:
-                file.unlink()
+        if kind == "best":
+            listing = _merge(partial, listing)
         _write_text(partial / STATE, json.dumps(asdict(state), indent=1))
         _write_text(partial / COMMIT, json.dumps(listing | _listed(partial / STATE), indent=1))
         _sync(partial)
-        if final.exists():  # begun anew from an older checkpoint
-            shutil.rmtree(final)
         partial.rename(final)
         _sync(final.parent)
         if kind == "checkpoints":
-            for old in committed(self._run / "checkpoints")[self._keep :]:
-                shutil.rmtree(old)
-            # Only now: until this checkpoint stood, the one before it needed the best of its time.
-            for old in committed(self._run / "best"):
-                if step_of(old) != state.best_step:
-                    shutil.rmtree(old)
+            self._prune()
+
+    def _prune(self) -> None:
+        """Drop the oldest checkpoints, and the best weights that none of those left names."""
+        there = committed(self._run / "checkpoints")
+        named = {json.loads((kept / STATE).read_text())["best_step"] for kept in there[: self._keep]}
+        unnamed = [best for best in committed(self._run / "best") if step_of(best) not in named]
+        for old in [*there[self._keep :], *unnamed]:
+            doomed = old.with_suffix(".partial")  # so that what is left of it is not taken for a checkpoint
+            old.rename(doomed)
+            shutil.rmtree(doomed)
+
+
+def _merge(partial: Path, listing: Listing) -> Listing:
+    """The ranks' parts as one file, to be shared and read by other tools."""
+    files = [partial / name for name in sorted(listing)]
+    whole = pieces.full(files)
+    merged = {name.removeprefix(MODEL): values for name, values in whole.items()}
+    for file in files:
+        file.unlink()
+    return _write_tensors(partial / WEIGHTS, merged)
 
 
 def _copier(views: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
@@ -160,6 +187,7 @@ def _copier(views: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
     return copy
 
 
+SETTLE = 25.0  # seconds at most: another rank may be gone
 SMALL = 1 << 16  # elements; what forward passes change is far smaller
 
 
@@ -201,7 +229,7 @@ def _told(where: Path, work: Callable[[], None]) -> Callable[[], None]:
     def told() -> None:
         try:
             work()
-        except (OSError, SafetensorError) as error:
+        except Exception as error:  # whatever it is, the other ranks must hear of it
             raise SavingError(
                 "a checkpoint could not be written",
                 where=where,
@@ -211,11 +239,6 @@ def _told(where: Path, work: Callable[[], None]) -> Callable[[], None]:
             ) from error
 
     return told
-
-
-def _wait(futures: list[Future[Any]]) -> None:
-    for future in futures:
-        future.exception()
 
 
 class _Worker:

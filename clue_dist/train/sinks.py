@@ -140,7 +140,7 @@ def _wandb(run: Path, config: Config) -> Any:
     started: list[Any] = []
 
     def start() -> None:
-        settings = wandb.Settings(silent=True, console="off", init_timeout=30)
+        settings = wandb.Settings(silent=True, console="off", init_timeout=30, finish_timeout=20)
         started.append(
             wandb.init(
                 project=config.log.project,

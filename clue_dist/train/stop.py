@@ -19,8 +19,8 @@ class StopFlag:
         return self._set
 
     def __enter__(self) -> StopFlag:
-        unheeded = {s for s in (signal.SIGHUP,) if signal.getsignal(s) == signal.SIG_IGN}  # nohup
-        self._before = {s: signal.signal(s, self._handle) for s in SIGNALS if s not in unheeded}
+        keyboard = {s for s in (signal.SIGHUP, signal.SIGINT) if signal.getsignal(s) == signal.SIG_IGN}  # nohup, `&`
+        self._before = {s: signal.signal(s, self._handle) for s in SIGNALS if s not in keyboard}
         return self
 
     def __exit__(

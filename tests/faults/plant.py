@@ -2,7 +2,7 @@
 
 [deepspeed] tests/faults/plant.py FAULT ... -- launch/train.py ARGS
 
-kill:RANK:STEP        the rank kills itself as it fetches the batch of a step
+kill:RANK:STEP        the rank kills itself as it fetches the batch of a step, once all that was to be saved is saved
 term:RANK:STEP        it sends SIGTERM to itself, usr1:RANK:STEP USR1
 nan:RANK:FROM:TO:M    modality M of its batches of steps FROM to TO - 1 is NaN; inf:... has one infinite value
 jump:RANK:FROM:TO:M   the values are a thousand times as large
@@ -30,7 +30,7 @@ from clue_dist.data.loader import Loader
 from clue_dist.ranks import Ranks
 from clue_dist.train import loop, pieces, saver
 
-SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1}
+SIGNALS = {"term": signal.SIGTERM, "usr1": signal.SIGUSR1}
 VALUES: dict[str, Callable[[torch.Tensor], Any]] = {
     "nan": lambda v: v.fill_(torch.nan),
     "inf": lambda v: v.view(-1)[:1].fill_(torch.inf),
@@ -52,6 +52,8 @@ def plant(kind: str, *where: str) -> None:
         return dump(Path(where[0]))
     if Ranks.from_env().rank != int(where[0]):
         return None
+    if kind == "kill":
+        return after_saving(int(where[1]))
     if kind == "saving":
         return in_save(int(where[1]), where[2])
     if kind in SIGNALS:
@@ -111,6 +113,24 @@ def in_save(step: int, place: str) -> None:
 
     saver.Saver.checkpoint = checkpoint  # type: ignore[method-assign]
     setattr(owner, name, killing)
+
+
+def after_saving(step: int) -> None:
+    """Kills at a step, so that it is known from which the run goes on."""
+    made, begin = [], saver.Saver.__init__
+
+    def noted(self: Any, *args: Any) -> None:
+        begin(self, *args)
+        made.append(self)
+
+    def kill(now: int, _: Batch) -> None:
+        if now == step:
+            for write in made[0]._writes:
+                write[1].exception()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    saver.Saver.__init__ = noted  # type: ignore[method-assign]
+    at_batch(kill)
 
 
 def spoil(batch: Batch, modality: str, kind: str) -> None:

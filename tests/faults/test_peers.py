@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from clue_dist.errors import LOST
 from tests.distributed.command import ROOT, environment
 
 WORLD, SILENCE = 3, 4.0
@@ -62,7 +63,7 @@ def ranks(folder: Path) -> Iterator[list[subprocess.Popen[str]]]:
 def test_a_rank_that_is_silent_ends_the_others_who_name_it(tmp_path: Path) -> None:
     with ranks(tmp_path) as (zero, one, two):
         two.send_signal(signal.SIGSTOP)
-        assert [zero.wait(30), one.wait(30)] == [1, 1]
+        assert [zero.wait(30), one.wait(30)] == [LOST, LOST]
         assert two.poll() is None
     for rank in (0, 1):
         assert "another rank is lost: nothing heard of rank" in (tmp_path / f"{rank}.out").read_text()
@@ -72,7 +73,7 @@ def test_a_rank_that_is_silent_ends_the_others_who_name_it(tmp_path: Path) -> No
 def test_when_rank_0_is_silent_all_others_leave(tmp_path: Path) -> None:
     with ranks(tmp_path) as (zero, one, two):
         zero.send_signal(signal.SIGSTOP)
-        assert [one.wait(30), two.wait(30)] == [1, 1]
+        assert [one.wait(30), two.wait(30)] == [LOST, LOST]
     assert "nothing heard of rank 0" in (tmp_path / "1.out").read_text()
 
 

@@ -32,7 +32,8 @@ def started(folder: Path, name: str, *settings: str, **more: object) -> subproce
     """Training of its own session, once it has logged ten steps."""
     args = train_args(folder, folder / "s.zarr", name, "log.every=1", *settings)
     env = {k: v for k, v in environment().items() if not k.startswith("WANDB")}
-    process = subprocess.Popen(["python", *args], cwd=ROOT, env=env, text=True, start_new_session=True, **more)  # type: ignore[call-overload]
+    command = ["env", "--default-signal=HUP,INT", "python", *args]  # as in a terminal, whatever runs the tests
+    process = subprocess.Popen(command, cwd=ROOT, env=env, text=True, start_new_session=True, **more)  # type: ignore[call-overload]
     log, deadline = folder / name / "metrics.jsonl", time.monotonic() + 60
     while not (log.exists() and log.read_text().count("\n") > 10):
         assert process.poll() is None

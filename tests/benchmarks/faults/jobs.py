@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -71,9 +72,8 @@ class Job:
             raise BenchmarkError("the job did not end", where=self.run, got=self.out.read_text()[-2000:]) from None
 
     def kill_all(self) -> None:
-        for process in [*self._ranks().values(), self.process]:
-            with suppress(psutil.NoSuchProcess, ProcessLookupError):
-                process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # launchers and ranks are one group
 
 
 @contextmanager
@@ -82,8 +82,9 @@ def job(run: Path, *args: str) -> Iterator[Job]:
     out = run.with_suffix(".out")
     before = resumes_at(run)
     with out.open("wb") as output:
+        command = launched(2, *args)
         process = subprocess.Popen(
-            launched(2, *args), cwd=ROOT, env=environment(), stdout=output, stderr=subprocess.STDOUT
+            command, cwd=ROOT, env=environment(), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
     one = Job(process, run, out, before)
     try:
