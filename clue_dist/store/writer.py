@@ -105,7 +105,7 @@ def commit(partial: Path, final: Path, manifest: Manifest) -> Manifest:
     if final.exists():
         raise StoreError("something is already there", where=final, fix="choose another --out, or remove it")
     partial.rename(final)
-    _sync_folder(final.parent)
+    sync(final.parent)
     return signed
 
 
@@ -121,7 +121,8 @@ def hash_file(path: Path) -> Shard:
         return Shard(bytes=f.tell(), sha256=digest)
 
 
-def _sync_folder(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

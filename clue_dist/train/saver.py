@@ -7,7 +7,6 @@ the update after it has to wait for it. Files are staged under a temporary name,
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import threading
 import time
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from clue_dist.errors import ClueError, SavingError
 from clue_dist.ranks import Ranks
-from clue_dist.store.writer import hash_file
+from clue_dist.store.writer import hash_file, sync
 from clue_dist.train import pieces
 from clue_dist.train.checkpoint import COMMIT, MODEL, STATE, WEIGHTS, State, committed, step_of
 
@@ -142,9 +141,9 @@ class Saver:
             listing = _merge(partial, listing)
         _write_text(partial / STATE, json.dumps(asdict(state), indent=1))
         _write_text(partial / COMMIT, json.dumps(listing | _listed(partial / STATE), indent=1))
-        _sync(partial)
+        sync(partial)
         partial.rename(final)
-        _sync(final.parent)
+        sync(final.parent)
         if kind == "checkpoints":
             self._prune()
 
@@ -198,25 +197,17 @@ def _empty(folder: Path) -> None:
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> Listing:
     save_file(dict(tensors), path, metadata=metadata)
-    _sync(path)
+    sync(path)
     return _listed(path)
 
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text)
-    _sync(path)
+    sync(path)
 
 
 def _listed(path: Path) -> Listing:
     return {path.name: hash_file(path).model_dump()}
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _nothing() -> None:
