@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 LOST = 76  # exit code where a rank, a machine or the network was lost: starting again may mend it
@@ -90,6 +92,27 @@ class SavingError(ClueError):
 
     exit_code = 1
     on_every_rank = True
+
+
+@contextmanager
+def writing(what: str, where: Path) -> Iterator[None]:
+    """What the system refuses inside, told as an error that a person can mend.
+
+    Raises:
+        SavingError: anything but another ClueError went wrong, as the other ranks must hear of it.
+    """
+    try:
+        yield
+    except ClueError:
+        raise
+    except Exception as error:
+        raise SavingError(
+            f"{what} could not be written",
+            where=where,
+            got=error,
+            fix="make room or make the folder writable, then type the same command: "
+            "it goes on from the last checkpoint that was committed",
+        ) from error
 
 
 def listed(names: Iterable[object], limit: int = 10) -> str:

@@ -12,9 +12,10 @@ weights and optimizer (train/pieces.py), which any number of ranks reads. No fil
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,16 @@ from torch import Tensor
 
 from clue_dist import config as configs
 from clue_dist.config import Config
-from clue_dist.errors import ResumeError, listed
+from clue_dist.errors import ResumeError, listed, writing
 from clue_dist.model.clue import CLUE, PRIVATE_SCALE, specs_of
 from clue_dist.ranks import Ranks
 from clue_dist.store.manifest import Modality
 from clue_dist.store.reader import Store
-from clue_dist.store.writer import hash_file
+from clue_dist.store.writer import hash_file, sync
 from clue_dist.train import pieces
 
 COMMIT, STATE, WEIGHTS, PARTS = "COMMIT.json", "state.json", "weights.safetensors", "rank-*.safetensors"
+NAME = re.compile(r"step-\d+")
 MODEL = "model."  # what names of the model begin with in the engine, which trains an Objective
 
 
@@ -43,7 +45,8 @@ class State:
 
     step: optimizer steps done; updates: the optimizer's own count; best: the lowest validation score; best_step: of
     the weights that are kept; bad: validations since the lowest; skipped: steps in a row whose loss or gradient was
-    not finite; usual: mean and variance of the loss of late, to tell spikes.
+    not finite; usual: mean and variance of the loss of late, to tell spikes; logged: sums over the steps that are not
+    logged yet.
     """
 
     step: int
@@ -56,6 +59,7 @@ class State:
     stopped: bool = False
     skipped: int = 0
     usual: tuple[float, float] | None = None
+    logged: dict[str, float] = field(default_factory=dict)
 
 
 class ModelCard(BaseModel):
@@ -73,8 +77,8 @@ def set_aside(run: Path, state: State, ranks: Ranks) -> State:
     if ranks.first:
         for path in [p for folder in ("checkpoints", "best") for p in (run / folder).glob("step-*")]:
             if path.suffix == ".partial":
-                shutil.rmtree(path)
-            elif not path.suffix and step_of(path) > state.step:
+                shutil.rmtree(path, ignore_errors=True)  # a rank of a dead attempt may still write there
+            elif NAME.fullmatch(path.name) and step_of(path) > state.step:
                 shutil.rmtree(path.with_suffix(".aside"), ignore_errors=True)
                 path.rename(path.with_suffix(".aside"))
     best = run / "best" / f"step-{state.best_step:08d}"
@@ -87,21 +91,23 @@ def set_aside(run: Path, state: State, ranks: Ranks) -> State:
 
 def committed(folder: Path) -> list[Path]:
     """Committed checkpoints in a folder, newest first."""
-    return sorted((p.parent for p in folder.glob(f"step-*/{COMMIT}") if not p.parent.suffix), reverse=True)
+    return sorted((p.parent for p in folder.glob(f"step-*/{COMMIT}") if NAME.fullmatch(p.parent.name)), reverse=True)
 
 
 def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.stem.removeprefix("step-"))
+    return int(checkpoint.name.split(".")[0].removeprefix("step-"))
 
 
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, or None: every file is compared with its recorded size and hash."""
     try:
         listing = json.loads((checkpoint / COMMIT).read_text())
+        if STATE not in listing or not any(name.endswith(".safetensors") for name in listing):
+            return f"{COMMIT} lists no {STATE} or no weights"
         for name, recorded in listing.items():
             if hash_file(checkpoint / name).model_dump() != recorded:
                 return f"{name} differs from what was saved"
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         return str(error)
     return None
 
@@ -267,12 +273,21 @@ class Loaded:
 
 def describe(run: Path, store: Store, config: Config) -> None:
     """Write config.json and model.json: a run folder explains itself a year later."""
-    run.mkdir(parents=True, exist_ok=True)
-    config.write(run / "config.json")
     card = ModelCard(
         fingerprint=store.fingerprint, modalities=store.manifest.modalities, batches=store.manifest.batches
     )
-    (run / "model.json").write_text(card.model_dump_json(indent=1))
+    with writing("what the run is", run):
+        run.mkdir(parents=True, exist_ok=True)
+        _replace(run / "config.json", config.write)
+        _replace(run / "model.json", lambda path: path.write_text(card.model_dump_json(indent=1)))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Old or new, never half."""
+    half = path.with_suffix(".partial")
+    write(half)
+    sync(half)
+    half.replace(path)
 
 
 def load_model(run: Path, checkpoint: str = "best") -> Loaded:

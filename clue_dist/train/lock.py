@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
-from clue_dist.errors import ResumeError
+from clue_dist.errors import ResumeError, writing
 from clue_dist.ranks import Ranks
 
 
@@ -17,33 +19,69 @@ from clue_dist.ranks import Ranks
 def alone_in(run: Path, ranks: Ranks) -> Iterator[None]:
     """Hold the run folder's lock on rank 0; the system lets go of it when the process ends, however it ends.
 
+    An earlier attempt of the same Slurm job may take a while to end: it is waited for.
+
     Raises:
         ResumeError: another job holds it, on every rank.
     """
-    run.mkdir(parents=True, exist_ok=True)
-    _check_shared(run, ranks)
-    with (run / ".lock").open("a") as handle:
-        free = True
-        if ranks.first:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                free = False
-            except OSError as error:  # Lustre mounted without locks, for one
-                print(
-                    f"{run}: no lock can be held here ({error}); see to it that one job alone trains in it", flush=True
-                )
-        if not ranks.all_gather_object(free)[0]:
-            fix = "wait until it ends, end it, or choose another folder with --set run=..."
-            raise ResumeError("another job is training in this run folder", where=run, fix=fix)
+    token = run / f".rank0-{os.getpid()}-{time.time_ns()}"
+    ranks.together(lambda: _make(run, token if ranks.first else run / ".lock"))
+    _check_shared(run, token, ranks)
+    with (run / ".lock").open("a+") as handle:
+        found: list[str | None] = [None]
+
+        def take() -> None:
+            with writing("who trains in it", run):
+                found[0] = _taken(handle, run) if ranks.first else None
+
+        ranks.together(take)
+        holder = ranks.all_gather_object(found[0])[0]
+        if holder is not None:
+            raise ResumeError(
+                "another job is training in this run folder",
+                where=run,
+                got=holder,
+                fix="wait until it ends, end it, or choose another folder with --set run=...; "
+                f"if its machine is dead, remove {run / '.lock'}: some file servers keep the locks of the dead",
+            )
         yield
 
 
-def _check_shared(run: Path, ranks: Ranks) -> None:
-    """Each rank writes its part of a checkpoint into the folder of rank 0."""
-    token = run / f".rank0-{os.getpid()}-{time.time_ns()}"
-    if ranks.first:
-        token.touch()
+def _taken(lock: IO[str], run: Path) -> str | None:
+    """Who holds the lock; None once this process does."""
+    deadline = time.monotonic() + EARLIER_ATTEMPT
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "a job that has just begun"
+            if JOB is None or f"Slurm job {JOB}" not in holder.split(", ") or time.monotonic() > deadline:
+                return holder
+            time.sleep(0.5)
+            continue
+        except OSError as error:  # Lustre mounted without locks, for one
+            print(f"{run}: no lock can be held here ({error}); see to it that one job alone trains in it", flush=True)
+            return None
+        mine = f"process {os.getpid()} on {socket.gethostname()}"
+        lock.truncate(0)
+        lock.write(f"{mine}, Slurm job {JOB}\n" if JOB else f"{mine}\n")
+        lock.flush()
+        return None
+
+
+def _make(run: Path, file: Path) -> None:
+    with writing("the run folder", run):
+        run.mkdir(parents=True, exist_ok=True)
+        file.touch()
+
+
+EARLIER_ATTEMPT = 90.0  # seconds to wait for it: NFS servers let go of a dead client's locks after its lease
+JOB = os.environ.get("SLURM_JOB_ID")
+
+
+def _check_shared(run: Path, token: Path, ranks: Ranks) -> None:
+    """Each rank writes its part of a checkpoint into the folder of rank 0, where rank 0 has put a token."""
     name = ranks.all_gather_object(token.name)[0]
     seen = ranks.all_gather_object(ranks.first or _appears(run / name))
     if ranks.first:

@@ -42,11 +42,12 @@ def fit(setup: Setup, ranks: Ranks, resume: str = "auto") -> Result:
         ResumeError: nothing that `resume` names can be gone on from, or another job is in the run folder.
         StoreError: a damaged chunk; TrainingError: loss or gradient stay not finite; SavingError: a full disk.
     """
-    device = join(ranks)
-    with Peers(ranks), alone_in(Path(setup.config.run), ranks):
-        engine, state = _start(setup, ranks, resume, device)
-        result = _train(engine, setup, ranks, state, device)
-        engine.destroy()
+    with StopFlag() as stop:
+        device = join(ranks)
+        with Peers(ranks), alone_in(Path(setup.config.run), ranks):
+            engine, state = _start(setup, ranks, resume, device)
+            result = _train(engine, setup, ranks, state, device, stop)
+            engine.destroy()
     return result
 
 
@@ -58,23 +59,22 @@ def _start(setup: Setup, ranks: Ranks, resume: str, device: torch.device) -> tup
     if found is not None:
         state = checkpoint.check_same_run(run, setup.config, setup.store.fingerprint, found)
     state = checkpoint.set_aside(run, state, ranks)
-    if ranks.first and (found is None or not (run / "model.json").exists()):
-        checkpoint.describe(run, setup.store, setup.config)
+    ranks.together(lambda: checkpoint.describe(run, setup.store, setup.config) if ranks.first else None)
     if found is None:
         return build(setup, ranks, device), state
     return checkpoint.restore(lambda start: build(setup, ranks, device, start), found, state), state
 
 
-def _train(engine: Any, setup: Setup, ranks: Ranks, state: State, device: torch.device) -> Result:
+def _train(engine: Any, setup: Setup, ranks: Ranks, state: State, device: torch.device, stop: StopFlag) -> Result:
     run, t, every = Path(setup.config.run), setup.config.train, setup.config.log.every
     held_out = setup.held_out()
     held_out = held_out.to(device) if held_out is not None else None
-    sinks = Sinks(run, setup.config, setup.total_steps, state.step, ranks.first)
-    loading, saving = loader_at(setup, ranks, state.step, device), Saver(run, engine, ranks, t.keep)
-    with StopFlag() as stop, sinks, loading as loader, saving as saver:
+    sinks = Sinks(run, setup.config, setup.total_steps, state.step, ranks)
+    loading, saving = loader_at(setup, ranks, state.step, device), Saver(run, engine, ranks, t.keep, sinks.sync)
+    with sinks, loading as loader, saving as saver:
         sinks.say(_greeting(run, state, ranks))
         state = replace(state, world=ranks.world)
-        meter = Meter(setup, loader, saver, device)
+        meter = Meter(setup, loader, saver, device, state.logged)
         done, outcome = state.stopped or state.step >= setup.total_steps, None
         while not done:
             outcome = train_step(engine, setup, ranks, loader, state.step, device, saver, stop)
@@ -90,7 +90,7 @@ def _train(engine: Any, setup: Setup, ranks: Ranks, state: State, device: torch.
             if outcome.failed:
                 saver.finish()  # raises what went wrong
             if done or due(state, t.checkpoint_every):
-                saver.checkpoint(replace(state, updates=pieces.updates(engine)))
+                saver.checkpoint(replace(state, updates=pieces.updates(engine), logged=meter.so_far()))
         saver.finish()
         if outcome is not None and outcome.stop:
             sinks.say(f"asked to stop: saved at step {state.step}, `--resume auto` goes on from there")

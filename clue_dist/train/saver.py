@@ -7,6 +7,7 @@ the update after it has to wait for it. Files are staged under a temporary name,
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 import threading
 import time
@@ -23,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from clue_dist.errors import ClueError, SavingError
+from clue_dist.errors import ClueError, SavingError, writing
 from clue_dist.ranks import Ranks
 from clue_dist.store.writer import hash_file, sync
 from clue_dist.train import pieces
@@ -36,12 +37,18 @@ Listing = dict[str, dict[str, Any]]  # file -> size and hash, what COMMIT.json h
 class Saver:
     """Saves checkpoints and best weights of a run. Every rank must make the same calls at the same steps.
 
+    before_commit: what rank 0 must have done for a checkpoint to stand, in the thread that writes it.
     waited: seconds training has waited for saving so far. Raises from `check` and `finish`, on all ranks alike:
         SavingError: a file could not be written; what was half written is removed, what was committed stands.
     """
 
-    def __init__(self, run: Path, engine: Any, ranks: Ranks, keep: int) -> None:
+    def __init__(
+        self, run: Path, engine: Any, ranks: Ranks, keep: int, before_commit: Callable[[], None] | None = None
+    ) -> None:
         self._run, self._engine, self._ranks, self._keep = run, engine, ranks.aside(), keep
+        self._before_commit = before_commit or _nothing
+        # Ranks of an attempt that is over for Slurm may live on for a while: they must not write where we do.
+        self._attempt = ranks.all_gather_object(secrets.token_hex(4))[0]
         self._shapes = json.dumps(pieces.shapes(engine))
         self._copier, self._writer = _Worker("copy"), _Worker("write")
         self._copies: list[Future[Any]] = []
@@ -119,7 +126,7 @@ class Saver:
             raise self._broken
         ranks = self._ranks
         final = self._run / kind / f"step-{state.step:08d}"
-        partial = final.with_suffix(".partial")
+        partial = final.with_suffix(f".{self._attempt}.partial")
         mine = partial / f"rank-{ranks.rank:05d}.safetensors"
         written: Listing = {}
         try:
@@ -142,17 +149,20 @@ class Saver:
         _write_text(partial / STATE, json.dumps(asdict(state), indent=1))
         _write_text(partial / COMMIT, json.dumps(listing | _listed(partial / STATE), indent=1))
         sync(partial)
+        self._before_commit()
         partial.rename(final)
         sync(final.parent)
         if kind == "checkpoints":
-            self._prune()
+            self._prune(state)
 
-    def _prune(self) -> None:
-        """Drop the oldest checkpoints, and the best weights that none of those left names."""
+    def _prune(self, state: State) -> None:
+        """Drop the oldest checkpoints, the best weights that none of those left names, and what was set aside of steps
+        that this attempt has passed."""
         there = committed(self._run / "checkpoints")
         named = {json.loads((kept / STATE).read_text())["best_step"] for kept in there[: self._keep]}
         unnamed = [best for best in committed(self._run / "best") if step_of(best) not in named]
-        for old in [*there[self._keep :], *unnamed]:
+        aside = [p for p in self._run.glob("*/step-*.aside") if step_of(p) <= state.step]
+        for old in [*there[self._keep :], *unnamed, *aside]:
             doomed = old.with_suffix(".partial")  # so that what is left of it is not taken for a checkpoint
             old.rename(doomed)
             shutil.rmtree(doomed)
@@ -215,19 +225,9 @@ def _nothing() -> None:
 
 
 def _told(where: Path, work: Callable[[], None]) -> Callable[[], None]:
-    """`work`, with what the system refuses told as an error that a person can mend."""
-
     def told() -> None:
-        try:
+        with writing("a checkpoint", where):
             work()
-        except Exception as error:  # whatever it is, the other ranks must hear of it
-            raise SavingError(
-                "a checkpoint could not be written",
-                where=where,
-                got=error,
-                fix="make room or make the folder writable, then type the same command: "
-                "it goes on from the last checkpoint that was committed",
-            ) from error
 
     return told
 

@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import secrets
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from clue_dist.config import Config
-from clue_dist.errors import SavingError
+from clue_dist.errors import writing
+from clue_dist.ranks import Ranks
+from clue_dist.store.writer import sync
 
 Numbers = Mapping[str, float | int | str]
+T = TypeVar("T")
 
 
 class Sinks:
-    """Rank 0's sinks; on other ranks every call does nothing. `step`: where the run goes on from."""
+    """Rank 0's sinks; on other ranks every call does nothing. `step`: where the run goes on from.
 
-    def __init__(self, run: Path, config: Config, total: int, step: int, active: bool) -> None:
-        self.active, self.total, self._run = active, total, run
-        if not active:
-            return
-        self._file = _reopened(run / "metrics.jsonl", step)
-        self._board = _tensorboard(run, step) if config.log.tensorboard else None
-        self._wandb = _wandb(run, config) if config.log.wandb != "disabled" else None
-        self._bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
+    Raises:
+        SavingError: metrics.jsonl cannot be begun, on every rank.
+    """
+
+    def __init__(self, run: Path, config: Config, total: int, step: int, ranks: Ranks) -> None:
+        self.active, self.total = ranks.first, total
+        ranks.together(lambda: self._begin(run, config, step) if self.active else None)
+
+    def _begin(self, run: Path, config: Config, step: int) -> None:
+        with writing("metrics.jsonl", run):
+            self._file = _Lines(run / "metrics.jsonl", step)
+        self._board = _guarded("TensorBoard", lambda: _tensorboard(run, step)) if config.log.tensorboard else None
+        self._wandb = _guarded("wandb", lambda: _wandb(run, config)) if config.log.wandb != "disabled" else None
+        self._bar = (
+            tqdm(total=self.total, initial=step, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
+        )
         self._began, self._first = time.monotonic(), step
 
     def advance(self) -> None:
@@ -41,12 +54,12 @@ class Sinks:
         """Log numbers of a split ("train" or "validation") at a step."""
         if not self.active:
             return
-        self._to_file(json.dumps({"step": step, "split": split, **numbers}) + "\n")
-        plain = {k: v for k, v in numbers.items() if isinstance(v, int | float)}
-        if self._board is not None:
-            for name, value in plain.items():
-                self._board.add_scalar(f"{split}/{name}", value, step)
-        self._log_wandb({f"{split}/{k}": v for k, v in plain.items()}, step)
+        self._file.write(json.dumps({"step": step, "split": split, **numbers}) + "\n")
+        plain = {f"{split}/{k}": v for k, v in numbers.items() if isinstance(v, int | float)}
+        if board := self._board:
+            self._board = _guarded("TensorBoard", lambda: _to_board(board, plain, step))
+        if wandb := self._wandb:
+            self._wandb = _guarded("wandb", lambda: (wandb.log(plain, step=step), wandb)[1])
         self._show(split, step, numbers)
 
     def event(self, what: str, step: int, numbers: Numbers) -> None:
@@ -66,25 +79,22 @@ class Sinks:
     def __exit__(self, *_: object) -> None:
         if not self.active:
             return
-        self._file.close()
         if self._bar is not None:
             self._bar.close()
         if self._board is not None:
-            self._board.close()
+            _guarded("TensorBoard", self._board.close)
         if self._wandb is not None:
-            _guarded(self._wandb.finish)
+            _guarded("wandb", self._wandb.finish)
+        self._file.close()
 
-    def _to_file(self, line: str) -> None:
-        try:
-            self._file.write(line)
-            self._file.flush()
-        except OSError as error:
-            fix = "make room, then type the same command: it goes on from the last checkpoint that was committed"
-            raise SavingError("metrics.jsonl could not be written", where=self._run, got=error, fix=fix) from error
+    def sync(self) -> None:
+        """Have metrics.jsonl on disk: a checkpoint that is gone on from must not miss lines before it.
 
-    def _log_wandb(self, numbers: dict[str, Any], step: int) -> None:
-        if self._wandb is not None and not _guarded(self._wandb.log, numbers, step=step):
-            self._wandb = None
+        Raises:
+            OSError: the disk is full, say. No line is lost by that: the next call writes them.
+        """
+        if self.active:
+            self._file.sync()
 
     def _show(self, split: str, step: int, numbers: Numbers) -> None:
         if split == "train" and self._bar is not None:
@@ -111,7 +121,37 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
-def _reopened(path: Path, step: int) -> Any:
+class _Lines:
+    """metrics.jsonl. Lines that the disk does not take wait in memory; a checkpoint cannot stand without them."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self._path, self._file = path, _reopened(path, step)
+        self._left, self._told, self._lock = b"", False, threading.Lock()  # a checkpoint's thread syncs
+
+    def write(self, line: str) -> None:
+        try:
+            with self._lock:
+                self._left += line.encode()
+                self._flush()
+        except OSError as error:
+            if not self._told:
+                print(f"{self._path} cannot be written ({error}): its lines wait for the next checkpoint", flush=True)
+            self._told = True
+
+    def sync(self) -> None:
+        with self._lock:
+            self._flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _flush(self) -> None:
+        while self._left:
+            self._left = self._left[self._file.write(self._left) :]
+
+
+def _reopened(path: Path, step: int) -> io.FileIO:
     """metrics.jsonl for appending, without lines after `step`: what is trained again is logged again."""
     kept = []
     if path.exists():
@@ -123,8 +163,9 @@ def _reopened(path: Path, step: int) -> Any:
                 continue
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(line + "\n" for line in kept))
+    sync(temporary)
     temporary.rename(path)
-    return path.open("a")
+    return io.FileIO(path, "a")
 
 
 def _tensorboard(run: Path, step: int) -> Any:
@@ -133,29 +174,26 @@ def _tensorboard(run: Path, step: int) -> Any:
     return SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
 
 
+def _to_board(board: Any, numbers: Numbers, step: int) -> Any:
+    for name, value in numbers.items():
+        board.add_scalar(name, value, step)
+    return board
+
+
 def _wandb(run: Path, config: Config) -> Any:
-    """A wandb run in the run folder, offline unless the config says online; None if it cannot be started."""
+    """A wandb run in the run folder, offline unless the config says online."""
     import wandb
 
-    started: list[Any] = []
-
-    def start() -> None:
-        settings = wandb.Settings(silent=True, console="off", init_timeout=30, finish_timeout=20)
-        started.append(
-            wandb.init(
-                project=config.log.project,
-                name=run.name,
-                dir=str(run),
-                mode=config.log.wandb,
-                id=_wandb_id(run),
-                resume="allow",
-                config=config.model_dump(mode="json"),
-                settings=settings,
-            )
-        )
-
-    _guarded(start)
-    return started[0] if started else None
+    return wandb.init(
+        project=config.log.project,
+        name=run.name,
+        dir=str(run),
+        mode=config.log.wandb,
+        id=_wandb_id(run),
+        resume="allow",
+        config=config.model_dump(mode="json"),
+        settings=wandb.Settings(silent=True, console="off", init_timeout=30, finish_timeout=20),
+    )
 
 
 def _wandb_id(run: Path) -> str:
@@ -166,11 +204,10 @@ def _wandb_id(run: Path) -> str:
     return path.read_text().strip()
 
 
-def _guarded(call: Any, *args: Any, **kwargs: Any) -> bool:
-    """Whether the call went through; a failing sink is reported and left."""
+def _guarded(name: str, call: Callable[[], T]) -> T | None:
+    """What the call returns; None where the sink fails, which is reported and left."""
     try:
-        call(*args, **kwargs)
-    except Exception as error:  # noqa: BLE001  any failure of wandb must leave training alone
-        print(f"wandb is off from here on ({type(error).__name__}: {error}); metrics.jsonl goes on", flush=True)
-        return False
-    return True
+        return call()
+    except Exception as error:  # noqa: BLE001  any failure of a sink must leave training alone
+        print(f"{name} is off from here on ({type(error).__name__}: {error}); metrics.jsonl goes on", flush=True)
+        return None

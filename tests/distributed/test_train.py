@@ -144,14 +144,18 @@ def test_a_second_job_on_the_same_run_folder_is_refused(folder: Path) -> None:
     python(*args)
 
 
-def test_best_weights_of_a_killed_attempt_do_not_outlive_it(folder: Path) -> None:
+@pytest.mark.parametrize("epochs", [5, 10])
+def test_best_weights_of_a_killed_attempt_do_not_outlive_it(folder: Path, epochs: int) -> None:
     # Killed before its first checkpoint, but after a validation: the next attempt starts anew.
-    settings = ("train.epochs=10", "train.validate_every=10")
-    python(*train_args(folder, folder / "s.zarr", "killed", *settings))
-    shutil.rmtree(folder / "killed" / "checkpoints")
-    python(*train_args(folder, folder / "s.zarr", "killed", *settings, "model.latent=4"))
-    assert best_weights(folder / "killed")["heads.bias"].shape[-1] == 2 * 2 * 4 // 2  # of each of two members
-    assert list((folder / "killed" / "best").glob("step-*.aside"))
+    name = f"killed-{epochs}"
+    python(*train_args(folder, folder / "s.zarr", name, "train.epochs=10", "train.validate_every=10"))
+    best = max((folder / name / "best").iterdir()).name
+    shutil.rmtree(folder / name / "checkpoints")
+    settings = ("model.latent=4", f"train.epochs={epochs}", "train.validate_every=10")
+    python(*train_args(folder, folder / "s.zarr", name, *settings))
+    assert best_weights(folder / name)["heads.bias"].shape[-1] == 2 * 2 * 4 // 2  # of each of two members
+    aside = [path.name for path in (folder / name).glob("*/step-*.aside")]
+    assert aside == ([f"{best}.aside"] if epochs == 5 else [])  # until training has passed that step
 
 
 def test_going_on_from_a_checkpoint_of_another_run(folder: Path) -> None:
