@@ -8,8 +8,8 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import IO
 
 from clue_dist.errors import ResumeError, writing
 from clue_dist.ranks import Ranks
@@ -27,7 +27,7 @@ def alone_in(run: Path, ranks: Ranks) -> Iterator[None]:
     token = run / f".rank0-{os.getpid()}-{time.time_ns()}"
     ranks.together(lambda: _make(run, token if ranks.first else run / ".lock"))
     _check_shared(run, token, ranks)
-    with (run / ".lock").open("a+") as handle:
+    with (run / ".lock").open("ab+", buffering=0) as handle:
         found: list[str | None] = [None]
 
         def take() -> None:
@@ -47,7 +47,7 @@ def alone_in(run: Path, ranks: Ranks) -> Iterator[None]:
         yield
 
 
-def _taken(lock: IO[str], run: Path) -> str | None:
+def _taken(lock: FileIO, run: Path) -> str | None:
     """Who holds the lock; None once this process does."""
     deadline = time.monotonic() + EARLIER_ATTEMPT
     while True:
@@ -55,7 +55,7 @@ def _taken(lock: IO[str], run: Path) -> str | None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            holder = lock.read().strip() or "a job that has just begun"
+            holder = lock.read().decode().strip() or "a job that has just begun"
             if JOB is None or f"Slurm job {JOB}" not in holder.split(", ") or time.monotonic() > deadline:
                 return holder
             time.sleep(0.5)
@@ -65,8 +65,7 @@ def _taken(lock: IO[str], run: Path) -> str | None:
             return None
         mine = f"process {os.getpid()} on {socket.gethostname()}"
         lock.truncate(0)
-        lock.write(f"{mine}, Slurm job {JOB}\n" if JOB else f"{mine}\n")
-        lock.flush()
+        lock.write((f"{mine}, Slurm job {JOB}\n" if JOB else f"{mine}\n").encode())
         return None
 
 

@@ -3,7 +3,8 @@
 [deepspeed] tests/faults/plant.py FAULT ... -- launch/train.py ARGS
 
 kill:RANK:STEP        the rank kills itself as it fetches the batch of a step, once all that was to be saved is saved
-term:RANK:STEP        it sends SIGTERM to itself, usr1:RANK:STEP USR1
+term:RANK:STEP        it sends SIGTERM to itself, usr1:RANK:STEP USR1; STEP is a number, "start" before the first of
+                      this attempt, or "end" after the last
 nan:RANK:FROM:TO:M    modality M of its batches of steps FROM to TO - 1 is NaN; inf:... has one infinite value
 jump:RANK:FROM:TO:M   the values are a thousand times as large
 saving:RANK:STEP:P    it kills itself while the checkpoint of a step is saved, at place P of PLACES
@@ -56,6 +57,8 @@ def plant(kind: str, *where: str) -> None:
         return after_saving(int(where[1]))
     if kind == "saving":
         return in_save(int(where[1]), where[2])
+    if kind in SIGNALS and where[1] in MOMENTS:
+        return at_call(*MOMENTS[where[1]], lambda: os.kill(os.getpid(), SIGNALS[kind]))
     if kind in SIGNALS:
         return at_batch(lambda step, _: os.kill(os.getpid(), SIGNALS[kind]) if step == int(where[1]) else None)
     return at_batch(lambda step, b: spoil(b, where[3], kind) if int(where[1]) <= step < int(where[2]) else None)
@@ -64,20 +67,36 @@ def plant(kind: str, *where: str) -> None:
 def at_batch(do: Callable[[int, Batch], object]) -> None:
     """`do` is told the step and the batch as training fetches it."""
     loader_at, following = loop.loader_at, Loader.__next__
-    steps: dict[int, int] = {}
+    fetched_before: dict[int, int] = {}  # batches, of which a step may take several
+    micros = [1]
 
     def planted(setup: Any, ranks: Any, step: int, device: Any) -> Loader:
         loader = loader_at(setup, ranks, step, device)
-        steps[id(loader)] = step
+        micros[0] = setup.config.train.grad_accum
+        fetched_before[id(loader)] = step * micros[0]
         return loader
 
     def fetched(self: Loader) -> Batch:
         batch = following(self)
-        do(steps[id(self)], batch)
-        steps[id(self)] += 1
+        do(fetched_before[id(self)] // micros[0], batch)
+        fetched_before[id(self)] += 1
         return batch
 
     loop.loader_at, Loader.__next__ = planted, fetched  # type: ignore[method-assign]
+
+
+# When, besides steps: as the engine is made, as everything is saved
+MOMENTS = {"start": (loop, "build"), "end": (saver.Saver, "finish")}
+
+
+def at_call(owner: Any, name: str, do: Callable[[], object]) -> None:
+    function = getattr(owner, name)
+
+    def planted(*args: Any, **more: Any) -> Any:
+        do()
+        return function(*args, **more)
+
+    setattr(owner, name, planted)
 
 
 # Functions of a save, the word in their first argument by which the moment is known, and whether it comes before them

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -41,19 +42,27 @@ def args_of(folder: Path, name: str, *settings: str) -> list[str]:
     return train_args(folder, folder / "s.zarr", name, *SETTINGS, *settings)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_killed_at_a_random_step_it_ends_bit_for_bit_like_an_unbroken_run(folder: Path, stage: int) -> None:
-    zero = f"train.zero_stage={stage}"
-    run(*spawned(2, *args_of(folder, f"whole{stage}", zero)))
-    rank, step = random.Random(stage).choice([0, 1]), random.Random(stage).randrange(5, STEPS)
-    args = args_of(folder, f"killed{stage}", zero)
-    done = run(*planted(2, args, f"kill:{rank}:{step}"), expect=None)
+ACCUMULATED, RMSPROP, BF16 = "train.grad_accum=2", "train.optimizer=rmsprop", "train.precision=bf16"
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings"),
+    [(0, ()), (1, ()), (2, ()), (3, ()), (0, (ACCUMULATED, RMSPROP)), (0, (BF16,)), (1, (BF16, ACCUMULATED))],
+)
+def test_killed_at_a_random_step_it_ends_bit_for_bit_like_an_unbroken_run(
+    tmp_path: Path, folder: Path, stage: int, settings: tuple[str, ...]
+) -> None:
+    args = [args_of(folder, str(tmp_path / name), f"train.zero_stage={stage}", *settings) for name in ("whole", "kill")]
+    run(*spawned(2, *args[0]))
+    draw = random.Random(f"{stage}{settings}")
+    rank, step = draw.choice([0, 1]), draw.randrange(5, STEPS)
+    done = run(*planted(2, args[1], f"kill:{rank}:{step}"), expect=None)
     assert done.returncode != 0
-    before = saved_steps(folder / f"killed{stage}")[0]
+    whole, broken = tmp_path / "whole", tmp_path / "kill"
+    before = saved_steps(broken)[0]
     assert before == step // 4 * 4  # one interval at most is done again
-    done = run(*spawned(2, *args))
+    done = run(*spawned(2, *args[1]))
     assert f"going on from step {before}" in done.stdout
-    whole, broken = folder / f"whole{stage}", folder / f"killed{stage}"
     for split in ("train", "validation"):
         assert timeless(whole, split) == timeless(broken, split)
     assert len(timeless(whole)) == STEPS
@@ -66,12 +75,15 @@ def same_state(a: Path, b: Path) -> float:
     last = [run / "checkpoints" / f"step-{saved_steps(run)[0]:08d}" for run in (a, b)]
     states = [contents(folder) for folder in last]
     assert states[0].keys() == states[1].keys()
+    assert all(states[0].values())
     assert (last[0] / "state.json").read_text() == (last[1] / "state.json").read_text()
     return max(largest_difference(states[0][key], states[1][key]) for key in states[0])
 
 
 def contents(folder: Path) -> dict[str, dict[str, Any]]:
-    return {key: pieces.full(checkpoint.parts(folder), key) for key in ("weights", "exp_avg", "exp_avg_sq")}
+    """Weights and whatever the optimizer keeps, each by parameter."""
+    parts = checkpoint.parts(folder)
+    return {key: pieces.full(parts, key) for key in sorted({key for key, *_ in pieces.saved(parts)})}
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 4), (4, 2)])
@@ -95,7 +107,7 @@ def test_it_goes_on_with_another_number_of_ranks(folder: Path, before: int, afte
     assert largest_difference(best_weights(whole), best_weights(folder / name)) < 1e-4
 
 
-def test_under_another_zero_stage_and_precision_of_the_same_checkpoint(folder: Path) -> None:
+def test_it_goes_on_under_another_zero_stage(folder: Path) -> None:
     args = args_of(folder, "stages", "train.zero_stage=3")
     run(*planted(2, args, "term:0:9"), expect=75)
     saved = contents(folder / "stages" / "checkpoints" / "step-00000010")
@@ -108,6 +120,43 @@ def test_under_another_zero_stage_and_precision_of_the_same_checkpoint(folder: P
         for path in newest.iterdir():  # so that the next stage begins at the same step
             path.unlink()
         newest.rmdir()
+
+
+def test_what_is_logged_now_and_then_is_the_mean_over_all_its_steps(folder: Path) -> None:
+    python(*args_of(folder, "means", "log.every=8"))
+    args = args_of(folder, "means-broken", "log.every=8")
+    run("python", "tests/faults/plant.py", "usr1:0:10", "--", *args, expect=75)  # two steps after the last line
+    python(*args)
+    whole, broken = timeless(folder / "means"), timeless(folder / "means-broken")
+    assert [line["step"] for line in whole] == [8, 16, 24]
+    for a, b in zip(whole, broken, strict=True):
+        assert list(a) == list(b)
+        assert list(b.values())[2:] == pytest.approx(list(a.values())[2:], rel=1e-6)
+
+
+def test_best_weights_are_those_of_the_checkpoint_that_is_gone_on_from(folder: Path) -> None:
+    """The newest checkpoint is damaged: what it knew of validations since the one before it is forgotten."""
+    settings = ("train.validate_every=2", "train.checkpoint_every=8", "train.patience=9")
+    python(*args_of(folder, "best", *settings))
+    args = args_of(folder, "best-broken", *settings)
+    run("python", "tests/faults/plant.py", "usr1:0:18", "--", *args, expect=75)
+    newest, before = saved_steps(folder / "best-broken")[:2]
+    assert (newest, before) == (19, 16)
+    (folder / "best-broken" / "checkpoints" / f"step-{newest:08d}" / "rank-00000.safetensors").write_bytes(b"torn")
+    assert f"going on from step {before}" in python(*args).stdout
+    whole, broken = folder / "best", folder / "best-broken"
+    assert timeless(whole, "validation") == timeless(broken, "validation")
+    assert saved_steps(whole, "best") == saved_steps(broken, "best")
+    assert largest_difference(best_weights(whole), best_weights(broken)) == 0.0
+    assert not list(broken.glob("*/*.aside")), "training has passed them"
+
+
+def test_a_run_is_prolonged_and_its_folder_says_so(folder: Path) -> None:
+    python(*args_of(folder, "prolonged"))
+    done = python(*args_of(folder, "prolonged"), "train.epochs=6")
+    assert f"going on from step {STEPS}" in done.stdout
+    assert json.loads((folder / "prolonged" / "config.json").read_text())["train"]["epochs"] == 6
+    assert saved_steps(folder / "prolonged")[0] == metrics(folder / "prolonged")[-1]["step"] == 27
 
 
 def test_early_stop_is_remembered(folder: Path) -> None:

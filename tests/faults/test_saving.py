@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -105,6 +105,16 @@ def test_what_was_damaged_is_refused_and_the_one_before_it_used(
             checkpoint.find(tmp_path / str(i), str(there / newest), Ranks())
 
 
+@pytest.mark.parametrize("listing", ["{}", "[]", '{"state.json": {}}', "null", '"text"'])
+def test_a_marker_that_lists_no_weights_is_damaged(folder: Path, tmp_path: Path, listing: str) -> None:
+    there = shutil.copytree(folder / "whole" / "checkpoints", tmp_path / "checkpoints")
+    newest, before = saved_steps(folder / "whole")
+    (there / f"step-{newest:08d}" / checkpoint.COMMIT).write_text(listing)
+    shutil.copytree(there / f"step-{before:08d}", there / "step-old")  # somebody's copy is nobody's business
+    found = checkpoint.find(tmp_path, "auto", Ranks())
+    assert found == there / f"step-{before:08d}"
+
+
 def test_training_goes_on_from_the_one_before_a_damaged_one(folder: Path) -> None:
     args = args_of(folder, "flipped")
     python(*args, "--set", "train.epochs=4")
@@ -129,8 +139,18 @@ def mounted(where: Path, *options: str) -> Iterator[None]:
 
 @needs_root
 def test_a_full_disk_is_told_and_leaves_what_was_committed(folder: Path) -> None:
-    args = args_of(folder, "full", "train.keep=99")
-    with mounted(folder / "full", "-t", "tmpfs", "-o", "size=500k", "none"):
+    """With sinks that write there, too: they must not end training, nor may lines be missing afterwards."""
+    args = args_of(folder, "full", "train.keep=99", "log.tensorboard=true", "log.wandb=offline")
+    with mounted(folder / "full", "-t", "tmpfs", "-o", "size=700k", "none"):
+        (folder / "full" / "other").write_bytes(b"\1" * 700_000)  # tmpfs counts whole pages
+        with suppress(OSError), (folder / "full" / "more").open("wb") as rest:
+            rest.write(b"\1" * 100_000)
+        done = python(*args, expect=1)
+        assert "could not be written" in done.stderr
+        assert "No space left on device" in done.stderr
+        assert "Traceback" not in done.stderr
+        for path in ("other", "more"):
+            (folder / "full" / path).unlink()
         done = python(*args, expect=1)
         assert "could not be written" in done.stderr
         assert "No space left on device" in done.stderr

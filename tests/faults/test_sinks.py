@@ -5,16 +5,22 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import socket
 import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from clue_dist.config import Config
 from clue_dist.errors import ResumeError
 from clue_dist.ranks import Ranks
+from clue_dist.train import lock
 from clue_dist.train.lock import alone_in
+from clue_dist.train.sinks import Sinks
 from tests.distributed.command import ROOT, environment, metrics, train_args
 from tests.faults.command import saved_steps
 from tests.processes import run_ranks
@@ -85,13 +91,48 @@ def test_where_no_lock_can_be_held_it_is_said(
         assert "no lock can be held here" in capsys.readouterr().out
 
 
-def test_the_lock_is_one_jobs(tmp_path: Path) -> None:
+def test_the_lock_is_one_jobs_and_names_it(tmp_path: Path) -> None:
     with (
         alone_in(tmp_path, Ranks()),
-        pytest.raises(ResumeError, match="another job is training"),
+        pytest.raises(ResumeError, match="another job is training") as refused,
         alone_in(tmp_path, Ranks()),
     ):
         raise AssertionError("not reached")
+    assert f"process {os.getpid()} on {socket.gethostname()}" in str(refused.value)
+    assert f"remove {tmp_path / '.lock'}" in str(refused.value)
+
+
+def test_an_earlier_attempt_of_the_same_job_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "JOB", "77")
+    went_in = threading.Event()
+
+    def again() -> None:
+        with alone_in(tmp_path, Ranks()):
+            went_in.set()
+
+    with alone_in(tmp_path, Ranks()):
+        later = threading.Thread(target=again)
+        later.start()
+        assert not went_in.wait(1.5)
+        assert later.is_alive(), "it was refused"
+    assert went_in.wait(20)
+    later.join()
+    monkeypatch.setattr(lock, "EARLIER_ATTEMPT", 1.0)
+    with alone_in(tmp_path, Ranks()), pytest.raises(ResumeError, match="Slurm job 77"), alone_in(tmp_path, Ranks()):
+        raise AssertionError("not reached")
+
+
+def test_a_sink_that_cannot_be_imported_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with Sinks(tmp_path, Config(), 10, 0, Ranks()) as sinks:
+        sinks.write("validation", 1, {"loss": 0.5})
+    said = capsys.readouterr().out
+    assert "wandb is off from here on" in said
+    assert "TensorBoard is off from here on" in said
+    assert metrics(tmp_path, "validation") == [{"step": 1, "split": "validation", "loss": 0.5}]
 
 
 def test_a_run_folder_that_is_not_shared_is_told_on_all_ranks(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from tests.distributed.command import ROOT, environment, launched, metrics, run, train_args
-from tests.faults.command import saved_steps
+from tests.faults.command import planted, saved_steps
 from tests.stores import make_store
 
 
@@ -41,6 +41,15 @@ def started(folder: Path, name: str, shell: str) -> subprocess.Popen[bytes]:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     return process
+
+
+@pytest.mark.parametrize(("moment", "code"), [("start", 75), ("end", 0)])
+def test_signals_are_heeded_before_the_first_step_and_after_the_last(folder: Path, moment: str, code: int) -> None:
+    args = train_args(folder, folder / "s.zarr", moment, "log.every=1", "train.epochs=2")
+    done = run(*planted(2, args, f"term:1:{moment}"), expect=code)
+    saved = saved_steps(folder / moment)
+    assert saved == [metrics(folder / moment)[-1]["step"]]
+    assert saved == [1] if code else "finished at step" in done.stdout
 
 
 def nothing_lost(folder: Path, name: str, asked: float) -> None:
