@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import stat
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 from tests.distributed.command import ROOT, environment
 
@@ -29,6 +32,7 @@ class Slurm:
     """What a person types on the cluster."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.env = environment() | {"SLURM_CONF": str(folder / "slurm.conf"), "MASTER_PORT": str(free_port())}
 
     def run(
@@ -46,6 +50,24 @@ class Slurm:
         """What Slurm knows of a job: JobState, ExitCode, Restarts, ..."""
         words = self.run("scontrol", "show", "job", "--oneliner", job).stdout.split()
         return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def power_off(self, node: str) -> None:
+        """A node is gone at once: its daemon, the daemons of its steps and all that they run."""
+        pid = int((self.folder / f"slurmd-{node}.pid").read_text())
+        steps = {p.ppid() for p in self.processes(node)}
+        for one in [pid, *steps, *(p.pid for p in self.processes(node))]:
+            with suppress(ProcessLookupError):
+                os.kill(one, signal.SIGKILL)
+
+    def processes(self, node: str) -> list[psutil.Process]:
+        """What jobs of this cluster run on a node."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                env = process.environ()
+                if (env.get("SLURMD_NODENAME"), env.get("SLURM_CONF")) == (node, self.env["SLURM_CONF"]):
+                    found.append(process)
+        return found
 
     def wait(self, job: str, timeout_s: float) -> dict[str, str]:
         """Wait until a job is over for good."""
@@ -89,6 +111,7 @@ SelectTypeParameters=CR_Core
 MpiDefault=none
 ReturnToService=2
 KillWait=30
+SlurmdTimeout=15
 SchedulerParameters=sched_interval=1,sched_min_interval=100000,bf_interval=1
 SlurmdParameters=config_overrides
 GresTypes=gpu

@@ -14,7 +14,7 @@ import pytest
 
 from tests.distributed.command import ROOT, best_weights, largest_difference, metrics, run, spawned, train_args
 from tests.faults.command import saved_steps, timeless
-from tests.faults.slurm import Slurm, cluster, missing
+from tests.faults.slurm import Slurm, cluster, daemon, missing
 from tests.stores import make_store
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
@@ -149,3 +149,38 @@ def test_the_command_of_the_readme_typed_as_it_stands(slurm: Slurm, tmp_path: Pa
     assert (state["JobState"], state["ExitCode"], state["NumTasks"]) == ("COMPLETED", "0:0", "4"), said[-3000:]
     assert "finished at step" in said
     assert saved_steps(tmp_path / "runs" / "atlas")[0] == metrics(tmp_path / "runs" / "atlas")[-1]["step"]
+
+
+def test_time_that_runs_out_is_no_loss(slurm: Slurm, folder: Path) -> None:
+    """Slurm's own clock: one minute, of which the last half is for saving."""
+    limits = ("--time=1", "--signal=USR1@30", "--nodes=2", "--ntasks-per-node=1", f"--output={folder}/limit.out")
+    job = slurm.submit(*limits, "launch/slurm/train.sbatch", *args_of(folder, "limit")[1:], "train.epochs=9999")
+    said, deadline = folder / "limit.out", time.monotonic() + 180
+    while "going on from step" not in (said.read_text() if said.exists() else ""):
+        assert time.monotonic() < deadline, output(folder, "limit")
+        time.sleep(0.2)
+    slurm.run("scancel", job)
+    slurm.wait(job, 60)
+    first = said.read_text().partition("going on from step ")
+    assert "exit code 75: back into the queue" in first[0]
+    stopped_at = int(first[2].split(":")[0])
+    assert f"asked to stop: saved at step {stopped_at}," in first[0]
+    assert [line["step"] for line in metrics(folder / "limit")] == list(
+        range(1, metrics(folder / "limit")[-1]["step"] + 1)
+    )
+
+
+def test_a_node_that_dies_brings_the_job_back_once_there_are_two_again(slurm: Slurm, folder: Path) -> None:
+    job = submitted(slurm, folder, "dead")
+    slurm.power_off("two")
+    died = time.monotonic()
+    while slurm.processes("one"):  # the rank that is left, and the batch script
+        assert time.monotonic() - died < 60, output(folder, "dead")
+        time.sleep(0.2)
+    assert "task 0: Exited with exit code 76" in (folder / "dead.out").read_text()
+    with daemon(slurm, slurm.folder, "slurmd", "-D", "-N", "two"):
+        state = slurm.wait(job, 240)
+        assert (state["JobState"], state["ExitCode"]) == ("COMPLETED", "0:0"), output(folder, "dead")
+        assert int(state["Restarts"]) >= 1
+        assert timeless(folder / "dead") == timeless(folder / "whole")
+        assert largest_difference(best_weights(folder / "dead"), best_weights(folder / "whole")) == 0.0

@@ -14,7 +14,7 @@ import pytest
 import scipy.sparse as sp
 
 from clue_dist.errors import DataError
-from data_prep import convert, entries, h5
+from data_prep import convert, entries, h5_file
 from data_prep import counts as reading
 from data_prep.mtx import MtxSource
 from tests.unit.prep_helpers import (
@@ -353,8 +353,8 @@ def test_a_stretch_of_a_dataset_is_what_hdf5_reads(tmp_path: Path, options: dict
         hollow[30:] = values[30:]  # the chunks before were never written
     with h5py.File(tmp_path / "a.h5") as file:
         for lo, hi in ((0, 100), (3, 5), (6, 8), (14, 77), (95, 100), (40, 40), (90, 200)):
-            np.testing.assert_array_equal(h5._stretch(file["x"], lo, hi), values[lo:hi])
-            np.testing.assert_array_equal(h5._stretch(file["y"], lo, hi), file["y"][lo:hi])
+            np.testing.assert_array_equal(h5_file.stretch(file["x"], lo, hi), values[lo:hi])
+            np.testing.assert_array_equal(h5_file.stretch(file["y"], lo, hi), file["y"][lo:hi])
 
 
 def test_a_file_that_ends_within_its_data(tmp_path: Path) -> None:

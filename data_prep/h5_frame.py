@@ -1,0 +1,118 @@
+"""A data frame in HDF5, as anndata writes it: row names and columns, the large ones read when they are needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from clue_dist.errors import DataError
+from data_prep.h5_file import ANEW, open_h5, part_of, place, read_part
+from data_prep.sources import Codes, Sliced, as_bytes
+
+_SLICE = 2**20  # rows of a column that are looked at together
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A dataset of texts, of which a slice gives (n,) UTF-8 bytes."""
+
+    path: Path
+    name: str
+    n: int
+
+    @classmethod
+    def of(cls, texts: h5py.Dataset) -> Texts:
+        if texts.ndim != 1 or not (h5py.check_string_dtype(texts.dtype) or texts.dtype.kind == "S"):
+            raise DataError("names that are no texts", where=place(texts), got=f"{texts.dtype} {texts.shape}", fix=ANEW)
+        return cls(Path(texts.file.filename), texts.name, len(texts))
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        with open_h5(self.path) as file:
+            return as_bytes(part_of(file, self.name)[rows], place(file[self.name]))
+
+
+@dataclass(frozen=True)
+class Categories:
+    """Codes of a categorical column, of which a slice gives (n,) int32. final: of each own code, -1 last."""
+
+    path: Path
+    name: str
+    n: int
+    final: np.ndarray
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        with open_h5(self.path) as file:
+            out: np.ndarray = self.final[file[self.name][rows]]
+        return out
+
+
+def codes_of(obs: h5py.Group, name: str, n: int) -> Codes:
+    """A column of obs, which has n rows; a categorical one is read when it is needed, and categories that no cell has
+    do not count."""
+    column = part_of(obs, name)
+    if column.attrs.get("encoding-type") != "categorical":
+        values = read_part(obs, name)
+        if len(values) != n:
+            raise DataError("a column of obs does not fit its cells", where=place(column), got=len(values), expected=n)
+        return Codes.of(values)
+    codes, categories = part_of(column, "codes"), np.asarray(read_part(column, "categories"))
+    if codes.shape != (n,) or codes.dtype.kind not in "iu" or categories.ndim != 1:
+        got = f"codes {codes.dtype} {codes.shape}, categories {categories.shape}"
+        raise DataError("a column of obs does not fit its cells", where=place(column), got=got, expected=n, fix=ANEW)
+    used = np.zeros(len(categories) + 1, bool)
+    for lo in range(0, len(codes), _SLICE):
+        piece = codes[lo : lo + _SLICE]
+        if not -1 <= piece.min() <= piece.max() < len(categories):
+            raise DataError(
+                "a column of obs points outside its categories",
+                where=place(column),
+                got=f"codes {piece.min()} to {piece.max()}",
+                expected=f"-1 (unknown) to {len(categories) - 1}",
+                fix=ANEW,
+            )
+        used[piece] = True  # the last one: -1
+    kept = np.flatnonzero(used[:-1])
+    names, final = Codes.of(categories[kept]), np.full(len(used), -1, np.int32)
+    final[kept] = names.codes[:]
+    return Codes(Categories(Path(codes.file.filename), codes.name, len(codes), final), names.names)
+
+
+def names_of(root: Any, name: str, where: str) -> Sliced:
+    """Row names of a data frame, as bytes."""
+    if name in root and not isinstance(root[name], h5py.Dataset):
+        frame = part_of(root, name)
+        index = part_of(frame, frame.attrs["_index"])
+        if isinstance(index, h5py.Dataset) and (h5py.check_string_dtype(index.dtype) or index.dtype.kind == "S"):
+            return Texts.of(index)
+    return as_bytes(index_of(root, name, where), where)
+
+
+def index_of(root: Any, name: str, where: str) -> list[str]:
+    """Row names of a data frame (`obs`, `var`)."""
+    if name not in root or isinstance(root[name], h5py.Dataset):
+        fix = "read and write it once with a current anndata"
+        raise DataError(f"no {name} of a current AnnData", where=where, fix=fix)
+    frame = part_of(root, name)
+    values = np.asarray(read_part(frame, frame.attrs["_index"]))
+    if values.ndim != 1 or values.dtype.kind not in "OUSTiufb":
+        raise DataError("names that are no texts", where=place(frame), got=f"{values.dtype} {values.shape}", fix=ANEW)
+    return [value.decode() if isinstance(value, bytes) else str(value) for value in values.tolist()]
+
+
+def has_obs(file: h5py.File) -> bool:
+    """Whether a MuData has an obs of its own."""
+    return "obs" in file and isinstance(file["obs"], h5py.Group)
+
+
+def columns_in(frame: h5py.Group) -> list[str]:
+    return [str(name) for name in np.ravel(frame.attrs.get("column-order", []))]
