@@ -65,5 +65,6 @@ $(READY): pyproject.toml constraints.txt
 	touch $(VENV)/.installing
 	echo "installing into $(VENV): the first time takes minutes"
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
-	PYTHONWARNINGS=ignore $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	export PYTHONWARNINGS=ignore PIP_CONSTRAINT=constraints.txt # by a variable: that of which our package is built, too
+	$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
 	mv $(VENV)/.installing $(READY)

@@ -41,12 +41,12 @@ class Host:
     namespace: str
     address: str
 
-    def start(self, *command: str, out: Path | None = None) -> subprocess.Popen[bytes]:
+    def start(self, *command: str, out: Path | None = None, cwd: Path = ROOT) -> subprocess.Popen[bytes]:
         """Start what a person types on the host, in a process group of its own."""
         with (out or Path(os.devnull)).open("ab") as output:
             env = environment() | {"PATH": f"{Path(sys.executable).parent}:{PATH}"}
             inside = ["ip", "netns", "exec", self.namespace, *command]
-            return subprocess.Popen(inside, cwd=ROOT, env=env, stdout=output, stderr=output, start_new_session=True)
+            return subprocess.Popen(inside, cwd=cwd, env=env, stdout=output, stderr=output, start_new_session=True)
 
     def die(self) -> None:
         """As by a power cut: nothing more is sent, not even that connections are closed; all processes are gone."""

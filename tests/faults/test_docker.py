@@ -181,7 +181,7 @@ def test_versions_are_the_pinned_ones(image: Engine | CleanRoot) -> None:
     found = {name.lower().replace("_", "-"): v.partition("+")[0] for name, _, v in map(parts, output.splitlines())}
     assert {"torch", "deepspeed", "zarr", "tensorstore"} < found.keys()
     others = {name for name, version in found.items() if pinned.get(name) != version}
-    assert others <= {"pip", "setuptools", "clue-dist"}
+    assert others <= {"pip", "clue-dist"}
 
 
 def parts(line: str) -> tuple[str, str, str]:
@@ -207,6 +207,34 @@ def test_it_trains(image: Engine | CleanRoot, mounts: Mounts) -> None:
     assert checkpoint.damage(run / "checkpoints" / f"step-{saved_steps(run)[0]:08d}") is None
     assert {path.stat().st_uid for path in [run, *run.rglob("*")]} == {1000}
     assert hashes(mounts.stores) == before
+
+
+@BUILD
+def test_the_commands_of_the_readme_typed_as_they_stand(image: Engine | CleanRoot, mounts: Mounts) -> None:
+    """`docker run`, `docker stop`, `docker start`: but for --gpus and the image's name, as here are CPUs."""
+    make_store(mounts.stores / "S.zarr", cells={"rna+adt": 120, "rna": 40}, features={"rna": 60, "adt": 10})
+    block = (ROOT / "README.md").read_text().partition("docker build -f docker/Dockerfile -t clue_dist .\n")[2]
+    typed, stop, start = (line for line in block.partition("```")[0].replace("\\\n", " ").splitlines())
+    options, _, command = typed.partition(" clue_dist ")
+    assert options.startswith("docker run --name NAME ")
+    assert {"STORES:/stores:ro", "RUNS:/runs"} <= set(options.split())
+    assert (stop.split("#")[0].split(), start.split("#")[0].split()) == (
+        ["docker", "stop", "-t", "60", "NAME"],
+        ["docker", "start", "-a", "NAME"],
+    )
+    container = image.start(*command.split(), volumes=mounts.volumes)
+    try:
+        wait_for_step(mounts.runs / "NAME", 3, container)  # logged every so many steps
+        container.stop()
+        code, said = container.finish(60)
+    finally:
+        container.kill()
+    assert code == 75, said
+    (reached, *_) = saved_steps(mounts.runs / "NAME")
+    assert f"saved at step {reached}" in said
+    code, said = image.start(*command.split(), volumes=mounts.volumes).finish(240)
+    assert code == 0, said
+    assert f"going on from step {reached}" in said
 
 
 @BUILD

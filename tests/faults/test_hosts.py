@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.command import metrics, train_args
+from tests.distributed.command import ROOT, metrics, train_args
 from tests.faults.command import saved_steps, timeless
 from tests.faults.hosts import INTERFACE, Host, missing, two_hosts
 from tests.faults.slurm import free_port
@@ -91,3 +91,37 @@ def test_stopped_from_the_command_line_all_hosts_save(folder: Path, hosts: tuple
     while saved_steps(folder / "stopped")[0] != metrics(folder / "stopped")[-1]["step"]:
         assert time.monotonic() - asked < 25, output(folder, "stopped")
         time.sleep(0.1)
+
+
+def test_the_commands_of_the_readme_typed_as_they_stand(tmp_path: Path, folder: Path) -> None:
+    """In a folder that looks like the project's; then a host dies, and its line is taken out as the README says."""
+    (tmp_path / "net").mkdir()
+    for name in ("launch", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    make_store(tmp_path / "atlas.zarr", cells={"rna+adt": 120, "rna": 40}, features={"rna": 60, "adt": 10})
+    (tmp_path / ".deepspeed_env").write_text(f"GLOO_SOCKET_IFNAME={INTERFACE}\nOMP_NUM_THREADS=1")
+    section = (ROOT / "README.md").read_text().partition("**Hosts without a scheduler.**")[2]
+    copy, command = section.partition("```\n")[2].partition("```")[0].splitlines()
+    assert copy == "cp launch/hostfile.example hostfile"
+    subprocess.run(copy.split(), cwd=tmp_path, check=True)
+    hostfile = tmp_path / "hostfile"
+    named = hostfile.read_text().replace("node1 slots=4", "one slots=1").replace("node2 slots=4", "two slots=1")
+    hostfile.write_text(named)
+    log = tmp_path / "runs" / "atlas" / "metrics.jsonl"
+    with two_hosts(tmp_path / "net") as (one, two):
+        job = one.start("bash", "-c", command, out=tmp_path / "said", cwd=tmp_path)
+        deadline = time.monotonic() + 120
+        while not (log.exists() and log.read_text().count("\n") > 3):
+            assert job.poll() is None, (tmp_path / "said").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        two.die()
+        assert job.wait(40) != 0
+        hostfile.write_text(named.replace("two slots=1\n", ""))
+        again = one.start("bash", "-c", command, out=tmp_path / "said", cwd=tmp_path)
+        assert again.wait(240) == 0, (tmp_path / "said").read_text()[-3000:]
+    said = (tmp_path / "said").read_text()
+    assert "another rank is lost" in said
+    assert "finished at step" in said
+    steps = [line["step"] for line in metrics(tmp_path / "runs" / "atlas")]
+    assert steps == sorted(set(steps))
