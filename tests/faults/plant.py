@@ -7,6 +7,8 @@ term:RANK:STEP        it sends SIGTERM to itself, usr1:RANK:STEP USR1; STEP is a
                       this attempt, or "end" after the last
 nan:RANK:FROM:TO:M    modality M of its batches of steps FROM to TO - 1 is NaN; inf:... has one infinite value
 jump:RANK:FROM:TO:M   the values are a thousand times as large
+gradient:RANK:STEP    a gradient of the step is NaN, though the loss is finite
+validation:RANK:N     the N-th validation, counted from 1, scores NaN
 saving:RANK:STEP:P    it kills itself while the checkpoint of a step is saved, at place P of PLACES
 dump:FOLDER           every rank writes what it begins with: its pieces of weights and optimizer
 """
@@ -57,6 +59,10 @@ def plant(kind: str, *where: str) -> None:
         return after_saving(int(where[1]))
     if kind == "saving":
         return in_save(int(where[1]), where[2])
+    if kind == "gradient":
+        return in_backward(int(where[1]))
+    if kind == "validation":
+        return in_validation(int(where[1]))
     if kind in SIGNALS and where[1] in MOMENTS:
         return at_call(*MOMENTS[where[1]], lambda: os.kill(os.getpid(), SIGNALS[kind]))
     if kind in SIGNALS:
@@ -83,6 +89,31 @@ def at_batch(do: Callable[[int, Batch], object]) -> None:
         return batch
 
     loop.loader_at, Loader.__next__ = planted, fetched  # type: ignore[method-assign]
+
+
+def in_backward(step: int) -> None:
+    train_step = loop.train_step
+
+    def planted(engine: Any, setup: Any, ranks: Any, batches: Any, now: int, *rest: Any) -> Any:
+        weight = next(p for p in engine.module.parameters() if p.requires_grad)
+        hook = weight.register_hook(lambda g: torch.full_like(g, torch.nan)) if now == step else None
+        outcome = train_step(engine, setup, ranks, batches, now, *rest)
+        if hook is not None:
+            hook.remove()
+        return outcome
+
+    loop.train_step = planted
+
+
+def in_validation(number: int) -> None:
+    score, calls = loop.validate.score, []
+
+    def planted(*args: Any) -> dict[str, float]:
+        values: dict[str, float] = score(*args)
+        calls.append(None)
+        return values | {"score": float("nan")} if len(calls) == number else values
+
+    loop.validate.score = planted
 
 
 # When, besides steps: as the engine is made, as everything is saved

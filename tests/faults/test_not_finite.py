@@ -57,6 +57,27 @@ def test_all_ranks_skip_and_the_culprit_is_named(folder: Path, stage: int, preci
     assert all(w.isfinite().all() for w in best_weights(folder / name).values())
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_gradient_of_finite_losses_is_skipped_too(folder: Path, stage: int) -> None:
+    name = f"gradient{stage}"
+    run(*planted(2, args_of(folder, name, f"train.zero_stage={stage}"), "gradient:1:6"))
+    (event,) = metrics(folder / name, "event")
+    assert (event["step"], event["found"]) == (7, "a gradient, of finite losses")
+    assert all(w.isfinite().all() for w in best_weights(folder / name).values())
+    assert metrics(folder / name)[-1]["step"] == 14
+
+
+def test_a_validation_that_is_not_finite_is_told_and_is_never_the_best(folder: Path) -> None:
+    args = args_of(folder, "validation", "train.validate_every=4")
+    run(*planted(2, args, "validation:0:2"))
+    (event,) = metrics(folder / "validation", "event")
+    assert (event["event"], event["step"]) == ("validation not finite", 8)
+    lines = metrics(folder / "validation", "validation")
+    assert [line["step"] for line in lines] == [4, 12, 14]
+    assert all(math.isfinite(line["best"]) for line in lines)
+    assert 8 not in [line["best_step"] for line in lines]
+
+
 def test_five_in_a_row_end_the_run_and_leave_the_last_checkpoint(folder: Path) -> None:
     args = args_of(folder, "abort")
     done = run(*planted(2, args, "nan:0:6:99:rna"), expect=1)

@@ -26,7 +26,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def started(folder: Path, name: str, shell: str) -> subprocess.Popen[bytes]:
     """Two ranks, by a shell as a person has it, once they have logged some steps."""
     args = train_args(folder, folder / "s.zarr", name, "log.every=1", "train.epochs=9999")
-    command = ["bash", "-c", f'{shell}\n"$@"', "bash", *launched(2, *args)]
+    # As in a terminal, whatever runs the tests
+    command = ["env", "--default-signal=INT", "bash", "-c", f'{shell}\n"$@"', "bash", *launched(2, *args)]
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -75,11 +76,12 @@ def test_term_to_the_launcher_saves_in_the_time_it_gives(folder: Path) -> None:
     nothing_lost(folder, "term", asked)
 
 
-def test_term_to_the_whole_group_as_a_shell_or_a_batch_system_sends_it(folder: Path) -> None:
-    process, asked = started(folder, "group", ":"), time.time()
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_whole_group_is_signalled_as_by_a_batch_system_or_ctrl_c(folder: Path, number: signal.Signals) -> None:
+    process, asked = started(folder, number.name, ":"), time.time()
     ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if "--local_rank" in " ".join(p.cmdline())]
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, number)
     assert process.wait(40) != 0
     _, alive = psutil.wait_procs(ranks, timeout=25)
     assert not alive
-    nothing_lost(folder, "group", asked)
+    nothing_lost(folder, number.name, asked)
