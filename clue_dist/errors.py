@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import traceback
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 LOST = 76  # exit code where a rank, a machine or the network was lost: starting again may mend it
+_has_joined = False  # whether this process is, or was, one of several
 
 
 class ClueError(Exception):
@@ -73,6 +75,8 @@ class StoreError(ClueError):
 class ServerError(StoreError):
     """The server of a store fails or refuses: nothing is said about the store itself."""
 
+    exit_code = LOST
+
 
 class ResumeError(ClueError):
     """A checkpoint or run folder that does not fit what is asked of it."""
@@ -131,24 +135,42 @@ def run_main(main: Callable[[], None]) -> NoReturn:
         main()
     except ClueError as error:
         rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-        if rank == "0" or ((_joined() or error.before_joining) and not error.on_every_rank):
+        local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+        # Before the ranks have joined, those of a machine see the same; another machine may lack the store, say.
+        alone = error.before_joining or _has_joined or local == "0"
+        if rank == "0" or (alone and not error.on_every_rank):
             prefix = "" if rank == "0" else f"rank {rank}: "
             print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
-        if _joined():  # threads of a live process group may abort the interpreter's own way out, and change the code
-            sys.stdout.flush()
-            os._exit(error.exit_code)
-        sys.exit(error.exit_code)
-    except Exception:
-        if not _joined():
-            raise
+        _leave(error.exit_code)
+    except Exception:  # noqa: BLE001  printed with all that is known of it
         traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(LOST)  # at once: the others wait for this rank
-    sys.exit(0)
+        several = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1")) != "1"
+        _leave(LOST if several else 1)  # at once: the others wait for this rank
+    except SystemExit as left:
+        if not isinstance(left.code, int):
+            raise
+        _leave(left.code)
+    _leave(0)
 
 
-def _joined() -> bool:
-    """Whether this process is one of a group; before that, all ranks do and meet the same."""
+def joined() -> None:
+    """This process becomes one of several: what `run_main` must know."""
+    global _has_joined
+    _has_joined = True
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process. One of several does not go by the interpreter's own way out: threads of its process group, even
+    of one it has left, now and then abort it there, and change the exit code of a run that went well."""
+    if not _has_joined:
+        sys.exit(code)
+    if not _in_group():
+        atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _in_group() -> bool:
     group = sys.modules.get("torch.distributed")
     return group is not None and group.is_available() and group.is_initialized()

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from clue_dist import errors
 from clue_dist.errors import ClueError, ConfigError, RankError
 
 T = TypeVar("T")
@@ -70,8 +71,10 @@ class Ranks:
             os.environ["MASTER_ADDR"] = self._only_host()
         # Jobs that share a machine must not meet at one port; all ranks of a job derive the same.
         job = int(os.environ.get("SLURM_JOB_ID", "0"))
-        os.environ.setdefault("MASTER_PORT", str(20000 + job % 10000))
+        attempt = int(os.environ.get("SLURM_RESTART_COUNT", "0"))  # an earlier one may hold its port for a while
+        os.environ.setdefault("MASTER_PORT", str(20000 + (job + 97 * attempt) % 10000))
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        errors.joined()
         return self
 
     def aside(self) -> Ranks:

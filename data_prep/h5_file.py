@@ -14,6 +14,7 @@ from anndata.io import read_elem
 from clue_dist.errors import ClueError, DataError
 
 _MOST = 1000  # values of a dataset for each byte of its file: compressed zeros come to less
+_DEEPEST = 8  # groups: a link may lead back to one above
 ANEW = "write the file again, from what it was made of"
 
 
@@ -59,9 +60,15 @@ def part_of(parent: Any, name: str) -> Any:
 def read_part(parent: Any, name: str) -> Any:
     """A part of a file as anndata reads it, after a look at all of it; raises as `part_of`."""
     part = part_of(parent, name)
-    for inner in part if isinstance(part, h5py.Group) else ():
-        part_of(part, inner)
+    _look_into(part)
     return read_elem(part)
+
+
+def _look_into(part: Any, depth: int = 0) -> None:
+    if depth > _DEEPEST:
+        raise DataError("groups within groups without an end", where=place(part), fix=ANEW)
+    for name in part if isinstance(part, h5py.Group) else ():
+        _look_into(part_of(part, name), depth + 1)
 
 
 def place(part: Any) -> str:
@@ -76,7 +83,9 @@ def stretch(dataset: h5py.Dataset, lo: int, hi: int) -> np.ndarray:
     """
     lo, hi = max(lo, 0), min(hi, len(dataset))
     form = dataset.id.get_create_plist()
-    plain = form.get_layout() == h5py.h5d.CHUNKED and not form.get_nfilters() and dataset.dtype.isnative
+    plain = form.get_layout() == h5py.h5d.CHUNKED and not form.get_nfilters()
+    # Texts and references are addresses of something else.
+    plain = plain and dataset.dtype.kind in "iufb" and dataset.dtype.isnative
     if not plain or dataset.file.userblock_size or dataset.file.driver != "sec2":
         return dataset[lo:hi]
     out, (width,) = np.empty(max(hi - lo, 0), dataset.dtype), dataset.chunks

@@ -61,6 +61,9 @@ def codes_of(obs: h5py.Group, name: str, n: int) -> Codes:
     do not count."""
     column = part_of(obs, name)
     if column.attrs.get("encoding-type") != "categorical":
+        if isinstance(column, h5py.Dataset) and column.shape != (n,):  # before any of it is read
+            got = column.shape
+            raise DataError("a column of obs does not fit its cells", where=place(column), got=got, expected=(n,))
         values = read_part(obs, name)
         if len(values) != n:
             raise DataError("a column of obs does not fit its cells", where=place(column), got=len(values), expected=n)

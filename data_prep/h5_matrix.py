@@ -23,6 +23,8 @@ def require_whole(matrix: Any, n: int) -> None:
     one_axis = all(shape is not None and len(shape) == 1 for shape in shapes.values())
     if not one_axis or shapes["indptr"] != (n + 1,) or shapes["indices"] != shapes["data"]:
         raise DataError(MISFIT, where=place(matrix), got=shapes, expected=f"an indptr of {n + 1}", fix=ANEW)
+    if data.dtype.kind not in "iufb":
+        raise DataError("values that are no numbers", where=place(data), got=data.dtype, expected="counts", fix=ANEW)
     if any(part.dtype.kind not in "iu" for part in (indptr, indices)):
         got = f"{indptr.dtype} and {indices.dtype}"
         raise DataError("indptr and indices are no integers", where=place(matrix), got=got, fix=ANEW)

@@ -98,6 +98,14 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split(".")[0].removeprefix("step-"))
 
 
+def best_step_of(checkpoint: Path) -> int | None:
+    """Which best weights a checkpoint names; a damaged one names none."""
+    try:
+        return _read_state(checkpoint).best_step
+    except ResumeError:
+        return None
+
+
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, or None: every file is compared with its recorded size and hash."""
     try:
@@ -171,8 +179,9 @@ def _choose(run: Path, resume: str) -> Path | None:
     return folder
 
 
-# Settings that may change when a run goes on: they do not decide what a step computes, or are meant to be prolonged.
-_FREE_TRAIN = ("epochs", "patience", "validate_every", "checkpoint_every", "keep", "zero_stage")
+# Settings that may change when a run goes on: they do not decide what a step computes, or are what a person turns to
+# prolong a run or to bring one back whose loss was not finite.
+_FREE_TRAIN = ("lr", "clip", "epochs", "patience", "validate_every", "checkpoint_every", "keep", "zero_stage")
 FREE = ("store", "run", "log.", "data.prefetch", *(f"train.{name}" for name in _FREE_TRAIN))
 
 
@@ -228,7 +237,7 @@ def restore(build: Callable[[Callable[[CLUE], None]], Any], checkpoint: Path, st
     engine = build(lambda model: load_weights(model, checkpoint, fix))
     try:
         pieces.put(engine, parts(checkpoint), state.updates)
-    except (KeyError, RuntimeError, SafetensorError) as error:
+    except (KeyError, RuntimeError, SafetensorError, OSError) as error:
         raise ResumeError("the checkpoint does not fit the model", where=checkpoint, got=error, fix=fix) from error
     return engine
 
@@ -301,7 +310,13 @@ def load_model(run: Path, checkpoint: str = "best") -> Loaded:
             "no run here", where=run, got="no model.json", fix="train one: deepspeed launch/train.py --config ..."
         )
     config = configs.load(run / "config.json")
-    card = ModelCard.model_validate_json((run / "model.json").read_bytes())
+    try:
+        card = ModelCard.model_validate_json((run / "model.json").read_bytes())
+    except (OSError, ValueError) as error:
+        got = str(error)[:500]
+        raise ResumeError(
+            "model.json is damaged", where=run, got=got, fix="train again, or restore the file"
+        ) from error
     folder = _weights_folder(run, checkpoint)
     if folder is None:
         raise ResumeError(

@@ -42,8 +42,8 @@ def judged(engine: Any, setup: Setup, ranks: Ranks, state: State, outcome: Outco
             f"loss or gradient were not finite in {SKIP_LIMIT} steps in a row; none of these changed a weight",
             where=f"step {state.step}",
             got=found,
-            fix="look for absurd counts in the store (`python -m data_prep check`), or lower train.lr; "
-            "the last checkpoint is sound, and `--resume auto` goes on from there",
+            fix="the last checkpoint is sound: type the same command with a lower train.lr or train.clip, and it goes "
+            "on from there; if values of the store are named above, convert the mended files and start a new run",
         )
     return state
 

@@ -2,6 +2,8 @@
 
 Every rank says now and then that it lives, at the store the ranks met at; rank 0 looks whether all have, the others
 whether rank 0 has looked. Whoever hears nothing for too long ends its process, as no collective could end it.
+A rank that leaves with an error says so first: the others leave with the same exit code, which tells whoever started
+the job whether starting it again can help.
 """
 
 from __future__ import annotations
@@ -11,25 +13,27 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
 
-from clue_dist.errors import LOST
+from clue_dist.errors import LOST, ClueError
 from clue_dist.ranks import Ranks
 
 BEAT = 1.0  # seconds between two signs of life
 SILENCE = 15.0  # seconds without one after which a rank counts as lost
-_KEY, _LATE = "clue_dist/beat", "clue_dist/late"
+_KEY, _LATE, _FAILED = "clue_dist/beat", "clue_dist/late", "clue_dist/failed"
 
 
 class Peers:
     """Watches while it is open. Threads of its own, as training may wait in a collective."""
 
-    def __init__(self, ranks: Ranks, lost: Callable[[str], None] | None = None, silence: float = SILENCE) -> None:
+    def __init__(self, ranks: Ranks, lost: Callable[[str, int], None] | None = None, silence: float = SILENCE) -> None:
         self._ranks, self._lost, self._silence = ranks, lost or _leave, silence
+        self._failed: list[str] = []  # what the first rank that failed told: its number, exit code and error
         self._over = threading.Event()
         self._heard = time.monotonic()  # when all was last well
         self._why = "rank 0"
@@ -51,6 +55,23 @@ class Peers:
         if self._ranks.world > 1:
             self._threads[1].join()
             self._threads[0].join(2 * BEAT)  # it may hang in a connection that leads nowhere
+            if isinstance(error, ClueError):
+                self._tell(error)
+            elif error is not None and self._heard_of_failure():
+                raise _peer_error(self._failed) from error
+
+    def _tell(self, error: ClueError) -> None:
+        with suppress(RuntimeError):  # rank 0 is gone, and the store with it
+            self._store.compare_set(_FAILED, "", f"{self._ranks.rank}\n{error.exit_code}\n{error}")
+        if self._ranks.first:
+            time.sleep(2 * BEAT)  # the store ends with this process: the others read it first
+
+    def _heard_of_failure(self) -> bool:
+        if not self._failed:
+            with suppress(RuntimeError):
+                if self._store.check([_FAILED]):
+                    self._failed = self._store.get(_FAILED).decode().split("\n", 2)
+        return bool(self._failed)
 
     def _beat(self) -> None:
         seen: dict[int, tuple[bytes, float]] = {}
@@ -72,6 +93,7 @@ class Peers:
                         self._heard = time.monotonic()
                     elif self._store.check([_LATE]):
                         self._why = self._store.get(_LATE).decode()
+                self._heard_of_failure()
             except RuntimeError:  # the store is gone, and rank 0 with it: `_watch` waits whether it comes back
                 continue
 
@@ -98,7 +120,8 @@ class Peers:
             silent = silent + min(now - last, 2 * BEAT) if self._heard <= last else 0.0
             last = now
             if silent > self._silence:
-                self._lost(f"nothing heard of {self._why} for {silent:.0f} s")
+                code = int(self._failed[1]) if self._failed else LOST
+                self._lost(f"nothing heard of {self._why} for {silent:.0f} s", code)
                 return
 
 
@@ -110,11 +133,18 @@ def _connection() -> Any:
     return store
 
 
-def _leave(why: str) -> None:
+def _peer_error(failed: list[str]) -> ClueError:
+    rank, code, told = failed
+    error = ClueError(f"rank {rank}: {told}")
+    error.exit_code, error.on_every_rank = int(code), True
+    return error
+
+
+def _leave(why: str, code: int) -> None:
     print(
         f"error: another rank is lost: {why}\n"
         "  fix: type the same command again, on the machines that are left: it goes on from the last checkpoint",
         file=sys.stderr,
         flush=True,
     )
-    os._exit(LOST)
+    os._exit(code)

@@ -28,7 +28,7 @@ from clue_dist.errors import ClueError, SavingError, writing
 from clue_dist.ranks import Ranks
 from clue_dist.store.writer import hash_file, sync
 from clue_dist.train import pieces
-from clue_dist.train.checkpoint import COMMIT, MODEL, STATE, WEIGHTS, State, committed, step_of
+from clue_dist.train.checkpoint import COMMIT, MODEL, STATE, WEIGHTS, State, best_step_of, committed, step_of
 
 Kind = Literal["checkpoints", "best"]
 Listing = dict[str, dict[str, Any]]  # file -> size and hash, what COMMIT.json holds
@@ -156,16 +156,19 @@ class Saver:
             self._prune(state)
 
     def _prune(self, state: State) -> None:
-        """Drop the oldest checkpoints, the best weights that none of those left names, and what was set aside of steps
-        that this attempt has passed."""
+        """After the commit, which it cannot undo: drop the oldest checkpoints, the best weights that none of those left
+        names, and what was set aside of steps that this attempt has passed."""
         there = committed(self._run / "checkpoints")
-        named = {json.loads((kept / STATE).read_text())["best_step"] for kept in there[: self._keep]}
+        named = {best_step_of(kept) for kept in there[: self._keep]}
         unnamed = [best for best in committed(self._run / "best") if step_of(best) not in named]
         aside = [p for p in self._run.glob("*/step-*.aside") if step_of(p) <= state.step]
         for old in [*there[self._keep :], *unnamed, *aside]:
             doomed = old.with_suffix(".partial")  # so that what is left of it is not taken for a checkpoint
-            old.rename(doomed)
-            shutil.rmtree(doomed)
+            try:
+                old.rename(doomed)
+                shutil.rmtree(doomed)
+            except OSError as error:  # the save itself stands
+                print(f"{old} could not be removed, and is left: {error}", flush=True)
 
 
 def _merge(partial: Path, listing: Listing) -> Listing:

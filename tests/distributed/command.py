@@ -29,6 +29,9 @@ def run(*command: str, expect: int | None = 0, timeout: float = 240) -> subproce
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout)
     if expect is not None:
         assert done.returncode == expect, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        if expect == 0 and "launch/train.py" in command and "--dry-run" not in command:
+            # The launcher exits with 0 even where a signal ended its own child.
+            assert "finished at step" in done.stdout, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done
 
 
@@ -73,7 +76,10 @@ def train_args(folder: Path, store: Path, name: str, *settings: str) -> list[str
 
 
 def best_weights(run_folder: Path) -> dict[str, Tensor]:
-    return load_file(max((run_folder / "best").glob("step-????????/weights.safetensors")))
+    found = sorted((run_folder / "best").glob("step-????????/weights.safetensors"))
+    there = [str(path.relative_to(run_folder)) for path in sorted(run_folder.rglob("*"))]
+    assert found, f"no best weights in {run_folder}, but {there}; {metrics(run_folder, 'event')}"
+    return load_file(found[-1])
 
 
 def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
