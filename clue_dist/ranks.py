@@ -118,6 +118,10 @@ class Ranks:
         dist.all_gather_object(got, value, group=self.group)
         return got
 
+    def of_first(self, value: T) -> T:
+        """Rank 0's value, on every rank. Values are pickled: keep them small."""
+        return self.all_gather_object(value)[0]
+
     def together(self, work: Callable[[], None]) -> None:
         """Do `work`, then wait for the others; an error that any rank meets is raised on all, so that none waits on."""
         problem: ClueError | None = None

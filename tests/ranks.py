@@ -13,6 +13,7 @@ import sys
 import time
 
 PATIENCE = 20.0  # seconds for the other ranks once one has failed
+HUNG = 99  # exit code where one did not end by itself
 
 
 def main() -> int:
@@ -26,17 +27,18 @@ def main() -> int:
         for r in range(world)
     ]
     signal.signal(signal.SIGTERM, lambda number, _: [rank.send_signal(number) for rank in ranks])
-    deadline = None
+    deadline, hung = None, False
     while any(rank.poll() is None for rank in ranks):
         if deadline is None and any(rank.poll() for rank in ranks):
             deadline = time.monotonic() + PATIENCE
         if deadline is not None and time.monotonic() > deadline:
             print("tests/ranks.py: a rank did not end after another had failed", file=sys.stderr)
+            hung = True
             for rank in ranks:
                 rank.kill()
         time.sleep(0.05)
     codes = [rank.wait() for rank in ranks]
-    return next((code if code > 0 else 128 - code for code in codes if code), 0)
+    return HUNG if hung else next((code if code > 0 else 128 - code for code in codes if code), 0)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -74,16 +75,22 @@ class ModelCard(BaseModel):
 def set_aside(run: Path, state: State, ranks: Ranks) -> State:
     """Clear the way for going on from `state`: what an earlier attempt left beyond its step is renamed, half-written
     checkpoints are removed. Without sound weights of its best validation, the next validation counts as the best."""
-    if ranks.first:
-        for path in [p for folder in ("checkpoints", "best") for p in (run / folder).glob("step-*")]:
-            if path.suffix == ".partial":
-                shutil.rmtree(path, ignore_errors=True)  # a rank of a dead attempt may still write there
-            elif NAME.fullmatch(path.name) and step_of(path) > state.step:
-                shutil.rmtree(path.with_suffix(".aside"), ignore_errors=True)
-                path.rename(path.with_suffix(".aside"))
-    best = run / "best" / f"step-{state.best_step:08d}"
-    lost = ranks.all_gather_object(state.best is not None and damage(best) is not None)[0]
-    return replace(state, best=None, best_step=0, bad=0) if lost else state
+    found = [False]
+
+    def clear() -> None:
+        with writing("what goes on from here", run):
+            for path in [p for folder in ("checkpoints", "best") for p in (run / folder).glob("step-*")]:
+                if path.suffix == ".partial":
+                    shutil.rmtree(path, ignore_errors=True)  # a rank of a dead attempt may still write there
+                elif NAME.fullmatch(path.name) and step_of(path) > state.step:
+                    shutil.rmtree(path.with_suffix(".aside"), ignore_errors=True)
+                    path.rename(path.with_suffix(".aside"))
+        best = run / "best" / f"step-{state.best_step:08d}"
+        found[0] = state.best is not None and damage(best) is not None
+
+    ranks.together(lambda: clear() if ranks.first else None)
+    lost = ranks.of_first(found[0])
+    return replace(state, best=None, best_step=0, bad=0, stopped=False) if lost else state
 
 
 # --- restoring --------------------------------------------------------------------------------------------------
@@ -112,10 +119,18 @@ def damage(checkpoint: Path) -> str | None:
         listing = json.loads((checkpoint / COMMIT).read_text())
         if STATE not in listing or not any(name.endswith(".safetensors") for name in listing):
             return f"{COMMIT} lists no {STATE} or no weights"
+        unlisted = {path.name for path in checkpoint.glob("*.safetensors")} - set(listing)
+        if unlisted:
+            return f"{min(unlisted)} is not listed in {COMMIT}"
         for name, recorded in listing.items():
+            path = checkpoint / name
+            if Path(name).name != name or not stat.S_ISREG(path.lstat().st_mode):
+                return f"{name!r} is no file beside {COMMIT}"
+            if path.stat().st_size != recorded["bytes"]:
+                return f"{name} has another size than what was saved"
             if hash_file(checkpoint / name).model_dump() != recorded:
                 return f"{name} differs from what was saved"
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         return str(error)
     return None
 
@@ -142,7 +157,7 @@ def find(run: Path, resume: str, ranks: Ranks) -> Path | None:
             found = [_choose(run, resume)]
         except ResumeError as error:
             found = [error]
-    chosen = ranks.all_gather_object(found[0])[0]
+    chosen = ranks.of_first(found[0])
     if isinstance(chosen, ResumeError):
         raise chosen
     return chosen
@@ -160,6 +175,13 @@ def _choose(run: Path, resume: str) -> Path | None:
                 fix="use --resume auto to go on, or --set run=ANOTHER_FOLDER",
             )
         return None
+    if resume != "auto" and there and Path(resume).resolve().parent.parent != run.resolve():
+        raise ResumeError(
+            "the run folder already holds another run than the one to go on from",
+            where=run,
+            got=resume,
+            fix="choose a new folder for what goes on from there, with --set run=ANOTHER_FOLDER",
+        )
     if resume == "auto":
         chosen = next(_sound(run / "checkpoints"), None)
         if chosen is None and there:

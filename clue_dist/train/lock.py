@@ -35,7 +35,7 @@ def alone_in(run: Path, ranks: Ranks) -> Iterator[None]:
                 found[0] = _taken(handle, run) if ranks.first else None
 
         ranks.together(take)
-        holder = ranks.all_gather_object(found[0])[0]
+        holder = ranks.of_first(found[0])
         if holder is not None:
             raise ResumeError(
                 "another job is training in this run folder",
@@ -81,7 +81,7 @@ JOB = os.environ.get("SLURM_JOB_ID")
 
 def _check_shared(run: Path, token: Path, ranks: Ranks) -> None:
     """Each rank writes its part of a checkpoint into the folder of rank 0, where rank 0 has put a token."""
-    name = ranks.all_gather_object(token.name)[0]
+    name = ranks.of_first(token.name)
     seen = ranks.all_gather_object(ranks.first or _appears(run / name))
     if ranks.first:
         token.unlink()

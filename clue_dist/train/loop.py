@@ -58,6 +58,7 @@ def _start(setup: Setup, ranks: Ranks, resume: str, device: torch.device) -> tup
     state = State(0, ranks.world, setup.store.fingerprint)
     if found is not None:
         state = checkpoint.check_same_run(run, setup.config, setup.store.fingerprint, found)
+        state = replace(state, stopped=_enough(state.bad, setup))  # patience may have been raised since
     state = checkpoint.set_aside(run, state, ranks)
     ranks.together(lambda: checkpoint.describe(run, setup.store, setup.config) if ranks.first else None)
     if found is None:
@@ -92,9 +93,16 @@ def _train(engine: Any, setup: Setup, ranks: Ranks, state: State, device: torch.
             if done or due(state, t.checkpoint_every):
                 saver.checkpoint(replace(state, updates=pieces.updates(engine), logged=meter.so_far()))
         saver.finish()
-        if outcome is not None and outcome.stop:
+        finished = state.stopped or state.step >= setup.total_steps
+        if outcome is not None and outcome.stop and not finished:
             sinks.say(f"asked to stop: saved at step {state.step}, `--resume auto` goes on from there")
-    return Result(state, state.stopped or state.step >= setup.total_steps)
+    return Result(state, finished)
+
+
+def _enough(bad: int, setup: Setup) -> bool:
+    """Whether training stops early after so many validations without a better score."""
+    patience = setup.config.train.patience
+    return bool(patience) and bad >= patience
 
 
 def _greeting(run: Path, state: State, ranks: Ranks) -> str:
@@ -134,7 +142,7 @@ def _validate(
     noise = Noise(setup.config.seed, 0, {"held out": held_out.n_cells}, lanes=1, device=held_out.observed.device)
     values = validate.score(engine, held_out, setup.paired, noise)
     # Rank 0 decides: rounding may differ between ranks.
-    score, error = ranks.all_gather_object((values["score"], values["error"]))[0]
+    score, error = ranks.of_first((values["score"], values["error"]))
     if not math.isfinite(score):
         sinks.event("validation not finite", state.step, {"best_step": state.best_step})
         return replace(state, bad=state.bad + 1)
@@ -145,8 +153,7 @@ def _validate(
         state = replace(state, best_step=state.step)
         saver.best(state)
     sinks.write("validation", state.step, values | {"best": lowest, "best_step": state.best_step})
-    patience = setup.config.train.patience
-    if patience and state.bad >= patience:
+    if _enough(state.bad, setup):
         sinks.say(f"no better validation since step {state.best_step}: stopping early")
         return replace(state, stopped=True)
     return state

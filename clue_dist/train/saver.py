@@ -48,7 +48,7 @@ class Saver:
         self._run, self._engine, self._ranks, self._keep = run, engine, ranks.aside(), keep
         self._before_commit = before_commit or _nothing
         # Ranks of an attempt that is over for Slurm may live on for a while: they must not write where we do.
-        self._attempt = ranks.all_gather_object(secrets.token_hex(4))[0]
+        self._attempt = ranks.of_first(secrets.token_hex(4))
         self._shapes = json.dumps(pieces.shapes(engine))
         self._copier, self._writer = _Worker("copy"), _Worker("write")
         self._copies: list[Future[Any]] = []

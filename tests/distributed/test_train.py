@@ -177,7 +177,7 @@ def test_resume_refuses_other_data_settings_ranks_and_damage(folder: Path) -> No
     args = train_args(folder, folder / "s.zarr", "again", "train.epochs=2")
     python(*args)
     assert "already holds a run" in python(*args, "--resume", "never", expect=2).stderr
-    assert "changed: train.lr" in python(*args, "--set", "train.lr=0.5", expect=2).stderr
+    assert "changed: seed" in python(*args, "--set", "seed=5", expect=2).stderr
     make_store(
         folder / "other.zarr", cells={"rna+adt": 200, "rna": 60, "adt": 40}, features={"rna": 60, "adt": 10}, seed=1
     )

@@ -87,7 +87,9 @@ def test_five_in_a_row_end_the_run_and_leave_the_last_checkpoint(folder: Path) -
     assert "Traceback" not in said
     assert saved_steps(folder / "abort") == [10, 5]
     assert checkpoint.damage(folder / "abort" / "checkpoints" / "step-00000010") is None
-    run(*spawned(2, *args))  # what was planted is gone: it goes on
+    # What was planted is gone: it goes on, with the smaller steps that the message advises.
+    assert "train.lr" in said
+    assert "going on from step 10" in run(*spawned(2, *args, "--set", "train.lr=1e-4")).stdout
     assert metrics(folder / "abort")[-1]["step"] == 14
     assert all(w.isfinite().all() for w in best_weights(folder / "abort").values())
 

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from clue_dist.errors import LOST
 from tests.distributed.command import ROOT, environment
 
@@ -35,8 +37,8 @@ ranks.close()
 
 
 @contextmanager
-def ranks(folder: Path) -> Iterator[list[subprocess.Popen[str]]]:
-    """Three ranks that have met."""
+def ranks(folder: Path, code: str = CODE, *args: str, met: bool = True) -> Iterator[list[subprocess.Popen[str]]]:
+    """Three ranks, once they have met."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
@@ -47,10 +49,10 @@ def ranks(folder: Path) -> Iterator[list[subprocess.Popen[str]]]:
         for rank, path in enumerate(outputs):
             with path.open("w") as out:
                 env = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                command = [sys.executable, "-c", CODE]
+                command = [sys.executable, "-c", code, *args]
                 started.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=out, text=True))
         deadline = time.monotonic() + 90
-        while not all("met" in path.read_text() for path in outputs):
+        while met and not all("met" in path.read_text() for path in outputs):
             assert time.monotonic() < deadline
             time.sleep(0.05)
         yield started
@@ -68,6 +70,37 @@ def test_a_rank_that_is_silent_ends_the_others_who_name_it(tmp_path: Path) -> No
     for rank in (0, 1):
         assert "another rank is lost: nothing heard of rank" in (tmp_path / f"{rank}.out").read_text()
     assert "nothing heard of rank 2" in (tmp_path / "0.out").read_text()
+
+
+FAILING = """
+import sys
+import torch, torch.distributed as dist
+from clue_dist.errors import StoreError, run_main
+from clue_dist.ranks import Ranks
+from clue_dist.train.peers import Peers
+
+def main():
+    ranks = Ranks.from_env().init()
+    with Peers(ranks):
+        dist.all_reduce(torch.ones(1))
+        if ranks.rank == int(sys.argv[1]):
+            raise StoreError("a chunk is damaged", where="rna/3")
+        dist.all_reduce(torch.ones(1))
+    ranks.close()
+
+run_main(main)
+"""
+
+
+@pytest.mark.parametrize("who", range(WORLD))
+def test_a_rank_that_fails_takes_the_others_with_it_by_its_own_exit_code(tmp_path: Path, who: int) -> None:
+    """Whoever started the job must not start it again where that mends nothing."""
+    with ranks(tmp_path, FAILING, str(who), met=False) as started:
+        assert [process.wait(60) for process in started] == [2, 2, 2]
+    said = [(tmp_path / f"{rank}.out").read_text() for rank in range(WORLD)]
+    assert "a chunk is damaged\n  where: rna/3" in said[0]
+    assert "a chunk is damaged" in said[who]
+    assert not any("Traceback" in text for text in said)
 
 
 def test_when_rank_0_is_silent_all_others_leave(tmp_path: Path) -> None:

@@ -128,6 +128,24 @@ def test_an_error_that_starting_again_does_not_mend_is_told_once(slurm: Slurm, f
     assert output(folder, "wrong").count("did you mean `train.lr`?") == 1
 
 
+def test_a_damaged_chunk_is_told_once_and_not_tried_again(slurm: Slurm, folder: Path) -> None:
+    store = make_store(
+        folder / "torn.zarr", cells={"rna+adt": 200, "rna": 60}, features={"rna": 60, "adt": 10}, block_cells=16
+    )
+    shard = store.root / "strata/rna/rna/codes/c/0/0"
+    data = bytearray(shard.read_bytes())
+    data[3] ^= 0x10
+    shard.write_bytes(data)
+    args = [*args_of(folder, "torn")[1:], f"store={store.root}"]
+    job = slurm.submit("--nodes=2", f"--output={folder}/torn.out", "launch/slurm/train.sbatch", *args)
+    state = slurm.wait(job, 120)
+    said = output(folder, "torn")
+    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "2:0", "0"), said
+    assert said.count("error: part of the store is missing or damaged") == 1
+    assert "array rna/codes, blocks 0 to 3 (cells 0 to 63)" in said
+    assert "Traceback" not in said
+
+
 def test_cancelled_for_good_it_has_saved(slurm: Slurm, folder: Path) -> None:
     job = submitted(slurm, folder, "cancelled")
     slurm.run("scancel", job)

@@ -220,6 +220,19 @@ def _astray(file: h5py.File) -> None:
     file["obs/batch/codes"][3] = 5
 
 
+def _texts(file: h5py.File) -> None:
+    """In chunks, and not compressed: on disk they are addresses."""
+    n = len(file["X/data"])
+    del file["X/data"]
+    file.create_dataset("X/data", data=np.array(["x"] * n, object), dtype=h5py.string_dtype(), chunks=(16,))
+
+
+def _references(file: h5py.File) -> None:
+    n = len(file["X/data"])
+    del file["X/data"]
+    file.create_dataset("X/data", data=[file.ref] * n, dtype=h5py.ref_dtype, chunks=(16,))
+
+
 def _just_astray(file: h5py.File) -> None:
     file["obs/batch/codes"][3] = 2  # as many as there are categories
 
@@ -231,6 +244,8 @@ def _just_astray(file: h5py.File) -> None:
         (_shapeless, ("not one of cells x features", "a.h5ad: X", "no shape", "two axes")),
         (_bare, ("a form this reader does not know", "a.h5ad: X", "a group that says no enc.*", "array, CSR or CSC")),
         (_astray, ("outside its categories", "a.h5ad: obs/batch", "codes 0 to 5", r"-1 \(unknown\) to 1")),
+        (_texts, ("values that are no numbers", "a.h5ad: X/data", "object", "counts")),
+        (_references, ("values that are no numbers", "a.h5ad: X/data", "object", "counts")),
         (_just_astray, ("outside its categories", "a.h5ad: obs/batch", "codes 0 to 2", r"-1 \(unknown\) to 1")),
     ],
 )

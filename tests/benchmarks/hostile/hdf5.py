@@ -150,6 +150,10 @@ OBJECTS: dict[str, Callable[[h5py.File, str, Path], None]] = {
         lambda file, name: file.create_dataset(name, (2**31,), "u1", chunks=(2**20,), compression="gzip")
     ),
     "three axes": _value(np.ones((2, 2, 2))),
+    "texts in chunks": _value(np.array([f"t{i}" for i in range(40)], object), dtype=h5py.string_dtype(), chunks=(16,)),
+    "references in chunks": _instead(
+        lambda file, name: file.create_dataset(name, data=[file.ref] * 40, dtype=h5py.ref_dtype, chunks=(16,))
+    ),
     "references": _instead(lambda file, name: file.create_dataset(name, data=[file.ref], dtype=h5py.ref_dtype)),
     "opaque bytes": _value(np.void(b"\x80\x04K\x01.")),
     "records": _value(np.zeros(40, [("a", "i4"), ("b", "f8")])),
