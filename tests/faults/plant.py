@@ -10,11 +10,13 @@ jump:RANK:FROM:TO:M   the values are a thousand times as large
 gradient:RANK:STEP    a gradient of the step is NaN, though the loss is finite
 validation:RANK:N     the N-th validation, counted from 1, scores NaN
 saving:RANK:STEP:P    it kills itself while the checkpoint of a step is saved, at place P of PLACES
+full:RANK:STEP:P      there it alone finds its disk full
 dump:FOLDER           every rank writes what it begins with: its pieces of weights and optimizer
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import runpy
@@ -57,8 +59,8 @@ def plant(kind: str, *where: str) -> None:
         return None
     if kind == "kill":
         return after_saving(int(where[1]))
-    if kind == "saving":
-        return in_save(int(where[1]), where[2])
+    if kind in ("saving", "full"):
+        return in_save(int(where[1]), where[2], _kill if kind == "saving" else _full)
     if kind == "gradient":
         return in_backward(int(where[1]))
     if kind == "validation":
@@ -142,7 +144,15 @@ PLACES = {
 }
 
 
-def in_save(step: int, place: str) -> None:
+def _kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _full() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def in_save(step: int, place: str, do: Callable[[], None]) -> None:
     owner, name, word, before = PLACES[place]
     function = getattr(owner, name)
     due = [False]
@@ -155,10 +165,10 @@ def in_save(step: int, place: str) -> None:
     def killing(path: Any, *rest: Any, **more: Any) -> Any:
         mine = due[0] and word in str(path)
         if mine and before:
-            os.kill(os.getpid(), signal.SIGKILL)
+            do()
         result = function(path, *rest, **more)
         if mine:
-            os.kill(os.getpid(), signal.SIGKILL)
+            do()
         return result
 
     saver.Saver.checkpoint = checkpoint  # type: ignore[method-assign]

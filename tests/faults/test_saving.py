@@ -227,6 +227,19 @@ def test_a_full_disk_is_told_and_leaves_what_was_committed(folder: Path) -> None
         assert timeless(folder / "full") == timeless(folder / "whole")
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_disk_that_is_full_for_one_rank_ends_all_and_leaves_what_was_committed(folder: Path, rank: int) -> None:
+    name = f"full-for-{rank}"
+    args = args_of(folder, name)
+    done = run(*planted(2, args, f"full:{rank}:15:part"), expect=1)
+    assert "error: a checkpoint could not be written" in done.stderr
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert saved_steps(folder / name) == [10, 5]
+    assert not list((folder / name).rglob("*.partial"))
+    assert "going on from step 10" in run(*spawned(2, *args)).stdout
+
+
 @needs_root
 def test_a_folder_that_turns_read_only_is_told_and_mended(folder: Path) -> None:
     args = args_of(folder, "frozen", "train.epochs=400")

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from clue_dist.ranks import Ranks
 from clue_dist.train import checkpoint
 from tests.benchmarks import common
@@ -70,7 +72,7 @@ def sampled(one: Job) -> list[dict[str, Any]]:
     one.await_step()
     ranks = one.ranks()
     while one.process.poll() is None:
-        with contextlib.suppress(Exception):  # a rank that has just ended
+        with contextlib.suppress(psutil.Error):  # a rank that has just ended
             sizes = [(p.memory_info().rss, p.num_fds(), p.num_threads()) for p in ranks]
             samples.append({"step": last_step(one.run), "ranks": sizes})
         time.sleep(1)

@@ -1,0 +1,30 @@
+"""A small sample of tests/benchmarks/faults: kills at any time, and what hundreds of steps, saves and validations leave
+behind in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks.faults import campaigns
+
+SMALL = campaigns.Size(steps=400, kills=2, stops=1, damages=0, saves=0, features=0)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("campaigns") / "whole"
+
+
+def test_nothing_grows(shared: Path, tmp_path: Path) -> None:
+    memory, leaks = campaigns.steady(tmp_path, SMALL, shared)["bars"]
+    assert memory < 1.1  # the allocator has not come to rest so early; ten thousand steps must keep to 1.05
+    assert leaks < 5  # one for each save or validation would come to more; one may be open by chance
+
+
+def test_killed_at_any_time_it_ends_like_the_unbroken_run(shared: Path, tmp_path: Path) -> None:
+    went_on, _, done_again, difference = campaigns.kills(tmp_path, SMALL, shared)["bars"]
+    assert went_on == SMALL.kills
+    assert done_again <= 2
+    assert difference == 0.0
