@@ -1,4 +1,8 @@
-"""Two real hosts on this machine: network namespaces joined by a cable, each with its own sshd and its own /etc."""
+"""Two real hosts on this machine: network namespaces joined by a cable, each with its own sshd and its own /etc.
+
+What comes in by ssh sees the processes of its host alone: `deepspeed` that is stopped has `pkill` end every DeepSpeed
+launcher of the hosts, those of other tests too.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,7 @@ from pathlib import Path
 from tests.distributed.command import ROOT, environment
 
 PROGRAMS = ("ip", "sshd", "ssh", "ssh-keygen", "pdsh")
+OWN_PROCESSES = ("--pid", "--fork", "--mount-proc")
 INTERFACE = "cable"  # named alike in both, as GLOO_SOCKET_IFNAME is one name for all
 
 
@@ -26,8 +31,8 @@ def missing() -> str | None:
     absent = [program for program in PROGRAMS if shutil.which(program, path=PATH) is None]
     if absent:
         return f"not installed: {', '.join(absent)} (Debian: apt-get install iproute2 openssh-server pdsh)"
-    tried = subprocess.run(["unshare", "--net", "true"], capture_output=True, text=True)
-    return f"no network namespaces here: {tried.stderr.strip()}" if tried.returncode else None
+    tried = subprocess.run(["unshare", "--net", *OWN_PROCESSES, "true"], capture_output=True, text=True)
+    return f"no namespaces here: {tried.stderr.strip()}" if tried.returncode else None
 
 
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
@@ -84,8 +89,9 @@ def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
             run("ip", "-n", host.namespace, "address", "add", f"{host.address}/24", "dev", INTERFACE)
             for interface in (INTERFACE, "lo"):
                 run("ip", "-n", host.namespace, "link", "set", interface, "up")
-            sshd = ("-D", "-e", "-f", "/etc/ssh/sshd_config", "-o", f"PidFile={folder}/{host.name}.pid")
-            host.start(str(shutil.which("sshd", path=PATH)), *sshd, out=folder / f"sshd-{host.name}.log")
+            sshd = (str(shutil.which("sshd", path=PATH)), "-D", "-e", "-f", "/etc/ssh/sshd_config")
+            pid_file = ("-o", f"PidFile={folder}/{host.name}.pid")
+            host.start("unshare", *OWN_PROCESSES, *sshd, *pid_file, out=folder / f"sshd-{host.name}.log")
         for host in hosts:
             await_ssh(hosts[0], host, folder)
         yield hosts
