@@ -216,7 +216,7 @@ def compute(
     names = ["joint", *(f"alone-{m}" for m in store.modalities if per_modality)]
     mine = pieces[ranks.share(len(pieces))]
     ranks.together(lambda: _embed_share(loaded, store, scratch, mine, names, ranks))
-    ranks.together(lambda: _join(scratch, names, shape, ranks.world) if ranks.first else None)
+    ranks.from_first(lambda: _join(scratch, names, shape, ranks.world))
     arrays = {name: np.memmap(_part(scratch, name, 0), np.float32, mode="r", shape=shape) for name in names}
     return Embedding(pieces, arrays["joint"], {n.removeprefix("alone-"): a for n, a in arrays.items() if n != "joint"})
 
@@ -230,12 +230,11 @@ def scratch_beside(out: Path, ranks: Ranks) -> Iterator[Path]:
     scratch = out.with_name(f".{out.name}.partial")
 
     def make() -> None:
-        if ranks.first:
-            shutil.rmtree(scratch, ignore_errors=True)
-            with _told(scratch):
-                scratch.mkdir()
+        shutil.rmtree(scratch, ignore_errors=True)
+        with _told(scratch):
+            scratch.mkdir()
 
-    ranks.together(make)
+    ranks.from_first(make)
     try:
         ranks.together(lambda: _require_shared(scratch))
         yield scratch

@@ -141,11 +141,11 @@ def run_main(main: Callable[[], None]) -> NoReturn:
         if rank == "0" or (alone and not error.on_every_rank):
             prefix = "" if rank == "0" else f"rank {rank}: "
             print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
-        _leave(error.exit_code)
+        _leave(error.exit_code, at_once=True)
     except Exception:  # noqa: BLE001  printed with all that is known of it
         traceback.print_exc()
         several = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1")) != "1"
-        _leave(LOST if several else 1)  # at once: the others wait for this rank
+        _leave(LOST if several else 1, at_once=True)
     except SystemExit as left:
         if not isinstance(left.code, int):
             raise
@@ -159,18 +159,16 @@ def joined() -> None:
     _has_joined = True
 
 
-def _leave(code: int) -> NoReturn:
+def _leave(code: int, at_once: bool = False) -> NoReturn:
     """End the process. One of several does not go by the interpreter's own way out: threads of its process group, even
-    of one it has left, now and then abort it there, and change the exit code of a run that went well."""
+    of one it has left, now and then abort it there, and change the exit code of a run that went well.
+
+    at_once: the others wait for this rank. It may hold them up with nothing, as with threads that hang in a file.
+    """
     if not _has_joined:
         sys.exit(code)
-    if not _in_group():
+    if not at_once:
         atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _in_group() -> bool:
-    group = sys.modules.get("torch.distributed")
-    return group is not None and group.is_available() and group.is_initialized()

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -118,20 +118,25 @@ class Ranks:
         dist.all_gather_object(got, value, group=self.group)
         return got
 
-    def of_first(self, value: T) -> T:
-        """Rank 0's value, on every rank. Values are pickled: keep them small."""
-        return self.all_gather_object(value)[0]
-
-    def together(self, work: Callable[[], None]) -> None:
-        """Do `work`, then wait for the others; an error that any rank meets is raised on all, so that none waits on."""
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """Do `work`, then wait for the others: what it returned, in rank order, which is pickled. An error that any
+        rank meets is raised on all, so that none waits on."""
+        done: Any = None
         problem: ClueError | None = None
         try:
-            work()
+            done = work()
         except ClueError as error:
             problem = error
-        for met in self.all_gather_object(problem):
+        gathered = self.all_gather_object((done, problem))
+        for _, met in gathered:
             if met is not None:
                 raise met
+        return [value for value, _ in gathered]
+
+    def from_first(self, work: Callable[[], T]) -> T:
+        """What `work` returns on rank 0, which alone does it, on every rank; an error it meets is raised on all."""
+        first: Any = self.together(lambda: work() if self.first else None)[0]
+        return cast("T", first)
 
     def share(self, n: int) -> slice:
         """This rank's consecutive part of range(n); the parts differ by one at most and cover it."""

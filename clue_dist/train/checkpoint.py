@@ -57,7 +57,6 @@ class State:
     best: float | None = None
     best_step: int = 0
     bad: int = 0
-    stopped: bool = False
     skipped: int = 0
     usual: tuple[float, float] | None = None
     logged: dict[str, float] = field(default_factory=dict)
@@ -75,9 +74,8 @@ class ModelCard(BaseModel):
 def set_aside(run: Path, state: State, ranks: Ranks) -> State:
     """Clear the way for going on from `state`: what an earlier attempt left beyond its step is renamed, half-written
     checkpoints are removed. Without sound weights of its best validation, the next validation counts as the best."""
-    found = [False]
 
-    def clear() -> None:
+    def clear() -> bool:
         with writing("what goes on from here", run):
             for path in [p for folder in ("checkpoints", "best") for p in (run / folder).glob("step-*")]:
                 if path.suffix == ".partial":
@@ -86,11 +84,10 @@ def set_aside(run: Path, state: State, ranks: Ranks) -> State:
                     shutil.rmtree(path.with_suffix(".aside"), ignore_errors=True)
                     path.rename(path.with_suffix(".aside"))
         best = run / "best" / f"step-{state.best_step:08d}"
-        found[0] = state.best is not None and damage(best) is not None
+        return state.best is not None and damage(best) is not None
 
-    ranks.together(lambda: clear() if ranks.first else None)
-    lost = ranks.of_first(found[0])
-    return replace(state, best=None, best_step=0, bad=0, stopped=False) if lost else state
+    lost = ranks.from_first(clear)
+    return replace(state, best=None, best_step=0, bad=0) if lost else state
 
 
 # --- restoring --------------------------------------------------------------------------------------------------
@@ -123,10 +120,10 @@ def damage(checkpoint: Path) -> str | None:
         if unlisted:
             return f"{min(unlisted)} is not listed in {COMMIT}"
         for name, recorded in listing.items():
-            path = checkpoint / name
-            if Path(name).name != name or not stat.S_ISREG(path.lstat().st_mode):
+            there = (checkpoint / name).lstat()
+            if Path(name).name != name or not stat.S_ISREG(there.st_mode):
                 return f"{name!r} is no file beside {COMMIT}"
-            if path.stat().st_size != recorded["bytes"]:
+            if there.st_size != recorded["bytes"]:
                 return f"{name} has another size than what was saved"
             if hash_file(checkpoint / name).model_dump() != recorded:
                 return f"{name} differs from what was saved"
@@ -151,16 +148,7 @@ def find(run: Path, resume: str, ranks: Ranks) -> Path | None:
         ResumeError: "never" in a folder that holds a run; a named checkpoint that is missing or damaged; every
             checkpoint damaged.
     """
-    found: list[Path | ResumeError | None] = [None]
-    if ranks.first:
-        try:
-            found = [_choose(run, resume)]
-        except ResumeError as error:
-            found = [error]
-    chosen = ranks.of_first(found[0])
-    if isinstance(chosen, ResumeError):
-        raise chosen
-    return chosen
+    return ranks.from_first(lambda: _choose(run, resume))
 
 
 def _choose(run: Path, resume: str) -> Path | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from io import FileIO
 from pathlib import Path
 
@@ -24,18 +25,14 @@ def alone_in(run: Path, ranks: Ranks) -> Iterator[None]:
     Raises:
         ResumeError: another job holds it, on every rank.
     """
-    token = run / f".rank0-{os.getpid()}-{time.time_ns()}"
-    ranks.together(lambda: _make(run, token if ranks.first else run / ".lock"))
-    _check_shared(run, token, ranks)
-    with (run / ".lock").open("ab+", buffering=0) as handle:
-        found: list[str | None] = [None]
+    with ExitStack() as held:
 
-        def take() -> None:
-            with writing("who trains in it", run):
-                found[0] = _taken(handle, run) if ranks.first else None
+        def take() -> str | None:
+            with writing("the run folder", run):
+                run.mkdir(parents=True, exist_ok=True)
+                return _taken(held.enter_context((run / ".lock").open("ab+", buffering=0)), run)
 
-        ranks.together(take)
-        holder = ranks.of_first(found[0])
+        holder = ranks.from_first(take)
         if holder is not None:
             raise ResumeError(
                 "another job is training in this run folder",
@@ -44,6 +41,7 @@ def alone_in(run: Path, ranks: Ranks) -> Iterator[None]:
                 fix="wait until it ends, end it, or choose another folder with --set run=...; "
                 f"if its machine is dead, remove {run / '.lock'}: some file servers keep the locks of the dead",
             )
+        _check_shared(run, ranks)
         yield
 
 
@@ -69,20 +67,30 @@ def _taken(lock: FileIO, run: Path) -> str | None:
         return None
 
 
-def _make(run: Path, file: Path) -> None:
-    with writing("the run folder", run):
-        run.mkdir(parents=True, exist_ok=True)
-        file.touch()
-
-
 EARLIER_ATTEMPT = 90.0  # seconds to wait for it: NFS servers let go of a dead client's locks after its lease
 JOB = os.environ.get("SLURM_JOB_ID")
 
 
-def _check_shared(run: Path, token: Path, ranks: Ranks) -> None:
+def _check_shared(run: Path, ranks: Ranks) -> None:
     """Each rank writes its part of a checkpoint into the folder of rank 0, where rank 0 has put a token."""
-    name = ranks.of_first(token.name)
-    seen = ranks.all_gather_object(ranks.first or _appears(run / name))
+
+    def make() -> str:
+        with writing("the run folder", run):
+            for of_the_dead in run.glob(".shared-*"):
+                of_the_dead.unlink()
+            token = run / f".shared-{secrets.token_hex(4)}"
+            token.touch()
+            return token.name
+
+    def sees() -> bool:
+        with writing("the run folder", run):
+            there = _appears(token)
+            if there:
+                token.touch()
+            return there
+
+    token = run / ranks.from_first(make)
+    seen = ranks.together(sees)
     if ranks.first:
         token.unlink()
     if not all(seen):

@@ -58,9 +58,8 @@ def _start(setup: Setup, ranks: Ranks, resume: str, device: torch.device) -> tup
     state = State(0, ranks.world, setup.store.fingerprint)
     if found is not None:
         state = checkpoint.check_same_run(run, setup.config, setup.store.fingerprint, found)
-        state = replace(state, stopped=_enough(state.bad, setup))  # patience may have been raised since
     state = checkpoint.set_aside(run, state, ranks)
-    ranks.together(lambda: checkpoint.describe(run, setup.store, setup.config) if ranks.first else None)
+    ranks.from_first(lambda: checkpoint.describe(run, setup.store, setup.config))
     if found is None:
         return build(setup, ranks, device), state
     return checkpoint.restore(lambda start: build(setup, ranks, device, start), found, state), state
@@ -76,7 +75,7 @@ def _train(engine: Any, setup: Setup, ranks: Ranks, state: State, device: torch.
         sinks.say(_greeting(run, state, ranks))
         state = replace(state, world=ranks.world)
         meter = Meter(setup, loader, saver, device, state.logged)
-        done, outcome = state.stopped or state.step >= setup.total_steps, None
+        done, outcome = _finished(state, setup), None
         while not done:
             outcome = train_step(engine, setup, ranks, loader, state.step, device, saver, stop)
             state = judged(engine, setup, ranks, replace(state, step=state.step + 1), outcome, sinks)
@@ -87,22 +86,23 @@ def _train(engine: Any, setup: Setup, ranks: Ranks, state: State, device: torch.
                 sinks.write("train", state.step, meter.read(state.step))
             if last or due(state, t.validate_every):
                 state = _validate(engine, setup, ranks, held_out, state, sinks, saver)
-            done = last or state.stopped or outcome.stop
+            done = _finished(state, setup) or outcome.stop
             if outcome.failed:
                 saver.finish()  # raises what went wrong
             if done or due(state, t.checkpoint_every):
                 saver.checkpoint(replace(state, updates=pieces.updates(engine), logged=meter.so_far()))
         saver.finish()
-        finished = state.stopped or state.step >= setup.total_steps
-        if outcome is not None and outcome.stop and not finished:
+        if not _finished(state, setup):
             sinks.say(f"asked to stop: saved at step {state.step}, `--resume auto` goes on from there")
-    return Result(state, finished)
+        elif outcome is not None and state.step < setup.total_steps:
+            sinks.say(f"no better validation since step {state.best_step}: stopping early")
+    return Result(state, _finished(state, setup))
 
 
-def _enough(bad: int, setup: Setup) -> bool:
-    """Whether training stops early after so many validations without a better score."""
+def _finished(state: State, setup: Setup) -> bool:
+    """Whether all steps are done, or too many validations have not bettered the score."""
     patience = setup.config.train.patience
-    return bool(patience) and bad >= patience
+    return state.step >= setup.total_steps or (patience > 0 and state.bad >= patience)
 
 
 def _greeting(run: Path, state: State, ranks: Ranks) -> str:
@@ -142,7 +142,7 @@ def _validate(
     noise = Noise(setup.config.seed, 0, {"held out": held_out.n_cells}, lanes=1, device=held_out.observed.device)
     values = validate.score(engine, held_out, setup.paired, noise)
     # Rank 0 decides: rounding may differ between ranks.
-    score, error = ranks.of_first((values["score"], values["error"]))
+    score, error = ranks.from_first(lambda: (values["score"], values["error"]))
     if not math.isfinite(score):
         sinks.event("validation not finite", state.step, {"best_step": state.best_step})
         return replace(state, bad=state.bad + 1)
@@ -153,7 +153,4 @@ def _validate(
         state = replace(state, best_step=state.step)
         saver.best(state)
     sinks.write("validation", state.step, values | {"best": lowest, "best_step": state.best_step})
-    if _enough(state.bad, setup):
-        sinks.say(f"no better validation since step {state.best_step}: stopping early")
-        return replace(state, stopped=True)
     return state

@@ -8,15 +8,15 @@ the job whether starting it again can help.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch.distributed as dist
 
@@ -25,15 +25,23 @@ from clue_dist.ranks import Ranks
 
 BEAT = 1.0  # seconds between two signs of life
 SILENCE = 15.0  # seconds without one after which a rank counts as lost
-_KEY, _LATE, _FAILED = "clue_dist/beat", "clue_dist/late", "clue_dist/failed"
+_KEY, _LATE, _FAILED, _HEARD = "clue_dist/beat", "clue_dist/late", "clue_dist/failed", "clue_dist/heard"
+
+
+class _Failure(NamedTuple):
+    """What the first rank that failed told the others."""
+
+    rank: int
+    exit_code: int
+    told: str
 
 
 class Peers:
     """Watches while it is open. Threads of its own, as training may wait in a collective."""
 
-    def __init__(self, ranks: Ranks, lost: Callable[[str, int], None] | None = None, silence: float = SILENCE) -> None:
-        self._ranks, self._lost, self._silence = ranks, lost or _leave, silence
-        self._failed: list[str] = []  # what the first rank that failed told: its number, exit code and error
+    def __init__(self, ranks: Ranks, silence: float = SILENCE) -> None:
+        self._ranks, self._silence = ranks, silence
+        self._failure: _Failure | None = None
         self._over = threading.Event()
         self._heard = time.monotonic()  # when all was last well
         self._why = "rank 0"
@@ -55,23 +63,26 @@ class Peers:
         if self._ranks.world > 1:
             self._threads[1].join()
             self._threads[0].join(2 * BEAT)  # it may hang in a connection that leads nowhere
-            if isinstance(error, ClueError):
-                self._tell(error)
-            elif error is not None and self._heard_of_failure():
-                raise _peer_error(self._failed) from error
+            if error is not None:
+                self._part(error)
 
-    def _tell(self, error: ClueError) -> None:
+    def _part(self, error: BaseException) -> None:
+        """Leave with an error of one's own, which the others are told, or with that which another told."""
         with suppress(RuntimeError):  # rank 0 is gone, and the store with it
-            self._store.compare_set(_FAILED, "", f"{self._ranks.rank}\n{error.exit_code}\n{error}")
-        if self._ranks.first:
-            time.sleep(2 * BEAT)  # the store ends with this process: the others read it first
+            if isinstance(error, ClueError):
+                mine = _Failure(self._ranks.rank, error.exit_code, str(error))
+                self._store.compare_set(_FAILED, "", json.dumps(mine))
+            self._hear()
+            if self._ranks.first and self._failure is not None:
+                self._store.wait([f"{_HEARD}/{rank}" for rank in range(self._ranks.world)])  # it ends with rank 0
+        if self._failure is not None and not isinstance(error, ClueError):
+            raise _error(self._failure) from error
 
-    def _heard_of_failure(self) -> bool:
-        if not self._failed:
-            with suppress(RuntimeError):
-                if self._store.check([_FAILED]):
-                    self._failed = self._store.get(_FAILED).decode().split("\n", 2)
-        return bool(self._failed)
+    def _hear(self) -> None:
+        """Whether another has failed. Raises RuntimeError: the store is gone."""
+        if self._failure is None and self._store.check([_FAILED]):
+            self._failure = _Failure(*json.loads(self._store.get(_FAILED)))
+            self._store.set(f"{_HEARD}/{self._ranks.rank}", "1")
 
     def _beat(self) -> None:
         seen: dict[int, tuple[bytes, float]] = {}
@@ -93,7 +104,7 @@ class Peers:
                         self._heard = time.monotonic()
                     elif self._store.check([_LATE]):
                         self._why = self._store.get(_LATE).decode()
-                self._heard_of_failure()
+                self._hear()
             except RuntimeError:  # the store is gone, and rank 0 with it: `_watch` waits whether it comes back
                 continue
 
@@ -120,9 +131,8 @@ class Peers:
             silent = silent + min(now - last, 2 * BEAT) if self._heard <= last else 0.0
             last = now
             if silent > self._silence:
-                code = int(self._failed[1]) if self._failed else LOST
-                self._lost(f"nothing heard of {self._why} for {silent:.0f} s", code)
-                return
+                code = LOST if self._failure is None else self._failure.exit_code
+                _end(f"nothing heard of {self._why} for {silent:.0f} s", code)
 
 
 def _connection() -> Any:
@@ -133,14 +143,13 @@ def _connection() -> Any:
     return store
 
 
-def _peer_error(failed: list[str]) -> ClueError:
-    rank, code, told = failed
-    error = ClueError(f"rank {rank}: {told}")
-    error.exit_code, error.on_every_rank = int(code), True
+def _error(failure: _Failure) -> ClueError:
+    error = ClueError(f"rank {failure.rank}: {failure.told}")
+    error.exit_code, error.on_every_rank = failure.exit_code, True
     return error
 
 
-def _leave(why: str, code: int) -> None:
+def _end(why: str, code: int) -> NoReturn:
     print(
         f"error: another rank is lost: {why}\n"
         "  fix: type the same command again, on the machines that are left: it goes on from the last checkpoint",

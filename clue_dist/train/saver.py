@@ -48,7 +48,7 @@ class Saver:
         self._run, self._engine, self._ranks, self._keep = run, engine, ranks.aside(), keep
         self._before_commit = before_commit or _nothing
         # Ranks of an attempt that is over for Slurm may live on for a while: they must not write where we do.
-        self._attempt = ranks.of_first(secrets.token_hex(4))
+        self._attempt = ranks.from_first(lambda: secrets.token_hex(4))
         self._shapes = json.dumps(pieces.shapes(engine))
         self._copier, self._writer = _Worker("copy"), _Worker("write")
         self._copies: list[Future[Any]] = []
@@ -128,14 +128,12 @@ class Saver:
         final = self._run / kind / f"step-{state.step:08d}"
         partial = final.with_suffix(f".{self._attempt}.partial")
         mine = partial / f"rank-{ranks.rank:05d}.safetensors"
-        written: Listing = {}
+        told = writing("a checkpoint", partial)
         try:
-            ranks.together(_told(partial, lambda: _empty(partial)) if ranks.first else _nothing)
-            part = _told(mine, lambda: written.update(_write_tensors(mine, copied.result(), shapes=self._shapes)))
-            ranks.together(part)
-            listing = {name: entry for one in ranks.all_gather_object(written) for name, entry in one.items()}
-            commit = _told(partial, lambda: self._commit(kind, state, partial, final, listing))
-            ranks.together(commit if ranks.first else _nothing)
+            ranks.from_first(told(lambda: _empty(partial)))
+            parts = ranks.together(told(lambda: _write_tensors(mine, copied.result(), shapes=self._shapes)))
+            listing = {name: entry for one in parts for name, entry in one.items()}
+            ranks.from_first(told(lambda: self._commit(kind, state, partial, final, listing)))
         except SavingError as error:
             self._broken = error
             if ranks.first:
@@ -225,14 +223,6 @@ def _listed(path: Path) -> Listing:
 
 def _nothing() -> None:
     pass
-
-
-def _told(where: Path, work: Callable[[], None]) -> Callable[[], None]:
-    def told() -> None:
-        with writing("a checkpoint", where):
-            work()
-
-    return told
 
 
 class _Worker:

@@ -33,7 +33,7 @@ class Sinks:
 
     def __init__(self, run: Path, config: Config, total: int, step: int, ranks: Ranks) -> None:
         self.active, self.total = ranks.first, total
-        ranks.together(lambda: self._begin(run, config, step) if self.active else None)
+        ranks.from_first(lambda: self._begin(run, config, step))
 
     def _begin(self, run: Path, config: Config, step: int) -> None:
         with writing("metrics.jsonl", run):

@@ -34,13 +34,13 @@ def kept(scores: list[tuple[float, float]], monkeypatch: pytest.MonkeyPatch, pat
     monkeypatch.setattr(validate, "score", lambda *_: dict(zip(("score", "error"), next(looks), strict=True)))
     held_out: Any = SimpleNamespace(n_cells=1, observed=torch.ones(1, 1))
     config = SimpleNamespace(run="run", seed=0, train=SimpleNamespace(patience=patience))
-    setup: Any = SimpleNamespace(config=config, paired=True)
+    setup: Any = SimpleNamespace(config=config, paired=True, total_steps=len(scores) + 1)
     state, said = State(0, 1, ""), Said([])
     for step in range(1, len(scores) + 1):
         state = State(**{**vars(state), "step": step})
         state = loop._validate(None, setup, Ranks(), held_out, state, said, saver)  # type: ignore[arg-type]
         assert said.lines[-1]["best_step"] == state.best_step == saved[-1]
-        if state.stopped:
+        if loop._finished(state, setup):
             break
     return state, saved
 
@@ -64,5 +64,5 @@ def test_without_an_error_only_a_score_as_low_counts(monkeypatch: pytest.MonkeyP
 
 def test_patience_counts_from_the_lowest(monkeypatch: pytest.MonkeyPatch) -> None:
     state, saved = kept([(0.1, 0.05), (0.12, 0.05), (0.13, 0.05), (0.05, 0.01)], monkeypatch, patience=2)
-    assert state.stopped
+    assert (state.step, state.bad) == (3, 2)
     assert saved == [1, 2, 3]
