@@ -227,6 +227,28 @@ def test_a_full_disk_is_told_and_leaves_what_was_committed(folder: Path) -> None
         assert timeless(folder / "full") == timeless(folder / "whole")
 
 
+@needs_root
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_disk_that_fills_up_under_two_ranks_is_told_once_and_they_go_on_when_there_is_room(
+    folder: Path, stage: int
+) -> None:
+    """Each writes its own part, and either may be the first without room."""
+    name = f"full-{stage}"
+    args = args_of(folder, name, "train.keep=99", f"train.zero_stage={stage}")
+    with mounted(folder / name, "-t", "tmpfs", "-o", "size=700k", "none"):
+        done = run(*spawned(2, *args), expect=1)
+        assert done.stderr.count("error: a checkpoint could not be written") == 1, done.stderr
+        assert "No space left on device" in done.stderr
+        assert "Traceback" not in done.stderr
+        there = saved_steps(folder / name)
+        assert there
+        assert all(checkpoint.damage(p) is None for p in checkpoint.committed(folder / name / "checkpoints"))
+        assert not list((folder / name).rglob("*.partial"))
+        subprocess.run(["mount", "-o", "remount,size=20M", str(folder / name)], check=True)
+        assert f"going on from step {there[0]}" in run(*spawned(2, *args)).stdout
+        assert saved_steps(folder / name) == [27, 25, 20, 15, 10, 5]
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_disk_that_is_full_for_one_rank_ends_all_and_leaves_what_was_committed(folder: Path, rank: int) -> None:
     name = f"full-for-{rank}"
