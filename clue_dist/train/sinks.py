@@ -22,6 +22,7 @@ from clue_dist.store.writer import sync
 
 Numbers = Mapping[str, float | int | str]
 T = TypeVar("T")
+WANDB_WAIT = 30  # seconds for its server to answer
 
 
 class Sinks:
@@ -181,19 +182,29 @@ def _to_board(board: Any, numbers: Numbers, step: int) -> Any:
 
 
 def _wandb(run: Path, config: Config) -> Any:
-    """A wandb run in the run folder, offline unless the config says online."""
+    """A wandb run in the run folder, offline unless the config says online and the server answers."""
     import wandb
 
-    return wandb.init(
-        project=config.log.project,
-        name=run.name,
-        dir=str(run),
-        mode=config.log.wandb,
-        id=_wandb_id(run),
-        resume="allow",
-        config=config.model_dump(mode="json"),
-        settings=wandb.Settings(silent=True, console="off", init_timeout=30, finish_timeout=20),
-    )
+    def begin(mode: str) -> Any:
+        return wandb.init(
+            project=config.log.project,
+            name=run.name,
+            dir=str(run),
+            mode=mode,
+            id=_wandb_id(run),
+            resume="allow",
+            config=config.model_dump(mode="json"),
+            settings=wandb.Settings(silent=True, console="off", init_timeout=WANDB_WAIT, finish_timeout=20),
+        )
+
+    try:
+        return begin(config.log.wandb)
+    except wandb.Error as error:
+        if config.log.wandb != "online":
+            raise
+        print(f"wandb is offline ({error}): `wandb sync {run}/wandb/offline-run-*` sends the run later", flush=True)
+        wandb.teardown()  # it takes the run for one that is still going on
+        return begin("offline")
 
 
 def _wandb_id(run: Path) -> str:

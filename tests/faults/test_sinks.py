@@ -15,10 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from clue_dist.config import Config
+from clue_dist.config import Config, LogConfig
 from clue_dist.errors import ResumeError
 from clue_dist.ranks import Ranks
-from clue_dist.train import lock
+from clue_dist.train import lock, sinks
 from clue_dist.train.lock import alone_in
 from clue_dist.train.sinks import Sinks
 from tests.distributed.command import ROOT, environment, metrics, train_args
@@ -133,6 +133,23 @@ def test_a_sink_that_cannot_be_imported_is_left(
     assert "wandb is off from here on" in said
     assert "TensorBoard is off from here on" in said
     assert metrics(tmp_path, "validation") == [{"step": 1, "split": "validation", "loss": 0.5}]
+
+
+def test_without_its_server_wandb_goes_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as dead:
+        dead.bind(("127.0.0.1", 0))  # and nobody listens
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{dead.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+        monkeypatch.delenv("WANDB_MODE", raising=False)
+        monkeypatch.setattr(sinks, "WANDB_WAIT", 3)
+        with Sinks(tmp_path, Config(log=LogConfig(wandb="online")), 10, 0, Ranks()) as looked_at:
+            looked_at.write("train", 1, {"loss": 0.5})
+    assert "wandb is offline" in capsys.readouterr().out
+    (recorded,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert recorded.stat().st_size > 0
+    assert metrics(tmp_path) == [{"step": 1, "split": "train", "loss": 0.5}]
 
 
 def test_a_run_folder_that_is_not_shared_is_told_on_all_ranks(tmp_path: Path) -> None:

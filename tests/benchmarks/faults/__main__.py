@@ -39,6 +39,7 @@ BARS = {
     "saving": [
         Bar("hold-up of a checkpoint, in steps of the large config", "<=", 0.05),
         Bar("hold-up where best weights are kept at the same step", "<=", 0.05),
+        Bar("seconds from a stop signal amid a save to the last commit", "<=", 25),
     ],
 }
 
@@ -48,7 +49,8 @@ kills: SIGKILL of rank 0, of rank 1 or of both, two ranks under the deepspeed la
 steady: the same run unbroken, with wandb offline and TensorBoard; memory is the resident set of a rank, the larger one
 stops: USR1 to the ranks, as Slurm sends it, and SIGTERM to the launcher, in turns
 damages: a flipped byte, a truncation, a missing file, at a random place of the newest checkpoint
-saving: configs/zero3.json in float32 on two ranks; hold-up is how long training waited for saving"""
+saving: configs/zero3.json in float32 on two ranks; hold-up is how long training waited for saving; the
+  stop is USR1 as a save begins, which is committed first, and then the step that was reached"""
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:

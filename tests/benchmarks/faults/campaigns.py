@@ -21,7 +21,7 @@ import psutil
 from clue_dist.ranks import Ranks
 from clue_dist.train import checkpoint
 from tests.benchmarks import common
-from tests.benchmarks.faults.jobs import Job, job, last_step, partials, resumes_at, signalled
+from tests.benchmarks.faults.jobs import Job, committed_at, job, last_step, partials, resumes_at, signalled
 from tests.distributed.command import best_weights, largest_difference, metrics, train_args
 from tests.faults.command import timeless
 from tests.stores import make_store
@@ -153,8 +153,7 @@ def stops(folder: Path, size: Size, shared: Path) -> common.Result:
             else:
                 signalled(one, signal.SIGUSR1)
             codes.append(one.end(60)[0])
-        marker = run / "checkpoints" / f"step-{resumes_at(run):08d}" / "COMMIT.json"
-        took.append(marker.stat().st_mtime - asked)
+        took.append(committed_at(run) - asked)
         lost.append(last_step(run) - resumes_at(run))
     numbers = {
         "stops": size.stops,
@@ -198,23 +197,27 @@ HARMS: list[Callable[[Path, random.Random], None]] = [
 
 
 def saving(folder: Path, size: Size, shared: Path) -> common.Result:
-    """How long the large config waits for saves, next to its steps."""
+    """How long the large config waits for saves, next to its steps; then it is stopped while it saves."""
     make_store(folder / "large.zarr", cells={"rna+adt": 900, "rna": 300}, features={"rna": size.features, "adt": 134})
     every, run = 4, folder / "large"
     steps = size.saves * every
-    settings = (
+    settings = [
         f"store={folder / 'large.zarr'}",
         f"run={run}",
         "data.batch_size=128",
-        f"train.epochs={steps * 128 / 1155}",
         "train.precision=fp32",  # two cores have no bf16 worth the name
         f"train.validate_every={2 * every}",
         f"train.checkpoint_every={every}",
         "log.every=1",
         "log.wandb=disabled",
         "log.tensorboard=false",
-    )
-    with job(run, "launch/train.py", "--config", "configs/zero3.json", "--set", *settings) as one:
+    ]
+
+    def args(steps: int) -> list[str]:
+        epochs = f"train.epochs={steps * 128 / 1155}"
+        return ["launch/train.py", "--config", "configs/zero3.json", "--set", *settings, epochs]
+
+    with job(run, *args(steps)) as one:
         code, _ = one.end(3000)
         if code != 0:
             raise common.BenchmarkError("training failed", where=run, got=one.out.read_text()[-2000:])
@@ -226,6 +229,14 @@ def saving(folder: Path, size: Size, shared: Path) -> common.Result:
     after_both = [n for n in seconds if n % (2 * every) == 1]
     others = [n for n in seconds if n % every == 0]
     step = statistics.median(seconds[n] for n in others)
+    with job(run, *args(2 * steps)) as one:
+        one.await_save(random.Random(3), within_s=120)
+        asked = time.time()
+        signalled(one, signal.SIGUSR1)
+        code, _ = one.end(120)
+        stopped = committed_at(run) - asked
+        if code != 75 or resumes_at(run) != last_step(run):
+            raise common.BenchmarkError("the stop lost a step", where=run, got=one.out.read_text()[-2000:])
     hold_up, of_both = (statistics.median(held[n] for n in which) / step for which in (after, after_both))
     numbers = {
         "saves": len(after + after_both),
@@ -235,8 +246,9 @@ def saving(folder: Path, size: Size, shared: Path) -> common.Result:
         "waiting for a checkpoint and best weights, in steps": of_both,
         "a step while a checkpoint is copied and written, in steps": statistics.median(seconds[n] for n in after)
         / step,
+        "stopped as it began to save: until all was saved, s": stopped,
     }
-    return {"numbers": numbers, "bars": [hold_up, of_both]}
+    return {"numbers": numbers, "bars": [hold_up, of_both, stopped]}
 
 
 CAMPAIGNS: dict[str, Callable[[Path, Size, Path], common.Result]] = {

@@ -55,9 +55,9 @@ class Job:
                 raise BenchmarkError("the job made no step", where=self.run, got=self.out.read_text()[-2000:])
             time.sleep(0.02)
 
-    def await_save(self, draw: random.Random) -> None:
+    def await_save(self, draw: random.Random, within_s: float = 20) -> None:
         """Until a checkpoint is being written, and up to some milliseconds more."""
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + within_s
         while not partials(self.run) and self.process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.0005)
         time.sleep(draw.uniform(0, 0.006))
@@ -97,6 +97,11 @@ def job(run: Path, *args: str) -> Iterator[Job]:
 def resumes_at(run: Path) -> int:
     """The newest committed step."""
     return max((int(p.parent.name[5:]) for p in run.glob("checkpoints/step-????????/COMMIT.json")), default=0)
+
+
+def committed_at(run: Path) -> float:
+    """When the newest step was committed, as `time.time` counts."""
+    return (run / "checkpoints" / f"step-{resumes_at(run):08d}" / "COMMIT.json").stat().st_mtime
 
 
 def partials(run: Path) -> list[Path]:
