@@ -60,15 +60,20 @@ def part_of(parent: Any, name: str) -> Any:
 def read_part(parent: Any, name: str) -> Any:
     """A part of a file as anndata reads it, after a look at all of it; raises as `part_of`."""
     part = part_of(parent, name)
-    _look_into(part)
+    _look_into(part, set())
     return read_elem(part)
 
 
-def _look_into(part: Any, depth: int = 0) -> None:
-    if depth > _DEEPEST:
+def _look_into(part: Any, seen: set[int], depth: int = 0) -> None:
+    """seen: addresses of groups. One that lies in many would be read as often, and those within it as often again."""
+    if not isinstance(part, h5py.Group):
+        return
+    address = h5py.h5o.get_info(part.id).addr
+    if depth > _DEEPEST or address in seen:
         raise DataError("groups within groups without an end", where=place(part), fix=ANEW)
-    for name in part if isinstance(part, h5py.Group) else ():
-        _look_into(part_of(part, name), depth + 1)
+    seen.add(address)
+    for name in part:
+        _look_into(part_of(part, name), seen, depth + 1)
 
 
 def place(part: Any) -> str:

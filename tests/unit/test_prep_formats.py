@@ -17,6 +17,7 @@ from clue_dist.errors import DataError
 from data_prep import convert, entries, h5_file
 from data_prep import counts as reading
 from data_prep.mtx import MtxSource
+from tests.benchmarks.hostile.hdf5 import OBJECTS
 from tests.unit.prep_helpers import (
     anndata_of,
     build,
@@ -256,6 +257,15 @@ def test_damaged_h5ad(tmp_path: Path, damage: Callable[[h5py.File], None], told:
     what, where, got, expected = told
     message = f"{what}\n  where: {where}\n  got: {got}\n  expected: {expected}\n  fix: write the file again"
     with pytest.raises(DataError, match=message):
+        build(tmp_path / "s.zarr", f"rna={path}")
+
+
+def test_groups_that_share_groups_are_refused_at_once(tmp_path: Path) -> None:
+    """Ten groups, in so many places that reading them all would never end."""
+    path = write_h5ad(tmp_path / "a.h5ad", frame(20, 8), batch=pd.Categorical(["a", "b"] * 10))
+    with h5py.File(path, "r+") as file:
+        OBJECTS["groups that share groups"](file, "obs/batch", tmp_path)
+    with pytest.raises(DataError, match="groups within groups without an end"):
         build(tmp_path / "s.zarr", f"rna={path}")
 
 

@@ -130,6 +130,17 @@ def _virtual(file: h5py.File, name: str) -> None:
     file.create_virtual_dataset(name, layout)
 
 
+def _shared(file: h5py.File, name: str) -> None:
+    """Few groups, that are reached in 30^8 ways."""
+    below = file.create_group(None)
+    for _ in range(7):
+        group = file.create_group(None)
+        for number in range(30):
+            group[f"g{number}"] = below
+        below = group
+    file[name] = below
+
+
 OBJECTS: dict[str, Callable[[h5py.File, str, Path], None]] = {
     "gone": _instead(lambda file, name: None),
     "an empty group": _instead(lambda file, name: file.create_group(name)),
@@ -170,6 +181,7 @@ OBJECTS: dict[str, Callable[[h5py.File, str, Path], None]] = {
     "a link to a file that is none": _instead(
         lambda file, name: file.__setitem__(name, h5py.ExternalLink("/etc/passwd", "x"))
     ),
+    "groups that share groups": _instead(_shared),
     "bytes of another file": _instead(_device),
     "a view of another file": _instead(_virtual),
 }
