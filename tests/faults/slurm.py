@@ -9,9 +9,10 @@ import socket
 import stat
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 
@@ -33,18 +34,24 @@ class Slurm:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.env = environment() | {"SLURM_CONF": str(folder / "slurm.conf"), "MASTER_PORT": str(free_port())}
+        self.env = environment() | {"SLURM_CONF": str(folder / "slurm.conf")}
 
     def run(
-        self, *command: str, check: bool = True, timeout: float = 120, cwd: Path = ROOT
+        self,
+        *command: str,
+        check: bool = True,
+        timeout: float = 120,
+        cwd: Path = ROOT,
+        variables: Mapping[str, str] = MappingProxyType({}),
     ) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(command, cwd=cwd, env=self.env, capture_output=True, text=True, timeout=timeout)
+        env = self.env | variables
+        done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
         assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done
 
-    def submit(self, *args: str) -> str:
-        """The number of a new job."""
-        return self.run("sbatch", "--parsable", *args).stdout.strip()
+    def submit(self, *args: str, **variables: str) -> str:
+        """The number of a new job. variables: of its environment, besides those all jobs have."""
+        return self.run("sbatch", "--parsable", *args, variables=variables).stdout.strip()
 
     def state(self, job: str) -> dict[str, str]:
         """What Slurm knows of a job: JobState, ExitCode, Restarts, ..."""

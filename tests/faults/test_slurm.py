@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.benchmarks.faults.jobs import last_step
 from tests.distributed.command import ROOT, best_weights, largest_difference, metrics, run, spawned, train_args
 from tests.faults.command import saved_steps, timeless
 from tests.faults.slurm import Slurm, cluster, daemon, missing
@@ -41,17 +43,21 @@ def args_of(folder: Path, name: str) -> list[str]:
     return train_args(folder, folder / "s.zarr", name, *SETTINGS)
 
 
-def submitted(slurm: Slurm, folder: Path, name: str) -> str:
+def submitted(slurm: Slurm, folder: Path, name: str, *settings: str, **variables: str) -> str:
     """A job on both nodes that trains into run `name`, once it has logged some steps."""
     script = ("--nodes=2", "--ntasks-per-node=1", f"--output={folder}/{name}.out", "launch/slurm/train.sbatch")
-    job = slurm.submit(*script, *args_of(folder, name)[1:])
-    log, deadline = folder / name / "metrics.jsonl", time.monotonic() + 90
-    while not (log.exists() and log.read_text().count("\n") > 20):
+    job = slurm.submit(*script, *args_of(folder, name)[1:], *settings, **variables)
+    await_steps(slurm, folder, name, job, 20)
+    return job
+
+
+def await_steps(slurm: Slurm, folder: Path, name: str, job: str, beyond: int) -> None:
+    deadline = time.monotonic() + 90
+    while last_step(folder / name) <= beyond:
         state = slurm.state(job)["JobState"]
         assert state in ("PENDING", "CONFIGURING", "RUNNING"), (state, output(folder, name))
         assert time.monotonic() < deadline, output(folder, name)
         time.sleep(0.05)
-    return job
 
 
 def output(folder: Path, name: str) -> str:
@@ -100,6 +106,26 @@ def test_a_rank_that_is_killed_brings_the_job_back(slurm: Slurm, folder: Path) -
     job = submitted(slurm, folder, "killed")
     os.kill(rank_of(folder / "killed", 1), signal.SIGKILL)
     ends_like_the_unbroken_run(slurm, folder, "killed", job)
+
+
+@pytest.mark.parametrize(("save_every", "ends"), [("9999", "FAILED"), ("5", "COMPLETED")])
+def test_losses_end_the_job_only_where_no_checkpoint_comes_between(
+    slurm: Slurm, folder: Path, save_every: str, ends: str
+) -> None:
+    """One loss is allowed here, and two ranks are killed."""
+    name = f"losses-{ends}"
+    job = submitted(slurm, folder, name, f"train.checkpoint_every={save_every}", MAX_LOSSES="1")
+    os.kill(rank_of(folder / name, 1), signal.SIGKILL)
+    said, deadline = folder / f"{name}.out", time.monotonic() + 90
+    while len(begun := re.findall(r"(?:starting|going on from step (\d+)): ", said.read_text())) < 2:
+        assert time.monotonic() < deadline, output(folder, name)
+        time.sleep(0.1)
+    await_steps(slurm, folder, name, job, int(begun[-1] or 0) + 20)
+    os.kill(rank_of(folder / name, 1), signal.SIGKILL)
+    state = slurm.wait(job, 120)
+    assert (state["JobState"], state["Restarts"]) == (ends, "1" if ends == "FAILED" else "2"), output(folder, name)
+    assert state["ExitCode"] in (("0:0",) if ends == "COMPLETED" else ("76:0", "137:0")), output(folder, name)
+    assert not list(ROOT.glob(f".losses-{job}"))
 
 
 def rank_of(run_folder: Path, rank: int) -> int:
