@@ -12,6 +12,7 @@ import pytest
 from clue_dist.train import checkpoint, pieces
 from tests.distributed.command import best_weights, largest_difference, metrics, python, run, spawned, train_args
 from tests.faults.command import planted, saved_steps, timeless
+from tests.ranks import HUNG
 from tests.stores import make_store
 
 STEPS = 24
@@ -57,7 +58,7 @@ def test_killed_at_a_random_step_it_ends_bit_for_bit_like_an_unbroken_run(
     draw = random.Random(f"{stage}{settings}")
     rank, step = draw.choice([0, 1]), draw.randrange(5, STEPS)
     done = run(*planted(2, args[1], f"kill:{rank}:{step}"), expect=None)
-    assert done.returncode != 0
+    assert done.returncode not in (0, HUNG)
     whole, broken = tmp_path / "whole", tmp_path / "kill"
     before = saved_steps(broken)[0]
     assert before == step // 4 * 4  # one interval at most is done again

@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def started(folder: Path, name: str, shell: str) -> subprocess.Popen[bytes]:
     """Two ranks, by a shell as a person has it, once they have logged some steps."""
-    args = train_args(folder, folder / "s.zarr", name, "log.every=1", "train.epochs=9999")
+    args = train_args(folder, folder / "s.zarr", name, "log.every=1", "train.epochs=9999", f"run={folder / name}")
     # As in a terminal, whatever runs the tests
     command = ["env", "--default-signal=INT", "bash", "-c", f'{shell}\n"$@"', "bash", *launched(2, *args)]
     process = subprocess.Popen(
@@ -62,7 +62,7 @@ def nothing_lost(folder: Path, name: str, asked: float) -> None:
 
 def test_usr1_to_all_as_the_readme_tells_ends_with_75(folder: Path) -> None:
     process, asked = started(folder, "usr1", "trap '' USR1"), time.time()
-    run("pkill", "-USR1", "-f", f"launch/train.py.*{folder / 'usr1'}")
+    run("pkill", "-USR1", "-f", f"launch/train.py.*run={folder / 'usr1'}( |$)")
     assert process.wait(40) == 75
     nothing_lost(folder, "usr1", asked)
 

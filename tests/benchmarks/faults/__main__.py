@@ -18,7 +18,16 @@ from tests.distributed.command import ROOT
 
 FULL = Size(steps=10_000, kills=100, stops=20, damages=100, saves=12, features=20_000)
 QUICK = Size(steps=60, kills=1, stops=1, damages=6, saves=4, features=200)
-SOURCES = ("clue_dist", "launch/train.py", "tests/benchmarks/faults", "tests/stores.py", "tests/distributed/command.py")
+SOURCES = (
+    "clue_dist",
+    "launch/train.py",
+    "configs/zero3.json",
+    "tests/benchmarks/faults",
+    "tests/benchmarks/common.py",
+    "tests/stores.py",
+    "tests/distributed/command.py",
+    "tests/faults/command.py",
+)
 
 BARS = {
     "kills": [
@@ -45,7 +54,7 @@ BARS = {
 
 FOOTNOTES = """\
 kills: SIGKILL of rank 0, of rank 1 or of both, two ranks under the deepspeed launcher, a checkpoint every 5 steps; half
-  of them as soon as a checkpoint is seen being written, half at any time; then the same command again
+  of them within 6 ms after a checkpoint is seen being written, half at any time; then the same command again
 steady: the same run unbroken, with wandb offline and TensorBoard; memory is the resident set of a rank, the larger one
 stops: USR1 to the ranks, as Slurm sends it, and SIGTERM to the launcher, in turns
 damages: a flipped byte, a truncation, a missing file, at a random place of the newest checkpoint

@@ -230,7 +230,8 @@ def saving(folder: Path, size: Size, shared: Path) -> common.Result:
     others = [n for n in seconds if n % every == 0]
     step = statistics.median(seconds[n] for n in others)
     with job(run, *args(2 * steps)) as one:
-        one.await_save(random.Random(3), within_s=120)
+        if not one.await_save(random.Random(3), within_s=120):
+            raise common.BenchmarkError("no save was seen", where=run, got=one.out.read_text()[-2000:])
         asked = time.time()
         signalled(one, signal.SIGUSR1)
         code, _ = one.end(120)

@@ -55,12 +55,14 @@ class Job:
                 raise BenchmarkError("the job made no step", where=self.run, got=self.out.read_text()[-2000:])
             time.sleep(0.02)
 
-    def await_save(self, draw: random.Random, within_s: float = 20) -> None:
-        """Until a checkpoint is being written, and up to some milliseconds more."""
+    def await_save(self, draw: random.Random, within_s: float = 20) -> bool:
+        """Until a checkpoint is being written, and up to some milliseconds more; whether one was."""
         deadline = time.monotonic() + within_s
         while not partials(self.run) and self.process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.0005)
+        seen = bool(partials(self.run))
         time.sleep(draw.uniform(0, 0.006))
+        return seen
 
     def end(self, timeout_s: float) -> tuple[int, float]:
         """Exit code, and the seconds it took to come."""
@@ -100,12 +102,13 @@ def resumes_at(run: Path) -> int:
 
 
 def committed_at(run: Path) -> float:
-    """When the newest step was committed, as `time.time` counts."""
-    return (run / "checkpoints" / f"step-{resumes_at(run):08d}" / "COMMIT.json").stat().st_mtime
+    """When the newest step was committed, by the renaming of its folder, as `time.time` counts."""
+    return (run / "checkpoints" / f"step-{resumes_at(run):08d}").stat().st_ctime
 
 
 def partials(run: Path) -> list[Path]:
-    return list(run.glob("checkpoints/*.partial"))
+    """Checkpoints being written; what is being removed bears no attempt in its name."""
+    return list(run.glob("checkpoints/step-????????.*.partial"))
 
 
 def last_step(run: Path) -> int:
