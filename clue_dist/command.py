@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,8 +25,17 @@ def parser_of(script: str, description: str, store: str, out: str) -> argparse.A
 
 
 @contextmanager
-def opened(args: argparse.Namespace) -> Iterator[tuple[Loaded, Store, Ranks]]:
-    """The model, the store and the ranks these arguments ask for; the ranks part after success."""
-    ranks = Ranks.from_env().init()
-    yield load_model(args.run, args.checkpoint), Store(args.store), ranks
+def opened(args: argparse.Namespace, check: Callable[[], None]) -> Iterator[tuple[Loaded, Store, Ranks]]:
+    """The model, the store and the ranks these arguments ask for; the ranks part after success.
+
+    check: what else must hold on every rank.
+    """
+
+    def ready() -> tuple[Loaded, Store]:
+        check()
+        return load_model(args.run, args.checkpoint), Store(args.store)
+
+    ranks = Ranks.from_env()
+    loaded, store = ranks.agreed(ready)
+    yield loaded, store, ranks.init()
     ranks.close()

@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,7 +23,6 @@ class ClueError(Exception):
 
     exit_code = 2
     on_every_rank = False  # whether all ranks of a job raise it together
-    before_joining = False  # whether a single rank may raise it before the ranks have joined
 
     def __init__(
         self,
@@ -42,8 +41,8 @@ class ClueError(Exception):
         return "\n".join([self.what, *(f"  {name}: {text}" for name, text in parts.items() if text is not None)])
 
     def __reduce__(self) -> tuple[Callable[..., ClueError], tuple[Any, ...]]:
-        # Errors cross process borders (Dask workers); keyword-only arguments need help to unpickle.
-        return _rebuild, (type(self), self.args)
+        # Errors cross process borders (Dask workers, ranks); keyword-only arguments need help to unpickle.
+        return _rebuild, (type(self), (self.what, self.where, self.got, self.expected, self.fix))
 
 
 def _rebuild(kind: type[ClueError], args: tuple[Any, ...]) -> ClueError:
@@ -58,10 +57,15 @@ class ConfigError(ClueError):
 
 
 class RankError(ConfigError):
-    """One rank cannot take part, perhaps that one alone: it speaks for itself, even before the ranks have joined."""
+    """One rank cannot take part, perhaps that one alone."""
 
     on_every_rank = False
-    before_joining = True
+
+
+class LostError(ClueError):
+    """A rank or a machine was lost, or never came."""
+
+    exit_code = LOST
 
 
 class DataError(ClueError):
@@ -136,14 +140,13 @@ def run_main(main: Callable[[], None]) -> NoReturn:
     except ClueError as error:
         rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
         local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
-        # Before the ranks have joined, those of a machine see the same; another machine may lack the store, say.
-        alone = error.before_joining or _has_joined or local == "0"
-        if rank == "0" or (alone and not error.on_every_rank):
+        # Before the ranks have joined, those of a machine see the same.
+        if rank == "0" or (not error.on_every_rank and (_has_joined or local == "0")):
             prefix = "" if rank == "0" else f"rank {rank}: "
-            print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
+            say(f"{prefix}error: {error}")
         _leave(error.exit_code, at_once=True)
     except Exception:  # noqa: BLE001  printed with all that is known of it
-        traceback.print_exc()
+        say(traceback.format_exc())
         several = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1")) != "1"
         _leave(LOST if several else 1, at_once=True)
     except SystemExit as left:
@@ -151,6 +154,12 @@ def run_main(main: Callable[[], None]) -> NoReturn:
             raise
         _leave(left.code)
     _leave(0)
+
+
+def say(text: str) -> None:
+    """Print to stderr; where nobody listens any more (a terminal that was closed, a full disk) the process goes on."""
+    with suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def joined() -> None:
@@ -167,8 +176,11 @@ def _leave(code: int, at_once: bool = False) -> NoReturn:
     """
     if not _has_joined:
         sys.exit(code)
-    if not at_once:
-        atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    try:
+        if not at_once:
+            atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+    finally:
+        os._exit(code)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import pickle
+import socket
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -10,10 +14,11 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
-from clue_dist import errors
-from clue_dist.errors import ClueError, ConfigError, RankError
+from clue_dist.errors import ClueError, LostError, RankError, joined
 
+JOIN = 300.0  # seconds to wait for the others at the start: clusters start ranks minutes apart, dead ones never come
 T = TypeVar("T")
 
 
@@ -37,7 +42,7 @@ class Ranks:
         though SLURM_NTASKS is set there too and waiting for the others would never end.
 
         Raises:
-            ConfigError: the variables are not numbers, or the rank lies outside the world.
+            RankError: the variables are not numbers, or the rank lies outside the world.
         """
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         if "RANK" not in env and "SLURM_STEP_NUM_TASKS" in env:
@@ -45,7 +50,7 @@ class Ranks:
         values = [env.get(name, default) for name, default in zip(names, ("0", "1", "0"), strict=True)]
         got = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
         if not all(v.isdecimal() for v in values) or not int(values[0]) < int(values[1]):
-            raise ConfigError(
+            raise RankError(
                 "the launcher's variables make no sense",
                 where="environment",
                 got=got,
@@ -58,23 +63,41 @@ class Ranks:
     def first(self) -> bool:
         return self.rank == 0
 
-    def init(self, backend: str = "gloo", timeout_s: float = 1800) -> Ranks:
-        """Join the others; returns self. Sets the variables DeepSpeed reads, so that srun needs no other launcher.
+    def agreed(self, work: Callable[[], T]) -> T:
+        """Do `work` on every rank before they join; what this rank's returned. Where one cannot, none begins.
 
         Raises:
-            ConfigError: several machines and no MASTER_ADDR.
+            RankError: several machines and no MASTER_ADDR, or this rank has no GPU where others have.
+            LostError: not all ranks came in time.
+            ClueError: what `work` raised, on all ranks, whoever met it.
+        """
+        if self.world == 1:
+            return work()
+        done: Any = None
+        problem: ClueError | None = None
+        try:
+            self.device()
+            done = work()
+        except ClueError as error:
+            problem = self._met(error)
+        try:
+            said = self._exchanged(pickle.dumps(problem))
+        except LostError as error:
+            raise problem or error from None
+        _raise_first([pickle.loads(one) for one in said])
+        return cast("T", done)
+
+    def init(self, backend: str = "gloo", timeout_s: float = 1800) -> Ranks:
+        """Join the others; returns self. timeout_s: of what they exchange from then on.
+
+        Raises:
+            RankError: several machines and no MASTER_ADDR.
+            LostError: not all ranks came in time.
         """
         if self.world == 1 or dist.is_initialized():
             return self
-        os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.world), LOCAL_RANK=str(self.local_rank))
-        if "MASTER_ADDR" not in os.environ:
-            os.environ["MASTER_ADDR"] = self._only_host()
-        # Jobs that share a machine must not meet at one port; all ranks of a job derive the same.
-        job = int(os.environ.get("SLURM_JOB_ID", "0"))
-        attempt = int(os.environ.get("SLURM_RESTART_COUNT", "0"))  # an earlier one may hold its port for a while
-        os.environ.setdefault("MASTER_PORT", str(20000 + (job + 97 * attempt) % 10000))
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-        errors.joined()
+        timeout = timedelta(seconds=timeout_s)
+        dist.init_process_group(backend, store=self._store(), rank=self.rank, world_size=self.world, timeout=timeout)
         return self
 
     def aside(self) -> Ranks:
@@ -119,22 +142,29 @@ class Ranks:
         return got
 
     def together(self, work: Callable[[], T]) -> list[T]:
-        """Do `work`, then wait for the others: what it returned, in rank order, which is pickled. An error that any
-        rank meets is raised on all, so that none waits on."""
+        """Do `work`, then wait for the others: what it returned, in rank order, which is pickled.
+
+        Raises:
+            ClueError: what `work` raised, on all ranks, whoever met it, so that none waits on.
+        """
         done: Any = None
         problem: ClueError | None = None
         try:
             done = work()
         except ClueError as error:
-            problem = error
+            if self.world == 1:
+                raise
+            problem = self._met(error)
         gathered = self.all_gather_object((done, problem))
-        for _, met in gathered:
-            if met is not None:
-                raise met
+        _raise_first([met for _, met in gathered])
         return [value for value, _ in gathered]
 
     def from_first(self, work: Callable[[], T]) -> T:
-        """What `work` returns on rank 0, which alone does it, on every rank; an error it meets is raised on all."""
+        """What `work` returns on rank 0, which alone does it, on every rank.
+
+        Raises:
+            ClueError: what `work` raised, on all ranks.
+        """
         first: Any = self.together(lambda: work() if self.first else None)[0]
         return cast("T", first)
 
@@ -142,12 +172,74 @@ class Ranks:
         """This rank's consecutive part of range(n); the parts differ by one at most and cover it."""
         return slice(n * self.rank // self.world, n * (self.rank + 1) // self.world)
 
+    def _met(self, error: ClueError) -> ClueError:
+        """An error of this rank as the others are told."""
+        if not self.first:  # which speaks for all
+            error.what = f"rank {self.rank} on {socket.gethostname()}: {error.what}"
+        return error
+
+    def _exchanged(self, mine: bytes) -> list[bytes]:
+        """What each rank said, before they have joined."""
+        store = self._store()
+        said, read = ([f"clue_dist/{what}/{rank}" for rank in range(self.world)] for what in ("said", "read"))
+        try:
+            store.set(said[self.rank], mine)
+            store.wait(said, timedelta(seconds=JOIN))
+            got = store.multi_get(said)
+            store.set(read[self.rank], b"1")
+            if self.first:  # the store may end with this process
+                store.wait(read, timedelta(seconds=JOIN))
+        except RuntimeError as error:
+            raise self._not_met(error) from error
+        return cast("list[bytes]", got)
+
+    def _store(self) -> Any:
+        """Where the ranks meet: a server on rank 0, or that of torchrun."""
+        os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.world), LOCAL_RANK=str(self.local_rank))
+        if "MASTER_ADDR" not in os.environ:
+            os.environ["MASTER_ADDR"] = self._only_host()
+        os.environ.setdefault("MASTER_PORT", str(port_of(os.environ)))
+        joined()
+        try:
+            return _meeting(self.rank, self.world)
+        except RuntimeError as error:
+            raise self._not_met(error) from error
+
+    def _not_met(self, error: RuntimeError) -> LostError:
+        return LostError(
+            "the ranks did not find each other",
+            where=f"rank {self.rank} of {self.world} on {socket.gethostname()}",
+            got=str(error).partition("\n")[0],
+            expected=f"all ranks at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within {JOIN:.0f} s",
+            fix="look for what the others said, and whether that address and port can be reached from all machines",
+        )
+
     def _only_host(self) -> str:
         if os.environ.get("SLURM_STEP_NUM_NODES", "1") != "1":
-            raise ConfigError(
+            raise RankError(
                 "several machines, and nobody said where to meet",
                 where="environment",
                 got=f"no MASTER_ADDR on rank {self.rank} of {self.world}",
                 fix="in the sbatch file: export MASTER_ADDR=$(scontrol show hostnames | head -n 1)",
             )
         return "127.0.0.1"
+
+
+@functools.cache
+def _meeting(rank: int, world: int) -> Any:
+    return next(rendezvous("env://", rank, world, timeout=timedelta(seconds=JOIN)))[0]
+
+
+def port_of(env: Mapping[str, str]) -> int:
+    """A port that no other job on a machine should take, nor another attempt of the job, as the one before may hold its
+    own for a while; all ranks of a job derive the same."""
+    attempt = f"{env.get('SLURM_JOB_ID', '0')}/{env.get('SLURM_RESTART_COUNT', '0')}"
+    return 20000 + zlib.crc32(attempt.encode()) % 10000
+
+
+def _raise_first(met: list[ClueError | None]) -> None:
+    """By rank order."""
+    for error in met:
+        if error is not None:
+            error.on_every_rank = True
+            raise error

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from clue_dist import config as configs
 from clue_dist.errors import ConfigError, run_main
+from clue_dist.ranks import Ranks
+from clue_dist.train.setup import Setup, prepare
 
 
 def arguments() -> argparse.Namespace:
@@ -41,14 +43,14 @@ def check(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = arguments()
-    check(args)
-    config = configs.load(args.config, [text for group in args.set for text in group])
-
-    from clue_dist.ranks import Ranks
-    from clue_dist.train.setup import prepare
-
     ranks = Ranks.from_env()
-    setup = prepare(config, ranks.world, writes=False)
+
+    def ready() -> Setup:
+        check(args)
+        config = configs.load(args.config, [text for group in args.set for text in group])
+        return prepare(config, ranks.world, writes=False)
+
+    setup = ranks.agreed(ready)
 
     from clue_dist.train.bench import measure
 

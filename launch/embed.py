@@ -15,8 +15,7 @@ def main() -> None:
     parser.add_argument("--per-modality", action="store_true", help="also the full z from each modality alone")
     args = parser.parse_args()
 
-    check_output(args.out)
-    with opened(args) as (loaded, store, ranks):
+    with opened(args, lambda: check_output(args.out)) as (loaded, store, ranks):
         embed_store(
             loaded,
             store,

@@ -14,8 +14,7 @@ def main() -> None:
     parser.add_argument("--max-cells", type=int, help="score a random part of the paired cells")
     args = parser.parse_args()
 
-    check_scores(args.out, args.max_cells)
-    with opened(args) as (loaded, store, ranks):
+    with opened(args, lambda: check_scores(args.out, args.max_cells)) as (loaded, store, ranks):
         result = evaluate_store(
             loaded, store, args.out, run=args.run, max_cells=args.max_cells, batch_size=args.batch_size, ranks=ranks
         )

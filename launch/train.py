@@ -2,14 +2,18 @@
 
 deepspeed launch/train.py --config configs/atlas.json [--set train.lr=1e-4 ...] [--resume auto|never|DIR] [--dry-run]
 
-The config is read and checked before anything heavy is imported or started.
+The config and the store are checked, by all ranks, before anything else is started.
 """
 
 import argparse
 import sys
+from pathlib import Path
 
 from clue_dist import config as configs
 from clue_dist.errors import run_main
+from clue_dist.ranks import Ranks
+from clue_dist.train.checkpoint import committed, step_of
+from clue_dist.train.setup import Setup, prepare
 
 STOPPED = 75  # exit code after a stop signal: saved, not finished, start me again (EX_TEMPFAIL)
 
@@ -28,22 +32,27 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def tell_newest(run: Path, resume: str) -> None:
+    saved = committed(run / "checkpoints") if resume == "auto" else []
+    if saved:
+        print(f"  would go on from step {step_of(saved[0])}, if that checkpoint is sound", flush=True)
+
+
 def main() -> None:
     args = arguments()
-    config = configs.load(args.config, [text for group in args.set for text in group])
-    configs.require_paths(config)
-
-    from clue_dist.ranks import Ranks
-    from clue_dist.train.setup import prepare
-
     ranks = Ranks.from_env()
-    setup = prepare(config, ranks.world)
+
+    def ready() -> Setup:
+        return prepare(configs.load(args.config, [text for group in args.set for text in group]), ranks.world)
+
+    setup = ranks.agreed(ready)
     if ranks.first:
         print(setup.summary(), flush=True)
     if args.dry_run:
+        tell_newest(Path(setup.config.run), args.resume)
         return
 
-    from clue_dist.train.loop import fit
+    from clue_dist.train.loop import fit  # DeepSpeed looks for compilers and GPUs
 
     result = fit(setup, ranks, args.resume)
     if ranks.first and result.finished:
@@ -52,7 +61,7 @@ def main() -> None:
             if result.state.best is None
             else f", best validation {result.state.best:.4f} at step {result.state.best_step}"
         )
-        print(f"finished at step {result.state.step}{best}: {config.run}", flush=True)
+        print(f"finished at step {result.state.step}{best}: {setup.config.run}", flush=True)
     ranks.close()
     if not result.finished:
         sys.exit(STOPPED)

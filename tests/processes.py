@@ -12,10 +12,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def run_ranks(world: int, *code: str, timeout_s: float = 120) -> list[str]:
+def run_ranks(world: int, *code: str, expect: int = 0, timeout_s: float = 120) -> list[str]:
     """Run the pieces of `code`, one after another, in each of `world` processes; the output of each.
 
-    Fails with a rank's output if it exits non-zero; ends them all if one does not come to an end.
+    Fails with a rank's output if its exit code is not `expect`; ends them all if one does not come to an end.
     """
     script = "\n".join(textwrap.dedent(c) for c in code)
     with socket.socket() as s:
@@ -39,5 +39,5 @@ def run_ranks(world: int, *code: str, timeout_s: float = 120) -> list[str]:
         for p in running:
             p.kill()
     for rank, (process, output) in enumerate(zip(running, outputs, strict=True)):
-        assert process.returncode == 0, f"rank {rank} of {world} exited with {process.returncode}:\n{output}"
+        assert process.returncode == expect, f"rank {rank} of {world} exited with {process.returncode}:\n{output}"
     return outputs

@@ -76,8 +76,9 @@ def _check_shared(run: Path, ranks: Ranks) -> None:
 
     def make() -> str:
         with writing("the run folder", run):
-            for of_the_dead in run.glob(".shared-*"):
-                of_the_dead.unlink()
+            for token in run.glob(".shared-*"):
+                if token.stat().st_mtime < time.time() - 3600:  # of a job that was killed here
+                    token.unlink(missing_ok=True)
             token = run / f".shared-{secrets.token_hex(4)}"
             token.touch()
             return token.name
@@ -92,7 +93,8 @@ def _check_shared(run: Path, ranks: Ranks) -> None:
     token = run / ranks.from_first(make)
     seen = ranks.together(sees)
     if ranks.first:
-        token.unlink()
+        with writing("the run folder", run):
+            token.unlink(missing_ok=True)
     if not all(seen):
         raise ResumeError(
             "the run folder is not the same on all machines",

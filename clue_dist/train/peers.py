@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch.distributed as dist
 
-from clue_dist.errors import LOST, ClueError
+from clue_dist.errors import ClueError, LostError, say
 from clue_dist.ranks import Ranks
 
 BEAT = 1.0  # seconds between two signs of life
@@ -41,7 +40,8 @@ class Peers:
 
     def __init__(self, ranks: Ranks, silence: float = SILENCE) -> None:
         self._ranks, self._silence = ranks, silence
-        self._failure: _Failure | None = None
+        self._failure: _Failure | None = None  # what is known of the first that failed
+        self._own: ClueError | None = None  # what this rank leaves with
         self._over = threading.Event()
         self._heard = time.monotonic()  # when all was last well
         self._why = "rank 0"
@@ -57,29 +57,40 @@ class Peers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
-            self._ranks.barrier()  # who is done early must not seem lost to who is not
-        self._over.set()
-        if self._ranks.world > 1:
+        if self._ranks.world == 1:
+            return
+        try:  # all the while `_watch` goes on: the others, or the store, may not answer any more
+            if error is None:
+                self._ranks.barrier()  # who is done early must not seem lost to who is not
+            else:
+                self._part(error)
+        finally:
+            self._over.set()
             self._threads[1].join()
             self._threads[0].join(2 * BEAT)  # it may hang in a connection that leads nowhere
-            if error is not None:
-                self._part(error)
 
     def _part(self, error: BaseException) -> None:
         """Leave with an error of one's own, which the others are told, or with that which another told."""
         with suppress(RuntimeError):  # rank 0 is gone, and the store with it
             if isinstance(error, ClueError):
                 mine = _Failure(self._ranks.rank, error.exit_code, str(error))
+                self._own = error
                 self._store.compare_set(_FAILED, "", json.dumps(mine))
             self._hear()
             if self._ranks.first and self._failure is not None:
-                self._store.wait([f"{_HEARD}/{rank}" for rank in range(self._ranks.world)])  # it ends with rank 0
+                self._await_all()
         if self._failure is not None and not isinstance(error, ClueError):
             raise _error(self._failure) from error
 
+    def _await_all(self) -> None:
+        """Until all have heard of the failure, as the store ends with rank 0; raises RuntimeError: so it did."""
+        everyone = [f"{_HEARD}/{rank}" for rank in range(self._ranks.world)]
+        deadline = time.monotonic() + self._silence
+        while not self._store.check(everyone) and time.monotonic() < deadline:
+            time.sleep(BEAT / 20)
+
     def _hear(self) -> None:
-        """Whether another has failed. Raises RuntimeError: the store is gone."""
+        """Learn whether a rank has failed, and say that this one knows. Raises RuntimeError: the store is gone."""
         if self._failure is None and self._store.check([_FAILED]):
             self._failure = _Failure(*json.loads(self._store.get(_FAILED)))
             self._store.set(f"{_HEARD}/{self._ranks.rank}", "1")
@@ -131,8 +142,8 @@ class Peers:
             silent = silent + min(now - last, 2 * BEAT) if self._heard <= last else 0.0
             last = now
             if silent > self._silence:
-                code = LOST if self._failure is None else self._failure.exit_code
-                _end(f"nothing heard of {self._why} for {silent:.0f} s", code)
+                told = _error(self._failure) if self._failure is not None else _lost(self._why, silent)
+                _end(self._own or told)
 
 
 def _connection() -> Any:
@@ -149,11 +160,13 @@ def _error(failure: _Failure) -> ClueError:
     return error
 
 
-def _end(why: str, code: int) -> NoReturn:
-    print(
-        f"error: another rank is lost: {why}\n"
-        "  fix: type the same command again, on the machines that are left: it goes on from the last checkpoint",
-        file=sys.stderr,
-        flush=True,
+def _lost(who: str, silent_s: float) -> LostError:
+    return LostError(
+        f"another rank is lost: nothing heard of {who} for {silent_s:.0f} s",
+        fix="type the same command again, on the machines that are left: it goes on from the last checkpoint",
     )
-    os._exit(code)
+
+
+def _end(error: ClueError) -> NoReturn:
+    say(f"error: {error}")
+    os._exit(error.exit_code)

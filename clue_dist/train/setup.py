@@ -1,4 +1,4 @@
-"""From a config and a store to all that training needs to know, checked before any process group is touched."""
+"""From a config and a store to all that training needs to know, checked before training is set up."""
 
 from __future__ import annotations
 

@@ -110,6 +110,77 @@ def test_when_rank_0_is_silent_all_others_leave(tmp_path: Path) -> None:
     assert "nothing heard of rank 0" in (tmp_path / "1.out").read_text()
 
 
+BUSY = """
+import sys, time
+import torch, torch.distributed as dist
+from clue_dist.errors import StoreError, run_main
+from clue_dist.ranks import Ranks
+from clue_dist.train.peers import Peers
+
+def main():
+    ranks = Ranks.from_env().init()
+    with Peers(ranks, silence=4):
+        dist.all_reduce(torch.ones(1))
+        print("met", flush=True)
+        if ranks.rank == 1:
+            raise StoreError("a chunk is damaged")
+        time.sleep(60 if ranks.rank == 0 else 0)
+        dist.all_reduce(torch.ones(1))
+
+run_main(main)
+"""
+
+
+def test_a_rank_that_is_busy_as_another_fails_leaves_with_what_that_one_said(tmp_path: Path) -> None:
+    with ranks(tmp_path, BUSY) as started:
+        assert [process.wait(30) for process in started] == [2, 2, 2]
+    said = (tmp_path / "0.out").read_text()
+    assert "error: rank 1: a chunk is damaged" in said
+    assert "type the same command again" not in said
+
+
+UNHEARD = """
+import time
+import torch, torch.distributed as dist
+from clue_dist.errors import StoreError, run_main
+from clue_dist.ranks import Ranks
+from clue_dist.train.peers import Peers
+
+def main():
+    ranks = Ranks.from_env().init()
+    with Peers(ranks, silence=4):
+        dist.all_reduce(torch.ones(1))
+        print("met", flush=True)
+        time.sleep(2)
+        raise StoreError(f"rank {ranks.rank} has no more disk")
+
+run_main(main)
+"""
+
+
+def test_who_fails_as_rank_0_is_gone_does_not_wait_for_it(tmp_path: Path) -> None:
+    """The store is that of rank 0; a machine that is gone, or stands still, does not even refuse."""
+    with ranks(tmp_path, UNHEARD) as (zero, one, two):
+        zero.send_signal(signal.SIGSTOP)
+        assert [one.wait(30), two.wait(30)] == [2, 2]
+    assert "rank 1 has no more disk" in (tmp_path / "1.out").read_text()
+
+
+DUMB = """
+import os
+os.dup2(os.open("/dev/full", os.O_WRONLY), 2)  # as a terminal that was closed: nothing can be said any more
+"""
+
+
+@pytest.mark.parametrize("code", [CODE, FAILING], ids=["lost", "failed"])
+def test_ranks_end_though_they_cannot_say_why(tmp_path: Path, code: str) -> None:
+    with ranks(tmp_path, DUMB + code, "2", met=code == CODE) as started:
+        if code == CODE:
+            started[2].send_signal(signal.SIGSTOP)
+        codes = [process.wait(30) for process in (started[:2] if code == CODE else started)]
+    assert codes == ([LOST, LOST] if code == CODE else [2, 2, 2])
+
+
 def test_a_job_that_is_suspended_and_one_rank_that_is_busy_are_not_lost(tmp_path: Path) -> None:
     with ranks(tmp_path) as started:
         for process in started:

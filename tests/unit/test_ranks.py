@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import socket
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clue_dist.errors import ConfigError
-from clue_dist.ranks import Ranks
+from clue_dist.errors import LOST, ConfigError
+from clue_dist.ranks import Ranks, port_of
 from tests.processes import run_ranks
 
 SLURM = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8"}
@@ -74,6 +75,68 @@ def test_several_machines_need_an_address(monkeypatch):
         monkeypatch.setenv(name, "0")  # init sets them; undone at the end
     with pytest.raises(ConfigError, match="MASTER_ADDR"):
         Ranks(1, 2, 0).init()
+
+
+def test_jobs_and_their_attempts_have_ports_of_their_own():
+    ports = {
+        port_of({"SLURM_JOB_ID": str(1000 + 97 * j), "SLURM_RESTART_COUNT": str(a)}) for j in range(5) for a in range(5)
+    }
+    assert len(ports) == 25
+    assert all(20000 <= port < 30000 for port in ports)
+
+
+REFUSED = """
+    import sys
+    from clue_dist.errors import StoreError, run_main
+    from clue_dist.ranks import Ranks
+
+    def main():
+        ranks = Ranks.from_env()
+        ranks.agreed(lambda: check(ranks.rank))
+        raise SystemExit(99)  # none may begin
+
+    run_main(main)
+"""
+
+
+def test_where_one_machine_cannot_begin_none_does(tmp_path):
+    check = """
+        from clue_dist.errors import ConfigError
+
+        def check(rank):
+            if rank == 1:
+                raise ConfigError("the config file does not exist", where="here.json")
+    """
+    said = run_ranks(3, check, REFUSED, expect=2)
+    assert f"error: rank 1 on {socket.gethostname()}: the config file does not exist\n  where: here.json" in said[0]
+    assert said[1:] == ["", ""]
+
+
+def test_what_all_ranks_meet_is_told_once():
+    check = """
+        from clue_dist.errors import StoreError
+
+        def check(rank):
+            raise StoreError(f"damaged, says rank {rank}")
+    """
+    said = run_ranks(3, check, REFUSED, expect=2)
+    assert said == ["error: damaged, says rank 0\n", "", ""]
+
+
+def test_a_rank_that_never_comes_is_not_waited_for_long():
+    """The other rank of the two is not even started."""
+    code = """
+        import clue_dist.ranks, os
+        clue_dist.ranks.JOIN = 3.0
+        os.environ["WORLD_SIZE"] = "2"
+
+        def check(rank):
+            pass
+    """
+    (said,) = run_ranks(1, code, REFUSED, expect=LOST)
+    assert "the ranks did not find each other" in said
+    assert "within 3 s" in said
+    assert "Traceback" not in said
 
 
 def test_processes_meet(tmp_path):
