@@ -1,4 +1,7 @@
-"""Which of how many processes this one is, and the few words they exchange. One process needs no set-up at all."""
+"""Which of how many processes this one is, and the few words they exchange. One process needs no set-up at all.
+
+torch is imported where it is needed: a mistake in a config is told at once, not seconds later.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,15 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, TypeVar, cast
-
-import torch
-import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from clue_dist.errors import ClueError, LostError, RankError, joined
 
 JOIN = 300.0  # seconds to wait for the others at the start: clusters start ranks minutes apart, dead ones never come
 T = TypeVar("T")
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ class Ranks:
             RankError: several machines and no MASTER_ADDR.
             LostError: not all ranks came in time.
         """
+        import torch.distributed as dist
+
         if self.world == 1 or dist.is_initialized():
             return self
         timeout = timedelta(seconds=timeout_s)
@@ -102,10 +106,14 @@ class Ranks:
 
     def aside(self) -> Ranks:
         """The same ranks on a channel of their own, for a thread that works beside the others. All must call."""
+        import torch.distributed as dist
+
         return self if self.world == 1 else replace(self, group=dist.new_group(backend="gloo"))
 
     def close(self) -> None:
         """Leave the others, after the last exchange."""
+        import torch.distributed as dist
+
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -117,6 +125,8 @@ class Ranks:
         Raises:
             RankError: several GPUs are visible, but fewer than the ranks of this machine need.
         """
+        import torch
+
         seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if seen > 1 and self.local_rank >= seen:
             raise RankError(
@@ -131,12 +141,16 @@ class Ranks:
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.world > 1:
+            import torch.distributed as dist
+
             dist.barrier(group=self.group)
 
     def all_gather_object(self, value: T) -> list[T]:
         """Every rank's value, in rank order, on every rank. Values are pickled: keep them small."""
         if self.world == 1:
             return [value]
+        import torch.distributed as dist
+
         got: list[T] = [value] * self.world
         dist.all_gather_object(got, value, group=self.group)
         return got
@@ -227,6 +241,8 @@ class Ranks:
 
 @functools.cache
 def _meeting(rank: int, world: int) -> Any:
+    from torch.distributed.rendezvous import rendezvous
+
     return next(rendezvous("env://", rank, world, timeout=timedelta(seconds=JOIN)))[0]
 
 

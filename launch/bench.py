@@ -6,15 +6,20 @@ Under `deepspeed`, torchrun or srun all ranks are measured together. Nothing is 
 keeps in memory is read faster than what lies on the disk: a store larger than the memory gives honest figures.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from clue_dist import config as configs
 from clue_dist.errors import ConfigError, run_main
 from clue_dist.ranks import Ranks
-from clue_dist.train.setup import Setup, prepare
+
+if TYPE_CHECKING:
+    from clue_dist.train.setup import Setup
 
 
 def arguments() -> argparse.Namespace:
@@ -48,6 +53,9 @@ def main() -> None:
     def ready() -> Setup:
         check(args)
         config = configs.load(args.config, [text for group in args.set for text in group])
+
+        from clue_dist.train.setup import prepare
+
         return prepare(config, ranks.world, writes=False)
 
     setup = ranks.agreed(ready)

@@ -2,18 +2,22 @@
 
 deepspeed launch/train.py --config configs/atlas.json [--set train.lr=1e-4 ...] [--resume auto|never|DIR] [--dry-run]
 
-The config and the store are checked, by all ranks, before anything else is started.
+The config is checked before anything heavy is imported, config and store by all ranks before anything is started.
 """
+
+from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from clue_dist import config as configs
 from clue_dist.errors import run_main
 from clue_dist.ranks import Ranks
-from clue_dist.train.checkpoint import committed, step_of
-from clue_dist.train.setup import Setup, prepare
+
+if TYPE_CHECKING:
+    from clue_dist.train.setup import Setup
 
 STOPPED = 75  # exit code after a stop signal: saved, not finished, start me again (EX_TEMPFAIL)
 
@@ -33,6 +37,8 @@ def arguments() -> argparse.Namespace:
 
 
 def tell_newest(run: Path, resume: str) -> None:
+    from clue_dist.train.checkpoint import committed, step_of
+
     saved = committed(run / "checkpoints") if resume == "auto" else []
     if saved:
         print(f"  would go on from step {step_of(saved[0])}, if that checkpoint is sound", flush=True)
@@ -43,13 +49,19 @@ def main() -> None:
     ranks = Ranks.from_env()
 
     def ready() -> Setup:
-        return prepare(configs.load(args.config, [text for group in args.set for text in group]), ranks.world)
+        config = configs.load(args.config, [text for group in args.set for text in group])
+        configs.require_paths(config)
+
+        from clue_dist.train.setup import prepare
+
+        return prepare(config, ranks.world)
 
     setup = ranks.agreed(ready)
     if ranks.first:
         print(setup.summary(), flush=True)
+        if args.dry_run:
+            tell_newest(Path(setup.config.run), args.resume)
     if args.dry_run:
-        tell_newest(Path(setup.config.run), args.resume)
         return
 
     from clue_dist.train.loop import fit  # DeepSpeed looks for compilers and GPUs
