@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
+from clue_dist.errors import typed_path
 from clue_dist.ranks import Ranks
 from clue_dist.store.reader import Store
 from clue_dist.train.checkpoint import Loaded, load_model
@@ -15,13 +15,19 @@ from clue_dist.train.checkpoint import Loaded, load_model
 def parser_of(script: str, description: str, store: str, out: str) -> argparse.ArgumentParser:
     """A parser with --run, --store, --out, --checkpoint and --batch-size. store, out: what these are, for the help."""
     parser = argparse.ArgumentParser(prog=f"launch/{script}", description=description)
-    parser.add_argument("--run", type=Path, required=True, help="folder of the trained run")
+    parser.add_argument("--run", type=typed_path, required=True, help="folder of the trained run")
     parser.add_argument("--store", required=True, help=f"{store}: a folder or a URL")
-    parser.add_argument("--out", type=Path, required=True, help=out)
+    parser.add_argument("--out", type=typed_path, required=True, help=out)
     parser.add_argument("--checkpoint", default="best", help="best, last, or a checkpoint's name")
-    parser.add_argument("--batch-size", type=int, default=4096, help="cells embedded at once")
+    parser.add_argument("--batch-size", type=_positive, default=4096, help="cells embedded at once")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the launcher's; LOCAL_RANK says it
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
 
 
 @contextmanager

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -102,25 +104,45 @@ class SavingError(ClueError):
     on_every_rank = True
 
 
+class FolderError(SavingError):
+    """The file system of the run folder fails, as a file server does for a while."""
+
+    exit_code = LOST
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
+_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENOTCONN, errno.ESHUTDOWN, errno.EREMOTEIO}
+
+
 @contextmanager
 def writing(what: str, where: Path) -> Iterator[None]:
     """What the system refuses inside, told as an error that a person can mend.
 
     Raises:
         SavingError: anything but another ClueError went wrong, as the other ranks must hear of it.
+        FolderError: starting again may mend it.
     """
     try:
         yield
     except ClueError:
         raise
     except Exception as error:
-        raise SavingError(
+        number = _number_of(error)
+        kind = FolderError if number in _PASSING else SavingError
+        fix = "make room or make the folder writable, then " if number in _FULL | _REFUSED else ""
+        raise kind(
             f"{what} could not be written",
             where=where,
-            got=error,
-            fix="make room or make the folder writable, then type the same command: "
-            "it goes on from the last checkpoint that was committed",
+            got=error if number is not None else repr(error),
+            fix=f"{fix}type the same command: it goes on from the last checkpoint that was committed",
         ) from error
+
+
+def _number_of(error: Exception) -> int | None:
+    """The system's number of an error; safetensors has it in its text alone."""
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return int(told[1]) if told else error.errno if isinstance(error, OSError) else None
 
 
 def listed(names: Iterable[object], limit: int = 10) -> str:
@@ -128,6 +150,21 @@ def listed(names: Iterable[object], limit: int = 10) -> str:
     names = list(names)
     more = f" ... and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(str(n) for n in names[:limit]) + more
+
+
+def typed_path(text: str) -> Path:
+    """A path as a person typed it; it need not exist. As a `type` of argparse, too.
+
+    Raises:
+        ConfigError: the system cannot even look: a name too long, a folder that may not be read.
+    """
+    try:
+        os.lstat(text)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        raise ConfigError("a path that cannot be used", where=text[:200], got=error, fix="mend the path") from None
+    return Path(text)
 
 
 def run_main(main: Callable[[], None]) -> NoReturn:
@@ -160,6 +197,15 @@ def say(text: str) -> None:
     """Print to stderr; where nobody listens any more (a terminal that was closed, a full disk) the process goes on."""
     with suppress(OSError, ValueError):
         print(text, file=sys.stderr, flush=True)
+
+
+def tell(text: str) -> None:
+    """Print to stdout; as `say`, a process never ends of it. What a full disk does not take now comes later."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        if error.errno not in _FULL:  # nobody reads any more
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def joined() -> None:

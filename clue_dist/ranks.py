@@ -78,8 +78,8 @@ class Ranks:
         done: Any = None
         problem: ClueError | None = None
         try:
-            self.device()
             done = work()
+            self.device()  # which imports torch
         except ClueError as error:
             problem = self._met(error)
         try:

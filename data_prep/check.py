@@ -30,6 +30,7 @@ def check(where: str | Place) -> list[str]:
     """
     root = place.place_of(where)
     manifest = Manifest.read(root)
+    manifest.verify(root)
     problems, side_files = svd.verify(root, manifest)
     problems += _manifest_file(root, manifest) + _extra_files(root, manifest, side_files)
     damaged: set[str] = set()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from clue_dist.errors import DataError, listed
+from clue_dist.errors import DataError, listed, typed_path
 from data_prep.flags import PerModality
 from data_prep.sources import kind_of
 from data_prep.text import lines_of
@@ -66,7 +66,7 @@ def parse_choices(
         )
     asked = PerModality.parse(features, "--features")
     asked.require_known(names)
-    if len(names) > 1 and asked.general and asked.general not in get_args(Mode) and Path(asked.general).is_file():
+    if len(names) > 1 and asked.general and asked.general not in get_args(Mode) and typed_path(asked.general).is_file():
         raise DataError(
             "a list of features belongs to one modality",
             where=f"--features {asked.general}",
@@ -81,7 +81,7 @@ def parse_choices(
 def _choice(features: str | None, bins: int | None, top: int | None) -> Choice:
     if features is None or features in get_args(Mode):
         return Choice(features, None, bins, top)  # type: ignore[arg-type]
-    path = Path(features)
+    path = typed_path(features)
     if not path.is_file():
         expected = f"{listed(get_args(Mode))}, or a file that lists features, one a line"
         raise DataError("no such choice of features", where="--features", got=features, expected=expected)
@@ -102,7 +102,7 @@ def _numbers(
     if asked.general is not None:
         raise DataError("not NAME=NUMBER", where=flag, got=asked.general, expected=f"{fitting[0]}=5000, say")
     for name, value in asked.named.items():
-        if not value.isdigit() or not 1 <= int(value) < 2**31:
+        if not value.isdecimal() or not 1 <= int(value) < 2**31:
             raise DataError("not a number from 1 on", where=f"{flag} {name}={value}", got=value or "nothing")
         if (kind := kind_of(name, kinds)) not in fitting:
             raise DataError("not for this kind", where=f"{flag} {name}", got=kind, expected=listed(fitting))

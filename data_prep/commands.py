@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-from clue_dist.errors import DataError, StoreError
+from clue_dist.errors import DataError, StoreError, typed_path
 from clue_dist.store import layout
 from clue_dist.store.manifest import Manifest
 from clue_dist.store.place import place_of
@@ -249,17 +249,17 @@ def _local(text: str) -> Path:
     if "://" in text:
         fix = "write it to a folder, then copy it there"
         raise StoreError("only a folder can be written to", where="--out", got=text, fix=fix)
-    return Path(text)
+    return typed_path(text)
 
 
 def _natural(text: str) -> int:
-    if not text.isdigit():
+    if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
     return int(text)
 
 
 def _positive(text: str) -> int:
-    if not text.isdigit() or not 1 <= int(text) <= 65536:
+    if not text.isdecimal() or not 1 <= int(text) <= 65536:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 65536")
     return int(text)
 

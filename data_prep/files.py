@@ -23,11 +23,11 @@ def make_folder(folder: Path) -> None:
     """Make a folder and those above it, where they are missing.
 
     Raises:
-        DataError: a file is in the way, or permission is lacking.
+        DataError: a file is in the way, permission is lacking, the name is too long.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+    except OSError as error:
         raise DataError("the folder cannot be made", where=folder, got=error, fix="choose another --out") from None
 
 

@@ -14,18 +14,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from clue_dist.errors import DataError, listed
+from clue_dist.errors import DataError, listed, typed_path
 from data_prep import entries
 from data_prep.choices import Choice
 from data_prep.files import save, whole_folder
 from data_prep.genome import bin_name
 from data_prep.sources import Direct, Head, Rows, Source, as_bytes, decode, file_identity
 from data_prep.tasks import Pool, run_missing
-from data_prep.text import UNREADABLE, lines_of, open_text
+from data_prep.text import LINE, UNREADABLE, lines_of, open_text
 
-LINE = 2**16  # letters of a line, at most: what is no text may have none
 CHUNK_LINES = 2**21  # read at once: about 100 MB
-_SHIFT = 32  # a bin's key is (chromosome << 32) + its number
+_SHIFT = 32  # a bin's key is (chromosome << 32) + its number; no chromosome is longer than 2^32 bp
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class FragmentsInput:
     def identity(self) -> dict[str, Any]:
         """What must be unchanged for an interrupted conversion to go on."""
         kept = {"modality": self.modality, "dataset": self.dataset, "cut_sites": self.cut_sites, "limit": self.limit}
-        listed_in = file_identity(Path(self.limit)) if self.limit and Path(self.limit).is_file() else None
+        listed_in = file_identity(Path(self.limit)) if self.limit and typed_path(self.limit).is_file() else None
         return file_identity(self.path) | kept | {"barcodes": listed_in}
 
 
@@ -133,7 +132,7 @@ def counted(
 def _wanted(given: FragmentsInput, inputs: Sequence[Source | FragmentsInput]) -> np.ndarray:
     """The barcodes that `given.limit` allows, (n,) bytes: a list's, or those of a modality in the same data set."""
     assert given.limit is not None
-    if Path(given.limit).is_file():
+    if typed_path(given.limit).is_file():
         barcodes = as_bytes([line.split("\t")[0] for line in lines_of(Path(given.limit))], given.limit)
         mine = f"{given.dataset}:".encode()
         return np.array([b.removeprefix(mine) for b in barcodes.tolist()] if given.dataset else barcodes, "S")
@@ -206,16 +205,17 @@ def _chunks(given: FragmentsInput) -> Iterator[pd.DataFrame]:
                 chunksize=CHUNK_LINES, quoting=3, na_filter=False, low_memory=False,
             )  # fmt: skip
             for chunk in reader:
-                wrong = (chunk["start"] < 0) | (chunk["end"] <= chunk["start"]) | (chunk["barcode"] == "")
+                wrong = (chunk["start"] < 0) | (chunk["end"] <= chunk["start"]) | (chunk["end"] > 1 << _SHIFT)
+                wrong |= chunk["barcode"] == ""
                 bad = np.flatnonzero(wrong.to_numpy())
                 if len(bad):
                     line = " ".join(map(str, chunk.iloc[bad[0]]))
-                    expected = "chromosome, 0 <= start < end, barcode"
+                    expected = "chromosome, 0 <= start < end <= 2^32, barcode"
                     where = f"{given.where}, fragment {seen + bad[0] + 1}"
                     raise DataError("not a fragment", where=where, got=line, expected=expected)
                 seen += len(chunk)
                 yield chunk
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError, *UNREADABLE) as error:
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError, OverflowError, *UNREADABLE) as error:
         raise DataError(
             "the fragments cannot be read to their end",
             where=f"{given.where}, after fragment {seen}",
@@ -235,4 +235,4 @@ def looks_like_fragments(path: Path) -> bool:
     except UNREADABLE:
         return False
     parts = line.rstrip("\r\n").split("\t")
-    return len(parts) >= 4 and parts[1].isdigit() and parts[2].isdigit()
+    return len(parts) >= 4 and parts[1].isdecimal() and parts[2].isdecimal()

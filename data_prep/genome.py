@@ -12,7 +12,7 @@ import pandas as pd
 
 from clue_dist.errors import DataError, listed
 
-_REGION = r"^(.+)[:_-](\d+)[-_](\d+)$"
+_REGION = r"^(.+)[:_-]([0-9]{1,10})[-_]([0-9]{1,10})$"  # whose sums fit into 64 bits
 
 
 def bins_of(names: list[str], width: int, where: str) -> list[str]:
@@ -46,8 +46,8 @@ def along_genome(bins: set[str]) -> list[str]:
     def key(name: str) -> tuple[list[tuple[bool, int | str]], int]:
         chromosome, _, rest = name.rpartition(":")
         if chromosome not in place:
-            words = re.findall(r"\d+|\D+", chromosome.removeprefix("chr"))
-            place[chromosome] = [(not w.isdigit(), int(w) if w.isdigit() else w) for w in words]
+            words = re.findall(r"[0-9]{1,18}|[^0-9]+", chromosome.removeprefix("chr"))
+            place[chromosome] = [(False, int(w)) if w[0] in "0123456789" else (True, w) for w in words]
         return place[chromosome], int(rest.partition("-")[0])
 
     return sorted(bins, key=key)

@@ -12,8 +12,8 @@ import pandas as pd
 
 from clue_dist.errors import DataError, listed
 from data_prep import entries
-from data_prep.h5_file import ANEW, open_h5, part_of, read_part
-from data_prep.h5_frame import Texts, codes_of, columns_in, has_obs, index_of, names_of
+from data_prep.h5_file import ANEW, open_h5, part_of
+from data_prep.h5_frame import Texts, codes_of, columns_in, has_obs, index_of, names_of, values_of
 from data_prep.h5_matrix import MISFIT, csr_slice, format_of, looks_like_counts, require_inside, require_whole, shape_of
 from data_prep.sources import (
     TENX_COLUMNS,
@@ -142,7 +142,7 @@ class AnnDataSource:
         """The features' names, of the first column of `ids` there is, and that column; else their own."""
         for column in (self.ids or "").split(","):
             if column and column in var:
-                values = pd.Series(read_part(var, column), dtype=object)
+                values = values_of(var, column)
                 return column, unrepeated(values.where(values.notna(), "").astype(str).tolist(), own)
         return None, own
 

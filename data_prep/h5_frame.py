@@ -8,6 +8,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+import pandas as pd
 
 from clue_dist.errors import DataError
 from data_prep.h5_file import ANEW, open_h5, part_of, place, read_part
@@ -59,16 +60,16 @@ class Categories:
 def codes_of(obs: h5py.Group, name: str, n: int) -> Codes:
     """A column of obs, which has n rows; a categorical one is read when it is needed, and categories that no cell has
     do not count."""
-    column = part_of(obs, name)
-    if column.attrs.get("encoding-type") != "categorical":
+    column, categorical = part_of(obs, name), _categorical(obs, name)
+    if categorical is None:
         if isinstance(column, h5py.Dataset) and column.shape != (n,):  # before any of it is read
             got = column.shape
             raise DataError("a column of obs does not fit its cells", where=place(column), got=got, expected=(n,))
-        values = read_part(obs, name)
+        values = _plain(obs, name)
         if len(values) != n:
             raise DataError("a column of obs does not fit its cells", where=place(column), got=len(values), expected=n)
         return Codes.of(values)
-    codes, categories = part_of(column, "codes"), np.asarray(read_part(column, "categories"))
+    codes, categories = categorical
     if codes.shape != (n,) or codes.dtype.kind not in "iu" or categories.ndim != 1:
         got = f"codes {codes.dtype} {codes.shape}, categories {categories.shape}"
         raise DataError("a column of obs does not fit its cells", where=place(column), got=got, expected=n, fix=ANEW)
@@ -88,6 +89,38 @@ def codes_of(obs: h5py.Group, name: str, n: int) -> Codes:
     names, final = Codes.of(categories[kept]), np.full(len(used), -1, np.int32)
     final[kept] = names.codes[:]
     return Codes(Categories(Path(codes.file.filename), codes.name, len(codes), final), names.names)
+
+
+def values_of(frame: h5py.Group, name: str) -> pd.Series:
+    """A column of a data frame, all of it; what is unknown is NaN."""
+    categorical = _categorical(frame, name)
+    if categorical is None:
+        return pd.Series(_plain(frame, name), dtype=object)
+    codes, categories = categorical
+    return pd.Series(pd.Categorical.from_codes(codes[:], pd.Index(categories)), dtype=object)
+
+
+def _categorical(frame: h5py.Group, name: str) -> tuple[h5py.Dataset, np.ndarray] | None:
+    """Codes and categories of a column; None where it holds its values themselves.
+
+    Before anndata 0.8 a column's codes were a dataset that refers to its categories.
+    """
+    column = part_of(frame, name)
+    if column.attrs.get("encoding-type") == "categorical":
+        return part_of(column, "codes"), np.asarray(read_part(column, "categories"))
+    if not (isinstance(column, h5py.Dataset) and "categories" in column.attrs):
+        return None
+    referred = column.file[column.attrs["categories"]]
+    categories = part_of(referred.parent, referred.name)
+    return column, (categories.asstr() if h5py.check_string_dtype(categories.dtype) else categories)[:]
+
+
+def _plain(frame: h5py.Group, name: str) -> Any:
+    values = read_part(frame, name)
+    if not isinstance(values, np.ndarray | pd.api.extensions.ExtensionArray):
+        got = type(values).__name__
+        raise DataError("not a column of a data frame", where=place(frame[name]), got=got, fix=ANEW)
+    return values
 
 
 def names_of(root: Any, name: str, where: str) -> Sliced:

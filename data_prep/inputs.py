@@ -11,13 +11,14 @@ from typing import TypeAlias
 
 import h5py
 
-from clue_dist.errors import DataError, listed
+from clue_dist.errors import DataError, listed, typed_path
 from data_prep.flags import PerModality
 from data_prep.fragments import FragmentsInput, looks_like_fragments
 from data_prep.h5 import AnnDataSource, TenxSource, tenx_features
 from data_prep.h5_file import open_h5
 from data_prep.mtx import MtxSource, mtx_features
 from data_prep.sources import TENX_TYPES, FeatureTable, Keys, Source, kind_of, require_known
+from data_prep.text import unreadable
 
 Input: TypeAlias = Source | FragmentsInput
 
@@ -64,7 +65,7 @@ def _parse(text: str, asked: Asked) -> Sequence[Input]:
     match, fix = _INPUT.fullmatch(text), "check the path; inputs are written NAME=FILE, FILE.h5mu, or DATASET:NAME=FILE"
     if match is None:
         raise DataError("not an input", where="the inputs", got=repr(text), fix=fix)
-    dataset, name, path = match["dataset"] or "", match["name"], Path(match["path"])
+    dataset, name, path = match["dataset"] or "", match["name"], typed_path(match["path"])
     if not path.exists():
         raise DataError("no such input", where=text, got=f"{path} does not exist", fix=fix)
     if not (path.is_file() or path.is_dir()):
@@ -72,11 +73,15 @@ def _parse(text: str, asked: Asked) -> Sequence[Input]:
     path = path.resolve()
     if path.is_dir():
         return _tenx(text, dataset, name, path, mtx_features(path), asked)
-    if not h5py.is_hdf5(path) and looks_like_fragments(path):
+    try:
+        is_hdf5 = h5py.is_hdf5(path)
+    except OSError as error:
+        raise unreadable(path, error) from None
+    if not is_hdf5 and looks_like_fragments(path):
         return [_fragments(text, dataset, name, path, asked)]
     if {".tsv", ".bed"} & set(path.suffixes):
         expected = "lines of chromosome, start, end and barcode, with tabs between them"
-        raise DataError("a text file that does not begin with a fragment", where=path, expected=expected)
+        raise DataError("a text file that cannot be read as fragments", where=path, expected=expected)
     with open_h5(path) as file:
         if "mod" in file:
             return _mudata(file, text, dataset, name, path, asked)

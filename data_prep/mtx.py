@@ -19,9 +19,7 @@ from clue_dist.errors import DataError
 from data_prep import entries
 from data_prep.files import whole_folder
 from data_prep.sources import TENX_COLUMNS, FeatureTable, Head, Rows, as_bytes, columns_of, file_identity
-from data_prep.text import UNREADABLE, lines_of, open_text, unreadable
-
-_LINE = 2**20  # letters of a line of the header, at most
+from data_prep.text import LINE, UNREADABLE, lines_of, open_text, unreadable
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ class MtxSource:
     def _sizes(self, file: IO[str]) -> tuple[int, int, int]:
         """Read the header up to and with the sizes line; the file stands at the first entry then."""
         where = f"{self.path.name}: {_find(self.path, 'matrix').name}"
-        banner = file.readline(_LINE).split()
+        banner = file.readline(LINE).split()
         fits = [w.lower() for w in banner[:3]] == ["%%matrixmarket", "matrix", "coordinate"] and len(banner) == 5
         if not fits or banner[3].lower() not in ("integer", "real") or banner[4].lower() != "general":
             expected = "%%MatrixMarket matrix coordinate integer (or real) general"
@@ -110,9 +108,9 @@ class MtxSource:
                 got=" ".join(banner)[:80],
                 expected=expected,
             )
-        line = file.readline(_LINE)
+        line = file.readline(LINE)
         while line.startswith("%") or line.isspace():
-            line = file.readline(_LINE)
+            line = file.readline(LINE)
         sizes = line.split()
         if len(sizes) != 3 or not all(re.fullmatch("[0-9]{1,18}", s) for s in sizes):
             raise DataError(

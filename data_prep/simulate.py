@@ -258,7 +258,7 @@ def parse_features(texts: list[str]) -> dict[str, int]:
     """
     pairs = [text.rpartition(":") for text in texts]
     for text, (name, _, n) in zip(texts, pairs, strict=True):
-        if not name or not n.isdigit():
+        if not name or not n.isdecimal():
             raise DataError("not NAME:FEATURES", where="--modality", got=text, expected="rna:2000, say")
     if len({name for name, _, _ in pairs}) < len(pairs):
         raise DataError("a modality is named twice", where="--modality", got=" ".join(texts))

@@ -4,17 +4,16 @@ Writes RUN/report/index.html; the last line printed is its path.
 """
 
 import argparse
-from pathlib import Path
 
-from clue_dist.errors import run_main
+from clue_dist.errors import run_main, typed_path
 from clue_dist.report import write_report
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="launch/report.py", description="Write one page about a run.")
-    parser.add_argument("--run", type=Path, required=True, help="folder of the trained run")
-    parser.add_argument("--embedding", type=Path, help="output of launch/embed.py --per-modality")
-    parser.add_argument("--scores", type=Path, help="scores.json of launch/evaluate.py")
+    parser.add_argument("--run", type=typed_path, required=True, help="folder of the trained run")
+    parser.add_argument("--embedding", type=typed_path, help="output of launch/embed.py --per-modality")
+    parser.add_argument("--scores", type=typed_path, help="scores.json of launch/evaluate.py")
     args = parser.parse_args()
     print(write_report(args.run, args.embedding, args.scores))
 

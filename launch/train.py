@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clue_dist import config as configs
-from clue_dist.errors import run_main
+from clue_dist.errors import run_main, tell
 from clue_dist.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -36,12 +36,15 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def tell_newest(run: Path, resume: str) -> None:
-    from clue_dist.train.checkpoint import committed, step_of
+def tell_start(run: Path, resume: str) -> None:
+    """What a run would go on from. Of "auto" the newest, of which nothing is read: that may take minutes."""
+    from clue_dist.train.checkpoint import committed, find, step_of
 
-    saved = committed(run / "checkpoints") if resume == "auto" else []
-    if saved:
-        print(f"  would go on from step {step_of(saved[0])}, if that checkpoint is sound", flush=True)
+    auto = resume == "auto"
+    saved = next(iter(committed(run / "checkpoints")), None) if auto else find(run, resume, Ranks())
+    if saved is not None:
+        sound = ", if that checkpoint is sound" if auto else ""
+        print(f"  would go on from step {step_of(saved)}{sound}", flush=True)
 
 
 def main() -> None:
@@ -60,7 +63,7 @@ def main() -> None:
     if ranks.first:
         print(setup.summary(), flush=True)
         if args.dry_run:
-            tell_newest(Path(setup.config.run), args.resume)
+            tell_start(Path(setup.config.run), args.resume)
     if args.dry_run:
         return
 
@@ -73,7 +76,7 @@ def main() -> None:
             if result.state.best is None
             else f", best validation {result.state.best:.4f} at step {result.state.best_step}"
         )
-        print(f"finished at step {result.state.step}{best}: {setup.config.run}", flush=True)
+        tell(f"finished at step {result.state.step}{best}: {setup.config.run}")
     ranks.close()
     if not result.finished:
         sys.exit(STOPPED)

@@ -247,15 +247,24 @@ class Manifest(_Strict):
                 fix="convert again from the source files, or restore the manifest",
             )
         # A file that is to the byte what was written needs no closer look, which takes longer than all the rest.
-        if not manifest.sealed(content) and manifest.fingerprint != manifest.computed_fingerprint():
+        if not manifest.sealed(content):
+            manifest.verify(root)
+        return manifest
+
+    def verify(self, root: Place) -> None:
+        """Compare the content with its fingerprint.
+
+        Raises:
+            StoreError: they differ.
+        """
+        if self.fingerprint != self.computed_fingerprint():
             raise StoreError(
                 "the manifest was changed after it was written",
-                where=path,
-                got=manifest.fingerprint[:16],
-                expected=manifest.computed_fingerprint()[:16],
+                where=root / layout.MANIFEST,
+                got=self.fingerprint[:16],
+                expected=self.computed_fingerprint()[:16],
                 fix="convert again from the source files, or restore the manifest",
             )
-        return manifest
 
 
 def largest_block(lengths: np.ndarray, block_cells: int) -> int:

@@ -12,6 +12,7 @@ weights and optimizer (train/pieces.py), which any number of ranks reads. No fil
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import stat
@@ -20,20 +21,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from clue_dist import config as configs
 from clue_dist.config import Config
-from clue_dist.errors import ResumeError, listed, writing
+from clue_dist.errors import ResumeError, listed, tell, writing
 from clue_dist.model.clue import CLUE, PRIVATE_SCALE, specs_of
 from clue_dist.ranks import Ranks
 from clue_dist.store.manifest import Modality
 from clue_dist.store.reader import Store
 from clue_dist.store.writer import hash_file, sync
 from clue_dist.train import pieces
+from clue_dist.train.lock import JOB
 
 COMMIT, STATE, WEIGHTS, PARTS = "COMMIT.json", "state.json", "weights.safetensors", "rank-*.safetensors"
 NAME = re.compile(r"step-\d+")
@@ -47,7 +49,7 @@ class State:
     step: optimizer steps done; updates: the optimizer's own count; best: the lowest validation score; best_step: of
     the weights that are kept; bad: validations since the lowest; skipped: steps in a row whose loss or gradient was
     not finite; usual: mean and variance of the loss of late, to tell spikes; logged: sums over the steps that are not
-    logged yet.
+    logged yet; origin: the checkpoint of another run that this one began from; job: Slurm's, that saved this.
     """
 
     step: int
@@ -60,6 +62,8 @@ class State:
     skipped: int = 0
     usual: tuple[float, float] | None = None
     logged: dict[str, float] = field(default_factory=dict)
+    origin: str | None = None
+    job: str | None = None
 
 
 class ModelCard(BaseModel):
@@ -67,7 +71,7 @@ class ModelCard(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     fingerprint: str
-    modalities: dict[str, Modality]
+    modalities: dict[str, Modality] = Field(min_length=1)
     batches: list[str]
 
 
@@ -84,7 +88,10 @@ def set_aside(run: Path, state: State, ranks: Ranks) -> State:
                     shutil.rmtree(path.with_suffix(".aside"), ignore_errors=True)
                     path.rename(path.with_suffix(".aside"))
         best = run / "best" / f"step-{state.best_step:08d}"
-        return state.best is not None and damage(best) is not None
+        problem = damage(best) if state.best is not None else None
+        if problem is not None:
+            tell(f"the best weights, {best}, are damaged: {problem}; the next validation counts as the best")
+        return problem is not None
 
     lost = ranks.from_first(clear)
     return replace(state, best=None, best_step=0, bad=0) if lost else state
@@ -104,8 +111,14 @@ def step_of(checkpoint: Path) -> int:
 
 def best_step_of(checkpoint: Path) -> int | None:
     """Which best weights a checkpoint names; a damaged one names none."""
+    state = _readable(checkpoint)
+    return None if state is None else state.best_step
+
+
+def _readable(checkpoint: Path) -> State | None:
+    """The state of a checkpoint, unless it is damaged."""
     try:
-        return _read_state(checkpoint).best_step
+        return _read_state(checkpoint)
     except ResumeError:
         return None
 
@@ -113,7 +126,7 @@ def best_step_of(checkpoint: Path) -> int | None:
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, or None: every file is compared with its recorded size and hash."""
     try:
-        listing = json.loads((checkpoint / COMMIT).read_text())
+        listing = _json_in(checkpoint / COMMIT)
         if STATE not in listing or not any(name.endswith(".safetensors") for name in listing):
             return f"{COMMIT} lists no {STATE} or no weights"
         unlisted = {path.name for path in checkpoint.glob("*.safetensors")} - set(listing)
@@ -132,13 +145,32 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
+def _json_in(path: Path) -> Any:
+    """What a small file of a checkpoint says.
+
+    Raises:
+        OSError: there is none.
+        ValueError: it is a link, a pipe, a device, absurdly large, or no JSON.
+    """
+    there = path.lstat()
+    if not stat.S_ISREG(there.st_mode) or there.st_size > _MOST_JSON:
+        raise ValueError(f"{path.name} is not a file of at most {_MOST_JSON:,} bytes")
+    try:
+        return json.loads(path.read_text())
+    except RecursionError:
+        raise ValueError(f"{path.name} is nested without an end") from None
+
+
+_MOST_JSON = 2**26  # bytes: what a hundred thousand ranks would list
+
+
 def _sound(folder: Path) -> Iterator[Path]:
     for checkpoint in committed(folder):
         problem = damage(checkpoint)
         if problem is None:
             yield checkpoint
         else:
-            print(f"checkpoint {checkpoint} is damaged and not used: {problem}", flush=True)
+            tell(f"checkpoint {checkpoint} is damaged and not used: {problem}")
 
 
 def find(run: Path, resume: str, ranks: Ranks) -> Path | None:
@@ -153,6 +185,8 @@ def find(run: Path, resume: str, ranks: Ranks) -> Path | None:
 
 def _choose(run: Path, resume: str) -> Path | None:
     there = committed(run / "checkpoints")
+    if resume != "auto" and there and (begun := _begun_so(run, resume)) is not None:
+        return begun
     if resume == "never":
         if there:
             raise ResumeError(
@@ -189,6 +223,17 @@ def _choose(run: Path, resume: str) -> Path | None:
     return folder
 
 
+def _begun_so(run: Path, resume: str) -> Path | None:
+    """The newest checkpoint, where the same command has saved it, which is to go on then: an earlier attempt of this
+    Slurm job did, or the run began from the checkpoint of another run that `resume` names."""
+    state = next(filter(None, map(_readable, committed(run / "checkpoints"))), None)
+    if state is None:
+        return None
+    again = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0 and state.job == JOB
+    so = again or state.origin == str(Path(resume).resolve())
+    return next(_sound(run / "checkpoints"), None) if so else None
+
+
 # Settings that may change when a run goes on: they do not decide what a step computes, or are what a person turns to
 # prolong a run or to bring one back whose loss was not finite.
 _FREE_TRAIN = ("lr", "clip", "epochs", "patience", "validate_every", "checkpoint_every", "keep", "zero_stage")
@@ -219,12 +264,14 @@ def check_same_run(run: Path, config: Config, fingerprint: str, checkpoint: Path
             got=f"changed: {', '.join(different)}",
             fix="use the run's own config.json, or start a new run with --set run=ANOTHER_FOLDER",
         )
+    if checkpoint.resolve().parent.parent != run.resolve():
+        state = replace(state, origin=str(checkpoint.resolve()))
     return state
 
 
 def _read_state(checkpoint: Path) -> State:
     try:
-        state = State(**json.loads((checkpoint / STATE).read_text()))
+        state = State(**_json_in(checkpoint / STATE))
         if not list(checkpoint.glob(PARTS)):
             raise ValueError(f"no {PARTS}")
     except (OSError, ValueError, TypeError) as error:
@@ -339,7 +386,11 @@ def load_model(run: Path, checkpoint: str = "best") -> Loaded:
     problem = damage(folder)
     if problem:
         raise ResumeError("the weights are damaged", where=folder, got=problem)
-    model = CLUE(specs_of(card.modalities, config), len(card.batches), config.model)
+    try:
+        model = CLUE(specs_of(card.modalities, config), len(card.batches), config.model)
+    except (RuntimeError, MemoryError) as error:  # torch's own, of no memory
+        got, fix = str(error).partition("\n")[0], "restore config.json and model.json as training wrote them"
+        raise ResumeError("the model of these settings cannot be made", where=run, got=got, fix=fix) from None
     load_weights(model, folder, "use the version of clue_dist that trained them")
     return Loaded(model.eval(), card.modalities, folder.name, config)
 

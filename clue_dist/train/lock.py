@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from io import FileIO
 from pathlib import Path
 
-from clue_dist.errors import ResumeError, writing
+from clue_dist.errors import ResumeError, tell, writing
 from clue_dist.ranks import Ranks
 
 
@@ -59,7 +59,7 @@ def _taken(lock: FileIO, run: Path) -> str | None:
             time.sleep(0.5)
             continue
         except OSError as error:  # Lustre mounted without locks, for one
-            print(f"{run}: no lock can be held here ({error}); see to it that one job alone trains in it", flush=True)
+            tell(f"{run}: no lock can be held here ({error}); see to it that one job alone trains in it")
             return None
         mine = f"process {os.getpid()} on {socket.gethostname()}"
         lock.truncate(0)

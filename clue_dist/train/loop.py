@@ -17,7 +17,7 @@ from clue_dist.train import checkpoint, pieces, validate
 from clue_dist.train.checkpoint import State
 from clue_dist.train.engine import build, join
 from clue_dist.train.health import judged
-from clue_dist.train.lock import alone_in
+from clue_dist.train.lock import JOB, alone_in
 from clue_dist.train.meter import Meter
 from clue_dist.train.peers import Peers
 from clue_dist.train.saver import Saver
@@ -55,14 +55,16 @@ def _start(setup: Setup, ranks: Ranks, resume: str, device: torch.device) -> tup
     """A fresh engine, or one that goes on from a checkpoint, of however many ranks it was."""
     run = Path(setup.config.run)
     found = checkpoint.find(run, resume, ranks)
-    state = State(0, ranks.world, setup.store.fingerprint)
-    if found is not None:
+    if found is None:
+        state = State(0, ranks.world, setup.store.fingerprint)
+        engine = build(setup, ranks, device)
+    else:
         state = checkpoint.check_same_run(run, setup.config, setup.store.fingerprint, found)
+        engine = checkpoint.restore(lambda start: build(setup, ranks, device, start), found, state)
+    # What was refused until here has changed nothing.
     state = checkpoint.set_aside(run, state, ranks)
     ranks.from_first(lambda: checkpoint.describe(run, setup.store, setup.config))
-    if found is None:
-        return build(setup, ranks, device), state
-    return checkpoint.restore(lambda start: build(setup, ranks, device, start), found, state), state
+    return engine, replace(state, job=JOB)
 
 
 def _train(engine: Any, setup: Setup, ranks: Ranks, state: State, device: torch.device, stop: StopFlag) -> Result:

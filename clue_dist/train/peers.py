@@ -1,7 +1,8 @@
 """Notices that another rank's machine is gone. A dead machine says nothing: whoever waits for it would wait on.
 
 Every rank says now and then that it lives, at the store the ranks met at; rank 0 looks whether all have, the others
-whether rank 0 has looked. Whoever hears nothing for too long ends its process, as no collective could end it.
+whether rank 0 has looked. Whoever hears nothing for too long ends its process, as no collective could end it. These
+are threads of Python: whatever else a process does must let them run now and then.
 A rank that leaves with an error says so first: the others leave with the same exit code, which tells whoever started
 the job whether starting it again can help.
 """

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from clue_dist.errors import ClueError, SavingError, writing
+from clue_dist.errors import ClueError, SavingError, tell, writing
 from clue_dist.ranks import Ranks
 from clue_dist.store.writer import hash_file, sync
 from clue_dist.train import pieces
@@ -166,7 +166,7 @@ class Saver:
                 old.rename(doomed)
                 shutil.rmtree(doomed)
             except OSError as error:  # the save itself stands
-                print(f"{old} could not be removed, and is left: {error}", flush=True)
+                tell(f"{old} could not be removed, and is left: {error}")
 
 
 def _merge(partial: Path, listing: Listing) -> Listing:

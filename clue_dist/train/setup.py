@@ -14,7 +14,7 @@ from clue_dist.config import Config
 from clue_dist.data import plan as plans
 from clue_dist.data.batch import Batch, Part, assemble
 from clue_dist.data.plan import Plan
-from clue_dist.errors import ConfigError
+from clue_dist.errors import ConfigError, typed_path
 from clue_dist.model.clue import ModalitySpec, specs_of
 from clue_dist.store.layout import group_of
 from clue_dist.store.reader import Store
@@ -95,6 +95,7 @@ def prepare(config: Config, world: int, *, writes: bool = True) -> Setup:
     if writes:
         _check_run_folder(Path(config.run))
     store = Store(config.store)
+    store.manifest.verify(store.root)  # whether a run may go on is decided by it
     specs = specs_of(store.manifest.modalities, config)
     sizes = {s: r.n_cells for s, r in store.strata.items()}
     paired = {s: len(r.modalities) > 1 for s, r in store.strata.items()}
@@ -156,7 +157,7 @@ def _holdout(config: Config, sizes: Mapping[str, int], paired: Mapping[str, bool
 
 def _check_run_folder(run: Path) -> None:
     """Whether the run folder can be made and written, before any rank waits for another."""
-    there = next(p for p in (run, *run.absolute().parents) if p.exists())
+    there = next(p for p in (typed_path(str(run)), *run.absolute().parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         got = "a folder without write permission" if there.is_dir() else "a file"
         raise ConfigError("the run folder cannot be written", where=f"run={run}", got=f"{there} is {got}")

@@ -10,13 +10,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from clue_dist.config import Config
-from clue_dist.errors import writing
+from clue_dist.errors import tell, writing
 from clue_dist.ranks import Ranks
 from clue_dist.store.writer import sync
 
@@ -68,11 +69,11 @@ class Sinks:
         self.write("event", step, {"event": what, **numbers})
 
     def say(self, text: str) -> None:
-        if self.active:
-            try:
-                self._bar.write(text) if self._bar is not None else print(text, flush=True)
-            except OSError:  # nobody reads any more: a connection was closed, and metrics.jsonl goes on
-                sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        if self.active and self._bar is not None:
+            with suppress(OSError):  # the terminal was closed
+                self._bar.write(text)
+        elif self.active:
+            tell(text)
 
     def __enter__(self) -> Sinks:
         return self
@@ -136,13 +137,13 @@ class _Lines:
                 self._flush()
         except OSError as error:
             if not self._told:
-                print(f"{self._path} cannot be written ({error}): its lines wait for the next checkpoint", flush=True)
+                tell(f"{self._path} cannot be written ({error}): its lines wait for the next checkpoint")
             self._told = True
 
     def sync(self) -> None:
         with self._lock:
             self._flush()
-            os.fsync(self._file.fileno())
+        os.fsync(self._file.fileno())  # which may take long: training writes its next lines meanwhile
 
     def close(self) -> None:
         self._file.close()
@@ -202,7 +203,7 @@ def _wandb(run: Path, config: Config) -> Any:
     except wandb.Error as error:
         if config.log.wandb != "online":
             raise
-        print(f"wandb is offline ({error}): `wandb sync {run}/wandb/offline-run-*` sends the run later", flush=True)
+        tell(f"wandb is offline ({error}): `wandb sync {run}/wandb/offline-run-*` sends the run later")
         wandb.teardown()  # it takes the run for one that is still going on
         return begin("offline")
 
@@ -220,5 +221,5 @@ def _guarded(name: str, call: Callable[[], T]) -> T | None:
     try:
         return call()
     except Exception as error:  # noqa: BLE001  any failure of a sink must leave training alone
-        print(f"{name} is off from here on ({type(error).__name__}: {error}); metrics.jsonl goes on", flush=True)
+        tell(f"{name} is off from here on ({type(error).__name__}: {error}); metrics.jsonl goes on")
         return None

@@ -85,20 +85,12 @@ class Slurm:
         return state
 
 
-@contextmanager
-def cluster(folder: Path) -> Iterator[Slurm]:
-    """Nodes `one` and `two`; Slurm thinks that each has two cores and two GPUs."""
-    for name in ("state", "one", "two"):
-        (folder / name).mkdir()
-    folder.chmod(0o755)
-    key = folder / "munge.key"
-    key.write_bytes(os.urandom(128))
-    key.chmod(0o400)
-    ports = {name: free_port() for name in ("ctld", "one", "two")}
-    (folder / "slurm.conf").write_text(
-        f"""\
+def configuration(folder: Path, ports: Mapping[str, int]) -> str:
+    """slurm.conf. ports: of the controller and of the nodes."""
+    host = socket.gethostname()
+    return f"""\
 ClusterName=test
-SlurmctldHost={socket.gethostname()}(127.0.0.1)
+SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports["ctld"]}
 SlurmUser=root
 AuthType=auth/munge
@@ -122,11 +114,23 @@ SlurmdTimeout=15
 SchedulerParameters=sched_interval=1,sched_min_interval=100000,bf_interval=1
 SlurmdParameters=config_overrides
 GresTypes=gpu
-NodeName=one NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={ports["one"]} CPUs=2 Gres=gpu:2
-NodeName=two NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={ports["two"]} CPUs=2 Gres=gpu:2
+NodeName=one NodeHostname={host} NodeAddr=127.0.0.1 Port={ports["one"]} CPUs=16 Gres=gpu:2
+NodeName=two NodeHostname={host} NodeAddr=127.0.0.1 Port={ports["two"]} CPUs=16 Gres=gpu:2
 PartitionName=all Nodes=one,two Default=YES MaxTime=INFINITE State=UP
 """
-    )
+
+
+@contextmanager
+def cluster(folder: Path) -> Iterator[Slurm]:
+    """Nodes `one` and `two`; Slurm thinks that each has 16 cores and two GPUs."""
+    for name in ("state", "one", "two"):
+        (folder / name).mkdir()
+    folder.chmod(0o755)
+    key = folder / "munge.key"
+    key.write_bytes(os.urandom(128))
+    key.chmod(0o400)
+    ports = {name: free_port() for name in ("ctld", "one", "two")}
+    (folder / "slurm.conf").write_text(configuration(folder, ports))
     for number in (0, 1):  # what Slurm takes for the devices of GPUs
         os.mknod(folder / f"gpu{number}", 0o600 | stat.S_IFCHR, os.makedev(1, 3))
     (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-1]\n")

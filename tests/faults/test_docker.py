@@ -25,6 +25,7 @@ from clue_dist.train import checkpoint
 from tests.distributed.command import ROOT, launched, metrics, train_args
 from tests.faults.clean_root import CleanRoot, Container, copied, instructions, let_in, missing
 from tests.faults.command import saved_steps
+from tests.faults.needs import skip_or_fail
 from tests.stores import make_store
 
 DOCKERFILES = ("Dockerfile", "Dockerfile.cpu")
@@ -133,7 +134,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine | CleanRo
         made: Engine | CleanRoot = Engine(f"clue_dist_test:{uuid.uuid4().hex[:8]}")
     else:
         if lacking := missing(ROOT / "constraints.txt"):
-            pytest.skip(f"no Docker engine answers, and no clean root: {lacking}")
+            skip_or_fail(f"no Docker engine answers, and no clean root: {lacking}")
         # pip finds torch for CPUs where this machine's pip is told to look
         made = CleanRoot(tmp_path_factory.mktemp("docker") / "root", ROOT, {"TORCH_INDEX": ""})
     try:

@@ -13,10 +13,11 @@ import pytest
 from tests.distributed.command import ROOT, metrics, train_args
 from tests.faults.command import saved_steps, timeless
 from tests.faults.hosts import INTERFACE, Host, missing, two_hosts
+from tests.faults.needs import needs
 from tests.faults.slurm import free_port
 from tests.stores import make_store
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
+pytestmark = needs(missing())
 
 SETTINGS = ("train.epochs=60", "log.every=1", "train.checkpoint_every=20")  # 270 steps
 

@@ -58,10 +58,13 @@ def test_all_ranks_skip_and_the_culprit_is_named(folder: Path, stage: int, preci
     assert all(w.isfinite().all() for w in best_weights(folder / name).values())
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_gradient_of_finite_losses_is_skipped_too(folder: Path, stage: int) -> None:
-    name = f"gradient{stage}"
-    run(*planted(2, args_of(folder, name, f"train.zero_stage={stage}"), "gradient:1:6"))
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (2, "bf16")]
+)
+def test_a_gradient_of_finite_losses_is_skipped_too(folder: Path, stage: int, precision: str) -> None:
+    name = f"gradient{stage}{precision}"
+    args = args_of(folder, name, f"train.zero_stage={stage}", f"train.precision={precision}")
+    run(*planted(2, args, "gradient:1:6"))
     (event,) = metrics(folder / name, "event")
     assert (event["step"], event["found"]) == (7, "a gradient, of finite losses")
     assert all(w.isfinite().all() for w in best_weights(folder / name).values())

@@ -108,14 +108,16 @@ def test_it_goes_on_with_another_number_of_ranks(folder: Path, before: int, afte
     assert largest_difference(best_weights(whole), best_weights(folder / name)) < 1e-4
 
 
-def test_it_goes_on_under_another_zero_stage(folder: Path) -> None:
-    args = args_of(folder, "stages", "train.zero_stage=3")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_it_goes_on_under_another_zero_stage_and_number_of_ranks(folder: Path, precision: str) -> None:
+    name = f"stages-{precision}"
+    args = args_of(folder, name, "train.zero_stage=3", f"train.precision={precision}")
     run(*planted(2, args, "term:0:9"), expect=75)
-    saved = contents(folder / "stages" / "checkpoints" / "step-00000010")
-    for stage in (0, 2):
-        begun = folder / "stages" / f"begun{stage}"
-        run(*planted(2, [*args, "--set", f"train.zero_stage={stage}"], f"dump:{begun}", "term:0:10"), expect=75)
-        newest = folder / "stages" / "checkpoints" / "step-00000011"
+    saved = contents(folder / name / "checkpoints" / "step-00000010")
+    for stage, ranks in ((0, 2), (2, 2), (3, 1)):
+        begun = folder / name / f"begun{stage}"
+        run(*planted(ranks, [*args, "--set", f"train.zero_stage={stage}"], f"dump:{begun}", "term:0:10"), expect=75)
+        newest = folder / name / "checkpoints" / "step-00000011"
         assert max(largest_difference(saved[k], contents(begun)[k]) for k in saved) == 0.0
         assert all(values.isfinite().all() for values in pieces.full(checkpoint.parts(newest)).values())
         for path in newest.iterdir():  # so that the next stage begins at the same step

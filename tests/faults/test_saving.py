@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import pickle
 import random
 import shutil
 import socket
@@ -15,9 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
-from clue_dist.errors import LOST, ResumeError
+from clue_dist.errors import LOST, ResumeError, SavingError, writing
 from clue_dist.ranks import Ranks
+from clue_dist.store.writer import hash_file
 from clue_dist.train import checkpoint
 from tests.distributed.command import (
     ROOT,
@@ -137,11 +143,23 @@ def _pipe(folder: Path, listing: dict[str, Any]) -> None:
     os.mkfifo(folder / "state.json")
 
 
+def _marker_pipe(folder: Path, listing: dict[str, Any]) -> None:
+    (folder / checkpoint.COMMIT).unlink()
+    os.mkfifo(folder / checkpoint.COMMIT)
+
+
+def _marker_nested(folder: Path, listing: dict[str, Any]) -> None:
+    (folder / checkpoint.COMMIT).write_text("[" * 200_000)
+
+
 def _without_sizes(folder: Path, listing: dict[str, Any]) -> None:
     listing["state.json"] = {}
 
 
-@pytest.mark.parametrize("forge", [_listed_outside, _linked, _unlisted, _pipe, _without_sizes])
+MARKERS = [_marker_pipe, _marker_nested]
+
+
+@pytest.mark.parametrize("forge", [_listed_outside, _linked, _unlisted, _pipe, _without_sizes, *MARKERS])
 def test_a_forged_checkpoint_is_refused(
     folder: Path, tmp_path: Path, forge: Callable[[Path, dict[str, Any]], None]
 ) -> None:
@@ -151,7 +169,8 @@ def test_a_forged_checkpoint_is_refused(
     assert checkpoint.damage(newest) is None
     listing = json.loads((newest / checkpoint.COMMIT).read_text())
     forge(newest, listing)
-    (newest / checkpoint.COMMIT).write_text(json.dumps(listing))
+    if forge not in MARKERS:
+        (newest / checkpoint.COMMIT).write_text(json.dumps(listing))
     assert checkpoint.damage(newest) is not None
     assert checkpoint.find(tmp_path, "auto", Ranks()) == before
 
@@ -164,6 +183,66 @@ def test_a_checkpoint_of_another_run_is_not_gone_on_from_in_the_folder_of_a_run(
     assert checkpoint.find(tmp_path / "new", str(newest), Ranks()) == newest
     own = tmp_path / "mine" / "checkpoints" / newest.name
     assert checkpoint.find(tmp_path / "mine", str(own), Ranks()) == own
+
+
+def test_the_same_command_goes_on_with_a_run_that_began_from_a_checkpoint_of_another(folder: Path) -> None:
+    newest = checkpoint.committed(folder / "whole" / "checkpoints")[0]
+    args = [*args_of(folder, "branch", "train.epochs=9"), "--resume", str(newest)]
+    done = run("python", "tests/faults/plant.py", "usr1:0:29", "--", *args, expect=75)
+    assert "going on from step 27" in done.stdout
+    assert "going on from step 30" in python(*args).stdout
+    assert saved_steps(folder / "branch")[0] == 41
+    other = checkpoint.committed(folder / "whole" / "checkpoints")[1]
+    assert "already holds another run" in python(*args[:-1], str(other), expect=2).stderr
+
+
+@pytest.mark.parametrize("resume", ["never", "step-00000025"])
+def test_a_later_attempt_of_a_slurm_job_goes_on_whatever_its_command_began_from(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: str
+) -> None:
+    there = Path(shutil.copytree(folder / "whole" / "checkpoints", tmp_path / "checkpoints"))
+    resume = resume if resume == "never" else str(there / resume)
+    newest = there / "step-00000027"
+    state = json.loads((newest / checkpoint.STATE).read_text()) | {"job": "77"}
+    (newest / checkpoint.STATE).write_text(json.dumps(state))
+    listing = json.loads((newest / checkpoint.COMMIT).read_text())
+    listing[checkpoint.STATE] = hash_file(newest / checkpoint.STATE).model_dump()
+    (newest / checkpoint.COMMIT).write_text(json.dumps(listing))
+    monkeypatch.setattr(checkpoint, "JOB", "77")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert checkpoint.find(tmp_path, resume, Ranks()) == newest
+    for job, restarts in (("78", "1"), ("77", "0")):  # what another job saved; the job's first attempt
+        monkeypatch.setattr(checkpoint, "JOB", job)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+        if resume == "never":
+            with pytest.raises(ResumeError, match="already holds a run"):
+                checkpoint.find(tmp_path, resume, Ranks())
+        else:
+            assert checkpoint.find(tmp_path, resume, Ranks()) == Path(resume)
+
+
+def test_damaged_best_weights_are_told(folder: Path) -> None:
+    args = args_of(folder, "torn-best", "train.validate_every=5")
+    python(*args, "--set", "train.epochs=4")
+    (newest, *_) = checkpoint.committed(folder / "torn-best" / "best")
+    os.truncate(newest / checkpoint.WEIGHTS, 100)
+    done = python(*args)
+    assert f"{newest}, are damaged: {checkpoint.WEIGHTS} has another size" in done.stdout
+    assert checkpoint.damage(checkpoint.committed(folder / "torn-best" / "best")[0]) is None
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_those_after_it(folder: Path, tmp_path: Path) -> None:
+    """Weights of another model, as of an older version, and signed."""
+    shutil.copytree(folder / "whole", tmp_path / "older")
+    newest, before = checkpoint.committed(tmp_path / "older" / "checkpoints")
+    (part,) = checkpoint.parts(before)
+    save_file({"weights:0:model.other": torch.zeros(3)}, part, {"shapes": json.dumps({"model.other": [3]})})
+    listing = json.loads((before / checkpoint.COMMIT).read_text())
+    listing[part.name] = hash_file(part).model_dump()
+    (before / checkpoint.COMMIT).write_text(json.dumps(listing))
+    done = python(*args_of(folder, str(tmp_path / "older")), "--resume", str(before), expect=2)
+    assert "the weights do not fit" in done.stderr
+    assert checkpoint.committed(tmp_path / "older" / "checkpoints") == [newest, before]
 
 
 def test_a_run_that_stopped_early_goes_on_with_more_patience(folder: Path) -> None:
@@ -226,6 +305,42 @@ def test_a_full_disk_is_told_and_leaves_what_was_committed(folder: Path) -> None
         subprocess.run(["mount", "-o", "remount,size=20M", str(folder / "full")], check=True)
         assert f"going on from step {there[0]}" in python(*args).stdout
         assert timeless(folder / "full") == timeless(folder / "whole")
+
+
+@needs_root
+def test_a_full_disk_that_takes_no_output_either_is_told_by_the_exit_code(folder: Path) -> None:
+    """As of `python launch/train.py ... > RUN/log`: neither what is printed nor why it ended can be written."""
+    args = args_of(folder, "mute", "train.keep=99")
+    with mounted(folder / "mute", "-t", "tmpfs", "-o", "size=400k", "none"):
+        with (folder / "mute" / "log").open("wb") as log:
+            process = subprocess.Popen(spawned(2, *args), cwd=ROOT, env=environment(), stdout=log, stderr=log)
+            assert process.wait(120) == 1
+        there = saved_steps(folder / "mute")
+        subprocess.run(["mount", "-o", "remount,size=20M", str(folder / "mute")], check=True)
+        assert f"going on from step {there[0]}" in run(*spawned(2, *args)).stdout
+        assert [line["step"] for line in timeless(folder / "mute")] == list(range(1, 28))
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "advice"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "make room"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), 1, "make room"),
+        (SafetensorError("I/O error: Input/output error (os error 5)"), LOST, "type the same command"),
+        (OSError(errno.ESTALE, "Stale file handle"), LOST, "type the same command"),
+        (FileNotFoundError(errno.ENOENT, "the folder was removed"), 1, "type the same command"),
+        (KeyError("weights"), 1, "type the same command"),
+    ],
+)
+def test_a_file_server_that_fails_for_a_while_is_told_from_what_lasts(
+    tmp_path: Path, error: Exception, code: int, advice: str
+) -> None:
+    with pytest.raises(SavingError) as told, writing("a checkpoint", tmp_path):
+        raise error
+    assert told.value.exit_code == code
+    assert told.value.fix is not None
+    assert told.value.fix.startswith(advice)
+    assert pickle.loads(pickle.dumps(told.value)).exit_code == code  # as the other ranks are told
 
 
 @needs_root

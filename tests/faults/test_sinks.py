@@ -21,7 +21,7 @@ from clue_dist.ranks import Ranks
 from clue_dist.train import lock, sinks
 from clue_dist.train.lock import alone_in
 from clue_dist.train.sinks import Sinks
-from tests.distributed.command import ROOT, environment, metrics, train_args
+from tests.distributed.command import ROOT, environment, metrics, run, spawned, train_args
 from tests.faults.command import saved_steps
 from tests.processes import run_ranks
 from tests.stores import make_store
@@ -100,6 +100,41 @@ def test_the_lock_is_one_jobs_and_names_it(tmp_path: Path) -> None:
         raise AssertionError("not reached")
     assert f"process {os.getpid()} on {socket.gethostname()}" in str(refused.value)
     assert f"remove {tmp_path / '.lock'}" in str(refused.value)
+
+
+def test_of_two_jobs_on_one_folder_the_second_is_refused_and_the_first_goes_on(folder: Path) -> None:
+    process = started(folder, "shared", "train.epochs=2000", stdout=subprocess.DEVNULL)
+    args = train_args(folder, folder / "s.zarr", "shared", "log.every=1", "train.epochs=2000")
+    done = run(*spawned(2, *args), expect=2)
+    assert done.stderr.count("another job is training in this run folder") == 1
+    assert f"process {process.pid} on {socket.gethostname()}" in done.stderr
+    before = metrics(folder / "shared")[-1]["step"]
+    process.terminate()
+    assert process.wait(30) == 75
+    steps = [line["step"] for line in metrics(folder / "shared")]
+    assert steps == list(range(1, len(steps) + 1))
+    assert saved_steps(folder / "shared")[0] == steps[-1] >= before
+
+
+def test_lines_are_taken_while_a_checkpoint_waits_for_a_slow_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, over = threading.Event(), threading.Event()
+
+    def fsync(_: int) -> None:
+        slow.set()
+        assert over.wait(30)
+
+    with Sinks(tmp_path, Config(log=LogConfig(wandb="disabled", tensorboard=False)), 10, 0, Ranks()) as looked_at:
+        monkeypatch.setattr(os, "fsync", fsync)
+        saving = threading.Thread(target=looked_at.sync)
+        saving.start()
+        assert slow.wait(30)
+        looked_at.write("train", 1, {"loss": 0.5, "data_wait": 0.0, "cells_per_s": 1.0})
+        assert saving.is_alive()
+        over.set()
+        saving.join()
+    assert [line["step"] for line in metrics(tmp_path)] == [1]
 
 
 def test_an_earlier_attempt_of_the_same_job_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,10 +16,11 @@ import pytest
 from tests.benchmarks.faults.jobs import last_step
 from tests.distributed.command import ROOT, best_weights, largest_difference, metrics, run, spawned, train_args
 from tests.faults.command import saved_steps, timeless
+from tests.faults.needs import needs
 from tests.faults.slurm import Slurm, cluster, daemon, missing
 from tests.stores import make_store
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
+pytestmark = needs(missing())
 
 SETTINGS = ("train.epochs=40", "log.every=1", "train.checkpoint_every=50")  # 181 steps
 
@@ -72,9 +73,14 @@ def ends_like_the_unbroken_run(slurm: Slurm, folder: Path, name: str, job: str) 
     assert largest_difference(best_weights(folder / name), best_weights(folder / "whole")) == 0.0
 
 
-@pytest.mark.parametrize("how", ["requeue", "USR1", "TERM"])
-def test_stopped_in_time_it_comes_back_by_itself_and_loses_no_step(slurm: Slurm, folder: Path, how: str) -> None:
-    job = submitted(slurm, folder, how)
+@pytest.mark.parametrize(
+    ("how", "words"), [("requeue", ()), ("USR1", ("--resume", "never")), ("TERM", ())], ids=["requeue", "USR1", "TERM"]
+)
+def test_stopped_in_time_it_comes_back_by_itself_and_loses_no_step(
+    slurm: Slurm, folder: Path, how: str, words: tuple[str, ...]
+) -> None:
+    """Also where its command says that it begins anew: a later attempt goes on."""
+    job = submitted(slurm, folder, how, *words)
     asked = time.time()
     if how == "requeue":
         slurm.run("scontrol", "requeue", job)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import pickle
 from pathlib import Path
 
+import dask
 import numpy as np
 import pytest
 
@@ -84,6 +86,15 @@ def test_code_that_runs_is_noted(folder: Path) -> None:
         pickle.loads(watch.bomb(folder / "canary"))
     assert {"imported", "unpickled"} < set(ran)
     assert any("find_class" in event for event in ran)
+
+
+def test_code_that_a_task_of_a_conversion_runs_is_noted(folder: Path) -> None:
+    """Dask, which runs it, may load its own objects alone."""
+    task = dask.delayed(lambda: pickle.loads(watch.bomb(folder / "canary")))
+    with watch.watched(folder / "canary") as ran:
+        dask.compute(task(), dask.delayed(os.system)("true"), scheduler="threads")
+    assert any("find_class" in event for event in ran)
+    assert any("os.system" in event for event in ran)
 
 
 def test_changes_follow_from_the_seed() -> None:

@@ -49,6 +49,25 @@ def test_h5ad(tmp_path: Path, form: object, dtype: str) -> None:
     same(held(store, "rna"), counts)
 
 
+def test_columns_as_before_anndata_0_8(tmp_path: Path) -> None:
+    """A dataset of codes, which refers to its categories; -1 is unknown."""
+    counts, batch = frame(50, 20), ["b", "a", None, "b", "c"] * 10
+    symbols = pd.Categorical([f"symbol{j % 19}" for j in range(20)])
+    table = anndata_of(counts, batch=pd.Categorical(batch), cell_type="T")
+    table.var["symbol"] = symbols
+    table.write_h5ad(tmp_path / "a.h5ad")
+    with h5py.File(tmp_path / "a.h5ad", "r+") as file:
+        for name, column in (("obs", "batch"), ("var", "symbol")):
+            codes, categories = (file[name][column][part][:] for part in ("codes", "categories"))
+            del file[name][column]
+            file[name].create_dataset(f"__categories/{column}", data=categories, dtype=h5py.string_dtype())
+            file[name].create_dataset(column, data=codes)
+            file[name][column].attrs["categories"] = file[name]["__categories"][column].ref
+    store = build(tmp_path / "s.zarr", f"rna={tmp_path / 'a.h5ad'}", ids=["symbol"])
+    assert codes_of(store, "batch") == dict(zip(counts.index, batch, strict=True))
+    assert set(store.manifest.modalities["rna"].features) > {f"symbol{j}" for j in range(1, 19)}
+
+
 def test_true_or_false_counts(tmp_path: Path) -> None:
     counts = (frame(50, 20) > 0).astype(int)
     write_h5ad(tmp_path / "a.h5ad", counts, sp.csr_matrix, "bool")

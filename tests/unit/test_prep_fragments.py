@@ -155,7 +155,7 @@ def test_what_is_no_fragment(tmp_path: Path) -> None:
             build(tmp_path / "x.zarr", f"atac={tmp_path / 'cut.tsv.gz'}", bins=["atac=1000"])
     for empty in ("", "# only\n# comments\n"):
         (tmp_path / "empty.tsv.gz").write_bytes(gzip.compress(empty.encode()))
-        with pytest.raises(DataError, match="does not begin with a fragment"):
+        with pytest.raises(DataError, match="cannot be read as fragments"):
             build(tmp_path / "x.zarr", f"atac={tmp_path / 'empty.tsv.gz'}", bins=["atac=1000"])
     assert not list(tmp_path.glob("x.zarr*"))
 
@@ -174,3 +174,28 @@ def test_flags_that_do_not_fit(tmp_path: Path) -> None:
             build(out, f"rna={rna}", **flags)
     with pytest.raises(DataError, match="no such modality"):
         build(out, f"rna={rna}", f"atac={path}", bins=["atac=1000"], barcodes=["rna=atac"])
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        (f"10\t{2**32 + 1}", "not a fragment"),
+        ("10\t43000000000000", "not a fragment"),  # would be counted on the next chromosome
+        (f"5\t{2**63 - 1}", "not a fragment"),
+        ("5\t" + "9" * 20, "cannot be read to their end"),
+    ],
+)
+def test_places_beyond_every_chromosome_are_refused(tmp_path: Path, place: str, said: str) -> None:
+    path = write(tmp_path / "fragments.tsv", some(50))
+    path.write_text(f"{path.read_text()}chr1\t{place}\tc0\t1\n")
+    with pytest.raises(DataError, match=said):
+        build(tmp_path / "s.zarr", f"atac={path}", bins=["atac=1000"])
+
+
+@pytest.mark.parametrize("name", ["chr1:5-" + "9" * 20, f"chr1:{9 * 10**18}-{9 * 10**18 + 10}", "chr1:٣-٩"])
+def test_peaks_beyond_every_chromosome_are_not_binned(tmp_path: Path, name: str) -> None:
+    peaks = frame(20, 2)
+    peaks.columns = ["chr²:5-9", name]
+    path = write_h5ad(tmp_path / "a.h5ad", peaks)
+    with pytest.raises(DataError, match="1 features are not named as regions"):
+        build(tmp_path / "s.zarr", f"atac={path}", bins=["atac=1000"])

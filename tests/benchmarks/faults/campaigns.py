@@ -196,40 +196,18 @@ HARMS: list[Callable[[Path, random.Random], None]] = [
 ]
 
 
+EVERY, LARGE = 4, 128  # steps between two saves of the large config, its batch
+
+
 def saving(folder: Path, size: Size, shared: Path) -> common.Result:
-    """How long the large config waits for saves, next to its steps; then it is stopped while it saves."""
+    """How long steps of the large config take while a checkpoint is saved, and how much of that they only wait, next to
+    its other steps; on two ranks, which take both cores, and on one, which leaves one to what saves. Then it is stopped
+    while it saves."""
     make_store(folder / "large.zarr", cells={"rna+adt": 900, "rna": 300}, features={"rna": size.features, "adt": 134})
-    every, run = 4, folder / "large"
-    steps = size.saves * every
-    settings = [
-        f"store={folder / 'large.zarr'}",
-        f"run={run}",
-        "data.batch_size=128",
-        "train.precision=fp32",  # two cores have no bf16 worth the name
-        f"train.validate_every={2 * every}",
-        f"train.checkpoint_every={every}",
-        "log.every=1",
-        "log.wandb=disabled",
-        "log.tensorboard=false",
-    ]
-
-    def args(steps: int) -> list[str]:
-        epochs = f"train.epochs={steps * 128 / 1155}"
-        return ["launch/train.py", "--config", "configs/zero3.json", "--set", *settings, epochs]
-
-    with job(run, *args(steps)) as one:
-        code, _ = one.end(3000)
-        if code != 0:
-            raise common.BenchmarkError("training failed", where=run, got=one.out.read_text()[-2000:])
-    lines = metrics(run)[2:-1]
-    seconds = {line["step"]: 128 / line["cells_per_s"] for line in lines}
-    held = {line["step"]: line["saving_wait"] * seconds[line["step"]] for line in lines}
-    # What is asked for at the end of a step is waited for in the next.
-    after = [n for n in seconds if n % (2 * every) == every + 1]
-    after_both = [n for n in seconds if n % (2 * every) == 1]
-    others = [n for n in seconds if n % every == 0]
-    step = statistics.median(seconds[n] for n in others)
-    with job(run, *args(2 * steps)) as one:
+    steps = size.saves * EVERY
+    both, free = (_timed(folder, f"on-{ranks}", size, ranks) for ranks in (2, 1))
+    run = folder / "on-2"
+    with job(run, *_large(folder, run, 2 * steps)) as one:
         if not one.await_save(random.Random(3), within_s=120):
             raise common.BenchmarkError("no save was seen", where=run, got=one.out.read_text()[-2000:])
         asked = time.time()
@@ -238,18 +216,59 @@ def saving(folder: Path, size: Size, shared: Path) -> common.Result:
         stopped = committed_at(run) - asked
         if code != 75 or resumes_at(run) != last_step(run):
             raise common.BenchmarkError("the stop lost a step", where=run, got=one.out.read_text()[-2000:])
-    hold_up, of_both = (statistics.median(held[n] for n in which) / step for which in (after, after_both))
     numbers = {
-        "saves": len(after + after_both),
         "GB of a checkpoint": sum(p.stat().st_size for p in next(run.glob("checkpoints/step-*")).iterdir()) / 1e9,
-        "a step, s": step,
-        "waiting for a checkpoint, in steps": hold_up,
-        "waiting for a checkpoint and best weights, in steps": of_both,
-        "a step while a checkpoint is copied and written, in steps": statistics.median(seconds[n] for n in after)
-        / step,
+        **{f"{name}, no core free": value for name, value in both.items()},
+        **{f"{name}, a core free": value for name, value in free.items()},
         "stopped as it began to save: until all was saved, s": stopped,
     }
-    return {"numbers": numbers, "bars": [hold_up, of_both, stopped]}
+    waits = ("waiting for a checkpoint, in steps", "waiting for a checkpoint and best weights, in steps")
+    bars = [*(max(both[name], free[name]) for name in waits), free[BESIDE] - 1, stopped]
+    return {"numbers": numbers, "bars": bars}
+
+
+BESIDE = "a step while a checkpoint is copied and written, in steps"
+
+
+def _large(folder: Path, run: Path, steps: int) -> list[str]:
+    """Arguments of launch/train.py."""
+    settings = [
+        f"store={folder / 'large.zarr'}",
+        f"run={run}",
+        f"data.batch_size={LARGE}",
+        "train.precision=fp32",  # two cores have no bf16 worth the name
+        f"train.validate_every={2 * EVERY}",
+        f"train.checkpoint_every={EVERY}",
+        "log.every=1",
+        "log.wandb=disabled",
+        "log.tensorboard=false",
+        f"train.epochs={steps * LARGE / 1155}",
+    ]
+    return ["launch/train.py", "--config", "configs/zero3.json", "--set", *settings]
+
+
+def _timed(folder: Path, name: str, size: Size, ranks: int) -> dict[str, float]:
+    """Train with a save every few steps; medians, and what was waited at most."""
+    run = folder / name
+    with job(run, *_large(folder, run, size.saves * EVERY), ranks=ranks) as one:
+        code, _ = one.end(3000)
+        if code != 0:
+            raise common.BenchmarkError("training failed", where=run, got=one.out.read_text()[-2000:])
+    lines = metrics(run)[2:-1]
+    seconds = {line["step"]: LARGE / line["cells_per_s"] for line in lines}
+    held = {line["step"]: line["saving_wait"] * seconds[line["step"]] for line in lines}
+    # What is asked for at the end of a step is waited for in the next; every other time it is best weights, too.
+    after = [n for n in seconds if n % (2 * EVERY) == EVERY + 1]
+    after_both = [n for n in seconds if n % (2 * EVERY) == 1]
+    step = statistics.median(seconds[n] for n in seconds if n % EVERY == 0)
+    return {
+        "saves": len(after + after_both),
+        "a step, s": step,
+        "waiting for a checkpoint, in steps": statistics.median(held[n] for n in after) / step,
+        "waiting for a checkpoint and best weights, in steps": statistics.median(held[n] for n in after_both) / step,
+        "waiting at most, in steps": max(held.values()) / step,
+        BESIDE: statistics.median(seconds[n] for n in after) / step,
+    }
 
 
 CAMPAIGNS: dict[str, Callable[[Path, Size, Path], common.Result]] = {

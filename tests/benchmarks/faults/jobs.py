@@ -79,12 +79,12 @@ class Job:
 
 
 @contextmanager
-def job(run: Path, *args: str) -> Iterator[Job]:
+def job(run: Path, *args: str, ranks: int = 2) -> Iterator[Job]:
     """`deepspeed launch/train.py` on a run folder; nothing of it is left running."""
     out = run.with_suffix(".out")
     before = resumes_at(run)
     with out.open("wb") as output:
-        command = launched(2, *args)
+        command = launched(ranks, *args)
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment(), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )

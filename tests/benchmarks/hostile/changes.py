@@ -139,6 +139,29 @@ def _codes(change: Callable[[np.ndarray], Any]) -> Change:
     return lambda file, rng: _put(_root(file)["obs/batch/codes"], change(_root(file)["obs/batch/codes"][:]))
 
 
+def _older(change: Callable[[np.ndarray], Any]) -> Change:
+    """A categorical column as a dataset of codes that refers to its categories."""
+
+    def put(file: h5py.File, rng: np.random.Generator) -> None:
+        obs = _root(file)["obs"]
+        codes, categories = obs["batch/codes"][:], obs["batch/categories"].asstr()[:]
+        del obs["batch"]
+        obs.create_dataset("__categories/batch", data=categories, dtype=h5py.string_dtype())
+        obs.create_dataset("batch", data=change(codes)).attrs["categories"] = obs["__categories/batch"].ref
+
+    return put
+
+
+def _mapping(file: h5py.File, rng: np.random.Generator) -> None:
+    """As many members as there are cells."""
+    obs = _root(file)["obs"]
+    del obs["batch"]
+    group = obs.create_group("batch")
+    group.attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
+    for cell in range(CELLS):
+        group[f"m{cell}"] = cell
+
+
 MATRIX: dict[str, tuple[Change, bool]] = {
     "NaN": (_set(np.nan), True),
     "infinite": (_set(np.inf), True),
@@ -215,6 +238,9 @@ H5AD: dict[str, tuple[Change, bool]] = {
     "names in other scripts": (_names("obs", lambda n: [f"細胞🧬{x}" for x in n]), False),
     "cells without names": (_names("obs", lambda n: ["", *n[1:]]), False),
     "features without names": (_names("var", lambda n: ["", *n[1:]]), False),
+    "a column as before anndata 0.8": (_older(lambda v: v), False),
+    "such a column's codes beyond its categories": (_older(lambda v: v + 100), True),
+    "a column that is a mapping": (_mapping, True),
     "codes beyond the categories": (_codes(lambda v: v + 100), True),
     "codes below none": (_codes(lambda v: v - 100), True),
     "fractional codes": (_codes(lambda v: v + 0.5), True),

@@ -1,4 +1,5 @@
-"""Malformed h5ad, h5mu, 10x and Matrix Market inputs: each is refused, or converted into what it holds.
+"""Malformed h5ad, h5mu, 10x and Matrix Market inputs: each is refused, or converted into what it holds, counts, batches
+and cell types.
 
 What it holds is asked of others: anndata, SciPy, h5py. Where they cannot read it, it must be what was there before.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import gzip
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,15 +24,24 @@ from anndata.io import read_elem
 
 from clue_dist.errors import ClueError
 from clue_dist.store.reader import Store
+from data_prep.sources import FIELDS
 from tests.benchmarks.hostile.changes import CELLS, GENES, H5AD, H5MU, TENX
 from tests.benchmarks.hostile.hdf5 import hdf5, in_bytes
 from tests.benchmarks.hostile.market import MTX, file_of
 from tests.benchmarks.hostile.trial import Trial, command, wrong
-from tests.unit.prep_helpers import anndata_of, frame, held, write_10x, write_h5ad, write_h5mu, write_mtx
+from tests.unit.prep_helpers import anndata_of, codes_of, frame, held, write_10x, write_h5ad, write_h5mu, write_mtx
 
 FORMS: dict[str, Any] = {"csr": sp.csr_matrix, "csc": sp.csc_matrix, "dense": np.asarray}
 TYPES = ["Gene Expression"] * 14 + ["Antibody Capture"] * 6
 Tables = dict[str, pd.DataFrame]  # cells x features, by modality
+
+
+@dataclass(frozen=True)
+class Holds:
+    """What an input holds. fields: "batch", "label" of each cell by its barcode, where the input has them."""
+
+    tables: Tables
+    fields: dict[str, dict[str, str | None]] = field(default_factory=dict)
 
 
 def ready(base: Path) -> None:
@@ -50,7 +61,7 @@ def ready(base: Path) -> None:
 # --- what is tried ---
 
 
-def converted(words: list[str], folder: Path, before: Tables, after: Callable[[], Tables]) -> None:
+def converted(words: list[str], folder: Path, before: Holds, after: Callable[[], Holds]) -> None:
     """Convert; the store must hold what other readers find, where they find anything."""
     out = folder / "out.zarr"
     try:
@@ -60,12 +71,17 @@ def converted(words: list[str], folder: Path, before: Tables, after: Callable[[]
             wrong("refused, but the store is there")
         raise
     store, expected = Store(out), _read(after) or before
-    if problems := [p for m in store.modalities if (p := _difference(held(store, m), expected.get(m)))]:
+    problems = [p for m in store.modalities if (p := _difference(held(store, m), expected.tables.get(m)))]
+    for name, values in expected.fields.items():
+        served = codes_of(store, name)
+        others = [f"{cell}: {value}, not {values[cell]}" for cell, value in served.items() if value != values[cell]]
+        problems += [f"{len(others)} other values of {name}, {others[0]}"] if others else []
+    if problems:
         wrong("; ".join(problems))
     command("check", out)
 
 
-def _read(read: Callable[[], Tables]) -> Tables | None:
+def _read(read: Callable[[], Holds]) -> Holds | None:
     try:
         return read()
     except Exception:  # noqa: BLE001  a reader that is not ours may fail as it likes
@@ -79,21 +95,44 @@ def _difference(got: pd.DataFrame, expected: pd.DataFrame | None) -> str | None:
     want = expected[expected.to_numpy().any(axis=1)]
     if got.shape != want.shape or set(got.index) != set(want.index):
         return f"{got.shape[0]} x {got.shape[1]}, not {want.shape[0]} x {want.shape[1]}, or other cells"
+    if set(got.columns) == set(want.columns):
+        want = want[got.columns]
     values = want.loc[got.index].to_numpy()
     return None if np.allclose(got.to_numpy(), values, rtol=1e-6, atol=0) else "other values"
 
 
-def of_anndata(table: ad.AnnData) -> pd.DataFrame:
-    values = table.X.toarray() if sp.issparse(table.X) else np.asarray(table.X)
-    return pd.DataFrame(values.astype(np.float64), table.obs_names.astype(str), table.var_names)
+def read_h5ad(path: Path) -> Holds:
+    return _of_anndata({"rna": ad.read_h5ad(path)})
 
 
-def read_h5mu(path: Path) -> Tables:
+def read_h5mu(path: Path) -> Holds:
     with h5py.File(path) as file:
-        return {name: of_anndata(read_elem(file["mod"][name])) for name in file["mod"]}
+        return _of_anndata({name: read_elem(file["mod"][name]) for name in file["mod"]})
 
 
-def read_10x(path: Path) -> Tables:
+def _of_anndata(given: dict[str, ad.AnnData]) -> Holds:
+    """What is known of a cell is what RNA says, which every cell has here."""
+    tables = {name: _table(one) for name, one in given.items()}
+    obs = given["rna"].obs
+    return Holds(tables, {f: _texts(obs[column]) for f, column in FIELDS.items() if column in obs})
+
+
+def _table(given: ad.AnnData) -> pd.DataFrame:
+    values = given.X.toarray() if sp.issparse(given.X) else np.asarray(given.X)
+    return pd.DataFrame(values.astype(np.float64), given.obs_names.astype(str), given.var_names)
+
+
+def _texts(column: pd.Series) -> dict[str, str | None]:
+    """By cell; whole numbers are written without a point, what is empty or NaN is unknown."""
+    values = [None if pd.isna(value) or value == "" else value for value in column]
+    whole = all(value is None or (isinstance(value, float) and value % 1 == 0) for value in values)
+    return {
+        str(cell): None if value is None else str(int(value) if whole else value)
+        for cell, value in zip(column.index, values, strict=True)
+    }
+
+
+def read_10x(path: Path) -> Holds:
     with h5py.File(path) as file:
         group = file["matrix"]
         data, indices, indptr = (group[name][:] for name in ("data", "indices", "indptr"))
@@ -102,17 +141,17 @@ def read_10x(path: Path) -> Tables:
         return by_type(sp.csr_matrix((data, indices, indptr), shape=(len(barcodes), len(types))), barcodes, types)
 
 
-def read_mtx(folder: Path) -> Tables:
+def read_mtx(folder: Path) -> Holds:
     files = {path.name.partition(".")[0]: path for path in folder.iterdir()}
     lines = {name: pd.read_csv(files[name], sep="\t", header=None, quoting=3) for name in ("features", "barcodes")}
     matrix = sp.csr_matrix(scipy.io.mmread(files["matrix"]).T)
     return by_type(matrix, lines["barcodes"][0].to_numpy(), lines["features"][2].to_numpy())
 
 
-def by_type(matrix: sp.csr_matrix, barcodes: np.ndarray, types: np.ndarray) -> Tables:
+def by_type(matrix: sp.csr_matrix, barcodes: np.ndarray, types: np.ndarray) -> Holds:
     table = pd.DataFrame(matrix.toarray(), barcodes.astype(str))
     names = {"Gene Expression": "rna", "Antibody Capture": "adt"}
-    return {name: table.loc[:, types == type_] for type_, name in names.items()}
+    return Holds({name: table.loc[:, types == type_] for type_, name in names.items()})
 
 
 # --- one input ---
@@ -122,8 +161,8 @@ def h5ad(base: Path, folder: Path, number: int, rng: np.random.Generator) -> Tri
     form = list(FORMS)[number % 3]
     path = Path(shutil.copy(base / f"{form}.h5ad", folder / "a.h5ad"))
     told, must = hdf5(path, H5AD, number // 3, rng, folder)
-    before = {"rna": of_anndata(ad.read_h5ad(base / f"{form}.h5ad"))}
-    tried = partial(converted, [f"rna={path}"], folder, before, lambda: {"rna": of_anndata(ad.read_h5ad(path))})
+    before = read_h5ad(base / f"{form}.h5ad")
+    tried = partial(converted, [f"rna={path}"], folder, before, lambda: read_h5ad(path))
     return Trial(f"h5ad, {form}: {told}", {"convert": tried}, must)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from clue_dist.store import layout, svd
 from tests.benchmarks.hostile import spoil
-from tests.benchmarks.hostile.stores import attempts, copied, sign, sound_values, write_signed
+from tests.benchmarks.hostile.stores import attempts, copied, sign, sound_values, write_sealed, write_signed
 from tests.benchmarks.hostile.trial import Trial
 
 # --- manifests ---
@@ -26,6 +26,12 @@ def manifest(base: Path, folder: Path, number: int, rng: np.random.Generator) ->
         content, told = spoil.broken_text(path.read_bytes(), rng)
         path.write_bytes(content)
         return Trial(f"manifest: {told}", attempts(root, sound_values(base / "s.zarr")))
+    if number % 10 == 7:
+        features = tree["modalities"][str(rng.choice(list(tree["modalities"])))]["features"]
+        features[:] = features[(turn := int(rng.integers(1, len(features)))) :] + features[:turn]
+        write_sealed(root, tree)
+        told = f"features turned by {turn}, sealed with the fingerprint of before"
+        return Trial(f"manifest: {told}", attempts(root, None), frozenset({"check", "train"}))
     if number % 10 == 8:
         change = ABSURD[number // 10 % len(ABSURD)]
         tree, told, again = change(tree), change.__name__, True

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.benchmarks.hostile import forged, inputs, manifests, places, settings, stores, svds
+from tests.benchmarks.hostile import forged, genome, inputs, manifests, places, settings, stores, svds
 from tests.benchmarks.hostile.trial import Trial, outcome
 from tests.benchmarks.hostile.watch import plant, watched
 from tests.distributed.command import ROOT, environment
@@ -38,6 +38,7 @@ GROUPS: dict[str, tuple[Callable[[Path], None], Make]] = {
     "h5mu": (inputs.ready, inputs.h5mu),
     "10x": (inputs.ready, inputs.tenx),
     "mtx": (inputs.ready, inputs.mtx),
+    "fragments": (genome.ready, genome.fragments),
     "config": (settings.ready, settings.config),
 }
 LIMIT = 30  # seconds an input may take, on a machine that is busy with something else

@@ -6,6 +6,7 @@ is served must at least be what the manifest says: columns, codes and numbers wi
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -131,6 +132,13 @@ def sign(root: Path, **changes: Any) -> None:
     manifest = Manifest.read(root)
     files = {name: {key: hash_file(root / key) for key in getattr(manifest, name)} for name in ("shards", "metadata")}
     manifest.model_copy(update=files | changes).write(root)
+
+
+def write_sealed(root: Path, tree: Any) -> None:
+    """A manifest as JSON, with the seal of its content but the fingerprint it had."""
+    manifest = Manifest.model_validate_json(json.dumps(tree | {"seal": ""}))
+    seal = hashlib.sha256(manifest._text()).hexdigest()
+    (root / layout.MANIFEST).write_bytes(manifest.model_copy(update={"seal": seal})._text())
 
 
 def write_signed(root: Path, tree: Any) -> None:

@@ -5,14 +5,20 @@ from __future__ import annotations
 import os
 import pickle
 import sys
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from tests.benchmarks.hostile.spoil import CANARY
 
-_RUNS = {"os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "pty.spawn", "marshal.loads"}
+_RUNS = {"os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "pty.spawn"}
+_LOADS = {"pickle.find_class", "marshal.loads"}
+# What may load objects of this environment: numba its compiled kernels, Dask its own tasks, Python its modules.
 _OWN = ("numba", "dask", "distributed")
+_IMPORTS = "<frozen importlib._bootstrap_external>"
+_STANDARD = sysconfig.get_path("stdlib") + os.sep
 _noted: list[str] | None = None  # of the input that is being tried
 
 
@@ -58,17 +64,18 @@ def _hook(event: str, args: tuple[object, ...]) -> None:
     if _noted is None:
         return
     named = event == "import" and CANARY in str(args[0])
-    if (named or event in _RUNS or event == "pickle.find_class") and not _own():
+    if named or event in _RUNS or (event in _LOADS and not _own()):
         _noted.append(f"{event} {args}"[:200])
 
 
 def _own() -> bool:
-    """Whether it is numba that reads its cache of compiled kernels, Dask that copies its own tasks, or a module that is
-    imported for the first time: all of them files and objects of this environment."""
-    frame = sys._getframe(2)
+    """Whether the nearest caller that is no part of the standard library may load what it does."""
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_filename
-        if name == "<frozen importlib._bootstrap_external>" or any(f"{os.sep}{own}{os.sep}" in name for own in _OWN):
+        if name == _IMPORTS or any(f"{os.sep}site-packages{os.sep}{own}{os.sep}" in name for own in _OWN):
             return True
-        frame = frame.f_back  # type: ignore[assignment]
+        if not name.startswith(("<frozen ", _STANDARD)) or f"{os.sep}site-packages{os.sep}" in name:
+            return False
+        frame = frame.f_back
     return False
