@@ -44,7 +44,7 @@ class Embedder(Protocol):
 
 
 class Loaded(Protocol):
-    """A trained model as `train.checkpoint.load_model` gives it. modalities: in model order; latent: d; private: so
+    """A trained model as `train.trained.load_model` gives it. modalities: in model order; latent: d; private: so
     many of each modality's d dimensions, the last, follow from it alone, and are shown times private_scale."""
 
     @property

@@ -12,7 +12,7 @@ import pandas as pd
 
 from clue_dist.errors import DataError, listed
 
-_REGION = r"^(.+)[:_-]([0-9]{1,10})[-_]([0-9]{1,10})$"  # whose sums fit into 64 bits
+_REGION = r"^(.*[^:_-])[:_-]([0-9]{1,10})[-_]([0-9]{1,10})$"  # whose sums fit into 64 bits
 
 
 def bins_of(names: list[str], width: int, where: str) -> list[str]:

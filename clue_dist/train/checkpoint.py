@@ -19,9 +19,9 @@ import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -29,16 +29,15 @@ from torch import Tensor
 from clue_dist import config as configs
 from clue_dist.config import Config
 from clue_dist.errors import ResumeError, listed, tell, writing
-from clue_dist.model.clue import CLUE, PRIVATE_SCALE, specs_of
+from clue_dist.model.clue import CLUE
 from clue_dist.ranks import Ranks
-from clue_dist.store.manifest import Modality
-from clue_dist.store.reader import Store
-from clue_dist.store.writer import hash_file, sync
+from clue_dist.store.writer import hash_file
 from clue_dist.train import pieces
 from clue_dist.train.lock import JOB
 
 COMMIT, STATE, WEIGHTS, PARTS = "COMMIT.json", "state.json", "weights.safetensors", "rank-*.safetensors"
 NAME = re.compile(r"step-\d+")
+UNFIT = (KeyError, RuntimeError, TypeError, ValueError, OSError, SafetensorError)  # of files that hold something else
 MODEL = "model."  # what names of the model begin with in the engine, which trains an Objective
 
 
@@ -52,6 +51,8 @@ class State:
     logged yet; origin: the checkpoint of another run that this one began from; job: Slurm's, that saved this.
     """
 
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
     step: int
     world: int
     fingerprint: str
@@ -64,15 +65,6 @@ class State:
     logged: dict[str, float] = field(default_factory=dict)
     origin: str | None = None
     job: str | None = None
-
-
-class ModelCard(BaseModel):
-    """model.json: what the weights expect of a store."""
-
-    model_config = ConfigDict(extra="forbid")
-    fingerprint: str
-    modalities: dict[str, Modality] = Field(min_length=1)
-    batches: list[str]
 
 
 def set_aside(run: Path, state: State, ranks: Ranks) -> State:
@@ -126,7 +118,7 @@ def _readable(checkpoint: Path) -> State | None:
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, or None: every file is compared with its recorded size and hash."""
     try:
-        listing = _json_in(checkpoint / COMMIT)
+        listing = json.loads(_content_of(checkpoint / COMMIT))
         if STATE not in listing or not any(name.endswith(".safetensors") for name in listing):
             return f"{COMMIT} lists no {STATE} or no weights"
         unlisted = {path.name for path in checkpoint.glob("*.safetensors")} - set(listing)
@@ -140,31 +132,31 @@ def damage(checkpoint: Path) -> str | None:
                 return f"{name} has another size than what was saved"
             if hash_file(checkpoint / name).model_dump() != recorded:
                 return f"{name} differs from what was saved"
+    except RecursionError:
+        return f"{COMMIT} is nested without an end"
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         return str(error)
     return None
 
 
-def _json_in(path: Path) -> Any:
-    """What a small file of a checkpoint says.
+def _content_of(path: Path) -> bytes:
+    """Of a small file of a checkpoint.
 
     Raises:
         OSError: there is none.
-        ValueError: it is a link, a pipe, a device, absurdly large, or no JSON.
+        ValueError: it is a link, a pipe, a device, or absurdly large.
     """
     there = path.lstat()
     if not stat.S_ISREG(there.st_mode) or there.st_size > _MOST_JSON:
         raise ValueError(f"{path.name} is not a file of at most {_MOST_JSON:,} bytes")
-    try:
-        return json.loads(path.read_text())
-    except RecursionError:
-        raise ValueError(f"{path.name} is nested without an end") from None
+    return path.read_bytes()
 
 
 _MOST_JSON = 2**26  # bytes: what a hundred thousand ranks would list
 
 
-def _sound(folder: Path) -> Iterator[Path]:
+def sound(folder: Path) -> Iterator[Path]:
+    """Committed checkpoints that are not damaged, newest first; of the others it is said what is wrong."""
     for checkpoint in committed(folder):
         problem = damage(checkpoint)
         if problem is None:
@@ -205,7 +197,7 @@ def _choose(run: Path, resume: str) -> Path | None:
             fix="choose a new folder for what goes on from there, with --set run=ANOTHER_FOLDER",
         )
     if resume == "auto":
-        chosen = next(_sound(run / "checkpoints"), None)
+        chosen = next(sound(run / "checkpoints"), None)
         if chosen is None and there:
             raise ResumeError(
                 "every checkpoint of the run is damaged", where=run, fix="start anew with --set run=ANOTHER_FOLDER"
@@ -231,7 +223,7 @@ def _begun_so(run: Path, resume: str) -> Path | None:
         return None
     again = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0 and state.job == JOB
     so = again or state.origin == str(Path(resume).resolve())
-    return next(_sound(run / "checkpoints"), None) if so else None
+    return next(sound(run / "checkpoints"), None) if so else None
 
 
 # Settings that may change when a run goes on: they do not decide what a step computes, or are what a person turns to
@@ -271,17 +263,20 @@ def check_same_run(run: Path, config: Config, fingerprint: str, checkpoint: Path
 
 def _read_state(checkpoint: Path) -> State:
     try:
-        state = State(**_json_in(checkpoint / STATE))
+        state = _STATES.validate_json(_content_of(checkpoint / STATE), strict=True)
         if not list(checkpoint.glob(PARTS)):
             raise ValueError(f"no {PARTS}")
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:  # those of pydantic are ValueErrors
         raise ResumeError(
             "this checkpoint is not one of this version of clue_dist",
             where=checkpoint,
             got=error,
             fix="go on with the version that began the run, or start a new one with --set run=ANOTHER_FOLDER",
         ) from error
-    return replace(state, usual=tuple(state.usual) if state.usual else None)  # type: ignore[arg-type]
+    return state
+
+
+_STATES = TypeAdapter(State)
 
 
 def restore(build: Callable[[Callable[[CLUE], None]], Any], checkpoint: Path, state: State) -> Any:
@@ -294,7 +289,7 @@ def restore(build: Callable[[Callable[[CLUE], None]], Any], checkpoint: Path, st
     engine = build(lambda model: load_weights(model, checkpoint, fix))
     try:
         pieces.put(engine, parts(checkpoint), state.updates)
-    except (KeyError, RuntimeError, SafetensorError, OSError) as error:
+    except UNFIT as error:
         raise ResumeError("the checkpoint does not fit the model", where=checkpoint, got=error, fix=fix) from error
     return engine
 
@@ -312,89 +307,6 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return {name.removeprefix(MODEL): values for name, values in pieces.full(parts(folder)).items()}
 
 
-# --- for embed and evaluate -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A trained model, ready to embed: modalities in the model's order."""
-
-    model: CLUE
-    modalities: dict[str, Modality]
-    name: str
-    config: Config
-
-    @property
-    def latent(self) -> int:
-        return self.model.latent
-
-    @property
-    def private(self) -> int:
-        return self.model.private
-
-    @property
-    def private_scale(self) -> float:
-        return PRIVATE_SCALE
-
-
-def describe(run: Path, store: Store, config: Config) -> None:
-    """Write config.json and model.json: a run folder explains itself a year later."""
-    card = ModelCard(
-        fingerprint=store.fingerprint, modalities=store.manifest.modalities, batches=store.manifest.batches
-    )
-    with writing("what the run is", run):
-        run.mkdir(parents=True, exist_ok=True)
-        _replace(run / "config.json", config.write)
-        _replace(run / "model.json", lambda path: path.write_text(card.model_dump_json(indent=1)))
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Old or new, never half."""
-    half = path.with_suffix(".partial")
-    write(half)
-    sync(half)
-    half.replace(path)
-
-
-def load_model(run: Path, checkpoint: str = "best") -> Loaded:
-    """The weights of a run: of the best validation, the last saved, or by the name of a committed checkpoint.
-
-    Raises:
-        ResumeError: no run there, nothing saved yet, damaged weights, or those of another model.
-    """
-    if not (run / "model.json").is_file():
-        raise ResumeError(
-            "no run here", where=run, got="no model.json", fix="train one: deepspeed launch/train.py --config ..."
-        )
-    config = configs.load(run / "config.json")
-    try:
-        card = ModelCard.model_validate_json((run / "model.json").read_bytes())
-    except (OSError, ValueError) as error:
-        got = str(error)[:500]
-        raise ResumeError(
-            "model.json is damaged", where=run, got=got, fix="train again, or restore the file"
-        ) from error
-    folder = _weights_folder(run, checkpoint)
-    if folder is None:
-        raise ResumeError(
-            "the run holds no such weights",
-            where=run,
-            got=checkpoint,
-            expected="best, last, or a name like step-00001200",
-            fix="train at least until the first validation",
-        )
-    problem = damage(folder)
-    if problem:
-        raise ResumeError("the weights are damaged", where=folder, got=problem)
-    try:
-        model = CLUE(specs_of(card.modalities, config), len(card.batches), config.model)
-    except (RuntimeError, MemoryError) as error:  # torch's own, of no memory
-        got, fix = str(error).partition("\n")[0], "restore config.json and model.json as training wrote them"
-        raise ResumeError("the model of these settings cannot be made", where=run, got=got, fix=fix) from None
-    load_weights(model, folder, "use the version of clue_dist that trained them")
-    return Loaded(model.eval(), card.modalities, folder.name, config)
-
-
 def load_weights(model: CLUE, folder: Path, fix: str) -> None:
     """Set a model to the weights of a committed folder.
 
@@ -403,14 +315,7 @@ def load_weights(model: CLUE, folder: Path, fix: str) -> None:
     """
     try:
         model.load_state_dict(weights(folder))
-    except (RuntimeError, KeyError, SafetensorError) as error:
+    except UNFIT as error:
         got = listed((line.strip() for line in str(error).splitlines()), 3)
         what = "the weights do not fit the model of these settings"
         raise ResumeError(what, where=folder, got=got, fix=f"{fix}, or train again") from error
-
-
-def _weights_folder(run: Path, checkpoint: str) -> Path | None:
-    if checkpoint in ("best", "last"):
-        return next(_sound(run / {"best": "best", "last": "checkpoints"}[checkpoint]), None)
-    named = [p for folder in ("best", "checkpoints") for p in committed(run / folder) if p.name == checkpoint]
-    return named[0] if named else None

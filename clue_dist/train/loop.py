@@ -25,6 +25,7 @@ from clue_dist.train.setup import Setup
 from clue_dist.train.sinks import Sinks
 from clue_dist.train.step import train_step
 from clue_dist.train.stop import StopFlag
+from clue_dist.train.trained import describe
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def _start(setup: Setup, ranks: Ranks, resume: str, device: torch.device) -> tup
         engine = checkpoint.restore(lambda start: build(setup, ranks, device, start), found, state)
     # What was refused until here has changed nothing.
     state = checkpoint.set_aside(run, state, ranks)
-    ranks.from_first(lambda: checkpoint.describe(run, setup.store, setup.config))
+    ranks.from_first(lambda: describe(run, setup.store, setup.config))
     return engine, replace(state, job=JOB)
 
 

@@ -73,6 +73,8 @@ def test_dry_run_shows_the_plan_and_writes_nothing(folder: Path) -> None:
     assert "stratum rna+adt: 190 cells, 10 held out" in done.stdout
     assert "would go on" not in done.stdout
     assert not (folder / "dry").exists()
+    done = python(*train_args(folder, folder / "s.zarr", "dry"), "--dry-run", "--resume", "nowhere", expect=2)
+    assert "this checkpoint cannot be used" in done.stderr
 
 
 def timeless(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

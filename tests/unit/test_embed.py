@@ -247,6 +247,21 @@ def test_nan_is_refused_and_the_earlier_output_stands(store, loaded, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["o.h5ad"]
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--run", "x" * 300, "--store", "s.zarr", "--out", "o.h5ad"], "a path that cannot be used"),
+        (["--run", "r", "--store", "s.zarr", "--out", "x" * 300], "a path that cannot be used"),
+        (["--run", "r", "--store", "s.zarr", "--out", "o.h5ad", "--batch-size", "0"], "'0' is not a number from 1 on"),
+    ],
+)
+def test_what_is_mistyped_is_told(words, told):
+    done = subprocess.run([sys.executable, "launch/embed.py", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("name", ["embed", "evaluate", "report"])
 def test_command_lines_explain_themselves(name):
     done = subprocess.run(

@@ -27,6 +27,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["convert", "rna=good.h5ad", "--out", "file/x.zarr"], "the folder cannot be made"),
         (["convert", "rna=good.h5ad", "--out", "s3://bucket/x.zarr"], "got: s3://bucket/x.zarr\n  fix: write it to a"),
         (["convert", "rna=good.h5ad", "--out", ""], "the output needs a name"),
+        (["convert", "rna=good.h5ad", "--out", "x" * 300], "a path that cannot be used"),
+        (["convert", "rna=good.h5ad", "--out", "x" * 250], "the folder cannot be made"),  # with .partial behind it
+        (["convert", f"rna={'x' * 300}", "--out", "x.zarr"], "a path that cannot be used"),
+        (["convert", "rna=good.h5ad", "--out", "x.zarr", "--features", "x" * 300], "a path that cannot be used"),
+        (["convert", "rna=good.h5ad", "--out", "/proc/x.zarr"], "the folder cannot be made"),
         (["convert", "rna=good.h5ad", "--out", "."], "the output needs a name"),
         (["convert", "rna=good.h5ad", "--out", "new/.."], "the output needs a name"),
         (["convert", "rna=good.h5ad", "--out", "x.zarr", "--scheduler", "foo"], "expected: tcp://HOST:PORT"),

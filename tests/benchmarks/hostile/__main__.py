@@ -24,7 +24,7 @@ from tests.distributed.command import ROOT
 INPUTS, QUICK = 200, 12  # of each group
 CRASHES = Bar(f"crashes of {len(GROUPS) * INPUTS} inputs", "<=", 0)
 RAN = Bar("inputs that had something imported, unpickled or run", "<=", 0)
-SOURCES = [f"clue_dist/{name}" for name in ("store", "data", "config.py", "errors.py", "train/setup.py")]
+SOURCES = [f"clue_dist/{name}" for name in ("store", "data", "config.py", "errors.py", "train", "embed.py")]
 SOURCES += [f"tests/{name}" for name in ("benchmarks/hostile", "benchmarks/damage", "unit/prep_helpers.py")]
 SOURCES += ["data_prep", "configs"]
 

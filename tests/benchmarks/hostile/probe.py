@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.benchmarks.hostile import forged, genome, inputs, manifests, places, settings, stores, svds
+from tests.benchmarks.hostile import forged, genome, inputs, manifests, places, runs, settings, stores, svds
 from tests.benchmarks.hostile.trial import Trial, outcome
 from tests.benchmarks.hostile.watch import plant, watched
 from tests.distributed.command import ROOT, environment
@@ -40,6 +40,7 @@ GROUPS: dict[str, tuple[Callable[[Path], None], Make]] = {
     "mtx": (inputs.ready, inputs.mtx),
     "fragments": (genome.ready, genome.fragments),
     "config": (settings.ready, settings.config),
+    "run": (runs.ready, runs.run),
 }
 LIMIT = 30  # seconds an input may take, on a machine that is busy with something else
 MEMORY = 3 * 2**30  # bytes an input may ask for

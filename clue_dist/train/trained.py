@@ -1,0 +1,114 @@
+"""A trained run as others use it: what describes it in its folder, and its weights, ready to embed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from clue_dist import config as configs
+from clue_dist.config import Config
+from clue_dist.errors import ResumeError, writing
+from clue_dist.model.clue import CLUE, PRIVATE_SCALE, specs_of
+from clue_dist.store.manifest import Modality
+from clue_dist.store.reader import Store
+from clue_dist.store.writer import sync
+from clue_dist.train.checkpoint import committed, damage, load_weights, sound
+
+
+class ModelCard(BaseModel):
+    """model.json: what the weights expect of a store."""
+
+    model_config = ConfigDict(extra="forbid")
+    fingerprint: str
+    modalities: dict[str, Modality] = Field(min_length=1)
+    batches: list[str]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A trained model, ready to embed: modalities in the model's order."""
+
+    model: CLUE
+    modalities: dict[str, Modality]
+    name: str
+    config: Config
+
+    @property
+    def latent(self) -> int:
+        return self.model.latent
+
+    @property
+    def private(self) -> int:
+        return self.model.private
+
+    @property
+    def private_scale(self) -> float:
+        return PRIVATE_SCALE
+
+
+def describe(run: Path, store: Store, config: Config) -> None:
+    """Write config.json and model.json: a run folder explains itself a year later."""
+    card = ModelCard(
+        fingerprint=store.fingerprint, modalities=store.manifest.modalities, batches=store.manifest.batches
+    )
+    with writing("what the run is", run):
+        run.mkdir(parents=True, exist_ok=True)
+        _replace(run / "config.json", config.write)
+        _replace(run / "model.json", lambda path: path.write_text(card.model_dump_json(indent=1)))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Old or new, never half."""
+    half = path.with_suffix(".partial")
+    write(half)
+    sync(half)
+    half.replace(path)
+
+
+def load_model(run: Path, checkpoint: str = "best") -> Loaded:
+    """The weights of a run: of the best validation, the last saved, or by the name of a committed checkpoint.
+
+    Raises:
+        ResumeError: no run there, nothing saved yet, damaged weights, or those of another model.
+    """
+    if not (run / "model.json").is_file():
+        raise ResumeError(
+            "no run here", where=run, got="no model.json", fix="train one: deepspeed launch/train.py --config ..."
+        )
+    config = configs.load(run / "config.json")
+    try:
+        card = ModelCard.model_validate_json((run / "model.json").read_bytes())
+    except (OSError, ValueError) as error:
+        got = str(error)[:500]
+        raise ResumeError(
+            "model.json is damaged", where=run, got=got, fix="train again, or restore the file"
+        ) from error
+    folder = _weights_folder(run, checkpoint)
+    if folder is None:
+        raise ResumeError(
+            "the run holds no such weights",
+            where=run,
+            got=checkpoint,
+            expected="best, last, or a name like step-00001200",
+            fix="train at least until the first validation",
+        )
+    problem = damage(folder)
+    if problem:
+        raise ResumeError("the weights are damaged", where=folder, got=problem)
+    try:
+        model = CLUE(specs_of(card.modalities, config), len(card.batches), config.model)
+    except (RuntimeError, MemoryError) as error:  # torch's own, of no memory
+        got, fix = str(error).partition("\n")[0], "restore config.json and model.json as training wrote them"
+        raise ResumeError("the model of these settings cannot be made", where=run, got=got, fix=fix) from None
+    load_weights(model, folder, "use the version of clue_dist that trained them")
+    return Loaded(model.eval(), card.modalities, folder.name, config)
+
+
+def _weights_folder(run: Path, checkpoint: str) -> Path | None:
+    if checkpoint in ("best", "last"):
+        return next(sound(run / {"best": "best", "last": "checkpoints"}[checkpoint]), None)
+    named = [p for folder in ("best", "checkpoints") for p in committed(run / folder) if p.name == checkpoint]
+    return named[0] if named else None
