@@ -81,7 +81,7 @@ def set_aside(run: Path, state: State, ranks: Ranks) -> State:
                     path.rename(path.with_suffix(".aside"))
         best = run / "best" / f"step-{state.best_step:08d}"
         problem = damage(best) if state.best is not None else None
-        if problem is not None:
+        if problem is not None and best.parent.exists():  # not in a run that begins from another's checkpoint
             tell(f"the best weights, {best}, are damaged: {problem}; the next validation counts as the best")
         return problem is not None
 

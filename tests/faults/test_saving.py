@@ -190,6 +190,7 @@ def test_the_same_command_goes_on_with_a_run_that_began_from_a_checkpoint_of_ano
     args = [*args_of(folder, "branch", "train.epochs=9"), "--resume", str(newest)]
     done = run("python", "tests/faults/plant.py", "usr1:0:29", "--", *args, expect=75)
     assert "going on from step 27" in done.stdout
+    assert "damaged" not in done.stdout
     assert "going on from step 30" in python(*args).stdout
     assert saved_steps(folder / "branch")[0] == 41
     other = checkpoint.committed(folder / "whole" / "checkpoints")[1]
