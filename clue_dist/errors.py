@@ -112,7 +112,7 @@ class FolderError(SavingError):
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
-_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENOTCONN, errno.ESHUTDOWN, errno.EREMOTEIO}
+PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENOTCONN, errno.ESHUTDOWN, errno.EREMOTEIO}
 
 
 @contextmanager
@@ -129,7 +129,7 @@ def writing(what: str, where: Path) -> Iterator[None]:
         raise
     except Exception as error:
         number = _number_of(error)
-        kind = FolderError if number in _PASSING else SavingError
+        kind = FolderError if number in PASSING else SavingError
         fix = "make room or make the folder writable, then " if number in _FULL | _REFUSED else ""
         raise kind(
             f"{what} could not be written",

@@ -17,7 +17,7 @@ from typing import Any
 
 import tensorstore as ts
 
-from clue_dist.errors import ServerError, StoreError
+from clue_dist.errors import PASSING, ServerError, StoreError
 
 SCHEMES = ("s3", "gs", "http", "https")
 LARGEST = 2**32  # bytes of a file that is read whole: the manifest of a billion cells is smaller
@@ -92,7 +92,7 @@ def require_plain(root: Place, name: str | None = None, most: int | None = None)
         strange = next(_strange(root), None) if name is None else _strange_on_the_way(root, name)
         size = (root / name).lstat().st_size if name and most is not None and (root / name).is_file() else 0
     except (OSError, ValueError) as error:
-        raise StoreError("the store's folder cannot be read", where=root, got=error, fix="mend the path") from None
+        raise failed(error, root, "the store's folder cannot be read", where=root, fix="mend the path") from None
     if strange is not None:
         kind = "a link" if strange.is_symlink() else "a folder" if strange.is_dir() else "a pipe, socket or device"
         what, fix = "a store holds files and folders alone", "put what it should be in its place, or convert again"
@@ -189,8 +189,14 @@ def names(root: Place) -> list[str] | None:
 
 
 def failed(error: Exception, root: Place, what: str, where: object, fix: str | None = None) -> StoreError:
-    """What TensorStore met, as an error; a server that is down or refuses is told from data that are damaged."""
-    got = _plain(str(error))
+    """What TensorStore or the system met, as an error; a server that is down or refuses, a file server too, is told
+    from data that are damaged."""
+    number = getattr(error, "errno", None)
+    got = _plain(str(error)) if number is None else str(error)
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    if (int(code[1]) if code else number) in PASSING:
+        fix = "look at the file server; once it answers, type the same command again"
+        return ServerError("the file system of the store fails", where=where, got=got, fix=fix)
     if isinstance(root, Remote):
         for mark, (told, mend) in _SERVER_SAYS.items():
             if mark in got:
