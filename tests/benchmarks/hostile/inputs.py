@@ -73,7 +73,7 @@ def converted(words: list[str], folder: Path, before: Holds, after: Callable[[],
     store, expected = Store(out), _read(after) or before
     problems = [p for m in store.modalities if (p := _difference(held(store, m), expected.tables.get(m)))]
     for name, values in expected.fields.items():
-        served = codes_of(store, name)
+        served = {cell: value for cell, value in codes_of(store, name).items() if cell in values}
         others = [f"{cell}: {value}, not {values[cell]}" for cell, value in served.items() if value != values[cell]]
         problems += [f"{len(others)} other values of {name}, {others[0]}"] if others else []
     if problems:
@@ -107,14 +107,24 @@ def read_h5ad(path: Path) -> Holds:
 
 def read_h5mu(path: Path) -> Holds:
     with h5py.File(path) as file:
-        return _of_anndata({name: read_elem(file["mod"][name]) for name in file["mod"]})
+        given = {name: read_elem(file["mod"][name]) for name in file["mod"]}
+        for name, one in given.items():
+            for column in one.obs:
+                own = file[f"mod/{name}/obs/{column}"]
+                if "categories" in own.attrs:  # as before anndata 0.8, which `read_elem` leaves as codes
+                    names = file[own.attrs["categories"]].asstr()[:]
+                    one.obs[column] = pd.Categorical.from_codes(own[:], names)
+        return _of_anndata(given)
 
 
 def _of_anndata(given: dict[str, ad.AnnData]) -> Holds:
-    """What is known of a cell is what RNA says, which every cell has here."""
-    tables = {name: _table(one) for name, one in given.items()}
-    obs = given["rna"].obs
-    return Holds(tables, {f: _texts(obs[column]) for f, column in FIELDS.items() if column in obs})
+    """What is known of a cell is what one of its modalities says; no two say it here."""
+    tables, fields = {name: _table(one) for name, one in given.items()}, dict[str, dict[str, str | None]]()
+    for field_, column in FIELDS.items():
+        for one in given.values():
+            if column in one.obs:
+                fields.setdefault(field_, {}).update(_texts(one.obs[column]))
+    return Holds(tables, fields)
 
 
 def _table(given: ad.AnnData) -> pd.DataFrame:
