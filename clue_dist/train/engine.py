@@ -15,6 +15,7 @@ if not torch.cuda.is_available():  # said before DeepSpeed looks for it, so that
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
+from deepspeed.runtime import compiler
 from torch import nn
 
 from clue_dist.config import Config
@@ -23,6 +24,9 @@ from clue_dist.model.initialise import initialise
 from clue_dist.objective import Objective
 from clue_dist.ranks import Ranks
 from clue_dist.train.setup import Setup
+
+# DeepSpeed has torch compile parts of an optimizer that is not used here, as it imports it: a second and 45 MB a rank.
+compiler.compile = lambda: lambda function: function
 
 
 def join(ranks: Ranks) -> torch.device:
