@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +44,11 @@ def python(*args: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
     return run(sys.executable, *args, **kwargs)
 
 
+def alone(*args: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    """As `python`, where its own start is not what is tested."""
+    return run(*spawned(1, *args), **kwargs)
+
+
 def launched(ranks: int, *args: str) -> list[str]:
     """A command line under the deepspeed launcher, on a port of its own."""
     with socket.socket() as s:
@@ -49,7 +59,26 @@ def launched(ranks: int, *args: str) -> list[str]:
 
 def spawned(ranks: int, *args: str) -> list[str]:
     """A command line under a launcher that starts faster, where `deepspeed` itself is not what is tested."""
-    return [sys.executable, "tests/ranks.py", str(ranks), *args]
+    return [sys.executable, "tests/ranks.py", str(_server()), str(ranks), *args]
+
+
+@functools.cache
+def _server() -> Path:
+    """The socket of the process from which ranks are forked; it ends with this one."""
+    path = Path(tempfile.mkdtemp()) / "ranks"
+    command = [sys.executable, "-u", "tests/ranks.py", str(path)]
+    env = environment() | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # to look for GPUs must not begin to use them
+    server = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.PIPE)
+    atexit.register(_end, server, path.parent)
+    while not path.exists():
+        assert server.poll() is None, "tests/ranks.py does not start"
+        time.sleep(0.01)
+    return path
+
+
+def _end(server: subprocess.Popen[bytes], folder: Path) -> None:
+    server.communicate()
+    shutil.rmtree(folder)
 
 
 def train_args(folder: Path, store: Path, name: str, *settings: str) -> list[str]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.command import best_weights, largest_difference, python, run, spawned, train_args
+from tests.distributed.command import alone, best_weights, largest_difference, python, run, spawned, train_args
 from tests.stores import make_store
 
 # 20 steps of 64 cells; 350 cells less 14 held out
@@ -31,12 +31,12 @@ def test_two_ranks_equal_one_process(folder: Path, stage: int) -> None:
 
 def test_the_weights_did_move(folder: Path) -> None:
     # Guards the test above: had nothing been trained, everything would be equal.
-    python(*train_args(folder, folder / "s.zarr", "short", "train.epochs=0.2"))
+    alone(*train_args(folder, folder / "s.zarr", "short", "train.epochs=0.2"))
     assert largest_difference(best_weights(folder / "one"), best_weights(folder / "short")) > 1e-3
 
 
 def test_accumulated_micro_batches_equal_on_two_ranks(folder: Path) -> None:
     settings = (*STEPS_20, "train.grad_accum=2", "data.batch_size=128", "train.zero_stage=2")
-    python(*train_args(folder, folder / "s.zarr", "accum-one", *settings))
+    alone(*train_args(folder, folder / "s.zarr", "accum-one", *settings))
     run(*spawned(2, *train_args(folder, folder / "s.zarr", "accum-two", *settings)))
     assert largest_difference(best_weights(folder / "accum-one"), best_weights(folder / "accum-two")) < 1e-5

@@ -4,7 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.command import ROOT, best_weights, largest_difference, launched, metrics, python, run, train_args
+from tests.distributed.command import (
+    ROOT,
+    alone,
+    best_weights,
+    largest_difference,
+    launched,
+    metrics,
+    python,
+    run,
+    train_args,
+)
 
 MOSAIC = ROOT.parent / "shared" / "data" / "bmmc_3mod_mosaic.h5mu"
 
@@ -14,7 +24,7 @@ def test_three_modalities_on_two_ranks_equal_one_process(tmp_path: Path) -> None
     store = tmp_path / "bmmc.zarr"
     python("-m", "data_prep", "convert", str(MOSAIC), "--out", str(store))
     settings = ("train.epochs=1.225", "log.every=20", "train.zero_stage=2")  # 20 steps of 64 of the 1,045 cells
-    python(*train_args(tmp_path, store, "one", *settings))
+    alone(*train_args(tmp_path, store, "one", *settings))
     run(*launched(2, *train_args(tmp_path, store, "two", *settings)))
     assert metrics(tmp_path / "one")[-1]["step"] == 20
     assert largest_difference(best_weights(tmp_path / "one"), best_weights(tmp_path / "two")) < 1e-5

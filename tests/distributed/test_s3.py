@@ -7,7 +7,16 @@ from pathlib import Path
 import anndata as ad
 import pytest
 
-from tests.distributed.command import best_weights, largest_difference, launched, metrics, python, run, train_args
+from tests.distributed.command import (
+    alone,
+    best_weights,
+    largest_difference,
+    launched,
+    metrics,
+    python,
+    run,
+    train_args,
+)
 from tests.s3 import S3, serve
 from tests.stores import make_store
 
@@ -18,7 +27,7 @@ SHORT = ("train.epochs=3", "log.every=1")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("s3")
     make_store(folder / "s.zarr", cells={"rna+adt": 200, "rna": 60, "adt": 40}, features={"rna": 60, "adt": 10})
-    python(*train_args(folder, folder / "s.zarr", "local", *SHORT))
+    alone(*train_args(folder, folder / "s.zarr", "local", *SHORT))
     return folder
 
 
@@ -33,7 +42,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
 def test_a_run_on_a_url_is_the_run_on_the_folder(s3: S3, folder: Path) -> None:
     url = s3.upload(folder / "s.zarr", "s.zarr")
     args = train_args(folder, folder / "s.zarr", "remote", *SHORT, f"store={url}")
-    python(*args)
+    alone(*args)
     losses = [[line["loss"] for line in metrics(folder / name)] for name in ("local", "remote")]
     assert losses[0] == losses[1]
     assert largest_difference(best_weights(folder / "local"), best_weights(folder / "remote")) == 0.0

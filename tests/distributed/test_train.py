@@ -19,6 +19,7 @@ import torch
 from tests.distributed.command import (
     FAST,
     ROOT,
+    alone,
     best_weights,
     environment,
     largest_difference,
@@ -64,7 +65,7 @@ def test_no_paired_cells_is_an_error_unless_nothing_is_crossed(folder: Path) -> 
     make_store(folder / "unpaired.zarr", cells={"rna": 90, "adt": 90}, features={"rna": 60, "adt": 10})
     args = train_args(folder, folder / "unpaired.zarr", "unpaired", "train.epochs=1")
     assert "no cell of the store carries two modalities" in python(*args, expect=2).stderr
-    python(*args, "--set", "objective.lambda_cross=0")
+    alone(*args, "--set", "objective.lambda_cross=0")
     assert math.isfinite(metrics(folder / "unpaired", "validation")[-1]["score"])
 
 
@@ -100,14 +101,14 @@ def stopped_after(command: list[str], run_folder: Path, lines: int) -> int:
 
 
 def test_resumed_after_a_stop_signal_ends_like_an_unbroken_run(folder: Path) -> None:
-    settings = ("train.epochs=150", "log.every=1")
-    python(*train_args(folder, folder / "s.zarr", "whole", *settings))
+    settings = ("train.epochs=60", "log.every=1")
+    alone(*train_args(folder, folder / "s.zarr", "whole", *settings))
     args = train_args(folder, folder / "s.zarr", "broken", *settings)
     assert stopped_after([sys.executable, *args], folder / "broken", 20) == 75
     (saved,) = (folder / "broken" / "checkpoints").glob("step-*")
     assert 20 <= int(saved.name.split("-")[1]) < metrics(folder / "whole")[-1]["step"]
 
-    python(*args)
+    alone(*args)
     assert timeless(metrics(folder / "broken")) == timeless(metrics(folder / "whole"))  # bit for bit
     assert largest_difference(best_weights(folder / "whole"), best_weights(folder / "broken")) == 0.0
 
@@ -115,7 +116,7 @@ def test_resumed_after_a_stop_signal_ends_like_an_unbroken_run(folder: Path) -> 
 def test_two_ranks_stopped_under_the_launcher_go_on_to_the_same_weights(folder: Path) -> None:
     # ZeRO-3 and bf16, with validations between the steps: the settings of configs/zero3.json
     sharded = ("train.zero_stage=3", "train.precision=bf16", "train.validate_every=7", "train.patience=0")
-    settings = ("train.epochs=40", "log.every=1", *sharded)
+    settings = ("train.epochs=20", "log.every=1", *sharded)
     run(*launched(2, *train_args(folder, folder / "s.zarr", "whole3", *settings)))
     args = train_args(folder, folder / "s.zarr", "broken3", *settings)
     assert stopped_after(launched(2, *args), folder / "broken3", 15) != 0
@@ -135,28 +136,28 @@ def test_a_second_job_on_the_same_run_folder_is_refused(folder: Path) -> None:
     (folder / "twice").mkdir()
     with (folder / "twice" / ".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "another job is training" in python(*args, expect=2).stderr
-    python(*args)
+        assert "another job is training" in alone(*args, expect=2).stderr
+    alone(*args)
 
 
 @pytest.mark.parametrize("epochs", [5, 10])
 def test_best_weights_of_a_killed_attempt_do_not_outlive_it(folder: Path, epochs: int) -> None:
     # Killed before its first checkpoint, but after a validation: the next attempt starts anew.
     name = f"killed-{epochs}"
-    python(*train_args(folder, folder / "s.zarr", name, "train.epochs=10", "train.validate_every=10"))
+    alone(*train_args(folder, folder / "s.zarr", name, "train.epochs=10", "train.validate_every=10"))
     best = max((folder / name / "best").iterdir()).name
     shutil.rmtree(folder / name / "checkpoints")
     settings = ("model.latent=4", f"train.epochs={epochs}", "train.validate_every=10")
-    python(*train_args(folder, folder / "s.zarr", name, *settings))
+    alone(*train_args(folder, folder / "s.zarr", name, *settings))
     assert best_weights(folder / name)["heads.bias"].shape[-1] == 2 * 2 * 4 // 2  # of each of two members
     aside = [path.name for path in (folder / name).glob("*/step-*.aside")]
     assert aside == ([f"{best}.aside"] if epochs == 5 else [])  # until training has passed that step
 
 
 def test_going_on_from_a_checkpoint_of_another_run(folder: Path) -> None:
-    python(*train_args(folder, folder / "s.zarr", "first", "train.epochs=4", "train.checkpoint_every=10"))
+    alone(*train_args(folder, folder / "s.zarr", "first", "train.epochs=4", "train.checkpoint_every=10"))
     start = min((folder / "first" / "checkpoints").iterdir())
-    python(*train_args(folder, folder / "s.zarr", "second", "train.epochs=4"), "--resume", str(start))
+    alone(*train_args(folder, folder / "s.zarr", "second", "train.epochs=4"), "--resume", str(start))
     assert (folder / "second" / "model.json").exists()
     assert largest_difference(best_weights(folder / "first"), best_weights(folder / "second")) == 0.0
 
@@ -164,26 +165,26 @@ def test_going_on_from_a_checkpoint_of_another_run(folder: Path) -> None:
 @pytest.mark.parametrize("settings", [("data.holdout=0",), ("data.holdout=0.005",)])
 def test_nothing_or_a_single_pair_held_out(folder: Path, settings: tuple[str, ...]) -> None:
     name = settings[0].replace(".", "-")
-    python(*train_args(folder, folder / "s.zarr", name, "train.epochs=1", *settings))
+    alone(*train_args(folder, folder / "s.zarr", name, "train.epochs=1", *settings))
     assert best_weights(folder / name)
 
 
 def test_resume_refuses_other_data_settings_ranks_and_damage(folder: Path) -> None:
     args = train_args(folder, folder / "s.zarr", "again", "train.epochs=2")
-    python(*args)
-    assert "already holds a run" in python(*args, "--resume", "never", expect=2).stderr
-    assert "changed: seed" in python(*args, "--set", "seed=5", expect=2).stderr
+    alone(*args)
+    assert "already holds a run" in alone(*args, "--resume", "never", expect=2).stderr
+    assert "changed: seed" in alone(*args, "--set", "seed=5", expect=2).stderr
     make_store(
         folder / "other.zarr", cells={"rna+adt": 200, "rna": 60, "adt": 40}, features={"rna": 60, "adt": 10}, seed=1
     )
     assert (
         "not the one this run was trained on"
-        in python(*args, "--set", f"store={folder / 'other.zarr'}", expect=2).stderr
+        in alone(*args, "--set", f"store={folder / 'other.zarr'}", expect=2).stderr
     )
     config = folder / "again" / "config.json"
     before = config.read_text()
     config.write_text(before.replace('"latent": 6', '"latent": 8'))  # as if another version had begun the run
-    done = python(*args, "--set", "model.latent=8", expect=2)
+    done = alone(*args, "--set", "model.latent=8", expect=2)
     assert "the weights do not fit the model of these settings" in done.stderr
     assert "Traceback" not in done.stderr
     config.write_text(before)
@@ -193,7 +194,7 @@ def test_resume_refuses_other_data_settings_ranks_and_damage(folder: Path) -> No
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)
-    done = python(*args, expect=2)
+    done = alone(*args, expect=2)
     assert "every checkpoint of the run is damaged" in done.stderr
     assert victim.name in done.stdout
 
@@ -212,7 +213,7 @@ def test_every_recipe_trains(folder: Path, recipe: Path) -> None:
 def test_bf16_trains_close_to_fp32(folder: Path, stage: int) -> None:
     for precision in ("fp32", "bf16"):
         settings = ("train.epochs=10", "log.every=5", f"train.precision={precision}", f"train.zero_stage={stage}")
-        python(*train_args(folder, folder / "s.zarr", f"{precision}-{stage}", *settings))
+        alone(*train_args(folder, folder / "s.zarr", f"{precision}-{stage}", *settings))
     for term in ("self", "cross", "contrastive"):
         a, b = ([line[term] for line in metrics(folder / f"{p}-{stage}")] for p in ("fp32", "bf16"))
         assert b == pytest.approx(a, rel=0.02)
@@ -225,7 +226,7 @@ def test_other_likelihoods_and_the_mean_posterior_train(folder: Path, likelihood
     own = (f"modalities.rna.likelihood={likelihood}", "model.posterior=mean", "objective.alignment=cosine")
     elbo = ("objective.lambda_contrastive=0", "objective.lambda_self=1", "objective.lambda_cross=1")
     args = train_args(folder, folder / "s.zarr", likelihood, "train.epochs=8", "log.every=5", *own, *elbo)
-    python(*args)
+    alone(*args)
     for term in ("self", "cross"):
         losses = [line[term] for line in metrics(folder / likelihood)]
         assert losses[-1] < losses[0]
@@ -233,7 +234,7 @@ def test_other_likelihoods_and_the_mean_posterior_train(folder: Path, likelihood
 
 def test_one_modality_and_dense_real_values(folder: Path) -> None:
     make_store(folder / "single.zarr", cells={"image": 150}, features={"image": 20})  # kind dense: Normal, as stored
-    done = python(*train_args(folder, folder / "single.zarr", "single", "train.epochs=10", "log.every=5"))
+    done = alone(*train_args(folder, folder / "single.zarr", "single", "train.epochs=10", "log.every=5"))
     assert "none -> normal" in done.stdout
     losses = [line["loss"] for line in metrics(folder / "single")]
     assert losses[-1] < losses[0]
@@ -256,12 +257,12 @@ def test_sinks_wandb_offline_and_tensorboard(folder: Path) -> None:
 def test_early_stop_keeps_the_latest_of_the_best_and_does_not_train_on(folder: Path) -> None:
     settings = ("train.epochs=40", "train.validate_every=1", "train.patience=2", "train.lr=1e-9")
     args = train_args(folder, folder / "s.zarr", "early", *settings)
-    assert "stopping early" in python(*args).stdout
+    assert "stopping early" in alone(*args).stdout
     looks = [(line["score"], line["error"]) for line in metrics(folder / "early", "validation")]
     lowest = itertools.accumulate((score for score, _ in looks), min)
     kept = [i for i, ((score, error), low) in enumerate(zip(looks, lowest, strict=True), 1) if score <= low + error]
     (best,) = (folder / "early" / "best").iterdir()
     assert int(best.name.split("-")[1]) == kept[-1]
     before = metrics(folder / "early", "validation")
-    python(*args)  # a finished run stays as it is
+    alone(*args)  # a finished run stays as it is
     assert metrics(folder / "early", "validation") == before

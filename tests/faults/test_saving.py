@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -27,10 +28,10 @@ from clue_dist.store.writer import hash_file
 from clue_dist.train import checkpoint
 from tests.distributed.command import (
     ROOT,
+    alone,
     best_weights,
     environment,
     largest_difference,
-    python,
     run,
     spawned,
     train_args,
@@ -48,7 +49,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: mounts a 
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saving")
     make_store(folder / "s.zarr", cells={"rna+adt": 200, "rna": 60, "adt": 40}, features={"rna": 60, "adt": 10})
-    python(*args_of(folder, "whole"))
+    alone(*args_of(folder, "whole"))
     return folder
 
 
@@ -63,7 +64,7 @@ def test_killed_in_mid_save_the_checkpoint_before_it_stands(folder: Path, place:
     left = saved_steps(folder / place)
     assert left == {"named": [15, 10, 5], "pruning": [15, 10]}.get(place, [10, 5])
     assert checkpoint.damage(folder / place / "checkpoints" / f"step-{left[0]:08d}") is None
-    assert f"going on from step {left[0]}" in python(*args).stdout
+    assert f"going on from step {left[0]}" in alone(*args).stdout
     assert timeless(folder / place) == timeless(folder / "whole")
     assert largest_difference(best_weights(folder / place), best_weights(folder / "whole")) == 0.0
     assert not list((folder / place).rglob("*.partial"))
@@ -191,10 +192,10 @@ def test_the_same_command_goes_on_with_a_run_that_began_from_a_checkpoint_of_ano
     done = run("python", "tests/faults/plant.py", "usr1:0:29", "--", *args, expect=75)
     assert "going on from step 27" in done.stdout
     assert "damaged" not in done.stdout
-    assert "going on from step 30" in python(*args).stdout
+    assert "going on from step 30" in alone(*args).stdout
     assert saved_steps(folder / "branch")[0] == 41
     other = checkpoint.committed(folder / "whole" / "checkpoints")[1]
-    assert "already holds another run" in python(*args[:-1], str(other), expect=2).stderr
+    assert "already holds another run" in alone(*args[:-1], str(other), expect=2).stderr
 
 
 @pytest.mark.parametrize("resume", ["never", "step-00000025"])
@@ -224,10 +225,10 @@ def test_a_later_attempt_of_a_slurm_job_goes_on_whatever_its_command_began_from(
 
 def test_damaged_best_weights_are_told(folder: Path) -> None:
     args = args_of(folder, "torn-best", "train.validate_every=5")
-    python(*args, "--set", "train.epochs=4")
+    alone(*args, "--set", "train.epochs=4")
     (newest, *_) = checkpoint.committed(folder / "torn-best" / "best")
     os.truncate(newest / checkpoint.WEIGHTS, 100)
-    done = python(*args)
+    done = alone(*args)
     assert f"{newest}, are damaged: {checkpoint.WEIGHTS} has another size" in done.stdout
     assert checkpoint.damage(checkpoint.committed(folder / "torn-best" / "best")[0]) is None
 
@@ -241,29 +242,29 @@ def test_a_checkpoint_that_does_not_fit_leaves_those_after_it(folder: Path, tmp_
     listing = json.loads((before / checkpoint.COMMIT).read_text())
     listing[part.name] = hash_file(part).model_dump()
     (before / checkpoint.COMMIT).write_text(json.dumps(listing))
-    done = python(*args_of(folder, str(tmp_path / "older")), "--resume", str(before), expect=2)
+    done = alone(*args_of(folder, str(tmp_path / "older")), "--resume", str(before), expect=2)
     assert "the weights do not fit" in done.stderr
     assert checkpoint.committed(tmp_path / "older" / "checkpoints") == [newest, before]
 
 
 def test_a_run_that_stopped_early_goes_on_with_more_patience(folder: Path) -> None:
     args = args_of(folder, "patient", "train.validate_every=1", "train.patience=1")
-    assert "stopping early" in python(*args).stdout
+    assert "stopping early" in alone(*args).stdout
     (stopped_at, *_) = saved_steps(folder / "patient")
     assert stopped_at < 27
-    assert "stopping early" not in python(*args).stdout
+    assert "stopping early" not in alone(*args).stdout
     assert saved_steps(folder / "patient")[0] == stopped_at
-    done = python(*args, "--set", "train.patience=0")
+    done = alone(*args, "--set", "train.patience=0")
     assert f"going on from step {stopped_at}" in done.stdout
     assert saved_steps(folder / "patient")[0] == 27
 
 
 def test_training_goes_on_from_the_one_before_a_damaged_one(folder: Path) -> None:
     args = args_of(folder, "flipped")
-    python(*args, "--set", "train.epochs=4")
+    alone(*args, "--set", "train.epochs=4")
     newest, before = saved_steps(folder / "flipped")
     flip(folder / "flipped" / "checkpoints" / f"step-{newest:08d}" / "rank-00000.safetensors", random.Random(0))
-    done = python(*args, "--set", "train.epochs=4")
+    done = alone(*args, "--set", "train.epochs=4")
     assert "is damaged and not used" in done.stdout
     assert f"going on from step {before}" in done.stdout
     assert saved_steps(folder / "flipped")[0] == newest
@@ -288,13 +289,13 @@ def test_a_full_disk_is_told_and_leaves_what_was_committed(folder: Path) -> None
         (folder / "full" / "other").write_bytes(b"\1" * 700_000)  # tmpfs counts whole pages
         with suppress(OSError), (folder / "full" / "more").open("wb") as rest:
             rest.write(b"\1" * 100_000)
-        done = python(*args, expect=1)
+        done = alone(*args, expect=1)
         assert "could not be written" in done.stderr
         assert "No space left on device" in done.stderr
         assert "Traceback" not in done.stderr
         for path in ("other", "more"):
             (folder / "full" / path).unlink()
-        done = python(*args, expect=1)
+        done = alone(*args, expect=1)
         assert "could not be written" in done.stderr
         assert "No space left on device" in done.stderr
         assert "make room" in done.stderr
@@ -304,7 +305,7 @@ def test_a_full_disk_is_told_and_leaves_what_was_committed(folder: Path) -> None
         assert all(checkpoint.damage(p) is None for p in checkpoint.committed(folder / "full" / "checkpoints"))
         assert not list((folder / "full").rglob("*.partial"))
         subprocess.run(["mount", "-o", "remount,size=20M", str(folder / "full")], check=True)
-        assert f"going on from step {there[0]}" in python(*args).stdout
+        assert f"going on from step {there[0]}" in alone(*args).stdout
         assert timeless(folder / "full") == timeless(folder / "whole")
 
 
@@ -354,7 +355,10 @@ def test_a_disk_that_fills_up_under_two_ranks_is_told_once_and_they_go_on_when_t
     args = args_of(folder, name, "train.keep=99", f"train.zero_stage={stage}")
     with mounted(folder / name, "-t", "tmpfs", "-o", "size=700k", "none"):
         done = run(*spawned(2, *args), expect=1)
-        assert done.stderr.count("error: a checkpoint could not be written") == 1, done.stderr
+        told = re.findall(r"^(?:rank \d+: )?error: .*$", done.stderr, re.MULTILINE)
+        who = f"rank 1 on {socket.gethostname()}: "
+        assert len(told) == 1, done.stderr
+        assert told[0].replace(who, "") == "error: a checkpoint could not be written"
         assert "No space left on device" in done.stderr
         assert "Traceback" not in done.stderr
         there = saved_steps(folder / name)
