@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from clue_dist.errors import ClueError, LostError, RankError, joined
 
@@ -101,7 +101,7 @@ class Ranks:
         if self.world == 1 or dist.is_initialized():
             return self
         timeout = timedelta(seconds=timeout_s)
-        dist.init_process_group(backend, store=self._store(), rank=self.rank, world_size=self.world, timeout=timeout)
+        dist.init_process_group(backend, store=self.meeting(), rank=self.rank, world_size=self.world, timeout=timeout)
         return self
 
     def aside(self) -> Ranks:
@@ -194,7 +194,7 @@ class Ranks:
 
     def _exchanged(self, mine: bytes) -> list[bytes]:
         """What each rank said, before they have joined."""
-        store = self._store()
+        store = self.meeting()
         said, read = ([f"clue_dist/{what}/{rank}" for rank in range(self.world)] for what in ("said", "read"))
         try:
             store.set(said[self.rank], mine)
@@ -207,15 +207,23 @@ class Ranks:
             raise self._not_met(error) from error
         return cast("list[bytes]", got)
 
-    def _store(self) -> Any:
-        """Where the ranks meet: a server on rank 0, or that of torchrun."""
+    def meeting(self, aside: bool = False) -> Any:
+        """The store at which the ranks meet: a server on rank 0, or that of torchrun.
+
+        aside: by another connection, for threads that must not wait for what the first waits for.
+
+        Raises:
+            RankError: several machines and no MASTER_ADDR.
+            LostError: it cannot be reached.
+        """
         os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.world), LOCAL_RANK=str(self.local_rank))
         if "MASTER_ADDR" not in os.environ:
             os.environ["MASTER_ADDR"] = self._only_host()
         os.environ.setdefault("MASTER_PORT", str(port_of(os.environ)))
         joined()
         try:
-            return _meeting(self.rank, self.world)
+            meeting = _meeting(self.rank, self.world)
+            return meeting.aside if aside else meeting.store
         except RuntimeError as error:
             raise self._not_met(error) from error
 
@@ -239,11 +247,23 @@ class Ranks:
         return "127.0.0.1"
 
 
+class _Meeting(NamedTuple):
+    """Two connections to a store, made at once: rank 0 may be gone later, and connecting would be tried for long."""
+
+    store: Any
+    aside: Any
+
+
 @functools.cache
-def _meeting(rank: int, world: int) -> Any:
+def _meeting(rank: int, world: int) -> _Meeting:
+    import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
-    return next(rendezvous("env://", rank, world, timeout=timedelta(seconds=JOIN)))[0]
+    store: Any = next(rendezvous("env://", rank, world, timeout=timedelta(seconds=JOIN)))[0]
+    # torchrun keeps its store when it starts the ranks again: what was said then is not for them.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"attempt/{attempt}", store)  # type: ignore[attr-defined]
+    return _Meeting(store, store.clone())
 
 
 def port_of(env: Mapping[str, str]) -> int:

@@ -57,7 +57,10 @@ def main() -> None:
 
         from clue_dist.train.setup import prepare
 
-        return prepare(config, ranks.world)
+        prepared = prepare(config, ranks.world)
+        if not args.dry_run:
+            import clue_dist.train.loop  # noqa: F401  DeepSpeed looks for compilers and GPUs: before the ranks join
+        return prepared
 
     setup = ranks.agreed(ready)
     if ranks.first:
@@ -67,7 +70,7 @@ def main() -> None:
     if args.dry_run:
         return
 
-    from clue_dist.train.loop import fit  # DeepSpeed looks for compilers and GPUs
+    from clue_dist.train.loop import fit
 
     result = fit(setup, ranks, args.resume)
     if ranks.first and result.finished:

@@ -41,13 +41,15 @@ def fit(setup: Setup, ranks: Ranks, resume: str = "auto") -> Result:
 
     Raises:
         ResumeError: nothing that `resume` names can be gone on from, or another job is in the run folder.
+        LostError: another rank has ended.
         StoreError: a damaged chunk; TrainingError: loss or gradient stay not finite; SavingError: a full disk.
     """
-    with StopFlag() as stop:
+    with StopFlag() as stop, Peers(ranks) as peers:
         device = join(ranks)
-        with Peers(ranks), alone_in(Path(setup.config.run), ranks):
-            engine, state = _start(setup, ranks, resume, device)
-            result = _train(engine, setup, ranks, state, device, stop)
+        with alone_in(Path(setup.config.run), ranks):
+            with peers.working():
+                engine, state = _start(setup, ranks, resume, device)
+            result = _train(engine, setup, ranks, state, device, stop, peers)
             engine.destroy()
     return result
 
@@ -68,13 +70,15 @@ def _start(setup: Setup, ranks: Ranks, resume: str, device: torch.device) -> tup
     return engine, replace(state, job=JOB)
 
 
-def _train(engine: Any, setup: Setup, ranks: Ranks, state: State, device: torch.device, stop: StopFlag) -> Result:
+def _train(
+    engine: Any, setup: Setup, ranks: Ranks, state: State, device: torch.device, stop: StopFlag, peers: Peers
+) -> Result:
     run, t, every = Path(setup.config.run), setup.config.train, setup.config.log.every
     held_out = setup.held_out()
     held_out = held_out.to(device) if held_out is not None else None
     sinks = Sinks(run, setup.config, setup.total_steps, state.step, ranks)
     loading, saving = loader_at(setup, ranks, state.step, device), Saver(run, engine, ranks, t.keep, sinks.sync)
-    with sinks, loading as loader, saving as saver:
+    with sinks, loading as loader, saving as saver, peers.working():
         sinks.say(_greeting(run, state, ranks))
         state = replace(state, world=ranks.world)
         meter = Meter(setup, loader, saver, device, state.logged)

@@ -1,8 +1,9 @@
-"""Notices that another rank's machine is gone. A dead machine says nothing: whoever waits for it would wait on.
+"""Notices that another rank is gone. Whoever waits for it in a collective, or to make one, may wait on.
 
-Every rank says now and then that it lives, at the store the ranks met at; rank 0 looks whether all have, the others
-whether rank 0 has looked. Whoever hears nothing for too long ends its process, as no collective could end it. These
-are threads of Python: whatever else a process does must let them run now and then.
+A process that ends breaks its connection. A machine that dies says nothing: every rank says now and then that it lives,
+at the store the ranks met at; rank 0 looks whether all have, the others whether rank 0 has looked. Who misses another
+for too long ends its process, as no collective could end it. These are threads of Python: whatever else a process does
+must let them run now and then.
 A rank that leaves with an error says so first: the others leave with the same exit code, which tells whoever started
 the job whether starting it again can help.
 """
@@ -13,19 +14,21 @@ import json
 import os
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, NamedTuple, NoReturn
-
-import torch.distributed as dist
+from typing import NamedTuple, NoReturn
 
 from clue_dist.errors import ClueError, LostError, say
 from clue_dist.ranks import Ranks
+from clue_dist.train.lines import Lines
 
 BEAT = 1.0  # seconds between two signs of life
 SILENCE = 15.0  # seconds without one after which a rank counts as lost
-_KEY, _LATE, _FAILED, _HEARD = "clue_dist/beat", "clue_dist/late", "clue_dist/failed", "clue_dist/heard"
+GRACE = 5.0  # seconds until a rank that is stuck leaves, once another has ended without a word
+_KEY, _LATE, _GONE = "clue_dist/beat", "clue_dist/late", "clue_dist/gone"
+_FAILED, _HEARD = "clue_dist/failed", "clue_dist/heard"
 
 
 class _Failure(NamedTuple):
@@ -37,7 +40,14 @@ class _Failure(NamedTuple):
 
 
 class Peers:
-    """Watches while it is open. Threads of its own, as training may wait in a collective."""
+    """Watches while it is open, from before the ranks make a process group. Threads of its own, as training may wait in
+    a collective.
+
+    Raises:
+        RankError: several machines and no MASTER_ADDR.
+        LostError: as it begins rank 0 is gone; as it ends another is, of which an error of this rank came.
+        ClueError: what another rank told, of which an error of this rank came.
+    """
 
     def __init__(self, ranks: Ranks, silence: float = SILENCE) -> None:
         self._ranks, self._silence = ranks, silence
@@ -46,33 +56,63 @@ class Peers:
         self._over = threading.Event()
         self._heard = time.monotonic()  # when all was last well
         self._why = "rank 0"
+        self._gone: str | None = None  # who ended without a word
+        self._leaving = False
 
     def __enter__(self) -> Peers:
         if self._ranks.world > 1:
-            self._store = _connection()
-            self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._watch)]
-            for thread in self._threads:
+            self._store = self._ranks.meeting(aside=True)
+            self._store.set_timeout(timedelta(seconds=SILENCE))
+            works = (self._beat, self._watch, self._listen)
+            self._threads = [threading.Thread(target=work, daemon=True) for work in works]
+            for thread in self._threads[:2]:
                 thread.start()
+            try:
+                self._lines = Lines(self._ranks, self._store)
+            except RuntimeError as error:
+                self._over.set()
+                raise _lost("rank 0 has ended, or does not answer") from error
+            self._threads[2].start()
         return self
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Around what may be stuck in a collective: whom an error takes out of it is not, and has time to leave."""
+        try:
+            yield
+        except BaseException as error:
+            self._leaving = True
+            self._own = error if isinstance(error, ClueError) else None
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._ranks.world == 1:
             return
+        clean = False
         try:  # all the while `_watch` goes on: the others, or the store, may not answer any more
             if error is None:
                 self._ranks.barrier()  # who is done early must not seem lost to who is not
+                clean = True
             else:
                 self._part(error)
+        except RuntimeError as broken:
+            self._part(broken)
+            raise
         finally:
+            # The others know of a failure that was told; of any other they hear as of a rank that was killed.
+            self._lines.polite = clean or self._own is not None or self._failure is not None
             self._over.set()
             self._threads[1].join()
-            self._threads[0].join(2 * BEAT)  # it may hang in a connection that leads nowhere
+            for thread in self._threads:
+                thread.join(2 * BEAT)  # it may hang in a connection that leads nowhere
 
     def _part(self, error: BaseException) -> None:
         """Leave with an error of one's own, which the others are told, or with that which another told."""
         with suppress(RuntimeError):  # rank 0 is gone, and the store with it
+            if isinstance(error, RuntimeError):
+                self._await_why()
             if isinstance(error, ClueError):
                 mine = _Failure(self._ranks.rank, error.exit_code, str(error))
                 self._own = error
@@ -80,8 +120,22 @@ class Peers:
             self._hear()
             if self._ranks.first and self._failure is not None:
                 self._await_all()
-        if self._failure is not None and not isinstance(error, ClueError):
+        if isinstance(error, ClueError):
+            return
+        if self._failure is not None:
             raise _error(self._failure) from error
+        if self._gone is not None:
+            raise _lost(f"{self._gone} has ended") from error
+
+    def _await_why(self) -> None:
+        """A collective that breaks off does so as another rank leaves or ends: shortly after, it is known why."""
+        deadline = time.monotonic() + 2 * BEAT
+        while self._failure is None and self._gone is None and time.monotonic() < deadline:
+            try:
+                self._hear()
+            except RuntimeError:  # the store is gone
+                self._gone = self._gone or "rank 0"
+            time.sleep(BEAT / 20)
 
     def _await_all(self) -> None:
         """Until all have heard of the failure, as the store ends with rank 0; raises RuntimeError: so it did."""
@@ -116,6 +170,8 @@ class Peers:
                         self._heard = time.monotonic()
                     elif self._store.check([_LATE]):
                         self._why = self._store.get(_LATE).decode()
+                    if self._store.check([_GONE]):
+                        self._gone = self._store.get(_GONE).decode()
                 self._hear()
             except RuntimeError:  # the store is gone, and rank 0 with it: `_watch` waits whether it comes back
                 continue
@@ -137,22 +193,30 @@ class Peers:
 
     def _watch(self) -> None:
         """Counts the time in which this process itself was running: a whole job may be suspended."""
-        silent, last = 0.0, time.monotonic()
+        silent, gone, last = 0.0, 0.0, time.monotonic()
         while not self._over.wait(BEAT / 2):
             now = time.monotonic()
-            silent = silent + min(now - last, 2 * BEAT) if self._heard <= last else 0.0
+            passed = min(now - last, 2 * BEAT)
+            silent = silent + passed if self._heard <= last else 0.0
+            gone = gone + passed if self._gone is not None else 0.0
             last = now
             if silent > self._silence:
-                told = _error(self._failure) if self._failure is not None else _lost(self._why, silent)
-                _end(self._own or told)
+                self._leave(f"nothing heard of {self._why} for {silent:.0f} s")
+            if gone > (self._silence if self._leaving else GRACE):
+                self._leave(f"{self._gone} has ended")
 
+    def _leave(self, why: str) -> NoReturn:
+        """With what this rank or another told, if one has."""
+        error = self._own or (_error(self._failure) if self._failure is not None else _lost(why))
+        say(f"error: {error}")
+        os._exit(error.exit_code)
 
-def _connection() -> Any:
-    """A connection of our own to the store the ranks met at: the other may be waiting for something."""
-    store: Any = dist.distributed_c10d._get_default_store()
-    store = store.clone()
-    store.set_timeout(timedelta(seconds=SILENCE))
-    return store
+    def _listen(self) -> None:
+        for rank in self._lines.broken(self._over):
+            self._gone = self._gone or f"rank {rank}"
+            if self._ranks.first:
+                with suppress(RuntimeError):
+                    self._store.set(_GONE, self._gone)
 
 
 def _error(failure: _Failure) -> ClueError:
@@ -161,13 +225,8 @@ def _error(failure: _Failure) -> ClueError:
     return error
 
 
-def _lost(who: str, silent_s: float) -> LostError:
+def _lost(why: str) -> LostError:
     return LostError(
-        f"another rank is lost: nothing heard of {who} for {silent_s:.0f} s",
+        f"another rank is lost: {why}",
         fix="type the same command again, on the machines that are left: it goes on from the last checkpoint",
     )
-
-
-def _end(error: ClueError) -> NoReturn:
-    say(f"error: {error}")
-    os._exit(error.exit_code)

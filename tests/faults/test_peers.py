@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from clue_dist.errors import LOST
+from clue_dist.train import peers
 from tests.distributed.command import ROOT, environment
 
 WORLD, SILENCE = 3, 4.0
@@ -29,7 +30,7 @@ with Peers(ranks, silence={SILENCE}):
     dist.all_reduce(torch.ones(1))
     print("met", flush=True)
     if ranks.rank == 1:
-        time.sleep({2 * SILENCE})  # busy for long, as rank 0 is while it computes singular vectors
+        time.sleep({3 * SILENCE})  # busy for long, as rank 0 is while it computes singular vectors
     dist.all_reduce(torch.ones(1))
     print("done", flush=True)
 ranks.close()
@@ -101,6 +102,151 @@ def test_a_rank_that_fails_takes_the_others_with_it_by_its_own_exit_code(tmp_pat
     assert "a chunk is damaged\n  where: rna/3" in said[0]
     assert "a chunk is damaged" in said[who]
     assert not any("Traceback" in text for text in said)
+
+
+ALONE = """
+import os, signal, sys, time
+import torch.distributed as dist
+from clue_dist.errors import run_main
+from clue_dist.ranks import Ranks
+from clue_dist.train.peers import Peers
+
+WAITS = {
+    "a loop of its own": lambda ranks: time.sleep(60),
+    "a process group": lambda ranks: ranks.aside(),
+    "the first one": lambda ranks: ranks.init(),
+    "rank 0 alone in a collective": lambda ranks: dist.barrier() if ranks.first else time.sleep(60),
+}
+
+def main():
+    where, victim = sys.argv[1], int(sys.argv[2])
+    ranks = Ranks.from_env()
+    ranks.agreed(lambda: None)
+    with Peers(ranks):
+        if where != "the first one":
+            ranks.init()
+        if ranks.rank == victim:
+            print("met", flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        WAITS[where](ranks)
+
+run_main(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "victim"),
+    [(where, victim) for where in ("a loop of its own", "a process group", "the first one") for victim in (0, 2)]
+    + [("rank 0 alone in a collective", 2)],
+)
+def test_a_rank_that_is_killed_while_the_others_are_in_no_collective_ends_them(
+    tmp_path: Path, where: str, victim: int
+) -> None:
+    """None breaks off where none is under way: the connections tell."""
+    with ranks(tmp_path, ALONE, where, str(victim), met=False) as started:
+        assert started[victim].wait(60) == -signal.SIGKILL
+        began = time.monotonic()
+        left = [process.wait(60) for rank, process in enumerate(started) if rank != victim]
+        assert time.monotonic() - began < peers.SILENCE
+    assert left == [LOST, LOST]
+    said = [(tmp_path / f"{rank}.out").read_text() for rank in range(WORLD) if rank != victim]
+    assert f"error: another rank is lost: rank {victim} has ended" in said[0]
+    assert all("error: another rank is lost: rank" in text for text in said)
+    assert not any("Traceback" in text for text in said)
+
+
+STRANGER = """
+import socket, time
+import torch, torch.distributed as dist
+from clue_dist.ranks import Ranks
+from clue_dist.train.peers import GRACE, Peers
+
+ranks = Ranks.from_env().init()
+with Peers(ranks):
+    dist.all_reduce(torch.ones(1))
+    if ranks.rank == 1:
+        port = int(ranks.meeting().get("clue_dist/lines").split()[0])
+        for said in (b"", b"GET / HTTP/1.0\\r\\n\\r\\n", b"0" * 24, bytes(24)):
+            with socket.create_connection(("127.0.0.1", port)) as line:
+                line.sendall(said)
+        silent = socket.create_connection(("127.0.0.1", port))
+    time.sleep(GRACE + 2)
+    dist.all_reduce(torch.ones(1))
+    print("done", flush=True)
+ranks.close()
+"""
+
+
+def test_a_stranger_at_the_port_is_no_rank_that_is_lost(tmp_path: Path) -> None:
+    with ranks(tmp_path, STRANGER, met=False) as started:
+        assert [process.wait(60) for process in started] == [0, 0, 0]
+
+
+SLOW = """
+import os, signal, sys, time
+import torch, torch.distributed as dist
+from clue_dist.errors import TrainingError, run_main
+from clue_dist.ranks import Ranks
+from clue_dist.train.peers import GRACE, Peers
+
+def main():
+    ranks = Ranks.from_env().init()
+    with Peers(ranks) as peers:
+        try:
+            with peers.working():
+                dist.all_reduce(torch.ones(1))
+                if sys.argv[1] == "told":
+                    raise TrainingError("all of them fail")
+                if not ranks.first:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                dist.all_reduce(torch.ones(1))
+        finally:
+            if ranks.first:
+                time.sleep(GRACE + 3)  # as its sinks close
+                print("closed", flush=True)
+
+run_main(main)
+"""
+
+
+@pytest.mark.parametrize(("how", "codes"), [("told", [1, 1, 1]), ("killed", [LOST, -signal.SIGKILL, -signal.SIGKILL])])
+def test_a_rank_that_takes_longer_to_leave_than_the_others_has_the_time(
+    tmp_path: Path, how: str, codes: list[int]
+) -> None:
+    with ranks(tmp_path, SLOW, how, met=False) as started:
+        assert [process.wait(60) for process in started] == codes
+    said = (tmp_path / "0.out").read_text()
+    assert "closed" in said
+    assert ("another rank is lost: rank" in said) == (how == "killed")
+
+
+BUG = """
+import time
+import torch, torch.distributed as dist
+from clue_dist.errors import run_main
+from clue_dist.ranks import Ranks
+from clue_dist.train.peers import Peers
+
+def main():
+    ranks = Ranks.from_env().init()
+    with Peers(ranks) as peers:
+        dist.all_reduce(torch.ones(1))
+        if ranks.rank == 1:
+            raise KeyError("a bug")
+        time.sleep(60)
+
+run_main(main)
+"""
+
+
+def test_an_error_that_nobody_foresaw_ends_the_others_as_a_kill_does(tmp_path: Path) -> None:
+    with ranks(tmp_path, BUG, met=False) as (zero, one, two):
+        assert one.wait(60) == LOST
+        began = time.monotonic()
+        assert [zero.wait(60), two.wait(60)] == [LOST, LOST]
+        assert time.monotonic() - began < peers.SILENCE
+    assert "KeyError: 'a bug'" in (tmp_path / "1.out").read_text()
+    assert "another rank is lost: rank 1 has ended" in (tmp_path / "0.out").read_text()
 
 
 def test_when_rank_0_is_silent_all_others_leave(tmp_path: Path) -> None:
