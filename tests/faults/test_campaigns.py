@@ -9,7 +9,7 @@ import pytest
 
 from tests.benchmarks.faults import campaigns
 
-SMALL = campaigns.Size(steps=400, kills=2, stops=0, damages=0, saves=0, features=0)
+SMALL = campaigns.Size(steps=400, kills=3, stops=0, damages=0, saves=0, features=0)
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +24,9 @@ def test_nothing_grows(shared: Path, tmp_path: Path) -> None:
 
 
 def test_killed_at_any_time_it_ends_like_the_unbroken_run(shared: Path, tmp_path: Path) -> None:
-    went_on, ended, done_again, difference = campaigns.kills(tmp_path, SMALL, shared)["bars"]
+    went_on, ended, *done_again, difference = campaigns.kills(tmp_path, SMALL, shared)["bars"]
     assert went_on == SMALL.kills
     assert ended <= 30
-    assert done_again <= 2
+    assert done_again[0] <= 1
+    assert done_again[1] <= 2
     assert difference == 0.0

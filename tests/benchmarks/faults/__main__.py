@@ -33,7 +33,8 @@ BARS = {
     "kills": [
         Bar("kills after which the run went on", ">=", FULL.kills),
         Bar("seconds from a kill to the job's end, at most", "<=", 10),
-        Bar("steps done again after a kill, in save intervals, at most", "<=", 1),
+        Bar("save intervals done again where no checkpoint was half written, at most", "<=", 1),
+        Bar("save intervals done again where one was, at most", "<=", 2),
         Bar("difference of weights and losses to the unbroken run", "<=", 0),
     ],
     "steady": [
@@ -54,8 +55,10 @@ BARS = {
 }
 
 FOOTNOTES = """\
-kills: SIGKILL of rank 0, of rank 1 or of both, two ranks under the deepspeed launcher, a checkpoint every 5 steps; half
-  of them within 6 ms after a checkpoint is seen being written, half at any time; then the same command again
+kills: SIGKILL of rank 0, of rank 1 or of both, two ranks under the deepspeed launcher, a checkpoint every 5 steps; in
+  turns within 6 ms after a checkpoint is seen being written, at any time of training, and in the first 8 s of the
+  processes, of which starting takes 6; then the same command again. Where a checkpoint is half written, the one before
+  it stands, which is up to two intervals old
 steady: the same run unbroken, with wandb offline and TensorBoard; memory is the resident set of a rank, the larger one
 stops: USR1 to the ranks, as Slurm sends it, and SIGTERM to the launcher, in turns
 damages: a flipped byte, a truncation, a missing file, at a random place of the newest checkpoint

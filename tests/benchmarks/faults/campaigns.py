@@ -30,6 +30,7 @@ CELLS = {"rna+adt": 400, "rna": 120, "adt": 80}
 TRAINED = 580  # of these 600, as 20 are held out
 BATCH = 64
 SAVE_EVERY = 5
+MOMENTS = ("save", "step", "start")  # of kills, in turns
 
 
 @dataclass(frozen=True)
@@ -101,42 +102,55 @@ def steady(folder: Path, size: Size, shared: Path) -> common.Result:
 def kills(folder: Path, size: Size, shared: Path) -> common.Result:
     """Kill, start again, and at the end compare with the unbroken run."""
     draw, run, args = random.Random(0), folder / "killed", args_of(folder, "killed", size)
-    ended, again, in_save, went_on = [], [], 0, 0
+    ended: dict[str, list[float]] = {moment: [] for moment in MOMENTS}
+    again: dict[bool, list[float]] = {False: [], True: []}  # by whether a checkpoint was half written
+    went_on = unproven = 0
     for number in range(size.kills):
+        moment = MOMENTS[number % len(MOMENTS)]
         with job(run, *args) as one:
-            one.await_step(draw.randrange(1, 10))  # raises where it does not go on
-            went_on += number > 0
-            if number % 2:
-                one.await_save(draw)
+            if moment == "start":
+                one.ranks()
+                time.sleep(draw.uniform(0, 8))
             else:
-                time.sleep(draw.uniform(0, 1.5))
+                one.await_step(draw.randrange(1, 10))  # raises where it does not go on
+                went_on, unproven = went_on + unproven, 0
+                if moment == "save":
+                    one.await_save(draw)
+                else:
+                    time.sleep(draw.uniform(0, 1.5))
             victims = one.ranks()
             for victim in draw.choice([victims[:1], victims[1:], victims]):
                 os.kill(victim.pid, signal.SIGKILL)
             code, seconds = one.end(60)
             if code == 0:
                 raise common.BenchmarkError("a job whose rank was killed exited with 0", where=run)
-        in_save += bool(partials(run))
-        ended.append(seconds)
-        again.append((last_step(run) - resumes_at(run)) / SAVE_EVERY)
+            unproven += 1
+            ended[moment].append(seconds)
+            if moment != "start" or "going on from" in one.out.read_text():
+                again[bool(partials(run) or partials(run, "best"))].append(
+                    (last_step(run) - resumes_at(run)) / SAVE_EVERY
+                )
     with job(run, *args) as one:
         code, _ = one.end(3600)
-        went_on += code == 0
+        went_on += unproven if code == 0 else 0
     same = timeless(run) == timeless(whole(shared, size)) and all(
         timeless(run, split) == timeless(whole(shared, size), split) for split in ("validation", "event")
     )
     difference = largest_difference(best_weights(run), best_weights(whole(shared, size)))
     numbers = {
         "kills": size.kills,
-        "of them with a checkpoint half written": in_save,
+        "of them with a checkpoint half written": len(again[True]),
         "went on": went_on,
-        "longest until the job ended, s": max(ended),
-        "most steps done again, save intervals": max(again),
+        **{f"longest until the job ended, in mid-{m}, s": max(of, default=0.0) for m, of in ended.items()},
+        "most steps done again, save intervals, no checkpoint under way": max(again[False], default=0.0),
+        "most steps done again, save intervals, one half written": max(again[True], default=0.0),
         "steps in all": last_step(run),
         "difference of weights": difference,
         "all losses the same": float(same),
     }
-    return {"numbers": numbers, "bars": [went_on, max(ended), max(again), difference if same else float("inf")]}
+    slowest = max(max(of, default=0.0) for of in ended.values())
+    lost = [max(again[saving], default=0.0) for saving in (False, True)]
+    return {"numbers": numbers, "bars": [went_on, slowest, *lost, difference if same else float("inf")]}
 
 
 def stops(folder: Path, size: Size, shared: Path) -> common.Result:

@@ -23,7 +23,7 @@ STARTED = 180.0  # seconds within which a job makes its first new step
 
 @dataclass
 class Job:
-    """A job on a run folder. begins_at: step it went on from, once it has made one."""
+    """A job on a run folder. before: the newest step that was committed as it began."""
 
     process: subprocess.Popen[bytes]
     run: Path
@@ -48,12 +48,17 @@ class Job:
         return found
 
     def await_step(self, more: int = 1) -> None:
-        """Until it has logged `more` steps beyond those that were there as it began."""
+        """Until it has logged `more` steps beyond the checkpoint it went on from; what was logged after that by the
+        attempt before is gone once it says that it goes on."""
         deadline = time.monotonic() + STARTED
-        while last_step(self.run) < self.before + more:
+        while not self._goes_on() or last_step(self.run) < self.before + more:
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise BenchmarkError("the job made no step", where=self.run, got=self.out.read_text()[-2000:])
             time.sleep(0.02)
+
+    def _goes_on(self) -> bool:
+        said = self.out.read_text()
+        return "starting: " in said or "going on from step" in said
 
     def await_save(self, draw: random.Random, within_s: float = 20) -> bool:
         """Until a checkpoint is being written, and up to some milliseconds more; whether one was."""
@@ -106,9 +111,9 @@ def committed_at(run: Path) -> float:
     return (run / "checkpoints" / f"step-{resumes_at(run):08d}").stat().st_ctime
 
 
-def partials(run: Path) -> list[Path]:
+def partials(run: Path, kind: str = "checkpoints") -> list[Path]:
     """Checkpoints being written; what is being removed bears no attempt in its name."""
-    return list(run.glob("checkpoints/step-????????.*.partial"))
+    return list(run.glob(f"{kind}/step-????????.*.partial"))
 
 
 def last_step(run: Path) -> int:
