@@ -91,9 +91,9 @@ class Lines:
 
     def _answer(self, line: socket.socket, said: bytes) -> bool:
         """Whether to go on listening to who said that."""
-        token = self._token.encode()
-        if self._ends[line] is None and len(said) == len(token) + _RANK and said.startswith(token):
-            self._ends[line] = int(said[len(token) :])
+        token, rank = said[:-_RANK], said[-_RANK:]
+        if self._ends[line] is None and token == self._token.encode() and rank.isdigit():
+            self._ends[line] = int(rank)
             with suppress(OSError):
                 line.sendall(_WELCOME)
             return True
