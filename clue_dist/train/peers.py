@@ -55,7 +55,7 @@ class Peers:
         self._own: ClueError | None = None  # what this rank leaves with
         self._over = threading.Event()
         self._heard = time.monotonic()  # when all was last well
-        self._why = "rank 0"
+        self._late: str | None = None  # of whom rank 0 has not heard for a while
         self._gone: str | None = None  # who ended without a word
         self._leaving = False
 
@@ -125,7 +125,7 @@ class Peers:
         if self._failure is not None:
             raise _error(self._failure) from error
         if self._gone is not None:
-            raise _lost(f"{self._gone} has ended") from error
+            raise self._loss() from error
 
     def _await_why(self) -> None:
         """A collective that breaks off does so as another rank leaves or ends: shortly after, it is known why."""
@@ -157,10 +157,10 @@ class Peers:
             number += 1
             try:
                 if self._ranks.first:
-                    late = self._late(seen)
-                    self._why = f"rank {', '.join(map(str, late))}"
-                    if late:
-                        self._store.set(_LATE, self._why)
+                    late = self._late_ranks(seen)
+                    self._late = f"rank {', '.join(map(str, late))}" if late else None
+                    if self._late is not None:
+                        self._store.set(_LATE, self._late)
                     else:
                         self._store.set(_KEY, str(number))
                         self._heard = time.monotonic()
@@ -169,14 +169,14 @@ class Peers:
                     if self._changed(seen, 0, _KEY):
                         self._heard = time.monotonic()
                     elif self._store.check([_LATE]):
-                        self._why = self._store.get(_LATE).decode()
+                        self._late = self._store.get(_LATE).decode()
                     if self._store.check([_GONE]):
                         self._gone = self._store.get(_GONE).decode()
                 self._hear()
             except RuntimeError:  # the store is gone, and rank 0 with it: `_watch` waits whether it comes back
                 continue
 
-    def _late(self, seen: dict[int, tuple[bytes, float]]) -> list[int]:
+    def _late_ranks(self, seen: dict[int, tuple[bytes, float]]) -> list[int]:
         """Ranks that rank 0 has not heard of for a while."""
         for rank in range(1, self._ranks.world):
             self._changed(seen, rank, f"{_KEY}/{rank}")
@@ -200,16 +200,20 @@ class Peers:
             silent = silent + passed if self._heard <= last else 0.0
             gone = gone + passed if self._gone is not None else 0.0
             last = now
-            if silent > self._silence:
-                self._leave(f"nothing heard of {self._why} for {silent:.0f} s")
-            if gone > (self._silence if self._leaving else GRACE):
-                self._leave(f"{self._gone} has ended")
+            if silent > self._silence or gone > (self._silence if self._leaving else GRACE):
+                self._end()
 
-    def _leave(self, why: str) -> NoReturn:
+    def _end(self) -> NoReturn:
         """With what this rank or another told, if one has."""
-        error = self._own or (_error(self._failure) if self._failure is not None else _lost(why))
+        error = self._own or (_error(self._failure) if self._failure is not None else self._loss())
         say(f"error: {error}")
         os._exit(error.exit_code)
+
+    def _loss(self) -> LostError:
+        """Who has ended, unless that is because another had not been heard of."""
+        if self._gone is not None and self._late in (None, self._gone):
+            return _lost(f"{self._gone} has ended")
+        return _lost(f"nothing heard of {self._late or 'rank 0'} for {time.monotonic() - self._heard:.0f} s")
 
     def _listen(self) -> None:
         for rank in self._lines.broken(self._over):

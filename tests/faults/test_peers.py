@@ -23,17 +23,22 @@ WORLD, SILENCE = 3, 4.0
 CODE = f"""
 import sys, time
 import torch, torch.distributed as dist
+from clue_dist.errors import run_main
 from clue_dist.ranks import Ranks
 from clue_dist.train.peers import Peers
-ranks = Ranks.from_env().init()
-with Peers(ranks, silence={SILENCE}):
-    dist.all_reduce(torch.ones(1))
-    print("met", flush=True)
-    if ranks.rank == 1:
-        time.sleep({3 * SILENCE})  # busy for long, as rank 0 is while it computes singular vectors
-    dist.all_reduce(torch.ones(1))
-    print("done", flush=True)
-ranks.close()
+
+def main():
+    ranks = Ranks.from_env().init()
+    with Peers(ranks, silence={SILENCE}):
+        dist.all_reduce(torch.ones(1))
+        print("met", flush=True)
+        if ranks.rank == 1:
+            time.sleep({3 * SILENCE})  # busy for long, as rank 0 is while it computes singular vectors
+        dist.all_reduce(torch.ones(1))
+        print("done", flush=True)
+    ranks.close()
+
+run_main(main)
 """
 
 
@@ -217,7 +222,7 @@ def test_a_rank_that_takes_longer_to_leave_than_the_others_has_the_time(
         assert [process.wait(60) for process in started] == codes
     said = (tmp_path / "0.out").read_text()
     assert "closed" in said
-    assert ("another rank is lost: rank" in said) == (how == "killed")
+    assert ("error: another rank is lost" in said) == (how == "killed")
 
 
 BUG = """
