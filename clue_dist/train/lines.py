@@ -71,7 +71,14 @@ class Lines:
                     if line is self._server:
                         self._accept(ready)
                         continue
-                    said = _heard(line)
+                    try:
+                        said = line.recv(64)
+                    except BlockingIOError:
+                        continue
+                    except ConnectionError:
+                        said = b""  # it has ended in the midst of something
+                    except OSError:
+                        said = _BYE  # the way there is gone, of which nothing follows
                     if not (said and self._answer(line, said)):
                         ready.unregister(line)
                         rank = self._hang_up(line)
@@ -82,12 +89,11 @@ class Lines:
     def _accept(self, ready: selectors.BaseSelector) -> None:
         assert self._server is not None
         try:
-            line, _ = self._server.accept()
+            line = _lasting(self._server.accept()[0])
+            ready.register(line, selectors.EVENT_READ)
+            self._ends[line] = None
         except OSError:  # no descriptor is left, for one
             time.sleep(_TICK)
-            return
-        self._ends[_lasting(line)] = None
-        ready.register(line, selectors.EVENT_READ)
 
     def _answer(self, line: socket.socket, said: bytes) -> bool:
         """Whether to go on listening to who said that."""
@@ -133,11 +139,3 @@ def _lasting(line: socket.socket) -> socket.socket:
     if hasattr(socket, "TCP_KEEPIDLE"):
         line.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)  # seconds
     return line
-
-
-def _heard(line: socket.socket) -> bytes:
-    """What was said, of what is ready to be heard; nothing where the other end is gone."""
-    try:
-        return line.recv(64)
-    except OSError:
-        return b""

@@ -25,8 +25,9 @@ from clue_dist.ranks import Ranks
 from clue_dist.train.lines import Lines
 
 BEAT = 1.0  # seconds between two signs of life
-SILENCE = 15.0  # seconds without one after which a rank counts as lost
+SILENCE = 15.0  # seconds that a rank is missed, which begins with the third sign that does not come
 GRACE = 5.0  # seconds until a rank that is stuck leaves, once another has ended without a word
+LEAVING = 60.0  # seconds for one that an error has reached: to settle a checkpoint, to close wandb
 _KEY, _LATE, _GONE = "clue_dist/beat", "clue_dist/late", "clue_dist/gone"
 _FAILED, _HEARD = "clue_dist/failed", "clue_dist/heard"
 
@@ -56,8 +57,8 @@ class Peers:
         self._over = threading.Event()
         self._heard = time.monotonic()  # when all was last well
         self._late: str | None = None  # of whom rank 0 has not heard for a while
-        self._gone: str | None = None  # who ended without a word
-        self._leaving = False
+        self._gone: str | None = None  # that another has ended without a word
+        self._leaving = self._told = False
 
     def __enter__(self) -> Peers:
         if self._ranks.world > 1:
@@ -77,13 +78,23 @@ class Peers:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Around what may be stuck in a collective: whom an error takes out of it is not, and has time to leave."""
+        """Around what may be stuck in a collective. A rank that an error takes out of it is not stuck: the others hear
+        of the error, and it has the time to close what it writes to."""
         try:
             yield
         except BaseException as error:
             self._leaving = True
-            self._own = error if isinstance(error, ClueError) else None
+            self._tell(error)
             raise
+
+    def _tell(self, error: BaseException) -> None:
+        """What the others shall leave with, too."""
+        if self._ranks.world == 1 or not isinstance(error, ClueError) or self._own is error:
+            return
+        self._own = error
+        with suppress(RuntimeError):  # the store is gone
+            self._store.compare_set(_FAILED, "", json.dumps(_Failure(self._ranks.rank, error.exit_code, str(error))))
+            self._told = True
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -102,7 +113,7 @@ class Peers:
             raise
         finally:
             # The others know of a failure that was told; of any other they hear as of a rank that was killed.
-            self._lines.polite = clean or self._own is not None or self._failure is not None
+            self._lines.polite = clean or self._told or self._failure is not None
             self._over.set()
             self._threads[1].join()
             for thread in self._threads:
@@ -110,13 +121,10 @@ class Peers:
 
     def _part(self, error: BaseException) -> None:
         """Leave with an error of one's own, which the others are told, or with that which another told."""
+        if isinstance(error, RuntimeError):
+            self._await_why()
+        self._tell(error)
         with suppress(RuntimeError):  # rank 0 is gone, and the store with it
-            if isinstance(error, RuntimeError):
-                self._await_why()
-            if isinstance(error, ClueError):
-                mine = _Failure(self._ranks.rank, error.exit_code, str(error))
-                self._own = error
-                self._store.compare_set(_FAILED, "", json.dumps(mine))
             self._hear()
             if self._ranks.first and self._failure is not None:
                 self._await_all()
@@ -134,7 +142,7 @@ class Peers:
             try:
                 self._hear()
             except RuntimeError:  # the store is gone
-                self._gone = self._gone or "rank 0"
+                self._miss("rank 0 has ended")
             time.sleep(BEAT / 20)
 
     def _await_all(self) -> None:
@@ -159,28 +167,27 @@ class Peers:
                 if self._ranks.first:
                     late = self._late_ranks(seen)
                     self._late = f"rank {', '.join(map(str, late))}" if late else None
-                    if self._late is not None:
-                        self._store.set(_LATE, self._late)
-                    else:
+                    self._store.set(_LATE, self._late or "")
+                    if self._late is None:
                         self._store.set(_KEY, str(number))
                         self._heard = time.monotonic()
                 else:
                     self._store.set(f"{_KEY}/{self._ranks.rank}", str(number))
                     if self._changed(seen, 0, _KEY):
-                        self._heard = time.monotonic()
+                        self._heard, self._late = time.monotonic(), None
                     elif self._store.check([_LATE]):
-                        self._late = self._store.get(_LATE).decode()
+                        self._late = self._store.get(_LATE).decode() or None
                     if self._store.check([_GONE]):
-                        self._gone = self._store.get(_GONE).decode()
+                        self._miss(self._store.get(_GONE).decode())
                 self._hear()
             except RuntimeError:  # the store is gone, and rank 0 with it: `_watch` waits whether it comes back
                 continue
 
     def _late_ranks(self, seen: dict[int, tuple[bytes, float]]) -> list[int]:
         """Ranks that rank 0 has not heard of for a while."""
+        now = time.monotonic()  # of many ranks the last is asked much later
         for rank in range(1, self._ranks.world):
             self._changed(seen, rank, f"{_KEY}/{rank}")
-        now = time.monotonic()
         return [rank for rank, (_, when) in seen.items() if now - when > 3 * BEAT]
 
     def _changed(self, seen: dict[int, tuple[bytes, float]], rank: int, key: str) -> bool:
@@ -193,14 +200,21 @@ class Peers:
 
     def _watch(self) -> None:
         """Counts the time in which this process itself was running: a whole job may be suspended."""
-        silent, gone, last = 0.0, 0.0, time.monotonic()
+        silent = gone = leaving = 0.0
+        last = time.monotonic()
         while not self._over.wait(BEAT / 2):
             now = time.monotonic()
             passed = min(now - last, 2 * BEAT)
             silent = silent + passed if self._heard <= last else 0.0
-            gone = gone + passed if self._gone is not None else 0.0
+            gone += passed if self._gone is not None else 0.0
+            leaving += passed if self._leaving else 0.0
             last = now
-            if silent > self._silence or gone > (self._silence if self._leaving else GRACE):
+            told = self._told or self._failure is not None  # then the others leave, and are silent
+            if (
+                leaving > LEAVING
+                or (gone > GRACE and not self._leaving)
+                or (silent > self._silence and not (self._leaving and told))
+            ):
                 self._end()
 
     def _end(self) -> NoReturn:
@@ -210,17 +224,20 @@ class Peers:
         os._exit(error.exit_code)
 
     def _loss(self) -> LostError:
-        """Who has ended, unless that is because another had not been heard of."""
-        if self._gone is not None and self._late in (None, self._gone):
-            return _lost(f"{self._gone} has ended")
-        return _lost(f"nothing heard of {self._late or 'rank 0'} for {time.monotonic() - self._heard:.0f} s")
+        silence = f"nothing heard of {self._late or 'rank 0'} for {time.monotonic() - self._heard:.0f} s"
+        return _lost(self._gone or silence)
 
     def _listen(self) -> None:
         for rank in self._lines.broken(self._over):
-            self._gone = self._gone or f"rank {rank}"
+            self._miss(f"rank {rank} has ended")
             if self._ranks.first:
                 with suppress(RuntimeError):
-                    self._store.set(_GONE, self._gone)
+                    self._store.set(_GONE, f"rank {rank} has ended")
+
+    def _miss(self, why: str) -> None:
+        """What is known first counts: others end because of it."""
+        if self._gone is None:
+            self._gone = why if self._late is None else f"nothing heard of {self._late}"
 
 
 def _error(failure: _Failure) -> ClueError:

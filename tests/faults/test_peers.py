@@ -44,7 +44,7 @@ run_main(main)
 
 @contextmanager
 def ranks(folder: Path, code: str = CODE, *args: str, met: bool = True) -> Iterator[list[subprocess.Popen[str]]]:
-    """Three ranks, once they have met."""
+    """Three ranks; once they have met, where they are to meet."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
@@ -314,6 +314,7 @@ def test_who_fails_as_rank_0_is_gone_does_not_wait_for_it(tmp_path: Path) -> Non
     with ranks(tmp_path, UNHEARD) as (zero, one, two):
         zero.send_signal(signal.SIGSTOP)
         assert [one.wait(30), two.wait(30)] == [2, 2]
+        assert zero.poll() is None
     assert "rank 1 has no more disk" in (tmp_path / "1.out").read_text()
 
 

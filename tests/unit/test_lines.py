@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -32,13 +33,14 @@ class Listening:
 
     def __init__(self, of: Lines) -> None:
         self.of, self.over, self.lost = of, threading.Event(), list[int]()
-        self._thread = threading.Thread(target=lambda: self.lost.extend(of.broken(self.over)))
-        self._thread.start()
+        self._pool = ThreadPoolExecutor(1)
+        self._work = self._pool.submit(lambda: self.lost.extend(of.broken(self.over)))
 
     def leave(self, polite: bool = True) -> None:
         self.of.polite = polite
         self.over.set()
-        self._thread.join()
+        self._work.result()
+        self._pool.shutdown()
 
 
 @pytest.fixture
