@@ -12,8 +12,6 @@ from typing import TypeAlias
 import numpy as np
 import scipy.sparse as sp
 
-NORMALISE = {"rna": "log_cp10k", "adt": "log", "atac": "tfidf", "dense": "none"}  # by kind
-
 Rows: TypeAlias = "sp.csr_matrix | np.ndarray"  # (n, features)
 
 

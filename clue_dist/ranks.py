@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
-from clue_dist.errors import ClueError, LostError, RankError, joined
+from clue_dist.errors import ClueError, LostError, RankError
+from clue_dist.process import joined
 
 JOIN = 300.0  # seconds to wait for the others at the start: clusters start ranks minutes apart, dead ones never come
 T = TypeVar("T")

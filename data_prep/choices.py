@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from clue_dist.errors import DataError, listed, typed_path
+from clue_dist.kinds import kind_of
 from data_prep.flags import PerModality
-from data_prep.sources import kind_of
 from data_prep.text import lines_of
 
 Mode = Literal["same", "intersection", "union"]

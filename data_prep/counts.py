@@ -10,8 +10,9 @@ import scipy.sparse as sp
 from numba import njit
 
 from clue_dist.errors import DataError, listed
+from clue_dist.kinds import Kind
 from clue_dist.store.kernels import LARGEST
-from clue_dist.store.layout import Kind, unsigned
+from clue_dist.store.layout import unsigned
 from clue_dist.store.rows import COUNT_BITS, Coded, Csr, joined, try_coded
 from data_prep.sources import Rows, Source, decode
 

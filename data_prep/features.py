@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from clue_dist.errors import DataError, listed
+from clue_dist.kinds import STORAGE, kind_of
 from clue_dist.store import layout
 from clue_dist.store.manifest import Manifest, Modality
 from data_prep.choices import Choice
 from data_prep.genome import along_genome, bins_of
-from data_prep.sources import Head, Source, kind_of
+from data_prep.sources import Head, Source
 
 _ENSEMBL = re.compile(r"ENS[A-Z]*G\d+")
 _VERSION = re.compile(r"ENS[A-Z]*G\d+\.\d+")
@@ -127,7 +128,7 @@ def _new_modality(name: str, kinds: Mapping[str, str], files: list[_File], choic
         raise DataError(
             "more features than a store holds", where=where, got=got, expected=layout.MOST_FEATURES, fix=fix
         )
-    return Modality(kind=kind, storage=layout.STORAGE[kind], features=features)
+    return Modality(kind=kind, storage=STORAGE[kind], features=features)
 
 
 def _together(name: str, files: list[_File], choice: Choice) -> list[str]:

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, get_args
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
 from clue_dist.errors import DataError, listed
-from clue_dist.store.layout import BARCODE_BYTES, Kind
+from clue_dist.kinds import TENX_TYPES
+from clue_dist.store.layout import BARCODE_BYTES
 
 Rows: TypeAlias = sp.csr_matrix | np.ndarray  # (n, features), as the file has them: not validated, not aligned
 FIELDS = {"batch": "batch", "label": "cell_type"}  # what a store keeps of each cell, and the column it comes from
-
-_ALIASES = {
-    "rna": "rna gex gene_expression",
-    "adt": "adt prot protein cite antibody antibody_capture",
-    "atac": "atac peak peaks chromatin",
-    "dense": "dense",
-}
 
 
 @dataclass(frozen=True)
@@ -141,30 +134,6 @@ class Direct:
         return []
 
 
-def kind_of(modality: str, given: Mapping[str, str]) -> Kind:
-    """What a modality measures: from `--kind name=kind`, else from its name.
-
-    Raises:
-        DataError: the name says nothing, or two things at once.
-    """
-    kinds = get_args(Kind)
-    if modality in given:
-        if given[modality] not in kinds:
-            raise DataError("unknown kind", where=f"--kind {modality}={given[modality]}", expected=listed(kinds))
-        return given[modality]  # type: ignore[return-value]
-    name = "_".join(re.findall(r"[a-z0-9]+", modality.lower()))
-    found = {kind for kind, aliases in _ALIASES.items() for alias in aliases.split() if f"_{alias}_" in f"_{name}_"}
-    if len(found) != 1:
-        raise DataError(
-            "cannot tell from its name what a modality measures",
-            where=f"modality {modality!r}",
-            got=listed(sorted(found)) or "no known word in the name",
-            expected=f"one of {listed(kinds)}",
-            fix=f"add `--kind {modality}=rna` (or another kind)",
-        )
-    return found.pop()  # type: ignore[return-value]
-
-
 def require_known(flag: str, named: Iterable[str], known: Iterable[str]) -> None:
     """Every modality that `flag` names is among the `known` ones.
 
@@ -274,7 +243,6 @@ TENX_COLUMNS = {
     "gene_name": "name",
     "name": "name",
 }
-TENX_TYPES = {"Gene Expression": "rna", "Antibody Capture": "adt", "Peaks": "atac"}
 
 
 def columns_of(rows: sp.csr_matrix, wanted: np.ndarray) -> sp.csr_matrix:

@@ -29,7 +29,8 @@ import numpy as np
 
 import clue_dist
 from clue_dist.errors import DataError, StoreError
-from clue_dist.normalise import NORMALISE, Rows, column_sums, inverse_frequency, normalised, spread, standard
+from clue_dist.kinds import NORMALISE
+from clue_dist.normalise import Rows, column_sums, inverse_frequency, normalised, spread, standard
 from clue_dist.store import layout
 from clue_dist.store import svd as stored
 from clue_dist.store.manifest import Manifest

@@ -17,8 +17,8 @@ import dask
 import dask.threaded
 from tqdm import tqdm
 
+from clue_dist.allocator import give_back_freed_memory, keep_freed_memory
 from clue_dist.errors import DataError, StoreError
-from clue_dist.memory import give_back_freed_memory, keep_freed_memory
 
 CONNECT = "20s"  # how long a scheduler may take to answer
 PATIENCE = 5.0  # seconds without a result after which one looks whether there are workers at all

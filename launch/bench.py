@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clue_dist import config as configs
-from clue_dist.errors import ConfigError, run_main
+from clue_dist.errors import ConfigError
+from clue_dist.process import run_main
 from clue_dist.ranks import Ranks
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ Under `deepspeed`, torchrun or srun the store is split over the ranks.
 
 from clue_dist.command import opened, parser_of
 from clue_dist.embed import check_output, embed_store
-from clue_dist.errors import run_main
+from clue_dist.process import run_main
 
 
 def main() -> None:

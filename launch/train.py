@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clue_dist import config as configs
-from clue_dist.errors import run_main, tell
+from clue_dist.process import run_main, tell
 from clue_dist.ranks import Ranks
 
 if TYPE_CHECKING:

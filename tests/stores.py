@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse as sp
 
+from clue_dist.kinds import STORAGE, Kind
 from clue_dist.store import layout, writer
-from clue_dist.store.layout import STORAGE, Kind
 from clue_dist.store.manifest import Manifest, Modality, Packed, Shard, Stratum, largest_block
 from clue_dist.store.reader import Store
 from clue_dist.store.rows import COUNT_BITS, Coded, Csr, coded

@@ -11,15 +11,14 @@ from torch import Tensor, nn
 from clue_dist.config import Config, ModelConfig
 from clue_dist.data.batch import Batch
 from clue_dist.errors import ConfigError
+from clue_dist.kinds import NORMALISE, OF_KIND
 from clue_dist.model.decoders import Decoder
 from clue_dist.model.discriminator import Discriminator
 from clue_dist.model.encoders import Heads
 from clue_dist.model.layers import reverse_gradient
-from clue_dist.model.likelihoods import OF_KIND
 from clue_dist.model.noise import Noise
 from clue_dist.model.posterior import combination, own, sample
 from clue_dist.model.trunk import Trunk
-from clue_dist.normalise import NORMALISE
 from clue_dist.store.manifest import Modality
 
 # Embeddings shrink private dimensions to this: a linear probe still reads them, and neighbours follow from what

@@ -127,7 +127,6 @@ LIKELIHOODS: dict[str, Likelihood] = {
     "bernoulli": Bernoulli(),
     "normal": Normal(),
 }
-OF_KIND = {"rna": "nb", "adt": "nb", "atac": "poisson", "dense": "normal"}
 
 
 def log_likelihood(name: str, counts: Counts, p: Params) -> Tensor:

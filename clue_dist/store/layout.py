@@ -39,9 +39,6 @@ BARCODE_BYTES = 4096  # of the longest
 CHUNK_ROWS = 16  # blocks that share one chunk in the narrow arrays (lengths, obs); shards hold a multiple of it
 
 Codec = Literal["balanced", "fast", "small"]
-Kind = Literal["rna", "adt", "atac", "dense"]
-Storage = Literal["sparse", "dense"]
-STORAGE: dict[str, Storage] = {"rna": "sparse", "atac": "sparse", "adt": "dense", "dense": "dense"}
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")  # modality names become folders ...
 STRATUM_LETTERS = 200  # ... as all of a stratum's do together

@@ -14,8 +14,9 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from clue_dist.errors import StoreError
+from clue_dist.kinds import STORAGE, Kind, Storage
 from clue_dist.store import layout, place
-from clue_dist.store.layout import ArraySpec, Codec, Kind, Storage
+from clue_dist.store.layout import ArraySpec, Codec
 from clue_dist.store.notes import Notes
 from clue_dist.store.place import Place
 
@@ -46,8 +47,8 @@ class Modality(_Strict):
 
     @model_validator(mode="after")
     def _as_its_kind(self) -> Modality:
-        if self.storage != layout.STORAGE[self.kind]:
-            raise ValueError(f"{self.kind} is stored {layout.STORAGE[self.kind]}, not {self.storage}")
+        if self.storage != STORAGE[self.kind]:
+            raise ValueError(f"{self.kind} is stored {STORAGE[self.kind]}, not {self.storage}")
         return self
 
     @property

@@ -28,8 +28,9 @@ from torch import Tensor
 
 from clue_dist import config as configs
 from clue_dist.config import Config
-from clue_dist.errors import ResumeError, listed, tell, writing
+from clue_dist.errors import ResumeError, listed, writing
 from clue_dist.model.clue import CLUE
+from clue_dist.process import tell
 from clue_dist.ranks import Ranks
 from clue_dist.store.writer import hash_file
 from clue_dist.train import pieces

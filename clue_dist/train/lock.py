@@ -12,7 +12,8 @@ from contextlib import ExitStack, contextmanager
 from io import FileIO
 from pathlib import Path
 
-from clue_dist.errors import ResumeError, tell, writing
+from clue_dist.errors import ResumeError, writing
+from clue_dist.process import tell
 from clue_dist.ranks import Ranks
 
 

@@ -20,7 +20,8 @@ from datetime import timedelta
 from types import TracebackType
 from typing import NamedTuple, NoReturn
 
-from clue_dist.errors import ClueError, LostError, say
+from clue_dist.errors import ClueError, LostError
+from clue_dist.process import say
 from clue_dist.ranks import Ranks
 from clue_dist.train.lines import Lines
 

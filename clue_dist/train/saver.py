@@ -24,7 +24,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from clue_dist.errors import ClueError, SavingError, tell, writing
+from clue_dist.errors import ClueError, SavingError, writing
+from clue_dist.process import tell
 from clue_dist.ranks import Ranks
 from clue_dist.store.writer import hash_file, sync
 from clue_dist.train import pieces

@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from clue_dist.config import Config
-from clue_dist.errors import tell, writing
+from clue_dist.errors import writing
+from clue_dist.process import tell
 from clue_dist.ranks import Ranks
 from clue_dist.store.writer import sync
 

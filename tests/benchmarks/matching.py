@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from clue_dist.errors import run_main
 from clue_dist.matching import METRICS
+from clue_dist.process import run_main
 from tests.benchmarks import common, mosaic, scores
 from tests.benchmarks.common import Bar, Result, Run, Steps
 from tests.benchmarks.split import FOLDS

@@ -12,6 +12,7 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clue_dist.kinds import STORAGE
 from clue_dist.store import layout
 from clue_dist.store.manifest import Manifest, Modality, Stratum
 from clue_dist.store.reader import Store
@@ -35,7 +36,7 @@ def write(root: Path, sparse: np.ndarray, dense: np.ndarray, block: int, codec: 
     manifest = Manifest(
         block_cells=block,
         codec=codec,
-        modalities={n: Modality(kind=n, storage=layout.STORAGE[n], features=features[n]) for n in features},
+        modalities={n: Modality(kind=n, storage=STORAGE[n], features=features[n]) for n in features},
         batches=["b0", "b1"],
         labels=[],
         strata={

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import mudata as md
 
-from clue_dist.errors import run_main
 from clue_dist.matching import METRICS
+from clue_dist.process import run_main
 from tests.benchmarks import common, matching, mosaic, scores
 from tests.benchmarks.ablation import cells, estimates
 from tests.benchmarks.ablation.cells import DOUBLINGS, OTHER_CELLS, TRANSDUCTIVE

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from clue_dist.errors import run_main
+from clue_dist.process import run_main
 from tests.benchmarks import cells, common, repeats
 from tests.benchmarks.atlas.probe import MANY
 from tests.benchmarks.cells import Shape

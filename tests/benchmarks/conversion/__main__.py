@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from clue_dist.errors import run_main
+from clue_dist.process import run_main
 from tests.benchmarks import cells, common, repeats
 from tests.benchmarks.common import Bar, Result, Run
 from tests.benchmarks.conversion import stores

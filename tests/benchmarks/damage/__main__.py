@@ -18,7 +18,8 @@ from unittest import mock
 
 import numpy as np
 
-from clue_dist.errors import StoreError, run_main
+from clue_dist.errors import StoreError
+from clue_dist.process import run_main
 from clue_dist.store import layout
 from clue_dist.store.reader import Store
 from data_prep.check import check

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clue_dist.errors import run_main
+from clue_dist.process import run_main
 from tests.benchmarks import common, mosaic
 from tests.benchmarks.common import Bar, Result, Run, Steps
 from tests.benchmarks.factors import methods, probes

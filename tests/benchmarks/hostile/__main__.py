@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from clue_dist.errors import run_main
+from clue_dist.process import run_main
 from tests.benchmarks import common
 from tests.benchmarks.common import Bar, Result, Run
 from tests.benchmarks.hostile.probe import GROUPS, LIMIT, MEMORY, Prober

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 from unittest import mock
 
-from clue_dist.errors import ClueError, run_main
+from clue_dist.errors import ClueError
+from clue_dist.process import run_main
 from data_prep.commands import main
 
 End = Literal["refused", "right", "crashed"]

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from sklearn.preprocessing import normalize
 
-from clue_dist.errors import run_main
+from clue_dist.process import run_main
 from tests.benchmarks import common, matching, mosaic
 from tests.benchmarks.common import Bar, Result, Run, Steps
 from tests.benchmarks.factors import views

@@ -18,7 +18,7 @@ import numpy as np
 
 from clue_dist.data import plan as plans
 from clue_dist.data.plan import Plan
-from clue_dist.errors import run_main
+from clue_dist.process import run_main
 from clue_dist.store.layout import BLOCK_CELLS
 from tests.benchmarks import common
 from tests.benchmarks.common import Bar, Result, Run

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from clue_dist.errors import run_main
+from clue_dist.process import run_main
 from tests.benchmarks import cells, common, repeats
 from tests.benchmarks.common import Bar, BenchmarkError, Result, Run
 from tests.benchmarks.conversion import stores
