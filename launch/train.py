@@ -38,7 +38,7 @@ def arguments() -> argparse.Namespace:
 
 def tell_start(run: Path, resume: str) -> None:
     """What a run would go on from. Of "auto" the newest, of which nothing is read: that may take minutes."""
-    from clue_dist.train.checkpoint import committed, find, step_of
+    from clue_dist.checkpoint.run_folder import committed, find, step_of
 
     auto = resume == "auto"
     saved = next(iter(committed(run / "checkpoints")), None) if auto else find(run, resume, Ranks())

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clue_dist.checkpoint.run_folder import State
 from clue_dist.data.batch import Batch
 from clue_dist.errors import TrainingError
 from clue_dist.ranks import Ranks
-from clue_dist.train.checkpoint import State
 from clue_dist.train.setup import Setup
 from clue_dist.train.sinks import Sinks
 from clue_dist.train.step import Outcome, kl_weight, noise_of

@@ -9,23 +9,24 @@ from typing import Any
 
 import torch
 
+from clue_dist.checkpoint import run_folder, shards
+from clue_dist.checkpoint.model_card import describe
+from clue_dist.checkpoint.run_folder import State
+from clue_dist.checkpoint.saver import Saver
 from clue_dist.data.batch import Batch
 from clue_dist.data.loader import Loader
 from clue_dist.model.noise import Noise
 from clue_dist.ranks import Ranks
-from clue_dist.train import checkpoint, pieces, validate
-from clue_dist.train.checkpoint import State
+from clue_dist.train import validate
 from clue_dist.train.engine import build, join
 from clue_dist.train.health import judged
 from clue_dist.train.lock import JOB, alone_in
 from clue_dist.train.meter import Meter
 from clue_dist.train.peers import Peers
-from clue_dist.train.saver import Saver
 from clue_dist.train.setup import Setup
 from clue_dist.train.sinks import Sinks
 from clue_dist.train.step import train_step
 from clue_dist.train.stop import StopFlag
-from clue_dist.train.trained import describe
 
 
 @dataclass(frozen=True)
@@ -57,15 +58,15 @@ def fit(setup: Setup, ranks: Ranks, resume: str = "auto") -> Result:
 def _start(setup: Setup, ranks: Ranks, resume: str, device: torch.device) -> tuple[Any, State]:
     """A fresh engine, or one that goes on from a checkpoint, of however many ranks it was."""
     run = Path(setup.config.run)
-    found = checkpoint.find(run, resume, ranks)
+    found = run_folder.find(run, resume, ranks)
     if found is None:
         state = State(0, ranks.world, setup.store.fingerprint)
         engine = build(setup, ranks, device)
     else:
-        state = checkpoint.check_same_run(run, setup.config, setup.store.fingerprint, found)
-        engine = checkpoint.restore(lambda start: build(setup, ranks, device, start), found, state)
+        state = run_folder.check_same_run(run, setup.config, setup.store.fingerprint, found)
+        engine = run_folder.restore(lambda start: build(setup, ranks, device, start), found, state)
     # What was refused until here has changed nothing.
-    state = checkpoint.set_aside(run, state, ranks)
+    state = run_folder.set_aside(run, state, ranks)
     ranks.from_first(lambda: describe(run, setup.store, setup.config))
     return engine, replace(state, job=JOB)
 
@@ -97,7 +98,7 @@ def _train(
             if outcome.failed:
                 saver.finish()  # raises what went wrong
             if done or due(state, t.checkpoint_every):
-                saver.checkpoint(replace(state, updates=pieces.updates(engine), logged=meter.so_far()))
+                saver.checkpoint(replace(state, updates=shards.updates(engine), logged=meter.so_far()))
         saver.finish()
         if not _finished(state, setup):
             sinks.say(f"asked to stop: saved at step {state.step}, `--resume auto` goes on from there")

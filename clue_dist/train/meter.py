@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from clue_dist.checkpoint.saver import Saver
 from clue_dist.data.loader import Loader
-from clue_dist.train.saver import Saver
 from clue_dist.train.setup import Setup
 from clue_dist.train.step import learning_rate
 

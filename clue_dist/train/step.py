@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from clue_dist.checkpoint.saver import Saver
 from clue_dist.data.batch import Batch
 from clue_dist.model.noise import Noise
 from clue_dist.ranks import Ranks
-from clue_dist.train.saver import Saver
 from clue_dist.train.setup import Setup
 from clue_dist.train.stop import StopFlag
 

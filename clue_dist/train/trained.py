@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
-
 from clue_dist import config as configs
+from clue_dist.checkpoint.model_card import ModelCard
+from clue_dist.checkpoint.run_folder import committed, damage, load_weights, sound
 from clue_dist.config import Config
-from clue_dist.errors import ResumeError, writing
+from clue_dist.errors import ResumeError
 from clue_dist.model.clue import CLUE, PRIVATE_SCALE, specs_of
 from clue_dist.store.manifest import Modality
-from clue_dist.store.reader import Store
-from clue_dist.store.writer import sync
-from clue_dist.train.checkpoint import committed, damage, load_weights, sound
-
-
-class ModelCard(BaseModel):
-    """model.json: what the weights expect of a store."""
-
-    model_config = ConfigDict(extra="forbid")
-    fingerprint: str
-    modalities: dict[str, Modality] = Field(min_length=1)
-    batches: list[str]
 
 
 @dataclass(frozen=True)
@@ -47,25 +34,6 @@ class Loaded:
     @property
     def private_scale(self) -> float:
         return PRIVATE_SCALE
-
-
-def describe(run: Path, store: Store, config: Config) -> None:
-    """Write config.json and model.json: a run folder explains itself a year later."""
-    card = ModelCard(
-        fingerprint=store.fingerprint, modalities=store.manifest.modalities, batches=store.manifest.batches
-    )
-    with writing("what the run is", run):
-        run.mkdir(parents=True, exist_ok=True)
-        _replace(run / "config.json", config.write)
-        _replace(run / "model.json", lambda path: path.write_text(card.model_dump_json(indent=1)))
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Old or new, never half."""
-    half = path.with_suffix(".partial")
-    write(half)
-    sync(half)
-    half.replace(path)
 
 
 def load_model(run: Path, checkpoint: str = "best") -> Loaded:

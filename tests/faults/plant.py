@@ -30,10 +30,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from clue_dist.checkpoint import saver, shards
 from clue_dist.data.batch import Batch, SparseCounts
 from clue_dist.data.loader import Loader
 from clue_dist.ranks import Ranks
-from clue_dist.train import loop, pieces, saver
+from clue_dist.train import loop
 
 SIGNALS = {"term": signal.SIGTERM, "usr1": signal.SIGUSR1}
 VALUES: dict[str, Callable[[torch.Tensor], Any]] = {
@@ -212,8 +213,8 @@ def dump(folder: Path) -> None:
     def started(setup: Any, ranks: Ranks, *rest: Any) -> Any:
         engine, state = start(setup, ranks, *rest)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: view.clone() for name, view in pieces.tensors(engine, optimizer=True).items()}
-        metadata = {"shapes": json.dumps(pieces.shapes(engine))}
+        tensors = {name: view.clone() for name, view in shards.tensors(engine, optimizer=True).items()}
+        metadata = {"shapes": json.dumps(shards.shapes(engine))}
         save_file(tensors, folder / f"rank-{ranks.rank:05d}.safetensors", metadata=metadata)
         return engine, state
 

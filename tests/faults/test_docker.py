@@ -19,9 +19,9 @@ from signal import SIGKILL, SIGTERM
 
 import pytest
 
+from clue_dist.checkpoint import run_folder
 from clue_dist.store.manifest import Shard
 from clue_dist.store.writer import hash_file
-from clue_dist.train import checkpoint
 from tests.distributed.command import ROOT, launched, metrics, train_args
 from tests.faults.clean_root import CleanRoot, Container, copied, instructions, let_in, missing
 from tests.faults.command import saved_steps
@@ -205,7 +205,7 @@ def test_it_trains(image: Engine | CleanRoot, mounts: Mounts) -> None:
     assert code == 0, output
     run = mounts.runs / "tiny"
     assert len(metrics(run)) == metrics(run)[-1]["step"] > 5
-    assert checkpoint.damage(run / "checkpoints" / f"step-{saved_steps(run)[0]:08d}") is None
+    assert run_folder.damage(run / "checkpoints" / f"step-{saved_steps(run)[0]:08d}") is None
     assert {path.stat().st_uid for path in [run, *run.rglob("*")]} == {1000}
     assert hashes(mounts.stores) == before
 

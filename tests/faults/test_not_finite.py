@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from clue_dist.train import checkpoint
+from clue_dist.checkpoint import run_folder
 from tests.distributed.command import best_weights, largest_difference, metrics, run, spawned, train_args
 from tests.faults.command import planted, saved_steps, timeless
 from tests.ranks import GONE, HUNG
@@ -90,7 +90,7 @@ def test_five_in_a_row_end_the_run_and_leave_the_last_checkpoint(folder: Path) -
     assert "rank 0: values of rna" in said
     assert "Traceback" not in said
     assert saved_steps(folder / "abort") == [10, 5]
-    assert checkpoint.damage(folder / "abort" / "checkpoints" / "step-00000010") is None
+    assert run_folder.damage(folder / "abort" / "checkpoints" / "step-00000010") is None
     # What was planted is gone: it goes on, with the smaller steps that the message advises.
     assert "train.lr" in said
     assert "going on from step 10" in run(*spawned(2, *args, "--set", "train.lr=1e-4")).stdout

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from clue_dist.train import checkpoint, pieces
+from clue_dist.checkpoint import run_folder, shards
 from tests.distributed.command import alone, best_weights, largest_difference, metrics, run, spawned, train_args
 from tests.faults.command import planted, saved_steps, timeless
 from tests.ranks import GONE, HUNG
@@ -83,8 +83,8 @@ def same_state(a: Path, b: Path) -> float:
 
 def contents(folder: Path) -> dict[str, dict[str, Any]]:
     """Weights and whatever the optimizer keeps, each by parameter."""
-    parts = checkpoint.parts(folder)
-    return {key: pieces.full(parts, key) for key in sorted({key for key, *_ in pieces.saved(parts)})}
+    parts = run_folder.parts(folder)
+    return {key: shards.full(parts, key) for key in sorted({key for key, *_ in shards.saved(parts)})}
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 4), (4, 2)])
@@ -100,7 +100,7 @@ def test_it_goes_on_with_another_number_of_ranks(folder: Path, before: int, afte
     assert f"going on from step 10, saved by {before} ranks" in done.stdout
 
     begun = contents(folder / name / "begun")
-    assert len(checkpoint.parts(folder / name / "begun")) == after
+    assert len(run_folder.parts(folder / name / "begun")) == after
     assert max(largest_difference(saved[key], begun[key]) for key in saved) == 0.0  # the bar is 1e-6
     losses = [[line["loss"] for line in metrics(run)] for run in (whole, folder / name)]
     assert len(losses[1]) == STEPS
@@ -119,7 +119,7 @@ def test_it_goes_on_under_another_zero_stage_and_number_of_ranks(folder: Path, p
         run(*planted(ranks, [*args, "--set", f"train.zero_stage={stage}"], f"dump:{begun}", "term:0:10"), expect=75)
         newest = folder / name / "checkpoints" / "step-00000011"
         assert max(largest_difference(saved[k], contents(begun)[k]) for k in saved) == 0.0
-        assert all(values.isfinite().all() for values in pieces.full(checkpoint.parts(newest)).values())
+        assert all(values.isfinite().all() for values in shards.full(run_folder.parts(newest)).values())
         for path in newest.iterdir():  # so that the next stage begins at the same step
             path.unlink()
         newest.rmdir()

@@ -22,10 +22,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from clue_dist.checkpoint import run_folder
 from clue_dist.errors import LOST, ResumeError, SavingError, writing
 from clue_dist.ranks import Ranks
 from clue_dist.store.writer import hash_file
-from clue_dist.train import checkpoint
 from tests.distributed.command import (
     ROOT,
     alone,
@@ -63,7 +63,7 @@ def test_killed_in_mid_save_the_checkpoint_before_it_stands(folder: Path, place:
     run("python", "tests/faults/plant.py", f"saving:0:15:{place}", "--", *args, expect=-9)
     left = saved_steps(folder / place)
     assert left == {"named": [15, 10, 5], "pruning": [15, 10]}.get(place, [10, 5])
-    assert checkpoint.damage(folder / place / "checkpoints" / f"step-{left[0]:08d}") is None
+    assert run_folder.damage(folder / place / "checkpoints" / f"step-{left[0]:08d}") is None
     assert f"going on from step {left[0]}" in alone(*args).stdout
     assert timeless(folder / place) == timeless(folder / "whole")
     assert largest_difference(best_weights(folder / place), best_weights(folder / "whole")) == 0.0
@@ -106,22 +106,22 @@ def test_what_was_damaged_is_refused_and_the_one_before_it_used(
         victim = draw.choice(sorted((source / newest).iterdir()))
         there = shutil.copytree(source, tmp_path / str(i) / "checkpoints")
         harm(there / newest / victim.name, draw)
-        found = checkpoint.find(tmp_path / str(i), "auto", Ranks())
+        found = run_folder.find(tmp_path / str(i), "auto", Ranks())
         assert found is not None
         assert found.name == before, victim
         said = capsys.readouterr().out
-        assert (newest in said) == ((harm, victim.name) != (remove, checkpoint.COMMIT))  # without it, none was made
+        assert (newest in said) == ((harm, victim.name) != (remove, run_folder.COMMIT))  # without it, none was made
         with pytest.raises(ResumeError, match="cannot be used"):
-            checkpoint.find(tmp_path / str(i), str(there / newest), Ranks())
+            run_folder.find(tmp_path / str(i), str(there / newest), Ranks())
 
 
 @pytest.mark.parametrize("listing", ["{}", "[]", '{"state.json": {}}', "null", '"text"'])
 def test_a_marker_that_lists_no_weights_is_damaged(folder: Path, tmp_path: Path, listing: str) -> None:
     there = shutil.copytree(folder / "whole" / "checkpoints", tmp_path / "checkpoints")
     newest, before = saved_steps(folder / "whole")
-    (there / f"step-{newest:08d}" / checkpoint.COMMIT).write_text(listing)
+    (there / f"step-{newest:08d}" / run_folder.COMMIT).write_text(listing)
     shutil.copytree(there / f"step-{before:08d}", there / "step-old")  # somebody's copy is nobody's business
-    found = checkpoint.find(tmp_path, "auto", Ranks())
+    found = run_folder.find(tmp_path, "auto", Ranks())
     assert found == there / f"step-{before:08d}"
 
 
@@ -145,12 +145,12 @@ def _pipe(folder: Path, listing: dict[str, Any]) -> None:
 
 
 def _marker_pipe(folder: Path, listing: dict[str, Any]) -> None:
-    (folder / checkpoint.COMMIT).unlink()
-    os.mkfifo(folder / checkpoint.COMMIT)
+    (folder / run_folder.COMMIT).unlink()
+    os.mkfifo(folder / run_folder.COMMIT)
 
 
 def _marker_nested(folder: Path, listing: dict[str, Any]) -> None:
-    (folder / checkpoint.COMMIT).write_text("[" * 200_000)
+    (folder / run_folder.COMMIT).write_text("[" * 200_000)
 
 
 def _without_sizes(folder: Path, listing: dict[str, Any]) -> None:
@@ -167,34 +167,34 @@ def test_a_forged_checkpoint_is_refused(
     """Files elsewhere, pipes that nobody writes to, parts that nobody saved: named by hand, or put there."""
     there = shutil.copytree(folder / "whole" / "checkpoints", tmp_path / "checkpoints")
     newest, before = (there / f"step-{step:08d}" for step in saved_steps(folder / "whole"))
-    assert checkpoint.damage(newest) is None
-    listing = json.loads((newest / checkpoint.COMMIT).read_text())
+    assert run_folder.damage(newest) is None
+    listing = json.loads((newest / run_folder.COMMIT).read_text())
     forge(newest, listing)
     if forge not in MARKERS:
-        (newest / checkpoint.COMMIT).write_text(json.dumps(listing))
-    assert checkpoint.damage(newest) is not None
-    assert checkpoint.find(tmp_path, "auto", Ranks()) == before
+        (newest / run_folder.COMMIT).write_text(json.dumps(listing))
+    assert run_folder.damage(newest) is not None
+    assert run_folder.find(tmp_path, "auto", Ranks()) == before
 
 
 def test_a_checkpoint_of_another_run_is_not_gone_on_from_in_the_folder_of_a_run(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "whole", tmp_path / "mine")
-    newest = checkpoint.committed(folder / "whole" / "checkpoints")[0]
+    newest = run_folder.committed(folder / "whole" / "checkpoints")[0]
     with pytest.raises(ResumeError, match="already holds another run"):
-        checkpoint.find(tmp_path / "mine", str(newest), Ranks())
-    assert checkpoint.find(tmp_path / "new", str(newest), Ranks()) == newest
+        run_folder.find(tmp_path / "mine", str(newest), Ranks())
+    assert run_folder.find(tmp_path / "new", str(newest), Ranks()) == newest
     own = tmp_path / "mine" / "checkpoints" / newest.name
-    assert checkpoint.find(tmp_path / "mine", str(own), Ranks()) == own
+    assert run_folder.find(tmp_path / "mine", str(own), Ranks()) == own
 
 
 def test_the_same_command_goes_on_with_a_run_that_began_from_a_checkpoint_of_another(folder: Path) -> None:
-    newest = checkpoint.committed(folder / "whole" / "checkpoints")[0]
+    newest = run_folder.committed(folder / "whole" / "checkpoints")[0]
     args = [*args_of(folder, "branch", "train.epochs=9"), "--resume", str(newest)]
     done = run("python", "tests/faults/plant.py", "usr1:0:29", "--", *args, expect=75)
     assert "going on from step 27" in done.stdout
     assert "damaged" not in done.stdout
     assert "going on from step 30" in alone(*args).stdout
     assert saved_steps(folder / "branch")[0] == 41
-    other = checkpoint.committed(folder / "whole" / "checkpoints")[1]
+    other = run_folder.committed(folder / "whole" / "checkpoints")[1]
     assert "already holds another run" in alone(*args[:-1], str(other), expect=2).stderr
 
 
@@ -205,46 +205,46 @@ def test_a_later_attempt_of_a_slurm_job_goes_on_whatever_its_command_began_from(
     there = Path(shutil.copytree(folder / "whole" / "checkpoints", tmp_path / "checkpoints"))
     resume = resume if resume == "never" else str(there / resume)
     newest = there / "step-00000027"
-    state = json.loads((newest / checkpoint.STATE).read_text()) | {"job": "77"}
-    (newest / checkpoint.STATE).write_text(json.dumps(state))
-    listing = json.loads((newest / checkpoint.COMMIT).read_text())
-    listing[checkpoint.STATE] = hash_file(newest / checkpoint.STATE).model_dump()
-    (newest / checkpoint.COMMIT).write_text(json.dumps(listing))
-    monkeypatch.setattr(checkpoint, "JOB", "77")
+    state = json.loads((newest / run_folder.STATE).read_text()) | {"job": "77"}
+    (newest / run_folder.STATE).write_text(json.dumps(state))
+    listing = json.loads((newest / run_folder.COMMIT).read_text())
+    listing[run_folder.STATE] = hash_file(newest / run_folder.STATE).model_dump()
+    (newest / run_folder.COMMIT).write_text(json.dumps(listing))
+    monkeypatch.setattr(run_folder, "JOB", "77")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert checkpoint.find(tmp_path, resume, Ranks()) == newest
+    assert run_folder.find(tmp_path, resume, Ranks()) == newest
     for job, restarts in (("78", "1"), ("77", "0")):  # what another job saved; the job's first attempt
-        monkeypatch.setattr(checkpoint, "JOB", job)
+        monkeypatch.setattr(run_folder, "JOB", job)
         monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
         if resume == "never":
             with pytest.raises(ResumeError, match="already holds a run"):
-                checkpoint.find(tmp_path, resume, Ranks())
+                run_folder.find(tmp_path, resume, Ranks())
         else:
-            assert checkpoint.find(tmp_path, resume, Ranks()) == Path(resume)
+            assert run_folder.find(tmp_path, resume, Ranks()) == Path(resume)
 
 
 def test_damaged_best_weights_are_told(folder: Path) -> None:
     args = args_of(folder, "torn-best", "train.validate_every=5")
     alone(*args, "--set", "train.epochs=4")
-    (newest, *_) = checkpoint.committed(folder / "torn-best" / "best")
-    os.truncate(newest / checkpoint.WEIGHTS, 100)
+    (newest, *_) = run_folder.committed(folder / "torn-best" / "best")
+    os.truncate(newest / run_folder.WEIGHTS, 100)
     done = alone(*args)
-    assert f"{newest}, are damaged: {checkpoint.WEIGHTS} has another size" in done.stdout
-    assert checkpoint.damage(checkpoint.committed(folder / "torn-best" / "best")[0]) is None
+    assert f"{newest}, are damaged: {run_folder.WEIGHTS} has another size" in done.stdout
+    assert run_folder.damage(run_folder.committed(folder / "torn-best" / "best")[0]) is None
 
 
 def test_a_checkpoint_that_does_not_fit_leaves_those_after_it(folder: Path, tmp_path: Path) -> None:
     """Weights of another model, as of an older version, and signed."""
     shutil.copytree(folder / "whole", tmp_path / "older")
-    newest, before = checkpoint.committed(tmp_path / "older" / "checkpoints")
-    (part,) = checkpoint.parts(before)
+    newest, before = run_folder.committed(tmp_path / "older" / "checkpoints")
+    (part,) = run_folder.parts(before)
     save_file({"weights:0:model.other": torch.zeros(3)}, part, {"shapes": json.dumps({"model.other": [3]})})
-    listing = json.loads((before / checkpoint.COMMIT).read_text())
+    listing = json.loads((before / run_folder.COMMIT).read_text())
     listing[part.name] = hash_file(part).model_dump()
-    (before / checkpoint.COMMIT).write_text(json.dumps(listing))
+    (before / run_folder.COMMIT).write_text(json.dumps(listing))
     done = alone(*args_of(folder, str(tmp_path / "older")), "--resume", str(before), expect=2)
     assert "the weights do not fit" in done.stderr
-    assert checkpoint.committed(tmp_path / "older" / "checkpoints") == [newest, before]
+    assert run_folder.committed(tmp_path / "older" / "checkpoints") == [newest, before]
 
 
 def test_a_run_that_stopped_early_goes_on_with_more_patience(folder: Path) -> None:
@@ -268,7 +268,7 @@ def test_training_goes_on_from_the_one_before_a_damaged_one(folder: Path) -> Non
     assert "is damaged and not used" in done.stdout
     assert f"going on from step {before}" in done.stdout
     assert saved_steps(folder / "flipped")[0] == newest
-    assert checkpoint.damage(folder / "flipped" / "checkpoints" / f"step-{newest:08d}") is None
+    assert run_folder.damage(folder / "flipped" / "checkpoints" / f"step-{newest:08d}") is None
 
 
 @contextmanager
@@ -302,7 +302,7 @@ def test_a_full_disk_is_told_and_leaves_what_was_committed(folder: Path) -> None
         assert "Traceback" not in done.stderr
         there = saved_steps(folder / "full")
         assert there
-        assert all(checkpoint.damage(p) is None for p in checkpoint.committed(folder / "full" / "checkpoints"))
+        assert all(run_folder.damage(p) is None for p in run_folder.committed(folder / "full" / "checkpoints"))
         assert not list((folder / "full").rglob("*.partial"))
         subprocess.run(["mount", "-o", "remount,size=20M", str(folder / "full")], check=True)
         assert f"going on from step {there[0]}" in alone(*args).stdout
@@ -363,7 +363,7 @@ def test_a_disk_that_fills_up_under_two_ranks_is_told_once_and_they_go_on_when_t
         assert "Traceback" not in done.stderr
         there = saved_steps(folder / name)
         assert there
-        assert all(checkpoint.damage(p) is None for p in checkpoint.committed(folder / name / "checkpoints"))
+        assert all(run_folder.damage(p) is None for p in run_folder.committed(folder / name / "checkpoints"))
         assert not list((folder / name).rglob("*.partial"))
         subprocess.run(["mount", "-o", "remount,size=20M", str(folder / name)], check=True)
         assert f"going on from step {there[0]}" in run(*spawned(2, *args)).stdout

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from clue_dist.checkpoint.run_folder import State
 from clue_dist.ranks import Ranks
 from clue_dist.train import loop, validate
-from clue_dist.train.checkpoint import State
 
 
 @dataclass

@@ -18,8 +18,8 @@ from typing import Any
 
 import psutil
 
+from clue_dist.checkpoint import run_folder
 from clue_dist.ranks import Ranks
-from clue_dist.train import checkpoint
 from tests.benchmarks import common
 from tests.benchmarks.faults.jobs import Job, committed_at, job, last_step, partials, resumes_at, signalled
 from tests.distributed.command import best_weights, largest_difference, metrics, train_args
@@ -191,7 +191,7 @@ def damages(folder: Path, size: Size, shared: Path) -> common.Result:
         victim = draw.choice(sorted((there / "checkpoints" / newest.name).iterdir()))
         HARMS[number % 3](victim, draw)
         with contextlib.redirect_stdout(io.StringIO()):
-            chosen = checkpoint.find(there, "auto", Ranks())
+            chosen = run_folder.find(there, "auto", Ranks())
         used += chosen is not None and chosen.name == newest.name
         found += chosen is not None and chosen.name == before.name
     return {"numbers": {"damages": 3 * size.damages, "used": used, "the one before used": found}, "bars": [used, found]}

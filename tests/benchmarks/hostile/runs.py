@@ -12,11 +12,11 @@ import numpy as np
 from torch import Tensor
 
 from clue_dist import config as configs
+from clue_dist.checkpoint import run_folder
 from clue_dist.embed import embed_store
 from clue_dist.ranks import Ranks
 from clue_dist.store.reader import Store
 from clue_dist.store.writer import hash_file
-from clue_dist.train import checkpoint
 from clue_dist.train.trained import load_model
 from tests.benchmarks.hostile import spoil
 from tests.benchmarks.hostile.hdf5 import in_bytes
@@ -60,20 +60,20 @@ def embedded(root: Path, base: Path, folder: Path, fits: bool) -> None:
 
 
 def resumed(root: Path, base: Path, fits: bool) -> None:
-    found = checkpoint.find(root, "auto", Ranks())
+    found = run_folder.find(root, "auto", Ranks())
     if found is None:
         return
     config = configs.load(base / "run" / "config.json")
-    checkpoint.check_same_run(root, config, Store(str(base / "s.zarr")).fingerprint, found)
+    run_folder.check_same_run(root, config, Store(str(base / "s.zarr")).fingerprint, found)
     model = load_model(base / "run").model
-    checkpoint.load_weights(model, found, "choose another")
+    run_folder.load_weights(model, found, "choose another")
     if fits:
         _same(model.state_dict(), _weights(base / "run" / "checkpoints" / found.name))
 
 
 @lru_cache
 def _weights(folder: Path) -> dict[str, Tensor]:
-    return checkpoint.weights(folder)
+    return run_folder.weights(folder)
 
 
 def _same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -113,7 +113,7 @@ def _another(path: Path, kind: int, folder: Path) -> str:
 
 def _sign(path: Path) -> None:
     """COMMIT.json with what lies there now."""
-    commit = path.parent / checkpoint.COMMIT
+    commit = path.parent / run_folder.COMMIT
     if path != commit and path.is_file() and not path.is_symlink():
         listing = json.loads(commit.read_text())
         listing[path.name] = hash_file(path).model_dump()

@@ -27,13 +27,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from clue_dist import config as configs
+from clue_dist.checkpoint import shards
 from clue_dist.config import Config
 from clue_dist.errors import ResumeError, listed, writing
 from clue_dist.model.clue import CLUE
 from clue_dist.process import tell
 from clue_dist.ranks import Ranks
 from clue_dist.store.writer import hash_file
-from clue_dist.train import pieces
 from clue_dist.train.lock import JOB
 
 COMMIT, STATE, WEIGHTS, PARTS = "COMMIT.json", "state.json", "weights.safetensors", "rank-*.safetensors"
@@ -289,7 +289,7 @@ def restore(build: Callable[[Callable[[CLUE], None]], Any], checkpoint: Path, st
     fix = "go on with the version of clue_dist that began the run"
     engine = build(lambda model: load_weights(model, checkpoint, fix))
     try:
-        pieces.put(engine, parts(checkpoint), state.updates)
+        shards.put(engine, parts(checkpoint), state.updates)
     except UNFIT as error:
         raise ResumeError("the checkpoint does not fit the model", where=checkpoint, got=error, fix=fix) from error
     return engine
@@ -305,7 +305,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
     if (folder / WEIGHTS).exists():
         kept: dict[str, Tensor] = load_file(folder / WEIGHTS)
         return kept
-    return {name.removeprefix(MODEL): values for name, values in pieces.full(parts(folder)).items()}
+    return {name.removeprefix(MODEL): values for name, values in shards.full(parts(folder)).items()}
 
 
 def load_weights(model: CLUE, folder: Path, fix: str) -> None:

@@ -24,12 +24,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from clue_dist.checkpoint import shards
+from clue_dist.checkpoint.run_folder import COMMIT, MODEL, STATE, WEIGHTS, State, best_step_of, committed, step_of
 from clue_dist.errors import ClueError, SavingError, writing
 from clue_dist.process import tell
 from clue_dist.ranks import Ranks
 from clue_dist.store.writer import hash_file, sync
-from clue_dist.train import pieces
-from clue_dist.train.checkpoint import COMMIT, MODEL, STATE, WEIGHTS, State, best_step_of, committed, step_of
 
 Kind = Literal["checkpoints", "best"]
 Listing = dict[str, dict[str, Any]]  # file -> size and hash, what COMMIT.json holds
@@ -50,7 +50,7 @@ class Saver:
         self._before_commit = before_commit or _nothing
         # Ranks of an attempt that is over for Slurm may live on for a while: they must not write where we do.
         self._attempt = ranks.from_first(lambda: secrets.token_hex(4))
-        self._shapes = json.dumps(pieces.shapes(engine))
+        self._shapes = json.dumps(shards.shapes(engine))
         self._copier, self._writer = _Worker("copy"), _Worker("write")
         self._copies: list[Future[Any]] = []
         self._writes: list[tuple[int, Future[Any]]] = []  # by step
@@ -111,7 +111,7 @@ class Saver:
         # No more is held in memory than what one earlier step and this one save.
         self._wait([write for step, write in self._writes if step < state.step])
         began = time.perf_counter()
-        views = pieces.tensors(self._engine, optimizer)
+        views = shards.tensors(self._engine, optimizer)
         copied = self._copier.do(_copier(views))
         self._copies.append(copied)
         self._writes = [(step, w) for step, w in self._writes if not w.done() or w.exception()]
@@ -173,7 +173,7 @@ class Saver:
 def _merge(partial: Path, listing: Listing) -> Listing:
     """The ranks' parts as one file, to be shared and read by other tools."""
     files = [partial / name for name in sorted(listing)]
-    whole = pieces.full(files)
+    whole = shards.full(files)
     merged = {name.removeprefix(MODEL): values for name, values in whole.items()}
     for file in files:
         file.unlink()

@@ -1,0 +1,42 @@
+"""What describes a trained run in its folder: config.json and model.json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from clue_dist.config import Config
+from clue_dist.errors import writing
+from clue_dist.store.manifest import Modality
+from clue_dist.store.reader import Store
+from clue_dist.store.writer import sync
+
+
+class ModelCard(BaseModel):
+    """model.json: what the weights expect of a store."""
+
+    model_config = ConfigDict(extra="forbid")
+    fingerprint: str
+    modalities: dict[str, Modality] = Field(min_length=1)
+    batches: list[str]
+
+
+def describe(run: Path, store: Store, config: Config) -> None:
+    """Write config.json and model.json: a run folder explains itself a year later."""
+    card = ModelCard(
+        fingerprint=store.fingerprint, modalities=store.manifest.modalities, batches=store.manifest.batches
+    )
+    with writing("what the run is", run):
+        run.mkdir(parents=True, exist_ok=True)
+        _replace(run / "config.json", config.write)
+        _replace(run / "model.json", lambda path: path.write_text(card.model_dump_json(indent=1)))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Old or new, never half."""
+    half = path.with_suffix(".partial")
+    write(half)
+    sync(half)
+    half.replace(path)
