@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clue_dist.data.buffers import Buffers
-from clue_dist.data.phases import phase
+from clue_dist.data.timing import phase
 from clue_dist.store.reader import Store
 from clue_dist.store.rows import Located
 

@@ -14,8 +14,8 @@ import numpy as np
 from clue_dist.allocator import keep_freed_memory
 from clue_dist.data.batch import Batch, Part, assemble
 from clue_dist.data.buffers import Buffers
-from clue_dist.data.phases import phase
 from clue_dist.data.plan import Plan
+from clue_dist.data.timing import phase
 from clue_dist.errors import ConfigError, ServerError, StoreError
 from clue_dist.store.layout import blocks_of
 from clue_dist.store.pool import Pool, Reading

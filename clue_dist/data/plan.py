@@ -26,7 +26,7 @@ from functools import cached_property
 
 import numpy as np
 
-from clue_dist.data.phases import phase
+from clue_dist.data.timing import phase
 from clue_dist.errors import ConfigError
 from clue_dist.store.layout import group_of
 from clue_dist.store.shuffle import key_of, permute

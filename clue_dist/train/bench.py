@@ -16,7 +16,7 @@ import torch
 
 from clue_dist.data.batch import Batch, SparseCounts
 from clue_dist.data.loader import AHEAD, STRETCH
-from clue_dist.data.phases import watch
+from clue_dist.data.timing import watch
 from clue_dist.ranks import Ranks
 from clue_dist.train.engine import build, join
 from clue_dist.train.loop import loader_at

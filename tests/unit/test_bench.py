@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clue_dist.data.phases import phase, watch
+from clue_dist.data.timing import phase, watch
 from clue_dist.errors import ConfigError
 from clue_dist.ranks import Ranks
 from clue_dist.train import bench
