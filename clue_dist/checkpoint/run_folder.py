@@ -33,8 +33,8 @@ from clue_dist.errors import ResumeError, listed, writing
 from clue_dist.model.clue import CLUE
 from clue_dist.process import tell
 from clue_dist.ranks import Ranks
+from clue_dist.resilience.run_lock import JOB
 from clue_dist.store.writer import hash_file
-from clue_dist.train.lock import JOB
 
 COMMIT, STATE, WEIGHTS, PARTS = "COMMIT.json", "state.json", "weights.safetensors", "rank-*.safetensors"
 NAME = re.compile(r"step-\d+")

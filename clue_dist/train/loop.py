@@ -17,16 +17,16 @@ from clue_dist.data.batch import Batch
 from clue_dist.data.loader import Loader
 from clue_dist.model.noise import Noise
 from clue_dist.ranks import Ranks
+from clue_dist.resilience.peers import Peers
+from clue_dist.resilience.run_lock import JOB, alone_in
+from clue_dist.resilience.stop_signals import StopFlag
 from clue_dist.train import validate
 from clue_dist.train.engine import build, join
 from clue_dist.train.health import judged
-from clue_dist.train.lock import JOB, alone_in
 from clue_dist.train.meter import Meter
-from clue_dist.train.peers import Peers
 from clue_dist.train.setup import Setup
 from clue_dist.train.sinks import Sinks
 from clue_dist.train.step import train_step
-from clue_dist.train.stop import StopFlag
 
 
 @dataclass(frozen=True)

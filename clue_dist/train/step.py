@@ -15,8 +15,8 @@ from clue_dist.checkpoint.saver import Saver
 from clue_dist.data.batch import Batch
 from clue_dist.model.noise import Noise
 from clue_dist.ranks import Ranks
+from clue_dist.resilience.stop_signals import StopFlag
 from clue_dist.train.setup import Setup
-from clue_dist.train.stop import StopFlag
 
 
 @dataclass(frozen=True)

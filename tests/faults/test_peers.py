@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from clue_dist.errors import LOST
-from clue_dist.train import peers
+from clue_dist.resilience import peers
 from tests.distributed.command import ROOT, environment
 
 WORLD, SILENCE = 3, 4.0
@@ -25,7 +25,7 @@ import sys, time
 import torch, torch.distributed as dist
 from clue_dist.errors import run_main
 from clue_dist.ranks import Ranks
-from clue_dist.train.peers import Peers
+from clue_dist.resilience.peers import Peers
 
 def main():
     ranks = Ranks.from_env().init()
@@ -83,7 +83,7 @@ import sys
 import torch, torch.distributed as dist
 from clue_dist.errors import StoreError, run_main
 from clue_dist.ranks import Ranks
-from clue_dist.train.peers import Peers
+from clue_dist.resilience.peers import Peers
 
 def main():
     ranks = Ranks.from_env().init()
@@ -114,7 +114,7 @@ import os, signal, sys, time
 import torch.distributed as dist
 from clue_dist.errors import run_main
 from clue_dist.ranks import Ranks
-from clue_dist.train.peers import Peers
+from clue_dist.resilience.peers import Peers
 
 WAITS = {
     "a loop of its own": lambda ranks: time.sleep(60),
@@ -164,7 +164,7 @@ STRANGER = """
 import socket, time
 import torch, torch.distributed as dist
 from clue_dist.ranks import Ranks
-from clue_dist.train.peers import GRACE, Peers
+from clue_dist.resilience.peers import GRACE, Peers
 
 ranks = Ranks.from_env().init()
 with Peers(ranks):
@@ -192,7 +192,7 @@ import os, signal, sys, time
 import torch, torch.distributed as dist
 from clue_dist.errors import TrainingError, run_main
 from clue_dist.ranks import Ranks
-from clue_dist.train.peers import GRACE, Peers
+from clue_dist.resilience.peers import GRACE, Peers
 
 def main():
     ranks = Ranks.from_env().init()
@@ -230,7 +230,7 @@ import time
 import torch, torch.distributed as dist
 from clue_dist.errors import run_main
 from clue_dist.ranks import Ranks
-from clue_dist.train.peers import Peers
+from clue_dist.resilience.peers import Peers
 
 def main():
     ranks = Ranks.from_env().init()
@@ -266,7 +266,7 @@ import sys, time
 import torch, torch.distributed as dist
 from clue_dist.errors import StoreError, run_main
 from clue_dist.ranks import Ranks
-from clue_dist.train.peers import Peers
+from clue_dist.resilience.peers import Peers
 
 def main():
     ranks = Ranks.from_env().init()
@@ -295,7 +295,7 @@ import time
 import torch, torch.distributed as dist
 from clue_dist.errors import StoreError, run_main
 from clue_dist.ranks import Ranks
-from clue_dist.train.peers import Peers
+from clue_dist.resilience.peers import Peers
 
 def main():
     ranks = Ranks.from_env().init()

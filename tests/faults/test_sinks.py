@@ -18,8 +18,9 @@ import pytest
 from clue_dist.config import Config, LogConfig
 from clue_dist.errors import ResumeError
 from clue_dist.ranks import Ranks
-from clue_dist.train import lock, sinks
-from clue_dist.train.lock import alone_in
+from clue_dist.resilience import run_lock
+from clue_dist.resilience.run_lock import alone_in
+from clue_dist.train import sinks
 from clue_dist.train.sinks import Sinks
 from tests.distributed.command import ROOT, environment, metrics, run, spawned, train_args
 from tests.faults.command import saved_steps
@@ -138,7 +139,7 @@ def test_lines_are_taken_while_a_checkpoint_waits_for_a_slow_disk(
 
 
 def test_an_earlier_attempt_of_the_same_job_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "JOB", "77")
+    monkeypatch.setattr(run_lock, "JOB", "77")
     went_in = threading.Event()
 
     def again() -> None:
@@ -152,7 +153,7 @@ def test_an_earlier_attempt_of_the_same_job_is_waited_for(tmp_path: Path, monkey
         assert later.is_alive(), "it was refused"
     assert went_in.wait(20)
     later.join()
-    monkeypatch.setattr(lock, "EARLIER_ATTEMPT", 1.0)
+    monkeypatch.setattr(run_lock, "EARLIER_ATTEMPT", 1.0)
     with alone_in(tmp_path, Ranks()), pytest.raises(ResumeError, match="Slurm job 77"), alone_in(tmp_path, Ranks()):
         raise AssertionError("not reached")
 
@@ -192,7 +193,7 @@ def test_a_run_folder_that_is_not_shared_is_told_on_all_ranks(tmp_path: Path) ->
         from pathlib import Path
         from clue_dist.errors import ResumeError
         from clue_dist.ranks import Ranks
-        from clue_dist.train.lock import alone_in
+        from clue_dist.resilience.run_lock import alone_in
         ranks = Ranks.from_env().init()
         try:
             with alone_in(Path({str(tmp_path)!r}) / f"disk-of-{{ranks.rank}}", ranks):

@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from clue_dist.ranks import Ranks
-from clue_dist.train import lines
-from clue_dist.train.lines import Lines
+from clue_dist.resilience import lines
+from clue_dist.resilience.lines import Lines
 
 
 class Store(dict[str, bytes]):

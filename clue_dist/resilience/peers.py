@@ -23,7 +23,7 @@ from typing import NamedTuple, NoReturn
 from clue_dist.errors import ClueError, LostError
 from clue_dist.process import say
 from clue_dist.ranks import Ranks
-from clue_dist.train.lines import Lines
+from clue_dist.resilience.lines import Lines
 
 BEAT = 1.0  # seconds between two signs of life
 SILENCE = 15.0  # seconds that a rank is missed, which begins with the third sign that does not come
