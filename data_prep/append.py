@@ -22,8 +22,8 @@ import numpy as np
 
 from clue_dist.errors import DataError, StoreError, listed
 from clue_dist.store import layout, svd
+from clue_dist.store.location import Place, place_of
 from clue_dist.store.manifest import Manifest, Shard
-from clue_dist.store.place import Place, place_of
 from clue_dist.store.reader import Store, StratumReader
 from clue_dist.store.writer import metadata
 from data_prep.cells import Cells

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from clue_dist.errors import ServerError, StoreError
-from clue_dist.store import layout, place, svd
+from clue_dist.store import layout, location, svd
+from clue_dist.store.location import Place
 from clue_dist.store.manifest import Manifest, Shard
-from clue_dist.store.place import Place
 from clue_dist.store.reader import StratumReader
 from clue_dist.store.rows import misfit
 from clue_dist.store.writer import hash_file
@@ -28,7 +28,7 @@ def check(where: str | Place) -> list[str]:
     Raises:
         StoreError: there is no store, its manifest cannot be used at all, or its server fails.
     """
-    root = place.place_of(where)
+    root = location.place_of(where)
     manifest = Manifest.read(root)
     manifest.verify(root)
     problems, side_files = svd.verify(root, manifest)
@@ -67,7 +67,7 @@ def _all(title: str, function: Callable[[Any], list[str]], items: list[Any]) -> 
 
 
 def _manifest_file(root: Place, manifest: Manifest) -> list[str]:
-    content = place.read(root, layout.MANIFEST)
+    content = location.read(root, layout.MANIFEST)
     if content is not None and manifest.sealed(content):
         return []
     return [f"{layout.MANIFEST}: changed after it was written, where its fingerprint does not see it"]
@@ -75,7 +75,7 @@ def _manifest_file(root: Place, manifest: Manifest) -> list[str]:
 
 def _verify_file(root: Place, key: str, expected: Shard) -> list[str]:
     try:
-        place.require_plain(root, key)
+        location.require_plain(root, key)
         got = _hash(root, key, expected)
     except ServerError:
         raise
@@ -97,13 +97,13 @@ def _hash(root: Place, key: str, expected: Shard) -> Shard | None:
             return None
         size = (root / key).stat().st_size
         return hash_file(root / key) if size == expected.bytes else Shard(bytes=size, sha256="")
-    content = place.read(root, key)
+    content = location.read(root, key)
     return None if content is None else Shard(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
 def _extra_files(root: Place, manifest: Manifest, side_files: Collection[str]) -> list[str]:
     known = {layout.MANIFEST, *manifest.metadata, *manifest.shards, *side_files}
-    extra = [f for f in sorted(place.names(root) or []) if f not in known]
+    extra = [f for f in sorted(location.names(root) or []) if f not in known]
     folders = {f: f.split("/")[1] for f in extra if f.startswith("strata/") and f.count("/") > 1}
     strays = {f: name for f, name in folders.items() if name not in manifest.strata}
     fix = "perhaps of an addition that was broken off: type that again, or remove this folder"

@@ -9,8 +9,8 @@ from typing import Any, get_args
 
 from clue_dist.errors import DataError, StoreError, typed_path
 from clue_dist.store import layout
+from clue_dist.store.location import place_of
 from clue_dist.store.manifest import Manifest
-from clue_dist.store.place import place_of
 from data_prep import inspect, svd
 from data_prep.append import append, appended
 from data_prep.check import check

@@ -24,8 +24,8 @@ import clue_dist
 from clue_dist.errors import listed
 from clue_dist.store import layout
 from clue_dist.store.layout import Codec
+from clue_dist.store.location import place_of
 from clue_dist.store.manifest import Manifest, Shard
-from clue_dist.store.place import place_of
 from clue_dist.store.writer import Cells as ShardCells
 from clue_dist.store.writer import commit, create, write_shard
 from data_prep import cells as cell_table

@@ -33,8 +33,8 @@ from clue_dist.kinds import NORMALISE
 from clue_dist.normalise import Rows, column_sums, inverse_frequency, normalised, spread, standard
 from clue_dist.store import layout
 from clue_dist.store import svd as stored
+from clue_dist.store.location import place_of, require_plain
 from clue_dist.store.manifest import Manifest
-from clue_dist.store.place import place_of, require_plain
 from clue_dist.store.reader import StratumReader
 from clue_dist.store.rows import Csr
 from clue_dist.store.svd import Note, Svd

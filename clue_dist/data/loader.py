@@ -17,8 +17,8 @@ from clue_dist.data.buffers import Buffers
 from clue_dist.data.plan import Plan
 from clue_dist.data.timing import phase
 from clue_dist.errors import ConfigError, ServerError, StoreError
+from clue_dist.store.block_pool import Pool, Reading
 from clue_dist.store.layout import blocks_of
-from clue_dist.store.pool import Pool, Reading
 from clue_dist.store.reader import Store, StratumReader
 
 AHEAD = 20  # micro-batches, at least, whose blocks are being read while another is built

@@ -15,10 +15,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 
 from clue_dist.errors import StoreError
 from clue_dist.kinds import STORAGE, Kind, Storage
-from clue_dist.store import layout, place
+from clue_dist.store import layout, location
 from clue_dist.store.layout import ArraySpec, Codec
-from clue_dist.store.notes import Notes
-from clue_dist.store.place import Place
+from clue_dist.store.location import Place
+from clue_dist.store.provenance import Notes
 
 
 class _Strict(BaseModel):
@@ -219,7 +219,7 @@ class Manifest(_Strict):
             StoreError: no store there, an unfinished conversion, a manifest that is not ours or was edited; a server
                 that fails.
         """
-        path, content = root / layout.MANIFEST, place.read(root, layout.MANIFEST)
+        path, content = root / layout.MANIFEST, location.read(root, layout.MANIFEST)
         if content is None:
             unfinished = isinstance(root, Path) and root.with_name(root.name + ".partial").exists()
             fix = (

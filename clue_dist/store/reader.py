@@ -9,15 +9,15 @@ import numpy as np
 import tensorstore as ts
 
 from clue_dist.errors import StoreError
-from clue_dist.store import layout, place
+from clue_dist.store import layout, location
 from clue_dist.store.kernels import row_starts
 from clue_dist.store.layout import ArraySpec
+from clue_dist.store.location import Place
 from clue_dist.store.manifest import Manifest
-from clue_dist.store.place import Place
 from clue_dist.store.rows import CHECK, Blocks, Csr, Located
 
 # Opening a handle caches nothing: the loader keeps the blocks it needs, once.
-_CONTEXT = {"cache_pool": {"total_bytes_limit": 0}, **place.RETRIES}
+_CONTEXT = {"cache_pool": {"total_bytes_limit": 0}, **location.RETRIES}
 
 
 @dataclass(frozen=True)
@@ -124,14 +124,14 @@ class StratumReader:
         return np.ascontiguousarray(letters).view(f"S{letters.shape[1]}").reshape(-1)
 
     def _open(self, spec: ArraySpec) -> Any:
-        folder, kvstore = self.root / spec.path, place.kvstore(self.root, spec.path)
-        place.require_plain(self.root, f"{spec.path}/zarr.json", most=layout.METADATA_BYTES)
+        folder, kvstore = self.root / spec.path, location.kvstore(self.root, spec.path)
+        location.require_plain(self.root, f"{spec.path}/zarr.json", most=layout.METADATA_BYTES)
         request = {"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False}
         try:
             array = ts.open(request, read=True, open=True, context=self._context, recheck_cached_data=False).result()
         except (ValueError, OSError) as error:
             what = "an array of the store cannot be opened"
-            raise place.failed(error, self.root, what, where=folder, fix=CHECK) from None
+            raise location.failed(error, self.root, what, where=folder, fix=CHECK) from None
         found, expected = array.spec().to_json()["metadata"], layout.metadata(spec)
         if differ := [key for key, value in expected.items() if found.get(key) != value]:
             got, wanted = ({key: of.get(key) for key in differ} for of in (found, expected))
@@ -152,7 +152,7 @@ class StratumReader:
         spec, known = self._specs[name], self._plain[name]
         new = set((np.asarray(blocks) // spec.shard[0]).tolist()) - known
         for shard in new:
-            place.require_plain(self.root, spec.file(shard), most=spec.shard_bytes)
+            location.require_plain(self.root, spec.file(shard), most=spec.shard_bytes)
         known |= new
 
     def _start(self, name: str, blocks: np.ndarray) -> Any:
@@ -173,7 +173,7 @@ class StratumReader:
         try:
             return future.result()
         except (ValueError, OSError) as error:
-            raise place.failed(
+            raise location.failed(
                 error,
                 self.root,
                 "part of the store is missing or damaged",
@@ -195,8 +195,8 @@ class Store:
     """
 
     def __init__(self, root: str | Place) -> None:
-        self.root = place.place_of(root)
-        place.require_plain(self.root)
+        self.root = location.place_of(root)
+        location.require_plain(self.root)
         self.manifest = Manifest.read(self.root)
         self.strata = {name: StratumReader(self.root, self.manifest, name) for name in self.manifest.strata}
 

@@ -23,9 +23,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from clue_dist.errors import StoreError
-from clue_dist.store import place
+from clue_dist.store import location
+from clue_dist.store.location import Place
 from clue_dist.store.manifest import Manifest, Shard
-from clue_dist.store.place import Place
 
 FOLDER = "svd"
 VERSION = 1
@@ -104,7 +104,7 @@ def read_note(root: Place, manifest: Manifest, modality: str) -> Note | None:
     Raises:
         StoreError: it is damaged, or of other cells; a server that fails.
     """
-    where, content = root / _name(modality), place.read(root, _name(modality), optional=True, most=_NOTE_BYTES)
+    where, content = root / _name(modality), location.read(root, _name(modality), optional=True, most=_NOTE_BYTES)
     if content is None:
         return None
     try:
@@ -130,7 +130,7 @@ def read(root: Place, manifest: Manifest, modality: str) -> Svd | None:
     note = read_note(root, manifest, modality)
     if note is None:
         return None
-    where, content = root / note.arrays_name, place.read(root, note.arrays_name, most=note.arrays.bytes)
+    where, content = root / note.arrays_name, location.read(root, note.arrays_name, most=note.arrays.bytes)
     if content is None:
         raise _damaged(where, "no such file")
     got = Shard(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())

@@ -21,7 +21,7 @@ from clue_dist.data.buffers import Buffers
 from clue_dist.data.loader import HELD, STRETCH, BlockCache, Loader, slots_for
 from clue_dist.data.plan import Plan
 from clue_dist.errors import ConfigError, StoreError
-from clue_dist.store.pool import Pool, Reading
+from clue_dist.store.block_pool import Pool, Reading
 from clue_dist.store.reader import Store
 from clue_dist.store.rows import Blocks, Csr, Located, coded
 from tests.stores import make_store

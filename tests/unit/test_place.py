@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from clue_dist.errors import LOST, StoreError
-from clue_dist.store import place
+from clue_dist.store import location
 from clue_dist.store.reader import Store
 from tests.stores import make_store
 
@@ -34,7 +34,7 @@ def test_what_the_system_says_of_a_file(
 def test_what_tensorstore_says_of_it(tmp_path: Path, number: int, code: int) -> None:
     """Its words, with the number of another error in the place of the one that can be brought about here."""
     root = make_store(tmp_path / "s.zarr", cells={"rna": 30}, features={"rna": 10}).root
-    opened = place._open(root)
+    opened = location._open(root)
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, limit[1]))
     try:
@@ -45,4 +45,4 @@ def test_what_tensorstore_says_of_it(tmp_path: Path, number: int, code: int) -> 
     said = str(met.value)
     assert f"os_error_code='{int(errno.EMFILE)}'" in said
     error = ValueError(said.replace(f"'{int(errno.EMFILE)}'", f"'{int(number)}'"))
-    assert place.failed(error, root, "what", where="here").exit_code == code
+    assert location.failed(error, root, "what", where="here").exit_code == code

@@ -15,8 +15,8 @@ import torch
 from clue_dist.data.loader import Loader
 from clue_dist.data.plan import Plan
 from clue_dist.errors import StoreError
-from clue_dist.store import place, reader, svd
-from clue_dist.store.place import Remote, kvstore, place_of
+from clue_dist.store import location, reader, svd
+from clue_dist.store.location import Remote, kvstore, place_of
 from clue_dist.store.reader import Store
 from clue_dist.store.rows import Blocks
 from data_prep import inspect
@@ -42,8 +42,8 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     patience = {"max_retries": 3, "initial_delay": "20ms", "max_delay": "50ms"}
-    for name in place.RETRIES:
-        monkeypatch.setitem(place.RETRIES, name, patience)
+    for name in location.RETRIES:
+        monkeypatch.setitem(location.RETRIES, name, patience)
         monkeypatch.setitem(reader._CONTEXT, name, patience)
     with serve() as server:
         for name, value in server.environment.items():
@@ -149,9 +149,9 @@ def test_a_server_that_is_down_is_given_up_after_some_tries(s3: S3, url: str, mo
 
 
 def test_patience_without_a_test_is_bounded() -> None:
-    assert reader._CONTEXT.items() >= place.RETRIES.items()
+    assert reader._CONTEXT.items() >= location.RETRIES.items()
     seconds = {"250ms": 0.25, "8s": 8.0}
-    for given in place.RETRIES.values():
+    for given in location.RETRIES.values():
         delays = [min(seconds[given["initial_delay"]] * 2**i, seconds[given["max_delay"]]) for i in range(8)]
         assert given["max_retries"] == 8
         assert sum(delays) < 60
