@@ -22,8 +22,8 @@ from clue_dist.resilience.run_lock import JOB, alone_in
 from clue_dist.resilience.stop_signals import StopFlag
 from clue_dist.train import validate
 from clue_dist.train.engine import build, join
-from clue_dist.train.health import judged
 from clue_dist.train.meter import Meter
+from clue_dist.train.not_finite import judged
 from clue_dist.train.setup import Setup
 from clue_dist.train.sinks import Sinks
 from clue_dist.train.step import train_step

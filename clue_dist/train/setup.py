@@ -19,7 +19,7 @@ from clue_dist.model.clue import ModalitySpec, specs_of
 from clue_dist.store.layout import group_of
 from clue_dist.store.reader import Store
 from clue_dist.store.svd import Svd
-from clue_dist.train.projection import Start, starts
+from clue_dist.train.projection_start import Start, starts
 
 
 @dataclass(frozen=True)
