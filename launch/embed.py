@@ -3,8 +3,8 @@
 Under `deepspeed`, torchrun or srun the store is split over the ranks.
 """
 
-from clue_dist.command import opened, parser_of
-from clue_dist.embed import check_output, embed_store
+from clue_dist.inference.arguments import opened, parser_of
+from clue_dist.inference.embed import check_output, embed_store
 from clue_dist.process import run_main
 
 

@@ -3,8 +3,8 @@
 Under `deepspeed`, torchrun or srun the work is split over the ranks.
 """
 
-from clue_dist.command import opened, parser_of
-from clue_dist.evaluate import check_scores, evaluate_store, table
+from clue_dist.inference.arguments import opened, parser_of
+from clue_dist.inference.evaluate import check_scores, evaluate_store, table
 from clue_dist.process import run_main
 
 

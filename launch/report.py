@@ -6,8 +6,8 @@ Writes RUN/report/index.html; the last line printed is its path.
 import argparse
 
 from clue_dist.errors import typed_path
+from clue_dist.inference.report import write_report
 from clue_dist.process import run_main
-from clue_dist.report import write_report
 
 
 def main() -> None:

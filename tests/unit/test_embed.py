@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from clue_dist.data.batch import read_batch
-from clue_dist.embed import check_features, embed_store
 from clue_dist.errors import ConfigError, ResumeError, StoreError
+from clue_dist.inference.embed import embed_store
+from clue_dist.inference.stream import check_features
 from clue_dist.store.manifest import Modality
 from clue_dist.store.reader import Store
 from tests.fakes import FakeLoaded
@@ -122,7 +123,7 @@ def test_ranks_write_what_one_writes(store, loaded, tmp_path, world, batch_size)
     code = """
         from pathlib import Path
         from clue_dist import embed
-        from clue_dist.embed import embed_store
+        from clue_dist.inference.embed import embed_store
         from clue_dist.ranks import Ranks
         from clue_dist.store.reader import Store
         from tests.fakes import FakeLoaded
@@ -215,7 +216,7 @@ def test_an_error_of_one_rank_is_raised_on_all(store, tmp_path):
     code = """
         import torch
         from pathlib import Path
-        from clue_dist.embed import embed_store
+        from clue_dist.inference.embed import embed_store
         from clue_dist.errors import ResumeError
         from clue_dist.ranks import Ranks
         from clue_dist.store.reader import Store

@@ -12,7 +12,7 @@ import pytest
 from clue_dist import matching
 from clue_dist.data.batch import read_batch
 from clue_dist.errors import ConfigError, StoreError
-from clue_dist.evaluate import evaluate_store, paired_cells, table
+from clue_dist.inference.evaluate import evaluate_store, paired_cells, table
 from tests.fakes import FakeLoaded
 from tests.processes import run_ranks
 from tests.stores import make_store
@@ -59,7 +59,7 @@ def test_every_cell_that_carries_both_counts(store, tmp_path):
 def test_two_ranks_score_as_one(store, tmp_path):
     code = """
         from pathlib import Path
-        from clue_dist.evaluate import evaluate_store
+        from clue_dist.inference.evaluate import evaluate_store
         from clue_dist.ranks import Ranks
         from clue_dist.store.reader import Store
         from tests.fakes import FakeLoaded

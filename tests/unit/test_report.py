@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from clue_dist import report
 from clue_dist.errors import ConfigError
+from clue_dist.inference import report
 
 
 @pytest.fixture

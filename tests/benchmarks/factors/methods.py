@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from clue_dist.config import load
-from clue_dist.embed import embed_store
+from clue_dist.inference.embed import embed_store
+from clue_dist.inference.load_model import Loaded
 from clue_dist.store.reader import Store
 from clue_dist.train.setup import prepare
-from clue_dist.train.trained import Loaded
 from tests.benchmarks import mosaic as mosaics
 from tests.benchmarks.common import once
 from tests.benchmarks.factors import common_space

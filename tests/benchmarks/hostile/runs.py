@@ -13,11 +13,11 @@ from torch import Tensor
 
 from clue_dist import config as configs
 from clue_dist.checkpoint import run_folder
-from clue_dist.embed import embed_store
+from clue_dist.inference.embed import embed_store
+from clue_dist.inference.load_model import load_model
 from clue_dist.ranks import Ranks
 from clue_dist.store.reader import Store
 from clue_dist.store.writer import hash_file
-from clue_dist.train.trained import load_model
 from tests.benchmarks.hostile import spoil
 from tests.benchmarks.hostile.hdf5 import in_bytes
 from tests.benchmarks.hostile.trial import Trial, wrong

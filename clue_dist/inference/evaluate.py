@@ -12,8 +12,17 @@ from typing import Any
 import numpy as np
 
 from clue_dist import matching
-from clue_dist.embed import Embedding, Loaded, about, check_features, check_folder, compute, pieces_of, scratch_beside
 from clue_dist.errors import ConfigError, StoreError
+from clue_dist.inference.embed import about
+from clue_dist.inference.stream import (
+    Embedding,
+    Loaded,
+    check_features,
+    check_folder,
+    compute,
+    pieces_of,
+    scratch_beside,
+)
 from clue_dist.ranks import Ranks
 from clue_dist.store.reader import Store
 

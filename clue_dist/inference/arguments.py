@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from clue_dist.errors import typed_path
+from clue_dist.inference.load_model import Loaded, load_model
 from clue_dist.ranks import Ranks
 from clue_dist.store.reader import Store
-from clue_dist.train.trained import Loaded, load_model
 
 
 def parser_of(script: str, description: str, store: str, out: str) -> argparse.ArgumentParser:

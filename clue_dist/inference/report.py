@@ -26,8 +26,8 @@ from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from clue_dist.embed import KEY
 from clue_dist.errors import ConfigError
+from clue_dist.inference.embed import KEY
 from clue_dist.matching import METRICS, SCOPES
 
 MOST_PROFILES = 10_000
