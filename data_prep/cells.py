@@ -21,7 +21,8 @@ import numpy as np
 from clue_dist.errors import DataError, listed
 from clue_dist.store.shuffle import hashed, key_of
 from data_prep.files import flush, mapped, save, whole_folder
-from data_prep.sources import Head, Keys, Source, decode
+from data_prep.options import Keys
+from data_prep.sources import Head, Source, decode
 from data_prep.spool import GROUP_SHIFT
 from data_prep.tasks import Pool, run_missing
 

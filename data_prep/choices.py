@@ -2,44 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import get_args
 
 from clue_dist.errors import DataError, listed, typed_path
 from clue_dist.kinds import kind_of
-from data_prep.flags import PerModality
+from data_prep.options import Choice, Mode, PerModality
 from data_prep.text import lines_of
 
-Mode = Literal["same", "intersection", "union"]
 SELECTABLE = ("rna", "atac")  # kinds that `--top` knows a measure for
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Which features a modality gets.
-
-    mode: how files that differ come together (None: the same in every file, or the union of bins); given: a list of
-    names that decides instead; bins: width in base pairs of the genome bins that peaks or fragments become; top: how
-    many to keep, chosen from the cells.
-    """
-
-    mode: Mode | None = None
-    given: tuple[str, ...] | None = None
-    bins: int | None = None
-    top: int | None = None
-
-    @property
-    def together(self) -> Mode:
-        """A bin that a file does not list was not hit there, so that bins of files are united."""
-        return self.mode or ("union" if self.bins else "same")
-
-    def identity(self) -> dict[str, Any]:
-        """JSON-able; changes with whatever changes the features."""
-        names = None if self.given is None else hashlib.sha256("\n".join(self.given).encode()).hexdigest()
-        return {"mode": self.together, "list_sha256": names, "bins": self.bins, "top": self.top}
 
 
 def parse_choices(

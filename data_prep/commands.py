@@ -17,10 +17,9 @@ from data_prep.check import check
 from data_prep.choices import parse_choices
 from data_prep.convert import Options, convert, report
 from data_prep.fetch import fetch
-from data_prep.flags import PerModality
 from data_prep.inputs import Asked, Input, parse_inputs
+from data_prep.options import FIELDS, Keys, PerModality
 from data_prep.simulate import Spec, parse_features, write_h5mu
-from data_prep.sources import FIELDS, Keys
 from data_prep.tasks import pool
 
 SEVERAL: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}  # values of a flag

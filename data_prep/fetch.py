@@ -19,7 +19,7 @@ import numpy as np
 from clue_dist.errors import DataError
 from data_prep import simulate
 from data_prep.files import make_folder
-from data_prep.sources import FIELDS
+from data_prep.options import FIELDS
 
 WHEEL = "scmidas==0.3.0"
 WHEEL_SHA256 = "24df81372decc6d3edf6c2481d7b0c58f4685386d2ac938564946916f1bd9522"

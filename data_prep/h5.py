@@ -15,13 +15,13 @@ from data_prep import entries
 from data_prep.h5_file import ANEW, open_h5, part_of
 from data_prep.h5_frame import Texts, codes_of, columns_in, has_obs, index_of, names_of, values_of
 from data_prep.h5_matrix import MISFIT, csr_slice, format_of, looks_like_counts, require_inside, require_whole, shape_of
+from data_prep.options import Keys
 from data_prep.sources import (
     TENX_COLUMNS,
     Codes,
     Direct,
     FeatureTable,
     Head,
-    Keys,
     Rows,
     Sliced,
     as_bytes,

@@ -13,12 +13,12 @@ import h5py
 
 from clue_dist.errors import DataError, listed, typed_path
 from clue_dist.kinds import TENX_TYPES, kind_of
-from data_prep.flags import PerModality
 from data_prep.fragments import FragmentsInput, looks_like_fragments
 from data_prep.h5 import AnnDataSource, TenxSource, tenx_features
 from data_prep.h5_file import open_h5
 from data_prep.mtx import MtxSource, mtx_features
-from data_prep.sources import FeatureTable, Keys, Source, require_known
+from data_prep.options import Keys, PerModality, require_known
+from data_prep.sources import FeatureTable, Source
 from data_prep.text import unreadable
 
 Input: TypeAlias = Source | FragmentsInput

@@ -19,7 +19,8 @@ import scipy.sparse as sp
 from clue_dist.errors import DataError
 from clue_dist.kinds import Kind, kind_of
 from data_prep.files import make_folder
-from data_prep.sources import Codes, Direct, Head, Rows, Source, require_known
+from data_prep.options import require_known
+from data_prep.sources import Codes, Direct, Head, Rows, Source
 
 PIECE = 1024  # cells whose truth is drawn together
 PIECE_VALUES = 2**20  # values of a modality drawn together: bounds memory, however many features

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -17,15 +17,6 @@ from clue_dist.kinds import TENX_TYPES
 from clue_dist.store.layout import BARCODE_BYTES
 
 Rows: TypeAlias = sp.csr_matrix | np.ndarray  # (n, features), as the file has them: not validated, not aligned
-FIELDS = {"batch": "batch", "label": "cell_type"}  # what a store keeps of each cell, and the column it comes from
-
-
-@dataclass(frozen=True)
-class Keys:
-    """Columns of obs that hold batch and label; a name given explicitly must exist in some file."""
-
-    columns: Mapping[str, str] = field(default_factory=lambda: dict(FIELDS))
-    explicit: frozenset[str] = frozenset()
 
 
 class Sliced(Protocol):
@@ -132,17 +123,6 @@ class Direct:
 
     def other_counts(self) -> list[str]:
         return []
-
-
-def require_known(flag: str, named: Iterable[str], known: Iterable[str]) -> None:
-    """Every modality that `flag` names is among the `known` ones.
-
-    Raises:
-        DataError: one is not, so what was asked for it would be left undone.
-    """
-    there = list(dict.fromkeys(known))
-    if absent := [name for name in named if name not in there]:
-        raise DataError("no such modality", where=flag, got=listed(absent), expected=listed(there) or "none")
 
 
 def file_identity(path: Path) -> dict[str, Any]:

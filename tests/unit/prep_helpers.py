@@ -17,9 +17,8 @@ from clue_dist.store.reader import Store
 from clue_dist.store.rows import Csr
 from data_prep.choices import parse_choices
 from data_prep.convert import Options, convert
-from data_prep.flags import PerModality
 from data_prep.inputs import Asked, parse_inputs
-from data_prep.sources import FIELDS, Keys
+from data_prep.options import FIELDS, Keys, PerModality
 from data_prep.tasks import Threads
 
 

@@ -24,7 +24,7 @@ from anndata.io import read_elem
 
 from clue_dist.errors import ClueError
 from clue_dist.store.reader import Store
-from data_prep.sources import FIELDS
+from data_prep.options import FIELDS
 from tests.benchmarks.hostile.changes import CELLS, GENES, H5AD, H5MU, TENX
 from tests.benchmarks.hostile.hdf5 import hdf5, in_bytes
 from tests.benchmarks.hostile.market import MTX, file_of

@@ -1,0 +1,89 @@
+"""What a person may choose of a conversion: columns, features, values for one modality or for all."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from clue_dist.errors import DataError, listed
+
+FIELDS = {"batch": "batch", "label": "cell_type"}  # what a store keeps of each cell, and the column it comes from
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Columns of obs that hold batch and label; a name given explicitly must exist in some file."""
+
+    columns: Mapping[str, str] = field(default_factory=lambda: dict(FIELDS))
+    explicit: frozenset[str] = frozenset()
+
+
+def require_known(flag: str, named: Iterable[str], known: Iterable[str]) -> None:
+    """Every modality that `flag` names is among the `known` ones.
+
+    Raises:
+        DataError: one is not, so what was asked for it would be left undone.
+    """
+    there = list(dict.fromkeys(known))
+    if absent := [name for name in named if name not in there]:
+        raise DataError("no such modality", where=flag, got=listed(absent), expected=listed(there) or "none")
+
+
+@dataclass(frozen=True)
+class PerModality:
+    """The values of one flag. general: that of the modalities not `named`."""
+
+    flag: str
+    general: str | None = None
+    named: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, texts: Sequence[str], flag: str, what: str = "values") -> PerModality:
+        """`VALUE` once at most, and `NAME=VALUE` once for each name.
+
+        Raises:
+            DataError: two values for one modality.
+        """
+        general = [text for text in texts if "=" not in text]
+        named = dict(text.split("=", 1) for text in texts if "=" in text)
+        if len(general) > 1 or len(general) + len(named) < len(texts):
+            fix = "NAME=VALUE for each; inputs come before the options"
+            raise DataError(f"two {what} for one modality", where=flag, got=listed(texts), fix=fix)
+        return cls(flag, general[0] if general else None, named)
+
+    def of(self, name: str | None) -> str | None:
+        return self.named.get(name or "", self.general)
+
+    def require_known(self, names: Iterable[str]) -> None:
+        """Every modality that is named is among `names`; else a DataError."""
+        require_known(self.flag, self.named, names)
+
+
+Mode = Literal["same", "intersection", "union"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which features a modality gets.
+
+    mode: how files that differ come together (None: the same in every file, or the union of bins); given: a list of
+    names that decides instead; bins: width in base pairs of the genome bins that peaks or fragments become; top: how
+    many to keep, chosen from the cells.
+    """
+
+    mode: Mode | None = None
+    given: tuple[str, ...] | None = None
+    bins: int | None = None
+    top: int | None = None
+
+    @property
+    def together(self) -> Mode:
+        """A bin that a file does not list was not hit there, so that bins of files are united."""
+        return self.mode or ("union" if self.bins else "same")
+
+    def identity(self) -> dict[str, Any]:
+        """JSON-able; changes with whatever changes the features."""
+        names = None if self.given is None else hashlib.sha256("\n".join(self.given).encode()).hexdigest()
+        return {"mode": self.together, "list_sha256": names, "bins": self.bins, "top": self.top}
