@@ -27,9 +27,9 @@ from clue_dist.store.manifest import Manifest, Shard
 from clue_dist.store.reader import Store, StratumReader
 from clue_dist.store.writer import metadata
 from data_prep.cells import Cells
+from data_prep.cli.inputs import Input
 from data_prep.convert import Options, build, description, told
 from data_prep.files import remove_leftovers
-from data_prep.inputs import Input
 from data_prep.job import as_json, begun, discard, job, partial_of
 from data_prep.sources import decode
 from data_prep.tasks import Pool

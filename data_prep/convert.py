@@ -31,10 +31,10 @@ from clue_dist.store.writer import commit, create, write_shard
 from data_prep import cells as cell_table
 from data_prep import features, spool, strata
 from data_prep.cells import Cells
+from data_prep.cli.inputs import Input
 from data_prep.counts import Reading, Target
 from data_prep.files import remove_leftovers, save
 from data_prep.fragments import CountedSource, counted
-from data_prep.inputs import Input
 from data_prep.job import job
 from data_prep.options import FIELDS, Choice, Keys
 from data_prep.selection import Chosen, select

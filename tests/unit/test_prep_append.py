@@ -26,10 +26,10 @@ from data_prep import append as additions
 from data_prep import svd
 from data_prep.append import append, appended
 from data_prep.check import check
-from data_prep.choices import parse_choices
-from data_prep.commands import _parser, main
+from data_prep.cli.commands import _parser, main
+from data_prep.cli.feature_choices import parse_choices
+from data_prep.cli.inputs import Asked, parse_inputs
 from data_prep.convert import Options
-from data_prep.inputs import Asked, parse_inputs
 from data_prep.options import FIELDS, Choice, Keys
 from data_prep.tasks import Threads
 from tests.unit.prep_helpers import anndata_of, build, codes_of, frame, held, write_h5ad, write_h5mu

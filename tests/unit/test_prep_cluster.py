@@ -23,9 +23,9 @@ from clue_dist.store.reader import Store
 from data_prep import convert as conversion
 from data_prep import tasks
 from data_prep.check import check
-from data_prep.choices import parse_choices
+from data_prep.cli.feature_choices import parse_choices
+from data_prep.cli.inputs import Asked, parse_inputs
 from data_prep.convert import Options, convert
-from data_prep.inputs import Asked, parse_inputs
 from data_prep.tasks import pool
 from tests.unit.prep_helpers import anndata_of, build, frame, held, write_h5ad, write_h5mu, write_mtx
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from clue_dist.process import run_main
-from data_prep.commands import main
+from data_prep.cli.commands import main
 from tests.unit.prep_helpers import frame, write_h5ad
 
 

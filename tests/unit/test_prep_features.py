@@ -13,7 +13,7 @@ import scipy.sparse as sp
 
 from clue_dist.errors import DataError, StoreError
 from data_prep import inspect
-from data_prep.choices import parse_choices
+from data_prep.cli.feature_choices import parse_choices
 from data_prep.genome import along_genome, bins_of
 from data_prep.options import Choice
 from tests.unit.prep_helpers import anndata_of, build, frame, held, same, write_10x, write_h5ad, write_h5mu, write_mtx

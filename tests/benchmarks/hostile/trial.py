@@ -12,7 +12,7 @@ from unittest import mock
 
 from clue_dist.errors import ClueError
 from clue_dist.process import run_main
-from data_prep.commands import main
+from data_prep.cli.commands import main
 
 End = Literal["refused", "right", "crashed"]
 

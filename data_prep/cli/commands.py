@@ -14,10 +14,10 @@ from clue_dist.store.manifest import Manifest
 from data_prep import inspect, svd
 from data_prep.append import append, appended
 from data_prep.check import check
-from data_prep.choices import parse_choices
+from data_prep.cli.feature_choices import parse_choices
+from data_prep.cli.inputs import Asked, Input, parse_inputs
 from data_prep.convert import Options, convert, report
 from data_prep.fetch import fetch
-from data_prep.inputs import Asked, Input, parse_inputs
 from data_prep.options import FIELDS, Keys, PerModality
 from data_prep.simulate import Spec, parse_features, write_h5mu
 from data_prep.tasks import pool
