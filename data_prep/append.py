@@ -26,8 +26,8 @@ from clue_dist.store.location import Place, place_of
 from clue_dist.store.manifest import Manifest, Shard
 from clue_dist.store.reader import Store, StratumReader
 from clue_dist.store.writer import metadata
-from data_prep.cells import Cells
 from data_prep.cli.inputs import Input
+from data_prep.conversion.cells import Cells
 from data_prep.convert import Options, build, description, told
 from data_prep.files import remove_leftovers
 from data_prep.job import as_json, begun, discard, job, partial_of

@@ -28,11 +28,12 @@ from clue_dist.store.location import place_of
 from clue_dist.store.manifest import Manifest, Shard
 from clue_dist.store.writer import Cells as ShardCells
 from clue_dist.store.writer import commit, create, write_shard
-from data_prep import cells as cell_table
-from data_prep import features, spool, strata
-from data_prep.cells import Cells
+from data_prep import features
 from data_prep.cli.inputs import Input
-from data_prep.counts import Reading, Target
+from data_prep.conversion import cells as cell_table
+from data_prep.conversion import spool, strata
+from data_prep.conversion.cells import Cells
+from data_prep.conversion.counts import Reading, Target
 from data_prep.files import remove_leftovers, save
 from data_prep.fragments import CountedSource, counted
 from data_prep.job import job

@@ -20,8 +20,8 @@ from numba import njit
 
 from clue_dist.errors import DataError
 from data_prep import variable
-from data_prep.cells import Cells
-from data_prep.counts import Reading
+from data_prep.conversion.cells import Cells
+from data_prep.conversion.counts import Reading
 from data_prep.features import Plan
 from data_prep.options import Choice
 from data_prep.tasks import Pool, run_missing

@@ -187,7 +187,7 @@ run_main(commands.main)
 @pytest.mark.parametrize(
     ("place", "n"),
     [
-        ("data_prep.strata.settle", 1),  # in the conversion
+        ("data_prep.conversion.strata.settle", 1),  # in the conversion
         ("data_prep.append._move", 1),
         ("data_prep.append._move", 2),  # one stratum of two has its place
         ("data_prep.append.metadata", 2),

@@ -52,7 +52,7 @@ def fatal(*args):
         if {name!r} == "hash_file":
             args[0].with_name("9.__lock").touch()  # as TensorStore leaves it when it is killed
         os.kill(os.getpid(), signal.SIGKILL)
-patch("data_prep.spool", "write", lambda *_: time.sleep(0.1))
+patch("data_prep.conversion.spool", "write", lambda *_: time.sleep(0.1))
 patch("data_prep.selection", "_add", lambda *_: time.sleep(0.1))
 patch("data_prep.convert", "write_shard", lambda *_: time.sleep(0.1))
 patch({module!r}, {name!r}, fatal)
@@ -133,7 +133,7 @@ def test_workers_killed_in_mid_conversion_lose_nothing(
     tmp_path: Path, cluster: Cluster, steady: None, given: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One dies while features are chosen, one in the middle of a spool, one in the middle of a shard's arrays."""
-    places = {"numpy.savez": 2, "data_prep.spool.save": 14, "clue_dist.store.writer.hash_file": 10}
+    places = {"numpy.savez": 2, "data_prep.conversion.spool.save": 14, "clue_dist.store.writer.hash_file": 10}
     victims = [cluster.worker(place, n) for place, n in places.items()]
     cluster.wait_for(4)
     stored = run(cluster, [given], tmp_path / "s.zarr", ["rna=20"])
@@ -185,7 +185,7 @@ def test_a_task_that_kills_every_worker(tmp_path: Path, given: str, monkeypatch:
     monkeypatch.setenv("DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES", "0")
     cluster = Cluster(tmp_path)
     try:
-        cluster.worker("data_prep.cells.save", 1)
+        cluster.worker("data_prep.conversion.cells.save", 1)
         with pytest.raises(
             StoreError, match=r"a task kills its workers\n.*\n  got: 1 workers died of it\n  fix: give each"
         ):
@@ -209,7 +209,7 @@ def test_nobody_left_then_somebody_then_no_scheduler(
     cluster, out = Cluster(tmp_path), tmp_path / "s.zarr"
     told: list[str] = []
     try:
-        cluster.worker("data_prep.spool.save", 14)
+        cluster.worker("data_prep.conversion.spool.save", 14)
 
         def disturb() -> None:
             _until(lambda: _heard(capsys, told, "has no workers: waiting"))

@@ -15,7 +15,7 @@ import scipy.sparse as sp
 
 from clue_dist.errors import DataError
 from data_prep import convert, entries, h5_file
-from data_prep import counts as reading
+from data_prep.conversion import counts as reading
 from data_prep.mtx import MtxSource
 from tests.benchmarks.hostile.hdf5 import OBJECTS
 from tests.unit.prep_helpers import (

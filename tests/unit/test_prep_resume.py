@@ -19,8 +19,8 @@ from clue_dist.errors import DataError, StoreError
 from clue_dist.store import layout
 from clue_dist.store.reader import Store
 from data_prep import convert as conversion
-from data_prep import spool
 from data_prep.check import check
+from data_prep.conversion import spool
 from data_prep.tasks import Progress, Threads, pool
 from tests.unit.prep_helpers import anndata_of, build, frame, write_h5ad, write_h5mu
 
@@ -69,8 +69,8 @@ def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize(
     ("place", "n"),
     [
-        ("data_prep.spool.save", 40),  # in the middle of a spool
-        ("data_prep.strata.settle", 1),  # between the passes
+        ("data_prep.conversion.spool.save", 40),  # in the middle of a spool
+        ("data_prep.conversion.strata.settle", 1),  # between the passes
         ("clue_dist.store.writer.hash_file", 33),  # in the middle of a shard's arrays
         ("data_prep.convert.commit", 1),  # all done but the commit
     ],
@@ -101,10 +101,10 @@ def test_killed_and_run_again(tmp_path: Path, given: str, place: str, n: int, mo
 @pytest.mark.parametrize(
     ("place", "n"),
     [
-        ("data_prep.cells.save", 7),  # while rows are listed
-        ("data_prep.cells.save", 13),  # while a range of hashes is joined
-        ("data_prep.cells._write_rows", 1),
-        ("data_prep.cells.flush", 1),  # once rows know their places
+        ("data_prep.conversion.cells.save", 7),  # while rows are listed
+        ("data_prep.conversion.cells.save", 13),  # while a range of hashes is joined
+        ("data_prep.conversion.cells._write_rows", 1),
+        ("data_prep.conversion.cells.flush", 1),  # once rows know their places
     ],
 )
 def test_killed_while_cells_are_joined(tmp_path: Path, given: str, place: str, n: int) -> None:
@@ -126,7 +126,7 @@ def _counting(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
 
 
 def test_spools_that_are_there_are_not_made_again(tmp_path: Path, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run_victim(tmp_path / "s.zarr", given, "data_prep.strata.settle", 1).returncode == -signal.SIGKILL
+    assert run_victim(tmp_path / "s.zarr", given, "data_prep.conversion.strata.settle", 1).returncode == -signal.SIGKILL
     calls = _counting(monkeypatch, "_scatter_rows")
     build(tmp_path / "s.zarr", given, block_cells=BLOCK)
     assert calls == [0]
@@ -156,7 +156,7 @@ def test_a_full_disk_is_loud_and_can_be_mended(tmp_path: Path, given: str) -> No
 
 def test_another_job_is_refused(tmp_path: Path, given: str) -> None:
     out = tmp_path / "s.zarr"
-    run_victim(out, given, "data_prep.strata.settle", 1)
+    run_victim(out, given, "data_prep.conversion.strata.settle", 1)
     with pytest.raises(StoreError, match="a change of options") as caught:
         build(out, given, block_cells=BLOCK, seed=1)
     assert "remove s.zarr.partial" in str(caught.value)

@@ -18,8 +18,8 @@ from clue_dist.store import layout
 from clue_dist.store.layout import Codec
 from clue_dist.store.manifest import Manifest, Modality, Packed, Stratum
 from clue_dist.store.rows import COUNT_BITS
-from data_prep import spool
-from data_prep.cells import Cells, Part, places
+from data_prep.conversion import spool
+from data_prep.conversion.cells import Cells, Part, places
 from data_prep.files import flush, mapped
 
 PLACES = 2**20  # looked at together
