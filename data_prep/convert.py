@@ -28,17 +28,17 @@ from clue_dist.store.location import place_of
 from clue_dist.store.manifest import Manifest, Shard
 from clue_dist.store.writer import Cells as ShardCells
 from clue_dist.store.writer import commit, create, write_shard
-from data_prep import features
 from data_prep.cli.inputs import Input
 from data_prep.conversion import cells as cell_table
 from data_prep.conversion import spool, strata
 from data_prep.conversion.cells import Cells
 from data_prep.conversion.counts import Reading, Target
+from data_prep.features import plan
+from data_prep.features.selection import Chosen, select
 from data_prep.files import remove_leftovers, save
 from data_prep.fragments import CountedSource, counted
 from data_prep.job import job
 from data_prep.options import FIELDS, Choice, Keys
-from data_prep.selection import Chosen, select
 from data_prep.sources import Head, Source
 from data_prep.tasks import Pool, run_missing
 
@@ -93,7 +93,7 @@ def build(
     work, store = partial / "work", partial / "store"
     sources = counted(inputs, options.choices, work / "fragments", pool)
     heads = _heads(sources)
-    plan = features.plan(sources, heads, options.kinds, options.choices, reference)
+    plan = plan.plan(sources, heads, options.kinds, options.choices, reference)
     known = {"batch": reference.batches, "label": reference.labels} if reference else {}
     cells = cell_table.join(sources, heads, list(plan.modalities), known, options.keys, options.seed, work, pool)
     accept(cells)
@@ -176,7 +176,7 @@ def _prepare_part(task: _Prepare) -> None:
 
 
 def _reading(
-    sources: Sequence[Source], heads: Sequence[Head], plan: features.Plan, cells: Cells, work: Path
+    sources: Sequence[Source], heads: Sequence[Head], plan: plan.Plan, cells: Cells, work: Path
 ) -> list[Reading]:
     """What the tasks must know to read each source's rows; where its columns go is in a file, like its rows' keys."""
     out = []
@@ -191,7 +191,7 @@ def _reading(
 
 
 def _scatter(
-    sources: Sequence[Source], heads: Sequence[Head], plan: features.Plan, cells: Cells, work: Path, pool: Pool
+    sources: Sequence[Source], heads: Sequence[Head], plan: plan.Plan, cells: Cells, work: Path, pool: Pool
 ) -> dict[str, list[Path]]:
     """Spool every row of every source; returns the spools of each modality."""
     tasks: dict[Path, _Scatter] = {}
@@ -261,7 +261,7 @@ def _gather_shard(task: _Gather) -> None:
 def _provenance(
     sources: Sequence[Source],
     heads: Sequence[Head],
-    plan: features.Plan,
+    plan: plan.Plan,
     cells: Cells,
     final: strata.Final,
     options: Options,

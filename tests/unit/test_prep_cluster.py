@@ -53,7 +53,7 @@ def fatal(*args):
             args[0].with_name("9.__lock").touch()  # as TensorStore leaves it when it is killed
         os.kill(os.getpid(), signal.SIGKILL)
 patch("data_prep.conversion.spool", "write", lambda *_: time.sleep(0.1))
-patch("data_prep.selection", "_add", lambda *_: time.sleep(0.1))
+patch("data_prep.features.selection", "_add", lambda *_: time.sleep(0.1))
 patch("data_prep.convert", "write_shard", lambda *_: time.sleep(0.1))
 patch({module!r}, {name!r}, fatal)
 """

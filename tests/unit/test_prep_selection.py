@@ -13,8 +13,9 @@ import pytest
 import scipy.sparse as sp
 
 from clue_dist.errors import DataError, StoreError
-from data_prep import convert, inspect, selection, variable
+from data_prep import convert, inspect
 from data_prep.convert import report
+from data_prep.features import selection, seurat_v3
 from tests.unit.prep_helpers import anndata_of, build, frame, held, same, write_h5ad, write_h5mu
 
 REPO = Path(__file__).parents[2]
@@ -63,7 +64,7 @@ def published_best(counts: np.ndarray, batch: np.ndarray, top: int) -> set[int]:
 
 def test_scores_are_those_of_the_published_formula() -> None:
     counts = cells()[0].to_numpy()
-    trend = variable.trend(len(counts), counts.sum(axis=0), (counts**2).sum(axis=0))
+    trend = seurat_v3.trend(len(counts), counts.sum(axis=0), (counts**2).sum(axis=0))
     assert trend is not None
     clipped = np.minimum(counts, trend.limits)
     assert (clipped < counts).any()
@@ -75,11 +76,11 @@ def test_scores_are_those_of_the_published_formula() -> None:
 def test_the_regression_keeps_quadratics_and_bears_ties() -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(size=500)
-    np.testing.assert_allclose(variable.loess(x, 3 - x + 2 * x**2), 3 - x + 2 * x**2, rtol=1e-6)
+    np.testing.assert_allclose(seurat_v3.loess(x, 3 - x + 2 * x**2), 3 - x + 2 * x**2, rtol=1e-6)
     y = rng.normal(size=500)
-    np.testing.assert_allclose(variable.loess(np.full(500, -2.0), y), np.full(500, y.mean()))
+    np.testing.assert_allclose(seurat_v3.loess(np.full(500, -2.0), y), np.full(500, y.mean()))
     tied = np.where(np.arange(500) < 250, x.max() + 1, x)  # half of all genes have one mean
-    np.testing.assert_allclose(variable.loess(tied, 5 + tied)[:250], 6 + x.max(), rtol=1e-3)
+    np.testing.assert_allclose(seurat_v3.loess(tied, 5 + tied)[:250], 6 + x.max(), rtol=1e-3)
 
 
 @pytest.mark.parametrize(("form", "task"), [(sp.csr_matrix, 2000), (sp.csc_matrix, 5000), (np.asarray, 2**20)])

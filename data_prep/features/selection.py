@@ -19,10 +19,10 @@ import scipy.sparse as sp
 from numba import njit
 
 from clue_dist.errors import DataError
-from data_prep import variable
 from data_prep.conversion.cells import Cells
 from data_prep.conversion.counts import Reading
-from data_prep.features import Plan
+from data_prep.features import seurat_v3
+from data_prep.features.plan import Plan
 from data_prep.options import Choice
 from data_prep.tasks import Pool, run_missing
 
@@ -94,7 +94,7 @@ def _variable(add_up: _Pass, top: int, cells: Cells, name: str) -> Chosen:
     """The genes that vary most within batches; cells without a batch are one of their own."""
     batches = len(cells.names["batch"]) + 1
     sums = add_up("sums", batches)
-    trends = {b: variable.trend(int(n), sums.total[b], sums.squares[b]) for b, n in enumerate(sums.cells)}
+    trends = {b: seurat_v3.trend(int(n), sums.total[b], sums.squares[b]) for b, n in enumerate(sums.cells)}
     found = {b: trend for b, trend in trends.items() if trend is not None}
     if not found:
         fix = f"leave `--top {name}=...` out, or check --batch-key: a batch needs two cells at least"
@@ -109,7 +109,7 @@ def _variable(add_up: _Pass, top: int, cells: Cells, name: str) -> Chosen:
         total = sums.total[b] - above.total[b] + above.entries[b] * trend.limits
         squares = sums.squares[b] - above.squares[b] + above.entries[b] * trend.limits**2
         scores.append(trend.scores(total, squares))
-    places = variable.best(np.array(scores), top)
+    places = seurat_v3.best(np.array(scores), top)
     note = {"by": f"most variable within {len(found)} batches", "of": add_up.n_features, "kept": len(places)}
     return Chosen(places, note)
 
