@@ -29,10 +29,10 @@ from clue_dist.store.writer import metadata
 from data_prep.cli.inputs import Input
 from data_prep.conversion.cells import Cells
 from data_prep.convert import Options, build, description, told
-from data_prep.files import remove_leftovers
-from data_prep.job import as_json, begun, discard, job, partial_of
+from data_prep.jobs.job_folder import as_json, begun, discard, job, partial_of
+from data_prep.jobs.whole_files import remove_leftovers
+from data_prep.jobs.workers import Pool
 from data_prep.sources import decode
-from data_prep.tasks import Pool
 
 APPENDED = "appended"  # in the provenance: one entry for each addition
 BUILT = "addition.json"  # in the addition's folder: its manifest; from here on its strata may be in the store

@@ -17,7 +17,7 @@ from clue_dist.store.manifest import Manifest, Shard
 from clue_dist.store.reader import StratumReader
 from clue_dist.store.rows import misfit
 from clue_dist.store.writer import hash_file
-from data_prep.tasks import Progress
+from data_prep.jobs.workers import Progress
 
 THREADS = 4
 

@@ -35,12 +35,12 @@ from data_prep.conversion.cells import Cells
 from data_prep.conversion.counts import Reading, Target
 from data_prep.features import plan
 from data_prep.features.selection import Chosen, select
-from data_prep.files import remove_leftovers, save
 from data_prep.fragments import CountedSource, counted
-from data_prep.job import job
+from data_prep.jobs.job_folder import job
+from data_prep.jobs.whole_files import remove_leftovers, save
+from data_prep.jobs.workers import Pool, run_missing
 from data_prep.options import FIELDS, Choice, Keys
 from data_prep.sources import Head, Source
-from data_prep.tasks import Pool, run_missing
 
 TASK_ENTRIES = 2**20  # stored values of a scatter task, up to six times as many ...
 MANY_TASKS = 100  # ... where there would be more tasks than this: each shard looks into every spool, which takes time

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse as sp
 
-from data_prep.files import save, whole_folder
+from data_prep.jobs.whole_files import save, whole_folder
 
 PART_ENTRIES = 8 * 2**20
 

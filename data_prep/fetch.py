@@ -18,7 +18,7 @@ import numpy as np
 
 from clue_dist.errors import DataError
 from data_prep import simulate
-from data_prep.files import make_folder
+from data_prep.jobs.whole_files import make_folder
 from data_prep.options import FIELDS
 
 WHEEL = "scmidas==0.3.0"

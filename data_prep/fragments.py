@@ -16,11 +16,11 @@ import pandas as pd
 
 from clue_dist.errors import DataError, listed, typed_path
 from data_prep import entries
-from data_prep.files import save, whole_folder
 from data_prep.genome import bin_name
+from data_prep.jobs.whole_files import save, whole_folder
+from data_prep.jobs.workers import Pool, run_missing
 from data_prep.options import Choice
 from data_prep.sources import Direct, Head, Rows, Source, as_bytes, decode, file_identity
-from data_prep.tasks import Pool, run_missing
 from data_prep.text import LINE, UNREADABLE, lines_of, open_text
 
 CHUNK_LINES = 2**21  # read at once: about 100 MB

@@ -17,7 +17,7 @@ import pandas as pd
 
 from clue_dist.errors import DataError
 from data_prep import entries
-from data_prep.files import whole_folder
+from data_prep.jobs.whole_files import whole_folder
 from data_prep.sources import TENX_COLUMNS, FeatureTable, Head, Rows, as_bytes, columns_of, file_identity
 from data_prep.text import LINE, UNREADABLE, lines_of, open_text, unreadable
 

@@ -18,7 +18,7 @@ import scipy.sparse as sp
 
 from clue_dist.errors import DataError
 from clue_dist.kinds import Kind, kind_of
-from data_prep.files import make_folder
+from data_prep.jobs.whole_files import make_folder
 from data_prep.options import require_known
 from data_prep.sources import Codes, Direct, Head, Rows, Source
 

@@ -38,9 +38,9 @@ from clue_dist.store.manifest import Manifest
 from clue_dist.store.reader import StratumReader
 from clue_dist.store.rows import Csr
 from clue_dist.store.svd import Note, Svd
-from data_prep.files import remove_leftovers
-from data_prep.job import job
-from data_prep.tasks import Pool, run_missing
+from data_prep.jobs.job_folder import job
+from data_prep.jobs.whole_files import remove_leftovers
+from data_prep.jobs.workers import Pool, run_missing
 
 OVERSAMPLING = 10
 MANY_TASKS = 64  # of a pass: each leaves a file

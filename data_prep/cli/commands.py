@@ -18,9 +18,9 @@ from data_prep.cli.feature_choices import parse_choices
 from data_prep.cli.inputs import Asked, Input, parse_inputs
 from data_prep.convert import Options, convert, report
 from data_prep.fetch import fetch
+from data_prep.jobs.workers import pool
 from data_prep.options import FIELDS, Keys, PerModality
 from data_prep.simulate import Spec, parse_features, write_h5mu
-from data_prep.tasks import pool
 
 SEVERAL: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}  # values of a flag
 

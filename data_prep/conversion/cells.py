@@ -21,10 +21,10 @@ import numpy as np
 from clue_dist.errors import DataError, listed
 from clue_dist.store.shuffle import hashed, key_of
 from data_prep.conversion.spool import GROUP_SHIFT
-from data_prep.files import flush, mapped, save, whole_folder
+from data_prep.jobs.whole_files import flush, mapped, save, whole_folder
+from data_prep.jobs.workers import Pool, run_missing
 from data_prep.options import Keys
 from data_prep.sources import Head, Source, decode
-from data_prep.tasks import Pool, run_missing
 
 ROWS = 2**18  # of a source that a task lists at once
 RANGE = 2**18  # rows of a range of hashes, about; some 40 MB

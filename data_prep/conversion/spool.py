@@ -15,7 +15,7 @@ from numba import njit
 from clue_dist.store.kernels import copy_rows, row_starts
 from clue_dist.store.manifest import Packed
 from clue_dist.store.rows import COUNT_BITS, Coded, as_binary
-from data_prep.files import save, saved, whole_folder
+from data_prep.jobs.whole_files import save, saved, whole_folder
 
 
 def write(folder: Path, keys: np.ndarray, rows: Coded | np.ndarray, largest: int) -> None:

@@ -20,7 +20,7 @@ from clue_dist.store.manifest import Manifest, Modality, Packed, Stratum
 from clue_dist.store.rows import COUNT_BITS
 from data_prep.conversion import spool
 from data_prep.conversion.cells import Cells, Part, places
-from data_prep.files import flush, mapped
+from data_prep.jobs.whole_files import flush, mapped
 
 PLACES = 2**20  # looked at together
 

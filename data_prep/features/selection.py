@@ -23,8 +23,8 @@ from data_prep.conversion.cells import Cells
 from data_prep.conversion.counts import Reading
 from data_prep.features import seurat_v3
 from data_prep.features.plan import Plan
+from data_prep.jobs.workers import Pool, run_missing
 from data_prep.options import Choice
-from data_prep.tasks import Pool, run_missing
 
 MANY_TASKS = 256  # each leaves a file of its sums
 

@@ -18,8 +18,8 @@ from clue_dist.store.rows import Csr
 from data_prep.cli.feature_choices import parse_choices
 from data_prep.cli.inputs import Asked, parse_inputs
 from data_prep.convert import Options, convert
+from data_prep.jobs.workers import Threads
 from data_prep.options import FIELDS, Keys, PerModality
-from data_prep.tasks import Threads
 
 
 def frame(

@@ -30,8 +30,8 @@ from data_prep.cli.commands import _parser, main
 from data_prep.cli.feature_choices import parse_choices
 from data_prep.cli.inputs import Asked, parse_inputs
 from data_prep.convert import Options
+from data_prep.jobs.workers import Threads
 from data_prep.options import FIELDS, Choice, Keys
-from data_prep.tasks import Threads
 from tests.unit.prep_helpers import anndata_of, build, codes_of, frame, held, write_h5ad, write_h5mu
 from tests.unit.test_prep_resume import REPO
 
@@ -214,7 +214,7 @@ def killed(store: Path, more: str, place: str, n: int) -> None:
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
-@pytest.mark.parametrize("place", ["data_prep.append._forget_svd", "data_prep.job.discard"])
+@pytest.mark.parametrize("place", ["data_prep.append._forget_svd", "data_prep.jobs.job_folder.discard"])
 def test_killed_after_the_commit(tmp_path: Path, store: Path, place: str) -> None:
     """The same command adds nothing twice, another one is not taken for it."""
     svd.compute(str(store), [], svd.Options(5, 2, 0), Threads(1))

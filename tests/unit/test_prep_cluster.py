@@ -21,12 +21,12 @@ from clue_dist.store import layout
 from clue_dist.store.manifest import Manifest
 from clue_dist.store.reader import Store
 from data_prep import convert as conversion
-from data_prep import tasks
 from data_prep.check import check
 from data_prep.cli.feature_choices import parse_choices
 from data_prep.cli.inputs import Asked, parse_inputs
 from data_prep.convert import Options, convert
-from data_prep.tasks import pool
+from data_prep.jobs import workers
+from data_prep.jobs.workers import pool
 from tests.unit.prep_helpers import anndata_of, build, frame, held, write_h5ad, write_h5mu, write_mtx
 
 REPO = Path(__file__).parents[2]
@@ -205,7 +205,7 @@ def test_nobody_left_then_somebody_then_no_scheduler(
     tmp_path: Path, given: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Without workers it waits and says so; without a scheduler it ends, and what is done stays done."""
-    monkeypatch.setattr(tasks, "PATIENCE", 0.5)
+    monkeypatch.setattr(workers, "PATIENCE", 0.5)
     cluster, out = Cluster(tmp_path), tmp_path / "s.zarr"
     told: list[str] = []
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.files import save, saved
+from data_prep.jobs.whole_files import save, saved
 
 
 @pytest.mark.parametrize("shape", [(0,), (5,), (1,), (0, 3), (4, 3), (2, 1, 7)])

@@ -21,7 +21,7 @@ from clue_dist.store.reader import Store
 from data_prep import convert as conversion
 from data_prep.check import check
 from data_prep.conversion import spool
-from data_prep.tasks import Progress, Threads, pool
+from data_prep.jobs.workers import Progress, Threads, pool
 from tests.unit.prep_helpers import anndata_of, build, frame, write_h5ad, write_h5mu
 
 REPO = Path(__file__).parents[2]
@@ -259,9 +259,9 @@ def test_no_address_of_a_scheduler(address: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_no_scheduler_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    from data_prep import tasks
+    from data_prep.jobs import workers
 
-    monkeypatch.setattr(tasks, "CONNECT", "1s")
+    monkeypatch.setattr(workers, "CONNECT", "1s")
     with pytest.raises(DataError, match="no Dask scheduler answers"), pool(scheduler="tcp://127.0.0.1:9"):
         pass
 

@@ -15,8 +15,8 @@ from clue_dist.store.reader import Store
 from data_prep import convert as conversion
 from data_prep import simulate
 from data_prep.convert import Options, convert
+from data_prep.jobs.workers import Threads
 from data_prep.simulate import Spec, parse_features
-from data_prep.tasks import Threads
 from tests.unit.prep_helpers import build, codes_of, frame, held, same, write_h5ad
 
 SPEC = Spec.of({"rna": 300, "adt": 20, "atac": 500, "x": 15}, {"x": "dense"}, cells=700, paired=0.4, batches=3, seed=5)

@@ -25,9 +25,9 @@ from clue_dist.store.svd import Svd
 from clue_dist.train.setup import Setup, prepare
 from data_prep import inspect, svd
 from data_prep.check import check
+from data_prep.jobs.workers import Threads, pool
 from data_prep.simulate import Spec, observed
 from data_prep.svd import Options, compute
-from data_prep.tasks import Threads, pool
 from tests.stores import make_store
 from tests.unit.prep_helpers import build, frame, write_h5ad
 from tests.unit.test_prep_cluster import Cluster

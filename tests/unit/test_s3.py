@@ -21,8 +21,8 @@ from clue_dist.store.reader import Store
 from clue_dist.store.rows import Blocks
 from data_prep import inspect
 from data_prep.check import check
+from data_prep.jobs.workers import Threads
 from data_prep.svd import Options, compute
-from data_prep.tasks import Threads
 from tests.s3 import S3, serve
 from tests.stores import make_store
 from tests.unit.prep_helpers import anndata_of, build, frame, write_h5mu

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from clue_dist.errors import DataError, StoreError, listed
-from data_prep.files import make_folder, remove_leftovers
+from data_prep.jobs.whole_files import make_folder, remove_leftovers
 
 _JOB = "job.json"
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EIO}
