@@ -26,13 +26,13 @@ from clue_dist.store.location import Place, place_of
 from clue_dist.store.manifest import Manifest, Shard
 from clue_dist.store.reader import Store, StratumReader
 from clue_dist.store.writer import metadata
-from data_prep.cli.inputs import Input
 from data_prep.conversion.cells import Cells
 from data_prep.convert import Options, build, description, told
 from data_prep.jobs.job_folder import as_json, begun, discard, job, partial_of
 from data_prep.jobs.whole_files import remove_leftovers
 from data_prep.jobs.workers import Pool
-from data_prep.sources import decode
+from data_prep.readers.fragments import Input
+from data_prep.readers.source import decode
 
 APPENDED = "appended"  # in the provenance: one entry for each addition
 BUILT = "addition.json"  # in the addition's folder: its manifest; from here on its strata may be in the store

@@ -28,19 +28,18 @@ from clue_dist.store.location import place_of
 from clue_dist.store.manifest import Manifest, Shard
 from clue_dist.store.writer import Cells as ShardCells
 from clue_dist.store.writer import commit, create, write_shard
-from data_prep.cli.inputs import Input
 from data_prep.conversion import cells as cell_table
 from data_prep.conversion import spool, strata
 from data_prep.conversion.cells import Cells
 from data_prep.conversion.counts import Reading, Target
 from data_prep.features import plan
 from data_prep.features.selection import Chosen, select
-from data_prep.fragments import CountedSource, counted
 from data_prep.jobs.job_folder import job
 from data_prep.jobs.whole_files import remove_leftovers, save
 from data_prep.jobs.workers import Pool, run_missing
 from data_prep.options import FIELDS, Choice, Keys
-from data_prep.sources import Head, Source
+from data_prep.readers.fragments import CountedSource, Input, counted
+from data_prep.readers.source import Head, Source
 
 TASK_ENTRIES = 2**20  # stored values of a scatter task, up to six times as many ...
 MANY_TASKS = 100  # ... where there would be more tasks than this: each shard looks into every spool, which takes time

@@ -20,7 +20,7 @@ from clue_dist.errors import DataError
 from clue_dist.kinds import Kind, kind_of
 from data_prep.jobs.whole_files import make_folder
 from data_prep.options import require_known
-from data_prep.sources import Codes, Direct, Head, Rows, Source
+from data_prep.readers.source import Codes, Direct, Head, Rows, Source
 
 PIECE = 1024  # cells whose truth is drawn together
 PIECE_VALUES = 2**20  # values of a modality drawn together: bounds memory, however many features

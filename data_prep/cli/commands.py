@@ -15,11 +15,12 @@ from data_prep import inspect, svd
 from data_prep.append import append, appended
 from data_prep.check import check
 from data_prep.cli.feature_choices import parse_choices
-from data_prep.cli.inputs import Asked, Input, parse_inputs
+from data_prep.cli.inputs import Asked, parse_inputs
 from data_prep.convert import Options, convert, report
 from data_prep.fetch import fetch
 from data_prep.jobs.workers import pool
 from data_prep.options import FIELDS, Keys, PerModality
+from data_prep.readers.fragments import Input
 from data_prep.simulate import Spec, parse_features, write_h5mu
 
 SEVERAL: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}  # values of a flag

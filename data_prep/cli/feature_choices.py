@@ -9,7 +9,7 @@ from typing import get_args
 from clue_dist.errors import DataError, listed, typed_path
 from clue_dist.kinds import kind_of
 from data_prep.options import Choice, Mode, PerModality
-from data_prep.text import lines_of
+from data_prep.readers.text_files import lines_of
 
 SELECTABLE = ("rna", "atac")  # kinds that `--top` knows a measure for
 

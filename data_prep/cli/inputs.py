@@ -7,21 +7,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
 
 import h5py
 
 from clue_dist.errors import DataError, listed, typed_path
 from clue_dist.kinds import TENX_TYPES, kind_of
-from data_prep.fragments import FragmentsInput, looks_like_fragments
-from data_prep.h5 import AnnDataSource, TenxSource, tenx_features
-from data_prep.h5_file import open_h5
-from data_prep.mtx import MtxSource, mtx_features
 from data_prep.options import Keys, PerModality, require_known
-from data_prep.sources import FeatureTable, Source
-from data_prep.text import unreadable
-
-Input: TypeAlias = Source | FragmentsInput
+from data_prep.readers.fragments import FragmentsInput, Input, looks_like_fragments
+from data_prep.readers.h5_file import open_h5
+from data_prep.readers.h5ad import AnnDataSource
+from data_prep.readers.matrix_market import MtxSource, mtx_features
+from data_prep.readers.tenx import FeatureTable, TenxSource, tenx_features
+from data_prep.readers.text_files import unreadable
 
 _INPUT = re.compile(r"(?:(?P<dataset>[A-Za-z0-9_.-]+):)?(?:(?P<name>[^=/]+)=)?(?P<path>.+)")
 

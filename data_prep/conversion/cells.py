@@ -24,7 +24,7 @@ from data_prep.conversion.spool import GROUP_SHIFT
 from data_prep.jobs.whole_files import flush, mapped, save, whole_folder
 from data_prep.jobs.workers import Pool, run_missing
 from data_prep.options import Keys
-from data_prep.sources import Head, Source, decode
+from data_prep.readers.source import Head, Source, decode
 
 ROWS = 2**18  # of a source that a task lists at once
 RANGE = 2**18  # rows of a range of hashes, about; some 40 MB

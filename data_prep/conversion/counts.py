@@ -14,7 +14,7 @@ from clue_dist.kinds import Kind
 from clue_dist.store.kernels import LARGEST
 from clue_dist.store.layout import unsigned
 from clue_dist.store.rows import COUNT_BITS, Coded, Csr, joined, try_coded
-from data_prep.sources import Rows, Source, decode
+from data_prep.readers.source import Rows, Source, decode
 
 PIECE_ENTRIES = 2**20  # stored values that are read at once: a count takes eight times what its code does
 _COUNTS = "counts must be raw: non-negative, finite integers"

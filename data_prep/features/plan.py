@@ -13,9 +13,9 @@ from clue_dist.errors import DataError, listed
 from clue_dist.kinds import STORAGE, kind_of
 from clue_dist.store import layout
 from clue_dist.store.manifest import Manifest, Modality
-from data_prep.genome import along_genome, bins_of
 from data_prep.options import Choice
-from data_prep.sources import Head, Source
+from data_prep.readers.genome_bins import along_genome, bins_of
+from data_prep.readers.source import Head, Source
 
 _ENSEMBL = re.compile(r"ENS[A-Z]*G\d+")
 _VERSION = re.compile(r"ENS[A-Z]*G\d+\.\d+")

@@ -14,7 +14,7 @@ from clue_dist.errors import DataError, StoreError
 from clue_dist.kinds import kind_of
 from data_prep.conversion import cells, strata
 from data_prep.convert import report
-from data_prep.sources import Codes
+from data_prep.readers.source import Codes
 from tests.unit.prep_helpers import anndata_of, build, codes_of, frame, held, same, write_h5ad, write_h5mu
 
 

@@ -154,7 +154,7 @@ def test_a_worker_killed_while_it_sorts_a_matrix_market(
     counts = frame(60, 40)
     kinds = ["Gene Expression"] * 30 + ["Antibody Capture"] * 10
     folders = [f"{name}:{write_mtx(tmp_path / name, counts, kinds, seed=i)}" for i, name in enumerate("abc")]
-    victim = cluster.worker("data_prep.entries.save", 3)  # two of a part's three files are there
+    victim = cluster.worker("data_prep.readers.sorted_entries.save", 3)  # two of a part's three files are there
     cluster.wait_for(2)
     stored = run(cluster, folders, tmp_path / "s.zarr")
     assert victim.wait(30) == -signal.SIGKILL

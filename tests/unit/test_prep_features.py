@@ -14,8 +14,8 @@ import scipy.sparse as sp
 from clue_dist.errors import DataError, StoreError
 from data_prep import inspect
 from data_prep.cli.feature_choices import parse_choices
-from data_prep.genome import along_genome, bins_of
 from data_prep.options import Choice
+from data_prep.readers.genome_bins import along_genome, bins_of
 from tests.unit.prep_helpers import anndata_of, build, frame, held, same, write_10x, write_h5ad, write_h5mu, write_mtx
 
 

@@ -14,9 +14,10 @@ import pytest
 import scipy.sparse as sp
 
 from clue_dist.errors import DataError
-from data_prep import convert, entries, h5_file
+from data_prep import convert
 from data_prep.conversion import counts as reading
-from data_prep.mtx import MtxSource
+from data_prep.readers import h5_file, sorted_entries
+from data_prep.readers.matrix_market import MtxSource
 from tests.benchmarks.hostile.hdf5 import OBJECTS
 from tests.unit.prep_helpers import (
     anndata_of,
@@ -36,7 +37,7 @@ from tests.unit.prep_helpers import (
 def _small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many tasks, parts and pieces, even for a few hundred cells."""
     monkeypatch.setattr(convert, "TASK_ENTRIES", 500)
-    monkeypatch.setattr(entries, "PART_ENTRIES", 300)
+    monkeypatch.setattr(sorted_entries, "PART_ENTRIES", 300)
     monkeypatch.setattr(reading, "PIECE_ENTRIES", 200)
 
 

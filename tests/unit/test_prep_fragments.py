@@ -12,7 +12,8 @@ import pytest
 
 from clue_dist.errors import DataError, StoreError
 from clue_dist.store.reader import Store
-from data_prep import convert, fragments, inspect
+from data_prep import convert, inspect
+from data_prep.readers import fragments
 from tests.unit.prep_helpers import build, frame, held, same, write_h5ad
 
 WIDTH = 1000

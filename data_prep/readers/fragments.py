@@ -9,19 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
 
 from clue_dist.errors import DataError, listed, typed_path
-from data_prep import entries
-from data_prep.genome import bin_name
 from data_prep.jobs.whole_files import save, whole_folder
 from data_prep.jobs.workers import Pool, run_missing
 from data_prep.options import Choice
-from data_prep.sources import Direct, Head, Rows, Source, as_bytes, decode, file_identity
-from data_prep.text import LINE, UNREADABLE, lines_of, open_text
+from data_prep.readers import sorted_entries
+from data_prep.readers.genome_bins import bin_name
+from data_prep.readers.source import Direct, Head, Rows, Source, as_bytes, decode, file_identity
+from data_prep.readers.text_files import LINE, UNREADABLE, lines_of, open_text
 
 CHUNK_LINES = 2**21  # read at once: about 100 MB
 _SHIFT = 32  # a bin's key is (chromosome << 32) + its number; no chromosome is longer than 2^32 bp
@@ -85,7 +85,7 @@ class CountedSource(Direct):
 
     def read(self, lo: int, hi: int, scratch: Path) -> Rows:
         n_bins = len(np.load(self.folder / "bins.npy", mmap_mode="r"))
-        return entries.read_rows(self._parts(), lo, hi, n_bins)
+        return sorted_entries.read_rows(self._parts(), lo, hi, n_bins)
 
     def _parts(self) -> list[Path]:
         return sorted(self.folder.glob("[0-9]" * 6))
@@ -186,7 +186,7 @@ def _count(task: _Count) -> None:
 def _write(folder: Path, rows: np.ndarray, columns: np.ndarray) -> None:
     """Add up what falls into the same cell and bin. rows, columns: (n,)"""
     pairs, times = np.unique((rows << _SHIFT) + columns, return_counts=True)
-    entries.write_part(folder, pairs >> _SHIFT, pairs & (2**_SHIFT - 1), times.astype(np.int32))
+    sorted_entries.write_part(folder, pairs >> _SHIFT, pairs & (2**_SHIFT - 1), times.astype(np.int32))
 
 
 def _chunks(given: FragmentsInput) -> Iterator[pd.DataFrame]:
@@ -236,3 +236,6 @@ def looks_like_fragments(path: Path) -> bool:
         return False
     parts = line.rstrip("\r\n").split("\t")
     return len(parts) >= 4 and parts[1].isdecimal() and parts[2].isdecimal()
+
+
+Input: TypeAlias = Source | FragmentsInput

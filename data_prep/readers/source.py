@@ -12,8 +12,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from clue_dist.errors import DataError, listed
-from clue_dist.kinds import TENX_TYPES
+from clue_dist.errors import DataError
 from clue_dist.store.layout import BARCODE_BYTES
 
 Rows: TypeAlias = sp.csr_matrix | np.ndarray  # (n, features), as the file has them: not validated, not aligned
@@ -174,55 +173,10 @@ def decode(barcodes: np.ndarray) -> np.ndarray:
     return decoded
 
 
-@dataclass(frozen=True)
-class FeatureTable:
-    """The features of a 10x file, which may mix modalities. All lists are (features,)."""
-
-    ids: list[str]
-    names: list[str]
-    types: list[str]
-
-    def select(self, feature_type: str | None, asked: str | None = None) -> tuple[np.ndarray, list[str], str | None]:
-        """Columns of one type (None: all), their names, and which of the columns `asked` for gave them.
-
-        A name that repeats gives way to its id.
-        """
-        wanted = [i for i, t in enumerate(self.types) if feature_type is None or t == feature_type]
-        column = next((c for c in (asked or "").split(",") if c in TENX_COLUMNS), None)
-        own = self.ids if column is not None and TENX_COLUMNS[column] == "id" else self.names
-        names = unrepeated([own[i] for i in wanted], [self.ids[i] for i in wanted])
-        return np.array(wanted, np.int64), names, column
-
-    def type_for(self, kind: str, where: str) -> str | None:
-        """The feature type that holds `kind`; None where the file does not tell types apart.
-
-        Raises:
-            DataError: the file has several types and none of this kind.
-        """
-        types = sorted(set(self.types))
-        if len(types) <= 1:
-            return None
-        fitting = [t for t in types if t in TENX_TYPES and TENX_TYPES[t] == kind]
-        if len(fitting) != 1:
-            raise DataError("the file has no features of this kind", where=where, got=listed(types), expected=kind)
-        return fitting[0]
-
-
 def unrepeated(names: Sequence[str], instead: Sequence[str]) -> list[str]:
     """`names`, where one that repeats, or is empty, gives way to what is given `instead`. All (features,)."""
     times = Counter(names)
     return [other if times[name] > 1 or not name else name for name, other in zip(names, instead, strict=True)]
-
-
-# What scanpy and Cell Ranger call the two columns of a 10x feature table.
-TENX_COLUMNS = {
-    "gene_ids": "id",
-    "gene_id": "id",
-    "id": "id",
-    "gene_symbols": "name",
-    "gene_name": "name",
-    "name": "name",
-}
 
 
 def columns_of(rows: sp.csr_matrix, wanted: np.ndarray) -> sp.csr_matrix:

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 
 from clue_dist.errors import DataError
-from data_prep.h5_file import ANEW, open_h5, part_of, place, read_part
-from data_prep.sources import Codes, Sliced, as_bytes
+from data_prep.readers.h5_file import ANEW, open_h5, part_of, place, read_part
+from data_prep.readers.source import Codes, Sliced, as_bytes
 
 _SLICE = 2**20  # rows of a column that are looked at together
 

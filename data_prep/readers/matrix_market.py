@@ -16,10 +16,11 @@ import numpy as np
 import pandas as pd
 
 from clue_dist.errors import DataError
-from data_prep import entries
 from data_prep.jobs.whole_files import whole_folder
-from data_prep.sources import TENX_COLUMNS, FeatureTable, Head, Rows, as_bytes, columns_of, file_identity
-from data_prep.text import LINE, UNREADABLE, lines_of, open_text, unreadable
+from data_prep.readers import sorted_entries
+from data_prep.readers.source import Head, Rows, as_bytes, columns_of, file_identity
+from data_prep.readers.tenx import TENX_COLUMNS, FeatureTable
+from data_prep.readers.text_files import LINE, UNREADABLE, lines_of, open_text, unreadable
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class MtxSource:
                 self._validate(piece, seen, n_features, n_cells)
                 seen += len(piece)
                 row, column, value = (piece[k].to_numpy() for k in range(3))
-                entries.write_part(folder / f"{i:06d}", column - 1, row - 1, value)
+                sorted_entries.write_part(folder / f"{i:06d}", column - 1, row - 1, value)
             if seen != nnz:
                 raise DataError(
                     "the matrix ends early or late",
@@ -89,7 +90,7 @@ class MtxSource:
 
     def read(self, lo: int, hi: int, scratch: Path) -> Rows:
         table = mtx_features(self.path)
-        rows = entries.read_rows(sorted((scratch / "000000").glob("[0-9]" * 6)), lo, hi, len(table.ids))
+        rows = sorted_entries.read_rows(sorted((scratch / "000000").glob("[0-9]" * 6)), lo, hi, len(table.ids))
         return columns_of(rows, table.select(self.feature_type)[0])
 
     def other_counts(self) -> list[str]:
@@ -122,7 +123,7 @@ class MtxSource:
         """The entries, some at a time; parse errors as DataErrors."""
         try:
             how: dict[str, Any] = {"sep": r"\s+", "header": None, "comment": "%", "quoting": csv.QUOTE_NONE}
-            yield from pd.read_csv(file, chunksize=entries.PART_ENTRIES, **how)
+            yield from pd.read_csv(file, chunksize=sorted_entries.PART_ENTRIES, **how)
         except (ValueError, OverflowError, *UNREADABLE) as error:  # those of pandas are ValueErrors
             raise DataError(
                 "the matrix cannot be read to its end", where=self.path.name, got=str(error).strip()

@@ -11,21 +11,25 @@ import numpy as np
 import pandas as pd
 
 from clue_dist.errors import DataError, listed
-from data_prep import entries
-from data_prep.h5_file import ANEW, open_h5, part_of
-from data_prep.h5_frame import Texts, codes_of, columns_in, has_obs, index_of, names_of, values_of
-from data_prep.h5_matrix import MISFIT, csr_slice, format_of, looks_like_counts, require_inside, require_whole, shape_of
 from data_prep.options import Keys
-from data_prep.sources import (
-    TENX_COLUMNS,
+from data_prep.readers import sorted_entries
+from data_prep.readers.h5_file import ANEW, open_h5, part_of
+from data_prep.readers.h5_frame import codes_of, columns_in, has_obs, index_of, names_of, values_of
+from data_prep.readers.h5_matrix import (
+    MISFIT,
+    csr_slice,
+    format_of,
+    looks_like_counts,
+    require_inside,
+    require_whole,
+    shape_of,
+)
+from data_prep.readers.source import (
     Codes,
-    Direct,
-    FeatureTable,
     Head,
     Rows,
     Sliced,
     as_bytes,
-    columns_of,
     file_identity,
     real_numbers,
     unrepeated,
@@ -84,16 +88,18 @@ class AnnDataSource:
             matrix = self._matrix(file)
             if format_of(matrix) != "csc_matrix":
                 return 0
-            return -(-int(matrix["data"].shape[0]) // entries.PART_ENTRIES)
+            return -(-int(matrix["data"].shape[0]) // sorted_entries.PART_ENTRIES)
 
     def prepare(self, part: int, scratch: Path) -> None:
         """Sort one run of a CSC matrix's entries by row."""
-        lo = part * entries.PART_ENTRIES
+        lo = part * sorted_entries.PART_ENTRIES
         with open_h5(self.path) as file:
             matrix = self._matrix(file)
             n_rows, _ = shape_of(matrix)
             require_whole(matrix, shape_of(matrix)[1])
-            rows, values = (part_of(matrix, name)[lo : lo + entries.PART_ENTRIES] for name in ("indices", "data"))
+            rows, values = (
+                part_of(matrix, name)[lo : lo + sorted_entries.PART_ENTRIES] for name in ("indices", "data")
+            )
             indptr = part_of(matrix, "indptr")[:].astype(np.int64)
             where = f"{self.where}, entries {lo} to {lo + len(rows) - 1}"
             if (np.diff(indptr) < 0).any():
@@ -101,7 +107,7 @@ class AnnDataSource:
             require_inside(rows, n_rows, "cells", where)
             columns = np.searchsorted(indptr, np.arange(lo, lo + len(rows)), side="right") - 1
             values = real_numbers(values, where)
-        entries.write_part(scratch / f"{part:06d}", rows.astype(np.int64), columns, values)
+        sorted_entries.write_part(scratch / f"{part:06d}", rows.astype(np.int64), columns, values)
 
     def read(self, lo: int, hi: int, scratch: Path) -> Rows:
         with open_h5(self.path) as file:
@@ -111,7 +117,7 @@ class AnnDataSource:
                 return real_numbers(np.asarray(matrix[lo:hi]), self.where)
             if format_of(matrix) == "csr_matrix":
                 return csr_slice(matrix, lo, hi, n_columns, self.where)
-        return entries.read_rows(sorted(scratch.glob("[0-9]" * 6)), lo, hi, n_columns)
+        return sorted_entries.read_rows(sorted(scratch.glob("[0-9]" * 6)), lo, hi, n_columns)
 
     def other_counts(self) -> list[str]:
         with open_h5(self.path) as file:
@@ -159,57 +165,3 @@ class AnnDataSource:
                 codes = codes_of(file["obs"], name, len(shared))
                 return codes.take(shared.get_indexer(pd.Index(barcodes[:])))
         return None
-
-
-@dataclass(frozen=True)
-class TenxSource(Direct):
-    """One feature type of a 10x .h5 (Cell Ranger 3 and later): CSC over features x cells is CSR over cells."""
-
-    path: Path
-    modality: str
-    dataset: str = ""
-    feature_type: str | None = None  # None: the file holds one type
-    ids: str | None = None
-
-    @property
-    def where(self) -> str:
-        return f"{self.path.name}/{self.feature_type}" if self.feature_type else self.path.name
-
-    def identity(self) -> dict[str, Any]:
-        kept = {"feature_type": self.feature_type, "modality": self.modality, "dataset": self.dataset, "ids": self.ids}
-        return file_identity(self.path) | kept
-
-    def head(self) -> Head:
-        with open_h5(self.path) as file:
-            table = tenx_features(file)
-            matrix = part_of(file, "matrix")
-            barcodes, nnz = Texts.of(part_of(matrix, "barcodes")), int(part_of(matrix, "data").shape[0])
-            expected = (len(table.ids), len(barcodes))
-            if (got := tuple(part_of(matrix, "shape")[:].tolist())) != expected:
-                raise DataError(
-                    "the matrix does not fit its features and barcodes", where=self.where, got=got, expected=expected
-                )
-            require_whole(matrix, len(barcodes))
-        wanted, names, named_by = table.select(self.feature_type, self.ids)
-        share = nnz * len(wanted) // max(len(table.ids), 1)
-        return Head(barcodes, names, share, {}, [], list(TENX_COLUMNS), named_by)
-
-    def read(self, lo: int, hi: int, scratch: Path) -> Rows:
-        with open_h5(self.path) as file:
-            table = tenx_features(file)
-            rows = csr_slice(part_of(file, "matrix"), lo, hi, len(table.ids), self.where)
-        return columns_of(rows, table.select(self.feature_type)[0])
-
-
-def tenx_features(file: h5py.File) -> FeatureTable:
-    """The feature table of a 10x file.
-
-    Raises:
-        DataError: its columns differ in length.
-    """
-    names = ("id", "name", "feature_type")
-    columns = [part_of(file, f"matrix/features/{name}").asstr("utf-8")[:].tolist() for name in names]
-    if len({len(column) for column in columns}) > 1:
-        got = listed(f"{len(column)} of {name}" for name, column in zip(names, columns, strict=True))
-        raise DataError("the columns of the features differ in length", where=file.filename, got=got, fix=ANEW)
-    return FeatureTable(*columns)

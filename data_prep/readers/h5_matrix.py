@@ -9,8 +9,8 @@ import numpy as np
 import scipy.sparse as sp
 
 from clue_dist.errors import DataError
-from data_prep.h5_file import ANEW, part_of, place, stretch
-from data_prep.sources import real_numbers
+from data_prep.readers.h5_file import ANEW, part_of, place, stretch
+from data_prep.readers.source import real_numbers
 
 _PROBE = 10_000  # values looked at to guess whether a matrix holds counts
 MISFIT = "the sparse matrix is damaged: its indptr does not fit its data"

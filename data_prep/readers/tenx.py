@@ -1,0 +1,126 @@
+"""10x HDF5 files, and the table of features that 10x folders have too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from clue_dist.errors import DataError, listed
+from clue_dist.kinds import TENX_TYPES
+from data_prep.readers.h5_file import ANEW, open_h5, part_of
+from data_prep.readers.h5_frame import Texts
+from data_prep.readers.h5_matrix import (
+    csr_slice,
+    require_whole,
+)
+from data_prep.readers.source import (
+    Direct,
+    Head,
+    Rows,
+    columns_of,
+    file_identity,
+    unrepeated,
+)
+
+
+@dataclass(frozen=True)
+class FeatureTable:
+    """The features of a 10x file, which may mix modalities. All lists are (features,)."""
+
+    ids: list[str]
+    names: list[str]
+    types: list[str]
+
+    def select(self, feature_type: str | None, asked: str | None = None) -> tuple[np.ndarray, list[str], str | None]:
+        """Columns of one type (None: all), their names, and which of the columns `asked` for gave them.
+
+        A name that repeats gives way to its id.
+        """
+        wanted = [i for i, t in enumerate(self.types) if feature_type is None or t == feature_type]
+        column = next((c for c in (asked or "").split(",") if c in TENX_COLUMNS), None)
+        own = self.ids if column is not None and TENX_COLUMNS[column] == "id" else self.names
+        names = unrepeated([own[i] for i in wanted], [self.ids[i] for i in wanted])
+        return np.array(wanted, np.int64), names, column
+
+    def type_for(self, kind: str, where: str) -> str | None:
+        """The feature type that holds `kind`; None where the file does not tell types apart.
+
+        Raises:
+            DataError: the file has several types and none of this kind.
+        """
+        types = sorted(set(self.types))
+        if len(types) <= 1:
+            return None
+        fitting = [t for t in types if t in TENX_TYPES and TENX_TYPES[t] == kind]
+        if len(fitting) != 1:
+            raise DataError("the file has no features of this kind", where=where, got=listed(types), expected=kind)
+        return fitting[0]
+
+
+# What scanpy and Cell Ranger call the two columns of a 10x feature table.
+TENX_COLUMNS = {
+    "gene_ids": "id",
+    "gene_id": "id",
+    "id": "id",
+    "gene_symbols": "name",
+    "gene_name": "name",
+    "name": "name",
+}
+
+
+@dataclass(frozen=True)
+class TenxSource(Direct):
+    """One feature type of a 10x .h5 (Cell Ranger 3 and later): CSC over features x cells is CSR over cells."""
+
+    path: Path
+    modality: str
+    dataset: str = ""
+    feature_type: str | None = None  # None: the file holds one type
+    ids: str | None = None
+
+    @property
+    def where(self) -> str:
+        return f"{self.path.name}/{self.feature_type}" if self.feature_type else self.path.name
+
+    def identity(self) -> dict[str, Any]:
+        kept = {"feature_type": self.feature_type, "modality": self.modality, "dataset": self.dataset, "ids": self.ids}
+        return file_identity(self.path) | kept
+
+    def head(self) -> Head:
+        with open_h5(self.path) as file:
+            table = tenx_features(file)
+            matrix = part_of(file, "matrix")
+            barcodes, nnz = Texts.of(part_of(matrix, "barcodes")), int(part_of(matrix, "data").shape[0])
+            expected = (len(table.ids), len(barcodes))
+            if (got := tuple(part_of(matrix, "shape")[:].tolist())) != expected:
+                raise DataError(
+                    "the matrix does not fit its features and barcodes", where=self.where, got=got, expected=expected
+                )
+            require_whole(matrix, len(barcodes))
+        wanted, names, named_by = table.select(self.feature_type, self.ids)
+        share = nnz * len(wanted) // max(len(table.ids), 1)
+        return Head(barcodes, names, share, {}, [], list(TENX_COLUMNS), named_by)
+
+    def read(self, lo: int, hi: int, scratch: Path) -> Rows:
+        with open_h5(self.path) as file:
+            table = tenx_features(file)
+            rows = csr_slice(part_of(file, "matrix"), lo, hi, len(table.ids), self.where)
+        return columns_of(rows, table.select(self.feature_type)[0])
+
+
+def tenx_features(file: h5py.File) -> FeatureTable:
+    """The feature table of a 10x file.
+
+    Raises:
+        DataError: its columns differ in length.
+    """
+    names = ("id", "name", "feature_type")
+    columns = [part_of(file, f"matrix/features/{name}").asstr("utf-8")[:].tolist() for name in names]
+    if len({len(column) for column in columns}) > 1:
+        got = listed(f"{len(column)} of {name}" for name, column in zip(names, columns, strict=True))
+        raise DataError("the columns of the features differ in length", where=file.filename, got=got, fix=ANEW)
+    return FeatureTable(*columns)
