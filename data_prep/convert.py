@@ -32,7 +32,7 @@ from data_prep.conversion import cells as cell_table
 from data_prep.conversion import spool, strata
 from data_prep.conversion.cells import Cells
 from data_prep.conversion.counts import Reading, Target
-from data_prep.features import plan
+from data_prep.features import plan as features
 from data_prep.features.selection import Chosen, select
 from data_prep.jobs.job_folder import job
 from data_prep.jobs.whole_files import remove_leftovers, save
@@ -92,7 +92,7 @@ def build(
     work, store = partial / "work", partial / "store"
     sources = counted(inputs, options.choices, work / "fragments", pool)
     heads = _heads(sources)
-    plan = plan.plan(sources, heads, options.kinds, options.choices, reference)
+    plan = features.plan(sources, heads, options.kinds, options.choices, reference)
     known = {"batch": reference.batches, "label": reference.labels} if reference else {}
     cells = cell_table.join(sources, heads, list(plan.modalities), known, options.keys, options.seed, work, pool)
     accept(cells)
@@ -175,7 +175,7 @@ def _prepare_part(task: _Prepare) -> None:
 
 
 def _reading(
-    sources: Sequence[Source], heads: Sequence[Head], plan: plan.Plan, cells: Cells, work: Path
+    sources: Sequence[Source], heads: Sequence[Head], plan: features.Plan, cells: Cells, work: Path
 ) -> list[Reading]:
     """What the tasks must know to read each source's rows; where its columns go is in a file, like its rows' keys."""
     out = []
@@ -190,7 +190,7 @@ def _reading(
 
 
 def _scatter(
-    sources: Sequence[Source], heads: Sequence[Head], plan: plan.Plan, cells: Cells, work: Path, pool: Pool
+    sources: Sequence[Source], heads: Sequence[Head], plan: features.Plan, cells: Cells, work: Path, pool: Pool
 ) -> dict[str, list[Path]]:
     """Spool every row of every source; returns the spools of each modality."""
     tasks: dict[Path, _Scatter] = {}
@@ -260,7 +260,7 @@ def _gather_shard(task: _Gather) -> None:
 def _provenance(
     sources: Sequence[Source],
     heads: Sequence[Head],
-    plan: plan.Plan,
+    plan: features.Plan,
     cells: Cells,
     final: strata.Final,
     options: Options,

@@ -6,7 +6,7 @@
     RUN/best/step-00001100/                  weights.safetensors, state.json, COMMIT.json of the best validation
 
 COMMIT.json holds the size and SHA-256 of every file beside it; what differs is not used. Each rank writes its pieces of
-weights and optimizer (train/pieces.py), which any number of ranks reads. No file is a pickle.
+weights and optimizer (checkpoint/shards.py), which any number of ranks reads. No file is a pickle.
 """
 
 from __future__ import annotations

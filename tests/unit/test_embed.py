@@ -122,7 +122,7 @@ def test_ranks_write_what_one_writes(store, loaded, tmp_path, world, batch_size)
     embed_store(loaded, store, tmp_path / "one.h5mu", run="r", per_modality=True, batch_size=batch_size)
     code = """
         from pathlib import Path
-        from clue_dist import embed
+        from clue_dist.inference import stream
         from clue_dist.inference.embed import embed_store
         from clue_dist.ranks import Ranks
         from clue_dist.store.reader import Store
@@ -131,13 +131,13 @@ def test_ranks_write_what_one_writes(store, loaded, tmp_path, world, batch_size)
         ranks, store = Ranks.from_env().init(), Store(root)
         extra = Modality(kind="atac", storage="sparse", features=["peak-0", "peak-1"])
         known = {"adt": store.manifest.modalities["adt"], "atac": extra, "rna": store.manifest.modalities["rna"]}
-        join = embed._join
+        join = stream._join
 
         def spied(scratch, *args):
             print("files", len(list(scratch.iterdir())))
             join(scratch, *args)
 
-        embed._join = spied
+        stream._join = spied
         embed_store(FakeLoaded(known), store, Path(out), run="r", per_modality=True, batch_size=size, ranks=ranks)
         ranks.close()
     """

@@ -87,7 +87,8 @@ def test_jobs_and_their_attempts_have_ports_of_their_own():
 
 REFUSED = """
     import sys
-    from clue_dist.errors import StoreError, run_main
+    from clue_dist.errors import StoreError
+    from clue_dist.process import run_main
     from clue_dist.ranks import Ranks
 
     def main():
