@@ -55,8 +55,12 @@ class TrunkConfig(_Strict):
     projection: Width = 50  # components of the first, sparse layer
     projection_init: Literal["svd", "svd_of_sample", "svd_of_store", "random"] = "svd"
     projection_lr: Weight = 0.0  # relative to train.lr; 0 keeps the projection as initialised
-    size_input: bool = True  # the cell's total count and number of detected features are inputs too, as ln
-    shared: bool = True  # one trunk for a modality's K heads; false: K separate encoders behind the projection
+    size_input: bool = (
+        True  # the cell's total count and number of detected features are inputs too, as ln
+    )
+    shared: bool = (
+        True  # one trunk for a modality's K heads; false: K separate encoders behind the projection
+    )
     members: Width = 4  # independent networks side by side, each with its share of every z_k
     hidden: Width = 256
     depth: int = Field(2, ge=1, le=1000)
@@ -69,7 +73,9 @@ class DecoderConfig(_Strict):
     hidden: Width = 128
     depth: int = Field(1, ge=0, le=1000)
     dropout: Dropout = 0.0
-    features_per_step: Positive | Auto = "auto"  # score a fresh random subset of so many features each step
+    features_per_step: Positive | Auto = (
+        "auto"  # score a fresh random subset of so many features each step
+    )
 
 
 class DiscriminatorConfig(_Strict):
@@ -82,7 +88,9 @@ class DiscriminatorConfig(_Strict):
 
 class ModelConfig(_Strict):
     latent: Width = 64  # d, dimensions of each modality's z_k
-    private: float = Field(0.25, ge=0, lt=1)  # share of them that x_k alone tells and that no term aligns
+    private: float = Field(
+        0.25, ge=0, lt=1
+    )  # share of them that x_k alone tells and that no term aligns
     posterior: Literal["gpoe", "poe", "mean"] = "gpoe"
     trunk: TrunkConfig = TrunkConfig()
     decoder: DecoderConfig = DecoderConfig()
@@ -116,7 +124,9 @@ class ObjectiveConfig(_Strict):
     lambda_contrastive: Weight = 1.0  # InfoNCE on pairs
     alignment: Literal["mse", "cosine"] = "mse"
     per_feature: bool = False  # divide each modality's ELBO by its number of features
-    contrastive_mixup: bool = True  # contrast random convex combinations of pairs instead of the pairs
+    contrastive_mixup: bool = (
+        True  # contrast random convex combinations of pairs instead of the pairs
+    )
     contrastive_within_batch: bool = False  # negatives come from the pair's own biological batch
 
     @model_validator(mode="after")
@@ -197,7 +207,7 @@ class Config(_Strict):
         path.write_text(json.dumps(self.model_dump(mode="json"), indent=2) + "\n")
 
 
-def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a config file and apply `--set dotted.path=value` overrides (values are JSON, or else text).
 
     Raises:
@@ -206,14 +216,21 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     path = Path(path)
     try:
         if not path.is_file():
-            raise ConfigError("the config file does not exist", where=path, fix="see configs/ for recipes")
+            raise ConfigError(
+                "the config file does not exist", where=path, fix="see configs/ for recipes"
+            )
         tree = json.loads(path.read_text())
     except OSError as error:
         raise ConfigError("the config file cannot be read", where=path, got=error) from None
     except (ValueError, RecursionError) as error:
         raise ConfigError("the config file is not JSON", where=path, got=error) from None
     if not isinstance(tree, dict):
-        raise ConfigError("the config file is not a JSON object", where=path, got=type(tree).__name__, expected="{...}")
+        raise ConfigError(
+            "the config file is not a JSON object",
+            where=path,
+            got=type(tree).__name__,
+            expected="{...}",
+        )
     for override in overrides or []:
         _set(tree, override)
     try:
@@ -227,11 +244,13 @@ def require_paths(config: Config, *keys: str) -> None:
     for key in keys or ("store", "run"):
         if not getattr(config, key):
             raise ConfigError(
-                f"`{key}` is not set", where="config", fix=f"add --set {key}=PATH, or name it in the config file"
+                f"`{key}` is not set",
+                where="config",
+                fix=f"add --set {key}=PATH, or name it in the config file",
             )
 
 
-def changed(a: Config, b: Config) -> list[str]:
+def list_changed_settings(a: Config, b: Config) -> list[str]:
     """Dotted paths in which two configs differ."""
     left, right = _flat(a.model_dump(mode="json")), _flat(b.model_dump(mode="json"))
     return sorted(k for k in left.keys() | right.keys() if left.get(k) != right.get(k))
@@ -248,7 +267,9 @@ def _set(tree: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
         raise ConfigError(
-            "--set wants dotted.path=value", got=repr(override), expected="for example --set train.lr=1e-4"
+            "--set wants dotted.path=value",
+            got=repr(override),
+            expected="for example --set train.lr=1e-4",
         )
     try:
         value = json.loads(text)
@@ -258,19 +279,26 @@ def _set(tree: dict[str, Any], override: str) -> None:
     for parent in parents:
         tree = tree.setdefault(parent, {})
         if not isinstance(tree, dict):
-            raise ConfigError("--set goes below a value that is not an object", got=override, where=parent)
+            raise ConfigError(
+                "--set goes below a value that is not an object", got=override, where=parent
+            )
     tree[last] = value
 
 
 def _explained(error: ValidationError, path: Path) -> ConfigError:
     first = error.errors()[0]
     # Pydantic adds which member of a union it tried ("constrained-int", "literal['auto']").
-    dotted = ".".join(str(p) for p in first["loc"] if str(p).isidentifier() and p not in ("float", "int"))
+    dotted = ".".join(
+        str(p) for p in first["loc"] if str(p).isidentifier() and p not in ("float", "int")
+    )
     if first["type"] != "extra_forbidden":
         got = None if first["type"] == "value_error" else repr(first["input"])[:200]
         fix = "put it in double quotes" if first["type"] == "string_type" else None
         return ConfigError(
-            first["msg"].removeprefix("Value error, "), where=f"{path}: {dotted or 'config'}", got=got, fix=fix
+            first["msg"].removeprefix("Value error, "),
+            where=f"{path}: {dotted or 'config'}",
+            got=got,
+            fix=fix,
         )
     known = _known_keys(first["loc"][:-1])
     near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.0)

@@ -36,7 +36,9 @@ class ClueError(Exception):
 
     def __str__(self) -> str:
         parts = {"where": self.where, "got": self.got, "expected": self.expected, "fix": self.fix}
-        return "\n".join([self.what, *(f"  {name}: {text}" for name, text in parts.items() if text is not None)])
+        return "\n".join(
+            [self.what, *(f"  {name}: {text}" for name, text in parts.items() if text is not None)]
+        )
 
     def __reduce__(self) -> tuple[Callable[..., ClueError], tuple[Any, ...]]:
         # Errors cross process borders (Dask workers, ranks); keyword-only arguments need help to unpickle.
@@ -106,13 +108,21 @@ class FolderError(SavingError):
     exit_code = LOST
 
 
-_FULL = {errno.ENOSPC, errno.EDQUOT}
-_REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
-PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENOTCONN, errno.ESHUTDOWN, errno.EREMOTEIO}
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+WRITE_REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
+PASSING = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EHOSTDOWN,
+    errno.ENOTCONN,
+    errno.ESHUTDOWN,
+    errno.EREMOTEIO,
+}
 
 
 @contextmanager
-def writing(what: str, where: Path) -> Iterator[None]:
+def translate_write_errors(what: str, where: Path) -> Iterator[None]:
     """What the system refuses inside, told as an error that a person can mend.
 
     Raises:
@@ -126,7 +136,11 @@ def writing(what: str, where: Path) -> Iterator[None]:
     except Exception as error:
         number = _number_of(error)
         kind = FolderError if number in PASSING else SavingError
-        fix = "make room or make the folder writable, then " if number in _FULL | _REFUSED else ""
+        fix = (
+            "make room or make the folder writable, then "
+            if number in DISK_FULL | WRITE_REFUSED
+            else ""
+        )
         raise kind(
             f"{what} could not be written",
             where=where,
@@ -141,14 +155,14 @@ def _number_of(error: Exception) -> int | None:
     return int(told[1]) if told else error.errno if isinstance(error, OSError) else None
 
 
-def listed(names: Iterable[object], limit: int = 10) -> str:
+def list_names(names: Iterable[object], limit: int = 10) -> str:
     """The first `limit` names, then how many more there are."""
     names = list(names)
     more = f" ... and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(str(n) for n in names[:limit]) + more
 
 
-def typed_path(text: str) -> Path:
+def parse_path(text: str) -> Path:
     """A path as a person typed it; it need not exist. As a `type` of argparse, too.
 
     Raises:
@@ -159,5 +173,7 @@ def typed_path(text: str) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, ValueError) as error:
-        raise ConfigError("a path that cannot be used", where=text[:200], got=error, fix="mend the path") from None
+        raise ConfigError(
+            "a path that cannot be used", where=text[:200], got=error, fix="mend the path"
+        ) from None
     return Path(text)

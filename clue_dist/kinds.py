@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Literal, get_args
 
-from clue_dist.errors import DataError, listed
+from clue_dist.errors import DataError, list_names
 
 Kind = Literal["rna", "adt", "atac", "dense"]
 
@@ -20,7 +20,7 @@ STORAGE: dict[str, Storage] = {"rna": "sparse", "atac": "sparse", "adt": "dense"
 NORMALISE = {"rna": "log_cp10k", "adt": "log", "atac": "tfidf", "dense": "none"}  # by kind
 
 
-OF_KIND = {"rna": "nb", "adt": "nb", "atac": "poisson", "dense": "normal"}
+LIKELIHOOD = {"rna": "nb", "adt": "nb", "atac": "poisson", "dense": "normal"}
 
 
 _ALIASES = {
@@ -31,7 +31,7 @@ _ALIASES = {
 }
 
 
-def kind_of(modality: str, given: Mapping[str, str]) -> Kind:
+def infer_kind(modality: str, given: Mapping[str, str]) -> Kind:
     """What a modality measures: from `--kind name=kind`, else from its name.
 
     Raises:
@@ -40,16 +40,25 @@ def kind_of(modality: str, given: Mapping[str, str]) -> Kind:
     kinds = get_args(Kind)
     if modality in given:
         if given[modality] not in kinds:
-            raise DataError("unknown kind", where=f"--kind {modality}={given[modality]}", expected=listed(kinds))
+            raise DataError(
+                "unknown kind",
+                where=f"--kind {modality}={given[modality]}",
+                expected=list_names(kinds),
+            )
         return given[modality]  # type: ignore[return-value]
     name = "_".join(re.findall(r"[a-z0-9]+", modality.lower()))
-    found = {kind for kind, aliases in _ALIASES.items() for alias in aliases.split() if f"_{alias}_" in f"_{name}_"}
+    found = {
+        kind
+        for kind, aliases in _ALIASES.items()
+        for alias in aliases.split()
+        if f"_{alias}_" in f"_{name}_"
+    }
     if len(found) != 1:
         raise DataError(
             "cannot tell from its name what a modality measures",
             where=f"modality {modality!r}",
-            got=listed(sorted(found)) or "no known word in the name",
-            expected=f"one of {listed(kinds)}",
+            got=list_names(sorted(found)) or "no known word in the name",
+            expected=f"one of {list_names(kinds)}",
             fix=f"add `--kind {modality}=rna` (or another kind)",
         )
     return found.pop()  # type: ignore[return-value]

@@ -30,7 +30,7 @@ Scores = dict[str, dict[str, float]]  # scope -> metric -> value
 
 
 @dataclass(frozen=True)
-class Look:
+class RankedKeys:
     """What a slice of n queries sees. nearer: keys nearer than the own partner, summed over the queries;
     found: queries whose partner is among the 10 nearest keys; nearest: (n,) int64, the nearest key of each."""
 
@@ -39,20 +39,25 @@ class Look:
     nearest: np.ndarray
 
 
-def scores(u1: np.ndarray | Tensor, u2: np.ndarray | Tensor, batch: np.ndarray, ranks: Ranks | None = None) -> Scores:
+def compute_scores(
+    u1: np.ndarray | Tensor, u2: np.ndarray | Tensor, batch: np.ndarray, ranks: Ranks | None = None
+) -> Scores:
     """`{"global": {...}, "within_batch": {...}}` with `foscttm`, `match` and `recall10`, both directions averaged.
 
     Args and errors as for `directed_scores`.
     """
-    return averaged(directed_scores(u1, u2, batch, ranks))
+    return average_directions(score_directions(u1, u2, batch, ranks))
 
 
-def averaged(directed: dict[str, Scores]) -> Scores:
+def average_directions(directed: dict[str, Scores]) -> Scores:
     """The mean of both directions."""
-    return {s: {m: float(np.mean([directed[d][s][m] for d in DIRECTIONS])) for m in METRICS} for s in SCOPES}
+    return {
+        s: {m: float(np.mean([directed[d][s][m] for d in DIRECTIONS])) for m in METRICS}
+        for s in SCOPES
+    }
 
 
-def directed_scores(
+def score_directions(
     u1: np.ndarray | Tensor, u2: np.ndarray | Tensor, batch: np.ndarray, ranks: Ranks | None = None
 ) -> dict[str, Scores]:
     """The scores of `forward` (row i of u1 looks for row i of u2) and `backward` alone.
@@ -72,9 +77,17 @@ def directed_scores(
     x, y = _checked(u1, u2)
     groups = _groups(batch, x.device)
     pairs = [(_l2(x[g]), _l2(y[g])) for scope in SCOPES for g in groups[scope]]
-    mine = [(look(a, b, ranks.share(len(a))), look(b, a, ranks.share(len(a)))) for a, b in pairs]
+    mine = [
+        (rank_keys(a, b, ranks.share(len(a))), rank_keys(b, a, ranks.share(len(a))))
+        for a, b in pairs
+    ]
     gathered = ranks.all_gather_object(mine)
-    looks = iter([tuple(join(side) for side in zip(*group, strict=True)) for group in zip(*gathered, strict=True)])
+    looks = iter(
+        [
+            tuple(join_ranked_keys(side) for side in zip(*group, strict=True))
+            for group in zip(*gathered, strict=True)
+        ]
+    )
     both = iter(pairs)
 
     totals = {d: {s: np.zeros(len(METRICS)) for s in SCOPES} for d in DIRECTIONS}
@@ -82,24 +95,27 @@ def directed_scores(
         for _ in groups[scope]:
             (a, b), (forward, backward) = next(both), next(looks)
             n = len(a)
-            match = match_scores(forward.nearest, backward.nearest, _first_equal(a), _first_equal(b))
+            match = score_matches(
+                forward.nearest, backward.nearest, _first_equal(a), _first_equal(b)
+            )
             for direction, seen, m in zip(DIRECTIONS, (forward, backward), match, strict=True):
                 totals[direction][scope] += [seen.nearer / n, n * m, seen.found]
     cells = {scope: sum(len(g) for g in groups[scope]) or float("nan") for scope in SCOPES}
     return {
-        d: {s: dict(zip(METRICS, (totals[d][s] / cells[s]).tolist(), strict=True)) for s in SCOPES} for d in DIRECTIONS
+        d: {s: dict(zip(METRICS, (totals[d][s] / cells[s]).tolist(), strict=True)) for s in SCOPES}
+        for d in DIRECTIONS
     }
 
 
-def foscttm(u1: np.ndarray | Tensor, u2: np.ndarray | Tensor) -> float:
+def compute_foscttm(u1: np.ndarray | Tensor, u2: np.ndarray | Tensor) -> float:
     """Eq. 18 over all cells: the share of the other modality's cells nearer than the true match, 0 best, 0.5 chance.
 
     u1, u2: (N, D), N >= 1, on any device; rows are L2-normalised here.
     """
-    return float(nearer_than_match(u1, u2).mean())
+    return float(compute_nearer_share(u1, u2).mean())
 
 
-def nearer_than_match(u1: np.ndarray | Tensor, u2: np.ndarray | Tensor) -> np.ndarray:
+def compute_nearer_share(u1: np.ndarray | Tensor, u2: np.ndarray | Tensor) -> np.ndarray:
     """Each pair's share in `foscttm`, the mean of both directions. u1, u2: (N, D). (N,) float64"""
     x, y = (_l2(u) for u in _checked(u1, u2))
     nearer = np.zeros(len(x))
@@ -109,10 +125,14 @@ def nearer_than_match(u1: np.ndarray | Tensor, u2: np.ndarray | Tensor) -> np.nd
     return nearer / (2 * len(x))
 
 
-def chance(batch: np.ndarray) -> Scores:
+def compute_chance(batch: np.ndarray) -> Scores:
     """What embeddings that know nothing get: FOSCTTM 0.5, a match of 1 in n, a recall of 10 in n. batch: (N,)."""
-    sizes = {scope: np.array([len(g) for g in groups]) for scope, groups in _groups(batch, "cpu").items()}
-    share = {s: {"match": np.ones(len(n)), "recall10": np.minimum(n, _TOP)} for s, n in sizes.items()}
+    sizes = {
+        scope: np.array([len(g) for g in groups]) for scope, groups in _groups(batch, "cpu").items()
+    }
+    share = {
+        s: {"match": np.ones(len(n)), "recall10": np.minimum(n, _TOP)} for s, n in sizes.items()
+    }
     means = {
         s: {m: float(v.sum() / n.sum()) if len(n) else float("nan") for m, v in share[s].items()}
         for s, n in sizes.items()
@@ -120,7 +140,7 @@ def chance(batch: np.ndarray) -> Scores:
     return {s: {"foscttm": 0.5, **means[s]} for s in SCOPES}
 
 
-def look(queries: Tensor, keys: Tensor, part: slice) -> Look:
+def rank_keys(queries: Tensor, keys: Tensor, part: slice) -> RankedKeys:
     """What the queries of `part` see among all keys. queries, keys: (N, D) float64, L2-normalised, row i a pair.
 
     Of keys at the same distance the one of lowest index counts as the nearer.
@@ -131,18 +151,24 @@ def look(queries: Tensor, keys: Tensor, part: slice) -> Look:
         before = (d < own).sum(1)
         nearer += int(before.sum())
         tied = ((d <= own).sum(1) > before + 1).nonzero()[:, 0]  # few rows, if any
-        before[tied] += ((d[tied] == own[tied]) & (torch.arange(len(keys), device=d.device) < rows[tied, None])).sum(1)
+        before[tied] += (
+            (d[tied] == own[tied]) & (torch.arange(len(keys), device=d.device) < rows[tied, None])
+        ).sum(1)
         found += int((before < _TOP).sum())
         nearest.append(d.argmin(1).cpu())
-    return Look(nearer, found, torch.cat(nearest).numpy())
+    return RankedKeys(nearer, found, torch.cat(nearest).numpy())
 
 
-def join(parts: Sequence[Look]) -> Look:
+def join_ranked_keys(parts: Sequence[RankedKeys]) -> RankedKeys:
     """The looks of consecutive slices, as one."""
-    return Look(sum(p.nearer for p in parts), sum(p.found for p in parts), np.concatenate([p.nearest for p in parts]))
+    return RankedKeys(
+        sum(p.nearer for p in parts),
+        sum(p.found for p in parts),
+        np.concatenate([p.nearest for p in parts]),
+    )
 
 
-def match_scores(
+def score_matches(
     forward: np.ndarray, backward: np.ndarray, first1: np.ndarray, first2: np.ndarray
 ) -> tuple[float, float]:
     """The competition's matching score (eq. 16-17 with k = 1) of both directions: forward, backward.
@@ -159,7 +185,9 @@ def match_scores(
 
 def _match(a: np.ndarray, b: np.ndarray, first_query: np.ndarray, first_key: np.ndarray) -> float:
     n = len(a)
-    chosen = np.bincount(first_key, minlength=n)[a]  # keys that are what query i points at: 1, or all its equals
+    chosen = np.bincount(first_key, minlength=n)[
+        a
+    ]  # keys that are what query i points at: 1, or all its equals
     choosing = np.bincount(b, minlength=n)[first_query]  # keys that point at query i
     mutual = np.where(b[a] == first_query, chosen, 0)  # keys counted in both
     row_sum = (chosen + choosing - 2 * mutual) / 3 + mutual
@@ -190,7 +218,9 @@ def _groups(batch: np.ndarray, device: torch.device | str) -> dict[str, list[Ten
     order = np.argsort(code, kind="stable")
     split = np.split(order, np.flatnonzero(np.diff(code[order])) + 1)
     groups = {"global": [np.arange(len(batch))], "within_batch": split}
-    return {s: [torch.from_numpy(g).to(device) for g in gs if len(g) >= 2] for s, gs in groups.items()}
+    return {
+        s: [torch.from_numpy(g).to(device) for g in gs if len(g) >= 2] for s, gs in groups.items()
+    }
 
 
 def _first_equal(u: Tensor) -> np.ndarray:
@@ -210,10 +240,15 @@ def _checked(u1: np.ndarray | Tensor, u2: np.ndarray | Tensor) -> tuple[Tensor, 
     x, y = (torch.as_tensor(u).detach().to(torch.float64) for u in (u1, u2))
     if x.ndim != 2 or x.shape != y.shape or not x.numel():
         raise DataError(
-            "two embeddings of the same cells are needed", got=(tuple(x.shape), tuple(y.shape)), expected="(N, D) twice"
+            "two embeddings of the same cells are needed",
+            got=(tuple(x.shape), tuple(y.shape)),
+            expected="(N, D) twice",
         )
     for name, u in (("first", x), ("second", y)):
         bad = int((~u.isfinite()).any(1).sum())
         if bad:
-            raise DataError(f"the {name} embedding is not finite", got=f"{bad} of {len(u)} cells with NaN or Inf")
+            raise DataError(
+                f"the {name} embedding is not finite",
+                got=f"{bad} of {len(u)} cells with NaN or Inf",
+            )
     return x, y

@@ -15,12 +15,12 @@ import scipy.sparse as sp
 Rows: TypeAlias = "sp.csr_matrix | np.ndarray"  # (n, features)
 
 
-def inverse_frequency(n: int, detected: np.ndarray) -> np.ndarray:
+def compute_inverse_frequency(n: int, detected: np.ndarray) -> np.ndarray:
     """Cells over cells with the feature, (features,); n: how many cells, detected: (features,)."""
     return n / np.maximum(detected, 1)
 
 
-def normalised(counts: Rows, how: str, idf: np.ndarray | None = None) -> Rows:
+def normalise_rows(counts: Rows, how: str, idf: np.ndarray | None = None) -> Rows:
     """`model.trunk.normalise` in float64; see there for the formulas."""
     if isinstance(counts, np.ndarray):
         return _dense(counts.astype(np.float64), how, idf)
@@ -46,25 +46,29 @@ def _dense(x: np.ndarray, how: str, idf: np.ndarray | None) -> np.ndarray:
     return x
 
 
-def column_sums(x: Rows, of: Callable[[np.ndarray], np.ndarray] = np.asarray) -> np.ndarray:
+def sum_columns(x: Rows, of: Callable[[np.ndarray], np.ndarray] = np.asarray) -> np.ndarray:
     """Sums over the cells of a function of the values with f(0) = 0: (n, features) -> (features,) float64."""
     if isinstance(x, np.ndarray):
         return of(x).sum(0, dtype=np.float64)
     return np.bincount(x.indices, weights=of(x.data), minlength=x.shape[1])
 
 
-def spread(mean: np.ndarray, mean_square: np.ndarray) -> np.ndarray:
+def compute_deviation(mean: np.ndarray, mean_square: np.ndarray) -> np.ndarray:
     """Standard deviation of each feature."""
     return np.sqrt(np.maximum(mean_square - mean**2, 1e-12))
 
 
-def standard(how: str, mean: np.ndarray, deviation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def compute_standardisation(
+    how: str, mean: np.ndarray, deviation: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """What to take off normalised values and what to divide them by before the SVD; all (features,).
 
     Any change here, or of `normalised`, wants another `store.svd.VERSION`.
     """
     if how == "tfidf":  # latent semantic indexing works on the values as they are
         return np.zeros_like(mean), np.ones_like(deviation)
-    if how == "log_cp10k":  # between covariance (abundant genes rule) and correlation (noise votes too)
+    if (
+        how == "log_cp10k"
+    ):  # between covariance (abundant genes rule) and correlation (noise votes too)
         return mean, deviation**0.75
     return mean, deviation

@@ -16,24 +16,24 @@ from torch.nn import functional as F
 
 from clue_dist.config import ObjectiveConfig
 from clue_dist.data.batch import Batch
-from clue_dist.model.clue import CLUE, Output
+from clue_dist.model.clue import CLUE, CLUEOutput
 from clue_dist.model.noise import Noise
-from clue_dist.model.posterior import information, kl_to_prior
+from clue_dist.model.posterior import compute_information, compute_kl_to_prior
 
 
-def elbo_self(out: Output, observed: Tensor, weight: Tensor, beta: float) -> Tensor:
+def compute_elbo_self(out: CLUEOutput, observed: Tensor, weight: Tensor, beta: float) -> Tensor:
     """Eq. 5 for each cell, (B,): sum over observed k of E ln p(x_k | z_k) - KL(q(z_k | x_k) || p). weight: (K,)."""
-    terms = out.ln_self - beta * information(out.posterior.mean, out.posterior.log_var)
+    terms = out.ln_self - beta * compute_information(out.posterior.mean, out.posterior.log_var)
     return (terms * weight * observed).sum(1)
 
 
-def elbo_cross(out: Output, observed: Tensor, weight: Tensor, beta: float) -> Tensor:
+def compute_elbo_cross(out: CLUEOutput, observed: Tensor, weight: Tensor, beta: float) -> Tensor:
     """Eq. 8 for each cell, (B,): reconstruction where x_k was observed, KL of the joint posterior over every k."""
-    kl = kl_to_prior(out.posterior.joint_mean, out.posterior.joint_log_var)  # (B, K)
+    kl = compute_kl_to_prior(out.posterior.joint_mean, out.posterior.joint_log_var)  # (B, K)
     return ((out.ln_cross * observed - beta * kl) * weight).sum(1)
 
 
-def mse(z: Tensor, observed: Tensor, cosine: bool = False) -> Tensor:
+def compute_alignment(z: Tensor, observed: Tensor, cosine: bool = False) -> Tensor:
     """Eq. 9-11: mean over cells with two or more modalities of the mean squared distance of their z's to the centre.
 
     z: (B, K source, K * a) samples of the aligned dimensions. With `cosine`, rows are scaled to length 1 first, as
@@ -49,14 +49,16 @@ def mse(z: Tensor, observed: Tensor, cosine: bool = False) -> Tensor:
     return (squared * paired).sum() / paired.sum().clamp_min(1)
 
 
-def discriminator_ln(logits: Tensor, observed: Tensor) -> Tensor:
+def score_discriminator(logits: Tensor, observed: Tensor) -> Tensor:
     """Eq. 12: mean over cells of the mean over observed k of ln q(k | z). logits: (B, K source, K)."""
     ln_q = torch.diagonal(logits.log_softmax(-1), dim1=1, dim2=2)  # (B, K source)
     per_cell = (ln_q * observed).sum(1) / observed.sum(1).clamp_min(1)
     return per_cell.mean()
 
 
-def info_nce(z: Tensor, observed: Tensor, batch_code: Tensor, log_scale: Tensor, within_batch: bool) -> Tensor:
+def compute_info_nce(
+    z: Tensor, observed: Tensor, batch_code: Tensor, log_scale: Tensor, within_batch: bool
+) -> Tensor:
     """InfoNCE between the modalities of paired cells, both directions, against all pairs of the global batch.
 
     z: (M, B, K source, .), compared by cosine; the mean over the M members. Negatives come from the same biological
@@ -70,7 +72,11 @@ def info_nce(z: Tensor, observed: Tensor, batch_code: Tensor, log_scale: Tensor,
     total, pairs = z.new_zeros(()), z.new_zeros(())
     for a, b in combinations(range(observed.shape[1]), 2):
         row, column = observed[:, a] & observed[:, b], every_observed[:, a] & every_observed[:, b]
-        allowed = column[None] & (batch_code[:, None] == every_code[None]) if within_batch else column[None]
+        allowed = (
+            column[None] & (batch_code[:, None] == every_code[None])
+            if within_batch
+            else column[None]
+        )
         for source, target in ((a, b), (b, a)):
             rows, columns = z[:, :, source].transpose(0, 1), every_z[:, :, target].permute(1, 2, 0)
             logits = log_scale.exp() * rows @ columns  # (M, B, global B)
@@ -125,26 +131,34 @@ class Objective(nn.Module):
 
         beta: factor on lambda_kl, for a warm-up; by_modality: tell what each modality adds to the ELBOs, too.
         """
-        if noise is None:  # every call goes through the engine, so that ZeRO-3 gathers what is needed
+        if (
+            noise is None
+        ):  # every call goes through the engine, so that ZeRO-3 gathers what is needed
             return self.model.embed(batch)
         c, observed = self.config, batch.observed
         out = self.model(
-            batch, noise, decode_self=c.lambda_self > 0, decode_cross=c.lambda_cross > 0, mixup=self._mixup()
+            batch,
+            noise,
+            decode_self=c.lambda_self > 0,
+            decode_cross=c.lambda_cross > 0,
+            mixup=self._mixup(),
         )
         weight = torch.tensor(self.weights, device=observed.device)
         z = out.z.flatten(2)  # (B, K source, K * a)
         terms = {
-            "mse": mse(z, observed, cosine=c.alignment == "cosine"),
+            "mse": compute_alignment(z, observed, cosine=c.alignment == "cosine"),
             # The discriminator maximises L_D; the reversed gradient makes the encoders minimise it.
-            "d": discriminator_ln(out.logits, observed),
+            "d": score_discriminator(out.logits, observed),
         }
         if c.lambda_self:
-            terms["self"] = -elbo_self(out, observed, weight, beta * c.lambda_kl).mean()
+            terms["self"] = -compute_elbo_self(out, observed, weight, beta * c.lambda_kl).mean()
         if c.lambda_cross:
-            terms["cross"] = -elbo_cross(out, observed, weight, beta * c.lambda_kl).mean()
+            terms["cross"] = -compute_elbo_cross(out, observed, weight, beta * c.lambda_kl).mean()
         if c.lambda_contrastive:
             within = c.contrastive_within_batch
-            terms["contrastive"] = info_nce(out.contrast, observed, batch.batch_code, out.log_scale, within)
+            terms["contrastive"] = compute_info_nce(
+                out.contrast, observed, batch.batch_code, out.log_scale, within
+            )
         loss = (
             c.lambda_self * terms.get("self", 0.0)
             + c.lambda_cross * terms.get("cross", 0.0)
@@ -156,9 +170,12 @@ class Objective(nn.Module):
             terms |= self._by_modality(out, observed)
         return loss, {name: term.detach() for name, term in terms.items()}
 
-    def _by_modality(self, out: Output, observed: Tensor) -> dict[str, Tensor]:
+    def _by_modality(self, out: CLUEOutput, observed: Tensor) -> dict[str, Tensor]:
         """Log-likelihoods of the ELBOs by modality, mean over cells."""
-        wanted = {"self": (self.config.lambda_self, out.ln_self), "cross": (self.config.lambda_cross, out.ln_cross)}
+        wanted = {
+            "self": (self.config.lambda_self, out.ln_self),
+            "cross": (self.config.lambda_cross, out.ln_cross),
+        }
         return {
             f"{elbo} of {m}": -ln[:, k][observed[:, k].bool()].sum() / len(ln)
             for elbo, (used, ln) in wanted.items()

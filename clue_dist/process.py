@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
-from clue_dist.errors import _FULL, LOST, ClueError
+from clue_dist.errors import DISK_FULL, LOST, ClueError
 
 _has_joined = False  # whether this process is, or was, one of several
 
@@ -28,10 +28,10 @@ def run_main(main: Callable[[], None]) -> NoReturn:
         # Before the ranks have joined, those of a machine see the same.
         if rank == "0" or (not error.on_every_rank and (_has_joined or local == "0")):
             prefix = "" if rank == "0" else f"rank {rank}: "
-            say(f"{prefix}error: {error}")
+            print_error(f"{prefix}error: {error}")
         _leave(error.exit_code, at_once=True)
     except Exception:  # noqa: BLE001  printed with all that is known of it
-        say(traceback.format_exc())
+        print_error(traceback.format_exc())
         several = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1")) != "1"
         _leave(LOST if several else 1, at_once=True)
     except SystemExit as left:
@@ -41,22 +41,22 @@ def run_main(main: Callable[[], None]) -> NoReturn:
     _leave(0)
 
 
-def say(text: str) -> None:
+def print_error(text: str) -> None:
     """Print to stderr; where nobody listens any more (a terminal that was closed, a full disk) the process goes on."""
     with suppress(OSError, ValueError):
         print(text, file=sys.stderr, flush=True)
 
 
-def tell(text: str) -> None:
+def print_line(text: str) -> None:
     """Print to stdout; as `say`, a process never ends of it. What a full disk does not take now comes later."""
     try:
         print(text, flush=True)
     except OSError as error:
-        if error.errno not in _FULL:  # nobody reads any more
+        if error.errno not in DISK_FULL:  # nobody reads any more
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
-def joined() -> None:
+def mark_as_rank() -> None:
     """This process becomes one of several: what `run_main` must know."""
     global _has_joined
     _has_joined = True

@@ -16,7 +16,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from clue_dist.errors import ClueError, LostError, RankError
-from clue_dist.process import joined
+from clue_dist.process import mark_as_rank
 
 JOIN = 300.0  # seconds to wait for the others at the start: clusters start ranks minutes apart, dead ones never come
 T = TypeVar("T")
@@ -50,7 +50,9 @@ class Ranks:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         if "RANK" not in env and "SLURM_STEP_NUM_TASKS" in env:
             names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
-        values = [env.get(name, default) for name, default in zip(names, ("0", "1", "0"), strict=True)]
+        values = [
+            env.get(name, default) for name, default in zip(names, ("0", "1", "0"), strict=True)
+        ]
         got = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
         if not all(v.isdecimal() for v in values) or not int(values[0]) < int(values[1]):
             raise RankError(
@@ -102,7 +104,9 @@ class Ranks:
         if self.world == 1 or dist.is_initialized():
             return self
         timeout = timedelta(seconds=timeout_s)
-        dist.init_process_group(backend, store=self.meeting(), rank=self.rank, world_size=self.world, timeout=timeout)
+        dist.init_process_group(
+            backend, store=self.meeting(), rank=self.rank, world_size=self.world, timeout=timeout
+        )
         return self
 
     def aside(self) -> Ranks:
@@ -196,7 +200,9 @@ class Ranks:
     def _exchanged(self, mine: bytes) -> list[bytes]:
         """What each rank said, before they have joined."""
         store = self.meeting()
-        said, read = ([f"clue_dist/{what}/{rank}" for rank in range(self.world)] for what in ("said", "read"))
+        said, read = (
+            [f"clue_dist/{what}/{rank}" for rank in range(self.world)] for what in ("said", "read")
+        )
         try:
             store.set(said[self.rank], mine)
             store.wait(said, timedelta(seconds=JOIN))
@@ -217,11 +223,13 @@ class Ranks:
             RankError: several machines and no MASTER_ADDR.
             LostError: it cannot be reached.
         """
-        os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.world), LOCAL_RANK=str(self.local_rank))
+        os.environ.update(
+            RANK=str(self.rank), WORLD_SIZE=str(self.world), LOCAL_RANK=str(self.local_rank)
+        )
         if "MASTER_ADDR" not in os.environ:
             os.environ["MASTER_ADDR"] = self._only_host()
-        os.environ.setdefault("MASTER_PORT", str(port_of(os.environ)))
-        joined()
+        os.environ.setdefault("MASTER_PORT", str(choose_port(os.environ)))
+        mark_as_rank()
         try:
             meeting = _meeting(self.rank, self.world)
             return meeting.aside if aside else meeting.store
@@ -267,7 +275,7 @@ def _meeting(rank: int, world: int) -> _Meeting:
     return _Meeting(store, store.clone())
 
 
-def port_of(env: Mapping[str, str]) -> int:
+def choose_port(env: Mapping[str, str]) -> int:
     """A port that no other job on a machine should take, nor another attempt of the job, as the one before may hold its
     own for a while; all ranks of a job derive the same."""
     attempt = f"{env.get('SLURM_JOB_ID', '0')}/{env.get('SLURM_RESTART_COUNT', '0')}"

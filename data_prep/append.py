@@ -20,19 +20,25 @@ from typing import Any
 
 import numpy as np
 
-from clue_dist.errors import DataError, StoreError, listed
+from clue_dist.errors import DataError, StoreError, list_names
 from clue_dist.store import layout, svd
-from clue_dist.store.location import Place, place_of
-from clue_dist.store.manifest import Manifest, Shard
+from clue_dist.store.location import Location, parse_location
+from clue_dist.store.manifest import FileDigest, Manifest
 from clue_dist.store.reader import Store, StratumReader
-from clue_dist.store.writer import metadata
-from data_prep.conversion.cells import Cells
-from data_prep.convert import Options, build, description, told
-from data_prep.jobs.job_folder import as_json, begun, discard, job, partial_of
+from clue_dist.store.writer import hash_metadata
+from data_prep.conversion.cells import CellTable
+from data_prep.convert import ConversionOptions, build_store, describe_conversion, format_notes
+from data_prep.jobs.job_folder import (
+    claim_job,
+    discard_job,
+    find_partial_folder,
+    normalise_json,
+    read_job,
+)
 from data_prep.jobs.whole_files import remove_leftovers
-from data_prep.jobs.workers import Pool
+from data_prep.jobs.workers import WorkerPool
 from data_prep.readers.fragments import Input
-from data_prep.readers.source import decode
+from data_prep.readers.source import decode_barcodes
 
 APPENDED = "appended"  # in the provenance: one entry for each addition
 BUILT = "addition.json"  # in the addition's folder: its manifest; from here on its strata may be in the store
@@ -40,7 +46,9 @@ DONE = "becomes"  # in the addition's folder: the fingerprint that the store is 
 BLOCKS = 4096  # whose barcodes are read at once
 
 
-def append(inputs: Sequence[Input], where: str | Place, options: Options, pool: Pool) -> Manifest:
+def append_cells(
+    inputs: Sequence[Input], where: str | Location, options: ConversionOptions, pool: WorkerPool
+) -> Manifest:
     """Add the cells of `inputs`; returns the store's new manifest, whose fingerprint is another.
 
     options: `features_from`, `block_cells` and `codec` are the store's own, whatever they say; choices: bins alone.
@@ -50,24 +58,34 @@ def append(inputs: Sequence[Input], where: str | Place, options: Options, pool: 
             other cells were added meanwhile.
         StoreError: no store there, or not a folder; another addition is under way; the disk is full.
     """
-    root = place_of(where)
+    root = parse_location(where)
     if not isinstance(root, Path):
-        raise StoreError("cells can only be added to a folder", where=where, fix="add them there, then copy it again")
-    root = root.resolve()  # a link may lead to another disk, and the addition must lie beside the store
+        raise StoreError(
+            "cells can only be added to a folder",
+            where=where,
+            fix="add them there, then copy it again",
+        )
+    root = (
+        root.resolve()
+    )  # a link may lead to another disk, and the addition must lie beside the store
     out = root.with_name(root.name + ".addition")
     store = Store(root)
     old = store.manifest
     _forget_svd(root, old)  # of other cells, if the last addition was killed before it came to it
-    if _was_committed(partial_of(out), description(inputs, options, old), old):
+    if _was_committed(find_partial_folder(out), describe_conversion(inputs, options, old), old):
         return old
     options = replace(options, features_from=root, block_cells=old.block_cells, codec=old.codec)
-    with job(out, description(inputs, options, old), "addition") as folder:
+    with claim_job(out, describe_conversion(inputs, options, old), "addition") as folder:
         if Manifest.read(root).fingerprint != old.fingerprint:
-            raise DataError("other cells were added meanwhile", where=root, fix="run the same command again")
+            raise DataError(
+                "other cells were added meanwhile", where=root, fix="run the same command again"
+            )
         built = _built(folder)
         _remove_strays(root, old, {} if built is None else _segments(built, old))
         if built is None:
-            built = build(inputs, options, old, folder, pool, lambda cells: _refuse_known(cells, store))
+            built = build_store(
+                inputs, options, old, folder, pool, lambda cells: _refuse_known(cells, store)
+            )
             _write(folder / BUILT, built.model_dump_json())
         return _graft(built, folder, old, root)
 
@@ -75,12 +93,18 @@ def append(inputs: Sequence[Input], where: str | Place, options: Options, pool: 
 def _was_committed(partial: Path, wanted: dict[str, Any], now: Manifest) -> bool:
     """Whether these inputs are in the store already, added by a run that was killed right after its commit. What it
     left is removed, whatever it was."""
-    before = begun(partial)
-    if before is None or not any(done.read_text() == now.fingerprint for done in partial.glob(f"*/{DONE}")):
+    before = read_job(partial)
+    if before is None or not any(
+        done.read_text() == now.fingerprint for done in partial.glob(f"*/{DONE}")
+    ):
         return False
-    discard(partial)
-    decided = ("inputs", "features", "columns")  # the rest is the store's, which is another one since
-    return all(before.get(key) == as_json(wanted)[key] for key in decided)
+    discard_job(partial)
+    decided = (
+        "inputs",
+        "features",
+        "columns",
+    )  # the rest is the store's, which is another one since
+    return all(before.get(key) == normalise_json(wanted)[key] for key in decided)
 
 
 def _built(folder: Path) -> Manifest | None:
@@ -91,27 +115,31 @@ def _built(folder: Path) -> Manifest | None:
 def _remove_strays(root: Path, manifest: Manifest, coming: Mapping[str, str]) -> None:
     """Strata in the store's folder that neither it nor this addition knows: of an addition that was given up."""
     for folder in (root / "strata").iterdir():
-        if folder.is_dir() and folder.name not in manifest.strata and folder.name not in coming.values():
+        if (
+            folder.is_dir()
+            and folder.name not in manifest.strata
+            and folder.name not in coming.values()
+        ):
             shutil.rmtree(folder)
     remove_leftovers(root / "strata")
     (root / f"{layout.MANIFEST}.tmp").unlink(missing_ok=True)
 
 
-def _refuse_known(cells: Cells, store: Store) -> None:
+def _refuse_known(cells: CellTable, store: Store) -> None:
     known = [found for reader in store.strata.values() for found in _known(cells, reader)]
     if known:
         names = np.concatenate(known)
         raise DataError(
             f"{len(names)} cells are in the store already",
             where=store.root,
-            got=listed(decode(names)),
+            got=list_names(decode_barcodes(names)),
             expected="cells with barcodes of their own",
             fix="other cells with the same barcodes need a prefix, `lane2:FILE`; for more modalities of the same "
             "cells, convert all files again",
         )
 
 
-def _known(cells: Cells, reader: StratumReader) -> Iterator[np.ndarray]:
+def _known(cells: CellTable, reader: StratumReader) -> Iterator[np.ndarray]:
     """Barcodes of a stratum that are also new ones."""
     step = BLOCKS * reader.block_cells
     for first in range(0, reader.n_cells, step):
@@ -122,8 +150,11 @@ def _known(cells: Cells, reader: StratumReader) -> Iterator[np.ndarray]:
 
 def _segments(addition: Manifest, old: Manifest) -> dict[str, str]:
     """What the strata of an addition are called in the store."""
-    there = Counter(layout.group_of(name) for name in old.strata)
-    return {name: layout.stratum_name(s.modalities, there[name] + 1) for name, s in addition.strata.items()}
+    there = Counter(layout.name_stratum(name) for name in old.strata)
+    return {
+        name: layout.name_segment(s.modalities, there[name] + 1)
+        for name, s in addition.strata.items()
+    }
 
 
 def _graft(addition: Manifest, folder: Path, old: Manifest, root: Path) -> Manifest:
@@ -146,7 +177,7 @@ def _graft(addition: Manifest, folder: Path, old: Manifest, root: Path) -> Manif
     found = dict(old.metadata)
     for name, final in names.items():
         _move(folder / "store" / "strata" / name, root / "strata" / final)
-        found |= metadata(root, f"strata/{final}")
+        found |= hash_metadata(root, f"strata/{final}")
     new = new.model_copy(update={"metadata": found})
     _write(folder / DONE, new.computed_fingerprint())
     new = new.write(root)
@@ -157,14 +188,14 @@ def _graft(addition: Manifest, folder: Path, old: Manifest, root: Path) -> Manif
 def _forget_svd(root: Path, now: Manifest) -> None:
     """Remove an SVD that is not of the cells there are now."""
     try:
-        svd.known(root, now)
+        svd.list_svds(root, now)
     except StoreError:
         shutil.rmtree(root / svd.FOLDER)
         print(f"{root}: the stored SVD was of the cells before, and is gone", file=sys.stderr)
 
 
-def _renamed(addition: Manifest, names: dict[str, str]) -> dict[str, Shard]:
-    out: dict[str, Shard] = {}
+def _renamed(addition: Manifest, names: dict[str, str]) -> dict[str, FileDigest]:
+    out: dict[str, FileDigest] = {}
     for key, shard in addition.shards.items():
         strata, name, rest = key.split("/", 2)
         out[f"{strata}/{names[name]}/{rest}"] = shard
@@ -184,12 +215,14 @@ def _move(source: Path, target: Path) -> None:
     try:
         os.rename(source, target)
     except OSError as error:
-        raise StoreError("the store cannot be written", where=target, got=error, fix="mend that, then go on") from error
+        raise StoreError(
+            "the store cannot be written", where=target, got=error, fix="mend that, then go on"
+        ) from error
 
 
-def appended(manifest: Manifest) -> str:
+def format_addition(manifest: Manifest) -> str:
     """What a person should know after an addition."""
     notes = manifest.provenance[APPENDED][-1]
     lines = [f"{manifest.n_cells:,} cells, fingerprint {manifest.fingerprint[:16]}"]
     lines += [f"  {name}: {s.n_cells:,} cells" for name, s in manifest.strata.items()]
-    return "\n".join(lines + told(manifest, notes))
+    return "\n".join(lines + format_notes(manifest, notes))

@@ -12,30 +12,30 @@ import numpy as np
 
 from clue_dist.errors import ServerError, StoreError
 from clue_dist.store import layout, location, svd
-from clue_dist.store.location import Place
-from clue_dist.store.manifest import Manifest, Shard
+from clue_dist.store.location import Location
+from clue_dist.store.manifest import FileDigest, Manifest
 from clue_dist.store.reader import StratumReader
-from clue_dist.store.rows import misfit
+from clue_dist.store.rows import find_misfit
 from clue_dist.store.writer import hash_file
 from data_prep.jobs.workers import Progress
 
 THREADS = 4
 
 
-def check(where: str | Place) -> list[str]:
+def check_store(where: str | Location) -> list[str]:
     """Problems of a committed store, one line each; empty where it is sound.
 
     Raises:
         StoreError: there is no store, its manifest cannot be used at all, or its server fails.
     """
-    root = location.place_of(where)
+    root = location.parse_location(where)
     manifest = Manifest.read(root)
     manifest.verify(root)
-    problems, side_files = svd.verify(root, manifest)
+    problems, side_files = svd.verify_svd(root, manifest)
     problems += _manifest_file(root, manifest) + _extra_files(root, manifest, side_files)
     damaged: set[str] = set()
 
-    def verify(item: tuple[str, Shard]) -> list[str]:
+    def verify(item: tuple[str, FileDigest]) -> list[str]:
         found = _verify_file(root, *item)
         if found and item[0] in manifest.shards:
             damaged.add(item[0])
@@ -66,16 +66,18 @@ def _all(title: str, function: Callable[[Any], list[str]], items: list[Any]) -> 
     return found
 
 
-def _manifest_file(root: Place, manifest: Manifest) -> list[str]:
-    content = location.read(root, layout.MANIFEST)
+def _manifest_file(root: Location, manifest: Manifest) -> list[str]:
+    content = location.read_file(root, layout.MANIFEST)
     if content is not None and manifest.sealed(content):
         return []
-    return [f"{layout.MANIFEST}: changed after it was written, where its fingerprint does not see it"]
+    return [
+        f"{layout.MANIFEST}: changed after it was written, where its fingerprint does not see it"
+    ]
 
 
-def _verify_file(root: Place, key: str, expected: Shard) -> list[str]:
+def _verify_file(root: Location, key: str, expected: FileDigest) -> list[str]:
     try:
-        location.require_plain(root, key)
+        location.require_plain_files(root, key)
         got = _hash(root, key, expected)
     except ServerError:
         raise
@@ -90,20 +92,26 @@ def _verify_file(root: Place, key: str, expected: Shard) -> list[str]:
     return [] if got == expected else [f"{key}: content changed (sha256 differs)"]
 
 
-def _hash(root: Place, key: str, expected: Shard) -> Shard | None:
+def _hash(root: Location, key: str, expected: FileDigest) -> FileDigest | None:
     """Size and SHA-256 of a file; None where there is none. A file of another size than expected is not read."""
     if isinstance(root, Path):
         if not (root / key).is_file():
             return None
         size = (root / key).stat().st_size
-        return hash_file(root / key) if size == expected.bytes else Shard(bytes=size, sha256="")
-    content = location.read(root, key)
-    return None if content is None else Shard(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+        return (
+            hash_file(root / key) if size == expected.bytes else FileDigest(bytes=size, sha256="")
+        )
+    content = location.read_file(root, key)
+    return (
+        None
+        if content is None
+        else FileDigest(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    )
 
 
-def _extra_files(root: Place, manifest: Manifest, side_files: Collection[str]) -> list[str]:
+def _extra_files(root: Location, manifest: Manifest, side_files: Collection[str]) -> list[str]:
     known = {layout.MANIFEST, *manifest.metadata, *manifest.shards, *side_files}
-    extra = [f for f in sorted(location.names(root) or []) if f not in known]
+    extra = [f for f in sorted(location.list_files(root) or []) if f not in known]
     folders = {f: f.split("/")[1] for f in extra if f.startswith("strata/") and f.count("/") > 1}
     strays = {f: name for f, name in folders.items() if name not in manifest.strata}
     fix = "perhaps of an addition that was broken off: type that again, or remove this folder"
@@ -118,24 +126,41 @@ def _check_stratum(reader: StratumReader, damaged: set[str]) -> list[str]:
     shard = reader.stratum.shard_blocks
     step = layout.CHUNK_ROWS * max(1, shard // layout.CHUNK_ROWS // 8)
     parts = [*reader.modalities, "obs"]
-    pieces = [(part, lo, min(lo + step, reader.n_blocks)) for part in parts for lo in range(0, reader.n_blocks, step)]
-    bad = {(key.split("/")[2], int(key.split("/")[5])) for key in damaged if key.startswith(f"strata/{reader.name}/")}
-    sound = [p for p in pieces if not {(p[0], s) for s in range(p[1] // shard, -(-p[2] // shard))} & bad]
+    pieces = [
+        (part, lo, min(lo + step, reader.n_blocks))
+        for part in parts
+        for lo in range(0, reader.n_blocks, step)
+    ]
+    bad = {
+        (key.split("/")[2], int(key.split("/")[5]))
+        for key in damaged
+        if key.startswith(f"strata/{reader.name}/")
+    }
+    sound = [
+        p for p in pieces if not {(p[0], s) for s in range(p[1] // shard, -(-p[2] // shard))} & bad
+    ]
 
     def decode(piece: tuple[str, int, int]) -> list[str]:
         part, blocks = piece[0], np.arange(piece[1], piece[2])
         try:
-            found = _check_obs(reader, blocks) if part == "obs" else _check_blocks(reader, part, blocks)
+            found = (
+                _check_obs(reader, blocks) if part == "obs" else _check_blocks(reader, part, blocks)
+            )
         except StoreError as error:
             return [_line(error)]
-        return [f"strata/{reader.name}/{part}, blocks {blocks[0]} to {blocks[-1]}: {problem}" for problem in found]
+        return [
+            f"strata/{reader.name}/{part}, blocks {blocks[0]} to {blocks[-1]}: {problem}"
+            for problem in found
+        ]
 
     return _all(f"decode {reader.name}", decode, sound)
 
 
 def _check_obs(reader: StratumReader, blocks: np.ndarray) -> list[str]:
     size = reader.block_cells
-    reader.obs(np.arange(blocks[0] * size, min((blocks[-1] + 1) * size, reader.n_cells)))  # raises what it finds
+    reader.obs(
+        np.arange(blocks[0] * size, min((blocks[-1] + 1) * size, reader.n_cells))
+    )  # raises what it finds
     return []
 
 
@@ -143,8 +168,11 @@ def _check_blocks(reader: StratumReader, modality: str, blocks: np.ndarray) -> l
     decoded = reader.read_blocks(modality, blocks)
     if isinstance(decoded, np.ndarray):
         return [] if np.isfinite(decoded).all() else ["values that are not finite"]
-    packed, n_features = reader.stratum.packed[modality], reader.manifest.modalities[modality].n_features
-    return [] if (problem := misfit(decoded, packed.bits, n_features)) is None else [problem]
+    packed, n_features = (
+        reader.stratum.packed[modality],
+        reader.manifest.modalities[modality].n_features,
+    )
+    return [] if (problem := find_misfit(decoded, packed.bits, n_features)) is None else [problem]
 
 
 def _line(error: StoreError) -> str:

@@ -21,102 +21,129 @@ from typing import Any
 import numpy as np
 
 import clue_dist
-from clue_dist.errors import listed
+from clue_dist.errors import list_names
 from clue_dist.store import layout
 from clue_dist.store.layout import Codec
-from clue_dist.store.location import place_of
-from clue_dist.store.manifest import Manifest, Shard
-from clue_dist.store.writer import Cells as ShardCells
-from clue_dist.store.writer import commit, create, write_shard
+from clue_dist.store.location import parse_location
+from clue_dist.store.manifest import FileDigest, Manifest
+from clue_dist.store.writer import SegmentCells as ShardCells
+from clue_dist.store.writer import commit_store, create_store, write_shard
 from data_prep.conversion import cells as cell_table
 from data_prep.conversion import spool, strata
-from data_prep.conversion.cells import Cells
-from data_prep.conversion.counts import Reading, Target
+from data_prep.conversion.cells import CellTable
+from data_prep.conversion.counts import AlignmentTarget, SourceReading
 from data_prep.features import plan as features
-from data_prep.features.selection import Chosen, select
-from data_prep.jobs.job_folder import job
-from data_prep.jobs.whole_files import remove_leftovers, save
-from data_prep.jobs.workers import Pool, run_missing
-from data_prep.options import FIELDS, Choice, Keys
-from data_prep.readers.fragments import CountedSource, Input, counted
-from data_prep.readers.source import Head, Source
+from data_prep.features.selection import SelectedFeatures, select_variable_features
+from data_prep.jobs.job_folder import claim_job
+from data_prep.jobs.whole_files import remove_leftovers, save_array
+from data_prep.jobs.workers import WorkerPool, run_missing
+from data_prep.options import FIELDS, FeatureChoice, ObsColumns
+from data_prep.readers.fragments import FragmentsSource, Input, count_fragments
+from data_prep.readers.source import Source, SourceHead
 
 TASK_ENTRIES = 2**20  # stored values of a scatter task, up to six times as many ...
 MANY_TASKS = 100  # ... where there would be more tasks than this: each shard looks into every spool, which takes time
-MOST_TASKS, MOST_ENTRIES = 1000, 2**25  # beyond these that time would outgrow all other: spools grow, to 32 MB coded
+MOST_TASKS, MOST_ENTRIES = (
+    1000,
+    2**25,
+)  # beyond these that time would outgrow all other: spools grow, to 32 MB coded
 
 
 @dataclass(frozen=True)
-class Options:
+class ConversionOptions:
     """What decides the result, beside the inputs."""
 
     seed: int = 0
     block_cells: int = layout.BLOCK_CELLS
     codec: Codec = "balanced"
-    choices: Mapping[str, Choice] = field(default_factory=dict)  # of features, by modality; else `Choice()`
+    choices: Mapping[str, FeatureChoice] = field(
+        default_factory=dict
+    )  # of features, by modality; else `Choice()`
     features_from: str | Path | None = None
     kinds: dict[str, str] = field(default_factory=dict)
-    keys: Keys = field(default_factory=Keys)
+    keys: ObsColumns = field(default_factory=ObsColumns)
 
 
-def convert(inputs: Sequence[Input], out: Path, options: Options, pool: Pool) -> Manifest:
+def convert_inputs(
+    inputs: Sequence[Input], out: Path, options: ConversionOptions, pool: WorkerPool
+) -> Manifest:
     """Convert `inputs` into a store at `out`; goes on where an interrupted run of the same job stopped.
 
     Raises:
         DataError: inputs that are not what they should be (see `build`).
         StoreError: something is at `out` already, or another job was or is under way there.
     """
-    reference = None if options.features_from is None else Manifest.read(place_of(options.features_from))
-    with job(out, description(inputs, options, reference)) as partial:
-        return commit(partial / "store", out, build(inputs, options, reference, partial, pool))
+    reference = (
+        None
+        if options.features_from is None
+        else Manifest.read(parse_location(options.features_from))
+    )
+    with claim_job(out, describe_conversion(inputs, options, reference)) as partial:
+        return commit_store(
+            partial / "store", out, build_store(inputs, options, reference, partial, pool)
+        )
 
 
-def build(
+def build_store(
     inputs: Sequence[Input],
-    options: Options,
+    options: ConversionOptions,
     reference: Manifest | None,
     partial: Path,
-    pool: Pool,
-    accept: Callable[[Cells], None] = lambda cells: None,
+    pool: WorkerPool,
+    accept: Callable[[CellTable], None] = lambda cells: None,
 ) -> Manifest:
     """All shards of the store to be, in `partial`; returns its manifest, which is not written yet.
 
     reference: of the store whose modalities and features the inputs are fitted to; accept: may refuse the cells.
 
     Raises:
-        DataError: inputs that are not what they should be (see `fragments.counted`, `features.plan`, `cells.join`,
-            `counts.canonical`, `selection.select`).
+        DataError: inputs that are not what they should be (see `count_fragments`, `plan_features`, `join_cells_by_barcode`,
+            `canonicalise_rows`, `select_variable_features`).
     """
     if reference and any(c.mode or c.given or c.top for c in options.choices.values()):
         raise ValueError("features are chosen, though those of another store decide")
     work, store = partial / "work", partial / "store"
-    sources = counted(inputs, options.choices, work / "fragments", pool)
+    sources = count_fragments(inputs, options.choices, work / "fragments", pool)
     heads = _heads(sources)
-    plan = features.plan(sources, heads, options.kinds, options.choices, reference)
+    plan = features.plan_features(sources, heads, options.kinds, options.choices, reference)
     known = {"batch": reference.batches, "label": reference.labels} if reference else {}
-    cells = cell_table.join(sources, heads, list(plan.modalities), known, options.keys, options.seed, work, pool)
+    cells = cell_table.join_cells_by_barcode(
+        sources, heads, list(plan.modalities), known, options.keys, options.seed, work, pool
+    )
     accept(cells)
 
     _prepare(sources, work, pool)
     reading = _reading(sources, heads, plan, cells, work)
-    kept = select(reading, plan, cells, options.choices, work / "select", TASK_ENTRIES, pool)
+    kept = select_variable_features(
+        reading, plan, cells, options.choices, work / "select", TASK_ENTRIES, pool
+    )
     plan = plan.narrowed(sources, heads, {name: chosen.places for name, chosen in kept.items()})
     spools = _scatter(sources, heads, plan, cells, work, pool)
-    files = {name: listed(s.where for s in sources if s.modality == name) for name in plan.modalities}
-    final = strata.settle(cells, plan.modalities, files, spools, options.block_cells, work / "strata")
+    files = {
+        name: list_names(s.where for s in sources if s.modality == name) for name in plan.modalities
+    }
+    final = strata.settle_strata(
+        cells, plan.modalities, files, spools, options.block_cells, work / "strata"
+    )
     notes = _provenance(sources, heads, plan, cells, final, options, kept)
-    manifest = strata.manifest(final, cells, plan.modalities, options.block_cells, options.codec, notes)
-    create(store, manifest)
+    manifest = strata.build_manifest(
+        final, cells, plan.modalities, options.block_cells, options.codec, notes
+    )
+    create_store(store, manifest)
     shards = _gather(manifest, store, work, spools, pool)
     remove_leftovers(store)  # of workers that were killed while this process lived on
     return manifest.model_copy(update={"shards": shards})
 
 
-def description(inputs: Sequence[Input], options: Options, reference: Manifest | None) -> dict[str, Any]:
+def describe_conversion(
+    inputs: Sequence[Input], options: ConversionOptions, reference: Manifest | None
+) -> dict[str, Any]:
     """All that decides the result: if any of it changes, what an interrupted run left is of no use."""
     return {
         "inputs": [given.identity() for given in inputs],
-        "options": {k: v for k, v in vars(options).items() if k not in ("keys", "choices", "features_from")},
+        "options": {
+            k: v for k, v in vars(options).items() if k not in ("keys", "choices", "features_from")
+        },
         "features": {name: choice.identity() for name, choice in sorted(options.choices.items())},
         "columns": dict(options.keys.columns),
         "features_from": reference.fingerprint if reference else None,
@@ -124,9 +151,9 @@ def description(inputs: Sequence[Input], options: Options, reference: Manifest |
     }
 
 
-def _heads(sources: Sequence[Source]) -> list[Head]:
+def _heads(sources: Sequence[Source]) -> list[SourceHead]:
     """Of every source; equal lists of features are one, as files may be many."""
-    heads: list[Head] = []
+    heads: list[SourceHead] = []
     for source in sources:
         head = source.head()
         same = next((h.features for h in heads if h.features == head.features), head.features)
@@ -143,7 +170,7 @@ class _Prepare:
 
 @dataclass(frozen=True)
 class _Scatter:
-    reading: Reading
+    reading: SourceReading
     lo: int
     hi: int
     out: Path
@@ -160,12 +187,15 @@ class _Gather:
     out: Path
 
 
-def _prepare(sources: Sequence[Source], work: Path, pool: Pool) -> None:
+def _prepare(sources: Sequence[Source], work: Path, pool: WorkerPool) -> None:
     """Sort the inputs whose rows cannot be read directly."""
     tasks: dict[Path, _Prepare] = {}
     for i, source in enumerate(sources):
         scratch = work / "prepared" / f"{i:03d}"
-        tasks |= {scratch / f"{part:06d}": _Prepare(source, part, scratch) for part in range(source.parts())}
+        tasks |= {
+            scratch / f"{part:06d}": _Prepare(source, part, scratch)
+            for part in range(source.parts())
+        }
     if tasks:
         run_missing(pool, "sort entries", _prepare_part, tasks)
 
@@ -175,22 +205,37 @@ def _prepare_part(task: _Prepare) -> None:
 
 
 def _reading(
-    sources: Sequence[Source], heads: Sequence[Head], plan: features.Plan, cells: Cells, work: Path
-) -> list[Reading]:
+    sources: Sequence[Source],
+    heads: Sequence[SourceHead],
+    plan: features.FeaturePlan,
+    cells: CellTable,
+    work: Path,
+) -> list[SourceReading]:
     """What the tasks must know to read each source's rows; where its columns go is in a file, like its rows' keys."""
     out = []
     for i, (source, head, folder) in enumerate(zip(sources, heads, cells.sources, strict=True)):
         columns = plan.columns[i]
         if columns is not None:
-            save(folder / "columns.npy", columns)
+            save_array(folder / "columns.npy", columns)
         modality = plan.modalities[source.modality]
-        target = Target(modality.kind, modality.n_features, None if columns is None else folder / "columns.npy")
-        out.append(Reading(source, target, head.n_rows, head.nnz, work / "prepared" / f"{i:03d}", folder))
+        target = AlignmentTarget(
+            modality.kind, modality.n_features, None if columns is None else folder / "columns.npy"
+        )
+        out.append(
+            SourceReading(
+                source, target, head.n_rows, head.nnz, work / "prepared" / f"{i:03d}", folder
+            )
+        )
     return out
 
 
 def _scatter(
-    sources: Sequence[Source], heads: Sequence[Head], plan: features.Plan, cells: Cells, work: Path, pool: Pool
+    sources: Sequence[Source],
+    heads: Sequence[SourceHead],
+    plan: features.FeaturePlan,
+    cells: CellTable,
+    work: Path,
+    pool: WorkerPool,
 ) -> dict[str, list[Path]]:
     """Spool every row of every source; returns the spools of each modality."""
     tasks: dict[Path, _Scatter] = {}
@@ -215,10 +260,12 @@ def _task_entries(nnz: int) -> int:
 def _scatter_rows(task: _Scatter) -> None:
     keys = np.asarray(np.load(task.reading.folder / "keys.npy", mmap_mode="r")[task.lo : task.hi])
     order = np.argsort(keys)
-    spool.write(task.out, keys[order], *task.reading.coded(task.lo, task.hi, order))
+    spool.write_spool(task.out, keys[order], *task.reading.coded(task.lo, task.hi, order))
 
 
-def _gather(manifest: Manifest, store: Path, work: Path, spools: dict[str, list[Path]], pool: Pool) -> dict[str, Shard]:
+def _gather(
+    manifest: Manifest, store: Path, work: Path, spools: dict[str, list[Path]], pool: WorkerPool
+) -> dict[str, FileDigest]:
     """Write every shard; returns size and hash of each file."""
     (work / "shards").mkdir(exist_ok=True)
     (work / "manifest.json").write_text(manifest.model_dump_json())
@@ -227,12 +274,18 @@ def _gather(manifest: Manifest, store: Path, work: Path, spools: dict[str, list[
         for shard in range(-(-s.n_cells // (s.shard_blocks * manifest.block_cells))):
             out = work / "shards" / f"{name}-{shard:06d}.json"
             tasks[out] = _Gather(
-                work / "manifest.json", store, name, shard, work / "strata" / name, work / "spools", out
+                work / "manifest.json",
+                store,
+                name,
+                shard,
+                work / "strata" / name,
+                work / "spools",
+                out,
             )
     run_missing(pool, "write", _gather_shard, tasks)
-    shards: dict[str, Shard] = {}
+    shards: dict[str, FileDigest] = {}
     for path in tasks:
-        shards |= {key: Shard(**value) for key, value in json.loads(path.read_text()).items()}
+        shards |= {key: FileDigest(**value) for key, value in json.loads(path.read_text()).items()}
     return dict(sorted(shards.items()))
 
 
@@ -249,22 +302,26 @@ def _gather_shard(task: _Gather) -> None:
     for name in s.modalities:
         n_features = manifest.modalities[name].n_features
         folders = sorted(p for p in (task.spools / name).iterdir() if p.suffix != ".tmp")
-        modalities[name] = spool.read(folders, np.asarray(obs["keys"]), n_features, s.packed[name])
+        modalities[name] = spool.read_spool(
+            folders, np.asarray(obs["keys"]), n_features, s.packed[name]
+        )
     cells = ShardCells(modalities, obs["batch"], obs["label"], obs["barcodes"])
     written = write_shard(task.store, manifest, task.stratum, task.shard, cells)
-    temporary = task.out.with_suffix(f".{uuid.uuid4().hex[:8]}.tmp")  # a worker given up for dead may still be at it
+    temporary = task.out.with_suffix(
+        f".{uuid.uuid4().hex[:8]}.tmp"
+    )  # a worker given up for dead may still be at it
     temporary.write_text(json.dumps({key: shard.model_dump() for key, shard in written.items()}))
     temporary.rename(task.out)
 
 
 def _provenance(
     sources: Sequence[Source],
-    heads: Sequence[Head],
-    plan: features.Plan,
-    cells: Cells,
-    final: strata.Final,
-    options: Options,
-    kept: Mapping[str, Chosen],
+    heads: Sequence[SourceHead],
+    plan: features.FeaturePlan,
+    cells: CellTable,
+    final: strata.FinalStrata,
+    options: ConversionOptions,
+    kept: Mapping[str, SelectedFeatures],
 ) -> dict[str, Any]:
     """Where the cells came from and what was left out. Base names only: a store may be passed on."""
     inputs = []
@@ -279,33 +336,39 @@ def _provenance(
             "features": plan.notes[i],
             "names": head.named_by or "var_names",
         }
-        inputs.append(note | ({"counted": source.given.what} if isinstance(source, CountedSource) else {}))
+        inputs.append(
+            note | ({"counted": source.given.what} if isinstance(source, FragmentsSource) else {})
+        )
     return {
         "tool": f"data_prep {clue_dist.__version__}",
         "seed": options.seed,
         "inputs": inputs,
-        "features": {name: options.choices.get(name, Choice()).identity() for name in plan.modalities},
+        "features": {
+            name: options.choices.get(name, FeatureChoice()).identity() for name in plan.modalities
+        },
         "selected": {name: chosen.note for name, chosen in kept.items()},
         "columns": dict(options.keys.columns),
         "cells": {"in": len(cells), "dropped": final.dropped}
-        | {f"without_{field}": strata.without(final, cells, field) for field in FIELDS},
+        | {f"without_{field}": strata.count_unknown(final, cells, field) for field in FIELDS},
     }
 
 
-def report(manifest: Manifest) -> str:
+def format_conversion(manifest: Manifest) -> str:
     """What a person should know after a conversion, in a few lines."""
     lines = [f"{manifest.n_cells:,} cells, fingerprint {manifest.fingerprint[:16]}"]
     lines += [f"  {name}: {s.n_cells:,} cells" for name, s in manifest.strata.items()]
-    return "\n".join(lines + told(manifest, manifest.provenance))
+    return "\n".join(lines + format_notes(manifest, manifest.provenance))
 
 
-def told(manifest: Manifest, notes: Mapping[str, Any]) -> list[str]:
+def format_notes(manifest: Manifest, notes: Mapping[str, Any]) -> list[str]:
     """What became of the inputs of a conversion, or of an addition to the store, by its notes in the provenance."""
     lines = []
     for what, names in (("batch", manifest.batches), ("label", manifest.labels)):
         if names and (n := notes["cells"][f"without_{what}"]):
             column = notes["columns"][what]
-            lines.append(f"  {n:,} cells have no {what}: their files have nothing in column {column!r} of obs")
+            lines.append(
+                f"  {n:,} cells have no {what}: their files have nothing in column {column!r} of obs"
+            )
     for name, note in notes["selected"].items():
         lines.append(f"  {name}: {note['kept']:,} of {note['of']:,} features, {note['by']}")
     if notes["cells"]["dropped"]:
@@ -318,7 +381,6 @@ def told(manifest: Manifest, notes: Mapping[str, Any]) -> list[str]:
         for what in ("missing", "extra"):
             if n := item["features"][what]:
                 became = "become zero" if what == "missing" else "are dropped"
-                lines.append(
-                    f"  {item['file']}: {n:,} features {what}, {became} ({listed(item['features']['first_' + what])})"
-                )
+                first = list_names(item["features"]["first_" + what])
+                lines.append(f"  {item['file']}: {n:,} features {what}, {became} ({first})")
     return lines

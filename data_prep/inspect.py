@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from clue_dist.errors import listed
+from clue_dist.errors import list_names
 from clue_dist.store import svd
 from clue_dist.store.manifest import Manifest
 from clue_dist.store.reader import Store
@@ -16,7 +16,7 @@ from clue_dist.store.reader import Store
 _SHOWN = 12  # batches, labels and inputs printed before "... and N more"
 
 
-def facts(root: str | Path) -> dict[str, Any]:
+def collect_facts(root: str | Path) -> dict[str, Any]:
     """What `inspect --json` prints. Reads row lengths where a modality is sparse, no counts.
 
     Raises:
@@ -45,8 +45,12 @@ def facts(root: str | Path) -> dict[str, Any]:
         "batches": _totals(manifest, "batch"),
         "labels": _totals(manifest, "label"),
         "svd": {
-            name: {"components": note.components, "cells": note.n_cells, "normalise": note.normalise}
-            for name, note in svd.known(store.root, manifest).items()
+            name: {
+                "components": note.components,
+                "cells": note.n_cells,
+                "normalise": note.normalise,
+            }
+            for name, note in svd.list_svds(store.root, manifest).items()
         },
         "provenance": manifest.provenance,
     }
@@ -64,7 +68,11 @@ def _modality(store: Store, name: str) -> dict[str, Any]:
         "bytes": size,
     }
     if modality.storage == "sparse":
-        nnz = sum(_non_zeros(store, stratum, name) for stratum, r in store.strata.items() if name in r.modalities)
+        nnz = sum(
+            _non_zeros(store, stratum, name)
+            for stratum, r in store.strata.items()
+            if name in r.modalities
+        )
         return out | {"non_zeros": nnz, "bytes_per_non_zero": size / max(nnz, 1)}
     return out | {"bytes_per_value": size / max(cells * modality.n_features, 1)}
 
@@ -73,20 +81,26 @@ def _non_zeros(store: Store, stratum: str, modality: str) -> int:
     reader = store.strata[stratum]
     step = 4096
     return sum(
-        int(reader.read_lengths(modality, np.arange(lo, min(lo + step, reader.n_blocks))).sum(dtype=np.int64))
+        int(
+            reader.read_lengths(modality, np.arange(lo, min(lo + step, reader.n_blocks))).sum(
+                dtype=np.int64
+            )
+        )
         for lo in range(0, reader.n_blocks, step)
     )
 
 
 def _totals(manifest: Manifest, field: str) -> dict[str, int]:
     names = manifest.batches if field == "batch" else manifest.labels
-    tallies = [s.batch_counts if field == "batch" else s.label_counts for s in manifest.strata.values()]
+    tallies = [
+        s.batch_counts if field == "batch" else s.label_counts for s in manifest.strata.values()
+    ]
     totals = {name: sum(tally.get(name, 0) for tally in tallies) for name in names}
     unknown = manifest.n_cells - sum(totals.values())
     return totals | ({"(unknown)": unknown} if unknown else {})
 
 
-def text(found: dict[str, Any]) -> str:
+def format_facts(found: dict[str, Any]) -> str:
     """`facts` for people."""
     lines = [
         f"{found['store']}: {found['cells']:,} cells, {found['bytes'] / 2**20:,.1f} MiB",
@@ -105,16 +119,20 @@ def text(found: dict[str, Any]) -> str:
         )
     lines.append("strata")
     for name, s in found["strata"].items():
-        lines.append(f"  {name:<12} {s['cells']:,} cells, {'paired' if s['paired'] else 'one modality'}")
+        lines.append(
+            f"  {name:<12} {s['cells']:,} cells, {'paired' if s['paired'] else 'one modality'}"
+        )
     for title in ("batches", "labels"):
         shares = [f"{name} {n:,}" for name, n in found[title].items() if n]
-        lines.append(f"{title:<12} {listed(shares, _SHOWN) or 'none'}")
+        lines.append(f"{title:<12} {list_names(shares, _SHOWN) or 'none'}")
     for name, note in found["svd"].items():
         how = f"{note['components']} components of {note['cells']:,} cells, {note['normalise']}"
         lines.append(f"{'svd':<12} {name}: {how}")
     additions = found["provenance"].get("appended", [])
     return "\n".join(
-        lines + _provenance(found["provenance"]) + [line for a in additions for line in _provenance(a, added=True)]
+        lines
+        + _provenance(found["provenance"])
+        + [line for a in additions for line in _provenance(a, added=True)]
     )
 
 
@@ -125,11 +143,15 @@ def _provenance(notes: dict[str, Any], added: bool = False) -> list[str]:
     lines = [
         f"{title:<12} {notes.get('tool', '?')}: {cells.get('in', 0):,} cells in, {cells.get('dropped', 0):,} dropped"
     ]
-    lines += [f"  {name}: {how}" for name in notes.get("features", {}) if (how := _chosen(name, notes))]
+    lines += [
+        f"  {name}: {how}" for name in notes.get("features", {}) if (how := _chosen(name, notes))
+    ]
     for item in notes.get("inputs", [])[:_SHOWN]:
         missing, extra = item["features"]["missing"], item["features"]["extra"]
         told = f"{item['cells']:,} cells ({item['empty']:,} empty), features: {missing} missing, {extra} extra"
-        told += f", named by {item['names']}" if item.get("names", "var_names") != "var_names" else ""
+        told += (
+            f", named by {item['names']}" if item.get("names", "var_names") != "var_names" else ""
+        )
         told += f", {item['counted']} counted" if "counted" in item else ""
         lines.append(
             f"  {item['dataset'] + ':' if item['dataset'] else ''}{item['file']} -> {item['modality']}: {told}"
@@ -152,5 +174,5 @@ def _chosen(name: str, notes: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def as_json(found: dict[str, Any]) -> str:
+def dump_facts(found: dict[str, Any]) -> str:
     return json.dumps(found, indent=1)

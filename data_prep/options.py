@@ -7,20 +7,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from clue_dist.errors import DataError, listed
+from clue_dist.errors import DataError, list_names
 
-FIELDS = {"batch": "batch", "label": "cell_type"}  # what a store keeps of each cell, and the column it comes from
+FIELDS = {
+    "batch": "batch",
+    "label": "cell_type",
+}  # what a store keeps of each cell, and the column it comes from
 
 
 @dataclass(frozen=True)
-class Keys:
+class ObsColumns:
     """Columns of obs that hold batch and label; a name given explicitly must exist in some file."""
 
     columns: Mapping[str, str] = field(default_factory=lambda: dict(FIELDS))
     explicit: frozenset[str] = frozenset()
 
 
-def require_known(flag: str, named: Iterable[str], known: Iterable[str]) -> None:
+def require_known_modalities(flag: str, named: Iterable[str], known: Iterable[str]) -> None:
     """Every modality that `flag` names is among the `known` ones.
 
     Raises:
@@ -28,7 +31,12 @@ def require_known(flag: str, named: Iterable[str], known: Iterable[str]) -> None
     """
     there = list(dict.fromkeys(known))
     if absent := [name for name in named if name not in there]:
-        raise DataError("no such modality", where=flag, got=listed(absent), expected=listed(there) or "none")
+        raise DataError(
+            "no such modality",
+            where=flag,
+            got=list_names(absent),
+            expected=list_names(there) or "none",
+        )
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,9 @@ class PerModality:
         named = dict(text.split("=", 1) for text in texts if "=" in text)
         if len(general) > 1 or len(general) + len(named) < len(texts):
             fix = "NAME=VALUE for each; inputs come before the options"
-            raise DataError(f"two {what} for one modality", where=flag, got=listed(texts), fix=fix)
+            raise DataError(
+                f"two {what} for one modality", where=flag, got=list_names(texts), fix=fix
+            )
         return cls(flag, general[0] if general else None, named)
 
     def of(self, name: str | None) -> str | None:
@@ -58,14 +68,14 @@ class PerModality:
 
     def require_known(self, names: Iterable[str]) -> None:
         """Every modality that is named is among `names`; else a DataError."""
-        require_known(self.flag, self.named, names)
+        require_known_modalities(self.flag, self.named, names)
 
 
 Mode = Literal["same", "intersection", "union"]
 
 
 @dataclass(frozen=True)
-class Choice:
+class FeatureChoice:
     """Which features a modality gets.
 
     mode: how files that differ come together (None: the same in every file, or the union of bins); given: a list of
@@ -85,5 +95,9 @@ class Choice:
 
     def identity(self) -> dict[str, Any]:
         """JSON-able; changes with whatever changes the features."""
-        names = None if self.given is None else hashlib.sha256("\n".join(self.given).encode()).hexdigest()
+        names = (
+            None
+            if self.given is None
+            else hashlib.sha256("\n".join(self.given).encode()).hexdigest()
+        )
         return {"mode": self.together, "list_sha256": names, "bins": self.bins, "top": self.top}

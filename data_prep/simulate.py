@@ -17,10 +17,10 @@ import numpy as np
 import scipy.sparse as sp
 
 from clue_dist.errors import DataError
-from clue_dist.kinds import Kind, kind_of
+from clue_dist.kinds import Kind, infer_kind
 from data_prep.jobs.whole_files import make_folder
-from data_prep.options import require_known
-from data_prep.readers.source import Codes, Direct, Head, Rows, Source
+from data_prep.options import require_known_modalities
+from data_prep.readers.source import CategoryCodes, DirectSource, Source, SourceHead, SourceRows
 
 PIECE = 1024  # cells whose truth is drawn together
 PIECE_VALUES = 2**20  # values of a modality drawn together: bounds memory, however many features
@@ -29,7 +29,7 @@ _TRUTH, _FACTORS, _COUNTS, _WEIGHTS = range(4)  # what a generator is for
 
 
 @dataclass(frozen=True)
-class Spec:
+class SimulationSpec:
     """A mosaic. The first `paired` share of cells carries every modality, the others one each, in equal parts."""
 
     modalities: tuple[tuple[str, Kind, int], ...]  # name, kind, features
@@ -41,18 +41,22 @@ class Spec:
     seed: int = 0
 
     @classmethod
-    def of(cls, features: dict[str, int], kinds: dict[str, str], **sizes: Any) -> Spec:
+    def of(cls, features: dict[str, int], kinds: dict[str, str], **sizes: Any) -> SimulationSpec:
         """A spec of named modalities; kinds from their names, or as given.
 
         Raises:
             DataError: a size that makes no sense, a modality of unknown kind, or a kind of no modality.
         """
-        require_known("--kind", kinds, features)
-        spec = cls(tuple((name, kind_of(name, kinds), n) for name, n in features.items()), **sizes)
+        require_known_modalities("--kind", kinds, features)
+        spec = cls(
+            tuple((name, infer_kind(name, kinds), n) for name, n in features.items()), **sizes
+        )
         counted = {"cells": spec.cells, "batches": spec.batches, "shared": spec.shared, **features}
         for name, value in counted.items():
             if value < 1:
-                raise DataError("a size must be positive", where=name, got=value, expected="1 or more")
+                raise DataError(
+                    "a size must be positive", where=name, got=value, expected="1 or more"
+                )
         if not 0 <= spec.paired <= 1 or spec.private < 0 or spec.seed < 0:
             raise DataError(
                 "a simulation that cannot be",
@@ -63,7 +67,7 @@ class Spec:
 
     def sources(self) -> list[Source]:
         """One source per modality, for `convert`."""
-        return [SimSource(self, m) for m in range(len(self.modalities))]
+        return [SimulatedSource(self, m) for m in range(len(self.modalities))]
 
     def cells_of(self, m: int) -> np.ndarray:
         """The cells that carry modality `m`, ascending. (n,) int64."""
@@ -76,7 +80,7 @@ class Spec:
 
 
 @dataclass(frozen=True)
-class Truth:
+class TrueFactors:
     """batch, cell_type: (n,) int; shared: (n, shared) float64."""
 
     batch: np.ndarray
@@ -84,7 +88,7 @@ class Truth:
     shared: np.ndarray
 
 
-def truth(spec: Spec, cells: np.ndarray) -> Truth:
+def draw_true_factors(spec: SimulationSpec, cells: np.ndarray) -> TrueFactors:
     """What is true of `cells`, (n,) ascending."""
     centres = spec.rng(_WEIGHTS).normal(0, 1.5, (TYPES, spec.shared))
 
@@ -94,31 +98,44 @@ def truth(spec: Spec, cells: np.ndarray) -> Truth:
         noise = rng.normal(0, 0.5, (PIECE, spec.shared))
         return rng.integers(spec.batches, size=PIECE), cell_type, centres[cell_type] + noise
 
-    return Truth(*_gather(piece, cells, PIECE))
+    return TrueFactors(*_gather(piece, cells, PIECE))
 
 
-def private(spec: Spec, m: int, cells: np.ndarray) -> np.ndarray:
+def draw_private_factors(spec: SimulationSpec, m: int, cells: np.ndarray) -> np.ndarray:
     """Private factors of modality `m`, (n, private) float64."""
-    return _gather(lambda p: (spec.rng(_FACTORS, m, p).normal(0, 1, (PIECE, spec.private)),), cells, PIECE)[0]
+    return _gather(
+        lambda p: (spec.rng(_FACTORS, m, p).normal(0, 1, (PIECE, spec.private)),), cells, PIECE
+    )[0]
 
 
-def observed(spec: Spec, m: int, cells: np.ndarray) -> np.ndarray:
+def draw_measurements(spec: SimulationSpec, m: int, cells: np.ndarray) -> np.ndarray:
     """What modality `m` measures in `cells`: (n, features), counts as int32 or, for a dense kind, float32."""
     size = max(1, PIECE_VALUES // spec.modalities[m][2])
 
     def piece(p: int) -> tuple[np.ndarray]:
         every = np.arange(p * size, (p + 1) * size)
-        return (_draw(spec, m, truth(spec, every), private(spec, m, every), spec.rng(_COUNTS, m, p)),)
+        return (
+            _draw(
+                spec,
+                m,
+                draw_true_factors(spec, every),
+                draw_private_factors(spec, m, every),
+                spec.rng(_COUNTS, m, p),
+            ),
+        )
 
     return _gather(piece, cells, size)[0]
 
 
-def _gather(piece: Callable[[int], tuple[np.ndarray, ...]], cells: np.ndarray, size: int) -> tuple[np.ndarray, ...]:
+def _gather(
+    piece: Callable[[int], tuple[np.ndarray, ...]], cells: np.ndarray, size: int
+) -> tuple[np.ndarray, ...]:
     """Rows of pieces of `size` cells each, put together for `cells`; only the pieces they lie in are made."""
     if not len(cells):
         return tuple(part[:0] for part in piece(0))
     made = [
-        tuple(part[cells[cells // size == p] - p * size] for part in piece(int(p))) for p in np.unique(cells // size)
+        tuple(part[cells[cells // size == p] - p * size] for part in piece(int(p)))
+        for p in np.unique(cells // size)
     ]
     return tuple(np.concatenate(parts) for parts in zip(*made, strict=True))
 
@@ -135,7 +152,7 @@ class _Weights:
 
 
 @lru_cache(maxsize=16)
-def _weights(spec: Spec, m: int) -> _Weights:
+def _weights(spec: SimulationSpec, m: int) -> _Weights:
     rng, n = spec.rng(_WEIGHTS, m), spec.modalities[m][2]
     scale = 0.5 / np.sqrt(spec.shared + spec.private)
     return _Weights(
@@ -147,7 +164,9 @@ def _weights(spec: Spec, m: int) -> _Weights:
     )
 
 
-def _draw(spec: Spec, m: int, t: Truth, own: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _draw(
+    spec: SimulationSpec, m: int, t: TrueFactors, own: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
     """Noise and depth on top of the truth; one likelihood per kind."""
     _, kind, n = spec.modalities[m]
     w = _weights(spec, m)
@@ -159,17 +178,21 @@ def _draw(spec: Spec, m: int, t: Truth, own: np.ndarray, rng: np.random.Generato
         mean = depth * (20 * np.exp(signal - 1) + 3 * np.exp(w.base))  # foreground and background
     else:
         share = np.exp(signal - signal.max(axis=1, keepdims=True))
-        mean = share / share.sum(axis=1, keepdims=True) * depth * n * (0.6 if kind == "rna" else 0.08)
+        mean = (
+            share / share.sum(axis=1, keepdims=True) * depth * n * (0.6 if kind == "rna" else 0.08)
+        )
     if kind != "atac":
-        mean = rng.gamma(w.dispersion, mean / w.dispersion)  # gamma and Poisson make a negative binomial
+        mean = rng.gamma(
+            w.dispersion, mean / w.dispersion
+        )  # gamma and Poisson make a negative binomial
     return np.asarray(rng.poisson(mean), np.int32)
 
 
 @dataclass(frozen=True)
-class SimSource(Direct):
+class SimulatedSource(DirectSource):
     """A simulated modality as an input of the conversion."""
 
-    spec: Spec
+    spec: SimulationSpec
     m: int
 
     @property
@@ -187,29 +210,41 @@ class SimSource(Direct):
     def identity(self) -> dict[str, Any]:
         return {"simulated": asdict(self.spec), "modality": self.modality}
 
-    def head(self) -> Head:
+    def head(self) -> SourceHead:
         cells, (_, kind, n) = self.spec.cells_of(self.m), self.spec.modalities[self.m]
-        sample = observed(self.spec, self.m, cells[:16])
-        nnz = int(len(cells) * (n if kind in ("adt", "dense") else np.count_nonzero(sample) / max(len(sample), 1)))
-        fields = {f: Codes(codes.astype(np.int32), names) for f, (codes, names) in obs(self.spec, cells).items()}
-        return Head(barcodes(cells), features(self.modality, n), nnz, fields, ["batch", "cell_type"])
+        sample = draw_measurements(self.spec, self.m, cells[:16])
+        nnz = int(
+            len(cells)
+            * (n if kind in ("adt", "dense") else np.count_nonzero(sample) / max(len(sample), 1))
+        )
+        fields = {
+            f: CategoryCodes(codes.astype(np.int32), names)
+            for f, (codes, names) in draw_obs(self.spec, cells).items()
+        }
+        return SourceHead(
+            name_barcodes(cells),
+            name_features(self.modality, n),
+            nnz,
+            fields,
+            ["batch", "cell_type"],
+        )
 
-    def read(self, lo: int, hi: int, scratch: Path) -> Rows:
-        values = observed(self.spec, self.m, self.spec.cells_of(self.m)[lo:hi])
+    def read(self, lo: int, hi: int, scratch: Path) -> SourceRows:
+        values = draw_measurements(self.spec, self.m, self.spec.cells_of(self.m)[lo:hi])
         return values if self.spec.modalities[self.m][1] == "dense" else sp.csr_matrix(values)
 
 
-def barcodes(cells: np.ndarray) -> np.ndarray:
+def name_barcodes(cells: np.ndarray) -> np.ndarray:
     return np.array([b"cell%09d" % c for c in cells.tolist()], "S13")
 
 
-def features(modality: str, n: int) -> list[str]:
+def name_features(modality: str, n: int) -> list[str]:
     return [f"{modality}_{i:06d}" for i in range(n)]
 
 
-def obs(spec: Spec, cells: np.ndarray) -> dict[str, tuple[np.ndarray, list[str]]]:
+def draw_obs(spec: SimulationSpec, cells: np.ndarray) -> dict[str, tuple[np.ndarray, list[str]]]:
     """Codes and names of batch and label."""
-    t = truth(spec, cells)
+    t = draw_true_factors(spec, cells)
     width = len(str(spec.batches - 1))  # padded, so that sorting the names keeps their order
     return {
         "batch": (t.batch, [f"batch{i:0{width}d}" for i in range(spec.batches)]),
@@ -217,7 +252,7 @@ def obs(spec: Spec, cells: np.ndarray) -> dict[str, tuple[np.ndarray, list[str]]
     }
 
 
-def mudata(spec: Spec) -> Any:
+def build_mudata(spec: SimulationSpec) -> Any:
     """The whole mosaic in memory, with the truth: obsm["shared"], and obsm["private"] of each modality."""
     import mudata as md
     from anndata import AnnData
@@ -225,29 +260,37 @@ def mudata(spec: Spec) -> Any:
     parts = {}
     for m, (name, kind, n) in enumerate(spec.modalities):
         cells = spec.cells_of(m)
-        values = observed(spec, m, cells)
+        values = draw_measurements(spec, m, cells)
         part = AnnData(values if kind == "dense" else sp.csr_matrix(values))
-        part.obs_names, part.var_names = barcodes(cells).astype(str), features(name, n)
-        for column, (codes, names) in zip(("batch", "cell_type"), obs(spec, cells).values(), strict=True):
+        part.obs_names, part.var_names = name_barcodes(cells).astype(str), name_features(name, n)
+        for column, (codes, names) in zip(
+            ("batch", "cell_type"), draw_obs(spec, cells).values(), strict=True
+        ):
             part.obs[column] = np.array(names)[codes]
-        part.obsm["private"] = private(spec, m, cells)
+        part.obsm["private"] = draw_private_factors(spec, m, cells)
         parts[name] = part
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # mudata announces its next defaults at every call
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # mudata announces its next defaults at every call
         whole = md.MuData(parts)
-    whole.obsm["shared"] = truth(spec, np.array([int(b[4:]) for b in whole.obs_names])).shared
+    whole.obsm["shared"] = draw_true_factors(
+        spec, np.array([int(b[4:]) for b in whole.obs_names])
+    ).shared
     return whole
 
 
-def write_h5mu(spec: Spec, out: Path) -> None:
+def write_h5mu(spec: SimulationSpec, out: Path) -> None:
     """Write a mosaic and its truth; under a temporary name first."""
     if out.exists():
-        raise DataError("something is already there", where=out, fix="choose another --out, or remove it")
+        raise DataError(
+            "something is already there", where=out, fix="choose another --out, or remove it"
+        )
     make_folder(out.parent)
     temporary = out.with_name(f".{out.name}.tmp.h5mu")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        mudata(spec).write(temporary)
+        build_mudata(spec).write(temporary)
     temporary.rename(out)
 
 
@@ -260,7 +303,9 @@ def parse_features(texts: list[str]) -> dict[str, int]:
     pairs = [text.rpartition(":") for text in texts]
     for text, (name, _, n) in zip(texts, pairs, strict=True):
         if not name or not n.isdecimal():
-            raise DataError("not NAME:FEATURES", where="--modality", got=text, expected="rna:2000, say")
+            raise DataError(
+                "not NAME:FEATURES", where="--modality", got=text, expected="rna:2000, say"
+            )
     if len({name for name, _, _ in pairs}) < len(pairs):
         raise DataError("a modality is named twice", where="--modality", got=" ".join(texts))
     return {name: int(n) for name, _, n in pairs}

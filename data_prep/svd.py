@@ -30,17 +30,24 @@ import numpy as np
 import clue_dist
 from clue_dist.errors import DataError, StoreError
 from clue_dist.kinds import NORMALISE
-from clue_dist.normalise import Rows, column_sums, inverse_frequency, normalised, spread, standard
+from clue_dist.normalise import (
+    Rows,
+    compute_deviation,
+    compute_inverse_frequency,
+    compute_standardisation,
+    normalise_rows,
+    sum_columns,
+)
 from clue_dist.store import layout
 from clue_dist.store import svd as stored
-from clue_dist.store.location import place_of, require_plain
+from clue_dist.store.location import parse_location, require_plain_files
 from clue_dist.store.manifest import Manifest
 from clue_dist.store.reader import StratumReader
-from clue_dist.store.rows import Csr
-from clue_dist.store.svd import Note, Svd
-from data_prep.jobs.job_folder import job
+from clue_dist.store.rows import CsrRows
+from clue_dist.store.svd import StoredSvd, SvdNote
+from data_prep.jobs.job_folder import claim_job
 from data_prep.jobs.whole_files import remove_leftovers
-from data_prep.jobs.workers import Pool, run_missing
+from data_prep.jobs.workers import WorkerPool, run_missing
 
 OVERSAMPLING = 10
 MANY_TASKS = 64  # of a pass: each leaves a file
@@ -49,7 +56,7 @@ RANK = 1e-6  # singular values below this share of the first are rounding
 
 
 @dataclass(frozen=True)
-class Options:
+class SvdOptions:
     """What decides the result, beside the store."""
 
     components: int = 50
@@ -57,18 +64,20 @@ class Options:
     seed: int = 0
 
 
-def compute(where: str, modalities: Sequence[str], options: Options, pool: Pool) -> dict[str, Note]:
+def compute_svd(
+    where: str, modalities: Sequence[str], options: SvdOptions, pool: WorkerPool
+) -> dict[str, SvdNote]:
     """Save the SVD of the modalities (none: of all) in the store; goes on where an interrupted run stopped.
 
     Raises:
         StoreError: no such modality; a store that is damaged or not a folder; another run is or was under way.
         DataError: cells were added to the store meanwhile.
     """
-    root = place_of(where)
+    root = parse_location(where)
     if not isinstance(root, Path):
         fix = "compute it where the store's folder is, then copy its folder `svd` too"
         raise StoreError("an SVD can only be saved in a folder", where=where, fix=fix)
-    require_plain(root)
+    require_plain_files(root)
     manifest = Manifest.read(root)
     names = _chosen(manifest, modalities)
     version = [clue_dist.__version__, stored.VERSION]
@@ -79,34 +88,44 @@ def compute(where: str, modalities: Sequence[str], options: Options, pool: Pool)
         "version": version,
     }
     root = root.resolve()
-    with job(root.with_name(root.name + ".svd"), description, "SVD") as work:
+    with claim_job(root.with_name(root.name + ".svd"), description, "SVD") as work:
         if (root / stored.FOLDER).is_dir():
             remove_leftovers(root / stored.FOLDER)
         return {name: _one(root, manifest, name, options, work / name, pool) for name in names}
 
 
-def report(notes: dict[str, Note]) -> str:
+def format_svds(notes: dict[str, SvdNote]) -> str:
     """What was saved, a line for each modality."""
     return "\n".join(
-        f"  {m}: {n.components} components of {n.n_cells:,} cells, {n.normalise}" for m, n in notes.items()
+        f"  {m}: {n.components} components of {n.n_cells:,} cells, {n.normalise}"
+        for m, n in notes.items()
     )
 
 
 def _chosen(manifest: Manifest, modalities: Sequence[str]) -> list[str]:
-    carried = [m for m in manifest.modalities if any(m in s.modalities for s in manifest.strata.values())]
+    carried = [
+        m for m in manifest.modalities if any(m in s.modalities for s in manifest.strata.values())
+    ]
     if unknown := [m for m in modalities if m not in carried]:
         got = ", ".join(unknown)
-        raise StoreError("no cell carries this modality", where="--modality", got=got, expected=", ".join(carried))
+        raise StoreError(
+            "no cell carries this modality",
+            where="--modality",
+            got=got,
+            expected=", ".join(carried),
+        )
     return [m for m in carried if m in modalities or not modalities]
 
 
-def _one(root: Path, manifest: Manifest, name: str, options: Options, folder: Path, pool: Pool) -> Note:
+def _one(
+    root: Path, manifest: Manifest, name: str, options: SvdOptions, folder: Path, pool: WorkerPool
+) -> SvdNote:
     """The SVD of one modality, computed unless it is there."""
     how = NORMALISE[manifest.modalities[name].kind]
     n_cells = sum(s.n_cells for s in manifest.strata.values() if name in s.modalities)
     n_features = manifest.modalities[name].n_features
     components = min(options.components, n_features)
-    note = Note(
+    note = SvdNote(
         store=manifest.fingerprint,
         modality=name,
         normalise=how,
@@ -121,25 +140,37 @@ def _one(root: Path, manifest: Manifest, name: str, options: Options, folder: Pa
     a = _Matrix(root, manifest, name, how, folder, pool)
     moments = a.moments(n_cells)
     width = min(components + OVERSAMPLING, n_features)
-    start = np.linalg.qr(np.random.default_rng(options.seed).standard_normal((n_features, width)))[0]
-    singular, vectors = leading(a.multiply, start, options.power + 1, components, folder)
+    start = np.linalg.qr(np.random.default_rng(options.seed).standard_normal((n_features, width)))[
+        0
+    ]
+    singular, vectors = find_leading_vectors(
+        a.multiply, start, options.power + 1, components, folder
+    )
     if Manifest.read(root).fingerprint != manifest.fingerprint:
-        raise DataError("cells were added meanwhile", where=root, fix="run the same command again, for all of them")
-    return stored.write(root, Svd(note, vectors.astype(np.float32), singular, **moments))
+        raise DataError(
+            "cells were added meanwhile",
+            where=root,
+            fix="run the same command again, for all of them",
+        )
+    return stored.write_svd(root, StoredSvd(note, vectors.astype(np.float32), singular, **moments))
 
 
-def _there(root: Path, manifest: Manifest, wanted: Note) -> Note | None:
+def _there(root: Path, manifest: Manifest, wanted: SvdNote) -> SvdNote | None:
     """The note of an SVD that is in the store already, whole and as it is wanted."""
     try:
-        found = stored.read(root, manifest, wanted.modality)
+        found = stored.read_svd(root, manifest, wanted.modality)
     except StoreError:
         return None  # it will be replaced
     unsigned = {"arrays": wanted.arrays, "digest": ""}
     return found.note if found and found.note.model_copy(update=unsigned) == wanted else None
 
 
-def leading(
-    multiply: Callable[[Path, Path], np.ndarray], start: np.ndarray, passes: int, components: int, folder: Path
+def find_leading_vectors(
+    multiply: Callable[[Path, Path], np.ndarray],
+    start: np.ndarray,
+    passes: int,
+    components: int,
+    folder: Path,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Singular values (components,) of A and right singular vectors (features, components), zero beyond its rank.
 
@@ -160,7 +191,9 @@ def leading(
         if not blocks[-1].shape[1]:  # the blocks span all there is
             break
     basis = np.concatenate(blocks[: len(columns)], 1)
-    gram = np.zeros((basis.shape[1], basis.shape[1]))  # Q'A'AQ: its columns came block by block, down to the diagonal
+    gram = np.zeros(
+        (basis.shape[1], basis.shape[1])
+    )  # Q'A'AQ: its columns came block by block, down to the diagonal
     at = 0
     for column in columns:
         rows, width = column.shape
@@ -169,7 +202,9 @@ def leading(
     values, vectors = np.linalg.eigh((gram + gram.T) / 2)
     values, vectors = values[::-1][:components], basis @ vectors[:, ::-1][:, :components]
     singular = np.sqrt(np.maximum(values, 0))
-    sign = np.sign(vectors[np.abs(vectors).argmax(0), np.arange(components)])  # the largest loading is positive
+    sign = np.sign(
+        vectors[np.abs(vectors).argmax(0), np.arange(components)]
+    )  # the largest loading is positive
     real = singular > RANK * singular[0]
     return np.where(real, singular, 0), vectors * np.where(real, sign, 0)
 
@@ -214,7 +249,7 @@ class _Matrix:
     modality: str
     how: str
     folder: Path
-    pool: Pool
+    pool: WorkerPool
 
     def moments(self, n: int) -> dict[str, np.ndarray]:
         """idf, mean and scale, (features,) each; n: cells that carry the modality."""
@@ -222,8 +257,10 @@ class _Matrix:
         if not path.exists():
             detected, total, squares = self._add_up(path, None)
             mean = total / n
-            mean, scale = standard(self.how, mean, spread(mean, squares / n))
-            _save(path, idf=inverse_frequency(n, detected), mean=mean, scale=scale)
+            mean, scale = compute_standardisation(
+                self.how, mean, compute_deviation(mean, squares / n)
+            )
+            _save(path, idf=compute_inverse_frequency(n, detected), mean=mean, scale=scale)
             _remove_sums(path)
         with np.load(path) as part:
             return dict(part)
@@ -240,8 +277,12 @@ class _Matrix:
         for name, lo, hi, step in _ranges(self.manifest, self.modality):
             out = sums / f"{name}-{lo:012d}.npz"
             moments = self.folder / "moments.npz"
-            tasks[out] = _Task(self.root, name, self.modality, self.how, lo, hi, step, moments, basis, out)
-        run_missing(self.pool, f"svd {self.modality} ({sums.name})", _multiply if basis else _moments, tasks)
+            tasks[out] = _Task(
+                self.root, name, self.modality, self.how, lo, hi, step, moments, basis, out
+            )
+        run_missing(
+            self.pool, f"svd {self.modality} ({sums.name})", _multiply if basis else _moments, tasks
+        )
         total: Any = 0.0
         for path in tasks:  # in order: sums of floats depend on it
             with np.load(path) as part:
@@ -262,7 +303,7 @@ def _ranges(manifest: Manifest, modality: str) -> Iterator[tuple[str, int, int, 
     """Stratum, first block, last block + 1 and blocks at once of every task."""
     size, n_features = manifest.block_cells, manifest.modalities[modality].n_features
     having = {name: s for name, s in manifest.strata.items() if modality in s.modalities}
-    blocks = {name: layout.blocks_of(s.n_cells, size) for name, s in having.items()}
+    blocks = {name: layout.count_blocks(s.n_cells, size) for name, s in having.items()}
     for name, s in having.items():
         entries = s.packed[modality].capacity or size * n_features  # of a block
         step = max(1, STEP_ENTRIES // entries)
@@ -278,15 +319,17 @@ def _rows(task: _Task, idf: np.ndarray | None) -> Iterator[tuple[Rows, Rows]]:
     for lo in range(task.lo, task.hi, task.step):
         hi = min(lo + task.step, task.hi)
         rows = reader.rows(task.modality, np.arange(lo * size, min(hi * size, reader.n_cells)))
-        counts = rows.scipy() if isinstance(rows, Csr) else rows
-        yield counts, normalised(counts, task.how, idf)
+        counts = rows.scipy() if isinstance(rows, CsrRows) else rows
+        yield counts, normalise_rows(counts, task.how, idf)
 
 
 def _moments(task: _Task) -> None:
     """Cells with the feature, and the sums of its normalised values and of their squares: (3, features)."""
     total: Any = 0.0
     for counts, x in _rows(task, None):
-        total += np.stack([column_sums(counts, lambda v: v > 0), column_sums(x), column_sums(x, np.square)])
+        total += np.stack(
+            [sum_columns(counts, lambda v: v > 0), sum_columns(x), sum_columns(x, np.square)]
+        )
     _save(task.out, sum=total)
 
 

@@ -19,18 +19,22 @@ import psutil
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-def trains(command: list[str]) -> bool:
+def is_training_command(command: list[str]) -> bool:
     """Whether this is Python running train.py itself, not a launcher that is told to."""
     script = next((word for word in command[1:] if not word.startswith("-")), "")
     return "python" in Path(command[0]).name and Path(script).name == "train.py"
 
 
-def ranks() -> list[psutil.Process]:
+def count_ranks() -> list[psutil.Process]:
     """Training processes that this one started, directly or through a launcher, which may be gone."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         with suppress(ProcessLookupError):
-            if process.info["cmdline"] and trains(process.info["cmdline"]) and os.getsid(process.pid) == os.getsid(0):
+            if (
+                process.info["cmdline"]
+                and is_training_command(process.info["cmdline"])
+                and os.getsid(process.pid) == os.getsid(0)
+            ):
                 found.append(process)
     return found
 
@@ -42,7 +46,7 @@ def main() -> None:
         sys.exit(f"error: cannot start {sys.argv[1]}: {error.strerror}")
 
     def stop(number: int, frame: FrameType | None) -> None:
-        training = ranks()
+        training = count_ranks()
         for rank in training:
             with suppress(psutil.NoSuchProcess):
                 rank.terminate()
@@ -52,7 +56,9 @@ def main() -> None:
     for number in STOPS:
         signal.signal(number, stop)
     code = child.wait()
-    while ranks():  # saving, after a launcher that did not wait: with this process they would all be killed
+    while (
+        count_ranks()
+    ):  # saving, after a launcher that did not wait: with this process they would all be killed
         time.sleep(0.2)
     sys.exit(code if code >= 0 else 128 - code)
 

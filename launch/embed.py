@@ -3,19 +3,28 @@
 Under `deepspeed`, torchrun or srun the store is split over the ranks.
 """
 
-from clue_dist.inference.arguments import opened, parser_of
-from clue_dist.inference.embed import check_output, embed_store
+from clue_dist.inference.arguments import build_parser, open_model_and_store
+from clue_dist.inference.embed import check_embedding_path, embed_store
 from clue_dist.process import run_main
 
 
 def main() -> None:
-    parser = parser_of(
-        "embed.py", "Embed a store with a trained model.", "store of the cells to embed", "OUT.h5mu, .h5ad or .zarr"
+    parser = build_parser(
+        "embed.py",
+        "Embed a store with a trained model.",
+        "store of the cells to embed",
+        "OUT.h5mu, .h5ad or .zarr",
     )
-    parser.add_argument("--per-modality", action="store_true", help="also the full z from each modality alone")
+    parser.add_argument(
+        "--per-modality", action="store_true", help="also the full z from each modality alone"
+    )
     args = parser.parse_args()
 
-    with opened(args, lambda: check_output(args.out)) as (loaded, store, ranks):
+    with open_model_and_store(args, lambda: check_embedding_path(args.out)) as (
+        loaded,
+        store,
+        ranks,
+    ):
         embed_store(
             loaded,
             store,
@@ -26,7 +35,9 @@ def main() -> None:
             ranks=ranks,
         )
         if ranks.first:
-            print(f"{store.manifest.n_cells:,} cells embedded with {args.run} ({loaded.name})\n{args.out}")
+            print(
+                f"{store.manifest.n_cells:,} cells embedded with {args.run} ({loaded.name})\n{args.out}"
+            )
 
 
 if __name__ == "__main__":

@@ -3,23 +3,35 @@
 Under `deepspeed`, torchrun or srun the work is split over the ranks.
 """
 
-from clue_dist.inference.arguments import opened, parser_of
-from clue_dist.inference.evaluate import check_scores, evaluate_store, table
+from clue_dist.inference.arguments import build_parser, open_model_and_store
+from clue_dist.inference.evaluate import check_scores_path, evaluate_store, format_scores
 from clue_dist.process import run_main
 
 
 def main() -> None:
     of_what = "store with paired cells the model has not seen"
-    parser = parser_of("evaluate.py", "Score how well modalities match.", of_what, "where to write scores.json")
+    parser = build_parser(
+        "evaluate.py", "Score how well modalities match.", of_what, "where to write scores.json"
+    )
     parser.add_argument("--max-cells", type=int, help="score a random part of the paired cells")
     args = parser.parse_args()
 
-    with opened(args, lambda: check_scores(args.out, args.max_cells)) as (loaded, store, ranks):
+    with open_model_and_store(args, lambda: check_scores_path(args.out, args.max_cells)) as (
+        loaded,
+        store,
+        ranks,
+    ):
         result = evaluate_store(
-            loaded, store, args.out, run=args.run, max_cells=args.max_cells, batch_size=args.batch_size, ranks=ranks
+            loaded,
+            store,
+            args.out,
+            run=args.run,
+            max_cells=args.max_cells,
+            batch_size=args.batch_size,
+            ranks=ranks,
         )
         if ranks.first:
-            print(f"{table(result)}\n{args.out}")
+            print(f"{format_scores(result)}\n{args.out}")
 
 
 if __name__ == "__main__":

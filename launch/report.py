@@ -5,16 +5,20 @@ Writes RUN/report/index.html; the last line printed is its path.
 
 import argparse
 
-from clue_dist.errors import typed_path
+from clue_dist.errors import parse_path
 from clue_dist.inference.report import write_report
 from clue_dist.process import run_main
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="launch/report.py", description="Write one page about a run.")
-    parser.add_argument("--run", type=typed_path, required=True, help="folder of the trained run")
-    parser.add_argument("--embedding", type=typed_path, help="output of launch/embed.py --per-modality")
-    parser.add_argument("--scores", type=typed_path, help="scores.json of launch/evaluate.py")
+    parser = argparse.ArgumentParser(
+        prog="launch/report.py", description="Write one page about a run."
+    )
+    parser.add_argument("--run", type=parse_path, required=True, help="folder of the trained run")
+    parser.add_argument(
+        "--embedding", type=parse_path, help="output of launch/embed.py --per-modality"
+    )
+    parser.add_argument("--scores", type=parse_path, help="scores.json of launch/evaluate.py")
     args = parser.parse_args()
     print(write_report(args.run, args.embedding, args.scores))
 

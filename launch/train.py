@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clue_dist import config as configs
-from clue_dist.process import run_main, tell
+from clue_dist.process import print_line, run_main
 from clue_dist.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -22,42 +22,61 @@ if TYPE_CHECKING:
 STOPPED = 75  # exit code after a stop signal: saved, not finished, start me again (EX_TEMPFAIL)
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_train_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", required=True, help="a recipe, see configs/")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="PATH=VALUE", help="override one setting", nargs="+"
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        help="override one setting",
+        nargs="+",
     )
     parser.add_argument(
-        "--resume", default="auto", help="auto (default): go on from the newest sound checkpoint; never; a folder"
+        "--resume",
+        default="auto",
+        help="auto (default): go on from the newest sound checkpoint; never; a folder",
     )
-    parser.add_argument("--dry-run", action="store_true", help="check the config and the store, print what would run")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check the config and the store, print what would run",
+    )
+    parser.add_argument(
+        "--local_rank", type=int, help=argparse.SUPPRESS
+    )  # the deepspeed launcher passes it
     return parser.parse_args()
 
 
-def tell_start(run: Path, resume: str) -> None:
+def print_start(run: Path, resume: str) -> None:
     """What a run would go on from. Of "auto" the newest, of which nothing is read: that may take minutes."""
-    from clue_dist.checkpoint.run_folder import committed, find, step_of
+    from clue_dist.checkpoint.run_folder import choose_checkpoint, list_checkpoints, parse_step
 
     auto = resume == "auto"
-    saved = next(iter(committed(run / "checkpoints")), None) if auto else find(run, resume, Ranks())
+    saved = (
+        next(iter(list_checkpoints(run / "checkpoints")), None)
+        if auto
+        else choose_checkpoint(run, resume, Ranks())
+    )
     if saved is not None:
         sound = ", if that checkpoint is sound" if auto else ""
-        print(f"  would go on from step {step_of(saved)}{sound}", flush=True)
+        print(f"  would go on from step {parse_step(saved)}{sound}", flush=True)
 
 
 def main() -> None:
-    args = arguments()
+    args = parse_train_arguments()
     ranks = Ranks.from_env()
 
     def ready() -> Setup:
-        config = configs.load(args.config, [text for group in args.set for text in group])
+        config = configs.load_config(args.config, [text for group in args.set for text in group])
         configs.require_paths(config)
 
-        from clue_dist.train.setup import prepare
+        from clue_dist.train.setup import prepare_setup
 
-        prepared = prepare(config, ranks.world)
+        prepared = prepare_setup(config, ranks.world)
         if not args.dry_run:
             import clue_dist.train.loop  # noqa: F401  DeepSpeed looks for compilers and GPUs: before the ranks join
         return prepared
@@ -66,7 +85,7 @@ def main() -> None:
     if ranks.first:
         print(setup.summary(), flush=True)
         if args.dry_run:
-            tell_start(Path(setup.config.run), args.resume)
+            print_start(Path(setup.config.run), args.resume)
     if args.dry_run:
         return
 
@@ -79,7 +98,7 @@ def main() -> None:
             if result.state.best is None
             else f", best validation {result.state.best:.4f} at step {result.state.best_step}"
         )
-        tell(f"finished at step {result.state.step}{best}: {setup.config.run}")
+        print_line(f"finished at step {result.state.step}{best}: {setup.config.run}")
     ranks.close()
     if not result.finished:
         sys.exit(STOPPED)

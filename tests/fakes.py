@@ -19,7 +19,9 @@ class Projection:
         draw = torch.Generator().manual_seed(0)
         self.width = latent * len(modalities)
         self.order = list(modalities)
-        self.weights = {m: torch.randn(v.n_features, self.width, generator=draw) for m, v in modalities.items()}
+        self.weights = {
+            m: torch.randn(v.n_features, self.width, generator=draw) for m, v in modalities.items()
+        }
 
     def to(self, device: Any) -> Projection:
         return self

@@ -21,7 +21,12 @@ def run_ranks(world: int, *code: str, expect: int = 0, timeout_s: float = 120) -
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(world),
+        "OMP_NUM_THREADS": "1",
+    }
     running = [
         subprocess.Popen(
             [sys.executable, "-c", script],
@@ -39,5 +44,7 @@ def run_ranks(world: int, *code: str, expect: int = 0, timeout_s: float = 120) -
         for p in running:
             p.kill()
     for rank, (process, output) in enumerate(zip(running, outputs, strict=True)):
-        assert process.returncode == expect, f"rank {rank} of {world} exited with {process.returncode}:\n{output}"
+        assert process.returncode == expect, (
+            f"rank {rank} of {world} exited with {process.returncode}:\n{output}"
+        )
     return outputs

@@ -31,7 +31,9 @@ def ask(server: str, words: list[str]) -> int:
     """Have ranks run with this process's output, folder and environment; SIGTERM is passed on to them."""
     with socket.socket(socket.AF_UNIX) as line:
         line.connect(server)
-        request = json.dumps([int(words[0]), words[1:], os.getcwd(), dict(os.environ)]).encode() + b"\n"
+        request = (
+            json.dumps([int(words[0]), words[1:], os.getcwd(), dict(os.environ)]).encode() + b"\n"
+        )
         sent = socket.send_fds(line, [request], [0, 1, 2])
         line.sendall(request[sent:])
         signal.signal(signal.SIGTERM, lambda number, _: line.sendall(bytes([number])))
@@ -114,7 +116,11 @@ def watch(ranks: dict[int, int | None], line: socket.socket) -> int:
             print("tests/ranks.py: a rank did not end after another had failed", file=sys.stderr)
             deadline, hung = None, True
             send(ranks, signal.SIGKILL)
-    return HUNG if hung else next((code if code > 0 else 128 - code for code in ranks.values() if code), 0)
+    return (
+        HUNG
+        if hung
+        else next((code if code > 0 else 128 - code for code in ranks.values() if code), 0)
+    )
 
 
 def send(ranks: dict[int, int | None], number: int) -> None:

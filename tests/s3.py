@@ -15,7 +15,11 @@ import boto3
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
-ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}
+ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "key",
+    "AWS_SECRET_ACCESS_KEY": "secret",
+    "AWS_REGION": "us-east-1",
+}
 
 
 @dataclass
@@ -78,9 +82,15 @@ def serve() -> Iterator[S3]:
     thread = threading.Thread(target=server.serve_forever, name="s3", daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{server.server_port}"
-    keys = {"aws_access_key_id": "key", "aws_secret_access_key": "secret", "region_name": "us-east-1"}
+    keys = {
+        "aws_access_key_id": "key",
+        "aws_secret_access_key": "secret",
+        "region_name": "us-east-1",
+    }
     client = boto3.client("s3", endpoint_url=url, **keys)
-    urlopen(Request(f"{url}/moto-api/reset", method="POST")).close()  # moto keeps its state in this process
+    urlopen(
+        Request(f"{url}/moto-api/reset", method="POST")
+    ).close()  # moto keeps its state in this process
     client.create_bucket(Bucket="cells")
     try:
         yield S3(url, gate, client)

@@ -10,9 +10,16 @@ import scipy.sparse as sp
 
 from clue_dist.kinds import STORAGE, Kind
 from clue_dist.store import layout, writer
-from clue_dist.store.manifest import Manifest, Modality, Packed, Shard, Stratum, largest_block
+from clue_dist.store.manifest import (
+    FileDigest,
+    Manifest,
+    Modality,
+    PackedModality,
+    Stratum,
+    find_largest_block,
+)
 from clue_dist.store.reader import Store
-from clue_dist.store.rows import COUNT_BITS, Coded, Csr, coded
+from clue_dist.store.rows import COUNT_BITS, CodedRows, CsrRows, code_rows
 
 KINDS: dict[str, Kind] = {"rna": "rna", "adt": "adt", "atac": "atac"}
 
@@ -38,29 +45,37 @@ def make_store(
     rng = np.random.default_rng(seed)
     kind_of = {m: (kinds or {}).get(m, KINDS.get(m, "dense")) for m in features}
     modalities = {
-        m: Modality(kind=kind_of[m], storage=STORAGE[kind_of[m]], features=[f"{m}-{i}" for i in range(n)])
+        m: Modality(
+            kind=kind_of[m], storage=STORAGE[kind_of[m]], features=[f"{m}-{i}" for i in range(n)]
+        )
         for m, n in features.items()
     }
     rates = {m: rng.gamma(0.5, 2.0, (max(labels, 1), n)) for m, n in features.items()}
     drawn = {s: _draw(rng, s, n, modalities, rates, batches, labels) for s, n in cells.items()}
-    batch_names, label_names = [f"batch-{i}" for i in range(batches)], [f"type-{i}" for i in range(labels)]
+    batch_names, label_names = (
+        [f"batch-{i}" for i in range(batches)],
+        [f"type-{i}" for i in range(labels)],
+    )
     manifest = Manifest(
         block_cells=block_cells,
         modalities=modalities,
         batches=batch_names,
         labels=label_names,
-        strata={s: _stratum(s, c, modalities, block_cells, batch_names, label_names) for s, c in drawn.items()},
+        strata={
+            s: _stratum(s, c, modalities, block_cells, batch_names, label_names)
+            for s, c in drawn.items()
+        },
         shards={},
     )
     partial = path.with_name(path.name + ".partial")
-    writer.create(partial, manifest)
-    shards: dict[str, Shard] = {}
+    writer.create_store(partial, manifest)
+    shards: dict[str, FileDigest] = {}
     for name, stratum in manifest.strata.items():
         per_shard = stratum.shard_blocks * block_cells
         for i in range(-(-stratum.n_cells // per_shard)):
             part = _part(drawn[name], slice(i * per_shard, (i + 1) * per_shard))
             shards |= writer.write_shard(partial, manifest, name, i, part)
-    writer.commit(partial, path, manifest.model_copy(update={"shards": shards}))
+    writer.commit_store(partial, path, manifest.model_copy(update={"shards": shards}))
     return Store(path)
 
 
@@ -72,29 +87,35 @@ def _draw(
     rates: dict[str, np.ndarray],
     batches: int,
     labels: int,
-) -> writer.Cells:
+) -> writer.SegmentCells:
     label = rng.integers(0, labels, n).astype(np.int32) if labels else np.full(n, -1, np.int32)
     batch = rng.integers(0, batches, n).astype(np.int32) if batches else np.full(n, -1, np.int32)
-    rows: dict[str, Coded | np.ndarray] = {}
-    for m in layout.group_of(stratum).split("+"):
+    rows: dict[str, CodedRows | np.ndarray] = {}
+    for m in layout.name_stratum(stratum).split("+"):
         counts = rng.poisson(rates[m][np.maximum(label, 0)])
         counts[:, 0] += 1  # no empty cells
         if modalities[m].storage == "dense":
             is_count = modalities[m].kind == "adt"
-            rows[m] = counts.astype(np.uint16) if is_count else rng.normal(counts).astype(np.float32)
+            rows[m] = (
+                counts.astype(np.uint16) if is_count else rng.normal(counts).astype(np.float32)
+            )
             continue
         if modalities[m].kind == "atac":
             counts = np.minimum(counts, 1)
         sparse = sp.csr_matrix(counts)
         values = sparse.data.astype(np.float32)
-        csr = Csr(sparse.indptr.astype(np.int64), sparse.indices.astype(np.int32), values, counts.shape[1])
-        rows[m] = coded(csr, 0 if modalities[m].kind == "atac" else COUNT_BITS)
-    return writer.Cells(rows, batch, label, np.array([f"{stratum}-{i}".encode() for i in range(n)]))
+        csr = CsrRows(
+            sparse.indptr.astype(np.int64), sparse.indices.astype(np.int32), values, counts.shape[1]
+        )
+        rows[m] = code_rows(csr, 0 if modalities[m].kind == "atac" else COUNT_BITS)
+    return writer.SegmentCells(
+        rows, batch, label, np.array([f"{stratum}-{i}".encode() for i in range(n)])
+    )
 
 
 def _stratum(
     name: str,
-    cells: writer.Cells,
+    cells: writer.SegmentCells,
     modalities: dict[str, Modality],
     block_cells: int,
     batches: list[str],
@@ -102,9 +123,11 @@ def _stratum(
 ) -> Stratum:
     n = len(cells.barcodes)
     return Stratum(
-        modalities=layout.group_of(name).split("+"),
+        modalities=layout.name_stratum(name).split("+"),
         n_cells=n,
-        shard_blocks=2 * layout.CHUNK_ROWS if n > 2 * layout.CHUNK_ROWS * block_cells else layout.CHUNK_ROWS,
+        shard_blocks=2 * layout.CHUNK_ROWS
+        if n > 2 * layout.CHUNK_ROWS * block_cells
+        else layout.CHUNK_ROWS,
         barcode_width=max(len(b) for b in cells.barcodes),
         packed={m: packed_of(rows, block_cells) for m, rows in cells.modalities.items()},
         batch_counts={b: int((cells.batch == i).sum()) for i, b in enumerate(batches)},
@@ -112,27 +135,29 @@ def _stratum(
     )
 
 
-def packed_of(rows: Coded | np.ndarray, block_cells: int) -> Packed:
+def packed_of(rows: CodedRows | np.ndarray, block_cells: int) -> PackedModality:
     """How rows have to be packed."""
     if isinstance(rows, np.ndarray):
-        return Packed(values=str(rows.dtype))  # type: ignore[arg-type]
-    return Packed(
-        capacity=largest_block(rows.lengths[:, 0], block_cells),
+        return PackedModality(values=str(rows.dtype))  # type: ignore[arg-type]
+    return PackedModality(
+        capacity=find_largest_block(rows.lengths[:, 0], block_cells),
         bits=rows.bits,  # type: ignore[arg-type]
-        rest=largest_block(rows.lengths[:, 1] + 2 * rows.lengths[:, 2], block_cells),
+        rest=find_largest_block(rows.lengths[:, 1] + 2 * rows.lengths[:, 2], block_cells),
         rest_type=str(rows.rest.dtype),  # type: ignore[arg-type]
     )
 
 
-def part_of(rows: Coded | np.ndarray, part: slice) -> Coded | np.ndarray:
+def part_of(rows: CodedRows | np.ndarray, part: slice) -> CodedRows | np.ndarray:
     """Some of the rows, as they are."""
     if isinstance(rows, np.ndarray):
         return rows[part]
     starts, (lo, hi, _) = rows.starts(), part.indices(rows.n_rows)
     (first, first_rest), (last, last_rest) = starts[lo], starts[hi]
-    return Coded(rows.codes[first:last], rows.rest[first_rest:last_rest], rows.lengths[part], rows.bits)
+    return CodedRows(
+        rows.codes[first:last], rows.rest[first_rest:last_rest], rows.lengths[part], rows.bits
+    )
 
 
-def _part(cells: writer.Cells, part: slice) -> writer.Cells:
+def _part(cells: writer.SegmentCells, part: slice) -> writer.SegmentCells:
     rows = {m: part_of(r, part) for m, r in cells.modalities.items()}
-    return writer.Cells(rows, cells.batch[part], cells.label[part], cells.barcodes[part])
+    return writer.SegmentCells(rows, cells.batch[part], cells.label[part], cells.barcodes[part])

@@ -8,10 +8,10 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from clue_dist.config import Config
-from clue_dist.errors import writing
+from clue_dist.errors import translate_write_errors
 from clue_dist.store.manifest import Modality
 from clue_dist.store.reader import Store
-from clue_dist.store.writer import sync
+from clue_dist.store.writer import sync_to_disk
 
 
 class ModelCard(BaseModel):
@@ -23,12 +23,14 @@ class ModelCard(BaseModel):
     batches: list[str]
 
 
-def describe(run: Path, store: Store, config: Config) -> None:
+def write_model_card(run: Path, store: Store, config: Config) -> None:
     """Write config.json and model.json: a run folder explains itself a year later."""
     card = ModelCard(
-        fingerprint=store.fingerprint, modalities=store.manifest.modalities, batches=store.manifest.batches
+        fingerprint=store.fingerprint,
+        modalities=store.manifest.modalities,
+        batches=store.manifest.batches,
     )
-    with writing("what the run is", run):
+    with translate_write_errors("what the run is", run):
         run.mkdir(parents=True, exist_ok=True)
         _replace(run / "config.json", config.write)
         _replace(run / "model.json", lambda path: path.write_text(card.model_dump_json(indent=1)))
@@ -38,5 +40,5 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
     """Old or new, never half."""
     half = path.with_suffix(".partial")
     write(half)
-    sync(half)
+    sync_to_disk(half)
     half.replace(path)

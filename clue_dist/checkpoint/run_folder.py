@@ -29,21 +29,33 @@ from torch import Tensor
 from clue_dist import config as configs
 from clue_dist.checkpoint import shards
 from clue_dist.config import Config
-from clue_dist.errors import ResumeError, listed, writing
+from clue_dist.errors import ResumeError, list_names, translate_write_errors
 from clue_dist.model.clue import CLUE
-from clue_dist.process import tell
+from clue_dist.process import print_line
 from clue_dist.ranks import Ranks
 from clue_dist.resilience.run_lock import JOB
 from clue_dist.store.writer import hash_file
 
-COMMIT, STATE, WEIGHTS, PARTS = "COMMIT.json", "state.json", "weights.safetensors", "rank-*.safetensors"
+COMMIT, STATE, WEIGHTS, PARTS = (
+    "COMMIT.json",
+    "state.json",
+    "weights.safetensors",
+    "rank-*.safetensors",
+)
 NAME = re.compile(r"step-\d+")
-UNFIT = (KeyError, RuntimeError, TypeError, ValueError, OSError, SafetensorError)  # of files that hold something else
+UNFIT = (
+    KeyError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    OSError,
+    SafetensorError,
+)  # of files that hold something else
 MODEL = "model."  # what names of the model begin with in the engine, which trains an Objective
 
 
 @dataclass(frozen=True)
-class State:
+class RunState:
     """All that a run must know to go on, besides the engine's own state.
 
     step: optimizer steps done; updates: the optimizer's own count; best: the lowest validation score; best_step: of
@@ -68,22 +80,30 @@ class State:
     job: str | None = None
 
 
-def set_aside(run: Path, state: State, ranks: Ranks) -> State:
+def set_aside_later_work(run: Path, state: RunState, ranks: Ranks) -> RunState:
     """Clear the way for going on from `state`: what an earlier attempt left beyond its step is renamed, half-written
     checkpoints are removed. Without sound weights of its best validation, the next validation counts as the best."""
 
     def clear() -> bool:
-        with writing("what goes on from here", run):
-            for path in [p for folder in ("checkpoints", "best") for p in (run / folder).glob("step-*")]:
+        with translate_write_errors("what goes on from here", run):
+            for path in [
+                p for folder in ("checkpoints", "best") for p in (run / folder).glob("step-*")
+            ]:
                 if path.suffix == ".partial":
-                    shutil.rmtree(path, ignore_errors=True)  # a rank of a dead attempt may still write there
-                elif NAME.fullmatch(path.name) and step_of(path) > state.step:
+                    shutil.rmtree(
+                        path, ignore_errors=True
+                    )  # a rank of a dead attempt may still write there
+                elif NAME.fullmatch(path.name) and parse_step(path) > state.step:
                     shutil.rmtree(path.with_suffix(".aside"), ignore_errors=True)
                     path.rename(path.with_suffix(".aside"))
         best = run / "best" / f"step-{state.best_step:08d}"
-        problem = damage(best) if state.best is not None else None
-        if problem is not None and best.parent.exists():  # not in a run that begins from another's checkpoint
-            tell(f"the best weights, {best}, are damaged: {problem}; the next validation counts as the best")
+        problem = find_damage(best) if state.best is not None else None
+        if (
+            problem is not None and best.parent.exists()
+        ):  # not in a run that begins from another's checkpoint
+            print_line(
+                f"the best weights, {best}, are damaged: {problem}; the next validation counts as the best"
+            )
         return problem is not None
 
     lost = ranks.from_first(clear)
@@ -93,22 +113,25 @@ def set_aside(run: Path, state: State, ranks: Ranks) -> State:
 # --- restoring --------------------------------------------------------------------------------------------------
 
 
-def committed(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """Committed checkpoints in a folder, newest first."""
-    return sorted((p.parent for p in folder.glob(f"step-*/{COMMIT}") if NAME.fullmatch(p.parent.name)), reverse=True)
+    return sorted(
+        (p.parent for p in folder.glob(f"step-*/{COMMIT}") if NAME.fullmatch(p.parent.name)),
+        reverse=True,
+    )
 
 
-def step_of(checkpoint: Path) -> int:
+def parse_step(checkpoint: Path) -> int:
     return int(checkpoint.name.split(".")[0].removeprefix("step-"))
 
 
-def best_step_of(checkpoint: Path) -> int | None:
+def read_best_step(checkpoint: Path) -> int | None:
     """Which best weights a checkpoint names; a damaged one names none."""
     state = _readable(checkpoint)
     return None if state is None else state.best_step
 
 
-def _readable(checkpoint: Path) -> State | None:
+def _readable(checkpoint: Path) -> RunState | None:
     """The state of a checkpoint, unless it is damaged."""
     try:
         return _read_state(checkpoint)
@@ -116,7 +139,7 @@ def _readable(checkpoint: Path) -> State | None:
         return None
 
 
-def damage(checkpoint: Path) -> str | None:
+def find_damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, or None: every file is compared with its recorded size and hash."""
     try:
         listing = json.loads(_content_of(checkpoint / COMMIT))
@@ -156,17 +179,17 @@ def _content_of(path: Path) -> bytes:
 _MOST_JSON = 2**26  # bytes: what a hundred thousand ranks would list
 
 
-def sound(folder: Path) -> Iterator[Path]:
+def iterate_sound_checkpoints(folder: Path) -> Iterator[Path]:
     """Committed checkpoints that are not damaged, newest first; of the others it is said what is wrong."""
-    for checkpoint in committed(folder):
-        problem = damage(checkpoint)
+    for checkpoint in list_checkpoints(folder):
+        problem = find_damage(checkpoint)
         if problem is None:
             yield checkpoint
         else:
-            tell(f"checkpoint {checkpoint} is damaged and not used: {problem}")
+            print_line(f"checkpoint {checkpoint} is damaged and not used: {problem}")
 
 
-def find(run: Path, resume: str, ranks: Ranks) -> Path | None:
+def choose_checkpoint(run: Path, resume: str, ranks: Ranks) -> Path | None:
     """The checkpoint to go on from, chosen by rank 0 for all. resume: "auto" (newest sound one), "never", a folder.
 
     Raises:
@@ -177,7 +200,7 @@ def find(run: Path, resume: str, ranks: Ranks) -> Path | None:
 
 
 def _choose(run: Path, resume: str) -> Path | None:
-    there = committed(run / "checkpoints")
+    there = list_checkpoints(run / "checkpoints")
     if resume != "auto" and there and (begun := _begun_so(run, resume)) is not None:
         return begun
     if resume == "never":
@@ -198,14 +221,16 @@ def _choose(run: Path, resume: str) -> Path | None:
             fix="choose a new folder for what goes on from there, with --set run=ANOTHER_FOLDER",
         )
     if resume == "auto":
-        chosen = next(sound(run / "checkpoints"), None)
+        chosen = next(iterate_sound_checkpoints(run / "checkpoints"), None)
         if chosen is None and there:
             raise ResumeError(
-                "every checkpoint of the run is damaged", where=run, fix="start anew with --set run=ANOTHER_FOLDER"
+                "every checkpoint of the run is damaged",
+                where=run,
+                fix="start anew with --set run=ANOTHER_FOLDER",
             )
         return chosen
     folder = Path(resume)
-    problem = damage(folder)
+    problem = find_damage(folder)
     if problem:
         raise ResumeError(
             "this checkpoint cannot be used",
@@ -219,21 +244,30 @@ def _choose(run: Path, resume: str) -> Path | None:
 def _begun_so(run: Path, resume: str) -> Path | None:
     """The newest checkpoint, where the same command has saved it, which is to go on then: an earlier attempt of this
     Slurm job did, or the run began from the checkpoint of another run that `resume` names."""
-    state = next(filter(None, map(_readable, committed(run / "checkpoints"))), None)
+    state = next(filter(None, map(_readable, list_checkpoints(run / "checkpoints"))), None)
     if state is None:
         return None
     again = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0 and state.job == JOB
     so = again or state.origin == str(Path(resume).resolve())
-    return next(sound(run / "checkpoints"), None) if so else None
+    return next(iterate_sound_checkpoints(run / "checkpoints"), None) if so else None
 
 
 # Settings that may change when a run goes on: they do not decide what a step computes, or are what a person turns to
 # prolong a run or to bring one back whose loss was not finite.
-_FREE_TRAIN = ("lr", "clip", "epochs", "patience", "validate_every", "checkpoint_every", "keep", "zero_stage")
+_FREE_TRAIN = (
+    "lr",
+    "clip",
+    "epochs",
+    "patience",
+    "validate_every",
+    "checkpoint_every",
+    "keep",
+    "zero_stage",
+)
 FREE = ("store", "run", "log.", "data.prefetch", *(f"train.{name}" for name in _FREE_TRAIN))
 
 
-def check_same_run(run: Path, config: Config, fingerprint: str, checkpoint: Path) -> State:
+def require_same_run(run: Path, config: Config, fingerprint: str, checkpoint: Path) -> RunState:
     """The state of a checkpoint, if this run may go on from it. The number of ranks and the ZeRO stage may be others.
 
     Raises:
@@ -248,8 +282,10 @@ def check_same_run(run: Path, config: Config, fingerprint: str, checkpoint: Path
             expected=state.fingerprint[:16],
             fix="point --set store=... at the original store, or start a new run",
         )
-    before = configs.load(checkpoint.parent.parent / "config.json")
-    different = [key for key in configs.changed(before, config) if not key.startswith(FREE)]
+    before = configs.load_config(checkpoint.parent.parent / "config.json")
+    different = [
+        key for key in configs.list_changed_settings(before, config) if not key.startswith(FREE)
+    ]
     if different:
         raise ResumeError(
             "the settings are not those of the run to go on with",
@@ -262,7 +298,7 @@ def check_same_run(run: Path, config: Config, fingerprint: str, checkpoint: Path
     return state
 
 
-def _read_state(checkpoint: Path) -> State:
+def _read_state(checkpoint: Path) -> RunState:
     try:
         state = _STATES.validate_json(_content_of(checkpoint / STATE), strict=True)
         if not list(checkpoint.glob(PARTS)):
@@ -277,10 +313,12 @@ def _read_state(checkpoint: Path) -> State:
     return state
 
 
-_STATES = TypeAdapter(State)
+_STATES = TypeAdapter(RunState)
 
 
-def restore(build: Callable[[Callable[[CLUE], None]], Any], checkpoint: Path, state: State) -> Any:
+def restore_engine(
+    build: Callable[[Callable[[CLUE], None]], Any], checkpoint: Path, state: RunState
+) -> Any:
     """An engine in the state of a checkpoint. build: makes the engine, given what sets the weights it begins with.
 
     Raises:
@@ -289,23 +327,28 @@ def restore(build: Callable[[Callable[[CLUE], None]], Any], checkpoint: Path, st
     fix = "go on with the version of clue_dist that began the run"
     engine = build(lambda model: load_weights(model, checkpoint, fix))
     try:
-        shards.put(engine, parts(checkpoint), state.updates)
+        shards.restore_shards(engine, list_shard_files(checkpoint), state.updates)
     except UNFIT as error:
-        raise ResumeError("the checkpoint does not fit the model", where=checkpoint, got=error, fix=fix) from error
+        raise ResumeError(
+            "the checkpoint does not fit the model", where=checkpoint, got=error, fix=fix
+        ) from error
     return engine
 
 
-def parts(checkpoint: Path) -> list[Path]:
+def list_shard_files(checkpoint: Path) -> list[Path]:
     """The files of a checkpoint's ranks."""
     return sorted(checkpoint.glob(PARTS))
 
 
-def weights(folder: Path) -> dict[str, Tensor]:
+def read_weights(folder: Path) -> dict[str, Tensor]:
     """By parameter and buffer of the model in float32, whether kept as the best or as a checkpoint."""
     if (folder / WEIGHTS).exists():
         kept: dict[str, Tensor] = load_file(folder / WEIGHTS)
         return kept
-    return {name.removeprefix(MODEL): values for name, values in shards.full(parts(folder)).items()}
+    return {
+        name.removeprefix(MODEL): values
+        for name, values in shards.assemble_tensors(list_shard_files(folder)).items()
+    }
 
 
 def load_weights(model: CLUE, folder: Path, fix: str) -> None:
@@ -315,8 +358,8 @@ def load_weights(model: CLUE, folder: Path, fix: str) -> None:
         ResumeError: they are those of another model.
     """
     try:
-        model.load_state_dict(weights(folder))
+        model.load_state_dict(read_weights(folder))
     except UNFIT as error:
-        got = listed((line.strip() for line in str(error).splitlines()), 3)
+        got = list_names((line.strip() for line in str(error).splitlines()), 3)
         what = "the weights do not fit the model of these settings"
         raise ResumeError(what, where=folder, got=got, fix=f"{fix}, or train again") from error

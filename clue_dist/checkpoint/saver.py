@@ -25,11 +25,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clue_dist.checkpoint import shards
-from clue_dist.checkpoint.run_folder import COMMIT, MODEL, STATE, WEIGHTS, State, best_step_of, committed, step_of
-from clue_dist.errors import ClueError, SavingError, writing
-from clue_dist.process import tell
+from clue_dist.checkpoint.run_folder import (
+    COMMIT,
+    MODEL,
+    STATE,
+    WEIGHTS,
+    RunState,
+    list_checkpoints,
+    parse_step,
+    read_best_step,
+)
+from clue_dist.errors import ClueError, SavingError, translate_write_errors
+from clue_dist.process import print_line
 from clue_dist.ranks import Ranks
-from clue_dist.store.writer import hash_file, sync
+from clue_dist.store.writer import hash_file, sync_to_disk
 
 Kind = Literal["checkpoints", "best"]
 Listing = dict[str, dict[str, Any]]  # file -> size and hash, what COMMIT.json holds
@@ -44,13 +53,18 @@ class Saver:
     """
 
     def __init__(
-        self, run: Path, engine: Any, ranks: Ranks, keep: int, before_commit: Callable[[], None] | None = None
+        self,
+        run: Path,
+        engine: Any,
+        ranks: Ranks,
+        keep: int,
+        before_commit: Callable[[], None] | None = None,
     ) -> None:
         self._run, self._engine, self._ranks, self._keep = run, engine, ranks.aside(), keep
         self._before_commit = before_commit or _nothing
         # Ranks of an attempt that is over for Slurm may live on for a while: they must not write where we do.
         self._attempt = ranks.from_first(lambda: secrets.token_hex(4))
-        self._shapes = json.dumps(shards.shapes(engine))
+        self._shapes = json.dumps(shards.collect_shapes(engine))
         self._copier, self._writer = _Worker("copy"), _Worker("write")
         self._copies: list[Future[Any]] = []
         self._writes: list[tuple[int, Future[Any]]] = []  # by step
@@ -59,11 +73,11 @@ class Saver:
 
     # --- called by training ---
 
-    def checkpoint(self, state: State) -> None:
+    def checkpoint(self, state: RunState) -> None:
         """Save all that the run needs to go on; drop the oldest. Waits for what earlier steps saved, if need be."""
         self._save("checkpoints", state, optimizer=True)
 
-    def best(self, state: State) -> None:
+    def best(self, state: RunState) -> None:
         """Keep the weights alone of the best validation so far; the next checkpoint drops those before it."""
         self._save("best", state, optimizer=False)
 
@@ -89,7 +103,10 @@ class Saver:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         """Before an error that was told ends the run, what is under way is committed, or fails and is removed."""
         deadline = time.monotonic() + SETTLE
@@ -107,18 +124,18 @@ class Saver:
 
     # --- the two threads ---
 
-    def _save(self, kind: Kind, state: State, optimizer: bool) -> None:
+    def _save(self, kind: Kind, state: RunState, optimizer: bool) -> None:
         # No more is held in memory than what one earlier step and this one save.
         self._wait([write for step, write in self._writes if step < state.step])
         began = time.perf_counter()
-        views = shards.tensors(self._engine, optimizer)
+        views = shards.collect_tensors(self._engine, optimizer)
         copied = self._copier.do(_copier(views))
         self._copies.append(copied)
         self._writes = [(step, w) for step, w in self._writes if not w.done() or w.exception()]
         self._writes.append((state.step, self._writer.do(lambda: self._write(kind, state, copied))))
         self.waited += time.perf_counter() - began
 
-    def _write(self, kind: Kind, state: State, copied: Future[dict[str, Tensor]]) -> None:
+    def _write(self, kind: Kind, state: RunState, copied: Future[dict[str, Tensor]]) -> None:
         """Every rank's writer is here at the same time; they speak by a channel of their own.
 
         After a failure nothing more is written: what comes later may rely on what is missing.
@@ -129,10 +146,12 @@ class Saver:
         final = self._run / kind / f"step-{state.step:08d}"
         partial = final.with_suffix(f".{self._attempt}.partial")
         mine = partial / f"rank-{ranks.rank:05d}.safetensors"
-        told = writing("a checkpoint", partial)
+        told = translate_write_errors("a checkpoint", partial)
         try:
             ranks.from_first(told(lambda: _empty(partial)))
-            parts = ranks.together(told(lambda: _write_tensors(mine, copied.result(), shapes=self._shapes)))
+            parts = ranks.together(
+                told(lambda: _write_tensors(mine, copied.result(), shapes=self._shapes))
+            )
             listing = {name: entry for one in parts for name, entry in one.items()}
             ranks.from_first(told(lambda: self._commit(kind, state, partial, final, listing)))
         except SavingError as error:
@@ -141,39 +160,45 @@ class Saver:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
 
-    def _commit(self, kind: Kind, state: State, partial: Path, final: Path, listing: Listing) -> None:
+    def _commit(
+        self, kind: Kind, state: RunState, partial: Path, final: Path, listing: Listing
+    ) -> None:
         """On rank 0, once all parts are there."""
         if kind == "best":
             listing = _merge(partial, listing)
         _write_text(partial / STATE, json.dumps(asdict(state), indent=1))
         _write_text(partial / COMMIT, json.dumps(listing | _listed(partial / STATE), indent=1))
-        sync(partial)
+        sync_to_disk(partial)
         self._before_commit()
         partial.rename(final)
-        sync(final.parent)
+        sync_to_disk(final.parent)
         if kind == "checkpoints":
             self._prune(state)
 
-    def _prune(self, state: State) -> None:
+    def _prune(self, state: RunState) -> None:
         """After the commit, which it cannot undo: drop the oldest checkpoints, the best weights that none of those left
         names, and what was set aside of steps that this attempt has passed."""
-        there = committed(self._run / "checkpoints")
-        named = {best_step_of(kept) for kept in there[: self._keep]}
-        unnamed = [best for best in committed(self._run / "best") if step_of(best) not in named]
-        aside = [p for p in self._run.glob("*/step-*.aside") if step_of(p) <= state.step]
+        there = list_checkpoints(self._run / "checkpoints")
+        named = {read_best_step(kept) for kept in there[: self._keep]}
+        unnamed = [
+            best for best in list_checkpoints(self._run / "best") if parse_step(best) not in named
+        ]
+        aside = [p for p in self._run.glob("*/step-*.aside") if parse_step(p) <= state.step]
         for old in [*there[self._keep :], *unnamed, *aside]:
-            doomed = old.with_suffix(".partial")  # so that what is left of it is not taken for a checkpoint
+            doomed = old.with_suffix(
+                ".partial"
+            )  # so that what is left of it is not taken for a checkpoint
             try:
                 old.rename(doomed)
                 shutil.rmtree(doomed)
             except OSError as error:  # the save itself stands
-                tell(f"{old} could not be removed, and is left: {error}")
+                print_line(f"{old} could not be removed, and is left: {error}")
 
 
 def _merge(partial: Path, listing: Listing) -> Listing:
     """The ranks' parts as one file, to be shared and read by other tools."""
     files = [partial / name for name in sorted(listing)]
-    whole = shards.full(files)
+    whole = shards.assemble_tensors(files)
     merged = {name.removeprefix(MODEL): values for name, values in whole.items()}
     for file in files:
         file.unlink()
@@ -188,11 +213,16 @@ def _copier(views: Mapping[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
 
     def copy() -> dict[str, Tensor]:
         if ready is None:
-            return {name: now[name] if name in now else view.clone() for name, view in views.items()}
+            return {
+                name: now[name] if name in now else view.clone() for name, view in views.items()
+            }
         stream = torch.cuda.Stream(device)
         with torch.cuda.stream(stream):
             stream.wait_event(ready)
-            out = {name: now.get(name, view).to("cpu", non_blocking=False) for name, view in views.items()}
+            out = {
+                name: now.get(name, view).to("cpu", non_blocking=False)
+                for name, view in views.items()
+            }
         return out
 
     return copy
@@ -209,13 +239,13 @@ def _empty(folder: Path) -> None:
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> Listing:
     save_file(dict(tensors), path, metadata=metadata)
-    sync(path)
+    sync_to_disk(path)
     return _listed(path)
 
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text)
-    sync(path)
+    sync_to_disk(path)
 
 
 def _listed(path: Path) -> Listing:

@@ -22,7 +22,7 @@ UPDATES = "step"  # the optimizer's own count of updates, the same for every par
 
 
 @dataclass(frozen=True)
-class Piece:
+class ParameterShard:
     """Elements [start, start + numel) of a flattened parameter.
 
     master: the tensor the optimizer knows, in which the piece begins at `at`.
@@ -39,33 +39,39 @@ class Piece:
         return flat.detach().view(-1).narrow(0, self.at, self.numel)
 
 
-def held(engine: Any) -> list[Piece]:
+def list_updated_shards(engine: Any) -> list[ParameterShard]:
     """What this rank updates: under ZeRO-0 everything, else a part."""
     return _pieces(engine, rank=0, world=1)
 
 
-def saved_by(engine: Any) -> list[Piece]:
+def list_saved_shards(engine: Any) -> list[ParameterShard]:
     """What this rank saves: those of all ranks together cover each parameter once."""
     return _pieces(engine, dist.get_rank(), dist.get_world_size())
 
 
-def _pieces(engine: Any, rank: int, world: int) -> list[Piece]:
+def _pieces(engine: Any, rank: int, world: int) -> list[ParameterShard]:
     """rank of world: whose share of what every rank has."""
     find = _finder(engine, rank, world)
     found = [find(name, p) for name, p in engine.module.named_parameters()]
     return [piece for piece in found if piece is not None and piece.numel > 0]
 
 
-def _finder(engine: Any, rank: int, world: int) -> Callable[[str, Any], Piece | None]:
+def _finder(engine: Any, rank: int, world: int) -> Callable[[str, Any], ParameterShard | None]:
     """How the pieces of a parameter are found; DeepSpeed 0.19 has an optimizer of its own for each way of training."""
     optimizer = engine.optimizer
     whole = _masters_of_whole(engine)
 
-    def find(name: str, p: Any) -> Piece | None:
+    def find(name: str, p: Any) -> ParameterShard | None:
         if hasattr(p, "ds_id"):  # ZeRO-3: equal parts, the last of them padded
             group, at, part = optimizer.grad_position[optimizer.get_param_id(p)]
             start = min(dist.get_rank() * part, p.ds_numel)
-            return Piece(name, start, min(part, p.ds_numel - start), optimizer.fp32_partitioned_groups_flat[group], at)
+            return ParameterShard(
+                name,
+                start,
+                min(part, p.ds_numel - start),
+                optimizer.fp32_partitioned_groups_flat[group],
+                at,
+            )
         if hasattr(p, "_hp_mapping"):  # ZeRO-1, ZeRO-2: parts of parameters laid end to end
             here = p._hp_mapping
             if here is None:
@@ -76,12 +82,16 @@ def _finder(engine: Any, rank: int, world: int) -> Callable[[str, Any], Piece | 
                 else optimizer.fp32_groups_flat_partition
             )
             address = here.lp_fragment_address
-            return Piece(
-                name, address.start, address.numel, masters[here.param_group_index], here.hp_fragment_address.start
+            return ParameterShard(
+                name,
+                address.start,
+                address.numel,
+                masters[here.param_group_index],
+                here.hp_fragment_address.start,
             )
         # ZeRO-0: every rank has everything
         start, end = p.numel() * rank // world, p.numel() * (rank + 1) // world
-        return Piece(name, start, end - start, whole[p], start)
+        return ParameterShard(name, start, end - start, whole[p], start)
 
     return find
 
@@ -98,13 +108,13 @@ def _masters_of_whole(engine: Any) -> dict[Any, Tensor]:
 # --- out of an engine -------------------------------------------------------------------------------------------
 
 
-def tensors(engine: Any, optimizer: bool) -> dict[str, Tensor]:
+def collect_tensors(engine: Any, optimizer: bool) -> dict[str, Tensor]:
     """This rank's part of a checkpoint: views of what is trained, and on rank 0 the buffers. optimizer: its state, too.
 
     Names are `key:start:parameter`.
     """
     out = {}
-    for piece in saved_by(engine):
+    for piece in list_saved_shards(engine):
         flat = {WEIGHTS: piece.master}
         if optimizer:
             state = engine.basic_optimizer.state.get(piece.master, {})
@@ -112,17 +122,21 @@ def tensors(engine: Any, optimizer: bool) -> dict[str, Tensor]:
         for key, value in flat.items():
             out[f"{key}:{piece.start}:{piece.name}"] = piece.of(value)
     if dist.get_rank() == 0:
-        out |= {f"{WEIGHTS}:0:{name}": b.detach().view(-1) for name, b in engine.module.named_buffers()}
+        out |= {
+            f"{WEIGHTS}:0:{name}": b.detach().view(-1) for name, b in engine.module.named_buffers()
+        }
     return out
 
 
-def shapes(engine: Any) -> dict[str, list[int]]:
+def collect_shapes(engine: Any) -> dict[str, list[int]]:
     """Of every parameter and buffer."""
-    parameters = {name: list(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
+    parameters = {
+        name: list(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()
+    }
     return parameters | {name: list(b.shape) for name, b in engine.module.named_buffers()}
 
 
-def updates(engine: Any) -> int:
+def count_updates(engine: Any) -> int:
     """How many updates the optimizer has made."""
     for state in engine.basic_optimizer.state.values():
         return int(state[UPDATES])
@@ -132,7 +146,7 @@ def updates(engine: Any) -> int:
 # --- into an engine ---------------------------------------------------------------------------------------------
 
 
-def put(engine: Any, files: Iterable[Path], n_updates: int) -> None:
+def restore_shards(engine: Any, files: Iterable[Path], n_updates: int) -> None:
     """Set this rank's pieces and their optimizer state to what `files` hold; the module has its weights already.
 
     What no file holds of the optimizer's state begins at zero, as in a fresh one.
@@ -140,12 +154,12 @@ def put(engine: Any, files: Iterable[Path], n_updates: int) -> None:
     Raises:
         KeyError: a parameter that the files lack in part.
     """
-    wanted: dict[str, Piece] = {piece.name: piece for piece in held(engine)}
+    wanted: dict[str, ParameterShard] = {piece.name: piece for piece in list_updated_shards(engine)}
     missing = {name: piece.numel for name, piece in wanted.items()}
     if n_updates:  # as the optimizer's first update leaves it; padding stays zero
         for master in {id(piece.master): piece.master for piece in wanted.values()}.values():
             engine.basic_optimizer.state[master] = {UPDATES: torch.tensor(float(n_updates))}
-    for key, start, name, read in saved(files):
+    for key, start, name, read in iterate_shards(files):
         piece = wanted.get(name)
         if piece is None:
             continue
@@ -168,7 +182,7 @@ def _state(engine: Any, master: Tensor, key: str) -> Tensor:
     return value
 
 
-def full(files: Iterable[Path], keys: str = WEIGHTS) -> dict[str, Tensor]:
+def assemble_tensors(files: Iterable[Path], keys: str = WEIGHTS) -> dict[str, Tensor]:
     """Whole tensors out of the pieces in `files`, by parameter: the weights, or an optimizer's state.
 
     Raises:
@@ -177,8 +191,8 @@ def full(files: Iterable[Path], keys: str = WEIGHTS) -> dict[str, Tensor]:
     files = list(files)
     out: dict[str, Tensor] = {}
     covered: dict[str, int] = {}
-    layout = shapes_of(files)
-    for key, start, name, read in saved(files):
+    layout = read_shapes(files)
+    for key, start, name, read in iterate_shards(files):
         if key != keys:
             continue
         values = read(0, None)
@@ -186,13 +200,19 @@ def full(files: Iterable[Path], keys: str = WEIGHTS) -> dict[str, Tensor]:
             out[name] = torch.empty(_numel(layout[name]), dtype=torch.float32)
         out[name][start : start + len(values)] = values
         covered[name] = covered.get(name, 0) + len(values)
-    absent = [name for name, shape in layout.items() if keys == WEIGHTS and covered.get(name, 0) != _numel(shape)]
+    absent = [
+        name
+        for name, shape in layout.items()
+        if keys == WEIGHTS and covered.get(name, 0) != _numel(shape)
+    ]
     if absent:
         raise KeyError(f"values of {', '.join(absent[:3])}")
     return {name: values.view(layout[name]) for name, values in out.items()}
 
 
-def saved(files: Iterable[Path]) -> Iterator[tuple[str, int, str, Callable[[int, int | None], Tensor]]]:
+def iterate_shards(
+    files: Iterable[Path],
+) -> Iterator[tuple[str, int, str, Callable[[int, int | None], Tensor]]]:
     """(key, start, parameter, read a range of it) of every piece in `files`; only what is read is loaded."""
     for path in files:
         with safe_open(path, "pt") as handle:
@@ -201,7 +221,9 @@ def saved(files: Iterable[Path]) -> Iterator[tuple[str, int, str, Callable[[int,
                 part = handle.get_slice(label)
                 length = part.get_shape()[0]
 
-                def read(first: int, last: int | None, part: Any = part, length: int = length) -> Tensor:
+                def read(
+                    first: int, last: int | None, part: Any = part, length: int = length
+                ) -> Tensor:
                     end = length if last is None else max(0, min(last, length))
                     values: Tensor = part[first:end] if first < end else torch.empty(0)
                     return values.float()
@@ -209,7 +231,7 @@ def saved(files: Iterable[Path]) -> Iterator[tuple[str, int, str, Callable[[int,
                 yield key, int(start), name, read
 
 
-def shapes_of(files: Iterable[Path]) -> Mapping[str, list[int]]:
+def read_shapes(files: Iterable[Path]) -> Mapping[str, list[int]]:
     """Shapes of all parameters and buffers, as any of the files tells."""
     with safe_open(next(iter(files)), "pt") as handle:
         told: dict[str, list[int]] = json.loads(handle.metadata()["shapes"])

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from clue_dist.data.buffers import Buffers
-from clue_dist.data.timing import phase
+from clue_dist.data.timing import time_phase
 from clue_dist.store.reader import Store
-from clue_dist.store.rows import Located
+from clue_dist.store.rows import LocatedRows
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,19 @@ class SparseCounts:
         return out.index_add(0, self.row_of_entry(), values)
 
 
-Counts = SparseCounts | Tensor  # Tensor: (n, features) float32, where the store keeps the modality dense
+Counts = (
+    SparseCounts | Tensor
+)  # Tensor: (n, features) float32, where the store keeps the modality dense
 
 
-def library_of(counts: Counts) -> Tensor:
+def compute_library_size(counts: Counts) -> Tensor:
     """Total counts of each cell, (n,), at least 1."""
     total = counts.sum(1) if isinstance(counts, Tensor) else counts.row_sums(counts.values)
     return total.clamp_min(1.0)
 
 
 @dataclass(frozen=True)
-class Observed:
+class ObservedModality:
     """What was measured in one modality. rows: (n,) int64, which cells of the batch; counts: their n profiles;
     paired: (p,) int64, which of the n belong to cells with other modalities too."""
 
@@ -62,7 +64,7 @@ class Batch:
 
     observed: Tensor
     batch_code: Tensor
-    modalities: dict[str, Observed]
+    modalities: dict[str, ObservedModality]
 
     @property
     def n_cells(self) -> int:
@@ -76,28 +78,34 @@ class Batch:
                 return move(c)
             return replace(c, indptr=move(c.indptr), indices=move(c.indices), values=move(c.values))
 
-        modalities = {m: Observed(move(o.rows), counts(o.counts), move(o.paired)) for m, o in self.modalities.items()}
+        modalities = {
+            m: ObservedModality(move(o.rows), counts(o.counts), move(o.paired))
+            for m, o in self.modalities.items()
+        }
         return Batch(move(self.observed), move(self.batch_code), modalities)
 
     def to(self, device: torch.device | str) -> Batch:
         return self.map(lambda t: t.to(device, non_blocking=True))
 
-    @phase("pin")
+    @time_phase("pin")
     def pin_memory(self) -> Batch:
         return self.map(Tensor.pin_memory)
 
 
 @dataclass(frozen=True)
-class Part:
+class BatchPart:
     """Cells of one stratum on their way into a batch. rows: per modality, still coded where sparse; batch_code: (n,)
     int32."""
 
-    rows: dict[str, Located | np.ndarray]
+    rows: dict[str, LocatedRows | np.ndarray]
     batch_code: np.ndarray
 
 
-def assemble(
-    modalities: Sequence[str], parts: Sequence[Part], buffers: Buffers | None = None, dense: bool = False
+def assemble_batch(
+    modalities: Sequence[str],
+    parts: Sequence[BatchPart],
+    buffers: Buffers | None = None,
+    dense: bool = False,
 ) -> Batch:
     """One batch out of parts of several strata, laid one behind the other. `modalities`: in model order; dense: counts
     of all of them as (n, features) float32."""
@@ -105,34 +113,40 @@ def assemble(
     sizes = [len(p.batch_code) for p in parts]
     starts = np.cumsum([0, *sizes])
     observed = np.zeros((starts[-1], len(modalities)), bool)
-    out: dict[str, Observed] = {}
+    out: dict[str, ObservedModality] = {}
     for k, name in enumerate(modalities):
         having = [i for i, p in enumerate(parts) if name in p.rows]
         for i in having:
             observed[starts[i] : starts[i + 1], k] = True
         if having:
             rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in having])
-            paired = np.flatnonzero(np.concatenate([np.full(sizes[i], len(parts[i].rows) > 1) for i in having]))
+            paired = np.flatnonzero(
+                np.concatenate([np.full(sizes[i], len(parts[i].rows) > 1) for i in having])
+            )
             counts = _stack([parts[i].rows[name] for i in having], buffers, dense)
-            out[name] = Observed(torch.from_numpy(rows), counts, torch.from_numpy(paired))
+            out[name] = ObservedModality(torch.from_numpy(rows), counts, torch.from_numpy(paired))
     code = np.concatenate([p.batch_code for p in parts]).astype(np.int64)
     return Batch(torch.from_numpy(observed), torch.from_numpy(code), out)
 
 
-def read_batch(store: Store, stratum: str, positions: np.ndarray, modalities: Sequence[str] | None = None) -> Batch:
+def read_batch(
+    store: Store, stratum: str, positions: np.ndarray, modalities: Sequence[str] | None = None
+) -> Batch:
     """Any cells of one stratum as a batch, read straight from the store. `modalities`: in model order, the store's
     by default; it names all that the stratum carries."""
     reader = store.strata[stratum]
     rows = {m: reader.located(m, positions) for m in reader.modalities}
-    return assemble(modalities or store.modalities, [Part(rows, reader.obs_codes("batch", positions))])
+    return assemble_batch(
+        modalities or store.modalities, [BatchPart(rows, reader.obs_codes("batch", positions))]
+    )
 
 
-@phase("gather")
-def _stack(rows: list[Located | np.ndarray], buffers: Buffers, dense: bool) -> Counts:
+@time_phase("gather")
+def _stack(rows: list[LocatedRows | np.ndarray], buffers: Buffers, dense: bool) -> Counts:
     stored_dense = [r for r in rows if isinstance(r, np.ndarray)]
     if stored_dense:
         return torch.from_numpy(np.concatenate(stored_dense).astype(np.float32, copy=False))
-    sparse = [r for r in rows if isinstance(r, Located)]
+    sparse = [r for r in rows if isinstance(r, LocatedRows)]
     if dense:
         n, n_features = sum(len(r.row) for r in sparse), sparse[0].n_features
         out = buffers.empty(n * n_features, np.float32).reshape(n, n_features)
@@ -141,7 +155,9 @@ def _stack(rows: list[Located | np.ndarray], buffers: Buffers, dense: bool) -> C
             r.decode_dense(out[first : first + len(r.row)])
             first += len(r.row)
         return torch.from_numpy(out)
-    indptr = np.concatenate([[0], np.cumsum(np.concatenate([r.nonzeros() for r in sparse]), dtype=np.int64)])
+    indptr = np.concatenate(
+        [[0], np.cumsum(np.concatenate([r.nonzeros() for r in sparse]), dtype=np.int64)]
+    )
     indices = buffers.empty(int(indptr[-1]), np.int32)
     binary = not any(r.bits for r in sparse)
     values = None if binary else buffers.empty(len(indices), np.float32)

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-_UNUSED = 3  # references to an array that nobody uses: the list's, the variable's, and that of asking
+_UNUSED = (
+    3  # references to an array that nobody uses: the list's, the variable's, and that of asking
+)
 _SPARE = 8  # 1/8 more than asked for: batches differ in size
 
 
@@ -43,7 +45,9 @@ class Buffers:
         """
         with self._lock:
             if self._ones._version:
-                raise RuntimeError("the values of a batch of binary counts were written to; other batches share them")
+                raise RuntimeError(
+                    "the values of a batch of binary counts were written to; other batches share them"
+                )
             if len(self._ones) < n:
                 self._ones = torch.ones(n + n // _SPARE)
             return self._ones[:n]

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from clue_dist.allocator import keep_freed_memory
-from clue_dist.data.batch import Batch, Part, assemble
+from clue_dist.data.batch import Batch, BatchPart, assemble_batch
 from clue_dist.data.buffers import Buffers
-from clue_dist.data.plan import Plan
-from clue_dist.data.timing import phase
+from clue_dist.data.plan import CellPlan
+from clue_dist.data.timing import time_phase
 from clue_dist.errors import ConfigError, ServerError, StoreError
-from clue_dist.store.block_pool import Pool, Reading
-from clue_dist.store.layout import blocks_of
+from clue_dist.store.block_pool import BlockPool, BlockRead
+from clue_dist.store.layout import count_blocks
 from clue_dist.store.reader import Store, StratumReader
 
 AHEAD = 20  # micro-batches, at least, whose blocks are being read while another is built
@@ -35,16 +35,18 @@ class BlockCache:
     def __init__(self, reader: StratumReader, slots: int) -> None:
         self.slots = min(slots, reader.n_blocks)
         self.block_cells, self.modalities = reader.block_cells, reader.modalities
-        self._pool = Pool(reader, self.slots)
+        self._pool = BlockPool(reader, self.slots)
         self._slot_of = np.full(reader.n_blocks, -1, np.int32)
         self._block_in = np.full(self.slots, -1, np.int64)
-        self._asked = np.full(self.slots, -HELD, np.int64)  # when a slot's block was asked for, in calls of `expect`
+        self._asked = np.full(
+            self.slots, -HELD, np.int64
+        )  # when a slot's block was asked for, in calls of `expect`
         self._calls = 0
-        self._coming = deque[Reading]()
+        self._coming = deque[BlockRead]()
         self._is_coming = np.zeros(self.slots, bool)
         self._damaged: dict[int, StoreError] = {}  # by slot
 
-    @phase("read and decode")
+    @time_phase("read and decode")
     def expect(self, positions: np.ndarray) -> None:
         """Begin to read the blocks of cells that will be asked for before HELD - 1 more calls, in place of those not
         asked for longest."""
@@ -56,14 +58,20 @@ class BlockCache:
         if len(missing):
             slots = np.argsort(self._asked, kind="stable")[: len(missing)]
             if len(slots) < len(missing) or self._asked[slots[-1]] > self._calls - HELD:
-                raise RuntimeError(f"a loader has {self.slots} slots, too few for the blocks of {HELD} stretches")
+                raise RuntimeError(
+                    f"a loader has {self.slots} slots, too few for the blocks of {HELD} stretches"
+                )
             left = self._block_in[slots]
             self._slot_of[left[left >= 0]] = -1
-            self._slot_of[missing], self._block_in[slots], self._asked[slots] = slots, missing, self._calls
+            self._slot_of[missing], self._block_in[slots], self._asked[slots] = (
+                slots,
+                missing,
+                self._calls,
+            )
             self._coming.append(self._pool.start(missing, slots))
             self._is_coming[slots] = True
 
-    def rows(self, positions: np.ndarray) -> Part:
+    def rows(self, positions: np.ndarray) -> BatchPart:
         """Raw counts and batch codes of cells that were expected, in the order asked for.
 
         Raises:
@@ -74,9 +82,9 @@ class BlockCache:
         if self._damaged and (bad := self._damaged.keys() & slot.tolist()):
             raise self._damaged[min(bad)]
         rows = {m: self._pool.rows(m, slot, row) for m in self.modalities}
-        return Part(rows, self._pool.batch_codes(slot, row))
+        return BatchPart(rows, self._pool.batch_codes(slot, row))
 
-    @phase("read and decode")
+    @time_phase("read and decode")
     def _await(self, slot: np.ndarray) -> None:
         while self._is_coming[slot].any():
             reading = self._coming[0]
@@ -90,7 +98,7 @@ class BlockCache:
             self._pool.abandon(reading)
         self._coming.clear()
 
-    def _settle(self, reading: Reading) -> None:
+    def _settle(self, reading: BlockRead) -> None:
         """Wait for blocks; of many that were read together, find out which one is damaged."""
         try:
             self._pool.finish(reading)
@@ -104,16 +112,20 @@ class BlockCache:
                 self._settle(self._pool.start(reading.blocks[i : i + 1], reading.slots[i : i + 1]))
 
 
-def slots_for(plan: Plan, segment: str, world: int) -> int:
+def count_cache_slots(plan: CellPlan, segment: str, world: int) -> int:
     """Blocks of a segment that one of `world` ranks may need for HELD stretches of micro-batches."""
     n, cells = plan.sizes[segment], plan.most(segment, HELD * STRETCH)
-    lot = plan.lanes * plan.window(segment)  # blocks of one span, of which a rank reads its lanes' windows
+    lot = plan.lanes * plan.window(
+        segment
+    )  # blocks of one span, of which a rank reads its lanes' windows
     span = lot * plan.block_cells
     spanned = n // span * span  # cells of a pass that are dealt in spans
-    whole = (cells // span + 2) * lot // world if spanned else 0  # two spans may be touched at one end only
+    whole = (
+        (cells // span + 2) * lot // world if spanned else 0
+    )  # two spans may be touched at one end only
     # What is left at the end of a pass is no lane's own: a rank may need all of it. Between two such ends lies a pass.
     ends = 1 if cells <= spanned else 2 + (cells - spanned - 1) // n
-    return min(whole + ends * blocks_of(n - spanned, plan.block_cells), cells // world)
+    return min(whole + ends * count_blocks(n - spanned, plan.block_cells), cells // world)
 
 
 class _Ring:
@@ -129,7 +141,9 @@ class _Ring:
         """Waits for room; does nothing once closed."""
         with self._changed:
             if len(self._items) == self._size:
-                self._changed.wait_for(lambda: len(self._items) <= self._size // 2 or not self._open)
+                self._changed.wait_for(
+                    lambda: len(self._items) <= self._size // 2 or not self._open
+                )
             if self._open:
                 self._items.append(item)
                 self._changed.notify()
@@ -166,7 +180,7 @@ class Loader:
     def __init__(
         self,
         store: Store,
-        plan: Plan,
+        plan: CellPlan,
         *,
         rank: int = 0,
         world: int = 1,
@@ -186,7 +200,9 @@ class Loader:
         self.modalities = store.modalities
         self.waited = 0.0
         self._due: Future[Batch] | None = None  # what next() waits for
-        self._caches = {s: BlockCache(store.strata[s], slots_for(plan, s, world)) for s in plan.segments}
+        self._caches = {
+            s: BlockCache(store.strata[s], count_cache_slots(plan, s, world)) for s in plan.segments
+        }
         self._buffers = Buffers()
         keep_freed_memory()
         self._ring = _Ring(prefetch)
@@ -246,16 +262,20 @@ class Loader:
         stretch: list[dict[str, np.ndarray]] = [{} for _ in range(STRETCH)]
         for s, cache in self._caches.items():
             positions = self.plan.cells(step, s, STRETCH)
-            ends = [self.plan.dealt(step + i, s) - self.plan.dealt(step, s) for i in range(1, STRETCH)]
+            ends = [
+                self.plan.dealt(step + i, s) - self.plan.dealt(step, s) for i in range(1, STRETCH)
+            ]
             for cells, of in zip(stretch, np.split(positions, ends), strict=True):
                 cells[s] = of[self.rank :: self.world]
             cache.expect(np.concatenate([cells[s] for cells in stretch]))
         return stretch
 
     def _gathered(self, cells: dict[str, np.ndarray]) -> Future[Batch]:
-        parts = [self._caches[s].rows(positions) for s, positions in cells.items() if len(positions)]
+        parts = [
+            self._caches[s].rows(positions) for s, positions in cells.items() if len(positions)
+        ]
         return self._gatherers.submit(self._build, parts)
 
-    def _build(self, parts: list[Part]) -> Batch:
-        batch = assemble(self.modalities, parts, self._buffers, self.dense)
+    def _build(self, parts: list[BatchPart]) -> Batch:
+        batch = assemble_batch(self.modalities, parts, self._buffers, self.dense)
         return batch.pin_memory() if self.pin else batch

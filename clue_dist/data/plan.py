@@ -26,16 +26,18 @@ from functools import cached_property
 
 import numpy as np
 
-from clue_dist.data.timing import phase
+from clue_dist.data.timing import time_phase
 from clue_dist.errors import ConfigError
-from clue_dist.store.layout import group_of
-from clue_dist.store.shuffle import key_of, permute
+from clue_dist.store.layout import name_stratum
+from clue_dist.store.shuffle import derive_key, permute_positions
 
-RUN_BLOCKS = 8  # one alone is a request of its own; a whole window is nearly the same cells in every pass
+RUN_BLOCKS = (
+    8  # one alone is a request of its own; a whole window is nearly the same cells in every pass
+)
 
 
 @dataclass(frozen=True)
-class Plan:
+class CellPlan:
     """seed; sizes: cells to draw from per segment of a stratum, {name: n_s}; share: {stratum: N_s}, each a multiple of
     lanes."""
 
@@ -71,7 +73,7 @@ class Plan:
         """Sizes of the segments of each stratum."""
         out: dict[str, dict[str, int]] = {}
         for name, n in self.sizes.items():
-            out.setdefault(group_of(name), {})[name] = n
+            out.setdefault(name_stratum(name), {})[name] = n
         return out
 
     @cached_property
@@ -82,7 +84,7 @@ class Plan:
     def dealt(self, step: int, segment: str) -> int:
         """Cells of a segment in all micro-batches before `step`: whole rounds of the lanes. One that has fewer cells
         than there are lanes gives copies to a round."""
-        stratum = group_of(segment)
+        stratum = name_stratum(segment)
         rounds, cells = step * self.share[stratum] // self.lanes, self._cells[stratum]
         for name, n in self._segments[stratum].items():
             own = rounds * n // cells
@@ -93,13 +95,13 @@ class Plan:
 
     def most(self, segment: str, steps: int) -> int:
         """Cells of a segment in any `steps` micro-batches, at most."""
-        stratum = group_of(segment)
+        stratum = name_stratum(segment)
         rounds = steps * self.share[stratum] // self.lanes
         turns = len(self._segments[stratum])  # each is rounded
         own = rounds * self.sizes[segment] // self._cells[stratum] + turns
         return min(own, rounds) * self.lanes
 
-    @phase("plan")
+    @time_phase("plan")
     def cells(self, step: int, segment: str, steps: int = 1) -> np.ndarray:
         """Positions in a segment of its cells in micro-batch `step`, int64; rank r of W takes [r::W]. (N_s,) where the
         stratum has one segment; all segments of a stratum together give N_s. steps: of so many, one behind the other.
@@ -114,14 +116,21 @@ class Plan:
 
     def window(self, segment: str) -> int:
         """Blocks of a segment that a lane mixes at a time."""
-        return max(1, self.window_blocks * self.sizes[segment] // self._cells[group_of(segment)])
+        return max(
+            1, self.window_blocks * self.sizes[segment] // self._cells[name_stratum(segment)]
+        )
 
     def _of_pass(self, segment: str, number: int, o: np.ndarray) -> np.ndarray:
-        n, size, lanes, blocks = self.sizes[segment], self.block_cells, self.lanes, self.window(segment)
+        n, size, lanes, blocks = (
+            self.sizes[segment],
+            self.block_cells,
+            self.lanes,
+            self.window(segment),
+        )
         full_blocks, run = n // size, min(RUN_BLOCKS, blocks)
         span = lanes * blocks * size
         spans = full_blocks * size // span
-        order = key_of(self.seed, segment, number)
+        order = derive_key(self.seed, segment, number)
         out = np.empty(len(o), np.int64)
 
         inside = o < spans * span
@@ -132,7 +141,7 @@ class Plan:
 
         rest = n - spans * span
         if rest:
-            i = permute(o[~inside] - spans * span, rest, order + 1)
+            i = permute_positions(o[~inside] - spans * span, rest, order + 1)
             block = spans * lanes * blocks + i // size
             full = block < full_blocks  # the partly filled block keeps its place at the end
             block[full] = _block(block[full], full_blocks, run, order)
@@ -149,17 +158,19 @@ def _block(i: np.ndarray, full_blocks: int, run: int, order: int) -> np.ndarray:
     which, k = np.divmod(i, run)
     whole = which < runs
     i = i.copy()
-    i[whole] = permute(which[whole], runs, order) * run + k[whole]
+    i[whole] = permute_positions(which[whole], runs, order) * run + k[whole]
     return (i + order % full_blocks) % full_blocks
 
 
 def _by_key(i: np.ndarray, window: np.ndarray, n: int, key: int) -> np.ndarray:
     """Element `i` of each window's own shuffle of range(n)."""
     windows, which = np.unique(window, return_inverse=True)
-    return permute(i, n, np.array([key_of(key, w) for w in windows.tolist()], np.uint64)[which])
+    return permute_positions(
+        i, n, np.array([derive_key(key, w) for w in windows.tolist()], np.uint64)[which]
+    )
 
 
-def shares(batch_size: int, lanes: int, weights: Mapping[str, float]) -> dict[str, int]:
+def share_slots(batch_size: int, lanes: int, weights: Mapping[str, float]) -> dict[str, int]:
     """Cells of each stratum in a batch: multiples of `lanes`, at least one each, as near the weights as can be.
 
     Raises:
@@ -182,7 +193,7 @@ def shares(batch_size: int, lanes: int, weights: Mapping[str, float]) -> dict[st
     return {s: n * lanes for s, n in out.items()}
 
 
-def weights(
+def weigh_strata(
     sizes: Mapping[str, int], paired: Mapping[str, bool], paired_share: float | str, batch_size: int
 ) -> dict[str, float]:
     """Weights of strata: `paired_share` of the batch to paired strata, by number of cells inside each group.
@@ -199,4 +210,6 @@ def weights(
     share = float(paired_share)
     if not 0 < share < 1:
         raise ConfigError("data.paired_share must lie between 0 and 1", got=paired_share)
-    return {s: n / pairs * share if paired[s] else n / single * (1 - share) for s, n in sizes.items()}
+    return {
+        s: n / pairs * share if paired[s] else n / single * (1 - share) for s, n in sizes.items()
+    }

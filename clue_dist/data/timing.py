@@ -16,7 +16,7 @@ _lock = threading.Lock()
 _watching: dict[str, float] | None = None
 
 
-def phase(name: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+def time_phase(name: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Mark a function as one phase of loading. Phases must not call each other, or seconds would count twice."""
 
     def mark(function: Callable[P, T]) -> Callable[P, T]:
@@ -36,7 +36,7 @@ def phase(name: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
 
 
 @contextmanager
-def watch() -> Iterator[dict[str, float]]:
+def record_phases() -> Iterator[dict[str, float]]:
     """Seconds by phase, summed over all threads of this process, from here to the end of the block."""
     global _watching
     seconds: dict[str, float] = {}

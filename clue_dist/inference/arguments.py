@@ -6,21 +6,23 @@ import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from clue_dist.errors import typed_path
-from clue_dist.inference.load_model import Loaded, load_model
+from clue_dist.errors import parse_path
+from clue_dist.inference.load_model import TrainedModel, load_model
 from clue_dist.ranks import Ranks
 from clue_dist.store.reader import Store
 
 
-def parser_of(script: str, description: str, store: str, out: str) -> argparse.ArgumentParser:
+def build_parser(script: str, description: str, store: str, out: str) -> argparse.ArgumentParser:
     """A parser with --run, --store, --out, --checkpoint and --batch-size. store, out: what these are, for the help."""
     parser = argparse.ArgumentParser(prog=f"launch/{script}", description=description)
-    parser.add_argument("--run", type=typed_path, required=True, help="folder of the trained run")
+    parser.add_argument("--run", type=parse_path, required=True, help="folder of the trained run")
     parser.add_argument("--store", required=True, help=f"{store}: a folder or a URL")
-    parser.add_argument("--out", type=typed_path, required=True, help=out)
+    parser.add_argument("--out", type=parse_path, required=True, help=out)
     parser.add_argument("--checkpoint", default="best", help="best, last, or a checkpoint's name")
     parser.add_argument("--batch-size", type=_positive, default=4096, help="cells embedded at once")
-    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the launcher's; LOCAL_RANK says it
+    parser.add_argument(
+        "--local_rank", "--local-rank", help=argparse.SUPPRESS
+    )  # the launcher's; LOCAL_RANK says it
     return parser
 
 
@@ -31,13 +33,15 @@ def _positive(text: str) -> int:
 
 
 @contextmanager
-def opened(args: argparse.Namespace, check: Callable[[], None]) -> Iterator[tuple[Loaded, Store, Ranks]]:
+def open_model_and_store(
+    args: argparse.Namespace, check: Callable[[], None]
+) -> Iterator[tuple[TrainedModel, Store, Ranks]]:
     """The model, the store and the ranks these arguments ask for; the ranks part after success.
 
     check: what else must hold on every rank.
     """
 
-    def ready() -> tuple[Loaded, Store]:
+    def ready() -> tuple[TrainedModel, Store]:
         check()
         return load_model(args.run, args.checkpoint), Store(args.store)
 

@@ -17,13 +17,13 @@ import pandas as pd
 from clue_dist.errors import ConfigError
 from clue_dist.inference.stream import (
     Embedding,
-    Loaded,
-    Piece,
-    check_features,
-    check_folder,
-    compute,
-    pieces_of,
-    scratch_beside,
+    LoadedModel,
+    StratumSlice,
+    check_output_folder,
+    compute_embedding,
+    make_scratch_folder,
+    require_known_features,
+    slice_strata,
 )
 from clue_dist.ranks import Ranks
 from clue_dist.store.reader import Store
@@ -33,7 +33,7 @@ KEY = "X_clue"
 
 
 def embed_store(
-    loaded: Loaded,
+    loaded: LoadedModel,
     store: Store,
     out: Path,
     *,
@@ -54,19 +54,30 @@ def embed_store(
         ResumeError: the model gives NaN.
     """
     ranks = ranks or Ranks()
-    check_output(out)
-    check_features(store, loaded.modalities)
-    with scratch_beside(out, ranks) as scratch:
-        done = compute(loaded, store, scratch, pieces_of(store, batch_size), per_modality=per_modality, ranks=ranks)
+    check_embedding_path(out)
+    require_known_features(store, loaded.modalities)
+    with make_scratch_folder(out, ranks) as scratch:
+        done = compute_embedding(
+            loaded,
+            store,
+            scratch,
+            slice_strata(store, batch_size),
+            per_modality=per_modality,
+            ranks=ranks,
+        )
         if ranks.first:
             with (
                 md.set_options(pull_on_update=False),
                 ad.settings.override(zarr_write_format=3, auto_shard_zarr_v3=False),
             ):
-                _write(out, scratch / f"out{out.suffix}", _assemble(out.suffix, store, done, about(loaded, store, run)))
+                _write(
+                    out,
+                    scratch / f"out{out.suffix}",
+                    _assemble(out.suffix, store, done, describe_embedding(loaded, store, run)),
+                )
 
 
-def about(loaded: Loaded, store: Store, run: Path | str) -> dict[str, Any]:
+def describe_embedding(loaded: LoadedModel, store: Store, run: Path | str) -> dict[str, Any]:
     """What made a result, to be kept in it."""
     return {
         "run": str(run),
@@ -79,31 +90,42 @@ def about(loaded: Loaded, store: Store, run: Path | str) -> dict[str, Any]:
     }
 
 
-def check_output(out: Path) -> None:
+def check_embedding_path(out: Path) -> None:
     """An output is one of FORMATS and takes the place of nothing but a file or an earlier embedding."""
     if out.suffix not in FORMATS:
         raise ConfigError(
-            "the output's ending says its format", where=f"--out {out}", got=out.suffix, expected=" or ".join(FORMATS)
+            "the output's ending says its format",
+            where=f"--out {out}",
+            got=out.suffix,
+            expected=" or ".join(FORMATS),
         )
-    check_folder(out)
+    check_output_folder(out)
     if out.is_dir() and not (out / "uns" / "clue_dist").is_dir():
         raise ConfigError(
-            "a folder that is not an embedding is in the way", where=f"--out {out}", fix="choose another name"
+            "a folder that is not an embedding is in the way",
+            where=f"--out {out}",
+            fix="choose another name",
         )
     if out.suffix == ".zarr" and out.is_file():
         raise ConfigError("a file is in the way", where=f"--out {out}", fix="choose another name")
 
 
-def _assemble(suffix: str, store: Store, done: Embedding, about: dict[str, Any]) -> ad.AnnData | md.MuData:
+def _assemble(
+    suffix: str, store: Store, done: Embedding, about: dict[str, Any]
+) -> ad.AnnData | md.MuData:
     obs = _obs(store, done.pieces)
     if suffix != ".h5mu":
         obsm = {KEY: done.joint, **{f"{KEY}_{m}": z for m, z in done.alone.items()}}
-        return ad.AnnData(obs=obs, obsm={k: np.asarray(z) for k, z in obsm.items()}, uns={"clue_dist": about})
+        return ad.AnnData(
+            obs=obs, obsm={k: np.asarray(z) for k, z in obsm.items()}, uns={"clue_dist": about}
+        )
     parts: dict[str, ad.AnnData] = {}
     for name, modality in store.manifest.modalities.items():
         has = _carry(store, done.pieces, name)
         alone = {KEY: np.asarray(done.alone[name][has])} if name in done.alone else None
-        parts[name] = ad.AnnData(obs=obs[has], var=pd.DataFrame(index=modality.features), obsm=alone)
+        parts[name] = ad.AnnData(
+            obs=obs[has], var=pd.DataFrame(index=modality.features), obsm=alone
+        )
     mdata = md.MuData(parts)
     order = obs.index.get_indexer(mdata.obs_names)  # MuData puts the cells in its own order
     for column in obs:
@@ -113,12 +135,16 @@ def _assemble(suffix: str, store: Store, done: Embedding, about: dict[str, Any])
     return mdata
 
 
-def _obs(store: Store, pieces: list[Piece]) -> pd.DataFrame:
+def _obs(store: Store, pieces: list[StratumSlice]) -> pd.DataFrame:
     """Barcodes as the index, `batch` and `cell_type` where they are known; in the order of the embedding."""
     seen = [store.strata[p.stratum].obs(p.positions) for p in pieces]
     barcodes = pd.Index(np.concatenate([o.barcodes for o in seen]).astype(object))
-    frame = pd.DataFrame(index=ad.utils.make_index_unique(barcodes) if barcodes.has_duplicates else barcodes)
-    if barcodes.has_duplicates:  # data sets may share barcodes; MuData would take such cells for one
+    frame = pd.DataFrame(
+        index=ad.utils.make_index_unique(barcodes) if barcodes.has_duplicates else barcodes
+    )
+    if (
+        barcodes.has_duplicates
+    ):  # data sets may share barcodes; MuData would take such cells for one
         frame["barcode"] = barcodes.to_numpy()
     columns = {
         "batch": ([o.batch for o in seen], store.manifest.batches),
@@ -131,10 +157,12 @@ def _obs(store: Store, pieces: list[Piece]) -> pd.DataFrame:
     return frame
 
 
-def _carry(store: Store, pieces: list[Piece], modality: str) -> np.ndarray:
+def _carry(store: Store, pieces: list[StratumSlice], modality: str) -> np.ndarray:
     """Which cells carry a modality, (N,) bool."""
     strata = store.manifest.strata
-    return np.concatenate([np.full(p.stop - p.start, modality in strata[p.stratum].modalities) for p in pieces])
+    return np.concatenate(
+        [np.full(p.stop - p.start, modality in strata[p.stratum].modalities) for p in pieces]
+    )
 
 
 def _write(out: Path, temporary: Path, data: ad.AnnData | md.MuData) -> None:

@@ -13,22 +13,22 @@ import numpy as np
 
 from clue_dist import matching
 from clue_dist.errors import ConfigError, StoreError
-from clue_dist.inference.embed import about
+from clue_dist.inference.embed import describe_embedding
 from clue_dist.inference.stream import (
     Embedding,
-    Loaded,
-    check_features,
-    check_folder,
-    compute,
-    pieces_of,
-    scratch_beside,
+    LoadedModel,
+    check_output_folder,
+    compute_embedding,
+    make_scratch_folder,
+    require_known_features,
+    slice_strata,
 )
 from clue_dist.ranks import Ranks
 from clue_dist.store.reader import Store
 
 
 def evaluate_store(
-    loaded: Loaded,
+    loaded: LoadedModel,
     store: Store,
     out: Path,
     *,
@@ -50,13 +50,16 @@ def evaluate_store(
         ResumeError: the model gives NaN.
     """
     ranks = ranks or Ranks()
-    check_scores(out, max_cells)
-    check_features(store, loaded.modalities)
-    pieces = pieces_of(store, batch_size, paired_cells(store, max_cells))
-    with scratch_beside(out, ranks) as scratch:
-        done = compute(loaded, store, scratch, pieces, per_modality=True, ranks=ranks)
+    check_scores_path(out, max_cells)
+    require_known_features(store, loaded.modalities)
+    pieces = slice_strata(store, batch_size, count_paired_cells(store, max_cells))
+    with make_scratch_folder(out, ranks) as scratch:
+        done = compute_embedding(loaded, store, scratch, pieces, per_modality=True, ranks=ranks)
         result = _pairs(store, done, [m for m in loaded.modalities if m in store.modalities], ranks)
-        result["about"] = about(loaded, store, run) | {"cells": len(done.joint), "max_cells": max_cells}
+        result["about"] = describe_embedding(loaded, store, run) | {
+            "cells": len(done.joint),
+            "max_cells": max_cells,
+        }
         if ranks.first:
             temporary = scratch / "scores.json"
             temporary.write_text(json.dumps(_without_nan(result), indent=1, allow_nan=False) + "\n")
@@ -64,18 +67,23 @@ def evaluate_store(
     return result
 
 
-def check_scores(out: Path, max_cells: int | None) -> None:
+def check_scores_path(out: Path, max_cells: int | None) -> None:
     """The scores go into a file of a folder that is there, and come from two cells or more."""
     if out.is_dir():
         raise ConfigError(
-            "the scores go into a file", where=f"--out {out}", got="a folder", fix=f"--out {out}/scores.json"
+            "the scores go into a file",
+            where=f"--out {out}",
+            got="a folder",
+            fix=f"--out {out}/scores.json",
         )
-    check_folder(out)
+    check_output_folder(out)
     if max_cells is not None and max_cells < 2:
-        raise ConfigError("matching needs two cells", where="--max-cells", got=max_cells, expected="2 or more")
+        raise ConfigError(
+            "matching needs two cells", where="--max-cells", got=max_cells, expected="2 or more"
+        )
 
 
-def paired_cells(store: Store, max_cells: int | None = None) -> dict[str, int]:
+def count_paired_cells(store: Store, max_cells: int | None = None) -> dict[str, int]:
     """How many cells to take of each stratum that carries two modalities or more, `max_cells` in all at most."""
     paired = {name: s.n_cells for name, s in store.manifest.strata.items() if len(s.modalities) > 1}
     if not paired:
@@ -93,30 +101,49 @@ def paired_cells(store: Store, max_cells: int | None = None) -> dict[str, int]:
     return dict(zip(paired, taken, strict=True))
 
 
-def table(result: dict[str, Any]) -> str:
+def format_scores(result: dict[str, Any]) -> str:
     """The scores as text, chance beside each pair."""
-    head = f"{'pair':<16}{'scope':<14}{'cells':>9}" + "".join(f"{m:>10}{'chance':>10}" for m in matching.METRICS)
+    head = f"{'pair':<16}{'scope':<14}{'cells':>9}" + "".join(
+        f"{m:>10}{'chance':>10}" for m in matching.METRICS
+    )
     lines = [head, "-" * len(head)]
     for pair, entry in result.items():
         for scope in matching.SCOPES if pair != "about" else ():
-            numbers = "".join(f"{entry[scope][m]:>10.4f}{entry['chance'][scope][m]:>10.4f}" for m in matching.METRICS)
+            numbers = "".join(
+                f"{entry[scope][m]:>10.4f}{entry['chance'][scope][m]:>10.4f}"
+                for m in matching.METRICS
+            )
             lines.append(f"{pair:<16}{scope:<14}{entry['cells']:>9,}{numbers}")
     return "\n".join(lines)
 
 
 def _pairs(store: Store, done: Embedding, modalities: list[str], ranks: Ranks) -> dict[str, Any]:
-    batch = np.concatenate([store.strata[p.stratum].obs_codes("batch", p.positions) for p in done.pieces])
+    batch = np.concatenate(
+        [store.strata[p.stratum].obs_codes("batch", p.positions) for p in done.pieces]
+    )
     result: dict[str, Any] = {}
     for a, b in itertools.combinations(modalities, 2):
-        both = np.concatenate([_carries(store, p.stratum, a, b, p.stop - p.start) for p in done.pieces])
+        both = np.concatenate(
+            [_carries(store, p.stratum, a, b, p.stop - p.start) for p in done.pieces]
+        )
         if both.sum() < 2:
             continue
-        forward_of = matching.directed_scores(done.alone[a][both], done.alone[b][both], batch[both], ranks)
-        common = {"cells": int(both.sum()), **matching.averaged(forward_of)}
+        forward_of = matching.score_directions(
+            done.alone[a][both], done.alone[b][both], batch[both], ranks
+        )
+        common = {"cells": int(both.sum()), **matching.average_directions(forward_of)}
         for name, direction in ((f"{a}->{b}", "forward"), (f"{b}->{a}", "backward")):
-            result[name] = {**common, "directed": forward_of[direction], "chance": matching.chance(batch[both])}
+            result[name] = {
+                **common,
+                "directed": forward_of[direction],
+                "chance": matching.compute_chance(batch[both]),
+            }
     if not result:
-        raise StoreError("no two modalities share two cells", where=store.root, got=f"{len(batch)} paired cells taken")
+        raise StoreError(
+            "no two modalities share two cells",
+            where=store.root,
+            got=f"{len(batch)} paired cells taken",
+        )
     return result
 
 

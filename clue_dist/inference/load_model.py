@@ -7,15 +7,20 @@ from pathlib import Path
 
 from clue_dist import config as configs
 from clue_dist.checkpoint.model_card import ModelCard
-from clue_dist.checkpoint.run_folder import committed, damage, load_weights, sound
+from clue_dist.checkpoint.run_folder import (
+    find_damage,
+    iterate_sound_checkpoints,
+    list_checkpoints,
+    load_weights,
+)
 from clue_dist.config import Config
 from clue_dist.errors import ResumeError
-from clue_dist.model.clue import CLUE, PRIVATE_SCALE, specs_of
+from clue_dist.model.clue import CLUE, PRIVATE_SCALE, specify_modalities
 from clue_dist.store.manifest import Modality
 
 
 @dataclass(frozen=True)
-class Loaded:
+class TrainedModel:
     """A trained model, ready to embed: modalities in the model's order."""
 
     model: CLUE
@@ -36,7 +41,7 @@ class Loaded:
         return PRIVATE_SCALE
 
 
-def load_model(run: Path, checkpoint: str = "best") -> Loaded:
+def load_model(run: Path, checkpoint: str = "best") -> TrainedModel:
     """The weights of a run: of the best validation, the last saved, or by the name of a committed checkpoint.
 
     Raises:
@@ -44,9 +49,12 @@ def load_model(run: Path, checkpoint: str = "best") -> Loaded:
     """
     if not (run / "model.json").is_file():
         raise ResumeError(
-            "no run here", where=run, got="no model.json", fix="train one: deepspeed launch/train.py --config ..."
+            "no run here",
+            where=run,
+            got="no model.json",
+            fix="train one: deepspeed launch/train.py --config ...",
         )
-    config = configs.load(run / "config.json")
+    config = configs.load_config(run / "config.json")
     try:
         card = ModelCard.model_validate_json((run / "model.json").read_bytes())
     except (OSError, ValueError) as error:
@@ -63,20 +71,33 @@ def load_model(run: Path, checkpoint: str = "best") -> Loaded:
             expected="best, last, or a name like step-00001200",
             fix="train at least until the first validation",
         )
-    problem = damage(folder)
+    problem = find_damage(folder)
     if problem:
         raise ResumeError("the weights are damaged", where=folder, got=problem)
     try:
-        model = CLUE(specs_of(card.modalities, config), len(card.batches), config.model)
+        model = CLUE(specify_modalities(card.modalities, config), len(card.batches), config.model)
     except (RuntimeError, MemoryError) as error:  # torch's own, of no memory
-        got, fix = str(error).partition("\n")[0], "restore config.json and model.json as training wrote them"
-        raise ResumeError("the model of these settings cannot be made", where=run, got=got, fix=fix) from None
+        got, fix = (
+            str(error).partition("\n")[0],
+            "restore config.json and model.json as training wrote them",
+        )
+        raise ResumeError(
+            "the model of these settings cannot be made", where=run, got=got, fix=fix
+        ) from None
     load_weights(model, folder, "use the version of clue_dist that trained them")
-    return Loaded(model.eval(), card.modalities, folder.name, config)
+    return TrainedModel(model.eval(), card.modalities, folder.name, config)
 
 
 def _weights_folder(run: Path, checkpoint: str) -> Path | None:
     if checkpoint in ("best", "last"):
-        return next(sound(run / {"best": "best", "last": "checkpoints"}[checkpoint]), None)
-    named = [p for folder in ("best", "checkpoints") for p in committed(run / folder) if p.name == checkpoint]
+        return next(
+            iterate_sound_checkpoints(run / {"best": "best", "last": "checkpoints"}[checkpoint]),
+            None,
+        )
+    named = [
+        p
+        for folder in ("best", "checkpoints")
+        for p in list_checkpoints(run / folder)
+        if p.name == checkpoint
+    ]
     return named[0] if named else None

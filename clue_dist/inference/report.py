@@ -39,7 +39,15 @@ _PALETTE = [
     "#3b6fb6", "#e07b39", "#3a9e6f", "#c44e6c", "#8a63b0", "#b8a038", "#4bb0c6", "#8c6d54", "#e58fb8", "#7d8790",
     "#1f3f77", "#f4b183", "#8fd1a8", "#7a1f3d", "#c3a6e0", "#5f5a1e", "#a6dbe8", "#3f2a1d", "#f7c6de", "#d62f2f",
 ]  # fmt: skip
-_UNREADABLE = (OSError, KeyError, ValueError, TypeError, AttributeError, AssertionError, RuntimeError)
+_UNREADABLE = (
+    OSError,
+    KeyError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    RuntimeError,
+)
 _GREY, _INK = "#cfd3d8", "#2b2f36"
 _STYLE = {
     "font.family": "sans-serif",
@@ -59,7 +67,19 @@ _STYLE = {
     "legend.frameon": False,
     "savefig.dpi": 160,
 }
-_CURVES = ["loss", "self", "cross", "mse", "contrastive", "d", "foscttm", "score", "lr", "cells_per_s", "data_wait"]
+_CURVES = [
+    "loss",
+    "self",
+    "cross",
+    "mse",
+    "contrastive",
+    "d",
+    "foscttm",
+    "score",
+    "lr",
+    "cells_per_s",
+    "data_wait",
+]
 _NOT_CURVES = {"step", "epoch", "best", "best_step"}
 _TITLES = {
     "self": "minus ELBO self (eq. 13)",
@@ -102,7 +122,9 @@ def write_report(run: Path, embedding: Path | None = None, scores: Path | None =
     sections.append(_config_section(run))
     folder.mkdir(exist_ok=True)
     page = folder / "index.html"
-    page.write_text(_PAGE.format(title=html.escape(run.name), sections="\n".join(sections)), encoding="utf-8")
+    page.write_text(
+        _PAGE.format(title=html.escape(run.name), sections="\n".join(sections)), encoding="utf-8"
+    )
     return page
 
 
@@ -125,16 +147,24 @@ def read_metrics(path: Path) -> tuple[pd.DataFrame, int]:
 def read_profiles(path: Path, most: int = MOST_PROFILES, seed: int = 0) -> Profiles:
     """Each modality's own embedding of an output of `launch/embed.py`, else the joint one; `most` at random."""
     if not path.exists():
-        raise ConfigError("no embedding here", where=f"--embedding {path}", fix="make one with launch/embed.py")
+        raise ConfigError(
+            "no embedding here", where=f"--embedding {path}", fix="make one with launch/embed.py"
+        )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # mudata announces a default that changes nothing here
+            warnings.simplefilter(
+                "ignore", FutureWarning
+            )  # mudata announces a default that changes nothing here
             tables = _tables(path)
     except _UNREADABLE as error:
         got = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ConfigError("the embedding cannot be read", where=f"--embedding {path}", got=got) from error
+        raise ConfigError(
+            "the embedding cannot be read", where=f"--embedding {path}", got=got
+        ) from error
     if not tables:
-        raise ConfigError("no embedding in this file", where=f"--embedding {path}", expected=f"obsm[{KEY!r}]")
+        raise ConfigError(
+            "no embedding in this file", where=f"--embedding {path}", expected=f"obsm[{KEY!r}]"
+        )
     z = np.concatenate([z for _, z, _ in tables])
     sizes = [len(z) for _, z, _ in tables]
     keep = np.sort(np.random.default_rng(seed).permutation(len(z))[:most])
@@ -149,7 +179,7 @@ def read_profiles(path: Path, most: int = MOST_PROFILES, seed: int = 0) -> Profi
 
 def draw_curves(metrics: pd.DataFrame) -> Figure:
     """Every number that was logged against the step: training as a smoothed line, validation as dots."""
-    names = curve_names(metrics)
+    names = list_curves(metrics)
     columns = min(3, max(1, len(names)))
     n_rows = max(1, math.ceil(len(names) / columns))
     with matplotlib.rc_context(_STYLE):
@@ -159,7 +189,9 @@ def draw_curves(metrics: pd.DataFrame) -> Figure:
         for ax, name in zip(axes, names, strict=False):
             for split, colour in (("train", _PALETTE[0]), ("validation", _PALETTE[1])):
                 part = metrics.loc[metrics["split"] == split, ["step", name]].dropna()
-                handles |= _line(ax, part["step"].to_numpy(), part[name].to_numpy(float), split, colour)
+                handles |= _line(
+                    ax, part["step"].to_numpy(), part[name].to_numpy(float), split, colour
+                )
             what, *of = name.split(" ")
             ax.set_title(" ".join([_TITLES.get(what, what), *of]))
             ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
@@ -171,13 +203,19 @@ def draw_curves(metrics: pd.DataFrame) -> Figure:
         for ax in axes[max(0, len(names) - columns) : len(names)]:
             ax.set_xlabel("step")
         if len(handles) > 1:
-            figure.legend(handles.values(), handles.keys(), loc="outside upper right", ncols=2, fontsize=8)
+            figure.legend(
+                handles.values(), handles.keys(), loc="outside upper right", ncols=2, fontsize=8
+            )
     return figure
 
 
-def curve_names(metrics: pd.DataFrame) -> list[str]:
+def list_curves(metrics: pd.DataFrame) -> list[str]:
     """The numbers worth a panel: known ones first, in order ("foscttm rna-adt" is a foscttm), then others that vary."""
-    numeric = [str(c) for c in metrics.select_dtypes("number") if c not in _NOT_CURVES and metrics[c].notna().any()]
+    numeric = [
+        str(c)
+        for c in metrics.select_dtypes("number")
+        if c not in _NOT_CURVES and metrics[c].notna().any()
+    ]
     kind = {c: c.split(" ")[0] for c in numeric}
     if "foscttm" in kind.values():
         kind.pop("score", None)  # their mean
@@ -188,27 +226,40 @@ def curve_names(metrics: pd.DataFrame) -> list[str]:
 
 def draw_scatter(xy: np.ndarray, names: np.ndarray, title: str) -> Figure:
     """Points (n, 2) coloured by name, in random order so that no group hides another; a legend on the right."""
-    groups = legend_groups(names)
-    colours = dict(zip(groups, palette(len(groups)), strict=True))
+    groups = group_legend(names)
+    colours = dict(zip(groups, choose_colours(len(groups)), strict=True))
     shade = np.array([colours.get(n, _GREY) for n in names], dtype=object)
-    order = np.argsort(np.isin(names, groups) * 1.0 + np.random.default_rng(0).random(len(names)))  # grey lies below
+    order = np.argsort(
+        np.isin(names, groups) * 1.0 + np.random.default_rng(0).random(len(names))
+    )  # grey lies below
     columns = math.ceil(len(groups) / 18)
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(4.3 + 1.5 * max(1, columns), 4.3), layout="constrained")
         ax = figure.subplots()
         size = float(np.clip(16000 / max(len(xy), 1), 1.6, 12.0))
-        ax.scatter(xy[order, 0], xy[order, 1], s=size, c=list(shade[order]), alpha=0.75, linewidths=0)
+        ax.scatter(
+            xy[order, 0], xy[order, 1], s=size, c=list(shade[order]), alpha=0.75, linewidths=0
+        )
         ax.set(xticks=[], yticks=[], title=title)
         ax.spines[:].set_visible(False)
         ax.set_box_aspect(1)
         entries = [*groups, *([_rest(names, groups)] if len(set(names)) > len(groups) else [])]
-        dots = [ax.scatter([], [], s=26, color=colours.get(g, _GREY), linewidths=0) for g in entries]
+        dots = [
+            ax.scatter([], [], s=26, color=colours.get(g, _GREY), linewidths=0) for g in entries
+        ]
         labels = [g if len(g) <= 26 else g[:25] + "…" for g in entries]
-        figure.legend(dots, labels, loc="outside right upper", ncols=max(1, columns), fontsize=8, handletextpad=0.2)
+        figure.legend(
+            dots,
+            labels,
+            loc="outside right upper",
+            ncols=max(1, columns),
+            fontsize=8,
+            handletextpad=0.2,
+        )
     return figure
 
 
-def legend_groups(names: np.ndarray) -> list[str]:
+def group_legend(names: np.ndarray) -> list[str]:
     """The names that get a colour: the largest groups, sorted; UNKNOWN never."""
     counts = pd.Series(names[names != UNKNOWN]).value_counts()
     return sorted(map(str, counts.index[:MOST_LEGEND]), key=_natural)
@@ -219,7 +270,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
-def palette(n: int) -> list[str]:
+def choose_colours(n: int) -> list[str]:
     """n colours told apart: a fixed list, beyond it hues a golden angle apart in three shades."""
     if n <= len(_PALETTE):
         return _PALETTE[:n]
@@ -227,12 +278,14 @@ def palette(n: int) -> list[str]:
     return [matplotlib.colors.to_hex(hsv_to_rgb(c)) for c in hsv]
 
 
-def umap_of(z: np.ndarray, seed: int = 0) -> np.ndarray:
+def compute_umap(z: np.ndarray, seed: int = 0) -> np.ndarray:
     """(n, D) -> (n, 2), the same for the same seed."""
     import umap  # takes seconds to import, and only a report with an embedding needs it
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a seed means one thread: that is what is wanted
+        warnings.simplefilter(
+            "ignore", UserWarning
+        )  # a seed means one thread: that is what is wanted
         neighbours = max(2, min(30, len(z) - 1))
         start = "spectral" if len(z) > 50 else "random"
         fit = umap.UMAP(n_neighbors=neighbours, min_dist=0.3, init=start, random_state=seed)
@@ -250,8 +303,13 @@ def _line(ax: Any, x: np.ndarray, y: np.ndarray, split: str, colour: str) -> dic
         y = pd.Series(y).rolling(window, min_periods=1, center=True).mean().to_numpy()
     low, high = np.nanpercentile(y, [3, 97])
     margin = 0.5 * (high - low)
-    if len(y) > 50 and np.nanmax(y) - np.nanmin(y) > 3 * (high - low) > 0:  # the first steps would flatten the rest
-        ax.set_ylim(max(np.nanmin(y) - margin / 8, low - margin), min(np.nanmax(y) + margin / 8, high + margin))
+    if (
+        len(y) > 50 and np.nanmax(y) - np.nanmin(y) > 3 * (high - low) > 0
+    ):  # the first steps would flatten the rest
+        ax.set_ylim(
+            max(np.nanmin(y) - margin / 8, low - margin),
+            min(np.nanmax(y) + margin / 8, high + margin),
+        )
     return {split: ax.plot(x, y, lw=1.4, color=colour)[0]}
 
 
@@ -279,28 +337,40 @@ def _tables(path: Path) -> list[tuple[str, np.ndarray, pd.DataFrame]]:
 def _names(obs: pd.DataFrame, column: str) -> np.ndarray:
     if column not in obs:
         return np.full(len(obs), UNKNOWN, dtype=object)
-    return obs[column].astype(object).where(obs[column].notna(), UNKNOWN).astype(str).to_numpy(dtype=object)
+    return (
+        obs[column]
+        .astype(object)
+        .where(obs[column].notna(), UNKNOWN)
+        .astype(str)
+        .to_numpy(dtype=object)
+    )
 
 
 def _curves_section(run: Path, folder: Path) -> str:
     metrics, bad = read_metrics(run / "metrics.jsonl")
-    if not curve_names(metrics):
+    if not list_curves(metrics):
         return "<h2>Training</h2><p class='muted'>Nothing was logged.</p>"
     facts = [f"{int(metrics['step'].max()):,} steps"]
     if "epoch" in metrics:
         facts.append(f"{metrics['epoch'].max():.4g} epochs")
     if "best_step" in metrics and metrics["best_step"].notna().any():
         best = metrics.dropna(subset=["best_step"]).iloc[-1]
-        facts.append(f"weights of step {int(best['best_step']):,}, lowest validation score {best['best']:.4f}")
+        facts.append(
+            f"weights of step {int(best['best_step']):,}, lowest validation score {best['best']:.4f}"
+        )
     if bad:
         facts.append(f"{bad} unreadable lines of metrics.jsonl left out")
-    return f"<h2>Training</h2><p class='muted'>{'; '.join(facts)}.</p>" + _image(folder, "curves", draw_curves(metrics))
+    return f"<h2>Training</h2><p class='muted'>{'; '.join(facts)}.</p>" + _image(
+        folder, "curves", draw_curves(metrics)
+    )
 
 
 def _umap_section(embedding: Path, folder: Path) -> str:
     profiles = read_profiles(embedding)
-    xy = umap_of(profiles.z)
-    through = "everything observed in it" if (profiles.modality == JOINT).all() else "one modality alone"
+    xy = compute_umap(profiles.z)
+    through = (
+        "everything observed in it" if (profiles.modality == JOINT).all() else "one modality alone"
+    )
     out = [
         f"<h2>Embedding</h2><p class='muted'>UMAP of {len(xy):,} profiles of {html.escape(embedding.name)}, each a cell"
         f" seen through {through}, scaled to length 1.</p><div class='row'>"
@@ -315,12 +385,20 @@ def _umap_section(embedding: Path, folder: Path) -> str:
 def _scores_section(path: Path) -> str:
     try:
         scores = json.loads(path.read_text(encoding="utf-8"))
-        rows = [_score_row(pair, scope, entry) for pair, entry in scores.items() if pair != "about" for scope in SCOPES]
+        rows = [
+            _score_row(pair, scope, entry)
+            for pair, entry in scores.items()
+            if pair != "about"
+            for scope in SCOPES
+        ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         fix = "make them with launch/evaluate.py"
-        raise ConfigError("the scores cannot be read", where=f"--scores {path}", got=error, fix=fix) from None
+        raise ConfigError(
+            "the scores cannot be read", where=f"--scores {path}", got=error, fix=fix
+        ) from None
     head = "".join(
-        f"<th>{name}</th><th class='muted'>chance</th>" for name in ("FOSCTTM ↓", "match ↑", "recall at 10 ↑")
+        f"<th>{name}</th><th class='muted'>chance</th>"
+        for name in ("FOSCTTM ↓", "match ↑", "recall at 10 ↑")
     )
     return f"""<h2>Matching</h2>
 <p class='muted'>Each cell seen through one modality looks for itself in the other; both directions averaged.</p>
@@ -333,7 +411,8 @@ def _score_row(pair: str, scope: str, entry: dict[str, Any]) -> str:
     cells = [pair.replace("->", " → "), scope.replace("_", " "), f"{entry['cells']:,}"]
     text = "".join(f"<td>{html.escape(c)}</td>" for c in cells)
     numbers = "".join(
-        f"<td>{_number(entry[scope][m])}</td><td class='muted'>{_number(chance.get(m))}</td>" for m in METRICS
+        f"<td>{_number(entry[scope][m])}</td><td class='muted'>{_number(chance.get(m))}</td>"
+        for m in METRICS
     )
     return f"<tr>{text}{numbers}</tr>\n"
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from clue_dist.data.batch import Batch, read_batch
-from clue_dist.errors import ConfigError, ResumeError, StoreError, listed
+from clue_dist.errors import ConfigError, ResumeError, StoreError, list_names
 from clue_dist.ranks import Ranks
 from clue_dist.store.manifest import Modality
 from clue_dist.store.reader import Store
@@ -33,7 +33,7 @@ class Embedder(Protocol):
         ...
 
 
-class Loaded(Protocol):
+class LoadedModel(Protocol):
     """A trained model as `train.trained.load_model` gives it. modalities: in model order; latent: d; private: so
     many of each modality's d dimensions, the last, follow from it alone, and are shown times private_scale."""
 
@@ -52,7 +52,7 @@ class Loaded(Protocol):
 
 
 @dataclass(frozen=True)
-class Piece:
+class StratumSlice:
     """Cells [start, stop) of a stratum, whose rows in the embedding begin at `row`."""
 
     stratum: str
@@ -74,12 +74,12 @@ class Embedding:
     """Cells in store order, stratum after stratum. joint, alone[m]: (N, K * d) float32, on disk; alone[m] is the full
     z inferred from modality m alone, NaN where m was not observed; pieces: which cells the rows are."""
 
-    pieces: list[Piece]
+    pieces: list[StratumSlice]
     joint: np.ndarray
     alone: dict[str, np.ndarray]
 
 
-def check_folder(out: Path) -> None:
+def check_output_folder(out: Path) -> None:
     """The folder that `out` goes into is there.
 
     Raises:
@@ -87,10 +87,12 @@ def check_folder(out: Path) -> None:
     """
     if not out.parent.is_dir():
         got = f"{out.parent} {'is a file' if out.parent.exists() else 'does not exist'}"
-        raise ConfigError("no such folder", where=f"--out {out}", got=got, fix="mend the path, or make the folder")
+        raise ConfigError(
+            "no such folder", where=f"--out {out}", got=got, fix="mend the path, or make the folder"
+        )
 
 
-def check_features(store: Store, modalities: dict[str, Modality]) -> None:
+def require_known_features(store: Store, modalities: dict[str, Modality]) -> None:
     """The store's modalities are among the model's, with the same kind and the same features in the same order.
 
     Raises:
@@ -100,19 +102,36 @@ def check_features(store: Store, modalities: dict[str, Modality]) -> None:
     for name, got in store.manifest.modalities.items():
         where = f"{store.root}: modality {name}"
         if name not in modalities:
-            raise StoreError("the model does not know a modality", where=where, got=name, expected=listed(modalities))
+            raise StoreError(
+                "the model does not know a modality",
+                where=where,
+                got=name,
+                expected=list_names(modalities),
+            )
         known = modalities[name]
         if (got.kind, got.storage) != (known.kind, known.storage):
             raise StoreError(
-                "a modality is of another kind than the model's", where=where, got=got.kind, expected=known.kind
+                "a modality is of another kind than the model's",
+                where=where,
+                got=got.kind,
+                expected=known.kind,
             )
         if got.features == known.features:
             continue
         have, want = set(got.features), set(known.features)
-        missing, extra = [f for f in known.features if f not in have], [f for f in got.features if f not in want]
-        moved = [f for f, g in zip(known.features, got.features, strict=False) if f != g and f in have and g in want]
+        missing, extra = (
+            [f for f in known.features if f not in have],
+            [f for f in got.features if f not in want],
+        )
+        moved = [
+            f
+            for f, g in zip(known.features, got.features, strict=False)
+            if f != g and f in have and g in want
+        ]
         lists = {"missing": missing, "extra": extra, "reordered": moved}
-        told = "; ".join(f"{len(names)} {what}: {listed(names)}" for what, names in lists.items() if names)
+        told = "; ".join(
+            f"{len(names)} {what}: {list_names(names)}" for what, names in lists.items() if names
+        )
         raise StoreError(
             "the store's features are not the model's",
             where=where,
@@ -122,22 +141,30 @@ def check_features(store: Store, modalities: dict[str, Modality]) -> None:
         )
 
 
-def pieces_of(store: Store, batch_size: int, cells: dict[str, int] | None = None) -> list[Piece]:
+def slice_strata(
+    store: Store, batch_size: int, cells: dict[str, int] | None = None
+) -> list[StratumSlice]:
     """The store cut into batches of whole blocks. cells: how many of each stratum, all of every stratum by default."""
     size = store.manifest.block_cells
     step = max(1, batch_size // size) * size
     pieces, row = [], 0
     for name, stratum in store.manifest.strata.items():
         n = stratum.n_cells if cells is None else cells.get(name, 0)
-        pieces += [Piece(name, at, min(at + step, n), row + at) for at in range(0, n, step)]
+        pieces += [StratumSlice(name, at, min(at + step, n), row + at) for at in range(0, n, step)]
         row += n
     if not pieces:
         raise StoreError("the store has no cells to embed", where=store.root)
     return pieces
 
 
-def compute(
-    loaded: Loaded, store: Store, scratch: Path, pieces: list[Piece], *, per_modality: bool, ranks: Ranks
+def compute_embedding(
+    loaded: LoadedModel,
+    store: Store,
+    scratch: Path,
+    pieces: list[StratumSlice],
+    *,
+    per_modality: bool,
+    ranks: Ranks,
 ) -> Embedding:
     """Embed `pieces`, this rank its share; returns when every rank is done. `scratch`: a folder all ranks see."""
     shape = pieces[-1].rows.stop, loaded.latent * len(loaded.modalities)
@@ -145,12 +172,19 @@ def compute(
     mine = pieces[ranks.share(len(pieces))]
     ranks.together(lambda: _embed_share(loaded, store, scratch, mine, names, ranks))
     ranks.from_first(lambda: _join(scratch, names, shape, ranks.world))
-    arrays = {name: np.memmap(_part(scratch, name, 0), np.float32, mode="r", shape=shape) for name in names}
-    return Embedding(pieces, arrays["joint"], {n.removeprefix("alone-"): a for n, a in arrays.items() if n != "joint"})
+    arrays = {
+        name: np.memmap(_part(scratch, name, 0), np.float32, mode="r", shape=shape)
+        for name in names
+    }
+    return Embedding(
+        pieces,
+        arrays["joint"],
+        {n.removeprefix("alone-"): a for n, a in arrays.items() if n != "joint"},
+    )
 
 
 @contextlib.contextmanager
-def scratch_beside(out: Path, ranks: Ranks) -> Iterator[Path]:
+def make_scratch_folder(out: Path, ranks: Ranks) -> Iterator[Path]:
     """A folder beside `out` that all ranks share; gone at the end, also after an error.
 
     What a killed process leaves of it is removed by the next one with the same `out`.
@@ -175,7 +209,9 @@ def scratch_beside(out: Path, ranks: Ranks) -> Iterator[Path]:
 def _require_shared(scratch: Path) -> None:
     if not scratch.is_dir():
         fix = "put --out on a file system that every machine of the job mounts"
-        raise ConfigError("not all machines see the folder of the output", where=scratch.parent, fix=fix)
+        raise ConfigError(
+            "not all machines see the folder of the output", where=scratch.parent, fix=fix
+        )
 
 
 @contextlib.contextmanager
@@ -185,7 +221,9 @@ def _told(where: Path) -> Iterator[None]:
         yield
     except OSError as error:
         fix = "free some space or mend the permissions, then run it again"
-        raise StoreError("the disk is full or refuses to be written", where=where, got=error, fix=fix) from error
+        raise StoreError(
+            "the disk is full or refuses to be written", where=where, got=error, fix=fix
+        ) from error
 
 
 def _part(scratch: Path, name: str, rank: int) -> Path:
@@ -195,7 +233,12 @@ def _part(scratch: Path, name: str, rank: int) -> Path:
 
 
 def _embed_share(
-    loaded: Loaded, store: Store, scratch: Path, pieces: list[Piece], names: list[str], ranks: Ranks
+    loaded: LoadedModel,
+    store: Store,
+    scratch: Path,
+    pieces: list[StratumSlice],
+    names: list[str],
+    ranks: Ranks,
 ) -> None:
     """Embed this rank's pieces into its own files, safe on the disk when this returns."""
     device = ranks.device()
@@ -203,14 +246,21 @@ def _embed_share(
     with contextlib.ExitStack() as stack:
         paths = {name: _part(scratch, name, ranks.rank) for name in names}
         with _told(scratch):
-            files = {name: stack.enter_context(path.open("wb", buffering=0)) for name, path in paths.items()}
+            files = {
+                name: stack.enter_context(path.open("wb", buffering=0))
+                for name, path in paths.items()
+            }
         for piece, batch in _read_ahead(store, pieces, list(loaded.modalities)):
             with torch.inference_mode():
                 joint, alone = model.embed(batch.to(device))
             z = {"joint": joint} | {f"alone-{m}": z for m, z in alone.items()}
             for name, file in files.items():
                 # All cells of a stratum carry the same modalities: a piece has every row of one, or none.
-                rows = _finite(z[name], piece, name) if name in z else np.full(joint.shape, np.nan, np.float32)
+                rows = (
+                    _finite(z[name], piece, name)
+                    if name in z
+                    else np.full(joint.shape, np.nan, np.float32)
+                )
                 with _told(scratch):
                     _write_all(file, rows)
         with _told(scratch):
@@ -232,7 +282,9 @@ def _join(scratch: Path, names: list[str], shape: tuple[int, int], world: int) -
         size, expected = sum(p.stat().st_size for p in parts if p.exists()), 4 * shape[0] * shape[1]
         if size != expected:
             where, got = scratch, f"{size} bytes of {name} by {world} ranks"
-            raise StoreError("rows of some rank are missing", where=where, got=got, expected=f"{expected} bytes")
+            raise StoreError(
+                "rows of some rank are missing", where=where, got=got, expected=f"{expected} bytes"
+            )
         with _told(scratch), parts[0].open("ab") as whole:
             for part in parts[1:]:
                 with part.open("rb") as rows:
@@ -242,12 +294,14 @@ def _join(scratch: Path, names: list[str], shape: tuple[int, int], world: int) -
             os.fsync(whole.fileno())
 
 
-def _read_ahead(store: Store, pieces: list[Piece], modalities: list[str]) -> Iterator[tuple[Piece, Batch]]:
+def _read_ahead(
+    store: Store, pieces: list[StratumSlice], modalities: list[str]
+) -> Iterator[tuple[StratumSlice, Batch]]:
     """Batches in the model's order of modalities; the next is read while the model works on this one."""
     if not pieces:
         return
 
-    def read(piece: Piece) -> Batch:
+    def read(piece: StratumSlice) -> Batch:
         return read_batch(store, piece.stratum, piece.positions, modalities)
 
     with ThreadPoolExecutor(1) as pool:
@@ -259,10 +313,12 @@ def _read_ahead(store: Store, pieces: list[Piece], modalities: list[str]) -> Ite
             yield piece, batch
 
 
-def _finite(z: Tensor, piece: Piece, name: str) -> np.ndarray:
+def _finite(z: Tensor, piece: StratumSlice, name: str) -> np.ndarray:
     values = z.float().cpu().numpy()
     if not np.isfinite(values).all():
         source = "everything observed" if name == "joint" else name.removeprefix("alone-")
         where = f"stratum {piece.stratum}, cells {piece.start} to {piece.stop - 1}, z from {source}"
-        raise ResumeError("the model gives NaN or Inf", where=where, fix="use another checkpoint (--checkpoint)")
+        raise ResumeError(
+            "the model gives NaN or Inf", where=where, fix="use another checkpoint (--checkpoint)"
+        )
     return np.asarray(values)

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from clue_dist.config import Config, ModelConfig
 from clue_dist.data.batch import Batch
 from clue_dist.errors import ConfigError
-from clue_dist.kinds import NORMALISE, OF_KIND
+from clue_dist.kinds import LIKELIHOOD, NORMALISE
 from clue_dist.model.decoders import Decoder
 from clue_dist.model.discriminator import Discriminator
-from clue_dist.model.encoders import Heads
+from clue_dist.model.encoders import CrossEncoderHeads
 from clue_dist.model.layers import reverse_gradient
 from clue_dist.model.noise import Noise
-from clue_dist.model.posterior import combination, own, sample
+from clue_dist.model.posterior import choose_combination, sample_posterior, select_own_latent
 from clue_dist.model.trunk import Trunk
 from clue_dist.store.manifest import Modality
 
@@ -47,7 +47,7 @@ class Posterior(NamedTuple):
     joint_log_var: Tensor
 
 
-class Output(NamedTuple):
+class CLUEOutput(NamedTuple):
     """One forward pass. posterior; z: (B, K source, K target, a) samples of the experts; ln_self, ln_cross: (B, K)
     ln p(x_k | z_k) with z_k from x_k alone (eq. 5) and from everything observed (eq. 8), zero where x_k is not
     observed; logits: (B, K source, K) of the discriminator; contrast: (M, B, K source, K * a / M) the experts' means
@@ -63,7 +63,7 @@ class Output(NamedTuple):
     log_scale: Tensor
 
 
-class Scale(nn.Module):
+class LearnedTemperature(nn.Module):
     """A learnt inverse temperature, kept as its log."""
 
     def __init__(self) -> None:
@@ -82,17 +82,22 @@ class CLUE(nn.Module):
         self.names, self.latent = list(specs), config.latent
         k = len(specs)
         # Lists, not dicts by name: torch has attributes of its own, and a modality may be called like one.
-        self.trunks = nn.ModuleList(Trunk(s.n_features, s.normalise, k, config.trunk) for s in specs.values())
+        self.trunks = nn.ModuleList(
+            Trunk(s.n_features, s.normalise, k, config.trunk) for s in specs.values()
+        )
         self.members = config.trunk.members
         self.private = config.n_private if k > 1 else 0  # a single modality has nothing to align
         self.aligned = config.latent - self.private
-        self.heads = Heads(k, self.members, config.trunk.hidden, config.latent, config.trunk.shared)
-        self.combine = combination(config.posterior, k)
+        self.heads = CrossEncoderHeads(
+            k, self.members, config.trunk.hidden, config.latent, config.trunk.shared
+        )
+        self.combine = choose_combination(config.posterior, k)
         self.decoders = nn.ModuleList(
-            Decoder(s.likelihood, s.n_features, n_batches, config.latent, config.decoder) for s in specs.values()
+            Decoder(s.likelihood, s.n_features, n_batches, config.latent, config.decoder)
+            for s in specs.values()
         )
         self.discriminator = Discriminator(k, self.aligned, config.discriminator)
-        self.scale = Scale()
+        self.scale = LearnedTemperature()
         self.features_per_step = {m: s.features_per_step for m, s in specs.items()}
 
     def trunk(self, name: str) -> Trunk:
@@ -112,7 +117,7 @@ class CLUE(nn.Module):
         decode_self: bool = True,
         decode_cross: bool = True,
         mixup: Literal["none", "any", "within_batch"] = "none",
-    ) -> Output:
+    ) -> CLUEOutput:
         """Encode, sample, decode twice, discriminate. See `Output`; what is not decoded has ln p = 0.
 
         mixup: the contrast is between mixtures of paired cells, "any" or of the same biological batch, instead of the
@@ -120,15 +125,33 @@ class CLUE(nn.Module):
         """
         components = self._components(batch)
         posterior = self._posterior(batch, components, noise)
-        contrast = posterior.mean if mixup == "none" else self._mixed(batch, components, noise, mixup == "within_batch")
-        z = sample(posterior.mean, posterior.log_var, noise.normal(*posterior.mean.shape[1:]))
-        joint = sample(posterior.joint_mean, posterior.joint_log_var, noise.normal(*posterior.joint_mean.shape[1:]))
+        contrast = (
+            posterior.mean
+            if mixup == "none"
+            else self._mixed(batch, components, noise, mixup == "within_batch")
+        )
+        z = sample_posterior(
+            posterior.mean, posterior.log_var, noise.normal(*posterior.mean.shape[1:])
+        )
+        joint = sample_posterior(
+            posterior.joint_mean,
+            posterior.joint_log_var,
+            noise.normal(*posterior.joint_mean.shape[1:]),
+        )
         nothing = z.new_zeros(batch.n_cells, len(self.names))
-        decoded = iter(self._decode(batch, [own(z)] * decode_self + [joint] * decode_cross, noise))
-        ln_self, ln_cross = (next(decoded) if wanted else nothing for wanted in (decode_self, decode_cross))
+        decoded = iter(
+            self._decode(
+                batch, [select_own_latent(z)] * decode_self + [joint] * decode_cross, noise
+            )
+        )
+        ln_self, ln_cross = (
+            next(decoded) if wanted else nothing for wanted in (decode_self, decode_cross)
+        )
         z, contrast = z[..., : self.aligned], contrast[..., : self.aligned]
         logits = self.discriminator(reverse_gradient(z.flatten(2)), noise)
-        return Output(posterior, z, ln_self, ln_cross, logits, self._by_member(contrast), self.scale())
+        return CLUEOutput(
+            posterior, z, ln_self, ln_cross, logits, self._by_member(contrast), self.scale()
+        )
 
     @torch.no_grad()
     def embed(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -150,17 +173,21 @@ class CLUE(nn.Module):
         """The sparse first step of each trunk, done once: (n, components) by modality."""
         return {m: self.trunk(m).components(o.counts) for m, o in batch.modalities.items()}
 
-    def _posterior(self, batch: Batch, components: dict[str, Tensor], noise: Noise | None) -> Posterior:
+    def _posterior(
+        self, batch: Batch, components: dict[str, Tensor], noise: Noise | None
+    ) -> Posterior:
         rows = {m: batch.modalities[m].rows for m in components}
         mean, log_var = self._experts(batch, components, rows, noise)
         a, seen = self.aligned, batch.observed[:, :, None]
         joint_mean, joint_log_var = self.combine(mean[..., :a], log_var[..., :a], batch.observed)
         # Zeros are the prior's mean and log-variance.
-        joint_mean = torch.cat([joint_mean, own(mean)[..., a:] * seen], -1)
-        joint_log_var = torch.cat([joint_log_var, own(log_var)[..., a:] * seen], -1)
+        joint_mean = torch.cat([joint_mean, select_own_latent(mean)[..., a:] * seen], -1)
+        joint_log_var = torch.cat([joint_log_var, select_own_latent(log_var)[..., a:] * seen], -1)
         return Posterior(mean, log_var, joint_mean, joint_log_var)
 
-    def _mixed(self, batch: Batch, components: dict[str, Tensor], noise: Noise, within_batch: bool) -> Tensor:
+    def _mixed(
+        self, batch: Batch, components: dict[str, Tensor], noise: Noise, within_batch: bool
+    ) -> Tensor:
         """Means of the experts for mixtures of paired cells (Zhang et al., mixup, 2018): (B, K source, K target, d).
 
         Each paired cell is mixed with a partner of its stratum and lane, by the same share in all of its modalities: a
@@ -173,14 +200,20 @@ class CLUE(nn.Module):
         mixed, rows = {}, {}
         for m, observed in batch.modalities.items():
             x, rows[m] = components[m], observed.rows[observed.paired]
-            place = partner.new_zeros(batch.n_cells).index_copy(0, observed.rows, torch.arange(len(x), device=x.device))
+            place = partner.new_zeros(batch.n_cells).index_copy(
+                0, observed.rows, torch.arange(len(x), device=x.device)
+            )
             own_share, other = share[rows[m]].to(x.dtype), x[place[partner[rows[m]]]]
             mixed[m] = own_share * x[observed.paired] + (1 - own_share) * other
         mean, _ = self._experts(batch, mixed, rows, noise)
         return mean
 
     def _experts(
-        self, batch: Batch, components: dict[str, Tensor], rows: dict[str, Tensor], noise: Noise | None
+        self,
+        batch: Batch,
+        components: dict[str, Tensor],
+        rows: dict[str, Tensor],
+        noise: Noise | None,
     ) -> tuple[Tensor, Tensor]:
         """Mean and log-variance (B, K source, K target, d) of q(z_j | x_k), from components of the cells `rows`."""
         h = []
@@ -189,7 +222,11 @@ class CLUE(nn.Module):
             shape = (trunk.ensemble.members, batch.n_cells, trunk.width)
             absent = torch.zeros(shape, dtype=weight.dtype, device=batch.observed.device)
             known = name in components
-            h.append(absent.index_copy(1, rows[name], trunk(components[name], noise, rows[name])) if known else absent)
+            h.append(
+                absent.index_copy(1, rows[name], trunk(components[name], noise, rows[name]))
+                if known
+                else absent
+            )
         mean, log_var = self.heads(torch.stack(h))
         return mean, log_var
 
@@ -206,11 +243,17 @@ class CLUE(nn.Module):
                 for columns in out:
                     columns.append(nothing)
                 continue
-            observed, decoder, wanted = batch.modalities[name], self.decoder(name), self.features_per_step[name]
+            observed, decoder, wanted = (
+                batch.modalities[name],
+                self.decoder(name),
+                self.features_per_step[name],
+            )
             rows = observed.rows
             features = noise.subset(wanted, decoder.n_features) if wanted else None
             for columns, z in zip(out, sources, strict=True):
-                ln_p = decoder(z[rows, k], batch.batch_code[rows], observed.counts, noise, rows, features)
+                ln_p = decoder(
+                    z[rows, k], batch.batch_code[rows], observed.counts, noise, rows, features
+                )
                 columns.append(nothing.index_copy(0, rows, ln_p))
         return [torch.stack(columns, 1) for columns in out]
 
@@ -219,7 +262,7 @@ class CLUE(nn.Module):
 AUTO_FEATURES = 4096
 
 
-def specs_of(modalities: dict[str, Modality], config: Config) -> dict[str, ModalitySpec]:
+def specify_modalities(modalities: dict[str, Modality], config: Config) -> dict[str, ModalitySpec]:
     """Defaults of each modality's kind, overridden by the config.
 
     Raises:
@@ -237,10 +280,13 @@ def specs_of(modalities: dict[str, Modality], config: Config) -> dict[str, Modal
     for name, m in modalities.items():
         own = config.modalities.get(name)
         how = NORMALISE[m.kind] if own is None or own.normalise == "auto" else own.normalise
-        likelihood = OF_KIND[m.kind] if own is None or own.likelihood == "auto" else own.likelihood
+        likelihood = (
+            LIKELIHOOD[m.kind] if own is None or own.likelihood == "auto" else own.likelihood
+        )
         if how == "clr" and m.storage == "sparse":
             raise ConfigError(
-                "clr needs a modality that is stored dense (kinds adt and dense)", where=f"modalities.{name}.normalise"
+                "clr needs a modality that is stored dense (kinds adt and dense)",
+                where=f"modalities.{name}.normalise",
             )
         if m.kind == "dense" and (likelihood != "normal" or how != "none"):
             raise ConfigError(
@@ -252,5 +298,7 @@ def specs_of(modalities: dict[str, Modality], config: Config) -> dict[str, Modal
             )
         wanted = config.model.decoder.features_per_step
         limit = AUTO_FEATURES if wanted == "auto" else wanted
-        out[name] = ModalitySpec(m.n_features, how, likelihood, limit if limit < m.n_features else None)
+        out[name] = ModalitySpec(
+            m.n_features, how, likelihood, limit if limit < m.n_features else None
+        )
     return out

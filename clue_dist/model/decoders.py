@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from clue_dist.config import DecoderConfig
-from clue_dist.data.batch import Counts, SparseCounts, library_of
+from clue_dist.data.batch import Counts, SparseCounts, compute_library_size
 from clue_dist.model.layers import MLP
-from clue_dist.model.likelihoods import Params, log_likelihood
+from clue_dist.model.likelihoods import LikelihoodParameters, log_likelihood
 from clue_dist.model.noise import Noise
 
 OVERDISPERSED = ("nb", "zinb")
@@ -19,14 +19,20 @@ BATCH_WIDTH = 16  # components that describe a biological batch to the decoder
 class Decoder(nn.Module):
     """z (n, d) and batch code (n,) -> ln p(x | z). Batch enters here alone, so an unseen batch can be embedded."""
 
-    def __init__(self, likelihood: str, n_features: int, n_batches: int, latent: int, config: DecoderConfig) -> None:
+    def __init__(
+        self, likelihood: str, n_features: int, n_batches: int, latent: int, config: DecoderConfig
+    ) -> None:
         super().__init__()
         self.likelihood, self.n_features = likelihood, n_features
         self.batch = nn.Embedding(n_batches, BATCH_WIDTH) if n_batches > 1 else None
-        self.mlp = MLP(latent + (BATCH_WIDTH if self.batch else 0), config.hidden, config.depth, config.dropout)
-        self.rate = Output(self.mlp.width, n_features)
-        self.gate = Output(self.mlp.width, n_features) if likelihood == "zinb" else None
-        self.theta = Theta(n_features, DISPERSION_LR if likelihood in OVERDISPERSED else 1.0)
+        self.mlp = MLP(
+            latent + (BATCH_WIDTH if self.batch else 0), config.hidden, config.depth, config.dropout
+        )
+        self.rate = OutputLayer(self.mlp.width, n_features)
+        self.gate = OutputLayer(self.mlp.width, n_features) if likelihood == "zinb" else None
+        self.theta = SecondParameter(
+            n_features, DISPERSION_LR if likelihood in OVERDISPERSED else 1.0
+        )
 
     def forward(
         self,
@@ -41,20 +47,22 @@ class Decoder(nn.Module):
 
         features: (F,) sorted; score these alone and scale up, an unbiased estimate of the sum over all of them.
         """
-        library = library_of(counts).unsqueeze(1)
+        library = compute_library_size(counts).unsqueeze(1)
         if self.batch is not None:
             known = (batch_code >= 0).unsqueeze(1)  # an unknown batch is the zero vector
             z = torch.cat([z, self.batch(batch_code.clamp_min(0)) * known], 1)
         h = self.mlp(z.to(self.rate.weight.dtype), noise, rows)
         gate = None if self.gate is None else self.gate(h, features).float()
-        p = Params(self.rate(h, features).float(), self.theta(features).float(), library, gate)
+        p = LikelihoodParameters(
+            self.rate(h, features).float(), self.theta(features).float(), library, gate
+        )
         if features is None:
             return log_likelihood(self.likelihood, counts, p)
         scale = self.n_features / len(features)
-        return scale * log_likelihood(self.likelihood, only(counts, features), p)
+        return scale * log_likelihood(self.likelihood, select_features(counts, features), p)
 
 
-class Output(nn.Module):
+class OutputLayer(nn.Module):
     """Linear layer to all features or to some of them."""
 
     def __init__(self, width: int, n_features: int) -> None:
@@ -68,7 +76,7 @@ class Output(nn.Module):
         return h @ self.weight[features].T + self.bias[features]
 
 
-class Theta(nn.Module):
+class SecondParameter(nn.Module):
     """The per-feature second parameter of a likelihood, a log. lr_scale: its learning rate, relative to `train.lr`."""
 
     def __init__(self, n_features: int, lr_scale: float = 1.0) -> None:
@@ -80,7 +88,7 @@ class Theta(nn.Module):
         return self.weight if features is None else self.weight[features]
 
 
-def only(counts: Counts, features: Tensor) -> Counts:
+def select_features(counts: Counts, features: Tensor) -> Counts:
     """The columns `features` (sorted) of counts, renumbered."""
     if isinstance(counts, Tensor):
         return counts[:, features]
@@ -88,5 +96,7 @@ def only(counts: Counts, features: Tensor) -> Counts:
     place[features] = torch.arange(len(features), dtype=torch.int32, device=features.device)
     at = place[counts.indices.long()]
     keep = at >= 0
-    kept = torch.cat([keep.new_zeros(1, dtype=torch.int32), keep.cumsum(0, dtype=torch.int32)])  # before each entry
+    kept = torch.cat(
+        [keep.new_zeros(1, dtype=torch.int32), keep.cumsum(0, dtype=torch.int32)]
+    )  # before each entry
     return SparseCounts(kept[counts.indptr.long()], at[keep], counts.values[keep], len(features))

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 MAX_LOG_VARIANCE = 8.0
 
 
-class Heads(nn.Module):
+class CrossEncoderHeads(nn.Module):
     """h of every source modality -> mean and log-variance of every target's z. The wide layers are in the trunks, so
     parameters grow as K there and as K^2 only here."""
 
-    def __init__(self, n_modalities: int, members: int, width: int, latent: int, shared: bool = True) -> None:
+    def __init__(
+        self, n_modalities: int, members: int, width: int, latent: int, shared: bool = True
+    ) -> None:
         super().__init__()
         self.k, self.members, self.shared = n_modalities, members, shared
         targets = n_modalities if shared else 1  # that one network speaks of
@@ -36,6 +38,8 @@ class Heads(nn.Module):
         if self.shared:
             out = out.view(self.k, self.members, -1, *self.grid).permute(2, 0, 3, 4, 5, 1)
         else:
-            out = out.view(self.k, self.members, self.k, -1, *self.grid[1:]).permute(3, 0, 2, 4, 5, 1)
+            out = out.view(self.k, self.members, self.k, -1, *self.grid[1:]).permute(
+                3, 0, 2, 4, 5, 1
+            )
         out = out.flatten(-2).float()  # (B, K source, K target, 2, d)
         return out[:, :, :, 0], out[:, :, :, 1].clamp(-MAX_LOG_VARIANCE, MAX_LOG_VARIANCE)

@@ -17,26 +17,36 @@ from torch import Tensor
 from clue_dist.data.batch import Counts, SparseCounts
 from clue_dist.model.clue import CLUE
 from clue_dist.model.decoders import OVERDISPERSED, Decoder
-from clue_dist.model.trunk import Projection, Trunk, normalise, size_of
-from clue_dist.normalise import column_sums, inverse_frequency, spread, standard
+from clue_dist.model.trunk import Projection, Trunk, compute_size_inputs, normalise_counts
+from clue_dist.normalise import (
+    compute_deviation,
+    compute_inverse_frequency,
+    compute_standardisation,
+    sum_columns,
+)
 from clue_dist.store.reader import Store
-from clue_dist.store.svd import Svd
+from clue_dist.store.svd import StoredSvd
 
 MAX_CELLS = 20_000  # of each modality
-MIN_SIZE_SCALE = 0.05  # a size that hardly varies (a small panel is always detected) must not be blown up
-CONSTANT, MIN_RELATIVE_SCALE = 2e-6, 0.01  # standard deviations: of rounding; of a feature next to the median's
+MIN_SIZE_SCALE = (
+    0.05  # a size that hardly varies (a small panel is always detected) must not be blown up
+)
+CONSTANT, MIN_RELATIVE_SCALE = (
+    2e-6,
+    0.01,
+)  # standard deviations: of rounding; of a feature next to the median's
 R_LIMITS = 0.1, 100.0  # of an NB at its start
 MAX_NONZEROS = 40_000_000  # bounds memory and time where profiles are long
 
 
 @torch.no_grad()
-def initialise(
+def initialise_model(
     model: CLUE,
     store: Store,
     n_train: dict[str, int],
     svd: bool,
     seed: int,
-    stored: Mapping[str, Svd] = MappingProxyType({}),
+    stored: Mapping[str, StoredSvd] = MappingProxyType({}),
 ) -> None:
     """Set TF-IDF weights, projections and decoder offsets from training cells.
 
@@ -44,37 +54,47 @@ def initialise(
     singular vectors; stored: those of all cells of the store, by modality, where they are to be used.
     """
     for name in model.names:
-        counts = sample(store, n_train, name)
+        counts = sample_cells(store, n_train, name)
         trunk = model.trunk(name)
         if svd and name in stored:
             _project_as_stored(trunk, stored[name])
         else:
             _project_as_sampled(trunk, counts, svd, seed)
         if trunk.size_input:
-            size = size_of(_counts(counts)).double()
-            trunk.size.copy_(torch.stack([size.mean(0), size.std(0, correction=0).clamp_min(MIN_SIZE_SCALE)]))
+            size = compute_size_inputs(_counts(counts)).double()
+            trunk.size.copy_(
+                torch.stack([size.mean(0), size.std(0, correction=0).clamp_min(MIN_SIZE_SCALE)])
+            )
         _set_offsets(model.decoder(name), counts)
 
 
-def _project_as_stored(trunk: Trunk, stored: Svd) -> None:
+def _project_as_stored(trunk: Trunk, stored: StoredSvd) -> None:
     trunk.idf.copy_(torch.from_numpy(stored.idf))
     n = stored.note.n_cells
-    _set_projection(trunk.projection, stored.loadings, stored.singular, n, stored.mean, stored.scale)
+    _set_projection(
+        trunk.projection, stored.loadings, stored.singular, n, stored.mean, stored.scale
+    )
 
 
-def _project_as_sampled(trunk: Trunk, counts: sp.csr_matrix | np.ndarray, svd: bool, seed: int) -> None:
-    detected = column_sums(counts, lambda v: (v > 0).astype(np.float64))
+def _project_as_sampled(
+    trunk: Trunk, counts: sp.csr_matrix | np.ndarray, svd: bool, seed: int
+) -> None:
+    detected = sum_columns(counts, lambda v: (v > 0).astype(np.float64))
     n = counts.shape[0]
-    trunk.idf.copy_(torch.from_numpy(inverse_frequency(n, detected)))
+    trunk.idf.copy_(torch.from_numpy(compute_inverse_frequency(n, detected)))
     if not svd:
         return
     values = _normalised(counts, trunk)
-    mean, scale = standard(trunk.how, *_moments(values))
-    right, singular = leading_svd(values, mean, scale, trunk.projection.weight.shape[1], seed)
+    mean, scale = compute_standardisation(trunk.how, *_moments(values))
+    right, singular = compute_leading_svd(
+        values, mean, scale, trunk.projection.weight.shape[1], seed
+    )
     _set_projection(trunk.projection, right, singular, n, mean, scale)
 
 
-def sample(store: Store, n_train: dict[str, int], modality: str) -> sp.csr_matrix | np.ndarray:
+def sample_cells(
+    store: Store, n_train: dict[str, int], modality: str
+) -> sp.csr_matrix | np.ndarray:
     """Raw counts of a random sample of training cells that carry the modality, as (n, features)."""
     having = {s: n for s, n in n_train.items() if modality in store.strata[s].modalities}
     total = sum(having.values())
@@ -83,7 +103,13 @@ def sample(store: Store, n_train: dict[str, int], modality: str) -> sp.csr_matri
     for name, n in having.items():
         reader = store.strata[name]
         # A block holds at most `capacity` non-zeros, so this many cells cannot go beyond the stratum's share of them.
-        most = MAX_NONZEROS * n / total * reader.block_cells / max(reader.stratum.packed[modality].capacity, 1)
+        most = (
+            MAX_NONZEROS
+            * n
+            / total
+            * reader.block_cells
+            / max(reader.stratum.packed[modality].capacity, 1)
+        )
         rows = reader.rows(modality, np.arange(max(1, min(n, round(limit * n / total), int(most)))))
         parts.append(rows if isinstance(rows, np.ndarray) else rows.scipy())
     if isinstance(parts[0], np.ndarray):
@@ -92,7 +118,7 @@ def sample(store: Store, n_train: dict[str, int], modality: str) -> sp.csr_matri
 
 
 def _normalised(counts: sp.csr_matrix | np.ndarray, trunk: Trunk) -> sp.csr_matrix | np.ndarray:
-    got = normalise(_counts(counts), trunk.how, trunk.idf)
+    got = normalise_counts(_counts(counts), trunk.how, trunk.idf)
     if isinstance(got, Tensor):
         return got.double().numpy()
     arrays = (got.values.double().numpy(), got.indices.numpy(), got.indptr.numpy())
@@ -110,12 +136,17 @@ def _counts(x: sp.csr_matrix | np.ndarray) -> Counts:
 def _moments(x: sp.csr_matrix | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of each column."""
     n = x.shape[0]
-    mean = column_sums(x) / n
-    return mean, spread(mean, column_sums(x, np.square) / n)
+    mean = sum_columns(x) / n
+    return mean, compute_deviation(mean, sum_columns(x, np.square) / n)
 
 
 def _set_projection(
-    projection: Projection, right: np.ndarray, singular: np.ndarray, n: int, mean: np.ndarray, scale: np.ndarray
+    projection: Projection,
+    right: np.ndarray,
+    singular: np.ndarray,
+    n: int,
+    mean: np.ndarray,
+    scale: np.ndarray,
 ) -> None:
     """Loadings V of n standardised cells, the first of them: z = ((x - mean) / scale) V, in weight and bias."""
     components = projection.weight.shape[1]
@@ -127,7 +158,7 @@ def _set_projection(
     projection.bias.copy_(torch.from_numpy(-mean @ weight))
 
 
-def leading_svd(
+def compute_leading_svd(
     x: sp.csr_matrix | np.ndarray, mean: np.ndarray, scale: np.ndarray, rank: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Right singular vectors (features, rank) and singular values of (x - mean) / scale, x never made dense.
@@ -150,7 +181,9 @@ def leading_svd(
             rmatvec=lambda u: (x.T @ u.ravel() - mean * u.sum()) / scale,
         )
         start = np.random.default_rng(seed).standard_normal(min(x.shape))
-        _, singular, right = svds(standard, k=found, tol=1e-3, v0=start, return_singular_vectors="vh")
+        _, singular, right = svds(
+            standard, k=found, tol=1e-3, v0=start, return_singular_vectors="vh"
+        )
         singular, right = singular[::-1], right[::-1]
     out[:, :found], values[:found] = right[:found].T, singular[:found]
     return out, values
@@ -158,12 +191,14 @@ def leading_svd(
 
 def _set_offsets(decoder: Decoder, counts: sp.csr_matrix | np.ndarray) -> None:
     """Start each feature's rate at its average over the sample, and its second parameter at what its moments say."""
-    total = np.maximum(column_sums(counts), 0.5)
+    total = np.maximum(sum_columns(counts), 0.5)
     library = total.sum()
     if decoder.likelihood == "normal":
         mean, scale = _moments(counts)
         decoder.rate.bias.copy_(torch.from_numpy(mean))
-        varied = scale[scale > CONSTANT]  # what is constant here must not be trusted to be so, nor outweigh all else
+        varied = scale[
+            scale > CONSTANT
+        ]  # what is constant here must not be trusted to be so, nor outweigh all else
         floor = MIN_RELATIVE_SCALE * np.median(varied) if len(varied) else 1.0
         decoder.theta.weight.copy_(torch.from_numpy(np.log(np.maximum(scale, floor))))
         return
@@ -171,8 +206,12 @@ def _set_offsets(decoder: Decoder, counts: sp.csr_matrix | np.ndarray) -> None:
     if decoder.likelihood in OVERDISPERSED:
         decoder.theta.weight.copy_(torch.from_numpy(np.log(_inverse_dispersions(counts, share))))
     if decoder.likelihood == "bernoulli":
-        detected = np.clip(column_sums(counts, lambda v: (v > 0).astype(np.float64)) / counts.shape[0], 1e-6, 0.999)
-        decoder.rate.bias.copy_(torch.from_numpy(np.log(detected / (1 - detected)) - np.log(library / counts.shape[0])))
+        detected = np.clip(
+            sum_columns(counts, lambda v: (v > 0).astype(np.float64)) / counts.shape[0], 1e-6, 0.999
+        )
+        decoder.rate.bias.copy_(
+            torch.from_numpy(np.log(detected / (1 - detected)) - np.log(library / counts.shape[0]))
+        )
         return
     decoder.rate.bias.copy_(torch.from_numpy(np.log(share / (1 - share))))
 
@@ -182,8 +221,12 @@ def _inverse_dispersions(counts: sp.csr_matrix | np.ndarray, share: np.ndarray) 
     share of the cell's counts. What differs from cell to cell beyond that lowers r, which training mends; too few
     counts to tell a dispersion give a Poisson's r."""
     size = np.asarray(counts.sum(1), np.float64).ravel()  # (n,)
-    squares = column_sums(counts, lambda v: np.square(v, dtype=np.float64))  # integers would overflow
+    squares = sum_columns(
+        counts, lambda v: np.square(v, dtype=np.float64)
+    )  # integers would overflow
     products = np.asarray(counts.T @ size, np.float64).ravel()
     squared_mean = share**2 * np.square(size).sum()
-    excess = squares - 2 * share * products + squared_mean - share * size.sum()  # sum of (x - mu)^2 - mu
+    excess = (
+        squares - 2 * share * products + squared_mean - share * size.sum()
+    )  # sum of (x - mu)^2 - mu
     return np.clip(squared_mean / np.maximum(excess, 1e-9), *R_LIMITS)

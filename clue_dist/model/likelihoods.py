@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from clue_dist.data.batch import Counts
 
 
-class Params(NamedTuple):
+class LikelihoodParameters(NamedTuple):
     """What a decoder gives for n cells and F features.
 
     rate: (n, F); theta: (F,) log inverse dispersion (nb, zinb) or log standard deviation (normal); library: (n, 1)
@@ -32,18 +32,20 @@ class Params(NamedTuple):
         """ln mu = ln library + ln sigmoid(rate): a feature takes a share between 0 and 1 of the cell's counts."""
         return self.library.log() + F.logsigmoid(self.rate)
 
-    def at(self, row: Tensor, column: Tensor) -> Params:
+    def at(self, row: Tensor, column: Tensor) -> LikelihoodParameters:
         """The parameters of single entries, each (nnz,)."""
         flat = row * self.rate.shape[1] + column
         gate = None if self.gate is None else self.gate.reshape(-1).gather(0, flat)
-        return Params(self.rate.reshape(-1).gather(0, flat), self.theta[column], self.library[row, 0], gate)
+        return LikelihoodParameters(
+            self.rate.reshape(-1).gather(0, flat), self.theta[column], self.library[row, 0], gate
+        )
 
 
 class Likelihood(Protocol):
-    def zero(self, p: Params) -> Tensor:
+    def zero(self, p: LikelihoodParameters) -> Tensor:
         """ln p(0)."""
 
-    def gain(self, x: Tensor, p: Params) -> Tensor:
+    def gain(self, x: Tensor, p: LikelihoodParameters) -> Tensor:
         """ln p(x) - ln p(0), up to terms without parameters."""
 
 
@@ -53,19 +55,19 @@ MAX_LOG_R = 7.0  # an NB with r = 1,100 is as good as a Poisson
 class NegativeBinomial:
     """Mean mu, inverse dispersion r = exp(theta): variance mu + mu^2 / r."""
 
-    def zero(self, p: Params) -> Tensor:
+    def zero(self, p: LikelihoodParameters) -> Tensor:
         theta = p.theta.clamp(max=MAX_LOG_R)
         return -theta.exp() * F.softplus(p.log_mean - theta)
 
-    def gain(self, x: Tensor, p: Params) -> Tensor:
+    def gain(self, x: Tensor, p: LikelihoodParameters) -> Tensor:
         theta = p.theta.clamp(max=MAX_LOG_R)
-        return log_rising(theta.exp(), x) + x * F.logsigmoid(p.log_mean - theta)
+        return log_rising_factorial(theta.exp(), x) + x * F.logsigmoid(p.log_mean - theta)
 
 
 STIRLING = 8.0
 
 
-def log_rising(r: Tensor, x: Tensor) -> Tensor:
+def log_rising_factorial(r: Tensor, x: Tensor) -> Tensor:
     """ln Gamma(r + x) - ln Gamma(r), also where both are large and nearly equal: by Stirling's series from r = 8 on, to
     1e-6, with a gradient that float32 does not drown."""
     large = r.clamp(min=STIRLING)
@@ -80,11 +82,11 @@ class ZeroInflatedNegativeBinomial:
 
     nb = NegativeBinomial()
 
-    def zero(self, p: Params) -> Tensor:
+    def zero(self, p: LikelihoodParameters) -> Tensor:
         assert p.gate is not None
         return torch.logaddexp(F.logsigmoid(p.gate), F.logsigmoid(-p.gate) + self.nb.zero(p))
 
-    def gain(self, x: Tensor, p: Params) -> Tensor:
+    def gain(self, x: Tensor, p: LikelihoodParameters) -> Tensor:
         assert p.gate is not None
         log_p = F.logsigmoid(-p.gate) + self.nb.zero(p) + self.nb.gain(x, p)
         return torch.where(x > 0, log_p - self.zero(p), 0.0)
@@ -93,30 +95,30 @@ class ZeroInflatedNegativeBinomial:
 class Poisson:
     """Mean mu."""
 
-    def zero(self, p: Params) -> Tensor:
+    def zero(self, p: LikelihoodParameters) -> Tensor:
         return -p.log_mean.exp()
 
-    def gain(self, x: Tensor, p: Params) -> Tensor:
+    def gain(self, x: Tensor, p: LikelihoodParameters) -> Tensor:
         return x * p.log_mean
 
 
 class Bernoulli:
     """Open or closed: x > 0 with odds library * exp(rate), so that deeper cells open more."""
 
-    def zero(self, p: Params) -> Tensor:
+    def zero(self, p: LikelihoodParameters) -> Tensor:
         return -F.softplus(p.rate + p.library.log())
 
-    def gain(self, x: Tensor, p: Params) -> Tensor:
+    def gain(self, x: Tensor, p: LikelihoodParameters) -> Tensor:
         return (x > 0) * (p.rate + p.library.log())
 
 
 class Normal:
     """Real values: mean `rate`, standard deviation exp(theta)."""
 
-    def zero(self, p: Params) -> Tensor:
+    def zero(self, p: LikelihoodParameters) -> Tensor:
         return -0.5 * (p.rate * (-p.theta).exp()) ** 2 - p.theta
 
-    def gain(self, x: Tensor, p: Params) -> Tensor:
+    def gain(self, x: Tensor, p: LikelihoodParameters) -> Tensor:
         return (x * p.rate - 0.5 * x**2) * (-2 * p.theta).exp()
 
 
@@ -129,7 +131,7 @@ LIKELIHOODS: dict[str, Likelihood] = {
 }
 
 
-def log_likelihood(name: str, counts: Counts, p: Params) -> Tensor:
+def log_likelihood(name: str, counts: Counts, p: LikelihoodParameters) -> Tensor:
     """ln p of n profiles in nats, (n,)."""
     likelihood = LIKELIHOODS[name]
     everywhere = likelihood.zero(p).sum(1)

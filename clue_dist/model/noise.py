@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from clue_dist.store.shuffle import key_of
+from clue_dist.store.shuffle import derive_key
 
 
 class Noise:
@@ -33,12 +33,14 @@ class Noise:
         self._shared = self._generator(seed, step, "all ranks")
         self._slots = [n // lanes for n in share.values()]
         self._per_lane = sum(self._slots)
-        self._order = row_order(tuple(share.values()), lanes, world).to(device)
+        self._order = order_rows(tuple(share.values()), lanes, world).to(device)
 
     def normal(self, *tail: int) -> Tensor:
         """Standard normal draws, (B, *tail) float32."""
         shape = (self._per_lane, *tail)
-        return self._rows([torch.randn(shape, generator=g, device=self._device) for g in self._lanes])
+        return self._rows(
+            [torch.randn(shape, generator=g, device=self._device) for g in self._lanes]
+        )
 
     def dropout(self, x: Tensor, rate: float, rows: Tensor | None = None) -> Tensor:
         """Inverted dropout of x: (..., B, F), or (..., n, F) with `rows` (n,) of the batch. The rate goes in steps of
@@ -56,9 +58,14 @@ class Noise:
         (B, 1)."""
         partner, first = [], 0
         for n in self._slots:
-            partner.append([first + torch.randperm(n, generator=g, device=self._device) for g in self._lanes])
+            partner.append(
+                [first + torch.randperm(n, generator=g, device=self._device) for g in self._lanes]
+            )
             first += n
-        in_lane = [torch.cat(slots) + i * self._per_lane for i, slots in enumerate(zip(*partner, strict=True))]
+        in_lane = [
+            torch.cat(slots) + i * self._per_lane
+            for i, slots in enumerate(zip(*partner, strict=True))
+        ]
         own = [torch.rand(self._per_lane, 1, generator=g, device=self._device) for g in self._lanes]
         place = torch.empty_like(self._order)
         place[self._order] = torch.arange(len(place), device=place.device)
@@ -73,14 +80,16 @@ class Noise:
         width = -(-columns // 4)  # four bytes of a 32-bit draw
         shape = (self._per_lane, width)
         draws = [
-            torch.empty(shape, dtype=torch.int32, device=self._device).random_(-(2**31), 2**31 - 1, generator=g)
+            torch.empty(shape, dtype=torch.int32, device=self._device).random_(
+                -(2**31), 2**31 - 1, generator=g
+            )
             for g in self._lanes
         ]
         bits = self._rows(draws)
         return (bits if rows is None else bits[rows]).view(torch.uint8)[:, :columns]
 
     def _generator(self, *key: object) -> torch.Generator:
-        return torch.Generator(self._device).manual_seed(key_of(*key) >> 1)
+        return torch.Generator(self._device).manual_seed(derive_key(*key) >> 1)
 
     def _rows(self, draws: list[Tensor]) -> Tensor:
         return torch.cat(draws)[self._order]
@@ -89,7 +98,7 @@ class Noise:
 _ORDERS: dict[tuple[tuple[int, ...], int, int], Tensor] = {}
 
 
-def row_order(share: tuple[int, ...], lanes: int, world: int) -> Tensor:
+def order_rows(share: tuple[int, ...], lanes: int, world: int) -> Tensor:
     """For each row of a rank's batch (stratum by stratum), where it lies in draws laid out (lane, slot). (B,) int64."""
     key = (share, lanes, world)
     if key not in _ORDERS:

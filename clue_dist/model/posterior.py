@@ -55,16 +55,20 @@ class GeneralisedProduct(nn.Module):
         return product_of_experts(mean, log_var, told / told.sum(1, keepdim=True))
 
     def _learn(self, mean: Tensor, log_var: Tensor, observed: Tensor) -> None:
-        sums = torch.stack([(information(mean, log_var) * observed).sum(0), observed.float().sum(0)])  # (2, K)
+        sums = torch.stack(
+            [(compute_information(mean, log_var) * observed).sum(0), observed.float().sum(0)]
+        )  # (2, K)
         if dist.is_initialized():
             dist.all_reduce(sums)
         told, cells = sums
         recent = told / cells.clamp_min(1)
-        known = (cells > 0) & recent.isfinite()  # as weights, it stays finite in a step that is skipped
+        known = (
+            cells > 0
+        ) & recent.isfinite()  # as weights, it stays finite in a step that is skipped
         self.nats.lerp_(torch.where(known, recent, self.nats), 1 - self.DECAY)
 
 
-def combination(name: str, n_modalities: int) -> Combine:
+def choose_combination(name: str, n_modalities: int) -> Combine:
     """How `model.posterior` combines experts."""
     known: dict[str, Callable[[], Combine]] = {
         "gpoe": lambda: GeneralisedProduct(n_modalities),
@@ -74,21 +78,21 @@ def combination(name: str, n_modalities: int) -> Combine:
     return known[name]()
 
 
-def kl_to_prior(mean: Tensor, log_var: Tensor) -> Tensor:
+def compute_kl_to_prior(mean: Tensor, log_var: Tensor) -> Tensor:
     """KL(N(mean, exp log_var) || N(0, 1)) summed over the last axis, in nats."""
     return 0.5 * (mean**2 + log_var.exp() - 1 - log_var).sum(-1)
 
 
-def information(mean: Tensor, log_var: Tensor) -> Tensor:
+def compute_information(mean: Tensor, log_var: Tensor) -> Tensor:
     """Nats that each modality tells of its own latent, KL(q(z_k | x_k) || p), (B, K). mean, log_var: (B, K, K, d)."""
-    return kl_to_prior(own(mean), own(log_var))
+    return compute_kl_to_prior(select_own_latent(mean), select_own_latent(log_var))
 
 
-def own(x: Tensor) -> Tensor:
+def select_own_latent(x: Tensor) -> Tensor:
     """(B, K source, K target, ...) -> (B, K, ...), what each modality says of its own latent."""
     return torch.diagonal(x, dim1=1, dim2=2).movedim(-1, 1)
 
 
-def sample(mean: Tensor, log_var: Tensor, noise: Tensor) -> Tensor:
+def sample_posterior(mean: Tensor, log_var: Tensor, noise: Tensor) -> Tensor:
     """Reparameterised draw; noise: standard normal of mean's shape."""
     return mean + torch.exp(0.5 * log_var) * noise

@@ -7,12 +7,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clue_dist.config import TrunkConfig
-from clue_dist.data.batch import Counts, library_of
+from clue_dist.data.batch import Counts, compute_library_size
 from clue_dist.model.layers import Ensemble
 from clue_dist.model.noise import Noise
 
 
-def normalise(counts: Counts, how: str, idf: Tensor | None = None) -> Counts:
+def normalise_counts(counts: Counts, how: str, idf: Tensor | None = None) -> Counts:
     """Normalised values on the fly; the store keeps raw counts only. `clue_dist.normalise` is the same in NumPy.
 
     log_cp10k: ln(1 + 10^4 x / sum x). log: ln(1 + x). clr: that minus its mean over the cell's features (dense
@@ -54,7 +54,10 @@ class Projection(nn.Module):
         super().__init__()
         self.lr_scale = lr_scale
         for name, values in (
-            ("weight", torch.randn(n_features, components) / n_features**0.5),  # (features, components)
+            (
+                "weight",
+                torch.randn(n_features, components) / n_features**0.5,
+            ),  # (features, components)
             ("bias", torch.zeros(components)),
         ):
             if lr_scale > 0:
@@ -68,7 +71,12 @@ class Projection(nn.Module):
             return x.to(self.weight.dtype) @ self.weight + self.bias
         weights = x.values.to(self.weight.dtype)
         out = F.embedding_bag(
-            x.indices, self.weight, x.indptr, mode="sum", per_sample_weights=weights, include_last_offset=True
+            x.indices,
+            self.weight,
+            x.indptr,
+            mode="sum",
+            per_sample_weights=weights,
+            include_last_offset=True,
         )
         return out + self.bias
 
@@ -87,7 +95,9 @@ class Trunk(nn.Module):
         self.projection = Projection(n_features, components, config.projection_lr)
         # Normalisation takes most of a cell's size away; but what is large or well captured is so in every modality.
         self.size_input = config.size_input and how != "none"
-        self.register_buffer("size", torch.tensor([[0.0, 0.0], [1.0, 1.0]]))  # mean, standard deviation of size_of
+        self.register_buffer(
+            "size", torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+        )  # mean, standard deviation of size_of
         width = components + 2 * self.size_input
         self.norm = nn.LayerNorm(width)
         networks = config.members if config.shared else config.members * n_modalities
@@ -99,10 +109,10 @@ class Trunk(nn.Module):
 
     def components(self, counts: Counts) -> Tensor:
         """(n, features) -> (n, components), linear in the normalised profile but for the size."""
-        x: Tensor = self.projection(normalise(counts, self.how, self.idf))
+        x: Tensor = self.projection(normalise_counts(counts, self.how, self.idf))
         if self.size_input:
             mean, scale = self.size
-            x = torch.cat([x, ((size_of(counts) - mean) / scale).to(x.dtype)], 1)
+            x = torch.cat([x, ((compute_size_inputs(counts) - mean) / scale).to(x.dtype)], 1)
         return x
 
     def forward(self, x: Tensor, noise: Noise | None, rows: Tensor | None) -> Tensor:
@@ -111,7 +121,7 @@ class Trunk(nn.Module):
         return out
 
 
-def size_of(counts: Counts) -> Tensor:
+def compute_size_inputs(counts: Counts) -> Tensor:
     """ln of each cell's total count and of its number of detected features, (n, 2)."""
     detected = (counts > 0).sum(1) if isinstance(counts, Tensor) else counts.indptr.diff()
-    return torch.stack([library_of(counts), detected.clamp_min(1)], 1).log()
+    return torch.stack([compute_library_size(counts), detected.clamp_min(1)], 1).log()

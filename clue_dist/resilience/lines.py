@@ -18,7 +18,9 @@ from typing import Any, cast
 
 from clue_dist.ranks import Ranks
 
-_WHERE = "clue_dist/lines"  # in the store: the port of rank 0, and what to say there before one's rank
+_WHERE = (
+    "clue_dist/lines"  # in the store: the port of rank 0, and what to say there before one's rank
+)
 _RANK = 8  # digits of the rank
 _WELCOME, _AGREED, _BYE = b"welcome", b"agreed", b"bye"
 _TICK = 0.25  # seconds
@@ -44,7 +46,12 @@ class Lines:
         if ranks.first:
             with suppress(OSError):
                 self._server = _listening(ranks.world)
-            store.set(_WHERE, f"{self._server.getsockname()[1]} {self._token}" if self._server is not None else "")
+            store.set(
+                _WHERE,
+                f"{self._server.getsockname()[1]} {self._token}"
+                if self._server is not None
+                else "",
+            )
             return
         store.wait([_WHERE])
         if where := store.get(_WHERE).decode():

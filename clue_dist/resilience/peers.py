@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import NamedTuple, NoReturn
 
 from clue_dist.errors import ClueError, LostError
-from clue_dist.process import say
+from clue_dist.process import print_error
 from clue_dist.ranks import Ranks
 from clue_dist.resilience.lines import Lines
 
@@ -94,11 +94,16 @@ class Peers:
             return
         self._own = error
         with suppress(RuntimeError):  # the store is gone
-            self._store.compare_set(_FAILED, "", json.dumps(_Failure(self._ranks.rank, error.exit_code, str(error))))
+            self._store.compare_set(
+                _FAILED, "", json.dumps(_Failure(self._ranks.rank, error.exit_code, str(error)))
+            )
             self._told = True
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._ranks.world == 1:
             return
@@ -181,7 +186,9 @@ class Peers:
                     if self._store.check([_GONE]):
                         self._miss(self._store.get(_GONE).decode())
                 self._hear()
-            except RuntimeError:  # the store is gone, and rank 0 with it: `_watch` waits whether it comes back
+            except (
+                RuntimeError
+            ):  # the store is gone, and rank 0 with it: `_watch` waits whether it comes back
                 continue
 
     def _late_ranks(self, seen: dict[int, tuple[bytes, float]]) -> list[int]:
@@ -221,11 +228,13 @@ class Peers:
     def _end(self) -> NoReturn:
         """With what this rank or another told, if one has."""
         error = self._own or (_error(self._failure) if self._failure is not None else self._loss())
-        say(f"error: {error}")
+        print_error(f"error: {error}")
         os._exit(error.exit_code)
 
     def _loss(self) -> LostError:
-        silence = f"nothing heard of {self._late or 'rank 0'} for {time.monotonic() - self._heard:.0f} s"
+        silence = (
+            f"nothing heard of {self._late or 'rank 0'} for {time.monotonic() - self._heard:.0f} s"
+        )
         return _lost(self._gone or silence)
 
     def _listen(self) -> None:

@@ -12,13 +12,13 @@ from contextlib import ExitStack, contextmanager
 from io import FileIO
 from pathlib import Path
 
-from clue_dist.errors import ResumeError, writing
-from clue_dist.process import tell
+from clue_dist.errors import ResumeError, translate_write_errors
+from clue_dist.process import print_line
 from clue_dist.ranks import Ranks
 
 
 @contextmanager
-def alone_in(run: Path, ranks: Ranks) -> Iterator[None]:
+def hold_run_lock(run: Path, ranks: Ranks) -> Iterator[None]:
     """Hold the run folder's lock on rank 0; the system lets go of it when the process ends, however it ends.
 
     An earlier attempt of the same Slurm job may take a while to end: it is waited for.
@@ -29,7 +29,7 @@ def alone_in(run: Path, ranks: Ranks) -> Iterator[None]:
     with ExitStack() as held:
 
         def take() -> str | None:
-            with writing("the run folder", run):
+            with translate_write_errors("the run folder", run):
                 run.mkdir(parents=True, exist_ok=True)
                 return _taken(held.enter_context((run / ".lock").open("ab+", buffering=0)), run)
 
@@ -55,12 +55,18 @@ def _taken(lock: FileIO, run: Path) -> str | None:
         except BlockingIOError:
             lock.seek(0)
             holder = lock.read().decode().strip() or "a job that has just begun"
-            if JOB is None or f"Slurm job {JOB}" not in holder.split(", ") or time.monotonic() > deadline:
+            if (
+                JOB is None
+                or f"Slurm job {JOB}" not in holder.split(", ")
+                or time.monotonic() > deadline
+            ):
                 return holder
             time.sleep(0.5)
             continue
         except OSError as error:  # Lustre mounted without locks, for one
-            tell(f"{run}: no lock can be held here ({error}); see to it that one job alone trains in it")
+            print_line(
+                f"{run}: no lock can be held here ({error}); see to it that one job alone trains in it"
+            )
             return None
         mine = f"process {os.getpid()} on {socket.gethostname()}"
         lock.truncate(0)
@@ -68,7 +74,9 @@ def _taken(lock: FileIO, run: Path) -> str | None:
         return None
 
 
-EARLIER_ATTEMPT = 90.0  # seconds to wait for it: NFS servers let go of a dead client's locks after its lease
+EARLIER_ATTEMPT = (
+    90.0  # seconds to wait for it: NFS servers let go of a dead client's locks after its lease
+)
 JOB = os.environ.get("SLURM_JOB_ID")
 
 
@@ -76,7 +84,7 @@ def _check_shared(run: Path, ranks: Ranks) -> None:
     """Each rank writes its part of a checkpoint into the folder of rank 0, where rank 0 has put a token."""
 
     def make() -> str:
-        with writing("the run folder", run):
+        with translate_write_errors("the run folder", run):
             for token in run.glob(".shared-*"):
                 if token.stat().st_mtime < time.time() - 3600:  # of a job that was killed here
                     token.unlink(missing_ok=True)
@@ -85,7 +93,7 @@ def _check_shared(run: Path, ranks: Ranks) -> None:
             return token.name
 
     def sees() -> bool:
-        with writing("the run folder", run):
+        with translate_write_errors("the run folder", run):
             there = _appears(token)
             if there:
                 token.touch()
@@ -94,7 +102,7 @@ def _check_shared(run: Path, ranks: Ranks) -> None:
     token = run / ranks.from_first(make)
     seen = ranks.together(sees)
     if ranks.first:
-        with writing("the run folder", run):
+        with translate_write_errors("the run folder", run):
             token.unlink(missing_ok=True)
     if not all(seen):
         raise ResumeError(

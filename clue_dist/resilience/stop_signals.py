@@ -19,12 +19,17 @@ class StopFlag:
         return self._set
 
     def __enter__(self) -> StopFlag:
-        keyboard = {s for s in (signal.SIGHUP, signal.SIGINT) if signal.getsignal(s) == signal.SIG_IGN}  # nohup, `&`
+        keyboard = {
+            s for s in (signal.SIGHUP, signal.SIGINT) if signal.getsignal(s) == signal.SIG_IGN
+        }  # nohup, `&`
         self._before = {s: signal.signal(s, self._handle) for s in SIGNALS if s not in keyboard}
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)

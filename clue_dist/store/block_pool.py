@@ -10,11 +10,11 @@ import numpy as np
 import tensorstore as ts
 
 from clue_dist.store.reader import StratumReader
-from clue_dist.store.rows import Blocks, Located
+from clue_dist.store.rows import CodedBlocks, LocatedRows
 
 
 @dataclass(frozen=True)
-class Reading:
+class BlockRead:
     """Blocks on their way into slots of a pool. futures: by name of the array."""
 
     blocks: np.ndarray
@@ -22,26 +22,37 @@ class Reading:
     futures: dict[str, Any]
 
 
-class Pool:
+class BlockPool:
     """`slots` blocks of all that training reads of a stratum: counts of its modalities, and batch codes."""
 
     def __init__(self, reader: StratumReader, slots: int) -> None:
         self.reader = reader
         specs = {spec.path.split("/", 2)[2]: spec for spec in reader.manifest.arrays(reader.name)}
         unread = ("obs/label", "obs/barcode")
-        self._arrays = {n: np.empty((slots, *s.shape[1:]), s.dtype) for n, s in specs.items() if n not in unread}
-        self._targets = {n: ts.array(array, copy=False, write=True) for n, array in self._arrays.items()}
+        self._arrays = {
+            n: np.empty((slots, *s.shape[1:]), s.dtype) for n, s in specs.items() if n not in unread
+        }
+        self._targets = {
+            n: ts.array(array, copy=False, write=True) for n, array in self._arrays.items()
+        }
         size = reader.block_cells
-        self._starts = {m: np.empty((slots, size + 1, 2), np.int64) for m in reader.modalities if self._is_sparse(m)}
+        self._starts = {
+            m: np.empty((slots, size + 1, 2), np.int64)
+            for m in reader.modalities
+            if self._is_sparse(m)
+        }
 
-    def start(self, blocks: np.ndarray, slots: np.ndarray) -> Reading:
+    def start(self, blocks: np.ndarray, slots: np.ndarray) -> BlockRead:
         """Begin to fill slots with blocks, (n,) each; what they held must not be needed any more."""
         for name in self._targets:  # before any is begun: nobody would wait for it after an error
             self.reader.require_plain(name, blocks)
-        futures = {n: self.reader.start_into(n, blocks, target[slots]) for n, target in self._targets.items()}
-        return Reading(blocks, slots, futures)
+        futures = {
+            n: self.reader.start_into(n, blocks, target[slots])
+            for n, target in self._targets.items()
+        }
+        return BlockRead(blocks, slots, futures)
 
-    def finish(self, reading: Reading) -> None:
+    def finish(self, reading: BlockRead) -> None:
         """Wait until the slots are filled.
 
         Raises:
@@ -50,20 +61,26 @@ class Pool:
         for name, future in reading.futures.items():
             self.reader.finish(name, reading.blocks, future)
         for modality, starts in self._starts.items():
-            starts[reading.slots] = self.reader.starts(modality, self._arrays[f"{modality}/lengths"][reading.slots])
+            starts[reading.slots] = self.reader.starts(
+                modality, self._arrays[f"{modality}/lengths"][reading.slots]
+            )
 
-    def abandon(self, reading: Reading) -> None:
+    def abandon(self, reading: BlockRead) -> None:
         """Wait until nothing is written to the slots any more; to cancel would not stop what has begun."""
         for future in reading.futures.values():
             with suppress(ValueError, OSError):  # a damage that nobody will see
                 future.result()
 
-    def rows(self, modality: str, slot: np.ndarray, row: np.ndarray) -> Located | np.ndarray:
+    def rows(self, modality: str, slot: np.ndarray, row: np.ndarray) -> LocatedRows | np.ndarray:
         """Rows `row` of what lies in `slot`, both (n,): still coded, or (n, features) where stored dense."""
         if not self._is_sparse(modality):
             return self._arrays[f"{modality}/values"][slot, row]
-        codes, rest, lengths = (self._arrays[f"{modality}/{part}"] for part in ("codes", "rest", "lengths"))
-        return self.reader.locate(modality, Blocks(codes, rest, lengths, self._starts[modality]), slot, row)
+        codes, rest, lengths = (
+            self._arrays[f"{modality}/{part}"] for part in ("codes", "rest", "lengths")
+        )
+        return self.reader.locate(
+            modality, CodedBlocks(codes, rest, lengths, self._starts[modality]), slot, row
+        )
 
     def batch_codes(self, slot: np.ndarray, row: np.ndarray) -> np.ndarray:
         """(n,) int32, -1 = unknown."""

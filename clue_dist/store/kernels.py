@@ -40,7 +40,7 @@ _line = (lambda _address: None) if config.DISABLE_JIT else intrinsic(_ask_for_li
 
 
 @njit(nogil=True, cache=True)
-def ask_for(array):  # type: ignore[no-untyped-def]
+def prefetch_array(array):  # type: ignore[no-untyped-def]
     """Begin to bring a contiguous array into the cache."""
     first = array.ctypes.data
     for address in range(first - first % LINE, first + array.size * array.itemsize, LINE):
@@ -51,7 +51,7 @@ def ask_for(array):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def row_starts(lengths: np.ndarray) -> np.ndarray:
+def compute_row_starts(lengths: np.ndarray) -> np.ndarray:
     """lengths (blocks, B, 3) -> where each row starts in its block's codes and rest, (blocks, B + 1, 2) int64."""
     blocks, size, _ = lengths.shape
     out = np.zeros((blocks, size + 1, 2), np.int64)
@@ -73,7 +73,7 @@ def copy_rows(starts, values, rows, at, out_starts, out):  # type: ignore[no-unt
 
 
 @njit(nogil=True, cache=True)
-def encode(indptr, indices, values, bits, lengths, codes, rest, scratch):  # type: ignore[no-untyped-def]
+def encode_rows(indptr, indices, values, bits, lengths, codes, rest, scratch):  # type: ignore[no-untyped-def]
     """Fill codes, rest and lengths (n, 3). Returns how much of codes and of rest is filled, the largest count, or -1
     where a row is not canonical, and the largest number in rest. scratch: (2, longest row)."""
     far, high = (256 >> bits) - 1, (1 << bits) - 1
@@ -115,7 +115,7 @@ def encode(indptr, indices, values, bits, lengths, codes, rest, scratch):  # typ
 
 
 @njit(nogil=True, cache=True)
-def to_binary(codes, rest, starts, bits, lengths, out_rest):  # type: ignore[no-untyped-def]
+def recode_as_binary(codes, rest, starts, bits, lengths, out_rest):  # type: ignore[no-untyped-def]
     """Fill lengths (n, 3) and out_rest, change codes. Returns how much of out_rest is filled, -1 at another count."""
     far, count = (256 >> bits) - 1, (1 << bits) - 1
     at = 0
@@ -142,32 +142,36 @@ def _ask_ahead(codes, rest, starts, slot, row, i):  # type: ignore[no-untyped-de
     """Ask for the codes and rest of a row that is decoded soon, and before that, for where they are."""
     if i + 2 * AHEAD < len(slot):
         s, r = slot[i + 2 * AHEAD], row[i + 2 * AHEAD]
-        ask_for(starts[s, r : r + 2])
+        prefetch_array(starts[s, r : r + 2])
     if i + AHEAD < len(slot):
         s, r = slot[i + AHEAD], row[i + AHEAD]
-        ask_for(codes[s, starts[s, r, 0] : starts[s, r + 1, 0]])
-        ask_for(rest[s, starts[s, r, 1] : starts[s, r + 1, 1]])
+        prefetch_array(codes[s, starts[s, r, 0] : starts[s, r + 1, 0]])
+        prefetch_array(rest[s, starts[s, r, 1] : starts[s, r + 1, 1]])
 
 
 @njit(nogil=True, cache=True)
-def decode(codes, rest, lengths, starts, bits, n_features, slot, row, indptr, indices, values):  # type: ignore[no-untyped-def]
+def decode_rows(codes, rest, lengths, starts, bits, n_features, slot, row, indptr, indices, values):  # type: ignore[no-untyped-def]
     """Returns the first row that is not coded as it should be, or -1; nothing is written beside what rows have."""
     for i in range(len(slot)):
         _ask_ahead(codes, rest, starts, slot, row, i)
         s, r = slot[i], row[i]
         columns = indices[indptr[i] : indptr[i + 1]]
         if values is None:
-            fits = _columns(codes[s], rest[s], lengths[s, r], starts[s, r], bits, n_features, columns)
+            fits = _columns(
+                codes[s], rest[s], lengths[s, r], starts[s, r], bits, n_features, columns
+            )
         else:
             counts = values[indptr[i] : indptr[i + 1]]
-            fits = _row(codes[s], rest[s], lengths[s, r], starts[s, r], bits, n_features, columns, counts)
+            fits = _row(
+                codes[s], rest[s], lengths[s, r], starts[s, r], bits, n_features, columns, counts
+            )
         if not fits:
             return i
     return -1
 
 
 @njit(nogil=True, cache=True)
-def decode_dense(codes, rest, lengths, starts, bits, slot, row, out):  # type: ignore[no-untyped-def]
+def decode_dense_rows(codes, rest, lengths, starts, bits, slot, row, out):  # type: ignore[no-untyped-def]
     """Returns as `decode` does."""
     columns, counts = np.empty(out.shape[1], np.int32), np.empty(out.shape[1], np.float32)
     for i in range(len(slot)):
@@ -175,7 +179,14 @@ def decode_dense(codes, rest, lengths, starts, bits, slot, row, out):  # type: i
         s, r = slot[i], row[i]
         n = np.int64(lengths[s, r, 0])
         if n > out.shape[1] or not _row(
-            codes[s], rest[s], lengths[s, r], starts[s, r], bits, out.shape[1], columns[:n], counts[:n]
+            codes[s],
+            rest[s],
+            lengths[s, r],
+            starts[s, r],
+            bits,
+            out.shape[1],
+            columns[:n],
+            counts[:n],
         ):
             return i
         target = out[i]
@@ -195,7 +206,10 @@ def _row(codes, rest, lengths, start, bits, n_features, columns, counts):  # typ
         return False
     mask = np.uint8((1 << bits) - 1)
     n_far, n_high = np.int64(lengths[1]), np.int64(lengths[2])
-    of, more = codes[start[0] : start[0] + len(columns)], rest[start[1] : start[1] + n_far + 2 * n_high]
+    of, more = (
+        codes[start[0] : start[0] + len(columns)],
+        rest[start[1] : start[1] + n_far + 2 * n_high],
+    )
     for j in range(len(columns)):
         counts[j] = np.float32(np.int32(of[j] & mask) + np.int32(1))
     place = np.int64(0)
@@ -217,7 +231,9 @@ def _columns(codes, rest, lengths, start, bits, n_features, columns):  # type: i
     for j in range(len(columns)):
         gap = np.int32(of[j] >> shift)
         if gap == far:
-            wide = rest[min(k, last)]  # a row with more far gaps than it says must not lead beyond the block
+            wide = rest[
+                min(k, last)
+            ]  # a row with more far gaps than it says must not lead beyond the block
             gone += np.int64(wide)
             gap = np.int32(wide)
             k += 1
@@ -228,7 +244,7 @@ def _columns(codes, rest, lengths, start, bits, n_features, columns):  # type: i
 
 
 @njit(nogil=True, cache=True)
-def fault(codes, rest, lengths, starts, bits, n_features):  # type: ignore[no-untyped-def]
+def find_fault(codes, rest, lengths, starts, bits, n_features):  # type: ignore[no-untyped-def]
     far, high = (256 >> bits) - 1, (1 << bits) - 1
     for s in range(lengths.shape[0]):
         for r in range(lengths.shape[1]):

@@ -31,7 +31,9 @@ VERSION = 2
 MANIFEST = "manifest.json"
 BLOCK_CELLS = 64
 SHARD_BYTES = 64 * 2**20  # raw bytes of the largest modality of one shard ...
-SHARD_CELLS = 2**16  # ... and the most cells, where each has few counts: their names take memory too
+SHARD_CELLS = (
+    2**16
+)  # ... and the most cells, where each has few counts: their names take memory too
 CHUNK_BYTES = 2**31 - 2**10  # raw bytes of a chunk: Blosc takes no more
 MOST_FEATURES = 2**23  # of a modality: sums of near gaps stay within 32 bits
 METADATA_BYTES = 2**20  # of a zarr.json, which takes a thousandth of it
@@ -79,14 +81,17 @@ class ArraySpec:
         return (self.file(shard) for shard in range(self.n_shards))
 
 
-def metadata(spec: ArraySpec) -> dict[str, Any]:
+def make_array_metadata(spec: ArraySpec) -> dict[str, Any]:
     """What an array's zarr.json says, as TensorStore reads it; attributes and names of axes aside."""
     size = np.dtype(spec.dtype).itemsize
     little = {"name": "bytes", "configuration": {"endian": "little"}}
-    options = blosc(spec)
+    options = make_blosc_options(spec)
     if size == 1:  # has no order of bytes, nor anything to shuffle
         del options["typesize"]
-    compressed = [little if size > 1 else {"name": "bytes"}, {"name": "blosc", "configuration": options}]
+    compressed = [
+        little if size > 1 else {"name": "bytes"},
+        {"name": "blosc", "configuration": options},
+    ]
     shards = {
         "chunk_shape": list(spec.chunk),
         "codecs": [*compressed, {"name": "crc32c"}],
@@ -105,57 +110,69 @@ def metadata(spec: ArraySpec) -> dict[str, Any]:
     }
 
 
-def stratum_name(modalities: list[str], segment: int = 1) -> str:
+def name_segment(modalities: list[str], segment: int = 1) -> str:
     """`["rna", "adt"]` -> `rna+adt`, or `rna+adt.2`; the order is the manifest's order of modalities."""
     return "+".join(modalities) + (f".{segment}" if segment > 1 else "")
 
 
-def group_of(stratum: str) -> str:
+def name_stratum(stratum: str) -> str:
     """What the segments of cells with the same modalities have in common: `rna+adt.2` -> `rna+adt`."""
     return stratum.partition(".")[0]
 
 
-def unsigned(largest: int) -> str:
+def choose_unsigned(largest: int) -> str:
     """The narrowest unsigned type that holds `largest`."""
     return next(t for t in ("uint8", "uint16", "uint32", "uint64") if largest <= np.iinfo(t).max)
 
 
-def blocks_of(n_cells: int, block_cells: int) -> int:
+def count_blocks(n_cells: int, block_cells: int) -> int:
     return -(-n_cells // block_cells)
 
 
-def shard_blocks(cell_bytes: float, n_cells: int, block_cells: int) -> int:
+def choose_shard_blocks(cell_bytes: float, n_cells: int, block_cells: int) -> int:
     """Blocks in a shard so that `cell_bytes` a cell come to about SHARD_BYTES, of SHARD_CELLS at most; a multiple of
     CHUNK_ROWS."""
     wanted = max(int(SHARD_BYTES / max(cell_bytes * block_cells, 1)), 1)
-    most = most_shard_blocks(n_cells, block_cells)
+    most = limit_shard_blocks(n_cells, block_cells)
     return min(-(-wanted // CHUNK_ROWS) * CHUNK_ROWS, most)
 
 
-def most_shard_blocks(n_cells: int, block_cells: int) -> int:
+def limit_shard_blocks(n_cells: int, block_cells: int) -> int:
     """Where each cell takes next to nothing: whatever SHARD_BYTES was when a store was written."""
-    most = min(max(SHARD_CELLS // block_cells, 1), blocks_of(n_cells, block_cells))
+    most = min(max(SHARD_CELLS // block_cells, 1), count_blocks(n_cells, block_cells))
     return max(1, -(-most // CHUNK_ROWS)) * CHUNK_ROWS
 
 
-def narrow(path: str, n_blocks: int, shard: int, tail: tuple[int, ...], dtype: str, compressor: str) -> ArraySpec:
+def specify_narrow_array(
+    path: str, n_blocks: int, shard: int, tail: tuple[int, ...], dtype: str, compressor: str
+) -> ArraySpec:
     """An array with little per cell: CHUNK_ROWS blocks to a chunk."""
-    return ArraySpec(path, (n_blocks, *tail), (CHUNK_ROWS, *tail), (shard, *tail), dtype, compressor)
+    return ArraySpec(
+        path, (n_blocks, *tail), (CHUNK_ROWS, *tail), (shard, *tail), dtype, compressor
+    )
 
 
-def wide(path: str, n_blocks: int, shard: int, tail: tuple[int, ...], dtype: str, compressor: str) -> ArraySpec:
+def specify_wide_array(
+    path: str, n_blocks: int, shard: int, tail: tuple[int, ...], dtype: str, compressor: str
+) -> ArraySpec:
     """An array with much per cell: one block to a chunk, so that a read touches nothing else."""
     return ArraySpec(path, (n_blocks, *tail), (1, *tail), (shard, *tail), dtype, compressor)
 
 
-def compressor(codec: Codec, lz4_is_idle: bool = False) -> str:
+def choose_compressor(codec: Codec, lz4_is_idle: bool = False) -> str:
     """lz4 decompresses several times as fast as zstd, but finds nothing in the gaps of binary rows, whose bytes are all
     in use and seldom repeat; zstd needs a fifth less for them."""
     return "zstd" if codec == "small" or (codec == "balanced" and lz4_is_idle) else "lz4"
 
 
-def blosc(spec: ArraySpec) -> dict[str, Any]:
+def make_blosc_options(spec: ArraySpec) -> dict[str, Any]:
     """Options of the Blosc codec of an array's chunks; bytes of wide types are shuffled."""
     size = np.dtype(spec.dtype).itemsize
     shuffle = "shuffle" if size > 1 else "noshuffle"
-    return {"cname": spec.compressor, "clevel": 5, "shuffle": shuffle, "typesize": size, "blocksize": 0}
+    return {
+        "cname": spec.compressor,
+        "clevel": 5,
+        "shuffle": shuffle,
+        "typesize": size,
+        "blocksize": 0,
+    }

@@ -21,13 +21,20 @@ from clue_dist.errors import PASSING, ServerError, StoreError
 
 SCHEMES = ("s3", "gs", "http", "https")
 LARGEST = 2**32  # bytes of a file that is read whole: the manifest of a billion cells is smaller
-_EIGHT_TIMES = {"max_retries": 8, "initial_delay": "250ms", "max_delay": "8s"}  # half a minute in all, then the error
+_EIGHT_TIMES = {
+    "max_retries": 8,
+    "initial_delay": "250ms",
+    "max_delay": "8s",
+}  # half a minute in all, then the error
 RETRIES = {f"{driver}_request_retries": _EIGHT_TIMES for driver in ("s3", "gcs", "http")}
 
 _KEYS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; for gs:// GOOGLE_APPLICATION_CREDENTIALS"
 _MEND = "mend the URL or AWS_ENDPOINT_URL"
 _SERVER_SAYS = {  # a part of TensorStore's message -> what to tell, how to mend it
-    "PERMISSION_DENIED": ("the server refuses access to the store", f"mend the URL, or set {_KEYS}"),
+    "PERMISSION_DENIED": (
+        "the server refuses access to the store",
+        f"mend the URL, or set {_KEYS}",
+    ),
     "UNAUTHENTICATED": ("the server refuses access to the store", f"mend the URL, or set {_KEYS}"),
     "Failed to get credentials": ("no credentials for the store", f"set {_KEYS}"),
     "retry attempts failed": (
@@ -38,7 +45,7 @@ _SERVER_SAYS = {  # a part of TensorStore's message -> what to tell, how to mend
 
 
 @dataclass(frozen=True)
-class Remote:
+class RemoteLocation:
     """A URL, without a slash at its end; `remote / "a/b"` lies below it."""
 
     url: str
@@ -46,14 +53,14 @@ class Remote:
     def __str__(self) -> str:
         return self.url
 
-    def __truediv__(self, path: str) -> Remote:
-        return Remote(f"{self.url}/{path}")
+    def __truediv__(self, path: str) -> RemoteLocation:
+        return RemoteLocation(f"{self.url}/{path}")
 
 
-Place = Path | Remote
+Location = Path | RemoteLocation
 
 
-def place_of(where: str | Place) -> Place:
+def parse_location(where: str | Location) -> Location:
     """What a person typed -> a folder or a URL.
 
     Raises:
@@ -63,21 +70,30 @@ def place_of(where: str | Place) -> Place:
         return Path(where) if isinstance(where, str) else where
     scheme, _, rest = where.partition("://")
     if scheme.startswith("http") and rest.split("/")[0].endswith(".amazonaws.com"):
-        what, fix = "Amazon takes the + in a store's paths for a space", "s3://BUCKET/PATH; a public one needs no keys"
+        what, fix = (
+            "Amazon takes the + in a store's paths for a space",
+            "s3://BUCKET/PATH; a public one needs no keys",
+        )
         raise StoreError(what, where=where, fix=fix)
     if scheme not in SCHEMES or not rest.strip("/") or "?" in rest or "#" in rest:
         expected = f"a folder, or {', '.join(f'{s}://' for s in SCHEMES)} and a path"
-        raise StoreError("a store cannot lie there", where=where, expected=expected, fix="mend the path")
-    return Remote(where.rstrip("/"))
+        raise StoreError(
+            "a store cannot lie there", where=where, expected=expected, fix="mend the path"
+        )
+    return RemoteLocation(where.rstrip("/"))
 
 
-def kvstore(root: Place, folder: str = "") -> dict[str, Any]:
+def open_kvstore(root: Location, folder: str = "") -> dict[str, Any]:
     """TensorStore's spec of a store, or of a folder in it."""
     place = root / folder if folder else root
-    return _remote(place) if isinstance(place, Remote) else {"driver": "file", "path": f"{place}/"}
+    return (
+        _remote(place)
+        if isinstance(place, RemoteLocation)
+        else {"driver": "file", "path": f"{place}/"}
+    )
 
 
-def require_plain(root: Place, name: str | None = None, most: int | None = None) -> None:
+def require_plain_files(root: Location, name: str | None = None, most: int | None = None) -> None:
     """Everything in a store's folder, or one file of it and the folders on the way, is a file or a folder: links lead
     elsewhere, and to read a pipe may never end. What is not there is not looked at, nor what a server holds.
 
@@ -86,20 +102,37 @@ def require_plain(root: Place, name: str | None = None, most: int | None = None)
     Raises:
         StoreError: it is something else, is larger, or cannot be looked at.
     """
-    if isinstance(root, Remote):
+    if isinstance(root, RemoteLocation):
         return
     try:
         strange = next(_strange(root), None) if name is None else _strange_on_the_way(root, name)
-        size = (root / name).lstat().st_size if name and most is not None and (root / name).is_file() else 0
+        size = (
+            (root / name).lstat().st_size
+            if name and most is not None and (root / name).is_file()
+            else 0
+        )
     except (OSError, ValueError) as error:
-        raise failed(error, root, "the store's folder cannot be read", where=root, fix="mend the path") from None
+        raise translate_read_error(
+            error, root, "the store's folder cannot be read", where=root, fix="mend the path"
+        ) from None
     if strange is not None:
-        kind = "a link" if strange.is_symlink() else "a folder" if strange.is_dir() else "a pipe, socket or device"
-        what, fix = "a store holds files and folders alone", "put what it should be in its place, or convert again"
+        kind = (
+            "a link"
+            if strange.is_symlink()
+            else "a folder"
+            if strange.is_dir()
+            else "a pipe, socket or device"
+        )
+        what, fix = (
+            "a store holds files and folders alone",
+            "put what it should be in its place, or convert again",
+        )
         raise StoreError(what, where=strange, got=kind, fix=fix)
     if most is not None and size > most:
         what = "a file of the store is larger than it can be"
-        raise StoreError(what, where=f"{root}/{name}", got=f"{size} bytes", expected=f"{most} at most")
+        raise StoreError(
+            what, where=f"{root}/{name}", got=f"{size} bytes", expected=f"{most} at most"
+        )
 
 
 def _strange(folder: Path) -> Iterator[Path]:
@@ -122,14 +155,18 @@ def _strange_on_the_way(root: Path, name: str) -> Path | None:
         for part in name.split("/"):
             path /= part
             mode = path.lstat().st_mode
-            if not (stat.S_ISREG(mode) if path == root / name else stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+            if not (
+                stat.S_ISREG(mode)
+                if path == root / name
+                else stat.S_ISDIR(mode) or stat.S_ISREG(mode)
+            ):
                 return path
     except (FileNotFoundError, NotADirectoryError):
         pass
     return None
 
 
-def _remote(place: Remote) -> dict[str, Any]:
+def _remote(place: RemoteLocation) -> dict[str, Any]:
     scheme, _, rest = place.url.partition("://")
     first, _, path = rest.partition("/")
     path = f"{path}/" if path else ""
@@ -145,11 +182,17 @@ def _aws(env: Any) -> dict[str, Any]:
     region = env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION")
     # Otherwise: files, the instance's role, or none. Named, as looking for these files is loud where there are none.
     keys = {"type": "environment"} if env.get("AWS_ACCESS_KEY_ID") else None
-    told = {"endpoint": endpoint and endpoint.rstrip("/"), "aws_region": region, "aws_credentials": keys}
+    told = {
+        "endpoint": endpoint and endpoint.rstrip("/"),
+        "aws_region": region,
+        "aws_credentials": keys,
+    }
     return {name: value for name, value in told.items() if value}
 
 
-def read(root: Place, name: str, optional: bool = False, most: int = LARGEST) -> bytes | None:
+def read_file(
+    root: Location, name: str, optional: bool = False, most: int = LARGEST
+) -> bytes | None:
     """The bytes of one file of a store; None where there is none.
 
     optional: a store need not have it. Who may not list the objects of a bucket is refused what is not there. most:
@@ -158,7 +201,7 @@ def read(root: Place, name: str, optional: bool = False, most: int = LARGEST) ->
     Raises:
         StoreError: the file, or its server, cannot be read; it is a link; there is no such bucket.
     """
-    require_plain(root, name, most)
+    require_plain_files(root, name, most)
     try:
         store = _open(root)
         got = store.read(name).result()
@@ -166,29 +209,39 @@ def read(root: Place, name: str, optional: bool = False, most: int = LARGEST) ->
             _require_bucket(root, store, name)
             return None
     except (ValueError, OSError) as error:
-        if optional and isinstance(root, Remote) and "PERMISSION_DENIED" in str(error):
+        if optional and isinstance(root, RemoteLocation) and "PERMISSION_DENIED" in str(error):
             return None
-        raise failed(error, root, "a file of the store cannot be read", where=root / name) from None
+        raise translate_read_error(
+            error, root, "a file of the store cannot be read", where=root / name
+        ) from None
     return bytes(got.value)
 
 
-def names(root: Place) -> list[str] | None:
+def list_files(root: Location) -> list[str] | None:
     """Names of all files of a store, links among them; None where the server has no list (http).
 
     Raises:
         StoreError: the server cannot be read.
     """
     if isinstance(root, Path):
-        return [p.relative_to(root).as_posix() for p in root.rglob("*") if not p.is_dir() or p.is_symlink()]
+        return [
+            p.relative_to(root).as_posix()
+            for p in root.rglob("*")
+            if not p.is_dir() or p.is_symlink()
+        ]
     if root.url.startswith("http"):
         return None
     try:
         return [key.decode() for key in _open(root).list().result()]
     except (ValueError, OSError) as error:
-        raise failed(error, root, "the files of the store cannot be listed", where=root) from None
+        raise translate_read_error(
+            error, root, "the files of the store cannot be listed", where=root
+        ) from None
 
 
-def failed(error: Exception, root: Place, what: str, where: object, fix: str | None = None) -> StoreError:
+def translate_read_error(
+    error: Exception, root: Location, what: str, where: object, fix: str | None = None
+) -> StoreError:
     """What TensorStore or the system met, as an error; a server that is down or refuses, a file server too, is told
     from data that are damaged."""
     number = getattr(error, "errno", None)
@@ -197,7 +250,7 @@ def failed(error: Exception, root: Place, what: str, where: object, fix: str | N
     if (int(code[1]) if code else number) in PASSING:
         fix = "look at the file server; once it answers, type the same command again"
         return ServerError("the file system of the store fails", where=where, got=got, fix=fix)
-    if isinstance(root, Remote):
+    if isinstance(root, RemoteLocation):
         for mark, (told, mend) in _SERVER_SAYS.items():
             if mark in got:
                 return ServerError(told, where=where, got=got, fix=mend)
@@ -205,20 +258,24 @@ def failed(error: Exception, root: Place, what: str, where: object, fix: str | N
     return StoreError(what, where=where, got=got, fix=fix)
 
 
-def _open(root: Place) -> Any:
-    return ts.KvStore.open(kvstore(root), context=ts.Context(RETRIES)).result()
+def _open(root: Location) -> Any:
+    return ts.KvStore.open(open_kvstore(root), context=ts.Context(RETRIES)).result()
 
 
-def _require_bucket(root: Place, store: Any, name: str) -> None:
+def _require_bucket(root: Location, store: Any, name: str) -> None:
     """S3 and GCS say the same of a missing object and of a missing bucket; a list of one name tells them apart."""
-    if not isinstance(root, Remote) or root.url.startswith("http"):
+    if not isinstance(root, RemoteLocation) or root.url.startswith("http"):
         return
     try:
         store.list(ts.KvStore.KeyRange(name, name + "\0")).result()
     except (ValueError, OSError) as error:
         if "NOT_FOUND" in str(error):
-            raise StoreError("no such bucket", where=root, got=_plain(str(error)), fix=_MEND) from None
-        if "PERMISSION_DENIED" not in str(error):  # who may read objects need not be allowed to list them
+            raise StoreError(
+                "no such bucket", where=root, got=_plain(str(error)), fix=_MEND
+            ) from None
+        if "PERMISSION_DENIED" not in str(
+            error
+        ):  # who may read objects need not be allowed to list them
             raise
 
 

@@ -11,13 +11,21 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from clue_dist.errors import StoreError
 from clue_dist.kinds import STORAGE, Kind, Storage
 from clue_dist.store import layout, location
 from clue_dist.store.layout import ArraySpec, Codec
-from clue_dist.store.location import Place
+from clue_dist.store.location import Location
 from clue_dist.store.provenance import Notes
 
 
@@ -35,7 +43,9 @@ Names = Annotated[list[str], AfterValidator(_unrepeated)]
 Number = Annotated[int, Field(ge=0)]
 Sha256 = Annotated[str, StringConstraints(pattern="^([0-9a-f]{64})?$")]
 # Of a file in the store: no part of it leads up or out.
-FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_+.-]*(/[A-Za-z0-9][A-Za-z0-9_+.-]*)*$")]
+FileName = Annotated[
+    str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_+.-]*(/[A-Za-z0-9][A-Za-z0-9_+.-]*)*$")
+]
 
 
 class Modality(_Strict):
@@ -59,7 +69,7 @@ class Modality(_Strict):
 Unsigned = Literal["uint8", "uint16", "uint32", "uint64"]
 
 
-class Packed(_Strict):
+class PackedModality(_Strict):
     """How a modality is packed in one stratum: `values` where it is dense, else blocks of at most `capacity` non-zeros
     with `bits` of each for its count, and at most `rest` numbers of `rest_type` that did not fit."""
 
@@ -77,12 +87,12 @@ class Stratum(_Strict):
     n_cells: int = Field(ge=1)
     shard_blocks: int = Field(ge=1)
     barcode_width: int = Field(ge=1, le=layout.BARCODE_BYTES)
-    packed: dict[str, Packed]
+    packed: dict[str, PackedModality]
     batch_counts: dict[str, Number]
     label_counts: dict[str, Number]
 
 
-class Shard(_Strict):
+class FileDigest(_Strict):
     """Size and SHA-256 of one file: a shard, or a zarr.json."""
 
     bytes: Number
@@ -100,10 +110,10 @@ class Manifest(_Strict):
     batches: Names
     labels: Names
     strata: dict[str, Stratum] = Field(min_length=1)
-    shards: dict[FileName, Shard]
+    shards: dict[FileName, FileDigest]
     # Not part of the fingerprint: where the cells came from, and every zarr.json, as zarr-python happens to write it.
     provenance: Notes = {}
-    metadata: dict[FileName, Shard] = {}
+    metadata: dict[FileName, FileDigest] = {}
     fingerprint: str = ""
     seal: str = ""  # SHA-256 of the manifest's file as it is without these letters
 
@@ -115,35 +125,50 @@ class Manifest(_Strict):
                 raise ValueError(f"modality name {name!r} is not a plain name")
         segments: Counter[str] = Counter()
         for name, stratum in self.strata.items():
-            segments[layout.group_of(name)] += 1
-            if stratum.modalities != [m for m in order if m in stratum.modalities] or not stratum.modalities:
-                raise ValueError(f"stratum {name!r} lists modalities {stratum.modalities}, known are {order}")
-            expected = layout.stratum_name(stratum.modalities, segments[layout.group_of(name)])
+            segments[layout.name_stratum(name)] += 1
+            if (
+                stratum.modalities != [m for m in order if m in stratum.modalities]
+                or not stratum.modalities
+            ):
+                raise ValueError(
+                    f"stratum {name!r} lists modalities {stratum.modalities}, known are {order}"
+                )
+            expected = layout.name_segment(stratum.modalities, segments[layout.name_stratum(name)])
             if name != expected or set(stratum.packed) != set(stratum.modalities):
-                raise ValueError(f"stratum {name!r} does not fit its modalities {stratum.modalities}")
+                raise ValueError(
+                    f"stratum {name!r} does not fit its modalities {stratum.modalities}"
+                )
             for m, packed in stratum.packed.items():
                 dense = self.modalities[m].storage == "dense"
                 if dense != (packed.values is not None) or dense == (packed.rest_type is not None):
-                    raise ValueError(f"stratum {name!r} packs {m!r} against its storage {self.modalities[m].storage!r}")
+                    raise ValueError(
+                        f"stratum {name!r} packs {m!r} against its storage {self.modalities[m].storage!r}"
+                    )
             for field, of, names in (
                 ("batch", stratum.batch_counts, self.batches),
                 ("label", stratum.label_counts, self.labels),
             ):
                 if not of.keys() <= set(names) or sum(of.values()) > stratum.n_cells:
-                    raise ValueError(f"{field}_counts of stratum {name!r} do not fit its cells and {field} names")
+                    raise ValueError(
+                        f"{field}_counts of stratum {name!r} do not fit its cells and {field} names"
+                    )
         return self
 
     @model_validator(mode="after")
     def _of_real_sizes(self) -> Manifest:
         """Before anything is allocated: no array is larger than its cells and features can make it."""
         for name, s in self.strata.items():
-            most = layout.most_shard_blocks(s.n_cells, self.block_cells)
+            most = layout.limit_shard_blocks(s.n_cells, self.block_cells)
             if s.shard_blocks > most or s.shard_blocks % layout.CHUNK_ROWS:
-                raise ValueError(f"stratum {name!r} has shards of {s.shard_blocks} blocks, more than {most} or uneven")
+                raise ValueError(
+                    f"stratum {name!r} has shards of {s.shard_blocks} blocks, more than {most} or uneven"
+                )
             for m, packed in s.packed.items():
                 values = min(self.block_cells, s.n_cells) * self.modalities[m].n_features
                 if packed.capacity > values or packed.rest > 3 * values:
-                    raise ValueError(f"a block of {m!r} in stratum {name!r} has {values} values, and is packed as more")
+                    raise ValueError(
+                        f"a block of {m!r} in stratum {name!r} has {values} values, and is packed as more"
+                    )
             for spec in self.arrays(name):
                 if not 0 < spec.chunk_bytes <= layout.CHUNK_BYTES:
                     raise ValueError(
@@ -157,16 +182,22 @@ class Manifest(_Strict):
 
     def computed_fingerprint(self) -> str:
         """SHA-256 of the manifest's content, but for what the data do not decide: equal data, equal fingerprint."""
-        content = self.model_dump(mode="json", exclude={"provenance", "metadata", "fingerprint", "seal"})
-        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        content = self.model_dump(
+            mode="json", exclude={"provenance", "metadata", "fingerprint", "seal"}
+        )
+        return hashlib.sha256(
+            json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+        ).hexdigest()
 
     def arrays(self, stratum: str) -> list[ArraySpec]:
         """Specs of every array of a stratum, `obs` first."""
         s, size = self.strata[stratum], self.block_cells
-        n = layout.blocks_of(s.n_cells, size)
-        root, usual = f"strata/{stratum}", layout.compressor(self.codec)
-        narrow = partial(layout.narrow, n_blocks=n, shard=s.shard_blocks, compressor=usual)
-        wide = partial(layout.wide, n_blocks=n, shard=s.shard_blocks)
+        n = layout.count_blocks(s.n_cells, size)
+        root, usual = f"strata/{stratum}", layout.choose_compressor(self.codec)
+        narrow = partial(
+            layout.specify_narrow_array, n_blocks=n, shard=s.shard_blocks, compressor=usual
+        )
+        wide = partial(layout.specify_wide_array, n_blocks=n, shard=s.shard_blocks)
         specs = [
             narrow(f"{root}/obs/batch", tail=(size,), dtype="int32"),
             narrow(f"{root}/obs/label", tail=(size,), dtype="int32"),
@@ -175,13 +206,26 @@ class Manifest(_Strict):
         for m in s.modalities:
             packed, features, folder = s.packed[m], self.modalities[m].n_features, f"{root}/{m}"
             if packed.values is not None:
-                specs.append(wide(f"{folder}/values", tail=(size, features), dtype=packed.values, compressor=usual))
+                specs.append(
+                    wide(
+                        f"{folder}/values",
+                        tail=(size, features),
+                        dtype=packed.values,
+                        compressor=usual,
+                    )
+                )
                 continue
             assert packed.rest_type is not None
-            of_codes = layout.compressor(self.codec, lz4_is_idle=packed.bits == 0)
+            of_codes = layout.choose_compressor(self.codec, lz4_is_idle=packed.bits == 0)
             specs.append(narrow(f"{folder}/lengths", tail=(size, 3), dtype="uint32"))
-            specs.append(wide(f"{folder}/codes", tail=(packed.capacity,), dtype="uint8", compressor=of_codes))
-            specs.append(wide(f"{folder}/rest", tail=(packed.rest,), dtype=packed.rest_type, compressor=usual))
+            specs.append(
+                wide(f"{folder}/codes", tail=(packed.capacity,), dtype="uint8", compressor=of_codes)
+            )
+            specs.append(
+                wide(
+                    f"{folder}/rest", tail=(packed.rest,), dtype=packed.rest_type, compressor=usual
+                )
+            )
         return specs
 
     def fitting_shards(self) -> bool:
@@ -212,14 +256,14 @@ class Manifest(_Strict):
         return hashlib.sha256(unsealed).hexdigest() == self.seal
 
     @classmethod
-    def read(cls, root: Place) -> Manifest:
+    def read(cls, root: Location) -> Manifest:
         """Read and verify the manifest of a store.
 
         Raises:
             StoreError: no store there, an unfinished conversion, a manifest that is not ours or was edited; a server
                 that fails.
         """
-        path, content = root / layout.MANIFEST, location.read(root, layout.MANIFEST)
+        path, content = root / layout.MANIFEST, location.read_file(root, layout.MANIFEST)
         if content is None:
             unfinished = isinstance(root, Path) and root.with_name(root.name + ".partial").exists()
             fix = (
@@ -252,7 +296,7 @@ class Manifest(_Strict):
             manifest.verify(root)
         return manifest
 
-    def verify(self, root: Place) -> None:
+    def verify(self, root: Location) -> None:
         """Compare the content with its fingerprint.
 
         Raises:
@@ -268,7 +312,9 @@ class Manifest(_Strict):
             )
 
 
-def largest_block(lengths: np.ndarray, block_cells: int) -> int:
+def find_largest_block(lengths: np.ndarray, block_cells: int) -> int:
     """The most of something in a block, at least 1. lengths: what each cell has, (n_cells,) in store order."""
     edges = np.arange(0, len(lengths), block_cells)
-    return int(np.add.reduceat(lengths.astype(np.int64), edges).max(initial=1)) if len(lengths) else 1
+    return (
+        int(np.add.reduceat(lengths.astype(np.int64), edges).max(initial=1)) if len(lengths) else 1
+    )

@@ -12,14 +12,14 @@ class _Note(BaseModel):
     model_config = ConfigDict(strict=True)
 
 
-class Fit(_Note):
+class FeatureFit(_Note):
     """How the features of an input fit those of the store."""
 
     missing: int
     extra: int
 
 
-class Given(_Note):
+class InputFile(_Note):
     """An input file."""
 
     file: str
@@ -27,12 +27,12 @@ class Given(_Note):
     dataset: str
     cells: int
     empty: int
-    features: Fit
+    features: FeatureFit
     names: str = "var_names"
     counted: str = ""
 
 
-class Decided(_Note):
+class FeatureDecision(_Note):
     """How the features of a modality were decided."""
 
     mode: str
@@ -40,23 +40,23 @@ class Decided(_Note):
     bins: int | None
 
 
-class Selected(_Note):
+class FeatureSelection(_Note):
     kept: int
     of: int
     by: str
 
 
-class Tally(_Note):
+class CellTally(_Note):
     into: int = Field(0, alias="in")
     dropped: int = 0
 
 
 class Provenance(_Note):
     tool: str = "?"
-    cells: Tally = Tally()
-    inputs: list[Given] = []
-    features: dict[str, Decided] = {}
-    selected: dict[str, Selected] = {}
+    cells: CellTally = CellTally()
+    inputs: list[InputFile] = []
+    features: dict[str, FeatureDecision] = {}
+    selected: dict[str, FeatureSelection] = {}
     columns: dict[str, str] = {}
     appended: list[Provenance] = []
 

@@ -10,18 +10,18 @@ import tensorstore as ts
 
 from clue_dist.errors import StoreError
 from clue_dist.store import layout, location
-from clue_dist.store.kernels import row_starts
+from clue_dist.store.kernels import compute_row_starts
 from clue_dist.store.layout import ArraySpec
-from clue_dist.store.location import Place
+from clue_dist.store.location import Location
 from clue_dist.store.manifest import Manifest
-from clue_dist.store.rows import CHECK, Blocks, Csr, Located
+from clue_dist.store.rows import CHECK, CodedBlocks, CsrRows, LocatedRows
 
 # Opening a handle caches nothing: the loader keeps the blocks it needs, once.
 _CONTEXT = {"cache_pool": {"total_bytes_limit": 0}, **location.RETRIES}
 
 
 @dataclass(frozen=True)
-class Obs:
+class CellMetadata:
     """Per-cell metadata. batch, label: (n,) int32 codes, -1 = unknown; barcodes: (n,) str."""
 
     batch: np.ndarray
@@ -32,11 +32,11 @@ class Obs:
 class StratumReader:
     """The cells of one stratum. A cell's position p lies in block p // B, row p % B."""
 
-    def __init__(self, root: Place, manifest: Manifest, name: str) -> None:
+    def __init__(self, root: Location, manifest: Manifest, name: str) -> None:
         self.root, self.manifest, self.name = root, manifest, name
         self.stratum = manifest.strata[name]
         self.n_cells, self.block_cells = self.stratum.n_cells, manifest.block_cells
-        self.n_blocks = layout.blocks_of(self.n_cells, self.block_cells)
+        self.n_blocks = layout.count_blocks(self.n_cells, self.block_cells)
         self._context = ts.Context(_CONTEXT)
         self._specs = {s.path.removeprefix(f"strata/{name}/"): s for s in manifest.arrays(name)}
         self._arrays = {array: self._open(spec) for array, spec in self._specs.items()}
@@ -46,14 +46,16 @@ class StratumReader:
     def modalities(self) -> list[str]:
         return self.stratum.modalities
 
-    def read_blocks(self, modality: str, blocks: np.ndarray) -> Blocks | np.ndarray:
+    def read_blocks(self, modality: str, blocks: np.ndarray) -> CodedBlocks | np.ndarray:
         """Decoded blocks of one modality: `Blocks`, or (n, B, features) where it is stored dense."""
         if self.manifest.modalities[modality].storage == "dense":
             return self._read(f"{modality}/values", blocks)
         names = [f"{modality}/{part}" for part in ("codes", "rest", "lengths")]
         pending = [self._start(name, blocks) for name in names]
-        codes, rest, lengths = (self.finish(n, blocks, future) for n, future in zip(names, pending, strict=True))
-        return Blocks(codes, rest, lengths, self.starts(modality, lengths))
+        codes, rest, lengths = (
+            self.finish(n, blocks, future) for n, future in zip(names, pending, strict=True)
+        )
+        return CodedBlocks(codes, rest, lengths, self.starts(modality, lengths))
 
     def starts(self, modality: str, lengths: np.ndarray) -> np.ndarray:
         """Where the rows of blocks with these lengths, (n, B, 3), start: (n, B + 1, 2).
@@ -61,17 +63,24 @@ class StratumReader:
         Raises:
             StoreError: a block's rows are longer than the block.
         """
-        starts, packed = row_starts(lengths), self.stratum.packed[modality]
+        starts, packed = compute_row_starts(lengths), self.stratum.packed[modality]
         most = starts[:, -1].max(0, initial=0)
         if (most > (packed.capacity, packed.rest)).any():
             got = f"a block of {most[0]} non-zeros and {most[1]} rests"
             raise self._misfit(modality, got, f"{packed.capacity} and {packed.rest} at most")
         return starts
 
-    def locate(self, modality: str, blocks: Blocks, slot: np.ndarray, row: np.ndarray) -> Located:
+    def locate(
+        self, modality: str, blocks: CodedBlocks, slot: np.ndarray, row: np.ndarray
+    ) -> LocatedRows:
         """Rows `row` of blocks `slot`, both (n,), among blocks of a sparse modality."""
-        n_features, bits = self.manifest.modalities[modality].n_features, self.stratum.packed[modality].bits
-        return Located(blocks, slot, row, n_features, bits, f"{self.root}: stratum {self.name}, {modality}")
+        n_features, bits = (
+            self.manifest.modalities[modality].n_features,
+            self.stratum.packed[modality].bits,
+        )
+        return LocatedRows(
+            blocks, slot, row, n_features, bits, f"{self.root}: stratum {self.name}, {modality}"
+        )
 
     def read_codes(self, field: str, blocks: np.ndarray) -> np.ndarray:
         """`batch` or `label` codes of whole blocks, (n, B) int32."""
@@ -81,17 +90,19 @@ class StratumReader:
         """Non-zeros of each cell of whole blocks of a sparse modality, (n, B) uint32; padding has none."""
         return self._read(f"{modality}/lengths", blocks)[..., 0]
 
-    def located(self, modality: str, positions: np.ndarray) -> Located | np.ndarray:
+    def located(self, modality: str, positions: np.ndarray) -> LocatedRows | np.ndarray:
         """Any cells, in the order asked for: still coded, or (n, features) where stored dense."""
         blocks, slot = np.unique(positions // self.block_cells, return_inverse=True)
         row = positions % self.block_cells
         got = self.read_blocks(modality, blocks)
-        return got[slot, row] if isinstance(got, np.ndarray) else self.locate(modality, got, slot, row)
+        return (
+            got[slot, row] if isinstance(got, np.ndarray) else self.locate(modality, got, slot, row)
+        )
 
-    def rows(self, modality: str, positions: np.ndarray) -> Csr | np.ndarray:
+    def rows(self, modality: str, positions: np.ndarray) -> CsrRows | np.ndarray:
         """Raw counts of any cells, in the order asked for: `Csr`, or (n, features) where stored dense."""
         got = self.located(modality, positions)
-        return got.csr() if isinstance(got, Located) else got
+        return got.csr() if isinstance(got, LocatedRows) else got
 
     def obs_codes(self, field: str, positions: np.ndarray) -> np.ndarray:
         """`batch` or `label` codes of any cells, (n,) int32, -1 = unknown."""
@@ -106,16 +117,20 @@ class StratumReader:
         """
         n = len(self.manifest.batches if field == "batch" else self.manifest.labels)
         if len(codes) and not (codes.min() >= -1 and codes.max() < n):
-            raise self._misfit(f"obs/{field}", f"codes from {codes.min()} to {codes.max()}", f"-1 to {n - 1}")
+            raise self._misfit(
+                f"obs/{field}", f"codes from {codes.min()} to {codes.max()}", f"-1 to {n - 1}"
+            )
         return codes
 
-    def obs(self, positions: np.ndarray) -> Obs:
+    def obs(self, positions: np.ndarray) -> CellMetadata:
         """Batch, label and barcode of any cells, in the order asked for."""
         try:
             barcodes = np.char.decode(self.barcodes(positions), "utf-8")
         except UnicodeDecodeError as error:
             raise self._misfit("obs/barcode", str(error), "UTF-8") from None
-        return Obs(self.obs_codes("batch", positions), self.obs_codes("label", positions), barcodes)
+        return CellMetadata(
+            self.obs_codes("batch", positions), self.obs_codes("label", positions), barcodes
+        )
 
     def barcodes(self, positions: np.ndarray) -> np.ndarray:
         """Barcodes of any cells, in the order asked for, as UTF-8: (n,) bytes."""
@@ -124,23 +139,37 @@ class StratumReader:
         return np.ascontiguousarray(letters).view(f"S{letters.shape[1]}").reshape(-1)
 
     def _open(self, spec: ArraySpec) -> Any:
-        folder, kvstore = self.root / spec.path, location.kvstore(self.root, spec.path)
-        location.require_plain(self.root, f"{spec.path}/zarr.json", most=layout.METADATA_BYTES)
+        folder, kvstore = self.root / spec.path, location.open_kvstore(self.root, spec.path)
+        location.require_plain_files(
+            self.root, f"{spec.path}/zarr.json", most=layout.METADATA_BYTES
+        )
         request = {"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False}
         try:
-            array = ts.open(request, read=True, open=True, context=self._context, recheck_cached_data=False).result()
+            array = ts.open(
+                request, read=True, open=True, context=self._context, recheck_cached_data=False
+            ).result()
         except (ValueError, OSError) as error:
             what = "an array of the store cannot be opened"
-            raise location.failed(error, self.root, what, where=folder, fix=CHECK) from None
-        found, expected = array.spec().to_json()["metadata"], layout.metadata(spec)
+            raise location.translate_read_error(
+                error, self.root, what, where=folder, fix=CHECK
+            ) from None
+        found, expected = array.spec().to_json()["metadata"], layout.make_array_metadata(spec)
         if differ := [key for key, value in expected.items() if found.get(key) != value]:
             got, wanted = ({key: of.get(key) for key in differ} for of in (found, expected))
-            raise StoreError("an array does not fit the manifest", where=folder, got=got, expected=wanted, fix=CHECK)
+            raise StoreError(
+                "an array does not fit the manifest",
+                where=folder,
+                got=got,
+                expected=wanted,
+                fix=CHECK,
+            )
         return array
 
     def _misfit(self, array: str, got: str, expected: str) -> StoreError:
         where = f"{self.root}: stratum {self.name}, {array}"
-        return StoreError("values that no conversion writes", where=where, got=got, expected=expected, fix=CHECK)
+        return StoreError(
+            "values that no conversion writes", where=where, got=got, expected=expected, fix=CHECK
+        )
 
     def require_plain(self, name: str, blocks: np.ndarray) -> None:
         """The shards that hold these blocks are files, no larger than they can be: TensorStore may read one whole. Each
@@ -152,7 +181,7 @@ class StratumReader:
         spec, known = self._specs[name], self._plain[name]
         new = set((np.asarray(blocks) // spec.shard[0]).tolist()) - known
         for shard in new:
-            location.require_plain(self.root, spec.file(shard), most=spec.shard_bytes)
+            location.require_plain_files(self.root, spec.file(shard), most=spec.shard_bytes)
         known |= new
 
     def _start(self, name: str, blocks: np.ndarray) -> Any:
@@ -173,7 +202,7 @@ class StratumReader:
         try:
             return future.result()
         except (ValueError, OSError) as error:
-            raise location.failed(
+            raise location.translate_read_error(
                 error,
                 self.root,
                 "part of the store is missing or damaged",
@@ -194,11 +223,13 @@ class Store:
             fails.
     """
 
-    def __init__(self, root: str | Place) -> None:
-        self.root = location.place_of(root)
-        location.require_plain(self.root)
+    def __init__(self, root: str | Location) -> None:
+        self.root = location.parse_location(root)
+        location.require_plain_files(self.root)
         self.manifest = Manifest.read(self.root)
-        self.strata = {name: StratumReader(self.root, self.manifest, name) for name in self.manifest.strata}
+        self.strata = {
+            name: StratumReader(self.root, self.manifest, name) for name in self.manifest.strata
+        }
 
     @property
     def modalities(self) -> list[str]:

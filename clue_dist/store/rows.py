@@ -16,14 +16,16 @@ import scipy.sparse as sp
 
 from clue_dist.errors import StoreError
 from clue_dist.store import kernels
-from clue_dist.store.kernels import LARGEST, copy_rows, row_starts
+from clue_dist.store.kernels import LARGEST, compute_row_starts, copy_rows
 
 CHECK = "`python -m data_prep check STORE` lists every damaged shard; restore them or convert again"
-COUNT_BITS = 2  # three of four counts of a droplet are below 4, and gaps below 63 leave few that are far
+COUNT_BITS = (
+    2  # three of four counts of a droplet are below 4, and gaps below 63 leave few that are far
+)
 
 
 @dataclass(frozen=True)
-class Csr:
+class CsrRows:
     """Sparse rows. indptr: (n + 1,) int64; indices: (nnz,) int32, sorted in a row; values: (nnz,) float32.
 
     `coded` takes any integer types.
@@ -39,11 +41,13 @@ class Csr:
         return len(self.indptr) - 1
 
     def scipy(self) -> sp.csr_matrix:
-        return sp.csr_matrix((self.values, self.indices, self.indptr), shape=(self.n_rows, self.n_features))
+        return sp.csr_matrix(
+            (self.values, self.indices, self.indptr), shape=(self.n_rows, self.n_features)
+        )
 
 
 @dataclass(frozen=True)
-class Coded:
+class CodedRows:
     """Rows as they are on disk, one behind the other. codes: (nnz,) uint8; rest: (r,) unsigned;
     lengths: (n, 3) uint32, of each row its non-zeros, far gaps and high counts; bits: of a code that hold the count.
     """
@@ -57,19 +61,23 @@ class Coded:
     def n_rows(self) -> int:
         return len(self.lengths)
 
-    def csr(self, n_features: int) -> Csr:
-        blocks = Blocks(self.codes[None], self.rest[None], self.lengths[None], self.starts()[None])
-        return Located(blocks, np.zeros(self.n_rows, np.int64), np.arange(self.n_rows), n_features, self.bits).csr()
+    def csr(self, n_features: int) -> CsrRows:
+        blocks = CodedBlocks(
+            self.codes[None], self.rest[None], self.lengths[None], self.starts()[None]
+        )
+        return LocatedRows(
+            blocks, np.zeros(self.n_rows, np.int64), np.arange(self.n_rows), n_features, self.bits
+        ).csr()
 
     def starts(self) -> np.ndarray:
         """Where each row starts in codes and in rest, and where the last one ends. (n + 1, 2) int64"""
-        return row_starts(self.lengths[None])[0]
+        return compute_row_starts(self.lengths[None])[0]
 
 
-def joined(parts: Sequence[Coded], order: np.ndarray) -> Coded:
+def join_rows(parts: Sequence[CodedRows], order: np.ndarray) -> CodedRows:
     """Rows of several, as if one behind the other, in the given order; rest of the widest type."""
     lengths = np.concatenate([part.lengths for part in parts])[order]
-    starts, place = row_starts(lengths[None])[0], np.argsort(order)
+    starts, place = compute_row_starts(lengths[None])[0], np.argsort(order)
     codes = np.empty(starts[-1, 0], np.uint8)
     rest = np.empty(starts[-1, 1], np.result_type(*(part.rest for part in parts)))
     first = 0
@@ -78,43 +86,49 @@ def joined(parts: Sequence[Coded], order: np.ndarray) -> Coded:
         for k, (values, out) in enumerate(((part.codes, codes), (part.rest, rest))):
             copy_rows(part.starts()[:, k], values, rows, place[first + rows], starts[:, k], out)
         first += part.n_rows
-    return Coded(codes, rest, lengths, parts[0].bits)
+    return CodedRows(codes, rest, lengths, parts[0].bits)
 
 
-def coded(rows: Csr, bits: int) -> Coded:
+def code_rows(rows: CsrRows, bits: int) -> CodedRows:
     """Code rows of counts from 1 on; without bits for the count, all are 1."""
-    got = try_coded(rows, bits)
+    got = try_code_rows(rows, bits)
     if got is None:
-        raise ValueError(f"rows that are not canonical: columns must ascend, counts be 1, 2, ... {LARGEST}")
+        raise ValueError(
+            f"rows that are not canonical: columns must ascend, counts be 1, 2, ... {LARGEST}"
+        )
     return got[0]
 
 
-def try_coded(rows: Csr, bits: int) -> tuple[Coded, int] | None:
+def try_code_rows(rows: CsrRows, bits: int) -> tuple[CodedRows, int] | None:
     """Code rows of any numbers, and the largest; None where a column does not ascend, or a number is no count."""
     lengths = np.empty((rows.n_rows, 3), np.uint32)
     most = int(np.diff(rows.indptr).max(initial=0))
     codes = np.empty(len(rows.values), np.uint8)
     rest = np.empty(3 * len(rows.values), np.uint32)  # only what is written to takes memory
     scratch = np.empty((2, most), np.uint32)
-    ends = kernels.encode(rows.indptr, rows.indices, rows.values, bits, lengths, codes, rest, scratch)
+    ends = kernels.encode_rows(
+        rows.indptr, rows.indices, rows.values, bits, lengths, codes, rest, scratch
+    )
     n_codes, n_rest, largest, largest_rest = (int(n) for n in ends)
     if largest < 0:
         return None
     narrow = rest[:n_rest].astype(np.min_scalar_type(largest_rest))
-    return Coded(codes[:n_codes], narrow, lengths, bits), largest
+    return CodedRows(codes[:n_codes], narrow, lengths, bits), largest
 
 
-def as_binary(rows: Coded) -> Coded:
+def recode_rows_as_binary(rows: CodedRows) -> CodedRows:
     """Rows whose counts are all 1, without bits for them. Takes the memory of `rows`, which are of no use any more."""
     lengths, rest = np.zeros_like(rows.lengths), np.empty_like(rows.rest)
-    n_rest = int(kernels.to_binary(rows.codes, rows.rest, rows.starts(), rows.bits, lengths, rest))
+    n_rest = int(
+        kernels.recode_as_binary(rows.codes, rows.rest, rows.starts(), rows.bits, lengths, rest)
+    )
     if n_rest < 0:
         raise ValueError("a count above 1 in rows that should be binary")
-    return Coded(rows.codes, rest[:n_rest], lengths, 0)
+    return CodedRows(rows.codes, rest[:n_rest], lengths, 0)
 
 
 @dataclass(frozen=True)
-class Blocks:
+class CodedBlocks:
     """Decompressed blocks, their rows still coded. codes: (n, C) uint8; rest: (n, R) unsigned; lengths: (n, B, 3) as in
     `Coded`; starts: (n, B + 1, 2), where each row starts in its block's codes and rest."""
 
@@ -125,7 +139,7 @@ class Blocks:
 
 
 @dataclass(frozen=True)
-class Located:
+class LocatedRows:
     """Some rows inside blocks, none of which is longer than its block. slot, row: (n,), which block and which row of
     it; bits: as in `Coded`; where: they come from, for messages.
 
@@ -133,7 +147,7 @@ class Located:
     whatever the bytes are.
     """
 
-    blocks: Blocks
+    blocks: CodedBlocks
     slot: np.ndarray
     row: np.ndarray
     n_features: int
@@ -148,13 +162,17 @@ class Located:
         """Fill indices (nnz,) int32 and values (nnz,) float32. indptr: (n + 1,), where each row goes in them. Without
         `values`, binary rows alone can be decoded."""
         b, of = self.blocks, (self.bits, self.n_features, self.slot, self.row)
-        self._require_all(kernels.decode(b.codes, b.rest, b.lengths, b.starts, *of, indptr, indices, values))
+        self._require_all(
+            kernels.decode_rows(b.codes, b.rest, b.lengths, b.starts, *of, indptr, indices, values)
+        )
 
     def decode_dense(self, out: np.ndarray) -> None:
         """Fill out, (n, features) float32."""
         b = self.blocks
         self._require_all(
-            kernels.decode_dense(b.codes, b.rest, b.lengths, b.starts, self.bits, self.slot, self.row, out)
+            kernels.decode_dense_rows(
+                b.codes, b.rest, b.lengths, b.starts, self.bits, self.slot, self.row, out
+            )
         )
 
     def _require_all(self, bad: int) -> None:
@@ -162,19 +180,27 @@ class Located:
             got = f"row {self.row[bad]} of a block, {self.nonzeros()[bad]} non-zeros"
             expected = f"columns below {self.n_features}, each gap and count once"
             raise StoreError(
-                "values that no conversion writes", where=self.where, got=got, expected=expected, fix=CHECK
+                "values that no conversion writes",
+                where=self.where,
+                got=got,
+                expected=expected,
+                fix=CHECK,
             )
 
-    def csr(self) -> Csr:
+    def csr(self) -> CsrRows:
         indptr = np.concatenate([[0], np.cumsum(self.nonzeros(), dtype=np.int64)])
         indices, values = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], np.float32)
         self.decode(indptr, indices, values)
-        return Csr(indptr, indices, values, self.n_features)
+        return CsrRows(indptr, indices, values, self.n_features)
 
 
-def misfit(blocks: Blocks, bits: int, n_features: int) -> str | None:
+def find_misfit(blocks: CodedBlocks, bits: int, n_features: int) -> str | None:
     """What is wrong with the coding of some row, if anything."""
-    found = kernels.fault(blocks.codes, blocks.rest, blocks.lengths, blocks.starts, bits, n_features)
-    return ("", f"a column beyond the last, there are {n_features} features", "lengths that do not fit the codes")[
-        found
-    ] or None
+    found = kernels.find_fault(
+        blocks.codes, blocks.rest, blocks.lengths, blocks.starts, bits, n_features
+    )
+    return (
+        "",
+        f"a column beyond the last, there are {n_features} features",
+        "lengths that do not fit the codes",
+    )[found] or None

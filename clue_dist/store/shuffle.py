@@ -15,12 +15,12 @@ from numba import njit
 _ROUNDS = 6
 
 
-def key_of(*parts: object) -> int:
+def derive_key(*parts: object) -> int:
     """A 64-bit key out of anything with a stable `repr`: seeds, names, pass numbers."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
 
-def permute(i: np.ndarray, n: int, key: int | np.ndarray) -> np.ndarray:
+def permute_positions(i: np.ndarray, n: int, key: int | np.ndarray) -> np.ndarray:
     """Where a shuffle of range(n) puts or takes element `i`. i: any shape, values in [0, n). Returns int64.
 
     key: of the shuffle, or one for each element, uint64 of i's shape: of many shuffles at once.
@@ -35,7 +35,7 @@ def permute(i: np.ndarray, n: int, key: int | np.ndarray) -> np.ndarray:
     return _walk(flat, np.uint64(n), keys, np.uint64(half)).reshape(np.shape(i))
 
 
-def hashed(names: np.ndarray, key: int) -> np.ndarray:
+def hash_barcodes(names: np.ndarray, key: int) -> np.ndarray:
     """A keyed hash of each name, the same on every machine: sorted by it, names are shuffled.
 
     names: (n,) bytes, however wide. Returns (n,) uint64.

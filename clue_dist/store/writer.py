@@ -15,25 +15,25 @@ import zarr
 from clue_dist.errors import StoreError
 from clue_dist.store import layout
 from clue_dist.store.layout import ArraySpec
-from clue_dist.store.manifest import Manifest, Packed, Shard
-from clue_dist.store.rows import Coded
+from clue_dist.store.manifest import FileDigest, Manifest, PackedModality
+from clue_dist.store.rows import CodedRows
 
 
 @dataclass(frozen=True)
-class Cells:
+class SegmentCells:
     """Consecutive cells of one stratum, in store order.
 
     modalities: rows per modality, `Coded` as the manifest says, or a dense (n, features) array; batch, label: (n,)
     int32 codes into the manifest's lists, -1 = unknown; barcodes: (n,) bytes, UTF-8.
     """
 
-    modalities: dict[str, Coded | np.ndarray]
+    modalities: dict[str, CodedRows | np.ndarray]
     batch: np.ndarray
     label: np.ndarray
     barcodes: np.ndarray
 
 
-def create(root: Path, manifest: Manifest) -> None:
+def create_store(root: Path, manifest: Manifest) -> None:
     """Create the groups and empty arrays of every stratum under `root`; existing shards stay."""
     root.mkdir(parents=True, exist_ok=True)
     zarr.open_group(root, mode="a", zarr_format=3)
@@ -43,7 +43,9 @@ def create(root: Path, manifest: Manifest) -> None:
                 _create_array(root, spec)
 
 
-def write_shard(root: Path, manifest: Manifest, stratum: str, shard: int, cells: Cells) -> dict[str, Shard]:
+def write_shard(
+    root: Path, manifest: Manifest, stratum: str, shard: int, cells: SegmentCells
+) -> dict[str, FileDigest]:
     """Write shard number `shard` of every array of a stratum; returns the size and hash of each file.
 
     `cells` holds the shard's cells in order: shard_blocks * block_cells of them, fewer only in the last shard.
@@ -60,7 +62,7 @@ def write_shard(root: Path, manifest: Manifest, stratum: str, shard: int, cells:
             expected=expected,
         )
     first = shard * s.shard_blocks
-    n_blocks = layout.blocks_of(expected, size)
+    n_blocks = layout.count_blocks(expected, size)
 
     written = {}
     for spec in manifest.arrays(stratum):
@@ -88,46 +90,56 @@ def _write(folder: Path, first: int, data: np.ndarray) -> None:
     try:
         array = ts.open(request, open=True, write=True).result()
         # It need not copy what stays as it is until the result is there.
-        array[first : first + len(data)].write(data, can_reference_source_data_indefinitely=True).result()
+        array[first : first + len(data)].write(
+            data, can_reference_source_data_indefinitely=True
+        ).result()
     except (ValueError, OSError) as error:
         got = str(error).split("[")[0]
         raise StoreError(
-            "a shard cannot be written", where=folder, got=got, fix="if the disk is full, free some and go on"
+            "a shard cannot be written",
+            where=folder,
+            got=got,
+            fix="if the disk is full, free some and go on",
         ) from None
 
 
-def commit(partial: Path, final: Path, manifest: Manifest) -> Manifest:
+def commit_store(partial: Path, final: Path, manifest: Manifest) -> Manifest:
     """Write the manifest into `partial`, with hashes of its metadata, then give the folder its final name.
 
     From here on the store exists.
     """
-    signed = manifest.model_copy(update={"metadata": metadata(partial)}).write(partial)
+    signed = manifest.model_copy(update={"metadata": hash_metadata(partial)}).write(partial)
     if final.exists():
-        raise StoreError("something is already there", where=final, fix="choose another --out, or remove it")
+        raise StoreError(
+            "something is already there", where=final, fix="choose another --out, or remove it"
+        )
     partial.rename(final)
-    sync(final.parent)
+    sync_to_disk(final.parent)
     return signed
 
 
-def metadata(root: Path, below: str = "") -> dict[str, Shard]:
+def hash_metadata(root: Path, below: str = "") -> dict[str, FileDigest]:
     """Size and hash of every zarr.json of a store, or of those in a folder of it."""
-    return {p.relative_to(root).as_posix(): hash_file(p) for p in sorted((root / below).rglob("zarr.json"))}
+    return {
+        p.relative_to(root).as_posix(): hash_file(p)
+        for p in sorted((root / below).rglob("zarr.json"))
+    }
 
 
-def hash_file(path: Path) -> Shard:
+def hash_file(path: Path) -> FileDigest:
     """Size and SHA-256 of a file, read in pieces: large ones, as between two the interpreter's lock is taken, from
     training, too."""
     digest, piece = hashlib.sha256(), memoryview(bytearray(PIECE))
     with path.open("rb", buffering=0) as f:
         while n := f.readinto(piece):
             digest.update(piece[:n])
-        return Shard(bytes=f.tell(), sha256=digest.hexdigest())
+        return FileDigest(bytes=f.tell(), sha256=digest.hexdigest())
 
 
 PIECE = 8 << 20  # bytes
 
 
-def sync(path: Path) -> None:
+def sync_to_disk(path: Path) -> None:
     """Have a file, or the names in a folder, on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -145,7 +157,10 @@ def _create_array(root: Path, spec: ArraySpec) -> None:
         shards=spec.shard,
         dtype=spec.dtype,
         # crc32c comes last, so that a flipped bit raises before anything is decoded.
-        compressors=[zarr.codecs.BloscCodec(**layout.blosc(spec)), zarr.codecs.Crc32cCodec()],
+        compressors=[
+            zarr.codecs.BloscCodec(**layout.make_blosc_options(spec)),
+            zarr.codecs.Crc32cCodec(),
+        ],
         fill_value=0,
     )
 
@@ -156,7 +171,7 @@ def _padded(values: np.ndarray, rows: int, dtype: str | np.dtype) -> np.ndarray:
     return out
 
 
-def _obs_array(name: str, cells: Cells, n_blocks: int, size: int, width: int) -> np.ndarray:
+def _obs_array(name: str, cells: SegmentCells, n_blocks: int, size: int, width: int) -> np.ndarray:
     if name != "barcode":
         codes = cells.batch if name == "batch" else cells.label
         return _padded(codes, n_blocks * size, "int32").reshape(n_blocks, size)
@@ -164,12 +179,18 @@ def _obs_array(name: str, cells: Cells, n_blocks: int, size: int, width: int) ->
     return _padded(letters, n_blocks * size, "uint8").reshape(n_blocks, size, width)
 
 
-def _modality_array(name: str, rows: Coded | np.ndarray, n_blocks: int, size: int, packed: Packed) -> np.ndarray:
+def _modality_array(
+    name: str, rows: CodedRows | np.ndarray, n_blocks: int, size: int, packed: PackedModality
+) -> np.ndarray:
     if isinstance(rows, np.ndarray):
-        return _padded(rows, n_blocks * size, str(packed.values)).reshape(n_blocks, size, rows.shape[1])
+        return _padded(rows, n_blocks * size, str(packed.values)).reshape(
+            n_blocks, size, rows.shape[1]
+        )
     if name == "lengths":
         return _padded(rows.lengths, n_blocks * size, "uint32").reshape(n_blocks, size, 3)
-    edges = rows.starts()[np.minimum(np.arange(n_blocks + 1) * size, rows.n_rows)]  # (n_blocks + 1, 2)
+    edges = rows.starts()[
+        np.minimum(np.arange(n_blocks + 1) * size, rows.n_rows)
+    ]  # (n_blocks + 1, 2)
     if name == "codes":
         return _blocked(rows.codes, edges[:, 0], packed.capacity, "uint8")
     return _blocked(rows.rest, edges[:, 1], packed.rest, str(packed.rest_type))

@@ -16,10 +16,10 @@ import torch
 
 from clue_dist.data.batch import Batch, SparseCounts
 from clue_dist.data.loader import AHEAD, STRETCH
-from clue_dist.data.timing import watch
+from clue_dist.data.timing import record_phases
 from clue_dist.ranks import Ranks
-from clue_dist.train.engine import build, join
-from clue_dist.train.loop import loader_at
+from clue_dist.train.engine import build_engine, join_process_group
+from clue_dist.train.loop import open_loader
 from clue_dist.train.setup import Setup
 from clue_dist.train.step import train_step
 
@@ -29,7 +29,7 @@ FINE = 0.05  # share of the time a step may wait for data before data counts as 
 
 
 @dataclass(frozen=True)
-class Data:
+class LoaderSpeed:
     """The loader without a model, over all ranks; medians over the repeats. non_zeros_per_s: of sparse modalities.
 
     phases: share of the loader's time, by phase, over all repeats and ranks; they sum to 1.
@@ -42,7 +42,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelSpeed:
     """Steps on one real batch that lies on the device, over all ranks; medians.
 
     The three parts are each timed to their end on the device, `step_ms` without such waiting between them.
@@ -56,7 +56,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Both:
+class TrainingSpeed:
     """Training as it is. waited: share of the time in which a step waited for its batch, of the rank that did most."""
 
     step_ms: float
@@ -65,11 +65,11 @@ class Both:
 
 
 @dataclass(frozen=True)
-class Report:
+class SpeedReport:
     about: dict[str, Any]
-    data: Data
-    model: Model
-    both: Both
+    data: LoaderSpeed
+    model: ModelSpeed
+    both: TrainingSpeed
 
     @property
     def feeds(self) -> float:
@@ -78,7 +78,7 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        return verdict(self.data, self.model, self.both, self.about["device"])
+        return judge_speed(self.data, self.model, self.both, self.about["device"])
 
     def as_dict(self) -> dict[str, Any]:
         """What `--json` writes."""
@@ -104,11 +104,15 @@ class Report:
         )
 
 
-def verdict(data: Data, model: Model, both: Both, device: str) -> str:
+def judge_speed(data: LoaderSpeed, model: ModelSpeed, both: TrainingSpeed, device: str) -> str:
     """One line in plain words: what limits training here, and by how much. device: "cuda" or "cpu"."""
     feeds, unit = data.cells_per_s / model.cells_per_s, "GPUs" if device == "cuda" else "models"
     if both.waited <= FINE:
-        could = f"the loader could feed {_count(feeds)} such {unit}" if feeds >= 1 else "the loader just keeps up"
+        could = (
+            f"the loader could feed {_count(feeds)} such {unit}"
+            if feeds >= 1
+            else "the loader just keeps up"
+        )
         return f"the model is the limit: {could}"
     slowest, share = max(data.phases.items(), key=lambda item: item[1])
     where = f"most of the loader's time goes to: {slowest} ({share:.0%})"
@@ -125,23 +129,25 @@ def _count(times: float) -> str:
     return f"{int(times):,}" if times >= 10 else f"{math.floor(times * 10) / 10:.1f}"
 
 
-def measure(setup: Setup, ranks: Ranks, seconds: float = 2.0, repeats: int = 5) -> Report:
+def measure_speed(
+    setup: Setup, ranks: Ranks, seconds: float = 2.0, repeats: int = 5
+) -> SpeedReport:
     """Measure all three, `repeats` times about `seconds` each; all ranks call this and get the same report.
 
     Raises:
         StoreError: a damaged chunk.
     """
-    device = join(ranks)
-    clock = Clock(ranks, device, seconds, repeats)
+    device = join_process_group(ranks)
+    clock = RankClock(ranks, device, seconds, repeats)
     data = _data_alone(setup, ranks, device, clock)
-    engine = build(_untrained(setup), ranks, device)
+    engine = build_engine(_untrained(setup), ranks, device)
     model = _model_alone(engine, setup, ranks, device, clock)
     both = _both(engine, setup, ranks, device, clock)
     engine.destroy()
-    return Report(_about(setup, ranks, device), data, model, both)
+    return SpeedReport(_about(setup, ranks, device), data, model, both)
 
 
-class Clock:
+class RankClock:
     """Times repeats of the same work on all ranks: they begin together, and the slowest one counts."""
 
     def __init__(self, ranks: Ranks, device: torch.device, seconds: float, repeats: int) -> None:
@@ -168,7 +174,7 @@ class Clock:
         return max(at_least, math.ceil(self.seconds / (self.times(work, at_least) / at_least)))
 
 
-def _data_alone(setup: Setup, ranks: Ranks, device: torch.device, clock: Clock) -> Data:
+def _data_alone(setup: Setup, ranks: Ranks, device: torch.device, clock: RankClock) -> LoaderSpeed:
     non_zeros = 0
 
     def work() -> None:
@@ -176,21 +182,24 @@ def _data_alone(setup: Setup, ranks: Ranks, device: torch.device, clock: Clock) 
         non_zeros += _non_zeros(next(loader))
 
     rates, found = [], []
-    with loader_at(setup, ranks, 0, device) as loader:
+    with open_loader(setup, ranks, 0, device) as loader:
         calls = clock.calls(work, _span(setup))
         phases: dict[str, float] = defaultdict(float)
         spent = 0.0
         for _ in range(clock.repeats):
             non_zeros = 0
-            with watch() as watched:
+            with record_phases() as watched:
                 seconds = clock.times(work, calls)
             rates.append(calls / seconds)
             found.append(sum(ranks.all_gather_object(non_zeros)) / seconds)
             spent += seconds
             for name, s in watched.items():
                 phases[name] += s
-    return Data(
-        median(rates), median(rates) * setup.plan.batch_size, median(found), shares(_summed(ranks, phases), spent)
+    return LoaderSpeed(
+        median(rates),
+        median(rates) * setup.plan.batch_size,
+        median(found),
+        share_time(_summed(ranks, phases), spent),
     )
 
 
@@ -201,13 +210,15 @@ def _summed(ranks: Ranks, phases: dict[str, float]) -> dict[str, float]:
     return {name: sum(one.get(name, 0.0) for one in everyone) / len(everyone) for name in names}
 
 
-def shares(phases: dict[str, float], spent: float) -> dict[str, float]:
+def share_time(phases: dict[str, float], spent: float) -> dict[str, float]:
     """Seconds by phase, out of `spent` by the clock -> shares that sum to 1, what is in no phase being "other".
 
     Phases may sum to more than the clock's time where threads work side by side.
     """
     other = max(spent - sum(phases.values()), 0.0)
-    return {name: s / (sum(phases.values()) + other) for name, s in {**phases, "other": other}.items()}
+    return {
+        name: s / (sum(phases.values()) + other) for name, s in {**phases, "other": other}.items()
+    }
 
 
 def _span(setup: Setup) -> int:
@@ -227,36 +238,47 @@ def _untrained(setup: Setup) -> Setup:
     """Weights do not change the speed: spare the pass over the cells that would initialise them."""
     c = setup.config
     trunk = c.model.trunk.model_copy(update={"projection_init": "random"})
-    return replace(setup, config=c.model_copy(update={"model": c.model.model_copy(update={"trunk": trunk})}))
+    return replace(
+        setup, config=c.model_copy(update={"model": c.model.model_copy(update={"trunk": trunk})})
+    )
 
 
-def _model_alone(engine: Any, setup: Setup, ranks: Ranks, device: torch.device, clock: Clock) -> Model:
-    with loader_at(setup, ranks, 0, device) as loader:
+def _model_alone(
+    engine: Any, setup: Setup, ranks: Ranks, device: torch.device, clock: RankClock
+) -> ModelSpeed:
+    with open_loader(setup, ranks, 0, device) as loader:
         batches = itertools.repeat(next(loader).to(device))
     calls = clock.calls(_steps(engine, setup, ranks, batches, device), WARM_UP)
-    whole = [clock.times(_steps(engine, setup, ranks, batches, device), calls) / calls for _ in range(clock.repeats)]
-    watched = Watched(engine, clock)
+    whole = [
+        clock.times(_steps(engine, setup, ranks, batches, device), calls) / calls
+        for _ in range(clock.repeats)
+    ]
+    watched = TimedEngine(engine, clock)
     clock.times(_steps(watched, setup, ranks, batches, device), calls)
     forward, backward, optimizer = watched.ms_per_step(setup.config.train.grad_accum)
     step = median(whole)
-    return Model(1e3 * step, forward, backward, optimizer, _batch_size(setup) / step)
+    return ModelSpeed(1e3 * step, forward, backward, optimizer, _batch_size(setup) / step)
 
 
-def _both(engine: Any, setup: Setup, ranks: Ranks, device: torch.device, clock: Clock) -> Both:
-    with loader_at(setup, ranks, 0, device) as loader:
+def _both(
+    engine: Any, setup: Setup, ranks: Ranks, device: torch.device, clock: RankClock
+) -> TrainingSpeed:
+    with open_loader(setup, ranks, 0, device) as loader:
         work = _steps(engine, setup, ranks, loader, device)
         calls = clock.calls(work, WARM_UP)
         before = loader.waited
         times = [clock.times(work, calls) for _ in range(clock.repeats)]
         waited = (loader.waited - before) / sum(times)
     step = median(times) / calls
-    return Both(1e3 * step, _batch_size(setup) / step, max(ranks.all_gather_object(waited)))
+    return TrainingSpeed(
+        1e3 * step, _batch_size(setup) / step, max(ranks.all_gather_object(waited))
+    )
 
 
-class Watched:
+class TimedEngine:
     """An engine whose parts of a step are timed, each to its end on the device."""
 
-    def __init__(self, engine: Any, clock: Clock) -> None:
+    def __init__(self, engine: Any, clock: RankClock) -> None:
         self._engine, self._clock = engine, clock
         self._seconds: dict[str, list[float]] = defaultdict(list)
 
@@ -304,7 +326,11 @@ def _batch_size(setup: Setup) -> int:
 
 def _about(setup: Setup, ranks: Ranks, device: torch.device) -> dict[str, Any]:
     c = setup.config
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU ({torch.get_num_threads()} threads)"
+    )
     return {
         "store": c.store,
         "fingerprint": setup.store.fingerprint,

@@ -20,7 +20,7 @@ from torch import nn
 
 from clue_dist.config import Config
 from clue_dist.model.clue import CLUE
-from clue_dist.model.initialise import initialise
+from clue_dist.model.initialise import initialise_model
 from clue_dist.objective import Objective
 from clue_dist.ranks import Ranks
 from clue_dist.train.setup import Setup
@@ -29,7 +29,7 @@ from clue_dist.train.setup import Setup
 compiler.compile = lambda: lambda function: function
 
 
-def join(ranks: Ranks) -> torch.device:
+def join_process_group(ranks: Ranks) -> torch.device:
     """Join the process group and return this rank's device; a single process makes a group of one."""
     device = ranks.device()
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -37,7 +37,9 @@ def join(ranks: Ranks) -> torch.device:
         torch.cuda.set_device(device)
     if ranks.world == 1 and not dist.is_initialized():
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's own calls
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module="torch.distributed"
+    )  # DeepSpeed's own calls
     ranks.init(backend)
     os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed takes the device of this number
     # DeepSpeed would compile its own shared-memory collectives on first use; gloo needs no compiler and is tested.
@@ -46,7 +48,9 @@ def join(ranks: Ranks) -> torch.device:
     return device
 
 
-def build(setup: Setup, ranks: Ranks, device: torch.device, start: Callable[[CLUE], None] | None = None) -> Any:
+def build_engine(
+    setup: Setup, ranks: Ranks, device: torch.device, start: Callable[[CLUE], None] | None = None
+) -> Any:
     """The DeepSpeed engine around an `Objective`, the same on every rank.
 
     start: sets the weights rank 0 begins with, instead of a fresh initialisation.
@@ -57,22 +61,29 @@ def build(setup: Setup, ranks: Ranks, device: torch.device, start: Callable[[CLU
     if ranks.first and start is not None:
         start(model)
     elif ranks.first:
-        initialise(
-            model, setup.store, setup.train, c.model.trunk.projection_init != "random", c.seed, setup.stored_svds
+        initialise_model(
+            model,
+            setup.store,
+            setup.train,
+            c.model.trunk.projection_init != "random",
+            c.seed,
+            setup.stored_svds,
         )
-    objective = Objective(model, c.objective, modality_weights(setup)).to(device)
+    objective = Objective(model, c.objective, weigh_modalities(setup)).to(device)
     for tensor in [*objective.parameters(), *objective.buffers()]:
         dist.broadcast(tensor.data, 0)
     engine, *_ = deepspeed.initialize(
         model=objective,
-        optimizer=OPTIMIZERS[c.train.optimizer](parameter_groups(objective, c), lr=c.train.lr, eps=EPSILON),
-        config=deepspeed_config(c, ranks.world),
+        optimizer=OPTIMIZERS[c.train.optimizer](
+            group_parameters(objective, c), lr=c.train.lr, eps=EPSILON
+        ),
+        config=make_deepspeed_config(c, ranks.world),
         dist_init_required=False,
     )
     return engine
 
 
-class Skipping:
+class SkippingOptimizer:
     """An optimizer that leaves an update out where it is told to: DeepSpeed itself does so under ZeRO alone."""
 
     skip = False
@@ -81,11 +92,11 @@ class Skipping:
         return None if self.skip else super().step(closure)  # type: ignore[misc]
 
 
-class AdamW(Skipping, torch.optim.AdamW):
+class AdamW(SkippingOptimizer, torch.optim.AdamW):
     pass
 
 
-class RMSprop(Skipping, torch.optim.RMSprop):
+class RMSprop(SkippingOptimizer, torch.optim.RMSprop):
     pass
 
 
@@ -95,12 +106,12 @@ OPTIMIZERS = {"adamw": AdamW, "rmsprop": RMSprop}
 EPSILON = 1e-6
 
 
-def modality_weights(setup: Setup) -> list[float]:
+def weigh_modalities(setup: Setup) -> list[float]:
     own = setup.config.modalities
     return [own[m].weight if m in own else 1.0 for m in setup.specs]
 
 
-def parameter_groups(objective: nn.Module, config: Config) -> list[dict[str, Any]]:
+def group_parameters(objective: nn.Module, config: Config) -> list[dict[str, Any]]:
     """Trained parameters in groups of equal learning rate, their module's `lr_scale` times `train.lr`, and decay.
 
     Biases, norms and temperatures are not decayed. Where the rate is larger, `EPSILON` is, by as much.
@@ -121,7 +132,7 @@ def parameter_groups(objective: nn.Module, config: Config) -> list[dict[str, Any
     ]
 
 
-def deepspeed_config(config: Config, world: int) -> dict[str, Any]:
+def make_deepspeed_config(config: Config, world: int) -> dict[str, Any]:
     """The few settings DeepSpeed needs. Everything a person may set lives in our own config."""
     t = config.train
     assert config.data.batch_size != "auto"

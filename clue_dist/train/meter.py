@@ -12,7 +12,7 @@ from torch import Tensor
 from clue_dist.checkpoint.saver import Saver
 from clue_dist.data.loader import Loader
 from clue_dist.train.setup import Setup
-from clue_dist.train.step import learning_rate
+from clue_dist.train.step import compute_learning_rate
 
 
 class Meter:
@@ -22,16 +22,27 @@ class Meter:
     """
 
     def __init__(
-        self, setup: Setup, loader: Loader, saver: Saver, device: torch.device, before: Mapping[str, float]
+        self,
+        setup: Setup,
+        loader: Loader,
+        saver: Saver,
+        device: torch.device,
+        before: Mapping[str, float],
     ) -> None:
         self._setup, self._loader, self._saver, self._device = setup, loader, saver, device
         self._restart(before)
 
     def _restart(self, before: Mapping[str, float]) -> None:
-        self._sums = {k: torch.tensor(v, dtype=torch.float64, device=self._device) for k, v in before.items()}
+        self._sums = {
+            k: torch.tensor(v, dtype=torch.float64, device=self._device) for k, v in before.items()
+        }
         self._added = int(self._sums.pop("steps", torch.tensor(0)))
         self._steps = 0
-        self._since, self._waited, self._held = time.perf_counter(), self._loader.waited, self._saver.waited
+        self._since, self._waited, self._held = (
+            time.perf_counter(),
+            self._loader.waited,
+            self._saver.waited,
+        )
 
     def add(self, terms: dict[str, Tensor], skipped: bool) -> None:
         """The terms of a step; those of one that was skipped mean nothing."""
@@ -51,7 +62,7 @@ class Meter:
         means = self._over_ranks(self._added)
         seconds = time.perf_counter() - self._since
         means["epoch"] = self._setup.epoch(step)
-        means["lr"] = learning_rate(self._setup, step - 1)
+        means["lr"] = compute_learning_rate(self._setup, step - 1)
         means["cells_per_s"] = self._steps * int(self._setup.config.data.batch_size) / seconds
         means["data_wait"] = (self._loader.waited - self._waited) / seconds
         means["saving_wait"] = (self._saver.waited - self._held) / seconds

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clue_dist.checkpoint.run_folder import State
+from clue_dist.checkpoint.run_folder import RunState
 from clue_dist.data.batch import Batch
 from clue_dist.errors import TrainingError
 from clue_dist.ranks import Ranks
 from clue_dist.train.setup import Setup
 from clue_dist.train.sinks import Sinks
-from clue_dist.train.step import Outcome, kl_weight, noise_of
+from clue_dist.train.step import StepOutcome, compute_kl_weight, make_noise
 
 SKIP_LIMIT = 5  # steps in a row
 SPIKE = 8.0  # standard deviations from the mean of late, either way: absurd counts may lower a loss, too
@@ -23,7 +23,9 @@ MEMORY = 0.95  # of mean and variance, a step
 WARM = 50  # steps until they are known
 
 
-def judged(engine: Any, setup: Setup, ranks: Ranks, state: State, outcome: Outcome, sinks: Sinks) -> State:
+def judge_outcome(
+    engine: Any, setup: Setup, ranks: Ranks, state: RunState, outcome: StepOutcome, sinks: Sinks
+) -> RunState:
     """The state after a step (`state.step` counts it already); what was odd is logged. Every rank must call.
 
     Raises:
@@ -34,7 +36,7 @@ def judged(engine: Any, setup: Setup, ranks: Ranks, state: State, outcome: Outco
             assert state.usual is not None
             sinks.event("loss spike", state.step, {"loss": outcome.loss, "usual": state.usual[0]})
         return replace(state, skipped=0, usual=_usual(state.usual, outcome.loss))
-    found = culprits(engine, setup, ranks, state.step - 1, outcome.batches)
+    found = find_culprits(engine, setup, ranks, state.step - 1, outcome.batches)
     state = replace(state, skipped=state.skipped + 1)
     sinks.event("not finite, step skipped", state.step, {"found": found, "in_a_row": state.skipped})
     if state.skipped >= SKIP_LIMIT:
@@ -48,7 +50,7 @@ def judged(engine: Any, setup: Setup, ranks: Ranks, state: State, outcome: Outco
     return state
 
 
-def culprits(engine: Any, setup: Setup, ranks: Ranks, step: int, seen: list[Batch]) -> str:
+def find_culprits(engine: Any, setup: Setup, ranks: Ranks, step: int, seen: list[Batch]) -> str:
     """What is not finite in the micro-batches of a step: values read, loss terms by modality.
 
     Of the ranks that read such values, if there are any: some terms compare the cells of all ranks.
@@ -58,10 +60,12 @@ def culprits(engine: Any, setup: Setup, ranks: Ranks, step: int, seen: list[Batc
     with torch.no_grad():
         for micro, batch in enumerate(seen):
             device = batch.observed.device
-            noise = noise_of(setup, ranks, step, micro, device)
-            _, terms = engine(batch, noise, kl_weight(setup, step), True)
+            noise = make_noise(setup, ranks, step, micro, device)
+            _, terms = engine(batch, noise, compute_kl_weight(setup, step), True)
             bad = [name for name, value in terms.items() if not math.isfinite(float(value))]
-            values += [f"values of {m}" for m in batch.modalities if not _values(batch, m).isfinite().all()]
+            values += [
+                f"values of {m}" for m in batch.modalities if not _values(batch, m).isfinite().all()
+            ]
             broken += [f"term {name}" for name in bad]
     engine.train()
     told = list(enumerate(ranks.all_gather_object((values, broken))))
@@ -75,7 +79,7 @@ def _values(batch: Batch, modality: str) -> Tensor:
     return counts if isinstance(counts, Tensor) else counts.values
 
 
-def _is_spike(state: State, loss: float) -> bool:
+def _is_spike(state: RunState, loss: float) -> bool:
     if state.usual is None or state.step <= WARM:
         return False
     mean, variance = state.usual

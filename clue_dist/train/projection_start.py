@@ -9,21 +9,23 @@ from clue_dist.errors import ConfigError
 from clue_dist.model.clue import ModalitySpec
 from clue_dist.store import svd
 from clue_dist.store.reader import Store
-from clue_dist.store.svd import Svd
+from clue_dist.store.svd import StoredSvd
 
 _COMPUTE = "python -m data_prep svd STORE --modality {name} --components {components}"
 _SAMPLE = "projected by an SVD of a sample"
 
 
 @dataclass(frozen=True)
-class Start:
+class ProjectionStart:
     """told: how, for people; stored: the store's SVD, where it is used."""
 
     told: str
-    stored: Svd | None = None
+    stored: StoredSvd | None = None
 
 
-def starts(config: Config, store: Store, specs: dict[str, ModalitySpec]) -> dict[str, Start]:
+def choose_projection_starts(
+    config: Config, store: Store, specs: dict[str, ModalitySpec]
+) -> dict[str, ProjectionStart]:
     """Of every modality.
 
     Raises:
@@ -33,18 +35,25 @@ def starts(config: Config, store: Store, specs: dict[str, ModalitySpec]) -> dict
     return {name: _start(config, store, name, spec) for name, spec in specs.items()}
 
 
-def _start(config: Config, store: Store, name: str, spec: ModalitySpec) -> Start:
+def _start(config: Config, store: Store, name: str, spec: ModalitySpec) -> ProjectionStart:
     init = config.model.trunk.projection_init
     if init == "random":
-        return Start("projected by random weights")
+        return ProjectionStart("projected by random weights")
     if init == "svd_of_sample":
-        return Start(_SAMPLE)
-    stored, wanted = svd.read(store.root, store.manifest, name), min(config.model.trunk.projection, spec.n_features)
+        return ProjectionStart(_SAMPLE)
+    stored, wanted = (
+        svd.read_svd(store.root, store.manifest, name),
+        min(config.model.trunk.projection, spec.n_features),
+    )
     problem = _misfit(stored, spec, wanted)
     if stored is not None and problem is None:
-        return Start(f"projected by the stored SVD of {stored.note.n_cells:,} cells", stored)
+        return ProjectionStart(
+            f"projected by the stored SVD of {stored.note.n_cells:,} cells", stored
+        )
     if init == "svd":
-        return Start(_SAMPLE if stored is None else f"{_SAMPLE} (the stored one has {problem})")
+        return ProjectionStart(
+            _SAMPLE if stored is None else f"{_SAMPLE} (the stored one has {problem})"
+        )
     raise ConfigError(
         "the store has no SVD that fits",
         where=f"{config.store}: {name}, model.trunk.projection_init=svd_of_store",
@@ -56,7 +65,7 @@ def _start(config: Config, store: Store, name: str, spec: ModalitySpec) -> Start
     )
 
 
-def _misfit(stored: Svd | None, spec: ModalitySpec, wanted: int) -> str | None:
+def _misfit(stored: StoredSvd | None, spec: ModalitySpec, wanted: int) -> str | None:
     """Why a stored SVD cannot be used."""
     if stored is None:
         return "none"

@@ -12,14 +12,14 @@ import numpy as np
 from clue_dist import config as configs
 from clue_dist.config import Config
 from clue_dist.data import plan as plans
-from clue_dist.data.batch import Batch, Part, assemble
-from clue_dist.data.plan import Plan
-from clue_dist.errors import ConfigError, typed_path
-from clue_dist.model.clue import ModalitySpec, specs_of
-from clue_dist.store.layout import group_of
+from clue_dist.data.batch import Batch, BatchPart, assemble_batch
+from clue_dist.data.plan import CellPlan
+from clue_dist.errors import ConfigError, parse_path
+from clue_dist.model.clue import ModalitySpec, specify_modalities
+from clue_dist.store.layout import name_stratum
 from clue_dist.store.reader import Store
-from clue_dist.store.svd import Svd
-from clue_dist.train.projection_start import Start, starts
+from clue_dist.store.svd import StoredSvd
+from clue_dist.train.projection_start import ProjectionStart, choose_projection_starts
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Setup:
     config: Config
     store: Store
     specs: dict[str, ModalitySpec]
-    plan: Plan
+    plan: CellPlan
     train: dict[str, int]
     holdout: dict[str, int]
     total_steps: int
-    starts: dict[str, Start]
+    starts: dict[str, ProjectionStart]
 
     @property
     def paired(self) -> bool:
@@ -47,7 +47,7 @@ class Setup:
         return round(step * self.config.data.batch_size / sum(self.train.values()), 2)
 
     @property
-    def stored_svds(self) -> dict[str, Svd]:
+    def stored_svds(self) -> dict[str, StoredSvd]:
         """Those of the store that projections start from, by modality."""
         return {m: start.stored for m, start in self.starts.items() if start.stored is not None}
 
@@ -61,8 +61,8 @@ class Setup:
             positions = np.arange(self.train[name], self.train[name] + n)
             if n:
                 rows = {m: reader.located(m, positions) for m in reader.modalities}
-                parts.append(Part(rows, reader.obs_codes("batch", positions)))
-        return assemble(self.store.modalities, parts)
+                parts.append(BatchPart(rows, reader.obs_codes("batch", positions)))
+        return assemble_batch(self.store.modalities, parts)
 
     def summary(self) -> str:
         """What a dry run prints."""
@@ -73,10 +73,12 @@ class Setup:
             for m, s in self.specs.items()
         ]
         for stratum, share in self.plan.share.items():
-            mine = [name for name in self.train if group_of(name) == stratum]
+            mine = [name for name in self.train if name_stratum(name) == stratum]
             train, held = (sum(n[name] for name in mine) for n in (self.train, self.holdout))
             parts = f" in {len(mine)} segments" if len(mine) > 1 else ""
-            lines.append(f"  stratum {stratum}: {train} cells{parts}, {held} held out, {share} in each batch")
+            lines.append(
+                f"  stratum {stratum}: {train} cells{parts}, {held} held out, {share} in each batch"
+            )
         lines.append(
             f"  {self.total_steps} steps of {c.data.batch_size} cells ({c.train.epochs:g} epochs), "
             f"validation every {c.train.validate_every}, ZeRO-{c.train.zero_stage}, {c.train.precision}"
@@ -84,7 +86,7 @@ class Setup:
         return "\n".join(lines)
 
 
-def prepare(config: Config, world: int, *, writes: bool = True) -> Setup:
+def prepare_setup(config: Config, world: int, *, writes: bool = True) -> Setup:
     """Open the store, resolve what is "auto", and check that the two fit. writes: whether a run folder is needed.
 
     Raises:
@@ -96,7 +98,7 @@ def prepare(config: Config, world: int, *, writes: bool = True) -> Setup:
         _check_run_folder(Path(config.run))
     store = Store(config.store)
     store.manifest.verify(store.root)  # whether a run may go on is decided by it
-    specs = specs_of(store.manifest.modalities, config)
+    specs = specify_modalities(store.manifest.modalities, config)
     sizes = {s: r.n_cells for s, r in store.strata.items()}
     paired = {s: len(r.modalities) > 1 for s, r in store.strata.items()}
     _check_pairs(config, store, paired)
@@ -108,30 +110,55 @@ def prepare(config: Config, world: int, *, writes: bool = True) -> Setup:
         )
     holdout = _holdout(config, sizes, paired)
     train = {s: n - holdout[s] for s, n in sizes.items()}
-    config = resolve(config, sum(train.values()))
+    config = resolve_auto_settings(config, sum(train.values()))
     assert config.data.batch_size != "auto"
     assert config.train.epochs != "auto"
     micro = config.data.batch_size // config.train.grad_accum
     weights = _weights(config, train, paired, micro)
-    share = plans.shares(micro, config.data.lanes, weights)  # by stratum; its segments take turns
-    plan = Plan(config.seed, train, share, config.data.lanes, config.data.window_blocks, store.manifest.block_cells)
+    share = plans.share_slots(
+        micro, config.data.lanes, weights
+    )  # by stratum; its segments take turns
+    plan = CellPlan(
+        config.seed,
+        train,
+        share,
+        config.data.lanes,
+        config.data.window_blocks,
+        store.manifest.block_cells,
+    )
     total = max(1, round(config.train.epochs * sum(train.values()) / config.data.batch_size))
-    return Setup(config, store, specs, plan, train, holdout, total, starts(config, store, specs))
+    return Setup(
+        config,
+        store,
+        specs,
+        plan,
+        train,
+        holdout,
+        total,
+        choose_projection_starts(config, store, specs),
+    )
 
 
-def resolve(config: Config, n_train: int) -> Config:
+def resolve_auto_settings(config: Config, n_train: int) -> Config:
     """Put numbers where the config says "auto": small data get small batches and many epochs, an atlas not."""
     t, d = config.train, config.data
     step = d.lanes * t.grad_accum
     size = d.batch_size if d.batch_size != "auto" else step * -(-_auto_batch(n_train) // step)
     per_epoch = max(1.0, n_train / size)
-    epochs = t.epochs if t.epochs != "auto" else round(min(max(1.0, AUTO_STEPS / per_epoch), AUTO_EPOCHS), 2)
+    epochs = (
+        t.epochs
+        if t.epochs != "auto"
+        else round(min(max(1.0, AUTO_STEPS / per_epoch), AUTO_EPOCHS), 2)
+    )
     total = max(1, round(epochs * per_epoch))
     every = t.validate_every if t.validate_every != "auto" else max(1, min(total // 20, 2000))
     save = t.checkpoint_every if t.checkpoint_every != "auto" else max(1, min(total // 4, 2000))
     numbers = {"epochs": epochs, "validate_every": every, "checkpoint_every": save}
     return config.model_copy(
-        update={"data": d.model_copy(update={"batch_size": size}), "train": t.model_copy(update=numbers)}
+        update={
+            "data": d.model_copy(update={"batch_size": size}),
+            "train": t.model_copy(update=numbers),
+        }
     )
 
 
@@ -141,13 +168,21 @@ AUTO_EPOCHS = 60.0  # ... but never more often than this
 
 def _auto_batch(n_train: int) -> int:
     """A power of two: 128 below 2,000 cells, 512 up to half a million, 4096 from 4 million on."""
-    for size, limit in ((128, 2_000), (256, 4_000), (512, 500_000), (1024, 1_000_000), (2048, 4_000_000)):
+    for size, limit in (
+        (128, 2_000),
+        (256, 4_000),
+        (512, 500_000),
+        (1024, 1_000_000),
+        (2048, 4_000_000),
+    ):
         if n_train < limit:
             return size
     return 4096
 
 
-def _holdout(config: Config, sizes: Mapping[str, int], paired: Mapping[str, bool]) -> dict[str, int]:
+def _holdout(
+    config: Config, sizes: Mapping[str, int], paired: Mapping[str, bool]
+) -> dict[str, int]:
     """Cells to hold out per stratum: of the paired strata where there are any, else of all. One cell scores nothing."""
     used = {s: n for s, n in sizes.items() if paired[s] or not any(paired.values())}
     wanted = min(config.data.holdout * sum(used.values()), config.data.holdout_max)
@@ -157,29 +192,43 @@ def _holdout(config: Config, sizes: Mapping[str, int], paired: Mapping[str, bool
 
 def _check_run_folder(run: Path) -> None:
     """Whether the run folder can be made and written, before any rank waits for another."""
-    there = next(p for p in (typed_path(str(run)), *run.absolute().parents) if p.exists())
+    there = next(p for p in (parse_path(str(run)), *run.absolute().parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         got = "a folder without write permission" if there.is_dir() else "a file"
-        raise ConfigError("the run folder cannot be written", where=f"run={run}", got=f"{there} is {got}")
+        raise ConfigError(
+            "the run folder cannot be written", where=f"run={run}", got=f"{there} is {got}"
+        )
 
 
-def _weights(config: Config, train: Mapping[str, int], paired: Mapping[str, bool], micro: int) -> dict[str, float]:
+def _weights(
+    config: Config, train: Mapping[str, int], paired: Mapping[str, bool], micro: int
+) -> dict[str, float]:
     """By stratum."""
     own = config.data.weights
     strata: dict[str, int] = {}
     for name, n in train.items():
-        strata[group_of(name)] = strata.get(group_of(name), 0) + n
+        strata[name_stratum(name)] = strata.get(name_stratum(name), 0) + n
     if own is None:
-        return plans.weights(strata, paired, config.data.paired_share, micro)
+        return plans.weigh_strata(strata, paired, config.data.paired_share, micro)
     if set(own) != set(strata) or min(own.values()) <= 0:
-        raise ConfigError("data.weights must give every stratum a positive weight", got=own, expected=sorted(strata))
+        raise ConfigError(
+            "data.weights must give every stratum a positive weight",
+            got=own,
+            expected=sorted(strata),
+        )
     return dict(own)
 
 
 def _check_pairs(config: Config, store: Store, paired: Mapping[str, bool]) -> None:
-    unseen = [m for m in store.modalities if not any(m in r.modalities for r in store.strata.values())]
+    unseen = [
+        m for m in store.modalities if not any(m in r.modalities for r in store.strata.values())
+    ]
     if unseen:
-        raise ConfigError("no cell of the store carries these modalities", where=config.store, got=", ".join(unseen))
+        raise ConfigError(
+            "no cell of the store carries these modalities",
+            where=config.store,
+            got=", ".join(unseen),
+        )
     if len(store.modalities) > 1 and not any(paired.values()) and config.objective.lambda_cross > 0:
         raise ConfigError(
             "no cell of the store carries two modalities, so the cross-encoders have nothing to learn from",

@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from clue_dist.config import Config
-from clue_dist.errors import writing
-from clue_dist.process import tell
+from clue_dist.errors import translate_write_errors
+from clue_dist.process import print_line
 from clue_dist.ranks import Ranks
-from clue_dist.store.writer import sync
+from clue_dist.store.writer import sync_to_disk
 
 Numbers = Mapping[str, float | int | str]
 T = TypeVar("T")
@@ -39,12 +39,22 @@ class Sinks:
         ranks.from_first(lambda: self._begin(run, config, step))
 
     def _begin(self, run: Path, config: Config, step: int) -> None:
-        with writing("metrics.jsonl", run):
+        with translate_write_errors("metrics.jsonl", run):
             self._file = _Lines(run / "metrics.jsonl", step)
-        self._board = _guarded("TensorBoard", lambda: _tensorboard(run, step)) if config.log.tensorboard else None
-        self._wandb = _guarded("wandb", lambda: _wandb(run, config)) if config.log.wandb != "disabled" else None
+        self._board = (
+            _guarded("TensorBoard", lambda: _tensorboard(run, step))
+            if config.log.tensorboard
+            else None
+        )
+        self._wandb = (
+            _guarded("wandb", lambda: _wandb(run, config))
+            if config.log.wandb != "disabled"
+            else None
+        )
         self._bar = (
-            tqdm(total=self.total, initial=step, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
+            tqdm(total=self.total, initial=step, unit="step", dynamic_ncols=True)
+            if sys.stderr.isatty()
+            else None
         )
         self._began, self._first = time.monotonic(), step
 
@@ -74,7 +84,7 @@ class Sinks:
             with suppress(OSError):  # the terminal was closed
                 self._bar.write(text)
         elif self.active:
-            tell(text)
+            print_line(text)
 
     def __enter__(self) -> Sinks:
         return self
@@ -101,7 +111,10 @@ class Sinks:
 
     def _show(self, split: str, step: int, numbers: Numbers) -> None:
         if split == "train" and self._bar is not None:
-            loss, wait = _short(numbers.get("loss", "skipped")), f"{float(numbers['data_wait']):.1%}"
+            loss, wait = (
+                _short(numbers.get("loss", "skipped")),
+                f"{float(numbers['data_wait']):.1%}",
+            )
             self._bar.set_postfix_str(
                 f"loss {loss}, {float(numbers['cells_per_s']):,.0f} cells/s, {wait} waiting for data"
             )
@@ -129,7 +142,11 @@ class _Lines:
 
     def __init__(self, path: Path, step: int) -> None:
         self._path, self._file = path, _reopened(path, step)
-        self._left, self._told, self._lock = b"", False, threading.Lock()  # a checkpoint's thread syncs
+        self._left, self._told, self._lock = (
+            b"",
+            False,
+            threading.Lock(),
+        )  # a checkpoint's thread syncs
 
     def write(self, line: str) -> None:
         try:
@@ -138,13 +155,17 @@ class _Lines:
                 self._flush()
         except OSError as error:
             if not self._told:
-                tell(f"{self._path} cannot be written ({error}): its lines wait for the next checkpoint")
+                print_line(
+                    f"{self._path} cannot be written ({error}): its lines wait for the next checkpoint"
+                )
             self._told = True
 
     def sync(self) -> None:
         with self._lock:
             self._flush()
-        os.fsync(self._file.fileno())  # which may take long: training writes its next lines meanwhile
+        os.fsync(
+            self._file.fileno()
+        )  # which may take long: training writes its next lines meanwhile
 
     def close(self) -> None:
         self._file.close()
@@ -166,7 +187,7 @@ def _reopened(path: Path, step: int) -> io.FileIO:
                 continue
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(line + "\n" for line in kept))
-    sync(temporary)
+    sync_to_disk(temporary)
     temporary.rename(path)
     return io.FileIO(path, "a")
 
@@ -196,7 +217,9 @@ def _wandb(run: Path, config: Config) -> Any:
             id=_wandb_id(run),
             resume="allow",
             config=config.model_dump(mode="json"),
-            settings=wandb.Settings(silent=True, console="off", init_timeout=WANDB_WAIT, finish_timeout=20),
+            settings=wandb.Settings(
+                silent=True, console="off", init_timeout=WANDB_WAIT, finish_timeout=20
+            ),
         )
 
     try:
@@ -204,7 +227,9 @@ def _wandb(run: Path, config: Config) -> Any:
     except wandb.Error as error:
         if config.log.wandb != "online":
             raise
-        tell(f"wandb is offline ({error}): `wandb sync {run}/wandb/offline-run-*` sends the run later")
+        print_line(
+            f"wandb is offline ({error}): `wandb sync {run}/wandb/offline-run-*` sends the run later"
+        )
         wandb.teardown()  # it takes the run for one that is still going on
         return begin("offline")
 
@@ -222,5 +247,7 @@ def _guarded(name: str, call: Callable[[], T]) -> T | None:
     try:
         return call()
     except Exception as error:  # noqa: BLE001  any failure of a sink must leave training alone
-        tell(f"{name} is off from here on ({type(error).__name__}: {error}); metrics.jsonl goes on")
+        print_line(
+            f"{name} is off from here on ({type(error).__name__}: {error}); metrics.jsonl goes on"
+        )
         return None

@@ -20,7 +20,7 @@ from clue_dist.train.setup import Setup
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StepOutcome:
     """batches: this rank's micro-batches; terms: its loss and the terms of it, () each. The rest is the same on all
     ranks: loss, the mean over them; skipped: loss or gradient were not finite, and no weight has changed; stop: a
     signal came; failed: a save did not succeed."""
@@ -42,15 +42,17 @@ def train_step(
     device: torch.device,
     saver: Saver | None = None,
     stop: StopFlag | None = None,
-) -> Outcome:
+) -> StepOutcome:
     """grad_accum micro-batches, each the same global set of cells whatever the ranks, and one update."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate(setup, step) * group["lr_scale"]
+        group["lr"] = compute_learning_rate(setup, step) * group["lr_scale"]
     sums: dict[str, Tensor] = {}
     seen, micros = [], setup.config.train.grad_accum
     for micro in range(micros):
         batch = next(batches).to(device)
-        loss, terms = engine(batch, noise_of(setup, ranks, step, micro, device), kl_weight(setup, step))
+        loss, terms = engine(
+            batch, make_noise(setup, ranks, step, micro, device), compute_kl_weight(setup, step)
+        )
         engine.backward(loss)
         for name, value in {"loss": loss.detach(), **terms}.items():
             sums[name] = sums.get(name, 0.0) + value / micros
@@ -68,8 +70,12 @@ def train_step(
 
 
 def _agreed(
-    engine: Any, seen: list[Batch], terms: dict[str, Tensor], stop: StopFlag | None, saver: Saver | None
-) -> Outcome:
+    engine: Any,
+    seen: list[Batch],
+    terms: dict[str, Tensor],
+    stop: StopFlag | None,
+    saver: Saver | None,
+) -> StepOutcome:
     """One exchange of a few numbers: it waits for the device, as the norm of the gradient does right after."""
     loss = terms["loss"].double()
     bad = ~loss.isfinite()
@@ -77,20 +83,24 @@ def _agreed(
         grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
         bad = bad | ~torch.nn.utils.get_total_norm(grads).isfinite()
     flags = [bool(stop), saver is not None and saver.failed]
-    told = torch.cat([torch.stack([loss.nan_to_num(0, 0, 0), bad.double()]), loss.new_tensor(flags)])
+    told = torch.cat(
+        [torch.stack([loss.nan_to_num(0, 0, 0), bad.double()]), loss.new_tensor(flags)]
+    )
     dist.all_reduce(told)
     mean, n_bad, n_stop, n_failed = told.tolist()
-    return Outcome(seen, terms, mean / dist.get_world_size(), n_bad > 0, n_stop > 0, n_failed > 0)
+    return StepOutcome(
+        seen, terms, mean / dist.get_world_size(), n_bad > 0, n_stop > 0, n_failed > 0
+    )
 
 
-def noise_of(setup: Setup, ranks: Ranks, step: int, micro: int, device: torch.device) -> Noise:
+def make_noise(setup: Setup, ranks: Ranks, step: int, micro: int, device: torch.device) -> Noise:
     """All that a micro-batch draws at random."""
     c, plan = setup.config, setup.plan
     number = step * c.train.grad_accum + micro
     return Noise(c.seed, number, plan.share, plan.lanes, ranks.rank, ranks.world, device)
 
 
-def learning_rate(setup: Setup, step: int) -> float:
+def compute_learning_rate(setup: Setup, step: int) -> float:
     """Linear warm-up, then a cosine down to final_lr; a pure function of the step."""
     t = setup.config.train
     warm = t.warmup * setup.total_steps
@@ -100,7 +110,7 @@ def learning_rate(setup: Setup, step: int) -> float:
     return t.lr * (t.final_lr + (1 - t.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def kl_weight(setup: Setup, step: int) -> float:
+def compute_kl_weight(setup: Setup, step: int) -> float:
     """Factor on lambda_kl: rises from 0 to 1 over the first kl_warmup of the steps."""
     warm = setup.config.train.kl_warmup * setup.total_steps
     return min(1.0, (step + 1) / warm) if warm else 1.0

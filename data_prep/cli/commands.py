@@ -7,21 +7,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-from clue_dist.errors import DataError, StoreError, typed_path
+from clue_dist.errors import DataError, StoreError, parse_path
 from clue_dist.store import layout
-from clue_dist.store.location import place_of
+from clue_dist.store.location import parse_location
 from clue_dist.store.manifest import Manifest
 from data_prep import inspect, svd
-from data_prep.append import append, appended
-from data_prep.check import check
+from data_prep.append import append_cells, format_addition
+from data_prep.check import check_store
 from data_prep.cli.feature_choices import parse_choices
-from data_prep.cli.inputs import Asked, parse_inputs
-from data_prep.convert import Options, convert, report
-from data_prep.fetch import fetch
-from data_prep.jobs.workers import pool
-from data_prep.options import FIELDS, Keys, PerModality
+from data_prep.cli.inputs import ReadingOptions, parse_inputs
+from data_prep.convert import ConversionOptions, convert_inputs, format_conversion
+from data_prep.fetch import fetch_cells
+from data_prep.jobs.workers import open_pool
+from data_prep.options import FIELDS, ObsColumns, PerModality
 from data_prep.readers.fragments import Input
-from data_prep.simulate import Spec, parse_features, write_h5mu
+from data_prep.simulate import SimulationSpec, parse_features, write_h5mu
 
 SEVERAL: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}  # values of a flag
 
@@ -33,43 +33,51 @@ def main() -> None:
 
 def _convert(args: argparse.Namespace) -> None:
     inputs, options = _asked(args)
-    with pool(args.workers, args.scheduler) as workers:
-        manifest = convert(inputs, args.out, options, workers)
-    print(f"{args.out}: {report(manifest)}")
+    with open_pool(args.workers, args.scheduler) as workers:
+        manifest = convert_inputs(inputs, args.out, options, workers)
+    print(f"{args.out}: {format_conversion(manifest)}")
 
 
 def _append(args: argparse.Namespace) -> None:
-    before = Manifest.read(place_of(args.to)).provenance.get("columns", {})
+    before = Manifest.read(parse_location(args.to)).provenance.get("columns", {})
     inputs, options = _asked(args, FIELDS | before)
-    with pool(args.workers, args.scheduler) as workers:
-        manifest = append(inputs, args.to, options, workers)
-    print(f"{args.to}: {appended(manifest)}")
+    with open_pool(args.workers, args.scheduler) as workers:
+        manifest = append_cells(inputs, args.to, options, workers)
+    print(f"{args.to}: {format_addition(manifest)}")
 
 
-def _asked(args: argparse.Namespace, columns: Mapping[str, str] = FIELDS) -> tuple[list[Input], Options]:
+def _asked(
+    args: argparse.Namespace, columns: Mapping[str, str] = FIELDS
+) -> tuple[list[Input], ConversionOptions]:
     """columns: of batch and label, where the command line names no others."""
     kinds = _pairs(args.kind, "--kind")
     named = {"batch": args.batch_key, "label": args.label_key}
     explicit = frozenset(field for field, column in named.items() if column)
-    keys = Keys({field: named[field] or column for field, column in columns.items()}, explicit)
+    keys = ObsColumns(
+        {field: named[field] or column for field, column in columns.items()}, explicit
+    )
     layers = PerModality.parse(args.layer, "--layer", "layers")
     ids = PerModality.parse(args.feature_ids, "--feature-ids", "columns")
     barcodes = PerModality.parse(args.barcodes, "--barcodes", "lists")
-    inputs = parse_inputs(args.inputs, Asked(keys, kinds, layers, ids, barcodes, args.cut_sites))
+    inputs = parse_inputs(
+        args.inputs, ReadingOptions(keys, kinds, layers, ids, barcodes, args.cut_sites)
+    )
     names = [given.modality for given in inputs]
     choices = parse_choices(names, kinds, args.features, args.bins, args.top, args.features_from)
-    return inputs, Options(args.seed, args.block_cells, args.codec, choices, args.features_from, kinds, keys)
+    return inputs, ConversionOptions(
+        args.seed, args.block_cells, args.codec, choices, args.features_from, kinds, keys
+    )
 
 
 def _svd(args: argparse.Namespace) -> None:
-    options = svd.Options(args.components, args.power, args.seed)
-    with pool(args.workers, args.scheduler) as workers:
-        notes = svd.compute(args.store, args.modality, options, workers)
-    print(f"{args.store}: singular vectors\n{svd.report(notes)}")
+    options = svd.SvdOptions(args.components, args.power, args.seed)
+    with open_pool(args.workers, args.scheduler) as workers:
+        notes = svd.compute_svd(args.store, args.modality, options, workers)
+    print(f"{args.store}: singular vectors\n{svd.format_svds(notes)}")
 
 
 def _check(args: argparse.Namespace) -> None:
-    problems = check(args.store)
+    problems = check_store(args.store)
     if problems:
         shown = "".join(f"\n    {problem}" for problem in problems)
         fix = "restore these files from a copy, or convert again"
@@ -78,29 +86,44 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    found = inspect.facts(args.store)
-    print(inspect.as_json(found) if args.json else inspect.text(found))
+    found = inspect.collect_facts(args.store)
+    print(inspect.dump_facts(found) if args.json else inspect.format_facts(found))
 
 
 def _fetch(args: argparse.Namespace) -> None:
-    fetch(args.out, args.simulate)
+    fetch_cells(args.out, args.simulate)
 
 
 def _simulate(args: argparse.Namespace) -> None:
     if args.out.suffix not in (".h5mu", ".zarr"):
         got = args.out.suffix or "none"
         raise DataError(
-            "the output's ending says its format", where=f"--out {args.out}", got=got, expected=".h5mu or .zarr"
+            "the output's ending says its format",
+            where=f"--out {args.out}",
+            got=got,
+            expected=".h5mu or .zarr",
         )
     kinds = _pairs(args.kind, "--kind")
     features = parse_features(args.modality)
-    sizes = {name: getattr(args, name) for name in ("cells", "paired", "batches", "shared", "private", "seed")}
-    spec = Spec.of(features, kinds, **sizes)
+    sizes = {
+        name: getattr(args, name)
+        for name in ("cells", "paired", "batches", "shared", "private", "seed")
+    }
+    spec = SimulationSpec.of(features, kinds, **sizes)
     if args.out.suffix == ".h5mu":
         write_h5mu(spec, args.out)
     else:
-        with pool(args.workers, args.scheduler) as workers:
-            print(report(convert(spec.sources(), args.out, Options(seed=args.seed, kinds=kinds), workers)))
+        with open_pool(args.workers, args.scheduler) as workers:
+            print(
+                format_conversion(
+                    convert_inputs(
+                        spec.sources(),
+                        args.out,
+                        ConversionOptions(seed=args.seed, kinds=kinds),
+                        workers,
+                    )
+                )
+            )
     print(f"{args.out}: {args.cells:,} simulated cells")
 
 
@@ -116,10 +139,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     _add_convert(commands.add_parser("convert", help="raw counts -> a store"))
-    _add_append(commands.add_parser("append", help="more cells for a store, which is not rewritten"))
+    _add_append(
+        commands.add_parser("append", help="more cells for a store, which is not rewritten")
+    )
     _add_simulate(commands.add_parser("simulate", help="a mosaic of any size with known truth"))
 
-    _add_svd(commands.add_parser("svd", help="singular vectors of all cells, for training to start from"))
+    _add_svd(
+        commands.add_parser("svd", help="singular vectors of all cells, for training to start from")
+    )
 
     p = commands.add_parser("check", help="verify every byte of a store")
     p.add_argument("store", help="a folder or a URL: s3://, gs://, https://")
@@ -130,9 +157,15 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true", help="for programs")
     p.set_defaults(run=_inspect)
 
-    p = commands.add_parser("fetch", help="real PBMC from the package index, cut into a mosaic and a paired test set")
-    p.add_argument("--out", type=_local, default=Path("data/pbmc"), help="folder (default: %(default)s)")
-    p.add_argument("--simulate", action="store_true", help="simulated cells instead: needs no network")
+    p = commands.add_parser(
+        "fetch", help="real PBMC from the package index, cut into a mosaic and a paired test set"
+    )
+    p.add_argument(
+        "--out", type=_local, default=Path("data/pbmc"), help="folder (default: %(default)s)"
+    )
+    p.add_argument(
+        "--simulate", action="store_true", help="simulated cells instead: needs no network"
+    )
     p.set_defaults(run=_fetch)
     return parser
 
@@ -152,9 +185,14 @@ def _add_convert(p: argparse.ArgumentParser) -> None:
         help="keep the features that vary most within batches (rna) or are seen in most cells (atac)",
         **SEVERAL,
     )
-    p.add_argument("--features-from", metavar="STORE", help="fit the modalities and features of another store")
     p.add_argument(
-        "--block-cells", type=_positive, default=layout.BLOCK_CELLS, help="cells of a block (default: %(default)s)"
+        "--features-from", metavar="STORE", help="fit the modalities and features of another store"
+    )
+    p.add_argument(
+        "--block-cells",
+        type=_positive,
+        default=layout.BLOCK_CELLS,
+        help="cells of a block (default: %(default)s)",
     )
     codec = "lz4, with zstd for binary counts (default: %(default)s), lz4 alone, or zstd alone"
     p.add_argument("--codec", choices=get_args(layout.Codec), default="balanced", help=codec)
@@ -163,8 +201,14 @@ def _add_convert(p: argparse.ArgumentParser) -> None:
 
 def _add_append(p: argparse.ArgumentParser) -> None:
     _input_options(p)
-    p.add_argument("--to", required=True, help="the store that gets them, a folder; it decides features and blocks")
-    p.set_defaults(run=_append, features_from=None, features=[], top=[], block_cells=0, codec="balanced")
+    p.add_argument(
+        "--to",
+        required=True,
+        help="the store that gets them, a folder; it decides features and blocks",
+    )
+    p.set_defaults(
+        run=_append, features_from=None, features=[], top=[], block_cells=0, codec="balanced"
+    )
 
 
 def _input_options(p: argparse.ArgumentParser) -> None:
@@ -174,8 +218,14 @@ def _input_options(p: argparse.ArgumentParser) -> None:
         metavar="[DATASET:][NAME=]FILE",
         help=".h5ad, .h5mu, 10x .h5, a Matrix Market folder, or fragments.tsv.gz",
     )
-    p.add_argument("--batch-key", help=f"obs column of the batch (default: {FIELDS['batch']}, where there is one)")
-    p.add_argument("--label-key", help=f"obs column of the cell type (default: {FIELDS['label']}, where there is one)")
+    p.add_argument(
+        "--batch-key",
+        help=f"obs column of the batch (default: {FIELDS['batch']}, where there is one)",
+    )
+    p.add_argument(
+        "--label-key",
+        help=f"obs column of the cell type (default: {FIELDS['label']}, where there is one)",
+    )
     p.add_argument(
         "--layer",
         action="append",
@@ -214,15 +264,24 @@ def _feature_options(p: argparse.ArgumentParser) -> None:
         help="cells of a fragments file: those listed, or those of another modality (default: every barcode)",
         **SEVERAL,
     )
-    p.add_argument("--cut-sites", action="store_true", help="count both ends of a fragment, not its middle once")
+    p.add_argument(
+        "--cut-sites",
+        action="store_true",
+        help="count both ends of a fragment, not its middle once",
+    )
 
 
 def _add_simulate(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--out", type=_local, required=True, help="SIM.h5mu (with the truth) or SIM.zarr (any size)")
+    p.add_argument(
+        "--out", type=_local, required=True, help="SIM.h5mu (with the truth) or SIM.zarr (any size)"
+    )
     p.add_argument("--cells", type=int, default=2000)
     p.add_argument("--modality", nargs="+", default=["rna:2000", "adt:50"], metavar="NAME:FEATURES")
     p.add_argument(
-        "--paired", type=float, default=0.5, help="share of cells that carry every modality (default: %(default)s)"
+        "--paired",
+        type=float,
+        default=0.5,
+        help="share of cells that carry every modality (default: %(default)s)",
     )
     p.add_argument("--batches", type=int, default=2)
     p.add_argument("--shared", type=int, default=8, help="dimensions seen by every modality")
@@ -234,11 +293,17 @@ def _add_simulate(p: argparse.ArgumentParser) -> None:
 
 
 def _add_svd(p: argparse.ArgumentParser) -> None:
-    default = svd.Options()
+    default = svd.SvdOptions()
     p.add_argument("store", help="a folder; the result is saved in it")
-    p.add_argument("--modality", nargs="+", action="extend", default=[], metavar="NAME", help="default: all")
-    p.add_argument("--components", type=_positive, default=default.components, help="default: %(default)s")
-    p.add_argument("--power", type=_natural, default=default.power, help="iterations (default: %(default)s)")
+    p.add_argument(
+        "--modality", nargs="+", action="extend", default=[], metavar="NAME", help="default: all"
+    )
+    p.add_argument(
+        "--components", type=_positive, default=default.components, help="default: %(default)s"
+    )
+    p.add_argument(
+        "--power", type=_natural, default=default.power, help="iterations (default: %(default)s)"
+    )
     p.add_argument("--seed", type=_natural, default=default.seed, help="of the start")
     _pool_options(p)
     p.set_defaults(run=_svd)
@@ -249,7 +314,7 @@ def _local(text: str) -> Path:
     if "://" in text:
         fix = "write it to a folder, then copy it there"
         raise StoreError("only a folder can be written to", where="--out", got=text, fix=fix)
-    return typed_path(text)
+    return parse_path(text)
 
 
 def _natural(text: str) -> int:

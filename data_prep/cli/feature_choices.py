@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
-from clue_dist.errors import DataError, listed, typed_path
-from clue_dist.kinds import kind_of
-from data_prep.options import Choice, Mode, PerModality
-from data_prep.readers.text_files import lines_of
+from clue_dist.errors import DataError, list_names, parse_path
+from clue_dist.kinds import infer_kind
+from data_prep.options import FeatureChoice, Mode, PerModality
+from data_prep.readers.text_files import read_lines
 
 SELECTABLE = ("rna", "atac")  # kinds that `--top` knows a measure for
 
@@ -21,7 +21,7 @@ def parse_choices(
     bins: Sequence[str] = (),
     top: Sequence[str] = (),
     reference: str | Path | None = None,
-) -> dict[str, Choice]:
+) -> dict[str, FeatureChoice]:
     """The choice of each modality. features: MODE or FILE, each optionally `NAME=`; bins, top: NAME=NUMBER.
 
     Raises:
@@ -38,11 +38,16 @@ def parse_choices(
         )
     asked = PerModality.parse(features, "--features")
     asked.require_known(names)
-    if len(names) > 1 and asked.general and asked.general not in get_args(Mode) and typed_path(asked.general).is_file():
+    if (
+        len(names) > 1
+        and asked.general
+        and asked.general not in get_args(Mode)
+        and parse_path(asked.general).is_file()
+    ):
         raise DataError(
             "a list of features belongs to one modality",
             where=f"--features {asked.general}",
-            got=f"modalities {listed(names)}",
+            got=f"modalities {list_names(names)}",
             fix=f"--features {names[0]}={asked.general}",
         )
     widths = _numbers(bins, "--bins", names, kinds, ("atac",))
@@ -50,32 +55,50 @@ def parse_choices(
     return {name: _choice(asked.of(name), widths.get(name), numbers.get(name)) for name in names}
 
 
-def _choice(features: str | None, bins: int | None, top: int | None) -> Choice:
+def _choice(features: str | None, bins: int | None, top: int | None) -> FeatureChoice:
     if features is None or features in get_args(Mode):
-        return Choice(features, None, bins, top)  # type: ignore[arg-type]
-    path = typed_path(features)
+        return FeatureChoice(features, None, bins, top)  # type: ignore[arg-type]
+    path = parse_path(features)
     if not path.is_file():
-        expected = f"{listed(get_args(Mode))}, or a file that lists features, one a line"
-        raise DataError("no such choice of features", where="--features", got=features, expected=expected)
-    names = [line.split("\t")[0].strip() for line in lines_of(path)]
+        expected = f"{list_names(get_args(Mode))}, or a file that lists features, one a line"
+        raise DataError(
+            "no such choice of features", where="--features", got=features, expected=expected
+        )
+    names = [line.split("\t")[0].strip() for line in read_lines(path)]
     if not names or len(set(names)) < len(names):
         seen: set[str] = set()
         twice = [n for n in names if n in seen or seen.add(n)]  # type: ignore[func-returns-value]
-        what = "a list of features names some more than once" if names else "a list of features is empty"
-        raise DataError(what, where=path, got=listed(twice) or None, expected="a feature a line, each once")
-    return Choice(None, tuple(names), bins, top)
+        what = (
+            "a list of features names some more than once"
+            if names
+            else "a list of features is empty"
+        )
+        raise DataError(
+            what, where=path, got=list_names(twice) or None, expected="a feature a line, each once"
+        )
+    return FeatureChoice(None, tuple(names), bins, top)
 
 
 def _numbers(
-    texts: Sequence[str], flag: str, names: Sequence[str], kinds: Mapping[str, str], fitting: Sequence[str]
+    texts: Sequence[str],
+    flag: str,
+    names: Sequence[str],
+    kinds: Mapping[str, str],
+    fitting: Sequence[str],
 ) -> dict[str, int]:
     asked = PerModality.parse(texts, flag)
     asked.require_known(names)
     if asked.general is not None:
-        raise DataError("not NAME=NUMBER", where=flag, got=asked.general, expected=f"{fitting[0]}=5000, say")
+        raise DataError(
+            "not NAME=NUMBER", where=flag, got=asked.general, expected=f"{fitting[0]}=5000, say"
+        )
     for name, value in asked.named.items():
         if not value.isdecimal() or not 1 <= int(value) < 2**31:
-            raise DataError("not a number from 1 on", where=f"{flag} {name}={value}", got=value or "nothing")
-        if (kind := kind_of(name, kinds)) not in fitting:
-            raise DataError("not for this kind", where=f"{flag} {name}", got=kind, expected=listed(fitting))
+            raise DataError(
+                "not a number from 1 on", where=f"{flag} {name}={value}", got=value or "nothing"
+            )
+        if (kind := infer_kind(name, kinds)) not in fitting:
+            raise DataError(
+                "not for this kind", where=f"{flag} {name}", got=kind, expected=list_names(fitting)
+            )
     return {name: int(value) for name, value in asked.named.items()}

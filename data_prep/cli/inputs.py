@@ -10,24 +10,24 @@ from pathlib import Path
 
 import h5py
 
-from clue_dist.errors import DataError, listed, typed_path
-from clue_dist.kinds import TENX_TYPES, kind_of
-from data_prep.options import Keys, PerModality, require_known
+from clue_dist.errors import DataError, list_names, parse_path
+from clue_dist.kinds import TENX_TYPES, infer_kind
+from data_prep.options import ObsColumns, PerModality, require_known_modalities
 from data_prep.readers.fragments import FragmentsInput, Input, looks_like_fragments
 from data_prep.readers.h5_file import open_h5
 from data_prep.readers.h5ad import AnnDataSource
-from data_prep.readers.matrix_market import MtxSource, mtx_features
-from data_prep.readers.tenx import FeatureTable, TenxSource, tenx_features
-from data_prep.readers.text_files import unreadable
+from data_prep.readers.matrix_market import MatrixMarketSource, read_mtx_features
+from data_prep.readers.tenx import FeatureTable, TenxSource, read_tenx_features
+from data_prep.readers.text_files import explain_unreadable
 
 _INPUT = re.compile(r"(?:(?P<dataset>[A-Za-z0-9_.-]+):)?(?:(?P<name>[^=/]+)=)?(?P<path>.+)")
 
 
 @dataclass(frozen=True)
-class Asked:
+class ReadingOptions:
     """What the command line says about how inputs are read; see `python -m data_prep convert --help`."""
 
-    keys: Keys = field(default_factory=Keys)
+    keys: ObsColumns = field(default_factory=ObsColumns)
     kinds: dict[str, str] = field(default_factory=dict)
     layers: PerModality = field(default_factory=lambda: PerModality("--layer"))
     ids: PerModality = field(default_factory=lambda: PerModality("--feature-ids"))
@@ -35,7 +35,7 @@ class Asked:
     cut_sites: bool = False
 
 
-def parse_inputs(texts: list[str], asked: Asked) -> list[Input]:
+def parse_inputs(texts: list[str], asked: ReadingOptions) -> list[Input]:
     """`name=FILE`, `FILE.h5mu`, a 10x file or folder, each optionally `dataset:`-prefixed -> inputs, in order.
 
     Raises:
@@ -44,54 +44,72 @@ def parse_inputs(texts: list[str], asked: Asked) -> list[Input]:
     """
     inputs = [source for text in texts for source in _parse(text, asked)]
     names = [s.modality for s in inputs]
-    require_known("--kind", asked.kinds, names)
+    require_known_modalities("--kind", asked.kinds, names)
     asked.ids.require_known(names)
     layered = [s.modality for s in inputs if isinstance(s, AnnDataSource)]
     asked.layers.require_known(layered)
     if asked.layers.general is not None and not layered:
         where = f"--layer {asked.layers.general}"
-        raise DataError("no input has layers", where=where, expected="an .h5ad or .h5mu among the inputs")
+        raise DataError(
+            "no input has layers", where=where, expected="an .h5ad or .h5mu among the inputs"
+        )
     counted = [s.modality for s in inputs if isinstance(s, FragmentsInput)]
     asked.barcodes.require_known(counted)
-    for flag, given in (("--barcodes", asked.barcodes.general is not None), ("--cut-sites", asked.cut_sites)):
+    for flag, given in (
+        ("--barcodes", asked.barcodes.general is not None),
+        ("--cut-sites", asked.cut_sites),
+    ):
         if given and not counted:
             raise DataError("no input is a fragments file", where=flag, fix=f"leave {flag} out")
     return inputs
 
 
-def _parse(text: str, asked: Asked) -> Sequence[Input]:
-    match, fix = _INPUT.fullmatch(text), "check the path; inputs are written NAME=FILE, FILE.h5mu, or DATASET:NAME=FILE"
+def _parse(text: str, asked: ReadingOptions) -> Sequence[Input]:
+    match, fix = (
+        _INPUT.fullmatch(text),
+        "check the path; inputs are written NAME=FILE, FILE.h5mu, or DATASET:NAME=FILE",
+    )
     if match is None:
         raise DataError("not an input", where="the inputs", got=repr(text), fix=fix)
-    dataset, name, path = match["dataset"] or "", match["name"], typed_path(match["path"])
+    dataset, name, path = match["dataset"] or "", match["name"], parse_path(match["path"])
     if not path.exists():
         raise DataError("no such input", where=text, got=f"{path} does not exist", fix=fix)
     if not (path.is_file() or path.is_dir()):
-        raise DataError("an input is a file or a folder", where=text, got="a pipe, socket or device", fix=fix)
+        raise DataError(
+            "an input is a file or a folder", where=text, got="a pipe, socket or device", fix=fix
+        )
     path = path.resolve()
     if path.is_dir():
-        return _tenx(text, dataset, name, path, mtx_features(path), asked)
+        return _tenx(text, dataset, name, path, read_mtx_features(path), asked)
     try:
         is_hdf5 = h5py.is_hdf5(path)
     except OSError as error:
-        raise unreadable(path, error) from None
+        raise explain_unreadable(path, error) from None
     if not is_hdf5 and looks_like_fragments(path):
         return [_fragments(text, dataset, name, path, asked)]
     if {".tsv", ".bed"} & set(path.suffixes):
         expected = "lines of chromosome, start, end and barcode, with tabs between them"
-        raise DataError("a text file that cannot be read as fragments", where=path, expected=expected)
+        raise DataError(
+            "a text file that cannot be read as fragments", where=path, expected=expected
+        )
     with open_h5(path) as file:
         if "mod" in file:
             return _mudata(file, text, dataset, name, path, asked)
         if "X" in file or "layers" in file:
             if name is None:
                 raise DataError(
-                    "an .h5ad needs a modality's name", where=text, fix=f"write it as `rna={path.name}`, say"
+                    "an .h5ad needs a modality's name",
+                    where=text,
+                    fix=f"write it as `rna={path.name}`, say",
                 )
-            return [AnnDataSource(path, name, dataset, "", asked.layers.of(name), asked.keys, asked.ids.of(name))]
+            return [
+                AnnDataSource(
+                    path, name, dataset, "", asked.layers.of(name), asked.keys, asked.ids.of(name)
+                )
+            ]
         if "matrix/features" in file:
-            return _tenx(text, dataset, name, path, tenx_features(file), asked)
-        got = f"top level: {listed(file) or 'nothing'}"
+            return _tenx(text, dataset, name, path, read_tenx_features(file), asked)
+        got = f"top level: {list_names(file) or 'nothing'}"
     raise DataError(
         "not a format this reader knows",
         where=path,
@@ -100,40 +118,67 @@ def _parse(text: str, asked: Asked) -> Sequence[Input]:
     )
 
 
-def _fragments(text: str, dataset: str, name: str | None, path: Path, asked: Asked) -> FragmentsInput:
+def _fragments(
+    text: str, dataset: str, name: str | None, path: Path, asked: ReadingOptions
+) -> FragmentsInput:
     if name is None:
-        raise DataError("a fragments file needs a modality's name", where=text, fix=f"write it as `atac={path.name}`")
-    if (kind := kind_of(name, asked.kinds)) != "atac":
-        raise DataError("fragments are of kind atac", where=text, got=kind, fix=f"`atac={path.name}`")
+        raise DataError(
+            "a fragments file needs a modality's name",
+            where=text,
+            fix=f"write it as `atac={path.name}`",
+        )
+    if (kind := infer_kind(name, asked.kinds)) != "atac":
+        raise DataError(
+            "fragments are of kind atac", where=text, got=kind, fix=f"`atac={path.name}`"
+        )
     return FragmentsInput(path, name, dataset, asked.cut_sites, asked.barcodes.of(name))
 
 
 def _mudata(
-    file: h5py.File, text: str, dataset: str, name: str | None, path: Path, asked: Asked
+    file: h5py.File, text: str, dataset: str, name: str | None, path: Path, asked: ReadingOptions
 ) -> list[AnnDataSource]:
     there = [str(m) for m in file["mod"].attrs.get("mod-order", list(file["mod"]))]
     if name is not None and name not in there:
-        raise DataError("the file has no such modality", where=text, got=listed(there), expected=name)
+        raise DataError(
+            "the file has no such modality", where=text, got=list_names(there), expected=name
+        )
     wanted = there if name is None else [name]
     return [
-        AnnDataSource(path, m, dataset, f"mod/{m}", asked.layers.of(m), asked.keys, asked.ids.of(m)) for m in wanted
+        AnnDataSource(path, m, dataset, f"mod/{m}", asked.layers.of(m), asked.keys, asked.ids.of(m))
+        for m in wanted
     ]
 
 
 def _tenx(
-    text: str, dataset: str, name: str | None, path: Path, table: FeatureTable, asked: Asked
-) -> list[MtxSource | TenxSource]:
+    text: str,
+    dataset: str,
+    name: str | None,
+    path: Path,
+    table: FeatureTable,
+    asked: ReadingOptions,
+) -> list[MatrixMarketSource | TenxSource]:
     """A file's feature types as modalities, or the one that `name` asks for."""
-    make = MtxSource if path.is_dir() else TenxSource
+    make = MatrixMarketSource if path.is_dir() else TenxSource
     if name is not None:
-        return [make(path, name, dataset, table.type_for(kind_of(name, asked.kinds), text), asked.ids.of(name))]
+        return [
+            make(
+                path,
+                name,
+                dataset,
+                table.type_for(infer_kind(name, asked.kinds), text),
+                asked.ids.of(name),
+            )
+        ]
     known = [t for t in TENX_TYPES if t in table.types]
     if not known:
         fix = f"write it as `rna={path.name}`, say"
         raise DataError(
-            "the features have no type that names a modality", where=text, got=listed(sorted(set(table.types))), fix=fix
+            "the features have no type that names a modality",
+            where=text,
+            got=list_names(sorted(set(table.types))),
+            fix=fix,
         )
     others = sorted(set(table.types) - set(known))
     if others:
-        print(f"{text}: features of type {listed(others)} are left out", file=sys.stderr)
+        print(f"{text}: features of type {list_names(others)} are left out", file=sys.stderr)
     return [make(path, TENX_TYPES[t], dataset, t, asked.ids.of(TENX_TYPES[t])) for t in known]

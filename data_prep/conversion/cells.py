@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from clue_dist.errors import DataError, listed
-from clue_dist.store.shuffle import hashed, key_of
+from clue_dist.errors import DataError, list_names
+from clue_dist.store.shuffle import derive_key, hash_barcodes
 from data_prep.conversion.spool import GROUP_SHIFT
-from data_prep.jobs.whole_files import flush, mapped, save, whole_folder
-from data_prep.jobs.workers import Pool, run_missing
-from data_prep.options import Keys
-from data_prep.readers.source import Head, Source, decode
+from data_prep.jobs.whole_files import flush_arrays, make_whole_folder, map_array, save_array
+from data_prep.jobs.workers import WorkerPool, run_missing
+from data_prep.options import ObsColumns
+from data_prep.readers.source import Source, SourceHead, decode_barcodes
 
 ROWS = 2**18  # of a source that a task lists at once
 RANGE = 2**18  # rows of a range of hashes, about; some 40 MB
@@ -32,7 +32,7 @@ TOLD = 10  # barcodes that an error names
 
 
 @dataclass(frozen=True)
-class Part:
+class CellRange:
     """Cells of one range of hashes, in shuffled order. first: place of the first in the shuffle of all; hashes: (n,)
     uint64, ascending; barcodes: (n,) bytes, `dataset:barcode`; planned: (n,) int64, bit m set where the inputs list
     modality m; codes: per field, (n,) int32 into `Cells.names`, -1 = unknown."""
@@ -46,12 +46,14 @@ class Part:
     @property
     def keys(self) -> np.ndarray:
         """Spool keys: planned strata apart, shuffled inside. (n,) int64."""
-        out: np.ndarray = (self.planned << GROUP_SHIFT) + np.arange(self.first, self.first + len(self.planned))
+        out: np.ndarray = (self.planned << GROUP_SHIFT) + np.arange(
+            self.first, self.first + len(self.planned)
+        )
         return out
 
 
 @dataclass(frozen=True)
-class Cells:
+class CellTable:
     """Every cell of the inputs, in folders. starts: (P + 1,), place of the first cell of each; key: of the hash; names:
     per field; sources: folders of `keys.npy` and `batch.npy`, a number for each row."""
 
@@ -64,29 +66,37 @@ class Cells:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[CellRange]:
         """In shuffled order."""
         for folder, first in zip(self.folders, self.starts.tolist(), strict=False):
             codes = {field: np.load(folder / f"{field}.npy") for field in self.names}
-            hashes, barcodes, planned = (np.load(folder / f"{name}.npy") for name in ("hashes", "barcodes", "planned"))
-            yield Part(first, hashes, barcodes, planned, codes)
+            hashes, barcodes, planned = (
+                np.load(folder / f"{name}.npy") for name in ("hashes", "barcodes", "planned")
+            )
+            yield CellRange(first, hashes, barcodes, planned, codes)
 
     def among(self, barcodes: np.ndarray) -> np.ndarray:
         """Those of `barcodes`, (n,) bytes, that are a cell's."""
-        hashes = hashed(barcodes, self.key)
+        hashes = hash_barcodes(barcodes, self.key)
         part = np.searchsorted(_bounds(len(self.folders)), hashes, side="right") - 1
         found = []
         for p in np.unique(part).tolist():
             there = np.load(self.folders[p] / "hashes.npy", mmap_mode="r")
             names = np.load(self.folders[p] / "barcodes.npy", mmap_mode="r")
             mine = np.flatnonzero(part == p)
-            first, last = (np.searchsorted(there, hashes[mine], side=side) for side in ("left", "right"))  # type: ignore[call-overload]
+            first, last = (
+                np.searchsorted(there, hashes[mine], side=side) for side in ("left", "right")
+            )  # type: ignore[call-overload]
             hits = np.flatnonzero(last > first)
-            found += [barcodes[mine[i]] for i in hits.tolist() if barcodes[mine[i]] in names[first[i] : last[i]]]
+            found += [
+                barcodes[mine[i]]
+                for i in hits.tolist()
+                if barcodes[mine[i]] in names[first[i] : last[i]]
+            ]
         return np.array(found, barcodes.dtype)
 
 
-def places(keys: np.ndarray) -> np.ndarray:
+def extract_places(keys: np.ndarray) -> np.ndarray:
     """Of spool keys, places in the shuffle of all cells."""
     out: np.ndarray = keys & ((1 << GROUP_SHIFT) - 1)
     return out
@@ -112,16 +122,16 @@ class _Join:
     out: Path
 
 
-def join(
+def join_cells_by_barcode(
     sources: Sequence[Source],
-    heads: Sequence[Head],
+    heads: Sequence[SourceHead],
     modalities: Sequence[str],
     known: Mapping[str, list[str]],
-    keys: Keys,
+    keys: ObsColumns,
     seed: int,
     work: Path,
-    pool: Pool,
-) -> Cells:
+    pool: WorkerPool,
+) -> CellTable:
     """Join the rows of all sources into cells. known: per field, names whose codes are taken already.
 
     Raises:
@@ -129,19 +139,28 @@ def join(
     """
     n_rows = sum(head.n_rows for head in heads)
     if not n_rows:
-        raise DataError("the inputs hold no cells", where=listed(s.where for s in sources))
+        raise DataError("the inputs hold no cells", where=list_names(s.where for s in sources))
     names = {}
     for field in keys.columns:
         _require_column(field, keys, heads)
         names[field] = _vocabulary(field, heads, known.get(field, []))
-    key, of = key_of(seed, "cells"), [list(modalities).index(s.modality) for s in sources]
+    key, of = derive_key(seed, "cells"), [list(modalities).index(s.modality) for s in sources]
 
     listing: list[dict[Path, _List]] = []
     for i, (source, head) in enumerate(zip(sources, heads, strict=True)):
         codes = {field: _renumbering(head, field, names[field]) for field in names}
-        outs = {lo: work / "cells" / "rows" / f"{i:03d}-{lo:012d}" for lo in range(0, head.n_rows, ROWS)}
-        listing.append({p: _List(source, key, codes, lo, min(lo + ROWS, head.n_rows), p) for lo, p in outs.items()})
-    run_missing(pool, "list cells", _list_rows, {p: task for tasks in listing for p, task in tasks.items()})
+        outs = {
+            lo: work / "cells" / "rows" / f"{i:03d}-{lo:012d}" for lo in range(0, head.n_rows, ROWS)
+        }
+        listing.append(
+            {
+                p: _List(source, key, codes, lo, min(lo + ROWS, head.n_rows), p)
+                for lo, p in outs.items()
+            }
+        )
+    run_missing(
+        pool, "list cells", _list_rows, {p: task for tasks in listing for p, task in tasks.items()}
+    )
 
     bounds = [*_bounds(-(-n_rows // RANGE)).tolist(), 2**64]
     folders = [work / "cells" / "joined" / f"{p:04d}" for p in range(len(bounds) - 1)]
@@ -154,7 +173,7 @@ def join(
     _refuse_problems(folders, sources, modalities, names)
     counts = [len(np.load(folder / "planned.npy", mmap_mode="r")) for folder in folders]
     own = [work / "sources" / f"{i:03d}" for i in range(len(sources))]
-    cells = Cells(folders, np.concatenate([[0], np.cumsum(counts)]), key, names, own)
+    cells = CellTable(folders, np.concatenate([[0], np.cumsum(counts)]), key, names, own)
     _write_rows(cells, [head.n_rows for head in heads])
     return cells
 
@@ -170,29 +189,41 @@ def _list_rows(task: _List) -> None:
     barcodes = head.barcodes[task.lo : task.hi]
     if dataset:
         barcodes = np.char.add(f"{dataset}:".encode(), barcodes)
-    hashes = hashed(barcodes, task.key)
+    hashes = hash_barcodes(barcodes, task.key)
     order = np.argsort(hashes)
-    with whole_folder(task.out) as folder:
-        save(folder / "hashes.npy", hashes[order])
-        save(folder / "barcodes.npy", barcodes[order])
-        save(folder / "rows.npy", order + task.lo)
+    with make_whole_folder(task.out) as folder:
+        save_array(folder / "hashes.npy", hashes[order])
+        save_array(folder / "barcodes.npy", barcodes[order])
+        save_array(folder / "rows.npy", order + task.lo)
         for field, final in task.codes.items():
-            own = head.fields[field].codes[task.lo : task.hi] if field in head.fields else np.full(len(order), -1)
-            save(folder / f"{field}.npy", final[own][order])
+            own = (
+                head.fields[field].codes[task.lo : task.hi]
+                if field in head.fields
+                else np.full(len(order), -1)
+            )
+            save_array(folder / f"{field}.npy", final[own][order])
 
 
 def _join_range(task: _Join) -> None:
     """The cells whose hashes lie in one range; what is wrong with them is written down, to be told of all ranges."""
-    parts = [(i, folder, _within(folder, task.low, task.high)) for i, of in enumerate(task.rows) for folder in of]
+    parts = [
+        (i, folder, _within(folder, task.low, task.high))
+        for i, of in enumerate(task.rows)
+        for folder in of
+    ]
 
     def load(name: str) -> np.ndarray:
-        return np.concatenate([np.load(folder / f"{name}.npy", mmap_mode="r")[span] for _, folder, span in parts])
+        return np.concatenate(
+            [np.load(folder / f"{name}.npy", mmap_mode="r")[span] for _, folder, span in parts]
+        )
 
     hashes, barcodes, rows = load("hashes"), load("barcodes"), load("rows")
     source = np.concatenate([np.full(span.stop - span.start, i) for i, _, span in parts])
     order = np.lexsort((barcodes, hashes))
     new = np.ones(len(order), bool)
-    new[1:] = (hashes[order[1:]] != hashes[order[:-1]]) | (barcodes[order[1:]] != barcodes[order[:-1]])
+    new[1:] = (hashes[order[1:]] != hashes[order[:-1]]) | (
+        barcodes[order[1:]] != barcodes[order[:-1]]
+    )
     cell = np.empty(len(order), np.int64)
     cell[order] = np.cumsum(new) - 1
     names = barcodes[order[new]]
@@ -205,19 +236,19 @@ def _join_range(task: _Join) -> None:
         times = np.bincount(cell[mine], minlength=len(names))
         planned |= (times > 0).astype(np.int64) << m
         if len(repeated := np.sort(names[times > 1])):
-            twice[m] = {"number": len(repeated), "first": decode(repeated[:TOLD]).tolist()}
+            twice[m] = {"number": len(repeated), "first": decode_barcodes(repeated[:TOLD]).tolist()}
     dispute = {}
-    with whole_folder(task.out) as folder:
+    with make_whole_folder(task.out) as folder:
         for field in task.fields:
             agreed, told = _agreed(load(field), cell, of, names)
-            save(folder / f"{field}.npy", agreed)
+            save_array(folder / f"{field}.npy", agreed)
             if told:
                 dispute[field] = told
-        save(folder / "hashes.npy", hashes[order[new]])
-        save(folder / "barcodes.npy", names)
-        save(folder / "planned.npy", planned)
+        save_array(folder / "hashes.npy", hashes[order[new]])
+        save_array(folder / "barcodes.npy", names)
+        save_array(folder / "planned.npy", planned)
         for i, mine in enumerate(of):
-            save(folder / f"rows-{i:03d}.npy", np.stack([rows[mine], cell[mine]]))
+            save_array(folder / f"rows-{i:03d}.npy", np.stack([rows[mine], cell[mine]]))
         (folder / "problems.json").write_text(json.dumps({"twice": twice, "dispute": dispute}))
 
 
@@ -239,14 +270,20 @@ def _agreed(
         wrong = np.flatnonzero((theirs >= 0) & (before >= 0) & (theirs != before))
         number += len(wrong)
         some = wrong[np.argsort(names[cell[mine[wrong]]])][:TOLD]
-        texts = decode(names[cell[mine[some]]]).tolist()
-        first += [[t, int(before[w]), int(theirs[w]), i] for t, w in zip(texts, some.tolist(), strict=True)]
+        texts = decode_barcodes(names[cell[mine[some]]]).tolist()
+        first += [
+            [t, int(before[w]), int(theirs[w]), i]
+            for t, w in zip(texts, some.tolist(), strict=True)
+        ]
         out[cell[mine]] = np.where(theirs >= 0, theirs, before)
     return out, {"number": number, "first": first} if number else None
 
 
 def _refuse_problems(
-    folders: Sequence[Path], sources: Sequence[Source], modalities: Sequence[str], names: Mapping[str, list[str]]
+    folders: Sequence[Path],
+    sources: Sequence[Source],
+    modalities: Sequence[str],
+    names: Mapping[str, list[str]],
 ) -> None:
     problems = [json.loads((folder / "problems.json").read_text()) for folder in folders]
     for m, modality in enumerate(modalities):
@@ -254,8 +291,8 @@ def _refuse_problems(
         if number:
             raise DataError(
                 f"{number} barcodes occur more than once in modality {modality!r} of one data set",
-                where=listed(dict.fromkeys(s.where for s in sources if s.modality == modality)),
-                got=listed(first) + (f" ... and {number - TOLD} more" if number > TOLD else ""),
+                where=list_names(dict.fromkeys(s.where for s in sources if s.modality == modality)),
+                got=list_names(first) + (f" ... and {number - TOLD} more" if number > TOLD else ""),
                 expected="each cell once",
                 fix="if the files are different data sets, keep them apart with a prefix: `lane1:FILE lane2:FILE`",
             )
@@ -265,7 +302,9 @@ def _refuse_problems(
             raise DataError(
                 f"the modalities of {number} cells disagree on their {field}",
                 where=sources[first[0][3]].where,
-                got=listed(f"{barcode}: {values[a]!r} and {values[b]!r}" for barcode, a, b, _ in first),
+                got=list_names(
+                    f"{barcode}: {values[a]!r} and {values[b]!r}" for barcode, a, b, _ in first
+                ),
                 expected="one value per cell, or none",
                 fix="mend the column; if the barcodes name different cells, prefix the data sets: `lane1:FILE`",
             )
@@ -274,41 +313,43 @@ def _refuse_problems(
 def _all_of(told: Sequence[Any]) -> tuple[int, list[Any]]:
     """How many there are of a problem in all ranges, and the first of them. told: of each range, None where none is."""
     found = [of for of in told if of]
-    return sum(of["number"] for of in found), sorted(name for of in found for name in of["first"])[:TOLD]
+    return sum(of["number"] for of in found), sorted(name for of in found for name in of["first"])[
+        :TOLD
+    ]
 
 
-def _write_rows(cells: Cells, n_rows: Sequence[int]) -> None:
+def _write_rows(cells: CellTable, n_rows: Sequence[int]) -> None:
     """Key and batch of every row of every source, in files: by this process alone, as rows of a range lie anywhere."""
     arrays = []
     for folder, n in zip(cells.sources, n_rows, strict=True):
         of = ("keys", np.int64), ("batch", np.int32)
-        arrays.append({name: mapped(folder / f"{name}.npy", dtype, (n,)) for name, dtype in of})
+        arrays.append({name: map_array(folder / f"{name}.npy", dtype, (n,)) for name, dtype in of})
     for part, folder in zip(cells.parts(), cells.folders, strict=True):
         keys = part.keys
         for i, mine in enumerate(arrays):
             rows, cell = np.load(folder / f"rows-{i:03d}.npy")
             if len(rows):
                 mine["keys"][rows], mine["batch"][rows] = keys[cell], part.codes["batch"][cell]
-    flush(array for mine in arrays for array in mine.values())
+    flush_arrays(array for mine in arrays for array in mine.values())
 
 
-def _require_column(field: str, keys: Keys, heads: Sequence[Head]) -> None:
+def _require_column(field: str, keys: ObsColumns, heads: Sequence[SourceHead]) -> None:
     if field in keys.explicit and not any(field in head.fields for head in heads):
         columns = sorted({column for head in heads for column in head.columns})
         raise DataError(
             f"no input has the {field} column asked for",
             where=f"--{field}-key {keys.columns[field]}",
-            got=f"columns: {listed(columns, 30) or 'none'}",
+            got=f"columns: {list_names(columns, 30) or 'none'}",
             fix="name one of these columns",
         )
 
 
-def _vocabulary(field: str, heads: Sequence[Head], known: list[str]) -> list[str]:
+def _vocabulary(field: str, heads: Sequence[SourceHead], known: list[str]) -> list[str]:
     new = {name for head in heads if field in head.fields for name in head.fields[field].names}
     return known + sorted(new - set(known))
 
 
-def _renumbering(head: Head, field: str, names: list[str]) -> np.ndarray:
+def _renumbering(head: SourceHead, field: str, names: list[str]) -> np.ndarray:
     """The code of each of a source's own names; the last one, which -1 means, stays unknown."""
     code_of = {name: i for i, name in enumerate(names)}
     own = head.fields[field].names if field in head.fields else []

@@ -9,19 +9,21 @@ import numpy as np
 import scipy.sparse as sp
 from numba import njit
 
-from clue_dist.errors import DataError, listed
+from clue_dist.errors import DataError, list_names
 from clue_dist.kinds import Kind
 from clue_dist.store.kernels import LARGEST
-from clue_dist.store.layout import unsigned
-from clue_dist.store.rows import COUNT_BITS, Coded, Csr, joined, try_coded
-from data_prep.readers.source import Rows, Source, decode
+from clue_dist.store.layout import choose_unsigned
+from clue_dist.store.rows import COUNT_BITS, CodedRows, CsrRows, join_rows, try_code_rows
+from data_prep.readers.source import Source, SourceRows, decode_barcodes
 
-PIECE_ENTRIES = 2**20  # stored values that are read at once: a count takes eight times what its code does
+PIECE_ENTRIES = (
+    2**20
+)  # stored values that are read at once: a count takes eight times what its code does
 _COUNTS = "counts must be raw: non-negative, finite integers"
 
 
 @dataclass(frozen=True)
-class Target:
+class AlignmentTarget:
     """What the rows of one source become. columns: a .npy file of where its columns go, -1 = dropped; or None."""
 
     kind: Kind
@@ -30,11 +32,11 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Reading:
+class SourceReading:
     """All that a task must know to read any rows of a source. folder: keys.npy and batch.npy, one number per row."""
 
     source: Source
-    target: Target
+    target: AlignmentTarget
     n_rows: int
     nnz: int
     scratch: Path
@@ -45,36 +47,44 @@ class Reading:
         step = max(1, entries * self.n_rows // max(self.nnz, 1))
         return [(lo, min(lo + step, self.n_rows)) for lo in range(0, self.n_rows, step)]
 
-    def rows(self, lo: int, hi: int) -> Rows:
+    def rows(self, lo: int, hi: int) -> SourceRows:
         """Rows lo to hi, in canonical form."""
-        return canonical(self.source, self.target, self.source.read(lo, hi, self.scratch), lo)
+        return canonicalise_rows(
+            self.source, self.target, self.source.read(lo, hi, self.scratch), lo
+        )
 
-    def coded(self, lo: int, hi: int, order: np.ndarray) -> tuple[Coded | np.ndarray, int]:
+    def coded(self, lo: int, hi: int, order: np.ndarray) -> tuple[CodedRows | np.ndarray, int]:
         """Rows lo to hi in the given order, coded or dense, and the largest count among them (0: measured floats)."""
         step = max(1, PIECE_ENTRIES * self.n_rows // max(self.nnz, 1))
         parts = [(at, min(at + step, hi)) for at in range(lo, hi, step)]
         if self.target.kind in ("rna", "atac"):
             pieces = [self._coded(*part) for part in parts]
-            return joined([piece for piece, _ in pieces], order), max(largest for _, largest in pieces)
+            return join_rows([piece for piece, _ in pieces], order), max(
+                largest for _, largest in pieces
+            )
         values = np.concatenate([self.rows(*part) for part in parts])[order]
         return values, 0 if values.dtype.kind == "f" else int(values.max(initial=0))
 
-    def _coded(self, lo: int, hi: int) -> tuple[Coded, int]:
+    def _coded(self, lo: int, hi: int) -> tuple[CodedRows, int]:
         rows = self.source.read(lo, hi, self.scratch)
         if self.target.columns is None and not isinstance(rows, np.ndarray):
-            got = try_coded(_csr(rows), COUNT_BITS)  # most are as they should be: looked at and coded in one go
+            got = try_code_rows(
+                _csr(rows), COUNT_BITS
+            )  # most are as they should be: looked at and coded in one go
             if got is not None:
                 return got
-        got = try_coded(_csr(canonical(self.source, self.target, rows, lo)), COUNT_BITS)
+        got = try_code_rows(_csr(canonicalise_rows(self.source, self.target, rows, lo)), COUNT_BITS)
         assert got is not None
         return got
 
 
-def _csr(rows: sp.csr_matrix) -> Csr:
-    return Csr(rows.indptr, rows.indices, rows.data, rows.shape[1])
+def _csr(rows: sp.csr_matrix) -> CsrRows:
+    return CsrRows(rows.indptr, rows.indices, rows.data, rows.shape[1])
 
 
-def canonical(source: Source, target: Target, rows: Rows, first: int) -> Rows:
+def canonicalise_rows(
+    source: Source, target: AlignmentTarget, rows: SourceRows, first: int
+) -> SourceRows:
     """Validate rows `first`, `first` + 1, ... of a source and align them to the target's features.
 
     Returns CSR with sorted indices and no zeros, integers of any type (rna, atac), or a dense array (n, features) of
@@ -85,23 +95,41 @@ def canonical(source: Source, target: Target, rows: Rows, first: int) -> Rows:
     """
     columns = None if target.columns is None else np.load(target.columns)
     if target.kind == "dense":
-        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused
-            dense = np.asarray(rows if isinstance(rows, np.ndarray) else _added_up(rows), np.float32)
-        _refuse(source, rows, first, np.argwhere(~np.isfinite(dense)), dense, "dense values must be finite")
+        with np.errstate(
+            over="ignore"
+        ):  # what float32 cannot hold becomes infinite, and is refused
+            dense = np.asarray(
+                rows if isinstance(rows, np.ndarray) else _added_up(rows), np.float32
+            )
+        _refuse(
+            source,
+            rows,
+            first,
+            np.argwhere(~np.isfinite(dense)),
+            dense,
+            "dense values must be finite",
+        )
         return dense if columns is None else _align_dense(dense, columns, target.n_features)
     matrix = sp.csr_matrix(rows) if isinstance(rows, np.ndarray) else rows
     tidy = _validate(source, matrix, first)
     if columns is not None:
         matrix = _align_sparse(matrix, columns, target.n_features)
-        tidy = tidy and np.bincount(columns[columns >= 0]).max(initial=0) <= 1  # else columns are added up
+        tidy = (
+            tidy and np.bincount(columns[columns >= 0]).max(initial=0) <= 1
+        )  # else columns are added up
     if not tidy:
         matrix = matrix.astype(np.int64)  # two narrow counts may not add up in their own type
         matrix.sum_duplicates()
         matrix.eliminate_zeros()
         if matrix.data.max(initial=0) > LARGEST:
             got, where = matrix.data.max(), f"{source.where}, cells from {first} on"
-            raise DataError("counts of one cell and feature add up to too much", where=where, got=got, expected=LARGEST)
-    return narrow(matrix.toarray()) if target.kind == "adt" else matrix
+            raise DataError(
+                "counts of one cell and feature add up to too much",
+                where=where,
+                got=got,
+                expected=LARGEST,
+            )
+    return narrow_counts(matrix.toarray()) if target.kind == "adt" else matrix
 
 
 def _added_up(rows: sp.csr_matrix) -> np.ndarray:
@@ -133,14 +161,16 @@ def _scan(indptr, indices, values):  # type: ignore[no-untyped-def]
     return -1, tidy
 
 
-def narrow(values: np.ndarray) -> np.ndarray:
+def narrow_counts(values: np.ndarray) -> np.ndarray:
     """Validated counts in the narrowest unsigned type."""
     if not values.size:
         return values.astype(np.uint8)
-    return values.astype(unsigned(int(values.max())), copy=False)
+    return values.astype(choose_unsigned(int(values.max())), copy=False)
 
 
-def _refuse(source: Source, rows: Rows, first: int, bad: np.ndarray, values: np.ndarray, rule: str) -> None:
+def _refuse(
+    source: Source, rows: SourceRows, first: int, bad: np.ndarray, values: np.ndarray, rule: str
+) -> None:
     if len(bad):
         row, column = (int(i) for i in bad[0])
         raise _bad_value(source, first + row, column, values[row, column], rule)
@@ -148,10 +178,14 @@ def _refuse(source: Source, rows: Rows, first: int, bad: np.ndarray, values: np.
 
 def _bad_value(source: Source, row: int, column: int, value: np.number, rule: str) -> DataError:
     head, others = source.head(), source.other_counts()
-    cell, counting = str(decode(head.barcodes[row : row + 1])[0]), rule == _COUNTS
+    cell, counting = str(decode_barcodes(head.barcodes[row : row + 1])[0]), rule == _COUNTS
     if counting and value > LARGEST:
         rule = f"counts above {LARGEST} cannot be held exactly in float32"
-    named = f"these look like raw counts: {listed(others)}; name one with `--layer`" if others else None
+    named = (
+        f"these look like raw counts: {list_names(others)}; name one with `--layer`"
+        if others
+        else None
+    )
     return DataError(
         rule,
         where=f"{source.where}, cell {cell!r}, feature {head.features[column]!r}",
@@ -167,7 +201,8 @@ def _align_sparse(matrix: sp.csr_matrix, columns: np.ndarray, n_features: int) -
     keep = moved >= 0
     kept_before = np.concatenate([[0], np.cumsum(keep, dtype=np.int64)])
     aligned = sp.csr_matrix(
-        (matrix.data[keep], moved[keep], kept_before[matrix.indptr]), shape=(matrix.shape[0], n_features)
+        (matrix.data[keep], moved[keep], kept_before[matrix.indptr]),
+        shape=(matrix.shape[0], n_features),
     )
     aligned.sort_indices()
     return aligned

@@ -16,31 +16,31 @@ import numpy as np
 from clue_dist.errors import DataError
 from clue_dist.store import layout
 from clue_dist.store.layout import Codec
-from clue_dist.store.manifest import Manifest, Modality, Packed, Stratum
+from clue_dist.store.manifest import Manifest, Modality, PackedModality, Stratum
 from clue_dist.store.rows import COUNT_BITS
 from data_prep.conversion import spool
-from data_prep.conversion.cells import Cells, Part, places
-from data_prep.jobs.whole_files import flush, mapped
+from data_prep.conversion.cells import CellRange, CellTable, extract_places
+from data_prep.jobs.whole_files import flush_arrays, map_array
 
 PLACES = 2**20  # looked at together
 
 
 @dataclass(frozen=True)
-class Placed:
+class PlacedStratum:
     """The cells of one stratum. barcode_width: bytes of the longest; tallies: per field, cells of each name."""
 
     n_cells: int
-    packed: dict[str, Packed]
+    packed: dict[str, PackedModality]
     barcode_width: int
     tallies: dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Final:
+class FinalStrata:
     """mask: (n,) per cell, in shuffled order, bit m set where it keeps modality m, 0 = dropped; strata: by mask."""
 
     mask: np.ndarray
-    strata: dict[int, Placed]
+    strata: dict[int, PlacedStratum]
 
     @property
     def dropped(self) -> int:
@@ -49,12 +49,13 @@ class Final:
     def lost(self, keys: np.ndarray, bit: int) -> int:
         """Of rows with these spool keys, those whose cell does not keep their modality."""
         pieces = (keys[lo : lo + PLACES] for lo in range(0, len(keys), PLACES))
-        return sum(int((self.mask[places(piece)] & bit == 0).sum()) for piece in pieces)
+        return sum(int((self.mask[extract_places(piece)] & bit == 0).sum()) for piece in pieces)
 
 
 @dataclass(frozen=True)
 class _Taken:
-    """What the cells of a modality take, mapped, in shuffled order. lengths: (n, 4) as of `spool.survey`; the largest
+    """What the cells of a modality take, mapped, in shuffled order. lengths: (n, 4) as of
+    `spool.survey_spool`; the largest
     count, and the largest number in rest."""
 
     lengths: np.ndarray
@@ -66,14 +67,14 @@ class _Taken:
         return self.largest <= 1
 
 
-def settle(
-    cells: Cells,
+def settle_strata(
+    cells: CellTable,
     modalities: dict[str, Modality],
     files: dict[str, str],
     spools: dict[str, list[Path]],
     block_cells: int,
     folder: Path,
-) -> Final:
+) -> FinalStrata:
     """Decide every cell's final stratum and position; writes what the second pass needs of each stratum to `folder`.
 
     A cell loses a modality in which it has no counts. Strata keep the order of the shuffle of all cells. files: those
@@ -88,61 +89,83 @@ def settle(
     walks = {}
     for bits, n in _sizes(mask).items():
         binary = {name: taken[name].binary for m, name in enumerate(modalities) if bits >> m & 1}
-        arrays = _arrays(cells, n, folder / layout.stratum_name(list(binary)))
-        walks[bits] = _Walk(arrays, binary, {field: np.zeros(len(of), np.int64) for field, of in cells.names.items()})
+        arrays = _arrays(cells, n, folder / layout.name_segment(list(binary)))
+        walks[bits] = _Walk(
+            arrays,
+            binary,
+            {field: np.zeros(len(of), np.int64) for field, of in cells.names.items()},
+        )
     for part in cells.parts():
         here = mask[part.first : part.first + len(part.planned)]
         for bits in np.unique(here[here > 0]).tolist():
             of = np.flatnonzero(here == bits)
             lengths = {name: taken[name].lengths[part.first + of] for name in walks[bits].binary}
             walks[bits].add(part, of, lengths, block_cells)
-    flush(array for walk in walks.values() for array in walk.arrays.values())
-    return Final(mask, {bits: _placed(walk, modalities, taken) for bits, walk in walks.items()})
+    flush_arrays(array for walk in walks.values() for array in walk.arrays.values())
+    return FinalStrata(
+        mask, {bits: _placed(walk, modalities, taken) for bits, walk in walks.items()}
+    )
 
 
-def _arrays(cells: Cells, n: int, folder: Path) -> dict[str, np.ndarray]:
+def _arrays(cells: CellTable, n: int, folder: Path) -> dict[str, np.ndarray]:
     """Of n cells of a stratum, mapped."""
     width = max(part.barcodes.dtype.itemsize for part in cells.parts())
-    types: dict[str, Any] = {"keys": np.int64, "barcodes": f"S{width}"} | dict.fromkeys(cells.names, np.int32)
-    return {name: mapped(folder / f"{name}.npy", dtype, (n,)) for name, dtype in types.items()}
+    types: dict[str, Any] = {"keys": np.int64, "barcodes": f"S{width}"} | dict.fromkeys(
+        cells.names, np.int32
+    )
+    return {name: map_array(folder / f"{name}.npy", dtype, (n,)) for name, dtype in types.items()}
 
 
-def _placed(walk: _Walk, modalities: dict[str, Modality], taken: dict[str, _Taken]) -> Placed:
+def _placed(
+    walk: _Walk, modalities: dict[str, Modality], taken: dict[str, _Taken]
+) -> PlacedStratum:
     packed = {}
     for name, binary in walk.binary.items():
         modality, took = modalities[name], taken[name]
         if modality.storage == "dense":
-            values: Any = "float32" if modality.kind == "dense" else layout.unsigned(took.largest)
-            packed[name] = Packed(values=values)
+            values: Any = (
+                "float32" if modality.kind == "dense" else layout.choose_unsigned(took.largest)
+            )
+            packed[name] = PackedModality(values=values)
         else:
-            packed[name] = Packed(
+            packed[name] = PackedModality(
                 capacity=walk.codes[name].largest(),
                 bits=0 if binary else COUNT_BITS,
                 rest=walk.rests[name].largest(),
-                rest_type=layout.unsigned(took.rest),  # type: ignore[arg-type]
+                rest_type=layout.choose_unsigned(took.rest),  # type: ignore[arg-type]
             )
-    return Placed(walk.done, packed, walk.barcode_width, walk.tallies)
+    return PlacedStratum(walk.done, packed, walk.barcode_width, walk.tallies)
 
 
 def _survey(
-    cells: Cells, modalities: dict[str, Modality], files: dict[str, str], spools: dict[str, list[Path]], folder: Path
+    cells: CellTable,
+    modalities: dict[str, Modality],
+    files: dict[str, str],
+    spools: dict[str, list[Path]],
+    folder: Path,
 ) -> tuple[np.ndarray, dict[str, _Taken]]:
     """Every cell's mask, (n,) int64, and what it takes in each modality."""
-    mask = mapped(folder / "mask.npy", np.int64, (len(cells),))
+    mask = map_array(folder / "mask.npy", np.int64, (len(cells),))
     taken: dict[str, _Taken] = {}
     for m, (name, modality) in enumerate(modalities.items()):
-        lengths = mapped(folder / f"lengths-{name}.npy", np.uint32, (len(cells), 4))
+        lengths = map_array(folder / f"lengths-{name}.npy", np.uint32, (len(cells), 4))
         largest, rest, any_left = 0, 0, False
         for path in spools[name]:
-            seen = spool.survey(path)
-            at = places(seen.keys)
+            seen = spool.survey_spool(path)
+            at = extract_places(seen.keys)
             lengths[at] = seen.lengths
             kept = at[(seen.lengths[:, 0] > 0) | (modality.kind == "dense")]
             mask[kept] |= 1 << m
-            largest, rest, any_left = max(largest, seen.largest), max(rest, seen.rest), any_left or len(kept) > 0
+            largest, rest, any_left = (
+                max(largest, seen.largest),
+                max(rest, seen.rest),
+                any_left or len(kept) > 0,
+            )
         if not any_left:
             fix = "check that the files hold raw counts, or leave the modality out"
-            raise DataError(f"no cell has any counts in modality {name!r}", where=files[name], fix=fix)
+            raise DataError(
+                f"no cell has any counts in modality {name!r}", where=files[name], fix=fix
+            )
         taken[name] = _Taken(lengths, largest, rest)
     return mask, taken
 
@@ -160,12 +183,16 @@ def _sizes(mask: np.ndarray) -> dict[int, int]:
 class _Walk:
     """A stratum as its cells come along. arrays: what tasks of the second pass map; binary: by modality."""
 
-    def __init__(self, arrays: dict[str, np.ndarray], binary: dict[str, bool], tallies: dict[str, np.ndarray]) -> None:
+    def __init__(
+        self, arrays: dict[str, np.ndarray], binary: dict[str, bool], tallies: dict[str, np.ndarray]
+    ) -> None:
         self.arrays, self.binary, self.tallies = arrays, binary, tallies
         self.done, self.barcode_width = 0, 1
         self.codes, self.rests = ({name: _Largest() for name in binary} for _ in range(2))
 
-    def add(self, part: Part, of: np.ndarray, lengths: dict[str, np.ndarray], block_cells: int) -> None:
+    def add(
+        self, part: CellRange, of: np.ndarray, lengths: dict[str, np.ndarray], block_cells: int
+    ) -> None:
         """Cells `of` a part, and what they take in each modality, (n, 4)."""
         span = slice(self.done, self.done + len(of))
         self.done += len(of)
@@ -178,7 +205,9 @@ class _Walk:
         for name, own in lengths.items():
             own = own.astype(np.int64)
             self.codes[name].add(own[:, 0], block_cells)
-            self.rests[name].add(own[:, 3] if self.binary[name] else own[:, 1] + 2 * own[:, 2], block_cells)
+            self.rests[name].add(
+                own[:, 3] if self.binary[name] else own[:, 1] + 2 * own[:, 2], block_cells
+            )
 
 
 class _Largest:
@@ -198,9 +227,9 @@ class _Largest:
         return max(self.most, int(self.left.sum()))
 
 
-def manifest(
-    final: Final,
-    cells: Cells,
+def build_manifest(
+    final: FinalStrata,
+    cells: CellTable,
     modalities: dict[str, Modality],
     block_cells: int,
     codec: Codec,
@@ -210,11 +239,13 @@ def manifest(
     strata = {}
     for placed in final.strata.values():
         packed = placed.packed
-        raw = max(_cell_bytes(packed[name], modalities[name].n_features, block_cells) for name in packed)
-        strata[layout.stratum_name(list(packed))] = Stratum(
+        raw = max(
+            _cell_bytes(packed[name], modalities[name].n_features, block_cells) for name in packed
+        )
+        strata[layout.name_segment(list(packed))] = Stratum(
             modalities=list(packed),
             n_cells=placed.n_cells,
-            shard_blocks=layout.shard_blocks(raw, placed.n_cells, block_cells),
+            shard_blocks=layout.choose_shard_blocks(raw, placed.n_cells, block_cells),
             barcode_width=placed.barcode_width,
             packed=packed,
             batch_counts=_tally(cells, placed, "batch"),
@@ -232,17 +263,22 @@ def manifest(
     )
 
 
-def _cell_bytes(packed: Packed, n_features: int, block_cells: int) -> float:
+def _cell_bytes(packed: PackedModality, n_features: int, block_cells: int) -> float:
     """Raw bytes of one cell in the store."""
     if packed.values is not None:
         return n_features * np.dtype(packed.values).itemsize
     return (packed.capacity + packed.rest * np.dtype(packed.rest_type).itemsize) / block_cells
 
 
-def without(final: Final, cells: Cells, field: str) -> int:
+def count_unknown(final: FinalStrata, cells: CellTable, field: str) -> int:
     """Cells whose batch, or label, nobody told."""
-    return sum(placed.n_cells - sum(_tally(cells, placed, field).values()) for placed in final.strata.values())
+    return sum(
+        placed.n_cells - sum(_tally(cells, placed, field).values())
+        for placed in final.strata.values()
+    )
 
 
-def _tally(cells: Cells, placed: Placed, field: str) -> dict[str, int]:
-    return {name: int(n) for name, n in zip(cells.names[field], placed.tallies[field], strict=True) if n}
+def _tally(cells: CellTable, placed: PlacedStratum, field: str) -> dict[str, int]:
+    return {
+        name: int(n) for name, n in zip(cells.names[field], placed.tallies[field], strict=True) if n
+    }

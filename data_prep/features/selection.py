@@ -19,18 +19,18 @@ import scipy.sparse as sp
 from numba import njit
 
 from clue_dist.errors import DataError
-from data_prep.conversion.cells import Cells
-from data_prep.conversion.counts import Reading
+from data_prep.conversion.cells import CellTable
+from data_prep.conversion.counts import SourceReading
 from data_prep.features import seurat_v3
-from data_prep.features.plan import Plan
-from data_prep.jobs.workers import Pool, run_missing
-from data_prep.options import Choice
+from data_prep.features.plan import FeaturePlan
+from data_prep.jobs.workers import WorkerPool, run_missing
+from data_prep.options import FeatureChoice
 
 MANY_TASKS = 256  # each leaves a file of its sums
 
 
 @dataclass(frozen=True)
-class Chosen:
+class SelectedFeatures:
     """places: of the features kept, ascending; note: how they were chosen, for the provenance."""
 
     places: np.ndarray
@@ -49,7 +49,7 @@ class _Sums:
 
 @dataclass(frozen=True)
 class _Task:
-    reading: Reading
+    reading: SourceReading
     lo: int
     hi: int
     step: int
@@ -58,15 +58,15 @@ class _Task:
     out: Path
 
 
-def select(
-    reading: Sequence[Reading],
-    plan: Plan,
-    cells: Cells,
-    choices: Mapping[str, Choice],
+def select_variable_features(
+    reading: Sequence[SourceReading],
+    plan: FeaturePlan,
+    cells: CellTable,
+    choices: Mapping[str, FeatureChoice],
     work: Path,
     step_entries: int,
-    pool: Pool,
-) -> dict[str, Chosen]:
+    pool: WorkerPool,
+) -> dict[str, SelectedFeatures]:
     """Choose the features of every modality that has a `top`; step_entries: how many a task reads at once.
 
     Raises:
@@ -74,31 +74,44 @@ def select(
     """
     chosen = {}
     for name, modality in plan.modalities.items():
-        top = choices.get(name, Choice()).top
+        top = choices.get(name, FeatureChoice()).top
         if top is None:
             continue
         mine = {i: r for i, r in enumerate(reading) if r.source.modality == name}
         add_up = _Pass(mine, modality.n_features, work / name, step_entries, pool)
-        chosen[name] = _accessible(add_up, top) if modality.kind == "atac" else _variable(add_up, top, cells, name)
+        chosen[name] = (
+            _accessible(add_up, top)
+            if modality.kind == "atac"
+            else _variable(add_up, top, cells, name)
+        )
     return chosen
 
 
-def _accessible(add_up: _Pass, top: int) -> Chosen:
+def _accessible(add_up: _Pass, top: int) -> SelectedFeatures:
     """The features seen in most cells; ties in order."""
     hits = add_up("accessible", 1).entries[0]
     places = np.sort(np.argsort(-hits, kind="stable")[:top])
-    return Chosen(places, {"by": "most accessible", "of": len(hits), "kept": len(places)})
+    return SelectedFeatures(places, {"by": "most accessible", "of": len(hits), "kept": len(places)})
 
 
-def _variable(add_up: _Pass, top: int, cells: Cells, name: str) -> Chosen:
+def _variable(add_up: _Pass, top: int, cells: CellTable, name: str) -> SelectedFeatures:
     """The genes that vary most within batches; cells without a batch are one of their own."""
     batches = len(cells.names["batch"]) + 1
     sums = add_up("sums", batches)
-    trends = {b: seurat_v3.trend(int(n), sums.total[b], sums.squares[b]) for b, n in enumerate(sums.cells)}
+    trends = {
+        b: seurat_v3.fit_trend(int(n), sums.total[b], sums.squares[b])
+        for b, n in enumerate(sums.cells)
+    }
     found = {b: trend for b, trend in trends.items() if trend is not None}
     if not found:
-        fix = f"leave `--top {name}=...` out, or check --batch-key: a batch needs two cells at least"
-        raise DataError("no batch has cells enough to tell which features vary", where=f"--top {name}={top}", fix=fix)
+        fix = (
+            f"leave `--top {name}=...` out, or check --batch-key: a batch needs two cells at least"
+        )
+        raise DataError(
+            "no batch has cells enough to tell which features vary",
+            where=f"--top {name}={top}",
+            fix=fix,
+        )
     limits = np.full(sums.total.shape, np.inf)
     for b, trend in found.items():
         limits[b] = trend.limits
@@ -109,20 +122,24 @@ def _variable(add_up: _Pass, top: int, cells: Cells, name: str) -> Chosen:
         total = sums.total[b] - above.total[b] + above.entries[b] * trend.limits
         squares = sums.squares[b] - above.squares[b] + above.entries[b] * trend.limits**2
         scores.append(trend.scores(total, squares))
-    places = seurat_v3.best(np.array(scores), top)
-    note = {"by": f"most variable within {len(found)} batches", "of": add_up.n_features, "kept": len(places)}
-    return Chosen(places, note)
+    places = seurat_v3.rank_genes(np.array(scores), top)
+    note = {
+        "by": f"most variable within {len(found)} batches",
+        "of": add_up.n_features,
+        "kept": len(places),
+    }
+    return SelectedFeatures(places, note)
 
 
 @dataclass(frozen=True)
 class _Pass:
     """One pass over all rows of a modality. readings: by number of their source."""
 
-    readings: dict[int, Reading]
+    readings: dict[int, SourceReading]
     n_features: int
     folder: Path
     step_entries: int
-    pool: Pool
+    pool: WorkerPool
 
     def __call__(self, title: str, batches: int, limits: Path | None = None) -> _Sums:
         folder, modality = self.folder / title, self.folder.name
@@ -148,8 +165,14 @@ def _add_rows(task: _Task) -> None:
     """Add up a task's rows, some at a time, and leave what is not zero in a file."""
     n_features = task.reading.target.n_features
     batch = np.load(task.reading.folder / "batch.npy", mmap_mode="r")[task.lo : task.hi]
-    batch = np.where(batch < 0, task.batches - 1, batch) if task.batches > 1 else np.zeros(len(batch), np.int32)
-    there, local = np.unique(batch, return_inverse=True)  # only the batches of these rows need memory
+    batch = (
+        np.where(batch < 0, task.batches - 1, batch)
+        if task.batches > 1
+        else np.zeros(len(batch), np.int32)
+    )
+    there, local = np.unique(
+        batch, return_inverse=True
+    )  # only the batches of these rows need memory
     limits = np.zeros((len(there), n_features))
     if task.limits is not None:
         limits[:] = np.load(task.limits, mmap_mode="r")[there]

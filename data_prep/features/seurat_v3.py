@@ -17,7 +17,7 @@ VERTICES = 128  # where the regression is computed; in between it is interpolate
 
 
 @dataclass(frozen=True)
-class Trend:
+class VarianceTrend:
     """What a batch of `n` cells expects of each gene. mean, deviation: (genes,); varies: (genes,) bool."""
 
     n: int
@@ -36,7 +36,7 @@ class Trend:
         return np.where(self.varies, around / ((self.n - 1) * self.deviation**2), 0.0)
 
 
-def trend(n: int, total: np.ndarray, squares: np.ndarray) -> Trend | None:
+def fit_trend(n: int, total: np.ndarray, squares: np.ndarray) -> VarianceTrend | None:
     """The trend of a batch of n cells; total, squares: sums of counts and of their squares, (genes,) integers.
 
     None where no gene varies, or there are fewer than two cells.
@@ -49,11 +49,11 @@ def trend(n: int, total: np.ndarray, squares: np.ndarray) -> Trend | None:
     if not varies.any():
         return None
     expected = np.zeros(len(mean))
-    expected[varies] = loess(np.log10(mean[varies]), np.log10(variance[varies]))
-    return Trend(n, mean, np.sqrt(10**expected), varies)
+    expected[varies] = smooth_by_loess(np.log10(mean[varies]), np.log10(variance[varies]))
+    return VarianceTrend(n, mean, np.sqrt(10**expected), varies)
 
 
-def loess(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def smooth_by_loess(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Local quadratic regression of y on x, both (n,), evaluated at x, (n,)."""
     vertices = np.unique(np.quantile(x, np.linspace(0, 1, VERTICES)))
     fits = np.array([_local(x, y, at) for at in vertices])
@@ -68,7 +68,9 @@ def _local(x: np.ndarray, y: np.ndarray, at: float) -> tuple[float, float]:
     """Value and slope at one point of the quadratic that fits the nearest SPAN of all points, tricube weights."""
     distance = np.abs(x - at)
     nearest = min(len(x) - 1, max(int(SPAN * len(x)) - 1, 0))
-    width = np.partition(distance, nearest)[nearest] or 1.0  # in a small batch, all the nearest may have one mean
+    width = (
+        np.partition(distance, nearest)[nearest] or 1.0
+    )  # in a small batch, all the nearest may have one mean
     near = distance < width
     weight = np.sqrt((1 - (distance[near] / width) ** 3) ** 3)
     steps = (x[near] - at) / width
@@ -77,12 +79,14 @@ def _local(x: np.ndarray, y: np.ndarray, at: float) -> tuple[float, float]:
     return float(value), float(slope / width)
 
 
-def best(scores: np.ndarray, top: int) -> np.ndarray:
+def rank_genes(scores: np.ndarray, top: int) -> np.ndarray:
     """Places of the `top` genes, ascending, (top,). scores: (batches, genes), 0 where a gene does not vary.
 
     By the number of batches in which a gene is among the `top` best, then its median rank in these; ties in order.
     """
-    ranks = np.argsort(np.argsort(-scores, axis=1, kind="stable"), axis=1, kind="stable").astype(np.float64)
+    ranks = np.argsort(np.argsort(-scores, axis=1, kind="stable"), axis=1, kind="stable").astype(
+        np.float64
+    )
     ranks[ranks >= top] = np.nan
     times = (~np.isnan(ranks)).sum(axis=0)
     median = np.full(scores.shape[1], np.inf)

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from clue_dist.errors import DataError, StoreError, listed
+from clue_dist.errors import DataError, StoreError, list_names
 from data_prep.jobs.whole_files import make_folder, remove_leftovers
 
 _JOB = "job.json"
@@ -27,7 +27,7 @@ _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, err
 
 
 @contextmanager
-def job(out: Path, description: dict[str, Any], what: str = "conversion") -> Iterator[Path]:
+def claim_job(out: Path, description: dict[str, Any], what: str = "conversion") -> Iterator[Path]:
     """Claim OUT.partial for the job of this `description` (JSON-able); yields a folder in it, removes all on success.
 
     what: the job is, for people.
@@ -36,15 +36,17 @@ def job(out: Path, description: dict[str, Any], what: str = "conversion") -> Ite
         StoreError: OUT exists, or has no name; another job was or is under way there; the disk is full.
         DataError: OUT.partial cannot be a folder.
     """
-    partial = partial_of(out)
+    partial = find_partial_folder(out)
     if out.exists():
         if not any(partial.glob("*/store")):
-            discard(partial)  # left by a run that was killed after its commit
-        raise StoreError("something is already there", where=out, fix="choose another --out, or remove it")
+            discard_job(partial)  # left by a run that was killed after its commit
+        raise StoreError(
+            "something is already there", where=out, fix="choose another --out, or remove it"
+        )
     with _loud(partial):
         make_folder(partial)
         with _locked(partial, what):
-            description = as_json(description)
+            description = normalise_json(description)
             _same_as_before(partial, description, what)
             remove_leftovers(partial)
             folder = partial / _digest(description)
@@ -52,12 +54,12 @@ def job(out: Path, description: dict[str, Any], what: str = "conversion") -> Ite
             try:
                 yield folder
             except DataError:
-                discard(partial)  # the inputs must change: nothing to go on with
+                discard_job(partial)  # the inputs must change: nothing to go on with
                 raise
-            discard(partial)
+            discard_job(partial)
 
 
-def partial_of(out: Path) -> Path:
+def find_partial_folder(out: Path) -> Path:
     """The folder beside OUT in which the job is at work.
 
     Raises:
@@ -65,17 +67,19 @@ def partial_of(out: Path) -> Path:
     """
     if out.name in ("", ".."):
         fix = "name a folder that is not there yet"
-        raise StoreError("the output needs a name", where="--out", got=out, expected="STORE.zarr, say", fix=fix)
+        raise StoreError(
+            "the output needs a name", where="--out", got=out, expected="STORE.zarr, say", fix=fix
+        )
     return out.with_name(out.name + ".partial")
 
 
-def as_json(description: dict[str, Any]) -> dict[str, Any]:
+def normalise_json(description: dict[str, Any]) -> dict[str, Any]:
     """As it is read again from a file."""
     found: dict[str, Any] = json.loads(json.dumps(description))
     return found
 
 
-def begun(partial: Path) -> dict[str, Any] | None:
+def read_job(partial: Path) -> dict[str, Any] | None:
     """What the job in a folder is, if there is one."""
     path = partial / _JOB
     if not path.exists():
@@ -84,12 +88,14 @@ def begun(partial: Path) -> dict[str, Any] | None:
     return found
 
 
-def discard(partial: Path) -> None:
+def discard_job(partial: Path) -> None:
     """Remove the folder of a job, which nobody finds from the first moment on."""
     away = partial.with_name(f"{partial.name}.{uuid.uuid4().hex[:8]}.tmp")
     with suppress(FileNotFoundError):
         partial.rename(away)
-    for left in partial.parent.glob(f"{glob.escape(partial.name)}.*.tmp"):  # also by those killed in the midst of it
+    for left in partial.parent.glob(
+        f"{glob.escape(partial.name)}.*.tmp"
+    ):  # also by those killed in the midst of it
         shutil.rmtree(left, ignore_errors=True)
 
 
@@ -110,7 +116,7 @@ def _locked(folder: Path, what: str) -> Iterator[None]:
 
 def _same_as_before(partial: Path, description: dict[str, Any], what: str) -> None:
     """Refuse to go on with another job than the one that was begun; write down a new one."""
-    before = begun(partial)
+    before = read_job(partial)
     if before is None:
         temporary = partial / f"{_JOB}.tmp"
         temporary.write_text(json.dumps(description, indent=1))
@@ -121,7 +127,7 @@ def _same_as_before(partial: Path, description: dict[str, Any], what: str) -> No
         raise StoreError(
             f"an interrupted {what} of other inputs or options is here",
             where=partial,
-            got=f"a change of {listed(changed)}",
+            got=f"a change of {list_names(changed)}",
             fix=f"run it again as it was, or remove {partial.name} to start afresh",
         )
 
@@ -132,7 +138,11 @@ def _loud(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _DISK and "written" not in str(error):  # NumPy's short writes carry no number
+        if error.errno not in _DISK and "written" not in str(
+            error
+        ):  # NumPy's short writes carry no number
             raise
         fix = "free some space, then run the same command again: it goes on"
-        raise StoreError("the disk is full or refuses to be written", where=folder, got=error, fix=fix) from error
+        raise StoreError(
+            "the disk is full or refuses to be written", where=folder, got=error, fix=fix
+        ) from error

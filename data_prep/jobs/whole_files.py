@@ -28,10 +28,12 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError("the folder cannot be made", where=folder, got=error, fix="choose another --out") from None
+        raise DataError(
+            "the folder cannot be made", where=folder, got=error, fix="choose another --out"
+        ) from None
 
 
-def save(path: Path, values: np.ndarray) -> None:
+def save_array(path: Path, values: np.ndarray) -> None:
     """As np.save, which lets a full disk pass where what did not fit is small."""
     values = np.ascontiguousarray(values)
     with path.open("wb") as file:
@@ -39,7 +41,7 @@ def save(path: Path, values: np.ndarray) -> None:
         file.write(values.data)
 
 
-def saved(path: Path) -> np.ndarray:
+def load_array(path: Path) -> np.ndarray:
     """What `save` has written, mapped for reading: as np.load, in a fifth of its time: there are thousands."""
     with path.open("rb") as file:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -51,20 +53,22 @@ def saved(path: Path) -> np.ndarray:
     return np.ndarray(shape, np.dtype(found[1].decode()), content, begin)
 
 
-def mapped(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+def map_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
     """A new .npy file of zeros, to be filled in place: its pages need no memory of this process."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     if 0 in shape:  # which cannot be mapped
-        save(path, np.zeros(shape, dtype))
+        save_array(path, np.zeros(shape, dtype))
         return np.zeros(shape, dtype)
     out: np.ndarray = np.lib.format.open_memmap(path, "w+", dtype, shape)
-    with path.open("r+b") as file:  # a disk that is full must say so here: to a write into pages it answers by a signal
+    with path.open(
+        "r+b"
+    ) as file:  # a disk that is full must say so here: to a write into pages it answers by a signal
         os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     return out
 
 
-def flush(arrays: Iterable[np.ndarray]) -> None:
+def flush_arrays(arrays: Iterable[np.ndarray]) -> None:
     """What was written to mapped arrays is in their files, for workers of other machines too."""
     for array in arrays:
         if isinstance(array, np.memmap):
@@ -72,7 +76,7 @@ def flush(arrays: Iterable[np.ndarray]) -> None:
 
 
 @contextmanager
-def whole_folder(final: Path) -> Iterator[Path]:
+def make_whole_folder(final: Path) -> Iterator[Path]:
     """A new folder to fill, renamed to `final` at the end; whatever fails leaves nothing behind.
 
     If another worker was faster (a task that was run twice gives the same bytes), its folder stays.
@@ -92,7 +96,9 @@ def whole_folder(final: Path) -> Iterator[Path]:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what killed writers left unfinished anywhere under `folder`: ours, zarr-python's and TensorStore's."""
-    for path in [p for pattern in ("*.tmp", "*.partial", "*.__lock") for p in folder.rglob(pattern)]:
+    for path in [
+        p for pattern in ("*.tmp", "*.partial", "*.__lock") for p in folder.rglob(pattern)
+    ]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -14,14 +14,22 @@ from typing import Any, TypeAlias
 import numpy as np
 import pandas as pd
 
-from clue_dist.errors import DataError, listed, typed_path
-from data_prep.jobs.whole_files import save, whole_folder
-from data_prep.jobs.workers import Pool, run_missing
-from data_prep.options import Choice
+from clue_dist.errors import DataError, list_names, parse_path
+from data_prep.jobs.whole_files import make_whole_folder, save_array
+from data_prep.jobs.workers import WorkerPool, run_missing
+from data_prep.options import FeatureChoice
 from data_prep.readers import sorted_entries
-from data_prep.readers.genome_bins import bin_name
-from data_prep.readers.source import Direct, Head, Rows, Source, as_bytes, decode, file_identity
-from data_prep.readers.text_files import LINE, UNREADABLE, lines_of, open_text
+from data_prep.readers.genome_bins import name_bin
+from data_prep.readers.source import (
+    DirectSource,
+    Source,
+    SourceHead,
+    SourceRows,
+    decode_barcodes,
+    encode_barcodes,
+    identify_file,
+)
+from data_prep.readers.text_files import LINE, UNREADABLE, open_text, read_lines
 
 CHUNK_LINES = 2**21  # read at once: about 100 MB
 _SHIFT = 32  # a bin's key is (chromosome << 32) + its number; no chromosome is longer than 2^32 bp
@@ -51,13 +59,22 @@ class FragmentsInput:
 
     def identity(self) -> dict[str, Any]:
         """What must be unchanged for an interrupted conversion to go on."""
-        kept = {"modality": self.modality, "dataset": self.dataset, "cut_sites": self.cut_sites, "limit": self.limit}
-        listed_in = file_identity(Path(self.limit)) if self.limit and typed_path(self.limit).is_file() else None
-        return file_identity(self.path) | kept | {"barcodes": listed_in}
+        kept = {
+            "modality": self.modality,
+            "dataset": self.dataset,
+            "cut_sites": self.cut_sites,
+            "limit": self.limit,
+        }
+        listed_in = (
+            identify_file(Path(self.limit))
+            if self.limit and parse_path(self.limit).is_file()
+            else None
+        )
+        return identify_file(self.path) | kept | {"barcodes": listed_in}
 
 
 @dataclass(frozen=True)
-class CountedSource(Direct):
+class FragmentsSource(DirectSource):
     """A fragments file after it was counted. folder: its parts, barcodes and bins."""
 
     given: FragmentsInput
@@ -78,14 +95,17 @@ class CountedSource(Direct):
     def identity(self) -> dict[str, Any]:
         return self.given.identity()
 
-    def head(self) -> Head:
-        barcodes, bins = np.load(self.folder / "barcodes.npy"), decode(np.load(self.folder / "bins.npy"))
+    def head(self) -> SourceHead:
+        barcodes, bins = (
+            np.load(self.folder / "barcodes.npy"),
+            decode_barcodes(np.load(self.folder / "bins.npy")),
+        )
         nnz = sum(len(np.load(part / "rows.npy", mmap_mode="r")) for part in self._parts())
-        return Head(barcodes, bins.tolist(), nnz, {}, [])
+        return SourceHead(barcodes, bins.tolist(), nnz, {}, [])
 
-    def read(self, lo: int, hi: int, scratch: Path) -> Rows:
+    def read(self, lo: int, hi: int, scratch: Path) -> SourceRows:
         n_bins = len(np.load(self.folder / "bins.npy", mmap_mode="r"))
-        return sorted_entries.read_rows(self._parts(), lo, hi, n_bins)
+        return sorted_entries.read_sorted_rows(self._parts(), lo, hi, n_bins)
 
     def _parts(self) -> list[Path]:
         return sorted(self.folder.glob("[0-9]" * 6))
@@ -99,8 +119,11 @@ class _Count:
     out: Path
 
 
-def counted(
-    inputs: Sequence[Source | FragmentsInput], choices: Mapping[str, Choice], work: Path, pool: Pool
+def count_fragments(
+    inputs: Sequence[Source | FragmentsInput],
+    choices: Mapping[str, FeatureChoice],
+    work: Path,
+    pool: WorkerPool,
 ) -> list[Source]:
     """Count every fragments file among the inputs; the other inputs stay what they are.
 
@@ -113,17 +136,19 @@ def counted(
         if not isinstance(given, FragmentsInput):
             sources.append(given)
             continue
-        width, out = choices.get(given.modality, Choice()).bins, work / f"{i:03d}"
+        width, out = choices.get(given.modality, FeatureChoice()).bins, work / f"{i:03d}"
         if width is None:
             fix = f"`--bins {given.modality}=5000`, in base pairs"
-            raise DataError("fragments are counted in bins of the genome: how wide?", where=given.where, fix=fix)
+            raise DataError(
+                "fragments are counted in bins of the genome: how wide?", where=given.where, fix=fix
+            )
         keep = None
         if given.limit is not None:
             work.mkdir(parents=True, exist_ok=True)
             keep = work / f"keep{i:03d}.npy"
-            save(keep, _wanted(given, inputs))
+            save_array(keep, _wanted(given, inputs))
         tasks[out] = _Count(given, width, keep, out)
-        sources.append(CountedSource(given, out))
+        sources.append(FragmentsSource(given, out))
     if tasks:
         run_missing(pool, "count fragments", _count, tasks)
     return sources
@@ -132,17 +157,25 @@ def counted(
 def _wanted(given: FragmentsInput, inputs: Sequence[Source | FragmentsInput]) -> np.ndarray:
     """The barcodes that `given.limit` allows, (n,) bytes: a list's, or those of a modality in the same data set."""
     assert given.limit is not None
-    if typed_path(given.limit).is_file():
-        barcodes = as_bytes([line.split("\t")[0] for line in lines_of(Path(given.limit))], given.limit)
+    if parse_path(given.limit).is_file():
+        barcodes = encode_barcodes(
+            [line.split("\t")[0] for line in read_lines(Path(given.limit))], given.limit
+        )
         mine = f"{given.dataset}:".encode()
-        return np.array([b.removeprefix(mine) for b in barcodes.tolist()] if given.dataset else barcodes, "S")
+        return np.array(
+            [b.removeprefix(mine) for b in barcodes.tolist()] if given.dataset else barcodes, "S"
+        )
     others = [s for s in inputs if not isinstance(s, FragmentsInput)]
-    found = [s.head().barcodes[:] for s in others if (s.modality, s.dataset) == (given.limit, given.dataset)]
+    found = [
+        s.head().barcodes[:]
+        for s in others
+        if (s.modality, s.dataset) == (given.limit, given.dataset)
+    ]
     if not found:
         raise DataError(
             "neither a list of barcodes nor another modality of this data set",
             where=f"--barcodes {given.modality}={given.limit}",
-            got=f"modalities with cells: {listed(dict.fromkeys(s.modality for s in others)) or 'none'}",
+            got=f"modalities with cells: {list_names(dict.fromkeys(s.modality for s in others)) or 'none'}",
             expected="a file with a barcode a line, or one of these modalities",
         )
     return np.concatenate(found)
@@ -160,15 +193,17 @@ class _Codes:
 
 def _count(task: _Count) -> None:
     """One file -> a folder of parts, barcodes.npy and bins.npy."""
-    allowed = None if task.keep is None else set(decode(np.load(task.keep)).tolist())
+    allowed = None if task.keep is None else set(decode_barcodes(np.load(task.keep)).tolist())
     cells, chromosomes, bins = _Codes(), _Codes(), _Codes()
-    with whole_folder(task.out) as folder:
+    with make_whole_folder(task.out) as folder:
         for part, lines in enumerate(_chunks(task.given)):
             if allowed is not None:
                 lines = lines[lines["barcode"].isin(allowed).to_numpy()]
                 lines = lines.assign(barcode=lines["barcode"].cat.remove_unused_categories())
             rows = cells(lines["barcode"].cat.categories.tolist())[lines["barcode"].cat.codes]
-            chromosome = chromosomes(lines["chromosome"].cat.categories.tolist())[lines["chromosome"].cat.codes]
+            chromosome = chromosomes(lines["chromosome"].cat.categories.tolist())[
+                lines["chromosome"].cat.codes
+            ]
             start, end = lines["start"].to_numpy(), lines["end"].to_numpy()
             at = [start, end - 1] if task.given.cut_sites else [(start + end) // 2]
             keys = np.concatenate([(chromosome << _SHIFT) + where // task.width for where in at])
@@ -176,17 +211,23 @@ def _count(task: _Count) -> None:
             _write(folder / f"{part:06d}", np.tile(rows, len(at)), bins(unique.tolist())[inverse])
         if not cells.of:
             fix = "the list and the file must spell barcodes alike" if allowed is not None else None
-            raise DataError("no fragment is of a cell that is wanted", where=task.given.where, fix=fix)
+            raise DataError(
+                "no fragment is of a cell that is wanted", where=task.given.where, fix=fix
+            )
         names = list(chromosomes.of)
-        save(folder / "barcodes.npy", as_bytes(list(cells.of), task.given.where))
-        texts = [bin_name(names[key >> _SHIFT], key & (2**_SHIFT - 1), task.width) for key in bins.of]
-        save(folder / "bins.npy", as_bytes(texts, task.given.where))
+        save_array(folder / "barcodes.npy", encode_barcodes(list(cells.of), task.given.where))
+        texts = [
+            name_bin(names[key >> _SHIFT], key & (2**_SHIFT - 1), task.width) for key in bins.of
+        ]
+        save_array(folder / "bins.npy", encode_barcodes(texts, task.given.where))
 
 
 def _write(folder: Path, rows: np.ndarray, columns: np.ndarray) -> None:
     """Add up what falls into the same cell and bin. rows, columns: (n,)"""
     pairs, times = np.unique((rows << _SHIFT) + columns, return_counts=True)
-    sorted_entries.write_part(folder, pairs >> _SHIFT, pairs & (2**_SHIFT - 1), times.astype(np.int32))
+    sorted_entries.write_sorted_part(
+        folder, pairs >> _SHIFT, pairs & (2**_SHIFT - 1), times.astype(np.int32)
+    )
 
 
 def _chunks(given: FragmentsInput) -> Iterator[pd.DataFrame]:
@@ -205,7 +246,11 @@ def _chunks(given: FragmentsInput) -> Iterator[pd.DataFrame]:
                 chunksize=CHUNK_LINES, quoting=3, na_filter=False, low_memory=False,
             )  # fmt: skip
             for chunk in reader:
-                wrong = (chunk["start"] < 0) | (chunk["end"] <= chunk["start"]) | (chunk["end"] > 1 << _SHIFT)
+                wrong = (
+                    (chunk["start"] < 0)
+                    | (chunk["end"] <= chunk["start"])
+                    | (chunk["end"] > 1 << _SHIFT)
+                )
                 wrong |= chunk["barcode"] == ""
                 bad = np.flatnonzero(wrong.to_numpy())
                 if len(bad):
@@ -215,7 +260,13 @@ def _chunks(given: FragmentsInput) -> Iterator[pd.DataFrame]:
                     raise DataError("not a fragment", where=where, got=line, expected=expected)
                 seen += len(chunk)
                 yield chunk
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError, OverflowError, *UNREADABLE) as error:
+    except (
+        pd.errors.ParserError,
+        pd.errors.EmptyDataError,
+        ValueError,
+        OverflowError,
+        *UNREADABLE,
+    ) as error:
         raise DataError(
             "the fragments cannot be read to their end",
             where=f"{given.where}, after fragment {seen}",

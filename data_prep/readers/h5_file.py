@@ -25,7 +25,10 @@ def open_h5(path: Path) -> Iterator[h5py.File]:
         file = h5py.File(path, "r")
     except OSError as error:
         raise DataError(
-            "not a readable HDF5 file", where=path, got=str(error), fix="check that the file is complete"
+            "not a readable HDF5 file",
+            where=path,
+            got=str(error),
+            fix="check that the file is complete",
         ) from None
     with file:
         try:
@@ -34,10 +37,12 @@ def open_h5(path: Path) -> Iterator[h5py.File]:
             raise
         except Exception as error:  # of h5py and anndata, which have no kind of error in common
             got = f"{type(error).__name__}: {error}"[:500]
-            raise DataError("part of the file is missing or damaged", where=path, got=got, fix=ANEW) from error
+            raise DataError(
+                "part of the file is missing or damaged", where=path, got=got, fix=ANEW
+            ) from error
 
 
-def part_of(parent: Any, name: str) -> Any:
+def open_part(parent: Any, name: str) -> Any:
     """A part of a file, which lies in it and is of a size that it can be.
 
     Raises:
@@ -50,16 +55,21 @@ def part_of(parent: Any, name: str) -> Any:
     if not isinstance(part, h5py.Dataset):
         return part
     if part.external or part.is_virtual:
-        raise DataError("values of the file lie in another file", where=place(part), fix=ANEW)
+        raise DataError("values of the file lie in another file", where=name_part(part), fix=ANEW)
     if (part.size or 0) > _MOST * max(Path(path).stat().st_size, 2**16):
         got = f"{part.size} values in a file of {Path(path).stat().st_size} bytes"
-        raise DataError("a dataset says that it holds more than its file can", where=place(part), got=got, fix=ANEW)
+        raise DataError(
+            "a dataset says that it holds more than its file can",
+            where=name_part(part),
+            got=got,
+            fix=ANEW,
+        )
     return part
 
 
 def read_part(parent: Any, name: str) -> Any:
     """A part of a file as anndata reads it, after a look at all of it; raises as `part_of`."""
-    part = part_of(parent, name)
+    part = open_part(parent, name)
     _look_into(part, set())
     return read_elem(part)
 
@@ -70,18 +80,18 @@ def _look_into(part: Any, seen: set[int], depth: int = 0) -> None:
         return
     address = h5py.h5o.get_info(part.id).addr
     if depth > _DEEPEST or address in seen:
-        raise DataError("groups within groups without an end", where=place(part), fix=ANEW)
+        raise DataError("groups within groups without an end", where=name_part(part), fix=ANEW)
     seen.add(address)
     for name in part:
-        _look_into(part_of(part, name), seen, depth + 1)
+        _look_into(open_part(part, name), seen, depth + 1)
 
 
-def place(part: Any) -> str:
+def name_part(part: Any) -> str:
     """A part of a file, for messages."""
     return f"{Path(part.file.filename).name}: {part.name.lstrip('/')}"
 
 
-def stretch(dataset: h5py.Dataset, lo: int, hi: int) -> np.ndarray:
+def read_stretch(dataset: h5py.Dataset, lo: int, hi: int) -> np.ndarray:
     """Values lo to hi of a dataset with one axis; straight from the file where they lie there as they are.
 
     HDF5 copies them twice, and lets one thread at a time do it.

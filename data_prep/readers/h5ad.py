@@ -10,29 +10,36 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from clue_dist.errors import DataError, listed
-from data_prep.options import Keys
+from clue_dist.errors import DataError, list_names
+from data_prep.options import ObsColumns
 from data_prep.readers import sorted_entries
-from data_prep.readers.h5_file import ANEW, open_h5, part_of
-from data_prep.readers.h5_frame import codes_of, columns_in, has_obs, index_of, names_of, values_of
+from data_prep.readers.h5_file import ANEW, open_h5, open_part
+from data_prep.readers.h5_frame import (
+    has_obs,
+    list_columns,
+    read_codes,
+    read_index,
+    read_names,
+    read_values,
+)
 from data_prep.readers.h5_matrix import (
     MISFIT,
-    csr_slice,
-    format_of,
     looks_like_counts,
-    require_inside,
-    require_whole,
-    shape_of,
+    read_csr_slice,
+    read_format,
+    read_shape,
+    require_inside_matrix,
+    require_whole_matrix,
 )
 from data_prep.readers.source import (
-    Codes,
-    Head,
-    Rows,
-    Sliced,
-    as_bytes,
-    file_identity,
-    real_numbers,
-    unrepeated,
+    CategoryCodes,
+    SlicedArray,
+    SourceHead,
+    SourceRows,
+    encode_barcodes,
+    identify_file,
+    make_names_unique,
+    require_real_numbers,
 )
 
 
@@ -45,7 +52,7 @@ class AnnDataSource:
     dataset: str = ""
     group: str = ""
     layer: str | None = None  # None: X
-    keys: Keys = field(default_factory=Keys)
+    keys: ObsColumns = field(default_factory=ObsColumns)
     ids: str | None = None
 
     @property
@@ -58,35 +65,51 @@ class AnnDataSource:
         return f"{self.group}/{inside}".lstrip("/")
 
     def identity(self) -> dict[str, Any]:
-        kept = {"matrix": self.matrix, "modality": self.modality, "dataset": self.dataset, "ids": self.ids}
-        return file_identity(self.path) | kept
+        kept = {
+            "matrix": self.matrix,
+            "modality": self.modality,
+            "dataset": self.dataset,
+            "ids": self.ids,
+        }
+        return identify_file(self.path) | kept
 
-    def head(self) -> Head:
+    def head(self) -> SourceHead:
         with open_h5(self.path) as file:
-            root = part_of(file, self.group) if self.group else file
+            root = open_part(file, self.group) if self.group else file
             matrix = self._matrix(file)
             var = "raw/var" if self.layer == "raw.X" else "var"
-            barcodes, features = names_of(root, "obs", self.where), index_of(root, var, self.where)
-            if shape_of(matrix) != (len(barcodes), len(features)):
-                got = f"{shape_of(matrix)} for {len(barcodes)} cells and {len(features)} features"
+            barcodes, features = (
+                read_names(root, "obs", self.where),
+                read_index(root, var, self.where),
+            )
+            if read_shape(matrix) != (len(barcodes), len(features)):
+                got = f"{read_shape(matrix)} for {len(barcodes)} cells and {len(features)} features"
                 raise DataError(
-                    "matrix, obs and var do not fit together", where=f"{self.where}: {self.matrix}", got=got
+                    "matrix, obs and var do not fit together",
+                    where=f"{self.where}: {self.matrix}",
+                    got=got,
                 )
-            if format_of(matrix) != "array":
-                require_whole(matrix, len(barcodes) if format_of(matrix) == "csr_matrix" else len(features))
+            if read_format(matrix) != "array":
+                require_whole_matrix(
+                    matrix, len(barcodes) if read_format(matrix) == "csr_matrix" else len(features)
+                )
             fields = {
-                f: c for f, key in self.keys.columns.items() if (c := self._codes(file, key, barcodes)) is not None
+                f: c
+                for f, key in self.keys.columns.items()
+                if (c := self._codes(file, key, barcodes)) is not None
             }
-            columns = columns_in(root["obs"]) + (columns_in(file["obs"]) if self.group and has_obs(file) else [])
+            columns = list_columns(root["obs"]) + (
+                list_columns(file["obs"]) if self.group and has_obs(file) else []
+            )
             nnz = int(matrix.size if isinstance(matrix, h5py.Dataset) else matrix["data"].shape[0])
             named_by, names = self._names(root[var], features)
-            var_columns = columns_in(root[var])
-        return Head(barcodes, names, nnz, fields, columns, var_columns, named_by)
+            var_columns = list_columns(root[var])
+        return SourceHead(barcodes, names, nnz, fields, columns, var_columns, named_by)
 
     def parts(self) -> int:
         with open_h5(self.path) as file:
             matrix = self._matrix(file)
-            if format_of(matrix) != "csc_matrix":
+            if read_format(matrix) != "csc_matrix":
                 return 0
             return -(-int(matrix["data"].shape[0]) // sorted_entries.PART_ENTRIES)
 
@@ -95,40 +118,44 @@ class AnnDataSource:
         lo = part * sorted_entries.PART_ENTRIES
         with open_h5(self.path) as file:
             matrix = self._matrix(file)
-            n_rows, _ = shape_of(matrix)
-            require_whole(matrix, shape_of(matrix)[1])
+            n_rows, _ = read_shape(matrix)
+            require_whole_matrix(matrix, read_shape(matrix)[1])
             rows, values = (
-                part_of(matrix, name)[lo : lo + sorted_entries.PART_ENTRIES] for name in ("indices", "data")
+                open_part(matrix, name)[lo : lo + sorted_entries.PART_ENTRIES]
+                for name in ("indices", "data")
             )
-            indptr = part_of(matrix, "indptr")[:].astype(np.int64)
+            indptr = open_part(matrix, "indptr")[:].astype(np.int64)
             where = f"{self.where}, entries {lo} to {lo + len(rows) - 1}"
             if (np.diff(indptr) < 0).any():
                 raise DataError(MISFIT, where=where, fix=ANEW)
-            require_inside(rows, n_rows, "cells", where)
+            require_inside_matrix(rows, n_rows, "cells", where)
             columns = np.searchsorted(indptr, np.arange(lo, lo + len(rows)), side="right") - 1
-            values = real_numbers(values, where)
-        sorted_entries.write_part(scratch / f"{part:06d}", rows.astype(np.int64), columns, values)
+            values = require_real_numbers(values, where)
+        sorted_entries.write_sorted_part(
+            scratch / f"{part:06d}", rows.astype(np.int64), columns, values
+        )
 
-    def read(self, lo: int, hi: int, scratch: Path) -> Rows:
+    def read(self, lo: int, hi: int, scratch: Path) -> SourceRows:
         with open_h5(self.path) as file:
             matrix = self._matrix(file)
-            n_columns = shape_of(matrix)[1]
-            if format_of(matrix) == "array":
-                return real_numbers(np.asarray(matrix[lo:hi]), self.where)
-            if format_of(matrix) == "csr_matrix":
-                return csr_slice(matrix, lo, hi, n_columns, self.where)
-        return sorted_entries.read_rows(sorted(scratch.glob("[0-9]" * 6)), lo, hi, n_columns)
+            n_columns = read_shape(matrix)[1]
+            if read_format(matrix) == "array":
+                return require_real_numbers(np.asarray(matrix[lo:hi]), self.where)
+            if read_format(matrix) == "csr_matrix":
+                return read_csr_slice(matrix, lo, hi, n_columns, self.where)
+        return sorted_entries.read_sorted_rows(sorted(scratch.glob("[0-9]" * 6)), lo, hi, n_columns)
 
     def other_counts(self) -> list[str]:
         with open_h5(self.path) as file:
-            root = part_of(file, self.group) if self.group else file
+            root = open_part(file, self.group) if self.group else file
             names = [f"layers/{name}" for name in root.get("layers", {})] + ["raw/X"] * (
                 "raw" in root and "X" in root["raw"]
             )
             fitting = [
                 n
                 for n in names
-                if f"{self.group}/{n}".lstrip("/") != self.matrix and looks_like_counts(part_of(root, n))
+                if f"{self.group}/{n}".lstrip("/") != self.matrix
+                and looks_like_counts(open_part(root, n))
             ]
         return ["raw.X" if name == "raw/X" else name.removeprefix("layers/") for name in fitting]
 
@@ -139,29 +166,31 @@ class AnnDataSource:
             raise DataError(
                 "the file has no such matrix",
                 where=f"{self.where}: {self.matrix}",
-                got=f"layers: {listed(there) or 'none'}",
+                got=f"layers: {list_names(there) or 'none'}",
                 fix=f"name one of them with `--layer`, or `--layer {self.modality}=NAME` for this modality alone",
             )
-        return part_of(file, self.matrix)
+        return open_part(file, self.matrix)
 
     def _names(self, var: h5py.Group, own: list[str]) -> tuple[str | None, list[str]]:
         """The features' names, of the first column of `ids` there is, and that column; else their own."""
         for column in (self.ids or "").split(","):
             if column and column in var:
-                values = values_of(var, column)
-                return column, unrepeated(values.where(values.notna(), "").astype(str).tolist(), own)
+                values = read_values(var, column)
+                return column, make_names_unique(
+                    values.where(values.notna(), "").astype(str).tolist(), own
+                )
         return None, own
 
-    def _codes(self, file: h5py.File, key: str, barcodes: Sliced) -> Codes | None:
+    def _codes(self, file: h5py.File, key: str, barcodes: SlicedArray) -> CategoryCodes | None:
         """A column of the modality's own obs, else of MuData's: `key` or `modality:key`."""
         root = file[self.group] if self.group else file
         if key in root["obs"]:
-            return codes_of(root["obs"], key, len(barcodes))
+            return read_codes(root["obs"], key, len(barcodes))
         if not self.group or not has_obs(file):
             return None
         for name in (key, f"{self.modality}:{key}"):
             if name in file["obs"]:
-                shared = pd.Index(as_bytes(index_of(file, "obs", self.where), self.where))
-                codes = codes_of(file["obs"], name, len(shared))
+                shared = pd.Index(encode_barcodes(read_index(file, "obs", self.where), self.where))
+                codes = read_codes(file["obs"], name, len(shared))
                 return codes.take(shared.get_indexer(pd.Index(barcodes[:])))
         return None

@@ -15,10 +15,12 @@ import scipy.sparse as sp
 from clue_dist.errors import DataError
 from clue_dist.store.layout import BARCODE_BYTES
 
-Rows: TypeAlias = sp.csr_matrix | np.ndarray  # (n, features), as the file has them: not validated, not aligned
+SourceRows: TypeAlias = (
+    sp.csr_matrix | np.ndarray
+)  # (n, features), as the file has them: not validated, not aligned
 
 
-class Sliced(Protocol):
+class SlicedArray(Protocol):
     """An array, or what reads one from its file slice by slice."""
 
     def __len__(self) -> int: ...
@@ -26,14 +28,14 @@ class Sliced(Protocol):
 
 
 @dataclass(frozen=True)
-class Codes:
+class CategoryCodes:
     """One category per cell. codes: (n,) integers into `names`, -1 = unknown."""
 
-    codes: Sliced
+    codes: SlicedArray
     names: list[str]
 
     @classmethod
-    def of(cls, values: Any) -> Codes:
+    def of(cls, values: Any) -> CategoryCodes:
         """Encode a column of any type; NaN and the empty string are unknown, 1.0 is the same as 1."""
         codes, names = pd.factorize(pd.Series(values))
         own = names.categories if isinstance(names, pd.CategoricalIndex) else names
@@ -42,25 +44,31 @@ class Codes:
         texts = ["" if pd.isna(name) else str(name) for name in names]
         unique = sorted({t for t in texts if t})
         place = {t: i for i, t in enumerate(unique)} | {"": -1}
-        renumber = np.array([place[t] for t in texts] + [-1], np.int32)  # the last one: factorize's own -1
+        renumber = np.array(
+            [place[t] for t in texts] + [-1], np.int32
+        )  # the last one: factorize's own -1
         return cls(renumber[codes], unique)
 
-    def take(self, rows: np.ndarray) -> Codes:
+    def take(self, rows: np.ndarray) -> CategoryCodes:
         """The codes of `rows`; -1 stays unknown."""
-        return Codes(np.where(rows >= 0, self.codes[:][rows], -1).astype(np.int32), self.names)
+        return CategoryCodes(
+            np.where(rows >= 0, self.codes[:][rows], -1).astype(np.int32), self.names
+        )
 
 
 @dataclass(frozen=True)
-class Head:
+class SourceHead:
     """What a source holds. barcodes: (n,) bytes; nnz: stored entries, for sizing tasks only."""
 
-    barcodes: Sliced
+    barcodes: SlicedArray
     features: list[str]
     nnz: int
-    fields: dict[str, Codes]  # "batch", "label" where the file has them
+    fields: dict[str, CategoryCodes]  # "batch", "label" where the file has them
     columns: list[str]  # every obs column there is, for error messages
     var_columns: list[str] = field(default_factory=list)  # and those of var
-    named_by: str | None = None  # the column of var that gave the features' names; None: they are the var_names
+    named_by: str | None = (
+        None  # the column of var that gave the features' names; None: they are the var_names
+    )
 
     @property
     def n_rows(self) -> int:
@@ -91,7 +99,7 @@ class Source(Protocol):
         """What must be unchanged for an interrupted conversion to go on."""
         ...
 
-    def head(self) -> Head: ...
+    def head(self) -> SourceHead: ...
     def parts(self) -> int:
         """How many `prepare` tasks must run before `read`; 0 where rows can be read directly."""
         ...
@@ -100,7 +108,7 @@ class Source(Protocol):
         """Bring part of the input into a form from which rows can be read; bounded memory."""
         ...
 
-    def read(self, lo: int, hi: int, scratch: Path) -> Rows:
+    def read(self, lo: int, hi: int, scratch: Path) -> SourceRows:
         """Rows lo to hi, with this source's own columns."""
         ...
 
@@ -109,7 +117,7 @@ class Source(Protocol):
         ...
 
 
-class Direct:
+class DirectSource:
     """Mixin for sources whose rows can be read without preparation."""
 
     ids: str | None = None
@@ -124,13 +132,13 @@ class Direct:
         return []
 
 
-def file_identity(path: Path) -> dict[str, Any]:
+def identify_file(path: Path) -> dict[str, Any]:
     """Path, size and time of a file: an interrupted conversion goes on only if these are unchanged."""
     stat = path.stat()
     return {"path": str(path.resolve()), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
-def as_bytes(texts: Sequence[Any] | np.ndarray, where: object) -> np.ndarray:
+def encode_barcodes(texts: Sequence[Any] | np.ndarray, where: object) -> np.ndarray:
     """Barcodes, each str or UTF-8 bytes, as fixed-width bytes, (n,).
 
     Raises:
@@ -148,12 +156,15 @@ def as_bytes(texts: Sequence[Any] | np.ndarray, where: object) -> np.ndarray:
         raise DataError("a barcode is no UTF-8", where=where, got=str(error)) from None
     bad = next((t for t in coded if len(t) > BARCODE_BYTES or b"\0" in t), None)
     if bad is not None:
-        got, expected = f"{len(bad)} bytes, {bad[:40]!r} ...", f"{BARCODE_BYTES} bytes at most, no NUL"
+        got, expected = (
+            f"{len(bad)} bytes, {bad[:40]!r} ...",
+            f"{BARCODE_BYTES} bytes at most, no NUL",
+        )
         raise DataError("a barcode that cannot be kept", where=where, got=got, expected=expected)
     return np.array(coded, "S") if coded else np.empty(0, "S1")
 
 
-def real_numbers(values: np.ndarray, where: object) -> np.ndarray:
+def require_real_numbers(values: np.ndarray, where: object) -> np.ndarray:
     """Values of a type the kernels know: of this machine's order of bytes; bool, half precision and long doubles are
     brought to another width.
 
@@ -162,23 +173,31 @@ def real_numbers(values: np.ndarray, where: object) -> np.ndarray:
     """
     if values.dtype.kind not in "buif":
         expected = "integers or floats"
-        raise DataError("the matrix does not hold real numbers", where=where, got=values.dtype, expected=expected)
+        raise DataError(
+            "the matrix does not hold real numbers",
+            where=where,
+            got=values.dtype,
+            expected=expected,
+        )
     known = {"bool": "uint8", "float16": "float32", np.dtype(np.longdouble).name: "float64"}
     return values.astype(known.get(values.dtype.name, values.dtype.newbyteorder("=")), copy=False)
 
 
-def decode(barcodes: np.ndarray) -> np.ndarray:
+def decode_barcodes(barcodes: np.ndarray) -> np.ndarray:
     """UTF-8 bytes -> str, (n,)."""
     decoded: np.ndarray = np.char.decode(barcodes, "utf-8")
     return decoded
 
 
-def unrepeated(names: Sequence[str], instead: Sequence[str]) -> list[str]:
+def make_names_unique(names: Sequence[str], instead: Sequence[str]) -> list[str]:
     """`names`, where one that repeats, or is empty, gives way to what is given `instead`. All (features,)."""
     times = Counter(names)
-    return [other if times[name] > 1 or not name else name for name, other in zip(names, instead, strict=True)]
+    return [
+        other if times[name] > 1 or not name else name
+        for name, other in zip(names, instead, strict=True)
+    ]
 
 
-def columns_of(rows: sp.csr_matrix, wanted: np.ndarray) -> sp.csr_matrix:
+def select_columns(rows: sp.csr_matrix, wanted: np.ndarray) -> sp.csr_matrix:
     """The `wanted` columns of a CSR matrix (ascending), without SciPy's detour for a plain slice."""
     return rows if len(wanted) == rows.shape[1] else rows[:, wanted]

@@ -9,21 +9,21 @@ from typing import Any
 import h5py
 import numpy as np
 
-from clue_dist.errors import DataError, listed
+from clue_dist.errors import DataError, list_names
 from clue_dist.kinds import TENX_TYPES
-from data_prep.readers.h5_file import ANEW, open_h5, part_of
-from data_prep.readers.h5_frame import Texts
+from data_prep.readers.h5_file import ANEW, open_h5, open_part
+from data_prep.readers.h5_frame import TextColumn
 from data_prep.readers.h5_matrix import (
-    csr_slice,
-    require_whole,
+    read_csr_slice,
+    require_whole_matrix,
 )
 from data_prep.readers.source import (
-    Direct,
-    Head,
-    Rows,
-    columns_of,
-    file_identity,
-    unrepeated,
+    DirectSource,
+    SourceHead,
+    SourceRows,
+    identify_file,
+    make_names_unique,
+    select_columns,
 )
 
 
@@ -35,7 +35,9 @@ class FeatureTable:
     names: list[str]
     types: list[str]
 
-    def select(self, feature_type: str | None, asked: str | None = None) -> tuple[np.ndarray, list[str], str | None]:
+    def select(
+        self, feature_type: str | None, asked: str | None = None
+    ) -> tuple[np.ndarray, list[str], str | None]:
         """Columns of one type (None: all), their names, and which of the columns `asked` for gave them.
 
         A name that repeats gives way to its id.
@@ -43,7 +45,7 @@ class FeatureTable:
         wanted = [i for i, t in enumerate(self.types) if feature_type is None or t == feature_type]
         column = next((c for c in (asked or "").split(",") if c in TENX_COLUMNS), None)
         own = self.ids if column is not None and TENX_COLUMNS[column] == "id" else self.names
-        names = unrepeated([own[i] for i in wanted], [self.ids[i] for i in wanted])
+        names = make_names_unique([own[i] for i in wanted], [self.ids[i] for i in wanted])
         return np.array(wanted, np.int64), names, column
 
     def type_for(self, kind: str, where: str) -> str | None:
@@ -57,7 +59,12 @@ class FeatureTable:
             return None
         fitting = [t for t in types if t in TENX_TYPES and TENX_TYPES[t] == kind]
         if len(fitting) != 1:
-            raise DataError("the file has no features of this kind", where=where, got=listed(types), expected=kind)
+            raise DataError(
+                "the file has no features of this kind",
+                where=where,
+                got=list_names(types),
+                expected=kind,
+            )
         return fitting[0]
 
 
@@ -73,7 +80,7 @@ TENX_COLUMNS = {
 
 
 @dataclass(frozen=True)
-class TenxSource(Direct):
+class TenxSource(DirectSource):
     """One feature type of a 10x .h5 (Cell Ranger 3 and later): CSC over features x cells is CSR over cells."""
 
     path: Path
@@ -87,40 +94,57 @@ class TenxSource(Direct):
         return f"{self.path.name}/{self.feature_type}" if self.feature_type else self.path.name
 
     def identity(self) -> dict[str, Any]:
-        kept = {"feature_type": self.feature_type, "modality": self.modality, "dataset": self.dataset, "ids": self.ids}
-        return file_identity(self.path) | kept
+        kept = {
+            "feature_type": self.feature_type,
+            "modality": self.modality,
+            "dataset": self.dataset,
+            "ids": self.ids,
+        }
+        return identify_file(self.path) | kept
 
-    def head(self) -> Head:
+    def head(self) -> SourceHead:
         with open_h5(self.path) as file:
-            table = tenx_features(file)
-            matrix = part_of(file, "matrix")
-            barcodes, nnz = Texts.of(part_of(matrix, "barcodes")), int(part_of(matrix, "data").shape[0])
+            table = read_tenx_features(file)
+            matrix = open_part(file, "matrix")
+            barcodes, nnz = (
+                TextColumn.of(open_part(matrix, "barcodes")),
+                int(open_part(matrix, "data").shape[0]),
+            )
             expected = (len(table.ids), len(barcodes))
-            if (got := tuple(part_of(matrix, "shape")[:].tolist())) != expected:
+            if (got := tuple(open_part(matrix, "shape")[:].tolist())) != expected:
                 raise DataError(
-                    "the matrix does not fit its features and barcodes", where=self.where, got=got, expected=expected
+                    "the matrix does not fit its features and barcodes",
+                    where=self.where,
+                    got=got,
+                    expected=expected,
                 )
-            require_whole(matrix, len(barcodes))
+            require_whole_matrix(matrix, len(barcodes))
         wanted, names, named_by = table.select(self.feature_type, self.ids)
         share = nnz * len(wanted) // max(len(table.ids), 1)
-        return Head(barcodes, names, share, {}, [], list(TENX_COLUMNS), named_by)
+        return SourceHead(barcodes, names, share, {}, [], list(TENX_COLUMNS), named_by)
 
-    def read(self, lo: int, hi: int, scratch: Path) -> Rows:
+    def read(self, lo: int, hi: int, scratch: Path) -> SourceRows:
         with open_h5(self.path) as file:
-            table = tenx_features(file)
-            rows = csr_slice(part_of(file, "matrix"), lo, hi, len(table.ids), self.where)
-        return columns_of(rows, table.select(self.feature_type)[0])
+            table = read_tenx_features(file)
+            rows = read_csr_slice(open_part(file, "matrix"), lo, hi, len(table.ids), self.where)
+        return select_columns(rows, table.select(self.feature_type)[0])
 
 
-def tenx_features(file: h5py.File) -> FeatureTable:
+def read_tenx_features(file: h5py.File) -> FeatureTable:
     """The feature table of a 10x file.
 
     Raises:
         DataError: its columns differ in length.
     """
     names = ("id", "name", "feature_type")
-    columns = [part_of(file, f"matrix/features/{name}").asstr("utf-8")[:].tolist() for name in names]
+    columns = [
+        open_part(file, f"matrix/features/{name}").asstr("utf-8")[:].tolist() for name in names
+    ]
     if len({len(column) for column in columns}) > 1:
-        got = listed(f"{len(column)} of {name}" for name, column in zip(names, columns, strict=True))
-        raise DataError("the columns of the features differ in length", where=file.filename, got=got, fix=ANEW)
+        got = list_names(
+            f"{len(column)} of {name}" for name, column in zip(names, columns, strict=True)
+        )
+        raise DataError(
+            "the columns of the features differ in length", where=file.filename, got=got, fix=ANEW
+        )
     return FeatureTable(*columns)

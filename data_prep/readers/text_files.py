@@ -10,17 +10,24 @@ from typing import IO
 from clue_dist.errors import DataError
 
 LINE = 2**20  # letters of a line, at most: what is no text may have none, and unpack to any size
-UNREADABLE = (OSError, EOFError, UnicodeDecodeError, zlib.error)  # what reading a damaged file may raise
+UNREADABLE = (
+    OSError,
+    EOFError,
+    UnicodeDecodeError,
+    zlib.error,
+)  # what reading a damaged file may raise
 
 
 def open_text(path: Path) -> IO[str]:
     """Open for reading, through gzip where the file is gzipped; a mark of byte order is no part of the text."""
     with path.open("rb") as file:
         zipped = file.read(2) == b"\x1f\x8b"
-    return gzip.open(path, "rt", encoding="utf-8-sig") if zipped else path.open(encoding="utf-8-sig")
+    return (
+        gzip.open(path, "rt", encoding="utf-8-sig") if zipped else path.open(encoding="utf-8-sig")
+    )
 
 
-def lines_of(path: Path) -> list[str]:
+def read_lines(path: Path) -> list[str]:
     """The lines that hold anything, without their ends.
 
     Raises:
@@ -32,14 +39,16 @@ def lines_of(path: Path) -> list[str]:
             while line := file.readline(LINE):
                 if len(line) == LINE:
                     got = f"line {len(lines) + 1} begins {line[:40]!r}, and goes on for {LINE:,} letters or more"
-                    raise DataError("a file cannot be read", where=path, got=got, fix="check what the file is")
+                    raise DataError(
+                        "a file cannot be read", where=path, got=got, fix="check what the file is"
+                    )
                 if line.strip():
                     lines.append(line.rstrip("\r\n"))
     except UNREADABLE as error:
-        raise unreadable(path, error) from None
+        raise explain_unreadable(path, error) from None
     return lines
 
 
-def unreadable(path: Path, error: Exception) -> DataError:
+def explain_unreadable(path: Path, error: Exception) -> DataError:
     fix = "check that the file is complete"
     return DataError("a file cannot be read", where=path, got=str(error), fix=fix)

@@ -38,7 +38,13 @@ class Shape:
     binary: bool
 
 
-SHAPES = {s.name: s for s in (Shape("rna", 200_000, 20_000, 1_480, False), Shape("atac", 50_000, 100_000, 3_500, True))}
+SHAPES = {
+    s.name: s
+    for s in (
+        Shape("rna", 200_000, 20_000, 1_480, False),
+        Shape("atac", 50_000, 100_000, 3_500, True),
+    )
+}
 QUICK_CELLS = {"rna": 8_000, "atac": 4_000}
 
 
@@ -53,7 +59,10 @@ def digest_of(shape: Shape) -> str:
 def file_of(shape: Shape, work: Path) -> Path:
     """The .h5ad of a shape, made once."""
     name = f"{shape.name}-{shape.cells}-{digest_of(shape)[:8]}"
-    return common.once(work / "data" / name, lambda folder: write(shape, folder / "cells.h5ad")) / "cells.h5ad"
+    return (
+        common.once(work / "data" / name, lambda folder: write(shape, folder / "cells.h5ad"))
+        / "cells.h5ad"
+    )
 
 
 def nonzeros_in(path: Path) -> int:
@@ -114,10 +123,18 @@ def draw(model: Model, types: np.ndarray, rng: np.random.Generator) -> sp.csr_ma
         here = np.flatnonzero((types == t)[cell])
         feature[here] = np.searchsorted(model.cumulated[t], rng.random(len(here)), side="right")
     n_features = model.cumulated.shape[1]
-    np.minimum(feature, n_features - 1, out=feature)  # a share that rounding left beyond the last feature
+    np.minimum(
+        feature, n_features - 1, out=feature
+    )  # a share that rounding left beyond the last feature
     ones = np.ones(len(cell), np.float32)
-    size = ones if model.size is None else rng.logseries(model.size[types[cell], feature]).astype(np.float32)
-    counts = sp.coo_matrix((size, (cell, feature)), shape=(len(types), n_features)).tocsr()  # adds bursts up, sorted
+    size = (
+        ones
+        if model.size is None
+        else rng.logseries(model.size[types[cell], feature]).astype(np.float32)
+    )
+    counts = sp.coo_matrix(
+        (size, (cell, feature)), shape=(len(types), n_features)
+    ).tocsr()  # adds bursts up, sorted
     if model.size is None:
         counts.data[:] = 1
     return counts
@@ -143,8 +160,13 @@ def write(shape: Shape, path: Path, seed: int = 0) -> None:
     """The cells as anndata writes them by default (not compressed), in the memory of one piece."""
     print(f"making {path}: {shape.cells:,} cells x {shape.features:,}", flush=True)
     plate, type_ = labels(shape, np.random.default_rng(seed + 1))
-    columns = {"plate": [f"plate-{p:02d}" for p in plate], "cell_type": [f"type-{t:02d}" for t in type_]}
-    obs = pd.DataFrame(columns, index=[f"cell-{i:08d}" for i in range(shape.cells)], dtype="category")
+    columns = {
+        "plate": [f"plate-{p:02d}" for p in plate],
+        "cell_type": [f"type-{t:02d}" for t in type_],
+    }
+    obs = pd.DataFrame(
+        columns, index=[f"cell-{i:08d}" for i in range(shape.cells)], dtype="category"
+    )
     var = pd.DataFrame(index=[f"{shape.name}-{i:06d}" for i in range(shape.features)])
     empty = sp.csr_matrix((shape.cells, shape.features), dtype=np.float32)
     ad.AnnData(empty, obs=obs, var=var).write_h5ad(path)

@@ -115,7 +115,9 @@ def call(command: Sequence[str | Path], log: Path, threads: int) -> float:
     Raises:
         BenchmarkError: it did not exit with 0; the tail of the log is told.
     """
-    limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
+    limits = dict.fromkeys(
+        ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads)
+    )
     words = [str(word) for word in command]
     with log.open("a") as output:
         print("$", *words, file=output, flush=True)
@@ -137,7 +139,9 @@ def call(command: Sequence[str | Path], log: Path, threads: int) -> float:
             raise
         seconds = time.monotonic() - began
     if code:
-        raise BenchmarkError(f"exit code {code}", where=" ".join(words), got=f"\n{tail(log)}", fix=f"see {log}")
+        raise BenchmarkError(
+            f"exit code {code}", where=" ".join(words), got=f"\n{tail(log)}", fix=f"see {log}"
+        )
     return seconds
 
 
@@ -169,7 +173,14 @@ def python_with(requirements: Path, work: Path, version: str | None = None) -> P
 
     def make(folder: Path) -> None:
         print(f"installing {requirements.name} into {folder}: takes minutes", flush=True)
-        install = [folder / "bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        install = [
+            folder / "bin/python",
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+        ]
         log = folder.with_name(f"{folder.name}.log")
         base = interpreter(version) if version else sys.executable
         call([base, "-m", "venv", folder], log, threads=1)
@@ -191,7 +202,11 @@ def interpreter(version: str) -> Path:
     name = f"python{version}"
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     folders = [Path(part) for part in os.environ["PATH"].split(os.pathsep)]
-    tried = [folder / name for folder in [*folders, *sorted(pyenv.glob(f"{version}*/bin"))] if (folder / name).exists()]
+    tried = [
+        folder / name
+        for folder in [*folders, *sorted(pyenv.glob(f"{version}*/bin"))]
+        if (folder / name).exists()
+    ]
     for path in tried:
         # pyenv's shims are found but refuse to start a version that is not switched on.
         if subprocess.run([path, "-c", "import venv"], capture_output=True).returncode == 0:
@@ -205,7 +220,9 @@ def interpreter(version: str) -> Path:
 
 
 def pins(requirements: Path) -> list[str]:
-    return [line for line in requirements.read_text().split("\n") if line and not line.startswith("#")]
+    return [
+        line for line in requirements.read_text().split("\n") if line and not line.startswith("#")
+    ]
 
 
 # --- runs ---
@@ -226,7 +243,13 @@ class Run:
         return f"{self.method} on {self.data_set}, fold {self.fold}, seed {self.seed}"
 
     def folder(self, work: Path) -> Path:
-        return work / "runs" / self.method / self.data_set / f"fold{self.fold}-seed{self.seed}-{self.digest[:12]}"
+        return (
+            work
+            / "runs"
+            / self.method
+            / self.data_set
+            / f"fold{self.fold}-seed{self.seed}-{self.digest[:12]}"
+        )
 
     def record(self, work: Path) -> dict[str, Any] | None:
         """What the finished run gave, if there is one."""
@@ -260,10 +283,19 @@ def finish(
         line = f"[{number + 1}/{len(runs)}] {run.name}"
         known = run.record(work) is not None
         if not known:
-            print(f"{line}: began {time.strftime('%H:%M:%S')}, {time_left(runs[number:], work)}", flush=True)
+            print(
+                f"{line}: began {time.strftime('%H:%M:%S')}, {time_left(runs[number:], work)}",
+                flush=True,
+            )
         try:
             record = done(run, work, steps)
-        except (ClueError, OSError, LookupError, ValueError, RuntimeError) as error:  # torch raises the last
+        except (
+            ClueError,
+            OSError,
+            LookupError,
+            ValueError,
+            RuntimeError,
+        ) as error:  # torch raises the last
             failures.append(asdict(run) | {"error": f"{type(error).__name__}: {error}"})
             print(f"{line}: FAILED: {type(error).__name__}: {error}", flush=True)
         else:
@@ -299,7 +331,9 @@ def unchanged(run: Run, now: str) -> None:
         BenchmarkError: it is another.
     """
     if now != run.digest:
-        raise BenchmarkError("sources or cells changed while the benchmark ran", where=run.name, fix="start it again")
+        raise BenchmarkError(
+            "sources or cells changed while the benchmark ran", where=run.name, fix="start it again"
+        )
 
 
 def time_left(runs: Iterable[Run], work: Path) -> str:
@@ -337,13 +371,21 @@ class Bar:
         values it is the mean of, to be told beside it."""
         holds = None if value is None else bool(OPERATORS[self.op](value, self.bar))
         spread = {} if deviation is None else {"deviation": deviation}
-        return {"name": self.name, "value": value, "op": self.op, "bar": self.bar, "holds": holds} | spread
+        return {
+            "name": self.name,
+            "value": value,
+            "op": self.op,
+            "bar": self.bar,
+            "holds": holds,
+        } | spread
 
     def over(self, values: Sequence[float]) -> dict[str, Any]:
         """Judged by the mean of values, of folds or seeds, with their standard deviation; open where there are none."""
         if not values:
             return self.judged(None)
-        return self.judged(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+        return self.judged(
+            statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+        )
 
 
 def bar_lines(bars: Iterable[dict[str, Any]]) -> Iterator[str]:
@@ -363,13 +405,20 @@ def spread(values: Sequence[float], digits: int) -> str:
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Rows of text as a table; the first is the heading."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [
+        "  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
     return "\n".join([lines[0], "-" * max(len(line) for line in lines), *lines[1:]])
 
 
 def machine() -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
-    models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+    models = [
+        line.partition(":")[2].strip()
+        for line in info.read_text().splitlines()
+        if "model name" in line
+    ]
     return {
         "platform": platform.platform(),
         "cpu": models[0] if models else platform.processor(),
@@ -380,15 +429,30 @@ def machine() -> dict[str, Any]:
 
 def versions(*packages: str) -> dict[str, str]:
     """Of Python and of packages in this environment."""
-    return {"python": platform.python_version()} | {name: version(name) for name in ("clue-dist", "torch", *packages)}
+    return {"python": platform.python_version()} | {
+        name: version(name) for name in ("clue-dist", "torch", *packages)
+    }
 
 
 def parser(name: str, doc: str | None, work: str) -> argparse.ArgumentParser:
     """What every benchmark is told on the command line. doc: of its module; work: folder below .benchmarks."""
-    out = argparse.ArgumentParser(prog=f"python -m tests.benchmarks.{name}", description=(doc or "").split("\n")[0])
-    out.add_argument("--json", type=Path, required=True, help="where to write results, bars, machine and versions")
-    out.add_argument("--quick", action="store_true", help="a look of a minute: few cells, few steps, no bar judged")
-    out.add_argument("--work", type=resolved, default=f"{ROOT}/.benchmarks/{work}", help="where runs are kept")
+    out = argparse.ArgumentParser(
+        prog=f"python -m tests.benchmarks.{name}", description=(doc or "").split("\n")[0]
+    )
+    out.add_argument(
+        "--json",
+        type=Path,
+        required=True,
+        help="where to write results, bars, machine and versions",
+    )
+    out.add_argument(
+        "--quick",
+        action="store_true",
+        help="a look of a minute: few cells, few steps, no bar judged",
+    )
+    out.add_argument(
+        "--work", type=resolved, default=f"{ROOT}/.benchmarks/{work}", help="where runs are kept"
+    )
     out.add_argument("--threads", type=int, default=2)
     return out
 
@@ -421,9 +485,21 @@ def carry_out(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended too
     records, failures = finish(runs, args.work, steps, told)
     bars = list(bars_of(records))
-    print(f"\n{QUICK if args.quick else ''}{table(records)}\n\n{footnotes}\n", *bar_lines(bars), sep="\n", flush=True)
+    print(
+        f"\n{QUICK if args.quick else ''}{table(records)}\n\n{footnotes}\n",
+        *bar_lines(bars),
+        sep="\n",
+        flush=True,
+    )
     where = {"machine": machine(), "versions": versions(*packages)}
-    write_json(args.json, {"quick": args.quick, "bars": bars, "results": records, "failures": failures} | where | more)
+    write_json(
+        args.json,
+        {"quick": args.quick, "bars": bars, "results": records, "failures": failures}
+        | where
+        | more,
+    )
     print(f"\n{args.json}")
     if failures:
-        raise BenchmarkError(f"{len(failures)} runs failed", got=", ".join(f["method"] for f in failures))
+        raise BenchmarkError(
+            f"{len(failures)} runs failed", got=", ".join(f["method"] for f in failures)
+        )

@@ -55,12 +55,18 @@ QUICK_EPOCHS = {"contrastive": 8, "reference": 2, "multivi": 2}
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = mosaic.parser("matching", __doc__)
-    parser.add_argument("--sets", nargs="+", choices=mosaic.SETS, help="default: cbmc_cite snare_adbrain_8lib")
+    parser.add_argument(
+        "--sets", nargs="+", choices=mosaic.SETS, help="default: cbmc_cite snare_adbrain_8lib"
+    )
     parser.add_argument("--folds", nargs="+", type=int, choices=FOLDS, help="default: all five")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all; multivi is for RNA+ATAC alone")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, help="default: all; multivi is for RNA+ATAC alone"
+    )
     args = parser.parse_args(words)
-    args.sets = args.sets or (["bmmc_cite_starter"] if args.quick else ["cbmc_cite", "snare_adbrain_8lib"])
+    args.sets = args.sets or (
+        ["bmmc_cite_starter"] if args.quick else ["cbmc_cite", "snare_adbrain_8lib"]
+    )
     args.folds = args.folds or ([0] if args.quick else list(FOLDS))
     args.methods = args.methods or (["ours", "contrastive"] if args.quick else list(METHODS))
     return args
@@ -101,7 +107,11 @@ def epochs_of(method: str, quick: bool) -> tuple[str, ...]:
 
 
 def steps_of(args: argparse.Namespace) -> Steps:
-    return Steps(lambda run, folder: do(run, folder, args), lambda run, folder: score(run, folder, args), scores.code())
+    return Steps(
+        lambda run, folder: do(run, folder, args),
+        lambda run, folder: score(run, folder, args),
+        scores.code(),
+    )
 
 
 def do(run: Run, folder: Path, args: argparse.Namespace) -> Result:
@@ -109,7 +119,9 @@ def do(run: Run, folder: Path, args: argparse.Namespace) -> Result:
     common.unchanged(run, digest_of(run.method, run.data_set, args))
     split = mosaic.split_of(run.data_set, run.fold, args.data, args.work)
     if run.method == "ours":
-        fit_s = mosaic.ours(split, folder, run.seed, overrides_of(args.quick), args.threads, args.work)
+        fit_s = mosaic.ours(
+            split, folder, run.seed, overrides_of(args.quick), args.threads, args.work
+        )
     else:
         fit_s = peer(run, split, folder, args)
     common.unchanged(run, digest_of(run.method, run.data_set, args))
@@ -117,7 +129,9 @@ def do(run: Run, folder: Path, args: argparse.Namespace) -> Result:
 
 
 def score(run: Run, folder: Path, args: argparse.Namespace) -> Result:
-    return scores.of(folder / "z.npz", mosaic.split_of(run.data_set, run.fold, args.data, args.work))
+    return scores.of(
+        folder / "z.npz", mosaic.split_of(run.data_set, run.fold, args.data, args.work)
+    )
 
 
 def peer(run: Run, split: mosaic.Split, folder: Path, args: argparse.Namespace) -> float:
@@ -126,7 +140,11 @@ def peer(run: Run, split: mosaic.Split, folder: Path, args: argparse.Namespace) 
     here = args.quick and run.method == "contrastive"
     python = sys.executable if here else common.python_with(PEERS / f"{run.method}.txt", args.work)
     out = ["--out", folder / "z.npz", "--seed", str(run.seed), *epochs_of(run.method, args.quick)]
-    common.call([python, PEERS / f"{run.method}.py", split.folder, *split.mods, *out], folder / "log.txt", args.threads)
+    common.call(
+        [python, PEERS / f"{run.method}.py", split.folder, *split.mods, *out],
+        folder / "log.txt",
+        args.threads,
+    )
     return float(np.load(folder / "z.npz")["fit_s"])
 
 
@@ -142,21 +160,32 @@ def table(records: Sequence[Result]) -> str:
         groups[record["data_set"], record["method"]].append(record)
     rows = [["set", "method", "folds", "FOSCTTM", "match", "recall10", "fit s", "threads"]]
     for (name, method), group in groups.items():
-        found = [common.spread([r["scores"]["global"][m] for r in group], DIGITS[m]) for m in METRICS]
+        found = [
+            common.spread([r["scores"]["global"][m] for r in group], DIGITS[m]) for m in METRICS
+        ]
         seeds = len({r["seed"] for r in group})
         folds = f"{len({r['fold'] for r in group})}" + (f" x {seeds} seeds" if seeds > 1 else "")
         threads = "/".join(sorted({str(r["threads"]) for r in group}))
-        rows.append([name, method, folds, *found, common.spread([r["fit_s"] for r in group], 0), threads])
+        rows.append(
+            [name, method, folds, *found, common.spread([r["fit_s"] for r in group], 0), threads]
+        )
     return common.aligned(rows)
 
 
 def bars_of(records: Sequence[Result], seeds: Sequence[int], quick: bool) -> list[dict[str, Any]]:
     """Each bar against ours; only where every fold has been run with every seed, and never on a quick look."""
-    return [bar.judged(_value(records, name, metric, seeds, quick)) for (name, metric), bar in BARS.items()]
+    return [
+        bar.judged(_value(records, name, metric, seeds, quick))
+        for (name, metric), bar in BARS.items()
+    ]
 
 
-def _value(records: Sequence[Result], name: str, metric: str, seeds: Sequence[int], quick: bool) -> float | None:
-    mine = {(r["fold"], r["seed"]): r for r in records if (r["method"], r["data_set"]) == ("ours", name)}
+def _value(
+    records: Sequence[Result], name: str, metric: str, seeds: Sequence[int], quick: bool
+) -> float | None:
+    mine = {
+        (r["fold"], r["seed"]): r for r in records if (r["method"], r["data_set"]) == ("ours", name)
+    }
     if quick or any((fold, seed) not in mine for fold in FOLDS for seed in seeds):
         return None
     if metric == "fit_s":

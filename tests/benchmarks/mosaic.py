@@ -28,7 +28,9 @@ SETS: dict[str, tuple[str, str]] = {
     "bmmc_multiome_starter": ("rna", "atac"),
     "hao_mosaic": ("rna", "adt"),
 }
-BATCHED = tuple(name for name in SETS if name != "cbmc_cite")  # their cells are of two batches or more
+BATCHED = tuple(
+    name for name in SETS if name != "cbmc_cite"
+)  # their cells are of two batches or more
 RECIPE = "configs/atlas.json"
 KEPT = ("config.json", "metrics.jsonl")  # of a run's folder; its checkpoints would fill the disk
 
@@ -66,7 +68,9 @@ def source_of(name: str, data: Path) -> Path:
     path = data / f"{name}.h5mu"
     if not path.is_file():
         have = ", ".join(sorted(p.stem for p in data.glob("*.h5mu"))) or "no .h5mu file"
-        raise DataError("the data set is not there", where=path, got=have, fix="name its folder with --data")
+        raise DataError(
+            "the data set is not there", where=path, got=have, fix="name its folder with --data"
+        )
     return path
 
 
@@ -99,7 +103,13 @@ Embedded = dict[str, np.ndarray]  # by source: (cells, dimensions)
 
 
 def ours(
-    split: Split, folder: Path, seed: int, overrides: Sequence[str], threads: int, work: Path, recipe: str = RECIPE
+    split: Split,
+    folder: Path,
+    seed: int,
+    overrides: Sequence[str],
+    threads: int,
+    work: Path,
+    recipe: str = RECIPE,
 ) -> float:
     """Train a recipe on a split and embed its cells; the seconds of the training command.
 
@@ -107,7 +117,9 @@ def ours(
     cells' z of each modality alone, (N, K x d), rows as in test.h5mu; train_SOURCE and test_SOURCE, `Embedded` of the
     paired cells of each part, rows as in its first modality.
     """
-    tables, seconds = embedded(split, folder, seed, overrides, threads, work, ("train", "test"), recipe)
+    tables, seconds = embedded(
+        split, folder, seed, overrides, threads, work, ("train", "test"), recipe
+    )
     arrays = {}
     for part, table in tables.items():
         of_part = z_of(table, pairs_of(split, part))
@@ -155,9 +167,15 @@ def embedded(
     settings = [f"store={stores / 'train.zarr'}", f"run={run}", f"seed={seed}", *overrides]
     train = launched(1, "launch/train.py", "--config", recipe, "--set", *settings)
     seconds = call(train, log, threads)
-    tables = {part: _embedded(run, stores / f"{part}.zarr", folder / "z.h5mu", log, threads) for part in parts}
+    tables = {
+        part: _embedded(run, stores / f"{part}.zarr", folder / "z.h5mu", log, threads)
+        for part in parts
+    }
     if sources() != before:
-        raise BenchmarkError("the sources changed during the run, so nobody knows whose result it is", fix="run again")
+        raise BenchmarkError(
+            "the sources changed during the run, so nobody knows whose result it is",
+            fix="run again",
+        )
     for name in KEPT:
         shutil.copy(run / name, folder)
     shutil.rmtree(run)
@@ -165,7 +183,17 @@ def embedded(
 
 
 def _embedded(run: Path, store: Path, out: Path, log: Path, threads: int) -> md.MuData:
-    command = [sys.executable, "launch/embed.py", "--run", run, "--store", store, "--out", out, "--per-modality"]
+    command = [
+        sys.executable,
+        "launch/embed.py",
+        "--run",
+        run,
+        "--store",
+        store,
+        "--out",
+        out,
+        "--per-modality",
+    ]
     call(command, log, threads)
     with quiet():
         table = md.read(out)
@@ -187,7 +215,9 @@ def stores_of(split: Split, code: str, threads: int, work: Path) -> Path:
         train, test = folder / "train.zarr", folder / "test.zarr"
         convert = [sys.executable, "-m", "data_prep", "convert"]
         call([*convert, split.train, "--out", train, *workers], log, threads)
-        call([*convert, split.test, "--out", test, "--features-from", train, *workers], log, threads)
+        call(
+            [*convert, split.test, "--out", test, "--features-from", train, *workers], log, threads
+        )
 
     set_name, fold = split.folder.parts[-2:]
     return once(work / "stores" / f"{set_name}-{fold}-{code[:12]}", make)

@@ -26,7 +26,9 @@ class Repeat(Run):
 def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
     """What the benchmarks of stores are told on the command line."""
     out = common.parser(name, doc, "streaming")
-    out.add_argument("--sets", nargs="+", choices=cells.SHAPES, help="default: both, of a quick look rna")
+    out.add_argument(
+        "--sets", nargs="+", choices=cells.SHAPES, help="default: both, of a quick look rna"
+    )
     out.add_argument("--repeats", type=int, help=f"default: {REPEATS}, of a quick look 1")
     return out
 
@@ -45,7 +47,9 @@ def settle(args: argparse.Namespace) -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
 
 
-def median(records: Sequence[Result], method: str, name: str, what: str, repeats: int = 1) -> float | None:
+def median(
+    records: Sequence[Result], method: str, name: str, what: str, repeats: int = 1
+) -> float | None:
     """Over a method's repeats on a data set; None where fewer than `repeats` have been measured."""
     values = [r[what] for r in records if (r["method"], r["data_set"]) == (method, name)]
     return statistics.median(values) if len(values) >= max(repeats, 1) else None

@@ -17,7 +17,12 @@ from tests.distributed.command import ROOT
 
 def code() -> str:
     """Digest of what these scores follow from, embedding and cells aside."""
-    files = (Path(__file__), Path(score.__file__), ROOT / "clue_dist/matching.py", ROOT / "clue_dist/ranks.py")
+    files = (
+        Path(__file__),
+        Path(score.__file__),
+        ROOT / "clue_dist/matching.py",
+        ROOT / "clue_dist/ranks.py",
+    )
     return common.digest(*files)
 
 
@@ -33,12 +38,14 @@ def of(npz: Path, split: Split) -> Result:
     with quiet():
         obs = md.read(split.test)[split.mods[0]].obs
     batch = obs["batch"].astype(str).to_numpy() if "batch" in obs else np.zeros(len(obs))
-    candidates = [matching.scores(a, b, batch) for a, b in zip(u1, u2, strict=True)]
+    candidates = [matching.compute_scores(a, b, batch) for a, b in zip(u1, u2, strict=True)]
     out: Result = {"scores": min(candidates, key=lambda scores: scores["global"]["foscttm"])}
     if len(candidates) > 1:
         out["candidates"] = candidates
     if f"test_{JOINT}" in arrays and score.LABEL in obs:
         keep, label = score.typed(obs)
-        joint, *alone = (score.accuracy(z[keep], label[keep]) for z in (arrays[f"test_{JOINT}"], u1[0], u2[0]))
+        joint, *alone = (
+            score.accuracy(z[keep], label[keep]) for z in (arrays[f"test_{JOINT}"], u1[0], u2[0])
+        )
         out |= {"joint": joint, "alone": max(alone)}
     return out

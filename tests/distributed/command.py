@@ -19,7 +19,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
-FAST = ("log.wandb=disabled", "log.tensorboard=false", "train.validate_every=1000", "train.checkpoint_every=1000")
+FAST = (
+    "log.wandb=disabled",
+    "log.tensorboard=false",
+    "train.validate_every=1000",
+    "train.checkpoint_every=1000",
+)
 
 
 def environment() -> dict[str, str]:
@@ -29,14 +34,22 @@ def environment() -> dict[str, str]:
     return env | {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}", "OMP_NUM_THREADS": "1"}
 
 
-def run(*command: str, expect: int | None = 0, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def run(
+    *command: str, expect: int | None = 0, timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
     """Run a command in the repository's root; its exit code must be `expect` (None: any)."""
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout
+    )
     if expect is not None:
-        assert done.returncode == expect, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        assert done.returncode == expect, (
+            f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        )
         if expect == 0 and "launch/train.py" in command and "--dry-run" not in command:
             # The launcher exits with 0 even where a signal ended its own child.
-            assert "finished at step" in done.stdout, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+            assert "finished at step" in done.stdout, (
+                f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+            )
     return done
 
 
@@ -67,7 +80,9 @@ def _server() -> Path:
     """The socket of the process from which ranks are forked; it ends with this one."""
     path = Path(tempfile.mkdtemp()) / "ranks"
     command = [sys.executable, "-u", "tests/ranks.py", str(path)]
-    env = environment() | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # to look for GPUs must not begin to use them
+    env = environment() | {
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1"
+    }  # to look for GPUs must not begin to use them
     server = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.PIPE)
     atexit.register(_end, server, path.parent)
     while not path.exists():

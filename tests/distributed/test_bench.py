@@ -16,7 +16,9 @@ QUICK = ("--seconds", "0.2", "--repeats", "2")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """More blocks than the loader keeps, so that it reads all the time."""
     folder = tmp_path_factory.mktemp("bench")
-    make_store(folder / "s.zarr", cells={"rna+adt": 2000, "rna": 900}, features={"rna": 60, "adt": 10})
+    make_store(
+        folder / "s.zarr", cells={"rna+adt": 2000, "rna": 900}, features={"rna": 60, "adt": 10}
+    )
     return folder
 
 
@@ -35,7 +37,9 @@ def test_it_measures_all_three_and_writes_nothing_but_its_json(folder: Path) -> 
     assert told["data"]["non_zeros_per_s"] > told["data"]["cells_per_s"]
     assert {"plan", "read and decode", "gather"} <= told["data"]["phases"].keys()
     assert sum(told["data"]["phases"].values()) == pytest.approx(1)
-    parts = told["model"]["forward_ms"] + told["model"]["backward_ms"] + told["model"]["optimizer_ms"]
+    parts = (
+        told["model"]["forward_ms"] + told["model"]["backward_ms"] + told["model"]["optimizer_ms"]
+    )
     assert 0.1 < parts / told["model"]["step_ms"] < 10
     assert 0 <= told["both"]["waited"] < 1
     assert not (folder / "one").exists()
@@ -52,14 +56,20 @@ def test_two_ranks_report_once_and_count_all_cells(folder: Path) -> None:
 
 
 def test_a_recipe_needs_a_store_but_no_run(folder: Path) -> None:
-    assert "`store` is not set" in python("launch/bench.py", "--config", "configs/atlas.json", expect=2).stderr
+    assert (
+        "`store` is not set"
+        in python("launch/bench.py", "--config", "configs/atlas.json", expect=2).stderr
+    )
     store = ["--set", f"store={folder / 's.zarr'}", "data.batch_size=64", "model.trunk.hidden=8"]
     python("launch/bench.py", "--config", "configs/atlas.json", *store, *QUICK)
 
 
 def test_mistakes_are_told_before_anything_is_measured(folder: Path) -> None:
     args = bench_args(folder, "bad")
-    assert "folder that is there" in python(*args, "--json", str(folder / "no" / "o.json"), expect=2).stderr
+    assert (
+        "folder that is there"
+        in python(*args, "--json", str(folder / "no" / "o.json"), expect=2).stderr
+    )
     assert "one repeat or more" in python(*args, "--repeats", "0", expect=2).stderr
 
 
@@ -77,14 +87,14 @@ def test_a_slow_store_is_found_to_be_the_limit(folder: Path) -> None:
         from clue_dist.config import Config
         from clue_dist.ranks import Ranks
         from clue_dist.store.reader import StratumReader
-        from clue_dist.train.setup import prepare
+        from clue_dist.train.setup import prepare_setup
         finish = StratumReader.finish
         def slow(*args):
             time.sleep(0.1)
             return finish(*args)
         StratumReader.finish = slow
-        from clue_dist.train.bench import measure
-        report = measure(prepare(Config(**settings), 1, writes=False), Ranks(), 0.2, 2)
+        from clue_dist.train.bench import measure_speed
+        report = measure_speed(prepare_setup(Config(**settings), 1, writes=False), Ranks(), 0.2, 2)
         print(max(report.data.phases, key=report.data.phases.get))
         print(report.verdict)
         """,

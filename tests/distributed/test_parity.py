@@ -4,7 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.command import alone, best_weights, largest_difference, python, run, spawned, train_args
+from tests.distributed.command import (
+    alone,
+    best_weights,
+    largest_difference,
+    python,
+    run,
+    spawned,
+    train_args,
+)
 from tests.stores import make_store
 
 # 20 steps of 64 cells; 350 cells less 14 held out
@@ -14,7 +22,10 @@ STEPS_20 = ("train.epochs=3.81", "log.every=20")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("parity")
-    cells, features = {"rna+adt": 150, "rna+atac": 130, "adt": 70}, {"rna": 60, "adt": 10, "atac": 90}
+    cells, features = (
+        {"rna+adt": 150, "rna+atac": 130, "adt": 70},
+        {"rna": 60, "adt": 10, "atac": 90},
+    )
     make_store(folder / "s.zarr", cells=cells, features=features)
     python(*train_args(folder, folder / "s.zarr", "one", *STEPS_20, "train.zero_stage=0"))
     return folder
@@ -22,7 +33,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_ranks_equal_one_process(folder: Path, stage: int) -> None:
-    args = train_args(folder, folder / "s.zarr", f"zero{stage}", *STEPS_20, f"train.zero_stage={stage}")
+    args = train_args(
+        folder, folder / "s.zarr", f"zero{stage}", *STEPS_20, f"train.zero_stage={stage}"
+    )
     run(*spawned(2, *args))
     one, two = best_weights(folder / "one"), best_weights(folder / f"zero{stage}")
     assert [p.name for p in (folder / f"zero{stage}" / "best").iterdir()] == ["step-00000020"]
@@ -39,4 +52,7 @@ def test_accumulated_micro_batches_equal_on_two_ranks(folder: Path) -> None:
     settings = (*STEPS_20, "train.grad_accum=2", "data.batch_size=128", "train.zero_stage=2")
     alone(*train_args(folder, folder / "s.zarr", "accum-one", *settings))
     run(*spawned(2, *train_args(folder, folder / "s.zarr", "accum-two", *settings)))
-    assert largest_difference(best_weights(folder / "accum-one"), best_weights(folder / "accum-two")) < 1e-5
+    assert (
+        largest_difference(best_weights(folder / "accum-one"), best_weights(folder / "accum-two"))
+        < 1e-5
+    )

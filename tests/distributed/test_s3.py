@@ -26,7 +26,11 @@ SHORT = ("train.epochs=3", "log.every=1")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("s3")
-    make_store(folder / "s.zarr", cells={"rna+adt": 200, "rna": 60, "adt": 40}, features={"rna": 60, "adt": 10})
+    make_store(
+        folder / "s.zarr",
+        cells={"rna+adt": 200, "rna": 60, "adt": 40},
+        features={"rna": 60, "adt": 10},
+    )
     alone(*train_args(folder, folder / "s.zarr", "local", *SHORT))
     return folder
 
@@ -45,16 +49,28 @@ def test_a_run_on_a_url_is_the_run_on_the_folder(s3: S3, folder: Path) -> None:
     alone(*args)
     losses = [[line["loss"] for line in metrics(folder / name)] for name in ("local", "remote")]
     assert losses[0] == losses[1]
-    assert largest_difference(best_weights(folder / "local"), best_weights(folder / "remote")) == 0.0
+    assert (
+        largest_difference(best_weights(folder / "local"), best_weights(folder / "remote")) == 0.0
+    )
 
     results = []
     for name, store in (("local", str(folder / "s.zarr")), ("remote", url)):
         out = folder / f"{name}.json"
-        python("launch/evaluate.py", "--run", str(folder / name), "--store", store, "--out", str(out))
+        python(
+            "launch/evaluate.py", "--run", str(folder / name), "--store", store, "--out", str(out)
+        )
         results.append(json.loads(out.read_text()))
         assert results[-1].pop("about")["store"] == store
     assert results[0] == results[1]
-    python("launch/embed.py", "--run", str(folder / "remote"), "--store", url, "--out", str(folder / "z.h5ad"))
+    python(
+        "launch/embed.py",
+        "--run",
+        str(folder / "remote"),
+        "--store",
+        url,
+        "--out",
+        str(folder / "z.h5ad"),
+    )
     assert ad.read_h5ad(folder / "z.h5ad").obsm["X_clue"].shape == (300, 12)
     assert "300 cells" in python("-m", "data_prep", "inspect", url).stdout
     assert f"{url}: sound" in python("-m", "data_prep", "check", url).stdout
@@ -70,7 +86,15 @@ def test_what_is_not_there_ends_with_2_before_anything_starts(s3: S3, folder: Pa
     where = "s3://other-cells/s.zarr"
     commands = [
         train_args(folder, folder / "s.zarr", "none", f"store={where}"),
-        ["launch/embed.py", "--run", str(folder / "local"), "--store", where, "--out", str(folder / "none.h5ad")],
+        [
+            "launch/embed.py",
+            "--run",
+            str(folder / "local"),
+            "--store",
+            where,
+            "--out",
+            str(folder / "none.h5ad"),
+        ],
         ["-m", "data_prep", "check", where],
     ]
     for command in commands:

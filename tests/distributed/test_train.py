@@ -36,7 +36,11 @@ from tests.stores import make_store
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("train")
-    make_store(folder / "s.zarr", cells={"rna+adt": 200, "rna": 60, "adt": 40}, features={"rna": 60, "adt": 10})
+    make_store(
+        folder / "s.zarr",
+        cells={"rna+adt": 200, "rna": 60, "adt": 40},
+        features={"rna": 60, "adt": 10},
+    )
     return folder
 
 
@@ -49,7 +53,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["modalities.protein.weight=2"], "names a modality that the store lacks"),
     ],
 )
-def test_mistakes_end_with_2_before_any_worker_starts(folder: Path, settings: list[str], message: str) -> None:
+def test_mistakes_end_with_2_before_any_worker_starts(
+    folder: Path, settings: list[str], message: str
+) -> None:
     done = run(*spawned(2, *train_args(folder, folder / "s.zarr", "bad", *settings)), expect=2)
     assert done.stderr.count(message) == 1  # rank 0 alone speaks
     assert "Traceback" not in done.stderr
@@ -62,7 +68,9 @@ def test_the_launcher_hands_the_exit_code_on(folder: Path) -> None:
 
 
 def test_no_paired_cells_is_an_error_unless_nothing_is_crossed(folder: Path) -> None:
-    make_store(folder / "unpaired.zarr", cells={"rna": 90, "adt": 90}, features={"rna": 60, "adt": 10})
+    make_store(
+        folder / "unpaired.zarr", cells={"rna": 90, "adt": 90}, features={"rna": 60, "adt": 10}
+    )
     args = train_args(folder, folder / "unpaired.zarr", "unpaired", "train.epochs=1")
     assert "no cell of the store carries two modalities" in python(*args, expect=2).stderr
     alone(*args, "--set", "objective.lambda_cross=0")
@@ -74,12 +82,17 @@ def test_dry_run_shows_the_plan_and_writes_nothing(folder: Path) -> None:
     assert "stratum rna+adt: 190 cells, 10 held out" in done.stdout
     assert "would go on" not in done.stdout
     assert not (folder / "dry").exists()
-    done = python(*train_args(folder, folder / "s.zarr", "dry"), "--dry-run", "--resume", "nowhere", expect=2)
+    done = python(
+        *train_args(folder, folder / "s.zarr", "dry"), "--dry-run", "--resume", "nowhere", expect=2
+    )
     assert "this checkpoint cannot be used" in done.stderr
 
 
 def timeless(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k not in ("cells_per_s", "data_wait", "saving_wait")} for line in lines]
+    return [
+        {k: v for k, v in line.items() if k not in ("cells_per_s", "data_wait", "saving_wait")}
+        for line in lines
+    ]
 
 
 def stopped_after(command: list[str], run_folder: Path, lines: int) -> int:
@@ -109,13 +122,22 @@ def test_resumed_after_a_stop_signal_ends_like_an_unbroken_run(folder: Path) -> 
     assert 20 <= int(saved.name.split("-")[1]) < metrics(folder / "whole")[-1]["step"]
 
     alone(*args)
-    assert timeless(metrics(folder / "broken")) == timeless(metrics(folder / "whole"))  # bit for bit
-    assert largest_difference(best_weights(folder / "whole"), best_weights(folder / "broken")) == 0.0
+    assert timeless(metrics(folder / "broken")) == timeless(
+        metrics(folder / "whole")
+    )  # bit for bit
+    assert (
+        largest_difference(best_weights(folder / "whole"), best_weights(folder / "broken")) == 0.0
+    )
 
 
 def test_two_ranks_stopped_under_the_launcher_go_on_to_the_same_weights(folder: Path) -> None:
     # ZeRO-3 and bf16, with validations between the steps: the settings of configs/zero3.json
-    sharded = ("train.zero_stage=3", "train.precision=bf16", "train.validate_every=7", "train.patience=0")
+    sharded = (
+        "train.zero_stage=3",
+        "train.precision=bf16",
+        "train.validate_every=7",
+        "train.patience=0",
+    )
     settings = ("train.epochs=20", "log.every=1", *sharded)
     run(*launched(2, *train_args(folder, folder / "s.zarr", "whole3", *settings)))
     args = train_args(folder, folder / "s.zarr", "broken3", *settings)
@@ -128,7 +150,9 @@ def test_two_ranks_stopped_under_the_launcher_go_on_to_the_same_weights(folder: 
         fcntl.flock(lock, fcntl.LOCK_EX)  # until the last rank 0 has left
     run(*launched(2, *args))
     assert timeless(metrics(folder / "broken3")) == timeless(metrics(folder / "whole3"))
-    assert largest_difference(best_weights(folder / "whole3"), best_weights(folder / "broken3")) == 0.0
+    assert (
+        largest_difference(best_weights(folder / "whole3"), best_weights(folder / "broken3")) == 0.0
+    )
 
 
 def test_a_second_job_on_the_same_run_folder_is_refused(folder: Path) -> None:
@@ -144,22 +168,36 @@ def test_a_second_job_on_the_same_run_folder_is_refused(folder: Path) -> None:
 def test_best_weights_of_a_killed_attempt_do_not_outlive_it(folder: Path, epochs: int) -> None:
     # Killed before its first checkpoint, but after a validation: the next attempt starts anew.
     name = f"killed-{epochs}"
-    alone(*train_args(folder, folder / "s.zarr", name, "train.epochs=10", "train.validate_every=10"))
+    alone(
+        *train_args(folder, folder / "s.zarr", name, "train.epochs=10", "train.validate_every=10")
+    )
     best = max((folder / name / "best").iterdir()).name
     shutil.rmtree(folder / name / "checkpoints")
     settings = ("model.latent=4", f"train.epochs={epochs}", "train.validate_every=10")
     alone(*train_args(folder, folder / "s.zarr", name, *settings))
-    assert best_weights(folder / name)["heads.bias"].shape[-1] == 2 * 2 * 4 // 2  # of each of two members
+    assert (
+        best_weights(folder / name)["heads.bias"].shape[-1] == 2 * 2 * 4 // 2
+    )  # of each of two members
     aside = [path.name for path in (folder / name).glob("*/step-*.aside")]
-    assert aside == ([f"{best}.aside"] if epochs == 5 else [])  # until training has passed that step
+    assert aside == (
+        [f"{best}.aside"] if epochs == 5 else []
+    )  # until training has passed that step
 
 
 def test_going_on_from_a_checkpoint_of_another_run(folder: Path) -> None:
-    alone(*train_args(folder, folder / "s.zarr", "first", "train.epochs=4", "train.checkpoint_every=10"))
+    alone(
+        *train_args(
+            folder, folder / "s.zarr", "first", "train.epochs=4", "train.checkpoint_every=10"
+        )
+    )
     start = min((folder / "first" / "checkpoints").iterdir())
-    alone(*train_args(folder, folder / "s.zarr", "second", "train.epochs=4"), "--resume", str(start))
+    alone(
+        *train_args(folder, folder / "s.zarr", "second", "train.epochs=4"), "--resume", str(start)
+    )
     assert (folder / "second" / "model.json").exists()
-    assert largest_difference(best_weights(folder / "first"), best_weights(folder / "second")) == 0.0
+    assert (
+        largest_difference(best_weights(folder / "first"), best_weights(folder / "second")) == 0.0
+    )
 
 
 @pytest.mark.parametrize("settings", [("data.holdout=0",), ("data.holdout=0.005",)])
@@ -175,7 +213,10 @@ def test_resume_refuses_other_data_settings_ranks_and_damage(folder: Path) -> No
     assert "already holds a run" in alone(*args, "--resume", "never", expect=2).stderr
     assert "changed: seed" in alone(*args, "--set", "seed=5", expect=2).stderr
     make_store(
-        folder / "other.zarr", cells={"rna+adt": 200, "rna": 60, "adt": 40}, features={"rna": 60, "adt": 10}, seed=1
+        folder / "other.zarr",
+        cells={"rna+adt": 200, "rna": 60, "adt": 40},
+        features={"rna": 60, "adt": 10},
+        seed=1,
     )
     assert (
         "not the one this run was trained on"
@@ -183,7 +224,9 @@ def test_resume_refuses_other_data_settings_ranks_and_damage(folder: Path) -> No
     )
     config = folder / "again" / "config.json"
     before = config.read_text()
-    config.write_text(before.replace('"latent": 6', '"latent": 8'))  # as if another version had begun the run
+    config.write_text(
+        before.replace('"latent": 6', '"latent": 8')
+    )  # as if another version had begun the run
     done = alone(*args, "--set", "model.latent=8", expect=2)
     assert "the weights do not fit the model of these settings" in done.stderr
     assert "Traceback" not in done.stderr
@@ -201,7 +244,13 @@ def test_resume_refuses_other_data_settings_ranks_and_damage(folder: Path) -> No
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*.json")), ids=lambda p: p.stem)
 def test_every_recipe_trains(folder: Path, recipe: Path) -> None:
-    settings = (f"store={folder / 's.zarr'}", f"run={folder / recipe.stem}", "train.epochs=1.5", "log.every=1", *FAST)
+    settings = (
+        f"store={folder / 's.zarr'}",
+        f"run={folder / recipe.stem}",
+        "train.epochs=1.5",
+        "log.every=1",
+        *FAST,
+    )
     python("launch/train.py", "--config", str(recipe), "--set", *settings)
     losses = [line["loss"] for line in metrics(folder / recipe.stem)]
     assert len(losses) >= 3
@@ -212,7 +261,12 @@ def test_every_recipe_trains(folder: Path, recipe: Path) -> None:
 @pytest.mark.parametrize("stage", [0, 2])
 def test_bf16_trains_close_to_fp32(folder: Path, stage: int) -> None:
     for precision in ("fp32", "bf16"):
-        settings = ("train.epochs=10", "log.every=5", f"train.precision={precision}", f"train.zero_stage={stage}")
+        settings = (
+            "train.epochs=10",
+            "log.every=5",
+            f"train.precision={precision}",
+            f"train.zero_stage={stage}",
+        )
         alone(*train_args(folder, folder / "s.zarr", f"{precision}-{stage}", *settings))
     for term in ("self", "cross", "contrastive"):
         a, b = ([line[term] for line in metrics(folder / f"{p}-{stage}")] for p in ("fp32", "bf16"))
@@ -223,9 +277,15 @@ def test_bf16_trains_close_to_fp32(folder: Path, stage: int) -> None:
 
 @pytest.mark.parametrize("likelihood", ["zinb", "poisson", "bernoulli"])
 def test_other_likelihoods_and_the_mean_posterior_train(folder: Path, likelihood: str) -> None:
-    own = (f"modalities.rna.likelihood={likelihood}", "model.posterior=mean", "objective.alignment=cosine")
+    own = (
+        f"modalities.rna.likelihood={likelihood}",
+        "model.posterior=mean",
+        "objective.alignment=cosine",
+    )
     elbo = ("objective.lambda_contrastive=0", "objective.lambda_self=1", "objective.lambda_cross=1")
-    args = train_args(folder, folder / "s.zarr", likelihood, "train.epochs=8", "log.every=5", *own, *elbo)
+    args = train_args(
+        folder, folder / "s.zarr", likelihood, "train.epochs=8", "log.every=5", *own, *elbo
+    )
     alone(*args)
     for term in ("self", "cross"):
         losses = [line[term] for line in metrics(folder / likelihood)]
@@ -233,8 +293,12 @@ def test_other_likelihoods_and_the_mean_posterior_train(folder: Path, likelihood
 
 
 def test_one_modality_and_dense_real_values(folder: Path) -> None:
-    make_store(folder / "single.zarr", cells={"image": 150}, features={"image": 20})  # kind dense: Normal, as stored
-    done = alone(*train_args(folder, folder / "single.zarr", "single", "train.epochs=10", "log.every=5"))
+    make_store(
+        folder / "single.zarr", cells={"image": 150}, features={"image": 20}
+    )  # kind dense: Normal, as stored
+    done = alone(
+        *train_args(folder, folder / "single.zarr", "single", "train.epochs=10", "log.every=5")
+    )
     assert "none -> normal" in done.stdout
     losses = [line["loss"] for line in metrics(folder / "single")]
     assert losses[-1] < losses[0]
@@ -244,11 +308,21 @@ def test_sinks_wandb_offline_and_tensorboard(folder: Path) -> None:
     args = train_args(folder, folder / "s.zarr", "sinks", "train.epochs=2", "log.every=2")
     env = {k: v for k, v in environment().items() if not k.startswith("WANDB")}
     settings = ["--set", "log.wandb=offline", "log.tensorboard=true"]
-    subprocess.run(["python", *args, *settings], cwd=ROOT, env=env, check=True, timeout=120, capture_output=True)
+    subprocess.run(
+        ["python", *args, *settings],
+        cwd=ROOT,
+        env=env,
+        check=True,
+        timeout=120,
+        capture_output=True,
+    )
     run_folder = folder / "sinks"
     assert list(run_folder.glob("wandb/offline-run-*/*.wandb"))
     assert list(run_folder.glob("tensorboard/events*"))
-    assert {line["split"] for line in map(json.loads, (run_folder / "metrics.jsonl").read_text().splitlines())} == {
+    assert {
+        line["split"]
+        for line in map(json.loads, (run_folder / "metrics.jsonl").read_text().splitlines())
+    } == {
         "train",
         "validation",
     }
@@ -260,7 +334,11 @@ def test_early_stop_keeps_the_latest_of_the_best_and_does_not_train_on(folder: P
     assert "stopping early" in alone(*args).stdout
     looks = [(line["score"], line["error"]) for line in metrics(folder / "early", "validation")]
     lowest = itertools.accumulate((score for score, _ in looks), min)
-    kept = [i for i, ((score, error), low) in enumerate(zip(looks, lowest, strict=True), 1) if score <= low + error]
+    kept = [
+        i
+        for i, ((score, error), low) in enumerate(zip(looks, lowest, strict=True), 1)
+        if score <= low + error
+    ]
     (best,) = (folder / "early" / "best").iterdir()
     assert int(best.name.split("-")[1]) == kept[-1]
     before = metrics(folder / "early", "validation")

@@ -153,12 +153,18 @@ class CleanRoot:
         return self._start([*self.entrypoint, *command], self.env, volumes)
 
     def remove(self) -> None:
-        inside = [line for line in Path("/proc/self/mounts").read_text().splitlines() if f" {self.root}/" in line]
+        inside = [
+            line
+            for line in Path("/proc/self/mounts").read_text().splitlines()
+            if f" {self.root}/" in line
+        ]
         assert not inside, f"still mounted: {inside}"
         if self.root.exists():
             shutil.rmtree(self.root)
 
-    def _start(self, command: Sequence[str], env: Mapping[str, str], volumes: Sequence[str]) -> Container:
+    def _start(
+        self, command: Sequence[str], env: Mapping[str, str], volumes: Sequence[str]
+    ) -> Container:
         uid, gid, home = self._account()
         arguments = [str(self.root), f"{uid}:{gid}", self.folder, *volumes, "--", *command]
         inside = [*IN_NAMESPACES, "bash", "-euc", CHROOT, "chroot", *arguments]
@@ -253,14 +259,22 @@ def make_debian(root: Path, suite: str) -> None:
     root.chmod(0o755)  # whatever the umask
     for name in ("resolv.conf", "hosts"):
         shutil.copy(Path("/etc", name), root / "etc" / name)
-    asked = subprocess.run(["apt-config", "dump", "Acquire"], capture_output=True, text=True, check=True)
-    settings = [line for line in asked.stdout.splitlines() if re.search(r"::(proxy|check-)", line, re.IGNORECASE)]
+    asked = subprocess.run(
+        ["apt-config", "dump", "Acquire"], capture_output=True, text=True, check=True
+    )
+    settings = [
+        line
+        for line in asked.stdout.splitlines()
+        if re.search(r"::(proxy|check-)", line, re.IGNORECASE)
+    ]
     (root / "etc/apt/apt.conf.d/99-of-this-machine").write_text("\n".join(settings) + "\n")
 
 
 def of_this_machine() -> tuple[dict[str, str], list[str]]:
     """How pip reaches packages from here: variables, and volumes for the folders they name, which lie under /host."""
-    asked = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True)
+    asked = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
+    )
     pairs = [line.split("=", 1) for line in asked.stdout.splitlines()]
     pairs.sort(key=lambda pair: pair[0].startswith(":env:"))  # the environment overrides files
     settings = {re.split(r"[.]", name)[-1]: shlex.split(value)[0] for name, value in pairs}
@@ -283,7 +297,11 @@ def missing(constraints: Path) -> str | None:
     """What this machine lacks for a clean root."""
     if os.geteuid() != 0:
         return "not root"
-    programs = [name for name in ("debootstrap", "unshare", "chroot", "apt-config") if shutil.which(name) is None]
+    programs = [
+        name
+        for name in ("debootstrap", "unshare", "chroot", "apt-config")
+        if shutil.which(name) is None
+    ]
     if programs:
         return f"no {', '.join(programs)}"
     if not Path("/usr/share/keyrings/debian-archive-keyring.gpg").exists():
@@ -294,7 +312,20 @@ def missing(constraints: Path) -> str | None:
         urllib.request.urlopen(f"{mirror().rstrip('/')}/dists/bookworm/Release", timeout=20).close()
     except OSError as error:
         return f"Debian's archive: {error}"
-    pip = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--no-deps", "--retries", "1"]
-    if subprocess.run([*pip, "--constraint", constraints, "six"], capture_output=True).returncode != 0:
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--dry-run",
+        "--ignore-installed",
+        "--no-deps",
+        "--retries",
+        "1",
+    ]
+    if (
+        subprocess.run([*pip, "--constraint", constraints, "six"], capture_output=True).returncode
+        != 0
+    ):
         return "no package index answers"
     return None

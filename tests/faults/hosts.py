@@ -31,7 +31,9 @@ def missing() -> str | None:
     absent = [program for program in PROGRAMS if shutil.which(program, path=PATH) is None]
     if absent:
         return f"not installed: {', '.join(absent)} (Debian: apt-get install iproute2 openssh-server pdsh)"
-    tried = subprocess.run(["unshare", "--net", *OWN_PROCESSES, "true"], capture_output=True, text=True)
+    tried = subprocess.run(
+        ["unshare", "--net", *OWN_PROCESSES, "true"], capture_output=True, text=True
+    )
     return f"no namespaces here: {tried.stderr.strip()}" if tried.returncode else None
 
 
@@ -46,12 +48,16 @@ class Host:
     namespace: str
     address: str
 
-    def start(self, *command: str, out: Path | None = None, cwd: Path = ROOT) -> subprocess.Popen[bytes]:
+    def start(
+        self, *command: str, out: Path | None = None, cwd: Path = ROOT
+    ) -> subprocess.Popen[bytes]:
         """Start what a person types on the host, in a process group of its own."""
         with (out or Path(os.devnull)).open("ab") as output:
             env = environment() | {"PATH": f"{Path(sys.executable).parent}:{PATH}"}
             inside = ["ip", "netns", "exec", self.namespace, *command]
-            return subprocess.Popen(inside, cwd=cwd, env=env, stdout=output, stderr=output, start_new_session=True)
+            return subprocess.Popen(
+                inside, cwd=cwd, env=env, stdout=output, stderr=output, start_new_session=True
+            )
 
     def die(self) -> None:
         """As by a power cut: nothing more is sent, not even that connections are closed; all processes are gone."""
@@ -86,12 +92,16 @@ def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
         run("ip", "link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
         for host, end in zip(hosts, ends, strict=True):
             run("ip", "link", "set", end, "netns", host.namespace, "name", INTERFACE)
-            run("ip", "-n", host.namespace, "address", "add", f"{host.address}/24", "dev", INTERFACE)
+            run(
+                "ip", "-n", host.namespace, "address", "add", f"{host.address}/24", "dev", INTERFACE
+            )
             for interface in (INTERFACE, "lo"):
                 run("ip", "-n", host.namespace, "link", "set", interface, "up")
             sshd = (str(shutil.which("sshd", path=PATH)), "-D", "-e", "-f", "/etc/ssh/sshd_config")
             pid_file = ("-o", f"PidFile={folder}/{host.name}.pid")
-            host.start("unshare", *OWN_PROCESSES, *sshd, *pid_file, out=folder / f"sshd-{host.name}.log")
+            host.start(
+                "unshare", *OWN_PROCESSES, *sshd, *pid_file, out=folder / f"sshd-{host.name}.log"
+            )
         for host in hosts:
             await_ssh(hosts[0], host, folder)
         yield hosts

@@ -69,13 +69,17 @@ def plant(kind: str, *where: str) -> None:
     if kind in SIGNALS and where[1] in MOMENTS:
         return at_call(*MOMENTS[where[1]], lambda: os.kill(os.getpid(), SIGNALS[kind]))
     if kind in SIGNALS:
-        return at_batch(lambda step, _: os.kill(os.getpid(), SIGNALS[kind]) if step == int(where[1]) else None)
-    return at_batch(lambda step, b: spoil(b, where[3], kind) if int(where[1]) <= step < int(where[2]) else None)
+        return at_batch(
+            lambda step, _: os.kill(os.getpid(), SIGNALS[kind]) if step == int(where[1]) else None
+        )
+    return at_batch(
+        lambda step, b: spoil(b, where[3], kind) if int(where[1]) <= step < int(where[2]) else None
+    )
 
 
 def at_batch(do: Callable[[int, Batch], object]) -> None:
     """`do` is told the step and the batch as training fetches it."""
-    loader_at, following = loop.loader_at, Loader.__next__
+    loader_at, following = loop.open_loader, Loader.__next__
     fetched_before: dict[int, int] = {}  # batches, of which a step may take several
     micros = [1]
 
@@ -91,7 +95,7 @@ def at_batch(do: Callable[[int, Batch], object]) -> None:
         fetched_before[id(self)] += 1
         return batch
 
-    loop.loader_at, Loader.__next__ = planted, fetched  # type: ignore[method-assign]
+    loop.open_loader, Loader.__next__ = planted, fetched  # type: ignore[method-assign]
 
 
 def in_backward(step: int) -> None:
@@ -99,7 +103,9 @@ def in_backward(step: int) -> None:
 
     def planted(engine: Any, setup: Any, ranks: Any, batches: Any, now: int, *rest: Any) -> Any:
         weight = next(p for p in engine.module.parameters() if p.requires_grad)
-        hook = weight.register_hook(lambda g: torch.full_like(g, torch.nan)) if now == step else None
+        hook = (
+            weight.register_hook(lambda g: torch.full_like(g, torch.nan)) if now == step else None
+        )
         outcome = train_step(engine, setup, ranks, batches, now, *rest)
         if hook is not None:
             hook.remove()
@@ -109,18 +115,18 @@ def in_backward(step: int) -> None:
 
 
 def in_validation(number: int) -> None:
-    score, calls = loop.validate.score, []
+    score, calls = loop.validate.score_held_out_cells, []
 
     def planted(*args: Any) -> dict[str, float]:
         values: dict[str, float] = score(*args)
         calls.append(None)
         return values | {"score": float("nan")} if len(calls) == number else values
 
-    loop.validate.score = planted
+    loop.validate.score_held_out_cells = planted
 
 
 # When, besides steps: as the engine is made, as everything is saved
-MOMENTS = {"start": (loop, "build"), "end": (saver.Saver, "finish")}
+MOMENTS = {"start": (loop, "build_engine"), "end": (saver.Saver, "finish")}
 
 
 def at_call(owner: Any, name: str, do: Callable[[], object]) -> None:
@@ -213,8 +219,11 @@ def dump(folder: Path) -> None:
     def started(setup: Any, ranks: Ranks, *rest: Any) -> Any:
         engine, state = start(setup, ranks, *rest)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: view.clone() for name, view in shards.tensors(engine, optimizer=True).items()}
-        metadata = {"shapes": json.dumps(shards.shapes(engine))}
+        tensors = {
+            name: view.clone()
+            for name, view in shards.collect_tensors(engine, optimizer=True).items()
+        }
+        metadata = {"shapes": json.dumps(shards.collect_shapes(engine))}
         save_file(tensors, folder / f"rank-{ranks.rank:05d}.safetensors", metadata=metadata)
         return engine, state
 

@@ -26,7 +26,11 @@ def missing() -> str | None:
     if os.geteuid() != 0:
         return "needs root: Slurm's and munge's daemons start processes of any user"
     absent = [program for program in PROGRAMS if shutil.which(program) is None]
-    return f"not installed: {', '.join(absent)} (Debian: apt-get install slurm-wlm munge)" if absent else None
+    return (
+        f"not installed: {', '.join(absent)} (Debian: apt-get install slurm-wlm munge)"
+        if absent
+        else None
+    )
 
 
 class Slurm:
@@ -45,7 +49,9 @@ class Slurm:
         variables: Mapping[str, str] = MappingProxyType({}),
     ) -> subprocess.CompletedProcess[str]:
         env = self.env | variables
-        done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(
+            command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout
+        )
         assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done
 
@@ -72,14 +78,23 @@ class Slurm:
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 env = process.environ()
-                if (env.get("SLURMD_NODENAME"), env.get("SLURM_CONF")) == (node, self.env["SLURM_CONF"]):
+                if (env.get("SLURMD_NODENAME"), env.get("SLURM_CONF")) == (
+                    node,
+                    self.env["SLURM_CONF"],
+                ):
                     found.append(process)
         return found
 
     def wait(self, job: str, timeout_s: float) -> dict[str, str]:
         """Wait until a job is over for good."""
         deadline = time.monotonic() + timeout_s
-        while (state := self.state(job))["JobState"] in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED"):
+        while (state := self.state(job))["JobState"] in (
+            "PENDING",
+            "CONFIGURING",
+            "RUNNING",
+            "COMPLETING",
+            "REQUEUED",
+        ):
             assert time.monotonic() < deadline, state
             time.sleep(0.5)
         return state
@@ -136,7 +151,11 @@ def cluster(folder: Path) -> Iterator[Slurm]:
     (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-1]\n")
     slurm = Slurm(folder)
     munge = ("--force", "--foreground", f"--key-file={key}", f"--socket={folder}/munge.socket")
-    files = (f"--pid-file={folder}/munge.pid", f"--log-file={folder}/munge.log", f"--seed-file={folder}/munge.seed")
+    files = (
+        f"--pid-file={folder}/munge.pid",
+        f"--log-file={folder}/munge.log",
+        f"--seed-file={folder}/munge.seed",
+    )
     with ExitStack() as started:
         started.enter_context(daemon(slurm, folder, "munged", *munge, *files))
         await_file(folder / "munge.socket")

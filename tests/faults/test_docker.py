@@ -20,7 +20,7 @@ from signal import SIGKILL, SIGTERM
 import pytest
 
 from clue_dist.checkpoint import run_folder
-from clue_dist.store.manifest import Shard
+from clue_dist.store.manifest import FileDigest
 from clue_dist.store.writer import hash_file
 from tests.distributed.command import ROOT, launched, metrics, train_args
 from tests.faults.clean_root import CleanRoot, Container, copied, instructions, let_in, missing
@@ -34,16 +34,28 @@ ENDLESS = ("train.epochs=10000", "train.patience=0", "log.every=1", "train.check
 
 
 def rests(dockerfile: str, name: str) -> list[str]:
-    return [rest for n, rest in instructions((ROOT / "docker" / dockerfile).read_text()) if n == name]
+    return [
+        rest for n, rest in instructions((ROOT / "docker" / dockerfile).read_text()) if n == name
+    ]
 
 
 @pytest.mark.parametrize("dockerfile", DOCKERFILES)
 def test_base_and_packages_are_pinned(dockerfile: str) -> None:
     (base,) = rests(dockerfile, "FROM")
-    assert re.fullmatch(r"[\w/]+:([a-z]+-\d{8}|\d+\.\d+\.\d+)(-[\w.]+)*(@sha256:[0-9a-f]{64})?", base)
-    installs = [part for run in rests(dockerfile, "RUN") for part in run.split("&&") if "pip install" in part]
+    assert re.fullmatch(
+        r"[\w/]+:([a-z]+-\d{8}|\d+\.\d+\.\d+)(-[\w.]+)*(@sha256:[0-9a-f]{64})?", base
+    )
+    installs = [
+        part
+        for run in rests(dockerfile, "RUN")
+        for part in run.split("&&")
+        if "pip install" in part
+    ]
     assert len(installs) == 3
-    assert all("-c constraints.txt" in part or "--no-deps --no-build-isolation" in part for part in installs)
+    assert all(
+        "-c constraints.txt" in part or "--no-deps --no-build-isolation" in part
+        for part in installs
+    )
 
 
 @pytest.mark.parametrize("dockerfile", DOCKERFILES)
@@ -63,7 +75,14 @@ def test_nothing_else_is_let_in() -> None:
     ignore = (ROOT / ".dockerignore").read_text()
     for path in ("clue_dist/data/plan.py", "docker/entrypoint.py", "constraints.txt"):
         assert let_in(path, ignore)
-    for path in (".git/config", ".venv/bin/python", "runs/a/x", "data/pbmc/x", "tests/stores.py", "docker/Dockerfile"):
+    for path in (
+        ".git/config",
+        ".venv/bin/python",
+        "runs/a/x",
+        "data/pbmc/x",
+        "tests/stores.py",
+        "docker/Dockerfile",
+    ):
         assert not let_in(path, ignore)
     assert not let_in("clue_dist/data/__pycache__/plan.cpython-311.pyc", ignore)
 
@@ -71,9 +90,15 @@ def test_nothing_else_is_let_in() -> None:
 def test_the_variants_differ_in_base_and_torch() -> None:
     """So that what is tested of one holds for the other."""
     cuda, cpu = (instructions((ROOT / "docker" / d).read_text()) for d in DOCKERFILES)
-    alone = [f"{i.name} {i.rest.split()[0]} {i.rest.split()[1]}" for i in cpu if i not in cuda and i.name == "RUN"]
+    alone = [
+        f"{i.name} {i.rest.split()[0]} {i.rest.split()[1]}"
+        for i in cpu
+        if i not in cuda and i.name == "RUN"
+    ]
     assert alone == ["RUN apt-get update", "RUN pip install", "RUN useradd --create-home"]
-    assert [i for i in cpu if i not in cuda and i.name not in ("RUN", "FROM")] == [("ARG", "TORCH_INDEX=")]
+    assert [i for i in cpu if i not in cuda and i.name not in ("RUN", "FROM")] == [
+        ("ARG", "TORCH_INDEX=")
+    ]
     assert [i.name for i in cuda if i not in cpu] == ["FROM", "RUN", "RUN", "RUN"]
 
 
@@ -82,7 +107,10 @@ def test_the_variants_differ_in_base_and_torch() -> None:
     [
         ("/opt/venv/bin/python3.11 -u launch/train.py --local_rank=0 --config c.json", True),
         ("python launch/train.py --config c.json", True),
-        ("/opt/venv/bin/python /opt/venv/bin/deepspeed --num_accelerators 2 launch/train.py", False),
+        (
+            "/opt/venv/bin/python /opt/venv/bin/deepspeed --num_accelerators 2 launch/train.py",
+            False,
+        ),
         ("python -u -m deepspeed.launcher.launch --world_info=e30= launch/train.py", False),
         ("python docker/entrypoint.py deepspeed launch/train.py", False),
         ("python launch/embed.py --run train.py", False),
@@ -109,14 +137,33 @@ class Engine:
     tag: str
 
     def build(self, dockerfile: Path) -> None:
-        subprocess.run(["docker", "build", "-f", dockerfile, "-t", self.tag, ROOT], check=True, timeout=800)
+        subprocess.run(
+            ["docker", "build", "-f", dockerfile, "-t", self.tag, ROOT], check=True, timeout=800
+        )
 
     def start(self, *command: str, volumes: Sequence[str] = ()) -> Container:
         name = f"clue-dist-{uuid.uuid4().hex[:8]}"
         mounts = [f"--volume={volume}" for volume in volumes]
-        docker = ["docker", "run", "--rm", "--name", name, "--network", "host", *mounts, self.tag, *command]
-        commands: dict[int, list[str]] = {SIGTERM: ["stop", "-t", "60", name], SIGKILL: ["kill", name]}
-        return Container(docker, lambda _, number: subprocess.run(["docker", *commands[number]], capture_output=True))
+        docker = [
+            "docker",
+            "run",
+            "--rm",
+            "--name",
+            name,
+            "--network",
+            "host",
+            *mounts,
+            self.tag,
+            *command,
+        ]
+        commands: dict[int, list[str]] = {
+            SIGTERM: ["stop", "-t", "60", name],
+            SIGKILL: ["kill", name],
+        }
+        return Container(
+            docker,
+            lambda _, number: subprocess.run(["docker", *commands[number]], capture_output=True),
+        )
 
     def remove(self) -> None:
         subprocess.run(["docker", "image", "rm", "--force", self.tag], capture_output=True)
@@ -125,7 +172,12 @@ class Engine:
 def engine_answers() -> bool:
     if shutil.which("docker") is None:
         return False
-    return subprocess.run(["docker", "info", "--format", "{{.ServerVersion}}"], capture_output=True).returncode == 0
+    return (
+        subprocess.run(
+            ["docker", "info", "--format", "{{.ServerVersion}}"], capture_output=True
+        ).returncode
+        == 0
+    )
 
 
 @pytest.fixture(scope="module")
@@ -166,11 +218,13 @@ def mounts(tmp_path_factory: pytest.TempPathFactory) -> Mounts:
     made.stores.mkdir()
     made.runs.mkdir()
     made.runs.chmod(0o777)  # whoever the container's user is here
-    make_store(made.stores / "s.zarr", cells={"rna+adt": 220, "rna": 60}, features={"rna": 60, "adt": 10})
+    make_store(
+        made.stores / "s.zarr", cells={"rna+adt": 220, "rna": 60}, features={"rna": 60, "adt": 10}
+    )
     return made
 
 
-def hashes(folder: Path) -> dict[Path, Shard]:
+def hashes(folder: Path) -> dict[Path, FileDigest]:
     return {path: hash_file(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
@@ -178,8 +232,14 @@ def hashes(folder: Path) -> dict[Path, Shard]:
 def test_versions_are_the_pinned_ones(image: Engine | CleanRoot) -> None:
     code, output = image.start("pip", "list", "--format=freeze").finish(60)
     assert code == 0, output
-    pinned = {name.lower().replace("_", "-"): v for name, _, v in map(parts, (ROOT / "constraints.txt").open())}
-    found = {name.lower().replace("_", "-"): v.partition("+")[0] for name, _, v in map(parts, output.splitlines())}
+    pinned = {
+        name.lower().replace("_", "-"): v
+        for name, _, v in map(parts, (ROOT / "constraints.txt").open())
+    }
+    found = {
+        name.lower().replace("_", "-"): v.partition("+")[0]
+        for name, _, v in map(parts, output.splitlines())
+    }
     assert {"torch", "deepspeed", "zarr", "tensorstore"} < found.keys()
     others = {name for name, version in found.items() if pinned.get(name) != version}
     assert others <= {"pip", "clue-dist"}
@@ -205,17 +265,27 @@ def test_it_trains(image: Engine | CleanRoot, mounts: Mounts) -> None:
     assert code == 0, output
     run = mounts.runs / "tiny"
     assert len(metrics(run)) == metrics(run)[-1]["step"] > 5
-    assert run_folder.damage(run / "checkpoints" / f"step-{saved_steps(run)[0]:08d}") is None
+    assert run_folder.find_damage(run / "checkpoints" / f"step-{saved_steps(run)[0]:08d}") is None
     assert {path.stat().st_uid for path in [run, *run.rglob("*")]} == {1000}
     assert hashes(mounts.stores) == before
 
 
 @BUILD
-def test_the_commands_of_the_readme_typed_as_they_stand(image: Engine | CleanRoot, mounts: Mounts) -> None:
+def test_the_commands_of_the_readme_typed_as_they_stand(
+    image: Engine | CleanRoot, mounts: Mounts
+) -> None:
     """`docker run`, `docker stop`, `docker start`: but for --gpus and the image's name, as here are CPUs."""
-    make_store(mounts.stores / "S.zarr", cells={"rna+adt": 120, "rna": 40}, features={"rna": 60, "adt": 10})
-    block = (ROOT / "README.md").read_text().partition("docker build -f docker/Dockerfile -t clue_dist .\n")[2]
-    typed, stop, start = (line for line in block.partition("```")[0].replace("\\\n", " ").splitlines())
+    make_store(
+        mounts.stores / "S.zarr", cells={"rna+adt": 120, "rna": 40}, features={"rna": 60, "adt": 10}
+    )
+    block = (
+        (ROOT / "README.md")
+        .read_text()
+        .partition("docker build -f docker/Dockerfile -t clue_dist .\n")[2]
+    )
+    typed, stop, start = (
+        line for line in block.partition("```")[0].replace("\\\n", " ").splitlines()
+    )
     options, _, command = typed.partition(" clue_dist ")
     assert options.startswith("docker run --name NAME ")
     assert {"STORES:/stores:ro", "RUNS:/runs"} <= set(options.split())
@@ -239,7 +309,9 @@ def test_the_commands_of_the_readme_typed_as_they_stand(image: Engine | CleanRoo
 
 
 @BUILD
-def test_two_nodes_are_stopped_by_one_container_and_go_on(image: Engine | CleanRoot, mounts: Mounts) -> None:
+def test_two_nodes_are_stopped_by_one_container_and_go_on(
+    image: Engine | CleanRoot, mounts: Mounts
+) -> None:
     (mounts.runs / "hosts").write_text("one slots=1\ntwo slots=1\n")
     training = mounts.training("nodes", *ENDLESS)
     reached = 0
@@ -264,8 +336,20 @@ def start_nodes(image: Engine | CleanRoot, mounts: Mounts, training: list[str]) 
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    nodes = ["deepspeed", "--hostfile", "/runs/hosts", "--no_ssh", "--master_addr", "127.0.0.1", "--master_port", port]
-    return [image.start(*nodes, "--node_rank", rank, *training, volumes=mounts.volumes) for rank in ("0", "1")]
+    nodes = [
+        "deepspeed",
+        "--hostfile",
+        "/runs/hosts",
+        "--no_ssh",
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+        port,
+    ]
+    return [
+        image.start(*nodes, "--node_rank", rank, *training, volumes=mounts.volumes)
+        for rank in ("0", "1")
+    ]
 
 
 def wait_for_step(run: Path, step: int, container: Container, timeout: float = 120) -> None:

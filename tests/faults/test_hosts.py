@@ -25,7 +25,11 @@ SETTINGS = ("train.epochs=60", "log.every=1", "train.checkpoint_every=20")  # 27
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hosts")
-    make_store(folder / "s.zarr", cells={"rna+adt": 200, "rna": 60, "adt": 40}, features={"rna": 60, "adt": 10})
+    make_store(
+        folder / "s.zarr",
+        cells={"rna+adt": 200, "rna": 60, "adt": 40},
+        features={"rna": 60, "adt": 10},
+    )
     (folder / "hostfile").write_text("one slots=1\ntwo slots=1\n")
     (folder / "environment").write_text(f"GLOO_SOCKET_IFNAME={INTERFACE}\nOMP_NUM_THREADS=1")
     return folder
@@ -57,7 +61,10 @@ def await_steps(folder: Path, name: str, n: int) -> None:
 
 def committed_since(run: Path, when: float) -> dict[int, float]:
     """When checkpoints between the regular ones were committed, by step."""
-    markers = {int(p.parent.name[5:]): p.stat().st_mtime for p in run.glob("checkpoints/step-????????/COMMIT.json")}
+    markers = {
+        int(p.parent.name[5:]): p.stat().st_mtime
+        for p in run.glob("checkpoints/step-????????/COMMIT.json")
+    }
     return {step: at for step, at in markers.items() if at > when and step % 20}
 
 
@@ -81,7 +88,9 @@ def test_a_host_dies_and_the_job_goes_on_with_the_one_that_is_left(
     assert took < 30, output(folder, name)
     assert "another rank is lost" in output(folder, name)
     newest = saved_steps(folder / name)[0]
-    assert newest >= metrics(folder / name)[-1]["step"] - 40  # the one being saved as the host died, and those since
+    assert (
+        newest >= metrics(folder / name)[-1]["step"] - 40
+    )  # the one being saved as the host died, and those since
 
     again = trained(left, folder, name, "--num_accelerators", "1", f"--master_port={free_port()}")
     assert again.wait(120) == 0, output(folder, name)
@@ -89,7 +98,9 @@ def test_a_host_dies_and_the_job_goes_on_with_the_one_that_is_left(
     assert [line["step"] for line in timeless(folder / name)] == list(range(1, 272 + 1))
 
 
-def test_stopped_from_the_command_line_all_hosts_save(folder: Path, hosts: tuple[Host, Host]) -> None:
+def test_stopped_from_the_command_line_all_hosts_save(
+    folder: Path, hosts: tuple[Host, Host]
+) -> None:
     job = trained(hosts[0], folder, "stopped", *over_both(folder))
     await_steps(folder, "stopped", 30)
     asked = time.time()
@@ -109,14 +120,20 @@ def test_the_commands_of_the_readme_typed_as_they_stand(tmp_path: Path, folder: 
     (tmp_path / "net").mkdir()
     for name in ("launch", "configs"):
         (tmp_path / name).symlink_to(ROOT / name)
-    make_store(tmp_path / "atlas.zarr", cells={"rna+adt": 120, "rna": 40}, features={"rna": 60, "adt": 10})
+    make_store(
+        tmp_path / "atlas.zarr", cells={"rna+adt": 120, "rna": 40}, features={"rna": 60, "adt": 10}
+    )
     (tmp_path / ".deepspeed_env").write_text(f"GLOO_SOCKET_IFNAME={INTERFACE}\nOMP_NUM_THREADS=1")
     section = (ROOT / "README.md").read_text().partition("**Hosts without a scheduler.**")[2]
     copy, command = section.partition("```\n")[2].partition("```")[0].splitlines()
     assert copy == "cp launch/hostfile.example hostfile"
     subprocess.run(copy.split(), cwd=tmp_path, check=True)
     hostfile = tmp_path / "hostfile"
-    named = hostfile.read_text().replace("node1 slots=4", "one slots=1").replace("node2 slots=4", "two slots=1")
+    named = (
+        hostfile.read_text()
+        .replace("node1 slots=4", "one slots=1")
+        .replace("node2 slots=4", "two slots=1")
+    )
     hostfile.write_text(named)
     log = tmp_path / "runs" / "atlas" / "metrics.jsonl"
     with two_hosts(tmp_path / "net") as (one, two):

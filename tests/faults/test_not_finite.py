@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from clue_dist.checkpoint import run_folder
-from tests.distributed.command import best_weights, largest_difference, metrics, run, spawned, train_args
+from tests.distributed.command import (
+    best_weights,
+    largest_difference,
+    metrics,
+    run,
+    spawned,
+    train_args,
+)
 from tests.faults.command import planted, saved_steps, timeless
 from tests.ranks import GONE, HUNG
 from tests.stores import make_store
@@ -19,7 +26,11 @@ SETTINGS = ("train.epochs=3", "log.every=1", "train.checkpoint_every=5")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("nan")
-    make_store(folder / "s.zarr", cells={"rna+adt": 220, "rna": 60, "adt": 40}, features={"rna": 60, "adt": 10})
+    make_store(
+        folder / "s.zarr",
+        cells={"rna+adt": 220, "rna": 60, "adt": 40},
+        features={"rna": 60, "adt": 10},
+    )
     return folder
 
 
@@ -38,7 +49,9 @@ def args_of(folder: Path, name: str, *settings: str) -> list[str]:
         (1, "bf16", "nan"),
     ],
 )
-def test_all_ranks_skip_and_the_culprit_is_named(folder: Path, stage: int, precision: str, kind: str) -> None:
+def test_all_ranks_skip_and_the_culprit_is_named(
+    folder: Path, stage: int, precision: str, kind: str
+) -> None:
     name = f"{kind}{stage}{precision}"
     args = args_of(folder, name, f"train.zero_stage={stage}", f"train.precision={precision}")
     done = run(*planted(2, args, f"{kind}:1:6:8:adt"))
@@ -59,9 +72,12 @@ def test_all_ranks_skip_and_the_culprit_is_named(folder: Path, stage: int, preci
 
 
 @pytest.mark.parametrize(
-    ("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (2, "bf16")]
+    ("stage", "precision"),
+    [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (2, "bf16")],
 )
-def test_a_gradient_of_finite_losses_is_skipped_too(folder: Path, stage: int, precision: str) -> None:
+def test_a_gradient_of_finite_losses_is_skipped_too(
+    folder: Path, stage: int, precision: str
+) -> None:
     name = f"gradient{stage}{precision}"
     args = args_of(folder, name, f"train.zero_stage={stage}", f"train.precision={precision}")
     run(*planted(2, args, "gradient:1:6"))
@@ -90,7 +106,7 @@ def test_five_in_a_row_end_the_run_and_leave_the_last_checkpoint(folder: Path) -
     assert "rank 0: values of rna" in said
     assert "Traceback" not in said
     assert saved_steps(folder / "abort") == [10, 5]
-    assert run_folder.damage(folder / "abort" / "checkpoints" / "step-00000010") is None
+    assert run_folder.find_damage(folder / "abort" / "checkpoints" / "step-00000010") is None
     # What was planted is gone: it goes on, with the smaller steps that the message advises.
     assert "train.lr" in said
     assert "going on from step 10" in run(*spawned(2, *args, "--set", "train.lr=1e-4")).stdout

@@ -23,7 +23,7 @@ WORLD, SILENCE = 3, 4.0
 CODE = f"""
 import sys, time
 import torch, torch.distributed as dist
-from clue_dist.errors import run_main
+from clue_dist.process import run_main
 from clue_dist.ranks import Ranks
 from clue_dist.resilience.peers import Peers
 
@@ -43,12 +43,18 @@ run_main(main)
 
 
 @contextmanager
-def ranks(folder: Path, code: str = CODE, *args: str, met: bool = True) -> Iterator[list[subprocess.Popen[str]]]:
+def ranks(
+    folder: Path, code: str = CODE, *args: str, met: bool = True
+) -> Iterator[list[subprocess.Popen[str]]]:
     """Three ranks; once they have met, where they are to meet."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    shared = environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(WORLD)}
+    shared = environment() | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": str(WORLD),
+    }
     outputs = [folder / f"{rank}.out" for rank in range(WORLD)]
     started = []
     try:
@@ -56,7 +62,9 @@ def ranks(folder: Path, code: str = CODE, *args: str, met: bool = True) -> Itera
             with path.open("w") as out:
                 env = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 command = [sys.executable, "-c", code, *args]
-                started.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=out, text=True))
+                started.append(
+                    subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=out, text=True)
+                )
         deadline = time.monotonic() + 90
         while met and not all("met" in path.read_text() for path in outputs):
             assert time.monotonic() < deadline
@@ -74,14 +82,17 @@ def test_a_rank_that_is_silent_ends_the_others_who_name_it(tmp_path: Path) -> No
         assert [zero.wait(30), one.wait(30)] == [LOST, LOST]
         assert two.poll() is None
     for rank in (0, 1):
-        assert "another rank is lost: nothing heard of rank" in (tmp_path / f"{rank}.out").read_text()
+        assert (
+            "another rank is lost: nothing heard of rank" in (tmp_path / f"{rank}.out").read_text()
+        )
     assert "nothing heard of rank 2" in (tmp_path / "0.out").read_text()
 
 
 FAILING = """
 import sys
 import torch, torch.distributed as dist
-from clue_dist.errors import StoreError, run_main
+from clue_dist.errors import StoreError
+from clue_dist.process import run_main
 from clue_dist.ranks import Ranks
 from clue_dist.resilience.peers import Peers
 
@@ -99,7 +110,9 @@ run_main(main)
 
 
 @pytest.mark.parametrize("who", range(WORLD))
-def test_a_rank_that_fails_takes_the_others_with_it_by_its_own_exit_code(tmp_path: Path, who: int) -> None:
+def test_a_rank_that_fails_takes_the_others_with_it_by_its_own_exit_code(
+    tmp_path: Path, who: int
+) -> None:
     """Whoever started the job must not start it again where that mends nothing."""
     with ranks(tmp_path, FAILING, str(who), met=False) as started:
         assert [process.wait(60) for process in started] == [2, 2, 2]
@@ -112,7 +125,7 @@ def test_a_rank_that_fails_takes_the_others_with_it_by_its_own_exit_code(tmp_pat
 ALONE = """
 import os, signal, sys, time
 import torch.distributed as dist
-from clue_dist.errors import run_main
+from clue_dist.process import run_main
 from clue_dist.ranks import Ranks
 from clue_dist.resilience.peers import Peers
 
@@ -141,7 +154,11 @@ run_main(main)
 
 @pytest.mark.parametrize(
     ("where", "victim"),
-    [(where, victim) for where in ("a loop of its own", "a process group", "the first one") for victim in (0, 2)]
+    [
+        (where, victim)
+        for where in ("a loop of its own", "a process group", "the first one")
+        for victim in (0, 2)
+    ]
     + [("rank 0 alone in a collective", 2)],
 )
 def test_a_rank_that_is_killed_while_the_others_are_in_no_collective_ends_them(
@@ -190,7 +207,8 @@ def test_a_stranger_at_the_port_is_no_rank_that_is_lost(tmp_path: Path) -> None:
 SLOW = """
 import os, signal, sys, time
 import torch, torch.distributed as dist
-from clue_dist.errors import TrainingError, run_main
+from clue_dist.errors import TrainingError
+from clue_dist.process import run_main
 from clue_dist.ranks import Ranks
 from clue_dist.resilience.peers import GRACE, Peers
 
@@ -214,7 +232,9 @@ run_main(main)
 """
 
 
-@pytest.mark.parametrize(("how", "codes"), [("told", [1, 1, 1]), ("killed", [LOST, -signal.SIGKILL, -signal.SIGKILL])])
+@pytest.mark.parametrize(
+    ("how", "codes"), [("told", [1, 1, 1]), ("killed", [LOST, -signal.SIGKILL, -signal.SIGKILL])]
+)
 def test_a_rank_that_takes_longer_to_leave_than_the_others_has_the_time(
     tmp_path: Path, how: str, codes: list[int]
 ) -> None:
@@ -228,7 +248,7 @@ def test_a_rank_that_takes_longer_to_leave_than_the_others_has_the_time(
 BUG = """
 import time
 import torch, torch.distributed as dist
-from clue_dist.errors import run_main
+from clue_dist.process import run_main
 from clue_dist.ranks import Ranks
 from clue_dist.resilience.peers import Peers
 
@@ -264,7 +284,8 @@ def test_when_rank_0_is_silent_all_others_leave(tmp_path: Path) -> None:
 BUSY = """
 import sys, time
 import torch, torch.distributed as dist
-from clue_dist.errors import StoreError, run_main
+from clue_dist.errors import StoreError
+from clue_dist.process import run_main
 from clue_dist.ranks import Ranks
 from clue_dist.resilience.peers import Peers
 
@@ -282,7 +303,9 @@ run_main(main)
 """
 
 
-def test_a_rank_that_is_busy_as_another_fails_leaves_with_what_that_one_said(tmp_path: Path) -> None:
+def test_a_rank_that_is_busy_as_another_fails_leaves_with_what_that_one_said(
+    tmp_path: Path,
+) -> None:
     with ranks(tmp_path, BUSY) as started:
         assert [process.wait(30) for process in started] == [2, 2, 2]
     said = (tmp_path / "0.out").read_text()
@@ -293,7 +316,8 @@ def test_a_rank_that_is_busy_as_another_fails_leaves_with_what_that_one_said(tmp
 UNHEARD = """
 import time
 import torch, torch.distributed as dist
-from clue_dist.errors import StoreError, run_main
+from clue_dist.errors import StoreError
+from clue_dist.process import run_main
 from clue_dist.ranks import Ranks
 from clue_dist.resilience.peers import Peers
 

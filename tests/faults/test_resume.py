@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 
 from clue_dist.checkpoint import run_folder, shards
-from tests.distributed.command import alone, best_weights, largest_difference, metrics, run, spawned, train_args
+from tests.distributed.command import (
+    alone,
+    best_weights,
+    largest_difference,
+    metrics,
+    run,
+    spawned,
+    train_args,
+)
 from tests.faults.command import planted, saved_steps, timeless
 from tests.ranks import GONE, HUNG
 from tests.stores import make_store
@@ -48,12 +56,23 @@ ACCUMULATED, RMSPROP, BF16 = "train.grad_accum=2", "train.optimizer=rmsprop", "t
 
 @pytest.mark.parametrize(
     ("stage", "settings"),
-    [(0, ()), (1, ()), (2, ()), (3, ()), (0, (ACCUMULATED, RMSPROP)), (0, (BF16,)), (1, (BF16, ACCUMULATED))],
+    [
+        (0, ()),
+        (1, ()),
+        (2, ()),
+        (3, ()),
+        (0, (ACCUMULATED, RMSPROP)),
+        (0, (BF16,)),
+        (1, (BF16, ACCUMULATED)),
+    ],
 )
 def test_killed_at_a_random_step_it_ends_bit_for_bit_like_an_unbroken_run(
     tmp_path: Path, folder: Path, stage: int, settings: tuple[str, ...]
 ) -> None:
-    args = [args_of(folder, str(tmp_path / name), f"train.zero_stage={stage}", *settings) for name in ("whole", "kill")]
+    args = [
+        args_of(folder, str(tmp_path / name), f"train.zero_stage={stage}", *settings)
+        for name in ("whole", "kill")
+    ]
     run(*spawned(2, *args[0]))
     draw = random.Random(f"{stage}{settings}")
     rank, step = draw.choice([0, 1]), draw.randrange(5, STEPS)
@@ -83,8 +102,11 @@ def same_state(a: Path, b: Path) -> float:
 
 def contents(folder: Path) -> dict[str, dict[str, Any]]:
     """Weights and whatever the optimizer keeps, each by parameter."""
-    parts = run_folder.parts(folder)
-    return {key: shards.full(parts, key) for key in sorted({key for key, *_ in shards.saved(parts)})}
+    parts = run_folder.list_shard_files(folder)
+    return {
+        key: shards.assemble_tensors(parts, key)
+        for key in sorted({key for key, *_ in shards.iterate_shards(parts)})
+    }
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 4), (4, 2)])
@@ -100,8 +122,10 @@ def test_it_goes_on_with_another_number_of_ranks(folder: Path, before: int, afte
     assert f"going on from step 10, saved by {before} ranks" in done.stdout
 
     begun = contents(folder / name / "begun")
-    assert len(run_folder.parts(folder / name / "begun")) == after
-    assert max(largest_difference(saved[key], begun[key]) for key in saved) == 0.0  # the bar is 1e-6
+    assert len(run_folder.list_shard_files(folder / name / "begun")) == after
+    assert (
+        max(largest_difference(saved[key], begun[key]) for key in saved) == 0.0
+    )  # the bar is 1e-6
     losses = [[line["loss"] for line in metrics(run)] for run in (whole, folder / name)]
     assert len(losses[1]) == STEPS
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
@@ -109,17 +133,27 @@ def test_it_goes_on_with_another_number_of_ranks(folder: Path, before: int, afte
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_it_goes_on_under_another_zero_stage_and_number_of_ranks(folder: Path, precision: str) -> None:
+def test_it_goes_on_under_another_zero_stage_and_number_of_ranks(
+    folder: Path, precision: str
+) -> None:
     name = f"stages-{precision}"
     args = args_of(folder, name, "train.zero_stage=3", f"train.precision={precision}")
     run(*planted(2, args, "term:0:9"), expect=75)
     saved = contents(folder / name / "checkpoints" / "step-00000010")
     for stage, ranks in ((0, 2), (2, 2), (3, 1)):
         begun = folder / name / f"begun{stage}"
-        run(*planted(ranks, [*args, "--set", f"train.zero_stage={stage}"], f"dump:{begun}", "term:0:10"), expect=75)
+        run(
+            *planted(
+                ranks, [*args, "--set", f"train.zero_stage={stage}"], f"dump:{begun}", "term:0:10"
+            ),
+            expect=75,
+        )
         newest = folder / name / "checkpoints" / "step-00000011"
         assert max(largest_difference(saved[k], contents(begun)[k]) for k in saved) == 0.0
-        assert all(values.isfinite().all() for values in shards.full(run_folder.parts(newest)).values())
+        assert all(
+            values.isfinite().all()
+            for values in shards.assemble_tensors(run_folder.list_shard_files(newest)).values()
+        )
         for path in newest.iterdir():  # so that the next stage begins at the same step
             path.unlink()
         newest.rmdir()
@@ -128,7 +162,9 @@ def test_it_goes_on_under_another_zero_stage_and_number_of_ranks(folder: Path, p
 def test_what_is_logged_now_and_then_is_the_mean_over_all_its_steps(folder: Path) -> None:
     alone(*args_of(folder, "means", "log.every=8"))
     args = args_of(folder, "means-broken", "log.every=8")
-    run("python", "tests/faults/plant.py", "usr1:0:10", "--", *args, expect=75)  # two steps after the last line
+    run(
+        "python", "tests/faults/plant.py", "usr1:0:10", "--", *args, expect=75
+    )  # two steps after the last line
     alone(*args)
     whole, broken = timeless(folder / "means"), timeless(folder / "means-broken")
     assert [line["step"] for line in whole] == [8, 16, 24]
@@ -145,7 +181,9 @@ def test_best_weights_are_those_of_the_checkpoint_that_is_gone_on_from(folder: P
     run("python", "tests/faults/plant.py", "usr1:0:18", "--", *args, expect=75)
     newest, before = saved_steps(folder / "best-broken")[:2]
     assert (newest, before) == (19, 16)
-    (folder / "best-broken" / "checkpoints" / f"step-{newest:08d}" / "rank-00000.safetensors").write_bytes(b"torn")
+    (
+        folder / "best-broken" / "checkpoints" / f"step-{newest:08d}" / "rank-00000.safetensors"
+    ).write_bytes(b"torn")
     assert f"going on from step {before}" in alone(*args).stdout
     whole, broken = folder / "best", folder / "best-broken"
     assert timeless(whole, "validation") == timeless(broken, "validation")
@@ -169,5 +207,7 @@ def test_early_stop_is_remembered(folder: Path) -> None:
     args = args_of(folder, "early-broken", *settings)
     run("python", "tests/faults/plant.py", "usr1:0:8", "--", *args, expect=75)
     assert "stopping early" in alone(*args).stdout
-    assert timeless(folder / "early", "validation") == timeless(folder / "early-broken", "validation")
+    assert timeless(folder / "early", "validation") == timeless(
+        folder / "early-broken", "validation"
+    )
     assert len(timeless(folder / "early", "validation")) < STEPS // 2

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from clue_dist.checkpoint import run_folder
-from clue_dist.errors import LOST, ResumeError, SavingError, writing
+from clue_dist.errors import LOST, ResumeError, SavingError, translate_write_errors
 from clue_dist.ranks import Ranks
 from clue_dist.store.writer import hash_file
 from tests.distributed.command import (
@@ -48,7 +48,11 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: mounts a 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saving")
-    make_store(folder / "s.zarr", cells={"rna+adt": 200, "rna": 60, "adt": 40}, features={"rna": 60, "adt": 10})
+    make_store(
+        folder / "s.zarr",
+        cells={"rna+adt": 200, "rna": 60, "adt": 40},
+        features={"rna": 60, "adt": 10},
+    )
     alone(*args_of(folder, "whole"))
     return folder
 
@@ -63,7 +67,7 @@ def test_killed_in_mid_save_the_checkpoint_before_it_stands(folder: Path, place:
     run("python", "tests/faults/plant.py", f"saving:0:15:{place}", "--", *args, expect=-9)
     left = saved_steps(folder / place)
     assert left == {"named": [15, 10, 5], "pruning": [15, 10]}.get(place, [10, 5])
-    assert run_folder.damage(folder / place / "checkpoints" / f"step-{left[0]:08d}") is None
+    assert run_folder.find_damage(folder / place / "checkpoints" / f"step-{left[0]:08d}") is None
     assert f"going on from step {left[0]}" in alone(*args).stdout
     assert timeless(folder / place) == timeless(folder / "whole")
     assert largest_difference(best_weights(folder / place), best_weights(folder / "whole")) == 0.0
@@ -97,7 +101,10 @@ def remove(path: Path, draw: random.Random) -> None:
 
 @pytest.mark.parametrize("harm", [flip, truncate, remove])
 def test_what_was_damaged_is_refused_and_the_one_before_it_used(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], harm: Callable[[Path, random.Random], None]
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    harm: Callable[[Path, random.Random], None],
 ) -> None:
     source = folder / "whole" / "checkpoints"
     newest, before = (f"step-{step:08d}" for step in saved_steps(folder / "whole"))
@@ -106,22 +113,28 @@ def test_what_was_damaged_is_refused_and_the_one_before_it_used(
         victim = draw.choice(sorted((source / newest).iterdir()))
         there = shutil.copytree(source, tmp_path / str(i) / "checkpoints")
         harm(there / newest / victim.name, draw)
-        found = run_folder.find(tmp_path / str(i), "auto", Ranks())
+        found = run_folder.choose_checkpoint(tmp_path / str(i), "auto", Ranks())
         assert found is not None
         assert found.name == before, victim
         said = capsys.readouterr().out
-        assert (newest in said) == ((harm, victim.name) != (remove, run_folder.COMMIT))  # without it, none was made
+        assert (newest in said) == (
+            (harm, victim.name) != (remove, run_folder.COMMIT)
+        )  # without it, none was made
         with pytest.raises(ResumeError, match="cannot be used"):
-            run_folder.find(tmp_path / str(i), str(there / newest), Ranks())
+            run_folder.choose_checkpoint(tmp_path / str(i), str(there / newest), Ranks())
 
 
 @pytest.mark.parametrize("listing", ["{}", "[]", '{"state.json": {}}', "null", '"text"'])
-def test_a_marker_that_lists_no_weights_is_damaged(folder: Path, tmp_path: Path, listing: str) -> None:
+def test_a_marker_that_lists_no_weights_is_damaged(
+    folder: Path, tmp_path: Path, listing: str
+) -> None:
     there = shutil.copytree(folder / "whole" / "checkpoints", tmp_path / "checkpoints")
     newest, before = saved_steps(folder / "whole")
     (there / f"step-{newest:08d}" / run_folder.COMMIT).write_text(listing)
-    shutil.copytree(there / f"step-{before:08d}", there / "step-old")  # somebody's copy is nobody's business
-    found = run_folder.find(tmp_path, "auto", Ranks())
+    shutil.copytree(
+        there / f"step-{before:08d}", there / "step-old"
+    )  # somebody's copy is nobody's business
+    found = run_folder.choose_checkpoint(tmp_path, "auto", Ranks())
     assert found == there / f"step-{before:08d}"
 
 
@@ -160,41 +173,47 @@ def _without_sizes(folder: Path, listing: dict[str, Any]) -> None:
 MARKERS = [_marker_pipe, _marker_nested]
 
 
-@pytest.mark.parametrize("forge", [_listed_outside, _linked, _unlisted, _pipe, _without_sizes, *MARKERS])
+@pytest.mark.parametrize(
+    "forge", [_listed_outside, _linked, _unlisted, _pipe, _without_sizes, *MARKERS]
+)
 def test_a_forged_checkpoint_is_refused(
     folder: Path, tmp_path: Path, forge: Callable[[Path, dict[str, Any]], None]
 ) -> None:
     """Files elsewhere, pipes that nobody writes to, parts that nobody saved: named by hand, or put there."""
     there = shutil.copytree(folder / "whole" / "checkpoints", tmp_path / "checkpoints")
     newest, before = (there / f"step-{step:08d}" for step in saved_steps(folder / "whole"))
-    assert run_folder.damage(newest) is None
+    assert run_folder.find_damage(newest) is None
     listing = json.loads((newest / run_folder.COMMIT).read_text())
     forge(newest, listing)
     if forge not in MARKERS:
         (newest / run_folder.COMMIT).write_text(json.dumps(listing))
-    assert run_folder.damage(newest) is not None
-    assert run_folder.find(tmp_path, "auto", Ranks()) == before
+    assert run_folder.find_damage(newest) is not None
+    assert run_folder.choose_checkpoint(tmp_path, "auto", Ranks()) == before
 
 
-def test_a_checkpoint_of_another_run_is_not_gone_on_from_in_the_folder_of_a_run(folder: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_run_is_not_gone_on_from_in_the_folder_of_a_run(
+    folder: Path, tmp_path: Path
+) -> None:
     shutil.copytree(folder / "whole", tmp_path / "mine")
-    newest = run_folder.committed(folder / "whole" / "checkpoints")[0]
+    newest = run_folder.list_checkpoints(folder / "whole" / "checkpoints")[0]
     with pytest.raises(ResumeError, match="already holds another run"):
-        run_folder.find(tmp_path / "mine", str(newest), Ranks())
-    assert run_folder.find(tmp_path / "new", str(newest), Ranks()) == newest
+        run_folder.choose_checkpoint(tmp_path / "mine", str(newest), Ranks())
+    assert run_folder.choose_checkpoint(tmp_path / "new", str(newest), Ranks()) == newest
     own = tmp_path / "mine" / "checkpoints" / newest.name
-    assert run_folder.find(tmp_path / "mine", str(own), Ranks()) == own
+    assert run_folder.choose_checkpoint(tmp_path / "mine", str(own), Ranks()) == own
 
 
-def test_the_same_command_goes_on_with_a_run_that_began_from_a_checkpoint_of_another(folder: Path) -> None:
-    newest = run_folder.committed(folder / "whole" / "checkpoints")[0]
+def test_the_same_command_goes_on_with_a_run_that_began_from_a_checkpoint_of_another(
+    folder: Path,
+) -> None:
+    newest = run_folder.list_checkpoints(folder / "whole" / "checkpoints")[0]
     args = [*args_of(folder, "branch", "train.epochs=9"), "--resume", str(newest)]
     done = run("python", "tests/faults/plant.py", "usr1:0:29", "--", *args, expect=75)
     assert "going on from step 27" in done.stdout
     assert "damaged" not in done.stdout
     assert "going on from step 30" in alone(*args).stdout
     assert saved_steps(folder / "branch")[0] == 41
-    other = run_folder.committed(folder / "whole" / "checkpoints")[1]
+    other = run_folder.list_checkpoints(folder / "whole" / "checkpoints")[1]
     assert "already holds another run" in alone(*args[:-1], str(other), expect=2).stderr
 
 
@@ -212,39 +231,49 @@ def test_a_later_attempt_of_a_slurm_job_goes_on_whatever_its_command_began_from(
     (newest / run_folder.COMMIT).write_text(json.dumps(listing))
     monkeypatch.setattr(run_folder, "JOB", "77")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert run_folder.find(tmp_path, resume, Ranks()) == newest
-    for job, restarts in (("78", "1"), ("77", "0")):  # what another job saved; the job's first attempt
+    assert run_folder.choose_checkpoint(tmp_path, resume, Ranks()) == newest
+    for job, restarts in (
+        ("78", "1"),
+        ("77", "0"),
+    ):  # what another job saved; the job's first attempt
         monkeypatch.setattr(run_folder, "JOB", job)
         monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
         if resume == "never":
             with pytest.raises(ResumeError, match="already holds a run"):
-                run_folder.find(tmp_path, resume, Ranks())
+                run_folder.choose_checkpoint(tmp_path, resume, Ranks())
         else:
-            assert run_folder.find(tmp_path, resume, Ranks()) == Path(resume)
+            assert run_folder.choose_checkpoint(tmp_path, resume, Ranks()) == Path(resume)
 
 
 def test_damaged_best_weights_are_told(folder: Path) -> None:
     args = args_of(folder, "torn-best", "train.validate_every=5")
     alone(*args, "--set", "train.epochs=4")
-    (newest, *_) = run_folder.committed(folder / "torn-best" / "best")
+    (newest, *_) = run_folder.list_checkpoints(folder / "torn-best" / "best")
     os.truncate(newest / run_folder.WEIGHTS, 100)
     done = alone(*args)
     assert f"{newest}, are damaged: {run_folder.WEIGHTS} has another size" in done.stdout
-    assert run_folder.damage(run_folder.committed(folder / "torn-best" / "best")[0]) is None
+    assert (
+        run_folder.find_damage(run_folder.list_checkpoints(folder / "torn-best" / "best")[0])
+        is None
+    )
 
 
 def test_a_checkpoint_that_does_not_fit_leaves_those_after_it(folder: Path, tmp_path: Path) -> None:
     """Weights of another model, as of an older version, and signed."""
     shutil.copytree(folder / "whole", tmp_path / "older")
-    newest, before = run_folder.committed(tmp_path / "older" / "checkpoints")
-    (part,) = run_folder.parts(before)
-    save_file({"weights:0:model.other": torch.zeros(3)}, part, {"shapes": json.dumps({"model.other": [3]})})
+    newest, before = run_folder.list_checkpoints(tmp_path / "older" / "checkpoints")
+    (part,) = run_folder.list_shard_files(before)
+    save_file(
+        {"weights:0:model.other": torch.zeros(3)},
+        part,
+        {"shapes": json.dumps({"model.other": [3]})},
+    )
     listing = json.loads((before / run_folder.COMMIT).read_text())
     listing[part.name] = hash_file(part).model_dump()
     (before / run_folder.COMMIT).write_text(json.dumps(listing))
     done = alone(*args_of(folder, str(tmp_path / "older")), "--resume", str(before), expect=2)
     assert "the weights do not fit" in done.stderr
-    assert run_folder.committed(tmp_path / "older" / "checkpoints") == [newest, before]
+    assert run_folder.list_checkpoints(tmp_path / "older" / "checkpoints") == [newest, before]
 
 
 def test_a_run_that_stopped_early_goes_on_with_more_patience(folder: Path) -> None:
@@ -263,12 +292,15 @@ def test_training_goes_on_from_the_one_before_a_damaged_one(folder: Path) -> Non
     args = args_of(folder, "flipped")
     alone(*args, "--set", "train.epochs=4")
     newest, before = saved_steps(folder / "flipped")
-    flip(folder / "flipped" / "checkpoints" / f"step-{newest:08d}" / "rank-00000.safetensors", random.Random(0))
+    flip(
+        folder / "flipped" / "checkpoints" / f"step-{newest:08d}" / "rank-00000.safetensors",
+        random.Random(0),
+    )
     done = alone(*args, "--set", "train.epochs=4")
     assert "is damaged and not used" in done.stdout
     assert f"going on from step {before}" in done.stdout
     assert saved_steps(folder / "flipped")[0] == newest
-    assert run_folder.damage(folder / "flipped" / "checkpoints" / f"step-{newest:08d}") is None
+    assert run_folder.find_damage(folder / "flipped" / "checkpoints" / f"step-{newest:08d}") is None
 
 
 @contextmanager
@@ -302,7 +334,10 @@ def test_a_full_disk_is_told_and_leaves_what_was_committed(folder: Path) -> None
         assert "Traceback" not in done.stderr
         there = saved_steps(folder / "full")
         assert there
-        assert all(run_folder.damage(p) is None for p in run_folder.committed(folder / "full" / "checkpoints"))
+        assert all(
+            run_folder.find_damage(p) is None
+            for p in run_folder.list_checkpoints(folder / "full" / "checkpoints")
+        )
         assert not list((folder / "full").rglob("*.partial"))
         subprocess.run(["mount", "-o", "remount,size=20M", str(folder / "full")], check=True)
         assert f"going on from step {there[0]}" in alone(*args).stdout
@@ -315,7 +350,9 @@ def test_a_full_disk_that_takes_no_output_either_is_told_by_the_exit_code(folder
     args = args_of(folder, "mute", "train.keep=99")
     with mounted(folder / "mute", "-t", "tmpfs", "-o", "size=400k", "none"):
         with (folder / "mute" / "log").open("wb") as log:
-            process = subprocess.Popen(spawned(2, *args), cwd=ROOT, env=environment(), stdout=log, stderr=log)
+            process = subprocess.Popen(
+                spawned(2, *args), cwd=ROOT, env=environment(), stdout=log, stderr=log
+            )
             assert process.wait(120) == 1
         there = saved_steps(folder / "mute")
         subprocess.run(["mount", "-o", "remount,size=20M", str(folder / "mute")], check=True)
@@ -328,7 +365,11 @@ def test_a_full_disk_that_takes_no_output_either_is_told_by_the_exit_code(folder
     [
         (OSError(errno.ENOSPC, "No space left on device"), 1, "make room"),
         (SafetensorError("I/O error: No space left on device (os error 28)"), 1, "make room"),
-        (SafetensorError("I/O error: Input/output error (os error 5)"), LOST, "type the same command"),
+        (
+            SafetensorError("I/O error: Input/output error (os error 5)"),
+            LOST,
+            "type the same command",
+        ),
         (OSError(errno.ESTALE, "Stale file handle"), LOST, "type the same command"),
         (FileNotFoundError(errno.ENOENT, "the folder was removed"), 1, "type the same command"),
         (KeyError("weights"), 1, "type the same command"),
@@ -337,7 +378,7 @@ def test_a_full_disk_that_takes_no_output_either_is_told_by_the_exit_code(folder
 def test_a_file_server_that_fails_for_a_while_is_told_from_what_lasts(
     tmp_path: Path, error: Exception, code: int, advice: str
 ) -> None:
-    with pytest.raises(SavingError) as told, writing("a checkpoint", tmp_path):
+    with pytest.raises(SavingError) as told, translate_write_errors("a checkpoint", tmp_path):
         raise error
     assert told.value.exit_code == code
     assert told.value.fix is not None
@@ -363,7 +404,10 @@ def test_a_disk_that_fills_up_under_two_ranks_is_told_once_and_they_go_on_when_t
         assert "Traceback" not in done.stderr
         there = saved_steps(folder / name)
         assert there
-        assert all(run_folder.damage(p) is None for p in run_folder.committed(folder / name / "checkpoints"))
+        assert all(
+            run_folder.find_damage(p) is None
+            for p in run_folder.list_checkpoints(folder / name / "checkpoints")
+        )
         assert not list((folder / name).rglob("*.partial"))
         subprocess.run(["mount", "-o", "remount,size=20M", str(folder / name)], check=True)
         assert f"going on from step {there[0]}" in run(*spawned(2, *args)).stdout
@@ -371,7 +415,9 @@ def test_a_disk_that_fills_up_under_two_ranks_is_told_once_and_they_go_on_when_t
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_disk_that_is_full_for_one_rank_ends_all_and_leaves_what_was_committed(folder: Path, rank: int) -> None:
+def test_a_disk_that_is_full_for_one_rank_ends_all_and_leaves_what_was_committed(
+    folder: Path, rank: int
+) -> None:
     name = f"full-for-{rank}"
     args = args_of(folder, name)
     done = run(*planted(2, args, f"full:{rank}:15:part"), expect=1)
@@ -389,7 +435,12 @@ def test_a_folder_that_turns_read_only_is_told_and_mended(folder: Path) -> None:
     args = args_of(folder, "frozen", "train.epochs=400")
     checkpoints = folder / "frozen" / "checkpoints"
     process = subprocess.Popen(
-        ["python", *args], cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        ["python", *args],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     deadline = time.monotonic() + 60
     while not saved_steps(folder / "frozen"):
@@ -402,7 +453,9 @@ def test_a_folder_that_turns_read_only_is_told_and_mended(folder: Path) -> None:
         assert "Read-only file system" in said
         assert "Traceback" not in said
     step = saved_steps(folder / "frozen")[0]
-    process = subprocess.Popen(["python", *args], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        ["python", *args], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     assert any(f"going on from step {step}" in line for line in process.stdout)
     process.kill()

@@ -19,7 +19,7 @@ from clue_dist.config import Config, LogConfig
 from clue_dist.errors import ResumeError
 from clue_dist.ranks import Ranks
 from clue_dist.resilience import run_lock
-from clue_dist.resilience.run_lock import alone_in
+from clue_dist.resilience.run_lock import hold_run_lock
 from clue_dist.train import sinks
 from clue_dist.train.sinks import Sinks
 from tests.distributed.command import ROOT, environment, metrics, run, spawned, train_args
@@ -31,7 +31,11 @@ from tests.stores import make_store
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sinks")
-    make_store(folder / "s.zarr", cells={"rna+adt": 200, "rna": 60, "adt": 40}, features={"rna": 60, "adt": 10})
+    make_store(
+        folder / "s.zarr",
+        cells={"rna+adt": 200, "rna": 60, "adt": 40},
+        features={"rna": 60, "adt": 10},
+    )
     return folder
 
 
@@ -39,8 +43,15 @@ def started(folder: Path, name: str, *settings: str, **more: object) -> subproce
     """Training of its own session, once it has logged ten steps."""
     args = train_args(folder, folder / "s.zarr", name, "log.every=1", *settings)
     env = {k: v for k, v in environment().items() if not k.startswith("WANDB")}
-    command = ["env", "--default-signal=HUP,INT", "python", *args]  # as in a terminal, whatever runs the tests
-    process = subprocess.Popen(command, cwd=ROOT, env=env, text=True, start_new_session=True, **more)  # type: ignore[call-overload]
+    command = [
+        "env",
+        "--default-signal=HUP,INT",
+        "python",
+        *args,
+    ]  # as in a terminal, whatever runs the tests
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=env, text=True, start_new_session=True, **more
+    )  # type: ignore[call-overload]
     log, deadline = folder / name / "metrics.jsonl", time.monotonic() + 60
     while not (log.exists() and log.read_text().count("\n") > 10):
         assert process.poll() is None
@@ -51,7 +62,9 @@ def started(folder: Path, name: str, *settings: str, **more: object) -> subproce
 
 def test_wandb_is_killed_in_mid_run(folder: Path) -> None:
     out = (folder / "wandb.out").open("w+")
-    process = started(folder, "wandb", "train.epochs=100", "log.wandb=offline", stdout=out, stderr=out)
+    process = started(
+        folder, "wandb", "train.epochs=100", "log.wandb=offline", stdout=out, stderr=out
+    )
     helpers = psutil.Process(process.pid).children(recursive=True)
     assert any("wandb" in " ".join(h.cmdline()) for h in helpers)
     for helper in helpers:
@@ -88,22 +101,24 @@ def test_where_no_lock_can_be_held_it_is_said(
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", refused)
-    with alone_in(tmp_path, Ranks()):
+    with hold_run_lock(tmp_path, Ranks()):
         assert "no lock can be held here" in capsys.readouterr().out
 
 
 def test_the_lock_is_one_jobs_and_names_it(tmp_path: Path) -> None:
     with (
-        alone_in(tmp_path, Ranks()),
+        hold_run_lock(tmp_path, Ranks()),
         pytest.raises(ResumeError, match="another job is training") as refused,
-        alone_in(tmp_path, Ranks()),
+        hold_run_lock(tmp_path, Ranks()),
     ):
         raise AssertionError("not reached")
     assert f"process {os.getpid()} on {socket.gethostname()}" in str(refused.value)
     assert f"remove {tmp_path / '.lock'}" in str(refused.value)
 
 
-def test_of_two_jobs_on_one_folder_the_second_is_refused_and_the_first_goes_on(folder: Path) -> None:
+def test_of_two_jobs_on_one_folder_the_second_is_refused_and_the_first_goes_on(
+    folder: Path,
+) -> None:
     process = started(folder, "shared", "train.epochs=2000", stdout=subprocess.DEVNULL)
     args = train_args(folder, folder / "s.zarr", "shared", "log.every=1", "train.epochs=2000")
     done = run(*spawned(2, *args), expect=2)
@@ -126,7 +141,9 @@ def test_lines_are_taken_while_a_checkpoint_waits_for_a_slow_disk(
         slow.set()
         assert over.wait(30)
 
-    with Sinks(tmp_path, Config(log=LogConfig(wandb="disabled", tensorboard=False)), 10, 0, Ranks()) as looked_at:
+    with Sinks(
+        tmp_path, Config(log=LogConfig(wandb="disabled", tensorboard=False)), 10, 0, Ranks()
+    ) as looked_at:
         monkeypatch.setattr(os, "fsync", fsync)
         saving = threading.Thread(target=looked_at.sync)
         saving.start()
@@ -138,15 +155,17 @@ def test_lines_are_taken_while_a_checkpoint_waits_for_a_slow_disk(
     assert [line["step"] for line in metrics(tmp_path)] == [1]
 
 
-def test_an_earlier_attempt_of_the_same_job_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_earlier_attempt_of_the_same_job_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(run_lock, "JOB", "77")
     went_in = threading.Event()
 
     def again() -> None:
-        with alone_in(tmp_path, Ranks()):
+        with hold_run_lock(tmp_path, Ranks()):
             went_in.set()
 
-    with alone_in(tmp_path, Ranks()):
+    with hold_run_lock(tmp_path, Ranks()):
         later = threading.Thread(target=again)
         later.start()
         assert not went_in.wait(1.5)
@@ -154,7 +173,11 @@ def test_an_earlier_attempt_of_the_same_job_is_waited_for(tmp_path: Path, monkey
     assert went_in.wait(20)
     later.join()
     monkeypatch.setattr(run_lock, "EARLIER_ATTEMPT", 1.0)
-    with alone_in(tmp_path, Ranks()), pytest.raises(ResumeError, match="Slurm job 77"), alone_in(tmp_path, Ranks()):
+    with (
+        hold_run_lock(tmp_path, Ranks()),
+        pytest.raises(ResumeError, match="Slurm job 77"),
+        hold_run_lock(tmp_path, Ranks()),
+    ):
         raise AssertionError("not reached")
 
 
@@ -193,10 +216,10 @@ def test_a_run_folder_that_is_not_shared_is_told_on_all_ranks(tmp_path: Path) ->
         from pathlib import Path
         from clue_dist.errors import ResumeError
         from clue_dist.ranks import Ranks
-        from clue_dist.resilience.run_lock import alone_in
+        from clue_dist.resilience.run_lock import hold_run_lock
         ranks = Ranks.from_env().init()
         try:
-            with alone_in(Path({str(tmp_path)!r}) / f"disk-of-{{ranks.rank}}", ranks):
+            with hold_run_lock(Path({str(tmp_path)!r}) / f"disk-of-{{ranks.rank}}", ranks):
                 print("went in")
         except ResumeError as error:
             print(error)

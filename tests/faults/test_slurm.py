@@ -14,7 +14,15 @@ import psutil
 import pytest
 
 from tests.benchmarks.faults.jobs import last_step
-from tests.distributed.command import ROOT, best_weights, largest_difference, metrics, run, spawned, train_args
+from tests.distributed.command import (
+    ROOT,
+    best_weights,
+    largest_difference,
+    metrics,
+    run,
+    spawned,
+    train_args,
+)
 from tests.faults.command import saved_steps, timeless
 from tests.faults.needs import needs
 from tests.faults.slurm import Slurm, cluster, daemon, missing
@@ -28,7 +36,11 @@ SETTINGS = ("train.epochs=40", "log.every=1", "train.checkpoint_every=50")  # 18
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("slurm")
-    make_store(folder / "s.zarr", cells={"rna+adt": 200, "rna": 60, "adt": 40}, features={"rna": 60, "adt": 10})
+    make_store(
+        folder / "s.zarr",
+        cells={"rna+adt": 200, "rna": 60, "adt": 40},
+        features={"rna": 60, "adt": 10},
+    )
     run(*spawned(2, *args_of(folder, "whole")))
     return folder
 
@@ -46,7 +58,12 @@ def args_of(folder: Path, name: str) -> list[str]:
 
 def submitted(slurm: Slurm, folder: Path, name: str, *settings: str, **variables: str) -> str:
     """A job on both nodes that trains into run `name`, once it has logged some steps."""
-    script = ("--nodes=2", "--ntasks-per-node=1", f"--output={folder}/{name}.out", "launch/slurm/train.sbatch")
+    script = (
+        "--nodes=2",
+        "--ntasks-per-node=1",
+        f"--output={folder}/{name}.out",
+        "launch/slurm/train.sbatch",
+    )
     job = slurm.submit(*script, *args_of(folder, name)[1:], *settings, **variables)
     await_steps(slurm, folder, name, job, 20)
     return job
@@ -68,13 +85,17 @@ def output(folder: Path, name: str) -> str:
 
 def ends_like_the_unbroken_run(slurm: Slurm, folder: Path, name: str, job: str) -> None:
     state = slurm.wait(job, 180)
-    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("COMPLETED", "0:0", "1"), output(folder, name)
+    assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("COMPLETED", "0:0", "1"), (
+        output(folder, name)
+    )
     assert timeless(folder / name) == timeless(folder / "whole")
     assert largest_difference(best_weights(folder / name), best_weights(folder / "whole")) == 0.0
 
 
 @pytest.mark.parametrize(
-    ("how", "words"), [("requeue", ()), ("USR1", ("--resume", "never")), ("TERM", ())], ids=["requeue", "USR1", "TERM"]
+    ("how", "words"),
+    [("requeue", ()), ("USR1", ("--resume", "never")), ("TERM", ())],
+    ids=["requeue", "USR1", "TERM"],
 )
 def test_stopped_in_time_it_comes_back_by_itself_and_loses_no_step(
     slurm: Slurm, folder: Path, how: str, words: tuple[str, ...]
@@ -100,7 +121,11 @@ def committed_after(run_folder: Path, when: float) -> Path:
     """The marker of the first checkpoint that was not saved because it was due, once it is there."""
     deadline = time.monotonic() + 60
     while True:
-        found = [p for p in run_folder.glob("checkpoints/step-????????/COMMIT.json") if p.stat().st_mtime > when]
+        found = [
+            p
+            for p in run_folder.glob("checkpoints/step-????????/COMMIT.json")
+            if p.stat().st_mtime > when
+        ]
         off = [p for p in found if json.loads((p.parent / "state.json").read_text())["step"] % 50]
         if off:
             return off[0]
@@ -123,14 +148,20 @@ def test_losses_end_the_job_only_where_no_checkpoint_comes_between(
     job = submitted(slurm, folder, name, f"train.checkpoint_every={save_every}", MAX_LOSSES="1")
     os.kill(rank_of(folder / name, 1), signal.SIGKILL)
     said, deadline = folder / f"{name}.out", time.monotonic() + 90
-    while len(begun := re.findall(r"(?:starting|going on from step (\d+)): ", said.read_text())) < 2:
+    while (
+        len(begun := re.findall(r"(?:starting|going on from step (\d+)): ", said.read_text())) < 2
+    ):
         assert time.monotonic() < deadline, output(folder, name)
         time.sleep(0.1)
     await_steps(slurm, folder, name, job, int(begun[-1] or 0) + 20)
     os.kill(rank_of(folder / name, 1), signal.SIGKILL)
     state = slurm.wait(job, 120)
-    assert (state["JobState"], state["Restarts"]) == (ends, "1" if ends == "FAILED" else "2"), output(folder, name)
-    assert state["ExitCode"] in (("0:0",) if ends == "COMPLETED" else ("76:0", "137:0")), output(folder, name)
+    assert (state["JobState"], state["Restarts"]) == (ends, "1" if ends == "FAILED" else "2"), (
+        output(folder, name)
+    )
+    assert state["ExitCode"] in (("0:0",) if ends == "COMPLETED" else ("76:0", "137:0")), output(
+        folder, name
+    )
     assert not list(ROOT.glob(f".losses-{job}"))
 
 
@@ -138,7 +169,11 @@ def rank_of(run_folder: Path, rank: int) -> int:
     """The process of a rank that trains into a run folder."""
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
-        if "launch/train.py" in words and any(str(run_folder) in w for w in words) and "srun" not in words[0]:
+        if (
+            "launch/train.py" in words
+            and any(str(run_folder) in w for w in words)
+            and "srun" not in words[0]
+        ):
             try:
                 if process.environ().get("SLURM_PROCID") == str(rank):
                     return process.pid
@@ -147,7 +182,9 @@ def rank_of(run_folder: Path, rank: int) -> int:
     raise AssertionError("no such process")
 
 
-def test_an_error_that_starting_again_does_not_mend_is_told_once(slurm: Slurm, folder: Path) -> None:
+def test_an_error_that_starting_again_does_not_mend_is_told_once(
+    slurm: Slurm, folder: Path
+) -> None:
     job = slurm.submit(
         "--nodes=2",
         f"--output={folder}/wrong.out",
@@ -162,14 +199,19 @@ def test_an_error_that_starting_again_does_not_mend_is_told_once(slurm: Slurm, f
 
 def test_a_damaged_chunk_is_told_once_and_not_tried_again(slurm: Slurm, folder: Path) -> None:
     store = make_store(
-        folder / "torn.zarr", cells={"rna+adt": 200, "rna": 60}, features={"rna": 60, "adt": 10}, block_cells=16
+        folder / "torn.zarr",
+        cells={"rna+adt": 200, "rna": 60},
+        features={"rna": 60, "adt": 10},
+        block_cells=16,
     )
     shard = store.root / "strata/rna/rna/codes/c/0/0"
     data = bytearray(shard.read_bytes())
     data[3] ^= 0x10
     shard.write_bytes(data)
     args = [*args_of(folder, "torn")[1:], f"store={store.root}"]
-    job = slurm.submit("--nodes=2", f"--output={folder}/torn.out", "launch/slurm/train.sbatch", *args)
+    job = slurm.submit(
+        "--nodes=2", f"--output={folder}/torn.out", "launch/slurm/train.sbatch", *args
+    )
     state = slurm.wait(job, 120)
     said = output(folder, "torn")
     assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "2:0", "0"), said
@@ -189,23 +231,43 @@ def test_the_command_of_the_readme_typed_as_it_stands(slurm: Slurm, tmp_path: Pa
     """In a folder that looks like the project's, with the store it names: four ranks on two nodes."""
     for name in ("launch", "configs", ".venv"):
         (tmp_path / name).symlink_to(ROOT / name)
-    make_store(tmp_path / "atlas.zarr", cells={"rna+adt": 120, "rna": 40}, features={"rna": 60, "adt": 10})
-    text = (ROOT / "README.md").read_text().partition("## Running on a cluster")[2].partition("```\n")[2]
+    make_store(
+        tmp_path / "atlas.zarr", cells={"rna+adt": 120, "rna": 40}, features={"rna": 60, "adt": 10}
+    )
+    text = (
+        (ROOT / "README.md")
+        .read_text()
+        .partition("## Running on a cluster")[2]
+        .partition("```\n")[2]
+    )
     command = text.partition("```")[0]
     assert command.startswith("sbatch ")
     job = slurm.run("bash", "-c", command, cwd=tmp_path).stdout.split()[-1]
     state = slurm.wait(job, 300)
     said = (tmp_path / f"slurm-{job}.out").read_text()
-    assert (state["JobState"], state["ExitCode"], state["NumTasks"]) == ("COMPLETED", "0:0", "4"), said[-3000:]
+    assert (state["JobState"], state["ExitCode"], state["NumTasks"]) == ("COMPLETED", "0:0", "4"), (
+        said[-3000:]
+    )
     assert "finished at step" in said
-    assert saved_steps(tmp_path / "runs" / "atlas")[0] == metrics(tmp_path / "runs" / "atlas")[-1]["step"]
+    assert (
+        saved_steps(tmp_path / "runs" / "atlas")[0]
+        == metrics(tmp_path / "runs" / "atlas")[-1]["step"]
+    )
 
 
 def test_time_that_runs_out_is_no_loss(slurm: Slurm, folder: Path) -> None:
     """Slurm's own clock: one minute. It looks every half minute whether less than that and these 10 s are left: later
     than the ranks need to start."""
-    limits = ("--time=1", "--signal=USR1@10", "--nodes=2", "--ntasks-per-node=1", f"--output={folder}/limit.out")
-    job = slurm.submit(*limits, "launch/slurm/train.sbatch", *args_of(folder, "limit")[1:], "train.epochs=9999")
+    limits = (
+        "--time=1",
+        "--signal=USR1@10",
+        "--nodes=2",
+        "--ntasks-per-node=1",
+        f"--output={folder}/limit.out",
+    )
+    job = slurm.submit(
+        *limits, "launch/slurm/train.sbatch", *args_of(folder, "limit")[1:], "train.epochs=9999"
+    )
     said, deadline = folder / "limit.out", time.monotonic() + 180
     while "going on from step" not in (said.read_text() if said.exists() else ""):
         assert time.monotonic() < deadline, output(folder, "limit")
@@ -221,7 +283,9 @@ def test_time_that_runs_out_is_no_loss(slurm: Slurm, folder: Path) -> None:
     )
 
 
-def test_a_node_that_dies_brings_the_job_back_once_there_are_two_again(slurm: Slurm, folder: Path) -> None:
+def test_a_node_that_dies_brings_the_job_back_once_there_are_two_again(
+    slurm: Slurm, folder: Path
+) -> None:
     job = submitted(slurm, folder, "dead")
     slurm.power_off("two")
     died = time.monotonic()
@@ -231,7 +295,11 @@ def test_a_node_that_dies_brings_the_job_back_once_there_are_two_again(slurm: Sl
     assert "task 0: Exited with exit code 76" in (folder / "dead.out").read_text()
     with daemon(slurm, slurm.folder, "slurmd", "-D", "-N", "two"):
         state = slurm.wait(job, 240)
-        assert (state["JobState"], state["ExitCode"]) == ("COMPLETED", "0:0"), output(folder, "dead")
+        assert (state["JobState"], state["ExitCode"]) == ("COMPLETED", "0:0"), output(
+            folder, "dead"
+        )
         assert int(state["Restarts"]) >= 1
         assert timeless(folder / "dead") == timeless(folder / "whole")
-        assert largest_difference(best_weights(folder / "dead"), best_weights(folder / "whole")) == 0.0
+        assert (
+            largest_difference(best_weights(folder / "dead"), best_weights(folder / "whole")) == 0.0
+        )

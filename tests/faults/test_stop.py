@@ -19,15 +19,29 @@ from tests.stores import make_store
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stop")
-    make_store(folder / "s.zarr", cells={"rna+adt": 200, "rna": 60, "adt": 40}, features={"rna": 60, "adt": 10})
+    make_store(
+        folder / "s.zarr",
+        cells={"rna+adt": 200, "rna": 60, "adt": 40},
+        features={"rna": 60, "adt": 10},
+    )
     return folder
 
 
 def started(folder: Path, name: str, shell: str) -> subprocess.Popen[bytes]:
     """Two ranks, by a shell as a person has it, once they have logged some steps."""
-    args = train_args(folder, folder / "s.zarr", name, "log.every=1", "train.epochs=9999", f"run={folder / name}")
+    args = train_args(
+        folder, folder / "s.zarr", name, "log.every=1", "train.epochs=9999", f"run={folder / name}"
+    )
     # As in a terminal, whatever runs the tests
-    command = ["env", "--default-signal=INT", "bash", "-c", f'{shell}\n"$@"', "bash", *launched(2, *args)]
+    command = [
+        "env",
+        "--default-signal=INT",
+        "bash",
+        "-c",
+        f'{shell}\n"$@"',
+        "bash",
+        *launched(2, *args),
+    ]
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -45,7 +59,9 @@ def started(folder: Path, name: str, shell: str) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.parametrize(("moment", "code"), [("start", 75), ("end", 0)])
-def test_signals_are_heeded_before_the_first_step_and_after_the_last(folder: Path, moment: str, code: int) -> None:
+def test_signals_are_heeded_before_the_first_step_and_after_the_last(
+    folder: Path, moment: str, code: int
+) -> None:
     args = train_args(folder, folder / "s.zarr", moment, "log.every=1", "train.epochs=2")
     done = run(*planted(2, args, f"term:1:{moment}"), expect=code)
     saved = saved_steps(folder / moment)
@@ -77,9 +93,15 @@ def test_term_to_the_launcher_saves_in_the_time_it_gives(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_whole_group_is_signalled_as_by_a_batch_system_or_ctrl_c(folder: Path, number: signal.Signals) -> None:
+def test_the_whole_group_is_signalled_as_by_a_batch_system_or_ctrl_c(
+    folder: Path, number: signal.Signals
+) -> None:
     process, asked = started(folder, number.name, ":"), time.time()
-    ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if "--local_rank" in " ".join(p.cmdline())]
+    ranks = [
+        p
+        for p in psutil.Process(process.pid).children(recursive=True)
+        if "--local_rank" in " ".join(p.cmdline())
+    ]
     os.killpg(process.pid, number)
     assert process.wait(40) != 0
     _, alive = psutil.wait_procs(ranks, timeout=25)

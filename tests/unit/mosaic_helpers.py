@@ -25,6 +25,8 @@ def paired_cells(n: int = 300) -> md.MuData:
         x.obs_names, x.var_names = names[order], [f"{mod}-{i}" for i in range(width)]
         x.obs["batch"] = "one"
         parts[mod] = x
-    parts["adt"].obs_names = [f"other-{name}" if name == "cell-9" else name for name in parts["adt"].obs_names]
+    parts["adt"].obs_names = [
+        f"other-{name}" if name == "cell-9" else name for name in parts["adt"].obs_names
+    ]
     with md.set_options(pull_on_update=False):
         return md.MuData(parts)

@@ -14,12 +14,12 @@ import pandas as pd
 import scipy.sparse as sp
 
 from clue_dist.store.reader import Store
-from clue_dist.store.rows import Csr
+from clue_dist.store.rows import CsrRows
 from data_prep.cli.feature_choices import parse_choices
-from data_prep.cli.inputs import Asked, parse_inputs
-from data_prep.convert import Options, convert
-from data_prep.jobs.workers import Threads
-from data_prep.options import FIELDS, Keys, PerModality
+from data_prep.cli.inputs import ReadingOptions, parse_inputs
+from data_prep.convert import ConversionOptions, convert_inputs
+from data_prep.jobs.workers import ThreadPool
+from data_prep.options import FIELDS, ObsColumns, PerModality
 
 
 def frame(
@@ -29,10 +29,14 @@ def frame(
     rng = np.random.default_rng(seed)
     values = rng.poisson(3, (n, features)) * (rng.random((n, features)) < density)
     values[np.arange(n), rng.integers(features, size=n)] += 1
-    return pd.DataFrame(values, [f"{cells}{i}" for i in range(n)], [f"{prefix}{j}" for j in range(features)])
+    return pd.DataFrame(
+        values, [f"{cells}{i}" for i in range(n)], [f"{prefix}{j}" for j in range(features)]
+    )
 
 
-def anndata_of(counts: pd.DataFrame, form: Any = sp.csr_matrix, dtype: str = "float32", **obs: Any) -> ad.AnnData:
+def anndata_of(
+    counts: pd.DataFrame, form: Any = sp.csr_matrix, dtype: str = "float32", **obs: Any
+) -> ad.AnnData:
     x = counts.to_numpy().astype(dtype)
     out = ad.AnnData(form(x))
     out.obs_names, out.var_names = counts.index.astype(str), counts.columns.astype(str)
@@ -41,7 +45,9 @@ def anndata_of(counts: pd.DataFrame, form: Any = sp.csr_matrix, dtype: str = "fl
     return out
 
 
-def write_h5ad(path: Path, counts: pd.DataFrame, form: Any = sp.csr_matrix, dtype: str = "float32", **obs: Any) -> Path:
+def write_h5ad(
+    path: Path, counts: pd.DataFrame, form: Any = sp.csr_matrix, dtype: str = "float32", **obs: Any
+) -> Path:
     anndata_of(counts, form, dtype, **obs).write_h5ad(path)
     return path
 
@@ -54,12 +60,18 @@ def write_h5mu(path: Path, **modalities: ad.AnnData) -> Path:
     return path
 
 
-def write_10x(path: Path, counts: pd.DataFrame, types: list[str], names: list[str] | None = None) -> Path:
+def write_10x(
+    path: Path, counts: pd.DataFrame, types: list[str], names: list[str] | None = None
+) -> Path:
     """Features x cells as CSC; the columns of `counts` are the ids."""
     matrix = sp.csr_matrix(counts.to_numpy().astype("int32"))
     with h5py.File(path, "w") as file:
         group = file.create_group("matrix")
-        for name, values in {"data": matrix.data, "indices": matrix.indices, "indptr": matrix.indptr}.items():
+        for name, values in {
+            "data": matrix.data,
+            "indices": matrix.indices,
+            "indptr": matrix.indptr,
+        }.items():
             group[name] = values
         group["shape"] = np.array([counts.shape[1], counts.shape[0]])
         group["barcodes"] = np.array(counts.index, "S")
@@ -69,7 +81,9 @@ def write_10x(path: Path, counts: pd.DataFrame, types: list[str], names: list[st
     return path
 
 
-def write_mtx(folder: Path, counts: pd.DataFrame, types: list[str], zipped: bool = True, seed: int = 0) -> Path:
+def write_mtx(
+    folder: Path, counts: pd.DataFrame, types: list[str], zipped: bool = True, seed: int = 0
+) -> Path:
     """Entries in random order, counted from 1."""
     folder.mkdir()
     matrix = sp.coo_matrix(counts.to_numpy().T)
@@ -79,7 +93,11 @@ def write_mtx(folder: Path, counts: pd.DataFrame, types: list[str], zipped: bool
     head = f"%%MatrixMarket matrix coordinate integer general\n% a comment\n{sizes}\n"
     features = "".join(f"{f}\t{f}\t{t}\n" for f, t in zip(counts.columns, types, strict=True))
     barcodes = "".join(f"{b}\n" for b in counts.index)
-    for name, text in {"matrix.mtx": head + entries, "features.tsv": features, "barcodes.tsv": barcodes}.items():
+    for name, text in {
+        "matrix.mtx": head + entries,
+        "features.tsv": features,
+        "barcodes.tsv": barcodes,
+    }.items():
         if zipped:
             (folder / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
         else:
@@ -102,14 +120,24 @@ def build(
     **options: Any,
 ) -> Store:
     """Convert and open; flags as the command line takes them."""
-    keys, kinds = Keys(FIELDS | (columns or {}), frozenset(columns or {})), options.get("kinds", {})
-    flags = (("--layer", layers, "layers"), ("--feature-ids", ids, "columns"), ("--barcodes", barcodes, "lists"))
+    keys, kinds = (
+        ObsColumns(FIELDS | (columns or {}), frozenset(columns or {})),
+        options.get("kinds", {}),
+    )
+    flags = (
+        ("--layer", layers, "layers"),
+        ("--feature-ids", ids, "columns"),
+        ("--barcodes", barcodes, "lists"),
+    )
     given = parse_inputs(
-        list(inputs), Asked(keys, kinds, *(PerModality.parse(t, f, w) for f, t, w in flags), cut_sites)
+        list(inputs),
+        ReadingOptions(keys, kinds, *(PerModality.parse(t, f, w) for f, t, w in flags), cut_sites),
     )
     names = [source.modality for source in given]
     choices = parse_choices(names, kinds, features, bins, top, options.get("features_from"))
-    convert(given, out, Options(keys=keys, choices=choices, **options), Threads(workers))
+    convert_inputs(
+        given, out, ConversionOptions(keys=keys, choices=choices, **options), ThreadPool(workers)
+    )
     return Store(out)
 
 
@@ -120,7 +148,7 @@ def held(store: Store, modality: str) -> pd.DataFrame:
         if modality in reader.modalities:
             positions = np.arange(reader.n_cells)
             rows = reader.rows(modality, positions)
-            values = rows.scipy().toarray() if isinstance(rows, Csr) else rows
+            values = rows.scipy().toarray() if isinstance(rows, CsrRows) else rows
             parts.append(pd.DataFrame(values, reader.obs(positions).barcodes))
     out = pd.concat(parts)
     out.columns = pd.Index(store.manifest.modalities[modality].features)
@@ -134,7 +162,9 @@ def codes_of(store: Store, field: str) -> dict[str, str | None]:
     for reader in store.strata.values():
         obs = reader.obs(np.arange(reader.n_cells))
         codes = obs.batch if field == "batch" else obs.label
-        out |= {str(b): names[c] if c >= 0 else None for b, c in zip(obs.barcodes, codes, strict=True)}
+        out |= {
+            str(b): names[c] if c >= 0 else None for b, c in zip(obs.barcodes, codes, strict=True)
+        }
     return out
 
 

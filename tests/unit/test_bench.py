@@ -10,53 +10,86 @@ from pathlib import Path
 import pytest
 import torch
 
-from clue_dist.data.timing import phase, watch
+from clue_dist.data.timing import record_phases, time_phase
 from clue_dist.errors import ConfigError
 from clue_dist.ranks import Ranks
 from clue_dist.train import bench
-from clue_dist.train.bench import Both, Clock, Data, Model, Report, Watched, shares, verdict
+from clue_dist.train.bench import (
+    LoaderSpeed,
+    ModelSpeed,
+    RankClock,
+    SpeedReport,
+    TimedEngine,
+    TrainingSpeed,
+    judge_speed,
+    share_time,
+)
 
 
-def data(cells_per_s: float) -> Data:
-    return Data(cells_per_s / 512, cells_per_s, 1e3 * cells_per_s, {"read and decode": 0.6, "gather": 0.4})
+def data(cells_per_s: float) -> LoaderSpeed:
+    return LoaderSpeed(
+        cells_per_s / 512, cells_per_s, 1e3 * cells_per_s, {"read and decode": 0.6, "gather": 0.4}
+    )
 
 
-def model(cells_per_s: float) -> Model:
-    return Model(512e3 / cells_per_s, 1.0, 2.0, 0.5, cells_per_s)
+def model(cells_per_s: float) -> ModelSpeed:
+    return ModelSpeed(512e3 / cells_per_s, 1.0, 2.0, 0.5, cells_per_s)
 
 
-def both(waited: float) -> Both:
-    return Both(1.0, 1.0, waited)
+def both(waited: float) -> TrainingSpeed:
+    return TrainingSpeed(1.0, 1.0, waited)
 
 
 def test_the_model_is_the_limit_where_no_step_waits() -> None:
-    told = verdict(data(14_990), model(1_000), both(0.01), "cuda")
+    told = judge_speed(data(14_990), model(1_000), both(0.01), "cuda")
     assert told == "the model is the limit: the loader could feed 14 such GPUs"
-    assert verdict(data(1_590), model(1_000), both(0.0), "cpu").endswith("could feed 1.5 such models")
+    assert judge_speed(data(1_590), model(1_000), both(0.0), "cpu").endswith(
+        "could feed 1.5 such models"
+    )
 
 
 def test_data_is_the_limit_where_steps_wait() -> None:
-    told = verdict(data(400), model(1_000), both(0.6), "cuda")
-    assert told.startswith("data is the limit: the model could take 2.5 times what the loader gives")
+    told = judge_speed(data(400), model(1_000), both(0.6), "cuda")
+    assert told.startswith(
+        "data is the limit: the model could take 2.5 times what the loader gives"
+    )
     assert "read and decode (60%)" in told
 
 
 def test_a_loader_that_keeps_up_alone_but_not_beside_the_model_wants_cores() -> None:
-    told = verdict(data(3_000), model(1_000), both(0.3), "cuda")
+    told = judge_speed(data(3_000), model(1_000), both(0.3), "cuda")
     assert "only beside the model" in told
     assert "could feed 3.0 such GPUs" in told
     assert "more CPU cores" in told
 
 
 def test_shares_sum_to_one_and_name_the_rest() -> None:
-    assert shares({"read": 2.0, "gather": 1.0}, 4.0) == {"read": 0.5, "gather": 0.25, "other": 0.25}
-    assert shares({"read": 6.0, "gather": 2.0}, 4.0) == {"read": 0.75, "gather": 0.25, "other": 0.0}  # two threads
+    assert share_time({"read": 2.0, "gather": 1.0}, 4.0) == {
+        "read": 0.5,
+        "gather": 0.25,
+        "other": 0.25,
+    }
+    assert share_time({"read": 6.0, "gather": 2.0}, 4.0) == {
+        "read": 0.75,
+        "gather": 0.25,
+        "other": 0.0,
+    }  # two threads
 
 
 def test_the_report_ends_with_the_verdict_and_json_has_it_all() -> None:
-    about = {"store": "s.zarr", "batch_size": 512, "ranks": 2, "name": "H100", "precision": "bf16", "device": "cuda"}
-    report = Report(about, data(2_000), model(1_000), both(0.0))
-    assert report.text().splitlines()[-1] == "the model is the limit: the loader could feed 2.0 such GPUs"
+    about = {
+        "store": "s.zarr",
+        "batch_size": 512,
+        "ranks": 2,
+        "name": "H100",
+        "precision": "bf16",
+        "device": "cuda",
+    }
+    report = SpeedReport(about, data(2_000), model(1_000), both(0.0))
+    assert (
+        report.text().splitlines()[-1]
+        == "the model is the limit: the loader could feed 2.0 such GPUs"
+    )
     assert report.as_dict()["feeds"] == 2.0
     assert report.as_dict()["data"]["phases"]["gather"] == 0.4
 
@@ -66,12 +99,19 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
 ) -> None:
     check = runpy.run_path(str(Path(__file__).parents[2] / "launch" / "bench.py"))["check"]
     (tmp_path / "old.json").touch()
-    given = [argparse.Namespace(seconds=1.0, repeats=1, json=tmp_path / name) for name in ("new.json", "old.json")]
+    given = [
+        argparse.Namespace(seconds=1.0, repeats=1, json=tmp_path / name)
+        for name in ("new.json", "old.json")
+    ]
     for args, needed in zip(given, (tmp_path, tmp_path / "old.json"), strict=True):
         check(args)
         with monkeypatch.context() as patch:
-            patch.setattr(os, "access", lambda path, mode, needed=needed: path != needed)  # root may write anywhere
-            with pytest.raises(ConfigError, match=f"cannot be written\n  where: --json {args.json}"):
+            patch.setattr(
+                os, "access", lambda path, mode, needed=needed: path != needed
+            )  # root may write anywhere
+            with pytest.raises(
+                ConfigError, match=f"cannot be written\n  where: --json {args.json}"
+            ):
                 check(args)
 
 
@@ -115,8 +155,15 @@ class Engine:
 
 
 def test_parts_of_a_step_sum_over_its_micro_batches(clock_face: FakeTime) -> None:
-    watched = Watched(Engine(clock_face), Clock(Ranks(), torch.device("cpu"), 1.0, 1))
-    for seconds in (0.01, 0.02, 0.01, 0.01, 0.5, 0.5):  # the last step was disturbed: medians do not mind
+    watched = TimedEngine(Engine(clock_face), RankClock(Ranks(), torch.device("cpu"), 1.0, 1))
+    for seconds in (
+        0.01,
+        0.02,
+        0.01,
+        0.01,
+        0.5,
+        0.5,
+    ):  # the last step was disturbed: medians do not mind
         watched(seconds)
         watched.backward(torch.zeros(()))
         watched.step()
@@ -124,7 +171,7 @@ def test_parts_of_a_step_sum_over_its_micro_batches(clock_face: FakeTime) -> Non
 
 
 def test_a_clock_covers_the_time_it_was_given(clock_face: FakeTime) -> None:
-    clock = Clock(Ranks(), torch.device("cpu"), 2.0, 1)
+    clock = RankClock(Ranks(), torch.device("cpu"), 2.0, 1)
     warm = iter([5.0] * 3)  # the first calls are slow and do not count
     assert clock.calls(lambda: clock_face.pass_by(next(warm, 0.125)), 3) == 16
     assert clock.calls(lambda: clock_face.pass_by(10.0), 3) == 3
@@ -132,13 +179,13 @@ def test_a_clock_covers_the_time_it_was_given(clock_face: FakeTime) -> None:
 
 
 def test_phases_add_up_over_threads_and_only_while_watched() -> None:
-    @phase("nap")
+    @time_phase("nap")
     def nap() -> str:
         time.sleep(0.02)
         return "done"
 
     nap()
-    with watch() as seconds:
+    with record_phases() as seconds:
         threads = [threading.Thread(target=nap) for _ in range(3)]
         for t in threads:
             t.start()
@@ -151,10 +198,10 @@ def test_phases_add_up_over_threads_and_only_while_watched() -> None:
 
 
 def test_an_error_in_a_phase_is_raised_and_its_time_counted() -> None:
-    @phase("bad")
+    @time_phase("bad")
     def bad() -> None:
         raise ValueError("no")
 
-    with watch() as seconds, pytest.raises(ValueError, match="no"):
+    with record_phases() as seconds, pytest.raises(ValueError, match="no"):
         bad()
     assert seconds["bad"] >= 0

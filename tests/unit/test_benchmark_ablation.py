@@ -11,7 +11,7 @@ import scipy.sparse as sp
 
 from clue_dist import config as configs
 from clue_dist.config import Config, ModelConfig, TrunkConfig
-from clue_dist.train.setup import Setup, prepare
+from clue_dist.train.setup import Setup, prepare_setup
 from tests.benchmarks import common, matching, mosaic
 from tests.benchmarks.ablation import __main__ as ablation
 from tests.benchmarks.ablation import cells as other
@@ -24,7 +24,7 @@ from tests.unit.mosaic_helpers import MODS, paired_cells
 
 
 def recipe(row: str, name: str) -> Config:
-    return configs.load(ROOT / rows.recipe_of(row, name), list(ROWS[row].settings))
+    return configs.load_config(ROOT / rows.recipe_of(row, name), list(ROWS[row].settings))
 
 
 @pytest.mark.parametrize("name", ["cbmc_cite", "snare_adbrain_8lib"])
@@ -39,16 +39,20 @@ def test_every_row_is_a_valid_recipe_of_its_own(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "authors"), [("cbmc_cite", "neurips2021_cite"), ("snare_adbrain_8lib", "neurips2021_multiome")]
+    ("name", "authors"),
+    [("cbmc_cite", "neurips2021_cite"), ("snare_adbrain_8lib", "neurips2021_multiome")],
 )
 def test_table_5_is_the_authors_recipe_with_terms_left_out(name: str, authors: str) -> None:
-    whole = configs.load(ROOT / "configs" / f"{authors}.json")
+    whole = configs.load_config(ROOT / "configs" / f"{authors}.json")
     assert recipe("paper: all", name) == whole
     used = set()
     for row in TABLE_5:
         got = recipe(row, name).objective
         kept = {term for term in rows.TERMS if getattr(got, f"lambda_{term}")}
-        assert all(getattr(got, f"lambda_{t}") == getattr(whole.objective, f"lambda_{t}") for t in {*kept, "self"})
+        assert all(
+            getattr(got, f"lambda_{t}") == getattr(whole.objective, f"lambda_{t}")
+            for t in {*kept, "self"}
+        )
         assert got.lambda_self > 0
         assert got.lambda_contrastive == 0
         used.add(frozenset(kept))
@@ -64,7 +68,9 @@ def test_rows_are_run_where_they_say_something() -> None:
 
 def arguments(data: Path, *words: str):
     (data / "cbmc_cite.h5mu").write_bytes(b"cells")
-    return ablation.arguments(["--json", "out.json", "--data", str(data), "--sets", "cbmc_cite", *words])
+    return ablation.arguments(
+        ["--json", "out.json", "--data", str(data), "--sets", "cbmc_cite", *words]
+    )
 
 
 def test_atlas_json_as_it_stands_is_the_run_of_the_matching_benchmark(tmp_path: Path) -> None:
@@ -73,7 +79,9 @@ def test_atlas_json_as_it_stands_is_the_run_of_the_matching_benchmark(tmp_path: 
     assert (run.method, run.digest) == ("ours", matching.digest_of("ours", "cbmc_cite", args))
 
 
-def test_rows_with_other_cells_follow_from_the_code_that_makes_them(tmp_path: Path, monkeypatch) -> None:
+def test_rows_with_other_cells_follow_from_the_code_that_makes_them(
+    tmp_path: Path, monkeypatch
+) -> None:
     args = arguments(tmp_path)
     before = {row: ablation.digest_of(row, "cbmc_cite", args) for row in ROWS}
     assert len(set(before.values())) == len(ROWS)
@@ -108,13 +116,19 @@ def test_test_cells_join_the_training_cells_without_their_partners(cells: other.
 
 @pytest.mark.parametrize("halved", [False, True])
 @pytest.mark.parametrize("unpaired", [False, True])
-def test_the_ablation_takes_pairs_or_unpaired_cells_away(cells: other.Cells, halved: bool, unpaired: bool) -> None:
+def test_the_ablation_takes_pairs_or_unpaired_cells_away(
+    cells: other.Cells, halved: bool, unpaired: bool
+) -> None:
     pairs, fewer = partners(cells.train), other.of_pairs(cells, halved, unpaired)
     assert len(partners(fewer)) == (-(-len(pairs) // 2) if halved else len(pairs))
     assert partners(fewer) <= pairs
     for m in MODS:
-        assert fewer[m].n_obs - len(partners(fewer)) == (cells.train[m].n_obs - len(pairs)) * unpaired
-        np.testing.assert_array_equal(fewer[m].X.toarray(), cells.train[m][fewer[m].obs_names].X.toarray())
+        assert (
+            fewer[m].n_obs - len(partners(fewer)) == (cells.train[m].n_obs - len(pairs)) * unpaired
+        )
+        np.testing.assert_array_equal(
+            fewer[m].X.toarray(), cells.train[m][fewer[m].obs_names].X.toarray()
+        )
 
 
 def test_the_ablation_reveals_partners_of_training_cells_alone(cells: other.Cells) -> None:
@@ -126,32 +140,52 @@ def test_the_ablation_reveals_partners_of_training_cells_alone(cells: other.Cell
         assert list(full[m].var_names) == list(cells.test[m].var_names)
 
 
-def test_other_training_cells_are_kept_beside_their_split(tmp_path: Path, cells: other.Cells) -> None:
+def test_other_training_cells_are_kept_beside_their_split(
+    tmp_path: Path, cells: other.Cells
+) -> None:
     folder = tmp_path / "splits" / "cbmc_cite-abc" / "fold0"
     folder.mkdir(parents=True)
     for part in ("train", "test"):
         getattr(cells, part).write(folder / f"{part}.h5mu")
     cells.whole.write(tmp_path / "cbmc_cite.h5mu")
-    split = other.changed(mosaic.Split(folder, MODS), "no unpaired cells", "ablation-none", tmp_path)
+    split = other.changed(
+        mosaic.Split(folder, MODS), "no unpaired cells", "ablation-none", tmp_path
+    )
     assert split.folder.parent == folder.parent != split.folder
     with mosaic.quiet():
-        assert partners(md.read(split.train)) == partners(cells.train) == set(md.read(split.train)["rna"].obs_names)
+        assert (
+            partners(md.read(split.train))
+            == partners(cells.train)
+            == set(md.read(split.train)["rna"].obs_names)
+        )
 
 
 def setup_of(store: Path, *settings: str) -> Setup:
-    return prepare(configs.load(ROOT / mosaic.RECIPE, [f"store={store}", f"run={store.parent / 'r'}", *settings]), 1)
+    return prepare_setup(
+        configs.load_config(
+            ROOT / mosaic.RECIPE, [f"store={store}", f"run={store.parent / 'r'}", *settings]
+        ),
+        1,
+    )
 
 
-@pytest.mark.parametrize("fewer", [{"rna+adt": 300, "rna": 300, "adt": 300}, {"rna+adt": 600}, {"rna+adt": 2400}])
+@pytest.mark.parametrize(
+    "fewer", [{"rna+adt": 300, "rna": 300, "adt": 300}, {"rna+adt": 600}, {"rna+adt": 2400}]
+)
 @pytest.mark.parametrize("settings", [(), ("train.epochs=7",)])
 def test_other_cells_are_trained_on_as_long_in_the_same_batches(
     tmp_path: Path, fewer: dict[str, int], settings: tuple[str, ...]
 ) -> None:
     features = {"rna": 30, "adt": 8}
-    make_store(tmp_path / "full.zarr", cells={"rna+adt": 600, "rna": 300, "adt": 300}, features=features)
+    make_store(
+        tmp_path / "full.zarr", cells={"rna+adt": 600, "rna": 300, "adt": 300}, features=features
+    )
     make_store(tmp_path / "other.zarr", cells=fewer, features=features)
     pinned = other.schedule(tmp_path / "full.zarr", tmp_path / "other.zarr", settings)
-    full, got = setup_of(tmp_path / "full.zarr", *settings), setup_of(tmp_path / "other.zarr", *settings, *pinned)
+    full, got = (
+        setup_of(tmp_path / "full.zarr", *settings),
+        setup_of(tmp_path / "other.zarr", *settings, *pinned),
+    )
     assert got.total_steps == full.total_steps
     assert got.config.data.batch_size == full.config.data.batch_size
     assert got.config.train.validate_every == full.config.train.validate_every
@@ -204,7 +238,20 @@ def test_pairs_are_extrapolated_from_five_folds_of_every_row_alone() -> None:
 
 
 def test_the_table_tells_the_label_accuracy_of_the_joint_z_and_of_one_modality() -> None:
-    lines = ablation.table([*records("posterior mean", range(2)), *records(rows.ATLAS, range(1))]).splitlines()
-    assert lines[0].split() == ["set", "row", "folds", "FOSCTTM", "match", "recall10", "joint", "alone", "fit", "s"]
+    lines = ablation.table(
+        [*records("posterior mean", range(2)), *records(rows.ATLAS, range(1))]
+    ).splitlines()
+    assert lines[0].split() == [
+        "set",
+        "row",
+        "folds",
+        "FOSCTTM",
+        "match",
+        "recall10",
+        "joint",
+        "alone",
+        "fit",
+        "s",
+    ]
     assert lines[2].index("0.900 ± 0.000") < lines[2].index("0.800 ± 0.000")
     assert lines[3].split()[:3] == ["cbmc_cite", "atlas.json", "1"]

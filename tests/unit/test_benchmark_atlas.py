@@ -12,7 +12,9 @@ from tests.benchmarks.atlas import probe
 from tests.stores import make_store
 
 
-def test_every_size_is_made_of_the_same_lanes_half_of_them_paired(tmp_path: Path, monkeypatch) -> None:
+def test_every_size_is_made_of_the_same_lanes_half_of_them_paired(
+    tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.setattr(atlas.cells, "file_of", lambda shape, work: Path(f"{shape.name}.h5ad"))
     args = atlas.arguments(["--json", "x.json", "--quick"])
     words = list(map(str, atlas.command(4 * atlas.QUICK_LANE, tmp_path, args)))
@@ -60,15 +62,22 @@ def test_bars_compare_the_largest_with_the_smallest_once_all_is_measured() -> No
     slow = [r | {"cells_per_s": 0.8} if r["data_set"] == "2000000" else r for r in records]
     judged = {bar["name"]: bar for bar in atlas.bars_of(slow, args)}
     missed = [name for name, bar in judged.items() if not bar["holds"]]
-    assert missed == [f"{m}: cells/s of 2,000,000 cells, times that of 1,000,000" for m in atlas.METHODS]
+    assert missed == [
+        f"{m}: cells/s of 2,000,000 cells, times that of 1,000,000" for m in atlas.METHODS
+    ]
     heavy = [r | {"anon_mib": 1000.0, "open_ms": 200.0} for r in records]
     missed = [bar["name"] for bar in atlas.bars_of(heavy, args) if not bar["holds"]]
     assert missed == [atlas.GIGABYTE.name, atlas.ABSOLUTE["open_ms"].name]
 
 
 def test_the_worst_of_the_larger_sizes_counts() -> None:
-    args = atlas.arguments(["--json", "x.json", "--cells", "1000000", "2000000", "4000000", "--repeats", "1"])
+    args = atlas.arguments(
+        ["--json", "x.json", "--cells", "1000000", "2000000", "4000000", "--repeats", "1"]
+    )
     records = [record(m, n, 0) for m in atlas.METHODS for n in args.cells]
-    bad = [r | {"cells_per_s": 0.5, "anon_mib": 1.5} if r["data_set"] == "2000000" else r for r in records]
+    bad = [
+        r | {"cells_per_s": 0.5, "anon_mib": 1.5} if r["data_set"] == "2000000" else r
+        for r in records
+    ]
     assert [bar["value"] for bar in atlas.bars_of(bad, args)][:2] == [0.5, 1.5]
     assert [bar["holds"] for bar in atlas.bars_of(records[1:], args)][:2] == [None, None]

@@ -77,7 +77,13 @@ def test_a_damaged_chunk_is_damaged_behind_a_sound_index(root: Path) -> None:
 
 def test_bars_ask_for_all() -> None:
     args = argparse.Namespace(quick=False)
-    record = {"found": 100, "wrong": 0, "damages": 100, "refused": 90, "places": dict.fromkeys(PLACES, 25)}
+    record = {
+        "found": 100,
+        "wrong": 0,
+        "damages": 100,
+        "refused": 90,
+        "places": dict.fromkeys(PLACES, 25),
+    }
     records = [record | {"method": kind, "missed": []} for kind in KINDS]
     assert [bar["holds"] for bar in damage.bars_of(records, args)] == [True, True]
     assert [bar["holds"] for bar in damage.bars_of(records[1:], args)] == [None, None]

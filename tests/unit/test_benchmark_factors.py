@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from clue_dist.config import load
+from clue_dist.config import load_config
 from clue_dist.data.batch import read_batch
 from clue_dist.errors import DataError
 from clue_dist.model.clue import CLUE
 from clue_dist.model.noise import Noise
 from clue_dist.store.reader import Store
-from clue_dist.train.setup import Setup, prepare
+from clue_dist.train.setup import Setup, prepare_setup
 from tests.benchmarks.factors import __main__ as factors
 from tests.benchmarks.factors import common_space, methods
 from tests.benchmarks.factors.probes import foscttm, r2, scored
@@ -25,8 +25,12 @@ from tests.distributed.command import ROOT
 from tests.stores import make_store
 
 STRONG = {"shared_strength": 0.3, "private_strength": 0.3}
-DESIGN = Design((Assay("rna", 120, 600, 4), Assay("adt", 40, 600, 10)), cells=600, shared=2, private=1, **STRONG)
-THREE = Design((*DESIGN.assays, Assay("atac", 60, 600, 10)), cells=600, shared=2, private=1, **STRONG)
+DESIGN = Design(
+    (Assay("rna", 120, 600, 4), Assay("adt", 40, 600, 10)), cells=600, shared=2, private=1, **STRONG
+)
+THREE = Design(
+    (*DESIGN.assays, Assay("atac", 60, 600, 10)), cells=600, shared=2, private=1, **STRONG
+)
 
 
 def test_equal_seeds_give_equal_cells() -> None:
@@ -39,8 +43,15 @@ def test_equal_seeds_give_equal_cells() -> None:
 
 def test_a_mosaic_holds_every_cell_once() -> None:
     parts = mosaic(DESIGN)
-    np.testing.assert_array_equal(np.sort(np.concatenate(list(parts.values()))), np.arange(DESIGN.cells))
-    assert {part: len(rows) for part, rows in parts.items()} == {"test": 120, "paired": 240, "rna": 120, "adt": 120}
+    np.testing.assert_array_equal(
+        np.sort(np.concatenate(list(parts.values()))), np.arange(DESIGN.cells)
+    )
+    assert {part: len(rows) for part, rows in parts.items()} == {
+        "test": 120,
+        "paired": 240,
+        "rna": 120,
+        "adt": 120,
+    }
     assert not set(seen(parts, "rna")) & (set(parts["test"]) | set(parts["adt"]))
 
 
@@ -59,9 +70,15 @@ def test_the_written_files_hold_the_cells_of_the_mosaic(tmp_path: Path) -> None:
         assert (np.asarray(train[name].X.sum(1)) > 0).all()
 
 
-def test_of_three_modalities_every_two_are_embedded_as_if_the_third_had_not_been_measured(tmp_path: Path) -> None:
+def test_of_three_modalities_every_two_are_embedded_as_if_the_third_had_not_been_measured(
+    tmp_path: Path,
+) -> None:
     assert DESIGN.subsets == {}
-    assert THREE.subsets == {"rna+adt": ("rna", "adt"), "rna+atac": ("rna", "atac"), "adt+atac": ("adt", "atac")}
+    assert THREE.subsets == {
+        "rna+adt": ("rna", "adt"),
+        "rna+atac": ("rna", "atac"),
+        "adt+atac": ("adt", "atac"),
+    }
     simulation, rows = simulate(THREE), mosaic(THREE)["test"]
     write(simulation, tmp_path)
     with md.set_options(pull_on_update=False):
@@ -115,7 +132,9 @@ def test_the_symmetric_kl_is_the_sum_of_both() -> None:
     q = [torch.distributions.Normal(m, (0.5 * v).exp()) for m, v in zip(mean, log_var, strict=True)]
     kl = torch.distributions.kl_divergence
     expected = (kl(q[0], q[1]) + kl(q[1], q[0])).sum(-1)
-    torch.testing.assert_close(common_space.symmetric_kl(mean[0], log_var[0], mean[1], log_var[1]), expected)
+    torch.testing.assert_close(
+        common_space.symmetric_kl(mean[0], log_var[0], mean[1], log_var[1]), expected
+    )
 
 
 # --- the common space ---
@@ -127,7 +146,12 @@ SMALL = ("model.trunk.hidden=8", "model.latent=4", "data.batch_size=64", "train.
 def setup(tmp_path: Path) -> Setup:
     cells = {"rna+adt": 200, "rna": 60, "adt": 60}
     make_store(tmp_path / "s.zarr", cells=cells, features={"rna": 30, "adt": 8})
-    return prepare(load(ROOT / RECIPE, [f"store={tmp_path / 's.zarr'}", f"run={tmp_path / 'r'}", *SMALL]), 1)
+    return prepare_setup(
+        load_config(
+            ROOT / RECIPE, [f"store={tmp_path / 's.zarr'}", f"run={tmp_path / 'r'}", *SMALL]
+        ),
+        1,
+    )
 
 
 def model_of(setup: Setup) -> common_space.CommonSpace:
@@ -135,12 +159,19 @@ def model_of(setup: Setup) -> common_space.CommonSpace:
     return common_space.CommonSpace(setup.specs, 1, setup.config)
 
 
-def test_the_common_space_has_the_encoders_of_ours_and_decoders_that_read_all_of_z(setup: Setup) -> None:
+def test_the_common_space_has_the_encoders_of_ours_and_decoders_that_read_all_of_z(
+    setup: Setup,
+) -> None:
     theirs, ours = model_of(setup), CLUE(setup.specs, 1, setup.config.model)
     for part in ("trunks", "heads"):
-        shapes = [{n: p.shape for n, p in getattr(m, part).named_parameters()} for m in (theirs, ours)]
+        shapes = [
+            {n: p.shape for n, p in getattr(m, part).named_parameters()} for m in (theirs, ours)
+        ]
         assert shapes[0] == shapes[1]
-    assert theirs.decoder("rna").mlp.linear[0].in_features == 2 * ours.decoder("rna").mlp.linear[0].in_features
+    assert (
+        theirs.decoder("rna").mlp.linear[0].in_features
+        == 2 * ours.decoder("rna").mlp.linear[0].in_features
+    )
 
 
 def test_the_common_space_infers_one_z_whichever_modality_is_seen(setup: Setup) -> None:
@@ -160,7 +191,9 @@ def test_the_product_with_the_prior_adds_its_precision() -> None:
         assert got_log_var.exp().item() == pytest.approx(1 / (1 + sum(observed)))
 
 
-def test_the_penalty_makes_modalities_infer_alike_and_reaches_paired_cells_alone(setup: Setup) -> None:
+def test_the_penalty_makes_modalities_infer_alike_and_reaches_paired_cells_alone(
+    setup: Setup,
+) -> None:
     model, store = model_of(setup).eval(), Store(setup.config.store)
     for stratum, grows in (("rna+adt", True), ("rna", False)):
         batch = read_batch(store, stratum, np.arange(48))
@@ -169,7 +202,10 @@ def test_the_penalty_makes_modalities_infer_alike_and_reaches_paired_cells_alone
 
 
 def test_the_common_space_learns(setup: Setup) -> None:
-    model, batch = common_space.train(setup, 1.0), read_batch(Store(setup.config.store), "rna+adt", np.arange(48))
+    model, batch = (
+        common_space.train(setup, 1.0),
+        read_batch(Store(setup.config.store), "rna+adt", np.arange(48)),
+    )
     assert not model.training
     before = model_of(setup).eval()
     losses = [m.loss(batch, Noise(0, 0, {"rna+adt": 48}, 8), 1.0).item() for m in (before, model)]
@@ -182,11 +218,21 @@ def test_the_common_space_learns(setup: Setup) -> None:
 def record(method: str, seed: int, r2: float) -> dict:
     found = {whose: [r2 + 0.01 * seed] * 2 for whose in ("shared", "rna", "adt")}
     by_source = {JOINT: found} | {m: {w: found[w] for w in ("shared", m)} for m in ("rna", "adt")}
-    return {"method": method, "data_set": "cite", "seed": seed, "r2": by_source, "foscttm": 0.3 + 0.01 * seed}
+    return {
+        "method": method,
+        "data_set": "cite",
+        "seed": seed,
+        "r2": by_source,
+        "foscttm": 0.3 + 0.01 * seed,
+    }
 
 
 def bars(records: list[dict], *words: str) -> list[dict]:
-    return list(factors.bars_of(records, factors.arguments(["--json", "out.json", "--designs", "cite", *words])))
+    return list(
+        factors.bars_of(
+            records, factors.arguments(["--json", "out.json", "--designs", "cite", *words])
+        )
+    )
 
 
 def test_ours_is_judged_modality_by_modality_against_the_better_common_space() -> None:
@@ -195,11 +241,17 @@ def test_ours_is_judged_modality_by_modality_against_the_better_common_space() -
     judged = {b["name"]: b for b in bars(records)}
     for name in ("rna", "adt"):
         for z_from in ("everything", f"{name} alone"):
-            private = judged[f"cite: R² of private {name} factors, z from {z_from}, ours minus common space"]
+            private = judged[
+                f"cite: R² of private {name} factors, z from {z_from}, ours minus common space"
+            ]
             assert (private["value"], private["holds"]) == (pytest.approx(-0.05), False)
             assert private["deviation"] == pytest.approx(0, abs=1e-9)
-        share = judged[f"cite: R² of private {name} factors, z from everything, ours as a share of counts"]
-        assert share["value"] == pytest.approx(np.mean([(0.8 + s) / (0.9 + s) for s in (0, 0.01, 0.02)]))
+        share = judged[
+            f"cite: R² of private {name} factors, z from everything, ours as a share of counts"
+        ]
+        assert share["value"] == pytest.approx(
+            np.mean([(0.8 + s) / (0.9 + s) for s in (0, 0.01, 0.02)])
+        )
     assert {b["holds"] for b in bars(records[:-1])} == {None}
     assert {b["holds"] for b in bars(records, "--quick")} == {None}
     assert {b["holds"] for b in bars(records, "--seeds", "0", "1")} == {None}
@@ -218,7 +270,9 @@ def test_foscttm_is_the_mean_over_pairs_of_modalities() -> None:
     z = rng.normal(size=(200, 8))
     apart = rng.normal(size=(200, 8))
     assert foscttm({"a": z, "b": z + 1e-6}, ["a", "b"]) == 0
-    assert foscttm({"a": z, "b": z, "c": apart}, ["a", "b", "c"]) == pytest.approx(2 / 3 * 0.5, abs=0.04)
+    assert foscttm({"a": z, "b": z, "c": apart}, ["a", "b", "c"]) == pytest.approx(
+        2 / 3 * 0.5, abs=0.04
+    )
 
 
 def test_designs_of_three_are_asked_about_every_two() -> None:

@@ -23,7 +23,10 @@ def test_a_quick_look_judges_nothing_and_a_whole_run_every_bar() -> None:
 
 def test_a_campaign_that_was_left_out_is_open() -> None:
     records = [{"method": "stops", "bars": [1.0, 2.0]}]
-    bars = {bar["name"]: bar["holds"] for bar in faults.bars_of(records, argparse.Namespace(quick=False))}
+    bars = {
+        bar["name"]: bar["holds"]
+        for bar in faults.bars_of(records, argparse.Namespace(quick=False))
+    }
     assert bars["seconds from a stop signal to the last commit, at most"] is True
     assert bars["steps lost by stops"] is False
     assert bars["kills after which the run went on"] is None
@@ -38,9 +41,13 @@ def test_steps_are_read_of_whole_lines_and_whole_checkpoints(tmp_path: Path) -> 
     assert (last_step(tmp_path), resumes_at(tmp_path)) == (2, 1)
 
 
-def test_memory_is_told_of_the_rank_that_grew_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_told_of_the_rank_that_grew_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     size = campaigns.Size(steps=100, kills=0, stops=0, damages=0, saves=0, features=0)
-    samples = [{"step": s, "ranks": [[100, 7, 9], [200 + s, 7, 9 + (s > 50)]]} for s in range(0, 101, 5)]
+    samples = [
+        {"step": s, "ranks": [[100, 7, 9], [200 + s, 7, 9 + (s > 50)]]} for s in range(0, 101, 5)
+    ]
     campaigns.common.write_json(tmp_path / "samples.json", samples)
     monkeypatch.setattr(campaigns, "whole", lambda shared, size: tmp_path / "whole")
     memory, leaks = campaigns.steady(tmp_path, size, tmp_path)["bars"]

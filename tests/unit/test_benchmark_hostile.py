@@ -99,7 +99,10 @@ def test_code_that_a_task_of_a_conversion_runs_is_noted(folder: Path) -> None:
 
 def test_changes_follow_from_the_seed() -> None:
     tree = {"a": [1, 2, {"b": None}], "c": "text"}
-    drawn = [spoil.text_of(spoil.spoiled(tree, np.random.default_rng(seed), 2)[0]) for seed in (*range(20), 0)]
+    drawn = [
+        spoil.text_of(spoil.spoiled(tree, np.random.default_rng(seed), 2)[0])
+        for seed in (*range(20), 0)
+    ]
     assert drawn[0] == drawn[-1]
     assert len(set(drawn)) > 10
     assert tree == {"a": [1, 2, {"b": None}], "c": "text"}

@@ -53,7 +53,9 @@ def test_ilisi_knows_no_scale() -> None:
 def test_cells_without_a_type_are_left_out_and_batches_scored_where_there_are_some() -> None:
     rng = np.random.default_rng(0)
     kind = np.arange(200) % 4
-    obs = pd.DataFrame({"cell_type": np.array(["B", "T", "NK", "Multiplets"])[kind], "batch": "one"})
+    obs = pd.DataFrame(
+        {"cell_type": np.array(["B", "T", "NK", "Multiplets"])[kind], "batch": "one"}
+    )
     obs.loc[::2, "batch"] = "two"
     z = rng.normal(size=(200, 3)) + 50 * np.eye(4, 3)[np.where(kind == 3, np.arange(200) % 3, kind)]
     got = labels.scored({JOINT: z}, {JOINT: z}, obs, obs)
@@ -64,7 +66,11 @@ def test_cells_without_a_type_are_left_out_and_batches_scored_where_there_are_so
 
 def record(method: str, fold: int, accuracy: dict[str, float], ilisi: float = 0.5) -> dict:
     run = {"method": f"labels-{method}", "data_set": SET, "fold": fold}
-    return run | {"accuracy": accuracy, "transferred": accuracy, "ilisi": dict.fromkeys(accuracy, ilisi)}
+    return run | {
+        "accuracy": accuracy,
+        "transferred": accuracy,
+        "ilisi": dict.fromkeys(accuracy, ilisi),
+    }
 
 
 def bars(records: list[dict], quick: bool = False) -> list[dict]:
@@ -82,8 +88,14 @@ def test_the_joint_z_is_judged_against_counts_and_against_our_own_z_of_one_modal
 
 
 def test_leads_are_of_the_same_folds_and_told_with_their_spread() -> None:
-    ours = [record("ours", fold, {JOINT: 0.5 + 0.1 * fold, "rna": 0.5 + 0.1 * fold, "atac": 0.1}) for fold in FOLDS]
-    counts = [record("counts", fold, {"rna": 0.4 + 0.1 * fold - 0.01 * (-1) ** fold, "atac": 0}) for fold in FOLDS]
+    ours = [
+        record("ours", fold, {JOINT: 0.5 + 0.1 * fold, "rna": 0.5 + 0.1 * fold, "atac": 0.1})
+        for fold in FOLDS
+    ]
+    counts = [
+        record("counts", fold, {"rna": 0.4 + 0.1 * fold - 0.01 * (-1) ** fold, "atac": 0})
+        for fold in FOLDS
+    ]
     over_counts, over_own, _ = bars(ours + counts)
     assert over_counts["value"] == pytest.approx(0.1 + 0.01 / 5)
     assert over_counts["deviation"] == pytest.approx(np.std([0.11, 0.09, 0.11, 0.09, 0.11], ddof=1))
@@ -106,7 +118,12 @@ def test_counts_are_reduced_by_training_cells_alone(tmp_path: Path) -> None:
 
     def table(cells: slice) -> md.MuData:
         names = [f"cell{i}" for i in range(*cells.indices(120))]
-        return md.MuData({m: AnnData(sp.csr_matrix(v[cells]), obs=pd.DataFrame(index=names)) for m, v in x.items()})
+        return md.MuData(
+            {
+                m: AnnData(sp.csr_matrix(v[cells]), obs=pd.DataFrame(index=names))
+                for m, v in x.items()
+            }
+        )
 
     train, pairs = table(slice(100)), [f"cell{i}" for i in (7, 3, 50)]
     known, z = labels.counts(train, table(slice(100, 120)), pairs)

@@ -48,7 +48,10 @@ def table(names: list[str], width: int, seed: int = 0, **obs: list[str]) -> ad.A
 
 def test_reductions_are_fitted_on_training_cells_alone(script) -> None:
     peer = script("peer")
-    train, test = table([f"a{i}" for i in range(60)], 30), table([f"b{i}" for i in range(20)], 30, seed=1)
+    train, test = (
+        table([f"a{i}" for i in range(60)], 30),
+        table([f"b{i}" for i in range(20)], 30, seed=1),
+    )
     for modality in ("rna", "adt", "atac"):
         a, b = peer.reduced(modality, train, test)
         assert a.shape == (60, 29)
@@ -63,7 +66,11 @@ def test_the_contrastive_baseline_leaves_four_looks_at_the_test_cells(tmp_path: 
     for part, cells in zip(("train", "test"), cut(paired_cells(), MODS, 0), strict=True):
         cells.write(tmp_path / f"{part}.h5mu")
     out = ["--out", tmp_path / "z.npz", "--epochs", "4"]
-    common.call([sys.executable, PEERS / "contrastive.py", tmp_path, *MODS, *out], tmp_path / "log", threads=1)
+    common.call(
+        [sys.executable, PEERS / "contrastive.py", tmp_path, *MODS, *out],
+        tmp_path / "log",
+        threads=1,
+    )
     arrays = np.load(tmp_path / "z.npz")
     n = len(mosaic.pairs_of(mosaic.Split(tmp_path, MODS), "test"))
     assert arrays["u1"].shape == arrays["u2"].shape == (4, n, 64)
@@ -97,15 +104,22 @@ def test_the_reference_decodes_the_strongest_peaks_and_every_gene(script) -> Non
     assert list(reference.decoded("rna", cells)) == list(range(5))
 
 
-@pytest.mark.parametrize(("settings", "recipe"), [("CITE", "neurips2021_cite"), ("MULTIOME", "neurips2021_multiome")])
-def test_the_reference_has_the_settings_of_the_recipe_named_after_it(script, settings: str, recipe: str) -> None:
+@pytest.mark.parametrize(
+    ("settings", "recipe"), [("CITE", "neurips2021_cite"), ("MULTIOME", "neurips2021_multiome")]
+)
+def test_the_reference_has_the_settings_of_the_recipe_named_after_it(
+    script, settings: str, recipe: str
+) -> None:
     theirs = getattr(script("reference"), settings)
     ours = json.loads((ROOT / "configs" / f"{recipe}.json").read_text())
     weights = {"lam_kl": "kl", "lam_align": "d", "lam_joint_cross": "cross", "lam_cos": "mse"}
     for name, term in weights.items():
         assert theirs["weights"][name] == ours["objective"][f"lambda_{term}"]
     model, shape = ours["model"], theirs["shape"]
-    assert (shape["latent_dim"], shape["u2x_h_dim"]) == (model["latent"], model["decoder"]["hidden"])
+    assert (shape["latent_dim"], shape["u2x_h_dim"]) == (
+        model["latent"],
+        model["decoder"]["hidden"],
+    )
     assert (shape["du_h_depth"], shape["du_h_dim"]) == (
         model["discriminator"]["depth"],
         model["discriminator"]["hidden"],

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from clue_dist.data.loader import Loader
-from clue_dist.data.plan import Plan
+from clue_dist.data.plan import CellPlan
 from tests.benchmarks.randomness import __main__ as randomness
 from tests.benchmarks.randomness import deal
 from tests.benchmarks.randomness.__main__ import BATCH
@@ -39,16 +39,25 @@ def test_a_converted_store_lies_and_is_served_as_said(seed: int, tmp_path: Path)
         mine = np.array([name in atlas.strata[s].split("+") for s in atlas.stratum])
         counts = frame(900, 20, seed=m, prefix=name)[mine]
         counts.index = groups.index[mine]
-        files[name] = anndata_of(counts.clip(upper=1) if name == "atac" else counts, batch=groups[mine].to_numpy())
-    store = build(tmp_path / "s.zarr", str(write_h5mu(tmp_path / "in.h5mu", **files)), block_cells=8, seed=seed)
+        files[name] = anndata_of(
+            counts.clip(upper=1) if name == "atac" else counts, batch=groups[mine].to_numpy()
+        )
+    store = build(
+        tmp_path / "s.zarr",
+        str(write_h5mu(tmp_path / "in.h5mu", **files)),
+        block_cells=8,
+        seed=seed,
+    )
 
     code_of = np.array([int(name.removeprefix("group-")) for name in store.manifest.batches])
     want = stored(atlas, seed)
     assert set(want) == set(store.strata)
     for name, reader in store.strata.items():
-        np.testing.assert_array_equal(code_of[reader.obs_codes("batch", np.arange(reader.n_cells))], want[name])
+        np.testing.assert_array_equal(
+            code_of[reader.obs_codes("batch", np.arange(reader.n_cells))], want[name]
+        )
 
-    plan = Plan(seed, atlas.sizes, {"rna+atac": 16, "rna": 8, "atac": 8}, 4, 2, 8)
+    plan = CellPlan(seed, atlas.sizes, {"rna+atac": 16, "rna": 8, "atac": 8}, 4, 2, 8)
     dealt = deal.by_plan(plan, 30)
     counts = sum(deal.composition(want[s], cells) for s, cells in dealt.items())
     with Loader(store, plan) as loader:
@@ -57,8 +66,8 @@ def test_a_converted_store_lies_and_is_served_as_said(seed: int, tmp_path: Path)
             np.testing.assert_array_equal(got, counts[t])
 
 
-def plan_of(n: int, seed: int = 0) -> Plan:
-    return Plan(seed, {"rna+atac": n}, {"rna+atac": 64}, 4, 2, 16)
+def plan_of(n: int, seed: int = 0) -> CellPlan:
+    return CellPlan(seed, {"rna+atac": n}, {"rna+atac": 64}, 4, 2, 16)
 
 
 def test_independent_draws_have_the_spread_of_draws() -> None:
@@ -81,7 +90,9 @@ def test_batches_alike_their_neighbours_are_seen() -> None:
     n, plan = 6400, plan_of(6400)
     group = np.repeat(np.arange(GROUPS), n // GROUPS + 1)[:n]
     rng = np.random.default_rng(0)
-    halves = np.concatenate([rng.permutation(n // 2), n // 2 + rng.permutation(n // 2)]).reshape(-1, 64)
+    halves = np.concatenate([rng.permutation(n // 2), n // 2 + rng.permutation(n // 2)]).reshape(
+        -1, 64
+    )
     got = deal.shares_of(plan, {"rna+atac": halves}, {"rna+atac": group})
     assert got.variance[: GROUPS // TYPES].mean() > 1.5
     assert got.neighbours[: GROUPS // TYPES].mean() > 0.3
@@ -97,22 +108,35 @@ def test_a_cell_dealt_twice_is_counted_with_the_one_left_out() -> None:
 
 
 def test_companions_met_again_are_counted() -> None:
-    plan = Plan(0, {"s": 4}, {"s": 2}, 1, 1, 2)
-    same, other = np.array([[0, 1], [2, 3], [1, 0], [3, 2]]), np.array([[0, 1], [2, 3], [0, 2], [1, 3]])
+    plan = CellPlan(0, {"s": 4}, {"s": 2}, 1, 1, 2)
+    same, other = (
+        np.array([[0, 1], [2, 3], [1, 0], [3, 2]]),
+        np.array([[0, 1], [2, 3], [0, 2], [1, 3]]),
+    )
     assert deal.met_again(plan, {"s": same}) == (1.0, pytest.approx(1 / 3))
     assert deal.met_again(plan, {"s": other}) == (0.0, pytest.approx(1 / 3))
     assert deal.met_again(plan, {"s": same[:3]}) is None
 
 
-def record(method: str, cells: int, spread: float = 1.0, neighbours: float = 0.0, not_once: int = 0) -> dict:
+def record(
+    method: str, cells: int, spread: float = 1.0, neighbours: float = 0.0, not_once: int = 0
+) -> dict:
     told = {"mean": 1.0, "error": 0.001, "worst_error": 0.002}
     of = {"spread": told | {"worst": spread}, "neighbours": told | {"worst": neighbours}}
-    return {"method": method, "data_set": f"paired-{cells}", "not_once": not_once, "batches": 9, "again": None} | of
+    return {
+        "method": method,
+        "data_set": f"paired-{cells}",
+        "not_once": not_once,
+        "batches": 9,
+        "again": None,
+    } | of
 
 
 def test_bars_judge_the_farthest_of_all_settings_of_the_plan() -> None:
     args = argparse.Namespace(quick=False)
-    records = [record(f"plan-{i}", s.cells) for s in randomness.SIZES for i in range(2 * len(s.settings))]
+    records = [
+        record(f"plan-{i}", s.cells) for s in randomness.SIZES for i in range(2 * len(s.settings))
+    ]
     control = record("unshuffled", randomness.SIZES[0].cells, 9.0, 0.9)
     assert [bar["holds"] for bar in randomness.bars_of([*records, control], args)] == [True] * 6
     bad = [record("plan-0", randomness.SIZES[0].cells, 0.94, -0.06, 2), *records[1:]]
@@ -120,5 +144,7 @@ def test_bars_judge_the_farthest_of_all_settings_of_the_plan() -> None:
     assert [bar["holds"] for bar in got] == [False] * 3 + [True] * 3
     assert [bar["value"] for bar in got[:3]] == [pytest.approx(0.06), pytest.approx(0.06), 2]
     assert {bar["holds"] for bar in randomness.bars_of(records[2:-1], args)} == {None}
-    assert {bar["holds"] for bar in randomness.bars_of(records, argparse.Namespace(quick=True))} == {None}
+    assert {
+        bar["holds"] for bar in randomness.bars_of(records, argparse.Namespace(quick=True))
+    } == {None}
     assert "unshuffled" in randomness.table([*records, control])

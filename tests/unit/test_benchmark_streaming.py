@@ -14,9 +14,9 @@ import numcodecs.blosc
 import numpy as np
 import pytest
 
-from clue_dist.data.plan import Plan
+from clue_dist.data.plan import CellPlan
 from clue_dist.store.reader import Store
-from clue_dist.store.rows import Csr
+from clue_dist.store.rows import CsrRows
 from tests.benchmarks import cells, common
 from tests.benchmarks.cells import SHAPES, Shape
 from tests.benchmarks.common import BenchmarkError, Result, Run
@@ -32,7 +32,9 @@ SMALL = Shape("rna", 600, 300, 40, binary=False)
 # --- the cells ---
 
 
-@pytest.mark.parametrize("shape", [SMALL, replace(SMALL, name="atac", binary=True)], ids=lambda shape: shape.name)
+@pytest.mark.parametrize(
+    "shape", [SMALL, replace(SMALL, name="atac", binary=True)], ids=lambda shape: shape.name
+)
 def test_cells_have_the_stated_shape_whatever_the_piece(
     shape: Shape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -53,7 +55,9 @@ def test_cells_have_the_stated_shape_whatever_the_piece(
 def test_counts_vary_as_the_negative_binomial_does() -> None:
     n, mean = 40_000, 3.0
     size = np.full((1, 1), mean / (cells.DISPERSION + mean))
-    model = cells.Model(np.ones((1, 1)), cells.rates_of(np.array([[mean]]), binary=False).sum(1), size)
+    model = cells.Model(
+        np.ones((1, 1)), cells.rates_of(np.array([[mean]]), binary=False).sum(1), size
+    )
     depth = np.random.default_rng(0).normal(0, cells.DEPTH, n)  # the first that `draw` draws
     counts = cells.draw(model, np.zeros(n, int), np.random.default_rng(0)).toarray()[:, 0]
     scale = np.exp(depth).mean()
@@ -78,7 +82,9 @@ def executable(path: Path, exit_code: int) -> Path:
     return path
 
 
-def test_another_python_is_found_where_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_python_is_found_where_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shim = executable(tmp_path / "shims/python3.77", 127)
     monkeypatch.setenv("PATH", str(shim.parent))
     monkeypatch.setenv("PYENV_ROOT", str(tmp_path / "pyenv"))
@@ -164,10 +170,10 @@ def nonzeros(store: Store) -> int:
     return int(reader.read_lengths("rna", np.arange(reader.n_blocks)).sum())
 
 
-def reader_rows(store: Store, plan: Plan, step: int) -> Csr:
+def reader_rows(store: Store, plan: CellPlan, step: int) -> CsrRows:
     ((name, reader),) = store.strata.items()
     rows = reader.rows("rna", plan.cells(step, name))
-    assert isinstance(rows, Csr)
+    assert isinstance(rows, CsrRows)
     return rows
 
 
@@ -176,7 +182,9 @@ def test_our_batches_are_counted(store: Store) -> None:
     assert (plan.lanes, plan.window_blocks, plan.batch_size) == (8, 2, 16)
     with probe.Loader(store, plan) as loader:
         got = [probe.batches(loader)() for _ in range(3)]
-        assert probe.kept(loader, store) == 1  # room for two lots and a batch of blocks is more than these 26
+        assert (
+            probe.kept(loader, store) == 1
+        )  # room for two lots and a batch of blocks is more than these 26
     wanted = [reader_rows(store, plan, step) for step in range(3)]
     assert got == [(16, len(rows.values)) for rows in wanted]
     with probe.Loader(store, plan, dense=True) as loader:
@@ -210,7 +218,9 @@ def test_limits_of_the_machine_are_numbers(store: Store) -> None:
 
 
 @pytest.mark.parametrize("what", ["memcpy", "memset"])
-def test_every_byte_of_memory_is_moved_once_a_round(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_byte_of_memory_is_moved_once_a_round(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     moved: list[int] = []
     monkeypatch.setattr(probe, "COPIED", 4096)
     monkeypatch.setattr(probe.np, "copyto", lambda target, source: moved.append(len(target)))
@@ -239,8 +249,12 @@ def test_how_often_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_eight_times_the_cells_are_that_many_data_sets(tmp_path: Path) -> None:
-    words = list(map(str, stores.command("ours", Path("x.h5ad"), tmp_path, "atac", 2, tmp_path, copies=3)))
-    assert [word for word in words if word.endswith("x.h5ad")] == [f"lane{i}:atac=x.h5ad" for i in range(3)]
+    words = list(
+        map(str, stores.command("ours", Path("x.h5ad"), tmp_path, "atac", 2, tmp_path, copies=3))
+    )
+    assert [word for word in words if word.endswith("x.h5ad")] == [
+        f"lane{i}:atac=x.h5ad" for i in range(3)
+    ]
     atac = [run.method for run in streaming.runs_of(arguments("--sets", "atac", "--repeats", "1"))]
     assert "ours-large" in atac
     assert "annbatch-large" not in atac
@@ -249,7 +263,16 @@ def test_eight_times_the_cells_are_that_many_data_sets(tmp_path: Path) -> None:
 def test_a_store_on_s3_is_measured_like_one_in_a_folder(store: Store, tmp_path: Path) -> None:
     assert isinstance(store.root, Path)
     with streaming.on_s3(store.root) as url:
-        limits = ["--window", str(probe.LANES * 16), "--batch", "32", "--seconds", "0.2", "--warm", "0"]
+        limits = [
+            "--window",
+            str(probe.LANES * 16),
+            "--batch",
+            "32",
+            "--seconds",
+            "0.2",
+            "--warm",
+            "0",
+        ]
         command = [sys.executable, "-m", "tests.benchmarks.streaming.probe", url, "csr", *limits]
         common.call(command, tmp_path / "log.txt", threads=1)
     assert common.last_json(tmp_path / "log.txt")["cells_per_s"] > 0
@@ -269,19 +292,38 @@ def records(args: argparse.Namespace) -> list[Result]:
 
     def record(run: Run) -> Result:
         speed = 2000.0 if run.method.startswith("ours") else 1000.0 + run.fold
-        values = dict.fromkeys(streaming.COLUMNS, speed) | {"bytes_per_nonzero": speed, "bytes_per_s": 16000.0}
+        values = dict.fromkeys(streaming.COLUMNS, speed) | {
+            "bytes_per_nonzero": speed,
+            "bytes_per_s": 16000.0,
+        }
         setting = {"chunk": 256, "preload": 32}
-        return vars(run) | values | {"waiting": 0.01 * (run.fold + 1), "p99_ms": 3.0, "kept": 0.5} | setting
+        return (
+            vars(run)
+            | values
+            | {"waiting": 0.01 * (run.fold + 1), "p99_ms": 3.0, "kept": 0.5}
+            | setting
+        )
 
     return [record(run) for run in streaming.runs_of(args)]
 
 
 def test_ours_and_the_peer_take_turns() -> None:
-    methods = [run.method for run in streaming.runs_of(arguments("--sets", "rna", "--repeats", "2"))]
-    turn = ["ours-csr", "annbatch-csr", "ours-dense", "annbatch-dense", "ours-step", "annbatch-step"]
+    methods = [
+        run.method for run in streaming.runs_of(arguments("--sets", "rna", "--repeats", "2"))
+    ]
+    turn = [
+        "ours-csr",
+        "annbatch-csr",
+        "ours-dense",
+        "annbatch-dense",
+        "ours-step",
+        "annbatch-step",
+    ]
     turn += ["ours-windows", "ours-s3", "ours-decode", "ours-memcpy", "ours-memset"]
     assert methods[-len(turn) * 2 :] == turn * 2
-    runs = conversion.runs_of(conversion.arguments(["--json", "out.json", "--sets", "rna", "--repeats", "2"]))
+    runs = conversion.runs_of(
+        conversion.arguments(["--json", "out.json", "--sets", "rna", "--repeats", "2"])
+    )
     assert [run.method for run in runs] == ["convert-ours", "convert-annbatch"] * 2
 
 
@@ -299,7 +341,9 @@ def test_the_peer_runs_with_the_fastest_setting_tried(tmp_path: Path) -> None:
     for run in streaming.runs_of(args):
         if run.method.startswith("annbatch-try"):
             speed = 2.0 if run.method.endswith("256x32") else 1.0
-            common.write_json(run.folder(tmp_path) / common.RESULT, vars(run) | {"cells_per_s": speed})
+            common.write_json(
+                run.folder(tmp_path) / common.RESULT, vars(run) | {"cells_per_s": speed}
+            )
     run = next(run for run in streaming.runs_of(args) if run.method == "annbatch-csr")
     assert streaming.setting_of(run, "csr", args) == (256, 32)
     assert streaming.setting_of(run, "try-64x128", args) == (64, 128)
@@ -308,13 +352,17 @@ def test_the_peer_runs_with_the_fastest_setting_tried(tmp_path: Path) -> None:
 def test_bars_are_ratios_of_medians_and_wait_for_every_repeat() -> None:
     args = arguments()
     bars = {bar["name"]: bar for bar in streaming.bars_of(records(args), args)}
-    assert bars["rna: cells/s of CSR batches, times annbatch's"]["value"] == pytest.approx(2000 / 1001)
+    assert bars["rna: cells/s of CSR batches, times annbatch's"]["value"] == pytest.approx(
+        2000 / 1001
+    )
     assert bars["rna: cells/s of decoded windows, times annbatch's CSR batches"]["holds"] is False
     assert bars["rna: share of time waiting with a 2 ms step"]["value"] == pytest.approx(0.02)
     assert bars["atac: bytes per non-zero on disk, times annbatch's"]["value"] == 2
     some = [r for r in records(args) if r["fold"] == 0]
     judged = {bar["name"]: bar["holds"] for bar in streaming.bars_of(some, args)}
-    assert [name for name, holds in judged.items() if holds is not None] == [n for n in judged if "on disk" in n]
+    assert [name for name, holds in judged.items() if holds is not None] == [
+        n for n in judged if "on disk" in n
+    ]
     quick = arguments("--quick")
     assert all(bar["holds"] is None for bar in streaming.bars_of(records(quick), quick))
 
@@ -331,7 +379,12 @@ def test_the_table_tells_ratios_settings_and_limits() -> None:
 def test_conversion_is_judged_on_both_sets_and_its_memory_on_the_larger() -> None:
     args = conversion.arguments(["--json", "out.json", "--repeats", "1"])
     found = [
-        {"method": f"convert-{m}", "data_set": s, "cells_per_s": 10.0 if m == "ours" else theirs, "anon_mib": mib}
+        {
+            "method": f"convert-{m}",
+            "data_set": s,
+            "cells_per_s": 10.0 if m == "ours" else theirs,
+            "anon_mib": mib,
+        }
         | {"rss_mib": mib, "bytes_per_nonzero": 1.0}
         for m in stores.METHODS
         for s, mib, theirs in (("rna", 500.0, 2.0), ("atac", 1000.0, 4.0))

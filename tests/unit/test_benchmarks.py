@@ -38,7 +38,9 @@ def test_a_mosaic_has_pairs_and_cells_of_one_modality_and_no_test_cell() -> None
         assert {place(name, fold) // 20 for name in rna - adt} == {3}
         assert {place(name, fold) // 20 for name in adt - rna} == {4}
         tested += list(test["rna"].obs_names)
-    assert sorted(tested) == sorted(f"cell-{i}" for i in range(300) if i not in (7, 9))  # empty, and not paired
+    assert sorted(tested) == sorted(
+        f"cell-{i}" for i in range(300) if i not in (7, 9)
+    )  # empty, and not paired
 
 
 def test_a_mosaic_keeps_counts_with_their_cells_and_drops_empty_features() -> None:
@@ -66,7 +68,9 @@ def test_embeddings_are_scored_candidate_by_candidate_and_the_best_counts(tmp_pa
 def test_z_of_each_source_is_in_the_order_of_the_cells_asked_for() -> None:
     table = paired_cells(50)
     for part, mark in ((table, 0), (table["rna"], 0.25), (table["adt"], 0.5)):
-        part.obsm["X_clue"] = np.array([[int(name.rpartition("-")[2]) + mark] for name in part.obs_names])
+        part.obsm["X_clue"] = np.array(
+            [[int(name.rpartition("-")[2]) + mark] for name in part.obs_names]
+        )
     got = mosaic.z_of(table, ["cell-30", "cell-4", "cell-17"])
     wanted = np.array([[30], [4], [17]])
     np.testing.assert_array_equal(got[mosaic.JOINT], wanted)
@@ -74,14 +78,18 @@ def test_z_of_each_source_is_in_the_order_of_the_cells_asked_for() -> None:
     np.testing.assert_array_equal(got["adt"], wanted + 0.5)
 
 
-def test_the_joint_z_and_the_better_modality_are_scored_by_the_cell_types_they_tell(tmp_path: Path) -> None:
+def test_the_joint_z_and_the_better_modality_are_scored_by_the_cell_types_they_tell(
+    tmp_path: Path,
+) -> None:
     _, test = cut(paired_cells(), MODS, 0)
     n = test["rna"].n_obs
     kind = np.arange(n) % 3
     test["rna"].obs["cell_type"] = np.array(["B", "T", "Multiplets"])[kind]
     test.write(tmp_path / "test.h5mu")
     z = np.random.default_rng(0).normal(size=(n, 4))
-    told = z + 100 * np.where(kind == 2, np.arange(n) % 2, kind)[:, None]  # what names no type lies anywhere
+    told = (
+        z + 100 * np.where(kind == 2, np.arange(n) % 2, kind)[:, None]
+    )  # what names no type lies anywhere
     np.savez(tmp_path / "z.npz", u1=z, u2=told, test_joint=told)
     found = scores.of(tmp_path / "z.npz", mosaic.Split(tmp_path, MODS))
     assert found["joint"] == found["alone"] == 1.0
@@ -126,7 +134,9 @@ def test_finished_runs_are_kept_and_failed_ones_are_done_again(tmp_path: Path, c
         return {"value": run.fold}
 
     def finish(runs: list[Run]) -> tuple[list[int], list[int]]:
-        records, failures = common.finish(runs, tmp_path, Steps(do), lambda r: f"value {r['value']}")
+        records, failures = common.finish(
+            runs, tmp_path, Steps(do), lambda r: f"value {r['value']}"
+        )
         return [r["value"] for r in records], [f["fold"] for f in failures]
 
     assert finish(runs) == ([0, 2], [1])
@@ -165,7 +175,9 @@ def test_a_kept_run_is_scored_anew_when_the_scores_change_and_not_done_anew(tmp_
 def test_a_result_from_before_scores_had_a_digest_is_scored_anew(tmp_path: Path) -> None:
     run = Run("theirs", "cells", 0, 0, "f00d")
     common.write_json(run.folder(tmp_path) / "result.json", {"fit_s": 9.0, "scores": "old"})
-    never = Steps(lambda run, folder: pytest.fail("done anew"), lambda run, folder: {"scores": "new"}, "a")
+    never = Steps(
+        lambda run, folder: pytest.fail("done anew"), lambda run, folder: {"scores": "new"}, "a"
+    )
     assert common.done(run, tmp_path, never) == {"fit_s": 9.0, "scores": "new", "scored_by": "a"}
 
 
@@ -174,7 +186,9 @@ def test_peers_are_kept_under_what_they_follow_from_alone(tmp_path: Path) -> Non
     (tmp_path / "cbmc_cite.h5mu").write_bytes(b"cells")
     here = Path(matching.__file__).parent
     data = common.digest(tmp_path / "cbmc_cite.h5mu", here / "split.py", "rna", "adt")
-    script = common.digest(*(here / "peers" / name for name in ("peer.py", "reference.py", "reference.txt")))
+    script = common.digest(
+        *(here / "peers" / name for name in ("peer.py", "reference.py", "reference.txt"))
+    )
     run = matching.runs_of(arguments(tmp_path, "--methods", "reference", "--sets", "cbmc_cite"))[0]
     assert run.digest == common.digest(data, script)
 
@@ -189,8 +203,13 @@ def test_our_runs_are_kept_under_the_way_they_are_run_too(monkeypatch: pytest.Mo
 def test_time_left_follows_runs_of_the_same_kind(tmp_path: Path) -> None:
     for fold in range(2):
         run = Run("ours", "cells", fold, 0, "f00d")
-        common.write_json(run.folder(tmp_path) / "result.json", {"method": "ours", "data_set": "cells", "wall_s": 40.0})
-    runs = [Run("ours", "cells", fold, 0, "f00d") for fold in range(5)] + [Run("theirs", "cells", 0, 0, "f00d")]
+        common.write_json(
+            run.folder(tmp_path) / "result.json",
+            {"method": "ours", "data_set": "cells", "wall_s": 40.0},
+        )
+    runs = [Run("ours", "cells", fold, 0, "f00d") for fold in range(5)] + [
+        Run("theirs", "cells", 0, 0, "f00d")
+    ]
     assert common.time_left(runs, tmp_path) == "2 min and 1 run of unknown length left"
 
 
@@ -226,7 +245,9 @@ def arguments(data: Path, *words: str):
     return matching.arguments(["--json", "out.json", "--data", str(data), *words])
 
 
-def record(method: str, fold: int, foscttm: float = 0.08, data_set: str = "cbmc_cite") -> common.Result:
+def record(
+    method: str, fold: int, foscttm: float = 0.08, data_set: str = "cbmc_cite"
+) -> common.Result:
     scores = {"global": {"foscttm": foscttm, "match": 0.02, "recall10": 0.1}}
     run = {"method": method, "data_set": data_set, "fold": fold, "seed": 0}
     return run | {"scores": scores, "fit_s": 100.0 + fold, "threads": 2}
@@ -235,9 +256,31 @@ def record(method: str, fold: int, foscttm: float = 0.08, data_set: str = "cbmc_
 def test_table_has_a_row_for_each_method_with_means_and_spreads() -> None:
     records = [record("ours", fold, 0.08 + 0.01 * fold) for fold in range(3)]
     lines = matching.table([*records, record("contrastive", 0)]).splitlines()
-    assert lines[0].split() == ["set", "method", "folds", "FOSCTTM", "match", "recall10", "fit", "s", "threads"]
-    assert "ours         3      0.0900 ± 0.0100  0.0200 ± 0.0000  0.100 ± 0.000  101 ± 1  2" in lines[2]
-    assert lines[3].split() == ["cbmc_cite", "contrastive", "1", "0.0800", "0.0200", "0.100", "100", "2"]
+    assert lines[0].split() == [
+        "set",
+        "method",
+        "folds",
+        "FOSCTTM",
+        "match",
+        "recall10",
+        "fit",
+        "s",
+        "threads",
+    ]
+    assert (
+        "ours         3      0.0900 ± 0.0100  0.0200 ± 0.0000  0.100 ± 0.000  101 ± 1  2"
+        in lines[2]
+    )
+    assert lines[3].split() == [
+        "cbmc_cite",
+        "contrastive",
+        "1",
+        "0.0800",
+        "0.0200",
+        "0.100",
+        "100",
+        "2",
+    ]
 
 
 def test_bars_are_judged_on_all_five_folds_of_ours_alone() -> None:
@@ -245,31 +288,53 @@ def test_bars_are_judged_on_all_five_folds_of_ours_alone() -> None:
     some = [record("ours", fold) for fold in range(4)]
     whole = [*some, record("ours", 4, 0.0945)]
 
-    def holds(records: list[common.Result], seeds: tuple[int, ...] = (0,), quick: bool = False) -> list[object]:
-        bars = {b["name"].partition(", mean")[0]: b for b in matching.bars_of(records, seeds, quick)}
+    def holds(
+        records: list[common.Result], seeds: tuple[int, ...] = (0,), quick: bool = False
+    ) -> list[object]:
+        bars = {
+            b["name"].partition(", mean")[0]: b for b in matching.bars_of(records, seeds, quick)
+        }
         return [bars[f"cbmc_cite: {m}"]["holds"] for m in ("foscttm", "match", "recall10")]
 
     assert holds([*others, *some]) == [None] * 3
     assert holds(whole) == [True, True, False]  # 0.0829, 0.02, 0.1
     assert holds(whole, seeds=(0, 1)) == [None] * 3
     assert holds(whole, quick=True) == [None] * 3
-    seconds = next(b for b in matching.bars_of(whole, (0,), False) if b["name"].startswith("cbmc_cite: seconds"))
+    seconds = next(
+        b
+        for b in matching.bars_of(whole, (0,), False)
+        if b["name"].startswith("cbmc_cite: seconds")
+    )
     assert (seconds["value"], seconds["holds"]) == (104.0, True)
 
 
-@pytest.mark.parametrize(("op", "value", "holds"), [("<=", 1.0, True), ("<", 1.0, False), (">=", 0.9, False)])
+@pytest.mark.parametrize(
+    ("op", "value", "holds"), [("<=", 1.0, True), ("<", 1.0, False), (">=", 0.9, False)]
+)
 def test_a_bar_is_judged_by_its_operator(op: str, value: float, holds: bool) -> None:
-    assert Bar("b", op, 1.0).judged(value) == {"name": "b", "value": value, "op": op, "bar": 1.0, "holds": holds}
+    assert Bar("b", op, 1.0).judged(value) == {
+        "name": "b",
+        "value": value,
+        "op": op,
+        "bar": 1.0,
+        "holds": holds,
+    }
 
 
-def test_multivi_runs_on_rna_and_atac_alone_and_seeds_have_runs_of_their_own(tmp_path: Path) -> None:
+def test_multivi_runs_on_rna_and_atac_alone_and_seeds_have_runs_of_their_own(
+    tmp_path: Path,
+) -> None:
     for name in ("cbmc_cite", "snare_adbrain_8lib"):
         (tmp_path / f"{name}.h5mu").write_bytes(name.encode())
-    runs = matching.runs_of(arguments(tmp_path, "--methods", "multivi", "reference", "--seeds", "0", "1"))
+    runs = matching.runs_of(
+        arguments(tmp_path, "--methods", "multivi", "reference", "--seeds", "0", "1")
+    )
     assert {r.data_set for r in runs if r.method == "multivi"} == {"snare_adbrain_8lib"}
     assert len(runs) == 10 + 20
     assert len({r.folder(tmp_path) for r in runs}) == 30
-    quick = matching.runs_of(arguments(tmp_path, "--quick", "--sets", "cbmc_cite", "--methods", "reference"))
+    quick = matching.runs_of(
+        arguments(tmp_path, "--quick", "--sets", "cbmc_cite", "--methods", "reference")
+    )
     assert quick[0].digest not in {r.digest for r in runs}
 
 

@@ -19,12 +19,18 @@ def written(tmp_path: Path, tree: object) -> Path:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
 def test_recipes_load(path: Path) -> None:
-    configs.load(path)
+    configs.load_config(path)
 
 
 def test_there_are_the_promised_recipes() -> None:
     names = {p.name for p in RECIPES}
-    assert names >= {"demo.json", "atlas.json", "neurips2021_multiome.json", "neurips2021_cite.json", "zero3.json"}
+    assert names >= {
+        "demo.json",
+        "atlas.json",
+        "neurips2021_multiome.json",
+        "neurips2021_cite.json",
+        "zero3.json",
+    }
 
 
 @pytest.mark.parametrize(
@@ -33,12 +39,18 @@ def test_there_are_the_promised_recipes() -> None:
         ({"trian": {}}, "trian", "train"),
         ({"train": {"lrr": 1}}, "train.lrr", "train.lr"),
         ({"model": {"trunk": {"hiden": 1}}}, "model.trunk.hiden", "model.trunk.hidden"),
-        ({"modalities": {"rna": {"likelyhood": "nb"}}}, "modalities.rna.likelyhood", "modalities.rna.likelihood"),
+        (
+            {"modalities": {"rna": {"likelyhood": "nb"}}},
+            "modalities.rna.likelyhood",
+            "modalities.rna.likelihood",
+        ),
     ],
 )
-def test_a_misspelt_key_names_its_neighbour(tmp_path: Path, tree: object, where: str, near: str) -> None:
+def test_a_misspelt_key_names_its_neighbour(
+    tmp_path: Path, tree: object, where: str, near: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
-        configs.load(written(tmp_path, tree))
+        configs.load_config(written(tmp_path, tree))
     assert str(caught.value.where).endswith(where)
     assert f"`{near}`" in str(caught.value.fix)
 
@@ -54,58 +66,65 @@ def test_a_misspelt_key_names_its_neighbour(tmp_path: Path, tree: object, where:
 )
 def test_a_wrong_value_is_named(tmp_path: Path, tree: object, where: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        configs.load(written(tmp_path, tree))
+        configs.load_config(written(tmp_path, tree))
     assert where in str(caught.value.where)
 
 
 def test_batch_arithmetic_is_shown(tmp_path: Path) -> None:
     tree = {"data": {"batch_size": 100, "lanes": 8}, "train": {"grad_accum": 2}}
     with pytest.raises(ConfigError, match=r"8 x 2 = 16; got 100 % 16 = 4"):
-        configs.load(written(tmp_path, tree))
+        configs.load_config(written(tmp_path, tree))
 
 
 def test_set_overrides_and_creates(tmp_path: Path) -> None:
     path = written(tmp_path, {"train": {"lr": 0.1}})
-    got = configs.load(path, ["train.lr=1e-4", "store=a b.zarr", "modalities.rna.weight=2", "train.epochs=auto"])
-    assert (got.train.lr, got.store, got.modalities["rna"].weight, got.train.epochs) == (1e-4, "a b.zarr", 2.0, "auto")
+    got = configs.load_config(
+        path, ["train.lr=1e-4", "store=a b.zarr", "modalities.rna.weight=2", "train.epochs=auto"]
+    )
+    assert (got.train.lr, got.store, got.modalities["rna"].weight, got.train.epochs) == (
+        1e-4,
+        "a b.zarr",
+        2.0,
+        "auto",
+    )
 
 
 @pytest.mark.parametrize("bad", ["train.lr", "=3", "store.x=1"])
 def test_a_bad_set_is_refused(tmp_path: Path, bad: str) -> None:
     with pytest.raises(ConfigError):
-        configs.load(written(tmp_path, {"store": "s"}), [bad])
+        configs.load_config(written(tmp_path, {"store": "s"}), [bad])
 
 
 def test_missing_and_broken_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
-        configs.load(tmp_path / "no.json")
+        configs.load_config(tmp_path / "no.json")
     (tmp_path / "b.json").write_text("{")
     with pytest.raises(ConfigError, match="not JSON"):
-        configs.load(tmp_path / "b.json")
+        configs.load_config(tmp_path / "b.json")
     with pytest.raises(ConfigError, match="not a JSON object"):
-        configs.load(written(tmp_path, [1]))
+        configs.load_config(written(tmp_path, [1]))
 
 
 def test_changed_lists_dotted_paths(tmp_path: Path) -> None:
-    a = configs.load(written(tmp_path, {}))
-    b = configs.load(tmp_path / "c.json", ["train.lr=0.5", "model.latent=8"])
-    assert configs.changed(a, b) == ["model.latent", "train.lr"]
+    a = configs.load_config(written(tmp_path, {}))
+    b = configs.load_config(tmp_path / "c.json", ["train.lr=0.5", "model.latent=8"])
+    assert configs.list_changed_settings(a, b) == ["model.latent", "train.lr"]
 
 
 def test_a_written_config_reads_back(tmp_path: Path) -> None:
-    a = configs.load(written(tmp_path, {}), ['data.weights={"rna": 2}', "seed=4"])
+    a = configs.load_config(written(tmp_path, {}), ['data.weights={"rna": 2}', "seed=4"])
     a.write(tmp_path / "out.json")
-    assert configs.load(tmp_path / "out.json") == a
+    assert configs.load_config(tmp_path / "out.json") == a
 
 
 def test_a_recipe_that_trains_nothing_is_refused(tmp_path: Path) -> None:
     off = {f"lambda_{term}": 0 for term in ("self", "cross", "mse", "d", "contrastive")}
     with pytest.raises(ConfigError, match="nothing to train"):
-        configs.load(written(tmp_path, {"objective": off}))
+        configs.load_config(written(tmp_path, {"objective": off}))
 
 
 def test_private_dimensions_without_a_term_that_trains_them_are_refused(tmp_path: Path) -> None:
     contrast_alone = {"lambda_self": 0, "lambda_cross": 0}
     with pytest.raises(ConfigError, match=r"model\.private=0"):
-        configs.load(written(tmp_path, {"objective": contrast_alone}))
-    configs.load(written(tmp_path, {"objective": contrast_alone, "model": {"private": 0}}))
+        configs.load_config(written(tmp_path, {"objective": contrast_alone}))
+    configs.load_config(written(tmp_path, {"objective": contrast_alone, "model": {"private": 0}}))

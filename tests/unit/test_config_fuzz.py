@@ -17,9 +17,16 @@ from clue_dist.config import Config
 from clue_dist.errors import ConfigError
 from tests.benchmarks.hostile import spoil
 
-RECIPES = [json.loads(path.read_text()) for path in sorted((Path(__file__).parents[2] / "configs").glob("*.json"))]
-RECIPES += [Config.model_validate(tree).model_dump(mode="json") for tree in RECIPES]  # with every setting there is
-FUZZ = settings(deadline=None, max_examples=200, derandomize=True, suppress_health_check=list(HealthCheck))
+RECIPES = [
+    json.loads(path.read_text())
+    for path in sorted((Path(__file__).parents[2] / "configs").glob("*.json"))
+]
+RECIPES += [
+    Config.model_validate(tree).model_dump(mode="json") for tree in RECIPES
+]  # with every setting there is
+FUZZ = settings(
+    deadline=None, max_examples=200, derandomize=True, suppress_health_check=list(HealthCheck)
+)
 
 
 def keys_of(tree: Any) -> set[str]:
@@ -28,11 +35,27 @@ def keys_of(tree: Any) -> set[str]:
     return {*tree, *(key for value in tree.values() for key in keys_of(value))}
 
 
-KEYS = st.sampled_from(sorted({key for tree in RECIPES for key in keys_of(tree)} | {"rna", "modalities"})) | st.text()
-LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(spoil.VALUES)
-TREES = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=5))
+KEYS = (
+    st.sampled_from(
+        sorted({key for tree in RECIPES for key in keys_of(tree)} | {"rna", "modalities"})
+    )
+    | st.text()
+)
+LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.sampled_from(spoil.VALUES)
+)
+TREES = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=5)
+)
 PLACES = st.lists(KEYS, max_size=4).map(".".join)
-OVERRIDES = st.builds(lambda place, value: f"{place}={json.dumps(value)}", PLACES, LEAVES) | st.text()
+OVERRIDES = (
+    st.builds(lambda place, value: f"{place}={json.dumps(value)}", PLACES, LEAVES) | st.text()
+)
 
 
 def loaded(content: bytes, overrides: list[str]) -> Config | None:
@@ -41,11 +64,11 @@ def loaded(content: bytes, overrides: list[str]) -> Config | None:
         path = Path(folder) / "c.json"
         path.write_bytes(content)
         try:
-            got = configs.load(path, overrides)
+            got = configs.load_config(path, overrides)
         except ConfigError:
             return None
         got.write(path)
-        assert configs.load(path) == got
+        assert configs.load_config(path) == got
         return got
 
 

@@ -19,7 +19,7 @@ import torch
 from clue_dist.data.batch import read_batch
 from clue_dist.errors import ConfigError, ResumeError, StoreError
 from clue_dist.inference.embed import embed_store
-from clue_dist.inference.stream import check_features
+from clue_dist.inference.stream import require_known_features
 from clue_dist.store.manifest import Modality
 from clue_dist.store.reader import Store
 from tests.fakes import FakeLoaded
@@ -38,7 +38,13 @@ def store(tmp_path_factory) -> Store:
 def loaded(store) -> FakeLoaded:
     """Knows one modality more than the store, and names them in another order."""
     extra = Modality(kind="atac", storage="sparse", features=["peak-0", "peak-1"])
-    return FakeLoaded({"adt": store.manifest.modalities["adt"], "atac": extra, "rna": store.manifest.modalities["rna"]})
+    return FakeLoaded(
+        {
+            "adt": store.manifest.modalities["adt"],
+            "atac": extra,
+            "rna": store.manifest.modalities["rna"],
+        }
+    )
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +53,9 @@ def expected(store, loaded) -> dict[str, dict[str, np.ndarray]]:
     out: dict[str, dict[str, np.ndarray]] = {"joint": {}, "rna": {}, "adt": {}}
     for name, reader in store.strata.items():
         everyone = np.arange(reader.n_cells)
-        joint, alone = loaded.model.embed(read_batch(store, name, everyone, list(loaded.modalities)))
+        joint, alone = loaded.model.embed(
+            read_batch(store, name, everyone, list(loaded.modalities))
+        )
         for source, z in {"joint": joint, **alone}.items():
             out[source] |= dict(zip(reader.obs(everyone).barcodes, z.numpy(), strict=True))
     return out
@@ -74,14 +82,20 @@ def test_h5mu_holds_every_cell_once_with_its_own_z(store, loaded, expected, tmp_
     assert list(frame["cell_type"]) == [store.manifest.labels[i] for i in obs.label]
     assert list(got.obs.loc[obs.barcodes, "batch"]) == list(frame["batch"])
     about = got.uns["clue_dist"]
-    assert (about["run"], about["checkpoint"], about["fingerprint"]) == ("runs/a", "step-7", store.fingerprint)
+    assert (about["run"], about["checkpoint"], about["fingerprint"]) == (
+        "runs/a",
+        "step-7",
+        store.fingerprint,
+    )
     assert about["latent"] == {"adt": 3, "atac": 3, "rna": 3}
     assert about["private"] == {"adt": 0, "atac": 0, "rna": 0}
     assert [p.name for p in tmp_path.iterdir()] == ["o.h5mu"]
 
 
 @pytest.mark.parametrize("ending", ["h5ad", "zarr"])
-def test_one_table_has_nan_where_a_modality_was_not_observed(store, loaded, expected, tmp_path, ending):
+def test_one_table_has_nan_where_a_modality_was_not_observed(
+    store, loaded, expected, tmp_path, ending
+):
     out = tmp_path / f"o.{ending}"
     for _ in range(2):  # the second time over the first
         embed_store(loaded, store, out, run="r", per_modality=True)
@@ -95,7 +109,9 @@ def test_one_table_has_nan_where_a_modality_was_not_observed(store, loaded, expe
 
 
 def test_unknown_batch_and_label_are_left_out(tmp_path):
-    store = make_store(tmp_path / "s.zarr", cells={"rna": 20}, features={"rna": 9}, batches=0, labels=0)
+    store = make_store(
+        tmp_path / "s.zarr", cells={"rna": 20}, features={"rna": 9}, batches=0, labels=0
+    )
     embed_store(FakeLoaded(store.manifest.modalities), store, tmp_path / "o.h5ad", run="r")
     got = ad.read_h5ad(tmp_path / "o.h5ad")
     assert list(got.obs) == []
@@ -108,7 +124,9 @@ def test_cells_that_share_a_barcode_stay_apart(store, loaded, tmp_path, monkeypa
 
     def doubled(positions):
         got = obs(positions)
-        return replace(got, barcodes=np.where(positions < 20, shared[np.minimum(positions, 19)], got.barcodes))
+        return replace(
+            got, barcodes=np.where(positions < 20, shared[np.minimum(positions, 19)], got.barcodes)
+        )
 
     monkeypatch.setattr(store.strata["rna"], "obs", doubled)
     embed_store(loaded, store, tmp_path / "o.h5mu", run="r")
@@ -117,9 +135,13 @@ def test_cells_that_share_a_barcode_stay_apart(store, loaded, tmp_path, monkeypa
     assert sorted(got.obs["barcode"]).count("adt-0") == 2
 
 
-@pytest.mark.parametrize(("world", "batch_size"), [(2, 16), (4, 4096)])  # the latter: 3 batches, a rank has none
+@pytest.mark.parametrize(
+    ("world", "batch_size"), [(2, 16), (4, 4096)]
+)  # the latter: 3 batches, a rank has none
 def test_ranks_write_what_one_writes(store, loaded, tmp_path, world, batch_size):
-    embed_store(loaded, store, tmp_path / "one.h5mu", run="r", per_modality=True, batch_size=batch_size)
+    embed_store(
+        loaded, store, tmp_path / "one.h5mu", run="r", per_modality=True, batch_size=batch_size
+    )
     code = """
         from pathlib import Path
         from clue_dist.inference import stream
@@ -143,7 +165,9 @@ def test_ranks_write_what_one_writes(store, loaded, tmp_path, world, batch_size)
     """
     given = f"root, out, size = {str(store.root)!r}, {str(tmp_path / 'two.h5mu')!r}, {batch_size}"
     outputs = run_ranks(world, given, code)
-    assert f"files {3 * world}\n" in outputs[0], "each rank must have a file of its own for each of three arrays"
+    assert f"files {3 * world}\n" in outputs[0], (
+        "each rank must have a file of its own for each of three arrays"
+    )
     one, two = md.read_h5mu(tmp_path / "one.h5mu"), md.read_h5mu(tmp_path / "two.h5mu")
     assert list(one.obs_names) == list(two.obs_names)
     np.testing.assert_array_equal(one.obsm["X_clue"], two.obsm["X_clue"])
@@ -166,11 +190,14 @@ def test_other_features_are_listed(store, features, told):
         "rna": store.manifest.modalities["rna"],
         "adt": Modality(kind="adt", storage="dense", features=["a", "b", "c"]),
     }
-    modalities = {**store.manifest.modalities, "adt": Modality(kind="adt", storage="dense", features=features)}
+    modalities = {
+        **store.manifest.modalities,
+        "adt": Modality(kind="adt", storage="dense", features=features),
+    }
     fake = Store(store.root)
     fake.manifest = store.manifest.model_copy(update={"modalities": modalities})
     with pytest.raises(StoreError, match="not the model's") as error:
-        check_features(fake, known)
+        require_known_features(fake, known)
     assert "modality adt" in str(error.value)
     assert re.search(told, str(error.value.got))
     assert "--features-from" in str(error.value.fix)
@@ -178,13 +205,16 @@ def test_other_features_are_listed(store, features, told):
 
 def test_a_modality_unknown_to_the_model_is_an_error(store):
     with pytest.raises(StoreError, match=r"does not know a modality[\s\S]*got: adt"):
-        check_features(store, {"rna": store.manifest.modalities["rna"]})
+        require_known_features(store, {"rna": store.manifest.modalities["rna"]})
 
 
 def test_a_modality_of_another_kind_is_an_error(store):
-    known = {**store.manifest.modalities, "adt": store.manifest.modalities["adt"].model_copy(update={"kind": "dense"})}
+    known = {
+        **store.manifest.modalities,
+        "adt": store.manifest.modalities["adt"].model_copy(update={"kind": "dense"}),
+    }
     with pytest.raises(StoreError, match="another kind"):
-        check_features(store, known)
+        require_known_features(store, known)
 
 
 def test_outputs_that_cannot_be_are_refused_before_any_work(store, loaded, tmp_path):
@@ -202,7 +232,9 @@ def test_outputs_that_cannot_be_are_refused_before_any_work(store, loaded, tmp_p
 
 def test_a_full_disk_is_told_and_leaves_nothing(store, loaded, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    assert signal.getsignal(signal.SIGXFSZ) == signal.SIG_IGN  # as Python has it: writing fails, and is no signal
+    assert (
+        signal.getsignal(signal.SIGXFSZ) == signal.SIG_IGN
+    )  # as Python has it: writing fails, and is no signal
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:
         with pytest.raises(StoreError, match="the disk is full"):
@@ -251,13 +283,21 @@ def test_nan_is_refused_and_the_earlier_output_stands(store, loaded, tmp_path):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--run", "x" * 300, "--store", "s.zarr", "--out", "o.h5ad"], "a path that cannot be used"),
+        (
+            ["--run", "x" * 300, "--store", "s.zarr", "--out", "o.h5ad"],
+            "a path that cannot be used",
+        ),
         (["--run", "r", "--store", "s.zarr", "--out", "x" * 300], "a path that cannot be used"),
-        (["--run", "r", "--store", "s.zarr", "--out", "o.h5ad", "--batch-size", "0"], "'0' is not a number from 1 on"),
+        (
+            ["--run", "r", "--store", "s.zarr", "--out", "o.h5ad", "--batch-size", "0"],
+            "'0' is not a number from 1 on",
+        ),
     ],
 )
 def test_what_is_mistyped_is_told(words, told):
-    done = subprocess.run([sys.executable, "launch/embed.py", *words], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "launch/embed.py", *words], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert told in done.stderr
     assert "Traceback" not in done.stderr
@@ -266,7 +306,10 @@ def test_what_is_mistyped_is_told(words, told):
 @pytest.mark.parametrize("name", ["embed", "evaluate", "report"])
 def test_command_lines_explain_themselves(name):
     done = subprocess.run(
-        [sys.executable, Path("launch") / f"{name}.py", "--help"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, Path("launch") / f"{name}.py", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert "--run" in done.stdout

@@ -12,7 +12,7 @@ import pytest
 from clue_dist import matching
 from clue_dist.data.batch import read_batch
 from clue_dist.errors import ConfigError, StoreError
-from clue_dist.inference.evaluate import evaluate_store, paired_cells, table
+from clue_dist.inference.evaluate import count_paired_cells, evaluate_store, format_scores
 from tests.fakes import FakeLoaded
 from tests.processes import run_ranks
 from tests.stores import make_store
@@ -30,10 +30,21 @@ def test_every_cell_that_carries_both_counts(store, tmp_path):
     loaded = FakeLoaded(store.manifest.modalities)
     evaluate_store(loaded, store, tmp_path / "scores.json", run="runs/a", batch_size=16)
     got = json.loads((tmp_path / "scores.json").read_text())
-    pairs = {"rna->adt": 110, "adt->rna": 110, "rna->atac": 65, "atac->rna": 65, "adt->atac": 40, "atac->adt": 40}
+    pairs = {
+        "rna->adt": 110,
+        "adt->rna": 110,
+        "rna->atac": 65,
+        "atac->rna": 65,
+        "adt->atac": 40,
+        "atac->adt": 40,
+    }
     assert {name: entry["cells"] for name, entry in got.items() if name != "about"} == pairs
     assert got["about"]["fingerprint"] == store.fingerprint
-    assert (got["about"]["run"], got["about"]["checkpoint"], got["about"]["cells"]) == ("runs/a", "step-7", 135)
+    assert (got["about"]["run"], got["about"]["checkpoint"], got["about"]["cells"]) == (
+        "runs/a",
+        "step-7",
+        135,
+    )
 
     z: dict[str, list[np.ndarray]] = {"rna": [], "adt": []}
     batch = []
@@ -44,14 +55,18 @@ def test_every_cell_that_carries_both_counts(store, tmp_path):
             parts.append(alone[m].numpy())
         batch.append(store.strata[name].obs_codes("batch", everyone))
     args = np.concatenate(z["rna"]), np.concatenate(z["adt"]), np.concatenate(batch)
-    both, directed = matching.scores(*args), matching.directed_scores(*args)
+    both, directed = matching.compute_scores(*args), matching.score_directions(*args)
     for scope in matching.SCOPES:
         assert got["rna->adt"][scope] == pytest.approx(both[scope], abs=1e-6)
         assert got["adt->rna"][scope] == got["rna->adt"][scope]
-        assert got["rna->adt"]["directed"][scope] == pytest.approx(directed["forward"][scope], abs=1e-6)
-        assert got["adt->rna"]["directed"][scope] == pytest.approx(directed["backward"][scope], abs=1e-6)
+        assert got["rna->adt"]["directed"][scope] == pytest.approx(
+            directed["forward"][scope], abs=1e-6
+        )
+        assert got["adt->rna"]["directed"][scope] == pytest.approx(
+            directed["backward"][scope], abs=1e-6
+        )
     assert [p.name for p in tmp_path.iterdir()] == ["scores.json"]
-    lines = table(got).splitlines()
+    lines = format_scores(got).splitlines()
     assert len(lines) == 2 + 2 * len(pairs)
     assert lines[2].split()[:3] == ["rna->adt", "global", "110"]
 
@@ -68,12 +83,20 @@ def test_two_ranks_score_as_one(store, tmp_path):
         ranks.close()
     """
     for world in (1, 2):
-        run_ranks(world, f"root, out = {str(store.root)!r}, {str(tmp_path / f'{world}.json')!r}", code)
-    one, two = (dict(_leaves(json.loads((tmp_path / f"{world}.json").read_text()))) for world in (1, 2))
+        run_ranks(
+            world, f"root, out = {str(store.root)!r}, {str(tmp_path / f'{world}.json')!r}", code
+        )
+    one, two = (
+        dict(_leaves(json.loads((tmp_path / f"{world}.json").read_text()))) for world in (1, 2)
+    )
     # The last bit of z depends on which cells are multiplied together, and may decide between two neighbours of 110.
     numbers = {key for key, value in one.items() if isinstance(value, float)}
-    assert {key: two[key] for key in numbers} == pytest.approx({key: one[key] for key in numbers}, abs=0.01)
-    assert {k: v for k, v in two.items() if k not in numbers} == {k: v for k, v in one.items() if k not in numbers}
+    assert {key: two[key] for key in numbers} == pytest.approx(
+        {key: one[key] for key in numbers}, abs=0.01
+    )
+    assert {k: v for k, v in two.items() if k not in numbers} == {
+        k: v for k, v in one.items() if k not in numbers
+    }
 
 
 def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -85,18 +108,22 @@ def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def test_a_part_of_the_cells(store, tmp_path):
-    taken = paired_cells(store, 50)
+    taken = count_paired_cells(store, 50)
     assert sum(taken.values()) == 50
     assert all(0 < n <= CELLS[s] for s, n in taken.items())
     assert "rna" not in taken
-    got = evaluate_store(FakeLoaded(store.manifest.modalities), store, tmp_path / "s.json", run="r", max_cells=50)
+    got = evaluate_store(
+        FakeLoaded(store.manifest.modalities), store, tmp_path / "s.json", run="r", max_cells=50
+    )
     assert got["about"]["cells"] == 50
     assert got["rna->adt"]["cells"] == taken["rna+adt"] + taken["rna+adt+atac"]
-    assert sum(paired_cells(store, 10**9).values()) == 135
+    assert sum(count_paired_cells(store, 10**9).values()) == 135
 
 
 def test_no_paired_cells_is_a_clear_error(tmp_path):
-    store = make_store(tmp_path / "s.zarr", cells={"rna": 20, "adt": 20}, features={"rna": 9, "adt": 4})
+    store = make_store(
+        tmp_path / "s.zarr", cells={"rna": 20, "adt": 20}, features={"rna": 9, "adt": 4}
+    )
     with pytest.raises(StoreError, match=r"no cell carries two modalities[\s\S]*strata rna, adt"):
         evaluate_store(FakeLoaded(store.manifest.modalities), store, tmp_path / "s.json", run="r")
 
@@ -114,7 +141,9 @@ def test_arguments_that_cannot_be(store, tmp_path):
 
 
 def test_batches_of_one_cell_give_null_not_nan(tmp_path):
-    store = make_store(tmp_path / "s.zarr", cells={"rna+adt": 2}, features={"rna": 9, "adt": 4}, batches=2, seed=2)
+    store = make_store(
+        tmp_path / "s.zarr", cells={"rna+adt": 2}, features={"rna": 9, "adt": 4}, batches=2, seed=2
+    )
     codes = store.strata["rna+adt"].obs_codes("batch", np.arange(2))
     assert codes[0] != codes[1], "the seed must put the two cells into two batches"
     evaluate_store(FakeLoaded(store.manifest.modalities), store, tmp_path / "s.json", run="r")

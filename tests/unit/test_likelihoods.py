@@ -8,9 +8,14 @@ from scipy import stats
 from torch.nn import functional as F
 
 from clue_dist.config import DecoderConfig
-from clue_dist.data.batch import SparseCounts, library_of
-from clue_dist.model.decoders import Decoder, only
-from clue_dist.model.likelihoods import LIKELIHOODS, Params, log_likelihood, log_rising
+from clue_dist.data.batch import SparseCounts, compute_library_size
+from clue_dist.model.decoders import Decoder, select_features
+from clue_dist.model.likelihoods import (
+    LIKELIHOODS,
+    LikelihoodParameters,
+    log_likelihood,
+    log_rising_factorial,
+)
 
 N, M = 7, 23
 COUNTS = ["nb", "zinb", "poisson", "bernoulli"]
@@ -24,13 +29,18 @@ def counts(seed: int = 0) -> np.ndarray:
 
 def sparse(x: np.ndarray) -> SparseCounts:
     m = sp.csr_matrix(x)
-    return SparseCounts(torch.tensor(m.indptr), torch.tensor(m.indices), torch.tensor(m.data, dtype=torch.float32), M)
+    return SparseCounts(
+        torch.tensor(m.indptr),
+        torch.tensor(m.indices),
+        torch.tensor(m.data, dtype=torch.float32),
+        M,
+    )
 
 
-def params(name: str, x: np.ndarray) -> Params:
+def params(name: str, x: np.ndarray) -> LikelihoodParameters:
     rng = np.random.default_rng(1)
     t = lambda *shape: torch.tensor(rng.normal(size=shape), dtype=torch.float32)  # noqa: E731
-    return Params(
+    return LikelihoodParameters(
         t(N, M) - 2,
         t(M),
         torch.tensor(x.sum(1, keepdims=True), dtype=torch.float32),
@@ -38,7 +48,7 @@ def params(name: str, x: np.ndarray) -> Params:
     )
 
 
-def oracle(name: str, x: np.ndarray, p: Params) -> np.ndarray:
+def oracle(name: str, x: np.ndarray, p: LikelihoodParameters) -> np.ndarray:
     """ln p per cell in float64, by scipy.stats, without the terms that hold no parameter."""
     rate, theta, library = (v.double().numpy() for v in p[:3])
     mu, r = library / (1 + np.exp(-rate)), np.exp(theta)
@@ -54,7 +64,9 @@ def oracle(name: str, x: np.ndarray, p: Params) -> np.ndarray:
     if name == "nb":
         return (nb - factorial).sum(1)
     gate = 1 / (1 + np.exp(-p.gate.double().numpy()))
-    return np.where(x > 0, np.log1p(-gate) + nb - factorial, np.log(gate + (1 - gate) * np.exp(nb))).sum(1)
+    return np.where(
+        x > 0, np.log1p(-gate) + nb - factorial, np.log(gate + (1 - gate) * np.exp(nb))
+    ).sum(1)
 
 
 @pytest.mark.parametrize("name", [*COUNTS, "normal"])
@@ -88,8 +100,11 @@ def test_at_most_probable_counts_the_likelihood_peaks() -> None:
     share = torch.tensor((x.sum(0) + 0.5) / (x.sum() + 0.5 * M), dtype=torch.float32)
     best = torch.logit(share).expand(N, M)
     for name in ("nb", "poisson"):
-        p = Params(best, torch.zeros(M), library)
-        near, far = log_likelihood(name, sparse(x), p), log_likelihood(name, sparse(x), p._replace(rate=best + 1.5))
+        p = LikelihoodParameters(best, torch.zeros(M), library)
+        near, far = (
+            log_likelihood(name, sparse(x), p),
+            log_likelihood(name, sparse(x), p._replace(rate=best + 1.5)),
+        )
         assert near.sum() > far.sum()
 
 
@@ -102,7 +117,10 @@ def test_random_features_estimate_the_whole_sum_without_bias(name: str) -> None:
     profile = sparse(x)
     with torch.no_grad():
         whole = decoder(z, code, profile)
-        draws = [decoder(z, code, profile, features=torch.randperm(M)[:5].sort().values) for _ in range(4000)]
+        draws = [
+            decoder(z, code, profile, features=torch.randperm(M)[:5].sort().values)
+            for _ in range(4000)
+        ]
     mean, error = torch.stack(draws).mean(0), torch.stack(draws).std(0) / 4000**0.5
     assert ((mean - whole).abs() < 5 * error + 1e-3).all()
 
@@ -110,10 +128,12 @@ def test_random_features_estimate_the_whole_sum_without_bias(name: str) -> None:
 def test_only_takes_the_columns_asked_for() -> None:
     x = counts()
     keep = torch.tensor([0, 3, 4, 20])
-    got = only(sparse(x), keep)
+    got = select_features(sparse(x), keep)
     dense = torch.sparse_csr_tensor(got.indptr, got.indices, got.values, (N, 4)).to_dense()
     np.testing.assert_array_equal(dense.numpy(), x[:, keep.numpy()])
-    torch.testing.assert_close(library_of(sparse(x)), torch.tensor(x.sum(1), dtype=torch.float32))
+    torch.testing.assert_close(
+        compute_library_size(sparse(x)), torch.tensor(x.sum(1), dtype=torch.float32)
+    )
 
 
 def test_batch_covariates_reach_the_decoder_and_an_unknown_batch_is_finite() -> None:
@@ -129,14 +149,16 @@ def test_batch_covariates_reach_the_decoder_and_an_unknown_batch_is_finite() -> 
 
 @pytest.mark.parametrize("name", ["nb", "zinb"])
 @pytest.mark.parametrize("theta", [8.0, 20.0, 90.0])
-def test_without_overdispersion_it_is_a_poisson_and_its_dispersion_rests(name: str, theta: float) -> None:
+def test_without_overdispersion_it_is_a_poisson_and_its_dispersion_rests(
+    name: str, theta: float
+) -> None:
     # What is left to learn of so large an r is less than the rounding of float32.
     x = torch.tensor(counts(), dtype=torch.float32)
     gate = torch.full((N, M), -30.0) if name == "zinb" else None
     log_r = torch.full((M,), theta, requires_grad=True)
     rate, library = torch.full((N, M), -3.0), torch.full((N, 1), 20.0)
-    got = log_likelihood(name, x, Params(rate, log_r, library, gate))
-    want = log_likelihood("poisson", x, Params(rate, log_r, library))
+    got = log_likelihood(name, x, LikelihoodParameters(rate, log_r, library, gate))
+    want = log_likelihood("poisson", x, LikelihoodParameters(rate, log_r, library))
     torch.testing.assert_close(got, want, rtol=0.01, atol=0.3)
     got.sum().backward()
     assert (log_r.grad == 0).all()
@@ -147,7 +169,7 @@ def test_rising_factorial_and_its_gradient_are_those_of_float64() -> None:
     x = torch.tensor([0.0, 1, 2, 5, 20, 300, 50_000]).expand(200, 7)
     exact = r.detach().double().requires_grad_()
     want = torch.lgamma(exact + x.double()) - torch.lgamma(exact)
-    got = log_rising(r, x)
+    got = log_rising_factorial(r, x)
     torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=2e-5)
     got.sum().backward()
     want.sum().backward()
@@ -155,7 +177,9 @@ def test_rising_factorial_and_its_gradient_are_those_of_float64() -> None:
 
 
 def test_softplus_form_stays_finite_for_extreme_rates() -> None:
-    p = Params(torch.tensor([[-200.0, 200.0]]), torch.tensor([-10.0, 10.0]), torch.tensor([[1e6]]))
+    p = LikelihoodParameters(
+        torch.tensor([[-200.0, 200.0]]), torch.tensor([-10.0, 10.0]), torch.tensor([[1e6]])
+    )
     for name in ("nb", "poisson", "bernoulli"):
         assert log_likelihood(name, torch.tensor([[0.0, 5.0]]), p).isfinite().all()
     assert F.logsigmoid(torch.tensor(-200.0)).isfinite()

@@ -57,7 +57,9 @@ def first(store: Store) -> Iterator[Listening]:
     first.leave()
 
 
-def test_who_leaves_with_a_goodbye_is_not_lost_and_who_leaves_without_is(store: Store, first: Listening) -> None:
+def test_who_leaves_with_a_goodbye_is_not_lost_and_who_leaves_without_is(
+    store: Store, first: Listening
+) -> None:
     others = [Listening(Lines(Ranks(rank, 4), store)) for rank in (1, 2, 3)]
     others[0].leave()
     others[1].leave(polite=False)
@@ -70,7 +72,9 @@ def test_who_leaves_with_a_goodbye_is_not_lost_and_who_leaves_without_is(store: 
 
 
 @pytest.mark.parametrize("polite", [True, False])
-def test_rank_0_is_lost_where_it_says_no_goodbye(store: Store, first: Listening, polite: bool) -> None:
+def test_rank_0_is_lost_where_it_says_no_goodbye(
+    store: Store, first: Listening, polite: bool
+) -> None:
     other = Listening(Lines(Ranks(1, 4), store))
     first.leave(polite)
     deadline = time.monotonic() + 2
@@ -80,7 +84,9 @@ def test_rank_0_is_lost_where_it_says_no_goodbye(store: Store, first: Listening,
     assert other.lost == ([] if polite else [0])
 
 
-@pytest.mark.parametrize("there", ["nobody", "one who hangs up", "one who is silent", "one who says something else"])
+@pytest.mark.parametrize(
+    "there", ["nobody", "one who hangs up", "one who is silent", "one who says something else"]
+)
 def test_where_no_line_comes_about_none_is_broken(store: Store, there: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         store.set("clue_dist/lines", f"{server.getsockname()[1]} 0123456789abcdef")
@@ -110,7 +116,9 @@ def test_where_no_line_comes_about_none_is_broken(store: Store, there: str) -> N
     assert other.lost == []
 
 
-def test_without_a_server_the_others_do_not_wait(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_server_the_others_do_not_wait(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: object, **__: object) -> socket.socket:
         raise OSError("no more descriptors")
 

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 
 from clue_dist.data import batch as loaders
 from clue_dist.data import loader as loading
-from clue_dist.data.batch import Batch, Part, SparseCounts, assemble
+from clue_dist.data.batch import Batch, BatchPart, SparseCounts, assemble_batch
 from clue_dist.data.buffers import Buffers
-from clue_dist.data.loader import HELD, STRETCH, BlockCache, Loader, slots_for
-from clue_dist.data.plan import Plan
+from clue_dist.data.loader import HELD, STRETCH, BlockCache, Loader, count_cache_slots
+from clue_dist.data.plan import CellPlan
 from clue_dist.errors import ConfigError, StoreError
-from clue_dist.store.block_pool import Pool, Reading
+from clue_dist.store.block_pool import BlockPool, BlockRead
 from clue_dist.store.reader import Store
-from clue_dist.store.rows import Blocks, Csr, Located, coded
+from clue_dist.store.rows import CodedBlocks, CsrRows, LocatedRows, code_rows
 from tests.stores import make_store
 
 
@@ -37,9 +37,9 @@ def store(tmp_path: Path) -> Store:
     )
 
 
-def plan_of(store: Store, window: int = 2) -> Plan:
+def plan_of(store: Store, window: int = 2) -> CellPlan:
     sizes = {s: r.n_cells for s, r in store.strata.items()}
-    return Plan(5, sizes, {"rna+adt": 16, "rna": 8, "adt": 8}, 4, window, 16)
+    return CellPlan(5, sizes, {"rna+adt": 16, "rna": 8, "adt": 8}, 4, window, 16)
 
 
 def dense(batch: Batch, modality: str) -> np.ndarray:
@@ -47,7 +47,9 @@ def dense(batch: Batch, modality: str) -> np.ndarray:
     observed = batch.modalities[modality]
     c = observed.counts
     if isinstance(c, SparseCounts):
-        values = torch.sparse_csr_tensor(c.indptr, c.indices, c.values, (len(observed.rows), c.n_features)).to_dense()
+        values = torch.sparse_csr_tensor(
+            c.indptr, c.indices, c.values, (len(observed.rows), c.n_features)
+        ).to_dense()
     else:
         values = c
     out = np.full((batch.n_cells, values.shape[1]), np.nan)
@@ -55,12 +57,14 @@ def dense(batch: Batch, modality: str) -> np.ndarray:
     return out
 
 
-def expected(store: Store, plan: Plan, step: int, modality: str) -> np.ndarray:
+def expected(store: Store, plan: CellPlan, step: int, modality: str) -> np.ndarray:
     parts = []
     for name, reader in store.strata.items():
         cells = plan.cells(step, name)
         if modality not in reader.modalities:
-            parts.append(np.full((len(cells), store.manifest.modalities[modality].n_features), np.nan))
+            parts.append(
+                np.full((len(cells), store.manifest.modalities[modality].n_features), np.nan)
+            )
             continue
         rows = reader.rows(modality, cells)
         parts.append(rows if isinstance(rows, np.ndarray) else rows.scipy().toarray())
@@ -89,20 +93,28 @@ def test_dense_batches_hold_the_same_counts(store: Store) -> None:
                 np.testing.assert_array_equal(dense(batch, m), expected(store, plan, step, m))
 
 
-def test_blocks_stay_while_a_slow_thread_gathers_from_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = make_store(tmp_path / "s.zarr", cells={"rna": 1600}, features={"rna": 40}, block_cells=16)
-    plan = Plan(0, {"rna": 1600}, {"rna": 16}, 4, 1, 16)
+def test_blocks_stay_while_a_slow_thread_gathers_from_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store(
+        tmp_path / "s.zarr", cells={"rna": 1600}, features={"rna": 40}, block_cells=16
+    )
+    plan = CellPlan(0, {"rna": 1600}, {"rna": 16}, 4, 1, 16)
     slow = np.random.default_rng(0)
 
     def assemble(*args: Any) -> Batch:
         time.sleep(0.004 * slow.random())
-        return loaders.assemble(*args)
+        return loaders.assemble_batch(*args)
 
-    monkeypatch.setattr("clue_dist.data.loader.assemble", assemble)
+    monkeypatch.setattr("clue_dist.data.loader.assemble_batch", assemble)
     with Loader(store, plan, first=7) as loader:
-        assert loader._caches["rna"].slots < 100  # of as many blocks: they are replaced all the time
+        assert (
+            loader._caches["rna"].slots < 100
+        )  # of as many blocks: they are replaced all the time
         for step in range(7, 250):
-            np.testing.assert_array_equal(dense(next(loader), "rna"), expected(store, plan, step, "rna"))
+            np.testing.assert_array_equal(
+                dense(next(loader), "rna"), expected(store, plan, step, "rna")
+            )
 
 
 def test_memory_is_used_again_once_nobody_holds_it() -> None:
@@ -112,22 +124,30 @@ def test_memory_is_used_again_once_nobody_holds_it() -> None:
     del tensor
     assert buffers.empty(10, np.float32).ctypes.data != place  # part of a tensor holds all of it
     del part
-    held = [buffers.empty(100, np.float32), buffers.empty(100, np.float32)]  # there was some to spare
+    held = [
+        buffers.empty(100, np.float32),
+        buffers.empty(100, np.float32),
+    ]  # there was some to spare
     assert place in {array.ctypes.data for array in held}
     assert buffers.empty(10, np.int32).dtype == np.int32
 
 
 def test_batches_of_binary_counts_share_their_ones() -> None:
-    rows = coded(Csr(np.array([0, 2, 3]), np.array([1, 4, 0], np.int32), np.ones(3, np.float32), 5), 0)
-    located = Located(
-        Blocks(rows.codes[None], rows.rest[None], rows.lengths[None], rows.starts()[None]),
+    rows = code_rows(
+        CsrRows(np.array([0, 2, 3]), np.array([1, 4, 0], np.int32), np.ones(3, np.float32), 5), 0
+    )
+    located = LocatedRows(
+        CodedBlocks(rows.codes[None], rows.rest[None], rows.lengths[None], rows.starts()[None]),
         np.zeros(2, np.int64),
         np.array([1, 0]),
         5,
         rows.bits,
     )
     buffers = Buffers()
-    batches = [assemble(["atac"], [Part({"atac": located}, np.zeros(2, np.int32))], buffers) for _ in range(2)]
+    batches = [
+        assemble_batch(["atac"], [BatchPart({"atac": located}, np.zeros(2, np.int32))], buffers)
+        for _ in range(2)
+    ]
     one, two = (batch.modalities["atac"].counts for batch in batches)
     assert isinstance(one, SparseCounts)
     assert isinstance(two, SparseCounts)
@@ -150,7 +170,9 @@ def test_batch_codes_come_with_their_cells(store: Store) -> None:
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_ranks_together_hold_the_global_batch_in_the_same_composition(store: Store, world: int) -> None:
+def test_ranks_together_hold_the_global_batch_in_the_same_composition(
+    store: Store, world: int
+) -> None:
     plan = plan_of(store)
     for first in (0, 37):
         batches = []
@@ -166,8 +188,10 @@ def test_ranks_together_hold_the_global_batch_in_the_same_composition(store: Sto
 
 def test_a_damaged_block_raises_where_its_batch_was_due_and_is_named(tmp_path: Path) -> None:
     """And ever after; it was read together with others, in which nothing is wrong."""
-    store = make_store(tmp_path / "s.zarr", cells={"rna": 1600}, features={"rna": 40}, block_cells=16)
-    plan = Plan(0, {"rna": 1600}, {"rna": 16}, 4, 1, 16)
+    store = make_store(
+        tmp_path / "s.zarr", cells={"rna": 1600}, features={"rna": 40}, block_cells=16
+    )
+    plan = CellPlan(0, {"rna": 1600}, {"rna": 16}, 4, 1, 16)
     due = next(step for step in itertools.count(13) if 0 in plan.cells(step, "rna") // 16)
     assert due > STRETCH
     shard = store.root / "strata/rna/rna/codes/c/0/0"
@@ -176,7 +200,9 @@ def test_a_damaged_block_raises_where_its_batch_was_due_and_is_named(tmp_path: P
     shard.write_bytes(data)
     with Loader(Store(store.root), plan, first=13) as loader:
         for step in range(13, due):
-            np.testing.assert_array_equal(dense(next(loader), "rna"), expected(store, plan, step, "rna"))
+            np.testing.assert_array_equal(
+                dense(next(loader), "rna"), expected(store, plan, step, "rna")
+            )
         for _ in range(2):
             with pytest.raises(StoreError, match=r"damaged(.|\n)*blocks 0 \(cells 0 to 15\)"):
                 next(loader)
@@ -186,14 +212,14 @@ def test_after_an_error_while_a_batch_is_built_no_other_is_served(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Some behind it have been built by then: whoever caught the error would go on without its cells."""
-    calls, real = itertools.count(), loading.assemble
+    calls, real = itertools.count(), loading.assemble_batch
 
     def third(*args: Any) -> Any:
         if next(calls) == 2:
             raise MemoryError("no room")
         return real(*args)
 
-    monkeypatch.setattr(loading, "assemble", third)
+    monkeypatch.setattr(loading, "assemble_batch", third)
     monkeypatch.setattr(loading, "GATHERERS", 1)
     with Loader(store, plan_of(store)) as loader:
         next(loader), next(loader)
@@ -202,7 +228,9 @@ def test_after_an_error_while_a_batch_is_built_no_other_is_served(
                 next(loader)
 
 
-def test_an_interrupted_wait_leaves_no_batch_out(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_wait_leaves_no_batch_out(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan, real = plan_of(store), Future.result
 
     def interrupted(future: Future[Any], timeout: float | None = None) -> Any:
@@ -226,18 +254,20 @@ def test_a_closed_loader_has_no_more_batches(store: Store) -> None:
     assert list(loader) == []
 
 
-def test_closing_waits_for_what_is_being_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closing_waits_for_what_is_being_read(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A thread of TensorStore's that is still at it when the interpreter ends would abort the process."""
     slow: list[Future[None]] = []
 
-    def start(pool: Pool, blocks: np.ndarray, slots: np.ndarray) -> Reading:
+    def start(pool: BlockPool, blocks: np.ndarray, slots: np.ndarray) -> BlockRead:
         reading = real(pool, blocks, slots)
         slow.append(Future())
         threading.Timer(0.2, slow[-1].set_result, [None]).start()
         return replace(reading, futures=reading.futures | {"slow": slow[-1]})
 
-    real = Pool.start
-    monkeypatch.setattr(Pool, "start", start)
+    real = BlockPool.start
+    monkeypatch.setattr(BlockPool, "start", start)
     with Loader(store, plan_of(store)) as loader:
         next(loader)
     assert len(slow) > 2
@@ -266,32 +296,39 @@ def test_ranks_that_do_not_divide_the_lanes_are_refused(store: Store) -> None:
 
 
 @st.composite
-def plans(draw: st.DrawFn) -> tuple[Plan, int]:
+def plans(draw: st.DrawFn) -> tuple[CellPlan, int]:
     """Strata of one to three segments, from a small part of a span to many of them, on any ranks."""
     lanes, window, size = (draw(st.sampled_from(of)) for of in ((1, 2, 4, 16), (1, 2, 8), (4, 16)))
     span = lanes * window * size
-    cells = {f"s.{i}" if i > 1 else "s": draw(st.integers(1, 5 * span)) for i in range(1, draw(st.integers(2, 4)))}
-    plan = Plan(draw(st.integers(0, 99)), cells, {"s": lanes * draw(st.integers(1, 9))}, lanes, window, size)
+    cells = {
+        f"s.{i}" if i > 1 else "s": draw(st.integers(1, 5 * span))
+        for i in range(1, draw(st.integers(2, 4)))
+    }
+    plan = CellPlan(
+        draw(st.integers(0, 99)), cells, {"s": lanes * draw(st.integers(1, 9))}, lanes, window, size
+    )
     return plan, draw(st.sampled_from([w for w in (1, 2, 4, 16) if lanes % w == 0]))
 
 
 @given(plans(), st.integers(0, 10**6))
 @settings(max_examples=200, deadline=None)
-def test_no_rank_needs_more_blocks_than_it_has_slots_for(chosen: tuple[Plan, int], first: int) -> None:
+def test_no_rank_needs_more_blocks_than_it_has_slots_for(
+    chosen: tuple[CellPlan, int], first: int
+) -> None:
     plan, world = chosen
     for segment in plan.segments:
         needed: set[int] = set()
         for step in range(first, first + HELD * STRETCH):
             needed |= set((plan.cells(step, segment)[::world] // plan.block_cells).tolist())
-        assert len(needed) <= slots_for(plan, segment, world)
+        assert len(needed) <= count_cache_slots(plan, segment, world)
 
 
 @pytest.mark.parametrize("world", [1, 8])
 def test_cells_added_a_hundred_times_take_hardly_more_memory(world: int) -> None:
     def slots(segments: int) -> int:
         cells = {f"s.{i}" if i > 1 else "s": 10**7 // segments for i in range(1, segments + 1)}
-        plan = Plan(0, cells, {"s": 512}, 8, 16, 64)
-        return sum(slots_for(plan, segment, world) for segment in plan.segments)
+        plan = CellPlan(0, cells, {"s": 512}, 8, 16, 64)
+        return sum(count_cache_slots(plan, segment, world) for segment in plan.segments)
 
     assert slots(10) < 2 * slots(1)
     assert slots(100) < 6 * slots(1)
@@ -299,8 +336,10 @@ def test_cells_added_a_hundred_times_take_hardly_more_memory(world: int) -> None
 
 def test_what_sixteen_ranks_are_served_while_blocks_are_replaced(tmp_path: Path) -> None:
     """A pass of little more than a span, so that ends of passes, of which a rank may need all, follow each other."""
-    store = make_store(tmp_path / "s.zarr", cells={"adt": 3941}, features={"adt": 3}, block_cells=64)
-    plan = Plan(0, {"adt": 3941}, {"adt": 144}, 16, 1, 64)
+    store = make_store(
+        tmp_path / "s.zarr", cells={"adt": 3941}, features={"adt": 3}, block_cells=64
+    )
+    plan = CellPlan(0, {"adt": 3941}, {"adt": 144}, 16, 1, 64)
     known = store.strata["adt"].rows("adt", np.arange(3941))
     assert isinstance(known, np.ndarray)
     for rank in (0, 7):
@@ -310,10 +349,14 @@ def test_what_sixteen_ranks_are_served_while_blocks_are_replaced(tmp_path: Path)
                 np.testing.assert_array_equal(got, known[plan.cells(step, "adt")[rank::16]])
 
 
-def test_too_few_slots_are_an_error_not_other_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = make_store(tmp_path / "s.zarr", cells={"rna": 1600}, features={"rna": 40}, block_cells=16)
-    plan = Plan(0, {"rna": 1600}, {"rna": 16}, 4, 1, 16)
-    monkeypatch.setattr("clue_dist.data.loader.slots_for", lambda *_: 12)
+def test_too_few_slots_are_an_error_not_other_cells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store(
+        tmp_path / "s.zarr", cells={"rna": 1600}, features={"rna": 40}, block_cells=16
+    )
+    plan = CellPlan(0, {"rna": 1600}, {"rna": 16}, 4, 1, 16)
+    monkeypatch.setattr("clue_dist.data.loader.count_cache_slots", lambda *_: 12)
     with Loader(store, plan) as loader, pytest.raises(RuntimeError, match="12 slots, too few"):
         list(itertools.islice(loader, 50))
 

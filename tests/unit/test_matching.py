@@ -43,30 +43,40 @@ def dense(u1: np.ndarray, u2: np.ndarray) -> dict[str, np.ndarray]:
     return {
         "foscttm": np.array([np.mean([d[i] < d[i, i] for i in range(n)]) for d in (xy, yx)]),
         "match": np.array([np.diagonal(m).mean() for m in normalised]),
-        "recall10": np.array([np.mean([i in order(d)[i, :10] for i in range(n)]) for d in (xy, yx)]),
+        "recall10": np.array(
+            [np.mean([i in order(d)[i, :10] for i in range(n)]) for d in (xy, yx)]
+        ),
     }
 
 
-def dense_scores(u1: np.ndarray, u2: np.ndarray, batch: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
-    scopes = {"global": [np.arange(len(u1))], "within_batch": [np.flatnonzero(batch == b) for b in np.unique(batch)]}
+def dense_scores(
+    u1: np.ndarray, u2: np.ndarray, batch: np.ndarray
+) -> dict[str, dict[str, np.ndarray]]:
+    scopes = {
+        "global": [np.arange(len(u1))],
+        "within_batch": [np.flatnonzero(batch == b) for b in np.unique(batch)],
+    }
     out = {}
     for scope, groups in scopes.items():
         groups = [g for g in groups if len(g) > 1]
         each = [dense(u1[g], u2[g]) for g in groups]
         total = sum(len(g) for g in groups)
         out[scope] = {
-            m: sum(len(g) * e[m] for g, e in zip(groups, each, strict=True)) / total for m in matching.METRICS
+            m: sum(len(g) * e[m] for g, e in zip(groups, each, strict=True)) / total
+            for m in matching.METRICS
         }
     return out
 
 
 def assert_equal_to_dense(u1: np.ndarray, u2: np.ndarray, batch: np.ndarray) -> None:
-    expected, directed = dense_scores(u1, u2, batch), matching.directed_scores(u1, u2, batch)
-    both = matching.scores(u1, u2, batch)
+    expected, directed = dense_scores(u1, u2, batch), matching.score_directions(u1, u2, batch)
+    both = matching.compute_scores(u1, u2, batch)
     for scope in matching.SCOPES:
         for metric in matching.METRICS:
             got = [directed[d][scope][metric] for d in matching.DIRECTIONS]
-            np.testing.assert_allclose(got, expected[scope][metric], atol=1e-12, err_msg=f"{scope} {metric}")
+            np.testing.assert_allclose(
+                got, expected[scope][metric], atol=1e-12, err_msg=f"{scope} {metric}"
+            )
             assert both[scope][metric] == pytest.approx(np.mean(expected[scope][metric]), abs=1e-12)
 
 
@@ -77,7 +87,12 @@ def noisy_pair(n: int, width: int, seed: int, noise: float = 0.5) -> tuple[np.nd
 
 
 @settings(max_examples=40, deadline=None)
-@given(n=st.integers(2, 40), width=st.integers(1, 20), batches=st.integers(1, 4), seed=st.integers(0, 2**20))
+@given(
+    n=st.integers(2, 40),
+    width=st.integers(1, 20),
+    batches=st.integers(1, 4),
+    seed=st.integers(0, 2**20),
+)
 def test_scores_follow_their_definitions(n, width, batches, seed):
     if width == 1:  # on a line the normalised rows are all ties
         width = 2
@@ -90,13 +105,17 @@ def test_scores_follow_their_definitions(n, width, batches, seed):
 def test_ties_go_to_the_first(n, kinds, seed):
     # Unit vectors: every distance is 0, 2 or 4 exactly, so that most comparisons are ties.
     rng = np.random.default_rng(seed)
-    u1, u2 = (np.eye(kinds)[rng.integers(0, kinds, n)] * rng.choice([-1.0, 1.0], (n, 1)) for _ in range(2))
+    u1, u2 = (
+        np.eye(kinds)[rng.integers(0, kinds, n)] * rng.choice([-1.0, 1.0], (n, 1)) for _ in range(2)
+    )
     assert_equal_to_dense(u1, u2, np.zeros(n, int))
 
 
 def protocol() -> ModuleType:
     if not PROTOCOL.exists():
-        pytest.skip(f"the protocol's score.py is not beside this repository ({PROTOCOL.parent.parent.name}/ is absent)")
+        pytest.skip(
+            f"the protocol's score.py is not beside this repository ({PROTOCOL.parent.parent.name}/ is absent)"
+        )
     spec = importlib.util.spec_from_file_location("protocol_score", PROTOCOL)
     assert spec is not None
     assert spec.loader is not None
@@ -105,7 +124,9 @@ def protocol() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize(("n", "width", "noise"), [(2, 3, 0.1), (9, 4, 0.5), (300, 8, 0.4), (400, 40, 2.0)])
+@pytest.mark.parametrize(
+    ("n", "width", "noise"), [(2, 3, 0.1), (9, 4, 0.5), (300, 8, 0.4), (400, 40, 2.0)]
+)
 def test_scores_equal_the_protocol_script(n, width, noise, monkeypatch):
     score = protocol()
     monkeypatch.setattr(score, "round", lambda v, _digits: v, raising=False)
@@ -113,32 +134,41 @@ def test_scores_equal_the_protocol_script(n, width, noise, monkeypatch):
     batch = np.array([f"b{i % 3}" if i % 50 else "alone" if i == 50 else "b0" for i in range(n)])
     if n == 2:
         batch[:] = "b"
-    expected, got = score.scores(u1, u2, batch), matching.scores(u1, u2, batch)
+    expected, got = score.scores(u1, u2, batch), matching.compute_scores(u1, u2, batch)
     for scope in matching.SCOPES:
         for metric in matching.METRICS:
-            assert got[scope][metric] == pytest.approx(expected[scope][metric], abs=1e-9), (scope, metric)
+            assert got[scope][metric] == pytest.approx(expected[scope][metric], abs=1e-9), (
+                scope,
+                metric,
+            )
 
 
 def test_groups_of_one_are_left_out():
     u1, u2 = noisy_pair(7, 3, seed=1)
     batch = np.array([0, 0, 0, 1, 1, 1, 2])
-    without = matching.scores(u1[:6], u2[:6], batch[:6])
-    assert matching.scores(u1, u2, batch)["within_batch"] == pytest.approx(without["within_batch"])
-    assert np.isnan(matching.scores(u1, u2, np.arange(7))["within_batch"]["foscttm"])
+    without = matching.compute_scores(u1[:6], u2[:6], batch[:6])
+    assert matching.compute_scores(u1, u2, batch)["within_batch"] == pytest.approx(
+        without["within_batch"]
+    )
+    assert np.isnan(matching.compute_scores(u1, u2, np.arange(7))["within_batch"]["foscttm"])
 
 
 @pytest.mark.parametrize("world", [2, 3, 5])
 def test_slices_add_up(world):
-    x, y = (torch.nn.functional.normalize(torch.from_numpy(u)) for u in noisy_pair(23, 5, seed=world))
-    whole = matching.look(x, y, slice(0, 23))
-    parts = matching.join([matching.look(x, y, Ranks(r, world).share(23)) for r in range(world)])
+    x, y = (
+        torch.nn.functional.normalize(torch.from_numpy(u)) for u in noisy_pair(23, 5, seed=world)
+    )
+    whole = matching.rank_keys(x, y, slice(0, 23))
+    parts = matching.join_ranked_keys(
+        [matching.rank_keys(x, y, Ranks(r, world).share(23)) for r in range(world)]
+    )
     assert (parts.nearer, parts.found) == (whole.nearer, whole.found)
     np.testing.assert_array_equal(parts.nearest, whole.nearest)
 
 
 def test_memory_is_bounded_by_the_slice(monkeypatch):
     u1, u2 = noisy_pair(50, 4, seed=0)
-    expected = matching.scores(u1, u2, np.zeros(50))
+    expected = matching.compute_scores(u1, u2, np.zeros(50))
     sizes = []
     distances = matching._distances
     monkeypatch.setattr(matching, "_SLICE_ELEMENTS", 120)  # two rows of 50
@@ -149,7 +179,9 @@ def test_memory_is_bounded_by_the_slice(monkeypatch):
             yield rows, d
 
     monkeypatch.setattr(matching, "_distances", watched)
-    assert matching.scores(u1, u2, np.zeros(50))["global"] == pytest.approx(expected["global"])
+    assert matching.compute_scores(u1, u2, np.zeros(50))["global"] == pytest.approx(
+        expected["global"]
+    )
     assert max(sizes) <= 120
 
 
@@ -162,24 +194,28 @@ def test_what_each_pair_adds_to_foscttm():
         there = ((unit[0][i] - unit[1]) ** 2).sum(1)
         back = ((unit[1][i] - unit[0]) ** 2).sum(1)
         by_hand.append(((there < there[i]).sum() + (back < back[i]).sum()) / 6)
-    np.testing.assert_allclose(matching.nearer_than_match(u1, u2), by_hand)
+    np.testing.assert_allclose(matching.compute_nearer_share(u1, u2), by_hand)
     assert len(set(by_hand)) == 3
 
 
 def test_foscttm_alone_is_the_global_foscttm():
     u1, u2 = noisy_pair(60, 5, seed=3)
-    expected = matching.scores(u1, u2, np.zeros(60))["global"]["foscttm"]
-    assert matching.foscttm(torch.from_numpy(u1), torch.from_numpy(u2)) == pytest.approx(expected)
-    assert matching.foscttm(u1, u1) == 0
-    single = matching.foscttm(torch.from_numpy(u1).float().requires_grad_(), torch.from_numpy(u2).float())
+    expected = matching.compute_scores(u1, u2, np.zeros(60))["global"]["foscttm"]
+    assert matching.compute_foscttm(torch.from_numpy(u1), torch.from_numpy(u2)) == pytest.approx(
+        expected
+    )
+    assert matching.compute_foscttm(u1, u1) == 0
+    single = matching.compute_foscttm(
+        torch.from_numpy(u1).float().requires_grad_(), torch.from_numpy(u2).float()
+    )
     assert single == pytest.approx(expected, abs=1e-3)
 
 
 def test_knowing_nothing_scores_chance():
     rng = np.random.default_rng(0)
     batch = np.arange(600) % 3
-    got = matching.scores(rng.normal(size=(600, 10)), rng.normal(size=(600, 10)), batch)
-    expected = matching.chance(batch)
+    got = matching.compute_scores(rng.normal(size=(600, 10)), rng.normal(size=(600, 10)), batch)
+    expected = matching.compute_chance(batch)
     for scope in matching.SCOPES:
         assert got[scope]["foscttm"] == pytest.approx(0.5, abs=0.03)
         assert got[scope]["recall10"] == pytest.approx(expected[scope]["recall10"], rel=0.5)
@@ -191,6 +227,6 @@ def test_a_bad_embedding_is_refused():
     u1, u2 = noisy_pair(5, 3, seed=0)
     u2[3, 1] = np.nan
     with pytest.raises(DataError, match=r"second embedding is not finite[\s\S]*1 of 5"):
-        matching.scores(u1, u2, np.zeros(5))
+        matching.compute_scores(u1, u2, np.zeros(5))
     with pytest.raises(DataError, match="same cells"):
-        matching.foscttm(u1, u1[:4])
+        matching.compute_foscttm(u1, u1[:4])

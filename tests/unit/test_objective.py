@@ -9,35 +9,46 @@ import torch
 from torch import Tensor
 
 from clue_dist.config import Config, ModelConfig, ObjectiveConfig
-from clue_dist.data.batch import Batch, Observed
-from clue_dist.model.clue import CLUE, PRIVATE_SCALE, ModalitySpec, Output, Posterior
-from clue_dist.model.encoders import Heads
+from clue_dist.data.batch import Batch, ObservedModality
+from clue_dist.model.clue import CLUE, PRIVATE_SCALE, CLUEOutput, ModalitySpec, Posterior
+from clue_dist.model.encoders import CrossEncoderHeads
 from clue_dist.model.layers import reverse_gradient
 from clue_dist.model.noise import Noise
 from clue_dist.model.posterior import (
     GeneralisedProduct,
-    kl_to_prior,
+    compute_kl_to_prior,
     mean_of_experts,
-    own,
     product_of_experts,
+    select_own_latent,
 )
-from clue_dist.objective import Objective, discriminator_ln, elbo_cross, elbo_self, info_nce, mse
-from clue_dist.train.engine import parameter_groups
+from clue_dist.objective import (
+    Objective,
+    compute_alignment,
+    compute_elbo_cross,
+    compute_elbo_self,
+    compute_info_nce,
+    score_discriminator,
+)
+from clue_dist.train.engine import group_parameters
 
 B, K, D = 12, 3, 4
-OBSERVED = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 1, 1], [0, 0, 1], [1, 0, 1]] * 2, dtype=torch.bool)
+OBSERVED = torch.tensor(
+    [[1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 1, 1], [0, 0, 1], [1, 0, 1]] * 2, dtype=torch.bool
+)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def output(seed: int = 0) -> Output:
+def output(seed: int = 0) -> CLUEOutput:
     mean, log_var = draw(B, K, K, D, seed=seed), draw(B, K, K, D, seed=seed + 1)
     posterior = Posterior(mean, log_var, *product_of_experts(mean, log_var, OBSERVED))
     ln = [draw(B, K, seed=seed + i) * OBSERVED for i in (2, 3)]
     logits, contrast = draw(B, K, K, seed=seed + 5), draw(1, B, K, K * D, seed=seed + 6)
-    return Output(posterior, draw(B, K, K, D, seed=seed + 4), *ln, logits, contrast, torch.tensor(1.5))
+    return CLUEOutput(
+        posterior, draw(B, K, K, D, seed=seed + 4), *ln, logits, contrast, torch.tensor(1.5)
+    )
 
 
 def kl64(mean: np.ndarray, log_var: np.ndarray) -> float:
@@ -48,7 +59,7 @@ def test_kl_equals_torch_distributions() -> None:
     mean, log_var = draw(5, D), draw(5, D, seed=1)
     q = torch.distributions.Normal(mean, torch.exp(0.5 * log_var))
     want = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).sum(-1)
-    torch.testing.assert_close(kl_to_prior(mean, log_var), want)
+    torch.testing.assert_close(compute_kl_to_prior(mean, log_var), want)
 
 
 def test_product_of_experts_is_eq_6() -> None:
@@ -56,7 +67,9 @@ def test_product_of_experts_is_eq_6() -> None:
     got_mean, got_log_var = product_of_experts(mean, log_var, OBSERVED)
     for c in range(B):
         for j in range(K):
-            precision = sum(np.exp(-log_var[c, k, j].double().numpy()) for k in range(K) if OBSERVED[c, k])
+            precision = sum(
+                np.exp(-log_var[c, k, j].double().numpy()) for k in range(K) if OBSERVED[c, k]
+            )
             weighted = sum(
                 np.exp(-log_var[c, k, j].double().numpy()) * mean[c, k, j].double().numpy()
                 for k in range(K)
@@ -73,7 +86,10 @@ def test_the_generalised_product_weighs_experts_by_the_cube_of_their_nats() -> N
     got_mean, got_log_var = combine(mean, log_var, OBSERVED)
     for c in range(B):
         seen = [k for k in range(K) if OBSERVED[c, k]]
-        share = {k: combine.nats[k].item() ** 3 / sum(combine.nats[s].item() ** 3 for s in seen) for k in seen}
+        share = {
+            k: combine.nats[k].item() ** 3 / sum(combine.nats[s].item() ** 3 for s in seen)
+            for k in seen
+        }
         for j in range(K):
             of = {k: share[k] * np.exp(-log_var[c, k, j].double().numpy()) for k in seen}
             precision = sum(of.values())
@@ -93,7 +109,9 @@ def test_the_generalised_product_learns_nats_in_training_alone() -> None:
         combine.train()(mean, log_var, observed)
     for k in range(2):
         rows = [c for c in range(B) if observed[c, k]]
-        want = np.mean([kl64(mean[c, k, k].double().numpy(), log_var[c, k, k].double().numpy()) for c in rows])
+        want = np.mean(
+            [kl64(mean[c, k, k].double().numpy(), log_var[c, k, k].double().numpy()) for c in rows]
+        )
         assert combine.nats[k].item() == pytest.approx(want, rel=1e-4)
     assert combine.nats[2].item() == 1
 
@@ -110,7 +128,7 @@ def test_mean_of_experts_has_the_moments_of_the_averaged_samples() -> None:
 
 def test_elbo_self_is_eq_5() -> None:
     out, weight, beta = output(), torch.tensor([1.0, 0.5, 0.1]), 0.7
-    got = elbo_self(out, OBSERVED, weight, beta)
+    got = compute_elbo_self(out, OBSERVED, weight, beta)
     p = out.posterior
     for c in range(B):
         want = sum(
@@ -127,7 +145,7 @@ def test_elbo_self_is_eq_5() -> None:
 
 def test_elbo_cross_is_eq_8() -> None:
     out, weight, beta = output(), torch.tensor([1.0, 0.5, 0.1]), 0.7
-    got = elbo_cross(out, OBSERVED, weight, beta)
+    got = compute_elbo_cross(out, OBSERVED, weight, beta)
     p = out.posterior
     for c in range(B):
         want = 0.0
@@ -149,7 +167,9 @@ def test_mse_is_eq_9_to_11_over_multimodal_cells(cosine: bool) -> None:
         rows = [r / np.linalg.norm(r) for r in rows] if cosine else rows
         centre = sum(rows) / len(rows)
         per_cell.append(sum(((r - centre) ** 2).sum() for r in rows) / len(rows))
-    assert float(mse(z, OBSERVED, cosine)) == pytest.approx(np.mean(per_cell), rel=1e-5)
+    assert float(compute_alignment(z, OBSERVED, cosine)) == pytest.approx(
+        np.mean(per_cell), rel=1e-5
+    )
 
 
 def test_discriminator_term_is_eq_12() -> None:
@@ -162,7 +182,9 @@ def test_discriminator_term_is_eq_12() -> None:
                 row = logits[c, k].double().numpy()
                 terms.append(row[k] - np.log(np.exp(row).sum()))
         per_cell.append(np.mean(terms))
-    assert float(discriminator_ln(logits, OBSERVED)) == pytest.approx(np.mean(per_cell), rel=1e-5)
+    assert float(score_discriminator(logits, OBSERVED)) == pytest.approx(
+        np.mean(per_cell), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("within", [False, True])
@@ -177,7 +199,7 @@ def test_info_nce_over_pairs_both_directions(within: bool) -> None:
                 rivals = [e for e in both if not within or code[e] == code[c]]
                 logits = {e: math.exp(1.3) * unit[c, a] @ unit[e, b] for e in rivals}
                 losses.append(math.log(sum(math.exp(v) for v in logits.values())) - logits[c])
-    got = info_nce(z, OBSERVED, code, log_scale, within)
+    got = compute_info_nce(z, OBSERVED, code, log_scale, within)
     assert float(got) == pytest.approx(np.mean(losses), rel=1e-5)
 
 
@@ -206,12 +228,24 @@ def small_model(
     modalities = {}
     for i in range(k):
         rows = observed[:, i].nonzero()[:, 0]
-        modalities[f"m{i}"] = Observed(rows, draw(len(rows), 6, seed=i), paired[rows].nonzero()[:, 0])
-    return model, Batch(observed, torch.zeros(B, dtype=torch.int64), modalities), Noise(0, 0, {"s": B}, 1)
+        modalities[f"m{i}"] = ObservedModality(
+            rows, draw(len(rows), 6, seed=i), paired[rows].nonzero()[:, 0]
+        )
+    return (
+        model,
+        Batch(observed, torch.zeros(B, dtype=torch.int64), modalities),
+        Noise(0, 0, {"s": B}, 1),
+    )
 
 
 def test_total_loss_is_eq_15_and_plays_the_min_max() -> None:
-    weights = {"lambda_self": 2.0, "lambda_cross": 3.0, "lambda_mse": 0.5, "lambda_d": 0.25, "lambda_contrastive": 0.75}
+    weights = {
+        "lambda_self": 2.0,
+        "lambda_cross": 3.0,
+        "lambda_mse": 0.5,
+        "lambda_d": 0.25,
+        "lambda_contrastive": 0.75,
+    }
     model, batch, noise = small_model(**weights)
     loss, t = model(batch, noise)
     want = 2 * t["self"] + 3 * t["cross"] + 0.5 * t["mse"] - 0.25 * t["d"] + 0.75 * t["contrastive"]
@@ -248,7 +282,9 @@ def test_what_a_cell_lacks_does_not_touch_its_loss() -> None:
     loss, _ = model(batch, Noise(0, 0, {"s": B}, 1))
     # The grid's entries of unobserved sources are arbitrary: make them absurd through the zero rows of h.
     hook = model.model.heads.register_forward_hook(
-        lambda _m, _i, out: tuple(torch.where(OBSERVED[:, :, None, None], o, torch.full_like(o, 3.0)) for o in out)
+        lambda _m, _i, out: tuple(
+            torch.where(OBSERVED[:, :, None, None], o, torch.full_like(o, 3.0)) for o in out
+        )
     )
     other, _ = model(batch, Noise(0, 0, {"s": B}, 1))
     hook.remove()
@@ -262,7 +298,7 @@ def test_private_dimensions_follow_from_their_own_modality_alone() -> None:
     assert (a, clue.private) == (D // 2, D // 2)
     got = clue.encode(batch)
     for expert, joint in ((got.mean, got.joint_mean), (got.log_var, got.joint_log_var)):
-        mine, private = own(expert)[..., a:], joint[..., a:]  # (B, K, .)
+        mine, private = select_own_latent(expert)[..., a:], joint[..., a:]  # (B, K, .)
         torch.testing.assert_close(private[observed], mine[observed])
         assert (private[~observed] == 0).all()  # the prior
     aligned = clue.combine(got.mean[..., :a], got.log_var[..., :a], observed)
@@ -273,12 +309,20 @@ def test_private_dimensions_follow_from_their_own_modality_alone() -> None:
 
 
 def test_no_alignment_reaches_private_dimensions() -> None:
-    weights = {"lambda_self": 0.0, "lambda_cross": 0.0, "lambda_mse": 1.0, "lambda_d": 1.0, "lambda_contrastive": 1.0}
+    weights = {
+        "lambda_self": 0.0,
+        "lambda_cross": 0.0,
+        "lambda_mse": 1.0,
+        "lambda_d": 1.0,
+        "lambda_contrastive": 1.0,
+    }
     model, batch, noise = small_model(private=0.5, **weights)
     kept: list[Tensor] = []
     model.model.heads.register_forward_hook(lambda _m, _i, out: kept.extend(out))
     loss, _ = model(batch, noise)
-    gradients = torch.autograd.grad(loss, kept, allow_unused=True)  # of the cells' and of their mixtures' experts
+    gradients = torch.autograd.grad(
+        loss, kept, allow_unused=True
+    )  # of the cells' and of their mixtures' experts
     for gradient in (g for g in gradients if g is not None):
         assert (gradient[..., model.model.aligned :] == 0).all()
         assert (gradient[..., : model.model.aligned] != 0).any()
@@ -293,13 +337,15 @@ def test_the_joint_likelihood_trains_the_private_dimensions_of_what_was_observed
     foreign = ~torch.eye(K, dtype=torch.bool)
     for gradient in torch.autograd.grad(loss, kept):  # of means, of log-variances
         private = gradient[..., model.model.aligned :]  # (B, K source, K target, .)
-        assert (own(private)[batch.observed] != 0).any(-1).all()
-        assert (own(private)[~batch.observed] == 0).all()
+        assert (select_own_latent(private)[batch.observed] != 0).any(-1).all()
+        assert (select_own_latent(private)[~batch.observed] == 0).all()
         assert (private[:, foreign] == 0).all()
 
 
 def test_private_dimensions_are_as_many_in_each_member() -> None:
-    assert ModelConfig(latent=20, private=0.25, trunk={"members": 4}).n_private == 4  # of each member's 5, one
+    assert (
+        ModelConfig(latent=20, private=0.25, trunk={"members": 4}).n_private == 4
+    )  # of each member's 5, one
     assert ModelConfig(latent=8, private=0.25, trunk={"members": 4}).n_private == 0
     assert ModelConfig(latent=64, trunk={"members": 4}).n_private == 16
 
@@ -325,7 +371,9 @@ def test_an_embedding_of_a_cell_does_not_follow_from_the_cells_beside_it() -> No
     for cell in range(B):
         rows = {m: (o.rows == cell).nonzero()[:, 0] for m, o in batch.modalities.items()}
         modalities = {
-            m: Observed(torch.zeros(len(at), dtype=torch.int64), o.counts[at], torch.arange(len(at)))
+            m: ObservedModality(
+                torch.zeros(len(at), dtype=torch.int64), o.counts[at], torch.arange(len(at))
+            )
             for (m, o), at in zip(batch.modalities.items(), rows.values(), strict=True)
         }
         one = Batch(batch.observed[cell : cell + 1], batch.batch_code[cell : cell + 1], modalities)
@@ -342,12 +390,21 @@ def test_a_single_modality_has_nothing_private() -> None:
 
 def test_dispersions_learn_faster_and_biases_do_not_decay() -> None:
     config = Config(model={"trunk": {"projection_lr": 0.5}}, train={"weight_decay": 0.1})
-    specs = {"counts": ModalitySpec(6, "log", "nb", None), "reals": ModalitySpec(6, "none", "normal", None)}
+    specs = {
+        "counts": ModalitySpec(6, "log", "nb", None),
+        "reals": ModalitySpec(6, "none", "normal", None),
+    }
     model = CLUE(specs, 1, config.model)
-    groups = {id(p): g for g in parameter_groups(model, config) for p in g["params"]}
-    found = {n: (groups[id(p)]["lr_scale"], groups[id(p)]["weight_decay"]) for n, p in model.named_parameters()}
+    groups = {id(p): g for g in group_parameters(model, config) for p in g["params"]}
+    found = {
+        n: (groups[id(p)]["lr_scale"], groups[id(p)]["weight_decay"])
+        for n, p in model.named_parameters()
+    }
     assert found["decoders.0.theta.weight"] == (10.0, 0.0)
-    assert found["decoders.1.theta.weight"] == (1.0, 0.0)  # a standard deviation starts at its value
+    assert found["decoders.1.theta.weight"] == (
+        1.0,
+        0.0,
+    )  # a standard deviation starts at its value
     assert found["decoders.0.rate.weight"] == (1.0, 0.1)
     assert found["decoders.0.rate.bias"] == (1.0, 0.0)
     assert found["trunks.0.projection.weight"] == (0.5, 0.1)
@@ -358,7 +415,7 @@ def test_dispersions_learn_faster_and_biases_do_not_decay() -> None:
 @pytest.mark.parametrize("shared", [True, False])
 def test_heads_are_the_grid_of_separate_encoders(shared: bool) -> None:
     members, d = 2, D // 2
-    heads = Heads(K, members, 8, D, shared)
+    heads = CrossEncoderHeads(K, members, 8, D, shared)
     targets = K if shared else 1  # of one network
     h = draw(K, members * K // targets, B, 8)
     mean, log_var = heads(h)
@@ -368,7 +425,9 @@ def test_heads_are_the_grid_of_separate_encoders(shared: bool) -> None:
         weight = heads.weight[network].view(8, targets, 2, d)[:, j % targets]
         bias = heads.bias[network].view(targets, 2, d)[j % targets]
         its = slice(m, None, members)  # what this member says of z_j
-        torch.testing.assert_close(mean[:, k, j, its], h[k, i] @ weight[:, 0] + bias[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            mean[:, k, j, its], h[k, i] @ weight[:, 0] + bias[0], rtol=1e-4, atol=1e-5
+        )
         want = (h[k, i] @ weight[:, 1] + bias[1]).clamp(-8, 8)
         torch.testing.assert_close(log_var[:, k, j, its], want, rtol=1e-4, atol=1e-5)
 
@@ -378,11 +437,14 @@ def test_parameters_grow_as_k_in_the_wide_layers_and_as_k_squared_only_in_the_he
     for k in (1, 3):
         model, _, _ = small_model(k)
         sizes[k] = {
-            p: sum(x.numel() for x in getattr(model.model, p).parameters()) for p in ("trunks", "decoders", "heads")
+            p: sum(x.numel() for x in getattr(model.model, p).parameters())
+            for p in ("trunks", "decoders", "heads")
         }
     assert sizes[3]["trunks"] == 3 * sizes[1]["trunks"]
     wide = [  # K separate encoders instead of one trunk: the wide layers too grow as K^2
-        sum(x.numel() for m in model.model.names for x in model.model.trunk(m).ensemble.parameters())
+        sum(
+            x.numel() for m in model.model.names for x in model.model.trunk(m).ensemble.parameters()
+        )
         for model in (small_model(k, shared=False)[0] for k in (1, 3))
     ]
     assert wide[1] == 9 * wide[0]
@@ -432,14 +494,22 @@ def test_contrast_compares_mixtures_of_pairs() -> None:
     def batch_of(x: dict[str, Tensor]) -> Batch:
         rows = [observed[:, i].nonzero()[:, 0] for i in range(K)]
         paired = [(observed.sum(1) > 1)[r].nonzero()[:, 0] for r in rows]
-        modalities = {m: Observed(r, x[m][r], p) for m, r, p in zip(x, rows, paired, strict=True)}
+        modalities = {
+            m: ObservedModality(r, x[m][r], p) for m, r, p in zip(x, rows, paired, strict=True)
+        }
         return Batch(observed, torch.zeros(B, dtype=torch.int64), modalities)
 
-    out = model.model(batch_of(x), Noise(0, 0, share, 1), decode_self=False, decode_cross=False, mixup="any")
+    out = model.model(
+        batch_of(x), Noise(0, 0, share, 1), decode_self=False, decode_cross=False, mixup="any"
+    )
     assert out.contrast.shape == (2, B, K, K * D // 2)
     partner, own = Noise(0, 0, share, 1).mixing()
-    want = model.model.encode(batch_of({m: own * v + (1 - own) * v[partner] for m, v in x.items()})).mean
-    want = want.view(B, K, K, D // 2, 2).permute(4, 0, 1, 2, 3).flatten(3)  # the projection is linear
+    want = model.model.encode(
+        batch_of({m: own * v + (1 - own) * v[partner] for m, v in x.items()})
+    ).mean
+    want = (
+        want.view(B, K, K, D // 2, 2).permute(4, 0, 1, 2, 3).flatten(3)
+    )  # the projection is linear
     used = observed & (observed.sum(1) > 1)[:, None]
     torch.testing.assert_close(out.contrast[:, used], want[:, used])
 

@@ -12,13 +12,19 @@ from hypothesis import strategies as st
 
 from clue_dist.data.batch import Batch
 from clue_dist.data.loader import Loader
-from clue_dist.data.plan import Plan
+from clue_dist.data.plan import CellPlan
 from clue_dist.store.reader import Store
 from tests.stores import make_store
 
 BLOCK = 4
 CELLS = {"rna+place": 61, "place": 37}
-WORLDS = {1: (1,), 2: (1, 2), 3: (1, 3), 4: (1, 2, 4), 6: (2, 3, 6)}  # lanes -> numbers of ranks that divide them
+WORLDS = {
+    1: (1,),
+    2: (1, 2),
+    3: (1, 3),
+    4: (1, 2, 4),
+    6: (2, 3, 6),
+}  # lanes -> numbers of ranks that divide them
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +35,14 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 @st.composite
-def plans(draw: st.DrawFn) -> tuple[Plan, int]:
+def plans(draw: st.DrawFn) -> tuple[CellPlan, int]:
     """A plan that draws from some or all cells of each stratum, as hold-out makes it, and a number of ranks."""
     lanes = draw(st.sampled_from(sorted(WORLDS)))
     sizes = {s: draw(st.integers(1, n)) for s, n in CELLS.items()}
     share = {s: lanes * draw(st.integers(1, 4)) for s in CELLS}
-    plan = Plan(draw(st.integers(0, 2**63)), sizes, share, lanes, draw(st.integers(1, 4)), BLOCK)
+    plan = CellPlan(
+        draw(st.integers(0, 2**63)), sizes, share, lanes, draw(st.integers(1, 4)), BLOCK
+    )
     return plan, draw(st.sampled_from(WORLDS[lanes]))
 
 
@@ -51,13 +59,17 @@ def places(store: Store, batch: Batch, rank_share: dict[str, int]) -> dict[str, 
     return out
 
 
-def served(store: Store, plan: Plan, first: int, steps: int, rank: int, world: int) -> Iterator[dict[str, np.ndarray]]:
+def served(
+    store: Store, plan: CellPlan, first: int, steps: int, rank: int, world: int
+) -> Iterator[dict[str, np.ndarray]]:
     with Loader(store, plan, rank=rank, world=world, first=first, prefetch=1) as loader:
         for batch in islice(loader, steps):
             yield places(store, batch, {s: n // world for s, n in plan.share.items()})
 
 
-def global_batches(store: Store, plan: Plan, first: int, steps: int, world: int) -> dict[str, np.ndarray]:
+def global_batches(
+    store: Store, plan: CellPlan, first: int, steps: int, world: int
+) -> dict[str, np.ndarray]:
     """Cells of every stratum in batches `first` on, (steps, N_s), each rank's put where it belongs."""
     out = {s: np.full((steps, n), -1) for s, n in plan.share.items()}
     for rank in range(world):
@@ -76,17 +88,19 @@ def equal(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> None:
 @given(plans(), st.integers(0, 10**9), st.integers(1, 5))
 @settings(max_examples=40, deadline=None)
 def test_ranks_together_serve_the_plans_batches_from_any_step(
-    store: Store, chosen: tuple[Plan, int], first: int, steps: int
+    store: Store, chosen: tuple[CellPlan, int], first: int, steps: int
 ) -> None:
     plan, world = chosen
-    want = {s: np.stack([plan.cells(t, s) for t in range(first, first + steps)]) for s in plan.share}
+    want = {
+        s: np.stack([plan.cells(t, s) for t in range(first, first + steps)]) for s in plan.share
+    }
     equal(global_batches(store, plan, first, steps, world), want)
 
 
 @given(plans(), st.data())
 @settings(max_examples=40, deadline=None)
 def test_a_run_resumed_on_other_ranks_serves_what_one_run_through_does(
-    store: Store, chosen: tuple[Plan, int], data: st.DataObject
+    store: Store, chosen: tuple[CellPlan, int], data: st.DataObject
 ) -> None:
     """And the run through serves every cell once in each pass of its stratum."""
     plan, world = chosen

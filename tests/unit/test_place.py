@@ -14,7 +14,9 @@ from clue_dist.store.reader import Store
 from tests.stores import make_store
 
 
-@pytest.mark.parametrize(("number", "code"), [(errno.EIO, LOST), (errno.ESTALE, LOST), (errno.EACCES, 2)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(errno.EIO, LOST), (errno.ESTALE, LOST), (errno.EACCES, 2)]
+)
 def test_what_the_system_says_of_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
 ) -> None:
@@ -30,7 +32,9 @@ def test_what_the_system_says_of_a_file(
     assert told.value.exit_code == code
 
 
-@pytest.mark.parametrize(("number", "code"), [(errno.EIO, LOST), (errno.ETIMEDOUT, LOST), (errno.EMFILE, 2)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(errno.EIO, LOST), (errno.ETIMEDOUT, LOST), (errno.EMFILE, 2)]
+)
 def test_what_tensorstore_says_of_it(tmp_path: Path, number: int, code: int) -> None:
     """Its words, with the number of another error in the place of the one that can be brought about here."""
     root = make_store(tmp_path / "s.zarr", cells={"rna": 30}, features={"rna": 10}).root
@@ -45,4 +49,4 @@ def test_what_tensorstore_says_of_it(tmp_path: Path, number: int, code: int) -> 
     said = str(met.value)
     assert f"os_error_code='{int(errno.EMFILE)}'" in said
     error = ValueError(said.replace(f"'{int(errno.EMFILE)}'", f"'{int(number)}'"))
-    assert location.failed(error, root, "what", where="here").exit_code == code
+    assert location.translate_read_error(error, root, "what", where="here").exit_code == code

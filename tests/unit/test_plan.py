@@ -7,12 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clue_dist.data.plan import Plan, shares, weights
+from clue_dist.data.plan import CellPlan, share_slots, weigh_strata
 from clue_dist.errors import ConfigError
-from clue_dist.store.shuffle import key_of, permute
+from clue_dist.store.shuffle import derive_key, permute_positions
 
 plans = st.builds(
-    lambda seed, n, lanes, per_lane, window, block: Plan(seed, {"s": n}, {"s": lanes * per_lane}, lanes, window, block),
+    lambda seed, n, lanes, per_lane, window, block: CellPlan(
+        seed, {"s": n}, {"s": lanes * per_lane}, lanes, window, block
+    ),
     st.integers(0, 2**31),
     st.integers(1, 700),
     st.sampled_from([1, 2, 4, 6]),
@@ -22,13 +24,13 @@ plans = st.builds(
 )
 
 
-def sequence(plan: Plan, first: int, steps: int) -> np.ndarray:
+def sequence(plan: CellPlan, first: int, steps: int) -> np.ndarray:
     return np.concatenate([plan.cells(t, "s") for t in range(first, first + steps)])
 
 
 @given(plans)
 @settings(max_examples=60, deadline=None)
-def test_every_pass_covers_every_cell_exactly_once(plan: Plan) -> None:
+def test_every_pass_covers_every_cell_exactly_once(plan: CellPlan) -> None:
     n = plan.sizes["s"]
     steps = -(-3 * n // plan.share["s"])
     order = sequence(plan, 0, steps)
@@ -38,47 +40,57 @@ def test_every_pass_covers_every_cell_exactly_once(plan: Plan) -> None:
 
 @given(plans, st.integers(10**9, 10**12))
 @settings(max_examples=60, deadline=None)
-def test_a_far_pass_covers_every_cell_once_and_needs_no_history(plan: Plan, far: int) -> None:
+def test_a_far_pass_covers_every_cell_once_and_needs_no_history(plan: CellPlan, far: int) -> None:
     n, share = plan.sizes["s"], plan.share["s"]
     permuted: list[int] = []
 
     def counting(i: np.ndarray, *args: Any) -> np.ndarray:
         permuted.append(np.size(i))
-        return permute(i, *args)
+        return permute_positions(i, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("clue_dist.data.plan.permute", counting)
+        patch.setattr("clue_dist.data.plan.permute_positions", counting)
         order = plan.cells(far * n, "s", -(-n // share))  # here pass far * share begins
     assert sorted(order[:n]) == list(range(n))
-    assert sum(permuted) <= 2 * len(order)  # its place in a window or lot, its block in the pass: nothing before it
+    assert sum(permuted) <= 2 * len(
+        order
+    )  # its place in a window or lot, its block in the pass: nothing before it
 
 
 @given(plans, st.integers(0, 200), st.integers(1, 9))
 @settings(max_examples=60, deadline=None)
-def test_steps_planned_together_are_those_planned_one_by_one(plan: Plan, first: int, steps: int) -> None:
+def test_steps_planned_together_are_those_planned_one_by_one(
+    plan: CellPlan, first: int, steps: int
+) -> None:
     np.testing.assert_array_equal(plan.cells(first, "s", steps), sequence(plan, first, steps))
 
 
 def test_passes_and_seeds_differ() -> None:
-    plan = Plan(0, {"s": 512}, {"s": 64}, 4, 2, 16)
+    plan = CellPlan(0, {"s": 512}, {"s": 64}, 4, 2, 16)
     first, second = sequence(plan, 0, 8), sequence(plan, 8, 8)
     assert (first != second).mean() > 0.9
-    assert (sequence(Plan(1, {"s": 512}, {"s": 64}, 4, 2, 16), 0, 8) != first).mean() > 0.9
+    assert (sequence(CellPlan(1, {"s": 512}, {"s": 64}, 4, 2, 16), 0, 8) != first).mean() > 0.9
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_ranks_decode_separate_blocks_in_full_spans(world: int) -> None:
-    plan = Plan(0, {"s": 4096}, {"s": 64}, 4, 4, 16)  # a span is 4 lanes x 4 blocks x 16 cells = 256
-    blocks = [set((sequence(plan, 0, 4).reshape(-1, 64)[:, r::world] // 16).ravel()) for r in range(world)]
+    plan = CellPlan(
+        0, {"s": 4096}, {"s": 64}, 4, 4, 16
+    )  # a span is 4 lanes x 4 blocks x 16 cells = 256
+    blocks = [
+        set((sequence(plan, 0, 4).reshape(-1, 64)[:, r::world] // 16).ravel()) for r in range(world)
+    ]
     assert sum(len(b) for b in blocks) == len(set.union(*blocks)) == 16
 
 
 def test_a_batch_is_as_mixed_as_independent_draws() -> None:
     # Cells 0..n/2 are one "plate": its share of a batch must vary as in draws without replacement, not more.
     n, size = 64 * 512, 256
-    plan = Plan(3, {"s": n}, {"s": size}, 8, 16, 64)
+    plan = CellPlan(3, {"s": n}, {"s": size}, 8, 16, 64)
     rng = np.random.default_rng(0)
-    plate = rng.permutation(n) < n // 2  # the store is shuffled: any plate is spread over the blocks
+    plate = (
+        rng.permutation(n) < n // 2
+    )  # the store is shuffled: any plate is spread over the blocks
     got = np.array([plate[plan.cells(t, "s")].mean() for t in range(n // size)])
     expected = (0.25 / size) ** 0.5
     assert 0.7 * expected < got.std() < 1.3 * expected
@@ -86,7 +98,7 @@ def test_a_batch_is_as_mixed_as_independent_draws() -> None:
 
 
 def test_shares_divide_into_lanes_and_leave_no_stratum_out() -> None:
-    got = shares(512, 8, {"a": 5, "b": 1, "c": 0.001})
+    got = share_slots(512, 8, {"a": 5, "b": 1, "c": 0.001})
     assert sum(got.values()) == 512
     assert all(n % 8 == 0 and n >= 8 for n in got.values())
     assert got["a"] > 4 * got["b"]
@@ -94,33 +106,44 @@ def test_shares_divide_into_lanes_and_leave_no_stratum_out() -> None:
 
 def test_too_small_a_batch_shows_the_arithmetic() -> None:
     with pytest.raises(ConfigError, match=r"16 cells / 8 lanes = 2 slots for 3 strata"):
-        shares(16, 8, {"a": 1, "b": 1, "c": 1})
+        share_slots(16, 8, {"a": 1, "b": 1, "c": 1})
     with pytest.raises(ConfigError, match=r"30 % 4 = 2"):
-        Plan(0, {"s": 100}, {"s": 30}, 4, 2, 16)
+        CellPlan(0, {"s": 100}, {"s": 30}, 4, 2, 16)
 
 
 def test_weights_give_paired_cells_their_share() -> None:
-    got = weights({"p": 100, "q": 300, "u": 600}, {"p": True, "q": True, "u": False}, 0.5, 64)
+    got = weigh_strata({"p": 100, "q": 300, "u": 600}, {"p": True, "q": True, "u": False}, 0.5, 64)
     assert got["p"] + got["q"] == pytest.approx(0.5)
     assert got["q"] == pytest.approx(3 * got["p"])
-    assert weights({"u": 10, "v": 30}, {"u": False, "v": False}, "auto", 64) == {"u": 10.0, "v": 30.0}
+    assert weigh_strata({"u": 10, "v": 30}, {"u": False, "v": False}, "auto", 64) == {
+        "u": 10.0,
+        "v": 30.0,
+    }
 
 
 @pytest.mark.parametrize(
     ("pairs", "single", "share"),
-    [(4000, 4000, 0.8), (3000, 7000, 0.6), (1000, 9000, 0.5), (200, 9800, 100 / 512), (20, 9980, 10 / 512)],
+    [
+        (4000, 4000, 0.8),
+        (3000, 7000, 0.6),
+        (1000, 9000, 0.5),
+        (200, 9800, 100 / 512),
+        (20, 9980, 10 / 512),
+    ],
 )
-def test_auto_favours_pairs_but_takes_half_of_them_at_most(pairs: int, single: int, share: float) -> None:
-    got = weights({"p": pairs, "u": single}, {"p": True, "u": False}, "auto", 512)
+def test_auto_favours_pairs_but_takes_half_of_them_at_most(
+    pairs: int, single: int, share: float
+) -> None:
+    got = weigh_strata({"p": pairs, "u": single}, {"p": True, "u": False}, "auto", 512)
     assert got == pytest.approx({"p": share, "u": 1 - share})
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**63))
 @settings(max_examples=60, deadline=None)
 def test_permute_is_a_bijection(n: int, key: int) -> None:
-    assert sorted(permute(np.arange(n), n, key)) == list(range(n))
+    assert sorted(permute_positions(np.arange(n), n, key)) == list(range(n))
 
 
 def test_permute_spreads_evenly() -> None:
-    first = [int(permute(np.array([0]), 7, key_of("k", i))[0]) for i in range(7000)]
+    first = [int(permute_positions(np.array([0]), 7, derive_key("k", i))[0]) for i in range(7000)]
     assert np.bincount(first, minlength=7).min() > 850

@@ -11,18 +11,32 @@ import pytest
 import scipy.sparse as sp
 
 from clue_dist.errors import DataError, StoreError
-from clue_dist.kinds import kind_of
+from clue_dist.kinds import infer_kind
 from data_prep.conversion import cells, strata
-from data_prep.convert import report
-from data_prep.readers.source import Codes
-from tests.unit.prep_helpers import anndata_of, build, codes_of, frame, held, same, write_h5ad, write_h5mu
+from data_prep.convert import format_conversion
+from data_prep.readers.source import CategoryCodes
+from tests.unit.prep_helpers import (
+    anndata_of,
+    build,
+    codes_of,
+    frame,
+    held,
+    same,
+    write_h5ad,
+    write_h5mu,
+)
 
 
 def test_cells_join_by_barcode_into_strata(tmp_path: Path) -> None:
     whole = {"rna": frame(60, 20), "adt": frame(60, 5, 1, "p"), "atac": frame(60, 30, 2, "k")}
-    parts = {"rna": whole["rna"].iloc[:40], "adt": whole["adt"].iloc[10:50], "atac": whole["atac"].iloc[30:]}
+    parts = {
+        "rna": whole["rna"].iloc[:40],
+        "adt": whole["adt"].iloc[10:50],
+        "atac": whole["atac"].iloc[30:],
+    }
     given = [
-        f"{m}={write_h5ad(tmp_path / f'{m}.h5ad', part.sample(frac=1, random_state=3))}" for m, part in parts.items()
+        f"{m}={write_h5ad(tmp_path / f'{m}.h5ad', part.sample(frac=1, random_state=3))}"
+        for m, part in parts.items()
     ]
     store = build(tmp_path / "s.zarr", *given, block_cells=4)
     sizes = {name: s.n_cells for name, s in store.manifest.strata.items()}
@@ -33,7 +47,10 @@ def test_cells_join_by_barcode_into_strata(tmp_path: Path) -> None:
 
 def test_order_is_shuffled_by_the_seed_and_blind_to_the_order_of_files(tmp_path: Path) -> None:
     counts = frame(200, 20)
-    a, b = (write_h5ad(tmp_path / f"{n}.h5ad", part) for n, part in (("a", counts[:100]), ("b", counts[100:])))
+    a, b = (
+        write_h5ad(tmp_path / f"{n}.h5ad", part)
+        for n, part in (("a", counts[:100]), ("b", counts[100:]))
+    )
     first = build(tmp_path / "1.zarr", f"rna={a}", f"rna={b}")
     again = build(tmp_path / "2.zarr", f"rna={b}", f"rna={a}")
     other = build(tmp_path / "3.zarr", f"rna={a}", f"rna={b}", seed=1)
@@ -42,7 +59,9 @@ def test_order_is_shuffled_by_the_seed_and_blind_to_the_order_of_files(tmp_path:
     assert abs(np.corrcoef(order, np.arange(200))[0, 1]) < 0.2
 
 
-def test_cells_joined_range_by_range_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cells_joined_range_by_range_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rna, adt = frame(300, 20), frame(300, 5, 1, "p")
     tables = {"rna": anndata_of(rna[:250], donor=["x", "y"] * 125), "adt": anndata_of(adt[100:])}
     path, columns = str(write_h5mu(tmp_path / "m.h5mu", **tables)), {"batch": "donor"}
@@ -97,8 +116,12 @@ def test_a_barcode_twice_in_one_file(tmp_path: Path) -> None:
         (2.0**24 + 2, "16777216 cannot"),
     ],
 )
-@pytest.mark.parametrize("form", [sp.csr_matrix, sp.csc_matrix, np.asarray], ids=["csr", "csc", "dense"])
-def test_values_that_are_no_counts(tmp_path: Path, value: float, message: str, form: object) -> None:
+@pytest.mark.parametrize(
+    "form", [sp.csr_matrix, sp.csc_matrix, np.asarray], ids=["csr", "csc", "dense"]
+)
+def test_values_that_are_no_counts(
+    tmp_path: Path, value: float, message: str, form: object
+) -> None:
     counts = frame(30, 12).astype(float)
     counts.iloc[17, 5] = value
     path = write_h5ad(tmp_path / "a.h5ad", counts, form, "float64")
@@ -112,13 +135,25 @@ def test_empty_cells_lose_the_modality_or_go(tmp_path: Path) -> None:
     rna, adt = frame(40, 10), frame(40, 4, 1, "p")
     rna.iloc[:10] = 0
     adt.iloc[5:15] = 0
-    store = build(tmp_path / "s.zarr", str(write_h5mu(tmp_path / "m.h5mu", rna=anndata_of(rna), adt=anndata_of(adt))))
-    assert {n: s.n_cells for n, s in store.manifest.strata.items()} == {"rna": 5, "adt": 5, "rna+adt": 25}
+    store = build(
+        tmp_path / "s.zarr",
+        str(write_h5mu(tmp_path / "m.h5mu", rna=anndata_of(rna), adt=anndata_of(adt))),
+    )
+    assert {n: s.n_cells for n, s in store.manifest.strata.items()} == {
+        "rna": 5,
+        "adt": 5,
+        "rna+adt": 25,
+    }
     same(held(store, "rna"), rna[10:])
     same(held(store, "adt"), adt[(adt.sum(axis=1) > 0)])
-    assert store.manifest.provenance["cells"] == {"in": 40, "dropped": 5, "without_batch": 35, "without_label": 35}
+    assert store.manifest.provenance["cells"] == {
+        "in": 40,
+        "dropped": 5,
+        "without_batch": 35,
+        "without_label": 35,
+    }
     assert [item["empty"] for item in store.manifest.provenance["inputs"]] == [10, 10]
-    assert "dropped: 5 cells" in report(store.manifest)
+    assert "dropped: 5 cells" in format_conversion(store.manifest)
     with pytest.raises(DataError, match="no cell has any count"):
         build(tmp_path / "x.zarr", f"rna={write_h5ad(tmp_path / 'z.h5ad', rna[:10])}")
 
@@ -129,7 +164,9 @@ def test_a_modality_without_any_counts_is_refused(tmp_path: Path) -> None:
         f"rna={write_h5ad(tmp_path / 'r.h5ad', rna)}",
         f"adt={write_h5ad(tmp_path / 'a.h5ad', adt * 0)}",
     ]
-    with pytest.raises(DataError, match=r"no cell has any counts in modality 'adt'\n  where: a\.h5ad"):
+    with pytest.raises(
+        DataError, match=r"no cell has any counts in modality 'adt'\n  where: a\.h5ad"
+    ):
         build(tmp_path / "s.zarr", *given)
     assert not list(tmp_path.glob("s.zarr*"))
 
@@ -149,7 +186,11 @@ def test_sparse_rows_out_of_form(tmp_path: Path) -> None:
     """Unsorted columns, an entry given twice (adding up past its type) and stored zeros."""
     path = write_h5ad(tmp_path / "a.h5ad", frame(2, 6), dtype="uint8")
     with h5py.File(path, "r+") as file:
-        for name, values in {"data": [200, 1, 100, 0, 7], "indices": [4, 2, 4, 1, 0], "indptr": [0, 3, 5]}.items():
+        for name, values in {
+            "data": [200, 1, 100, 0, 7],
+            "indices": [4, 2, 4, 1, 0],
+            "indptr": [0, 3, 5],
+        }.items():
             del file["X"][name]
             file["X"][name] = np.array(values, "uint8" if name == "data" else "int32")
     got = held(build(tmp_path / "s.zarr", f"rna={path}"), "rna").sort_index()
@@ -164,16 +205,26 @@ def test_modalities_must_agree_on_batch(tmp_path: Path) -> None:
     rna, adt = frame(20, 10), frame(20, 4, 1, "p")
     batches = ["b0", "b1"] * 10
     agree = [np.nan, "b1", "", *batches[3:]]
-    path = write_h5mu(tmp_path / "a.h5mu", rna=anndata_of(rna, batch=batches), adt=anndata_of(adt, batch=agree))
-    assert codes_of(build(tmp_path / "s.zarr", str(path)), "batch") == dict(zip(rna.index, batches, strict=True))
-    path = write_h5mu(tmp_path / "b.h5mu", rna=anndata_of(rna, batch=batches), adt=anndata_of(adt, batch=["b0"] * 20))
+    path = write_h5mu(
+        tmp_path / "a.h5mu", rna=anndata_of(rna, batch=batches), adt=anndata_of(adt, batch=agree)
+    )
+    assert codes_of(build(tmp_path / "s.zarr", str(path)), "batch") == dict(
+        zip(rna.index, batches, strict=True)
+    )
+    path = write_h5mu(
+        tmp_path / "b.h5mu",
+        rna=anndata_of(rna, batch=batches),
+        adt=anndata_of(adt, batch=["b0"] * 20),
+    )
     with pytest.raises(DataError, match="10 cells disagree on their batch") as caught:
         build(tmp_path / "x.zarr", str(path))
     assert "c1: 'b1' and 'b0'" in str(caught.value)
 
 
 def test_named_columns_must_exist(tmp_path: Path) -> None:
-    path = write_h5ad(tmp_path / "a.h5ad", frame(6, 5), donor=list("xxyyzz"), kind=[1.0, 1, 2, 2, np.nan, 3])
+    path = write_h5ad(
+        tmp_path / "a.h5ad", frame(6, 5), donor=list("xxyyzz"), kind=[1.0, 1, 2, 2, np.nan, 3]
+    )
     store = build(tmp_path / "s.zarr", f"rna={path}", columns={"batch": "donor", "label": "kind"})
     assert store.manifest.batches == ["x", "y", "z"]
     assert list(codes_of(store, "label").values()).count(None) == 1
@@ -189,11 +240,11 @@ def test_codes_of_any_column() -> None:
         pd.Categorical(["b", None, "a", ""]),
         np.array(["b", None, "a", np.nan], object),
     ):
-        codes = Codes.of(values)
+        codes = CategoryCodes.of(values)
         assert (codes.names, codes.codes.tolist()) == (["a", "b"], [1, -1, 0, -1])
-    assert Codes.of(np.array([2, 10, 2])).names == ["10", "2"]
-    assert Codes.of(np.array([1.5, np.nan])).names == ["1.5"]
-    assert Codes.of(np.array([True, False])).names == ["False", "True"]
+    assert CategoryCodes.of(np.array([2, 10, 2])).names == ["10", "2"]
+    assert CategoryCodes.of(np.array([1.5, np.nan])).names == ["1.5"]
+    assert CategoryCodes.of(np.array([True, False])).names == ["False", "True"]
 
 
 def test_kinds_from_names() -> None:
@@ -206,13 +257,13 @@ def test_kinds_from_names() -> None:
         "ATAC.peaks": "atac",
         "Dense": "dense",
     }
-    assert {name: kind_of(name, {}) for name in known} == known
+    assert {name: infer_kind(name, {}) for name in known} == known
     for name in ("ternary", "cite_rna", "methylation"):
         with pytest.raises(DataError, match=f"--kind {name}=rna"):
-            kind_of(name, {})
-    assert kind_of("methylation", {"methylation": "dense"}) == "dense"
+            infer_kind(name, {})
+    assert infer_kind("methylation", {"methylation": "dense"}) == "dense"
     with pytest.raises(DataError, match="unknown kind"):
-        kind_of("m", {"m": "denes"})
+        infer_kind("m", {"m": "denes"})
 
 
 # ---- features ----
@@ -233,15 +284,24 @@ def test_features_in_another_order_are_put_in_order(tmp_path: Path) -> None:
 
 def test_other_features_need_a_choice(tmp_path: Path) -> None:
     a, b = frame(20, 30), frame(20, 30, 1, cells="d").rename(columns={"g3": "new"})
-    given = [f"rna={write_h5ad(tmp_path / 'a.h5ad', a)}", f"rna={write_h5ad(tmp_path / 'b.h5ad', b)}"]
+    given = [
+        f"rna={write_h5ad(tmp_path / 'a.h5ad', a)}",
+        f"rna={write_h5ad(tmp_path / 'b.h5ad', b)}",
+    ]
     with pytest.raises(DataError, match=r"1 missing \(g3\); 1 extra \(new\)") as caught:
         build(tmp_path / "x.zarr", *given)
     assert "--features intersection" in str(caught.value)
     both = pd.concat([a, b]).fillna(0)
-    same(held(build(tmp_path / "i.zarr", *given, features=["intersection"]), "rna"), both.drop(columns=["g3", "new"]))
+    same(
+        held(build(tmp_path / "i.zarr", *given, features=["intersection"]), "rna"),
+        both.drop(columns=["g3", "new"]),
+    )
     union = build(tmp_path / "u.zarr", *given, features=["union"])
     same(held(union, "rna"), both)
-    assert [(i["features"]["missing"], i["features"]["extra"]) for i in union.manifest.provenance["inputs"]] == [
+    assert [
+        (i["features"]["missing"], i["features"]["extra"])
+        for i in union.manifest.provenance["inputs"]
+    ] == [
         (1, 0),
         (1, 0),
     ]
@@ -250,19 +310,22 @@ def test_other_features_need_a_choice(tmp_path: Path) -> None:
 def test_features_from_another_store(tmp_path: Path) -> None:
     first = anndata_of(frame(20, 10), batch=["b2", "b9"] * 10)
     train = build(
-        tmp_path / "t.zarr", str(write_h5mu(tmp_path / "t.h5mu", rna=first, adt=anndata_of(frame(20, 4, 1, "p"))))
+        tmp_path / "t.zarr",
+        str(write_h5mu(tmp_path / "t.h5mu", rna=first, adt=anndata_of(frame(20, 4, 1, "p")))),
     )
     assert train.manifest.batches == ["b2", "b9"]
     new = frame(30, 10, 2).rename(columns={"g2": "x1", "g5": "x2"}).iloc[:, ::-1]
     new.iloc[0] = 0
-    new.iloc[0, new.columns.get_loc("x1")] = 5  # counts only in a feature that is dropped: empty once aligned
+    new.iloc[0, new.columns.get_loc("x1")] = (
+        5  # counts only in a feature that is dropped: empty once aligned
+    )
     path = write_h5ad(tmp_path / "n.h5ad", new, batch=["a1", "b9", "b2"] * 10)
     query = build(tmp_path / "q.zarr", f"rna={path}", features_from=tmp_path / "t.zarr")
     expected = new.reindex(columns=train.manifest.modalities["rna"].features, fill_value=0)
     same(held(query, "rna"), expected[expected.sum(axis=1) > 0])
     assert query.manifest.modalities == {"rna": train.manifest.modalities["rna"]}
     assert query.manifest.batches == ["b2", "b9", "a1"]
-    told = report(query.manifest)
+    told = format_conversion(query.manifest)
     assert "2 features missing, become zero (g2, g5)" in told
     assert "2 features extra, are dropped (x2, x1)" in told
     assert "1 cells have no rna counts" in told
@@ -292,6 +355,10 @@ def test_types_fit_the_data(tmp_path: Path) -> None:
     path = write_h5mu(tmp_path / "m.h5mu", rna=anndata_of(rna), adt=anndata_of(adt))
     store = build(tmp_path / "s.zarr", str(path))
     packed = store.manifest.strata["rna+adt"].packed
-    assert (packed["rna"].bits, packed["rna"].rest_type, packed["adt"].values) == (2, "uint32", "uint32")
+    assert (packed["rna"].bits, packed["rna"].rest_type, packed["adt"].values) == (
+        2,
+        "uint32",
+        "uint32",
+    )
     same(held(store, "rna"), rna)
     same(held(store, "adt"), adt)

@@ -13,7 +13,7 @@ from clue_dist.errors import StoreError
 from clue_dist.store.manifest import Manifest
 from clue_dist.store.writer import hash_file
 from data_prep import inspect
-from data_prep.check import check
+from data_prep.check import check_store
 from tests.unit.prep_helpers import anndata_of, build, frame, write_h5mu
 
 REPO = Path(__file__).parents[2]
@@ -22,7 +22,10 @@ REPO = Path(__file__).parents[2]
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     rna, adt = frame(100, 40), frame(100, 8, 1, "p", density=0.9)
-    parts = {"rna": anndata_of(rna, batch="b"), "adt": anndata_of(adt[20:], cell_type=["T", "B"] * 40)}
+    parts = {
+        "rna": anndata_of(rna, batch="b"),
+        "adt": anndata_of(adt[20:], cell_type=["T", "B"] * 40),
+    }
     build(tmp_path / "s.zarr", str(write_h5mu(tmp_path / "in.h5mu", **parts)), block_cells=2)
     return tmp_path / "s.zarr"
 
@@ -35,7 +38,7 @@ def resign(root: Path, **changes: object) -> None:
 
 
 def test_a_sound_store(root: Path) -> None:
-    assert check(root) == []
+    assert check_store(root) == []
 
 
 def test_one_flipped_bit_in_any_shard(root: Path) -> None:
@@ -44,7 +47,7 @@ def test_one_flipped_bit_in_any_shard(root: Path) -> None:
         before = path.read_bytes()
         middle = len(before) // 2
         path.write_bytes(before[:middle] + bytes([before[middle] ^ 4]) + before[middle + 1 :])
-        assert check(root) == [f"{key}: content changed (sha256 differs)"]
+        assert check_store(root) == [f"{key}: content changed (sha256 differs)"]
         path.write_bytes(before)
 
 
@@ -65,7 +68,7 @@ def test_all_problems_are_listed(root: Path) -> None:
         f"{third}: a link",
         "strata/extra: not part of the store",
     }
-    assert set(check(root)) == expected
+    assert set(check_store(root)) == expected
 
 
 def test_damage_that_the_hashes_know(root: Path) -> None:
@@ -75,7 +78,7 @@ def test_damage_that_the_hashes_know(root: Path) -> None:
     data[len(data) // 3] ^= 1
     (root / key).write_bytes(bytes(data))
     resign(root)
-    (problem,) = check(root)
+    (problem,) = check_store(root)
     assert "missing or damaged" in problem
     assert "codes" in problem
 
@@ -84,7 +87,7 @@ def test_columns_outside_the_features(root: Path) -> None:
     modalities = Manifest.read(root).modalities
     short = modalities["rna"].model_copy(update={"features": modalities["rna"].features[:30]})
     resign(root, modalities={**modalities, "rna": short})
-    assert any("there are 30 features" in problem for problem in check(root))
+    assert any("there are 30 features" in problem for problem in check_store(root))
 
 
 def test_metadata_that_does_not_fit(root: Path) -> None:
@@ -92,13 +95,13 @@ def test_metadata_that_does_not_fit(root: Path) -> None:
     meta = json.loads(path.read_text())
     meta["data_type"] = "int8"
     path.write_text(json.dumps(meta))
-    assert any("does not fit the manifest" in problem for problem in check(root))
+    assert any("does not fit the manifest" in problem for problem in check_store(root))
     path.write_text("{")
-    assert any("cannot be opened" in problem for problem in check(root))
+    assert any("cannot be opened" in problem for problem in check_store(root))
 
 
 def test_what_inspect_tells(root: Path) -> None:
-    found = inspect.facts(root)
+    found = inspect.collect_facts(root)
     assert found["cells"] == 100
     assert {n: (s["cells"], s["paired"]) for n, s in found["strata"].items()} == {
         "rna": (20, False),
@@ -107,7 +110,7 @@ def test_what_inspect_tells(root: Path) -> None:
     assert found["modalities"]["rna"]["non_zeros"] == int((frame(100, 40) > 0).sum().sum())
     assert found["batches"] == {"b": 100}
     assert found["labels"] == {"B": 40, "T": 40, "(unknown)": 20}
-    text = inspect.text(found)
+    text = inspect.format_facts(found)
     for told in (
         "100 cells",
         "bytes per non-zero",
@@ -134,21 +137,29 @@ def test_the_command_line(root: Path) -> None:
     assert (missing.returncode, missing.stdout) == (2, "")
     assert missing.stderr.startswith("error: no store here")
     assert "Traceback" not in missing.stderr
-    assert command("convert", "x.h5mu", "--out", root.parent / "o.zarr", "--block-cells", "0").returncode == 2
+    assert (
+        command(
+            "convert", "x.h5mu", "--out", root.parent / "o.zarr", "--block-cells", "0"
+        ).returncode
+        == 2
+    )
 
 
 def test_nothing_to_check(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no store here"):
-        check(tmp_path)
+        check_store(tmp_path)
 
 
 def test_rows_that_are_not_coded_as_the_manifest_says(root: Path) -> None:
     stratum = Manifest.read(root).strata["rna+adt"]
     packed = stratum.packed | {"rna": stratum.packed["rna"].model_copy(update={"bits": 0})}
-    strata = {**Manifest.read(root).strata, "rna+adt": stratum.model_copy(update={"packed": packed})}
+    strata = {
+        **Manifest.read(root).strata,
+        "rna+adt": stratum.model_copy(update={"packed": packed}),
+    }
     resign(root, strata=strata, codec="fast")  # which compresses binary codes as it does others
     told = "lengths that do not fit the codes", "beyond the last"
-    assert any(words in problem for problem in check(root) for words in told)
+    assert any(words in problem for problem in check_store(root) for words in told)
 
 
 def test_metadata_and_what_the_fingerprint_leaves_out(root: Path) -> None:
@@ -160,11 +171,11 @@ def test_metadata_and_what_the_fingerprint_leaves_out(root: Path) -> None:
     (root / "strata/zarr.json").unlink()
     (root / "strata/rna/rna/rest/c/zarr.json").write_text("{}")
     assert Manifest.read(root).fingerprint == Manifest.model_validate_json(sound).fingerprint
-    assert check(root) == [
+    assert check_store(root) == [
         "manifest.json: changed after it was written, where its fingerprint does not see it",
         "strata/rna/rna/rest/c/zarr.json: not part of the store",
         f"strata/rna/zarr.json: {group.stat().st_size} bytes, expected {group.stat().st_size - 6}",
         "strata/zarr.json: missing",
     ]
     manifest.write_text(sound.replace(" ", "\t", 1))
-    assert check(root)[0].startswith("manifest.json: changed")
+    assert check_store(root)[0].startswith("manifest.json: changed")

@@ -21,13 +21,21 @@ from clue_dist.store import layout
 from clue_dist.store.manifest import Manifest
 from clue_dist.store.reader import Store
 from data_prep import convert as conversion
-from data_prep.check import check
+from data_prep.check import check_store
 from data_prep.cli.feature_choices import parse_choices
-from data_prep.cli.inputs import Asked, parse_inputs
-from data_prep.convert import Options, convert
+from data_prep.cli.inputs import ReadingOptions, parse_inputs
+from data_prep.convert import ConversionOptions, convert_inputs
 from data_prep.jobs import workers
-from data_prep.jobs.workers import pool
-from tests.unit.prep_helpers import anndata_of, build, frame, held, write_h5ad, write_h5mu, write_mtx
+from data_prep.jobs.workers import open_pool
+from tests.unit.prep_helpers import (
+    anndata_of,
+    build,
+    frame,
+    held,
+    write_h5ad,
+    write_h5mu,
+    write_mtx,
+)
 
 REPO = Path(__file__).parents[2]
 BLOCK = 4
@@ -52,7 +60,7 @@ def fatal(*args):
         if {name!r} == "hash_file":
             args[0].with_name("9.__lock").touch()  # as TensorStore leaves it when it is killed
         os.kill(os.getpid(), signal.SIGKILL)
-patch("data_prep.conversion.spool", "write", lambda *_: time.sleep(0.1))
+patch("data_prep.conversion.spool", "write_spool", lambda *_: time.sleep(0.1))
 patch("data_prep.features.selection", "_add", lambda *_: time.sleep(0.1))
 patch("data_prep.convert", "write_shard", lambda *_: time.sleep(0.1))
 patch({module!r}, {name!r}, fatal)
@@ -76,8 +84,19 @@ class Cluster:
         module, name = place.rsplit(".", 1)
         preload = self.folder / f"preload{len(self.processes)}.py"
         preload.write_text(PRELOAD.format(module=module, name=name, n=n))
-        here = ["--host", "127.0.0.1", "--no-nanny", "--nthreads", "1", "--no-dashboard", "--preload", str(preload)]
-        return self._start("dask_worker", self.address, *here, "--local-directory", str(self.folder))
+        here = [
+            "--host",
+            "127.0.0.1",
+            "--no-nanny",
+            "--nthreads",
+            "1",
+            "--no-dashboard",
+            "--preload",
+            str(preload),
+        ]
+        return self._start(
+            "dask_worker", self.address, *here, "--local-directory", str(self.folder)
+        )
 
     def wait_for(self, workers: int) -> None:
         import distributed
@@ -119,28 +138,36 @@ def _small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def given(tmp_path: Path) -> str:
     rna, adt = frame(500, 40), frame(500, 8, 1, "p", density=0.8)
-    return str(write_h5mu(tmp_path / "in.h5mu", rna=anndata_of(rna[:400]), adt=anndata_of(adt[100:])))
+    return str(
+        write_h5mu(tmp_path / "in.h5mu", rna=anndata_of(rna[:400]), adt=anndata_of(adt[100:]))
+    )
 
 
 def run(cluster: Cluster, given: list[str], out: Path, top: Sequence[str] = ()) -> Manifest:
-    inputs = parse_inputs(given, Asked())
+    inputs = parse_inputs(given, ReadingOptions())
     choices = parse_choices([source.modality for source in inputs], {}, top=top)
-    with pool(scheduler=cluster.address) as workers:
-        return convert(inputs, out, Options(block_cells=BLOCK, choices=choices), workers)
+    with open_pool(scheduler=cluster.address) as workers:
+        return convert_inputs(
+            inputs, out, ConversionOptions(block_cells=BLOCK, choices=choices), workers
+        )
 
 
 def test_workers_killed_in_mid_conversion_lose_nothing(
     tmp_path: Path, cluster: Cluster, steady: None, given: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One dies while features are chosen, one in the middle of a spool, one in the middle of a shard's arrays."""
-    places = {"numpy.savez": 2, "data_prep.conversion.spool.save": 14, "clue_dist.store.writer.hash_file": 10}
+    places = {
+        "numpy.savez": 2,
+        "data_prep.conversion.spool.save_array": 14,
+        "clue_dist.store.writer.hash_file": 10,
+    }
     victims = [cluster.worker(place, n) for place, n in places.items()]
     cluster.wait_for(4)
     stored = run(cluster, [given], tmp_path / "s.zarr", ["rna=20"])
     assert [victim.wait(30) for victim in victims] == [-signal.SIGKILL] * 3
     one = build(tmp_path / "one.zarr", given, block_cells=BLOCK, workers=1, top=["rna=20"])
     assert stored.fingerprint == one.fingerprint
-    assert check(tmp_path / "s.zarr") == []
+    assert check_store(tmp_path / "s.zarr") == []
     assert not (tmp_path / "s.zarr.partial").exists()
     told = capsys.readouterr().err
     for title in ("select rna (sums)", "select rna (clip)", "read", "write"):
@@ -153,19 +180,31 @@ def test_a_worker_killed_while_it_sorts_a_matrix_market(
 ) -> None:
     counts = frame(60, 40)
     kinds = ["Gene Expression"] * 30 + ["Antibody Capture"] * 10
-    folders = [f"{name}:{write_mtx(tmp_path / name, counts, kinds, seed=i)}" for i, name in enumerate("abc")]
-    victim = cluster.worker("data_prep.readers.sorted_entries.save", 3)  # two of a part's three files are there
+    folders = [
+        f"{name}:{write_mtx(tmp_path / name, counts, kinds, seed=i)}"
+        for i, name in enumerate("abc")
+    ]
+    victim = cluster.worker(
+        "data_prep.readers.sorted_entries.save_array", 3
+    )  # two of a part's three files are there
     cluster.wait_for(2)
     stored = run(cluster, folders, tmp_path / "s.zarr")
     assert victim.wait(30) == -signal.SIGKILL
-    assert stored.fingerprint == build(tmp_path / "one.zarr", *folders, block_cells=BLOCK, workers=1).fingerprint
+    assert (
+        stored.fingerprint
+        == build(tmp_path / "one.zarr", *folders, block_cells=BLOCK, workers=1).fingerprint
+    )
 
 
-def test_the_command_line_on_a_cluster(tmp_path: Path, cluster: Cluster, steady: None, given: str) -> None:
+def test_the_command_line_on_a_cluster(
+    tmp_path: Path, cluster: Cluster, steady: None, given: str
+) -> None:
     cluster.wait_for(1)
     command = [sys.executable, "-m", "data_prep", "convert", given, "--block-cells", str(BLOCK)]
     command += ["--scheduler", cluster.address, "--out", str(tmp_path / "s.zarr")]
-    ended = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120, check=False)
+    ended = subprocess.run(
+        command, cwd=REPO, capture_output=True, text=True, timeout=120, check=False
+    )
     assert ended.returncode == 0, ended.stderr
     assert re.search(r"read: 2 of 2, \d", ended.stderr)
     one = build(tmp_path / "one.zarr", given, block_cells=BLOCK, workers=1)
@@ -173,21 +212,26 @@ def test_the_command_line_on_a_cluster(tmp_path: Path, cluster: Cluster, steady:
     np.testing.assert_array_equal(held(Store(tmp_path / "s.zarr"), "rna"), held(one, "rna"))
 
 
-def test_a_mistake_in_the_inputs_is_told_across_processes(tmp_path: Path, cluster: Cluster, steady: None) -> None:
+def test_a_mistake_in_the_inputs_is_told_across_processes(
+    tmp_path: Path, cluster: Cluster, steady: None
+) -> None:
     bad = frame(500, 40).astype(float)
     bad.iloc[450, 2] = 0.5
     with pytest.raises(DataError, match="cell 'c450', feature 'g2'"):
         run(cluster, [f"rna={write_h5ad(tmp_path / 'bad.h5ad', bad)}"], tmp_path / "bad.zarr")
 
 
-def test_a_task_that_kills_every_worker(tmp_path: Path, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_that_kills_every_worker(
+    tmp_path: Path, given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As one does that needs more memory than they have."""
     monkeypatch.setenv("DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES", "0")
     cluster = Cluster(tmp_path)
     try:
-        cluster.worker("data_prep.conversion.cells.save", 1)
+        cluster.worker("data_prep.conversion.cells.save_array", 1)
         with pytest.raises(
-            StoreError, match=r"a task kills its workers\n.*\n  got: 1 workers died of it\n  fix: give each"
+            StoreError,
+            match=r"a task kills its workers\n.*\n  got: 1 workers died of it\n  fix: give each",
         ):
             run(cluster, [given], tmp_path / "s.zarr")
     finally:
@@ -209,7 +253,7 @@ def test_nobody_left_then_somebody_then_no_scheduler(
     cluster, out = Cluster(tmp_path), tmp_path / "s.zarr"
     told: list[str] = []
     try:
-        cluster.worker("data_prep.conversion.spool.save", 14)
+        cluster.worker("data_prep.conversion.spool.save_array", 14)
 
         def disturb() -> None:
             _until(lambda: _heard(capsys, told, "has no workers: waiting"))

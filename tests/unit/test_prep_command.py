@@ -25,27 +25,60 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("command", "told"),
     [
         (["convert", "rna=good.h5ad", "--out", "file/x.zarr"], "the folder cannot be made"),
-        (["convert", "rna=good.h5ad", "--out", "s3://bucket/x.zarr"], "got: s3://bucket/x.zarr\n  fix: write it to a"),
+        (
+            ["convert", "rna=good.h5ad", "--out", "s3://bucket/x.zarr"],
+            "got: s3://bucket/x.zarr\n  fix: write it to a",
+        ),
         (["convert", "rna=good.h5ad", "--out", ""], "the output needs a name"),
         (["convert", "rna=good.h5ad", "--out", "x" * 300], "a path that cannot be used"),
-        (["convert", "rna=good.h5ad", "--out", "x" * 250], "the folder cannot be made"),  # with .partial behind it
+        (
+            ["convert", "rna=good.h5ad", "--out", "x" * 250],
+            "the folder cannot be made",
+        ),  # with .partial behind it
         (["convert", f"rna={'x' * 300}", "--out", "x.zarr"], "a path that cannot be used"),
-        (["convert", "rna=good.h5ad", "--out", "x.zarr", "--features", "x" * 300], "a path that cannot be used"),
+        (
+            ["convert", "rna=good.h5ad", "--out", "x.zarr", "--features", "x" * 300],
+            "a path that cannot be used",
+        ),
         (["convert", "rna=good.h5ad", "--out", "/proc/x.zarr"], "the folder cannot be made"),
         (["convert", "rna=good.h5ad", "--out", "."], "the output needs a name"),
         (["convert", "rna=good.h5ad", "--out", "new/.."], "the output needs a name"),
-        (["convert", "rna=good.h5ad", "--out", "x.zarr", "--scheduler", "foo"], "expected: tcp://HOST:PORT"),
-        (["convert", "rna=good.h5ad", "--out", "x.zarr", "--layer", "rnaa=counts"], "no such modality"),
+        (
+            ["convert", "rna=good.h5ad", "--out", "x.zarr", "--scheduler", "foo"],
+            "expected: tcp://HOST:PORT",
+        ),
+        (
+            ["convert", "rna=good.h5ad", "--out", "x.zarr", "--layer", "rnaa=counts"],
+            "no such modality",
+        ),
         (["convert", "rna=good.h5ad", "--out", "x.zarr", "--kind", "foo=rna"], "no such modality"),
         (["convert", "", "--out", "x.zarr"], "not an input"),
-        (["convert", "rna=good.h5ad", "--out", "x.zarr", "--features", "genes.txt"], "no such choice of features"),
-        (["convert", "rna=good.h5ad", "--out", "x.zarr", "--top", "rna=5", "atac=5"], "no such modality"),
-        (["convert", "rna=good.h5ad", "--out", "x.zarr", "--feature-ids", "symbol"], "no file has the column of var"),
-        (["convert", "rna=good.h5ad", "--out", "x.zarr", "--barcodes", "rna"], "no input is a fragments file"),
-        (["convert", "atac=good.h5ad", "--out", "x.zarr", "--bins", "atac=5000"], "are not named as regions"),
+        (
+            ["convert", "rna=good.h5ad", "--out", "x.zarr", "--features", "genes.txt"],
+            "no such choice of features",
+        ),
+        (
+            ["convert", "rna=good.h5ad", "--out", "x.zarr", "--top", "rna=5", "atac=5"],
+            "no such modality",
+        ),
+        (
+            ["convert", "rna=good.h5ad", "--out", "x.zarr", "--feature-ids", "symbol"],
+            "no file has the column of var",
+        ),
+        (
+            ["convert", "rna=good.h5ad", "--out", "x.zarr", "--barcodes", "rna"],
+            "no input is a fragments file",
+        ),
+        (
+            ["convert", "atac=good.h5ad", "--out", "x.zarr", "--bins", "atac=5000"],
+            "are not named as regions",
+        ),
         (["simulate", "--out", "x.h5ad"], ".h5mu or .zarr"),
         (["simulate", "--out", "x"], ".h5mu or .zarr"),
-        (["simulate", "--out", "s3://bucket/x.zarr", "--cells", "20"], "only a folder can be written to"),
+        (
+            ["simulate", "--out", "s3://bucket/x.zarr", "--cells", "20"],
+            "only a folder can be written to",
+        ),
         (["simulate", "--out", "file/x.h5mu", "--cells", "20"], "the folder cannot be made"),
         (["simulate", "--out", "file/x.zarr", "--cells", "20"], "the folder cannot be made"),
         (["simulate", "--out", "x.zarr", "--seed", "-1"], "seed -1"),
@@ -55,7 +88,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_mistakes(
-    here: Path, command: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    here: Path,
+    command: list[str],
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["data_prep", *command])
     with pytest.raises(SystemExit) as ended:
@@ -65,9 +102,16 @@ def test_mistakes(
     assert sorted(p.name for p in here.iterdir()) == ["file", "good.h5ad"]
 
 
-def test_the_way_it_should_go(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for command in (["convert", "rna=good.h5ad"], ["simulate", "--cells", "20", "--modality", "rna:9", "adt:3"]):
-        monkeypatch.setattr(sys, "argv", ["data_prep", *command, "--out", f"new/{command[0]}.zarr", "--seed", "7"])
+def test_the_way_it_should_go(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in (
+        ["convert", "rna=good.h5ad"],
+        ["simulate", "--cells", "20", "--modality", "rna:9", "adt:3"],
+    ):
+        monkeypatch.setattr(
+            sys, "argv", ["data_prep", *command, "--out", f"new/{command[0]}.zarr", "--seed", "7"]
+        )
         with pytest.raises(SystemExit) as ended:
             run_main(main)
         assert ended.value.code == 0

@@ -14,9 +14,19 @@ import scipy.sparse as sp
 from clue_dist.errors import DataError, StoreError
 from data_prep import inspect
 from data_prep.cli.feature_choices import parse_choices
-from data_prep.options import Choice
-from data_prep.readers.genome_bins import along_genome, bins_of
-from tests.unit.prep_helpers import anndata_of, build, frame, held, same, write_10x, write_h5ad, write_h5mu, write_mtx
+from data_prep.options import FeatureChoice
+from data_prep.readers.genome_bins import bin_peaks, order_along_genome
+from tests.unit.prep_helpers import (
+    anndata_of,
+    build,
+    frame,
+    held,
+    same,
+    write_10x,
+    write_h5ad,
+    write_h5mu,
+    write_mtx,
+)
 
 
 def with_var(path: Path, counts: pd.DataFrame, **columns: object) -> str:
@@ -47,7 +57,7 @@ def test_a_list_decides_features_and_order(tmp_path: Path, zipped: bool) -> None
 def test_another_list_is_another_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given, path = f"rna={write_h5ad(tmp_path / 'a.h5ad', frame(20, 8))}", tmp_path / "genes.txt"
     with monkeypatch.context() as patch:
-        patch.setattr("data_prep.convert.commit", lambda *_: 1 / 0)
+        patch.setattr("data_prep.convert.commit_store", lambda *_: 1 / 0)
         path.write_text("g1\ng2\n")
         with pytest.raises(ZeroDivisionError):
             build(tmp_path / "s.zarr", given, features=[str(path)])
@@ -55,7 +65,9 @@ def test_another_list_is_another_job(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(StoreError, match="a change of features"):
         build(tmp_path / "s.zarr", given, features=[str(path)])
     path.write_text("g1\ng2\n")
-    assert build(tmp_path / "s.zarr", given, features=[str(path)]).manifest.modalities["rna"].features == ["g1", "g2"]
+    assert build(tmp_path / "s.zarr", given, features=[str(path)]).manifest.modalities[
+        "rna"
+    ].features == ["g1", "g2"]
 
 
 def test_each_modality_has_its_own_choice(tmp_path: Path) -> None:
@@ -68,7 +80,7 @@ def test_each_modality_has_its_own_choice(tmp_path: Path) -> None:
     store = build(tmp_path / "s.zarr", str(first), str(second), features=features)
     assert store.manifest.modalities["rna"].features == [g for g in rna.columns if g != "g1"]
     assert store.manifest.modalities["adt"].features == list(adt.columns)
-    told = inspect.text(inspect.facts(tmp_path / "s.zarr"))
+    told = inspect.format_facts(inspect.collect_facts(tmp_path / "s.zarr"))
     assert "  rna: intersection of its files\n  adt: union of its files\n" in told
 
 
@@ -91,8 +103,11 @@ def test_names_come_from_a_column_where_a_file_has_it(tmp_path: Path) -> None:
             assert told in str(caught.value)
     store = build(tmp_path / "s.zarr", a, b, ids=["rna=gene_ids"])
     same(held(store, "rna"), counts.set_axis(ids, axis=1))
-    assert [item["names"] for item in store.manifest.provenance["inputs"]] == ["gene_ids", "var_names"]
-    assert "named by gene_ids" in inspect.text(inspect.facts(tmp_path / "s.zarr"))
+    assert [item["names"] for item in store.manifest.provenance["inputs"]] == [
+        "gene_ids",
+        "var_names",
+    ]
+    assert "named by gene_ids" in inspect.format_facts(inspect.collect_facts(tmp_path / "s.zarr"))
     with pytest.raises(DataError, match="no file has the column of var asked for") as caught:
         build(tmp_path / "y.zarr", a, b, ids=["ensembl"])
     assert "columns: gene_ids, strand" in str(caught.value)
@@ -105,7 +120,9 @@ def test_files_that_name_few_genes_alike_are_refused(tmp_path: Path, together: s
     two = frame(20, 10, 1, cells="d").rename(columns={f"g{i}": f"ENSG0000{i}" for i in range(10)})
     one = one.rename(columns={"g8": "ENSG00008", "g9": "ENSG00009"})
     files = [f"rna={write_h5ad(tmp_path / f'{i}.h5ad', x)}" for i, x in enumerate((one, two))]
-    with pytest.raises(DataError, match=r"share 2 features alone(.|\n)*names(.|\n)*Ensembl ids(.|\n)*--feature-ids"):
+    with pytest.raises(
+        DataError, match=r"share 2 features alone(.|\n)*names(.|\n)*Ensembl ids(.|\n)*--feature-ids"
+    ):
         build(tmp_path / "s.zarr", *files, features=[together])
     versions = two.rename(columns={f: f"{f}.3" for f in two.columns})
     write_h5ad(tmp_path / "0.h5ad", versions.rename(index=lambda c: f"e{c}"))
@@ -129,7 +146,11 @@ def test_ids_of_10x(tmp_path: Path, form: str) -> None:
         path = write_mtx(tmp_path / "a", counts, ["Gene Expression"] * 3, zipped=False)
         lines = [f"{i}\t{n}\tGene Expression\n" for i, n in zip(counts.columns, names, strict=True)]
         (path / "features.tsv").write_text("".join(lines))
-    for ids, expected in (([], names), (["gene_ids"], list(counts.columns)), (["rna=gene_symbols"], names)):
+    for ids, expected in (
+        ([], names),
+        (["gene_ids"], list(counts.columns)),
+        (["rna=gene_symbols"], names),
+    ):
         store = build(tmp_path / f"{len(ids)}{expected[0]}{'='.join(ids)}.zarr", str(path), ids=ids)
         assert store.manifest.modalities["rna"].features == expected
 
@@ -137,44 +158,81 @@ def test_ids_of_10x(tmp_path: Path, form: str) -> None:
 def test_panels_without_overlap_may_be_united(tmp_path: Path) -> None:
     a, b = frame(10, 4, prefix="CD"), frame(10, 3, 1, "IG", "d")
     given = [f"adt={write_h5ad(tmp_path / f'{n}.h5ad', c)}" for n, c in (("a", a), ("b", b))]
-    same(held(build(tmp_path / "s.zarr", *given, features=["union"]), "adt"), pd.concat([a, b]).fillna(0))
+    same(
+        held(build(tmp_path / "s.zarr", *given, features=["union"]), "adt"),
+        pd.concat([a, b]).fillna(0),
+    )
 
 
 # ---- bins ----
 
 
 def test_bins_hold_the_middle_of_a_region() -> None:
-    names = ["chr1:999-1001", "chr1-999-1000", "chr1_0_10", "chrUn_KI270742v1_2000_2010", "2:5000-5900"]
-    expected = ["chr1:1000-2000", "chr1:0-1000", "chr1:0-1000", "chrUn_KI270742v1:2000-3000", "2:5000-6000"]
-    assert bins_of(names, 1000, "x") == expected
+    names = [
+        "chr1:999-1001",
+        "chr1-999-1000",
+        "chr1_0_10",
+        "chrUn_KI270742v1_2000_2010",
+        "2:5000-5900",
+    ]
+    expected = [
+        "chr1:1000-2000",
+        "chr1:0-1000",
+        "chr1:0-1000",
+        "chrUn_KI270742v1:2000-3000",
+        "2:5000-6000",
+    ]
+    assert bin_peaks(names, 1000, "x") == expected
     with pytest.raises(DataError, match="2 features are not named as regions") as caught:
-        bins_of([*names, "ATAD3A", "chr1:1000"], 1000, "peaks.h5ad")
+        bin_peaks([*names, "ATAD3A", "chr1:1000"], 1000, "peaks.h5ad")
     assert "got: ATAD3A, chr1:1000" in str(caught.value)
 
 
 def test_bins_lie_along_the_genome() -> None:
-    expected = ["chr1:0-10", "chr2:0-10", "chr2:90-100", "chr2:100-110", "chr10:0-10", "chrM:0-10", "chrX:0-10"]
-    assert along_genome(set(expected)) == expected
+    expected = [
+        "chr1:0-10",
+        "chr2:0-10",
+        "chr2:90-100",
+        "chr2:100-110",
+        "chr10:0-10",
+        "chrM:0-10",
+        "chrX:0-10",
+    ]
+    assert order_along_genome(set(expected)) == expected
 
 
 def test_files_with_other_peaks_meet_in_bins(tmp_path: Path) -> None:
     """Peaks of a bin are added up, past the type they are stored in."""
-    a = pd.DataFrame({"chr1:0-100": [200, 1], "chr1:300-500": [100, 0], "chr2:0-9": [0, 5]}, ["c0", "c1"])
+    a = pd.DataFrame(
+        {"chr1:0-100": [200, 1], "chr1:300-500": [100, 0], "chr2:0-9": [0, 5]}, ["c0", "c1"]
+    )
     b = pd.DataFrame({"chr1_950_1000": [3], "chr1_1000_1100": [4], "chr10_1_2": [7]}, ["d0"])
     for form in (sp.csr_matrix, sp.csc_matrix, np.asarray):
-        given = [f"atac={write_h5ad(tmp_path / f'{n}.h5ad', c, form, 'uint8')}" for n, c in (("a", a), ("b", b))]
+        given = [
+            f"atac={write_h5ad(tmp_path / f'{n}.h5ad', c, form, 'uint8')}"
+            for n, c in (("a", a), ("b", b))
+        ]
         with pytest.raises(DataError, match="share no feature"):
             build(tmp_path / "x.zarr", *given, features=["same"])
         store = build(tmp_path / f"{form.__name__}.zarr", *given, bins=["atac=1000"])
         names = ["chr1:0-1000", "chr1:1000-2000", "chr2:0-1000", "chr10:0-1000"]
         rows = [[300, 0, 0, 0], [1, 0, 5, 0], [3, 4, 0, 7]]
         same(held(store, "atac"), pd.DataFrame(rows, ["c0", "c1", "d0"], names))
-        assert inspect.facts(store.root)["modalities"]["atac"]["non_zeros"] == 6
-    assert "  atac: union of its files; bins of 1,000 bp\n" in inspect.text(inspect.facts(tmp_path / "asarray.zarr"))
-    new = build(tmp_path / "n.zarr", given[0], bins=["atac=1000"], features_from=tmp_path / "asarray.zarr")
+        assert inspect.collect_facts(store.root)["modalities"]["atac"]["non_zeros"] == 6
+    assert "  atac: union of its files; bins of 1,000 bp\n" in inspect.format_facts(
+        inspect.collect_facts(tmp_path / "asarray.zarr")
+    )
+    new = build(
+        tmp_path / "n.zarr", given[0], bins=["atac=1000"], features_from=tmp_path / "asarray.zarr"
+    )
     assert new.manifest.modalities["atac"].features == names
     with pytest.raises(DataError, match="bins need the same `--bins`"):
-        build(tmp_path / "m.zarr", given[0], bins=["atac=500"], features_from=tmp_path / "asarray.zarr")
+        build(
+            tmp_path / "m.zarr",
+            given[0],
+            bins=["atac=500"],
+            features_from=tmp_path / "asarray.zarr",
+        )
 
 
 @pytest.mark.parametrize("form", [sp.csr_matrix, sp.csc_matrix])
@@ -182,10 +240,15 @@ def test_an_entry_given_twice_adds_up_past_its_type(tmp_path: Path, form: type) 
     """CSC parts too are added up in a wider type than theirs."""
     twice = sp.coo_matrix((np.array([200, 100, 1], "uint8"), ([0, 0, 1], [1, 1, 0])), (2, 3))
     axis = twice.row if form is sp.csr_matrix else twice.col
-    order, starts = np.argsort(axis, kind="stable"), np.searchsorted(np.sort(axis), np.arange(4 - (axis is twice.row)))
+    order, starts = (
+        np.argsort(axis, kind="stable"),
+        np.searchsorted(np.sort(axis), np.arange(4 - (axis is twice.row))),
+    )
     other = twice.col if form is sp.csr_matrix else twice.row
     matrix = form((twice.data[order], other[order], starts), shape=(2, 3))
-    ad.AnnData(matrix, pd.DataFrame(index=["a", "b"]), pd.DataFrame(index=list("xyz"))).write_h5ad(tmp_path / "a.h5ad")
+    ad.AnnData(matrix, pd.DataFrame(index=["a", "b"]), pd.DataFrame(index=list("xyz"))).write_h5ad(
+        tmp_path / "a.h5ad"
+    )
     got = held(build(tmp_path / "s.zarr", f"rna={tmp_path / 'a.h5ad'}"), "rna").sort_index()
     assert got.to_numpy().tolist() == [[0, 300, 0], [1, 0, 0]]
 
@@ -215,13 +278,19 @@ def test_choices_that_make_no_sense(tmp_path: Path, flags: dict, told: str) -> N
     for name, text in {"LIST": "a\n", "TWICE": "a\nb\na\n", "EMPTY": "\n"}.items():
         (tmp_path / name).write_text(text)
         flags = {
-            k: [t.replace(name, str(tmp_path / name)) for t in v] if k == "features" else v for k, v in flags.items()
+            k: [t.replace(name, str(tmp_path / name)) for t in v] if k == "features" else v
+            for k, v in flags.items()
         }
     with pytest.raises(DataError, match=told):
         parse_choices(["rna", "adt", "atac"], {}, **flags)
 
 
 def test_choices() -> None:
-    found = parse_choices(["rna", "atac", "rna"], {}, ["union", "rna=same"], ["atac=500"], ["rna=9", "atac=8"])
-    assert found == {"rna": Choice("same", top=9), "atac": Choice("union", bins=500, top=8)}
+    found = parse_choices(
+        ["rna", "atac", "rna"], {}, ["union", "rna=same"], ["atac=500"], ["rna=9", "atac=8"]
+    )
+    assert found == {
+        "rna": FeatureChoice("same", top=9),
+        "atac": FeatureChoice("union", bins=500, top=8),
+    }
     assert parse_choices(["atac"], {}, bins=["atac=500"])["atac"].together == "union"

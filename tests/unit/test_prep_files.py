@@ -7,26 +7,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.jobs.whole_files import save, saved
+from data_prep.jobs.whole_files import load_array, save_array
 
 
 @pytest.mark.parametrize("shape", [(0,), (5,), (1,), (0, 3), (4, 3), (2, 1, 7)])
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "int64", "float32"])
-def test_what_was_saved_is_read_like_numpy_does(tmp_path: Path, shape: tuple[int, ...], dtype: str) -> None:
+def test_what_was_saved_is_read_like_numpy_does(
+    tmp_path: Path, shape: tuple[int, ...], dtype: str
+) -> None:
     values = np.random.default_rng(0).integers(0, 200, shape).astype(dtype)
-    save(tmp_path / "x.npy", values)
-    for got in (saved(tmp_path / "x.npy"), np.load(tmp_path / "x.npy")):
+    save_array(tmp_path / "x.npy", values)
+    for got in (load_array(tmp_path / "x.npy"), np.load(tmp_path / "x.npy")):
         np.testing.assert_array_equal(got, values)
         assert (got.dtype, got.shape) == (values.dtype, values.shape)
     with pytest.raises(ValueError, match="read-only"):
-        saved(tmp_path / "x.npy")[...] = 1
+        load_array(tmp_path / "x.npy")[...] = 1
 
 
 def test_another_file_is_not_taken_for_an_array(tmp_path: Path) -> None:
     (tmp_path / "x.npy").write_bytes(b"x" * 200)
     with pytest.raises(ValueError, match=r"x\.npy is not as"):
-        saved(tmp_path / "x.npy")
-    save(tmp_path / "x.npy", np.arange(100))
+        load_array(tmp_path / "x.npy")
+    save_array(tmp_path / "x.npy", np.arange(100))
     (tmp_path / "x.npy").write_bytes((tmp_path / "x.npy").read_bytes()[:500])
     with pytest.raises((ValueError, TypeError)):
-        saved(tmp_path / "x.npy")
+        load_array(tmp_path / "x.npy")

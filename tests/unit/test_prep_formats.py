@@ -17,7 +17,7 @@ from clue_dist.errors import DataError
 from data_prep import convert
 from data_prep.conversion import counts as reading
 from data_prep.readers import h5_file, sorted_entries
-from data_prep.readers.matrix_market import MtxSource
+from data_prep.readers.matrix_market import MatrixMarketSource
 from tests.benchmarks.hostile.hdf5 import OBJECTS
 from tests.unit.prep_helpers import (
     anndata_of,
@@ -41,7 +41,9 @@ def _small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "PIECE_ENTRIES", 200)
 
 
-@pytest.mark.parametrize("form", [sp.csr_matrix, sp.csc_matrix, np.asarray], ids=["csr", "csc", "dense"])
+@pytest.mark.parametrize(
+    "form", [sp.csr_matrix, sp.csc_matrix, np.asarray], ids=["csr", "csc", "dense"]
+)
 @pytest.mark.parametrize("dtype", ["float32", "float64", "int32", "uint8", "int64"])
 def test_h5ad(tmp_path: Path, form: object, dtype: str) -> None:
     counts = frame(150, 40)
@@ -61,7 +63,9 @@ def test_columns_as_before_anndata_0_8(tmp_path: Path) -> None:
         for name, column in (("obs", "batch"), ("var", "symbol")):
             codes, categories = (file[name][column][part][:] for part in ("codes", "categories"))
             del file[name][column]
-            file[name].create_dataset(f"__categories/{column}", data=categories, dtype=h5py.string_dtype())
+            file[name].create_dataset(
+                f"__categories/{column}", data=categories, dtype=h5py.string_dtype()
+            )
             file[name].create_dataset(column, data=codes)
             file[name][column].attrs["categories"] = file[name]["__categories"][column].ref
     store = build(tmp_path / "s.zarr", f"rna={tmp_path / 'a.h5ad'}", ids=["symbol"])
@@ -87,7 +91,9 @@ def test_layer_and_raw(tmp_path: Path) -> None:
     given = f"rna={tmp_path / 'a.h5ad'}"
     same(held(build(tmp_path / "s.zarr", given, layers=("counts",)), "rna"), counts)
     same(held(build(tmp_path / "r.zarr", given, layers=("rna=raw.X",)), "rna"), wide)
-    with pytest.raises(DataError, match=r"look like raw counts: counts, raw\.X; name one with `--layer`"):
+    with pytest.raises(
+        DataError, match=r"look like raw counts: counts, raw\.X; name one with `--layer`"
+    ):
         build(tmp_path / "x.zarr", given)
     with pytest.raises(DataError, match=r"layers: counts, raw\.X"):
         build(tmp_path / "y.zarr", given, layers=("conuts",))
@@ -95,13 +101,23 @@ def test_layer_and_raw(tmp_path: Path) -> None:
 
 def test_h5mu_mosaic(tmp_path: Path) -> None:
     rna, adt = frame(120, 30).iloc[:90], frame(120, 10, seed=1, prefix="p").iloc[40:]
-    path = write_h5mu(tmp_path / "m.h5mu", rna=anndata_of(rna, batch="b1"), adt=anndata_of(adt, cell_type="T"))
+    path = write_h5mu(
+        tmp_path / "m.h5mu", rna=anndata_of(rna, batch="b1"), adt=anndata_of(adt, cell_type="T")
+    )
     store = build(tmp_path / "s.zarr", str(path))
-    assert {n: s.n_cells for n, s in store.manifest.strata.items()} == {"rna+adt": 50, "rna": 40, "adt": 30}
+    assert {n: s.n_cells for n, s in store.manifest.strata.items()} == {
+        "rna+adt": 50,
+        "rna": 40,
+        "adt": 30,
+    }
     same(held(store, "rna"), rna)
     same(held(store, "adt"), adt)
-    assert codes_of(store, "batch") == {c: "b1" if c in rna.index else None for c in rna.index.union(adt.index)}
-    assert codes_of(store, "label") == {c: "T" if c in adt.index else None for c in rna.index.union(adt.index)}
+    assert codes_of(store, "batch") == {
+        c: "b1" if c in rna.index else None for c in rna.index.union(adt.index)
+    }
+    assert codes_of(store, "label") == {
+        c: "T" if c in adt.index else None for c in rna.index.union(adt.index)
+    }
     only = build(tmp_path / "o.zarr", f"adt={path}")
     assert only.modalities == ["adt"]
     with pytest.raises(DataError, match="no such modality"):
@@ -148,7 +164,12 @@ def test_10x(tmp_path: Path, form: str) -> None:
 def test_10x_names_that_repeat_take_their_id(tmp_path: Path) -> None:
     counts = frame(30, 4, prefix="ENSG")
     path = write_10x(tmp_path / "a.h5", counts, ["Gene Expression"] * 4, ["A", "B", "A", "C"])
-    assert build(tmp_path / "s.zarr", str(path)).manifest.modalities["rna"].features == ["ENSG0", "B", "ENSG2", "C"]
+    assert build(tmp_path / "s.zarr", str(path)).manifest.modalities["rna"].features == [
+        "ENSG0",
+        "B",
+        "ENSG2",
+        "C",
+    ]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
@@ -156,14 +177,19 @@ def test_what_a_killed_worker_leaves_of_a_matrix_market_is_not_read(
     tmp_path: Path, n: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It dies when it is about to name the n-th folder, which is whole; the task is run again beside what is left."""
-    counts, scratch, real, calls = frame(60, 20), tmp_path / "scratch", Path.rename, iter(range(1, 99))
+    counts, scratch, real, calls = (
+        frame(60, 20),
+        tmp_path / "scratch",
+        Path.rename,
+        iter(range(1, 99)),
+    )
 
     def fatal(self: Path, target: Path) -> Path:
         if next(calls) == n:
             raise SystemExit
         return real(self, target)
 
-    source = MtxSource(write_mtx(tmp_path / "folder", counts, ["-"] * 20), "rna")
+    source = MatrixMarketSource(write_mtx(tmp_path / "folder", counts, ["-"] * 20), "rna")
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", fatal)
         patch.setattr("shutil.rmtree", lambda *_, **__: None)  # the dead do not clean up
@@ -178,7 +204,9 @@ def test_old_genes_tsv(tmp_path: Path) -> None:
     counts = frame(30, 8)
     folder = write_mtx(tmp_path / "folder", counts, ["-"] * 8, zipped=False)
     lines = (folder / "features.tsv").read_text().splitlines()
-    (folder / "genes.tsv").write_text("".join("\t".join(line.split("\t")[:2]) + "\n" for line in lines))
+    (folder / "genes.tsv").write_text(
+        "".join("\t".join(line.split("\t")[:2]) + "\n" for line in lines)
+    )
     (folder / "features.tsv").unlink()
     same(held(build(tmp_path / "s.zarr", f"rna={folder}"), "rna"), counts)
     with pytest.raises(DataError, match="write it as `rna=folder`"):
@@ -188,8 +216,16 @@ def test_old_genes_tsv(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("matrix coordinate integer general", "matrix array integer general", "not a Matrix Market header"),
-        ("matrix coordinate integer general", "matrix coordinate integer symmetric", "not a Matrix Market header"),
+        (
+            "matrix coordinate integer general",
+            "matrix array integer general",
+            "not a Matrix Market header",
+        ),
+        (
+            "matrix coordinate integer general",
+            "matrix coordinate integer symmetric",
+            "not a Matrix Market header",
+        ),
         ("8 30 ", "30 8 ", "transposed"),
         ("8 30 ", "8 31 ", "does not fit its features and barcodes"),
         ("8 30 ", "eight 30 ", "sizes line is wrong"),
@@ -218,7 +254,9 @@ def test_wrong_matrix_market(tmp_path: Path, old: str, new: str, message: str) -
 def test_damaged_gzip(tmp_path: Path, name: str, kept: int) -> None:
     """Damage at the start of a file or behind its first lines."""
     path = write_mtx(tmp_path / "folder", frame(30, 8), ["-"] * 8) / name
-    path.write_bytes(path.read_bytes()[:kept] + gzip.compress(b"")[:10] + b"\x07")  # no such type of block
+    path.write_bytes(
+        path.read_bytes()[:kept] + gzip.compress(b"")[:10] + b"\x07"
+    )  # no such type of block
     with pytest.raises(DataError, match="cannot be read"):
         build(tmp_path / "s.zarr", f"rna={path.parent}")
 
@@ -245,7 +283,9 @@ def _texts(file: h5py.File) -> None:
     """In chunks, and not compressed: on disk they are addresses."""
     n = len(file["X/data"])
     del file["X/data"]
-    file.create_dataset("X/data", data=np.array(["x"] * n, object), dtype=h5py.string_dtype(), chunks=(16,))
+    file.create_dataset(
+        "X/data", data=np.array(["x"] * n, object), dtype=h5py.string_dtype(), chunks=(16,)
+    )
 
 
 def _references(file: h5py.File) -> None:
@@ -263,14 +303,30 @@ def _just_astray(file: h5py.File) -> None:
     [
         (_flat, ("not one of cells x features", "a.h5ad: X", r"shape \(20,\)", "two axes")),
         (_shapeless, ("not one of cells x features", "a.h5ad: X", "no shape", "two axes")),
-        (_bare, ("a form this reader does not know", "a.h5ad: X", "a group that says no enc.*", "array, CSR or CSC")),
-        (_astray, ("outside its categories", "a.h5ad: obs/batch", "codes 0 to 5", r"-1 \(unknown\) to 1")),
+        (
+            _bare,
+            (
+                "a form this reader does not know",
+                "a.h5ad: X",
+                "a group that says no enc.*",
+                "array, CSR or CSC",
+            ),
+        ),
+        (
+            _astray,
+            ("outside its categories", "a.h5ad: obs/batch", "codes 0 to 5", r"-1 \(unknown\) to 1"),
+        ),
         (_texts, ("values that are no numbers", "a.h5ad: X/data", "object", "counts")),
         (_references, ("values that are no numbers", "a.h5ad: X/data", "object", "counts")),
-        (_just_astray, ("outside its categories", "a.h5ad: obs/batch", "codes 0 to 2", r"-1 \(unknown\) to 1")),
+        (
+            _just_astray,
+            ("outside its categories", "a.h5ad: obs/batch", "codes 0 to 2", r"-1 \(unknown\) to 1"),
+        ),
     ],
 )
-def test_damaged_h5ad(tmp_path: Path, damage: Callable[[h5py.File], None], told: tuple[str, ...]) -> None:
+def test_damaged_h5ad(
+    tmp_path: Path, damage: Callable[[h5py.File], None], told: tuple[str, ...]
+) -> None:
     path = write_h5ad(tmp_path / "a.h5ad", frame(20, 8), batch=pd.Categorical(["a", "b"] * 10))
     with h5py.File(path, "r+") as file:
         damage(file)
@@ -349,7 +405,10 @@ def test_layers_and_kinds_of_no_modality_are_refused(tmp_path: Path) -> None:
     adata = anndata_of(frame(20, 8))
     adata.layers["counts"] = adata.X.copy()
     adata.write_h5ad(tmp_path / "a.h5ad")
-    given, tenx = f"rna={tmp_path / 'a.h5ad'}", write_10x(tmp_path / "b.h5", frame(20, 8), ["Gene Expression"] * 8)
+    given, tenx = (
+        f"rna={tmp_path / 'a.h5ad'}",
+        write_10x(tmp_path / "b.h5", frame(20, 8), ["Gene Expression"] * 8),
+    )
     out = tmp_path / "s.zarr"
     with pytest.raises(DataError, match=r"where: --layer\n  got: rnaa\n  expected: rna"):
         build(out, given, layers=("rnaa=counts",))
@@ -364,7 +423,9 @@ def test_layers_and_kinds_of_no_modality_are_refused(tmp_path: Path) -> None:
 
 def test_dense_kind_keeps_any_float(tmp_path: Path) -> None:
     values = pd.DataFrame(
-        np.random.default_rng(0).normal(size=(40, 6)).astype("float32"), [f"c{i}" for i in range(40)], list("abcdef")
+        np.random.default_rng(0).normal(size=(40, 6)).astype("float32"),
+        [f"c{i}" for i in range(40)],
+        list("abcdef"),
     )
     values.iloc[3] = 0  # an all-zero cell is a measurement here
     ad.AnnData(values).write_h5ad(tmp_path / "a.h5ad")
@@ -389,8 +450,12 @@ def test_real_cells(tmp_path: Path) -> None:
     assert codes_of(store, "label") == whole.obs["cell_type"].astype(str).to_dict()
 
 
-@pytest.mark.parametrize("options", [{"chunks": (7,)}, {"chunks": (64,), "compression": "gzip"}, {}, {"dtype": ">i4"}])
-def test_a_stretch_of_a_dataset_is_what_hdf5_reads(tmp_path: Path, options: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    "options", [{"chunks": (7,)}, {"chunks": (64,), "compression": "gzip"}, {}, {"dtype": ">i4"}]
+)
+def test_a_stretch_of_a_dataset_is_what_hdf5_reads(
+    tmp_path: Path, options: dict[str, object]
+) -> None:
     values = np.arange(1, 101, dtype=np.int32)
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file.create_dataset("x", data=values, **options)
@@ -398,8 +463,8 @@ def test_a_stretch_of_a_dataset_is_what_hdf5_reads(tmp_path: Path, options: dict
         hollow[30:] = values[30:]  # the chunks before were never written
     with h5py.File(tmp_path / "a.h5") as file:
         for lo, hi in ((0, 100), (3, 5), (6, 8), (14, 77), (95, 100), (40, 40), (90, 200)):
-            np.testing.assert_array_equal(h5_file.stretch(file["x"], lo, hi), values[lo:hi])
-            np.testing.assert_array_equal(h5_file.stretch(file["y"], lo, hi), file["y"][lo:hi])
+            np.testing.assert_array_equal(h5_file.read_stretch(file["x"], lo, hi), values[lo:hi])
+            np.testing.assert_array_equal(h5_file.read_stretch(file["y"], lo, hi), file["y"][lo:hi])
 
 
 def test_a_file_that_ends_within_its_data(tmp_path: Path) -> None:

@@ -27,13 +27,17 @@ def some(n: int = 3000, seed: int = 0, cells: list[str] = CELLS) -> pd.DataFrame
     names = np.array(["chr1", "chr2", "chr10", "chrX"])[rng.integers(4, size=n)]
     of = np.array(cells)[rng.integers(len(cells), size=n)]
     end = start + rng.integers(1, 1500, n)
-    table = pd.DataFrame({"chromosome": names, "start": start, "end": end, "barcode": of, "reads": 1})
+    table = pd.DataFrame(
+        {"chromosome": names, "start": start, "end": end, "barcode": of, "reads": 1}
+    )
     return table.sort_values(["chromosome", "start"], ignore_index=True)
 
 
 def write(path: Path, table: pd.DataFrame, comments: str = "# id=sample\n# pipeline=x\n") -> Path:
     text = (comments + table.to_csv(sep="\t", header=False, index=False)).encode()
-    path.write_bytes(gzip.compress(text[:1000]) + gzip.compress(text[1000:]) if path.suffix == ".gz" else text)
+    path.write_bytes(
+        gzip.compress(text[:1000]) + gzip.compress(text[1000:]) if path.suffix == ".gz" else text
+    )
     return path  # as bgzip does, in more than one gzip member
 
 
@@ -61,28 +65,42 @@ def test_counts_per_bin(tmp_path: Path, name: str, cut_sites: bool) -> None:
     path = write(tmp_path / name, some())
     store = build(tmp_path / "s.zarr", f"atac={path}", bins=["atac=1000"], cut_sites=cut_sites)
     same(held(store, "atac"), expected(some(), cut_sites))
-    told = inspect.text(inspect.facts(tmp_path / "s.zarr"))
+    told = inspect.format_facts(inspect.collect_facts(tmp_path / "s.zarr"))
     assert f", {'cut sites' if cut_sites else 'fragments'} counted" in told
-    alone = build(tmp_path / "t.zarr", f"atac={path}", bins=["atac=1000"], cut_sites=cut_sites, workers=1)
+    alone = build(
+        tmp_path / "t.zarr", f"atac={path}", bins=["atac=1000"], cut_sites=cut_sites, workers=1
+    )
     assert alone.fingerprint == store.fingerprint
 
 
 def test_only_cells_of_a_list_or_of_another_modality(tmp_path: Path) -> None:
     table, rna = some(), frame(10, 6)
-    given = [f"atac={write(tmp_path / 'f.tsv.gz', table)}", f"rna={write_h5ad(tmp_path / 'r.h5ad', rna)}"]
+    given = [
+        f"atac={write(tmp_path / 'f.tsv.gz', table)}",
+        f"rna={write_h5ad(tmp_path / 'r.h5ad', rna)}",
+    ]
     wanted = expected(table[table["barcode"].isin(rna.index)])
     (tmp_path / "cells.tsv").write_text("".join(f"{b}\n" for b in [*rna.index, "nobody"]))
     both = build(tmp_path / "b.zarr", *given, bins=["atac=1000"], barcodes=["atac=rna"])
     assert {name: s.n_cells for name, s in both.manifest.strata.items()} == {"atac+rna": 10}
     same(held(both, "atac"), wanted)
-    alone = build(tmp_path / "a.zarr", given[0], bins=["atac=1000"], barcodes=[str(tmp_path / "cells.tsv")])
+    alone = build(
+        tmp_path / "a.zarr", given[0], bins=["atac=1000"], barcodes=[str(tmp_path / "cells.tsv")]
+    )
     same(held(alone, "atac"), wanted)
-    with pytest.raises(DataError, match="neither a list of barcodes nor another modality") as caught:
+    with pytest.raises(
+        DataError, match="neither a list of barcodes nor another modality"
+    ) as caught:
         build(tmp_path / "x.zarr", *given, bins=["atac=1000"], barcodes=["atac=adt"])
     assert "modalities with cells: rna" in str(caught.value)
     (tmp_path / "cells.tsv").write_text("ACGT-1\n")
     with pytest.raises(DataError, match="no fragment is of a cell that is wanted"):
-        build(tmp_path / "y.zarr", given[0], bins=["atac=1000"], barcodes=[str(tmp_path / "cells.tsv")])
+        build(
+            tmp_path / "y.zarr",
+            given[0],
+            bins=["atac=1000"],
+            barcodes=[str(tmp_path / "cells.tsv")],
+        )
 
 
 def test_lanes_and_peaks_come_together(tmp_path: Path) -> None:
@@ -90,13 +108,22 @@ def test_lanes_and_peaks_come_together(tmp_path: Path) -> None:
     lanes = {"one": some(seed=1), "two": some(seed=2)}
     rna = {"one": frame(10, 6), "two": frame(5, 6, 1)}
     peaks = pd.DataFrame({"chr1:100-300": [3], "chr3_5000_5100": [1]}, ["p0"])
-    given = [f"{lane}:atac={write(tmp_path / f'{lane}.tsv.gz', table)}" for lane, table in lanes.items()]
-    given += [f"{lane}:rna={write_h5ad(tmp_path / f'{lane}.h5ad', table)}" for lane, table in rna.items()]
+    given = [
+        f"{lane}:atac={write(tmp_path / f'{lane}.tsv.gz', table)}" for lane, table in lanes.items()
+    ]
+    given += [
+        f"{lane}:rna={write_h5ad(tmp_path / f'{lane}.h5ad', table)}" for lane, table in rna.items()
+    ]
     with_peaks = f"one:atac={write_h5ad(tmp_path / 'p.h5ad', peaks)}"
     store = build(tmp_path / "s.zarr", *given, with_peaks, bins=["atac=1000"], barcodes=["rna"])
-    parts = [expected(lanes[n][lanes[n]["barcode"].isin(rna[n].index)]).rename(f"{n}:{{}}".format) for n in lanes]
+    parts = [
+        expected(lanes[n][lanes[n]["barcode"].isin(rna[n].index)]).rename(f"{n}:{{}}".format)
+        for n in lanes
+    ]
     parts.append(pd.DataFrame([[3, 1]], ["one:p0"], ["chr1:0-1000", "chr3:5000-6000"]))
-    listed = tmp_path / "cells.txt"  # barcodes of a list may name their lane, or hold for every lane
+    listed = (
+        tmp_path / "cells.txt"
+    )  # barcodes of a list may name their lane, or hold for every lane
     listed.write_text("".join(f"{lane}:{b}\n" for lane in lanes for b in rna[lane].index))
     flags = {"bins": ["atac=1000"], "barcodes": [f"atac={listed}"]}
     assert build(tmp_path / "l.zarr", *given, with_peaks, **flags).fingerprint == store.fingerprint
@@ -105,9 +132,13 @@ def test_lanes_and_peaks_come_together(tmp_path: Path) -> None:
     same(got, pd.concat(parts).reindex(columns=got.columns).fillna(0))
 
 
-def test_killed_while_counting_and_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_while_counting_and_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Files that were counted are not read again."""
-    given = [f"atac={write(tmp_path / f'{n}.tsv.gz', some(cells=[n + c for c in CELLS]))}" for n in "ab"]
+    given = [
+        f"atac={write(tmp_path / f'{n}.tsv.gz', some(cells=[n + c for c in CELLS]))}" for n in "ab"
+    ]
     whole = build(tmp_path / "w.zarr", *given, bins=["atac=1000"])
     real, seen = fragments._chunks, []
 
@@ -135,7 +166,10 @@ def test_what_is_no_fragment(tmp_path: Path) -> None:
     good = write(tmp_path / "good.tsv", table).read_text()
     lines = good.splitlines(keepends=True)
     broken = {
-        "start.tsv": ("".join([*lines[:20], "chr1\tten\t20\tc0\t1\n", *lines[20:]]), "cannot be read to their end"),
+        "start.tsv": (
+            "".join([*lines[:20], "chr1\tten\t20\tc0\t1\n", *lines[20:]]),
+            "cannot be read to their end",
+        ),
         "short.tsv": (
             "".join([*lines[:20], "chr1\t10\t20\n", *lines[20:]]),
             r"not a fragment\n  where: short\.tsv, fragment 19",
@@ -150,7 +184,10 @@ def test_what_is_no_fragment(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=message):
             build(tmp_path / "x.zarr", f"atac={tmp_path / name}", bins=["atac=1000"])
     whole = write(tmp_path / "cut.tsv.gz", some(5000)).read_bytes()
-    for damaged in (whole[: len(whole) // 2], whole + gzip.compress(b"")[:10] + b"\x07"):  # no such type of block
+    for damaged in (
+        whole[: len(whole) // 2],
+        whole + gzip.compress(b"")[:10] + b"\x07",
+    ):  # no such type of block
         (tmp_path / "cut.tsv.gz").write_bytes(damaged)
         with pytest.raises(DataError, match="cannot be read to their end"):
             build(tmp_path / "x.zarr", f"atac={tmp_path / 'cut.tsv.gz'}", bins=["atac=1000"])
@@ -193,7 +230,9 @@ def test_places_beyond_every_chromosome_are_refused(tmp_path: Path, place: str, 
         build(tmp_path / "s.zarr", f"atac={path}", bins=["atac=1000"])
 
 
-@pytest.mark.parametrize("name", ["chr1:5-" + "9" * 20, f"chr1:{9 * 10**18}-{9 * 10**18 + 10}", "chr1:٣-٩"])
+@pytest.mark.parametrize(
+    "name", ["chr1:5-" + "9" * 20, f"chr1:{9 * 10**18}-{9 * 10**18 + 10}", "chr1:٣-٩"]
+)
 def test_peaks_beyond_every_chromosome_are_not_binned(tmp_path: Path, name: str) -> None:
     peaks = frame(20, 2)
     peaks.columns = ["chr²:5-9", name]

@@ -19,9 +19,9 @@ from clue_dist.errors import DataError, StoreError
 from clue_dist.store import layout
 from clue_dist.store.reader import Store
 from data_prep import convert as conversion
-from data_prep.check import check
+from data_prep.check import check_store
 from data_prep.conversion import spool
-from data_prep.jobs.workers import Progress, Threads, pool
+from data_prep.jobs.workers import Progress, ThreadPool, open_pool
 from tests.unit.prep_helpers import anndata_of, build, frame, write_h5ad, write_h5mu
 
 REPO = Path(__file__).parents[2]
@@ -30,9 +30,9 @@ TASK_ENTRIES, SHARD_BYTES, BLOCK = 400, 1, 4  # about 20 spools and 10 shards
 # A process that ends itself without any warning at the n-th call of a function, or whose files may not grow.
 VICTIM = f"""
 import importlib, os, resource, signal, sys
-from clue_dist.errors import run_main
+from clue_dist.process import run_main
 from clue_dist.store import layout
-from data_prep import commands, convert
+from data_prep.cli import commands, convert
 convert.TASK_ENTRIES, layout.SHARD_BYTES = {TASK_ENTRIES}, {SHARD_BYTES}
 place, n, limit = sys.argv.pop(1), int(sys.argv.pop(1)), int(sys.argv.pop(1))
 module, name = place.rsplit(".", 1)
@@ -53,9 +53,22 @@ run_main(commands.main)
 def run_victim(
     out: Path, given: str, place: str = "os.getcwd", n: int = -1, limit: int = 0
 ) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", VICTIM, place, str(n), str(limit), "convert", given, "--out", str(out)]
+    command = [
+        sys.executable,
+        "-c",
+        VICTIM,
+        place,
+        str(n),
+        str(limit),
+        "convert",
+        given,
+        "--out",
+        str(out),
+    ]
     command += ["--block-cells", str(BLOCK), "--workers", "2"]
-    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        command, cwd=REPO, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 @pytest.fixture
@@ -63,19 +76,23 @@ def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(conversion, "TASK_ENTRIES", TASK_ENTRIES)
     monkeypatch.setattr(layout, "SHARD_BYTES", SHARD_BYTES)
     rna, adt = frame(500, 40), frame(500, 8, 1, "p", density=0.8)
-    return str(write_h5mu(tmp_path / "in.h5mu", rna=anndata_of(rna[:400]), adt=anndata_of(adt[100:])))
+    return str(
+        write_h5mu(tmp_path / "in.h5mu", rna=anndata_of(rna[:400]), adt=anndata_of(adt[100:]))
+    )
 
 
 @pytest.mark.parametrize(
     ("place", "n"),
     [
-        ("data_prep.conversion.spool.save", 40),  # in the middle of a spool
-        ("data_prep.conversion.strata.settle", 1),  # between the passes
+        ("data_prep.conversion.spool.save_array", 40),  # in the middle of a spool
+        ("data_prep.conversion.strata.settle_strata", 1),  # between the passes
         ("clue_dist.store.writer.hash_file", 33),  # in the middle of a shard's arrays
-        ("data_prep.convert.commit", 1),  # all done but the commit
+        ("data_prep.convert.commit_store", 1),  # all done but the commit
     ],
 )
-def test_killed_and_run_again(tmp_path: Path, given: str, place: str, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_and_run_again(
+    tmp_path: Path, given: str, place: str, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     every = _counting(monkeypatch, "_scatter_rows"), _counting(monkeypatch, "_gather_shard")
     whole = build(tmp_path / "whole.zarr", given, block_cells=BLOCK)
     n_spools, n_shards = every[0][0], every[1][0]
@@ -94,17 +111,17 @@ def test_killed_and_run_again(tmp_path: Path, given: str, place: str, n: int, mo
     assert again.fingerprint == whole.fingerprint
     assert redone[1][0] == n_shards - len(written)
     assert redone[0][0] == n_spools - len(spooled)
-    assert check(out) == []
+    assert check_store(out) == []
     assert not partial.exists()
 
 
 @pytest.mark.parametrize(
     ("place", "n"),
     [
-        ("data_prep.conversion.cells.save", 7),  # while rows are listed
-        ("data_prep.conversion.cells.save", 13),  # while a range of hashes is joined
+        ("data_prep.conversion.cells.save_array", 7),  # while rows are listed
+        ("data_prep.conversion.cells.save_array", 13),  # while a range of hashes is joined
         ("data_prep.conversion.cells._write_rows", 1),
-        ("data_prep.conversion.cells.flush", 1),  # once rows know their places
+        ("data_prep.conversion.cells.flush_arrays", 1),  # once rows know their places
     ],
 )
 def test_killed_while_cells_are_joined(tmp_path: Path, given: str, place: str, n: int) -> None:
@@ -125,8 +142,15 @@ def _counting(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
     return calls
 
 
-def test_spools_that_are_there_are_not_made_again(tmp_path: Path, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run_victim(tmp_path / "s.zarr", given, "data_prep.conversion.strata.settle", 1).returncode == -signal.SIGKILL
+def test_spools_that_are_there_are_not_made_again(
+    tmp_path: Path, given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (
+        run_victim(
+            tmp_path / "s.zarr", given, "data_prep.conversion.strata.settle_strata", 1
+        ).returncode
+        == -signal.SIGKILL
+    )
     calls = _counting(monkeypatch, "_scatter_rows")
     build(tmp_path / "s.zarr", given, block_cells=BLOCK)
     assert calls == [0]
@@ -135,11 +159,13 @@ def test_spools_that_are_there_are_not_made_again(tmp_path: Path, given: str, mo
 def test_killed_after_the_commit(tmp_path: Path, given: str) -> None:
     out = tmp_path / "s.zarr"
     assert run_victim(out, given, "shutil.rmtree", 10**6).returncode == 0
-    (tmp_path / "s.zarr.partial" / "0123" / "work").mkdir(parents=True)  # what is left if the clean-up was killed
+    (tmp_path / "s.zarr.partial" / "0123" / "work").mkdir(
+        parents=True
+    )  # what is left if the clean-up was killed
     with pytest.raises(StoreError, match="something is already there"):
         build(out, given, block_cells=BLOCK)
     assert not (tmp_path / "s.zarr.partial").exists()
-    assert check(out) == []
+    assert check_store(out) == []
 
 
 def test_a_full_disk_is_loud_and_can_be_mended(tmp_path: Path, given: str) -> None:
@@ -156,7 +182,7 @@ def test_a_full_disk_is_loud_and_can_be_mended(tmp_path: Path, given: str) -> No
 
 def test_another_job_is_refused(tmp_path: Path, given: str) -> None:
     out = tmp_path / "s.zarr"
-    run_victim(out, given, "data_prep.conversion.strata.settle", 1)
+    run_victim(out, given, "data_prep.conversion.strata.settle_strata", 1)
     with pytest.raises(StoreError, match="a change of options") as caught:
         build(out, given, block_cells=BLOCK, seed=1)
     assert "remove s.zarr.partial" in str(caught.value)
@@ -178,12 +204,17 @@ def test_a_mistake_in_the_inputs_leaves_nothing_behind(tmp_path: Path) -> None:
             build(tmp_path / "s.zarr", f"rna={path}")
 
 
-def test_what_a_worker_still_writes_after_a_mistake_is_nobodys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_worker_still_writes_after_a_mistake_is_nobodys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One file has a bad value while a worker of a cluster, which nobody waits for, reads the other."""
     good, bad = frame(30, 10, 1, cells="d"), frame(20, 10).astype(float)
     bad.iloc[4, 2] = 0.5
-    files = [f"rna={write_h5ad(tmp_path / name, x)}" for name, x in (("bad.h5ad", bad), ("good.h5ad", good))]
-    real, failed, threads = spool.write, threading.Event(), []
+    files = [
+        f"rna={write_h5ad(tmp_path / name, x)}"
+        for name, x in (("bad.h5ad", bad), ("good.h5ad", good))
+    ]
+    real, failed, threads = spool.write_spool, threading.Event(), []
 
     def late(*args: Any) -> None:
         def write() -> None:
@@ -193,7 +224,7 @@ def test_what_a_worker_still_writes_after_a_mistake_is_nobodys(tmp_path: Path, m
         threads.append(threading.Thread(target=write))
         threads[-1].start()
 
-    monkeypatch.setattr(spool, "write", late)
+    monkeypatch.setattr(spool, "write_spool", late)
     with pytest.raises(DataError, match="counts must be raw"):
         build(tmp_path / "s.zarr", *files)
     assert not (tmp_path / "s.zarr.partial").exists()
@@ -205,7 +236,10 @@ def test_what_a_worker_still_writes_after_a_mistake_is_nobodys(tmp_path: Path, m
     write_h5ad(tmp_path / "bad.h5ad", bad.round() + 1)
     other = write_h5ad(tmp_path / "good.h5ad", good.iloc[:, :7])
     stored = build(tmp_path / "s.zarr", files[0], f"rna={other}", features=["intersection"])
-    assert stored.fingerprint == build(tmp_path / "one.zarr", *files, features=["intersection"]).fingerprint
+    assert (
+        stored.fingerprint
+        == build(tmp_path / "one.zarr", *files, features=["intersection"]).fingerprint
+    )
     assert stored.manifest.modalities["rna"].n_features == 7
 
 
@@ -222,18 +256,18 @@ def test_an_error_waits_for_the_tasks_that_run() -> None:
         raise ValueError("bad")
 
     with pytest.raises(ValueError, match="bad"):
-        Threads(2).run(work, [0, 1], Progress("", 2))
+        ThreadPool(2).run(work, [0, 1], Progress("", 2))
     assert ended == [1]
 
 
 def test_what_killed_writers_leave_is_swept(tmp_path: Path, given: str) -> None:
     out = tmp_path / "s.zarr"
-    run_victim(out, given, "data_prep.convert.commit", 1)
+    run_victim(out, given, "data_prep.convert.commit_store", 1)
     (store,) = (tmp_path / "s.zarr.partial").glob("*/store")
     (store / "zarr.0123.partial").write_text("{")
     (next(store.rglob("c")) / "0.__lock").write_text("")
     build(out, given, block_cells=BLOCK)
-    assert check(out) == []
+    assert check_store(out) == []
 
 
 def test_two_at_once_are_refused(tmp_path: Path, given: str) -> None:
@@ -245,7 +279,10 @@ def test_two_at_once_are_refused(tmp_path: Path, given: str) -> None:
 
 
 def test_any_number_of_workers(tmp_path: Path, given: str) -> None:
-    one, three = (build(tmp_path / f"{n}.zarr", given, block_cells=BLOCK, workers=n).fingerprint for n in (1, 3))
+    one, three = (
+        build(tmp_path / f"{n}.zarr", given, block_cells=BLOCK, workers=n).fingerprint
+        for n in (1, 3)
+    )
     assert one == three
 
 
@@ -253,8 +290,13 @@ def test_any_number_of_workers(tmp_path: Path, given: str) -> None:
 def test_no_address_of_a_scheduler(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import distributed
 
-    monkeypatch.setattr(distributed, "Client", lambda *_, **__: pytest.fail("a Client of it does not end"))
-    with pytest.raises(DataError, match=f"where: --scheduler {address}\n"), pool(scheduler=address):
+    monkeypatch.setattr(
+        distributed, "Client", lambda *_, **__: pytest.fail("a Client of it does not end")
+    )
+    with (
+        pytest.raises(DataError, match=f"where: --scheduler {address}\n"),
+        open_pool(scheduler=address),
+    ):
         pass
 
 
@@ -262,7 +304,10 @@ def test_no_scheduler_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     from data_prep.jobs import workers
 
     monkeypatch.setattr(workers, "CONNECT", "1s")
-    with pytest.raises(DataError, match="no Dask scheduler answers"), pool(scheduler="tcp://127.0.0.1:9"):
+    with (
+        pytest.raises(DataError, match="no Dask scheduler answers"),
+        open_pool(scheduler="tcp://127.0.0.1:9"),
+    ):
         pass
 
 

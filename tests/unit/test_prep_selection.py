@@ -14,20 +14,26 @@ import scipy.sparse as sp
 
 from clue_dist.errors import DataError, StoreError
 from data_prep import convert, inspect
-from data_prep.convert import report
+from data_prep.convert import format_conversion
 from data_prep.features import selection, seurat_v3
 from tests.unit.prep_helpers import anndata_of, build, frame, held, same, write_h5ad, write_h5mu
 
 REPO = Path(__file__).parents[2]
 
 
-def cells(n: int = 600, genes: int = 400, seed: int = 0, batches: int = 3) -> tuple[pd.DataFrame, np.ndarray]:
+def cells(
+    n: int = 600, genes: int = 400, seed: int = 0, batches: int = 3
+) -> tuple[pd.DataFrame, np.ndarray]:
     """Counts of two cell states that differ in some genes, in batches of other depths; and the batch of each cell."""
     rng = np.random.default_rng(seed)
     batch = rng.integers(batches, size=n)
     mean = rng.lognormal(-0.5, 1.5, genes)
     fold = np.where(rng.random(genes) < 0.15, rng.lognormal(0, 1.5, genes), 1.0)
-    rate = mean * np.where(rng.random((n, 1)) < 0.3, fold, 1) * rng.lognormal(0.3 * batch, 0.3)[:, None]
+    rate = (
+        mean
+        * np.where(rng.random((n, 1)) < 0.3, fold, 1)
+        * rng.lognormal(0.3 * batch, 0.3)[:, None]
+    )
     counts = rng.poisson(rng.gamma(2, rate / 2))
     counts[np.arange(n), rng.integers(genes, size=n)] += 1
     counts[:10, ::25] += 40  # a rare state: its counts are clipped
@@ -58,32 +64,46 @@ def published_best(counts: np.ndarray, batch: np.ndarray, top: int) -> set[int]:
         rank = np.empty(counts.shape[1])
         rank[np.argsort(-published(counts[batch == b]), kind="stable")] = np.arange(counts.shape[1])
         ranks.append(np.where(rank < top, rank, np.nan))
-    table = pd.DataFrame({"times": np.isfinite(ranks).sum(axis=0), "rank": pd.DataFrame(ranks).median(axis=0)})
-    return set(table.sort_values(["times", "rank"], ascending=[False, True], kind="stable").index[:top])
+    table = pd.DataFrame(
+        {"times": np.isfinite(ranks).sum(axis=0), "rank": pd.DataFrame(ranks).median(axis=0)}
+    )
+    return set(
+        table.sort_values(["times", "rank"], ascending=[False, True], kind="stable").index[:top]
+    )
 
 
 def test_scores_are_those_of_the_published_formula() -> None:
     counts = cells()[0].to_numpy()
-    trend = seurat_v3.trend(len(counts), counts.sum(axis=0), (counts**2).sum(axis=0))
+    trend = seurat_v3.fit_trend(len(counts), counts.sum(axis=0), (counts**2).sum(axis=0))
     assert trend is not None
     clipped = np.minimum(counts, trend.limits)
     assert (clipped < counts).any()
     scores = trend.scores(clipped.sum(axis=0), (clipped**2).sum(axis=0))
-    np.testing.assert_allclose(scores, published(counts), rtol=0.03)  # the regression is interpolated
+    np.testing.assert_allclose(
+        scores, published(counts), rtol=0.03
+    )  # the regression is interpolated
     assert np.median(np.abs(scores / published(counts) - 1)) < 0.001
 
 
 def test_the_regression_keeps_quadratics_and_bears_ties() -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(size=500)
-    np.testing.assert_allclose(seurat_v3.loess(x, 3 - x + 2 * x**2), 3 - x + 2 * x**2, rtol=1e-6)
+    np.testing.assert_allclose(
+        seurat_v3.smooth_by_loess(x, 3 - x + 2 * x**2), 3 - x + 2 * x**2, rtol=1e-6
+    )
     y = rng.normal(size=500)
-    np.testing.assert_allclose(seurat_v3.loess(np.full(500, -2.0), y), np.full(500, y.mean()))
+    np.testing.assert_allclose(
+        seurat_v3.smooth_by_loess(np.full(500, -2.0), y), np.full(500, y.mean())
+    )
     tied = np.where(np.arange(500) < 250, x.max() + 1, x)  # half of all genes have one mean
-    np.testing.assert_allclose(seurat_v3.loess(tied, 5 + tied)[:250], 6 + x.max(), rtol=1e-3)
+    np.testing.assert_allclose(
+        seurat_v3.smooth_by_loess(tied, 5 + tied)[:250], 6 + x.max(), rtol=1e-3
+    )
 
 
-@pytest.mark.parametrize(("form", "task"), [(sp.csr_matrix, 2000), (sp.csc_matrix, 5000), (np.asarray, 2**20)])
+@pytest.mark.parametrize(
+    ("form", "task"), [(sp.csr_matrix, 2000), (sp.csc_matrix, 5000), (np.asarray, 2**20)]
+)
 def test_the_most_variable_genes_within_batches(
     tmp_path: Path, form: object, task: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,8 +123,12 @@ def test_the_most_variable_genes_within_batches(
     assert len(wanted & {int(g[1:]) for g in kept}) >= 59
     assert kept == [g for g in counts.columns if g in set(kept)]
     same(held(store, "rna"), counts[kept][counts[kept].sum(axis=1) > 0])
-    assert "rna: 60 of 400 features, most variable within 3 batches" in report(store.manifest)
-    assert "  rna: 60 of 400, most variable within 3 batches\n" in inspect.text(inspect.facts(tmp_path / "s.zarr"))
+    assert "rna: 60 of 400 features, most variable within 3 batches" in format_conversion(
+        store.manifest
+    )
+    assert "  rna: 60 of 400, most variable within 3 batches\n" in inspect.format_facts(
+        inspect.collect_facts(tmp_path / "s.zarr")
+    )
     if task == 2000:
         for workers in (1, 3):
             again = build(tmp_path / f"{workers}.zarr", *given, top=["rna=60"], workers=workers)
@@ -138,9 +162,15 @@ def test_the_most_accessible_peaks(tmp_path: Path) -> None:
     assert "chr1:10-7" not in kept
     one = build(tmp_path / "o.zarr", *(f"atac={p}" for p in paths), top=["atac=1"])
     assert one.manifest.modalities["atac"].features == ["chr1:10-98"]
-    binned = build(tmp_path / "b.zarr", *(f"atac={p}" for p in paths), bins=["atac=10"], top=["atac=3"])
+    binned = build(
+        tmp_path / "b.zarr", *(f"atac={p}" for p in paths), bins=["atac=10"], top=["atac=3"]
+    )
     middles = ((10 + counts.columns.str.split("-").str[1].astype(int)) // 2) // 10
-    hits = (counts.T.groupby(np.array(middles)).sum() > 0).sum(axis=1).sort_values(ascending=False, kind="stable")
+    hits = (
+        (counts.T.groupby(np.array(middles)).sum() > 0)
+        .sum(axis=1)
+        .sort_values(ascending=False, kind="stable")
+    )
     expected = [f"chr1:{i * 10}-{i * 10 + 10}" for i in sorted(hits.index[:3])]
     assert binned.manifest.modalities["atac"].features == expected
 
@@ -149,7 +179,10 @@ def test_more_than_there_are_keeps_all(tmp_path: Path) -> None:
     rna, atac = frame(40, 10), frame(40, 10, 1, "chr1:5-")
     path = write_h5mu(tmp_path / "a.h5mu", rna=anndata_of(rna), atac=anndata_of(atac))
     plain = build(tmp_path / "p.zarr", str(path))
-    assert build(tmp_path / "s.zarr", str(path), top=["rna=99", "atac=99"]).fingerprint == plain.fingerprint
+    assert (
+        build(tmp_path / "s.zarr", str(path), top=["rna=99", "atac=99"]).fingerprint
+        == plain.fingerprint
+    )
 
 
 def test_empty_cells_do_not_count(tmp_path: Path) -> None:
@@ -166,7 +199,9 @@ def test_empty_cells_do_not_count(tmp_path: Path) -> None:
 
 def test_few_cells_and_genes_alike(tmp_path: Path) -> None:
     """Batches of one cell, and genes that all have the same mean, rank without noise; nothing to rank is an error."""
-    counts = pd.DataFrame(np.eye(5, 8, dtype=int) * 3, [f"c{i}" for i in range(5)], [f"g{j}" for j in range(8)])
+    counts = pd.DataFrame(
+        np.eye(5, 8, dtype=int) * 3, [f"c{i}" for i in range(5)], [f"g{j}" for j in range(8)]
+    )
     path = write_h5ad(tmp_path / "a.h5ad", counts, batch=["b", "b", "b", "b", "alone"])
     store = build(tmp_path / "s.zarr", f"rna={path}", top=["rna=3"])
     assert store.manifest.modalities["rna"].features == ["g0", "g1", "g2"]
@@ -179,8 +214,10 @@ def test_few_cells_and_genes_alike(tmp_path: Path) -> None:
 # Ends itself without warning at its n-th file of sums.
 VICTIM = """
 import os, signal, sys
-from clue_dist.errors import run_main
-from data_prep import commands, convert, selection
+from clue_dist.process import run_main
+from data_prep import convert
+from data_prep.cli import commands
+from data_prep.features import selection
 convert.TASK_ENTRIES = 2000
 real, left = selection.np.savez, [int(sys.argv.pop(1))]
 def fatal(*args, **kwargs):
@@ -193,15 +230,33 @@ run_main(commands.main)
 """
 
 
-def test_killed_while_selecting_and_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_while_selecting_and_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(convert, "TASK_ENTRIES", 2000)
     counts, batch = cells(300, 200)
-    given, out = f"rna={write_h5ad(tmp_path / 'a.h5ad', counts, batch=batch.astype(str))}", tmp_path / "s.zarr"
-    command = [sys.executable, "-c", VICTIM, "20", "convert", given, "--out", str(out), "--top", "rna=50"]
+    given, out = (
+        f"rna={write_h5ad(tmp_path / 'a.h5ad', counts, batch=batch.astype(str))}",
+        tmp_path / "s.zarr",
+    )
+    command = [
+        sys.executable,
+        "-c",
+        VICTIM,
+        "20",
+        "convert",
+        given,
+        "--out",
+        str(out),
+        "--top",
+        "rna=50",
+    ]
     died = subprocess.run(command, cwd=REPO, capture_output=True, timeout=120, check=False)
     assert died.returncode == -signal.SIGKILL
     calls, real = [], selection._add_rows
-    monkeypatch.setattr(selection, "_add_rows", lambda task: (calls.append(task.out.parent.name), real(task))[1])
+    monkeypatch.setattr(
+        selection, "_add_rows", lambda task: (calls.append(task.out.parent.name), real(task))[1]
+    )
     with pytest.raises(StoreError, match="a change of features"):
         build(out, given, top=["rna=51"])
     n = len(list((tmp_path / "s.zarr.partial").rglob("select/rna/sums/*.npz")))

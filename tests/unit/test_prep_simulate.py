@@ -14,27 +14,38 @@ from clue_dist.store import layout
 from clue_dist.store.reader import Store
 from data_prep import convert as conversion
 from data_prep import simulate
-from data_prep.convert import Options, convert
-from data_prep.jobs.workers import Threads
-from data_prep.simulate import Spec, parse_features
+from data_prep.convert import ConversionOptions, convert_inputs
+from data_prep.jobs.workers import ThreadPool
+from data_prep.simulate import SimulationSpec, parse_features
 from tests.unit.prep_helpers import build, codes_of, frame, held, same, write_h5ad
 
-SPEC = Spec.of({"rna": 300, "adt": 20, "atac": 500, "x": 15}, {"x": "dense"}, cells=700, paired=0.4, batches=3, seed=5)
+SPEC = SimulationSpec.of(
+    {"rna": 300, "adt": 20, "atac": 500, "x": 15},
+    {"x": "dense"},
+    cells=700,
+    paired=0.4,
+    batches=3,
+    seed=5,
+)
 
 
 @pytest.mark.parametrize("m", range(4))
 def test_a_cell_is_the_same_in_any_piece(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulate, "PIECE_VALUES", 100 * SPEC.modalities[m][2])  # several pieces
     cells = SPEC.cells_of(m)
-    whole = simulate.observed(SPEC, m, cells)
+    whole = simulate.draw_measurements(SPEC, m, cells)
     for lo, hi in [(0, 1), (3, 250), (99, 101), (279, 300), (len(cells) - 1, len(cells)), (5, 5)]:
-        np.testing.assert_array_equal(simulate.observed(SPEC, m, cells[lo:hi]), whole[lo:hi])
-    other = Spec(SPEC.modalities, cells=700, paired=0.4, batches=3, seed=6)
-    assert (simulate.observed(other, m, cells) != whole).any()
+        np.testing.assert_array_equal(
+            simulate.draw_measurements(SPEC, m, cells[lo:hi]), whole[lo:hi]
+        )
+    other = SimulationSpec(SPEC.modalities, cells=700, paired=0.4, batches=3, seed=6)
+    assert (simulate.draw_measurements(other, m, cells) != whole).any()
 
 
 def test_each_kind_looks_like_itself() -> None:
-    rna, adt, atac, dense = (simulate.observed(SPEC, m, SPEC.cells_of(m)) for m in range(4))
+    rna, adt, atac, dense = (
+        simulate.draw_measurements(SPEC, m, SPEC.cells_of(m)) for m in range(4)
+    )
     assert rna.min() == 0 < 0.2 < (rna > 0).mean() < 0.8
     assert np.var(rna, axis=0).mean() > 1.5 * rna.mean()  # overdispersed
     assert (adt > 0).mean() > 0.8
@@ -44,7 +55,9 @@ def test_each_kind_looks_like_itself() -> None:
 
 
 def test_strata_follow_the_shares(tmp_path: Path) -> None:
-    manifest = convert(SPEC.sources(), tmp_path / "s.zarr", Options(kinds={"x": "dense"}), Threads(2))
+    manifest = convert_inputs(
+        SPEC.sources(), tmp_path / "s.zarr", ConversionOptions(kinds={"x": "dense"}), ThreadPool(2)
+    )
     assert {n: s.n_cells for n, s in manifest.strata.items()} == {
         "rna": 105,
         "adt": 105,
@@ -58,17 +71,21 @@ def test_strata_follow_the_shares(tmp_path: Path) -> None:
 def test_zarr_and_h5mu_hold_the_same_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import mudata
 
-    spec = Spec.of({"rna": 100, "adt": 10}, {}, cells=300, seed=1)
-    convert(spec.sources(), tmp_path / "a.zarr", Options(), Threads(2))
+    spec = SimulationSpec.of({"rna": 100, "adt": 10}, {}, cells=300, seed=1)
+    convert_inputs(spec.sources(), tmp_path / "a.zarr", ConversionOptions(), ThreadPool(2))
     simulate.write_h5mu(spec, tmp_path / "b.h5mu")
     monkeypatch.setattr(conversion, "TASK_ENTRIES", 700)
     other = build(tmp_path / "b.zarr", str(tmp_path / "b.h5mu"))
     assert Store(tmp_path / "a.zarr").fingerprint == other.fingerprint
     whole = mudata.read(tmp_path / "b.h5mu")
     same(held(other, "rna"), whole["rna"].to_df())
-    assert codes_of(other, "batch") == {c: b for part in whole.mod.values() for c, b in part.obs["batch"].items()}
+    assert codes_of(other, "batch") == {
+        c: b for part in whole.mod.values() for c, b in part.obs["batch"].items()
+    }
     cells = np.array([int(name[4:]) for name in whole.obs_names])
-    np.testing.assert_array_equal(whole.obsm["shared"], simulate.truth(spec, cells).shared)
+    np.testing.assert_array_equal(
+        whole.obsm["shared"], simulate.draw_true_factors(spec, cells).shared
+    )
     assert whole["adt"].obsm["private"].shape == (len(spec.cells_of(1)), 4)
     with pytest.raises(DataError, match="already there"):
         simulate.write_h5mu(spec, tmp_path / "b.h5mu")
@@ -84,10 +101,15 @@ def explained(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def test_shared_factors_are_in_every_modality_and_private_ones_in_their_own() -> None:
-    spec = Spec.of({"rna": 300, "adt": 60}, {}, cells=1500, paired=1.0, shared=4, private=3)
+    spec = SimulationSpec.of(
+        {"rna": 300, "adt": 60}, {}, cells=1500, paired=1.0, shared=4, private=3
+    )
     cells = np.arange(1500)
-    rna, adt = (simulate.observed(spec, m, cells) for m in (0, 1))
-    shared, own = simulate.truth(spec, cells).shared, simulate.private(spec, 0, cells)
+    rna, adt = (simulate.draw_measurements(spec, m, cells) for m in (0, 1))
+    shared, own = (
+        simulate.draw_true_factors(spec, cells).shared,
+        simulate.draw_private_factors(spec, 0, cells),
+    )
     assert explained(rna, shared) > 0.5
     assert explained(adt, shared) > 0.5
     assert explained(rna, own) > 0.3
@@ -101,14 +123,16 @@ def test_sizes_that_make_no_sense() -> None:
             parse_features(texts)
     for sizes in ({"cells": 0}, {"paired": 1.5}, {"batches": 0}, {"seed": -1}):
         with pytest.raises(DataError):
-            Spec.of({"rna": 10}, {}, **sizes)
+            SimulationSpec.of({"rna": 10}, {}, **sizes)
     with pytest.raises(DataError, match="--kind foo=rna"):
-        Spec.of({"foo": 10}, {})
+        SimulationSpec.of({"foo": 10}, {})
     with pytest.raises(DataError, match=r"no such modality[\s\S]*got: foo\n  expected: rna"):
-        Spec.of({"rna": 10}, {"foo": "rna"})
+        SimulationSpec.of({"rna": 10}, {"foo": "rna"})
 
 
-def test_memory_follows_the_tasks_and_not_the_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_follows_the_tasks_and_not_the_cells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(conversion, "TASK_ENTRIES", 20_000)
     monkeypatch.setattr(layout, "SHARD_BYTES", 2**16)
 

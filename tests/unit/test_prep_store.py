@@ -16,27 +16,32 @@ from clue_dist.kinds import STORAGE
 from clue_dist.store import layout
 from clue_dist.store.manifest import Manifest, Modality, Stratum
 from clue_dist.store.reader import Store
-from clue_dist.store.rows import COUNT_BITS, Csr, coded
-from clue_dist.store.writer import Cells, commit, create, write_shard
+from clue_dist.store.rows import COUNT_BITS, CsrRows, code_rows
+from clue_dist.store.writer import SegmentCells, commit_store, create_store, write_shard
 from tests.stores import packed_of, part_of
 
 
-def write(root: Path, sparse: np.ndarray, dense: np.ndarray, block: int, codec: layout.Codec) -> Manifest:
+def write(
+    root: Path, sparse: np.ndarray, dense: np.ndarray, block: int, codec: layout.Codec
+) -> Manifest:
     """A store of one stratum, shards of 16 blocks. sparse, dense: (n, features)"""
     n, matrix = len(sparse), sp.csr_matrix(sparse)
-    csr = Csr(matrix.indptr.astype(np.int64), matrix.indices, matrix.data, sparse.shape[1])
+    csr = CsrRows(matrix.indptr.astype(np.int64), matrix.indices, matrix.data, sparse.shape[1])
     rows = {
-        "rna": coded(csr, COUNT_BITS if sparse.max(initial=0) > 1 else 0),
-        "adt": dense.astype(layout.unsigned(int(dense.max(initial=0)))),
+        "rna": code_rows(csr, COUNT_BITS if sparse.max(initial=0) > 1 else 0),
+        "adt": dense.astype(layout.choose_unsigned(int(dense.max(initial=0)))),
     }
     packed = {name: packed_of(of, block) for name, of in rows.items()}
     features = {
-        name: [f"{name}{i}" for i in range(values.shape[1])] for name, values in (("rna", sparse), ("adt", dense))
+        name: [f"{name}{i}" for i in range(values.shape[1])]
+        for name, values in (("rna", sparse), ("adt", dense))
     }
     manifest = Manifest(
         block_cells=block,
         codec=codec,
-        modalities={n: Modality(kind=n, storage=STORAGE[n], features=features[n]) for n in features},
+        modalities={
+            n: Modality(kind=n, storage=STORAGE[n], features=features[n]) for n in features
+        },
         batches=["b0", "b1"],
         labels=[],
         strata={
@@ -52,19 +57,21 @@ def write(root: Path, sparse: np.ndarray, dense: np.ndarray, block: int, codec: 
         },
         shards={},
     )
-    create(root / "new", manifest)
+    create_store(root / "new", manifest)
     shards = {}
     for shard in range(-(-n // (16 * block))):
         part = slice(shard * 16 * block, (shard + 1) * 16 * block)
         names = np.array([f"é{i}".encode() for i in range(n)])[part]
-        cells = Cells(
+        cells = SegmentCells(
             {name: part_of(of, part) for name, of in rows.items()},
             (np.arange(n) % 3 - 1).astype(np.int32)[part],
             np.full(n, -1, np.int32)[part],
             names,
         )
         shards |= write_shard(root / "new", manifest, "rna+adt", shard, cells)
-    return commit(root / "new", root / "s.zarr", manifest.model_copy(update={"shards": shards}))
+    return commit_store(
+        root / "new", root / "s.zarr", manifest.model_copy(update={"shards": shards})
+    )
 
 
 def oracle(root: Path, manifest: Manifest, n_features: int) -> np.ndarray:
@@ -79,7 +86,9 @@ def oracle(root: Path, manifest: Manifest, n_features: int) -> np.ndarray:
             own, left, far_gaps, more = left[:n], left[n:], more[:far], more[far:]
             between, high_counts, more = more[:high], more[high : 2 * high], more[2 * high :]
             gaps, counts = [code >> bits for code in own], [code % 2**bits for code in own]
-            columns = np.cumsum([far_gaps.pop(0) if gap == 2 ** (8 - bits) - 1 else gap for gap in gaps])
+            columns = np.cumsum(
+                [far_gaps.pop(0) if gap == 2 ** (8 - bits) - 1 else gap for gap in gaps]
+            )
             at = np.cumsum(between)
             assert bits == 0 or [i for i, c in enumerate(counts) if c == 2**bits - 1] == at.tolist()
             for i, count in zip(at, high_counts, strict=True):
@@ -111,7 +120,7 @@ def test_rows_at_any_positions(
         reader = store.strata["rna+adt"]
         positions = rng.integers(n, size=rng.integers(1, 2 * n + 1))
         rows = reader.rows("rna", positions)
-        assert isinstance(rows, Csr)
+        assert isinstance(rows, CsrRows)
         np.testing.assert_array_equal(rows.scipy().toarray(), sparse[positions])
         assert rows.scipy().has_sorted_indices
         np.testing.assert_array_equal(reader.rows("adt", positions), dense[positions])
@@ -125,7 +134,8 @@ def test_rows_at_any_positions(
 
 
 @pytest.mark.parametrize(
-    ("codec", "counts", "binary"), [("balanced", "lz4", "zstd"), ("fast", "lz4", "lz4"), ("small", "zstd", "zstd")]
+    ("codec", "counts", "binary"),
+    [("balanced", "lz4", "zstd"), ("fast", "lz4", "lz4"), ("small", "zstd", "zstd")],
 )
 def test_codec_of_gaps(tmp_path: Path, codec: layout.Codec, counts: str, binary: str) -> None:
     x, adt = np.array([[0, 3, 0, 1], [1, 0, 0, 2]]), np.ones((2, 3), int)

@@ -16,18 +16,18 @@ import torch
 from clue_dist.config import Config
 from clue_dist.errors import ConfigError, StoreError
 from clue_dist.model.clue import CLUE
-from clue_dist.model.initialise import initialise
-from clue_dist.normalise import normalised
+from clue_dist.model.initialise import initialise_model
+from clue_dist.normalise import normalise_rows
 from clue_dist.store import svd as stored
 from clue_dist.store.reader import Store
-from clue_dist.store.rows import Csr
-from clue_dist.store.svd import Svd
-from clue_dist.train.setup import Setup, prepare
+from clue_dist.store.rows import CsrRows
+from clue_dist.store.svd import StoredSvd
+from clue_dist.train.setup import Setup, prepare_setup
 from data_prep import inspect, svd
-from data_prep.check import check
-from data_prep.jobs.workers import Threads, pool
-from data_prep.simulate import Spec, observed
-from data_prep.svd import Options, compute
+from data_prep.check import check_store
+from data_prep.jobs.workers import ThreadPool, open_pool
+from data_prep.simulate import SimulationSpec, draw_measurements
+from data_prep.svd import SvdOptions, compute_svd
 from tests.stores import make_store
 from tests.unit.prep_helpers import build, frame, write_h5ad
 from tests.unit.test_prep_cluster import Cluster
@@ -47,9 +47,14 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     return make_store(tmp_path / "s.zarr", cells=CELLS, features=FEATURES)
 
 
-def run(store: Store, *modalities: str, workers: int = 2, **options: int) -> dict[str, Svd]:
-    notes = compute(str(store.root), modalities, Options(**{"components": COMPONENTS, **options}), Threads(workers))
-    found = {m: stored.read(store.root, store.manifest, m) for m in notes}
+def run(store: Store, *modalities: str, workers: int = 2, **options: int) -> dict[str, StoredSvd]:
+    notes = compute_svd(
+        str(store.root),
+        modalities,
+        SvdOptions(**{"components": COMPONENTS, **options}),
+        ThreadPool(workers),
+    )
+    found = {m: stored.read_svd(store.root, store.manifest, m) for m in notes}
     return {m: s for m, s in found.items() if s is not None}
 
 
@@ -57,11 +62,13 @@ def standardised(store: Store, modality: str) -> np.ndarray:
     """All cells that carry the modality, as dense as they can be. (n, features)"""
     readers = [r for r in store.strata.values() if modality in r.modalities]
     rows = [r.rows(modality, np.arange(r.n_cells)) for r in readers]
-    counts = np.concatenate([r.scipy().toarray() if isinstance(r, Csr) else r for r in rows])
+    counts = np.concatenate([r.scipy().toarray() if isinstance(r, CsrRows) else r for r in rows])
     how = HOW[modality]
     idf = len(counts) / np.maximum((counts > 0).sum(0), 1)
-    x = normalised(counts, how, idf)
-    return x if how == "tfidf" else (x - x.mean(0)) / x.std(0) ** (0.75 if how == "log_cp10k" else 1)
+    x = normalise_rows(counts, how, idf)
+    return (
+        x if how == "tfidf" else (x - x.mean(0)) / x.std(0) ** (0.75 if how == "log_cp10k" else 1)
+    )
 
 
 @pytest.mark.parametrize("modality", list(FEATURES))
@@ -69,10 +76,14 @@ def test_it_is_the_exact_svd_of_all_cells(store: Store, modality: str) -> None:
     found = run(store, modality)[modality]
     x = standardised(store, modality)
     _, singular, right = np.linalg.svd(x, full_matrices=False)
-    assert found.note.n_cells == len(x) == sum(n for s, n in CELLS.items() if modality in s.split("+"))
+    assert (
+        found.note.n_cells == len(x) == sum(n for s, n in CELLS.items() if modality in s.split("+"))
+    )
     assert found.note.normalise == HOW[modality]
     np.testing.assert_allclose(found.singular, singular[:COMPONENTS], rtol=1e-8)
-    np.testing.assert_allclose(np.abs(np.sum(found.loadings * right[:COMPONENTS].T, 0)), 1, atol=1e-5)
+    np.testing.assert_allclose(
+        np.abs(np.sum(found.loadings * right[:COMPONENTS].T, 0)), 1, atol=1e-5
+    )
     assert (found.loadings[np.abs(found.loadings).argmax(0), np.arange(COMPONENTS)] > 0).all()
 
 
@@ -86,7 +97,7 @@ def test_any_number_of_workers_gives_the_same(store: Store, tmp_path: Path) -> N
         np.testing.assert_allclose(one[m].loadings, two[m].loadings, atol=1e-6)
     assert not (tmp_path / "s.zarr.svd.partial").exists()
     assert Store(store.root).fingerprint == store.fingerprint
-    assert check(store.root) == []
+    assert check_store(store.root) == []
 
 
 def test_fewer_cells_than_components(tmp_path: Path) -> None:
@@ -100,8 +111,8 @@ def test_fewer_cells_than_components(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def shallow(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """About 200 counts a cell; behind the first 20 components the spectrum is flat."""
-    spec = Spec.of({"rna": 1500}, {}, cells=3000, shared=12, private=12)
-    thinned = np.random.default_rng(0).binomial(observed(spec, 0, spec.cells_of(0)), 0.25)
+    spec = SimulationSpec.of({"rna": 1500}, {}, cells=3000, shared=12, private=12)
+    thinned = np.random.default_rng(0).binomial(draw_measurements(spec, 0, spec.cells_of(0)), 0.25)
     counts = frame(3000, 1500)
     counts[:] = thinned
     folder = tmp_path_factory.mktemp("shallow")
@@ -114,7 +125,9 @@ def test_the_default_is_nearly_exact_where_the_spectrum_is_flat(shallow: Store) 
     squares, vectors = np.linalg.eigh(x.T @ x)
     squares, vectors = squares[::-1], vectors[:, ::-1]
     assert squares[20] / squares[49] < 1.4
-    found = run(shallow, "rna", components=50, power=Options().power)["rna"].loadings.astype(np.float64)
+    found = run(shallow, "rna", components=50, power=SvdOptions().power)["rna"].loadings.astype(
+        np.float64
+    )
     captured = np.square(x @ found).sum() / squares[:50].sum()
     assert 0.999 < captured < 1 + 1e-6
     cosines = np.linalg.svd(vectors[:, :10].T @ found[:, :10], compute_uv=False)
@@ -125,8 +138,9 @@ def test_the_default_is_nearly_exact_where_the_spectrum_is_flat(shallow: Store) 
 
 VICTIM = """
 import os, signal, sys
-from clue_dist.errors import run_main
-from data_prep import commands, svd
+from clue_dist.process import run_main
+from data_prep import svd
+from data_prep.cli import commands
 svd.MANY_TASKS, svd.STEP_ENTRIES = 8, 1500
 real, calls, n = svd._save, [0], int(sys.argv.pop(1))
 def fatal(*args, **kwargs):
@@ -140,8 +154,20 @@ run_main(commands.main)
 
 
 def run_victim(store: Store, n: int, *more: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", VICTIM, str(n), "svd", str(store.root), "--components", str(COMPONENTS), *more]
-    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120, check=False)
+    command = [
+        sys.executable,
+        "-c",
+        VICTIM,
+        str(n),
+        "svd",
+        str(store.root),
+        "--components",
+        str(COMPONENTS),
+        *more,
+    ]
+    return subprocess.run(
+        command, cwd=REPO, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def counting(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
@@ -156,22 +182,26 @@ def counting(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
     return calls
 
 
-def test_killed_and_run_again(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_and_run_again(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     every = counting(monkeypatch, "_multiply")
     whole = run(store, "rna")["rna"]
     shutil.rmtree(tmp_path / "s.zarr" / "svd")
-    assert run_victim(store, 25, "--modality", "rna", "--workers", "2").returncode == -signal.SIGKILL
+    assert (
+        run_victim(store, 25, "--modality", "rna", "--workers", "2").returncode == -signal.SIGKILL
+    )
     partial = tmp_path / "s.zarr.svd.partial"
     assert list(partial.glob("*/rna/pass-1.npz"))  # in the middle of a later pass
     assert len(list(partial.glob("*/rna/pass-2/*.npz"))) > 1
-    assert stored.read(store.root, store.manifest, "rna") is None
+    assert stored.read_svd(store.root, store.manifest, "rna") is None
     with pytest.raises(StoreError, match="an interrupted SVD of other inputs or options"):
         run(store, "rna", components=5)
     again = counting(monkeypatch, "_multiply")
     np.testing.assert_allclose(run(store, "rna")["rna"].loadings, whole.loadings, atol=1e-6)
     assert 0 < again[0] < every[0] - len(list(store.strata)) - 1
     assert not partial.exists()
-    assert check(store.root) == []
+    assert check_store(store.root) == []
     before = again[0]
     run(store, "rna")  # is there already
     assert again[0] == before
@@ -185,12 +215,12 @@ def test_workers_of_a_cluster_are_killed(store: Store, tmp_path: Path) -> None:
         cluster.worker()
         victim = cluster.worker("data_prep.svd._save", 3)
         cluster.wait_for(2)
-        with pool(scheduler=cluster.address) as workers:
-            compute(str(store.root), ["rna"], Options(COMPONENTS), workers)
+        with open_pool(scheduler=cluster.address) as workers:
+            compute_svd(str(store.root), ["rna"], SvdOptions(COMPONENTS), workers)
         assert victim.wait(30) == -signal.SIGKILL
     finally:
         cluster.close()
-    found = stored.read(store.root, store.manifest, "rna")
+    found = stored.read_svd(store.root, store.manifest, "rna")
     assert found is not None
     np.testing.assert_allclose(found.loadings, whole.loadings, atol=1e-6)
 
@@ -201,23 +231,25 @@ def test_workers_of_a_cluster_are_killed(store: Store, tmp_path: Path) -> None:
 def test_damage_is_found(store: Store, tmp_path: Path) -> None:
     run(store, "rna", "adt")
     root = tmp_path / "s.zarr"
-    note = stored.read_note(root, store.manifest, "rna")
+    note = stored.read_svd_note(root, store.manifest, "rna")
     assert note is not None
     for name in sorted(note.files):
         before = (root / name).read_bytes()
         for damaged in (before[:-1], before[:200] + bytes([before[200] ^ 1]) + before[201:], None):
             (root / name).unlink() if damaged is None else (root / name).write_bytes(damaged)
             if damaged is None and name.endswith(".json"):
-                assert any("not part of the store" in p for p in check(root))
+                assert any("not part of the store" in p for p in check_store(root))
             else:
-                with pytest.raises(StoreError, match=r"damaged(.|\n)*svd/rna(.|\n)*compute it again"):
-                    stored.read(root, store.manifest, "rna")
-                assert any("svd/rna" in p and "damaged" in p for p in check(root))
+                with pytest.raises(
+                    StoreError, match=r"damaged(.|\n)*svd/rna(.|\n)*compute it again"
+                ):
+                    stored.read_svd(root, store.manifest, "rna")
+                assert any("svd/rna" in p and "damaged" in p for p in check_store(root))
             (root / name).write_bytes(before)
-    assert check(root) == []
+    assert check_store(root) == []
     (root / note.arrays_name).write_bytes(b"")
     run(store, "rna")  # computes what is damaged again
-    assert check(root) == []
+    assert check_store(root) == []
 
 
 def test_of_other_cells(store: Store, tmp_path: Path) -> None:
@@ -225,30 +257,36 @@ def test_of_other_cells(store: Store, tmp_path: Path) -> None:
     other = make_store(tmp_path / "o.zarr", cells=CELLS, features=FEATURES, seed=1)
     shutil.copytree(tmp_path / "s.zarr/svd", tmp_path / "o.zarr/svd")
     with pytest.raises(StoreError, match="other cells"):
-        stored.read(other.root, other.manifest, "rna")
-    assert any("other cells" in p for p in check(other.root))
+        stored.read_svd(other.root, other.manifest, "rna")
+    assert any("other cells" in p for p in check_store(other.root))
 
 
 def test_a_pickle_is_not_opened(store: Store, tmp_path: Path) -> None:
     found = run(store, "rna")["rna"]
-    evil = Svd(found.note, found.loadings, found.singular, np.array([{}], object), found.mean, found.scale)
-    stored.write(tmp_path / "s.zarr", evil)
+    evil = StoredSvd(
+        found.note, found.loadings, found.singular, np.array([{}], object), found.mean, found.scale
+    )
+    stored.write_svd(tmp_path / "s.zarr", evil)
     with pytest.raises(StoreError, match="damaged"):
-        stored.read(store.root, store.manifest, "rna")
+        stored.read_svd(store.root, store.manifest, "rna")
 
 
 # --- training ---
 
 
-def setup_of(store: Store, tmp_path: Path, init: str = "svd", projection: int = COMPONENTS, **parts: object) -> Setup:
+def setup_of(
+    store: Store, tmp_path: Path, init: str = "svd", projection: int = COMPONENTS, **parts: object
+) -> Setup:
     model = {"trunk": {"projection": projection, "projection_init": init}}
-    return prepare(Config(store=str(store.root), run=str(tmp_path / "run"), model=model, **parts), world=1)
+    return prepare_setup(
+        Config(store=str(store.root), run=str(tmp_path / "run"), model=model, **parts), world=1
+    )
 
 
 def model_of(setup: Setup, n_train: dict[str, int]) -> CLUE:
     torch.manual_seed(0)
     model = CLUE(setup.specs, len(setup.store.manifest.batches), setup.config.model)
-    initialise(model, setup.store, n_train, svd=True, seed=0, stored=setup.stored_svds)
+    initialise_model(model, setup.store, n_train, svd=True, seed=0, stored=setup.stored_svds)
     return model
 
 
@@ -257,7 +295,10 @@ def test_training_starts_from_it(store: Store, tmp_path: Path) -> None:
     sample = model_of(setup_of(store, tmp_path), CELLS)
     run(store, "rna", "atac", "x", components=10)
     setup = setup_of(store, tmp_path)
-    assert "rna: 60 features, log_cp10k -> nb, projected by the stored SVD of 300 cells" in setup.summary()
+    assert (
+        "rna: 60 features, log_cp10k -> nb, projected by the stored SVD of 300 cells"
+        in setup.summary()
+    )
     assert "adt: 7 features, log -> nb, projected by an SVD of a sample\n" in setup.summary()
     model = model_of(setup, dict.fromkeys(CELLS, 20))
     for m in ("rna", "atac", "x"):
@@ -280,18 +321,28 @@ def test_the_sample_can_be_asked_for(store: Store, tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_is_refused_or_left(store: Store, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no SVD that fits(.|\n)*svd_of_store(.|\n)*got: none(.|\n)*data_prep svd"):
+    with pytest.raises(
+        ConfigError,
+        match=r"no SVD that fits(.|\n)*svd_of_store(.|\n)*got: none(.|\n)*data_prep svd",
+    ):
         setup_of(store, tmp_path, "svd_of_store")
     run(store)
     cases = (
         ({"projection": 20}, "6 components, not 20", "--components 20"),
-        ({"modalities": {"adt": {"normalise": "clr"}}}, "log values, not clr", "leave modalities.adt.normalise"),
+        (
+            {"modalities": {"adt": {"normalise": "clr"}}},
+            "log values, not clr",
+            "leave modalities.adt.normalise",
+        ),
     )
     for given, told, fix in cases:
         with pytest.raises(ConfigError, match=rf"no SVD that fits(.|\n)*{told}(.|\n)*{fix}"):
             setup_of(store, tmp_path, "svd_of_store", **given)
-        assert f"an SVD of a sample (the stored one has {told})" in setup_of(store, tmp_path, **given).summary()
-    note = stored.read_note(store.root, store.manifest, "adt")
+        assert (
+            f"an SVD of a sample (the stored one has {told})"
+            in setup_of(store, tmp_path, **given).summary()
+        )
+    note = stored.read_svd_note(store.root, store.manifest, "adt")
     assert note is not None
     (tmp_path / "s.zarr" / note.arrays_name).write_bytes(b"")
     with pytest.raises(StoreError, match="the stored SVD is damaged"):
@@ -304,15 +355,17 @@ def test_what_does_not_fit_is_refused_or_left(store: Store, tmp_path: Path) -> N
 def test_the_command_line(store: Store) -> None:
     ended = run_victim(store, -1, "--modality", "adt", "x", "--power", "2")
     assert ended.returncode == 0, ended.stderr
-    assert "adt: 6 components of 150 cells, log\n  x: 6 components of 40 cells, none" in ended.stdout
-    found = inspect.facts(store.root)
+    assert (
+        "adt: 6 components of 150 cells, log\n  x: 6 components of 40 cells, none" in ended.stdout
+    )
+    found = inspect.collect_facts(store.root)
     assert found["svd"] == {
         "adt": {"components": 6, "cells": 150, "normalise": "log"},
         "x": {"components": 6, "cells": 40, "normalise": "none"},
     }
-    assert "svd          adt: 6 components of 150 cells, log" in inspect.text(found)
+    assert "svd          adt: 6 components of 150 cells, log" in inspect.format_facts(found)
     wrong = run_victim(store, -1, "--modality", "rnaa")
     assert wrong.returncode == 2
     assert "no cell carries this modality" in wrong.stderr
     with pytest.raises(StoreError, match="saved in a folder"):
-        compute("s3://bucket/s.zarr", [], Options(), Threads(1))
+        compute_svd("s3://bucket/s.zarr", [], SvdOptions(), ThreadPool(1))

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clue_dist.errors import LOST, ConfigError
-from clue_dist.ranks import Ranks, port_of
+from clue_dist.ranks import Ranks, choose_port
 from tests.processes import run_ranks
 
 SLURM = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8"}
@@ -24,7 +24,10 @@ SLURM = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8"}
         ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, Ranks(3, 4, 1)),
         ({**SLURM, "SLURM_STEP_NUM_TASKS": "8"}, Ranks(5, 8, 1)),
         ({**SLURM, "SLURM_PROCID": "0"}, Ranks(0, 1, 0)),  # a batch script without srun
-        ({**SLURM, "SLURM_STEP_NUM_TASKS": "8", "RANK": "0", "WORLD_SIZE": "2"}, Ranks(0, 2, 0)),  # a launcher in srun
+        (
+            {**SLURM, "SLURM_STEP_NUM_TASKS": "8", "RANK": "0", "WORLD_SIZE": "2"},
+            Ranks(0, 2, 0),
+        ),  # a launcher in srun
     ],
 )
 def test_environment(env, expected):
@@ -46,7 +49,12 @@ def test_shares_cover_everything_once_and_evenly(n, world):
 
 @pytest.mark.parametrize(
     ("local_rank", "gpus", "expected"),
-    [(0, 0, "cpu"), (3, 0, "cpu"), (3, 1, "cuda:0"), (1, 2, "cuda:1")],  # 3 of 1: srun --gpus-per-task=1
+    [
+        (0, 0, "cpu"),
+        (3, 0, "cpu"),
+        (3, 1, "cuda:0"),
+        (1, 2, "cuda:1"),
+    ],  # 3 of 1: srun --gpus-per-task=1
 )
 def test_every_rank_takes_its_own_gpu(local_rank, gpus, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
@@ -79,7 +87,9 @@ def test_several_machines_need_an_address(monkeypatch):
 
 def test_jobs_and_their_attempts_have_ports_of_their_own():
     ports = {
-        port_of({"SLURM_JOB_ID": str(1000 + 97 * j), "SLURM_RESTART_COUNT": str(a)}) for j in range(5) for a in range(5)
+        choose_port({"SLURM_JOB_ID": str(1000 + 97 * j), "SLURM_RESTART_COUNT": str(a)})
+        for j in range(5)
+        for a in range(5)
     }
     assert len(ports) == 25
     assert all(20000 <= port < 30000 for port in ports)
@@ -109,7 +119,10 @@ def test_where_one_machine_cannot_begin_none_does(tmp_path):
                 raise ConfigError("the config file does not exist", where="here.json")
     """
     said = run_ranks(3, check, REFUSED, expect=2)
-    assert f"error: rank 1 on {socket.gethostname()}: the config file does not exist\n  where: here.json" in said[0]
+    assert (
+        f"error: rank 1 on {socket.gethostname()}: the config file does not exist\n  where: here.json"
+        in said[0]
+    )
     assert said[1:] == ["", ""]
 
 

@@ -34,7 +34,11 @@ def fields(model: type[BaseModel]) -> Iterator[tuple[str, object]]:
 def told() -> list[tuple[str, str]]:
     """Name and default of every setting, as the rows of configs/README.md tell them."""
     text = (ROOT / "configs/README.md").read_text().partition("## All settings")[2]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:3] == "| `"]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line[:3] == "| `"
+    ]
     pairs = []
     for names, defaults, _ in rows:
         parts = [name.rpartition(".")[2] for name in re.findall(r"`([^`]+)`", names)]
@@ -46,7 +50,10 @@ def test_every_setting_is_told_with_its_default() -> None:
     """No default is told as nothing, or as "auto" where the data decide."""
     settings = [*fields(Config), *fields(ModalityConfig)]
     wanted = sorted((name, written(default)) for name, default in settings)
-    got = sorted((name, "" if default == "auto" and (name, "") in wanted else default) for name, default in told())
+    got = sorted(
+        (name, "" if default == "auto" and (name, "") in wanted else default)
+        for name, default in told()
+    )
     assert got == wanted
 
 

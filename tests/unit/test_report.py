@@ -21,12 +21,27 @@ def run(tmp_path):
     folder = tmp_path / "runs" / "demo"
     folder.mkdir(parents=True)
     lines = [
-        {"step": s, "epoch": s / 10, "split": "train", "loss": 5.0 - s / 100, "mse": 0.1, "new": s * 2}
+        {
+            "step": s,
+            "epoch": s / 10,
+            "split": "train",
+            "loss": 5.0 - s / 100,
+            "mse": 0.1,
+            "new": s * 2,
+        }
         for s in range(0, 100, 5)
     ]
     held_out = [(40, 5.5, 0.26), (80, 5.5, 0.22), (80, 5.4, 0.21)]  # the last after a resume
     lines += [
-        {"step": s, "split": "validation", "loss": v, "foscttm rna-adt": f, "score": f, "best": f, "best_step": s}
+        {
+            "step": s,
+            "split": "validation",
+            "loss": v,
+            "foscttm rna-adt": f,
+            "score": f,
+            "best": f,
+            "best_step": s,
+        }
         for s, v, f in held_out
     ]
     text = "\n".join(json.dumps(line) for line in lines) + '\n{"step": 85, "lo'
@@ -43,7 +58,9 @@ def embedding(tmp_path):
         index=[f"c{i}" for i in range(40)],
     )
     parts = {
-        m: ad.AnnData(obs=obs.iloc[:n].copy(), obsm={"X_clue": rng.normal(size=(n, 4)).astype("f4")})
+        m: ad.AnnData(
+            obs=obs.iloc[:n].copy(), obsm={"X_clue": rng.normal(size=(n, 4)).astype("f4")}
+        )
         for m, n in (("rna", 40), ("adt", 30))
     }
     path = tmp_path / "o.h5mu"
@@ -80,12 +97,17 @@ def test_page_is_whole_and_stands_alone(run, embedding, tmp_path):
         assert f">{cell}</td>" in text
     assert "UMAP of 70 profiles of o.h5mu, each a cell seen through one modality alone" in text
     assert "{&quot;run&quot;: &quot;&lt;b&gt;&quot;}" in text
-    assert "95 steps; 9.5 epochs; weights of step 80, lowest validation score 0.2100; 1 unreadable lines" in text
+    assert (
+        "95 steps; 9.5 epochs; weights of step 80, lowest validation score 0.2100; 1 unreadable lines"
+        in text
+    )
 
 
 def test_a_joint_embedding_is_called_one(run, tmp_path):
     z = np.random.default_rng(0).normal(size=(30, 4))
-    ad.AnnData(obs=pd.DataFrame(index=[f"c{i}" for i in range(30)]), obsm={"X_clue": z}).write_h5ad(tmp_path / "o.h5ad")
+    ad.AnnData(obs=pd.DataFrame(index=[f"c{i}" for i in range(30)]), obsm={"X_clue": z}).write_h5ad(
+        tmp_path / "o.h5ad"
+    )
     text = report.write_report(run, tmp_path / "o.h5ad").read_text()
     assert "each a cell seen through everything observed in it" in text
     assert "one modality alone" not in text
@@ -108,11 +130,22 @@ def test_curves_come_in_the_order_in_which_they_are_read():
         "best_step",
     ]
     frame = pd.DataFrame({"split": "train", "step": [1, 2]} | {name: [1.0, 1.0] for name in logged})
-    expected = ["loss", "self", "cross", "mse", "contrastive", "d", "score", "lr", "cells_per_s", "data_wait"]
-    assert report.curve_names(frame) == expected
+    expected = [
+        "loss",
+        "self",
+        "cross",
+        "mse",
+        "contrastive",
+        "d",
+        "score",
+        "lr",
+        "cells_per_s",
+        "data_wait",
+    ]
+    assert report.list_curves(frame) == expected
     frame["foscttm rna-adt"] = [0.3, 0.2]
     expected[expected.index("score")] = "foscttm rna-adt"  # whose mean the score is
-    assert report.curve_names(frame) == expected
+    assert report.list_curves(frame) == expected
 
 
 def test_metrics_of_a_resumed_run_count_once(run):
@@ -120,7 +153,7 @@ def test_metrics_of_a_resumed_run_count_once(run):
     assert bad == 1
     assert len(metrics) == 22
     assert metrics.query("split == 'validation' and step == 80")["loss"].tolist() == [5.4]
-    assert report.curve_names(metrics) == ["loss", "mse", "foscttm rna-adt", "new"]
+    assert report.list_curves(metrics) == ["loss", "mse", "foscttm rna-adt", "new"]
 
 
 def test_curves_show_the_numbers_of_both_splits(run):
@@ -154,7 +187,10 @@ def test_profiles_of_one_table_leave_out_what_was_not_observed(tmp_path):
     z = np.ones((6, 2), "f4")
     alone = z.copy()
     alone[4:] = np.nan
-    table = ad.AnnData(obs=pd.DataFrame(index=list("abcdef")), obsm={"X_clue": z, "X_clue_rna": alone, "X_clue_adt": z})
+    table = ad.AnnData(
+        obs=pd.DataFrame(index=list("abcdef")),
+        obsm={"X_clue": z, "X_clue_rna": alone, "X_clue_adt": z},
+    )
     table.write_h5ad(tmp_path / "o.h5ad")
     got = report.read_profiles(tmp_path / "o.h5ad")
     assert sorted(got.modality) == ["adt"] * 6 + ["rna"] * 4
@@ -165,14 +201,19 @@ def test_profiles_of_one_table_leave_out_what_was_not_observed(tmp_path):
 
 
 def test_legends_stay_readable():
-    names = np.array([f"type-{i % 60}" for i in range(6000)] + ["type-2"] * 50 + [report.UNKNOWN] * 9, dtype=object)
-    groups = report.legend_groups(names)
+    names = np.array(
+        [f"type-{i % 60}" for i in range(6000)] + ["type-2"] * 50 + [report.UNKNOWN] * 9,
+        dtype=object,
+    )
+    groups = report.group_legend(names)
     assert len(groups) == report.MOST_LEGEND
     assert groups.index("type-2") < groups.index("type-10")
     assert report.UNKNOWN not in groups
     for n in (3, 20, 36):
-        assert len(set(report.palette(n))) == n
-    figure = report.draw_scatter(np.random.default_rng(0).normal(size=(len(names), 2)), names, "cell type")
+        assert len(set(report.choose_colours(n))) == n
+    figure = report.draw_scatter(
+        np.random.default_rng(0).normal(size=(len(names), 2)), names, "cell type"
+    )
     labels = [t.get_text() for t in figure.legends[0].get_texts()]
     assert labels == [*groups, "24 others"]
 

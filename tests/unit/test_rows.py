@@ -10,25 +10,36 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from clue_dist.store.kernels import LARGEST, ask_for
-from clue_dist.store.rows import COUNT_BITS, Blocks, Csr, Located, as_binary, coded, joined, try_coded
+from clue_dist.store.kernels import LARGEST, prefetch_array
+from clue_dist.store.rows import (
+    COUNT_BITS,
+    CodedBlocks,
+    CsrRows,
+    LocatedRows,
+    code_rows,
+    join_rows,
+    recode_rows_as_binary,
+    try_code_rows,
+)
 
 
-def csr(x: sp.csr_matrix) -> Csr:
-    return Csr(x.indptr, x.indices, x.data, x.shape[1])
+def csr(x: sp.csr_matrix) -> CsrRows:
+    return CsrRows(x.indptr, x.indices, x.data, x.shape[1])
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64, np.float32, np.float64])
 @pytest.mark.parametrize("bits", [0, COUNT_BITS])
 def test_any_order_and_type_comes_back(dtype: type, bits: int) -> None:
     rng = np.random.default_rng(0)
-    dense = rng.negative_binomial(0.2, 0.02, (40, 700)).clip(max=255) * (rng.random((40, 700)) < 0.1)
+    dense = rng.negative_binomial(0.2, 0.02, (40, 700)).clip(max=255) * (
+        rng.random((40, 700)) < 0.1
+    )
     dense[3], dense[4, 699] = 0, 200
     dense = np.minimum(dense, 1) if bits == 0 else dense
     order = rng.permutation(40)
     x = sp.csr_matrix(dense.astype(dtype))
-    got = [try_coded(csr(part), bits) for part in (x[:25], x[25:])]
-    rows = joined([part for part, _ in got], order)
+    got = [try_code_rows(csr(part), bits) for part in (x[:25], x[25:])]
+    rows = join_rows([part for part, _ in got], order)
     np.testing.assert_array_equal(rows.csr(700).scipy().toarray(), dense[order])
     assert max(largest for _, largest in got) == dense.max()
 
@@ -42,16 +53,18 @@ def test_rows_of_blocks_come_in_any_order_and_again(n: int, far: int) -> None:
     dense[:, :60] = rng.random((12, 60)) < 0.3
     dense[1::2, far] = 1
     dense[5] = 0
-    codes = [coded(csr(sp.csr_matrix(part)), COUNT_BITS) for part in np.split(dense, 3)]
+    codes = [code_rows(csr(sp.csr_matrix(part)), COUNT_BITS) for part in np.split(dense, 3)]
     wide = np.result_type(*(part.rest for part in codes))
-    blocks = Blocks(
+    blocks = CodedBlocks(
         _stacked([part.codes for part in codes], np.uint8),
         _stacked([part.rest for part in codes], wide),
         np.stack([part.lengths for part in codes]),
         np.stack([part.starts() for part in codes]),
     )
     rows = np.append(rng.integers(0, 12, n), [11, 11, 5])[-max(n, 1) :]
-    located = Located(blocks, (rows // 4).astype(np.int32), rows % 4, dense.shape[1], COUNT_BITS)
+    located = LocatedRows(
+        blocks, (rows // 4).astype(np.int32), rows % 4, dense.shape[1], COUNT_BITS
+    )
     np.testing.assert_array_equal(located.csr().scipy().toarray(), dense[rows])
     out = np.full((len(rows), dense.shape[1]), 7, np.float32)
     located.decode_dense(out)
@@ -65,10 +78,12 @@ def _stacked(parts: list[np.ndarray], dtype: np.typing.DTypeLike) -> np.ndarray:
     return out
 
 
-@pytest.mark.parametrize("array", [np.empty(0), np.ones(1000)[::3], np.ones((3, 4))[:, 1], np.ones(8)[5:]], ids=str)
+@pytest.mark.parametrize(
+    "array", [np.empty(0), np.ones(1000)[::3], np.ones((3, 4))[:, 1], np.ones(8)[5:]], ids=str
+)
 def test_asking_for_memory_changes_nothing(array: np.ndarray) -> None:
     before = array.copy()
-    ask_for(array)
+    prefetch_array(array)
     np.testing.assert_array_equal(array, before)
 
 
@@ -76,12 +91,14 @@ def test_kernels_run_as_plain_python() -> None:
     """So that a debugger can step through them."""
     script = """
 import numpy as np
-from clue_dist.store.rows import Csr, coded
-got = coded(Csr(np.array([0, 2, 3]), np.array([1, 9, 4]), np.ones(3), 10), 2).csr(10)
+from clue_dist.store.rows import CsrRows, code_rows
+got = code_rows(CsrRows(np.array([0, 2, 3]), np.array([1, 9, 4]), np.ones(3), 10), 2).csr(10)
 print(got.indices.tolist(), got.indptr.tolist())
 """
     env = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
-    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=100
+    )
     assert done.stdout == "[1, 9, 4] [0, 2, 3]\n", done.stderr
 
 
@@ -90,18 +107,20 @@ def test_rows_of_ones_need_no_bits_for_them(density: float) -> None:
     x = sp.random(60, 3000, density, "csr", random_state=1)
     x.data[:] = 1
     rows = csr(x)
-    want, got = coded(rows, 0), as_binary(coded(rows, COUNT_BITS))
+    want, got = code_rows(rows, 0), recode_rows_as_binary(code_rows(rows, COUNT_BITS))
     for name in ("codes", "rest", "lengths", "bits"):
         np.testing.assert_array_equal(getattr(got, name), getattr(want, name))
     if density:
         x.data[-1] = 2
         with pytest.raises(ValueError, match="a count above 1"):
-            as_binary(coded(csr(x), COUNT_BITS))
+            recode_rows_as_binary(code_rows(csr(x), COUNT_BITS))
 
 
 def test_the_largest_count_and_the_farthest_gap_fit() -> None:
-    x = sp.csr_matrix(([LARGEST, 1, LARGEST], ([0, 0, 1], [0, 2**31 - 2, 2**31 - 2])), shape=(2, 2**31 - 1))
-    got, largest = try_coded(csr(x), COUNT_BITS)
+    x = sp.csr_matrix(
+        ([LARGEST, 1, LARGEST], ([0, 0, 1], [0, 2**31 - 2, 2**31 - 2])), shape=(2, 2**31 - 1)
+    )
+    got, largest = try_code_rows(csr(x), COUNT_BITS)
     back = got.csr(2**31 - 1)
     assert largest == LARGEST
     assert back.indices.tolist() == [0, 2**31 - 2, 2**31 - 2]
@@ -123,7 +142,7 @@ def test_the_largest_count_and_the_farthest_gap_fit() -> None:
     ],
 )
 def test_what_is_not_canonical_is_not_coded(columns: list[int], values: list[float]) -> None:
-    rows = Csr(np.array([0, 2]), np.array(columns, np.int32), np.array(values), 4)
-    assert try_coded(rows, COUNT_BITS) is None
+    rows = CsrRows(np.array([0, 2]), np.array(columns, np.int32), np.array(values), 4)
+    assert try_code_rows(rows, COUNT_BITS) is None
     with pytest.raises(ValueError, match="not canonical"):
-        coded(rows, COUNT_BITS)
+        code_rows(rows, COUNT_BITS)

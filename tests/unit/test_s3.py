@@ -13,16 +13,16 @@ import pytest
 import torch
 
 from clue_dist.data.loader import Loader
-from clue_dist.data.plan import Plan
+from clue_dist.data.plan import CellPlan
 from clue_dist.errors import StoreError
 from clue_dist.store import location, reader, svd
-from clue_dist.store.location import Remote, kvstore, place_of
+from clue_dist.store.location import RemoteLocation, open_kvstore, parse_location
 from clue_dist.store.reader import Store
-from clue_dist.store.rows import Blocks
+from clue_dist.store.rows import CodedBlocks
 from data_prep import inspect
-from data_prep.check import check
-from data_prep.jobs.workers import Threads
-from data_prep.svd import Options, compute
+from data_prep.check import check_store
+from data_prep.jobs.workers import ThreadPool
+from data_prep.svd import SvdOptions, compute_svd
 from tests.s3 import S3, serve
 from tests.stores import make_store
 from tests.unit.prep_helpers import anndata_of, build, frame, write_h5mu
@@ -33,7 +33,9 @@ SHARD = "strata/rna+adt/rna/codes/c/0/0"
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Store:
     folder = tmp_path_factory.mktemp("s3")
-    return make_store(folder / "s.zarr", cells={"rna+adt": 203, "adt": 70}, features={"rna": 40, "adt": 6})
+    return make_store(
+        folder / "s.zarr", cells={"rna+adt": 203, "adt": 70}, features={"rna": 40, "adt": 6}
+    )
 
 
 @pytest.fixture
@@ -57,9 +59,9 @@ def url(s3: S3, local: Store) -> str:
     return s3.upload(local.root, "deep/s.zarr")
 
 
-def blocks(store: Store) -> Blocks:
+def blocks(store: Store) -> CodedBlocks:
     got = store.strata["rna+adt"].read_blocks("rna", np.arange(13))
-    assert isinstance(got, Blocks)
+    assert isinstance(got, CodedBlocks)
     return got
 
 
@@ -74,34 +76,48 @@ def test_every_cell_is_the_same(local: Store, url: str) -> None:
         here, all_cells = local.strata[name], np.arange(there.n_cells)
         for m in there.modalities:
             a, b = here.rows(m, all_cells), there.rows(m, all_cells)
-            pairs = [(a, b)] if isinstance(a, np.ndarray) else [(a.indices, b.indices), (a.values, b.values)]
+            pairs = (
+                [(a, b)]
+                if isinstance(a, np.ndarray)
+                else [(a.indices, b.indices), (a.values, b.values)]
+            )
             for x, y in pairs:
                 np.testing.assert_array_equal(x, y)
         np.testing.assert_array_equal(here.obs(all_cells).barcodes, there.obs(all_cells).barcodes)
 
 
 def test_the_loader_serves_the_same_batches(local: Store, url: str) -> None:
-    plan = Plan(5, {"rna+adt": 203, "adt": 70}, {"rna+adt": 16, "adt": 8}, 4, 2, 16)
+    plan = CellPlan(5, {"rna+adt": 203, "adt": 70}, {"rna+adt": 16, "adt": 8}, 4, 2, 16)
     with Loader(local, plan) as here, Loader(Store(url), plan) as there:
         for _ in range(20):
             a, b = next(here), next(there)
             assert torch.equal(a.batch_code, b.batch_code)
-            assert torch.equal(a.modalities["rna"].counts.indices, b.modalities["rna"].counts.indices)  # type: ignore[union-attr]
+            assert torch.equal(
+                a.modalities["rna"].counts.indices, b.modalities["rna"].counts.indices
+            )  # type: ignore[union-attr]
             assert torch.equal(a.modalities["adt"].counts, b.modalities["adt"].counts)  # type: ignore[arg-type]
 
 
-def test_http_serves_a_public_store_too(s3: S3, local: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_http_serves_a_public_store_too(
+    s3: S3, local: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert isinstance(local.root, Path)
     s3.upload(local.root, "public.zarr", acl="public-read")
-    np.testing.assert_array_equal(blocks(Store(f"{s3.url}/cells/public.zarr/")).codes, blocks(local).codes)
+    np.testing.assert_array_equal(
+        blocks(Store(f"{s3.url}/cells/public.zarr/")).codes, blocks(local).codes
+    )
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
-    np.testing.assert_array_equal(blocks(Store("s3://cells/public.zarr")).codes, blocks(local).codes)
-    assert check(f"{s3.url}/cells/public.zarr") == []
+    np.testing.assert_array_equal(
+        blocks(Store("s3://cells/public.zarr")).codes, blocks(local).codes
+    )
+    assert check_store(f"{s3.url}/cells/public.zarr") == []
 
 
 def test_new_cells_take_their_features_from_a_url(s3: S3, tmp_path: Path) -> None:
-    trained = build(tmp_path / "t.zarr", f"rna={write_h5mu(tmp_path / 't.h5mu', rna=anndata_of(frame(40, 12)))}")
+    trained = build(
+        tmp_path / "t.zarr", f"rna={write_h5mu(tmp_path / 't.h5mu', rna=anndata_of(frame(40, 12)))}"
+    )
     assert isinstance(trained.root, Path)
     url = s3.upload(trained.root, "t.zarr")
     new = write_h5mu(tmp_path / "q.h5mu", rna=anndata_of(frame(30, 9)))
@@ -131,7 +147,9 @@ def test_a_wrong_url_is_told(s3: S3, where: str, message: str) -> None:
     assert error.value.fix
 
 
-def test_credentials_that_are_missing_or_half_given(s3: S3, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_credentials_that_are_missing_or_half_given(
+    s3: S3, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     with pytest.raises(StoreError, match="no credentials for the store"):
         Store(url)
@@ -140,10 +158,14 @@ def test_credentials_that_are_missing_or_half_given(s3: S3, url: str, monkeypatc
         Store(url)
 
 
-def test_a_server_that_is_down_is_given_up_after_some_tries(s3: S3, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_is_down_is_given_up_after_some_tries(
+    s3: S3, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     started = time.perf_counter()
-    with pytest.raises(StoreError, match=r"(?s)cannot be reached.*All 3 retry attempts failed.*AWS_ENDPOINT_URL"):
+    with pytest.raises(
+        StoreError, match=r"(?s)cannot be reached.*All 3 retry attempts failed.*AWS_ENDPOINT_URL"
+    ):
         Store(url)
     assert time.perf_counter() - started < 10
 
@@ -152,7 +174,10 @@ def test_patience_without_a_test_is_bounded() -> None:
     assert reader._CONTEXT.items() >= location.RETRIES.items()
     seconds = {"250ms": 0.25, "8s": 8.0}
     for given in location.RETRIES.values():
-        delays = [min(seconds[given["initial_delay"]] * 2**i, seconds[given["max_delay"]]) for i in range(8)]
+        delays = [
+            min(seconds[given["initial_delay"]] * 2**i, seconds[given["max_delay"]])
+            for i in range(8)
+        ]
         assert given["max_retries"] == 8
         assert sum(delays) < 60
 
@@ -170,8 +195,11 @@ def test_faults_that_pass_are_not_seen(s3: S3, local: Store, url: str) -> None:
 def test_faults_that_stay_raise_where_the_batch_was_due(s3: S3, url: str, fault: str) -> None:
     store = Store(url)
     s3.gate.always = fault
-    plan = Plan(5, {"rna+adt": 203, "adt": 70}, {"rna+adt": 16, "adt": 8}, 4, 2, 16)
-    with Loader(store, plan) as loader, pytest.raises(StoreError, match="cannot be reached, or fails") as error:
+    plan = CellPlan(5, {"rna+adt": 203, "adt": 70}, {"rna+adt": 16, "adt": 8}, 4, 2, 16)
+    with (
+        Loader(store, plan) as loader,
+        pytest.raises(StoreError, match="cannot be reached, or fails") as error,
+    ):
         next(loader)
     assert "blocks" in str(error.value.where)
 
@@ -182,12 +210,17 @@ def test_faults_that_stay_raise_where_the_batch_was_due(s3: S3, url: str, fault:
 def test_damaged_objects_raise_and_never_give_other_values(s3: S3, local: Store, url: str) -> None:
     key, right, store = f"deep/s.zarr/{SHARD}", blocks(local).codes, Store(url)
     good, rng = s3.get(key), np.random.default_rng(0)
-    flipped = [good[:at] + bytes([good[at] ^ 1 << at % 8]) + good[at + 1 :] for at in rng.integers(0, len(good), 40)]
+    flipped = [
+        good[:at] + bytes([good[at] ^ 1 << at % 8]) + good[at + 1 :]
+        for at in rng.integers(0, len(good), 40)
+    ]
     caught = []
     for damaged in [*flipped, good[:-1], good[: len(good) // 2], good[1:], b""]:
         s3.put(key, damaged)
         try:
-            np.testing.assert_array_equal(blocks(store).codes, right)  # the byte may belong to no chunk
+            np.testing.assert_array_equal(
+                blocks(store).codes, right
+            )  # the byte may belong to no chunk
         except StoreError as error:
             caught.append(error)
     assert len(caught) >= 40
@@ -210,8 +243,8 @@ def test_a_manifest_that_was_cut_off_or_edited(s3: S3, url: str) -> None:
 
 
 def test_check_lists_what_is_wrong_and_inspect_reads(s3: S3, local: Store, url: str) -> None:
-    assert check(url) == []
-    here, there = inspect.facts(str(local.root)), inspect.facts(url)
+    assert check_store(url) == []
+    here, there = inspect.collect_facts(str(local.root)), inspect.collect_facts(url)
     assert there == here | {"store": url}
     keys = sorted(local.manifest.shards)
     good = s3.get(f"deep/s.zarr/{keys[0]}")
@@ -220,7 +253,7 @@ def test_check_lists_what_is_wrong_and_inspect_reads(s3: S3, local: Store, url: 
     s3.client.delete_object(Bucket="cells", Key=f"deep/s.zarr/{keys[2]}")
     s3.put("deep/s.zarr/strata/extra", b"x")
     size = local.manifest.shards[keys[1]].bytes
-    assert set(check(url)) == {
+    assert set(check_store(url)) == {
         f"{keys[0]}: content changed (sha256 differs)",
         f"{keys[1]}: {size - 1} bytes, expected {size}",
         f"{keys[2]}: missing",
@@ -231,28 +264,37 @@ def test_check_lists_what_is_wrong_and_inspect_reads(s3: S3, local: Store, url: 
 # --- URLs ---
 
 
-def test_specs_take_the_server_and_the_region_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_specs_take_the_server_and_the_region_from_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     plain = {"driver": "s3", "bucket": "b", "path": "x/s.zarr/"}
-    assert kvstore(place_of("s3://b/x/s.zarr/")) == plain
+    assert open_kvstore(parse_location("s3://b/x/s.zarr/")) == plain
     monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://a:1/")
-    assert kvstore(Remote("s3://b/x/s.zarr")) == plain | {"endpoint": "http://a:1", "aws_region": "eu-west-1"}
+    assert open_kvstore(RemoteLocation("s3://b/x/s.zarr")) == plain | {
+        "endpoint": "http://a:1",
+        "aws_region": "eu-west-1",
+    }
     monkeypatch.setenv("AWS_REGION", "eu-west-2")
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://b:2")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "k")
-    named = {"endpoint": "http://b:2", "aws_region": "eu-west-2", "aws_credentials": {"type": "environment"}}
-    assert kvstore(Remote("s3://b/x/s.zarr")) == plain | named
+    named = {
+        "endpoint": "http://b:2",
+        "aws_region": "eu-west-2",
+        "aws_credentials": {"type": "environment"},
+    }
+    assert open_kvstore(RemoteLocation("s3://b/x/s.zarr")) == plain | named
 
 
 def test_specs_of_other_servers() -> None:
-    assert kvstore(Remote("gs://b/s.zarr"), "strata/rna") == {
+    assert open_kvstore(RemoteLocation("gs://b/s.zarr"), "strata/rna") == {
         "driver": "gcs",
         "bucket": "b",
         "path": "s.zarr/strata/rna/",
     }
-    assert kvstore(Remote("https://h:8/a/s.zarr"), "c") == {
+    assert open_kvstore(RemoteLocation("https://h:8/a/s.zarr"), "c") == {
         "driver": "http",
         "base_url": "https://h:8",
         "path": "/a/s.zarr/c/",
@@ -260,7 +302,7 @@ def test_specs_of_other_servers() -> None:
 
 
 def test_a_folder_is_a_folder(local: Store, tmp_path: Path) -> None:
-    assert place_of("a/b.zarr") == Path("a/b.zarr")
+    assert parse_location("a/b.zarr") == Path("a/b.zarr")
     assert isinstance(local.root, Path)
     shutil.copytree(local.root, tmp_path / "c.zarr")
     inside = tmp_path / "c.zarr/strata/rna+adt/rna"
@@ -273,13 +315,17 @@ def test_a_folder_is_a_folder(local: Store, tmp_path: Path) -> None:
 def test_an_svd_is_read_and_may_be_missing(s3: S3, tmp_path: Path) -> None:
     store = make_store(tmp_path / "s.zarr", cells={"rna": 40}, features={"rna": 20})
     url = s3.upload(tmp_path / "s.zarr", "without.zarr")
-    assert svd.read(place_of(url), store.manifest, "rna") is None
-    compute(str(store.root), [], Options(components=3), Threads(1))
+    assert svd.read_svd(parse_location(url), store.manifest, "rna") is None
+    compute_svd(str(store.root), [], SvdOptions(components=3), ThreadPool(1))
     url = s3.upload(tmp_path / "s.zarr", "with.zarr")
-    here, there = (svd.read(place_of(root), store.manifest, "rna") for root in (str(store.root), url))
+    here, there = (
+        svd.read_svd(parse_location(root), store.manifest, "rna") for root in (str(store.root), url)
+    )
     assert here is not None
     assert there is not None
     np.testing.assert_array_equal(here.loadings, there.loadings)
-    assert check(url) == []
-    s3.gate.always = "403"  # as a server answers for what is not there, where its objects may not be listed
-    assert svd.read(place_of(url), store.manifest, "rna") is None
+    assert check_store(url) == []
+    s3.gate.always = (
+        "403"  # as a server answers for what is not there, where its objects may not be listed
+    )
+    assert svd.read_svd(parse_location(url), store.manifest, "rna") is None

@@ -6,7 +6,7 @@ import pytest
 
 from clue_dist.config import Config, DataConfig, ObjectiveConfig
 from clue_dist.errors import ConfigError
-from clue_dist.train.setup import prepare, resolve
+from clue_dist.train.setup import prepare_setup, resolve_auto_settings
 from tests.stores import make_store
 
 
@@ -15,8 +15,10 @@ def config_of(path: Path, **parts: object) -> Config:
 
 
 def test_held_out_cells_are_paired_last_and_never_planned(tmp_path: Path) -> None:
-    make_store(tmp_path / "s.zarr", cells={"rna+adt": 200, "rna": 60}, features={"rna": 30, "adt": 8})
-    setup = prepare(config_of(tmp_path / "s.zarr", data={"holdout": 0.1}), world=1)
+    make_store(
+        tmp_path / "s.zarr", cells={"rna+adt": 200, "rna": 60}, features={"rna": 30, "adt": 8}
+    )
+    setup = prepare_setup(config_of(tmp_path / "s.zarr", data={"holdout": 0.1}), world=1)
     assert setup.holdout == {"rna+adt": 20, "rna": 0}
     assert setup.held_out().n_cells == 20
     planned = {int(c) for t in range(40) for c in setup.plan.cells(t, "rna+adt")}
@@ -26,43 +28,62 @@ def test_held_out_cells_are_paired_last_and_never_planned(tmp_path: Path) -> Non
 def test_without_pairs_every_stratum_is_held_out_in_part(tmp_path: Path) -> None:
     make_store(tmp_path / "s.zarr", cells={"rna": 100, "adt": 60}, features={"rna": 30, "adt": 8})
     objective = ObjectiveConfig(lambda_cross=0)
-    setup = prepare(config_of(tmp_path / "s.zarr", data={"holdout": 0.1}, objective=objective), world=2)
+    setup = prepare_setup(
+        config_of(tmp_path / "s.zarr", data={"holdout": 0.1}, objective=objective), world=2
+    )
     assert setup.holdout == {"rna": 10, "adt": 6}
     assert not setup.paired
 
 
 def test_holdout_has_a_ceiling(tmp_path: Path) -> None:
     make_store(tmp_path / "s.zarr", cells={"rna+adt": 300}, features={"rna": 30, "adt": 8})
-    setup = prepare(config_of(tmp_path / "s.zarr", data={"holdout": 0.5, "holdout_max": 30}), world=1)
+    setup = prepare_setup(
+        config_of(tmp_path / "s.zarr", data={"holdout": 0.5, "holdout_max": 30}), world=1
+    )
     assert setup.holdout == {"rna+adt": 30}
 
 
-@pytest.mark.parametrize(("cells", "low", "high"), [(1_000, 128, 128), (100_000, 512, 512), (30_000_000, 4096, 4096)])
-def test_auto_batch_grows_with_the_data_and_divides_into_lanes(cells: int, low: int, high: int) -> None:
-    got = resolve(Config(data=DataConfig(lanes=8)), cells)
+@pytest.mark.parametrize(
+    ("cells", "low", "high"), [(1_000, 128, 128), (100_000, 512, 512), (30_000_000, 4096, 4096)]
+)
+def test_auto_batch_grows_with_the_data_and_divides_into_lanes(
+    cells: int, low: int, high: int
+) -> None:
+    got = resolve_auto_settings(Config(data=DataConfig(lanes=8)), cells)
     assert low <= got.data.batch_size <= high
-    assert resolve(Config(data=DataConfig(lanes=48)), cells).data.batch_size % 48 == 0
+    assert resolve_auto_settings(Config(data=DataConfig(lanes=48)), cells).data.batch_size % 48 == 0
 
 
 def test_auto_epochs_are_many_for_few_cells_and_one_for_an_atlas() -> None:
-    assert resolve(Config(), 500).train.epochs == 60
-    assert resolve(Config(), 30_000_000).train.epochs == 1
-    explicit = resolve(
+    assert resolve_auto_settings(Config(), 500).train.epochs == 60
+    assert resolve_auto_settings(Config(), 30_000_000).train.epochs == 1
+    explicit = resolve_auto_settings(
         Config(train={"epochs": 3, "patience": 2, "validate_every": 7, "checkpoint_every": 9}), 500
     ).train
-    assert (explicit.epochs, explicit.patience, explicit.validate_every, explicit.checkpoint_every) == (3, 2, 7, 9)
+    assert (
+        explicit.epochs,
+        explicit.patience,
+        explicit.validate_every,
+        explicit.checkpoint_every,
+    ) == (3, 2, 7, 9)
 
 
 def test_weights_must_name_every_stratum(tmp_path: Path) -> None:
-    make_store(tmp_path / "s.zarr", cells={"rna+adt": 100, "rna": 60}, features={"rna": 30, "adt": 8})
+    make_store(
+        tmp_path / "s.zarr", cells={"rna+adt": 100, "rna": 60}, features={"rna": 30, "adt": 8}
+    )
     with pytest.raises(ConfigError, match="every stratum"):
-        prepare(config_of(tmp_path / "s.zarr", data={"weights": {"rna": 1}}), world=1)
-    setup = prepare(config_of(tmp_path / "s.zarr", data={"weights": {"rna": 1, "rna+adt": 1}}), world=1)
+        prepare_setup(config_of(tmp_path / "s.zarr", data={"weights": {"rna": 1}}), world=1)
+    setup = prepare_setup(
+        config_of(tmp_path / "s.zarr", data={"weights": {"rna": 1, "rna+adt": 1}}), world=1
+    )
     assert setup.plan.share["rna"] == setup.plan.share["rna+adt"]
 
 
 def test_summary_tells_what_would_happen(tmp_path: Path) -> None:
-    make_store(tmp_path / "s.zarr", cells={"rna+adt": 100, "rna": 60}, features={"rna": 30, "adt": 8})
-    text = prepare(config_of(tmp_path / "s.zarr"), world=1).summary()
+    make_store(
+        tmp_path / "s.zarr", cells={"rna+adt": 100, "rna": 60}, features={"rna": 30, "adt": 8}
+    )
+    text = prepare_setup(config_of(tmp_path / "s.zarr"), world=1).summary()
     assert "rna: 30 features, log_cp10k -> nb" in text
     assert "stratum rna: 60 cells" in text

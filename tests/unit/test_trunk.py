@@ -11,18 +11,28 @@ from clue_dist import config as configs
 from clue_dist import normalise as in_numpy
 from clue_dist.config import DecoderConfig
 from clue_dist.data.batch import SparseCounts, read_batch
-from clue_dist.model.clue import CLUE, specs_of
+from clue_dist.model.clue import CLUE, specify_modalities
 from clue_dist.model.decoders import Decoder
-from clue_dist.model.initialise import R_LIMITS, _set_offsets, initialise, leading_svd, sample
-from clue_dist.model.trunk import Projection, normalise, size_of
+from clue_dist.model.initialise import (
+    R_LIMITS,
+    _set_offsets,
+    compute_leading_svd,
+    initialise_model,
+    sample_cells,
+)
+from clue_dist.model.trunk import Projection, compute_size_inputs, normalise_counts
 from tests.stores import make_store
 
-X = np.random.default_rng(0).poisson(0.7, (9, 15)).astype(np.float32) + np.eye(9, 15, dtype=np.float32)
+X = np.random.default_rng(0).poisson(0.7, (9, 15)).astype(np.float32) + np.eye(
+    9, 15, dtype=np.float32
+)
 
 
 def sparse(x: np.ndarray) -> SparseCounts:
     m = sp.csr_matrix(x)
-    return SparseCounts(torch.tensor(m.indptr), torch.tensor(m.indices), torch.tensor(m.data), x.shape[1])
+    return SparseCounts(
+        torch.tensor(m.indptr), torch.tensor(m.indices), torch.tensor(m.data), x.shape[1]
+    )
 
 
 def plain(x: np.ndarray, how: str, idf: np.ndarray) -> np.ndarray:
@@ -40,16 +50,18 @@ def plain(x: np.ndarray, how: str, idf: np.ndarray) -> np.ndarray:
 def test_normalise(how: str) -> None:
     idf = np.random.default_rng(1).uniform(1, 9, 15).astype(np.float32)
     want = plain(X, how, idf)
-    dense = normalise(torch.tensor(X), how, torch.tensor(idf))
+    dense = normalise_counts(torch.tensor(X), how, torch.tensor(idf))
     np.testing.assert_allclose(dense, want, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(in_numpy.normalised(X, how, idf), want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(in_numpy.normalise_rows(X, how, idf), want, rtol=1e-5, atol=1e-6)
     if how != "clr":  # would not stay sparse
-        got = normalise(sparse(X), how, torch.tensor(idf))
+        got = normalise_counts(sparse(X), how, torch.tensor(idf))
         assert isinstance(got, SparseCounts)
         np.testing.assert_allclose(
             sp.csr_matrix((got.values, got.indices, got.indptr), X.shape).toarray(), want, rtol=1e-5
         )
-        np.testing.assert_allclose(in_numpy.normalised(sp.csr_matrix(X), how, idf).toarray(), want, rtol=1e-5)
+        np.testing.assert_allclose(
+            in_numpy.normalise_rows(sp.csr_matrix(X), how, idf).toarray(), want, rtol=1e-5
+        )
 
 
 def test_projection_of_sparse_equals_dense_with_its_gradient() -> None:
@@ -69,39 +81,51 @@ def test_projection_of_sparse_equals_dense_with_its_gradient() -> None:
 @pytest.mark.parametrize("features", [40, 700])
 def test_leading_svd_is_exact_where_noise_is_nearly_as_strong(features: int) -> None:
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(500, 5)) @ rng.normal(size=(5, features)) * 0.1 + rng.normal(size=(500, features))
+    x = rng.normal(size=(500, 5)) @ rng.normal(size=(5, features)) * 0.1 + rng.normal(
+        size=(500, features)
+    )
     mean, scale = x.mean(0), x.std(0)
     _, want, v = np.linalg.svd((x - mean) / scale, full_matrices=False)
     for given in (x, sp.csr_matrix(x)):
-        right, singular = leading_svd(given, mean, scale, 20, seed=0)
+        right, singular = compute_leading_svd(given, mean, scale, 20, seed=0)
         np.testing.assert_allclose(singular, want[:20], rtol=1e-6)
         np.testing.assert_allclose(np.abs(np.sum(right * v[:20].T, 0)), 1, atol=1e-6)
 
 
 def test_initialised_projection_is_pca_of_the_training_cells(tmp_path: Path) -> None:
-    store = make_store(tmp_path / "s.zarr", cells={"rna+adt": 120, "rna": 60}, features={"rna": 30, "adt": 8})
+    store = make_store(
+        tmp_path / "s.zarr", cells={"rna+adt": 120, "rna": 60}, features={"rna": 30, "adt": 8}
+    )
     config = configs.Config(model={"trunk": {"projection": 6}})
-    model = CLUE(specs_of(store.manifest.modalities, config), 2, config.model)
+    model = CLUE(specify_modalities(store.manifest.modalities, config), 2, config.model)
     n_train = {"rna+adt": 100, "rna": 60}
-    initialise(model, store, n_train, svd=True, seed=0)
-    counts = sample(store, n_train, "rna")
+    initialise_model(model, store, n_train, svd=True, seed=0)
+    counts = sample_cells(store, n_train, "rna")
     assert counts.shape == (160, 30)  # held-out cells have no part in it
     x = plain(counts.toarray(), "log_cp10k", np.ones(30))
     standard = (x - x.mean(0)) / x.std(0) ** 0.75
     left, singular, _ = np.linalg.svd(standard, full_matrices=False)
     batch = read_batch(store, "rna", np.arange(60))
     trunk = model.trunk("rna")
-    got = trunk.projection(normalise(batch.modalities["rna"].counts, trunk.how, trunk.idf)).detach().numpy()
-    want = (left * singular)[100:, :6] * (160 * 6 / (singular[:6] ** 2).sum()) ** 0.5  # mean square of one
-    clear = slice(0, 2)  # three cell types make two clear components; the rest is noise of near-equal strength
+    got = (
+        trunk.projection(normalise_counts(batch.modalities["rna"].counts, trunk.how, trunk.idf))
+        .detach()
+        .numpy()
+    )
+    want = (left * singular)[100:, :6] * (
+        160 * 6 / (singular[:6] ** 2).sum()
+    ) ** 0.5  # mean square of one
+    clear = slice(
+        0, 2
+    )  # three cell types make two clear components; the rest is noise of near-equal strength
     np.testing.assert_allclose(np.abs(got[:, clear]), np.abs(want[:, clear]), rtol=0.01, atol=0.01)
 
 
 def test_more_components_than_cells_is_fine(tmp_path: Path) -> None:
     store = make_store(tmp_path / "s.zarr", cells={"rna+adt": 20}, features={"rna": 200, "adt": 8})
     config = configs.Config()
-    model = CLUE(specs_of(store.manifest.modalities, config), 2, config.model)
-    initialise(model, store, {"rna+adt": 20}, svd=True, seed=0)
+    model = CLUE(specify_modalities(store.manifest.modalities, config), 2, config.model)
+    initialise_model(model, store, {"rna+adt": 20}, svd=True, seed=0)
     joint, alone = model.embed(read_batch(store, "rna+adt", np.arange(20)))
     assert joint.isfinite().all()
     assert set(alone) == {"rna", "adt"}
@@ -110,7 +134,7 @@ def test_more_components_than_cells_is_fine(tmp_path: Path) -> None:
 def test_size_is_total_and_detected_features_sparse_or_dense() -> None:
     want = np.log(np.stack([X.sum(1), (X > 0).sum(1)], 1))
     for x in (torch.tensor(X), sparse(X)):
-        np.testing.assert_allclose(size_of(x), want, rtol=1e-6)
+        np.testing.assert_allclose(compute_size_inputs(x), want, rtol=1e-6)
 
 
 def test_a_constant_feature_does_not_outweigh_all_others() -> None:
@@ -131,7 +155,9 @@ def test_a_constant_feature_does_not_outweigh_all_others() -> None:
 @pytest.mark.parametrize("dense", [True, False])
 def test_inverse_dispersions_start_at_what_the_moments_say(dense: bool, likelihood: str) -> None:
     rng = np.random.default_rng(0)
-    r = np.concatenate([[0.5, 2.0, 8.0, 1e9], np.full(300, 5.0)])  # many, for features of one total tie each other
+    r = np.concatenate(
+        [[0.5, 2.0, 8.0, 1e9], np.full(300, 5.0)]
+    )  # many, for features of one total tie each other
     mean = np.concatenate([[2.0, 4.0, 4.0, 2.0], np.full(300, 2.0)])
     size = rng.lognormal(0, 0.5, (20_000, 1))
     counts = rng.poisson(rng.gamma(r, size * mean / r)).astype(np.float32)
@@ -171,12 +197,12 @@ def test_squares_of_large_integer_counts_do_not_overflow() -> None:
 def test_initialised_size_is_standardised_over_the_training_cells(tmp_path: Path) -> None:
     store = make_store(tmp_path / "s.zarr", cells={"rna+adt": 120}, features={"rna": 30, "adt": 8})
     config = configs.Config(model={"trunk": {"projection": 6}})
-    model = CLUE(specs_of(store.manifest.modalities, config), 2, config.model)
-    initialise(model, store, {"rna+adt": 120}, svd=True, seed=0)
+    model = CLUE(specify_modalities(store.manifest.modalities, config), 2, config.model)
+    initialise_model(model, store, {"rna+adt": 120}, svd=True, seed=0)
     batch = read_batch(store, "rna+adt", np.arange(120))
     size = model.trunk("rna").components(batch.modalities["rna"].counts)[:, -2:]
     np.testing.assert_allclose(size.mean(0), 0, atol=1e-5)
     np.testing.assert_allclose(size.std(0, correction=0), 1, atol=1e-4)
     without = configs.Config(model={"trunk": {"projection": 6, "size_input": False}})
-    plain = CLUE(specs_of(store.manifest.modalities, without), 2, without.model)
+    plain = CLUE(specify_modalities(store.manifest.modalities, without), 2, without.model)
     assert plain.trunk("rna").components(batch.modalities["rna"].counts).shape == (120, 6)

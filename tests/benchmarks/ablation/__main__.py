@@ -22,7 +22,15 @@ from clue_dist.process import run_main
 from tests.benchmarks import common, matching, mosaic, scores
 from tests.benchmarks.ablation import cells, estimates
 from tests.benchmarks.ablation.cells import DOUBLINGS, OTHER_CELLS, TRANSDUCTIVE
-from tests.benchmarks.ablation.rows import ATLAS, COUNTED_ANEW, ROWS, applies, method_of, recipe_of, row_of
+from tests.benchmarks.ablation.rows import (
+    ATLAS,
+    COUNTED_ANEW,
+    ROWS,
+    applies,
+    method_of,
+    recipe_of,
+    row_of,
+)
 from tests.benchmarks.common import Result, Run, Steps
 from tests.benchmarks.split import FOLDS
 from tests.distributed.command import ROOT
@@ -52,11 +60,17 @@ matcher that knows every true level: an estimate of what counting noise alone al
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = mosaic.parser("ablation", __doc__)
-    parser.add_argument("--sets", nargs="+", choices=mosaic.SETS, help="default: cbmc_cite snare_adbrain_8lib")
+    parser.add_argument(
+        "--sets", nargs="+", choices=mosaic.SETS, help="default: cbmc_cite snare_adbrain_8lib"
+    )
     parser.add_argument("--folds", nargs="+", type=int, choices=FOLDS, default=[0])
-    parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", help=f"default: all; {'; '.join(ROWS)}")
+    parser.add_argument(
+        "--rows", nargs="+", choices=ROWS, metavar="ROW", help=f"default: all; {'; '.join(ROWS)}"
+    )
     args = parser.parse_args(words)
-    args.sets = args.sets or (["bmmc_cite_starter"] if args.quick else ["cbmc_cite", "snare_adbrain_8lib"])
+    args.sets = args.sets or (
+        ["bmmc_cite_starter"] if args.quick else ["cbmc_cite", "snare_adbrain_8lib"]
+    )
     args.rows = args.rows or (["paper: all", ATLAS, TRANSDUCTIVE] if args.quick else list(ROWS))
     return args
 
@@ -84,7 +98,11 @@ def digest_of(row: str, name: str, args: argparse.Namespace) -> str:
 
 
 def steps_of(args: argparse.Namespace) -> Steps:
-    return Steps(lambda run, folder: do(run, folder, args), lambda run, folder: score(run, folder, args), scores.code())
+    return Steps(
+        lambda run, folder: do(run, folder, args),
+        lambda run, folder: score(run, folder, args),
+        scores.code(),
+    )
 
 
 def do(run: Run, folder: Path, args: argparse.Namespace) -> Result:
@@ -96,11 +114,18 @@ def do(run: Run, folder: Path, args: argparse.Namespace) -> Result:
     if row == COUNTED_ANEW:
         with mosaic.quiet():
             proteins = md.read(split.test)[split.mods[1]].X
-        return {"fit_s": 0.0, "threads": args.threads, "scores": estimates.counted_anew(proteins, run.fold)}
+        return {
+            "fit_s": 0.0,
+            "threads": args.threads,
+            "scores": estimates.counted_anew(proteins, run.fold),
+        }
     settings = (*ROWS[row].settings, *matching.overrides_of(args.quick))
     if row in OTHER_CELLS:
         full, split = split, cells.changed(split, row, run.method, args.data)
-        stores = [mosaic.stores_of(s, mosaic.sources(), args.threads, args.work) / "train.zarr" for s in (full, split)]
+        stores = [
+            mosaic.stores_of(s, mosaic.sources(), args.threads, args.work) / "train.zarr"
+            for s in (full, split)
+        ]
         settings += cells.schedule(*stores, settings)
     recipe = recipe_of(row, run.data_set)
     fit_s = mosaic.ours(split, folder, run.seed, settings, args.threads, args.work, recipe)
@@ -123,10 +148,15 @@ def table(records: Sequence[Result]) -> str:
         for key in ACCURACIES:
             told = [r[key] for r in group if key in r]
             found.append(common.spread(told, 3) if told else "")
-        rows.append([name, row, str(len(group)), *found, common.spread([r["fit_s"] for r in group], 0)])
+        rows.append(
+            [name, row, str(len(group)), *found, common.spread([r["fit_s"] for r in group], 0)]
+        )
     for name in dict.fromkeys(name for name, _ in groups):
         if all({r["fold"] for r in groups.get((name, row), [])} == set(FOLDS) for row in DOUBLINGS):
-            means = [[statistics.fmean(value(r, m) for r in groups[name, row]) for row in DOUBLINGS] for m in METRICS]
+            means = [
+                [statistics.fmean(value(r, m) for r in groups[name, row]) for row in DOUBLINGS]
+                for m in METRICS
+            ]
             limits = [limit_of(v, matching.DIGITS[m]) for m, v in zip(METRICS, means, strict=True)]
             rows.append([name, EXTRAPOLATED, "", *limits, *([""] * (len(ACCURACIES) + 1))])
     return f"{common.aligned(rows)}\n\n{estimates.parameters()}"
@@ -143,7 +173,9 @@ def value(record: Result, metric: str) -> float:
 
 def main() -> None:
     args = arguments()
-    common.carry_out(args, runs_of(args), steps_of(args), matching.told, table, FOOTNOTES, lambda records: ())
+    common.carry_out(
+        args, runs_of(args), steps_of(args), matching.told, table, FOOTNOTES, lambda records: ()
+    )
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
 
-from clue_dist.config import load
-from clue_dist.train.setup import prepare
+from clue_dist.config import load_config
+from clue_dist.train.setup import prepare_setup
 from tests.benchmarks import common, mosaic
 from tests.benchmarks.split import paired
 from tests.distributed.command import ROOT
@@ -49,7 +49,10 @@ def of_pairs(cells: Cells, halved: bool, unpaired: bool) -> md.MuData:
     pairs = first.intersection(second).sort_values()
     dropped = pairs[1::2] if halved else pairs[:0]
     tables = {m: cells.train[m] for m in cells.mods}
-    keep = {m: ~t.obs_names.isin(dropped) & (unpaired | t.obs_names.isin(pairs)) for m, t in tables.items()}
+    keep = {
+        m: ~t.obs_names.isin(dropped) & (unpaired | t.obs_names.isin(pairs))
+        for m, t in tables.items()
+    }
     return md.MuData({m: t[keep[m]].copy() for m, t in tables.items()})
 
 
@@ -77,7 +80,10 @@ def changed(split: mosaic.Split, row: str, method: str, data: Path) -> mosaic.Sp
 
     def make(folder: Path) -> None:
         with mosaic.quiet():
-            cells = Cells(split.mods, *(md.read(p) for p in (split.train, split.test, mosaic.source_of(name, data))))
+            cells = Cells(
+                split.mods,
+                *(md.read(p) for p in (split.train, split.test, mosaic.source_of(name, data))),
+            )
             OTHER_CELLS[row](cells).write(folder / "train.h5mu")
             cells.test.write(folder / "test.h5mu")
 
@@ -91,8 +97,17 @@ def schedule(full: Path, other: Path, settings: Sequence[str]) -> tuple[str, ...
     """Settings that give training on the store `other` the steps, the batches and their share of pairs that `full`
     gets, for a number of cells would change all three where they say "auto"."""
     recipe, run = ROOT / mosaic.RECIPE, f"run={other.parent / 'run'}"
-    wanted, got = (prepare(load(recipe, [f"store={store}", run, *settings]), 1) for store in (full, other))
+    wanted, got = (
+        prepare_setup(load_config(recipe, [f"store={store}", run, *settings]), 1)
+        for store in (full, other)
+    )
     size = wanted.config.data.batch_size
-    pairs = sum(n for s, n in wanted.plan.share.items() if len(wanted.store.strata[s].modalities) > 1)
+    pairs = sum(
+        n for s, n in wanted.plan.share.items() if len(wanted.store.strata[s].modalities) > 1
+    )
     epochs = wanted.total_steps * size / sum(got.train.values())
-    return f"data.batch_size={size}", f"data.paired_share={pairs / size!r}", f"train.epochs={epochs!r}"
+    return (
+        f"data.batch_size={size}",
+        f"data.paired_share={pairs / size!r}",
+        f"train.epochs={epochs!r}",
+    )

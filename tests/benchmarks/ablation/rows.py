@@ -18,7 +18,10 @@ class Row:
     paper: bool = False
 
 
-PAPER = {"adt": "configs/neurips2021_cite.json", "atac": "configs/neurips2021_multiome.json"}  # by second modality
+PAPER = {
+    "adt": "configs/neurips2021_cite.json",
+    "atac": "configs/neurips2021_multiome.json",
+}  # by second modality
 TERMS = ("cross", "mse", "d")  # of eq. 15, that Table 5 leaves out; the self ELBO is always there
 
 
@@ -39,7 +42,8 @@ LEFT_OUT: tuple[tuple[str, ...], ...] = (
     ("cross", "mse", "d"),
 )
 TABLE_5 = {
-    f"paper: {', '.join(f'no {term}' for term in terms) or 'all'}": Row(zero(terms), paper=True) for terms in LEFT_OUT
+    f"paper: {', '.join(f'no {term}' for term in terms) or 'all'}": Row(zero(terms), paper=True)
+    for terms in LEFT_OUT
 }
 WITHIN_BATCH = "contrast within batch"
 BEYOND = {
@@ -49,8 +53,12 @@ BEYOND = {
     "posterior poe (eq. 6)": Row(("model.posterior=poe",)),
     "posterior mean": Row(("model.posterior=mean",)),
     "alignment cosine": Row(("objective.alignment=cosine",)),
-    "no contrast: the paper's terms at the weights of atlas.json": Row(("objective.lambda_contrastive=0",)),
-    "contrast alone": Row((*zero(("self", *TERMS)), "model.private=0")),  # which nothing would train
+    "no contrast: the paper's terms at the weights of atlas.json": Row(
+        ("objective.lambda_contrastive=0",)
+    ),
+    "contrast alone": Row(
+        (*zero(("self", *TERMS)), "model.private=0")
+    ),  # which nothing would train
     "no private dimensions": Row(("model.private=0",)),
     "no mse, no d": Row(zero(("mse", "d"))),
     WITHIN_BATCH: Row(("objective.contrastive_within_batch=true",)),
@@ -60,7 +68,9 @@ BEYOND = {
     "separate encoders": Row(("model.trunk.shared=false",)),
     "KL warm-up": Row(("train.kl_warmup=0.3",)),
     "trained projection": Row(("model.trunk.projection_lr=0.1",)),
-    "random projection, trained": Row(("model.trunk.projection_init=random", "model.trunk.projection_lr=1")),
+    "random projection, trained": Row(
+        ("model.trunk.projection_init=random", "model.trunk.projection_lr=1")
+    ),
 }
 COUNTED_ANEW = "proteins, counted anew"
 ROWS: dict[str, Row] = TABLE_5 | BEYOND | dict.fromkeys([*OTHER_CELLS, COUNTED_ANEW], Row())

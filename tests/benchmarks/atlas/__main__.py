@@ -52,8 +52,12 @@ manifest: of {MANY:,} such cells; names: barcode, batch and label of a cell on d
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = common.parser("atlas", __doc__, "streaming")
-    parser.add_argument("--cells", nargs="+", type=int, help=f"default: {' '.join(map(str, SIZES))}")
-    parser.add_argument("--repeats", type=int, help=f"default: {repeats.REPEATS}, of a quick look 1")
+    parser.add_argument(
+        "--cells", nargs="+", type=int, help=f"default: {' '.join(map(str, SIZES))}"
+    )
+    parser.add_argument(
+        "--repeats", type=int, help=f"default: {repeats.REPEATS}, of a quick look 1"
+    )
     args = parser.parse_args(words)
     args.cells = sorted(args.cells or (QUICK_SIZES if args.quick else SIZES))
     args.repeats = args.repeats or (1 if args.quick else repeats.REPEATS)
@@ -72,7 +76,9 @@ def runs_of(args: argparse.Namespace) -> list[Run]:
 
 def digest_of(args: argparse.Namespace) -> str:
     shapes = map(cells.digest_of, shapes_of(args.quick).values())
-    return common.digest(*shapes, stores.sources(), Path(__file__).parent, str(args.threads), str(args.quick))
+    return common.digest(
+        *shapes, stores.sources(), Path(__file__).parent, str(args.threads), str(args.quick)
+    )
 
 
 def shapes_of(quick: bool) -> dict[str, Shape]:
@@ -88,7 +94,10 @@ def command(size: int, out: Path, args: argparse.Namespace) -> list[str | Path]:
     if rest or not lanes:
         raise ValueError(f"{size} cells are no multiple of {shapes['rna'].cells}")
     given = [
-        f"lane{i:03d}:{name}={path}" for i in range(lanes) for name, path in files.items() if name == "rna" or i % 2
+        f"lane{i:03d}:{name}={path}"
+        for i in range(lanes)
+        for name, path in files.items()
+        if name == "rna" or i % 2
     ]
     keys = ("--batch-key", "plate", "--label-key", "cell_type", "--workers", str(args.threads))
     return [sys.executable, "-m", "data_prep", "convert", *given, "--out", out, *keys]
@@ -99,7 +108,11 @@ def do(run: Run, folder: Path, args: argparse.Namespace) -> Result:
     kept = Repeat("convert", run.data_set, 0, 0, run.digest).folder(args.work) / STORE
     if run.method == "stream":
         seconds = ("--seconds", "1", "--warm", "0.5") if args.quick else ()
-        common.call([sys.executable, "-m", "tests.benchmarks.atlas.probe", kept, *seconds], log, args.threads)
+        common.call(
+            [sys.executable, "-m", "tests.benchmarks.atlas.probe", kept, *seconds],
+            log,
+            args.threads,
+        )
         return common.last_json(log)
     words = command(size, folder / STORE, args)
     if run.method == "check":
@@ -122,11 +135,21 @@ MANIFEST = {"manifest_mb": 1, "manifest_ms": 0, "names_bytes": 1}
 def table(records: Sequence[Result]) -> str:
     sizes = sorted({r["data_set"] for r in records}, key=int)
     rows = [["cells", *(f"{m} {unit}" for m in METHODS for unit in ("cells/s", "MiB"))]]
-    more = [["cells", *(name.removesuffix("_ms").replace("_", " ") + " ms" for name in SHORTS), *MANIFEST]]
+    more = [
+        [
+            "cells",
+            *(name.removesuffix("_ms").replace("_", " ") + " ms" for name in SHORTS),
+            *MANIFEST,
+        ]
+    ]
     for size in sizes:
-        values = [median(records, m, size, what) for m in METHODS for what in ("cells_per_s", "anon_mib")]
+        values = [
+            median(records, m, size, what) for m in METHODS for what in ("cells_per_s", "anon_mib")
+        ]
         rows.append([f"{int(size):,}", *map(shown, values)])
-        times = [shown(median(records, "stream", size, k), d) for k, d in (SHORTS | MANIFEST).items()]
+        times = [
+            shown(median(records, "stream", size, k), d) for k, d in (SHORTS | MANIFEST).items()
+        ]
         more.append([f"{int(size):,}", *times])
     return f"{common.aligned(rows)}\n\n{common.aligned(more)}"
 
@@ -146,8 +169,12 @@ def bars_of(records: Sequence[Result], args: argparse.Namespace) -> Iterator[dic
 
     sizes = f"of {' and '.join(f'{int(size):,}' for size in larger)} cells, times that of {int(small):,}"
     for method in METHODS:
-        yield Bar(f"{method}: cells/s {sizes}", FLAT.op, FLAT.bar).judged(worst(method, "cells_per_s", min))
-        yield Bar(f"{method}: memory {sizes}", MEMORY.op, MEMORY.bar).judged(worst(method, "anon_mib", max))
+        yield Bar(f"{method}: cells/s {sizes}", FLAT.op, FLAT.bar).judged(
+            worst(method, "cells_per_s", min)
+        )
+        yield Bar(f"{method}: memory {sizes}", MEMORY.op, MEMORY.bar).judged(
+            worst(method, "anon_mib", max)
+        )
     for what in SHORTS:
         name = what.removesuffix("_ms").replace("_", " ")
         yield Bar(f"time of {name} {sizes}", SHORT.op, SHORT.bar).judged(worst("stream", what, max))

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from clue_dist.data.loader import Loader
-from clue_dist.data.plan import Plan
+from clue_dist.data.plan import CellPlan
 from clue_dist.store import layout
 from clue_dist.store.manifest import Manifest
 from clue_dist.store.reader import Store
@@ -25,10 +25,17 @@ TIMES = 7  # that a short thing is timed
 MANY = 100_000_000  # cells
 
 
-def plan_of(store: Store, batch: int) -> Plan:
+def plan_of(store: Store, batch: int) -> CellPlan:
     """Batches to which every stratum gives the same number of cells."""
     sizes = {name: reader.n_cells for name, reader in store.strata.items()}
-    return Plan(0, sizes, dict.fromkeys(sizes, batch // len(sizes)), LANES, WINDOW_BLOCKS, store.manifest.block_cells)
+    return CellPlan(
+        0,
+        sizes,
+        dict.fromkeys(sizes, batch // len(sizes)),
+        LANES,
+        WINDOW_BLOCKS,
+        store.manifest.block_cells,
+    )
 
 
 def timed_ms(work: Callable[[], object]) -> float:
@@ -42,12 +49,12 @@ def timed_ms(work: Callable[[], object]) -> float:
     return 1e3 * statistics.median(seconds)
 
 
-def first_batch(store: Store, plan: Plan, step: int) -> None:
+def first_batch(store: Store, plan: CellPlan, step: int) -> None:
     with Loader(store, plan, first=step) as loader:
         next(loader)
 
 
-def every_cell(plan: Plan, step: int) -> None:
+def every_cell(plan: CellPlan, step: int) -> None:
     for segment in plan.segments:
         plan.cells(step, segment)
 
@@ -55,8 +62,14 @@ def every_cell(plan: Plan, step: int) -> None:
 def enlarged(manifest: Manifest, cells: int) -> Manifest:
     """The manifest of about so many cells: every stratum times as many, and the shards that its arrays have then."""
     times = max(1, cells // manifest.n_cells)
-    strata = {name: s.model_copy(update={"n_cells": s.n_cells * times}) for name, s in manifest.strata.items()}
-    many, shard = manifest.model_copy(update={"strata": strata}), next(iter(manifest.shards.values()))
+    strata = {
+        name: s.model_copy(update={"n_cells": s.n_cells * times})
+        for name, s in manifest.strata.items()
+    }
+    many, shard = (
+        manifest.model_copy(update={"strata": strata}),
+        next(iter(manifest.shards.values())),
+    )
     files = (file for name in strata for spec in many.arrays(name) for file in spec.files())
     return many.model_copy(update={"shards": dict.fromkeys(files, shard)})
 
@@ -66,7 +79,10 @@ def manifest_of_many(manifest: Manifest) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         enlarged(manifest, MANY).write(Path(folder))
         size = (Path(folder) / layout.MANIFEST).stat().st_size
-        return {"manifest_mb": size / 1e6, "manifest_ms": timed_ms(lambda: Manifest.read(Path(folder)))}
+        return {
+            "manifest_mb": size / 1e6,
+            "manifest_ms": timed_ms(lambda: Manifest.read(Path(folder))),
+        }
 
 
 def names_bytes(store: Store) -> float:
@@ -91,7 +107,9 @@ def main() -> None:
     }
     with Loader(store, plan) as loader:
         got = measure.stream(lambda: (next(loader).n_cells, 0), args)
-    measure.tell(got | short | manifest_of_many(store.manifest) | {"names_bytes": names_bytes(store)})
+    measure.tell(
+        got | short | manifest_of_many(store.manifest) | {"names_bytes": names_bytes(store)}
+    )
 
 
 if __name__ == "__main__":

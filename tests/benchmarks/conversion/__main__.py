@@ -47,7 +47,9 @@ def runs_of(args: argparse.Namespace) -> list[Run]:
 
 def digest_of(name: str, args: argparse.Namespace) -> str:
     shape = cells.shape_of(name, args.quick)
-    return common.digest(cells.digest_of(shape), stores.sources(), Path(__file__).parent, str(args.threads))
+    return common.digest(
+        cells.digest_of(shape), stores.sources(), Path(__file__).parent, str(args.threads)
+    )
 
 
 def steps_of(args: argparse.Namespace) -> common.Steps:
@@ -66,7 +68,12 @@ def do(run: Run, folder: Path, args: argparse.Namespace) -> Result:
     size = stores.bytes_in(out) / cells.nonzeros_in(h5ad)
     shutil.rmtree(out)
     memory = {"anon_mib": peak.anon, "rss_mib": peak.rss}
-    return {"seconds": seconds, "cells_per_s": shape.cells / seconds, "bytes_per_nonzero": size, **memory}
+    return {
+        "seconds": seconds,
+        "cells_per_s": shape.cells / seconds,
+        "bytes_per_nonzero": size,
+        **memory,
+    }
 
 
 def told(record: Result) -> str:
@@ -79,7 +86,10 @@ COLUMNS = {"cells_per_s": 0, "anon_mib": 0, "rss_mib": 0, "bytes_per_nonzero": 2
 def table(records: Sequence[Result]) -> str:
     rows = [["set", "method", "cells/s", "anon MiB", "rss MiB", "bytes/non-zero"]]
     for name in cells.SHAPES:
-        got = {m: [median(records, f"convert-{m}", name, what) for what in COLUMNS] for m in stores.METHODS}
+        got = {
+            m: [median(records, f"convert-{m}", name, what) for what in COLUMNS]
+            for m in stores.METHODS
+        }
         if any(value is not None for values in got.values() for value in values):
             for method, values in got.items():
                 rows.append([name, method, *map(shown, values, COLUMNS.values())])
@@ -92,11 +102,15 @@ def bars_of(records: Sequence[Result], args: argparse.Namespace) -> Iterator[dic
     """Judged where every repeat has been measured, and never on a quick look."""
 
     def value(method: str, name: str, what: str) -> float | None:
-        return None if args.quick else median(records, f"convert-{method}", name, what, args.repeats)
+        return (
+            None if args.quick else median(records, f"convert-{method}", name, what, args.repeats)
+        )
 
     for name in cells.SHAPES:
         bar = Bar(f"cells/s of conversion, times annbatch's ({name})", FASTER.op, FASTER.bar)
-        yield bar.judged(ratio(value("ours", name, "cells_per_s"), value("annbatch", name, "cells_per_s")))
+        yield bar.judged(
+            ratio(value("ours", name, "cells_per_s"), value("annbatch", name, "cells_per_s"))
+        )
     peaks = [value("ours", name, "anon_mib") for name in cells.SHAPES]
     known = [peak / MIB_OF_GB for peak in peaks if peak is not None]
     yield MEMORY.judged(max(known) if len(known) == len(peaks) else None)

@@ -42,5 +42,8 @@ def memory_of(pid: int) -> tuple[float, float]:
         status = Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return 0.0, 0.0
-    kib = {key: int(value) for key, value in re.findall(r"^(RssAnon|RssShmem|VmRSS):\s+(\d+) kB", status, re.M)}
+    kib = {
+        key: int(value)
+        for key, value in re.findall(r"^(RssAnon|RssShmem|VmRSS):\s+(\d+) kB", status, re.M)
+    }
     return (kib.get("RssAnon", 0) + kib.get("RssShmem", 0)) / 1024, kib.get("VmRSS", 0) / 1024

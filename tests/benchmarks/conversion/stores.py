@@ -13,7 +13,14 @@ from tests.distributed.command import ROOT
 PEERS = Path(__file__).parents[1] / "peers"
 METHODS = ("ours", "annbatch")
 PYTHON = "3.12"  # annbatch needs it
-PACKAGES = ("tensorstore", "zarr", "numcodecs", "numba", "dask", "anndata")  # that decide how fast ours are
+PACKAGES = (
+    "tensorstore",
+    "zarr",
+    "numcodecs",
+    "numba",
+    "dask",
+    "anndata",
+)  # that decide how fast ours are
 OURS = ("clue_dist/store", "clue_dist/data", "data_prep", "constraints.txt")
 
 
@@ -28,7 +35,9 @@ def command(
     out = path_in(folder, method)
     if method == "ours":
         keys = ("--batch-key", "plate", "--label-key", "cell_type", "--workers", str(threads))
-        given = [f"lane{i}:{name}={h5ad}" if copies > 1 else f"{name}={h5ad}" for i in range(copies)]
+        given = [
+            f"lane{i}:{name}={h5ad}" if copies > 1 else f"{name}={h5ad}" for i in range(copies)
+        ]
         return [sys.executable, "-m", "data_prep", "convert", *given, "--out", out, *keys]
     return [annbatch(work), PEERS / "annbatch_convert.py", h5ad, out, "--threads", str(threads)]
 
@@ -53,7 +62,9 @@ def store_of(method: str, shape: Shape, threads: int, work: Path, copies: int = 
 def code_of(method: str) -> str:
     """Digest of what a method's stores follow from, cells aside."""
     if method == "ours":
-        return common.digest(*(ROOT / part for part in ("clue_dist/store", "data_prep", "constraints.txt")))
+        return common.digest(
+            *(ROOT / part for part in ("clue_dist/store", "data_prep", "constraints.txt"))
+        )
     return common.digest(PEERS / "annbatch_convert.py", PEERS / "annbatch.txt")
 
 

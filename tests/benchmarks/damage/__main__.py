@@ -22,7 +22,7 @@ from clue_dist.errors import StoreError
 from clue_dist.process import run_main
 from clue_dist.store import layout
 from clue_dist.store.reader import Store
-from data_prep.check import check
+from data_prep.check import check_store
 from tests.benchmarks import common
 from tests.benchmarks.common import Bar, Result, Run
 from tests.benchmarks.damage.harm import KINDS, PLACES, Kind, damages, done
@@ -31,9 +31,19 @@ from tests.distributed.command import ROOT
 from tests.unit.prep_helpers import anndata_of, build, frame, write_h5mu
 
 DAMAGES, QUICK = 100, 12  # of each kind
-FOUND = Bar(f"damages of {len(KINDS) * DAMAGES} that `data_prep check` finds and names", ">=", len(KINDS) * DAMAGES)
+FOUND = Bar(
+    f"damages of {len(KINDS) * DAMAGES} that `data_prep check` finds and names",
+    ">=",
+    len(KINDS) * DAMAGES,
+)
 WRONG = Bar("wrong values served", "<=", 0)
-SOURCES = ("clue_dist/store", "clue_dist/data", "data_prep", "tests/benchmarks/damage", "tests/unit/prep_helpers.py")
+SOURCES = (
+    "clue_dist/store",
+    "clue_dist/data",
+    "data_prep",
+    "tests/benchmarks/damage",
+    "tests/unit/prep_helpers.py",
+)
 
 FOOTNOTES = f"""\
 places: {", ".join(PLACES)} in turns; a chunk is missing or truncated by a shard's index with a checksum that fits
@@ -53,13 +63,21 @@ def runs_of(args: argparse.Namespace) -> list[Run]:
 
 def store_in(folder: Path) -> Path:
     """A store of rna, atac (binary), adt (dense) and other (dense, real numbers), in four strata of several shards."""
-    have = {"rna": slice(0, 300), "adt": slice(0, 200), "other": slice(0, 100), "atac": slice(200, 420)}
+    have = {
+        "rna": slice(0, 300),
+        "adt": slice(0, 200),
+        "other": slice(0, 100),
+        "atac": slice(200, 420),
+    }
     parts = {}
     for seed, (name, mine) in enumerate(have.items()):
         counts = frame(420, 30, seed, prefix=name)[mine]
         values = {"atac": counts.clip(upper=1), "other": counts / 7}.get(name, counts)
         number = np.arange(mine.start, mine.stop)
-        obs = {"batch": [f"batch-{i % 3}" for i in number], "cell_type": [f"type-{i % 5}" for i in number]}
+        obs = {
+            "batch": [f"batch-{i % 3}" for i in number],
+            "cell_type": [f"type-{i % 5}" for i in number],
+        }
         parts[name] = anndata_of(values, **obs)
     given = write_h5mu(folder / "cells.h5mu", **parts)
     with mock.patch.object(layout, "SHARD_BYTES", 1):  # so that few cells fill several shards
@@ -93,7 +111,7 @@ def checked(root: Path) -> list[str]:
     """What `data_prep check` tells."""
     with contextlib.redirect_stderr(io.StringIO()):
         try:
-            return check(root)
+            return check_store(root)
         except StoreError as error:
             return [str(error)]
 

@@ -18,7 +18,10 @@ Kind = Literal["missing", "truncated", "flipped"]
 What = Literal["chunk", "shard", "metadata", "manifest"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 PLACES: tuple[What, ...] = get_args(What)
-ENTRY, CRC = 16, 4  # bytes of a chunk's offset and size in a shard's index, and of the checksum behind all of them
+ENTRY, CRC = (
+    16,
+    4,
+)  # bytes of a chunk's offset and size in a shard's index, and of the checksum behind all of them
 NO_CHUNK = b"\xff" * ENTRY  # how an index says that a chunk was never written
 
 
@@ -44,7 +47,9 @@ def damages(root: Path, kind: Kind, count: int, seed: int) -> Iterator[Damage]:
         what = PLACES[i % len(PLACES)]
         file = str(rng.choice(files[what]))
         sound = (root / file).read_bytes()
-        content, detail = in_chunk(root, file, kind, rng) if what == "chunk" else in_bytes(sound, kind, rng)
+        content, detail = (
+            in_chunk(root, file, kind, rng) if what == "chunk" else in_bytes(sound, kind, rng)
+        )
         assert content != sound
         yield Damage(kind, what, file, detail, content)
 
@@ -75,7 +80,9 @@ def in_bytes(sound: bytes, kind: Kind, rng: np.random.Generator) -> tuple[bytes 
     at = int(rng.integers(len(sound)))
     if kind == "truncated":
         return sound[:at], f"after byte {at} of {len(sound)}"
-    return sound[:at] + bytes([sound[at] ^ int(rng.integers(1, 256))]) + sound[at + 1 :], f"byte {at} of {len(sound)}"
+    return sound[:at] + bytes([sound[at] ^ int(rng.integers(1, 256))]) + sound[
+        at + 1 :
+    ], f"byte {at} of {len(sound)}"
 
 
 def in_chunk(root: Path, file: str, kind: Kind, rng: np.random.Generator) -> tuple[bytes, str]:

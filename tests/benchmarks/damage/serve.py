@@ -10,10 +10,10 @@ import numpy as np
 
 from clue_dist.data.batch import Batch, SparseCounts
 from clue_dist.data.loader import Loader
-from clue_dist.data.plan import Plan
+from clue_dist.data.plan import CellPlan
 from clue_dist.errors import StoreError
 from clue_dist.store.reader import Store, StratumReader
-from clue_dist.store.rows import Csr
+from clue_dist.store.rows import CsrRows
 
 LANES, WINDOW = 2, 2
 Values = dict[str, np.ndarray]  # by name of what was read
@@ -51,7 +51,9 @@ def differences(got: np.ndarray, want: np.ndarray) -> int:
 def batches(store: Store) -> Iterator[tuple[str, np.ndarray]]:
     """The loader's batches, until every stratum has been passed through."""
     sizes = {s: reader.n_cells for s, reader in store.strata.items()}
-    plan = Plan(0, sizes, dict.fromkeys(sizes, 4 * LANES), LANES, WINDOW, store.manifest.block_cells)
+    plan = CellPlan(
+        0, sizes, dict.fromkeys(sizes, 4 * LANES), LANES, WINDOW, store.manifest.block_cells
+    )
     steps = max(-(-sizes[s] // n) for s, n in plan.share.items())
     with Loader(store, plan, prefetch=1) as loader:
         for t in range(steps):
@@ -62,7 +64,11 @@ def parts(step: int, batch: Batch) -> Iterator[tuple[str, np.ndarray]]:
     yield f"batch {step} observed", batch.observed.numpy()
     yield f"batch {step} code", batch.batch_code.numpy()
     for modality, observed in batch.modalities.items():
-        arrays = vars(observed.counts) if isinstance(observed.counts, SparseCounts) else {"values": observed.counts}
+        arrays = (
+            vars(observed.counts)
+            if isinstance(observed.counts, SparseCounts)
+            else {"values": observed.counts}
+        )
         for name, values in arrays.items():
             yield f"batch {step} {modality} {name}", np.asarray(values)
 
@@ -82,7 +88,7 @@ def tables(store: Store) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
 
 def counts(reader: StratumReader, modality: str, cells: np.ndarray) -> np.ndarray:
     rows = reader.rows(modality, cells)
-    return rows.scipy().toarray() if isinstance(rows, Csr) else rows
+    return rows.scipy().toarray() if isinstance(rows, CsrRows) else rows
 
 
 def barcodes(reader: StratumReader, cells: np.ndarray) -> np.ndarray:

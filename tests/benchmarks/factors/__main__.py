@@ -28,13 +28,29 @@ from tests.benchmarks.mosaic import JOINT
 from tests.distributed.command import ROOT
 
 HERE = Path(__file__).parent
-RNA, ADT, ATAC = Assay("rna", 1000, 2000, 4), Assay("adt", 100, 2000, 10), Assay("atac", 2000, 1000, 10)
-DESIGNS = {"cite": Design((RNA, ADT)), "multiome": Design((RNA, ATAC)), "three": Design((RNA, ADT, ATAC))}
-METHODS = {"ours": "ours", "aligned": "common space, aligned", "common": "common space", "counts": "counts"}
+RNA, ADT, ATAC = (
+    Assay("rna", 1000, 2000, 4),
+    Assay("adt", 100, 2000, 10),
+    Assay("atac", 2000, 1000, 10),
+)
+DESIGNS = {
+    "cite": Design((RNA, ADT)),
+    "multiome": Design((RNA, ATAC)),
+    "three": Design((RNA, ADT, ATAC)),
+}
+METHODS = {
+    "ours": "ours",
+    "aligned": "common space, aligned",
+    "common": "common space",
+    "counts": "counts",
+}
 COMMON_SPACES = {"aligned": ALIGNMENT, "common": 0.0}
 COMPARED = ("ours", *COMMON_SPACES)  # whose modalities have one space
 SEEDS = 3  # bars are judged on so many or more
-PARTS = ("train", "test")  # of an embedding: the cells that probes learn on, and those they are scored on
+PARTS = (
+    "train",
+    "test",
+)  # of an embedding: the cells that probes learn on, and those they are scored on
 QUICK_CELLS, QUICK_SETTINGS = 1500, ("train.epochs=12", "model.trunk.hidden=64")
 
 FOOTNOTES = """\
@@ -78,14 +94,18 @@ def questions(design: Design) -> Iterator[Question]:
             yield Question(whose, f"{name} alone", (name,))
     if design.subsets:
         for whose in ("shared", *design.names):
-            some = tuple(subset for subset, names in design.subsets.items() if whose in ("shared", *names))
+            some = tuple(
+                subset for subset, names in design.subsets.items() if whose in ("shared", *names)
+            )
             yield Question(whose, "any two", some)
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = common.parser("factors", __doc__, work="factors")
     parser.add_argument("--designs", nargs="+", choices=DESIGNS, help="default: all")
-    parser.add_argument("--seeds", nargs="+", type=int, help=f"default: {' '.join(map(str, range(SEEDS)))}")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, help=f"default: {' '.join(map(str, range(SEEDS)))}"
+    )
     parser.add_argument(
         "--set",
         nargs="+",
@@ -137,9 +157,17 @@ def do(run: Run, folder: Path, args: argparse.Namespace) -> Result:
         split = methods.split_of(simulation, name, args.work)
         known = simulation, split, folder, args.set, args.threads, args.work
         ours = run.method == "ours"
-        z, fit_s = methods.by_ours(*known) if ours else methods.by_common_space(*known, COMMON_SPACES[run.method])
+        z, fit_s = (
+            methods.by_ours(*known)
+            if ours
+            else methods.by_common_space(*known, COMMON_SPACES[run.method])
+        )
     common.unchanged(run, digest_of(run.method, run.data_set, args))
-    arrays = {f"{part}_{source}": x for source, pair in z.items() for part, x in zip(PARTS, pair, strict=True)}
+    arrays = {
+        f"{part}_{source}": x
+        for source, pair in z.items()
+        for part, x in zip(PARTS, pair, strict=True)
+    }
     np.savez(folder / "z.npz", **arrays)
     return {"fit_s": fit_s, "threads": args.threads}
 
@@ -160,10 +188,14 @@ def told(record: Result) -> str:
     return ", ".join(f"{whose} {value:.3f}" for whose, value in means.items())
 
 
-def values(records: Sequence[Result], method: str, name: str, question: Question) -> dict[int, float]:
+def values(
+    records: Sequence[Result], method: str, name: str, question: Question
+) -> dict[int, float]:
     """R² by seed, mean over factors and sources."""
     return {
-        r["seed"]: statistics.fmean(v for source in question.sources for v in r["r2"][source][question.whose])
+        r["seed"]: statistics.fmean(
+            v for source in question.sources for v in r["r2"][source][question.whose]
+        )
         for r in records
         if (r["method"], r["data_set"]) == (method, name)
     }
@@ -177,7 +209,10 @@ def table(records: Sequence[Result]) -> str:
             by_method = [list(values(records, m, name, question).values()) for m in METHODS]
             cells = [common.spread(v, 3) if v else "" for v in by_method]
             rows.append([name, question.z_from, question.factors, *cells])
-        of = {m: [r["foscttm"] for r in records if (r["method"], r["data_set"]) == (m, name)] for m in COMPARED}
+        of = {
+            m: [r["foscttm"] for r in records if (r["method"], r["data_set"]) == (m, name)]
+            for m in COMPARED
+        }
         cells = [common.spread(of[m], 3) if of.get(m) else "" for m in METHODS]
         rows.append([name, "each alone", "FOSCTTM", *cells])
     return common.aligned(rows)
@@ -193,7 +228,11 @@ def bars_of(records: Sequence[Result], args: argparse.Namespace) -> Iterator[dic
             complete = judged and all(v.keys() == set(args.seeds) for v in of.values())
             bar = SHARED if question.whose == "shared" else PRIVATE
             title = f"{name}: R² of {question.name}, ours"
-            better = max(COMMON_SPACES, key=lambda m: statistics.fmean(of[m].values())) if complete else ""
+            better = (
+                max(COMMON_SPACES, key=lambda m: statistics.fmean(of[m].values()))
+                if complete
+                else ""
+            )
             leads = [of["ours"][s] - of[better][s] for s in args.seeds] if complete else []
             yield replace(bar, name=f"{title} minus common space").over(leads)
             if bar is PRIVATE and question.sources == (JOINT,):

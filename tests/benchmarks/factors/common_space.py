@@ -18,12 +18,12 @@ from clue_dist.data.batch import Batch
 from clue_dist.data.loader import Loader
 from clue_dist.model.clue import CLUE, ModalitySpec
 from clue_dist.model.decoders import Decoder
-from clue_dist.model.initialise import initialise
+from clue_dist.model.initialise import initialise_model
 from clue_dist.model.noise import Noise
-from clue_dist.model.posterior import kl_to_prior, product_of_experts, sample
-from clue_dist.train.engine import EPSILON, OPTIMIZERS, parameter_groups
+from clue_dist.model.posterior import compute_kl_to_prior, product_of_experts, sample_posterior
+from clue_dist.train.engine import EPSILON, OPTIMIZERS, group_parameters
 from clue_dist.train.setup import Setup
-from clue_dist.train.step import learning_rate
+from clue_dist.train.step import compute_learning_rate
 
 ALIGNMENT = 1.0  # weight of the symmetric KL next to the ELBO of everything observed, as MultiVI's
 
@@ -37,7 +37,8 @@ class CommonSpace(CLUE):
         self.objective = config.objective
         width = config.model.latent * len(specs)
         self.decoders = nn.ModuleList(
-            Decoder(s.likelihood, s.n_features, n_batches, width, config.model.decoder) for s in specs.values()
+            Decoder(s.likelihood, s.n_features, n_batches, width, config.model.decoder)
+            for s in specs.values()
         )
 
     def inferred(self, batch: Batch, noise: Noise | None = None) -> tuple[Tensor, Tensor]:
@@ -51,24 +52,32 @@ class CommonSpace(CLUE):
 
     def loss(self, batch: Batch, noise: Noise, alignment: float) -> Tensor:
         mean, log_var = self.inferred(batch, noise)
-        z = sample(mean, log_var, noise.normal(*mean.shape[1:]))
-        everything = z[:, :1].expand(-1, len(self.names), -1)  # (B, K, K * d): every decoder reads the same z
+        z = sample_posterior(mean, log_var, noise.normal(*mean.shape[1:]))
+        everything = z[:, :1].expand(
+            -1, len(self.names), -1
+        )  # (B, K, K * d): every decoder reads the same z
         ln_alone, ln_joint = self._decode(batch, [z[:, 1:], everything], noise)  # (B, K)
-        kl, beta = kl_to_prior(mean, log_var), self.objective.lambda_kl  # (B, 1 + K)
+        kl, beta = compute_kl_to_prior(mean, log_var), self.objective.lambda_kl  # (B, 1 + K)
         joint = beta * kl[:, 0] - ln_joint.sum(1)
         alone = ((beta * kl[:, 1:] - ln_alone) * batch.observed).sum(1)
         apart = torch.zeros_like(joint)
         for a, b in combinations(range(len(self.names)), 2):
             both = batch.observed[:, a] & batch.observed[:, b]
-            apart = apart + both * symmetric_kl(mean[:, 1 + a], log_var[:, 1 + a], mean[:, 1 + b], log_var[:, 1 + b])
+            apart = apart + both * symmetric_kl(
+                mean[:, 1 + a], log_var[:, 1 + a], mean[:, 1 + b], log_var[:, 1 + b]
+            )
         weights = self.objective
-        return (weights.lambda_cross * (joint + alignment * apart) + weights.lambda_self * alone).mean()
+        return (
+            weights.lambda_cross * (joint + alignment * apart) + weights.lambda_self * alone
+        ).mean()
 
     @torch.no_grad()
     def embed(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Posterior means of z, as `CLUE.embed` gives them."""
         mean, _ = self.inferred(batch)
-        return mean[:, 0], {m: mean[o.rows, 1 + self.names.index(m)] for m, o in batch.modalities.items()}
+        return mean[:, 0], {
+            m: mean[o.rows, 1 + self.names.index(m)] for m, o in batch.modalities.items()
+        }
 
 
 def with_prior(mean: Tensor, log_var: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,12 +98,21 @@ def train(setup: Setup, alignment: float) -> CommonSpace:
     c, plan = setup.config, setup.plan
     torch.manual_seed(c.seed)
     model = CommonSpace(setup.specs, len(setup.store.manifest.batches), c)
-    initialise(model, setup.store, setup.train, c.model.trunk.projection_init != "random", c.seed, setup.stored_svds)
-    optimizer = OPTIMIZERS[c.train.optimizer](parameter_groups(model, c), lr=c.train.lr, eps=EPSILON)
+    initialise_model(
+        model,
+        setup.store,
+        setup.train,
+        c.model.trunk.projection_init != "random",
+        c.seed,
+        setup.stored_svds,
+    )
+    optimizer = OPTIMIZERS[c.train.optimizer](
+        group_parameters(model, c), lr=c.train.lr, eps=EPSILON
+    )
     with Loader(setup.store, plan, prefetch=c.data.prefetch) as loader:
         for step in range(setup.total_steps):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(setup, step) * group["lr_scale"]
+                group["lr"] = compute_learning_rate(setup, step) * group["lr_scale"]
             loss = model.loss(next(loader), Noise(c.seed, step, plan.share, plan.lanes), alignment)
             optimizer.zero_grad()
             loss.backward()

@@ -39,7 +39,11 @@ class Design:
     private_strength: float = 0.08
 
     def __post_init__(self) -> None:
-        if self.cells * (1 - TEST - PAIRED) < len(self.assays) or self.shared < 1 or self.private < 1:
+        if (
+            self.cells * (1 - TEST - PAIRED) < len(self.assays)
+            or self.shared < 1
+            or self.private < 1
+        ):
             raise DataError("a design without cells of every kind, or without factors", got=self)
 
     @property
@@ -65,12 +69,16 @@ class Simulation:
 
 def simulate(design: Design, seed: int = 0) -> Simulation:
     """Factors are independent standard normals; log rates are linear in them; counts are negative binomial."""
-    factors = {"shared": np.random.default_rng([seed, 0]).standard_normal((design.cells, design.shared))}
+    factors = {
+        "shared": np.random.default_rng([seed, 0]).standard_normal((design.cells, design.shared))
+    }
     counts = {}
     for i, assay in enumerate(design.assays):
         rng = np.random.default_rng([seed, 1 + i])
         own = rng.standard_normal((design.cells, design.private))
-        scaled = np.hstack([factors["shared"] * design.shared_strength, own * design.private_strength])
+        scaled = np.hstack(
+            [factors["shared"] * design.shared_strength, own * design.private_strength]
+        )
         factors[assay.name], counts[assay.name] = own, _draw(assay, scaled, rng)
     return Simulation(design, seed, counts, factors)
 
@@ -112,7 +120,9 @@ def write(simulation: Simulation, folder: Path) -> None:
     train = {name: _table(simulation, name, {"": seen(parts, name)}) for name in design.names}
     subsets = {"": tuple(design.names)} | design.subsets
     test = {
-        name: _table(simulation, name, {subset: probed for subset, some in subsets.items() if name in some})
+        name: _table(
+            simulation, name, {subset: probed for subset, some in subsets.items() if name in some}
+        )
         for name in design.names
     }
     for file, tables in (("train", train), ("test", test)):
@@ -128,6 +138,8 @@ def barcodes(rows: np.ndarray, subset: str = "") -> list[str]:
 def _table(simulation: Simulation, name: str, rows: dict[str, np.ndarray]) -> AnnData:
     """Cells of one assay. rows: by the subset that they show it in."""
     table = AnnData(simulation.counts[name][np.concatenate(list(rows.values()))])
-    table.obs_names = [barcode for subset, some in rows.items() for barcode in barcodes(some, subset)]
+    table.obs_names = [
+        barcode for subset, some in rows.items() for barcode in barcodes(some, subset)
+    ]
     table.var_names = [f"{name}{i:05d}" for i in range(table.n_vars)]
     return table

@@ -7,7 +7,9 @@ import scipy.sparse as sp
 from sklearn.decomposition import PCA, TruncatedSVD
 
 
-def components(kind: str, train: sp.csr_matrix, test: sp.csr_matrix, n: int) -> tuple[np.ndarray, np.ndarray]:
+def components(
+    kind: str, train: sp.csr_matrix, test: sp.csr_matrix, n: int
+) -> tuple[np.ndarray, np.ndarray]:
     """PCA of log1p CP10k (rna) or CLR (adt), LSI of TF-IDF (atac): (cells, n or less) of training and test cells."""
     n = min(n, train.shape[1] - 1)
     if kind == "atac":
@@ -32,7 +34,9 @@ def _lsi(train: sp.csr_matrix, test: sp.csr_matrix, n: int) -> tuple[np.ndarray,
     idf = sp.diags(train.shape[0] / np.maximum(np.asarray(train.sum(0)).ravel(), 1))
     a, b = (np.log1p(_per_cell(x.astype(np.float32) @ idf, 1e4)).tocsr() for x in (train, test))
     fit = TruncatedSVD(n, random_state=0).fit(a)
-    z, z_test = ((z - z.mean(1, keepdims=True)) / z.std(1, keepdims=True) for z in map(fit.transform, (a, b)))
+    z, z_test = (
+        (z - z.mean(1, keepdims=True)) / z.std(1, keepdims=True) for z in map(fit.transform, (a, b))
+    )
     return z, z_test
 
 

@@ -45,7 +45,10 @@ BARS = {
         Bar("seconds from a stop signal to the last commit, at most", "<=", 25),
         Bar("steps lost by stops", "<=", 0),
     ],
-    "damages": [Bar("damaged checkpoints used", "<=", 0), Bar("sound ones before them found", ">=", 3 * FULL.damages)],
+    "damages": [
+        Bar("damaged checkpoints used", "<=", 0),
+        Bar("sound ones before them found", ">=", 3 * FULL.damages),
+    ],
     "saving": [
         Bar("waiting for a checkpoint, in steps of the large config", "<=", 0.05),
         Bar("waiting where best weights are kept at the same step", "<=", 0.05),
@@ -88,7 +91,9 @@ def told(record: Result) -> str:
 
 def table(records: Sequence[Result]) -> str:
     rows = [["campaign", "what", "value"]]
-    rows += [[r["method"], name, f"{value:.4g}"] for r in records for name, value in r["numbers"].items()]
+    rows += [
+        [r["method"], name, f"{value:.4g}"] for r in records for name, value in r["numbers"].items()
+    ]
     return common.aligned(rows)
 
 
@@ -105,7 +110,14 @@ def main() -> None:
     args = arguments()
     steps = common.Steps(lambda run, folder: do(run, folder, args))
     common.carry_out(
-        args, runs_of(args), steps, told, table, FOOTNOTES, lambda r: bars_of(r, args), ["deepspeed", "safetensors"]
+        args,
+        runs_of(args),
+        steps,
+        told,
+        table,
+        FOOTNOTES,
+        lambda r: bars_of(r, args),
+        ["deepspeed", "safetensors"],
     )
 
 

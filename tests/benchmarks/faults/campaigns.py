@@ -21,7 +21,15 @@ import psutil
 from clue_dist.checkpoint import run_folder
 from clue_dist.ranks import Ranks
 from tests.benchmarks import common
-from tests.benchmarks.faults.jobs import Job, committed_at, job, last_step, partials, resumes_at, signalled
+from tests.benchmarks.faults.jobs import (
+    Job,
+    committed_at,
+    job,
+    last_step,
+    partials,
+    resumes_at,
+    signalled,
+)
 from tests.distributed.command import best_weights, largest_difference, metrics, train_args
 from tests.faults.command import timeless
 from tests.stores import make_store
@@ -51,15 +59,30 @@ def args_of(folder: Path, name: str, size: Size, *settings: str) -> list[str]:
     store = folder / "s.zarr"
     if not store.exists():
         make_store(store, cells=CELLS, features={"rna": 60, "adt": 10})
-    lengths = (f"train.epochs={size.steps * BATCH / TRAINED}", f"train.validate_every={max(size.steps // 20, 5)}")
-    return train_args(folder, store, name, *lengths, "log.every=1", f"train.checkpoint_every={SAVE_EVERY}", *settings)
+    lengths = (
+        f"train.epochs={size.steps * BATCH / TRAINED}",
+        f"train.validate_every={max(size.steps // 20, 5)}",
+    )
+    return train_args(
+        folder,
+        store,
+        name,
+        *lengths,
+        "log.every=1",
+        f"train.checkpoint_every={SAVE_EVERY}",
+        *settings,
+    )
 
 
 def whole(folder: Path, size: Size) -> Path:
     """The run folder of the unbroken run, made once; its processes' sizes lie beside it."""
 
     def make(folder: Path) -> None:
-        sinks = ("log.wandb=offline", "log.tensorboard=true", f"train.checkpoint_every={max(size.steps // 40, 5)}")
+        sinks = (
+            "log.wandb=offline",
+            "log.tensorboard=true",
+            f"train.checkpoint_every={max(size.steps // 40, 5)}",
+        )
         with job(folder / "whole", *args_of(folder, "whole", size, *sinks)) as one:
             samples = sampled(one)
         common.write_json(folder / "samples.json", samples)
@@ -78,7 +101,9 @@ def sampled(one: Job) -> list[dict[str, Any]]:
             samples.append({"step": last_step(one.run), "ranks": sizes})
         time.sleep(1)
     if one.process.returncode != 0:
-        raise common.BenchmarkError("the unbroken run failed", where=one.run, got=one.out.read_text()[-2000:])
+        raise common.BenchmarkError(
+            "the unbroken run failed", where=one.run, got=one.out.read_text()[-2000:]
+        )
     return samples
 
 
@@ -95,15 +120,27 @@ def steady(folder: Path, size: Size, shared: Path) -> common.Result:
     memory = max(mean(late, r, 0) / mean(early, r, 0) for r in ranks)
     leaks = max(mean(late, r, what) - mean(early, r, what) for r in ranks for what in (1, 2))
     mib = max(mean(late, r, 0) for r in ranks) / 2**20
-    numbers = {"steps": size.steps, "memory at the end to after a tenth": memory, "MiB of a rank": mib, "leaks": leaks}
-    return {"numbers": numbers, "bars": [memory, leaks], "samples": samples[:: max(1, len(samples) // 50)]}
+    numbers = {
+        "steps": size.steps,
+        "memory at the end to after a tenth": memory,
+        "MiB of a rank": mib,
+        "leaks": leaks,
+    }
+    return {
+        "numbers": numbers,
+        "bars": [memory, leaks],
+        "samples": samples[:: max(1, len(samples) // 50)],
+    }
 
 
 def kills(folder: Path, size: Size, shared: Path) -> common.Result:
     """Kill, start again, and at the end compare with the unbroken run."""
     draw, run, args = random.Random(0), folder / "killed", args_of(folder, "killed", size)
     ended: dict[str, list[float]] = {moment: [] for moment in MOMENTS}
-    again: dict[bool, list[float]] = {False: [], True: []}  # by whether a checkpoint was half written
+    again: dict[bool, list[float]] = {
+        False: [],
+        True: [],
+    }  # by whether a checkpoint was half written
     went_on = unproven = 0
     for number in range(size.kills):
         moment = MOMENTS[number % len(MOMENTS)]
@@ -134,15 +171,21 @@ def kills(folder: Path, size: Size, shared: Path) -> common.Result:
         code, _ = one.end(3600)
         went_on += unproven if code == 0 else 0
     same = timeless(run) == timeless(whole(shared, size)) and all(
-        timeless(run, split) == timeless(whole(shared, size), split) for split in ("validation", "event")
+        timeless(run, split) == timeless(whole(shared, size), split)
+        for split in ("validation", "event")
     )
     difference = largest_difference(best_weights(run), best_weights(whole(shared, size)))
     numbers = {
         "kills": size.kills,
         "of them with a checkpoint half written": len(again[True]),
         "went on": went_on,
-        **{f"longest until the job ended, in mid-{m}, s": max(of, default=0.0) for m, of in ended.items()},
-        "most steps done again, save intervals, no checkpoint under way": max(again[False], default=0.0),
+        **{
+            f"longest until the job ended, in mid-{m}, s": max(of, default=0.0)
+            for m, of in ended.items()
+        },
+        "most steps done again, save intervals, no checkpoint under way": max(
+            again[False], default=0.0
+        ),
         "most steps done again, save intervals, one half written": max(again[True], default=0.0),
         "steps in all": last_step(run),
         "difference of weights": difference,
@@ -150,7 +193,10 @@ def kills(folder: Path, size: Size, shared: Path) -> common.Result:
     }
     slowest = max(max(of, default=0.0) for of in ended.values())
     lost = [max(again[saving], default=0.0) for saving in (False, True)]
-    return {"numbers": numbers, "bars": [went_on, slowest, *lost, difference if same else float("inf")]}
+    return {
+        "numbers": numbers,
+        "bars": [went_on, slowest, *lost, difference if same else float("inf")],
+    }
 
 
 def stops(folder: Path, size: Size, shared: Path) -> common.Result:
@@ -191,10 +237,13 @@ def damages(folder: Path, size: Size, shared: Path) -> common.Result:
         victim = draw.choice(sorted((there / "checkpoints" / newest.name).iterdir()))
         HARMS[number % 3](victim, draw)
         with contextlib.redirect_stdout(io.StringIO()):
-            chosen = run_folder.find(there, "auto", Ranks())
+            chosen = run_folder.choose_checkpoint(there, "auto", Ranks())
         used += chosen is not None and chosen.name == newest.name
         found += chosen is not None and chosen.name == before.name
-    return {"numbers": {"damages": 3 * size.damages, "used": used, "the one before used": found}, "bars": [used, found]}
+    return {
+        "numbers": {"damages": 3 * size.damages, "used": used, "the one before used": found},
+        "bars": [used, found],
+    }
 
 
 def _flip(path: Path, draw: random.Random) -> None:
@@ -217,26 +266,40 @@ def saving(folder: Path, size: Size, shared: Path) -> common.Result:
     """How long steps of the large config take while a checkpoint is saved, and how much of that they only wait, next to
     its other steps; on two ranks, which take both cores, and on one, which leaves one to what saves. Then it is stopped
     while it saves."""
-    make_store(folder / "large.zarr", cells={"rna+adt": 900, "rna": 300}, features={"rna": size.features, "adt": 134})
+    make_store(
+        folder / "large.zarr",
+        cells={"rna+adt": 900, "rna": 300},
+        features={"rna": size.features, "adt": 134},
+    )
     steps = size.saves * EVERY
     both, free = (_timed(folder, f"on-{ranks}", size, ranks) for ranks in (2, 1))
     run = folder / "on-2"
     with job(run, *_large(folder, run, 2 * steps)) as one:
         if not one.await_save(random.Random(3), within_s=120):
-            raise common.BenchmarkError("no save was seen", where=run, got=one.out.read_text()[-2000:])
+            raise common.BenchmarkError(
+                "no save was seen", where=run, got=one.out.read_text()[-2000:]
+            )
         asked = time.time()
         signalled(one, signal.SIGUSR1)
         code, _ = one.end(120)
         stopped = committed_at(run) - asked
         if code != 75 or resumes_at(run) != last_step(run):
-            raise common.BenchmarkError("the stop lost a step", where=run, got=one.out.read_text()[-2000:])
+            raise common.BenchmarkError(
+                "the stop lost a step", where=run, got=one.out.read_text()[-2000:]
+            )
     numbers = {
-        "GB of a checkpoint": sum(p.stat().st_size for p in next(run.glob("checkpoints/step-*")).iterdir()) / 1e9,
+        "GB of a checkpoint": sum(
+            p.stat().st_size for p in next(run.glob("checkpoints/step-*")).iterdir()
+        )
+        / 1e9,
         **{f"{name}, no core free": value for name, value in both.items()},
         **{f"{name}, a core free": value for name, value in free.items()},
         "stopped as it began to save: until all was saved, s": stopped,
     }
-    waits = ("waiting for a checkpoint, in steps", "waiting for a checkpoint and best weights, in steps")
+    waits = (
+        "waiting for a checkpoint, in steps",
+        "waiting for a checkpoint and best weights, in steps",
+    )
     bars = [*(max(both[name], free[name]) for name in waits), free[BESIDE] - 1, stopped]
     return {"numbers": numbers, "bars": bars}
 
@@ -267,7 +330,9 @@ def _timed(folder: Path, name: str, size: Size, ranks: int) -> dict[str, float]:
     with job(run, *_large(folder, run, size.saves * EVERY), ranks=ranks) as one:
         code, _ = one.end(3000)
         if code != 0:
-            raise common.BenchmarkError("training failed", where=run, got=one.out.read_text()[-2000:])
+            raise common.BenchmarkError(
+                "training failed", where=run, got=one.out.read_text()[-2000:]
+            )
     lines = metrics(run)[2:-1]
     seconds = {line["step"]: LARGE / line["cells_per_s"] for line in lines}
     held = {line["step"]: line["saving_wait"] * seconds[line["step"]] for line in lines}
@@ -279,7 +344,10 @@ def _timed(folder: Path, name: str, size: Size, ranks: int) -> dict[str, float]:
         "saves": len(after + after_both),
         "a step, s": step,
         "waiting for a checkpoint, in steps": statistics.median(held[n] for n in after) / step,
-        "waiting for a checkpoint and best weights, in steps": statistics.median(held[n] for n in after_both) / step,
+        "waiting for a checkpoint and best weights, in steps": statistics.median(
+            held[n] for n in after_both
+        )
+        / step,
         "waiting at most, in steps": max(held.values()) / step,
         BESIDE: statistics.median(seconds[n] for n in after) / step,
     }

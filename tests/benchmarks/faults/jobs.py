@@ -53,7 +53,9 @@ class Job:
         deadline = time.monotonic() + STARTED
         while not self._goes_on() or last_step(self.run) < self.before + more:
             if self.process.poll() is not None or time.monotonic() > deadline:
-                raise BenchmarkError("the job made no step", where=self.run, got=self.out.read_text()[-2000:])
+                raise BenchmarkError(
+                    "the job made no step", where=self.run, got=self.out.read_text()[-2000:]
+                )
             time.sleep(0.02)
 
     def _goes_on(self) -> bool:
@@ -63,7 +65,9 @@ class Job:
     def await_save(self, draw: random.Random, within_s: float = 20) -> bool:
         """Until a checkpoint is being written, and up to some milliseconds more; whether one was."""
         deadline = time.monotonic() + within_s
-        while not partials(self.run) and self.process.poll() is None and time.monotonic() < deadline:
+        while (
+            not partials(self.run) and self.process.poll() is None and time.monotonic() < deadline
+        ):
             time.sleep(0.0005)
         seen = bool(partials(self.run))
         time.sleep(draw.uniform(0, 0.006))
@@ -76,7 +80,9 @@ class Job:
             return self.process.wait(timeout_s), time.monotonic() - began
         except subprocess.TimeoutExpired:
             self.kill_all()
-            raise BenchmarkError("the job did not end", where=self.run, got=self.out.read_text()[-2000:]) from None
+            raise BenchmarkError(
+                "the job did not end", where=self.run, got=self.out.read_text()[-2000:]
+            ) from None
 
     def kill_all(self) -> None:
         with suppress(ProcessLookupError):
@@ -91,7 +97,12 @@ def job(run: Path, *args: str, ranks: int = 2) -> Iterator[Job]:
     with out.open("wb") as output:
         command = launched(ranks, *args)
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment(), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            cwd=ROOT,
+            env=environment(),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     one = Job(process, run, out, before)
     try:
@@ -103,7 +114,10 @@ def job(run: Path, *args: str, ranks: int = 2) -> Iterator[Job]:
 
 def resumes_at(run: Path) -> int:
     """The newest committed step."""
-    return max((int(p.parent.name[5:]) for p in run.glob("checkpoints/step-????????/COMMIT.json")), default=0)
+    return max(
+        (int(p.parent.name[5:]) for p in run.glob("checkpoints/step-????????/COMMIT.json")),
+        default=0,
+    )
 
 
 def committed_at(run: Path) -> float:

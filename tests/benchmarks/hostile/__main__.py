@@ -24,8 +24,12 @@ from tests.distributed.command import ROOT
 INPUTS, QUICK = 200, 12  # of each group
 CRASHES = Bar(f"crashes of {len(GROUPS) * INPUTS} inputs", "<=", 0)
 RAN = Bar("inputs that had something imported, unpickled or run", "<=", 0)
-SOURCES = [f"clue_dist/{name}" for name in ("store", "data", "config.py", "errors.py", "train", "embed.py")]
-SOURCES += [f"tests/{name}" for name in ("benchmarks/hostile", "benchmarks/damage", "unit/prep_helpers.py")]
+SOURCES = [
+    f"clue_dist/{name}" for name in ("store", "data", "config.py", "errors.py", "train", "embed.py")
+]
+SOURCES += [
+    f"tests/{name}" for name in ("benchmarks/hostile", "benchmarks/damage", "unit/prep_helpers.py")
+]
 SOURCES += ["data_prep", "configs"]
 
 FOOTNOTES = f"""\
@@ -38,7 +42,9 @@ was followed, anything that was imported, unpickled or run"""
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = common.parser("hostile", __doc__, "hostile")
-    parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS), help="default: all")
+    parser.add_argument(
+        "--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS), help="default: all"
+    )
     return parser.parse_args(words)
 
 
@@ -70,7 +76,14 @@ def tried(group: str, folder: Path, numbers: Sequence[int], seed: int) -> Result
     most = max((f.get("grown_mb", 0) for f in found), default=0)
     slowest = max((f.get("seconds", 0.0) for f in found), default=0.0)
     ran = sum(bool(f["ran"]) for f in found)
-    return {"inputs": len(found), **ends, "ran": ran, "seconds": slowest, "grown_mb": most, "crashes": crashes}
+    return {
+        "inputs": len(found),
+        **ends,
+        "ran": ran,
+        "seconds": slowest,
+        "grown_mb": most,
+        "crashes": crashes,
+    }
 
 
 def told(record: Result) -> str:
@@ -81,8 +94,12 @@ def table(records: Sequence[Result]) -> str:
     rows = [["group", "inputs", "refused", "right", "crashed", "code run", "slowest", "memory"]]
     for r in records:
         numbers = [r[name] for name in ("inputs", "refused", "right", "crashed", "ran")]
-        rows.append([r["method"], *map(str, numbers), f"{r['seconds']:.1f} s", f"{r['grown_mb']} MB"])
-    totals = [sum(r[name] for r in records) for name in ("inputs", "refused", "right", "crashed", "ran")]
+        rows.append(
+            [r["method"], *map(str, numbers), f"{r['seconds']:.1f} s", f"{r['grown_mb']} MB"]
+        )
+    totals = [
+        sum(r[name] for r in records) for name in ("inputs", "refused", "right", "crashed", "ran")
+    ]
     rows.append(["all", *map(str, totals), "", ""])
     crashes = [f"{r['method']} {_line(crash)}" for r in records for crash in r["crashes"]]
     return "\n".join([common.aligned(rows), *(["", "crashed:", *crashes] if crashes else [])])

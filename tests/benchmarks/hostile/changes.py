@@ -136,7 +136,9 @@ def _delete(name: str) -> Change:
 
 
 def _codes(change: Callable[[np.ndarray], Any]) -> Change:
-    return lambda file, rng: _put(_root(file)["obs/batch/codes"], change(_root(file)["obs/batch/codes"][:]))
+    return lambda file, rng: _put(
+        _root(file)["obs/batch/codes"], change(_root(file)["obs/batch/codes"][:])
+    )
 
 
 def _older(change: Callable[[np.ndarray], Any]) -> Change:
@@ -147,7 +149,9 @@ def _older(change: Callable[[np.ndarray], Any]) -> Change:
         codes, categories = obs["batch/codes"][:], obs["batch/categories"].asstr()[:]
         del obs["batch"]
         obs.create_dataset("__categories/batch", data=categories, dtype=h5py.string_dtype())
-        obs.create_dataset("batch", data=change(codes)).attrs["categories"] = obs["__categories/batch"].ref
+        obs.create_dataset("batch", data=change(codes)).attrs["categories"] = obs[
+            "__categories/batch"
+        ].ref
 
     return put
 
@@ -252,7 +256,10 @@ H5AD: dict[str, tuple[Change, bool]] = {
     "an index that is a number": (_attribute("obs", "_index", 3), True),
     "an index that leads out": (_attribute("obs", "_index", "../var/_index"), True),
     "no list of columns": (_attribute("obs", "column-order", 7), False),
-    "columns that are not there": (_attribute("obs", "column-order", np.array(["x", "y"], "S")), False),
+    "columns that are not there": (
+        _attribute("obs", "column-order", np.array(["x", "y"], "S")),
+        False,
+    ),
 }
 
 
@@ -323,7 +330,9 @@ TENX: dict[str, tuple[Change, bool]] = {
     "a name less": (_matrix("features/name", lambda v: v[:-1]), True),
     "an id more": (_matrix("features/id", lambda v: np.append(v, b"more")), True),
     "all ids and names alike": (
-        lambda file, rng: [_put(file[f"matrix/features/{n}"], np.array([b"same"] * GENES)) for n in ("id", "name")],
+        lambda file, rng: [
+            _put(file[f"matrix/features/{n}"], np.array([b"same"] * GENES)) for n in ("id", "name")
+        ],
         True,
     ),
     "ids that are numbers": (_matrix("features/id", lambda v: np.arange(len(v))), False),
@@ -331,7 +340,10 @@ TENX: dict[str, tuple[Change, bool]] = {
         _matrix("features/name", lambda v: np.array([b"\xff%d" % i for i in range(GENES)])),
         True,
     ),
-    "types that say nothing": (_matrix("features/feature_type", lambda v: np.array([b"?"] * len(v))), True),
+    "types that say nothing": (
+        _matrix("features/feature_type", lambda v: np.array([b"?"] * len(v))),
+        True,
+    ),
     "barcodes that are no UTF-8": (
         _matrix("barcodes", lambda v: np.array([b"\xff%d" % i for i in range(CELLS)])),
         True,

@@ -23,14 +23,18 @@ def arrays(base: Path, folder: Path, number: int, rng: np.random.Generator) -> T
     forge(root, rng)
     sign(root)
     shutil.rmtree(root / svd.FOLDER)  # of cells that were others
-    return Trial(f"arrays, signed again: {how}", attempts(root, None), frozenset({"check"} if listed else ()))
+    return Trial(
+        f"arrays, signed again: {how}", attempts(root, None), frozenset({"check"} if listed else ())
+    )
 
 
 def _every(root: Path, name: str) -> Iterator[tuple[Any, np.ndarray]]:
     """Arrays of this name in all strata, open for writing, and what they hold."""
     for path in sorted(root.glob(f"strata/*/{name}")):
         request = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path}/"}}
-        array = ts.open(request | {"store_data_equal_to_fill_value": True}, open=True, write=True, read=True).result()
+        array = ts.open(
+            request | {"store_data_equal_to_fill_value": True}, open=True, write=True, read=True
+        ).result()
         yield array, np.asarray(array.read().result())
 
 

@@ -28,7 +28,9 @@ def ready(base: Path) -> None:
     lines = []
     for number in range(400):
         start, cell = int(rng.integers(20_000)), number % CELLS
-        lines.append(f"chr{rng.integers(1, 4)}\t{start}\t{start + int(rng.integers(1, 1500))}\tc{cell}\t1")
+        lines.append(
+            f"chr{rng.integers(1, 4)}\t{start}\t{start + int(rng.integers(1, 1500))}\tc{cell}\t1"
+        )
     (base / "fragments.tsv").write_text("# id=sample\n" + "\n".join(lines) + "\n")
     peaks = frame(CELLS, 20)
     peaks.columns = [f"chr{j % 3 + 1}:{700 * j}-{700 * j + 500}" for j in range(20)]
@@ -54,7 +56,9 @@ def fragments(base: Path, folder: Path, number: int, rng: np.random.Generator) -
         path.write_bytes(gzip.compress(text) if number % 2 else text)
         must = frozenset({"convert"} if refuse else ())
     words = [f"atac={path}", "--bins", f"atac={WIDTH}"]
-    tried = partial(converted, words, folder, _counted(base / "fragments.tsv"), lambda: _counted(path))
+    tried = partial(
+        converted, words, folder, _counted(base / "fragments.tsv"), lambda: _counted(path)
+    )
     return Trial(f"{path.name}: {told}", {"convert": tried}, must)
 
 
@@ -67,7 +71,13 @@ def _peaks(base: Path, folder: Path, number: int, rng: np.random.Generator) -> T
     table.var_names = names
     path = folder / "peaks.h5ad"
     table.write_h5ad(path)
-    tried = partial(converted, [f"atac={path}", "--bins", f"atac={WIDTH}"], folder, Holds({}), lambda: _binned(path))
+    tried = partial(
+        converted,
+        [f"atac={path}", "--bins", f"atac={WIDTH}"],
+        folder,
+        Holds({}),
+        lambda: _binned(path),
+    )
     return Trial(f"peaks: {told}", {"convert": tried}, frozenset({"convert"} if refuse else ()))
 
 
@@ -79,7 +89,10 @@ def _counted(path: Path) -> Holds:
     content = path.read_bytes()
     text = (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode("utf-8-sig")
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
-    return _as_table((cell, where, int(lo), int(hi), 1) for where, lo, hi, cell in (x.split("\t")[:4] for x in lines))
+    return _as_table(
+        (cell, where, int(lo), int(hi), 1)
+        for where, lo, hi, cell in (x.split("\t")[:4] for x in lines)
+    )
 
 
 def _binned(path: Path) -> Holds:

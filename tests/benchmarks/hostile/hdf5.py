@@ -16,7 +16,11 @@ from tests.benchmarks.hostile.watch import bomb
 
 
 def hdf5(
-    path: Path, named: dict[str, tuple[Change, bool]], number: int, rng: np.random.Generator, folder: Path
+    path: Path,
+    named: dict[str, tuple[Change, bool]],
+    number: int,
+    rng: np.random.Generator,
+    folder: Path,
 ) -> tuple[str, frozenset[str]]:
     """A change by name, of any object, or of the file's bytes; what it was, and what must refuse it."""
     kind = number % 5
@@ -45,7 +49,9 @@ def in_bytes(path: Path, rng: np.random.Generator, folder: Path) -> str:
         "a byte flipped": lambda: flipped(content, rng, 1, len(content)),
         "ten bytes flipped": lambda: flipped(content, rng, 10, len(content)),
         "ten bytes flipped near the start": lambda: flipped(content, rng, 10, 2000),
-        "a stretch of zeros": lambda: content[:at] + bytes(min(512, len(content) - at)) + content[at + 512 :],
+        "a stretch of zeros": lambda: (
+            content[:at] + bytes(min(512, len(content) - at)) + content[at + 512 :]
+        ),
         "a stretch of random bytes": lambda: content[:at] + rng.bytes(512) + content[at + 512 :],
         "empty": lambda: b"",
         "HDF5's first bytes alone": lambda: content[:8],
@@ -57,7 +63,11 @@ def in_bytes(path: Path, rng: np.random.Generator, folder: Path) -> str:
     }
     kind = list(kinds)[rng.integers(len(kinds))]
     path.write_bytes(kinds[kind]())
-    return f"{kind}, at {at} of {len(content)}" if kind in ("cut short", "a stretch of zeros") else kind
+    return (
+        f"{kind}, at {at} of {len(content)}"
+        if kind in ("cut short", "a stretch of zeros")
+        else kind
+    )
 
 
 def flipped(content: bytes, rng: np.random.Generator, times: int, end: int) -> bytes:
@@ -94,9 +104,35 @@ def of_object(file: h5py.File, rng: np.random.Generator, folder: Path) -> str:
     return f"{name}: {how}"
 
 
-ATTRIBUTES: list[Any] = [0, -1, 1.5, "", "csr_matrix", "csc_matrix", "array", "dataframe", "categorical", "pickle"]
-ATTRIBUTES += [CANARY, b"\xff\xfe", np.array([2, 2]), np.array([10**12, 10**12]), np.array([-1, -1]), np.array([1.5])]
-ATTRIBUTES += [np.array(["a", "b"], "S"), np.array([[1]]), np.empty(0), h5py.Empty("f"), "_index", "../../X", True]
+ATTRIBUTES: list[Any] = [
+    0,
+    -1,
+    1.5,
+    "",
+    "csr_matrix",
+    "csc_matrix",
+    "array",
+    "dataframe",
+    "categorical",
+    "pickle",
+]
+ATTRIBUTES += [
+    CANARY,
+    b"\xff\xfe",
+    np.array([2, 2]),
+    np.array([10**12, 10**12]),
+    np.array([-1, -1]),
+    np.array([1.5]),
+]
+ATTRIBUTES += [
+    np.array(["a", "b"], "S"),
+    np.array([[1]]),
+    np.empty(0),
+    h5py.Empty("f"),
+    "_index",
+    "../../X",
+    True,
+]
 
 
 def _instead(make: Callable[[h5py.File, str], object]) -> Callable[[h5py.File, str, Path], None]:
@@ -150,7 +186,9 @@ OBJECTS: dict[str, Callable[[h5py.File, str, Path], None]] = {
     "no value": _value(h5py.Empty("f4")),
     "other numbers": _value(np.arange(7.5)),
     "numbers below zero": _value(-np.arange(100)),
-    "far too many": _instead(lambda file, name: file.create_dataset(name, (10**12,), "f8", chunks=(1000,))),
+    "far too many": _instead(
+        lambda file, name: file.create_dataset(name, (10**12,), "f8", chunks=(1000,))
+    ),
     "far too many texts": _instead(
         lambda file, name: file.create_dataset(name, (10**11,), h5py.string_dtype(), chunks=(1000,))
     ),
@@ -158,25 +196,39 @@ OBJECTS: dict[str, Callable[[h5py.File, str, Path], None]] = {
         lambda file, name: file.create_dataset(name, (10**7, 10**7), "f4", chunks=(10, 10))
     ),
     "compressed zeros, gigabytes of them": _instead(
-        lambda file, name: file.create_dataset(name, (2**31,), "u1", chunks=(2**20,), compression="gzip")
+        lambda file, name: file.create_dataset(
+            name, (2**31,), "u1", chunks=(2**20,), compression="gzip"
+        )
     ),
     "three axes": _value(np.ones((2, 2, 2))),
-    "texts in chunks": _value(np.array([f"t{i}" for i in range(40)], object), dtype=h5py.string_dtype(), chunks=(16,)),
-    "references in chunks": _instead(
-        lambda file, name: file.create_dataset(name, data=[file.ref] * 40, dtype=h5py.ref_dtype, chunks=(16,))
+    "texts in chunks": _value(
+        np.array([f"t{i}" for i in range(40)], object), dtype=h5py.string_dtype(), chunks=(16,)
     ),
-    "references": _instead(lambda file, name: file.create_dataset(name, data=[file.ref], dtype=h5py.ref_dtype)),
+    "references in chunks": _instead(
+        lambda file, name: file.create_dataset(
+            name, data=[file.ref] * 40, dtype=h5py.ref_dtype, chunks=(16,)
+        )
+    ),
+    "references": _instead(
+        lambda file, name: file.create_dataset(name, data=[file.ref], dtype=h5py.ref_dtype)
+    ),
     "opaque bytes": _value(np.void(b"\x80\x04K\x01.")),
     "records": _value(np.zeros(40, [("a", "i4"), ("b", "f8")])),
     "complex numbers": _value(np.ones(40, complex)),
     "big-endian numbers": _value(np.arange(40, dtype=">f4")),
     "texts that are no UTF-8": _value(np.array([b"\xff\xfe%d" % i for i in range(40)])),
-    "one endless text": _value(np.array(["x" * 3_000_000] + ["y"] * 39, object), dtype=h5py.string_dtype()),
+    "one endless text": _value(
+        np.array(["x" * 3_000_000] + ["y"] * 39, object), dtype=h5py.string_dtype()
+    ),
     "the same text": _value(np.array(["same"] * 40, object), dtype=h5py.string_dtype()),
     "texts with NUL": _value(np.array([b"a\0b%d" % i for i in range(40)])),
-    "a link to itself": _instead(lambda file, name: file.__setitem__(name, h5py.SoftLink(f"/{name}"))),
+    "a link to itself": _instead(
+        lambda file, name: file.__setitem__(name, h5py.SoftLink(f"/{name}"))
+    ),
     "a link to the file": _instead(lambda file, name: file.__setitem__(name, h5py.SoftLink("/"))),
-    "a link to nothing": _instead(lambda file, name: file.__setitem__(name, h5py.SoftLink("/nowhere"))),
+    "a link to nothing": _instead(
+        lambda file, name: file.__setitem__(name, h5py.SoftLink("/nowhere"))
+    ),
     "a link to another file": _linked,
     "a link to a file that is none": _instead(
         lambda file, name: file.__setitem__(name, h5py.ExternalLink("/etc/passwd", "x"))

@@ -29,7 +29,16 @@ from tests.benchmarks.hostile.changes import CELLS, GENES, H5AD, H5MU, TENX
 from tests.benchmarks.hostile.hdf5 import hdf5, in_bytes
 from tests.benchmarks.hostile.market import MTX, file_of
 from tests.benchmarks.hostile.trial import Trial, command, wrong
-from tests.unit.prep_helpers import anndata_of, codes_of, frame, held, write_10x, write_h5ad, write_h5mu, write_mtx
+from tests.unit.prep_helpers import (
+    anndata_of,
+    codes_of,
+    frame,
+    held,
+    write_10x,
+    write_h5ad,
+    write_h5mu,
+    write_mtx,
+)
 
 FORMS: dict[str, Any] = {"csr": sp.csr_matrix, "csc": sp.csc_matrix, "dense": np.asarray}
 TYPES = ["Gene Expression"] * 14 + ["Antibody Capture"] * 6
@@ -71,10 +80,16 @@ def converted(words: list[str], folder: Path, before: Holds, after: Callable[[],
             wrong("refused, but the store is there")
         raise
     store, expected = Store(out), _read(after) or before
-    problems = [p for m in store.modalities if (p := _difference(held(store, m), expected.tables.get(m)))]
+    problems = [
+        p for m in store.modalities if (p := _difference(held(store, m), expected.tables.get(m)))
+    ]
     for name, values in expected.fields.items():
         served = {cell: value for cell, value in codes_of(store, name).items() if cell in values}
-        others = [f"{cell}: {value}, not {values[cell]}" for cell, value in served.items() if value != values[cell]]
+        others = [
+            f"{cell}: {value}, not {values[cell]}"
+            for cell, value in served.items()
+            if value != values[cell]
+        ]
         problems += [f"{len(others)} other values of {name}, {others[0]}"] if others else []
     if problems:
         wrong("; ".join(problems))
@@ -111,7 +126,9 @@ def read_h5mu(path: Path) -> Holds:
         for name, one in given.items():
             for column in one.obs:
                 own = file[f"mod/{name}/obs/{column}"]
-                if "categories" in own.attrs:  # as before anndata 0.8, which `read_elem` leaves as codes
+                if (
+                    "categories" in own.attrs
+                ):  # as before anndata 0.8, which `read_elem` leaves as codes
                     names = file[own.attrs["categories"]].asstr()[:]
                     one.obs[column] = pd.Categorical.from_codes(own[:], names)
         return _of_anndata(given)
@@ -119,7 +136,10 @@ def read_h5mu(path: Path) -> Holds:
 
 def _of_anndata(given: dict[str, ad.AnnData]) -> Holds:
     """What is known of a cell is what one of its modalities says; no two say it here."""
-    tables, fields = {name: _table(one) for name, one in given.items()}, dict[str, dict[str, str | None]]()
+    tables, fields = (
+        {name: _table(one) for name, one in given.items()},
+        dict[str, dict[str, str | None]](),
+    )
     for field_, column in FIELDS.items():
         for one in given.values():
             if column in one.obs:
@@ -148,12 +168,19 @@ def read_10x(path: Path) -> Holds:
         data, indices, indptr = (group[name][:] for name in ("data", "indices", "indptr"))
         types = group["features/feature_type"].asstr()[:]
         barcodes = group["barcodes"].asstr()[:]
-        return by_type(sp.csr_matrix((data, indices, indptr), shape=(len(barcodes), len(types))), barcodes, types)
+        return by_type(
+            sp.csr_matrix((data, indices, indptr), shape=(len(barcodes), len(types))),
+            barcodes,
+            types,
+        )
 
 
 def read_mtx(folder: Path) -> Holds:
     files = {path.name.partition(".")[0]: path for path in folder.iterdir()}
-    lines = {name: pd.read_csv(files[name], sep="\t", header=None, quoting=3) for name in ("features", "barcodes")}
+    lines = {
+        name: pd.read_csv(files[name], sep="\t", header=None, quoting=3)
+        for name in ("features", "barcodes")
+    }
     matrix = sp.csr_matrix(scipy.io.mmread(files["matrix"]).T)
     return by_type(matrix, lines["barcodes"][0].to_numpy(), lines["features"][2].to_numpy())
 
@@ -179,7 +206,9 @@ def h5ad(base: Path, folder: Path, number: int, rng: np.random.Generator) -> Tri
 def h5mu(base: Path, folder: Path, number: int, rng: np.random.Generator) -> Trial:
     path = Path(shutil.copy(base / "m.h5mu", folder / "m.h5mu"))
     told, must = hdf5(path, H5MU if number % 3 else H5AD, number, rng, folder)
-    tried = partial(converted, [str(path)], folder, read_h5mu(base / "m.h5mu"), lambda: read_h5mu(path))
+    tried = partial(
+        converted, [str(path)], folder, read_h5mu(base / "m.h5mu"), lambda: read_h5mu(path)
+    )
     return Trial(f"h5mu: {told}", {"convert": tried}, must)
 
 

@@ -12,7 +12,14 @@ import numpy as np
 
 from clue_dist.store import layout, svd
 from tests.benchmarks.hostile import spoil
-from tests.benchmarks.hostile.stores import attempts, copied, sign, sound_values, write_sealed, write_signed
+from tests.benchmarks.hostile.stores import (
+    attempts,
+    copied,
+    sign,
+    sound_values,
+    write_sealed,
+    write_signed,
+)
 from tests.benchmarks.hostile.trial import Trial
 
 # --- manifests ---
@@ -72,7 +79,10 @@ def shards_elsewhere(tree: Any) -> Any:
 
 
 def metadata_elsewhere(tree: Any) -> Any:
-    tree["metadata"] = {"/etc/passwd": {"bytes": 1, "sha256": "0" * 64}, "a\0b": {"bytes": 1, "sha256": "0" * 64}}
+    tree["metadata"] = {
+        "/etc/passwd": {"bytes": 1, "sha256": "0" * 64},
+        "a\0b": {"bytes": 1, "sha256": "0" * 64},
+    }
     return tree
 
 
@@ -107,7 +117,12 @@ def nothing(tree: Any) -> Any:
 
 def strange_notes(tree: Any) -> Any:
     notes = tree["provenance"]
-    notes["inputs"], notes["cells"], notes["columns"], notes["appended"] = [1, {"file": []}], {"in": "x"}, [3], {"a": 1}
+    notes["inputs"], notes["cells"], notes["columns"], notes["appended"] = (
+        [1, {"file": []}],
+        {"in": "x"},
+        [3],
+        {"a": 1},
+    )
     return tree
 
 
@@ -138,7 +153,11 @@ def metadata(base: Path, folder: Path, number: int, rng: np.random.Generator) ->
     root = copied(base, folder)
     paths = sorted(root.rglob("zarr.json"))
     arrays = [p for p in paths if b'"array"' in p.read_bytes()]
-    path = arrays[rng.integers(len(arrays))] if rng.random() < 0.85 else paths[rng.integers(len(paths))]
+    path = (
+        arrays[rng.integers(len(arrays))]
+        if rng.random() < 0.85
+        else paths[rng.integers(len(paths))]
+    )
     tree = json.loads(path.read_text())
     if number % 12 == 11:
         content, told = spoil.broken_text(path.read_bytes(), rng)
@@ -209,21 +228,31 @@ def _index(**values: Any) -> Callable[[Any], None]:
 
 _BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
 CHANGES: dict[str, Callable[[Any], None]] = {
-    "a codec that unpickles": _coded(_BYTES, {"name": "numcodecs.pickle", "configuration": {"protocol": 5}}),
+    "a codec that unpickles": _coded(
+        _BYTES, {"name": "numcodecs.pickle", "configuration": {"protocol": 5}}
+    ),
     "pickle instead of bytes": _coded({"name": "pickle"}),
-    "a codec named like a module": _coded({"name": spoil.CANARY}, {"name": f"{spoil.CANARY}.Canary"}),
+    "a codec named like a module": _coded(
+        {"name": spoil.CANARY}, {"name": f"{spoil.CANARY}.Canary"}
+    ),
     "vlen-utf8": _coded({"name": "vlen-utf8"}),
     "gzip": _coded(_BYTES, {"name": "gzip", "configuration": {"level": 5}}),
-    "zstd, which lets a flipped bit through": _coded(_BYTES, {"name": "zstd", "configuration": {"level": 1}}),
+    "zstd, which lets a flipped bit through": _coded(
+        _BYTES, {"name": "zstd", "configuration": {"level": 1}}
+    ),
     "no compression": _coded(_BYTES),
     "no checksum": _without_checksum,
     "turned axes": _coded({"name": "transpose", "configuration": {"order": [1, 0]}}, _BYTES),
     "no codecs": _put(codecs=[]),
     "bytes alone, no shards": _put(codecs=[_BYTES]),
-    "shards in shards": lambda tree: _codecs(tree).insert(0, json.loads(json.dumps(tree["codecs"][0]))),
+    "shards in shards": lambda tree: _codecs(tree).insert(
+        0, json.loads(json.dumps(tree["codecs"][0]))
+    ),
     "the index at the start": _index(index_location="start"),
     "an index without a checksum": _index(index_codecs=[_BYTES]),
-    "a compressed index": _index(index_codecs=[_BYTES, {"name": "gzip", "configuration": {"level": 1}}]),
+    "a compressed index": _index(
+        index_codecs=[_BYTES, {"name": "gzip", "configuration": {"level": 1}}]
+    ),
     "objects": _put(data_type="object"),
     "texts": _put(data_type="string"),
     "raw bytes": _put(data_type="r64"),
@@ -245,13 +274,21 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "chunks and shape absurd": lambda tree: (_shape(10**6)(tree), _chunk(10**6)(tree))[0],
     "an axis more": lambda tree: tree.update(shape=[*tree["shape"], 1]),
     "no axis": _put(shape=[]),
-    "chunk keys of version 2": _put(chunk_key_encoding={"name": "v2", "configuration": {"separator": "."}}),
-    "chunk keys that lead out": _put(chunk_key_encoding={"name": "default", "configuration": {"separator": "/../"}}),
-    "a chunk grid that is not regular": _put(chunk_grid={"name": "rectangular", "configuration": {}}),
+    "chunk keys of version 2": _put(
+        chunk_key_encoding={"name": "v2", "configuration": {"separator": "."}}
+    ),
+    "chunk keys that lead out": _put(
+        chunk_key_encoding={"name": "default", "configuration": {"separator": "/../"}}
+    ),
+    "a chunk grid that is not regular": _put(
+        chunk_grid={"name": "rectangular", "configuration": {}}
+    ),
     "a transformer of storage": _put(storage_transformers=[{"name": spoil.CANARY}]),
     "a group": _put(node_type="group"),
     "version 2": _put(zarr_format=2),
     "an extension that must be understood": _put(hostile={"must_understand": True}),
-    "attributes that name code": _put(attributes={"__reduce__": f"{spoil.CANARY}.Canary", "a": spoil.CODE}),
+    "attributes that name code": _put(
+        attributes={"__reduce__": f"{spoil.CANARY}.Canary", "a": spoil.CODE}
+    ),
     "names of axes": _put(dimension_names=["a", None]),
 }

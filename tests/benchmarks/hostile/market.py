@@ -23,7 +23,9 @@ def file_of(files: dict[str, Path], rng: np.random.Generator, folder: Path) -> s
         path.symlink_to(path.name)
     elif kind == 4:
         path.symlink_to(folder / "nowhere")
-    return f"{name}: {('gone', 'a folder', 'a pipe', 'a link to itself', 'a link to nothing')[kind]}"
+    return (
+        f"{name}: {('gone', 'a folder', 'a pipe', 'a link to itself', 'a link to nothing')[kind]}"
+    )
 
 
 def _lines(change: Callable[[list[bytes]], list[bytes]]) -> Callable[[bytes], bytes]:
@@ -48,7 +50,13 @@ def _more(*entries: bytes) -> Callable[[bytes], bytes]:
 
     def change(lines: list[bytes]) -> list[bytes]:
         features, cells, n = lines[2].split()
-        return [*lines[:2], b"%b %b %d" % (features, cells, int(n) + len(entries)), *lines[3:-1], *entries, b""]
+        return [
+            *lines[:2],
+            b"%b %b %d" % (features, cells, int(n) + len(entries)),
+            *lines[3:-1],
+            *entries,
+            b"",
+        ]
 
     return _lines(change)
 
@@ -56,7 +64,11 @@ def _more(*entries: bytes) -> Callable[[bytes], bytes]:
 _BANNER = b"%%MatrixMarket matrix coordinate integer general"
 MTX: dict[str, tuple[str, Callable[[bytes], bytes], bool]] = {
     "no header": ("matrix", _lines(lambda lines: lines[2:]), True),
-    "a header of an array": ("matrix", _header(b"%%MatrixMarket matrix array integer general"), True),
+    "a header of an array": (
+        "matrix",
+        _header(b"%%MatrixMarket matrix array integer general"),
+        True,
+    ),
     "complex": ("matrix", _header(b"%%MatrixMarket matrix coordinate complex general"), True),
     "a pattern": ("matrix", _header(b"%%MatrixMarket matrix coordinate pattern general"), True),
     "symmetric": ("matrix", _header(b"%%MatrixMarket matrix coordinate integer symmetric"), True),
@@ -112,19 +124,47 @@ MTX: dict[str, tuple[str, Callable[[bytes], bytes], bool]] = {
     "no features": ("features", lambda content: b"", True),
     "a feature less": ("features", _lines(lambda lines: lines[1:]), True),
     "a feature twice": ("features", _lines(lambda lines: [lines[1], *lines[1:]]), True),
-    "features of one column": ("features", _lines(lambda lines: [line.split(b"\t")[0] for line in lines]), True),
-    "types that say nothing": ("features", lambda content: content.replace(b"Gene Expression", b"?"), False),
+    "features of one column": (
+        "features",
+        _lines(lambda lines: [line.split(b"\t")[0] for line in lines]),
+        True,
+    ),
+    "types that say nothing": (
+        "features",
+        lambda content: content.replace(b"Gene Expression", b"?"),
+        False,
+    ),
     "features that are no UTF-8": ("features", lambda content: b"\xff" + content, True),
     "features with NUL": ("features", lambda content: content.replace(b"g1\t", b"g\0\t"), False),
-    "empty names of features": ("features", lambda content: content.replace(b"g1\tg1", b"\t"), False),
+    "empty names of features": (
+        "features",
+        lambda content: content.replace(b"g1\tg1", b"\t"),
+        False,
+    ),
     "no barcodes": ("barcodes", lambda content: b"", True),
     "a barcode less": ("barcodes", _lines(lambda lines: lines[1:]), True),
     "a barcode twice": ("barcodes", _lines(lambda lines: [lines[1], *lines[1:]]), True),
     "barcodes that are no UTF-8": ("barcodes", lambda content: b"\xff" + content, True),
     "barcodes with NUL": ("barcodes", lambda content: content.replace(b"c1\n", b"c1\0\n"), False),
     "barcodes of NUL": ("barcodes", lambda content: content.replace(b"c1\n", b"\0\n"), False),
-    "barcodes with a mark of byte order": ("barcodes", lambda content: b"\xef\xbb\xbf" + content, False),
-    "an endless barcode": ("barcodes", lambda content: content.replace(b"c1\n", b"x" * 5_000_000 + b"\n"), True),
-    "a barcode of 5,000 letters": ("barcodes", lambda content: content.replace(b"c1\n", b"x" * 5000 + b"\n"), True),
-    "barcodes like paths": ("barcodes", lambda content: content.replace(b"c1\n", b"../../c1\n"), False),
+    "barcodes with a mark of byte order": (
+        "barcodes",
+        lambda content: b"\xef\xbb\xbf" + content,
+        False,
+    ),
+    "an endless barcode": (
+        "barcodes",
+        lambda content: content.replace(b"c1\n", b"x" * 5_000_000 + b"\n"),
+        True,
+    ),
+    "a barcode of 5,000 letters": (
+        "barcodes",
+        lambda content: content.replace(b"c1\n", b"x" * 5000 + b"\n"),
+        True,
+    ),
+    "barcodes like paths": (
+        "barcodes",
+        lambda content: content.replace(b"c1\n", b"../../c1\n"),
+        False,
+    ),
 }

@@ -20,7 +20,12 @@ def files(base: Path, folder: Path, number: int, rng: np.random.Generator) -> Tr
     """Something else where a file or a folder of the store was."""
     root = copied(base, folder)
     everything = sorted(p for p in root.rglob("*") if p.is_file())
-    places = [root / layout.MANIFEST, *sorted((root / svd.FOLDER).iterdir()), root / svd.FOLDER, root / "strata"]
+    places = [
+        root / layout.MANIFEST,
+        *sorted((root / svd.FOLDER).iterdir()),
+        root / svd.FOLDER,
+        root / "strata",
+    ]
     folders = sorted(p for p in root.rglob("*") if p.is_dir())
     how = list(REPLACED)[number % len(REPLACED)]
     of = places if rng.random() < 0.3 else folders if rng.random() < 0.3 else everything
@@ -30,13 +35,21 @@ def files(base: Path, folder: Path, number: int, rng: np.random.Generator) -> Tr
     must = REPLACED[how](path, outside)
     before = _listing(outside)
     tried = attempts(root, sound_values(base / "s.zarr"))
-    tried["append"] = lambda: command("append", f"rna={base / 'more.h5ad'}", "--to", root, "--workers", 1)
-    tried["outside"] = lambda: None if _listing(outside) == before else wrong("files outside the store were changed")
+    tried["append"] = lambda: command(
+        "append", f"rna={base / 'more.h5ad'}", "--to", root, "--workers", 1
+    )
+    tried["outside"] = lambda: (
+        None if _listing(outside) == before else wrong("files outside the store were changed")
+    )
     return Trial(f"{path.relative_to(root)}: {how}", tried, frozenset(must))
 
 
 def _listing(folder: Path) -> list[tuple[str, bytes]]:
-    return [(str(p.relative_to(folder)), p.read_bytes()) for p in sorted(folder.rglob("*")) if p.is_file()]
+    return [
+        (str(p.relative_to(folder)), p.read_bytes())
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    ]
 
 
 def _moved(path: Path, outside: Path) -> Path:

@@ -21,7 +21,17 @@ from typing import Any
 
 import numpy as np
 
-from tests.benchmarks.hostile import forged, genome, inputs, manifests, places, runs, settings, stores, svds
+from tests.benchmarks.hostile import (
+    forged,
+    genome,
+    inputs,
+    manifests,
+    places,
+    runs,
+    settings,
+    stores,
+    svds,
+)
 from tests.benchmarks.hostile.trial import Trial, outcome
 from tests.benchmarks.hostile.watch import plant, watched
 from tests.distributed.command import ROOT, environment
@@ -71,8 +81,18 @@ class Prober:
             return dict(json.loads(line))
         process.kill()
         code, self._process = process.wait(), None
-        how = "no answer in time" if code in (-signal.SIGKILL, 1) else f"ended by signal or code {code}"
-        return {"number": number, "what": f"input {number}", "end": "crashed", "told": {"process": how}, "ran": []}
+        how = (
+            "no answer in time"
+            if code in (-signal.SIGKILL, 1)
+            else f"ended by signal or code {code}"
+        )
+        return {
+            "number": number,
+            "what": f"input {number}",
+            "end": "crashed",
+            "told": {"process": how},
+            "ran": [],
+        }
 
     def close(self) -> None:
         if self._process is not None and self._process.stdin is not None:
@@ -80,7 +100,10 @@ class Prober:
             self._process.wait(30)
 
     def _started(self) -> subprocess.Popen[bytes]:
-        limits = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "4"}  # arenas take address space, which is limited
+        limits = {
+            "OMP_NUM_THREADS": "1",
+            "MALLOC_ARENA_MAX": "4",
+        }  # arenas take address space, which is limited
         with self._log.open("ab") as log:
             return subprocess.Popen(
                 self._words,
@@ -118,7 +141,12 @@ def _tried(make: Make, folder: Path, number: int, seed: int) -> dict[str, Any]:
         found = outcome(trial)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     found["end"] = "crashed" if ran else found["end"]
-    return found | {"number": number, "ran": ran, "seconds": time.monotonic() - began, "grown_mb": grown // 1024}
+    return found | {
+        "number": number,
+        "ran": ran,
+        "seconds": time.monotonic() - began,
+        "grown_mb": grown // 1024,
+    }
 
 
 def _limit_memory() -> None:

@@ -29,7 +29,12 @@ TOLD = ("config.json", "model.json")  # which no checkpoint signs
 
 def ready(base: Path) -> None:
     make_store(base / "s.zarr", cells={"rna+adt": 60, "rna": 40}, features={"rna": 20, "adt": 6})
-    length = ("train.epochs=6", "train.validate_every=2", "train.checkpoint_every=3", "train.patience=0")
+    length = (
+        "train.epochs=6",
+        "train.validate_every=2",
+        "train.checkpoint_every=3",
+        "train.patience=0",
+    )
     python(*train_args(base, base / "s.zarr", "run", *length))
 
 
@@ -47,8 +52,13 @@ def run(base: Path, folder: Path, number: int, rng: np.random.Generator) -> Tria
     if signed:
         _sign(path)
     fits = path.name not in TOLD and not signed
-    attempts = {"embed": lambda: embedded(root, base, folder, fits), "resume": lambda: resumed(root, base, fits)}
-    return Trial(f"{path.relative_to(root)}{', signed again' if signed else ''}: {told}"[:300], attempts)
+    attempts = {
+        "embed": lambda: embedded(root, base, folder, fits),
+        "resume": lambda: resumed(root, base, fits),
+    }
+    return Trial(
+        f"{path.relative_to(root)}{', signed again' if signed else ''}: {told}"[:300], attempts
+    )
 
 
 def embedded(root: Path, base: Path, folder: Path, fits: bool) -> None:
@@ -60,11 +70,11 @@ def embedded(root: Path, base: Path, folder: Path, fits: bool) -> None:
 
 
 def resumed(root: Path, base: Path, fits: bool) -> None:
-    found = run_folder.find(root, "auto", Ranks())
+    found = run_folder.choose_checkpoint(root, "auto", Ranks())
     if found is None:
         return
-    config = configs.load(base / "run" / "config.json")
-    run_folder.check_same_run(root, config, Store(str(base / "s.zarr")).fingerprint, found)
+    config = configs.load_config(base / "run" / "config.json")
+    run_folder.require_same_run(root, config, Store(str(base / "s.zarr")).fingerprint, found)
     model = load_model(base / "run").model
     run_folder.load_weights(model, found, "choose another")
     if fits:
@@ -73,7 +83,7 @@ def resumed(root: Path, base: Path, fits: bool) -> None:
 
 @lru_cache
 def _weights(folder: Path) -> dict[str, Tensor]:
-    return run_folder.weights(folder)
+    return run_folder.read_weights(folder)
 
 
 def _same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -82,7 +92,9 @@ def _same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def _saved(root: Path) -> list[Path]:
-    return sorted(path for kind in ("best", "checkpoints") for path in root.glob(f"{kind}/step-*/*"))
+    return sorted(
+        path for kind in ("best", "checkpoints") for path in root.glob(f"{kind}/step-*/*")
+    )
 
 
 def _json(path: Path, rng: np.random.Generator) -> str:
@@ -108,7 +120,13 @@ def _another(path: Path, kind: int, folder: Path) -> str:
         path.symlink_to(moved)
     elif kind == 4:
         path.symlink_to("/dev/zero")
-    return ("gone", "a folder", "a pipe", "a link to the file itself", "a link to zeros without an end")[kind]
+    return (
+        "gone",
+        "a folder",
+        "a pipe",
+        "a link to the file itself",
+        "a link to zeros without an end",
+    )[kind]
 
 
 def _sign(path: Path) -> None:

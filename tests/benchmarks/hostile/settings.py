@@ -10,7 +10,7 @@ import numpy as np
 
 from clue_dist import config as configs
 from clue_dist.config import Config
-from clue_dist.train.setup import prepare
+from clue_dist.train.setup import prepare_setup
 from tests.benchmarks.hostile import spoil
 from tests.benchmarks.hostile.trial import Trial, wrong
 from tests.benchmarks.hostile.watch import bomb
@@ -57,11 +57,11 @@ def override(tree: object, rng: np.random.Generator) -> str:
 
 def loaded(path: Path, overrides: list[str], base: Path) -> None:
     """Read, kept, read again, and all that is checked before training."""
-    got = configs.load(path, overrides)
+    got = configs.load_config(path, overrides)
     got.write(path.with_name("kept.json"))
-    if configs.load(path.with_name("kept.json")) != got:
+    if configs.load_config(path.with_name("kept.json")) != got:
         wrong("a config that is kept is read back as another")
-    setup = prepare(got, 1)
+    setup = prepare_setup(got, 1)
     if not 1 <= setup.total_steps < 10**12:
         wrong(f"{setup.total_steps} steps")
     setup.summary()

@@ -10,13 +10,72 @@ from typing import Any
 import numpy as np
 
 CANARY = "hostile_canary"  # a module that tells when it is imported; see `watch`
-NUMBERS: list[Any] = [0, -1, 1, 2, 3, 255, 2**31, 2**32 + 1, 2**53 + 1, 2**63, 2**64, 10**30, -(10**18), 0.5, 1e308]
+NUMBERS: list[Any] = [
+    0,
+    -1,
+    1,
+    2,
+    3,
+    255,
+    2**31,
+    2**32 + 1,
+    2**53 + 1,
+    2**63,
+    2**64,
+    10**30,
+    -(10**18),
+    0.5,
+    1e308,
+]
 NUMBERS += [float("nan"), float("inf"), -0.0]
-TEXTS: list[Any] = ["", "../../..", "/etc/passwd", "a\0b", "\ud800", "漢字 🧬", "x" * 5000, "é\u0301", "..", "."]
-TEXTS += ["uint128", "object", "O", "|O", "pickle", "numcodecs.pickle", "\\\\server\\share", "C:\\x", "%00", "\n\r\t"]
-CODE: list[Any] = [CANARY, f"{CANARY}:Canary", f"{CANARY}.Canary", "os.system", f"!!python/object:{CANARY}.Canary"]
-CODE += [f"__import__('{CANARY}')", {"__class__": f"{CANARY}.Canary"}, {"py/object": f"{CANARY}.Canary"}]
-OTHERS: list[Any] = [None, True, False, [], {}, [[]], [None], {"": ""}, {"a": {"b": [1, {"c": None}]}}, [1, "a", None]]
+TEXTS: list[Any] = [
+    "",
+    "../../..",
+    "/etc/passwd",
+    "a\0b",
+    "\ud800",
+    "漢字 🧬",
+    "x" * 5000,
+    "é\u0301",
+    "..",
+    ".",
+]
+TEXTS += [
+    "uint128",
+    "object",
+    "O",
+    "|O",
+    "pickle",
+    "numcodecs.pickle",
+    "\\\\server\\share",
+    "C:\\x",
+    "%00",
+    "\n\r\t",
+]
+CODE: list[Any] = [
+    CANARY,
+    f"{CANARY}:Canary",
+    f"{CANARY}.Canary",
+    "os.system",
+    f"!!python/object:{CANARY}.Canary",
+]
+CODE += [
+    f"__import__('{CANARY}')",
+    {"__class__": f"{CANARY}.Canary"},
+    {"py/object": f"{CANARY}.Canary"},
+]
+OTHERS: list[Any] = [
+    None,
+    True,
+    False,
+    [],
+    {},
+    [[]],
+    [None],
+    {"": ""},
+    {"a": {"b": [1, {"c": None}]}},
+    [1, "a", None],
+]
 VALUES = [*NUMBERS, *TEXTS, *CODE, *OTHERS]
 
 Step = str | int
@@ -28,7 +87,11 @@ How = Callable[[Any, Where, np.random.Generator], Any]
 def nodes(tree: Any, at: Where = ()) -> list[Where]:
     """Every node but the top, depth first."""
     steps: list[Step] = (
-        list(tree) if isinstance(tree, dict) else list(range(len(tree))) if isinstance(tree, list) else []
+        list(tree)
+        if isinstance(tree, dict)
+        else list(range(len(tree)))
+        if isinstance(tree, list)
+        else []
     )
     return [node for step in steps for node in [(*at, step), *nodes(tree[step], (*at, step))]]
 
@@ -66,7 +129,9 @@ def _parent(tree: Any, at: Where) -> Any:
 
 
 def _has(parent: Any, step: Step) -> bool:
-    return step in parent if isinstance(parent, dict) else isinstance(step, int) and step < len(parent)
+    return (
+        step in parent if isinstance(parent, dict) else isinstance(step, int) and step < len(parent)
+    )
 
 
 def drop(parent: Any, at: Where, rng: np.random.Generator) -> None:
@@ -83,17 +148,32 @@ def nudge(parent: Any, at: Where, rng: np.random.Generator) -> None:
     if isinstance(value, bool) or value is None:
         parent[at[-1]] = not value
     elif isinstance(value, int | float):
-        parent[at[-1]] = [value + 1, value - 1, -value, value * 2, value * 10**6, value / 2, str(value)][
-            rng.integers(7)
-        ]
+        parent[at[-1]] = [
+            value + 1,
+            value - 1,
+            -value,
+            value * 2,
+            value * 10**6,
+            value / 2,
+            str(value),
+        ][rng.integers(7)]
     elif isinstance(value, str):
-        parent[at[-1]] = [value + " ", value.upper(), value[:-1], value * 2, f"../{value}", f"{value}\0"][
-            rng.integers(6)
-        ]
+        parent[at[-1]] = [
+            value + " ",
+            value.upper(),
+            value[:-1],
+            value * 2,
+            f"../{value}",
+            f"{value}\0",
+        ][rng.integers(6)]
     elif isinstance(value, list):
-        parent[at[-1]] = [value[::-1], value[:-1], value + value[:1], [value], value * 3][rng.integers(5)]
+        parent[at[-1]] = [value[::-1], value[:-1], value + value[:1], [value], value * 3][
+            rng.integers(5)
+        ]
     else:
-        parent[at[-1]] = list(value.items()) if rng.integers(2) else {f"{k}x": v for k, v in value.items()}
+        parent[at[-1]] = (
+            list(value.items()) if rng.integers(2) else {f"{k}x": v for k, v in value.items()}
+        )
 
 
 def rename(parent: Any, at: Where, rng: np.random.Generator) -> None:
@@ -109,7 +189,9 @@ def add(parent: Any, at: Where, rng: np.random.Generator) -> None:
     """Something beside it that does not belong there."""
     value = VALUES[int(rng.integers(len(VALUES)))]
     if isinstance(parent, dict):
-        parent[f"{at[-1]}{rng.choice(['', '_', '2', ' ', '.x'])}" if rng.integers(2) else "__class__"] = value
+        parent[
+            f"{at[-1]}{rng.choice(['', '_', '2', ' ', '.x'])}" if rng.integers(2) else "__class__"
+        ] = value
     else:
         parent.insert(int(rng.integers(len(parent) + 1)), value)
 

@@ -23,9 +23,9 @@ from clue_dist.errors import ClueError, StoreError
 from clue_dist.store import layout
 from clue_dist.store.manifest import Manifest
 from clue_dist.store.reader import Store, StratumReader
-from clue_dist.store.rows import Csr
+from clue_dist.store.rows import CsrRows
 from clue_dist.store.writer import hash_file
-from clue_dist.train.setup import prepare
+from clue_dist.train.setup import prepare_setup
 from tests.benchmarks.damage import serve
 from tests.benchmarks.hostile import spoil
 from tests.benchmarks.hostile.trial import command, wrong
@@ -72,7 +72,9 @@ def attempts(root: Path, sound: serve.Values | None) -> Attempts:
         "serve": lambda: within_bounds(root) if sound is None else as_sound(root, sound),
         "check": lambda: command("check", root),
         "inspect": lambda: command("inspect", root),
-        "train": lambda: prepare(Config(store=str(root), run=str(root.parent / "run")), 1).held_out(),
+        "train": lambda: prepare_setup(
+            Config(store=str(root), run=str(root.parent / "run")), 1
+        ).held_out(),
     }
 
 
@@ -88,7 +90,10 @@ def within_bounds(root: Path) -> None:
     """Everything that a store serves; what is refused in part is read to its end all the same."""
     store = Store(root)
     errors: list[ClueError] = []
-    for read in [*(lambda r=reader: _tables(store, r) for reader in store.strata.values()), lambda: _batches(store)]:
+    for read in [
+        *(lambda r=reader: _tables(store, r) for reader in store.strata.values()),
+        lambda: _batches(store),
+    ]:
         try:
             read()
         except ClueError as error:
@@ -103,8 +108,11 @@ def _tables(store: Store, reader: StratumReader) -> None:
     _bounded("batch", obs.batch, -1, len(store.manifest.batches))
     _bounded("label", obs.label, -1, len(store.manifest.labels))
     for modality in reader.modalities:
-        n_features, rows = store.manifest.modalities[modality].n_features, reader.rows(modality, cells)
-        if isinstance(rows, Csr):
+        n_features, rows = (
+            store.manifest.modalities[modality].n_features,
+            reader.rows(modality, cells),
+        )
+        if isinstance(rows, CsrRows):
             _bounded(f"{modality} columns", rows.indices, 0, n_features)
             _bounded(f"{modality} counts", rows.values, 1, 2**33)
         elif rows.shape != (reader.n_cells, n_features):
@@ -130,7 +138,10 @@ def _bounded(what: str, values: np.ndarray, low: int, end: int) -> None:
 def sign(root: Path, **changes: Any) -> None:
     """A manifest whose hashes, fingerprint and seal fit whatever lies there."""
     manifest = Manifest.read(root)
-    files = {name: {key: hash_file(root / key) for key in getattr(manifest, name)} for name in ("shards", "metadata")}
+    files = {
+        name: {key: hash_file(root / key) for key in getattr(manifest, name)}
+        for name in ("shards", "metadata")
+    }
     manifest.model_copy(update=files | changes).write(root)
 
 

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from clue_dist.config import Config
 from clue_dist.store import svd
 from clue_dist.store.manifest import Manifest
-from clue_dist.train.setup import prepare
+from clue_dist.train.setup import prepare_setup
 from tests.benchmarks.hostile import spoil
 from tests.benchmarks.hostile.stores import Attempts, copied
 from tests.benchmarks.hostile.trial import Trial, command, wrong
@@ -45,20 +45,27 @@ def stored_svd(base: Path, folder: Path, number: int, rng: np.random.Generator) 
         again = bool(rng.integers(4))
     if again and isinstance(note, dict):
         with suppress(ValidationError):
-            note["digest"] = svd.Note.model_validate_json(json.dumps(note)).computed_digest()
+            note["digest"] = svd.SvdNote.model_validate_json(json.dumps(note)).computed_digest()
     path.write_bytes(spoil.text_of(note))
     return Trial(f"SVD{', signed again' if again else ''}: {how}", _of_svd(root))
 
 
 def _of_svd(root: Path) -> Attempts:
     def read() -> None:
-        found = svd.read(root, Manifest.read(root), "rna")
-        if found is not None and (found.loadings.shape[0] != 20 or not np.isfinite(found.loadings).all()):
+        found = svd.read_svd(root, Manifest.read(root), "rna")
+        if found is not None and (
+            found.loadings.shape[0] != 20 or not np.isfinite(found.loadings).all()
+        ):
             wrong(f"loadings {found.loadings.shape}")
 
     def train() -> None:
         trunk = {"projection_init": "svd_of_store", "projection": 5}
-        prepare(Config(store=str(root), run=str(root.parent / "run"), modalities={}, model={"trunk": trunk}), 1)  # type: ignore[arg-type]
+        prepare_setup(
+            Config(
+                store=str(root), run=str(root.parent / "run"), modalities={}, model={"trunk": trunk}
+            ),
+            1,
+        )  # type: ignore[arg-type]
 
     again = ("svd", root, "--modality", "rna", "--components", 5, "--workers", 1)
     commands = {name: lambda name=name: command(name, root) for name in ("check", "inspect")}
@@ -74,7 +81,9 @@ def _npz(path: Path, compressed: bool = False, **changes: Any) -> bytes:
     with np.load(path) as file:
         arrays = dict(file) | changes
     buffer = io.BytesIO()
-    (np.savez_compressed if compressed else np.savez)(buffer, **{k: v for k, v in arrays.items() if v is not None})
+    (np.savez_compressed if compressed else np.savez)(
+        buffer, **{k: v for k, v in arrays.items() if v is not None}
+    )
     return buffer.getvalue()
 
 
@@ -113,17 +122,33 @@ ARRAYS: dict[str, Any] = {
     "pickled loadings": _code("loadings"),
     "pickled idf": _code("idf"),
     "a pickle for the file": lambda path, outside: bomb(outside),
-    "an absurd shape": lambda path, outside: _member(path, "loadings", _header("(1000000000000, 5)")),
-    "a shape beyond 64 bits": lambda path, outside: _member(path, "loadings", _header("(10000000000000000000000, 5)")),
+    "an absurd shape": lambda path, outside: _member(
+        path, "loadings", _header("(1000000000000, 5)")
+    ),
+    "a shape beyond 64 bits": lambda path, outside: _member(
+        path, "loadings", _header("(10000000000000000000000, 5)")
+    ),
     "a negative shape": lambda path, outside: _member(path, "loadings", _header("(-1, 5)")),
     "a shape of text": lambda path, outside: _member(path, "loadings", _header("'x'")),
-    "a header that is code": lambda path, outside: _member(path, "loadings", _header(f"__import__('{spoil.CANARY}')")),
-    "a header nested deep": lambda path, outside: _member(path, "loadings", _header("(" * 3000 + ")" * 3000)),
-    "a type that is none": lambda path, outside: _member(path, "loadings", _header("(20, 5)", "'|V0'")),
-    "a header cut short": lambda path, outside: _member(path, "loadings", b"\x93NUMPY\x01\x00\xff\xff{"),
-    "a version that is none": lambda path, outside: _member(path, "loadings", _header("(20, 5)", version=b"\x09\x00")),
+    "a header that is code": lambda path, outside: _member(
+        path, "loadings", _header(f"__import__('{spoil.CANARY}')")
+    ),
+    "a header nested deep": lambda path, outside: _member(
+        path, "loadings", _header("(" * 3000 + ")" * 3000)
+    ),
+    "a type that is none": lambda path, outside: _member(
+        path, "loadings", _header("(20, 5)", "'|V0'")
+    ),
+    "a header cut short": lambda path, outside: _member(
+        path, "loadings", b"\x93NUMPY\x01\x00\xff\xff{"
+    ),
+    "a version that is none": lambda path, outside: _member(
+        path, "loadings", _header("(20, 5)", version=b"\x09\x00")
+    ),
     "an empty member": lambda path, outside: _member(path, "loadings", b""),
-    "gigabytes of zeros": lambda path, outside: _member(path, "loadings", _header("(20, 5)") + bytes(2**28)),
+    "gigabytes of zeros": lambda path, outside: _member(
+        path, "loadings", _header("(20, 5)") + bytes(2**28)
+    ),
     "texts": lambda path, outside: _npz(path, loadings=np.full((20, 5), "x")),
     "complex numbers": lambda path, outside: _npz(path, loadings=np.zeros((20, 5), complex)),
     "records": lambda path, outside: _npz(path, loadings=np.zeros((20, 5), [("a", "f4")])),

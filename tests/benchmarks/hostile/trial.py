@@ -40,14 +40,22 @@ def outcome(trial: Trial) -> dict[str, Any]:
         if ends[name] == "right" and name in trial.must_refuse:
             ends[name], told[name] = "crashed", "taken, though it must be refused"
     worst: End = next((end for end in ("crashed", "refused") if end in ends.values()), "right")  # type: ignore[misc]
-    return {"what": trial.what, "end": worst, "told": {n: t for n, t in told.items() if ends[n] == worst and t}}
+    return {
+        "what": trial.what,
+        "end": worst,
+        "told": {n: t for n, t in told.items() if ends[n] == worst and t},
+    }
 
 
 def _end(attempt: Callable[[], object]) -> tuple[End, str]:
     try:
         attempt()
     except ClueError as error:
-        clear = error.exit_code == 2 and bool(error.what) and (error.where is not None or error.got is not None)
+        clear = (
+            error.exit_code == 2
+            and bool(error.what)
+            and (error.where is not None or error.got is not None)
+        )
         return ("refused" if clear else "crashed"), str(error)
     except Wrong as error:
         return "crashed", f"wrong: {error}"
@@ -64,7 +72,11 @@ def command(*words: object) -> str:
     """
     output, errors = io.StringIO(), io.StringIO()
     argv = ["data_prep", *map(str, words)]
-    with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+    with (
+        mock.patch.object(sys, "argv", argv),
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(errors),
+    ):
         try:
             run_main(main)
         except SystemExit as end:

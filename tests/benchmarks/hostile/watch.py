@@ -73,7 +73,9 @@ def _own() -> bool:
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_filename
-        if name == _IMPORTS or any(f"{os.sep}site-packages{os.sep}{own}{os.sep}" in name for own in _OWN):
+        if name == _IMPORTS or any(
+            f"{os.sep}site-packages{os.sep}{own}{os.sep}" in name for own in _OWN
+        ):
             return True
         if not name.startswith(("<frozen ", _STANDARD)) or f"{os.sep}site-packages{os.sep}" in name:
             return False

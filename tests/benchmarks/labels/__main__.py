@@ -62,7 +62,8 @@ def runs_of(args: argparse.Namespace) -> list[Run]:
         for method in METHODS
         for fold in args.folds
         for name in args.sets
-        if method != "reference" or (not args.quick and matched("reference", name, fold, args).record(args.work))
+        if method != "reference"
+        or (not args.quick and matched("reference", name, fold, args).record(args.work))
     ]
 
 
@@ -134,11 +135,19 @@ def told(record: Result) -> str:
     return ", ".join(f"{source} {value:.3f}" for source, value in record["accuracy"].items())
 
 
-def values(records: Sequence[Result], method: str, name: str, what: str) -> dict[str, dict[int, float]]:
+def values(
+    records: Sequence[Result], method: str, name: str, what: str
+) -> dict[str, dict[int, float]]:
     """A score of each fold, by source of z."""
-    mine = {r["fold"]: r[what] for r in records if (r["method"], r["data_set"]) == (f"labels-{method}", name)}
+    mine = {
+        r["fold"]: r[what]
+        for r in records
+        if (r["method"], r["data_set"]) == (f"labels-{method}", name)
+    }
     sources = dict.fromkeys(source for by_source in mine.values() for source in by_source)
-    return {source: {fold: by_source[source] for fold, by_source in mine.items()} for source in sources}
+    return {
+        source: {fold: by_source[source] for fold, by_source in mine.items()} for source in sources
+    }
 
 
 def table(records: Sequence[Result]) -> str:
@@ -147,7 +156,10 @@ def table(records: Sequence[Result]) -> str:
         for method in METHODS:
             by_score = {what: values(records, method, name, what) for what in SCORES}
             for source, folds in by_score["accuracy"].items():
-                cells = [common.spread(list(v[source].values()), 3) if source in v else "" for v in by_score.values()]
+                cells = [
+                    common.spread(list(v[source].values()), 3) if source in v else ""
+                    for v in by_score.values()
+                ]
                 rows.append([name, method, source, str(len(folds)), *cells])
     return common.aligned(rows)
 
@@ -157,7 +169,10 @@ def bars_of(records: Sequence[Result], args: argparse.Namespace) -> Iterator[dic
     records = [] if args.quick else records
     for name in args.sets:
         joint = values(records, "ours", name, "accuracy").get(JOINT, {})
-        for method, what in (("counts", "the better modality's counts"), ("ours", "our z from the better modality")):
+        for method, what in (
+            ("counts", "the better modality's counts"),
+            ("ours", "our z from the better modality"),
+        ):
             alone = values(records, method, name, "accuracy")
             of = [alone.get(m, {}) for m in mosaic.SETS[name]]
             complete = all(folds.keys() == set(FOLDS) for folds in (joint, *of))
@@ -165,7 +180,9 @@ def bars_of(records: Sequence[Result], args: argparse.Namespace) -> Iterator[dic
             bar = Bar(f"{name}: accuracy of our joint z minus that of {what}", ">", 0.0)
             yield bar.over([joint[fold] - better[fold] for fold in better])
     for name in (n for n in args.sets if n in MIXED):
-        ours, reference = (values(records, m, name, "ilisi").get(JOINT, {}) for m in ("ours", "reference"))
+        ours, reference = (
+            values(records, m, name, "ilisi").get(JOINT, {}) for m in ("ours", "reference")
+        )
         leads = [ours[fold] - reference[fold] for fold in ours.keys() & reference.keys()]
         title = f"{name}: iLISI of our joint z minus the reference's, {len(leads)} of {len(FOLDS)} folds"
         yield Bar(title, ">=", 0.0).over(leads)

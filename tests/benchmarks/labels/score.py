@@ -24,7 +24,9 @@ def accuracy(z: np.ndarray, labels: np.ndarray) -> float:
     return float(cross_val_score(KNeighborsClassifier(NEIGHBOURS), z, labels, cv=folds).mean())
 
 
-def transferred(known: np.ndarray, known_labels: np.ndarray, z: np.ndarray, labels: np.ndarray) -> float:
+def transferred(
+    known: np.ndarray, known_labels: np.ndarray, z: np.ndarray, labels: np.ndarray
+) -> float:
     """The same, with neighbours among other cells whose labels are known."""
     return float(KNeighborsClassifier(NEIGHBOURS).fit(known, known_labels).score(z, labels))
 
@@ -39,7 +41,9 @@ def ilisi(z: np.ndarray, batch: np.ndarray) -> float:
     distance, index = near.kneighbors()  # (N, 90), the cell itself left out
     weight = _weights(distance, np.log(PERPLEXITY))
     names, code = np.unique(batch, return_inverse=True)
-    share = np.stack([(weight * (code[index] == b)).sum(1) for b in range(len(names))], 1)  # (N, batches)
+    share = np.stack(
+        [(weight * (code[index] == b)).sum(1) for b in range(len(names))], 1
+    )  # (N, batches)
     return float((np.median(1 / (share**2).sum(1)) - 1) / (len(names) - 1))
 
 

@@ -16,9 +16,14 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="COLLECTION.zarr")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    pipeline = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline", "threading.max_workers": args.threads}
+    pipeline = {
+        "codec_pipeline.path": "zarrs.ZarrsCodecPipeline",
+        "threading.max_workers": args.threads,
+    }
     with zarr.config.set(pipeline):
-        DatasetCollection(args.out).add_adatas([args.file], shuffle=True, rng=np.random.default_rng(0))
+        DatasetCollection(args.out).add_adatas(
+            [args.file], shuffle=True, rng=np.random.default_rng(0)
+        )
 
 
 if __name__ == "__main__":

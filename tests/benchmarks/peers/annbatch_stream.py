@@ -29,7 +29,9 @@ def main() -> None:
     parser.add_argument("--dense", action="store_true", help="batches as dense float32")
     measure.arguments(parser)
     args = parser.parse_args()
-    zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline", "threading.max_workers": args.threads})
+    zarr.config.set(
+        {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline", "threading.max_workers": args.threads}
+    )
 
     loader = Loader(
         chunk_size=args.chunk,
@@ -40,7 +42,9 @@ def main() -> None:
         rng=np.random.default_rng(0),
     )
     collection = DatasetCollection(args.collection, mode="r")
-    loader.use_collection(collection, load_adata=lambda group: ad.AnnData(X=ad.io.sparse_dataset(group["X"])))
+    loader.use_collection(
+        collection, load_adata=lambda group: ad.AnnData(X=ad.io.sparse_dataset(group["X"]))
+    )
     source = batches(loader)
 
     def take() -> tuple[int, int]:

@@ -39,7 +39,9 @@ class Towers(nn.Module):
         return (functional.cross_entropy(logits, own) + functional.cross_entropy(logits.T, own)) / 2
 
 
-def epoch_of(model: Towers, optimizer: torch.optim.Optimizer, pair: list[Tensor], order: np.ndarray) -> None:
+def epoch_of(
+    model: Towers, optimizer: torch.optim.Optimizer, pair: list[Tensor], order: np.ndarray
+) -> None:
     model.train()
     size = min(BATCH, len(order))  # sets of fewer pairs than a batch are one batch
     for rows in torch.from_numpy(order).split(size):

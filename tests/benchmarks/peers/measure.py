@@ -22,7 +22,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--seconds", type=float, default=10, help="measured")
     parser.add_argument("--warm", type=float, default=3, help="seconds before that")
-    parser.add_argument("--step-ms", type=float, default=0, help="sleep after each batch, as an accelerator would work")
+    parser.add_argument(
+        "--step-ms",
+        type=float,
+        default=0,
+        help="sleep after each batch, as an accelerator would work",
+    )
     parser.add_argument("--threads", type=int, default=2)
 
 

@@ -25,7 +25,9 @@ def filled(cells: ad.AnnData, names: pd.Index) -> sp.csr_matrix:
     rows = cells.obs_names.get_indexer(names)
     here = np.flatnonzero(rows >= 0)
     shape = (len(names), cells.n_obs)
-    picked = sp.csr_matrix((np.ones(len(here), np.float32), (here, rows[here])), shape=shape) @ cells.X
+    picked = (
+        sp.csr_matrix((np.ones(len(here), np.float32), (here, rows[here])), shape=shape) @ cells.X
+    )
     return picked.astype(np.float32).tocsr()
 
 
@@ -37,9 +39,14 @@ def mosaic(rna: ad.AnnData, atac: ad.AnnData) -> md.MuData:
     obs = pd.DataFrame(index=names)
     obs["modality"] = np.select([has_rna & has_atac, has_rna], [PAIRED, EXPRESSION], ACCESSIBILITY)
     obs["batch"] = batch[~batch.index.duplicated()][names]
-    parts = {m: ad.AnnData(filled(x, names), obs=obs.copy(), var=x.var[[]]) for m, x in (("rna", rna), ("atac", atac))}
+    parts = {
+        m: ad.AnnData(filled(x, names), obs=obs.copy(), var=x.var[[]])
+        for m, x in (("rna", rna), ("atac", atac))
+    }
     whole = md.MuData(parts)
-    whole.obs["_indices"] = np.arange(whole.n_obs)  # its set-up adds this to the training cells, and wants it of others
+    whole.obs["_indices"] = np.arange(
+        whole.n_obs
+    )  # its set-up adds this to the training cells, and wants it of others
     return whole
 
 
@@ -52,8 +59,15 @@ def main() -> None:
     began = time.monotonic()
     rna, atac = (train[m] for m in args.mods)
     cells = mosaic(rna, atac)
-    where = {"rna_layer": "rna", "atac_layer": "atac", "batch_key": "rna", "categorical_covariate_keys": "rna"}
-    scvi.model.MULTIVI.setup_mudata(cells, modalities=where, batch_key="modality", categorical_covariate_keys=["batch"])
+    where = {
+        "rna_layer": "rna",
+        "atac_layer": "atac",
+        "batch_key": "rna",
+        "categorical_covariate_keys": "rna",
+    }
+    scvi.model.MULTIVI.setup_mudata(
+        cells, modalities=where, batch_key="modality", categorical_covariate_keys=["batch"]
+    )
     model = scvi.model.MULTIVI(cells)
     length = {"max_epochs": args.epochs} if args.epochs else {}
     model.train(accelerator="cpu", enable_progress_bar=False, **length)

@@ -18,7 +18,9 @@ def arguments(description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("split", type=Path, help="folder with train.h5mu and test.h5mu")
     parser.add_argument("mods", nargs=2)
-    parser.add_argument("--out", type=Path, required=True, help="u1, u2 of the test cells and fit_s, as .npz")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="u1, u2 of the test cells and fit_s, as .npz"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, help="fewer than usual, for a quick look")
     return parser.parse_args()
@@ -31,7 +33,11 @@ def load(args: argparse.Namespace) -> tuple[md.MuData, md.MuData]:
 
 def batch_of(cells: ad.AnnData) -> np.ndarray:
     """The batch of each cell; one for all where none is known."""
-    return cells.obs["batch"].astype(str).to_numpy() if "batch" in cells.obs else np.full(cells.n_obs, "one")
+    return (
+        cells.obs["batch"].astype(str).to_numpy()
+        if "batch" in cells.obs
+        else np.full(cells.n_obs, "one")
+    )
 
 
 def save(args: argparse.Namespace, u1: np.ndarray, u2: np.ndarray, fit_s: float) -> None:
@@ -58,7 +64,9 @@ def _lsi(train: sp.csr_matrix, test: sp.csr_matrix) -> tuple[np.ndarray, np.ndar
     """Truncated SVD of log1p of TF-IDF per 10,000; each cell then has mean 0 and deviation 1."""
     seen = np.asarray(train.sum(0)).ravel()
     idf = sp.diags(train.shape[0] / np.maximum(seen, 1))
-    a, b = (np.log1p(_per_cell(_per_cell(x) @ idf, least=1e-9) * 1e4).tocsr() for x in (train, test))
+    a, b = (
+        np.log1p(_per_cell(_per_cell(x) @ idf, least=1e-9) * 1e4).tocsr() for x in (train, test)
+    )
     model = TruncatedSVD(min(COMPONENTS, a.shape[1] - 1), random_state=0).fit(a)
     a, b = model.transform(a), model.transform(b)
     return tuple((x - x.mean(1, keepdims=True)) / x.std(1, keepdims=True) for x in (a, b))

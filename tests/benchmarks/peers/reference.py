@@ -57,9 +57,13 @@ def main() -> None:
         features = decoded(m, train[m])
         seen[m], unseen[m] = registered(train[m], a, features), registered(test[m], b, features)
     settings = MULTIOME if "atac" in args.mods else CITE
-    model = scglue.models.SCCLUEModel(seen, shared_batches=True, random_seed=args.seed, **SHAPE, **settings["shape"])
+    model = scglue.models.SCCLUEModel(
+        seen, shared_batches=True, random_seed=args.seed, **SHAPE, **settings["shape"]
+    )
     model.compile(**WEIGHTS, **settings["weights"])
-    length = {"max_epochs": args.epochs} if args.epochs else {}  # else as long as it finds right: hundreds of epochs
+    length = (
+        {"max_epochs": args.epochs} if args.epochs else {}
+    )  # else as long as it finds right: hundreds of epochs
     model.fit(seen, directory=str(args.out.parent / "scglue"), **length)
     fit_s = time.monotonic() - began
 

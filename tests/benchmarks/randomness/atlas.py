@@ -6,12 +6,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from clue_dist.store.shuffle import hashed, key_of
+from clue_dist.store.shuffle import derive_key, hash_barcodes
 
 PLATES, TYPES = 20, 12
 GROUPS = PLATES * TYPES
 PAIRED, ALONE = "rna+atac", ("rna", "atac")
-MEASURED = (PAIRED, PAIRED, "rna", "rna", "atac")  # of every five plates in a row, where not all cells are paired
+MEASURED = (
+    PAIRED,
+    PAIRED,
+    "rna",
+    "rna",
+    "atac",
+)  # of every five plates in a row, where not all cells are paired
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,13 @@ class Atlas:
 
     @property
     def sizes(self) -> dict[str, int]:
-        return dict(zip(self.strata, np.bincount(self.stratum, minlength=len(self.strata)).tolist(), strict=True))
+        return dict(
+            zip(
+                self.strata,
+                np.bincount(self.stratum, minlength=len(self.strata)).tolist(),
+                strict=True,
+            )
+        )
 
 
 def atlas_of(n: int, unpaired: bool) -> Atlas:
@@ -42,7 +54,9 @@ def atlas_of(n: int, unpaired: bool) -> Atlas:
 
 def stored(atlas: Atlas, seed: int) -> dict[str, np.ndarray]:
     """Groups of each stratum's cells, (n_s,) in the order in which `data_prep convert` with this seed lays them."""
-    return _by_stratum(atlas, np.argsort(hashed(barcodes(len(atlas.group)), key_of(seed, "cells"))))
+    return _by_stratum(
+        atlas, np.argsort(hash_barcodes(barcodes(len(atlas.group)), derive_key(seed, "cells")))
+    )
 
 
 def barcodes(n: int) -> np.ndarray:

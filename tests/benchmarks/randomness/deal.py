@@ -7,18 +7,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from clue_dist.data.plan import Plan
+from clue_dist.data.plan import CellPlan
 from tests.benchmarks.randomness.atlas import PLATES, TYPES
 
-Dealt = dict[str, np.ndarray]  # of each stratum, the positions of its cells in every batch: (steps, N_s) int32
+Dealt = dict[
+    str, np.ndarray
+]  # of each stratum, the positions of its cells in every batch: (steps, N_s) int32
 
 
-def steps_for(plan: Plan, passes: int) -> int:
+def steps_for(plan: CellPlan, passes: int) -> int:
     """Batches until every stratum has been passed through so often."""
     return max(-(-passes * plan.sizes[s] // n) for s, n in plan.share.items())
 
 
-def by_plan(plan: Plan, steps: int) -> Dealt:
+def by_plan(plan: CellPlan, steps: int) -> Dealt:
     out = {s: np.empty((steps, n), np.int32) for s, n in plan.share.items()}
     for stratum, cells in out.items():
         for t in range(steps):
@@ -26,7 +28,7 @@ def by_plan(plan: Plan, steps: int) -> Dealt:
     return out
 
 
-def by_draws(plan: Plan, steps: int) -> Dealt:
+def by_draws(plan: CellPlan, steps: int) -> Dealt:
     """Every pass a shuffle of the whole stratum: the yardstick."""
     rng = np.random.default_rng(plan.seed)
     out = {}
@@ -37,7 +39,7 @@ def by_draws(plan: Plan, steps: int) -> Dealt:
     return out
 
 
-def not_once(plan: Plan, dealt: Dealt) -> int:
+def not_once(plan: CellPlan, dealt: Dealt) -> int:
     """Cells, summed over all whole passes, that a pass over their stratum did not deal exactly once."""
     wrong = 0
     for stratum, cells in dealt.items():
@@ -59,7 +61,7 @@ class Shares:
     neighbours: np.ndarray
 
 
-def shares_of(plan: Plan, dealt: Dealt, stored: Mapping[str, np.ndarray]) -> Shares:
+def shares_of(plan: CellPlan, dealt: Dealt, stored: Mapping[str, np.ndarray]) -> Shares:
     """stored: groups of each stratum's cells, see `atlas.stored`. Means and variances are the known ones of a draw."""
     count, mean, variance = (np.zeros(1) for _ in range(3))
     for stratum, cells in dealt.items():
@@ -85,7 +87,7 @@ def categories(groups: np.ndarray) -> np.ndarray:
     return np.concatenate([table.sum(-1), table.sum(-2)], -1)
 
 
-def met_again(plan: Plan, dealt: Dealt) -> tuple[float, float] | None:
+def met_again(plan: CellPlan, dealt: Dealt) -> tuple[float, float] | None:
     """Of the others in a cell's batch, how many are with it in the next pass too, and how many by chance would be.
 
     Of the first stratum, from its first pass to its second; None where there was no second. More than chance, as cells

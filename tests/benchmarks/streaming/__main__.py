@@ -27,7 +27,13 @@ from tests.s3 import serve
 
 BATCH = 512
 STEP_MS = 2.0
-CHUNKS = (64, 128, 256, 512, 1024)  # cells annbatch reads in a row, with as many chunks as fill the window ...
+CHUNKS = (
+    64,
+    128,
+    256,
+    512,
+    1024,
+)  # cells annbatch reads in a row, with as many chunks as fill the window ...
 DEFAULT = (512, 32)  # ... and what it does if not told otherwise, in a window of its own
 QUICK_SETTING = (512, 4)
 
@@ -36,14 +42,21 @@ PAIRED = {"rna": ("csr", "dense", "step"), "atac": ("csr", "step")}
 ALONE = {"rna": ("windows", "s3"), "atac": ("large", "windows", "s3")}
 LIMITS = ("decode", "memcpy", "memset")
 COPIES = 8  # of the cells that are in a store too large for the loader to keep decoded
-INDEX_BYTES, VALUE_BYTES = 4, 4  # of a non-zero in a CSR batch; batches of binary counts share their values
+INDEX_BYTES, VALUE_BYTES = (
+    4,
+    4,
+)  # of a non-zero in a CSR batch; batches of binary counts share their values
 
 BARS: dict[tuple[str, str], Bar] = {
     ("rna", "csr"): Bar("rna: cells/s of CSR batches, times annbatch's", ">=", 2.5),
     ("rna", "dense"): Bar("rna: cells/s of dense batches, times annbatch's", ">=", 4.0),
     ("atac", "csr"): Bar("atac: cells/s of CSR batches, times annbatch's", ">=", 3.5),
-    ("atac", "large"): Bar("atac: cells/s of CSR batches of a store too large to keep, times annbatch's", ">=", 3.5),
-    ("rna", "windows"): Bar("rna: cells/s of decoded windows, times annbatch's CSR batches", ">=", 5.0),
+    ("atac", "large"): Bar(
+        "atac: cells/s of CSR batches of a store too large to keep, times annbatch's", ">=", 3.5
+    ),
+    ("rna", "windows"): Bar(
+        "rna: cells/s of decoded windows, times annbatch's CSR batches", ">=", 5.0
+    ),
     ("rna", "disk"): Bar("rna: bytes per non-zero on disk, times annbatch's", "<=", 0.6),
     ("atac", "disk"): Bar("atac: bytes per non-zero on disk, times annbatch's", "<=", 0.6),
     ("rna", "waiting"): Bar("rna: share of time waiting with a 2 ms step", "<", 0.03),
@@ -68,8 +81,12 @@ blocks kept decoded: those ours need not decompress again; annbatch keeps none""
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = repeats.parser("streaming", __doc__)
-    parser.add_argument("--window", type=int, help="cells mixed at a time (default: 8192, of a quick look 2048)")
-    parser.add_argument("--seconds", type=float, help="of each measurement (default: 10, of a quick look 0.5)")
+    parser.add_argument(
+        "--window", type=int, help="cells mixed at a time (default: 8192, of a quick look 2048)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, help="of each measurement (default: 10, of a quick look 0.5)"
+    )
     args = repeats.parsed(parser, words)
     args.window = args.window or (2048 if args.quick else 8192)
     args.seconds = args.seconds or (0.5 if args.quick else 10.0)
@@ -89,7 +106,9 @@ def runs_of(args: argparse.Namespace) -> list[Run]:
     for name in args.sets:
         methods = ["ours-disk", "annbatch-disk", *map(tuning, settings_of(args))]
         runs += [Repeat(method, name, 0, 0, digest_of(name, args)) for method in methods]
-        taking_turns = [f"{method}-{measure}" for measure in PAIRED[name] for method in stores.METHODS]
+        taking_turns = [
+            f"{method}-{measure}" for measure in PAIRED[name] for method in stores.METHODS
+        ]
         taking_turns += [f"ours-{measure}" for measure in (*ALONE[name], *LIMITS)]
         runs += [
             Repeat(method, name, number, 0, digest_of(name, args))
@@ -119,15 +138,22 @@ def do(run: Run, folder: Path, args: argparse.Namespace) -> Result:
     unchanged(run, args)
     method, _, measure = run.method.partition("-")
     shape = cells.shape_of(run.data_set, args.quick)
-    store = stores.store_of(method, shape, args.threads, args.work, COPIES if measure == "large" else 1)
+    store = stores.store_of(
+        method, shape, args.threads, args.work, COPIES if measure == "large" else 1
+    )
     if measure == "disk":
-        return {"bytes_per_nonzero": stores.bytes_in(store) / cells.nonzeros_in(cells.file_of(shape, args.work))}
+        return {
+            "bytes_per_nonzero": stores.bytes_in(store)
+            / cells.nonzeros_in(cells.file_of(shape, args.work))
+        }
     chosen: dict[str, Any] = {}
     log = folder / "log.txt"
     if method == "ours":
         probe = [sys.executable, "-m", "tests.benchmarks.streaming.probe"]
         with on_s3(store) if measure == "s3" else nullcontext(store) as place:
-            common.call([*probe, place, *ours(measure, args), *limits(measure, args)], log, args.threads)
+            common.call(
+                [*probe, place, *ours(measure, args), *limits(measure, args)], log, args.threads
+            )
     else:
         setting = setting_of(run, measure, args)
         chosen = {"chunk": setting[0], "preload": setting[1]}
@@ -150,7 +176,9 @@ def on_s3(store: Path) -> Iterator[str]:
 def unchanged(run: Run, args: argparse.Namespace) -> None:
     """A result is kept under the digest its run was planned with, so that must be true until it ends."""
     if digest_of(run.data_set, args) != run.digest:
-        raise BenchmarkError("sources changed while the benchmark ran", where=run.name, fix="start it again")
+        raise BenchmarkError(
+            "sources changed while the benchmark ran", where=run.name, fix="start it again"
+        )
 
 
 def ours(measure: str, args: argparse.Namespace) -> list[str]:
@@ -163,7 +191,12 @@ def theirs(measure: str, setting: tuple[int, int]) -> list[str]:
 
 
 def limits(measure: str, args: argparse.Namespace) -> list[str]:
-    options = {"batch": BATCH, "threads": args.threads, "seconds": args.seconds, "warm": args.seconds / 3}
+    options = {
+        "batch": BATCH,
+        "threads": args.threads,
+        "seconds": args.seconds,
+        "warm": args.seconds / 3,
+    }
     options["step-ms"] = STEP_MS if measure == "step" else 0
     return [f"--{name}={value}" for name, value in options.items()]
 
@@ -194,7 +227,19 @@ def told(record: Result) -> str:
 
 def table(records: Sequence[Result]) -> str:
     names = [name for name in cells.SHAPES if any(r["data_set"] == name for r in records)]
-    rows = [["set", "measure", "method", "cells/s", "M non-zeros/s", "waiting %", "p99 ms", "anon MiB", "ratio"]]
+    rows = [
+        [
+            "set",
+            "measure",
+            "method",
+            "cells/s",
+            "M non-zeros/s",
+            "waiting %",
+            "p99 ms",
+            "anon MiB",
+            "ratio",
+        ]
+    ]
     for name in names:
         for measure in (*PAIRED[name], *ALONE[name]):
             for method in stores.METHODS:
@@ -216,7 +261,9 @@ def _row(records: Sequence[Result], name: str, measure: str, method: str) -> lis
     values = [median(records, f"{method}-{measure}", name, what) for what in COLUMNS]
     if values[0] is None:
         return []
-    scaled = [None if v is None else v * by for v, (by, _) in zip(values, COLUMNS.values(), strict=True)]
+    scaled = [
+        None if v is None else v * by for v, (by, _) in zip(values, COLUMNS.values(), strict=True)
+    ]
     texts = [shown(v, digits) for v, (_, digits) in zip(scaled, COLUMNS.values(), strict=True)]
     if measure != "step":
         texts[list(COLUMNS).index("waiting")] = ""  # whoever does nothing else waits all the time
@@ -228,17 +275,23 @@ def _row(records: Sequence[Result], name: str, measure: str, method: str) -> lis
 
 def times(records: Sequence[Result], name: str, measure: str, least: int = 1) -> float | None:
     """Our cells/s to annbatch's; of windows and of a large store to its CSR batches; from S3 to our own."""
-    peer = {"windows": "annbatch-csr", "large": "annbatch-csr", "s3": "ours-csr"}.get(measure, f"annbatch-{measure}")
+    peer = {"windows": "annbatch-csr", "large": "annbatch-csr", "s3": "ours-csr"}.get(
+        measure, f"annbatch-{measure}"
+    )
     mine = median(records, f"ours-{measure}", name, "cells_per_s", least)
     return ratio(mine, median(records, peer, name, "cells_per_s", least))
 
 
 def disk(records: Sequence[Result], name: str) -> float | None:
-    return ratio(*(median(records, f"{method}-disk", name, "bytes_per_nonzero") for method in stores.METHODS))
+    return ratio(
+        *(median(records, f"{method}-disk", name, "bytes_per_nonzero") for method in stores.METHODS)
+    )
 
 
 def _disk(records: Sequence[Result], name: str) -> Iterator[str]:
-    sizes = [shown(median(records, f"{m}-disk", name, "bytes_per_nonzero"), 2) for m in stores.METHODS]
+    sizes = [
+        shown(median(records, f"{m}-disk", name, "bytes_per_nonzero"), 2) for m in stores.METHODS
+    ]
     yield f"{name}: {sizes[0]} bytes per non-zero, annbatch {sizes[1]}, ratio {shown(disk(records, name), 2)}"
     tried = [r for r in records if r["method"].startswith("annbatch-try") and r["data_set"] == name]
     speeds = [f"{r['chunk']}x{r['preload']} {r['cells_per_s'] / 1e3:.0f}k" for r in tried]
@@ -273,7 +326,10 @@ def _limits(records: Sequence[Result], name: str) -> Iterator[str]:
 
 def bars_of(records: Sequence[Result], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Judged where every repeat has been measured, and never on a quick look."""
-    return [bar.judged(None if args.quick else _value(records, *key, args.repeats)) for key, bar in BARS.items()]
+    return [
+        bar.judged(None if args.quick else _value(records, *key, args.repeats))
+        for key, bar in BARS.items()
+    ]
 
 
 def _value(records: Sequence[Result], name: str, what: str, least: int) -> float | None:

@@ -20,11 +20,11 @@ import numpy as np
 
 from clue_dist.data.batch import SparseCounts
 from clue_dist.data.loader import Loader
-from clue_dist.data.plan import Plan
+from clue_dist.data.plan import CellPlan
 from clue_dist.store.layout import ArraySpec
 from clue_dist.store.reader import Store
-from clue_dist.store.rows import Blocks
-from clue_dist.store.shuffle import permute
+from clue_dist.store.rows import CodedBlocks
+from clue_dist.store.shuffle import permute_positions
 from tests.benchmarks.peers import measure
 from tests.benchmarks.peers.measure import Take
 
@@ -33,13 +33,15 @@ IN_MEMORY = 512 * 2**20  # compressed bytes that decoding alone is measured on, 
 COPIED = 256 * 2**20
 
 
-def plan_of(store: Store, batch: int, window: int) -> Plan:
+def plan_of(store: Store, batch: int, window: int) -> CellPlan:
     """Batches of the store's one stratum, mixed `window` cells at a time."""
     (name, reader), size = next(iter(store.strata.items())), store.manifest.block_cells
     window_blocks, rest = divmod(window, LANES * size)
     if rest or not window_blocks:
-        raise ValueError(f"a window of {window} cells is no multiple of {LANES} lanes x {size} cells of a block")
-    return Plan(0, {name: reader.n_cells}, {name: batch}, LANES, window_blocks, size)
+        raise ValueError(
+            f"a window of {window} cells is no multiple of {LANES} lanes x {size} cells of a block"
+        )
+    return CellPlan(0, {name: reader.n_cells}, {name: batch}, LANES, window_blocks, size)
 
 
 def batches(loader: Loader) -> Take:
@@ -53,16 +55,16 @@ def batches(loader: Loader) -> Take:
     return take
 
 
-def windows(store: Store, cells: int) -> Iterator[Blocks]:
+def windows(store: Store, cells: int) -> Iterator[CodedBlocks]:
     """Decoded blocks in random order, as many as hold `cells`, one window ahead; pass after pass."""
     ((_, reader),) = store.strata.items()
     count = cells // reader.block_cells
 
-    def read(number: int) -> Blocks:
+    def read(number: int) -> CodedBlocks:
         passed, place = np.divmod(np.arange(number * count, (number + 1) * count), reader.n_blocks)
-        blocks = permute(place, reader.n_blocks, key=passed.astype(np.uint64))
+        blocks = permute_positions(place, reader.n_blocks, key=passed.astype(np.uint64))
         got = reader.read_blocks(reader.modalities[0], blocks)
-        assert isinstance(got, Blocks)
+        assert isinstance(got, CodedBlocks)
         return got
 
     with ThreadPoolExecutor(1) as ahead:
@@ -157,7 +159,10 @@ def decode(store: Store, args: argparse.Namespace) -> dict[str, float]:
 def memory(args: argparse.Namespace) -> dict[str, float]:
     """memcpy: bytes copied a second, each read once and written once; memset: bytes set to zero."""
     source, target = np.ones(COPIED, np.uint8), np.ones(COPIED, np.uint8)
-    parts = [slice(i * COPIED // args.threads, (i + 1) * COPIED // args.threads) for i in range(args.threads)]
+    parts = [
+        slice(i * COPIED // args.threads, (i + 1) * COPIED // args.threads)
+        for i in range(args.threads)
+    ]
 
     def work(thread: int) -> None:
         if args.measure == "memcpy":
@@ -172,7 +177,9 @@ def memory(args: argparse.Namespace) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("store", help="folder or URL")
-    parser.add_argument("measure", choices=("csr", "dense", "windows", "decode", "memcpy", "memset"))
+    parser.add_argument(
+        "measure", choices=("csr", "dense", "windows", "decode", "memcpy", "memset")
+    )
     parser.add_argument("--window", type=int, required=True, help="cells mixed at a time")
     measure.arguments(parser)
     args = parser.parse_args()
@@ -183,7 +190,9 @@ def main() -> None:
         return measure.tell(decode(store, args))
     if args.measure == "windows":
         return measure.tell(measure.stream(whole_windows(store, args.window), args))
-    with Loader(store, plan_of(store, args.batch, args.window), dense=args.measure == "dense") as loader:
+    with Loader(
+        store, plan_of(store, args.batch, args.window), dense=args.measure == "dense"
+    ) as loader:
         measure.tell(measure.stream(batches(loader), args) | {"kept": kept(loader, store)})
 
 
