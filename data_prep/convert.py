@@ -97,7 +97,8 @@ def build_store(
     reference: of the store whose modalities and features the inputs are fitted to; accept: may refuse the cells.
 
     Raises:
-        DataError: inputs that are not what they should be (see `count_fragments`, `plan_features`, `join_cells_by_barcode`,
+        DataError: inputs that are not what they should be (see `count_fragments`, `plan_features`,
+            `join_cells_by_barcode`,
             `canonicalise_rows`, `select_variable_features`).
     """
     if reference and any(c.mode or c.given or c.top for c in options.choices.values()):
