@@ -78,7 +78,10 @@ def score_directions(
     groups = _groups(batch, x.device)
     pairs = [(_l2(x[g]), _l2(y[g])) for scope in SCOPES for g in groups[scope]]
     mine = [
-        (rank_keys(a, b, ranks.share(len(a))), rank_keys(b, a, ranks.share(len(a))))
+        (
+            rank_keys(a, b, ranks.slice_for_rank(len(a))),
+            rank_keys(b, a, ranks.slice_for_rank(len(a))),
+        )
         for a, b in pairs
     ]
     gathered = ranks.all_gather_object(mine)

@@ -38,7 +38,7 @@ class Ranks:
     group: Any = None  # the channel they speak by; None: the one they joined
 
     @classmethod
-    def from_env(cls, env: Mapping[str, str] = os.environ) -> Ranks:
+    def from_environment(cls, env: Mapping[str, str] = os.environ) -> Ranks:
         """What the launcher said: `deepspeed` and torchrun (RANK, WORLD_SIZE, LOCAL_RANK), or srun.
 
         Under srun the size is that of the job *step*: a batch script that calls `python` without srun is alone,
@@ -65,10 +65,10 @@ class Ranks:
         return cls(*map(int, values))
 
     @property
-    def first(self) -> bool:
+    def is_first(self) -> bool:
         return self.rank == 0
 
-    def agreed(self, work: Callable[[], T]) -> T:
+    def run_before_joining(self, work: Callable[[], T]) -> T:
         """Do `work` on every rank before they join; what this rank's returned. Where one cannot, none begins.
 
         Raises:
@@ -82,7 +82,7 @@ class Ranks:
         problem: ClueError | None = None
         try:
             done = work()
-            self.device()  # which imports torch
+            self.choose_device()  # which imports torch
         except ClueError as error:
             problem = self._met(error)
         try:
@@ -92,7 +92,7 @@ class Ranks:
         _raise_first([pickle.loads(one) for one in said])
         return cast("T", done)
 
-    def init(self, backend: str = "gloo", timeout_s: float = 1800) -> Ranks:
+    def join_group(self, backend: str = "gloo", timeout_s: float = 1800) -> Ranks:
         """Join the others; returns self. timeout_s: of what they exchange from then on.
 
         Raises:
@@ -105,24 +105,28 @@ class Ranks:
             return self
         timeout = timedelta(seconds=timeout_s)
         dist.init_process_group(
-            backend, store=self.meeting(), rank=self.rank, world_size=self.world, timeout=timeout
+            backend,
+            store=self.open_rendezvous_store(),
+            rank=self.rank,
+            world_size=self.world,
+            timeout=timeout,
         )
         return self
 
-    def aside(self) -> Ranks:
+    def open_side_channel(self) -> Ranks:
         """The same ranks on a channel of their own, for a thread that works beside the others. All must call."""
         import torch.distributed as dist
 
         return self if self.world == 1 else replace(self, group=dist.new_group(backend="gloo"))
 
-    def close(self) -> None:
+    def leave_group(self) -> None:
         """Leave the others, after the last exchange."""
         import torch.distributed as dist
 
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def device(self) -> torch.device:
+    def choose_device(self) -> torch.device:
         """This rank's GPU; the CPU where none is visible.
 
         A rank that sees one GPU takes it, whatever its number: `srun --gpus-per-task=1` shows each rank its own.
@@ -160,7 +164,7 @@ class Ranks:
         dist.all_gather_object(got, value, group=self.group)
         return got
 
-    def together(self, work: Callable[[], T]) -> list[T]:
+    def run_on_all(self, work: Callable[[], T]) -> list[T]:
         """Do `work`, then wait for the others: what it returned, in rank order, which is pickled.
 
         Raises:
@@ -178,28 +182,28 @@ class Ranks:
         _raise_first([met for _, met in gathered])
         return [value for value, _ in gathered]
 
-    def from_first(self, work: Callable[[], T]) -> T:
+    def run_on_first(self, work: Callable[[], T]) -> T:
         """What `work` returns on rank 0, which alone does it, on every rank.
 
         Raises:
             ClueError: what `work` raised, on all ranks.
         """
-        first: Any = self.together(lambda: work() if self.first else None)[0]
+        first: Any = self.run_on_all(lambda: work() if self.is_first else None)[0]
         return cast("T", first)
 
-    def share(self, n: int) -> slice:
+    def slice_for_rank(self, n: int) -> slice:
         """This rank's consecutive part of range(n); the parts differ by one at most and cover it."""
         return slice(n * self.rank // self.world, n * (self.rank + 1) // self.world)
 
     def _met(self, error: ClueError) -> ClueError:
         """An error of this rank as the others are told."""
-        if not self.first:  # which speaks for all
+        if not self.is_first:  # which speaks for all
             error.what = f"rank {self.rank} on {socket.gethostname()}: {error.what}"
         return error
 
     def _exchanged(self, mine: bytes) -> list[bytes]:
         """What each rank said, before they have joined."""
-        store = self.meeting()
+        store = self.open_rendezvous_store()
         said, read = (
             [f"clue_dist/{what}/{rank}" for rank in range(self.world)] for what in ("said", "read")
         )
@@ -208,13 +212,13 @@ class Ranks:
             store.wait(said, timedelta(seconds=JOIN))
             got = store.multi_get(said)
             store.set(read[self.rank], b"1")
-            if self.first:  # the store may end with this process
+            if self.is_first:  # the store may end with this process
                 store.wait(read, timedelta(seconds=JOIN))
         except RuntimeError as error:
             raise self._not_met(error) from error
         return cast("list[bytes]", got)
 
-    def meeting(self, aside: bool = False) -> Any:
+    def open_rendezvous_store(self, aside: bool = False) -> Any:
         """The store at which the ranks meet: a server on rank 0, or that of torchrun.
 
         aside: by another connection, for threads that must not wait for what the first waits for.

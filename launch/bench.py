@@ -73,7 +73,7 @@ def check_bench_arguments(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = parse_bench_arguments()
-    ranks = Ranks.from_env()
+    ranks = Ranks.from_environment()
 
     def ready() -> Setup:
         check_bench_arguments(args)
@@ -83,16 +83,16 @@ def main() -> None:
 
         return prepare_setup(config, ranks.world, writes=False)
 
-    setup = ranks.agreed(ready)
+    setup = ranks.run_before_joining(ready)
 
     from clue_dist.train.bench import measure_speed
 
     report = measure_speed(setup, ranks, args.seconds, args.repeats)
-    if ranks.first:
+    if ranks.is_first:
         if args.json:
             args.json.write_text(json.dumps(report.as_dict(), indent=1) + "\n")
         print(report.text(), flush=True)
-    ranks.close()
+    ranks.leave_group()
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def main() -> None:
             batch_size=args.batch_size,
             ranks=ranks,
         )
-        if ranks.first:
+        if ranks.is_first:
             print(
                 f"{store.manifest.n_cells:,} cells embedded with {args.run} ({loaded.name})\n{args.out}"
             )

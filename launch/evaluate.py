@@ -30,7 +30,7 @@ def main() -> None:
             batch_size=args.batch_size,
             ranks=ranks,
         )
-        if ranks.first:
+        if ranks.is_first:
             print(f"{format_scores(result)}\n{args.out}")
 
 

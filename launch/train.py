@@ -68,7 +68,7 @@ def print_start(run: Path, resume: str) -> None:
 
 def main() -> None:
     args = parse_train_arguments()
-    ranks = Ranks.from_env()
+    ranks = Ranks.from_environment()
 
     def ready() -> Setup:
         config = configs.load_config(args.config, [text for group in args.set for text in group])
@@ -81,8 +81,8 @@ def main() -> None:
             import clue_dist.train.loop  # noqa: F401  DeepSpeed looks for compilers and GPUs: before the ranks join
         return prepared
 
-    setup = ranks.agreed(ready)
-    if ranks.first:
+    setup = ranks.run_before_joining(ready)
+    if ranks.is_first:
         print(setup.summary(), flush=True)
         if args.dry_run:
             print_start(Path(setup.config.run), args.resume)
@@ -92,14 +92,14 @@ def main() -> None:
     from clue_dist.train.loop import fit
 
     result = fit(setup, ranks, args.resume)
-    if ranks.first and result.finished:
+    if ranks.is_first and result.finished:
         best = (
             ""
             if result.state.best is None
             else f", best validation {result.state.best:.4f} at step {result.state.best_step}"
         )
         print_line(f"finished at step {result.state.step}{best}: {setup.config.run}")
-    ranks.close()
+    ranks.leave_group()
     if not result.finished:
         sys.exit(STOPPED)
 

@@ -106,7 +106,7 @@ def set_aside_later_work(run: Path, state: RunState, ranks: Ranks) -> RunState:
             )
         return problem is not None
 
-    lost = ranks.from_first(clear)
+    lost = ranks.run_on_first(clear)
     return replace(state, best=None, best_step=0, bad=0) if lost else state
 
 
@@ -196,7 +196,7 @@ def choose_checkpoint(run: Path, resume: str, ranks: Ranks) -> Path | None:
         ResumeError: "never" in a folder that holds a run; a named checkpoint that is missing or damaged; every
             checkpoint damaged.
     """
-    return ranks.from_first(lambda: _choose(run, resume))
+    return ranks.run_on_first(lambda: _choose(run, resume))
 
 
 def _choose(run: Path, resume: str) -> Path | None:

@@ -60,10 +60,11 @@ class Saver:
         keep: int,
         before_commit: Callable[[], None] | None = None,
     ) -> None:
-        self._run, self._engine, self._ranks, self._keep = run, engine, ranks.aside(), keep
+        self._run, self._engine, self._keep = run, engine, keep
+        self._ranks = ranks.open_side_channel()
         self._before_commit = before_commit or _nothing
         # Ranks of an attempt that is over for Slurm may live on for a while: they must not write where we do.
-        self._attempt = ranks.from_first(lambda: secrets.token_hex(4))
+        self._attempt = ranks.run_on_first(lambda: secrets.token_hex(4))
         self._shapes = json.dumps(shards.collect_shapes(engine))
         self._copier, self._writer = _Worker("copy"), _Worker("write")
         self._copies: list[Future[Any]] = []
@@ -148,15 +149,15 @@ class Saver:
         mine = partial / f"rank-{ranks.rank:05d}.safetensors"
         told = translate_write_errors("a checkpoint", partial)
         try:
-            ranks.from_first(told(lambda: _empty(partial)))
-            parts = ranks.together(
+            ranks.run_on_first(told(lambda: _empty(partial)))
+            parts = ranks.run_on_all(
                 told(lambda: _write_tensors(mine, copied.result(), shapes=self._shapes))
             )
             listing = {name: entry for one in parts for name, entry in one.items()}
-            ranks.from_first(told(lambda: self._commit(kind, state, partial, final, listing)))
+            ranks.run_on_first(told(lambda: self._commit(kind, state, partial, final, listing)))
         except SavingError as error:
             self._broken = error
-            if ranks.first:
+            if ranks.is_first:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
 

@@ -45,7 +45,7 @@ def open_model_and_store(
         check()
         return load_model(args.run, args.checkpoint), Store(args.store)
 
-    ranks = Ranks.from_env()
-    loaded, store = ranks.agreed(ready)
-    yield loaded, store, ranks.init()
-    ranks.close()
+    ranks = Ranks.from_environment()
+    loaded, store = ranks.run_before_joining(ready)
+    yield loaded, store, ranks.join_group()
+    ranks.leave_group()

@@ -65,7 +65,7 @@ def embed_store(
             per_modality=per_modality,
             ranks=ranks,
         )
-        if ranks.first:
+        if ranks.is_first:
             with (
                 md.set_options(pull_on_update=False),
                 ad.settings.override(zarr_write_format=3, auto_shard_zarr_v3=False),

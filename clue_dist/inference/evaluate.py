@@ -60,7 +60,7 @@ def evaluate_store(
             "cells": len(done.joint),
             "max_cells": max_cells,
         }
-        if ranks.first:
+        if ranks.is_first:
             temporary = scratch / "scores.json"
             temporary.write_text(json.dumps(_without_nan(result), indent=1, allow_nan=False) + "\n")
             os.replace(temporary, out)

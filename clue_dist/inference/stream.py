@@ -169,9 +169,9 @@ def compute_embedding(
     """Embed `pieces`, this rank its share; returns when every rank is done. `scratch`: a folder all ranks see."""
     shape = pieces[-1].rows.stop, loaded.latent * len(loaded.modalities)
     names = ["joint", *(f"alone-{m}" for m in store.modalities if per_modality)]
-    mine = pieces[ranks.share(len(pieces))]
-    ranks.together(lambda: _embed_share(loaded, store, scratch, mine, names, ranks))
-    ranks.from_first(lambda: _join(scratch, names, shape, ranks.world))
+    mine = pieces[ranks.slice_for_rank(len(pieces))]
+    ranks.run_on_all(lambda: _embed_share(loaded, store, scratch, mine, names, ranks))
+    ranks.run_on_first(lambda: _join(scratch, names, shape, ranks.world))
     arrays = {
         name: np.memmap(_part(scratch, name, 0), np.float32, mode="r", shape=shape)
         for name in names
@@ -196,13 +196,13 @@ def make_scratch_folder(out: Path, ranks: Ranks) -> Iterator[Path]:
         with _told(scratch):
             scratch.mkdir()
 
-    ranks.from_first(make)
+    ranks.run_on_first(make)
     try:
-        ranks.together(lambda: _require_shared(scratch))
+        ranks.run_on_all(lambda: _require_shared(scratch))
         yield scratch
         ranks.barrier()  # the others may still have the arrays open
     finally:
-        if ranks.first:
+        if ranks.is_first:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -241,7 +241,7 @@ def _embed_share(
     ranks: Ranks,
 ) -> None:
     """Embed this rank's pieces into its own files, safe on the disk when this returns."""
-    device = ranks.device()
+    device = ranks.choose_device()
     model = loaded.model.to(device)
     with contextlib.ExitStack() as stack:
         paths = {name: _part(scratch, name, ranks.rank) for name in names}

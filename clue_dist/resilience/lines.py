@@ -43,7 +43,7 @@ class Lines:
         self._server: socket.socket | None = None
         self._ends: dict[socket.socket, int | None] = {}  # whose, once it has said so
         self._agreed: set[socket.socket] = set()
-        if ranks.first:
+        if ranks.is_first:
             with suppress(OSError):
                 self._server = _listening(ranks.world)
             store.set(

@@ -63,7 +63,7 @@ class Peers:
 
     def __enter__(self) -> Peers:
         if self._ranks.world > 1:
-            self._store = self._ranks.meeting(aside=True)
+            self._store = self._ranks.open_rendezvous_store(aside=True)
             self._store.set_timeout(timedelta(seconds=SILENCE))
             works = (self._beat, self._watch, self._listen)
             self._threads = [threading.Thread(target=work, daemon=True) for work in works]
@@ -78,7 +78,7 @@ class Peers:
         return self
 
     @contextmanager
-    def working(self) -> Iterator[None]:
+    def announce_errors(self) -> Iterator[None]:
         """Around what may be stuck in a collective. A rank that an error takes out of it is not stuck: the others hear
         of the error, and it has the time to close what it writes to."""
         try:
@@ -132,7 +132,7 @@ class Peers:
         self._tell(error)
         with suppress(RuntimeError):  # rank 0 is gone, and the store with it
             self._hear()
-            if self._ranks.first and self._failure is not None:
+            if self._ranks.is_first and self._failure is not None:
                 self._await_all()
         if isinstance(error, ClueError):
             return
@@ -170,7 +170,7 @@ class Peers:
         while not self._over.wait(BEAT):
             number += 1
             try:
-                if self._ranks.first:
+                if self._ranks.is_first:
                     late = self._late_ranks(seen)
                     self._late = f"rank {', '.join(map(str, late))}" if late else None
                     self._store.set(_LATE, self._late or "")
@@ -240,7 +240,7 @@ class Peers:
     def _listen(self) -> None:
         for rank in self._lines.broken(self._over):
             self._miss(f"rank {rank} has ended")
-            if self._ranks.first:
+            if self._ranks.is_first:
                 with suppress(RuntimeError):
                     self._store.set(_GONE, f"rank {rank} has ended")
 

@@ -33,7 +33,7 @@ def hold_run_lock(run: Path, ranks: Ranks) -> Iterator[None]:
                 run.mkdir(parents=True, exist_ok=True)
                 return _taken(held.enter_context((run / ".lock").open("ab+", buffering=0)), run)
 
-        holder = ranks.from_first(take)
+        holder = ranks.run_on_first(take)
         if holder is not None:
             raise ResumeError(
                 "another job is training in this run folder",
@@ -99,9 +99,9 @@ def _check_shared(run: Path, ranks: Ranks) -> None:
                 token.touch()
             return there
 
-    token = run / ranks.from_first(make)
-    seen = ranks.together(sees)
-    if ranks.first:
+    token = run / ranks.run_on_first(make)
+    seen = ranks.run_on_all(sees)
+    if ranks.is_first:
         with translate_write_errors("the run folder", run):
             token.unlink(missing_ok=True)
     if not all(seen):

@@ -31,7 +31,7 @@ compiler.compile = lambda: lambda function: function
 
 def join_process_group(ranks: Ranks) -> torch.device:
     """Join the process group and return this rank's device; a single process makes a group of one."""
-    device = ranks.device()
+    device = ranks.choose_device()
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -40,7 +40,7 @@ def join_process_group(ranks: Ranks) -> torch.device:
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module="torch.distributed"
     )  # DeepSpeed's own calls
-    ranks.init(backend)
+    ranks.join_group(backend)
     os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed takes the device of this number
     # DeepSpeed would compile its own shared-memory collectives on first use; gloo needs no compiler and is tested.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -58,9 +58,9 @@ def build_engine(
     c = setup.config
     torch.manual_seed(c.seed)
     model = CLUE(setup.specs, len(setup.store.manifest.batches), c.model)
-    if ranks.first and start is not None:
+    if ranks.is_first and start is not None:
         start(model)
-    elif ranks.first:
+    elif ranks.is_first:
         initialise_model(
             model,
             setup.store,

@@ -48,7 +48,7 @@ def fit(setup: Setup, ranks: Ranks, resume: str = "auto") -> TrainingResult:
     with StopFlag() as stop, Peers(ranks) as peers:
         device = join_process_group(ranks)
         with hold_run_lock(Path(setup.config.run), ranks):
-            with peers.working():
+            with peers.announce_errors():
                 engine, state = _start(setup, ranks, resume, device)
             result = _train(engine, setup, ranks, state, device, stop, peers)
             engine.destroy()
@@ -69,7 +69,7 @@ def _start(setup: Setup, ranks: Ranks, resume: str, device: torch.device) -> tup
         )
     # What was refused until here has changed nothing.
     state = run_folder.set_aside_later_work(run, state, ranks)
-    ranks.from_first(lambda: write_model_card(run, setup.store, setup.config))
+    ranks.run_on_first(lambda: write_model_card(run, setup.store, setup.config))
     return engine, replace(state, job=JOB)
 
 
@@ -90,7 +90,7 @@ def _train(
         open_loader(setup, ranks, state.step, device),
         Saver(run, engine, ranks, t.keep, sinks.sync),
     )
-    with sinks, loading as loader, saving as saver, peers.working():
+    with sinks, loading as loader, saving as saver, peers.announce_errors():
         sinks.say(_greeting(run, state, ranks))
         state = replace(state, world=ranks.world)
         meter = Meter(setup, loader, saver, device, state.logged)
@@ -185,7 +185,7 @@ def _validate(
     )
     values = validate.score_held_out_cells(engine, held_out, setup.paired, noise)
     # Rank 0 decides: rounding may differ between ranks.
-    score, error = ranks.from_first(lambda: (values["score"], values["error"]))
+    score, error = ranks.run_on_first(lambda: (values["score"], values["error"]))
     if not math.isfinite(score):
         sinks.event("validation not finite", state.step, {"best_step": state.best_step})
         return replace(state, bad=state.bad + 1)

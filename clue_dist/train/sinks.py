@@ -35,8 +35,8 @@ class Sinks:
     """
 
     def __init__(self, run: Path, config: Config, total: int, step: int, ranks: Ranks) -> None:
-        self.active, self.total = ranks.first, total
-        ranks.from_first(lambda: self._begin(run, config, step))
+        self.active, self.total = ranks.is_first, total
+        ranks.run_on_first(lambda: self._begin(run, config, step))
 
     def _begin(self, run: Path, config: Config, step: int) -> None:
         with translate_write_errors("metrics.jsonl", run):

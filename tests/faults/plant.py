@@ -56,7 +56,7 @@ def main() -> None:
 def plant(kind: str, *where: str) -> None:
     if kind == "dump":
         return dump(Path(where[0]))
-    if Ranks.from_env().rank != int(where[0]):
+    if Ranks.from_environment().rank != int(where[0]):
         return None
     if kind == "kill":
         return after_saving(int(where[1]))

@@ -28,7 +28,7 @@ from clue_dist.ranks import Ranks
 from clue_dist.resilience.peers import Peers
 
 def main():
-    ranks = Ranks.from_env().init()
+    ranks = Ranks.from_environment().join_group()
     with Peers(ranks, silence={SILENCE}):
         dist.all_reduce(torch.ones(1))
         print("met", flush=True)
@@ -36,7 +36,7 @@ def main():
             time.sleep({3 * SILENCE})  # busy for long, as rank 0 is while it computes singular vectors
         dist.all_reduce(torch.ones(1))
         print("done", flush=True)
-    ranks.close()
+    ranks.leave_group()
 
 run_main(main)
 """
@@ -97,13 +97,13 @@ from clue_dist.ranks import Ranks
 from clue_dist.resilience.peers import Peers
 
 def main():
-    ranks = Ranks.from_env().init()
+    ranks = Ranks.from_environment().join_group()
     with Peers(ranks):
         dist.all_reduce(torch.ones(1))
         if ranks.rank == int(sys.argv[1]):
             raise StoreError("a chunk is damaged", where="rna/3")
         dist.all_reduce(torch.ones(1))
-    ranks.close()
+    ranks.leave_group()
 
 run_main(main)
 """
@@ -131,18 +131,18 @@ from clue_dist.resilience.peers import Peers
 
 WAITS = {
     "a loop of its own": lambda ranks: time.sleep(60),
-    "a process group": lambda ranks: ranks.aside(),
-    "the first one": lambda ranks: ranks.init(),
-    "rank 0 alone in a collective": lambda ranks: dist.barrier() if ranks.first else time.sleep(60),
+    "a process group": lambda ranks: ranks.open_side_channel(),
+    "the first one": lambda ranks: ranks.join_group(),
+    "rank 0 alone in a collective": lambda ranks: dist.barrier() if ranks.is_first else time.sleep(60),
 }
 
 def main():
     where, victim = sys.argv[1], int(sys.argv[2])
-    ranks = Ranks.from_env()
-    ranks.agreed(lambda: None)
+    ranks = Ranks.from_environment()
+    ranks.run_before_joining(lambda: None)
     with Peers(ranks):
         if where != "the first one":
-            ranks.init()
+            ranks.join_group()
         if ranks.rank == victim:
             print("met", flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -183,11 +183,11 @@ import torch, torch.distributed as dist
 from clue_dist.ranks import Ranks
 from clue_dist.resilience.peers import GRACE, Peers
 
-ranks = Ranks.from_env().init()
+ranks = Ranks.from_environment().join_group()
 with Peers(ranks):
     dist.all_reduce(torch.ones(1))
     if ranks.rank == 1:
-        port = int(ranks.meeting().get("clue_dist/lines").split()[0])
+        port = int(ranks.open_rendezvous_store().get("clue_dist/lines").split()[0])
         for said in (b"", b"GET / HTTP/1.0\\r\\n\\r\\n", b"0" * 24, bytes(24)):
             with socket.create_connection(("127.0.0.1", port)) as line:
                 line.sendall(said)
@@ -195,7 +195,7 @@ with Peers(ranks):
     time.sleep(GRACE + 2)
     dist.all_reduce(torch.ones(1))
     print("done", flush=True)
-ranks.close()
+ranks.leave_group()
 """
 
 
@@ -213,18 +213,18 @@ from clue_dist.ranks import Ranks
 from clue_dist.resilience.peers import GRACE, Peers
 
 def main():
-    ranks = Ranks.from_env().init()
+    ranks = Ranks.from_environment().join_group()
     with Peers(ranks) as peers:
         try:
-            with peers.working():
+            with peers.announce_errors():
                 dist.all_reduce(torch.ones(1))
                 if sys.argv[1] == "told":
                     raise TrainingError("all of them fail")
-                if not ranks.first:
+                if not ranks.is_first:
                     os.kill(os.getpid(), signal.SIGKILL)
                 dist.all_reduce(torch.ones(1))
         finally:
-            if ranks.first:
+            if ranks.is_first:
                 time.sleep(GRACE + 3)  # as its sinks close
                 print("closed", flush=True)
 
@@ -253,7 +253,7 @@ from clue_dist.ranks import Ranks
 from clue_dist.resilience.peers import Peers
 
 def main():
-    ranks = Ranks.from_env().init()
+    ranks = Ranks.from_environment().join_group()
     with Peers(ranks) as peers:
         dist.all_reduce(torch.ones(1))
         if ranks.rank == 1:
@@ -290,7 +290,7 @@ from clue_dist.ranks import Ranks
 from clue_dist.resilience.peers import Peers
 
 def main():
-    ranks = Ranks.from_env().init()
+    ranks = Ranks.from_environment().join_group()
     with Peers(ranks, silence=4):
         dist.all_reduce(torch.ones(1))
         print("met", flush=True)
@@ -322,7 +322,7 @@ from clue_dist.ranks import Ranks
 from clue_dist.resilience.peers import Peers
 
 def main():
-    ranks = Ranks.from_env().init()
+    ranks = Ranks.from_environment().join_group()
     with Peers(ranks, silence=4):
         dist.all_reduce(torch.ones(1))
         print("met", flush=True)

@@ -217,13 +217,13 @@ def test_a_run_folder_that_is_not_shared_is_told_on_all_ranks(tmp_path: Path) ->
         from clue_dist.errors import ResumeError
         from clue_dist.ranks import Ranks
         from clue_dist.resilience.run_lock import hold_run_lock
-        ranks = Ranks.from_env().init()
+        ranks = Ranks.from_environment().join_group()
         try:
             with hold_run_lock(Path({str(tmp_path)!r}) / f"disk-of-{{ranks.rank}}", ranks):
                 print("went in")
         except ResumeError as error:
             print(error)
-        ranks.close()
+        ranks.leave_group()
     """
     for output in run_ranks(2, code):
         assert "not the same on all machines" in output

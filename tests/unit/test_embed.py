@@ -150,7 +150,7 @@ def test_ranks_write_what_one_writes(store, loaded, tmp_path, world, batch_size)
         from clue_dist.store.reader import Store
         from tests.fakes import FakeLoaded
         from clue_dist.store.manifest import Modality
-        ranks, store = Ranks.from_env().init(), Store(root)
+        ranks, store = Ranks.from_environment().join_group(), Store(root)
         extra = Modality(kind="atac", storage="sparse", features=["peak-0", "peak-1"])
         known = {"adt": store.manifest.modalities["adt"], "atac": extra, "rna": store.manifest.modalities["rna"]}
         join = stream._join
@@ -161,7 +161,7 @@ def test_ranks_write_what_one_writes(store, loaded, tmp_path, world, batch_size)
 
         stream._join = spied
         embed_store(FakeLoaded(known), store, Path(out), run="r", per_modality=True, batch_size=size, ranks=ranks)
-        ranks.close()
+        ranks.leave_group()
     """
     given = f"root, out, size = {str(store.root)!r}, {str(tmp_path / 'two.h5mu')!r}, {batch_size}"
     outputs = run_ranks(world, given, code)
@@ -253,7 +253,7 @@ def test_an_error_of_one_rank_is_raised_on_all(store, tmp_path):
         from clue_dist.ranks import Ranks
         from clue_dist.store.reader import Store
         from tests.fakes import FakeLoaded
-        ranks, store = Ranks.from_env().init(timeout_s=60), Store(root)
+        ranks, store = Ranks.from_environment().join_group(timeout_s=60), Store(root)
         loaded = FakeLoaded(store.manifest.modalities)
         if ranks.rank == 1:
             loaded.model.weights["adt"] *= torch.nan
@@ -261,7 +261,7 @@ def test_an_error_of_one_rank_is_raised_on_all(store, tmp_path):
             embed_store(loaded, store, Path(out), run="r", ranks=ranks)
         except ResumeError as error:
             print("told:", error.what)
-        ranks.close()
+        ranks.leave_group()
     """
     outputs = run_ranks(2, f"root, out = {str(store.root)!r}, {str(tmp_path / 'o.h5mu')!r}", code)
     assert all(re.search(r"told: rank 1 on \S+: the model gives NaN", output) for output in outputs)

@@ -78,9 +78,9 @@ def test_two_ranks_score_as_one(store, tmp_path):
         from clue_dist.ranks import Ranks
         from clue_dist.store.reader import Store
         from tests.fakes import FakeLoaded
-        ranks, store = Ranks.from_env().init(), Store(root)
+        ranks, store = Ranks.from_environment().join_group(), Store(root)
         evaluate_store(FakeLoaded(store.manifest.modalities), store, Path(out), run="r", batch_size=16, ranks=ranks)
-        ranks.close()
+        ranks.leave_group()
     """
     for world in (1, 2):
         run_ranks(

@@ -160,7 +160,7 @@ def test_slices_add_up(world):
     )
     whole = matching.rank_keys(x, y, slice(0, 23))
     parts = matching.join_ranked_keys(
-        [matching.rank_keys(x, y, Ranks(r, world).share(23)) for r in range(world)]
+        [matching.rank_keys(x, y, Ranks(r, world).slice_for_rank(23)) for r in range(world)]
     )
     assert (parts.nearer, parts.found) == (whole.nearer, whole.found)
     np.testing.assert_array_equal(parts.nearest, whole.nearest)

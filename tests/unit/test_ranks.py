@@ -31,18 +31,18 @@ SLURM = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8"}
     ],
 )
 def test_environment(env, expected):
-    assert Ranks.from_env(env) == expected
+    assert Ranks.from_environment(env) == expected
 
 
 @pytest.mark.parametrize("env", [{"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "one"}, {"RANK": "-1"}])
 def test_an_environment_that_makes_no_sense_is_an_error(env):
     with pytest.raises(ConfigError, match=f"RANK={env['RANK']}"):
-        Ranks.from_env(env)
+        Ranks.from_environment(env)
 
 
 @given(n=st.integers(0, 1000), world=st.integers(1, 20))
 def test_shares_cover_everything_once_and_evenly(n, world):
-    parts = [list(range(n))[Ranks(r, world).share(n)] for r in range(world)]
+    parts = [list(range(n))[Ranks(r, world).slice_for_rank(n)] for r in range(world)]
     assert list(itertools.chain(*parts)) == list(range(n))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
@@ -59,21 +59,21 @@ def test_shares_cover_everything_once_and_evenly(n, world):
 def test_every_rank_takes_its_own_gpu(local_rank, gpus, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    assert Ranks(local_rank, 4, local_rank).device() == torch.device(expected)
+    assert Ranks(local_rank, 4, local_rank).choose_device() == torch.device(expected)
 
 
 def test_more_ranks_than_gpus_is_an_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ConfigError, match=r"more ranks[\s\S]*2 visible GPUs"):
-        Ranks(6, 8, 2).device()
+        Ranks(6, 8, 2).choose_device()
 
 
 def test_one_process_needs_no_set_up():
-    ranks = Ranks().init()
+    ranks = Ranks().join_group()
     ranks.barrier()
     assert ranks.all_gather_object("x") == ["x"]
-    ranks.close()
+    ranks.leave_group()
 
 
 def test_several_machines_need_an_address(monkeypatch):
@@ -82,7 +82,7 @@ def test_several_machines_need_an_address(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.setenv(name, "0")  # init sets them; undone at the end
     with pytest.raises(ConfigError, match="MASTER_ADDR"):
-        Ranks(1, 2, 0).init()
+        Ranks(1, 2, 0).join_group()
 
 
 def test_jobs_and_their_attempts_have_ports_of_their_own():
@@ -102,8 +102,8 @@ REFUSED = """
     from clue_dist.ranks import Ranks
 
     def main():
-        ranks = Ranks.from_env()
-        ranks.agreed(lambda: check(ranks.rank))
+        ranks = Ranks.from_environment()
+        ranks.run_before_joining(lambda: check(ranks.rank))
         raise SystemExit(99)  # none may begin
 
     run_main(main)
@@ -158,11 +158,11 @@ def test_processes_meet(tmp_path):
         import os
         from pathlib import Path
         from clue_dist.ranks import Ranks
-        ranks = Ranks.from_env().init()
+        ranks = Ranks.from_environment().join_group()
         Path(f"{here}/{ranks.rank}").write_text("here")
         ranks.barrier()
         assert Path(f"{here}/{1 - ranks.rank}").exists()
         assert ranks.all_gather_object(f"rank {ranks.rank}") == ["rank 0", "rank 1"]
-        ranks.close()
+        ranks.leave_group()
     """
     run_ranks(2, f"here = {str(tmp_path)!r}", code)
