@@ -56,12 +56,12 @@ class ConversionOptions:
     seed: int = 0
     block_cells: int = layout.BLOCK_CELLS
     codec: Codec = "balanced"
-    choices: Mapping[str, FeatureChoice] = field(
+    feature_choices: Mapping[str, FeatureChoice] = field(
         default_factory=dict
     )  # of features, by modality; else `Choice()`
     features_from: str | Path | None = None
     kinds: dict[str, str] = field(default_factory=dict)
-    keys: ObsColumns = field(default_factory=ObsColumns)
+    obs_columns: ObsColumns = field(default_factory=ObsColumns)
 
 
 def convert_inputs(
@@ -101,22 +101,22 @@ def build_store(
             `join_cells_by_barcode`,
             `canonicalise_rows`, `select_variable_features`).
     """
-    if reference and any(c.mode or c.given or c.top for c in options.choices.values()):
+    if reference and any(c.mode or c.given or c.top for c in options.feature_choices.values()):
         raise ValueError("features are chosen, though those of another store decide")
     work, store = partial / "work", partial / "store"
-    sources = count_fragments(inputs, options.choices, work / "fragments", pool)
+    sources = count_fragments(inputs, options.feature_choices, work / "fragments", pool)
     heads = _heads(sources)
-    plan = features.plan_features(sources, heads, options.kinds, options.choices, reference)
+    plan = features.plan_features(sources, heads, options.kinds, options.feature_choices, reference)
     known = {"batch": reference.batches, "label": reference.labels} if reference else {}
     cells = cell_table.join_cells_by_barcode(
-        sources, heads, list(plan.modalities), known, options.keys, options.seed, work, pool
+        sources, heads, list(plan.modalities), known, options.obs_columns, options.seed, work, pool
     )
     accept(cells)
 
     _prepare(sources, work, pool)
     reading = _reading(sources, heads, plan, cells, work)
     kept = select_variable_features(
-        reading, plan, cells, options.choices, work / "select", TASK_ENTRIES, pool
+        reading, plan, cells, options.feature_choices, work / "select", TASK_ENTRIES, pool
     )
     plan = plan.narrowed(sources, heads, {name: chosen.places for name, chosen in kept.items()})
     spools = _scatter(sources, heads, plan, cells, work, pool)
@@ -143,10 +143,14 @@ def describe_conversion(
     return {
         "inputs": [given.identity() for given in inputs],
         "options": {
-            k: v for k, v in vars(options).items() if k not in ("keys", "choices", "features_from")
+            k: v
+            for k, v in vars(options).items()
+            if k not in ("obs_columns", "feature_choices", "features_from")
         },
-        "features": {name: choice.identity() for name, choice in sorted(options.choices.items())},
-        "columns": dict(options.keys.columns),
+        "features": {
+            name: choice.identity() for name, choice in sorted(options.feature_choices.items())
+        },
+        "columns": dict(options.obs_columns.columns),
         "features_from": reference.fingerprint if reference else None,
         "version": [clue_dist.__version__, layout.VERSION],
     }
@@ -345,10 +349,11 @@ def _provenance(
         "seed": options.seed,
         "inputs": inputs,
         "features": {
-            name: options.choices.get(name, FeatureChoice()).identity() for name in plan.modalities
+            name: options.feature_choices.get(name, FeatureChoice()).identity()
+            for name in plan.modalities
         },
         "selected": {name: chosen.note for name, chosen in kept.items()},
-        "columns": dict(options.keys.columns),
+        "columns": dict(options.obs_columns.columns),
         "cells": {"in": len(cells), "dropped": final.dropped}
         | {f"without_{field}": strata.count_unknown(final, cells, field) for field in FIELDS},
     }

@@ -22,8 +22,8 @@ from data_prep.jobs.whole_files import make_folder
 from data_prep.options import require_known_modalities
 from data_prep.readers.source import CategoryCodes, DirectSource, Source, SourceHead, SourceRows
 
-PIECE = 1024  # cells whose truth is drawn together
-PIECE_VALUES = 2**20  # values of a modality drawn together: bounds memory, however many features
+CHUNK_CELLS = 1024  # cells whose truth is drawn together
+CHUNK_VALUES = 2**20  # values of a modality drawn together: bounds memory, however many features
 TYPES = 8
 _TRUTH, _FACTORS, _COUNTS, _WEIGHTS = range(4)  # what a generator is for
 
@@ -41,7 +41,9 @@ class SimulationSpec:
     seed: int = 0
 
     @classmethod
-    def of(cls, features: dict[str, int], kinds: dict[str, str], **sizes: Any) -> SimulationSpec:
+    def from_features(
+        cls, features: dict[str, int], kinds: dict[str, str], **sizes: Any
+    ) -> SimulationSpec:
         """A spec of named modalities; kinds from their names, or as given.
 
         Raises:
@@ -65,17 +67,17 @@ class SimulationSpec:
             )
         return spec
 
-    def sources(self) -> list[Source]:
+    def build_sources(self) -> list[Source]:
         """One source per modality, for `convert`."""
         return [SimulatedSource(self, m) for m in range(len(self.modalities))]
 
-    def cells_of(self, m: int) -> np.ndarray:
+    def list_cells(self, m: int) -> np.ndarray:
         """The cells that carry modality `m`, ascending. (n,) int64."""
         both = round(self.cells * self.paired) if len(self.modalities) > 1 else self.cells
         alone = np.linspace(both, self.cells, len(self.modalities) + 1).astype(np.int64)
         return np.concatenate([np.arange(both), np.arange(alone[m], alone[m + 1])])
 
-    def rng(self, *what: int) -> np.random.Generator:
+    def make_generator(self, *what: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, *what])
 
 
@@ -90,27 +92,29 @@ class TrueFactors:
 
 def draw_true_factors(spec: SimulationSpec, cells: np.ndarray) -> TrueFactors:
     """What is true of `cells`, (n,) ascending."""
-    centres = spec.rng(_WEIGHTS).normal(0, 1.5, (TYPES, spec.shared))
+    centres = spec.make_generator(_WEIGHTS).normal(0, 1.5, (TYPES, spec.shared))
 
     def piece(p: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        rng = spec.rng(_TRUTH, p)
-        cell_type = rng.integers(TYPES, size=PIECE)
-        noise = rng.normal(0, 0.5, (PIECE, spec.shared))
-        return rng.integers(spec.batches, size=PIECE), cell_type, centres[cell_type] + noise
+        rng = spec.make_generator(_TRUTH, p)
+        cell_type = rng.integers(TYPES, size=CHUNK_CELLS)
+        noise = rng.normal(0, 0.5, (CHUNK_CELLS, spec.shared))
+        return rng.integers(spec.batches, size=CHUNK_CELLS), cell_type, centres[cell_type] + noise
 
-    return TrueFactors(*_gather(piece, cells, PIECE))
+    return TrueFactors(*_gather(piece, cells, CHUNK_CELLS))
 
 
 def draw_private_factors(spec: SimulationSpec, m: int, cells: np.ndarray) -> np.ndarray:
     """Private factors of modality `m`, (n, private) float64."""
     return _gather(
-        lambda p: (spec.rng(_FACTORS, m, p).normal(0, 1, (PIECE, spec.private)),), cells, PIECE
+        lambda p: (spec.make_generator(_FACTORS, m, p).normal(0, 1, (CHUNK_CELLS, spec.private)),),
+        cells,
+        CHUNK_CELLS,
     )[0]
 
 
 def draw_measurements(spec: SimulationSpec, m: int, cells: np.ndarray) -> np.ndarray:
     """What modality `m` measures in `cells`: (n, features), counts as int32 or, for a dense kind, float32."""
-    size = max(1, PIECE_VALUES // spec.modalities[m][2])
+    size = max(1, CHUNK_VALUES // spec.modalities[m][2])
 
     def piece(p: int) -> tuple[np.ndarray]:
         every = np.arange(p * size, (p + 1) * size)
@@ -120,7 +124,7 @@ def draw_measurements(spec: SimulationSpec, m: int, cells: np.ndarray) -> np.nda
                 m,
                 draw_true_factors(spec, every),
                 draw_private_factors(spec, m, every),
-                spec.rng(_COUNTS, m, p),
+                spec.make_generator(_COUNTS, m, p),
             ),
         )
 
@@ -153,7 +157,7 @@ class _Weights:
 
 @lru_cache(maxsize=16)
 def _weights(spec: SimulationSpec, m: int) -> _Weights:
-    rng, n = spec.rng(_WEIGHTS, m), spec.modalities[m][2]
+    rng, n = spec.make_generator(_WEIGHTS, m), spec.modalities[m][2]
     scale = 0.5 / np.sqrt(spec.shared + spec.private)
     return _Weights(
         base=rng.normal(0, 1.0, n),
@@ -211,7 +215,7 @@ class SimulatedSource(DirectSource):
         return {"simulated": asdict(self.spec), "modality": self.modality}
 
     def head(self) -> SourceHead:
-        cells, (_, kind, n) = self.spec.cells_of(self.m), self.spec.modalities[self.m]
+        cells, (_, kind, n) = self.spec.list_cells(self.m), self.spec.modalities[self.m]
         sample = draw_measurements(self.spec, self.m, cells[:16])
         nnz = int(
             len(cells)
@@ -230,7 +234,7 @@ class SimulatedSource(DirectSource):
         )
 
     def read(self, lo: int, hi: int, scratch: Path) -> SourceRows:
-        values = draw_measurements(self.spec, self.m, self.spec.cells_of(self.m)[lo:hi])
+        values = draw_measurements(self.spec, self.m, self.spec.list_cells(self.m)[lo:hi])
         return values if self.spec.modalities[self.m][1] == "dense" else sp.csr_matrix(values)
 
 
@@ -259,7 +263,7 @@ def build_mudata(spec: SimulationSpec) -> Any:
 
     parts = {}
     for m, (name, kind, n) in enumerate(spec.modalities):
-        cells = spec.cells_of(m)
+        cells = spec.list_cells(m)
         values = draw_measurements(spec, m, cells)
         part = AnnData(values if kind == "dense" else sp.csr_matrix(values))
         part.obs_names, part.var_names = name_barcodes(cells).astype(str), name_features(name, n)

@@ -109,7 +109,7 @@ def _simulate(args: argparse.Namespace) -> None:
         name: getattr(args, name)
         for name in ("cells", "paired", "batches", "shared", "private", "seed")
     }
-    spec = SimulationSpec.of(features, kinds, **sizes)
+    spec = SimulationSpec.from_features(features, kinds, **sizes)
     if args.out.suffix == ".h5mu":
         write_h5mu(spec, args.out)
     else:
@@ -117,7 +117,7 @@ def _simulate(args: argparse.Namespace) -> None:
             print(
                 format_conversion(
                     convert_inputs(
-                        spec.sources(),
+                        spec.build_sources(),
                         args.out,
                         ConversionOptions(seed=args.seed, kinds=kinds),
                         workers,

@@ -136,7 +136,10 @@ def build(
     names = [source.modality for source in given]
     choices = parse_choices(names, kinds, features, bins, top, options.get("features_from"))
     convert_inputs(
-        given, out, ConversionOptions(keys=keys, choices=choices, **options), ThreadPool(workers)
+        given,
+        out,
+        ConversionOptions(obs_columns=keys, feature_choices=choices, **options),
+        ThreadPool(workers),
     )
     return Store(out)
 

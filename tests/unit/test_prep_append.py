@@ -59,7 +59,7 @@ def store(tmp_path: Path) -> Path:
 def add(store: Path, *inputs: str) -> Store:
     found = parse_inputs(list(inputs), ReadingOptions(ObsColumns(dict(FIELDS))))
     choices = parse_choices([i.modality for i in found], {}, (), (), (), None)
-    append_cells(found, store, ConversionOptions(choices=choices), ThreadPool(2))
+    append_cells(found, store, ConversionOptions(feature_choices=choices), ThreadPool(2))
     return Store(store)
 
 
@@ -354,7 +354,10 @@ def test_the_store_decides_features(tmp_path: Path, store: Path) -> None:
     )
     with pytest.raises(ValueError, match="another store decide"):
         append_cells(
-            found, store, ConversionOptions(choices={"rna": FeatureChoice(top=10)}), ThreadPool(1)
+            found,
+            store,
+            ConversionOptions(feature_choices={"rna": FeatureChoice(top=10)}),
+            ThreadPool(1),
         )
 
 

@@ -44,7 +44,9 @@ BLOCK = 4
 PRELOAD = """
 import importlib, os, signal, time
 from clue_dist.store import layout
-from data_prep import convert, selection, spool
+from data_prep import convert
+from data_prep.conversion import spool
+from data_prep.features import selection
 layout.SHARD_BYTES = 1
 def patch(module, name, before):
     module = importlib.import_module(module)
@@ -148,7 +150,7 @@ def run(cluster: Cluster, given: list[str], out: Path, top: Sequence[str] = ()) 
     choices = parse_choices([source.modality for source in inputs], {}, top=top)
     with open_pool(scheduler=cluster.address) as workers:
         return convert_inputs(
-            inputs, out, ConversionOptions(block_cells=BLOCK, choices=choices), workers
+            inputs, out, ConversionOptions(block_cells=BLOCK, feature_choices=choices), workers
         )
 
 

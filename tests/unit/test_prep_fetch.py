@@ -21,7 +21,7 @@ from tests.unit.prep_helpers import build, held, same
 @pytest.fixture
 def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A package index of one wheel, with simulated cells under the name of the real ones."""
-    spec = simulate.SimulationSpec.of({"rna": 30, "adt": 8}, {}, cells=200)
+    spec = simulate.SimulationSpec.from_features({"rna": 30, "adt": 8}, {}, cells=200)
     whole = simulate.build_mudata(spec)
     for part in whole.mod.values():
         part.obs = part.obs.rename(columns={"cell_type": "celltype"})

@@ -32,7 +32,8 @@ VICTIM = f"""
 import importlib, os, resource, signal, sys
 from clue_dist.process import run_main
 from clue_dist.store import layout
-from data_prep.cli import commands, convert
+from data_prep import convert
+from data_prep.cli import commands
 convert.TASK_ENTRIES, layout.SHARD_BYTES = {TASK_ENTRIES}, {SHARD_BYTES}
 place, n, limit = sys.argv.pop(1), int(sys.argv.pop(1)), int(sys.argv.pop(1))
 module, name = place.rsplit(".", 1)

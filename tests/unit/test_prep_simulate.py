@@ -19,7 +19,7 @@ from data_prep.jobs.workers import ThreadPool
 from data_prep.simulate import SimulationSpec, parse_features
 from tests.unit.prep_helpers import build, codes_of, frame, held, same, write_h5ad
 
-SPEC = SimulationSpec.of(
+SPEC = SimulationSpec.from_features(
     {"rna": 300, "adt": 20, "atac": 500, "x": 15},
     {"x": "dense"},
     cells=700,
@@ -31,8 +31,8 @@ SPEC = SimulationSpec.of(
 
 @pytest.mark.parametrize("m", range(4))
 def test_a_cell_is_the_same_in_any_piece(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simulate, "PIECE_VALUES", 100 * SPEC.modalities[m][2])  # several pieces
-    cells = SPEC.cells_of(m)
+    monkeypatch.setattr(simulate, "CHUNK_VALUES", 100 * SPEC.modalities[m][2])  # several pieces
+    cells = SPEC.list_cells(m)
     whole = simulate.draw_measurements(SPEC, m, cells)
     for lo, hi in [(0, 1), (3, 250), (99, 101), (279, 300), (len(cells) - 1, len(cells)), (5, 5)]:
         np.testing.assert_array_equal(
@@ -44,7 +44,7 @@ def test_a_cell_is_the_same_in_any_piece(m: int, monkeypatch: pytest.MonkeyPatch
 
 def test_each_kind_looks_like_itself() -> None:
     rna, adt, atac, dense = (
-        simulate.draw_measurements(SPEC, m, SPEC.cells_of(m)) for m in range(4)
+        simulate.draw_measurements(SPEC, m, SPEC.list_cells(m)) for m in range(4)
     )
     assert rna.min() == 0 < 0.2 < (rna > 0).mean() < 0.8
     assert np.var(rna, axis=0).mean() > 1.5 * rna.mean()  # overdispersed
@@ -56,7 +56,10 @@ def test_each_kind_looks_like_itself() -> None:
 
 def test_strata_follow_the_shares(tmp_path: Path) -> None:
     manifest = convert_inputs(
-        SPEC.sources(), tmp_path / "s.zarr", ConversionOptions(kinds={"x": "dense"}), ThreadPool(2)
+        SPEC.build_sources(),
+        tmp_path / "s.zarr",
+        ConversionOptions(kinds={"x": "dense"}),
+        ThreadPool(2),
     )
     assert {n: s.n_cells for n, s in manifest.strata.items()} == {
         "rna": 105,
@@ -71,8 +74,8 @@ def test_strata_follow_the_shares(tmp_path: Path) -> None:
 def test_zarr_and_h5mu_hold_the_same_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import mudata
 
-    spec = SimulationSpec.of({"rna": 100, "adt": 10}, {}, cells=300, seed=1)
-    convert_inputs(spec.sources(), tmp_path / "a.zarr", ConversionOptions(), ThreadPool(2))
+    spec = SimulationSpec.from_features({"rna": 100, "adt": 10}, {}, cells=300, seed=1)
+    convert_inputs(spec.build_sources(), tmp_path / "a.zarr", ConversionOptions(), ThreadPool(2))
     simulate.write_h5mu(spec, tmp_path / "b.h5mu")
     monkeypatch.setattr(conversion, "TASK_ENTRIES", 700)
     other = build(tmp_path / "b.zarr", str(tmp_path / "b.h5mu"))
@@ -86,7 +89,7 @@ def test_zarr_and_h5mu_hold_the_same_cells(tmp_path: Path, monkeypatch: pytest.M
     np.testing.assert_array_equal(
         whole.obsm["shared"], simulate.draw_true_factors(spec, cells).shared
     )
-    assert whole["adt"].obsm["private"].shape == (len(spec.cells_of(1)), 4)
+    assert whole["adt"].obsm["private"].shape == (len(spec.list_cells(1)), 4)
     with pytest.raises(DataError, match="already there"):
         simulate.write_h5mu(spec, tmp_path / "b.h5mu")
 
@@ -101,7 +104,7 @@ def explained(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def test_shared_factors_are_in_every_modality_and_private_ones_in_their_own() -> None:
-    spec = SimulationSpec.of(
+    spec = SimulationSpec.from_features(
         {"rna": 300, "adt": 60}, {}, cells=1500, paired=1.0, shared=4, private=3
     )
     cells = np.arange(1500)
@@ -123,11 +126,11 @@ def test_sizes_that_make_no_sense() -> None:
             parse_features(texts)
     for sizes in ({"cells": 0}, {"paired": 1.5}, {"batches": 0}, {"seed": -1}):
         with pytest.raises(DataError):
-            SimulationSpec.of({"rna": 10}, {}, **sizes)
+            SimulationSpec.from_features({"rna": 10}, {}, **sizes)
     with pytest.raises(DataError, match="--kind foo=rna"):
-        SimulationSpec.of({"foo": 10}, {})
+        SimulationSpec.from_features({"foo": 10}, {})
     with pytest.raises(DataError, match=r"no such modality[\s\S]*got: foo\n  expected: rna"):
-        SimulationSpec.of({"rna": 10}, {"foo": "rna"})
+        SimulationSpec.from_features({"rna": 10}, {"foo": "rna"})
 
 
 def test_memory_follows_the_tasks_and_not_the_cells(

@@ -111,8 +111,10 @@ def test_fewer_cells_than_components(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def shallow(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """About 200 counts a cell; behind the first 20 components the spectrum is flat."""
-    spec = SimulationSpec.of({"rna": 1500}, {}, cells=3000, shared=12, private=12)
-    thinned = np.random.default_rng(0).binomial(draw_measurements(spec, 0, spec.cells_of(0)), 0.25)
+    spec = SimulationSpec.from_features({"rna": 1500}, {}, cells=3000, shared=12, private=12)
+    thinned = np.random.default_rng(0).binomial(
+        draw_measurements(spec, 0, spec.list_cells(0)), 0.25
+    )
     counts = frame(3000, 1500)
     counts[:] = thinned
     folder = tmp_path_factory.mktemp("shallow")
