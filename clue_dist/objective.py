@@ -121,20 +121,22 @@ class Objective(nn.Module):
     def __init__(self, model: CLUE, config: ObjectiveConfig, modality_weights: list[float]) -> None:
         super().__init__()
         self.model, self.config = model, config
-        sizes = [model.decoder(m).n_features if config.per_feature else 1 for m in model.names]
+        sizes = [
+            model.get_decoder(m).n_features if config.per_feature else 1 for m in model.modalities
+        ]
         self.weights = [w / m for w, m in zip(modality_weights, sizes, strict=True)]
 
     def forward(
         self, batch: Batch, noise: Noise | None, beta: float = 1.0, by_modality: bool = False
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss (), and its terms without their weights; without noise what `CLUE.embed` gives, for validation.
+        """Loss (), and its terms without their weights; without noise what `CLUE.embed_batch` gives, for validation.
 
         beta: factor on lambda_kl, for a warm-up; by_modality: tell what each modality adds to the ELBOs, too.
         """
         if (
             noise is None
         ):  # every call goes through the engine, so that ZeRO-3 gathers what is needed
-            return self.model.embed(batch)
+            return self.model.embed_batch(batch)
         c, observed = self.config, batch.observed
         out = self.model(
             batch,
@@ -180,7 +182,7 @@ class Objective(nn.Module):
             f"{elbo} of {m}": -ln[:, k][observed[:, k].bool()].sum() / len(ln)
             for elbo, (used, ln) in wanted.items()
             if used
-            for k, m in enumerate(self.model.names)
+            for k, m in enumerate(self.model.modalities)
         }
 
     def _mixup(self) -> Literal["none", "any", "within_batch"]:

@@ -26,7 +26,7 @@ class Projection:
     def to(self, device: Any) -> Projection:
         return self
 
-    def embed(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def embed_batch(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         assert batch.observed.shape[1] == len(self.order)
         total = torch.zeros(batch.n_cells, self.width)
         alone = {}
@@ -44,7 +44,7 @@ def dense(counts: SparseCounts | Tensor) -> Tensor:
     if isinstance(counts, Tensor):
         return counts
     out = torch.zeros(len(counts.indptr) - 1, counts.n_features)
-    out[counts.row_of_entry(), counts.indices.long()] = counts.values
+    out[counts.list_entry_rows(), counts.indices.long()] = counts.values
     return out
 
 

@@ -25,16 +25,16 @@ class SparseCounts:
     values: Tensor
     n_features: int
 
-    def row_of_entry(self) -> Tensor:
+    def list_entry_rows(self) -> Tensor:
         """The row each non-zero belongs to, (nnz,) int64."""
         lengths = self.indptr.diff()
         rows = torch.arange(len(lengths), device=self.indptr.device)
         return rows.repeat_interleave(lengths, output_size=len(self.indices))
 
-    def row_sums(self, values: Tensor) -> Tensor:
+    def sum_rows(self, values: Tensor) -> Tensor:
         """Sum of one value per non-zero, by row: (nnz,) -> (n,)."""
         out = values.new_zeros(len(self.indptr) - 1)
-        return out.index_add(0, self.row_of_entry(), values)
+        return out.index_add(0, self.list_entry_rows(), values)
 
 
 Counts = (
@@ -44,7 +44,7 @@ Counts = (
 
 def compute_library_size(counts: Counts) -> Tensor:
     """Total counts of each cell, (n,), at least 1."""
-    total = counts.sum(1) if isinstance(counts, Tensor) else counts.row_sums(counts.values)
+    total = counts.sum(1) if isinstance(counts, Tensor) else counts.sum_rows(counts.values)
     return total.clamp_min(1.0)
 
 
@@ -70,7 +70,7 @@ class Batch:
     def n_cells(self) -> int:
         return len(self.observed)
 
-    def map(self, move: Callable[[Tensor], Tensor]) -> Batch:
+    def map_tensors(self, move: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with `move` applied to every tensor."""
 
         def counts(c: Counts) -> Counts:
@@ -85,11 +85,11 @@ class Batch:
         return Batch(move(self.observed), move(self.batch_code), modalities)
 
     def to(self, device: torch.device | str) -> Batch:
-        return self.map(lambda t: t.to(device, non_blocking=True))
+        return self.map_tensors(lambda t: t.to(device, non_blocking=True))
 
     @time_phase("pin")
     def pin_memory(self) -> Batch:
-        return self.map(Tensor.pin_memory)
+        return self.map_tensors(Tensor.pin_memory)
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ from clue_dist.store.block_pool import BlockPool, BlockRead
 from clue_dist.store.layout import count_blocks
 from clue_dist.store.reader import Store, StratumReader
 
-AHEAD = 20  # micro-batches, at least, whose blocks are being read while another is built
-STRETCH = 8  # micro-batches that are planned, and whose blocks are asked for, together
+READ_AHEAD = 20  # micro-batches, at least, whose blocks are being read while another is built
+STRETCH_BATCHES = 8  # micro-batches that are planned, and whose blocks are asked for, together
 GATHERERS = 2  # threads: one alone gathers rows more slowly than TensorStore decompresses them
 GATHERING = 2 * GATHERERS  # micro-batches that are being built, or wait for a thread
 # Stretches whose blocks are needed at a time: a new one, and those of all micro-batches planned or being built.
-HELD = 1 + -(-(AHEAD - 1 + GATHERING) // STRETCH)
+HELD_STRETCHES = 1 + -(-(READ_AHEAD - 1 + GATHERING) // STRETCH_BATCHES)
 
 
 class BlockCache:
@@ -39,16 +39,16 @@ class BlockCache:
         self._slot_of = np.full(reader.n_blocks, -1, np.int32)
         self._block_in = np.full(self.slots, -1, np.int64)
         self._asked = np.full(
-            self.slots, -HELD, np.int64
-        )  # when a slot's block was asked for, in calls of `expect`
+            self.slots, -HELD_STRETCHES, np.int64
+        )  # when a slot's block was asked for, in calls of `prefetch_blocks`
         self._calls = 0
         self._coming = deque[BlockRead]()
         self._is_coming = np.zeros(self.slots, bool)
         self._damaged: dict[int, StoreError] = {}  # by slot
 
     @time_phase("read and decode")
-    def expect(self, positions: np.ndarray) -> None:
-        """Begin to read the blocks of cells that will be asked for before HELD - 1 more calls, in place of those not
+    def prefetch_blocks(self, positions: np.ndarray) -> None:
+        """Begin to read the blocks of cells needed before HELD_STRETCHES - 1 more calls, in place of those not
         asked for longest."""
         self._calls += 1
         blocks = np.unique(positions // self.block_cells)
@@ -57,9 +57,9 @@ class BlockCache:
         missing = blocks[slots < 0]
         if len(missing):
             slots = np.argsort(self._asked, kind="stable")[: len(missing)]
-            if len(slots) < len(missing) or self._asked[slots[-1]] > self._calls - HELD:
+            if len(slots) < len(missing) or self._asked[slots[-1]] > self._calls - HELD_STRETCHES:
                 raise RuntimeError(
-                    f"a loader has {self.slots} slots, too few for the blocks of {HELD} stretches"
+                    f"a loader has {self.slots} slots, too few for the blocks of {HELD_STRETCHES} stretches"
                 )
             left = self._block_in[slots]
             self._slot_of[left[left >= 0]] = -1
@@ -71,7 +71,7 @@ class BlockCache:
             self._coming.append(self._pool.start(missing, slots))
             self._is_coming[slots] = True
 
-    def rows(self, positions: np.ndarray) -> BatchPart:
+    def locate_cells(self, positions: np.ndarray) -> BatchPart:
         """Raw counts and batch codes of cells that were expected, in the order asked for.
 
         Raises:
@@ -113,9 +113,12 @@ class BlockCache:
 
 
 def count_cache_slots(plan: CellPlan, segment: str, world: int) -> int:
-    """Blocks of a segment that one of `world` ranks may need for HELD stretches of micro-batches."""
-    n, cells = plan.sizes[segment], plan.most(segment, HELD * STRETCH)
-    lot = plan.lanes * plan.window(
+    """Blocks of a segment that one of `world` ranks may need for HELD_STRETCHES stretches of micro-batches."""
+    n, cells = (
+        plan.segment_sizes[segment],
+        plan.bound_dealt_cells(segment, HELD_STRETCHES * STRETCH_BATCHES),
+    )
+    lot = plan.lanes * plan.count_window_blocks(
         segment
     )  # blocks of one span, of which a rank reads its lanes' windows
     span = lot * plan.block_cells
@@ -169,7 +172,7 @@ class Loader:
     """Micro-batches `first`, `first` + 1, ... of the plan, the cells of rank `rank` of `world`.
 
     Use as a context manager; `next()` gives a `Batch`, its counts sparse as they are stored, or all of them `dense`.
-    `waited` counts the seconds `next()` had to wait.
+    `waited_seconds` counts the seconds `next()` had to wait.
     An error in a thread (a damaged chunk, say) is raised by the `next()` that would have given its batch, and by all
     after it; one that was interrupted can be called again.
 
@@ -198,7 +201,7 @@ class Loader:
             )
         self.plan, self.rank, self.world, self.pin, self.dense = plan, rank, world, pin, dense
         self.modalities = store.modalities
-        self.waited = 0.0
+        self.waited_seconds = 0.0
         self._due: Future[Batch] | None = None  # what next() waits for
         self._caches = {
             s: BlockCache(store.strata[s], count_cache_slots(plan, s, world)) for s in plan.segments
@@ -223,7 +226,7 @@ class Loader:
             self._due = None  # only now: after an error or an interrupt, no batch is left out
             return batch
         finally:
-            self.waited += time.perf_counter() - started
+            self.waited_seconds += time.perf_counter() - started
 
     def __enter__(self) -> Loader:
         return self
@@ -245,9 +248,9 @@ class Loader:
         gathering: deque[Future[Batch]] = deque()
         try:
             while not self._stop.is_set():
-                if len(planned) < AHEAD:
+                if len(planned) < READ_AHEAD:
                     planned += self._expect(step)
-                    step += STRETCH
+                    step += STRETCH_BATCHES
                 if len(gathering) == GATHERING:
                     gathering.popleft().result()  # what it reads from must not be overwritten before
                 gathering.append(self._gathered(planned.popleft()))
@@ -259,20 +262,23 @@ class Loader:
 
     def _expect(self, step: int) -> list[dict[str, np.ndarray]]:
         """This rank's cells of micro-batches from `step` on, whose blocks begin to be read."""
-        stretch: list[dict[str, np.ndarray]] = [{} for _ in range(STRETCH)]
+        stretch: list[dict[str, np.ndarray]] = [{} for _ in range(STRETCH_BATCHES)]
         for s, cache in self._caches.items():
-            positions = self.plan.cells(step, s, STRETCH)
+            positions = self.plan.select_cells(step, s, STRETCH_BATCHES)
             ends = [
-                self.plan.dealt(step + i, s) - self.plan.dealt(step, s) for i in range(1, STRETCH)
+                self.plan.count_dealt_cells(step + i, s) - self.plan.count_dealt_cells(step, s)
+                for i in range(1, STRETCH_BATCHES)
             ]
             for cells, of in zip(stretch, np.split(positions, ends), strict=True):
                 cells[s] = of[self.rank :: self.world]
-            cache.expect(np.concatenate([cells[s] for cells in stretch]))
+            cache.prefetch_blocks(np.concatenate([cells[s] for cells in stretch]))
         return stretch
 
     def _gathered(self, cells: dict[str, np.ndarray]) -> Future[Batch]:
         parts = [
-            self._caches[s].rows(positions) for s, positions in cells.items() if len(positions)
+            self._caches[s].locate_cells(positions)
+            for s, positions in cells.items()
+            if len(positions)
         ]
         return self._gatherers.submit(self._build, parts)
 

@@ -42,14 +42,14 @@ class CellPlan:
     lanes."""
 
     seed: int
-    sizes: Mapping[str, int]
-    share: Mapping[str, int]
+    segment_sizes: Mapping[str, int]
+    stratum_shares: Mapping[str, int]
     lanes: int
     window_blocks: int
     block_cells: int
 
     def __post_init__(self) -> None:
-        for name, n in self.share.items():
+        for name, n in self.stratum_shares.items():
             if n <= 0 or n % self.lanes:
                 raise ConfigError(
                     "a stratum's share of the batch does not divide into the lanes",
@@ -61,18 +61,18 @@ class CellPlan:
     @property
     def batch_size(self) -> int:
         """Cells of one global micro-batch."""
-        return sum(self.share.values())
+        return sum(self.stratum_shares.values())
 
     @property
     def segments(self) -> list[str]:
         """In the order in which their cells come in a batch."""
-        return [name for stratum in self.share for name in self._segments.get(stratum, {})]
+        return [name for stratum in self.stratum_shares for name in self._segments.get(stratum, {})]
 
     @cached_property
     def _segments(self) -> dict[str, dict[str, int]]:
         """Sizes of the segments of each stratum."""
         out: dict[str, dict[str, int]] = {}
-        for name, n in self.sizes.items():
+        for name, n in self.segment_sizes.items():
             out.setdefault(name_stratum(name), {})[name] = n
         return out
 
@@ -81,11 +81,11 @@ class CellPlan:
         """Of all segments of each stratum."""
         return {stratum: sum(sizes.values()) for stratum, sizes in self._segments.items()}
 
-    def dealt(self, step: int, segment: str) -> int:
+    def count_dealt_cells(self, step: int, segment: str) -> int:
         """Cells of a segment in all micro-batches before `step`: whole rounds of the lanes. One that has fewer cells
         than there are lanes gives copies to a round."""
         stratum = name_stratum(segment)
-        rounds, cells = step * self.share[stratum] // self.lanes, self._cells[stratum]
+        rounds, cells = step * self.stratum_shares[stratum] // self.lanes, self._cells[stratum]
         for name, n in self._segments[stratum].items():
             own = rounds * n // cells
             if name == segment:
@@ -93,39 +93,44 @@ class CellPlan:
             rounds, cells = rounds - own, cells - n  # the others share what is left
         raise KeyError(segment)
 
-    def most(self, segment: str, steps: int) -> int:
+    def bound_dealt_cells(self, segment: str, steps: int) -> int:
         """Cells of a segment in any `steps` micro-batches, at most."""
         stratum = name_stratum(segment)
-        rounds = steps * self.share[stratum] // self.lanes
+        rounds = steps * self.stratum_shares[stratum] // self.lanes
         turns = len(self._segments[stratum])  # each is rounded
-        own = rounds * self.sizes[segment] // self._cells[stratum] + turns
+        own = rounds * self.segment_sizes[segment] // self._cells[stratum] + turns
         return min(own, rounds) * self.lanes
 
     @time_phase("plan")
-    def cells(self, step: int, segment: str, steps: int = 1) -> np.ndarray:
+    def select_cells(self, step: int, segment: str, steps: int = 1) -> np.ndarray:
         """Positions in a segment of its cells in micro-batch `step`, int64; rank r of W takes [r::W]. (N_s,) where the
         stratum has one segment; all segments of a stratum together give N_s. steps: of so many, one behind the other.
         """
-        n = self.sizes[segment]
-        q = np.arange(self.dealt(step, segment), self.dealt(step + steps, segment), dtype=np.int64)
+        n = self.segment_sizes[segment]
+        q = np.arange(
+            self.count_dealt_cells(step, segment),
+            self.count_dealt_cells(step + steps, segment),
+            dtype=np.int64,
+        )
         out = np.empty(len(q), np.int64)
         for number in np.unique(q // n).tolist():
             here = q // n == number
             out[here] = self._of_pass(segment, number, q[here] - number * n)
         return out
 
-    def window(self, segment: str) -> int:
+    def count_window_blocks(self, segment: str) -> int:
         """Blocks of a segment that a lane mixes at a time."""
         return max(
-            1, self.window_blocks * self.sizes[segment] // self._cells[name_stratum(segment)]
+            1,
+            self.window_blocks * self.segment_sizes[segment] // self._cells[name_stratum(segment)],
         )
 
     def _of_pass(self, segment: str, number: int, o: np.ndarray) -> np.ndarray:
         n, size, lanes, blocks = (
-            self.sizes[segment],
+            self.segment_sizes[segment],
             self.block_cells,
             self.lanes,
-            self.window(segment),
+            self.count_window_blocks(segment),
         )
         full_blocks, run = n // size, min(RUN_BLOCKS, blocks)
         span = lanes * blocks * size

@@ -34,7 +34,7 @@ class TrainedModel:
 
     @property
     def private(self) -> int:
-        return self.model.private
+        return self.model.n_private
 
     @property
     def private_scale(self) -> float:

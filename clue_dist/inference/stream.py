@@ -27,7 +27,7 @@ class Embedder(Protocol):
 
     def to(self, device: Any) -> Any: ...
 
-    def embed(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def embed_batch(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Posterior mean of the full z from everything observed, (B, K * d), and per modality present from it
         alone, (B_k, K * d), rows as in the batch's `modalities[m].rows`; private dimensions shrunk."""
         ...
@@ -252,7 +252,7 @@ def _embed_share(
             }
         for piece, batch in _read_ahead(store, pieces, list(loaded.modalities)):
             with torch.inference_mode():
-                joint, alone = model.embed(batch.to(device))
+                joint, alone = model.embed_batch(batch.to(device))
             z = {"joint": joint} | {f"alone-{m}": z for m, z in alone.items()}
             for name, file in files.items():
                 # All cells of a stratum carry the same modalities: a piece has every row of one, or none.

@@ -79,15 +79,15 @@ class CLUE(nn.Module):
 
     def __init__(self, specs: dict[str, ModalitySpec], n_batches: int, config: ModelConfig) -> None:
         super().__init__()
-        self.names, self.latent = list(specs), config.latent
+        self.modalities, self.latent = list(specs), config.latent
         k = len(specs)
         # Lists, not dicts by name: torch has attributes of its own, and a modality may be called like one.
         self.trunks = nn.ModuleList(
             Trunk(s.n_features, s.normalise, k, config.trunk) for s in specs.values()
         )
         self.members = config.trunk.members
-        self.private = config.n_private if k > 1 else 0  # a single modality has nothing to align
-        self.aligned = config.latent - self.private
+        self.n_private = config.n_private if k > 1 else 0  # a single modality has nothing to align
+        self.n_aligned = config.latent - self.n_private
         self.heads = CrossEncoderHeads(
             k, self.members, config.trunk.hidden, config.latent, config.trunk.shared
         )
@@ -96,17 +96,17 @@ class CLUE(nn.Module):
             Decoder(s.likelihood, s.n_features, n_batches, config.latent, config.decoder)
             for s in specs.values()
         )
-        self.discriminator = Discriminator(k, self.aligned, config.discriminator)
+        self.discriminator = Discriminator(k, self.n_aligned, config.discriminator)
         self.scale = LearnedTemperature()
         self.features_per_step = {m: s.features_per_step for m, s in specs.items()}
 
-    def trunk(self, name: str) -> Trunk:
-        return cast(Trunk, self.trunks[self.names.index(name)])
+    def get_trunk(self, name: str) -> Trunk:
+        return cast(Trunk, self.trunks[self.modalities.index(name)])
 
-    def decoder(self, name: str) -> Decoder:
-        return cast(Decoder, self.decoders[self.names.index(name)])
+    def get_decoder(self, name: str) -> Decoder:
+        return cast(Decoder, self.decoders[self.modalities.index(name)])
 
-    def encode(self, batch: Batch, noise: Noise | None = None) -> Posterior:
+    def encode_batch(self, batch: Batch, noise: Noise | None = None) -> Posterior:
         """Every expert's Gaussian and the joint one. Sources that a cell lacks hold values nobody may use."""
         return self._posterior(batch, self._components(batch), noise)
 
@@ -131,14 +131,14 @@ class CLUE(nn.Module):
             else self._mixed(batch, components, noise, mixup == "within_batch")
         )
         z = sample_posterior(
-            posterior.mean, posterior.log_var, noise.normal(*posterior.mean.shape[1:])
+            posterior.mean, posterior.log_var, noise.draw_normal(*posterior.mean.shape[1:])
         )
         joint = sample_posterior(
             posterior.joint_mean,
             posterior.joint_log_var,
-            noise.normal(*posterior.joint_mean.shape[1:]),
+            noise.draw_normal(*posterior.joint_mean.shape[1:]),
         )
-        nothing = z.new_zeros(batch.n_cells, len(self.names))
+        nothing = z.new_zeros(batch.n_cells, len(self.modalities))
         decoded = iter(
             self._decode(
                 batch, [select_own_latent(z)] * decode_self + [joint] * decode_cross, noise
@@ -147,38 +147,40 @@ class CLUE(nn.Module):
         ln_self, ln_cross = (
             next(decoded) if wanted else nothing for wanted in (decode_self, decode_cross)
         )
-        z, contrast = z[..., : self.aligned], contrast[..., : self.aligned]
+        z, contrast = z[..., : self.n_aligned], contrast[..., : self.n_aligned]
         logits = self.discriminator(reverse_gradient(z.flatten(2)), noise)
         return CLUEOutput(
             posterior, z, ln_self, ln_cross, logits, self._by_member(contrast), self.scale()
         )
 
     @torch.no_grad()
-    def embed(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def embed_batch(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Posterior means of the full z: (B, K * d) from everything observed, and from each modality alone
         (n, K * d), rows as in `batch.modalities[m].rows`. Private dimensions are scaled by PRIVATE_SCALE, and zero
         where their modality was not looked at."""
-        posterior = self.encode(batch)
+        posterior = self.encode_batch(batch)
         scale = posterior.mean.new_ones(self.latent)
-        scale[self.aligned :] = PRIVATE_SCALE
+        scale[self.n_aligned :] = PRIVATE_SCALE
         alone = {}
         for m, o in batch.modalities.items():
-            k = self.names.index(m)
+            k = self.modalities.index(m)
             z = posterior.mean[o.rows, k] * scale  # (n, K, d)
-            z[:, [j for j in range(len(self.names)) if j != k], self.aligned :] = 0
+            z[:, [j for j in range(len(self.modalities)) if j != k], self.n_aligned :] = 0
             alone[m] = z.flatten(1)
         return (posterior.joint_mean * scale).flatten(1), alone
 
     def _components(self, batch: Batch) -> dict[str, Tensor]:
         """The sparse first step of each trunk, done once: (n, components) by modality."""
-        return {m: self.trunk(m).components(o.counts) for m, o in batch.modalities.items()}
+        return {
+            m: self.get_trunk(m).compute_components(o.counts) for m, o in batch.modalities.items()
+        }
 
     def _posterior(
         self, batch: Batch, components: dict[str, Tensor], noise: Noise | None
     ) -> Posterior:
         rows = {m: batch.modalities[m].rows for m in components}
         mean, log_var = self._experts(batch, components, rows, noise)
-        a, seen = self.aligned, batch.observed[:, :, None]
+        a, seen = self.n_aligned, batch.observed[:, :, None]
         joint_mean, joint_log_var = self.combine(mean[..., :a], log_var[..., :a], batch.observed)
         # Zeros are the prior's mean and log-variance.
         joint_mean = torch.cat([joint_mean, select_own_latent(mean)[..., a:] * seen], -1)
@@ -194,7 +196,7 @@ class CLUE(nn.Module):
         new true pair. With itself, or with a cell of another biological batch if `within_batch`, it stays as it is.
         Rows of unpaired cells hold values nobody may use.
         """
-        partner, share = noise.mixing()
+        partner, share = noise.draw_mixing()
         if within_batch:
             share = share.masked_fill((batch.batch_code != batch.batch_code[partner])[:, None], 1.0)
         mixed, rows = {}, {}
@@ -217,8 +219,8 @@ class CLUE(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Mean and log-variance (B, K source, K target, d) of q(z_j | x_k), from components of the cells `rows`."""
         h = []
-        for name in self.names:
-            trunk, weight = self.trunk(name), self.heads.weight
+        for name in self.modalities:
+            trunk, weight = self.get_trunk(name), self.heads.weight
             shape = (trunk.ensemble.members, batch.n_cells, trunk.width)
             absent = torch.zeros(shape, dtype=weight.dtype, device=batch.observed.device)
             known = name in components
@@ -237,7 +239,7 @@ class CLUE(nn.Module):
     def _decode(self, batch: Batch, sources: list[Tensor], noise: Noise) -> list[Tensor]:
         """ln p(x_k | z_k) where x_k is observed, else 0: (B, K) for each z (B, K, d) in `sources`."""
         out: list[list[Tensor]] = [[] for _ in sources]
-        for k, name in enumerate(self.names):
+        for k, name in enumerate(self.modalities):
             nothing = batch.observed.new_zeros(batch.n_cells, dtype=torch.float32)
             if name not in batch.modalities:
                 for columns in out:
@@ -245,11 +247,11 @@ class CLUE(nn.Module):
                 continue
             observed, decoder, wanted = (
                 batch.modalities[name],
-                self.decoder(name),
+                self.get_decoder(name),
                 self.features_per_step[name],
             )
             rows = observed.rows
-            features = noise.subset(wanted, decoder.n_features) if wanted else None
+            features = noise.draw_subset(wanted, decoder.n_features) if wanted else None
             for columns, z in zip(out, sources, strict=True):
                 ln_p = decoder(
                     z[rows, k], batch.batch_code[rows], observed.counts, noise, rows, features

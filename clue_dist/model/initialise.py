@@ -53,9 +53,9 @@ def initialise_model(
     n_train: how many cells of each stratum, from its beginning, may be looked at; svd: whether projections start from
     singular vectors; stored: those of all cells of the store, by modality, where they are to be used.
     """
-    for name in model.names:
+    for name in model.modalities:
         counts = sample_cells(store, n_train, name)
-        trunk = model.trunk(name)
+        trunk = model.get_trunk(name)
         if svd and name in stored:
             _project_as_stored(trunk, stored[name])
         else:
@@ -65,7 +65,7 @@ def initialise_model(
             trunk.size.copy_(
                 torch.stack([size.mean(0), size.std(0, correction=0).clamp_min(MIN_SIZE_SCALE)])
             )
-        _set_offsets(model.decoder(name), counts)
+        _set_offsets(model.get_decoder(name), counts)
 
 
 def _project_as_stored(trunk: Trunk, stored: StoredSvd) -> None:
@@ -85,7 +85,7 @@ def _project_as_sampled(
     if not svd:
         return
     values = _normalised(counts, trunk)
-    mean, scale = compute_standardisation(trunk.how, *_moments(values))
+    mean, scale = compute_standardisation(trunk.normalisation, *_moments(values))
     right, singular = compute_leading_svd(
         values, mean, scale, trunk.projection.weight.shape[1], seed
     )
@@ -118,7 +118,7 @@ def sample_cells(
 
 
 def _normalised(counts: sp.csr_matrix | np.ndarray, trunk: Trunk) -> sp.csr_matrix | np.ndarray:
-    got = normalise_counts(_counts(counts), trunk.how, trunk.idf)
+    got = normalise_counts(_counts(counts), trunk.normalisation, trunk.idf)
     if isinstance(got, Tensor):
         return got.double().numpy()
     arrays = (got.values.double().numpy(), got.indices.numpy(), got.indptr.numpy())

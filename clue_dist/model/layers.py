@@ -26,7 +26,7 @@ class MLP(nn.Module):
         """x: (n, width) -> (n, hidden). rows: which cells of the batch these are, None = all of them, in order."""
         for linear, norm in zip(self.linear, self.norm, strict=True):
             if noise is not None and self.training:
-                x = noise.dropout(x, self.dropout, rows)
+                x = noise.apply_dropout(x, self.dropout, rows)
             x = norm(F.gelu(linear(x)))
         return x
 
@@ -45,7 +45,7 @@ class Ensemble(nn.Module):
         x = x.expand(self.members, *x.shape)
         for layer in self.layers:
             if noise is not None and self.training:
-                x = noise.dropout(x, self.dropout, rows)
+                x = noise.apply_dropout(x, self.dropout, rows)
             x = layer(x)
         return x
 

@@ -137,5 +137,5 @@ def log_likelihood(name: str, counts: Counts, p: LikelihoodParameters) -> Tensor
     everywhere = likelihood.zero(p).sum(1)
     if isinstance(counts, Tensor):
         return everywhere + likelihood.gain(counts, p).sum(1)
-    gain = likelihood.gain(counts.values, p.at(counts.row_of_entry(), counts.indices.long()))
-    return everywhere + counts.row_sums(gain)
+    gain = likelihood.gain(counts.values, p.at(counts.list_entry_rows(), counts.indices.long()))
+    return everywhere + counts.sum_rows(gain)

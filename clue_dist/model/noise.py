@@ -22,7 +22,7 @@ class Noise:
         self,
         seed: int,
         step: int,
-        share: Mapping[str, int],
+        stratum_shares: Mapping[str, int],
         lanes: int,
         rank: int = 0,
         world: int = 1,
@@ -31,18 +31,18 @@ class Noise:
         self._device = device
         self._lanes = [self._generator(seed, step, lane) for lane in range(rank, lanes, world)]
         self._shared = self._generator(seed, step, "all ranks")
-        self._slots = [n // lanes for n in share.values()]
+        self._slots = [n // lanes for n in stratum_shares.values()]
         self._per_lane = sum(self._slots)
-        self._order = order_rows(tuple(share.values()), lanes, world).to(device)
+        self._order = order_rows(tuple(stratum_shares.values()), lanes, world).to(device)
 
-    def normal(self, *tail: int) -> Tensor:
+    def draw_normal(self, *tail: int) -> Tensor:
         """Standard normal draws, (B, *tail) float32."""
         shape = (self._per_lane, *tail)
         return self._rows(
             [torch.randn(shape, generator=g, device=self._device) for g in self._lanes]
         )
 
-    def dropout(self, x: Tensor, rate: float, rows: Tensor | None = None) -> Tensor:
+    def apply_dropout(self, x: Tensor, rate: float, rows: Tensor | None = None) -> Tensor:
         """Inverted dropout of x: (..., B, F), or (..., n, F) with `rows` (n,) of the batch. The rate goes in steps of
         1/256."""
         threshold = round(rate * 256)
@@ -53,7 +53,7 @@ class Noise:
         keep = (self._bytes(columns, rows) >= threshold).view(n, *members, width).movedim(0, -2)
         return x * keep * (256 / (256 - threshold))
 
-    def mixing(self) -> tuple[Tensor, Tensor]:
+    def draw_mixing(self) -> tuple[Tensor, Tensor]:
         """For each cell a partner out of its stratum and lane, now and then itself, (B,) int64 rows, and its own share,
         (B, 1)."""
         partner, first = [], 0
@@ -71,7 +71,7 @@ class Noise:
         place[self._order] = torch.arange(len(place), device=place.device)
         return place[self._rows(in_lane)], self._rows(own)
 
-    def subset(self, size: int, of: int) -> Tensor:
+    def draw_subset(self, size: int, of: int) -> Tensor:
         """`size` of range(of), sorted, the same on every rank. (size,) int64."""
         return torch.randperm(of, generator=self._shared, device=self._device)[:size].sort().values
 

@@ -25,7 +25,7 @@ def normalise_counts(counts: Counts, how: str, idf: Tensor | None = None) -> Cou
     if how == "tfidf" and idf is not None:
         x = x * idf[counts.indices]
     if how in ("log_cp10k", "tfidf"):
-        scale = 1e4 / counts.row_sums(x).clamp_min(1e-9)
+        scale = 1e4 / counts.sum_rows(x).clamp_min(1e-9)
         x = x * scale.repeat_interleave(counts.indptr.diff(), output_size=len(x))
     if how in ("log_cp10k", "tfidf", "log"):
         x = torch.log1p(x)
@@ -89,7 +89,7 @@ class Trunk(nn.Module):
 
     def __init__(self, n_features: int, how: str, n_modalities: int, config: TrunkConfig) -> None:
         super().__init__()
-        self.how = how
+        self.normalisation = how
         components = min(config.projection, n_features)
         self.register_buffer("idf", torch.ones(n_features))
         self.projection = Projection(n_features, components, config.projection_lr)
@@ -107,9 +107,9 @@ class Trunk(nn.Module):
     def width(self) -> int:
         return self.ensemble.width
 
-    def components(self, counts: Counts) -> Tensor:
+    def compute_components(self, counts: Counts) -> Tensor:
         """(n, features) -> (n, components), linear in the normalised profile but for the size."""
-        x: Tensor = self.projection(normalise_counts(counts, self.how, self.idf))
+        x: Tensor = self.projection(normalise_counts(counts, self.normalisation, self.idf))
         if self.size_input:
             mean, scale = self.size
             x = torch.cat([x, ((compute_size_inputs(counts) - mean) / scale).to(x.dtype)], 1)

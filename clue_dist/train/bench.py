@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from clue_dist.data.batch import Batch, SparseCounts
-from clue_dist.data.loader import AHEAD, STRETCH
+from clue_dist.data.loader import READ_AHEAD, STRETCH_BATCHES
 from clue_dist.data.timing import record_phases
 from clue_dist.ranks import Ranks
 from clue_dist.train.engine import build_engine, join_process_group
@@ -226,7 +226,9 @@ def _span(setup: Setup) -> int:
     plans ahead, so that fewer could all be there already."""
     plan = setup.plan
     cells = plan.lanes * plan.window_blocks * plan.block_cells
-    return max(AHEAD + STRETCH, min(MAX_SPAN, -(-cells // max(plan.share.values()))))
+    return max(
+        READ_AHEAD + STRETCH_BATCHES, min(MAX_SPAN, -(-cells // max(plan.stratum_shares.values())))
+    )
 
 
 def _non_zeros(batch: Batch) -> int:
@@ -266,9 +268,9 @@ def _both(
     with open_loader(setup, ranks, 0, device) as loader:
         work = _steps(engine, setup, ranks, loader, device)
         calls = clock.calls(work, WARM_UP)
-        before = loader.waited
+        before = loader.waited_seconds
         times = [clock.times(work, calls) for _ in range(clock.repeats)]
-        waited = (loader.waited - before) / sum(times)
+        waited = (loader.waited_seconds - before) / sum(times)
     step = median(times) / calls
     return TrainingSpeed(
         1e3 * step, _batch_size(setup) / step, max(ranks.all_gather_object(waited))

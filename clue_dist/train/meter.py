@@ -40,7 +40,7 @@ class Meter:
         self._steps = 0
         self._since, self._waited, self._held = (
             time.perf_counter(),
-            self._loader.waited,
+            self._loader.waited_seconds,
             self._saver.waited,
         )
 
@@ -64,7 +64,7 @@ class Meter:
         means["epoch"] = self._setup.epoch(step)
         means["lr"] = compute_learning_rate(self._setup, step - 1)
         means["cells_per_s"] = self._steps * int(self._setup.config.data.batch_size) / seconds
-        means["data_wait"] = (self._loader.waited - self._waited) / seconds
+        means["data_wait"] = (self._loader.waited_seconds - self._waited) / seconds
         means["saving_wait"] = (self._saver.waited - self._held) / seconds
         if self._device.type == "cuda":
             means["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30

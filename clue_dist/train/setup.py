@@ -72,7 +72,7 @@ class Setup:
             f"  {m}: {s.n_features} features, {s.normalise} -> {s.likelihood}, {self.starts[m].told}"
             for m, s in self.specs.items()
         ]
-        for stratum, share in self.plan.share.items():
+        for stratum, share in self.plan.stratum_shares.items():
             mine = [name for name in self.train if name_stratum(name) == stratum]
             train, held = (sum(n[name] for name in mine) for n in (self.train, self.holdout))
             parts = f" in {len(mine)} segments" if len(mine) > 1 else ""

@@ -97,7 +97,7 @@ def make_noise(setup: Setup, ranks: Ranks, step: int, micro: int, device: torch.
     """All that a micro-batch draws at random."""
     c, plan = setup.config, setup.plan
     number = step * c.train.grad_accum + micro
-    return Noise(c.seed, number, plan.share, plan.lanes, ranks.rank, ranks.world, device)
+    return Noise(c.seed, number, plan.stratum_shares, plan.lanes, ranks.rank, ranks.world, device)
 
 
 def compute_learning_rate(setup: Setup, step: int) -> float:

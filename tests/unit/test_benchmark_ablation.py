@@ -190,7 +190,7 @@ def test_other_cells_are_trained_on_as_long_in_the_same_batches(
     assert got.config.data.batch_size == full.config.data.batch_size
     assert got.config.train.validate_every == full.config.train.validate_every
     if len(fewer) > 1:
-        assert got.plan.share["rna+adt"] == full.plan.share["rna+adt"]
+        assert got.plan.stratum_shares["rna+adt"] == full.plan.stratum_shares["rna+adt"]
 
 
 # --- estimates and the table ---

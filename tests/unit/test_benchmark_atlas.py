@@ -44,9 +44,9 @@ def test_the_manifest_of_many_cells_is_a_manifest(tmp_path: Path) -> None:
 def test_the_plan_takes_as_many_cells_of_every_stratum(tmp_path: Path) -> None:
     store = make_store(tmp_path / "s.zarr", cells={"rna+adt": 2000, "rna": 1500})
     plan = probe.plan_of(store, 64)
-    assert plan.share == {"rna+adt": 32, "rna": 32}
+    assert plan.stratum_shares == {"rna+adt": 32, "rna": 32}
     probe.first_batch(store, plan, probe.FAR)
-    assert len(plan.cells(probe.FAR, "rna")) == 32
+    assert len(plan.select_cells(probe.FAR, "rna")) == 32
 
 
 def record(method: str, size: int, repeat: int, **values: float) -> dict:

@@ -169,17 +169,17 @@ def test_the_common_space_has_the_encoders_of_ours_and_decoders_that_read_all_of
         ]
         assert shapes[0] == shapes[1]
     assert (
-        theirs.decoder("rna").mlp.linear[0].in_features
-        == 2 * ours.decoder("rna").mlp.linear[0].in_features
+        theirs.get_decoder("rna").mlp.linear[0].in_features
+        == 2 * ours.get_decoder("rna").mlp.linear[0].in_features
     )
 
 
 def test_the_common_space_infers_one_z_whichever_modality_is_seen(setup: Setup) -> None:
     model = model_of(setup).eval()
     store = Store(setup.config.store)
-    joint, alone = model.embed(read_batch(store, "rna+adt", np.arange(50)))
+    joint, alone = model.embed_batch(read_batch(store, "rna+adt", np.arange(50)))
     assert joint.shape == alone["rna"].shape == alone["adt"].shape == (50, 8)
-    joint, alone = model.embed(read_batch(store, "rna", np.arange(50)))
+    joint, alone = model.embed_batch(read_batch(store, "rna", np.arange(50)))
     torch.testing.assert_close(joint, alone["rna"])  # one source is all there is
 
 

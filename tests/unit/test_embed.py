@@ -53,7 +53,7 @@ def expected(store, loaded) -> dict[str, dict[str, np.ndarray]]:
     out: dict[str, dict[str, np.ndarray]] = {"joint": {}, "rna": {}, "adt": {}}
     for name, reader in store.strata.items():
         everyone = np.arange(reader.n_cells)
-        joint, alone = loaded.model.embed(
+        joint, alone = loaded.model.embed_batch(
             read_batch(store, name, everyone, list(loaded.modalities))
         )
         for source, z in {"joint": joint, **alone}.items():

@@ -50,7 +50,7 @@ def test_every_cell_that_carries_both_counts(store, tmp_path):
     batch = []
     for name in ("rna+adt+atac", "rna+adt"):
         everyone = np.arange(CELLS[name])
-        _, alone = loaded.model.embed(read_batch(store, name, everyone))
+        _, alone = loaded.model.embed_batch(read_batch(store, name, everyone))
         for m, parts in z.items():
             parts.append(alone[m].numpy())
         batch.append(store.strata[name].obs_codes("batch", everyone))

@@ -18,7 +18,13 @@ from clue_dist.data import batch as loaders
 from clue_dist.data import loader as loading
 from clue_dist.data.batch import Batch, BatchPart, SparseCounts, assemble_batch
 from clue_dist.data.buffers import Buffers
-from clue_dist.data.loader import HELD, STRETCH, BlockCache, Loader, count_cache_slots
+from clue_dist.data.loader import (
+    HELD_STRETCHES,
+    STRETCH_BATCHES,
+    BlockCache,
+    Loader,
+    count_cache_slots,
+)
 from clue_dist.data.plan import CellPlan
 from clue_dist.errors import ConfigError, StoreError
 from clue_dist.store.block_pool import BlockPool, BlockRead
@@ -60,7 +66,7 @@ def dense(batch: Batch, modality: str) -> np.ndarray:
 def expected(store: Store, plan: CellPlan, step: int, modality: str) -> np.ndarray:
     parts = []
     for name, reader in store.strata.items():
-        cells = plan.cells(step, name)
+        cells = plan.select_cells(step, name)
         if modality not in reader.modalities:
             parts.append(
                 np.full((len(cells), store.manifest.modalities[modality].n_features), np.nan)
@@ -165,7 +171,9 @@ def test_batch_codes_come_with_their_cells(store: Store) -> None:
     plan = plan_of(store)
     with Loader(store, plan) as loader:
         got = next(loader).batch_code.numpy()
-    want = np.concatenate([r.obs_codes("batch", plan.cells(0, s)) for s, r in store.strata.items()])
+    want = np.concatenate(
+        [r.obs_codes("batch", plan.select_cells(0, s)) for s, r in store.strata.items()]
+    )
     np.testing.assert_array_equal(got, want)
 
 
@@ -192,8 +200,8 @@ def test_a_damaged_block_raises_where_its_batch_was_due_and_is_named(tmp_path: P
         tmp_path / "s.zarr", cells={"rna": 1600}, features={"rna": 40}, block_cells=16
     )
     plan = CellPlan(0, {"rna": 1600}, {"rna": 16}, 4, 1, 16)
-    due = next(step for step in itertools.count(13) if 0 in plan.cells(step, "rna") // 16)
-    assert due > STRETCH
+    due = next(step for step in itertools.count(13) if 0 in plan.select_cells(step, "rna") // 16)
+    assert due > STRETCH_BATCHES
     shard = store.root / "strata/rna/rna/codes/c/0/0"
     data = bytearray(shard.read_bytes())
     data[3] ^= 0x10  # of block 0, the first one in the shard
@@ -281,7 +289,7 @@ def test_closing_wakes_who_waits_for_a_batch(store: Store, monkeypatch: pytest.M
         reading.set()
         time.sleep(0.5)
 
-    monkeypatch.setattr(BlockCache, "expect", stuck)
+    monkeypatch.setattr(BlockCache, "prefetch_blocks", stuck)
     loader = Loader(store, plan_of(store))
     with ThreadPoolExecutor(1) as other:
         waiting = other.submit(list, loader)
@@ -318,8 +326,8 @@ def test_no_rank_needs_more_blocks_than_it_has_slots_for(
     plan, world = chosen
     for segment in plan.segments:
         needed: set[int] = set()
-        for step in range(first, first + HELD * STRETCH):
-            needed |= set((plan.cells(step, segment)[::world] // plan.block_cells).tolist())
+        for step in range(first, first + HELD_STRETCHES * STRETCH_BATCHES):
+            needed |= set((plan.select_cells(step, segment)[::world] // plan.block_cells).tolist())
         assert len(needed) <= count_cache_slots(plan, segment, world)
 
 
@@ -346,7 +354,7 @@ def test_what_sixteen_ranks_are_served_while_blocks_are_replaced(tmp_path: Path)
         with Loader(store, plan, rank=rank, world=16) as loader:
             for step in range(200):
                 got = next(loader).modalities["adt"].counts
-                np.testing.assert_array_equal(got, known[plan.cells(step, "adt")[rank::16]])
+                np.testing.assert_array_equal(got, known[plan.select_cells(step, "adt")[rank::16]])
 
 
 def test_too_few_slots_are_an_error_not_other_cells(

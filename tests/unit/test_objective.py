@@ -294,9 +294,9 @@ def test_what_a_cell_lacks_does_not_touch_its_loss() -> None:
 def test_private_dimensions_follow_from_their_own_modality_alone() -> None:
     model, batch, noise = small_model(members=2, private=0.5)
     clue, observed = model.model.eval(), batch.observed
-    a = clue.aligned
-    assert (a, clue.private) == (D // 2, D // 2)
-    got = clue.encode(batch)
+    a = clue.n_aligned
+    assert (a, clue.n_private) == (D // 2, D // 2)
+    got = clue.encode_batch(batch)
     for expert, joint in ((got.mean, got.joint_mean), (got.log_var, got.joint_log_var)):
         mine, private = select_own_latent(expert)[..., a:], joint[..., a:]  # (B, K, .)
         torch.testing.assert_close(private[observed], mine[observed])
@@ -324,8 +324,8 @@ def test_no_alignment_reaches_private_dimensions() -> None:
         loss, kept, allow_unused=True
     )  # of the cells' and of their mixtures' experts
     for gradient in (g for g in gradients if g is not None):
-        assert (gradient[..., model.model.aligned :] == 0).all()
-        assert (gradient[..., : model.model.aligned] != 0).any()
+        assert (gradient[..., model.model.n_aligned :] == 0).all()
+        assert (gradient[..., : model.model.n_aligned] != 0).any()
 
 
 def test_the_joint_likelihood_trains_the_private_dimensions_of_what_was_observed() -> None:
@@ -336,7 +336,7 @@ def test_the_joint_likelihood_trains_the_private_dimensions_of_what_was_observed
     loss, _ = model(batch, noise)
     foreign = ~torch.eye(K, dtype=torch.bool)
     for gradient in torch.autograd.grad(loss, kept):  # of means, of log-variances
-        private = gradient[..., model.model.aligned :]  # (B, K source, K target, .)
+        private = gradient[..., model.model.n_aligned :]  # (B, K source, K target, .)
         assert (select_own_latent(private)[batch.observed] != 0).any(-1).all()
         assert (select_own_latent(private)[~batch.observed] == 0).all()
         assert (private[:, foreign] == 0).all()
@@ -353,7 +353,7 @@ def test_private_dimensions_are_as_many_in_each_member() -> None:
 def test_an_embedding_shows_private_dimensions_small_and_of_what_was_observed() -> None:
     model, batch, _ = small_model(private=0.5)
     clue = model.model.eval()
-    a, posterior, (joint, alone) = clue.aligned, clue.encode(batch), clue.embed(batch)
+    a, posterior, (joint, alone) = clue.n_aligned, clue.encode_batch(batch), clue.embed_batch(batch)
     joint = joint.view(B, K, D)
     torch.testing.assert_close(joint[..., :a], posterior.joint_mean[..., :a])
     torch.testing.assert_close(joint[..., a:], PRIVATE_SCALE * posterior.joint_mean[..., a:])
@@ -367,7 +367,7 @@ def test_an_embedding_shows_private_dimensions_small_and_of_what_was_observed() 
 def test_an_embedding_of_a_cell_does_not_follow_from_the_cells_beside_it() -> None:
     model, batch, _ = small_model(private=0.5, members=2)
     clue = model.model.eval()
-    together, alone_together = clue.embed(batch)
+    together, alone_together = clue.embed_batch(batch)
     for cell in range(B):
         rows = {m: (o.rows == cell).nonzero()[:, 0] for m, o in batch.modalities.items()}
         modalities = {
@@ -377,7 +377,7 @@ def test_an_embedding_of_a_cell_does_not_follow_from_the_cells_beside_it() -> No
             for (m, o), at in zip(batch.modalities.items(), rows.values(), strict=True)
         }
         one = Batch(batch.observed[cell : cell + 1], batch.batch_code[cell : cell + 1], modalities)
-        joint, alone = clue.embed(one)
+        joint, alone = clue.embed_batch(one)
         torch.testing.assert_close(joint[0], together[cell])
         for m, at in rows.items():
             torch.testing.assert_close(alone[m], alone_together[m][at])
@@ -385,7 +385,7 @@ def test_an_embedding_of_a_cell_does_not_follow_from_the_cells_beside_it() -> No
 
 def test_a_single_modality_has_nothing_private() -> None:
     model, _, _ = small_model(1, private=0.5)
-    assert model.model.private == 0
+    assert model.model.n_private == 0
 
 
 def test_dispersions_learn_faster_and_biases_do_not_decay() -> None:
@@ -443,7 +443,9 @@ def test_parameters_grow_as_k_in_the_wide_layers_and_as_k_squared_only_in_the_he
     assert sizes[3]["trunks"] == 3 * sizes[1]["trunks"]
     wide = [  # K separate encoders instead of one trunk: the wide layers too grow as K^2
         sum(
-            x.numel() for m in model.model.names for x in model.model.trunk(m).ensemble.parameters()
+            x.numel()
+            for m in model.model.modalities
+            for x in model.model.get_trunk(m).ensemble.parameters()
         )
         for model in (small_model(k, shared=False)[0] for k in (1, 3))
     ]
@@ -455,30 +457,37 @@ def test_parameters_grow_as_k_in_the_wide_layers_and_as_k_squared_only_in_the_he
 def test_noise_is_the_same_for_a_cell_on_any_number_of_ranks() -> None:
     share = {"a": 16, "b": 8}
     whole = Noise(3, 11, share, 4)
-    first = whole.normal(5)
-    kept = whole.dropout(torch.ones(24, 10), 0.5)
+    first = whole.draw_normal(5)
+    kept = whole.apply_dropout(torch.ones(24, 10), 0.5)
     for world in (2, 4):
         for rank in range(world):
             part = Noise(3, 11, share, 4, rank, world)
             rows = torch.cat([torch.arange(0, 16)[rank::world], torch.arange(16, 24)[rank::world]])
-            torch.testing.assert_close(part.normal(5), first[rows])
-            torch.testing.assert_close(part.dropout(torch.ones(len(rows), 10), 0.5), kept[rows])
-    assert (Noise(3, 12, share, 4).normal(5) != first).all()
+            torch.testing.assert_close(part.draw_normal(5), first[rows])
+            torch.testing.assert_close(
+                part.apply_dropout(torch.ones(len(rows), 10), 0.5), kept[rows]
+            )
+    assert (Noise(3, 12, share, 4).draw_normal(5) != first).all()
 
 
 def test_partners_of_mixing_share_stratum_and_lane_on_any_number_of_ranks() -> None:
     share = {"a": 16, "b": 8}
-    partner, own = Noise(3, 11, share, 4).mixing()
+    partner, own = Noise(3, 11, share, 4).draw_mixing()
     assert sorted(partner.tolist()) == list(range(24))  # everyone is somebody's partner
     assert ((partner < 16) == (torch.arange(24) < 16)).all()
     assert (partner % 4 == torch.arange(24) % 4).all()  # row r of a stratum lies in lane r mod 4
     assert (partner != torch.arange(24)).any()
-    assert Noise(3, 11, {"a": 4}, 4).mixing()[0].tolist() == [0, 1, 2, 3]  # each alone in its lane
+    assert Noise(3, 11, {"a": 4}, 4).draw_mixing()[0].tolist() == [
+        0,
+        1,
+        2,
+        3,
+    ]  # each alone in its lane
     assert ((own >= 0) & (own < 1)).all()
     for world in (2, 4):
         for rank in range(world):
             rows = torch.cat([torch.arange(0, 16)[rank::world], torch.arange(16, 24)[rank::world]])
-            its_partner, its_own = Noise(3, 11, share, 4, rank, world).mixing()
+            its_partner, its_own = Noise(3, 11, share, 4, rank, world).draw_mixing()
             torch.testing.assert_close(rows[its_partner], partner[rows])
             torch.testing.assert_close(its_own, own[rows])
 
@@ -503,8 +512,8 @@ def test_contrast_compares_mixtures_of_pairs() -> None:
         batch_of(x), Noise(0, 0, share, 1), decode_self=False, decode_cross=False, mixup="any"
     )
     assert out.contrast.shape == (2, B, K, K * D // 2)
-    partner, own = Noise(0, 0, share, 1).mixing()
-    want = model.model.encode(
+    partner, own = Noise(0, 0, share, 1).draw_mixing()
+    want = model.model.encode_batch(
         batch_of({m: own * v + (1 - own) * v[partner] for m, v in x.items()})
     ).mean
     want = (
@@ -518,7 +527,7 @@ def test_mixtures_stay_within_a_biological_batch_if_asked() -> None:
     model, batch, _ = small_model(members=2)
     model.eval()
     batch = Batch(batch.observed, (draw(B) > 0).long(), batch.modalities)
-    partner, _ = Noise(0, 0, {"all": B}, 1).mixing()
+    partner, _ = Noise(0, 0, {"all": B}, 1).draw_mixing()
     alike = batch.batch_code == batch.batch_code[partner]
     paired = batch.observed.sum(1) > 1
     assert (alike & paired).any()
@@ -535,14 +544,16 @@ def test_mixtures_stay_within_a_biological_batch_if_asked() -> None:
 
 def test_members_share_nothing_but_their_input() -> None:
     model, batch, _ = small_model(members=2)
-    out = model.model.encode(batch).mean  # (B, K, K, D): each member gives every other dimension
+    out = model.model.encode_batch(
+        batch
+    ).mean  # (B, K, K, D): each member gives every other dimension
     out[..., ::2].sum().backward()
-    for layer in model.model.trunk("m0").ensemble.layers:
+    for layer in model.model.get_trunk("m0").ensemble.layers:
         assert layer.weight.grad[0].abs().sum() > 0
         assert layer.weight.grad[1].abs().sum() == 0
 
 
 def test_dropout_keeps_its_rate_and_its_mean() -> None:
-    x = Noise(0, 0, {"s": 4096}, 1).dropout(torch.ones(4096, 30), 0.3)
+    x = Noise(0, 0, {"s": 4096}, 1).apply_dropout(torch.ones(4096, 30), 0.3)
     assert float((x == 0).float().mean()) == pytest.approx(0.3, abs=0.01)
     assert float(x.mean()) == pytest.approx(1.0, abs=0.02)

@@ -64,14 +64,14 @@ def served(
 ) -> Iterator[dict[str, np.ndarray]]:
     with Loader(store, plan, rank=rank, world=world, first=first, prefetch=1) as loader:
         for batch in islice(loader, steps):
-            yield places(store, batch, {s: n // world for s, n in plan.share.items()})
+            yield places(store, batch, {s: n // world for s, n in plan.stratum_shares.items()})
 
 
 def global_batches(
     store: Store, plan: CellPlan, first: int, steps: int, world: int
 ) -> dict[str, np.ndarray]:
     """Cells of every stratum in batches `first` on, (steps, N_s), each rank's put where it belongs."""
-    out = {s: np.full((steps, n), -1) for s, n in plan.share.items()}
+    out = {s: np.full((steps, n), -1) for s, n in plan.stratum_shares.items()}
     for rank in range(world):
         for t, cells in enumerate(served(store, plan, first, steps, rank, world)):
             for stratum, of in cells.items():
@@ -92,7 +92,8 @@ def test_ranks_together_serve_the_plans_batches_from_any_step(
 ) -> None:
     plan, world = chosen
     want = {
-        s: np.stack([plan.cells(t, s) for t in range(first, first + steps)]) for s in plan.share
+        s: np.stack([plan.select_cells(t, s) for t in range(first, first + steps)])
+        for s in plan.stratum_shares
     }
     equal(global_batches(store, plan, first, steps, world), want)
 
@@ -104,12 +105,12 @@ def test_a_run_resumed_on_other_ranks_serves_what_one_run_through_does(
 ) -> None:
     """And the run through serves every cell once in each pass of its stratum."""
     plan, world = chosen
-    steps = max(-(-2 * plan.sizes[s] // n) for s, n in plan.share.items())
+    steps = max(-(-2 * plan.segment_sizes[s] // n) for s, n in plan.stratum_shares.items())
     at = data.draw(st.integers(0, steps - 1), "resumed at")
     through = global_batches(store, plan, 0, steps, 1)
     resumed = global_batches(store, plan, at, min(steps - at, 6), world)
     equal(resumed, {s: cells[at : at + 6] for s, cells in through.items()})
     for stratum, cells in through.items():
-        n = plan.sizes[stratum]
+        n = plan.segment_sizes[stratum]
         for one in cells.reshape(-1)[: cells.size // n * n].reshape(-1, n):
             assert sorted(one.tolist()) == list(range(n))

@@ -25,14 +25,14 @@ plans = st.builds(
 
 
 def sequence(plan: CellPlan, first: int, steps: int) -> np.ndarray:
-    return np.concatenate([plan.cells(t, "s") for t in range(first, first + steps)])
+    return np.concatenate([plan.select_cells(t, "s") for t in range(first, first + steps)])
 
 
 @given(plans)
 @settings(max_examples=60, deadline=None)
 def test_every_pass_covers_every_cell_exactly_once(plan: CellPlan) -> None:
-    n = plan.sizes["s"]
-    steps = -(-3 * n // plan.share["s"])
+    n = plan.segment_sizes["s"]
+    steps = -(-3 * n // plan.stratum_shares["s"])
     order = sequence(plan, 0, steps)
     for number in range(3):
         assert sorted(order[number * n : (number + 1) * n]) == list(range(n))
@@ -41,7 +41,7 @@ def test_every_pass_covers_every_cell_exactly_once(plan: CellPlan) -> None:
 @given(plans, st.integers(10**9, 10**12))
 @settings(max_examples=60, deadline=None)
 def test_a_far_pass_covers_every_cell_once_and_needs_no_history(plan: CellPlan, far: int) -> None:
-    n, share = plan.sizes["s"], plan.share["s"]
+    n, share = plan.segment_sizes["s"], plan.stratum_shares["s"]
     permuted: list[int] = []
 
     def counting(i: np.ndarray, *args: Any) -> np.ndarray:
@@ -50,7 +50,7 @@ def test_a_far_pass_covers_every_cell_once_and_needs_no_history(plan: CellPlan, 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("clue_dist.data.plan.permute_positions", counting)
-        order = plan.cells(far * n, "s", -(-n // share))  # here pass far * share begins
+        order = plan.select_cells(far * n, "s", -(-n // share))  # here pass far * share begins
     assert sorted(order[:n]) == list(range(n))
     assert sum(permuted) <= 2 * len(
         order
@@ -62,7 +62,9 @@ def test_a_far_pass_covers_every_cell_once_and_needs_no_history(plan: CellPlan, 
 def test_steps_planned_together_are_those_planned_one_by_one(
     plan: CellPlan, first: int, steps: int
 ) -> None:
-    np.testing.assert_array_equal(plan.cells(first, "s", steps), sequence(plan, first, steps))
+    np.testing.assert_array_equal(
+        plan.select_cells(first, "s", steps), sequence(plan, first, steps)
+    )
 
 
 def test_passes_and_seeds_differ() -> None:
@@ -91,7 +93,7 @@ def test_a_batch_is_as_mixed_as_independent_draws() -> None:
     plate = (
         rng.permutation(n) < n // 2
     )  # the store is shuffled: any plate is spread over the blocks
-    got = np.array([plate[plan.cells(t, "s")].mean() for t in range(n // size)])
+    got = np.array([plate[plan.select_cells(t, "s")].mean() for t in range(n // size)])
     expected = (0.25 / size) ** 0.5
     assert 0.7 * expected < got.std() < 1.3 * expected
     assert abs(np.corrcoef(got[:-1], got[1:])[0, 1]) < 0.25

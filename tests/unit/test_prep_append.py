@@ -120,12 +120,12 @@ def test_segments_take_turns_and_every_pass_deals_each_cell_once(
             batches = [next(loader) for loader in loaders]
             assert [b.n_cells for b in batches] == [24 // world] * world
             for name in sizes:
-                dealt[name] += plan.cells(step, name).tolist()
+                dealt[name] += plan.select_cells(step, name).tolist()
             for rank, batch in enumerate(
                 batches
             ):  # proteins are dense: rows in the order of the batch
                 want = [
-                    after.strata[s].rows("adt", plan.cells(step, s)[rank::world])
+                    after.strata[s].rows("adt", plan.select_cells(step, s)[rank::world])
                     for s in ("rna+adt", "rna+adt.2")
                 ]
                 np.testing.assert_array_equal(
@@ -148,18 +148,23 @@ def test_turns_add_up_at_any_step(sizes: tuple[int, ...]) -> None:
     names = ["s", *(f"s.{i}" for i in range(2, len(sizes) + 1))]
     plan = CellPlan(0, dict(zip(names, sizes, strict=True)), {"s": 64}, 8, 2, 4)
     for step in (0, 1, 2, 10, 999, 10**6, 10**9, 10**12):
-        counts = [plan.dealt(step + 1, name) - plan.dealt(step, name) for name in names]
+        counts = [
+            plan.count_dealt_cells(step + 1, name) - plan.count_dealt_cells(step, name)
+            for name in names
+        ]
         assert sum(counts) == 64
         assert all(n >= 0 and n % 8 == 0 for n in counts)
         for name, n in zip(names, sizes, strict=True):
-            assert abs(plan.dealt(step, name) - step * 64 * n / sum(sizes)) <= 8 * len(sizes)
+            assert abs(plan.count_dealt_cells(step, name) - step * 64 * n / sum(sizes)) <= 8 * len(
+                sizes
+            )
 
 
 def test_training_treats_segments_as_one_stratum(tmp_path: Path, store: Path) -> None:
     add(store, given(tmp_path, slice(200, 300), "more"))
     data = {"batch_size": 32, "lanes": 4, "weights": {"rna": 1.0, "rna+adt": 3.0}}
     setup = prepare_setup(Config(store=str(store), run=str(tmp_path / "run"), data=data), 1)
-    assert setup.plan.share == {"rna": 8, "rna+adt": 24}
+    assert setup.plan.stratum_shares == {"rna": 8, "rna+adt": 24}
     assert all(setup.holdout[name] for name in ("rna+adt", "rna+adt.2"))
     assert "stratum rna+adt: " in setup.summary()
     assert "in 2 segments" in setup.summary()
@@ -418,7 +423,7 @@ def test_segments_may_be_packed_in_other_ways(tmp_path: Path) -> None:
     with Loader(after, plan) as loader:
         for step in range(10):
             got = next(loader).modalities["adt"].counts
-            rows = [after.strata[s].rows("adt", plan.cells(step, s)) for s in plan.segments]
+            rows = [after.strata[s].rows("adt", plan.select_cells(step, s)) for s in plan.segments]
             np.testing.assert_array_equal(got, np.concatenate(rows))  # type: ignore[arg-type]
 
 

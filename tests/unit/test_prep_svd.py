@@ -304,7 +304,7 @@ def test_training_starts_from_it(store: Store, tmp_path: Path) -> None:
     assert "adt: 7 features, log -> nb, projected by an SVD of a sample\n" in setup.summary()
     model = model_of(setup, dict.fromkeys(CELLS, 20))
     for m in ("rna", "atac", "x"):
-        got, want = model.trunk(m), sample.trunk(m)
+        got, want = model.get_trunk(m), sample.get_trunk(m)
         torch.testing.assert_close(got.idf, want.idf)
         weight, expected = got.projection.weight.detach(), want.projection.weight.detach()
         sign = torch.sign((weight * expected).sum(0))

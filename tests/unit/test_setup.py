@@ -21,7 +21,7 @@ def test_held_out_cells_are_paired_last_and_never_planned(tmp_path: Path) -> Non
     setup = prepare_setup(config_of(tmp_path / "s.zarr", data={"holdout": 0.1}), world=1)
     assert setup.holdout == {"rna+adt": 20, "rna": 0}
     assert setup.held_out().n_cells == 20
-    planned = {int(c) for t in range(40) for c in setup.plan.cells(t, "rna+adt")}
+    planned = {int(c) for t in range(40) for c in setup.plan.select_cells(t, "rna+adt")}
     assert planned == set(range(180))
 
 
@@ -77,7 +77,7 @@ def test_weights_must_name_every_stratum(tmp_path: Path) -> None:
     setup = prepare_setup(
         config_of(tmp_path / "s.zarr", data={"weights": {"rna": 1, "rna+adt": 1}}), world=1
     )
-    assert setup.plan.share["rna"] == setup.plan.share["rna+adt"]
+    assert setup.plan.stratum_shares["rna"] == setup.plan.stratum_shares["rna+adt"]
 
 
 def test_summary_tells_what_would_happen(tmp_path: Path) -> None:

@@ -106,9 +106,11 @@ def test_initialised_projection_is_pca_of_the_training_cells(tmp_path: Path) -> 
     standard = (x - x.mean(0)) / x.std(0) ** 0.75
     left, singular, _ = np.linalg.svd(standard, full_matrices=False)
     batch = read_batch(store, "rna", np.arange(60))
-    trunk = model.trunk("rna")
+    trunk = model.get_trunk("rna")
     got = (
-        trunk.projection(normalise_counts(batch.modalities["rna"].counts, trunk.how, trunk.idf))
+        trunk.projection(
+            normalise_counts(batch.modalities["rna"].counts, trunk.normalisation, trunk.idf)
+        )
         .detach()
         .numpy()
     )
@@ -126,7 +128,7 @@ def test_more_components_than_cells_is_fine(tmp_path: Path) -> None:
     config = configs.Config()
     model = CLUE(specify_modalities(store.manifest.modalities, config), 2, config.model)
     initialise_model(model, store, {"rna+adt": 20}, svd=True, seed=0)
-    joint, alone = model.embed(read_batch(store, "rna+adt", np.arange(20)))
+    joint, alone = model.embed_batch(read_batch(store, "rna+adt", np.arange(20)))
     assert joint.isfinite().all()
     assert set(alone) == {"rna", "adt"}
 
@@ -200,9 +202,12 @@ def test_initialised_size_is_standardised_over_the_training_cells(tmp_path: Path
     model = CLUE(specify_modalities(store.manifest.modalities, config), 2, config.model)
     initialise_model(model, store, {"rna+adt": 120}, svd=True, seed=0)
     batch = read_batch(store, "rna+adt", np.arange(120))
-    size = model.trunk("rna").components(batch.modalities["rna"].counts)[:, -2:]
+    size = model.get_trunk("rna").compute_components(batch.modalities["rna"].counts)[:, -2:]
     np.testing.assert_allclose(size.mean(0), 0, atol=1e-5)
     np.testing.assert_allclose(size.std(0, correction=0), 1, atol=1e-4)
     without = configs.Config(model={"trunk": {"projection": 6, "size_input": False}})
     plain = CLUE(specify_modalities(store.manifest.modalities, without), 2, without.model)
-    assert plain.trunk("rna").components(batch.modalities["rna"].counts).shape == (120, 6)
+    assert plain.get_trunk("rna").compute_components(batch.modalities["rna"].counts).shape == (
+        120,
+        6,
+    )

@@ -103,7 +103,9 @@ def schedule(full: Path, other: Path, settings: Sequence[str]) -> tuple[str, ...
     )
     size = wanted.config.data.batch_size
     pairs = sum(
-        n for s, n in wanted.plan.share.items() if len(wanted.store.strata[s].modalities) > 1
+        n
+        for s, n in wanted.plan.stratum_shares.items()
+        if len(wanted.store.strata[s].modalities) > 1
     )
     epochs = wanted.total_steps * size / sum(got.train.values())
     return (

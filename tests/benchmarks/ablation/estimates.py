@@ -55,5 +55,5 @@ def encoder_parameters(k: int, model: ModelConfig) -> int:
         n_features=model.trunk.projection, normalise="log", likelihood="nb", features_per_step=None
     )
     clue = CLUE({f"m{i}": spec for i in range(k)}, 1, model)
-    parts = [clue.heads, *(clue.trunk(name).ensemble for name in clue.names)]
+    parts = [clue.heads, *(clue.get_trunk(name).ensemble for name in clue.modalities)]
     return sum(p.numel() for part in parts for p in part.parameters())

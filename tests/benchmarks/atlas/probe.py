@@ -56,7 +56,7 @@ def first_batch(store: Store, plan: CellPlan, step: int) -> None:
 
 def every_cell(plan: CellPlan, step: int) -> None:
     for segment in plan.segments:
-        plan.cells(step, segment)
+        plan.select_cells(step, segment)
 
 
 def enlarged(manifest: Manifest, cells: int) -> Manifest:

@@ -54,7 +54,7 @@ def batches(store: Store) -> Iterator[tuple[str, np.ndarray]]:
     plan = CellPlan(
         0, sizes, dict.fromkeys(sizes, 4 * LANES), LANES, WINDOW, store.manifest.block_cells
     )
-    steps = max(-(-sizes[s] // n) for s, n in plan.share.items())
+    steps = max(-(-sizes[s] // n) for s, n in plan.stratum_shares.items())
     with Loader(store, plan, prefetch=1) as loader:
         for t in range(steps):
             yield from parts(t, next(loader))

@@ -43,8 +43,8 @@ class CommonSpace(CLUE):
 
     def inferred(self, batch: Batch, noise: Noise | None = None) -> tuple[Tensor, Tensor]:
         """Means and log-variances of q(z | everything observed), then of each q(z | x_k): (B, 1 + K, K * d)."""
-        experts = self.encode(batch, noise)
-        alone = torch.eye(len(self.names), dtype=torch.bool).expand(batch.n_cells, -1, -1)
+        experts = self.encode_batch(batch, noise)
+        alone = torch.eye(len(self.modalities), dtype=torch.bool).expand(batch.n_cells, -1, -1)
         sources = torch.cat([batch.observed[:, None], alone], 1)  # (B, 1 + K, K)
         parts = [with_prior(experts.mean, experts.log_var, source) for source in sources.unbind(1)]
         mean, log_var = (torch.stack(values, 1).flatten(2) for values in zip(*parts, strict=True))
@@ -52,16 +52,16 @@ class CommonSpace(CLUE):
 
     def loss(self, batch: Batch, noise: Noise, alignment: float) -> Tensor:
         mean, log_var = self.inferred(batch, noise)
-        z = sample_posterior(mean, log_var, noise.normal(*mean.shape[1:]))
+        z = sample_posterior(mean, log_var, noise.draw_normal(*mean.shape[1:]))
         everything = z[:, :1].expand(
-            -1, len(self.names), -1
+            -1, len(self.modalities), -1
         )  # (B, K, K * d): every decoder reads the same z
         ln_alone, ln_joint = self._decode(batch, [z[:, 1:], everything], noise)  # (B, K)
         kl, beta = compute_kl_to_prior(mean, log_var), self.objective.lambda_kl  # (B, 1 + K)
         joint = beta * kl[:, 0] - ln_joint.sum(1)
         alone = ((beta * kl[:, 1:] - ln_alone) * batch.observed).sum(1)
         apart = torch.zeros_like(joint)
-        for a, b in combinations(range(len(self.names)), 2):
+        for a, b in combinations(range(len(self.modalities)), 2):
             both = batch.observed[:, a] & batch.observed[:, b]
             apart = apart + both * symmetric_kl(
                 mean[:, 1 + a], log_var[:, 1 + a], mean[:, 1 + b], log_var[:, 1 + b]
@@ -72,11 +72,11 @@ class CommonSpace(CLUE):
         ).mean()
 
     @torch.no_grad()
-    def embed(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Posterior means of z, as `CLUE.embed` gives them."""
+    def embed_batch(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Posterior means of z, as `CLUE.embed_batch` gives them."""
         mean, _ = self.inferred(batch)
         return mean[:, 0], {
-            m: mean[o.rows, 1 + self.names.index(m)] for m, o in batch.modalities.items()
+            m: mean[o.rows, 1 + self.modalities.index(m)] for m, o in batch.modalities.items()
         }
 
 
@@ -113,7 +113,9 @@ def train(setup: Setup, alignment: float) -> CommonSpace:
         for step in range(setup.total_steps):
             for group in optimizer.param_groups:
                 group["lr"] = compute_learning_rate(setup, step) * group["lr_scale"]
-            loss = model.loss(next(loader), Noise(c.seed, step, plan.share, plan.lanes), alignment)
+            loss = model.loss(
+                next(loader), Noise(c.seed, step, plan.stratum_shares, plan.lanes), alignment
+            )
             optimizer.zero_grad()
             loss.backward()
             if c.train.clip:

@@ -17,14 +17,14 @@ Dealt = dict[
 
 def steps_for(plan: CellPlan, passes: int) -> int:
     """Batches until every stratum has been passed through so often."""
-    return max(-(-passes * plan.sizes[s] // n) for s, n in plan.share.items())
+    return max(-(-passes * plan.segment_sizes[s] // n) for s, n in plan.stratum_shares.items())
 
 
 def by_plan(plan: CellPlan, steps: int) -> Dealt:
-    out = {s: np.empty((steps, n), np.int32) for s, n in plan.share.items()}
+    out = {s: np.empty((steps, n), np.int32) for s, n in plan.stratum_shares.items()}
     for stratum, cells in out.items():
         for t in range(steps):
-            cells[t] = plan.cells(t, stratum)
+            cells[t] = plan.select_cells(t, stratum)
     return out
 
 
@@ -32,8 +32,8 @@ def by_draws(plan: CellPlan, steps: int) -> Dealt:
     """Every pass a shuffle of the whole stratum: the yardstick."""
     rng = np.random.default_rng(plan.seed)
     out = {}
-    for s, share in plan.share.items():
-        n, needed = plan.sizes[s], steps * share
+    for s, share in plan.stratum_shares.items():
+        n, needed = plan.segment_sizes[s], steps * share
         passes = [rng.permutation(n).astype(np.int32) for _ in range(-(-needed // n))]
         out[s] = np.concatenate(passes)[:needed].reshape(steps, share)
     return out
@@ -43,7 +43,7 @@ def not_once(plan: CellPlan, dealt: Dealt) -> int:
     """Cells, summed over all whole passes, that a pass over their stratum did not deal exactly once."""
     wrong = 0
     for stratum, cells in dealt.items():
-        n = plan.sizes[stratum]
+        n = plan.segment_sizes[stratum]
         for one in cells.reshape(-1)[: cells.size // n * n].reshape(-1, n):
             wrong += int((np.bincount(one, minlength=n) != 1).sum())
     return wrong
@@ -65,7 +65,7 @@ def shares_of(plan: CellPlan, dealt: Dealt, stored: Mapping[str, np.ndarray]) ->
     """stored: groups of each stratum's cells, see `atlas.stored`. Means and variances are the known ones of a draw."""
     count, mean, variance = (np.zeros(1) for _ in range(3))
     for stratum, cells in dealt.items():
-        n, share = plan.sizes[stratum], plan.share[stratum]
+        n, share = plan.segment_sizes[stratum], plan.stratum_shares[stratum]
         p = categories(np.bincount(stored[stratum], minlength=PLATES * TYPES)) / n
         count = count + categories(composition(stored[stratum], cells))  # (steps, PLATES + TYPES)
         mean = mean + share * p
@@ -94,7 +94,7 @@ def met_again(plan: CellPlan, dealt: Dealt) -> tuple[float, float] | None:
     of a block stay together in their lane's window.
     """
     stratum, cells = next(iter(dealt.items()))
-    n, share = plan.sizes[stratum], plan.share[stratum]
+    n, share = plan.segment_sizes[stratum], plan.stratum_shares[stratum]
     if cells.size < 2 * n:
         return None
     batch = np.empty((2, n), np.int64)  # of each cell in each of two passes
