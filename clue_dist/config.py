@@ -203,8 +203,9 @@ class Config(_Strict):
             )
         return self
 
-    def write(self, path: Path) -> None:
-        path.write_text(json.dumps(self.model_dump(mode="json"), indent=2) + "\n")
+    def to_json(self) -> str:
+        """The whole tree, as it is kept in a run folder."""
+        return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:

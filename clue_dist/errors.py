@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any
 
 LOST = 76  # exit code where a rank, a machine or the network was lost: starting again may mend it
@@ -108,72 +103,8 @@ class FolderError(SavingError):
     exit_code = LOST
 
 
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
-WRITE_REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
-PASSING = {
-    errno.EIO,
-    errno.ESTALE,
-    errno.ETIMEDOUT,
-    errno.EHOSTDOWN,
-    errno.ENOTCONN,
-    errno.ESHUTDOWN,
-    errno.EREMOTEIO,
-}
-
-
-@contextmanager
-def translate_write_errors(what: str, where: Path) -> Iterator[None]:
-    """What the system refuses inside, told as an error that a person can mend.
-
-    Raises:
-        SavingError: anything but another ClueError went wrong, as the other ranks must hear of it.
-        FolderError: starting again may mend it.
-    """
-    try:
-        yield
-    except ClueError:
-        raise
-    except Exception as error:
-        number = _number_of(error)
-        kind = FolderError if number in PASSING else SavingError
-        fix = (
-            "make room or make the folder writable, then "
-            if number in DISK_FULL | WRITE_REFUSED
-            else ""
-        )
-        raise kind(
-            f"{what} could not be written",
-            where=where,
-            got=error if number is not None else repr(error),
-            fix=f"{fix}type the same command: it goes on from the last checkpoint that was committed",
-        ) from error
-
-
-def _number_of(error: Exception) -> int | None:
-    """The system's number of an error; safetensors has it in its text alone."""
-    told = re.search(r"\(os error (\d+)\)", str(error))
-    return int(told[1]) if told else error.errno if isinstance(error, OSError) else None
-
-
 def list_names(names: Iterable[object], limit: int = 10) -> str:
     """The first `limit` names, then how many more there are."""
     names = list(names)
     more = f" ... and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(str(n) for n in names[:limit]) + more
-
-
-def parse_path(text: str) -> Path:
-    """A path as a person typed it; it need not exist. As a `type` of argparse, too.
-
-    Raises:
-        ConfigError: the system cannot even look: a name too long, a folder that may not be read.
-    """
-    try:
-        os.lstat(text)
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            "a path that cannot be used", where=text[:200], got=error, fix="mend the path"
-        ) from None
-    return Path(text)

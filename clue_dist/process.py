@@ -10,7 +10,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
-from clue_dist.errors import DISK_FULL, LOST, ClueError
+from clue_dist.errors import LOST, ClueError
+from clue_dist.files import DISK_FULL
 
 _has_joined = False  # whether this process is, or was, one of several
 

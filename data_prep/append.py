@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from clue_dist.errors import DataError, StoreError, list_names
+from clue_dist.files import write_file
 from clue_dist.store import layout, svd
 from clue_dist.store.location import Location, parse_location
 from clue_dist.store.manifest import FileDigest, Manifest
@@ -86,7 +87,7 @@ def append_cells(
             built = build_store(
                 inputs, options, old, folder, pool, lambda cells: _refuse_known(cells, store)
             )
-            _write(folder / BUILT, built.model_dump_json())
+            write_file(folder / BUILT, built.model_dump_json())
         return _graft(built, folder, old, root)
 
 
@@ -179,7 +180,7 @@ def _graft(addition: Manifest, folder: Path, old: Manifest, root: Path) -> Manif
         _move(folder / "store" / "strata" / name, root / "strata" / final)
         found |= hash_metadata(root, f"strata/{final}")
     new = new.model_copy(update={"metadata": found})
-    _write(folder / DONE, new.computed_fingerprint())
+    write_file(folder / DONE, new.computed_fingerprint())
     new = new.write(root)
     _forget_svd(root, new)
     return new
@@ -200,12 +201,6 @@ def _renamed(addition: Manifest, names: dict[str, str]) -> dict[str, FileDigest]
         strata, name, rest = key.split("/", 2)
         out[f"{strata}/{names[name]}/{rest}"] = shard
     return out
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.rename(path)
 
 
 def _move(source: Path, target: Path) -> None:

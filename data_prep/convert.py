@@ -12,7 +12,6 @@ skipping what is there; nothing depends on the order of tasks, so any number of 
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 
 import clue_dist
 from clue_dist.errors import list_names
+from clue_dist.files import write_file
 from clue_dist.store import layout
 from clue_dist.store.layout import Codec
 from clue_dist.store.location import parse_location
@@ -312,11 +312,8 @@ def _gather_shard(task: _Gather) -> None:
         )
     cells = ShardCells(modalities, obs["batch"], obs["label"], obs["barcodes"])
     written = write_shard(task.store, manifest, task.stratum, task.shard, cells)
-    temporary = task.out.with_suffix(
-        f".{uuid.uuid4().hex[:8]}.tmp"
-    )  # a worker given up for dead may still be at it
-    temporary.write_text(json.dumps({key: shard.model_dump() for key, shard in written.items()}))
-    temporary.rename(task.out)
+    digests = json.dumps({key: shard.model_dump() for key, shard in written.items()})
+    write_file(task.out, digests, unique=True)  # a worker given up for dead may still write it
 
 
 def _provenance(

@@ -17,6 +17,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from clue_dist.errors import DataError
+from clue_dist.files import replace_file
 from clue_dist.kinds import Kind, infer_kind
 from data_prep.jobs.whole_files import make_folder
 from data_prep.options import require_known_modalities
@@ -291,11 +292,9 @@ def write_h5mu(spec: SimulationSpec, out: Path) -> None:
             "something is already there", where=out, fix="choose another --out, or remove it"
         )
     make_folder(out.parent)
-    temporary = out.with_name(f".{out.name}.tmp.h5mu")
-    with warnings.catch_warnings():
+    with replace_file(out, ending=".tmp.h5mu") as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         build_mudata(spec).write(temporary)
-    temporary.rename(out)
 
 
 def parse_features(texts: list[str]) -> dict[str, int]:

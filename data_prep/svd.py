@@ -19,7 +19,6 @@ memory of about three such sums, the process that combines them of two for every
 from __future__ import annotations
 
 import shutil
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ import numpy as np
 
 import clue_dist
 from clue_dist.errors import DataError, StoreError
+from clue_dist.files import replace_file
 from clue_dist.kinds import NORMALISE
 from clue_dist.normalise import (
     Rows,
@@ -354,8 +354,6 @@ def _basis_of(task: _Task) -> Path:
 
 def _save(path: Path, **arrays: np.ndarray) -> Path:
     """Under a name of its own first: a worker given up for dead may still be at it."""
-    temporary = path.with_suffix(f".{uuid.uuid4().hex[:8]}.tmp")
-    with temporary.open("wb") as file:
+    with replace_file(path, unique=True) as temporary, temporary.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
-    temporary.rename(path)
     return path

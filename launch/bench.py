@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from clue_dist import config as configs
 from clue_dist.errors import ConfigError
+from clue_dist.files import write_file
 from clue_dist.process import run_main
 from clue_dist.ranks import Ranks
 
@@ -90,7 +91,7 @@ def main() -> None:
     report = measure_speed(setup, ranks, args.seconds, args.repeats)
     if ranks.is_first:
         if args.json:
-            args.json.write_text(json.dumps(report.as_dict(), indent=1) + "\n")
+            write_file(args.json, json.dumps(report.as_dict(), indent=1) + "\n")
         print(report.text(), flush=True)
     ranks.leave_group()
 

@@ -5,7 +5,7 @@ Writes RUN/report/index.html; the last line printed is its path.
 
 import argparse
 
-from clue_dist.errors import parse_path
+from clue_dist.files import parse_path
 from clue_dist.inference.report import write_report
 from clue_dist.process import run_main
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from clue_dist.config import Config
-from clue_dist.errors import translate_write_errors
+from clue_dist.files import translate_write_errors, write_file
 from clue_dist.store.manifest import Modality
 from clue_dist.store.reader import Store
-from clue_dist.store.writer import sync_to_disk
 
 
 class ModelCard(BaseModel):
@@ -32,13 +30,5 @@ def write_model_card(run: Path, store: Store, config: Config) -> None:
     )
     with translate_write_errors("what the run is", run):
         run.mkdir(parents=True, exist_ok=True)
-        _replace(run / "config.json", config.write)
-        _replace(run / "model.json", lambda path: path.write_text(card.model_dump_json(indent=1)))
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Old or new, never half."""
-    half = path.with_suffix(".partial")
-    write(half)
-    sync_to_disk(half)
-    half.replace(path)
+        write_file(run / "config.json", config.to_json(), durable=True)
+        write_file(run / "model.json", card.model_dump_json(indent=1), durable=True)

@@ -29,7 +29,8 @@ from torch import Tensor
 from clue_dist import config as configs
 from clue_dist.checkpoint import shards
 from clue_dist.config import Config
-from clue_dist.errors import ResumeError, list_names, translate_write_errors
+from clue_dist.errors import ResumeError, list_names
+from clue_dist.files import translate_write_errors
 from clue_dist.model.clue import CLUE
 from clue_dist.process import print_line
 from clue_dist.ranks import Ranks

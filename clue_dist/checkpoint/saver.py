@@ -35,10 +35,11 @@ from clue_dist.checkpoint.run_folder import (
     parse_step,
     read_best_step,
 )
-from clue_dist.errors import ClueError, SavingError, translate_write_errors
+from clue_dist.errors import ClueError, SavingError
+from clue_dist.files import sync_to_disk, translate_write_errors
 from clue_dist.process import print_line
 from clue_dist.ranks import Ranks
-from clue_dist.store.writer import hash_file, sync_to_disk
+from clue_dist.store.writer import hash_file
 
 Kind = Literal["checkpoints", "best"]
 Listing = dict[str, dict[str, Any]]  # file -> size and hash, what COMMIT.json holds

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from clue_dist.errors import parse_path
+from clue_dist.files import parse_path
 from clue_dist.inference.load_model import TrainedModel, load_model
 from clue_dist.ranks import Ranks
 from clue_dist.store.reader import Store

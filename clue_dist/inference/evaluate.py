@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,10 @@ import numpy as np
 
 from clue_dist import matching
 from clue_dist.errors import ConfigError, StoreError
+from clue_dist.files import translate_disk_errors, write_file
 from clue_dist.inference.embed import describe_embedding
 from clue_dist.inference.stream import (
+    DISK_FIX,
     Embedding,
     LoadedModel,
     check_output_folder,
@@ -61,9 +62,9 @@ def evaluate_store(
             "max_cells": max_cells,
         }
         if ranks.is_first:
-            temporary = scratch / "scores.json"
-            temporary.write_text(json.dumps(_without_nan(result), indent=1, allow_nan=False) + "\n")
-            os.replace(temporary, out)
+            text = json.dumps(_without_nan(result), indent=1, allow_nan=False)
+            with translate_disk_errors(out, DISK_FIX, every=True):
+                write_file(out, f"{text}\n")
     return result
 
 

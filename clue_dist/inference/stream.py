@@ -17,9 +17,12 @@ from torch import Tensor
 
 from clue_dist.data.batch import Batch, read_batch
 from clue_dist.errors import ConfigError, ResumeError, StoreError, list_names
+from clue_dist.files import translate_disk_errors
 from clue_dist.ranks import Ranks
 from clue_dist.store.manifest import Modality
 from clue_dist.store.reader import Store
+
+DISK_FIX = "free some space or mend the permissions, then run it again"
 
 
 class Embedder(Protocol):
@@ -193,7 +196,7 @@ def make_scratch_folder(out: Path, ranks: Ranks) -> Iterator[Path]:
 
     def make() -> None:
         shutil.rmtree(scratch, ignore_errors=True)
-        with _told(scratch):
+        with translate_disk_errors(scratch, DISK_FIX, every=True):
             scratch.mkdir()
 
     ranks.run_on_first(make)
@@ -212,18 +215,6 @@ def _require_shared(scratch: Path) -> None:
         raise ConfigError(
             "not all machines see the folder of the output", where=scratch.parent, fix=fix
         )
-
-
-@contextlib.contextmanager
-def _told(where: Path) -> Iterator[None]:
-    """What the file system refuses (a full disk, say), in plain words."""
-    try:
-        yield
-    except OSError as error:
-        fix = "free some space or mend the permissions, then run it again"
-        raise StoreError(
-            "the disk is full or refuses to be written", where=where, got=error, fix=fix
-        ) from error
 
 
 def _part(scratch: Path, name: str, rank: int) -> Path:
@@ -245,7 +236,7 @@ def _embed_share(
     model = loaded.model.to(device)
     with contextlib.ExitStack() as stack:
         paths = {name: _part(scratch, name, ranks.rank) for name in names}
-        with _told(scratch):
+        with translate_disk_errors(scratch, DISK_FIX, every=True):
             files = {
                 name: stack.enter_context(path.open("wb", buffering=0))
                 for name, path in paths.items()
@@ -261,9 +252,9 @@ def _embed_share(
                     if name in z
                     else np.full(joint.shape, np.nan, np.float32)
                 )
-                with _told(scratch):
+                with translate_disk_errors(scratch, DISK_FIX, every=True):
                     _write_all(file, rows)
-        with _told(scratch):
+        with translate_disk_errors(scratch, DISK_FIX, every=True):
             for file in files.values():
                 os.fsync(file.fileno())
 
@@ -285,7 +276,10 @@ def _join(scratch: Path, names: list[str], shape: tuple[int, int], world: int) -
             raise StoreError(
                 "rows of some rank are missing", where=where, got=got, expected=f"{expected} bytes"
             )
-        with _told(scratch), parts[0].open("ab") as whole:
+        with (
+            translate_disk_errors(scratch, DISK_FIX, every=True),
+            parts[0].open("ab") as whole,
+        ):
             for part in parts[1:]:
                 with part.open("rb") as rows:
                     shutil.copyfileobj(rows, whole, 2**24)

@@ -12,7 +12,8 @@ from contextlib import ExitStack, contextmanager
 from io import FileIO
 from pathlib import Path
 
-from clue_dist.errors import ResumeError, translate_write_errors
+from clue_dist.errors import ResumeError
+from clue_dist.files import translate_write_errors
 from clue_dist.process import print_line
 from clue_dist.ranks import Ranks
 

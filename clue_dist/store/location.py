@@ -17,7 +17,8 @@ from typing import Any
 
 import tensorstore as ts
 
-from clue_dist.errors import PASSING, ServerError, StoreError
+from clue_dist.errors import ServerError, StoreError
+from clue_dist.files import PASSING
 
 SCHEMES = ("s3", "gs", "http", "https")
 LARGEST = 2**32  # bytes of a file that is read whole: the manifest of a billion cells is smaller

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from pydantic import (
 )
 
 from clue_dist.errors import StoreError
+from clue_dist.files import write_file
 from clue_dist.kinds import STORAGE, Kind, Storage
 from clue_dist.store import layout, location
 from clue_dist.store.layout import ArraySpec, Codec
@@ -239,12 +239,7 @@ class Manifest(_Strict):
         """Sign and write the manifest durably: to a temporary name, synced, then renamed."""
         signed = self.model_copy(update={"fingerprint": self.computed_fingerprint(), "seal": ""})
         signed = signed.model_copy(update={"seal": hashlib.sha256(signed._text()).hexdigest()})
-        temporary = root / (layout.MANIFEST + ".tmp")
-        with temporary.open("wb") as f:
-            f.write(signed._text())
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.rename(root / layout.MANIFEST)
+        write_file(root / layout.MANIFEST, signed._text(), durable=True)
         return signed
 
     def _text(self) -> bytes:

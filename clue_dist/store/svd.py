@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from clue_dist.errors import StoreError
+from clue_dist.files import write_file
 from clue_dist.store import location
 from clue_dist.store.location import Location
 from clue_dist.store.manifest import FileDigest, Manifest
@@ -95,10 +95,9 @@ def write_svd(root: Path, svd: StoredSvd) -> SvdNote:
     unsigned = svd.note.model_copy(update={"arrays": arrays})
     note = unsigned.model_copy(update={"digest": unsigned.computed_digest()})
     (root / FOLDER).mkdir(exist_ok=True)
-    _write_whole(root / note.arrays_name, content)
-    _write_whole(
-        root / _name(note.modality), json.dumps(note.model_dump(mode="json"), indent=1).encode()
-    )
+    write_file(root / note.arrays_name, content, durable=True)
+    text = json.dumps(note.model_dump(mode="json"), indent=1)
+    write_file(root / _name(note.modality), text, durable=True)
     for old in (root / FOLDER).glob(f"{note.modality}-*.npz"):
         if f"{FOLDER}/{old.name}" != note.arrays_name and len(old.stem) == len(note.modality) + 17:
             old.unlink()
@@ -240,13 +239,3 @@ def _damaged(where: object, got: str, expected: str | None = None) -> StoreError
     return StoreError(
         "the stored SVD is damaged", where=where, got=got, expected=expected, fix=_FIX
     )
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Under a temporary name, synced, then renamed."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)

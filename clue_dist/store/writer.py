@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +12,7 @@ import tensorstore as ts
 import zarr
 
 from clue_dist.errors import StoreError
+from clue_dist.files import sync_to_disk
 from clue_dist.store import layout
 from clue_dist.store.layout import ArraySpec
 from clue_dist.store.manifest import FileDigest, Manifest, PackedModality
@@ -137,15 +137,6 @@ def hash_file(path: Path) -> FileDigest:
 
 
 PIECE = 8 << 20  # bytes
-
-
-def sync_to_disk(path: Path) -> None:
-    """Have a file, or the names in a folder, on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _create_array(root: Path, spec: ArraySpec) -> None:

@@ -14,7 +14,8 @@ from clue_dist.config import Config
 from clue_dist.data import plan as plans
 from clue_dist.data.batch import Batch, BatchPart, assemble_batch
 from clue_dist.data.plan import CellPlan
-from clue_dist.errors import ConfigError, parse_path
+from clue_dist.errors import ConfigError
+from clue_dist.files import parse_path
 from clue_dist.model.clue import ModalitySpec, specify_modalities
 from clue_dist.store.layout import name_stratum
 from clue_dist.store.reader import Store

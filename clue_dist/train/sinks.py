@@ -17,10 +17,9 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from clue_dist.config import Config
-from clue_dist.errors import translate_write_errors
+from clue_dist.files import translate_write_errors, write_file
 from clue_dist.process import print_line
 from clue_dist.ranks import Ranks
-from clue_dist.store.writer import sync_to_disk
 
 Numbers = Mapping[str, float | int | str]
 T = TypeVar("T")
@@ -185,10 +184,7 @@ def _reopened(path: Path, step: int) -> io.FileIO:
                     kept.append(line)
             except ValueError:  # the last line of a killed run may be cut
                 continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept))
-    sync_to_disk(temporary)
-    temporary.rename(path)
+    write_file(path, "".join(line + "\n" for line in kept), durable=True)
     return io.FileIO(path, "a")
 
 
@@ -238,7 +234,7 @@ def _wandb_id(run: Path) -> str:
     """One id a run folder, so that a resumed run continues its curve."""
     path = run / "wandb-id"
     if not path.exists():
-        path.write_text(secrets.token_hex(4))
+        write_file(path, secrets.token_hex(4))
     return path.read_text().strip()
 
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-from clue_dist.errors import DataError, StoreError, parse_path
+from clue_dist.errors import DataError, StoreError
+from clue_dist.files import parse_path
 from clue_dist.store import layout
 from clue_dist.store.location import parse_location
 from clue_dist.store.manifest import Manifest

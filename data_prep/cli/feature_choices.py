@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
-from clue_dist.errors import DataError, list_names, parse_path
+from clue_dist.errors import DataError, list_names
+from clue_dist.files import parse_path
 from clue_dist.kinds import infer_kind
 from data_prep.options import FeatureChoice, Mode, PerModality
 from data_prep.readers.text_files import read_lines

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import h5py
 
-from clue_dist.errors import DataError, list_names, parse_path
+from clue_dist.errors import DataError, list_names
+from clue_dist.files import parse_path
 from clue_dist.kinds import TENX_TYPES, infer_kind
 from data_prep.options import ObsColumns, PerModality, require_known_modalities
 from data_prep.readers.fragments import FragmentsInput, Input, looks_like_fragments

@@ -8,7 +8,6 @@ them; the number of cells does not matter. Every task leaves its sums in a file,
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import scipy.sparse as sp
 from numba import njit
 
 from clue_dist.errors import DataError
+from clue_dist.files import replace_file
 from data_prep.conversion.cells import CellTable
 from data_prep.conversion.counts import SourceReading
 from data_prep.features import seurat_v3
@@ -187,10 +187,8 @@ def _add_rows(task: _Task) -> None:
         cells += np.bincount(there[of[np.diff(rows.indptr) > 0]], minlength=task.batches)
     at = np.flatnonzero(sums[0])
     flat = there[at // n_features].astype(np.int64) * n_features + at % n_features
-    temporary = task.out.with_suffix(f".{uuid.uuid4().hex[:8]}.tmp")
-    with temporary.open("wb") as file:
+    with replace_file(task.out, unique=True) as temporary, temporary.open("wb") as file:
         np.savez(file, at=flat, sums=sums.reshape(3, -1)[:, at], cells=cells)
-    temporary.rename(task.out)
 
 
 @njit(nogil=True, cache=True)

@@ -7,7 +7,6 @@ OUT.partial/<digest of that>/        its files: a worker that was given up, but 
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import glob
 import hashlib
@@ -20,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from clue_dist.errors import DataError, StoreError, list_names
+from clue_dist.files import translate_disk_errors, write_file
 from data_prep.jobs.whole_files import make_folder, remove_leftovers
 
 _JOB = "job.json"
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EIO}
 
 
 @contextmanager
@@ -43,7 +42,8 @@ def claim_job(out: Path, description: dict[str, Any], what: str = "conversion") 
         raise StoreError(
             "something is already there", where=out, fix="choose another --out, or remove it"
         )
-    with _loud(partial):
+    fix = "free some space, then run the same command again: it goes on"
+    with translate_disk_errors(partial, fix):
         make_folder(partial)
         with _locked(partial, what):
             description = normalise_json(description)
@@ -118,9 +118,7 @@ def _same_as_before(partial: Path, description: dict[str, Any], what: str) -> No
     """Refuse to go on with another job than the one that was begun; write down a new one."""
     before = read_job(partial)
     if before is None:
-        temporary = partial / f"{_JOB}.tmp"
-        temporary.write_text(json.dumps(description, indent=1))
-        temporary.rename(partial / _JOB)
+        write_file(partial / _JOB, json.dumps(description, indent=1))
         return
     changed = [key for key in description if before.get(key) != description[key]]
     if changed:
@@ -130,19 +128,3 @@ def _same_as_before(partial: Path, description: dict[str, Any], what: str) -> No
             got=f"a change of {list_names(changed)}",
             fix=f"run it again as it was, or remove {partial.name} to start afresh",
         )
-
-
-@contextmanager
-def _loud(folder: Path) -> Iterator[None]:
-    """Say in plain words that the disk is full; every file that matters is renamed into place, so nothing is torn."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _DISK and "written" not in str(
-            error
-        ):  # NumPy's short writes carry no number
-            raise
-        fix = "free some space, then run the same command again: it goes on"
-        raise StoreError(
-            "the disk is full or refuses to be written", where=folder, got=error, fix=fix
-        ) from error

@@ -14,7 +14,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import pandas as pd
 
-from clue_dist.errors import DataError, list_names, parse_path
+from clue_dist.errors import DataError, list_names
+from clue_dist.files import parse_path
 from data_prep.jobs.whole_files import make_whole_folder, save_array
 from data_prep.jobs.workers import WorkerPool, run_missing
 from data_prep.options import FeatureChoice

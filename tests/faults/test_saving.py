@@ -23,7 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from clue_dist.checkpoint import run_folder
-from clue_dist.errors import LOST, ResumeError, SavingError, translate_write_errors
+from clue_dist.errors import LOST, ResumeError, SavingError
+from clue_dist.files import translate_write_errors
 from clue_dist.ranks import Ranks
 from clue_dist.store.writer import hash_file
 from tests.distributed.command import (

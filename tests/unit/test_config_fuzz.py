@@ -67,7 +67,7 @@ def loaded(content: bytes, overrides: list[str]) -> Config | None:
             got = configs.load_config(path, overrides)
         except ConfigError:
             return None
-        got.write(path)
+        path.write_text(got.to_json())
         assert configs.load_config(path) == got
         return got
 

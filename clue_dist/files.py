@@ -1,0 +1,154 @@
+"""Whole files: each is written under a temporary name and renamed into place.
+
+A reader therefore sees the old file or the new one, never half of one. What the system refuses on
+the way becomes one of our errors, which says what a person can do.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from clue_dist.errors import ClueError, ConfigError, FolderError, SavingError, StoreError
+
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+WRITE_REFUSED = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG})
+# Errors of a file server that is away for a while: starting the job again may mend them.
+PASSING = frozenset(
+    {
+        errno.EIO,
+        errno.ESTALE,
+        errno.ETIMEDOUT,
+        errno.EHOSTDOWN,
+        errno.ENOTCONN,
+        errno.ESHUTDOWN,
+        errno.EREMOTEIO,
+    }
+)
+_DISK_TROUBLE = (DISK_FULL | WRITE_REFUSED | {errno.EIO}) - {errno.EPERM}
+
+
+@contextmanager
+def replace_file(
+    path: Path, *, durable: bool = False, unique: bool = False, ending: str = ".tmp"
+) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; what is written there becomes `path` at the end.
+
+    Args:
+        path: the file to write or to replace.
+        durable: whether the content must be on the disk before the rename. Where the machine dies
+            in between, an unsynced file may be there under its final name and yet be empty.
+        unique: whether another process may write the same file at the same time. A fixed temporary
+            name is kinder otherwise: what a killed process left is overwritten by the next one.
+        ending: what the temporary name ends with; some libraries choose a format by it.
+    """
+    random = f".{uuid.uuid4().hex[:8]}" if unique else ""
+    temporary = path.with_name(f"{path.name}{random}{ending}")
+    try:
+        yield temporary
+        if durable:
+            sync_to_disk(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_file(
+    path: Path, content: str | bytes, *, durable: bool = False, unique: bool = False
+) -> None:
+    """Write text (as UTF-8) or bytes as a whole file; see `replace_file`."""
+    with replace_file(path, durable=durable, unique=unique) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def sync_to_disk(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def translate_disk_errors(where: Path, fix: str, *, every: bool = False) -> Iterator[None]:
+    """Say in plain words that the disk is full or refuses to be written.
+
+    Args:
+        where: the file or folder, for the message.
+        fix: what a person can do.
+        every: whether every OSError inside comes of writing; else only those of a disk count.
+
+    Raises:
+        StoreError: in place of such an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        # The short writes of NumPy carry no number, only a text.
+        of_disk = error.errno in _DISK_TROUBLE or "written" in str(error)
+        if not (every or of_disk):
+            raise
+        what = "the disk is full or refuses to be written"
+        raise StoreError(what, where=where, got=error, fix=fix) from error
+
+
+@contextmanager
+def translate_write_errors(what: str, where: Path) -> Iterator[None]:
+    """Turn what goes wrong while a run's files are written into an error that all ranks hear of.
+
+    Args:
+        what: the thing that is written, for the message.
+        where: its folder.
+
+    Raises:
+        SavingError: in place of anything but another ClueError.
+        FolderError: where starting the job again may mend it.
+    """
+    try:
+        yield
+    except ClueError:
+        raise
+    except Exception as error:
+        number = _find_errno(error)
+        kind = FolderError if number in PASSING else SavingError
+        refused = number in DISK_FULL | WRITE_REFUSED
+        fix = "make room or make the folder writable, then " if refused else ""
+        raise kind(
+            f"{what} could not be written",
+            where=where,
+            got=error if number is not None else repr(error),
+            fix=f"{fix}type the same command: it goes on from the last committed checkpoint",
+        ) from error
+
+
+def _find_errno(error: Exception) -> int | None:
+    """The system's number of an error; safetensors has it in its text alone."""
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    if match:
+        return int(match[1])
+    return error.errno if isinstance(error, OSError) else None
+
+
+def parse_path(text: str) -> Path:
+    """A path as a person typed it, which need not exist. It also serves as a `type` of argparse.
+
+    Raises:
+        ConfigError: the system cannot even look, as the name is too long or a folder on the way
+            may not be read.
+    """
+    try:
+        os.lstat(text)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            "a path that cannot be used", where=text[:200], got=error, fix="mend the path"
+        ) from None
+    return Path(text)
