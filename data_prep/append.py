@@ -144,7 +144,9 @@ def _known(cells: CellTable, reader: StratumReader) -> Iterator[np.ndarray]:
     """Barcodes of a stratum that are also new ones."""
     step = BLOCKS * reader.block_cells
     for first in range(0, reader.n_cells, step):
-        found = cells.among(reader.barcodes(np.arange(first, min(first + step, reader.n_cells))))
+        found = cells.among(
+            reader.read_barcodes(np.arange(first, min(first + step, reader.n_cells)))
+        )
         if len(found):
             yield found
 
@@ -180,7 +182,7 @@ def _graft(addition: Manifest, folder: Path, old: Manifest, root: Path) -> Manif
         _move(folder / "store" / "strata" / name, root / "strata" / final)
         found |= hash_metadata(root, f"strata/{final}")
     new = new.model_copy(update={"metadata": found})
-    write_file(folder / DONE, new.computed_fingerprint())
+    write_file(folder / DONE, new.compute_fingerprint())
     new = new.write(root)
     _forget_svd(root, new)
     return new

@@ -30,7 +30,7 @@ def check_store(where: str | Location) -> list[str]:
     """
     root = location.parse_location(where)
     manifest = Manifest.read(root)
-    manifest.verify(root)
+    manifest.verify_fingerprint(root)
     problems, side_files = svd.verify_svd(root, manifest)
     problems += _manifest_file(root, manifest) + _extra_files(root, manifest, side_files)
     damaged: set[str] = set()
@@ -68,7 +68,7 @@ def _all(title: str, function: Callable[[Any], list[str]], items: list[Any]) -> 
 
 def _manifest_file(root: Location, manifest: Manifest) -> list[str]:
     content = location.read_file(root, layout.MANIFEST)
-    if content is not None and manifest.sealed(content):
+    if content is not None and manifest.is_sealed(content):
         return []
     return [
         f"{layout.MANIFEST}: changed after it was written, where its fingerprint does not see it"
@@ -158,7 +158,7 @@ def _check_stratum(reader: StratumReader, damaged: set[str]) -> list[str]:
 
 def _check_obs(reader: StratumReader, blocks: np.ndarray) -> list[str]:
     size = reader.block_cells
-    reader.obs(
+    reader.read_metadata(
         np.arange(blocks[0] * size, min((blocks[-1] + 1) * size, reader.n_cells))
     )  # raises what it finds
     return []

@@ -318,8 +318,8 @@ def _rows(task: _Task, idf: np.ndarray | None) -> Iterator[tuple[Rows, Rows]]:
     size = reader.block_cells
     for lo in range(task.lo, task.hi, task.step):
         hi = min(lo + task.step, task.hi)
-        rows = reader.rows(task.modality, np.arange(lo * size, min(hi * size, reader.n_cells)))
-        counts = rows.scipy() if isinstance(rows, CsrRows) else rows
+        rows = reader.read_rows(task.modality, np.arange(lo * size, min(hi * size, reader.n_cells)))
+        counts = rows.to_scipy() if isinstance(rows, CsrRows) else rows
         yield counts, normalise_rows(counts, task.how, idf)
 
 

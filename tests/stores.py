@@ -151,7 +151,7 @@ def part_of(rows: CodedRows | np.ndarray, part: slice) -> CodedRows | np.ndarray
     """Some of the rows, as they are."""
     if isinstance(rows, np.ndarray):
         return rows[part]
-    starts, (lo, hi, _) = rows.starts(), part.indices(rows.n_rows)
+    starts, (lo, hi, _) = rows.compute_starts(), part.indices(rows.n_rows)
     (first, first_rest), (last, last_rest) = starts[lo], starts[hi]
     return CodedRows(
         rows.codes[first:last], rows.rest[first_rest:last_rest], rows.lengths[part], rows.bits

@@ -135,9 +135,9 @@ def read_batch(
     """Any cells of one stratum as a batch, read straight from the store. `modalities`: in model order, the store's
     by default; it names all that the stratum carries."""
     reader = store.strata[stratum]
-    rows = {m: reader.located(m, positions) for m in reader.modalities}
+    rows = {m: reader.read_located_rows(m, positions) for m in reader.modalities}
     return assemble_batch(
-        modalities or store.modalities, [BatchPart(rows, reader.obs_codes("batch", positions))]
+        modalities or store.modalities, [BatchPart(rows, reader.read_codes("batch", positions))]
     )
 
 
@@ -156,7 +156,7 @@ def _stack(rows: list[LocatedRows | np.ndarray], buffers: Buffers, dense: bool) 
             first += len(r.row)
         return torch.from_numpy(out)
     indptr = np.concatenate(
-        [[0], np.cumsum(np.concatenate([r.nonzeros() for r in sparse]), dtype=np.int64)]
+        [[0], np.cumsum(np.concatenate([r.count_nonzeros() for r in sparse]), dtype=np.int64)]
     )
     indices = buffers.empty(int(indptr[-1]), np.int32)
     binary = not any(r.bits for r in sparse)

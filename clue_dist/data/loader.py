@@ -68,7 +68,7 @@ class BlockCache:
                 missing,
                 self._calls,
             )
-            self._coming.append(self._pool.start(missing, slots))
+            self._coming.append(self._pool.start_read(missing, slots))
             self._is_coming[slots] = True
 
     def locate_cells(self, positions: np.ndarray) -> BatchPart:
@@ -81,8 +81,8 @@ class BlockCache:
         self._await(slot)
         if self._damaged and (bad := self._damaged.keys() & slot.tolist()):
             raise self._damaged[min(bad)]
-        rows = {m: self._pool.rows(m, slot, row) for m in self.modalities}
-        return BatchPart(rows, self._pool.batch_codes(slot, row))
+        rows = {m: self._pool.get_rows(m, slot, row) for m in self.modalities}
+        return BatchPart(rows, self._pool.get_batch_codes(slot, row))
 
     @time_phase("read and decode")
     def _await(self, slot: np.ndarray) -> None:
@@ -95,13 +95,13 @@ class BlockCache:
     def close(self) -> None:
         """Wait until nothing is on its way any more: TensorStore's threads must not outlive what they write to."""
         for reading in self._coming:
-            self._pool.abandon(reading)
+            self._pool.abandon_read(reading)
         self._coming.clear()
 
     def _settle(self, reading: BlockRead) -> None:
         """Wait for blocks; of many that were read together, find out which one is damaged."""
         try:
-            self._pool.finish(reading)
+            self._pool.finish_read(reading)
         except StoreError as error:
             if isinstance(error, ServerError):
                 raise
@@ -109,7 +109,9 @@ class BlockCache:
                 self._damaged[int(reading.slots[0])] = error
                 return
             for i in range(len(reading.blocks)):
-                self._settle(self._pool.start(reading.blocks[i : i + 1], reading.slots[i : i + 1]))
+                self._settle(
+                    self._pool.start_read(reading.blocks[i : i + 1], reading.slots[i : i + 1])
+                )
 
 
 def count_cache_slots(plan: CellPlan, segment: str, world: int) -> int:

@@ -110,8 +110,10 @@ def sample_cells(
             * reader.block_cells
             / max(reader.stratum.packed[modality].capacity, 1)
         )
-        rows = reader.rows(modality, np.arange(max(1, min(n, round(limit * n / total), int(most)))))
-        parts.append(rows if isinstance(rows, np.ndarray) else rows.scipy())
+        rows = reader.read_rows(
+            modality, np.arange(max(1, min(n, round(limit * n / total), int(most))))
+        )
+        parts.append(rows if isinstance(rows, np.ndarray) else rows.to_scipy())
     if isinstance(parts[0], np.ndarray):
         return np.concatenate(parts).astype(np.float64)
     return sp.vstack(parts, format="csr")

@@ -72,13 +72,13 @@ class ArraySpec:
         """Of a shard's file at most: Blosc and checksum add 20 bytes to a chunk it finds nothing in, the index 16."""
         return self.shard[0] // self.chunk[0] * (self.chunk_bytes + 64) + 64
 
-    def file(self, shard: int) -> str:
+    def name_shard_file(self, shard: int) -> str:
         """The name of a shard in the store."""
         return f"{self.path}/c/{shard}" + "/0" * (len(self.shape) - 1)
 
-    def files(self) -> Iterator[str]:
+    def list_shard_files(self) -> Iterator[str]:
         """Names of all its shards."""
-        return (self.file(shard) for shard in range(self.n_shards))
+        return (self.name_shard_file(shard) for shard in range(self.n_shards))
 
 
 def make_array_metadata(spec: ArraySpec) -> dict[str, Any]:

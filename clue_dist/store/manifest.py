@@ -169,7 +169,7 @@ class Manifest(_Strict):
                     raise ValueError(
                         f"a block of {m!r} in stratum {name!r} has {values} values, and is packed as more"
                     )
-            for spec in self.arrays(name):
+            for spec in self.specify_arrays(name):
                 if not 0 < spec.chunk_bytes <= layout.CHUNK_BYTES:
                     raise ValueError(
                         f"{spec.path} has chunks of {spec.chunk_bytes} bytes, at most {layout.CHUNK_BYTES}"
@@ -180,7 +180,7 @@ class Manifest(_Strict):
     def n_cells(self) -> int:
         return sum(s.n_cells for s in self.strata.values())
 
-    def computed_fingerprint(self) -> str:
+    def compute_fingerprint(self) -> str:
         """SHA-256 of the manifest's content, but for what the data do not decide: equal data, equal fingerprint."""
         content = self.model_dump(
             mode="json", exclude={"provenance", "metadata", "fingerprint", "seal"}
@@ -189,7 +189,7 @@ class Manifest(_Strict):
             json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
         ).hexdigest()
 
-    def arrays(self, stratum: str) -> list[ArraySpec]:
+    def specify_arrays(self, stratum: str) -> list[ArraySpec]:
         """Specs of every array of a stratum, `obs` first."""
         s, size = self.strata[stratum], self.block_cells
         n = layout.count_blocks(s.n_cells, size)
@@ -228,16 +228,16 @@ class Manifest(_Strict):
             )
         return specs
 
-    def fitting_shards(self) -> bool:
+    def lists_every_shard(self) -> bool:
         """Whether exactly the shards are listed that all arrays have."""
-        specs = [spec for name in self.strata for spec in self.arrays(name)]
+        specs = [spec for name in self.strata for spec in self.specify_arrays(name)]
         if sum(spec.n_shards for spec in specs) != len(self.shards):  # which may be absurdly many
             return False
-        return self.shards.keys() == {file for spec in specs for file in spec.files()}
+        return self.shards.keys() == {file for spec in specs for file in spec.list_shard_files()}
 
     def write(self, root: Path) -> Manifest:
         """Sign and write the manifest durably: to a temporary name, synced, then renamed."""
-        signed = self.model_copy(update={"fingerprint": self.computed_fingerprint(), "seal": ""})
+        signed = self.model_copy(update={"fingerprint": self.compute_fingerprint(), "seal": ""})
         signed = signed.model_copy(update={"seal": hashlib.sha256(signed._text()).hexdigest()})
         write_file(root / layout.MANIFEST, signed._text(), durable=True)
         return signed
@@ -245,7 +245,7 @@ class Manifest(_Strict):
     def _text(self) -> bytes:
         return self.model_dump_json(indent=1).encode()
 
-    def sealed(self, content: bytes) -> bool:
+    def is_sealed(self, content: bytes) -> bool:
         """Whether `content`, of the file this was read from, is to the byte what `write` wrote, provenance and all."""
         unsealed = b"".join(content.rsplit(self.seal.encode(), 1)) if self.seal else content
         return hashlib.sha256(unsealed).hexdigest() == self.seal
@@ -279,7 +279,7 @@ class Manifest(_Strict):
                 expected=f"{layout.FORMAT} version {layout.VERSION}",
                 fix="convert again from the source files",
             ) from None
-        if not manifest.fitting_shards():
+        if not manifest.lists_every_shard():
             raise StoreError(
                 "the manifest does not list the shards that its strata have",
                 where=path,
@@ -287,22 +287,22 @@ class Manifest(_Strict):
                 fix="convert again from the source files, or restore the manifest",
             )
         # A file that is to the byte what was written needs no closer look, which takes longer than all the rest.
-        if not manifest.sealed(content):
-            manifest.verify(root)
+        if not manifest.is_sealed(content):
+            manifest.verify_fingerprint(root)
         return manifest
 
-    def verify(self, root: Location) -> None:
+    def verify_fingerprint(self, root: Location) -> None:
         """Compare the content with its fingerprint.
 
         Raises:
             StoreError: they differ.
         """
-        if self.fingerprint != self.computed_fingerprint():
+        if self.fingerprint != self.compute_fingerprint():
             raise StoreError(
                 "the manifest was changed after it was written",
                 where=root / layout.MANIFEST,
                 got=self.fingerprint[:16],
-                expected=self.computed_fingerprint()[:16],
+                expected=self.compute_fingerprint()[:16],
                 fix="convert again from the source files, or restore the manifest",
             )
 

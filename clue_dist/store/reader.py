@@ -38,7 +38,9 @@ class StratumReader:
         self.n_cells, self.block_cells = self.stratum.n_cells, manifest.block_cells
         self.n_blocks = layout.count_blocks(self.n_cells, self.block_cells)
         self._context = ts.Context(_CONTEXT)
-        self._specs = {s.path.removeprefix(f"strata/{name}/"): s for s in manifest.arrays(name)}
+        self._specs = {
+            s.path.removeprefix(f"strata/{name}/"): s for s in manifest.specify_arrays(name)
+        }
         self._arrays = {array: self._open(spec) for array, spec in self._specs.items()}
         self._plain: dict[str, set[int]] = {array: set() for array in self._specs}
 
@@ -53,11 +55,11 @@ class StratumReader:
         names = [f"{modality}/{part}" for part in ("codes", "rest", "lengths")]
         pending = [self._start(name, blocks) for name in names]
         codes, rest, lengths = (
-            self.finish(n, blocks, future) for n, future in zip(names, pending, strict=True)
+            self.finish_read(n, blocks, future) for n, future in zip(names, pending, strict=True)
         )
-        return CodedBlocks(codes, rest, lengths, self.starts(modality, lengths))
+        return CodedBlocks(codes, rest, lengths, self.compute_starts(modality, lengths))
 
-    def starts(self, modality: str, lengths: np.ndarray) -> np.ndarray:
+    def compute_starts(self, modality: str, lengths: np.ndarray) -> np.ndarray:
         """Where the rows of blocks with these lengths, (n, B, 3), start: (n, B + 1, 2).
 
         Raises:
@@ -70,7 +72,7 @@ class StratumReader:
             raise self._misfit(modality, got, f"{packed.capacity} and {packed.rest} at most")
         return starts
 
-    def locate(
+    def locate_rows(
         self, modality: str, blocks: CodedBlocks, slot: np.ndarray, row: np.ndarray
     ) -> LocatedRows:
         """Rows `row` of blocks `slot`, both (n,), among blocks of a sparse modality."""
@@ -82,7 +84,7 @@ class StratumReader:
             blocks, slot, row, n_features, bits, f"{self.root}: stratum {self.name}, {modality}"
         )
 
-    def read_codes(self, field: str, blocks: np.ndarray) -> np.ndarray:
+    def _read_code_blocks(self, field: str, blocks: np.ndarray) -> np.ndarray:
         """`batch` or `label` codes of whole blocks, (n, B) int32."""
         return self._read(f"obs/{field}", blocks)
 
@@ -90,26 +92,30 @@ class StratumReader:
         """Non-zeros of each cell of whole blocks of a sparse modality, (n, B) uint32; padding has none."""
         return self._read(f"{modality}/lengths", blocks)[..., 0]
 
-    def located(self, modality: str, positions: np.ndarray) -> LocatedRows | np.ndarray:
+    def read_located_rows(self, modality: str, positions: np.ndarray) -> LocatedRows | np.ndarray:
         """Any cells, in the order asked for: still coded, or (n, features) where stored dense."""
         blocks, slot = np.unique(positions // self.block_cells, return_inverse=True)
         row = positions % self.block_cells
         got = self.read_blocks(modality, blocks)
         return (
-            got[slot, row] if isinstance(got, np.ndarray) else self.locate(modality, got, slot, row)
+            got[slot, row]
+            if isinstance(got, np.ndarray)
+            else self.locate_rows(modality, got, slot, row)
         )
 
-    def rows(self, modality: str, positions: np.ndarray) -> CsrRows | np.ndarray:
+    def read_rows(self, modality: str, positions: np.ndarray) -> CsrRows | np.ndarray:
         """Raw counts of any cells, in the order asked for: `Csr`, or (n, features) where stored dense."""
-        got = self.located(modality, positions)
-        return got.csr() if isinstance(got, LocatedRows) else got
+        got = self.read_located_rows(modality, positions)
+        return got.to_csr() if isinstance(got, LocatedRows) else got
 
-    def obs_codes(self, field: str, positions: np.ndarray) -> np.ndarray:
+    def read_codes(self, field: str, positions: np.ndarray) -> np.ndarray:
         """`batch` or `label` codes of any cells, (n,) int32, -1 = unknown."""
         blocks, slot = np.unique(positions // self.block_cells, return_inverse=True)
-        return self.known(field, self.read_codes(field, blocks)[slot, positions % self.block_cells])
+        return self.require_known_codes(
+            field, self._read_code_blocks(field, blocks)[slot, positions % self.block_cells]
+        )
 
-    def known(self, field: str, codes: np.ndarray) -> np.ndarray:
+    def require_known_codes(self, field: str, codes: np.ndarray) -> np.ndarray:
         """The same codes of cells, (n,), of `batch` or `label`.
 
         Raises:
@@ -122,17 +128,17 @@ class StratumReader:
             )
         return codes
 
-    def obs(self, positions: np.ndarray) -> CellMetadata:
+    def read_metadata(self, positions: np.ndarray) -> CellMetadata:
         """Batch, label and barcode of any cells, in the order asked for."""
         try:
-            barcodes = np.char.decode(self.barcodes(positions), "utf-8")
+            barcodes = np.char.decode(self.read_barcodes(positions), "utf-8")
         except UnicodeDecodeError as error:
             raise self._misfit("obs/barcode", str(error), "UTF-8") from None
         return CellMetadata(
-            self.obs_codes("batch", positions), self.obs_codes("label", positions), barcodes
+            self.read_codes("batch", positions), self.read_codes("label", positions), barcodes
         )
 
-    def barcodes(self, positions: np.ndarray) -> np.ndarray:
+    def read_barcodes(self, positions: np.ndarray) -> np.ndarray:
         """Barcodes of any cells, in the order asked for, as UTF-8: (n,) bytes."""
         blocks, slot = np.unique(positions // self.block_cells, return_inverse=True)
         letters = self._read("obs/barcode", blocks)[slot, positions % self.block_cells]  # (n, w)
@@ -171,7 +177,7 @@ class StratumReader:
             "values that no conversion writes", where=where, got=got, expected=expected, fix=CHECK
         )
 
-    def require_plain(self, name: str, blocks: np.ndarray) -> None:
+    def require_plain_shards(self, name: str, blocks: np.ndarray) -> None:
         """The shards that hold these blocks are files, no larger than they can be: TensorStore may read one whole. Each
         is looked at once.
 
@@ -181,19 +187,21 @@ class StratumReader:
         spec, known = self._specs[name], self._plain[name]
         new = set((np.asarray(blocks) // spec.shard[0]).tolist()) - known
         for shard in new:
-            location.require_plain_files(self.root, spec.file(shard), most=spec.shard_bytes)
+            location.require_plain_files(
+                self.root, spec.name_shard_file(shard), most=spec.shard_bytes
+            )
         known |= new
 
     def _start(self, name: str, blocks: np.ndarray) -> Any:
-        self.require_plain(name, blocks)
+        self.require_plain_shards(name, blocks)
         return self._arrays[name][np.asarray(blocks, np.int64)].read()
 
-    def start_into(self, name: str, blocks: np.ndarray, target: ts.TensorStore) -> Any:
+    def start_read(self, name: str, blocks: np.ndarray, target: ts.TensorStore) -> Any:
         """Begin to read whole blocks of an array, after `require_plain`, into memory, without holding this thread up;
         see `finish`."""
         return target.write(self._arrays[name][np.asarray(blocks, np.int64)])
 
-    def finish(self, name: str, blocks: np.ndarray, future: Any) -> Any:
+    def finish_read(self, name: str, blocks: np.ndarray, future: Any) -> Any:
         """What `future` gives, once it is there.
 
         Raises:
@@ -212,7 +220,7 @@ class StratumReader:
             ) from None
 
     def _read(self, name: str, blocks: np.ndarray) -> np.ndarray:
-        return np.asarray(self.finish(name, blocks, self._start(name, blocks)))
+        return np.asarray(self.finish_read(name, blocks, self._start(name, blocks)))
 
 
 class Store:

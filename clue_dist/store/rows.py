@@ -40,7 +40,7 @@ class CsrRows:
     def n_rows(self) -> int:
         return len(self.indptr) - 1
 
-    def scipy(self) -> sp.csr_matrix:
+    def to_scipy(self) -> sp.csr_matrix:
         return sp.csr_matrix(
             (self.values, self.indices, self.indptr), shape=(self.n_rows, self.n_features)
         )
@@ -61,15 +61,15 @@ class CodedRows:
     def n_rows(self) -> int:
         return len(self.lengths)
 
-    def csr(self, n_features: int) -> CsrRows:
+    def to_csr(self, n_features: int) -> CsrRows:
         blocks = CodedBlocks(
-            self.codes[None], self.rest[None], self.lengths[None], self.starts()[None]
+            self.codes[None], self.rest[None], self.lengths[None], self.compute_starts()[None]
         )
         return LocatedRows(
             blocks, np.zeros(self.n_rows, np.int64), np.arange(self.n_rows), n_features, self.bits
-        ).csr()
+        ).to_csr()
 
-    def starts(self) -> np.ndarray:
+    def compute_starts(self) -> np.ndarray:
         """Where each row starts in codes and in rest, and where the last one ends. (n + 1, 2) int64"""
         return compute_row_starts(self.lengths[None])[0]
 
@@ -84,7 +84,9 @@ def join_rows(parts: Sequence[CodedRows], order: np.ndarray) -> CodedRows:
     for part in parts:
         rows = np.arange(part.n_rows)
         for k, (values, out) in enumerate(((part.codes, codes), (part.rest, rest))):
-            copy_rows(part.starts()[:, k], values, rows, place[first + rows], starts[:, k], out)
+            copy_rows(
+                part.compute_starts()[:, k], values, rows, place[first + rows], starts[:, k], out
+            )
         first += part.n_rows
     return CodedRows(codes, rest, lengths, parts[0].bits)
 
@@ -120,7 +122,9 @@ def recode_rows_as_binary(rows: CodedRows) -> CodedRows:
     """Rows whose counts are all 1, without bits for them. Takes the memory of `rows`, which are of no use any more."""
     lengths, rest = np.zeros_like(rows.lengths), np.empty_like(rows.rest)
     n_rest = int(
-        kernels.recode_as_binary(rows.codes, rows.rest, rows.starts(), rows.bits, lengths, rest)
+        kernels.recode_as_binary(
+            rows.codes, rows.rest, rows.compute_starts(), rows.bits, lengths, rest
+        )
     )
     if n_rest < 0:
         raise ValueError("a count above 1 in rows that should be binary")
@@ -154,7 +158,7 @@ class LocatedRows:
     bits: int
     where: str = "rows"
 
-    def nonzeros(self) -> np.ndarray:
+    def count_nonzeros(self) -> np.ndarray:
         """Of each row, (n,) uint32."""
         return self.blocks.lengths[self.slot, self.row, 0]
 
@@ -177,7 +181,7 @@ class LocatedRows:
 
     def _require_all(self, bad: int) -> None:
         if bad >= 0:
-            got = f"row {self.row[bad]} of a block, {self.nonzeros()[bad]} non-zeros"
+            got = f"row {self.row[bad]} of a block, {self.count_nonzeros()[bad]} non-zeros"
             expected = f"columns below {self.n_features}, each gap and count once"
             raise StoreError(
                 "values that no conversion writes",
@@ -187,8 +191,8 @@ class LocatedRows:
                 fix=CHECK,
             )
 
-    def csr(self) -> CsrRows:
-        indptr = np.concatenate([[0], np.cumsum(self.nonzeros(), dtype=np.int64)])
+    def to_csr(self) -> CsrRows:
+        indptr = np.concatenate([[0], np.cumsum(self.count_nonzeros(), dtype=np.int64)])
         indices, values = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], np.float32)
         self.decode(indptr, indices, values)
         return CsrRows(indptr, indices, values, self.n_features)

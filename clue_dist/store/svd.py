@@ -51,19 +51,19 @@ class SvdNote(BaseModel):
     arrays: FileDigest = FileDigest(bytes=0, sha256="")
     digest: str = ""
 
-    def computed_digest(self) -> str:
+    def compute_digest(self) -> str:
         content = self.model_dump(mode="json", exclude={"digest"})
         return hashlib.sha256(
             json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
         ).hexdigest()
 
     @property
-    def arrays_name(self) -> str:
+    def arrays_file(self) -> str:
         return f"{FOLDER}/{self.modality}-{self.arrays.sha256[:16]}.npz"
 
     @property
-    def files(self) -> set[str]:
-        return {_name(self.modality), self.arrays_name}
+    def file_names(self) -> set[str]:
+        return {_name(self.modality), self.arrays_file}
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,13 @@ def write_svd(root: Path, svd: StoredSvd) -> SvdNote:
     content = buffer.getvalue()
     arrays = FileDigest(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
     unsigned = svd.note.model_copy(update={"arrays": arrays})
-    note = unsigned.model_copy(update={"digest": unsigned.computed_digest()})
+    note = unsigned.model_copy(update={"digest": unsigned.compute_digest()})
     (root / FOLDER).mkdir(exist_ok=True)
-    write_file(root / note.arrays_name, content, durable=True)
+    write_file(root / note.arrays_file, content, durable=True)
     text = json.dumps(note.model_dump(mode="json"), indent=1)
     write_file(root / _name(note.modality), text, durable=True)
     for old in (root / FOLDER).glob(f"{note.modality}-*.npz"):
-        if f"{FOLDER}/{old.name}" != note.arrays_name and len(old.stem) == len(note.modality) + 17:
+        if f"{FOLDER}/{old.name}" != note.arrays_file and len(old.stem) == len(note.modality) + 17:
             old.unlink()
     return note
 
@@ -123,8 +123,8 @@ def read_svd_note(root: Location, manifest: Manifest, modality: str) -> SvdNote 
         raise _damaged(
             where, f"{'.'.join(map(str, first['loc'])) or 'top level'}: {first['msg']}"
         ) from None
-    if note.digest != note.computed_digest():
-        raise _damaged(where, f"digest {note.digest[:16]}", note.computed_digest()[:16])
+    if note.digest != note.compute_digest():
+        raise _damaged(where, f"digest {note.digest[:16]}", note.compute_digest()[:16])
     expected = (manifest.fingerprint, modality, manifest.modalities[modality].n_features)
     if (note.store, note.modality, note.n_features) != expected:
         what, got = (
@@ -145,8 +145,8 @@ def read_svd(root: Location, manifest: Manifest, modality: str) -> StoredSvd | N
     if note is None:
         return None
     where, content = (
-        root / note.arrays_name,
-        location.read_file(root, note.arrays_name, most=note.arrays.bytes),
+        root / note.arrays_file,
+        location.read_file(root, note.arrays_file, most=note.arrays.bytes),
     )
     if content is None:
         raise _damaged(where, "no such file")
@@ -204,7 +204,7 @@ def verify_svd(root: Location, manifest: Manifest) -> tuple[list[str], set[str]]
             note = read_svd_note(root, manifest, modality)
             if note is None:
                 continue
-            files |= note.files
+            files |= note.file_names
             read_svd(root, manifest, modality)
         except StoreError as error:
             problems.append(f"{error.where}: {error.what} ({error.got})")

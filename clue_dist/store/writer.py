@@ -38,7 +38,7 @@ def create_store(root: Path, manifest: Manifest) -> None:
     root.mkdir(parents=True, exist_ok=True)
     zarr.open_group(root, mode="a", zarr_format=3)
     for name in manifest.strata:
-        for spec in manifest.arrays(name):
+        for spec in manifest.specify_arrays(name):
             if not (root / spec.path / "zarr.json").exists():
                 _create_array(root, spec)
 
@@ -65,7 +65,7 @@ def write_shard(
     n_blocks = layout.count_blocks(expected, size)
 
     written = {}
-    for spec in manifest.arrays(stratum):
+    for spec in manifest.specify_arrays(stratum):
         of, name = spec.path.split("/")[-2:]
         if of == "obs":
             data = _obs_array(name, cells, n_blocks, size, s.barcode_width)
@@ -179,7 +179,7 @@ def _modality_array(
         )
     if name == "lengths":
         return _padded(rows.lengths, n_blocks * size, "uint32").reshape(n_blocks, size, 3)
-    edges = rows.starts()[
+    edges = rows.compute_starts()[
         np.minimum(np.arange(n_blocks + 1) * size, rows.n_rows)
     ]  # (n_blocks + 1, 2)
     if name == "codes":

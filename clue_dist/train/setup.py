@@ -61,8 +61,8 @@ class Setup:
             reader = self.store.strata[name]
             positions = np.arange(self.train[name], self.train[name] + n)
             if n:
-                rows = {m: reader.located(m, positions) for m in reader.modalities}
-                parts.append(BatchPart(rows, reader.obs_codes("batch", positions)))
+                rows = {m: reader.read_located_rows(m, positions) for m in reader.modalities}
+                parts.append(BatchPart(rows, reader.read_codes("batch", positions)))
         return assemble_batch(self.store.modalities, parts)
 
     def summary(self) -> str:
@@ -98,7 +98,7 @@ def prepare_setup(config: Config, world: int, *, writes: bool = True) -> Setup:
     if writes:
         _check_run_folder(Path(config.run))
     store = Store(config.store)
-    store.manifest.verify(store.root)  # whether a run may go on is decided by it
+    store.manifest.verify_fingerprint(store.root)  # whether a run may go on is decided by it
     specs = specify_modalities(store.manifest.modalities, config)
     sizes = {s: r.n_cells for s, r in store.strata.items()}
     paired = {s: len(r.modalities) > 1 for s, r in store.strata.items()}

@@ -32,9 +32,9 @@ def write_spool(folder: Path, keys: np.ndarray, rows: CodedRows | np.ndarray, la
             save_array(spool / "values.npy", rows)
             save_array(spool / "largest.npy", np.array([largest, 0], np.int64))
         else:
-            binary = count_binary_gaps(rows.rest, rows.lengths, rows.starts())
+            binary = count_binary_gaps(rows.rest, rows.lengths, rows.compute_starts())
             save_array(spool / "lengths.npy", np.column_stack([rows.lengths, binary]))
-            save_array(spool / "starts.npy", rows.starts())
+            save_array(spool / "starts.npy", rows.compute_starts())
             save_array(spool / "codes.npy", rows.codes)
             save_array(spool / "rest.npy", rows.rest)
             save_array(

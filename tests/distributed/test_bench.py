@@ -88,11 +88,11 @@ def test_a_slow_store_is_found_to_be_the_limit(folder: Path) -> None:
         from clue_dist.ranks import Ranks
         from clue_dist.store.reader import StratumReader
         from clue_dist.train.setup import prepare_setup
-        finish = StratumReader.finish
+        finish = StratumReader.finish_read
         def slow(*args):
             time.sleep(0.1)
             return finish(*args)
-        StratumReader.finish = slow
+        StratumReader.finish_read = slow
         from clue_dist.train.bench import measure_speed
         report = measure_speed(prepare_setup(Config(**settings), 1, writes=False), Ranks(), 0.2, 2)
         print(max(report.data.phases, key=report.data.phases.get))

@@ -150,9 +150,9 @@ def held(store: Store, modality: str) -> pd.DataFrame:
     for reader in store.strata.values():
         if modality in reader.modalities:
             positions = np.arange(reader.n_cells)
-            rows = reader.rows(modality, positions)
-            values = rows.scipy().toarray() if isinstance(rows, CsrRows) else rows
-            parts.append(pd.DataFrame(values, reader.obs(positions).barcodes))
+            rows = reader.read_rows(modality, positions)
+            values = rows.to_scipy().toarray() if isinstance(rows, CsrRows) else rows
+            parts.append(pd.DataFrame(values, reader.read_metadata(positions).barcodes))
     out = pd.concat(parts)
     out.columns = pd.Index(store.manifest.modalities[modality].features)
     return out
@@ -163,7 +163,7 @@ def codes_of(store: Store, field: str) -> dict[str, str | None]:
     names = store.manifest.batches if field == "batch" else store.manifest.labels
     out: dict[str, str | None] = {}
     for reader in store.strata.values():
-        obs = reader.obs(np.arange(reader.n_cells))
+        obs = reader.read_metadata(np.arange(reader.n_cells))
         codes = obs.batch if field == "batch" else obs.label
         out |= {
             str(b): names[c] if c >= 0 else None for b, c in zip(obs.barcodes, codes, strict=True)

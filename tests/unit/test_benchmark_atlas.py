@@ -36,7 +36,7 @@ def test_the_manifest_of_many_cells_is_a_manifest(tmp_path: Path) -> None:
     many = probe.enlarged(store.manifest, 15_000)
     assert many.n_cells == 15_000
     assert len(many.shards) > 20 * len(store.manifest.shards)
-    assert many.fitting_shards()
+    assert many.lists_every_shard()
     many.write(tmp_path)
     assert Manifest.read(tmp_path).n_cells == 15_000
 

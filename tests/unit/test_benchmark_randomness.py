@@ -54,7 +54,7 @@ def test_a_converted_store_lies_and_is_served_as_said(seed: int, tmp_path: Path)
     assert set(want) == set(store.strata)
     for name, reader in store.strata.items():
         np.testing.assert_array_equal(
-            code_of[reader.obs_codes("batch", np.arange(reader.n_cells))], want[name]
+            code_of[reader.read_codes("batch", np.arange(reader.n_cells))], want[name]
         )
 
     plan = CellPlan(seed, atlas.sizes, {"rna+atac": 16, "rna": 8, "atac": 8}, 4, 2, 8)

@@ -172,7 +172,7 @@ def nonzeros(store: Store) -> int:
 
 def reader_rows(store: Store, plan: CellPlan, step: int) -> CsrRows:
     ((name, reader),) = store.strata.items()
-    rows = reader.rows("rna", plan.select_cells(step, name))
+    rows = reader.read_rows("rna", plan.select_cells(step, name))
     assert isinstance(rows, CsrRows)
     return rows
 

@@ -72,8 +72,8 @@ def expected(store: Store, plan: CellPlan, step: int, modality: str) -> np.ndarr
                 np.full((len(cells), store.manifest.modalities[modality].n_features), np.nan)
             )
             continue
-        rows = reader.rows(modality, cells)
-        parts.append(rows if isinstance(rows, np.ndarray) else rows.scipy().toarray())
+        rows = reader.read_rows(modality, cells)
+        parts.append(rows if isinstance(rows, np.ndarray) else rows.to_scipy().toarray())
     return np.concatenate(parts)
 
 
@@ -143,7 +143,9 @@ def test_batches_of_binary_counts_share_their_ones() -> None:
         CsrRows(np.array([0, 2, 3]), np.array([1, 4, 0], np.int32), np.ones(3, np.float32), 5), 0
     )
     located = LocatedRows(
-        CodedBlocks(rows.codes[None], rows.rest[None], rows.lengths[None], rows.starts()[None]),
+        CodedBlocks(
+            rows.codes[None], rows.rest[None], rows.lengths[None], rows.compute_starts()[None]
+        ),
         np.zeros(2, np.int64),
         np.array([1, 0]),
         5,
@@ -172,7 +174,7 @@ def test_batch_codes_come_with_their_cells(store: Store) -> None:
     with Loader(store, plan) as loader:
         got = next(loader).batch_code.numpy()
     want = np.concatenate(
-        [r.obs_codes("batch", plan.select_cells(0, s)) for s, r in store.strata.items()]
+        [r.read_codes("batch", plan.select_cells(0, s)) for s, r in store.strata.items()]
     )
     np.testing.assert_array_equal(got, want)
 
@@ -274,8 +276,8 @@ def test_closing_waits_for_what_is_being_read(
         threading.Timer(0.2, slow[-1].set_result, [None]).start()
         return replace(reading, futures=reading.futures | {"slow": slow[-1]})
 
-    real = BlockPool.start
-    monkeypatch.setattr(BlockPool, "start", start)
+    real = BlockPool.start_read
+    monkeypatch.setattr(BlockPool, "start_read", start)
     with Loader(store, plan_of(store)) as loader:
         next(loader)
     assert len(slow) > 2
@@ -348,7 +350,7 @@ def test_what_sixteen_ranks_are_served_while_blocks_are_replaced(tmp_path: Path)
         tmp_path / "s.zarr", cells={"adt": 3941}, features={"adt": 3}, block_cells=64
     )
     plan = CellPlan(0, {"adt": 3941}, {"adt": 144}, 16, 1, 64)
-    known = store.strata["adt"].rows("adt", np.arange(3941))
+    known = store.strata["adt"].read_rows("adt", np.arange(3941))
     assert isinstance(known, np.ndarray)
     for rank in (0, 7):
         with Loader(store, plan, rank=rank, world=16) as loader:

@@ -125,7 +125,7 @@ def test_segments_take_turns_and_every_pass_deals_each_cell_once(
                 batches
             ):  # proteins are dense: rows in the order of the batch
                 want = [
-                    after.strata[s].rows("adt", plan.select_cells(step, s)[rank::world])
+                    after.strata[s].read_rows("adt", plan.select_cells(step, s)[rank::world])
                     for s in ("rna+adt", "rna+adt.2")
                 ]
                 np.testing.assert_array_equal(
@@ -423,7 +423,9 @@ def test_segments_may_be_packed_in_other_ways(tmp_path: Path) -> None:
     with Loader(after, plan) as loader:
         for step in range(10):
             got = next(loader).modalities["adt"].counts
-            rows = [after.strata[s].rows("adt", plan.select_cells(step, s)) for s in plan.segments]
+            rows = [
+                after.strata[s].read_rows("adt", plan.select_cells(step, s)) for s in plan.segments
+            ]
             np.testing.assert_array_equal(got, np.concatenate(rows))  # type: ignore[arg-type]
 
 

@@ -119,12 +119,12 @@ def test_rows_at_any_positions(
         store = Store(Path(folder) / "s.zarr")
         reader = store.strata["rna+adt"]
         positions = rng.integers(n, size=rng.integers(1, 2 * n + 1))
-        rows = reader.rows("rna", positions)
+        rows = reader.read_rows("rna", positions)
         assert isinstance(rows, CsrRows)
-        np.testing.assert_array_equal(rows.scipy().toarray(), sparse[positions])
-        assert rows.scipy().has_sorted_indices
-        np.testing.assert_array_equal(reader.rows("adt", positions), dense[positions])
-        obs = reader.obs(positions)
+        np.testing.assert_array_equal(rows.to_scipy().toarray(), sparse[positions])
+        assert rows.to_scipy().has_sorted_indices
+        np.testing.assert_array_equal(reader.read_rows("adt", positions), dense[positions])
+        obs = reader.read_metadata(positions)
         assert obs.barcodes.tolist() == [f"é{p}" for p in positions]
         np.testing.assert_array_equal(obs.batch, positions % 3 - 1)
         np.testing.assert_array_equal(oracle(store.root, manifest, features), sparse)
@@ -159,5 +159,6 @@ def test_all_zero_chunks_are_on_disk(tmp_path: Path) -> None:
     for key in manifest.shards:
         assert (tmp_path / "s.zarr" / key).stat().st_size > 0
     np.testing.assert_array_equal(
-        Store(tmp_path / "s.zarr").strata["rna+adt"].rows("adt", np.arange(40)), np.zeros((40, 3))
+        Store(tmp_path / "s.zarr").strata["rna+adt"].read_rows("adt", np.arange(40)),
+        np.zeros((40, 3)),
     )

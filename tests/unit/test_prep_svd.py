@@ -61,8 +61,8 @@ def run(store: Store, *modalities: str, workers: int = 2, **options: int) -> dic
 def standardised(store: Store, modality: str) -> np.ndarray:
     """All cells that carry the modality, as dense as they can be. (n, features)"""
     readers = [r for r in store.strata.values() if modality in r.modalities]
-    rows = [r.rows(modality, np.arange(r.n_cells)) for r in readers]
-    counts = np.concatenate([r.scipy().toarray() if isinstance(r, CsrRows) else r for r in rows])
+    rows = [r.read_rows(modality, np.arange(r.n_cells)) for r in readers]
+    counts = np.concatenate([r.to_scipy().toarray() if isinstance(r, CsrRows) else r for r in rows])
     how = HOW[modality]
     idf = len(counts) / np.maximum((counts > 0).sum(0), 1)
     x = normalise_rows(counts, how, idf)
@@ -235,7 +235,7 @@ def test_damage_is_found(store: Store, tmp_path: Path) -> None:
     root = tmp_path / "s.zarr"
     note = stored.read_svd_note(root, store.manifest, "rna")
     assert note is not None
-    for name in sorted(note.files):
+    for name in sorted(note.file_names):
         before = (root / name).read_bytes()
         for damaged in (before[:-1], before[:200] + bytes([before[200] ^ 1]) + before[201:], None):
             (root / name).unlink() if damaged is None else (root / name).write_bytes(damaged)
@@ -249,7 +249,7 @@ def test_damage_is_found(store: Store, tmp_path: Path) -> None:
                 assert any("svd/rna" in p and "damaged" in p for p in check_store(root))
             (root / name).write_bytes(before)
     assert check_store(root) == []
-    (root / note.arrays_name).write_bytes(b"")
+    (root / note.arrays_file).write_bytes(b"")
     run(store, "rna")  # computes what is damaged again
     assert check_store(root) == []
 
@@ -346,7 +346,7 @@ def test_what_does_not_fit_is_refused_or_left(store: Store, tmp_path: Path) -> N
         )
     note = stored.read_svd_note(store.root, store.manifest, "adt")
     assert note is not None
-    (tmp_path / "s.zarr" / note.arrays_name).write_bytes(b"")
+    (tmp_path / "s.zarr" / note.arrays_file).write_bytes(b"")
     with pytest.raises(StoreError, match="the stored SVD is damaged"):
         setup_of(store, tmp_path)
 

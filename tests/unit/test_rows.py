@@ -40,7 +40,7 @@ def test_any_order_and_type_comes_back(dtype: type, bits: int) -> None:
     x = sp.csr_matrix(dense.astype(dtype))
     got = [try_code_rows(csr(part), bits) for part in (x[:25], x[25:])]
     rows = join_rows([part for part, _ in got], order)
-    np.testing.assert_array_equal(rows.csr(700).scipy().toarray(), dense[order])
+    np.testing.assert_array_equal(rows.to_csr(700).to_scipy().toarray(), dense[order])
     assert max(largest for _, largest in got) == dense.max()
 
 
@@ -59,13 +59,13 @@ def test_rows_of_blocks_come_in_any_order_and_again(n: int, far: int) -> None:
         _stacked([part.codes for part in codes], np.uint8),
         _stacked([part.rest for part in codes], wide),
         np.stack([part.lengths for part in codes]),
-        np.stack([part.starts() for part in codes]),
+        np.stack([part.compute_starts() for part in codes]),
     )
     rows = np.append(rng.integers(0, 12, n), [11, 11, 5])[-max(n, 1) :]
     located = LocatedRows(
         blocks, (rows // 4).astype(np.int32), rows % 4, dense.shape[1], COUNT_BITS
     )
-    np.testing.assert_array_equal(located.csr().scipy().toarray(), dense[rows])
+    np.testing.assert_array_equal(located.to_csr().to_scipy().toarray(), dense[rows])
     out = np.full((len(rows), dense.shape[1]), 7, np.float32)
     located.decode_dense(out)
     np.testing.assert_array_equal(out, dense[rows])
@@ -92,7 +92,7 @@ def test_kernels_run_as_plain_python() -> None:
     script = """
 import numpy as np
 from clue_dist.store.rows import CsrRows, code_rows
-got = code_rows(CsrRows(np.array([0, 2, 3]), np.array([1, 9, 4]), np.ones(3), 10), 2).csr(10)
+got = code_rows(CsrRows(np.array([0, 2, 3]), np.array([1, 9, 4]), np.ones(3), 10), 2).to_csr(10)
 print(got.indices.tolist(), got.indptr.tolist())
 """
     env = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
@@ -121,7 +121,7 @@ def test_the_largest_count_and_the_farthest_gap_fit() -> None:
         ([LARGEST, 1, LARGEST], ([0, 0, 1], [0, 2**31 - 2, 2**31 - 2])), shape=(2, 2**31 - 1)
     )
     got, largest = try_code_rows(csr(x), COUNT_BITS)
-    back = got.csr(2**31 - 1)
+    back = got.to_csr(2**31 - 1)
     assert largest == LARGEST
     assert back.indices.tolist() == [0, 2**31 - 2, 2**31 - 2]
     assert back.values.tolist() == [LARGEST, 1, LARGEST]

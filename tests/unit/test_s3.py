@@ -75,7 +75,7 @@ def test_every_cell_is_the_same(local: Store, url: str) -> None:
     for name, there in remote.strata.items():
         here, all_cells = local.strata[name], np.arange(there.n_cells)
         for m in there.modalities:
-            a, b = here.rows(m, all_cells), there.rows(m, all_cells)
+            a, b = here.read_rows(m, all_cells), there.read_rows(m, all_cells)
             pairs = (
                 [(a, b)]
                 if isinstance(a, np.ndarray)
@@ -83,7 +83,9 @@ def test_every_cell_is_the_same(local: Store, url: str) -> None:
             )
             for x, y in pairs:
                 np.testing.assert_array_equal(x, y)
-        np.testing.assert_array_equal(here.obs(all_cells).barcodes, there.obs(all_cells).barcodes)
+        np.testing.assert_array_equal(
+            here.read_metadata(all_cells).barcodes, there.read_metadata(all_cells).barcodes
+        )
 
 
 def test_the_loader_serves_the_same_batches(local: Store, url: str) -> None:

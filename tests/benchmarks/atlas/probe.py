@@ -70,7 +70,12 @@ def enlarged(manifest: Manifest, cells: int) -> Manifest:
         manifest.model_copy(update={"strata": strata}),
         next(iter(manifest.shards.values())),
     )
-    files = (file for name in strata for spec in many.arrays(name) for file in spec.files())
+    files = (
+        file
+        for name in strata
+        for spec in many.specify_arrays(name)
+        for file in spec.list_shard_files()
+    )
     return many.model_copy(update={"shards": dict.fromkeys(files, shard)})
 
 

@@ -112,5 +112,5 @@ def signed(index: bytes) -> bytes:
 def chunks_in(root: Path, file: str) -> int:
     """Chunks that a shard has room for."""
     manifest, (_, stratum, *_) = Manifest.read(root), file.split("/")
-    spec = next(s for s in manifest.arrays(stratum) if file.startswith(f"{s.path}/c/"))
+    spec = next(s for s in manifest.specify_arrays(stratum) if file.startswith(f"{s.path}/c/"))
     return spec.shard[0] // spec.chunk[0]

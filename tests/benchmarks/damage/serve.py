@@ -82,14 +82,14 @@ def tables(store: Store) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
             for modality in reader.modalities:
                 yield f"{stratum} {first} {modality}", partial(counts, reader, modality, cells)
             for field in ("batch", "label"):
-                yield f"{stratum} {first} {field}", partial(reader.obs_codes, field, cells)
+                yield f"{stratum} {first} {field}", partial(reader.read_codes, field, cells)
             yield f"{stratum} {first} barcodes", partial(barcodes, reader, cells)
 
 
 def counts(reader: StratumReader, modality: str, cells: np.ndarray) -> np.ndarray:
-    rows = reader.rows(modality, cells)
-    return rows.scipy().toarray() if isinstance(rows, CsrRows) else rows
+    rows = reader.read_rows(modality, cells)
+    return rows.to_scipy().toarray() if isinstance(rows, CsrRows) else rows
 
 
 def barcodes(reader: StratumReader, cells: np.ndarray) -> np.ndarray:
-    return reader.obs(cells).barcodes
+    return reader.read_metadata(cells).barcodes

@@ -104,13 +104,13 @@ def within_bounds(root: Path) -> None:
 
 def _tables(store: Store, reader: StratumReader) -> None:
     cells = np.arange(reader.n_cells)
-    obs = reader.obs(cells)
+    obs = reader.read_metadata(cells)
     _bounded("batch", obs.batch, -1, len(store.manifest.batches))
     _bounded("label", obs.label, -1, len(store.manifest.labels))
     for modality in reader.modalities:
         n_features, rows = (
             store.manifest.modalities[modality].n_features,
-            reader.rows(modality, cells),
+            reader.read_rows(modality, cells),
         )
         if isinstance(rows, CsrRows):
             _bounded(f"{modality} columns", rows.indices, 0, n_features)

@@ -45,7 +45,7 @@ def stored_svd(base: Path, folder: Path, number: int, rng: np.random.Generator) 
         again = bool(rng.integers(4))
     if again and isinstance(note, dict):
         with suppress(ValidationError):
-            note["digest"] = svd.SvdNote.model_validate_json(json.dumps(note)).computed_digest()
+            note["digest"] = svd.SvdNote.model_validate_json(json.dumps(note)).compute_digest()
     path.write_bytes(spoil.text_of(note))
     return Trial(f"SVD{', signed again' if again else ''}: {how}", _of_svd(root))
 

@@ -118,7 +118,7 @@ class Held:
 def held(store: Store, limit: int = IN_MEMORY) -> Held:
     """The store's first blocks, up to `limit` compressed bytes."""
     ((name, reader),) = store.strata.items()
-    specs = [s for s in store.manifest.arrays(name) if s.path.endswith(("/codes", "/rest"))]
+    specs = [s for s in store.manifest.specify_arrays(name) if s.path.endswith(("/codes", "/rest"))]
     parts, total = [], 0
     for block in zip(*(compressed(store.root, spec) for spec in specs), strict=True):
         parts.append(block)
