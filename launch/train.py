@@ -83,7 +83,7 @@ def main() -> None:
 
     setup = ranks.run_before_joining(ready)
     if ranks.is_first:
-        print(setup.summary(), flush=True)
+        print(setup.format_summary(), flush=True)
         if args.dry_run:
             print_start(Path(setup.config.run), args.resume)
     if args.dry_run:

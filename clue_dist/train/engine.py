@@ -64,7 +64,7 @@ def build_engine(
         initialise_model(
             model,
             setup.store,
-            setup.train,
+            setup.train_cells,
             c.model.trunk.projection_init != "random",
             c.seed,
             setup.stored_svds,

@@ -83,7 +83,7 @@ def _train(
     peers: Peers,
 ) -> TrainingResult:
     run, t, every = Path(setup.config.run), setup.config.train, setup.config.log.every
-    held_out = setup.held_out()
+    held_out = setup.load_held_out_batch()
     held_out = held_out.to(device) if held_out is not None else None
     sinks = Sinks(run, setup.config, setup.total_steps, state.step, ranks)
     loading, saving = (
@@ -183,7 +183,7 @@ def _validate(
         lanes=1,
         device=held_out.observed.device,
     )
-    values = validate.score_held_out_cells(engine, held_out, setup.paired, noise)
+    values = validate.score_held_out_cells(engine, held_out, setup.has_paired_cells, noise)
     # Rank 0 decides: rounding may differ between ranks.
     score, error = ranks.run_on_first(lambda: (values["score"], values["error"]))
     if not math.isfinite(score):

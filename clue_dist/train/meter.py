@@ -61,7 +61,7 @@ class Meter:
         """What happened up to `step`; begins anew."""
         means = self._over_ranks(self._added)
         seconds = time.perf_counter() - self._since
-        means["epoch"] = self._setup.epoch(step)
+        means["epoch"] = self._setup.count_epochs(step)
         means["lr"] = compute_learning_rate(self._setup, step - 1)
         means["cells_per_s"] = self._steps * int(self._setup.config.data.batch_size) / seconds
         means["data_wait"] = (self._loader.waited_seconds - self._waited) / seconds

@@ -17,10 +17,10 @@ _SAMPLE = "projected by an SVD of a sample"
 
 @dataclass(frozen=True)
 class ProjectionStart:
-    """told: how, for people; stored: the store's SVD, where it is used."""
+    """description: how, for people; stored_svd: the store's SVD, where it is used."""
 
-    told: str
-    stored: StoredSvd | None = None
+    description: str
+    stored_svd: StoredSvd | None = None
 
 
 def choose_projection_starts(

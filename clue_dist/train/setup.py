@@ -25,57 +25,65 @@ from clue_dist.train.projection_start import ProjectionStart, choose_projection_
 
 @dataclass(frozen=True)
 class Setup:
-    """config: with every "auto" resolved; train, holdout: cells per segment of a stratum (the last are held out);
+    """config: with every "auto" resolved; train_cells, held_out_cells: cells per segment of a stratum (the last are held out);
     starts: of the projections, by modality."""
 
     config: Config
     store: Store
     specs: dict[str, ModalitySpec]
     plan: CellPlan
-    train: dict[str, int]
-    holdout: dict[str, int]
+    train_cells: dict[str, int]
+    held_out_cells: dict[str, int]
     total_steps: int
-    starts: dict[str, ProjectionStart]
+    projection_starts: dict[str, ProjectionStart]
 
     @property
-    def paired(self) -> bool:
+    def has_paired_cells(self) -> bool:
         """Whether validation can score pairs."""
-        return any(n and len(self.store.strata[s].modalities) > 1 for s, n in self.holdout.items())
+        return any(
+            n and len(self.store.strata[s].modalities) > 1 for s, n in self.held_out_cells.items()
+        )
 
-    def epoch(self, step: int) -> float:
+    def count_epochs(self, step: int) -> float:
         """Passes over as many cells as there are, after so many steps."""
         assert self.config.data.batch_size != "auto"
-        return round(step * self.config.data.batch_size / sum(self.train.values()), 2)
+        return round(step * self.config.data.batch_size / sum(self.train_cells.values()), 2)
 
     @property
     def stored_svds(self) -> dict[str, StoredSvd]:
         """Those of the store that projections start from, by modality."""
-        return {m: start.stored for m, start in self.starts.items() if start.stored is not None}
+        return {
+            m: start.stored_svd
+            for m, start in self.projection_starts.items()
+            if start.stored_svd is not None
+        }
 
-    def held_out(self) -> Batch | None:
+    def load_held_out_batch(self) -> Batch | None:
         """The validation cells of every stratum as one batch; None if nothing is held out."""
-        if not any(self.holdout.values()):
+        if not any(self.held_out_cells.values()):
             return None
         parts = []
-        for name, n in self.holdout.items():
+        for name, n in self.held_out_cells.items():
             reader = self.store.strata[name]
-            positions = np.arange(self.train[name], self.train[name] + n)
+            positions = np.arange(self.train_cells[name], self.train_cells[name] + n)
             if n:
                 rows = {m: reader.read_located_rows(m, positions) for m in reader.modalities}
                 parts.append(BatchPart(rows, reader.read_codes("batch", positions)))
         return assemble_batch(self.store.modalities, parts)
 
-    def summary(self) -> str:
+    def format_summary(self) -> str:
         """What a dry run prints."""
         c = self.config
         lines = [f"store {c.store}  fingerprint {self.store.fingerprint[:12]}  run {c.run}"]
         lines += [
-            f"  {m}: {s.n_features} features, {s.normalise} -> {s.likelihood}, {self.starts[m].told}"
+            f"  {m}: {s.n_features} features, {s.normalise} -> {s.likelihood}, {self.projection_starts[m].description}"
             for m, s in self.specs.items()
         ]
         for stratum, share in self.plan.stratum_shares.items():
-            mine = [name for name in self.train if name_stratum(name) == stratum]
-            train, held = (sum(n[name] for name in mine) for n in (self.train, self.holdout))
+            mine = [name for name in self.train_cells if name_stratum(name) == stratum]
+            train, held = (
+                sum(n[name] for name in mine) for n in (self.train_cells, self.held_out_cells)
+            )
             parts = f" in {len(mine)} segments" if len(mine) > 1 else ""
             lines.append(
                 f"  stratum {stratum}: {train} cells{parts}, {held} held out, {share} in each batch"

@@ -97,7 +97,9 @@ def test_the_report_ends_with_the_verdict_and_json_has_it_all() -> None:
 def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check = runpy.run_path(str(Path(__file__).parents[2] / "launch" / "bench.py"))["check"]
+    check = runpy.run_path(str(Path(__file__).parents[2] / "launch" / "bench.py"))[
+        "check_bench_arguments"
+    ]
     (tmp_path / "old.json").touch()
     given = [
         argparse.Namespace(seconds=1.0, repeats=1, json=tmp_path / name)

@@ -40,7 +40,7 @@ def kept(
     )
     held_out: Any = SimpleNamespace(n_cells=1, observed=torch.ones(1, 1))
     config = SimpleNamespace(run="run", seed=0, train=SimpleNamespace(patience=patience))
-    setup: Any = SimpleNamespace(config=config, paired=True, total_steps=len(scores) + 1)
+    setup: Any = SimpleNamespace(config=config, has_paired_cells=True, total_steps=len(scores) + 1)
     state, said = RunState(0, 1, ""), Said([])
     for step in range(1, len(scores) + 1):
         state = RunState(**{**vars(state), "step": step})

@@ -165,10 +165,10 @@ def test_training_treats_segments_as_one_stratum(tmp_path: Path, store: Path) ->
     data = {"batch_size": 32, "lanes": 4, "weights": {"rna": 1.0, "rna+adt": 3.0}}
     setup = prepare_setup(Config(store=str(store), run=str(tmp_path / "run"), data=data), 1)
     assert setup.plan.stratum_shares == {"rna": 8, "rna+adt": 24}
-    assert all(setup.holdout[name] for name in ("rna+adt", "rna+adt.2"))
-    assert "stratum rna+adt: " in setup.summary()
-    assert "in 2 segments" in setup.summary()
-    assert setup.held_out().n_cells == sum(setup.holdout.values())
+    assert all(setup.held_out_cells[name] for name in ("rna+adt", "rna+adt.2"))
+    assert "stratum rna+adt: " in setup.format_summary()
+    assert "in 2 segments" in setup.format_summary()
+    assert setup.load_held_out_batch().n_cells == sum(setup.held_out_cells.values())
 
 
 def test_cells_that_are_there_already_are_refused(tmp_path: Path, store: Path) -> None:

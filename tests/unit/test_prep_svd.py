@@ -299,9 +299,9 @@ def test_training_starts_from_it(store: Store, tmp_path: Path) -> None:
     setup = setup_of(store, tmp_path)
     assert (
         "rna: 60 features, log_cp10k -> nb, projected by the stored SVD of 300 cells"
-        in setup.summary()
+        in setup.format_summary()
     )
-    assert "adt: 7 features, log -> nb, projected by an SVD of a sample\n" in setup.summary()
+    assert "adt: 7 features, log -> nb, projected by an SVD of a sample\n" in setup.format_summary()
     model = model_of(setup, dict.fromkeys(CELLS, 20))
     for m in ("rna", "atac", "x"):
         got, want = model.get_trunk(m), sample.get_trunk(m)
@@ -318,7 +318,7 @@ def test_the_sample_can_be_asked_for(store: Store, tmp_path: Path) -> None:
     for init, told in (("svd_of_sample", "an SVD of a sample"), ("random", "random weights")):
         setup = setup_of(store, tmp_path, init)
         assert setup.stored_svds == {}
-        assert f"rna: 60 features, log_cp10k -> nb, projected by {told}\n" in setup.summary()
+        assert f"rna: 60 features, log_cp10k -> nb, projected by {told}\n" in setup.format_summary()
     assert set(setup_of(store, tmp_path, "svd_of_store").stored_svds) == set(FEATURES)
 
 
@@ -342,7 +342,7 @@ def test_what_does_not_fit_is_refused_or_left(store: Store, tmp_path: Path) -> N
             setup_of(store, tmp_path, "svd_of_store", **given)
         assert (
             f"an SVD of a sample (the stored one has {told})"
-            in setup_of(store, tmp_path, **given).summary()
+            in setup_of(store, tmp_path, **given).format_summary()
         )
     note = stored.read_svd_note(store.root, store.manifest, "adt")
     assert note is not None

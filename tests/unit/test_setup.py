@@ -19,8 +19,8 @@ def test_held_out_cells_are_paired_last_and_never_planned(tmp_path: Path) -> Non
         tmp_path / "s.zarr", cells={"rna+adt": 200, "rna": 60}, features={"rna": 30, "adt": 8}
     )
     setup = prepare_setup(config_of(tmp_path / "s.zarr", data={"holdout": 0.1}), world=1)
-    assert setup.holdout == {"rna+adt": 20, "rna": 0}
-    assert setup.held_out().n_cells == 20
+    assert setup.held_out_cells == {"rna+adt": 20, "rna": 0}
+    assert setup.load_held_out_batch().n_cells == 20
     planned = {int(c) for t in range(40) for c in setup.plan.select_cells(t, "rna+adt")}
     assert planned == set(range(180))
 
@@ -31,8 +31,8 @@ def test_without_pairs_every_stratum_is_held_out_in_part(tmp_path: Path) -> None
     setup = prepare_setup(
         config_of(tmp_path / "s.zarr", data={"holdout": 0.1}, objective=objective), world=2
     )
-    assert setup.holdout == {"rna": 10, "adt": 6}
-    assert not setup.paired
+    assert setup.held_out_cells == {"rna": 10, "adt": 6}
+    assert not setup.has_paired_cells
 
 
 def test_holdout_has_a_ceiling(tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_holdout_has_a_ceiling(tmp_path: Path) -> None:
     setup = prepare_setup(
         config_of(tmp_path / "s.zarr", data={"holdout": 0.5, "holdout_max": 30}), world=1
     )
-    assert setup.holdout == {"rna+adt": 30}
+    assert setup.held_out_cells == {"rna+adt": 30}
 
 
 @pytest.mark.parametrize(
@@ -84,6 +84,6 @@ def test_summary_tells_what_would_happen(tmp_path: Path) -> None:
     make_store(
         tmp_path / "s.zarr", cells={"rna+adt": 100, "rna": 60}, features={"rna": 30, "adt": 8}
     )
-    text = prepare_setup(config_of(tmp_path / "s.zarr"), world=1).summary()
+    text = prepare_setup(config_of(tmp_path / "s.zarr"), world=1).format_summary()
     assert "rna: 30 features, log_cp10k -> nb" in text
     assert "stratum rna: 60 cells" in text

@@ -107,7 +107,7 @@ def schedule(full: Path, other: Path, settings: Sequence[str]) -> tuple[str, ...
         for s, n in wanted.plan.stratum_shares.items()
         if len(wanted.store.strata[s].modalities) > 1
     )
-    epochs = wanted.total_steps * size / sum(got.train.values())
+    epochs = wanted.total_steps * size / sum(got.train_cells.values())
     return (
         f"data.batch_size={size}",
         f"data.paired_share={pairs / size!r}",

@@ -101,7 +101,7 @@ def train(setup: Setup, alignment: float) -> CommonSpace:
     initialise_model(
         model,
         setup.store,
-        setup.train,
+        setup.train_cells,
         c.model.trunk.projection_init != "random",
         c.seed,
         setup.stored_svds,

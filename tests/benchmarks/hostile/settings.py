@@ -64,4 +64,4 @@ def loaded(path: Path, overrides: list[str], base: Path) -> None:
     setup = prepare_setup(got, 1)
     if not 1 <= setup.total_steps < 10**12:
         wrong(f"{setup.total_steps} steps")
-    setup.summary()
+    setup.format_summary()

@@ -74,7 +74,7 @@ def attempts(root: Path, sound: serve.Values | None) -> Attempts:
         "inspect": lambda: command("inspect", root),
         "train": lambda: prepare_setup(
             Config(store=str(root), run=str(root.parent / "run")), 1
-        ).held_out(),
+        ).load_held_out_batch(),
     }
 
 
