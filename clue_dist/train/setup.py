@@ -25,17 +25,16 @@ from clue_dist.train.projection_start import ProjectionStart, choose_projection_
 
 @dataclass(frozen=True)
 class Setup:
-    """config: with every "auto" resolved; train_cells, held_out_cells: cells per segment of a stratum (the last are held out);
-    starts: of the projections, by modality."""
+    """What training needs to know of a config and a store."""
 
-    config: Config
+    config: Config  # every "auto" is resolved
     store: Store
-    specs: dict[str, ModalitySpec]
-    plan: CellPlan
-    train_cells: dict[str, int]
-    held_out_cells: dict[str, int]
-    total_steps: int
-    projection_starts: dict[str, ProjectionStart]
+    specs: dict[str, ModalitySpec]  # by modality
+    plan: CellPlan  # which cells each rank sees at each step
+    train_cells: dict[str, int]  # by segment of a stratum; the first cells of each
+    held_out_cells: dict[str, int]  # by segment of a stratum; the last cells of each
+    total_steps: int  # optimizer steps until training is done
+    projection_starts: dict[str, ProjectionStart]  # by modality
 
     @property
     def has_paired_cells(self) -> bool:
