@@ -38,7 +38,7 @@ from data_prep.jobs.job_folder import (
 )
 from data_prep.jobs.whole_files import remove_leftovers
 from data_prep.jobs.workers import WorkerPool
-from data_prep.readers.fragments import Input
+from data_prep.readers.fragments import ConversionInput
 from data_prep.readers.source import decode_barcodes
 
 APPENDED = "appended"  # in the provenance: one entry for each addition
@@ -48,7 +48,10 @@ BLOCKS = 4096  # whose barcodes are read at once
 
 
 def append_cells(
-    inputs: Sequence[Input], where: str | Location, options: ConversionOptions, pool: WorkerPool
+    inputs: Sequence[ConversionInput],
+    where: str | Location,
+    options: ConversionOptions,
+    pool: WorkerPool,
 ) -> Manifest:
     """Add the cells of `inputs`; returns the store's new manifest, whose fingerprint is another.
 

@@ -57,7 +57,7 @@ def _all(title: str, function: Callable[[Any], list[str]], items: list[Any]) -> 
 
     def step(item: Any) -> list[str]:
         found = function(item)
-        progress.step()
+        progress.mark_done()
         return found
 
     with ThreadPoolExecutor(THREADS) as pool:

@@ -38,7 +38,7 @@ from data_prep.jobs.job_folder import claim_job
 from data_prep.jobs.whole_files import remove_leftovers, save_array
 from data_prep.jobs.workers import WorkerPool, run_missing
 from data_prep.options import FIELDS, FeatureChoice, ObsColumns
-from data_prep.readers.fragments import FragmentsSource, Input, count_fragments
+from data_prep.readers.fragments import ConversionInput, FragmentsSource, count_fragments
 from data_prep.readers.source import Source, SourceHead
 
 TASK_ENTRIES = 2**20  # stored values of a scatter task, up to six times as many ...
@@ -65,7 +65,7 @@ class ConversionOptions:
 
 
 def convert_inputs(
-    inputs: Sequence[Input], out: Path, options: ConversionOptions, pool: WorkerPool
+    inputs: Sequence[ConversionInput], out: Path, options: ConversionOptions, pool: WorkerPool
 ) -> Manifest:
     """Convert `inputs` into a store at `out`; goes on where an interrupted run of the same job stopped.
 
@@ -85,7 +85,7 @@ def convert_inputs(
 
 
 def build_store(
-    inputs: Sequence[Input],
+    inputs: Sequence[ConversionInput],
     options: ConversionOptions,
     reference: Manifest | None,
     partial: Path,
@@ -101,7 +101,9 @@ def build_store(
             `join_cells_by_barcode`,
             `canonicalise_rows`, `select_variable_features`).
     """
-    if reference and any(c.mode or c.given or c.top for c in options.feature_choices.values()):
+    if reference and any(
+        c.mode or c.listed or c.top_features for c in options.feature_choices.values()
+    ):
         raise ValueError("features are chosen, though those of another store decide")
     work, store = partial / "work", partial / "store"
     sources = count_fragments(inputs, options.feature_choices, work / "fragments", pool)
@@ -121,7 +123,8 @@ def build_store(
     plan = plan.narrowed(sources, heads, {name: chosen.places for name, chosen in kept.items()})
     spools = _scatter(sources, heads, plan, cells, work, pool)
     files = {
-        name: list_names(s.where for s in sources if s.modality == name) for name in plan.modalities
+        name: list_names(s.display_name for s in sources if s.modality == name)
+        for name in plan.modalities
     }
     final = strata.settle_strata(
         cells, plan.modalities, files, spools, options.block_cells, work / "strata"
@@ -137,20 +140,21 @@ def build_store(
 
 
 def describe_conversion(
-    inputs: Sequence[Input], options: ConversionOptions, reference: Manifest | None
+    inputs: Sequence[ConversionInput], options: ConversionOptions, reference: Manifest | None
 ) -> dict[str, Any]:
     """All that decides the result: if any of it changes, what an interrupted run left is of no use."""
     return {
-        "inputs": [given.identity() for given in inputs],
+        "inputs": [given.describe_identity() for given in inputs],
         "options": {
             k: v
             for k, v in vars(options).items()
             if k not in ("obs_columns", "feature_choices", "features_from")
         },
         "features": {
-            name: choice.identity() for name, choice in sorted(options.feature_choices.items())
+            name: choice.describe_identity()
+            for name, choice in sorted(options.feature_choices.items())
         },
-        "columns": dict(options.obs_columns.columns),
+        "columns": dict(options.obs_columns.by_field),
         "features_from": reference.fingerprint if reference else None,
         "version": [clue_dist.__version__, layout.VERSION],
     }
@@ -160,7 +164,7 @@ def _heads(sources: Sequence[Source]) -> list[SourceHead]:
     """Of every source; equal lists of features are one, as files may be many."""
     heads: list[SourceHead] = []
     for source in sources:
-        head = source.head()
+        head = source.read_head()
         same = next((h.features for h in heads if h.features == head.features), head.features)
         heads.append(replace(head, features=same))
     return heads
@@ -199,14 +203,14 @@ def _prepare(sources: Sequence[Source], work: Path, pool: WorkerPool) -> None:
         scratch = work / "prepared" / f"{i:03d}"
         tasks |= {
             scratch / f"{part:06d}": _Prepare(source, part, scratch)
-            for part in range(source.parts())
+            for part in range(source.count_parts())
         }
     if tasks:
         run_missing(pool, "sort entries", _prepare_part, tasks)
 
 
 def _prepare_part(task: _Prepare) -> None:
-    task.source.prepare(task.part, task.scratch)
+    task.source.prepare_part(task.part, task.scratch)
 
 
 def _reading(
@@ -330,27 +334,27 @@ def _provenance(
     for i, (source, head) in enumerate(zip(sources, heads, strict=True)):
         bit = 1 << list(plan.modalities).index(source.modality)
         note = {
-            "file": source.where,
+            "file": source.display_name,
             "modality": source.modality,
             "dataset": source.dataset,
             "cells": head.n_rows,
             "empty": final.lost(np.load(cells.sources[i] / "keys.npy", mmap_mode="r"), bit),
             "features": plan.notes[i],
-            "names": head.named_by or "var_names",
+            "names": head.name_column or "var_names",
         }
         inputs.append(
-            note | ({"counted": source.given.what} if isinstance(source, FragmentsSource) else {})
+            note | ({"counted": source.counted_unit} if isinstance(source, FragmentsSource) else {})
         )
     return {
         "tool": f"data_prep {clue_dist.__version__}",
         "seed": options.seed,
         "inputs": inputs,
         "features": {
-            name: options.feature_choices.get(name, FeatureChoice()).identity()
+            name: options.feature_choices.get(name, FeatureChoice()).describe_identity()
             for name in plan.modalities
         },
         "selected": {name: chosen.note for name, chosen in kept.items()},
-        "columns": dict(options.obs_columns.columns),
+        "columns": dict(options.obs_columns.by_field),
         "cells": {"in": len(cells), "dropped": final.dropped}
         | {f"without_{field}": strata.count_unknown(final, cells, field) for field in FIELDS},
     }

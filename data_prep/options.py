@@ -19,8 +19,8 @@ FIELDS = {
 class ObsColumns:
     """Columns of obs that hold batch and label; a name given explicitly must exist in some file."""
 
-    columns: Mapping[str, str] = field(default_factory=lambda: dict(FIELDS))
-    explicit: frozenset[str] = frozenset()
+    by_field: Mapping[str, str] = field(default_factory=lambda: dict(FIELDS))
+    explicit_fields: frozenset[str] = frozenset()
 
 
 def require_known_modalities(flag: str, named: Iterable[str], known: Iterable[str]) -> None:
@@ -44,11 +44,11 @@ class PerModality:
     """The values of one flag. general: that of the modalities not `named`."""
 
     flag: str
-    general: str | None = None
-    named: dict[str, str] = field(default_factory=dict)
+    default: str | None = None
+    by_modality: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def parse(cls, texts: Sequence[str], flag: str, what: str = "values") -> PerModality:
+    def parse_values(cls, texts: Sequence[str], flag: str, what: str = "values") -> PerModality:
         """`VALUE` once at most, and `NAME=VALUE` once for each name.
 
         Raises:
@@ -63,12 +63,12 @@ class PerModality:
             )
         return cls(flag, general[0] if general else None, named)
 
-    def of(self, name: str | None) -> str | None:
-        return self.named.get(name or "", self.general)
+    def get_value(self, modality: str | None) -> str | None:
+        return self.by_modality.get(modality or "", self.default)
 
     def require_known(self, names: Iterable[str]) -> None:
         """Every modality that is named is among `names`; else a DataError."""
-        require_known_modalities(self.flag, self.named, names)
+        require_known_modalities(self.flag, self.by_modality, names)
 
 
 Mode = Literal["same", "intersection", "union"]
@@ -84,20 +84,25 @@ class FeatureChoice:
     """
 
     mode: Mode | None = None
-    given: tuple[str, ...] | None = None
-    bins: int | None = None
-    top: int | None = None
+    listed: tuple[str, ...] | None = None
+    bin_width: int | None = None
+    top_features: int | None = None
 
     @property
-    def together(self) -> Mode:
+    def effective_mode(self) -> Mode:
         """A bin that a file does not list was not hit there, so that bins of files are united."""
-        return self.mode or ("union" if self.bins else "same")
+        return self.mode or ("union" if self.bin_width else "same")
 
-    def identity(self) -> dict[str, Any]:
+    def describe_identity(self) -> dict[str, Any]:
         """JSON-able; changes with whatever changes the features."""
         names = (
             None
-            if self.given is None
-            else hashlib.sha256("\n".join(self.given).encode()).hexdigest()
+            if self.listed is None
+            else hashlib.sha256("\n".join(self.listed).encode()).hexdigest()
         )
-        return {"mode": self.together, "list_sha256": names, "bins": self.bins, "top": self.top}
+        return {
+            "mode": self.effective_mode,
+            "list_sha256": names,
+            "bins": self.bin_width,
+            "top": self.top_features,
+        }

@@ -209,13 +209,13 @@ class SimulatedSource(DirectSource):
         return ""
 
     @property
-    def where(self) -> str:
+    def display_name(self) -> str:
         return f"simulated {self.modality}"
 
-    def identity(self) -> dict[str, Any]:
+    def describe_identity(self) -> dict[str, Any]:
         return {"simulated": asdict(self.spec), "modality": self.modality}
 
-    def head(self) -> SourceHead:
+    def read_head(self) -> SourceHead:
         cells, (_, kind, n) = self.spec.list_cells(self.m), self.spec.modalities[self.m]
         sample = draw_measurements(self.spec, self.m, cells[:16])
         nnz = int(
@@ -234,8 +234,8 @@ class SimulatedSource(DirectSource):
             ["batch", "cell_type"],
         )
 
-    def read(self, lo: int, hi: int, scratch: Path) -> SourceRows:
-        values = draw_measurements(self.spec, self.m, self.spec.list_cells(self.m)[lo:hi])
+    def read_rows(self, start: int, stop: int, scratch: Path) -> SourceRows:
+        values = draw_measurements(self.spec, self.m, self.spec.list_cells(self.m)[start:stop])
         return values if self.spec.modalities[self.m][1] == "dense" else sp.csr_matrix(values)
 
 

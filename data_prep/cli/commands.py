@@ -21,7 +21,7 @@ from data_prep.convert import ConversionOptions, convert_inputs, format_conversi
 from data_prep.fetch import fetch_cells
 from data_prep.jobs.workers import open_pool
 from data_prep.options import FIELDS, ObsColumns, PerModality
-from data_prep.readers.fragments import Input
+from data_prep.readers.fragments import ConversionInput
 from data_prep.simulate import SimulationSpec, parse_features, write_h5mu
 
 SEVERAL: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}  # values of a flag
@@ -49,7 +49,7 @@ def _append(args: argparse.Namespace) -> None:
 
 def _asked(
     args: argparse.Namespace, columns: Mapping[str, str] = FIELDS
-) -> tuple[list[Input], ConversionOptions]:
+) -> tuple[list[ConversionInput], ConversionOptions]:
     """columns: of batch and label, where the command line names no others."""
     kinds = _pairs(args.kind, "--kind")
     named = {"batch": args.batch_key, "label": args.label_key}
@@ -57,9 +57,9 @@ def _asked(
     keys = ObsColumns(
         {field: named[field] or column for field, column in columns.items()}, explicit
     )
-    layers = PerModality.parse(args.layer, "--layer", "layers")
-    ids = PerModality.parse(args.feature_ids, "--feature-ids", "columns")
-    barcodes = PerModality.parse(args.barcodes, "--barcodes", "lists")
+    layers = PerModality.parse_values(args.layer, "--layer", "layers")
+    ids = PerModality.parse_values(args.feature_ids, "--feature-ids", "columns")
+    barcodes = PerModality.parse_values(args.barcodes, "--barcodes", "lists")
     inputs = parse_inputs(
         args.inputs, ReadingOptions(keys, kinds, layers, ids, barcodes, args.cut_sites)
     )

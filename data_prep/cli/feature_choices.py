@@ -37,23 +37,25 @@ def parse_choices(
             where=f"{flag} {' '.join(features or top)}, --features-from {reference}",
             fix=f"leave out {flag}, or --features-from",
         )
-    asked = PerModality.parse(features, "--features")
+    asked = PerModality.parse_values(features, "--features")
     asked.require_known(names)
     if (
         len(names) > 1
-        and asked.general
-        and asked.general not in get_args(Mode)
-        and parse_path(asked.general).is_file()
+        and asked.default
+        and asked.default not in get_args(Mode)
+        and parse_path(asked.default).is_file()
     ):
         raise DataError(
             "a list of features belongs to one modality",
-            where=f"--features {asked.general}",
+            where=f"--features {asked.default}",
             got=f"modalities {list_names(names)}",
-            fix=f"--features {names[0]}={asked.general}",
+            fix=f"--features {names[0]}={asked.default}",
         )
     widths = _numbers(bins, "--bins", names, kinds, ("atac",))
     numbers = _numbers(top, "--top", names, kinds, SELECTABLE)
-    return {name: _choice(asked.of(name), widths.get(name), numbers.get(name)) for name in names}
+    return {
+        name: _choice(asked.get_value(name), widths.get(name), numbers.get(name)) for name in names
+    }
 
 
 def _choice(features: str | None, bins: int | None, top: int | None) -> FeatureChoice:
@@ -87,13 +89,13 @@ def _numbers(
     kinds: Mapping[str, str],
     fitting: Sequence[str],
 ) -> dict[str, int]:
-    asked = PerModality.parse(texts, flag)
+    asked = PerModality.parse_values(texts, flag)
     asked.require_known(names)
-    if asked.general is not None:
+    if asked.default is not None:
         raise DataError(
-            "not NAME=NUMBER", where=flag, got=asked.general, expected=f"{fitting[0]}=5000, say"
+            "not NAME=NUMBER", where=flag, got=asked.default, expected=f"{fitting[0]}=5000, say"
         )
-    for name, value in asked.named.items():
+    for name, value in asked.by_modality.items():
         if not value.isdecimal() or not 1 <= int(value) < 2**31:
             raise DataError(
                 "not a number from 1 on", where=f"{flag} {name}={value}", got=value or "nothing"
@@ -102,4 +104,4 @@ def _numbers(
             raise DataError(
                 "not for this kind", where=f"{flag} {name}", got=kind, expected=list_names(fitting)
             )
-    return {name: int(value) for name, value in asked.named.items()}
+    return {name: int(value) for name, value in asked.by_modality.items()}

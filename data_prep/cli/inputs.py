@@ -14,7 +14,7 @@ from clue_dist.errors import DataError, list_names
 from clue_dist.files import parse_path
 from clue_dist.kinds import TENX_TYPES, infer_kind
 from data_prep.options import ObsColumns, PerModality, require_known_modalities
-from data_prep.readers.fragments import FragmentsInput, Input, looks_like_fragments
+from data_prep.readers.fragments import ConversionInput, FragmentsInput, looks_like_fragments
 from data_prep.readers.h5_file import open_h5
 from data_prep.readers.h5ad import AnnDataSource
 from data_prep.readers.matrix_market import MatrixMarketSource, read_mtx_features
@@ -28,15 +28,15 @@ _INPUT = re.compile(r"(?:(?P<dataset>[A-Za-z0-9_.-]+):)?(?:(?P<name>[^=/]+)=)?(?
 class ReadingOptions:
     """What the command line says about how inputs are read; see `python -m data_prep convert --help`."""
 
-    keys: ObsColumns = field(default_factory=ObsColumns)
+    obs_columns: ObsColumns = field(default_factory=ObsColumns)
     kinds: dict[str, str] = field(default_factory=dict)
     layers: PerModality = field(default_factory=lambda: PerModality("--layer"))
-    ids: PerModality = field(default_factory=lambda: PerModality("--feature-ids"))
+    id_columns: PerModality = field(default_factory=lambda: PerModality("--feature-ids"))
     barcodes: PerModality = field(default_factory=lambda: PerModality("--barcodes"))
     cut_sites: bool = False
 
 
-def parse_inputs(texts: list[str], asked: ReadingOptions) -> list[Input]:
+def parse_inputs(texts: list[str], asked: ReadingOptions) -> list[ConversionInput]:
     """`name=FILE`, `FILE.h5mu`, a 10x file or folder, each optionally `dataset:`-prefixed -> inputs, in order.
 
     Raises:
@@ -46,18 +46,18 @@ def parse_inputs(texts: list[str], asked: ReadingOptions) -> list[Input]:
     inputs = [source for text in texts for source in _parse(text, asked)]
     names = [s.modality for s in inputs]
     require_known_modalities("--kind", asked.kinds, names)
-    asked.ids.require_known(names)
+    asked.id_columns.require_known(names)
     layered = [s.modality for s in inputs if isinstance(s, AnnDataSource)]
     asked.layers.require_known(layered)
-    if asked.layers.general is not None and not layered:
-        where = f"--layer {asked.layers.general}"
+    if asked.layers.default is not None and not layered:
+        where = f"--layer {asked.layers.default}"
         raise DataError(
             "no input has layers", where=where, expected="an .h5ad or .h5mu among the inputs"
         )
     counted = [s.modality for s in inputs if isinstance(s, FragmentsInput)]
     asked.barcodes.require_known(counted)
     for flag, given in (
-        ("--barcodes", asked.barcodes.general is not None),
+        ("--barcodes", asked.barcodes.default is not None),
         ("--cut-sites", asked.cut_sites),
     ):
         if given and not counted:
@@ -65,7 +65,7 @@ def parse_inputs(texts: list[str], asked: ReadingOptions) -> list[Input]:
     return inputs
 
 
-def _parse(text: str, asked: ReadingOptions) -> Sequence[Input]:
+def _parse(text: str, asked: ReadingOptions) -> Sequence[ConversionInput]:
     match, fix = (
         _INPUT.fullmatch(text),
         "check the path; inputs are written NAME=FILE, FILE.h5mu, or DATASET:NAME=FILE",
@@ -105,7 +105,13 @@ def _parse(text: str, asked: ReadingOptions) -> Sequence[Input]:
                 )
             return [
                 AnnDataSource(
-                    path, name, dataset, "", asked.layers.of(name), asked.keys, asked.ids.of(name)
+                    path,
+                    name,
+                    dataset,
+                    "",
+                    asked.layers.get_value(name),
+                    asked.obs_columns,
+                    asked.id_columns.get_value(name),
                 )
             ]
         if "matrix/features" in file:
@@ -132,7 +138,7 @@ def _fragments(
         raise DataError(
             "fragments are of kind atac", where=text, got=kind, fix=f"`atac={path.name}`"
         )
-    return FragmentsInput(path, name, dataset, asked.cut_sites, asked.barcodes.of(name))
+    return FragmentsInput(path, name, dataset, asked.cut_sites, asked.barcodes.get_value(name))
 
 
 def _mudata(
@@ -145,7 +151,15 @@ def _mudata(
         )
     wanted = there if name is None else [name]
     return [
-        AnnDataSource(path, m, dataset, f"mod/{m}", asked.layers.of(m), asked.keys, asked.ids.of(m))
+        AnnDataSource(
+            path,
+            m,
+            dataset,
+            f"mod/{m}",
+            asked.layers.get_value(m),
+            asked.obs_columns,
+            asked.id_columns.get_value(m),
+        )
         for m in wanted
     ]
 
@@ -167,7 +181,7 @@ def _tenx(
                 name,
                 dataset,
                 table.type_for(infer_kind(name, asked.kinds), text),
-                asked.ids.of(name),
+                asked.id_columns.get_value(name),
             )
         ]
     known = [t for t in TENX_TYPES if t in table.types]
@@ -182,4 +196,7 @@ def _tenx(
     others = sorted(set(table.types) - set(known))
     if others:
         print(f"{text}: features of type {list_names(others)} are left out", file=sys.stderr)
-    return [make(path, TENX_TYPES[t], dataset, t, asked.ids.of(TENX_TYPES[t])) for t in known]
+    return [
+        make(path, TENX_TYPES[t], dataset, t, asked.id_columns.get_value(TENX_TYPES[t]))
+        for t in known
+    ]

@@ -139,9 +139,11 @@ def join_cells_by_barcode(
     """
     n_rows = sum(head.n_rows for head in heads)
     if not n_rows:
-        raise DataError("the inputs hold no cells", where=list_names(s.where for s in sources))
+        raise DataError(
+            "the inputs hold no cells", where=list_names(s.display_name for s in sources)
+        )
     names = {}
-    for field in keys.columns:
+    for field in keys.by_field:
         _require_column(field, keys, heads)
         names[field] = _vocabulary(field, heads, known.get(field, []))
     key, of = derive_key(seed, "cells"), [list(modalities).index(s.modality) for s in sources]
@@ -185,7 +187,7 @@ def _bounds(ranges: int) -> np.ndarray:
 
 def _list_rows(task: _List) -> None:
     """Rows of a source, sorted by the hash of their barcodes."""
-    head, dataset = task.source.head(), task.source.dataset
+    head, dataset = task.source.read_head(), task.source.dataset
     barcodes = head.barcodes[task.lo : task.hi]
     if dataset:
         barcodes = np.char.add(f"{dataset}:".encode(), barcodes)
@@ -291,7 +293,9 @@ def _refuse_problems(
         if number:
             raise DataError(
                 f"{number} barcodes occur more than once in modality {modality!r} of one data set",
-                where=list_names(dict.fromkeys(s.where for s in sources if s.modality == modality)),
+                where=list_names(
+                    dict.fromkeys(s.display_name for s in sources if s.modality == modality)
+                ),
                 got=list_names(first) + (f" ... and {number - TOLD} more" if number > TOLD else ""),
                 expected="each cell once",
                 fix="if the files are different data sets, keep them apart with a prefix: `lane1:FILE lane2:FILE`",
@@ -301,7 +305,7 @@ def _refuse_problems(
         if number:
             raise DataError(
                 f"the modalities of {number} cells disagree on their {field}",
-                where=sources[first[0][3]].where,
+                where=sources[first[0][3]].display_name,
                 got=list_names(
                     f"{barcode}: {values[a]!r} and {values[b]!r}" for barcode, a, b, _ in first
                 ),
@@ -334,11 +338,11 @@ def _write_rows(cells: CellTable, n_rows: Sequence[int]) -> None:
 
 
 def _require_column(field: str, keys: ObsColumns, heads: Sequence[SourceHead]) -> None:
-    if field in keys.explicit and not any(field in head.fields for head in heads):
-        columns = sorted({column for head in heads for column in head.columns})
+    if field in keys.explicit_fields and not any(field in head.fields for head in heads):
+        columns = sorted({column for head in heads for column in head.obs_columns})
         raise DataError(
             f"no input has the {field} column asked for",
-            where=f"--{field}-key {keys.columns[field]}",
+            where=f"--{field}-key {keys.by_field[field]}",
             got=f"columns: {list_names(columns, 30) or 'none'}",
             fix="name one of these columns",
         )

@@ -50,7 +50,7 @@ class SourceReading:
     def rows(self, lo: int, hi: int) -> SourceRows:
         """Rows lo to hi, in canonical form."""
         return canonicalise_rows(
-            self.source, self.target, self.source.read(lo, hi, self.scratch), lo
+            self.source, self.target, self.source.read_rows(lo, hi, self.scratch), lo
         )
 
     def coded(self, lo: int, hi: int, order: np.ndarray) -> tuple[CodedRows | np.ndarray, int]:
@@ -66,7 +66,7 @@ class SourceReading:
         return values, 0 if values.dtype.kind == "f" else int(values.max(initial=0))
 
     def _coded(self, lo: int, hi: int) -> tuple[CodedRows, int]:
-        rows = self.source.read(lo, hi, self.scratch)
+        rows = self.source.read_rows(lo, hi, self.scratch)
         if self.target.columns is None and not isinstance(rows, np.ndarray):
             got = try_code_rows(
                 _csr(rows), COUNT_BITS
@@ -122,7 +122,7 @@ def canonicalise_rows(
         matrix.sum_duplicates()
         matrix.eliminate_zeros()
         if matrix.data.max(initial=0) > LARGEST:
-            got, where = matrix.data.max(), f"{source.where}, cells from {first} on"
+            got, where = matrix.data.max(), f"{source.display_name}, cells from {first} on"
             raise DataError(
                 "counts of one cell and feature add up to too much",
                 where=where,
@@ -177,7 +177,7 @@ def _refuse(
 
 
 def _bad_value(source: Source, row: int, column: int, value: np.number, rule: str) -> DataError:
-    head, others = source.head(), source.other_counts()
+    head, others = source.read_head(), source.list_other_counts()
     cell, counting = str(decode_barcodes(head.barcodes[row : row + 1])[0]), rule == _COUNTS
     if counting and value > LARGEST:
         rule = f"counts above {LARGEST} cannot be held exactly in float32"
@@ -188,7 +188,7 @@ def _bad_value(source: Source, row: int, column: int, value: np.number, rule: st
     )
     return DataError(
         rule,
-        where=f"{source.where}, cell {cell!r}, feature {head.features[column]!r}",
+        where=f"{source.display_name}, cell {cell!r}, feature {head.features[column]!r}",
         got=value,
         expected="0, 1, 2, ..." if counting else "a finite number",
         fix=named or ("convert the raw counts, not normalised values" if counting else None),

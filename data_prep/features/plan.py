@@ -107,8 +107,8 @@ def _own(source: Source, head: SourceHead, choice: FeatureChoice) -> list[str]:
     """A source's features as the store would call them; with bins, several may have one name."""
     return (
         head.features
-        if choice.bins is None
-        else bin_peaks(head.features, choice.bins, source.where)
+        if choice.bin_width is None
+        else bin_peaks(head.features, choice.bin_width, source.display_name)
     )
 
 
@@ -119,7 +119,7 @@ def _places(source: Source, own: list[str], wanted: list[str]) -> np.ndarray:
     if not (columns >= 0).any():
         raise DataError(
             f"no feature of modality {source.modality!r} is known to the store or list it should fit",
-            where=source.where,
+            where=source.display_name,
             got=list_names(own, 5),
             expected=list_names(wanted, 5),
             fix="both must name their features alike: `--feature-ids COLUMN` takes the names from a column of var; "
@@ -137,17 +137,17 @@ def _new_modality(
     name: str, kinds: Mapping[str, str], files: list[_File], choice: FeatureChoice
 ) -> Modality:
     kind = infer_kind(name, kinds)
-    features = list(choice.given) if choice.given is not None else _together(name, files, choice)
+    features = list(choice.listed) if choice.listed is not None else _together(name, files, choice)
     if not features:
         fix = "use `--features union`, or check that the files name their features alike"
         raise DataError(
             f"no feature of modality {name!r} is left",
-            where=list_names(s.where for s, _, _ in files),
+            where=list_names(s.display_name for s, _, _ in files),
             fix=fix,
         )
     if len(features) > layout.MOST_FEATURES:
         where, fix = (
-            list_names(s.where for s, _, _ in files),
+            list_names(s.display_name for s, _, _ in files),
             "bin or choose them: `--bins`, `--top`, `--features FILE`",
         )
         got = len(features)
@@ -166,14 +166,14 @@ def _together(name: str, files: list[_File], choice: FeatureChoice) -> list[str]
     _require_alike(name, files, choice)
     sets = [dict.fromkeys(own) for _, _, own in files]
     features = list(sets[0])
-    if choice.together == "same":
+    if choice.effective_mode == "same":
         for source, _, own in files[1:]:
             _require_same(name, files[0][0], features, source, own)
-    elif choice.together == "intersection":
+    elif choice.effective_mode == "intersection":
         features = [f for f in features if all(f in own for own in sets[1:])]
     else:
         features = list(dict.fromkeys(f for own in sets for f in own))
-    return order_along_genome(set(features)) if choice.bins else features
+    return order_along_genome(set(features)) if choice.bin_width else features
 
 
 def _require_same(
@@ -183,7 +183,7 @@ def _require_same(
     if note["missing"] or note["extra"]:
         raise DataError(
             f"the files of modality {name!r} have different features",
-            where=f"{source.where}, against {first.where}",
+            where=f"{source.display_name}, against {first.display_name}",
             got=f"{note['missing']} missing ({list_names(_lacking(features, own)) or 'none'}); "
             f"{note['extra']} extra ({list_names(_lacking(own, features)) or 'none'})",
             expected="the same features, in any order",
@@ -201,15 +201,15 @@ def _require_alike(name: str, files: list[_File], choice: FeatureChoice) -> None
     for source, other, theirs in files[1:]:
         shared, differ = len(before.intersection(theirs)), _naming(own) != _naming(theirs)
         few = differ and 2 * shared < min(len(before), len(theirs))
-        if few or (not shared and choice.together != "union"):
+        if few or (not shared and choice.effective_mode != "union"):
             raise DataError(
                 f"the files of modality {name!r} share {f'{shared:,} features alone' if shared else 'no feature'}",
-                where=f"{first.where} and {source.where}",
+                where=f"{first.display_name} and {source.display_name}",
                 got=f"{_naming(own)} ({list_names(own, 3)}) and {_naming(theirs)} ({list_names(theirs, 3)})",
                 expected="features named alike",
                 fix=f"take the names from a column of var, `--feature-ids {name}=COLUMN` (a file without keeps its); "
-                f"columns of {first.where}: {list_names(head.var_columns, 20) or 'none'}; "
-                f"of {source.where}: {list_names(other.var_columns, 20) or 'none'}",
+                f"columns of {first.display_name}: {list_names(head.var_columns, 20) or 'none'}; "
+                f"of {source.display_name}: {list_names(other.var_columns, 20) or 'none'}",
             )
         before.update(theirs)
 
@@ -227,13 +227,13 @@ def _naming(features: list[str]) -> str:
 
 def _require_ids(sources: Sequence[Source], heads: Sequence[SourceHead]) -> None:
     """A column that `--feature-ids` asks for is in one file at least."""
-    for asked in {s.ids for s in sources if s.ids is not None}:
-        mine = [(s, h) for s, h in zip(sources, heads, strict=True) if s.ids == asked]
-        if not any(head.named_by for _, head in mine):
+    for asked in {s.id_columns for s in sources if s.id_columns is not None}:
+        mine = [(s, h) for s, h in zip(sources, heads, strict=True) if s.id_columns == asked]
+        if not any(head.name_column for _, head in mine):
             columns = dict.fromkeys(column for _, head in mine for column in head.var_columns)
             raise DataError(
                 "no file has the column of var asked for",
-                where=f"--feature-ids {asked}: {list_names(s.where for s, _ in mine)}",
+                where=f"--feature-ids {asked}: {list_names(s.display_name for s, _ in mine)}",
                 got=f"columns: {list_names(columns, 30) or 'none'}",
                 fix="name one of these columns, or leave --feature-ids out to use var_names",
             )
@@ -260,7 +260,7 @@ def _reject_repeated(source: Source, head: SourceHead) -> None:
         )
         raise DataError(
             f"{len(repeated)} feature names occur more than once",
-            where=source.where,
+            where=source.display_name,
             got=list_names(repeated),
             fix=fix,
         )

@@ -74,7 +74,7 @@ def select_variable_features(
     """
     chosen = {}
     for name, modality in plan.modalities.items():
-        top = choices.get(name, FeatureChoice()).top
+        top = choices.get(name, FeatureChoice()).top_features
         if top is None:
             continue
         mine = {i: r for i, r in enumerate(reading) if r.source.modality == name}

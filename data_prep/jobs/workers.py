@@ -37,7 +37,7 @@ class Progress:
         if done and self.bar is None:
             print(f"{title}: {done} of {total} were done before", file=sys.stderr, flush=True)
 
-    def step(self) -> None:
+    def mark_done(self) -> None:
         with self.lock:
             self.done += 1
             if self.bar is not None:
@@ -59,7 +59,7 @@ class Progress:
 
 
 class WorkerPool(Protocol):
-    def run(
+    def run_tasks(
         self, function: Callable[[Any], object], tasks: Sequence[object], progress: Progress
     ) -> None:
         """Call `function` on every task; the first error ends the run and is raised here."""
@@ -75,12 +75,12 @@ class ThreadPool:
             heaps=self.workers
         )  # a third less memory than with a heap for each of TensorStore's threads
 
-    def run(
+    def run_tasks(
         self, function: Callable[[Any], object], tasks: Sequence[object], progress: Progress
     ) -> None:
         def call(i: int) -> None:
             function(tasks[i])
-            progress.step()
+            progress.mark_done()
 
         give_back_freed_memory()
         delayed = dask.delayed(call, pure=False)
@@ -123,7 +123,7 @@ class DaskPool:
             ) from None
         self.address = address
 
-    def run(
+    def run_tasks(
         self, function: Callable[[Any], object], tasks: Sequence[object], progress: Progress
     ) -> None:
         import distributed
@@ -135,7 +135,7 @@ class DaskPool:
                 future.add_done_callback(done.put)
             for _ in futures:
                 self._next(done).result()
-                progress.step()
+                progress.mark_done()
         except distributed.scheduler.KilledWorker as error:
             fix = "give each worker more memory or fewer threads, then run the same command again: it goes on"
             got = f"{error.allowed_failures + 1} workers died of it"
@@ -183,7 +183,7 @@ def run_missing(
     missing = [task for path, task in tasks.items() if not path.exists()]
     progress = Progress(title, len(tasks), len(tasks) - len(missing))
     try:
-        pool.run(function, missing, progress)
+        pool.run_tasks(function, missing, progress)
     finally:
         progress.close()
 

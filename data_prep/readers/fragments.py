@@ -48,27 +48,27 @@ class FragmentsInput:
     modality: str
     dataset: str = ""
     cut_sites: bool = False
-    limit: str | None = None
+    allowed: str | None = None
 
     @property
-    def where(self) -> str:
+    def display_name(self) -> str:
         return self.path.name
 
     @property
-    def what(self) -> str:
+    def counted_unit(self) -> str:
         return "cut sites" if self.cut_sites else "fragments"
 
-    def identity(self) -> dict[str, Any]:
+    def describe_identity(self) -> dict[str, Any]:
         """What must be unchanged for an interrupted conversion to go on."""
         kept = {
             "modality": self.modality,
             "dataset": self.dataset,
             "cut_sites": self.cut_sites,
-            "limit": self.limit,
+            "limit": self.allowed,
         }
         listed_in = (
-            identify_file(Path(self.limit))
-            if self.limit and parse_path(self.limit).is_file()
+            identify_file(Path(self.allowed))
+            if self.allowed and parse_path(self.allowed).is_file()
             else None
         )
         return identify_file(self.path) | kept | {"barcodes": listed_in}
@@ -90,13 +90,17 @@ class FragmentsSource(DirectSource):
         return self.given.dataset
 
     @property
-    def where(self) -> str:
-        return self.given.where
+    def display_name(self) -> str:
+        return self.given.display_name
 
-    def identity(self) -> dict[str, Any]:
-        return self.given.identity()
+    @property
+    def counted_unit(self) -> str:
+        return self.given.counted_unit
 
-    def head(self) -> SourceHead:
+    def describe_identity(self) -> dict[str, Any]:
+        return self.given.describe_identity()
+
+    def read_head(self) -> SourceHead:
         barcodes, bins = (
             np.load(self.folder / "barcodes.npy"),
             decode_barcodes(np.load(self.folder / "bins.npy")),
@@ -104,9 +108,9 @@ class FragmentsSource(DirectSource):
         nnz = sum(len(np.load(part / "rows.npy", mmap_mode="r")) for part in self._parts())
         return SourceHead(barcodes, bins.tolist(), nnz, {}, [])
 
-    def read(self, lo: int, hi: int, scratch: Path) -> SourceRows:
+    def read_rows(self, start: int, stop: int, scratch: Path) -> SourceRows:
         n_bins = len(np.load(self.folder / "bins.npy", mmap_mode="r"))
-        return sorted_entries.read_sorted_rows(self._parts(), lo, hi, n_bins)
+        return sorted_entries.read_sorted_rows(self._parts(), start, stop, n_bins)
 
     def _parts(self) -> list[Path]:
         return sorted(self.folder.glob("[0-9]" * 6))
@@ -137,14 +141,16 @@ def count_fragments(
         if not isinstance(given, FragmentsInput):
             sources.append(given)
             continue
-        width, out = choices.get(given.modality, FeatureChoice()).bins, work / f"{i:03d}"
+        width, out = choices.get(given.modality, FeatureChoice()).bin_width, work / f"{i:03d}"
         if width is None:
             fix = f"`--bins {given.modality}=5000`, in base pairs"
             raise DataError(
-                "fragments are counted in bins of the genome: how wide?", where=given.where, fix=fix
+                "fragments are counted in bins of the genome: how wide?",
+                where=given.display_name,
+                fix=fix,
             )
         keep = None
-        if given.limit is not None:
+        if given.allowed is not None:
             work.mkdir(parents=True, exist_ok=True)
             keep = work / f"keep{i:03d}.npy"
             save_array(keep, _wanted(given, inputs))
@@ -156,11 +162,11 @@ def count_fragments(
 
 
 def _wanted(given: FragmentsInput, inputs: Sequence[Source | FragmentsInput]) -> np.ndarray:
-    """The barcodes that `given.limit` allows, (n,) bytes: a list's, or those of a modality in the same data set."""
-    assert given.limit is not None
-    if parse_path(given.limit).is_file():
+    """The barcodes that `given.allowed` allows, (n,) bytes: a list's, or those of a modality in the same data set."""
+    assert given.allowed is not None
+    if parse_path(given.allowed).is_file():
         barcodes = encode_barcodes(
-            [line.split("\t")[0] for line in read_lines(Path(given.limit))], given.limit
+            [line.split("\t")[0] for line in read_lines(Path(given.allowed))], given.allowed
         )
         mine = f"{given.dataset}:".encode()
         return np.array(
@@ -168,14 +174,14 @@ def _wanted(given: FragmentsInput, inputs: Sequence[Source | FragmentsInput]) ->
         )
     others = [s for s in inputs if not isinstance(s, FragmentsInput)]
     found = [
-        s.head().barcodes[:]
+        s.read_head().barcodes[:]
         for s in others
-        if (s.modality, s.dataset) == (given.limit, given.dataset)
+        if (s.modality, s.dataset) == (given.allowed, given.dataset)
     ]
     if not found:
         raise DataError(
             "neither a list of barcodes nor another modality of this data set",
-            where=f"--barcodes {given.modality}={given.limit}",
+            where=f"--barcodes {given.modality}={given.allowed}",
             got=f"modalities with cells: {list_names(dict.fromkeys(s.modality for s in others)) or 'none'}",
             expected="a file with a barcode a line, or one of these modalities",
         )
@@ -213,14 +219,16 @@ def _count(task: _Count) -> None:
         if not cells.of:
             fix = "the list and the file must spell barcodes alike" if allowed is not None else None
             raise DataError(
-                "no fragment is of a cell that is wanted", where=task.given.where, fix=fix
+                "no fragment is of a cell that is wanted", where=task.given.display_name, fix=fix
             )
         names = list(chromosomes.of)
-        save_array(folder / "barcodes.npy", encode_barcodes(list(cells.of), task.given.where))
+        save_array(
+            folder / "barcodes.npy", encode_barcodes(list(cells.of), task.given.display_name)
+        )
         texts = [
             name_bin(names[key >> _SHIFT], key & (2**_SHIFT - 1), task.width) for key in bins.of
         ]
-        save_array(folder / "bins.npy", encode_barcodes(texts, task.given.where))
+        save_array(folder / "bins.npy", encode_barcodes(texts, task.given.display_name))
 
 
 def _write(folder: Path, rows: np.ndarray, columns: np.ndarray) -> None:
@@ -257,7 +265,7 @@ def _chunks(given: FragmentsInput) -> Iterator[pd.DataFrame]:
                 if len(bad):
                     line = " ".join(map(str, chunk.iloc[bad[0]]))
                     expected = "chromosome, 0 <= start < end <= 2^32, barcode"
-                    where = f"{given.where}, fragment {seen + bad[0] + 1}"
+                    where = f"{given.display_name}, fragment {seen + bad[0] + 1}"
                     raise DataError("not a fragment", where=where, got=line, expected=expected)
                 seen += len(chunk)
                 yield chunk
@@ -270,7 +278,7 @@ def _chunks(given: FragmentsInput) -> Iterator[pd.DataFrame]:
     ) as error:
         raise DataError(
             "the fragments cannot be read to their end",
-            where=f"{given.where}, after fragment {seen}",
+            where=f"{given.display_name}, after fragment {seen}",
             got=str(error).strip(),
             expected="lines of chromosome, start, end, barcode, with tabs between",
             fix="check that the file is complete",
@@ -290,4 +298,4 @@ def looks_like_fragments(path: Path) -> bool:
     return len(parts) >= 4 and parts[1].isdecimal() and parts[2].isdecimal()
 
 
-Input: TypeAlias = Source | FragmentsInput
+ConversionInput: TypeAlias = Source | FragmentsInput

@@ -26,7 +26,7 @@ class TextColumn:
     n: int
 
     @classmethod
-    def of(cls, texts: h5py.Dataset) -> TextColumn:
+    def open_dataset(cls, texts: h5py.Dataset) -> TextColumn:
         if texts.ndim != 1 or not (h5py.check_string_dtype(texts.dtype) or texts.dtype.kind == "S"):
             raise DataError(
                 "names that are no texts",
@@ -83,7 +83,7 @@ def read_codes(obs: h5py.Group, name: str, n: int) -> CategoryCodes:
                 got=len(values),
                 expected=n,
             )
-        return CategoryCodes.of(values)
+        return CategoryCodes.encode_values(values)
     codes, categories = categorical
     if codes.shape != (n,) or codes.dtype.kind not in "iu" or categories.ndim != 1:
         got = f"codes {codes.dtype} {codes.shape}, categories {categories.shape}"
@@ -107,7 +107,7 @@ def read_codes(obs: h5py.Group, name: str, n: int) -> CategoryCodes:
             )
         used[piece] = True  # the last one: -1
     kept = np.flatnonzero(used[:-1])
-    names, final = CategoryCodes.of(categories[kept]), np.full(len(used), -1, np.int32)
+    names, final = CategoryCodes.encode_values(categories[kept]), np.full(len(used), -1, np.int32)
     final[kept] = names.codes[:]
     return CategoryCodes(
         CategoryColumn(Path(codes.file.filename), codes.name, len(codes), final), names.names
@@ -158,7 +158,7 @@ def read_names(root: Any, name: str, where: str) -> SlicedArray:
         if isinstance(index, h5py.Dataset) and (
             h5py.check_string_dtype(index.dtype) or index.dtype.kind == "S"
         ):
-            return TextColumn.of(index)
+            return TextColumn.open_dataset(index)
     return encode_barcodes(read_index(root, name, where), where)
 
 

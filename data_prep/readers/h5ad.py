@@ -53,10 +53,10 @@ class AnnDataSource:
     group: str = ""
     layer: str | None = None  # None: X
     keys: ObsColumns = field(default_factory=ObsColumns)
-    ids: str | None = None
+    id_columns: str | None = None
 
     @property
-    def where(self) -> str:
+    def display_name(self) -> str:
         return f"{self.path.name}/{self.group}" if self.group else self.path.name
 
     @property
@@ -64,29 +64,29 @@ class AnnDataSource:
         inside = {None: "X", "raw.X": "raw/X"}.get(self.layer, f"layers/{self.layer}")
         return f"{self.group}/{inside}".lstrip("/")
 
-    def identity(self) -> dict[str, Any]:
+    def describe_identity(self) -> dict[str, Any]:
         kept = {
             "matrix": self.matrix,
             "modality": self.modality,
             "dataset": self.dataset,
-            "ids": self.ids,
+            "ids": self.id_columns,
         }
         return identify_file(self.path) | kept
 
-    def head(self) -> SourceHead:
+    def read_head(self) -> SourceHead:
         with open_h5(self.path) as file:
             root = open_part(file, self.group) if self.group else file
             matrix = self._matrix(file)
             var = "raw/var" if self.layer == "raw.X" else "var"
             barcodes, features = (
-                read_names(root, "obs", self.where),
-                read_index(root, var, self.where),
+                read_names(root, "obs", self.display_name),
+                read_index(root, var, self.display_name),
             )
             if read_shape(matrix) != (len(barcodes), len(features)):
                 got = f"{read_shape(matrix)} for {len(barcodes)} cells and {len(features)} features"
                 raise DataError(
                     "matrix, obs and var do not fit together",
-                    where=f"{self.where}: {self.matrix}",
+                    where=f"{self.display_name}: {self.matrix}",
                     got=got,
                 )
             if read_format(matrix) != "array":
@@ -95,7 +95,7 @@ class AnnDataSource:
                 )
             fields = {
                 f: c
-                for f, key in self.keys.columns.items()
+                for f, key in self.keys.by_field.items()
                 if (c := self._codes(file, key, barcodes)) is not None
             }
             columns = list_columns(root["obs"]) + (
@@ -106,14 +106,14 @@ class AnnDataSource:
             var_columns = list_columns(root[var])
         return SourceHead(barcodes, names, nnz, fields, columns, var_columns, named_by)
 
-    def parts(self) -> int:
+    def count_parts(self) -> int:
         with open_h5(self.path) as file:
             matrix = self._matrix(file)
             if read_format(matrix) != "csc_matrix":
                 return 0
             return -(-int(matrix["data"].shape[0]) // sorted_entries.PART_ENTRIES)
 
-    def prepare(self, part: int, scratch: Path) -> None:
+    def prepare_part(self, part: int, scratch: Path) -> None:
         """Sort one run of a CSC matrix's entries by row."""
         lo = part * sorted_entries.PART_ENTRIES
         with open_h5(self.path) as file:
@@ -125,7 +125,7 @@ class AnnDataSource:
                 for name in ("indices", "data")
             )
             indptr = open_part(matrix, "indptr")[:].astype(np.int64)
-            where = f"{self.where}, entries {lo} to {lo + len(rows) - 1}"
+            where = f"{self.display_name}, entries {lo} to {lo + len(rows) - 1}"
             if (np.diff(indptr) < 0).any():
                 raise DataError(MISFIT, where=where, fix=ANEW)
             require_inside_matrix(rows, n_rows, "cells", where)
@@ -135,17 +135,19 @@ class AnnDataSource:
             scratch / f"{part:06d}", rows.astype(np.int64), columns, values
         )
 
-    def read(self, lo: int, hi: int, scratch: Path) -> SourceRows:
+    def read_rows(self, start: int, stop: int, scratch: Path) -> SourceRows:
         with open_h5(self.path) as file:
             matrix = self._matrix(file)
             n_columns = read_shape(matrix)[1]
             if read_format(matrix) == "array":
-                return require_real_numbers(np.asarray(matrix[lo:hi]), self.where)
+                return require_real_numbers(np.asarray(matrix[start:stop]), self.display_name)
             if read_format(matrix) == "csr_matrix":
-                return read_csr_slice(matrix, lo, hi, n_columns, self.where)
-        return sorted_entries.read_sorted_rows(sorted(scratch.glob("[0-9]" * 6)), lo, hi, n_columns)
+                return read_csr_slice(matrix, start, stop, n_columns, self.display_name)
+        return sorted_entries.read_sorted_rows(
+            sorted(scratch.glob("[0-9]" * 6)), start, stop, n_columns
+        )
 
-    def other_counts(self) -> list[str]:
+    def list_other_counts(self) -> list[str]:
         with open_h5(self.path) as file:
             root = open_part(file, self.group) if self.group else file
             names = [f"layers/{name}" for name in root.get("layers", {})] + ["raw/X"] * (
@@ -165,7 +167,7 @@ class AnnDataSource:
             there = [*root.get("layers", {}), *(["raw.X"] if "raw" in root else [])]
             raise DataError(
                 "the file has no such matrix",
-                where=f"{self.where}: {self.matrix}",
+                where=f"{self.display_name}: {self.matrix}",
                 got=f"layers: {list_names(there) or 'none'}",
                 fix=f"name one of them with `--layer`, or `--layer {self.modality}=NAME` for this modality alone",
             )
@@ -173,7 +175,7 @@ class AnnDataSource:
 
     def _names(self, var: h5py.Group, own: list[str]) -> tuple[str | None, list[str]]:
         """The features' names, of the first column of `ids` there is, and that column; else their own."""
-        for column in (self.ids or "").split(","):
+        for column in (self.id_columns or "").split(","):
             if column and column in var:
                 values = read_values(var, column)
                 return column, make_names_unique(
@@ -190,7 +192,9 @@ class AnnDataSource:
             return None
         for name in (key, f"{self.modality}:{key}"):
             if name in file["obs"]:
-                shared = pd.Index(encode_barcodes(read_index(file, "obs", self.where), self.where))
+                shared = pd.Index(
+                    encode_barcodes(read_index(file, "obs", self.display_name), self.display_name)
+                )
                 codes = read_codes(file["obs"], name, len(shared))
-                return codes.take(shared.get_indexer(pd.Index(barcodes[:])))
+                return codes.take_rows(shared.get_indexer(pd.Index(barcodes[:])))
         return None

@@ -37,13 +37,13 @@ class MatrixMarketSource:
     modality: str
     dataset: str = ""
     feature_type: str | None = None  # None: every feature
-    ids: str | None = None
+    id_columns: str | None = None
 
     @property
-    def where(self) -> str:
+    def display_name(self) -> str:
         return f"{self.path.name}/{self.feature_type}" if self.feature_type else self.path.name
 
-    def identity(self) -> dict[str, Any]:
+    def describe_identity(self) -> dict[str, Any]:
         files = [
             identify_file(_find(self.path, name)) for name in ("matrix", "barcodes", "features")
         ]
@@ -51,11 +51,11 @@ class MatrixMarketSource:
             "feature_type": self.feature_type,
             "modality": self.modality,
             "dataset": self.dataset,
-            "ids": self.ids,
+            "ids": self.id_columns,
         }
         return {"files": files} | kept
 
-    def head(self) -> SourceHead:
+    def read_head(self) -> SourceHead:
         table = read_mtx_features(self.path)
         barcodes = read_lines(_find(self.path, "barcodes"))
         matrix = _find(self.path, "matrix")
@@ -75,15 +75,15 @@ class MatrixMarketSource:
                 if turned
                 else "check that the three files belong together",
             )
-        wanted, names, named_by = table.select(self.feature_type, self.ids)
+        wanted, names, named_by = table.select(self.feature_type, self.id_columns)
         share = nnz * len(wanted) // max(len(table.ids), 1)
         cells = encode_barcodes([b.split("\t")[0] for b in barcodes], f"{self.path.name}: barcodes")
         return SourceHead(cells, names, share, {}, [], list(TENX_COLUMNS), named_by)
 
-    def parts(self) -> int:
+    def count_parts(self) -> int:
         return 1  # text, and perhaps gzip, can only be read from its start
 
-    def prepare(self, part: int, scratch: Path) -> None:
+    def prepare_part(self, part: int, scratch: Path) -> None:
         path = _find(self.path, "matrix")
         with make_whole_folder(scratch / f"{part:06d}") as folder, open_text(path) as file:
             n_features, n_cells, nnz = self._sizes(file)
@@ -101,14 +101,14 @@ class MatrixMarketSource:
                     expected=f"{nnz}, as its header says",
                 )
 
-    def read(self, lo: int, hi: int, scratch: Path) -> SourceRows:
+    def read_rows(self, start: int, stop: int, scratch: Path) -> SourceRows:
         table = read_mtx_features(self.path)
         rows = sorted_entries.read_sorted_rows(
-            sorted((scratch / "000000").glob("[0-9]" * 6)), lo, hi, len(table.ids)
+            sorted((scratch / "000000").glob("[0-9]" * 6)), start, stop, len(table.ids)
         )
         return select_columns(rows, table.select(self.feature_type)[0])
 
-    def other_counts(self) -> list[str]:
+    def list_other_counts(self) -> list[str]:
         return []
 
     def _sizes(self, file: IO[str]) -> tuple[int, int, int]:

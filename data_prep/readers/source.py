@@ -35,7 +35,7 @@ class CategoryCodes:
     names: list[str]
 
     @classmethod
-    def of(cls, values: Any) -> CategoryCodes:
+    def encode_values(cls, values: Any) -> CategoryCodes:
         """Encode a column of any type; NaN and the empty string are unknown, 1.0 is the same as 1."""
         codes, names = pd.factorize(pd.Series(values))
         own = names.categories if isinstance(names, pd.CategoricalIndex) else names
@@ -49,7 +49,7 @@ class CategoryCodes:
         )  # the last one: factorize's own -1
         return cls(renumber[codes], unique)
 
-    def take(self, rows: np.ndarray) -> CategoryCodes:
+    def take_rows(self, rows: np.ndarray) -> CategoryCodes:
         """The codes of `rows`; -1 stays unknown."""
         return CategoryCodes(
             np.where(rows >= 0, self.codes[:][rows], -1).astype(np.int32), self.names
@@ -64,9 +64,9 @@ class SourceHead:
     features: list[str]
     nnz: int
     fields: dict[str, CategoryCodes]  # "batch", "label" where the file has them
-    columns: list[str]  # every obs column there is, for error messages
+    obs_columns: list[str]  # every obs column there is, for error messages
     var_columns: list[str] = field(default_factory=list)  # and those of var
-    named_by: str | None = (
+    name_column: str | None = (
         None  # the column of var that gave the features' names; None: they are the var_names
     )
 
@@ -86,33 +86,33 @@ class Source(Protocol):
         ...
 
     @property
-    def where(self) -> str:
+    def display_name(self) -> str:
         """The file, for messages and provenance."""
         ...
 
     @property
-    def ids(self) -> str | None:
+    def id_columns(self) -> str | None:
         """Columns of var, comma between, of which the first there is names the features; None: var_names do."""
         ...
 
-    def identity(self) -> dict[str, Any]:
+    def describe_identity(self) -> dict[str, Any]:
         """What must be unchanged for an interrupted conversion to go on."""
         ...
 
-    def head(self) -> SourceHead: ...
-    def parts(self) -> int:
+    def read_head(self) -> SourceHead: ...
+    def count_parts(self) -> int:
         """How many `prepare` tasks must run before `read`; 0 where rows can be read directly."""
         ...
 
-    def prepare(self, part: int, scratch: Path) -> None:
+    def prepare_part(self, part: int, scratch: Path) -> None:
         """Bring part of the input into a form from which rows can be read; bounded memory."""
         ...
 
-    def read(self, lo: int, hi: int, scratch: Path) -> SourceRows:
+    def read_rows(self, start: int, stop: int, scratch: Path) -> SourceRows:
         """Rows lo to hi, with this source's own columns."""
         ...
 
-    def other_counts(self) -> list[str]:
+    def list_other_counts(self) -> list[str]:
         """Other matrices of the file that look like raw counts, to be named in errors."""
         ...
 
@@ -120,15 +120,15 @@ class Source(Protocol):
 class DirectSource:
     """Mixin for sources whose rows can be read without preparation."""
 
-    ids: str | None = None
+    id_columns: str | None = None
 
-    def parts(self) -> int:
+    def count_parts(self) -> int:
         return 0
 
-    def prepare(self, part: int, scratch: Path) -> None:
+    def prepare_part(self, part: int, scratch: Path) -> None:
         raise AssertionError(f"nothing to prepare, asked for part {part} in {scratch}")
 
-    def other_counts(self) -> list[str]:
+    def list_other_counts(self) -> list[str]:
         return []
 
 

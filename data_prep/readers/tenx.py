@@ -87,46 +87,48 @@ class TenxSource(DirectSource):
     modality: str
     dataset: str = ""
     feature_type: str | None = None  # None: the file holds one type
-    ids: str | None = None
+    id_columns: str | None = None
 
     @property
-    def where(self) -> str:
+    def display_name(self) -> str:
         return f"{self.path.name}/{self.feature_type}" if self.feature_type else self.path.name
 
-    def identity(self) -> dict[str, Any]:
+    def describe_identity(self) -> dict[str, Any]:
         kept = {
             "feature_type": self.feature_type,
             "modality": self.modality,
             "dataset": self.dataset,
-            "ids": self.ids,
+            "ids": self.id_columns,
         }
         return identify_file(self.path) | kept
 
-    def head(self) -> SourceHead:
+    def read_head(self) -> SourceHead:
         with open_h5(self.path) as file:
             table = read_tenx_features(file)
             matrix = open_part(file, "matrix")
             barcodes, nnz = (
-                TextColumn.of(open_part(matrix, "barcodes")),
+                TextColumn.open_dataset(open_part(matrix, "barcodes")),
                 int(open_part(matrix, "data").shape[0]),
             )
             expected = (len(table.ids), len(barcodes))
             if (got := tuple(open_part(matrix, "shape")[:].tolist())) != expected:
                 raise DataError(
                     "the matrix does not fit its features and barcodes",
-                    where=self.where,
+                    where=self.display_name,
                     got=got,
                     expected=expected,
                 )
             require_whole_matrix(matrix, len(barcodes))
-        wanted, names, named_by = table.select(self.feature_type, self.ids)
+        wanted, names, named_by = table.select(self.feature_type, self.id_columns)
         share = nnz * len(wanted) // max(len(table.ids), 1)
         return SourceHead(barcodes, names, share, {}, [], list(TENX_COLUMNS), named_by)
 
-    def read(self, lo: int, hi: int, scratch: Path) -> SourceRows:
+    def read_rows(self, start: int, stop: int, scratch: Path) -> SourceRows:
         with open_h5(self.path) as file:
             table = read_tenx_features(file)
-            rows = read_csr_slice(open_part(file, "matrix"), lo, hi, len(table.ids), self.where)
+            rows = read_csr_slice(
+                open_part(file, "matrix"), start, stop, len(table.ids), self.display_name
+            )
         return select_columns(rows, table.select(self.feature_type)[0])
 
 

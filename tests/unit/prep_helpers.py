@@ -131,7 +131,9 @@ def build(
     )
     given = parse_inputs(
         list(inputs),
-        ReadingOptions(keys, kinds, *(PerModality.parse(t, f, w) for f, t, w in flags), cut_sites),
+        ReadingOptions(
+            keys, kinds, *(PerModality.parse_values(t, f, w) for f, t, w in flags), cut_sites
+        ),
     )
     names = [source.modality for source in given]
     choices = parse_choices(names, kinds, features, bins, top, options.get("features_from"))

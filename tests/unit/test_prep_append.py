@@ -361,7 +361,7 @@ def test_the_store_decides_features(tmp_path: Path, store: Path) -> None:
         append_cells(
             found,
             store,
-            ConversionOptions(feature_choices={"rna": FeatureChoice(top=10)}),
+            ConversionOptions(feature_choices={"rna": FeatureChoice(top_features=10)}),
             ThreadPool(1),
         )
 

@@ -240,11 +240,11 @@ def test_codes_of_any_column() -> None:
         pd.Categorical(["b", None, "a", ""]),
         np.array(["b", None, "a", np.nan], object),
     ):
-        codes = CategoryCodes.of(values)
+        codes = CategoryCodes.encode_values(values)
         assert (codes.names, codes.codes.tolist()) == (["a", "b"], [1, -1, 0, -1])
-    assert CategoryCodes.of(np.array([2, 10, 2])).names == ["10", "2"]
-    assert CategoryCodes.of(np.array([1.5, np.nan])).names == ["1.5"]
-    assert CategoryCodes.of(np.array([True, False])).names == ["False", "True"]
+    assert CategoryCodes.encode_values(np.array([2, 10, 2])).names == ["10", "2"]
+    assert CategoryCodes.encode_values(np.array([1.5, np.nan])).names == ["1.5"]
+    assert CategoryCodes.encode_values(np.array([True, False])).names == ["False", "True"]
 
 
 def test_kinds_from_names() -> None:

@@ -290,7 +290,7 @@ def test_choices() -> None:
         ["rna", "atac", "rna"], {}, ["union", "rna=same"], ["atac=500"], ["rna=9", "atac=8"]
     )
     assert found == {
-        "rna": FeatureChoice("same", top=9),
-        "atac": FeatureChoice("union", bins=500, top=8),
+        "rna": FeatureChoice("same", top_features=9),
+        "atac": FeatureChoice("union", bin_width=500, top_features=8),
     }
-    assert parse_choices(["atac"], {}, bins=["atac=500"])["atac"].together == "union"
+    assert parse_choices(["atac"], {}, bins=["atac=500"])["atac"].effective_mode == "union"

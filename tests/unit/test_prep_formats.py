@@ -194,10 +194,10 @@ def test_what_a_killed_worker_leaves_of_a_matrix_market_is_not_read(
         patch.setattr(Path, "rename", fatal)
         patch.setattr("shutil.rmtree", lambda *_, **__: None)  # the dead do not clean up
         with pytest.raises(SystemExit):
-            source.prepare(0, scratch)
+            source.prepare_part(0, scratch)
     assert any(scratch.iterdir())
-    source.prepare(0, scratch)
-    np.testing.assert_array_equal(source.read(0, 60, scratch).toarray(), counts)
+    source.prepare_part(0, scratch)
+    np.testing.assert_array_equal(source.read_rows(0, 60, scratch).toarray(), counts)
 
 
 def test_old_genes_tsv(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_killed_while_counting_and_run_again(
     real, seen = fragments._chunks, []
 
     def counting(of: fragments.FragmentsInput, stop: int = 2) -> object:
-        seen.append(of.where)
+        seen.append(of.display_name)
         if len(seen) == stop:
             raise KeyboardInterrupt
         return real(of)

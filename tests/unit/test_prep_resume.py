@@ -257,7 +257,7 @@ def test_an_error_waits_for_the_tasks_that_run() -> None:
         raise ValueError("bad")
 
     with pytest.raises(ValueError, match="bad"):
-        ThreadPool(2).run(work, [0, 1], Progress("", 2))
+        ThreadPool(2).run_tasks(work, [0, 1], Progress("", 2))
     assert ended == [1]
 
 
