@@ -1,103 +1,93 @@
-"""Notices that another rank is gone. Whoever waits for it in a collective, or to make one, may wait on.
+"""Notices that another rank has failed or is gone, and ends this process where nothing else would.
 
-A process that ends breaks its connection. A machine that dies says nothing: every rank says now and then that it lives,
-at the store the ranks met at; rank 0 looks whether all have, the others whether rank 0 has looked. Who misses another
-for too long ends its process, as no collective could end it. These are threads of Python: whatever else a process does
-must let them run now and then.
-A rank that leaves with an error says so first: the others leave with the same exit code, which tells whoever started
-the job whether starting it again can help.
+A rank that waits in a collective, or for a process group to be made, may wait on for a rank that
+is gone. So two threads run beside the work: one exchanges signs of life with the other ranks (see
+`bulletin`), the other ends the process once it has been in its state for too long. Both are
+threads of Python: whatever else the process does must let them run now and then.
+
+A rank that leaves with an error announces it first. The other ranks leave with the same exit code,
+which tells whoever started the job whether starting it again can help.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
+from enum import IntEnum
 from types import TracebackType
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 from clue_dist.errors import ClueError, LostError
 from clue_dist.process import print_error
 from clue_dist.ranks import Ranks
-from clue_dist.resilience.lines import Lines
+from clue_dist.resilience.bulletin import LATE_AFTER, SIGN_INTERVAL, Bulletin, Failure
 
-BEAT = 1.0  # seconds between two signs of life
-SILENCE = 15.0  # seconds that a rank is missed, which begins with the third sign that does not come
-GRACE = 5.0  # seconds until a rank that is stuck leaves, once another has ended without a word
-LEAVING = 60.0  # seconds for one that an error has reached: to settle a checkpoint, to close wandb
-_KEY, _LATE, _GONE = "clue_dist/beat", "clue_dist/late", "clue_dist/gone"
-_FAILED, _HEARD = "clue_dist/failed", "clue_dist/heard"
+# What a process may take in a state, in seconds, before it is ended.
+SILENCE_LIMIT = 15.0  # alive or told: while another rank is late
+LOSS_LIMIT = 5.0  # lost: to break off by itself; a process that is stuck does not
+LEAVING_LIMIT = 60.0  # leaving: to settle a checkpoint, to close wandb
+_CAUSE_LIMIT = LATE_AFTER + 4 * SIGN_INTERVAL  # until each rank has seen that another one is late
 
 
-class _Failure(NamedTuple):
-    """What the first rank that failed told the others."""
+class PeerState(IntEnum):
+    """What this rank knows of the others. The state only ever moves down this list."""
 
-    rank: int
-    exit_code: int
-    told: str
+    ALIVE = 0  # no rank is known to have failed or ended
+    LOST = 1  # another rank has ended without announcing why
+    TOLD = 2  # a rank has announced an error, which all ranks leave with
+    LEAVING = 3  # an error has taken this rank out of its work, whichever rank it arose on
 
 
 class Peers:
-    """Watches while it is open, from before the ranks make a process group. Threads of its own, as training may wait in
-    a collective.
+    """Watches the other ranks while it is open, which it must be before they make a process group.
 
     Raises:
         RankError: several machines and no MASTER_ADDR.
-        LostError: as it begins rank 0 is gone; as it ends another is, of which an error of this rank came.
-        ClueError: what another rank told, of which an error of this rank came.
+        LostError: the rendezvous store cannot be reached; or an error of this rank came of the
+            loss of another.
+        ClueError: the error that another rank announced, where one of this rank came of it.
     """
 
-    def __init__(self, ranks: Ranks, silence: float = SILENCE) -> None:
-        self._ranks, self._silence = ranks, silence
-        self._failure: _Failure | None = None  # what is known of the first that failed
-        self._own: ClueError | None = None  # what this rank leaves with
-        self._over = threading.Event()
-        self._heard = time.monotonic()  # when all was last well
-        self._late: str | None = None  # of whom rank 0 has not heard for a while
-        self._gone: str | None = None  # that another has ended without a word
-        self._leaving = self._told = False
+    def __init__(self, ranks: Ranks, silence_limit: float = SILENCE_LIMIT) -> None:
+        self._ranks = ranks
+        self._silence_limit = silence_limit
+        self._state = PeerState.ALIVE
+        self._causes: dict[PeerState, ClueError] = {}  # the first error that led to each state
+        self._lock = threading.Lock()  # held while the state changes
+        self._closed = threading.Event()
+        self._last_well = time.monotonic()  # when every rank last gave signs of life
+        self._late: str | None = None  # the ranks that rank 0 calls late
 
     def __enter__(self) -> Peers:
         if self._ranks.world > 1:
-            self._store = self._ranks.open_rendezvous_store(aside=True)
-            self._store.set_timeout(timedelta(seconds=SILENCE))
-            works = (self._beat, self._watch, self._listen)
-            self._threads = [threading.Thread(target=work, daemon=True) for work in works]
-            for thread in self._threads[:2]:
-                thread.start()
-            try:
-                self._lines = Lines(self._ranks, self._store)
-            except RuntimeError as error:
-                self._over.set()
-                raise _lost("rank 0 has ended, or does not answer") from error
-            self._threads[2].start()
+            store = self._ranks.open_rendezvous_store(aside=True)
+            store.set_timeout(timedelta(seconds=SILENCE_LIMIT))
+            self._bulletin = Bulletin(self._ranks, store)
+            self._signs = threading.Thread(target=self._exchange_signs, daemon=True)
+            self._clock = threading.Thread(target=self._watch_clock, daemon=True)
+            self._signs.start()
+            self._clock.start()
         return self
 
     @contextmanager
     def announce_errors(self) -> Iterator[None]:
-        """Around what may be stuck in a collective. A rank that an error takes out of it is not stuck: the others hear
-        of the error, and it has the time to close what it writes to."""
+        """Announce an error as soon as it leaves the block.
+
+        What stands in the block may be stuck in a collective. A rank that an error takes out of it
+        is not stuck: it gets the time to close what it writes to.
+        """
         try:
             yield
         except BaseException as error:
-            self._leaving = True
-            self._tell(error)
+            if self._ranks.world > 1:
+                self._enter(PeerState.LEAVING, error)
+                with self._notice_lost_store():
+                    self._announce_failure(error)
             raise
-
-    def _tell(self, error: BaseException) -> None:
-        """What the others shall leave with, too."""
-        if self._ranks.world == 1 or not isinstance(error, ClueError) or self._own is error:
-            return
-        self._own = error
-        with suppress(RuntimeError):  # the store is gone
-            self._store.compare_set(
-                _FAILED, "", json.dumps(_Failure(self._ranks.rank, error.exit_code, str(error)))
-            )
-            self._told = True
 
     def __exit__(
         self,
@@ -107,157 +97,155 @@ class Peers:
     ) -> None:
         if self._ranks.world == 1:
             return
-        clean = False
-        try:  # all the while `_watch` goes on: the others, or the store, may not answer any more
+        try:  # the clock runs on: the other ranks, or the store, may not answer any more
             if error is None:
-                self._ranks.barrier()  # who is done early must not seem lost to who is not
-                clean = True
+                self._ranks.barrier()  # a rank that is done early must not seem lost to the others
             else:
-                self._part(error)
+                self._leave(error)
         except RuntimeError as broken:
-            self._part(broken)
+            self._leave(broken)
             raise
         finally:
-            # The others know of a failure that was told; of any other they hear as of a rank that was killed.
-            self._lines.polite = clean or self._told or self._failure is not None
-            self._over.set()
-            self._threads[1].join()
-            for thread in self._threads:
-                thread.join(2 * BEAT)  # it may hang in a connection that leads nowhere
+            self._closed.set()
+            self._clock.join()
+            self._signs.join(2 * SIGN_INTERVAL)  # it may hang in a connection that leads nowhere
 
-    def _part(self, error: BaseException) -> None:
-        """Leave with an error of one's own, which the others are told, or with that which another told."""
-        if isinstance(error, RuntimeError):
-            self._await_why()
-        self._tell(error)
-        with suppress(RuntimeError):  # rank 0 is gone, and the store with it
-            self._hear()
-            if self._ranks.is_first and self._failure is not None:
-                self._await_all()
-        if isinstance(error, ClueError):
-            return
-        if self._failure is not None:
-            raise _error(self._failure) from error
-        if self._gone is not None:
-            raise self._loss() from error
+    def _enter(self, state: PeerState, cause: BaseException | None = None) -> None:
+        """Change the state. Nothing else does."""
+        with self._lock:
+            self._state = max(self._state, state)
+            if isinstance(cause, ClueError):
+                self._causes.setdefault(state, cause)
 
-    def _await_why(self) -> None:
-        """A collective that breaks off does so as another rank leaves or ends: shortly after, it is known why."""
-        deadline = time.monotonic() + 2 * BEAT
-        while self._failure is None and self._gone is None and time.monotonic() < deadline:
-            try:
-                self._hear()
-            except RuntimeError:  # the store is gone
-                self._miss("rank 0 has ended")
-            time.sleep(BEAT / 20)
+    def _must_end(self, state: PeerState, spent: float, silent: float) -> bool:
+        """Tell whether the process has been in its state for too long.
 
-    def _await_all(self) -> None:
-        """Until all have heard of the failure, as the store ends with rank 0; raises RuntimeError: so it did."""
-        everyone = [f"{_HEARD}/{rank}" for rank in range(self._ranks.world)]
-        deadline = time.monotonic() + self._silence
-        while not self._store.check(everyone) and time.monotonic() < deadline:
-            time.sleep(BEAT / 20)
+        Args:
+            state: The state it is in.
+            spent: Seconds since it entered that state.
+            silent: Seconds since every rank last gave signs of life.
+        """
+        is_silent = silent > self._silence_limit
+        if state is PeerState.LEAVING:
+            # Once an error is announced the others leave, and their silence means nothing.
+            return spent > LEAVING_LIMIT or (is_silent and PeerState.TOLD not in self._causes)
+        if state is PeerState.LOST:
+            return spent > LOSS_LIMIT
+        return is_silent
 
-    def _hear(self) -> None:
-        """Learn whether a rank has failed, and say that this one knows. Raises RuntimeError: the store is gone."""
-        if self._failure is None and self._store.check([_FAILED]):
-            self._failure = _Failure(*json.loads(self._store.get(_FAILED)))
-            self._store.set(f"{_HEARD}/{self._ranks.rank}", "1")
-
-    def _beat(self) -> None:
-        seen: dict[int, tuple[bytes, float]] = {}
-        number = 0
-        while not self._over.wait(BEAT):
-            number += 1
-            try:
-                if self._ranks.is_first:
-                    late = self._late_ranks(seen)
-                    self._late = f"rank {', '.join(map(str, late))}" if late else None
-                    self._store.set(_LATE, self._late or "")
-                    if self._late is None:
-                        self._store.set(_KEY, str(number))
-                        self._heard = time.monotonic()
-                else:
-                    self._store.set(f"{_KEY}/{self._ranks.rank}", str(number))
-                    if self._changed(seen, 0, _KEY):
-                        self._heard, self._late = time.monotonic(), None
-                    elif self._store.check([_LATE]):
-                        self._late = self._store.get(_LATE).decode() or None
-                    if self._store.check([_GONE]):
-                        self._miss(self._store.get(_GONE).decode())
-                self._hear()
-            except (
-                RuntimeError
-            ):  # the store is gone, and rank 0 with it: `_watch` waits whether it comes back
-                continue
-
-    def _late_ranks(self, seen: dict[int, tuple[bytes, float]]) -> list[int]:
-        """Ranks that rank 0 has not heard of for a while."""
-        now = time.monotonic()  # of many ranks the last is asked much later
-        for rank in range(1, self._ranks.world):
-            self._changed(seen, rank, f"{_KEY}/{rank}")
-        return [rank for rank, (_, when) in seen.items() if now - when > 3 * BEAT]
-
-    def _changed(self, seen: dict[int, tuple[bytes, float]], rank: int, key: str) -> bool:
-        value = self._store.get(key) if self._store.check([key]) else b""
-        before = seen.get(rank)
-        if before is None or before[0] != value:
-            seen[rank] = value, time.monotonic()
-            return True
-        return False
-
-    def _watch(self) -> None:
-        """Counts the time in which this process itself was running: a whole job may be suspended."""
-        silent = gone = leaving = 0.0
-        last = time.monotonic()
-        while not self._over.wait(BEAT / 2):
+    def _watch_clock(self) -> None:
+        """End the process in time. Only time in which it ran counts: a job may be suspended."""
+        state, spent, silent, last = self._state, 0.0, 0.0, time.monotonic()
+        while not self._closed.wait(SIGN_INTERVAL / 2):
             now = time.monotonic()
-            passed = min(now - last, 2 * BEAT)
-            silent = silent + passed if self._heard <= last else 0.0
-            gone += passed if self._gone is not None else 0.0
-            leaving += passed if self._leaving else 0.0
-            last = now
-            told = self._told or self._failure is not None  # then the others leave, and are silent
-            if (
-                leaving > LEAVING
-                or (gone > GRACE and not self._leaving)
-                or (silent > self._silence and not (self._leaving and told))
-            ):
-                self._end()
+            passed = min(now - last, 4 * SIGN_INTERVAL)
+            spent = spent + passed if self._state is state else 0.0
+            silent = silent + passed if self._last_well <= last else 0.0
+            state, last = self._state, now
+            if self._must_end(state, spent, silent):
+                self._end_process()
 
-    def _end(self) -> NoReturn:
-        """With what this rank or another told, if one has."""
-        error = self._own or (_error(self._failure) if self._failure is not None else self._loss())
+    def _end_process(self) -> NoReturn:
+        """End with the error of this rank, or that of another rank, or the loss of one."""
+        known = [self._causes[state] for state in reversed(PeerState) if state in self._causes]
+        silence = f"nothing heard of rank 0 for {self._count_silence()} s"
+        error = known[0] if known else self._make_loss(silence)
         print_error(f"error: {error}")
         os._exit(error.exit_code)
 
-    def _loss(self) -> LostError:
-        silence = (
-            f"nothing heard of {self._late or 'rank 0'} for {time.monotonic() - self._heard:.0f} s"
-        )
-        return _lost(self._gone or silence)
+    def _exchange_signs(self) -> None:
+        """Give signs of life and learn of the other ranks, as long as there is a store."""
+        while not self._closed.wait(SIGN_INTERVAL):
+            with self._notice_lost_store():
+                signs = self._bulletin.exchange_signs()
+                self._late = signs.late
+                if signs.all_well:
+                    self._last_well = time.monotonic()
+                self._read_announcements()
 
-    def _listen(self) -> None:
-        for rank in self._lines.broken(self._over):
-            self._miss(f"rank {rank} has ended")
-            if self._ranks.is_first:
-                with suppress(RuntimeError):
-                    self._store.set(_GONE, f"rank {rank} has ended")
+    def _read_announcements(self) -> None:
+        if PeerState.TOLD not in self._causes and (failure := self._bulletin.read_failure()):
+            self._enter(PeerState.TOLD, _make_error(failure))
+        if PeerState.LOST not in self._causes and (message := self._bulletin.read_loss()):
+            self._enter(PeerState.LOST, _make_lost_error(message))
 
-    def _miss(self, why: str) -> None:
-        """What is known first counts: others end because of it."""
-        if self._gone is None:
-            self._gone = why if self._late is None else f"nothing heard of {self._late}"
+    @contextmanager
+    def _notice_lost_store(self) -> Iterator[None]:
+        """Take the end of the store for that of rank 0, which serves it."""
+        try:
+            yield
+        except RuntimeError:
+            self._enter(PeerState.LOST, self._make_loss("rank 0 has ended"))
+
+    def _leave(self, error: BaseException) -> None:
+        """Inform the other ranks that this one leaves.
+
+        Raises:
+            ClueError: what another rank announced, or a loss, where `error` came of it.
+        """
+        self._enter(PeerState.LEAVING, error)
+        cause = None if isinstance(error, ClueError) else self._await_cause(error)
+        with self._notice_lost_store():
+            self._inform_others(error)
+        if cause is not None:
+            raise cause from error
+
+    def _await_cause(self, error: BaseException) -> ClueError | None:
+        """Find out why an error arose: a collective breaks off because another rank has gone."""
+        limit = _CAUSE_LIMIT if isinstance(error, RuntimeError) else 0.0
+        deadline = time.monotonic() + limit
+        while True:
+            with self._notice_lost_store():
+                self._read_announcements()
+                # Read first: a rank that has announced an error may already be late.
+                if self._late is not None and limit:
+                    self._enter(PeerState.LOST, self._make_loss("", error))
+            cause = self._causes.get(PeerState.TOLD) or self._causes.get(PeerState.LOST)
+            if cause is not None or time.monotonic() >= deadline:
+                return cause
+            time.sleep(SIGN_INTERVAL / 10)
+
+    def _inform_others(self, error: BaseException) -> None:
+        """Announce the failure, or else the loss; on rank 0, wait until the others have heard."""
+        self._announce_failure(error)
+        has_announced = PeerState.TOLD in self._causes
+        if not has_announced:
+            loss = self._causes.get(PeerState.LOST) or self._make_loss(
+                f"rank {self._ranks.rank} has ended"
+            )
+            self._bulletin.announce_loss(loss.what)
+        if self._ranks.is_first:  # the store ends with this process
+            # A rank that is lost never hears; the others look at each of their signs.
+            limit = self._silence_limit if has_announced else 2 * SIGN_INTERVAL
+            deadline = time.monotonic() + limit
+            while not self._bulletin.have_all_heard() and time.monotonic() < deadline:
+                time.sleep(SIGN_INTERVAL / 10)
+
+    def _announce_failure(self, error: BaseException) -> None:
+        if isinstance(error, ClueError) and PeerState.TOLD not in self._causes:
+            failure = Failure(self._ranks.rank, error.exit_code, str(error))
+            self._enter(PeerState.TOLD, _make_error(self._bulletin.announce_failure(failure)))
+
+    def _make_loss(self, reason: str, evidence: BaseException | None = None) -> LostError:
+        """Name the late ranks where they are known: the others end because of them."""
+        if self._late is not None:
+            reason = f"nothing heard of {self._late} for {self._count_silence()} s"
+        return _make_lost_error(f"another rank is lost: {reason}", evidence)
+
+    def _count_silence(self) -> str:
+        return f"{time.monotonic() - self._last_well:.0f}"
 
 
-def _error(failure: _Failure) -> ClueError:
-    error = ClueError(f"rank {failure.rank}: {failure.told}")
+def _make_error(failure: Failure) -> ClueError:
+    error = ClueError(f"rank {failure.rank}: {failure.message}")
     error.exit_code, error.on_every_rank = failure.exit_code, True
     return error
 
 
-def _lost(why: str) -> LostError:
+def _make_lost_error(message: str, evidence: BaseException | None = None) -> LostError:
     return LostError(
-        f"another rank is lost: {why}",
-        fix="type the same command again, on the machines that are left: it goes on from the last checkpoint",
+        message,
+        got=str(evidence).partition("\n")[0] if evidence is not None else None,
+        fix="type the same command again, on the machines that are left: "
+        "it goes on from the last checkpoint",
     )

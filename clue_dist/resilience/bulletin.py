@@ -1,0 +1,111 @@
+"""What the ranks tell each other at the rendezvous store: signs of life, errors, losses.
+
+Rank 0 looks at the signs of life of all ranks, and gives its own only while none of them is late.
+So the other ranks look at one sign, that of rank 0, and a loss anywhere reaches all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any, NamedTuple
+
+from clue_dist.ranks import Ranks
+
+SIGN_INTERVAL = 0.5  # seconds between two signs of life
+LATE_AFTER = 2.5  # seconds without a new sign until rank 0 calls a rank late
+
+# Keys in the store; those of single ranks end with "/" and the rank.
+_SIGN, _HEARD = "clue_dist/sign", "clue_dist/heard"
+_LATE, _FAILURE, _LOSS = "clue_dist/late", "clue_dist/failure", "clue_dist/loss"
+
+
+class Failure(NamedTuple):
+    """An error that a rank announced, because it leaves with it."""
+
+    rank: int  # the rank that announced it
+    exit_code: int  # of its process; the other ranks leave with the same
+    message: str  # the whole text of the error
+
+
+class Signs(NamedTuple):
+    """What one look at the signs of life has shown."""
+
+    all_well: bool  # every rank has given a new sign
+    late: str | None  # the ranks that have not for LATE_AFTER seconds, as "rank 1, 2"
+
+
+class Bulletin:
+    """One rank's access to what the ranks write at the rendezvous store.
+
+    Every method raises RuntimeError where the process that serves the store has ended.
+    """
+
+    def __init__(self, ranks: Ranks, store: Any) -> None:
+        self._ranks = ranks
+        self._store = store
+        self._sign = 0  # counts upward; what matters is that it changes
+        self._last_signs: dict[int, tuple[str, float]] = {}  # by rank: the sign, when first seen
+
+    def exchange_signs(self) -> Signs:
+        """Give a sign of life and look at the signs of the other ranks."""
+        self._sign += 1
+        if not self._ranks.is_first:
+            self._store.set(f"{_SIGN}/{self._ranks.rank}", str(self._sign))
+            all_well = self._has_moved(0)
+            return Signs(all_well, None if all_well else self._read(_LATE) or None)
+        late = self._find_late_ranks()
+        self._store.set(_LATE, late or "")
+        if late is None:
+            self._store.set(f"{_SIGN}/0", str(self._sign))
+        return Signs(late is None, late)
+
+    def announce_failure(self, failure: Failure) -> Failure:
+        """Tell the other ranks which error this rank leaves with.
+
+        Returns:
+            The failure that was announced first, by this rank or by another: it counts for all.
+        """
+        first = self._store.compare_set(_FAILURE, "", json.dumps(failure))
+        self._store.set(f"{_HEARD}/{self._ranks.rank}", "1")
+        return Failure(*json.loads(first))
+
+    def read_failure(self) -> Failure | None:
+        """Read the failure that a rank announced, and note that this rank has heard of it."""
+        text = self._read(_FAILURE)
+        if not text:
+            return None
+        self._store.set(f"{_HEARD}/{self._ranks.rank}", "1")
+        return Failure(*json.loads(text))
+
+    def have_all_heard(self) -> bool:
+        """Tell whether every rank has heard of the failure."""
+        keys = [f"{_HEARD}/{rank}" for rank in range(self._ranks.world)]
+        return bool(self._store.check(keys))
+
+    def announce_loss(self, message: str) -> None:
+        """Tell the other ranks that a rank ends, or has ended, without having announced a failure."""
+        self._store.compare_set(_LOSS, "", message)
+
+    def read_loss(self) -> str | None:
+        """Read the loss that a rank announced."""
+        return self._read(_LOSS) or None
+
+    def _find_late_ranks(self) -> str | None:
+        now = time.monotonic()  # taken once: with many ranks, the last is looked at much later
+        for rank in range(1, self._ranks.world):
+            self._has_moved(rank)
+        late = [rank for rank, (_, seen) in self._last_signs.items() if now - seen > LATE_AFTER]
+        return f"rank {', '.join(map(str, late))}" if late else None
+
+    def _has_moved(self, rank: int) -> bool:
+        """Tell whether a rank has given another sign since the last look; the first look counts."""
+        sign = self._read(f"{_SIGN}/{rank}")
+        if rank in self._last_signs and self._last_signs[rank][0] == sign:
+            return False
+        self._last_signs[rank] = sign, time.monotonic()
+        return True
+
+    def _read(self, key: str) -> str:
+        """Read a text; "" where nobody has written it. `get` alone would wait for it."""
+        return self._store.get(key).decode() if self._store.check([key]) else ""
