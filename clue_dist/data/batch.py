@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clue_dist.data.buffers import Buffers
+from clue_dist.data.buffers import BufferPool
 from clue_dist.data.timing import time_phase
 from clue_dist.store.reader import Store
 from clue_dist.store.rows import LocatedRows
@@ -104,12 +104,12 @@ class BatchPart:
 def assemble_batch(
     modalities: Sequence[str],
     parts: Sequence[BatchPart],
-    buffers: Buffers | None = None,
+    buffers: BufferPool | None = None,
     dense: bool = False,
 ) -> Batch:
     """One batch out of parts of several strata, laid one behind the other. `modalities`: in model order; dense: counts
     of all of them as (n, features) float32."""
-    buffers = buffers or Buffers()
+    buffers = buffers or BufferPool()
     sizes = [len(p.batch_code) for p in parts]
     starts = np.cumsum([0, *sizes])
     observed = np.zeros((starts[-1], len(modalities)), bool)
@@ -142,14 +142,14 @@ def read_batch(
 
 
 @time_phase("gather")
-def _stack(rows: list[LocatedRows | np.ndarray], buffers: Buffers, dense: bool) -> Counts:
+def _stack(rows: list[LocatedRows | np.ndarray], buffers: BufferPool, dense: bool) -> Counts:
     stored_dense = [r for r in rows if isinstance(r, np.ndarray)]
     if stored_dense:
         return torch.from_numpy(np.concatenate(stored_dense).astype(np.float32, copy=False))
     sparse = [r for r in rows if isinstance(r, LocatedRows)]
     if dense:
         n, n_features = sum(len(r.row) for r in sparse), sparse[0].n_features
-        out = buffers.empty(n * n_features, np.float32).reshape(n, n_features)
+        out = buffers.lend_array(n * n_features, np.float32).reshape(n, n_features)
         first = 0
         for r in sparse:
             r.decode_dense(out[first : first + len(r.row)])
@@ -158,9 +158,9 @@ def _stack(rows: list[LocatedRows | np.ndarray], buffers: Buffers, dense: bool) 
     indptr = np.concatenate(
         [[0], np.cumsum(np.concatenate([r.count_nonzeros() for r in sparse]), dtype=np.int64)]
     )
-    indices = buffers.empty(int(indptr[-1]), np.int32)
+    indices = buffers.lend_array(int(indptr[-1]), np.int32)
     binary = not any(r.bits for r in sparse)
-    values = None if binary else buffers.empty(len(indices), np.float32)
+    values = None if binary else buffers.lend_array(len(indices), np.float32)
     first = 0
     for r in sparse:
         last = first + len(r.row)
@@ -169,6 +169,6 @@ def _stack(rows: list[LocatedRows | np.ndarray], buffers: Buffers, dense: bool) 
     return SparseCounts(
         torch.from_numpy(indptr.astype(np.int32)),
         torch.from_numpy(indices),
-        buffers.ones(len(indices)) if values is None else torch.from_numpy(values),
+        buffers.share_ones(len(indices)) if values is None else torch.from_numpy(values),
         sparse[0].n_features,
     )

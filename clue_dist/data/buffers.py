@@ -1,53 +1,58 @@
-"""Memory that batches are built in, used again once nobody holds the batch: fresh pages cost more than the rows."""
+"""Memory that batches are built in and that is used again: fresh pages cost more time than the rows put into them.
+
+The rule of reuse: a pool lends each piece of memory as one array and takes it back when that array is gone. Whatever
+is made of the array (NumPy slices and shapes, torch tensors and their views) keeps the array alive, so that memory
+comes back only when nothing can read it any more, whether a batch was dropped whole or a part of it was kept.
+"""
 
 from __future__ import annotations
 
-import sys
 import threading
+import weakref
+from collections import deque
 from typing import Any
 
 import numpy as np
 import torch
 
-_UNUSED = (
-    3  # references to an array that nobody uses: the list's, the variable's, and that of asking
-)
-_SPARE = 8  # 1/8 more than asked for: batches differ in size
+_SPARE = 8  # an array is made larger by 1/8 than asked for, as batches differ in size
 
 
-class Buffers:
-    """Arrays for any number of threads. As many are kept as were ever held at a time."""
+class BufferPool:
+    """Arrays for any number of threads. The pool holds as many as were ever lent at a time."""
 
     def __init__(self) -> None:
-        self._kept: dict[np.dtype[Any], list[np.ndarray]] = {}
+        # Deques, as taking and giving back need no lock: garbage collection may end an array in any line of a thread.
+        self._free: dict[np.dtype[Any], deque[np.ndarray]] = {}
         self._ones = torch.ones(0)
-        self._lock = threading.Lock()
+        self._ones_lock = threading.Lock()
 
-    def empty(self, n: int, dtype: Any) -> np.ndarray:
-        """(n,), not initialised. It is free again when the last reference to it, or to a tensor made of it, is gone."""
-        with self._lock:
-            kept = self._kept.setdefault(np.dtype(dtype), [])
-            for i in range(len(kept)):
-                array = kept[i]
-                if sys.getrefcount(array) == _UNUSED:
-                    if len(array) >= n:
-                        return array[:n]
-                    del kept[i]  # too small for what comes now
-                    break
-            kept.append(np.empty(n + n // _SPARE, dtype))
-            return kept[-1][:n]
+    def lend_array(self, size: int, dtype: Any) -> np.ndarray:
+        """An array of shape (size,), not initialised, whose memory nobody else can reach as long as it lives."""
+        free = self._free.setdefault(np.dtype(dtype), deque())
+        try:
+            memory = free.pop()
+        except IndexError:
+            memory = None
+        if memory is None or len(memory) < size:  # memory too small for today's batches is let go
+            memory = np.empty(size + size // _SPARE, dtype)
+        # Through a memoryview: a slice of an array refers to what owns the memory, and that must be the array lent,
+        # not `memory` itself.
+        lent = np.asarray(memory.data[:size])
+        weakref.finalize(lent, free.append, memory).atexit = False
+        return lent
 
-    def ones(self, n: int) -> torch.Tensor:
-        """(n,) float32, the same memory for all who ask: nobody may write to it.
+    def share_ones(self, size: int) -> torch.Tensor:
+        """Ones of shape (size,), float32, in memory that all callers share and nobody may write to.
 
         Raises:
-            RuntimeError: somebody did.
+            RuntimeError: somebody wrote to it.
         """
-        with self._lock:
+        with self._ones_lock:
             if self._ones._version:
                 raise RuntimeError(
                     "the values of a batch of binary counts were written to; other batches share them"
                 )
-            if len(self._ones) < n:
-                self._ones = torch.ones(n + n // _SPARE)
-            return self._ones[:n]
+            if len(self._ones) < size:
+                self._ones = torch.ones(size + size // _SPARE)
+            return self._ones[:size]

@@ -13,7 +13,7 @@ import numpy as np
 
 from clue_dist.allocator import keep_freed_memory
 from clue_dist.data.batch import Batch, BatchPart, assemble_batch
-from clue_dist.data.buffers import Buffers
+from clue_dist.data.buffers import BufferPool
 from clue_dist.data.plan import CellPlan
 from clue_dist.data.timing import time_phase
 from clue_dist.errors import ConfigError, ServerError, StoreError
@@ -208,7 +208,7 @@ class Loader:
         self._caches = {
             s: BlockCache(store.strata[s], count_cache_slots(plan, s, world)) for s in plan.segments
         }
-        self._buffers = Buffers()
+        self._buffers = BufferPool()
         keep_freed_memory()
         self._ring = _Ring(prefetch)
         self._stop = threading.Event()

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 
 from clue_dist.data import batch as loaders
 from clue_dist.data import loader as loading
-from clue_dist.data.batch import Batch, BatchPart, SparseCounts, assemble_batch
-from clue_dist.data.buffers import Buffers
+from clue_dist.data.batch import Batch, SparseCounts
 from clue_dist.data.loader import (
     HELD_STRETCHES,
     STRETCH_BATCHES,
@@ -29,7 +28,6 @@ from clue_dist.data.plan import CellPlan
 from clue_dist.errors import ConfigError, StoreError
 from clue_dist.store.block_pool import BlockPool, BlockRead
 from clue_dist.store.reader import Store
-from clue_dist.store.rows import CodedBlocks, CsrRows, LocatedRows, code_rows
 from tests.stores import make_store
 
 
@@ -121,52 +119,6 @@ def test_blocks_stay_while_a_slow_thread_gathers_from_them(
             np.testing.assert_array_equal(
                 dense(next(loader), "rna"), expected(store, plan, step, "rna")
             )
-
-
-def test_memory_is_used_again_once_nobody_holds_it() -> None:
-    buffers = Buffers()
-    tensor = torch.from_numpy(buffers.empty(90, np.float32)).reshape(9, 10)
-    place, part = tensor.data_ptr(), tensor[3:]
-    del tensor
-    assert buffers.empty(10, np.float32).ctypes.data != place  # part of a tensor holds all of it
-    del part
-    held = [
-        buffers.empty(100, np.float32),
-        buffers.empty(100, np.float32),
-    ]  # there was some to spare
-    assert place in {array.ctypes.data for array in held}
-    assert buffers.empty(10, np.int32).dtype == np.int32
-
-
-def test_batches_of_binary_counts_share_their_ones() -> None:
-    rows = code_rows(
-        CsrRows(np.array([0, 2, 3]), np.array([1, 4, 0], np.int32), np.ones(3, np.float32), 5), 0
-    )
-    located = LocatedRows(
-        CodedBlocks(
-            rows.codes[None], rows.rest[None], rows.lengths[None], rows.compute_starts()[None]
-        ),
-        np.zeros(2, np.int64),
-        np.array([1, 0]),
-        5,
-        rows.bits,
-    )
-    buffers = Buffers()
-    batches = [
-        assemble_batch(["atac"], [BatchPart({"atac": located}, np.zeros(2, np.int32))], buffers)
-        for _ in range(2)
-    ]
-    one, two = (batch.modalities["atac"].counts for batch in batches)
-    assert isinstance(one, SparseCounts)
-    assert isinstance(two, SparseCounts)
-    assert one.values.tolist() == [1, 1, 1]
-    assert one.indices.tolist() == [0, 1, 4]
-    assert one.indptr.tolist() == [0, 1, 3]
-    assert one.values.data_ptr() == two.values.data_ptr()
-    assert one.indices.data_ptr() != two.indices.data_ptr()
-    one.values.log1p_()
-    with pytest.raises(RuntimeError, match="were written to"):
-        buffers.ones(3)
 
 
 def test_batch_codes_come_with_their_cells(store: Store) -> None:
