@@ -16,10 +16,10 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import ConfigDict, TypeAdapter
 from safetensors import SafetensorError
@@ -315,25 +315,6 @@ def _read_state(checkpoint: Path) -> RunState:
 
 
 _STATES = TypeAdapter(RunState)
-
-
-def restore_engine(
-    build: Callable[[Callable[[CLUE], None]], Any], checkpoint: Path, state: RunState
-) -> Any:
-    """An engine in the state of a checkpoint. build: makes the engine, given what sets the weights it begins with.
-
-    Raises:
-        ResumeError: the state of another model or optimizer.
-    """
-    fix = "go on with the version of clue_dist that began the run"
-    engine = build(lambda model: load_weights(model, checkpoint, fix))
-    try:
-        shards.restore_shards(engine, list_shard_files(checkpoint), state.updates)
-    except UNFIT as error:
-        raise ResumeError(
-            "the checkpoint does not fit the model", where=checkpoint, got=error, fix=fix
-        ) from error
-    return engine
 
 
 def list_shard_files(checkpoint: Path) -> list[Path]:

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from clue_dist.checkpoint import shards
+from clue_dist.checkpoint import engine_state, shards
 from clue_dist.checkpoint.run_folder import (
     COMMIT,
     MODEL,
@@ -66,7 +66,7 @@ class Saver:
         self._before_commit = before_commit or _nothing
         # Ranks of an attempt that is over for Slurm may live on for a while: they must not write where we do.
         self._attempt = ranks.run_on_first(lambda: secrets.token_hex(4))
-        self._shapes = json.dumps(shards.collect_shapes(engine))
+        self._shapes = json.dumps(engine_state.collect_shapes(engine))
         self._copier, self._writer = _Worker("copy"), _Worker("write")
         self._copies: list[Future[Any]] = []
         self._writes: list[tuple[int, Future[Any]]] = []  # by step
@@ -130,7 +130,7 @@ class Saver:
         # No more is held in memory than what one earlier step and this one save.
         self._wait([write for step, write in self._writes if step < state.step])
         began = time.perf_counter()
-        views = shards.collect_tensors(self._engine, optimizer)
+        views = engine_state.collect_tensors(self._engine, optimizer)
         copied = self._copier.do(_copier(views))
         self._copies.append(copied)
         self._writes = [(step, w) for step, w in self._writes if not w.done() or w.exception()]

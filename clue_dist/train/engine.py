@@ -10,23 +10,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
-if not torch.cuda.is_available():  # said before DeepSpeed looks for it, so that it does not warn
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-import deepspeed
-from deepspeed.runtime import compiler
 from torch import nn
 
+from clue_dist.checkpoint.deepspeed_internals import (
+    deepspeed,
+    disable_shared_memory_collectives,
+)
 from clue_dist.config import Config
 from clue_dist.model.clue import CLUE
 from clue_dist.model.initialise import initialise_model
 from clue_dist.objective import Objective
 from clue_dist.ranks import Ranks
 from clue_dist.train.setup import Setup
-
-# DeepSpeed has torch compile parts of an optimizer that is not used here, as it imports it: a second and 45 MB a rank.
-compiler.compile = lambda: lambda function: function
 
 
 def join_process_group(ranks: Ranks) -> torch.device:
@@ -42,8 +37,7 @@ def join_process_group(ranks: Ranks) -> torch.device:
     )  # DeepSpeed's own calls
     ranks.join_group(backend)
     os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed takes the device of this number
-    # DeepSpeed would compile its own shared-memory collectives on first use; gloo needs no compiler and is tested.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    disable_shared_memory_collectives()
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
     return device
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from clue_dist.checkpoint import run_folder, shards
+from clue_dist.checkpoint import engine_state, run_folder
 from clue_dist.checkpoint.model_card import write_model_card
 from clue_dist.checkpoint.run_folder import RunState
 from clue_dist.checkpoint.saver import Saver
@@ -64,7 +64,7 @@ def _start(setup: Setup, ranks: Ranks, resume: str, device: torch.device) -> tup
         engine = build_engine(setup, ranks, device)
     else:
         state = run_folder.require_same_run(run, setup.config, setup.store.fingerprint, found)
-        engine = run_folder.restore_engine(
+        engine = engine_state.restore_engine(
             lambda start: build_engine(setup, ranks, device, start), found, state
         )
     # What was refused until here has changed nothing.
@@ -112,7 +112,9 @@ def _train(
                 saver.finish()  # raises what went wrong
             if done or is_due(state, t.checkpoint_every):
                 saver.checkpoint(
-                    replace(state, updates=shards.count_updates(engine), logged=meter.so_far())
+                    replace(
+                        state, updates=engine_state.count_updates(engine), logged=meter.so_far()
+                    )
                 )
         saver.finish()
         if not _finished(state, setup):

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from clue_dist.checkpoint.deepspeed_internals import checks_gradients
 from clue_dist.checkpoint.saver import Saver
 from clue_dist.data.batch import Batch
 from clue_dist.model.noise import Noise
@@ -79,7 +80,7 @@ def _agreed(
     """One exchange of a few numbers: it waits for the device, as the norm of the gradient does right after."""
     loss = terms["loss"].double()
     bad = ~loss.isfinite()
-    if not hasattr(engine.optimizer, "overflow"):  # ZeRO-0 in float32 does not look itself
+    if not checks_gradients(engine):
         grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
         bad = bad | ~torch.nn.utils.get_total_norm(grads).isfinite()
     flags = [bool(stop), saver is not None and saver.failed]

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from clue_dist.checkpoint import saver, shards
+from clue_dist.checkpoint import engine_state, saver
 from clue_dist.data.batch import Batch, SparseCounts
 from clue_dist.data.loader import Loader
 from clue_dist.ranks import Ranks
@@ -221,9 +221,9 @@ def dump(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {
             name: view.clone()
-            for name, view in shards.collect_tensors(engine, optimizer=True).items()
+            for name, view in engine_state.collect_tensors(engine, with_optimizer=True).items()
         }
-        metadata = {"shapes": json.dumps(shards.collect_shapes(engine))}
+        metadata = {"shapes": json.dumps(engine_state.collect_shapes(engine))}
         save_file(tensors, folder / f"rank-{ranks.rank:05d}.safetensors", metadata=metadata)
         return engine, state
 

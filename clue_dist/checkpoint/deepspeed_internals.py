@@ -1,0 +1,193 @@
+"""Everything of DeepSpeed that is not public and that this project reads or replaces.
+
+Another release may rename any of it without a word. The versions that this file was written for
+stand here, and both the version and each name are checked before they are relied on.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# DeepSpeed chooses its accelerator while it is imported, and warns where it finds no GPU by itself.
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+# Other modules take the package from here, so that it is prepared as above and below.
+import deepspeed as deepspeed
+from deepspeed.runtime import compiler
+
+from clue_dist.errors import ClueError
+
+OLDEST_VERSION = (0, 19, 8)
+FIRST_UNKNOWN_VERSION = (0, 20)
+
+
+@dataclass(frozen=True)
+class ParameterShard:
+    """Elements [start, start + numel) of a flattened parameter, in float32."""
+
+    name: str  # of the parameter
+    start: int
+    numel: int
+    master: Tensor  # the tensor that the optimizer updates; it may hold many parameters end to end
+    master_start: int  # where the shard begins in `master`
+
+    def select_from(self, flat: Tensor) -> Tensor:
+        """The shard's elements of a tensor that is laid out like `master`, as a view, (numel,)."""
+        return flat.detach().view(-1).narrow(0, self.master_start, self.numel)
+
+
+def require_known_deepspeed(package: ModuleType) -> None:
+    """Check that the version of DeepSpeed is one whose private parts are known.
+
+    Raises:
+        ClueError: it is not.
+    """
+    version = tuple(int(number) for number in re.findall(r"\d+", package.__version__)[:3])
+    if not OLDEST_VERSION <= version < FIRST_UNKNOWN_VERSION:
+        raise _explain_mismatch(package, f"DeepSpeed {package.__version__}")
+
+
+def read_private(owner: Any, name: str, package: ModuleType = deepspeed) -> Any:
+    """Read an attribute that DeepSpeed does not promise to keep.
+
+    Raises:
+        ClueError: this version does not have it.
+    """
+    try:
+        return getattr(owner, name)
+    except AttributeError:
+        title = owner.__name__ if isinstance(owner, ModuleType) else type(owner).__name__
+        found = f"DeepSpeed {package.__version__}, whose {title} has no `{name}`"
+        raise _explain_mismatch(package, found) from None
+
+
+def _explain_mismatch(package: ModuleType, found: str) -> ClueError:
+    oldest, newest = (
+        ".".join(map(str, version)) for version in (OLDEST_VERSION, FIRST_UNKNOWN_VERSION)
+    )
+    return ClueError(
+        "this version of DeepSpeed works differently inside",
+        where=package.__file__,
+        got=found,
+        expected=f"{oldest} or later, but before {newest}",
+        fix=f'pip install "deepspeed>={oldest},<{newest}"',
+    )
+
+
+def _skip_optimizer_compilation() -> None:
+    """Have DeepSpeed leave alone what it would hand to torch.compile while it is imported.
+
+    Those are parts of an optimizer that is not used here; they cost each rank a second and 45 MB.
+    """
+    read_private(compiler, "compile")
+    compiler.compile = lambda: lambda function: function
+
+
+require_known_deepspeed(deepspeed)
+_skip_optimizer_compilation()
+
+
+def disable_shared_memory_collectives() -> None:
+    """Have DeepSpeed use gloo on CPUs.
+
+    On first use it would compile shared-memory collectives; gloo needs no compiler and is tested.
+    """
+    read_private(deepspeed.ops, "__compatible_ops__")["deepspeed_shm_comm"] = False
+
+
+def checks_gradients(engine: Any) -> bool:
+    """Whether the engine skips an update by itself where a gradient is not finite.
+
+    Only ZeRO-0 in float32 does not: its optimizer is torch's, which knows no overflow.
+    """
+    return hasattr(engine.optimizer, "overflow")
+
+
+def read_shape(parameter: Any) -> list[int]:
+    """The shape of a whole parameter, of which ZeRO-3 leaves the module only an empty one."""
+    return list(getattr(parameter, "ds_shape", parameter.shape))
+
+
+# --- where an engine keeps parameters in float32 ----------------------------------------------
+
+
+def list_updated_shards(engine: Any) -> list[ParameterShard]:
+    """List what this rank updates: everything under ZeRO-0, its share under other stages."""
+    return _list_shards(engine, rank=0, world=1)
+
+
+def list_saved_shards(engine: Any) -> list[ParameterShard]:
+    """List what this rank saves: the shards of all ranks together cover each parameter once."""
+    return _list_shards(engine, dist.get_rank(), dist.get_world_size())
+
+
+def _list_shards(engine: Any, rank: int, world: int) -> list[ParameterShard]:
+    """List this rank's shards; of what every rank has whole, the share of `rank` among `world`."""
+    optimizer, masters = engine.optimizer, _find_whole_masters(engine)
+    shards: list[ParameterShard] = []
+    shard: ParameterShard | None
+    for name, parameter in engine.module.named_parameters():
+        # DeepSpeed has an optimizer of its own for each of these, and marks the parameters.
+        if hasattr(parameter, "ds_id"):
+            shard = _locate_in_zero_3(optimizer, name, parameter)
+        elif hasattr(parameter, "_hp_mapping"):
+            shard = _locate_in_zero_1_or_2(optimizer, name, parameter)
+        else:
+            shard = _locate_in_zero_0(name, masters[parameter], rank, world)
+        if shard is not None and shard.numel > 0:
+            shards.append(shard)
+    return shards
+
+
+def _locate_in_zero_3(optimizer: Any, name: str, parameter: Any) -> ParameterShard:
+    """Every rank has an equal part of every parameter; the last part is padded."""
+    number = read_private(optimizer, "get_param_id")(parameter)
+    group, master_start, part_numel = read_private(optimizer, "grad_position")[number]
+    start = min(dist.get_rank() * part_numel, parameter.ds_numel)
+    numel = min(part_numel, parameter.ds_numel - start)
+    master = read_private(optimizer, "fp32_partitioned_groups_flat")[group]
+    return ParameterShard(name, start, numel, master, master_start)
+
+
+def _locate_in_zero_1_or_2(optimizer: Any, name: str, parameter: Any) -> ParameterShard | None:
+    """The parameters are laid end to end and cut into one part for each rank."""
+    mapping = parameter._hp_mapping
+    if mapping is None:  # all of this parameter lies with other ranks
+        return None
+    in_parameter = read_private(mapping, "lp_fragment_address")
+    in_master = read_private(mapping, "hp_fragment_address")
+    # The optimizer of bf16 under ZeRO-1 calls them otherwise.
+    zero = hasattr(optimizer, "single_partition_of_fp32_groups")
+    masters = read_private(
+        optimizer, "single_partition_of_fp32_groups" if zero else "fp32_groups_flat_partition"
+    )
+    master = masters[read_private(mapping, "param_group_index")]
+    return ParameterShard(name, in_parameter.start, in_parameter.numel, master, in_master.start)
+
+
+def _locate_in_zero_0(name: str, master: Tensor, rank: int, world: int) -> ParameterShard:
+    """Every rank has everything, so that each takes an equal share."""
+    start, end = (master.numel() * number // world for number in (rank, rank + 1))
+    return ParameterShard(name, start, end - start, master, start)
+
+
+def _find_whole_masters(engine: Any) -> dict[Any, Tensor]:
+    """Under ZeRO-0: the float32 tensor of each parameter, which is itself unless it is bf16."""
+    groups = getattr(engine.optimizer, "fp16_groups", None)  # bf16 ones, whatever the name says
+    if groups is None or not hasattr(engine.optimizer, "fp32_groups"):
+        return {parameter: parameter for parameter in engine.module.parameters()}
+    pairs = zip(groups, engine.optimizer.fp32_groups, strict=True)
+    return {
+        parameter: master
+        for parameters, masters in pairs
+        for parameter, master in zip(parameters, masters, strict=True)
+    }

@@ -1,0 +1,36 @@
+"""A DeepSpeed whose private parts are not known is refused by name and version."""
+
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from clue_dist.checkpoint import deepspeed_internals
+from clue_dist.errors import ClueError
+
+
+def make_package(version: str) -> ModuleType:
+    package = ModuleType("deepspeed")
+    package.__file__, package.__version__ = "site-packages/deepspeed", version  # type: ignore[attr-defined]
+    return package
+
+
+@pytest.mark.parametrize("version", ["0.19.8", "0.19.8+cu12", "0.19.12"])
+def test_known_versions_pass(version: str) -> None:
+    deepspeed_internals.require_known_deepspeed(make_package(version))
+
+
+@pytest.mark.parametrize("version", ["0.18.9", "0.19.7", "0.20.0", "1.0"])
+def test_other_versions_are_named_beside_the_known_ones(version: str) -> None:
+    with pytest.raises(ClueError) as raised:
+        deepspeed_internals.require_known_deepspeed(make_package(version))
+    assert f"got: DeepSpeed {version}\n" in str(raised.value)
+    assert "expected: 0.19.8 or later, but before 0.20\n" in str(raised.value)
+    assert 'pip install "deepspeed>=0.19.8,<0.20"' in str(raised.value)
+
+
+def test_an_attribute_that_is_gone_is_named_with_the_version() -> None:
+    package = make_package("0.19.99")
+    with pytest.raises(ClueError, match=r"0\.19\.99, whose SimpleNamespace has no `grad_position`"):
+        deepspeed_internals.read_private(SimpleNamespace(), "grad_position", package)
+    with pytest.raises(ClueError, match="whose deepspeed has no `ops`"):
+        deepspeed_internals.read_private(package, "ops", package)
