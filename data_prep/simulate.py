@@ -18,7 +18,7 @@ import scipy.sparse as sp
 
 from clue_dist.errors import DataError
 from clue_dist.files import replace_file
-from clue_dist.kinds import Kind, infer_kind
+from clue_dist.kinds import KINDS, infer_kind
 from data_prep.jobs.whole_files import make_folder
 from data_prep.options import require_known_modalities
 from data_prep.readers.source import CategoryCodes, DirectSource, Source, SourceHead, SourceRows
@@ -33,7 +33,7 @@ _TRUTH, _FACTORS, _COUNTS, _WEIGHTS = range(4)  # what a generator is for
 class SimulationSpec:
     """A mosaic. The first `paired` share of cells carries every modality, the others one each, in equal parts."""
 
-    modalities: tuple[tuple[str, Kind, int], ...]  # name, kind, features
+    modalities: tuple[tuple[str, str, int], ...]  # name, kind, features
     cells: int = 2000
     paired: float = 0.5
     batches: int = 2
@@ -173,20 +173,18 @@ def _draw(
     spec: SimulationSpec, m: int, t: TrueFactors, own: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
     """Noise and depth on top of the truth; one likelihood per kind."""
-    _, kind, n = spec.modalities[m]
+    kind, n = KINDS[spec.modalities[m][1]], spec.modalities[m][2]
     w = _weights(spec, m)
     signal = w.base + t.shared @ w.shared + own @ w.private + w.batch[t.batch]  # (cells, features)
-    if kind == "dense":
+    if kind.real_values:
         return np.asarray(rng.normal(signal, 0.5), np.float32)
     depth = rng.lognormal(0.1 * t.batch, 0.3)[:, None]  # deeper in later batches
-    if kind == "adt":
+    if kind.storage == "dense":
         mean = depth * (20 * np.exp(signal - 1) + 3 * np.exp(w.base))  # foreground and background
     else:
         share = np.exp(signal - signal.max(axis=1, keepdims=True))
-        mean = (
-            share / share.sum(axis=1, keepdims=True) * depth * n * (0.6 if kind == "rna" else 0.08)
-        )
-    if kind != "atac":
+        mean = share / share.sum(axis=1, keepdims=True) * depth * n * kind.simulated_mean
+    if kind.likelihood != "poisson":
         mean = rng.gamma(
             w.dispersion, mean / w.dispersion
         )  # gamma and Poisson make a negative binomial
@@ -220,7 +218,11 @@ class SimulatedSource(DirectSource):
         sample = draw_measurements(self.spec, self.m, cells[:16])
         nnz = int(
             len(cells)
-            * (n if kind in ("adt", "dense") else np.count_nonzero(sample) / max(len(sample), 1))
+            * (
+                n
+                if KINDS[kind].storage == "dense"
+                else np.count_nonzero(sample) / max(len(sample), 1)
+            )
         )
         fields = {
             f: CategoryCodes(codes.astype(np.int32), names)
@@ -236,7 +238,8 @@ class SimulatedSource(DirectSource):
 
     def read_rows(self, start: int, stop: int, scratch: Path) -> SourceRows:
         values = draw_measurements(self.spec, self.m, self.spec.list_cells(self.m)[start:stop])
-        return values if self.spec.modalities[self.m][1] == "dense" else sp.csr_matrix(values)
+        kind = KINDS[self.spec.modalities[self.m][1]]
+        return values if kind.real_values else sp.csr_matrix(values)
 
 
 def name_barcodes(cells: np.ndarray) -> np.ndarray:
@@ -266,7 +269,7 @@ def build_mudata(spec: SimulationSpec) -> Any:
     for m, (name, kind, n) in enumerate(spec.modalities):
         cells = spec.list_cells(m)
         values = draw_measurements(spec, m, cells)
-        part = AnnData(values if kind == "dense" else sp.csr_matrix(values))
+        part = AnnData(values if KINDS[kind].real_values else sp.csr_matrix(values))
         part.obs_names, part.var_names = name_barcodes(cells).astype(str), name_features(name, n)
         for column, (codes, names) in zip(
             ("batch", "cell_type"), draw_obs(spec, cells).values(), strict=True

@@ -29,7 +29,7 @@ import numpy as np
 import clue_dist
 from clue_dist.errors import DataError, StoreError
 from clue_dist.files import replace_file
-from clue_dist.kinds import NORMALISE
+from clue_dist.kinds import KINDS
 from clue_dist.normalise import (
     Rows,
     compute_deviation,
@@ -121,7 +121,7 @@ def _one(
     root: Path, manifest: Manifest, name: str, options: SvdOptions, folder: Path, pool: WorkerPool
 ) -> SvdNote:
     """The SVD of one modality, computed unless it is there."""
-    how = NORMALISE[manifest.modalities[name].kind]
+    how = KINDS[manifest.modalities[name].kind].normalise
     n_cells = sum(s.n_cells for s in manifest.strata.values() if name in s.modalities)
     n_features = manifest.modalities[name].n_features
     components = min(options.components, n_features)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse as sp
 
-from clue_dist.kinds import STORAGE, Kind
+from clue_dist.kinds import KINDS
 from clue_dist.store import layout, writer
 from clue_dist.store.manifest import (
     FileDigest,
@@ -21,14 +21,12 @@ from clue_dist.store.manifest import (
 from clue_dist.store.reader import Store
 from clue_dist.store.rows import COUNT_BITS, CodedRows, CsrRows, code_rows
 
-KINDS: dict[str, Kind] = {"rna": "rna", "adt": "adt", "atac": "atac"}
-
 
 def make_store(
     path: Path,
     cells: Mapping[str, int] | None = None,
     features: Mapping[str, int] | None = None,
-    kinds: Mapping[str, Kind] | None = None,
+    kinds: Mapping[str, str] | None = None,
     seed: int = 0,
     block_cells: int = 16,
     batches: int = 2,
@@ -43,10 +41,12 @@ def make_store(
     cells = cells or {"rna+adt": 100, "rna": 50}
     features = features or {"rna": 30, "adt": 8}
     rng = np.random.default_rng(seed)
-    kind_of = {m: (kinds or {}).get(m, KINDS.get(m, "dense")) for m in features}
+    kind_of = {m: (kinds or {}).get(m, m if m in KINDS else "dense") for m in features}
     modalities = {
         m: Modality(
-            kind=kind_of[m], storage=STORAGE[kind_of[m]], features=[f"{m}-{i}" for i in range(n)]
+            kind=kind_of[m],
+            storage=KINDS[kind_of[m]].storage,
+            features=[f"{m}-{i}" for i in range(n)],
         )
         for m, n in features.items()
     }
@@ -95,7 +95,7 @@ def _draw(
         counts = rng.poisson(rates[m][np.maximum(label, 0)])
         counts[:, 0] += 1  # no empty cells
         if modalities[m].storage == "dense":
-            is_count = modalities[m].kind == "adt"
+            is_count = not KINDS[modalities[m].kind].real_values
             rows[m] = (
                 counts.astype(np.uint16) if is_count else rng.normal(counts).astype(np.float32)
             )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from clue_dist.config import Config, ModelConfig
 from clue_dist.data.batch import Batch
 from clue_dist.errors import ConfigError
-from clue_dist.kinds import LIKELIHOOD, NORMALISE
+from clue_dist.kinds import KINDS
 from clue_dist.model.decoders import Decoder
 from clue_dist.model.discriminator import Discriminator
 from clue_dist.model.encoders import CrossEncoderHeads
@@ -280,22 +280,21 @@ def specify_modalities(modalities: dict[str, Modality], config: Config) -> dict[
         )
     out = {}
     for name, m in modalities.items():
-        own = config.modalities.get(name)
-        how = NORMALISE[m.kind] if own is None or own.normalise == "auto" else own.normalise
-        likelihood = (
-            LIKELIHOOD[m.kind] if own is None or own.likelihood == "auto" else own.likelihood
-        )
+        own, kind = config.modalities.get(name), KINDS[m.kind]
+        how = kind.normalise if own is None or own.normalise == "auto" else own.normalise
+        likelihood = kind.likelihood if own is None or own.likelihood == "auto" else own.likelihood
         if how == "clr" and m.storage == "sparse":
+            dense_kinds = [k for k, row in KINDS.items() if row.storage == "dense"]
             raise ConfigError(
-                "clr needs a modality that is stored dense (kinds adt and dense)",
+                f"clr needs a modality that is stored dense (kinds {' and '.join(dense_kinds)})",
                 where=f"modalities.{name}.normalise",
             )
-        if m.kind == "dense" and (likelihood != "normal" or how != "none"):
+        if kind.real_values and (likelihood, how) != (kind.likelihood, kind.normalise):
             raise ConfigError(
-                "a modality of kind dense holds real values, not counts",
+                f"a modality of kind {kind.name} holds real values, not counts",
                 where=f"modalities.{name}",
                 got=f"likelihood {likelihood}, normalise {how}",
-                expected="normal and none",
+                expected=f"{kind.likelihood} and {kind.normalise}",
                 fix="convert it again with --kind if it does hold counts",
             )
         wanted = config.model.decoder.features_per_step

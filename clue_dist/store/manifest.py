@@ -20,9 +20,9 @@ from pydantic import (
     model_validator,
 )
 
-from clue_dist.errors import StoreError
+from clue_dist.errors import StoreError, list_names
 from clue_dist.files import write_file
-from clue_dist.kinds import STORAGE, Kind, Storage
+from clue_dist.kinds import KINDS, Storage
 from clue_dist.store import layout, location
 from clue_dist.store.layout import ArraySpec, Codec
 from clue_dist.store.location import Location
@@ -39,6 +39,13 @@ def _unrepeated(names: list[str]) -> list[str]:
     return names
 
 
+def _require_known_kind(name: str) -> str:
+    if name not in KINDS:
+        raise ValueError(f"unknown kind {name!r}, known are {list_names(KINDS)}")
+    return name
+
+
+KindName = Annotated[str, AfterValidator(_require_known_kind)]
 Names = Annotated[list[str], AfterValidator(_unrepeated)]
 Number = Annotated[int, Field(ge=0)]
 Sha256 = Annotated[str, StringConstraints(pattern="^([0-9a-f]{64})?$")]
@@ -51,14 +58,15 @@ FileName = Annotated[
 class Modality(_Strict):
     """One modality: what was measured, how it lies on disk, its features in column order."""
 
-    kind: Kind
+    kind: KindName
     storage: Storage
     features: Names = Field(min_length=1, max_length=layout.MOST_FEATURES)
 
     @model_validator(mode="after")
     def _as_its_kind(self) -> Modality:
-        if self.storage != STORAGE[self.kind]:
-            raise ValueError(f"{self.kind} is stored {STORAGE[self.kind]}, not {self.storage}")
+        expected = KINDS[self.kind].storage
+        if self.storage != expected:
+            raise ValueError(f"{self.kind} is stored {expected}, not {self.storage}")
         return self
 
     @property

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-from clue_dist.errors import DataError, StoreError
+from clue_dist.errors import DataError, StoreError, list_names
 from clue_dist.files import parse_path
+from clue_dist.kinds import KINDS
 from clue_dist.store import layout
 from clue_dist.store.location import parse_location
 from clue_dist.store.manifest import Manifest
@@ -240,7 +241,7 @@ def _input_options(p: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=KIND",
-        help="rna, adt, atac or dense, where the name does not say",
+        help=f"{list_names(KINDS)}: where the name does not say",
     )
     p.add_argument("--seed", type=int, default=0, help="of the shuffle")
     _pool_options(p)

@@ -8,11 +8,13 @@ from typing import get_args
 
 from clue_dist.errors import DataError, list_names
 from clue_dist.files import parse_path
-from clue_dist.kinds import infer_kind
+from clue_dist.kinds import KINDS, infer_kind
 from data_prep.options import FeatureChoice, Mode, PerModality
 from data_prep.readers.text_files import read_lines
 
-SELECTABLE = ("rna", "atac")  # kinds that `--top` knows a measure for
+# Kinds whose features `--bins` can lay into bins of the genome, and those whose features `--top` can rank.
+BINNABLE = [name for name, kind in KINDS.items() if kind.binnable]
+SELECTABLE = [name for name, kind in KINDS.items() if kind.selection]
 
 
 def parse_choices(
@@ -51,7 +53,7 @@ def parse_choices(
             got=f"modalities {list_names(names)}",
             fix=f"--features {names[0]}={asked.default}",
         )
-    widths = _numbers(bins, "--bins", names, kinds, ("atac",))
+    widths = _numbers(bins, "--bins", names, kinds, BINNABLE)
     numbers = _numbers(top, "--top", names, kinds, SELECTABLE)
     return {
         name: _choice(asked.get_value(name), widths.get(name), numbers.get(name)) for name in names

@@ -12,7 +12,7 @@ import h5py
 
 from clue_dist.errors import DataError, list_names
 from clue_dist.files import parse_path
-from clue_dist.kinds import TENX_TYPES, infer_kind
+from clue_dist.kinds import KINDS, TENX_TYPES, infer_kind
 from data_prep.options import ObsColumns, PerModality, require_known_modalities
 from data_prep.readers.fragments import ConversionInput, FragmentsInput, looks_like_fragments
 from data_prep.readers.h5_file import open_h5
@@ -134,9 +134,10 @@ def _fragments(
             where=text,
             fix=f"write it as `atac={path.name}`",
         )
-    if (kind := infer_kind(name, asked.kinds)) != "atac":
+    if not KINDS[kind := infer_kind(name, asked.kinds)].binnable:
+        fitting = list_names(name for name, row in KINDS.items() if row.binnable)
         raise DataError(
-            "fragments are of kind atac", where=text, got=kind, fix=f"`atac={path.name}`"
+            f"fragments are of kind {fitting}", where=text, got=kind, fix=f"`atac={path.name}`"
         )
     return FragmentsInput(path, name, dataset, asked.cut_sites, asked.barcodes.get_value(name))
 

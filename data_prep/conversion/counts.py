@@ -10,7 +10,7 @@ import scipy.sparse as sp
 from numba import njit
 
 from clue_dist.errors import DataError, list_names
-from clue_dist.kinds import Kind
+from clue_dist.kinds import KINDS
 from clue_dist.store.kernels import LARGEST
 from clue_dist.store.layout import choose_unsigned
 from clue_dist.store.rows import COUNT_BITS, CodedRows, CsrRows, join_rows, try_code_rows
@@ -26,7 +26,7 @@ _COUNTS = "counts must be raw: non-negative, finite integers"
 class AlignmentTarget:
     """What the rows of one source become. columns: a .npy file of where its columns go, -1 = dropped; or None."""
 
-    kind: Kind
+    kind: str
     n_features: int
     columns: Path | None
 
@@ -57,7 +57,7 @@ class SourceReading:
         """Rows lo to hi in the given order, coded or dense, and the largest count among them (0: measured floats)."""
         step = max(1, PIECE_ENTRIES * self.n_rows // max(self.nnz, 1))
         parts = [(at, min(at + step, hi)) for at in range(lo, hi, step)]
-        if self.target.kind in ("rna", "atac"):
+        if KINDS[self.target.kind].storage == "sparse":
             pieces = [self._coded(*part) for part in parts]
             return join_rows([piece for piece, _ in pieces], order), max(
                 largest for _, largest in pieces
@@ -93,8 +93,8 @@ def canonicalise_rows(
     Raises:
         DataError: a value that is not a count (rna, adt, atac), or not finite (dense).
     """
-    columns = None if target.columns is None else np.load(target.columns)
-    if target.kind == "dense":
+    kind, columns = KINDS[target.kind], None if target.columns is None else np.load(target.columns)
+    if kind.real_values:
         with np.errstate(
             over="ignore"
         ):  # what float32 cannot hold becomes infinite, and is refused
@@ -129,7 +129,7 @@ def canonicalise_rows(
                 got=got,
                 expected=LARGEST,
             )
-    return narrow_counts(matrix.toarray()) if target.kind == "adt" else matrix
+    return narrow_counts(matrix.toarray()) if kind.storage == "dense" else matrix
 
 
 def _added_up(rows: sp.csr_matrix) -> np.ndarray:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from clue_dist.errors import DataError
+from clue_dist.kinds import KINDS
 from clue_dist.store import layout
 from clue_dist.store.layout import Codec
 from clue_dist.store.manifest import Manifest, Modality, PackedModality, Stratum
@@ -124,7 +125,9 @@ def _placed(
         modality, took = modalities[name], taken[name]
         if modality.storage == "dense":
             values: Any = (
-                "float32" if modality.kind == "dense" else layout.choose_unsigned(took.largest)
+                "float32"
+                if KINDS[modality.kind].real_values
+                else layout.choose_unsigned(took.largest)
             )
             packed[name] = PackedModality(values=values)
         else:
@@ -154,7 +157,7 @@ def _survey(
             seen = spool.survey_spool(path)
             at = extract_places(seen.keys)
             lengths[at] = seen.lengths
-            kept = at[(seen.lengths[:, 0] > 0) | (modality.kind == "dense")]
+            kept = at[(seen.lengths[:, 0] > 0) | KINDS[modality.kind].real_values]
             mask[kept] |= 1 << m
             largest, rest, any_left = (
                 max(largest, seen.largest),

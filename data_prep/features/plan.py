@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from clue_dist.errors import DataError, list_names
-from clue_dist.kinds import STORAGE, infer_kind
+from clue_dist.kinds import KINDS, infer_kind
 from clue_dist.store import layout
 from clue_dist.store.manifest import Manifest, Modality
 from data_prep.options import FeatureChoice
@@ -158,7 +158,7 @@ def _new_modality(
             expected=layout.MOST_FEATURES,
             fix=fix,
         )
-    return Modality(kind=kind, storage=STORAGE[kind], features=features)
+    return Modality(kind=kind, storage=KINDS[kind].storage, features=features)
 
 
 def _together(name: str, files: list[_File], choice: FeatureChoice) -> list[str]:

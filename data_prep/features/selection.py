@@ -19,6 +19,7 @@ from numba import njit
 
 from clue_dist.errors import DataError
 from clue_dist.files import replace_file
+from clue_dist.kinds import KINDS
 from data_prep.conversion.cells import CellTable
 from data_prep.conversion.counts import SourceReading
 from data_prep.features import seurat_v3
@@ -81,7 +82,7 @@ def select_variable_features(
         add_up = _Pass(mine, modality.n_features, work / name, step_entries, pool)
         chosen[name] = (
             _accessible(add_up, top)
-            if modality.kind == "atac"
+            if KINDS[modality.kind].selection == "detection"
             else _variable(add_up, top, cells, name)
         )
     return chosen

@@ -12,7 +12,7 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clue_dist.kinds import STORAGE
+from clue_dist.kinds import KINDS
 from clue_dist.store import layout
 from clue_dist.store.manifest import Manifest, Modality, Stratum
 from clue_dist.store.reader import Store
@@ -40,7 +40,7 @@ def write(
         block_cells=block,
         codec=codec,
         modalities={
-            n: Modality(kind=n, storage=STORAGE[n], features=features[n]) for n in features
+            n: Modality(kind=n, storage=KINDS[n].storage, features=features[n]) for n in features
         },
         batches=["b0", "b1"],
         labels=[],
