@@ -86,7 +86,7 @@ _ROWS = (
 
 KINDS = {kind.name: kind for kind in _ROWS}  # in the order in which messages list them
 # Feature types of 10x files, and the kind that each holds.
-TENX_TYPES = {kind.tenx_type: kind.name for kind in _ROWS if kind.tenx_type is not None}
+TENX_TYPES = {kind.tenx_type: kind.name for kind in KINDS.values() if kind.tenx_type is not None}
 
 
 def infer_kind(modality: str, given: Mapping[str, str]) -> str:
@@ -108,14 +108,16 @@ def infer_kind(modality: str, given: Mapping[str, str]) -> str:
             )
         return given[modality]
     name = "_".join(re.findall(r"[a-z0-9]+", modality.lower()))
-    found = sorted(
-        kind.name for kind in _ROWS if any(f"_{alias}_" in f"_{name}_" for alias in kind.aliases)
-    )
+    found = [
+        kind.name
+        for kind in KINDS.values()
+        if any(f"_{alias}_" in f"_{name}_" for alias in kind.aliases)
+    ]
     if len(found) != 1:
         raise DataError(
             "cannot tell from its name what a modality measures",
             where=f"modality {modality!r}",
-            got=list_names(found) or "no known word in the name",
+            got=list_names(sorted(found)) or "no known word in the name",
             expected=f"one of {list_names(KINDS)}",
             fix=f"add `--kind {modality}=rna` (or another kind)",
         )
