@@ -25,7 +25,7 @@ from clue_dist.files import write_file
 from clue_dist.store import layout, svd
 from clue_dist.store.location import Location, parse_location
 from clue_dist.store.manifest import FileDigest, Manifest
-from clue_dist.store.reader import Store, StratumReader
+from clue_dist.store.reader import SegmentReader, Store
 from clue_dist.store.writer import hash_metadata
 from data_prep.conversion.cells import CellTable
 from data_prep.convert import ConversionOptions, build_store, describe_conversion, format_notes
@@ -130,7 +130,7 @@ def _remove_strays(root: Path, manifest: Manifest, coming: Mapping[str, str]) ->
 
 
 def _refuse_known(cells: CellTable, store: Store) -> None:
-    known = [found for reader in store.strata.values() for found in _known(cells, reader)]
+    known = [found for reader in store.segments.values() for found in _known(cells, reader)]
     if known:
         names = np.concatenate(known)
         raise DataError(
@@ -143,7 +143,7 @@ def _refuse_known(cells: CellTable, store: Store) -> None:
         )
 
 
-def _known(cells: CellTable, reader: StratumReader) -> Iterator[np.ndarray]:
+def _known(cells: CellTable, reader: SegmentReader) -> Iterator[np.ndarray]:
     """Barcodes of a stratum that are also new ones."""
     step = BLOCKS * reader.block_cells
     for first in range(0, reader.n_cells, step):

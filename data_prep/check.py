@@ -14,7 +14,7 @@ from clue_dist.errors import ServerError, StoreError
 from clue_dist.store import layout, location, svd
 from clue_dist.store.location import Location
 from clue_dist.store.manifest import FileDigest, Manifest
-from clue_dist.store.reader import StratumReader
+from clue_dist.store.reader import SegmentReader
 from clue_dist.store.rows import find_misfit
 from clue_dist.store.writer import hash_file
 from data_prep.jobs.workers import Progress
@@ -44,7 +44,7 @@ def check_store(where: str | Location) -> list[str]:
     problems += _all("hash", verify, [*manifest.metadata.items(), *manifest.shards.items()])
     for name in manifest.strata:
         try:
-            reader = StratumReader(root, manifest, name)
+            reader = SegmentReader(root, manifest, name)
         except StoreError as error:
             problems.append(_line(error))
             continue
@@ -121,7 +121,7 @@ def _extra_files(root: Location, manifest: Manifest, side_files: Collection[str]
     ]
 
 
-def _check_stratum(reader: StratumReader, damaged: set[str]) -> list[str]:
+def _check_stratum(reader: SegmentReader, damaged: set[str]) -> list[str]:
     """Decode every block, some at a time; pieces of shards that are known to be damaged are left out."""
     shard = reader.stratum.shard_blocks
     step = layout.CHUNK_ROWS * max(1, shard // layout.CHUNK_ROWS // 8)
@@ -156,7 +156,7 @@ def _check_stratum(reader: StratumReader, damaged: set[str]) -> list[str]:
     return _all(f"decode {reader.name}", decode, sound)
 
 
-def _check_obs(reader: StratumReader, blocks: np.ndarray) -> list[str]:
+def _check_obs(reader: SegmentReader, blocks: np.ndarray) -> list[str]:
     size = reader.block_cells
     reader.read_metadata(
         np.arange(blocks[0] * size, min((blocks[-1] + 1) * size, reader.n_cells))
@@ -164,7 +164,7 @@ def _check_obs(reader: StratumReader, blocks: np.ndarray) -> list[str]:
     return []
 
 
-def _check_blocks(reader: StratumReader, modality: str, blocks: np.ndarray) -> list[str]:
+def _check_blocks(reader: SegmentReader, modality: str, blocks: np.ndarray) -> list[str]:
     decoded = reader.read_blocks(modality, blocks)
     if isinstance(decoded, np.ndarray):
         return [] if np.isfinite(decoded).all() else ["values that are not finite"]

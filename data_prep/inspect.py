@@ -59,7 +59,7 @@ def collect_facts(root: str | Path) -> dict[str, Any]:
 def _modality(store: Store, name: str) -> dict[str, Any]:
     modality = store.manifest.modalities[name]
     size = sum(s.bytes for key, s in store.manifest.shards.items() if key.split("/")[2] == name)
-    cells = sum(r.n_cells for r in store.strata.values() if name in r.modalities)
+    cells = sum(r.n_cells for r in store.segments.values() if name in r.modalities)
     out = {
         "kind": modality.kind,
         "storage": modality.storage,
@@ -70,7 +70,7 @@ def _modality(store: Store, name: str) -> dict[str, Any]:
     if modality.storage == "sparse":
         nnz = sum(
             _non_zeros(store, stratum, name)
-            for stratum, r in store.strata.items()
+            for stratum, r in store.segments.items()
             if name in r.modalities
         )
         return out | {"non_zeros": nnz, "bytes_per_non_zero": size / max(nnz, 1)}
@@ -78,7 +78,7 @@ def _modality(store: Store, name: str) -> dict[str, Any]:
 
 
 def _non_zeros(store: Store, stratum: str, modality: str) -> int:
-    reader = store.strata[stratum]
+    reader = store.segments[stratum]
     step = 4096
     return sum(
         int(

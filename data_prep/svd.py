@@ -42,7 +42,7 @@ from clue_dist.store import layout
 from clue_dist.store import svd as stored
 from clue_dist.store.location import parse_location, require_plain_files
 from clue_dist.store.manifest import Manifest
-from clue_dist.store.reader import StratumReader
+from clue_dist.store.reader import SegmentReader
 from clue_dist.store.rows import CsrRows
 from clue_dist.store.svd import StoredSvd, SvdNote
 from data_prep.jobs.job_folder import claim_job
@@ -314,7 +314,7 @@ def _ranges(manifest: Manifest, modality: str) -> Iterator[tuple[str, int, int, 
 
 def _rows(task: _Task, idf: np.ndarray | None) -> Iterator[tuple[Rows, Rows]]:
     """The task's cells, some at a time: raw counts and normalised values, (n, features)."""
-    reader = StratumReader(task.root, Manifest.read(task.root), task.stratum)
+    reader = SegmentReader(task.root, Manifest.read(task.root), task.stratum)
     size = reader.block_cells
     for lo in range(task.lo, task.hi, task.step):
         hi = min(lo + task.step, task.hi)

@@ -15,7 +15,7 @@ from clue_dist.store.manifest import (
     Manifest,
     Modality,
     PackedModality,
-    Stratum,
+    Segment,
     find_largest_block,
 )
 from clue_dist.store.reader import Store
@@ -120,9 +120,9 @@ def _stratum(
     block_cells: int,
     batches: list[str],
     labels: list[str],
-) -> Stratum:
+) -> Segment:
     n = len(cells.barcodes)
-    return Stratum(
+    return Segment(
         modalities=layout.name_stratum(name).split("+"),
         n_cells=n,
         shard_blocks=2 * layout.CHUNK_ROWS

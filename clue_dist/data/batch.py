@@ -134,7 +134,7 @@ def read_batch(
 ) -> Batch:
     """Any cells of one stratum as a batch, read straight from the store. `modalities`: in model order, the store's
     by default; it names all that the stratum carries."""
-    reader = store.strata[stratum]
+    reader = store.segments[stratum]
     rows = {m: reader.read_located_rows(m, positions) for m in reader.modalities}
     return assemble_batch(
         modalities or store.modalities, [BatchPart(rows, reader.read_codes("batch", positions))]

@@ -19,7 +19,7 @@ from clue_dist.data.timing import time_phase
 from clue_dist.errors import ConfigError, ServerError, StoreError
 from clue_dist.store.block_pool import BlockPool, BlockRead
 from clue_dist.store.layout import count_blocks
-from clue_dist.store.reader import Store, StratumReader
+from clue_dist.store.reader import SegmentReader, Store
 
 READ_AHEAD = 20  # micro-batches, at least, whose blocks are being read while another is built
 STRETCH_BATCHES = 8  # micro-batches that are planned, and whose blocks are asked for, together
@@ -32,7 +32,7 @@ HELD_STRETCHES = 1 + -(-(READ_AHEAD - 1 + GATHERING) // STRETCH_BATCHES)
 class BlockCache:
     """The blocks of one segment that are used now or soon, `slots` at most, in fixed memory."""
 
-    def __init__(self, reader: StratumReader, slots: int) -> None:
+    def __init__(self, reader: SegmentReader, slots: int) -> None:
         self.slots = min(slots, reader.n_blocks)
         self.block_cells, self.modalities = reader.block_cells, reader.modalities
         self._pool = BlockPool(reader, self.slots)
@@ -206,7 +206,8 @@ class Loader:
         self.waited_seconds = 0.0
         self._due: Future[Batch] | None = None  # what next() waits for
         self._caches = {
-            s: BlockCache(store.strata[s], count_cache_slots(plan, s, world)) for s in plan.segments
+            s: BlockCache(store.segments[s], count_cache_slots(plan, s, world))
+            for s in plan.segments
         }
         self._buffers = BufferPool()
         keep_freed_memory()

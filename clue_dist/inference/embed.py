@@ -137,7 +137,7 @@ def _assemble(
 
 def _obs(store: Store, pieces: list[StratumSlice]) -> pd.DataFrame:
     """Barcodes as the index, `batch` and `cell_type` where they are known; in the order of the embedding."""
-    seen = [store.strata[p.stratum].read_metadata(p.positions) for p in pieces]
+    seen = [store.segments[p.stratum].read_metadata(p.positions) for p in pieces]
     barcodes = pd.Index(np.concatenate([o.barcodes for o in seen]).astype(object))
     frame = pd.DataFrame(
         index=ad.utils.make_index_unique(barcodes) if barcodes.has_duplicates else barcodes

@@ -120,7 +120,7 @@ def format_scores(result: dict[str, Any]) -> str:
 
 def _pairs(store: Store, done: Embedding, modalities: list[str], ranks: Ranks) -> dict[str, Any]:
     batch = np.concatenate(
-        [store.strata[p.stratum].read_codes("batch", p.positions) for p in done.pieces]
+        [store.segments[p.stratum].read_codes("batch", p.positions) for p in done.pieces]
     )
     result: dict[str, Any] = {}
     for a, b in itertools.combinations(modalities, 2):

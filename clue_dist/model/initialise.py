@@ -96,12 +96,12 @@ def sample_cells(
     store: Store, n_train: dict[str, int], modality: str
 ) -> sp.csr_matrix | np.ndarray:
     """Raw counts of a random sample of training cells that carry the modality, as (n, features)."""
-    having = {s: n for s, n in n_train.items() if modality in store.strata[s].modalities}
+    having = {s: n for s, n in n_train.items() if modality in store.segments[s].modalities}
     total = sum(having.values())
     limit = min(MAX_CELLS, total)
     parts = []
     for name, n in having.items():
-        reader = store.strata[name]
+        reader = store.segments[name]
         # A block holds at most `capacity` non-zeros, so this many cells cannot go beyond the stratum's share of them.
         most = (
             MAX_NONZEROS

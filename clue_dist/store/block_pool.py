@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from clue_dist.store.reader import StratumReader
+from clue_dist.store.reader import SegmentReader
 from clue_dist.store.rows import CodedBlocks, LocatedRows
 
 
@@ -25,7 +25,7 @@ class BlockRead:
 class BlockPool:
     """`slots` blocks of all that training reads of a stratum: counts of its modalities, and batch codes."""
 
-    def __init__(self, reader: StratumReader, slots: int) -> None:
+    def __init__(self, reader: SegmentReader, slots: int) -> None:
         self.reader = reader
         specs = {
             spec.path.split("/", 2)[2]: spec for spec in reader.manifest.specify_arrays(reader.name)

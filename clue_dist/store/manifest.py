@@ -88,7 +88,7 @@ class PackedModality(_Strict):
     rest_type: Literal["uint8", "uint16", "uint32"] | None = None
 
 
-class Stratum(_Strict):
+class Segment(_Strict):
     """Cells that carry exactly `modalities`, globally shuffled; of several segments, those of one."""
 
     modalities: list[str]
@@ -117,7 +117,7 @@ class Manifest(_Strict):
     modalities: dict[str, Modality]
     batches: Names
     labels: Names
-    strata: dict[str, Stratum] = Field(min_length=1)
+    strata: dict[str, Segment] = Field(min_length=1)
     shards: dict[FileName, FileDigest]
     # Not part of the fingerprint: where the cells came from, and every zarr.json, as zarr-python happens to write it.
     provenance: Notes = {}

@@ -29,7 +29,7 @@ class CellMetadata:
     barcodes: np.ndarray
 
 
-class StratumReader:
+class SegmentReader:
     """The cells of one stratum. A cell's position p lies in block p // B, row p % B."""
 
     def __init__(self, root: Location, manifest: Manifest, name: str) -> None:
@@ -235,8 +235,8 @@ class Store:
         self.root = location.parse_location(root)
         location.require_plain_files(self.root)
         self.manifest = Manifest.read(self.root)
-        self.strata = {
-            name: StratumReader(self.root, self.manifest, name) for name in self.manifest.strata
+        self.segments = {
+            name: SegmentReader(self.root, self.manifest, name) for name in self.manifest.strata
         }
 
     @property

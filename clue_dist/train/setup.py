@@ -40,7 +40,7 @@ class Setup:
     def has_paired_cells(self) -> bool:
         """Whether validation can score pairs."""
         return any(
-            n and len(self.store.strata[s].modalities) > 1 for s, n in self.held_out_cells.items()
+            n and len(self.store.segments[s].modalities) > 1 for s, n in self.held_out_cells.items()
         )
 
     def count_epochs(self, step: int) -> float:
@@ -63,7 +63,7 @@ class Setup:
             return None
         parts = []
         for name, n in self.held_out_cells.items():
-            reader = self.store.strata[name]
+            reader = self.store.segments[name]
             positions = np.arange(self.train_cells[name], self.train_cells[name] + n)
             if n:
                 rows = {m: reader.read_located_rows(m, positions) for m in reader.modalities}
@@ -107,8 +107,8 @@ def prepare_setup(config: Config, world: int, *, writes: bool = True) -> Setup:
     store = Store(config.store)
     store.manifest.verify_fingerprint(store.root)  # whether a run may go on is decided by it
     specs = specify_modalities(store.manifest.modalities, config)
-    sizes = {s: r.n_cells for s, r in store.strata.items()}
-    paired = {s: len(r.modalities) > 1 for s, r in store.strata.items()}
+    sizes = {s: r.n_cells for s, r in store.segments.items()}
+    paired = {s: len(r.modalities) > 1 for s, r in store.segments.items()}
     _check_pairs(config, store, paired)
     if config.data.lanes % world:
         raise ConfigError(
@@ -229,7 +229,7 @@ def _weights(
 
 def _check_pairs(config: Config, store: Store, paired: Mapping[str, bool]) -> None:
     unseen = [
-        m for m in store.modalities if not any(m in r.modalities for r in store.strata.values())
+        m for m in store.modalities if not any(m in r.modalities for r in store.segments.values())
     ]
     if unseen:
         raise ConfigError(

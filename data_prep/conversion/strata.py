@@ -17,7 +17,7 @@ from clue_dist.errors import DataError
 from clue_dist.kinds import KINDS
 from clue_dist.store import layout
 from clue_dist.store.layout import Codec
-from clue_dist.store.manifest import Manifest, Modality, PackedModality, Stratum
+from clue_dist.store.manifest import Manifest, Modality, PackedModality, Segment
 from clue_dist.store.rows import COUNT_BITS
 from data_prep.conversion import spool
 from data_prep.conversion.cells import CellRange, CellTable, extract_places
@@ -245,7 +245,7 @@ def build_manifest(
         raw = max(
             _cell_bytes(packed[name], modalities[name].n_features, block_cells) for name in packed
         )
-        strata[layout.name_segment(list(packed))] = Stratum(
+        strata[layout.name_segment(list(packed))] = Segment(
             modalities=list(packed),
             n_cells=placed.n_cells,
             shard_blocks=layout.choose_shard_blocks(raw, placed.n_cells, block_cells),

@@ -86,13 +86,13 @@ def test_a_slow_store_is_found_to_be_the_limit(folder: Path) -> None:
         import time
         from clue_dist.config import Config
         from clue_dist.ranks import Ranks
-        from clue_dist.store.reader import StratumReader
+        from clue_dist.store.reader import SegmentReader
         from clue_dist.train.setup import prepare_setup
-        finish = StratumReader.finish_read
+        finish = SegmentReader.finish_read
         def slow(*args):
             time.sleep(0.1)
             return finish(*args)
-        StratumReader.finish_read = slow
+        SegmentReader.finish_read = slow
         from clue_dist.train.bench import measure_speed
         report = measure_speed(prepare_setup(Config(**settings), 1, writes=False), Ranks(), 0.2, 2)
         print(max(report.data.phases, key=report.data.phases.get))

@@ -149,7 +149,7 @@ def build(
 def held(store: Store, modality: str) -> pd.DataFrame:
     """Everything a store holds of a modality: barcodes x features."""
     parts = []
-    for reader in store.strata.values():
+    for reader in store.segments.values():
         if modality in reader.modalities:
             positions = np.arange(reader.n_cells)
             rows = reader.read_rows(modality, positions)
@@ -164,7 +164,7 @@ def codes_of(store: Store, field: str) -> dict[str, str | None]:
     """barcode -> name of its batch or label, None if unknown."""
     names = store.manifest.batches if field == "batch" else store.manifest.labels
     out: dict[str, str | None] = {}
-    for reader in store.strata.values():
+    for reader in store.segments.values():
         obs = reader.read_metadata(np.arange(reader.n_cells))
         codes = obs.batch if field == "batch" else obs.label
         out |= {

@@ -27,9 +27,9 @@ def sound(root: Path) -> serve.Values:
 
 def test_the_store_has_strata_shards_and_both_storages(root: Path) -> None:
     store = Store(root)
-    assert set(store.strata) == {"rna+adt+other", "rna+adt", "rna+atac", "atac"}
+    assert set(store.segments) == {"rna+adt+other", "rna+adt", "rna+atac", "atac"}
     assert {m.storage for m in store.manifest.modalities.values()} == {"sparse", "dense"}
-    assert all(f"strata/{name}/obs/batch/c/1/0" in store.manifest.shards for name in store.strata)
+    assert all(f"strata/{name}/obs/batch/c/1/0" in store.manifest.shards for name in store.segments)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -43,7 +43,7 @@ def test_damages_are_found_and_never_served(root: Path, sound: serve.Values, kin
 
 def test_every_value_of_every_cell_is_compared(root: Path, sound: serve.Values) -> None:
     store = Store(root)
-    for name, reader in store.strata.items():
+    for name, reader in store.segments.items():
         for what in (*reader.modalities, "batch", "label", "barcodes"):
             firsts = range(0, reader.n_cells, store.manifest.block_cells)
             assert sum(len(sound[f"{name} {first} {what}"]) for first in firsts) == reader.n_cells

@@ -51,8 +51,8 @@ def test_a_converted_store_lies_and_is_served_as_said(seed: int, tmp_path: Path)
 
     code_of = np.array([int(name.removeprefix("group-")) for name in store.manifest.batches])
     want = stored(atlas, seed)
-    assert set(want) == set(store.strata)
-    for name, reader in store.strata.items():
+    assert set(want) == set(store.segments)
+    for name, reader in store.segments.items():
         np.testing.assert_array_equal(
             code_of[reader.read_codes("batch", np.arange(reader.n_cells))], want[name]
         )

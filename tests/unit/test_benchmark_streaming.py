@@ -166,12 +166,12 @@ def store(tmp_path: Path) -> Store:
 
 
 def nonzeros(store: Store) -> int:
-    ((_, reader),) = store.strata.items()
+    ((_, reader),) = store.segments.items()
     return int(reader.read_lengths("rna", np.arange(reader.n_blocks)).sum())
 
 
 def reader_rows(store: Store, plan: CellPlan, step: int) -> CsrRows:
-    ((name, reader),) = store.strata.items()
+    ((name, reader),) = store.segments.items()
     rows = reader.read_rows("rna", plan.select_cells(step, name))
     assert isinstance(rows, CsrRows)
     return rows
@@ -202,7 +202,7 @@ def test_windows_hold_every_cell_once_a_pass(store: Store) -> None:
 def test_decoding_alone_decompresses_the_stores_own_blocks(store: Store) -> None:
     blocks = probe.held(store)
     assert (blocks.cells, blocks.nonzeros) == (203, nonzeros(store))
-    ((_, reader),) = store.strata.items()
+    ((_, reader),) = store.segments.items()
     want = reader.read_blocks("rna", np.arange(reader.n_blocks))
     for i, parts in enumerate(blocks.parts):
         raw = [numcodecs.blosc.decompress(part) for part in parts]

@@ -65,7 +65,7 @@ def test_a_kept_batch_keeps_its_values(tmp_path: Path, dense: bool) -> None:
     store = make_store(
         tmp_path / "s.zarr", cells={"rna+adt": 203, "rna": 70}, features={"rna": 40, "adt": 6}
     )
-    sizes = {name: reader.n_cells for name, reader in store.strata.items()}
+    sizes = {name: reader.n_cells for name, reader in store.segments.items()}
     plan = CellPlan(5, sizes, {"rna+adt": 16, "rna": 8}, 4, 2, 16)
 
     def tensors(counts: SparseCounts | torch.Tensor) -> list[torch.Tensor]:

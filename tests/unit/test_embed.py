@@ -51,7 +51,7 @@ def loaded(store) -> FakeLoaded:
 def expected(store, loaded) -> dict[str, dict[str, np.ndarray]]:
     """Barcode -> z, by source: one batch per stratum, straight through the model."""
     out: dict[str, dict[str, np.ndarray]] = {"joint": {}, "rna": {}, "adt": {}}
-    for name, reader in store.strata.items():
+    for name, reader in store.segments.items():
         everyone = np.arange(reader.n_cells)
         joint, alone = loaded.model.embed_batch(
             read_batch(store, name, everyone, list(loaded.modalities))
@@ -78,7 +78,7 @@ def test_h5mu_holds_every_cell_once_with_its_own_z(store, loaded, expected, tmp_
         assert_rows(got[m].obs_names, got[m].obsm["X_clue"], expected[m])
         assert got[m].X is None
         assert list(got[m].var_names) == store.manifest.modalities[m].features
-    obs = store.strata["rna"].read_metadata(np.arange(41))
+    obs = store.segments["rna"].read_metadata(np.arange(41))
     frame = got["rna"].obs.loc[obs.barcodes]
     assert list(frame["batch"]) == [store.manifest.batches[i] for i in obs.batch]
     assert list(frame["cell_type"]) == [store.manifest.labels[i] for i in obs.label]
@@ -121,8 +121,8 @@ def test_unknown_batch_and_label_are_left_out(tmp_path):
 
 
 def test_cells_that_share_a_barcode_stay_apart(store, loaded, tmp_path, monkeypatch):
-    obs = store.strata["rna"].read_metadata
-    shared = store.strata["adt"].read_metadata(np.arange(20)).barcodes
+    obs = store.segments["rna"].read_metadata
+    shared = store.segments["adt"].read_metadata(np.arange(20)).barcodes
 
     def doubled(positions):
         got = obs(positions)
@@ -130,7 +130,7 @@ def test_cells_that_share_a_barcode_stay_apart(store, loaded, tmp_path, monkeypa
             got, barcodes=np.where(positions < 20, shared[np.minimum(positions, 19)], got.barcodes)
         )
 
-    monkeypatch.setattr(store.strata["rna"], "read_metadata", doubled)
+    monkeypatch.setattr(store.segments["rna"], "read_metadata", doubled)
     embed_store(loaded, store, tmp_path / "o.h5mu", run="r")
     got = md.read_h5mu(tmp_path / "o.h5mu")
     assert got.n_obs == 151

@@ -53,7 +53,7 @@ def test_every_cell_that_carries_both_counts(store, tmp_path):
         _, alone = loaded.model.embed_batch(read_batch(store, name, everyone))
         for m, parts in z.items():
             parts.append(alone[m].numpy())
-        batch.append(store.strata[name].read_codes("batch", everyone))
+        batch.append(store.segments[name].read_codes("batch", everyone))
     args = np.concatenate(z["rna"]), np.concatenate(z["adt"]), np.concatenate(batch)
     both, directed = matching.compute_scores(*args), matching.score_directions(*args)
     for scope in matching.SCOPES:
@@ -144,7 +144,7 @@ def test_batches_of_one_cell_give_null_not_nan(tmp_path):
     store = make_store(
         tmp_path / "s.zarr", cells={"rna+adt": 2}, features={"rna": 9, "adt": 4}, batches=2, seed=2
     )
-    codes = store.strata["rna+adt"].read_codes("batch", np.arange(2))
+    codes = store.segments["rna+adt"].read_codes("batch", np.arange(2))
     assert codes[0] != codes[1], "the seed must put the two cells into two batches"
     evaluate_store(FakeLoaded(store.manifest.modalities), store, tmp_path / "s.json", run="r")
     text = (tmp_path / "s.json").read_text()

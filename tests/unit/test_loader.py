@@ -42,7 +42,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def plan_of(store: Store, window: int = 2) -> CellPlan:
-    sizes = {s: r.n_cells for s, r in store.strata.items()}
+    sizes = {s: r.n_cells for s, r in store.segments.items()}
     return CellPlan(5, sizes, {"rna+adt": 16, "rna": 8, "adt": 8}, 4, window, 16)
 
 
@@ -63,7 +63,7 @@ def dense(batch: Batch, modality: str) -> np.ndarray:
 
 def expected(store: Store, plan: CellPlan, step: int, modality: str) -> np.ndarray:
     parts = []
-    for name, reader in store.strata.items():
+    for name, reader in store.segments.items():
         cells = plan.select_cells(step, name)
         if modality not in reader.modalities:
             parts.append(
@@ -126,7 +126,7 @@ def test_batch_codes_come_with_their_cells(store: Store) -> None:
     with Loader(store, plan) as loader:
         got = next(loader).batch_code.numpy()
     want = np.concatenate(
-        [r.read_codes("batch", plan.select_cells(0, s)) for s, r in store.strata.items()]
+        [r.read_codes("batch", plan.select_cells(0, s)) for s, r in store.segments.items()]
     )
     np.testing.assert_array_equal(got, want)
 
@@ -302,7 +302,7 @@ def test_what_sixteen_ranks_are_served_while_blocks_are_replaced(tmp_path: Path)
         tmp_path / "s.zarr", cells={"adt": 3941}, features={"adt": 3}, block_cells=64
     )
     plan = CellPlan(0, {"adt": 3941}, {"adt": 144}, 16, 1, 64)
-    known = store.strata["adt"].read_rows("adt", np.arange(3941))
+    known = store.segments["adt"].read_rows("adt", np.arange(3941))
     assert isinstance(known, np.ndarray)
     for rank in (0, 7):
         with Loader(store, plan, rank=rank, world=16) as loader:

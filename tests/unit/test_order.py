@@ -50,7 +50,7 @@ def places(store: Store, batch: Batch, rank_share: dict[str, int]) -> dict[str, 
     """Which cell of its stratum each cell of a batch is."""
     served, out, first = batch.modalities["place"].counts, {}, 0
     for stratum, n in rank_share.items():
-        known = store.strata[stratum].read_rows("place", np.arange(CELLS[stratum]))[:, 0]  # type: ignore[index]
+        known = store.segments[stratum].read_rows("place", np.arange(CELLS[stratum]))[:, 0]  # type: ignore[index]
         of = served[first : first + n, 0].numpy()  # type: ignore[index]
         order = np.argsort(known)
         out[stratum] = order[np.searchsorted(known[order], of).clip(max=len(known) - 1)]

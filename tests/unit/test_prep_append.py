@@ -91,7 +91,7 @@ def test_all_cells_are_there_and_nothing_else_has_changed(tmp_path: Path, store:
 def test_a_third_addition_is_a_third_segment(tmp_path: Path, store: Path) -> None:
     add(store, given(tmp_path, slice(200, 240), "b"))
     after = add(store, given(tmp_path, slice(240, 300), "c"))
-    assert [n for n in after.strata if n.startswith("rna+adt")] == [
+    assert [n for n in after.segments if n.startswith("rna+adt")] == [
         "rna+adt",
         "rna+adt.2",
         "rna+adt.3",
@@ -102,7 +102,7 @@ def test_a_third_addition_is_a_third_segment(tmp_path: Path, store: Path) -> Non
 
 def test_a_modality_alone_starts_a_stratum(tmp_path: Path, store: Path) -> None:
     after = add(store, f"adt={write_h5ad(tmp_path / 'p.h5ad', ADT[200:])}")
-    assert after.strata["adt"].n_cells == 100
+    assert after.segments["adt"].n_cells == 100
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -110,7 +110,7 @@ def test_segments_take_turns_and_every_pass_deals_each_cell_once(
     tmp_path: Path, store: Path, world: int
 ) -> None:
     after = add(store, given(tmp_path, slice(200, 300), "more"))
-    sizes = {name: reader.n_cells for name, reader in after.strata.items()}
+    sizes = {name: reader.n_cells for name, reader in after.segments.items()}
     plan = CellPlan(0, sizes, {"rna": 8, "rna+adt": 16}, 4, 2, 4)
     assert plan.segments == ["rna", "rna.2", "rna+adt", "rna+adt.2"]
     dealt: dict[str, list[int]] = {name: [] for name in sizes}
@@ -125,7 +125,7 @@ def test_segments_take_turns_and_every_pass_deals_each_cell_once(
                 batches
             ):  # proteins are dense: rows in the order of the batch
                 want = [
-                    after.strata[s].read_rows("adt", plan.select_cells(step, s)[rank::world])
+                    after.segments[s].read_rows("adt", plan.select_cells(step, s)[rank::world])
                     for s in ("rna+adt", "rna+adt.2")
                 ]
                 np.testing.assert_array_equal(
@@ -419,12 +419,13 @@ def test_segments_may_be_packed_in_other_ways(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(held(after, "atac").loc[atac.index], atac, check_dtype=False)
     pd.testing.assert_frame_equal(held(after, "adt").loc[adt.index], adt, check_dtype=False)
     stratum = "atac+adt"
-    plan = CellPlan(0, {n: r.n_cells for n, r in after.strata.items()}, {stratum: 16}, 4, 1, 64)
+    plan = CellPlan(0, {n: r.n_cells for n, r in after.segments.items()}, {stratum: 16}, 4, 1, 64)
     with Loader(after, plan) as loader:
         for step in range(10):
             got = next(loader).modalities["adt"].counts
             rows = [
-                after.strata[s].read_rows("adt", plan.select_cells(step, s)) for s in plan.segments
+                after.segments[s].read_rows("adt", plan.select_cells(step, s))
+                for s in plan.segments
             ]
             np.testing.assert_array_equal(got, np.concatenate(rows))  # type: ignore[arg-type]
 

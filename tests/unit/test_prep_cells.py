@@ -55,7 +55,7 @@ def test_order_is_shuffled_by_the_seed_and_blind_to_the_order_of_files(tmp_path:
     again = build(tmp_path / "2.zarr", f"rna={b}", f"rna={a}")
     other = build(tmp_path / "3.zarr", f"rna={a}", f"rna={b}", seed=1)
     assert first.fingerprint == again.fingerprint != other.fingerprint
-    order = [int(c[1:]) for c in first.strata["rna"].read_metadata(np.arange(200)).barcodes]
+    order = [int(c[1:]) for c in first.segments["rna"].read_metadata(np.arange(200)).barcodes]
     assert abs(np.corrcoef(order, np.arange(200))[0, 1]) < 0.2
 
 
@@ -177,7 +177,7 @@ def test_cells_that_change_stratum_are_shuffled_among_the_others(tmp_path: Path)
     adt = adt.iloc[:300]
     path = write_h5mu(tmp_path / "m.h5mu", rna=anndata_of(rna), adt=anndata_of(adt))
     store = build(tmp_path / "s.zarr", str(path))
-    moved = [int(c[1:]) < 200 for c in store.strata["rna"].read_metadata(np.arange(300)).barcodes]
+    moved = [int(c[1:]) < 200 for c in store.segments["rna"].read_metadata(np.arange(300)).barcodes]
     assert 40 < sum(moved[:90]) < 80  # 60 expected
     same(held(store, "rna"), rna)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from clue_dist.kinds import KINDS
 from clue_dist.store import layout
-from clue_dist.store.manifest import Manifest, Modality, Stratum
+from clue_dist.store.manifest import Manifest, Modality, Segment
 from clue_dist.store.reader import Store
 from clue_dist.store.rows import COUNT_BITS, CsrRows, code_rows
 from clue_dist.store.writer import SegmentCells, commit_store, create_store, write_shard
@@ -45,7 +45,7 @@ def write(
         batches=["b0", "b1"],
         labels=[],
         strata={
-            "rna+adt": Stratum(
+            "rna+adt": Segment(
                 modalities=["rna", "adt"],
                 n_cells=n,
                 shard_blocks=16,
@@ -117,7 +117,7 @@ def test_rows_at_any_positions(
     with tempfile.TemporaryDirectory() as folder:
         manifest = write(Path(folder), sparse, dense, block, codec)
         store = Store(Path(folder) / "s.zarr")
-        reader = store.strata["rna+adt"]
+        reader = store.segments["rna+adt"]
         positions = rng.integers(n, size=rng.integers(1, 2 * n + 1))
         rows = reader.read_rows("rna", positions)
         assert isinstance(rows, CsrRows)
@@ -159,6 +159,6 @@ def test_all_zero_chunks_are_on_disk(tmp_path: Path) -> None:
     for key in manifest.shards:
         assert (tmp_path / "s.zarr" / key).stat().st_size > 0
     np.testing.assert_array_equal(
-        Store(tmp_path / "s.zarr").strata["rna+adt"].read_rows("adt", np.arange(40)),
+        Store(tmp_path / "s.zarr").segments["rna+adt"].read_rows("adt", np.arange(40)),
         np.zeros((40, 3)),
     )

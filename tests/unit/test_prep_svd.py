@@ -60,7 +60,7 @@ def run(store: Store, *modalities: str, workers: int = 2, **options: int) -> dic
 
 def standardised(store: Store, modality: str) -> np.ndarray:
     """All cells that carry the modality, as dense as they can be. (n, features)"""
-    readers = [r for r in store.strata.values() if modality in r.modalities]
+    readers = [r for r in store.segments.values() if modality in r.modalities]
     rows = [r.read_rows(modality, np.arange(r.n_cells)) for r in readers]
     counts = np.concatenate([r.to_scipy().toarray() if isinstance(r, CsrRows) else r for r in rows])
     how = HOW[modality]
@@ -201,7 +201,7 @@ def test_killed_and_run_again(
         run(store, "rna", components=5)
     again = counting(monkeypatch, "_multiply")
     np.testing.assert_allclose(run(store, "rna")["rna"].loadings, whole.loadings, atol=1e-6)
-    assert 0 < again[0] < every[0] - len(list(store.strata)) - 1
+    assert 0 < again[0] < every[0] - len(list(store.segments)) - 1
     assert not partial.exists()
     assert check_store(store.root) == []
     before = again[0]

@@ -60,7 +60,7 @@ def url(s3: S3, local: Store) -> str:
 
 
 def blocks(store: Store) -> CodedBlocks:
-    got = store.strata["rna+adt"].read_blocks("rna", np.arange(13))
+    got = store.segments["rna+adt"].read_blocks("rna", np.arange(13))
     assert isinstance(got, CodedBlocks)
     return got
 
@@ -72,8 +72,8 @@ def test_every_cell_is_the_same(local: Store, url: str) -> None:
     remote = Store(url)
     assert str(remote.root) == url
     assert remote.fingerprint == local.fingerprint
-    for name, there in remote.strata.items():
-        here, all_cells = local.strata[name], np.arange(there.n_cells)
+    for name, there in remote.segments.items():
+        here, all_cells = local.segments[name], np.arange(there.n_cells)
         for m in there.modalities:
             a, b = here.read_rows(m, all_cells), there.read_rows(m, all_cells)
             pairs = (

@@ -105,7 +105,7 @@ def schedule(full: Path, other: Path, settings: Sequence[str]) -> tuple[str, ...
     pairs = sum(
         n
         for s, n in wanted.plan.stratum_shares.items()
-        if len(wanted.store.strata[s].modalities) > 1
+        if len(wanted.store.segments[s].modalities) > 1
     )
     epochs = wanted.total_steps * size / sum(got.train_cells.values())
     return (

@@ -27,7 +27,7 @@ MANY = 100_000_000  # cells
 
 def plan_of(store: Store, batch: int) -> CellPlan:
     """Batches to which every stratum gives the same number of cells."""
-    sizes = {name: reader.n_cells for name, reader in store.strata.items()}
+    sizes = {name: reader.n_cells for name, reader in store.segments.items()}
     return CellPlan(
         0,
         sizes,

@@ -12,7 +12,7 @@ from clue_dist.data.batch import Batch, SparseCounts
 from clue_dist.data.loader import Loader
 from clue_dist.data.plan import CellPlan
 from clue_dist.errors import StoreError
-from clue_dist.store.reader import Store, StratumReader
+from clue_dist.store.reader import SegmentReader, Store
 from clue_dist.store.rows import CsrRows
 
 LANES, WINDOW = 2, 2
@@ -50,7 +50,7 @@ def differences(got: np.ndarray, want: np.ndarray) -> int:
 
 def batches(store: Store) -> Iterator[tuple[str, np.ndarray]]:
     """The loader's batches, until every stratum has been passed through."""
-    sizes = {s: reader.n_cells for s, reader in store.strata.items()}
+    sizes = {s: reader.n_cells for s, reader in store.segments.items()}
     plan = CellPlan(
         0, sizes, dict.fromkeys(sizes, 4 * LANES), LANES, WINDOW, store.manifest.block_cells
     )
@@ -76,7 +76,7 @@ def parts(step: int, batch: Batch) -> Iterator[tuple[str, np.ndarray]]:
 def tables(store: Store) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
     """Counts and obs of every block, to be read one by one."""
     size = store.manifest.block_cells
-    for stratum, reader in store.strata.items():
+    for stratum, reader in store.segments.items():
         for first in range(0, reader.n_cells, size):
             cells = np.arange(first, min(first + size, reader.n_cells))
             for modality in reader.modalities:
@@ -86,10 +86,10 @@ def tables(store: Store) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
             yield f"{stratum} {first} barcodes", partial(barcodes, reader, cells)
 
 
-def counts(reader: StratumReader, modality: str, cells: np.ndarray) -> np.ndarray:
+def counts(reader: SegmentReader, modality: str, cells: np.ndarray) -> np.ndarray:
     rows = reader.read_rows(modality, cells)
     return rows.to_scipy().toarray() if isinstance(rows, CsrRows) else rows
 
 
-def barcodes(reader: StratumReader, cells: np.ndarray) -> np.ndarray:
+def barcodes(reader: SegmentReader, cells: np.ndarray) -> np.ndarray:
     return reader.read_metadata(cells).barcodes

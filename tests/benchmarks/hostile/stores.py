@@ -22,7 +22,7 @@ from clue_dist.config import Config
 from clue_dist.errors import ClueError, StoreError
 from clue_dist.store import layout
 from clue_dist.store.manifest import Manifest
-from clue_dist.store.reader import Store, StratumReader
+from clue_dist.store.reader import SegmentReader, Store
 from clue_dist.store.rows import CsrRows
 from clue_dist.store.writer import hash_file
 from clue_dist.train.setup import prepare_setup
@@ -91,7 +91,7 @@ def within_bounds(root: Path) -> None:
     store = Store(root)
     errors: list[ClueError] = []
     for read in [
-        *(lambda r=reader: _tables(store, r) for reader in store.strata.values()),
+        *(lambda r=reader: _tables(store, r) for reader in store.segments.values()),
         lambda: _batches(store),
     ]:
         try:
@@ -102,7 +102,7 @@ def within_bounds(root: Path) -> None:
         raise errors[0]
 
 
-def _tables(store: Store, reader: StratumReader) -> None:
+def _tables(store: Store, reader: SegmentReader) -> None:
     cells = np.arange(reader.n_cells)
     obs = reader.read_metadata(cells)
     _bounded("batch", obs.batch, -1, len(store.manifest.batches))

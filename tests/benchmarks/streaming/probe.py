@@ -35,7 +35,7 @@ COPIED = 256 * 2**20
 
 def plan_of(store: Store, batch: int, window: int) -> CellPlan:
     """Batches of the store's one stratum, mixed `window` cells at a time."""
-    (name, reader), size = next(iter(store.strata.items())), store.manifest.block_cells
+    (name, reader), size = next(iter(store.segments.items())), store.manifest.block_cells
     window_blocks, rest = divmod(window, LANES * size)
     if rest or not window_blocks:
         raise ValueError(
@@ -57,7 +57,7 @@ def batches(loader: Loader) -> Take:
 
 def windows(store: Store, cells: int) -> Iterator[CodedBlocks]:
     """Decoded blocks in random order, as many as hold `cells`, one window ahead; pass after pass."""
-    ((_, reader),) = store.strata.items()
+    ((_, reader),) = store.segments.items()
     count = cells // reader.block_cells
 
     def read(number: int) -> CodedBlocks:
@@ -77,7 +77,7 @@ def windows(store: Store, cells: int) -> Iterator[CodedBlocks]:
 
 def kept(loader: Loader, store: Store) -> float:
     """Share of the store's blocks that the loader has room for: at 1 it decodes nothing after the first pass."""
-    (cache,), (reader,) = loader._caches.values(), store.strata.values()
+    (cache,), (reader,) = loader._caches.values(), store.segments.values()
     return cache.slots / reader.n_blocks
 
 
@@ -117,7 +117,7 @@ class Held:
 
 def held(store: Store, limit: int = IN_MEMORY) -> Held:
     """The store's first blocks, up to `limit` compressed bytes."""
-    ((name, reader),) = store.strata.items()
+    ((name, reader),) = store.segments.items()
     specs = [s for s in store.manifest.specify_arrays(name) if s.path.endswith(("/codes", "/rest"))]
     parts, total = [], 0
     for block in zip(*(compressed(store.root, spec) for spec in specs), strict=True):
