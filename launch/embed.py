@@ -10,21 +10,18 @@ from clue_dist.process import run_main
 
 def main() -> None:
     parser = build_parser(
-        "embed.py",
-        "Embed a store with a trained model.",
-        "store of the cells to embed",
-        "OUT.h5mu, .h5ad or .zarr",
+        script="embed.py",
+        description="Embed a store with a trained model.",
+        store="store of the cells to embed",
+        out="OUT.h5mu, .h5ad or .zarr",
     )
     parser.add_argument(
         "--per-modality", action="store_true", help="also the full z from each modality alone"
     )
     args = parser.parse_args()
 
-    with open_model_and_store(args, lambda: check_embedding_path(args.out)) as (
-        loaded,
-        store,
-        ranks,
-    ):
+    with open_model_and_store(args, lambda: check_embedding_path(args.out)) as opened:
+        loaded, store, ranks = opened
         embed_store(
             loaded,
             store,
@@ -35,9 +32,8 @@ def main() -> None:
             ranks=ranks,
         )
         if ranks.is_first:
-            print(
-                f"{store.manifest.n_cells:,} cells embedded with {args.run} ({loaded.name})\n{args.out}"
-            )
+            n_cells = store.manifest.n_cells
+            print(f"{n_cells:,} cells embedded with {args.run} ({loaded.name})\n{args.out}")
 
 
 if __name__ == "__main__":

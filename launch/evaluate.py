@@ -9,19 +9,18 @@ from clue_dist.process import run_main
 
 
 def main() -> None:
-    of_what = "store with paired cells the model has not seen"
     parser = build_parser(
-        "evaluate.py", "Score how well modalities match.", of_what, "where to write scores.json"
+        script="evaluate.py",
+        description="Score how well modalities match.",
+        store="store with paired cells the model has not seen",
+        out="where to write scores.json",
     )
     parser.add_argument("--max-cells", type=int, help="score a random part of the paired cells")
     args = parser.parse_args()
 
-    with open_model_and_store(args, lambda: check_scores_path(args.out, args.max_cells)) as (
-        loaded,
-        store,
-        ranks,
-    ):
-        result = evaluate_store(
+    with open_model_and_store(args, lambda: check_scores_path(args.out, args.max_cells)) as opened:
+        loaded, store, ranks = opened
+        scores = evaluate_store(
             loaded,
             store,
             args.out,
@@ -31,7 +30,7 @@ def main() -> None:
             ranks=ranks,
         )
         if ranks.is_first:
-            print(f"{format_scores(result)}\n{args.out}")
+            print(f"{format_scores(scores)}\n{args.out}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the command lines that use a trained run share: their arguments, and getting the model and the store."""
+"""What the command lines that use a trained run share: arguments, the model, the store."""
 
 from __future__ import annotations
 
@@ -13,16 +13,22 @@ from clue_dist.store.reader import Store
 
 
 def build_parser(script: str, description: str, store: str, out: str) -> argparse.ArgumentParser:
-    """A parser with --run, --store, --out, --checkpoint and --batch-size. store, out: what these are, for the help."""
+    """Make a parser with --run, --store, --out, --checkpoint and --batch-size.
+
+    Args:
+        script: file name of the command in launch/.
+        description: what the command does, for its help.
+        store: what the store holds, for the help.
+        out: what the output is, for the help.
+    """
     parser = argparse.ArgumentParser(prog=f"launch/{script}", description=description)
     parser.add_argument("--run", type=parse_path, required=True, help="folder of the trained run")
     parser.add_argument("--store", required=True, help=f"{store}: a folder or a URL")
     parser.add_argument("--out", type=parse_path, required=True, help=out)
     parser.add_argument("--checkpoint", default="best", help="best, last, or a checkpoint's name")
     parser.add_argument("--batch-size", type=_positive, default=4096, help="cells embedded at once")
-    parser.add_argument(
-        "--local_rank", "--local-rank", help=argparse.SUPPRESS
-    )  # the launcher's; LOCAL_RANK says it
+    # The launcher adds this argument; the variable LOCAL_RANK says the same.
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     return parser
 
 
@@ -34,18 +40,23 @@ def _positive(text: str) -> int:
 
 @contextmanager
 def open_model_and_store(
-    args: argparse.Namespace, check: Callable[[], None]
+    args: argparse.Namespace, check_arguments: Callable[[], None]
 ) -> Iterator[tuple[TrainedModel, Store, Ranks]]:
-    """The model, the store and the ranks these arguments ask for; the ranks part after success.
+    """Open what the arguments of `build_parser` ask for. After success the ranks part.
 
-    check: what else must hold on every rank.
+    Args:
+        args: parsed.
+        check_arguments: what else must hold on every rank before any work begins.
+
+    Yields:
+        The model, the store, and this process among the ranks.
     """
 
-    def ready() -> tuple[TrainedModel, Store]:
-        check()
+    def open_both() -> tuple[TrainedModel, Store]:
+        check_arguments()
         return load_model(args.run, args.checkpoint), Store(args.store)
 
     ranks = Ranks.from_environment()
-    loaded, store = ranks.run_before_joining(ready)
+    loaded, store = ranks.run_before_joining(open_both)
     yield loaded, store, ranks.join_group()
     ranks.leave_group()

@@ -1,8 +1,4 @@
-"""Embeds a store with a trained model, block by block, over any number of ranks.
-
-Every rank writes its rows into files of its own beside the output; rank 0 puts them together. The store is always
-cut into the same batches, however many ranks there are, so that the result is the same to the last bit.
-"""
+"""Embeds a store with a trained model, over any number of ranks, into .h5mu, .h5ad or .zarr."""
 
 from __future__ import annotations
 
@@ -29,7 +25,7 @@ from clue_dist.ranks import Ranks
 from clue_dist.store.reader import Store
 
 FORMATS = (".h5mu", ".h5ad", ".zarr")
-KEY = "X_clue"
+KEY = "X_clue"  # of obsm
 
 
 def embed_store(
@@ -42,43 +38,47 @@ def embed_store(
     batch_size: int = 4096,
     ranks: Ranks | None = None,
 ) -> None:
-    """Embed every cell of `store` into `out`; all ranks call this. Overwrites an embedding that is there.
+    """Embed every cell of a store. All ranks call this. An embedding that is at `out` is replaced.
 
-    `.h5mu`: one AnnData per modality with the cells that carry it, X left out; obsm["X_clue"] of all cells and, with
-    `per_modality`, of each modality. `.h5ad`, `.zarr`: one AnnData of all cells, obsm["X_clue"] and "X_clue_<m>".
-    uns["clue_dist"] says what made it.
+    `.h5mu` holds one AnnData per modality with the cells that carry it, X left out: `X_clue` is in
+    obsm of all cells and, with `per_modality`, of each modality. `.h5ad` and `.zarr` hold one
+    AnnData of all cells, with `X_clue` and `X_clue_<modality>` in obsm. `uns["clue_dist"]` says
+    what made it.
+
+    Args:
+        loaded: the model.
+        store: the cells.
+        out: where to; its ending chooses the format.
+        run: the run's folder, to be named in the output.
+        per_modality: whether z from each modality alone is wanted, too.
+        batch_size: cells embedded at once.
+        ranks: this process among the others; by default it is alone.
 
     Raises:
-        ConfigError: an ending that is not known, no such folder, or one that is not an embedding in the way.
-        StoreError: the store's modalities or features are not the model's; a damaged store.
+        ConfigError: an unknown ending, no such folder, or something else than an embedding at `out`.
+        StoreError: modalities or features that are not the model's; a damaged store; a full disk.
         ResumeError: the model gives NaN.
     """
     ranks = ranks or Ranks()
     check_embedding_path(out)
     require_known_features(store, loaded.modalities)
+    slices = slice_strata(store, batch_size)
     with make_scratch_folder(out, ranks) as scratch:
-        done = compute_embedding(
-            loaded,
-            store,
-            scratch,
-            slice_strata(store, batch_size),
-            per_modality=per_modality,
-            ranks=ranks,
+        embedding = compute_embedding(
+            loaded, store, scratch, slices, per_modality=per_modality, ranks=ranks
         )
         if ranks.is_first:
+            provenance = describe_embedding(loaded, store, run)
             with (
                 md.set_options(pull_on_update=False),
                 ad.settings.override(zarr_write_format=3, auto_shard_zarr_v3=False),
             ):
-                _write(
-                    out,
-                    scratch / f"out{out.suffix}",
-                    _assemble(out.suffix, store, done, describe_embedding(loaded, store, run)),
-                )
+                tables = _build_tables(out.suffix, store, embedding, provenance)
+                _write_tables(out, scratch / f"out{out.suffix}", tables)
 
 
 def describe_embedding(loaded: LoadedModel, store: Store, run: Path | str) -> dict[str, Any]:
-    """What made a result, to be kept in it."""
+    """Say what made a result, to be kept in it."""
     return {
         "run": str(run),
         "checkpoint": loaded.name,
@@ -91,86 +91,91 @@ def describe_embedding(loaded: LoadedModel, store: Store, run: Path | str) -> di
 
 
 def check_embedding_path(out: Path) -> None:
-    """An output is one of FORMATS and takes the place of nothing but a file or an earlier embedding."""
+    """Require one of FORMATS, in the place of nothing but a file or an earlier embedding.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    where, fix = f"--out {out}", "choose another name"
     if out.suffix not in FORMATS:
         raise ConfigError(
             "the output's ending says its format",
-            where=f"--out {out}",
+            where=where,
             got=out.suffix,
             expected=" or ".join(FORMATS),
         )
     check_output_folder(out)
     if out.is_dir() and not (out / "uns" / "clue_dist").is_dir():
-        raise ConfigError(
-            "a folder that is not an embedding is in the way",
-            where=f"--out {out}",
-            fix="choose another name",
-        )
+        raise ConfigError("a folder that is not an embedding is in the way", where=where, fix=fix)
     if out.suffix == ".zarr" and out.is_file():
-        raise ConfigError("a file is in the way", where=f"--out {out}", fix="choose another name")
+        raise ConfigError("a file is in the way", where=where, fix=fix)
 
 
-def _assemble(
-    suffix: str, store: Store, done: Embedding, about: dict[str, Any]
+def _build_tables(
+    suffix: str, store: Store, embedding: Embedding, provenance: dict[str, Any]
 ) -> ad.AnnData | md.MuData:
-    obs = _obs(store, done.pieces)
+    """The embedding as the object that the format of `suffix` holds."""
+    obs = _read_obs(store, embedding.slices)
+    uns = {"clue_dist": provenance}
     if suffix != ".h5mu":
-        obsm = {KEY: done.joint, **{f"{KEY}_{m}": z for m, z in done.alone.items()}}
-        return ad.AnnData(
-            obs=obs, obsm={k: np.asarray(z) for k, z in obsm.items()}, uns={"clue_dist": about}
-        )
-    parts: dict[str, ad.AnnData] = {}
+        alone = {f"{KEY}_{name}": latent for name, latent in embedding.alone.items()}
+        obsm = {key: np.asarray(z) for key, z in ({KEY: embedding.joint} | alone).items()}
+        return ad.AnnData(obs=obs, obsm=obsm, uns=uns)
+    tables: dict[str, ad.AnnData] = {}
     for name, modality in store.manifest.modalities.items():
-        has = _carry(store, done.pieces, name)
-        alone = {KEY: np.asarray(done.alone[name][has])} if name in done.alone else None
-        parts[name] = ad.AnnData(
-            obs=obs[has], var=pd.DataFrame(index=modality.features), obsm=alone
+        measured = _mark_measured(store, embedding.slices, name)
+        latent = embedding.alone.get(name)
+        tables[name] = ad.AnnData(
+            obs=obs[measured],
+            var=pd.DataFrame(index=modality.features),
+            obsm=None if latent is None else {KEY: np.asarray(latent[measured])},
         )
-    mdata = md.MuData(parts)
-    order = obs.index.get_indexer(mdata.obs_names)  # MuData puts the cells in its own order
+    mdata = md.MuData(tables)
+    order = obs.index.get_indexer(mdata.obs_names)  # MuData puts the cells in an order of its own
     for column in obs:
         mdata.obs[column] = obs[column].array[order]
-    mdata.obsm[KEY] = np.asarray(done.joint[order])
-    mdata.uns["clue_dist"] = about
+    mdata.obsm[KEY] = np.asarray(embedding.joint[order])
+    mdata.uns.update(uns)
     return mdata
 
 
-def _obs(store: Store, pieces: list[StratumSlice]) -> pd.DataFrame:
-    """Barcodes as the index, `batch` and `cell_type` where they are known; in the order of the embedding."""
-    seen = [store.segments[p.stratum].read_metadata(p.positions) for p in pieces]
-    barcodes = pd.Index(np.concatenate([o.barcodes for o in seen]).astype(object))
-    frame = pd.DataFrame(
-        index=ad.utils.make_index_unique(barcodes) if barcodes.has_duplicates else barcodes
-    )
-    if (
-        barcodes.has_duplicates
-    ):  # data sets may share barcodes; MuData would take such cells for one
+def _read_obs(store: Store, slices: list[StratumSlice]) -> pd.DataFrame:
+    """Barcodes as the index, `batch` and `cell_type` where known, in the embedding's order."""
+    parts = [store.segments[s.stratum].read_metadata(s.positions) for s in slices]
+    barcodes = pd.Index(np.concatenate([part.barcodes for part in parts]).astype(object))
+    if barcodes.has_duplicates:
+        # Data sets may share barcodes, and MuData would take such cells for one.
+        frame = pd.DataFrame(index=ad.utils.make_index_unique(barcodes))
         frame["barcode"] = barcodes.to_numpy()
+    else:
+        frame = pd.DataFrame(index=barcodes)
     columns = {
-        "batch": ([o.batch for o in seen], store.manifest.batches),
-        "cell_type": ([o.label for o in seen], store.manifest.labels),
+        "batch": ([part.batch for part in parts], store.manifest.batches),
+        "cell_type": ([part.label for part in parts], store.manifest.labels),
     }
     for column, (codes, names) in columns.items():
         code = np.concatenate(codes)
-        if (code >= 0).any():
+        if (code >= 0).any():  # -1 is unknown
             frame[column] = pd.Categorical.from_codes(code, categories=pd.Index(names))
     return frame
 
 
-def _carry(store: Store, pieces: list[StratumSlice], modality: str) -> np.ndarray:
+def _mark_measured(store: Store, slices: list[StratumSlice], modality: str) -> np.ndarray:
     """Which cells carry a modality, (N,) bool."""
     strata = store.manifest.strata
     return np.concatenate(
-        [np.full(p.stop - p.start, modality in strata[p.stratum].modalities) for p in pieces]
+        [np.full(s.n_cells, modality in strata[s.stratum].modalities) for s in slices]
     )
 
 
-def _write(out: Path, temporary: Path, data: ad.AnnData | md.MuData) -> None:
+def _write_tables(out: Path, temporary: Path, tables: ad.AnnData | md.MuData) -> None:
     """Write under a temporary name, then rename: `out` is whole or is not there."""
     if out.suffix == ".zarr":
-        data.write_zarr(temporary)
-        if out.exists():
-            out.rename(temporary.with_name("replaced"))  # goes with the scratch folder
+        tables.write_zarr(temporary)
+        if out.exists():  # a folder that is not empty cannot be replaced by a rename
+            out.rename(temporary.with_name("replaced"))  # it goes with the scratch folder
+    elif out.suffix == ".h5mu":
+        tables.write(temporary)
     else:
-        (data.write if out.suffix == ".h5mu" else data.write_h5ad)(temporary)
+        tables.write_h5ad(temporary)
     temporary.replace(out)

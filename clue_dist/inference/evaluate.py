@@ -1,4 +1,4 @@
-"""Scores a trained model: how well the modalities of held-out paired cells find each other, each seen alone."""
+"""Scores a trained model: do the modalities of paired cells, each seen alone, find each other?"""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from clue_dist.inference.stream import (
     DISK_FIX,
     Embedding,
     LoadedModel,
+    StratumSlice,
     check_output_folder,
     compute_embedding,
     make_scratch_folder,
@@ -38,38 +39,55 @@ def evaluate_store(
     batch_size: int = 4096,
     ranks: Ranks | None = None,
 ) -> dict[str, Any]:
-    """Write `scores.json`; all ranks call this, all get its content.
+    """Write `scores.json`. All ranks call this, and all get its content.
 
-    For each ordered pair "rna->adt": `cells`, `global` and `within_batch` with both directions averaged, `directed`
-    with the direction from the first to the second alone, `chance` with what blind embeddings get. `about` says what
-    was scored. Every cell of the store that carries both modalities counts; `max_cells` takes an even part of each
-    stratum, which is a random draw, as strata are stored shuffled.
+    Every cell of the store that carries both modalities of a pair counts.
+
+    Args:
+        loaded: the model.
+        store: cells that the model has not seen.
+        out: the file to write.
+        run: the run's folder, to be named in the output.
+        max_cells: take an even part of each stratum, so many cells in all. That is a random draw,
+            as strata are stored shuffled.
+        batch_size: cells embedded at once.
+        ranks: this process among the others; by default it is alone.
+
+    Returns:
+        For each ordered pair "rna->adt": `cells`; `global` and `within_batch`, both directions
+        averaged; `directed`, from the first to the second alone; `chance`, what blind embeddings
+        get. `about` says what was scored.
 
     Raises:
         StoreError: no cell carries two modalities; features that are not the model's.
-        ConfigError: `out` is a folder or in none, `max_cells` below 2.
+        ConfigError: `out` is a folder or in none, `max_cells` is below 2.
         ResumeError: the model gives NaN.
     """
     ranks = ranks or Ranks()
     check_scores_path(out, max_cells)
     require_known_features(store, loaded.modalities)
-    pieces = slice_strata(store, batch_size, count_paired_cells(store, max_cells))
+    slices = slice_strata(store, batch_size, count_paired_cells(store, max_cells))
+    modalities = [name for name in loaded.modalities if name in store.modalities]
     with make_scratch_folder(out, ranks) as scratch:
-        done = compute_embedding(loaded, store, scratch, pieces, per_modality=True, ranks=ranks)
-        result = _pairs(store, done, [m for m in loaded.modalities if m in store.modalities], ranks)
-        result["about"] = describe_embedding(loaded, store, run) | {
-            "cells": len(done.joint),
-            "max_cells": max_cells,
-        }
+        embedding = compute_embedding(
+            loaded, store, scratch, slices, per_modality=True, ranks=ranks
+        )
+        result = _score_pairs(store, embedding, modalities, ranks)
+        counts = {"cells": len(embedding.joint), "max_cells": max_cells}
+        result["about"] = describe_embedding(loaded, store, run) | counts
         if ranks.is_first:
-            text = json.dumps(_without_nan(result), indent=1, allow_nan=False)
+            text = json.dumps(_replace_nan(result), indent=1, allow_nan=False)
             with translate_disk_errors(out, DISK_FIX, every=True):
                 write_file(out, f"{text}\n")
     return result
 
 
 def check_scores_path(out: Path, max_cells: int | None) -> None:
-    """The scores go into a file of a folder that is there, and come from two cells or more."""
+    """Require a file in a folder that is there, and two cells or more.
+
+    Raises:
+        ConfigError: they are not.
+    """
     if out.is_dir():
         raise ConfigError(
             "the scores go into a file",
@@ -85,7 +103,15 @@ def check_scores_path(out: Path, max_cells: int | None) -> None:
 
 
 def count_paired_cells(store: Store, max_cells: int | None = None) -> dict[str, int]:
-    """How many cells to take of each stratum that carries two modalities or more, `max_cells` in all at most."""
+    """How many cells to take of each stratum with two modalities or more.
+
+    Args:
+        store: the cells.
+        max_cells: the most in all; by default every one.
+
+    Raises:
+        StoreError: no cell carries two modalities.
+    """
     paired = {name: s.n_cells for name, s in store.manifest.strata.items() if len(s.modalities) > 1}
     if not paired:
         raise StoreError(
@@ -96,48 +122,52 @@ def count_paired_cells(store: Store, max_cells: int | None = None) -> dict[str, 
         )
     if max_cells is None:
         return paired
+    # Differences of rounded edges: each stratum's part is even, and the sum is exact.
     edges = [0, *itertools.accumulate(paired.values())]
     part = min(1.0, max_cells / edges[-1])
-    taken = [int(hi * part) - int(lo * part) for lo, hi in itertools.pairwise(edges)]
+    taken = [int(stop * part) - int(start * part) for start, stop in itertools.pairwise(edges)]
     return dict(zip(paired, taken, strict=True))
 
 
 def format_scores(result: dict[str, Any]) -> str:
-    """The scores as text, chance beside each pair."""
-    head = f"{'pair':<16}{'scope':<14}{'cells':>9}" + "".join(
-        f"{m:>10}{'chance':>10}" for m in matching.METRICS
-    )
+    """The scores as a table in text, chance beside each of them."""
+    titles = "".join(f"{metric:>10}{'chance':>10}" for metric in matching.METRICS)
+    head = f"{'pair':<16}{'scope':<14}{'cells':>9}{titles}"
     lines = [head, "-" * len(head)]
     for pair, entry in result.items():
         for scope in matching.SCOPES if pair != "about" else ():
             numbers = "".join(
-                f"{entry[scope][m]:>10.4f}{entry['chance'][scope][m]:>10.4f}"
-                for m in matching.METRICS
+                f"{entry[scope][metric]:>10.4f}{entry['chance'][scope][metric]:>10.4f}"
+                for metric in matching.METRICS
             )
             lines.append(f"{pair:<16}{scope:<14}{entry['cells']:>9,}{numbers}")
     return "\n".join(lines)
 
 
-def _pairs(store: Store, done: Embedding, modalities: list[str], ranks: Ranks) -> dict[str, Any]:
+def _score_pairs(
+    store: Store, embedding: Embedding, modalities: list[str], ranks: Ranks
+) -> dict[str, Any]:
+    """The scores of every ordered pair of modalities that share two cells or more."""
     batch = np.concatenate(
-        [store.segments[p.stratum].read_codes("batch", p.positions) for p in done.pieces]
+        [store.segments[s.stratum].read_codes("batch", s.positions) for s in embedding.slices]
     )
     result: dict[str, Any] = {}
-    for a, b in itertools.combinations(modalities, 2):
-        both = np.concatenate(
-            [_carries(store, p.stratum, a, b, p.stop - p.start) for p in done.pieces]
-        )
-        if both.sum() < 2:
+    for first, second in itertools.combinations(modalities, 2):
+        paired = _mark_paired(store, embedding.slices, {first, second})
+        if paired.sum() < 2:
             continue
-        forward_of = matching.score_directions(
-            done.alone[a][both], done.alone[b][both], batch[both], ranks
+        directed = matching.score_directions(
+            embedding.alone[first][paired], embedding.alone[second][paired], batch[paired], ranks
         )
-        common = {"cells": int(both.sum()), **matching.average_directions(forward_of)}
-        for name, direction in ((f"{a}->{b}", "forward"), (f"{b}->{a}", "backward")):
+        averaged = matching.average_directions(directed)
+        chance = matching.compute_chance(batch[paired])
+        names = {"forward": f"{first}->{second}", "backward": f"{second}->{first}"}
+        for direction, name in names.items():
             result[name] = {
-                **common,
-                "directed": forward_of[direction],
-                "chance": matching.compute_chance(batch[both]),
+                "cells": int(paired.sum()),
+                **averaged,
+                "directed": directed[direction],
+                "chance": chance,
             }
     if not result:
         raise StoreError(
@@ -148,12 +178,16 @@ def _pairs(store: Store, done: Embedding, modalities: list[str], ranks: Ranks) -
     return result
 
 
-def _carries(store: Store, stratum: str, a: str, b: str, n: int) -> np.ndarray:
-    return np.full(n, {a, b} <= set(store.manifest.strata[stratum].modalities))
+def _mark_paired(store: Store, slices: list[StratumSlice], pair: set[str]) -> np.ndarray:
+    """Which cells carry both modalities of a pair, (N,) bool."""
+    strata = store.manifest.strata
+    return np.concatenate(
+        [np.full(s.n_cells, pair <= set(strata[s.stratum].modalities)) for s in slices]
+    )
 
 
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: a scope without a group of two cells is null."""
+def _replace_nan(value: Any) -> Any:
+    """JSON has no NaN: the score of a scope without a group of two cells becomes null."""
     if isinstance(value, dict):
-        return {k: _without_nan(v) for k, v in value.items()}
+        return {key: _replace_nan(item) for key, item in value.items()}
     return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,4 +1,4 @@
-"""A trained run as others use it: what describes it in its folder, and its weights, ready to embed."""
+"""A trained run, ready to embed: what describes it in its folder, and its weights."""
 
 from __future__ import annotations
 
@@ -21,48 +21,43 @@ from clue_dist.store.manifest import Modality
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A trained model, ready to embed: modalities in the model's order."""
+    """A model with the weights of a run."""
 
     model: CLUE
-    modalities: dict[str, Modality]
-    name: str
+    modalities: dict[str, Modality]  # in the model's order
+    name: str  # of the checkpoint
     config: Config
 
     @property
     def latent(self) -> int:
+        """d, dimensions of each modality's part of z."""
         return self.model.latent
 
     @property
     def private(self) -> int:
+        """How many of the d, the last ones, follow from their modality alone."""
         return self.model.n_private
 
     @property
     def private_scale(self) -> float:
+        """The factor by which private dimensions are shown smaller."""
         return PRIVATE_SCALE
 
 
 def load_model(run: Path, checkpoint: str = "best") -> TrainedModel:
-    """The weights of a run: of the best validation, the last saved, or by the name of a committed checkpoint.
+    """Load the weights of a run into a model.
+
+    Args:
+        run: folder of the run.
+        checkpoint: "best" (of validation), "last" (saved), or the name of a checkpoint.
 
     Raises:
         ResumeError: no run there, nothing saved yet, damaged weights, or those of another model.
+        ConfigError: config.json is damaged.
     """
-    if not (run / "model.json").is_file():
-        raise ResumeError(
-            "no run here",
-            where=run,
-            got="no model.json",
-            fix="train one: deepspeed launch/train.py --config ...",
-        )
+    card = _read_model_card(run)
     config = configs.load_config(run / "config.json")
-    try:
-        card = ModelCard.model_validate_json((run / "model.json").read_bytes())
-    except (OSError, ValueError) as error:
-        got = str(error)[:500]
-        raise ResumeError(
-            "model.json is damaged", where=run, got=got, fix="train again, or restore the file"
-        ) from error
-    folder = _weights_folder(run, checkpoint)
+    folder = _find_weights(run, checkpoint)
     if folder is None:
         raise ResumeError(
             "the run holds no such weights",
@@ -74,30 +69,47 @@ def load_model(run: Path, checkpoint: str = "best") -> TrainedModel:
     problem = find_damage(folder)
     if problem:
         raise ResumeError("the weights are damaged", where=folder, got=problem)
-    try:
-        model = CLUE(specify_modalities(card.modalities, config), len(card.batches), config.model)
-    except (RuntimeError, MemoryError) as error:  # torch's own, of no memory
-        got, fix = (
-            str(error).partition("\n")[0],
-            "restore config.json and model.json as training wrote them",
-        )
-        raise ResumeError(
-            "the model of these settings cannot be made", where=run, got=got, fix=fix
-        ) from None
+    model = _make_model(run, card, config)
     load_weights(model, folder, "use the version of clue_dist that trained them")
     return TrainedModel(model.eval(), card.modalities, folder.name, config)
 
 
-def _weights_folder(run: Path, checkpoint: str) -> Path | None:
-    if checkpoint in ("best", "last"):
-        return next(
-            iterate_sound_checkpoints(run / {"best": "best", "last": "checkpoints"}[checkpoint]),
-            None,
+def _read_model_card(run: Path) -> ModelCard:
+    path = run / "model.json"
+    if not path.is_file():
+        raise ResumeError(
+            "no run here",
+            where=run,
+            got="no model.json",
+            fix="train one: deepspeed launch/train.py --config ...",
         )
-    named = [
-        p
-        for folder in ("best", "checkpoints")
-        for p in list_checkpoints(run / folder)
-        if p.name == checkpoint
-    ]
-    return named[0] if named else None
+    try:
+        return ModelCard.model_validate_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ResumeError(
+            "model.json is damaged",
+            where=run,
+            got=str(error)[:500],
+            fix="train again, or restore the file",
+        ) from error
+
+
+def _make_model(run: Path, card: ModelCard, config: Config) -> CLUE:
+    try:
+        return CLUE(specify_modalities(card.modalities, config), len(card.batches), config.model)
+    except (RuntimeError, MemoryError) as error:  # torch has no memory for absurd sizes
+        raise ResumeError(
+            "the model of these settings cannot be made",
+            where=run,
+            got=str(error).partition("\n")[0],
+            fix="restore config.json and model.json as training wrote them",
+        ) from None
+
+
+def _find_weights(run: Path, checkpoint: str) -> Path | None:
+    """The folder with the weights that `checkpoint` names, if there is one."""
+    folders = {"best": run / "best", "last": run / "checkpoints"}
+    if checkpoint in folders:
+        return next(iterate_sound_checkpoints(folders[checkpoint]), None)
+    committed = [path for folder in folders.values() for path in list_checkpoints(folder)]
+    return next((path for path in committed if path.name == checkpoint), None)

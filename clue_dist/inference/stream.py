@@ -1,4 +1,9 @@
-"""A model over a whole store: pieces of strata, this rank's share of them, and the latents of all."""
+"""A trained model over a whole store: slices of strata, this rank's share of them, all latents.
+
+Each rank writes its rows into files of its own beside the output, and rank 0 puts them together.
+The store is cut into the same slices however many ranks there are, so that the result is the same
+to the last bit.
+"""
 
 from __future__ import annotations
 
@@ -23,40 +28,59 @@ from clue_dist.store.manifest import Modality
 from clue_dist.store.reader import Store
 
 DISK_FIX = "free some space or mend the permissions, then run it again"
+JOINT = ""  # names the array of z from everything observed; no modality has an empty name
 
 
 class Embedder(Protocol):
-    """What is asked of a model."""
+    """What streaming asks of a model."""
 
     def to(self, device: Any) -> Any: ...
 
     def embed_batch(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Posterior mean of the full z from everything observed, (B, K * d), and per modality present from it
-        alone, (B_k, K * d), rows as in the batch's `modalities[m].rows`; private dimensions shrunk."""
+        """Embed the cells of a batch.
+
+        Returns:
+            The posterior mean of the full z from everything observed, (B, K * d); and by modality
+            the full z from that modality alone, (B_k, K * d), with rows as in the batch's
+            `modalities[m].rows`. Private dimensions are shrunk by `private_scale`.
+        """
         ...
 
 
 class LoadedModel(Protocol):
-    """A trained model as `train.trained.load_model` gives it. modalities: in model order; latent: d; private: so
-    many of each modality's d dimensions, the last, follow from it alone, and are shown times private_scale."""
+    """A trained model as `load_model` gives it."""
 
     @property
     def model(self) -> Embedder: ...
     @property
-    def modalities(self) -> dict[str, Modality]: ...
+    def modalities(self) -> dict[str, Modality]:
+        """What the model knows, in its order."""
+        ...
+
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The checkpoint that holds the weights."""
+        ...
+
     @property
-    def latent(self) -> int: ...
+    def latent(self) -> int:
+        """d, dimensions of each modality's part of z."""
+        ...
+
     @property
-    def private(self) -> int: ...
+    def private(self) -> int:
+        """How many of the d, the last ones, follow from their modality alone."""
+        ...
+
     @property
-    def private_scale(self) -> float: ...
+    def private_scale(self) -> float:
+        """The factor by which private dimensions are shown smaller."""
+        ...
 
 
 @dataclass(frozen=True)
 class StratumSlice:
-    """Cells [start, stop) of a stratum, whose rows in the embedding begin at `row`."""
+    """Cells `start` to `stop` of a stratum, whose rows in the embedding begin at `row`."""
 
     stratum: str
     start: int
@@ -64,45 +88,56 @@ class StratumSlice:
     row: int
 
     @property
+    def n_cells(self) -> int:
+        return self.stop - self.start
+
+    @property
     def rows(self) -> slice:
-        return slice(self.row, self.row + self.stop - self.start)
+        """Rows of the embedding."""
+        return slice(self.row, self.row + self.n_cells)
 
     @property
     def positions(self) -> np.ndarray:
+        """Positions in the stratum, (n_cells,)."""
         return np.arange(self.start, self.stop)
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """Cells in store order, stratum after stratum. joint, alone[m]: (N, K * d) float32, on disk; alone[m] is the full
-    z inferred from modality m alone, NaN where m was not observed; pieces: which cells the rows are."""
+    """Latents of cells in store order, stratum after stratum. The arrays lie on the disk."""
 
-    pieces: list[StratumSlice]
-    joint: np.ndarray
-    alone: dict[str, np.ndarray]
+    slices: list[StratumSlice]  # which cells the rows are
+    joint: np.ndarray  # (N, K * d) float32, from everything observed
+    alone: dict[str, np.ndarray]  # by modality (N, K * d), from it alone; NaN where not measured
 
 
 def check_output_folder(out: Path) -> None:
-    """The folder that `out` goes into is there.
+    """Require that the folder that `out` goes into is there.
 
     Raises:
         ConfigError: it is not, or is a file.
     """
     if not out.parent.is_dir():
-        got = f"{out.parent} {'is a file' if out.parent.exists() else 'does not exist'}"
+        state = "is a file" if out.parent.exists() else "does not exist"
         raise ConfigError(
-            "no such folder", where=f"--out {out}", got=got, fix="mend the path, or make the folder"
+            "no such folder",
+            where=f"--out {out}",
+            got=f"{out.parent} {state}",
+            fix="mend the path, or make the folder",
         )
 
 
 def require_known_features(store: Store, modalities: dict[str, Modality]) -> None:
-    """The store's modalities are among the model's, with the same kind and the same features in the same order.
+    """Require that the model knows each modality of a store: its kind, and its features in order.
+
+    Args:
+        store: the cells to embed.
+        modalities: the model's, by name.
 
     Raises:
         StoreError: missing, extra or reordered features, the first 10 of each.
     """
-    fix = "`python -m data_prep convert ... --features-from TRAINING_STORE` lays the features out as the model's"
-    for name, got in store.manifest.modalities.items():
+    for name, modality in store.manifest.modalities.items():
         where = f"{store.root}: modality {name}"
         if name not in modalities:
             raise StoreError(
@@ -112,207 +147,247 @@ def require_known_features(store: Store, modalities: dict[str, Modality]) -> Non
                 expected=list_names(modalities),
             )
         known = modalities[name]
-        if (got.kind, got.storage) != (known.kind, known.storage):
+        if (modality.kind, modality.storage) != (known.kind, known.storage):
             raise StoreError(
                 "a modality is of another kind than the model's",
                 where=where,
-                got=got.kind,
+                got=modality.kind,
                 expected=known.kind,
             )
-        if got.features == known.features:
-            continue
-        have, want = set(got.features), set(known.features)
-        missing, extra = (
-            [f for f in known.features if f not in have],
-            [f for f in got.features if f not in want],
-        )
-        moved = [
-            f
-            for f, g in zip(known.features, got.features, strict=False)
-            if f != g and f in have and g in want
-        ]
-        lists = {"missing": missing, "extra": extra, "reordered": moved}
-        told = "; ".join(
-            f"{len(names)} {what}: {list_names(names)}" for what, names in lists.items() if names
-        )
-        raise StoreError(
-            "the store's features are not the model's",
-            where=where,
-            got=told,
-            expected=f"the model's {len(want)} features in their order",
-            fix=fix,
-        )
+        if modality.features != known.features:
+            raise StoreError(
+                "the store's features are not the model's",
+                where=where,
+                got=_compare_features(modality.features, known.features),
+                expected=f"the model's {known.n_features} features in their order",
+                fix="`python -m data_prep convert ... --features-from TRAINING_STORE` lays the "
+                "features out as the model's",
+            )
+
+
+def _compare_features(features: list[str], known: list[str]) -> str:
+    """How the features of a store differ from those of the model, in a line."""
+    have, want = set(features), set(known)
+    pairs = zip(known, features, strict=False)
+    lists = {
+        "missing": [name for name in known if name not in have],
+        "extra": [name for name in features if name not in want],
+        "reordered": [k for k, f in pairs if k != f and k in have and f in want],
+    }
+    return "; ".join(
+        f"{len(names)} {what}: {list_names(names)}" for what, names in lists.items() if names
+    )
 
 
 def slice_strata(
-    store: Store, batch_size: int, cells: dict[str, int] | None = None
+    store: Store, batch_size: int, n_cells: dict[str, int] | None = None
 ) -> list[StratumSlice]:
-    """The store cut into batches of whole blocks. cells: how many of each stratum, all of every stratum by default."""
-    size = store.manifest.block_cells
-    step = max(1, batch_size // size) * size
-    pieces, row = [], 0
+    """Cut a store into slices of whole blocks.
+
+    Args:
+        store: the cells.
+        batch_size: cells of a slice, rounded down to whole blocks, at least one.
+        n_cells: how many cells of each stratum; by default all of every stratum.
+
+    Raises:
+        StoreError: no cells.
+    """
+    block_cells = store.manifest.block_cells
+    step = max(1, batch_size // block_cells) * block_cells
+    slices: list[StratumSlice] = []
+    row = 0
     for name, stratum in store.manifest.strata.items():
-        n = stratum.n_cells if cells is None else cells.get(name, 0)
-        pieces += [StratumSlice(name, at, min(at + step, n), row + at) for at in range(0, n, step)]
+        n = stratum.n_cells if n_cells is None else n_cells.get(name, 0)
+        slices += [
+            StratumSlice(name, start, min(start + step, n), row + start)
+            for start in range(0, n, step)
+        ]
         row += n
-    if not pieces:
+    if not slices:
         raise StoreError("the store has no cells to embed", where=store.root)
-    return pieces
+    return slices
 
 
 def compute_embedding(
     loaded: LoadedModel,
     store: Store,
     scratch: Path,
-    pieces: list[StratumSlice],
+    slices: list[StratumSlice],
     *,
     per_modality: bool,
     ranks: Ranks,
 ) -> Embedding:
-    """Embed `pieces`, this rank its share; returns when every rank is done. `scratch`: a folder all ranks see."""
-    shape = pieces[-1].rows.stop, loaded.latent * len(loaded.modalities)
-    names = ["joint", *(f"alone-{m}" for m in store.modalities if per_modality)]
-    mine = pieces[ranks.slice_for_rank(len(pieces))]
-    ranks.run_on_all(lambda: _embed_share(loaded, store, scratch, mine, names, ranks))
-    ranks.run_on_first(lambda: _join(scratch, names, shape, ranks.world))
+    """Embed all slices, each rank its share. All ranks call this; it returns when all are done.
+
+    Args:
+        loaded: the model.
+        store: the cells.
+        scratch: a folder that all ranks see, for the arrays.
+        slices: of the store, as `slice_strata` cuts it.
+        per_modality: whether z from each modality alone is wanted, too.
+        ranks: this process among the others.
+
+    Raises:
+        StoreError: a damaged chunk, a full disk.
+        ResumeError: the model gives NaN or Inf.
+    """
+    shape = slices[-1].rows.stop, loaded.latent * len(loaded.modalities)
+    names = [JOINT, *(store.modalities if per_modality else [])]
+    share = slices[ranks.slice_for_rank(len(slices))]
+    ranks.run_on_all(lambda: _embed_share(loaded, store, scratch, share, names, ranks))
+    ranks.run_on_first(lambda: _join_files(scratch, names, shape, ranks.world))
     arrays = {
-        name: np.memmap(_part(scratch, name, 0), np.float32, mode="r", shape=shape)
+        name: np.memmap(_array_path(scratch, name, 0), np.float32, mode="r", shape=shape)
         for name in names
     }
-    return Embedding(
-        pieces,
-        arrays["joint"],
-        {n.removeprefix("alone-"): a for n, a in arrays.items() if n != "joint"},
-    )
+    return Embedding(slices, arrays.pop(JOINT), dict(arrays))
 
 
 @contextlib.contextmanager
 def make_scratch_folder(out: Path, ranks: Ranks) -> Iterator[Path]:
-    """A folder beside `out` that all ranks share; gone at the end, also after an error.
+    """Make a folder beside `out` that all ranks share. It is gone at the end, also after an error.
 
     What a killed process leaves of it is removed by the next one with the same `out`.
+
+    Raises:
+        ConfigError: some machine does not see the folder.
+        StoreError: it cannot be made.
     """
     scratch = out.with_name(f".{out.name}.partial")
 
-    def make() -> None:
+    def make_folder() -> None:
         shutil.rmtree(scratch, ignore_errors=True)
-        with translate_disk_errors(scratch, DISK_FIX, every=True):
+        with _translate_errors(scratch):
             scratch.mkdir()
 
-    ranks.run_on_first(make)
+    def require_shared() -> None:
+        if not scratch.is_dir():
+            raise ConfigError(
+                "not all machines see the folder of the output",
+                where=scratch.parent,
+                fix="put --out on a file system that every machine of the job mounts",
+            )
+
+    ranks.run_on_first(make_folder)
     try:
-        ranks.run_on_all(lambda: _require_shared(scratch))
+        ranks.run_on_all(require_shared)
         yield scratch
-        ranks.barrier()  # the others may still have the arrays open
+        ranks.barrier()  # the other ranks may still have the arrays open
     finally:
         if ranks.is_first:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _require_shared(scratch: Path) -> None:
-    if not scratch.is_dir():
-        fix = "put --out on a file system that every machine of the job mounts"
-        raise ConfigError(
-            "not all machines see the folder of the output", where=scratch.parent, fix=fix
-        )
+def _translate_errors(scratch: Path) -> contextlib.AbstractContextManager[None]:
+    return translate_disk_errors(scratch, DISK_FIX, every=True)
 
 
-def _part(scratch: Path, name: str, rank: int) -> Path:
-    """A rank's rows of an array. Never one file for all: machines that write into the same page of a file over a
-    network lose each other's rows."""
-    return scratch / f"{name}-{rank:05d}.f32"
+def _array_path(scratch: Path, name: str, rank: int) -> Path:
+    """The file with a rank's rows of an array.
+
+    Ranks never share a file: machines that write into the same page of a file over a network lose
+    each other's rows.
+    """
+    prefix = "joint" if name == JOINT else f"alone-{name}"
+    return scratch / f"{prefix}-{rank:05d}.f32"
 
 
 def _embed_share(
     loaded: LoadedModel,
     store: Store,
     scratch: Path,
-    pieces: list[StratumSlice],
+    slices: list[StratumSlice],
     names: list[str],
     ranks: Ranks,
 ) -> None:
-    """Embed this rank's pieces into its own files, safe on the disk when this returns."""
+    """Embed this rank's slices into its own files, which are on the disk when this returns."""
     device = ranks.choose_device()
     model = loaded.model.to(device)
     with contextlib.ExitStack() as stack:
-        paths = {name: _part(scratch, name, ranks.rank) for name in names}
-        with translate_disk_errors(scratch, DISK_FIX, every=True):
+        with _translate_errors(scratch):
             files = {
-                name: stack.enter_context(path.open("wb", buffering=0))
-                for name, path in paths.items()
+                name: stack.enter_context(
+                    _array_path(scratch, name, ranks.rank).open("wb", buffering=0)
+                )
+                for name in names
             }
-        for piece, batch in _read_ahead(store, pieces, list(loaded.modalities)):
+        for cells, batch in _read_ahead(store, slices, list(loaded.modalities)):
             with torch.inference_mode():
                 joint, alone = model.embed_batch(batch.to(device))
-            z = {"joint": joint} | {f"alone-{m}": z for m, z in alone.items()}
+            latents = {JOINT: joint, **alone}
             for name, file in files.items():
-                # All cells of a stratum carry the same modalities: a piece has every row of one, or none.
-                rows = (
-                    _finite(z[name], piece, name)
-                    if name in z
-                    else np.full(joint.shape, np.nan, np.float32)
-                )
-                with translate_disk_errors(scratch, DISK_FIX, every=True):
-                    _write_all(file, rows)
-        with translate_disk_errors(scratch, DISK_FIX, every=True):
+                # All cells of a stratum carry the same modalities, so that a slice has every row
+                # of a modality or none.
+                if name in latents:
+                    rows = _require_finite(latents[name], cells, name)
+                else:
+                    rows = np.full(joint.shape, np.nan, np.float32)
+                with _translate_errors(scratch):
+                    _write_rows(file, rows)
+        with _translate_errors(scratch):
             for file in files.values():
                 os.fsync(file.fileno())
 
 
-def _write_all(file: IO[bytes], rows: np.ndarray) -> None:
-    """NumPy's own tofile() hides errors of the last few kilobytes; a plain write may stop half-way."""
+def _write_rows(file: IO[bytes], rows: np.ndarray) -> None:
+    """Write all bytes of an array.
+
+    NumPy's own tofile() hides errors of the last few kilobytes, and a plain write may stop halfway.
+    """
     left = np.ascontiguousarray(rows).data.cast("B")
     while left:
         left = left[file.write(left) :]
 
 
-def _join(scratch: Path, names: list[str], shape: tuple[int, int], world: int) -> None:
+def _join_files(scratch: Path, names: list[str], shape: tuple[int, int], world: int) -> None:
     """Append the rows of the other ranks to those of rank 0, whose file so becomes the whole."""
+    expected = 4 * shape[0] * shape[1]
     for name in names:
-        parts = [_part(scratch, name, rank) for rank in range(world)]
-        size, expected = sum(p.stat().st_size for p in parts if p.exists()), 4 * shape[0] * shape[1]
+        paths = [_array_path(scratch, name, rank) for rank in range(world)]
+        size = sum(path.stat().st_size for path in paths if path.exists())
         if size != expected:
-            where, got = scratch, f"{size} bytes of {name} by {world} ranks"
             raise StoreError(
-                "rows of some rank are missing", where=where, got=got, expected=f"{expected} bytes"
+                "rows of some rank are missing",
+                where=scratch,
+                got=f"{size} bytes in {paths[0].name} and its like, by {world} ranks",
+                expected=f"{expected} bytes",
             )
-        with (
-            translate_disk_errors(scratch, DISK_FIX, every=True),
-            parts[0].open("ab") as whole,
-        ):
-            for part in parts[1:]:
-                with part.open("rb") as rows:
+        with _translate_errors(scratch), paths[0].open("ab") as whole:
+            for path in paths[1:]:
+                with path.open("rb") as rows:
                     shutil.copyfileobj(rows, whole, 2**24)
-                part.unlink()
+                path.unlink()
             whole.flush()
             os.fsync(whole.fileno())
 
 
 def _read_ahead(
-    store: Store, pieces: list[StratumSlice], modalities: list[str]
+    store: Store, slices: list[StratumSlice], modalities: list[str]
 ) -> Iterator[tuple[StratumSlice, Batch]]:
-    """Batches in the model's order of modalities; the next is read while the model works on this one."""
-    if not pieces:
+    """Batches with the model's order of modalities; while one is embedded the next is read."""
+    if not slices:
         return
 
-    def read(piece: StratumSlice) -> Batch:
-        return read_batch(store, piece.stratum, piece.positions, modalities)
+    def read_slice(cells: StratumSlice) -> Batch:
+        return read_batch(store, cells.stratum, cells.positions, modalities)
 
     with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(read, pieces[0])
-        for piece, following in zip(pieces, [*pieces[1:], None], strict=True):
-            batch = ahead.result()
+        reading = pool.submit(read_slice, slices[0])
+        for cells, following in zip(slices, [*slices[1:], None], strict=True):
+            batch = reading.result()
             if following is not None:
-                ahead = pool.submit(read, following)
-            yield piece, batch
+                reading = pool.submit(read_slice, following)
+            yield cells, batch
 
 
-def _finite(z: Tensor, piece: StratumSlice, name: str) -> np.ndarray:
-    values = z.float().cpu().numpy()
+def _require_finite(latent: Tensor, cells: StratumSlice, name: str) -> np.ndarray:
+    values = latent.float().cpu().numpy()
     if not np.isfinite(values).all():
-        source = "everything observed" if name == "joint" else name.removeprefix("alone-")
-        where = f"stratum {piece.stratum}, cells {piece.start} to {piece.stop - 1}, z from {source}"
+        source = "everything observed" if name == JOINT else name
+        place = f"stratum {cells.stratum}, cells {cells.start} to {cells.stop - 1}"
         raise ResumeError(
-            "the model gives NaN or Inf", where=where, fix="use another checkpoint (--checkpoint)"
+            "the model gives NaN or Inf",
+            where=f"{place}, z from {source}",
+            fix="use another checkpoint (--checkpoint)",
         )
     return np.asarray(values)

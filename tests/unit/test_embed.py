@@ -155,13 +155,13 @@ def test_ranks_write_what_one_writes(store, loaded, tmp_path, world, batch_size)
         ranks, store = Ranks.from_environment().join_group(), Store(root)
         extra = Modality(kind="atac", storage="sparse", features=["peak-0", "peak-1"])
         known = {"adt": store.manifest.modalities["adt"], "atac": extra, "rna": store.manifest.modalities["rna"]}
-        join = stream._join
+        join = stream._join_files
 
         def spied(scratch, *args):
             print("files", len(list(scratch.iterdir())))
             join(scratch, *args)
 
-        stream._join = spied
+        stream._join_files = spied
         embed_store(FakeLoaded(known), store, Path(out), run="r", per_modality=True, batch_size=size, ranks=ranks)
         ranks.leave_group()
     """

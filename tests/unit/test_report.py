@@ -13,7 +13,9 @@ import pandas as pd
 import pytest
 
 from clue_dist.errors import ConfigError
-from clue_dist.inference import report
+from clue_dist.inference import figures
+from clue_dist.inference.profiles import UNKNOWN, read_metrics, read_profiles
+from clue_dist.inference.report import write_report
 
 
 @pytest.fixture
@@ -82,7 +84,7 @@ SCORES = {
 def test_page_is_whole_and_stands_alone(run, embedding, tmp_path):
     scores = tmp_path / "scores.json"
     scores.write_text(json.dumps(SCORES))
-    page = report.write_report(run, embedding, scores)
+    page = write_report(run, embedding, scores)
     assert page == run / "report" / "index.html"
     text = page.read_text()
     names = ["curves", "umap_modality", "umap_batch", "umap_cell_type"]
@@ -108,7 +110,7 @@ def test_a_joint_embedding_is_called_one(run, tmp_path):
     ad.AnnData(obs=pd.DataFrame(index=[f"c{i}" for i in range(30)]), obsm={"X_clue": z}).write_h5ad(
         tmp_path / "o.h5ad"
     )
-    text = report.write_report(run, tmp_path / "o.h5ad").read_text()
+    text = write_report(run, tmp_path / "o.h5ad").read_text()
     assert "each a cell seen through everything observed in it" in text
     assert "one modality alone" not in text
 
@@ -142,23 +144,23 @@ def test_curves_come_in_the_order_in_which_they_are_read():
         "cells_per_s",
         "data_wait",
     ]
-    assert report.list_curves(frame) == expected
+    assert figures.list_curves(frame) == expected
     frame["foscttm rna-adt"] = [0.3, 0.2]
     expected[expected.index("score")] = "foscttm rna-adt"  # whose mean the score is
-    assert report.list_curves(frame) == expected
+    assert figures.list_curves(frame) == expected
 
 
 def test_metrics_of_a_resumed_run_count_once(run):
-    metrics, bad = report.read_metrics(run / "metrics.jsonl")
-    assert bad == 1
+    metrics, n_unreadable = read_metrics(run / "metrics.jsonl")
+    assert n_unreadable == 1
     assert len(metrics) == 22
     assert metrics.query("split == 'validation' and step == 80")["loss"].tolist() == [5.4]
-    assert report.list_curves(metrics) == ["loss", "mse", "foscttm rna-adt", "new"]
+    assert figures.list_curves(metrics) == ["loss", "mse", "foscttm rna-adt", "new"]
 
 
 def test_curves_show_the_numbers_of_both_splits(run):
-    metrics, _ = report.read_metrics(run / "metrics.jsonl")
-    panel = {ax.get_title("left"): ax for ax in report.draw_curves(metrics).axes}
+    metrics, _ = read_metrics(run / "metrics.jsonl")
+    panel = {ax.get_title("left"): ax for ax in figures.draw_curves(metrics).axes}
     train, validation = panel["loss"].lines
     assert (len(train.get_xdata()), train.get_ydata()[-1]) == (20, pytest.approx(4.05))
     assert validation.get_ydata().tolist() == [5.5, 5.4]
@@ -167,17 +169,17 @@ def test_curves_show_the_numbers_of_both_splits(run):
 
 def test_a_run_without_metrics_has_a_report_too(run):
     (run / "metrics.jsonl").unlink()
-    assert "Nothing was logged" in report.write_report(run).read_text()
+    assert "Nothing was logged" in write_report(run).read_text()
 
 
 def test_profiles_are_scaled_sampled_and_named(embedding):
-    everything = report.read_profiles(embedding)
+    everything = read_profiles(embedding)
     assert len(everything.z) == 70
     np.testing.assert_allclose(np.linalg.norm(everything.z, axis=1), 1)
     assert everything.modality.tolist() == ["rna"] * 40 + ["adt"] * 30
     assert everything.batch[:3].tolist() == ["a", "b", "a"]
-    assert everything.cell_type[:3].tolist() == ["T", "B", report.UNKNOWN]
-    some, again, other = (report.read_profiles(embedding, most=20, seed=s) for s in (1, 1, 2))
+    assert everything.cell_type[:3].tolist() == ["T", "B", UNKNOWN]
+    some, again, other = (read_profiles(embedding, most=20, seed=s) for s in (1, 1, 2))
     assert len(some.z) == 20
     np.testing.assert_array_equal(some.z, again.z)
     assert not np.array_equal(some.z, other.z)
@@ -192,26 +194,26 @@ def test_profiles_of_one_table_leave_out_what_was_not_observed(tmp_path):
         obsm={"X_clue": z, "X_clue_rna": alone, "X_clue_adt": z},
     )
     table.write_h5ad(tmp_path / "o.h5ad")
-    got = report.read_profiles(tmp_path / "o.h5ad")
+    got = read_profiles(tmp_path / "o.h5ad")
     assert sorted(got.modality) == ["adt"] * 6 + ["rna"] * 4
-    assert set(got.batch) == {report.UNKNOWN}
+    assert set(got.batch) == {UNKNOWN}
     del table.obsm["X_clue_rna"], table.obsm["X_clue_adt"]
     table.write_h5ad(tmp_path / "joint.h5ad")
-    assert report.read_profiles(tmp_path / "joint.h5ad").modality.tolist() == ["all observed"] * 6
+    assert read_profiles(tmp_path / "joint.h5ad").modality.tolist() == ["all observed"] * 6
 
 
 def test_legends_stay_readable():
     names = np.array(
-        [f"type-{i % 60}" for i in range(6000)] + ["type-2"] * 50 + [report.UNKNOWN] * 9,
+        [f"type-{i % 60}" for i in range(6000)] + ["type-2"] * 50 + [UNKNOWN] * 9,
         dtype=object,
     )
-    groups = report.group_legend(names)
-    assert len(groups) == report.MOST_LEGEND
+    groups = figures.group_legend(names)
+    assert len(groups) == figures.MOST_LEGEND
     assert groups.index("type-2") < groups.index("type-10")
-    assert report.UNKNOWN not in groups
+    assert UNKNOWN not in groups
     for n in (3, 20, 36):
-        assert len(set(report.choose_colours(n))) == n
-    figure = report.draw_scatter(
+        assert len(set(figures.choose_colours(n))) == n
+    figure = figures.draw_scatter(
         np.random.default_rng(0).normal(size=(len(names), 2)), names, "cell type"
     )
     labels = [t.get_text() for t in figure.legends[0].get_texts()]
@@ -220,17 +222,17 @@ def test_legends_stay_readable():
 
 def test_what_is_not_there_is_said(run, tmp_path):
     with pytest.raises(ConfigError, match="no run here"):
-        report.write_report(tmp_path / "nowhere")
+        write_report(tmp_path / "nowhere")
     (tmp_path / "store.zarr").mkdir()
     with pytest.raises(ConfigError, match=r"no run here[\s\S]*no config\.json"):
-        report.write_report(tmp_path / "store.zarr")
+        write_report(tmp_path / "store.zarr")
     assert list((tmp_path / "store.zarr").iterdir()) == []
     with pytest.raises(ConfigError, match="no embedding here"):
-        report.write_report(run, tmp_path / "nowhere.h5mu")
+        write_report(run, tmp_path / "nowhere.h5mu")
     for ending in ("h5mu", "h5ad", "zarr"):
         (tmp_path / f"text.{ending}").write_text("no HDF5")
         with pytest.raises(ConfigError, match="embedding cannot be read"):
-            report.write_report(run, tmp_path / f"text.{ending}")
+            write_report(run, tmp_path / f"text.{ending}")
     (tmp_path / "bad.json").write_text('{"rna->adt": {}}')
     with pytest.raises(ConfigError, match="scores cannot be read"):
-        report.write_report(run, scores=tmp_path / "bad.json")
+        write_report(run, scores=tmp_path / "bad.json")
