@@ -13,7 +13,7 @@ from numba import config, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-LARGEST = 2**24  # count: training reads counts as float32, exact up to here
+LARGEST_COUNT = 2**24  # count: training reads counts as float32, exact up to here
 LINE = 64  # bytes that come into a processor's cache together, on x86-64 and most ARM
 AHEAD = 1  # rows: one takes about as long to decode as the next one to come
 
@@ -87,7 +87,7 @@ def encode_rows(indptr, indices, values, bits, lengths, codes, rest, scratch):  
             before, column = column, np.int64(indices[i])
             value = values[i]
             count = np.int64(value)
-            if column <= before or count < 1 or count > LARGEST or count != value:
+            if column <= before or count < 1 or count > LARGEST_COUNT or count != value:
                 return 0, 0, np.int64(-1), np.int64(0)
             largest = max(largest, count)
             gap = column - before if before > 0 else column
@@ -224,7 +224,7 @@ def _row(codes, rest, lengths, start, bits, n_features, columns, counts):  # typ
 @njit(nogil=True, cache=True)
 def _columns(codes, rest, lengths, start, bits, n_features, columns):  # type: ignore[no-untyped-def]
     """Returns whether the row has as many far gaps as its lengths say, and its last column, which is the largest, is
-    one of the features. These are too few (`layout.MOST_FEATURES`) for the sum of gaps to wrap around unseen."""
+    one of the features. These are too few (`layout.MAX_FEATURES`) for the sum of gaps to wrap around unseen."""
     far, shift = np.int32((256 >> bits) - 1), np.uint8(bits)
     of, last = codes[start[0] : start[0] + len(columns)], len(rest) - 1
     column, k, gone = np.int32(0), start[1], np.int64(0)

@@ -34,17 +34,17 @@ SHARD_BYTES = 64 * 2**20  # raw bytes of the largest modality of one shard ...
 SHARD_CELLS = (
     2**16
 )  # ... and the most cells, where each has few counts: their names take memory too
-CHUNK_BYTES = 2**31 - 2**10  # raw bytes of a chunk: Blosc takes no more
-MOST_FEATURES = 2**23  # of a modality: sums of near gaps stay within 32 bits
-METADATA_BYTES = 2**20  # of a zarr.json, which takes a thousandth of it
-BARCODE_BYTES = 4096  # of the longest
+MAX_CHUNK_BYTES = 2**31 - 2**10  # raw bytes of a chunk: Blosc takes no more
+MAX_FEATURES = 2**23  # of a modality: sums of near gaps stay within 32 bits
+MAX_METADATA_BYTES = 2**20  # of a zarr.json, which takes a thousandth of it
+MAX_BARCODE_BYTES = 4096  # of the longest
 CHUNK_ROWS = 16  # blocks that share one chunk in the narrow arrays (lengths, obs); shards hold a multiple of it
 
 Codec = Literal["balanced", "fast", "small"]
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")  # modality names become folders ...
-STRATUM_LETTERS = 200  # ... as all of a stratum's do together
-RESERVED = {"obs"}
+MODALITY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")  # modality names become folders ...
+MAX_STRATUM_NAME = 200  # ... as all of a stratum's do together
+RESERVED_NAMES = {"obs"}
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,9 @@ from clue_dist.errors import ServerError, StoreError
 from clue_dist.files import PASSING
 
 SCHEMES = ("s3", "gs", "http", "https")
-LARGEST = 2**32  # bytes of a file that is read whole: the manifest of a billion cells is smaller
+MAX_FILE_BYTES = (
+    2**32
+)  # bytes of a file that is read whole: the manifest of a billion cells is smaller
 _EIGHT_TIMES = {
     "max_retries": 8,
     "initial_delay": "250ms",
@@ -192,7 +194,7 @@ def _aws(env: Any) -> dict[str, Any]:
 
 
 def read_file(
-    root: Location, name: str, optional: bool = False, most: int = LARGEST
+    root: Location, name: str, optional: bool = False, most: int = MAX_FILE_BYTES
 ) -> bytes | None:
     """The bytes of one file of a store; None where there is none.
 

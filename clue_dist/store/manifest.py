@@ -60,7 +60,7 @@ class Modality(_Strict):
 
     kind: KindName
     storage: Storage
-    features: Names = Field(min_length=1, max_length=layout.MOST_FEATURES)
+    features: Names = Field(min_length=1, max_length=layout.MAX_FEATURES)
 
     @model_validator(mode="after")
     def _as_its_kind(self) -> Modality:
@@ -94,7 +94,7 @@ class Segment(_Strict):
     modalities: list[str]
     n_cells: int = Field(ge=1)
     shard_blocks: int = Field(ge=1)
-    barcode_width: int = Field(ge=1, le=layout.BARCODE_BYTES)
+    barcode_width: int = Field(ge=1, le=layout.MAX_BARCODE_BYTES)
     packed: dict[str, PackedModality]
     batch_counts: dict[str, Number]
     label_counts: dict[str, Number]
@@ -129,7 +129,7 @@ class Manifest(_Strict):
     def _consistent(self) -> Manifest:
         order = list(self.modalities)
         for name in order:
-            if not layout.NAME.fullmatch(name) or name in layout.RESERVED:
+            if not layout.MODALITY_NAME.fullmatch(name) or name in layout.RESERVED_NAMES:
                 raise ValueError(f"modality name {name!r} is not a plain name")
         segments: Counter[str] = Counter()
         for name, stratum in self.strata.items():
@@ -178,9 +178,9 @@ class Manifest(_Strict):
                         f"a block of {m!r} in stratum {name!r} has {values} values, and is packed as more"
                     )
             for spec in self.specify_arrays(name):
-                if not 0 < spec.chunk_bytes <= layout.CHUNK_BYTES:
+                if not 0 < spec.chunk_bytes <= layout.MAX_CHUNK_BYTES:
                     raise ValueError(
-                        f"{spec.path} has chunks of {spec.chunk_bytes} bytes, at most {layout.CHUNK_BYTES}"
+                        f"{spec.path} has chunks of {spec.chunk_bytes} bytes, at most {layout.MAX_CHUNK_BYTES}"
                     )
         return self
 

@@ -147,7 +147,7 @@ class SegmentReader:
     def _open(self, spec: ArraySpec) -> Any:
         folder, kvstore = self.root / spec.path, location.open_kvstore(self.root, spec.path)
         location.require_plain_files(
-            self.root, f"{spec.path}/zarr.json", most=layout.METADATA_BYTES
+            self.root, f"{spec.path}/zarr.json", most=layout.MAX_METADATA_BYTES
         )
         request = {"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False}
         try:

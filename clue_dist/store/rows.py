@@ -16,7 +16,7 @@ import scipy.sparse as sp
 
 from clue_dist.errors import StoreError
 from clue_dist.store import kernels
-from clue_dist.store.kernels import LARGEST, compute_row_starts, copy_rows
+from clue_dist.store.kernels import LARGEST_COUNT, compute_row_starts, copy_rows
 
 CHECK = "`python -m data_prep check STORE` lists every damaged shard; restore them or convert again"
 COUNT_BITS = (
@@ -96,7 +96,7 @@ def code_rows(rows: CsrRows, bits: int) -> CodedRows:
     got = try_code_rows(rows, bits)
     if got is None:
         raise ValueError(
-            f"rows that are not canonical: columns must ascend, counts be 1, 2, ... {LARGEST}"
+            f"rows that are not canonical: columns must ascend, counts be 1, 2, ... {LARGEST_COUNT}"
         )
     return got[0]
 

@@ -11,7 +11,7 @@ from numba import njit
 
 from clue_dist.errors import DataError, list_names
 from clue_dist.kinds import KINDS
-from clue_dist.store.kernels import LARGEST
+from clue_dist.store.kernels import LARGEST_COUNT
 from clue_dist.store.layout import choose_unsigned
 from clue_dist.store.rows import COUNT_BITS, CodedRows, CsrRows, join_rows, try_code_rows
 from data_prep.readers.source import Source, SourceRows, decode_barcodes
@@ -121,13 +121,13 @@ def canonicalise_rows(
         matrix = matrix.astype(np.int64)  # two narrow counts may not add up in their own type
         matrix.sum_duplicates()
         matrix.eliminate_zeros()
-        if matrix.data.max(initial=0) > LARGEST:
+        if matrix.data.max(initial=0) > LARGEST_COUNT:
             got, where = matrix.data.max(), f"{source.display_name}, cells from {first} on"
             raise DataError(
                 "counts of one cell and feature add up to too much",
                 where=where,
                 got=got,
-                expected=LARGEST,
+                expected=LARGEST_COUNT,
             )
     return narrow_counts(matrix.toarray()) if kind.storage == "dense" else matrix
 
@@ -148,13 +148,13 @@ def _validate(source: Source, matrix: sp.csr_matrix, first: int) -> bool:
 
 @njit(nogil=True, cache=True)
 def _scan(indptr, indices, values):  # type: ignore[no-untyped-def]
-    """The first entry that is not 0, 1, ... LARGEST (or -1), and whether columns ascend and no zero is stored."""
+    """The first entry that is not 0, 1, ... LARGEST_COUNT (or -1), and whether columns ascend and no zero is stored."""
     tidy = True
     for row in range(len(indptr) - 1):
         before = -1
         for i in range(indptr[row], indptr[row + 1]):
             value = values[i]
-            if not (value >= 0 and value <= LARGEST and value == np.floor(value)):
+            if not (value >= 0 and value <= LARGEST_COUNT and value == np.floor(value)):
                 return i, False
             tidy &= value > 0 and indices[i] > before
             before = indices[i]
@@ -179,8 +179,8 @@ def _refuse(
 def _bad_value(source: Source, row: int, column: int, value: np.number, rule: str) -> DataError:
     head, others = source.read_head(), source.list_other_counts()
     cell, counting = str(decode_barcodes(head.barcodes[row : row + 1])[0]), rule == _COUNTS
-    if counting and value > LARGEST:
-        rule = f"counts above {LARGEST} cannot be held exactly in float32"
+    if counting and value > LARGEST_COUNT:
+        rule = f"counts above {LARGEST_COUNT} cannot be held exactly in float32"
     named = (
         f"these look like raw counts: {list_names(others)}; name one with `--layer`"
         if others

@@ -84,10 +84,10 @@ def plan_features(
     else:
         modalities = _from_reference(names, reference)
     for name in names:
-        if not layout.NAME.fullmatch(name) or name in layout.RESERVED:
+        if not layout.MODALITY_NAME.fullmatch(name) or name in layout.RESERVED_NAMES:
             expected = "up to 64 letters, digits, _ -; not 'obs'"
             raise DataError("a modality needs a plain name", got=repr(name), expected=expected)
-    if len(layout.name_segment(names)) > layout.STRATUM_LETTERS:
+    if len(layout.name_segment(names)) > layout.MAX_STRATUM_NAME:
         fix = "name them shorter: `NAME=FILE`"
         raise DataError(
             "the names of all modalities are too long for a folder's",
@@ -145,7 +145,7 @@ def _new_modality(
             where=list_names(s.display_name for s, _, _ in files),
             fix=fix,
         )
-    if len(features) > layout.MOST_FEATURES:
+    if len(features) > layout.MAX_FEATURES:
         where, fix = (
             list_names(s.display_name for s, _, _ in files),
             "bin or choose them: `--bins`, `--top`, `--features FILE`",
@@ -155,7 +155,7 @@ def _new_modality(
             "more features than a store holds",
             where=where,
             got=got,
-            expected=layout.MOST_FEATURES,
+            expected=layout.MAX_FEATURES,
             fix=fix,
         )
     return Modality(kind=kind, storage=KINDS[kind].storage, features=features)

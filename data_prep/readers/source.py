@@ -13,7 +13,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from clue_dist.errors import DataError
-from clue_dist.store.layout import BARCODE_BYTES
+from clue_dist.store.layout import MAX_BARCODE_BYTES
 
 SourceRows: TypeAlias = (
     sp.csr_matrix | np.ndarray
@@ -154,11 +154,11 @@ def encode_barcodes(texts: Sequence[Any] | np.ndarray, where: object) -> np.ndar
             text.isascii() or text.decode()
     except UnicodeError as error:
         raise DataError("a barcode is no UTF-8", where=where, got=str(error)) from None
-    bad = next((t for t in coded if len(t) > BARCODE_BYTES or b"\0" in t), None)
+    bad = next((t for t in coded if len(t) > MAX_BARCODE_BYTES or b"\0" in t), None)
     if bad is not None:
         got, expected = (
             f"{len(bad)} bytes, {bad[:40]!r} ...",
-            f"{BARCODE_BYTES} bytes at most, no NUL",
+            f"{MAX_BARCODE_BYTES} bytes at most, no NUL",
         )
         raise DataError("a barcode that cannot be kept", where=where, got=got, expected=expected)
     return np.array(coded, "S") if coded else np.empty(0, "S1")

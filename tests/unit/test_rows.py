@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from clue_dist.store.kernels import LARGEST, prefetch_array
+from clue_dist.store.kernels import LARGEST_COUNT, prefetch_array
 from clue_dist.store.rows import (
     COUNT_BITS,
     CodedBlocks,
@@ -118,13 +118,14 @@ def test_rows_of_ones_need_no_bits_for_them(density: float) -> None:
 
 def test_the_largest_count_and_the_farthest_gap_fit() -> None:
     x = sp.csr_matrix(
-        ([LARGEST, 1, LARGEST], ([0, 0, 1], [0, 2**31 - 2, 2**31 - 2])), shape=(2, 2**31 - 1)
+        ([LARGEST_COUNT, 1, LARGEST_COUNT], ([0, 0, 1], [0, 2**31 - 2, 2**31 - 2])),
+        shape=(2, 2**31 - 1),
     )
     got, largest = try_code_rows(csr(x), COUNT_BITS)
     back = got.to_csr(2**31 - 1)
-    assert largest == LARGEST
+    assert largest == LARGEST_COUNT
     assert back.indices.tolist() == [0, 2**31 - 2, 2**31 - 2]
-    assert back.values.tolist() == [LARGEST, 1, LARGEST]
+    assert back.values.tolist() == [LARGEST_COUNT, 1, LARGEST_COUNT]
 
 
 @pytest.mark.parametrize(
