@@ -22,8 +22,8 @@ Width = Annotated[int, Field(ge=1, le=2**20)]  # of a layer
 Weight = Annotated[float, Field(ge=0, le=1e9)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Dropout = Annotated[float, Field(ge=0, le=0.9)]
-Likelihood = Literal["nb", "zinb", "poisson", "bernoulli", "normal"]
-Normalise = Literal["log_cp10k", "log", "clr", "tfidf", "none"]
+LikelihoodName = Literal["nb", "zinb", "poisson", "bernoulli", "normal"]
+NormalisationName = Literal["log_cp10k", "log", "clr", "tfidf", "none"]
 
 
 def _possible(path: str) -> str:
@@ -44,8 +44,8 @@ class _Strict(BaseModel):
 class ModalityConfig(_Strict):
     """What differs from the defaults of the modality's kind."""
 
-    likelihood: Likelihood | Auto = "auto"
-    normalise: Normalise | Auto = "auto"
+    likelihood: LikelihoodName | Auto = "auto"
+    normalise: NormalisationName | Auto = "auto"
     weight: float = Field(1.0, gt=0, le=1e9)  # of this modality in the ELBOs
 
 

@@ -16,6 +16,7 @@ from clue_dist.model.decoders import Decoder
 from clue_dist.model.discriminator import Discriminator
 from clue_dist.model.encoders import CrossEncoderHeads
 from clue_dist.model.layers import reverse_gradient
+from clue_dist.model.likelihoods import LIKELIHOODS
 from clue_dist.model.noise import Noise
 from clue_dist.model.posterior import choose_combination, sample_posterior, select_own_latent
 from clue_dist.model.trunk import Trunk
@@ -289,7 +290,8 @@ def specify_modalities(modalities: dict[str, Modality], config: Config) -> dict[
                 f"clr needs a modality that is stored dense (kinds {' and '.join(dense_kinds)})",
                 where=f"modalities.{name}.normalise",
             )
-        if kind.real_values and (likelihood, how) != (kind.likelihood, kind.normalise):
+        real_values = LIKELIHOODS[likelihood].takes_real_values and how == kind.normalise
+        if kind.real_values and not real_values:
             raise ConfigError(
                 f"a modality of kind {kind.name} holds real values, not counts",
                 where=f"modalities.{name}",

@@ -8,11 +8,13 @@ from torch import Tensor, nn
 from clue_dist.config import DecoderConfig
 from clue_dist.data.batch import Counts, SparseCounts, compute_library_size
 from clue_dist.model.layers import MLP
-from clue_dist.model.likelihoods import LikelihoodParameters, log_likelihood
+from clue_dist.model.likelihoods import (
+    LIKELIHOODS,
+    LikelihoodParameters,
+    compute_log_likelihood,
+)
 from clue_dist.model.noise import Noise
 
-OVERDISPERSED = ("nb", "zinb")
-DISPERSION_LR = 10.0  # the noise that remains given z is far from what moments say, in e-folds, not in fractions
 BATCH_WIDTH = 16  # components that describe a biological batch to the decoder
 
 
@@ -20,19 +22,22 @@ class Decoder(nn.Module):
     """z (n, d) and batch code (n,) -> ln p(x | z). Batch enters here alone, so an unseen batch can be embedded."""
 
     def __init__(
-        self, likelihood: str, n_features: int, n_batches: int, latent: int, config: DecoderConfig
+        self,
+        likelihood: str,
+        n_features: int,
+        n_batches: int,
+        latent: int,
+        config: DecoderConfig,
     ) -> None:
         super().__init__()
-        self.likelihood, self.n_features = likelihood, n_features
+        self.likelihood, self.n_features = LIKELIHOODS[likelihood], n_features
         self.batch = nn.Embedding(n_batches, BATCH_WIDTH) if n_batches > 1 else None
         self.mlp = MLP(
             latent + (BATCH_WIDTH if self.batch else 0), config.hidden, config.depth, config.dropout
         )
         self.rate = OutputLayer(self.mlp.width, n_features)
-        self.gate = OutputLayer(self.mlp.width, n_features) if likelihood == "zinb" else None
-        self.theta = SecondParameter(
-            n_features, DISPERSION_LR if likelihood in OVERDISPERSED else 1.0
-        )
+        self.gate = OutputLayer(self.mlp.width, n_features) if self.likelihood.has_gate else None
+        self.theta = SecondParameter(n_features, self.likelihood.theta_learning_rate)
 
     def forward(
         self,
@@ -57,9 +62,9 @@ class Decoder(nn.Module):
             self.rate(h, features).float(), self.theta(features).float(), library, gate
         )
         if features is None:
-            return log_likelihood(self.likelihood, counts, p)
+            return compute_log_likelihood(self.likelihood, counts, p)
         scale = self.n_features / len(features)
-        return scale * log_likelihood(self.likelihood, select_features(counts, features), p)
+        return scale * compute_log_likelihood(self.likelihood, select_features(counts, features), p)
 
 
 class OutputLayer(nn.Module):

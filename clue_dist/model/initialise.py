@@ -16,10 +16,11 @@ from torch import Tensor
 
 from clue_dist.data.batch import Counts, SparseCounts
 from clue_dist.model.clue import CLUE
-from clue_dist.model.decoders import OVERDISPERSED, Decoder
+from clue_dist.model.decoders import Decoder
+from clue_dist.model.moments import compute_moments
 from clue_dist.model.trunk import Projection, Trunk, compute_size_inputs, normalise_counts
 from clue_dist.normalise import (
-    compute_deviation,
+    Rows,
     compute_inverse_frequency,
     compute_standardisation,
     sum_columns,
@@ -31,11 +32,6 @@ MAX_CELLS = 20_000  # of each modality
 MIN_SIZE_SCALE = (
     0.05  # a size that hardly varies (a small panel is always detected) must not be blown up
 )
-CONSTANT, MIN_RELATIVE_SCALE = (
-    2e-6,
-    0.01,
-)  # standard deviations: of rounding; of a feature next to the median's
-R_LIMITS = 0.1, 100.0  # of an NB at its start
 MAX_NONZEROS = 40_000_000  # bounds memory and time where profiles are long
 
 
@@ -65,7 +61,7 @@ def initialise_model(
             trunk.size.copy_(
                 torch.stack([size.mean(0), size.std(0, correction=0).clamp_min(MIN_SIZE_SCALE)])
             )
-        _set_offsets(model.get_decoder(name), counts)
+        _set_decoder_start(model.get_decoder(name), counts)
 
 
 def _project_as_stored(trunk: Trunk, stored: StoredSvd) -> None:
@@ -76,25 +72,21 @@ def _project_as_stored(trunk: Trunk, stored: StoredSvd) -> None:
     )
 
 
-def _project_as_sampled(
-    trunk: Trunk, counts: sp.csr_matrix | np.ndarray, svd: bool, seed: int
-) -> None:
+def _project_as_sampled(trunk: Trunk, counts: Rows, svd: bool, seed: int) -> None:
     detected = sum_columns(counts, lambda v: (v > 0).astype(np.float64))
     n = counts.shape[0]
     trunk.idf.copy_(torch.from_numpy(compute_inverse_frequency(n, detected)))
     if not svd:
         return
     values = _normalised(counts, trunk)
-    mean, scale = compute_standardisation(trunk.normalisation, *_moments(values))
+    mean, scale = compute_standardisation(trunk.normalisation, *compute_moments(values))
     right, singular = compute_leading_svd(
         values, mean, scale, trunk.projection.weight.shape[1], seed
     )
     _set_projection(trunk.projection, right, singular, n, mean, scale)
 
 
-def sample_cells(
-    store: Store, n_train: dict[str, int], modality: str
-) -> sp.csr_matrix | np.ndarray:
+def sample_cells(store: Store, n_train: dict[str, int], modality: str) -> Rows:
     """Raw counts of a random sample of training cells that carry the modality, as (n, features)."""
     having = {s: n for s, n in n_train.items() if modality in store.segments[s].modalities}
     total = sum(having.values())
@@ -119,7 +111,7 @@ def sample_cells(
     return sp.vstack(parts, format="csr")
 
 
-def _normalised(counts: sp.csr_matrix | np.ndarray, trunk: Trunk) -> sp.csr_matrix | np.ndarray:
+def _normalised(counts: Rows, trunk: Trunk) -> Rows:
     got = normalise_counts(_counts(counts), trunk.normalisation, trunk.idf)
     if isinstance(got, Tensor):
         return got.double().numpy()
@@ -127,19 +119,12 @@ def _normalised(counts: sp.csr_matrix | np.ndarray, trunk: Trunk) -> sp.csr_matr
     return sp.csr_matrix(arrays, shape=counts.shape)
 
 
-def _counts(x: sp.csr_matrix | np.ndarray) -> Counts:
+def _counts(x: Rows) -> Counts:
     if isinstance(x, np.ndarray):
         return torch.from_numpy(x).float()
     indptr, indices = x.indptr.astype(np.int32), x.indices.astype(np.int32)
     values = torch.from_numpy(x.data.astype(np.float32))
     return SparseCounts(torch.from_numpy(indptr), torch.from_numpy(indices), values, x.shape[1])
-
-
-def _moments(x: sp.csr_matrix | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each column."""
-    n = x.shape[0]
-    mean = sum_columns(x) / n
-    return mean, compute_deviation(mean, sum_columns(x, np.square) / n)
 
 
 def _set_projection(
@@ -161,7 +146,7 @@ def _set_projection(
 
 
 def compute_leading_svd(
-    x: sp.csr_matrix | np.ndarray, mean: np.ndarray, scale: np.ndarray, rank: int, seed: int
+    x: Rows, mean: np.ndarray, scale: np.ndarray, rank: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Right singular vectors (features, rank) and singular values of (x - mean) / scale, x never made dense.
 
@@ -191,44 +176,8 @@ def compute_leading_svd(
     return out, values
 
 
-def _set_offsets(decoder: Decoder, counts: sp.csr_matrix | np.ndarray) -> None:
-    """Start each feature's rate at its average over the sample, and its second parameter at what its moments say."""
-    total = np.maximum(sum_columns(counts), 0.5)
-    library = total.sum()
-    if decoder.likelihood == "normal":
-        mean, scale = _moments(counts)
-        decoder.rate.bias.copy_(torch.from_numpy(mean))
-        varied = scale[
-            scale > CONSTANT
-        ]  # what is constant here must not be trusted to be so, nor outweigh all else
-        floor = MIN_RELATIVE_SCALE * np.median(varied) if len(varied) else 1.0
-        decoder.theta.weight.copy_(torch.from_numpy(np.log(np.maximum(scale, floor))))
-        return
-    share = np.minimum(total / library, 0.999)
-    if decoder.likelihood in OVERDISPERSED:
-        decoder.theta.weight.copy_(torch.from_numpy(np.log(_inverse_dispersions(counts, share))))
-    if decoder.likelihood == "bernoulli":
-        detected = np.clip(
-            sum_columns(counts, lambda v: (v > 0).astype(np.float64)) / counts.shape[0], 1e-6, 0.999
-        )
-        decoder.rate.bias.copy_(
-            torch.from_numpy(np.log(detected / (1 - detected)) - np.log(library / counts.shape[0]))
-        )
-        return
-    decoder.rate.bias.copy_(torch.from_numpy(np.log(share / (1 - share))))
-
-
-def _inverse_dispersions(counts: sp.csr_matrix | np.ndarray, share: np.ndarray) -> np.ndarray:
-    """r of each feature, (features,), by the moments of an NB with variance mu + mu^2 / r, where mu is the feature's
-    share of the cell's counts. What differs from cell to cell beyond that lowers r, which training mends; too few
-    counts to tell a dispersion give a Poisson's r."""
-    size = np.asarray(counts.sum(1), np.float64).ravel()  # (n,)
-    squares = sum_columns(
-        counts, lambda v: np.square(v, dtype=np.float64)
-    )  # integers would overflow
-    products = np.asarray(counts.T @ size, np.float64).ravel()
-    squared_mean = share**2 * np.square(size).sum()
-    excess = (
-        squares - 2 * share * products + squared_mean - share * size.sum()
-    )  # sum of (x - mu)^2 - mu
-    return np.clip(squared_mean / np.maximum(excess, 1e-9), *R_LIMITS)
+def _set_decoder_start(decoder: Decoder, counts: Rows) -> None:
+    """Start each feature's rate and theta where the likelihood puts them for this sample."""
+    rate, theta = decoder.likelihood.estimate_start(counts)
+    decoder.rate.bias.copy_(torch.from_numpy(rate))
+    decoder.theta.weight.copy_(torch.from_numpy(theta))

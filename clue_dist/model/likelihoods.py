@@ -1,39 +1,55 @@
-"""ln p(x | parameters) of the five likelihoods, for sparse and dense counts alike, in float32.
+"""ln p(x_k | z_k), the reconstruction term of eq. 5 and 8, of sparse and dense counts alike.
 
-A sparse profile never becomes dense: ln p(x) = sum over all features of ln p(0) + sum over non-zeros of
-ln p(x) - ln p(0). Each likelihood gives these two pieces. Terms that hold no parameter, such as -ln x!, are left out.
+A sparse profile never becomes dense. Its log-likelihood is the sum of ln p(0) over all features
+plus the sum of ln p(x) - ln p(0) over its non-zero counts, and each likelihood gives these two
+pieces. Terms that hold no parameter, such as -ln x!, are left out. All is computed in float32.
+
+To add a likelihood, write a subclass of `Likelihood` and enter its name in `LIKELIHOODS` below and
+in `clue_dist.config.LikelihoodName`. The decoder and the start of training ask the subclass for
+what it needs.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from typing import ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from clue_dist.data.batch import Counts
+from clue_dist.model.moments import (
+    compute_feature_shares,
+    compute_moments,
+    estimate_inverse_dispersions,
+)
+from clue_dist.normalise import Rows, sum_columns
+
+MAX_LOG_DISPERSION = 7.0  # a negative binomial with r = 1,100 is as good as a Poisson
+STIRLING_FROM = 8.0  # Stirling's series replaces ln Gamma from this r on
+# Given z, the noise that remains is several e-folds away from what the moments of the counts say.
+DISPERSION_LEARNING_RATE = 10.0
+NOISE_OF_CONSTANTS = 2e-6  # standard deviation that rounding gives to a constant feature
+LEAST_RELATIVE_DEVIATION = 0.01  # of a feature's standard deviation, next to the median feature's
 
 
 class LikelihoodParameters(NamedTuple):
-    """What a decoder gives for n cells and F features.
+    """What a decoder gives for n cells and F features."""
 
-    rate: (n, F); theta: (F,) log inverse dispersion (nb, zinb) or log standard deviation (normal); library: (n, 1)
-    counts of the cell; gate: (n, F) logit of an extra zero (zinb).
-    """
-
-    rate: Tensor
-    theta: Tensor
-    library: Tensor
-    gate: Tensor | None = None
+    rate: Tensor  # (n, F); each likelihood says what it means
+    theta: Tensor  # (F,), log inverse dispersion or log standard deviation
+    library: Tensor  # (n, 1), total counts of each cell
+    gate: Tensor | None = None  # (n, F), logit of an extra zero, for likelihoods with `has_gate`
 
     @property
     def log_mean(self) -> Tensor:
-        """ln mu = ln library + ln sigmoid(rate): a feature takes a share between 0 and 1 of the cell's counts."""
+        """ln mu = ln library + ln sigmoid(rate): each feature takes a share of the cell's counts."""
         return self.library.log() + F.logsigmoid(self.rate)
 
-    def at(self, row: Tensor, column: Tensor) -> LikelihoodParameters:
-        """The parameters of single entries, each (nnz,)."""
+    def gather_entries(self, row: Tensor, column: Tensor) -> LikelihoodParameters:
+        """The parameters of single entries, each (nnz,); row, column: (nnz,)."""
         flat = row * self.rate.shape[1] + column
         gate = None if self.gate is None else self.gate.reshape(-1).gather(0, flat)
         return LikelihoodParameters(
@@ -41,85 +57,127 @@ class LikelihoodParameters(NamedTuple):
         )
 
 
-class Likelihood(Protocol):
-    def zero(self, p: LikelihoodParameters) -> Tensor:
+class Likelihood(ABC):
+    """One distribution of a feature's values, what it needs of a decoder, and where training starts it."""
+
+    has_gate: ClassVar[bool] = False  # the decoder gives the logit of an extra zero, too
+    takes_real_values: ClassVar[bool] = False  # instead of counts
+    theta_learning_rate: ClassVar[float] = 1.0  # of theta, relative to `train.lr`
+
+    @abstractmethod
+    def compute_log_zero(self, parameters: LikelihoodParameters) -> Tensor:
         """ln p(0)."""
 
-    def gain(self, x: Tensor, p: LikelihoodParameters) -> Tensor:
+    @abstractmethod
+    def compute_log_gain(self, values: Tensor, parameters: LikelihoodParameters) -> Tensor:
         """ln p(x) - ln p(0), up to terms without parameters."""
 
+    def estimate_start(self, counts: Rows) -> tuple[np.ndarray, np.ndarray]:
+        """Rate and theta of each feature before the first step, from a sample of training cells.
 
-MAX_LOG_R = 7.0  # an NB with r = 1,100 is as good as a Poisson
+        Args:
+            counts: (n, features), raw.
 
-
-class NegativeBinomial:
-    """Mean mu, inverse dispersion r = exp(theta): variance mu + mu^2 / r."""
-
-    def zero(self, p: LikelihoodParameters) -> Tensor:
-        theta = p.theta.clamp(max=MAX_LOG_R)
-        return -theta.exp() * F.softplus(p.log_mean - theta)
-
-    def gain(self, x: Tensor, p: LikelihoodParameters) -> Tensor:
-        theta = p.theta.clamp(max=MAX_LOG_R)
-        return log_rising_factorial(theta.exp(), x) + x * F.logsigmoid(p.log_mean - theta)
+        Returns:
+            Two arrays (features,). By default the mean is the feature's share of all counts, and
+            theta, which is not used, is 0.
+        """
+        share = compute_feature_shares(counts)
+        return np.log(share / (1 - share)), np.zeros(len(share))
 
 
-STIRLING = 8.0
+class NegativeBinomial(Likelihood):
+    """Counts of mean mu and inverse dispersion r = exp(theta), so of variance mu + mu^2 / r."""
+
+    theta_learning_rate = DISPERSION_LEARNING_RATE
+
+    def compute_log_zero(self, parameters: LikelihoodParameters) -> Tensor:
+        theta = parameters.theta.clamp(max=MAX_LOG_DISPERSION)
+        return -theta.exp() * F.softplus(parameters.log_mean - theta)
+
+    def compute_log_gain(self, values: Tensor, parameters: LikelihoodParameters) -> Tensor:
+        theta = parameters.theta.clamp(max=MAX_LOG_DISPERSION)
+        rising = compute_log_rising_factorial(theta.exp(), values)
+        return rising + values * F.logsigmoid(parameters.log_mean - theta)
+
+    def estimate_start(self, counts: Rows) -> tuple[np.ndarray, np.ndarray]:
+        """The mean as for every likelihood of counts, and r as the moments of the sample say."""
+        rate, _ = super().estimate_start(counts)
+        return rate, np.log(estimate_inverse_dispersions(counts, compute_feature_shares(counts)))
 
 
-def log_rising_factorial(r: Tensor, x: Tensor) -> Tensor:
-    """ln Gamma(r + x) - ln Gamma(r), also where both are large and nearly equal: by Stirling's series from r = 8 on, to
-    1e-6, with a gradient that float32 does not drown."""
-    large = r.clamp(min=STIRLING)
-    y = x + large
-    series = (large - 0.5) * torch.log1p(x / large) + x * (y.log() - 1) + (1 / y - 1 / large) / 12
-    small = r.clamp(max=STIRLING)
-    return torch.where(r > STIRLING, series, torch.lgamma(x + small) - torch.lgamma(small))
-
-
-class ZeroInflatedNegativeBinomial:
+class ZeroInflatedNegativeBinomial(NegativeBinomial):
     """A zero with probability sigmoid(gate), else negative binomial."""
 
-    nb = NegativeBinomial()
+    has_gate = True
 
-    def zero(self, p: LikelihoodParameters) -> Tensor:
-        assert p.gate is not None
-        return torch.logaddexp(F.logsigmoid(p.gate), F.logsigmoid(-p.gate) + self.nb.zero(p))
+    def compute_log_zero(self, parameters: LikelihoodParameters) -> Tensor:
+        assert parameters.gate is not None
+        return torch.logaddexp(
+            F.logsigmoid(parameters.gate),
+            F.logsigmoid(-parameters.gate) + super().compute_log_zero(parameters),
+        )
 
-    def gain(self, x: Tensor, p: LikelihoodParameters) -> Tensor:
-        assert p.gate is not None
-        log_p = F.logsigmoid(-p.gate) + self.nb.zero(p) + self.nb.gain(x, p)
-        return torch.where(x > 0, log_p - self.zero(p), 0.0)
-
-
-class Poisson:
-    """Mean mu."""
-
-    def zero(self, p: LikelihoodParameters) -> Tensor:
-        return -p.log_mean.exp()
-
-    def gain(self, x: Tensor, p: LikelihoodParameters) -> Tensor:
-        return x * p.log_mean
+    def compute_log_gain(self, values: Tensor, parameters: LikelihoodParameters) -> Tensor:
+        assert parameters.gate is not None
+        log_p = (
+            F.logsigmoid(-parameters.gate)
+            + super().compute_log_zero(parameters)
+            + super().compute_log_gain(values, parameters)
+        )
+        return torch.where(values > 0, log_p - self.compute_log_zero(parameters), 0.0)
 
 
-class Bernoulli:
+class Poisson(Likelihood):
+    """Counts of mean mu."""
+
+    def compute_log_zero(self, parameters: LikelihoodParameters) -> Tensor:
+        return -parameters.log_mean.exp()
+
+    def compute_log_gain(self, values: Tensor, parameters: LikelihoodParameters) -> Tensor:
+        return values * parameters.log_mean
+
+
+class Bernoulli(Likelihood):
     """Open or closed: x > 0 with odds library * exp(rate), so that deeper cells open more."""
 
-    def zero(self, p: LikelihoodParameters) -> Tensor:
-        return -F.softplus(p.rate + p.library.log())
+    def compute_log_zero(self, parameters: LikelihoodParameters) -> Tensor:
+        return -F.softplus(parameters.rate + parameters.library.log())
 
-    def gain(self, x: Tensor, p: LikelihoodParameters) -> Tensor:
-        return (x > 0) * (p.rate + p.library.log())
+    def compute_log_gain(self, values: Tensor, parameters: LikelihoodParameters) -> Tensor:
+        return (values > 0) * (parameters.rate + parameters.library.log())
+
+    def estimate_start(self, counts: Rows) -> tuple[np.ndarray, np.ndarray]:
+        """The odds are those of the cells with the feature, in a cell of average size."""
+        n_cells = counts.shape[0]
+        library = np.maximum(sum_columns(counts), 0.5).sum()
+        detected = sum_columns(counts, lambda v: (v > 0).astype(np.float64)) / n_cells
+        detected = np.clip(detected, 1e-6, 0.999)
+        rate = np.log(detected / (1 - detected)) - np.log(library / n_cells)
+        return rate, np.zeros(len(rate))
 
 
-class Normal:
-    """Real values: mean `rate`, standard deviation exp(theta)."""
+class Normal(Likelihood):
+    """Real values of mean `rate` and standard deviation exp(theta)."""
 
-    def zero(self, p: LikelihoodParameters) -> Tensor:
-        return -0.5 * (p.rate * (-p.theta).exp()) ** 2 - p.theta
+    takes_real_values = True
 
-    def gain(self, x: Tensor, p: LikelihoodParameters) -> Tensor:
-        return (x * p.rate - 0.5 * x**2) * (-2 * p.theta).exp()
+    def compute_log_zero(self, parameters: LikelihoodParameters) -> Tensor:
+        return -0.5 * (parameters.rate * (-parameters.theta).exp()) ** 2 - parameters.theta
+
+    def compute_log_gain(self, values: Tensor, parameters: LikelihoodParameters) -> Tensor:
+        return (values * parameters.rate - 0.5 * values**2) * (-2 * parameters.theta).exp()
+
+    def estimate_start(self, counts: Rows) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of the sample.
+
+        A feature that is constant in the sample may vary elsewhere, and a tiny deviation would
+        outweigh all other features. So deviations have a floor.
+        """
+        mean, deviation = compute_moments(counts)
+        varied = deviation[deviation > NOISE_OF_CONSTANTS]
+        floor = LEAST_RELATIVE_DEVIATION * np.median(varied) if len(varied) else 1.0
+        return mean, np.log(np.maximum(deviation, floor))
 
 
 LIKELIHOODS: dict[str, Likelihood] = {
@@ -131,11 +189,24 @@ LIKELIHOODS: dict[str, Likelihood] = {
 }
 
 
-def log_likelihood(name: str, counts: Counts, p: LikelihoodParameters) -> Tensor:
+def compute_log_likelihood(
+    likelihood: Likelihood, counts: Counts, parameters: LikelihoodParameters
+) -> Tensor:
     """ln p of n profiles in nats, (n,)."""
-    likelihood = LIKELIHOODS[name]
-    everywhere = likelihood.zero(p).sum(1)
+    everywhere = likelihood.compute_log_zero(parameters).sum(1)
     if isinstance(counts, Tensor):
-        return everywhere + likelihood.gain(counts, p).sum(1)
-    gain = likelihood.gain(counts.values, p.at(counts.list_entry_rows(), counts.indices.long()))
-    return everywhere + counts.sum_rows(gain)
+        return everywhere + likelihood.compute_log_gain(counts, parameters).sum(1)
+    entries = parameters.gather_entries(counts.list_entry_rows(), counts.indices.long())
+    return everywhere + counts.sum_rows(likelihood.compute_log_gain(counts.values, entries))
+
+
+def compute_log_rising_factorial(r: Tensor, x: Tensor) -> Tensor:
+    """ln Gamma(r + x) - ln Gamma(r), also where both are large and nearly equal.
+
+    From r = STIRLING_FROM on it follows Stirling's series, to 1e-6, whose gradient float32 does not drown.
+    """
+    large = r.clamp(min=STIRLING_FROM)
+    y = x + large
+    series = (large - 0.5) * torch.log1p(x / large) + x * (y.log() - 1) + (1 / y - 1 / large) / 12
+    small = r.clamp(max=STIRLING_FROM)
+    return torch.where(r > STIRLING_FROM, series, torch.lgamma(x + small) - torch.lgamma(small))

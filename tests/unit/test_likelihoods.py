@@ -1,5 +1,7 @@
 """Every likelihood equals scipy's, sparse equals dense, and a random subset of features is unbiased."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -7,14 +9,15 @@ import torch
 from scipy import stats
 from torch.nn import functional as F
 
-from clue_dist.config import DecoderConfig
+from clue_dist.config import DecoderConfig, LikelihoodName
 from clue_dist.data.batch import SparseCounts, compute_library_size
+from clue_dist.kinds import KINDS
 from clue_dist.model.decoders import Decoder, select_features
 from clue_dist.model.likelihoods import (
     LIKELIHOODS,
     LikelihoodParameters,
-    log_likelihood,
-    log_rising_factorial,
+    compute_log_likelihood,
+    compute_log_rising_factorial,
 )
 
 N, M = 7, 23
@@ -69,11 +72,16 @@ def oracle(name: str, x: np.ndarray, p: LikelihoodParameters) -> np.ndarray:
     ).sum(1)
 
 
+def test_the_config_and_the_kinds_name_the_likelihoods_that_there_are() -> None:
+    assert set(get_args(LikelihoodName)) == set(LIKELIHOODS)
+    assert {kind.likelihood for kind in KINDS.values()} <= set(LIKELIHOODS)
+
+
 @pytest.mark.parametrize("name", [*COUNTS, "normal"])
 def test_equals_scipy(name: str) -> None:
     x = counts() if name != "normal" else np.random.default_rng(2).normal(size=(N, M))
     p = params(name, np.abs(x))
-    got = log_likelihood(name, torch.tensor(x, dtype=torch.float32), p)
+    got = compute_log_likelihood(LIKELIHOODS[name], torch.tensor(x, dtype=torch.float32), p)
     np.testing.assert_allclose(got.numpy(), oracle(name, x, p), rtol=2e-5)
 
 
@@ -84,7 +92,7 @@ def test_sparse_equals_dense_with_its_gradient(name: str) -> None:
     for profile in (torch.tensor(x, dtype=torch.float32), sparse(x)):
         p = params(name, x)
         p = p._replace(rate=p.rate.requires_grad_(), theta=p.theta.requires_grad_())
-        value = log_likelihood(name, profile, p)
+        value = compute_log_likelihood(LIKELIHOODS[name], profile, p)
         value.sum().backward()
         values.append(value.detach())
         grads.append((p.rate.grad, p.theta.grad))
@@ -102,8 +110,8 @@ def test_at_most_probable_counts_the_likelihood_peaks() -> None:
     for name in ("nb", "poisson"):
         p = LikelihoodParameters(best, torch.zeros(M), library)
         near, far = (
-            log_likelihood(name, sparse(x), p),
-            log_likelihood(name, sparse(x), p._replace(rate=best + 1.5)),
+            compute_log_likelihood(LIKELIHOODS[name], sparse(x), p),
+            compute_log_likelihood(LIKELIHOODS[name], sparse(x), p._replace(rate=best + 1.5)),
         )
         assert near.sum() > far.sum()
 
@@ -157,8 +165,12 @@ def test_without_overdispersion_it_is_a_poisson_and_its_dispersion_rests(
     gate = torch.full((N, M), -30.0) if name == "zinb" else None
     log_r = torch.full((M,), theta, requires_grad=True)
     rate, library = torch.full((N, M), -3.0), torch.full((N, 1), 20.0)
-    got = log_likelihood(name, x, LikelihoodParameters(rate, log_r, library, gate))
-    want = log_likelihood("poisson", x, LikelihoodParameters(rate, log_r, library))
+    got = compute_log_likelihood(
+        LIKELIHOODS[name], x, LikelihoodParameters(rate, log_r, library, gate)
+    )
+    want = compute_log_likelihood(
+        LIKELIHOODS["poisson"], x, LikelihoodParameters(rate, log_r, library)
+    )
     torch.testing.assert_close(got, want, rtol=0.01, atol=0.3)
     got.sum().backward()
     assert (log_r.grad == 0).all()
@@ -169,7 +181,7 @@ def test_rising_factorial_and_its_gradient_are_those_of_float64() -> None:
     x = torch.tensor([0.0, 1, 2, 5, 20, 300, 50_000]).expand(200, 7)
     exact = r.detach().double().requires_grad_()
     want = torch.lgamma(exact + x.double()) - torch.lgamma(exact)
-    got = log_rising_factorial(r, x)
+    got = compute_log_rising_factorial(r, x)
     torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=2e-5)
     got.sum().backward()
     want.sum().backward()
@@ -181,5 +193,9 @@ def test_softplus_form_stays_finite_for_extreme_rates() -> None:
         torch.tensor([[-200.0, 200.0]]), torch.tensor([-10.0, 10.0]), torch.tensor([[1e6]])
     )
     for name in ("nb", "poisson", "bernoulli"):
-        assert log_likelihood(name, torch.tensor([[0.0, 5.0]]), p).isfinite().all()
+        assert (
+            compute_log_likelihood(LIKELIHOODS[name], torch.tensor([[0.0, 5.0]]), p)
+            .isfinite()
+            .all()
+        )
     assert F.logsigmoid(torch.tensor(-200.0)).isfinite()

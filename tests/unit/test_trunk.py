@@ -14,12 +14,12 @@ from clue_dist.data.batch import SparseCounts, read_batch
 from clue_dist.model.clue import CLUE, specify_modalities
 from clue_dist.model.decoders import Decoder
 from clue_dist.model.initialise import (
-    R_LIMITS,
-    _set_offsets,
+    _set_decoder_start,
     compute_leading_svd,
     initialise_model,
     sample_cells,
 )
+from clue_dist.model.moments import INVERSE_DISPERSION_LIMITS
 from clue_dist.model.trunk import Projection, compute_size_inputs, normalise_counts
 from tests.stores import make_store
 
@@ -144,12 +144,12 @@ def test_a_constant_feature_does_not_outweigh_all_others() -> None:
     values = np.random.default_rng(0).normal(size=(50, 4))
     values[:, 2] = 7
     with torch.no_grad():
-        _set_offsets(decoder, values)
+        _set_decoder_start(decoder, values)
     floor = 0.01 * np.median(values[:, [0, 1, 3]].std(0))
     assert decoder.theta.weight[2].item() == pytest.approx(np.log(floor), abs=1e-4)
     values[:] = 7
     with torch.no_grad():
-        _set_offsets(decoder, values)
+        _set_decoder_start(decoder, values)
     torch.testing.assert_close(decoder.theta.weight.detach(), torch.zeros(4))
 
 
@@ -166,7 +166,7 @@ def test_inverse_dispersions_start_at_what_the_moments_say(dense: bool, likeliho
     counts[:, -1] = 0
     decoder = Decoder(likelihood, len(r), 1, 3, DecoderConfig(hidden=4))
     with torch.no_grad():
-        _set_offsets(decoder, counts if dense else sp.csr_matrix(counts))
+        _set_decoder_start(decoder, counts if dense else sp.csr_matrix(counts))
     got = decoder.theta.weight.detach().exp().numpy()
     np.testing.assert_allclose(got[:3], r[:3], rtol=0.1)
     assert got[3] > 50
@@ -178,8 +178,8 @@ def test_inverse_dispersions_stay_within_limits(x: np.ndarray) -> None:
     # No counts at all, and features of which each holds all of a cell's counts, or none.
     decoder = Decoder("nb", 4, 1, 3, DecoderConfig(hidden=4))
     with torch.no_grad():
-        _set_offsets(decoder, x)
-    low, high = np.log(R_LIMITS)
+        _set_decoder_start(decoder, x)
+    low, high = np.log(INVERSE_DISPERSION_LIMITS)
     assert ((decoder.theta.weight >= low - 1e-6) & (decoder.theta.weight <= high + 1e-6)).all()
     assert (decoder.theta.weight < 0).all()
 
@@ -190,7 +190,7 @@ def test_squares_of_large_integer_counts_do_not_overflow() -> None:
     for x in (sp.csr_matrix(counts.astype(np.int32)), counts.astype(np.float64)):
         decoder = Decoder("nb", 4, 1, 3, DecoderConfig(hidden=4))
         with torch.no_grad():
-            _set_offsets(decoder, x)
+            _set_decoder_start(decoder, x)
         starts.append(decoder.theta.weight.detach())
     torch.testing.assert_close(*starts)
     assert (starts[0].abs() < 2.5).all()  # overdispersed, and not at a limit
