@@ -279,7 +279,7 @@ def test_the_commands_of_the_readme_typed_as_they_stand(
         mounts.stores / "S.zarr", cells={"rna+adt": 120, "rna": 40}, features={"rna": 60, "adt": 10}
     )
     block = (
-        (ROOT / "README.md")
+        (ROOT / "docs/cluster.md")
         .read_text()
         .partition("docker build -f docker/Dockerfile -t clue_dist .\n")[2]
     )

@@ -115,8 +115,8 @@ def test_stopped_from_the_command_line_all_hosts_save(
     assert newest == metrics(folder / "stopped")[-1]["step"] == saved_steps(folder / "stopped")[0]
 
 
-def test_the_commands_of_the_readme_typed_as_they_stand(tmp_path: Path, folder: Path) -> None:
-    """In a folder that looks like the project's; then a host dies, and its line is taken out as the README says."""
+def test_the_commands_of_the_docs_typed_as_they_stand(tmp_path: Path, folder: Path) -> None:
+    """In a folder that looks like the project's; then a host dies, and its line is taken out as the docs say."""
     (tmp_path / "net").mkdir()
     for name in ("launch", "configs"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -124,7 +124,7 @@ def test_the_commands_of_the_readme_typed_as_they_stand(tmp_path: Path, folder: 
         tmp_path / "atlas.zarr", cells={"rna+adt": 120, "rna": 40}, features={"rna": 60, "adt": 10}
     )
     (tmp_path / ".deepspeed_env").write_text(f"GLOO_SOCKET_IFNAME={INTERFACE}\nOMP_NUM_THREADS=1")
-    section = (ROOT / "README.md").read_text().partition("**Hosts without a scheduler.**")[2]
+    section = (ROOT / "docs/cluster.md").read_text().partition("## Hosts without a scheduler")[2]
     copy, command = section.partition("```\n")[2].partition("```")[0].splitlines()
     assert copy == "cp launch/hostfile.example hostfile"
     subprocess.run(copy.split(), cwd=tmp_path, check=True)

@@ -234,12 +234,7 @@ def test_the_command_of_the_readme_typed_as_it_stands(slurm: Slurm, tmp_path: Pa
     make_store(
         tmp_path / "atlas.zarr", cells={"rna+adt": 120, "rna": 40}, features={"rna": 60, "adt": 10}
     )
-    text = (
-        (ROOT / "README.md")
-        .read_text()
-        .partition("## Running on a cluster")[2]
-        .partition("```\n")[2]
-    )
+    text = (ROOT / "docs/cluster.md").read_text().partition("## Slurm")[2].partition("```\n")[2]
     command = text.partition("```")[0]
     assert command.startswith("sbatch ")
     job = slurm.run("bash", "-c", command, cwd=tmp_path).stdout.split()[-1]

@@ -1,10 +1,11 @@
-"""What the README points at is there, and configs/README.md knows every setting with its default."""
+"""What the pages point at is there, and configs/README.md knows every setting with its default."""
 
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
@@ -13,25 +14,43 @@ from clue_dist.config import Config, ModalityConfig
 ROOT = Path(__file__).parents[2]
 
 
-def test_links_and_named_files_exist() -> None:
-    text = (ROOT / "README.md").read_text()
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", text)
-    files = re.findall(r"`((?:clue_dist|data_prep|launch|configs|docker|tests)/[\w./]+)`", text)
-    assert links
-    assert files
-    assert [name for name in links + files if not (ROOT / name).exists()] == []
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "clue_dist/README.md")),
+    *(ROOT / name for name in ("configs/README.md", "tests/benchmarks/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 
 
-def fields(model: type[BaseModel]) -> Iterator[tuple[str, object]]:
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_named_files_exist(page: Path) -> None:
+    text = page.read_text()
+    links = re.findall(r"\]\((?!http)([^)#]+)(?:#[^)]*)?\)", text)
+    rooms = "clue_dist|data_prep|launch|configs|docker|tests|docs"
+    files = re.findall(rf"`((?:{rooms})/[\w./]+)`", text)
+    assert [name for name in links if not (page.parent / name).exists()] == []
+    assert [name for name in files if not (ROOT / name).exists()] == []
+
+
+def test_tests_that_the_pages_name_exist() -> None:
+    named = {name for page in PAGES for name in re.findall(r"`(test_\w+\.py)`", page.read_text())}
+    assert named
+    assert named <= {path.name for path in (ROOT / "tests").rglob("test_*.py")}
+
+
+def test_the_readme_is_one_screen_long() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+
+
+def list_settings(model: type[BaseModel]) -> Iterator[tuple[str, object]]:
     for name, field in model.model_fields.items():
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):
-            yield from fields(inner)
+            yield from list_settings(inner)
         elif name != "modalities":
             yield name, field.default
 
 
-def told() -> list[tuple[str, str]]:
+def read_documented_settings() -> list[tuple[str, str]]:
     """Name and default of every setting, as the rows of configs/README.md tell them."""
     text = (ROOT / "configs/README.md").read_text().partition("## All settings")[2]
     rows = [
@@ -48,16 +67,16 @@ def told() -> list[tuple[str, str]]:
 
 def test_every_setting_is_told_with_its_default() -> None:
     """No default is told as nothing, or as "auto" where the data decide."""
-    settings = [*fields(Config), *fields(ModalityConfig)]
-    wanted = sorted((name, written(default)) for name, default in settings)
+    settings = [*list_settings(Config), *list_settings(ModalityConfig)]
+    wanted = sorted((name, format_default(default)) for name, default in settings)
     got = sorted(
         (name, "" if default == "auto" and (name, "") in wanted else default)
-        for name, default in told()
+        for name, default in read_documented_settings()
     )
     assert got == wanted
 
 
-def written(default: object) -> str:
+def format_default(default: object) -> str:
     if default in (None, PydanticUndefined):
         return ""
     if isinstance(default, float):
