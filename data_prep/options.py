@@ -1,108 +1,129 @@
-"""What a person may choose of a conversion: columns, features, values for one modality or for all."""
+"""What a person may choose of a conversion: inputs, columns and features."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from clue_dist.errors import DataError, list_names
 
-FIELDS = {
-    "batch": "batch",
-    "label": "cell_type",
-}  # what a store keeps of each cell, and the column it comes from
+# What a store keeps of each cell, and the column of obs that it is taken from by default.
+FIELDS = {"batch": "batch", "label": "cell_type"}
+
+# How the features of files that differ are brought together.
+Mode = Literal["same", "intersection", "union"]
 
 
 @dataclass(frozen=True)
 class ObsColumns:
-    """Columns of obs that hold batch and label; a name given explicitly must exist in some file."""
+    """Columns of obs that hold batch and label."""
 
     by_field: Mapping[str, str] = field(default_factory=lambda: dict(FIELDS))
+    # Fields whose column a person named: one of the inputs must have that column.
     explicit_fields: frozenset[str] = frozenset()
 
 
 def require_known_modalities(flag: str, named: Iterable[str], known: Iterable[str]) -> None:
-    """Every modality that `flag` names is among the `known` ones.
+    """Refuse a flag that names a modality which is not among the known ones.
 
     Raises:
-        DataError: one is not, so what was asked for it would be left undone.
+        DataError: there is such a modality, so what the flag asks for it would be left undone.
     """
-    there = list(dict.fromkeys(known))
-    if absent := [name for name in named if name not in there]:
+    modalities = list(dict.fromkeys(known))
+    if absent := [name for name in named if name not in modalities]:
         raise DataError(
             "no such modality",
             where=flag,
             got=list_names(absent),
-            expected=list_names(there) or "none",
+            expected=list_names(modalities) or "none",
         )
 
 
 @dataclass(frozen=True)
 class PerModality:
-    """The values of one flag. general: that of the modalities not `named`."""
+    """The values of one flag of the command line."""
 
-    flag: str
-    default: str | None = None
+    flag: str  # for messages
+    default: str | None = None  # for the modalities that `by_modality` does not list
     by_modality: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def parse_values(cls, texts: Sequence[str], flag: str, what: str = "values") -> PerModality:
-        """`VALUE` once at most, and `NAME=VALUE` once for each name.
+        """Read `VALUE`, at most once, and `NAME=VALUE`, once for each modality.
+
+        Args:
+            texts: as they were typed.
+            flag: whose values they are.
+            what: the values are, in the plural, for messages.
 
         Raises:
             DataError: two values for one modality.
         """
-        general = [text for text in texts if "=" not in text]
-        named = dict(text.split("=", 1) for text in texts if "=" in text)
-        if len(general) > 1 or len(general) + len(named) < len(texts):
+        defaults = [text for text in texts if "=" not in text]
+        by_modality = dict(text.split("=", 1) for text in texts if "=" in text)
+        if len(defaults) > 1 or len(defaults) + len(by_modality) < len(texts):
             fix = "NAME=VALUE for each; inputs come before the options"
             raise DataError(
                 f"two {what} for one modality", where=flag, got=list_names(texts), fix=fix
             )
-        return cls(flag, general[0] if general else None, named)
+        return cls(flag, defaults[0] if defaults else None, by_modality)
 
-    def get_value(self, modality: str | None) -> str | None:
-        return self.by_modality.get(modality or "", self.default)
+    def get_value(self, modality: str) -> str | None:
+        """The value for a modality; None where the flag says nothing about it."""
+        return self.by_modality.get(modality, self.default)
 
     def require_known(self, names: Iterable[str]) -> None:
-        """Every modality that is named is among `names`; else a DataError."""
+        """Refuse a modality that is not among `names`; see `require_known_modalities`."""
         require_known_modalities(self.flag, self.by_modality, names)
 
 
-Mode = Literal["same", "intersection", "union"]
+@dataclass(frozen=True)
+class InputArgument:
+    """One input as a person names it: `[DATASET:][NAME=]PATH`."""
+
+    text: str  # as it was typed, for messages
+    path: Path
+    dataset: str = ""
+    modality: str | None = None  # None: the file itself says which modalities it holds
+
+
+@dataclass(frozen=True)
+class ReadingOptions:
+    """How inputs are read; `python -m data_prep convert --help` explains each of the flags."""
+
+    obs_columns: ObsColumns = field(default_factory=ObsColumns)
+    kinds: dict[str, str] = field(default_factory=dict)  # by modality, where its name says none
+    layers: PerModality = field(default_factory=lambda: PerModality("--layer"))
+    id_columns: PerModality = field(default_factory=lambda: PerModality("--feature-ids"))
+    barcodes: PerModality = field(default_factory=lambda: PerModality("--barcodes"))
+    cut_sites: bool = False
 
 
 @dataclass(frozen=True)
 class FeatureChoice:
-    """Which features a modality gets.
+    """Which features a modality gets."""
 
-    mode: how files that differ come together (None: the same in every file, or the union of bins); given: a list of
-    names that decides instead; bins: width in base pairs of the genome bins that peaks or fragments become; top: how
-    many to keep, chosen from the cells.
-    """
-
-    mode: Mode | None = None
-    listed: tuple[str, ...] | None = None
-    bin_width: int | None = None
-    top_features: int | None = None
+    mode: Mode | None = None  # None: `effective_mode` decides
+    listed: tuple[str, ...] | None = None  # names of features, which decide instead of the files
+    bin_width: int | None = None  # base pairs of the genome bins that peaks or fragments become
+    top_features: int | None = None  # how many to keep, chosen from the cells
 
     @property
     def effective_mode(self) -> Mode:
-        """A bin that a file does not list was not hit there, so that bins of files are united."""
+        """How files come together: bins are united, as a bin that a file lacks was not hit there."""
         return self.mode or ("union" if self.bin_width else "same")
 
     def describe_identity(self) -> dict[str, Any]:
         """JSON-able; changes with whatever changes the features."""
-        names = (
-            None
-            if self.listed is None
-            else hashlib.sha256("\n".join(self.listed).encode()).hexdigest()
-        )
+        digest = None
+        if self.listed is not None:
+            digest = hashlib.sha256("\n".join(self.listed).encode()).hexdigest()
         return {
             "mode": self.effective_mode,
-            "list_sha256": names,
+            "list_sha256": digest,
             "bins": self.bin_width,
             "top": self.top_features,
         }

@@ -17,11 +17,11 @@ from data_prep import inspect, svd
 from data_prep.append import append_cells, format_addition
 from data_prep.check import check_store
 from data_prep.cli.feature_choices import parse_choices
-from data_prep.cli.inputs import ReadingOptions, parse_inputs
+from data_prep.cli.inputs import parse_inputs
 from data_prep.convert import ConversionOptions, convert_inputs, format_conversion
 from data_prep.fetch import fetch_cells
 from data_prep.jobs.workers import open_pool
-from data_prep.options import FIELDS, ObsColumns, PerModality
+from data_prep.options import FIELDS, ObsColumns, PerModality, ReadingOptions
 from data_prep.readers.fragments import ConversionInput
 from data_prep.simulate import SimulationSpec, parse_features, write_h5mu
 

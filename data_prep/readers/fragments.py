@@ -1,7 +1,8 @@
-"""Fragments files (10x `fragments.tsv.gz`: chromosome, start, end, barcode) -> counts per cell and genome bin.
+"""Fragments files (10x `fragments.tsv.gz`), counted by cell and bin of the genome.
 
-A file is text, so one task reads it from its start, some lines at a time; several files are read at once. What it
-leaves is sorted parts (see `entries`), from which rows are read like those of any other source.
+A line is a fragment: chromosome, start, end, barcode. A file is text, so one task reads it from its
+start, chunk by chunk; several files are read at once. The counts are left as sorted parts (see
+`sorted_entries`), from which rows are read like those of any other source.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import pandas as pd
 
 from clue_dist.errors import DataError, list_names
 from clue_dist.files import parse_path
-from data_prep.jobs.whole_files import make_whole_folder, save_array
+from clue_dist.kinds import KINDS, infer_kind
+from data_prep.jobs.whole_files import load_array, make_whole_folder, save_array
 from data_prep.jobs.workers import WorkerPool, run_missing
-from data_prep.options import FeatureChoice
+from data_prep.options import FeatureChoice, InputArgument, ReadingOptions
 from data_prep.readers import sorted_entries
 from data_prep.readers.genome_bins import name_bin
 from data_prep.readers.source import (
@@ -30,24 +32,71 @@ from data_prep.readers.source import (
     encode_barcodes,
     identify_file,
 )
-from data_prep.readers.text_files import LINE, UNREADABLE, open_text, read_lines
+from data_prep.readers.text_files import MOST_LETTERS, UNREADABLE, open_text, read_lines
 
 CHUNK_LINES = 2**21  # read at once: about 100 MB
-_SHIFT = 32  # a bin's key is (chromosome << 32) + its number; no chromosome is longer than 2^32 bp
+_COLUMNS = {"chromosome": "category", "start": "int64", "end": "int64", "barcode": "category"}
+# Two numbers share one integer: a chromosome's and a bin's, or a row and a column. A bin's number
+# fits into the lower bits, as no chromosome is longer than 2^32 base pairs.
+_SHIFT = 32
+_LOWER_BITS = 2**_SHIFT - 1
+
+
+def is_fragments(path: Path) -> bool:
+    """Whether a file holds fragments, or is called as if it did; opening it tells which."""
+    return path.is_file() and bool({".tsv", ".bed"} & set(path.suffixes) or _reads_fragments(path))
+
+
+def open_fragments(argument: InputArgument, options: ReadingOptions) -> list[FragmentsInput]:
+    """The one input that a fragments file is.
+
+    Raises:
+        DataError: the file does not begin with a fragment; no modality is named, or one of a kind
+            that has no bins.
+    """
+    path, modality = argument.path, argument.modality
+    if not _reads_fragments(path):
+        raise DataError(
+            "a text file that cannot be read as fragments",
+            where=path,
+            expected="lines of chromosome, start, end and barcode, with tabs between them",
+        )
+    fix = f"`atac={path.name}`"
+    if modality is None:
+        what = "a fragments file needs a modality's name"
+        raise DataError(what, where=argument.text, fix=f"write it as {fix}")
+    kind = infer_kind(modality, options.kinds)
+    if not KINDS[kind].binnable:
+        binnable = list_names(name for name, row in KINDS.items() if row.binnable)
+        what = f"fragments are of kind {binnable}"
+        raise DataError(what, where=argument.text, got=kind, fix=fix)
+    allowed = options.barcodes.get_value(modality)
+    return [FragmentsInput(path, modality, argument.dataset, options.cut_sites, allowed)]
+
+
+def _reads_fragments(path: Path) -> bool:
+    """Whether the first line that is no comment reads as a fragment."""
+    try:
+        with open_text(path) as file:
+            line = "#"
+            while line.startswith("#"):
+                line = file.readline(MOST_LETTERS)
+    except UNREADABLE:
+        return False
+    fields = line.rstrip("\r\n").split("\t")
+    return len(fields) >= 4 and fields[1].isdecimal() and fields[2].isdecimal()
 
 
 @dataclass(frozen=True)
 class FragmentsInput:
-    """A fragments file as it was given; `counted` makes a source of it.
-
-    cut_sites: count both ends of a fragment, each in its own bin, instead of the fragment in the bin of its middle.
-    limit: a list of barcodes, or another modality, whose cells alone are counted; None: every barcode.
-    """
+    """A fragments file as a person gave it; `count_fragments` makes a source of it."""
 
     path: Path
     modality: str
     dataset: str = ""
+    # Count both ends of a fragment, each in its own bin, and not the fragment in its middle's bin.
     cut_sites: bool = False
+    # A list of barcodes, or another modality: only its cells are counted. None: every barcode.
     allowed: str | None = None
 
     @property
@@ -60,26 +109,26 @@ class FragmentsInput:
 
     def describe_identity(self) -> dict[str, Any]:
         """What must be unchanged for an interrupted conversion to go on."""
-        kept = {
+        is_list = self.allowed and parse_path(self.allowed).is_file()
+        return identify_file(self.path) | {
             "modality": self.modality,
             "dataset": self.dataset,
             "cut_sites": self.cut_sites,
             "limit": self.allowed,
+            "barcodes": identify_file(Path(self.allowed)) if self.allowed and is_list else None,
         }
-        listed_in = (
-            identify_file(Path(self.allowed))
-            if self.allowed and parse_path(self.allowed).is_file()
-            else None
-        )
-        return identify_file(self.path) | kept | {"barcodes": listed_in}
+
+
+# What the command line gives: most inputs are sources from the start.
+ConversionInput: TypeAlias = Source | FragmentsInput
 
 
 @dataclass(frozen=True)
 class FragmentsSource(DirectSource):
-    """A fragments file after it was counted. folder: its parts, barcodes and bins."""
+    """A fragments file that has been counted."""
 
     given: FragmentsInput
-    folder: Path
+    folder: Path  # of parts, barcodes.npy and bins.npy
 
     @property
     def modality(self) -> str:
@@ -101,201 +150,191 @@ class FragmentsSource(DirectSource):
         return self.given.describe_identity()
 
     def read_head(self) -> SourceHead:
-        barcodes, bins = (
-            np.load(self.folder / "barcodes.npy"),
-            decode_barcodes(np.load(self.folder / "bins.npy")),
-        )
-        nnz = sum(len(np.load(part / "rows.npy", mmap_mode="r")) for part in self._parts())
-        return SourceHead(barcodes, bins.tolist(), nnz, {}, [])
+        barcodes = np.load(self.folder / "barcodes.npy")
+        bins = decode_barcodes(np.load(self.folder / "bins.npy")).tolist()
+        parts = sorted_entries.list_sorted_parts(self.folder)
+        nnz = sum(len(load_array(part / "rows.npy")) for part in parts)
+        return SourceHead(barcodes, bins, nnz, {}, [])
 
     def read_rows(self, start: int, stop: int, scratch: Path) -> SourceRows:
-        n_bins = len(np.load(self.folder / "bins.npy", mmap_mode="r"))
-        return sorted_entries.read_sorted_rows(self._parts(), start, stop, n_bins)
-
-    def _parts(self) -> list[Path]:
-        return sorted(self.folder.glob("[0-9]" * 6))
+        n_bins = len(load_array(self.folder / "bins.npy"))
+        return sorted_entries.read_sorted_rows(self.folder, start, stop, n_bins)
 
 
 @dataclass(frozen=True)
-class _Count:
+class _CountTask:
     given: FragmentsInput
-    width: int
-    keep: Path | None
+    bin_width: int
+    barcodes: Path | None  # a file of those to count; None: every barcode
     out: Path
 
 
 def count_fragments(
-    inputs: Sequence[Source | FragmentsInput],
+    inputs: Sequence[ConversionInput],
     choices: Mapping[str, FeatureChoice],
     work: Path,
     pool: WorkerPool,
 ) -> list[Source]:
-    """Count every fragments file among the inputs; the other inputs stay what they are.
+    """Make a source of every fragments file among the inputs; the other inputs are sources.
+
+    Args:
+        inputs: of the conversion.
+        choices: of features, by modality; they say how wide bins are.
+        work: a folder for the counts.
+        pool: counts the files.
 
     Raises:
-        DataError: no width of the bins; a file, or a list of barcodes, that is not what it should be.
+        DataError: the width of bins is missing; a file, or a list of barcodes, is damaged.
     """
     sources: list[Source] = []
-    tasks: dict[Path, _Count] = {}
+    tasks: dict[Path, _CountTask] = {}
     for i, given in enumerate(inputs):
         if not isinstance(given, FragmentsInput):
             sources.append(given)
             continue
-        width, out = choices.get(given.modality, FeatureChoice()).bin_width, work / f"{i:03d}"
-        if width is None:
+        bin_width = choices.get(given.modality, FeatureChoice()).bin_width
+        if bin_width is None:
+            what = "fragments are counted in bins of the genome: how wide?"
             fix = f"`--bins {given.modality}=5000`, in base pairs"
-            raise DataError(
-                "fragments are counted in bins of the genome: how wide?",
-                where=given.display_name,
-                fix=fix,
-            )
-        keep = None
+            raise DataError(what, where=given.display_name, fix=fix)
+        out, barcodes = work / f"{i:03d}", None
         if given.allowed is not None:
             work.mkdir(parents=True, exist_ok=True)
-            keep = work / f"keep{i:03d}.npy"
-            save_array(keep, _wanted(given, inputs))
-        tasks[out] = _Count(given, width, keep, out)
+            barcodes = work / f"keep{i:03d}.npy"
+            save_array(barcodes, _list_allowed_barcodes(given, given.allowed, inputs))
+        tasks[out] = _CountTask(given, bin_width, barcodes, out)
         sources.append(FragmentsSource(given, out))
     if tasks:
-        run_missing(pool, "count fragments", _count, tasks)
+        run_missing(pool, "count fragments", _count_file, tasks)
     return sources
 
 
-def _wanted(given: FragmentsInput, inputs: Sequence[Source | FragmentsInput]) -> np.ndarray:
-    """The barcodes that `given.allowed` allows, (n,) bytes: a list's, or those of a modality in the same data set."""
-    assert given.allowed is not None
-    if parse_path(given.allowed).is_file():
-        barcodes = encode_barcodes(
-            [line.split("\t")[0] for line in read_lines(Path(given.allowed))], given.allowed
-        )
-        mine = f"{given.dataset}:".encode()
-        return np.array(
-            [b.removeprefix(mine) for b in barcodes.tolist()] if given.dataset else barcodes, "S"
-        )
-    others = [s for s in inputs if not isinstance(s, FragmentsInput)]
+def _list_allowed_barcodes(
+    given: FragmentsInput, allowed: str, inputs: Sequence[ConversionInput]
+) -> np.ndarray:
+    """The barcodes of a list, or of a modality in the same data set, as bytes, (n,)."""
+    if parse_path(allowed).is_file():
+        texts = [line.split("\t")[0] for line in read_lines(Path(allowed))]
+        barcodes = encode_barcodes(texts, allowed)
+        if not given.dataset:
+            return barcodes
+        prefix = f"{given.dataset}:".encode()
+        return np.array([barcode.removeprefix(prefix) for barcode in barcodes.tolist()], "S")
+    sources = [source for source in inputs if not isinstance(source, FragmentsInput)]
     found = [
-        s.read_head().barcodes[:]
-        for s in others
-        if (s.modality, s.dataset) == (given.allowed, given.dataset)
+        source.read_head().barcodes[:]
+        for source in sources
+        if (source.modality, source.dataset) == (allowed, given.dataset)
     ]
     if not found:
+        modalities = list_names(dict.fromkeys(source.modality for source in sources))
         raise DataError(
             "neither a list of barcodes nor another modality of this data set",
-            where=f"--barcodes {given.modality}={given.allowed}",
-            got=f"modalities with cells: {list_names(dict.fromkeys(s.modality for s in others)) or 'none'}",
+            where=f"--barcodes {given.modality}={allowed}",
+            got=f"modalities with cells: {modalities or 'none'}",
             expected="a file with a barcode a line, or one of these modalities",
         )
     return np.concatenate(found)
 
 
-class _Codes:
+class _Numbering:
     """Numbers things in the order in which they are first seen."""
 
     def __init__(self) -> None:
-        self.of: dict[Any, int] = {}
+        self.numbers: dict[Any, int] = {}
 
-    def __call__(self, values: list[Any]) -> np.ndarray:
-        return np.array([self.of.setdefault(value, len(self.of)) for value in values], np.int64)
+    def number_values(self, values: list[Any]) -> np.ndarray:
+        numbers = [self.numbers.setdefault(value, len(self.numbers)) for value in values]
+        return np.array(numbers, np.int64)
+
+    def number_categories(self, column: pd.Series) -> np.ndarray:
+        """Numbers of a categorical column, (n,)."""
+        return self.number_values(column.cat.categories.tolist())[column.cat.codes]
 
 
-def _count(task: _Count) -> None:
-    """One file -> a folder of parts, barcodes.npy and bins.npy."""
-    allowed = None if task.keep is None else set(decode_barcodes(np.load(task.keep)).tolist())
-    cells, chromosomes, bins = _Codes(), _Codes(), _Codes()
+def _count_file(task: _CountTask) -> None:
+    """Count one file into a folder of parts, barcodes.npy and bins.npy."""
+    allowed = None
+    if task.barcodes is not None:
+        allowed = set(decode_barcodes(np.load(task.barcodes)).tolist())
+    cells, chromosomes, bins = _Numbering(), _Numbering(), _Numbering()
+    where = task.given.display_name
     with make_whole_folder(task.out) as folder:
-        for part, lines in enumerate(_chunks(task.given)):
+        for part, chunk in enumerate(_read_chunks(task.given)):
             if allowed is not None:
-                lines = lines[lines["barcode"].isin(allowed).to_numpy()]
-                lines = lines.assign(barcode=lines["barcode"].cat.remove_unused_categories())
-            rows = cells(lines["barcode"].cat.categories.tolist())[lines["barcode"].cat.codes]
-            chromosome = chromosomes(lines["chromosome"].cat.categories.tolist())[
-                lines["chromosome"].cat.codes
-            ]
-            start, end = lines["start"].to_numpy(), lines["end"].to_numpy()
-            at = [start, end - 1] if task.given.cut_sites else [(start + end) // 2]
-            keys = np.concatenate([(chromosome << _SHIFT) + where // task.width for where in at])
+                chunk = chunk[chunk["barcode"].isin(allowed).to_numpy()]
+                barcodes = chunk["barcode"].cat.remove_unused_categories()
+                chunk = chunk.assign(barcode=barcodes)
+            rows = cells.number_categories(chunk["barcode"])
+            chromosome = chromosomes.number_categories(chunk["chromosome"]) << _SHIFT
+            start, end = chunk["start"].to_numpy(), chunk["end"].to_numpy()
+            hits = [start, end - 1] if task.given.cut_sites else [(start + end) // 2]
+            keys = np.concatenate([chromosome + position // task.bin_width for position in hits])
             unique, inverse = np.unique(keys, return_inverse=True)
-            _write(folder / f"{part:06d}", np.tile(rows, len(at)), bins(unique.tolist())[inverse])
-        if not cells.of:
+            columns = bins.number_values(unique.tolist())[inverse]
+            _write_counts(folder / f"{part:06d}", np.tile(rows, len(hits)), columns)
+        if not cells.numbers:
             fix = "the list and the file must spell barcodes alike" if allowed is not None else None
-            raise DataError(
-                "no fragment is of a cell that is wanted", where=task.given.display_name, fix=fix
-            )
-        names = list(chromosomes.of)
-        save_array(
-            folder / "barcodes.npy", encode_barcodes(list(cells.of), task.given.display_name)
-        )
+            raise DataError("no fragment is of a cell that is wanted", where=where, fix=fix)
+        names = list(chromosomes.numbers)
         texts = [
-            name_bin(names[key >> _SHIFT], key & (2**_SHIFT - 1), task.width) for key in bins.of
+            name_bin(names[key >> _SHIFT], key & _LOWER_BITS, task.bin_width)
+            for key in bins.numbers
         ]
-        save_array(folder / "bins.npy", encode_barcodes(texts, task.given.display_name))
+        save_array(folder / "barcodes.npy", encode_barcodes(list(cells.numbers), where))
+        save_array(folder / "bins.npy", encode_barcodes(texts, where))
 
 
-def _write(folder: Path, rows: np.ndarray, columns: np.ndarray) -> None:
-    """Add up what falls into the same cell and bin. rows, columns: (n,)"""
-    pairs, times = np.unique((rows << _SHIFT) + columns, return_counts=True)
-    sorted_entries.write_sorted_part(
-        folder, pairs >> _SHIFT, pairs & (2**_SHIFT - 1), times.astype(np.int32)
-    )
+def _write_counts(folder: Path, rows: np.ndarray, columns: np.ndarray) -> None:
+    """Add up what falls into the same cell and bin. rows, columns: (n,)."""
+    pairs, counts = np.unique((rows << _SHIFT) + columns, return_counts=True)
+    rows, columns = pairs >> _SHIFT, pairs & _LOWER_BITS
+    sorted_entries.write_sorted_part(folder, rows, columns, counts.astype(np.int32))
 
 
-def _chunks(given: FragmentsInput) -> Iterator[pd.DataFrame]:
-    """The fragments, some at a time; what is none becomes a DataError."""
-    columns = {"chromosome": "category", "start": "int64", "end": "int64", "barcode": "category"}
-    seen = 0
+def _read_chunks(given: FragmentsInput) -> Iterator[pd.DataFrame]:
+    """The fragments of a file, a bounded number at a time.
+
+    Raises:
+        DataError: a line is not a fragment, or the file is damaged.
+    """
+    n_seen = 0
     try:
         with open_text(given.path) as file:
-            skipped = 0
+            n_comments = 0
             while file.readline().startswith("#"):
-                skipped += 1
+                n_comments += 1
         with open_text(given.path) as file:
-            # low_memory would cut each piece into smaller ones, and take longer to bring their categories together
+            # With low_memory, pandas would cut each chunk into smaller ones, and take longer to
+            # bring their categories together.
             reader = pd.read_csv(
-                file, sep="\t", header=None, skiprows=skipped, usecols=range(4), names=list(columns), dtype=columns,
-                chunksize=CHUNK_LINES, quoting=3, na_filter=False, low_memory=False,
+                file, sep="\t", header=None, skiprows=n_comments, usecols=range(4),
+                names=list(_COLUMNS), dtype=_COLUMNS, chunksize=CHUNK_LINES, quoting=3,
+                na_filter=False, low_memory=False,
             )  # fmt: skip
             for chunk in reader:
-                wrong = (
-                    (chunk["start"] < 0)
-                    | (chunk["end"] <= chunk["start"])
-                    | (chunk["end"] > 1 << _SHIFT)
-                )
-                wrong |= chunk["barcode"] == ""
-                bad = np.flatnonzero(wrong.to_numpy())
-                if len(bad):
-                    line = " ".join(map(str, chunk.iloc[bad[0]]))
-                    expected = "chromosome, 0 <= start < end <= 2^32, barcode"
-                    where = f"{given.display_name}, fragment {seen + bad[0] + 1}"
-                    raise DataError("not a fragment", where=where, got=line, expected=expected)
-                seen += len(chunk)
+                _require_fragments(chunk, n_seen, given.display_name)
+                n_seen += len(chunk)
                 yield chunk
-    except (
-        pd.errors.ParserError,
-        pd.errors.EmptyDataError,
-        ValueError,
-        OverflowError,
-        *UNREADABLE,
-    ) as error:
+    except (ValueError, OverflowError, *UNREADABLE) as error:  # pandas raises ValueErrors
         raise DataError(
             "the fragments cannot be read to their end",
-            where=f"{given.display_name}, after fragment {seen}",
+            where=f"{given.display_name}, after fragment {n_seen}",
             got=str(error).strip(),
             expected="lines of chromosome, start, end, barcode, with tabs between",
             fix="check that the file is complete",
         ) from None
 
 
-def looks_like_fragments(path: Path) -> bool:
-    """Whether the first line that is no comment reads as a fragment."""
-    try:
-        with open_text(path) as file:
-            line = "#"
-            while line.startswith("#"):
-                line = file.readline(LINE)
-    except UNREADABLE:
-        return False
-    parts = line.rstrip("\r\n").split("\t")
-    return len(parts) >= 4 and parts[1].isdecimal() and parts[2].isdecimal()
-
-
-ConversionInput: TypeAlias = Source | FragmentsInput
+def _require_fragments(chunk: pd.DataFrame, n_before: int, name: str) -> None:
+    """Refuse lines that are not fragments; n_before: fragments of the file before the chunk."""
+    wrong = (chunk["start"] < 0) | (chunk["end"] <= chunk["start"])
+    wrong |= (chunk["end"] > 1 << _SHIFT) | (chunk["barcode"] == "")
+    places = np.flatnonzero(wrong.to_numpy())
+    if len(places):
+        raise DataError(
+            "not a fragment",
+            where=f"{name}, fragment {n_before + places[0] + 1}",
+            got=" ".join(map(str, chunk.iloc[places[0]])),
+            expected="chromosome, 0 <= start < end <= 2^32, barcode",
+        )

@@ -1,4 +1,7 @@
-"""Reading HDF5 that may be broken or hostile: a part lies in its file, and is of a size that it can be."""
+"""HDF5 files that may be broken or hostile.
+
+Before a part of a file is read, it must lie in that file and be of a size that the file can hold.
+"""
 
 from __future__ import annotations
 
@@ -12,106 +15,133 @@ import numpy as np
 from anndata.io import read_elem
 
 from clue_dist.errors import ClueError, DataError
+from data_prep.readers.text_files import explain_unreadable
 
-_MOST = 1000  # values of a dataset for each byte of its file: compressed zeros come to less
-_DEEPEST = 8  # groups: a link may lead back to one above
-ANEW = "write the file again, from what it was made of"
+_MOST_VALUES = 1000  # of a dataset for each byte of its file: even zeros compress no better
+_DEEPEST_GROUP = 8  # groups within groups, as a link may lead back to a group above
+WRITE_ANEW = "write the file again, from what it was made of"  # how to mend a damaged file
 
 
 @contextmanager
 def open_h5(path: Path) -> Iterator[h5py.File]:
-    """Open for reading; what HDF5 cannot read becomes a DataError."""
+    """Open a file for reading.
+
+    Raises:
+        DataError: in place of whatever h5py or anndata raise while the file is open.
+    """
     try:
         file = h5py.File(path, "r")
     except OSError as error:
-        raise DataError(
-            "not a readable HDF5 file",
-            where=path,
-            got=str(error),
-            fix="check that the file is complete",
-        ) from None
+        fix = "check that the file is complete"
+        raise DataError("not a readable HDF5 file", where=path, got=str(error), fix=fix) from None
     with file:
         try:
             yield file
         except ClueError:
             raise
-        except Exception as error:  # of h5py and anndata, which have no kind of error in common
-            got = f"{type(error).__name__}: {error}"[:500]
-            raise DataError(
-                "part of the file is missing or damaged", where=path, got=got, fix=ANEW
-            ) from error
+        except Exception as error:  # h5py and anndata have no kind of error in common
+            what, got = "part of the file is missing or damaged", f"{type(error).__name__}: {error}"
+            raise DataError(what, where=path, got=got[:500], fix=WRITE_ANEW) from error
+
+
+def has_part(path: Path, *names: str) -> bool:
+    """Whether a path is an HDF5 file with a part of one of these names.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        is_hdf5 = path.is_file() and h5py.is_hdf5(path)
+    except OSError as error:
+        raise explain_unreadable(path, error) from None
+    if not is_hdf5:
+        return False
+    with open_h5(path) as file:
+        return any(name in file for name in names)
 
 
 def open_part(parent: Any, name: str) -> Any:
-    """A part of a file, which lies in it and is of a size that it can be.
+    """A group or dataset of a file; of a dataset nothing is read yet.
 
     Raises:
-        DataError: it lies in another file; it says that it holds absurdly many values.
-        KeyError: there is none.
+        DataError: it lies in another file, or claims more values than its file can hold.
+        KeyError: there is none of this name.
     """
     part, path = parent[name], parent.file.filename
     if part.file.filename != path:
-        raise DataError("part of the file lies in another file", where=f"{path}: {name}", fix=ANEW)
+        what = "part of the file lies in another file"
+        raise DataError(what, where=f"{path}: {name}", fix=WRITE_ANEW)
     if not isinstance(part, h5py.Dataset):
         return part
     if part.external or part.is_virtual:
-        raise DataError("values of the file lie in another file", where=name_part(part), fix=ANEW)
-    if (part.size or 0) > _MOST * max(Path(path).stat().st_size, 2**16):
-        got = f"{part.size} values in a file of {Path(path).stat().st_size} bytes"
+        what = "values of the file lie in another file"
+        raise DataError(what, where=name_part(part), fix=WRITE_ANEW)
+    n_bytes = Path(path).stat().st_size
+    if (part.size or 0) > _MOST_VALUES * max(n_bytes, 2**16):
         raise DataError(
             "a dataset says that it holds more than its file can",
             where=name_part(part),
-            got=got,
-            fix=ANEW,
+            got=f"{part.size} values in a file of {n_bytes} bytes",
+            fix=WRITE_ANEW,
         )
     return part
 
 
 def read_part(parent: Any, name: str) -> Any:
-    """A part of a file as anndata reads it, after a look at all of it; raises as `part_of`."""
+    """Read a part of a file as anndata does, once all that lies in it has passed `open_part`."""
     part = open_part(parent, name)
-    _look_into(part, set())
+    _inspect_groups(part, set())
     return read_elem(part)
 
 
-def _look_into(part: Any, seen: set[int], depth: int = 0) -> None:
-    """seen: addresses of groups. One that lies in many would be read as often, and those within it as often again."""
+def _inspect_groups(part: Any, seen: set[int], depth: int = 0) -> None:
+    """Open all that lies in a part, so that `open_part` may refuse it.
+
+    Args:
+        part: a group, or a dataset, in which nothing lies.
+        seen: addresses of groups. A group that lies in many others would be read as often, and the
+            groups in it as often again, so it is refused the second time.
+        depth: number of groups above.
+    """
     if not isinstance(part, h5py.Group):
         return
     address = h5py.h5o.get_info(part.id).addr
-    if depth > _DEEPEST or address in seen:
-        raise DataError("groups within groups without an end", where=name_part(part), fix=ANEW)
+    if depth > _DEEPEST_GROUP or address in seen:
+        what = "groups within groups without an end"
+        raise DataError(what, where=name_part(part), fix=WRITE_ANEW)
     seen.add(address)
     for name in part:
-        _look_into(open_part(part, name), seen, depth + 1)
+        _inspect_groups(open_part(part, name), seen, depth + 1)
 
 
 def name_part(part: Any) -> str:
-    """A part of a file, for messages."""
+    """Name a part of a file for messages: `rna.h5ad: X/data`."""
     return f"{Path(part.file.filename).name}: {part.name.lstrip('/')}"
 
 
-def read_stretch(dataset: h5py.Dataset, lo: int, hi: int) -> np.ndarray:
-    """Values lo to hi of a dataset with one axis; straight from the file where they lie there as they are.
+def read_stretch(dataset: h5py.Dataset, start: int, stop: int) -> np.ndarray:
+    """Values `start` to `stop` of a dataset with one axis.
 
-    HDF5 copies them twice, and lets one thread at a time do it.
+    HDF5 copies values twice and lets one thread at a time do it. So where they lie in the file as
+    they are, uncompressed, they are read past HDF5.
     """
-    lo, hi = max(lo, 0), min(hi, len(dataset))
-    form = dataset.id.get_create_plist()
-    plain = form.get_layout() == h5py.h5d.CHUNKED and not form.get_nfilters()
-    # Texts and references are addresses of something else.
+    start, stop = max(start, 0), min(stop, len(dataset))
+    creation = dataset.id.get_create_plist()
+    plain = creation.get_layout() == h5py.h5d.CHUNKED and not creation.get_nfilters()
+    # On disk, texts and references are addresses of what lies elsewhere.
     plain = plain and dataset.dtype.kind in "iufb" and dataset.dtype.isnative
     if not plain or dataset.file.userblock_size or dataset.file.driver != "sec2":
-        return dataset[lo:hi]
-    out, (width,) = np.empty(max(hi - lo, 0), dataset.dtype), dataset.chunks
+        return dataset[start:stop]
+    values, (width,) = np.empty(max(stop - start, 0), dataset.dtype), dataset.chunks
     with open(dataset.file.filename, "rb", buffering=0) as file:
-        for first in range(lo // width * width, hi, width):
-            begin, end = max(first, lo), min(first + width, hi)
+        for first in range(start // width * width, stop, width):
+            begin, end = max(first, start), min(first + width, stop)
+            target = values[begin - start : end - start]
             chunk = dataset.id.get_chunk_info_by_coord((first,))
-            if chunk.byte_offset is None:  # never written: HDF5 knows what to give
-                out[begin - lo : end - lo] = dataset[begin:end]
+            if chunk.byte_offset is None:  # never written: HDF5 knows the value to fill it with
+                target[:] = dataset[begin:end]
                 continue
-            file.seek(chunk.byte_offset + (begin - first) * out.itemsize)
-            if file.readinto(out[begin - lo : end - lo].data) != (end - begin) * out.itemsize:
+            file.seek(chunk.byte_offset + (begin - first) * values.itemsize)
+            if file.readinto(target.data) != target.nbytes:
                 raise OSError("the file ends within its data")
-    return out
+    return values

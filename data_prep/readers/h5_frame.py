@@ -1,4 +1,4 @@
-"""A data frame in HDF5, as anndata writes it: row names and columns, the large ones read when they are needed."""
+"""A data frame in HDF5, as anndata writes it: row names and columns, read when they are needed."""
 
 from __future__ import annotations
 
@@ -11,33 +11,38 @@ import numpy as np
 import pandas as pd
 
 from clue_dist.errors import DataError
-from data_prep.readers.h5_file import ANEW, name_part, open_h5, open_part, read_part
+from data_prep.readers.h5_file import WRITE_ANEW, name_part, open_h5, open_part, read_part
 from data_prep.readers.source import CategoryCodes, SlicedArray, encode_barcodes
 
-_SLICE = 2**20  # rows of a column that are looked at together
+_SLICE_ROWS = 2**20  # of a column that are looked at together
 
 
 @dataclass(frozen=True)
 class TextColumn:
-    """A dataset of texts, of which a slice gives (n,) UTF-8 bytes."""
+    """A dataset of texts; a slice of it gives UTF-8 bytes, (n,)."""
 
     path: Path
-    name: str
-    n: int
+    name: str  # of the dataset
+    n_rows: int
 
     @classmethod
     def open_dataset(cls, texts: h5py.Dataset) -> TextColumn:
-        if texts.ndim != 1 or not (h5py.check_string_dtype(texts.dtype) or texts.dtype.kind == "S"):
+        """Refer to a dataset of an open file.
+
+        Raises:
+            DataError: it does not hold texts, or has several axes.
+        """
+        if texts.ndim != 1 or not _holds_texts(texts):
             raise DataError(
                 "names that are no texts",
                 where=name_part(texts),
                 got=f"{texts.dtype} {texts.shape}",
-                fix=ANEW,
+                fix=WRITE_ANEW,
             )
         return cls(Path(texts.file.filename), texts.name, len(texts))
 
     def __len__(self) -> int:
-        return self.n
+        return self.n_rows
 
     def __getitem__(self, rows: slice) -> np.ndarray:
         with open_h5(self.path) as file:
@@ -46,124 +51,132 @@ class TextColumn:
 
 @dataclass(frozen=True)
 class CategoryColumn:
-    """Codes of a categorical column, of which a slice gives (n,) int32. final: of each own code, -1 last."""
+    """The codes of a categorical column; a slice of it gives int32, (n,)."""
 
     path: Path
-    name: str
-    n: int
-    final: np.ndarray
+    name: str  # of the dataset that holds the codes
+    n_rows: int
+    final_codes: np.ndarray  # what each code in the file becomes; the last one is for -1
 
     def __len__(self) -> int:
-        return self.n
+        return self.n_rows
 
     def __getitem__(self, rows: slice) -> np.ndarray:
         with open_h5(self.path) as file:
-            out: np.ndarray = self.final[file[self.name][rows]]
-        return out
+            codes: np.ndarray = self.final_codes[file[self.name][rows]]
+        return codes
 
 
-def read_codes(obs: h5py.Group, name: str, n: int) -> CategoryCodes:
-    """A column of obs, which has n rows; a categorical one is read when it is needed, and categories that no cell has
-    do not count."""
-    column, categorical = open_part(obs, name), _categorical(obs, name)
+def read_codes(obs: h5py.Group, name: str, n_cells: int) -> CategoryCodes:
+    """A column of obs as categories; those that no cell has are left out.
+
+    Of a categorical column only the categories are kept in memory: its codes are looked through
+    here, and read again when they are needed.
+
+    Raises:
+        DataError: the column does not have a value for each of `n_cells` cells, or is damaged.
+    """
+    column, categorical = open_part(obs, name), _open_categorical(obs, name)
     if categorical is None:
-        if isinstance(column, h5py.Dataset) and column.shape != (n,):  # before any of it is read
-            got = column.shape
-            raise DataError(
-                "a column of obs does not fit its cells",
-                where=name_part(column),
-                got=got,
-                expected=(n,),
-            )
-        values = _plain(obs, name)
-        if len(values) != n:
-            raise DataError(
-                "a column of obs does not fit its cells",
-                where=name_part(column),
-                got=len(values),
-                expected=n,
-            )
-        return CategoryCodes.encode_values(values)
+        return CategoryCodes.encode_values(_read_plain_column(obs, name, n_cells))
     codes, categories = categorical
-    if codes.shape != (n,) or codes.dtype.kind not in "iu" or categories.ndim != 1:
-        got = f"codes {codes.dtype} {codes.shape}, categories {categories.shape}"
+    if codes.shape != (n_cells,) or codes.dtype.kind not in "iu" or categories.ndim != 1:
         raise DataError(
             "a column of obs does not fit its cells",
             where=name_part(column),
-            got=got,
-            expected=n,
-            fix=ANEW,
+            got=f"codes {codes.dtype} {codes.shape}, categories {categories.shape}",
+            expected=n_cells,
+            fix=WRITE_ANEW,
         )
-    used = np.zeros(len(categories) + 1, bool)
-    for lo in range(0, len(codes), _SLICE):
-        piece = codes[lo : lo + _SLICE]
-        if not -1 <= piece.min() <= piece.max() < len(categories):
+    used = np.flatnonzero(_find_used_codes(codes, len(categories), name_part(column)))
+    encoded = CategoryCodes.encode_values(categories[used])
+    final_codes = np.full(len(categories) + 1, -1, np.int32)
+    final_codes[used] = encoded.codes[:]
+    path = Path(codes.file.filename)
+    return CategoryCodes(CategoryColumn(path, codes.name, n_cells, final_codes), encoded.names)
+
+
+def _read_plain_column(obs: h5py.Group, name: str, n_cells: int) -> Any:
+    column = open_part(obs, name)
+    shape = column.shape if isinstance(column, h5py.Dataset) else (n_cells,)
+    what, where = "a column of obs does not fit its cells", name_part(column)
+    if shape != (n_cells,):  # before any of it is read
+        raise DataError(what, where=where, got=shape, expected=(n_cells,))
+    values = _read_column(obs, name)
+    if len(values) != n_cells:
+        raise DataError(what, where=where, got=len(values), expected=n_cells)
+    return values
+
+
+def _find_used_codes(codes: h5py.Dataset, n_categories: int, where: str) -> np.ndarray:
+    """Whether any cell has a category, (categories,) bool."""
+    used = np.zeros(n_categories + 1, bool)  # the last one is for -1
+    for start in range(0, len(codes), _SLICE_ROWS):
+        some = codes[start : start + _SLICE_ROWS]
+        if not -1 <= some.min() <= some.max() < n_categories:
             raise DataError(
                 "a column of obs points outside its categories",
-                where=name_part(column),
-                got=f"codes {piece.min()} to {piece.max()}",
-                expected=f"-1 (unknown) to {len(categories) - 1}",
-                fix=ANEW,
+                where=where,
+                got=f"codes {some.min()} to {some.max()}",
+                expected=f"-1 (unknown) to {n_categories - 1}",
+                fix=WRITE_ANEW,
             )
-        used[piece] = True  # the last one: -1
-    kept = np.flatnonzero(used[:-1])
-    names, final = CategoryCodes.encode_values(categories[kept]), np.full(len(used), -1, np.int32)
-    final[kept] = names.codes[:]
-    return CategoryCodes(
-        CategoryColumn(Path(codes.file.filename), codes.name, len(codes), final), names.names
-    )
+        used[some] = True
+    return used[:-1]
 
 
 def read_values(frame: h5py.Group, name: str) -> pd.Series:
-    """A column of a data frame, all of it; what is unknown is NaN."""
-    categorical = _categorical(frame, name)
+    """All of a column of a data frame; what is unknown is NaN."""
+    categorical = _open_categorical(frame, name)
     if categorical is None:
-        return pd.Series(_plain(frame, name), dtype=object)
+        return pd.Series(_read_column(frame, name), dtype=object)
     codes, categories = categorical
     return pd.Series(pd.Categorical.from_codes(codes[:], pd.Index(categories)), dtype=object)
 
 
-def _categorical(frame: h5py.Group, name: str) -> tuple[h5py.Dataset, np.ndarray] | None:
-    """Codes and categories of a column; None where it holds its values themselves.
-
-    Before anndata 0.8 a column's codes were a dataset that refers to its categories.
-    """
+def _open_categorical(frame: h5py.Group, name: str) -> tuple[h5py.Dataset, np.ndarray] | None:
+    """Codes and categories of a column; None where the column is not categorical."""
     column = open_part(frame, name)
     if column.attrs.get("encoding-type") == "categorical":
         return open_part(column, "codes"), np.asarray(read_part(column, "categories"))
     if not (isinstance(column, h5py.Dataset) and "categories" in column.attrs):
         return None
+    # Before anndata 0.8, the column was a dataset of codes with a reference to its categories.
     referred = column.file[column.attrs["categories"]]
     categories = open_part(referred.parent, referred.name)
-    return column, (
-        categories.asstr() if h5py.check_string_dtype(categories.dtype) else categories
-    )[:]
+    if h5py.check_string_dtype(categories.dtype):
+        return column, categories.asstr()[:]
+    return column, categories[:]
 
 
-def _plain(frame: h5py.Group, name: str) -> Any:
+def _read_column(frame: h5py.Group, name: str) -> Any:
     values = read_part(frame, name)
     if not isinstance(values, np.ndarray | pd.api.extensions.ExtensionArray):
-        got = type(values).__name__
         raise DataError(
-            "not a column of a data frame", where=name_part(frame[name]), got=got, fix=ANEW
+            "not a column of a data frame",
+            where=name_part(frame[name]),
+            got=type(values).__name__,
+            fix=WRITE_ANEW,
         )
     return values
 
 
 def read_names(root: Any, name: str, where: str) -> SlicedArray:
-    """Row names of a data frame, as bytes."""
+    """Row names of the data frame `name` (`obs`, `var`) as bytes, read slice by slice if they can."""
     if name in root and not isinstance(root[name], h5py.Dataset):
         frame = open_part(root, name)
         index = open_part(frame, frame.attrs["_index"])
-        if isinstance(index, h5py.Dataset) and (
-            h5py.check_string_dtype(index.dtype) or index.dtype.kind == "S"
-        ):
+        if isinstance(index, h5py.Dataset) and _holds_texts(index):
             return TextColumn.open_dataset(index)
     return encode_barcodes(read_index(root, name, where), where)
 
 
 def read_index(root: Any, name: str, where: str) -> list[str]:
-    """Row names of a data frame (`obs`, `var`)."""
+    """Row names of the data frame `name` (`obs`, `var`).
+
+    Raises:
+        DataError: there is no such data frame, or its names are not texts.
+    """
     if name not in root or isinstance(root[name], h5py.Dataset):
         fix = "read and write it once with a current anndata"
         raise DataError(f"no {name} of a current AnnData", where=where, fix=fix)
@@ -174,15 +187,20 @@ def read_index(root: Any, name: str, where: str) -> list[str]:
             "names that are no texts",
             where=name_part(frame),
             got=f"{values.dtype} {values.shape}",
-            fix=ANEW,
+            fix=WRITE_ANEW,
         )
     return [value.decode() if isinstance(value, bytes) else str(value) for value in values.tolist()]
 
 
+def _holds_texts(dataset: h5py.Dataset) -> bool:
+    return bool(h5py.check_string_dtype(dataset.dtype)) or dataset.dtype.kind == "S"
+
+
 def has_obs(file: h5py.File) -> bool:
-    """Whether a MuData has an obs of its own."""
+    """Whether a MuData has an obs that its modalities share."""
     return "obs" in file and isinstance(file["obs"], h5py.Group)
 
 
 def list_columns(frame: h5py.Group) -> list[str]:
+    """The columns of a data frame, in its order."""
     return [str(name) for name in np.ravel(frame.attrs.get("column-order", []))]

@@ -1,4 +1,4 @@
-"""Matrices in HDF5: AnnData (.h5ad), MuData (.h5mu) and 10x (.h5), read slice by slice."""
+"""AnnData files (.h5ad), read slice by slice."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 
 from clue_dist.errors import DataError, list_names
-from data_prep.options import ObsColumns
+from data_prep.options import InputArgument, ObsColumns, ReadingOptions
 from data_prep.readers import sorted_entries
-from data_prep.readers.h5_file import ANEW, open_h5, open_part
+from data_prep.readers.h5_file import WRITE_ANEW, has_part, open_h5, open_part
 from data_prep.readers.h5_frame import (
     has_obs,
     list_columns,
@@ -43,16 +43,47 @@ from data_prep.readers.source import (
 )
 
 
+def is_h5ad(path: Path) -> bool:
+    """Whether a file is an AnnData; a MuData may have an X of its own, too."""
+    return has_part(path, "X", "layers") and not has_part(path, "mod")
+
+
+def open_h5ad(argument: InputArgument, options: ReadingOptions) -> list[AnnDataSource]:
+    """The one source of an AnnData, as the modality that a person names.
+
+    Raises:
+        DataError: no modality is named.
+    """
+    modality = argument.modality
+    if modality is None:
+        raise DataError(
+            "an .h5ad needs a modality's name",
+            where=argument.text,
+            fix=f"write it as `rna={argument.path.name}`, say",
+        )
+    return [
+        AnnDataSource(
+            argument.path,
+            modality,
+            argument.dataset,
+            "",
+            options.layers.get_value(modality),
+            options.obs_columns,
+            options.id_columns.get_value(modality),
+        )
+    ]
+
+
 @dataclass(frozen=True)
 class AnnDataSource:
-    """One AnnData: a whole .h5ad (`group` "") or a modality of a .h5mu (`group` "mod/rna")."""
+    """One AnnData: a whole .h5ad, or a modality of a .h5mu."""
 
     path: Path
     modality: str
     dataset: str = ""
-    group: str = ""
+    group: str = ""  # where it lies in the file: `mod/rna` in a .h5mu
     layer: str | None = None  # None: X
-    keys: ObsColumns = field(default_factory=ObsColumns)
+    obs_columns: ObsColumns = field(default_factory=ObsColumns)
     id_columns: str | None = None
 
     @property
@@ -61,140 +92,146 @@ class AnnDataSource:
 
     @property
     def matrix(self) -> str:
-        inside = {None: "X", "raw.X": "raw/X"}.get(self.layer, f"layers/{self.layer}")
-        return f"{self.group}/{inside}".lstrip("/")
+        """Where the matrix lies in the file: `X`, `mod/rna/layers/counts`."""
+        name = {None: "X", "raw.X": "raw/X"}.get(self.layer, f"layers/{self.layer}")
+        return f"{self.group}/{name}".lstrip("/")
 
     def describe_identity(self) -> dict[str, Any]:
-        kept = {
+        return identify_file(self.path) | {
             "matrix": self.matrix,
             "modality": self.modality,
             "dataset": self.dataset,
             "ids": self.id_columns,
         }
-        return identify_file(self.path) | kept
 
     def read_head(self) -> SourceHead:
         with open_h5(self.path) as file:
-            root = open_part(file, self.group) if self.group else file
-            matrix = self._matrix(file)
+            root, matrix = self._open_root(file), self._open_matrix(file)
             var = "raw/var" if self.layer == "raw.X" else "var"
-            barcodes, features = (
-                read_names(root, "obs", self.display_name),
-                read_index(root, var, self.display_name),
-            )
-            if read_shape(matrix) != (len(barcodes), len(features)):
-                got = f"{read_shape(matrix)} for {len(barcodes)} cells and {len(features)} features"
-                raise DataError(
-                    "matrix, obs and var do not fit together",
-                    where=f"{self.display_name}: {self.matrix}",
-                    got=got,
-                )
-            if read_format(matrix) != "array":
-                require_whole_matrix(
-                    matrix, len(barcodes) if read_format(matrix) == "csr_matrix" else len(features)
-                )
-            fields = {
-                f: c
-                for f, key in self.keys.by_field.items()
-                if (c := self._codes(file, key, barcodes)) is not None
+            barcodes = read_names(root, "obs", self.display_name)
+            features = read_index(root, var, self.display_name)
+            self._require_fitting_matrix(matrix, len(barcodes), len(features))
+            codes = {
+                field: self._read_field(file, column, barcodes)
+                for field, column in self.obs_columns.by_field.items()
             }
-            columns = list_columns(root["obs"]) + (
-                list_columns(file["obs"]) if self.group and has_obs(file) else []
-            )
-            nnz = int(matrix.size if isinstance(matrix, h5py.Dataset) else matrix["data"].shape[0])
-            named_by, names = self._names(root[var], features)
+            obs_columns = list_columns(root["obs"])
+            if self.group and has_obs(file):
+                obs_columns += list_columns(file["obs"])
+            is_dense = isinstance(matrix, h5py.Dataset)
+            nnz = int(matrix.size if is_dense else matrix["data"].shape[0])
+            name_column, names = self._choose_feature_names(root[var], features)
             var_columns = list_columns(root[var])
-        return SourceHead(barcodes, names, nnz, fields, columns, var_columns, named_by)
+        fields = {field: column for field, column in codes.items() if column is not None}
+        return SourceHead(barcodes, names, nnz, fields, obs_columns, var_columns, name_column)
 
     def count_parts(self) -> int:
+        """A CSC matrix is sorted part by part; the other forms have rows that can be read."""
         with open_h5(self.path) as file:
-            matrix = self._matrix(file)
+            matrix = self._open_matrix(file)
             if read_format(matrix) != "csc_matrix":
                 return 0
             return -(-int(matrix["data"].shape[0]) // sorted_entries.PART_ENTRIES)
 
     def prepare_part(self, part: int, scratch: Path) -> None:
         """Sort one run of a CSC matrix's entries by row."""
-        lo = part * sorted_entries.PART_ENTRIES
+        start = part * sorted_entries.PART_ENTRIES
         with open_h5(self.path) as file:
-            matrix = self._matrix(file)
-            n_rows, _ = read_shape(matrix)
-            require_whole_matrix(matrix, read_shape(matrix)[1])
+            matrix = self._open_matrix(file)
+            n_rows, n_columns = read_shape(matrix)
+            require_whole_matrix(matrix, n_columns)
             rows, values = (
-                open_part(matrix, name)[lo : lo + sorted_entries.PART_ENTRIES]
+                open_part(matrix, name)[start : start + sorted_entries.PART_ENTRIES]
                 for name in ("indices", "data")
             )
+            stop = start + len(rows)
             indptr = open_part(matrix, "indptr")[:].astype(np.int64)
-            where = f"{self.display_name}, entries {lo} to {lo + len(rows) - 1}"
+            where = f"{self.display_name}, entries {start} to {stop - 1}"
             if (np.diff(indptr) < 0).any():
-                raise DataError(MISFIT, where=where, fix=ANEW)
+                raise DataError(MISFIT, where=where, fix=WRITE_ANEW)
             require_inside_matrix(rows, n_rows, "cells", where)
-            columns = np.searchsorted(indptr, np.arange(lo, lo + len(rows)), side="right") - 1
+            columns = np.searchsorted(indptr, np.arange(start, stop), side="right") - 1
             values = require_real_numbers(values, where)
-        sorted_entries.write_sorted_part(
-            scratch / f"{part:06d}", rows.astype(np.int64), columns, values
-        )
+        folder = scratch / f"{part:06d}"
+        sorted_entries.write_sorted_part(folder, rows.astype(np.int64), columns, values)
 
     def read_rows(self, start: int, stop: int, scratch: Path) -> SourceRows:
         with open_h5(self.path) as file:
-            matrix = self._matrix(file)
+            matrix = self._open_matrix(file)
             n_columns = read_shape(matrix)[1]
             if read_format(matrix) == "array":
                 return require_real_numbers(np.asarray(matrix[start:stop]), self.display_name)
             if read_format(matrix) == "csr_matrix":
                 return read_csr_slice(matrix, start, stop, n_columns, self.display_name)
-        return sorted_entries.read_sorted_rows(
-            sorted(scratch.glob("[0-9]" * 6)), start, stop, n_columns
-        )
+        return sorted_entries.read_sorted_rows(scratch, start, stop, n_columns)
 
     def list_other_counts(self) -> list[str]:
         with open_h5(self.path) as file:
-            root = open_part(file, self.group) if self.group else file
-            names = [f"layers/{name}" for name in root.get("layers", {})] + ["raw/X"] * (
-                "raw" in root and "X" in root["raw"]
-            )
-            fitting = [
-                n
-                for n in names
-                if f"{self.group}/{n}".lstrip("/") != self.matrix
-                and looks_like_counts(open_part(root, n))
+            root = self._open_root(file)
+            paths = {f"layers/{name}": name for name in root.get("layers", {})}
+            if "raw" in root and "X" in root["raw"]:
+                paths["raw/X"] = "raw.X"
+            return [
+                str(name)
+                for path, name in paths.items()
+                if f"{self.group}/{path}".lstrip("/") != self.matrix
+                and looks_like_counts(open_part(root, path))
             ]
-        return ["raw.X" if name == "raw/X" else name.removeprefix("layers/") for name in fitting]
 
-    def _matrix(self, file: h5py.File) -> Any:
+    def _open_root(self, file: h5py.File) -> Any:
+        return open_part(file, self.group) if self.group else file
+
+    def _open_matrix(self, file: h5py.File) -> Any:
         if self.matrix not in file:
             root = file[self.group] if self.group else file
-            there = [*root.get("layers", {}), *(["raw.X"] if "raw" in root else [])]
+            layers = [*root.get("layers", {}), *(["raw.X"] if "raw" in root else [])]
             raise DataError(
                 "the file has no such matrix",
                 where=f"{self.display_name}: {self.matrix}",
-                got=f"layers: {list_names(there) or 'none'}",
-                fix=f"name one of them with `--layer`, or `--layer {self.modality}=NAME` for this modality alone",
+                got=f"layers: {list_names(layers) or 'none'}",
+                fix="name one of them with `--layer`, or "
+                f"`--layer {self.modality}=NAME` for this modality alone",
             )
         return open_part(file, self.matrix)
 
-    def _names(self, var: h5py.Group, own: list[str]) -> tuple[str | None, list[str]]:
-        """The features' names, of the first column of `ids` there is, and that column; else their own."""
+    def _require_fitting_matrix(self, matrix: Any, n_cells: int, n_features: int) -> None:
+        shape, form = read_shape(matrix), read_format(matrix)
+        if shape != (n_cells, n_features):
+            raise DataError(
+                "matrix, obs and var do not fit together",
+                where=f"{self.display_name}: {self.matrix}",
+                got=f"{shape} for {n_cells} cells and {n_features} features",
+            )
+        if form != "array":
+            require_whole_matrix(matrix, n_cells if form == "csr_matrix" else n_features)
+
+    def _choose_feature_names(
+        self, var: h5py.Group, var_names: list[str]
+    ) -> tuple[str | None, list[str]]:
+        """The first of `id_columns` that var has, and the names in it; else None and var_names."""
         for column in (self.id_columns or "").split(","):
             if column and column in var:
                 values = read_values(var, column)
-                return column, make_names_unique(
-                    values.where(values.notna(), "").astype(str).tolist(), own
-                )
-        return None, own
+                names = values.where(values.notna(), "").astype(str).tolist()
+                return column, make_names_unique(names, var_names)
+        return None, var_names
 
-    def _codes(self, file: h5py.File, key: str, barcodes: SlicedArray) -> CategoryCodes | None:
-        """A column of the modality's own obs, else of MuData's: `key` or `modality:key`."""
+    def _read_field(
+        self, file: h5py.File, column: str, barcodes: SlicedArray
+    ) -> CategoryCodes | None:
+        """A column of the modality's obs, else of the obs that the modalities of a MuData share.
+
+        MuData's column is called as it is asked for, or has the modality before it, `rna:batch`.
+        """
         root = file[self.group] if self.group else file
-        if key in root["obs"]:
-            return read_codes(root["obs"], key, len(barcodes))
+        if column in root["obs"]:
+            return read_codes(root["obs"], column, len(barcodes))
         if not self.group or not has_obs(file):
             return None
-        for name in (key, f"{self.modality}:{key}"):
+        for name in (column, f"{self.modality}:{column}"):
             if name in file["obs"]:
-                shared = pd.Index(
-                    encode_barcodes(read_index(file, "obs", self.display_name), self.display_name)
-                )
+                index = read_index(file, "obs", self.display_name)
+                shared = pd.Index(encode_barcodes(index, self.display_name))
                 codes = read_codes(file["obs"], name, len(shared))
                 return codes.take_rows(shared.get_indexer(pd.Index(barcodes[:])))
         return None

@@ -1,6 +1,7 @@
-"""Matrix Market folders as 10x writes them: matrix.mtx, barcodes.tsv, features.tsv (or genes.tsv), each maybe gzipped.
+"""Matrix Market folders as 10x writes them: matrix.mtx, barcodes.tsv and features.tsv (or genes.tsv).
 
-Entries may come in any order, so the text is read once, in pieces, and kept as sorted parts (see `entries`).
+Each file may be gzipped. Entries of the matrix come in any order, so the text is read once, chunk
+by chunk, and kept as sorted parts (see `sorted_entries`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import pandas as pd
 
 from clue_dist.errors import DataError
 from data_prep.jobs.whole_files import make_whole_folder
+from data_prep.options import InputArgument, ReadingOptions
 from data_prep.readers import sorted_entries
 from data_prep.readers.source import (
     SourceHead,
@@ -26,7 +28,43 @@ from data_prep.readers.source import (
     select_columns,
 )
 from data_prep.readers.tenx import TENX_COLUMNS, FeatureTable
-from data_prep.readers.text_files import LINE, UNREADABLE, explain_unreadable, open_text, read_lines
+from data_prep.readers.text_files import (
+    MOST_LETTERS,
+    UNREADABLE,
+    explain_unreadable,
+    open_text,
+    read_lines,
+)
+
+# What the files of a folder may be called, apart from an ending .gz.
+_NAMES = {
+    "matrix": ["matrix.mtx"],
+    "barcodes": ["barcodes.tsv"],
+    "features": ["features.tsv", "genes.tsv"],
+}
+_PART = "000000"  # the only one
+
+
+def is_matrix_market(path: Path) -> bool:
+    """Whether a path is a folder; when it is opened, it must hold the three files."""
+    return path.is_dir()
+
+
+def open_matrix_market(
+    argument: InputArgument, options: ReadingOptions
+) -> list[MatrixMarketSource]:
+    """A source for each modality of the folder; see `FeatureTable.assign_types`."""
+    table = read_mtx_features(argument.path)
+    return [
+        MatrixMarketSource(
+            argument.path,
+            modality,
+            argument.dataset,
+            feature_type,
+            options.id_columns.get_value(modality),
+        )
+        for modality, feature_type in table.assign_types(argument, options.kinds).items()
+    ]
 
 
 @dataclass(frozen=True)
@@ -44,99 +82,95 @@ class MatrixMarketSource:
         return f"{self.path.name}/{self.feature_type}" if self.feature_type else self.path.name
 
     def describe_identity(self) -> dict[str, Any]:
-        files = [
-            identify_file(_find(self.path, name)) for name in ("matrix", "barcodes", "features")
-        ]
-        kept = {
+        return {
+            "files": [identify_file(_find_file(self.path, name)) for name in _NAMES],
             "feature_type": self.feature_type,
             "modality": self.modality,
             "dataset": self.dataset,
             "ids": self.id_columns,
         }
-        return {"files": files} | kept
 
     def read_head(self) -> SourceHead:
         table = read_mtx_features(self.path)
-        barcodes = read_lines(_find(self.path, "barcodes"))
-        matrix = _find(self.path, "matrix")
+        barcodes = read_lines(_find_file(self.path, "barcodes"))
+        matrix = _find_file(self.path, "matrix")
         try:
             with open_text(matrix) as file:
-                n_features, n_cells, nnz = self._sizes(file)
+                n_features, n_cells, nnz = self._read_sizes(file)
         except UNREADABLE as error:
             raise explain_unreadable(matrix, error) from None
         if (n_features, n_cells) != (len(table.ids), len(barcodes)):
-            turned = (n_cells, n_features) == (len(table.ids), len(barcodes))
+            is_transposed = (n_cells, n_features) == (len(table.ids), len(barcodes))
             raise DataError(
                 "the matrix does not fit its features and barcodes",
                 where=f"{self.path.name}: header of the matrix",
                 got=f"{n_features} x {n_cells}",
                 expected=f"{len(table.ids)} features x {len(barcodes)} barcodes",
                 fix="the matrix is transposed: write it as features x cells"
-                if turned
+                if is_transposed
                 else "check that the three files belong together",
             )
-        wanted, names, named_by = table.select(self.feature_type, self.id_columns)
+        wanted, names, name_column = table.select_features(self.feature_type, self.id_columns)
         share = nnz * len(wanted) // max(len(table.ids), 1)
-        cells = encode_barcodes([b.split("\t")[0] for b in barcodes], f"{self.path.name}: barcodes")
-        return SourceHead(cells, names, share, {}, [], list(TENX_COLUMNS), named_by)
+        where = f"{self.path.name}: barcodes"
+        cells = encode_barcodes([line.split("\t")[0] for line in barcodes], where)
+        return SourceHead(cells, names, share, {}, [], list(TENX_COLUMNS), name_column)
 
     def count_parts(self) -> int:
         return 1  # text, and perhaps gzip, can only be read from its start
 
     def prepare_part(self, part: int, scratch: Path) -> None:
-        path = _find(self.path, "matrix")
+        path = _find_file(self.path, "matrix")
         with make_whole_folder(scratch / f"{part:06d}") as folder, open_text(path) as file:
-            n_features, n_cells, nnz = self._sizes(file)
-            seen = 0
-            for i, piece in enumerate(self._pieces(file) if nnz else []):
-                self._validate(piece, seen, n_features, n_cells)
-                seen += len(piece)
-                row, column, value = (piece[k].to_numpy() for k in range(3))
-                sorted_entries.write_sorted_part(folder / f"{i:06d}", column - 1, row - 1, value)
-            if seen != nnz:
+            n_features, n_cells, nnz = self._read_sizes(file)
+            n_seen = 0
+            for i, chunk in enumerate(self._read_chunks(file) if nnz else []):
+                self._validate_chunk(chunk, n_seen, n_features, n_cells)
+                n_seen += len(chunk)
+                # The file is features x cells, counted from 1; a row here is a cell.
+                columns, rows, values = (chunk[k].to_numpy() for k in range(3))
+                sorted_entries.write_sorted_part(folder / f"{i:06d}", rows - 1, columns - 1, values)
+            if n_seen != nnz:
                 raise DataError(
                     "the matrix ends early or late",
                     where=path.name,
-                    got=f"{seen} entries",
+                    got=f"{n_seen} entries",
                     expected=f"{nnz}, as its header says",
                 )
 
     def read_rows(self, start: int, stop: int, scratch: Path) -> SourceRows:
         table = read_mtx_features(self.path)
-        rows = sorted_entries.read_sorted_rows(
-            sorted((scratch / "000000").glob("[0-9]" * 6)), start, stop, len(table.ids)
-        )
-        return select_columns(rows, table.select(self.feature_type)[0])
+        rows = sorted_entries.read_sorted_rows(scratch / _PART, start, stop, len(table.ids))
+        return select_columns(rows, table.select_features(self.feature_type)[0])
 
     def list_other_counts(self) -> list[str]:
         return []
 
-    def _sizes(self, file: IO[str]) -> tuple[int, int, int]:
-        """Read the header up to and with the sizes line; the file stands at the first entry then."""
-        where = f"{self.path.name}: {_find(self.path, 'matrix').name}"
-        banner = file.readline(LINE).split()
-        fits = [w.lower() for w in banner[:3]] == [
-            "%%matrixmarket",
-            "matrix",
-            "coordinate",
-        ] and len(banner) == 5
-        if (
-            not fits
-            or banner[3].lower() not in ("integer", "real")
-            or banner[4].lower() != "general"
-        ):
-            expected = "%%MatrixMarket matrix coordinate integer (or real) general"
+    def _read_sizes(self, file: IO[str]) -> tuple[int, int, int]:
+        """Read the header up to the line of sizes; the file then stands at the first entry.
+
+        Returns:
+            Numbers of features, cells and entries.
+        """
+        where = f"{self.path.name}: {_find_file(self.path, 'matrix').name}"
+        banner = file.readline(MOST_LETTERS).split()
+        words = [word.lower() for word in banner]
+        known = [
+            ["%%matrixmarket", "matrix", "coordinate", number, "general"]
+            for number in ("integer", "real")
+        ]
+        if words not in known:
             raise DataError(
                 "not a Matrix Market header this reader knows",
                 where=where,
                 got=" ".join(banner)[:80],
-                expected=expected,
+                expected="%%MatrixMarket matrix coordinate integer (or real) general",
             )
-        line = file.readline(LINE)
+        line = file.readline(MOST_LETTERS)
         while line.startswith("%") or line.isspace():
-            line = file.readline(LINE)
+            line = file.readline(MOST_LETTERS)
         sizes = line.split()
-        if len(sizes) != 3 or not all(re.fullmatch("[0-9]{1,18}", s) for s in sizes):
+        if len(sizes) != 3 or not all(re.fullmatch("[0-9]{1,18}", size) for size in sizes):
             raise DataError(
                 "the sizes line is wrong",
                 where=where,
@@ -145,51 +179,47 @@ class MatrixMarketSource:
             )
         return int(sizes[0]), int(sizes[1]), int(sizes[2])
 
-    def _pieces(self, file: IO[str]) -> Iterator[pd.DataFrame]:
-        """The entries, some at a time; parse errors as DataErrors."""
+    def _read_chunks(self, file: IO[str]) -> Iterator[pd.DataFrame]:
+        """The entries, a bounded number at a time; what cannot be parsed becomes a DataError."""
+        form: dict[str, Any] = {"sep": r"\s+", "header": None, "comment": "%"}
+        form |= {"quoting": csv.QUOTE_NONE, "chunksize": sorted_entries.PART_ENTRIES}
         try:
-            how: dict[str, Any] = {
-                "sep": r"\s+",
-                "header": None,
-                "comment": "%",
-                "quoting": csv.QUOTE_NONE,
-            }
-            yield from pd.read_csv(file, chunksize=sorted_entries.PART_ENTRIES, **how)
-        except (ValueError, OverflowError, *UNREADABLE) as error:  # those of pandas are ValueErrors
-            raise DataError(
-                "the matrix cannot be read to its end", where=self.path.name, got=str(error).strip()
-            ) from None
+            yield from pd.read_csv(file, **form)
+        except (ValueError, OverflowError, *UNREADABLE) as error:  # pandas raises ValueErrors
+            what = "the matrix cannot be read to its end"
+            raise DataError(what, where=self.path.name, got=str(error).strip()) from None
 
-    def _validate(self, piece: pd.DataFrame, before: int, n_features: int, n_cells: int) -> None:
+    def _validate_chunk(
+        self, chunk: pd.DataFrame, n_before: int, n_features: int, n_cells: int
+    ) -> None:
+        """Refuse entries that are not numbers or lie outside; n_before: entries before the chunk."""
         where = f"{self.path.name}: matrix"
         if (
-            piece.shape[1] != 3
-            or any(piece[k].dtype.kind not in "iuf" for k in range(3))
-            or piece[[0, 1]].dtypes.ne("int64").any()
+            chunk.shape[1] != 3
+            or any(chunk[k].dtype.kind not in "iuf" for k in range(3))
+            or chunk[[0, 1]].dtypes.ne("int64").any()
         ):
-            got = piece.iloc[0].tolist()
             raise DataError(
                 "an entry is not `feature cell count`",
-                where=f"{where}, entries from {before + 1}",
-                got=got,
+                where=f"{where}, entries from {n_before + 1}",
+                got=chunk.iloc[0].tolist(),
             )
-        bad = np.flatnonzero(
-            ~(piece[0].between(1, n_features) & piece[1].between(1, n_cells)).to_numpy()
-        )
-        if len(bad):
-            at = int(bad[0])
-            feature, cell = (int(piece[k].iloc[at]) for k in (0, 1))
+        inside = chunk[0].between(1, n_features) & chunk[1].between(1, n_cells)
+        outside = np.flatnonzero(~inside.to_numpy())
+        if len(outside):
+            first = int(outside[0])
+            feature, cell = (int(chunk[k].iloc[first]) for k in (0, 1))
             raise DataError(
                 "an entry lies outside the matrix",
-                where=f"{where}, entry {before + at + 1}",
+                where=f"{where}, entry {n_before + first + 1}",
                 got=f"feature {feature}, cell {cell}",
                 expected=f"feature 1 to {n_features}, cell 1 to {n_cells} (counted from 1)",
             )
 
 
 def read_mtx_features(path: Path) -> FeatureTable:
-    """The feature table of a Matrix Market folder: id, name and type, as many of them as there are."""
-    lines = [line.split("\t") for line in read_lines(_find(path, "features"))]
+    """The features of a Matrix Market folder, whose table has one to three columns."""
+    lines = [line.split("\t") for line in read_lines(_find_file(path, "features"))]
     return FeatureTable(
         [line[0] for line in lines],
         [line[1] if len(line) > 1 else line[0] for line in lines],
@@ -197,19 +227,15 @@ def read_mtx_features(path: Path) -> FeatureTable:
     )
 
 
-def _find(folder: Path, name: str) -> Path:
-    stems = {
-        "matrix": ["matrix.mtx"],
-        "barcodes": ["barcodes.tsv"],
-        "features": ["features.tsv", "genes.tsv"],
-    }[name]
-    for stem in stems:
+def _find_file(folder: Path, name: str) -> Path:
+    """The file that is the `name` of a folder: its matrix, barcodes or features."""
+    for stem in _NAMES[name]:
         for path in (folder / stem, folder / f"{stem}.gz"):
             if path.is_file():
                 return path
     raise DataError(
         "a folder that is no Matrix Market input",
         where=folder,
-        got=f"no {stems[0]}",
+        got=f"no {_NAMES[name][0]}",
         expected="matrix.mtx, barcodes.tsv, features.tsv",
     )

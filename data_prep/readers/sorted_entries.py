@@ -1,6 +1,7 @@
-"""Entries that come in any order (CSC, Matrix Market), sorted part by part so that rows can be read.
+"""Entries of a sparse matrix that come in any order (CSC, Matrix Market, fragments).
 
-Each part holds a bounded number of entries, sorted by row; a range of rows is one run in each part.
+They are sorted by row, part by part, so that rows can be read: a range of rows is one run of
+entries in each part. The number of entries in a part is bounded, and with it the memory.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse as sp
 
-from data_prep.jobs.whole_files import make_whole_folder, save_array
+from data_prep.jobs.whole_files import load_array, make_whole_folder, save_array
 
 PART_ENTRIES = 8 * 2**20
 
@@ -18,7 +19,7 @@ PART_ENTRIES = 8 * 2**20
 def write_sorted_part(
     folder: Path, rows: np.ndarray, columns: np.ndarray, values: np.ndarray
 ) -> None:
-    """Write one part. rows, columns, values: (n,)."""
+    """Write one part, a folder. rows, columns, values: (entries,)."""
     order = np.argsort(rows, kind="stable")
     with make_whole_folder(folder) as part:
         save_array(part / "rows.npy", rows[order])
@@ -26,20 +27,26 @@ def write_sorted_part(
         save_array(part / "values.npy", values[order])
 
 
-def read_sorted_rows(folders: list[Path], lo: int, hi: int, n_columns: int) -> sp.csr_matrix:
-    """Rows lo to hi out of every part, as their entries come: unsorted, some perhaps twice."""
-    pieces = []
-    for folder in folders:
-        rows = np.load(folder / "rows.npy", mmap_mode="r")
-        i, j = np.searchsorted(rows, [lo, hi])
-        if i < j:
-            columns, values = (
-                np.load(folder / f"{name}.npy", mmap_mode="r")[i:j]
-                for name in ("columns", "values")
-            )
-            pieces.append((rows[i:j] - lo, columns, values))
-    pieces = pieces or [(np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.uint8))]
-    rows, columns, values = (np.concatenate([p[k] for p in pieces]) for k in range(3))
+def list_sorted_parts(folder: Path) -> list[Path]:
+    """The parts in a folder, which are numbered with six digits."""
+    return sorted(folder.glob("[0-9]" * 6))
+
+
+def read_sorted_rows(folder: Path, start: int, stop: int, n_columns: int) -> sp.csr_matrix:
+    """Rows `start` to `stop` out of every part in a folder.
+
+    Returns:
+        (stop - start, n_columns). Within a row, columns are not sorted and may occur twice.
+    """
+    found = []
+    for part in list_sorted_parts(folder):
+        rows = load_array(part / "rows.npy")
+        first, last = np.searchsorted(rows, [start, stop])
+        if first < last:
+            columns, values = (load_array(part / f"{name}.npy") for name in ("columns", "values"))
+            found.append((rows[first:last] - start, columns[first:last], values[first:last]))
+    found = found or [(np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.uint8))]
+    rows, columns, values = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
     order = np.argsort(rows, kind="stable")
-    indptr = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=hi - lo))])
-    return sp.csr_matrix((values[order], columns[order], indptr), shape=(hi - lo, n_columns))
+    indptr = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=stop - start))])
+    return sp.csr_matrix((values[order], columns[order], indptr), shape=(stop - start, n_columns))

@@ -1,4 +1,4 @@
-"""What every input looks like to the conversion: a `Source` of rows, and the `Head` that says what they are."""
+"""What every input looks like to the conversion: a source of rows, and a head that names them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ import scipy.sparse as sp
 from clue_dist.errors import DataError
 from clue_dist.store.layout import MAX_BARCODE_BYTES
 
-SourceRows: TypeAlias = (
-    sp.csr_matrix | np.ndarray
-)  # (n, features), as the file has them: not validated, not aligned
+# (n, features), as the file has them: neither validated nor aligned to the store's features.
+SourceRows: TypeAlias = sp.csr_matrix | np.ndarray
+
+# Types that the kernels do not know, and the types that hold the same values.
+_KNOWN_TYPES = {"bool": "uint8", "float16": "float32", np.dtype(np.longdouble).name: "float64"}
 
 
 class SlicedArray(Protocol):
@@ -29,46 +31,42 @@ class SlicedArray(Protocol):
 
 @dataclass(frozen=True)
 class CategoryCodes:
-    """One category per cell. codes: (n,) integers into `names`, -1 = unknown."""
+    """One category for each cell."""
 
-    codes: SlicedArray
+    codes: SlicedArray  # (n,) integers into `names`; -1 = unknown
     names: list[str]
 
     @classmethod
     def encode_values(cls, values: Any) -> CategoryCodes:
         """Encode a column of any type; NaN and the empty string are unknown, 1.0 is the same as 1."""
-        codes, names = pd.factorize(pd.Series(values))
-        own = names.categories if isinstance(names, pd.CategoricalIndex) else names
-        if own.dtype.kind == "f" and all(name % 1 == 0 for name in names):
-            names = names.map(int)
-        texts = ["" if pd.isna(name) else str(name) for name in names]
-        unique = sorted({t for t in texts if t})
-        place = {t: i for i, t in enumerate(unique)} | {"": -1}
-        renumber = np.array(
-            [place[t] for t in texts] + [-1], np.int32
-        )  # the last one: factorize's own -1
-        return cls(renumber[codes], unique)
+        codes, found = pd.factorize(pd.Series(values))
+        plain = found.categories if isinstance(found, pd.CategoricalIndex) else found
+        if plain.dtype.kind == "f" and all(value % 1 == 0 for value in found):
+            found = found.map(int)  # a column of integers that lacks some becomes one of floats
+        texts = ["" if pd.isna(value) else str(value) for value in found]
+        names = sorted({text for text in texts if text})
+        places = {name: i for i, name in enumerate(names)} | {"": -1}
+        # The last one is for the -1 of factorize, which means unknown as well.
+        final_codes = np.array([places[text] for text in texts] + [-1], np.int32)
+        return cls(final_codes[codes], names)
 
     def take_rows(self, rows: np.ndarray) -> CategoryCodes:
-        """The codes of `rows`; -1 stays unknown."""
-        return CategoryCodes(
-            np.where(rows >= 0, self.codes[:][rows], -1).astype(np.int32), self.names
-        )
+        """The categories of other cells. rows: (m,), of the cells here; -1 becomes unknown."""
+        codes = np.where(rows >= 0, self.codes[:][rows], -1)
+        return CategoryCodes(codes.astype(np.int32), self.names)
 
 
 @dataclass(frozen=True)
 class SourceHead:
-    """What a source holds. barcodes: (n,) bytes; nnz: stored entries, for sizing tasks only."""
+    """What a source holds, apart from the values."""
 
-    barcodes: SlicedArray
+    barcodes: SlicedArray  # (n,) bytes
     features: list[str]
-    nnz: int
-    fields: dict[str, CategoryCodes]  # "batch", "label" where the file has them
-    obs_columns: list[str]  # every obs column there is, for error messages
-    var_columns: list[str] = field(default_factory=list)  # and those of var
-    name_column: str | None = (
-        None  # the column of var that gave the features' names; None: they are the var_names
-    )
+    nnz: int  # stored entries, by which the sizes of tasks are chosen
+    fields: dict[str, CategoryCodes]  # "batch" and "label", where the file has their column
+    obs_columns: list[str]  # all there are, for messages
+    var_columns: list[str] = field(default_factory=list)  # likewise
+    name_column: str | None = None  # of var, that gave the features' names; None: var_names did
 
     @property
     def n_rows(self) -> int:
@@ -76,7 +74,10 @@ class SourceHead:
 
 
 class Source(Protocol):
-    """One modality of one input. Instances are small and travel to the workers; `read` may run anywhere."""
+    """One modality of one input.
+
+    Sources are small and travel to the workers; rows may be read anywhere.
+    """
 
     @property
     def modality(self) -> str: ...
@@ -87,29 +88,37 @@ class Source(Protocol):
 
     @property
     def display_name(self) -> str:
-        """The file, for messages and provenance."""
+        """The file, and the part of it, for messages and provenance."""
         ...
 
     @property
     def id_columns(self) -> str | None:
-        """Columns of var, comma between, of which the first there is names the features; None: var_names do."""
+        """Columns of var, comma between, of which the first that is present names the features.
+
+        None: var_names do.
+        """
         ...
 
     def describe_identity(self) -> dict[str, Any]:
-        """What must be unchanged for an interrupted conversion to go on."""
+        """What must be unchanged for an interrupted conversion to go on; JSON-able."""
         ...
 
     def read_head(self) -> SourceHead: ...
     def count_parts(self) -> int:
-        """How many `prepare` tasks must run before `read`; 0 where rows can be read directly."""
+        """How many calls of `prepare_part` must come before `read_rows`; 0 for most formats."""
         ...
 
     def prepare_part(self, part: int, scratch: Path) -> None:
-        """Bring part of the input into a form from which rows can be read; bounded memory."""
+        """Bring a part of the input into a form from which rows can be read, in bounded memory.
+
+        Args:
+            part: its number, from 0 on.
+            scratch: the folder where all parts of this source lie.
+        """
         ...
 
     def read_rows(self, start: int, stop: int, scratch: Path) -> SourceRows:
-        """Rows lo to hi, with this source's own columns."""
+        """Rows `start` to `stop`, with this source's columns in its order."""
         ...
 
     def list_other_counts(self) -> list[str]:
@@ -133,71 +142,78 @@ class DirectSource:
 
 
 def identify_file(path: Path) -> dict[str, Any]:
-    """Path, size and time of a file: an interrupted conversion goes on only if these are unchanged."""
+    """Path, size and time of a file: an interrupted conversion goes on only if they are the same."""
     stat = path.stat()
     return {"path": str(path.resolve()), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
 def encode_barcodes(texts: Sequence[Any] | np.ndarray, where: object) -> np.ndarray:
-    """Barcodes, each str or UTF-8 bytes, as fixed-width bytes, (n,).
+    """Barcodes as bytes of fixed width, (n,).
+
+    Args:
+        texts: each a str, or UTF-8 bytes.
+        where: they come from, for messages.
 
     Raises:
-        DataError: one is too long, no UTF-8, or holds a NUL, which would end it; two axes. where: for messages.
+        DataError: a barcode is too long, is not UTF-8, or holds a NUL, at which bytes of fixed
+            width would end; the barcodes have two axes.
     """
-    texts = np.asarray(texts, object) if not isinstance(texts, np.ndarray) else texts
-    if texts.ndim != 1:
-        raise DataError("barcodes with more than one axis", where=where, got=f"shape {texts.shape}")
-    each: list[Any] = texts.tolist()
+    array = texts if isinstance(texts, np.ndarray) else np.asarray(texts, object)
+    if array.ndim != 1:
+        raise DataError("barcodes with more than one axis", where=where, got=f"shape {array.shape}")
+    barcodes: list[Any] = array.tolist()
     try:
-        coded = [t if isinstance(t, bytes) else str(t).encode() for t in each]
-        for text in coded:
-            text.isascii() or text.decode()
+        encoded = [b if isinstance(b, bytes) else str(b).encode() for b in barcodes]
+        for barcode in encoded:
+            if not barcode.isascii():
+                barcode.decode()
     except UnicodeError as error:
         raise DataError("a barcode is no UTF-8", where=where, got=str(error)) from None
-    bad = next((t for t in coded if len(t) > MAX_BARCODE_BYTES or b"\0" in t), None)
+    bad = next((b for b in encoded if len(b) > MAX_BARCODE_BYTES or b"\0" in b), None)
     if bad is not None:
-        got, expected = (
-            f"{len(bad)} bytes, {bad[:40]!r} ...",
-            f"{MAX_BARCODE_BYTES} bytes at most, no NUL",
-        )
-        raise DataError("a barcode that cannot be kept", where=where, got=got, expected=expected)
-    return np.array(coded, "S") if coded else np.empty(0, "S1")
-
-
-def require_real_numbers(values: np.ndarray, where: object) -> np.ndarray:
-    """Values of a type the kernels know: of this machine's order of bytes; bool, half precision and long doubles are
-    brought to another width.
-
-    Raises:
-        DataError: texts, complex numbers, records.
-    """
-    if values.dtype.kind not in "buif":
-        expected = "integers or floats"
         raise DataError(
-            "the matrix does not hold real numbers",
+            "a barcode that cannot be kept",
             where=where,
-            got=values.dtype,
-            expected=expected,
+            got=f"{len(bad)} bytes, {bad[:40]!r} ...",
+            expected=f"{MAX_BARCODE_BYTES} bytes at most, no NUL",
         )
-    known = {"bool": "uint8", "float16": "float32", np.dtype(np.longdouble).name: "float64"}
-    return values.astype(known.get(values.dtype.name, values.dtype.newbyteorder("=")), copy=False)
+    return np.array(encoded, "S") if encoded else np.empty(0, "S1")
 
 
 def decode_barcodes(barcodes: np.ndarray) -> np.ndarray:
-    """UTF-8 bytes -> str, (n,)."""
+    """UTF-8 bytes to str, (n,)."""
     decoded: np.ndarray = np.char.decode(barcodes, "utf-8")
     return decoded
 
 
-def make_names_unique(names: Sequence[str], instead: Sequence[str]) -> list[str]:
-    """`names`, where one that repeats, or is empty, gives way to what is given `instead`. All (features,)."""
+def require_real_numbers(values: np.ndarray, where: object) -> np.ndarray:
+    """Values in a type that the kernels know, in this machine's byte order.
+
+    Bool, half precision and long doubles are brought to another width.
+
+    Raises:
+        DataError: texts, complex numbers or records.
+    """
+    if values.dtype.kind not in "buif":
+        raise DataError(
+            "the matrix does not hold real numbers",
+            where=where,
+            got=values.dtype,
+            expected="integers or floats",
+        )
+    final_type = _KNOWN_TYPES.get(values.dtype.name, values.dtype.newbyteorder("="))
+    return values.astype(final_type, copy=False)
+
+
+def make_names_unique(names: Sequence[str], replacements: Sequence[str]) -> list[str]:
+    """Names where one that repeats, or is empty, gives way to its replacement. All (features,)."""
     times = Counter(names)
     return [
-        other if times[name] > 1 or not name else name
-        for name, other in zip(names, instead, strict=True)
+        replacement if times[name] > 1 or not name else name
+        for name, replacement in zip(names, replacements, strict=True)
     ]
 
 
 def select_columns(rows: sp.csr_matrix, wanted: np.ndarray) -> sp.csr_matrix:
-    """The `wanted` columns of a CSR matrix (ascending), without SciPy's detour for a plain slice."""
+    """The `wanted` columns, ascending; SciPy would copy the matrix even if these are all of them."""
     return rows if len(wanted) == rows.shape[1] else rows[:, wanted]

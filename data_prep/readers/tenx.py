@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,11 @@ import h5py
 import numpy as np
 
 from clue_dist.errors import DataError, list_names
-from clue_dist.kinds import TENX_TYPES
-from data_prep.readers.h5_file import ANEW, open_h5, open_part
+from clue_dist.kinds import TENX_TYPES, infer_kind
+from data_prep.options import InputArgument, ReadingOptions
+from data_prep.readers.h5_file import WRITE_ANEW, has_part, open_h5, open_part
 from data_prep.readers.h5_frame import TextColumn
-from data_prep.readers.h5_matrix import (
-    read_csr_slice,
-    require_whole_matrix,
-)
+from data_prep.readers.h5_matrix import read_csr_slice, require_whole_matrix
 from data_prep.readers.source import (
     DirectSource,
     SourceHead,
@@ -26,49 +26,7 @@ from data_prep.readers.source import (
     select_columns,
 )
 
-
-@dataclass(frozen=True)
-class FeatureTable:
-    """The features of a 10x file, which may mix modalities. All lists are (features,)."""
-
-    ids: list[str]
-    names: list[str]
-    types: list[str]
-
-    def select(
-        self, feature_type: str | None, asked: str | None = None
-    ) -> tuple[np.ndarray, list[str], str | None]:
-        """Columns of one type (None: all), their names, and which of the columns `asked` for gave them.
-
-        A name that repeats gives way to its id.
-        """
-        wanted = [i for i, t in enumerate(self.types) if feature_type is None or t == feature_type]
-        column = next((c for c in (asked or "").split(",") if c in TENX_COLUMNS), None)
-        own = self.ids if column is not None and TENX_COLUMNS[column] == "id" else self.names
-        names = make_names_unique([own[i] for i in wanted], [self.ids[i] for i in wanted])
-        return np.array(wanted, np.int64), names, column
-
-    def type_for(self, kind: str, where: str) -> str | None:
-        """The feature type that holds `kind`; None where the file does not tell types apart.
-
-        Raises:
-            DataError: the file has several types and none of this kind.
-        """
-        types = sorted(set(self.types))
-        if len(types) <= 1:
-            return None
-        fitting = [t for t in types if t in TENX_TYPES and TENX_TYPES[t] == kind]
-        if len(fitting) != 1:
-            raise DataError(
-                "the file has no features of this kind",
-                where=where,
-                got=list_names(types),
-                expected=kind,
-            )
-        return fitting[0]
-
-
-# What scanpy and Cell Ranger call the two columns of a 10x feature table.
+# What scanpy and Cell Ranger call the two columns of a feature table.
 TENX_COLUMNS = {
     "gene_ids": "id",
     "gene_id": "id",
@@ -79,9 +37,97 @@ TENX_COLUMNS = {
 }
 
 
+def is_tenx(path: Path) -> bool:
+    """Whether a file is a 10x HDF5 file of Cell Ranger 3 or later."""
+    return has_part(path, "matrix/features")
+
+
+def open_tenx(argument: InputArgument, options: ReadingOptions) -> list[TenxSource]:
+    """A source for each modality of the file; see `FeatureTable.assign_types`."""
+    with open_h5(argument.path) as file:
+        table = read_tenx_features(file)
+    return [
+        TenxSource(
+            argument.path,
+            modality,
+            argument.dataset,
+            feature_type,
+            options.id_columns.get_value(modality),
+        )
+        for modality, feature_type in table.assign_types(argument, options.kinds).items()
+    ]
+
+
+@dataclass(frozen=True)
+class FeatureTable:
+    """The features of a 10x file, which may mix modalities. All lists are (features,)."""
+
+    ids: list[str]
+    names: list[str]
+    types: list[str]
+
+    def select_features(
+        self, feature_type: str | None, id_columns: str | None = None
+    ) -> tuple[np.ndarray, list[str], str | None]:
+        """The features of one type.
+
+        Args:
+            feature_type: their type; None for all features.
+            id_columns: columns to name them by, comma between; the first that a 10x file has is
+                taken, and the column of names where there is none.
+
+        Returns:
+            The columns of the matrix, (n,); the features' names, where a name that repeats gives
+            way to its id; the column that was asked for and gave the names, or None.
+        """
+        wanted = [i for i, t in enumerate(self.types) if feature_type in (None, t)]
+        column = next((c for c in (id_columns or "").split(",") if c in TENX_COLUMNS), None)
+        texts = self.ids if column and TENX_COLUMNS[column] == "id" else self.names
+        names = make_names_unique([texts[i] for i in wanted], [self.ids[i] for i in wanted])
+        return np.array(wanted, np.int64), names, column
+
+    def assign_types(
+        self, argument: InputArgument, kinds: Mapping[str, str]
+    ) -> dict[str, str | None]:
+        """The modalities that an input gives, each with its feature type.
+
+        They are the one that a person names, else every type that names a modality. The type is
+        None where all features are of one type.
+
+        Raises:
+            DataError: no type, or several, fit.
+        """
+        types = sorted(set(self.types))
+        if argument.modality is not None:
+            kind = infer_kind(argument.modality, kinds)
+            return {argument.modality: self._find_type(kind, argument.text)}
+        known = [name for name in TENX_TYPES if name in types]
+        if not known:
+            raise DataError(
+                "the features have no type that names a modality",
+                where=argument.text,
+                got=list_names(types),
+                fix=f"write it as `rna={argument.path.name}`, say",
+            )
+        if others := [name for name in types if name not in known]:
+            left_out = f"features of type {list_names(others)} are left out"
+            print(f"{argument.text}: {left_out}", file=sys.stderr)
+        return {TENX_TYPES[name]: name for name in known}
+
+    def _find_type(self, kind: str, where: str) -> str | None:
+        types = sorted(set(self.types))
+        if len(types) <= 1:
+            return None
+        fitting = [t for t in types if t in TENX_TYPES and TENX_TYPES[t] == kind]
+        if len(fitting) != 1:
+            what = "the file has no features of this kind"
+            raise DataError(what, where=where, got=list_names(types), expected=kind)
+        return fitting[0]
+
+
 @dataclass(frozen=True)
 class TenxSource(DirectSource):
-    """One feature type of a 10x .h5 (Cell Ranger 3 and later): CSC over features x cells is CSR over cells."""
+    """One feature type of a 10x .h5, whose CSC of features x cells is a CSR of cells x features."""
 
     path: Path
     modality: str
@@ -94,42 +140,39 @@ class TenxSource(DirectSource):
         return f"{self.path.name}/{self.feature_type}" if self.feature_type else self.path.name
 
     def describe_identity(self) -> dict[str, Any]:
-        kept = {
+        return identify_file(self.path) | {
             "feature_type": self.feature_type,
             "modality": self.modality,
             "dataset": self.dataset,
             "ids": self.id_columns,
         }
-        return identify_file(self.path) | kept
 
     def read_head(self) -> SourceHead:
         with open_h5(self.path) as file:
             table = read_tenx_features(file)
             matrix = open_part(file, "matrix")
-            barcodes, nnz = (
-                TextColumn.open_dataset(open_part(matrix, "barcodes")),
-                int(open_part(matrix, "data").shape[0]),
-            )
+            barcodes = TextColumn.open_dataset(open_part(matrix, "barcodes"))
+            nnz = int(open_part(matrix, "data").shape[0])
+            shape = tuple(open_part(matrix, "shape")[:].tolist())
             expected = (len(table.ids), len(barcodes))
-            if (got := tuple(open_part(matrix, "shape")[:].tolist())) != expected:
+            if shape != expected:
                 raise DataError(
                     "the matrix does not fit its features and barcodes",
                     where=self.display_name,
-                    got=got,
+                    got=shape,
                     expected=expected,
                 )
             require_whole_matrix(matrix, len(barcodes))
-        wanted, names, named_by = table.select(self.feature_type, self.id_columns)
+        wanted, names, name_column = table.select_features(self.feature_type, self.id_columns)
         share = nnz * len(wanted) // max(len(table.ids), 1)
-        return SourceHead(barcodes, names, share, {}, [], list(TENX_COLUMNS), named_by)
+        return SourceHead(barcodes, names, share, {}, [], list(TENX_COLUMNS), name_column)
 
     def read_rows(self, start: int, stop: int, scratch: Path) -> SourceRows:
         with open_h5(self.path) as file:
             table = read_tenx_features(file)
-            rows = read_csr_slice(
-                open_part(file, "matrix"), start, stop, len(table.ids), self.display_name
-            )
-        return select_columns(rows, table.select(self.feature_type)[0])
+            matrix = open_part(file, "matrix")
+            rows = read_csr_slice(matrix, start, stop, len(table.ids), self.display_name)
+        return select_columns(rows, table.select_features(self.feature_type)[0])
 
 
 def read_tenx_features(file: h5py.File) -> FeatureTable:
@@ -139,14 +182,10 @@ def read_tenx_features(file: h5py.File) -> FeatureTable:
         DataError: its columns differ in length.
     """
     names = ("id", "name", "feature_type")
-    columns = [
-        open_part(file, f"matrix/features/{name}").asstr("utf-8")[:].tolist() for name in names
-    ]
+    parts = [open_part(file, f"matrix/features/{name}") for name in names]
+    columns = [part.asstr("utf-8")[:].tolist() for part in parts]
     if len({len(column) for column in columns}) > 1:
-        got = list_names(
-            f"{len(column)} of {name}" for name, column in zip(names, columns, strict=True)
-        )
-        raise DataError(
-            "the columns of the features differ in length", where=file.filename, got=got, fix=ANEW
-        )
+        sizes = [f"{len(column)} of {name}" for name, column in zip(names, columns, strict=True)]
+        what = "the columns of the features differ in length"
+        raise DataError(what, where=file.filename, got=list_names(sizes), fix=WRITE_ANEW)
     return FeatureTable(*columns)

@@ -1,4 +1,4 @@
-"""Small text files, gzipped or not, told by what is in them."""
+"""Text files, gzipped or not; the first bytes of a file say which."""
 
 from __future__ import annotations
 
@@ -9,26 +9,21 @@ from typing import IO
 
 from clue_dist.errors import DataError
 
-LINE = 2**20  # letters of a line, at most: what is no text may have none, and unpack to any size
-UNREADABLE = (
-    OSError,
-    EOFError,
-    UnicodeDecodeError,
-    zlib.error,
-)  # what reading a damaged file may raise
+MOST_LETTERS = 2**20  # of a line: what is not text may have no line ends, and unpack to any size
+UNREADABLE = (OSError, EOFError, UnicodeDecodeError, zlib.error)  # what damaged files raise
 
 
 def open_text(path: Path) -> IO[str]:
-    """Open for reading, through gzip where the file is gzipped; a mark of byte order is no part of the text."""
+    """Open a file for reading, through gzip where it is gzipped; a byte order mark is skipped."""
     with path.open("rb") as file:
-        zipped = file.read(2) == b"\x1f\x8b"
-    return (
-        gzip.open(path, "rt", encoding="utf-8-sig") if zipped else path.open(encoding="utf-8-sig")
-    )
+        is_gzipped = file.read(2) == b"\x1f\x8b"
+    if is_gzipped:
+        return gzip.open(path, "rt", encoding="utf-8-sig")
+    return path.open(encoding="utf-8-sig")
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines that hold anything, without their ends.
+    """The lines that are not blank, without their ends.
 
     Raises:
         DataError: the file cannot be read as text.
@@ -36,11 +31,14 @@ def read_lines(path: Path) -> list[str]:
     lines: list[str] = []
     try:
         with open_text(path) as file:
-            while line := file.readline(LINE):
-                if len(line) == LINE:
-                    got = f"line {len(lines) + 1} begins {line[:40]!r}, and goes on for {LINE:,} letters or more"
+            while line := file.readline(MOST_LETTERS):
+                if len(line) == MOST_LETTERS:
                     raise DataError(
-                        "a file cannot be read", where=path, got=got, fix="check what the file is"
+                        "a file cannot be read",
+                        where=path,
+                        got=f"line {len(lines) + 1} begins {line[:40]!r}, and goes on for "
+                        f"{MOST_LETTERS:,} letters or more",
+                        fix="check what the file is",
                     )
                 if line.strip():
                     lines.append(line.rstrip("\r\n"))
@@ -50,5 +48,6 @@ def read_lines(path: Path) -> list[str]:
 
 
 def explain_unreadable(path: Path, error: Exception) -> DataError:
+    """Turn what reading a damaged file raises into an error for people."""
     fix = "check that the file is complete"
     return DataError("a file cannot be read", where=path, got=str(error), fix=fix)

@@ -16,10 +16,10 @@ import scipy.sparse as sp
 from clue_dist.store.reader import Store
 from clue_dist.store.rows import CsrRows
 from data_prep.cli.feature_choices import parse_choices
-from data_prep.cli.inputs import ReadingOptions, parse_inputs
+from data_prep.cli.inputs import parse_inputs
 from data_prep.convert import ConversionOptions, convert_inputs
 from data_prep.jobs.workers import ThreadPool
-from data_prep.options import FIELDS, ObsColumns, PerModality
+from data_prep.options import FIELDS, ObsColumns, PerModality, ReadingOptions
 
 
 def frame(

@@ -28,10 +28,10 @@ from data_prep.append import append_cells, format_addition
 from data_prep.check import check_store
 from data_prep.cli.commands import _parser, main
 from data_prep.cli.feature_choices import parse_choices
-from data_prep.cli.inputs import ReadingOptions, parse_inputs
+from data_prep.cli.inputs import parse_inputs
 from data_prep.convert import ConversionOptions
 from data_prep.jobs.workers import ThreadPool
-from data_prep.options import FIELDS, FeatureChoice, ObsColumns
+from data_prep.options import FIELDS, FeatureChoice, ObsColumns, ReadingOptions
 from tests.unit.prep_helpers import anndata_of, build, codes_of, frame, held, write_h5ad, write_h5mu
 from tests.unit.test_prep_resume import REPO
 

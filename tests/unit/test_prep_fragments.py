@@ -140,7 +140,7 @@ def test_killed_while_counting_and_run_again(
         f"atac={write(tmp_path / f'{n}.tsv.gz', some(cells=[n + c for c in CELLS]))}" for n in "ab"
     ]
     whole = build(tmp_path / "w.zarr", *given, bins=["atac=1000"])
-    real, seen = fragments._chunks, []
+    real, seen = fragments._read_chunks, []
 
     def counting(of: fragments.FragmentsInput, stop: int = 2) -> object:
         seen.append(of.display_name)
@@ -148,10 +148,10 @@ def test_killed_while_counting_and_run_again(
             raise KeyboardInterrupt
         return real(of)
 
-    monkeypatch.setattr(fragments, "_chunks", counting)
+    monkeypatch.setattr(fragments, "_read_chunks", counting)
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "s.zarr", *given, bins=["atac=1000"], workers=1)
-    monkeypatch.setattr(fragments, "_chunks", lambda of: counting(of, 0))
+    monkeypatch.setattr(fragments, "_read_chunks", lambda of: counting(of, 0))
     with pytest.raises(StoreError, match="a change of inputs"):
         build(tmp_path / "s.zarr", *given, bins=["atac=1000"], cut_sites=True)
     assert sorted(seen) == ["a.tsv.gz", "b.tsv.gz"]
