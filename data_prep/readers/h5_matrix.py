@@ -63,9 +63,7 @@ def require_inside_matrix(indices: np.ndarray, size: int, what: str, where: str)
         )
 
 
-def read_csr_slice(
-    matrix: Any, start: int, stop: int, n_columns: int, where: str
-) -> sp.csr_matrix:
+def read_csr_slice(matrix: Any, start: int, stop: int, n_columns: int, where: str) -> sp.csr_matrix:
     """Rows `start` to `stop` of a CSR matrix that has passed `require_whole_matrix`.
 
     Raises:
