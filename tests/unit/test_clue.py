@@ -1,0 +1,188 @@
+"""The model: its grid of heads, its members, what is private, embeddings, and mixtures of cells."""
+
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from clue_dist.config import ModelConfig
+from clue_dist.data.batch import Batch, ObservedModality
+from clue_dist.model.clue import PRIVATE_SCALE
+from clue_dist.model.encoders import CrossEncoderHeads
+from clue_dist.model.layers import reverse_gradient
+from clue_dist.model.noise import Noise
+from clue_dist.model.posterior import select_own_latent
+from tests.unit.model_helpers import B, D, K, draw, small_model
+
+
+def test_reversed_gradient() -> None:
+    x = draw(3).requires_grad_()
+    (reverse_gradient(x) * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    torch.testing.assert_close(x.grad, -torch.tensor([1.0, 2.0, 3.0]))
+
+
+def test_private_dimensions_follow_from_their_own_modality_alone() -> None:
+    model, batch, noise = small_model(members=2, private=0.5)
+    clue, observed = model.model.eval(), batch.observed
+    a = clue.n_aligned
+    assert (a, clue.n_private) == (D // 2, D // 2)
+    got = clue.encode_batch(batch)
+    for expert, joint in ((got.mean, got.joint_mean), (got.log_var, got.joint_log_var)):
+        mine, private = select_own_latent(expert)[..., a:], joint[..., a:]  # (B, K, .)
+        torch.testing.assert_close(private[observed], mine[observed])
+        assert (private[~observed] == 0).all()  # the prior
+    aligned = clue.combine(got.mean[..., :a], got.log_var[..., :a], observed)
+    torch.testing.assert_close((got.joint_mean[..., :a], got.joint_log_var[..., :a]), aligned)
+    out = clue(batch, noise)
+    assert out.z.shape == (B, K, K, a)
+    assert out.contrast.shape == (2, B, K, K * a // 2)
+
+
+def test_private_dimensions_are_as_many_in_each_member() -> None:
+    assert (
+        ModelConfig(latent=20, private=0.25, trunk={"members": 4}).n_private == 4
+    )  # of each member's 5, one
+    assert ModelConfig(latent=8, private=0.25, trunk={"members": 4}).n_private == 0
+    assert ModelConfig(latent=64, trunk={"members": 4}).n_private == 16
+
+
+def test_an_embedding_shows_private_dimensions_small_and_of_what_was_observed() -> None:
+    model, batch, _ = small_model(private=0.5)
+    clue = model.model.eval()
+    a, posterior, (joint, alone) = clue.n_aligned, clue.encode_batch(batch), clue.embed_batch(batch)
+    joint = joint.view(B, K, D)
+    torch.testing.assert_close(joint[..., :a], posterior.joint_mean[..., :a])
+    torch.testing.assert_close(joint[..., a:], PRIVATE_SCALE * posterior.joint_mean[..., a:])
+    rows = batch.modalities["m1"].rows
+    z = alone["m1"].view(len(rows), K, D)
+    torch.testing.assert_close(z[..., :a], posterior.mean[rows, 1, :, :a])
+    torch.testing.assert_close(z[:, 1, a:], PRIVATE_SCALE * posterior.mean[rows, 1, 1, a:])
+    assert (z[:, [0, 2], a:] == 0).all()
+
+
+def test_an_embedding_of_a_cell_does_not_follow_from_the_cells_beside_it() -> None:
+    model, batch, _ = small_model(private=0.5, members=2)
+    clue = model.model.eval()
+    together, alone_together = clue.embed_batch(batch)
+    for cell in range(B):
+        rows = {m: (o.rows == cell).nonzero()[:, 0] for m, o in batch.modalities.items()}
+        modalities = {
+            m: ObservedModality(
+                torch.zeros(len(at), dtype=torch.int64), o.counts[at], torch.arange(len(at))
+            )
+            for (m, o), at in zip(batch.modalities.items(), rows.values(), strict=True)
+        }
+        one = Batch(batch.observed[cell : cell + 1], batch.batch_code[cell : cell + 1], modalities)
+        joint, alone = clue.embed_batch(one)
+        torch.testing.assert_close(joint[0], together[cell])
+        for m, at in rows.items():
+            torch.testing.assert_close(alone[m], alone_together[m][at])
+
+
+def test_a_single_modality_has_nothing_private() -> None:
+    model, _, _ = small_model(1, private=0.5)
+    assert model.model.n_private == 0
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_heads_are_the_grid_of_separate_encoders(shared: bool) -> None:
+    members, d = 2, D // 2
+    heads = CrossEncoderHeads(K, members, 8, D, shared)
+    targets = K if shared else 1  # of one network
+    h = draw(K, members * K // targets, B, 8)
+    mean, log_var = heads(h)
+    for k, m, j in product(range(K), range(members), range(K)):
+        i = m if shared else m * K + j
+        network = k * h.shape[1] + i
+        weight = heads.weight[network].view(8, targets, 2, d)[:, j % targets]
+        bias = heads.bias[network].view(targets, 2, d)[j % targets]
+        its = slice(m, None, members)  # what this member says of z_j
+        torch.testing.assert_close(
+            mean[:, k, j, its], h[k, i] @ weight[:, 0] + bias[0], rtol=1e-4, atol=1e-5
+        )
+        want = (h[k, i] @ weight[:, 1] + bias[1]).clamp(-8, 8)
+        torch.testing.assert_close(log_var[:, k, j, its], want, rtol=1e-4, atol=1e-5)
+
+
+def test_parameters_grow_as_k_in_the_wide_layers_and_as_k_squared_only_in_the_heads() -> None:
+    sizes = {}
+    for k in (1, 3):
+        model, _, _ = small_model(k)
+        sizes[k] = {
+            p: sum(x.numel() for x in getattr(model.model, p).parameters())
+            for p in ("trunks", "decoders", "heads")
+        }
+    assert sizes[3]["trunks"] == 3 * sizes[1]["trunks"]
+    wide = [  # K separate encoders instead of one trunk: the wide layers too grow as K^2
+        sum(
+            x.numel()
+            for m in model.model.modalities
+            for x in model.model.get_trunk(m).ensemble.parameters()
+        )
+        for model in (small_model(k, shared=False)[0] for k in (1, 3))
+    ]
+    assert wide[1] == 9 * wide[0]
+    assert sizes[3]["decoders"] == 3 * sizes[1]["decoders"]
+    assert sizes[3]["heads"] == 9 * sizes[1]["heads"]
+
+
+def test_contrast_compares_mixtures_of_pairs() -> None:
+    """What one member says of a mixture is what it says of a cell whose components are the mixture."""
+    model, _, _ = small_model(members=2)
+    model.eval()
+    share = {"m0+m1": 6, "m0+m2": 4, "m1": 2}
+    observed = torch.tensor([[1, 1, 0]] * 6 + [[1, 0, 1]] * 4 + [[0, 1, 0]] * 2, dtype=torch.bool)
+    x = {f"m{i}": draw(B, 6, seed=i) for i in range(K)}
+
+    def batch_of(x: dict[str, Tensor]) -> Batch:
+        rows = [observed[:, i].nonzero()[:, 0] for i in range(K)]
+        paired = [(observed.sum(1) > 1)[r].nonzero()[:, 0] for r in rows]
+        modalities = {
+            m: ObservedModality(r, x[m][r], p) for m, r, p in zip(x, rows, paired, strict=True)
+        }
+        return Batch(observed, torch.zeros(B, dtype=torch.int64), modalities)
+
+    out = model.model(
+        batch_of(x), Noise(0, 0, share, 1), decode_self=False, decode_cross=False, mixup="any"
+    )
+    assert out.contrast.shape == (2, B, K, K * D // 2)
+    partner, own = Noise(0, 0, share, 1).draw_mixing()
+    want = model.model.encode_batch(
+        batch_of({m: own * v + (1 - own) * v[partner] for m, v in x.items()})
+    ).mean
+    want = (
+        want.view(B, K, K, D // 2, 2).permute(4, 0, 1, 2, 3).flatten(3)
+    )  # the projection is linear
+    used = observed & (observed.sum(1) > 1)[:, None]
+    torch.testing.assert_close(out.contrast[:, used], want[:, used])
+
+
+def test_mixtures_stay_within_a_biological_batch_if_asked() -> None:
+    model, batch, _ = small_model(members=2)
+    model.eval()
+    batch = Batch(batch.observed, (draw(B) > 0).long(), batch.modalities)
+    partner, _ = Noise(0, 0, {"all": B}, 1).draw_mixing()
+    alike = batch.batch_code == batch.batch_code[partner]
+    paired = batch.observed.sum(1) > 1
+    assert (alike & paired).any()
+    assert (~alike & paired).any()
+    used = (batch.observed & paired[:, None])[None, :, :, None]
+    plain, mixed, within = (
+        model.model(batch, Noise(0, 0, {"all": B}, 1), mixup=how).contrast * used
+        for how in ("none", "any", "within_batch")
+    )
+    torch.testing.assert_close(within[:, alike], mixed[:, alike])
+    torch.testing.assert_close(within[:, ~alike], plain[:, ~alike])
+    assert (mixed[:, ~alike & paired] != plain[:, ~alike & paired]).any()
+
+
+def test_members_share_nothing_but_their_input() -> None:
+    model, batch, _ = small_model(members=2)
+    out = model.model.encode_batch(
+        batch
+    ).mean  # (B, K, K, D): each member gives every other dimension
+    out[..., ::2].sum().backward()
+    for layer in model.model.get_trunk("m0").ensemble.layers:
+        assert layer.weight.grad[0].abs().sum() > 0
+        assert layer.weight.grad[1].abs().sum() == 0
