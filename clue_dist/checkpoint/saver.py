@@ -49,7 +49,7 @@ class Saver:
     """Saves checkpoints and best weights of a run. Every rank must make the same calls at the same steps.
 
     before_commit: what rank 0 must have done for a checkpoint to stand, in the thread that writes it.
-    waited: seconds training has waited for saving so far. Raises from `check` and `finish`, on all ranks alike:
+    waited_seconds: seconds training has waited for saving so far. Raises from `check` and `finish`, on all ranks alike:
         SavingError: a file could not be written; what was half written is removed, what was committed stands.
     """
 
@@ -71,31 +71,31 @@ class Saver:
         self._copies: list[Future[Any]] = []
         self._writes: list[tuple[int, Future[Any]]] = []  # by step
         self._broken: SavingError | None = None
-        self.waited = 0.0
+        self.waited_seconds = 0.0
 
     # --- called by training ---
 
-    def checkpoint(self, state: RunState) -> None:
+    def save_checkpoint(self, state: RunState) -> None:
         """Save all that the run needs to go on; drop the oldest. Waits for what earlier steps saved, if need be."""
         self._save("checkpoints", state, optimizer=True)
 
-    def best(self, state: RunState) -> None:
+    def save_best_weights(self, state: RunState) -> None:
         """Keep the weights alone of the best validation so far; the next checkpoint drops those before it."""
         self._save("best", state, optimizer=False)
 
-    def before_update(self) -> None:
+    def wait_for_copies(self) -> None:
         """What is about to change has been copied when this returns."""
         self._wait(self._copies)
         self._copies = []
 
     @property
-    def failed(self) -> bool:
+    def has_failed(self) -> bool:
         """Whether this rank knows of a failure; the others know as soon as they get there, `finish` raises on all."""
         return any(write.done() and write.exception() for _, write in self._writes)
 
     def finish(self) -> None:
         """Wait until everything asked for is committed."""
-        self.before_update()
+        self.wait_for_copies()
         writes, self._writes = [write for _, write in self._writes], []
         self._wait(writes)
         for write in writes:
@@ -122,7 +122,7 @@ class Saver:
         began = time.perf_counter()
         for future in futures:
             future.exception()
-        self.waited += time.perf_counter() - began
+        self.waited_seconds += time.perf_counter() - began
 
     # --- the two threads ---
 
@@ -135,7 +135,7 @@ class Saver:
         self._copies.append(copied)
         self._writes = [(step, w) for step, w in self._writes if not w.done() or w.exception()]
         self._writes.append((state.step, self._writer.do(lambda: self._write(kind, state, copied))))
-        self.waited += time.perf_counter() - began
+        self.waited_seconds += time.perf_counter() - began
 
     def _write(self, kind: Kind, state: RunState, copied: Future[dict[str, Tensor]]) -> None:
         """Every rank's writer is here at the same time; they speak by a channel of their own.

@@ -1,4 +1,4 @@
-"""DeepSpeed: its config out of ours, and the engine."""
+"""The DeepSpeed engine: its process group, its config out of ours, its optimizers."""
 
 from __future__ import annotations
 
@@ -25,16 +25,20 @@ from clue_dist.train.setup import Setup
 
 
 def join_process_group(ranks: Ranks) -> torch.device:
-    """Join the process group and return this rank's device; a single process makes a group of one."""
+    """Join the process group; a single process makes a group of one.
+
+    Returns:
+        This rank's device.
+    """
     device = ranks.choose_device()
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if ranks.world == 1 and not dist.is_initialized():
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, module="torch.distributed"
-    )  # DeepSpeed's own calls
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    # DeepSpeed itself calls what torch will drop.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     ranks.join_group(backend)
     os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed takes the device of this number
     disable_shared_memory_collectives()
@@ -43,103 +47,114 @@ def join_process_group(ranks: Ranks) -> torch.device:
 
 
 def build_engine(
-    setup: Setup, ranks: Ranks, device: torch.device, start: Callable[[CLUE], None] | None = None
+    setup: Setup,
+    ranks: Ranks,
+    device: torch.device,
+    set_weights: Callable[[CLUE], None] | None = None,
 ) -> Any:
-    """The DeepSpeed engine around an `Objective`, the same on every rank.
+    """Build the DeepSpeed engine around an `Objective`, the same on every rank.
 
-    start: sets the weights rank 0 begins with, instead of a fresh initialisation.
+    Args:
+        setup: what to train on what.
+        ranks: this rank among all; every rank must call.
+        device: this rank's.
+        set_weights: sets the weights that rank 0 begins with, instead of a fresh initialisation.
     """
-    c = setup.config
-    torch.manual_seed(c.seed)
-    model = CLUE(setup.specs, len(setup.store.manifest.batches), c.model)
-    if ranks.is_first and start is not None:
-        start(model)
+    config = setup.config
+    torch.manual_seed(config.seed)
+    model = CLUE(setup.specs, len(setup.store.manifest.batches), config.model)
+    if ranks.is_first and set_weights is not None:
+        set_weights(model)
     elif ranks.is_first:
         initialise_model(
             model,
             setup.store,
             setup.train_cells,
-            c.model.trunk.projection_init != "random",
-            c.seed,
+            config.model.trunk.projection_init != "random",
+            config.seed,
             setup.stored_svds,
         )
-    objective = Objective(model, c.objective, weigh_modalities(setup)).to(device)
+    objective = Objective(model, config.objective, weigh_modalities(setup)).to(device)
     for tensor in [*objective.parameters(), *objective.buffers()]:
         dist.broadcast(tensor.data, 0)
+    groups = group_parameters(objective, config)
+    make_optimizer = OPTIMIZERS[config.train.optimizer]
     engine, *_ = deepspeed.initialize(
         model=objective,
-        optimizer=OPTIMIZERS[c.train.optimizer](
-            group_parameters(objective, c), lr=c.train.lr, eps=EPSILON
-        ),
-        config=make_deepspeed_config(c, ranks.world),
+        optimizer=make_optimizer(groups, lr=config.train.lr, eps=EPSILON),
+        config=make_deepspeed_config(config, ranks.world),
         dist_init_required=False,
     )
     return engine
 
 
 class SkippingOptimizer:
-    """An optimizer that leaves an update out where it is told to: DeepSpeed itself does so under ZeRO alone."""
+    """An optimizer that can leave an update out; of DeepSpeed's own only those of ZeRO can."""
 
-    skip = False
+    skip = False  # whether the next update is left out
 
     def step(self, closure: Any = None) -> Any:
+        """As torch's, unless the update is to be left out."""
         return None if self.skip else super().step(closure)  # type: ignore[misc]
 
 
 class AdamW(SkippingOptimizer, torch.optim.AdamW):
-    pass
+    """torch's AdamW."""
 
 
 class RMSprop(SkippingOptimizer, torch.optim.RMSprop):
-    pass
+    """torch's RMSprop."""
 
 
 OPTIMIZERS = {"adamw": AdamW, "rmsprop": RMSprop}
-# Above the rounding of a gradient: with torch's 1e-8 a gradient that is zero but for the order of a sum moves its
-# weight by a good part of the learning rate, and another number of ranks by another part.
+# Above the rounding of a gradient. With torch's 1e-8, a gradient that would be zero were it not for
+# the order of a sum moves its weight by a good part of the learning rate, and by another part on
+# another number of ranks.
 EPSILON = 1e-6
 
 
 def weigh_modalities(setup: Setup) -> list[float]:
-    own = setup.config.modalities
-    return [own[m].weight if m in own else 1.0 for m in setup.specs]
+    """Weigh the modalities, in the order of the model, as the config says, else by 1."""
+    settings = setup.config.modalities
+    return [settings[name].weight if name in settings else 1.0 for name in setup.specs]
 
 
 def group_parameters(objective: nn.Module, config: Config) -> list[dict[str, Any]]:
-    """Trained parameters in groups of equal learning rate, their module's `lr_scale` times `train.lr`, and decay.
+    """Group the parameters by learning rate and weight decay, as torch's optimizers take them.
 
-    Biases, norms and temperatures are not decayed. Where the rate is larger, `EPSILON` is, by as much.
+    The learning rate is `train.lr` times the `lr_scale` of the parameter's module. Biases, norms
+    and temperatures are not decayed. Where the rate is larger, so is `EPSILON`.
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)
     for module in objective.modules():
-        for name, p in module.named_parameters(recurse=False):
-            matrix = p.ndim > 1 and name == "weight"
-            groups[getattr(module, "lr_scale", 1.0), matrix].append(p)
+        for name, parameter in module.named_parameters(recurse=False):
+            is_matrix = parameter.ndim > 1 and name == "weight"
+            groups[getattr(module, "lr_scale", 1.0), is_matrix].append(parameter)
     return [
         {
-            "params": ps,
+            "params": parameters,
             "lr_scale": scale,
             "eps": EPSILON * max(scale, 1.0),
-            "weight_decay": config.train.weight_decay if matrix else 0.0,
+            "weight_decay": config.train.weight_decay if is_matrix else 0.0,
         }
-        for (scale, matrix), ps in groups.items()
+        for (scale, is_matrix), parameters in groups.items()
     ]
 
 
 def make_deepspeed_config(config: Config, world: int) -> dict[str, Any]:
-    """The few settings DeepSpeed needs. Everything a person may set lives in our own config."""
-    t = config.train
+    """Make the few settings that DeepSpeed needs; all that a person may set is in our config."""
+    settings = config.train
     assert config.data.batch_size != "auto"
-    bf16 = t.precision == "bf16"
+    is_bf16 = settings.precision == "bf16"
     return {
         "train_batch_size": config.data.batch_size,
-        "train_micro_batch_size_per_gpu": config.data.batch_size // (t.grad_accum * world),
-        "gradient_accumulation_steps": t.grad_accum,
-        "gradient_clipping": t.clip,
-        "zero_optimization": {"stage": t.zero_stage},
+        "train_micro_batch_size_per_gpu": config.data.batch_size // (settings.grad_accum * world),
+        "gradient_accumulation_steps": settings.grad_accum,
+        "gradient_clipping": settings.clip,
+        "zero_optimization": {"stage": settings.zero_stage},
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": bf16},
-        # ZeRO-0 knows gradients of the model's own type alone
-        **({"data_types": {"grad_accum_dtype": "fp32"}} if bf16 and t.zero_stage else {}),
-        "steps_per_print": 10**12,  # our own sinks report
+        "bf16": {"enabled": is_bf16},
+        # ZeRO-0 knows gradients of the model's own type alone.
+        **({"data_types": {"grad_accum_dtype": "fp32"}} if is_bf16 and settings.zero_stage else {}),
+        "steps_per_print": 10**12,  # our sinks report
     }

@@ -11,69 +11,76 @@ from torch import Tensor
 
 from clue_dist.checkpoint.saver import Saver
 from clue_dist.data.loader import Loader
-from clue_dist.train.setup import Setup
-from clue_dist.train.step import compute_learning_rate
+from clue_dist.train.schedule import compute_learning_rate
+from clue_dist.train.step import StepOutcome
+from clue_dist.train.trainer import Trainer
 
 
 class Meter:
-    """Loss terms, speed, shares of the time that training waited for data and for saving.
+    """Terms of the loss, speed, and the shares of time spent on waiting for data and for saving.
 
-    Every rank must make the same calls at the same steps. before: what `so_far` said as the run was saved.
+    Every rank must make the same calls at the same steps.
+
+    Args:
+        trainer: what training works with.
+        loader: where its batches come from.
+        saver: what saves it.
+        sums: what `collect_sums` gave when the run was saved; empty in a fresh run.
     """
 
     def __init__(
-        self,
-        setup: Setup,
-        loader: Loader,
-        saver: Saver,
-        device: torch.device,
-        before: Mapping[str, float],
+        self, trainer: Trainer, loader: Loader, saver: Saver, sums: Mapping[str, float]
     ) -> None:
-        self._setup, self._loader, self._saver, self._device = setup, loader, saver, device
-        self._restart(before)
+        self._trainer, self._loader, self._saver = trainer, loader, saver
+        self._restart(sums)
 
-    def _restart(self, before: Mapping[str, float]) -> None:
+    def _restart(self, sums: Mapping[str, float]) -> None:
+        """Begin anew, with the sums over steps that are not logged yet."""
         self._sums = {
-            k: torch.tensor(v, dtype=torch.float64, device=self._device) for k, v in before.items()
+            name: torch.tensor(value, dtype=torch.float64, device=self._trainer.device)
+            for name, value in sums.items()
         }
-        self._added = int(self._sums.pop("steps", torch.tensor(0)))
-        self._steps = 0
-        self._since, self._waited, self._held = (
-            time.perf_counter(),
-            self._loader.waited_seconds,
-            self._saver.waited,
-        )
+        self._steps_summed = int(self._sums.pop("steps", torch.tensor(0)))
+        self._steps_timed = 0
+        self._started = time.perf_counter()
+        self._data_wait = self._loader.waited_seconds
+        self._saving_wait = self._saver.waited_seconds
 
-    def add(self, terms: dict[str, Tensor], skipped: bool) -> None:
-        """The terms of a step; those of one that was skipped mean nothing."""
-        self._steps += 1
-        if skipped:
+    def add_step(self, outcome: StepOutcome) -> None:
+        """Add a step to the sums; the terms of a step that was skipped mean nothing."""
+        self._steps_timed += 1
+        if outcome.skipped:
             return
-        for name, value in terms.items():
+        for name, value in outcome.terms.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.double()
-        self._added += 1
+        self._steps_summed += 1
 
-    def so_far(self) -> dict[str, float]:
-        """Sums over the steps since the last reading, and how many they are: the mean over ranks, to go on from."""
-        return self._over_ranks(1) | {"steps": self._added} if self._sums else {}
+    def collect_sums(self) -> dict[str, float]:
+        """Collect the sums since the last reading, and how many steps they are, to go on from.
 
-    def read(self, step: int) -> dict[str, float]:
-        """What happened up to `step`; begins anew."""
-        means = self._over_ranks(self._added)
-        seconds = time.perf_counter() - self._since
-        means["epoch"] = self._setup.count_epochs(step)
-        means["lr"] = compute_learning_rate(self._setup, step - 1)
-        means["cells_per_s"] = self._steps * int(self._setup.config.data.batch_size) / seconds
-        means["data_wait"] = (self._loader.waited_seconds - self._waited) / seconds
-        means["saving_wait"] = (self._saver.waited - self._held) / seconds
-        if self._device.type == "cuda":
+        They are means over ranks, as another number of ranks may go on.
+        """
+        return self._average_over_ranks(1) | {"steps": self._steps_summed} if self._sums else {}
+
+    def read_means(self, step: int) -> dict[str, float]:
+        """Read what happened since the last reading, up to `step`, and begin anew."""
+        setup = self._trainer.setup
+        means = self._average_over_ranks(self._steps_summed)
+        seconds = time.perf_counter() - self._started
+        means["epoch"] = setup.count_epochs(step)
+        means["lr"] = compute_learning_rate(setup, step - 1)
+        means["cells_per_s"] = self._steps_timed * int(setup.config.data.batch_size) / seconds
+        means["data_wait"] = (self._loader.waited_seconds - self._data_wait) / seconds
+        means["saving_wait"] = (self._saver.waited_seconds - self._saving_wait) / seconds
+        if self._trainer.device.type == "cuda":
             means["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
         self._restart({})
         return means
 
-    def _over_ranks(self, steps: int) -> dict[str, float]:
+    def _average_over_ranks(self, steps: int) -> dict[str, float]:
+        """The sums divided by `steps`, averaged over ranks."""
         if not self._sums:
             return {}
-        means = torch.stack(list(self._sums.values())) / steps
+        means: Tensor = torch.stack(list(self._sums.values())) / steps
         dist.all_reduce(means)
         return dict(zip(self._sums, (means / dist.get_world_size()).tolist(), strict=True))

@@ -1,10 +1,13 @@
-"""Losses that are not finite, and losses that jump: skipped, named, and after a few in a row the end of the run."""
+"""Losses that are not finite, and losses that jump.
+
+A step whose loss or gradient is not finite is skipped and its cause named; a few in a row end the
+run. A jump of the loss is logged alone.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,82 +15,97 @@ from torch import Tensor
 from clue_dist.checkpoint.run_folder import RunState
 from clue_dist.data.batch import Batch
 from clue_dist.errors import TrainingError
-from clue_dist.ranks import Ranks
-from clue_dist.train.setup import Setup
 from clue_dist.train.sinks import Sinks
-from clue_dist.train.step import StepOutcome, compute_kl_weight, make_noise
+from clue_dist.train.step import StepOutcome
+from clue_dist.train.trainer import Trainer
 
-SKIP_LIMIT = 5  # steps in a row
-SPIKE = 8.0  # standard deviations from the mean of late, either way: absurd counts may lower a loss, too
-MEMORY = 0.95  # of mean and variance, a step
-WARM = 50  # steps until they are known
+SKIP_LIMIT = 5  # skipped steps in a row that end the run
+SPIKE = 8.0  # standard deviations from the running mean; absurd counts may lower a loss, too
+MEMORY = 0.95  # share of the running mean and variance that a step leaves
+WARM_UP_STEPS = 50  # until mean and variance are known
 
 
 def judge_outcome(
-    engine: Any, setup: Setup, ranks: Ranks, state: RunState, outcome: StepOutcome, sinks: Sinks
+    trainer: Trainer, state: RunState, outcome: StepOutcome, sinks: Sinks
 ) -> RunState:
-    """The state after a step (`state.step` counts it already); what was odd is logged. Every rank must call.
+    """Log what was odd about a step. Every rank must call.
+
+    Args:
+        trainer: what training works with.
+        state: the state of the run, which counts the step already.
+        outcome: what came of the step.
+        sinks: where events are logged.
+
+    Returns:
+        The state with skipped steps in a row, and the usual loss, brought up to date.
 
     Raises:
-        TrainingError: SKIP_LIMIT steps in a row were skipped; what was not finite is named.
+        TrainingError: SKIP_LIMIT steps in a row were skipped; it names what was not finite.
     """
     if not outcome.skipped:
-        if _is_spike(state, outcome.loss):
-            assert state.usual is not None
-            sinks.event("loss spike", state.step, {"loss": outcome.loss, "usual": state.usual[0]})
-        return replace(state, skipped=0, usual=_usual(state.usual, outcome.loss))
-    found = find_culprits(engine, setup, ranks, state.step - 1, outcome.batches)
+        if state.usual is not None and _is_spike(state, state.usual, outcome.loss):
+            numbers = {"loss": outcome.loss, "usual": state.usual[0]}
+            sinks.write_event("loss spike", state.step, numbers)
+        return replace(state, skipped=0, usual=_update_usual(state.usual, outcome.loss))
+    culprits = find_culprits(trainer, state.step - 1, outcome.batches)
     state = replace(state, skipped=state.skipped + 1)
-    sinks.event("not finite, step skipped", state.step, {"found": found, "in_a_row": state.skipped})
+    facts: dict[str, int | str] = {"found": culprits, "in_a_row": state.skipped}
+    sinks.write_event("not finite, step skipped", state.step, facts)
     if state.skipped >= SKIP_LIMIT:
         raise TrainingError(
-            f"loss or gradient were not finite in {SKIP_LIMIT} steps in a row; none of these changed a weight",
+            f"loss or gradient were not finite in {SKIP_LIMIT} steps in a row; "
+            "none of these changed a weight",
             where=f"step {state.step}",
-            got=found,
-            fix="the last checkpoint is sound: type the same command with a lower train.lr or train.clip, and it goes "
-            "on from there; if values of the store are named above, convert the mended files and start a new run",
+            got=culprits,
+            fix="the last checkpoint is sound: type the same command with a lower train.lr or "
+            "train.clip, and it goes on from there; if values of the store are named above, "
+            "mend and convert the files, and start a new run",
         )
     return state
 
 
-def find_culprits(engine: Any, setup: Setup, ranks: Ranks, step: int, seen: list[Batch]) -> str:
-    """What is not finite in the micro-batches of a step: values read, loss terms by modality.
+def find_culprits(trainer: Trainer, step: int, batches: list[Batch]) -> str:
+    """Name what is not finite in the micro-batches of a step: values read, and terms of the loss.
 
-    Of the ranks that read such values, if there are any: some terms compare the cells of all ranks.
+    If a rank has read such values, only ranks that have are named: some terms compare the cells of
+    all ranks, so that they are not finite anywhere.
     """
-    values, broken = [], []
-    engine.eval()
+    bad_values, bad_terms = [], []
+    trainer.engine.eval()
     with torch.no_grad():
-        for micro, batch in enumerate(seen):
-            device = batch.observed.device
-            noise = make_noise(setup, ranks, step, micro, device)
-            _, terms = engine(batch, noise, compute_kl_weight(setup, step), True)
-            bad = [name for name, value in terms.items() if not math.isfinite(float(value))]
-            values += [
-                f"values of {m}" for m in batch.modalities if not _values(batch, m).isfinite().all()
-            ]
-            broken += [f"term {name}" for name in bad]
-    engine.train()
-    told = list(enumerate(ranks.all_gather_object((values, broken))))
-    readers = [one for one in told if one[1][0]] or told
-    lines = [f"rank {r}: {', '.join(dict.fromkeys(v + b))}" for r, (v, b) in readers if v or b]
+        for micro_step, batch in enumerate(batches):
+            _, terms = trainer.compute_loss(batch, step, micro_step, by_modality=True)
+            for modality in batch.modalities:
+                if not _get_values(batch, modality).isfinite().all():
+                    bad_values.append(f"values of {modality}")
+            for name, value in terms.items():
+                if not math.isfinite(float(value)):
+                    bad_terms.append(f"term {name}")
+    trainer.engine.train()
+    findings = list(enumerate(trainer.ranks.all_gather_object((bad_values, bad_terms))))
+    readers = [finding for finding in findings if finding[1][0]]
+    lines = [
+        f"rank {rank}: {', '.join(dict.fromkeys(values + terms))}"
+        for rank, (values, terms) in readers or findings
+        if values or terms
+    ]
     return "; ".join(lines) or "a gradient, of finite losses"
 
 
-def _values(batch: Batch, modality: str) -> Tensor:
+def _get_values(batch: Batch, modality: str) -> Tensor:
+    """The values of a modality, of which sparse counts hold those that are not zero."""
     counts = batch.modalities[modality].counts
     return counts if isinstance(counts, Tensor) else counts.values
 
 
-def _is_spike(state: RunState, loss: float) -> bool:
-    if state.usual is None or state.step <= WARM:
-        return False
-    mean, variance = state.usual
-    return abs(loss - mean) > SPIKE * math.sqrt(variance) + 1e-12
+def _is_spike(state: RunState, usual: tuple[float, float], loss: float) -> bool:
+    """Whether a loss is far from the usual mean; too early, nothing is."""
+    mean, variance = usual
+    return state.step > WARM_UP_STEPS and abs(loss - mean) > SPIKE * math.sqrt(variance) + 1e-12
 
 
-def _usual(usual: tuple[float, float] | None, loss: float) -> tuple[float, float]:
-    """Running mean and variance, a spike counting as no more than one."""
+def _update_usual(usual: tuple[float, float] | None, loss: float) -> tuple[float, float]:
+    """Running mean and variance of the loss, in which a spike counts as SPIKE and no more."""
     if usual is None:
         return loss, 0.0
     mean, variance = usual

@@ -37,6 +37,11 @@ class Setup:
     projection_starts: dict[str, ProjectionStart]  # by modality
 
     @property
+    def run_folder(self) -> Path:
+        """Where checkpoints, the best weights and the log go."""
+        return Path(self.config.run)
+
+    @property
     def has_paired_cells(self) -> bool:
         """Whether validation can score pairs."""
         return any(

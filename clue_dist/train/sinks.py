@@ -57,12 +57,12 @@ class Sinks:
         )
         self._began, self._first = time.monotonic(), step
 
-    def advance(self) -> None:
+    def count_step(self) -> None:
         """One step is done."""
         if self.active and self._bar is not None:
             self._bar.update()
 
-    def write(self, split: str, step: int, numbers: Numbers) -> None:
+    def write_numbers(self, split: str, step: int, numbers: Numbers) -> None:
         """Log numbers of a split ("train" or "validation") at a step."""
         if not self.active:
             return
@@ -74,11 +74,11 @@ class Sinks:
             self._wandb = _guarded("wandb", lambda: (wandb.log(plain, step=step), wandb)[1])
         self._show(split, step, numbers)
 
-    def event(self, what: str, step: int, numbers: Numbers) -> None:
+    def write_event(self, what: str, step: int, numbers: Numbers) -> None:
         """Log what seldom happens, at a step."""
-        self.write("event", step, {"event": what, **numbers})
+        self.write_numbers("event", step, {"event": what, **numbers})
 
-    def say(self, text: str) -> None:
+    def print_message(self, text: str) -> None:
         if self.active and self._bar is not None:
             with suppress(OSError):  # the terminal was closed
                 self._bar.write(text)
@@ -99,7 +99,7 @@ class Sinks:
             _guarded("wandb", self._wandb.finish)
         self._file.close()
 
-    def sync(self) -> None:
+    def flush_to_disk(self) -> None:
         """Have metrics.jsonl on disk: a checkpoint that is gone on from must not miss lines before it.
 
         Raises:
@@ -123,7 +123,7 @@ class Sinks:
             pace = (time.monotonic() - self._began) / max(step - self._first, 1)
             left = f"  left {_clock(pace * (self.total - step))}"
         shown = "  ".join(f"{k} {_short(v)}" for k, v in numbers.items())
-        self.say(f"[{step}/{self.total}] {split:<10} {shown}{left}")
+        self.print_message(f"[{step}/{self.total}] {split:<10} {shown}{left}")
 
 
 def _short(value: float | int | str) -> str:

@@ -1,11 +1,12 @@
-"""One optimizer step, and what all ranks agree on at its end: is the loss finite, must we stop, did a save fail."""
+"""One optimizer step, and what all ranks agree on at its end.
+
+That is: whether loss and gradient are finite, whether a signal asked to stop, whether a save failed.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,104 +15,86 @@ from torch import Tensor
 from clue_dist.checkpoint.deepspeed_internals import checks_gradients
 from clue_dist.checkpoint.saver import Saver
 from clue_dist.data.batch import Batch
-from clue_dist.model.noise import Noise
-from clue_dist.ranks import Ranks
 from clue_dist.resilience.stop_signals import StopFlag
-from clue_dist.train.setup import Setup
+from clue_dist.train.schedule import compute_learning_rate
+from clue_dist.train.trainer import Trainer
 
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """batches: this rank's micro-batches; terms: its loss and the terms of it, () each. The rest is the same on all
-    ranks: loss, the mean over them; skipped: loss or gradient were not finite, and no weight has changed; stop: a
-    signal came; failed: a save did not succeed."""
+    """What came of an optimizer step."""
 
-    batches: list[Batch]
-    terms: dict[str, Tensor]
-    loss: float
-    skipped: bool
-    stop: bool
-    failed: bool
+    # of this rank
+    batches: list[Batch]  # its micro-batches
+    terms: dict[str, Tensor]  # its loss and the terms of it, () each
+    # the same on all ranks
+    loss: float  # mean over ranks
+    skipped: bool  # loss or gradient were not finite, and no weight has changed
+    stop_requested: bool  # a signal came to one rank at least
+    save_failed: bool  # one rank at least could not write what it had to save
 
 
 def train_step(
-    engine: Any,
-    setup: Setup,
-    ranks: Ranks,
+    trainer: Trainer,
     batches: Iterator[Batch],
     step: int,
-    device: torch.device,
     saver: Saver | None = None,
     stop: StopFlag | None = None,
 ) -> StepOutcome:
-    """grad_accum micro-batches, each the same global set of cells whatever the ranks, and one update."""
+    """Take `grad_accum` micro-batches and make one update. Every rank must call.
+
+    Each micro-batch is the same global set of cells, however many ranks share it.
+
+    Args:
+        trainer: what training works with.
+        batches: where the micro-batches come from.
+        step: the step, counted from 0.
+        saver: it copies the weights of the step before, for which the update waits.
+        stop: whether this rank was asked to stop.
+    """
+    engine, micro_steps = trainer.engine, trainer.setup.config.train.grad_accum
     for group in engine.optimizer.param_groups:
-        group["lr"] = compute_learning_rate(setup, step) * group["lr_scale"]
-    sums: dict[str, Tensor] = {}
-    seen, micros = [], setup.config.train.grad_accum
-    for micro in range(micros):
-        batch = next(batches).to(device)
-        loss, terms = engine(
-            batch, make_noise(setup, ranks, step, micro, device), compute_kl_weight(setup, step)
-        )
+        group["lr"] = compute_learning_rate(trainer.setup, step) * group["lr_scale"]
+    means: dict[str, Tensor] = {}
+    taken = []
+    for micro_step in range(micro_steps):
+        batch = next(batches).to(trainer.device)
+        loss, terms = trainer.compute_loss(batch, step, micro_step)
         engine.backward(loss)
         for name, value in {"loss": loss.detach(), **terms}.items():
-            sums[name] = sums.get(name, 0.0) + value / micros
-        seen.append(batch)
-        if micro < micros - 1:
-            engine.step()  # DeepSpeed updates at the last micro-batch alone
-    outcome = _agreed(engine, seen, sums, stop, saver)
+            means[name] = means.get(name, 0.0) + value / micro_steps
+        taken.append(batch)
+        if micro_step < micro_steps - 1:
+            engine.step()  # DeepSpeed counts micro-batches, and updates at the last one alone
+    outcome = _agree_on_outcome(trainer, taken, means, saver, stop)
     engine.basic_optimizer.skip = outcome.skipped
     if saver is not None:
-        saver.before_update()
+        saver.wait_for_copies()
     engine.step()
     if not engine.was_step_applied():  # ZeRO found a gradient that is not finite
         outcome = replace(outcome, skipped=True)
     return outcome
 
 
-def _agreed(
-    engine: Any,
-    seen: list[Batch],
+def _agree_on_outcome(
+    trainer: Trainer,
+    batches: list[Batch],
     terms: dict[str, Tensor],
-    stop: StopFlag | None,
     saver: Saver | None,
+    stop: StopFlag | None,
 ) -> StepOutcome:
-    """One exchange of a few numbers: it waits for the device, as the norm of the gradient does right after."""
+    """Exchange a few numbers once. It waits for the device, as the gradient's norm does anyway."""
     loss = terms["loss"].double()
-    bad = ~loss.isfinite()
-    if not checks_gradients(engine):
-        grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        bad = bad | ~torch.nn.utils.get_total_norm(grads).isfinite()
-    flags = [bool(stop), saver is not None and saver.failed]
-    told = torch.cat(
-        [torch.stack([loss.nan_to_num(0, 0, 0), bad.double()]), loss.new_tensor(flags)]
+    is_bad = ~loss.isfinite()
+    if not checks_gradients(trainer.engine):
+        parameters = trainer.engine.module.parameters()
+        gradients = [weight.grad for weight in parameters if weight.grad is not None]
+        is_bad = is_bad | ~torch.nn.utils.get_total_norm(gradients).isfinite()
+    flags = [bool(stop), saver is not None and saver.has_failed]
+    sums = torch.cat(
+        [torch.stack([loss.nan_to_num(0, 0, 0), is_bad.double()]), loss.new_tensor(flags)]
     )
-    dist.all_reduce(told)
-    mean, n_bad, n_stop, n_failed = told.tolist()
-    return StepOutcome(
-        seen, terms, mean / dist.get_world_size(), n_bad > 0, n_stop > 0, n_failed > 0
-    )
-
-
-def make_noise(setup: Setup, ranks: Ranks, step: int, micro: int, device: torch.device) -> Noise:
-    """All that a micro-batch draws at random."""
-    c, plan = setup.config, setup.plan
-    number = step * c.train.grad_accum + micro
-    return Noise(c.seed, number, plan.stratum_shares, plan.lanes, ranks.rank, ranks.world, device)
-
-
-def compute_learning_rate(setup: Setup, step: int) -> float:
-    """Linear warm-up, then a cosine down to final_lr; a pure function of the step."""
-    t = setup.config.train
-    warm = t.warmup * setup.total_steps
-    if step < warm:
-        return t.lr * (step + 1) / (warm + 1)
-    progress = (step - warm) / max(setup.total_steps - warm, 1)
-    return t.lr * (t.final_lr + (1 - t.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def compute_kl_weight(setup: Setup, step: int) -> float:
-    """Factor on lambda_kl: rises from 0 to 1 over the first kl_warmup of the steps."""
-    warm = setup.config.train.kl_warmup * setup.total_steps
-    return min(1.0, (step + 1) / warm) if warm else 1.0
+    dist.all_reduce(sums)
+    loss_sum, n_bad, n_stops, n_failures = sums.tolist()
+    mean = loss_sum / dist.get_world_size()
+    return StepOutcome(batches, terms, mean, n_bad > 0, n_stops > 0, n_failures > 0)

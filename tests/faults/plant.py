@@ -34,7 +34,8 @@ from clue_dist.checkpoint import engine_state, saver
 from clue_dist.data.batch import Batch, SparseCounts
 from clue_dist.data.loader import Loader
 from clue_dist.ranks import Ranks
-from clue_dist.train import loop
+from clue_dist.train import loop, validate
+from clue_dist.train.trainer import Trainer
 
 SIGNALS = {"term": signal.SIGTERM, "usr1": signal.SIGUSR1}
 VALUES: dict[str, Callable[[torch.Tensor], Any]] = {
@@ -78,35 +79,36 @@ def plant(kind: str, *where: str) -> None:
 
 
 def at_batch(do: Callable[[int, Batch], object]) -> None:
-    """`do` is told the step and the batch as training fetches it."""
-    loader_at, following = loop.open_loader, Loader.__next__
-    fetched_before: dict[int, int] = {}  # batches, of which a step may take several
-    micros = [1]
+    """`do` gets the step and the batch as training fetches it."""
+    open_loader, fetch = Trainer.open_loader, Loader.__next__
+    n_fetched: dict[int, int] = {}  # batches by loader; a step may take several
+    micro_steps = [1]
 
-    def planted(setup: Any, ranks: Any, step: int, device: Any) -> Loader:
-        loader = loader_at(setup, ranks, step, device)
-        micros[0] = setup.config.train.grad_accum
-        fetched_before[id(loader)] = step * micros[0]
+    def open_counted(self: Trainer, step: int) -> Loader:
+        loader = open_loader(self, step)
+        micro_steps[0] = self.setup.config.train.grad_accum
+        n_fetched[id(loader)] = step * micro_steps[0]
         return loader
 
-    def fetched(self: Loader) -> Batch:
-        batch = following(self)
-        do(fetched_before[id(self)] // micros[0], batch)
-        fetched_before[id(self)] += 1
+    def fetch_counted(self: Loader) -> Batch:
+        batch = fetch(self)
+        do(n_fetched[id(self)] // micro_steps[0], batch)
+        n_fetched[id(self)] += 1
         return batch
 
-    loop.open_loader, Loader.__next__ = planted, fetched  # type: ignore[method-assign]
+    Trainer.open_loader, Loader.__next__ = open_counted, fetch_counted  # type: ignore[method-assign]
 
 
 def in_backward(step: int) -> None:
+    """A gradient of the step is NaN."""
     train_step = loop.train_step
 
-    def planted(engine: Any, setup: Any, ranks: Any, batches: Any, now: int, *rest: Any) -> Any:
-        weight = next(p for p in engine.module.parameters() if p.requires_grad)
+    def planted(trainer: Trainer, batches: Any, now: int, *rest: Any) -> Any:
+        weight = next(p for p in trainer.engine.module.parameters() if p.requires_grad)
         hook = (
             weight.register_hook(lambda g: torch.full_like(g, torch.nan)) if now == step else None
         )
-        outcome = train_step(engine, setup, ranks, batches, now, *rest)
+        outcome = train_step(trainer, batches, now, *rest)
         if hook is not None:
             hook.remove()
         return outcome
@@ -115,14 +117,15 @@ def in_backward(step: int) -> None:
 
 
 def in_validation(number: int) -> None:
-    score, calls = loop.validate.score_held_out_cells, []
+    """The validation of this number scores NaN."""
+    score, calls = validate.score_held_out_cells, []
 
     def planted(*args: Any) -> dict[str, float]:
         values: dict[str, float] = score(*args)
         calls.append(None)
         return values | {"score": float("nan")} if len(calls) == number else values
 
-    loop.validate.score_held_out_cells = planted
+    validate.score_held_out_cells = planted
 
 
 # When, besides steps: as the engine is made, as everything is saved
@@ -163,7 +166,7 @@ def in_save(step: int, place: str, do: Callable[[], None]) -> None:
     owner, name, word, before = PLACES[place]
     function = getattr(owner, name)
     due = [False]
-    save = saver.Saver.checkpoint
+    save = saver.Saver.save_checkpoint
 
     def checkpoint(self: Any, state: Any) -> None:
         due[0] = due[0] or state.step == step
@@ -178,7 +181,7 @@ def in_save(step: int, place: str, do: Callable[[], None]) -> None:
             do()
         return result
 
-    saver.Saver.checkpoint = checkpoint  # type: ignore[method-assign]
+    saver.Saver.save_checkpoint = checkpoint  # type: ignore[method-assign]
     setattr(owner, name, killing)
 
 
@@ -214,20 +217,20 @@ def spoil(batch: Batch, modality: str, kind: str) -> None:
 
 
 def dump(folder: Path) -> None:
-    start = loop._start
+    """Write what this rank begins with."""
+    start = loop._start_trainer
 
-    def started(setup: Any, ranks: Ranks, *rest: Any) -> Any:
-        engine, state = start(setup, ranks, *rest)
+    def started(*args: Any) -> Any:
+        trainer, state = start(*args)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            name: view.clone()
-            for name, view in engine_state.collect_tensors(engine, with_optimizer=True).items()
-        }
-        metadata = {"shapes": json.dumps(engine_state.collect_shapes(engine))}
-        save_file(tensors, folder / f"rank-{ranks.rank:05d}.safetensors", metadata=metadata)
-        return engine, state
+        views = engine_state.collect_tensors(trainer.engine, with_optimizer=True)
+        tensors = {name: view.clone() for name, view in views.items()}
+        metadata = {"shapes": json.dumps(engine_state.collect_shapes(trainer.engine))}
+        path = folder / f"rank-{trainer.ranks.rank:05d}.safetensors"
+        save_file(tensors, path, metadata=metadata)
+        return trainer, state
 
-    loop._start = started
+    loop._start_trainer = started
 
 
 if __name__ == "__main__":

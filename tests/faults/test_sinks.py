@@ -148,7 +148,7 @@ def test_lines_are_taken_while_a_checkpoint_waits_for_a_slow_disk(
         saving = threading.Thread(target=looked_at.sync)
         saving.start()
         assert slow.wait(30)
-        looked_at.write("train", 1, {"loss": 0.5, "data_wait": 0.0, "cells_per_s": 1.0})
+        looked_at.write_numbers("train", 1, {"loss": 0.5, "data_wait": 0.0, "cells_per_s": 1.0})
         assert saving.is_alive()
         over.set()
         saving.join()
@@ -187,7 +187,7 @@ def test_a_sink_that_cannot_be_imported_is_left(
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with Sinks(tmp_path, Config(), 10, 0, Ranks()) as sinks:
-        sinks.write("validation", 1, {"loss": 0.5})
+        sinks.write_numbers("validation", 1, {"loss": 0.5})
     said = capsys.readouterr().out
     assert "wandb is off from here on" in said
     assert "TensorBoard is off from here on" in said
@@ -204,7 +204,7 @@ def test_without_its_server_wandb_goes_offline(
         monkeypatch.delenv("WANDB_MODE", raising=False)
         monkeypatch.setattr(sinks, "WANDB_WAIT", 3)
         with Sinks(tmp_path, Config(log=LogConfig(wandb="online")), 10, 0, Ranks()) as looked_at:
-            looked_at.write("train", 1, {"loss": 0.5})
+            looked_at.write_numbers("train", 1, {"loss": 0.5})
     assert "wandb is offline" in capsys.readouterr().out
     (recorded,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     assert recorded.stat().st_size > 0

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import runpy
 import threading
 import time
 from pathlib import Path
@@ -14,15 +13,14 @@ from clue_dist.data.timing import record_phases, time_phase
 from clue_dist.errors import ConfigError
 from clue_dist.ranks import Ranks
 from clue_dist.train import bench
-from clue_dist.train.bench import (
+from clue_dist.train.arguments import check_bench_arguments
+from clue_dist.train.bench import RankClock, TimedEngine, share_time
+from clue_dist.train.speed_report import (
     LoaderSpeed,
     ModelSpeed,
-    RankClock,
     SpeedReport,
-    TimedEngine,
     TrainingSpeed,
     judge_speed,
-    share_time,
 )
 
 
@@ -87,7 +85,7 @@ def test_the_report_ends_with_the_verdict_and_json_has_it_all() -> None:
     }
     report = SpeedReport(about, data(2_000), model(1_000), both(0.0))
     assert (
-        report.text().splitlines()[-1]
+        report.format_text().splitlines()[-1]
         == "the model is the limit: the loader could feed 2.0 such GPUs"
     )
     assert report.as_dict()["feeds"] == 2.0
@@ -97,16 +95,13 @@ def test_the_report_ends_with_the_verdict_and_json_has_it_all() -> None:
 def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check = runpy.run_path(str(Path(__file__).parents[2] / "launch" / "bench.py"))[
-        "check_bench_arguments"
-    ]
     (tmp_path / "old.json").touch()
     given = [
         argparse.Namespace(seconds=1.0, repeats=1, json=tmp_path / name)
         for name in ("new.json", "old.json")
     ]
     for args, needed in zip(given, (tmp_path, tmp_path / "old.json"), strict=True):
-        check(args)
+        check_bench_arguments(args)
         with monkeypatch.context() as patch:
             patch.setattr(
                 os, "access", lambda path, mode, needed=needed: path != needed
@@ -114,7 +109,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
             with pytest.raises(
                 ConfigError, match=f"cannot be written\n  where: --json {args.json}"
             ):
-                check(args)
+                check_bench_arguments(args)
 
 
 class FakeTime:
@@ -169,15 +164,15 @@ def test_parts_of_a_step_sum_over_its_micro_batches(clock_face: FakeTime) -> Non
         watched(seconds)
         watched.backward(torch.zeros(()))
         watched.step()
-    assert watched.ms_per_step(grad_accum=2) == pytest.approx([30, 40, 50])
+    assert watched.average_parts(grad_accum=2) == pytest.approx([30, 40, 50])
 
 
 def test_a_clock_covers_the_time_it_was_given(clock_face: FakeTime) -> None:
     clock = RankClock(Ranks(), torch.device("cpu"), 2.0, 1)
     warm = iter([5.0] * 3)  # the first calls are slow and do not count
-    assert clock.calls(lambda: clock_face.pass_by(next(warm, 0.125)), 3) == 16
-    assert clock.calls(lambda: clock_face.pass_by(10.0), 3) == 3
-    assert clock.times(lambda: clock_face.pass_by(0.5), 4) == 2.0
+    assert clock.count_calls(lambda: clock_face.pass_by(next(warm, 0.125)), 3) == 16
+    assert clock.count_calls(lambda: clock_face.pass_by(10.0), 3) == 3
+    assert clock.time_calls(lambda: clock_face.pass_by(0.5), 4) == 2.0
 
 
 def test_phases_add_up_over_threads_and_only_while_watched() -> None:

@@ -1,6 +1,6 @@
 """Which validation's weights are kept: the latest that cannot be told from the best."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,44 +11,44 @@ import torch
 from clue_dist.checkpoint.run_folder import RunState
 from clue_dist.ranks import Ranks
 from clue_dist.train import loop, validate
+from clue_dist.train.trainer import Trainer
 
 
 @dataclass
-class Said:
+class LoggedLines:
     """Takes the place of the sinks."""
 
     lines: list[dict[str, Any]]
 
-    def write(self, _kind: str, _step: int, values: dict[str, Any]) -> None:
-        self.lines.append(values)
-
-    def say(self, _text: str) -> None:
-        pass
+    def write_numbers(self, _split: str, _step: int, numbers: dict[str, Any]) -> None:
+        self.lines.append(numbers)
 
 
 def kept(
     scores: list[tuple[float, float]], monkeypatch: pytest.MonkeyPatch, patience: int = 0
-) -> tuple[RunState, list]:
-    """The state after validations of (score, error), one a step, and the steps whose weights were saved."""
-    saved: list[int] = []
+) -> tuple[RunState, list[int]]:
+    """The state after validations of (score, error), one a step, and the steps whose weights are kept."""
+    kept_steps: list[int] = []
     looks = iter(scores)
-    saver: Any = SimpleNamespace(best=lambda state: saved.append(state.step))
     monkeypatch.setattr(
         validate,
         "score_held_out_cells",
         lambda *_: dict(zip(("score", "error"), next(looks), strict=True)),
     )
-    held_out: Any = SimpleNamespace(n_cells=1, observed=torch.ones(1, 1))
-    config = SimpleNamespace(run="run", seed=0, train=SimpleNamespace(patience=patience))
-    setup: Any = SimpleNamespace(config=config, has_paired_cells=True, total_steps=len(scores) + 1)
-    state, said = RunState(0, 1, ""), Said([])
+    held_out: Any = SimpleNamespace()
+    config = SimpleNamespace(train=SimpleNamespace(patience=patience))
+    setup: Any = SimpleNamespace(config=config, total_steps=len(scores) + 1)
+    trainer = Trainer(None, setup, Ranks(), torch.device("cpu"))
+    state, sinks = RunState(0, 1, ""), LoggedLines([])
     for step in range(1, len(scores) + 1):
-        state = RunState(**{**vars(state), "step": step})
-        state = loop._validate(None, setup, Ranks(), held_out, state, said, saver)  # type: ignore[arg-type]
-        assert said.lines[-1]["best_step"] == state.best_step == saved[-1]
-        if loop._finished(state, setup):
+        state = replace(state, step=step)
+        state = validate.validate_model(trainer, held_out, state, sinks)  # type: ignore[arg-type]
+        if state.best_step == step:
+            kept_steps.append(step)
+        assert sinks.lines[-1]["best_step"] == state.best_step == kept_steps[-1]
+        if loop._is_finished(setup, state):
             break
-    return state, saved
+    return state, kept_steps
 
 
 def test_later_weights_win_where_scores_cannot_be_told_apart(

@@ -22,8 +22,8 @@ from clue_dist.model.initialise import initialise_model
 from clue_dist.model.noise import Noise
 from clue_dist.model.posterior import compute_kl_to_prior, product_of_experts, sample_posterior
 from clue_dist.train.engine import EPSILON, OPTIMIZERS, group_parameters
+from clue_dist.train.schedule import compute_learning_rate
 from clue_dist.train.setup import Setup
-from clue_dist.train.step import compute_learning_rate
 
 ALIGNMENT = 1.0  # weight of the symmetric KL next to the ELBO of everything observed, as MultiVI's
 

@@ -1,0 +1,153 @@
+"""The command lines of launch/train.py and launch/bench.py: what is read, checked and announced.
+
+A mistake in the config is answered at once: what takes seconds to import comes after that check.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clue_dist import config as configs
+from clue_dist.errors import ConfigError
+from clue_dist.ranks import Ranks
+
+if TYPE_CHECKING:
+    from clue_dist.train.setup import Setup
+
+
+def parse_train_arguments(description: str | None) -> argparse.Namespace:
+    """Parse the command line of launch/train.py."""
+    parser = _build_parser(description)
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        help="auto (default): go on from the newest sound checkpoint; never; a folder",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check the config and the store, print what would run",
+    )
+    return parser.parse_args()
+
+
+def parse_bench_arguments(description: str | None) -> argparse.Namespace:
+    """Parse the command line of launch/bench.py."""
+    parser = _build_parser(description)
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, help="of one repeat (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="the median of so many counts (default: %(default)s)"
+    )
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the figures there")
+    return parser.parse_args()
+
+
+def _build_parser(description: str | None) -> argparse.ArgumentParser:
+    """What both command lines have in common."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="a recipe, see configs/")
+    parser.add_argument(
+        "--set",
+        action="extend",
+        default=[],
+        metavar="PATH=VALUE",
+        help="override one setting",
+        nargs="+",
+        dest="overrides",
+    )
+    # The deepspeed launcher passes this to every rank.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def prepare_training(arguments: argparse.Namespace, world: int) -> Setup:
+    """Check the settings of a training run, and import all that it needs.
+
+    Args:
+        arguments: what `parse_train_arguments` gave.
+        world: the number of ranks.
+
+    Raises:
+        ConfigError: settings that cannot work.
+        StoreError: there is no store, or a damaged one.
+    """
+    config = configs.load_config(arguments.config, arguments.overrides)
+    configs.require_paths(config)
+
+    from clue_dist.train.setup import prepare_setup
+
+    setup = prepare_setup(config, world)
+    if not arguments.dry_run:
+        # DeepSpeed looks for compilers and GPUs while it is imported: before the ranks join.
+        import clue_dist.train.loop  # noqa: F401
+    return setup
+
+
+def print_plan(setup: Setup, arguments: argparse.Namespace) -> None:
+    """Print what will be trained; in a dry run, also the step from which training would go on.
+
+    Under `--resume auto` that is the newest checkpoint. It is not read, which may take minutes.
+
+    Raises:
+        ResumeError: in a dry run, the checkpoint that `--resume` names cannot be used.
+    """
+    print(setup.format_summary(), flush=True)
+    if not arguments.dry_run:
+        return
+
+    from clue_dist.checkpoint.run_folder import choose_checkpoint, list_checkpoints, parse_step
+
+    if arguments.resume == "auto":
+        checkpoint = next(iter(list_checkpoints(setup.run_folder / "checkpoints")), None)
+        condition = ", if that checkpoint is sound"
+    else:
+        checkpoint = choose_checkpoint(setup.run_folder, arguments.resume, Ranks())
+        condition = ""
+    if checkpoint is not None:
+        print(f"  would go on from step {parse_step(checkpoint)}{condition}", flush=True)
+
+
+def prepare_benchmark(arguments: argparse.Namespace, world: int) -> Setup:
+    """Check what is to be measured, as `prepare_training` does; no run folder is needed."""
+    check_bench_arguments(arguments)
+    config = configs.load_config(arguments.config, arguments.overrides)
+
+    from clue_dist.train.setup import prepare_setup
+
+    return prepare_setup(config, world, writes=False)
+
+
+def check_bench_arguments(arguments: argparse.Namespace) -> None:
+    """Check how launch/bench.py is to measure, and that its figures can be written.
+
+    Raises:
+        ConfigError: they cannot, or there is nothing to measure.
+    """
+    if arguments.seconds <= 0 or arguments.repeats < 1:
+        raise ConfigError(
+            "nothing to measure",
+            got=f"--seconds {arguments.seconds:g} --repeats {arguments.repeats}",
+            expected="seconds above 0, one repeat or more",
+        )
+    if arguments.json is None:
+        return
+    folder = arguments.json.absolute().parent
+    if arguments.json.is_dir() or not folder.is_dir():
+        raise ConfigError(
+            "the figures go into a file of a folder that is there",
+            where=f"--json {arguments.json}",
+        )
+    if not os.access(arguments.json if arguments.json.exists() else folder, os.W_OK):
+        raise ConfigError(
+            "the figures cannot be written",
+            where=f"--json {arguments.json}",
+            got="no permission to write, or a disk that is read only",
+            fix="choose another file, or leave --json out",
+        )
