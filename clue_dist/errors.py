@@ -1,17 +1,28 @@
-"""Errors a person can act on: what happened, where, what was found, what was expected, how to mend it."""
+"""Errors that a person can act on.
+
+Each says what happened, where, what was found, what was expected, and how to mend it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
-LOST = 76  # exit code where a rank, a machine or the network was lost: starting again may mend it
+# The exit code where a rank, a machine or the network was lost: starting again may mend it.
+LOST = 76
 
 
 class ClueError(Exception):
-    """A mistake in what the user gave (exit code 2), told so that it can be mended.
+    """A mistake in what a person gave, described so that it can be mended.
 
-    Only `what` is required; the other parts are printed one a line where they are known.
+    Args:
+        what: what happened, in a few words.
+        where: the file, the setting or the object.
+        got: what was found.
+        expected: what should have been there.
+        fix: what a person can do.
+
+    Only `what` is required. Each other part is printed on a line of its own.
     """
 
     exit_code = 2
@@ -36,7 +47,7 @@ class ClueError(Exception):
         )
 
     def __reduce__(self) -> tuple[Callable[..., ClueError], tuple[Any, ...]]:
-        # Errors cross process borders (Dask workers, ranks); keyword-only arguments need help to unpickle.
+        # Errors travel from Dask workers; keyword-only arguments need help to be unpickled.
         return _rebuild, (type(self), (self.what, self.where, self.got, self.expected, self.fix))
 
 
@@ -58,7 +69,7 @@ class RankError(ConfigError):
 
 
 class LostError(ClueError):
-    """A rank or a machine was lost, or never came."""
+    """Another rank or a machine was lost, or never came."""
 
     exit_code = LOST
 
@@ -72,7 +83,7 @@ class StoreError(ClueError):
 
 
 class ServerError(StoreError):
-    """The server of a store fails or refuses: nothing is said about the store itself."""
+    """The server of a store fails or refuses. The store itself may be sound."""
 
     exit_code = LOST
 
@@ -91,7 +102,7 @@ class TrainingError(ClueError):
 
 
 class SavingError(ClueError):
-    """What a run must keep could not be written: a full disk, a folder that may not be written any more."""
+    """A file that a run must keep could not be written, as on a full disk."""
 
     exit_code = 1
     on_every_rank = True
@@ -104,7 +115,7 @@ class FolderError(SavingError):
 
 
 def list_names(names: Iterable[object], limit: int = 10) -> str:
-    """The first `limit` names, then how many more there are."""
+    """Write down the first `limit` names, then how many more there are."""
     names = list(names)
     more = f" ... and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(str(n) for n in names[:limit]) + more
+    return ", ".join(str(name) for name in names[:limit]) + more

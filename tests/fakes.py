@@ -1,4 +1,4 @@
-"""A model without training: a fixed random projection per modality, behind the interface of a loaded one."""
+"""A model without training: a fixed random projection per modality, loaded as a real one is."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from clue_dist.store.manifest import Modality
 
 
 class Projection:
-    """z from a modality = log1p(counts) @ a fixed matrix; joint z = the mean over what was observed."""
+    """z from a modality is log1p(counts) @ a fixed matrix; joint z is the mean over modalities."""
 
     def __init__(self, modalities: dict[str, Modality], latent: int) -> None:
         draw = torch.Generator().manual_seed(0)

@@ -55,7 +55,7 @@ def embed_store(
         ranks: this process among the others; by default it is alone.
 
     Raises:
-        ConfigError: an unknown ending, no such folder, or something else than an embedding at `out`.
+        ConfigError: an unknown ending, no such folder, or no embedding but something else at `out`.
         StoreError: modalities or features that are not the model's; a damaged store; a full disk.
         ResumeError: the model gives NaN.
     """

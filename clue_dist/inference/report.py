@@ -68,9 +68,8 @@ def _describe_training(run: Path, folder: Path) -> str:
         facts.append(f"{metrics['epoch'].max():.4g} epochs")
     if "best_step" in metrics and metrics["best_step"].notna().any():
         last = metrics.dropna(subset=["best_step"]).iloc[-1]
-        facts.append(
-            f"weights of step {int(last['best_step']):,}, lowest validation score {last['best']:.4f}"
-        )
+        facts.append(f"weights of step {int(last['best_step']):,}")
+        facts.append(f"lowest validation score {last['best']:.4f}")
     if n_unreadable:
         facts.append(f"{n_unreadable} unreadable lines of metrics.jsonl left out")
     text = _MUTED.format("; ".join(facts) + ".")
@@ -113,7 +112,10 @@ def _tabulate_scores(path: Path) -> str:
             "the scores cannot be read", where=f"--scores {path}", got=error, fix=fix
         ) from None
     head = "".join(f"<th>{_TITLES[metric]}</th><th class='muted'>chance</th>" for metric in METRICS)
-    text = "Each cell seen through one modality looks for itself in the other; both directions averaged."
+    text = (
+        "Each cell seen through one modality looks for itself in the other; "
+        "both directions averaged."
+    )
     return f"""<h2>Matching</h2>
 {_MUTED.format(text)}
 <table><tr><th>pair</th><th>among</th><th>cells</th>{head}</tr>
@@ -158,7 +160,9 @@ body {{ font: 15px/1.5 system-ui, sans-serif; color: #2b2f36; max-width: 1180px 
 body {{ margin: 2.5rem auto; padding: 0 1.5rem }}
 h1 {{ font-weight: 600; margin-bottom: 0 }}
 h2 {{ font-weight: 600; font-size: 1.15rem; margin-top: 2.5rem }}
-.muted {{ color: #7d8790 }} .row {{ display: flex; flex-wrap: wrap; gap: 1rem }} img {{ max-width: 100% }}
+.muted {{ color: #7d8790 }}
+img {{ max-width: 100% }}
+.row {{ display: flex; flex-wrap: wrap; gap: 1rem }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
 th, td {{ text-align: right; padding: .3rem .8rem; border-bottom: 1px solid #eceef1 }}
 th {{ font-weight: 600 }}

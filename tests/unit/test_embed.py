@@ -154,7 +154,8 @@ def test_ranks_write_what_one_writes(store, loaded, tmp_path, world, batch_size)
         from clue_dist.store.manifest import Modality
         ranks, store = Ranks.from_environment().join_group(), Store(root)
         extra = Modality(kind="atac", storage="sparse", features=["peak-0", "peak-1"])
-        known = {"adt": store.manifest.modalities["adt"], "atac": extra, "rna": store.manifest.modalities["rna"]}
+        stored = store.manifest.modalities
+        known = {"adt": stored["adt"], "atac": extra, "rna": stored["rna"]}
         join = stream._join_files
 
         def spied(scratch, *args):
@@ -162,7 +163,8 @@ def test_ranks_write_what_one_writes(store, loaded, tmp_path, world, batch_size)
             join(scratch, *args)
 
         stream._join_files = spied
-        embed_store(FakeLoaded(known), store, Path(out), run="r", per_modality=True, batch_size=size, ranks=ranks)
+        options = dict(run="r", per_modality=True, batch_size=size, ranks=ranks)
+        embed_store(FakeLoaded(known), store, Path(out), **options)
         ranks.leave_group()
     """
     given = f"root, out, size = {str(store.root)!r}, {str(tmp_path / 'two.h5mu')!r}, {batch_size}"

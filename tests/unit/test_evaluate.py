@@ -79,7 +79,8 @@ def test_two_ranks_score_as_one(store, tmp_path):
         from clue_dist.store.reader import Store
         from tests.fakes import FakeLoaded
         ranks, store = Ranks.from_environment().join_group(), Store(root)
-        evaluate_store(FakeLoaded(store.manifest.modalities), store, Path(out), run="r", batch_size=16, ranks=ranks)
+        loaded = FakeLoaded(store.manifest.modalities)
+        evaluate_store(loaded, store, Path(out), run="r", batch_size=16, ranks=ranks)
         ranks.leave_group()
     """
     for world in (1, 2):
@@ -89,7 +90,8 @@ def test_two_ranks_score_as_one(store, tmp_path):
     one, two = (
         dict(_leaves(json.loads((tmp_path / f"{world}.json").read_text()))) for world in (1, 2)
     )
-    # The last bit of z depends on which cells are multiplied together, and may decide between two neighbours of 110.
+    # The last bit of z depends on which cells are multiplied together, and may decide between two
+    # neighbours of 110.
     numbers = {key for key, value in one.items() if isinstance(value, float)}
     assert {key: two[key] for key in numbers} == pytest.approx(
         {key: one[key] for key in numbers}, abs=0.01

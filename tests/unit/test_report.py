@@ -1,4 +1,4 @@
-"""The report: what was logged is drawn, what was embedded is shown, and the page needs nothing outside itself."""
+"""The report draws what was logged, shows what was embedded, and needs nothing outside itself."""
 
 from __future__ import annotations
 
@@ -100,8 +100,8 @@ def test_page_is_whole_and_stands_alone(run, embedding, tmp_path):
     assert "UMAP of 70 profiles of o.h5mu, each a cell seen through one modality alone" in text
     assert "{&quot;run&quot;: &quot;&lt;b&gt;&quot;}" in text
     assert (
-        "95 steps; 9.5 epochs; weights of step 80, lowest validation score 0.2100; 1 unreadable lines"
-        in text
+        "95 steps; 9.5 epochs; weights of step 80; lowest validation score 0.2100; "
+        "1 unreadable lines" in text
     )
 
 
