@@ -49,7 +49,8 @@ def fit(setup: Setup, ranks: Ranks, resume: str = "auto") -> TrainingResult:
             the checkpoint to go on from.
 
     Raises:
-        ResumeError: training cannot go on from what `resume` names, or another job is in the folder.
+        ResumeError: training cannot go on from what `resume` names, or another job is training in
+            the run folder.
         LostError: another rank has ended.
         StoreError: a chunk of the store is damaged.
         TrainingError: loss or gradient stay not finite.

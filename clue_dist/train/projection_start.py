@@ -1,4 +1,4 @@
-"""How the projection of each modality starts: what the config asks for, and what the store has."""
+"""How the projection of each modality starts: as the config asks, with what the store has."""
 
 from __future__ import annotations
 
@@ -11,66 +11,71 @@ from clue_dist.store import svd
 from clue_dist.store.reader import Store
 from clue_dist.store.svd import StoredSvd
 
-_COMPUTE = "python -m data_prep svd STORE --modality {name} --components {components}"
-_SAMPLE = "projected by an SVD of a sample"
+_COMPUTE_COMMAND = "python -m data_prep svd STORE --modality {name} --components {components}"
+_FROM_SAMPLE = "projected by an SVD of a sample"
 
 
 @dataclass(frozen=True)
 class ProjectionStart:
-    """description: how, for people; stored_svd: the store's SVD, where it is used."""
+    """How the projection of one modality starts."""
 
-    description: str
-    stored_svd: StoredSvd | None = None
+    description: str  # for people
+    stored_svd: StoredSvd | None = None  # the SVD of the store, if it is used
 
 
 def choose_projection_starts(
     config: Config, store: Store, specs: dict[str, ModalitySpec]
 ) -> dict[str, ProjectionStart]:
-    """Of every modality.
+    """Choose how the projection of each modality starts.
+
+    Args:
+        config: what a person set.
+        store: the store, in which there may be SVDs of all its cells.
+        specs: the modalities, by name.
 
     Raises:
         ConfigError: `svd_of_store` is asked for, and a modality has no SVD in the store that fits.
         StoreError: an SVD of the store is damaged, or of other cells.
     """
-    return {name: _start(config, store, name, spec) for name, spec in specs.items()}
+    return {name: _choose_start(config, store, name, spec) for name, spec in specs.items()}
 
 
-def _start(config: Config, store: Store, name: str, spec: ModalitySpec) -> ProjectionStart:
+def _choose_start(config: Config, store: Store, name: str, spec: ModalitySpec) -> ProjectionStart:
+    """For one modality."""
     init = config.model.trunk.projection_init
     if init == "random":
         return ProjectionStart("projected by random weights")
     if init == "svd_of_sample":
-        return ProjectionStart(_SAMPLE)
-    stored, wanted = (
-        svd.read_svd(store.root, store.manifest, name),
-        min(config.model.trunk.projection, spec.n_features),
-    )
-    problem = _misfit(stored, spec, wanted)
-    if stored is not None and problem is None:
-        return ProjectionStart(
-            f"projected by the stored SVD of {stored.note.n_cells:,} cells", stored
-        )
-    if init == "svd":
-        return ProjectionStart(
-            _SAMPLE if stored is None else f"{_SAMPLE} (the stored one has {problem})"
-        )
+        return ProjectionStart(_FROM_SAMPLE)
+    stored_svd = svd.read_svd(store.root, store.manifest, name)
+    components = min(config.model.trunk.projection, spec.n_features)
+    problem = _find_misfit(stored_svd, spec, components)
+    if stored_svd is not None and problem is None:
+        n_cells = stored_svd.note.n_cells
+        return ProjectionStart(f"projected by the stored SVD of {n_cells:,} cells", stored_svd)
+    if init == "svd":  # one of the store is welcome, but not asked for
+        remark = "" if stored_svd is None else f" (the stored one has {problem})"
+        return ProjectionStart(f"{_FROM_SAMPLE}{remark}")
+    if stored_svd is None or stored_svd.note.normalise == spec.normalise:
+        remedy = f"`{_COMPUTE_COMMAND.format(name=name, components=components)}`"
+    else:
+        remedy = f"leave modalities.{name}.normalise at auto"
     raise ConfigError(
         "the store has no SVD that fits",
         where=f"{config.store}: {name}, model.trunk.projection_init=svd_of_store",
         got=problem,
-        expected=f"{wanted} components of {spec.normalise}",
-        fix=f"`{_COMPUTE.format(name=name, components=wanted)}`, or --set model.trunk.projection_init=svd_of_sample"
-        if stored is None or stored.note.normalise == spec.normalise
-        else f"leave modalities.{name}.normalise at auto, or --set model.trunk.projection_init=svd_of_sample",
+        expected=f"{components} components of {spec.normalise}",
+        fix=f"{remedy}, or --set model.trunk.projection_init=svd_of_sample",
     )
 
 
-def _misfit(stored: StoredSvd | None, spec: ModalitySpec, wanted: int) -> str | None:
-    """Why a stored SVD cannot be used."""
-    if stored is None:
+def _find_misfit(stored_svd: StoredSvd | None, spec: ModalitySpec, components: int) -> str | None:
+    """Why a stored SVD cannot be used; None if it can."""
+    if stored_svd is None:
         return "none"
-    if stored.note.normalise != spec.normalise:
-        return f"{stored.note.normalise} values, not {spec.normalise}"
-    if stored.note.components < wanted:
-        return f"{stored.note.components} components, not {wanted}"
+    note = stored_svd.note
+    if note.normalise != spec.normalise:
+        return f"{note.normalise} values, not {spec.normalise}"
+    if note.components < components:
+        return f"{note.components} components, not {components}"
     return None

@@ -1,8 +1,9 @@
-"""From a config and a store to all that training needs to know, checked before training is set up."""
+"""From a config and a store to all that training needs to know, checked before it begins."""
 
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from clue_dist.model.clue import ModalitySpec, specify_modalities
 from clue_dist.store.layout import name_stratum
 from clue_dist.store.reader import Store
 from clue_dist.store.svd import StoredSvd
+from clue_dist.train.auto_settings import resolve_auto_settings
 from clue_dist.train.projection_start import ProjectionStart, choose_projection_starts
 
 
@@ -45,208 +47,193 @@ class Setup:
     def has_paired_cells(self) -> bool:
         """Whether validation can score pairs."""
         return any(
-            n and len(self.store.segments[s].modalities) > 1 for s, n in self.held_out_cells.items()
+            n_cells and len(self.store.segments[segment].modalities) > 1
+            for segment, n_cells in self.held_out_cells.items()
         )
-
-    def count_epochs(self, step: int) -> float:
-        """Passes over as many cells as there are, after so many steps."""
-        assert self.config.data.batch_size != "auto"
-        return round(step * self.config.data.batch_size / sum(self.train_cells.values()), 2)
 
     @property
     def stored_svds(self) -> dict[str, StoredSvd]:
-        """Those of the store that projections start from, by modality."""
+        """The SVDs of the store from which projections start, by modality."""
         return {
-            m: start.stored_svd
-            for m, start in self.projection_starts.items()
+            modality: start.stored_svd
+            for modality, start in self.projection_starts.items()
             if start.stored_svd is not None
         }
 
+    def count_epochs(self, step: int) -> float:
+        """Count the passes over as many cells as there are, after `step` optimizer steps."""
+        assert self.config.data.batch_size != "auto"
+        return round(step * self.config.data.batch_size / sum(self.train_cells.values()), 2)
+
     def load_held_out_batch(self) -> Batch | None:
-        """The validation cells of every stratum as one batch; None if nothing is held out."""
+        """Load the validation cells of every segment as one batch; None if no cell is held out."""
         if not any(self.held_out_cells.values()):
             return None
         parts = []
-        for name, n in self.held_out_cells.items():
-            reader = self.store.segments[name]
-            positions = np.arange(self.train_cells[name], self.train_cells[name] + n)
-            if n:
-                rows = {m: reader.read_located_rows(m, positions) for m in reader.modalities}
+        for segment, n_cells in self.held_out_cells.items():
+            reader, first = self.store.segments[segment], self.train_cells[segment]
+            positions = np.arange(first, first + n_cells)
+            if n_cells:
+                rows = {
+                    name: reader.read_located_rows(name, positions) for name in reader.modalities
+                }
                 parts.append(BatchPart(rows, reader.read_codes("batch", positions)))
         return assemble_batch(self.store.modalities, parts)
 
     def format_summary(self) -> str:
-        """What a dry run prints."""
-        c = self.config
-        lines = [f"store {c.store}  fingerprint {self.store.fingerprint[:12]}  run {c.run}"]
-        lines += [
-            f"  {m}: {s.n_features} features, {s.normalise} -> {s.likelihood}, {self.projection_starts[m].description}"
-            for m, s in self.specs.items()
-        ]
-        for stratum, share in self.plan.stratum_shares.items():
-            mine = [name for name in self.train_cells if name_stratum(name) == stratum]
-            train, held = (
-                sum(n[name] for name in mine) for n in (self.train_cells, self.held_out_cells)
-            )
-            parts = f" in {len(mine)} segments" if len(mine) > 1 else ""
+        """Format what is trained on what, for people."""
+        config, settings = self.config, self.config.train
+        fingerprint = self.store.fingerprint[:12]
+        lines = [f"store {config.store}  fingerprint {fingerprint}  run {config.run}"]
+        for modality, spec in self.specs.items():
+            start = self.projection_starts[modality].description
             lines.append(
-                f"  stratum {stratum}: {train} cells{parts}, {held} held out, {share} in each batch"
+                f"  {modality}: {spec.n_features} features, "
+                f"{spec.normalise} -> {spec.likelihood}, {start}"
+            )
+        for stratum, share in self.plan.stratum_shares.items():
+            names = [name for name in self.train_cells if name_stratum(name) == stratum]
+            n_train = sum(self.train_cells[name] for name in names)
+            n_held_out = sum(self.held_out_cells[name] for name in names)
+            segments = f" in {len(names)} segments" if len(names) > 1 else ""
+            lines.append(
+                f"  stratum {stratum}: {n_train} cells{segments}, {n_held_out} held out, "
+                f"{share} in each batch"
             )
         lines.append(
-            f"  {self.total_steps} steps of {c.data.batch_size} cells ({c.train.epochs:g} epochs), "
-            f"validation every {c.train.validate_every}, ZeRO-{c.train.zero_stage}, {c.train.precision}"
+            f"  {self.total_steps} steps of {config.data.batch_size} cells "
+            f"({settings.epochs:g} epochs), validation every {settings.validate_every}, "
+            f"ZeRO-{settings.zero_stage}, {settings.precision}"
         )
         return "\n".join(lines)
 
 
 def prepare_setup(config: Config, world: int, *, writes: bool = True) -> Setup:
-    """Open the store, resolve what is "auto", and check that the two fit. writes: whether a run folder is needed.
+    """Open the store, resolve what is "auto", and check that the two fit.
+
+    Args:
+        config: what a person set.
+        world: the number of ranks.
+        writes: whether there will be a run folder.
 
     Raises:
-        StoreError: no store, or a damaged one.
+        StoreError: there is no store, or a damaged one.
         ConfigError: settings that cannot work on this store or on this number of ranks.
     """
     configs.require_paths(config, *([] if writes else ["store"]))
     if writes:
-        _check_run_folder(Path(config.run))
+        _require_writable(Path(config.run))
     store = Store(config.store)
-    store.manifest.verify_fingerprint(store.root)  # whether a run may go on is decided by it
+    store.manifest.verify_fingerprint(store.root)  # it decides whether a run may go on
     specs = specify_modalities(store.manifest.modalities, config)
-    sizes = {s: r.n_cells for s, r in store.segments.items()}
-    paired = {s: len(r.modalities) > 1 for s, r in store.segments.items()}
-    _check_pairs(config, store, paired)
-    if config.data.lanes % world:
-        raise ConfigError(
-            "the number of ranks must divide data.lanes, or the ranks would not see the same composition of cells",
-            got=f"{config.data.lanes} lanes % {world} ranks = {config.data.lanes % world}",
-            fix=f"--set data.lanes={world * -(-config.data.lanes // world)} (of a new run), or another number of ranks",
-        )
-    holdout = _holdout(config, sizes, paired)
-    train = {s: n - holdout[s] for s, n in sizes.items()}
-    config = resolve_auto_settings(config, sum(train.values()))
+    n_cells = {name: segment.n_cells for name, segment in store.segments.items()}
+    paired = {name: len(segment.modalities) > 1 for name, segment in store.segments.items()}
+    _require_trainable(config, store, any(paired.values()))
+    _require_divisible_lanes(config, world)
+    held_out_cells = _hold_out_cells(config, n_cells, paired)
+    train_cells = {name: n_cells[name] - held_out_cells[name] for name in n_cells}
+    config = resolve_auto_settings(config, sum(train_cells.values()))
     assert config.data.batch_size != "auto"
     assert config.train.epochs != "auto"
-    micro = config.data.batch_size // config.train.grad_accum
-    weights = _weights(config, train, paired, micro)
-    share = plans.share_slots(
-        micro, config.data.lanes, weights
-    )  # by stratum; its segments take turns
+    micro_batch_size = config.data.batch_size // config.train.grad_accum
+    weights = _choose_weights(config, train_cells, paired, micro_batch_size)
     plan = CellPlan(
         config.seed,
-        train,
-        share,
+        train_cells,
+        plans.share_slots(micro_batch_size, config.data.lanes, weights),
         config.data.lanes,
         config.data.window_blocks,
         store.manifest.block_cells,
     )
-    total = max(1, round(config.train.epochs * sum(train.values()) / config.data.batch_size))
+    total_steps = config.train.epochs * sum(train_cells.values()) / config.data.batch_size
     return Setup(
         config,
         store,
         specs,
         plan,
-        train,
-        holdout,
-        total,
+        train_cells,
+        held_out_cells,
+        max(1, round(total_steps)),
         choose_projection_starts(config, store, specs),
     )
 
 
-def resolve_auto_settings(config: Config, n_train: int) -> Config:
-    """Put numbers where the config says "auto": small data get small batches and many epochs, an atlas not."""
-    t, d = config.train, config.data
-    step = d.lanes * t.grad_accum
-    size = d.batch_size if d.batch_size != "auto" else step * -(-_auto_batch(n_train) // step)
-    per_epoch = max(1.0, n_train / size)
-    epochs = (
-        t.epochs
-        if t.epochs != "auto"
-        else round(min(max(1.0, AUTO_STEPS / per_epoch), AUTO_EPOCHS), 2)
-    )
-    total = max(1, round(epochs * per_epoch))
-    every = t.validate_every if t.validate_every != "auto" else max(1, min(total // 20, 2000))
-    save = t.checkpoint_every if t.checkpoint_every != "auto" else max(1, min(total // 4, 2000))
-    numbers = {"epochs": epochs, "validate_every": every, "checkpoint_every": save}
-    return config.model_copy(
-        update={
-            "data": d.model_copy(update={"batch_size": size}),
-            "train": t.model_copy(update=numbers),
-        }
-    )
-
-
-AUTO_STEPS = 1500  # a small data set is seen often enough to make so many steps ...
-AUTO_EPOCHS = 60.0  # ... but never more often than this
-
-
-def _auto_batch(n_train: int) -> int:
-    """A power of two: 128 below 2,000 cells, 512 up to half a million, 4096 from 4 million on."""
-    for size, limit in (
-        (128, 2_000),
-        (256, 4_000),
-        (512, 500_000),
-        (1024, 1_000_000),
-        (2048, 4_000_000),
-    ):
-        if n_train < limit:
-            return size
-    return 4096
-
-
-def _holdout(
-    config: Config, sizes: Mapping[str, int], paired: Mapping[str, bool]
+def _hold_out_cells(
+    config: Config, n_cells: Mapping[str, int], paired: Mapping[str, bool]
 ) -> dict[str, int]:
-    """Cells to hold out per stratum: of the paired strata where there are any, else of all. One cell scores nothing."""
-    used = {s: n for s, n in sizes.items() if paired[s] or not any(paired.values())}
-    wanted = min(config.data.holdout * sum(used.values()), config.data.holdout_max)
-    share = {s: int(wanted * n / sum(used.values())) if s in used else 0 for s, n in sizes.items()}
-    return {s: n if n > 1 else 0 for s, n in share.items()}
+    """How many cells of each segment are held out: of paired segments if any, else of all."""
+    used = {name: n for name, n in n_cells.items() if paired[name] or not any(paired.values())}
+    total = sum(used.values())
+    wanted = min(config.data.holdout * total, config.data.holdout_max)
+    shares = {name: int(wanted * n / total) if name in used else 0 for name, n in n_cells.items()}
+    return {name: n if n > 1 else 0 for name, n in shares.items()}  # one cell scores nothing
 
 
-def _check_run_folder(run: Path) -> None:
-    """Whether the run folder can be made and written, before any rank waits for another."""
-    there = next(p for p in (parse_path(str(run)), *run.absolute().parents) if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        got = "a folder without write permission" if there.is_dir() else "a file"
-        raise ConfigError(
-            "the run folder cannot be written", where=f"run={run}", got=f"{there} is {got}"
-        )
-
-
-def _weights(
-    config: Config, train: Mapping[str, int], paired: Mapping[str, bool], micro: int
+def _choose_weights(
+    config: Config,
+    train_cells: Mapping[str, int],
+    paired: Mapping[str, bool],
+    micro_batch_size: int,
 ) -> dict[str, float]:
-    """By stratum."""
-    own = config.data.weights
-    strata: dict[str, int] = {}
-    for name, n in train.items():
-        strata[name_stratum(name)] = strata.get(name_stratum(name), 0) + n
-    if own is None:
-        return plans.weigh_strata(strata, paired, config.data.paired_share, micro)
-    if set(own) != set(strata) or min(own.values()) <= 0:
+    """What share of a batch each stratum gets, before rounding; its segments take turns."""
+    weights = config.data.weights
+    strata: dict[str, int] = defaultdict(int)
+    for segment, n_cells in train_cells.items():
+        strata[name_stratum(segment)] += n_cells
+    if weights is None:
+        return plans.weigh_strata(strata, paired, config.data.paired_share, micro_batch_size)
+    if set(weights) != set(strata) or min(weights.values()) <= 0:
         raise ConfigError(
             "data.weights must give every stratum a positive weight",
-            got=own,
+            got=weights,
             expected=sorted(strata),
         )
-    return dict(own)
+    return dict(weights)
 
 
-def _check_pairs(config: Config, store: Store, paired: Mapping[str, bool]) -> None:
-    unseen = [
-        m for m in store.modalities if not any(m in r.modalities for r in store.segments.values())
-    ]
+# --- what cannot work ---------------------------------------------------------------------------
+
+
+def _require_writable(run: Path) -> None:
+    """Check that the run folder can be made and written, before ranks wait for each other."""
+    paths = (parse_path(str(run)), *run.absolute().parents)
+    nearest = next(path for path in paths if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        problem = "a folder without write permission" if nearest.is_dir() else "a file"
+        raise ConfigError(
+            "the run folder cannot be written", where=f"run={run}", got=f"{nearest} is {problem}"
+        )
+
+
+def _require_divisible_lanes(config: Config, world: int) -> None:
+    """Check that every rank gets as many lanes of a batch."""
+    lanes = config.data.lanes
+    if lanes % world:
+        raise ConfigError(
+            "the number of ranks must divide data.lanes, or the ranks would not see the same "
+            "composition of cells",
+            got=f"{lanes} lanes % {world} ranks = {lanes % world}",
+            fix=f"--set data.lanes={world * -(-lanes // world)} (of a new run), or another number "
+            "of ranks",
+        )
+
+
+def _require_trainable(config: Config, store: Store, has_pairs: bool) -> None:
+    """Check that every modality has cells, and that cross-encoders have pairs to learn from."""
+    seen = {name for segment in store.segments.values() for name in segment.modalities}
+    unseen = [name for name in store.modalities if name not in seen]
     if unseen:
         raise ConfigError(
             "no cell of the store carries these modalities",
             where=config.store,
             got=", ".join(unseen),
         )
-    if len(store.modalities) > 1 and not any(paired.values()) and config.objective.lambda_cross > 0:
+    if len(store.modalities) > 1 and not has_pairs and config.objective.lambda_cross > 0:
         raise ConfigError(
-            "no cell of the store carries two modalities, so the cross-encoders have nothing to learn from",
+            "no cell of the store carries two modalities, so the cross-encoders have nothing to "
+            "learn from",
             where=config.store,
-            got=f"strata {', '.join(paired)}",
+            got=f"strata {', '.join(store.segments)}",
             expected="at least one stratum of paired cells",
             fix="add paired cells to the conversion (their barcodes must be equal in both files), "
             "or train independent VAEs with --set objective.lambda_cross=0",

@@ -1,4 +1,7 @@
-"""Where numbers go: metrics.jsonl (always), the screen, TensorBoard, wandb. Training never depends on the last two."""
+"""Where numbers go: always to metrics.jsonl and the screen, if asked to TensorBoard and wandb.
+
+A failure of one of the last two is reported, and training goes on without it.
+"""
 
 from __future__ import annotations
 
@@ -24,225 +27,246 @@ from clue_dist.ranks import Ranks
 Numbers = Mapping[str, float | int | str]
 T = TypeVar("T")
 WANDB_WAIT = 30  # seconds for its server to answer
+WANDB_FINISH_WAIT = 20  # seconds for what is left to be sent at the end
 
 
 class Sinks:
-    """Rank 0's sinks; on other ranks every call does nothing. `step`: where the run goes on from.
+    """The sinks of rank 0. On other ranks every call does nothing.
+
+    Args:
+        run: the run folder.
+        config: what is trained, and which sinks are wanted.
+        total_steps: optimizer steps until training is done.
+        step: the step from which the run goes on.
+        ranks: this rank among all; every rank must call.
 
     Raises:
         SavingError: metrics.jsonl cannot be begun, on every rank.
     """
 
-    def __init__(self, run: Path, config: Config, total: int, step: int, ranks: Ranks) -> None:
-        self.active, self.total = ranks.is_first, total
-        ranks.run_on_first(lambda: self._begin(run, config, step))
+    def __init__(
+        self, run: Path, config: Config, total_steps: int, step: int, ranks: Ranks
+    ) -> None:
+        self._is_active, self._total_steps = ranks.is_first, total_steps
+        ranks.run_on_first(lambda: self._open_all(run, config, step))
 
-    def _begin(self, run: Path, config: Config, step: int) -> None:
+    def _open_all(self, run: Path, config: Config, step: int) -> None:
         with translate_write_errors("metrics.jsonl", run):
-            self._file = _Lines(run / "metrics.jsonl", step)
-        self._board = (
-            _guarded("TensorBoard", lambda: _tensorboard(run, step))
-            if config.log.tensorboard
-            else None
-        )
-        self._wandb = (
-            _guarded("wandb", lambda: _wandb(run, config))
-            if config.log.wandb != "disabled"
-            else None
-        )
-        self._bar = (
-            tqdm(total=self.total, initial=step, unit="step", dynamic_ncols=True)
-            if sys.stderr.isatty()
-            else None
-        )
-        self._began, self._first = time.monotonic(), step
+            self._file = _MetricsFile(run / "metrics.jsonl", step)
+        self._board = self._wandb = self._bar = None
+        if config.log.tensorboard:
+            self._board = _call_guarded("TensorBoard", lambda: _open_tensorboard(run, step))
+        if config.log.wandb != "disabled":
+            self._wandb = _call_guarded("wandb", lambda: _open_wandb(run, config))
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=self._total_steps, initial=step, unit="step", dynamic_ncols=True)
+        self._started, self._first_step = time.monotonic(), step
 
     def count_step(self) -> None:
-        """One step is done."""
-        if self.active and self._bar is not None:
+        """Move the progress bar on by a step."""
+        if self._is_active and self._bar is not None:
             self._bar.update()
 
     def write_numbers(self, split: str, step: int, numbers: Numbers) -> None:
-        """Log numbers of a split ("train" or "validation") at a step."""
-        if not self.active:
+        """Write numbers to every sink.
+
+        Args:
+            split: "train", "validation" or "event".
+            step: the optimizer step that they belong to.
+            numbers: by name.
+        """
+        if not self._is_active:
             return
-        self._file.write(json.dumps({"step": step, "split": split, **numbers}) + "\n")
-        plain = {f"{split}/{k}": v for k, v in numbers.items() if isinstance(v, int | float)}
+        self._file.write_line(json.dumps({"step": step, "split": split, **numbers}))
+        plain = {
+            f"{split}/{name}": value
+            for name, value in numbers.items()
+            if isinstance(value, int | float)
+        }
         if board := self._board:
-            self._board = _guarded("TensorBoard", lambda: _to_board(board, plain, step))
+            self._board = _call_guarded("TensorBoard", lambda: _write_board(board, plain, step))
         if wandb := self._wandb:
-            self._wandb = _guarded("wandb", lambda: (wandb.log(plain, step=step), wandb)[1])
+            self._wandb = _call_guarded("wandb", lambda: (wandb.log(plain, step=step), wandb)[1])
         self._show(split, step, numbers)
 
     def write_event(self, what: str, step: int, numbers: Numbers) -> None:
-        """Log what seldom happens, at a step."""
+        """Write down what seldom happens, with numbers that belong to it."""
         self.write_numbers("event", step, {"event": what, **numbers})
 
     def print_message(self, text: str) -> None:
-        if self.active and self._bar is not None:
+        """Print a line to the screen, above the progress bar if there is one."""
+        if self._is_active and self._bar is not None:
             with suppress(OSError):  # the terminal was closed
                 self._bar.write(text)
-        elif self.active:
+        elif self._is_active:
             print_line(text)
 
     def __enter__(self) -> Sinks:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self.active:
+        if not self._is_active:
             return
         if self._bar is not None:
             self._bar.close()
         if self._board is not None:
-            _guarded("TensorBoard", self._board.close)
+            _call_guarded("TensorBoard", self._board.close)
         if self._wandb is not None:
-            _guarded("wandb", self._wandb.finish)
+            _call_guarded("wandb", self._wandb.finish)
         self._file.close()
 
     def flush_to_disk(self) -> None:
-        """Have metrics.jsonl on disk: a checkpoint that is gone on from must not miss lines before it.
+        """Wait until metrics.jsonl is on the disk: a checkpoint must not miss lines before it.
 
         Raises:
-            OSError: the disk is full, say. No line is lost by that: the next call writes them.
+            OSError: the disk is full, for one. No line is lost: the next call writes them.
         """
-        if self.active:
-            self._file.sync()
+        if self._is_active:
+            self._file.flush_to_disk()
 
     def _show(self, split: str, step: int, numbers: Numbers) -> None:
+        """Show numbers on the screen, those of training beside the progress bar if there is one."""
         if split == "train" and self._bar is not None:
-            loss, wait = (
-                _short(numbers.get("loss", "skipped")),
-                f"{float(numbers['data_wait']):.1%}",
-            )
+            loss = _format_value(numbers.get("loss", "skipped"))
+            rate, wait = float(numbers["cells_per_s"]), float(numbers["data_wait"])
             self._bar.set_postfix_str(
-                f"loss {loss}, {float(numbers['cells_per_s']):,.0f} cells/s, {wait} waiting for data"
+                f"loss {loss}, {rate:,.0f} cells/s, {wait:.1%} waiting for data"
             )
             return
         left = ""
         if split == "train":
-            pace = (time.monotonic() - self._began) / max(step - self._first, 1)
-            left = f"  left {_clock(pace * (self.total - step))}"
-        shown = "  ".join(f"{k} {_short(v)}" for k, v in numbers.items())
-        self.print_message(f"[{step}/{self.total}] {split:<10} {shown}{left}")
+            step_seconds = (time.monotonic() - self._started) / max(step - self._first_step, 1)
+            left = f"  left {_format_duration(step_seconds * (self._total_steps - step))}"
+        values = "  ".join(f"{name} {_format_value(value)}" for name, value in numbers.items())
+        self.print_message(f"[{step}/{self._total_steps}] {split:<10} {values}{left}")
 
 
-def _short(value: float | int | str) -> str:
+def _format_value(value: float | int | str) -> str:
     """Four digits are enough on a screen."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _clock(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
+    """Hours, minutes and seconds, as 1:02:03."""
     minutes, seconds = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
-class _Lines:
-    """metrics.jsonl. Lines that the disk does not take wait in memory; a checkpoint cannot stand without them."""
+# --- metrics.jsonl ------------------------------------------------------------------------------
+
+
+class _MetricsFile:
+    """Lines that the disk does not take wait in memory; no checkpoint is committed without them."""
 
     def __init__(self, path: Path, step: int) -> None:
-        self._path, self._file = path, _reopened(path, step)
-        self._left, self._told, self._lock = (
-            b"",
-            False,
-            threading.Lock(),
-        )  # a checkpoint's thread syncs
+        self._path, self._file = path, _reopen_metrics(path, step)
+        self._pending = b""  # what the disk has not taken yet
+        self._has_complained = False
+        self._lock = threading.Lock()  # a thread of the saver flushes, too
 
-    def write(self, line: str) -> None:
+    def write_line(self, line: str) -> None:
         try:
             with self._lock:
-                self._left += line.encode()
-                self._flush()
+                self._pending += f"{line}\n".encode()
+                self._write_pending()
         except OSError as error:
-            if not self._told:
+            if not self._has_complained:
                 print_line(
-                    f"{self._path} cannot be written ({error}): its lines wait for the next checkpoint"
+                    f"{self._path} cannot be written ({error}): its lines wait for the next "
+                    "checkpoint"
                 )
-            self._told = True
+            self._has_complained = True
 
-    def sync(self) -> None:
+    def flush_to_disk(self) -> None:
         with self._lock:
-            self._flush()
-        os.fsync(
-            self._file.fileno()
-        )  # which may take long: training writes its next lines meanwhile
+            self._write_pending()
+        # Without the lock, as it may take long: training writes its next lines meanwhile.
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
 
-    def _flush(self) -> None:
-        while self._left:
-            self._left = self._left[self._file.write(self._left) :]
+    def _write_pending(self) -> None:
+        while self._pending:
+            self._pending = self._pending[self._file.write(self._pending) :]
 
 
-def _reopened(path: Path, step: int) -> io.FileIO:
-    """metrics.jsonl for appending, without lines after `step`: what is trained again is logged again."""
-    kept = []
+def _reopen_metrics(path: Path, step: int) -> io.FileIO:
+    """Open metrics.jsonl to append, less the lines after `step`: those steps are trained again."""
+    lines = []
     if path.exists():
         for line in path.read_text().splitlines():
             try:
                 if json.loads(line)["step"] <= step:
-                    kept.append(line)
+                    lines.append(line)
             except ValueError:  # the last line of a killed run may be cut
                 continue
-    write_file(path, "".join(line + "\n" for line in kept), durable=True)
+    write_file(path, "".join(f"{line}\n" for line in lines), durable=True)
     return io.FileIO(path, "a")
 
 
-def _tensorboard(run: Path, step: int) -> Any:
+# --- TensorBoard and wandb ----------------------------------------------------------------------
+
+
+def _open_tensorboard(run: Path, step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
 
 
-def _to_board(board: Any, numbers: Numbers, step: int) -> Any:
+def _write_board(board: Any, numbers: Numbers, step: int) -> Any:
     for name, value in numbers.items():
         board.add_scalar(name, value, step)
     return board
 
 
-def _wandb(run: Path, config: Config) -> Any:
-    """A wandb run in the run folder, offline unless the config says online and the server answers."""
+def _open_wandb(run: Path, config: Config) -> Any:
+    """Open a wandb run, offline unless the config says online and the server answers."""
     import wandb
 
-    def begin(mode: str) -> Any:
+    def open_run(mode: str) -> Any:
         return wandb.init(
             project=config.log.project,
             name=run.name,
             dir=str(run),
             mode=mode,
-            id=_wandb_id(run),
+            id=_choose_wandb_id(run),
             resume="allow",
             config=config.model_dump(mode="json"),
             settings=wandb.Settings(
-                silent=True, console="off", init_timeout=WANDB_WAIT, finish_timeout=20
+                silent=True,
+                console="off",
+                init_timeout=WANDB_WAIT,
+                finish_timeout=WANDB_FINISH_WAIT,
             ),
         )
 
     try:
-        return begin(config.log.wandb)
+        return open_run(config.log.wandb)
     except wandb.Error as error:
         if config.log.wandb != "online":
             raise
         print_line(
-            f"wandb is offline ({error}): `wandb sync {run}/wandb/offline-run-*` sends the run later"
+            f"wandb is offline ({error}): `wandb sync {run}/wandb/offline-run-*` sends the run "
+            "later"
         )
-        wandb.teardown()  # it takes the run for one that is still going on
-        return begin("offline")
+        wandb.teardown()  # else wandb takes the run for one that still goes on
+        return open_run("offline")
 
 
-def _wandb_id(run: Path) -> str:
-    """One id a run folder, so that a resumed run continues its curve."""
+def _choose_wandb_id(run: Path) -> str:
+    """One id for each run folder, so that a resumed run continues its curves."""
     path = run / "wandb-id"
     if not path.exists():
-        write_file(path, secrets.token_hex(4))
+        path.write_text(secrets.token_hex(4))
     return path.read_text().strip()
 
 
-def _guarded(name: str, call: Callable[[], T]) -> T | None:
-    """What the call returns; None where the sink fails, which is reported and left."""
+def _call_guarded(name: str, call: Callable[[], T]) -> T | None:
+    """What the call returns; None if the sink fails, which is reported."""
     try:
         return call()
-    except Exception as error:  # noqa: BLE001  any failure of a sink must leave training alone
+    except Exception as error:  # noqa: BLE001  no failure of a sink may reach training
         print_line(
             f"{name} is off from here on ({type(error).__name__}: {error}); metrics.jsonl goes on"
         )

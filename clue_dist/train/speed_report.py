@@ -1,4 +1,4 @@
-"""What launch/bench.py says: how fast data, the model and both together are, and what limits them."""
+"""What launch/bench.py reports: the speed of data, of the model and of both, and the limit."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ class SpeedReport:
             f"{data.batches_per_s:,.1f} batches/s, {data.non_zeros_per_s / 1e6:,.1f} M non-zeros/s",
             f"              {', '.join(f'{name} {share:.0%}' for name, share in phases)}",
             f"model alone   {model.cells_per_s:>12,.0f} cells/s  step {model.step_ms:.1f} ms",
-            f"              forward {model.forward_ms:.1f} ms, backward {model.backward_ms:.1f} ms, "
-            f"optimizer {model.optimizer_ms:.1f} ms",
+            f"              forward {model.forward_ms:.1f} ms, "
+            f"backward {model.backward_ms:.1f} ms, optimizer {model.optimizer_ms:.1f} ms",
             f"both          {both.cells_per_s:>12,.0f} cells/s  step {both.step_ms:.1f} ms, "
             f"waited for data {both.waited:.1%} of the time",
             self.verdict,
@@ -96,9 +96,9 @@ def judge_speed(data: LoaderSpeed, model: ModelSpeed, both: TrainingSpeed, devic
     slowest, share = max(data.phases.items(), key=lambda phase: phase[1])
     advice = f"most of the loader's time goes to: {slowest} ({share:.0%})"
     if ratio < 1:
-        times = _round_down(1 / ratio)
         return (
-            f"data is the limit: the model could take {times} times what the loader gives; {advice}"
+            f"data is the limit: the model could take {_round_down(1 / ratio)} times what the "
+            f"loader gives; {advice}"
         )
     return (
         "data is the limit, but only beside the model: alone, the loader could feed "

@@ -1,6 +1,6 @@
 """One optimizer step, and what all ranks agree on at its end.
 
-That is: whether loss and gradient are finite, whether a signal asked to stop, whether a save failed.
+They agree on whether loss and gradient are finite, a signal asked to stop, and a save failed.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from clue_dist.train.setup import Setup
 
 @dataclass(frozen=True)
 class Trainer:
-    """One rank's part in training, which never changes; what changes with each step is `RunState`."""
+    """What one rank trains with. It never changes; what a step changes is in the `RunState`."""
 
     engine: Any  # DeepSpeed's, around an `Objective`
     setup: Setup

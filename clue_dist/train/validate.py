@@ -1,4 +1,4 @@
-"""Held-out pairs scored by FOSCTTM, the number that picks the weights and can stop training early."""
+"""Held-out pairs scored by FOSCTTM: it picks the weights that are kept, and can end training."""
 
 from __future__ import annotations
 

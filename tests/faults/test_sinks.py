@@ -145,7 +145,7 @@ def test_lines_are_taken_while_a_checkpoint_waits_for_a_slow_disk(
         tmp_path, Config(log=LogConfig(wandb="disabled", tensorboard=False)), 10, 0, Ranks()
     ) as looked_at:
         monkeypatch.setattr(os, "fsync", fsync)
-        saving = threading.Thread(target=looked_at.sync)
+        saving = threading.Thread(target=looked_at.flush_to_disk)
         saving.start()
         assert slow.wait(30)
         looked_at.write_numbers("train", 1, {"loss": 0.5, "data_wait": 0.0, "cells_per_s": 1.0})

@@ -6,7 +6,8 @@ import pytest
 
 from clue_dist.config import Config, DataConfig, ObjectiveConfig
 from clue_dist.errors import ConfigError
-from clue_dist.train.setup import prepare_setup, resolve_auto_settings
+from clue_dist.train.auto_settings import resolve_auto_settings
+from clue_dist.train.setup import prepare_setup
 from tests.stores import make_store
 
 

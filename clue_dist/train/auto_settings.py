@@ -1,0 +1,54 @@
+"""Numbers for what the config leaves at "auto"; they follow from the number of cells."""
+
+from __future__ import annotations
+
+from clue_dist.config import Config
+
+AUTO_STEPS = 1500  # a small data set is seen often enough to make so many steps ...
+AUTO_EPOCHS = 60.0  # ... but never more often than this
+MOST_STEPS_BETWEEN = 2000  # two validations, or two checkpoints
+# Batch sizes with the number of training cells from which on the next one is taken.
+BATCH_SIZES = ((128, 2_000), (256, 4_000), (512, 500_000), (1024, 1_000_000), (2048, 4_000_000))
+LARGEST_BATCH_SIZE = 4096
+
+
+def resolve_auto_settings(config: Config, n_train: int) -> Config:
+    """Put numbers where the config says "auto".
+
+    Small data get small batches and many epochs, an atlas gets large batches and one epoch.
+
+    Args:
+        config: what a person set.
+        n_train: the number of training cells.
+    """
+    training, data = config.train, config.data
+    batch_size = data.batch_size
+    if isinstance(batch_size, str):  # "auto"
+        multiple = data.lanes * training.grad_accum  # a batch is made of so many equal parts
+        batch_size = multiple * -(-_choose_batch_size(n_train) // multiple)
+    epoch_steps = max(1.0, n_train / batch_size)
+    epochs = training.epochs
+    if isinstance(epochs, str):  # "auto"
+        epochs = round(min(max(1.0, AUTO_STEPS / epoch_steps), AUTO_EPOCHS), 2)
+    total_steps = max(1, round(epochs * epoch_steps))
+    validate_every, checkpoint_every = training.validate_every, training.checkpoint_every
+    if isinstance(validate_every, str):  # "auto"
+        validate_every = max(1, min(total_steps // 20, MOST_STEPS_BETWEEN))
+    if isinstance(checkpoint_every, str):  # "auto"
+        checkpoint_every = max(1, min(total_steps // 4, MOST_STEPS_BETWEEN))
+    numbers = {
+        "epochs": epochs,
+        "validate_every": validate_every,
+        "checkpoint_every": checkpoint_every,
+    }
+    return config.model_copy(
+        update={
+            "data": data.model_copy(update={"batch_size": batch_size}),
+            "train": training.model_copy(update=numbers),
+        }
+    )
+
+
+def _choose_batch_size(n_train: int) -> int:
+    """A power of two that grows with the data."""
+    return next((size for size, limit in BATCH_SIZES if n_train < limit), LARGEST_BATCH_SIZE)
