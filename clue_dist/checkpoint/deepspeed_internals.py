@@ -112,7 +112,7 @@ def checks_gradients(engine: Any) -> bool:
     return hasattr(engine.optimizer, "overflow")
 
 
-def read_shape(parameter: Any) -> list[int]:
+def find_whole_shape(parameter: Any) -> list[int]:
     """The shape of a whole parameter, of which ZeRO-3 leaves the module only an empty one."""
     return list(getattr(parameter, "ds_shape", parameter.shape))
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from clue_dist.checkpoint.deepspeed_internals import (
     ParameterShard,
+    find_whole_shape,
     list_saved_shards,
     list_updated_shards,
-    read_shape,
 )
 from clue_dist.checkpoint.run_folder import UNFIT, RunState, list_shard_files, load_weights
 from clue_dist.checkpoint.shards import WEIGHTS, format_label, iterate_shards, require_no_missing
@@ -51,7 +51,7 @@ def collect_tensors(engine: Any, with_optimizer: bool) -> dict[str, Tensor]:
 def collect_shapes(engine: Any) -> dict[str, list[int]]:
     """Collect the shape of every parameter and buffer, by name."""
     module = engine.module
-    shapes = {name: read_shape(parameter) for name, parameter in module.named_parameters()}
+    shapes = {name: find_whole_shape(parameter) for name, parameter in module.named_parameters()}
     return shapes | {name: list(buffer.shape) for name, buffer in module.named_buffers()}
 
 

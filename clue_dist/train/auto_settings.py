@@ -22,25 +22,18 @@ def resolve_auto_settings(config: Config, n_train: int) -> Config:
         n_train: the number of training cells.
     """
     training, data = config.train, config.data
-    batch_size = data.batch_size
-    if isinstance(batch_size, str):  # "auto"
-        multiple = data.lanes * training.grad_accum  # a batch is made of so many equal parts
-        batch_size = multiple * -(-_choose_batch_size(n_train) // multiple)
+    multiple = data.lanes * training.grad_accum  # a batch is made of so many equal parts
+    auto_batch_size = multiple * -(-_choose_batch_size(n_train) // multiple)
+    batch_size = data.batch_size if data.batch_size != "auto" else auto_batch_size
     epoch_steps = max(1.0, n_train / batch_size)
-    epochs = training.epochs
-    if isinstance(epochs, str):  # "auto"
-        epochs = round(min(max(1.0, AUTO_STEPS / epoch_steps), AUTO_EPOCHS), 2)
+    auto_epochs = round(min(max(1.0, AUTO_STEPS / epoch_steps), AUTO_EPOCHS), 2)
+    epochs = training.epochs if training.epochs != "auto" else auto_epochs
     total_steps = max(1, round(epochs * epoch_steps))
-    validate_every, checkpoint_every = training.validate_every, training.checkpoint_every
-    if isinstance(validate_every, str):  # "auto"
-        validate_every = max(1, min(total_steps // 20, MOST_STEPS_BETWEEN))
-    if isinstance(checkpoint_every, str):  # "auto"
-        checkpoint_every = max(1, min(total_steps // 4, MOST_STEPS_BETWEEN))
-    numbers = {
-        "epochs": epochs,
-        "validate_every": validate_every,
-        "checkpoint_every": checkpoint_every,
-    }
+    numbers: dict[str, float] = {"epochs": epochs}
+    if training.validate_every == "auto":
+        numbers["validate_every"] = max(1, min(total_steps // 20, MOST_STEPS_BETWEEN))
+    if training.checkpoint_every == "auto":
+        numbers["checkpoint_every"] = max(1, min(total_steps // 4, MOST_STEPS_BETWEEN))
     return config.model_copy(
         update={
             "data": data.model_copy(update={"batch_size": batch_size}),
