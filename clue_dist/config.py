@@ -1,6 +1,7 @@
-"""The one tree of settings: read once, checked, resolved against the data, passed down, kept in the run folder.
+"""The one tree of settings: read once, checked, resolved against the data, kept in the run folder.
 
-Nothing heavy is imported here, so that a misspelt key is answered at once. `configs/README.md` explains every field.
+Nothing heavy is imported here, so that a misspelt key is answered at once. `configs/README.md`
+explains every field.
 """
 
 from __future__ import annotations
@@ -15,169 +16,181 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from clue_dist.errors import ConfigError
 
-Auto = Literal["auto"]
+LONGEST_NAME, LONGEST_PATH = 255, 3000  # bytes
+
+Auto = Literal["auto"]  # replaced by a number once the data are known
 Positive = Annotated[int, Field(ge=1, le=10**9)]
 Natural = Annotated[int, Field(ge=0, le=10**9)]
 Width = Annotated[int, Field(ge=1, le=2**20)]  # of a layer
 Weight = Annotated[float, Field(ge=0, le=1e9)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Dropout = Annotated[float, Field(ge=0, le=0.9)]
+# The keys of `model.likelihoods.LIKELIHOODS`.
 LikelihoodName = Literal["nb", "zinb", "poisson", "bernoulli", "normal"]
 NormalisationName = Literal["log_cp10k", "log", "clr", "tfidf", "none"]
 
 
-def _possible(path: str) -> str:
-    """A path or URL that there can be on some machine."""
-    parts = [os.fsencode(part) for part in path.split("/")]
-    if "\0" in path or max(map(len, parts)) > 255 or sum(map(len, parts)) > 3000:
+def _require_possible_path(path: str) -> str:
+    """Refuse what no machine can have as a path or URL."""
+    names = [os.fsencode(name) for name in path.split("/")]
+    too_long = max(map(len, names)) > LONGEST_NAME or sum(map(len, names)) > LONGEST_PATH
+    if "\0" in path or too_long:
         raise ValueError("no file can be called so")
     return path
 
 
-Path_ = Annotated[str, AfterValidator(_possible)]
+PathOrUrl = Annotated[str, AfterValidator(_require_possible_path)]
 
 
-class _Strict(BaseModel):
+class SettingsGroup(BaseModel):
+    """A group of settings: unknown keys are refused, and values do not change once read."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class ModalityConfig(_Strict):
+class ModalityConfig(SettingsGroup):
     """What differs from the defaults of the modality's kind."""
 
-    likelihood: LikelihoodName | Auto = "auto"
-    normalise: NormalisationName | Auto = "auto"
+    likelihood: LikelihoodName | Auto = "auto"  # p(x_k | z_k), see `model.likelihoods`
+    normalise: NormalisationName | Auto = "auto"  # of what the encoder sees
     weight: float = Field(1.0, gt=0, le=1e9)  # of this modality in the ELBOs
 
 
-class TrunkConfig(_Strict):
+class TrunkConfig(SettingsGroup):
     """One network per modality, shared by its K heads: projection -> hidden layers -> h."""
 
     projection: Width = 50  # components of the first, sparse layer
     projection_init: Literal["svd", "svd_of_sample", "svd_of_store", "random"] = "svd"
     projection_lr: Weight = 0.0  # relative to train.lr; 0 keeps the projection as initialised
-    size_input: bool = (
-        True  # the cell's total count and number of detected features are inputs too, as ln
-    )
-    shared: bool = (
-        True  # one trunk for a modality's K heads; false: K separate encoders behind the projection
-    )
-    members: Width = 4  # independent networks side by side, each with its share of every z_k
+    # Let the encoder see ln of the cell's total count and of its number of detected features.
+    size_input: bool = True
+    # One trunk for a modality's K heads; false gives each head layers of its own.
+    shared: bool = True
+    members: Width = 4  # independent networks side by side, each with its part of every z_k
     hidden: Width = 256
     depth: int = Field(2, ge=1, le=1000)
     dropout: Dropout = 0.2
 
 
-class DecoderConfig(_Strict):
+class DecoderConfig(SettingsGroup):
     """z_k and the cell's batch -> parameters of p(x_k | z_k)."""
 
     hidden: Width = 128
     depth: int = Field(1, ge=0, le=1000)
     dropout: Dropout = 0.0
-    features_per_step: Positive | Auto = (
-        "auto"  # score a fresh random subset of so many features each step
-    )
+    features_per_step: Positive | Auto = "auto"  # a fresh random subset is scored in each step
 
 
-class DiscriminatorConfig(_Strict):
-    """The aligned dimensions of a z inferred from one modality -> which modality it was (eq. 12)."""
+class DiscriminatorConfig(SettingsGroup):
+    """The aligned dimensions of z inferred from one modality -> which modality it was (eq. 12)."""
 
     hidden: Width = 128
     depth: int = Field(2, ge=0, le=1000)
     dropout: Dropout = 0.2
 
 
-class ModelConfig(_Strict):
+class ModelConfig(SettingsGroup):
+    """Sizes of the networks, and how the posterior combines what the modalities say."""
+
     latent: Width = 64  # d, dimensions of each modality's z_k
-    private: float = Field(
-        0.25, ge=0, lt=1
-    )  # share of them that x_k alone tells and that no term aligns
-    posterior: Literal["gpoe", "poe", "mean"] = "gpoe"
+    # Share of the d dimensions that follow from x_k alone and that no term aligns.
+    private: float = Field(0.25, ge=0, lt=1)
+    posterior: Literal["gpoe", "poe", "mean"] = "gpoe"  # q(z | everything observed), eq. 6
     trunk: TrunkConfig = TrunkConfig()
     decoder: DecoderConfig = DecoderConfig()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
 
     @property
     def n_private(self) -> int:
-        """How many of the d dimensions are private where there are modalities to share with: as many in each member,
-        rounded down."""
-        each = self.latent // self.trunk.members
-        return int(self.private * each) * self.trunk.members
+        """How many of the d dimensions are private where a second modality exists.
+
+        Each member of the trunk has as many, so the number is rounded down in each.
+        """
+        per_member = self.latent // self.trunk.members
+        return int(self.private * per_member) * self.trunk.members
 
     @model_validator(mode="after")
-    def _members(self) -> ModelConfig:
-        if self.latent % self.trunk.members:
+    def _require_equal_members(self) -> ModelConfig:
+        latent, members = self.latent, self.trunk.members
+        if latent % members:
             raise ValueError(
-                f"model.trunk.members must divide model.latent; got {self.latent} % {self.trunk.members} = "
-                f"{self.latent % self.trunk.members}"
+                "model.trunk.members must divide model.latent; "
+                f"got {latent} % {members} = {latent % members}"
             )
         return self
 
 
-class ObjectiveConfig(_Strict):
+class ObjectiveConfig(SettingsGroup):
     """Weights of eq. 15, and of the terms beyond the paper."""
 
     lambda_self: Weight = 0.02
     lambda_cross: Weight = 0.05
     lambda_mse: Weight = 0.01
     lambda_d: Weight = 0.05
-    lambda_kl: Weight = 1.0  # beta on the KL of both ELBOs
-    lambda_contrastive: Weight = 1.0  # InfoNCE on pairs
-    alignment: Literal["mse", "cosine"] = "mse"
+    lambda_kl: Weight = 1.0  # factor on the KL of both ELBOs
+    lambda_contrastive: Weight = 1.0  # of InfoNCE between the modalities of paired cells
+    alignment: Literal["mse", "cosine"] = "mse"  # cosine: every z has length 1 in eq. 9
     per_feature: bool = False  # divide each modality's ELBO by its number of features
-    contrastive_mixup: bool = (
-        True  # contrast random convex combinations of pairs instead of the pairs
-    )
+    contrastive_mixup: bool = True  # contrast random mixtures of pairs instead of the pairs
     contrastive_within_batch: bool = False  # negatives come from the pair's own biological batch
 
     @model_validator(mode="after")
-    def _some(self) -> ObjectiveConfig:
-        wanted = [f"lambda_{name}" for name in ("self", "cross", "mse", "d", "contrastive")]
-        if not any(getattr(self, name) for name in wanted):
-            raise ValueError(f"nothing to train: all of {', '.join(wanted)} are 0")
+    def _require_one_term(self) -> ObjectiveConfig:
+        weights = [f"lambda_{term}" for term in ("self", "cross", "mse", "d", "contrastive")]
+        if not any(getattr(self, weight) for weight in weights):
+            raise ValueError(f"nothing to train: all of {', '.join(weights)} are 0")
         return self
 
 
-class DataConfig(_Strict):
+class DataConfig(SettingsGroup):
+    """Which cells a batch holds, and how they are read."""
+
     batch_size: Positive | Auto = "auto"  # cells of one optimizer step, over all ranks
     lanes: Positive = 8  # streams of the global batch; the number of ranks must divide it
-    window_blocks: Positive = 16  # blocks a lane mixes at a time
+    window_blocks: Positive = 16  # blocks that a lane mixes at a time
     paired_share: Share | Auto = "auto"  # of a batch, given to cells with two or more modalities
     weights: dict[str, Weight] | None = None  # of strata by name; overrides paired_share
     holdout: float = Field(0.05, ge=0, lt=1)  # share of the paired cells kept for validation
-    holdout_max: Natural = 2000
-    prefetch: Positive = 4  # batches kept ready
+    holdout_max: Natural = 2000  # cells kept for validation, at most
+    prefetch: Positive = 4  # batches kept ready on each rank
 
 
-class TrainConfig(_Strict):
+class TrainConfig(SettingsGroup):
+    """The optimizer, its schedule, DeepSpeed, validation and checkpoints."""
+
     epochs: Annotated[float, Field(gt=0, le=1e6)] | Auto = "auto"
     optimizer: Literal["adamw", "rmsprop"] = "adamw"
     lr: float = Field(1e-3, gt=0, le=1e3)
-    weight_decay: Weight = 0.01
+    weight_decay: Weight = 0.01  # of matrices alone
     warmup: float = Field(0.02, ge=0, lt=1)  # share of the steps; the rest is a cosine
     final_lr: float = Field(0.05, ge=0, le=1)  # of lr, at the last step
     kl_warmup: float = Field(0.0, ge=0, le=1)  # share of the steps over which lambda_kl rises
-    clip: Weight = 5.0  # norm of the gradient; 0 = off
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    clip: Weight = 5.0  # norm of the gradient; 0 turns clipping off
+    zero_stage: Literal[0, 1, 2, 3] = 1  # what DeepSpeed shards over the ranks
     precision: Literal["fp32", "bf16"] = "fp32"
-    grad_accum: Positive = 1
+    grad_accum: Positive = 1  # micro-batches of one step
     validate_every: Positive | Auto = "auto"  # steps
-    patience: Natural = 0  # validations without a better score before it stops; 0 = never
+    patience: Natural = 0  # validations without a better score before training stops; 0: never
     checkpoint_every: Positive | Auto = "auto"  # steps
-    keep: Positive = 2  # checkpoints besides the best
+    keep: Positive = 2  # checkpoints that stay besides the best
 
 
-class LogConfig(_Strict):
-    every: Positive = 20  # steps
+class LogConfig(SettingsGroup):
+    """Where the numbers of a run go."""
+
+    every: Positive = 20  # steps between lines
     tensorboard: bool = True
     wandb: Literal["offline", "online", "disabled"] = "offline"
-    project: str = "clue_dist"
+    project: str = "clue_dist"  # of wandb
 
 
-class Config(_Strict):
-    store: Path_ = ""  # the Zarr store to train on
-    run: Path_ = ""  # folder of this run: config, metrics, checkpoints
-    seed: int = Field(0, ge=0, lt=2**63)
-    modalities: dict[str, ModalityConfig] = {}
+class Config(SettingsGroup):
+    """Everything that a run is told, and what `RUN/config.json` keeps."""
+
+    store: PathOrUrl = ""  # the Zarr store to train on
+    run: PathOrUrl = ""  # folder of this run: config, metrics, checkpoints
+    seed: int = Field(0, ge=0, lt=2**63)  # of initial weights, the order of cells, and all noise
+    modalities: dict[str, ModalityConfig] = {}  # by the name that the store gives a modality
     model: ModelConfig = ModelConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     data: DataConfig = DataConfig()
@@ -185,21 +198,22 @@ class Config(_Strict):
     log: LogConfig = LogConfig()
 
     @model_validator(mode="after")
-    def _batches(self) -> Config:
-        size, step = self.data.batch_size, self.data.lanes * self.train.grad_accum
-        if size != "auto" and size % step:
+    def _require_whole_micro_batches(self) -> Config:
+        size, lanes, accumulated = self.data.batch_size, self.data.lanes, self.train.grad_accum
+        unit = lanes * accumulated
+        if size != "auto" and size % unit:
             raise ValueError(
-                f"data.batch_size must be a multiple of data.lanes x train.grad_accum = {self.data.lanes} x "
-                f"{self.train.grad_accum} = {step}; got {size} % {step} = {size % step}"
+                f"data.batch_size must be a multiple of data.lanes x train.grad_accum = {lanes} x "
+                f"{accumulated} = {unit}; got {size} % {unit} = {size % unit}"
             )
         return self
 
     @model_validator(mode="after")
-    def _private(self) -> Config:
+    def _require_private_trained(self) -> Config:
         if self.model.n_private and not (self.objective.lambda_self or self.objective.lambda_cross):
             raise ValueError(
-                "nothing would train the private dimensions: objective.lambda_self and objective.lambda_cross are 0; "
-                "set model.private=0, too"
+                "nothing would train the private dimensions: objective.lambda_self and "
+                "objective.lambda_cross are 0; set model.private=0, too"
             )
         return self
 
@@ -209,10 +223,15 @@ class Config(_Strict):
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a config file and apply `--set dotted.path=value` overrides (values are JSON, or else text).
+    """Read a config file and apply overrides to it.
+
+    Args:
+        path: A JSON file, see `configs/`.
+        overrides: `dotted.path=value` each, as `--set` takes them; a value is JSON, else text.
 
     Raises:
-        ConfigError: no such file, not JSON, an unknown key (its nearest name is given), a value out of range.
+        ConfigError: The file does not exist or is not JSON, a key is unknown (the error gives the
+            nearest known one), or a value is out of range.
     """
     path = Path(path)
     try:
@@ -233,15 +252,23 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
             expected="{...}",
         )
     for override in overrides or []:
-        _set(tree, override)
+        _apply_override(tree, override)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise _explained(error, path) from None
+        raise _explain_validation_error(error, path) from None
 
 
 def require_paths(config: Config, *keys: str) -> None:
-    """`store` and `run` (`keys`: which of them) may be left out of a recipe, but not of a run."""
+    """Require `store` and `run`, which a recipe may leave out, but not a run.
+
+    Args:
+        config: The settings.
+        keys: Which of the two to require; both if none is named.
+
+    Raises:
+        ConfigError: One of them is not set.
+    """
     for key in keys or ("store", "run"):
         if not getattr(config, key):
             raise ConfigError(
@@ -251,20 +278,24 @@ def require_paths(config: Config, *keys: str) -> None:
             )
 
 
-def list_changed_settings(a: Config, b: Config) -> list[str]:
-    """Dotted paths in which two configs differ."""
-    left, right = _flat(a.model_dump(mode="json")), _flat(b.model_dump(mode="json"))
-    return sorted(k for k in left.keys() | right.keys() if left.get(k) != right.get(k))
+def list_changed_settings(before: Config, after: Config) -> list[str]:
+    """List the dotted paths in which two configs differ."""
+    left = _flatten_tree(before.model_dump(mode="json"))
+    right = _flatten_tree(after.model_dump(mode="json"))
+    return sorted(key for key in left.keys() | right.keys() if left.get(key) != right.get(key))
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
+def _flatten_tree(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted path."""
+    values: dict[str, Any] = {}
     for key, value in tree.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return out
+        dotted = prefix + key
+        values |= _flatten_tree(value, f"{dotted}.") if isinstance(value, dict) else {dotted: value}
+    return values
 
 
-def _set(tree: dict[str, Any], override: str) -> None:
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one value of a tree that is not checked yet."""
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
         raise ConfigError(
@@ -286,36 +317,37 @@ def _set(tree: dict[str, Any], override: str) -> None:
     tree[last] = value
 
 
-def _explained(error: ValidationError, path: Path) -> ConfigError:
+def _explain_validation_error(error: ValidationError, path: Path) -> ConfigError:
+    """Put the first of pydantic's complaints into one of our errors."""
     first = error.errors()[0]
     # Pydantic adds which member of a union it tried ("constrained-int", "literal['auto']").
     dotted = ".".join(
-        str(p) for p in first["loc"] if str(p).isidentifier() and p not in ("float", "int")
+        str(key) for key in first["loc"] if str(key).isidentifier() and key not in ("float", "int")
     )
     if first["type"] != "extra_forbidden":
-        got = None if first["type"] == "value_error" else repr(first["input"])[:200]
-        fix = "put it in double quotes" if first["type"] == "string_type" else None
         return ConfigError(
             first["msg"].removeprefix("Value error, "),
             where=f"{path}: {dotted or 'config'}",
-            got=got,
-            fix=fix,
+            got=None if first["type"] == "value_error" else repr(first["input"])[:200],
+            fix="put it in double quotes" if first["type"] == "string_type" else None,
         )
-    known = _known_keys(first["loc"][:-1])
-    near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.0)
-    parent = ".".join(str(p) for p in first["loc"][:-1])
+    known = _list_known_keys(first["loc"][:-1])
+    nearest = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.0)
+    parent = ".".join(str(key) for key in first["loc"][:-1])
+    meant = ".".join(filter(None, [parent, *nearest]))
     return ConfigError(
         "unknown key in the config",
         where=f"{path}: {dotted}",
         expected=f"one of {', '.join(known)}",
-        fix=f"did you mean `{'.'.join(filter(None, [parent, *near]))}`?" if near else None,
+        fix=f"did you mean `{meant}`?" if nearest else None,
     )
 
 
-def _known_keys(loc: tuple[Any, ...]) -> list[str]:
-    node: Any = Config
-    for key in loc:
-        if node is Config and key == "modalities":
-            return list(ModalityConfig.model_fields) if len(loc) > 1 else []
-        node = node.model_fields[key].annotation
-    return list(node.model_fields)
+def _list_known_keys(location: tuple[Any, ...]) -> list[str]:
+    """The keys that a group of settings has; location: the keys that lead to it."""
+    group: Any = Config
+    for key in location:
+        if group is Config and key == "modalities":  # the next key is the name of a modality
+            return list(ModalityConfig.model_fields) if len(location) > 1 else []
+        group = group.model_fields[key].annotation
+    return list(group.model_fields)

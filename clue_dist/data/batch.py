@@ -1,4 +1,4 @@
-"""A batch of cells: per modality only the cells that have it, and which row of the batch each one is."""
+"""A batch of cells: for each modality, the cells that have it and their rows in the batch."""
 
 from __future__ import annotations
 
@@ -17,29 +17,28 @@ from clue_dist.store.rows import LocatedRows
 
 @dataclass(frozen=True)
 class SparseCounts:
-    """Raw counts as CSR. indptr: (n + 1,) int32; indices: (nnz,) int32; values: (nnz,) float32, not to be written to:
-    where all counts are 1, batches share them."""
+    """Raw counts of n cells as CSR."""
 
-    indptr: Tensor
-    indices: Tensor
+    indptr: Tensor  # (n + 1,) int32, where each cell's non-zeros begin and end
+    indices: Tensor  # (nnz,) int32, feature of each non-zero
+    # (nnz,) float32. Not to be written to: where all counts are 1, batches share these values.
     values: Tensor
     n_features: int
 
     def list_entry_rows(self) -> Tensor:
-        """The row each non-zero belongs to, (nnz,) int64."""
+        """The row of each non-zero, (nnz,) int64."""
         lengths = self.indptr.diff()
         rows = torch.arange(len(lengths), device=self.indptr.device)
         return rows.repeat_interleave(lengths, output_size=len(self.indices))
 
     def sum_rows(self, values: Tensor) -> Tensor:
-        """Sum of one value per non-zero, by row: (nnz,) -> (n,)."""
-        out = values.new_zeros(len(self.indptr) - 1)
-        return out.index_add(0, self.list_entry_rows(), values)
+        """Sum one value per non-zero by row: (nnz,) -> (n,)."""
+        sums = values.new_zeros(len(self.indptr) - 1)
+        return sums.index_add(0, self.list_entry_rows(), values)
 
 
-Counts = (
-    SparseCounts | Tensor
-)  # Tensor: (n, features) float32, where the store keeps the modality dense
+# A tensor is (n, features) float32: the store keeps the modality dense, or dense counts are wanted.
+Counts = SparseCounts | Tensor
 
 
 def compute_library_size(counts: Counts) -> Tensor:
@@ -50,55 +49,63 @@ def compute_library_size(counts: Counts) -> Tensor:
 
 @dataclass(frozen=True)
 class ObservedModality:
-    """What was measured in one modality. rows: (n,) int64, which cells of the batch; counts: their n profiles;
-    paired: (p,) int64, which of the n belong to cells with other modalities too."""
+    """What was measured in one modality, of the n cells of a batch that have it."""
 
-    rows: Tensor
-    counts: Counts
-    paired: Tensor
+    rows: Tensor  # (n,) int64, the cells' rows in the batch
+    counts: Counts  # their n profiles
+    paired: Tensor  # (p,) int64, which of the n cells have other modalities, too
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B cells. observed: (B, K) bool; batch_code: (B,) int64, -1 = unknown; modalities: by name, in model order."""
+    """B cells, of K modalities."""
 
-    observed: Tensor
-    batch_code: Tensor
-    modalities: dict[str, ObservedModality]
+    observed: Tensor  # (B, K) bool
+    batch_code: Tensor  # (B,) int64, the biological batch; -1: unknown
+    modalities: dict[str, ObservedModality]  # in model order; without those that no cell has
 
     @property
     def n_cells(self) -> int:
+        """B."""
         return len(self.observed)
 
-    def map_tensors(self, move: Callable[[Tensor], Tensor]) -> Batch:
-        """The same batch with `move` applied to every tensor."""
+    def map_tensors(self, transform: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with every tensor replaced by its transform."""
 
-        def counts(c: Counts) -> Counts:
-            if isinstance(c, Tensor):
-                return move(c)
-            return replace(c, indptr=move(c.indptr), indices=move(c.indices), values=move(c.values))
+        def map_counts(counts: Counts) -> Counts:
+            if isinstance(counts, Tensor):
+                return transform(counts)
+            return replace(
+                counts,
+                indptr=transform(counts.indptr),
+                indices=transform(counts.indices),
+                values=transform(counts.values),
+            )
 
         modalities = {
-            m: ObservedModality(move(o.rows), counts(o.counts), move(o.paired))
-            for m, o in self.modalities.items()
+            name: ObservedModality(
+                transform(part.rows), map_counts(part.counts), transform(part.paired)
+            )
+            for name, part in self.modalities.items()
         }
-        return Batch(move(self.observed), move(self.batch_code), modalities)
+        return Batch(transform(self.observed), transform(self.batch_code), modalities)
 
     def to(self, device: torch.device | str) -> Batch:
-        return self.map_tensors(lambda t: t.to(device, non_blocking=True))
+        """The batch on a device; a copy out of pinned memory goes on while the caller does."""
+        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     @time_phase("pin")
     def pin_memory(self) -> Batch:
+        """The batch in memory from which a GPU copies by itself."""
         return self.map_tensors(Tensor.pin_memory)
 
 
 @dataclass(frozen=True)
 class BatchPart:
-    """Cells of one stratum on their way into a batch. rows: per modality, still coded where sparse; batch_code: (n,)
-    int32."""
+    """n cells of one stratum on their way into a batch."""
 
-    rows: dict[str, LocatedRows | np.ndarray]
-    batch_code: np.ndarray
+    rows: dict[str, LocatedRows | np.ndarray]  # by modality; still coded where stored sparse
+    batch_code: np.ndarray  # (n,) int32
 
 
 def assemble_batch(
@@ -107,15 +114,21 @@ def assemble_batch(
     buffers: BufferPool | None = None,
     dense: bool = False,
 ) -> Batch:
-    """One batch out of parts of several strata, laid one behind the other. `modalities`: in model order; dense: counts
-    of all of them as (n, features) float32."""
+    """Build one batch out of parts of several strata, one part behind the other.
+
+    Args:
+        modalities: Names, in model order.
+        parts: The cells.
+        buffers: Memory to build in; fresh memory by default.
+        dense: Whether sparse counts are to become tensors (n, features), too.
+    """
     buffers = buffers or BufferPool()
-    sizes = [len(p.batch_code) for p in parts]
+    sizes = [len(part.batch_code) for part in parts]
     starts = np.cumsum([0, *sizes])
     observed = np.zeros((starts[-1], len(modalities)), bool)
-    out: dict[str, ObservedModality] = {}
+    measured: dict[str, ObservedModality] = {}
     for k, name in enumerate(modalities):
-        having = [i for i, p in enumerate(parts) if name in p.rows]
+        having = [i for i, part in enumerate(parts) if name in part.rows]
         for i in having:
             observed[starts[i] : starts[i + 1], k] = True
         if having:
@@ -123,48 +136,51 @@ def assemble_batch(
             paired = np.flatnonzero(
                 np.concatenate([np.full(sizes[i], len(parts[i].rows) > 1) for i in having])
             )
-            counts = _stack([parts[i].rows[name] for i in having], buffers, dense)
-            out[name] = ObservedModality(torch.from_numpy(rows), counts, torch.from_numpy(paired))
-    code = np.concatenate([p.batch_code for p in parts]).astype(np.int64)
-    return Batch(torch.from_numpy(observed), torch.from_numpy(code), out)
+            counts = _stack_counts([parts[i].rows[name] for i in having], buffers, dense)
+            measured[name] = ObservedModality(
+                torch.from_numpy(rows), counts, torch.from_numpy(paired)
+            )
+    code = np.concatenate([part.batch_code for part in parts]).astype(np.int64)
+    return Batch(torch.from_numpy(observed), torch.from_numpy(code), measured)
 
 
 def read_batch(
-    store: Store, stratum: str, positions: np.ndarray, modalities: Sequence[str] | None = None
+    store: Store, segment: str, positions: np.ndarray, modalities: Sequence[str] | None = None
 ) -> Batch:
-    """Any cells of one stratum as a batch, read straight from the store. `modalities`: in model order, the store's
-    by default; it names all that the stratum carries."""
-    reader = store.segments[stratum]
-    rows = {m: reader.read_located_rows(m, positions) for m in reader.modalities}
-    return assemble_batch(
-        modalities or store.modalities, [BatchPart(rows, reader.read_codes("batch", positions))]
-    )
+    """Read any cells of one segment straight from the store.
+
+    Args:
+        store: An open store.
+        segment: Its name; the first segment of a stratum has the stratum's name.
+        positions: (n,), cells of it, in any order.
+        modalities: Names in model order, all of the segment's among them; the store's by default.
+    """
+    reader = store.segments[segment]
+    rows = {name: reader.read_located_rows(name, positions) for name in reader.modalities}
+    part = BatchPart(rows, reader.read_codes("batch", positions))
+    return assemble_batch(modalities or store.modalities, [part])
 
 
 @time_phase("gather")
-def _stack(rows: list[LocatedRows | np.ndarray], buffers: BufferPool, dense: bool) -> Counts:
-    stored_dense = [r for r in rows if isinstance(r, np.ndarray)]
+def _stack_counts(
+    parts: list[LocatedRows | np.ndarray], buffers: BufferPool, dense: bool
+) -> Counts:
+    """Lay the rows of all parts one behind the other, decoded."""
+    stored_dense = [part for part in parts if isinstance(part, np.ndarray)]
     if stored_dense:
         return torch.from_numpy(np.concatenate(stored_dense).astype(np.float32, copy=False))
-    sparse = [r for r in rows if isinstance(r, LocatedRows)]
+    sparse = [part for part in parts if isinstance(part, LocatedRows)]
     if dense:
-        n, n_features = sum(len(r.row) for r in sparse), sparse[0].n_features
-        out = buffers.lend_array(n * n_features, np.float32).reshape(n, n_features)
-        first = 0
-        for r in sparse:
-            r.decode_dense(out[first : first + len(r.row)])
-            first += len(r.row)
-        return torch.from_numpy(out)
-    indptr = np.concatenate(
-        [[0], np.cumsum(np.concatenate([r.count_nonzeros() for r in sparse]), dtype=np.int64)]
-    )
+        return _decode_dense_counts(sparse, buffers)
+    lengths = np.concatenate([part.count_nonzeros() for part in sparse])
+    indptr = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     indices = buffers.lend_array(int(indptr[-1]), np.int32)
-    binary = not any(r.bits for r in sparse)
+    binary = not any(part.bits for part in sparse)
     values = None if binary else buffers.lend_array(len(indices), np.float32)
     first = 0
-    for r in sparse:
-        last = first + len(r.row)
-        r.decode(indptr[first : last + 1], indices, values)
+    for part in sparse:
+        last = first + len(part.row)
+        part.decode(indptr[first : last + 1], indices, values)
         first = last
     return SparseCounts(
         torch.from_numpy(indptr.astype(np.int32)),
@@ -172,3 +188,15 @@ def _stack(rows: list[LocatedRows | np.ndarray], buffers: BufferPool, dense: boo
         buffers.share_ones(len(indices)) if values is None else torch.from_numpy(values),
         sparse[0].n_features,
     )
+
+
+def _decode_dense_counts(parts: list[LocatedRows], buffers: BufferPool) -> Tensor:
+    """The rows of all parts as one tensor (n, features)."""
+    n_cells, n_features = sum(len(part.row) for part in parts), parts[0].n_features
+    counts = buffers.lend_array(n_cells * n_features, np.float32).reshape(n_cells, n_features)
+    first = 0
+    for part in parts:
+        last = first + len(part.row)
+        part.decode_dense(counts[first:last])
+        first = last
+    return torch.from_numpy(counts)

@@ -1,8 +1,9 @@
-"""Memory that batches are built in and that is used again: fresh pages cost more time than the rows put into them.
+"""Memory that batches are built in, used again and again: fresh pages cost more time than the rows.
 
-The rule of reuse: a pool lends each piece of memory as one array and takes it back when that array is gone. Whatever
-is made of the array (NumPy slices and shapes, torch tensors and their views) keeps the array alive, so that memory
-comes back only when nothing can read it any more, whether a batch was dropped whole or a part of it was kept.
+The rule of reuse: a pool lends each piece of memory as one array and takes it back when that array
+is gone. Whatever is made of the array (NumPy slices and shapes, torch tensors and their views)
+keeps the array alive. So memory comes back only when nothing can read it any more, whether a batch
+was dropped whole or a part of it was kept.
 """
 
 from __future__ import annotations
@@ -15,20 +16,21 @@ from typing import Any
 import numpy as np
 import torch
 
-_SPARE = 8  # an array is made larger by 1/8 than asked for, as batches differ in size
+_SPARE = 8  # memory is larger by 1/8 than what it was first asked for, as batches differ in size
 
 
 class BufferPool:
     """Arrays for any number of threads. The pool holds as many as were ever lent at a time."""
 
     def __init__(self) -> None:
-        # Deques, as taking and giving back need no lock: garbage collection may end an array in any line of a thread.
+        # Deques need no lock. With a lock, a thread that holds it would wait for itself where the
+        # garbage collector ends an array at that very moment.
         self._free: dict[np.dtype[Any], deque[np.ndarray]] = {}
         self._ones = torch.ones(0)
         self._ones_lock = threading.Lock()
 
     def lend_array(self, size: int, dtype: Any) -> np.ndarray:
-        """An array of shape (size,), not initialised, whose memory nobody else can reach as long as it lives."""
+        """Lend an array (size,), not initialised, that nothing else can reach while it lives."""
         free = self._free.setdefault(np.dtype(dtype), deque())
         try:
             memory = free.pop()
@@ -36,22 +38,23 @@ class BufferPool:
             memory = None
         if memory is None or len(memory) < size:  # memory too small for today's batches is let go
             memory = np.empty(size + size // _SPARE, dtype)
-        # Through a memoryview: a slice of an array refers to what owns the memory, and that must be the array lent,
-        # not `memory` itself.
+        # NumPy lets a slice of a slice refer to the array at its origin. Made from a memoryview,
+        # the array lent is such an origin; made by slicing `memory`, it would not be.
         lent = np.asarray(memory.data[:size])
         weakref.finalize(lent, free.append, memory).atexit = False
         return lent
 
     def share_ones(self, size: int) -> torch.Tensor:
-        """Ones of shape (size,), float32, in memory that all callers share and nobody may write to.
+        """Give ones (size,), float32, in memory that all callers share and none may write to.
 
         Raises:
-            RuntimeError: somebody wrote to it.
+            RuntimeError: A caller wrote to it.
         """
         with self._ones_lock:
             if self._ones._version:
                 raise RuntimeError(
-                    "the values of a batch of binary counts were written to; other batches share them"
+                    "the values of a batch of binary counts were written to; "
+                    "other batches share them"
                 )
             if len(self._ones) < size:
                 self._ones = torch.ones(size + size // _SPARE)

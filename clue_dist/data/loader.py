@@ -1,4 +1,7 @@
-"""Builds the batches of one rank ahead of time: one thread plans them and has their blocks read, others gather rows."""
+"""Build the batches of one rank ahead of time.
+
+One thread plans the batches and has their blocks read; others gather rows out of the blocks.
+"""
 
 from __future__ import annotations
 
@@ -25,117 +28,143 @@ READ_AHEAD = 20  # micro-batches, at least, whose blocks are being read while an
 STRETCH_BATCHES = 8  # micro-batches that are planned, and whose blocks are asked for, together
 GATHERERS = 2  # threads: one alone gathers rows more slowly than TensorStore decompresses them
 GATHERING = 2 * GATHERERS  # micro-batches that are being built, or wait for a thread
-# Stretches whose blocks are needed at a time: a new one, and those of all micro-batches planned or being built.
+# Stretches whose blocks are needed at a time: a new one, and those of all micro-batches that are
+# planned or being built.
 HELD_STRETCHES = 1 + -(-(READ_AHEAD - 1 + GATHERING) // STRETCH_BATCHES)
 
 
 class BlockCache:
-    """The blocks of one segment that are used now or soon, `slots` at most, in fixed memory."""
+    """The blocks of one segment that are used now or soon, in fixed memory.
+
+    Args:
+        reader: The segment.
+        slots: How many blocks fit, at most; a segment with fewer blocks takes as many slots.
+    """
 
     def __init__(self, reader: SegmentReader, slots: int) -> None:
         self.slots = min(slots, reader.n_blocks)
         self.block_cells, self.modalities = reader.block_cells, reader.modalities
         self._pool = BlockPool(reader, self.slots)
-        self._slot_of = np.full(reader.n_blocks, -1, np.int32)
-        self._block_in = np.full(self.slots, -1, np.int64)
-        self._asked = np.full(
-            self.slots, -HELD_STRETCHES, np.int64
-        )  # when a slot's block was asked for, in calls of `prefetch_blocks`
+        self._slot_of_block = np.full(reader.n_blocks, -1, np.int32)  # -1: not here
+        self._block_in_slot = np.full(self.slots, -1, np.int64)  # -1: empty
+        # When a slot's block was last asked for, in calls of `prefetch_blocks`.
+        self._last_call = np.full(self.slots, -HELD_STRETCHES, np.int64)
         self._calls = 0
-        self._coming = deque[BlockRead]()
-        self._is_coming = np.zeros(self.slots, bool)
-        self._damaged: dict[int, StoreError] = {}  # by slot
+        self._reads = deque[BlockRead]()  # under way, in the order in which they began
+        self._is_read = np.ones(self.slots, bool)  # False: its block is still under way
+        self._damage: dict[int, StoreError] = {}  # by slot
 
     @time_phase("read and decode")
     def prefetch_blocks(self, positions: np.ndarray) -> None:
-        """Begin to read the blocks of cells needed before HELD_STRETCHES - 1 more calls, in place of those not
-        asked for longest."""
+        """Begin to read the blocks of cells that are needed soon.
+
+        The cells may be located until HELD_STRETCHES - 1 more calls have been made. New blocks take
+        the place of those that were not asked for longest.
+
+        Args:
+            positions: (n,), the cells in the segment.
+        """
         self._calls += 1
         blocks = np.unique(positions // self.block_cells)
-        slots = self._slot_of[blocks]
-        self._asked[slots[slots >= 0]] = self._calls
+        slots = self._slot_of_block[blocks]
+        self._last_call[slots[slots >= 0]] = self._calls
         missing = blocks[slots < 0]
         if len(missing):
-            slots = np.argsort(self._asked, kind="stable")[: len(missing)]
-            if len(slots) < len(missing) or self._asked[slots[-1]] > self._calls - HELD_STRETCHES:
-                raise RuntimeError(
-                    f"a loader has {self.slots} slots, too few for the blocks of {HELD_STRETCHES} stretches"
-                )
-            left = self._block_in[slots]
-            self._slot_of[left[left >= 0]] = -1
-            self._slot_of[missing], self._block_in[slots], self._asked[slots] = (
-                slots,
-                missing,
-                self._calls,
+            self._start_read(missing)
+
+    def _start_read(self, blocks: np.ndarray) -> None:
+        """Begin to read blocks that are in no slot."""
+        slots = np.argsort(self._last_call, kind="stable")[: len(blocks)]
+        last_free_call = self._calls - HELD_STRETCHES  # blocks asked for later are still needed
+        if len(slots) < len(blocks) or self._last_call[slots[-1]] > last_free_call:
+            raise RuntimeError(
+                f"a loader has {self.slots} slots, too few for the blocks of {HELD_STRETCHES} "
+                "stretches"
             )
-            self._coming.append(self._pool.start_read(missing, slots))
-            self._is_coming[slots] = True
+        replaced = self._block_in_slot[slots]
+        self._slot_of_block[replaced[replaced >= 0]] = -1
+        self._slot_of_block[blocks] = slots
+        self._block_in_slot[slots] = blocks
+        self._last_call[slots] = self._calls
+        self._reads.append(self._pool.start_read(blocks, slots))
+        self._is_read[slots] = False
 
     def locate_cells(self, positions: np.ndarray) -> BatchPart:
-        """Raw counts and batch codes of cells that were expected, in the order asked for.
+        """Raw counts and batch codes of prefetched cells, in the order asked for.
+
+        Args:
+            positions: (n,), the cells in the segment.
 
         Raises:
-            StoreError: a block of theirs is missing or damaged.
+            StoreError: One of their blocks is missing or damaged.
         """
-        slot, row = self._slot_of[positions // self.block_cells], positions % self.block_cells
-        self._await(slot)
-        if self._damaged and (bad := self._damaged.keys() & slot.tolist()):
-            raise self._damaged[min(bad)]
+        slot = self._slot_of_block[positions // self.block_cells]
+        row = positions % self.block_cells
+        self._await_blocks(slot)
+        if self._damage and (damaged := self._damage.keys() & slot.tolist()):
+            raise self._damage[min(damaged)]
         rows = {m: self._pool.get_rows(m, slot, row) for m in self.modalities}
         return BatchPart(rows, self._pool.get_batch_codes(slot, row))
 
     @time_phase("read and decode")
-    def _await(self, slot: np.ndarray) -> None:
-        while self._is_coming[slot].any():
-            reading = self._coming[0]
-            self._settle(reading)
-            self._coming.popleft()  # only now: after an error, closing waits for the rest of it
-            self._is_coming[reading.slots] = False
+    def _await_blocks(self, slots: np.ndarray) -> None:
+        """Wait until the blocks in these slots have been read."""
+        while not self._is_read[slots].all():
+            read = self._reads[0]
+            self._finish_read(read)
+            self._reads.popleft()  # only now: after an error, `close` waits for the rest of it
+            self._is_read[read.slots] = True
 
     def close(self) -> None:
-        """Wait until nothing is on its way any more: TensorStore's threads must not outlive what they write to."""
-        for reading in self._coming:
-            self._pool.abandon_read(reading)
-        self._coming.clear()
+        """Wait until no read is under way: TensorStore must not write to memory that is gone."""
+        for read in self._reads:
+            self._pool.abandon_read(read)
+        self._reads.clear()
 
-    def _settle(self, reading: BlockRead) -> None:
-        """Wait for blocks; of many that were read together, find out which one is damaged."""
+    def _finish_read(self, read: BlockRead) -> None:
+        """Wait for blocks; of blocks that were read together, find out which one is damaged."""
         try:
-            self._pool.finish_read(reading)
+            self._pool.finish_read(read)
         except StoreError as error:
-            if isinstance(error, ServerError):
+            if isinstance(error, ServerError):  # says nothing about a single block
                 raise
-            if len(reading.blocks) == 1:
-                self._damaged[int(reading.slots[0])] = error
+            if len(read.blocks) == 1:
+                self._damage[int(read.slots[0])] = error
                 return
-            for i in range(len(reading.blocks)):
-                self._settle(
-                    self._pool.start_read(reading.blocks[i : i + 1], reading.slots[i : i + 1])
-                )
+            for i in range(len(read.blocks)):
+                one = slice(i, i + 1)
+                self._finish_read(self._pool.start_read(read.blocks[one], read.slots[one]))
 
 
 def count_cache_slots(plan: CellPlan, segment: str, world: int) -> int:
-    """Blocks of a segment that one of `world` ranks may need for HELD_STRETCHES stretches of micro-batches."""
-    n, cells = (
-        plan.segment_sizes[segment],
-        plan.bound_dealt_cells(segment, HELD_STRETCHES * STRETCH_BATCHES),
-    )
-    lot = plan.lanes * plan.count_window_blocks(
-        segment
-    )  # blocks of one span, of which a rank reads its lanes' windows
-    span = lot * plan.block_cells
-    spanned = n // span * span  # cells of a pass that are dealt in spans
-    whole = (
-        (cells // span + 2) * lot // world if spanned else 0
-    )  # two spans may be touched at one end only
-    # What is left at the end of a pass is no lane's own: a rank may need all of it. Between two such ends lies a pass.
-    ends = 1 if cells <= spanned else 2 + (cells - spanned - 1) // n
-    return min(whole + ends * count_blocks(n - spanned, plan.block_cells), cells // world)
+    """Count the blocks of a segment that a rank may need for HELD_STRETCHES stretches.
+
+    Args:
+        plan: The plan that the rank follows.
+        segment: One of its segments.
+        world: Number of ranks.
+    """
+    size = plan.segment_sizes[segment]
+    cells = plan.bound_dealt_cells(segment, HELD_STRETCHES * STRETCH_BATCHES)
+    # Blocks of one span; a rank reads those of its lanes' windows.
+    span_blocks = plan.lanes * plan.count_window_blocks(segment)
+    span = span_blocks * plan.block_cells
+    spanned = size // span * span  # cells of a pass that are dealt in spans
+    # Of two spans the rank may need one end only.
+    whole = (cells // span + 2) * span_blocks // world if spanned else 0
+    # What is left at the end of a pass belongs to no lane: a rank may need all of it. A pass lies
+    # between two such ends.
+    ends = 1 if cells <= spanned else 2 + (cells - spanned - 1) // size
+    rest_blocks = count_blocks(size - spanned, plan.block_cells)
+    return min(whole + ends * rest_blocks, cells // world)
 
 
 class _Ring:
-    """Batches on their way to training, at most `size`. Who fills it sleeps until half of them are gone: to be woken
-    for each would take the interpreter's lock from training each time."""
+    """Batches on their way to training, a limited number.
+
+    The thread that fills the ring sleeps until half of the batches are gone: to be woken for each
+    would take the interpreter's lock from training each time.
+    """
 
     def __init__(self, size: int) -> None:
         self._size, self._items = size, deque[Future[Batch]]()
@@ -143,7 +172,7 @@ class _Ring:
         self._open = True
 
     def put(self, item: Future[Batch]) -> None:
-        """Waits for room; does nothing once closed."""
+        """Add a batch once there is room; do nothing once closed."""
         with self._changed:
             if len(self._items) == self._size:
                 self._changed.wait_for(
@@ -154,7 +183,7 @@ class _Ring:
                 self._changed.notify()
 
     def get(self) -> Future[Batch]:
-        """Waits for a batch; StopIteration once closed."""
+        """Take a batch once there is one; raise StopIteration once closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._items or not self._open)
             if not self._open:
@@ -165,18 +194,28 @@ class _Ring:
             return item
 
     def close(self) -> None:
+        """Wake all threads that wait, with nothing for them."""
         with self._changed:
             self._open = False
             self._changed.notify_all()
 
 
 class Loader:
-    """Micro-batches `first`, `first` + 1, ... of the plan, the cells of rank `rank` of `world`.
+    """An iterator over the micro-batches of a plan: this rank's cells of each.
 
-    Use as a context manager; `next()` gives a `Batch`, its counts sparse as they are stored, or all of them `dense`.
-    `waited_seconds` counts the seconds `next()` had to wait.
-    An error in a thread (a damaged chunk, say) is raised by the `next()` that would have given its batch, and by all
-    after it; one that was interrupted can be called again.
+    Use it as a context manager. An error in a thread (a damaged chunk, say) is raised by the
+    `next()` that would have given its batch, and by all after it. A `next()` that was interrupted
+    can be called again.
+
+    Args:
+        store: An open store.
+        plan: Which cells each micro-batch holds.
+        rank: Of the `world` ranks, which one this is.
+        world: Number of ranks.
+        first: The micro-batch to begin with.
+        prefetch: Batches kept ready.
+        pin: Whether batches lie in memory from which a GPU copies by itself.
+        dense: Whether sparse counts become tensors (n, features).
 
     Raises:
         ConfigError: `world` does not divide the plan's lanes.
@@ -203,11 +242,11 @@ class Loader:
             )
         self.plan, self.rank, self.world, self.pin, self.dense = plan, rank, world, pin, dense
         self.modalities = store.modalities
-        self.waited_seconds = 0.0
-        self._due: Future[Batch] | None = None  # what next() waits for
+        self.waited_seconds = 0.0  # by `next()`, so far
+        self._due: Future[Batch] | None = None  # what `next()` waits for
         self._caches = {
-            s: BlockCache(store.segments[s], count_cache_slots(plan, s, world))
-            for s in plan.segments
+            segment: BlockCache(store.segments[segment], count_cache_slots(plan, segment, world))
+            for segment in plan.segments
         }
         self._buffers = BufferPool()
         keep_freed_memory()
@@ -238,7 +277,7 @@ class Loader:
         self.close()
 
     def close(self) -> None:
-        """Stop the threads; returns when they are gone, and nothing is being read any more."""
+        """Stop the threads. When it returns, they are gone and no read is under way."""
         self._stop.set()
         self._ring.close()
         self._thread.join()
@@ -247,44 +286,45 @@ class Loader:
             cache.close()
 
     def _run(self, step: int) -> None:
+        """The loader's thread: plan, prefetch blocks, and hand batches to the gatherers."""
         planned: deque[dict[str, np.ndarray]] = deque()
         gathering: deque[Future[Batch]] = deque()
         try:
             while not self._stop.is_set():
                 if len(planned) < READ_AHEAD:
-                    planned += self._expect(step)
+                    planned += self._plan_stretch(step)
                     step += STRETCH_BATCHES
                 if len(gathering) == GATHERING:
-                    gathering.popleft().result()  # what it reads from must not be overwritten before
-                gathering.append(self._gathered(planned.popleft()))
+                    # The blocks of the oldest batch may be overwritten only once it is built.
+                    gathering.popleft().result()
+                gathering.append(self._start_build(planned.popleft()))
                 self._ring.put(gathering[-1])
         except BaseException as error:  # noqa: BLE001  raised again where the batch was expected
             failed: Future[Batch] = Future()
             failed.set_exception(error)
             self._ring.put(failed)
 
-    def _expect(self, step: int) -> list[dict[str, np.ndarray]]:
-        """This rank's cells of micro-batches from `step` on, whose blocks begin to be read."""
+    def _plan_stretch(self, step: int) -> list[dict[str, np.ndarray]]:
+        """This rank's cells of STRETCH_BATCHES micro-batches, by segment; prefetch their blocks."""
         stretch: list[dict[str, np.ndarray]] = [{} for _ in range(STRETCH_BATCHES)]
-        for s, cache in self._caches.items():
-            positions = self.plan.select_cells(step, s, STRETCH_BATCHES)
-            ends = [
-                self.plan.count_dealt_cells(step + i, s) - self.plan.count_dealt_cells(step, s)
-                for i in range(1, STRETCH_BATCHES)
-            ]
-            for cells, of in zip(stretch, np.split(positions, ends), strict=True):
-                cells[s] = of[self.rank :: self.world]
-            cache.prefetch_blocks(np.concatenate([cells[s] for cells in stretch]))
+        for segment, cache in self._caches.items():
+            positions = self.plan.select_cells(step, segment, STRETCH_BATCHES)
+            dealt = [self.plan.count_dealt_cells(step + i, segment) for i in range(STRETCH_BATCHES)]
+            batches = np.split(positions, [count - dealt[0] for count in dealt[1:]])
+            for cells, global_cells in zip(stretch, batches, strict=True):
+                cells[segment] = global_cells[self.rank :: self.world]
+            cache.prefetch_blocks(np.concatenate([cells[segment] for cells in stretch]))
         return stretch
 
-    def _gathered(self, cells: dict[str, np.ndarray]) -> Future[Batch]:
+    def _start_build(self, cells: dict[str, np.ndarray]) -> Future[Batch]:
+        """Find the rows of a micro-batch's cells, and have a gatherer build the batch."""
         parts = [
-            self._caches[s].locate_cells(positions)
-            for s, positions in cells.items()
+            self._caches[segment].locate_cells(positions)
+            for segment, positions in cells.items()
             if len(positions)
         ]
-        return self._gatherers.submit(self._build, parts)
+        return self._gatherers.submit(self._build_batch, parts)
 
-    def _build(self, parts: list[BatchPart]) -> Batch:
+    def _build_batch(self, parts: list[BatchPart]) -> Batch:
         batch = assemble_batch(self.modalities, parts, self._buffers, self.dense)
         return batch.pin_memory() if self.pin else batch

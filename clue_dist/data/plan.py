@@ -1,21 +1,24 @@
-"""Which cells, when: a pure function of (seed, step). No state, no file, no rank.
+"""Decide which cells a rank sees, and when: a pure function of (seed, step), without state.
 
-The global micro-batch of step t is the same on 1, 2, 4 or 64 ranks; a rank takes every W-th cell of it. Each
-stratum s gives a fixed number N_s of cells to every micro-batch, so shapes are static and every rank runs the same
-graph. Cell j of the stratum's share belongs to lane j mod L; the L lanes read from separate blocks, so that ranks
-do not all decode the same data. Segments of a stratum, cells that were appended later, share N_s: they take turns,
-lane by lane in step, in proportion to their sizes.
+The global micro-batch of step t is the same on 1, 2, 4 or 64 ranks, and rank r of W takes every
+W-th cell of it, from the r-th on. Each stratum s gives a fixed number N_s of cells to every
+micro-batch, so that shapes are static and every rank runs the same graph. Cell j of these belongs
+to lane j mod L; the L lanes read from separate blocks, so that ranks do not all decode the same
+data. Segments of a stratum (cells that were appended later) share N_s: they take turns, lane by
+lane in step, in proportion to their sizes.
 
     q = t * N_s + j            place in the endless sequence of passes over the stratum
     pass, o = divmod(q, n_s)   every pass covers the n_s cells exactly once
-    span = o // (L * G * B)    L lanes x a window of G blocks x B cells, in this pass's random order of blocks
-    lane d = o mod L           owns one of the span's windows and deals its cells in random order
+    span = o // (L * G * B)    L lanes x a window of G blocks x B cells, of this pass's block order
+    lane d = o mod L           has one of the span's windows and deals its cells in random order
 
-Blocks come in runs, RUN_BLOCKS or a smaller window, that lie one behind the other and are read at once: the store is
-shuffled, so that they are as random as any. Where runs begin is another block in each pass. A segment's window is as
-large a part of G as the segment is of its stratum, so that many segments need no more memory than one.
+Blocks come in runs of RUN_BLOCKS, or of a smaller window, whose blocks lie one behind the other
+and are read at once. The store is shuffled, so that neighbouring blocks are as random as any two.
+Runs begin at other blocks in each pass. A segment's window is as large a part of G as the segment
+is of its stratum, so that many segments need no more memory than one.
 
-What is left at the end of a pass (less than one span, the partly filled last block in it) is dealt as one lot.
+What is left at the end of a pass (less than one span, with the partly filled last block) is dealt
+as one lot.
 """
 
 from __future__ import annotations
@@ -31,30 +34,33 @@ from clue_dist.errors import ConfigError
 from clue_dist.store.layout import name_stratum
 from clue_dist.store.shuffle import derive_key, permute_positions
 
-RUN_BLOCKS = (
-    8  # one alone is a request of its own; a whole window is nearly the same cells in every pass
-)
+# A run of one block is a request of its own; a run as long as a window holds nearly the same cells
+# in every pass.
+RUN_BLOCKS = 8
 
 
 @dataclass(frozen=True)
 class CellPlan:
-    """seed; sizes: cells to draw from per segment of a stratum, {name: n_s}; share: {stratum: N_s}, each a multiple of
-    lanes."""
+    """The cells of every micro-batch.
+
+    Raises:
+        ConfigError: The share of a stratum is not a positive multiple of the lanes.
+    """
 
     seed: int
-    segment_sizes: Mapping[str, int]
-    stratum_shares: Mapping[str, int]
-    lanes: int
-    window_blocks: int
-    block_cells: int
+    segment_sizes: Mapping[str, int]  # n_s, cells to draw from, by segment
+    stratum_shares: Mapping[str, int]  # N_s, cells of a micro-batch, by stratum
+    lanes: int  # L
+    window_blocks: int  # G, of a stratum with one segment
+    block_cells: int  # B
 
     def __post_init__(self) -> None:
-        for name, n in self.stratum_shares.items():
-            if n <= 0 or n % self.lanes:
+        for stratum, share in self.stratum_shares.items():
+            if share <= 0 or share % self.lanes:
                 raise ConfigError(
                     "a stratum's share of the batch does not divide into the lanes",
-                    where=name,
-                    got=f"{n} % {self.lanes} = {n % self.lanes}",
+                    where=stratum,
+                    got=f"{share} % {self.lanes} = {share % self.lanes}",
                     expected="a positive multiple of data.lanes",
                 )
 
@@ -65,121 +71,139 @@ class CellPlan:
 
     @property
     def segments(self) -> list[str]:
-        """In the order in which their cells come in a batch."""
+        """Segments in the order in which their cells come in a batch."""
         return [name for stratum in self.stratum_shares for name in self._segments.get(stratum, {})]
 
     @cached_property
     def _segments(self) -> dict[str, dict[str, int]]:
         """Sizes of the segments of each stratum."""
-        out: dict[str, dict[str, int]] = {}
-        for name, n in self.segment_sizes.items():
-            out.setdefault(name_stratum(name), {})[name] = n
-        return out
+        strata: dict[str, dict[str, int]] = {}
+        for segment, size in self.segment_sizes.items():
+            strata.setdefault(name_stratum(segment), {})[segment] = size
+        return strata
 
     @cached_property
-    def _cells(self) -> dict[str, int]:
-        """Of all segments of each stratum."""
+    def _stratum_sizes(self) -> dict[str, int]:
+        """Cells of each stratum, all its segments together."""
         return {stratum: sum(sizes.values()) for stratum, sizes in self._segments.items()}
 
     def count_dealt_cells(self, step: int, segment: str) -> int:
-        """Cells of a segment in all micro-batches before `step`: whole rounds of the lanes. One that has fewer cells
-        than there are lanes gives copies to a round."""
+        """Count a segment's cells in all micro-batches before `step`.
+
+        The lanes take whole rounds. A segment with fewer cells than lanes fills a round with
+        copies of its cells.
+        """
         stratum = name_stratum(segment)
-        rounds, cells = step * self.stratum_shares[stratum] // self.lanes, self._cells[stratum]
-        for name, n in self._segments[stratum].items():
-            own = rounds * n // cells
+        rounds = step * self.stratum_shares[stratum] // self.lanes
+        cells = self._stratum_sizes[stratum]
+        for name, size in self._segments[stratum].items():
+            segment_rounds = rounds * size // cells
             if name == segment:
-                return own * self.lanes
-            rounds, cells = rounds - own, cells - n  # the others share what is left
+                return segment_rounds * self.lanes
+            # The segments behind this one share what is left.
+            rounds, cells = rounds - segment_rounds, cells - size
         raise KeyError(segment)
 
     def bound_dealt_cells(self, segment: str, steps: int) -> int:
-        """Cells of a segment in any `steps` micro-batches, at most."""
+        """The largest number of a segment's cells that any `steps` micro-batches hold."""
         stratum = name_stratum(segment)
         rounds = steps * self.stratum_shares[stratum] // self.lanes
-        turns = len(self._segments[stratum])  # each is rounded
-        own = rounds * self.segment_sizes[segment] // self._cells[stratum] + turns
-        return min(own, rounds) * self.lanes
+        share = rounds * self.segment_sizes[segment] // self._stratum_sizes[stratum]
+        turns = len(self._segments[stratum])  # the share is rounded at each segment's turn
+        return min(share + turns, rounds) * self.lanes
 
     @time_phase("plan")
     def select_cells(self, step: int, segment: str, steps: int = 1) -> np.ndarray:
-        """Positions in a segment of its cells in micro-batch `step`, int64; rank r of W takes [r::W]. (N_s,) where the
-        stratum has one segment; all segments of a stratum together give N_s. steps: of so many, one behind the other.
+        """Select a segment's cells of consecutive micro-batches; rank r of W takes [r::W] of each.
+
+        Args:
+            step: The first micro-batch.
+            segment: Its name.
+            steps: How many micro-batches.
+
+        Returns:
+            Positions in the segment, int64, of one micro-batch behind the other. All segments of a
+            stratum together give N_s positions to a micro-batch.
         """
-        n = self.segment_sizes[segment]
-        q = np.arange(
-            self.count_dealt_cells(step, segment),
-            self.count_dealt_cells(step + steps, segment),
-            dtype=np.int64,
-        )
-        out = np.empty(len(q), np.int64)
-        for number in np.unique(q // n).tolist():
-            here = q // n == number
-            out[here] = self._of_pass(segment, number, q[here] - number * n)
-        return out
+        size = self.segment_sizes[segment]
+        first, last = (self.count_dealt_cells(t, segment) for t in (step, step + steps))
+        places = np.arange(first, last, dtype=np.int64)
+        positions = np.empty(len(places), np.int64)
+        for number in np.unique(places // size).tolist():
+            inside = places // size == number
+            positions[inside] = self._order_pass(segment, number, places[inside] - number * size)
+        return positions
 
     def count_window_blocks(self, segment: str) -> int:
-        """Blocks of a segment that a lane mixes at a time."""
-        return max(
-            1,
-            self.window_blocks * self.segment_sizes[segment] // self._cells[name_stratum(segment)],
-        )
+        """Count the blocks of a segment that a lane mixes at a time."""
+        stratum_size = self._stratum_sizes[name_stratum(segment)]
+        return max(1, self.window_blocks * self.segment_sizes[segment] // stratum_size)
 
-    def _of_pass(self, segment: str, number: int, o: np.ndarray) -> np.ndarray:
-        n, size, lanes, blocks = (
-            self.segment_sizes[segment],
-            self.block_cells,
-            self.lanes,
-            self.count_window_blocks(segment),
-        )
-        full_blocks, run = n // size, min(RUN_BLOCKS, blocks)
-        span = lanes * blocks * size
-        spans = full_blocks * size // span
-        order = derive_key(self.seed, segment, number)
-        out = np.empty(len(o), np.int64)
+    def _order_pass(self, segment: str, number: int, offsets: np.ndarray) -> np.ndarray:
+        """Positions in the segment of the cells at `offsets` of pass `number`."""
+        size, lanes, block_cells = self.segment_sizes[segment], self.lanes, self.block_cells
+        window_blocks = self.count_window_blocks(segment)
+        full_blocks, run = size // block_cells, min(RUN_BLOCKS, window_blocks)
+        span = lanes * window_blocks * block_cells
+        spanned = full_blocks * block_cells // span * span  # cells dealt in whole spans
+        key = derive_key(self.seed, segment, number)
+        positions = np.empty(len(offsets), np.int64)
 
-        inside = o < spans * span
-        lot, r = o[inside] // span, o[inside] % span
-        window = lot * lanes + r % lanes  # in this pass's order
-        i = _by_key(r // lanes, window, blocks * size, order)
-        out[inside] = _block(window * blocks + i // size, full_blocks, run, order) * size + i % size
+        inside = offsets < spanned
+        number_of_span, place = np.divmod(offsets[inside], span)
+        window = number_of_span * lanes + place % lanes  # windows are numbered in block order
+        cell = _shuffle_windows(place // lanes, window, window_blocks * block_cells, key)
+        block = _order_blocks(window * window_blocks + cell // block_cells, full_blocks, run, key)
+        positions[inside] = block * block_cells + cell % block_cells
 
-        rest = n - spans * span
+        rest = size - spanned
         if rest:
-            i = permute_positions(o[~inside] - spans * span, rest, order + 1)
-            block = spans * lanes * blocks + i // size
+            cell = permute_positions(offsets[~inside] - spanned, rest, key + 1)
+            block = spanned // block_cells + cell // block_cells
             full = block < full_blocks  # the partly filled block keeps its place at the end
-            block[full] = _block(block[full], full_blocks, run, order)
-            out[~inside] = block * size + i % size
-        return out
+            block[full] = _order_blocks(block[full], full_blocks, run, key)
+            positions[~inside] = block * block_cells + cell % block_cells
+        return positions
 
 
-def _block(i: np.ndarray, full_blocks: int, run: int, order: int) -> np.ndarray:
-    """The block at place `i` of a pass: runs are shuffled, then all blocks moved on by as many places, round the end,
-    so that those too few for a run are others in each pass."""
-    if not len(i):
-        return i
+def _order_blocks(places: np.ndarray, full_blocks: int, run: int, key: int) -> np.ndarray:
+    """The blocks at `places` of a pass.
+
+    Whole runs are shuffled. Then all blocks move on by as many places, round the end, so that the
+    blocks too few for a run are other ones in each pass.
+    """
+    if not len(places):
+        return places
     runs = full_blocks // run
-    which, k = np.divmod(i, run)
-    whole = which < runs
-    i = i.copy()
-    i[whole] = permute_positions(which[whole], runs, order) * run + k[whole]
-    return (i + order % full_blocks) % full_blocks
+    number, offset = np.divmod(places, run)
+    whole = number < runs
+    blocks = places.copy()
+    blocks[whole] = permute_positions(number[whole], runs, key) * run + offset[whole]
+    return (blocks + key % full_blocks) % full_blocks
 
 
-def _by_key(i: np.ndarray, window: np.ndarray, n: int, key: int) -> np.ndarray:
-    """Element `i` of each window's own shuffle of range(n)."""
-    windows, which = np.unique(window, return_inverse=True)
-    return permute_positions(
-        i, n, np.array([derive_key(key, w) for w in windows.tolist()], np.uint64)[which]
-    )
+def _shuffle_windows(
+    places: np.ndarray, windows: np.ndarray, window_cells: int, key: int
+) -> np.ndarray:
+    """The cell at each place of a window; every window has a shuffle of its own."""
+    distinct, which = np.unique(windows, return_inverse=True)
+    keys = np.array([derive_key(key, window) for window in distinct.tolist()], np.uint64)
+    return permute_positions(places, window_cells, keys[which])
 
 
 def share_slots(batch_size: int, lanes: int, weights: Mapping[str, float]) -> dict[str, int]:
-    """Cells of each stratum in a batch: multiples of `lanes`, at least one each, as near the weights as can be.
+    """Share a batch among the strata, as near to their weights as multiples of the lanes can be.
+
+    Args:
+        batch_size: Cells of one global micro-batch.
+        lanes: Of which each stratum gets as many cells; a slot is one cell for every lane.
+        weights: By stratum, of any sum.
+
+    Returns:
+        Cells by stratum, at least one slot each.
 
     Raises:
-        ConfigError: the batch has fewer slots than there are strata.
+        ConfigError: The batch has fewer slots than there are strata.
     """
     slots = batch_size // lanes
     if slots < len(weights):
@@ -189,32 +213,44 @@ def share_slots(batch_size: int, lanes: int, weights: Mapping[str, float]) -> di
             fix=f"--set data.batch_size={lanes * len(weights)} or more",
         )
     total = sum(weights.values())
-    exact = {s: w / total * slots for s, w in weights.items()}
-    out = {s: max(1, int(x)) for s, x in exact.items()}
-    while sum(out.values()) > slots:
-        out[max(out, key=lambda s: out[s] - exact[s] if out[s] > 1 else -np.inf)] -= 1
-    while sum(out.values()) < slots:
-        out[max(out, key=lambda s: exact[s] - out[s])] += 1
-    return {s: n * lanes for s, n in out.items()}
+    exact = {stratum: weight / total * slots for stratum, weight in weights.items()}
+    shares = {stratum: max(1, int(share)) for stratum, share in exact.items()}
+    while sum(shares.values()) > slots:
+        excess = {s: shares[s] - exact[s] if shares[s] > 1 else -np.inf for s in shares}
+        shares[max(excess, key=excess.__getitem__)] -= 1
+    while sum(shares.values()) < slots:
+        shares[max(shares, key=lambda s: exact[s] - shares[s])] += 1
+    return {stratum: share * lanes for stratum, share in shares.items()}
 
 
 def weigh_strata(
     sizes: Mapping[str, int], paired: Mapping[str, bool], paired_share: float | str, batch_size: int
 ) -> dict[str, float]:
-    """Weights of strata: `paired_share` of the batch to paired strata, by number of cells inside each group.
+    """Weigh strata so that those of paired cells get a given share of the batch.
 
-    "auto" gives paired cells twice the share they have of the data, between a half and four fifths, but at most half
-    of them to a batch: the contrastive term would take copies of a cell for other cells.
+    Inside the paired strata, and inside the others, weights go by the number of cells.
+
+    Args:
+        sizes: Cells, by stratum.
+        paired: Whether the cells of a stratum have two or more modalities.
+        paired_share: Between 0 and 1, or "auto". "auto" gives paired cells twice the share that
+            they have of the data, between a half and four fifths, but at most half of them to one
+            batch: the contrastive term would take copies of a cell for other cells.
+        batch_size: Cells of one global micro-batch.
+
+    Raises:
+        ConfigError: The share is not between 0 and 1.
     """
-    pairs = sum(n for s, n in sizes.items() if paired[s])
-    single = sum(n for s, n in sizes.items() if not paired[s])
+    pairs = sum(size for stratum, size in sizes.items() if paired[stratum])
+    single = sum(size for stratum, size in sizes.items() if not paired[stratum])
     if not pairs or not single:
-        return {s: float(n) for s, n in sizes.items()}
+        return {stratum: float(size) for stratum, size in sizes.items()}
     if paired_share == "auto":
         paired_share = min(max(2 * pairs / (pairs + single), 0.5), 0.8, pairs / 2 / batch_size)
     share = float(paired_share)
     if not 0 < share < 1:
         raise ConfigError("data.paired_share must lie between 0 and 1", got=paired_share)
     return {
-        s: n / pairs * share if paired[s] else n / single * (1 - share) for s, n in sizes.items()
+        stratum: size / pairs * share if paired[stratum] else size / single * (1 - share)
+        for stratum, size in sizes.items()
     }

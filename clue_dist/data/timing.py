@@ -1,4 +1,4 @@
-"""Where a loader's time goes: functions marked with `phase` add up their seconds while somebody watches."""
+"""Where a loader's time goes: marked functions add up their seconds while a caller records them."""
 
 from __future__ import annotations
 
@@ -13,22 +13,25 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _lock = threading.Lock()
-_watching: dict[str, float] | None = None
+_recorded: dict[str, float] | None = None  # seconds by phase; None: nobody records
 
 
-def time_phase(name: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Mark a function as one phase of loading. Phases must not call each other, or seconds would count twice."""
+def time_phase(phase: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Mark a function as one phase of loading.
+
+    Phases must not call each other, or seconds would count twice.
+    """
 
     def mark(function: Callable[P, T]) -> Callable[P, T]:
         @functools.wraps(function)
         def timed(*args: P.args, **kwargs: P.kwargs) -> T:
-            if _watching is None:
+            if _recorded is None:
                 return function(*args, **kwargs)
             started = time.perf_counter()
             try:
                 return function(*args, **kwargs)
             finally:
-                _add(name, time.perf_counter() - started)
+                _add_seconds(phase, time.perf_counter() - started)
 
         return timed
 
@@ -37,17 +40,18 @@ def time_phase(name: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
 
 @contextmanager
 def record_phases() -> Iterator[dict[str, float]]:
-    """Seconds by phase, summed over all threads of this process, from here to the end of the block."""
-    global _watching
+    """Record seconds by phase, summed over all threads of this process, until the block ends."""
+    global _recorded
     seconds: dict[str, float] = {}
-    _watching = seconds
+    _recorded = seconds
     try:
         yield seconds
     finally:
-        _watching = None
+        _recorded = None
 
 
-def _add(name: str, seconds: float) -> None:
+def _add_seconds(phase: str, seconds: float) -> None:
+    """Add to a phase; the caller may have stopped to record since the phase began."""
     with _lock:
-        if _watching is not None:
-            _watching[name] = _watching.get(name, 0.0) + seconds
+        if _recorded is not None:
+            _recorded[phase] = _recorded.get(phase, 0.0) + seconds
