@@ -1,13 +1,14 @@
-"""python -m data_prep: see `commands`."""
+"""Run `python -m data_prep COMMAND`; `data_prep.cli.commands` holds the commands."""
 
 import gc
 
 if __name__ == "__main__":
-    gc.disable()  # packages stay: to look through them for garbage while they load takes a sixth of that time
-
+    # Packages stay for good. Looking through them for garbage takes a sixth of the time that it
+    # takes to load them, so it is not done meanwhile, and not later.
+    gc.disable()
     from clue_dist.process import run_main
     from data_prep.cli.commands import main
 
-    gc.freeze()  # nor is it looked for among them later
+    gc.freeze()
     gc.enable()
     run_main(main)

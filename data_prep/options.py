@@ -113,7 +113,7 @@ class FeatureChoice:
 
     @property
     def effective_mode(self) -> Mode:
-        """How files come together: bins are united, as a bin that a file lacks was not hit there."""
+        """How files come together. Bins are united: one that a file lacks was not hit there."""
         return self.mode or ("union" if self.bin_width else "same")
 
     def describe_identity(self) -> dict[str, Any]:

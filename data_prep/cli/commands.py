@@ -1,4 +1,4 @@
-"""The command line: python -m data_prep convert | append | svd | check | inspect | fetch | simulate."""
+"""The command line of data_prep: what each command does, and its flags."""
 
 from __future__ import annotations
 
@@ -22,122 +22,134 @@ from data_prep.convert import ConversionOptions, convert_inputs, format_conversi
 from data_prep.fetch import fetch_cells
 from data_prep.jobs.workers import open_pool
 from data_prep.options import FIELDS, ObsColumns, PerModality, ReadingOptions
+from data_prep.readers.formats import list_format_names
 from data_prep.readers.fragments import ConversionInput
 from data_prep.simulate import SimulationSpec, parse_features, write_h5mu
 
-SEVERAL: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}  # values of a flag
+_DESCRIPTION = "From raw counts to a store that training streams from."
+_STORE_HELP = "a folder or a URL: s3://, gs://, https://"
+_SEVERAL: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}  # values of a flag
 
 
 def main() -> None:
-    args = _parser().parse_args()
-    args.run(args)
+    arguments = _build_parser().parse_args()
+    arguments.run(arguments)
 
 
-def _convert(args: argparse.Namespace) -> None:
-    inputs, options = _asked(args)
-    with open_pool(args.workers, args.scheduler) as workers:
-        manifest = convert_inputs(inputs, args.out, options, workers)
-    print(f"{args.out}: {format_conversion(manifest)}")
+def _convert(arguments: argparse.Namespace) -> None:
+    inputs, options = _parse_conversion(arguments, FIELDS)
+    with open_pool(arguments.workers, arguments.scheduler) as pool:
+        manifest = convert_inputs(inputs, arguments.out, options, pool)
+    print(f"{arguments.out}: {format_conversion(manifest)}")
 
 
-def _append(args: argparse.Namespace) -> None:
-    before = Manifest.read(parse_location(args.to)).provenance.get("columns", {})
-    inputs, options = _asked(args, FIELDS | before)
-    with open_pool(args.workers, args.scheduler) as workers:
-        manifest = append_cells(inputs, args.to, options, workers)
-    print(f"{args.to}: {format_addition(manifest)}")
+def _append(arguments: argparse.Namespace) -> None:
+    provenance = Manifest.read(parse_location(arguments.to)).provenance
+    inputs, options = _parse_conversion(arguments, FIELDS | provenance.get("columns", {}))
+    with open_pool(arguments.workers, arguments.scheduler) as pool:
+        manifest = append_cells(inputs, arguments.to, options, pool)
+    print(f"{arguments.to}: {format_addition(manifest)}")
 
 
-def _asked(
-    args: argparse.Namespace, columns: Mapping[str, str] = FIELDS
+def _parse_conversion(
+    arguments: argparse.Namespace, columns: Mapping[str, str]
 ) -> tuple[list[ConversionInput], ConversionOptions]:
-    """columns: of batch and label, where the command line names no others."""
-    kinds = _pairs(args.kind, "--kind")
-    named = {"batch": args.batch_key, "label": args.label_key}
-    explicit = frozenset(field for field, column in named.items() if column)
-    keys = ObsColumns(
-        {field: named[field] or column for field, column in columns.items()}, explicit
+    """Open the inputs of a conversion.
+
+    Args:
+        arguments: of `convert` or `append`.
+        columns: of obs, for batch and label, where no flag names others.
+    """
+    kinds = _parse_pairs(arguments.kind, "--kind")
+    flags = {"batch": arguments.batch_key, "label": arguments.label_key}
+    obs_columns = ObsColumns(
+        {field: flags[field] or column for field, column in columns.items()},
+        frozenset(field for field, column in flags.items() if column),
     )
-    layers = PerModality.parse_values(args.layer, "--layer", "layers")
-    ids = PerModality.parse_values(args.feature_ids, "--feature-ids", "columns")
-    barcodes = PerModality.parse_values(args.barcodes, "--barcodes", "lists")
-    inputs = parse_inputs(
-        args.inputs, ReadingOptions(keys, kinds, layers, ids, barcodes, args.cut_sites)
+    reading = ReadingOptions(
+        obs_columns,
+        kinds,
+        PerModality.parse_values(arguments.layer, "--layer", "layers"),
+        PerModality.parse_values(arguments.feature_ids, "--feature-ids", "columns"),
+        PerModality.parse_values(arguments.barcodes, "--barcodes", "lists"),
+        arguments.cut_sites,
     )
-    names = [given.modality for given in inputs]
-    choices = parse_choices(names, kinds, args.features, args.bins, args.top, args.features_from)
+    inputs = parse_inputs(arguments.inputs, reading)
+    choices = parse_choices(
+        [given.modality for given in inputs],
+        kinds,
+        arguments.features,
+        arguments.bins,
+        arguments.top,
+        arguments.features_from,
+    )
     return inputs, ConversionOptions(
-        args.seed, args.block_cells, args.codec, choices, args.features_from, kinds, keys
+        arguments.seed,
+        arguments.block_cells,
+        arguments.codec,
+        choices,
+        arguments.features_from,
+        kinds,
+        obs_columns,
     )
 
 
-def _svd(args: argparse.Namespace) -> None:
-    options = svd.SvdOptions(args.components, args.power, args.seed)
-    with open_pool(args.workers, args.scheduler) as workers:
-        notes = svd.compute_svd(args.store, args.modality, options, workers)
-    print(f"{args.store}: singular vectors\n{svd.format_svds(notes)}")
+def _svd(arguments: argparse.Namespace) -> None:
+    options = svd.SvdOptions(arguments.components, arguments.power, arguments.seed)
+    with open_pool(arguments.workers, arguments.scheduler) as pool:
+        notes = svd.compute_svd(arguments.store, arguments.modality, options, pool)
+    print(f"{arguments.store}: singular vectors\n{svd.format_svds(notes)}")
 
 
-def _check(args: argparse.Namespace) -> None:
-    problems = check_store(args.store)
+def _check(arguments: argparse.Namespace) -> None:
+    problems = check_store(arguments.store)
     if problems:
-        shown = "".join(f"\n    {problem}" for problem in problems)
+        listed = "".join(f"\n    {problem}" for problem in problems)
         fix = "restore these files from a copy, or convert again"
-        raise StoreError(f"{len(problems)} problems", where=args.store, got=shown, fix=fix)
-    print(f"{args.store}: sound")
+        raise StoreError(f"{len(problems)} problems", where=arguments.store, got=listed, fix=fix)
+    print(f"{arguments.store}: sound")
 
 
-def _inspect(args: argparse.Namespace) -> None:
-    found = inspect.collect_facts(args.store)
-    print(inspect.dump_facts(found) if args.json else inspect.format_facts(found))
+def _inspect(arguments: argparse.Namespace) -> None:
+    facts = inspect.collect_facts(arguments.store)
+    print(inspect.dump_facts(facts) if arguments.json else inspect.format_facts(facts))
 
 
-def _fetch(args: argparse.Namespace) -> None:
-    fetch_cells(args.out, args.simulate)
+def _fetch(arguments: argparse.Namespace) -> None:
+    fetch_cells(arguments.out, arguments.simulate)
 
 
-def _simulate(args: argparse.Namespace) -> None:
-    if args.out.suffix not in (".h5mu", ".zarr"):
-        got = args.out.suffix or "none"
+def _simulate(arguments: argparse.Namespace) -> None:
+    out = arguments.out
+    if out.suffix not in (".h5mu", ".zarr"):
         raise DataError(
             "the output's ending says its format",
-            where=f"--out {args.out}",
-            got=got,
+            where=f"--out {out}",
+            got=out.suffix or "none",
             expected=".h5mu or .zarr",
         )
-    kinds = _pairs(args.kind, "--kind")
-    features = parse_features(args.modality)
-    sizes = {
-        name: getattr(args, name)
-        for name in ("cells", "paired", "batches", "shared", "private", "seed")
-    }
-    spec = SimulationSpec.from_features(features, kinds, **sizes)
-    if args.out.suffix == ".h5mu":
-        write_h5mu(spec, args.out)
+    kinds = _parse_pairs(arguments.kind, "--kind")
+    names = ("cells", "paired", "batches", "shared", "private", "seed")
+    sizes = {name: getattr(arguments, name) for name in names}
+    spec = SimulationSpec.from_features(parse_features(arguments.modality), kinds, **sizes)
+    if out.suffix == ".h5mu":
+        write_h5mu(spec, out)
     else:
-        with open_pool(args.workers, args.scheduler) as workers:
-            print(
-                format_conversion(
-                    convert_inputs(
-                        spec.build_sources(),
-                        args.out,
-                        ConversionOptions(seed=args.seed, kinds=kinds),
-                        workers,
-                    )
-                )
-            )
-    print(f"{args.out}: {args.cells:,} simulated cells")
+        options = ConversionOptions(seed=arguments.seed, kinds=kinds)
+        with open_pool(arguments.workers, arguments.scheduler) as pool:
+            print(format_conversion(convert_inputs(spec.build_sources(), out, options, pool)))
+    print(f"{out}: {arguments.cells:,} simulated cells")
 
 
-def _pairs(texts: list[str], flag: str) -> dict[str, str]:
+def _parse_pairs(texts: list[str], flag: str) -> dict[str, str]:
     for text in texts:
         if "=" not in text:
             raise DataError("not NAME=VALUE", where=flag, got=text)
     return dict(text.split("=", 1) for text in texts)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m data_prep", description=__doc__)
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m data_prep", description=_DESCRIPTION)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     _add_convert(commands.add_parser("convert", help="raw counts -> a store"))
@@ -145,193 +157,210 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser("append", help="more cells for a store, which is not rewritten")
     )
     _add_simulate(commands.add_parser("simulate", help="a mosaic of any size with known truth"))
-
     _add_svd(
         commands.add_parser("svd", help="singular vectors of all cells, for training to start from")
     )
 
-    p = commands.add_parser("check", help="verify every byte of a store")
-    p.add_argument("store", help="a folder or a URL: s3://, gs://, https://")
-    p.set_defaults(run=_check)
+    check = commands.add_parser("check", help="verify every byte of a store")
+    check.add_argument("store", help=_STORE_HELP)
+    check.set_defaults(run=_check)
 
-    p = commands.add_parser("inspect", help="what is in a store")
-    p.add_argument("store", help="a folder or a URL: s3://, gs://, https://")
-    p.add_argument("--json", action="store_true", help="for programs")
-    p.set_defaults(run=_inspect)
+    inspection = commands.add_parser("inspect", help="what is in a store")
+    inspection.add_argument("store", help=_STORE_HELP)
+    inspection.add_argument("--json", action="store_true", help="for programs")
+    inspection.set_defaults(run=_inspect)
 
-    p = commands.add_parser(
+    fetch = commands.add_parser(
         "fetch", help="real PBMC from the package index, cut into a mosaic and a paired test set"
     )
-    p.add_argument(
-        "--out", type=_local, default=Path("data/pbmc"), help="folder (default: %(default)s)"
+    fetch.add_argument(
+        "--out", type=_parse_folder, default=Path("data/pbmc"), help="folder (default: %(default)s)"
     )
-    p.add_argument(
+    fetch.add_argument(
         "--simulate", action="store_true", help="simulated cells instead: needs no network"
     )
-    p.set_defaults(run=_fetch)
+    fetch.set_defaults(run=_fetch)
     return parser
 
 
-def _add_convert(p: argparse.ArgumentParser) -> None:
-    _input_options(p)
-    p.add_argument("--out", type=_local, required=True, help="the store to write, STORE.zarr")
-    p.add_argument(
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    _add_input_flags(parser)
+    parser.add_argument(
+        "--out", type=_parse_folder, required=True, help="the store to write, STORE.zarr"
+    )
+    parser.add_argument(
         "--features",
         metavar="[NAME=]same|intersection|union|FILE",
         help="when files of a modality differ (default: same); FILE lists names, one a line",
-        **SEVERAL,
+        **_SEVERAL,
     )
-    p.add_argument(
+    parser.add_argument(
         "--top",
         metavar="NAME=NUMBER",
-        help="keep the features that vary most within batches (rna) or are seen in most cells (atac)",
-        **SEVERAL,
+        help="keep the features that vary most within batches (rna) or are seen in most cells "
+        "(atac)",
+        **_SEVERAL,
     )
-    p.add_argument(
+    parser.add_argument(
         "--features-from", metavar="STORE", help="fit the modalities and features of another store"
     )
-    p.add_argument(
+    parser.add_argument(
         "--block-cells",
-        type=_positive,
+        type=_parse_positive,
         default=layout.BLOCK_CELLS,
         help="cells of a block (default: %(default)s)",
     )
-    codec = "lz4, with zstd for binary counts (default: %(default)s), lz4 alone, or zstd alone"
-    p.add_argument("--codec", choices=get_args(layout.Codec), default="balanced", help=codec)
-    p.set_defaults(run=_convert)
+    parser.add_argument(
+        "--codec",
+        choices=get_args(layout.Codec),
+        default="balanced",
+        help="lz4, with zstd for binary counts (default: %(default)s), lz4 alone, or zstd alone",
+    )
+    parser.set_defaults(run=_convert)
 
 
-def _add_append(p: argparse.ArgumentParser) -> None:
-    _input_options(p)
-    p.add_argument(
+def _add_append(parser: argparse.ArgumentParser) -> None:
+    _add_input_flags(parser)
+    parser.add_argument(
         "--to",
         required=True,
         help="the store that gets them, a folder; it decides features and blocks",
     )
-    p.set_defaults(
+    # The store decides what these flags of `convert` would.
+    parser.set_defaults(
         run=_append, features_from=None, features=[], top=[], block_cells=0, codec="balanced"
     )
 
 
-def _input_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "inputs",
-        nargs="+",
-        metavar="[DATASET:][NAME=]FILE",
-        help=".h5ad, .h5mu, 10x .h5, a Matrix Market folder, or fragments.tsv.gz",
+def _add_input_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "inputs", nargs="+", metavar="[DATASET:][NAME=]FILE", help=list_format_names()
     )
-    p.add_argument(
+    parser.add_argument(
         "--batch-key",
         help=f"obs column of the batch (default: {FIELDS['batch']}, where there is one)",
     )
-    p.add_argument(
+    parser.add_argument(
         "--label-key",
         help=f"obs column of the cell type (default: {FIELDS['label']}, where there is one)",
     )
-    p.add_argument(
+    parser.add_argument(
         "--layer",
         action="append",
         default=[],
         metavar="[NAME=]LAYER",
         help="layer of raw counts instead of X; raw.X is one",
     )
-    _feature_options(p)
-    p.add_argument(
+    _add_feature_flags(parser)
+    parser.add_argument(
         "--kind",
         action="append",
         default=[],
         metavar="NAME=KIND",
         help=f"{list_names(KINDS)}: where the name does not say",
     )
-    p.add_argument("--seed", type=int, default=0, help="of the shuffle")
-    _pool_options(p)
+    parser.add_argument("--seed", type=int, default=0, help="of the shuffle")
+    _add_pool_flags(parser)
 
 
-def _feature_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
+def _add_feature_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--feature-ids",
         metavar="[NAME=]COLUMN",
-        help="column of var that names the features, gene_ids, say, instead of var_names; A,B: the first there is",
-        **SEVERAL,
+        help="column of var that names the features, gene_ids, say, instead of var_names; A,B: "
+        "the first there is",
+        **_SEVERAL,
     )
-    p.add_argument(
+    parser.add_argument(
         "--bins",
         metavar="NAME=WIDTH",
         help="genome bins so many bp wide, from peaks or fragments: atac=5000",
-        **SEVERAL,
+        **_SEVERAL,
     )
-    p.add_argument(
+    parser.add_argument(
         "--barcodes",
         metavar="[NAME=]FILE|MODALITY",
-        help="cells of a fragments file: those listed, or those of another modality (default: every barcode)",
-        **SEVERAL,
+        help="cells of a fragments file: those listed, or those of another modality (default: "
+        "every barcode)",
+        **_SEVERAL,
     )
-    p.add_argument(
+    parser.add_argument(
         "--cut-sites",
         action="store_true",
         help="count both ends of a fragment, not its middle once",
     )
 
 
-def _add_simulate(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--out", type=_local, required=True, help="SIM.h5mu (with the truth) or SIM.zarr (any size)"
+def _add_simulate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out",
+        type=_parse_folder,
+        required=True,
+        help="SIM.h5mu (with the truth) or SIM.zarr (any size)",
     )
-    p.add_argument("--cells", type=int, default=2000)
-    p.add_argument("--modality", nargs="+", default=["rna:2000", "adt:50"], metavar="NAME:FEATURES")
-    p.add_argument(
+    parser.add_argument("--cells", type=int, default=2000)
+    parser.add_argument(
+        "--modality", nargs="+", default=["rna:2000", "adt:50"], metavar="NAME:FEATURES"
+    )
+    parser.add_argument(
         "--paired",
         type=float,
         default=0.5,
         help="share of cells that carry every modality (default: %(default)s)",
     )
-    p.add_argument("--batches", type=int, default=2)
-    p.add_argument("--shared", type=int, default=8, help="dimensions seen by every modality")
-    p.add_argument("--private", type=int, default=4, help="dimensions of each modality alone")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--kind", action="append", default=[], metavar="NAME=KIND")
-    _pool_options(p)
-    p.set_defaults(run=_simulate)
+    parser.add_argument("--batches", type=int, default=2)
+    parser.add_argument("--shared", type=int, default=8, help="dimensions seen by every modality")
+    parser.add_argument("--private", type=int, default=4, help="dimensions of each modality alone")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kind", action="append", default=[], metavar="NAME=KIND")
+    _add_pool_flags(parser)
+    parser.set_defaults(run=_simulate)
 
 
-def _add_svd(p: argparse.ArgumentParser) -> None:
+def _add_svd(parser: argparse.ArgumentParser) -> None:
     default = svd.SvdOptions()
-    p.add_argument("store", help="a folder; the result is saved in it")
-    p.add_argument(
+    parser.add_argument("store", help="a folder; the result is saved in it")
+    parser.add_argument(
         "--modality", nargs="+", action="extend", default=[], metavar="NAME", help="default: all"
     )
-    p.add_argument(
-        "--components", type=_positive, default=default.components, help="default: %(default)s"
+    parser.add_argument(
+        "--components",
+        type=_parse_positive,
+        default=default.components,
+        help="default: %(default)s",
     )
-    p.add_argument(
-        "--power", type=_natural, default=default.power, help="iterations (default: %(default)s)"
+    parser.add_argument(
+        "--power",
+        type=_parse_natural,
+        default=default.power,
+        help="iterations (default: %(default)s)",
     )
-    p.add_argument("--seed", type=_natural, default=default.seed, help="of the start")
-    _pool_options(p)
-    p.set_defaults(run=_svd)
+    parser.add_argument("--seed", type=_parse_natural, default=default.seed, help="of the start")
+    _add_pool_flags(parser)
+    parser.set_defaults(run=_svd)
 
 
-def _local(text: str) -> Path:
-    """A path, which a URL would become too: one of a folder `s3:`."""
+def _add_pool_flags(parser: argparse.ArgumentParser) -> None:
+    places = parser.add_mutually_exclusive_group()
+    places.add_argument("--workers", type=_parse_positive, help="threads (default: one per core)")
+    places.add_argument("--scheduler", metavar="tcp://HOST:PORT", help="a running Dask scheduler")
+
+
+def _parse_folder(text: str) -> Path:
+    """A path; a URL is refused, which else would become a folder called `s3:`."""
     if "://" in text:
         fix = "write it to a folder, then copy it there"
         raise StoreError("only a folder can be written to", where="--out", got=text, fix=fix)
     return parse_path(text)
 
 
-def _natural(text: str) -> int:
+def _parse_natural(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
     return int(text)
 
 
-def _positive(text: str) -> int:
+def _parse_positive(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 65536:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 65536")
     return int(text)
-
-
-def _pool_options(p: argparse.ArgumentParser) -> None:
-    where = p.add_mutually_exclusive_group()
-    where.add_argument("--workers", type=_positive, help="threads (default: one per core)")
-    where.add_argument("--scheduler", metavar="tcp://HOST:PORT", help="a running Dask scheduler")

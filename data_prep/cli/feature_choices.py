@@ -1,4 +1,4 @@
-"""What the command line says about features, modality by modality: which, how binned, how many."""
+"""What the command line says about the features of each modality: which, how binned, how many."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from clue_dist.kinds import KINDS, infer_kind
 from data_prep.options import FeatureChoice, Mode, PerModality
 from data_prep.readers.text_files import read_lines
 
-# Kinds whose features `--bins` can lay into bins of the genome, and those whose features `--top` can rank.
-BINNABLE = [name for name, kind in KINDS.items() if kind.binnable]
-SELECTABLE = [name for name, kind in KINDS.items() if kind.selection]
+BINNABLE = [name for name, kind in KINDS.items() if kind.binnable]  # kinds for `--bins`
+SELECTABLE = [name for name, kind in KINDS.items() if kind.selection]  # kinds for `--top`
 
 
 def parse_choices(
@@ -25,85 +24,93 @@ def parse_choices(
     top: Sequence[str] = (),
     reference: str | Path | None = None,
 ) -> dict[str, FeatureChoice]:
-    """The choice of each modality. features: MODE or FILE, each optionally `NAME=`; bins, top: NAME=NUMBER.
+    """The choice of each modality.
+
+    Args:
+        modalities: of the inputs; some may be there several times.
+        kinds: by modality, where its name says none.
+        features: MODE or FILE for all modalities, NAME=MODE or NAME=FILE for one.
+        bins: NAME=WIDTH.
+        top: NAME=NUMBER.
+        reference: a store that decides the features.
 
     Raises:
-        DataError: something that is not one of these; an unknown modality; a kind that cannot be binned or selected;
-            a choice of features beside a reference, which decides them alone.
+        DataError: something that is not one of these; an unknown modality; a kind that cannot be
+            binned or selected; a choice of features beside a reference.
     """
     names = list(dict.fromkeys(modalities))
     if reference is not None and (features or top):
-        flag = "--features" if features else "--top"
+        flag, values = ("--features", features) if features else ("--top", top)
         raise DataError(
-            f"the store of `--features-from` decides the features alone, so `{flag}` would be left undone",
-            where=f"{flag} {' '.join(features or top)}, --features-from {reference}",
+            "the store of `--features-from` decides the features alone, so "
+            f"`{flag}` would be left undone",
+            where=f"{flag} {' '.join(values)}, --features-from {reference}",
             fix=f"leave out {flag}, or --features-from",
         )
-    asked = PerModality.parse_values(features, "--features")
-    asked.require_known(names)
-    if (
-        len(names) > 1
-        and asked.default
-        and asked.default not in get_args(Mode)
-        and parse_path(asked.default).is_file()
-    ):
+    modes = PerModality.parse_values(features, "--features")
+    modes.require_known(names)
+    general = modes.default if modes.default not in get_args(Mode) else None
+    if len(names) > 1 and general and parse_path(general).is_file():
         raise DataError(
             "a list of features belongs to one modality",
-            where=f"--features {asked.default}",
+            where=f"--features {general}",
             got=f"modalities {list_names(names)}",
-            fix=f"--features {names[0]}={asked.default}",
+            fix=f"--features {names[0]}={general}",
         )
-    widths = _numbers(bins, "--bins", names, kinds, BINNABLE)
-    numbers = _numbers(top, "--top", names, kinds, SELECTABLE)
+    widths = _parse_numbers(bins, "--bins", names, kinds, BINNABLE)
+    numbers = _parse_numbers(top, "--top", names, kinds, SELECTABLE)
     return {
-        name: _choice(asked.get_value(name), widths.get(name), numbers.get(name)) for name in names
+        name: _make_choice(modes.get_value(name), widths.get(name), numbers.get(name))
+        for name in names
     }
 
 
-def _choice(features: str | None, bins: int | None, top: int | None) -> FeatureChoice:
+def _make_choice(
+    features: str | None, bin_width: int | None, top_features: int | None
+) -> FeatureChoice:
+    """The choice of one modality. features: a mode, or the path of a list."""
     if features is None or features in get_args(Mode):
-        return FeatureChoice(features, None, bins, top)  # type: ignore[arg-type]
+        return FeatureChoice(features, None, bin_width, top_features)  # type: ignore[arg-type]
     path = parse_path(features)
     if not path.is_file():
         expected = f"{list_names(get_args(Mode))}, or a file that lists features, one a line"
-        raise DataError(
-            "no such choice of features", where="--features", got=features, expected=expected
-        )
+        what = "no such choice of features"
+        raise DataError(what, where="--features", got=features, expected=expected)
     names = [line.split("\t")[0].strip() for line in read_lines(path)]
-    if not names or len(set(names)) < len(names):
-        seen: set[str] = set()
-        twice = [n for n in names if n in seen or seen.add(n)]  # type: ignore[func-returns-value]
-        what = (
-            "a list of features names some more than once"
-            if names
-            else "a list of features is empty"
-        )
-        raise DataError(
-            what, where=path, got=list_names(twice) or None, expected="a feature a line, each once"
-        )
-    return FeatureChoice(None, tuple(names), bins, top)
+    expected = "a feature a line, each once"
+    if not names:
+        raise DataError("a list of features is empty", where=path, expected=expected)
+    seen: set[str] = set()
+    repeated = []
+    for name in names:
+        if name in seen:
+            repeated.append(name)
+        seen.add(name)
+    if repeated:
+        what = "a list of features names some more than once"
+        raise DataError(what, where=path, got=list_names(repeated), expected=expected)
+    return FeatureChoice(None, tuple(names), bin_width, top_features)
 
 
-def _numbers(
+def _parse_numbers(
     texts: Sequence[str],
     flag: str,
     names: Sequence[str],
     kinds: Mapping[str, str],
     fitting: Sequence[str],
 ) -> dict[str, int]:
-    asked = PerModality.parse_values(texts, flag)
-    asked.require_known(names)
-    if asked.default is not None:
-        raise DataError(
-            "not NAME=NUMBER", where=flag, got=asked.default, expected=f"{fitting[0]}=5000, say"
-        )
-    for name, value in asked.by_modality.items():
+    """The numbers of a flag, by modality. names: of all modalities; fitting: kinds for the flag."""
+    values = PerModality.parse_values(texts, flag)
+    values.require_known(names)
+    if values.default is not None:
+        expected = f"{fitting[0]}=5000, say"
+        raise DataError("not NAME=NUMBER", where=flag, got=values.default, expected=expected)
+    for name, value in values.by_modality.items():
         if not value.isdecimal() or not 1 <= int(value) < 2**31:
-            raise DataError(
-                "not a number from 1 on", where=f"{flag} {name}={value}", got=value or "nothing"
-            )
-        if (kind := infer_kind(name, kinds)) not in fitting:
-            raise DataError(
-                "not for this kind", where=f"{flag} {name}", got=kind, expected=list_names(fitting)
-            )
-    return {name: int(value) for name, value in asked.by_modality.items()}
+            where = f"{flag} {name}={value}"
+            raise DataError("not a number from 1 on", where=where, got=value or "nothing")
+        kind = infer_kind(name, kinds)
+        if kind not in fitting:
+            where, expected = f"{flag} {name}", list_names(fitting)
+            raise DataError("not for this kind", where=where, got=kind, expected=expected)
+    return {name: int(value) for name, value in values.by_modality.items()}

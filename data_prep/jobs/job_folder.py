@@ -1,8 +1,9 @@
-"""One conversion, addition or SVD at a time in OUT.partial: claimed, told apart from other jobs, removed when done.
+"""One conversion, addition or SVD at a time in OUT.partial, which is removed when it is done.
 
 OUT.partial/lock                     held while a job is at work
-OUT.partial/job.json                 what the job is; another one is refused
-OUT.partial/<digest of that>/        its files: a worker that was given up, but goes on, writes where nobody else looks
+OUT.partial/job.json                 what the job is; another job is refused
+OUT.partial/<digest of job.json>/    files of the job. A worker that was given up may go on writing,
+                                     but where no other job looks
 """
 
 from __future__ import annotations
@@ -27,34 +28,40 @@ _JOB = "job.json"
 
 @contextmanager
 def claim_job(out: Path, description: dict[str, Any], what: str = "conversion") -> Iterator[Path]:
-    """Claim OUT.partial for the job of this `description` (JSON-able); yields a folder in it, removes all on success.
+    """Claim OUT.partial for a job, and remove it once the job has succeeded.
 
-    what: the job is, for people.
+    Args:
+        out: what the job makes.
+        description: of the job, JSON-able: all that decides the result.
+        what: the job is, for messages.
+
+    Yields:
+        A folder in OUT.partial, with what an interrupted run of the same job left.
 
     Raises:
-        StoreError: OUT exists, or has no name; another job was or is under way there; the disk is full.
+        StoreError: OUT exists, or has no name; another job was or is under way there; the disk is
+            full.
         DataError: OUT.partial cannot be a folder.
     """
     partial = find_partial_folder(out)
     if out.exists():
         if not any(partial.glob("*/store")):
             discard_job(partial)  # left by a run that was killed after its commit
-        raise StoreError(
-            "something is already there", where=out, fix="choose another --out, or remove it"
-        )
+        what, fix = "something is already there", "choose another --out, or remove it"
+        raise StoreError(what, where=out, fix=fix)
     fix = "free some space, then run the same command again: it goes on"
     with translate_disk_errors(partial, fix):
         make_folder(partial)
-        with _locked(partial, what):
+        with _hold_lock(partial, what):
             description = normalise_json(description)
-            _same_as_before(partial, description, what)
+            _require_same_job(partial, description, what)
             remove_leftovers(partial)
-            folder = partial / _digest(description)
+            folder = partial / _hash_description(description)
             folder.mkdir(exist_ok=True)
             try:
                 yield folder
             except DataError:
-                discard_job(partial)  # the inputs must change: nothing to go on with
+                discard_job(partial)  # the inputs must change, so what is done will be of no use
                 raise
             discard_job(partial)
 
@@ -63,48 +70,50 @@ def find_partial_folder(out: Path) -> Path:
     """The folder beside OUT in which the job is at work.
 
     Raises:
-        StoreError: OUT has no name of its own: it is the folder one is in, or one above it.
+        StoreError: OUT has no name of its own: it is the current folder, or one above it.
     """
     if out.name in ("", ".."):
-        fix = "name a folder that is not there yet"
         raise StoreError(
-            "the output needs a name", where="--out", got=out, expected="STORE.zarr, say", fix=fix
+            "the output needs a name",
+            where="--out",
+            got=out,
+            expected="STORE.zarr, say",
+            fix="name a folder that is not there yet",
         )
     return out.with_name(out.name + ".partial")
 
 
 def normalise_json(description: dict[str, Any]) -> dict[str, Any]:
-    """As it is read again from a file."""
-    found: dict[str, Any] = json.loads(json.dumps(description))
-    return found
+    """A description as it comes back from a file: tuples are lists there, and keys are texts."""
+    normalised: dict[str, Any] = json.loads(json.dumps(description))
+    return normalised
 
 
 def read_job(partial: Path) -> dict[str, Any] | None:
-    """What the job in a folder is, if there is one."""
+    """The description of the job in OUT.partial; None where there is no job."""
     path = partial / _JOB
     if not path.exists():
         return None
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
+    description: dict[str, Any] = json.loads(path.read_text())
+    return description
 
 
 def discard_job(partial: Path) -> None:
-    """Remove the folder of a job, which nobody finds from the first moment on."""
-    away = partial.with_name(f"{partial.name}.{uuid.uuid4().hex[:8]}.tmp")
+    """Remove OUT.partial. It is renamed first, so that no other process finds half of it."""
+    doomed = partial.with_name(f"{partial.name}.{uuid.uuid4().hex[:8]}.tmp")
     with suppress(FileNotFoundError):
-        partial.rename(away)
-    for left in partial.parent.glob(
-        f"{glob.escape(partial.name)}.*.tmp"
-    ):  # also by those killed in the midst of it
-        shutil.rmtree(left, ignore_errors=True)
+        partial.rename(doomed)
+    # Processes that were killed while they removed a job left such folders too.
+    for folder in partial.parent.glob(f"{glob.escape(partial.name)}.*.tmp"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _digest(description: dict[str, Any]) -> str:
+def _hash_description(description: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @contextmanager
-def _locked(folder: Path, what: str) -> Iterator[None]:
+def _hold_lock(folder: Path, what: str) -> Iterator[None]:
     with (folder / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -114,13 +123,13 @@ def _locked(folder: Path, what: str) -> Iterator[None]:
         yield
 
 
-def _same_as_before(partial: Path, description: dict[str, Any], what: str) -> None:
+def _require_same_job(partial: Path, description: dict[str, Any], what: str) -> None:
     """Refuse to go on with another job than the one that was begun; write down a new one."""
-    before = read_job(partial)
-    if before is None:
+    begun = read_job(partial)
+    if begun is None:
         write_file(partial / _JOB, json.dumps(description, indent=1))
         return
-    changed = [key for key in description if before.get(key) != description[key]]
+    changed = [key for key in description if begun.get(key) != description[key]]
     if changed:
         raise StoreError(
             f"an interrupted {what} of other inputs or options is here",

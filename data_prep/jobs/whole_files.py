@@ -1,4 +1,4 @@
-"""Folders that exist whole or not at all, whoever else writes the same one."""
+"""Arrays in files, and folders that exist whole or not at all, whoever else writes the same one."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from clue_dist.errors import DataError
 
+_MAGIC = b"\x93NUMPY\x01\x00"  # the format .npy, version 1.0
 _HEADER = re.compile(rb"\{'descr': '([^']+)', 'fortran_order': False, 'shape': \(([^)]*)\), \} *\n")
 
 
@@ -28,13 +29,15 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(
-            "the folder cannot be made", where=folder, got=error, fix="choose another --out"
-        ) from None
+        what, fix = "the folder cannot be made", "choose another --out"
+        raise DataError(what, where=folder, got=error, fix=fix) from None
 
 
 def save_array(path: Path, values: np.ndarray) -> None:
-    """As np.save, which lets a full disk pass where what did not fit is small."""
+    """Write a .npy file.
+
+    Unlike np.save, this raises wherever the disk is full, even where what does not fit is small.
+    """
     values = np.ascontiguousarray(values)
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(values))
@@ -42,34 +45,40 @@ def save_array(path: Path, values: np.ndarray) -> None:
 
 
 def load_array(path: Path) -> np.ndarray:
-    """What `save` has written, mapped for reading: as np.load, in a fifth of its time: there are thousands."""
+    """Map for reading what `save_array` has written.
+
+    A conversion opens thousands of small files, and np.load takes five times as long. It also
+    parses the header as Python source, which in Python 3.11 may fail where threads do so together.
+
+    Raises:
+        ValueError: the file is another one.
+    """
     with path.open("rb") as file:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    begin = 10 + int.from_bytes(content[8:10], "little")
-    found = _HEADER.match(content[10:begin])
-    if content[:8] != b"\x93NUMPY\x01\x00" or found is None:
-        raise ValueError(f"{path} is not as `save` writes it")
-    shape = tuple(int(n) for n in found[2].split(b",") if n.strip())
-    return np.ndarray(shape, np.dtype(found[1].decode()), content, begin)
+    start = 10 + int.from_bytes(content[8:10], "little")  # of the values, behind the header
+    header = _HEADER.match(content[10:start])
+    if content[:8] != _MAGIC or header is None:
+        raise ValueError(f"{path} is not as `save_array` writes it")
+    shape = tuple(int(size) for size in header[2].split(b",") if size.strip())
+    return np.ndarray(shape, np.dtype(header[1].decode()), content, start)
 
 
 def map_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """A new .npy file of zeros, to be filled in place: its pages need no memory of this process."""
+    """Make a .npy file of zeros, to be filled in place, outside the memory of this process."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
-    if 0 in shape:  # which cannot be mapped
+    if 0 in shape:  # an empty file cannot be mapped
         save_array(path, np.zeros(shape, dtype))
         return np.zeros(shape, dtype)
-    out: np.ndarray = np.lib.format.open_memmap(path, "w+", dtype, shape)
-    with path.open(
-        "r+b"
-    ) as file:  # a disk that is full must say so here: to a write into pages it answers by a signal
+    values: np.ndarray = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    # A full disk must show here: a write into mapped pages would be answered by a signal.
+    with path.open("r+b") as file:
         os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    return out
+    return values
 
 
 def flush_arrays(arrays: Iterable[np.ndarray]) -> None:
-    """What was written to mapped arrays is in their files, for workers of other machines too."""
+    """Bring mapped arrays to their files, where workers on other machines see them too."""
     for array in arrays:
         if isinstance(array, np.memmap):
             array.flush()
@@ -77,9 +86,9 @@ def flush_arrays(arrays: Iterable[np.ndarray]) -> None:
 
 @contextmanager
 def make_whole_folder(final: Path) -> Iterator[Path]:
-    """A new folder to fill, renamed to `final` at the end; whatever fails leaves nothing behind.
+    """Yield a new folder to fill, which becomes `final` at the end; a failure leaves nothing.
 
-    If another worker was faster (a task that was run twice gives the same bytes), its folder stays.
+    If another worker was faster, its folder stays: a task that runs twice gives the same bytes.
     """
     temporary = final.with_name(f"{final.name}.{uuid.uuid4().hex[:8]}.tmp")
     temporary.mkdir(parents=True)
@@ -95,10 +104,12 @@ def make_whole_folder(final: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed writers left unfinished anywhere under `folder`: ours, zarr-python's and TensorStore's."""
-    for path in [
-        p for pattern in ("*.tmp", "*.partial", "*.__lock") for p in folder.rglob(pattern)
-    ]:
+    """Remove what killed writers left unfinished under `folder`.
+
+    The endings are those of this project, of zarr-python and of TensorStore.
+    """
+    endings = ("*.tmp", "*.partial", "*.__lock")
+    for path in [path for ending in endings for path in folder.rglob(ending)]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -21,44 +21,56 @@ from clue_dist.allocator import give_back_freed_memory, keep_freed_memory
 from clue_dist.errors import DataError, StoreError
 
 CONNECT = "20s"  # how long a scheduler may take to answer
-PATIENCE = 5.0  # seconds without a result after which one looks whether there are workers at all
+PATIENCE = 5.0  # seconds without a result, after which the scheduler is asked for its workers
 
 
 class Progress:
     """A bar on a terminal; elsewhere a line every few seconds, which logs can keep."""
 
     def __init__(self, title: str, total: int, done: int = 0, every: float = 10.0) -> None:
+        """Start to count.
+
+        Args:
+            title: of the bar or line.
+            total: number of tasks.
+            done: tasks that an earlier run has done.
+            every: seconds between two lines.
+        """
         self.title, self.total, self.done, self.every = title, total, done, every
-        self.lock = threading.Lock()  # steps come from every worker thread
-        self.started = self.said = time.monotonic()
+        self.lock = threading.Lock()  # tasks end on every worker thread
+        self.started = self.last_print = time.monotonic()
         self.bar = (
             tqdm(total=total, initial=done, desc=title, leave=True) if sys.stderr.isatty() else None
         )
         if done and self.bar is None:
-            print(f"{title}: {done} of {total} were done before", file=sys.stderr, flush=True)
+            self._print_line(f"{done} of {total} were done before")
 
     def mark_done(self) -> None:
+        """Count one task more as done."""
         with self.lock:
             self.done += 1
+            now = time.monotonic()
             if self.bar is not None:
                 self.bar.update()
-            elif time.monotonic() - self.said > self.every and self.done < self.total:
-                self.said = time.monotonic()
-                print(f"{self.title}: {self.done} of {self.total}", file=sys.stderr, flush=True)
+            elif now - self.last_print > self.every and self.done < self.total:
+                self.last_print = now
+                self._print_line(f"{self.done} of {self.total}")
 
     def close(self) -> None:
+        """Close the bar, or say how long all tasks took, if they are done."""
         if self.bar is not None:
             self.bar.close()
         elif self.done == self.total:
-            took = time.monotonic() - self.started
-            print(
-                f"{self.title}: {self.done} of {self.total}, {took:.1f} s",
-                file=sys.stderr,
-                flush=True,
-            )
+            seconds = time.monotonic() - self.started
+            self._print_line(f"{self.done} of {self.total}, {seconds:.1f} s")
+
+    def _print_line(self, text: str) -> None:
+        print(f"{self.title}: {text}", file=sys.stderr, flush=True)
 
 
 class WorkerPool(Protocol):
+    """What runs tasks."""
+
     def run_tasks(
         self, function: Callable[[Any], object], tasks: Sequence[object], progress: Progress
     ) -> None:
@@ -70,10 +82,10 @@ class ThreadPool:
     """Dask's threaded scheduler: HDF5, NumPy, Blosc and the kernels leave the interpreter free."""
 
     def __init__(self, workers: int | None = None) -> None:
+        """Choose the number of threads; None: one for each core."""
         self.workers = workers or len(os.sched_getaffinity(0))
-        keep_freed_memory(
-            heaps=self.workers
-        )  # a third less memory than with a heap for each of TensorStore's threads
+        # A heap for each of TensorStore's threads, too, would take half as much memory again.
+        keep_freed_memory(heaps=self.workers)
 
     def run_tasks(
         self, function: Callable[[Any], object], tasks: Sequence[object], progress: Progress
@@ -84,43 +96,43 @@ class ThreadPool:
 
         give_back_freed_memory()
         delayed = dask.delayed(call, pure=False)
-        with ThreadPoolExecutor(
-            self.workers
-        ) as threads:  # whose end waits for tasks that run after another failed
-            dask.compute(
-                *(delayed(i) for i in range(len(tasks))), scheduler=dask.threaded.get, pool=threads
-            )
+        calls = [delayed(i) for i in range(len(tasks))]
+        # After an error, tasks may still be running: the end of the executor waits for them.
+        with ThreadPoolExecutor(self.workers) as threads:
+            dask.compute(*calls, scheduler=dask.threaded.get, pool=threads)
 
 
 class DaskPool:
-    """Workers of a running Dask scheduler. They must see the inputs and the output under the same paths.
+    """Workers of a running Dask scheduler, which see inputs and output under the same paths.
 
     Tasks of a worker that dies are given to another one; workers may join and leave at any time.
     """
 
     def __init__(self, address: str) -> None:
+        """Connect to the scheduler.
+
+        Raises:
+            DataError: the address is not a scheduler's, or no scheduler answers there.
+        """
         import distributed
 
+        # A Client would try for ever to connect to what is not an address.
         try:
-            distributed.comm.get_address_host_port(
-                address, strict=True
-            )  # a Client would not end with one that is none
+            distributed.comm.get_address_host_port(address, strict=True)
         except ValueError as error:
-            fix = "give the address that `dask scheduler` tells when it starts"
             raise DataError(
                 "not the address of a Dask scheduler",
                 where=f"--scheduler {address}",
                 got=str(error),
                 expected="tcp://HOST:PORT",
-                fix=fix,
+                fix="give the address that `dask scheduler` tells when it starts",
             ) from None
         try:
             self.client = distributed.Client(address, timeout=CONNECT, set_as_default=False)
         except (OSError, TimeoutError, ValueError) as error:
+            what = "no Dask scheduler answers"
             fix = "start `dask scheduler` and `dask worker`, or leave --scheduler out"
-            raise DataError(
-                "no Dask scheduler answers", where=address, got=str(error), fix=fix
-            ) from None
+            raise DataError(what, where=address, got=str(error), fix=fix) from None
         self.address = address
 
     def run_tasks(
@@ -134,52 +146,54 @@ class DaskPool:
             for future in futures:
                 future.add_done_callback(done.put)
             for _ in futures:
-                self._next(done).result()
+                self._wait_for_result(done).result()
                 progress.mark_done()
         except distributed.scheduler.KilledWorker as error:
-            fix = "give each worker more memory or fewer threads, then run the same command again: it goes on"
-            got = f"{error.allowed_failures + 1} workers died of it"
             raise StoreError(
-                "a task kills its workers", where=self.address, got=got, fix=fix
+                "a task kills its workers",
+                where=self.address,
+                got=f"{error.allowed_failures + 1} workers died of it",
+                fix="give each worker more memory or fewer threads, then run the same command "
+                "again: it goes on",
             ) from None
         except (CancelledError, OSError) as error:
-            lost = isinstance(
-                error, distributed.comm.CommClosedError
-            )  # which the client may not have noticed yet
-            if self.client.status == "running" and not lost:
+            # The client may not have noticed yet that its connection is closed.
+            is_closed = isinstance(error, distributed.comm.CommClosedError)
+            if self.client.status == "running" and not is_closed:
                 raise  # an error of the task itself
+            what = "the Dask scheduler is gone"
             fix = "start the scheduler again, then run the same command: it goes on"
-            raise StoreError(
-                "the Dask scheduler is gone", where=self.address, got=repr(error), fix=fix
-            ) from None
+            raise StoreError(what, where=self.address, got=repr(error), fix=fix) from None
         finally:
             if self.client.status == "running":
                 self.client.cancel(futures)
 
-    def _next(self, done: SimpleQueue[Any]) -> Any:
-        """The next finished future; says so once if there is nobody to wait for."""
-        told = False
+    def _wait_for_result(self, done: SimpleQueue[Any]) -> Any:
+        """The next finished future; where there are no workers to wait for, say so once."""
+        said_so = False
         while True:
             try:
                 return done.get(timeout=PATIENCE)
             except Empty:
-                if (
-                    not told
-                    and self.client.status == "running"
-                    and not self.client.scheduler_info()["workers"]
-                ):
-                    told = True
-                    print(
-                        f"{self.address} has no workers: waiting for one",
-                        file=sys.stderr,
-                        flush=True,
-                    )
+                if said_so or self.client.status != "running":
+                    continue
+                if not self.client.scheduler_info()["workers"]:
+                    said_so = True
+                    text = f"{self.address} has no workers: waiting for one"
+                    print(text, file=sys.stderr, flush=True)
 
 
 def run_missing(
     pool: WorkerPool, title: str, function: Callable[[Any], object], tasks: Mapping[Path, object]
 ) -> None:
-    """Run the tasks whose result, the key, is not there yet."""
+    """Run the tasks that an earlier run has not done.
+
+    Args:
+        pool: runs them.
+        title: of the progress bar.
+        function: takes a task and leaves its result.
+        tasks: by the path of their result, which is there, whole, once a task is done.
+    """
     missing = [task for path, task in tasks.items() if not path.exists()]
     progress = Progress(title, len(tasks), len(tasks) - len(missing))
     try:
@@ -190,7 +204,12 @@ def run_missing(
 
 @contextmanager
 def open_pool(workers: int | None = None, scheduler: str | None = None) -> Iterator[WorkerPool]:
-    """A pool of `workers` threads, or of the workers behind `scheduler` (tcp://host:port)."""
+    """A pool of threads, or of the workers of a Dask scheduler.
+
+    Args:
+        workers: number of threads; None: one for each core.
+        scheduler: its address, tcp://HOST:PORT.
+    """
     if scheduler is None:
         yield ThreadPool(workers)
         return

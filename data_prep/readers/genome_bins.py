@@ -1,7 +1,7 @@
 """Regions of a genome by name, and the bins that they fall into.
 
-A region is called `chr1:100-200`, `chr1-100-200` or `chr1_100_200`. A bin is called by the half-open
-region that it covers, counted from 0: the first of 5 kb is `chr1:0-5000`.
+A region is called `chr1:100-200`, `chr1-100-200` or `chr1_100_200`. A bin is called by the
+half-open region that it covers, counted from 0: the first of 5 kb is `chr1:0-5000`.
 """
 
 from __future__ import annotations

@@ -40,8 +40,12 @@ def open_h5(path: Path) -> Iterator[h5py.File]:
         except ClueError:
             raise
         except Exception as error:  # h5py and anndata have no kind of error in common
-            what, got = "part of the file is missing or damaged", f"{type(error).__name__}: {error}"
-            raise DataError(what, where=path, got=got[:500], fix=WRITE_ANEW) from error
+            raise DataError(
+                "part of the file is missing or damaged",
+                where=path,
+                got=f"{type(error).__name__}: {error}"[:500],
+                fix=WRITE_ANEW,
+            ) from error
 
 
 def has_part(path: Path, *names: str) -> bool:

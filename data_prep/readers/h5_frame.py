@@ -162,7 +162,7 @@ def _read_column(frame: h5py.Group, name: str) -> Any:
 
 
 def read_names(root: Any, name: str, where: str) -> SlicedArray:
-    """Row names of the data frame `name` (`obs`, `var`) as bytes, read slice by slice if they can."""
+    """Row names of the data frame `name` (`obs`, `var`) as bytes; texts are read when needed."""
     if name in root and not isinstance(root[name], h5py.Dataset):
         frame = open_part(root, name)
         index = open_part(frame, frame.attrs["_index"])

@@ -45,8 +45,12 @@ def require_whole_matrix(matrix: Any, n_major: int) -> None:
             fix=WRITE_ANEW,
         )
     if any(part.dtype.kind not in "iu" for part in (indptr, indices)):
-        what, got = "indptr and indices are no integers", f"{indptr.dtype} and {indices.dtype}"
-        raise DataError(what, where=where, got=got, fix=WRITE_ANEW)
+        raise DataError(
+            "indptr and indices are no integers",
+            where=where,
+            got=f"{indptr.dtype} and {indices.dtype}",
+            fix=WRITE_ANEW,
+        )
     ends = int(indptr[0]), int(indptr[-1])
     if ends != (0, len(data)):
         raise DataError(MISFIT, where=where, got=ends, expected=(0, len(data)), fix=WRITE_ANEW)
@@ -83,7 +87,7 @@ def read_csr_slice(matrix: Any, start: int, stop: int, n_columns: int, where: st
     return sp.csr_matrix((values, indices, indptr - first), shape=shape, copy=False)
 
 
-def read_format(matrix: Any) -> str:
+def read_matrix_format(matrix: Any) -> str:
     """`array`, `csr_matrix` or `csc_matrix`.
 
     Raises:
@@ -104,13 +108,13 @@ def read_format(matrix: Any) -> str:
     return str(name)
 
 
-def read_shape(matrix: Any) -> tuple[int, int]:
+def read_matrix_shape(matrix: Any) -> tuple[int, int]:
     """Cells and features.
 
     Raises:
         DataError: the matrix has no two axes.
     """
-    if read_format(matrix) == "array":
+    if read_matrix_format(matrix) == "array":
         shape = matrix.shape
     else:
         shape = matrix.attrs.get("shape", matrix.attrs.get("h5sparse_shape"))

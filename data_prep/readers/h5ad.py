@@ -26,8 +26,8 @@ from data_prep.readers.h5_matrix import (
     MISFIT,
     looks_like_counts,
     read_csr_slice,
-    read_format,
-    read_shape,
+    read_matrix_format,
+    read_matrix_shape,
     require_inside_matrix,
     require_whole_matrix,
 )
@@ -129,7 +129,7 @@ class AnnDataSource:
         """A CSC matrix is sorted part by part; the other forms have rows that can be read."""
         with open_h5(self.path) as file:
             matrix = self._open_matrix(file)
-            if read_format(matrix) != "csc_matrix":
+            if read_matrix_format(matrix) != "csc_matrix":
                 return 0
             return -(-int(matrix["data"].shape[0]) // sorted_entries.PART_ENTRIES)
 
@@ -138,7 +138,7 @@ class AnnDataSource:
         start = part * sorted_entries.PART_ENTRIES
         with open_h5(self.path) as file:
             matrix = self._open_matrix(file)
-            n_rows, n_columns = read_shape(matrix)
+            n_rows, n_columns = read_matrix_shape(matrix)
             require_whole_matrix(matrix, n_columns)
             rows, values = (
                 open_part(matrix, name)[start : start + sorted_entries.PART_ENTRIES]
@@ -158,10 +158,10 @@ class AnnDataSource:
     def read_rows(self, start: int, stop: int, scratch: Path) -> SourceRows:
         with open_h5(self.path) as file:
             matrix = self._open_matrix(file)
-            n_columns = read_shape(matrix)[1]
-            if read_format(matrix) == "array":
+            n_columns = read_matrix_shape(matrix)[1]
+            if read_matrix_format(matrix) == "array":
                 return require_real_numbers(np.asarray(matrix[start:stop]), self.display_name)
-            if read_format(matrix) == "csr_matrix":
+            if read_matrix_format(matrix) == "csr_matrix":
                 return read_csr_slice(matrix, start, stop, n_columns, self.display_name)
         return sorted_entries.read_sorted_rows(scratch, start, stop, n_columns)
 
@@ -195,7 +195,7 @@ class AnnDataSource:
         return open_part(file, self.matrix)
 
     def _require_fitting_matrix(self, matrix: Any, n_cells: int, n_features: int) -> None:
-        shape, form = read_shape(matrix), read_format(matrix)
+        shape, form = read_matrix_shape(matrix), read_matrix_format(matrix)
         if shape != (n_cells, n_features):
             raise DataError(
                 "matrix, obs and var do not fit together",

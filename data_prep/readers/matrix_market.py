@@ -1,7 +1,8 @@
-"""Matrix Market folders as 10x writes them: matrix.mtx, barcodes.tsv and features.tsv (or genes.tsv).
+"""Matrix Market folders, as 10x writes them.
 
-Each file may be gzipped. Entries of the matrix come in any order, so the text is read once, chunk
-by chunk, and kept as sorted parts (see `sorted_entries`).
+A folder holds matrix.mtx, barcodes.tsv and features.tsv (or genes.tsv), each maybe gzipped. Entries
+of the matrix come in any order, so the text is read once, chunk by chunk, and kept as sorted parts
+(see `sorted_entries`).
 """
 
 from __future__ import annotations
@@ -192,7 +193,7 @@ class MatrixMarketSource:
     def _validate_chunk(
         self, chunk: pd.DataFrame, n_before: int, n_features: int, n_cells: int
     ) -> None:
-        """Refuse entries that are not numbers or lie outside; n_before: entries before the chunk."""
+        """Refuse entries that are no numbers or lie outside. n_before: entries before the chunk."""
         where = f"{self.path.name}: matrix"
         if (
             chunk.shape[1] != 3

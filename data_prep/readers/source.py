@@ -38,7 +38,7 @@ class CategoryCodes:
 
     @classmethod
     def encode_values(cls, values: Any) -> CategoryCodes:
-        """Encode a column of any type; NaN and the empty string are unknown, 1.0 is the same as 1."""
+        """Encode a column of any type. NaN and empty strings are unknown; 1.0 is the same as 1."""
         codes, found = pd.factorize(pd.Series(values))
         plain = found.categories if isinstance(found, pd.CategoricalIndex) else found
         if plain.dtype.kind == "f" and all(value % 1 == 0 for value in found):
@@ -142,7 +142,7 @@ class DirectSource:
 
 
 def identify_file(path: Path) -> dict[str, Any]:
-    """Path, size and time of a file: an interrupted conversion goes on only if they are the same."""
+    """Path, size and time of a file; if they change, an interrupted conversion does not go on."""
     stat = path.stat()
     return {"path": str(path.resolve()), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
@@ -215,5 +215,5 @@ def make_names_unique(names: Sequence[str], replacements: Sequence[str]) -> list
 
 
 def select_columns(rows: sp.csr_matrix, wanted: np.ndarray) -> sp.csr_matrix:
-    """The `wanted` columns, ascending; SciPy would copy the matrix even if these are all of them."""
+    """The `wanted` columns, ascending; all of them without a copy, unlike SciPy."""
     return rows if len(wanted) == rows.shape[1] else rows[:, wanted]
