@@ -1,6 +1,7 @@
-"""The kinds of modality, one row each: how a kind is stored, simulated, selected, normalised and modelled.
+"""The kinds of modality, one row each: how a kind is stored, normalised, modelled and so on.
 
-A new kind is a new row of `KINDS`. Conversion, the store and the model ask the row; none of them knows a kind by name.
+A new kind is a new row of the table. Conversion, the store and the model ask the row; none of them
+knows a kind by its name.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Literal
 from clue_dist.errors import DataError, list_names
 
 Storage = Literal["sparse", "dense"]
-FeatureSelection = Literal["seurat_v3", "detection"]
+# By variance within batches, as Seurat v3 does, or by the number of cells that have the feature.
+FeatureSelectionMethod = Literal["seurat_v3", "detection"]
 
 
 @dataclass(frozen=True)
@@ -21,24 +23,20 @@ class Kind:
     """What the rest of the code must know of a kind of modality.
 
     Raises:
-        ValueError: real values that are to be stored sparse.
+        ValueError: Real values are to be stored sparse.
     """
 
     name: str  # as the manifest and `--kind NAME=KIND` spell it
     storage: Storage
-    # Words in the name of a modality that tell its kind, in lower case, with _ between the parts of a word.
+    # Words in a modality's name that tell its kind, in lower case, joined by _ where they are two.
     aliases: tuple[str, ...]
-    normalise: str  # default of `modalities.NAME.normalise`
-    likelihood: str  # default of `modalities.NAME.likelihood`
-    real_values: bool = False  # float32 of either sign; else counts
+    normalise: str  # default of the setting modalities.NAME.normalise
+    likelihood: str  # default of the setting modalities.NAME.likelihood
+    real_values: bool = False  # float32 of either sign; otherwise the values are counts
     tenx_type: str | None = None  # the feature type of 10x files that holds this kind
-    binnable: bool = (
-        False  # features are regions of the genome, which fragments hit and `--bins` lays into bins
-    )
-    selection: FeatureSelection | None = None  # how `--top` ranks features; None: it cannot
-    simulated_mean: float = (
-        0.6  # mean count of a feature in a simulated cell, where storage is sparse
-    )
+    binnable: bool = False  # features are regions of the genome: `--bins`, fragments
+    selection: FeatureSelectionMethod | None = None  # how `--top` ranks features; None: not at all
+    simulated_mean: float = 0.6  # of a sparse kind: mean count of a feature in a simulated cell
 
     def __post_init__(self) -> None:
         if self.real_values and self.storage == "sparse":
@@ -56,8 +54,8 @@ _ROWS = (
         selection="seurat_v3",
     ),
     Kind(
-        name="adt",  # proteins, by the tags of antibodies: a panel is small, and few of its counts are zero
-        storage="dense",
+        name="adt",  # proteins, counted by the tags of antibodies
+        storage="dense",  # a panel is small, and few of its counts are zero
         aliases=("adt", "prot", "protein", "cite", "antibody", "antibody_capture"),
         normalise="log",
         likelihood="nb",
@@ -90,14 +88,17 @@ TENX_TYPES = {kind.tenx_type: kind.name for kind in KINDS.values() if kind.tenx_
 
 
 def infer_kind(modality: str, given: Mapping[str, str]) -> str:
-    """The name of the kind that a modality is of.
+    """Tell the kind of a modality from its name.
 
     Args:
-        modality: The modality's name, in which an alias of one kind is looked for.
-        given: Kinds that were given as `--kind NAME=KIND`, by modality; these come first.
+        modality: The modality's name, in which an alias of a kind is looked for.
+        given: Kinds that `--kind NAME=KIND` gave, by modality. These take precedence.
+
+    Returns:
+        The name of the kind, a key of `KINDS`.
 
     Raises:
-        DataError: the name holds aliases of no kind or of several, or the given kind is unknown.
+        DataError: The name holds aliases of no kind or of several, or the given kind is unknown.
     """
     if modality in given:
         if given[modality] not in KINDS:

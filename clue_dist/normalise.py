@@ -1,7 +1,8 @@
-"""What a projection sees of a modality: normalised, centred and scaled values, in NumPy alone.
+"""Normalised counts in NumPy, as the SVD needs them.
 
-`model.trunk.normalise` is the same on tensors. `model.initialise` takes the SVD of a sample of cells in this form,
-`data_prep.svd` that of all cells of a store.
+`model.trunk` does the same on tensors. `model.initialise` takes the SVD of a sample of cells,
+`data_prep.svd` that of all cells of a store. A change here that changes values must raise
+`store.svd.VERSION`.
 """
 
 from __future__ import annotations
@@ -15,60 +16,94 @@ import scipy.sparse as sp
 Rows: TypeAlias = "sp.csr_matrix | np.ndarray"  # (n, features)
 
 
-def compute_inverse_frequency(n: int, detected: np.ndarray) -> np.ndarray:
-    """Cells over cells with the feature, (features,); n: how many cells, detected: (features,)."""
-    return n / np.maximum(detected, 1)
+def compute_inverse_frequency(n_cells: int, detected: np.ndarray) -> np.ndarray:
+    """Divide the number of cells by the number of cells that have each feature.
+
+    Args:
+        n_cells: Number of cells.
+        detected: How many of them have each feature, (features,).
+
+    Returns:
+        The inverse frequency of each feature, (features,) float64.
+    """
+    return n_cells / np.maximum(detected, 1)
 
 
 def normalise_rows(counts: Rows, how: str, idf: np.ndarray | None = None) -> Rows:
-    """`model.trunk.normalise` in float64; see there for the formulas."""
+    """Normalise counts in float64, by the formulas of `model.trunk`.
+
+    Args:
+        counts: Counts, (n, features).
+        how: log_cp10k, log, clr (dense rows only), tfidf or none.
+        idf: Inverse frequency of each feature, (features,), for tfidf.
+
+    Returns:
+        Normalised values, (n, features), sparse where the counts are.
+    """
     if isinstance(counts, np.ndarray):
-        return _dense(counts.astype(np.float64), how, idf)
-    x = counts.data.astype(np.float64)
+        return _normalise_dense(counts.astype(np.float64), how, idf)
+    values = counts.data.astype(np.float64)
     if how == "tfidf" and idf is not None:
-        x *= idf[counts.indices]
+        values *= idf[counts.indices]
     if how in ("log_cp10k", "tfidf"):
         row = np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr))
-        x *= (1e4 / np.maximum(np.bincount(row, x, counts.shape[0]), 1e-9))[row]
+        totals = np.bincount(row, values, counts.shape[0])
+        values *= (1e4 / np.maximum(totals, 1e-9))[row]
     if how in ("log_cp10k", "tfidf", "log"):
-        np.log1p(x, out=x)
-    return sp.csr_matrix((x, counts.indices, counts.indptr), shape=counts.shape)
+        np.log1p(values, out=values)
+    return sp.csr_matrix((values, counts.indices, counts.indptr), shape=counts.shape)
 
 
-def _dense(x: np.ndarray, how: str, idf: np.ndarray | None) -> np.ndarray:
+def _normalise_dense(counts: np.ndarray, how: str, idf: np.ndarray | None) -> np.ndarray:
+    """Normalise dense counts, (n, features) float64."""
     if how in ("log", "clr"):
-        x = np.log1p(x)
-        return x - x.mean(1, keepdims=True) if how == "clr" else x
+        values = np.log1p(counts)
+        return values - values.mean(1, keepdims=True) if how == "clr" else values
     if how == "tfidf" and idf is not None:
-        x = x * idf
+        counts = counts * idf
     if how in ("log_cp10k", "tfidf"):
-        return np.log1p(1e4 * x / np.maximum(x.sum(1, keepdims=True), 1e-9))
-    return x
+        return np.log1p(1e4 * counts / np.maximum(counts.sum(1, keepdims=True), 1e-9))
+    return counts
 
 
-def sum_columns(x: Rows, of: Callable[[np.ndarray], np.ndarray] = np.asarray) -> np.ndarray:
-    """Sums over the cells of a function of the values with f(0) = 0: (n, features) -> (features,) float64."""
-    if isinstance(x, np.ndarray):
-        return of(x).sum(0, dtype=np.float64)
-    return np.bincount(x.indices, weights=of(x.data), minlength=x.shape[1])
+def sum_columns(
+    rows: Rows, function: Callable[[np.ndarray], np.ndarray] = np.asarray
+) -> np.ndarray:
+    """Sum a function of the values over the cells.
+
+    Args:
+        rows: Values, (n, features).
+        function: What to sum; it must be 0 at 0, as only stored values are looked at.
+
+    Returns:
+        Sums, (features,) float64.
+    """
+    if isinstance(rows, np.ndarray):
+        return function(rows).sum(0, dtype=np.float64)
+    return np.bincount(rows.indices, weights=function(rows.data), minlength=rows.shape[1])
 
 
 def compute_deviation(mean: np.ndarray, mean_square: np.ndarray) -> np.ndarray:
-    """Standard deviation of each feature."""
+    """Return the standard deviation of each feature, above zero. All (features,)."""
     return np.sqrt(np.maximum(mean_square - mean**2, 1e-12))
 
 
 def compute_standardisation(
     how: str, mean: np.ndarray, deviation: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What to take off normalised values and what to divide them by before the SVD; all (features,).
+    """Choose the centre and the scale of normalised values for the SVD.
 
-    Any change here, or of `normalised`, wants another `store.svd.VERSION`.
+    Args:
+        how: How the values were normalised.
+        mean: Mean of each feature, (features,).
+        deviation: Standard deviation of each feature, (features,).
+
+    Returns:
+        What to subtract from the values of each feature, and what to divide them by, (features,).
     """
     if how == "tfidf":  # latent semantic indexing works on the values as they are
         return np.zeros_like(mean), np.ones_like(deviation)
-    if (
-        how == "log_cp10k"
-    ):  # between covariance (abundant genes rule) and correlation (noise votes too)
+    if how == "log_cp10k":
+        # Between covariance, where abundant genes rule, and correlation, where noise has a vote.
         return mean, deviation**0.75
     return mean, deviation

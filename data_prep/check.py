@@ -15,7 +15,7 @@ from clue_dist.store import layout, location, svd
 from clue_dist.store.location import Location
 from clue_dist.store.manifest import FileDigest, Manifest
 from clue_dist.store.reader import SegmentReader
-from clue_dist.store.rows import find_misfit
+from clue_dist.store.rows import describe_coding_fault
 from clue_dist.store.writer import hash_file
 from data_prep.jobs.workers import Progress
 
@@ -123,8 +123,8 @@ def _extra_files(root: Location, manifest: Manifest, side_files: Collection[str]
 
 def _check_stratum(reader: SegmentReader, damaged: set[str]) -> list[str]:
     """Decode every block, some at a time; pieces of shards that are known to be damaged are left out."""
-    shard = reader.stratum.shard_blocks
-    step = layout.CHUNK_ROWS * max(1, shard // layout.CHUNK_ROWS // 8)
+    shard = reader.segment.shard_blocks
+    step = layout.NARROW_CHUNK_BLOCKS * max(1, shard // layout.NARROW_CHUNK_BLOCKS // 8)
     parts = [*reader.modalities, "obs"]
     pieces = [
         (part, lo, min(lo + step, reader.n_blocks))
@@ -169,10 +169,14 @@ def _check_blocks(reader: SegmentReader, modality: str, blocks: np.ndarray) -> l
     if isinstance(decoded, np.ndarray):
         return [] if np.isfinite(decoded).all() else ["values that are not finite"]
     packed, n_features = (
-        reader.stratum.packed[modality],
+        reader.segment.packed[modality],
         reader.manifest.modalities[modality].n_features,
     )
-    return [] if (problem := find_misfit(decoded, packed.bits, n_features)) is None else [problem]
+    return (
+        []
+        if (problem := describe_coding_fault(decoded, packed.bits, n_features)) is None
+        else [problem]
+    )
 
 
 def _line(error: StoreError) -> str:

@@ -26,8 +26,7 @@ from clue_dist.store import layout
 from clue_dist.store.layout import Codec
 from clue_dist.store.location import parse_location
 from clue_dist.store.manifest import FileDigest, Manifest
-from clue_dist.store.writer import SegmentCells as ShardCells
-from clue_dist.store.writer import commit_store, create_store, write_shard
+from clue_dist.store.writer import ShardCells, commit_store, create_store, write_shard
 from data_prep.conversion import cells as cell_table
 from data_prep.conversion import spool, strata
 from data_prep.conversion.cells import CellTable

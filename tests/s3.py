@@ -1,4 +1,4 @@
-"""An S3 server on loopback: moto's, behind a gate through which a test can break it."""
+"""An S3 server on this machine: that of moto, behind a gate by which a test can break it."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ ENVIRONMENT = {
 
 @dataclass
 class Gate:
-    """A WSGI application in front of moto. fail: answers still to be given, statuses or "cut", before moto is asked
-    again; always: an answer to every request. requests: method and path of each request so far."""
+    """A WSGI application in front of moto."""
 
     app: Any
+    # Answers to the next requests, statuses or "cut"; then moto answers again.
     fail: list[str] = field(default_factory=list)
-    always: str | None = None
-    requests: list[str] = field(default_factory=list)
+    always: str | None = None  # the answer to every request
+    requests: list[str] = field(default_factory=list)  # method and path of each request so far
 
     def __call__(self, environ: dict[str, Any], start: Any) -> Iterable[bytes]:
         self.requests.append(f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}")
@@ -48,18 +48,19 @@ class Gate:
 
 @dataclass
 class S3:
-    """A running server with one bucket, `cells`. client: boto3's; environment: what finds this server."""
+    """A running server with one bucket, `cells`."""
 
     url: str
     gate: Gate
-    client: Any
+    client: Any  # that of boto3
 
     @property
     def environment(self) -> dict[str, str]:
+        """Variables by which a process finds this server."""
         return {**ENVIRONMENT, "AWS_ENDPOINT_URL": self.url}
 
     def upload(self, folder: Path, key: str, acl: str = "private") -> str:
-        """Copy a folder's files below `key`; its s3:// URL."""
+        """Copy a folder's files below `key`; return its s3:// URL."""
         for path in folder.rglob("*"):
             if path.is_file():
                 name = f"{key}/{path.relative_to(folder).as_posix()}"
@@ -67,15 +68,17 @@ class S3:
         return f"s3://cells/{key}"
 
     def get(self, key: str) -> bytes:
+        """Read an object."""
         return bytes(self.client.get_object(Bucket="cells", Key=key)["Body"].read())
 
     def put(self, key: str, content: bytes) -> None:
+        """Write an object."""
         self.client.put_object(Bucket="cells", Key=key, Body=content)
 
 
 @contextmanager
 def serve() -> Iterator[S3]:
-    """A server for the length of the block, on a port of its own."""
+    """Run a server for the length of the block, on a free port."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     gate = Gate(DomainDispatcherApplication(create_backend_app))
     server = make_server("127.0.0.1", 0, gate, threaded=True)
@@ -88,9 +91,8 @@ def serve() -> Iterator[S3]:
         "region_name": "us-east-1",
     }
     client = boto3.client("s3", endpoint_url=url, **keys)
-    urlopen(
-        Request(f"{url}/moto-api/reset", method="POST")
-    ).close()  # moto keeps its state in this process
+    # moto keeps its state in this process: forget that of an earlier server.
+    urlopen(Request(f"{url}/moto-api/reset", method="POST")).close()
     client.create_bucket(Bucket="cells")
     try:
         yield S3(url, gate, client)

@@ -100,7 +100,7 @@ def sample_cells(store: Store, n_train: dict[str, int], modality: str) -> Rows:
             * n
             / total
             * reader.block_cells
-            / max(reader.stratum.packed[modality].capacity, 1)
+            / max(reader.segment.packed[modality].capacity, 1)
         )
         rows = reader.read_rows(
             modality, np.arange(max(1, min(n, round(limit * n / total), int(most))))

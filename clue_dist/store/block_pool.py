@@ -1,4 +1,4 @@
-"""Blocks of one stratum in fixed memory, which TensorStore fills while others are being used."""
+"""Blocks of one segment in fixed memory. TensorStore fills some while others are in use."""
 
 from __future__ import annotations
 
@@ -15,42 +15,61 @@ from clue_dist.store.rows import CodedBlocks, LocatedRows
 
 @dataclass(frozen=True)
 class BlockRead:
-    """Blocks on their way into slots of a pool. futures: by name of the array."""
+    """Blocks that are being read into slots of a pool."""
 
-    blocks: np.ndarray
-    slots: np.ndarray
-    futures: dict[str, Any]
+    blocks: np.ndarray  # (n,) numbers of the blocks
+    slots: np.ndarray  # (n,) where each goes
+    futures: dict[str, Any]  # by name of the array
 
 
 class BlockPool:
-    """`slots` blocks of all that training reads of a stratum: counts of its modalities, and batch codes."""
+    """Memory for some blocks of all that training reads of a segment: counts and batch codes.
+
+    Args:
+        reader: The reader of the segment.
+        slots: How many blocks there is memory for; each has a slot.
+    """
 
     def __init__(self, reader: SegmentReader, slots: int) -> None:
         self.reader = reader
+        prefix = f"strata/{reader.name}/"
         specs = {
-            spec.path.split("/", 2)[2]: spec for spec in reader.manifest.specify_arrays(reader.name)
+            spec.path.removeprefix(prefix): spec
+            for spec in reader.manifest.specify_arrays(reader.name)
         }
         unread = ("obs/label", "obs/barcode")
-        self._arrays = {
-            n: np.empty((slots, *s.shape[1:]), s.dtype) for n, s in specs.items() if n not in unread
+        # Memory by name of the array ("rna/codes"), (slots, ...); and the same for TensorStore.
+        self._memory = {
+            name: np.empty((slots, *spec.shape[1:]), spec.dtype)
+            for name, spec in specs.items()
+            if name not in unread
         }
         self._targets = {
-            n: ts.array(array, copy=False, write=True) for n, array in self._arrays.items()
+            name: ts.array(memory, copy=False, write=True) for name, memory in self._memory.items()
         }
-        size = reader.block_cells
+        # Where the rows of each block start, by sparse modality; see `CodedBlocks`.
         self._starts = {
-            m: np.empty((slots, size + 1, 2), np.int64)
-            for m in reader.modalities
-            if self._is_sparse(m)
+            modality: np.empty((slots, reader.block_cells + 1, 2), np.int64)
+            for modality in reader.modalities
+            if self._is_sparse(modality)
         }
 
     def start_read(self, blocks: np.ndarray, slots: np.ndarray) -> BlockRead:
-        """Begin to fill slots with blocks, (n,) each; what they held must not be needed any more."""
-        for name in self._targets:  # before any is begun: nobody would wait for it after an error
+        """Begin to fill slots with blocks.
+
+        Args:
+            blocks: Numbers of the blocks, (n,).
+            slots: Where each goes, (n,). What these slots hold must not be needed any more.
+
+        Raises:
+            StoreError: A shard is no file, or too large.
+        """
+        # All checks come first: after an error nothing may be on its way into the slots.
+        for name in self._targets:
             self.reader.require_plain_shards(name, blocks)
         futures = {
-            n: self.reader.start_read(n, blocks, target[slots])
-            for n, target in self._targets.items()
+            name: self.reader.start_read(name, blocks, target[slots])
+            for name, target in self._targets.items()
         }
         return BlockRead(blocks, slots, futures)
 
@@ -58,37 +77,49 @@ class BlockPool:
         """Wait until the slots are filled.
 
         Raises:
-            StoreError: part of the store is missing or damaged.
+            StoreError: Part of the store is missing or damaged.
         """
         for name, future in reading.futures.items():
             self.reader.finish_read(name, reading.blocks, future)
         for modality, starts in self._starts.items():
-            starts[reading.slots] = self.reader.compute_starts(
-                modality, self._arrays[f"{modality}/lengths"][reading.slots]
-            )
+            lengths = self._memory[f"{modality}/lengths"][reading.slots]
+            starts[reading.slots] = self.reader.compute_starts(modality, lengths)
 
     def abandon_read(self, reading: BlockRead) -> None:
-        """Wait until nothing is written to the slots any more; to cancel would not stop what has begun."""
+        """Wait until nothing is written to the slots any more, and ignore errors.
+
+        TensorStore cannot cancel a read that has begun.
+        """
         for future in reading.futures.values():
-            with suppress(ValueError, OSError):  # a damage that nobody will see
+            with suppress(ValueError, OSError):
                 future.result()
 
     def get_rows(
         self, modality: str, slot: np.ndarray, row: np.ndarray
     ) -> LocatedRows | np.ndarray:
-        """Rows `row` of what lies in `slot`, both (n,): still coded, or (n, features) where stored dense."""
+        """Return rows of blocks in the pool.
+
+        Args:
+            modality: The modality's name.
+            slot: Which slot holds the block of each row, (n,).
+            row: Which row of its block each is, (n,).
+
+        Returns:
+            The rows, still coded and inside the pool's memory; (n, features) where the modality is
+            stored dense.
+        """
         if not self._is_sparse(modality):
-            return self._arrays[f"{modality}/values"][slot, row]
+            return self._memory[f"{modality}/values"][slot, row]
         codes, rest, lengths = (
-            self._arrays[f"{modality}/{part}"] for part in ("codes", "rest", "lengths")
+            self._memory[f"{modality}/{array}"] for array in ("codes", "rest", "lengths")
         )
-        return self.reader.locate_rows(
-            modality, CodedBlocks(codes, rest, lengths, self._starts[modality]), slot, row
-        )
+        blocks = CodedBlocks(codes, rest, lengths, self._starts[modality])
+        return self.reader.locate_rows(modality, blocks, slot, row)
 
     def get_batch_codes(self, slot: np.ndarray, row: np.ndarray) -> np.ndarray:
-        """(n,) int32, -1 = unknown."""
-        return self.reader.require_known_codes("batch", self._arrays["obs/batch"][slot, row])
+        """Return the batch codes of rows of blocks in the pool, (n,) int32, -1 = unknown."""
+        return self.reader.require_known_codes("batch", self._memory["obs/batch"][slot, row])
 
     def _is_sparse(self, modality: str) -> bool:
+        """Whether a modality is stored sparse."""
         return self.reader.manifest.modalities[modality].storage == "sparse"

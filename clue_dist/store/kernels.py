@@ -1,7 +1,12 @@
-"""Compiled kernels that code and decode rows; `rows` tells what they are.
+"""Compiled kernels that code and decode rows; `rows` says what the code is.
 
-All of them are in this file: of what a kernel calls elsewhere, numba's cache on disk would not see a change.
+All kernels are in this file. Numba's cache on disk would not notice that a kernel in another file,
+which one of these calls, had changed.
+
+Names that many of them share: codes, rest, lengths and starts are those of `rows.CodedBlocks`;
+slot says which block holds a row, row which row of its block it is; bits of a code hold the count.
 """
+# mypy: allow-untyped-defs
 
 from __future__ import annotations
 
@@ -13,16 +18,19 @@ from numba import config, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-LARGEST_COUNT = 2**24  # count: training reads counts as float32, exact up to here
-LINE = 64  # bytes that come into a processor's cache together, on x86-64 and most ARM
-AHEAD = 1  # rows: one takes about as long to decode as the next one to come
+LARGEST_COUNT = 2**24  # training reads counts as float32, which is exact up to here
+CACHE_LINE = 64  # bytes that enter a processor's cache together, on x86-64 and most ARM
+ROWS_AHEAD = 1  # how early to ask for a row: it takes about as long to come as one takes to decode
+# What `find_fault` finds.
+COLUMN_FAULT = 1
+LENGTHS_FAULT = 2
 
 
-# --- a row before it is needed: those of a batch lie all over more memory than a cache holds -----------------------
+# --- a row before it is needed: those of a batch are spread over more memory than a cache holds ---
 
 
-def _ask_for_line(_typing: Any, _address: Any) -> Any:
-    """LLVM's prefetch instruction: a hint, which reads nothing and fails for no address."""
+def _generate_prefetch(_typing: Any, _address: Any) -> Any:
+    """Generate LLVM's prefetch instruction: a hint, which reads nothing and never fails."""
 
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
@@ -35,24 +43,33 @@ def _ask_for_line(_typing: Any, _address: Any) -> Any:
     return types.void(types.intp), generate
 
 
-# Kernels can be run as plain Python (NUMBA_DISABLE_JIT=1), which has no such instruction.
-_line = (lambda _address: None) if config.DISABLE_JIT else intrinsic(_ask_for_line)
+# Run as plain Python (NUMBA_DISABLE_JIT=1), kernels have no such instruction.
+_prefetch_line = (lambda _address: None) if config.DISABLE_JIT else intrinsic(_generate_prefetch)
 
 
 @njit(nogil=True, cache=True)
-def prefetch_array(array):  # type: ignore[no-untyped-def]
+def prefetch_array(array):
     """Begin to bring a contiguous array into the cache."""
     first = array.ctypes.data
-    for address in range(first - first % LINE, first + array.size * array.itemsize, LINE):
-        _line(address)
+    for address in range(
+        first - first % CACHE_LINE, first + array.size * array.itemsize, CACHE_LINE
+    ):
+        _prefetch_line(address)
 
 
-# --- coding and decoding --------------------------------------------------------------------------------------------
+# --- coding ---------------------------------------------------------------------------------------
 
 
 @njit(nogil=True, cache=True)
 def compute_row_starts(lengths: np.ndarray) -> np.ndarray:
-    """lengths (blocks, B, 3) -> where each row starts in its block's codes and rest, (blocks, B + 1, 2) int64."""
+    """Find where each row starts in its block's codes and rest, and where the last one ends.
+
+    Args:
+        lengths: (blocks, B, 3).
+
+    Returns:
+        (blocks, B + 1, 2) int64.
+    """
     blocks, size, _ = lengths.shape
     out = np.zeros((blocks, size + 1, 2), np.int64)
     for b in range(blocks):
@@ -63,27 +80,42 @@ def compute_row_starts(lengths: np.ndarray) -> np.ndarray:
 
 
 @njit(nogil=True, cache=True)
-def copy_rows(starts, values, rows, at, out_starts, out):  # type: ignore[no-untyped-def]
-    """Copy what row rows[i] has of `values` to row at[i] of `out`."""
+def copy_rows(starts, values, rows, out_rows, out_starts, out):
+    """Copy row rows[i] of `values` to row out_rows[i] of `out`, for every i."""
     for i in range(len(rows)):
         source = values[starts[rows[i]] : starts[rows[i] + 1]]
-        target = out[out_starts[at[i]] : out_starts[at[i]] + len(source)]
-        for k in range(len(source)):  # of arrays that begin at 0: the compiler makes a copy of it
+        target = out[out_starts[out_rows[i]] : out_starts[out_rows[i]] + len(source)]
+        # Of arrays that begin at 0 the compiler makes a copy of memory.
+        for k in range(len(source)):
             target[k] = source[k]
 
 
 @njit(nogil=True, cache=True)
-def encode_rows(indptr, indices, values, bits, lengths, codes, rest, scratch):  # type: ignore[no-untyped-def]
-    """Fill codes, rest and lengths (n, 3). Returns how much of codes and of rest is filled, the largest count, or -1
-    where a row is not canonical, and the largest number in rest. scratch: (2, longest row)."""
+def encode_rows(indptr, indices, values, bits, lengths, codes, rest, scratch):
+    """Fill codes, rest and lengths.
+
+    Args:
+        indptr: Where each row lies in indices and values, (n + 1,).
+        indices: Columns, (nnz,).
+        values: Counts, (nnz,).
+        bits: Bits of a code for the count.
+        lengths: Filled, (n, 3).
+        codes: Filled, (nnz,).
+        rest: Filled from its beginning, (3 * nnz,).
+        scratch: Memory to work in, (2, longest row).
+
+    Returns:
+        How much of codes is filled; how much of rest is filled; the largest count, or -1 where a
+        row is not canonical; the largest number in rest.
+    """
     far, high = (256 >> bits) - 1, (1 << bits) - 1
-    to, at = 0, 0
+    n_codes, n_rest = 0, 0
     largest, largest_rest = np.int64(0), np.int64(0)
     for row in range(len(lengths)):
-        lo, hi = indptr[row], indptr[row + 1]
-        column, last = np.int64(-1), lo
-        first, n_high = at, 0
-        for i in range(lo, hi):
+        start, stop = indptr[row], indptr[row + 1]
+        column, last_high = np.int64(-1), start
+        first_rest, n_high = n_rest, 0
+        for i in range(start, stop):
             before, column = column, np.int64(indices[i])
             value = values[i]
             count = np.int64(value)
@@ -92,35 +124,43 @@ def encode_rows(indptr, indices, values, bits, lengths, codes, rest, scratch):  
             largest = max(largest, count)
             gap = column - before if before > 0 else column
             if gap >= far:
-                rest[at] = gap
-                at += 1
+                rest[n_rest] = gap
+                n_rest += 1
                 largest_rest = max(largest_rest, gap)
                 gap = np.int64(far)
             low = np.int64(0)
             if bits:
                 low = count - 1
                 if low >= high:
-                    scratch[0, n_high], scratch[1, n_high] = i - last, low
-                    largest_rest = max(largest_rest, low, i - last)
+                    scratch[0, n_high], scratch[1, n_high] = i - last_high, low
+                    largest_rest = max(largest_rest, low, i - last_high)
                     n_high += 1
-                    last = i
+                    last_high = i
                     low = np.int64(high)
-            codes[to] = gap << bits | low
-            to += 1
-        lengths[row, 0], lengths[row, 1], lengths[row, 2] = hi - lo, at - first, n_high
+            codes[n_codes] = gap << bits | low
+            n_codes += 1
+        lengths[row, 0], lengths[row, 1], lengths[row, 2] = (
+            stop - start,
+            n_rest - first_rest,
+            n_high,
+        )
         for k in range(n_high):
-            rest[at + k], rest[at + n_high + k] = scratch[0, k], scratch[1, k]
-        at += 2 * n_high
-    return to, at, largest, largest_rest
+            rest[n_rest + k], rest[n_rest + n_high + k] = scratch[0, k], scratch[1, k]
+        n_rest += 2 * n_high
+    return n_codes, n_rest, largest, largest_rest
 
 
 @njit(nogil=True, cache=True)
-def recode_as_binary(codes, rest, starts, bits, lengths, out_rest):  # type: ignore[no-untyped-def]
-    """Fill lengths (n, 3) and out_rest, change codes. Returns how much of out_rest is filled, -1 at another count."""
+def recode_as_binary(codes, rest, starts, bits, lengths, out_rest):
+    """Take the bits of the count out of codes, in place; fill lengths (n, 3) and out_rest.
+
+    Returns:
+        How much of out_rest is filled; -1 where a count is not 1.
+    """
     far, count = (256 >> bits) - 1, (1 << bits) - 1
-    at = 0
+    n_rest = 0
     for row in range(len(lengths)):
-        k, first = starts[row, 1], at
+        k, first_rest = starts[row, 1], n_rest
         for j in range(starts[row, 0], starts[row + 1, 0]):
             if codes[j] & count:
                 return -1
@@ -128,41 +168,49 @@ def recode_as_binary(codes, rest, starts, bits, lengths, out_rest):  # type: ign
             if gap == far:
                 gap = np.int64(rest[k])
                 k += 1
-            if gap >= 255:
-                out_rest[at] = gap
-                at += 1
+            if gap >= 255:  # far, too, where all eight bits hold the gap
+                out_rest[n_rest] = gap
+                n_rest += 1
                 gap = np.int64(255)
             codes[j] = gap
-        lengths[row, 0], lengths[row, 1] = starts[row + 1, 0] - starts[row, 0], at - first
-    return at
+        lengths[row, 0] = starts[row + 1, 0] - starts[row, 0]
+        lengths[row, 1] = n_rest - first_rest
+    return n_rest
+
+
+# --- decoding -------------------------------------------------------------------------------------
 
 
 @njit(nogil=True, cache=True)
-def _ask_ahead(codes, rest, starts, slot, row, i):  # type: ignore[no-untyped-def]
-    """Ask for the codes and rest of a row that is decoded soon, and before that, for where they are."""
-    if i + 2 * AHEAD < len(slot):
-        s, r = slot[i + 2 * AHEAD], row[i + 2 * AHEAD]
+def _prefetch_rows(codes, rest, starts, slot, row, i):
+    """Prefetch codes and rest of a row that is decoded soon, and the starts of one after it."""
+    if i + 2 * ROWS_AHEAD < len(slot):
+        s, r = slot[i + 2 * ROWS_AHEAD], row[i + 2 * ROWS_AHEAD]
         prefetch_array(starts[s, r : r + 2])
-    if i + AHEAD < len(slot):
-        s, r = slot[i + AHEAD], row[i + AHEAD]
+    if i + ROWS_AHEAD < len(slot):
+        s, r = slot[i + ROWS_AHEAD], row[i + ROWS_AHEAD]
         prefetch_array(codes[s, starts[s, r, 0] : starts[s, r + 1, 0]])
         prefetch_array(rest[s, starts[s, r, 1] : starts[s, r + 1, 1]])
 
 
 @njit(nogil=True, cache=True)
-def decode_rows(codes, rest, lengths, starts, bits, n_features, slot, row, indptr, indices, values):  # type: ignore[no-untyped-def]
-    """Returns the first row that is not coded as it should be, or -1; nothing is written beside what rows have."""
+def decode_rows(codes, rest, lengths, starts, bits, n_features, slot, row, indptr, indices, values):
+    """Fill the rows of indices and, unless it is None, of values; write nothing beyond them.
+
+    Returns:
+        The first row that is not coded as it should be; -1: all are.
+    """
     for i in range(len(slot)):
-        _ask_ahead(codes, rest, starts, slot, row, i)
+        _prefetch_rows(codes, rest, starts, slot, row, i)
         s, r = slot[i], row[i]
         columns = indices[indptr[i] : indptr[i + 1]]
         if values is None:
-            fits = _columns(
+            fits = _decode_columns(
                 codes[s], rest[s], lengths[s, r], starts[s, r], bits, n_features, columns
             )
         else:
             counts = values[indptr[i] : indptr[i + 1]]
-            fits = _row(
+            fits = _decode_row(
                 codes[s], rest[s], lengths[s, r], starts[s, r], bits, n_features, columns, counts
             )
         if not fits:
@@ -171,14 +219,18 @@ def decode_rows(codes, rest, lengths, starts, bits, n_features, slot, row, indpt
 
 
 @njit(nogil=True, cache=True)
-def decode_dense_rows(codes, rest, lengths, starts, bits, slot, row, out):  # type: ignore[no-untyped-def]
-    """Returns as `decode` does."""
+def decode_dense_rows(codes, rest, lengths, starts, bits, slot, row, out):
+    """Fill `out`, (n, features).
+
+    Returns:
+        The first row that is not coded as it should be; -1: all are.
+    """
     columns, counts = np.empty(out.shape[1], np.int32), np.empty(out.shape[1], np.float32)
     for i in range(len(slot)):
-        _ask_ahead(codes, rest, starts, slot, row, i)
+        _prefetch_rows(codes, rest, starts, slot, row, i)
         s, r = slot[i], row[i]
         n = np.int64(lengths[s, r, 0])
-        if n > out.shape[1] or not _row(
+        if n > out.shape[1] or not _decode_row(
             codes[s],
             rest[s],
             lengths[s, r],
@@ -190,83 +242,91 @@ def decode_dense_rows(codes, rest, lengths, starts, bits, slot, row, out):  # ty
         ):
             return i
         target = out[i]
-        target[:] = np.float32(0)  # and filled while it is in the cache
+        target[:] = np.float32(0)  # just before it is filled, while it is in the cache
         for j in range(n):
             target[columns[j]] = counts[j]
     return -1
 
 
 @njit(nogil=True, cache=True)
-def _row(codes, rest, lengths, start, bits, n_features, columns, counts):  # type: ignore[no-untyped-def]
-    """Columns first, then counts: the second loop runs on vector units, and only high counts are touched twice.
+def _decode_row(codes, rest, lengths, start, bits, n_features, columns, counts):
+    """Fill the columns of one row, then its counts; return whether it is coded as it should be.
 
-    Returns whether the row is coded as it should be.
+    The loop over counts runs on vector units, and only high counts are touched twice.
     """
-    if not _columns(codes, rest, lengths, start, bits, n_features, columns):
+    if not _decode_columns(codes, rest, lengths, start, bits, n_features, columns):
         return False
     mask = np.uint8((1 << bits) - 1)
     n_far, n_high = np.int64(lengths[1]), np.int64(lengths[2])
-    of, more = (
+    row_codes, row_rest = (
         codes[start[0] : start[0] + len(columns)],
         rest[start[1] : start[1] + n_far + 2 * n_high],
     )
     for j in range(len(columns)):
-        counts[j] = np.float32(np.int32(of[j] & mask) + np.int32(1))
+        counts[j] = np.float32(np.int32(row_codes[j] & mask) + np.int32(1))
     place = np.int64(0)
     for k in range(n_far, n_far + n_high):
-        place += np.int64(more[k])
+        place += np.int64(row_rest[k])
         if place >= len(columns):
             return False
-        counts[place] = np.float32(more[k + n_high]) + np.float32(1)
+        counts[place] = np.float32(row_rest[k + n_high]) + np.float32(1)
     return True
 
 
 @njit(nogil=True, cache=True)
-def _columns(codes, rest, lengths, start, bits, n_features, columns):  # type: ignore[no-untyped-def]
-    """Returns whether the row has as many far gaps as its lengths say, and its last column, which is the largest, is
-    one of the features. These are too few (`layout.MAX_FEATURES`) for the sum of gaps to wrap around unseen."""
+def _decode_columns(codes, rest, lengths, start, bits, n_features, columns):
+    """Fill the columns of one row; return whether they can be right.
+
+    They can where the row has as many far gaps as its lengths say, and its last column, which is
+    the largest, is one of the features. There are too few features (`layout.MAX_FEATURES`) for the
+    sum of near gaps to wrap around unseen.
+    """
     far, shift = np.int32((256 >> bits) - 1), np.uint8(bits)
-    of, last = codes[start[0] : start[0] + len(columns)], len(rest) - 1
-    column, k, gone = np.int32(0), start[1], np.int64(0)
+    row_codes, last = codes[start[0] : start[0] + len(columns)], len(rest) - 1
+    column, k, far_sum = np.int32(0), start[1], np.int64(0)
     for j in range(len(columns)):
-        gap = np.int32(of[j] >> shift)
+        gap = np.int32(row_codes[j] >> shift)
         if gap == far:
-            wide = rest[
-                min(k, last)
-            ]  # a row with more far gaps than it says must not lead beyond the block
-            gone += np.int64(wide)
+            # A row with more far gaps than it says must not lead beyond the block.
+            wide = rest[min(k, last)]
+            far_sum += np.int64(wide)
             gap = np.int32(wide)
             k += 1
         column += gap
         columns[j] = column
     fits = k - start[1] == lengths[1] and len(columns) <= n_features
-    return fits and gone < n_features and column < n_features
+    return fits and far_sum < n_features and column < n_features
 
 
 @njit(nogil=True, cache=True)
-def find_fault(codes, rest, lengths, starts, bits, n_features):  # type: ignore[no-untyped-def]
+def find_fault(codes, rest, lengths, starts, bits, n_features):
+    """Check the coding of every row of some blocks, the padding aside.
+
+    Returns:
+        COLUMN_FAULT, LENGTHS_FAULT, or 0 where all rows are coded as they should be.
+    """
     far, high = (256 >> bits) - 1, (1 << bits) - 1
     for s in range(lengths.shape[0]):
         for r in range(lengths.shape[1]):
             column, passed, n_far, n_high = np.int64(0), np.int64(0), 0, 0
-            at = starts[s, r, 1]
+            first_rest = starts[s, r, 1]
             for j in range(starts[s, r, 0], starts[s, r + 1, 0]):
                 gap = np.int64(codes[s, j] >> bits)
                 if gap == far:
                     if n_far == lengths[s, r, 1]:
-                        return 2
-                    gap = np.int64(rest[s, at + n_far])
+                        return LENGTHS_FAULT
+                    gap = np.int64(rest[s, first_rest + n_far])
                     n_far += 1
                 column += gap
                 if bits and (codes[s, j] & high) == high:
                     if n_high == lengths[s, r, 2]:
-                        return 2
-                    passed += np.int64(rest[s, at + lengths[s, r, 1] + n_high])
+                        return LENGTHS_FAULT
+                    passed += np.int64(rest[s, first_rest + lengths[s, r, 1] + n_high])
                     if passed != j - starts[s, r, 0]:
-                        return 2
+                        return LENGTHS_FAULT
                     n_high += 1
             if column >= n_features:
-                return 1
+                return COLUMN_FAULT
             if n_far != lengths[s, r, 1] or n_high != lengths[s, r, 2]:
-                return 2
+                return LENGTHS_FAULT
     return 0

@@ -1,7 +1,7 @@
-"""Where a store lies: a folder, or a URL that TensorStore reads: s3://, gs://, http://, https://.
+"""Where a store lies: in a folder, or behind a URL that TensorStore reads.
 
-TensorStore finds credentials by itself, but takes neither the server nor the region of S3 from the environment; these
-go from the usual AWS variables into the spec.
+TensorStore finds credentials by itself. It does not take the server and the region of S3 from the
+environment: this module reads the usual AWS variables and hands them over.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,37 +21,39 @@ from clue_dist.errors import ServerError, StoreError
 from clue_dist.files import PASSING
 
 SCHEMES = ("s3", "gs", "http", "https")
-MAX_FILE_BYTES = (
-    2**32
-)  # bytes of a file that is read whole: the manifest of a billion cells is smaller
-_EIGHT_TIMES = {
-    "max_retries": 8,
-    "initial_delay": "250ms",
-    "max_delay": "8s",
-}  # half a minute in all, then the error
-RETRIES = {f"{driver}_request_retries": _EIGHT_TIMES for driver in ("s3", "gcs", "http")}
+# Limit of a file that is read whole. The manifest of a billion cells is smaller.
+MAX_FILE_BYTES = 2**32
+# A request that fails is repeated for half a minute in all; then the error is raised.
+_RETRY_POLICY = {"max_retries": 8, "initial_delay": "250ms", "max_delay": "8s"}
+RETRIES = {f"{driver}_request_retries": _RETRY_POLICY for driver in ("s3", "gcs", "http")}
 
-_KEYS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; for gs:// GOOGLE_APPLICATION_CREDENTIALS"
-_MEND = "mend the URL or AWS_ENDPOINT_URL"
-_SERVER_SAYS = {  # a part of TensorStore's message -> what to tell, how to mend it
-    "PERMISSION_DENIED": (
-        "the server refuses access to the store",
-        f"mend the URL, or set {_KEYS}",
-    ),
-    "UNAUTHENTICATED": ("the server refuses access to the store", f"mend the URL, or set {_KEYS}"),
-    "Failed to get credentials": ("no credentials for the store", f"set {_KEYS}"),
+_SET_CREDENTIALS = (
+    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; "
+    "for gs:// GOOGLE_APPLICATION_CREDENTIALS"
+)
+_CORRECT_URL = "correct the URL or AWS_ENDPOINT_URL"
+_ACCESS_REFUSED = (
+    "the server refuses access to the store",
+    f"correct the URL, or {_SET_CREDENTIALS}",
+)
+# A part of TensorStore's message, and what it means: the error, and the fix.
+_SERVER_ERRORS = {
+    "PERMISSION_DENIED": _ACCESS_REFUSED,
+    "UNAUTHENTICATED": _ACCESS_REFUSED,
+    "Failed to get credentials": ("no credentials for the store", _SET_CREDENTIALS),
     "retry attempts failed": (
         "the server of the store cannot be reached, or fails",
-        "check the URL, AWS_ENDPOINT_URL and the server; once it answers, type the same command again",
+        "check the URL, AWS_ENDPOINT_URL and the server; once it answers, type the same command "
+        "again",
     ),
 }
 
 
 @dataclass(frozen=True)
 class RemoteLocation:
-    """A URL, without a slash at its end; `remote / "a/b"` lies below it."""
+    """A URL; `remote / "a/b"` is the URL of what lies below it."""
 
-    url: str
+    url: str  # without a slash at its end
 
     def __str__(self) -> str:
         return self.url
@@ -63,152 +65,171 @@ class RemoteLocation:
 Location = Path | RemoteLocation
 
 
-def parse_location(where: str | Location) -> Location:
-    """What a person typed -> a folder or a URL.
+def parse_location(text: str | Location) -> Location:
+    """Read a folder or a URL as a person writes it.
 
     Raises:
-        StoreError: a URL of a kind that is not known, or without a bucket or host.
+        StoreError: The URL has an unknown scheme, or names no bucket or host.
     """
-    if not isinstance(where, str) or "://" not in where:
-        return Path(where) if isinstance(where, str) else where
-    scheme, _, rest = where.partition("://")
+    if not isinstance(text, str) or "://" not in text:
+        return Path(text) if isinstance(text, str) else text
+    scheme, _, rest = text.partition("://")
     if scheme.startswith("http") and rest.split("/")[0].endswith(".amazonaws.com"):
-        what, fix = (
-            "Amazon takes the + in a store's paths for a space",
-            "s3://BUCKET/PATH; a public one needs no keys",
-        )
-        raise StoreError(what, where=where, fix=fix)
-    if scheme not in SCHEMES or not rest.strip("/") or "?" in rest or "#" in rest:
-        expected = f"a folder, or {', '.join(f'{s}://' for s in SCHEMES)} and a path"
         raise StoreError(
-            "a store cannot lie there", where=where, expected=expected, fix="mend the path"
+            "Amazon takes the + in a store's paths for a space",
+            where=text,
+            fix="write s3://BUCKET/PATH; a public bucket needs no keys",
         )
-    return RemoteLocation(where.rstrip("/"))
+    if scheme not in SCHEMES or not rest.strip("/") or "?" in rest or "#" in rest:
+        raise StoreError(
+            "a store cannot lie there",
+            where=text,
+            expected=f"a folder, or {', '.join(f'{s}://' for s in SCHEMES)} and a path",
+            fix="correct the path",
+        )
+    return RemoteLocation(text.rstrip("/"))
 
 
 def open_kvstore(root: Location, folder: str = "") -> dict[str, Any]:
-    """TensorStore's spec of a store, or of a folder in it."""
-    place = root / folder if folder else root
-    return (
-        _remote(place)
-        if isinstance(place, RemoteLocation)
-        else {"driver": "file", "path": f"{place}/"}
-    )
+    """Return TensorStore's key-value spec of a store, or of a folder in it."""
+    location = root / folder if folder else root
+    if isinstance(location, RemoteLocation):
+        return _specify_remote(location)
+    return {"driver": "file", "path": f"{location}/"}
 
 
-def require_plain_files(root: Location, name: str | None = None, most: int | None = None) -> None:
-    """Everything in a store's folder, or one file of it and the folders on the way, is a file or a folder: links lead
-    elsewhere, and to read a pipe may never end. What is not there is not looked at, nor what a server holds.
+def require_plain_files(
+    root: Location, name: str | None = None, max_bytes: int | None = None
+) -> None:
+    """Check that a store in a folder holds regular files and folders alone.
 
-    most: bytes of that file.
+    A link may lead out of the store, and reading a pipe may never end. What is missing passes this
+    check, and so does everything behind a URL.
+
+    Args:
+        root: Where the store lies.
+        name: One file of the store, to check it and the folders on its path; None: check the whole
+            folder.
+        max_bytes: Limit of the size of that file.
 
     Raises:
-        StoreError: it is something else, is larger, or cannot be looked at.
+        StoreError: Something is neither file nor folder, is too large, or cannot be looked at.
     """
     if isinstance(root, RemoteLocation):
         return
+    file_bytes = 0
     try:
-        strange = next(_strange(root), None) if name is None else _strange_on_the_way(root, name)
-        size = (
-            (root / name).lstat().st_size
-            if name and most is not None and (root / name).is_file()
-            else 0
-        )
+        if name is None:
+            special = next(_find_special_files(root), None)
+        else:
+            special = _find_special_part(root, name)
+            if max_bytes is not None and (root / name).is_file():
+                file_bytes = (root / name).lstat().st_size
     except (OSError, ValueError) as error:
         raise translate_read_error(
-            error, root, "the store's folder cannot be read", where=root, fix="mend the path"
+            error, root, "the store's folder cannot be read", where=root, fix="correct the path"
         ) from None
-    if strange is not None:
-        kind = (
-            "a link"
-            if strange.is_symlink()
-            else "a folder"
-            if strange.is_dir()
-            else "a pipe, socket or device"
-        )
-        what, fix = (
-            "a store holds files and folders alone",
-            "put what it should be in its place, or convert again",
-        )
-        raise StoreError(what, where=strange, got=kind, fix=fix)
-    if most is not None and size > most:
-        what = "a file of the store is larger than it can be"
+    if special is not None:
         raise StoreError(
-            what, where=f"{root}/{name}", got=f"{size} bytes", expected=f"{most} at most"
+            "a store holds files and folders alone",
+            where=special,
+            got=_describe_special(special),
+            fix="put a copy of what it leads to in its place, or convert again",
+        )
+    if max_bytes is not None and file_bytes > max_bytes:
+        raise StoreError(
+            "a file of the store is larger than it can be",
+            where=f"{root}/{name}",
+            got=f"{file_bytes} bytes",
+            expected=f"{max_bytes} at most",
         )
 
 
-def _strange(folder: Path) -> Iterator[Path]:
-    """What lies in a folder and is neither file nor folder."""
+def _find_special_files(folder: Path) -> Iterator[Path]:
+    """Yield everything below a folder that is neither a regular file nor a folder."""
     try:
         entries = list(os.scandir(folder))
     except (FileNotFoundError, NotADirectoryError):
         return
     for entry in entries:
         if entry.is_dir(follow_symlinks=False):
-            yield from _strange(Path(entry.path))
+            yield from _find_special_files(Path(entry.path))
         elif not entry.is_file(follow_symlinks=False):
             yield Path(entry.path)
 
 
-def _strange_on_the_way(root: Path, name: str) -> Path | None:
-    """The first part of a file's path that is neither a folder nor, at its end, a file."""
+def _find_special_part(root: Path, name: str) -> Path | None:
+    """Return the first part of a file's path that is no folder, and no file either."""
     path = root
     try:
         for part in name.split("/"):
             path /= part
             mode = path.lstat().st_mode
-            if not (
-                stat.S_ISREG(mode)
-                if path == root / name
-                else stat.S_ISDIR(mode) or stat.S_ISREG(mode)
-            ):
+            is_folder = stat.S_ISDIR(mode) and path != root / name  # the last part is the file
+            if not (is_folder or stat.S_ISREG(mode)):
                 return path
     except (FileNotFoundError, NotADirectoryError):
         pass
     return None
 
 
-def _remote(place: RemoteLocation) -> dict[str, Any]:
-    scheme, _, rest = place.url.partition("://")
-    first, _, path = rest.partition("/")
+def _describe_special(path: Path) -> str:
+    """Say what it is that is no regular file."""
+    if path.is_symlink():
+        return "a link"
+    return "a folder" if path.is_dir() else "a pipe, socket or device"
+
+
+def _specify_remote(location: RemoteLocation) -> dict[str, Any]:
+    """Return TensorStore's key-value spec of a URL."""
+    scheme, _, rest = location.url.partition("://")
+    host, _, path = rest.partition("/")  # the bucket, where the URL is that of a bucket
     path = f"{path}/" if path else ""
     if scheme == "gs":
-        return {"driver": "gcs", "bucket": first, "path": path}
+        return {"driver": "gcs", "bucket": host, "path": path}
     if scheme == "s3":
-        return {"driver": "s3", "bucket": first, "path": path, **_aws(os.environ)}
-    return {"driver": "http", "base_url": f"{scheme}://{first}", "path": f"/{path}"}
+        return {"driver": "s3", "bucket": host, "path": path, **_read_aws_settings(os.environ)}
+    return {"driver": "http", "base_url": f"{scheme}://{host}", "path": f"/{path}"}
 
 
-def _aws(env: Any) -> dict[str, Any]:
-    endpoint = env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL")
-    region = env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION")
-    # Otherwise: files, the instance's role, or none. Named, as looking for these files is loud where there are none.
-    keys = {"type": "environment"} if env.get("AWS_ACCESS_KEY_ID") else None
-    told = {
+def _read_aws_settings(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Return the server, region and source of credentials that AWS variables name."""
+    endpoint = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL")
+    # Without keys in the environment TensorStore looks for files, then for the role of the machine.
+    # With them, naming the source spares it the search, which logs each file that is missing.
+    in_environment = bool(environment.get("AWS_ACCESS_KEY_ID"))
+    settings = {
         "endpoint": endpoint and endpoint.rstrip("/"),
-        "aws_region": region,
-        "aws_credentials": keys,
+        "aws_region": environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION"),
+        "aws_credentials": {"type": "environment"} if in_environment else None,
     }
-    return {name: value for name, value in told.items() if value}
+    return {name: value for name, value in settings.items() if value}
 
 
 def read_file(
-    root: Location, name: str, optional: bool = False, most: int = MAX_FILE_BYTES
+    root: Location, name: str, optional: bool = False, max_bytes: int = MAX_FILE_BYTES
 ) -> bytes | None:
-    """The bytes of one file of a store; None where there is none.
+    """Read one file of a store.
 
-    optional: a store need not have it. Who may not list the objects of a bucket is refused what is not there. most:
-    bytes that it can have, in a folder.
+    Args:
+        root: Where the store lies.
+        name: The file's path inside the store.
+        optional: Whether a store may lack the file. A server that does not let us list a bucket
+            answers "permission denied" for a missing file; an optional one then counts as missing.
+        max_bytes: Limit of the file's size, checked where the store lies in a folder.
+
+    Returns:
+        The file's bytes; None where there is no such file.
 
     Raises:
-        StoreError: the file, or its server, cannot be read; it is a link; there is no such bucket.
+        StoreError: The file or its server cannot be read, the file is a link, or there is no such
+            bucket.
     """
-    require_plain_files(root, name, most)
+    require_plain_files(root, name, max_bytes)
     try:
         store = _open(root)
-        got = store.read(name).result()
-        if got.state == "missing":
+        found = store.read(name).result()
+        if found.state == "missing":
             _require_bucket(root, store, name)
             return None
     except (ValueError, OSError) as error:
@@ -217,20 +238,23 @@ def read_file(
         raise translate_read_error(
             error, root, "a file of the store cannot be read", where=root / name
         ) from None
-    return bytes(got.value)
+    return bytes(found.value)
 
 
 def list_files(root: Location) -> list[str] | None:
-    """Names of all files of a store, links among them; None where the server has no list (http).
+    """List the paths of all files of a store, links among them.
+
+    Returns:
+        Paths inside the store; None where the server keeps no list (http).
 
     Raises:
-        StoreError: the server cannot be read.
+        StoreError: The server cannot be read.
     """
     if isinstance(root, Path):
         return [
-            p.relative_to(root).as_posix()
-            for p in root.rglob("*")
-            if not p.is_dir() or p.is_symlink()
+            path.relative_to(root).as_posix()
+            for path in root.rglob("*")
+            if not path.is_dir() or path.is_symlink()
         ]
     if root.url.startswith("http"):
         return None
@@ -245,28 +269,47 @@ def list_files(root: Location) -> list[str] | None:
 def translate_read_error(
     error: Exception, root: Location, what: str, where: object, fix: str | None = None
 ) -> StoreError:
-    """What TensorStore or the system met, as an error; a server that is down or refuses, a file server too, is told
-    from data that are damaged."""
+    """Make one of our errors of one that TensorStore or the system raised.
+
+    Args:
+        error: What was raised.
+        root: Where the store lies.
+        what: What went wrong, unless the error shows that a server is to blame.
+        where: The file, array or blocks that were read.
+        fix: What a person can do, unless a server is to blame.
+
+    Returns:
+        A ServerError where a server, or a file server, is down or refuses; else a StoreError, for
+        data that are missing or damaged.
+    """
     number = getattr(error, "errno", None)
-    got = _plain(str(error)) if number is None else str(error)
-    code = re.search(r"os_error_code='(\d+)'", str(error))
+    message = _shorten(str(error)) if number is None else str(error)
+    code = re.search(r"os_error_code='(\d+)'", str(error))  # as TensorStore writes it
     if (int(code[1]) if code else number) in PASSING:
-        fix = "look at the file server; once it answers, type the same command again"
-        return ServerError("the file system of the store fails", where=where, got=got, fix=fix)
+        return ServerError(
+            "the file system of the store fails",
+            where=where,
+            got=message,
+            fix="look at the file server; once it answers, type the same command again",
+        )
     if isinstance(root, RemoteLocation):
-        for mark, (told, mend) in _SERVER_SAYS.items():
-            if mark in got:
-                return ServerError(told, where=where, got=got, fix=mend)
-        fix = fix or _MEND
-    return StoreError(what, where=where, got=got, fix=fix)
+        for mark, (server_error, server_fix) in _SERVER_ERRORS.items():
+            if mark in message:
+                return ServerError(server_error, where=where, got=message, fix=server_fix)
+        fix = fix or _CORRECT_URL
+    return StoreError(what, where=where, got=message, fix=fix)
 
 
 def _open(root: Location) -> Any:
+    """Open a store as TensorStore's key-value store."""
     return ts.KvStore.open(open_kvstore(root), context=ts.Context(RETRIES)).result()
 
 
 def _require_bucket(root: Location, store: Any, name: str) -> None:
-    """S3 and GCS say the same of a missing object and of a missing bucket; a list of one name tells them apart."""
+    """Raise an error where not the file `name` is missing, but its bucket.
+
+    S3 and GCS answer a read the same way in both cases; listing that one name tells them apart.
+    """
     if not isinstance(root, RemoteLocation) or root.url.startswith("http"):
         return
     try:
@@ -274,16 +317,15 @@ def _require_bucket(root: Location, store: Any, name: str) -> None:
     except (ValueError, OSError) as error:
         if "NOT_FOUND" in str(error):
             raise StoreError(
-                "no such bucket", where=root, got=_plain(str(error)), fix=_MEND
+                "no such bucket", where=root, got=_shorten(str(error)), fix=_CORRECT_URL
             ) from None
-        if "PERMISSION_DENIED" not in str(
-            error
-        ):  # who may read objects need not be allowed to list them
+        # Some may read objects but not list them; the bucket exists then.
+        if "PERMISSION_DENIED" not in str(error):
             raise
 
 
-def _plain(message: str) -> str:
-    """TensorStore's message without the request it repeats, but with the server's status."""
+def _shorten(message: str) -> str:
+    """Cut off the request that TensorStore's message repeats; keep the server's status."""
     status = re.search(r"(?:http_response_code='|HTTP code )(\d+)", message)
     text = message.split("[")[0].strip() + (f" (HTTP {status[1]})" if status else "")
-    return json.dumps(text)[1:-1]
+    return json.dumps(text)[1:-1]  # control characters escaped

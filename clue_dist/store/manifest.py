@@ -1,4 +1,8 @@
-"""The manifest: everything a reader must know before it touches an array, and the store's fingerprint."""
+"""The manifest: what a reader must know of a store before it touches an array.
+
+It lists modalities, segments and the digest of every file, and carries the store's fingerprint.
+The names of its fields are those of the JSON, where `strata` holds the segments of all strata.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -29,41 +32,47 @@ from clue_dist.store.location import Location
 from clue_dist.store.provenance import Notes
 
 
-class _Strict(BaseModel):
+class _ManifestPart(BaseModel):
+    """A part of the manifest: frozen, and without fields of another version."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def _unrepeated(names: list[str]) -> list[str]:
+def _require_unique(names: list[str]) -> list[str]:
+    """Refuse a list that names something twice; for pydantic."""
     if len(set(names)) < len(names):
         raise ValueError(f"{len(names) - len(set(names))} names that occur more than once")
     return names
 
 
 def _require_known_kind(name: str) -> str:
+    """Refuse what is no row of the table of kinds; for pydantic."""
     if name not in KINDS:
         raise ValueError(f"unknown kind {name!r}, known are {list_names(KINDS)}")
     return name
 
 
 KindName = Annotated[str, AfterValidator(_require_known_kind)]
-Names = Annotated[list[str], AfterValidator(_unrepeated)]
+Names = Annotated[list[str], AfterValidator(_require_unique)]
 Number = Annotated[int, Field(ge=0)]
 Sha256 = Annotated[str, StringConstraints(pattern="^([0-9a-f]{64})?$")]
-# Of a file in the store: no part of it leads up or out.
+# The path of a file inside the store. No part of it can lead out of the store.
 FileName = Annotated[
     str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_+.-]*(/[A-Za-z0-9][A-Za-z0-9_+.-]*)*$")
 ]
 
 
-class Modality(_Strict):
-    """One modality: what was measured, how it lies on disk, its features in column order."""
+class Modality(_ManifestPart):
+    """A modality of the store."""
 
-    kind: KindName
-    storage: Storage
+    kind: KindName  # what was measured
+    storage: Storage  # how it lies on disk; follows from the kind
+    # Names of the features, in the order of the columns.
     features: Names = Field(min_length=1, max_length=layout.MAX_FEATURES)
 
     @model_validator(mode="after")
-    def _as_its_kind(self) -> Modality:
+    def _require_storage_of_kind(self) -> Modality:
+        """Refuse a storage that is not the one of the kind."""
         expected = KINDS[self.kind].storage
         if self.storage != expected:
             raise ValueError(f"{self.kind} is stored {expected}, not {self.storage}")
@@ -71,190 +80,241 @@ class Modality(_Strict):
 
     @property
     def n_features(self) -> int:
+        """Number of features."""
         return len(self.features)
 
 
 Unsigned = Literal["uint8", "uint16", "uint32", "uint64"]
 
 
-class PackedModality(_Strict):
-    """How a modality is packed in one stratum: `values` where it is dense, else blocks of at most `capacity` non-zeros
-    with `bits` of each for its count, and at most `rest` numbers of `rest_type` that did not fit."""
+class PackedModality(_ManifestPart):
+    """How a modality is packed in one segment."""
 
+    # Dense modalities: the type of their values.
     values: Unsigned | Literal["float32"] | None = None
+    # Sparse modalities: non-zeros of the largest block, bits of a code that hold the count, numbers
+    # in the `rest` of the largest block, and the type of these; see `rows`.
     capacity: int = Field(default=0, ge=0, le=2**31)
     bits: Literal[0, 2] = 0
     rest: int = Field(default=0, ge=0, le=2**31)
     rest_type: Literal["uint8", "uint16", "uint32"] | None = None
 
 
-class Segment(_Strict):
-    """Cells that carry exactly `modalities`, globally shuffled; of several segments, those of one."""
+class Segment(_ManifestPart):
+    """Cells of one stratum that were written together, shuffled."""
 
-    modalities: list[str]
+    modalities: list[str]  # those that each of the cells carries, in the manifest's order
     n_cells: int = Field(ge=1)
-    shard_blocks: int = Field(ge=1)
-    barcode_width: int = Field(ge=1, le=layout.MAX_BARCODE_BYTES)
-    packed: dict[str, PackedModality]
-    batch_counts: dict[str, Number]
-    label_counts: dict[str, Number]
+    shard_blocks: int = Field(ge=1)  # blocks of a shard
+    barcode_width: int = Field(ge=1, le=layout.MAX_BARCODE_BYTES)  # bytes of the longest barcode
+    packed: dict[str, PackedModality]  # by modality
+    batch_counts: dict[str, Number]  # cells, by name of their batch
+    label_counts: dict[str, Number]  # cells, by name of their label
 
 
-class FileDigest(_Strict):
-    """Size and SHA-256 of one file: a shard, or a zarr.json."""
+class FileDigest(_ManifestPart):
+    """Size and hash of one file: a shard, or a zarr.json."""
 
     bytes: Number
     sha256: Sha256
 
 
-class Manifest(_Strict):
-    """The whole store at a glance. Writing it is what makes the store exist."""
+class Manifest(_ManifestPart):
+    """What a store holds. Writing the manifest is what makes the store exist."""
 
     format: Literal["clue_dist.store"] = "clue_dist.store"
     version: Literal[2] = 2
     block_cells: int = Field(default=layout.BLOCK_CELLS, ge=1, le=65536)
     codec: Codec = "balanced"
-    modalities: dict[str, Modality]
-    batches: Names
-    labels: Names
-    strata: dict[str, Segment] = Field(min_length=1)
+    modalities: dict[str, Modality]  # in the order that the model has them in, too
+    batches: Names  # a cell's batch code is a place in this list
+    labels: Names  # a cell's label code is a place in this list
+    strata: dict[str, Segment] = Field(min_length=1)  # by name of the segment
     shards: dict[FileName, FileDigest]
-    # Not part of the fingerprint: where the cells came from, and every zarr.json, as zarr-python happens to write it.
+    # The fingerprint leaves out what follows. Equal cells may come from other files, and
+    # zarr-python may write another zarr.json of the same array.
     provenance: Notes = {}
-    metadata: dict[FileName, FileDigest] = {}
+    metadata: dict[FileName, FileDigest] = {}  # of every zarr.json
     fingerprint: str = ""
-    seal: str = ""  # SHA-256 of the manifest's file as it is without these letters
+    seal: str = ""  # SHA-256 of the manifest's file, taken while this field was empty
 
     @model_validator(mode="after")
-    def _consistent(self) -> Manifest:
-        order = list(self.modalities)
-        for name in order:
+    def _require_consistent_names(self) -> Manifest:
+        """Refuse segments that do not fit their names, modalities, batches or labels."""
+        for name in self.modalities:
             if not layout.MODALITY_NAME.fullmatch(name) or name in layout.RESERVED_NAMES:
                 raise ValueError(f"modality name {name!r} is not a plain name")
-        segments: Counter[str] = Counter()
-        for name, stratum in self.strata.items():
-            segments[layout.name_stratum(name)] += 1
-            if (
-                stratum.modalities != [m for m in order if m in stratum.modalities]
-                or not stratum.modalities
-            ):
+        segments_seen: Counter[str] = Counter()  # by stratum
+        for name, segment in self.strata.items():
+            stratum = layout.name_stratum(name)
+            segments_seen[stratum] += 1
+            in_order = [m for m in self.modalities if m in segment.modalities]
+            if segment.modalities != in_order or not in_order:
                 raise ValueError(
-                    f"stratum {name!r} lists modalities {stratum.modalities}, known are {order}"
+                    f"segment {name!r} lists modalities {segment.modalities}, "
+                    f"known are {list(self.modalities)}"
                 )
-            expected = layout.name_segment(stratum.modalities, segments[layout.name_stratum(name)])
-            if name != expected or set(stratum.packed) != set(stratum.modalities):
+            expected = layout.name_segment(segment.modalities, segments_seen[stratum])
+            if name != expected or set(segment.packed) != set(segment.modalities):
                 raise ValueError(
-                    f"stratum {name!r} does not fit its modalities {stratum.modalities}"
+                    f"segment {name!r} does not fit its modalities {segment.modalities}"
                 )
-            for m, packed in stratum.packed.items():
-                dense = self.modalities[m].storage == "dense"
-                if dense != (packed.values is not None) or dense == (packed.rest_type is not None):
-                    raise ValueError(
-                        f"stratum {name!r} packs {m!r} against its storage {self.modalities[m].storage!r}"
-                    )
-            for field, of, names in (
-                ("batch", stratum.batch_counts, self.batches),
-                ("label", stratum.label_counts, self.labels),
-            ):
-                if not of.keys() <= set(names) or sum(of.values()) > stratum.n_cells:
-                    raise ValueError(
-                        f"{field}_counts of stratum {name!r} do not fit its cells and {field} names"
-                    )
+            self._require_packed_as_stored(name, segment)
+            self._require_known_codes(name, segment)
         return self
 
-    @model_validator(mode="after")
-    def _of_real_sizes(self) -> Manifest:
-        """Before anything is allocated: no array is larger than its cells and features can make it."""
-        for name, s in self.strata.items():
-            most = layout.limit_shard_blocks(s.n_cells, self.block_cells)
-            if s.shard_blocks > most or s.shard_blocks % layout.CHUNK_ROWS:
+    def _require_packed_as_stored(self, name: str, segment: Segment) -> None:
+        """Refuse a dense modality that is packed as a sparse one, or the other way round."""
+        for modality, packed in segment.packed.items():
+            storage = self.modalities[modality].storage
+            is_dense = storage == "dense"
+            if is_dense != (packed.values is not None) or is_dense == (
+                packed.rest_type is not None
+            ):
                 raise ValueError(
-                    f"stratum {name!r} has shards of {s.shard_blocks} blocks, more than {most} or uneven"
+                    f"segment {name!r} packs {modality!r} against its storage {storage!r}"
                 )
-            for m, packed in s.packed.items():
-                values = min(self.block_cells, s.n_cells) * self.modalities[m].n_features
-                if packed.capacity > values or packed.rest > 3 * values:
+
+    def _require_known_codes(self, name: str, segment: Segment) -> None:
+        """Refuse counts of unknown batches or labels, or of more cells than there are."""
+        for field, counts, names in (
+            ("batch", segment.batch_counts, self.batches),
+            ("label", segment.label_counts, self.labels),
+        ):
+            if not counts.keys() <= set(names) or sum(counts.values()) > segment.n_cells:
+                raise ValueError(
+                    f"{field}_counts of segment {name!r} do not fit its cells and {field} names"
+                )
+
+    @model_validator(mode="after")
+    def _require_real_sizes(self) -> Manifest:
+        """Refuse an array that is larger than its cells and features can make it.
+
+        A forged manifest is thus refused before memory is allocated for what it promises.
+        """
+        for name, segment in self.strata.items():
+            limit = layout.limit_shard_blocks(segment.n_cells, self.block_cells)
+            if segment.shard_blocks > limit or segment.shard_blocks % layout.NARROW_CHUNK_BLOCKS:
+                raise ValueError(
+                    f"segment {name!r} has shards of {segment.shard_blocks} blocks, "
+                    f"more than {limit} or uneven"
+                )
+            for modality, packed in segment.packed.items():
+                block_cells = min(self.block_cells, segment.n_cells)
+                block_values = block_cells * self.modalities[modality].n_features
+                if packed.capacity > block_values or packed.rest > 3 * block_values:
                     raise ValueError(
-                        f"a block of {m!r} in stratum {name!r} has {values} values, and is packed as more"
+                        f"a block of {modality!r} in segment {name!r} has {block_values} values, "
+                        "and is packed as more"
                     )
             for spec in self.specify_arrays(name):
                 if not 0 < spec.chunk_bytes <= layout.MAX_CHUNK_BYTES:
                     raise ValueError(
-                        f"{spec.path} has chunks of {spec.chunk_bytes} bytes, at most {layout.MAX_CHUNK_BYTES}"
+                        f"{spec.path} has chunks of {spec.chunk_bytes} bytes, "
+                        f"at most {layout.MAX_CHUNK_BYTES}"
                     )
         return self
 
     @property
     def n_cells(self) -> int:
-        return sum(s.n_cells for s in self.strata.values())
+        """Number of cells in all segments."""
+        return sum(segment.n_cells for segment in self.strata.values())
 
     def compute_fingerprint(self) -> str:
-        """SHA-256 of the manifest's content, but for what the data do not decide: equal data, equal fingerprint."""
+        """Hash what the cells decide: equal cells give an equal fingerprint.
+
+        Returns:
+            SHA-256 in hexadecimal.
+        """
         content = self.model_dump(
             mode="json", exclude={"provenance", "metadata", "fingerprint", "seal"}
         )
-        return hashlib.sha256(
-            json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
-        ).hexdigest()
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
 
-    def specify_arrays(self, stratum: str) -> list[ArraySpec]:
-        """Specs of every array of a stratum, `obs` first."""
-        s, size = self.strata[stratum], self.block_cells
-        n = layout.count_blocks(s.n_cells, size)
-        root, usual = f"strata/{stratum}", layout.choose_compressor(self.codec)
-        narrow = partial(
-            layout.specify_narrow_array, n_blocks=n, shard=s.shard_blocks, compressor=usual
-        )
-        wide = partial(layout.specify_wide_array, n_blocks=n, shard=s.shard_blocks)
+    def specify_arrays(self, name: str) -> list[ArraySpec]:
+        """List the arrays of a segment, those of `obs` first."""
+        segment, width = self.strata[name], self.block_cells
+        narrow = partial(self._specify_array, name, chunk_blocks=layout.NARROW_CHUNK_BLOCKS)
+        wide = partial(self._specify_array, name, chunk_blocks=1)
         specs = [
-            narrow(f"{root}/obs/batch", tail=(size,), dtype="int32"),
-            narrow(f"{root}/obs/label", tail=(size,), dtype="int32"),
-            narrow(f"{root}/obs/barcode", tail=(size, s.barcode_width), dtype="uint8"),
+            narrow("obs/batch", tail=(width,), dtype="int32"),
+            narrow("obs/label", tail=(width,), dtype="int32"),
+            narrow("obs/barcode", tail=(width, segment.barcode_width), dtype="uint8"),
         ]
-        for m in s.modalities:
-            packed, features, folder = s.packed[m], self.modalities[m].n_features, f"{root}/{m}"
+        for modality in segment.modalities:
+            packed = segment.packed[modality]
             if packed.values is not None:
-                specs.append(
-                    wide(
-                        f"{folder}/values",
-                        tail=(size, features),
-                        dtype=packed.values,
-                        compressor=usual,
-                    )
-                )
+                tail = (width, self.modalities[modality].n_features)
+                specs.append(wide(f"{modality}/values", tail=tail, dtype=packed.values))
                 continue
             assert packed.rest_type is not None
-            of_codes = layout.choose_compressor(self.codec, lz4_is_idle=packed.bits == 0)
-            specs.append(narrow(f"{folder}/lengths", tail=(size, 3), dtype="uint32"))
-            specs.append(
-                wide(f"{folder}/codes", tail=(packed.capacity,), dtype="uint8", compressor=of_codes)
-            )
-            specs.append(
+            specs += [
+                narrow(f"{modality}/lengths", tail=(width, 3), dtype="uint32"),
                 wide(
-                    f"{folder}/rest", tail=(packed.rest,), dtype=packed.rest_type, compressor=usual
-                )
-            )
+                    f"{modality}/codes",
+                    tail=(packed.capacity,),
+                    dtype="uint8",
+                    lz4_is_idle=packed.bits == 0,
+                ),
+                wide(f"{modality}/rest", tail=(packed.rest,), dtype=packed.rest_type),
+            ]
         return specs
 
+    def _specify_array(
+        self,
+        name: str,
+        array: str,
+        tail: tuple[int, ...],
+        dtype: str,
+        chunk_blocks: int,
+        lz4_is_idle: bool = False,
+    ) -> ArraySpec:
+        """Specify one array of a segment; `tail` is the shape of what it holds of a block."""
+        segment = self.strata[name]
+        return ArraySpec(
+            path=f"strata/{name}/{array}",
+            shape=(layout.count_blocks(segment.n_cells, self.block_cells), *tail),
+            chunk=(chunk_blocks, *tail),
+            shard=(segment.shard_blocks, *tail),
+            dtype=dtype,
+            compressor=layout.choose_compressor(self.codec, lz4_is_idle),
+        )
+
     def lists_every_shard(self) -> bool:
-        """Whether exactly the shards are listed that all arrays have."""
+        """Whether the manifest lists exactly the shards that its arrays have."""
         specs = [spec for name in self.strata for spec in self.specify_arrays(name)]
-        if sum(spec.n_shards for spec in specs) != len(self.shards):  # which may be absurdly many
+        # A forged manifest may promise more shards than there is memory for their names.
+        if sum(spec.n_shards for spec in specs) != len(self.shards):
             return False
         return self.shards.keys() == {file for spec in specs for file in spec.list_shard_files()}
 
     def write(self, root: Path) -> Manifest:
-        """Sign and write the manifest durably: to a temporary name, synced, then renamed."""
+        """Sign the manifest and write it as a whole, durably.
+
+        Args:
+            root: The store's folder.
+
+        Returns:
+            The manifest as it was written, with fingerprint and seal.
+        """
         signed = self.model_copy(update={"fingerprint": self.compute_fingerprint(), "seal": ""})
-        signed = signed.model_copy(update={"seal": hashlib.sha256(signed._text()).hexdigest()})
-        write_file(root / layout.MANIFEST, signed._text(), durable=True)
+        signed = signed.model_copy(update={"seal": hashlib.sha256(signed._encode()).hexdigest()})
+        write_file(root / layout.MANIFEST, signed._encode(), durable=True)
         return signed
 
-    def _text(self) -> bytes:
+    def _encode(self) -> bytes:
+        """Return the content of the manifest's file."""
         return self.model_dump_json(indent=1).encode()
 
     def is_sealed(self, content: bytes) -> bool:
-        """Whether `content`, of the file this was read from, is to the byte what `write` wrote, provenance and all."""
+        """Whether the file that this manifest was read from is to the byte what `write` wrote.
+
+        The fingerprint does not see the provenance and the metadata; the seal does.
+
+        Args:
+            content: What the file holds.
+        """
         unsealed = b"".join(content.rsplit(self.seal.encode(), 1)) if self.seal else content
         return hashlib.sha256(unsealed).hexdigest() == self.seal
 
@@ -263,18 +323,18 @@ class Manifest(_Strict):
         """Read and verify the manifest of a store.
 
         Raises:
-            StoreError: no store there, an unfinished conversion, a manifest that is not ours or was edited; a server
-                that fails.
+            StoreError: There is no store or an unfinished one, the manifest is of another version
+                or was edited, or a server fails.
         """
-        path, content = root / layout.MANIFEST, location.read_file(root, layout.MANIFEST)
+        path = root / layout.MANIFEST
+        content = location.read_file(root, layout.MANIFEST)
         if content is None:
-            unfinished = isinstance(root, Path) and root.with_name(root.name + ".partial").exists()
-            fix = (
-                "run the same `python -m data_prep convert` again: it goes on where it stopped"
-                if unfinished
-                else "make one with `python -m data_prep convert ... --out STORE.zarr`, or mend the path"
+            raise StoreError(
+                "no store here",
+                where=root,
+                got=f"no {layout.MANIFEST}",
+                fix=_suggest_conversion(root),
             )
-            raise StoreError("no store here", where=root, got=f"no {layout.MANIFEST}", fix=fix)
         try:
             manifest = cls.model_validate_json(content)
         except ValidationError as error:
@@ -294,30 +354,31 @@ class Manifest(_Strict):
                 got=f"{len(manifest.shards)} shards",
                 fix="convert again from the source files, or restore the manifest",
             )
-        # A file that is to the byte what was written needs no closer look, which takes longer than all the rest.
+        # The seal is quick to check. The fingerprint takes longer than all else that is done here,
+        # so it is computed only where the seal is broken.
         if not manifest.is_sealed(content):
             manifest.verify_fingerprint(root)
         return manifest
 
     def verify_fingerprint(self, root: Location) -> None:
-        """Compare the content with its fingerprint.
+        """Compare the content of the manifest with its fingerprint.
 
         Raises:
-            StoreError: they differ.
+            StoreError: They differ.
         """
-        if self.fingerprint != self.compute_fingerprint():
+        expected = self.compute_fingerprint()
+        if self.fingerprint != expected:
             raise StoreError(
                 "the manifest was changed after it was written",
                 where=root / layout.MANIFEST,
                 got=self.fingerprint[:16],
-                expected=self.compute_fingerprint()[:16],
+                expected=expected[:16],
                 fix="convert again from the source files, or restore the manifest",
             )
 
 
-def find_largest_block(lengths: np.ndarray, block_cells: int) -> int:
-    """The most of something in a block, at least 1. lengths: what each cell has, (n_cells,) in store order."""
-    edges = np.arange(0, len(lengths), block_cells)
-    return (
-        int(np.add.reduceat(lengths.astype(np.int64), edges).max(initial=1)) if len(lengths) else 1
-    )
+def _suggest_conversion(root: Location) -> str:
+    """Say how to get a store where there is none."""
+    if isinstance(root, Path) and root.with_name(root.name + ".partial").exists():
+        return "run the same `python -m data_prep convert` again: it goes on where it stopped"
+    return "make one with `python -m data_prep convert ... --out STORE.zarr`, or correct the path"

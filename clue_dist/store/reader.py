@@ -1,4 +1,7 @@
-"""Reads a store through TensorStore. A missing, truncated or flipped chunk raises; it is never served as zeros."""
+"""Reads a store through TensorStore.
+
+A chunk that is missing, truncated or altered raises an error; it is never served as zeros.
+"""
 
 from __future__ import annotations
 
@@ -14,142 +17,272 @@ from clue_dist.store.kernels import compute_row_starts
 from clue_dist.store.layout import ArraySpec
 from clue_dist.store.location import Location
 from clue_dist.store.manifest import Manifest
-from clue_dist.store.rows import CHECK, CodedBlocks, CsrRows, LocatedRows
+from clue_dist.store.rows import CHECK_FIX, CodedBlocks, CsrRows, LocatedRows
 
-# Opening a handle caches nothing: the loader keeps the blocks it needs, once.
+# TensorStore caches nothing: the loader keeps the blocks that it needs, and keeps them once.
 _CONTEXT = {"cache_pool": {"total_bytes_limit": 0}, **location.RETRIES}
 
 
 @dataclass(frozen=True)
 class CellMetadata:
-    """Per-cell metadata. batch, label: (n,) int32 codes, -1 = unknown; barcodes: (n,) str."""
+    """What a store holds of cells besides their counts; all (n,)."""
 
-    batch: np.ndarray
-    label: np.ndarray
-    barcodes: np.ndarray
+    batch: np.ndarray  # int32 codes into the manifest's batches, -1 = unknown
+    label: np.ndarray  # int32 codes into the manifest's labels, -1 = unknown
+    barcodes: np.ndarray  # str
 
 
 class SegmentReader:
-    """The cells of one stratum. A cell's position p lies in block p // B, row p % B."""
+    """Reads the cells of one segment.
+
+    Cells are asked for by position, from 0 to `n_cells` - 1, or by block. Position p lies in block
+    p // B, row p % B, where B is `block_cells`.
+
+    Args:
+        root: Where the store lies.
+        manifest: The store's manifest.
+        name: The segment's name.
+
+    Raises:
+        StoreError: An array cannot be opened, or does not fit the manifest.
+    """
 
     def __init__(self, root: Location, manifest: Manifest, name: str) -> None:
         self.root, self.manifest, self.name = root, manifest, name
-        self.stratum = manifest.strata[name]
-        self.n_cells, self.block_cells = self.stratum.n_cells, manifest.block_cells
+        self.segment = manifest.strata[name]
+        self.n_cells, self.block_cells = self.segment.n_cells, manifest.block_cells
         self.n_blocks = layout.count_blocks(self.n_cells, self.block_cells)
         self._context = ts.Context(_CONTEXT)
+        # Specs, open arrays and shards that were found to be plain files, all by name of the array
+        # in its segment: "rna/codes".
         self._specs = {
-            s.path.removeprefix(f"strata/{name}/"): s for s in manifest.specify_arrays(name)
+            spec.path.removeprefix(f"strata/{name}/"): spec
+            for spec in manifest.specify_arrays(name)
         }
         self._arrays = {array: self._open(spec) for array, spec in self._specs.items()}
-        self._plain: dict[str, set[int]] = {array: set() for array in self._specs}
+        self._plain_shards: dict[str, set[int]] = {array: set() for array in self._specs}
 
     @property
     def modalities(self) -> list[str]:
-        return self.stratum.modalities
+        """The modalities that the cells carry, in the manifest's order."""
+        return self.segment.modalities
 
     def read_blocks(self, modality: str, blocks: np.ndarray) -> CodedBlocks | np.ndarray:
-        """Decoded blocks of one modality: `Blocks`, or (n, B, features) where it is stored dense."""
+        """Read whole blocks of one modality.
+
+        Args:
+            modality: The modality's name.
+            blocks: Numbers of the blocks, (n,).
+
+        Returns:
+            The blocks, rows still coded; (n, B, features) where the modality is stored dense.
+
+        Raises:
+            StoreError: Part of the store is missing or damaged.
+        """
         if self.manifest.modalities[modality].storage == "dense":
             return self._read(f"{modality}/values", blocks)
-        names = [f"{modality}/{part}" for part in ("codes", "rest", "lengths")]
-        pending = [self._start(name, blocks) for name in names]
+        names = [f"{modality}/{array}" for array in ("codes", "rest", "lengths")]
+        futures = [self._start(name, blocks) for name in names]  # all at once, then wait
         codes, rest, lengths = (
-            self.finish_read(n, blocks, future) for n, future in zip(names, pending, strict=True)
+            self.finish_read(name, blocks, future)
+            for name, future in zip(names, futures, strict=True)
         )
         return CodedBlocks(codes, rest, lengths, self.compute_starts(modality, lengths))
 
     def compute_starts(self, modality: str, lengths: np.ndarray) -> np.ndarray:
-        """Where the rows of blocks with these lengths, (n, B, 3), start: (n, B + 1, 2).
+        """Find where each row of some blocks starts.
+
+        Args:
+            modality: A sparse modality.
+            lengths: What the store holds of the blocks, (n, B, 3).
+
+        Returns:
+            Places in the block's codes and in its rest, (n, B + 1, 2).
 
         Raises:
-            StoreError: a block's rows are longer than the block.
+            StoreError: The rows of a block are longer than the block.
         """
-        starts, packed = compute_row_starts(lengths), self.stratum.packed[modality]
-        most = starts[:, -1].max(0, initial=0)
-        if (most > (packed.capacity, packed.rest)).any():
-            got = f"a block of {most[0]} non-zeros and {most[1]} rests"
-            raise self._misfit(modality, got, f"{packed.capacity} and {packed.rest} at most")
+        starts, packed = compute_row_starts(lengths), self.segment.packed[modality]
+        longest = starts[:, -1].max(0, initial=0)
+        if (longest > (packed.capacity, packed.rest)).any():
+            raise self._report_impossible(
+                modality,
+                f"a block of {longest[0]} non-zeros and {longest[1]} rests",
+                f"{packed.capacity} and {packed.rest} at most",
+            )
         return starts
 
     def locate_rows(
         self, modality: str, blocks: CodedBlocks, slot: np.ndarray, row: np.ndarray
     ) -> LocatedRows:
-        """Rows `row` of blocks `slot`, both (n,), among blocks of a sparse modality."""
-        n_features, bits = (
-            self.manifest.modalities[modality].n_features,
-            self.stratum.packed[modality].bits,
-        )
-        return LocatedRows(
-            blocks, slot, row, n_features, bits, f"{self.root}: stratum {self.name}, {modality}"
-        )
+        """Point at rows inside blocks of a sparse modality.
 
-    def _read_code_blocks(self, field: str, blocks: np.ndarray) -> np.ndarray:
-        """`batch` or `label` codes of whole blocks, (n, B) int32."""
-        return self._read(f"obs/{field}", blocks)
+        Args:
+            modality: The modality's name.
+            blocks: Some of its blocks.
+            slot: Which of these blocks each row lies in, (n,).
+            row: Which row of its block it is, (n,).
+        """
+        return LocatedRows(
+            blocks,
+            slot,
+            row,
+            self.manifest.modalities[modality].n_features,
+            self.segment.packed[modality].bits,
+            where=f"{self.root}: segment {self.name}, {modality}",
+        )
 
     def read_lengths(self, modality: str, blocks: np.ndarray) -> np.ndarray:
-        """Non-zeros of each cell of whole blocks of a sparse modality, (n, B) uint32; padding has none."""
+        """Read how many non-zeros each cell of some blocks has in a sparse modality.
+
+        Returns:
+            (n, B) uint32; the padding of the last block has none.
+        """
         return self._read(f"{modality}/lengths", blocks)[..., 0]
 
     def read_located_rows(self, modality: str, positions: np.ndarray) -> LocatedRows | np.ndarray:
-        """Any cells, in the order asked for: still coded, or (n, features) where stored dense."""
-        blocks, slot = np.unique(positions // self.block_cells, return_inverse=True)
-        row = positions % self.block_cells
-        got = self.read_blocks(modality, blocks)
-        return (
-            got[slot, row]
-            if isinstance(got, np.ndarray)
-            else self.locate_rows(modality, got, slot, row)
-        )
+        """Read one modality of any cells, in the order asked for, rows still coded.
+
+        Returns:
+            The rows inside their blocks; (n, features) where the modality is stored dense.
+        """
+        blocks, slot, row = self._split(positions)
+        found = self.read_blocks(modality, blocks)
+        if isinstance(found, np.ndarray):
+            return found[slot, row]
+        return self.locate_rows(modality, found, slot, row)
 
     def read_rows(self, modality: str, positions: np.ndarray) -> CsrRows | np.ndarray:
-        """Raw counts of any cells, in the order asked for: `Csr`, or (n, features) where stored dense."""
-        got = self.read_located_rows(modality, positions)
-        return got.to_csr() if isinstance(got, LocatedRows) else got
+        """Read the counts of any cells in one modality, in the order asked for.
+
+        Returns:
+            The rows; (n, features) where the modality is stored dense.
+        """
+        found = self.read_located_rows(modality, positions)
+        return found.to_csr() if isinstance(found, LocatedRows) else found
 
     def read_codes(self, field: str, positions: np.ndarray) -> np.ndarray:
-        """`batch` or `label` codes of any cells, (n,) int32, -1 = unknown."""
-        blocks, slot = np.unique(positions // self.block_cells, return_inverse=True)
-        return self.require_known_codes(
-            field, self._read_code_blocks(field, blocks)[slot, positions % self.block_cells]
-        )
+        """Read the `batch` or `label` codes of any cells.
+
+        Returns:
+            (n,) int32, -1 = unknown.
+        """
+        blocks, slot, row = self._split(positions)
+        return self.require_known_codes(field, self._read(f"obs/{field}", blocks)[slot, row])
 
     def require_known_codes(self, field: str, codes: np.ndarray) -> np.ndarray:
-        """The same codes of cells, (n,), of `batch` or `label`.
+        """Return `batch` or `label` codes of cells, (n,), as they are.
 
         Raises:
-            StoreError: one is not of the manifest's names.
+            StoreError: A code has no name in the manifest.
         """
-        n = len(self.manifest.batches if field == "batch" else self.manifest.labels)
-        if len(codes) and not (codes.min() >= -1 and codes.max() < n):
-            raise self._misfit(
-                f"obs/{field}", f"codes from {codes.min()} to {codes.max()}", f"-1 to {n - 1}"
+        n_names = len(self.manifest.batches if field == "batch" else self.manifest.labels)
+        if len(codes) and not (codes.min() >= -1 and codes.max() < n_names):
+            raise self._report_impossible(
+                f"obs/{field}", f"codes from {codes.min()} to {codes.max()}", f"-1 to {n_names - 1}"
             )
         return codes
 
     def read_metadata(self, positions: np.ndarray) -> CellMetadata:
-        """Batch, label and barcode of any cells, in the order asked for."""
+        """Read batch, label and barcode of any cells, in the order asked for."""
         try:
             barcodes = np.char.decode(self.read_barcodes(positions), "utf-8")
         except UnicodeDecodeError as error:
-            raise self._misfit("obs/barcode", str(error), "UTF-8") from None
-        return CellMetadata(
-            self.read_codes("batch", positions), self.read_codes("label", positions), barcodes
-        )
+            raise self._report_impossible("obs/barcode", str(error), "UTF-8") from None
+        batch, label = (self.read_codes(field, positions) for field in ("batch", "label"))
+        return CellMetadata(batch, label, barcodes)
 
     def read_barcodes(self, positions: np.ndarray) -> np.ndarray:
-        """Barcodes of any cells, in the order asked for, as UTF-8: (n,) bytes."""
-        blocks, slot = np.unique(positions // self.block_cells, return_inverse=True)
-        letters = self._read("obs/barcode", blocks)[slot, positions % self.block_cells]  # (n, w)
+        """Read the barcodes of any cells, in the order asked for.
+
+        Returns:
+            (n,) bytes, UTF-8.
+        """
+        blocks, slot, row = self._split(positions)
+        letters = self._read("obs/barcode", blocks)[slot, row]  # (n, w) uint8
         return np.ascontiguousarray(letters).view(f"S{letters.shape[1]}").reshape(-1)
 
+    def require_plain_shards(self, name: str, blocks: np.ndarray) -> None:
+        """Check that the shards of these blocks are files, and no larger than they can be.
+
+        TensorStore may read a shard whole. Each shard is looked at once.
+
+        Args:
+            name: An array, as "rna/codes".
+            blocks: Numbers of blocks, (n,).
+
+        Raises:
+            StoreError: A shard is a link, say, or too large.
+        """
+        spec, known = self._specs[name], self._plain_shards[name]
+        new = set((np.asarray(blocks) // spec.shard[0]).tolist()) - known
+        for shard in new:
+            location.require_plain_files(
+                self.root, spec.name_shard_file(shard), max_bytes=spec.shard_bytes
+            )
+        known |= new
+
+    def start_read(self, name: str, blocks: np.ndarray, target: ts.TensorStore) -> Any:
+        """Begin to read whole blocks of an array into memory.
+
+        The caller has called `require_plain_shards`; that may take a while, and this does not.
+
+        Args:
+            name: An array, as "rna/codes".
+            blocks: Numbers of the blocks, (n,).
+            target: Where to put them, (n, ...).
+
+        Returns:
+            A future, for `finish_read`.
+        """
+        return target.write(self._arrays[name][np.asarray(blocks, np.int64)])
+
+    def finish_read(self, name: str, blocks: np.ndarray, future: Any) -> Any:
+        """Wait for blocks that are being read.
+
+        Args:
+            name: The array that they are read from.
+            blocks: Their numbers, for the error message.
+            future: What began to read them.
+
+        Returns:
+            What the future gives.
+
+        Raises:
+            StoreError: Part of the store is missing or damaged.
+        """
+        try:
+            return future.result()
+        except (ValueError, OSError) as error:
+            first, last = int(blocks.min()), int(blocks.max())
+            span = f"{first} to {last}" if len(blocks) > 1 else str(first)
+            cells = f"{first * self.block_cells} to {(last + 1) * self.block_cells - 1}"
+            raise location.translate_read_error(
+                error,
+                self.root,
+                "part of the store is missing or damaged",
+                where=f"{self.root}: segment {self.name}, array {name}, "
+                f"blocks {span} (cells {cells})",
+                fix=CHECK_FIX,
+            ) from None
+
+    def _split(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the blocks that hold these cells, each cell's block among them, and its row."""
+        blocks, slot = np.unique(positions // self.block_cells, return_inverse=True)
+        return blocks, slot, positions % self.block_cells
+
     def _open(self, spec: ArraySpec) -> Any:
-        folder, kvstore = self.root / spec.path, location.open_kvstore(self.root, spec.path)
+        """Open an array, if its zarr.json says what the manifest makes of it."""
+        folder = self.root / spec.path
         location.require_plain_files(
-            self.root, f"{spec.path}/zarr.json", most=layout.MAX_METADATA_BYTES
+            self.root, f"{spec.path}/zarr.json", max_bytes=layout.MAX_METADATA_BYTES
         )
-        request = {"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False}
+        request = {
+            "driver": "zarr3",
+            "kvstore": location.open_kvstore(self.root, spec.path),
+            "fill_missing_data_reads": False,  # a missing chunk is an error, not zeros
+        }
         try:
             array = ts.open(
                 request, read=True, open=True, context=self._context, recheck_cached_data=False
@@ -157,78 +290,49 @@ class SegmentReader:
         except (ValueError, OSError) as error:
             what = "an array of the store cannot be opened"
             raise location.translate_read_error(
-                error, self.root, what, where=folder, fix=CHECK
+                error, self.root, what, where=folder, fix=CHECK_FIX
             ) from None
-        found, expected = array.spec().to_json()["metadata"], layout.make_array_metadata(spec)
-        if differ := [key for key, value in expected.items() if found.get(key) != value]:
-            got, wanted = ({key: of.get(key) for key in differ} for of in (found, expected))
+        found = array.spec().to_json()["metadata"]
+        expected = layout.make_array_metadata(spec)
+        if differing := [key for key, value in expected.items() if found.get(key) != value]:
             raise StoreError(
                 "an array does not fit the manifest",
                 where=folder,
-                got=got,
-                expected=wanted,
-                fix=CHECK,
+                got={key: found.get(key) for key in differing},
+                expected={key: expected[key] for key in differing},
+                fix=CHECK_FIX,
             )
         return array
 
-    def _misfit(self, array: str, got: str, expected: str) -> StoreError:
-        where = f"{self.root}: stratum {self.name}, {array}"
+    def _report_impossible(self, array: str, found: str, expected: str) -> StoreError:
+        """Return the error for values behind a checksum that fits, which yet cannot be."""
         return StoreError(
-            "values that no conversion writes", where=where, got=got, expected=expected, fix=CHECK
+            "values that no conversion writes",
+            where=f"{self.root}: segment {self.name}, {array}",
+            got=found,
+            expected=expected,
+            fix=CHECK_FIX,
         )
 
-    def require_plain_shards(self, name: str, blocks: np.ndarray) -> None:
-        """The shards that hold these blocks are files, no larger than they can be: TensorStore may read one whole. Each
-        is looked at once.
-
-        Raises:
-            StoreError: one is a link, say, or too large.
-        """
-        spec, known = self._specs[name], self._plain[name]
-        new = set((np.asarray(blocks) // spec.shard[0]).tolist()) - known
-        for shard in new:
-            location.require_plain_files(
-                self.root, spec.name_shard_file(shard), most=spec.shard_bytes
-            )
-        known |= new
-
     def _start(self, name: str, blocks: np.ndarray) -> Any:
+        """Begin to read whole blocks of an array."""
         self.require_plain_shards(name, blocks)
         return self._arrays[name][np.asarray(blocks, np.int64)].read()
 
-    def start_read(self, name: str, blocks: np.ndarray, target: ts.TensorStore) -> Any:
-        """Begin to read whole blocks of an array, after `require_plain`, into memory, without holding this thread up;
-        see `finish`."""
-        return target.write(self._arrays[name][np.asarray(blocks, np.int64)])
-
-    def finish_read(self, name: str, blocks: np.ndarray, future: Any) -> Any:
-        """What `future` gives, once it is there.
-
-        Raises:
-            StoreError: part of the store is missing or damaged.
-        """
-        try:
-            return future.result()
-        except (ValueError, OSError) as error:
-            raise location.translate_read_error(
-                error,
-                self.root,
-                "part of the store is missing or damaged",
-                where=f"{self.root}: stratum {self.name}, array {name}, blocks {_span(blocks)} "
-                f"(cells {int(blocks.min()) * self.block_cells} to {(int(blocks.max()) + 1) * self.block_cells - 1})",
-                fix=CHECK,
-            ) from None
-
     def _read(self, name: str, blocks: np.ndarray) -> np.ndarray:
+        """Read whole blocks of an array, (n, ...)."""
         return np.asarray(self.finish_read(name, blocks, self._start(name, blocks)))
 
 
 class Store:
-    """A committed store: its manifest, and one reader per stratum. root: a folder or a URL, see `place`.
+    """A store that exists: its manifest, and a reader of each segment.
+
+    Args:
+        root: A folder or a URL; see `location`.
 
     Raises:
-        StoreError: the store does not exist, is unfinished, does not fit its manifest, or holds a link; its server
-            fails.
+        StoreError: There is no store or an unfinished one, it does not fit its manifest, it holds
+            a link, or its server fails.
     """
 
     def __init__(self, root: str | Location) -> None:
@@ -241,12 +345,10 @@ class Store:
 
     @property
     def modalities(self) -> list[str]:
+        """Names of the modalities, in the manifest's order."""
         return list(self.manifest.modalities)
 
     @property
     def fingerprint(self) -> str:
+        """The fingerprint of the cells, SHA-256 in hexadecimal."""
         return self.manifest.fingerprint
-
-
-def _span(blocks: np.ndarray) -> str:
-    return f"{int(blocks.min())} to {int(blocks.max())}" if len(blocks) > 1 else str(int(blocks[0]))

@@ -1,8 +1,9 @@
-"""Keyed permutations: the i-th element of a shuffled range without holding the range.
+"""Keyed permutations: the i-th element of a shuffled range, without holding the range.
 
-A Feistel network over the next even power of two, walked until it lands inside (Black and Rogaway, 2002):
-bijective for any n, O(1) memory, the same on every machine. The plan of cells uses it; conversion shuffles cells by a
-hash of their names instead.
+A Feistel network permutes the next even power of two; it is walked until it lands inside the range
+(Black and Rogaway, 2002). The result is a bijection for any n, takes constant memory, and is the
+same on every machine. The plan of cells uses it. Conversion shuffles cells by a hash of their
+barcodes instead, so that their order does not depend on that of the inputs.
 """
 
 from __future__ import annotations
@@ -16,38 +17,50 @@ _ROUNDS = 6
 
 
 def derive_key(*parts: object) -> int:
-    """A 64-bit key out of anything with a stable `repr`: seeds, names, pass numbers."""
+    """Derive a 64-bit key from seeds, names or numbers: anything with a stable `repr`."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
 
-def permute_positions(i: np.ndarray, n: int, key: int | np.ndarray) -> np.ndarray:
-    """Where a shuffle of range(n) puts or takes element `i`. i: any shape, values in [0, n). Returns int64.
+def permute_positions(positions: np.ndarray, n: int, key: int | np.ndarray) -> np.ndarray:
+    """Return where a shuffle of range(n) puts some of its elements.
 
-    key: of the shuffle, or one for each element, uint64 of i's shape: of many shuffles at once.
+    Args:
+        positions: The elements, of any shape, from 0 to n - 1.
+        n: Length of the range.
+        key: The key of the shuffle; or one for each element, uint64 of the same shape, to look into
+            many shuffles at once.
+
+    Returns:
+        Places from 0 to n - 1, int64 of the same shape.
     """
-    if np.size(i) == 0:
-        return np.empty(np.shape(i), np.int64)
+    if np.size(positions) == 0:
+        return np.empty(np.shape(positions), np.int64)
     if n < 1:
         raise ValueError(f"a permutation of {n} elements does not exist")
-    half = max(1, -(-int(n - 1).bit_length() // 2))
-    flat = np.ascontiguousarray(i, np.int64).reshape(-1)
-    keys = np.broadcast_to(np.asarray(key, np.uint64), np.shape(i)).reshape(-1)
-    return _walk(flat, np.uint64(n), keys, np.uint64(half)).reshape(np.shape(i))
+    half_bits = max(1, -(-int(n - 1).bit_length() // 2))
+    flat = np.ascontiguousarray(positions, np.int64).reshape(-1)
+    keys = np.broadcast_to(np.asarray(key, np.uint64), np.shape(positions)).reshape(-1)
+    return _walk(flat, np.uint64(n), keys, np.uint64(half_bits)).reshape(np.shape(positions))
 
 
-def hash_barcodes(names: np.ndarray, key: int) -> np.ndarray:
-    """A keyed hash of each name, the same on every machine: sorted by it, names are shuffled.
+def hash_barcodes(barcodes: np.ndarray, key: int) -> np.ndarray:
+    """Hash barcodes, the same on every machine. In the order of the hashes they are shuffled.
 
-    names: (n,) bytes, however wide. Returns (n,) uint64.
+    Args:
+        barcodes: (n,) bytes, however wide.
+        key: Another key gives another order.
+
+    Returns:
+        (n,) uint64.
     """
-    width = names.dtype.itemsize
-    letters = np.ascontiguousarray(names).view(np.uint8).reshape(len(names), width)
+    width = barcodes.dtype.itemsize
+    letters = np.ascontiguousarray(barcodes).view(np.uint8).reshape(len(barcodes), width)
     return _hash(letters, np.uint64(key))
 
 
 @njit(nogil=True, cache=True)
 def _hash(letters, key):  # type: ignore[no-untyped-def]
-    """FNV-1a over the letters, then splitmix64's finaliser."""
+    """Run FNV-1a over the letters of each row, then the finaliser of splitmix64."""
     out = np.empty(len(letters), np.uint64)
     for i in range(len(letters)):
         end = letters.shape[1]
@@ -63,22 +76,25 @@ def _hash(letters, key):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _walk(i: np.ndarray, n: np.uint64, keys: np.ndarray, half: np.uint64) -> np.ndarray:
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    out = np.empty(len(i), np.int64)
-    for at in range(len(i)):
-        x, key = np.uint64(i[at]), keys[at]
+def _walk(
+    positions: np.ndarray, n: np.uint64, keys: np.ndarray, half_bits: np.uint64
+) -> np.ndarray:
+    """Send each position through the network until it lands below n."""
+    mask = (np.uint64(1) << half_bits) - np.uint64(1)
+    out = np.empty(len(positions), np.int64)
+    for i in range(len(positions)):
+        x, key = np.uint64(positions[i]), keys[i]
         while True:
-            left, right = x >> half, x & mask
+            left, right = x >> half_bits, x & mask
             for r in range(_ROUNDS):
-                # splitmix64's finaliser as the round function
+                # The round function is the finaliser of splitmix64.
                 h = right + key + np.uint64(r + 1) * np.uint64(0x9E3779B97F4A7C15)
                 h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
                 h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
                 h = h ^ (h >> np.uint64(31))
                 left, right = right, left ^ (h & mask)
-            x = (left << half) | right
+            x = (left << half_bits) | right
             if x < n:
                 break
-        out[at] = np.int64(x)
+        out[i] = np.int64(x)
     return out

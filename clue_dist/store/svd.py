@@ -1,10 +1,10 @@
-"""The leading singular vectors of a modality, over all its cells, kept beside them in the store.
+"""The leading singular vectors of a modality over all its cells, stored beside the cells.
 
-    STORE.zarr/svd/rna.json                what was computed, from the store of which fingerprint, hash of the arrays
-    STORE.zarr/svd/rna-<hash>.npz          the arrays of `Svd`
+    STORE.zarr/svd/rna.json          the note: what was computed, from which cells, and how
+    STORE.zarr/svd/rna-<hash>.npz    the arrays of `StoredSvd`
 
-The store's own fingerprint is that of its cells, and an SVD does not change it. The note is signed by a digest of its
-own and names the fingerprint that it was computed from; it is written last, and without it there is no SVD.
+The store's fingerprint is that of its cells; an SVD does not change it. The note has a digest of
+its own, and names the fingerprint of the cells. It is written last: without it there is no SVD.
 """
 
 from __future__ import annotations
@@ -29,12 +29,15 @@ from clue_dist.store.manifest import FileDigest, Manifest
 
 FOLDER = "svd"
 VERSION = 1
-_NOTE_BYTES = 2**20
+_MAX_NOTE_BYTES = 2**20
 _FIX = "compute it again with `python -m data_prep svd STORE`, or remove the store's folder `svd`"
 
 
 class SvdNote(BaseModel):
-    """How an SVD came about, and how to know that it is whole."""
+    """How an SVD was computed, and the digests that show whether it is whole.
+
+    A change of `normalise` that changes values must raise the version.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -42,44 +45,46 @@ class SvdNote(BaseModel):
     version: Literal[1] = 1
     store: str  # fingerprint of the cells
     modality: str
-    normalise: str
+    normalise: str  # how counts were normalised; see `normalise.normalise_rows`
     n_cells: int = Field(ge=1)
     n_features: int = Field(ge=1)
     components: int = Field(ge=1, le=10**6)
-    power: int = Field(ge=0)
+    power: int = Field(ge=0)  # power iterations
     seed: int
-    arrays: FileDigest = FileDigest(bytes=0, sha256="")
-    digest: str = ""
+    arrays: FileDigest = FileDigest(bytes=0, sha256="")  # of the file with the arrays
+    digest: str = ""  # of all fields above
 
     def compute_digest(self) -> str:
+        """Return the SHA-256 of the note without its digest, in hexadecimal."""
         content = self.model_dump(mode="json", exclude={"digest"})
-        return hashlib.sha256(
-            json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
-        ).hexdigest()
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def arrays_file(self) -> str:
+        """Path of the file with the arrays, inside the store."""
         return f"{FOLDER}/{self.modality}-{self.arrays.sha256[:16]}.npz"
 
     @property
     def file_names(self) -> set[str]:
-        return {_name(self.modality), self.arrays_file}
+        """Paths of both files, inside the store."""
+        return {_name_note(self.modality), self.arrays_file}
 
 
 @dataclass(frozen=True)
 class StoredSvd:
-    """Right singular vectors of (x - mean) / scale, x the normalised cells. loadings: (features, components) float32,
-    zero beyond the rank; singular: (components,); idf, mean, scale: (features,); float64."""
+    """Right singular vectors of (x - mean) / scale, where x are the normalised cells."""
 
     note: SvdNote
-    loadings: np.ndarray
-    singular: np.ndarray
-    idf: np.ndarray
-    mean: np.ndarray
-    scale: np.ndarray
+    loadings: np.ndarray  # (features, components) float32, zero beyond the rank
+    singular: np.ndarray  # (components,) float64
+    idf: np.ndarray  # (features,) float64: inverse frequency, for tf-idf
+    mean: np.ndarray  # (features,) float64
+    scale: np.ndarray  # (features,) float64
 
 
-_ARRAYS = [f.name for f in fields(StoredSvd) if f.name != "note"]
+_ARRAYS = [field.name for field in fields(StoredSvd) if field.name != "note"]
+# Readers of the header of a .npy file, by version of the format.
 _HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
@@ -87,7 +92,11 @@ _HEADERS = {
 
 
 def write_svd(root: Path, svd: StoredSvd) -> SvdNote:
-    """Save an SVD in its store, durably; one that was there is replaced. Returns its signed note."""
+    """Save an SVD in its store, durably, in place of an earlier one of the modality.
+
+    Returns:
+        The note as it was written, with digests.
+    """
     buffer = io.BytesIO()
     np.savez(buffer, **{name: getattr(svd, name) for name in _ARRAYS})
     content = buffer.getvalue()
@@ -97,66 +106,68 @@ def write_svd(root: Path, svd: StoredSvd) -> SvdNote:
     (root / FOLDER).mkdir(exist_ok=True)
     write_file(root / note.arrays_file, content, durable=True)
     text = json.dumps(note.model_dump(mode="json"), indent=1)
-    write_file(root / _name(note.modality), text, durable=True)
-    for old in (root / FOLDER).glob(f"{note.modality}-*.npz"):
-        if f"{FOLDER}/{old.name}" != note.arrays_file and len(old.stem) == len(note.modality) + 17:
-            old.unlink()
+    write_file(root / _name_note(note.modality), text, durable=True)
+    # Remove the arrays of an earlier SVD. A modality may be called "rna-x": its files stay.
+    for other in (root / FOLDER).glob(f"{note.modality}-*.npz"):
+        is_ours = len(other.stem) == len(note.modality) + 17  # the name, a dash and 16 digits
+        if is_ours and f"{FOLDER}/{other.name}" != note.arrays_file:
+            other.unlink()
     return note
 
 
 def read_svd_note(root: Location, manifest: Manifest, modality: str) -> SvdNote | None:
-    """The note of a modality's SVD; None where there is none.
+    """Read the note of a modality's SVD; None where there is none.
 
     Raises:
-        StoreError: it is damaged, or of other cells; a server that fails.
+        StoreError: The note is damaged or is that of other cells, or a server fails.
     """
-    where, content = (
-        root / _name(modality),
-        location.read_file(root, _name(modality), optional=True, most=_NOTE_BYTES),
-    )
+    name = _name_note(modality)
+    where = root / name
+    content = location.read_file(root, name, optional=True, max_bytes=_MAX_NOTE_BYTES)
     if content is None:
         return None
     try:
         note = SvdNote.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
-        raise _damaged(
-            where, f"{'.'.join(map(str, first['loc'])) or 'top level'}: {first['msg']}"
-        ) from None
+        field = ".".join(map(str, first["loc"])) or "top level"
+        raise _report_damage(where, f"{field}: {first['msg']}") from None
     if note.digest != note.compute_digest():
-        raise _damaged(where, f"digest {note.digest[:16]}", note.compute_digest()[:16])
+        raise _report_damage(where, f"digest {note.digest[:16]}", note.compute_digest()[:16])
     expected = (manifest.fingerprint, modality, manifest.modalities[modality].n_features)
     if (note.store, note.modality, note.n_features) != expected:
-        what, got = (
+        raise StoreError(
             "the SVD was computed from other cells",
-            f"those of fingerprint {note.store[:16]}",
+            where=where,
+            got=f"those of fingerprint {note.store[:16]}",
+            expected=manifest.fingerprint[:16],
+            fix=_FIX,
         )
-        raise StoreError(what, where=where, got=got, expected=manifest.fingerprint[:16], fix=_FIX)
     return note
 
 
 def read_svd(root: Location, manifest: Manifest, modality: str) -> StoredSvd | None:
-    """The SVD of a modality, every byte verified; None where there is none.
+    """Read the SVD of a modality, and verify every byte; None where there is none.
 
     Raises:
-        StoreError: see `read_note`; arrays that are missing or damaged.
+        StoreError: The arrays are missing or damaged, or `read_svd_note` raises it.
     """
     note = read_svd_note(root, manifest, modality)
     if note is None:
         return None
-    where, content = (
-        root / note.arrays_file,
-        location.read_file(root, note.arrays_file, most=note.arrays.bytes),
-    )
+    where = root / note.arrays_file
+    content = location.read_file(root, note.arrays_file, max_bytes=note.arrays.bytes)
     if content is None:
-        raise _damaged(where, "no such file")
-    got = FileDigest(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-    if got != note.arrays:
-        raise _damaged(where, f"{got.bytes} bytes, sha256 {got.sha256[:16]}", _told(note.arrays))
+        raise _report_damage(where, "no such file")
+    digest = FileDigest(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    if digest != note.arrays:
+        raise _report_damage(where, _describe_digest(digest), _describe_digest(note.arrays))
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as file:
             arrays = {
-                name: _array(file, f"{name}.npy", _shape(note, name), _dtype(name))
+                name: _read_array(
+                    file, f"{name}.npy", _expect_shape(note, name), _expect_type(name)
+                )
                 for name in _ARRAYS
             }
     except (
@@ -168,15 +179,17 @@ def read_svd(root: Location, manifest: Manifest, modality: str) -> StoredSvd | N
         MemoryError,
         zipfile.BadZipFile,
     ) as error:
-        raise _damaged(where, str(error)) from None
+        raise _report_damage(where, str(error)) from None
     return StoredSvd(note, **arrays)
 
 
-def _array(file: zipfile.ZipFile, name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """A member of an .npz as `write` leaves it: what its header says is believed only where it is what it should be.
+def _read_array(file: zipfile.ZipFile, name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Read one array of an .npz file.
+
+    The header may be forged: memory is allocated for what is expected, not for what it promises.
 
     Raises:
-        ValueError, KeyError: it is missing, something else, or not finite.
+        ValueError, KeyError: The array is missing, is another, or holds NaN or Inf.
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
     stored = file.getinfo(name)
@@ -197,7 +210,11 @@ def _array(file: zipfile.ZipFile, name: str, shape: tuple[int, ...], dtype: str)
 
 
 def verify_svd(root: Location, manifest: Manifest) -> tuple[list[str], set[str]]:
-    """What is wrong with the SVDs of a store, a line each; and the files that belong to them."""
+    """Verify the SVDs of a store.
+
+    Returns:
+        What is wrong, a line each; and the paths of the files that belong to SVDs.
+    """
     problems, files = [], set()
     for modality in manifest.modalities:
         try:
@@ -208,34 +225,39 @@ def verify_svd(root: Location, manifest: Manifest) -> tuple[list[str], set[str]]
             read_svd(root, manifest, modality)
         except StoreError as error:
             problems.append(f"{error.where}: {error.what} ({error.got})")
-            files.add(_name(modality))
+            files.add(_name_note(modality))
     return problems, files
 
 
 def list_svds(root: Location, manifest: Manifest) -> dict[str, SvdNote]:
-    """The notes of the modalities that have an SVD; raises as `read_note` does."""
+    """Read the notes of the modalities that have an SVD; raise what `read_svd_note` raises."""
     notes = {m: read_svd_note(root, manifest, m) for m in manifest.modalities}
     return {m: note for m, note in notes.items() if note is not None}
 
 
-def _name(modality: str) -> str:
+def _name_note(modality: str) -> str:
+    """Return the path of a modality's note, inside the store."""
     return f"{FOLDER}/{modality}.json"
 
 
-def _shape(note: SvdNote, name: str) -> tuple[int, ...]:
+def _expect_shape(note: SvdNote, name: str) -> tuple[int, ...]:
+    """Return the shape that an array of an SVD must have."""
     shapes = {"loadings": (note.n_features, note.components), "singular": (note.components,)}
     return shapes.get(name, (note.n_features,))
 
 
-def _dtype(name: str) -> str:
+def _expect_type(name: str) -> str:
+    """Return the type that an array of an SVD must have."""
     return "<f4" if name == "loadings" else "<f8"
 
 
-def _told(shard: FileDigest) -> str:
-    return f"{shard.bytes} bytes, sha256 {shard.sha256[:16]}"
+def _describe_digest(digest: FileDigest) -> str:
+    """Write a digest for an error message."""
+    return f"{digest.bytes} bytes, sha256 {digest.sha256[:16]}"
 
 
-def _damaged(where: object, got: str, expected: str | None = None) -> StoreError:
+def _report_damage(where: object, found: str, expected: str | None = None) -> StoreError:
+    """Return the error for an SVD that is damaged."""
     return StoreError(
-        "the stored SVD is damaged", where=where, got=got, expected=expected, fix=_FIX
+        "the stored SVD is damaged", where=where, got=found, expected=expected, fix=_FIX
     )

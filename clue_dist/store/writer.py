@@ -1,4 +1,7 @@
-"""Writes a store: arrays first (zarr-python), then shard by shard (TensorStore), the manifest last."""
+"""Writes a store: empty arrays first, then shard by shard, the manifest last.
+
+zarr-python creates the arrays, TensorStore writes the shards.
+"""
 
 from __future__ import annotations
 
@@ -18,23 +21,28 @@ from clue_dist.store.layout import ArraySpec
 from clue_dist.store.manifest import FileDigest, Manifest, PackedModality
 from clue_dist.store.rows import CodedRows
 
+# Between two reads of this size, hashing needs the interpreter's lock, which training wants too.
+_HASH_BUFFER_BYTES = 8 << 20
+
 
 @dataclass(frozen=True)
-class SegmentCells:
-    """Consecutive cells of one stratum, in store order.
+class ShardCells:
+    """The cells of one shard, in the order of the store."""
 
-    modalities: rows per modality, `Coded` as the manifest says, or a dense (n, features) array; batch, label: (n,)
-    int32 codes into the manifest's lists, -1 = unknown; barcodes: (n,) bytes, UTF-8.
-    """
-
+    # Of each modality the rows, coded as the manifest says; dense (n, features) where it is dense.
     modalities: dict[str, CodedRows | np.ndarray]
-    batch: np.ndarray
-    label: np.ndarray
-    barcodes: np.ndarray
+    batch: np.ndarray  # (n,) int32 codes into the manifest's batches, -1 = unknown
+    label: np.ndarray  # (n,) int32 codes into the manifest's labels, -1 = unknown
+    barcodes: np.ndarray  # (n,) bytes, UTF-8
 
 
 def create_store(root: Path, manifest: Manifest) -> None:
-    """Create the groups and empty arrays of every stratum under `root`; existing shards stay."""
+    """Create the groups and empty arrays of a store; shards that are there stay.
+
+    Args:
+        root: The store's folder.
+        manifest: What the store is to hold.
+    """
     root.mkdir(parents=True, exist_ok=True)
     zarr.open_group(root, mode="a", zarr_format=3)
     for name in manifest.strata:
@@ -44,69 +52,88 @@ def create_store(root: Path, manifest: Manifest) -> None:
 
 
 def write_shard(
-    root: Path, manifest: Manifest, stratum: str, shard: int, cells: SegmentCells
+    root: Path, manifest: Manifest, name: str, shard: int, cells: ShardCells
 ) -> dict[str, FileDigest]:
-    """Write shard number `shard` of every array of a stratum; returns the size and hash of each file.
+    """Write one shard of every array of a segment. Writing it again gives the same bytes.
 
-    `cells` holds the shard's cells in order: shard_blocks * block_cells of them, fewer only in the last shard.
-    Writing again gives the same bytes.
+    Args:
+        root: The store's folder.
+        manifest: What the store is to hold.
+        name: The segment's name.
+        shard: Number of the shard.
+        cells: The cells of the shard: shard_blocks * block_cells, fewer only in the last shard.
+
+    Returns:
+        Size and hash of each file, by path inside the store.
+
+    Raises:
+        StoreError: The cells are too many or too few, or the shard cannot be written.
     """
-    s, size = manifest.strata[stratum], manifest.block_cells
-    per_shard = s.shard_blocks * size
-    expected = min(per_shard, s.n_cells - shard * per_shard)
+    segment, block_cells = manifest.strata[name], manifest.block_cells
+    shard_cells = segment.shard_blocks * block_cells
+    expected = min(shard_cells, segment.n_cells - shard * shard_cells)
     if len(cells.barcodes) != expected:
         raise StoreError(
             "a shard got the wrong number of cells",
-            where=f"{stratum} shard {shard}",
+            where=f"{name} shard {shard}",
             got=len(cells.barcodes),
             expected=expected,
         )
-    first = shard * s.shard_blocks
-    n_blocks = layout.count_blocks(expected, size)
-
-    written = {}
-    for spec in manifest.specify_arrays(stratum):
-        of, name = spec.path.split("/")[-2:]
-        if of == "obs":
-            data = _obs_array(name, cells, n_blocks, size, s.barcode_width)
+    n_blocks = layout.count_blocks(expected, block_cells)
+    digests = {}
+    for spec in manifest.specify_arrays(name):
+        modality, array = spec.path.split("/")[-2:]
+        if modality == "obs":
+            values = _arrange_obs(array, cells, n_blocks, block_cells, segment.barcode_width)
         else:
-            data = _modality_array(name, cells.modalities[of], n_blocks, size, s.packed[of])
-        _write(root / spec.path, first, data)
-        key = f"{spec.path}/c/{shard}" + "/0" * (len(spec.shape) - 1)
-        written[key] = hash_file(root / key)
-    return written
+            rows, packed = cells.modalities[modality], segment.packed[modality]
+            values = _arrange_modality(array, rows, n_blocks, block_cells, packed)
+        _write_blocks(root / spec.path, shard * segment.shard_blocks, values)
+        file = spec.name_shard_file(shard)
+        digests[file] = hash_file(root / file)
+    return digests
 
 
-def _write(folder: Path, first: int, data: np.ndarray) -> None:
-    """Write one whole shard from block `first` on, synced and renamed into place by TensorStore (twice zarr-python's
-    speed, byte for byte the same file).
+def _write_blocks(folder: Path, first: int, values: np.ndarray) -> None:
+    """Write the blocks of one whole shard of an array, from block `first` on.
+
+    TensorStore syncs the file and renames it into place. It takes half the time of zarr-python, and
+    the file is byte for byte the same.
     """
-    # Otherwise an all-zero chunk is left out, and a missing chunk could not be told from zeros.
     request = {
         "driver": "zarr3",
         "kvstore": {"driver": "file", "path": f"{folder}/"},
+        # Otherwise a chunk of zeros is left out, and looks like a chunk that was lost.
         "store_data_equal_to_fill_value": True,
     }
     try:
         array = ts.open(request, open=True, write=True).result()
-        # It need not copy what stays as it is until the result is there.
-        array[first : first + len(data)].write(
-            data, can_reference_source_data_indefinitely=True
+        # The values do not change before the result is there: TensorStore need not copy them.
+        array[first : first + len(values)].write(
+            values, can_reference_source_data_indefinitely=True
         ).result()
     except (ValueError, OSError) as error:
-        got = str(error).split("[")[0]
         raise StoreError(
             "a shard cannot be written",
             where=folder,
-            got=got,
-            fix="if the disk is full, free some and go on",
+            got=str(error).split("[")[0],
+            fix="if the disk is full, free some space and run the same command again",
         ) from None
 
 
 def commit_store(partial: Path, final: Path, manifest: Manifest) -> Manifest:
-    """Write the manifest into `partial`, with hashes of its metadata, then give the folder its final name.
+    """Write the manifest, and give the store its final name. From then on the store exists.
 
-    From here on the store exists.
+    Args:
+        partial: The folder with all shards.
+        final: The store's final folder.
+        manifest: What the store holds, the digest of every shard included.
+
+    Returns:
+        The manifest as it was written.
+
+    Raises:
+        StoreError: There is something at `final` already.
     """
     signed = manifest.model_copy(update={"metadata": hash_metadata(partial)}).write(partial)
     if final.exists():
@@ -119,27 +146,24 @@ def commit_store(partial: Path, final: Path, manifest: Manifest) -> Manifest:
 
 
 def hash_metadata(root: Path, below: str = "") -> dict[str, FileDigest]:
-    """Size and hash of every zarr.json of a store, or of those in a folder of it."""
+    """Take size and hash of every zarr.json of a store, or of those in one folder of it."""
     return {
-        p.relative_to(root).as_posix(): hash_file(p)
-        for p in sorted((root / below).rglob("zarr.json"))
+        path.relative_to(root).as_posix(): hash_file(path)
+        for path in sorted((root / below).rglob("zarr.json"))
     }
 
 
 def hash_file(path: Path) -> FileDigest:
-    """Size and SHA-256 of a file, read in pieces: large ones, as between two the interpreter's lock is taken, from
-    training, too."""
-    digest, piece = hashlib.sha256(), memoryview(bytearray(PIECE))
-    with path.open("rb", buffering=0) as f:
-        while n := f.readinto(piece):
-            digest.update(piece[:n])
-        return FileDigest(bytes=f.tell(), sha256=digest.hexdigest())
-
-
-PIECE = 8 << 20  # bytes
+    """Take size and SHA-256 of a file."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_HASH_BUFFER_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while n_read := file.readinto(buffer):
+            digest.update(buffer[:n_read])
+        return FileDigest(bytes=file.tell(), sha256=digest.hexdigest())
 
 
 def _create_array(root: Path, spec: ArraySpec) -> None:
+    """Create one empty array."""
     zarr.create_array(
         store=str(root),
         name=spec.path,
@@ -147,7 +171,7 @@ def _create_array(root: Path, spec: ArraySpec) -> None:
         chunks=spec.chunk,
         shards=spec.shard,
         dtype=spec.dtype,
-        # crc32c comes last, so that a flipped bit raises before anything is decoded.
+        # The checksum comes last: a flipped bit raises an error before anything is decompressed.
         compressors=[
             zarr.codecs.BloscCodec(**layout.make_blosc_options(spec)),
             zarr.codecs.Crc32cCodec(),
@@ -156,40 +180,50 @@ def _create_array(root: Path, spec: ArraySpec) -> None:
     )
 
 
-def _padded(values: np.ndarray, rows: int, dtype: str | np.dtype) -> np.ndarray:
-    out = np.zeros((rows, *values.shape[1:]), dtype)
+def _arrange_obs(
+    array: str, cells: ShardCells, n_blocks: int, block_cells: int, barcode_width: int
+) -> np.ndarray:
+    """Arrange batch, label or barcodes in blocks, (n_blocks, B) or (n_blocks, B, width)."""
+    n_cells = n_blocks * block_cells
+    if array != "barcode":
+        codes = cells.batch if array == "batch" else cells.label
+        return _pad(codes, n_cells, "int32").reshape(n_blocks, block_cells)
+    letters = cells.barcodes.astype(f"S{barcode_width}").view(np.uint8).reshape(-1, barcode_width)
+    return _pad(letters, n_cells, "uint8").reshape(n_blocks, block_cells, barcode_width)
+
+
+def _arrange_modality(
+    array: str,
+    rows: CodedRows | np.ndarray,
+    n_blocks: int,
+    block_cells: int,
+    packed: PackedModality,
+) -> np.ndarray:
+    """Arrange one array of a modality in blocks, (n_blocks, ...)."""
+    n_cells = n_blocks * block_cells
+    if isinstance(rows, np.ndarray):
+        values = _pad(rows, n_cells, str(packed.values))
+        return values.reshape(n_blocks, block_cells, rows.shape[1])
+    if array == "lengths":
+        return _pad(rows.lengths, n_cells, "uint32").reshape(n_blocks, block_cells, 3)
+    # Where the blocks start in codes and in rest, and where the last one ends: (n_blocks + 1, 2).
+    first_rows = np.minimum(np.arange(n_blocks + 1) * block_cells, rows.n_rows)
+    edges = rows.compute_starts()[first_rows]
+    if array == "codes":
+        return _pad_blocks(rows.codes, edges[:, 0], packed.capacity, "uint8")
+    return _pad_blocks(rows.rest, edges[:, 1], packed.rest, str(packed.rest_type))
+
+
+def _pad(values: np.ndarray, n_rows: int, dtype: str) -> np.ndarray:
+    """Append rows of zeros up to `n_rows` rows."""
+    out = np.zeros((n_rows, *values.shape[1:]), dtype)
     out[: len(values)] = values
     return out
 
 
-def _obs_array(name: str, cells: SegmentCells, n_blocks: int, size: int, width: int) -> np.ndarray:
-    if name != "barcode":
-        codes = cells.batch if name == "batch" else cells.label
-        return _padded(codes, n_blocks * size, "int32").reshape(n_blocks, size)
-    letters = cells.barcodes.astype(f"S{width}").view(np.uint8).reshape(-1, width)
-    return _padded(letters, n_blocks * size, "uint8").reshape(n_blocks, size, width)
-
-
-def _modality_array(
-    name: str, rows: CodedRows | np.ndarray, n_blocks: int, size: int, packed: PackedModality
-) -> np.ndarray:
-    if isinstance(rows, np.ndarray):
-        return _padded(rows, n_blocks * size, str(packed.values)).reshape(
-            n_blocks, size, rows.shape[1]
-        )
-    if name == "lengths":
-        return _padded(rows.lengths, n_blocks * size, "uint32").reshape(n_blocks, size, 3)
-    edges = rows.compute_starts()[
-        np.minimum(np.arange(n_blocks + 1) * size, rows.n_rows)
-    ]  # (n_blocks + 1, 2)
-    if name == "codes":
-        return _blocked(rows.codes, edges[:, 0], packed.capacity, "uint8")
-    return _blocked(rows.rest, edges[:, 1], packed.rest, str(packed.rest_type))
-
-
-def _blocked(values: np.ndarray, edges: np.ndarray, width: int, dtype: str) -> np.ndarray:
-    """Values between neighbouring edges, each run padded with zeros to `width`. (n_blocks, width)"""
+def _pad_blocks(values: np.ndarray, edges: np.ndarray, width: int, dtype: str) -> np.ndarray:
+    """Cut values at edges and append zeros to each part up to `width`, (n_blocks, width)."""
     out = np.zeros((len(edges) - 1, width), dtype)
-    for block, (lo, hi) in enumerate(pairwise(edges)):
-        out[block, : hi - lo] = values[lo:hi]
+    for block, (start, stop) in enumerate(pairwise(edges)):
+        out[block, : stop - start] = values[start:stop]
     return out

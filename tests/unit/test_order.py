@@ -1,4 +1,4 @@
-"""From the store to the ranks, for any plan: what is served where, and after a resume, is what the plan says."""
+"""For any plan, the ranks serve the cells that the plan says, after a resume too."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,14 +30,14 @@ WORLDS = {
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """A dense modality of real numbers tells its cells apart."""
+    """Make a store whose cells can be told apart by a modality of real numbers."""
     path = tmp_path_factory.mktemp("order") / "s.zarr"
     return make_store(path, cells=CELLS, features={"rna": 9, "place": 1}, block_cells=BLOCK)
 
 
 @st.composite
 def plans(draw: st.DrawFn) -> tuple[CellPlan, int]:
-    """A plan that draws from some or all cells of each stratum, as hold-out makes it, and a number of ranks."""
+    """Draw a plan over some or all cells of each stratum, and a number of ranks."""
     lanes = draw(st.sampled_from(sorted(WORLDS)))
     sizes = {s: draw(st.integers(1, n)) for s, n in CELLS.items()}
     share = {s: lanes * draw(st.integers(1, 4)) for s in CELLS}
@@ -47,14 +48,16 @@ def plans(draw: st.DrawFn) -> tuple[CellPlan, int]:
 
 
 def places(store: Store, batch: Batch, rank_share: dict[str, int]) -> dict[str, np.ndarray]:
-    """Which cell of its stratum each cell of a batch is."""
+    """Find the position of each cell of a batch, by stratum."""
     served, out, first = batch.modalities["place"].counts, {}, 0
+    assert isinstance(served, torch.Tensor)
     for stratum, n in rank_share.items():
-        known = store.segments[stratum].read_rows("place", np.arange(CELLS[stratum]))[:, 0]  # type: ignore[index]
-        of = served[first : first + n, 0].numpy()  # type: ignore[index]
+        known = store.segments[stratum].read_rows("place", np.arange(CELLS[stratum]))
+        assert isinstance(known, np.ndarray)
+        known, values = known[:, 0], served[first : first + n, 0].numpy()
         order = np.argsort(known)
-        out[stratum] = order[np.searchsorted(known[order], of).clip(max=len(known) - 1)]
-        np.testing.assert_array_equal(known[out[stratum]], of)
+        out[stratum] = order[np.searchsorted(known[order], values).clip(max=len(known) - 1)]
+        np.testing.assert_array_equal(known[out[stratum]], values)
         first += n
     return out
 
@@ -70,12 +73,12 @@ def served(
 def global_batches(
     store: Store, plan: CellPlan, first: int, steps: int, world: int
 ) -> dict[str, np.ndarray]:
-    """Cells of every stratum in batches `first` on, (steps, N_s), each rank's put where it belongs."""
+    """Put the cells of all ranks together: (steps, N_s) by stratum, from batch `first` on."""
     out = {s: np.full((steps, n), -1) for s, n in plan.stratum_shares.items()}
     for rank in range(world):
         for t, cells in enumerate(served(store, plan, first, steps, rank, world)):
-            for stratum, of in cells.items():
-                out[stratum][t, rank::world] = of
+            for stratum, positions in cells.items():
+                out[stratum][t, rank::world] = positions
     return out
 
 
@@ -103,7 +106,7 @@ def test_ranks_together_serve_the_plans_batches_from_any_step(
 def test_a_run_resumed_on_other_ranks_serves_what_one_run_through_does(
     store: Store, chosen: tuple[CellPlan, int], data: st.DataObject
 ) -> None:
-    """And the run through serves every cell once in each pass of its stratum."""
+    """The run through also serves every cell once in each pass of its stratum."""
     plan, world = chosen
     steps = max(-(-2 * plan.segment_sizes[s] // n) for s, n in plan.stratum_shares.items())
     at = data.draw(st.integers(0, steps - 1), "resumed at")

@@ -1,4 +1,4 @@
-"""`check` finds every kind of damage, `inspect` tells what is there, and both go through the command line."""
+"""`check` finds every kind of damage, and `inspect` describes a store, on the command line too."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def resign(root: Path, **changes: object) -> None:
-    """What a person with an editor and bad luck might do: a manifest that fits files that are wrong."""
+    """Sign a manifest anew that fits files which are wrong."""
     manifest = Manifest.read(root)
     shards = {key: hash_file(root / key) for key in manifest.shards}
     manifest.model_copy(update={"shards": shards, **changes}).write(root)
@@ -72,7 +72,7 @@ def test_all_problems_are_listed(root: Path) -> None:
 
 
 def test_damage_that_the_hashes_know(root: Path) -> None:
-    """The reader decodes every block, so a chunk that was broken before it was hashed is found too."""
+    """`check` decodes every block: it finds a chunk that was broken before it was hashed."""
     key = next(k for k in Manifest.read(root).shards if "codes" in k)
     data = bytearray((root / key).read_bytes())
     data[len(data) // 3] ^= 1
@@ -163,7 +163,7 @@ def test_rows_that_are_not_coded_as_the_manifest_says(root: Path) -> None:
 
 
 def test_metadata_and_what_the_fingerprint_leaves_out(root: Path) -> None:
-    """Changes that alter no value served are told as well."""
+    """`check` lists changes that alter no count, too."""
     group, manifest = root / "strata/rna/zarr.json", root / "manifest.json"
     sound = manifest.read_text()
     group.write_text(group.read_text().replace("{}", '{"a": 1}'))

@@ -17,8 +17,8 @@ from clue_dist.store import layout
 from clue_dist.store.manifest import Manifest, Modality, Segment
 from clue_dist.store.reader import Store
 from clue_dist.store.rows import COUNT_BITS, CsrRows, code_rows
-from clue_dist.store.writer import SegmentCells, commit_store, create_store, write_shard
-from tests.stores import packed_of, part_of
+from clue_dist.store.writer import ShardCells, commit_store, create_store, write_shard
+from tests.stores import describe_packing, slice_rows
 
 
 def write(
@@ -31,7 +31,7 @@ def write(
         "rna": code_rows(csr, COUNT_BITS if sparse.max(initial=0) > 1 else 0),
         "adt": dense.astype(layout.choose_unsigned(int(dense.max(initial=0)))),
     }
-    packed = {name: packed_of(of, block) for name, of in rows.items()}
+    packed = {name: describe_packing(of, block) for name, of in rows.items()}
     features = {
         name: [f"{name}{i}" for i in range(values.shape[1])]
         for name, values in (("rna", sparse), ("adt", dense))
@@ -62,8 +62,8 @@ def write(
     for shard in range(-(-n // (16 * block))):
         part = slice(shard * 16 * block, (shard + 1) * 16 * block)
         names = np.array([f"é{i}".encode() for i in range(n)])[part]
-        cells = SegmentCells(
-            {name: part_of(of, part) for name, of in rows.items()},
+        cells = ShardCells(
+            {name: slice_rows(of, part) for name, of in rows.items()},
             (np.arange(n) % 3 - 1).astype(np.int32)[part],
             np.full(n, -1, np.int32)[part],
             names,

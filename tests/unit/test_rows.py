@@ -47,7 +47,7 @@ def test_any_order_and_type_comes_back(dtype: type, bits: int) -> None:
 @pytest.mark.parametrize("far", [80, 200, 1000, 70_000])  # rest of none, of one, two or four bytes
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 40])
 def test_rows_of_blocks_come_in_any_order_and_again(n: int, far: int) -> None:
-    """Whatever is asked for ahead: the last row of the last block, empty rows, one row many times."""
+    """Prefetching reads nothing wrong: the last row, empty rows, one row many times."""
     rng = np.random.default_rng(0)
     dense = np.zeros((12, 100_000), np.int32)
     dense[:, :60] = rng.random((12, 60)) < 0.3

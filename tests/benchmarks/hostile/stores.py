@@ -148,8 +148,8 @@ def sign(root: Path, **changes: Any) -> None:
 def write_sealed(root: Path, tree: Any) -> None:
     """A manifest as JSON, with the seal of its content but the fingerprint it had."""
     manifest = Manifest.model_validate_json(json.dumps(tree | {"seal": ""}))
-    seal = hashlib.sha256(manifest._text()).hexdigest()
-    (root / layout.MANIFEST).write_bytes(manifest.model_copy(update={"seal": seal})._text())
+    seal = hashlib.sha256(manifest._encode()).hexdigest()
+    (root / layout.MANIFEST).write_bytes(manifest.model_copy(update={"seal": seal})._encode())
 
 
 def write_signed(root: Path, tree: Any) -> None:

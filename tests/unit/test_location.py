@@ -1,4 +1,4 @@
-"""A folder whose file server fails for a while is told from one whose files are damaged: starting again may mend it."""
+"""Errors of a file server that is away for a while are told from errors of damaged files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_what_the_system_says_of_a_file(
     ("number", "code"), [(errno.EIO, LOST), (errno.ETIMEDOUT, LOST), (errno.EMFILE, 2)]
 )
 def test_what_tensorstore_says_of_it(tmp_path: Path, number: int, code: int) -> None:
-    """Its words, with the number of another error in the place of the one that can be brought about here."""
+    """A test can bring about one error of the system; the number of another one replaces its own."""
     root = make_store(tmp_path / "s.zarr", cells={"rna": 30}, features={"rna": 10}).root
     opened = location._open(root)
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
