@@ -19,8 +19,8 @@ from data_prep.simulate import SimulationSpec
 def test_rows_name_choices_of_the_config() -> None:
     for name, kind in KINDS.items():
         assert name == kind.name
-        assert kind.normalise in get_args(config.Normalise)
-        assert kind.likelihood in get_args(config.Likelihood)
+        assert kind.normalise in get_args(config.NormalisationName)
+        assert kind.likelihood in get_args(config.LikelihoodName)
 
 
 def test_no_alias_tells_two_kinds() -> None:

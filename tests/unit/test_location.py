@@ -36,7 +36,7 @@ def test_what_the_system_says_of_a_file(
     ("number", "code"), [(errno.EIO, LOST), (errno.ETIMEDOUT, LOST), (errno.EMFILE, 2)]
 )
 def test_what_tensorstore_says_of_it(tmp_path: Path, number: int, code: int) -> None:
-    """A test can bring about one error of the system; the number of another one replaces its own."""
+    """One error of the system can be brought about; the number of another replaces its own."""
     root = make_store(tmp_path / "s.zarr", cells={"rna": 30}, features={"rna": 10}).root
     opened = location._open(root)
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)

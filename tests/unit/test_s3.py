@@ -1,4 +1,4 @@
-"""A store on an S3 server gives the same cells as in its folder; errors say what is wrong with it."""
+"""A store on an S3 server gives the cells that its folder gives; errors say what is wrong."""
 
 from __future__ import annotations
 
