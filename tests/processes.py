@@ -1,50 +1,110 @@
-"""Starts Python code as real ranks of one job."""
+"""Starts the ranks of one job on this machine, each in a process of its own, without a launcher.
+
+The processes are forked from a server that has imported torch, which is most of what they take to
+start. No process of the server has run anything before.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
-import subprocess
 import sys
+import tempfile
 import textwrap
+from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["torch.distributed", "clue_dist.resilience.peers", "pytest"])
+
+
+def start_ranks(
+    world: int, folder: Path, work: Callable[..., None], *arguments: Any
+) -> list[ForkServerProcess]:
+    """Start `work` on every rank of a job; what rank 2 prints goes into the file 2.out of `folder`.
+
+    Args:
+        work: A function of a module, as only its name is sent to the ranks.
+    """
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
+    shared["OMP_NUM_THREADS"] = "1"
+    processes = []
+    for rank in range(world):
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in LAUNCHER_VARIABLES and not name.startswith("SLURM_")
+        }
+        environment |= shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        output = folder / f"{rank}.out"
+        process = _FORKS.Process(target=_run_rank, args=(environment, output, work, arguments))
+        process.start()
+        processes.append(process)
+    return processes
+
+
+def await_ranks(processes: list[ForkServerProcess], timeout_s: float = 120) -> list[int | None]:
+    """Wait until processes have ended, `timeout_s` for each: their exit codes, None if one has not."""
+    for process in processes:
+        process.join(timeout_s)
+    return [process.exitcode for process in processes]
+
+
+def end_ranks(processes: list[ForkServerProcess]) -> None:
+    """End what is left of processes."""
+    for process in processes:
+        process.kill()
+        process.join()
 
 
 def run_ranks(world: int, *code: str, expect: int = 0, timeout_s: float = 120) -> list[str]:
-    """Run the pieces of `code`, one after another, in each of `world` processes; the output of each.
+    """Run the parts of `code`, one after another, on every rank of a job.
 
-    Fails with a rank's output if its exit code is not `expect`; ends them all if one does not come to an end.
+    Fails with the output of a rank whose exit code is not `expect`.
+
+    Returns:
+        What each rank printed.
     """
-    script = "\n".join(textwrap.dedent(c) for c in code)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    shared = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(world),
-        "OMP_NUM_THREADS": "1",
-    }
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", script],
-            cwd=ROOT,
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        outputs = [p.communicate(timeout=timeout_s)[0] for p in running]
-    finally:
-        for p in running:
-            p.kill()
-    for rank, (process, output) in enumerate(zip(running, outputs, strict=True)):
-        assert process.returncode == expect, (
-            f"rank {rank} of {world} exited with {process.returncode}:\n{output}"
-        )
+    script = "\n".join(textwrap.dedent(part) for part in code)
+    with tempfile.TemporaryDirectory() as folder:
+        processes = start_ranks(world, Path(folder), _run_script, script)
+        try:
+            codes = await_ranks(processes, timeout_s)
+        finally:
+            end_ranks(processes)
+        outputs = [(Path(folder) / f"{rank}.out").read_text() for rank in range(world)]
+    for rank, (exit_code, output) in enumerate(zip(codes, outputs, strict=True)):
+        assert exit_code == expect, f"rank {rank}: exit code {exit_code}\n{output}"
     return outputs
+
+
+def _run_script(script: str) -> None:
+    exec(compile(script, "<script>", "exec"), {"__name__": "__main__"})
+
+
+def _run_rank(
+    environment: dict[str, str],
+    output: Path,
+    work: Callable[..., None],
+    arguments: tuple[Any, ...],
+) -> None:
+    """Make this process what a launcher would have started, and do the work."""
+    import torch
+
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    with output.open("w") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    work(*arguments)

@@ -129,9 +129,7 @@ class Peers:
         if state is PeerState.LEAVING:
             # Once an error is announced the others leave, and their silence means nothing.
             return spent > LEAVING_LIMIT or (is_silent and PeerState.TOLD not in self._causes)
-        if state is PeerState.LOST:
-            return spent > LOSS_LIMIT
-        return is_silent
+        return is_silent or (state is PeerState.LOST and spent > LOSS_LIMIT)
 
     def _watch_clock(self) -> None:
         """End the process in time. Only time in which it ran counts: a job may be suspended."""
@@ -233,7 +231,9 @@ class Peers:
         return _make_lost_error(f"another rank is lost: {reason}", evidence)
 
     def _count_silence(self) -> str:
-        return f"{time.monotonic() - self._last_well:.0f}"
+        """Count the seconds that a rank has been silent, as text."""
+        before = LATE_AFTER if self._late is not None else 0.0  # until rank 0 called it late
+        return f"{before + time.monotonic() - self._last_well:.0f}"
 
 
 def _make_error(failure: Failure) -> ClueError:
