@@ -1,7 +1,7 @@
 """Starts the ranks of one job on this machine, each in a process of its own, without a launcher.
 
-The processes are forked from a server that has imported torch, which is most of what they take to
-start. No process of the server has run anything before.
+The processes are forked from a server that has imported what they need, which is most of what they
+would take to start. Each of them is new: nothing has run in it before.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ ROOT = Path(__file__).parents[1]
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["torch.distributed", "clue_dist.resilience.peers", "pytest"])
+_FORKS.set_forkserver_preload(
+    ["clue_dist.inference.evaluate", "clue_dist.resilience.peers", "pytest"]
+)
 
 
 def start_ranks(
