@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anndata as ad
 import h5py
@@ -15,11 +15,24 @@ import scipy.sparse as sp
 
 from clue_dist.store.reader import Store
 from clue_dist.store.rows import CsrRows
+from data_prep import convert
 from data_prep.cli.feature_choices import parse_choices
 from data_prep.cli.inputs import parse_inputs
+from data_prep.conversion import counts as count_matrices
 from data_prep.convert import ConversionOptions, convert_inputs
 from data_prep.jobs.workers import ThreadPool
 from data_prep.options import FIELDS, ObsColumns, PerModality, ReadingOptions
+from data_prep.readers import sorted_entries
+
+if TYPE_CHECKING:
+    import pytest
+
+
+def shrink_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many tasks, parts and pieces, even for a few hundred cells."""
+    monkeypatch.setattr(convert, "TASK_ENTRIES", 500)
+    monkeypatch.setattr(sorted_entries, "PART_ENTRIES", 300)
+    monkeypatch.setattr(count_matrices, "PIECE_ENTRIES", 200)
 
 
 def frame(
@@ -173,9 +186,9 @@ def codes_of(store: Store, field: str) -> dict[str, str | None]:
     return out
 
 
-def same(got: pd.DataFrame, expected: pd.DataFrame) -> None:
+def same(stored: pd.DataFrame, expected: pd.DataFrame) -> None:
     """Equal as tables: same rows by name, same columns in the same order, same values."""
-    assert list(got.columns) == list(expected.columns)
-    assert got.index.is_unique
-    assert set(got.index) == set(expected.index)
-    np.testing.assert_array_equal(got.loc[expected.index].to_numpy(), expected.to_numpy())
+    assert list(stored.columns) == list(expected.columns)
+    assert stored.index.is_unique
+    assert set(stored.index) == set(expected.index)
+    np.testing.assert_array_equal(stored.loc[expected.index].to_numpy(), expected.to_numpy())

@@ -17,9 +17,9 @@ def test_what_was_saved_is_read_like_numpy_does(
 ) -> None:
     values = np.random.default_rng(0).integers(0, 200, shape).astype(dtype)
     save_array(tmp_path / "x.npy", values)
-    for got in (load_array(tmp_path / "x.npy"), np.load(tmp_path / "x.npy")):
-        np.testing.assert_array_equal(got, values)
-        assert (got.dtype, got.shape) == (values.dtype, values.shape)
+    for loaded in (load_array(tmp_path / "x.npy"), np.load(tmp_path / "x.npy")):
+        np.testing.assert_array_equal(loaded, values)
+        assert (loaded.dtype, loaded.shape) == (values.dtype, values.shape)
     with pytest.raises(ValueError, match="read-only"):
         load_array(tmp_path / "x.npy")[...] = 1
 

@@ -127,8 +127,8 @@ def test_values_that_are_no_counts(
     path = write_h5ad(tmp_path / "a.h5ad", counts, form, "float64")
     with pytest.raises(DataError, match=message) as caught:
         build(tmp_path / "x.zarr", f"rna={path}")
-    for told in ("a.h5ad", "'c17'", "'g5'", f"{value}"):
-        assert told in str(caught.value)
+    for part in ("a.h5ad", "'c17'", "'g5'", f"{value}"):
+        assert part in str(caught.value)
 
 
 def test_empty_cells_lose_the_modality_or_go(tmp_path: Path) -> None:
@@ -193,8 +193,8 @@ def test_sparse_rows_out_of_form(tmp_path: Path) -> None:
         }.items():
             del file["X"][name]
             file["X"][name] = np.array(values, "uint8" if name == "data" else "int32")
-    got = held(build(tmp_path / "s.zarr", f"rna={path}"), "rna").sort_index()
-    assert got.to_numpy().tolist() == [[0, 0, 1, 0, 300, 0], [7, 0, 0, 0, 0, 0]]
+    stored = held(build(tmp_path / "s.zarr", f"rna={path}"), "rna").sort_index()
+    assert stored.to_numpy().tolist() == [[0, 0, 1, 0, 300, 0], [7, 0, 0, 0, 0, 0]]
     with h5py.File(path, "r+") as file:
         file["X/indices"][0] = 6
     with pytest.raises(DataError, match="points outside its features"):
@@ -325,10 +325,10 @@ def test_features_from_another_store(tmp_path: Path) -> None:
     same(held(query, "rna"), expected[expected.sum(axis=1) > 0])
     assert query.manifest.modalities == {"rna": train.manifest.modalities["rna"]}
     assert query.manifest.batches == ["b2", "b9", "a1"]
-    told = format_conversion(query.manifest)
-    assert "2 features missing, become zero (g2, g5)" in told
-    assert "2 features extra, are dropped (x2, x1)" in told
-    assert "1 cells have no rna counts" in told
+    summary = format_conversion(query.manifest)
+    assert "2 features missing, become zero (g2, g5)" in summary
+    assert "2 features extra, are dropped (x2, x1)" in summary
+    assert "1 cells have no rna counts" in summary
     with pytest.raises(DataError, match="does not have"):
         build(tmp_path / "x.zarr", f"atac={path}", features_from=tmp_path / "t.zarr")
     alien = write_h5ad(tmp_path / "alien.h5ad", frame(5, 5, prefix="ENSG"))

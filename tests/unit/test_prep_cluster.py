@@ -1,4 +1,4 @@
-"""A conversion on a real Dask cluster: a scheduler and workers as processes of their own, on loopback, some killed."""
+"""A conversion on a real Dask cluster: scheduler and workers are processes, and some are killed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ from tests.unit.prep_helpers import (
 REPO = Path(__file__).parents[2]
 BLOCK = 4
 
-# Loaded into a worker: tasks take a moment, so that all workers get some; a victim ends itself at the n-th call.
+# Loaded into a worker. Tasks take a moment, so that all workers get some; a victim ends itself at
+# the n-th call of a function.
 PRELOAD = """
 import importlib, os, signal, time
 from clue_dist.store import layout
@@ -51,10 +52,10 @@ from data_prep.features import selection
 layout.SHARD_BYTES = 1
 def patch(module, name, before):
     module = importlib.import_module(module)
-    real = getattr(module, name)
+    original = getattr(module, name)
     def patched(*args, **kwargs):
         before(*args)
-        return real(*args, **kwargs)
+        return original(*args, **kwargs)
     setattr(module, name, patched)
 calls = [0]
 def fatal(*args):
@@ -158,7 +159,7 @@ def run(cluster: Cluster, given: list[str], out: Path, top: Sequence[str] = ()) 
 def test_workers_killed_in_mid_conversion_lose_nothing(
     tmp_path: Path, cluster: Cluster, steady: None, given: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One dies while features are chosen, one in the middle of a spool, one in the middle of a shard's arrays."""
+    """One dies while features are chosen, one in the middle of a spool, one of a shard\'s arrays."""
     places = {
         "numpy.savez": 2,
         "data_prep.conversion.spool.save_array": 14,
@@ -172,10 +173,11 @@ def test_workers_killed_in_mid_conversion_lose_nothing(
     assert stored.fingerprint == one.fingerprint
     assert check_store(tmp_path / "s.zarr") == []
     assert not (tmp_path / "s.zarr.partial").exists()
-    told = capsys.readouterr().err
+    output = capsys.readouterr().err
     for title in ("select rna (sums)", "select rna (clip)", "read", "write"):
-        done, total = map(int, re.search(rf"{re.escape(title)}: (\d+) of (\d+), \d", told).groups())  # type: ignore[union-attr]
-        assert done == total > 5
+        match = re.search(rf"{re.escape(title)}: (\d+) of (\d+), \d", output)
+        assert match is not None
+        assert int(match[1]) == int(match[2]) > 5
 
 
 def test_a_worker_killed_while_it_sorts_a_matrix_market(
@@ -254,12 +256,12 @@ def test_nobody_left_then_somebody_then_no_scheduler(
     """Without workers it waits and says so; without a scheduler it ends, and what is done stays done."""
     monkeypatch.setattr(workers, "PATIENCE", 0.5)
     cluster, out = Cluster(tmp_path), tmp_path / "s.zarr"
-    told: list[str] = []
+    output: list[str] = []
     try:
         cluster.worker("data_prep.conversion.spool.save_array", 14)
 
         def disturb() -> None:
-            _until(lambda: _heard(capsys, told, "has no workers: waiting"))
+            _until(lambda: _heard(capsys, output, "has no workers: waiting"))
             cluster.worker("clue_dist.store.writer.hash_file", 10**6)
             _until(lambda: any((tmp_path / "s.zarr.partial").rglob("shards/*.json")))
             os.kill(cluster.scheduler.pid, signal.SIGKILL)
@@ -280,6 +282,6 @@ def test_nobody_left_then_somebody_then_no_scheduler(
     assert again.fingerprint == build(tmp_path / "one.zarr", given, block_cells=BLOCK).fingerprint
 
 
-def _heard(capsys: pytest.CaptureFixture[str], told: list[str], text: str) -> bool:
-    told.append(capsys.readouterr().err)
-    return text in "".join(told)
+def _heard(capsys: pytest.CaptureFixture[str], output: list[str], text: str) -> bool:
+    output.append(capsys.readouterr().err)
+    return text in "".join(output)

@@ -1,4 +1,4 @@
-"""The command line of data_prep: what a person may mistype ends in a message and exit code 2, and leaves nothing."""
+"""The command line of data_prep: a mistake ends in a message and exit code 2, and leaves nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("command", "told"),
+    ("command", "message"),
     [
         (["convert", "rna=good.h5ad", "--out", "file/x.zarr"], "the folder cannot be made"),
         (
@@ -90,7 +90,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_mistakes(
     here: Path,
     command: list[str],
-    told: str,
+    message: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -98,7 +98,7 @@ def test_mistakes(
     with pytest.raises(SystemExit) as ended:
         run_main(main)
     assert ended.value.code == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert sorted(p.name for p in here.iterdir()) == ["file", "good.h5ad"]
 
 

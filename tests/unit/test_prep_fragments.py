@@ -1,4 +1,4 @@
-"""Fragments files become counts per cell and genome bin: exactly those, whatever the sizes of pieces."""
+"""Fragments files become exact counts per cell and genome bin, whatever the sizes of chunks."""
 
 from __future__ import annotations
 
@@ -20,20 +20,22 @@ WIDTH = 1000
 CELLS = [f"c{i}" for i in range(30)]
 
 
-def some(n: int = 3000, seed: int = 0, cells: list[str] = CELLS) -> pd.DataFrame:
+def make_fragments(n: int = 3000, seed: int = 0, cells: list[str] = CELLS) -> pd.DataFrame:
     """Fragments sorted by place, as 10x writes them."""
     rng = np.random.default_rng(seed)
     start = rng.integers(0, 40_000, n)
     names = np.array(["chr1", "chr2", "chr10", "chrX"])[rng.integers(4, size=n)]
-    of = np.array(cells)[rng.integers(len(cells), size=n)]
+    barcodes = np.array(cells)[rng.integers(len(cells), size=n)]
     end = start + rng.integers(1, 1500, n)
     table = pd.DataFrame(
-        {"chromosome": names, "start": start, "end": end, "barcode": of, "reads": 1}
+        {"chromosome": names, "start": start, "end": end, "barcode": barcodes, "reads": 1}
     )
     return table.sort_values(["chromosome", "start"], ignore_index=True)
 
 
-def write(path: Path, table: pd.DataFrame, comments: str = "# id=sample\n# pipeline=x\n") -> Path:
+def write_fragments(
+    path: Path, table: pd.DataFrame, comments: str = "# id=sample\n# pipeline=x\n"
+) -> Path:
     text = (comments + table.to_csv(sep="\t", header=False, index=False)).encode()
     path.write_bytes(
         gzip.compress(text[:1000]) + gzip.compress(text[1000:]) if path.suffix == ".gz" else text
@@ -41,12 +43,12 @@ def write(path: Path, table: pd.DataFrame, comments: str = "# id=sample\n# pipel
     return path  # as bgzip does, in more than one gzip member
 
 
-def expected(table: pd.DataFrame, cut_sites: bool = False) -> pd.DataFrame:
+def count_bins(table: pd.DataFrame, cut_sites: bool = False) -> pd.DataFrame:
     """Cells x bins, one fragment at a time."""
     counts: Counter[tuple[str, str, int]] = Counter()
     for chromosome, start, end, barcode in table.iloc[:, :4].itertuples(index=False):
-        for at in [start, end - 1] if cut_sites else [(start + end) // 2]:
-            counts[barcode, chromosome, at // WIDTH] += 1
+        for position in [start, end - 1] if cut_sites else [(start + end) // 2]:
+            counts[barcode, chromosome, position // WIDTH] += 1
     bins = sorted({key[1:] for key in counts}, key=lambda b: (b[0] == "chrX", len(b[0]), b))
     cells = sorted({key[0] for key in counts})
     values = [[counts[(cell, *b)] for b in bins] for cell in cells]
@@ -54,7 +56,7 @@ def expected(table: pd.DataFrame, cut_sites: bool = False) -> pd.DataFrame:
 
 
 @pytest.fixture(autouse=True)
-def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fragments, "CHUNK_LINES", 700)
     monkeypatch.setattr(convert, "TASK_ENTRIES", 500)
 
@@ -62,11 +64,11 @@ def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("cut_sites", [False, True])
 @pytest.mark.parametrize("name", ["fragments.tsv.gz", "fragments.tsv"])
 def test_counts_per_bin(tmp_path: Path, name: str, cut_sites: bool) -> None:
-    path = write(tmp_path / name, some())
+    path = write_fragments(tmp_path / name, make_fragments())
     store = build(tmp_path / "s.zarr", f"atac={path}", bins=["atac=1000"], cut_sites=cut_sites)
-    same(held(store, "atac"), expected(some(), cut_sites))
-    told = inspect.format_facts(inspect.collect_facts(tmp_path / "s.zarr"))
-    assert f", {'cut sites' if cut_sites else 'fragments'} counted" in told
+    same(held(store, "atac"), count_bins(make_fragments(), cut_sites))
+    facts = inspect.format_facts(inspect.collect_facts(tmp_path / "s.zarr"))
+    assert f", {'cut sites' if cut_sites else 'fragments'} counted" in facts
     alone = build(
         tmp_path / "t.zarr", f"atac={path}", bins=["atac=1000"], cut_sites=cut_sites, workers=1
     )
@@ -74,12 +76,12 @@ def test_counts_per_bin(tmp_path: Path, name: str, cut_sites: bool) -> None:
 
 
 def test_only_cells_of_a_list_or_of_another_modality(tmp_path: Path) -> None:
-    table, rna = some(), frame(10, 6)
+    table, rna = make_fragments(), frame(10, 6)
     given = [
-        f"atac={write(tmp_path / 'f.tsv.gz', table)}",
+        f"atac={write_fragments(tmp_path / 'f.tsv.gz', table)}",
         f"rna={write_h5ad(tmp_path / 'r.h5ad', rna)}",
     ]
-    wanted = expected(table[table["barcode"].isin(rna.index)])
+    wanted = count_bins(table[table["barcode"].isin(rna.index)])
     (tmp_path / "cells.tsv").write_text("".join(f"{b}\n" for b in [*rna.index, "nobody"]))
     both = build(tmp_path / "b.zarr", *given, bins=["atac=1000"], barcodes=["atac=rna"])
     assert {name: s.n_cells for name, s in both.manifest.strata.items()} == {"atac+rna": 10}
@@ -105,11 +107,12 @@ def test_only_cells_of_a_list_or_of_another_modality(tmp_path: Path) -> None:
 
 def test_lanes_and_peaks_come_together(tmp_path: Path) -> None:
     """Two lanes that reuse barcodes, the cells of each by its own RNA, beside a matrix of peaks."""
-    lanes = {"one": some(seed=1), "two": some(seed=2)}
+    lanes = {"one": make_fragments(seed=1), "two": make_fragments(seed=2)}
     rna = {"one": frame(10, 6), "two": frame(5, 6, 1)}
     peaks = pd.DataFrame({"chr1:100-300": [3], "chr3_5000_5100": [1]}, ["p0"])
     given = [
-        f"{lane}:atac={write(tmp_path / f'{lane}.tsv.gz', table)}" for lane, table in lanes.items()
+        f"{lane}:atac={write_fragments(tmp_path / f'{lane}.tsv.gz', table)}"
+        for lane, table in lanes.items()
     ]
     given += [
         f"{lane}:rna={write_h5ad(tmp_path / f'{lane}.h5ad', table)}" for lane, table in rna.items()
@@ -117,7 +120,7 @@ def test_lanes_and_peaks_come_together(tmp_path: Path) -> None:
     with_peaks = f"one:atac={write_h5ad(tmp_path / 'p.h5ad', peaks)}"
     store = build(tmp_path / "s.zarr", *given, with_peaks, bins=["atac=1000"], barcodes=["rna"])
     parts = [
-        expected(lanes[n][lanes[n]["barcode"].isin(rna[n].index)]).rename(f"{n}:{{}}".format)
+        count_bins(lanes[n][lanes[n]["barcode"].isin(rna[n].index)]).rename(f"{n}:{{}}".format)
         for n in lanes
     ]
     parts.append(pd.DataFrame([[3, 1]], ["one:p0"], ["chr1:0-1000", "chr3:5000-6000"]))
@@ -127,9 +130,9 @@ def test_lanes_and_peaks_come_together(tmp_path: Path) -> None:
     listed.write_text("".join(f"{lane}:{b}\n" for lane in lanes for b in rna[lane].index))
     flags = {"bins": ["atac=1000"], "barcodes": [f"atac={listed}"]}
     assert build(tmp_path / "l.zarr", *given, with_peaks, **flags).fingerprint == store.fingerprint
-    got = held(store, "atac")
-    assert set(got.columns) == {b for part in parts for b in part.columns}
-    same(got, pd.concat(parts).reindex(columns=got.columns).fillna(0))
+    stored = held(store, "atac")
+    assert set(stored.columns) == {b for part in parts for b in part.columns}
+    same(stored, pd.concat(parts).reindex(columns=stored.columns).fillna(0))
 
 
 def test_killed_while_counting_and_run_again(
@@ -137,21 +140,22 @@ def test_killed_while_counting_and_run_again(
 ) -> None:
     """Files that were counted are not read again."""
     given = [
-        f"atac={write(tmp_path / f'{n}.tsv.gz', some(cells=[n + c for c in CELLS]))}" for n in "ab"
+        f"atac={write_fragments(tmp_path / f'{n}.tsv.gz', make_fragments(cells=[n + c for c in CELLS]))}"
+        for n in "ab"
     ]
     whole = build(tmp_path / "w.zarr", *given, bins=["atac=1000"])
-    real, seen = fragments._read_chunks, []
+    read_chunks, seen = fragments._read_chunks, []
 
-    def counting(of: fragments.FragmentsInput, stop: int = 2) -> object:
-        seen.append(of.display_name)
+    def count_calls(given: fragments.FragmentsInput, stop: int = 2) -> object:
+        seen.append(given.display_name)
         if len(seen) == stop:
             raise KeyboardInterrupt
-        return real(of)
+        return read_chunks(given)
 
-    monkeypatch.setattr(fragments, "_read_chunks", counting)
+    monkeypatch.setattr(fragments, "_read_chunks", count_calls)
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "s.zarr", *given, bins=["atac=1000"], workers=1)
-    monkeypatch.setattr(fragments, "_read_chunks", lambda of: counting(of, 0))
+    monkeypatch.setattr(fragments, "_read_chunks", lambda given: count_calls(given, 0))
     with pytest.raises(StoreError, match="a change of inputs"):
         build(tmp_path / "s.zarr", *given, bins=["atac=1000"], cut_sites=True)
     assert sorted(seen) == ["a.tsv.gz", "b.tsv.gz"]
@@ -162,8 +166,8 @@ def test_killed_while_counting_and_run_again(
 
 
 def test_what_is_no_fragment(tmp_path: Path) -> None:
-    table = some(50)
-    good = write(tmp_path / "good.tsv", table).read_text()
+    table = make_fragments(50)
+    good = write_fragments(tmp_path / "good.tsv", table).read_text()
     lines = good.splitlines(keepends=True)
     broken = {
         "start.tsv": (
@@ -183,7 +187,7 @@ def test_what_is_no_fragment(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
         with pytest.raises(DataError, match=message):
             build(tmp_path / "x.zarr", f"atac={tmp_path / name}", bins=["atac=1000"])
-    whole = write(tmp_path / "cut.tsv.gz", some(5000)).read_bytes()
+    whole = write_fragments(tmp_path / "cut.tsv.gz", make_fragments(5000)).read_bytes()
     for damaged in (
         whole[: len(whole) // 2],
         whole + gzip.compress(b"")[:10] + b"\x07",
@@ -199,7 +203,10 @@ def test_what_is_no_fragment(tmp_path: Path) -> None:
 
 
 def test_flags_that_do_not_fit(tmp_path: Path) -> None:
-    path, rna = write(tmp_path / "f.tsv.gz", some(50)), write_h5ad(tmp_path / "r.h5ad", frame(5, 5))
+    path, rna = (
+        write_fragments(tmp_path / "f.tsv.gz", make_fragments(50)),
+        write_h5ad(tmp_path / "r.h5ad", frame(5, 5)),
+    )
     out = tmp_path / "x.zarr"
     with pytest.raises(DataError, match=r"how wide\?(.|\n)*--bins atac=5000"):
         build(out, f"atac={path}")
@@ -224,7 +231,7 @@ def test_flags_that_do_not_fit(tmp_path: Path) -> None:
     ],
 )
 def test_places_beyond_every_chromosome_are_refused(tmp_path: Path, place: str, said: str) -> None:
-    path = write(tmp_path / "fragments.tsv", some(50))
+    path = write_fragments(tmp_path / "fragments.tsv", make_fragments(50))
     path.write_text(f"{path.read_text()}chr1\t{place}\tc0\t1\n")
     with pytest.raises(DataError, match=said):
         build(tmp_path / "s.zarr", f"atac={path}", bins=["atac=1000"])
