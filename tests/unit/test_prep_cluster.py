@@ -159,7 +159,7 @@ def run(cluster: Cluster, given: list[str], out: Path, top: Sequence[str] = ()) 
 def test_workers_killed_in_mid_conversion_lose_nothing(
     tmp_path: Path, cluster: Cluster, steady: None, given: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One dies while features are chosen, one in the middle of a spool, one of a shard\'s arrays."""
+    """One dies while features are chosen, one in the midst of a spool, one of a shard's arrays."""
     places = {
         "numpy.savez": 2,
         "data_prep.conversion.spool.save_array": 14,
@@ -253,7 +253,7 @@ def _until(true: Callable[[], bool], seconds: float = 60) -> None:
 def test_nobody_left_then_somebody_then_no_scheduler(
     tmp_path: Path, given: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without workers it waits and says so; without a scheduler it ends, and what is done stays done."""
+    """Without workers the pool waits and says so; without a scheduler it ends, and can go on."""
     monkeypatch.setattr(workers, "PATIENCE", 0.5)
     cluster, out = Cluster(tmp_path), tmp_path / "s.zarr"
     output: list[str] = []

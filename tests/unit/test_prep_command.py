@@ -1,4 +1,4 @@
-"""The command line of data_prep: a mistake ends in a message and exit code 2, and leaves nothing."""
+"""The command line of data_prep: a mistake ends in a message and exit code 2, with no files."""
 
 from __future__ import annotations
 

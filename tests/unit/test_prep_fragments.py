@@ -139,9 +139,10 @@ def test_killed_while_counting_and_run_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Files that were counted are not read again."""
+    files = {name: make_fragments(cells=[name + cell for cell in CELLS]) for name in "ab"}
     given = [
-        f"atac={write_fragments(tmp_path / f'{n}.tsv.gz', make_fragments(cells=[n + c for c in CELLS]))}"
-        for n in "ab"
+        f"atac={write_fragments(tmp_path / f'{name}.tsv.gz', table)}"
+        for name, table in files.items()
     ]
     whole = build(tmp_path / "w.zarr", *given, bins=["atac=1000"])
     read_chunks, seen = fragments._read_chunks, []
