@@ -45,6 +45,7 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 def _append(arguments: argparse.Namespace) -> None:
     provenance = Manifest.read(parse_location(arguments.to)).provenance
+    # Unless a flag says otherwise, new cells are read from the columns that the first ones were.
     inputs, options = _parse_conversion(arguments, FIELDS | provenance.get("columns", {}))
     with open_pool(arguments.workers, arguments.scheduler) as pool:
         manifest = append_cells(inputs, arguments.to, options, pool)
@@ -132,6 +133,7 @@ def _simulate(arguments: argparse.Namespace) -> None:
     names = ("cells", "paired", "batches", "shared", "private", "seed")
     sizes = {name: getattr(arguments, name) for name in names}
     spec = SimulationSpec.from_features(parse_features(arguments.modality), kinds, **sizes)
+    # A store is made row by row and may be of any size; an .h5mu, with the truth, is made at once.
     if out.suffix == ".h5mu":
         write_h5mu(spec, out)
     else:

@@ -12,6 +12,7 @@ from data_prep.options import InputArgument, ReadingOptions, require_known_modal
 from data_prep.readers.formats import find_format
 from data_prep.readers.fragments import ConversionInput
 
+# A modality's name holds no slash, so that a path may hold `=`.
 _INPUT = re.compile(r"(?:(?P<dataset>[A-Za-z0-9_.-]+):)?(?:(?P<modality>[^=/]+)=)?(?P<path>.+)")
 
 

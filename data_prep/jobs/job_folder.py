@@ -56,6 +56,7 @@ def claim_job(out: Path, description: dict[str, Any], what: str = "conversion") 
             description = normalise_json(description)
             _require_same_job(partial, description, what)
             remove_leftovers(partial)
+            # Workers of a job with another description, even late ones, write to another folder.
             folder = partial / _hash_description(description)
             folder.mkdir(exist_ok=True)
             try:
@@ -116,6 +117,7 @@ def _hash_description(description: dict[str, Any]) -> str:
 def _hold_lock(folder: Path, what: str) -> Iterator[None]:
     with (folder / "lock").open("w") as file:
         try:
+            # The system drops this lock when the process ends, in whatever way.
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             fix = "wait for it" + (", or choose another --out" if what == "conversion" else "")

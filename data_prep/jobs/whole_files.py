@@ -96,7 +96,7 @@ def make_whole_folder(final: Path) -> Iterator[Path]:
         yield temporary
         try:
             temporary.rename(final)
-        except OSError:
+        except OSError:  # a folder that is not empty cannot be replaced
             if not final.exists():
                 raise
     finally:

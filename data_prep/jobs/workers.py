@@ -140,7 +140,9 @@ class DaskPool:
     ) -> None:
         import distributed
 
+        # Futures in the order in which they end, each from a thread of the client.
         done: SimpleQueue[distributed.Future] = SimpleQueue()
+        # pure: two equal tasks are still two. retries: an error of a task is not passing.
         futures = self.client.map(function, tasks, pure=False, retries=0)
         try:
             for future in futures:

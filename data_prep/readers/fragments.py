@@ -218,6 +218,7 @@ def _list_allowed_barcodes(
         barcodes = encode_barcodes(texts, allowed)
         if not given.dataset:
             return barcodes
+        # A list may spell barcodes as the store does, with the data set before them.
         prefix = f"{given.dataset}:".encode()
         return np.array([barcode.removeprefix(prefix) for barcode in barcodes.tolist()], "S")
     sources = [source for source in inputs if not isinstance(source, FragmentsInput)]
@@ -261,6 +262,7 @@ def _count_file(task: _CountTask) -> None:
     where = task.given.display_name
     with make_whole_folder(task.out) as folder:
         for part, chunk in enumerate(_read_chunks(task.given)):
+            # Barcodes that are left out must not be numbered: every number becomes a cell.
             if allowed is not None:
                 chunk = chunk[chunk["barcode"].isin(allowed).to_numpy()]
                 barcodes = chunk["barcode"].cat.remove_unused_categories()
@@ -270,6 +272,7 @@ def _count_file(task: _CountTask) -> None:
             start, end = chunk["start"].to_numpy(), chunk["end"].to_numpy()
             hits = [start, end - 1] if task.given.cut_sites else [(start + end) // 2]
             keys = np.concatenate([chromosome + position // task.bin_width for position in hits])
+            # Python numbers the bins, so it should see each of them once in a chunk.
             unique, inverse = np.unique(keys, return_inverse=True)
             columns = bins.number_values(unique.tolist())[inverse]
             _write_counts(folder / f"{part:06d}", np.tile(rows, len(hits)), columns)

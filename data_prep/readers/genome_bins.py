@@ -53,6 +53,7 @@ def order_along_genome(bins: set[str]) -> list[str]:
 
     def find_place(name: str) -> tuple[list[tuple[bool, int | str]], int]:
         chromosome, _, region = name.rpartition(":")
+        # Digits count as numbers and come before letters. There are many bins on few chromosomes.
         if chromosome not in places:
             words = re.findall(r"[0-9]{1,18}|[^0-9]+", chromosome.removeprefix("chr"))
             places[chromosome] = [

@@ -181,6 +181,7 @@ def read_index(root: Any, name: str, where: str) -> list[str]:
         fix = "read and write it once with a current anndata"
         raise DataError(f"no {name} of a current AnnData", where=where, fix=fix)
     frame = open_part(root, name)
+    # The attribute names the column that holds the row names.
     values = np.asarray(read_part(frame, frame.attrs["_index"]))
     if values.ndim != 1 or values.dtype.kind not in "OUSTiufb":
         raise DataError(

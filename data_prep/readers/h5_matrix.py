@@ -73,6 +73,7 @@ def read_csr_slice(matrix: Any, start: int, stop: int, n_columns: int, where: st
     Raises:
         DataError: these rows are damaged.
     """
+    # Its ends were checked once for the matrix; what lies between them is checked here.
     indptr = open_part(matrix, "indptr")[start : stop + 1].astype(np.int64)
     first, last = int(indptr[0]), int(indptr[-1])
     where = f"{where}, rows {start} to {stop - 1}"

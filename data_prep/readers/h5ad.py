@@ -107,6 +107,7 @@ class AnnDataSource:
     def read_head(self) -> SourceHead:
         with open_h5(self.path) as file:
             root, matrix = self._open_root(file), self._open_matrix(file)
+            # raw has a var of its own, as it may hold more features than X.
             var = "raw/var" if self.layer == "raw.X" else "var"
             barcodes = read_names(root, "obs", self.display_name)
             features = read_index(root, var, self.display_name)
@@ -116,8 +117,9 @@ class AnnDataSource:
                 for field, column in self.obs_columns.by_field.items()
             }
             obs_columns = list_columns(root["obs"])
-            if self.group and has_obs(file):
+            if self.group and has_obs(file):  # `_read_field` looks there, too
                 obs_columns += list_columns(file["obs"])
+            # A dense matrix is read whole, so zeros count for the size of tasks as well.
             is_dense = isinstance(matrix, h5py.Dataset)
             nnz = int(matrix.size if is_dense else matrix["data"].shape[0])
             name_column, names = self._choose_feature_names(root[var], features)
@@ -150,6 +152,7 @@ class AnnDataSource:
             if (np.diff(indptr) < 0).any():
                 raise DataError(MISFIT, where=where, fix=WRITE_ANEW)
             require_inside_matrix(rows, n_rows, "cells", where)
+            # Entry k is of the column in whose range, indptr[c] to indptr[c + 1], k lies.
             columns = np.searchsorted(indptr, np.arange(start, stop), side="right") - 1
             values = require_real_numbers(values, where)
         folder = scratch / f"{part:06d}"
@@ -163,6 +166,7 @@ class AnnDataSource:
                 return require_real_numbers(np.asarray(matrix[start:stop]), self.display_name)
             if read_matrix_format(matrix) == "csr_matrix":
                 return read_csr_slice(matrix, start, stop, n_columns, self.display_name)
+        # Of a CSC matrix, `prepare_part` has sorted the entries by row.
         return sorted_entries.read_sorted_rows(scratch, start, stop, n_columns)
 
     def list_other_counts(self) -> list[str]:
@@ -212,6 +216,7 @@ class AnnDataSource:
         for column in (self.id_columns or "").split(","):
             if column and column in var:
                 values = read_values(var, column)
+                # An unknown name becomes empty, and so gives way to the name in var_names.
                 names = values.where(values.notna(), "").astype(str).tolist()
                 return column, make_names_unique(names, var_names)
         return None, var_names
@@ -232,6 +237,8 @@ class AnnDataSource:
             if name in file["obs"]:
                 index = read_index(file, "obs", self.display_name)
                 shared = pd.Index(encode_barcodes(index, self.display_name))
+                # The shared obs lists the cells of all modalities; a cell that is not there has
+                # index -1, and so an unknown code.
                 codes = read_codes(file["obs"], name, len(shared))
                 return codes.take_rows(shared.get_indexer(pd.Index(barcodes[:])))
         return None

@@ -23,6 +23,7 @@ def open_h5mu(argument: InputArgument, options: ReadingOptions) -> list[AnnDataS
     """
     with open_h5(argument.path) as file:
         group = file["mod"]
+        # HDF5 lists groups by the alphabet; newer MuData also writes down the order it had.
         modalities = [str(name) for name in group.attrs.get("mod-order", list(group))]
     if argument.modality is not None:
         if argument.modality not in modalities:

@@ -101,6 +101,7 @@ class MatrixMarketSource:
         except UNREADABLE as error:
             raise explain_unreadable(matrix, error) from None
         if (n_features, n_cells) != (len(table.ids), len(barcodes)):
+            # People who write such folders themselves tend to write cells x features.
             is_transposed = (n_cells, n_features) == (len(table.ids), len(barcodes))
             raise DataError(
                 "the matrix does not fit its features and barcodes",
@@ -112,6 +113,7 @@ class MatrixMarketSource:
                 else "check that the three files belong together",
             )
         wanted, names, name_column = table.select_features(self.feature_type, self.id_columns)
+        # How the entries are spread over types is not known before they are read.
         share = nnz * len(wanted) // max(len(table.ids), 1)
         where = f"{self.path.name}: barcodes"
         cells = encode_barcodes([line.split("\t")[0] for line in barcodes], where)
@@ -220,6 +222,7 @@ class MatrixMarketSource:
 
 def read_mtx_features(path: Path) -> FeatureTable:
     """The features of a Matrix Market folder, whose table has one to three columns."""
+    # Cell Ranger 3 writes id, name and type; genes.tsv of older versions has no type.
     lines = [line.split("\t") for line in read_lines(_find_file(path, "features"))]
     return FeatureTable(
         [line[0] for line in lines],

@@ -13,13 +13,15 @@ import scipy.sparse as sp
 
 from data_prep.jobs.whole_files import load_array, make_whole_folder, save_array
 
-PART_ENTRIES = 8 * 2**20
+PART_ENTRIES = 8 * 2**20  # of a part, at most: they bound the memory of sorting
 
 
 def write_sorted_part(
     folder: Path, rows: np.ndarray, columns: np.ndarray, values: np.ndarray
 ) -> None:
     """Write one part, a folder. rows, columns, values: (entries,)."""
+    # Stable, so that entries of one row keep the order of the file, and the bytes are the same
+    # whoever writes them.
     order = np.argsort(rows, kind="stable")
     with make_whole_folder(folder) as part:
         save_array(part / "rows.npy", rows[order])
@@ -41,6 +43,7 @@ def read_sorted_rows(folder: Path, start: int, stop: int, n_columns: int) -> sp.
     found = []
     for part in list_sorted_parts(folder):
         rows = load_array(part / "rows.npy")
+        # Rows are sorted and mapped: bisection touches a few pages of the file.
         first, last = np.searchsorted(rows, [start, stop])
         if first < last:
             columns, values = (load_array(part / f"{name}.npy") for name in ("columns", "values"))

@@ -109,6 +109,7 @@ class FeatureTable:
                 got=list_names(types),
                 fix=f"write it as `rna={argument.path.name}`, say",
             )
+        # A person should hear of features that nobody asked to leave out.
         if others := [name for name in types if name not in known]:
             left_out = f"features of type {list_names(others)} are left out"
             print(f"{argument.text}: {left_out}", file=sys.stderr)
@@ -116,7 +117,9 @@ class FeatureTable:
 
     def _find_type(self, kind: str, where: str) -> str | None:
         types = sorted(set(self.types))
-        if len(types) <= 1:
+        if (
+            len(types) <= 1
+        ):  # the person has said what the features are, whatever the file calls them
             return None
         fitting = [t for t in types if t in TENX_TYPES and TENX_TYPES[t] == kind]
         if len(fitting) != 1:
@@ -151,6 +154,7 @@ class TenxSource(DirectSource):
         with open_h5(self.path) as file:
             table = read_tenx_features(file)
             matrix = open_part(file, "matrix")
+            # Millions of barcodes stay in the file until they are needed.
             barcodes = TextColumn.open_dataset(open_part(matrix, "barcodes"))
             nnz = int(open_part(matrix, "data").shape[0])
             shape = tuple(open_part(matrix, "shape")[:].tolist())
@@ -164,6 +168,7 @@ class TenxSource(DirectSource):
                 )
             require_whole_matrix(matrix, len(barcodes))
         wanted, names, name_column = table.select_features(self.feature_type, self.id_columns)
+        # How the entries are spread over types is not known before they are read.
         share = nnz * len(wanted) // max(len(table.ids), 1)
         return SourceHead(barcodes, names, share, {}, [], list(TENX_COLUMNS), name_column)
 
