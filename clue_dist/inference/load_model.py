@@ -15,7 +15,8 @@ from clue_dist.checkpoint.run_folder import (
 )
 from clue_dist.config import Config
 from clue_dist.errors import ResumeError
-from clue_dist.model.clue import CLUE, PRIVATE_SCALE, specify_modalities
+from clue_dist.model.clue import CLUE, PRIVATE_SCALE
+from clue_dist.model.modality_spec import specify_modalities
 from clue_dist.store.manifest import Modality
 
 

@@ -19,15 +19,20 @@ BATCH_WIDTH = 16  # components that describe a biological batch to the decoder
 
 
 class Decoder(nn.Module):
-    """z (n, d) and batch code (n,) -> ln p(x | z). Batch enters here alone, so an unseen batch can be embedded."""
+    """z and the batch code of n cells -> ln p(x | z).
+
+    The batch enters here alone, so that cells of an unseen batch can be embedded.
+
+    Args:
+        likelihood: A key of `LIKELIHOODS`.
+        n_features: Of the modality.
+        n_batches: Biological batches of the store; with one, the decoder does not ask for it.
+        latent: Width of z.
+        config: Widths and depths.
+    """
 
     def __init__(
-        self,
-        likelihood: str,
-        n_features: int,
-        n_batches: int,
-        latent: int,
-        config: DecoderConfig,
+        self, likelihood: str, n_features: int, n_batches: int, latent: int, config: DecoderConfig
     ) -> None:
         super().__init__()
         self.likelihood, self.n_features = LIKELIHOODS[likelihood], n_features
@@ -48,9 +53,19 @@ class Decoder(nn.Module):
         rows: Tensor | None = None,
         features: Tensor | None = None,
     ) -> Tensor:
-        """ln p of each profile in nats, (n,), from z (n, d).
+        """Score each profile.
 
-        features: (F,) sorted; score these alone and scale up, an unbiased estimate of the sum over all of them.
+        Args:
+            z: (n, d).
+            batch_code: (n,) int64; -1: unknown.
+            counts: The n profiles.
+            noise: For dropout, in training.
+            rows: (n,), the cells' rows in the batch; None: all of them.
+            features: (F,), sorted. Only these are scored, and the sum is scaled up to an unbiased
+                estimate of that over all features.
+
+        Returns:
+            ln p of each profile in nats, (n,).
         """
         library = compute_library_size(counts).unsqueeze(1)
         if self.batch is not None:
@@ -58,17 +73,18 @@ class Decoder(nn.Module):
             z = torch.cat([z, self.batch(batch_code.clamp_min(0)) * known], 1)
         h = self.mlp(z.to(self.rate.weight.dtype), noise, rows)
         gate = None if self.gate is None else self.gate(h, features).float()
-        p = LikelihoodParameters(
+        parameters = LikelihoodParameters(
             self.rate(h, features).float(), self.theta(features).float(), library, gate
         )
         if features is None:
-            return compute_log_likelihood(self.likelihood, counts, p)
+            return compute_log_likelihood(self.likelihood, counts, parameters)
         scale = self.n_features / len(features)
-        return scale * compute_log_likelihood(self.likelihood, select_features(counts, features), p)
+        counts = select_features(counts, features)
+        return scale * compute_log_likelihood(self.likelihood, counts, parameters)
 
 
 class OutputLayer(nn.Module):
-    """Linear layer to all features or to some of them."""
+    """A linear layer to all features, or to some of them."""
 
     def __init__(self, width: int, n_features: int) -> None:
         super().__init__()
@@ -76,13 +92,19 @@ class OutputLayer(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n_features))
 
     def forward(self, h: Tensor, features: Tensor | None) -> Tensor:
+        """(n, width) -> (n, features), or (n, F) of `features` (F,)."""
         if features is None:
             return h @ self.weight.T + self.bias
         return h @ self.weight[features].T + self.bias[features]
 
 
 class SecondParameter(nn.Module):
-    """The per-feature second parameter of a likelihood, a log. lr_scale: its learning rate, relative to `train.lr`."""
+    """theta, the second parameter of a likelihood: one logarithm for each feature.
+
+    Args:
+        n_features: Of the modality.
+        lr_scale: Its learning rate, relative to `train.lr`.
+    """
 
     def __init__(self, n_features: int, lr_scale: float = 1.0) -> None:
         super().__init__()
@@ -90,18 +112,20 @@ class SecondParameter(nn.Module):
         self.weight = nn.Parameter(torch.zeros(n_features))
 
     def forward(self, features: Tensor | None) -> Tensor:
+        """(features,), or (F,) of `features` (F,)."""
         return self.weight if features is None else self.weight[features]
 
 
 def select_features(counts: Counts, features: Tensor) -> Counts:
-    """The columns `features` (sorted) of counts, renumbered."""
+    """Select columns of counts and number them anew; features: (F,), sorted."""
     if isinstance(counts, Tensor):
         return counts[:, features]
-    place = torch.full((counts.n_features,), -1, dtype=torch.int32, device=features.device)
-    place[features] = torch.arange(len(features), dtype=torch.int32, device=features.device)
-    at = place[counts.indices.long()]
-    keep = at >= 0
-    kept = torch.cat(
-        [keep.new_zeros(1, dtype=torch.int32), keep.cumsum(0, dtype=torch.int32)]
-    )  # before each entry
-    return SparseCounts(kept[counts.indptr.long()], at[keep], counts.values[keep], len(features))
+    new_index = torch.full((counts.n_features,), -1, dtype=torch.int32, device=features.device)
+    new_index[features] = torch.arange(len(features), dtype=torch.int32, device=features.device)
+    indices = new_index[counts.indices.long()]
+    keep = indices >= 0
+    # How many entries are kept before each one, and in all.
+    kept = torch.cat([keep.new_zeros(1, dtype=torch.int32), keep.cumsum(0, dtype=torch.int32)])
+    return SparseCounts(
+        kept[counts.indptr.long()], indices[keep], counts.values[keep], len(features)
+    )

@@ -1,4 +1,4 @@
-"""The K x K grid of encoders q(z_j | x_k): small heads on K trunks, one batched product."""
+"""The K x K encoders q(z_j | x_k) of eq. 6: small heads on K trunks, in one batched product."""
 
 from __future__ import annotations
 
@@ -7,39 +7,52 @@ import math
 import torch
 from torch import Tensor, nn
 
-MAX_LOG_VARIANCE = 8.0
+MAX_LOG_VARIANCE = 8.0  # of an expert, and the negative of the least one
+START_LOG_VARIANCE = -2.0  # a standard deviation of about 0.4
 
 
 class CrossEncoderHeads(nn.Module):
-    """h of every source modality -> mean and log-variance of every target's z. The wide layers are in the trunks, so
-    parameters grow as K there and as K^2 only here."""
+    """h of every source modality -> mean and log-variance of every target's z.
+
+    The wide layers are in the trunks, so parameters grow as K there and as K^2 only here.
+
+    Args:
+        n_modalities: K.
+        members: M, networks side by side in each trunk. Each gives every M-th dimension of each z.
+        width: H, of h.
+        latent: d, dimensions of each z_k.
+        shared: Whether a trunk serves all K targets; else it holds M networks for each of them.
+    """
 
     def __init__(
         self, n_modalities: int, members: int, width: int, latent: int, shared: bool = True
     ) -> None:
         super().__init__()
-        self.k, self.members, self.shared = n_modalities, members, shared
-        targets = n_modalities if shared else 1  # that one network speaks of
-        self.grid = (targets, 2, latent // members)
-        networks, out = n_modalities**2 * members // targets, math.prod(self.grid)
-        self.weight = nn.Parameter(torch.randn(networks, width, out) / width**0.5)
-        self.bias = nn.Parameter(torch.zeros(networks, 1, out))
-        with torch.no_grad():  # start with a standard deviation of about 0.4, whatever the input
+        self.n_modalities, self.members, self.shared = n_modalities, members, shared
+        targets = n_modalities if shared else 1  # of one network
+        self.grid = (targets, 2, latent // members)  # 2: mean and log-variance
+        networks, outputs = n_modalities**2 * members // targets, math.prod(self.grid)
+        self.weight = nn.Parameter(torch.randn(networks, width, outputs) / width**0.5)
+        self.bias = nn.Parameter(torch.zeros(networks, 1, outputs))
+        with torch.no_grad():  # log-variances start near START_LOG_VARIANCE, whatever the input
             self.weight.view(networks, width, *self.grid)[:, :, :, 1].mul_(0.1)
-            self.bias.view(networks, 1, *self.grid)[:, :, :, 1].fill_(-2.0)
+            self.bias.view(networks, 1, *self.grid)[:, :, :, 1].fill_(START_LOG_VARIANCE)
 
     def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """h: (K, N, B, H) by source -> mean, log-variance: (B, K source, K target, d), float32.
+        """Apply all heads at once.
 
-        N networks a source: M members of one trunk, or, not shared, M of each of K targets. Each member gives every
-        M-th of the d dimensions of every z.
+        Args:
+            h: (K, N, B, H), by source and network; N is M, or M * K where nothing is shared.
+
+        Returns:
+            Mean and log-variance, each (B, K source, K target, d), float32.
         """
-        out = torch.baddbmm(self.bias, h.flatten(0, 1), self.weight)
+        k, members = self.n_modalities, self.members
+        heads = torch.baddbmm(self.bias, h.flatten(0, 1), self.weight)
         if self.shared:
-            out = out.view(self.k, self.members, -1, *self.grid).permute(2, 0, 3, 4, 5, 1)
+            heads = heads.view(k, members, -1, *self.grid).permute(2, 0, 3, 4, 5, 1)
         else:
-            out = out.view(self.k, self.members, self.k, -1, *self.grid[1:]).permute(
-                3, 0, 2, 4, 5, 1
-            )
-        out = out.flatten(-2).float()  # (B, K source, K target, 2, d)
-        return out[:, :, :, 0], out[:, :, :, 1].clamp(-MAX_LOG_VARIANCE, MAX_LOG_VARIANCE)
+            heads = heads.view(k, members, k, -1, *self.grid[1:]).permute(3, 0, 2, 4, 5, 1)
+        heads = heads.flatten(-2).float()  # (B, K source, K target, 2, d)
+        mean, log_var = heads[:, :, :, 0], heads[:, :, :, 1]
+        return mean, log_var.clamp(-MAX_LOG_VARIANCE, MAX_LOG_VARIANCE)

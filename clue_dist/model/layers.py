@@ -1,4 +1,4 @@
-"""Layers that trunk, decoders and discriminator share: an MLP, an ensemble of them, gradient reversal."""
+"""Layers that trunk, decoders and discriminator share: an MLP, an ensemble, gradient reversal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from clue_dist.model.noise import Noise
 
 
 class MLP(nn.Module):
-    """depth x (dropout -> linear -> GELU -> layer norm). Batch statistics instead would depend on the ranks."""
+    """depth times (dropout -> linear -> GELU -> layer norm).
+
+    Batch norm instead would make weights depend on the number of ranks.
+    """
 
     def __init__(self, width: int, hidden: int, depth: int, dropout: float) -> None:
         super().__init__()
@@ -23,7 +26,7 @@ class MLP(nn.Module):
         self.dropout, self.width = dropout, widths[-1]
 
     def forward(self, x: Tensor, noise: Noise | None, rows: Tensor | None = None) -> Tensor:
-        """x: (n, width) -> (n, hidden). rows: which cells of the batch these are, None = all of them, in order."""
+        """(n, inputs) -> (n, width); rows: (n,), the cells' rows in the batch, None for all."""
         for linear, norm in zip(self.linear, self.norm, strict=True):
             if noise is not None and self.training:
                 x = noise.apply_dropout(x, self.dropout, rows)
@@ -32,7 +35,7 @@ class MLP(nn.Module):
 
 
 class Ensemble(nn.Module):
-    """M MLPs side by side that share nothing but their input; what they agree on is less of an accident."""
+    """M MLPs side by side that share their input alone: what all of them find is no accident."""
 
     def __init__(self, members: int, width: int, hidden: int, depth: int, dropout: float) -> None:
         super().__init__()
@@ -41,7 +44,7 @@ class Ensemble(nn.Module):
         self.members, self.dropout, self.width = members, dropout, widths[-1]
 
     def forward(self, x: Tensor, noise: Noise | None, rows: Tensor | None = None) -> Tensor:
-        """x: (n, width) -> (M, n, hidden). rows: which cells of the batch these are, None = all of them, in order."""
+        """(n, inputs) -> (M, n, width); rows: (n,), the cells' rows in the batch, None for all."""
         x = x.expand(self.members, *x.shape)
         for layer in self.layers:
             if noise is not None and self.training:
@@ -61,11 +64,12 @@ class EnsembleLayer(nn.Module):
         self.norm_bias = nn.Parameter(torch.zeros(members, 1, outputs))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(M, n, inputs) -> (M, n, outputs)."""
         x = F.gelu(torch.baddbmm(self.bias, x, self.weight))
         return F.layer_norm(x, x.shape[-1:]) * self.norm_scale + self.norm_bias
 
 
-class _Reverse(torch.autograd.Function):
+class _GradientReversal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         return x.view_as(x)
@@ -76,6 +80,9 @@ class _Reverse(torch.autograd.Function):
 
 
 def reverse_gradient(x: Tensor) -> Tensor:
-    """Identity forward, minus the gradient backward (Ganin and Lempitsky, 2015): eq. 15's min-max in one pass."""
-    out: Tensor = _Reverse.apply(x)
-    return out
+    """Identity forward, minus the gradient backward (Ganin and Lempitsky, 2015).
+
+    So one pass both maximises and minimises the adversarial term of eq. 15.
+    """
+    same: Tensor = _GradientReversal.apply(x)
+    return same

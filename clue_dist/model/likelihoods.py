@@ -45,7 +45,7 @@ class LikelihoodParameters(NamedTuple):
 
     @property
     def log_mean(self) -> Tensor:
-        """ln mu = ln library + ln sigmoid(rate): each feature takes a share of the cell's counts."""
+        """ln mu = ln library + ln sigmoid(rate): a feature takes a share of the cell's counts."""
         return self.library.log() + F.logsigmoid(self.rate)
 
     def gather_entries(self, row: Tensor, column: Tensor) -> LikelihoodParameters:
@@ -58,7 +58,7 @@ class LikelihoodParameters(NamedTuple):
 
 
 class Likelihood(ABC):
-    """One distribution of a feature's values, what it needs of a decoder, and where training starts it."""
+    """A distribution of a feature's values, what it needs of a decoder, and where it starts."""
 
     has_gate: ClassVar[bool] = False  # the decoder gives the logit of an extra zero, too
     takes_real_values: ClassVar[bool] = False  # instead of counts
@@ -203,7 +203,8 @@ def compute_log_likelihood(
 def compute_log_rising_factorial(r: Tensor, x: Tensor) -> Tensor:
     """ln Gamma(r + x) - ln Gamma(r), also where both are large and nearly equal.
 
-    From r = STIRLING_FROM on it follows Stirling's series, to 1e-6, whose gradient float32 does not drown.
+    From r = STIRLING_FROM on it follows Stirling's series, to 1e-6: the gradient of a difference of
+    two large ln Gamma would be lost in the rounding of float32.
     """
     large = r.clamp(min=STIRLING_FROM)
     y = x + large

@@ -1,11 +1,13 @@
-"""Everything the model draws at random in one step, so that the world size changes rounding and nothing else.
+"""Everything that the model draws at random in one step, the same on any number of ranks.
 
-Each lane of the global batch has its own generator, keyed by (seed, step, lane). A rank draws for its lanes alone
-and lays the rows out in the order of its batch, so a cell gets the same noise on 1 rank or on 64.
+Each lane of the global batch has its own generator, keyed by (seed, step, lane). A rank draws for
+its lanes alone and puts the rows into the order of its batch. So a cell gets the same noise on
+1 rank and on 64, and the number of ranks changes rounding and nothing else.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 
@@ -14,9 +16,21 @@ from torch import Tensor
 
 from clue_dist.store.shuffle import derive_key
 
+DROPOUT_LEVELS = 256  # a byte decides whether a value is dropped, so rates go in steps of 1/256
+
 
 class Noise:
-    """Draws for the B cells of one rank's micro-batch; calls must come in the same order on every rank."""
+    """Draws for the B cells of one rank's micro-batch; calls come in the same order on each rank.
+
+    Args:
+        seed: Of the run.
+        step: Number of the micro-batch.
+        stratum_shares: Cells of the global micro-batch by stratum, see `CellPlan`.
+        lanes: Streams of the global micro-batch.
+        rank: Of the `world` ranks, which one this is.
+        world: Number of ranks.
+        device: Where to draw. Other devices draw other numbers.
+    """
 
     def __init__(
         self,
@@ -29,53 +43,68 @@ class Noise:
         device: torch.device | str = "cpu",
     ) -> None:
         self._device = device
-        self._lanes = [self._generator(seed, step, lane) for lane in range(rank, lanes, world)]
-        self._shared = self._generator(seed, step, "all ranks")
-        self._slots = [n // lanes for n in stratum_shares.values()]
+        self._lanes = [self._make_generator(seed, step, lane) for lane in range(rank, lanes, world)]
+        self._all_ranks = self._make_generator(seed, step, "all ranks")
+        self._slots = [share // lanes for share in stratum_shares.values()]  # of a lane, by stratum
         self._per_lane = sum(self._slots)
         self._order = order_rows(tuple(stratum_shares.values()), lanes, world).to(device)
 
     def draw_normal(self, *tail: int) -> Tensor:
         """Standard normal draws, (B, *tail) float32."""
         shape = (self._per_lane, *tail)
-        return self._rows(
+        return self._lay_out_rows(
             [torch.randn(shape, generator=g, device=self._device) for g in self._lanes]
         )
 
     def apply_dropout(self, x: Tensor, rate: float, rows: Tensor | None = None) -> Tensor:
-        """Inverted dropout of x: (..., B, F), or (..., n, F) with `rows` (n,) of the batch. The rate goes in steps of
-        1/256."""
-        threshold = round(rate * 256)
+        """Drop values of x, (..., B, F), and scale up the others.
+
+        Args:
+            x: The values, or those of some rows of the batch, (..., n, F).
+            rate: The share to drop, rounded to 1/256.
+            rows: (n,), these rows.
+        """
+        threshold = round(rate * DROPOUT_LEVELS)
         if threshold == 0:
             return x
-        *members, n, width = x.shape
+        *members, n_rows, width = x.shape
         columns = math.prod(members) * width
-        keep = (self._bytes(columns, rows) >= threshold).view(n, *members, width).movedim(0, -2)
-        return x * keep * (256 / (256 - threshold))
+        keep = self._draw_bytes(columns, rows) >= threshold
+        keep = keep.view(n_rows, *members, width).movedim(0, -2)
+        return x * keep * (DROPOUT_LEVELS / (DROPOUT_LEVELS - threshold))
 
     def draw_mixing(self) -> tuple[Tensor, Tensor]:
-        """For each cell a partner out of its stratum and lane, now and then itself, (B,) int64 rows, and its own share,
-        (B, 1)."""
-        partner, first = [], 0
-        for n in self._slots:
-            partner.append(
-                [first + torch.randperm(n, generator=g, device=self._device) for g in self._lanes]
+        """Draw for each cell a partner of its stratum and lane, and its own share of the mixture.
+
+        Returns:
+            Rows of the partners, (B,) int64, now and then the cell itself, and shares, (B, 1).
+        """
+        partner_slots, first = [], 0  # by stratum, then by lane
+        for slots in self._slots:
+            partner_slots.append(
+                [
+                    first + torch.randperm(slots, generator=g, device=self._device)
+                    for g in self._lanes
+                ]
             )
-            first += n
-        in_lane = [
+            first += slots
+        places = [
             torch.cat(slots) + i * self._per_lane
-            for i, slots in enumerate(zip(*partner, strict=True))
+            for i, slots in enumerate(zip(*partner_slots, strict=True))
         ]
-        own = [torch.rand(self._per_lane, 1, generator=g, device=self._device) for g in self._lanes]
-        place = torch.empty_like(self._order)
-        place[self._order] = torch.arange(len(place), device=place.device)
-        return place[self._rows(in_lane)], self._rows(own)
+        shares = [
+            torch.rand(self._per_lane, 1, generator=g, device=self._device) for g in self._lanes
+        ]
+        row_of_place = torch.empty_like(self._order)
+        row_of_place[self._order] = torch.arange(len(row_of_place), device=row_of_place.device)
+        return row_of_place[self._lay_out_rows(places)], self._lay_out_rows(shares)
 
-    def draw_subset(self, size: int, of: int) -> Tensor:
-        """`size` of range(of), sorted, the same on every rank. (size,) int64."""
-        return torch.randperm(of, generator=self._shared, device=self._device)[:size].sort().values
+    def draw_subset(self, size: int, total: int) -> Tensor:
+        """`size` of range(total), sorted, the same on every rank, (size,) int64."""
+        order = torch.randperm(total, generator=self._all_ranks, device=self._device)
+        return order[:size].sort().values
 
-    def _bytes(self, columns: int, rows: Tensor | None) -> Tensor:
+    def _draw_bytes(self, columns: int, rows: Tensor | None) -> Tensor:
         """Uniform bytes, (B, columns), or those of `rows`."""
         width = -(-columns // 4)  # four bytes of a 32-bit draw
         shape = (self._per_lane, width)
@@ -85,28 +114,33 @@ class Noise:
             )
             for g in self._lanes
         ]
-        bits = self._rows(draws)
+        bits = self._lay_out_rows(draws)
         return (bits if rows is None else bits[rows]).view(torch.uint8)[:, :columns]
 
-    def _generator(self, *key: object) -> torch.Generator:
+    def _make_generator(self, *key: object) -> torch.Generator:
         return torch.Generator(self._device).manual_seed(derive_key(*key) >> 1)
 
-    def _rows(self, draws: list[Tensor]) -> Tensor:
+    def _lay_out_rows(self, draws: list[Tensor]) -> Tensor:
+        """Draws of each lane, slot by slot, in the order of the batch's rows."""
         return torch.cat(draws)[self._order]
 
 
-_ORDERS: dict[tuple[tuple[int, ...], int, int], Tensor] = {}
+@functools.cache
+def order_rows(shares: tuple[int, ...], lanes: int, world: int) -> Tensor:
+    """For each row of a rank's batch, where its draw lies among draws laid out lane by lane.
 
+    Args:
+        shares: Cells of the global micro-batch, by stratum.
+        lanes: Streams of the global micro-batch.
+        world: Number of ranks.
 
-def order_rows(share: tuple[int, ...], lanes: int, world: int) -> Tensor:
-    """For each row of a rank's batch (stratum by stratum), where it lies in draws laid out (lane, slot). (B,) int64."""
-    key = (share, lanes, world)
-    if key not in _ORDERS:
-        local = lanes // world
-        per_lane, first, out = sum(share) // lanes, 0, []
-        for n in share:
-            i = torch.arange(n // world)
-            out.append(i % local * per_lane + first // lanes + i // local)
-            first += n
-        _ORDERS[key] = torch.cat(out)
-    return _ORDERS[key]
+    Returns:
+        (B,) int64. The rows of a batch come stratum by stratum, those of its lanes by turns.
+    """
+    rank_lanes, per_lane, first = lanes // world, sum(shares) // lanes, 0
+    places = []
+    for share in shares:
+        row = torch.arange(share // world)
+        places.append(row % rank_lanes * per_lane + first // lanes + row // rank_lanes)
+        first += share
+    return torch.cat(places)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from clue_dist.config import Config
 from clue_dist.errors import ConfigError
-from clue_dist.model.clue import ModalitySpec
+from clue_dist.model.modality_spec import ModalitySpec
 from clue_dist.store import svd
 from clue_dist.store.reader import Store
 from clue_dist.store.svd import StoredSvd

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from clue_dist.config import ModelConfig, ObjectiveConfig
 from clue_dist.data.batch import Batch, ObservedModality
-from clue_dist.model.clue import CLUE, ModalitySpec
+from clue_dist.model.clue import CLUE
+from clue_dist.model.modality_spec import ModalitySpec
 from clue_dist.model.noise import Noise
 from clue_dist.objective import Objective
 

@@ -9,7 +9,7 @@ import pytest
 
 from clue_dist import config
 from clue_dist.kinds import KINDS, Kind
-from clue_dist.model.clue import specify_modalities
+from clue_dist.model.modality_spec import specify_modalities
 from clue_dist.store.reader import Store
 from data_prep.convert import ConversionOptions, convert_inputs
 from data_prep.jobs.workers import ThreadPool

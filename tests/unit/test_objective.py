@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from clue_dist.config import Config
-from clue_dist.model.clue import CLUE, CLUEOutput, ModalitySpec, Posterior
+from clue_dist.model.clue import CLUE, CLUEOutput, Posterior
+from clue_dist.model.modality_spec import ModalitySpec
 from clue_dist.model.noise import Noise
 from clue_dist.model.posterior import (
     product_of_experts,

@@ -11,7 +11,7 @@ from clue_dist import config as configs
 from clue_dist import normalise as in_numpy
 from clue_dist.config import DecoderConfig
 from clue_dist.data.batch import SparseCounts, read_batch
-from clue_dist.model.clue import CLUE, specify_modalities
+from clue_dist.model.clue import CLUE
 from clue_dist.model.decoders import Decoder
 from clue_dist.model.initialise import (
     _set_decoder_start,
@@ -19,6 +19,7 @@ from clue_dist.model.initialise import (
     initialise_model,
     sample_cells,
 )
+from clue_dist.model.modality_spec import specify_modalities
 from clue_dist.model.moments import INVERSE_DISPERSION_LIMITS
 from clue_dist.model.trunk import Projection, compute_size_inputs, normalise_counts
 from tests.stores import make_store

@@ -10,7 +10,8 @@ import scipy.sparse as sp
 
 from clue_dist import matching
 from clue_dist.config import ModelConfig, load_config
-from clue_dist.model.clue import CLUE, ModalitySpec
+from clue_dist.model.clue import CLUE
+from clue_dist.model.modality_spec import ModalitySpec
 from tests.benchmarks import common, mosaic
 from tests.distributed.command import ROOT
 

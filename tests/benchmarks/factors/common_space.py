@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from clue_dist.config import Config
 from clue_dist.data.batch import Batch
 from clue_dist.data.loader import Loader
-from clue_dist.model.clue import CLUE, ModalitySpec
+from clue_dist.model.clue import CLUE
 from clue_dist.model.decoders import Decoder
 from clue_dist.model.initialise import initialise_model
+from clue_dist.model.modality_spec import ModalitySpec
 from clue_dist.model.noise import Noise
 from clue_dist.model.posterior import compute_kl_to_prior, product_of_experts, sample_posterior
 from clue_dist.train.engine import EPSILON, OPTIMIZERS, group_parameters
@@ -56,7 +57,7 @@ class CommonSpace(CLUE):
         everything = z[:, :1].expand(
             -1, len(self.modalities), -1
         )  # (B, K, K * d): every decoder reads the same z
-        ln_alone, ln_joint = self._decode(batch, [z[:, 1:], everything], noise)  # (B, K)
+        ln_alone, ln_joint = self._score_profiles(batch, [z[:, 1:], everything], noise)  # (B, K)
         kl, beta = compute_kl_to_prior(mean, log_var), self.objective.lambda_kl  # (B, 1 + K)
         joint = beta * kl[:, 0] - ln_joint.sum(1)
         alone = ((beta * kl[:, 1:] - ln_alone) * batch.observed).sum(1)
