@@ -1,10 +1,10 @@
-"""More cells for a store that is there: new segments of its strata, and a manifest that lists them too.
+"""More cells for a store: further segments of its strata, and a manifest that lists these too.
 
-Nothing of the store is rewritten but its manifest, which is renamed into place last: until then it is the store that it
-was. A killed addition goes on when it is typed again.
+Nothing of the store is rewritten but its manifest, which is renamed into place last: until then the
+store is what it was before. A killed addition goes on when the same command is typed again.
 
-    STORE.addition.partial/              a conversion like any other (see `convert`), fitted to the store's features
-    STORE/strata/<rna+adt.2>/            where its strata go; unknown to the store until the manifest is written
+    STORE.addition.partial/              a conversion like any other, fitted to the store's features
+    STORE/strata/<rna+adt.2>/            a new segment, unknown to the store until its manifest is written
 """
 
 from __future__ import annotations
@@ -28,7 +28,13 @@ from clue_dist.store.manifest import FileDigest, Manifest
 from clue_dist.store.reader import SegmentReader, Store
 from clue_dist.store.writer import hash_metadata
 from data_prep.conversion.cells import CellTable
-from data_prep.convert import ConversionOptions, build_store, describe_conversion, format_notes
+from data_prep.convert import (
+    ConversionOptions,
+    build_store,
+    describe_conversion,
+    format_notes,
+    format_strata,
+)
 from data_prep.jobs.job_folder import (
     claim_job,
     discard_job,
@@ -41,188 +47,198 @@ from data_prep.jobs.workers import WorkerPool
 from data_prep.readers.fragments import ConversionInput
 from data_prep.readers.source import decode_barcodes
 
-APPENDED = "appended"  # in the provenance: one entry for each addition
-BUILT = "addition.json"  # in the addition's folder: its manifest; from here on its strata may be in the store
-DONE = "becomes"  # in the addition's folder: the fingerprint that the store is about to get
-BLOCKS = 4096  # whose barcodes are read at once
+APPENDED = "appended"  # in the provenance: the notes of each addition
+BUILT_FILE = "addition.json"  # in the job's folder: the manifest of the addition, once it is built
+COMMIT_FILE = "becomes"  # in the job's folder: the fingerprint that the store is about to get
+STEP_BLOCKS = 4096  # whose barcodes are read at once
 
 
 def append_cells(
     inputs: Sequence[ConversionInput],
-    where: str | Location,
+    store_location: str | Location,
     options: ConversionOptions,
     pool: WorkerPool,
 ) -> Manifest:
-    """Add the cells of `inputs`; returns the store's new manifest, whose fingerprint is another.
+    """Add the cells of some inputs to a store.
 
-    options: `features_from`, `block_cells` and `codec` are the store's own, whatever they say; choices: bins alone.
+    Args:
+        inputs: one modality of one file each.
+        store_location: the store, a folder.
+        options: `features_from`, `block_cells` and `codec` are replaced by those of the store. Of
+            features, the width of bins alone may be chosen.
+        pool: the workers.
+
+    Returns:
+        The new manifest of the store; its fingerprint is another one.
 
     Raises:
-        DataError: inputs that are not what they should be, modalities the store lacks, cells that are in it already;
-            other cells were added meanwhile.
-        StoreError: no store there, or not a folder; another addition is under way; the disk is full.
+        DataError: the inputs are not what they should be, have modalities that the store lacks, or
+            cells that are in it already; other cells were added meanwhile.
+        StoreError: there is no store, or it is not in a folder; another addition is under way; the
+            disk is full.
     """
-    root = parse_location(where)
+    root = parse_location(store_location)
     if not isinstance(root, Path):
         raise StoreError(
             "cells can only be added to a folder",
-            where=where,
+            where=store_location,
             fix="add them there, then copy it again",
         )
-    root = (
-        root.resolve()
-    )  # a link may lead to another disk, and the addition must lie beside the store
+    root = root.resolve()  # a link may lead to another disk; the job must lie beside the store
     out = root.with_name(root.name + ".addition")
     store = Store(root)
-    old = store.manifest
-    _forget_svd(root, old)  # of other cells, if the last addition was killed before it came to it
-    if _was_committed(find_partial_folder(out), describe_conversion(inputs, options, old), old):
-        return old
-    options = replace(options, features_from=root, block_cells=old.block_cells, codec=old.codec)
-    with claim_job(out, describe_conversion(inputs, options, old), "addition") as folder:
-        if Manifest.read(root).fingerprint != old.fingerprint:
+    before = store.manifest
+    _remove_outdated_svd(root, before)  # the last addition may have been killed before it did so
+    if _was_committed(
+        find_partial_folder(out), describe_conversion(inputs, options, before), before
+    ):
+        return before
+    options = replace(
+        options, features_from=root, block_cells=before.block_cells, codec=before.codec
+    )
+    with claim_job(out, describe_conversion(inputs, options, before), "addition") as job:
+        if Manifest.read(root).fingerprint != before.fingerprint:
             raise DataError(
                 "other cells were added meanwhile", where=root, fix="run the same command again"
             )
-        built = _built(folder)
-        _remove_strays(root, old, {} if built is None else _segments(built, old))
-        if built is None:
-            built = build_store(
-                inputs, options, old, folder, pool, lambda cells: _refuse_known(cells, store)
+        addition = _read_built_addition(job)
+        segments = {} if addition is None else _name_segments(addition, before)
+        _remove_stray_strata(root, {*before.strata, *segments.values()})
+        if addition is None:
+            addition = build_store(
+                inputs, options, before, job, pool, lambda cells: _refuse_known_cells(cells, store)
             )
-            write_file(folder / BUILT, built.model_dump_json())
-        return _graft(built, folder, old, root)
+            # From here on, strata of the addition may be in the store already.
+            write_file(job / BUILT_FILE, addition.model_dump_json())
+        return _commit_addition(addition, job, before, root)
 
 
-def _was_committed(partial: Path, wanted: dict[str, Any], now: Manifest) -> bool:
-    """Whether these inputs are in the store already, added by a run that was killed right after its commit. What it
-    left is removed, whatever it was."""
-    before = read_job(partial)
-    if before is None or not any(
-        done.read_text() == now.fingerprint for done in partial.glob(f"*/{DONE}")
-    ):
+def _was_committed(partial: Path, description: dict[str, Any], manifest: Manifest) -> bool:
+    """Find out whether a killed run has added these inputs already, right before it was killed.
+
+    What such a run has left is removed, whatever its inputs were.
+    """
+    job_before = read_job(partial)
+    commits = [file.read_text() for file in partial.glob(f"*/{COMMIT_FILE}")]
+    if job_before is None or manifest.fingerprint not in commits:
         return False
     discard_job(partial)
-    decided = (
-        "inputs",
-        "features",
-        "columns",
-    )  # the rest is the store's, which is another one since
-    return all(before.get(key) == normalise_json(wanted)[key] for key in decided)
+    # The rest of the description is the store's, which has become another one since.
+    decisive = ("inputs", "features", "columns")
+    wanted = normalise_json(description)
+    return all(job_before.get(key) == wanted[key] for key in decisive)
 
 
-def _built(folder: Path) -> Manifest | None:
-    path = folder / BUILT
+def _read_built_addition(job: Path) -> Manifest | None:
+    path = job / BUILT_FILE
     return Manifest.model_validate_json(path.read_bytes()) if path.exists() else None
 
 
-def _remove_strays(root: Path, manifest: Manifest, coming: Mapping[str, str]) -> None:
-    """Strata in the store's folder that neither it nor this addition knows: of an addition that was given up."""
+def _name_segments(addition: Manifest, before: Manifest) -> dict[str, str]:
+    """Name the segments that the strata of an addition become in the store."""
+    counts = Counter(layout.name_stratum(name) for name in before.strata)
+    return {
+        name: layout.name_segment(stratum.modalities, counts[name] + 1)
+        for name, stratum in addition.strata.items()
+    }
+
+
+def _remove_stray_strata(root: Path, known: set[str]) -> None:
+    """Remove what an addition that was given up has left in the store."""
     for folder in (root / "strata").iterdir():
-        if (
-            folder.is_dir()
-            and folder.name not in manifest.strata
-            and folder.name not in coming.values()
-        ):
+        if folder.is_dir() and folder.name not in known:
             shutil.rmtree(folder)
     remove_leftovers(root / "strata")
     (root / f"{layout.MANIFEST}.tmp").unlink(missing_ok=True)
 
 
-def _refuse_known(cells: CellTable, store: Store) -> None:
-    known = [found for reader in store.segments.values() for found in _known(cells, reader)]
+def _refuse_known_cells(cells: CellTable, store: Store) -> None:
+    known = [found for reader in store.segments.values() for found in _find_known(cells, reader)]
     if known:
-        names = np.concatenate(known)
+        barcodes = np.concatenate(known)
         raise DataError(
-            f"{len(names)} cells are in the store already",
+            f"{len(barcodes)} cells are in the store already",
             where=store.root,
-            got=list_names(decode_barcodes(names)),
+            got=list_names(decode_barcodes(barcodes)),
             expected="cells with barcodes of their own",
-            fix="other cells with the same barcodes need a prefix, `lane2:FILE`; for more modalities of the same "
-            "cells, convert all files again",
+            fix="other cells with the same barcodes need a prefix, `lane2:FILE`; for more "
+            "modalities of the same cells, convert all files again",
         )
 
 
-def _known(cells: CellTable, reader: SegmentReader) -> Iterator[np.ndarray]:
-    """Barcodes of a stratum that are also new ones."""
-    step = BLOCKS * reader.block_cells
-    for first in range(0, reader.n_cells, step):
-        found = cells.among(
-            reader.read_barcodes(np.arange(first, min(first + step, reader.n_cells)))
-        )
-        if len(found):
-            yield found
+def _find_known(cells: CellTable, reader: SegmentReader) -> Iterator[np.ndarray]:
+    """Find the barcodes of a segment that new cells have too, some blocks at a time."""
+    step = STEP_BLOCKS * reader.block_cells
+    for start in range(0, reader.n_cells, step):
+        positions = np.arange(start, min(start + step, reader.n_cells))
+        known = cells.find_known_barcodes(reader.read_barcodes(positions))
+        if len(known):
+            yield known
 
 
-def _segments(addition: Manifest, old: Manifest) -> dict[str, str]:
-    """What the strata of an addition are called in the store."""
-    there = Counter(layout.name_stratum(name) for name in old.strata)
-    return {
-        name: layout.name_segment(s.modalities, there[name] + 1)
-        for name, s in addition.strata.items()
-    }
-
-
-def _graft(addition: Manifest, folder: Path, old: Manifest, root: Path) -> Manifest:
+def _commit_addition(addition: Manifest, job: Path, before: Manifest, root: Path) -> Manifest:
     """Move the strata of an addition into the store as further segments, then commit."""
     for name, modality in addition.modalities.items():
-        if modality != old.modalities[name]:
+        if modality != before.modalities[name]:
             raise RuntimeError(f"an addition with other features of {name} than its store")
-    names = _segments(addition, old)
-    notes = {APPENDED: [*old.provenance.get(APPENDED, []), addition.provenance]}
-    new = old.model_copy(
+    segments = _name_segments(addition, before)
+    additions = [*before.provenance.get(APPENDED, []), addition.provenance]
+    strata = {segments[name]: stratum for name, stratum in addition.strata.items()}
+    after = before.model_copy(
         update={
             "batches": addition.batches,
             "labels": addition.labels,
-            "strata": old.strata | {names[name]: s for name, s in addition.strata.items()},
-            "shards": dict(sorted((old.shards | _renamed(addition, names)).items())),
-            "provenance": old.provenance | notes,
+            "strata": before.strata | strata,
+            "shards": dict(sorted((before.shards | _rename_shards(addition, segments)).items())),
+            "provenance": before.provenance | {APPENDED: additions},
         }
     )
-    new = Manifest.model_validate(new.model_dump())
-    found = dict(old.metadata)
-    for name, final in names.items():
-        _move(folder / "store" / "strata" / name, root / "strata" / final)
-        found |= hash_metadata(root, f"strata/{final}")
-    new = new.model_copy(update={"metadata": found})
-    write_file(folder / DONE, new.compute_fingerprint())
-    new = new.write(root)
-    _forget_svd(root, new)
-    return new
+    after = Manifest.model_validate(after.model_dump())
+    metadata = dict(before.metadata)
+    for name, segment in segments.items():
+        _move_stratum(job / "store" / "strata" / name, root / "strata" / segment)
+        metadata |= hash_metadata(root, f"strata/{segment}")
+    after = after.model_copy(update={"metadata": metadata})
+    write_file(job / COMMIT_FILE, after.compute_fingerprint())
+    after = after.write(root)
+    _remove_outdated_svd(root, after)
+    return after
 
 
-def _forget_svd(root: Path, now: Manifest) -> None:
-    """Remove an SVD that is not of the cells there are now."""
-    try:
-        svd.list_svds(root, now)
-    except StoreError:
-        shutil.rmtree(root / svd.FOLDER)
-        print(f"{root}: the stored SVD was of the cells before, and is gone", file=sys.stderr)
+def _rename_shards(addition: Manifest, segments: Mapping[str, str]) -> dict[str, FileDigest]:
+    """Give the shards of an addition the paths that they have in the store."""
+    shards: dict[str, FileDigest] = {}
+    for path, shard in addition.shards.items():
+        strata, name, rest = path.split("/", 2)
+        shards[f"{strata}/{segments[name]}/{rest}"] = shard
+    return shards
 
 
-def _renamed(addition: Manifest, names: dict[str, str]) -> dict[str, FileDigest]:
-    out: dict[str, FileDigest] = {}
-    for key, shard in addition.shards.items():
-        strata, name, rest = key.split("/", 2)
-        out[f"{strata}/{names[name]}/{rest}"] = shard
-    return out
-
-
-def _move(source: Path, target: Path) -> None:
-    """Give a stratum its final name; where it has it already, an earlier run that was killed did so."""
+def _move_stratum(source: Path, target: Path) -> None:
+    """Give a stratum its place in the store, unless a run that was killed has done so."""
     if not source.exists():
         return
     try:
         os.rename(source, target)
     except OSError as error:
         raise StoreError(
-            "the store cannot be written", where=target, got=error, fix="mend that, then go on"
+            "the store cannot be written",
+            where=target,
+            got=error,
+            fix="correct that, then run the same command again",
         ) from error
 
 
+def _remove_outdated_svd(root: Path, manifest: Manifest) -> None:
+    """Remove a stored SVD that is of other cells than the store has."""
+    try:
+        svd.list_svds(root, manifest)
+    except StoreError:
+        shutil.rmtree(root / svd.FOLDER)
+        print(f"{root}: the stored SVD was of the cells before, and is gone", file=sys.stderr)
+
+
 def format_addition(manifest: Manifest) -> str:
-    """What a person should know after an addition."""
+    """Say in a few lines what a person should know after an addition."""
     notes = manifest.provenance[APPENDED][-1]
-    lines = [f"{manifest.n_cells:,} cells, fingerprint {manifest.fingerprint[:16]}"]
-    lines += [f"  {name}: {s.n_cells:,} cells" for name, s in manifest.strata.items()]
-    return "\n".join(lines + format_notes(manifest, notes))
+    return "\n".join([*format_strata(manifest), *format_notes(manifest, notes)])

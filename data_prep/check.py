@@ -1,4 +1,4 @@
-"""Is a store exactly what its manifest says? Every file hashed, every block decoded, all problems listed."""
+"""Is a store exactly what its manifest says? Hash every file, decode every block, list all problems."""
 
 from __future__ import annotations
 
@@ -20,53 +20,63 @@ from clue_dist.store.writer import hash_file
 from data_prep.jobs.workers import Progress
 
 THREADS = 4
+SHARD_STEPS = 8  # a large shard is decoded in about as many steps
 
 
-def check_store(where: str | Location) -> list[str]:
-    """Problems of a committed store, one line each; empty where it is sound.
+def check_store(store_location: str | Location) -> list[str]:
+    """Check a committed store.
+
+    Args:
+        store_location: a folder or a URL.
+
+    Returns:
+        The problems, a line each. A sound store has none.
 
     Raises:
         StoreError: there is no store, its manifest cannot be used at all, or its server fails.
     """
-    root = location.parse_location(where)
+    root = location.parse_location(store_location)
     manifest = Manifest.read(root)
     manifest.verify_fingerprint(root)
-    problems, side_files = svd.verify_svd(root, manifest)
-    problems += _manifest_file(root, manifest) + _extra_files(root, manifest, side_files)
+    problems, svd_files = svd.verify_svd(root, manifest)
+    problems += _check_manifest_file(root, manifest)
+    problems += _find_extra_files(root, manifest, svd_files)
     damaged: set[str] = set()
 
-    def verify(item: tuple[str, FileDigest]) -> list[str]:
-        found = _verify_file(root, *item)
+    def check_file(item: tuple[str, FileDigest]) -> list[str]:
+        found = _check_file(root, *item)
         if found and item[0] in manifest.shards:
             damaged.add(item[0])
         return found
 
-    problems += _all("hash", verify, [*manifest.metadata.items(), *manifest.shards.items()])
+    files = [*manifest.metadata.items(), *manifest.shards.items()]
+    problems += _check_all("hash", check_file, files)
     for name in manifest.strata:
         try:
             reader = SegmentReader(root, manifest, name)
         except StoreError as error:
-            problems.append(_line(error))
+            problems.append(_format_error(error))
             continue
-        problems += _check_stratum(reader, damaged)
+        problems += _check_segment(reader, damaged)
     return problems
 
 
-def _all(title: str, function: Callable[[Any], list[str]], items: list[Any]) -> list[str]:
+def _check_all(title: str, check: Callable[[Any], list[str]], items: list[Any]) -> list[str]:
+    """Check every item, several at once; return the problems of all."""
     progress = Progress(title, len(items))
 
-    def step(item: Any) -> list[str]:
-        found = function(item)
+    def check_item(item: Any) -> list[str]:
+        problems = check(item)
         progress.mark_done()
-        return found
+        return problems
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        found = [line for lines in pool.map(step, items) for line in lines]
+    with ThreadPoolExecutor(THREADS) as threads:
+        problems = [line for lines in threads.map(check_item, items) for line in lines]
     progress.close()
-    return found
+    return problems
 
 
-def _manifest_file(root: Location, manifest: Manifest) -> list[str]:
+def _check_manifest_file(root: Location, manifest: Manifest) -> list[str]:
     content = location.read_file(root, layout.MANIFEST)
     if content is not None and manifest.is_sealed(content):
         return []
@@ -75,109 +85,101 @@ def _manifest_file(root: Location, manifest: Manifest) -> list[str]:
     ]
 
 
-def _verify_file(root: Location, key: str, expected: FileDigest) -> list[str]:
+def _check_file(root: Location, file: str, expected: FileDigest) -> list[str]:
+    """Compare a file with its digest in the manifest."""
     try:
-        location.require_plain_files(root, key)
-        got = _hash(root, key, expected)
+        location.require_plain_files(root, file)
+        found = _hash_file(root, file, expected)
     except ServerError:
         raise
     except StoreError as error:
-        return [f"{key}: {error.got}"]
+        return [f"{file}: {error.got}"]
     except OSError as error:
-        return [f"{key}: cannot be read ({error.strerror})"]
-    if got is None:
-        return [f"{key}: missing"]
-    if got.bytes != expected.bytes:
-        return [f"{key}: {got.bytes} bytes, expected {expected.bytes}"]
-    return [] if got == expected else [f"{key}: content changed (sha256 differs)"]
+        return [f"{file}: cannot be read ({error.strerror})"]
+    if found is None:
+        return [f"{file}: missing"]
+    if found.bytes != expected.bytes:
+        return [f"{file}: {found.bytes} bytes, expected {expected.bytes}"]
+    return [] if found == expected else [f"{file}: content changed (sha256 differs)"]
 
 
-def _hash(root: Location, key: str, expected: FileDigest) -> FileDigest | None:
-    """Size and SHA-256 of a file; None where there is none. A file of another size than expected is not read."""
-    if isinstance(root, Path):
-        if not (root / key).is_file():
+def _hash_file(root: Location, file: str, expected: FileDigest) -> FileDigest | None:
+    """Take size and SHA-256 of a file; None where there is none.
+
+    A file in a folder that has another size than expected is not read.
+    """
+    if not isinstance(root, Path):
+        content = location.read_file(root, file)
+        if content is None:
             return None
-        size = (root / key).stat().st_size
-        return (
-            hash_file(root / key) if size == expected.bytes else FileDigest(bytes=size, sha256="")
-        )
-    content = location.read_file(root, key)
-    return (
-        None
-        if content is None
-        else FileDigest(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-    )
+        return FileDigest(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    path = root / file
+    if not path.is_file():
+        return None
+    size = path.stat().st_size
+    return hash_file(path) if size == expected.bytes else FileDigest(bytes=size, sha256="")
 
 
-def _extra_files(root: Location, manifest: Manifest, side_files: Collection[str]) -> list[str]:
-    known = {layout.MANIFEST, *manifest.metadata, *manifest.shards, *side_files}
-    extra = [f for f in sorted(location.list_files(root) or []) if f not in known]
-    folders = {f: f.split("/")[1] for f in extra if f.startswith("strata/") and f.count("/") > 1}
-    strays = {f: name for f, name in folders.items() if name not in manifest.strata}
+def _find_extra_files(root: Location, manifest: Manifest, svd_files: Collection[str]) -> list[str]:
+    """Find files that the store does not know; a folder of an unknown segment counts once."""
+    known = {layout.MANIFEST, *manifest.metadata, *manifest.shards, *svd_files}
+    extra = [file for file in sorted(location.list_files(root) or []) if file not in known]
+    # Files in a folder strata/NAME, and the name of this segment.
+    segment = {f: f.split("/")[1] for f in extra if f.startswith("strata/") and f.count("/") > 1}
+    strays = {file: name for file, name in segment.items() if name not in manifest.strata}
     fix = "perhaps of an addition that was broken off: type that again, or remove this folder"
     return [
         *(f"strata/{name}: not part of the store, {fix}" for name in sorted(set(strays.values()))),
-        *(f"{f}: not part of the store" for f in extra if f not in strays),
+        *(f"{file}: not part of the store" for file in extra if file not in strays),
     ]
 
 
-def _check_stratum(reader: SegmentReader, damaged: set[str]) -> list[str]:
-    """Decode every block, some at a time; pieces of shards that are known to be damaged are left out."""
-    shard = reader.segment.shard_blocks
-    step = layout.NARROW_CHUNK_BLOCKS * max(1, shard // layout.NARROW_CHUNK_BLOCKS // 8)
-    parts = [*reader.modalities, "obs"]
-    pieces = [
-        (part, lo, min(lo + step, reader.n_blocks))
-        for part in parts
-        for lo in range(0, reader.n_blocks, step)
-    ]
-    bad = {
-        (key.split("/")[2], int(key.split("/")[5]))
-        for key in damaged
-        if key.startswith(f"strata/{reader.name}/")
-    }
-    sound = [
-        p for p in pieces if not {(p[0], s) for s in range(p[1] // shard, -(-p[2] // shard))} & bad
-    ]
+def _check_segment(reader: SegmentReader, damaged: set[str]) -> list[str]:
+    """Decode every block, some at a time, but for those of shards that are known to be damaged."""
+    shard_blocks = reader.segment.shard_blocks
+    step = layout.NARROW_CHUNK_BLOCKS * max(
+        1, shard_blocks // layout.NARROW_CHUNK_BLOCKS // SHARD_STEPS
+    )
+    # strata/NAME/PART/ARRAY/c/SHARD/...
+    paths = [file.split("/") for file in damaged if file.startswith(f"strata/{reader.name}/")]
+    damaged_shards = {(path[2], int(path[5])) for path in paths}
+    steps = []
+    for part in [*reader.modalities, "obs"]:
+        for first in range(0, reader.n_blocks, step):
+            stop = min(first + step, reader.n_blocks)
+            shards = range(first // shard_blocks, -(-stop // shard_blocks))
+            if not damaged_shards & {(part, shard) for shard in shards}:
+                steps.append((part, np.arange(first, stop)))
 
-    def decode(piece: tuple[str, int, int]) -> list[str]:
-        part, blocks = piece[0], np.arange(piece[1], piece[2])
+    def decode(item: tuple[str, np.ndarray]) -> list[str]:
+        part, blocks = item
         try:
-            found = (
-                _check_obs(reader, blocks) if part == "obs" else _check_blocks(reader, part, blocks)
-            )
+            if part == "obs":
+                _read_metadata(reader, blocks)
+                return []
+            problem = _find_problem(reader, part, blocks)
         except StoreError as error:
-            return [_line(error)]
-        return [
-            f"strata/{reader.name}/{part}, blocks {blocks[0]} to {blocks[-1]}: {problem}"
-            for problem in found
-        ]
+            return [_format_error(error)]
+        where = f"strata/{reader.name}/{part}, blocks {blocks[0]} to {blocks[-1]}"
+        return [] if problem is None else [f"{where}: {problem}"]
 
-    return _all(f"decode {reader.name}", decode, sound)
+    return _check_all(f"decode {reader.name}", decode, steps)
 
 
-def _check_obs(reader: SegmentReader, blocks: np.ndarray) -> list[str]:
-    size = reader.block_cells
-    reader.read_metadata(
-        np.arange(blocks[0] * size, min((blocks[-1] + 1) * size, reader.n_cells))
-    )  # raises what it finds
-    return []
+def _read_metadata(reader: SegmentReader, blocks: np.ndarray) -> None:
+    """Read batch, label and barcode of all cells of some blocks; raises what is wrong with them."""
+    start, stop = blocks[0] * reader.block_cells, (blocks[-1] + 1) * reader.block_cells
+    reader.read_metadata(np.arange(start, min(stop, reader.n_cells)))
 
 
-def _check_blocks(reader: SegmentReader, modality: str, blocks: np.ndarray) -> list[str]:
+def _find_problem(reader: SegmentReader, modality: str, blocks: np.ndarray) -> str | None:
+    """Find out whether values of a modality are other than its store may hold."""
     decoded = reader.read_blocks(modality, blocks)
     if isinstance(decoded, np.ndarray):
-        return [] if np.isfinite(decoded).all() else ["values that are not finite"]
-    packed, n_features = (
-        reader.segment.packed[modality],
-        reader.manifest.modalities[modality].n_features,
-    )
-    return (
-        []
-        if (problem := describe_coding_fault(decoded, packed.bits, n_features)) is None
-        else [problem]
-    )
+        return None if np.isfinite(decoded).all() else "values that are not finite"
+    bits = reader.segment.packed[modality].bits
+    return describe_coding_fault(decoded, bits, reader.manifest.modalities[modality].n_features)
 
 
-def _line(error: StoreError) -> str:
+def _format_error(error: StoreError) -> str:
     return f"{error.where}: {error.what} ({error.got})"

@@ -11,39 +11,47 @@ import numpy as np
 from clue_dist.errors import list_names
 from clue_dist.store import svd
 from clue_dist.store.manifest import Manifest
-from clue_dist.store.reader import Store
+from clue_dist.store.reader import SegmentReader, Store
 
-_SHOWN = 12  # batches, labels and inputs printed before "... and N more"
+_SHOWN = 12  # batches, labels and inputs that are printed before "... and N more"
+_STEP_BLOCKS = 4096  # whose lengths of rows are read at once
 
 
 def collect_facts(root: str | Path) -> dict[str, Any]:
-    """What `inspect --json` prints. Reads row lengths where a modality is sparse, no counts.
+    """Collect what `inspect --json` prints.
+
+    Lengths of rows are read where a modality is sparse, but no counts.
+
+    Args:
+        root: a folder or a URL.
+
+    Returns:
+        JSON-able.
 
     Raises:
         StoreError: there is no sound store at `root`.
     """
     store = Store(root)
     manifest = store.manifest
-    total = sum(shard.bytes for shard in manifest.shards.values())
     return {
         "store": str(root),
         "fingerprint": manifest.fingerprint,
         "cells": manifest.n_cells,
         "block_cells": manifest.block_cells,
         "codec": manifest.codec,
-        "bytes": total,
-        "modalities": {name: _modality(store, name) for name in store.modalities},
+        "bytes": sum(shard.bytes for shard in manifest.shards.values()),
+        "modalities": {name: _describe_modality(store, name) for name in store.modalities},
         "strata": {
             name: {
-                "cells": s.n_cells,
-                "paired": len(s.modalities) > 1,
-                "modalities": s.modalities,
-                "shard_blocks": s.shard_blocks,
+                "cells": stratum.n_cells,
+                "paired": len(stratum.modalities) > 1,
+                "modalities": stratum.modalities,
+                "shard_blocks": stratum.shard_blocks,
             }
-            for name, s in manifest.strata.items()
+            for name, stratum in manifest.strata.items()
         },
-        "batches": _totals(manifest, "batch"),
-        "labels": _totals(manifest, "label"),
+        "batches": _count_cells(manifest, "batch"),
+        "labels": _count_cells(manifest, "label"),
         "svd": {
             name: {
                 "components": note.components,
@@ -56,113 +64,110 @@ def collect_facts(root: str | Path) -> dict[str, Any]:
     }
 
 
-def _modality(store: Store, name: str) -> dict[str, Any]:
-    modality = store.manifest.modalities[name]
-    size = sum(s.bytes for key, s in store.manifest.shards.items() if key.split("/")[2] == name)
-    cells = sum(r.n_cells for r in store.segments.values() if name in r.modalities)
-    out = {
+def _describe_modality(store: Store, name: str) -> dict[str, Any]:
+    modality, shards = store.manifest.modalities[name], store.manifest.shards
+    size = sum(shard.bytes for path, shard in shards.items() if path.split("/")[2] == name)
+    readers = [reader for reader in store.segments.values() if name in reader.modalities]
+    n_cells = sum(reader.n_cells for reader in readers)
+    facts = {
         "kind": modality.kind,
         "storage": modality.storage,
         "features": modality.n_features,
-        "cells": cells,
+        "cells": n_cells,
         "bytes": size,
     }
     if modality.storage == "sparse":
-        nnz = sum(
-            _non_zeros(store, stratum, name)
-            for stratum, r in store.segments.items()
-            if name in r.modalities
-        )
-        return out | {"non_zeros": nnz, "bytes_per_non_zero": size / max(nnz, 1)}
-    return out | {"bytes_per_value": size / max(cells * modality.n_features, 1)}
+        nonzeros = sum(_count_nonzeros(reader, name) for reader in readers)
+        return facts | {"non_zeros": nonzeros, "bytes_per_non_zero": size / max(nonzeros, 1)}
+    return facts | {"bytes_per_value": size / max(n_cells * modality.n_features, 1)}
 
 
-def _non_zeros(store: Store, stratum: str, modality: str) -> int:
-    reader = store.segments[stratum]
-    step = 4096
-    return sum(
-        int(
-            reader.read_lengths(modality, np.arange(lo, min(lo + step, reader.n_blocks))).sum(
-                dtype=np.int64
-            )
-        )
-        for lo in range(0, reader.n_blocks, step)
-    )
+def _count_nonzeros(reader: SegmentReader, modality: str) -> int:
+    nonzeros = 0
+    for first in range(0, reader.n_blocks, _STEP_BLOCKS):
+        blocks = np.arange(first, min(first + _STEP_BLOCKS, reader.n_blocks))
+        nonzeros += int(reader.read_lengths(modality, blocks).sum(dtype=np.int64))
+    return nonzeros
 
 
-def _totals(manifest: Manifest, field: str) -> dict[str, int]:
-    names = manifest.batches if field == "batch" else manifest.labels
-    tallies = [
-        s.batch_counts if field == "batch" else s.label_counts for s in manifest.strata.values()
-    ]
+def _count_cells(manifest: Manifest, field: str) -> dict[str, int]:
+    """Count the cells of each batch or label, and those whose is unknown, if there are any."""
+    is_batch = field == "batch"
+    strata = manifest.strata.values()
+    tallies = [stratum.batch_counts if is_batch else stratum.label_counts for stratum in strata]
+    names = manifest.batches if is_batch else manifest.labels
     totals = {name: sum(tally.get(name, 0) for tally in tallies) for name in names}
     unknown = manifest.n_cells - sum(totals.values())
     return totals | ({"(unknown)": unknown} if unknown else {})
 
 
-def format_facts(found: dict[str, Any]) -> str:
-    """`facts` for people."""
+def format_facts(facts: dict[str, Any]) -> str:
+    """Format what `collect_facts` has found for people."""
     lines = [
-        f"{found['store']}: {found['cells']:,} cells, {found['bytes'] / 2**20:,.1f} MiB",
-        f"fingerprint  {found['fingerprint']}",
-        f"blocks       {found['block_cells']} cells, codec {found['codec']}",
+        f"{facts['store']}: {facts['cells']:,} cells, {facts['bytes'] / 2**20:,.1f} MiB",
+        f"fingerprint  {facts['fingerprint']}",
+        f"blocks       {facts['block_cells']} cells, codec {facts['codec']}",
         "modalities",
     ]
-    for name, m in found["modalities"].items():
-        density = (
-            f"{m['bytes_per_non_zero']:.2f} bytes per non-zero"
-            if "non_zeros" in m
-            else f"{m['bytes_per_value']:.2f} bytes per value"
-        )
+    for name, modality in facts["modalities"].items():
+        unit = "non_zero" if "non_zeros" in modality else "value"
+        density = f"{modality[f'bytes_per_{unit}']:.2f} bytes per {unit.replace('_', '-')}"
         lines.append(
-            f"  {name:<12} {m['kind']}, {m['storage']}, {m['features']:,} features, {m['cells']:,} cells, {density}"
+            f"  {name:<12} {modality['kind']}, {modality['storage']}, {modality['features']:,} "
+            f"features, {modality['cells']:,} cells, {density}"
         )
     lines.append("strata")
-    for name, s in found["strata"].items():
-        lines.append(
-            f"  {name:<12} {s['cells']:,} cells, {'paired' if s['paired'] else 'one modality'}"
-        )
+    for name, stratum in facts["strata"].items():
+        pairing = "paired" if stratum["paired"] else "one modality"
+        lines.append(f"  {name:<12} {stratum['cells']:,} cells, {pairing}")
     for title in ("batches", "labels"):
-        shares = [f"{name} {n:,}" for name, n in found[title].items() if n]
+        shares = [f"{name} {n_cells:,}" for name, n_cells in facts[title].items() if n_cells]
         lines.append(f"{title:<12} {list_names(shares, _SHOWN) or 'none'}")
-    for name, note in found["svd"].items():
-        how = f"{note['components']} components of {note['cells']:,} cells, {note['normalise']}"
-        lines.append(f"{'svd':<12} {name}: {how}")
-    additions = found["provenance"].get("appended", [])
-    return "\n".join(
-        lines
-        + _provenance(found["provenance"])
-        + [line for a in additions for line in _provenance(a, added=True)]
-    )
+    for name, note in facts["svd"].items():
+        result = f"{note['components']} components of {note['cells']:,} cells, {note['normalise']}"
+        lines.append(f"{'svd':<12} {name}: {result}")
+    provenance = facts["provenance"]
+    lines += _format_provenance(provenance, "provenance")
+    for addition in provenance.get("appended", []):
+        lines += _format_provenance(addition, "added")
+    return "\n".join(lines)
 
 
-def _provenance(notes: dict[str, Any], added: bool = False) -> list[str]:
+def _format_provenance(notes: dict[str, Any], title: str) -> list[str]:
+    """Say where the cells of a conversion, or of an addition, came from."""
     if not notes:
         return ["provenance   none recorded"]
-    cells, title = notes.get("cells", {}), "added" if added else "provenance"
+    cells, inputs = notes.get("cells", {}), notes.get("inputs", [])
     lines = [
-        f"{title:<12} {notes.get('tool', '?')}: {cells.get('in', 0):,} cells in, {cells.get('dropped', 0):,} dropped"
+        f"{title:<12} {notes.get('tool', '?')}: {cells.get('in', 0):,} cells in, "
+        f"{cells.get('dropped', 0):,} dropped"
     ]
-    lines += [
-        f"  {name}: {how}" for name in notes.get("features", {}) if (how := _chosen(name, notes))
-    ]
-    for item in notes.get("inputs", [])[:_SHOWN]:
-        missing, extra = item["features"]["missing"], item["features"]["extra"]
-        told = f"{item['cells']:,} cells ({item['empty']:,} empty), features: {missing} missing, {extra} extra"
-        told += (
-            f", named by {item['names']}" if item.get("names", "var_names") != "var_names" else ""
-        )
-        told += f", {item['counted']} counted" if "counted" in item else ""
-        lines.append(
-            f"  {item['dataset'] + ':' if item['dataset'] else ''}{item['file']} -> {item['modality']}: {told}"
-        )
-    if len(notes.get("inputs", [])) > _SHOWN:
-        lines.append(f"  ... and {len(notes['inputs']) - _SHOWN} more")
+    for name in notes.get("features", {}):
+        if decision := _describe_decision(name, notes):
+            lines.append(f"  {name}: {decision}")
+    lines += [_format_input(note) for note in inputs[:_SHOWN]]
+    if len(inputs) > _SHOWN:
+        lines.append(f"  ... and {len(inputs) - _SHOWN} more")
     return lines
 
 
-def _chosen(name: str, notes: dict[str, Any]) -> str:
-    """How a modality's features were decided, where that was not simply those of its files."""
+def _format_input(note: dict[str, Any]) -> str:
+    missing, extra = note["features"]["missing"], note["features"]["extra"]
+    prefix = f"{note['dataset']}:" if note["dataset"] else ""
+    facts = [
+        f"{note['cells']:,} cells ({note['empty']:,} empty)",
+        f"features: {missing} missing",
+        f"{extra} extra",
+    ]
+    if note.get("names", "var_names") != "var_names":
+        facts.append(f"named by {note['names']}")
+    if "counted" in note:
+        facts.append(f"{note['counted']} counted")
+    return f"  {prefix}{note['file']} -> {note['modality']}: {', '.join(facts)}"
+
+
+def _describe_decision(name: str, notes: dict[str, Any]) -> str:
+    """Say how a modality's features were decided; "" where they are simply those of its files."""
     choice, selected = notes["features"][name], notes.get("selected", {}).get(name)
     parts = [f"{choice['mode']} of its files"] if choice["mode"] != "same" else []
     if choice["list_sha256"]:
@@ -174,5 +179,6 @@ def _chosen(name: str, notes: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def dump_facts(found: dict[str, Any]) -> str:
-    return json.dumps(found, indent=1)
+def dump_facts(facts: dict[str, Any]) -> str:
+    """Format facts as JSON, for programs."""
+    return json.dumps(facts, indent=1)

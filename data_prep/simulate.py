@@ -1,13 +1,15 @@
-"""Simulated mosaics with known truth, made row by row: any size, and a cell is the same however it is asked for.
+"""Simulated mosaics with known truth, of any size; a cell is the same however it is asked for.
 
-A cell has a type, a batch, shared factors that every modality sees and private factors of each modality. All are
-drawn per fixed piece of cells from a generator keyed by (seed, what, piece), so a range of rows needs no others.
+A cell has a type, a batch, shared factors that every modality sees and private factors of each
+modality. All are drawn for a chunk of cells at a time, from a generator that is keyed by the seed,
+the purpose and the number of the chunk, so that a range of rows needs no others.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,40 +22,45 @@ from clue_dist.errors import DataError
 from clue_dist.files import replace_file
 from clue_dist.kinds import KINDS, infer_kind
 from data_prep.jobs.whole_files import make_folder
-from data_prep.options import require_known_modalities
+from data_prep.options import FIELDS, require_known_modalities
 from data_prep.readers.source import CategoryCodes, DirectSource, Source, SourceHead, SourceRows
 
 CHUNK_CELLS = 1024  # cells whose truth is drawn together
 CHUNK_VALUES = 2**20  # values of a modality drawn together: bounds memory, however many features
-TYPES = 8
-_TRUTH, _FACTORS, _COUNTS, _WEIGHTS = range(4)  # what a generator is for
+TYPES = 8  # of cells
+_TRUTH, _FACTORS, _COUNTS, _WEIGHTS = range(4)  # purposes of a generator
 
 
 @dataclass(frozen=True)
 class SimulationSpec:
-    """A mosaic. The first `paired` share of cells carries every modality, the others one each, in equal parts."""
+    """A mosaic: some cells carry every modality, the others one each, in equal parts."""
 
     modalities: tuple[tuple[str, str, int], ...]  # name, kind, features
     cells: int = 2000
-    paired: float = 0.5
+    paired: float = 0.5  # the share of cells that carry every modality; they come first
     batches: int = 2
-    shared: int = 8
-    private: int = 4
+    shared: int = 8  # factors that every modality sees
+    private: int = 4  # factors of each modality alone
     seed: int = 0
 
     @classmethod
     def from_features(
         cls, features: dict[str, int], kinds: dict[str, str], **sizes: Any
     ) -> SimulationSpec:
-        """A spec of named modalities; kinds from their names, or as given.
+        """Make a spec of named modalities.
+
+        Args:
+            features: how many each modality has.
+            kinds: of modalities whose name does not say what they measure.
+            sizes: the other fields.
 
         Raises:
-            DataError: a size that makes no sense, a modality of unknown kind, or a kind of no modality.
+            DataError: a size makes no sense, a modality is of unknown kind, or a kind is given of
+                no modality.
         """
         require_known_modalities("--kind", kinds, features)
-        spec = cls(
-            tuple((name, infer_kind(name, kinds), n) for name, n in features.items()), **sizes
-        )
+        modalities = tuple((name, infer_kind(name, kinds), n) for name, n in features.items())
+        spec = cls(modalities, **sizes)
         counted = {"cells": spec.cells, "batches": spec.batches, "shared": spec.shared, **features}
         for name, value in counted.items():
             if value < 1:
@@ -69,125 +76,139 @@ class SimulationSpec:
         return spec
 
     def build_sources(self) -> list[Source]:
-        """One source per modality, for `convert`."""
-        return [SimulatedSource(self, m) for m in range(len(self.modalities))]
+        """Build the inputs of a conversion, one for each modality."""
+        return [SimulatedSource(self, number) for number in range(len(self.modalities))]
 
-    def list_cells(self, m: int) -> np.ndarray:
-        """The cells that carry modality `m`, ascending. (n,) int64."""
-        both = round(self.cells * self.paired) if len(self.modalities) > 1 else self.cells
-        alone = np.linspace(both, self.cells, len(self.modalities) + 1).astype(np.int64)
-        return np.concatenate([np.arange(both), np.arange(alone[m], alone[m + 1])])
+    def list_cells(self, modality: int) -> np.ndarray:
+        """List the cells that carry a modality, by its number; (n,) int64, ascending."""
+        n_paired = round(self.cells * self.paired) if len(self.modalities) > 1 else self.cells
+        bounds = np.linspace(n_paired, self.cells, len(self.modalities) + 1).astype(np.int64)
+        unpaired = np.arange(bounds[modality], bounds[modality + 1])
+        return np.concatenate([np.arange(n_paired), unpaired])
 
-    def make_generator(self, *what: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, *what])
+    def make_generator(self, *key: int) -> np.random.Generator:
+        """Make a generator whose numbers depend on the seed and on a key: purpose, chunk ..."""
+        return np.random.default_rng([self.seed, *key])
 
 
 @dataclass(frozen=True)
 class TrueFactors:
-    """batch, cell_type: (n,) int; shared: (n, shared) float64."""
+    """What is true of some cells, whatever is measured."""
 
-    batch: np.ndarray
-    cell_type: np.ndarray
-    shared: np.ndarray
+    batch: np.ndarray  # (n,) int
+    cell_type: np.ndarray  # (n,) int
+    shared: np.ndarray  # (n, shared) float64
 
 
 def draw_true_factors(spec: SimulationSpec, cells: np.ndarray) -> TrueFactors:
-    """What is true of `cells`, (n,) ascending."""
+    """Draw what is true of cells, (n,) ascending."""
     centres = spec.make_generator(_WEIGHTS).normal(0, 1.5, (TYPES, spec.shared))
 
-    def piece(p: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        rng = spec.make_generator(_TRUTH, p)
+    def draw_chunk(chunk: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        rng = spec.make_generator(_TRUTH, chunk)
         cell_type = rng.integers(TYPES, size=CHUNK_CELLS)
         noise = rng.normal(0, 0.5, (CHUNK_CELLS, spec.shared))
         return rng.integers(spec.batches, size=CHUNK_CELLS), cell_type, centres[cell_type] + noise
 
-    return TrueFactors(*_gather(piece, cells, CHUNK_CELLS))
+    return TrueFactors(*_pick_cells(draw_chunk, cells, CHUNK_CELLS))
 
 
-def draw_private_factors(spec: SimulationSpec, m: int, cells: np.ndarray) -> np.ndarray:
-    """Private factors of modality `m`, (n, private) float64."""
-    return _gather(
-        lambda p: (spec.make_generator(_FACTORS, m, p).normal(0, 1, (CHUNK_CELLS, spec.private)),),
-        cells,
-        CHUNK_CELLS,
-    )[0]
+def draw_private_factors(spec: SimulationSpec, modality: int, cells: np.ndarray) -> np.ndarray:
+    """Draw the private factors of a modality, by its number; (n, private) float64."""
+
+    def draw_chunk(chunk: int) -> tuple[np.ndarray]:
+        rng = spec.make_generator(_FACTORS, modality, chunk)
+        return (rng.normal(0, 1, (CHUNK_CELLS, spec.private)),)
+
+    return _pick_cells(draw_chunk, cells, CHUNK_CELLS)[0]
 
 
-def draw_measurements(spec: SimulationSpec, m: int, cells: np.ndarray) -> np.ndarray:
-    """What modality `m` measures in `cells`: (n, features), counts as int32 or, for a dense kind, float32."""
-    size = max(1, CHUNK_VALUES // spec.modalities[m][2])
+def draw_measurements(spec: SimulationSpec, modality: int, cells: np.ndarray) -> np.ndarray:
+    """Draw what a modality measures in cells, (n,) ascending.
 
-    def piece(p: int) -> tuple[np.ndarray]:
-        every = np.arange(p * size, (p + 1) * size)
-        return (
-            _draw(
-                spec,
-                m,
-                draw_true_factors(spec, every),
-                draw_private_factors(spec, m, every),
-                spec.make_generator(_COUNTS, m, p),
-            ),
-        )
+    Returns:
+        (n, features): counts as int32, real values as float32.
+    """
+    chunk_cells = max(1, CHUNK_VALUES // spec.modalities[modality][2])
 
-    return _gather(piece, cells, size)[0]
+    def draw_chunk(chunk: int) -> tuple[np.ndarray]:
+        all_cells = np.arange(chunk * chunk_cells, (chunk + 1) * chunk_cells)
+        factors = draw_true_factors(spec, all_cells)
+        private = draw_private_factors(spec, modality, all_cells)
+        rng = spec.make_generator(_COUNTS, modality, chunk)
+        return (_measure_cells(spec, modality, factors, private, rng),)
+
+    return _pick_cells(draw_chunk, cells, chunk_cells)[0]
 
 
-def _gather(
-    piece: Callable[[int], tuple[np.ndarray, ...]], cells: np.ndarray, size: int
+def _pick_cells(
+    draw_chunk: Callable[[int], tuple[np.ndarray, ...]], cells: np.ndarray, chunk_cells: int
 ) -> tuple[np.ndarray, ...]:
-    """Rows of pieces of `size` cells each, put together for `cells`; only the pieces they lie in are made."""
+    """Draw the chunks in which cells lie, and pick the rows of these cells."""
     if not len(cells):
-        return tuple(part[:0] for part in piece(0))
-    made = [
-        tuple(part[cells[cells // size == p] - p * size] for part in piece(int(p)))
-        for p in np.unique(cells // size)
-    ]
-    return tuple(np.concatenate(parts) for parts in zip(*made, strict=True))
+        return tuple(array[:0] for array in draw_chunk(0))
+    chunk_of_cell = cells // chunk_cells
+    picked = []
+    for chunk in np.unique(chunk_of_cell).tolist():
+        rows = cells[chunk_of_cell == chunk] - chunk * chunk_cells
+        picked.append(tuple(array[rows] for array in draw_chunk(chunk)))
+    return tuple(np.concatenate(arrays) for arrays in zip(*picked, strict=True))
 
 
 @dataclass(frozen=True)
 class _Weights:
-    """base: (features,); shared, private: (factors, features); batch: (batches, features); dispersion: (features,)."""
+    """What the features of a modality make of the factors."""
 
-    base: np.ndarray
-    shared: np.ndarray
-    private: np.ndarray
-    batch: np.ndarray
-    dispersion: np.ndarray
+    base: np.ndarray  # (features,)
+    shared: np.ndarray  # (shared, features)
+    private: np.ndarray  # (private, features)
+    batch: np.ndarray  # (batches, features)
+    dispersion: np.ndarray  # (features,)
 
 
 @lru_cache(maxsize=16)
-def _weights(spec: SimulationSpec, m: int) -> _Weights:
-    rng, n = spec.make_generator(_WEIGHTS, m), spec.modalities[m][2]
+def _draw_weights(spec: SimulationSpec, modality: int) -> _Weights:
+    rng, n_features = spec.make_generator(_WEIGHTS, modality), spec.modalities[modality][2]
     scale = 0.5 / np.sqrt(spec.shared + spec.private)
     return _Weights(
-        base=rng.normal(0, 1.0, n),
-        shared=rng.normal(0, 2 * scale, (spec.shared, n)),
-        private=rng.normal(0, scale, (spec.private, n)),
-        batch=rng.normal(0, 0.2, (spec.batches, n)),
-        dispersion=rng.gamma(4.0, 1.0, n) + 0.5,
+        base=rng.normal(0, 1.0, n_features),
+        shared=rng.normal(0, 2 * scale, (spec.shared, n_features)),
+        private=rng.normal(0, scale, (spec.private, n_features)),
+        batch=rng.normal(0, 0.2, (spec.batches, n_features)),
+        dispersion=rng.gamma(4.0, 1.0, n_features) + 0.5,
     )
 
 
-def _draw(
-    spec: SimulationSpec, m: int, t: TrueFactors, own: np.ndarray, rng: np.random.Generator
+def _measure_cells(
+    spec: SimulationSpec,
+    modality: int,
+    factors: TrueFactors,
+    private: np.ndarray,
+    rng: np.random.Generator,
 ) -> np.ndarray:
-    """Noise and depth on top of the truth; one likelihood per kind."""
-    kind, n = KINDS[spec.modalities[m][1]], spec.modalities[m][2]
-    w = _weights(spec, m)
-    signal = w.base + t.shared @ w.shared + own @ w.private + w.batch[t.batch]  # (cells, features)
+    """Draw noise and depth on top of the truth, by the likelihood of the kind."""
+    _, kind_name, n_features = spec.modalities[modality]
+    kind = KINDS[kind_name]
+    weights = _draw_weights(spec, modality)
+    signal = (  # (cells, features)
+        weights.base
+        + factors.shared @ weights.shared
+        + private @ weights.private
+        + weights.batch[factors.batch]
+    )
     if kind.real_values:
         return np.asarray(rng.normal(signal, 0.5), np.float32)
-    depth = rng.lognormal(0.1 * t.batch, 0.3)[:, None]  # deeper in later batches
+    depth = rng.lognormal(0.1 * factors.batch, 0.3)[:, None]  # deeper in later batches
     if kind.storage == "dense":
-        mean = depth * (20 * np.exp(signal - 1) + 3 * np.exp(w.base))  # foreground and background
+        # foreground and background
+        mean = depth * (20 * np.exp(signal - 1) + 3 * np.exp(weights.base))
     else:
         share = np.exp(signal - signal.max(axis=1, keepdims=True))
-        mean = share / share.sum(axis=1, keepdims=True) * depth * n * kind.simulated_mean
+        share /= share.sum(axis=1, keepdims=True)
+        mean = share * depth * n_features * kind.simulated_mean
     if kind.likelihood != "poisson":
-        mean = rng.gamma(
-            w.dispersion, mean / w.dispersion
-        )  # gamma and Poisson make a negative binomial
+        # gamma and Poisson make a negative binomial
+        mean = rng.gamma(weights.dispersion, mean / weights.dispersion)
     return np.asarray(rng.poisson(mean), np.int32)
 
 
@@ -196,11 +217,11 @@ class SimulatedSource(DirectSource):
     """A simulated modality as an input of the conversion."""
 
     spec: SimulationSpec
-    m: int
+    number: int  # of the modality
 
     @property
     def modality(self) -> str:
-        return self.spec.modalities[self.m][0]
+        return self.spec.modalities[self.number][0]
 
     @property
     def dataset(self) -> str:
@@ -214,104 +235,115 @@ class SimulatedSource(DirectSource):
         return {"simulated": asdict(self.spec), "modality": self.modality}
 
     def read_head(self) -> SourceHead:
-        cells, (_, kind, n) = self.spec.list_cells(self.m), self.spec.modalities[self.m]
-        sample = draw_measurements(self.spec, self.m, cells[:16])
-        nnz = int(
-            len(cells)
-            * (
-                n
-                if KINDS[kind].storage == "dense"
-                else np.count_nonzero(sample) / max(len(sample), 1)
-            )
-        )
+        cells = self.spec.list_cells(self.number)
+        _, kind, n_features = self.spec.modalities[self.number]
+        row_entries: float = n_features
+        if KINDS[kind].storage == "sparse":
+            sample = draw_measurements(self.spec, self.number, cells[:16])
+            row_entries = np.count_nonzero(sample) / max(len(sample), 1)
         fields = {
-            f: CategoryCodes(codes.astype(np.int32), names)
-            for f, (codes, names) in draw_obs(self.spec, cells).items()
+            field: CategoryCodes(codes.astype(np.int32), names)
+            for field, (codes, names) in draw_obs(self.spec, cells).items()
         }
         return SourceHead(
             name_barcodes(cells),
-            name_features(self.modality, n),
-            nnz,
+            name_features(self.modality, n_features),
+            int(len(cells) * row_entries),
             fields,
-            ["batch", "cell_type"],
+            list(FIELDS.values()),
         )
 
     def read_rows(self, start: int, stop: int, scratch: Path) -> SourceRows:
-        values = draw_measurements(self.spec, self.m, self.spec.list_cells(self.m)[start:stop])
-        kind = KINDS[self.spec.modalities[self.m][1]]
+        cells = self.spec.list_cells(self.number)[start:stop]
+        values = draw_measurements(self.spec, self.number, cells)
+        kind = KINDS[self.spec.modalities[self.number][1]]
         return values if kind.real_values else sp.csr_matrix(values)
 
 
 def name_barcodes(cells: np.ndarray) -> np.ndarray:
-    return np.array([b"cell%09d" % c for c in cells.tolist()], "S13")
+    """Name cells by their numbers, (n,) bytes."""
+    return np.array([b"cell%09d" % cell for cell in cells.tolist()], "S13")
 
 
-def name_features(modality: str, n: int) -> list[str]:
-    return [f"{modality}_{i:06d}" for i in range(n)]
+def name_features(modality: str, n_features: int) -> list[str]:
+    """Name the features of a modality by their numbers."""
+    return [f"{modality}_{i:06d}" for i in range(n_features)]
 
 
 def draw_obs(spec: SimulationSpec, cells: np.ndarray) -> dict[str, tuple[np.ndarray, list[str]]]:
-    """Codes and names of batch and label."""
-    t = draw_true_factors(spec, cells)
+    """Draw batch and label of cells: the codes, (n,), and what they stand for."""
+    factors = draw_true_factors(spec, cells)
     width = len(str(spec.batches - 1))  # padded, so that sorting the names keeps their order
     return {
-        "batch": (t.batch, [f"batch{i:0{width}d}" for i in range(spec.batches)]),
-        "label": (t.cell_type, [f"type{i}" for i in range(TYPES)]),
+        "batch": (factors.batch, [f"batch{i:0{width}d}" for i in range(spec.batches)]),
+        "label": (factors.cell_type, [f"type{i}" for i in range(TYPES)]),
     }
 
 
 def build_mudata(spec: SimulationSpec) -> Any:
-    """The whole mosaic in memory, with the truth: obsm["shared"], and obsm["private"] of each modality."""
+    """Build the mosaic in memory, as a MuData.
+
+    Its truth is in obsm["shared"], and in obsm["private"] of each modality.
+    """
     import mudata as md
     from anndata import AnnData
 
     parts = {}
-    for m, (name, kind, n) in enumerate(spec.modalities):
-        cells = spec.list_cells(m)
-        values = draw_measurements(spec, m, cells)
+    for number, (name, kind, n_features) in enumerate(spec.modalities):
+        cells = spec.list_cells(number)
+        values = draw_measurements(spec, number, cells)
         part = AnnData(values if KINDS[kind].real_values else sp.csr_matrix(values))
-        part.obs_names, part.var_names = name_barcodes(cells).astype(str), name_features(name, n)
-        for column, (codes, names) in zip(
-            ("batch", "cell_type"), draw_obs(spec, cells).values(), strict=True
-        ):
-            part.obs[column] = np.array(names)[codes]
-        part.obsm["private"] = draw_private_factors(spec, m, cells)
+        part.obs_names = name_barcodes(cells).astype(str)
+        part.var_names = name_features(name, n_features)
+        for field, (codes, names) in draw_obs(spec, cells).items():
+            part.obs[FIELDS[field]] = np.array(names)[codes]
+        part.obsm["private"] = draw_private_factors(spec, number, cells)
         parts[name] = part
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", FutureWarning
-        )  # mudata announces its next defaults at every call
+    with _silence_mudata():
         whole = md.MuData(parts)
-    whole.obsm["shared"] = draw_true_factors(
-        spec, np.array([int(b[4:]) for b in whole.obs_names])
-    ).shared
+    cells = np.array([int(barcode[4:]) for barcode in whole.obs_names])
+    whole.obsm["shared"] = draw_true_factors(spec, cells).shared
     return whole
 
 
+@contextmanager
+def _silence_mudata() -> Iterator[None]:
+    """Keep mudata from announcing its next defaults at every call."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
 def write_h5mu(spec: SimulationSpec, out: Path) -> None:
-    """Write a mosaic and its truth; under a temporary name first."""
+    """Write a mosaic and its truth as a whole file.
+
+    Raises:
+        DataError: something is at `out` already, or its folder cannot be made.
+    """
     if out.exists():
         raise DataError(
             "something is already there", where=out, fix="choose another --out, or remove it"
         )
     make_folder(out.parent)
-    with replace_file(out, ending=".tmp.h5mu") as temporary, warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
+    # mudata chooses the format by the ending
+    with replace_file(out, ending=".tmp.h5mu") as temporary, _silence_mudata():
         build_mudata(spec).write(temporary)
 
 
 def parse_features(texts: list[str]) -> dict[str, int]:
-    """`["rna:2000", "adt:50"]` -> features of each modality.
+    """Parse `["rna:2000", "adt:50"]` into the number of features of each modality.
 
     Raises:
-        DataError: not NAME:NUMBER, or a name given twice.
+        DataError: a text is not NAME:NUMBER, or a name is given twice.
     """
-    pairs = [text.rpartition(":") for text in texts]
-    for text, (name, _, n) in zip(texts, pairs, strict=True):
-        if not name or not n.isdecimal():
+    features: dict[str, int] = {}
+    for text in texts:
+        name, _, number = text.rpartition(":")
+        if not name or not number.isdecimal():
             raise DataError(
                 "not NAME:FEATURES", where="--modality", got=text, expected="rna:2000, say"
             )
-    if len({name for name, _, _ in pairs}) < len(pairs):
-        raise DataError("a modality is named twice", where="--modality", got=" ".join(texts))
-    return {name: int(n) for name, _, n in pairs}
+        if name in features:
+            raise DataError("a modality is named twice", where="--modality", got=" ".join(texts))
+        features[name] = int(number)
+    return features

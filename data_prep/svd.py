@@ -1,19 +1,21 @@
-"""The leading singular vectors of a modality over all cells of a store that carry it, in a few passes over its blocks.
+"""The leading singular vectors of a modality over all cells of a store, in a few passes over its blocks.
 
-A randomised SVD by block Krylov iteration (Halko, Martinsson, Shkolnisky and Tygert, "An algorithm for the principal
-component analysis of large data sets", 2011): with A the (cells, features) matrix of `clue_dist.normalise`, power
-iterations Q_{i+1} = orthonormal part of A'A Q_i from a random (features, components + OVERSAMPLING) start, each
-orthogonal to all before it (QR twice), and the best vectors in the span of all Q_i by Rayleigh-Ritz. A is never made.
+A randomised SVD by block Krylov iteration (Halko, Martinsson, Shkolnisky and Tygert, "An algorithm
+for the principal component analysis of large data sets", 2011). A is the (cells, features) matrix
+of `clue_dist.normalise`, which is never made. Power iterations start from a random Q_1 of shape
+(features, components + OVERSAMPLING). Q_{i+1} is an orthonormal basis of A'A Q_i, orthogonal to all
+before it (by QR, twice). The result is the best vectors in the span of all Q_i, by Rayleigh-Ritz.
 
-One pass adds up what the normalisation needs, then each iteration is a pass. Blocks of cells are the tasks. Each leaves
-its sum of (features, components + OVERSAMPLING) float64 in a file, at most MANY_TASKS or so at a time, and files are
-added up in one order: the result depends on neither the number of workers nor on who was killed. A worker needs the
-memory of about three such sums, the process that combines them of two for every pass.
+One pass adds up what the normalisation needs, then each iteration is a pass. Blocks of cells are the
+tasks, at most about MANY_TASKS of them. Each leaves its sum of (features, components + OVERSAMPLING)
+float64 in a file. Files are added up in one order, so that the result depends on neither the number
+of workers nor on which of them was killed. A worker needs the memory of about three such sums, the
+process that combines them of two for every pass.
 
-    JOB/MODALITY/moments.npz               idf, mean, scale (JOB: the folder that `job` yields)
+    JOB/MODALITY/moments.npz               idf, mean, scale (JOB: the folder that `claim_job` yields)
     JOB/MODALITY/basis-1.npz ...           the Q of each pass
-    JOB/MODALITY/pass-1.npz ...            what it gave: the next Q, and its part of Q'A'AQ
-    JOB/MODALITY/{moments,pass-1}/         sums of the tasks of the pass under way
+    JOB/MODALITY/pass-1.npz ...            its result: the next Q, and its part of Q'A'AQ
+    JOB/MODALITY/{moments,pass-1}/         sums of the tasks of the pass that is under way
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ from data_prep.jobs.workers import WorkerPool, run_missing
 OVERSAMPLING = 10
 MANY_TASKS = 64  # of a pass: each leaves a file
 STEP_ENTRIES = 2**21  # stored values that a task holds at once
-RANK = 1e-6  # singular values below this share of the first are rounding
+SMALLEST_SHARE = 1e-6  # singular values below this share of the first one are rounding
+SMALLEST_RESIDUAL = 1e-10  # a product whose residual has a smaller share of its norm adds nothing
 
 
 @dataclass(frozen=True)
@@ -60,91 +63,104 @@ class SvdOptions:
     """What decides the result, beside the store."""
 
     components: int = 50
-    power: int = 7
-    seed: int = 0
+    power: int = 7  # iterations
+    seed: int = 0  # of the start
 
 
 def compute_svd(
-    where: str, modalities: Sequence[str], options: SvdOptions, pool: WorkerPool
+    store_location: str, modalities: Sequence[str], options: SvdOptions, pool: WorkerPool
 ) -> dict[str, SvdNote]:
-    """Save the SVD of the modalities (none: of all) in the store; goes on where an interrupted run stopped.
+    """Compute the SVD of modalities and save it in the store.
+
+    A run of the same job that was interrupted goes on where it stopped.
+
+    Args:
+        store_location: the store, a folder.
+        modalities: by name; none means all.
+        options: what decides the result, beside the store.
+        pool: the workers.
+
+    Returns:
+        By modality, the note of what was saved.
 
     Raises:
-        StoreError: no such modality; a store that is damaged or not a folder; another run is or was under way.
+        StoreError: there is no such modality; the store is damaged or not in a folder; another job
+            is or was under way.
         DataError: cells were added to the store meanwhile.
     """
-    root = parse_location(where)
+    root = parse_location(store_location)
     if not isinstance(root, Path):
-        fix = "compute it where the store's folder is, then copy its folder `svd` too"
-        raise StoreError("an SVD can only be saved in a folder", where=where, fix=fix)
+        raise StoreError(
+            "an SVD can only be saved in a folder",
+            where=store_location,
+            fix="compute it where the store's folder is, then copy its folder `svd` too",
+        )
     require_plain_files(root)
     manifest = Manifest.read(root)
-    names = _chosen(manifest, modalities)
-    version = [clue_dist.__version__, stored.VERSION]
+    names = _choose_modalities(manifest, modalities)
     description = {
         "store": manifest.fingerprint,
         "modalities": names,
         "options": asdict(options),
-        "version": version,
+        "version": [clue_dist.__version__, stored.VERSION],
     }
     root = root.resolve()
-    with claim_job(root.with_name(root.name + ".svd"), description, "SVD") as work:
+    with claim_job(root.with_name(root.name + ".svd"), description, "SVD") as job:
         if (root / stored.FOLDER).is_dir():
             remove_leftovers(root / stored.FOLDER)
-        return {name: _one(root, manifest, name, options, work / name, pool) for name in names}
+        return {
+            name: _compute_modality(root, manifest, name, options, job / name, pool)
+            for name in names
+        }
 
 
 def format_svds(notes: dict[str, SvdNote]) -> str:
-    """What was saved, a line for each modality."""
+    """Say what was saved, a line for each modality."""
     return "\n".join(
-        f"  {m}: {n.components} components of {n.n_cells:,} cells, {n.normalise}"
-        for m, n in notes.items()
+        f"  {name}: {note.components} components of {note.n_cells:,} cells, {note.normalise}"
+        for name, note in notes.items()
     )
 
 
-def _chosen(manifest: Manifest, modalities: Sequence[str]) -> list[str]:
-    carried = [
-        m for m in manifest.modalities if any(m in s.modalities for s in manifest.strata.values())
-    ]
-    if unknown := [m for m in modalities if m not in carried]:
-        got = ", ".join(unknown)
+def _choose_modalities(manifest: Manifest, modalities: Sequence[str]) -> list[str]:
+    """List the modalities that are asked for, or all that any cell carries."""
+    carried = {name for stratum in manifest.strata.values() for name in stratum.modalities}
+    names = [name for name in manifest.modalities if name in carried]
+    if unknown := [name for name in modalities if name not in names]:
         raise StoreError(
             "no cell carries this modality",
             where="--modality",
-            got=got,
-            expected=", ".join(carried),
+            got=", ".join(unknown),
+            expected=", ".join(names),
         )
-    return [m for m in carried if m in modalities or not modalities]
+    return [name for name in names if name in modalities or not modalities]
 
 
-def _one(
+def _compute_modality(
     root: Path, manifest: Manifest, name: str, options: SvdOptions, folder: Path, pool: WorkerPool
 ) -> SvdNote:
-    """The SVD of one modality, computed unless it is there."""
-    how = KINDS[manifest.modalities[name].kind].normalise
-    n_cells = sum(s.n_cells for s in manifest.strata.values() if name in s.modalities)
-    n_features = manifest.modalities[name].n_features
-    components = min(options.components, n_features)
+    """Compute and save the SVD of one modality, unless the store has it already."""
+    modality = manifest.modalities[name]
+    strata = [stratum for stratum in manifest.strata.values() if name in stratum.modalities]
     note = SvdNote(
         store=manifest.fingerprint,
         modality=name,
-        normalise=how,
-        n_cells=n_cells,
-        n_features=n_features,
-        components=components,
+        normalise=KINDS[modality.kind].normalise,
+        n_cells=sum(stratum.n_cells for stratum in strata),
+        n_features=modality.n_features,
+        components=min(options.components, modality.n_features),
         power=options.power,
         seed=options.seed,
     )
-    if (there := _there(root, manifest, note)) is not None:
-        return there
-    a = _Matrix(root, manifest, name, how, folder, pool)
-    moments = a.moments(n_cells)
-    width = min(components + OVERSAMPLING, n_features)
-    start = np.linalg.qr(np.random.default_rng(options.seed).standard_normal((n_features, width)))[
-        0
-    ]
+    if (stored_note := _find_stored(root, manifest, note)) is not None:
+        return stored_note
+    matrix = _StandardisedMatrix(root, manifest, name, note.normalise, folder, pool)
+    moments = matrix.compute_moments(note.n_cells)
+    width = min(note.components + OVERSAMPLING, note.n_features)
+    random = np.random.default_rng(options.seed).standard_normal((note.n_features, width))
+    start = np.linalg.qr(random)[0]
     singular, vectors = find_leading_vectors(
-        a.multiply, start, options.power + 1, components, folder
+        matrix.multiply, start, options.power + 1, note.components, folder
     )
     if Manifest.read(root).fingerprint != manifest.fingerprint:
         raise DataError(
@@ -155,12 +171,12 @@ def _one(
     return stored.write_svd(root, StoredSvd(note, vectors.astype(np.float32), singular, **moments))
 
 
-def _there(root: Path, manifest: Manifest, wanted: SvdNote) -> SvdNote | None:
-    """The note of an SVD that is in the store already, whole and as it is wanted."""
+def _find_stored(root: Path, manifest: Manifest, wanted: SvdNote) -> SvdNote | None:
+    """Find the note of an SVD that is in the store already, undamaged and as it is wanted."""
     try:
         found = stored.read_svd(root, manifest, wanted.modality)
     except StoreError:
-        return None  # it will be replaced
+        return None  # what is damaged will be replaced
     unsigned = {"arrays": wanted.arrays, "digest": ""}
     return found.note if found and found.note.model_copy(update=unsigned) == wanted else None
 
@@ -172,188 +188,200 @@ def find_leading_vectors(
     components: int,
     folder: Path,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Singular values (components,) of A and right singular vectors (features, components), zero beyond its rank.
+    """Find the leading singular values of A and its right singular vectors.
 
-    multiply: a file of Q (features, width), and the file its result will go into -> A'A Q; start: the first Q,
-    orthonormal; folder: what passes gave is kept there, and found again.
+    Args:
+        multiply: called with a file of Q, (features, width), and the file that the result of the
+            pass will go into; returns A'A Q.
+        start: the first Q, orthonormal.
+        passes: how often to multiply.
+        components: how many singular values to find.
+        folder: the result of each pass is kept here, and found again.
+
+    Returns:
+        (components,) and (features, components), both zero beyond the rank of A. The largest
+        loading of each vector is positive.
     """
     blocks, columns = [start], []
-    for i in range(passes):
-        done = folder / f"pass-{i + 1}.npz"
-        if not done.exists():
-            product = multiply(_save(folder / f"basis-{i + 1}.npz", q=blocks[-1]), done)
+    for i in range(1, passes + 1):
+        result = folder / f"pass-{i}.npz"
+        if not result.exists():
+            product = multiply(_save_arrays(folder / f"basis-{i}.npz", q=blocks[-1]), result)
             basis = np.concatenate(blocks, 1)
-            _save(done, next=_beyond(basis, product), column=basis.T @ product)
-            _remove_sums(done)
-        with np.load(done) as part:
+            new_block = _orthonormalise(basis, product)
+            _save_arrays(result, next=new_block, column=basis.T @ product)
+            _remove_sums(result)
+        with np.load(result) as part:
             blocks.append(part["next"])
             columns.append(part["column"])
-        if not blocks[-1].shape[1]:  # the blocks span all there is
+        if not blocks[-1].shape[1]:  # the blocks span all that there is
             break
     basis = np.concatenate(blocks[: len(columns)], 1)
-    gram = np.zeros(
-        (basis.shape[1], basis.shape[1])
-    )  # Q'A'AQ: its columns came block by block, down to the diagonal
-    at = 0
-    for column in columns:
-        rows, width = column.shape
-        gram[:rows, at : at + width], gram[at : at + width, :rows] = column, column.T
-        at += width
-    values, vectors = np.linalg.eigh((gram + gram.T) / 2)
+    values, vectors = np.linalg.eigh(_assemble_gram(columns))
     values, vectors = values[::-1][:components], basis @ vectors[:, ::-1][:, :components]
     singular = np.sqrt(np.maximum(values, 0))
-    sign = np.sign(
-        vectors[np.abs(vectors).argmax(0), np.arange(components)]
-    )  # the largest loading is positive
-    real = singular > RANK * singular[0]
-    return np.where(real, singular, 0), vectors * np.where(real, sign, 0)
+    largest = np.abs(vectors).argmax(0)
+    sign = np.sign(vectors[largest, np.arange(components)])
+    is_real = singular > SMALLEST_SHARE * singular[0]
+    return np.where(is_real, singular, 0), vectors * np.where(is_real, sign, 0)
 
 
-def _beyond(basis: np.ndarray, product: np.ndarray) -> np.ndarray:
-    """An orthonormal basis of what `product` adds to the span of `basis`, both (features, ...); it may have no columns.
+def _assemble_gram(columns: Sequence[np.ndarray]) -> np.ndarray:
+    """Assemble the symmetric Q'A'AQ from its blocks of columns, each down to the diagonal."""
+    size = columns[-1].shape[0]
+    gram = np.zeros((size, size))
+    place = 0
+    for column in columns:
+        rows, width = column.shape
+        gram[:rows, place : place + width] = column
+        gram[place : place + width, :rows] = column.T
+        place += width
+    return (gram + gram.T) / 2
 
-    What it adds can be less than its width; directions that rounding makes up for it do no harm, if orthogonal too.
+
+def _orthonormalise(basis: np.ndarray, product: np.ndarray) -> np.ndarray:
+    """Return an orthonormal basis of what `product` adds to the span of `basis`.
+
+    Both are (features, ...). The result may have fewer columns than the product, or none.
+    Directions that rounding makes up do no harm, if they are orthogonal too.
     """
     residual = product - basis @ (basis.T @ product)
-    left = min(product.shape[1], basis.shape[0] - basis.shape[1])
-    if not left or np.linalg.norm(residual) <= 1e-10 * np.linalg.norm(product):
+    width = min(product.shape[1], basis.shape[0] - basis.shape[1])
+    if not width or np.linalg.norm(residual) <= SMALLEST_RESIDUAL * np.linalg.norm(product):
         return product[:, :0]
-    q = np.linalg.svd(residual, full_matrices=False)[0][:, :left]
-    for _ in range(2):  # twice is enough
+    q = np.linalg.svd(residual, full_matrices=False)[0][:, :width]
+    for _ in range(2):  # rounding leaves something of the basis; a second time is enough
         q = np.linalg.qr(q - basis @ (basis.T @ q))[0]
     return q
 
 
 @dataclass(frozen=True)
-class _Task:
-    """Blocks lo to hi of a stratum, some at a time. basis: file of Q; none: the moments are wanted."""
+class _PassTask:
+    """The part that some blocks of a stratum have in one pass."""
 
     root: Path
     stratum: str
     modality: str
-    how: str
-    lo: int
-    hi: int
-    step: int
+    how: str  # the normalisation
+    first_block: int
+    stop_block: int
+    step_blocks: int  # read at once
     moments: Path
-    basis: Path | None
+    basis: Path | None  # the file of Q; None: the moments are wanted
     out: Path
 
 
 @dataclass(frozen=True)
-class _Matrix:
-    """The standardised cells of one modality, never in memory."""
+class _StandardisedMatrix:
+    """The matrix A of one modality: its standardised cells, never in memory."""
 
     root: Path
     manifest: Manifest
     modality: str
-    how: str
+    how: str  # the normalisation
     folder: Path
     pool: WorkerPool
 
-    def moments(self, n: int) -> dict[str, np.ndarray]:
-        """idf, mean and scale, (features,) each; n: cells that carry the modality."""
+    def compute_moments(self, n_cells: int) -> dict[str, np.ndarray]:
+        """Compute idf, mean and scale of the cells that carry the modality, (features,) each."""
         path = self.folder / "moments.npz"
         if not path.exists():
-            detected, total, squares = self._add_up(path, None)
-            mean = total / n
-            mean, scale = compute_standardisation(
-                self.how, mean, compute_deviation(mean, squares / n)
-            )
-            _save(path, idf=compute_inverse_frequency(n, detected), mean=mean, scale=scale)
+            detected, total, squares = self._add_up_tasks(path, None)
+            mean = total / n_cells
+            deviation = compute_deviation(mean, squares / n_cells)
+            mean, scale = compute_standardisation(self.how, mean, deviation)
+            idf = compute_inverse_frequency(n_cells, detected)
+            _save_arrays(path, idf=idf, mean=mean, scale=scale)
             _remove_sums(path)
         with np.load(path) as part:
             return dict(part)
 
     def multiply(self, basis: Path, result: Path) -> np.ndarray:
-        """A'A Q, (features, width), of the Q in a file."""
-        return self._add_up(result, basis)
+        """Compute A'A Q, (features, width), of the Q in a file."""
+        return self._add_up_tasks(result, basis)
 
-    def _add_up(self, result: Path, basis: Path | None) -> np.ndarray:
-        """One pass: the sum of what all tasks leave."""
-        sums = _sums_of(result)
+    def _add_up_tasks(self, result: Path, basis: Path | None) -> np.ndarray:
+        """Make one pass: add up what all tasks leave."""
+        sums = _name_sums_folder(result)
         sums.mkdir(parents=True, exist_ok=True)
+        moments = self.folder / "moments.npz"
         tasks = {}
-        for name, lo, hi, step in _ranges(self.manifest, self.modality):
-            out = sums / f"{name}-{lo:012d}.npz"
-            moments = self.folder / "moments.npz"
-            tasks[out] = _Task(
-                self.root, name, self.modality, self.how, lo, hi, step, moments, basis, out
+        for stratum, first, stop, step in _cut_blocks(self.manifest, self.modality):
+            out = sums / f"{stratum}-{first:012d}.npz"
+            tasks[out] = _PassTask(
+                self.root, stratum, self.modality, self.how, first, stop, step, moments, basis, out
             )
-        run_missing(
-            self.pool, f"svd {self.modality} ({sums.name})", _multiply if basis else _moments, tasks
-        )
+        function = _add_up_moments if basis is None else _multiply_blocks
+        run_missing(self.pool, f"svd {self.modality} ({sums.name})", function, tasks)
         total: Any = 0.0
-        for path in tasks:  # in order: sums of floats depend on it
+        for path in tasks:  # in their order, which sums of floats depend on
             with np.load(path) as part:
                 total = total + part["sum"]
         return np.asarray(total)
 
 
-def _sums_of(result: Path) -> Path:
-    """The folder of what tasks leave for a result: needed until that is saved."""
+def _name_sums_folder(result: Path) -> Path:
+    """Name the folder of what tasks leave; it is needed until the result is saved."""
     return result.with_suffix("")
 
 
 def _remove_sums(result: Path) -> None:
-    shutil.rmtree(_sums_of(result), ignore_errors=True)
+    shutil.rmtree(_name_sums_folder(result), ignore_errors=True)
 
 
-def _ranges(manifest: Manifest, modality: str) -> Iterator[tuple[str, int, int, int]]:
-    """Stratum, first block, last block + 1 and blocks at once of every task."""
-    size, n_features = manifest.block_cells, manifest.modalities[modality].n_features
-    having = {name: s for name, s in manifest.strata.items() if modality in s.modalities}
-    blocks = {name: layout.count_blocks(s.n_cells, size) for name, s in having.items()}
-    for name, s in having.items():
-        entries = s.packed[modality].capacity or size * n_features  # of a block
-        step = max(1, STEP_ENTRIES // entries)
-        task = max(step, -(-sum(blocks.values()) // MANY_TASKS))
-        for lo in range(0, blocks[name], task):
-            yield name, lo, min(lo + task, blocks[name]), step
+def _cut_blocks(manifest: Manifest, modality: str) -> Iterator[tuple[str, int, int, int]]:
+    """Yield stratum, first block, last block + 1 and blocks read at once of every task."""
+    block_cells, n_features = manifest.block_cells, manifest.modalities[modality].n_features
+    strata = {name: s for name, s in manifest.strata.items() if modality in s.modalities}
+    n_blocks = {name: layout.count_blocks(s.n_cells, block_cells) for name, s in strata.items()}
+    for name, stratum in strata.items():
+        block_entries = stratum.packed[modality].capacity or block_cells * n_features
+        step_blocks = max(1, STEP_ENTRIES // block_entries)
+        task_blocks = max(step_blocks, -(-sum(n_blocks.values()) // MANY_TASKS))
+        for first in range(0, n_blocks[name], task_blocks):
+            yield name, first, min(first + task_blocks, n_blocks[name]), step_blocks
 
 
-def _rows(task: _Task, idf: np.ndarray | None) -> Iterator[tuple[Rows, Rows]]:
-    """The task's cells, some at a time: raw counts and normalised values, (n, features)."""
+def _read_cells(task: _PassTask, idf: np.ndarray | None) -> Iterator[tuple[Rows, Rows]]:
+    """Read the task's cells, some at a time: counts and normalised values, (n, features)."""
     reader = SegmentReader(task.root, Manifest.read(task.root), task.stratum)
-    size = reader.block_cells
-    for lo in range(task.lo, task.hi, task.step):
-        hi = min(lo + task.step, task.hi)
-        rows = reader.read_rows(task.modality, np.arange(lo * size, min(hi * size, reader.n_cells)))
+    for first in range(task.first_block, task.stop_block, task.step_blocks):
+        stop = min(first + task.step_blocks, task.stop_block)
+        stop_cell = min(stop * reader.block_cells, reader.n_cells)
+        rows = reader.read_rows(task.modality, np.arange(first * reader.block_cells, stop_cell))
         counts = rows.to_scipy() if isinstance(rows, CsrRows) else rows
         yield counts, normalise_rows(counts, task.how, idf)
 
 
-def _moments(task: _Task) -> None:
-    """Cells with the feature, and the sums of its normalised values and of their squares: (3, features)."""
+def _add_up_moments(task: _PassTask) -> None:
+    """Leave (3, features): cells that have a feature, sum of its values, and of their squares."""
     total: Any = 0.0
-    for counts, x in _rows(task, None):
-        total += np.stack(
-            [sum_columns(counts, lambda v: v > 0), sum_columns(x), sum_columns(x, np.square)]
-        )
-    _save(task.out, sum=total)
+    for counts, values in _read_cells(task, None):
+        detected = sum_columns(counts, lambda v: v > 0)
+        total += np.stack([detected, sum_columns(values), sum_columns(values, np.square)])
+    _save_arrays(task.out, sum=total)
 
 
-def _multiply(task: _Task) -> None:
-    """The task's part of A'A Q, (features, width), with A = (x - mean) / scale and x kept sparse."""
+def _multiply_blocks(task: _PassTask) -> None:
+    """Leave the task's part of A'A Q, (features, width).
+
+    A = (x - mean) / scale is dense where x is sparse, so that mean and scale go to the other side.
+    """
+    assert task.basis is not None
     with np.load(task.moments) as part:
         idf, mean, scale = part["idf"], part["mean"], part["scale"]
-    with np.load(_basis_of(task)) as part:
+    with np.load(task.basis) as part:
         weight = part["q"] / scale[:, None]  # (features, width)
-    out, total = np.zeros_like(weight), np.zeros(weight.shape[1])
-    for _, x in _rows(task, idf):
+    product, total = np.zeros_like(weight), np.zeros(weight.shape[1])
+    for _, x in _read_cells(task, idf):
         projected = x @ weight - mean @ weight  # (n, width)
-        out += x.T @ projected
+        product += x.T @ projected
         total += projected.sum(0)
-    _save(task.out, sum=(out - np.outer(mean, total)) / scale[:, None])
+    _save_arrays(task.out, sum=(product - np.outer(mean, total)) / scale[:, None])
 
 
-def _basis_of(task: _Task) -> Path:
-    assert task.basis is not None
-    return task.basis
-
-
-def _save(path: Path, **arrays: np.ndarray) -> Path:
-    """Under a name of its own first: a worker given up for dead may still be at it."""
+def _save_arrays(path: Path, **arrays: np.ndarray) -> Path:
+    """Save arrays in a whole file: a worker that was given up for dead may still write it."""
     with replace_file(path, unique=True) as temporary, temporary.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
     return path

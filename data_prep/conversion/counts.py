@@ -16,192 +16,229 @@ from clue_dist.store.layout import choose_unsigned
 from clue_dist.store.rows import COUNT_BITS, CodedRows, CsrRows, join_rows, try_code_rows
 from data_prep.readers.source import Source, SourceRows, decode_barcodes
 
-PIECE_ENTRIES = (
-    2**20
-)  # stored values that are read at once: a count takes eight times what its code does
-_COUNTS = "counts must be raw: non-negative, finite integers"
+STEP_ENTRIES = 2**20  # read and coded at once: a count takes eight times the memory of its code
+_COUNTS_RULE = "counts must be raw: non-negative, finite integers"
+_VALUES_RULE = "dense values must be finite"
 
 
 @dataclass(frozen=True)
 class AlignmentTarget:
-    """What the rows of one source become. columns: a .npy file of where its columns go, -1 = dropped; or None."""
+    """What the rows of one source become."""
 
     kind: str
     n_features: int
-    columns: Path | None
+    columns: Path | None  # a .npy file of where each column goes, -1 = dropped; None: all stay
 
 
 @dataclass(frozen=True)
 class SourceReading:
-    """All that a task must know to read any rows of a source. folder: keys.npy and batch.npy, one number per row."""
+    """All that a task must know to read any rows of a source."""
 
     source: Source
     target: AlignmentTarget
     n_rows: int
-    nnz: int
-    scratch: Path
-    folder: Path
+    nnz: int  # stored entries of all rows
+    scratch: Path  # what `Source.prepare_part` has written
+    row_folder: Path  # keys.npy and batch.npy: spool key and batch of each row
 
-    def ranges(self, entries: int) -> list[tuple[int, int]]:
-        """The rows, cut into ranges of about so many stored entries."""
-        step = max(1, entries * self.n_rows // max(self.nnz, 1))
-        return [(lo, min(lo + step, self.n_rows)) for lo in range(0, self.n_rows, step)]
+    def split_rows(
+        self, n_entries: int, start: int = 0, stop: int | None = None
+    ) -> list[tuple[int, int]]:
+        """Cut rows into ranges of about `n_entries` stored entries each.
 
-    def rows(self, lo: int, hi: int) -> SourceRows:
-        """Rows lo to hi, in canonical form."""
-        return canonicalise_rows(
-            self.source, self.target, self.source.read_rows(lo, hi, self.scratch), lo
-        )
+        Args:
+            n_entries: at least one row is in a range, however many entries it has.
+            start: the first row.
+            stop: the row after the last one; None: all rows from `start` on.
 
-    def coded(self, lo: int, hi: int, order: np.ndarray) -> tuple[CodedRows | np.ndarray, int]:
-        """Rows lo to hi in the given order, coded or dense, and the largest count among them (0: measured floats)."""
-        step = max(1, PIECE_ENTRIES * self.n_rows // max(self.nnz, 1))
-        parts = [(at, min(at + step, hi)) for at in range(lo, hi, step)]
+        Returns:
+            First row and last row + 1 of each range.
+        """
+        stop = self.n_rows if stop is None else stop
+        step = max(1, n_entries * self.n_rows // max(self.nnz, 1))
+        return [(first, min(first + step, stop)) for first in range(start, stop, step)]
+
+    def read_rows(self, start: int, stop: int) -> SourceRows:
+        """Read rows `start` to `stop` in canonical form."""
+        rows = self.source.read_rows(start, stop, self.scratch)
+        return canonicalise_rows(self.source, self.target, rows, start)
+
+    def read_coded_rows(
+        self, start: int, stop: int, order: np.ndarray
+    ) -> tuple[CodedRows | np.ndarray, int]:
+        """Read rows as a spool keeps them.
+
+        Args:
+            start: the first row.
+            stop: the row after the last one.
+            order: places of these rows, counted from `start`, in the order in which they are wanted.
+
+        Returns:
+            The rows, coded or dense, and the largest count among them; 0 for measured floats.
+        """
+        ranges = self.split_rows(STEP_ENTRIES, start, stop)
         if KINDS[self.target.kind].storage == "sparse":
-            pieces = [self._coded(*part) for part in parts]
-            return join_rows([piece for piece, _ in pieces], order), max(
-                largest for _, largest in pieces
-            )
-        values = np.concatenate([self.rows(*part) for part in parts])[order]
+            coded = [self._read_coded_range(first, last) for first, last in ranges]
+            return join_rows([rows for rows, _ in coded], order), max(most for _, most in coded)
+        values = np.concatenate([self.read_rows(first, last) for first, last in ranges])[order]
         return values, 0 if values.dtype.kind == "f" else int(values.max(initial=0))
 
-    def _coded(self, lo: int, hi: int) -> tuple[CodedRows, int]:
-        rows = self.source.read_rows(lo, hi, self.scratch)
+    def _read_coded_range(self, start: int, stop: int) -> tuple[CodedRows, int]:
+        """Read and code rows of a sparse kind; also return their largest count."""
+        rows = self.source.read_rows(start, stop, self.scratch)
         if self.target.columns is None and not isinstance(rows, np.ndarray):
-            got = try_code_rows(
-                _csr(rows), COUNT_BITS
-            )  # most are as they should be: looked at and coded in one go
-            if got is not None:
-                return got
-        got = try_code_rows(_csr(canonicalise_rows(self.source, self.target, rows, lo)), COUNT_BITS)
-        assert got is not None
-        return got
+            # Most rows are canonical in their file: one walk finds that out and codes them.
+            coded = try_code_rows(_wrap_matrix(rows), COUNT_BITS)
+            if coded is not None:
+                return coded
+        canonical = canonicalise_rows(self.source, self.target, rows, start)
+        coded = try_code_rows(_wrap_matrix(canonical), COUNT_BITS)
+        assert coded is not None
+        return coded
 
 
-def _csr(rows: sp.csr_matrix) -> CsrRows:
+def _wrap_matrix(rows: sp.csr_matrix) -> CsrRows:
     return CsrRows(rows.indptr, rows.indices, rows.data, rows.shape[1])
 
 
 def canonicalise_rows(
-    source: Source, target: AlignmentTarget, rows: SourceRows, first: int
+    source: Source, target: AlignmentTarget, rows: SourceRows, first_row: int
 ) -> SourceRows:
-    """Validate rows `first`, `first` + 1, ... of a source and align them to the target's features.
+    """Validate rows of a source and align them to the features of the store.
 
-    Returns CSR with sorted indices and no zeros, integers of any type (rna, atac), or a dense array (n, features) of
-    the narrowest unsigned type (adt) or float32 (dense).
+    Args:
+        source: the file, for messages.
+        target: what the rows become.
+        rows: as the file has them.
+        first_row: the number of the first of them in the source.
+
+    Returns:
+        Of a sparse kind, CSR with sorted indices and without zeros, integers of any type. Of a
+        dense kind, an array (n, features): counts of the narrowest unsigned type, else float32.
 
     Raises:
-        DataError: a value that is not a count (rna, adt, atac), or not finite (dense).
+        DataError: a value is not a count, or not finite where real values are stored.
     """
-    kind, columns = KINDS[target.kind], None if target.columns is None else np.load(target.columns)
+    kind = KINDS[target.kind]
+    columns = None if target.columns is None else np.load(target.columns)
     if kind.real_values:
-        with np.errstate(
-            over="ignore"
-        ):  # what float32 cannot hold becomes infinite, and is refused
-            dense = np.asarray(
-                rows if isinstance(rows, np.ndarray) else _added_up(rows), np.float32
-            )
-        _refuse(
-            source,
-            rows,
-            first,
-            np.argwhere(~np.isfinite(dense)),
-            dense,
-            "dense values must be finite",
-        )
-        return dense if columns is None else _align_dense(dense, columns, target.n_features)
+        return _canonicalise_values(source, rows, columns, target.n_features, first_row)
     matrix = sp.csr_matrix(rows) if isinstance(rows, np.ndarray) else rows
-    tidy = _validate(source, matrix, first)
-    if columns is not None:
-        matrix = _align_sparse(matrix, columns, target.n_features)
-        tidy = (
-            tidy and np.bincount(columns[columns >= 0]).max(initial=0) <= 1
-        )  # else columns are added up
-    if not tidy:
-        matrix = matrix.astype(np.int64)  # two narrow counts may not add up in their own type
-        matrix.sum_duplicates()
-        matrix.eliminate_zeros()
-        if matrix.data.max(initial=0) > LARGEST_COUNT:
-            got, where = matrix.data.max(), f"{source.display_name}, cells from {first} on"
-            raise DataError(
-                "counts of one cell and feature add up to too much",
-                where=where,
-                got=got,
-                expected=LARGEST_COUNT,
-            )
-    return narrow_counts(matrix.toarray()) if kind.storage == "dense" else matrix
+    counts = _canonicalise_counts(source, matrix, columns, target.n_features, first_row)
+    return narrow_counts(counts.toarray()) if kind.storage == "dense" else counts
 
 
-def _added_up(rows: sp.csr_matrix) -> np.ndarray:
-    """Dense; what is given twice is added up, integers as floats, which do not wrap around."""
+def _canonicalise_values(
+    source: Source, rows: SourceRows, columns: np.ndarray | None, n_features: int, first_row: int
+) -> np.ndarray:
+    """Bring real values into a float32 array, (n, features)."""
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused
+        array = rows if isinstance(rows, np.ndarray) else _densify(rows)
+        values = np.asarray(array, np.float32)
+    wrong = np.argwhere(~np.isfinite(values))
+    if len(wrong):
+        row, column = wrong[0].tolist()
+        raise _describe_value(source, first_row + row, column, values[row, column], _VALUES_RULE)
+    return values if columns is None else _align_dense(values, columns, n_features)
+
+
+def _densify(rows: sp.csr_matrix) -> np.ndarray:
+    """Make an array; entries given twice add up, integers as floats, which do not wrap around."""
     return (rows if rows.dtype.kind == "f" else rows.astype(np.float64)).toarray()
 
 
-def _validate(source: Source, matrix: sp.csr_matrix, first: int) -> bool:
-    """Raise a DataError that names the first entry that is no count; True if the rows are in canonical form."""
-    bad, tidy = _scan(matrix.indptr, matrix.indices, matrix.data)
-    if bad >= 0:
-        row = int(np.searchsorted(matrix.indptr, bad, side="right")) - 1
-        raise _bad_value(source, first + row, int(matrix.indices[bad]), matrix.data[bad], _COUNTS)
-    return bool(tidy)
+def _canonicalise_counts(
+    source: Source,
+    matrix: sp.csr_matrix,
+    columns: np.ndarray | None,
+    n_features: int,
+    first_row: int,
+) -> sp.csr_matrix:
+    """Bring counts into CSR with sorted indices and without zeros."""
+    is_canonical = _validate_counts(source, matrix, first_row)
+    if columns is not None:
+        matrix = _align_sparse(matrix, columns, n_features)
+        # Columns that go to one place are added up.
+        is_canonical &= bool(np.bincount(columns[columns >= 0]).max(initial=0) <= 1)
+    if not is_canonical:
+        matrix = matrix.astype(np.int64)  # two narrow counts may not add up in their own type
+        matrix.sum_duplicates()
+        matrix.eliminate_zeros()
+        largest = matrix.data.max(initial=0)
+        if largest > LARGEST_COUNT:
+            raise DataError(
+                "counts of one cell and feature add up to too much",
+                where=f"{source.display_name}, cells from {first_row} on",
+                got=largest,
+                expected=LARGEST_COUNT,
+            )
+    return matrix
+
+
+def _validate_counts(source: Source, matrix: sp.csr_matrix, first_row: int) -> bool:
+    """Refuse entries that are not counts; return whether the rows are in canonical form."""
+    wrong, is_canonical = _scan_counts(matrix.indptr, matrix.indices, matrix.data)
+    if wrong >= 0:
+        row = int(np.searchsorted(matrix.indptr, wrong, side="right")) - 1
+        column, value = int(matrix.indices[wrong]), matrix.data[wrong]
+        raise _describe_value(source, first_row + row, column, value, _COUNTS_RULE)
+    return bool(is_canonical)
 
 
 @njit(nogil=True, cache=True)
-def _scan(indptr, indices, values):  # type: ignore[no-untyped-def]
-    """The first entry that is not 0, 1, ... LARGEST_COUNT (or -1), and whether columns ascend and no zero is stored."""
-    tidy = True
+def _scan_counts(indptr, indices, values):  # type: ignore[no-untyped-def]
+    """Find the first entry that is not 0, 1, ... LARGEST_COUNT (or -1).
+
+    Also say whether the columns of every row ascend and no zero is stored.
+    """
+    is_canonical = True
     for row in range(len(indptr) - 1):
-        before = -1
+        column_before = -1
         for i in range(indptr[row], indptr[row + 1]):
             value = values[i]
             if not (value >= 0 and value <= LARGEST_COUNT and value == np.floor(value)):
                 return i, False
-            tidy &= value > 0 and indices[i] > before
-            before = indices[i]
-    return -1, tidy
+            is_canonical &= value > 0 and indices[i] > column_before
+            column_before = indices[i]
+    return -1, is_canonical
 
 
 def narrow_counts(values: np.ndarray) -> np.ndarray:
-    """Validated counts in the narrowest unsigned type."""
+    """Bring validated counts into the narrowest unsigned type that holds them all."""
     if not values.size:
         return values.astype(np.uint8)
     return values.astype(choose_unsigned(int(values.max())), copy=False)
 
 
-def _refuse(
-    source: Source, rows: SourceRows, first: int, bad: np.ndarray, values: np.ndarray, rule: str
-) -> None:
-    if len(bad):
-        row, column = (int(i) for i in bad[0])
-        raise _bad_value(source, first + row, column, values[row, column], rule)
-
-
-def _bad_value(source: Source, row: int, column: int, value: np.number, rule: str) -> DataError:
-    head, others = source.read_head(), source.list_other_counts()
-    cell, counting = str(decode_barcodes(head.barcodes[row : row + 1])[0]), rule == _COUNTS
-    if counting and value > LARGEST_COUNT:
+def _describe_value(
+    source: Source, row: int, column: int, value: np.number, rule: str
+) -> DataError:
+    """Make the error for a value that breaks a rule."""
+    head, other_counts = source.read_head(), source.list_other_counts()
+    cell = str(decode_barcodes(head.barcodes[row : row + 1])[0])
+    is_count = rule == _COUNTS_RULE
+    if is_count and value > LARGEST_COUNT:
         rule = f"counts above {LARGEST_COUNT} cannot be held exactly in float32"
-    named = (
-        f"these look like raw counts: {list_names(others)}; name one with `--layer`"
-        if others
-        else None
-    )
+    fix = "convert the raw counts, not normalised values" if is_count else None
+    if other_counts:
+        names = list_names(other_counts)
+        fix = f"these look like raw counts: {names}; name one with `--layer`"
     return DataError(
         rule,
         where=f"{source.display_name}, cell {cell!r}, feature {head.features[column]!r}",
         got=value,
-        expected="0, 1, 2, ..." if counting else "a finite number",
-        fix=named or ("convert the raw counts, not normalised values" if counting else None),
+        expected="0, 1, 2, ..." if is_count else "a finite number",
+        fix=fix,
     )
 
 
 def _align_sparse(matrix: sp.csr_matrix, columns: np.ndarray, n_features: int) -> sp.csr_matrix:
-    """Move every entry to its target column; dropped features go. columns: (own features,) int32."""
-    moved = columns[matrix.indices]
-    keep = moved >= 0
-    kept_before = np.concatenate([[0], np.cumsum(keep, dtype=np.int64)])
+    """Move every entry to the place of its column, (source features,) int32; -1 drops it."""
+    places = columns[matrix.indices]
+    is_kept = places >= 0
+    kept_before = np.concatenate([[0], np.cumsum(is_kept, dtype=np.int64)])
     aligned = sp.csr_matrix(
-        (matrix.data[keep], moved[keep], kept_before[matrix.indptr]),
+        (matrix.data[is_kept], places[is_kept], kept_before[matrix.indptr]),
         shape=(matrix.shape[0], n_features),
     )
     aligned.sort_indices()
@@ -209,6 +246,7 @@ def _align_sparse(matrix: sp.csr_matrix, columns: np.ndarray, n_features: int) -
 
 
 def _align_dense(values: np.ndarray, columns: np.ndarray, n_features: int) -> np.ndarray:
-    out = np.zeros((len(values), n_features), values.dtype)
-    out[:, columns[columns >= 0]] = values[:, columns >= 0]
-    return out
+    """Move every column to its place; features that the source lacks are zero."""
+    aligned = np.zeros((len(values), n_features), values.dtype)
+    aligned[:, columns[columns >= 0]] = values[:, columns >= 0]
+    return aligned

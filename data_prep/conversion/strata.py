@@ -1,12 +1,13 @@
 """From spooled rows to strata: which cells end up where, in which order, packed how.
 
-What a cell takes is written to mapped files, at its place in the shuffle of all; one walk along that order then finds
-the strata. Memory does not grow with the number of cells.
+What a cell takes in each modality is written to mapped files, at its place in the shuffle of all
+cells. One walk along that order then finds the strata. Memory does not grow with the number of cells.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,215 +20,236 @@ from clue_dist.store import layout
 from clue_dist.store.layout import Codec
 from clue_dist.store.manifest import Manifest, Modality, PackedModality, Segment
 from clue_dist.store.rows import COUNT_BITS
-from data_prep.conversion import spool
-from data_prep.conversion.cells import CellRange, CellTable, extract_places
+from data_prep.conversion.cells import CellRange, CellTable
+from data_prep.conversion.spool import extract_places, survey_spool
 from data_prep.jobs.whole_files import flush_arrays, map_array
 
-PLACES = 2**20  # looked at together
+STEP_PLACES = 2**20  # places that are looked at together
 
 
 @dataclass(frozen=True)
 class PlacedStratum:
-    """The cells of one stratum. barcode_width: bytes of the longest; tallies: per field, cells of each name."""
+    """The cells of one stratum, all in their places."""
 
     n_cells: int
     packed: dict[str, PackedModality]
-    barcode_width: int
-    tallies: dict[str, np.ndarray]
+    barcode_width: int  # bytes of the longest barcode
+    tallies: dict[str, np.ndarray]  # of each field, how many cells have each name, (names,) int64
 
 
 @dataclass(frozen=True)
 class FinalStrata:
-    """mask: (n,) per cell, in shuffled order, bit m set where it keeps modality m, 0 = dropped; strata: by mask."""
+    """The strata that all cells end up in."""
 
-    mask: np.ndarray
-    strata: dict[int, PlacedStratum]
+    masks: np.ndarray  # (n,) int64 in shuffled order, bit m: the cell keeps modality m; 0: dropped
+    strata: dict[int, PlacedStratum]  # by mask
 
     @property
-    def dropped(self) -> int:
-        return len(self.mask) - sum(s.n_cells for s in self.strata.values())
+    def n_dropped(self) -> int:
+        """The number of cells that have no counts at all."""
+        return len(self.masks) - sum(stratum.n_cells for stratum in self.strata.values())
 
-    def lost(self, keys: np.ndarray, bit: int) -> int:
-        """Of rows with these spool keys, those whose cell does not keep their modality."""
-        pieces = (keys[lo : lo + PLACES] for lo in range(0, len(keys), PLACES))
-        return sum(int((self.mask[extract_places(piece)] & bit == 0).sum()) for piece in pieces)
+    def count_lost_rows(self, keys: np.ndarray, modality: int) -> int:
+        """Count the rows with these spool keys whose cell does not keep a modality, by number."""
+        n_lost = 0
+        for start in range(0, len(keys), STEP_PLACES):
+            masks = self.masks[extract_places(keys[start : start + STEP_PLACES])]
+            n_lost += int((masks >> modality & 1 == 0).sum())
+        return n_lost
 
 
 @dataclass(frozen=True)
-class _Taken:
-    """What the cells of a modality take, mapped, in shuffled order. lengths: (n, 4) as of
-    `spool.survey_spool`; the largest
-    count, and the largest number in rest."""
+class _Usage:
+    """What the cells take in one modality."""
 
-    lengths: np.ndarray
-    largest: int
-    rest: int
+    lengths: np.ndarray  # (cells, 4) uint32, as of `SpoolSurvey`, mapped, in shuffled order
+    largest_count: int
+    largest_rest: int
 
     @property
-    def binary(self) -> bool:
-        return self.largest <= 1
+    def is_binary(self) -> bool:
+        return self.largest_count <= 1
 
 
 def settle_strata(
     cells: CellTable,
-    modalities: dict[str, Modality],
-    files: dict[str, str],
-    spools: dict[str, list[Path]],
+    modalities: Mapping[str, Modality],
+    file_names: Mapping[str, str],
+    spools: Mapping[str, Sequence[Path]],
     block_cells: int,
     folder: Path,
 ) -> FinalStrata:
-    """Decide every cell's final stratum and position; writes what the second pass needs of each stratum to `folder`.
+    """Decide the final stratum and position of every cell.
 
-    A cell loses a modality in which it has no counts. Strata keep the order of the shuffle of all cells. files: those
-    of each modality, for messages.
+    A cell loses a modality in which it has no counts. A stratum keeps the order of the shuffle of
+    all cells.
+
+    Args:
+        cells: of the inputs.
+        modalities: of the store.
+        file_names: the files of each modality, for messages.
+        spools: of each modality.
+        block_cells: cells of a block.
+        folder: gets a folder for each stratum, with what the second pass needs of its cells.
 
     Raises:
         DataError: no cell has any counts in a modality.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    mask, taken = _survey(cells, modalities, files, spools, folder)
+    masks, usages = _survey_spools(cells, modalities, file_names, spools, folder)
     walks = {}
-    for bits, n in _sizes(mask).items():
-        binary = {name: taken[name].binary for m, name in enumerate(modalities) if bits >> m & 1}
-        arrays = _arrays(cells, n, folder / layout.name_segment(list(binary)))
-        walks[bits] = _Walk(
-            arrays,
-            binary,
-            {field: np.zeros(len(of), np.int64) for field, of in cells.names.items()},
-        )
-    for part in cells.parts():
-        here = mask[part.first : part.first + len(part.planned)]
-        for bits in np.unique(here[here > 0]).tolist():
-            of = np.flatnonzero(here == bits)
-            lengths = {name: taken[name].lengths[part.first + of] for name in walks[bits].binary}
-            walks[bits].add(part, of, lengths, block_cells)
+    for mask, n_cells in _count_cells(masks).items():
+        is_binary = {
+            name: usages[name].is_binary for m, name in enumerate(modalities) if mask >> m & 1
+        }
+        arrays = _map_cell_arrays(cells, n_cells, folder / layout.name_segment(list(is_binary)))
+        tallies = {field: np.zeros(len(names), np.int64) for field, names in cells.names.items()}
+        walks[mask] = _StratumWalk(arrays, is_binary, tallies, block_cells)
+    for part in cells.iterate_ranges():
+        part_masks = masks[part.first_place : part.first_place + len(part)]
+        for mask in np.unique(part_masks[part_masks > 0]).tolist():
+            chosen = np.flatnonzero(part_masks == mask)
+            places = part.first_place + chosen
+            lengths = {name: usages[name].lengths[places] for name in walks[mask].is_binary}
+            walks[mask].add_cells(part, chosen, lengths)
     flush_arrays(array for walk in walks.values() for array in walk.arrays.values())
-    return FinalStrata(
-        mask, {bits: _placed(walk, modalities, taken) for bits, walk in walks.items()}
-    )
+    strata = {mask: _pack_stratum(walk, modalities, usages) for mask, walk in walks.items()}
+    return FinalStrata(masks, strata)
 
 
-def _arrays(cells: CellTable, n: int, folder: Path) -> dict[str, np.ndarray]:
-    """Of n cells of a stratum, mapped."""
-    width = max(part.barcodes.dtype.itemsize for part in cells.parts())
-    types: dict[str, Any] = {"keys": np.int64, "barcodes": f"S{width}"} | dict.fromkeys(
-        cells.names, np.int32
-    )
-    return {name: map_array(folder / f"{name}.npy", dtype, (n,)) for name, dtype in types.items()}
-
-
-def _placed(
-    walk: _Walk, modalities: dict[str, Modality], taken: dict[str, _Taken]
-) -> PlacedStratum:
-    packed = {}
-    for name, binary in walk.binary.items():
-        modality, took = modalities[name], taken[name]
-        if modality.storage == "dense":
-            values: Any = (
-                "float32"
-                if KINDS[modality.kind].real_values
-                else layout.choose_unsigned(took.largest)
+def _survey_spools(
+    cells: CellTable,
+    modalities: Mapping[str, Modality],
+    file_names: Mapping[str, str],
+    spools: Mapping[str, Sequence[Path]],
+    folder: Path,
+) -> tuple[np.ndarray, dict[str, _Usage]]:
+    """Find every cell's mask, (cells,) int64, and what it takes in each modality."""
+    masks = map_array(folder / "mask.npy", np.int64, (len(cells),))
+    usages: dict[str, _Usage] = {}
+    for m, (name, modality) in enumerate(modalities.items()):
+        lengths = map_array(folder / f"lengths-{name}.npy", np.uint32, (len(cells), 4))
+        largest_count, largest_rest, n_kept = 0, 0, 0
+        for path in spools[name]:
+            survey = survey_spool(path)
+            places = extract_places(survey.keys)
+            lengths[places] = survey.lengths
+            # A cell whose measured values are all zero has been measured all the same.
+            kept = places[(survey.lengths[:, 0] > 0) | KINDS[modality.kind].real_values]
+            masks[kept] |= 1 << m
+            n_kept += len(kept)
+            largest_count = max(largest_count, survey.largest_count)
+            largest_rest = max(largest_rest, survey.largest_rest)
+        if not n_kept:
+            raise DataError(
+                f"no cell has any counts in modality {name!r}",
+                where=file_names[name],
+                fix="check that the files hold raw counts, or leave the modality out",
             )
+        usages[name] = _Usage(lengths, largest_count, largest_rest)
+    return masks, usages
+
+
+def _count_cells(masks: np.ndarray) -> dict[int, int]:
+    """Count the cells of each stratum, by mask, ascending; dropped cells have none."""
+    counts: dict[int, int] = {}
+    for start in range(0, len(masks), STEP_PLACES):
+        found, times = np.unique(masks[start : start + STEP_PLACES], return_counts=True)
+        for mask, n_cells in zip(found.tolist(), times.tolist(), strict=True):
+            counts[mask] = counts.get(mask, 0) + n_cells
+    return {mask: counts[mask] for mask in sorted(counts) if mask}
+
+
+def _map_cell_arrays(cells: CellTable, n_cells: int, folder: Path) -> dict[str, np.ndarray]:
+    """Map what the second pass needs of the cells of one stratum."""
+    width = max(part.barcodes.dtype.itemsize for part in cells.iterate_ranges())
+    types: dict[str, Any] = {"keys": np.int64, "barcodes": f"S{width}"}
+    types |= dict.fromkeys(cells.names, np.int32)
+    return {
+        name: map_array(folder / f"{name}.npy", dtype, (n_cells,)) for name, dtype in types.items()
+    }
+
+
+class _StratumWalk:
+    """One stratum while its cells come along in shuffled order."""
+
+    def __init__(
+        self,
+        arrays: dict[str, np.ndarray],
+        is_binary: dict[str, bool],
+        tallies: dict[str, np.ndarray],
+        block_cells: int,
+    ) -> None:
+        self.arrays = arrays  # mapped for the second pass, (cells,)
+        self.is_binary = is_binary  # by modality
+        self.tallies = tallies
+        self.n_cells, self.barcode_width = 0, 1
+        self.codes, self.rests = (
+            {name: _LargestBlock(block_cells) for name in is_binary} for _ in range(2)
+        )
+
+    def add_cells(
+        self, part: CellRange, chosen: np.ndarray, lengths: dict[str, np.ndarray]
+    ) -> None:
+        """Add some cells of a range, and what they take in each modality, (n, 4)."""
+        span = slice(self.n_cells, self.n_cells + len(chosen))
+        self.n_cells += len(chosen)
+        barcodes = part.barcodes[chosen]
+        self.arrays["keys"][span] = part.spool_keys[chosen]
+        self.arrays["barcodes"][span] = barcodes
+        self.barcode_width = max(self.barcode_width, int(np.char.str_len(barcodes).max()))
+        for field, tally in self.tallies.items():
+            codes = part.codes[field][chosen]
+            self.arrays[field][span] = codes
+            tally += np.bincount(codes[codes >= 0], minlength=len(tally))
+        for name, cell_lengths in lengths.items():
+            nonzeros, far_gaps, high_counts, binary_gaps = cell_lengths.astype(np.int64).T
+            self.codes[name].add_cells(nonzeros)
+            # A high count takes two numbers of `rest`: the non-zeros before it, and itself.
+            rest = binary_gaps if self.is_binary[name] else far_gaps + 2 * high_counts
+            self.rests[name].add_cells(rest)
+
+
+class _LargestBlock:
+    """The most that any block of cells takes of something, 1 at least."""
+
+    def __init__(self, block_cells: int) -> None:
+        self.block_cells = block_cells
+        self.most, self.unfinished = 1, np.zeros(0, np.int64)
+
+    def add_cells(self, sizes: np.ndarray) -> None:
+        """Add what the next cells take, (n,) int64."""
+        sizes = np.concatenate([self.unfinished, sizes])
+        n_whole = len(sizes) // self.block_cells * self.block_cells
+        sums = sizes[:n_whole].reshape(-1, self.block_cells).sum(1)
+        self.most, self.unfinished = max(self.most, int(sums.max(initial=1))), sizes[n_whole:]
+
+    def find_largest(self) -> int:
+        """Find the largest block, with what the last one has so far."""
+        return max(self.most, int(self.unfinished.sum()))
+
+
+def _pack_stratum(
+    walk: _StratumWalk, modalities: Mapping[str, Modality], usages: Mapping[str, _Usage]
+) -> PlacedStratum:
+    """Choose how the store packs a stratum whose cells have all come along."""
+    packed = {}
+    for name, is_binary in walk.is_binary.items():
+        modality, usage = modalities[name], usages[name]
+        if modality.storage == "dense":
+            values: Any = layout.choose_unsigned(usage.largest_count)
+            if KINDS[modality.kind].real_values:
+                values = "float32"
             packed[name] = PackedModality(values=values)
         else:
             packed[name] = PackedModality(
-                capacity=walk.codes[name].largest(),
-                bits=0 if binary else COUNT_BITS,
-                rest=walk.rests[name].largest(),
-                rest_type=layout.choose_unsigned(took.rest),  # type: ignore[arg-type]
+                capacity=walk.codes[name].find_largest(),
+                bits=0 if is_binary else COUNT_BITS,
+                rest=walk.rests[name].find_largest(),
+                rest_type=layout.choose_unsigned(usage.largest_rest),  # type: ignore[arg-type]
             )
-    return PlacedStratum(walk.done, packed, walk.barcode_width, walk.tallies)
-
-
-def _survey(
-    cells: CellTable,
-    modalities: dict[str, Modality],
-    files: dict[str, str],
-    spools: dict[str, list[Path]],
-    folder: Path,
-) -> tuple[np.ndarray, dict[str, _Taken]]:
-    """Every cell's mask, (n,) int64, and what it takes in each modality."""
-    mask = map_array(folder / "mask.npy", np.int64, (len(cells),))
-    taken: dict[str, _Taken] = {}
-    for m, (name, modality) in enumerate(modalities.items()):
-        lengths = map_array(folder / f"lengths-{name}.npy", np.uint32, (len(cells), 4))
-        largest, rest, any_left = 0, 0, False
-        for path in spools[name]:
-            seen = spool.survey_spool(path)
-            at = extract_places(seen.keys)
-            lengths[at] = seen.lengths
-            kept = at[(seen.lengths[:, 0] > 0) | KINDS[modality.kind].real_values]
-            mask[kept] |= 1 << m
-            largest, rest, any_left = (
-                max(largest, seen.largest),
-                max(rest, seen.rest),
-                any_left or len(kept) > 0,
-            )
-        if not any_left:
-            fix = "check that the files hold raw counts, or leave the modality out"
-            raise DataError(
-                f"no cell has any counts in modality {name!r}", where=files[name], fix=fix
-            )
-        taken[name] = _Taken(lengths, largest, rest)
-    return mask, taken
-
-
-def _sizes(mask: np.ndarray) -> dict[int, int]:
-    """Cells of each stratum, by mask, ascending."""
-    sizes: dict[int, int] = {}
-    for lo in range(0, len(mask), PLACES):
-        found, times = np.unique(mask[lo : lo + PLACES], return_counts=True)
-        for bits, n in zip(found.tolist(), times.tolist(), strict=True):
-            sizes[bits] = sizes.get(bits, 0) + n
-    return {bits: sizes[bits] for bits in sorted(sizes) if bits}
-
-
-class _Walk:
-    """A stratum as its cells come along. arrays: what tasks of the second pass map; binary: by modality."""
-
-    def __init__(
-        self, arrays: dict[str, np.ndarray], binary: dict[str, bool], tallies: dict[str, np.ndarray]
-    ) -> None:
-        self.arrays, self.binary, self.tallies = arrays, binary, tallies
-        self.done, self.barcode_width = 0, 1
-        self.codes, self.rests = ({name: _Largest() for name in binary} for _ in range(2))
-
-    def add(
-        self, part: CellRange, of: np.ndarray, lengths: dict[str, np.ndarray], block_cells: int
-    ) -> None:
-        """Cells `of` a part, and what they take in each modality, (n, 4)."""
-        span = slice(self.done, self.done + len(of))
-        self.done += len(of)
-        self.arrays["keys"][span], self.arrays["barcodes"][span] = part.keys[of], part.barcodes[of]
-        self.barcode_width = max(self.barcode_width, int(np.char.str_len(part.barcodes[of]).max()))
-        for field, tally in self.tallies.items():
-            codes = part.codes[field][of]
-            self.arrays[field][span] = codes
-            tally += np.bincount(codes[codes >= 0], minlength=len(tally))
-        for name, own in lengths.items():
-            own = own.astype(np.int64)
-            self.codes[name].add(own[:, 0], block_cells)
-            self.rests[name].add(
-                own[:, 3] if self.binary[name] else own[:, 1] + 2 * own[:, 2], block_cells
-            )
-
-
-class _Largest:
-    """The most of something in a block of cells, at least 1."""
-
-    def __init__(self) -> None:
-        self.most, self.left = 1, np.zeros(0, np.int64)
-
-    def add(self, values: np.ndarray, block_cells: int) -> None:
-        """What the next cells have, (n,) int64."""
-        values = np.concatenate([self.left, values])
-        whole = len(values) // block_cells * block_cells
-        sums = values[:whole].reshape(-1, block_cells).sum(1)
-        self.most, self.left = max(self.most, int(sums.max(initial=1))), values[whole:]
-
-    def largest(self) -> int:
-        return max(self.most, int(self.left.sum()))
+    return PlacedStratum(walk.n_cells, packed, walk.barcode_width, walk.tallies)
 
 
 def build_manifest(
@@ -238,21 +260,21 @@ def build_manifest(
     codec: Codec,
     provenance: dict[str, Any],
 ) -> Manifest:
-    """The manifest but for its shards."""
+    """Build the manifest of the store, which lacks its shards yet."""
     strata = {}
     for placed in final.strata.values():
         packed = placed.packed
-        raw = max(
-            _cell_bytes(packed[name], modalities[name].n_features, block_cells) for name in packed
+        cell_bytes = max(
+            _measure_cell(packed[name], modalities[name].n_features, block_cells) for name in packed
         )
         strata[layout.name_segment(list(packed))] = Segment(
             modalities=list(packed),
             n_cells=placed.n_cells,
-            shard_blocks=layout.choose_shard_blocks(raw, placed.n_cells, block_cells),
+            shard_blocks=layout.choose_shard_blocks(cell_bytes, placed.n_cells, block_cells),
             barcode_width=placed.barcode_width,
             packed=packed,
-            batch_counts=_tally(cells, placed, "batch"),
-            label_counts=_tally(cells, placed, "label"),
+            batch_counts=_name_tally(cells, placed, "batch"),
+            label_counts=_name_tally(cells, placed, "label"),
         )
     return Manifest(
         block_cells=block_cells,
@@ -266,22 +288,22 @@ def build_manifest(
     )
 
 
-def _cell_bytes(packed: PackedModality, n_features: int, block_cells: int) -> float:
-    """Raw bytes of one cell in the store."""
+def _measure_cell(packed: PackedModality, n_features: int, block_cells: int) -> float:
+    """Return the bytes that one cell takes before compression."""
     if packed.values is not None:
         return n_features * np.dtype(packed.values).itemsize
     return (packed.capacity + packed.rest * np.dtype(packed.rest_type).itemsize) / block_cells
 
 
 def count_unknown(final: FinalStrata, cells: CellTable, field: str) -> int:
-    """Cells whose batch, or label, nobody told."""
+    """Count the cells whose batch, or label, is unknown."""
     return sum(
-        placed.n_cells - sum(_tally(cells, placed, field).values())
+        placed.n_cells - sum(_name_tally(cells, placed, field).values())
         for placed in final.strata.values()
     )
 
 
-def _tally(cells: CellTable, placed: PlacedStratum, field: str) -> dict[str, int]:
-    return {
-        name: int(n) for name, n in zip(cells.names[field], placed.tallies[field], strict=True) if n
-    }
+def _name_tally(cells: CellTable, placed: PlacedStratum, field: str) -> dict[str, int]:
+    """Count the cells of each batch, or label, that a stratum has."""
+    tally = placed.tallies[field].tolist()
+    return {name: n for name, n in zip(cells.names[field], tally, strict=True) if n}

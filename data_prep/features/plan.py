@@ -1,4 +1,4 @@
-"""Which columns a modality gets, and where each source's own columns go."""
+"""Which features each modality gets, and where the columns of each source go."""
 
 from __future__ import annotations
 
@@ -17,41 +17,59 @@ from data_prep.options import FeatureChoice
 from data_prep.readers.genome_bins import bin_peaks, order_along_genome
 from data_prep.readers.source import Source, SourceHead
 
-_ENSEMBL = re.compile(r"ENS[A-Z]*G\d+")
-_VERSION = re.compile(r"ENS[A-Z]*G\d+\.\d+")
-_REGION = re.compile(r"[^:]+[:_-]\d+[-_]\d+")
+_ENSEMBL_ID = re.compile(r"ENS[A-Z]*G\d+")
+_VERSIONED_ID = re.compile(r"ENS[A-Z]*G\d+\.\d+")
+_REGION = re.compile(r"[^:]+[:_-]\d+[-_]\d+\Z")
 
 
 @dataclass(frozen=True)
 class FeaturePlan:
-    """modalities: as the manifest will list them; columns: per source, its columns' places (-1 = dropped; several may
-    share a place: they are added up) or None where they are in place already; notes: per source, what was missing or
-    extra, for the provenance.
-    """
+    """The features of every modality, and how the sources come by them."""
 
-    modalities: dict[str, Modality]
+    modalities: dict[str, Modality]  # as the manifest will list them
+    # Of each source, where its columns go: -1 = dropped, and those that go to one place are added
+    # up. None: all are in place.
     columns: list[np.ndarray | None]
-    notes: list[dict[str, Any]]
+    notes: list[dict[str, Any]]  # of each source, what it lacks or has beside, for the provenance
 
-    def narrowed(
+    def keep_features(
         self, sources: Sequence[Source], heads: Sequence[SourceHead], kept: Mapping[str, np.ndarray]
     ) -> FeaturePlan:
-        """The plan with only the features `kept`, ascending places by modality; other modalities stay as they are."""
+        """Plan for some of the features only.
+
+        Args:
+            sources: the inputs.
+            heads: of each source.
+            kept: ascending places of the features to keep, by modality. Others stay as they are.
+        """
         modalities, columns = dict(self.modalities), list(self.columns)
         for name, places in kept.items():
-            features = self.modalities[name].features
-            modalities[name] = self.modalities[name].model_copy(
-                update={"features": [features[i] for i in places]}
-            )
-            moved = np.full(
-                len(features) + 1, -1, np.int32
-            )  # the last one: columns that were dropped before
-            moved[places] = np.arange(len(places))
+            features = modalities[name].features
+            chosen = [features[i] for i in places]
+            modalities[name] = modalities[name].model_copy(update={"features": chosen})
+            # The last entry is for columns that were dropped before: their -1 stays -1.
+            new_places = np.full(len(features) + 1, -1, np.int32)
+            new_places[places] = np.arange(len(places))
             for i, source in enumerate(sources):
                 if source.modality == name:
-                    own = columns[i]
-                    columns[i] = moved[np.arange(len(heads[i].features)) if own is None else own]
+                    old_places = columns[i]
+                    if old_places is None:
+                        old_places = np.arange(len(heads[i].features))
+                    columns[i] = new_places[old_places]
         return replace(self, modalities=modalities, columns=columns)
+
+
+@dataclass(frozen=True)
+class _NamedSource:
+    """A source whose features have the names that the store would give them."""
+
+    source: Source
+    head: SourceHead
+    features: list[str]  # one for each column; of bins, several may be the same
+
+    @property
+    def display_name(self) -> str:
+        return self.source.display_name
 
 
 def plan_features(
@@ -61,185 +79,108 @@ def plan_features(
     choices: Mapping[str, FeatureChoice],
     reference: Manifest | None,
 ) -> FeaturePlan:
-    """Decide the features of every modality, by its choice (default: `Choice()`), or by `reference` alone.
+    """Decide the features of every modality.
+
+    Args:
+        sources: the inputs.
+        heads: of each source.
+        kinds: of modalities whose name does not say what they measure.
+        choices: by modality; the default is `FeatureChoice()`.
+        reference: of a store, which decides the features alone.
 
     Raises:
-        DataError: feature names that repeat, sets that differ, names of different kinds, modalities the reference
-            lacks, no overlap with it or with the list that was given.
+        DataError: feature names repeat; files have different features, or name them differently;
+            the reference lacks a modality; a file shares no feature with the reference or with the
+            list that was given.
     """
     for source, head in zip(sources, heads, strict=True):
-        _reject_repeated(source, head)
-    _require_ids(sources, heads)
-    names = list(dict.fromkeys(s.modality for s in sources))
-    own = [
-        _own(source, head, choices.get(source.modality, FeatureChoice()))
+        _reject_repeated_features(source, head)
+    _require_id_columns(sources, heads)
+    names = list(dict.fromkeys(source.modality for source in sources))
+    named = [
+        _name_features(source, head, choices.get(source.modality, FeatureChoice()))
         for source, head in zip(sources, heads, strict=True)
     ]
-    if reference is None:
+    if reference is not None:
+        modalities = _take_modalities(names, reference)
+    else:
         modalities = {}
         for name in names:
-            mine = [i for i, s in enumerate(sources) if s.modality == name]
-            files = [(sources[i], heads[i], own[i]) for i in mine]
-            modalities[name] = _new_modality(name, kinds, files, choices.get(name, FeatureChoice()))
-    else:
-        modalities = _from_reference(names, reference)
-    for name in names:
-        if not layout.MODALITY_NAME.fullmatch(name) or name in layout.RESERVED_NAMES:
-            expected = "up to 64 letters, digits, _ -; not 'obs'"
-            raise DataError("a modality needs a plain name", got=repr(name), expected=expected)
-    if len(layout.name_segment(names)) > layout.MAX_STRATUM_NAME:
-        fix = "name them shorter: `NAME=FILE`"
-        raise DataError(
-            "the names of all modalities are too long for a folder's",
-            got=list_names(names),
-            fix=fix,
-        )
-
+            files = [file for file in named if file.source.modality == name]
+            choice = choices.get(name, FeatureChoice())
+            modalities[name] = _create_modality(name, kinds, files, choice)
+    _require_plain_names(names)
     columns, notes = [], []
-    for source, theirs in zip(sources, own, strict=True):
-        wanted = modalities[source.modality].features
-        columns.append(None if theirs == wanted else _places(source, theirs, wanted))
-        notes.append(_note(wanted, theirs))
+    for file in named:
+        wanted = modalities[file.source.modality].features
+        columns.append(None if file.features == wanted else _place_columns(file, wanted))
+        notes.append(_compare_features(wanted, file.features))
     return FeaturePlan(modalities, columns, notes)
 
 
-def _own(source: Source, head: SourceHead, choice: FeatureChoice) -> list[str]:
-    """A source's features as the store would call them; with bins, several may have one name."""
-    return (
-        head.features
-        if choice.bin_width is None
-        else bin_peaks(head.features, choice.bin_width, source.display_name)
-    )
-
-
-def _places(source: Source, own: list[str], wanted: list[str]) -> np.ndarray:
-    """Where each of a source's own columns goes, (features,) int32; -1 = dropped."""
-    place = {feature: i for i, feature in enumerate(wanted)}
-    columns = np.array([place.get(feature, -1) for feature in own], np.int32)
-    if not (columns >= 0).any():
+def _reject_repeated_features(source: Source, head: SourceHead) -> None:
+    seen: set[str] = set()
+    repeated: dict[str, None] = {}
+    for feature in head.features:
+        if feature in seen:
+            repeated[feature] = None
+        seen.add(feature)
+    if repeated:
         raise DataError(
-            f"no feature of modality {source.modality!r} is known to the store or list it should fit",
+            f"{len(repeated)} feature names occur more than once",
             where=source.display_name,
-            got=list_names(own, 5),
-            expected=list_names(wanted, 5),
-            fix="both must name their features alike: `--feature-ids COLUMN` takes the names from a column of var; "
-            "bins need the same `--bins`",
-        )
-    return columns
-
-
-_File = tuple[
-    Source, SourceHead, list[str]
-]  # with the file's features as the store would call them
-
-
-def _new_modality(
-    name: str, kinds: Mapping[str, str], files: list[_File], choice: FeatureChoice
-) -> Modality:
-    kind = infer_kind(name, kinds)
-    features = list(choice.listed) if choice.listed is not None else _together(name, files, choice)
-    if not features:
-        fix = "use `--features union`, or check that the files name their features alike"
-        raise DataError(
-            f"no feature of modality {name!r} is left",
-            where=list_names(s.display_name for s, _, _ in files),
-            fix=fix,
-        )
-    if len(features) > layout.MAX_FEATURES:
-        where, fix = (
-            list_names(s.display_name for s, _, _ in files),
-            "bin or choose them: `--bins`, `--top`, `--features FILE`",
-        )
-        got = len(features)
-        raise DataError(
-            "more features than a store holds",
-            where=where,
-            got=got,
-            expected=layout.MAX_FEATURES,
-            fix=fix,
-        )
-    return Modality(kind=kind, storage=KINDS[kind].storage, features=features)
-
-
-def _together(name: str, files: list[_File], choice: FeatureChoice) -> list[str]:
-    """The features of all files: those of the first in its order, or what mode makes of them; bins along the genome."""
-    _require_alike(name, files, choice)
-    sets = [dict.fromkeys(own) for _, _, own in files]
-    features = list(sets[0])
-    if choice.effective_mode == "same":
-        for source, _, own in files[1:]:
-            _require_same(name, files[0][0], features, source, own)
-    elif choice.effective_mode == "intersection":
-        features = [f for f in features if all(f in own for own in sets[1:])]
-    else:
-        features = list(dict.fromkeys(f for own in sets for f in own))
-    return order_along_genome(set(features)) if choice.bin_width else features
-
-
-def _require_same(
-    name: str, first: Source, features: list[str], source: Source, own: list[str]
-) -> None:
-    note = _note(features, own)
-    if note["missing"] or note["extra"]:
-        raise DataError(
-            f"the files of modality {name!r} have different features",
-            where=f"{source.display_name}, against {first.display_name}",
-            got=f"{note['missing']} missing ({list_names(_lacking(features, own)) or 'none'}); "
-            f"{note['extra']} extra ({list_names(_lacking(own, features)) or 'none'})",
-            expected="the same features, in any order",
-            fix="add `--features intersection` (those in every file), `--features union` (absent ones are zero), or "
-            f"`--features {name}=FILE` (those of a list); peaks that differ fit together as `--bins {name}=5000`",
+            got=list_names(repeated),
+            fix="make them unique (`adata.var_names_make_unique()`), or add up the columns of "
+            "one gene",
         )
 
 
-def _require_alike(name: str, files: list[_File], choice: FeatureChoice) -> None:
-    """Files that share nothing cannot be brought together, save disjoint panels that a union of them is asked for; nor
-    can files that name their features differently, where less than half of the smaller one are named alike: many
-    annotations call genes without a symbol by their id."""
-    first, head, own = files[0]
-    before = set(own)
-    for source, other, theirs in files[1:]:
-        shared, differ = len(before.intersection(theirs)), _naming(own) != _naming(theirs)
-        few = differ and 2 * shared < min(len(before), len(theirs))
-        if few or (not shared and choice.effective_mode != "union"):
-            raise DataError(
-                f"the files of modality {name!r} share {f'{shared:,} features alone' if shared else 'no feature'}",
-                where=f"{first.display_name} and {source.display_name}",
-                got=f"{_naming(own)} ({list_names(own, 3)}) and {_naming(theirs)} ({list_names(theirs, 3)})",
-                expected="features named alike",
-                fix=f"take the names from a column of var, `--feature-ids {name}=COLUMN` (a file without keeps its); "
-                f"columns of {first.display_name}: {list_names(head.var_columns, 20) or 'none'}; "
-                f"of {source.display_name}: {list_names(other.var_columns, 20) or 'none'}",
-            )
-        before.update(theirs)
-
-
-def _naming(features: list[str]) -> str:
-    """What most of the features are called by."""
-    sample = features[:: max(1, len(features) // 200)]
-    if sum(bool(_ENSEMBL.match(f)) for f in sample) > len(sample) / 2:
-        versions = sum(bool(_VERSION.match(f)) for f in sample) > len(sample) / 2
-        return "Ensembl ids" + (" with versions" if versions else "")
-    if sum(bool(_REGION.fullmatch(f)) for f in sample) > len(sample) / 2:
-        return "regions of chromosomes named " + ("chr1" if sample[0].startswith("chr") else "1")
-    return "names"
-
-
-def _require_ids(sources: Sequence[Source], heads: Sequence[SourceHead]) -> None:
-    """A column that `--feature-ids` asks for is in one file at least."""
-    for asked in {s.id_columns for s in sources if s.id_columns is not None}:
-        mine = [(s, h) for s, h in zip(sources, heads, strict=True) if s.id_columns == asked]
-        if not any(head.name_column for _, head in mine):
-            columns = dict.fromkeys(column for _, head in mine for column in head.var_columns)
+def _require_id_columns(sources: Sequence[Source], heads: Sequence[SourceHead]) -> None:
+    """Refuse a column that `--feature-ids` asks for and that no file has."""
+    for asked in {source.id_columns for source in sources if source.id_columns is not None}:
+        files = [
+            (source, head)
+            for source, head in zip(sources, heads, strict=True)
+            if source.id_columns == asked
+        ]
+        if not any(head.name_column for _, head in files):
+            columns = dict.fromkeys(column for _, head in files for column in head.var_columns)
+            file_names = list_names(source.display_name for source, _ in files)
             raise DataError(
                 "no file has the column of var asked for",
-                where=f"--feature-ids {asked}: {list_names(s.display_name for s, _ in mine)}",
+                where=f"--feature-ids {asked}: {file_names}",
                 got=f"columns: {list_names(columns, 30) or 'none'}",
                 fix="name one of these columns, or leave --feature-ids out to use var_names",
             )
 
 
-def _from_reference(names: list[str], reference: Manifest) -> dict[str, Modality]:
+def _require_plain_names(modalities: Sequence[str]) -> None:
+    """Refuse names of modalities that cannot name a folder, alone or all together."""
+    for name in modalities:
+        if not layout.MODALITY_NAME.fullmatch(name) or name in layout.RESERVED_NAMES:
+            raise DataError(
+                "a modality needs a plain name",
+                got=repr(name),
+                expected="up to 64 letters, digits, _ -; not 'obs'",
+            )
+    if len(layout.name_segment(list(modalities))) > layout.MAX_STRATUM_NAME:
+        raise DataError(
+            "the names of all modalities are too long for a folder's",
+            got=list_names(modalities),
+            fix="name them shorter: `NAME=FILE`",
+        )
+
+
+def _name_features(source: Source, head: SourceHead, choice: FeatureChoice) -> _NamedSource:
+    """Name a source's features as the store would: bins, if these are asked for."""
+    features = head.features
+    if choice.bin_width is not None:
+        features = bin_peaks(features, choice.bin_width, source.display_name)
+    return _NamedSource(source, head, features)
+
+
+def _take_modalities(names: list[str], reference: Manifest) -> dict[str, Modality]:
+    """Take the modalities with these names from another store, in its order."""
     unknown = [name for name in names if name not in reference.modalities]
     if unknown:
         raise DataError(
@@ -251,31 +192,140 @@ def _from_reference(names: list[str], reference: Manifest) -> dict[str, Modality
     return {name: modality for name, modality in reference.modalities.items() if name in names}
 
 
-def _reject_repeated(source: Source, head: SourceHead) -> None:
-    seen: set[str] = set()
-    repeated = list(dict.fromkeys(f for f in head.features if f in seen or seen.add(f)))  # type: ignore[func-returns-value]
-    if repeated:
-        fix = (
-            "make them unique (`adata.var_names_make_unique()`), or add up the columns of one gene"
-        )
+def _create_modality(
+    name: str, kinds: Mapping[str, str], files: list[_NamedSource], choice: FeatureChoice
+) -> Modality:
+    """Create a modality with the features that are listed, or those of its files."""
+    kind = infer_kind(name, kinds)
+    features = _combine_features(name, files, choice) if choice.listed is None else choice.listed
+    file_names = list_names(file.display_name for file in files)
+    if not features:
         raise DataError(
-            f"{len(repeated)} feature names occur more than once",
-            where=source.display_name,
-            got=list_names(repeated),
-            fix=fix,
+            f"no feature of modality {name!r} is left",
+            where=file_names,
+            fix="use `--features union`, or check that the files name their features alike",
+        )
+    if len(features) > layout.MAX_FEATURES:
+        raise DataError(
+            "more features than a store holds",
+            where=file_names,
+            got=len(features),
+            expected=layout.MAX_FEATURES,
+            fix="bin or choose them: `--bins`, `--top`, `--features FILE`",
+        )
+    return Modality(kind=kind, storage=KINDS[kind].storage, features=list(features))
+
+
+def _combine_features(name: str, files: list[_NamedSource], choice: FeatureChoice) -> list[str]:
+    """Combine the features of all files as the choice says.
+
+    They keep the order of the first file; bins lie along the genome.
+    """
+    _require_similar_names(name, files, choice)
+    unique = [dict.fromkeys(file.features) for file in files]
+    features = list(unique[0])
+    if choice.effective_mode == "same":
+        for file in files[1:]:
+            _require_same_features(name, files[0].source, features, file)
+    elif choice.effective_mode == "intersection":
+        features = [f for f in features if all(f in others for others in unique[1:])]
+    else:
+        features = list(dict.fromkeys(f for names in unique for f in names))
+    return order_along_genome(set(features)) if choice.bin_width else features
+
+
+def _require_same_features(
+    name: str, first: Source, features: list[str], file: _NamedSource
+) -> None:
+    """Refuse a file whose features are not those of the first file, in any order."""
+    missing = _list_missing(features, file.features)
+    extra = _list_missing(file.features, features)
+    if missing or extra:
+        raise DataError(
+            f"the files of modality {name!r} have different features",
+            where=f"{file.display_name}, against {first.display_name}",
+            got=f"{len(missing)} missing ({list_names(missing) or 'none'}); "
+            f"{len(extra)} extra ({list_names(extra) or 'none'})",
+            expected="the same features, in any order",
+            fix="add `--features intersection` (those in every file), `--features union` (absent "
+            f"ones are zero), or `--features {name}=FILE` (those of a list); peaks that differ fit "
+            f"together as `--bins {name}=5000`",
         )
 
 
-def _lacking(wanted: list[str], there: list[str]) -> list[str]:
-    have = set(there)
-    return [f for f in dict.fromkeys(wanted) if f not in have]
+def _require_similar_names(name: str, files: list[_NamedSource], choice: FeatureChoice) -> None:
+    """Refuse files that cannot be brought together, as their features are not named alike.
+
+    Files that share no feature are refused, except where a union of disjoint panels is asked for.
+    So are files of different naming that share less than half of the smaller one's features: many
+    annotations call genes without a symbol by their id, so that some always agree.
+    """
+    first = files[0]
+    known = set(first.features)
+    first_naming = _guess_naming(first.features)
+    for file in files[1:]:
+        n_shared, naming = len(known.intersection(file.features)), _guess_naming(file.features)
+        few_shared = 2 * n_shared < min(len(known), len(file.features))
+        is_union = choice.effective_mode == "union"
+        if (few_shared and naming != first_naming) or not (n_shared or is_union):
+            shared = f"{n_shared:,} features alone" if n_shared else "no feature"
+            columns = [list_names(each.head.var_columns, 20) or "none" for each in (first, file)]
+            raise DataError(
+                f"the files of modality {name!r} share {shared}",
+                where=f"{first.display_name} and {file.display_name}",
+                got=f"{first_naming} ({list_names(first.features, 3)}) and "
+                f"{naming} ({list_names(file.features, 3)})",
+                expected="features named alike",
+                fix=f"take the names from a column of var, `--feature-ids {name}=COLUMN` (a file "
+                f"without keeps its); columns of {first.display_name}: {columns[0]}; "
+                f"of {file.display_name}: {columns[1]}",
+            )
+        known.update(file.features)
 
 
-def _note(wanted: list[str], there: list[str]) -> dict[str, Any]:
-    missing, extra = _lacking(wanted, there), _lacking(there, wanted)
+def _guess_naming(features: list[str]) -> str:
+    """Say what most of the features are called by."""
+    sample = features[:: max(1, len(features) // 200)]
+
+    def are_most(pattern: re.Pattern[str]) -> bool:
+        return sum(bool(pattern.match(feature)) for feature in sample) > len(sample) / 2
+
+    if are_most(_ENSEMBL_ID):
+        return "Ensembl ids" + (" with versions" if are_most(_VERSIONED_ID) else "")
+    if are_most(_REGION):
+        return "regions of chromosomes named " + ("chr1" if sample[0].startswith("chr") else "1")
+    return "names"
+
+
+def _place_columns(file: _NamedSource, wanted: list[str]) -> np.ndarray:
+    """Find where each column of a source goes, (columns,) int32; -1 = dropped."""
+    places = {feature: place for place, feature in enumerate(wanted)}
+    columns = np.array([places.get(feature, -1) for feature in file.features], np.int32)
+    if not (columns >= 0).any():
+        modality = file.source.modality
+        raise DataError(
+            f"no feature of modality {modality!r} is known to the store or list it should fit",
+            where=file.display_name,
+            got=list_names(file.features, 5),
+            expected=list_names(wanted, 5),
+            fix="both must name their features alike: `--feature-ids COLUMN` takes the names from "
+            "a column of var; bins need the same `--bins`",
+        )
+    return columns
+
+
+def _compare_features(wanted: list[str], features: list[str]) -> dict[str, Any]:
+    """Note what a source lacks of the wanted features, and what it has beside them."""
+    missing, extra = _list_missing(wanted, features), _list_missing(features, wanted)
     return {
         "missing": len(missing),
         "extra": len(extra),
         "first_missing": missing[:10],
         "first_extra": extra[:10],
     }
+
+
+def _list_missing(wanted: list[str], features: list[str]) -> list[str]:
+    """List the wanted features that are not among `features`, each once."""
+    known = set(features)
+    return [feature for feature in dict.fromkeys(wanted) if feature not in known]

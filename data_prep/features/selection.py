@@ -1,9 +1,14 @@
 """Features chosen from the cells, `--top rna=4000 atac=100000`, in one or two more passes over the rows.
 
-Tasks add up integers (entries, their sum, the sum of their squares, per batch and feature), and integers add up to
-the same in any order: the choice depends on neither the number of workers nor the sizes of tasks. Memory is 32 bytes
-per batch and feature in a task (for the batches of its own rows), about three times that in the process that combines
-them; the number of cells does not matter. Every task leaves its sums in a file, so that a killed conversion goes on.
+Tasks add up integers for each batch and feature: the entries, their sum and the sum of their
+squares. Integers add up to the same in any order, so that the choice depends on neither the number of
+workers nor the sizes of tasks. A task needs 32 bytes for each feature and each batch of its own rows,
+the process that combines the tasks about three times that for all batches; the number of cells
+does not matter. Every task leaves its sums in a file, so that a killed conversion goes on.
+
+    WORK/select/rna/sums/000-000000000000.npz    sums of a range of rows
+    WORK/select/rna/clip/000-000000000000.npz    sums of the counts above the limits
+    WORK/select/rna/limits.npy                   the counts at which genes are clipped
 """
 
 from __future__ import annotations
@@ -27,40 +32,42 @@ from data_prep.features.plan import FeaturePlan
 from data_prep.jobs.workers import WorkerPool, run_missing
 from data_prep.options import FeatureChoice
 
-MANY_TASKS = 256  # each leaves a file of its sums
+MANY_TASKS = 256  # of a pass: each leaves a file of its sums
 
 
 @dataclass(frozen=True)
 class SelectedFeatures:
-    """places: of the features kept, ascending; note: how they were chosen, for the provenance."""
+    """The features of a modality that are kept."""
 
-    places: np.ndarray
-    note: dict[str, Any]
+    places: np.ndarray  # (kept,), ascending
+    note: dict[str, Any]  # how they were chosen, for the provenance
 
 
 @dataclass(frozen=True)
-class _Sums:
-    """cells: (batches,), those with any counts; entries, total, squares: (batches, features). All int64."""
+class _FeatureSums:
+    """What one pass adds up over the entries of a modality; all int64."""
 
-    cells: np.ndarray
-    entries: np.ndarray
+    cells: np.ndarray  # (batches,), the cells that have any counts
+    entries: np.ndarray  # (batches, features), as the next two
     total: np.ndarray
     squares: np.ndarray
 
 
 @dataclass(frozen=True)
-class _Task:
+class _SumTask:
+    """Add up rows `start` to `stop` of a source."""
+
     reading: SourceReading
-    lo: int
-    hi: int
-    step: int
+    start: int
+    stop: int
+    step_entries: int  # read at once
     batches: int  # 1: all cells are one batch
-    limits: Path | None  # (batches, features): only counts above these are added up
+    limits: Path | None  # of (batches, features): only counts above these are added up
     out: Path
 
 
 def select_variable_features(
-    reading: Sequence[SourceReading],
+    readings: Sequence[SourceReading],
     plan: FeaturePlan,
     cells: CellTable,
     choices: Mapping[str, FeatureChoice],
@@ -68,133 +75,146 @@ def select_variable_features(
     step_entries: int,
     pool: WorkerPool,
 ) -> dict[str, SelectedFeatures]:
-    """Choose the features of every modality that has a `top`; step_entries: how many a task reads at once.
+    """Choose the features of every modality for which a number of them is asked.
+
+    Args:
+        readings: of each source.
+        plan: the features to choose from.
+        cells: for their batches.
+        choices: by modality.
+        work: the folder for the files of this step.
+        step_entries: stored entries that a task reads at once.
+        pool: the workers.
 
     Raises:
-        DataError: rows that are no counts; cells too few or too alike to rank genes by.
+        DataError: rows hold no counts; there are too few cells to rank genes by, or none vary.
     """
-    chosen = {}
+    selected = {}
     for name, modality in plan.modalities.items():
         top = choices.get(name, FeatureChoice()).top_features
         if top is None:
             continue
-        mine = {i: r for i, r in enumerate(reading) if r.source.modality == name}
-        add_up = _Pass(mine, modality.n_features, work / name, step_entries, pool)
-        chosen[name] = (
-            _accessible(add_up, top)
-            if KINDS[modality.kind].selection == "detection"
-            else _variable(add_up, top, cells, name)
-        )
-    return chosen
+        chosen = {
+            i: reading for i, reading in enumerate(readings) if reading.source.modality == name
+        }
+        rows = _ModalityRows(chosen, modality.n_features, work / name, step_entries, pool)
+        if KINDS[modality.kind].selection == "detection":
+            selected[name] = _select_accessible(rows, top)
+        else:
+            selected[name] = _select_variable(rows, top, cells, name)
+    return selected
 
 
-def _accessible(add_up: _Pass, top: int) -> SelectedFeatures:
-    """The features seen in most cells; ties in order."""
-    hits = add_up("accessible", 1).entries[0]
+def _select_accessible(rows: _ModalityRows, top: int) -> SelectedFeatures:
+    """Select the features that are seen in most cells; of equal ones the first."""
+    hits = rows.add_up("accessible", 1).entries[0]
     places = np.sort(np.argsort(-hits, kind="stable")[:top])
     return SelectedFeatures(places, {"by": "most accessible", "of": len(hits), "kept": len(places)})
 
 
-def _variable(add_up: _Pass, top: int, cells: CellTable, name: str) -> SelectedFeatures:
-    """The genes that vary most within batches; cells without a batch are one of their own."""
+def _select_variable(
+    rows: _ModalityRows, top: int, cells: CellTable, modality: str
+) -> SelectedFeatures:
+    """Select the genes that vary most within batches; cells of unknown batch are one batch more."""
     batches = len(cells.names["batch"]) + 1
-    sums = add_up("sums", batches)
-    trends = {
-        b: seurat_v3.fit_trend(int(n), sums.total[b], sums.squares[b])
-        for b, n in enumerate(sums.cells)
-    }
-    found = {b: trend for b, trend in trends.items() if trend is not None}
-    if not found:
-        fix = (
-            f"leave `--top {name}=...` out, or check --batch-key: a batch needs two cells at least"
-        )
+    sums = rows.add_up("sums", batches)
+    trends = {}
+    for batch, n_cells in enumerate(sums.cells.tolist()):
+        trend = seurat_v3.fit_trend(n_cells, sums.total[batch], sums.squares[batch])
+        if trend is not None:
+            trends[batch] = trend
+    if not trends:
         raise DataError(
             "no batch has cells enough to tell which features vary",
-            where=f"--top {name}={top}",
-            fix=fix,
+            where=f"--top {modality}={top}",
+            fix=f"leave `--top {modality}=...` out, or check --batch-key: a batch needs two cells "
+            "at least",
         )
     limits = np.full(sums.total.shape, np.inf)
-    for b, trend in found.items():
-        limits[b] = trend.limits
-    np.save(add_up.folder / "limits.npy", limits)
-    above = add_up("clip", batches, add_up.folder / "limits.npy")
+    for batch, trend in trends.items():
+        limits[batch] = trend.limits
+    np.save(rows.folder / "limits.npy", limits)
+    above = rows.add_up("clip", batches, rows.folder / "limits.npy")
     scores = []
-    for b, trend in found.items():
-        total = sums.total[b] - above.total[b] + above.entries[b] * trend.limits
-        squares = sums.squares[b] - above.squares[b] + above.entries[b] * trend.limits**2
-        scores.append(trend.scores(total, squares))
+    for batch, trend in trends.items():
+        # Each count above its gene's limit is replaced by the limit.
+        n_clipped = above.entries[batch]
+        total = sums.total[batch] - above.total[batch] + n_clipped * trend.limits
+        squares = sums.squares[batch] - above.squares[batch] + n_clipped * trend.limits**2
+        scores.append(trend.score_genes(total, squares))
     places = seurat_v3.rank_genes(np.array(scores), top)
     note = {
-        "by": f"most variable within {len(found)} batches",
-        "of": add_up.n_features,
+        "by": f"most variable within {len(trends)} batches",
+        "of": rows.n_features,
         "kept": len(places),
     }
     return SelectedFeatures(places, note)
 
 
 @dataclass(frozen=True)
-class _Pass:
-    """One pass over all rows of a modality. readings: by number of their source."""
+class _ModalityRows:
+    """All rows of a modality, and how passes over them are made."""
 
-    readings: dict[int, SourceReading]
+    readings: dict[int, SourceReading]  # by the number of their source
     n_features: int
     folder: Path
     step_entries: int
     pool: WorkerPool
 
-    def __call__(self, title: str, batches: int, limits: Path | None = None) -> _Sums:
+    def add_up(self, title: str, batches: int, limits: Path | None = None) -> _FeatureSums:
+        """Add up the entries in one pass; its title names its folder and its progress."""
         folder, modality = self.folder / title, self.folder.name
         folder.mkdir(parents=True, exist_ok=True)
-        entries = max(self.step_entries, sum(r.nnz for r in self.readings.values()) // MANY_TASKS)
+        nnz = sum(reading.nnz for reading in self.readings.values())
         tasks = {}
         for i, reading in self.readings.items():
-            step = reading.ranges(self.step_entries)[0][1] if reading.n_rows else 1
-            for lo, hi in reading.ranges(entries):
-                out = folder / f"{i:03d}-{lo:012d}.npz"
-                tasks[out] = _Task(reading, lo, hi, step, batches, limits, out)
-        run_missing(self.pool, f"select {modality} ({title})", _add_rows, tasks)
+            for start, stop in reading.split_rows(max(self.step_entries, nnz // MANY_TASKS)):
+                out = folder / f"{i:03d}-{start:012d}.npz"
+                tasks[out] = _SumTask(reading, start, stop, self.step_entries, batches, limits, out)
+        run_missing(self.pool, f"select {modality} ({title})", _add_up_rows, tasks)
         sums = np.zeros((3, batches * self.n_features), np.int64)
         cells = np.zeros(batches, np.int64)
         for path in tasks:
             with np.load(path) as part:
                 cells += part["cells"]
                 sums[:, part["at"]] += part["sums"]
-        return _Sums(cells, *sums.reshape(3, batches, self.n_features))
+        return _FeatureSums(cells, *sums.reshape(3, batches, self.n_features))
 
 
-def _add_rows(task: _Task) -> None:
-    """Add up a task's rows, some at a time, and leave what is not zero in a file."""
-    n_features = task.reading.target.n_features
-    batch = np.load(task.reading.folder / "batch.npy", mmap_mode="r")[task.lo : task.hi]
-    batch = (
-        np.where(batch < 0, task.batches - 1, batch)
-        if task.batches > 1
-        else np.zeros(len(batch), np.int32)
-    )
-    there, local = np.unique(
-        batch, return_inverse=True
-    )  # only the batches of these rows need memory
-    limits = np.zeros((len(there), n_features))
+def _add_up_rows(task: _SumTask) -> None:
+    """Add up a task's rows, some at a time, and leave the sums that are not zero in a file."""
+    reading, n_features = task.reading, task.reading.target.n_features
+    batch = np.load(reading.row_folder / "batch.npy", mmap_mode="r")[task.start : task.stop]
+    unknown = task.batches - 1  # the batch of cells without one
+    batch = np.where(batch < 0, unknown, batch) if task.batches > 1 else np.zeros_like(batch)
+    # Only the batches of these rows take memory.
+    found, local_batch = np.unique(batch, return_inverse=True)
+    limits = np.zeros((len(found), n_features))
     if task.limits is not None:
-        limits[:] = np.load(task.limits, mmap_mode="r")[there]
-    sums = np.zeros((3, len(there), n_features), np.int64)
+        limits[:] = np.load(task.limits, mmap_mode="r")[found]
+    sums = np.zeros((3, len(found), n_features), np.int64)
     cells = np.zeros(task.batches, np.int64)
-    for lo in range(task.lo, task.hi, task.step):
-        hi = min(lo + task.step, task.hi)
-        rows = sp.csr_matrix(task.reading.rows(lo, hi))
-        of = local[lo - task.lo : hi - task.lo]
-        parts = (a.astype(np.int64, copy=False) for a in (rows.indptr, rows.indices, rows.data))
-        _add(*parts, of, limits, sums)
-        cells += np.bincount(there[of[np.diff(rows.indptr) > 0]], minlength=task.batches)
-    at = np.flatnonzero(sums[0])
-    flat = there[at // n_features].astype(np.int64) * n_features + at % n_features
+    for start, stop in reading.split_rows(task.step_entries, task.start, task.stop):
+        rows = sp.csr_matrix(reading.read_rows(start, stop))
+        row_batch = local_batch[start - task.start : stop - task.start]
+        arrays = (a.astype(np.int64, copy=False) for a in (rows.indptr, rows.indices, rows.data))
+        _add_entries(*arrays, row_batch, limits, sums)
+        has_counts = np.diff(rows.indptr) > 0
+        cells += np.bincount(found[row_batch[has_counts]], minlength=task.batches)
+    places = np.flatnonzero(sums[0])
+    local, feature = np.divmod(places, n_features)
+    flat = found[local].astype(np.int64) * n_features + feature  # places among all batches
+    # A worker that was given up for dead may still write the same file.
     with replace_file(task.out, unique=True) as temporary, temporary.open("wb") as file:
-        np.savez(file, at=flat, sums=sums.reshape(3, -1)[:, at], cells=cells)
+        np.savez(file, at=flat, sums=sums.reshape(3, -1)[:, places], cells=cells)
 
 
 @njit(nogil=True, cache=True)
-def _add(indptr, indices, values, batch, limits, sums):  # type: ignore[no-untyped-def]
-    """Add the entries above their limit to sums (3, batches, features): how many, their sum, and that of squares."""
+def _add_entries(indptr, indices, values, batch, limits, sums):  # type: ignore[no-untyped-def]
+    """Add the entries above their limit to sums, (3, batches, features).
+
+    The three are how many they are, their sum, and the sum of their squares.
+    """
     for row in range(len(indptr) - 1):
         b = batch[row]
         for i in range(indptr[row], indptr[row + 1]):

@@ -15,10 +15,10 @@ import scipy.sparse as sp
 
 from clue_dist.store.reader import Store
 from clue_dist.store.rows import CsrRows
-from data_prep import convert
 from data_prep.cli.feature_choices import parse_choices
 from data_prep.cli.inputs import parse_inputs
 from data_prep.conversion import counts as count_matrices
+from data_prep.conversion import scatter
 from data_prep.convert import ConversionOptions, convert_inputs
 from data_prep.jobs.workers import ThreadPool
 from data_prep.options import FIELDS, ObsColumns, PerModality, ReadingOptions
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 def shrink_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many tasks, parts and pieces, even for a few hundred cells."""
-    monkeypatch.setattr(convert, "TASK_ENTRIES", 500)
+    monkeypatch.setattr(scatter, "TASK_ENTRIES", 500)
     monkeypatch.setattr(sorted_entries, "PART_ENTRIES", 300)
-    monkeypatch.setattr(count_matrices, "PIECE_ENTRIES", 200)
+    monkeypatch.setattr(count_matrices, "STEP_ENTRIES", 200)
 
 
 def frame(

@@ -211,9 +211,9 @@ run_main(commands.main)
 @pytest.mark.parametrize(
     ("place", "n"),
     [
-        ("data_prep.conversion.strata.settle_strata", 1),  # in the conversion
-        ("data_prep.append._move", 1),
-        ("data_prep.append._move", 2),  # one stratum of two has its place
+        ("data_prep.convert.settle_strata", 1),  # in the conversion
+        ("data_prep.append._move_stratum", 1),
+        ("data_prep.append._move_stratum", 2),  # one stratum of two has its place
         ("data_prep.append.hash_metadata", 2),
         ("os.fsync", 1),  # the manifest is written, but not in its place
     ],
@@ -253,7 +253,7 @@ def killed(store: Path, more: str, place: str, n: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "place", ["data_prep.append._forget_svd", "data_prep.jobs.job_folder.discard_job"]
+    "place", ["data_prep.append._remove_outdated_svd", "data_prep.jobs.job_folder.discard_job"]
 )
 def test_killed_after_the_commit(tmp_path: Path, store: Path, place: str) -> None:
     """The same command adds nothing twice, another one is not taken for it."""
@@ -434,6 +434,6 @@ def test_a_link_to_a_store(tmp_path: Path, store: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/link.zarr").symlink_to(store)
     more = given(tmp_path, slice(200, 300), "more")
-    killed(tmp_path / "elsewhere/link.zarr", more, "data_prep.append._move", 1)
+    killed(tmp_path / "elsewhere/link.zarr", more, "data_prep.append._move_stratum", 1)
     assert (tmp_path / "s.zarr.addition.partial").exists()  # on the store's own disk
     assert add(store, more).manifest.n_cells == 300

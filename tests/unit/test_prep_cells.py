@@ -12,7 +12,7 @@ import scipy.sparse as sp
 
 from clue_dist.errors import DataError, StoreError
 from clue_dist.kinds import infer_kind
-from data_prep.conversion import cells, strata
+from data_prep.conversion import join_cells, strata
 from data_prep.convert import format_conversion
 from data_prep.readers.source import CategoryCodes
 from tests.unit.prep_helpers import (
@@ -66,9 +66,9 @@ def test_cells_joined_range_by_range_are_the_same(
     tables = {"rna": anndata_of(rna[:250], donor=["x", "y"] * 125), "adt": anndata_of(adt[100:])}
     path, columns = str(write_h5mu(tmp_path / "m.h5mu", **tables)), {"batch": "donor"}
     whole = build(tmp_path / "1.zarr", path, block_cells=16, columns=columns)
-    monkeypatch.setattr(cells, "ROWS", 40)
-    monkeypatch.setattr(cells, "RANGE", 60)
-    monkeypatch.setattr(strata, "PLACES", 50)
+    monkeypatch.setattr(join_cells, "TASK_ROWS", 40)
+    monkeypatch.setattr(join_cells, "RANGE_ROWS", 60)
+    monkeypatch.setattr(strata, "STEP_PLACES", 50)
     pieces = build(tmp_path / "2.zarr", path, block_cells=16, columns=columns)
     assert pieces.fingerprint == whole.fingerprint
     same(held(pieces, "rna"), rna[:250])

@@ -20,10 +20,10 @@ from clue_dist.errors import DataError, StoreError
 from clue_dist.store import layout
 from clue_dist.store.manifest import Manifest
 from clue_dist.store.reader import Store
-from data_prep import convert as conversion
 from data_prep.check import check_store
 from data_prep.cli.feature_choices import parse_choices
 from data_prep.cli.inputs import parse_inputs
+from data_prep.conversion import scatter
 from data_prep.convert import ConversionOptions, convert_inputs
 from data_prep.jobs import workers
 from data_prep.jobs.workers import open_pool
@@ -46,9 +46,6 @@ BLOCK = 4
 PRELOAD = """
 import importlib, os, signal, time
 from clue_dist.store import layout
-from data_prep import convert
-from data_prep.conversion import spool
-from data_prep.features import selection
 layout.SHARD_BYTES = 1
 def patch(module, name, before):
     module = importlib.import_module(module)
@@ -64,9 +61,9 @@ def fatal(*args):
         if {name!r} == "hash_file":
             args[0].with_name("9.__lock").touch()  # as TensorStore leaves it when it is killed
         os.kill(os.getpid(), signal.SIGKILL)
-patch("data_prep.conversion.spool", "write_spool", lambda *_: time.sleep(0.1))
-patch("data_prep.features.selection", "_add", lambda *_: time.sleep(0.1))
-patch("data_prep.convert", "write_shard", lambda *_: time.sleep(0.1))
+patch("data_prep.conversion.scatter", "write_spool", lambda *_: time.sleep(0.1))
+patch("data_prep.features.selection", "_add_entries", lambda *_: time.sleep(0.1))
+patch("data_prep.conversion.gather", "write_shard", lambda *_: time.sleep(0.1))
 patch({module!r}, {name!r}, fatal)
 """
 
@@ -135,7 +132,7 @@ def steady(cluster: Cluster) -> None:
 @pytest.fixture(autouse=True)
 def _small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """About 20 tasks of each pass."""
-    monkeypatch.setattr(conversion, "TASK_ENTRIES", 400)
+    monkeypatch.setattr(scatter, "TASK_ENTRIES", 400)
     monkeypatch.setattr(layout, "SHARD_BYTES", 1)
 
 
@@ -233,7 +230,7 @@ def test_a_task_that_kills_every_worker(
     monkeypatch.setenv("DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES", "0")
     cluster = Cluster(tmp_path)
     try:
-        cluster.worker("data_prep.conversion.cells.save_array", 1)
+        cluster.worker("data_prep.conversion.join_cells.save_array", 1)
         with pytest.raises(
             StoreError,
             match=r"a task kills its workers\n.*\n  got: 1 workers died of it\n  fix: give each",

@@ -12,7 +12,8 @@ import pytest
 
 from clue_dist.errors import DataError, StoreError
 from clue_dist.store.reader import Store
-from data_prep import convert, inspect
+from data_prep import inspect
+from data_prep.conversion import scatter
 from data_prep.readers import fragments
 from tests.unit.prep_helpers import build, frame, held, same, write_h5ad
 
@@ -58,7 +59,7 @@ def count_bins(table: pd.DataFrame, cut_sites: bool = False) -> pd.DataFrame:
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fragments, "CHUNK_LINES", 700)
-    monkeypatch.setattr(convert, "TASK_ENTRIES", 500)
+    monkeypatch.setattr(scatter, "TASK_ENTRIES", 500)
 
 
 @pytest.mark.parametrize("cut_sites", [False, True])

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,9 +19,8 @@ import pytest
 from clue_dist.errors import DataError, StoreError
 from clue_dist.store import layout
 from clue_dist.store.reader import Store
-from data_prep import convert as conversion
 from data_prep.check import check_store
-from data_prep.conversion import spool
+from data_prep.conversion import gather, scatter
 from data_prep.jobs.workers import Progress, ThreadPool, open_pool
 from tests.unit.prep_helpers import anndata_of, build, frame, write_h5ad, write_h5mu
 
@@ -32,9 +32,9 @@ VICTIM = f"""
 import importlib, os, resource, signal, sys
 from clue_dist.process import run_main
 from clue_dist.store import layout
-from data_prep import convert
 from data_prep.cli import commands
-convert.TASK_ENTRIES, layout.SHARD_BYTES = {TASK_ENTRIES}, {SHARD_BYTES}
+from data_prep.conversion import scatter
+scatter.TASK_ENTRIES, layout.SHARD_BYTES = {TASK_ENTRIES}, {SHARD_BYTES}
 place, n, limit = sys.argv.pop(1), int(sys.argv.pop(1)), int(sys.argv.pop(1))
 module, name = place.rsplit(".", 1)
 module = importlib.import_module(module)
@@ -74,7 +74,7 @@ def run_victim(
 
 @pytest.fixture
 def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(conversion, "TASK_ENTRIES", TASK_ENTRIES)
+    monkeypatch.setattr(scatter, "TASK_ENTRIES", TASK_ENTRIES)
     monkeypatch.setattr(layout, "SHARD_BYTES", SHARD_BYTES)
     rna, adt = frame(500, 40), frame(500, 8, 1, "p", density=0.8)
     return str(
@@ -86,7 +86,7 @@ def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     ("place", "n"),
     [
         ("data_prep.conversion.spool.save_array", 40),  # in the middle of a spool
-        ("data_prep.conversion.strata.settle_strata", 1),  # between the passes
+        ("data_prep.convert.settle_strata", 1),  # between the passes
         ("clue_dist.store.writer.hash_file", 33),  # in the middle of a shard's arrays
         ("data_prep.convert.commit_store", 1),  # all done but the commit
     ],
@@ -94,7 +94,10 @@ def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_killed_and_run_again(
     tmp_path: Path, given: str, place: str, n: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    every = _counting(monkeypatch, "_scatter_rows"), _counting(monkeypatch, "_gather_shard")
+    every = (
+        _counting(monkeypatch, scatter, "_scatter_rows"),
+        _counting(monkeypatch, gather, "_gather_shard"),
+    )
     whole = build(tmp_path / "whole.zarr", given, block_cells=BLOCK)
     n_spools, n_shards = every[0][0], every[1][0]
     assert n_spools > 10
@@ -107,7 +110,10 @@ def test_killed_and_run_again(
     spooled = [p for p in partial.rglob("spools/*/*") if p.suffix != ".tmp"]
     written = list(partial.rglob("shards/*.json"))
     assert spooled
-    redone = _counting(monkeypatch, "_scatter_rows"), _counting(monkeypatch, "_gather_shard")
+    redone = (
+        _counting(monkeypatch, scatter, "_scatter_rows"),
+        _counting(monkeypatch, gather, "_gather_shard"),
+    )
     again = build(out, given, block_cells=BLOCK, workers=1)
     assert again.fingerprint == whole.fingerprint
     assert redone[1][0] == n_shards - len(written)
@@ -119,10 +125,10 @@ def test_killed_and_run_again(
 @pytest.mark.parametrize(
     ("place", "n"),
     [
-        ("data_prep.conversion.cells.save_array", 7),  # while rows are listed
-        ("data_prep.conversion.cells.save_array", 13),  # while a range of hashes is joined
-        ("data_prep.conversion.cells._write_rows", 1),
-        ("data_prep.conversion.cells.flush_arrays", 1),  # once rows know their places
+        ("data_prep.conversion.join_cells.save_array", 7),  # while rows are listed
+        ("data_prep.conversion.join_cells.save_array", 13),  # while a range of hashes is joined
+        ("data_prep.conversion.join_cells._write_row_keys", 1),
+        ("data_prep.conversion.join_cells.flush_arrays", 1),  # once rows know their places
     ],
 )
 def test_killed_while_cells_are_joined(tmp_path: Path, given: str, place: str, n: int) -> None:
@@ -131,15 +137,15 @@ def test_killed_while_cells_are_joined(tmp_path: Path, given: str, place: str, n
     assert build(out, given, block_cells=BLOCK, workers=1).fingerprint == whole.fingerprint
 
 
-def _counting(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
-    real: Callable[[object], None] = getattr(conversion, name)
+def _counting(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str) -> list[int]:
+    real: Callable[[object], None] = getattr(module, name)
     calls = [0]
 
     def counted(task: object) -> None:
         calls[0] += 1
         real(task)
 
-    monkeypatch.setattr(conversion, name, counted)
+    monkeypatch.setattr(module, name, counted)
     return calls
 
 
@@ -147,12 +153,10 @@ def test_spools_that_are_there_are_not_made_again(
     tmp_path: Path, given: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert (
-        run_victim(
-            tmp_path / "s.zarr", given, "data_prep.conversion.strata.settle_strata", 1
-        ).returncode
+        run_victim(tmp_path / "s.zarr", given, "data_prep.convert.settle_strata", 1).returncode
         == -signal.SIGKILL
     )
-    calls = _counting(monkeypatch, "_scatter_rows")
+    calls = _counting(monkeypatch, scatter, "_scatter_rows")
     build(tmp_path / "s.zarr", given, block_cells=BLOCK)
     assert calls == [0]
 
@@ -183,7 +187,7 @@ def test_a_full_disk_is_loud_and_can_be_mended(tmp_path: Path, given: str) -> No
 
 def test_another_job_is_refused(tmp_path: Path, given: str) -> None:
     out = tmp_path / "s.zarr"
-    run_victim(out, given, "data_prep.conversion.strata.settle_strata", 1)
+    run_victim(out, given, "data_prep.convert.settle_strata", 1)
     with pytest.raises(StoreError, match="a change of options") as caught:
         build(out, given, block_cells=BLOCK, seed=1)
     assert "remove s.zarr.partial" in str(caught.value)
@@ -215,7 +219,7 @@ def test_what_a_worker_still_writes_after_a_mistake_is_nobodys(
         f"rna={write_h5ad(tmp_path / name, x)}"
         for name, x in (("bad.h5ad", bad), ("good.h5ad", good))
     ]
-    real, failed, threads = spool.write_spool, threading.Event(), []
+    real, failed, threads = scatter.write_spool, threading.Event(), []
 
     def late(*args: Any) -> None:
         def write() -> None:
@@ -225,7 +229,7 @@ def test_what_a_worker_still_writes_after_a_mistake_is_nobodys(
         threads.append(threading.Thread(target=write))
         threads[-1].start()
 
-    monkeypatch.setattr(spool, "write_spool", late)
+    monkeypatch.setattr(scatter, "write_spool", late)
     with pytest.raises(DataError, match="counts must be raw"):
         build(tmp_path / "s.zarr", *files)
     assert not (tmp_path / "s.zarr.partial").exists()
@@ -321,7 +325,7 @@ def test_provenance_tells_base_names_only(tmp_path: Path, given: str) -> None:
 def test_what_is_very_large_is_cut_into_a_bounded_number_of_spools() -> None:
     """Each shard looks into every spool; a spool's memory is bounded too."""
     for nnz in (10**k for k in range(12)):
-        entries = conversion._task_entries(nnz)
+        entries = scatter.choose_task_entries(nnz)
         assert 2**20 <= entries <= 2**25
         assert nnz / entries <= 1001 or entries == 2**25
-    assert conversion._task_entries(15 * 10**8) == 6 * 2**20
+    assert scatter.choose_task_entries(15 * 10**8) == 6 * 2**20

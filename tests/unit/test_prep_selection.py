@@ -13,7 +13,8 @@ import pytest
 import scipy.sparse as sp
 
 from clue_dist.errors import DataError, StoreError
-from data_prep import convert, inspect
+from data_prep import inspect
+from data_prep.conversion import scatter
 from data_prep.convert import format_conversion
 from data_prep.features import selection, seurat_v3
 from tests.unit.prep_helpers import anndata_of, build, frame, held, same, write_h5ad, write_h5mu
@@ -78,7 +79,7 @@ def test_scores_are_those_of_the_published_formula() -> None:
     assert trend is not None
     clipped = np.minimum(counts, trend.limits)
     assert (clipped < counts).any()
-    scores = trend.scores(clipped.sum(axis=0), (clipped**2).sum(axis=0))
+    scores = trend.score_genes(clipped.sum(axis=0), (clipped**2).sum(axis=0))
     np.testing.assert_allclose(
         scores, published(counts), rtol=0.03
     )  # the regression is interpolated
@@ -108,7 +109,7 @@ def test_the_most_variable_genes_within_batches(
     tmp_path: Path, form: object, task: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the format and the sizes of tasks, and however the cells lie in files."""
-    monkeypatch.setattr(convert, "TASK_ENTRIES", task)
+    monkeypatch.setattr(scatter, "TASK_ENTRIES", task)
     monkeypatch.setattr(selection, "MANY_TASKS", 7)
     counts, batch = cells()
     names = np.array(["x", "y", None], object)[batch]  # no batch is a batch too
@@ -215,10 +216,10 @@ def test_few_cells_and_genes_alike(tmp_path: Path) -> None:
 VICTIM = """
 import os, signal, sys
 from clue_dist.process import run_main
-from data_prep import convert
 from data_prep.cli import commands
+from data_prep.conversion import scatter
 from data_prep.features import selection
-convert.TASK_ENTRIES = 2000
+scatter.TASK_ENTRIES = 2000
 real, left = selection.np.savez, [int(sys.argv.pop(1))]
 def fatal(*args, **kwargs):
     left[0] -= 1
@@ -233,7 +234,7 @@ run_main(commands.main)
 def test_killed_while_selecting_and_run_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(convert, "TASK_ENTRIES", 2000)
+    monkeypatch.setattr(scatter, "TASK_ENTRIES", 2000)
     counts, batch = cells(300, 200)
     given, out = (
         f"rna={write_h5ad(tmp_path / 'a.h5ad', counts, batch=batch.astype(str))}",
@@ -253,9 +254,9 @@ def test_killed_while_selecting_and_run_again(
     ]
     died = subprocess.run(command, cwd=REPO, capture_output=True, timeout=120, check=False)
     assert died.returncode == -signal.SIGKILL
-    calls, real = [], selection._add_rows
+    calls, real = [], selection._add_up_rows
     monkeypatch.setattr(
-        selection, "_add_rows", lambda task: (calls.append(task.out.parent.name), real(task))[1]
+        selection, "_add_up_rows", lambda task: (calls.append(task.out.parent.name), real(task))[1]
     )
     with pytest.raises(StoreError, match="a change of features"):
         build(out, given, top=["rna=51"])

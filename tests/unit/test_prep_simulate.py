@@ -12,8 +12,8 @@ import scipy.sparse as sp
 from clue_dist.errors import DataError
 from clue_dist.store import layout
 from clue_dist.store.reader import Store
-from data_prep import convert as conversion
 from data_prep import simulate
+from data_prep.conversion import scatter
 from data_prep.convert import ConversionOptions, convert_inputs
 from data_prep.jobs.workers import ThreadPool
 from data_prep.simulate import SimulationSpec, parse_features
@@ -77,7 +77,7 @@ def test_zarr_and_h5mu_hold_the_same_cells(tmp_path: Path, monkeypatch: pytest.M
     spec = SimulationSpec.from_features({"rna": 100, "adt": 10}, {}, cells=300, seed=1)
     convert_inputs(spec.build_sources(), tmp_path / "a.zarr", ConversionOptions(), ThreadPool(2))
     simulate.write_h5mu(spec, tmp_path / "b.h5mu")
-    monkeypatch.setattr(conversion, "TASK_ENTRIES", 700)
+    monkeypatch.setattr(scatter, "TASK_ENTRIES", 700)
     other = build(tmp_path / "b.zarr", str(tmp_path / "b.h5mu"))
     assert Store(tmp_path / "a.zarr").fingerprint == other.fingerprint
     whole = mudata.read(tmp_path / "b.h5mu")
@@ -136,7 +136,7 @@ def test_sizes_that_make_no_sense() -> None:
 def test_memory_follows_the_tasks_and_not_the_cells(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conversion, "TASK_ENTRIES", 20_000)
+    monkeypatch.setattr(scatter, "TASK_ENTRIES", 20_000)
     monkeypatch.setattr(layout, "SHARD_BYTES", 2**16)
 
     def peak(n: int, form: object) -> float:

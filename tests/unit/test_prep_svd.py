@@ -144,13 +144,13 @@ from clue_dist.process import run_main
 from data_prep import svd
 from data_prep.cli import commands
 svd.MANY_TASKS, svd.STEP_ENTRIES = 8, 1500
-real, calls, n = svd._save, [0], int(sys.argv.pop(1))
+real, calls, n = svd._save_arrays, [0], int(sys.argv.pop(1))
 def fatal(*args, **kwargs):
     calls[0] += 1
     if calls[0] == n:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args, **kwargs)
-svd._save = fatal
+svd._save_arrays = fatal
 run_main(commands.main)
 """
 
@@ -187,7 +187,7 @@ def counting(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
 def test_killed_and_run_again(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    every = counting(monkeypatch, "_multiply")
+    every = counting(monkeypatch, "_multiply_blocks")
     whole = run(store, "rna")["rna"]
     shutil.rmtree(tmp_path / "s.zarr" / "svd")
     assert (
@@ -199,7 +199,7 @@ def test_killed_and_run_again(
     assert stored.read_svd(store.root, store.manifest, "rna") is None
     with pytest.raises(StoreError, match="an interrupted SVD of other inputs or options"):
         run(store, "rna", components=5)
-    again = counting(monkeypatch, "_multiply")
+    again = counting(monkeypatch, "_multiply_blocks")
     np.testing.assert_allclose(run(store, "rna")["rna"].loadings, whole.loadings, atol=1e-6)
     assert 0 < again[0] < every[0] - len(list(store.segments)) - 1
     assert not partial.exists()
@@ -215,7 +215,7 @@ def test_workers_of_a_cluster_are_killed(store: Store, tmp_path: Path) -> None:
     cluster = Cluster(tmp_path)
     try:
         cluster.worker()
-        victim = cluster.worker("data_prep.svd._save", 3)
+        victim = cluster.worker("data_prep.svd._save_arrays", 3)
         cluster.wait_for(2)
         with open_pool(scheduler=cluster.address) as workers:
             compute_svd(str(store.root), ["rna"], SvdOptions(COMPONENTS), workers)

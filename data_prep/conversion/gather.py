@@ -1,0 +1,75 @@
+"""The second pass of a conversion: every shard collects its rows from the spools and is written.
+
+WORK/manifest.json          for the tasks: the manifest, which has no shards yet
+WORK/shards/rna-000000.json          one for each task: size and hash of the files it has written
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from clue_dist.files import write_file
+from clue_dist.store.manifest import FileDigest, Manifest
+from clue_dist.store.writer import ShardCells, write_shard
+from data_prep.conversion.spool import read_spool
+from data_prep.jobs.workers import WorkerPool, run_missing
+
+
+@dataclass(frozen=True)
+class _GatherTask:
+    """Write one shard of a stratum."""
+
+    manifest: Path
+    store: Path
+    stratum: str
+    shard: int
+    cells: Path  # what `settle_strata` has written of the stratum
+    spools: Path  # a folder for each modality
+    out: Path
+
+
+def gather_shards(
+    manifest: Manifest, store: Path, work: Path, pool: WorkerPool
+) -> dict[str, FileDigest]:
+    """Write every shard of a store; return size and hash of each file."""
+    (work / "shards").mkdir(exist_ok=True)
+    manifest_file = work / "manifest.json"
+    manifest_file.write_text(manifest.model_dump_json())
+    tasks = {}
+    for name, stratum in manifest.strata.items():
+        shard_cells = stratum.shard_blocks * manifest.block_cells
+        cells = work / "strata" / name
+        for shard in range(-(-stratum.n_cells // shard_cells)):
+            out = work / "shards" / f"{name}-{shard:06d}.json"
+            tasks[out] = _GatherTask(manifest_file, store, name, shard, cells, work / "spools", out)
+    run_missing(pool, "write", _gather_shard, tasks)
+    shards: dict[str, FileDigest] = {}
+    for path in tasks:
+        digests = json.loads(path.read_text())
+        shards |= {file: FileDigest(**digest) for file, digest in digests.items()}
+    return dict(sorted(shards.items()))
+
+
+def _gather_shard(task: _GatherTask) -> None:
+    manifest = Manifest.model_validate_json(task.manifest.read_bytes())
+    stratum = manifest.strata[task.stratum]
+    shard_cells = stratum.shard_blocks * manifest.block_cells
+    span = slice(task.shard * shard_cells, (task.shard + 1) * shard_cells)
+    keys, batch, label, barcodes = (
+        np.load(task.cells / f"{name}.npy", mmap_mode="r")[span]
+        for name in ("keys", "batch", "label", "barcodes")
+    )
+    modalities = {}
+    for name in stratum.modalities:
+        n_features = manifest.modalities[name].n_features
+        folders = sorted(p for p in (task.spools / name).iterdir() if p.suffix != ".tmp")
+        packed = stratum.packed[name]
+        modalities[name] = read_spool(folders, np.asarray(keys), n_features, packed)
+    cells = ShardCells(modalities, batch, label, barcodes)
+    written = write_shard(task.store, manifest, task.stratum, task.shard, cells)
+    digests = json.dumps({file: digest.model_dump() for file, digest in written.items()})
+    write_file(task.out, digests, unique=True)  # a worker given up for dead may still write it

@@ -1,0 +1,358 @@
+"""Join rows into cells, by barcode across modalities, one range of hashes after another.
+
+WORK/cells/rows/000-000000000000/    rows of a source: hash, barcode, codes; sorted by hash
+WORK/cells/joined/, WORK/sources/    the cells, as `cells` describes them
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clue_dist.errors import DataError, list_names
+from clue_dist.store.shuffle import derive_key, hash_barcodes
+from data_prep.conversion.cells import CellTable, divide_hashes
+from data_prep.jobs.whole_files import flush_arrays, make_whole_folder, map_array, save_array
+from data_prep.jobs.workers import WorkerPool, run_missing
+from data_prep.options import ObsColumns
+from data_prep.readers.source import Source, SourceHead, decode_barcodes
+
+TASK_ROWS = 2**18  # rows of a source that one task lists
+RANGE_ROWS = 2**18  # rows of a range of hashes, on average; some 40 MB
+BARCODES_SHOWN = 10  # by an error
+
+
+@dataclass(frozen=True)
+class _ListTask:
+    """List rows `start` to `stop` of a source, sorted by the hash of their barcodes."""
+
+    source: Source
+    hash_key: int
+    codes: dict[str, np.ndarray]  # of each field, the code of each of the source's names, then -1
+    start: int
+    stop: int
+    out: Path
+
+
+@dataclass(frozen=True)
+class _JoinTask:
+    """Join the rows of all sources whose hashes are at least `low` and below `high`."""
+
+    row_lists: list[list[Path]]  # of each source, what its `_ListTask`s left
+    modality: list[int]  # of each source, the number of its modality
+    fields: list[str]
+    low: int
+    high: int
+    out: Path
+
+
+def join_cells_by_barcode(
+    sources: Sequence[Source],
+    heads: Sequence[SourceHead],
+    modalities: Sequence[str],
+    known_names: Mapping[str, list[str]],
+    obs_columns: ObsColumns,
+    seed: int,
+    work: Path,
+    pool: WorkerPool,
+) -> CellTable:
+    """Join the rows of all sources into cells.
+
+    Args:
+        sources: the inputs.
+        heads: of each source.
+        modalities: their order decides which bit of a cell's mask is whose.
+        known_names: of each field, the names that have codes already: 0, 1, ...
+        obs_columns: where batch and label are found.
+        seed: of the shuffle.
+        work: the folder for the files of this job.
+        pool: the workers.
+
+    Raises:
+        DataError: a barcode stands twice in one modality of a data set; modalities disagree on the
+            batch or label of a cell; no file has a column that was asked for.
+    """
+    n_rows = sum(head.n_rows for head in heads)
+    if not n_rows:
+        where = list_names(source.display_name for source in sources)
+        raise DataError("the inputs hold no cells", where=where)
+    names = {}
+    for field in obs_columns.by_field:
+        _require_column(field, obs_columns, heads)
+        names[field] = _merge_names(field, heads, known_names.get(field, []))
+    hash_key = derive_key(seed, "cells")
+    row_lists = _list_all_rows(sources, heads, names, hash_key, work / "cells" / "rows", pool)
+
+    bounds = [*divide_hashes(-(-n_rows // RANGE_ROWS)).tolist(), 2**64]
+    folders = [work / "cells" / "joined" / f"{i:04d}" for i in range(len(bounds) - 1)]
+    numbers = [list(modalities).index(source.modality) for source in sources]
+    tasks = {
+        out: _JoinTask(row_lists, numbers, list(names), low, high, out)
+        for out, low, high in zip(folders, bounds[:-1], bounds[1:], strict=True)
+    }
+    run_missing(pool, "join cells", _join_range, tasks)
+    _refuse_problems(folders, sources, modalities, names)
+
+    counts = [len(np.load(folder / "planned.npy", mmap_mode="r")) for folder in folders]
+    row_folders = [work / "sources" / f"{i:03d}" for i in range(len(sources))]
+    range_starts = np.concatenate([[0], np.cumsum(counts)])
+    cells = CellTable(folders, range_starts, hash_key, names, row_folders)
+    _write_row_keys(cells, [head.n_rows for head in heads])
+    return cells
+
+
+def _require_column(field: str, obs_columns: ObsColumns, heads: Sequence[SourceHead]) -> None:
+    """Refuse a column that was asked for by name and that no file has."""
+    if field in obs_columns.explicit_fields and not any(field in head.fields for head in heads):
+        columns = sorted({column for head in heads for column in head.obs_columns})
+        raise DataError(
+            f"no input has the {field} column asked for",
+            where=f"--{field}-key {obs_columns.by_field[field]}",
+            got=f"columns: {list_names(columns, 30) or 'none'}",
+            fix="name one of these columns",
+        )
+
+
+def _merge_names(field: str, heads: Sequence[SourceHead], known: list[str]) -> list[str]:
+    """List the batches or labels of all sources: those known first, as their codes are taken."""
+    found = {name for head in heads if field in head.fields for name in head.fields[field].names}
+    return known + sorted(found - set(known))
+
+
+def _list_all_rows(
+    sources: Sequence[Source],
+    heads: Sequence[SourceHead],
+    names: Mapping[str, list[str]],
+    hash_key: int,
+    folder: Path,
+    pool: WorkerPool,
+) -> list[list[Path]]:
+    """List the rows of all sources; return the lists of each source."""
+    row_lists: list[list[Path]] = []
+    tasks: dict[Path, _ListTask] = {}
+    for i, (source, head) in enumerate(zip(sources, heads, strict=True)):
+        codes = {field: _renumber_names(head, field, names[field]) for field in names}
+        row_lists.append([])
+        for start in range(0, head.n_rows, TASK_ROWS):
+            out = folder / f"{i:03d}-{start:012d}"
+            stop = min(start + TASK_ROWS, head.n_rows)
+            tasks[out] = _ListTask(source, hash_key, codes, start, stop, out)
+            row_lists[-1].append(out)
+    run_missing(pool, "list cells", _list_rows, tasks)
+    return row_lists
+
+
+def _renumber_names(head: SourceHead, field: str, names: list[str]) -> np.ndarray:
+    """Give each of a source's names its code; the last entry, which -1 means, stays unknown."""
+    codes = {name: code for code, name in enumerate(names)}
+    source_names = head.fields[field].names if field in head.fields else []
+    return np.array([codes[name] for name in source_names] + [-1], np.int32)
+
+
+def _list_rows(task: _ListTask) -> None:
+    head, dataset = task.source.read_head(), task.source.dataset
+    barcodes = head.barcodes[task.start : task.stop]
+    if dataset:
+        barcodes = np.char.add(f"{dataset}:".encode(), barcodes)
+    hashes = hash_barcodes(barcodes, task.hash_key)
+    order = np.argsort(hashes)
+    with make_whole_folder(task.out) as folder:
+        save_array(folder / "hashes.npy", hashes[order])
+        save_array(folder / "barcodes.npy", barcodes[order])
+        save_array(folder / "rows.npy", order + task.start)
+        for field, codes in task.codes.items():
+            if field in head.fields:
+                source_codes = head.fields[field].codes[task.start : task.stop]
+            else:
+                source_codes = np.full(len(order), -1)
+            save_array(folder / f"{field}.npy", codes[source_codes][order])
+
+
+@dataclass(frozen=True)
+class _RangeRows:
+    """The rows of all sources in one range of hashes."""
+
+    spans: list[tuple[int, Path, slice]]  # number of a source, one of its lists, rows of that list
+
+    @classmethod
+    def find(cls, task: _JoinTask) -> _RangeRows:
+        """Find the rows in the lists, which are sorted by hash."""
+        spans = []
+        for number, row_lists in enumerate(task.row_lists):
+            for folder in row_lists:
+                hashes = np.load(folder / "hashes.npy", mmap_mode="r")
+                start, stop = (
+                    # 2^64 itself is no uint64
+                    len(hashes) if bound == 2**64 else np.searchsorted(hashes, np.uint64(bound))
+                    for bound in (task.low, task.high)
+                )
+                spans.append((number, folder, slice(int(start), int(stop))))
+        return cls(spans)
+
+    def load(self, name: str) -> np.ndarray:
+        """Load what the lists hold of each row under a name, (rows,)."""
+        arrays = (np.load(folder / f"{name}.npy", mmap_mode="r") for _, folder, _ in self.spans)
+        spans = (span for _, _, span in self.spans)
+        return np.concatenate([array[span] for array, span in zip(arrays, spans, strict=True)])
+
+    def group_by_source(self, n_sources: int) -> list[np.ndarray]:
+        """List the rows of each source: places in what `load` returns."""
+        lengths = [span.stop - span.start for _, _, span in self.spans]
+        source = np.repeat([number for number, _, _ in self.spans], lengths)
+        return [np.flatnonzero(source == number) for number in range(n_sources)]
+
+
+def _join_range(task: _JoinTask) -> None:
+    """Join the rows of one range of hashes into cells.
+
+    What is wrong with them is written to a file: the error names the problems of all ranges.
+    """
+    rows = _RangeRows.find(task)
+    hashes, barcodes = rows.load("hashes"), rows.load("barcodes")
+    order = np.lexsort((barcodes, hashes))
+    is_new = np.ones(len(order), bool)
+    is_new[1:] = np.diff(hashes[order]) != 0
+    is_new[1:] |= barcodes[order[1:]] != barcodes[order[:-1]]
+    cell_of_row = np.empty(len(order), np.int64)
+    cell_of_row[order] = np.cumsum(is_new) - 1
+    names = barcodes[order[is_new]]
+
+    by_source = rows.group_by_source(len(task.row_lists))
+    planned, repeated = _plan_modalities(task.modality, by_source, cell_of_row, names)
+    disputes = {}
+    with make_whole_folder(task.out) as folder:
+        for field in task.fields:
+            codes, dispute = _settle_codes(rows.load(field), cell_of_row, by_source, names)
+            save_array(folder / f"{field}.npy", codes)
+            if dispute:
+                disputes[field] = dispute
+        save_array(folder / "hashes.npy", hashes[order[is_new]])
+        save_array(folder / "barcodes.npy", names)
+        save_array(folder / "planned.npy", planned)
+        row_numbers = rows.load("rows")
+        for i, part in enumerate(by_source):
+            save_array(
+                folder / f"rows-{i:03d}.npy", np.stack([row_numbers[part], cell_of_row[part]])
+            )
+        problems = {"twice": repeated, "dispute": disputes}
+        (folder / "problems.json").write_text(json.dumps(problems))
+
+
+def _plan_modalities(
+    modality: Sequence[int],
+    by_source: Sequence[np.ndarray],
+    cell_of_row: np.ndarray,
+    names: np.ndarray,
+) -> tuple[np.ndarray, dict[int, Any]]:
+    """Find the modalities in which the inputs list each cell, and the cells listed twice in one.
+
+    Returns:
+        The masks of the cells, (n,) int64, and by modality the number of barcodes that are repeated
+        in it and the first of them.
+    """
+    planned = np.zeros(len(names), np.int64)
+    repeated: dict[int, Any] = {}
+    for m in sorted(set(modality)):
+        parts = [part for number, part in zip(modality, by_source, strict=True) if number == m]
+        times = np.bincount(cell_of_row[np.concatenate(parts)], minlength=len(names))
+        planned |= (times > 0).astype(np.int64) << m
+        if len(barcodes := np.sort(names[times > 1])):
+            first = decode_barcodes(barcodes[:BARCODES_SHOWN]).tolist()
+            repeated[m] = {"number": len(barcodes), "first": first}
+    return planned, repeated
+
+
+def _settle_codes(
+    codes: np.ndarray,
+    cell_of_row: np.ndarray,
+    by_source: Sequence[np.ndarray],
+    names: np.ndarray,
+) -> tuple[np.ndarray, dict[str, Any] | None]:
+    """Settle on one code for each cell.
+
+    Returns:
+        The codes, (n,) int32, and the cells whose sources disagree: their number, and of the first
+        ones barcode, both codes and the source of the second.
+    """
+    settled = np.full(len(names), -1, np.int32)
+    number, first = 0, []
+    for i, part in enumerate(by_source):
+        cells, new = cell_of_row[part], codes[part]
+        old = settled[cells]
+        wrong = np.flatnonzero((new >= 0) & (old >= 0) & (new != old))
+        number += len(wrong)
+        shown = wrong[np.argsort(names[cells[wrong]])][:BARCODES_SHOWN]
+        barcodes = decode_barcodes(names[cells[shown]]).tolist()
+        first += [
+            [barcode, int(old[row]), int(new[row]), i]
+            for barcode, row in zip(barcodes, shown.tolist(), strict=True)
+        ]
+        settled[cells] = np.where(new >= 0, new, old)
+    return settled, {"number": number, "first": first} if number else None
+
+
+def _refuse_problems(
+    folders: Sequence[Path],
+    sources: Sequence[Source],
+    modalities: Sequence[str],
+    names: Mapping[str, list[str]],
+) -> None:
+    problems = [json.loads((folder / "problems.json").read_text()) for folder in folders]
+    for m, modality in enumerate(modalities):
+        number, barcodes = _sum_problems([found["twice"].get(str(m)) for found in problems])
+        if number:
+            files = dict.fromkeys(s.display_name for s in sources if s.modality == modality)
+            hidden = number - BARCODES_SHOWN
+            raise DataError(
+                f"{number} barcodes occur more than once in modality {modality!r} of one data set",
+                where=list_names(files),
+                got=list_names(barcodes) + (f" ... and {hidden} more" if hidden > 0 else ""),
+                expected="each cell once",
+                fix="if the files are different data sets, keep them apart with a prefix: "
+                "`lane1:FILE lane2:FILE`",
+            )
+    for field, values in names.items():
+        number, disputes = _sum_problems([found["dispute"].get(field) for found in problems])
+        if number:
+            cells = [f"{barcode}: {values[a]!r} and {values[b]!r}" for barcode, a, b, _ in disputes]
+            raise DataError(
+                f"the modalities of {number} cells disagree on their {field}",
+                where=sources[disputes[0][3]].display_name,
+                got=list_names(cells),
+                expected="one value per cell, or none",
+                fix="correct the column; if the barcodes name different cells, prefix the data "
+                "sets: `lane1:FILE`",
+            )
+
+
+def _sum_problems(reports: Sequence[Any]) -> tuple[int, list[Any]]:
+    """Sum up one problem in all ranges: the number of cells that have it, and the first of them.
+
+    reports: of each range, None where no cell has it.
+    """
+    found = [report for report in reports if report]
+    first = sorted(cell for report in found for cell in report["first"])
+    return sum(report["number"] for report in found), first[:BARCODES_SHOWN]
+
+
+def _write_row_keys(cells: CellTable, n_rows: Sequence[int]) -> None:
+    """Write spool key and batch of every row of every source.
+
+    This process does it alone: the rows of one range of hashes lie anywhere in a source.
+    """
+    arrays = []
+    for folder, n in zip(cells.row_folders, n_rows, strict=True):
+        keys = map_array(folder / "keys.npy", np.int64, (n,))
+        arrays.append((keys, map_array(folder / "batch.npy", np.int32, (n,))))
+    for part, folder in zip(cells.iterate_ranges(), cells.folders, strict=True):
+        spool_keys = part.spool_keys
+        for i, (keys, batch) in enumerate(arrays):
+            rows, cell = np.load(folder / f"rows-{i:03d}.npy")
+            if len(rows):
+                keys[rows], batch[rows] = spool_keys[cell], part.codes["batch"][cell]
+    flush_arrays(array for pair in arrays for array in pair)
