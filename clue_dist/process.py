@@ -1,4 +1,4 @@
-"""How a process of ours begins, speaks and ends: exit codes, errors told once, output that nobody reads any more."""
+"""How a process of ours speaks and ends: exit codes, errors printed once, output nobody reads."""
 
 from __future__ import annotations
 
@@ -13,61 +13,70 @@ from typing import NoReturn
 from clue_dist.errors import LOST, ClueError
 from clue_dist.files import DISK_FULL
 
-_has_joined = False  # whether this process is, or was, one of several
+_has_joined = False  # whether this process is, or was, one of the ranks of a job
 
 
 def run_main(main: Callable[[], None]) -> NoReturn:
-    """Run a command line; print a `ClueError` without its traceback and exit with its code.
+    """Run the `main` of a command line and end the process.
 
-    What every rank meets alike is printed by rank 0 alone.
+    A `ClueError` is printed without its traceback, and its exit code becomes that of the process.
+    An error that every rank raises alike is printed by rank 0 alone.
     """
     try:
         main()
     except ClueError as error:
         rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-        local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
-        # Before the ranks have joined, those of a machine see the same.
-        if rank == "0" or (not error.on_every_rank and (_has_joined or local == "0")):
+        local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+        # Before the ranks have joined, all those of a machine find the same: one of them prints.
+        prints = _has_joined or local_rank == "0"
+        if rank == "0" or (prints and not error.on_every_rank):
             prefix = "" if rank == "0" else f"rank {rank}: "
             print_error(f"{prefix}error: {error}")
-        _leave(error.exit_code, at_once=True)
-    except Exception:  # noqa: BLE001  printed with all that is known of it
+        _end_process(error.exit_code, at_once=True)
+    except Exception:  # noqa: BLE001  it is printed with all that is known of it
         print_error(traceback.format_exc())
-        several = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1")) != "1"
-        _leave(LOST if several else 1, at_once=True)
-    except SystemExit as left:
-        if not isinstance(left.code, int):
+        world = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+        _end_process(1 if world == "1" else LOST, at_once=True)
+    except SystemExit as exit_request:
+        if not isinstance(exit_request.code, int):
             raise
-        _leave(left.code)
-    _leave(0)
+        _end_process(exit_request.code)
+    _end_process(0)
 
 
 def print_error(text: str) -> None:
-    """Print to stderr; where nobody listens any more (a terminal that was closed, a full disk) the process goes on."""
+    """Print to stderr; a terminal that was closed or a full disk does not end the process."""
     with suppress(OSError, ValueError):
         print(text, file=sys.stderr, flush=True)
 
 
 def print_line(text: str) -> None:
-    """Print to stdout; as `say`, a process never ends of it. What a full disk does not take now comes later."""
+    """Print to stdout; what goes wrong does not end the process, as in `print_error`."""
     try:
         print(text, flush=True)
     except OSError as error:
-        if error.errno not in DISK_FULL:  # nobody reads any more
+        # What a full disk does not take stays in the buffer and is written later. Any other error
+        # means that nobody reads any more.
+        if error.errno not in DISK_FULL:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def mark_as_rank() -> None:
-    """This process becomes one of several: what `run_main` must know."""
+    """Note that this process becomes a rank of a job, for `run_main`."""
     global _has_joined
     _has_joined = True
 
 
-def _leave(code: int, at_once: bool = False) -> NoReturn:
-    """End the process. One of several does not go by the interpreter's own way out: threads of its process group, even
-    of one it has left, now and then abort it there, and change the exit code of a run that went well.
+def _end_process(code: int, at_once: bool = False) -> NoReturn:
+    """End the process with an exit code.
 
-    at_once: the others wait for this rank. It may hold them up with nothing, as with threads that hang in a file.
+    A rank of a job does not leave by the interpreter's own way out: threads of its process group,
+    even of a group that it has left, now and then abort there and change the exit code.
+
+    Args:
+        code: The exit code.
+        at_once: Skip what is registered to run at exit. The other ranks wait for this one, and
+            threads that hang in a file would hold it up.
     """
     if not _has_joined:
         sys.exit(code)

@@ -1,6 +1,7 @@
-"""Which of how many processes this one is, and the few words they exchange. One process needs no set-up at all.
+"""Which process of a job this one is, and the few words that the processes exchange.
 
-torch is imported where it is needed: a mistake in a config is told at once, not seconds later.
+One process alone needs no set-up at all. torch is imported only where it is needed: a mistake in a
+config is reported at once, not seconds later.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 from clue_dist.errors import ClueError, LostError, RankError
 from clue_dist.process import mark_as_rank
 
-JOIN = 300.0  # seconds to wait for the others at the start: clusters start ranks minutes apart, dead ones never come
+# Seconds to wait for the other ranks at the start: a cluster may start them minutes apart, and a
+# rank that is dead never comes.
+JOIN_LIMIT = 300.0
 T = TypeVar("T")
 
 if TYPE_CHECKING:
@@ -27,38 +30,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ranks:
-    """Process `rank` of `world`, the `local_rank`-th of its machine.
+    """This process among those of its job. Every method is trivial where it is the only one."""
 
-    Every method is a no-op, or the trivial answer, for one process.
-    """
-
-    rank: int = 0
-    world: int = 1
-    local_rank: int = 0
-    group: Any = None  # the channel they speak by; None: the one they joined
+    rank: int = 0  # of this process, from 0
+    world: int = 1  # how many ranks the job has
+    local_rank: int = 0  # of this process among those of its machine
+    process_group: Any = None  # which collectives use; None stands for the default one
 
     @classmethod
-    def from_environment(cls, env: Mapping[str, str] = os.environ) -> Ranks:
-        """What the launcher said: `deepspeed` and torchrun (RANK, WORLD_SIZE, LOCAL_RANK), or srun.
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Ranks:
+        """Read what the launcher set: `deepspeed` and torchrun (RANK, ...), or srun (SLURM_...).
 
-        Under srun the size is that of the job *step*: a batch script that calls `python` without srun is alone,
-        though SLURM_NTASKS is set there too and waiting for the others would never end.
+        Under srun the world is that of the job *step*. A batch script that calls `python` without
+        srun is alone, though SLURM_NTASKS is set there too: waiting for the others would never end.
 
         Raises:
-            RankError: the variables are not numbers, or the rank lies outside the world.
+            RankError: The variables are not numbers, or the rank lies outside the world.
         """
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        if "RANK" not in env and "SLURM_STEP_NUM_TASKS" in env:
+        if "RANK" not in environment and "SLURM_STEP_NUM_TASKS" in environment:
             names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
         values = [
-            env.get(name, default) for name, default in zip(names, ("0", "1", "0"), strict=True)
+            environment.get(name, default)
+            for name, default in zip(names, ("0", "1", "0"), strict=True)
         ]
-        got = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
-        if not all(v.isdecimal() for v in values) or not int(values[0]) < int(values[1]):
+        if not all(value.isdecimal() for value in values) or int(values[0]) >= int(values[1]):
             raise RankError(
                 "the launcher's variables make no sense",
                 where="environment",
-                got=got,
+                got=", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True)),
                 expected=f"whole numbers with {names[0]} < {names[1]}",
                 fix=f"start with `deepspeed`, torchrun or srun, or unset {names[0]}",
             )
@@ -66,193 +66,225 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
+        """Whether this is rank 0, which prints, commits and decides for all."""
         return self.rank == 0
 
     def run_before_joining(self, work: Callable[[], T]) -> T:
-        """Do `work` on every rank before they join; what this rank's returned. Where one cannot, none begins.
+        """Run `work` on every rank before they join; where one rank fails, none goes on.
+
+        Returns:
+            What `work` returned on this rank.
 
         Raises:
-            RankError: several machines and no MASTER_ADDR, or this rank has no GPU where others have.
-            LostError: not all ranks came in time.
-            ClueError: what `work` raised, on all ranks, whoever met it.
+            RankError: There are several machines and no MASTER_ADDR, or this rank has no GPU where
+                others have one.
+            LostError: Not all ranks came in time.
+            ClueError: What `work` raised on any rank, on all of them.
         """
         if self.world == 1:
             return work()
-        done: Any = None
+        result: Any = None
         problem: ClueError | None = None
         try:
-            done = work()
-            self.choose_device()  # which imports torch
+            result = work()
+            self.choose_device()  # its errors, too, concern all ranks; imports torch
         except ClueError as error:
-            problem = self._met(error)
+            problem = self._name_rank(error)
         try:
-            said = self._exchanged(pickle.dumps(problem))
+            problems = self._exchange_at_store(pickle.dumps(problem))
         except LostError as error:
             raise problem or error from None
-        _raise_first([pickle.loads(one) for one in said])
-        return cast("T", done)
+        _raise_first_problem([pickle.loads(pickled) for pickled in problems])
+        return cast("T", result)
 
     def join_group(self, backend: str = "gloo", timeout_s: float = 1800) -> Ranks:
-        """Join the others; returns self. timeout_s: of what they exchange from then on.
+        """Join the other ranks in torch's default process group.
+
+        Args:
+            backend: "nccl" or "gloo".
+            timeout_s: Seconds that a collective may take from then on.
+
+        Returns:
+            These ranks.
 
         Raises:
-            RankError: several machines and no MASTER_ADDR.
-            LostError: not all ranks came in time.
+            RankError: There are several machines and no MASTER_ADDR.
+            LostError: Not all ranks came in time.
         """
         import torch.distributed as dist
 
-        if self.world == 1 or dist.is_initialized():
-            return self
-        timeout = timedelta(seconds=timeout_s)
-        dist.init_process_group(
-            backend,
-            store=self.open_rendezvous_store(),
-            rank=self.rank,
-            world_size=self.world,
-            timeout=timeout,
-        )
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group(
+                backend,
+                store=self.open_rendezvous_store(),
+                rank=self.rank,
+                world_size=self.world,
+                timeout=timedelta(seconds=timeout_s),
+            )
         return self
 
     def open_side_channel(self) -> Ranks:
-        """The same ranks on a channel of their own, for a thread that works beside the others. All must call."""
+        """Make a process group for a thread that works beside the others. All ranks must call.
+
+        Returns:
+            The same ranks, whose collectives use that group.
+        """
         import torch.distributed as dist
 
-        return self if self.world == 1 else replace(self, group=dist.new_group(backend="gloo"))
+        if self.world == 1:
+            return self
+        return replace(self, process_group=dist.new_group(backend="gloo"))
 
     def leave_group(self) -> None:
-        """Leave the others, after the last exchange."""
+        """Leave the default process group, after the last collective."""
         import torch.distributed as dist
 
         if dist.is_initialized():
             dist.destroy_process_group()
 
     def choose_device(self) -> torch.device:
-        """This rank's GPU; the CPU where none is visible.
+        """Choose the GPU of this rank, or the CPU where none is visible.
 
-        A rank that sees one GPU takes it, whatever its number: `srun --gpus-per-task=1` shows each rank its own.
+        A rank that sees one GPU takes it, whatever its local rank: `srun --gpus-per-task=1` shows
+        each rank its own.
 
         Raises:
-            RankError: several GPUs are visible, but fewer than the ranks of this machine need.
+            RankError: Several GPUs are visible, but fewer than the ranks of this machine need.
         """
         import torch
 
-        seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if seen > 1 and self.local_rank >= seen:
+        visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if visible > 1 and self.local_rank >= visible:
             raise RankError(
                 "more ranks on this machine than GPUs",
                 where=f"rank {self.rank}, local rank {self.local_rank}",
-                got=f"{seen} visible GPUs",
+                got=f"{visible} visible GPUs",
                 expected=f"{self.local_rank + 1} or more",
                 fix="start as many ranks per machine as it has GPUs, or widen CUDA_VISIBLE_DEVICES",
             )
-        return torch.device("cuda", self.local_rank % seen) if seen else torch.device("cpu")
+        if visible == 0:
+            return torch.device("cpu")
+        return torch.device("cuda", self.local_rank % visible)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.world > 1:
             import torch.distributed as dist
 
-            dist.barrier(group=self.group)
+            dist.barrier(group=self.process_group)
 
     def all_gather_object(self, value: T) -> list[T]:
-        """Every rank's value, in rank order, on every rank. Values are pickled: keep them small."""
+        """Gather a value of every rank, by rank, on all of them. It is pickled: keep it small."""
         if self.world == 1:
             return [value]
         import torch.distributed as dist
 
-        got: list[T] = [value] * self.world
-        dist.all_gather_object(got, value, group=self.group)
-        return got
+        values: list[T] = [value] * self.world
+        dist.all_gather_object(values, value, group=self.process_group)
+        return values
 
     def run_on_all(self, work: Callable[[], T]) -> list[T]:
-        """Do `work`, then wait for the others: what it returned, in rank order, which is pickled.
+        """Run `work` on every rank, then wait for the others.
+
+        Returns:
+            What `work` returned, by rank; it is pickled on the way.
 
         Raises:
-            ClueError: what `work` raised, on all ranks, whoever met it, so that none waits on.
+            ClueError: What `work` raised on any rank, on all of them, so that none waits on.
         """
-        done: Any = None
+        result: Any = None
         problem: ClueError | None = None
         try:
-            done = work()
+            result = work()
         except ClueError as error:
             if self.world == 1:
                 raise
-            problem = self._met(error)
-        gathered = self.all_gather_object((done, problem))
-        _raise_first([met for _, met in gathered])
-        return [value for value, _ in gathered]
+            problem = self._name_rank(error)
+        gathered = self.all_gather_object((result, problem))
+        _raise_first_problem([problem for _, problem in gathered])
+        return [result for result, _ in gathered]
 
     def run_on_first(self, work: Callable[[], T]) -> T:
-        """What `work` returns on rank 0, which alone does it, on every rank.
+        """Run `work` on rank 0 alone; return what it returned there, on every rank.
 
         Raises:
-            ClueError: what `work` raised, on all ranks.
+            ClueError: What `work` raised, on all ranks.
         """
-        first: Any = self.run_on_all(lambda: work() if self.is_first else None)[0]
-        return cast("T", first)
+        results: list[Any] = self.run_on_all(lambda: work() if self.is_first else None)
+        return cast("T", results[0])
 
-    def slice_for_rank(self, n: int) -> slice:
-        """This rank's consecutive part of range(n); the parts differ by one at most and cover it."""
-        return slice(n * self.rank // self.world, n * (self.rank + 1) // self.world)
+    def slice_for_rank(self, count: int) -> slice:
+        """Slice range(count) into consecutive parts whose sizes differ by one at most.
 
-    def _met(self, error: ClueError) -> ClueError:
-        """An error of this rank as the others are told."""
-        if not self.is_first:  # which speaks for all
-            error.what = f"rank {self.rank} on {socket.gethostname()}: {error.what}"
-        return error
+        Returns:
+            The part of this rank.
+        """
+        return slice(count * self.rank // self.world, count * (self.rank + 1) // self.world)
 
-    def _exchanged(self, mine: bytes) -> list[bytes]:
-        """What each rank said, before they have joined."""
-        store = self.open_rendezvous_store()
-        said, read = (
-            [f"clue_dist/{what}/{rank}" for rank in range(self.world)] for what in ("said", "read")
-        )
-        try:
-            store.set(said[self.rank], mine)
-            store.wait(said, timedelta(seconds=JOIN))
-            got = store.multi_get(said)
-            store.set(read[self.rank], b"1")
-            if self.is_first:  # the store may end with this process
-                store.wait(read, timedelta(seconds=JOIN))
-        except RuntimeError as error:
-            raise self._not_met(error) from error
-        return cast("list[bytes]", got)
+    def open_rendezvous_store(self, beside: bool = False) -> Any:
+        """Open the store at which the ranks meet: a server on rank 0, or that of torchrun.
 
-    def open_rendezvous_store(self, aside: bool = False) -> Any:
-        """The store at which the ranks meet: a server on rank 0, or that of torchrun.
-
-        aside: by another connection, for threads that must not wait for what the first waits for.
+        Args:
+            beside: Open a second connection, for threads that must not wait for what the main
+                thread waits for.
 
         Raises:
-            RankError: several machines and no MASTER_ADDR.
-            LostError: it cannot be reached.
+            RankError: There are several machines and no MASTER_ADDR.
+            LostError: The store cannot be reached.
         """
         os.environ.update(
             RANK=str(self.rank), WORLD_SIZE=str(self.world), LOCAL_RANK=str(self.local_rank)
         )
         if "MASTER_ADDR" not in os.environ:
-            os.environ["MASTER_ADDR"] = self._only_host()
+            os.environ["MASTER_ADDR"] = self._name_only_host()
         os.environ.setdefault("MASTER_PORT", str(choose_port(os.environ)))
         mark_as_rank()
         try:
-            meeting = _meeting(self.rank, self.world)
-            return meeting.aside if aside else meeting.store
+            connections = _connect_to_store(self.rank, self.world)
         except RuntimeError as error:
-            raise self._not_met(error) from error
+            raise self._make_lost_error(error) from error
+        return connections.beside if beside else connections.main
 
-    def _not_met(self, error: RuntimeError) -> LostError:
+    def _name_rank(self, error: ClueError) -> ClueError:
+        """Write into an error which rank it arose on. Rank 0 speaks for all."""
+        if not self.is_first:
+            error.what = f"rank {self.rank} on {socket.gethostname()}: {error.what}"
+        return error
+
+    def _exchange_at_store(self, message: bytes) -> list[bytes]:
+        """Exchange a message with all ranks, before there is a process group."""
+        store = self.open_rendezvous_store()
+        sent, received = (
+            [f"clue_dist/{what}/{rank}" for rank in range(self.world)]
+            for what in ("sent", "received")
+        )
+        try:
+            store.set(sent[self.rank], message)
+            store.wait(sent, timedelta(seconds=JOIN_LIMIT))
+            messages = store.multi_get(sent)
+            store.set(received[self.rank], b"1")
+            if self.is_first:  # the store may end with this process
+                store.wait(received, timedelta(seconds=JOIN_LIMIT))
+        except RuntimeError as error:
+            raise self._make_lost_error(error) from error
+        return cast("list[bytes]", messages)
+
+    def _make_lost_error(self, error: RuntimeError) -> LostError:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         return LostError(
             "the ranks did not find each other",
             where=f"rank {self.rank} of {self.world} on {socket.gethostname()}",
             got=str(error).partition("\n")[0],
-            expected=f"all ranks at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within {JOIN:.0f} s",
-            fix="look for what the others said, and whether that address and port can be reached from all machines",
+            expected=f"all ranks at {address} within {JOIN_LIMIT:.0f} s",
+            fix="look at what the other ranks printed, and whether all machines can reach that "
+            "address and port",
         )
 
-    def _only_host(self) -> str:
+    def _name_only_host(self) -> str:
+        """Name the address to meet at, where all ranks are on one machine."""
         if os.environ.get("SLURM_STEP_NUM_NODES", "1") != "1":
             raise RankError(
-                "several machines, and nobody said where to meet",
+                "several machines, and no address to meet at",
                 where="environment",
                 got=f"no MASTER_ADDR on rank {self.rank} of {self.world}",
                 fix="in the sbatch file: export MASTER_ADDR=$(scontrol show hostnames | head -n 1)",
@@ -260,35 +292,44 @@ class Ranks:
         return "127.0.0.1"
 
 
-class _Meeting(NamedTuple):
-    """Two connections to a store, made at once: rank 0 may be gone later, and connecting would be tried for long."""
+class _StoreConnections(NamedTuple):
+    """Two connections to the rendezvous store.
 
-    store: Any
-    aside: Any
+    They are made together: rank 0, which serves it, may be gone later, and torch would try to
+    connect to it for long.
+    """
+
+    main: Any  # for the main thread
+    beside: Any  # for threads beside it
 
 
 @functools.cache
-def _meeting(rank: int, world: int) -> _Meeting:
+def _connect_to_store(rank: int, world: int) -> _StoreConnections:
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
-    store: Any = next(rendezvous("env://", rank, world, timeout=timedelta(seconds=JOIN)))[0]
-    # torchrun keeps its store when it starts the ranks again: what was said then is not for them.
+    timeout = timedelta(seconds=JOIN_LIMIT)
+    store: Any = next(rendezvous("env://", rank, world, timeout=timeout))[0]
+    # torchrun keeps its store when it starts the ranks again: what the ranks of an earlier attempt
+    # wrote there must not be read by those of this one.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"attempt/{attempt}", store)  # type: ignore[attr-defined]
-    return _Meeting(store, store.clone())
+    return _StoreConnections(store, store.clone())
 
 
-def choose_port(env: Mapping[str, str]) -> int:
-    """A port that no other job on a machine should take, nor another attempt of the job, as the one before may hold its
-    own for a while; all ranks of a job derive the same."""
-    attempt = f"{env.get('SLURM_JOB_ID', '0')}/{env.get('SLURM_RESTART_COUNT', '0')}"
-    return 20000 + zlib.crc32(attempt.encode()) % 10000
+def choose_port(environment: Mapping[str, str]) -> int:
+    """Choose the port to meet at, which all ranks of a job derive alike.
+
+    No other job on the machine should choose it, nor another attempt of this job: the attempt
+    before may hold its port for a while.
+    """
+    job, restart = environment.get("SLURM_JOB_ID", "0"), environment.get("SLURM_RESTART_COUNT", "0")
+    return 20000 + zlib.crc32(f"{job}/{restart}".encode()) % 10000
 
 
-def _raise_first(met: list[ClueError | None]) -> None:
-    """By rank order."""
-    for error in met:
-        if error is not None:
-            error.on_every_rank = True
-            raise error
+def _raise_first_problem(problems: list[ClueError | None]) -> None:
+    """Raise the error of the lowest rank that has one."""
+    for problem in problems:
+        if problem is not None:
+            problem.on_every_rank = True
+            raise problem

@@ -55,7 +55,7 @@ def start_ranks(
 
 
 def await_ranks(processes: list[ForkServerProcess], timeout_s: float = 120) -> list[int | None]:
-    """Wait until processes have ended, `timeout_s` for each: their exit codes, None if one has not."""
+    """Wait until processes have ended, or `timeout_s` for each; their exit codes, None without."""
     for process in processes:
         process.join(timeout_s)
     return [process.exitcode for process in processes]

@@ -34,7 +34,7 @@ from clue_dist.files import translate_write_errors
 from clue_dist.model.clue import CLUE
 from clue_dist.process import print_line
 from clue_dist.ranks import Ranks
-from clue_dist.resilience.run_lock import JOB
+from clue_dist.resilience.run_lock import SLURM_JOB
 from clue_dist.store.writer import hash_file
 
 COMMIT, STATE, WEIGHTS, PARTS = (
@@ -248,7 +248,7 @@ def _begun_so(run: Path, resume: str) -> Path | None:
     state = next(filter(None, map(_readable, list_checkpoints(run / "checkpoints"))), None)
     if state is None:
         return None
-    again = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0 and state.job == JOB
+    again = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0 and state.job == SLURM_JOB
     so = again or state.origin == str(Path(resume).resolve())
     return next(iterate_sound_checkpoints(run / "checkpoints"), None) if so else None
 

@@ -84,7 +84,7 @@ class Bulletin:
         return bool(self._store.check(keys))
 
     def announce_loss(self, message: str) -> None:
-        """Tell the other ranks that a rank ends, or has ended, without having announced a failure."""
+        """Tell the other ranks that a rank has ended, or is about to, without a failure."""
         self._store.compare_set(_LOSS, "", message)
 
     def read_loss(self) -> str | None:

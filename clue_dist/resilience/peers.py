@@ -64,7 +64,7 @@ class Peers:
 
     def __enter__(self) -> Peers:
         if self._ranks.world > 1:
-            store = self._ranks.open_rendezvous_store(aside=True)
+            store = self._ranks.open_rendezvous_store(beside=True)
             store.set_timeout(timedelta(seconds=SILENCE_LIMIT))
             self._bulletin = Bulletin(self._ranks, store)
             self._signs = threading.Thread(target=self._exchange_signs, daemon=True)

@@ -1,4 +1,4 @@
-"""One run, one job: a second job on the same run folder is refused."""
+"""One run folder, one job: a second job on the same folder is refused."""
 
 from __future__ import annotations
 
@@ -17,91 +17,99 @@ from clue_dist.files import translate_write_errors
 from clue_dist.process import print_line
 from clue_dist.ranks import Ranks
 
+SLURM_JOB = os.environ.get("SLURM_JOB_ID")
+# Seconds to wait for an earlier attempt of the same Slurm job to end: NFS servers let go of the
+# locks of a dead client once its lease is over.
+EARLIER_ATTEMPT_LIMIT = 90.0
+_APPEARANCE_LIMIT = 5.0  # seconds until every rank sees what rank 0 has written
+_TOKEN_LIFETIME = 3600.0  # seconds after which a token must be that of a job that was killed
+
 
 @contextmanager
 def hold_run_lock(run: Path, ranks: Ranks) -> Iterator[None]:
-    """Hold the run folder's lock on rank 0; the system lets go of it when the process ends, however it ends.
+    """Hold the lock of a run folder on rank 0. The system lets go of it however the process ends.
 
     An earlier attempt of the same Slurm job may take a while to end: it is waited for.
 
     Raises:
-        ResumeError: another job holds it, on every rank.
+        ResumeError: Another job holds the lock, or the ranks do not share the folder; raised on
+            every rank.
     """
-    with ExitStack() as held:
+    with ExitStack() as stack:
 
-        def take() -> str | None:
+        def take_lock() -> str | None:
             with translate_write_errors("the run folder", run):
                 run.mkdir(parents=True, exist_ok=True)
-                return _taken(held.enter_context((run / ".lock").open("ab+", buffering=0)), run)
+                file = stack.enter_context((run / ".lock").open("ab+", buffering=0))
+                return _take_lock(file, run)
 
-        holder = ranks.run_on_first(take)
+        holder = ranks.run_on_first(take_lock)
         if holder is not None:
             raise ResumeError(
                 "another job is training in this run folder",
                 where=run,
                 got=holder,
                 fix="wait until it ends, end it, or choose another folder with --set run=...; "
-                f"if its machine is dead, remove {run / '.lock'}: some file servers keep the locks of the dead",
+                f"if its machine is dead, remove {run / '.lock'}: some file servers keep the "
+                "locks of dead machines",
             )
-        _check_shared(run, ranks)
+        _require_shared_folder(run, ranks)
         yield
 
 
-def _taken(lock: FileIO, run: Path) -> str | None:
-    """Who holds the lock; None once this process does."""
-    deadline = time.monotonic() + EARLIER_ATTEMPT
+def _take_lock(file: FileIO, run: Path) -> str | None:
+    """Take the lock. Returns the holder's name where another job holds it, else None."""
+    deadline = time.monotonic() + EARLIER_ATTEMPT_LIMIT
     while True:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            lock.seek(0)
-            holder = lock.read().decode().strip() or "a job that has just begun"
-            if (
-                JOB is None
-                or f"Slurm job {JOB}" not in holder.split(", ")
-                or time.monotonic() > deadline
-            ):
+            file.seek(0)
+            holder = file.read().decode().strip() or "a job that has just begun"
+            is_same_job = SLURM_JOB is not None and f"Slurm job {SLURM_JOB}" in holder.split(", ")
+            if not is_same_job or time.monotonic() > deadline:
                 return holder
             time.sleep(0.5)
-            continue
-        except OSError as error:  # Lustre mounted without locks, for one
+        except OSError as error:  # Lustre may be mounted without locks
             print_line(
-                f"{run}: no lock can be held here ({error}); see to it that one job alone trains in it"
+                f"{run}: no lock can be held here ({error}); "
+                "see to it that one job alone trains in it"
             )
             return None
-        mine = f"process {os.getpid()} on {socket.gethostname()}"
-        lock.truncate(0)
-        lock.write((f"{mine}, Slurm job {JOB}\n" if JOB else f"{mine}\n").encode())
-        return None
+        else:
+            name = f"process {os.getpid()} on {socket.gethostname()}"
+            file.truncate(0)
+            file.write((f"{name}, Slurm job {SLURM_JOB}\n" if SLURM_JOB else f"{name}\n").encode())
+            return None
 
 
-EARLIER_ATTEMPT = (
-    90.0  # seconds to wait for it: NFS servers let go of a dead client's locks after its lease
-)
-JOB = os.environ.get("SLURM_JOB_ID")
+def _require_shared_folder(run: Path, ranks: Ranks) -> None:
+    """Require that every rank sees a token that rank 0 writes.
 
+    Each rank writes its part of a checkpoint into what must be the folder of rank 0.
 
-def _check_shared(run: Path, ranks: Ranks) -> None:
-    """Each rank writes its part of a checkpoint into the folder of rank 0, where rank 0 has put a token."""
+    Raises:
+        ResumeError: A rank does not see it; raised on every rank.
+    """
 
-    def make() -> str:
+    def write_token() -> str:
         with translate_write_errors("the run folder", run):
-            for token in run.glob(".shared-*"):
-                if token.stat().st_mtime < time.time() - 3600:  # of a job that was killed here
-                    token.unlink(missing_ok=True)
+            for leftover in run.glob(".shared-*"):
+                if leftover.stat().st_mtime < time.time() - _TOKEN_LIFETIME:
+                    leftover.unlink(missing_ok=True)
             token = run / f".shared-{secrets.token_hex(4)}"
             token.touch()
             return token.name
 
-    def sees() -> bool:
+    def find_token() -> bool:
         with translate_write_errors("the run folder", run):
-            there = _appears(token)
-            if there:
-                token.touch()
-            return there
+            is_seen = _await_file(token)
+            if is_seen:
+                token.touch()  # which fails where this rank may not write
+            return is_seen
 
-    token = run / ranks.run_on_first(make)
-    seen = ranks.run_on_all(sees)
+    token = run / ranks.run_on_first(write_token)
+    seen = ranks.run_on_all(find_token)
     if ranks.is_first:
         with translate_write_errors("the run folder", run):
             token.unlink(missing_ok=True)
@@ -114,8 +122,9 @@ def _check_shared(run: Path, ranks: Ranks) -> None:
         )
 
 
-def _appears(path: Path, within_s: float = 5) -> bool:
-    deadline = time.monotonic() + within_s  # network file systems may be late
+def _await_file(path: Path) -> bool:
+    """Wait for a file to appear, as it may late on a network file system; tell whether it did."""
+    deadline = time.monotonic() + _APPEARANCE_LIMIT
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     return path.exists()

@@ -1,28 +1,38 @@
-"""Stopping in time: a signal to any rank sets a flag, about which all ranks agree at the end of the step."""
+"""Stops training in time: a signal to any rank sets a flag, which the ranks compare after a step."""
 
 from __future__ import annotations
 
 import signal
 from types import FrameType, TracebackType
 
-# What Slurm and launchers send, a terminal that is closed, and Ctrl-C, which ends the process when typed again
+# What Slurm and launchers send, what a terminal sends that is closed, and Ctrl-C
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 
 class StopFlag:
-    """True once a signal came to this rank. Restores the handlers on exit."""
+    """Is true once a signal has come to this rank; while open, signals do nothing else.
+
+    Ctrl-C typed again ends the process.
+    """
 
     def __init__(self) -> None:
-        self._set = False
+        self._is_set = False
 
     def __bool__(self) -> bool:
-        return self._set
+        return self._is_set
 
     def __enter__(self) -> StopFlag:
-        keyboard = {
-            s for s in (signal.SIGHUP, signal.SIGINT) if signal.getsignal(s) == signal.SIG_IGN
-        }  # nohup, `&`
-        self._before = {s: signal.signal(s, self._handle) for s in SIGNALS if s not in keyboard}
+        # nohup and `&` have the process ignore what a keyboard sends: that stays so.
+        ignored = {
+            number
+            for number in (signal.SIGHUP, signal.SIGINT)
+            if signal.getsignal(number) == signal.SIG_IGN
+        }
+        self._previous = {
+            number: signal.signal(number, self._handle)
+            for number in SIGNALS
+            if number not in ignored
+        }
         return self
 
     def __exit__(
@@ -31,10 +41,10 @@ class StopFlag:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._set and number == signal.SIGINT:
+        if self._is_set and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._set = True
+        self._is_set = True

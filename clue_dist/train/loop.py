@@ -12,7 +12,7 @@ from clue_dist.checkpoint.run_folder import RunState
 from clue_dist.checkpoint.saver import Saver
 from clue_dist.ranks import Ranks
 from clue_dist.resilience.peers import Peers
-from clue_dist.resilience.run_lock import JOB, hold_run_lock
+from clue_dist.resilience.run_lock import SLURM_JOB, hold_run_lock
 from clue_dist.resilience.stop_signals import StopFlag
 from clue_dist.train.engine import build_engine, join_process_group
 from clue_dist.train.meter import Meter
@@ -84,7 +84,7 @@ def _start_trainer(
     # A run that was refused so far has left its folder as it was.
     state = run_folder.set_aside_later_work(run, state, ranks)
     ranks.run_on_first(lambda: write_model_card(run, setup.store, setup.config))
-    return Trainer(engine, setup, ranks, device), replace(state, job=JOB)
+    return Trainer(engine, setup, ranks, device), replace(state, job=SLURM_JOB)
 
 
 def _train_steps(trainer: Trainer, state: RunState, stop: StopFlag, peers: Peers) -> TrainingResult:

@@ -230,14 +230,14 @@ def test_a_later_attempt_of_a_slurm_job_goes_on_whatever_its_command_began_from(
     listing = json.loads((newest / run_folder.COMMIT).read_text())
     listing[run_folder.STATE] = hash_file(newest / run_folder.STATE).model_dump()
     (newest / run_folder.COMMIT).write_text(json.dumps(listing))
-    monkeypatch.setattr(run_folder, "JOB", "77")
+    monkeypatch.setattr(run_folder, "SLURM_JOB", "77")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert run_folder.choose_checkpoint(tmp_path, resume, Ranks()) == newest
     for job, restarts in (
         ("78", "1"),
         ("77", "0"),
     ):  # what another job saved; the job's first attempt
-        monkeypatch.setattr(run_folder, "JOB", job)
+        monkeypatch.setattr(run_folder, "SLURM_JOB", job)
         monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
         if resume == "never":
             with pytest.raises(ResumeError, match="already holds a run"):

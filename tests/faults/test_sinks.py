@@ -158,7 +158,7 @@ def test_lines_are_taken_while_a_checkpoint_waits_for_a_slow_disk(
 def test_an_earlier_attempt_of_the_same_job_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_lock, "JOB", "77")
+    monkeypatch.setattr(run_lock, "SLURM_JOB", "77")
     went_in = threading.Event()
 
     def again() -> None:
@@ -172,7 +172,7 @@ def test_an_earlier_attempt_of_the_same_job_is_waited_for(
         assert later.is_alive(), "it was refused"
     assert went_in.wait(20)
     later.join()
-    monkeypatch.setattr(run_lock, "EARLIER_ATTEMPT", 1.0)
+    monkeypatch.setattr(run_lock, "EARLIER_ATTEMPT_LIMIT", 1.0)
     with (
         hold_run_lock(tmp_path, Ranks()),
         pytest.raises(ResumeError, match="Slurm job 77"),

@@ -141,7 +141,7 @@ def test_a_rank_that_never_comes_is_not_waited_for_long():
     """The other rank of the two is not even started."""
     code = """
         import clue_dist.ranks, os
-        clue_dist.ranks.JOIN = 3.0
+        clue_dist.ranks.JOIN_LIMIT = 3.0
         os.environ["WORLD_SIZE"] = "2"
 
         def check(rank):
