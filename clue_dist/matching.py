@@ -1,11 +1,13 @@
-"""How well two embeddings of the same cells find each other: FOSCTTM, the matching score, recall at 10.
+"""How well two embeddings of the same cells find each other: FOSCTTM, matching score, recall at 10.
 
-Row i of `u1` and row i of `u2` are one cell, seen through two modalities. Rows are L2-normalised first. Distances
-are squared Euclidean, float64, made a slice of query rows at a time: memory is O(N), never N x N. Every number is
-a sum over query rows, so ranks can share the work: each looks at its slice (`look`), the slices are joined (`join`).
+Row i of `u1` and row i of `u2` are one cell, read from two modalities: a pair. Rows are scaled to
+length 1 first. Distances are squared Euclidean, in float64, computed for a slice of query rows at a
+time, so that memory is O(N) and never N x N. Every score is a sum over query rows, so ranks share
+the work: each ranks keys for its slice of the queries (`rank_keys`), and the slices are joined
+(`join_ranked_keys`).
 
-Only strictly nearer profiles count against a cell, so an embedding collapsed to one point has a FOSCTTM of 0, and
-so would NaN: the first shows in `match` and `recall10`, the second is refused.
+Only keys that are strictly nearer count against a cell. So an embedding collapsed to one point has
+a FOSCTTM of 0, which `match` and `recall10` give away. NaN would have the same, and is refused.
 """
 
 from __future__ import annotations
@@ -23,210 +25,273 @@ from clue_dist.ranks import Ranks
 METRICS = ("foscttm", "match", "recall10")
 SCOPES = ("global", "within_batch")
 DIRECTIONS = ("forward", "backward")
-_TOP = 10
-_SLICE_ELEMENTS = 2**23  # distances held at once: 64 MiB
+_RECALL_AT = 10
+_SLICE_ELEMENTS = 2**23  # distances in memory at a time: 64 MiB
 
 Scores = dict[str, dict[str, float]]  # scope -> metric -> value
+_Pair = tuple[Tensor, Tensor]  # two embeddings (N, D) of the same cells
 
 
 @dataclass(frozen=True)
 class RankedKeys:
-    """What a slice of n queries sees. nearer: keys nearer than the own partner, summed over the queries;
-    found: queries whose partner is among the 10 nearest keys; nearest: (n,) int64, the nearest key of each."""
+    """How a slice of n queries ranks all keys."""
 
-    nearer: int
-    found: int
-    nearest: np.ndarray
+    n_nearer: int  # keys nearer than the query's partner, summed over the queries
+    n_found: int  # queries whose partner is among the 10 nearest keys
+    nearest: np.ndarray  # (n,) int64, the nearest key of each query
 
 
 def compute_scores(
     u1: np.ndarray | Tensor, u2: np.ndarray | Tensor, batch: np.ndarray, ranks: Ranks | None = None
 ) -> Scores:
-    """`{"global": {...}, "within_batch": {...}}` with `foscttm`, `match` and `recall10`, both directions averaged.
+    """Score how two embeddings match, both directions averaged.
 
-    Args and errors as for `directed_scores`.
+    Arguments and errors are those of `score_directions`.
     """
     return average_directions(score_directions(u1, u2, batch, ranks))
 
 
 def average_directions(directed: dict[str, Scores]) -> Scores:
-    """The mean of both directions."""
+    """Average what `score_directions` gives over both directions."""
     return {
-        s: {m: float(np.mean([directed[d][s][m] for d in DIRECTIONS])) for m in METRICS}
-        for s in SCOPES
+        scope: {
+            metric: float(np.mean([directed[direction][scope][metric] for direction in DIRECTIONS]))
+            for metric in METRICS
+        }
+        for scope in SCOPES
     }
 
 
 def score_directions(
     u1: np.ndarray | Tensor, u2: np.ndarray | Tensor, batch: np.ndarray, ranks: Ranks | None = None
 ) -> dict[str, Scores]:
-    """The scores of `forward` (row i of u1 looks for row i of u2) and `backward` alone.
+    """Score `forward`, where row i of u1 looks for row i of u2, and `backward` apart.
 
-    "global" looks among all cells; "within_batch" inside each batch, weighted by cells. Groups of fewer than two
-    cells are left out; a scope with no group left is NaN.
+    In the scope "global" a cell looks among all cells, in "within_batch" among those of its batch,
+    and batches count by their cells. Batches of one cell are left out. A scope without cells has
+    NaN for all scores.
 
     Args:
-        u1, u2: (N, D), on any device; every rank passes the same.
+        u1: (N, D), on any device; every rank passes the same.
+        u2: (N, D).
         batch: (N,) names or codes; equal values are one batch.
-        ranks: the processes to share the queries with; all must call, and all get the result.
+        ranks: Processes that share the queries. All must call, and all get the result.
+
+    Returns:
+        Scores by direction.
 
     Raises:
-        DataError: shapes that do not fit, or values that are not finite.
+        DataError: The shapes do not fit, or values are not finite.
     """
-    ranks = ranks or Ranks()
-    x, y = _checked(u1, u2)
-    groups = _groups(batch, x.device)
-    pairs = [(_l2(x[g]), _l2(y[g])) for scope in SCOPES for g in groups[scope]]
-    mine = [
-        (
-            rank_keys(a, b, ranks.slice_for_rank(len(a))),
-            rank_keys(b, a, ranks.slice_for_rank(len(a))),
-        )
-        for a, b in pairs
+    x, y = _check_embeddings(u1, u2)
+    groups = _group_cells(batch, x.device)
+    pairs = [
+        (_scale_to_length_one(x[group]), _scale_to_length_one(y[group]))
+        for scope in SCOPES
+        for group in groups[scope]
     ]
-    gathered = ranks.all_gather_object(mine)
-    looks = iter(
+    sums = (
+        _sum_metrics(pair, *ranked)
+        for pair, ranked in zip(pairs, _rank_pairs(pairs, ranks or Ranks()), strict=True)
+    )
+    directed: dict[str, Scores] = {direction: {} for direction in DIRECTIONS}
+    for scope in SCOPES:
+        totals = np.zeros((len(DIRECTIONS), len(METRICS)))
+        for _ in groups[scope]:
+            totals += next(sums)
+        cells = sum(len(group) for group in groups[scope]) or float("nan")
+        for direction, total in zip(DIRECTIONS, totals, strict=True):
+            directed[direction][scope] = dict(zip(METRICS, (total / cells).tolist(), strict=True))
+    return directed
+
+
+def _rank_pairs(pairs: list[_Pair], ranks: Ranks) -> list[tuple[RankedKeys, RankedKeys]]:
+    """Rank the keys of each pair, forward and backward; every rank does a slice of the queries."""
+    of_this_rank = []
+    for x, y in pairs:
+        part = ranks.slice_for_rank(len(x))
+        of_this_rank.append((rank_keys(x, y, part), rank_keys(y, x, part)))
+    of_ranks = ranks.all_gather_object(of_this_rank)
+    joined = []
+    for slices in zip(*of_ranks, strict=True):  # of one pair, from all ranks
+        forward, backward = zip(*slices, strict=True)
+        joined.append((join_ranked_keys(forward), join_ranked_keys(backward)))
+    return joined
+
+
+def _sum_metrics(pair: _Pair, forward: RankedKeys, backward: RankedKeys) -> np.ndarray:
+    """METRICS of both directions, summed over the cells of one group, (2, 3)."""
+    n_cells = len(pair[0])
+    first_equal = [_find_first_equal(u) for u in pair]
+    match = score_matches(forward.nearest, backward.nearest, *first_equal)
+    return np.array(
         [
-            tuple(join_ranked_keys(side) for side in zip(*group, strict=True))
-            for group in zip(*gathered, strict=True)
+            [ranked.n_nearer / n_cells, n_cells * score, ranked.n_found]
+            for ranked, score in zip((forward, backward), match, strict=True)
         ]
     )
-    both = iter(pairs)
-
-    totals = {d: {s: np.zeros(len(METRICS)) for s in SCOPES} for d in DIRECTIONS}
-    for scope in SCOPES:
-        for _ in groups[scope]:
-            (a, b), (forward, backward) = next(both), next(looks)
-            n = len(a)
-            match = score_matches(
-                forward.nearest, backward.nearest, _first_equal(a), _first_equal(b)
-            )
-            for direction, seen, m in zip(DIRECTIONS, (forward, backward), match, strict=True):
-                totals[direction][scope] += [seen.nearer / n, n * m, seen.found]
-    cells = {scope: sum(len(g) for g in groups[scope]) or float("nan") for scope in SCOPES}
-    return {
-        d: {s: dict(zip(METRICS, (totals[d][s] / cells[s]).tolist(), strict=True)) for s in SCOPES}
-        for d in DIRECTIONS
-    }
 
 
 def compute_foscttm(u1: np.ndarray | Tensor, u2: np.ndarray | Tensor) -> float:
-    """Eq. 18 over all cells: the share of the other modality's cells nearer than the true match, 0 best, 0.5 chance.
+    """Eq. 18 over all cells: the share of keys nearer than the true match; 0 is best, 0.5 chance.
 
-    u1, u2: (N, D), N >= 1, on any device; rows are L2-normalised here.
+    Args:
+        u1: (N, D), N >= 1, on any device.
+        u2: (N, D).
     """
     return float(compute_nearer_share(u1, u2).mean())
 
 
 def compute_nearer_share(u1: np.ndarray | Tensor, u2: np.ndarray | Tensor) -> np.ndarray:
-    """Each pair's share in `foscttm`, the mean of both directions. u1, u2: (N, D). (N,) float64"""
-    x, y = (_l2(u) for u in _checked(u1, u2))
+    """What each pair adds to `compute_foscttm`, the mean of both directions, (N,) float64.
+
+    Args:
+        u1: (N, D), N >= 1, on any device.
+        u2: (N, D).
+    """
+    x, y = (_scale_to_length_one(u) for u in _check_embeddings(u1, u2))
     nearer = np.zeros(len(x))
     for queries, keys in ((x, y), (y, x)):
-        for rows, d in _distances(queries, keys, slice(None)):
-            nearer[rows.cpu().numpy()] += (d < _own(d, rows)).sum(1).cpu().numpy()
+        for rows, distances in _compute_distances(queries, keys, slice(None)):
+            partner = _select_partner(distances, rows)
+            nearer[rows.cpu().numpy()] += (distances < partner).sum(1).cpu().numpy()
     return nearer / (2 * len(x))
 
 
 def compute_chance(batch: np.ndarray) -> Scores:
-    """What embeddings that know nothing get: FOSCTTM 0.5, a match of 1 in n, a recall of 10 in n. batch: (N,)."""
-    sizes = {
-        scope: np.array([len(g) for g in groups]) for scope, groups in _groups(batch, "cpu").items()
-    }
-    share = {
-        s: {"match": np.ones(len(n)), "recall10": np.minimum(n, _TOP)} for s, n in sizes.items()
-    }
-    means = {
-        s: {m: float(v.sum() / n.sum()) if len(n) else float("nan") for m, v in share[s].items()}
-        for s, n in sizes.items()
-    }
-    return {s: {"foscttm": 0.5, **means[s]} for s in SCOPES}
+    """Compute what embeddings that know nothing score.
+
+    It is a FOSCTTM of 0.5, a match of 1 in n and a recall of 10 in n.
+
+    Args:
+        batch: (N,) names or codes.
+    """
+    chance: Scores = {}
+    for scope, groups in _group_cells(batch, "cpu").items():
+        sizes = np.array([len(group) for group in groups])
+        sums = {"match": np.ones(len(sizes)), "recall10": np.minimum(sizes, _RECALL_AT)}
+        chance[scope] = {"foscttm": 0.5} | {
+            metric: float(values.sum() / sizes.sum()) if len(sizes) else float("nan")
+            for metric, values in sums.items()
+        }
+    return chance
 
 
 def rank_keys(queries: Tensor, keys: Tensor, part: slice) -> RankedKeys:
-    """What the queries of `part` see among all keys. queries, keys: (N, D) float64, L2-normalised, row i a pair.
+    """Rank all keys for the queries of a slice.
 
     Of keys at the same distance the one of lowest index counts as the nearer.
+
+    Args:
+        queries: (N, D) float64, of length 1.
+        keys: (N, D); row i is the partner of query i.
+        part: Which queries.
     """
-    nearer, found, nearest = 0, 0, [torch.empty(0, dtype=torch.int64)]
-    for rows, d in _distances(queries, keys, part):
-        own = _own(d, rows)
-        before = (d < own).sum(1)
-        nearer += int(before.sum())
-        tied = ((d <= own).sum(1) > before + 1).nonzero()[:, 0]  # few rows, if any
-        before[tied] += (
-            (d[tied] == own[tied]) & (torch.arange(len(keys), device=d.device) < rows[tied, None])
-        ).sum(1)
-        found += int((before < _TOP).sum())
-        nearest.append(d.argmin(1).cpu())
-    return RankedKeys(nearer, found, torch.cat(nearest).numpy())
+    n_nearer, n_found, nearest = 0, 0, [torch.empty(0, dtype=torch.int64)]
+    for rows, distances in _compute_distances(queries, keys, part):
+        partner = _select_partner(distances, rows)
+        before = (distances < partner).sum(1)
+        n_nearer += int(before.sum())
+        tied = ((distances <= partner).sum(1) > before + 1).nonzero()[:, 0]  # few rows, if any
+        lower_index = torch.arange(len(keys), device=distances.device) < rows[tied, None]
+        before[tied] += ((distances[tied] == partner[tied]) & lower_index).sum(1)
+        n_found += int((before < _RECALL_AT).sum())
+        nearest.append(distances.argmin(1).cpu())
+    return RankedKeys(n_nearer, n_found, torch.cat(nearest).numpy())
 
 
 def join_ranked_keys(parts: Sequence[RankedKeys]) -> RankedKeys:
-    """The looks of consecutive slices, as one."""
+    """Join what consecutive slices of queries found."""
     return RankedKeys(
-        sum(p.nearer for p in parts),
-        sum(p.found for p in parts),
-        np.concatenate([p.nearest for p in parts]),
+        sum(part.n_nearer for part in parts),
+        sum(part.n_found for part in parts),
+        np.concatenate([part.nearest for part in parts]),
     )
 
 
 def score_matches(
     forward: np.ndarray, backward: np.ndarray, first1: np.ndarray, first2: np.ndarray
 ) -> tuple[float, float]:
-    """The competition's matching score (eq. 16-17 with k = 1) of both directions: forward, backward.
+    """The competition's matching score of both directions (eq. 16 and 17 with one neighbour).
 
-    Pair (i, j) shares s of its 4 neighbours: one if i's nearest is j, one if j's nearest is i; its weight is the
-    Jaccard index s / (4 - s), i.e. 0, 1/3 or 1. Rows are normalised to 1; the score is the mean of the diagonal.
-    A profile is its own nearest neighbour inside its modality; one of several equal profiles stands for them all.
+    Profiles i and j share s of their 4 neighbours: one if i's nearest is j, one if j's nearest is
+    i. Their weight is the Jaccard index s / (4 - s), that is 0, 1/3 or 1. Rows of weights are
+    normalised to 1, and the score is the mean of the diagonal. A profile is its own nearest
+    neighbour inside its modality; one of several equal profiles stands for them all.
 
-    forward, backward: (N,) nearest profile in the other modality; first1, first2: (N,) first equal profile.
+    Args:
+        forward: (N,), for each profile of the first modality the nearest one of the second.
+        backward: (N,), the other way round.
+        first1: (N,), for each profile of the first modality the first one that equals it.
+        first2: (N,), the same of the second.
+
+    Returns:
+        The score of `forward` and of `backward`.
     """
-    a, b = first2[forward], first1[backward]
-    return _match(a, b, first1, first2), _match(b, a, first2, first1)
+    chosen, choosing = first2[forward], first1[backward]
+    return (
+        _score_match(chosen, choosing, first1, first2),
+        _score_match(choosing, chosen, first2, first1),
+    )
 
 
-def _match(a: np.ndarray, b: np.ndarray, first_query: np.ndarray, first_key: np.ndarray) -> float:
-    n = len(a)
-    chosen = np.bincount(first_key, minlength=n)[
-        a
-    ]  # keys that are what query i points at: 1, or all its equals
-    choosing = np.bincount(b, minlength=n)[first_query]  # keys that point at query i
-    mutual = np.where(b[a] == first_query, chosen, 0)  # keys counted in both
-    row_sum = (chosen + choosing - 2 * mutual) / 3 + mutual
-    shared = (a == first_key).astype(float) + (b == first_query)
+def _score_match(
+    nearest: np.ndarray, nearest_query: np.ndarray, first_query: np.ndarray, first_key: np.ndarray
+) -> float:
+    """Eq. 17 of one direction.
+
+    Args:
+        nearest: (N,), the key nearest to each query.
+        nearest_query: (N,), the query nearest to each key.
+        first_query: (N,), the first query that equals each.
+        first_key: (N,), the first key that equals each.
+    """
+    n_cells = len(nearest)
+    # How many keys each query points at: 1, or all that are equal.
+    n_chosen = np.bincount(first_key, minlength=n_cells)[nearest]
+    n_choosing = np.bincount(nearest_query, minlength=n_cells)[first_query]  # keys that point back
+    n_mutual = np.where(nearest_query[nearest] == first_query, n_chosen, 0)  # counted in both
+    row_sum = (n_chosen + n_choosing - 2 * n_mutual) / 3 + n_mutual
+    shared = (nearest == first_key).astype(float) + (nearest_query == first_query)
     return float((shared / (4 - shared) / row_sum).mean())
 
 
-def _distances(queries: Tensor, keys: Tensor, part: slice) -> Iterator[tuple[Tensor, Tensor]]:
-    """Row numbers (n,) and their distances to all keys (n, N), slice by slice."""
+def _compute_distances(
+    queries: Tensor, keys: Tensor, part: slice
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Row numbers (n,) of queries and their distances to all keys (n, N), slice by slice."""
     step = max(1, _SLICE_ELEMENTS // len(keys))
-    q_norm, k_norm = (queries**2).sum(1), (keys**2).sum(1)
+    query_square, key_square = (queries**2).sum(1), (keys**2).sum(1)
     start, stop, _ = part.indices(len(queries))
-    for lo in range(start, stop, step):
-        hi = min(lo + step, stop)
-        product = (2 * queries[lo:hi]) @ keys.T
-        d = (q_norm[lo:hi, None] + k_norm[None]).sub_(product).clamp_(min=0)
-        yield torch.arange(lo, hi, device=d.device), d
+    for first in range(start, stop, step):
+        last = min(first + step, stop)
+        product = (2 * queries[first:last]) @ keys.T
+        distances = query_square[first:last, None] + key_square[None]
+        distances = distances.sub_(product).clamp_(min=0)
+        yield torch.arange(first, last, device=distances.device), distances
 
 
-def _own(d: Tensor, rows: Tensor) -> Tensor:
-    """Distance to the own partner, (n, 1); taken from `d`, so that what ties in exact arithmetic ties here."""
-    return d.gather(1, rows[:, None])
+def _select_partner(distances: Tensor, rows: Tensor) -> Tensor:
+    """Distance to the partner, (n, 1).
+
+    It is taken from `distances`, so that what ties in exact arithmetic ties here.
+    """
+    return distances.gather(1, rows[:, None])
 
 
-def _groups(batch: np.ndarray, device: torch.device | str) -> dict[str, list[Tensor]]:
+def _group_cells(batch: np.ndarray, device: torch.device | str) -> dict[str, list[Tensor]]:
     """Cells of each group of two or more, by scope."""
     _, code = np.unique(batch, return_inverse=True)
     order = np.argsort(code, kind="stable")
-    split = np.split(order, np.flatnonzero(np.diff(code[order])) + 1)
-    groups = {"global": [np.arange(len(batch))], "within_batch": split}
+    batches = np.split(order, np.flatnonzero(np.diff(code[order])) + 1)
+    groups = {"global": [np.arange(len(batch))], "within_batch": batches}
     return {
-        s: [torch.from_numpy(g).to(device) for g in gs if len(g) >= 2] for s, gs in groups.items()
+        scope: [torch.from_numpy(cells).to(device) for cells in groups[scope] if len(cells) >= 2]
+        for scope in SCOPES
     }
 
 
-def _first_equal(u: Tensor) -> np.ndarray:
+def _find_first_equal(u: Tensor) -> np.ndarray:
     """For each row the lowest row that equals it, (N,) int64."""
     rows = np.ascontiguousarray(u.cpu().numpy() + 0.0)  # -0.0 equals 0.0, though its bytes do not
     whole = rows.view(f"V{rows.itemsize * rows.shape[1]}").reshape(-1)
@@ -234,12 +299,13 @@ def _first_equal(u: Tensor) -> np.ndarray:
     return np.asarray(first[inverse])
 
 
-def _l2(u: Tensor) -> Tensor:
+def _scale_to_length_one(u: Tensor) -> Tensor:
     length: Tensor = u.norm(dim=1, keepdim=True)
     return u / length.clamp(min=1e-12)
 
 
-def _checked(u1: np.ndarray | Tensor, u2: np.ndarray | Tensor) -> tuple[Tensor, Tensor]:
+def _check_embeddings(u1: np.ndarray | Tensor, u2: np.ndarray | Tensor) -> _Pair:
+    """Both embeddings as finite float64 tensors of one shape."""
     x, y = (torch.as_tensor(u).detach().to(torch.float64) for u in (u1, u2))
     if x.ndim != 2 or x.shape != y.shape or not x.numel():
         raise DataError(

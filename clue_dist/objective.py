@@ -1,13 +1,14 @@
-"""The losses of eq. 13-15 by the paper's names, and InfoNCE beyond it.
+"""The losses of eq. 13 to 15 by the paper's names, and InfoNCE beyond the paper.
 
-Every mean runs over a number of cells that is the same on every rank, so that averaging gradients over ranks gives
-the gradient of the global batch's mean.
+Shapes: B cells, K modalities, a aligned dimensions of each z_k. Every mean runs over a number of
+cells that is the same on each rank, so that the mean of the ranks' gradients is the gradient of
+the global batch's mean.
 """
 
 from __future__ import annotations
 
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,41 +17,65 @@ from torch.nn import functional as F
 
 from clue_dist.config import ObjectiveConfig
 from clue_dist.data.batch import Batch
-from clue_dist.model.clue import CLUE, CLUEOutput
+from clue_dist.model.clue import CLUE, CLUEOutput, Mixup
 from clue_dist.model.noise import Noise
 from clue_dist.model.posterior import compute_information, compute_kl_to_prior
 
 
-def compute_elbo_self(out: CLUEOutput, observed: Tensor, weight: Tensor, beta: float) -> Tensor:
-    """Eq. 5 for each cell, (B,): sum over observed k of E ln p(x_k | z_k) - KL(q(z_k | x_k) || p). weight: (K,)."""
-    terms = out.ln_self - beta * compute_information(out.posterior.mean, out.posterior.log_var)
-    return (terms * weight * observed).sum(1)
+def compute_elbo_self(output: CLUEOutput, observed: Tensor, weight: Tensor, beta: float) -> Tensor:
+    """Eq. 5 of each cell: the sum over observed k of E ln p(x_k | z_k) - KL(q(z_k | x_k) || p).
+
+    Args:
+        output: Of the model.
+        observed: (B, K) bool.
+        weight: (K,), of each modality.
+        beta: Factor on the KL.
+
+    Returns:
+        (B,), in nats.
+    """
+    information = compute_information(output.posterior.mean, output.posterior.log_var)
+    return ((output.ln_self - beta * information) * weight * observed).sum(1)
 
 
-def compute_elbo_cross(out: CLUEOutput, observed: Tensor, weight: Tensor, beta: float) -> Tensor:
-    """Eq. 8 for each cell, (B,): reconstruction where x_k was observed, KL of the joint posterior over every k."""
-    kl = compute_kl_to_prior(out.posterior.joint_mean, out.posterior.joint_log_var)  # (B, K)
-    return ((out.ln_cross * observed - beta * kl) * weight).sum(1)
+def compute_elbo_cross(output: CLUEOutput, observed: Tensor, weight: Tensor, beta: float) -> Tensor:
+    """Eq. 8 of each cell: reconstructions of observed k, and the joint posterior's KL of every k.
+
+    Arguments and result are those of `compute_elbo_self`.
+    """
+    posterior = output.posterior
+    kl = compute_kl_to_prior(posterior.joint_mean, posterior.joint_log_var)  # (B, K)
+    return ((output.ln_cross * observed - beta * kl) * weight).sum(1)
 
 
 def compute_alignment(z: Tensor, observed: Tensor, cosine: bool = False) -> Tensor:
-    """Eq. 9-11: mean over cells with two or more modalities of the mean squared distance of their z's to the centre.
+    """Eq. 9 to 11: the mean squared distance of a cell's z's to their centre.
 
-    z: (B, K source, K * a) samples of the aligned dimensions. With `cosine`, rows are scaled to length 1 first, as
-    the reference does.
+    Args:
+        z: (B, K source, K * a), samples of the aligned dimensions.
+        observed: (B, K) bool.
+        cosine: Whether each z is scaled to length 1 first, as the authors' code does.
+
+    Returns:
+        The mean over cells with two or more modalities, ().
     """
     if cosine:
         z = F.normalize(z, dim=-1)
     mask = observed[:, :, None].to(z.dtype)
-    n = mask.sum(1)  # (B, 1)
-    centre = (z * mask).sum(1) / n.clamp_min(1)
-    squared = ((z - centre[:, None]) ** 2 * mask).sum((1, 2)) / n[:, 0].clamp_min(1)
-    paired = n[:, 0] > 1
+    n_sources = mask.sum(1)  # (B, 1)
+    centre = (z * mask).sum(1) / n_sources.clamp_min(1)
+    squared = ((z - centre[:, None]) ** 2 * mask).sum((1, 2)) / n_sources[:, 0].clamp_min(1)
+    paired = n_sources[:, 0] > 1
     return (squared * paired).sum() / paired.sum().clamp_min(1)
 
 
 def score_discriminator(logits: Tensor, observed: Tensor) -> Tensor:
-    """Eq. 12: mean over cells of the mean over observed k of ln q(k | z). logits: (B, K source, K)."""
+    """Eq. 12: the mean over cells of the mean over observed k of ln q(k | z).
+
+    Args:
+        logits: (B, K source, K).
+        observed: (B, K) bool.
+    """
     ln_q = torch.diagonal(logits.log_softmax(-1), dim1=1, dim2=2)  # (B, K source)
     per_cell = (ln_q * observed).sum(1) / observed.sum(1).clamp_min(1)
     return per_cell.mean()
@@ -59,133 +84,169 @@ def score_discriminator(logits: Tensor, observed: Tensor) -> Tensor:
 def compute_info_nce(
     z: Tensor, observed: Tensor, batch_code: Tensor, log_scale: Tensor, within_batch: bool
 ) -> Tensor:
-    """InfoNCE between the modalities of paired cells, both directions, against all pairs of the global batch.
+    """InfoNCE between the modalities of paired cells, both directions.
 
-    z: (M, B, K source, .), compared by cosine; the mean over the M members. Negatives come from the same biological
-    batch if `within_batch`. The loss of this rank's cells; columns are gathered from every rank, gradients flow back
-    to them.
+    Each cell of this rank finds its partner among all pairs of the global batch. The other ranks'
+    z are gathered, and gradients flow back to them.
+
+    Args:
+        z: (M, B, K source, .), compared by cosine.
+        observed: (B, K) bool.
+        batch_code: (B,), biological batches.
+        log_scale: (), log of the inverse temperature.
+        within_batch: Whether negatives come from the cell's biological batch alone.
+
+    Returns:
+        The mean over directions, pairs and the M members, ().
     """
     z = F.normalize(z, dim=-1).transpose(0, 1)  # (B, M, K source, .)
-    every_z, every_observed, every_code, first = _gathered(z, observed, batch_code)
+    every_z, every_observed, every_code, first = _gather_ranks(z, observed, batch_code)
     members = z.shape[1]
-    true = (first + torch.arange(len(z), device=z.device)).expand(members, -1)
+    partner = (first + torch.arange(len(z), device=z.device)).expand(members, -1)
     total, pairs = z.new_zeros(()), z.new_zeros(())
     for a, b in combinations(range(observed.shape[1]), 2):
         row, column = observed[:, a] & observed[:, b], every_observed[:, a] & every_observed[:, b]
-        allowed = (
-            column[None] & (batch_code[:, None] == every_code[None])
-            if within_batch
-            else column[None]
-        )
+        allowed = column[None]
+        if within_batch:
+            allowed = allowed & (batch_code[:, None] == every_code[None])
         for source, target in ((a, b), (b, a)):
             rows, columns = z[:, :, source].transpose(0, 1), every_z[:, :, target].permute(1, 2, 0)
             logits = log_scale.exp() * rows @ columns  # (M, B, global B)
             logits = logits.masked_fill(~allowed, -torch.inf).masked_fill(~row[:, None], 0.0)
-            losses = F.cross_entropy(logits.flatten(0, 1), true.flatten(), reduction="none")
+            losses = F.cross_entropy(logits.flatten(0, 1), partner.flatten(), reduction="none")
             total = total + (losses.view(members, -1).mean(0) * row).sum()
         pairs = pairs + row.sum()
     return total / (2 * pairs).clamp_min(1)
 
 
-def _gathered(z: Tensor, observed: Tensor, code: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+def _gather_ranks(
+    z: Tensor, observed: Tensor, batch_code: Tensor
+) -> tuple[Tensor, Tensor, Tensor, int]:
     """All ranks' z (with gradient), observed and batch codes, and where this rank's rows begin."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return z, observed, code, 0
-    packed = torch.cat([observed.to(torch.int64), code[:, None]], 1)
-    others = [torch.empty_like(packed) for _ in range(dist.get_world_size())]
-    dist.all_gather(others, packed)
-    flags = torch.cat(others)
-    return _Gather.apply(z), flags[:, :-1].bool(), flags[:, -1], dist.get_rank() * len(z)
+        return z, observed, batch_code, 0
+    packed = torch.cat([observed.to(torch.int64), batch_code[:, None]], 1)
+    of_ranks = [torch.empty_like(packed) for _ in range(dist.get_world_size())]
+    dist.all_gather(of_ranks, packed)
+    every = torch.cat(of_ranks)
+    first = dist.get_rank() * len(z)
+    return _GatherWithGradient.apply(z), every[:, :-1].bool(), every[:, -1], first
 
 
-class _Gather(torch.autograd.Function):
-    """Concatenation over ranks of equally long tensors; the gradients of all ranks flow back, summed."""
+class _GatherWithGradient(torch.autograd.Function):
+    """Concatenate equally long tensors of all ranks; the ranks' gradients flow back, summed."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        ctx.n = len(x)
-        return torch.cat(parts)
+        of_ranks = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(of_ranks, x.contiguous())
+        ctx.n_rows = len(x)
+        return torch.cat(of_ranks)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)
-        return gradient.narrow(0, dist.get_rank() * ctx.n, ctx.n)
+        return gradient.narrow(0, dist.get_rank() * ctx.n_rows, ctx.n_rows)
 
 
 class Objective(nn.Module):
-    """The model and its training loss (eq. 15) as one module, so that DeepSpeed sees one forward pass."""
+    """The model and its training loss (eq. 15) as one module, so that DeepSpeed sees one call.
+
+    Args:
+        model: To be trained.
+        config: Weights of the terms.
+        modality_weights: Weight of each modality in both ELBOs, in model order.
+    """
 
     def __init__(self, model: CLUE, config: ObjectiveConfig, modality_weights: list[float]) -> None:
         super().__init__()
         self.model, self.config = model, config
         sizes = [
-            model.get_decoder(m).n_features if config.per_feature else 1 for m in model.modalities
+            model.get_decoder(name).n_features if config.per_feature else 1
+            for name in model.modalities
         ]
-        self.weights = [w / m for w, m in zip(modality_weights, sizes, strict=True)]
+        self.weights = [weight / size for weight, size in zip(modality_weights, sizes, strict=True)]
 
     def forward(
         self, batch: Batch, noise: Noise | None, beta: float = 1.0, by_modality: bool = False
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss (), and its terms without their weights; without noise what `CLUE.embed_batch` gives, for validation.
+        """Compute the loss of a micro-batch, or embed it.
 
-        beta: factor on lambda_kl, for a warm-up; by_modality: tell what each modality adds to the ELBOs, too.
+        Every call goes through the engine, so that ZeRO-3 gathers the parameters that it needs.
+        For that reason validation, too, comes here.
+
+        Args:
+            batch: B cells.
+            noise: All random draws of the step; None: embed the batch instead.
+            beta: Factor on `lambda_kl`, for a warm-up.
+            by_modality: Whether to return what each modality adds to the ELBOs, too.
+
+        Returns:
+            The loss () and its terms without their weights; or what `CLUE.embed_batch` gives.
         """
-        if (
-            noise is None
-        ):  # every call goes through the engine, so that ZeRO-3 gathers what is needed
+        if noise is None:
             return self.model.embed_batch(batch)
-        c, observed = self.config, batch.observed
-        out = self.model(
+        config, observed = self.config, batch.observed
+        output = self.model(
             batch,
             noise,
-            decode_self=c.lambda_self > 0,
-            decode_cross=c.lambda_cross > 0,
-            mixup=self._mixup(),
+            decode_self=config.lambda_self > 0,
+            decode_cross=config.lambda_cross > 0,
+            mixup=self._choose_mixup(),
         )
-        weight = torch.tensor(self.weights, device=observed.device)
-        z = out.z.flatten(2)  # (B, K source, K * a)
-        terms = {
-            "mse": compute_alignment(z, observed, cosine=c.alignment == "cosine"),
-            # The discriminator maximises L_D; the reversed gradient makes the encoders minimise it.
-            "d": score_discriminator(out.logits, observed),
-        }
-        if c.lambda_self:
-            terms["self"] = -compute_elbo_self(out, observed, weight, beta * c.lambda_kl).mean()
-        if c.lambda_cross:
-            terms["cross"] = -compute_elbo_cross(out, observed, weight, beta * c.lambda_kl).mean()
-        if c.lambda_contrastive:
-            within = c.contrastive_within_batch
-            terms["contrastive"] = compute_info_nce(
-                out.contrast, observed, batch.batch_code, out.log_scale, within
-            )
+        terms = self._compute_terms(output, batch, beta * config.lambda_kl)
         loss = (
-            c.lambda_self * terms.get("self", 0.0)
-            + c.lambda_cross * terms.get("cross", 0.0)
-            + c.lambda_mse * terms["mse"]
-            - c.lambda_d * terms["d"]
-            + c.lambda_contrastive * terms.get("contrastive", 0.0)
+            config.lambda_self * terms.get("self", 0.0)
+            + config.lambda_cross * terms.get("cross", 0.0)
+            + config.lambda_mse * terms["mse"]
+            - config.lambda_d * terms["d"]
+            + config.lambda_contrastive * terms.get("contrastive", 0.0)
         )
         if by_modality:
-            terms |= self._by_modality(out, observed)
+            terms |= self._split_by_modality(output, observed)
         return loss, {name: term.detach() for name, term in terms.items()}
 
-    def _by_modality(self, out: CLUEOutput, observed: Tensor) -> dict[str, Tensor]:
-        """Log-likelihoods of the ELBOs by modality, mean over cells."""
-        wanted = {
-            "self": (self.config.lambda_self, out.ln_self),
-            "cross": (self.config.lambda_cross, out.ln_cross),
+    def _compute_terms(
+        self, output: CLUEOutput, batch: Batch, kl_weight: float
+    ) -> dict[str, Tensor]:
+        """The terms of eq. 15 that have a weight, and of InfoNCE, each ()."""
+        config, observed = self.config, batch.observed
+        weight = torch.tensor(self.weights, device=observed.device)
+        z = output.z.flatten(2)  # (B, K source, K * a)
+        terms = {
+            "mse": compute_alignment(z, observed, cosine=config.alignment == "cosine"),
+            # The discriminator maximises L_D; the reversed gradient makes the encoders minimise it.
+            "d": score_discriminator(output.logits, observed),
+        }
+        if config.lambda_self:
+            terms["self"] = -compute_elbo_self(output, observed, weight, kl_weight).mean()
+        if config.lambda_cross:
+            terms["cross"] = -compute_elbo_cross(output, observed, weight, kl_weight).mean()
+        if config.lambda_contrastive:
+            terms["contrastive"] = compute_info_nce(
+                output.contrast,
+                observed,
+                batch.batch_code,
+                output.log_scale,
+                config.contrastive_within_batch,
+            )
+        return terms
+
+    def _split_by_modality(self, output: CLUEOutput, observed: Tensor) -> dict[str, Tensor]:
+        """Log-likelihoods of the ELBOs by modality, means over all cells of the batch."""
+        elbos = {
+            "self": (self.config.lambda_self, output.ln_self),
+            "cross": (self.config.lambda_cross, output.ln_cross),
         }
         return {
-            f"{elbo} of {m}": -ln[:, k][observed[:, k].bool()].sum() / len(ln)
-            for elbo, (used, ln) in wanted.items()
-            if used
-            for k, m in enumerate(self.model.modalities)
+            f"{elbo} of {name}": -ln_p[:, k][observed[:, k].bool()].sum() / len(ln_p)
+            for elbo, (weight, ln_p) in elbos.items()
+            if weight
+            for k, name in enumerate(self.model.modalities)
         }
 
-    def _mixup(self) -> Literal["none", "any", "within_batch"]:
+    def _choose_mixup(self) -> Mixup:
         if not (self.config.contrastive_mixup and self.config.lambda_contrastive):
             return "none"
         return "within_batch" if self.config.contrastive_within_batch else "any"

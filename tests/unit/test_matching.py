@@ -162,7 +162,7 @@ def test_slices_add_up(world):
     parts = matching.join_ranked_keys(
         [matching.rank_keys(x, y, Ranks(r, world).slice_for_rank(23)) for r in range(world)]
     )
-    assert (parts.nearer, parts.found) == (whole.nearer, whole.found)
+    assert (parts.n_nearer, parts.n_found) == (whole.n_nearer, whole.n_found)
     np.testing.assert_array_equal(parts.nearest, whole.nearest)
 
 
@@ -170,7 +170,7 @@ def test_memory_is_bounded_by_the_slice(monkeypatch):
     u1, u2 = noisy_pair(50, 4, seed=0)
     expected = matching.compute_scores(u1, u2, np.zeros(50))
     sizes = []
-    distances = matching._distances
+    distances = matching._compute_distances
     monkeypatch.setattr(matching, "_SLICE_ELEMENTS", 120)  # two rows of 50
 
     def watched(*args):
@@ -178,7 +178,7 @@ def test_memory_is_bounded_by_the_slice(monkeypatch):
             sizes.append(d.numel())
             yield rows, d
 
-    monkeypatch.setattr(matching, "_distances", watched)
+    monkeypatch.setattr(matching, "_compute_distances", watched)
     assert matching.compute_scores(u1, u2, np.zeros(50))["global"] == pytest.approx(
         expected["global"]
     )
