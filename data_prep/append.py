@@ -42,7 +42,7 @@ from data_prep.jobs.job_folder import (
     normalise_json,
     read_job,
 )
-from data_prep.jobs.whole_files import remove_leftovers
+from data_prep.jobs.whole_folders import remove_leftovers
 from data_prep.jobs.workers import WorkerPool
 from data_prep.readers.fragments import ConversionInput
 from data_prep.readers.source import decode_barcodes

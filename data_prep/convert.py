@@ -34,7 +34,7 @@ from data_prep.conversion.strata import FinalStrata, build_manifest, count_unkno
 from data_prep.features.plan import FeaturePlan, plan_features
 from data_prep.features.selection import SelectedFeatures, select_variable_features
 from data_prep.jobs.job_folder import claim_job
-from data_prep.jobs.whole_files import remove_leftovers
+from data_prep.jobs.whole_folders import remove_leftovers
 from data_prep.jobs.workers import WorkerPool
 from data_prep.options import FIELDS, FeatureChoice, ObsColumns
 from data_prep.readers.fragments import ConversionInput, FragmentsSource, count_fragments

@@ -17,7 +17,7 @@ from typing import Any
 
 from clue_dist.errors import DataError
 from data_prep import simulate
-from data_prep.jobs.whole_files import make_folder
+from data_prep.jobs.whole_folders import make_folder
 from data_prep.options import FIELDS
 from data_prep.split import split_mosaic
 

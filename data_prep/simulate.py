@@ -21,7 +21,7 @@ import scipy.sparse as sp
 from clue_dist.errors import DataError
 from clue_dist.files import replace_file
 from clue_dist.kinds import KINDS, infer_kind
-from data_prep.jobs.whole_files import make_folder
+from data_prep.jobs.whole_folders import make_folder
 from data_prep.options import FIELDS, require_known_modalities
 from data_prep.readers.source import CategoryCodes, DirectSource, Source, SourceHead, SourceRows
 

@@ -48,7 +48,7 @@ from clue_dist.store.reader import SegmentReader
 from clue_dist.store.rows import CsrRows
 from clue_dist.store.svd import StoredSvd, SvdNote
 from data_prep.jobs.job_folder import claim_job
-from data_prep.jobs.whole_files import remove_leftovers
+from data_prep.jobs.whole_folders import remove_leftovers
 from data_prep.jobs.workers import WorkerPool, run_missing
 
 OVERSAMPLING = 10

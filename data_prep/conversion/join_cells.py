@@ -17,7 +17,8 @@ import numpy as np
 from clue_dist.errors import DataError, list_names
 from clue_dist.store.shuffle import derive_key, hash_barcodes
 from data_prep.conversion.cells import CellTable, divide_hashes
-from data_prep.jobs.whole_files import flush_arrays, make_whole_folder, map_array, save_array
+from data_prep.jobs.array_files import flush_arrays, map_array, save_array
+from data_prep.jobs.whole_folders import make_whole_folder
 from data_prep.jobs.workers import WorkerPool, run_missing
 from data_prep.options import ObsColumns
 from data_prep.readers.source import Source, SourceHead, decode_barcodes

@@ -17,7 +17,7 @@ from clue_dist.store.manifest import Modality
 from data_prep.conversion.cells import CellTable
 from data_prep.conversion.counts import AlignmentTarget, SourceReading
 from data_prep.conversion.spool import write_spool
-from data_prep.jobs.whole_files import save_array
+from data_prep.jobs.array_files import save_array
 from data_prep.jobs.workers import WorkerPool, run_missing
 from data_prep.readers.source import Source, SourceHead
 

@@ -16,7 +16,8 @@ from numba import njit
 from clue_dist.store.kernels import compute_row_starts, copy_rows
 from clue_dist.store.manifest import PackedModality
 from clue_dist.store.rows import COUNT_BITS, CodedRows, recode_rows_as_binary
-from data_prep.jobs.whole_files import load_array, make_whole_folder, save_array
+from data_prep.jobs.array_files import load_array, save_array
+from data_prep.jobs.whole_folders import make_whole_folder
 
 PLACE_BITS = (
     40  # a key is (planned modalities << 40) + the cell's place in the shuffle of all cells

@@ -22,7 +22,7 @@ from clue_dist.store.manifest import Manifest, Modality, PackedModality, Segment
 from clue_dist.store.rows import COUNT_BITS
 from data_prep.conversion.cells import CellRange, CellTable
 from data_prep.conversion.spool import extract_places, survey_spool
-from data_prep.jobs.whole_files import flush_arrays, map_array
+from data_prep.jobs.array_files import flush_arrays, map_array
 
 STEP_PLACES = 2**20  # places that are looked at together
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from clue_dist.errors import DataError, StoreError, list_names
 from clue_dist.files import translate_disk_errors, write_file
-from data_prep.jobs.whole_files import make_folder, remove_leftovers
+from data_prep.jobs.whole_folders import make_folder, remove_leftovers
 
 _JOB = "job.json"
 

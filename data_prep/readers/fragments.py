@@ -18,7 +18,8 @@ import pandas as pd
 from clue_dist.errors import DataError, list_names
 from clue_dist.files import parse_path
 from clue_dist.kinds import KINDS, infer_kind
-from data_prep.jobs.whole_files import load_array, make_whole_folder, save_array
+from data_prep.jobs.array_files import load_array, save_array
+from data_prep.jobs.whole_folders import make_whole_folder
 from data_prep.jobs.workers import WorkerPool, run_missing
 from data_prep.options import FeatureChoice, InputArgument, ReadingOptions
 from data_prep.readers import sorted_entries

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from clue_dist.errors import DataError
-from data_prep.jobs.whole_files import make_whole_folder
+from data_prep.jobs.whole_folders import make_whole_folder
 from data_prep.options import InputArgument, ReadingOptions
 from data_prep.readers import sorted_entries
 from data_prep.readers.source import (

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse as sp
 
-from data_prep.jobs.whole_files import load_array, make_whole_folder, save_array
+from data_prep.jobs.array_files import load_array, save_array
+from data_prep.jobs.whole_folders import make_whole_folder
 
 PART_ENTRIES = 8 * 2**20  # of a part, at most: they bound the memory of sorting
 

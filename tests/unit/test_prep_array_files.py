@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.jobs.whole_files import load_array, save_array
+from data_prep.jobs.array_files import load_array, save_array
 
 
 @pytest.mark.parametrize("shape", [(0,), (5,), (1,), (0, 3), (4, 3), (2, 1, 7)])

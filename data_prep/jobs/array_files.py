@@ -1,36 +1,18 @@
-"""Arrays in files, and folders that exist whole or not at all, whoever else writes the same one."""
+"""Arrays in files of their own (.npy), which tasks leave for each other."""
 
 from __future__ import annotations
 
 import mmap
 import os
 import re
-import shutil
-import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from clue_dist.errors import DataError
-
 _MAGIC = b"\x93NUMPY\x01\x00"  # the format .npy, version 1.0
 _HEADER = re.compile(rb"\{'descr': '([^']+)', 'fortran_order': False, 'shape': \(([^)]*)\), \} *\n")
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, where they are missing.
-
-    Raises:
-        DataError: a file is in the way, permission is lacking, the name is too long.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        what, fix = "the folder cannot be made", "choose another --out"
-        raise DataError(what, where=folder, got=error, fix=fix) from None
 
 
 def save_array(path: Path, values: np.ndarray) -> None:
@@ -82,35 +64,3 @@ def flush_arrays(arrays: Iterable[np.ndarray]) -> None:
     for array in arrays:
         if isinstance(array, np.memmap):
             array.flush()
-
-
-@contextmanager
-def make_whole_folder(final: Path) -> Iterator[Path]:
-    """Yield a new folder to fill, which becomes `final` at the end; a failure leaves nothing.
-
-    If another worker was faster, its folder stays: a task that runs twice gives the same bytes.
-    """
-    temporary = final.with_name(f"{final.name}.{uuid.uuid4().hex[:8]}.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        try:
-            temporary.rename(final)
-        except OSError:  # a folder that is not empty cannot be replaced
-            if not final.exists():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove what killed writers left unfinished under `folder`.
-
-    The endings are those of this project, of zarr-python and of TensorStore.
-    """
-    endings = ("*.tmp", "*.partial", "*.__lock")
-    for path in [path for ending in endings for path in folder.rglob(ending)]:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
