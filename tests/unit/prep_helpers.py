@@ -35,7 +35,7 @@ def shrink_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(count_matrices, "STEP_ENTRIES", 200)
 
 
-def frame(
+def make_counts(
     n: int, features: int, seed: int = 0, prefix: str = "g", cells: str = "c", density: float = 0.3
 ) -> pd.DataFrame:
     """Random counts, no cell empty. (n, features) int64"""
@@ -47,7 +47,7 @@ def frame(
     )
 
 
-def anndata_of(
+def make_anndata(
     counts: pd.DataFrame, form: Any = sp.csr_matrix, dtype: str = "float32", **obs: Any
 ) -> ad.AnnData:
     x = counts.to_numpy().astype(dtype)
@@ -61,7 +61,7 @@ def anndata_of(
 def write_h5ad(
     path: Path, counts: pd.DataFrame, form: Any = sp.csr_matrix, dtype: str = "float32", **obs: Any
 ) -> Path:
-    anndata_of(counts, form, dtype, **obs).write_h5ad(path)
+    make_anndata(counts, form, dtype, **obs).write_h5ad(path)
     return path
 
 
@@ -118,7 +118,7 @@ def write_mtx(
     return folder
 
 
-def build(
+def convert_files(
     out: Path,
     *inputs: str,
     workers: int = 2,
@@ -159,7 +159,7 @@ def build(
     return Store(out)
 
 
-def held(store: Store, modality: str) -> pd.DataFrame:
+def read_counts(store: Store, modality: str) -> pd.DataFrame:
     """Everything a store holds of a modality: barcodes x features."""
     parts = []
     for reader in store.segments.values():
@@ -173,7 +173,7 @@ def held(store: Store, modality: str) -> pd.DataFrame:
     return out
 
 
-def codes_of(store: Store, field: str) -> dict[str, str | None]:
+def read_field(store: Store, field: str) -> dict[str, str | None]:
     """barcode -> name of its batch or label, None if unknown."""
     names = store.manifest.batches if field == "batch" else store.manifest.labels
     out: dict[str, str | None] = {}
@@ -186,7 +186,7 @@ def codes_of(store: Store, field: str) -> dict[str, str | None]:
     return out
 
 
-def same(stored: pd.DataFrame, expected: pd.DataFrame) -> None:
+def assert_same_counts(stored: pd.DataFrame, expected: pd.DataFrame) -> None:
     """Equal as tables: same rows by name, same columns in the same order, same values."""
     assert list(stored.columns) == list(expected.columns)
     assert stored.index.is_unique

@@ -15,7 +15,7 @@ from tests.benchmarks.randomness import __main__ as randomness
 from tests.benchmarks.randomness import deal
 from tests.benchmarks.randomness.__main__ import BATCH
 from tests.benchmarks.randomness.atlas import GROUPS, TYPES, atlas_of, barcodes, stored
-from tests.unit.prep_helpers import anndata_of, build, frame, write_h5mu
+from tests.unit.prep_helpers import convert_files, make_anndata, make_counts, write_h5mu
 
 
 def test_the_atlas_is_sorted_by_plate_and_by_type() -> None:
@@ -37,12 +37,12 @@ def test_a_converted_store_lies_and_is_served_as_said(seed: int, tmp_path: Path)
     files = {}
     for m, name in enumerate(("rna", "atac")):
         mine = np.array([name in atlas.strata[s].split("+") for s in atlas.stratum])
-        counts = frame(900, 20, seed=m, prefix=name)[mine]
+        counts = make_counts(900, 20, seed=m, prefix=name)[mine]
         counts.index = groups.index[mine]
-        files[name] = anndata_of(
+        files[name] = make_anndata(
             counts.clip(upper=1) if name == "atac" else counts, batch=groups[mine].to_numpy()
         )
-    store = build(
+    store = convert_files(
         tmp_path / "s.zarr",
         str(write_h5mu(tmp_path / "in.h5mu", **files)),
         block_cells=8,

@@ -32,23 +32,31 @@ from data_prep.cli.inputs import parse_inputs
 from data_prep.convert import ConversionOptions
 from data_prep.jobs.workers import ThreadPool
 from data_prep.options import FIELDS, FeatureChoice, ObsColumns, ReadingOptions
-from tests.unit.prep_helpers import anndata_of, build, codes_of, frame, held, write_h5ad, write_h5mu
+from tests.unit.prep_helpers import (
+    convert_files,
+    make_anndata,
+    make_counts,
+    read_counts,
+    read_field,
+    write_h5ad,
+    write_h5mu,
+)
 from tests.unit.test_prep_resume import REPO
 
-RNA, ADT = frame(300, 40), frame(300, 8, 1, "p", density=0.8)
+RNA, ADT = make_counts(300, 40), make_counts(300, 8, 1, "p", density=0.8)
 
 
 def given(folder: Path, cells: slice, name: str, **obs: str) -> str:
     """RNA of some cells, and proteins of the later half of them."""
     rna, adt = RNA[cells], ADT[cells]
     half = len(rna) // 2
-    tables = {"rna": anndata_of(rna, **obs), "adt": anndata_of(adt[half:], **obs)}
+    tables = {"rna": make_anndata(rna, **obs), "adt": make_anndata(adt[half:], **obs)}
     return str(write_h5mu(folder / f"{name}.h5mu", **tables))
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
-    build(
+    convert_files(
         tmp_path / "s.zarr",
         given(tmp_path, slice(0, 200), "first", batch="a", cell_type="x"),
         block_cells=4,
@@ -76,11 +84,15 @@ def test_all_cells_are_there_and_nothing_else_has_changed(tmp_path: Path, store:
         "rna.2": 50,
         "rna+adt.2": 50,
     }
-    pd.testing.assert_frame_equal(held(after, "rna").loc[RNA.index], RNA, check_dtype=False)
+    pd.testing.assert_frame_equal(read_counts(after, "rna").loc[RNA.index], RNA, check_dtype=False)
     has = [c for i, c in enumerate(ADT.index) if 100 <= i < 200 or i >= 250]
-    pd.testing.assert_frame_equal(held(after, "adt").loc[has], ADT.loc[has], check_dtype=False)
-    assert codes_of(after, "batch") == {c: "a" if i < 200 else "b" for i, c in enumerate(RNA.index)}
-    assert set(codes_of(after, "label").values()) == {"x"}
+    pd.testing.assert_frame_equal(
+        read_counts(after, "adt").loc[has], ADT.loc[has], check_dtype=False
+    )
+    assert read_field(after, "batch") == {
+        c: "a" if i < 200 else "b" for i, c in enumerate(RNA.index)
+    }
+    assert set(read_field(after, "label").values()) == {"x"}
     assert after.fingerprint != before.fingerprint
     assert check_store(store) == []
     now = files_of(store)
@@ -97,7 +109,7 @@ def test_a_third_addition_is_a_third_segment(tmp_path: Path, store: Path) -> Non
         "rna+adt.3",
     ]
     assert len(after.manifest.provenance["appended"]) == 2
-    pd.testing.assert_frame_equal(held(after, "rna").loc[RNA.index], RNA, check_dtype=False)
+    pd.testing.assert_frame_equal(read_counts(after, "rna").loc[RNA.index], RNA, check_dtype=False)
 
 
 def test_a_modality_alone_starts_a_stratum(tmp_path: Path, store: Path) -> None:
@@ -183,7 +195,7 @@ def test_cells_that_are_there_already_are_refused(tmp_path: Path, store: Path) -
 
 def test_unknown_modalities_and_no_store_are_refused(tmp_path: Path, store: Path) -> None:
     with pytest.raises(DataError, match=r"modalities that the store(.|\n)*got: atac"):
-        add(store, f"atac={write_h5ad(tmp_path / 'p.h5ad', frame(9, 5, 2, 'peak', 'z'))}")
+        add(store, f"atac={write_h5ad(tmp_path / 'p.h5ad', make_counts(9, 5, 2, 'peak', 'z'))}")
     with pytest.raises(StoreError, match="added to a folder"):
         append_cells([], "s3://bucket/s.zarr", ConversionOptions(), ThreadPool(1))
     with pytest.raises(StoreError, match="no store here"):
@@ -229,7 +241,7 @@ def test_killed_and_typed_again(tmp_path: Path, store: Path, place: str, n: int)
     assert again.fingerprint == want.fingerprint
     assert check_store(store) == []
     assert not list(tmp_path.glob("*.addition*"))
-    pd.testing.assert_frame_equal(held(again, "rna").loc[RNA.index], RNA, check_dtype=False)
+    pd.testing.assert_frame_equal(read_counts(again, "rna").loc[RNA.index], RNA, check_dtype=False)
 
 
 def killed(store: Path, more: str, place: str, n: int) -> None:
@@ -384,7 +396,7 @@ def test_batches_come_from_the_column_that_the_store_was_made_with(
     assert "no batch" not in typed("append", f"rna={files['b']}", "--to", store)
     told = typed("append", f"rna={files['none']}", "--to", store)
     assert "100 cells have no batch: their files have nothing in column 'donor'" in told
-    assert codes_of(Store(store), "batch") == {
+    assert read_field(Store(store), "batch") == {
         c: "ab"[i // 100] if i < 200 else None for i, c in enumerate(RNA.index)
     }
     shown = typed("inspect", store)
@@ -404,20 +416,22 @@ def test_what_did_not_fit_is_told(tmp_path: Path, store: Path) -> None:
 
 def test_segments_may_be_packed_in_other_ways(tmp_path: Path) -> None:
     """Peaks that were binary and are counted later, proteins that need two bytes later."""
-    atac, adt = frame(200, 30, 3, "peak").clip(upper=1), frame(200, 8, 4, "p")
+    atac, adt = make_counts(200, 30, 3, "peak").clip(upper=1), make_counts(200, 8, 4, "p")
     atac[100:] *= 3
     adt[100:] *= 200
     for name, cells in (("one", slice(0, 100)), ("two", slice(100, 200))):
         write_h5mu(
-            tmp_path / f"{name}.h5mu", atac=anndata_of(atac[cells]), adt=anndata_of(adt[cells])
+            tmp_path / f"{name}.h5mu", atac=make_anndata(atac[cells]), adt=make_anndata(adt[cells])
         )
-    build(tmp_path / "s.zarr", str(tmp_path / "one.h5mu"))
+    convert_files(tmp_path / "s.zarr", str(tmp_path / "one.h5mu"))
     after = add(tmp_path / "s.zarr", str(tmp_path / "two.h5mu"))
     packed = [s.packed for s in after.manifest.strata.values()]
     assert [p["atac"].bits for p in packed] == [0, 2]
     assert [p["adt"].values for p in packed] == ["uint8", "uint16"]
-    pd.testing.assert_frame_equal(held(after, "atac").loc[atac.index], atac, check_dtype=False)
-    pd.testing.assert_frame_equal(held(after, "adt").loc[adt.index], adt, check_dtype=False)
+    pd.testing.assert_frame_equal(
+        read_counts(after, "atac").loc[atac.index], atac, check_dtype=False
+    )
+    pd.testing.assert_frame_equal(read_counts(after, "adt").loc[adt.index], adt, check_dtype=False)
     stratum = "atac+adt"
     plan = CellPlan(0, {n: r.n_cells for n, r in after.segments.items()}, {stratum: 16}, 4, 1, 64)
     with Loader(after, plan) as loader:

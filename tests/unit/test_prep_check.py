@@ -14,19 +14,21 @@ from clue_dist.store.manifest import Manifest
 from clue_dist.store.writer import hash_file
 from data_prep import inspect
 from data_prep.check import check_store
-from tests.unit.prep_helpers import anndata_of, build, frame, write_h5mu
+from tests.unit.prep_helpers import convert_files, make_anndata, make_counts, write_h5mu
 
 REPO = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    rna, adt = frame(100, 40), frame(100, 8, 1, "p", density=0.9)
+    rna, adt = make_counts(100, 40), make_counts(100, 8, 1, "p", density=0.9)
     parts = {
-        "rna": anndata_of(rna, batch="b"),
-        "adt": anndata_of(adt[20:], cell_type=["T", "B"] * 40),
+        "rna": make_anndata(rna, batch="b"),
+        "adt": make_anndata(adt[20:], cell_type=["T", "B"] * 40),
     }
-    build(tmp_path / "s.zarr", str(write_h5mu(tmp_path / "in.h5mu", **parts)), block_cells=2)
+    convert_files(
+        tmp_path / "s.zarr", str(write_h5mu(tmp_path / "in.h5mu", **parts)), block_cells=2
+    )
     return tmp_path / "s.zarr"
 
 
@@ -107,7 +109,7 @@ def test_what_inspect_tells(root: Path) -> None:
         "rna": (20, False),
         "rna+adt": (80, True),
     }
-    assert found["modalities"]["rna"]["non_zeros"] == int((frame(100, 40) > 0).sum().sum())
+    assert found["modalities"]["rna"]["non_zeros"] == int((make_counts(100, 40) > 0).sum().sum())
     assert found["batches"] == {"b": 100}
     assert found["labels"] == {"B": 40, "T": 40, "(unknown)": 20}
     text = inspect.format_facts(found)

@@ -29,10 +29,10 @@ from data_prep.jobs import workers
 from data_prep.jobs.workers import open_pool
 from data_prep.options import ReadingOptions
 from tests.unit.prep_helpers import (
-    anndata_of,
-    build,
-    frame,
-    held,
+    convert_files,
+    make_anndata,
+    make_counts,
+    read_counts,
     write_h5ad,
     write_h5mu,
     write_mtx,
@@ -138,9 +138,9 @@ def _small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def given(tmp_path: Path) -> str:
-    rna, adt = frame(500, 40), frame(500, 8, 1, "p", density=0.8)
+    rna, adt = make_counts(500, 40), make_counts(500, 8, 1, "p", density=0.8)
     return str(
-        write_h5mu(tmp_path / "in.h5mu", rna=anndata_of(rna[:400]), adt=anndata_of(adt[100:]))
+        write_h5mu(tmp_path / "in.h5mu", rna=make_anndata(rna[:400]), adt=make_anndata(adt[100:]))
     )
 
 
@@ -166,7 +166,7 @@ def test_workers_killed_in_mid_conversion_lose_nothing(
     cluster.wait_for(4)
     stored = run(cluster, [given], tmp_path / "s.zarr", ["rna=20"])
     assert [victim.wait(30) for victim in victims] == [-signal.SIGKILL] * 3
-    one = build(tmp_path / "one.zarr", given, block_cells=BLOCK, workers=1, top=["rna=20"])
+    one = convert_files(tmp_path / "one.zarr", given, block_cells=BLOCK, workers=1, top=["rna=20"])
     assert stored.fingerprint == one.fingerprint
     assert check_store(tmp_path / "s.zarr") == []
     assert not (tmp_path / "s.zarr.partial").exists()
@@ -180,7 +180,7 @@ def test_workers_killed_in_mid_conversion_lose_nothing(
 def test_a_worker_killed_while_it_sorts_a_matrix_market(
     tmp_path: Path, cluster: Cluster, steady: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counts = frame(60, 40)
+    counts = make_counts(60, 40)
     kinds = ["Gene Expression"] * 30 + ["Antibody Capture"] * 10
     folders = [
         f"{name}:{write_mtx(tmp_path / name, counts, kinds, seed=i)}"
@@ -194,7 +194,7 @@ def test_a_worker_killed_while_it_sorts_a_matrix_market(
     assert victim.wait(30) == -signal.SIGKILL
     assert (
         stored.fingerprint
-        == build(tmp_path / "one.zarr", *folders, block_cells=BLOCK, workers=1).fingerprint
+        == convert_files(tmp_path / "one.zarr", *folders, block_cells=BLOCK, workers=1).fingerprint
     )
 
 
@@ -209,15 +209,17 @@ def test_the_command_line_on_a_cluster(
     )
     assert ended.returncode == 0, ended.stderr
     assert re.search(r"read: 2 of 2, \d", ended.stderr)
-    one = build(tmp_path / "one.zarr", given, block_cells=BLOCK, workers=1)
+    one = convert_files(tmp_path / "one.zarr", given, block_cells=BLOCK, workers=1)
     assert Manifest.read(tmp_path / "s.zarr").n_cells == one.manifest.n_cells
-    np.testing.assert_array_equal(held(Store(tmp_path / "s.zarr"), "rna"), held(one, "rna"))
+    np.testing.assert_array_equal(
+        read_counts(Store(tmp_path / "s.zarr"), "rna"), read_counts(one, "rna")
+    )
 
 
 def test_a_mistake_in_the_inputs_is_told_across_processes(
     tmp_path: Path, cluster: Cluster, steady: None
 ) -> None:
-    bad = frame(500, 40).astype(float)
+    bad = make_counts(500, 40).astype(float)
     bad.iloc[450, 2] = 0.5
     with pytest.raises(DataError, match="cell 'c450', feature 'g2'"):
         run(cluster, [f"rna={write_h5ad(tmp_path / 'bad.h5ad', bad)}"], tmp_path / "bad.zarr")
@@ -274,9 +276,12 @@ def test_nobody_left_then_somebody_then_no_scheduler(
     spools = [p for p in (tmp_path / "s.zarr.partial").rglob("spools/*/*") if p.suffix != ".tmp"]
     assert len(spools) > 10
     capsys.readouterr()
-    again = build(out, given, block_cells=BLOCK, workers=1)
+    again = convert_files(out, given, block_cells=BLOCK, workers=1)
     assert f"read: {len(spools)} of " in capsys.readouterr().err  # were done before
-    assert again.fingerprint == build(tmp_path / "one.zarr", given, block_cells=BLOCK).fingerprint
+    assert (
+        again.fingerprint
+        == convert_files(tmp_path / "one.zarr", given, block_cells=BLOCK).fingerprint
+    )
 
 
 def _heard(capsys: pytest.CaptureFixture[str], output: list[str], text: str) -> bool:

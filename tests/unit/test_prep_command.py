@@ -9,13 +9,13 @@ import pytest
 
 from clue_dist.process import run_main
 from data_prep.cli.commands import main
-from tests.unit.prep_helpers import frame, write_h5ad
+from tests.unit.prep_helpers import make_counts, write_h5ad
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder: good.h5ad and a file that is no folder."""
-    write_h5ad(tmp_path / "good.h5ad", frame(20, 8))
+    write_h5ad(tmp_path / "good.h5ad", make_counts(20, 8))
     (tmp_path / "file").write_text("")
     monkeypatch.chdir(tmp_path)
     return tmp_path

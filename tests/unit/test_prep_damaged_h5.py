@@ -14,9 +14,9 @@ from clue_dist.errors import DataError
 from data_prep.readers import h5_file
 from tests.benchmarks.hostile.hdf5 import OBJECTS
 from tests.unit.prep_helpers import (
-    anndata_of,
-    build,
-    frame,
+    convert_files,
+    make_anndata,
+    make_counts,
     shrink_tasks,
     write_h5ad,
 )
@@ -96,42 +96,46 @@ def _point_at_next_category(file: h5py.File) -> None:
 def test_damaged_h5ad(
     tmp_path: Path, damage: Callable[[h5py.File], None], message_parts: tuple[str, ...]
 ) -> None:
-    path = write_h5ad(tmp_path / "a.h5ad", frame(20, 8), batch=pd.Categorical(["a", "b"] * 10))
+    path = write_h5ad(
+        tmp_path / "a.h5ad", make_counts(20, 8), batch=pd.Categorical(["a", "b"] * 10)
+    )
     with h5py.File(path, "r+") as file:
         damage(file)
     what, where, found, expected = message_parts
     message = f"{what}\n  where: {where}\n  got: {found}\n  expected: {expected}\n  fix: write the"
     with pytest.raises(DataError, match=message):
-        build(tmp_path / "s.zarr", f"rna={path}")
+        convert_files(tmp_path / "s.zarr", f"rna={path}")
 
 
 def test_groups_that_share_groups_are_refused_at_once(tmp_path: Path) -> None:
     """Ten groups, in so many places that reading them all would never end."""
-    path = write_h5ad(tmp_path / "a.h5ad", frame(20, 8), batch=pd.Categorical(["a", "b"] * 10))
+    path = write_h5ad(
+        tmp_path / "a.h5ad", make_counts(20, 8), batch=pd.Categorical(["a", "b"] * 10)
+    )
     with h5py.File(path, "r+") as file:
         OBJECTS["groups that share groups"](file, "obs/batch", tmp_path)
     with pytest.raises(DataError, match="groups within groups without an end"):
-        build(tmp_path / "s.zarr", f"rna={path}")
+        convert_files(tmp_path / "s.zarr", f"rna={path}")
 
 
 def test_codes_outside_the_categories_that_modalities_share(tmp_path: Path) -> None:
     import mudata
 
-    whole = mudata.MuData({"rna": anndata_of(frame(20, 8))})
+    whole = mudata.MuData({"rna": make_anndata(make_counts(20, 8))})
     whole.obs["batch"] = pd.Categorical(["a", "b"] * 10)
     whole.write(tmp_path / "m.h5mu")
     with h5py.File(tmp_path / "m.h5mu", "r+") as file:
         _point_outside_categories(file)
     with pytest.raises(DataError, match=r"outside its categories\n  where: m\.h5mu: obs/batch"):
-        build(tmp_path / "s.zarr", str(tmp_path / "m.h5mu"))
+        convert_files(tmp_path / "s.zarr", str(tmp_path / "m.h5mu"))
 
 
 def test_a_layer_that_is_no_matrix_is_not_proposed_for_counts(tmp_path: Path) -> None:
-    path = write_h5ad(tmp_path / "a.h5ad", frame(20, 8) + 0.5)
+    path = write_h5ad(tmp_path / "a.h5ad", make_counts(20, 8) + 0.5)
     with h5py.File(path, "r+") as file:
         file["layers/flat"] = np.ones(20)
     with pytest.raises(DataError, match="counts must be raw") as caught:
-        build(tmp_path / "s.zarr", f"rna={path}")
+        convert_files(tmp_path / "s.zarr", f"rna={path}")
     assert "flat" not in str(caught.value)
 
 
@@ -153,10 +157,10 @@ def test_a_stretch_of_a_dataset_is_what_hdf5_reads(
 
 
 def test_a_file_that_ends_within_its_data(tmp_path: Path) -> None:
-    path = write_h5ad(tmp_path / "a.h5ad", frame(4000, 60, density=0.9))
+    path = write_h5ad(tmp_path / "a.h5ad", make_counts(4000, 60, density=0.9))
     size = path.stat().st_size
     with path.open("r+b") as file:
         file.truncate(size // 2)
     with pytest.raises(DataError, match=r"a\.h5ad") as caught:
-        build(tmp_path / "s.zarr", f"rna={path}")
+        convert_files(tmp_path / "s.zarr", f"rna={path}")
     assert "damaged" in str(caught.value) or "HDF5" in str(caught.value)

@@ -17,11 +17,11 @@ from data_prep.cli.feature_choices import parse_choices
 from data_prep.options import FeatureChoice
 from data_prep.readers.genome_bins import bin_peaks, order_along_genome
 from tests.unit.prep_helpers import (
-    anndata_of,
-    build,
-    frame,
-    held,
-    same,
+    assert_same_counts,
+    convert_files,
+    make_anndata,
+    make_counts,
+    read_counts,
     write_10x,
     write_h5ad,
     write_h5mu,
@@ -30,7 +30,7 @@ from tests.unit.prep_helpers import (
 
 
 def with_var(path: Path, counts: pd.DataFrame, **columns: object) -> str:
-    adata = anndata_of(counts)
+    adata = make_anndata(counts)
     for name, values in columns.items():
         adata.var[name] = values
     adata.write_h5ad(path)
@@ -42,42 +42,45 @@ def with_var(path: Path, counts: pd.DataFrame, **columns: object) -> str:
 
 @pytest.mark.parametrize("zipped", [False, True])
 def test_a_list_decides_features_and_order(tmp_path: Path, zipped: bool) -> None:
-    a, b = frame(20, 8), frame(20, 8, 1, cells="d").rename(columns={"g3": "new"})
+    a, b = make_counts(20, 8), make_counts(20, 8, 1, cells="d").rename(columns={"g3": "new"})
     given = [f"rna={write_h5ad(tmp_path / f'{n}.h5ad', c)}" for n, c in (("a", a), ("b", b))]
     wanted, path = ["g5", "new", "g0", "nowhere", "g3"], tmp_path / "genes.txt"
     text = "".join(f"{name}\tmore\n" for name in wanted).encode()
     path.write_bytes(gzip.compress(text) if zipped else text)
-    store = build(tmp_path / "s.zarr", *given, features=[f"rna={path}"])
+    store = convert_files(tmp_path / "s.zarr", *given, features=[f"rna={path}"])
     expected = pd.concat([a, b]).fillna(0).reindex(columns=wanted, fill_value=0)
-    same(held(store, "rna"), expected[expected.sum(axis=1) > 0])
+    assert_same_counts(read_counts(store, "rna"), expected[expected.sum(axis=1) > 0])
     notes = [item["features"] for item in store.manifest.provenance["inputs"]]
     assert [n["first_missing"] for n in notes] == [["new", "nowhere"], ["nowhere", "g3"]]
 
 
 def test_another_list_is_another_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given, path = f"rna={write_h5ad(tmp_path / 'a.h5ad', frame(20, 8))}", tmp_path / "genes.txt"
+    given, path = (
+        f"rna={write_h5ad(tmp_path / 'a.h5ad', make_counts(20, 8))}",
+        tmp_path / "genes.txt",
+    )
     with monkeypatch.context() as patch:
         patch.setattr("data_prep.convert.commit_store", lambda *_: 1 / 0)
         path.write_text("g1\ng2\n")
         with pytest.raises(ZeroDivisionError):
-            build(tmp_path / "s.zarr", given, features=[str(path)])
+            convert_files(tmp_path / "s.zarr", given, features=[str(path)])
     path.write_text("g1\ng3\n")
     with pytest.raises(StoreError, match="a change of features"):
-        build(tmp_path / "s.zarr", given, features=[str(path)])
+        convert_files(tmp_path / "s.zarr", given, features=[str(path)])
     path.write_text("g1\ng2\n")
-    assert build(tmp_path / "s.zarr", given, features=[str(path)]).manifest.modalities[
+    assert convert_files(tmp_path / "s.zarr", given, features=[str(path)]).manifest.modalities[
         "rna"
     ].features == ["g1", "g2"]
 
 
 def test_each_modality_has_its_own_choice(tmp_path: Path) -> None:
-    rna, adt = frame(20, 8), frame(20, 4, 1, "p")
-    first = write_h5mu(tmp_path / "a.h5mu", rna=anndata_of(rna), adt=anndata_of(adt))
+    rna, adt = make_counts(20, 8), make_counts(20, 4, 1, "p")
+    first = write_h5mu(tmp_path / "a.h5mu", rna=make_anndata(rna), adt=make_anndata(adt))
     more = {"rna": rna.rename("d{}".format), "adt": adt.rename("d{}".format)}
     parts = {"rna": more["rna"].drop(columns="g1"), "adt": more["adt"].drop(columns="p2")}
-    second = write_h5mu(tmp_path / "b.h5mu", **{m: anndata_of(c) for m, c in parts.items()})
+    second = write_h5mu(tmp_path / "b.h5mu", **{m: make_anndata(c) for m, c in parts.items()})
     features = ["intersection", "adt=union"]
-    store = build(tmp_path / "s.zarr", str(first), str(second), features=features)
+    store = convert_files(tmp_path / "s.zarr", str(first), str(second), features=features)
     assert store.manifest.modalities["rna"].features == [g for g in rna.columns if g != "g1"]
     assert store.manifest.modalities["adt"].features == list(adt.columns)
     told = inspect.format_facts(inspect.collect_facts(tmp_path / "s.zarr"))
@@ -89,57 +92,59 @@ def test_each_modality_has_its_own_choice(tmp_path: Path) -> None:
 
 def test_names_come_from_a_column_where_a_file_has_it(tmp_path: Path) -> None:
     """One file by symbols, one by Ensembl ids: they share nothing until a column says otherwise."""
-    counts, ids = frame(40, 6), [f"ENSG{i:011d}" for i in range(6)]
+    counts, ids = make_counts(40, 6), [f"ENSG{i:011d}" for i in range(6)]
     a = with_var(tmp_path / "a.h5ad", counts[:20], gene_ids=ids, strand="+")
     b = with_var(tmp_path / "b.h5ad", counts[20:].set_axis(ids, axis=1))
     for features in ([], ["intersection"], ["union"]):
         with pytest.raises(DataError, match="share no feature") as caught:
-            build(tmp_path / "x.zarr", a, b, features=features)
+            convert_files(tmp_path / "x.zarr", a, b, features=features)
         for told in (
             "names (g0, g1, g2 ... and 3 more) and Ensembl ids (",
             "--feature-ids rna=COLUMN",
             "a.h5ad: gene_ids, strand; of b",
         ):
             assert told in str(caught.value)
-    store = build(tmp_path / "s.zarr", a, b, ids=["rna=gene_ids"])
-    same(held(store, "rna"), counts.set_axis(ids, axis=1))
+    store = convert_files(tmp_path / "s.zarr", a, b, ids=["rna=gene_ids"])
+    assert_same_counts(read_counts(store, "rna"), counts.set_axis(ids, axis=1))
     assert [item["names"] for item in store.manifest.provenance["inputs"]] == [
         "gene_ids",
         "var_names",
     ]
     assert "named by gene_ids" in inspect.format_facts(inspect.collect_facts(tmp_path / "s.zarr"))
     with pytest.raises(DataError, match="no file has the column of var asked for") as caught:
-        build(tmp_path / "y.zarr", a, b, ids=["ensembl"])
+        convert_files(tmp_path / "y.zarr", a, b, ids=["ensembl"])
     assert "columns: gene_ids, strand" in str(caught.value)
 
 
 @pytest.mark.parametrize("together", ["intersection", "union"])
 def test_files_that_name_few_genes_alike_are_refused(tmp_path: Path, together: str) -> None:
     """Where a gene has no symbol, many annotations call it by its id."""
-    one = frame(20, 10)
-    two = frame(20, 10, 1, cells="d").rename(columns={f"g{i}": f"ENSG0000{i}" for i in range(10)})
+    one = make_counts(20, 10)
+    two = make_counts(20, 10, 1, cells="d").rename(
+        columns={f"g{i}": f"ENSG0000{i}" for i in range(10)}
+    )
     one = one.rename(columns={"g8": "ENSG00008", "g9": "ENSG00009"})
     files = [f"rna={write_h5ad(tmp_path / f'{i}.h5ad', x)}" for i, x in enumerate((one, two))]
     with pytest.raises(
         DataError, match=r"share 2 features alone(.|\n)*names(.|\n)*Ensembl ids(.|\n)*--feature-ids"
     ):
-        build(tmp_path / "s.zarr", *files, features=[together])
+        convert_files(tmp_path / "s.zarr", *files, features=[together])
     versions = two.rename(columns={f: f"{f}.3" for f in two.columns})
     write_h5ad(tmp_path / "0.h5ad", versions.rename(index=lambda c: f"e{c}"))
     with pytest.raises(DataError, match=r"Ensembl ids with versions \("):
-        build(tmp_path / "s.zarr", *files, features=[together])
+        convert_files(tmp_path / "s.zarr", *files, features=[together])
 
 
 def test_names_that_are_empty_or_repeat_give_way(tmp_path: Path) -> None:
-    counts = frame(20, 6)
+    counts = make_counts(20, 6)
     given = with_var(tmp_path / "a.h5ad", counts, symbol=["A", "B", "A", None, "", "C"])
-    store = build(tmp_path / "s.zarr", given, ids=["ensembl_id,symbol"])
+    store = convert_files(tmp_path / "s.zarr", given, ids=["ensembl_id,symbol"])
     assert store.manifest.modalities["rna"].features == ["g0", "B", "g2", "g3", "g4", "C"]
 
 
 @pytest.mark.parametrize("form", ["h5", "mtx"])
 def test_ids_of_10x(tmp_path: Path, form: str) -> None:
-    counts, names = frame(30, 3, prefix="ENSG"), ["A", "B", "C"]
+    counts, names = make_counts(30, 3, prefix="ENSG"), ["A", "B", "C"]
     if form == "h5":
         path = write_10x(tmp_path / "a.h5", counts, ["Gene Expression"] * 3, names)
     else:
@@ -151,15 +156,17 @@ def test_ids_of_10x(tmp_path: Path, form: str) -> None:
         (["gene_ids"], list(counts.columns)),
         (["rna=gene_symbols"], names),
     ):
-        store = build(tmp_path / f"{len(ids)}{expected[0]}{'='.join(ids)}.zarr", str(path), ids=ids)
+        store = convert_files(
+            tmp_path / f"{len(ids)}{expected[0]}{'='.join(ids)}.zarr", str(path), ids=ids
+        )
         assert store.manifest.modalities["rna"].features == expected
 
 
 def test_panels_without_overlap_may_be_united(tmp_path: Path) -> None:
-    a, b = frame(10, 4, prefix="CD"), frame(10, 3, 1, "IG", "d")
+    a, b = make_counts(10, 4, prefix="CD"), make_counts(10, 3, 1, "IG", "d")
     given = [f"adt={write_h5ad(tmp_path / f'{n}.h5ad', c)}" for n, c in (("a", a), ("b", b))]
-    same(
-        held(build(tmp_path / "s.zarr", *given, features=["union"]), "adt"),
+    assert_same_counts(
+        read_counts(convert_files(tmp_path / "s.zarr", *given, features=["union"]), "adt"),
         pd.concat([a, b]).fillna(0),
     )
 
@@ -213,21 +220,23 @@ def test_files_with_other_peaks_meet_in_bins(tmp_path: Path) -> None:
             for n, c in (("a", a), ("b", b))
         ]
         with pytest.raises(DataError, match="share no feature"):
-            build(tmp_path / "x.zarr", *given, features=["same"])
-        store = build(tmp_path / f"{form.__name__}.zarr", *given, bins=["atac=1000"])
+            convert_files(tmp_path / "x.zarr", *given, features=["same"])
+        store = convert_files(tmp_path / f"{form.__name__}.zarr", *given, bins=["atac=1000"])
         names = ["chr1:0-1000", "chr1:1000-2000", "chr2:0-1000", "chr10:0-1000"]
         rows = [[300, 0, 0, 0], [1, 0, 5, 0], [3, 4, 0, 7]]
-        same(held(store, "atac"), pd.DataFrame(rows, ["c0", "c1", "d0"], names))
+        assert_same_counts(
+            read_counts(store, "atac"), pd.DataFrame(rows, ["c0", "c1", "d0"], names)
+        )
         assert inspect.collect_facts(store.root)["modalities"]["atac"]["non_zeros"] == 6
     assert "  atac: union of its files; bins of 1,000 bp\n" in inspect.format_facts(
         inspect.collect_facts(tmp_path / "asarray.zarr")
     )
-    new = build(
+    new = convert_files(
         tmp_path / "n.zarr", given[0], bins=["atac=1000"], features_from=tmp_path / "asarray.zarr"
     )
     assert new.manifest.modalities["atac"].features == names
     with pytest.raises(DataError, match="bins need the same `--bins`"):
-        build(
+        convert_files(
             tmp_path / "m.zarr",
             given[0],
             bins=["atac=500"],
@@ -249,7 +258,9 @@ def test_an_entry_given_twice_adds_up_past_its_type(tmp_path: Path, form: type) 
     ad.AnnData(matrix, pd.DataFrame(index=["a", "b"]), pd.DataFrame(index=list("xyz"))).write_h5ad(
         tmp_path / "a.h5ad"
     )
-    got = held(build(tmp_path / "s.zarr", f"rna={tmp_path / 'a.h5ad'}"), "rna").sort_index()
+    got = read_counts(
+        convert_files(tmp_path / "s.zarr", f"rna={tmp_path / 'a.h5ad'}"), "rna"
+    ).sort_index()
     assert got.to_numpy().tolist() == [[0, 300, 0], [1, 0, 0]]
 
 

@@ -15,7 +15,13 @@ from clue_dist.store.reader import Store
 from data_prep import inspect
 from data_prep.conversion import scatter
 from data_prep.readers import fragments
-from tests.unit.prep_helpers import build, frame, held, same, write_h5ad
+from tests.unit.prep_helpers import (
+    assert_same_counts,
+    convert_files,
+    make_counts,
+    read_counts,
+    write_h5ad,
+)
 
 WIDTH = 1000
 CELLS = [f"c{i}" for i in range(30)]
@@ -66,39 +72,41 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["fragments.tsv.gz", "fragments.tsv"])
 def test_counts_per_bin(tmp_path: Path, name: str, cut_sites: bool) -> None:
     path = write_fragments(tmp_path / name, make_fragments())
-    store = build(tmp_path / "s.zarr", f"atac={path}", bins=["atac=1000"], cut_sites=cut_sites)
-    same(held(store, "atac"), count_bins(make_fragments(), cut_sites))
+    store = convert_files(
+        tmp_path / "s.zarr", f"atac={path}", bins=["atac=1000"], cut_sites=cut_sites
+    )
+    assert_same_counts(read_counts(store, "atac"), count_bins(make_fragments(), cut_sites))
     facts = inspect.format_facts(inspect.collect_facts(tmp_path / "s.zarr"))
     assert f", {'cut sites' if cut_sites else 'fragments'} counted" in facts
-    alone = build(
+    alone = convert_files(
         tmp_path / "t.zarr", f"atac={path}", bins=["atac=1000"], cut_sites=cut_sites, workers=1
     )
     assert alone.fingerprint == store.fingerprint
 
 
 def test_only_cells_of_a_list_or_of_another_modality(tmp_path: Path) -> None:
-    table, rna = make_fragments(), frame(10, 6)
+    table, rna = make_fragments(), make_counts(10, 6)
     given = [
         f"atac={write_fragments(tmp_path / 'f.tsv.gz', table)}",
         f"rna={write_h5ad(tmp_path / 'r.h5ad', rna)}",
     ]
     wanted = count_bins(table[table["barcode"].isin(rna.index)])
     (tmp_path / "cells.tsv").write_text("".join(f"{b}\n" for b in [*rna.index, "nobody"]))
-    both = build(tmp_path / "b.zarr", *given, bins=["atac=1000"], barcodes=["atac=rna"])
+    both = convert_files(tmp_path / "b.zarr", *given, bins=["atac=1000"], barcodes=["atac=rna"])
     assert {name: s.n_cells for name, s in both.manifest.strata.items()} == {"atac+rna": 10}
-    same(held(both, "atac"), wanted)
-    alone = build(
+    assert_same_counts(read_counts(both, "atac"), wanted)
+    alone = convert_files(
         tmp_path / "a.zarr", given[0], bins=["atac=1000"], barcodes=[str(tmp_path / "cells.tsv")]
     )
-    same(held(alone, "atac"), wanted)
+    assert_same_counts(read_counts(alone, "atac"), wanted)
     with pytest.raises(
         DataError, match="neither a list of barcodes nor another modality"
     ) as caught:
-        build(tmp_path / "x.zarr", *given, bins=["atac=1000"], barcodes=["atac=adt"])
+        convert_files(tmp_path / "x.zarr", *given, bins=["atac=1000"], barcodes=["atac=adt"])
     assert "modalities with cells: rna" in str(caught.value)
     (tmp_path / "cells.tsv").write_text("ACGT-1\n")
     with pytest.raises(DataError, match="no fragment is of a cell that is wanted"):
-        build(
+        convert_files(
             tmp_path / "y.zarr",
             given[0],
             bins=["atac=1000"],
@@ -109,7 +117,7 @@ def test_only_cells_of_a_list_or_of_another_modality(tmp_path: Path) -> None:
 def test_lanes_and_peaks_come_together(tmp_path: Path) -> None:
     """Two lanes that reuse barcodes, the cells of each by its own RNA, beside a matrix of peaks."""
     lanes = {"one": make_fragments(seed=1), "two": make_fragments(seed=2)}
-    rna = {"one": frame(10, 6), "two": frame(5, 6, 1)}
+    rna = {"one": make_counts(10, 6), "two": make_counts(5, 6, 1)}
     peaks = pd.DataFrame({"chr1:100-300": [3], "chr3_5000_5100": [1]}, ["p0"])
     given = [
         f"{lane}:atac={write_fragments(tmp_path / f'{lane}.tsv.gz', table)}"
@@ -119,7 +127,9 @@ def test_lanes_and_peaks_come_together(tmp_path: Path) -> None:
         f"{lane}:rna={write_h5ad(tmp_path / f'{lane}.h5ad', table)}" for lane, table in rna.items()
     ]
     with_peaks = f"one:atac={write_h5ad(tmp_path / 'p.h5ad', peaks)}"
-    store = build(tmp_path / "s.zarr", *given, with_peaks, bins=["atac=1000"], barcodes=["rna"])
+    store = convert_files(
+        tmp_path / "s.zarr", *given, with_peaks, bins=["atac=1000"], barcodes=["rna"]
+    )
     parts = [
         count_bins(lanes[n][lanes[n]["barcode"].isin(rna[n].index)]).rename(f"{n}:{{}}".format)
         for n in lanes
@@ -130,10 +140,13 @@ def test_lanes_and_peaks_come_together(tmp_path: Path) -> None:
     )  # barcodes of a list may name their lane, or hold for every lane
     listed.write_text("".join(f"{lane}:{b}\n" for lane in lanes for b in rna[lane].index))
     flags = {"bins": ["atac=1000"], "barcodes": [f"atac={listed}"]}
-    assert build(tmp_path / "l.zarr", *given, with_peaks, **flags).fingerprint == store.fingerprint
-    stored = held(store, "atac")
+    assert (
+        convert_files(tmp_path / "l.zarr", *given, with_peaks, **flags).fingerprint
+        == store.fingerprint
+    )
+    stored = read_counts(store, "atac")
     assert set(stored.columns) == {b for part in parts for b in part.columns}
-    same(stored, pd.concat(parts).reindex(columns=stored.columns).fillna(0))
+    assert_same_counts(stored, pd.concat(parts).reindex(columns=stored.columns).fillna(0))
 
 
 def test_killed_while_counting_and_run_again(
@@ -145,7 +158,7 @@ def test_killed_while_counting_and_run_again(
         f"atac={write_fragments(tmp_path / f'{name}.tsv.gz', table)}"
         for name, table in files.items()
     ]
-    whole = build(tmp_path / "w.zarr", *given, bins=["atac=1000"])
+    whole = convert_files(tmp_path / "w.zarr", *given, bins=["atac=1000"])
     read_chunks, seen = fragments._read_chunks, []
 
     def count_calls(given: fragments.FragmentsInput, stop: int = 2) -> object:
@@ -156,13 +169,13 @@ def test_killed_while_counting_and_run_again(
 
     monkeypatch.setattr(fragments, "_read_chunks", count_calls)
     with pytest.raises(KeyboardInterrupt):
-        build(tmp_path / "s.zarr", *given, bins=["atac=1000"], workers=1)
+        convert_files(tmp_path / "s.zarr", *given, bins=["atac=1000"], workers=1)
     monkeypatch.setattr(fragments, "_read_chunks", lambda given: count_calls(given, 0))
     with pytest.raises(StoreError, match="a change of inputs"):
-        build(tmp_path / "s.zarr", *given, bins=["atac=1000"], cut_sites=True)
+        convert_files(tmp_path / "s.zarr", *given, bins=["atac=1000"], cut_sites=True)
     assert sorted(seen) == ["a.tsv.gz", "b.tsv.gz"]
     failed = seen[1]
-    again = build(tmp_path / "s.zarr", *given, bins=["atac=1000"])
+    again = convert_files(tmp_path / "s.zarr", *given, bins=["atac=1000"])
     assert seen[2:] == [failed]
     assert again.fingerprint == whole.fingerprint == Store(tmp_path / "s.zarr").fingerprint
 
@@ -188,7 +201,7 @@ def test_what_is_no_fragment(tmp_path: Path) -> None:
     for name, (text, message) in broken.items():
         (tmp_path / name).write_text(text)
         with pytest.raises(DataError, match=message):
-            build(tmp_path / "x.zarr", f"atac={tmp_path / name}", bins=["atac=1000"])
+            convert_files(tmp_path / "x.zarr", f"atac={tmp_path / name}", bins=["atac=1000"])
     whole = write_fragments(tmp_path / "cut.tsv.gz", make_fragments(5000)).read_bytes()
     for damaged in (
         whole[: len(whole) // 2],
@@ -196,31 +209,35 @@ def test_what_is_no_fragment(tmp_path: Path) -> None:
     ):  # no such type of block
         (tmp_path / "cut.tsv.gz").write_bytes(damaged)
         with pytest.raises(DataError, match="cannot be read to their end"):
-            build(tmp_path / "x.zarr", f"atac={tmp_path / 'cut.tsv.gz'}", bins=["atac=1000"])
+            convert_files(
+                tmp_path / "x.zarr", f"atac={tmp_path / 'cut.tsv.gz'}", bins=["atac=1000"]
+            )
     for empty in ("", "# only\n# comments\n"):
         (tmp_path / "empty.tsv.gz").write_bytes(gzip.compress(empty.encode()))
         with pytest.raises(DataError, match="cannot be read as fragments"):
-            build(tmp_path / "x.zarr", f"atac={tmp_path / 'empty.tsv.gz'}", bins=["atac=1000"])
+            convert_files(
+                tmp_path / "x.zarr", f"atac={tmp_path / 'empty.tsv.gz'}", bins=["atac=1000"]
+            )
     assert not list(tmp_path.glob("x.zarr*"))
 
 
 def test_flags_that_do_not_fit(tmp_path: Path) -> None:
     path, rna = (
         write_fragments(tmp_path / "f.tsv.gz", make_fragments(50)),
-        write_h5ad(tmp_path / "r.h5ad", frame(5, 5)),
+        write_h5ad(tmp_path / "r.h5ad", make_counts(5, 5)),
     )
     out = tmp_path / "x.zarr"
     with pytest.raises(DataError, match=r"how wide\?(.|\n)*--bins atac=5000"):
-        build(out, f"atac={path}")
+        convert_files(out, f"atac={path}")
     with pytest.raises(DataError, match="write it as `atac="):
-        build(out, str(path), bins=["atac=1000"])
+        convert_files(out, str(path), bins=["atac=1000"])
     with pytest.raises(DataError, match="fragments are of kind atac"):
-        build(out, f"rna={path}")
+        convert_files(out, f"rna={path}")
     for flags in ({"cut_sites": True}, {"barcodes": ["rna"]}):
         with pytest.raises(DataError, match="no input is a fragments file"):
-            build(out, f"rna={rna}", **flags)
+            convert_files(out, f"rna={rna}", **flags)
     with pytest.raises(DataError, match="no such modality"):
-        build(out, f"rna={rna}", f"atac={path}", bins=["atac=1000"], barcodes=["rna=atac"])
+        convert_files(out, f"rna={rna}", f"atac={path}", bins=["atac=1000"], barcodes=["rna=atac"])
 
 
 @pytest.mark.parametrize(
@@ -236,15 +253,15 @@ def test_places_beyond_every_chromosome_are_refused(tmp_path: Path, place: str, 
     path = write_fragments(tmp_path / "fragments.tsv", make_fragments(50))
     path.write_text(f"{path.read_text()}chr1\t{place}\tc0\t1\n")
     with pytest.raises(DataError, match=said):
-        build(tmp_path / "s.zarr", f"atac={path}", bins=["atac=1000"])
+        convert_files(tmp_path / "s.zarr", f"atac={path}", bins=["atac=1000"])
 
 
 @pytest.mark.parametrize(
     "name", ["chr1:5-" + "9" * 20, f"chr1:{9 * 10**18}-{9 * 10**18 + 10}", "chr1:٣-٩"]
 )
 def test_peaks_beyond_every_chromosome_are_not_binned(tmp_path: Path, name: str) -> None:
-    peaks = frame(20, 2)
+    peaks = make_counts(20, 2)
     peaks.columns = ["chr²:5-9", name]
     path = write_h5ad(tmp_path / "a.h5ad", peaks)
     with pytest.raises(DataError, match="1 features are not named as regions"):
-        build(tmp_path / "s.zarr", f"atac={path}", bins=["atac=1000"])
+        convert_files(tmp_path / "s.zarr", f"atac={path}", bins=["atac=1000"])

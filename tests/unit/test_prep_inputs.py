@@ -8,9 +8,9 @@ import pytest
 
 from clue_dist.errors import DataError
 from tests.unit.prep_helpers import (
-    anndata_of,
-    build,
-    frame,
+    convert_files,
+    make_anndata,
+    make_counts,
     write_10x,
     write_h5ad,
 )
@@ -19,7 +19,7 @@ from tests.unit.prep_helpers import (
 def test_inputs_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "text.h5ad").write_text("no HDF5")
     (tmp_path / "empty").mkdir()
-    write_h5ad(tmp_path / "a.h5ad", frame(5, 5))
+    write_h5ad(tmp_path / "a.h5ad", make_counts(5, 5))
     cut = (tmp_path / "a.h5ad").read_bytes()
     (tmp_path / "cut.h5ad").write_bytes(cut[: len(cut) // 2])
     cases = {
@@ -33,22 +33,22 @@ def test_inputs_that_cannot_be_read(tmp_path: Path) -> None:
     }
     for given, message in cases.items():
         with pytest.raises(DataError, match=message):
-            build(tmp_path / "s.zarr", given)
+            convert_files(tmp_path / "s.zarr", given)
 
 
 def test_layers_and_kinds_of_no_modality_are_refused(tmp_path: Path) -> None:
-    adata = anndata_of(frame(20, 8))
+    adata = make_anndata(make_counts(20, 8))
     adata.layers["counts"] = adata.X.copy()
     adata.write_h5ad(tmp_path / "a.h5ad")
     given = f"rna={tmp_path / 'a.h5ad'}"
-    tenx = write_10x(tmp_path / "b.h5", frame(20, 8), ["Gene Expression"] * 8)
+    tenx = write_10x(tmp_path / "b.h5", make_counts(20, 8), ["Gene Expression"] * 8)
     out = tmp_path / "s.zarr"
     with pytest.raises(DataError, match=r"where: --layer\n  got: rnaa\n  expected: rna"):
-        build(out, given, layers=("rnaa=counts",))
+        convert_files(out, given, layers=("rnaa=counts",))
     with pytest.raises(DataError, match=r"where: --kind\n  got: foo\n  expected: rna"):
-        build(out, given, kinds={"foo": "rna"})
+        convert_files(out, given, kinds={"foo": "rna"})
     for layers in (("counts", "other"), ("rna=counts", "rna=other")):
         with pytest.raises(DataError, match="two layers"):
-            build(out, given, layers=layers)
+            convert_files(out, given, layers=layers)
     with pytest.raises(DataError, match="no input has layers"):
-        build(out, str(tenx), layers=("counts",))
+        convert_files(out, str(tenx), layers=("counts",))

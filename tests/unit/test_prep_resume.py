@@ -22,7 +22,7 @@ from clue_dist.store.reader import Store
 from data_prep.check import check_store
 from data_prep.conversion import gather, scatter
 from data_prep.jobs.workers import Progress, ThreadPool, open_pool
-from tests.unit.prep_helpers import anndata_of, build, frame, write_h5ad, write_h5mu
+from tests.unit.prep_helpers import convert_files, make_anndata, make_counts, write_h5ad, write_h5mu
 
 REPO = Path(__file__).parents[2]
 TASK_ENTRIES, SHARD_BYTES, BLOCK = 400, 1, 4  # about 20 spools and 10 shards
@@ -76,9 +76,9 @@ def run_victim(
 def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(scatter, "TASK_ENTRIES", TASK_ENTRIES)
     monkeypatch.setattr(layout, "SHARD_BYTES", SHARD_BYTES)
-    rna, adt = frame(500, 40), frame(500, 8, 1, "p", density=0.8)
+    rna, adt = make_counts(500, 40), make_counts(500, 8, 1, "p", density=0.8)
     return str(
-        write_h5mu(tmp_path / "in.h5mu", rna=anndata_of(rna[:400]), adt=anndata_of(adt[100:]))
+        write_h5mu(tmp_path / "in.h5mu", rna=make_anndata(rna[:400]), adt=make_anndata(adt[100:]))
     )
 
 
@@ -98,7 +98,7 @@ def test_killed_and_run_again(
         _counting(monkeypatch, scatter, "_scatter_rows"),
         _counting(monkeypatch, gather, "_gather_shard"),
     )
-    whole = build(tmp_path / "whole.zarr", given, block_cells=BLOCK)
+    whole = convert_files(tmp_path / "whole.zarr", given, block_cells=BLOCK)
     n_spools, n_shards = every[0][0], every[1][0]
     assert n_spools > 10
     assert n_shards > 5
@@ -114,7 +114,7 @@ def test_killed_and_run_again(
         _counting(monkeypatch, scatter, "_scatter_rows"),
         _counting(monkeypatch, gather, "_gather_shard"),
     )
-    again = build(out, given, block_cells=BLOCK, workers=1)
+    again = convert_files(out, given, block_cells=BLOCK, workers=1)
     assert again.fingerprint == whole.fingerprint
     assert redone[1][0] == n_shards - len(written)
     assert redone[0][0] == n_spools - len(spooled)
@@ -132,9 +132,12 @@ def test_killed_and_run_again(
     ],
 )
 def test_killed_while_cells_are_joined(tmp_path: Path, given: str, place: str, n: int) -> None:
-    whole, out = build(tmp_path / "whole.zarr", given, block_cells=BLOCK), tmp_path / "s.zarr"
+    whole, out = (
+        convert_files(tmp_path / "whole.zarr", given, block_cells=BLOCK),
+        tmp_path / "s.zarr",
+    )
     assert run_victim(out, given, place, n).returncode == -signal.SIGKILL
-    assert build(out, given, block_cells=BLOCK, workers=1).fingerprint == whole.fingerprint
+    assert convert_files(out, given, block_cells=BLOCK, workers=1).fingerprint == whole.fingerprint
 
 
 def _counting(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str) -> list[int]:
@@ -157,7 +160,7 @@ def test_spools_that_are_there_are_not_made_again(
         == -signal.SIGKILL
     )
     calls = _counting(monkeypatch, scatter, "_scatter_rows")
-    build(tmp_path / "s.zarr", given, block_cells=BLOCK)
+    convert_files(tmp_path / "s.zarr", given, block_cells=BLOCK)
     assert calls == [0]
 
 
@@ -168,7 +171,7 @@ def test_killed_after_the_commit(tmp_path: Path, given: str) -> None:
         parents=True
     )  # what is left if the clean-up was killed
     with pytest.raises(StoreError, match="something is already there"):
-        build(out, given, block_cells=BLOCK)
+        convert_files(out, given, block_cells=BLOCK)
     assert not (tmp_path / "s.zarr.partial").exists()
     assert check_store(out) == []
 
@@ -181,39 +184,42 @@ def test_a_full_disk_is_loud_and_can_be_mended(tmp_path: Path, given: str) -> No
         assert "disk" in failed.stderr
         assert "Traceback" not in failed.stderr
         assert not out.exists()
-    again = build(out, given, block_cells=BLOCK)
-    assert again.fingerprint == build(tmp_path / "whole.zarr", given, block_cells=BLOCK).fingerprint
+    again = convert_files(out, given, block_cells=BLOCK)
+    assert (
+        again.fingerprint
+        == convert_files(tmp_path / "whole.zarr", given, block_cells=BLOCK).fingerprint
+    )
 
 
 def test_another_job_is_refused(tmp_path: Path, given: str) -> None:
     out = tmp_path / "s.zarr"
     run_victim(out, given, "data_prep.convert.settle_strata", 1)
     with pytest.raises(StoreError, match="a change of options") as caught:
-        build(out, given, block_cells=BLOCK, seed=1)
+        convert_files(out, given, block_cells=BLOCK, seed=1)
     assert "remove s.zarr.partial" in str(caught.value)
-    write_h5mu(tmp_path / "in.h5mu", rna=anndata_of(frame(30, 40)))
+    write_h5mu(tmp_path / "in.h5mu", rna=make_anndata(make_counts(30, 40)))
     with pytest.raises(StoreError, match="a change of inputs"):
-        build(out, given, block_cells=BLOCK)
+        convert_files(out, given, block_cells=BLOCK)
 
 
 def test_a_mistake_in_the_inputs_leaves_nothing_behind(tmp_path: Path) -> None:
-    counts = frame(20, 10).astype(float)
+    counts = make_counts(20, 10).astype(float)
     for broken in (True, False):
         counts.iloc[4, 2] = 0.5 if broken else 1
         path = write_h5ad(tmp_path / "a.h5ad", counts)
         if broken:
             with pytest.raises(DataError, match="counts must be raw"):
-                build(tmp_path / "s.zarr", f"rna={path}")
+                convert_files(tmp_path / "s.zarr", f"rna={path}")
             assert [p.name for p in tmp_path.iterdir()] == ["a.h5ad"]
         else:
-            build(tmp_path / "s.zarr", f"rna={path}")
+            convert_files(tmp_path / "s.zarr", f"rna={path}")
 
 
 def test_what_a_worker_still_writes_after_a_mistake_is_nobodys(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One file has a bad value while a worker of a cluster, which nobody waits for, reads the other."""
-    good, bad = frame(30, 10, 1, cells="d"), frame(20, 10).astype(float)
+    good, bad = make_counts(30, 10, 1, cells="d"), make_counts(20, 10).astype(float)
     bad.iloc[4, 2] = 0.5
     files = [
         f"rna={write_h5ad(tmp_path / name, x)}"
@@ -231,7 +237,7 @@ def test_what_a_worker_still_writes_after_a_mistake_is_nobodys(
 
     monkeypatch.setattr(scatter, "write_spool", late)
     with pytest.raises(DataError, match="counts must be raw"):
-        build(tmp_path / "s.zarr", *files)
+        convert_files(tmp_path / "s.zarr", *files)
     assert not (tmp_path / "s.zarr.partial").exists()
     failed.set()
     for thread in threads:
@@ -240,10 +246,10 @@ def test_what_a_worker_still_writes_after_a_mistake_is_nobodys(
     monkeypatch.undo()
     write_h5ad(tmp_path / "bad.h5ad", bad.round() + 1)
     other = write_h5ad(tmp_path / "good.h5ad", good.iloc[:, :7])
-    stored = build(tmp_path / "s.zarr", files[0], f"rna={other}", features=["intersection"])
+    stored = convert_files(tmp_path / "s.zarr", files[0], f"rna={other}", features=["intersection"])
     assert (
         stored.fingerprint
-        == build(tmp_path / "one.zarr", *files, features=["intersection"]).fingerprint
+        == convert_files(tmp_path / "one.zarr", *files, features=["intersection"]).fingerprint
     )
     assert stored.manifest.modalities["rna"].n_features == 7
 
@@ -271,7 +277,7 @@ def test_what_killed_writers_leave_is_swept(tmp_path: Path, given: str) -> None:
     (store,) = (tmp_path / "s.zarr.partial").glob("*/store")
     (store / "zarr.0123.partial").write_text("{")
     (next(store.rglob("c")) / "0.__lock").write_text("")
-    build(out, given, block_cells=BLOCK)
+    convert_files(out, given, block_cells=BLOCK)
     assert check_store(out) == []
 
 
@@ -280,12 +286,12 @@ def test_two_at_once_are_refused(tmp_path: Path, given: str) -> None:
     with (tmp_path / "s.zarr.partial" / "lock").open("w") as job:
         fcntl.flock(job, fcntl.LOCK_EX)
         with pytest.raises(StoreError, match="another conversion is writing here"):
-            build(tmp_path / "s.zarr", given)
+            convert_files(tmp_path / "s.zarr", given)
 
 
 def test_any_number_of_workers(tmp_path: Path, given: str) -> None:
     one, three = (
-        build(tmp_path / f"{n}.zarr", given, block_cells=BLOCK, workers=n).fingerprint
+        convert_files(tmp_path / f"{n}.zarr", given, block_cells=BLOCK, workers=n).fingerprint
         for n in (1, 3)
     )
     assert one == three
@@ -317,7 +323,7 @@ def test_no_scheduler_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_provenance_tells_base_names_only(tmp_path: Path, given: str) -> None:
-    provenance = build(tmp_path / "s.zarr", given).manifest.provenance
+    provenance = convert_files(tmp_path / "s.zarr", given).manifest.provenance
     assert [item["file"] for item in provenance["inputs"]] == ["in.h5mu/mod/rna", "in.h5mu/mod/adt"]
     assert str(tmp_path) not in json.dumps(provenance)
 

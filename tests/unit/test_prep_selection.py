@@ -17,7 +17,15 @@ from data_prep import inspect
 from data_prep.conversion import scatter
 from data_prep.convert import format_conversion
 from data_prep.features import selection, seurat_v3
-from tests.unit.prep_helpers import anndata_of, build, frame, held, same, write_h5ad, write_h5mu
+from tests.unit.prep_helpers import (
+    assert_same_counts,
+    convert_files,
+    make_anndata,
+    make_counts,
+    read_counts,
+    write_h5ad,
+    write_h5mu,
+)
 
 REPO = Path(__file__).parents[2]
 
@@ -118,12 +126,12 @@ def test_the_most_variable_genes_within_batches(
         f"rna={write_h5ad(tmp_path / f'{i}.h5ad', counts[p].iloc[:, :: 1 - 2 * i], form, batch=names[p])}"
         for i, p in enumerate(parts)
     ]
-    store = build(tmp_path / "s.zarr", *given, top=["rna=60"])
+    store = convert_files(tmp_path / "s.zarr", *given, top=["rna=60"])
     kept = store.manifest.modalities["rna"].features
     wanted = published_best(counts.to_numpy(), batch, 60)
     assert len(wanted & {int(g[1:]) for g in kept}) >= 59
     assert kept == [g for g in counts.columns if g in set(kept)]
-    same(held(store, "rna"), counts[kept][counts[kept].sum(axis=1) > 0])
+    assert_same_counts(read_counts(store, "rna"), counts[kept][counts[kept].sum(axis=1) > 0])
     assert "rna: 60 of 400 features, most variable within 3 batches" in format_conversion(
         store.manifest
     )
@@ -132,7 +140,9 @@ def test_the_most_variable_genes_within_batches(
     )
     if task == 2000:
         for workers in (1, 3):
-            again = build(tmp_path / f"{workers}.zarr", *given, top=["rna=60"], workers=workers)
+            again = convert_files(
+                tmp_path / f"{workers}.zarr", *given, top=["rna=60"], workers=workers
+            )
             assert again.fingerprint == store.fingerprint
 
 
@@ -145,25 +155,25 @@ def test_batches_are_told_apart(tmp_path: Path) -> None:
     for named, there in ((batch.astype(str), False), (None, True)):
         obs = {} if named is None else {"batch": named}
         path = write_h5ad(tmp_path / f"{there}.h5ad", counts, **obs)
-        store = build(tmp_path / f"{there}.zarr", f"rna={path}", top=["rna=20"])
+        store = convert_files(tmp_path / f"{there}.zarr", f"rna={path}", top=["rna=20"])
         assert ("shifted" in store.manifest.modalities["rna"].features) == there
 
 
 def test_the_most_accessible_peaks(tmp_path: Path) -> None:
     """By the number of cells with any count, not by counts; ties by their order."""
-    counts = frame(200, 50, prefix="chr1:10-")
+    counts = make_counts(200, 50, prefix="chr1:10-")
     counts.iloc[:, 7] = 0
     counts.iloc[0, 7] = 1000
     counts["chr1:10-98"], counts["chr1:10-99"] = 1, 1
     paths = [write_h5ad(tmp_path / f"{i}.h5ad", counts[i * 120 : (i + 1) * 120]) for i in range(2)]
-    store = build(tmp_path / "s.zarr", *(f"atac={p}" for p in paths), top=["atac=20"])
+    store = convert_files(tmp_path / "s.zarr", *(f"atac={p}" for p in paths), top=["atac=20"])
     best = (counts > 0).sum().sort_values(ascending=False, kind="stable").index[:20]
     kept = store.manifest.modalities["atac"].features
     assert kept == [name for name in counts.columns if name in set(best)]
     assert "chr1:10-7" not in kept
-    one = build(tmp_path / "o.zarr", *(f"atac={p}" for p in paths), top=["atac=1"])
+    one = convert_files(tmp_path / "o.zarr", *(f"atac={p}" for p in paths), top=["atac=1"])
     assert one.manifest.modalities["atac"].features == ["chr1:10-98"]
-    binned = build(
+    binned = convert_files(
         tmp_path / "b.zarr", *(f"atac={p}" for p in paths), bins=["atac=10"], top=["atac=3"]
     )
     middles = ((10 + counts.columns.str.split("-").str[1].astype(int)) // 2) // 10
@@ -177,11 +187,11 @@ def test_the_most_accessible_peaks(tmp_path: Path) -> None:
 
 
 def test_more_than_there_are_keeps_all(tmp_path: Path) -> None:
-    rna, atac = frame(40, 10), frame(40, 10, 1, "chr1:5-")
-    path = write_h5mu(tmp_path / "a.h5mu", rna=anndata_of(rna), atac=anndata_of(atac))
-    plain = build(tmp_path / "p.zarr", str(path))
+    rna, atac = make_counts(40, 10), make_counts(40, 10, 1, "chr1:5-")
+    path = write_h5mu(tmp_path / "a.h5mu", rna=make_anndata(rna), atac=make_anndata(atac))
+    plain = convert_files(tmp_path / "p.zarr", str(path))
     assert (
-        build(tmp_path / "s.zarr", str(path), top=["rna=99", "atac=99"]).fingerprint
+        convert_files(tmp_path / "s.zarr", str(path), top=["rna=99", "atac=99"]).fingerprint
         == plain.fingerprint
     )
 
@@ -194,7 +204,7 @@ def test_empty_cells_do_not_count(tmp_path: Path) -> None:
     for name, more in (("without", empty[:0]), ("with", empty)):
         obs = {"batch": np.append(batch, np.zeros(len(more), int)).astype(str)}
         path = write_h5ad(tmp_path / f"{name}.h5ad", pd.concat([counts, more]), **obs)
-        stores.append(build(tmp_path / f"{name}.zarr", f"rna={path}", top=["rna=60"]))
+        stores.append(convert_files(tmp_path / f"{name}.zarr", f"rna={path}", top=["rna=60"]))
     assert stores[0].manifest.modalities == stores[1].manifest.modalities
 
 
@@ -204,12 +214,12 @@ def test_few_cells_and_genes_alike(tmp_path: Path) -> None:
         np.eye(5, 8, dtype=int) * 3, [f"c{i}" for i in range(5)], [f"g{j}" for j in range(8)]
     )
     path = write_h5ad(tmp_path / "a.h5ad", counts, batch=["b", "b", "b", "b", "alone"])
-    store = build(tmp_path / "s.zarr", f"rna={path}", top=["rna=3"])
+    store = convert_files(tmp_path / "s.zarr", f"rna={path}", top=["rna=3"])
     assert store.manifest.modalities["rna"].features == ["g0", "g1", "g2"]
     assert store.manifest.provenance["selected"]["rna"]["by"] == "most variable within 1 batches"
     path = write_h5ad(tmp_path / "b.h5ad", counts, batch=list("abcde"))
     with pytest.raises(DataError, match="no batch has cells enough"):
-        build(tmp_path / "x.zarr", f"rna={path}", top=["rna=3"])
+        convert_files(tmp_path / "x.zarr", f"rna={path}", top=["rna=3"])
 
 
 # Ends itself without warning at its n-th file of sums.
@@ -259,10 +269,12 @@ def test_killed_while_selecting_and_run_again(
         selection, "_add_up_rows", lambda task: (calls.append(task.out.parent.name), real(task))[1]
     )
     with pytest.raises(StoreError, match="a change of features"):
-        build(out, given, top=["rna=51"])
+        convert_files(out, given, top=["rna=51"])
     n = len(list((tmp_path / "s.zarr.partial").rglob("select/rna/sums/*.npz")))
-    again = build(out, given, top=["rna=50"])
+    again = convert_files(out, given, top=["rna=50"])
     assert 5 < n < 20
     assert set(calls) == {"clip"}
     assert len(calls) < n
-    assert again.fingerprint == build(tmp_path / "w.zarr", given, top=["rna=50"]).fingerprint
+    assert (
+        again.fingerprint == convert_files(tmp_path / "w.zarr", given, top=["rna=50"]).fingerprint
+    )

@@ -17,7 +17,14 @@ from data_prep.conversion import scatter
 from data_prep.convert import ConversionOptions, convert_inputs
 from data_prep.jobs.workers import ThreadPool
 from data_prep.simulate import SimulationSpec, parse_features
-from tests.unit.prep_helpers import build, codes_of, frame, held, same, write_h5ad
+from tests.unit.prep_helpers import (
+    assert_same_counts,
+    convert_files,
+    make_counts,
+    read_counts,
+    read_field,
+    write_h5ad,
+)
 
 SPEC = SimulationSpec.from_features(
     {"rna": 300, "adt": 20, "atac": 500, "x": 15},
@@ -78,11 +85,11 @@ def test_zarr_and_h5mu_hold_the_same_cells(tmp_path: Path, monkeypatch: pytest.M
     convert_inputs(spec.build_sources(), tmp_path / "a.zarr", ConversionOptions(), ThreadPool(2))
     simulate.write_h5mu(spec, tmp_path / "b.h5mu")
     monkeypatch.setattr(scatter, "TASK_ENTRIES", 700)
-    other = build(tmp_path / "b.zarr", str(tmp_path / "b.h5mu"))
+    other = convert_files(tmp_path / "b.zarr", str(tmp_path / "b.h5mu"))
     assert Store(tmp_path / "a.zarr").fingerprint == other.fingerprint
     whole = mudata.read(tmp_path / "b.h5mu")
-    same(held(other, "rna"), whole["rna"].to_df())
-    assert codes_of(other, "batch") == {
+    assert_same_counts(read_counts(other, "rna"), whole["rna"].to_df())
+    assert read_field(other, "batch") == {
         c: b for part in whole.mod.values() for c, b in part.obs["batch"].items()
     }
     cells = np.array([int(name[4:]) for name in whole.obs_names])
@@ -140,9 +147,9 @@ def test_memory_follows_the_tasks_and_not_the_cells(
     monkeypatch.setattr(layout, "SHARD_BYTES", 2**16)
 
     def peak(n: int, form: object) -> float:
-        path = write_h5ad(tmp_path / f"{n}{form.__name__}.h5ad", frame(n, 200), form)  # type: ignore[attr-defined]
+        path = write_h5ad(tmp_path / f"{n}{form.__name__}.h5ad", make_counts(n, 200), form)  # type: ignore[attr-defined]
         tracemalloc.start()
-        build(tmp_path / f"{n}{form.__name__}.zarr", f"rna={path}", workers=1)  # type: ignore[attr-defined]
+        convert_files(tmp_path / f"{n}{form.__name__}.zarr", f"rna={path}", workers=1)  # type: ignore[attr-defined]
         top = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return top

@@ -29,7 +29,7 @@ from data_prep.jobs.workers import ThreadPool, open_pool
 from data_prep.simulate import SimulationSpec, draw_measurements
 from data_prep.svd import SvdOptions, compute_svd
 from tests.stores import make_store
-from tests.unit.prep_helpers import build, frame, write_h5ad
+from tests.unit.prep_helpers import convert_files, make_counts, write_h5ad
 from tests.unit.test_prep_cluster import Cluster
 
 REPO = Path(__file__).parents[2]
@@ -115,10 +115,10 @@ def shallow(tmp_path_factory: pytest.TempPathFactory) -> Store:
     thinned = np.random.default_rng(0).binomial(
         draw_measurements(spec, 0, spec.list_cells(0)), 0.25
     )
-    counts = frame(3000, 1500)
+    counts = make_counts(3000, 1500)
     counts[:] = thinned
     folder = tmp_path_factory.mktemp("shallow")
-    return build(folder / "s.zarr", f"rna={write_h5ad(folder / 'in.h5ad', counts)}")
+    return convert_files(folder / "s.zarr", f"rna={write_h5ad(folder / 'in.h5ad', counts)}")
 
 
 def test_the_default_is_nearly_exact_where_the_spectrum_is_flat(shallow: Store) -> None:

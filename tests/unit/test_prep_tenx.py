@@ -12,10 +12,10 @@ import pytest
 from clue_dist.errors import DataError
 from data_prep.readers.matrix_market import MatrixMarketSource
 from tests.unit.prep_helpers import (
-    build,
-    frame,
-    held,
-    same,
+    assert_same_counts,
+    convert_files,
+    make_counts,
+    read_counts,
     shrink_tasks,
     write_10x,
     write_mtx,
@@ -38,22 +38,24 @@ def _write_tenx(tmp_path: Path, form: str, counts: pd.DataFrame, types: list[str
 
 @pytest.mark.parametrize("form", ["h5", "mtx", "mtx.gz"])
 def test_10x(tmp_path: Path, form: str) -> None:
-    counts = frame(80, 40, density=0.5)
+    counts = make_counts(80, 40, density=0.5)
     path = _write_tenx(tmp_path, form, counts, TYPES)
-    store = build(tmp_path / "s.zarr", str(path))
+    store = convert_files(tmp_path / "s.zarr", str(path))
     for name, columns in {"rna": slice(0, 20), "adt": slice(20, 26), "atac": slice(26, 40)}.items():
         expected = counts.iloc[:, columns]
-        same(held(store, name), expected[expected.sum(axis=1) > 0])
-    gex = build(tmp_path / "g.zarr", f"gex={path}")
-    same(held(gex, "gex"), counts.iloc[:, :20][counts.iloc[:, :20].sum(axis=1) > 0])
+        assert_same_counts(read_counts(store, name), expected[expected.sum(axis=1) > 0])
+    gex = convert_files(tmp_path / "g.zarr", f"gex={path}")
+    assert_same_counts(
+        read_counts(gex, "gex"), counts.iloc[:, :20][counts.iloc[:, :20].sum(axis=1) > 0]
+    )
     with pytest.raises(DataError, match="no features of this kind"):
-        build(tmp_path / "x.zarr", f"dense={path}")
+        convert_files(tmp_path / "x.zarr", f"dense={path}")
 
 
 def test_10x_names_that_repeat_take_their_id(tmp_path: Path) -> None:
-    counts = frame(30, 4, prefix="ENSG")
+    counts = make_counts(30, 4, prefix="ENSG")
     path = write_10x(tmp_path / "a.h5", counts, ["Gene Expression"] * 4, ["A", "B", "A", "C"])
-    assert build(tmp_path / "s.zarr", str(path)).manifest.modalities["rna"].features == [
+    assert convert_files(tmp_path / "s.zarr", str(path)).manifest.modalities["rna"].features == [
         "ENSG0",
         "B",
         "ENSG2",
@@ -66,7 +68,7 @@ def test_what_a_killed_worker_leaves_of_a_matrix_market_is_not_read(
     tmp_path: Path, n: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It dies as it is about to name the n-th folder, which is whole; then the task runs again."""
-    counts, scratch = frame(60, 20), tmp_path / "scratch"
+    counts, scratch = make_counts(60, 20), tmp_path / "scratch"
     rename, calls = Path.rename, iter(range(1, 99))
 
     def die_at_rename(self: Path, target: Path) -> Path:
@@ -86,16 +88,18 @@ def test_what_a_killed_worker_leaves_of_a_matrix_market_is_not_read(
 
 
 def test_old_genes_tsv(tmp_path: Path) -> None:
-    counts = frame(30, 8)
+    counts = make_counts(30, 8)
     folder = write_mtx(tmp_path / "folder", counts, ["-"] * 8, zipped=False)
     lines = (folder / "features.tsv").read_text().splitlines()
     (folder / "genes.tsv").write_text(
         "".join("\t".join(line.split("\t")[:2]) + "\n" for line in lines)
     )
     (folder / "features.tsv").unlink()
-    same(held(build(tmp_path / "s.zarr", f"rna={folder}"), "rna"), counts)
+    assert_same_counts(
+        read_counts(convert_files(tmp_path / "s.zarr", f"rna={folder}"), "rna"), counts
+    )
     with pytest.raises(DataError, match="write it as `rna=folder`"):
-        build(tmp_path / "x.zarr", str(folder))
+        convert_files(tmp_path / "x.zarr", str(folder))
 
 
 @pytest.mark.parametrize(
@@ -124,22 +128,22 @@ def test_old_genes_tsv(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_matrix_market(tmp_path: Path, old: str, new: str, message: str) -> None:
-    counts = frame(30, 8, density=1)
+    counts = make_counts(30, 8, density=1)
     counts.iloc[0, 0] = 5
     folder = write_mtx(tmp_path / "folder", counts, ["-"] * 8, zipped=False)
     text = (folder / "matrix.mtx").read_text()
     assert old in text
     (folder / "matrix.mtx").write_text(text.replace(old, new, 1))
     with pytest.raises(DataError, match=message):
-        build(tmp_path / "s.zarr", f"rna={folder}")
+        convert_files(tmp_path / "s.zarr", f"rna={folder}")
 
 
 @pytest.mark.parametrize("name", ["matrix.mtx.gz", "barcodes.tsv.gz", "features.tsv.gz"])
 @pytest.mark.parametrize("kept", [0, 10_000])
 def test_damaged_gzip(tmp_path: Path, name: str, kept: int) -> None:
     """Damage at the start of a file or behind its first lines."""
-    path = write_mtx(tmp_path / "folder", frame(30, 8), ["-"] * 8) / name
+    path = write_mtx(tmp_path / "folder", make_counts(30, 8), ["-"] * 8) / name
     no_such_block = b"\x07"  # of the types that gzip knows
     path.write_bytes(path.read_bytes()[:kept] + gzip.compress(b"")[:10] + no_such_block)
     with pytest.raises(DataError, match="cannot be read"):
-        build(tmp_path / "s.zarr", f"rna={path.parent}")
+        convert_files(tmp_path / "s.zarr", f"rna={path.parent}")

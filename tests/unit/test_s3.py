@@ -26,7 +26,7 @@ from data_prep.svd import SvdOptions, compute_svd
 from tests.fakes import dense
 from tests.s3 import S3, serve
 from tests.stores import make_store
-from tests.unit.prep_helpers import anndata_of, build, frame, write_h5mu
+from tests.unit.prep_helpers import convert_files, make_anndata, make_counts, write_h5mu
 
 SHARD = "strata/rna+adt/rna/codes/c/0/0"
 
@@ -117,13 +117,14 @@ def test_http_serves_a_public_store_too(
 
 
 def test_new_cells_take_their_features_from_a_url(s3: S3, tmp_path: Path) -> None:
-    trained = build(
-        tmp_path / "t.zarr", f"rna={write_h5mu(tmp_path / 't.h5mu', rna=anndata_of(frame(40, 12)))}"
+    trained = convert_files(
+        tmp_path / "t.zarr",
+        f"rna={write_h5mu(tmp_path / 't.h5mu', rna=make_anndata(make_counts(40, 12)))}",
     )
     assert isinstance(trained.root, Path)
     url = s3.upload(trained.root, "t.zarr")
-    new = write_h5mu(tmp_path / "q.h5mu", rna=anndata_of(frame(30, 9)))
-    query = build(tmp_path / "q.zarr", f"rna={new}", features_from=url)
+    new = write_h5mu(tmp_path / "q.h5mu", rna=make_anndata(make_counts(30, 9)))
+    query = convert_files(tmp_path / "q.zarr", f"rna={new}", features_from=url)
     assert query.manifest.modalities == trained.manifest.modalities
 
 

@@ -28,7 +28,7 @@ from tests.benchmarks.common import Bar, Result, Run
 from tests.benchmarks.damage.harm import KINDS, PLACES, Kind, damages, done
 from tests.benchmarks.damage.serve import Values, everything, wrong_values
 from tests.distributed.command import ROOT
-from tests.unit.prep_helpers import anndata_of, build, frame, write_h5mu
+from tests.unit.prep_helpers import convert_files, make_anndata, make_counts, write_h5mu
 
 DAMAGES, QUICK = 100, 12  # of each kind
 FOUND = Bar(
@@ -71,17 +71,17 @@ def store_in(folder: Path) -> Path:
     }
     parts = {}
     for seed, (name, mine) in enumerate(have.items()):
-        counts = frame(420, 30, seed, prefix=name)[mine]
+        counts = make_counts(420, 30, seed, prefix=name)[mine]
         values = {"atac": counts.clip(upper=1), "other": counts / 7}.get(name, counts)
         number = np.arange(mine.start, mine.stop)
         obs = {
             "batch": [f"batch-{i % 3}" for i in number],
             "cell_type": [f"type-{i % 5}" for i in number],
         }
-        parts[name] = anndata_of(values, **obs)
+        parts[name] = make_anndata(values, **obs)
     given = write_h5mu(folder / "cells.h5mu", **parts)
     with mock.patch.object(layout, "SHARD_BYTES", 1):  # so that few cells fill several shards
-        build(folder / "cells.zarr", str(given), block_cells=4, kinds={"other": "dense"})
+        convert_files(folder / "cells.zarr", str(given), block_cells=4, kinds={"other": "dense"})
     return folder / "cells.zarr"
 
 

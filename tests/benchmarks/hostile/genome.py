@@ -17,7 +17,7 @@ from tests.benchmarks.hostile.changes import CELLS
 from tests.benchmarks.hostile.hdf5 import in_bytes
 from tests.benchmarks.hostile.inputs import Holds, converted
 from tests.benchmarks.hostile.trial import Trial
-from tests.unit.prep_helpers import frame, write_h5ad
+from tests.unit.prep_helpers import make_counts, write_h5ad
 
 WIDTH = 1000
 LENGTH = 2**32  # base pairs: no chromosome has more
@@ -32,7 +32,7 @@ def ready(base: Path) -> None:
             f"chr{rng.integers(1, 4)}\t{start}\t{start + int(rng.integers(1, 1500))}\tc{cell}\t1"
         )
     (base / "fragments.tsv").write_text("# id=sample\n" + "\n".join(lines) + "\n")
-    peaks = frame(CELLS, 20)
+    peaks = make_counts(CELLS, 20)
     peaks.columns = [f"chr{j % 3 + 1}:{700 * j}-{700 * j + 500}" for j in range(20)]
     write_h5ad(base / "peaks.h5ad", peaks)
 

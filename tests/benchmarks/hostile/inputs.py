@@ -30,10 +30,10 @@ from tests.benchmarks.hostile.hdf5 import hdf5, in_bytes
 from tests.benchmarks.hostile.market import MTX, file_of
 from tests.benchmarks.hostile.trial import Trial, command, wrong
 from tests.unit.prep_helpers import (
-    anndata_of,
-    codes_of,
-    frame,
-    held,
+    make_anndata,
+    make_counts,
+    read_counts,
+    read_field,
     write_10x,
     write_h5ad,
     write_h5mu,
@@ -54,12 +54,14 @@ class Holds:
 
 
 def ready(base: Path) -> None:
-    counts = frame(CELLS, GENES)
+    counts = make_counts(CELLS, GENES)
     obs = {"batch": pd.Categorical([f"b{i % 3}" for i in range(CELLS)]), "cell_type": ["T"] * CELLS}
     for name, form in FORMS.items():
         write_h5ad(base / f"{name}.h5ad", counts, form, **obs)
-    proteins = frame(CELLS, 6, 1, "p")
-    write_h5mu(base / "m.h5mu", rna=anndata_of(counts, **obs), adt=anndata_of(proteins.iloc[10:]))
+    proteins = make_counts(CELLS, 6, 1, "p")
+    write_h5mu(
+        base / "m.h5mu", rna=make_anndata(counts, **obs), adt=make_anndata(proteins.iloc[10:])
+    )
     write_10x(base / "a.h5", counts, TYPES)
     write_mtx(base / "mtx", counts, TYPES, zipped=False)
     (base / "zipped").mkdir()
@@ -81,10 +83,12 @@ def converted(words: list[str], folder: Path, before: Holds, after: Callable[[],
         raise
     store, expected = Store(out), _read(after) or before
     problems = [
-        p for m in store.modalities if (p := _difference(held(store, m), expected.tables.get(m)))
+        p
+        for m in store.modalities
+        if (p := _difference(read_counts(store, m), expected.tables.get(m)))
     ]
     for name, values in expected.fields.items():
-        served = {cell: value for cell, value in codes_of(store, name).items() if cell in values}
+        served = {cell: value for cell, value in read_field(store, name).items() if cell in values}
         others = [
             f"{cell}: {value}, not {values[cell]}"
             for cell, value in served.items()

@@ -29,7 +29,7 @@ from clue_dist.train.setup import prepare_setup
 from tests.benchmarks.damage import serve
 from tests.benchmarks.hostile import spoil
 from tests.benchmarks.hostile.trial import command, wrong
-from tests.unit.prep_helpers import anndata_of, build, frame, write_h5ad, write_h5mu
+from tests.unit.prep_helpers import convert_files, make_anndata, make_counts, write_h5ad, write_h5mu
 
 Attempts = dict[str, Callable[[], object]]
 READ = frozenset({"serve", "inspect", "train"})
@@ -44,14 +44,16 @@ def ready(base: Path) -> None:
     have = {"rna": slice(0, 120), "adt": slice(0, 70), "other": slice(0, 70)}
     parts = {}
     for seed, (name, mine) in enumerate(have.items()):
-        counts = frame(120, 20, seed, prefix=name)[mine]
+        counts = make_counts(120, 20, seed, prefix=name)[mine]
         obs = {"batch": [f"batch-{i % 3}" for i in range(mine.stop)], "cell_type": "T"}
-        parts[name] = anndata_of(counts / 7 if name == "other" else counts, **obs)
+        parts[name] = make_anndata(counts / 7 if name == "other" else counts, **obs)
     with mock.patch.object(layout, "SHARD_BYTES", 1):
         given = write_h5mu(base / "cells.h5mu", **parts)
-        build(base / "s.zarr", str(given), block_cells=4, kinds={"other": "dense"}, workers=1)
+        convert_files(
+            base / "s.zarr", str(given), block_cells=4, kinds={"other": "dense"}, workers=1
+        )
     command("svd", base / "s.zarr", "--modality", "rna", "--components", 5, "--workers", 1)
-    write_h5ad(base / "more.h5ad", frame(10, 20, 7, prefix="rna", cells="new"))
+    write_h5ad(base / "more.h5ad", make_counts(10, 20, 7, prefix="rna", cells="new"))
 
 
 @lru_cache
