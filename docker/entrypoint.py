@@ -1,8 +1,9 @@
-"""Runs a command as the one that a container is for, and lets training save when the container is stopped.
+"""Runs the command of a container, and lets training save when the container is stopped.
 
-A stop reaches this process alone. It is handed to the ranks of launch/train.py: they save and leave with exit code 75,
-and the launcher and this process after them. The `deepspeed` command must not get it, it would die at once, and the
-container with it. A command that does not train gets the signal itself.
+A stop reaches this process alone. It is passed on to the ranks of launch/train.py: they save and
+leave with exit code 75, then the launcher ends, then this process. The `deepspeed` command must not
+get the signal: it would die at once, and the container with it. A command that does not train gets
+the signal itself.
 """
 
 import os
@@ -16,27 +17,25 @@ from types import FrameType
 
 import psutil
 
-STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def is_training_command(command: list[str]) -> bool:
-    """Whether this is Python running train.py itself, not a launcher that is told to."""
+    """Tell whether this is Python that runs train.py, and not a launcher that is given train.py."""
     script = next((word for word in command[1:] if not word.startswith("-")), "")
     return "python" in Path(command[0]).name and Path(script).name == "train.py"
 
 
-def count_ranks() -> list[psutil.Process]:
-    """Training processes that this one started, directly or through a launcher, which may be gone."""
-    found = []
+def find_ranks() -> list[psutil.Process]:
+    """Find the training processes that came of this one, even if their launcher has gone."""
+    ranks = []
     for process in psutil.process_iter(["cmdline"]):
         with suppress(ProcessLookupError):
-            if (
-                process.info["cmdline"]
-                and is_training_command(process.info["cmdline"])
-                and os.getsid(process.pid) == os.getsid(0)
-            ):
-                found.append(process)
-    return found
+            command = process.info["cmdline"]
+            trains = command and is_training_command(command)
+            if trains and os.getsid(process.pid) == os.getsid(0):
+                ranks.append(process)
+    return ranks
 
 
 def main() -> None:
@@ -45,20 +44,19 @@ def main() -> None:
     except OSError as error:
         sys.exit(f"error: cannot start {sys.argv[1]}: {error.strerror}")
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        training = count_ranks()
-        for rank in training:
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        ranks = find_ranks()
+        for rank in ranks:
             with suppress(psutil.NoSuchProcess):
                 rank.terminate()
-        if not training:
+        if not ranks:
             child.send_signal(number)
 
-    for number in STOPS:
-        signal.signal(number, stop)
+    for number in STOP_SIGNALS:
+        signal.signal(number, pass_on)
     code = child.wait()
-    while (
-        count_ranks()
-    ):  # saving, after a launcher that did not wait: with this process they would all be killed
+    # The launcher may end before the ranks have saved, and they would be killed with this process.
+    while find_ranks():
         time.sleep(0.2)
     sys.exit(code if code >= 0 else 128 - code)
 

@@ -1,10 +1,11 @@
-"""A launcher for tests: N ranks of a Python script on this machine, several times faster than `deepspeed`.
+"""A launcher for tests: N ranks of a script, several times faster to start than by `deepspeed`.
 
-python tests/ranks.py SERVER              listens at the socket SERVER until its own input ends
-python tests/ranks.py SERVER N SCRIPT ARGS
+    python tests/ranks.py SERVER                  listens at the socket SERVER until its input ends
+    python tests/ranks.py SERVER N SCRIPT ARGS    has the server start N ranks, and waits for them
 
-Ranks are forked from the server, which has imported all that they need: that is most of what a small run takes. They
-have its order of sets: whatever must not depend on that is compared with a process that was started by itself.
+Ranks are forked from the server, which has imported what they need: that is most of what a small
+run takes. All of them iterate over sets in the order of the server. What must not depend on that
+order is compared with a process that was started by itself.
 """
 
 from __future__ import annotations
@@ -22,51 +23,58 @@ import time
 from pathlib import Path
 
 # In this order: the first keeps DeepSpeed from compiling what the last imports.
-IMPORTED = ("clue_dist.train.loop", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer")
-PATIENCE = 20.0  # seconds for the other ranks once one has failed
-HUNG, GONE = 99, 98  # exit codes where one did not end by itself, where there is no telling
+PRELOADED = ("clue_dist.train.loop", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer")
+FAILURE_LIMIT = 20.0  # seconds for the other ranks to end, once one has failed
+HUNG, GONE = 99, 98  # exit codes where a rank did not end by itself, and where the server is gone
 
 
-def ask(server: str, words: list[str]) -> int:
-    """Have ranks run with this process's output, folder and environment; SIGTERM is passed on to them."""
-    with socket.socket(socket.AF_UNIX) as line:
-        line.connect(server)
-        request = (
-            json.dumps([int(words[0]), words[1:], os.getcwd(), dict(os.environ)]).encode() + b"\n"
-        )
-        sent = socket.send_fds(line, [request], [0, 1, 2])
-        line.sendall(request[sent:])
-        signal.signal(signal.SIGTERM, lambda number, _: line.sendall(bytes([number])))
-        code = line.recv(1)
-    if not code:
+def request_ranks(server: str, words: list[str]) -> int:
+    """Have the server start ranks with the output, folder and environment of this process.
+
+    SIGTERM is passed on to the ranks. Returns their exit code.
+    """
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(server)
+        fields = [int(words[0]), words[1:], os.getcwd(), dict(os.environ)]
+        request = json.dumps(fields).encode() + b"\n"
+        n_sent = socket.send_fds(connection, [request], [0, 1, 2])
+        connection.sendall(request[n_sent:])
+        signal.signal(signal.SIGTERM, lambda number, _: connection.sendall(bytes([number])))
+        reply = connection.recv(1)
+    if not reply:
         print("tests/ranks.py: the server is gone", file=sys.stderr)
-    return code[0] if code else GONE
+    return reply[0] if reply else GONE
 
 
-def serve(path: Path) -> int:
-    """A launcher of its own for each who asks."""
+def serve_requests(path: Path) -> int:
+    """Fork a launcher for each request, until the input of this process ends."""
     with socket.socket(socket.AF_UNIX) as server:
+        # The socket appears under its name once it listens, but requests wait for the imports.
         server.bind(str(path.with_suffix(".new")))
         server.listen()
         path.with_suffix(".new").rename(path)
-        for name in IMPORTED:
+        for name in PRELOADED:
             importlib.import_module(name)
         gc.freeze()  # so that ranks share the pages of all this
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the launchers
         while server in select.select([server, sys.stdin], [], [])[0]:
-            line, _ = server.accept()
+            connection, _ = server.accept()
             if os.fork() == 0:
                 server.close()
-                return answer(line)
-            line.close()
+                return answer_request(connection)
+            connection.close()
     return 0
 
 
-def answer(line: socket.socket) -> int:
+def answer_request(connection: socket.socket) -> int:
+    """Start the ranks that are asked for, and reply with their exit code.
+
+    In each of the ranks, which are forked here, this returns when the script has ended.
+    """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    request, outputs, *_ = socket.recv_fds(line, 1 << 16, 3)
+    request, outputs, *_ = socket.recv_fds(connection, 1 << 16, 3)
     while not request.endswith(b"\n"):
-        more = line.recv(1 << 16)
+        more = connection.recv(1 << 16)
         if not more:
             return GONE
         request += more
@@ -77,65 +85,70 @@ def answer(line: socket.socket) -> int:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    ranks: dict[int, int | None] = {}  # exit code by process, once it has ended
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
+    exit_codes: dict[int, int | None] = {}  # by process; None as long as it runs
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
     for rank in range(world):
         process = os.fork()
         if process == 0:
-            line.close()
+            connection.close()
             if world > 1:
                 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=str(world))
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-            return run(words)
-        ranks[process] = None
-    code = watch(ranks, line)
-    line.sendall(bytes([code]))
+            return run_script(words)
+        exit_codes[process] = None
+    code = await_exit(exit_codes, connection)
+    connection.sendall(bytes([code]))
     return 0
 
 
-def run(words: list[str]) -> int:
-    """A script, as Python starts it."""
+def run_script(words: list[str]) -> int:
+    """Run a script with its arguments as Python starts it."""
     sys.argv, sys.path[0] = words, os.path.dirname(words[0])
     runpy.run_path(words[0], run_name="__main__")
     return 0
 
 
-def watch(ranks: dict[int, int | None], line: socket.socket) -> int:
-    """Until all ranks have ended: the first exit code that is not 0."""
-    deadline, hung = None, False
-    while None in ranks.values():
-        if select.select([line], [], [], 0.02)[0]:
-            asked = line.recv(1)  # nothing where who asked is gone
-            send(ranks, asked[0] if asked else signal.SIGKILL)
-        collect(ranks)
-        if deadline is None and any(ranks.values()):
-            deadline = time.monotonic() + PATIENCE
+def await_exit(exit_codes: dict[int, int | None], connection: socket.socket) -> int:
+    """Wait until all ranks have ended. Returns the first exit code, by rank, that is not 0."""
+    deadline, is_hung = None, False
+    while None in exit_codes.values():
+        if select.select([connection], [], [], 0.02)[0]:
+            number = connection.recv(1)  # nothing where the process that asked is gone
+            signal_ranks(exit_codes, number[0] if number else signal.SIGKILL)
+        collect_exit_codes(exit_codes)
+        if deadline is None and any(exit_codes.values()):
+            deadline = time.monotonic() + FAILURE_LIMIT
         if deadline is not None and time.monotonic() > deadline:
             print("tests/ranks.py: a rank did not end after another had failed", file=sys.stderr)
-            deadline, hung = None, True
-            send(ranks, signal.SIGKILL)
-    return (
-        HUNG
-        if hung
-        else next((code if code > 0 else 128 - code for code in ranks.values() if code), 0)
-    )
+            deadline, is_hung = None, True
+            signal_ranks(exit_codes, signal.SIGKILL)
+    if is_hung:
+        return HUNG
+    return next((code if code > 0 else 128 - code for code in exit_codes.values() if code), 0)
 
 
-def send(ranks: dict[int, int | None], number: int) -> None:
-    for process, code in ranks.items():
+def signal_ranks(exit_codes: dict[int, int | None], number: int) -> None:
+    """Send a signal to every rank that still runs."""
+    for process, code in exit_codes.items():
         if code is None:
             os.kill(process, number)
 
 
-def collect(ranks: dict[int, int | None]) -> None:
-    for process, code in ranks.items():
+def collect_exit_codes(exit_codes: dict[int, int | None]) -> None:
+    """Note the exit code of every rank that has ended."""
+    for process, code in exit_codes.items():
         if code is None:
             ended, status = os.waitpid(process, os.WNOHANG)
             if ended:
-                ranks[process] = os.waitstatus_to_exitcode(status)
+                exit_codes[process] = os.waitstatus_to_exitcode(status)
+
+
+def main() -> int:
+    server, *words = sys.argv[1:]
+    return request_ranks(server, words) if words else serve_requests(Path(server))
 
 
 if __name__ == "__main__":
-    sys.exit(ask(sys.argv[1], sys.argv[2:]) if sys.argv[2:] else serve(Path(sys.argv[1])))
+    sys.exit(main())

@@ -119,7 +119,10 @@ def test_the_variants_differ_in_base_and_torch() -> None:
     ],
 )
 def test_what_is_a_rank(command: str, expected: bool) -> None:
-    assert runpy.run_path(str(ROOT / "docker/entrypoint.py"))["trains"](command.split()) is expected
+    assert (
+        runpy.run_path(str(ROOT / "docker/entrypoint.py"))["is_training_command"](command.split())
+        is expected
+    )
 
 
 def test_what_the_clean_root_makes_of_a_dockerfile(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Who am I, from the environment of each launcher; what is mine of n."""
+"""What a rank reads from the environment of its launcher, and what the ranks do together."""
 
 from __future__ import annotations
 
@@ -40,10 +40,11 @@ def test_an_environment_that_makes_no_sense_is_an_error(env):
         Ranks.from_environment(env)
 
 
-@given(n=st.integers(0, 1000), world=st.integers(1, 20))
-def test_shares_cover_everything_once_and_evenly(n, world):
-    parts = [list(range(n))[Ranks(r, world).slice_for_rank(n)] for r in range(world)]
-    assert list(itertools.chain(*parts)) == list(range(n))
+@given(count=st.integers(0, 1000), world=st.integers(1, 20))
+def test_slices_cover_everything_once_and_evenly(count, world):
+    whole = list(range(count))
+    parts = [whole[Ranks(rank, world).slice_for_rank(count)] for rank in range(world)]
+    assert list(itertools.chain(*parts)) == whole
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
@@ -80,37 +81,35 @@ def test_several_machines_need_an_address(monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     monkeypatch.setenv("SLURM_STEP_NUM_NODES", "2")
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.setenv(name, "0")  # init sets them; undone at the end
+        monkeypatch.setenv(name, "0")  # join_group sets them; undone at the end
     with pytest.raises(ConfigError, match="MASTER_ADDR"):
         Ranks(1, 2, 0).join_group()
 
 
 def test_jobs_and_their_attempts_have_ports_of_their_own():
     ports = {
-        choose_port({"SLURM_JOB_ID": str(1000 + 97 * j), "SLURM_RESTART_COUNT": str(a)})
-        for j in range(5)
-        for a in range(5)
+        choose_port({"SLURM_JOB_ID": str(1000 + 97 * job), "SLURM_RESTART_COUNT": str(restart)})
+        for job in range(5)
+        for restart in range(5)
     }
     assert len(ports) == 25
     assert all(20000 <= port < 30000 for port in ports)
 
 
-REFUSED = """
-    import sys
-    from clue_dist.errors import StoreError
+RUN_CHECK = """
     from clue_dist.process import run_main
     from clue_dist.ranks import Ranks
 
     def main():
         ranks = Ranks.from_environment()
         ranks.run_before_joining(lambda: check(ranks.rank))
-        raise SystemExit(99)  # none may begin
+        raise SystemExit(99)  # no rank may get here
 
     run_main(main)
 """
 
 
-def test_where_one_machine_cannot_begin_none_does(tmp_path):
+def test_where_one_machine_cannot_begin_none_does():
     check = """
         from clue_dist.errors import ConfigError
 
@@ -118,28 +117,26 @@ def test_where_one_machine_cannot_begin_none_does(tmp_path):
             if rank == 1:
                 raise ConfigError("the config file does not exist", where="here.json")
     """
-    said = run_ranks(3, check, REFUSED, expect=2)
-    assert (
-        f"error: rank 1 on {socket.gethostname()}: the config file does not exist\n  where: here.json"
-        in said[0]
-    )
-    assert said[1:] == ["", ""]
+    outputs = run_ranks(3, check, RUN_CHECK, expect=2)
+    error = "the config file does not exist\n  where: here.json"
+    assert f"error: rank 1 on {socket.gethostname()}: {error}" in outputs[0]
+    assert outputs[1:] == ["", ""]
 
 
-def test_what_all_ranks_meet_is_told_once():
+def test_an_error_that_all_ranks_raise_is_printed_once():
     check = """
         from clue_dist.errors import StoreError
 
         def check(rank):
             raise StoreError(f"damaged, says rank {rank}")
     """
-    said = run_ranks(3, check, REFUSED, expect=2)
-    assert said == ["error: damaged, says rank 0\n", "", ""]
+    outputs = run_ranks(3, check, RUN_CHECK, expect=2)
+    assert outputs == ["error: damaged, says rank 0\n", "", ""]
 
 
 def test_a_rank_that_never_comes_is_not_waited_for_long():
     """The other rank of the two is not even started."""
-    code = """
+    check = """
         import clue_dist.ranks, os
         clue_dist.ranks.JOIN_LIMIT = 3.0
         os.environ["WORLD_SIZE"] = "2"
@@ -147,22 +144,23 @@ def test_a_rank_that_never_comes_is_not_waited_for_long():
         def check(rank):
             pass
     """
-    (said,) = run_ranks(1, code, REFUSED, expect=LOST)
-    assert "the ranks did not find each other" in said
-    assert "within 3 s" in said
-    assert "Traceback" not in said
+    (output,) = run_ranks(1, check, RUN_CHECK, expect=LOST)
+    assert "the ranks did not find each other" in output
+    assert "within 3 s" in output
+    assert "Traceback" not in output
 
 
-def test_processes_meet(tmp_path):
+def test_ranks_meet(tmp_path):
     code = """
-        import os
         from pathlib import Path
         from clue_dist.ranks import Ranks
         ranks = Ranks.from_environment().join_group()
-        Path(f"{here}/{ranks.rank}").write_text("here")
+        (Path(folder) / str(ranks.rank)).touch()
         ranks.barrier()
-        assert Path(f"{here}/{1 - ranks.rank}").exists()
+        assert (Path(folder) / str(1 - ranks.rank)).exists()
         assert ranks.all_gather_object(f"rank {ranks.rank}") == ["rank 0", "rank 1"]
+        assert ranks.run_on_all(lambda: ranks.rank + 1) == [1, 2]
+        assert ranks.run_on_first(lambda: f"rank {ranks.rank}") == "rank 0"
         ranks.leave_group()
     """
-    run_ranks(2, f"here = {str(tmp_path)!r}", code)
+    run_ranks(2, f"folder = {str(tmp_path)!r}", code)
