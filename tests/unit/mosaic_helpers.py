@@ -11,7 +11,10 @@ MODS = ("rna", "adt")
 
 
 def paired_cells(n: int = 300) -> md.MuData:
-    """Cells in both modalities, the second in another order and with strangers; one cell and one feature are empty."""
+    """Cells in both modalities, the second in another order.
+
+    One name in each has no partner; one cell and one feature are empty.
+    """
     rng = np.random.default_rng(0)
     names = np.array([f"cell-{i}" for i in range(n)])
     parts = {}

@@ -29,7 +29,7 @@ def test_memory_is_lent_again_once_nobody_holds_it() -> None:
 
 
 def test_every_view_of_an_array_keeps_its_memory() -> None:
-    """Also views of views: NumPy lets a slice refer to the owner of the memory instead of the array it was cut from."""
+    """Also views of views, which NumPy lets refer to the array at their origin."""
     pool = BufferPool()
     for view in (
         lambda array: array[2:5],

@@ -29,8 +29,8 @@ def test_private_dimensions_follow_from_their_own_modality_alone() -> None:
     assert (a, clue.n_private) == (D // 2, D // 2)
     got = clue.encode_batch(batch)
     for expert, joint in ((got.mean, got.joint_mean), (got.log_var, got.joint_log_var)):
-        mine, private = select_own_latent(expert)[..., a:], joint[..., a:]  # (B, K, .)
-        torch.testing.assert_close(private[observed], mine[observed])
+        expected, private = select_own_latent(expert)[..., a:], joint[..., a:]  # (B, K, .)
+        torch.testing.assert_close(private[observed], expected[observed])
         assert (private[~observed] == 0).all()  # the prior
     aligned = clue.combine(got.mean[..., :a], got.log_var[..., :a], observed)
     torch.testing.assert_close((got.joint_mean[..., :a], got.joint_log_var[..., :a]), aligned)
@@ -40,9 +40,8 @@ def test_private_dimensions_follow_from_their_own_modality_alone() -> None:
 
 
 def test_private_dimensions_are_as_many_in_each_member() -> None:
-    assert (
-        ModelConfig(latent=20, private=0.25, trunk={"members": 4}).n_private == 4
-    )  # of each member's 5, one
+    # One of each member's five.
+    assert ModelConfig(latent=20, private=0.25, trunk={"members": 4}).n_private == 4
     assert ModelConfig(latent=8, private=0.25, trunk={"members": 4}).n_private == 0
     assert ModelConfig(latent=64, trunk={"members": 4}).n_private == 16
 
@@ -69,15 +68,15 @@ def test_an_embedding_of_a_cell_does_not_follow_from_the_cells_beside_it() -> No
         rows = {m: (o.rows == cell).nonzero()[:, 0] for m, o in batch.modalities.items()}
         modalities = {
             m: ObservedModality(
-                torch.zeros(len(at), dtype=torch.int64), o.counts[at], torch.arange(len(at))
+                torch.zeros(len(row), dtype=torch.int64), o.counts[row], torch.arange(len(row))
             )
-            for (m, o), at in zip(batch.modalities.items(), rows.values(), strict=True)
+            for (m, o), row in zip(batch.modalities.items(), rows.values(), strict=True)
         }
         one = Batch(batch.observed[cell : cell + 1], batch.batch_code[cell : cell + 1], modalities)
         joint, alone = clue.embed_batch(one)
         torch.testing.assert_close(joint[0], together[cell])
-        for m, at in rows.items():
-            torch.testing.assert_close(alone[m], alone_together[m][at])
+        for m, row in rows.items():
+            torch.testing.assert_close(alone[m], alone_together[m][row])
 
 
 def test_a_single_modality_has_nothing_private() -> None:
@@ -128,7 +127,7 @@ def test_parameters_grow_as_k_in_the_wide_layers_and_as_k_squared_only_in_the_he
 
 
 def test_contrast_compares_mixtures_of_pairs() -> None:
-    """What one member says of a mixture is what it says of a cell whose components are the mixture."""
+    """A member says the same of a mixture and of a cell whose components are that mixture."""
     model, _, _ = small_model(members=2)
     model.eval()
     share = {"m0+m1": 6, "m0+m2": 4, "m1": 2}
@@ -147,13 +146,11 @@ def test_contrast_compares_mixtures_of_pairs() -> None:
         batch_of(x), Noise(0, 0, share, 1), decode_self=False, decode_cross=False, mixup="any"
     )
     assert out.contrast.shape == (2, B, K, K * D // 2)
-    partner, own = Noise(0, 0, share, 1).draw_mixing()
+    partner, kept = Noise(0, 0, share, 1).draw_mixing()
     want = model.model.encode_batch(
-        batch_of({m: own * v + (1 - own) * v[partner] for m, v in x.items()})
+        batch_of({m: kept * v + (1 - kept) * v[partner] for m, v in x.items()})
     ).mean
-    want = (
-        want.view(B, K, K, D // 2, 2).permute(4, 0, 1, 2, 3).flatten(3)
-    )  # the projection is linear
+    want = want.view(B, K, K, D // 2, 2).permute(4, 0, 1, 2, 3).flatten(3)
     used = observed & (observed.sum(1) > 1)[:, None]
     torch.testing.assert_close(out.contrast[:, used], want[:, used])
 
@@ -179,9 +176,7 @@ def test_mixtures_stay_within_a_biological_batch_if_asked() -> None:
 
 def test_members_share_nothing_but_their_input() -> None:
     model, batch, _ = small_model(members=2)
-    out = model.model.encode_batch(
-        batch
-    ).mean  # (B, K, K, D): each member gives every other dimension
+    out = model.model.encode_batch(batch).mean  # (B, K, K, D), each member every other of D
     out[..., ::2].sum().backward()
     for layer in model.model.get_trunk("m0").ensemble.layers:
         assert layer.weight.grad[0].abs().sum() > 0

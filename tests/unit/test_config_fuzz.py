@@ -1,4 +1,4 @@
-"""Whatever a config file or a `--set` holds: a Config comes of it, or a ConfigError, and nothing else."""
+"""Whatever a config file or a `--set` holds gives a Config or a ConfigError, and nothing else."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ RECIPES = [
     json.loads(path.read_text())
     for path in sorted((Path(__file__).parents[2] / "configs").glob("*.json"))
 ]
-RECIPES += [
-    Config.model_validate(tree).model_dump(mode="json") for tree in RECIPES
-]  # with every setting there is
+# The same with every setting spelt out.
+RECIPES += [Config.model_validate(tree).model_dump(mode="json") for tree in RECIPES]
 FUZZ = settings(
     deadline=None, max_examples=200, derandomize=True, suppress_health_check=list(HealthCheck)
 )

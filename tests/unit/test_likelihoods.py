@@ -1,4 +1,4 @@
-"""Every likelihood equals scipy's, sparse equals dense, and a random subset of features is unbiased."""
+"""Every likelihood equals scipy's, sparse equals dense, and random features are unbiased."""
 
 from typing import get_args
 
@@ -100,7 +100,7 @@ def test_sparse_equals_dense_with_its_gradient(name: str) -> None:
 
 
 def test_at_most_probable_counts_the_likelihood_peaks() -> None:
-    # A check of signs that no shared mistake with the oracle can pass: the data's own mean beats a shifted one.
+    # A wrong sign shared with the oracle fails here: the data's mean beats a shifted one.
     x = counts()
     library = torch.tensor(x.sum(1, keepdims=True), dtype=torch.float32)
     share = torch.tensor((x.sum(0) + 0.5) / (x.sum() + 0.5 * M), dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""What the loader serves is what the plan asked for, on any number of ranks, and an error is never swallowed."""
+"""The loader serves what the plan asks for, on any number of ranks, and swallows no error."""
 
 import itertools
 import threading
@@ -112,9 +112,8 @@ def test_blocks_stay_while_a_slow_thread_gathers_from_them(
 
     monkeypatch.setattr("clue_dist.data.loader.assemble_batch", assemble)
     with Loader(store, plan, first=7) as loader:
-        assert (
-            loader._caches["rna"].slots < 100
-        )  # of as many blocks: they are replaced all the time
+        # There are 100 blocks, so that they are replaced all the time.
+        assert loader._caches["rna"].slots < 100
         for step in range(7, 250):
             np.testing.assert_array_equal(
                 dense(next(loader), "rna"), expected(store, plan, step, "rna")
@@ -173,7 +172,7 @@ def test_a_damaged_block_raises_where_its_batch_was_due_and_is_named(tmp_path: P
 def test_after_an_error_while_a_batch_is_built_no_other_is_served(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Some behind it have been built by then: whoever caught the error would go on without its cells."""
+    """Batches behind it are built by then: one who caught the error would miss its cells."""
     calls, real = itertools.count(), loading.assemble_batch
 
     def third(*args: Any) -> Any:
@@ -219,7 +218,7 @@ def test_a_closed_loader_has_no_more_batches(store: Store) -> None:
 def test_closing_waits_for_what_is_being_read(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A thread of TensorStore's that is still at it when the interpreter ends would abort the process."""
+    """A thread of TensorStore that reads on while the interpreter ends would abort the process."""
     slow: list[Future[None]] = []
 
     def start(pool: BlockPool, blocks: np.ndarray, slots: np.ndarray) -> BlockRead:
@@ -259,8 +258,10 @@ def test_ranks_that_do_not_divide_the_lanes_are_refused(store: Store) -> None:
 
 @st.composite
 def plans(draw: st.DrawFn) -> tuple[CellPlan, int]:
-    """Strata of one to three segments, from a small part of a span to many of them, on any ranks."""
-    lanes, window, size = (draw(st.sampled_from(of)) for of in ((1, 2, 4, 16), (1, 2, 8), (4, 16)))
+    """A stratum of one to three segments, each of a part of a span or of many spans; any ranks."""
+    lanes, window, size = (
+        draw(st.sampled_from(sizes)) for sizes in ((1, 2, 4, 16), (1, 2, 8), (4, 16))
+    )
     span = lanes * window * size
     cells = {
         f"s.{i}" if i > 1 else "s": draw(st.integers(1, 5 * span))
@@ -297,7 +298,10 @@ def test_cells_added_a_hundred_times_take_hardly_more_memory(world: int) -> None
 
 
 def test_what_sixteen_ranks_are_served_while_blocks_are_replaced(tmp_path: Path) -> None:
-    """A pass of little more than a span, so that ends of passes, of which a rank may need all, follow each other."""
+    """A pass is little longer than a span, so that ends of passes follow each other closely.
+
+    A rank may need all blocks of such an end.
+    """
     store = make_store(
         tmp_path / "s.zarr", cells={"adt": 3941}, features={"adt": 3}, block_cells=64
     )

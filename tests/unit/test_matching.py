@@ -1,4 +1,4 @@
-"""Matching scores against a dense transcription of their definitions, and against the protocol's own script."""
+"""Matching scores equal a dense transcription of their definitions, and the protocol's script."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PROTOCOL = Path(__file__).parents[3] / "shared" / "protocol" / "score.py"
 
 
 def dense(u1: np.ndarray, u2: np.ndarray) -> dict[str, np.ndarray]:
-    """Metric -> (forward, backward) of one group, cell by cell and pair by pair; of equals the first is nearest."""
+    """Metric -> (forward, backward) of one group, cell by cell; of equals the first is nearest."""
     x, y = (u / np.maximum(np.linalg.norm(u, axis=1, keepdims=True), 1e-12) for u in (u1, u2))
     n = len(x)
 
@@ -36,9 +36,9 @@ def dense(u1: np.ndarray, u2: np.ndarray) -> dict[str, np.ndarray]:
     jaccard = np.zeros((n, n))
     for i in range(n):
         for j in range(n):
-            mine = {("y", near["xy"][i]), ("x", near["xx"][i])}
-            theirs = {("y", near["yy"][j]), ("x", near["yx"][j])}
-            jaccard[i, j] = len(mine & theirs) / len(mine | theirs)
+            of_i = {("y", near["xy"][i]), ("x", near["xx"][i])}
+            of_j = {("y", near["yy"][j]), ("x", near["yx"][j])}
+            jaccard[i, j] = len(of_i & of_j) / len(of_i | of_j)
     normalised = [m / np.maximum(m.sum(1, keepdims=True), 1e-12) for m in (jaccard, jaccard.T)]
     return {
         "foscttm": np.array([np.mean([d[i] < d[i, i] for i in range(n)]) for d in (xy, yx)]),
@@ -114,7 +114,8 @@ def test_ties_go_to_the_first(n, kinds, seed):
 def protocol() -> ModuleType:
     if not PROTOCOL.exists():
         pytest.skip(
-            f"the protocol's score.py is not beside this repository ({PROTOCOL.parent.parent.name}/ is absent)"
+            "the protocol's score.py is not beside this repository "
+            f"({PROTOCOL.parent.parent.name}/ is absent)"
         )
     spec = importlib.util.spec_from_file_location("protocol_score", PROTOCOL)
     assert spec is not None
@@ -191,9 +192,9 @@ def test_what_each_pair_adds_to_foscttm():
     by_hand = []
     for i in range(3):
         unit = [u / np.linalg.norm(u, axis=1, keepdims=True) for u in (u1, u2)]
-        there = ((unit[0][i] - unit[1]) ** 2).sum(1)
+        forth = ((unit[0][i] - unit[1]) ** 2).sum(1)
         back = ((unit[1][i] - unit[0]) ** 2).sum(1)
-        by_hand.append(((there < there[i]).sum() + (back < back[i]).sum()) / 6)
+        by_hand.append(((forth < forth[i]).sum() + (back < back[i]).sum()) / 6)
     np.testing.assert_allclose(matching.compute_nearer_share(u1, u2), by_hand)
     assert len(set(by_hand)) == 3
 

@@ -24,24 +24,20 @@ def test_noise_is_the_same_for_a_cell_on_any_number_of_ranks() -> None:
 
 def test_partners_of_mixing_share_stratum_and_lane_on_any_number_of_ranks() -> None:
     share = {"a": 16, "b": 8}
-    partner, own = Noise(3, 11, share, 4).draw_mixing()
+    partner, kept = Noise(3, 11, share, 4).draw_mixing()
     assert sorted(partner.tolist()) == list(range(24))  # everyone is somebody's partner
     assert ((partner < 16) == (torch.arange(24) < 16)).all()
     assert (partner % 4 == torch.arange(24) % 4).all()  # row r of a stratum lies in lane r mod 4
     assert (partner != torch.arange(24)).any()
-    assert Noise(3, 11, {"a": 4}, 4).draw_mixing()[0].tolist() == [
-        0,
-        1,
-        2,
-        3,
-    ]  # each alone in its lane
-    assert ((own >= 0) & (own < 1)).all()
+    alone_in_lane, _ = Noise(3, 11, {"a": 4}, 4).draw_mixing()
+    assert alone_in_lane.tolist() == [0, 1, 2, 3]
+    assert ((kept >= 0) & (kept < 1)).all()
     for world in (2, 4):
         for rank in range(world):
             rows = torch.cat([torch.arange(0, 16)[rank::world], torch.arange(16, 24)[rank::world]])
-            its_partner, its_own = Noise(3, 11, share, 4, rank, world).draw_mixing()
+            its_partner, its_kept = Noise(3, 11, share, 4, rank, world).draw_mixing()
             torch.testing.assert_close(rows[its_partner], partner[rows])
-            torch.testing.assert_close(its_own, own[rows])
+            torch.testing.assert_close(its_kept, kept[rows])
 
 
 def test_dropout_keeps_its_rate_and_its_mean() -> None:

@@ -1,4 +1,4 @@
-"""Each loss term equals a slow float64 transcription of its equation, cell by cell, on a mosaic of three modalities."""
+"""Each loss term equals a slow float64 transcription of its equation, on three modalities."""
 
 import math
 from itertools import permutations
@@ -156,7 +156,7 @@ def test_what_a_cell_lacks_does_not_touch_its_loss() -> None:
     model, batch, _ = small_model(lambda_contrastive=1.0)
     model.eval()
     loss, _ = model(batch, Noise(0, 0, {"s": B}, 1))
-    # The grid's entries of unobserved sources are arbitrary: make them absurd through the zero rows of h.
+    # What the heads say of unobserved sources is arbitrary: make it absurd.
     hook = model.model.heads.register_forward_hook(
         lambda _m, _i, out: tuple(
             torch.where(OBSERVED[:, :, None, None], o, torch.full_like(o, 3.0)) for o in out
@@ -179,9 +179,8 @@ def test_no_alignment_reaches_private_dimensions() -> None:
     kept: list[Tensor] = []
     model.model.heads.register_forward_hook(lambda _m, _i, out: kept.extend(out))
     loss, _ = model(batch, noise)
-    gradients = torch.autograd.grad(
-        loss, kept, allow_unused=True
-    )  # of the cells' and of their mixtures' experts
+    # Of the cells' experts and of their mixtures'.
+    gradients = torch.autograd.grad(loss, kept, allow_unused=True)
     for gradient in (g for g in gradients if g is not None):
         assert (gradient[..., model.model.n_aligned :] == 0).all()
         assert (gradient[..., : model.model.n_aligned] != 0).any()
@@ -214,10 +213,8 @@ def test_dispersions_learn_faster_and_biases_do_not_decay() -> None:
         for n, p in model.named_parameters()
     }
     assert found["decoders.0.theta.weight"] == (10.0, 0.0)
-    assert found["decoders.1.theta.weight"] == (
-        1.0,
-        0.0,
-    )  # a standard deviation starts at its value
+    # The theta of a normal distribution starts at the standard deviation itself.
+    assert found["decoders.1.theta.weight"] == (1.0, 0.0)
     assert found["decoders.0.rate.weight"] == (1.0, 0.1)
     assert found["decoders.0.rate.bias"] == (1.0, 0.0)
     assert found["trunks.0.projection.weight"] == (0.5, 0.1)

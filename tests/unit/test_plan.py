@@ -1,4 +1,4 @@
-"""The plan is pure, covers every stratum once per pass, and is the same whatever the number of ranks."""
+"""The plan is pure, covers a stratum once per pass, and is the same for any number of ranks."""
 
 from typing import Any
 
@@ -52,9 +52,8 @@ def test_a_far_pass_covers_every_cell_once_and_needs_no_history(plan: CellPlan, 
         patch.setattr("clue_dist.data.plan.permute_positions", counting)
         order = plan.select_cells(far * n, "s", -(-n // share))  # here pass far * share begins
     assert sorted(order[:n]) == list(range(n))
-    assert sum(permuted) <= 2 * len(
-        order
-    )  # its place in a window or lot, its block in the pass: nothing before it
+    # For each cell its place in a window or lot and its block in the pass, but no cell before it.
+    assert sum(permuted) <= 2 * len(order)
 
 
 @given(plans, st.integers(0, 200), st.integers(1, 9))
@@ -76,9 +75,7 @@ def test_passes_and_seeds_differ() -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_ranks_decode_separate_blocks_in_full_spans(world: int) -> None:
-    plan = CellPlan(
-        0, {"s": 4096}, {"s": 64}, 4, 4, 16
-    )  # a span is 4 lanes x 4 blocks x 16 cells = 256
+    plan = CellPlan(0, {"s": 4096}, {"s": 64}, 4, 4, 16)  # a span has 4 x 4 x 16 = 256 cells
     blocks = [
         set((sequence(plan, 0, 4).reshape(-1, 64)[:, r::world] // 16).ravel()) for r in range(world)
     ]
@@ -86,13 +83,12 @@ def test_ranks_decode_separate_blocks_in_full_spans(world: int) -> None:
 
 
 def test_a_batch_is_as_mixed_as_independent_draws() -> None:
-    # Cells 0..n/2 are one "plate": its share of a batch must vary as in draws without replacement, not more.
+    # Half of the cells are one "plate". Its share of a batch must vary as in draws without
+    # replacement, not more.
     n, size = 64 * 512, 256
     plan = CellPlan(3, {"s": n}, {"s": size}, 8, 16, 64)
     rng = np.random.default_rng(0)
-    plate = (
-        rng.permutation(n) < n // 2
-    )  # the store is shuffled: any plate is spread over the blocks
+    plate = rng.permutation(n) < n // 2  # spread over the blocks, as the store is shuffled
     got = np.array([plate[plan.select_cells(t, "s")].mean() for t in range(n // size)])
     expected = (0.25 / size) ** 0.5
     assert 0.7 * expected < got.std() < 1.3 * expected

@@ -49,9 +49,9 @@ def test_the_generalised_product_weighs_experts_by_the_cube_of_their_nats() -> N
             for k in seen
         }
         for j in range(K):
-            of = {k: share[k] * np.exp(-log_var[c, k, j].double().numpy()) for k in seen}
-            precision = sum(of.values())
-            weighted = sum(of[k] * mean[c, k, j].double().numpy() for k in seen)
+            precisions = {k: share[k] * np.exp(-log_var[c, k, j].double().numpy()) for k in seen}
+            precision = sum(precisions.values())
+            weighted = sum(precisions[k] * mean[c, k, j].double().numpy() for k in seen)
             np.testing.assert_allclose(got_log_var[c, j], -np.log(precision), rtol=1e-4, atol=1e-5)
             np.testing.assert_allclose(got_mean[c, j], weighted / precision, rtol=1e-4, atol=1e-5)
 

@@ -115,12 +115,10 @@ def test_initialised_projection_is_pca_of_the_training_cells(tmp_path: Path) -> 
         .detach()
         .numpy()
     )
-    want = (left * singular)[100:, :6] * (
-        160 * 6 / (singular[:6] ** 2).sum()
-    ) ** 0.5  # mean square of one
-    clear = slice(
-        0, 2
-    )  # three cell types make two clear components; the rest is noise of near-equal strength
+    want = (left * singular)[100:, :6]
+    want = want * (160 * 6 / (singular[:6] ** 2).sum()) ** 0.5  # of mean square one
+    # Three cell types make two clear components; the others are noise of near-equal strength.
+    clear = slice(0, 2)
     np.testing.assert_allclose(np.abs(got[:, clear]), np.abs(want[:, clear]), rtol=0.01, atol=0.01)
 
 
@@ -158,9 +156,8 @@ def test_a_constant_feature_does_not_outweigh_all_others() -> None:
 @pytest.mark.parametrize("dense", [True, False])
 def test_inverse_dispersions_start_at_what_the_moments_say(dense: bool, likelihood: str) -> None:
     rng = np.random.default_rng(0)
-    r = np.concatenate(
-        [[0.5, 2.0, 8.0, 1e9], np.full(300, 5.0)]
-    )  # many, for features of one total tie each other
+    # Many features, as those that make up a cell's total depend on each other.
+    r = np.concatenate([[0.5, 2.0, 8.0, 1e9], np.full(300, 5.0)])
     mean = np.concatenate([[2.0, 4.0, 4.0, 2.0], np.full(300, 2.0)])
     size = rng.lognormal(0, 0.5, (20_000, 1))
     counts = rng.poisson(rng.gamma(r, size * mean / r)).astype(np.float32)
