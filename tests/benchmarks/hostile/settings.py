@@ -58,7 +58,7 @@ def override(tree: object, rng: np.random.Generator) -> str:
 def loaded(path: Path, overrides: list[str], base: Path) -> None:
     """Read, kept, read again, and all that is checked before training."""
     got = configs.load_config(path, overrides)
-    got.write(path.with_name("kept.json"))
+    path.with_name("kept.json").write_text(got.to_json())
     if configs.load_config(path.with_name("kept.json")) != got:
         wrong("a config that is kept is read back as another")
     setup = prepare_setup(got, 1)
