@@ -24,14 +24,14 @@ from tests.stores import describe_packing, slice_rows
 def write(
     root: Path, sparse: np.ndarray, dense: np.ndarray, block: int, codec: layout.Codec
 ) -> Manifest:
-    """A store of one stratum, shards of 16 blocks. sparse, dense: (n, features)"""
+    """Write a store of one segment, in shards of 16 blocks, from counts (n, features)."""
     n, matrix = len(sparse), sp.csr_matrix(sparse)
     csr = CsrRows(matrix.indptr.astype(np.int64), matrix.indices, matrix.data, sparse.shape[1])
     rows = {
         "rna": code_rows(csr, COUNT_BITS if sparse.max(initial=0) > 1 else 0),
         "adt": dense.astype(layout.choose_unsigned(int(dense.max(initial=0)))),
     }
-    packed = {name: describe_packing(of, block) for name, of in rows.items()}
+    packed = {name: describe_packing(coded, block) for name, coded in rows.items()}
     features = {
         name: [f"{name}{i}" for i in range(values.shape[1])]
         for name, values in (("rna", sparse), ("adt", dense))
@@ -63,7 +63,7 @@ def write(
         part = slice(shard * 16 * block, (shard + 1) * 16 * block)
         names = np.array([f"é{i}".encode() for i in range(n)])[part]
         cells = ShardCells(
-            {name: slice_rows(of, part) for name, of in rows.items()},
+            {name: slice_rows(coded, part) for name, coded in rows.items()},
             (np.arange(n) % 3 - 1).astype(np.int32)[part],
             np.full(n, -1, np.int32)[part],
             names,
@@ -75,7 +75,7 @@ def write(
 
 
 def oracle(root: Path, manifest: Manifest, n_features: int) -> np.ndarray:
-    """The sparse modality through zarr-python and plain NumPy, (n, features)."""
+    """Decode the sparse modality with zarr-python and plain NumPy alone, (n, features)."""
     group = zarr.open_group(root / "strata/rna+adt", mode="r")
     lengths, codes, rest = (group[f"rna/{name}"][:] for name in ("lengths", "codes", "rest"))
     bits = manifest.strata["rna+adt"].packed["rna"].bits
@@ -83,15 +83,17 @@ def oracle(root: Path, manifest: Manifest, n_features: int) -> np.ndarray:
     for block in range(len(lengths)):
         left, more = codes[block].tolist(), rest[block].tolist()
         for row, (n, far, high) in enumerate(lengths[block].tolist()):
-            own, left, far_gaps, more = left[:n], left[n:], more[:far], more[far:]
+            row_codes, left, far_gaps, more = left[:n], left[n:], more[:far], more[far:]
             between, high_counts, more = more[:high], more[high : 2 * high], more[2 * high :]
-            gaps, counts = [code >> bits for code in own], [code % 2**bits for code in own]
+            gaps = [code >> bits for code in row_codes]
+            counts = [code % 2**bits for code in row_codes]
             columns = np.cumsum(
                 [far_gaps.pop(0) if gap == 2 ** (8 - bits) - 1 else gap for gap in gaps]
             )
-            at = np.cumsum(between)
-            assert bits == 0 or [i for i, c in enumerate(counts) if c == 2**bits - 1] == at.tolist()
-            for i, count in zip(at, high_counts, strict=True):
+            high_places = np.cumsum(between).tolist()
+            marked = [i for i, count in enumerate(counts) if count == 2**bits - 1]
+            assert bits == 0 or marked == high_places
+            for i, count in zip(high_places, high_counts, strict=True):
                 counts[i] = count
             out[block * manifest.block_cells + row, columns.astype(int)] = np.array(counts, int) + 1
     return out[: manifest.n_cells]
@@ -154,7 +156,7 @@ def test_writing_a_shard_again_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_all_zero_chunks_are_on_disk(tmp_path: Path) -> None:
-    """A chunk left out could not be told from one that was lost."""
+    """A chunk that is left out would look like one that was lost."""
     manifest = write(tmp_path, np.zeros((40, 5), int), np.zeros((40, 3), int), 2, "fast")
     for key in manifest.shards:
         assert (tmp_path / "s.zarr" / key).stat().st_size > 0
