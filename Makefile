@@ -1,16 +1,25 @@
 # make demo    real cells in, trained model and report out (SIMULATE=1: simulated cells, needs no data from the network)
 # make test    lint, types, import contracts, all tests
 # make lint    the first three of these
+# make wheelhouse
+#              the wheels of all that is installed, in wheelhouse/, for a cluster without internet. GLIBC=2.28 names
+#              the glibc of the cluster, where it is older than this machine's
 # make system  as root on Debian: Slurm, sshd and what else the tests of clusters start; they are skipped without.
 #              `make test` does it where nothing but root runs: in containers and in CI
 # Each sets up .venv first: pinned by constraints.txt, again when that or pyproject.toml changes.
+# PYTHON=python3.12 (a command or a path) chooses the Python; a .venv of another version is made anew. Without it, .venv
+# is of the first supported Python found. TORCH_INDEX=URL takes torch from there, as builds for CPU or another CUDA.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
-.PHONY: demo test lint system
+.PHONY: demo test lint wheelhouse system
 
 VENV := .venv
+WHEELHOUSE := wheelhouse
+# Of equal versions pip takes the one with a local part, as 2.13.0+cpu. Such a build brings CUDA of its own or none.
+CONSTRAINTS := constraints.txt $(if $(TORCH_INDEX),,constraints-cuda.txt)
+TORCH := $(TORCH_INDEX:%=--extra-index-url %) torch==2.13.0
 READY := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
@@ -44,27 +53,67 @@ lint: $(READY)
 	mypy
 	lint-imports
 
-# .installing marks a set-up under way: one that was broken off may have left half a package, so it starts anew.
-$(READY): pyproject.toml constraints.txt
-	@[ ! -e $(VENV)/.installing ] || rm -rf $(VENV)
-	python=
-	for p in python3.11 python3 python; do
-	  if command -v "$$p" >/dev/null && "$$p" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null
-	  then python=$$(command -v "$$p"); break; fi
-	done
-	if [ ! -x $(VENV)/bin/python ]; then
-	  if [ -z "$$python" ]; then
-	    echo "error: Python 3.11 is needed; neither python3.11, python3 nor python is one" >&2
-	    echo "  fix: install it (Debian, Ubuntu: apt-get install python3.11 python3.11-venv)" >&2
-	    exit 1
+SUPPORTED := 3.11 3.12 3.13
+# pyenv's shim of a Python that is not switched on does not start: pyenv's own folders count too.
+PYENV := $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/*/bin
+ASKED := $(if $(PYTHON),$(PYTHON) $(wildcard $(PYENV)/$(PYTHON)))
+CANDIDATES := $(strip $(or $(ASKED),$(SUPPORTED:%=python%) python3 python))
+version_of = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+if_supported = $(if $(filter $(SUPPORTED),$(call version_of,$(1))),$(1))
+first_supported = $(firstword $(foreach python,$(CANDIDATES),$(call if_supported,$(python))))
+
+ifdef PYTHON
+ifneq ($(call version_of,$(first_supported)),$(call version_of,$(VENV)/bin/python))
+ANOTHER_PYTHON := yes
+.PHONY: $(READY) # made whatever the age of the file
+endif
+endif
+
+define choose_python
+python='$(first_supported)'
+if [ -z "$$python" ]; then
+  echo "error: Python 3.11, 3.12 or 3.13 is needed; none of these is one: $(CANDIDATES)" >&2
+  echo "  fix: install one (Debian, Ubuntu: apt-get install python3 python3-venv), or give its path:" \
+    "make PYTHON=PATH" >&2
+  exit 1
+fi
+endef
+
+# .installing marks a set-up under way: one that was broken off may have left half a package, so it
+# starts anew. Of a variable, PIP_CONSTRAINT, the pins hold for what our package is built with too.
+$(READY): pyproject.toml $(CONSTRAINTS)
+	@if [ -n "$(ANOTHER_PYTHON)" ] || [ -e $(VENV)/.installing ] || [ ! -x $(VENV)/bin/python ]; then
+	  $(choose_python)
+	  if [ -n "$(ANOTHER_PYTHON)" ] && [ -e $(READY) ]; then
+	    echo "$(VENV) is of Python $(call version_of,$(VENV)/bin/python), not $(PYTHON): it is made anew"
 	  fi
+	  rm -rf $(VENV)
 	  mkdir -p $(VENV)
 	  touch $(VENV)/.installing
 	  "$$python" -m venv $(VENV)
 	fi
 	touch $(VENV)/.installing
 	echo "installing into $(VENV): the first time takes minutes"
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
-	export PYTHONWARNINGS=ignore PIP_CONSTRAINT=constraints.txt # by a variable: that of which our package is built, too
+	export PYTHONWARNINGS=ignore PIP_CONSTRAINT='$(CONSTRAINTS)'
+	$(VENV)/bin/python -m pip install --quiet $(TORCH)
 	$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
 	mv $(VENV)/.installing $(READY)
+
+# pip takes the tag of a platform literally, so each glibc up to the cluster's is named.
+tags = $(foreach minor,$(shell seq $(GLIBC:2.%=%) -1 5),manylinux_2_$(minor)) manylinux2014
+PLATFORMS := $(if $(GLIBC),$(patsubst %,--platform %_$(shell uname -m),$(tags)))
+
+# DeepSpeed is published as source alone: its wheel, which fits every platform, is built first.
+wheelhouse:
+	@$(choose_python)
+	scratch=$$(mktemp -d)
+	trap 'rm -rf "$$scratch"' EXIT
+	"$$python" -m venv "$$scratch"
+	pip="$$scratch/bin/python -m pip --quiet"
+	echo "collecting wheels into $(WHEELHOUSE): several GB where torch is of CUDA"
+	export PYTHONWARNINGS=ignore PIP_CONSTRAINT='$(CONSTRAINTS)'
+	$$pip wheel --no-deps --wheel-dir $(WHEELHOUSE) deepspeed
+	$$pip download --dest $(WHEELHOUSE) --find-links $(WHEELHOUSE) --only-binary :all: $(PLATFORMS) \
+	  $(TORCH) setuptools '.[dev]'
+	echo "where there is no network: pip install --no-index --find-links $(WHEELHOUSE)" \
+	  "--constraint constraints.txt --editable ."
