@@ -14,12 +14,12 @@ from clue_dist.errors import ConfigError
 from clue_dist.inference.stream import (
     Embedding,
     LoadedModel,
-    StratumSlice,
+    SegmentSlice,
     check_output_folder,
     compute_embedding,
     make_scratch_folder,
     require_known_features,
-    slice_strata,
+    slice_segments,
 )
 from clue_dist.ranks import Ranks
 from clue_dist.store.reader import Store
@@ -62,7 +62,7 @@ def embed_store(
     ranks = ranks or Ranks()
     check_embedding_path(out)
     require_known_features(store, loaded.modalities)
-    slices = slice_strata(store, batch_size)
+    slices = slice_segments(store, batch_size)
     with make_scratch_folder(out, ranks) as scratch:
         embedding = compute_embedding(
             loaded, store, scratch, slices, per_modality=per_modality, ranks=ranks
@@ -139,9 +139,9 @@ def _build_tables(
     return mdata
 
 
-def _read_obs(store: Store, slices: list[StratumSlice]) -> pd.DataFrame:
+def _read_obs(store: Store, slices: list[SegmentSlice]) -> pd.DataFrame:
     """Barcodes as the index, `batch` and `cell_type` where known, in the embedding's order."""
-    parts = [store.segments[s.stratum].read_metadata(s.positions) for s in slices]
+    parts = [store.segments[s.segment].read_metadata(s.positions) for s in slices]
     barcodes = pd.Index(np.concatenate([part.barcodes for part in parts]).astype(object))
     if barcodes.has_duplicates:
         # Data sets may share barcodes, and MuData would take such cells for one.
@@ -160,11 +160,11 @@ def _read_obs(store: Store, slices: list[StratumSlice]) -> pd.DataFrame:
     return frame
 
 
-def _mark_measured(store: Store, slices: list[StratumSlice], modality: str) -> np.ndarray:
+def _mark_measured(store: Store, slices: list[SegmentSlice], modality: str) -> np.ndarray:
     """Which cells carry a modality, (N,) bool."""
-    strata = store.manifest.strata
+    segments = store.manifest.strata
     return np.concatenate(
-        [np.full(s.n_cells, modality in strata[s.stratum].modalities) for s in slices]
+        [np.full(s.n_cells, modality in segments[s.segment].modalities) for s in slices]
     )
 
 

@@ -18,12 +18,12 @@ from clue_dist.inference.stream import (
     DISK_FIX,
     Embedding,
     LoadedModel,
-    StratumSlice,
+    SegmentSlice,
     check_output_folder,
     compute_embedding,
     make_scratch_folder,
     require_known_features,
-    slice_strata,
+    slice_segments,
 )
 from clue_dist.ranks import Ranks
 from clue_dist.store.reader import Store
@@ -48,8 +48,8 @@ def evaluate_store(
         store: cells that the model has not seen.
         out: the file to write.
         run: the run's folder, to be named in the output.
-        max_cells: take an even part of each stratum, so many cells in all. That is a random draw,
-            as strata are stored shuffled.
+        max_cells: take an even part of each segment, so many cells in all. That is a random draw,
+            as segments are stored shuffled.
         batch_size: cells embedded at once.
         ranks: this process among the others; by default it is alone.
 
@@ -66,7 +66,7 @@ def evaluate_store(
     ranks = ranks or Ranks()
     check_scores_path(out, max_cells)
     require_known_features(store, loaded.modalities)
-    slices = slice_strata(store, batch_size, count_paired_cells(store, max_cells))
+    slices = slice_segments(store, batch_size, count_paired_cells(store, max_cells))
     modalities = [name for name in loaded.modalities if name in store.modalities]
     with make_scratch_folder(out, ranks) as scratch:
         embedding = compute_embedding(
@@ -149,7 +149,7 @@ def _score_pairs(
 ) -> dict[str, Any]:
     """The scores of every ordered pair of modalities that share two cells or more."""
     batch = np.concatenate(
-        [store.segments[s.stratum].read_codes("batch", s.positions) for s in embedding.slices]
+        [store.segments[s.segment].read_codes("batch", s.positions) for s in embedding.slices]
     )
     result: dict[str, Any] = {}
     for first, second in itertools.combinations(modalities, 2):
@@ -178,11 +178,11 @@ def _score_pairs(
     return result
 
 
-def _mark_paired(store: Store, slices: list[StratumSlice], pair: set[str]) -> np.ndarray:
+def _mark_paired(store: Store, slices: list[SegmentSlice], pair: set[str]) -> np.ndarray:
     """Which cells carry both modalities of a pair, (N,) bool."""
-    strata = store.manifest.strata
+    segments = store.manifest.strata
     return np.concatenate(
-        [np.full(s.n_cells, pair <= set(strata[s.stratum].modalities)) for s in slices]
+        [np.full(s.n_cells, pair <= set(segments[s.segment].modalities)) for s in slices]
     )
 
 

@@ -1,4 +1,4 @@
-"""A trained model over a whole store: slices of strata, this rank's share of them, all latents.
+"""A trained model over a whole store: slices of segments, this rank's share of them, all latents.
 
 Each rank writes its rows into files of its own beside the output, and rank 0 puts them together.
 The store is cut into the same slices however many ranks there are, so that the result is the same
@@ -79,10 +79,10 @@ class LoadedModel(Protocol):
 
 
 @dataclass(frozen=True)
-class StratumSlice:
-    """Cells `start` to `stop` of a stratum, whose rows in the embedding begin at `row`."""
+class SegmentSlice:
+    """Cells `start` to `stop` of a segment, whose rows in the embedding begin at `row`."""
 
-    stratum: str
+    segment: str
     start: int
     stop: int
     row: int
@@ -106,7 +106,7 @@ class StratumSlice:
 class Embedding:
     """Latents of cells in store order, stratum after stratum. The arrays lie on the disk."""
 
-    slices: list[StratumSlice]  # which cells the rows are
+    slices: list[SegmentSlice]  # which cells the rows are
     joint: np.ndarray  # (N, K * d) float32, from everything observed
     alone: dict[str, np.ndarray]  # by modality (N, K * d), from it alone; NaN where not measured
 
@@ -179,9 +179,9 @@ def _compare_features(features: list[str], known: list[str]) -> str:
     )
 
 
-def slice_strata(
+def slice_segments(
     store: Store, batch_size: int, n_cells: dict[str, int] | None = None
-) -> list[StratumSlice]:
+) -> list[SegmentSlice]:
     """Cut a store into slices of whole blocks.
 
     Args:
@@ -194,12 +194,12 @@ def slice_strata(
     """
     block_cells = store.manifest.block_cells
     step = max(1, batch_size // block_cells) * block_cells
-    slices: list[StratumSlice] = []
+    slices: list[SegmentSlice] = []
     row = 0
-    for name, stratum in store.manifest.strata.items():
-        n = stratum.n_cells if n_cells is None else n_cells.get(name, 0)
+    for name, segment in store.manifest.strata.items():
+        n = segment.n_cells if n_cells is None else n_cells.get(name, 0)
         slices += [
-            StratumSlice(name, start, min(start + step, n), row + start)
+            SegmentSlice(name, start, min(start + step, n), row + start)
             for start in range(0, n, step)
         ]
         row += n
@@ -212,7 +212,7 @@ def compute_embedding(
     loaded: LoadedModel,
     store: Store,
     scratch: Path,
-    slices: list[StratumSlice],
+    slices: list[SegmentSlice],
     *,
     per_modality: bool,
     ranks: Ranks,
@@ -223,7 +223,7 @@ def compute_embedding(
         loaded: the model.
         store: the cells.
         scratch: a folder that all ranks see, for the arrays.
-        slices: of the store, as `slice_strata` cuts it.
+        slices: of the store, as `slice_segments` cuts it.
         per_modality: whether z from each modality alone is wanted, too.
         ranks: this process among the others.
 
@@ -296,7 +296,7 @@ def _embed_share(
     loaded: LoadedModel,
     store: Store,
     scratch: Path,
-    slices: list[StratumSlice],
+    slices: list[SegmentSlice],
     names: list[str],
     ranks: Ranks,
 ) -> None:
@@ -362,14 +362,14 @@ def _join_files(scratch: Path, names: list[str], shape: tuple[int, int], world: 
 
 
 def _read_ahead(
-    store: Store, slices: list[StratumSlice], modalities: list[str]
-) -> Iterator[tuple[StratumSlice, Batch]]:
+    store: Store, slices: list[SegmentSlice], modalities: list[str]
+) -> Iterator[tuple[SegmentSlice, Batch]]:
     """Batches with the model's order of modalities; while one is embedded the next is read."""
     if not slices:
         return
 
-    def read_slice(cells: StratumSlice) -> Batch:
-        return read_batch(store, cells.stratum, cells.positions, modalities)
+    def read_slice(cells: SegmentSlice) -> Batch:
+        return read_batch(store, cells.segment, cells.positions, modalities)
 
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(read_slice, slices[0])
@@ -380,11 +380,11 @@ def _read_ahead(
             yield cells, batch
 
 
-def _require_finite(latent: Tensor, cells: StratumSlice, name: str) -> np.ndarray:
+def _require_finite(latent: Tensor, cells: SegmentSlice, name: str) -> np.ndarray:
     values = latent.float().cpu().numpy()
     if not np.isfinite(values).all():
         source = "everything observed" if name == JOINT else name
-        place = f"stratum {cells.stratum}, cells {cells.start} to {cells.stop - 1}"
+        place = f"segment {cells.segment}, cells {cells.start} to {cells.stop - 1}"
         raise ResumeError(
             "the model gives NaN or Inf",
             where=f"{place}, z from {source}",
