@@ -72,9 +72,8 @@ class GeneralisedProduct(nn.Module):
 
     def _learn_nats(self, mean: Tensor, log_var: Tensor, observed: Tensor) -> None:
         """Move the running mean towards the mean of this micro-batch's cells on all ranks."""
-        sums = torch.stack(
-            [(compute_information(mean, log_var) * observed).sum(0), observed.float().sum(0)]
-        )  # (2, K)
+        information = compute_information(mean, log_var) * observed
+        sums = torch.stack([information.sum(0), observed.float().sum(0)])  # (2, K)
         if dist.is_initialized():
             dist.all_reduce(sums)
         nats, cells = sums
