@@ -103,7 +103,7 @@ def check_scores_path(out: Path, max_cells: int | None) -> None:
 
 
 def count_paired_cells(store: Store, max_cells: int | None = None) -> dict[str, int]:
-    """How many cells to take of each stratum with two modalities or more.
+    """How many cells to take of each segment with two modalities or more.
 
     Args:
         store: the cells.
@@ -122,7 +122,7 @@ def count_paired_cells(store: Store, max_cells: int | None = None) -> dict[str, 
         )
     if max_cells is None:
         return paired
-    # Differences of rounded edges: each stratum's part is even, and the sum is exact.
+    # Differences of rounded edges: each segment's part is even, and the sum is exact.
     edges = [0, *itertools.accumulate(paired.values())]
     part = min(1.0, max_cells / edges[-1])
     taken = [int(stop * part) - int(start * part) for start, stop in itertools.pairwise(edges)]

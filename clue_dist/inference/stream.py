@@ -98,13 +98,13 @@ class SegmentSlice:
 
     @property
     def positions(self) -> np.ndarray:
-        """Positions in the stratum, (n_cells,)."""
+        """Positions in the segment, (n_cells,)."""
         return np.arange(self.start, self.stop)
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """Latents of cells in store order, stratum after stratum. The arrays lie on the disk."""
+    """Latents of cells in store order, segment after segment. The arrays lie on the disk."""
 
     slices: list[SegmentSlice]  # which cells the rows are
     joint: np.ndarray  # (N, K * d) float32, from everything observed
@@ -187,7 +187,7 @@ def slice_segments(
     Args:
         store: the cells.
         batch_size: cells of a slice, rounded down to whole blocks, at least one.
-        n_cells: how many cells of each stratum; by default all of every stratum.
+        n_cells: how many cells of each segment; by default all.
 
     Raises:
         StoreError: no cells.
@@ -316,7 +316,7 @@ def _embed_share(
                 joint, alone = model.embed_batch(batch.to(device))
             latents = {JOINT: joint, **alone}
             for name, file in files.items():
-                # All cells of a stratum carry the same modalities, so that a slice has every row
+                # All cells of a segment carry the same modalities, so that a slice has every row
                 # of a modality or none.
                 if name in latents:
                     rows = _require_finite(latents[name], cells, name)
