@@ -1,4 +1,4 @@
-"""What describes a trained run in its folder: config.json and model.json."""
+"""The two files that describe a run in its folder: config.json and model.json."""
 
 from __future__ import annotations
 
@@ -16,13 +16,18 @@ class ModelCard(BaseModel):
     """model.json: what the weights expect of a store."""
 
     model_config = ConfigDict(extra="forbid")
-    fingerprint: str
-    modalities: dict[str, Modality] = Field(min_length=1)
-    batches: list[str]
+
+    fingerprint: str  # of the store that the model was trained on
+    modalities: dict[str, Modality] = Field(min_length=1)  # with their features, by name
+    batches: list[str]  # the biological batches that the decoders know
 
 
 def write_model_card(run: Path, store: Store, config: Config) -> None:
-    """Write config.json and model.json: a run folder explains itself a year later."""
+    """Write config.json and model.json, so that a run folder explains itself a year later.
+
+    Raises:
+        SavingError: they could not be written.
+    """
     card = ModelCard(
         fingerprint=store.fingerprint,
         modalities=store.manifest.modalities,

@@ -102,7 +102,8 @@ def print_plan(setup: Setup, arguments: argparse.Namespace) -> None:
     if not arguments.dry_run:
         return
 
-    from clue_dist.checkpoint.run_folder import choose_checkpoint, list_checkpoints, parse_step
+    from clue_dist.checkpoint.resuming import choose_checkpoint
+    from clue_dist.checkpoint.run_folder import list_checkpoints, parse_step
 
     if arguments.resume == "auto":
         checkpoint = next(iter(list_checkpoints(setup.run_folder / "checkpoints")), None)

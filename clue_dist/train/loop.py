@@ -6,8 +6,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from clue_dist.checkpoint import engine_state, run_folder
+from clue_dist.checkpoint import engine_state
 from clue_dist.checkpoint.model_card import write_model_card
+from clue_dist.checkpoint.resuming import (
+    choose_checkpoint,
+    require_same_run,
+    set_aside_later_work,
+)
 from clue_dist.checkpoint.run_folder import RunState
 from clue_dist.checkpoint.saver import Saver
 from clue_dist.ranks import Ranks
@@ -71,18 +76,18 @@ def _start_trainer(
 ) -> tuple[Trainer, RunState]:
     """A fresh engine, or one that goes on from a checkpoint, whatever number of ranks saved it."""
     run = setup.run_folder
-    checkpoint = run_folder.choose_checkpoint(run, resume, ranks)
+    checkpoint = choose_checkpoint(run, resume, ranks)
     if checkpoint is None:
         state = RunState(0, ranks.world, setup.store.fingerprint)
         engine = build_engine(setup, ranks, device)
     else:
         fingerprint = setup.store.fingerprint
-        state = run_folder.require_same_run(run, setup.config, fingerprint, checkpoint)
+        state = require_same_run(run, setup.config, fingerprint, checkpoint)
         engine = engine_state.restore_engine(
             lambda set_weights: build_engine(setup, ranks, device, set_weights), checkpoint, state
         )
     # A run that was refused so far has left its folder as it was.
-    state = run_folder.set_aside_later_work(run, state, ranks)
+    state = set_aside_later_work(run, state, ranks)
     ranks.run_on_first(lambda: write_model_card(run, setup.store, setup.config))
     return Trainer(engine, setup, ranks, device), replace(state, job=SLURM_JOB)
 

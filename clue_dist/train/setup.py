@@ -17,7 +17,7 @@ from clue_dist.data.batch import Batch, BatchPart, assemble_batch
 from clue_dist.data.plan import CellPlan
 from clue_dist.errors import ConfigError
 from clue_dist.files import parse_path
-from clue_dist.model.modality_spec import ModalitySpec, specify_modalities
+from clue_dist.model.clue import ModalitySpec, specify_modalities
 from clue_dist.store.layout import name_stratum
 from clue_dist.store.reader import Store
 from clue_dist.store.svd import StoredSvd

@@ -144,7 +144,7 @@ def at_call(owner: Any, name: str, do: Callable[[], object]) -> None:
 
 # Functions of a save, the word in their first argument by which the moment is known, and whether it comes before them
 PLACES = {
-    "folder": (saver, "_empty", "checkpoints", True),
+    "folder": (saver, "_make_empty_folder", "checkpoints", True),
     "part": (saver, "_write_tensors", "rank-", True),
     "part written": (saver, "_write_tensors", "rank-", False),
     "commit": (saver, "_write_text", "COMMIT", True),

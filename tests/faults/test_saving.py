@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from clue_dist.checkpoint import run_folder
+from clue_dist.checkpoint import resuming, run_folder
 from clue_dist.errors import LOST, ResumeError, SavingError
 from clue_dist.files import translate_write_errors
 from clue_dist.ranks import Ranks
@@ -114,7 +114,7 @@ def test_what_was_damaged_is_refused_and_the_one_before_it_used(
         victim = draw.choice(sorted((source / newest).iterdir()))
         there = shutil.copytree(source, tmp_path / str(i) / "checkpoints")
         harm(there / newest / victim.name, draw)
-        found = run_folder.choose_checkpoint(tmp_path / str(i), "auto", Ranks())
+        found = resuming.choose_checkpoint(tmp_path / str(i), "auto", Ranks())
         assert found is not None
         assert found.name == before, victim
         said = capsys.readouterr().out
@@ -122,7 +122,7 @@ def test_what_was_damaged_is_refused_and_the_one_before_it_used(
             (harm, victim.name) != (remove, run_folder.COMMIT)
         )  # without it, none was made
         with pytest.raises(ResumeError, match="cannot be used"):
-            run_folder.choose_checkpoint(tmp_path / str(i), str(there / newest), Ranks())
+            resuming.choose_checkpoint(tmp_path / str(i), str(there / newest), Ranks())
 
 
 @pytest.mark.parametrize("listing", ["{}", "[]", '{"state.json": {}}', "null", '"text"'])
@@ -135,7 +135,7 @@ def test_a_marker_that_lists_no_weights_is_damaged(
     shutil.copytree(
         there / f"step-{before:08d}", there / "step-old"
     )  # somebody's copy is nobody's business
-    found = run_folder.choose_checkpoint(tmp_path, "auto", Ranks())
+    found = resuming.choose_checkpoint(tmp_path, "auto", Ranks())
     assert found == there / f"step-{before:08d}"
 
 
@@ -189,7 +189,7 @@ def test_a_forged_checkpoint_is_refused(
     if forge not in MARKERS:
         (newest / run_folder.COMMIT).write_text(json.dumps(listing))
     assert run_folder.find_damage(newest) is not None
-    assert run_folder.choose_checkpoint(tmp_path, "auto", Ranks()) == before
+    assert resuming.choose_checkpoint(tmp_path, "auto", Ranks()) == before
 
 
 def test_a_checkpoint_of_another_run_is_not_gone_on_from_in_the_folder_of_a_run(
@@ -198,10 +198,10 @@ def test_a_checkpoint_of_another_run_is_not_gone_on_from_in_the_folder_of_a_run(
     shutil.copytree(folder / "whole", tmp_path / "mine")
     newest = run_folder.list_checkpoints(folder / "whole" / "checkpoints")[0]
     with pytest.raises(ResumeError, match="already holds another run"):
-        run_folder.choose_checkpoint(tmp_path / "mine", str(newest), Ranks())
-    assert run_folder.choose_checkpoint(tmp_path / "new", str(newest), Ranks()) == newest
+        resuming.choose_checkpoint(tmp_path / "mine", str(newest), Ranks())
+    assert resuming.choose_checkpoint(tmp_path / "new", str(newest), Ranks()) == newest
     own = tmp_path / "mine" / "checkpoints" / newest.name
-    assert run_folder.choose_checkpoint(tmp_path / "mine", str(own), Ranks()) == own
+    assert resuming.choose_checkpoint(tmp_path / "mine", str(own), Ranks()) == own
 
 
 def test_the_same_command_goes_on_with_a_run_that_began_from_a_checkpoint_of_another(
@@ -230,20 +230,20 @@ def test_a_later_attempt_of_a_slurm_job_goes_on_whatever_its_command_began_from(
     listing = json.loads((newest / run_folder.COMMIT).read_text())
     listing[run_folder.STATE] = hash_file(newest / run_folder.STATE).model_dump()
     (newest / run_folder.COMMIT).write_text(json.dumps(listing))
-    monkeypatch.setattr(run_folder, "SLURM_JOB", "77")
+    monkeypatch.setattr(resuming, "SLURM_JOB", "77")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert run_folder.choose_checkpoint(tmp_path, resume, Ranks()) == newest
+    assert resuming.choose_checkpoint(tmp_path, resume, Ranks()) == newest
     for job, restarts in (
         ("78", "1"),
         ("77", "0"),
     ):  # what another job saved; the job's first attempt
-        monkeypatch.setattr(run_folder, "SLURM_JOB", job)
+        monkeypatch.setattr(resuming, "SLURM_JOB", job)
         monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
         if resume == "never":
             with pytest.raises(ResumeError, match="already holds a run"):
-                run_folder.choose_checkpoint(tmp_path, resume, Ranks())
+                resuming.choose_checkpoint(tmp_path, resume, Ranks())
         else:
-            assert run_folder.choose_checkpoint(tmp_path, resume, Ranks()) == Path(resume)
+            assert resuming.choose_checkpoint(tmp_path, resume, Ranks()) == Path(resume)
 
 
 def test_damaged_best_weights_are_told(folder: Path) -> None:

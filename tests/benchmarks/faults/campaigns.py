@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from clue_dist.checkpoint import run_folder
+from clue_dist.checkpoint import resuming
 from clue_dist.ranks import Ranks
 from tests.benchmarks import common
 from tests.benchmarks.faults.jobs import (
@@ -237,7 +237,7 @@ def damages(folder: Path, size: Size, shared: Path) -> common.Result:
         victim = draw.choice(sorted((there / "checkpoints" / newest.name).iterdir()))
         HARMS[number % 3](victim, draw)
         with contextlib.redirect_stdout(io.StringIO()):
-            chosen = run_folder.choose_checkpoint(there, "auto", Ranks())
+            chosen = resuming.choose_checkpoint(there, "auto", Ranks())
         used += chosen is not None and chosen.name == newest.name
         found += chosen is not None and chosen.name == before.name
     return {

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from clue_dist import config as configs
-from clue_dist.checkpoint import run_folder
+from clue_dist.checkpoint import resuming, run_folder
 from clue_dist.inference.embed import embed_store
 from clue_dist.inference.load_model import load_model
 from clue_dist.ranks import Ranks
@@ -70,11 +70,11 @@ def embedded(root: Path, base: Path, folder: Path, fits: bool) -> None:
 
 
 def resumed(root: Path, base: Path, fits: bool) -> None:
-    found = run_folder.choose_checkpoint(root, "auto", Ranks())
+    found = resuming.choose_checkpoint(root, "auto", Ranks())
     if found is None:
         return
     config = configs.load_config(base / "run" / "config.json")
-    run_folder.require_same_run(root, config, Store(str(base / "s.zarr")).fingerprint, found)
+    resuming.require_same_run(root, config, Store(str(base / "s.zarr")).fingerprint, found)
     model = load_model(base / "run").model
     run_folder.load_weights(model, found, "choose another")
     if fits:
