@@ -28,7 +28,7 @@ FAST = (
 
 
 def environment() -> dict[str, str]:
-    """This process's environment without a launcher's variables; the virtual environment's programs come first."""
+    """This process's environment without a launcher's variables; programs of .venv come first."""
     left_out = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     env = {k: v for k, v in os.environ.items() if k not in left_out and not k.startswith("SLURM_")}
     return env | {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}", "OMP_NUM_THREADS": "1"}
@@ -71,7 +71,7 @@ def launched(ranks: int, *args: str) -> list[str]:
 
 
 def spawned(ranks: int, *args: str) -> list[str]:
-    """A command line under a launcher that starts faster, where `deepspeed` itself is not what is tested."""
+    """A command line under a launcher that starts faster than `deepspeed`, which is not tested."""
     return [sys.executable, "tests/ranks.py", str(_server()), str(ranks), *args]
 
 

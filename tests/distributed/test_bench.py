@@ -1,4 +1,4 @@
-"""launch/bench.py as a person uses it, alone and under the launcher, and on a store that is slow to read."""
+"""launch/bench.py alone, under the launcher, and on a store that is slow to read."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The whole way a person goes: simulate, convert, train, embed, evaluate, report; and the numbers are true."""
+"""The whole way: simulate, convert, train, embed, evaluate, report; and the numbers are true."""
 
 import json
 import shutil

@@ -1,4 +1,7 @@
-"""Two ranks compute what one process computes, for every ZeRO stage, on a mosaic in which no cell has all three."""
+"""Two ranks compute what one process computes, under every ZeRO stage.
+
+They train on a mosaic of three modalities, all of which no cell has.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,7 @@
-"""On real cells, where they are at hand: three modalities of which no cell has all, two ranks against one process."""
+"""Two ranks against one process on real cells, where these are at hand.
+
+There are three modalities, all of which no cell has.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""launch/train.py as a person uses it: errors before any worker starts, resume, precision, any K, any likelihood."""
+"""launch/train.py: early errors, resuming, precision, any number of modalities, any likelihood."""
 
 import fcntl
 import itertools
@@ -96,7 +96,7 @@ def timeless(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def stopped_after(command: list[str], run_folder: Path, lines: int) -> int:
-    """Start a command in a process group of its own, send SIGTERM to the group once it has logged; its exit code."""
+    """The exit code of a command whose process group gets SIGTERM once it has logged `lines`."""
     process = subprocess.Popen(
         command,
         cwd=ROOT,

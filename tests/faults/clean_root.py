@@ -1,7 +1,8 @@
-"""Carries out a Dockerfile without Docker: its steps run by chroot in a fresh Debian made by debootstrap.
+"""Carries out a Dockerfile without Docker: its steps run by chroot in a fresh Debian.
 
-Mounts live in a mount namespace of the step's own and vanish with it, so that removing the root cannot reach through
-one. Of Dockerfiles it knows what docker/Dockerfile.cpu uses; anything else is an error.
+debootstrap makes that Debian. Mounts live in a mount namespace of the step's own and vanish with
+it, so that removing the root cannot reach through one. Of Dockerfiles it knows what
+docker/Dockerfile.cpu uses; anything else is an error.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY",
 
 IN_NAMESPACES = ("unshare", "--mount", "--pid", "--fork")
 
-# $1 root, $2 user:group, $3 working folder, then volumes as Docker writes them, --, the command; 64 MB are Docker's too
+# $1 root, $2 user:group, $3 working folder, then volumes as Docker writes them, --, the command.
+# Docker gives 64 MB of shared memory, too.
 CHROOT = """
 root=$1 user=$2 folder=$3; shift 3
 mount -t proc proc "$root/proc"
@@ -61,7 +63,7 @@ def instructions(text: str) -> list[Instruction]:
 
 
 def let_in(path: str, ignore: str) -> bool:
-    """Whether the text of a .dockerignore leaves a file in the build: the last pattern that fits it decides."""
+    """Whether a .dockerignore leaves a file in the build: the last pattern that fits decides."""
     parts = Path(path).parts
     candidates = ["/".join(parts[: i + 1]) for i in range(len(parts))]
     kept = True
@@ -179,7 +181,7 @@ class CleanRoot:
         return Template(text).substitute({**self.args, **self.env})
 
     def _inside(self, path: str) -> Path:
-        """A path of the root as seen from outside; one that leads out of it by a link is refused."""
+        """A path of the root as seen from outside; one that a link leads out of it is refused."""
         found = (self.root / os.path.join(self.folder, path).lstrip("/")).resolve()
         assert found.is_relative_to(self.root.resolve()), found
         return found
@@ -271,7 +273,7 @@ def make_debian(root: Path, suite: str) -> None:
 
 
 def of_this_machine() -> tuple[dict[str, str], list[str]]:
-    """How pip reaches packages from here: variables, and volumes for the folders they name, which lie under /host."""
+    """How pip reaches packages from here: variables, and volumes under /host for their folders."""
     asked = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
     )

@@ -1,4 +1,4 @@
-"""Tests that need a cluster's parts: skipped where these are missing, but not in CI, which asks for all of them."""
+"""Tests that need parts of a cluster: skipped where these are missing, but never in CI."""
 
 from __future__ import annotations
 

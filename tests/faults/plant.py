@@ -2,16 +2,19 @@
 
 [deepspeed] tests/faults/plant.py FAULT ... -- launch/train.py ARGS
 
-kill:RANK:STEP        the rank kills itself as it fetches the batch of a step, once all that was to be saved is saved
-term:RANK:STEP        it sends SIGTERM to itself, usr1:RANK:STEP USR1; STEP is a number, "start" before the first of
-                      this attempt, or "end" after the last
-nan:RANK:FROM:TO:M    modality M of its batches of steps FROM to TO - 1 is NaN; inf:... has one infinite value
-jump:RANK:FROM:TO:M   the values are a thousand times as large
+kill:RANK:STEP        the rank kills itself when it fetches the batch of a step, once all saves are
+                      written
+term:RANK:STEP        the rank sends SIGTERM to itself; STEP is a number, "start" before the first
+                      step of this attempt, or "end" after the last
+usr1:RANK:STEP        the rank sends USR1 to itself
+nan:RANK:FROM:TO:M    modality M of the rank's batches of steps FROM to TO - 1 is NaN
+inf:RANK:FROM:TO:M    modality M has one infinite value
+jump:RANK:FROM:TO:M   the values of modality M are a thousand times as large
 gradient:RANK:STEP    a gradient of the step is NaN, though the loss is finite
 validation:RANK:N     the N-th validation, counted from 1, scores NaN
-saving:RANK:STEP:P    it kills itself while the checkpoint of a step is saved, at place P of PLACES
-full:RANK:STEP:P      there it alone finds its disk full
-dump:FOLDER           every rank writes what it begins with: its pieces of weights and optimizer
+saving:RANK:STEP:P    the rank kills itself while the checkpoint of a step is saved, at P of PLACES
+full:RANK:STEP:P      at P, this rank alone finds its disk full
+dump:FOLDER           every rank writes what it begins with: its shards of weights and optimizer
 """
 
 from __future__ import annotations
@@ -96,7 +99,8 @@ def at_batch(do: Callable[[int, Batch], object]) -> None:
         n_fetched[id(self)] += 1
         return batch
 
-    Trainer.open_loader, Loader.__next__ = open_counted, fetch_counted  # type: ignore[method-assign]
+    Trainer.open_loader = open_counted  # type: ignore[method-assign]
+    Loader.__next__ = fetch_counted  # type: ignore[method-assign]
 
 
 def in_backward(step: int) -> None:
@@ -142,7 +146,8 @@ def at_call(owner: Any, name: str, do: Callable[[], object]) -> None:
     setattr(owner, name, planted)
 
 
-# Functions of a save, the word in their first argument by which the moment is known, and whether it comes before them
+# By place in a save: the function, a word in its first argument by which the call is known, and
+# whether the fault comes before the call.
 PLACES = {
     "folder": (saver, "_make_empty_folder", "checkpoints", True),
     "part": (saver, "_write_tensors", "rank-", True),

@@ -1,4 +1,4 @@
-"""A real Slurm cluster of two nodes on this machine, of Debian's packages, in a folder of its own."""
+"""A real Slurm cluster of two nodes on this machine, in a folder of its own (Debian's packages)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""A small sample of tests/benchmarks/faults: kills at any time, and what hundreds of steps, saves and validations leave
-behind in memory."""
+"""A small sample of tests/benchmarks/faults.
+
+Runs are killed at any time; hundreds of steps, saves and validations leave nothing in memory.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """The Dockerfiles: what they promise, and training in the CPU variant.
 
-Where a Docker engine answers, it builds the image. Elsewhere the same steps are carried out in a clean Debian.
+Where a Docker engine answers, it builds the image. Elsewhere the same steps are carried out in a
+clean Debian.
 """
 
 from __future__ import annotations
@@ -247,7 +248,8 @@ def test_versions_are_the_pinned_ones(image: Engine | CleanRoot) -> None:
 
 @BUILD
 def test_it_may_write_to_runs_alone(image: Engine | CleanRoot, mounts: Mounts) -> None:
-    script = 'id -u; for d in /stores /opt/clue_dist /opt/venv /runs; do touch "$d/x" && echo "wrote $d"; done; true'
+    folders = "/stores /opt/clue_dist /opt/venv /runs"
+    script = f'id -u; for d in {folders}; do touch "$d/x" && echo "wrote $d"; done; true'
     code, output = image.start("bash", "-c", script, volumes=mounts.volumes).finish(60)
     lines = [line for line in output.splitlines() if not line.startswith("touch:")]
     assert (code, lines) == (0, ["1000", "wrote /runs"])
@@ -270,7 +272,7 @@ def test_it_trains(image: Engine | CleanRoot, mounts: Mounts) -> None:
 def test_the_commands_of_the_readme_typed_as_they_stand(
     image: Engine | CleanRoot, mounts: Mounts
 ) -> None:
-    """`docker run`, `docker stop`, `docker start`: but for --gpus and the image's name, as here are CPUs."""
+    """`docker run`, `docker stop`, `docker start`, but without --gpus and the image of GPUs."""
     make_store(
         mounts.stores / "S.zarr", cells={"rna+adt": 120, "rna": 40}, features={"rna": 60, "adt": 10}
     )

@@ -1,4 +1,7 @@
-"""NaN and Inf planted in one rank's batch: all ranks skip the step, the culprit is named, five in a row end the run."""
+"""NaN and Inf in one rank's batch: all ranks skip the step, which is explained.
+
+Five such steps in a row end the run.
+"""
 
 from __future__ import annotations
 

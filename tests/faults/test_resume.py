@@ -1,4 +1,4 @@
-"""A run that was interrupted anywhere goes on bit for bit, and on any number of ranks with the same global batches."""
+"""An interrupted run goes on bit for bit; on another number of ranks, with the same batches."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from tests.ranks import GONE, HUNG
 from tests.stores import make_store
 
 STEPS = 24
-# 14 of 300 cells are held out; with dropout, noise, mixing and subsets of features drawn in every step
+# 14 of 300 cells are held out. Dropout, noise, mixing and subsets of features are drawn in every
+# step.
 SETTINGS = (
     f"train.epochs={STEPS * 64 / 286}",
     "log.every=1",
@@ -91,7 +92,7 @@ def test_killed_at_a_random_step_it_ends_bit_for_bit_like_an_unbroken_run(
 
 
 def same_state(a: Path, b: Path) -> float:
-    """Largest difference of all weights and of the optimizer's state, in the last checkpoints of two runs."""
+    """Largest difference between the last checkpoints of two runs, optimizer states included."""
     last = [run / "checkpoints" / f"step-{saved_steps(run)[0]:08d}" for run in (a, b)]
     states = [contents(folder) for folder in last]
     assert states[0].keys() == states[1].keys()
@@ -174,7 +175,7 @@ def test_what_is_logged_now_and_then_is_the_mean_over_all_its_steps(folder: Path
 
 
 def test_best_weights_are_those_of_the_checkpoint_that_is_gone_on_from(folder: Path) -> None:
-    """The newest checkpoint is damaged: what it knew of validations since the one before it is forgotten."""
+    """The newest checkpoint is damaged: the validations since the one before are forgotten."""
     settings = ("train.validate_every=2", "train.checkpoint_every=8", "train.patience=9")
     alone(*args_of(folder, "best", *settings))
     args = args_of(folder, "best-broken", *settings)

@@ -1,4 +1,8 @@
-"""Checkpoints are there or not: killed in mid-save, damaged afterwards, out of space, a folder that turns read-only."""
+"""A checkpoint is whole or does not count.
+
+Runs are killed while they save, checkpoints are damaged afterwards, the disk is full, a folder
+turns read-only.
+"""
 
 from __future__ import annotations
 
@@ -180,7 +184,7 @@ MARKERS = [_marker_pipe, _marker_nested]
 def test_a_forged_checkpoint_is_refused(
     folder: Path, tmp_path: Path, forge: Callable[[Path, dict[str, Any]], None]
 ) -> None:
-    """Files elsewhere, pipes that nobody writes to, parts that nobody saved: named by hand, or put there."""
+    """COMMIT.json names files elsewhere; there are pipes, and shards that no rank saved."""
     there = shutil.copytree(folder / "whole" / "checkpoints", tmp_path / "checkpoints")
     newest, before = (there / f"step-{step:08d}" for step in saved_steps(folder / "whole"))
     assert run_folder.find_damage(newest) is None
@@ -316,7 +320,7 @@ def mounted(where: Path, *options: str) -> Iterator[None]:
 
 @needs_root
 def test_a_full_disk_is_told_and_leaves_what_was_committed(folder: Path) -> None:
-    """With sinks that write there, too: they must not end training, nor may lines be missing afterwards."""
+    """Sinks write there, too: they must not end training, and no line may be missing afterwards."""
     args = args_of(folder, "full", "train.keep=99", "log.tensorboard=true", "log.wandb=offline")
     with mounted(folder / "full", "-t", "tmpfs", "-o", "size=700k", "none"):
         (folder / "full" / "other").write_bytes(b"\1" * 700_000)  # tmpfs counts whole pages
@@ -347,7 +351,7 @@ def test_a_full_disk_is_told_and_leaves_what_was_committed(folder: Path) -> None
 
 @needs_root
 def test_a_full_disk_that_takes_no_output_either_is_told_by_the_exit_code(folder: Path) -> None:
-    """As of `python launch/train.py ... > RUN/log`: neither what is printed nor why it ended can be written."""
+    """As under `python launch/train.py ... > RUN/log`: nothing that is printed can be written."""
     args = args_of(folder, "mute", "train.keep=99")
     with mounted(folder / "mute", "-t", "tmpfs", "-o", "size=400k", "none"):
         with (folder / "mute" / "log").open("wb") as log:

@@ -1,4 +1,7 @@
-"""Training never depends on who looks on: wandb is killed, the terminal is closed, a lock cannot be held."""
+"""Training never depends on its sinks: wandb is killed, the terminal is closed.
+
+And what holds a run folder: a lock, which may not work there.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""launch/slurm/train.sbatch on a real Slurm of two nodes: preempted, signalled, short of a rank, it comes back."""
+"""launch/slurm/train.sbatch on a real Slurm of two nodes.
+
+A job that is preempted, signalled or short of a rank comes back.
+"""
 
 from __future__ import annotations
 
@@ -118,7 +121,7 @@ def test_stopped_in_time_it_comes_back_by_itself_and_loses_no_step(
 
 
 def committed_after(run_folder: Path, when: float) -> Path:
-    """The marker of the first checkpoint that was not saved because it was due, once it is there."""
+    """The marker of the first checkpoint that was saved before it was due, once it is there."""
     deadline = time.monotonic() + 60
     while True:
         found = [
@@ -228,7 +231,7 @@ def test_cancelled_for_good_it_has_saved(slurm: Slurm, folder: Path) -> None:
 
 
 def test_the_command_of_the_readme_typed_as_it_stands(slurm: Slurm, tmp_path: Path) -> None:
-    """In a folder that looks like the project's, with the store it names: four ranks on two nodes."""
+    """Four ranks on two nodes, in a folder that looks like the project's, with the store it names."""
     for name in ("launch", "configs", ".venv"):
         (tmp_path / name).symlink_to(ROOT / name)
     make_store(
@@ -251,8 +254,11 @@ def test_the_command_of_the_readme_typed_as_it_stands(slurm: Slurm, tmp_path: Pa
 
 
 def test_time_that_runs_out_is_no_loss(slurm: Slurm, folder: Path) -> None:
-    """Slurm's own clock: one minute. It looks every half minute whether less than that and these 10 s are left: later
-    than the ranks need to start."""
+    """By Slurm's own clock there is one minute.
+
+    Slurm looks every half minute whether less than that and these 10 s are left, which is later
+    than the ranks need to start.
+    """
     limits = (
         "--time=1",
         "--signal=USR1@10",

@@ -27,7 +27,7 @@ class LoggedLines:
 def kept(
     scores: list[tuple[float, float]], monkeypatch: pytest.MonkeyPatch, patience: int = 0
 ) -> tuple[RunState, list[int]]:
-    """The state after validations of (score, error), one a step, and the steps whose weights are kept."""
+    """The state after validations of (score, error), one a step, and the steps that are kept."""
     kept_steps: list[int] = []
     looks = iter(scores)
     monkeypatch.setattr(
