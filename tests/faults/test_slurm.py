@@ -231,7 +231,7 @@ def test_cancelled_for_good_it_has_saved(slurm: Slurm, folder: Path) -> None:
 
 
 def test_the_command_of_the_readme_typed_as_it_stands(slurm: Slurm, tmp_path: Path) -> None:
-    """Four ranks on two nodes, in a folder that looks like the project's, with the store it names."""
+    """Four ranks on two nodes, in a folder like the project's, with the store that it names."""
     for name in ("launch", "configs", ".venv"):
         (tmp_path / name).symlink_to(ROOT / name)
     make_store(
