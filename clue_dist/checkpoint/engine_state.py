@@ -57,7 +57,7 @@ def collect_shapes(engine: Any) -> dict[str, list[int]]:
 
 def count_updates(engine: Any) -> int:
     """Count the updates that the optimizer has made."""
-    for state in engine.basic_optimizer.state.values():
+    for state in engine.basic_optimizer.state.values():  # empty before the first update
         return int(state[UPDATES])
     return 0
 
@@ -75,6 +75,7 @@ def restore_engine(
     Raises:
         ResumeError: the checkpoint holds another model or another optimizer.
     """
+    # The weights first: an optimizer that keeps float32 copies takes them when it is built.
     fix = "go on with the version of clue_dist that began the run"
     engine = build(lambda model: load_weights(model, checkpoint, fix))
     try:
@@ -104,6 +105,8 @@ def restore_shards(engine: Any, files: Iterable[Path], n_updates: int) -> None:
         shard = shards.get(name)
         if shard is None:  # another rank updates this parameter
             continue
+        # The part of the shard in the file that this rank updates; the ranks that saved it may have
+        # been others.
         values = read(max(shard.start - start, 0), shard.start + shard.numel - start)
         if not len(values):
             continue

@@ -22,7 +22,7 @@ class ModelCard(BaseModel):
     batches: list[str]  # the biological batches that the decoders know
 
 
-def write_model_card(run: Path, store: Store, config: Config) -> None:
+def write_model_card(run_folder: Path, store: Store, config: Config) -> None:
     """Write config.json and model.json, so that a run folder explains itself a year later.
 
     Raises:
@@ -33,7 +33,7 @@ def write_model_card(run: Path, store: Store, config: Config) -> None:
         modalities=store.manifest.modalities,
         batches=store.manifest.batches,
     )
-    with translate_write_errors("what the run is", run):
-        run.mkdir(parents=True, exist_ok=True)
-        write_file(run / "config.json", config.to_json(), durable=True)
-        write_file(run / "model.json", card.model_dump_json(indent=1), durable=True)
+    with translate_write_errors("what the run is", run_folder):
+        run_folder.mkdir(parents=True, exist_ok=True)
+        write_file(run_folder / "config.json", config.to_json(), durable=True)
+        write_file(run_folder / "model.json", card.model_dump_json(indent=1), durable=True)

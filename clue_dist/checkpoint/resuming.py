@@ -47,11 +47,11 @@ CHANGEABLE = (
 )
 
 
-def choose_checkpoint(run: Path, resume: str, ranks: Ranks) -> Path | None:
+def choose_checkpoint(run_folder: Path, resume: str, ranks: Ranks) -> Path | None:
     """Choose the checkpoint to go on from; rank 0 does so for all.
 
     Args:
-        run: the run folder.
+        run_folder: the run folder.
         resume: "auto" for the newest sound checkpoint, "never", or the folder of a checkpoint.
         ranks: this rank among all; every rank must call.
 
@@ -62,47 +62,48 @@ def choose_checkpoint(run: Path, resume: str, ranks: Ranks) -> Path | None:
         ResumeError: under "never", the folder holds a run; or the named checkpoint is missing or
             damaged; or every checkpoint is damaged.
     """
-    return ranks.run_on_first(lambda: _choose_on_first(run, resume))
+    return ranks.run_on_first(lambda: _choose_on_first(run_folder, resume))
 
 
-def _choose_on_first(run: Path, resume: str) -> Path | None:
-    checkpoints = list_checkpoints(run / "checkpoints")
+def _choose_on_first(run_folder: Path, resume: str) -> Path | None:
+    checkpoints = list_checkpoints(run_folder / "checkpoints")
     if resume == "auto":
-        return _choose_newest(run, checkpoints)
-    continued = _find_continuation(run, resume, checkpoints)
+        return _choose_newest(run_folder, checkpoints)
+    # Typed again after an interruption, a command that names "never" or a checkpoint goes on.
+    continued = _find_continuation(run_folder, resume, checkpoints)
     if continued is not None:
         return continued
     if resume == "never":
         if checkpoints:
             raise ResumeError(
                 "the run folder already holds a run",
-                where=run,
+                where=run_folder,
                 got=checkpoints[0].name,
                 expected="an empty folder with --resume never",
                 fix="use --resume auto to go on, or --set run=ANOTHER_FOLDER",
             )
         return None
-    return _choose_named(run, resume, checkpoints)
+    return _choose_named(run_folder, resume, checkpoints)
 
 
-def _choose_newest(run: Path, checkpoints: list[Path]) -> Path | None:
+def _choose_newest(run_folder: Path, checkpoints: list[Path]) -> Path | None:
     """The newest sound checkpoint of the run."""
-    newest = next(iterate_sound_checkpoints(run / "checkpoints"), None)
+    newest = next(iterate_sound_checkpoints(run_folder / "checkpoints"), None)
     if newest is None and checkpoints:
         raise ResumeError(
             "every checkpoint of the run is damaged",
-            where=run,
+            where=run_folder,
             fix="start anew with --set run=ANOTHER_FOLDER",
         )
     return newest
 
 
-def _choose_named(run: Path, resume: str, checkpoints: list[Path]) -> Path:
+def _choose_named(run_folder: Path, resume: str, checkpoints: list[Path]) -> Path:
     """The checkpoint that a person named: of this run, or of another with which it begins."""
-    if checkpoints and Path(resume).resolve().parent.parent != run.resolve():
+    if checkpoints and Path(resume).resolve().parent.parent != run_folder.resolve():
         raise ResumeError(
             "the run folder already holds another run than the one to go on from",
-            where=run,
+            where=run_folder,
             got=resume,
             fix="choose a new folder for what goes on from there, with --set run=ANOTHER_FOLDER",
         )
@@ -117,7 +118,7 @@ def _choose_named(run: Path, resume: str, checkpoints: list[Path]) -> Path:
     return Path(resume)
 
 
-def _find_continuation(run: Path, resume: str, checkpoints: list[Path]) -> Path | None:
+def _find_continuation(run_folder: Path, resume: str, checkpoints: list[Path]) -> Path | None:
     """The newest sound checkpoint, if the very same command has saved it and was interrupted.
 
     An earlier attempt of this Slurm job saved it; or the run began from the checkpoint of another
@@ -128,15 +129,17 @@ def _find_continuation(run: Path, resume: str, checkpoints: list[Path]) -> Path 
         return None
     was_requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0 and state.job == SLURM_JOB
     if was_requeued or state.origin == str(Path(resume).resolve()):
-        return next(iterate_sound_checkpoints(run / "checkpoints"), None)
+        return next(iterate_sound_checkpoints(run_folder / "checkpoints"), None)
     return None
 
 
-def require_same_run(run: Path, config: Config, fingerprint: str, checkpoint: Path) -> RunState:
+def require_same_run(
+    run_folder: Path, config: Config, fingerprint: str, checkpoint: Path
+) -> RunState:
     """Check that a run may go on from a checkpoint, on any number of ranks and any ZeRO stage.
 
     Args:
-        run: the run folder; the checkpoint may lie in another.
+        run_folder: the run folder; the checkpoint may lie in another.
         config: the settings of the run, resolved.
         fingerprint: of the store.
         checkpoint: the checkpoint's folder.
@@ -156,22 +159,23 @@ def require_same_run(run: Path, config: Config, fingerprint: str, checkpoint: Pa
             expected=state.fingerprint[:16],
             fix="point --set store=... at the original store, or start a new run",
         )
+    # What the run began with, as its own folder keeps it beside the checkpoints.
     saved_config = configs.load_config(checkpoint.parent.parent / "config.json")
     changed = configs.list_changed_settings(saved_config, config)
     forbidden = [key for key in changed if not key.startswith(CHANGEABLE)]
     if forbidden:
         raise ResumeError(
             "the settings are not those of the run to go on with",
-            where=run,
+            where=run_folder,
             got=f"changed: {', '.join(forbidden)}",
             fix="use the run's own config.json, or start a new run with --set run=ANOTHER_FOLDER",
         )
-    if checkpoint.resolve().parent.parent != run.resolve():
+    if checkpoint.resolve().parent.parent != run_folder.resolve():
         state = replace(state, origin=str(checkpoint.resolve()))
     return state
 
 
-def set_aside_later_work(run: Path, state: RunState, ranks: Ranks) -> RunState:
+def set_aside_later_work(run_folder: Path, state: RunState, ranks: Ranks) -> RunState:
     """Clear the way for going on from a state.
 
     What an earlier attempt left beyond its step is renamed, and half-written checkpoints are
@@ -183,11 +187,12 @@ def set_aside_later_work(run: Path, state: RunState, ranks: Ranks) -> RunState:
     """
 
     def clear_folder() -> bool:
-        with translate_write_errors("what goes on from here", run):
+        with translate_write_errors("what goes on from here", run_folder):
             for kind in ("checkpoints", "best"):
-                for path in list((run / kind).glob("step-*")):
+                # A list, as what is renamed would turn up again.
+                for path in list((run_folder / kind).glob("step-*")):
                     _set_aside(path, state.step)
-        return state.best is not None and _report_lost_best(run, state.best_step)
+        return state.best is not None and _report_lost_best(run_folder, state.best_step)
 
     lost = ranks.run_on_first(clear_folder)
     return replace(state, best=None, best_step=0, bad=0) if lost else state
@@ -203,9 +208,9 @@ def _set_aside(path: Path, step: int) -> None:
         path.rename(path.with_suffix(".aside"))
 
 
-def _report_lost_best(run: Path, best_step: int) -> bool:
+def _report_lost_best(run_folder: Path, best_step: int) -> bool:
     """Whether the best weights are damaged or gone; the damage is reported."""
-    best = run / "best" / f"step-{best_step:08d}"
+    best = run_folder / "best" / f"step-{best_step:08d}"
     problem = find_damage(best)
     # A run that begins from another's checkpoint has no folder of best weights yet.
     if problem is not None and best.parent.exists():

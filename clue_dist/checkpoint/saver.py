@@ -54,7 +54,7 @@ class Saver:
     """Saves checkpoints and best weights. Every rank must make the same calls at the same steps.
 
     Args:
-        run: the run folder.
+        run_folder: the run folder.
         engine: what is saved.
         ranks: this rank among all.
         keep: how many checkpoints are kept.
@@ -67,13 +67,13 @@ class Saver:
 
     def __init__(
         self,
-        run: Path,
+        run_folder: Path,
         engine: Any,
         ranks: Ranks,
         keep: int,
         before_commit: Callable[[], None] | None = None,
     ) -> None:
-        self._run, self._engine, self._keep = run, engine, keep
+        self._run_folder, self._engine, self._keep = run_folder, engine, keep
         self._ranks = ranks.open_side_channel()  # for the thread that writes
         self._before_commit = before_commit
         # An attempt that is over for Slurm may live on for a while, and must not write where we do.
@@ -166,7 +166,7 @@ class Saver:
         if self._failure is not None:
             raise self._failure
         ranks = self._ranks
-        final = self._run / kind / f"step-{state.step:08d}"
+        final = self._run_folder / kind / f"step-{state.step:08d}"
         partial = final.with_suffix(f".{self._attempt}.partial")
         shard_file = partial / f"rank-{ranks.rank:05d}.safetensors"
         translated = translate_write_errors("a checkpoint", partial)
@@ -208,15 +208,17 @@ class Saver:
         That is: the oldest checkpoints, best weights that no checkpoint left names, and what was
         set aside of steps that this attempt has passed.
         """
-        checkpoints = list_checkpoints(self._run / "checkpoints")
+        checkpoints = list_checkpoints(self._run_folder / "checkpoints")
         best_steps = {read_best_step(checkpoint) for checkpoint in checkpoints[: self._keep]}
         unnamed = [
             best
-            for best in list_checkpoints(self._run / "best")
+            for best in list_checkpoints(self._run_folder / "best")
             if parse_step(best) not in best_steps
         ]
         aside = [
-            path for path in self._run.glob("*/step-*.aside") if parse_step(path) <= state.step
+            path
+            for path in self._run_folder.glob("*/step-*.aside")
+            if parse_step(path) <= state.step
         ]
         for path in [*checkpoints[self._keep :], *unnamed, *aside]:
             # Renamed first, so that what may be left of it is not taken for a checkpoint.

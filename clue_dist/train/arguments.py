@@ -60,7 +60,7 @@ def _build_parser(description: str | None) -> argparse.ArgumentParser:
         metavar="PATH=VALUE",
         help="override one setting",
         nargs="+",
-        dest="overrides",
+        dest="overrides",  # of every --set together
     )
     # The deepspeed launcher passes this to every rank.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
@@ -117,7 +117,9 @@ def print_plan(setup: Setup, arguments: argparse.Namespace) -> None:
 
 def prepare_benchmark(arguments: argparse.Namespace, world: int) -> Setup:
     """Check what is to be measured, as `prepare_training` does; no run folder is needed."""
-    check_bench_arguments(arguments)
+    check_bench_arguments(
+        arguments
+    )  # measuring takes minutes: what cannot be written is said first
     config = configs.load_config(arguments.config, arguments.overrides)
 
     from clue_dist.train.setup import prepare_setup

@@ -70,7 +70,7 @@ class RankClock:
     def time_calls(self, work: Callable[[], None], calls: int) -> float:
         """Time `calls` calls of `work`: seconds of the slowest rank."""
         self.ranks.barrier()
-        self.wait_for_device()
+        self.wait_for_device()  # with what was given to it before
         started = time.perf_counter()
         for _ in range(calls):
             work()
@@ -82,7 +82,7 @@ class RankClock:
 
         `fewest` calls warm up, as many are timed, and as many it is at least.
         """
-        self.time_calls(work, fewest)
+        self.time_calls(work, fewest)  # the first calls are slow, and do not count
         return max(fewest, math.ceil(self.seconds / (self.time_calls(work, fewest) / fewest)))
 
 
@@ -173,12 +173,14 @@ def _leave_untrained(setup: Setup) -> Setup:
 def _measure_model(trainer: Trainer, clock: RankClock) -> ModelSpeed:
     """Steps on one batch that lies on the device."""
     with trainer.open_loader(0) as loader:
+        # On the device already, so that nothing is copied there while steps are timed.
         batches = itertools.repeat(next(loader).to(trainer.device))
     calls = clock.count_calls(_make_stepper(trainer, batches), WARM_UP_STEPS)
     step_seconds = median(
         clock.time_calls(_make_stepper(trainer, batches), calls) / calls
         for _ in range(clock.repeats)
     )
+    # The parts are timed in extra steps: waiting for the device after each part slows a step down.
     timed_engine = TimedEngine(trainer.engine, clock)
     clock.time_calls(_make_stepper(replace(trainer, engine=timed_engine), batches), calls)
     parts_ms = timed_engine.average_parts(trainer.setup.config.train.grad_accum)
@@ -195,6 +197,7 @@ def _measure_training(trainer: Trainer, clock: RankClock) -> TrainingSpeed:
         times = [clock.time_calls(take_step, calls) for _ in range(clock.repeats)]
         waited = (loader.waited_seconds - waited_before) / sum(times)
     step_seconds = median(times) / calls
+    # All ranks wait for the one that waits longest.
     longest_wait = max(trainer.ranks.all_gather_object(waited))
     return TrainingSpeed(1e3 * step_seconds, _get_batch_size(trainer) / step_seconds, longest_wait)
 
@@ -206,6 +209,7 @@ class TimedEngine:
         self._engine, self._clock = engine, clock
         self._seconds: dict[str, list[float]] = defaultdict(list)
 
+    # All else is that of the engine itself.
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 

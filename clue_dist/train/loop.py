@@ -61,6 +61,8 @@ def fit(setup: Setup, ranks: Ranks, resume: str = "auto") -> TrainingResult:
         TrainingError: loss or gradient stay not finite.
         SavingError: a checkpoint could not be written, as on a full disk.
     """
+    # From here on a signal asks for a stop, and the loss of a rank ends the others, even while they
+    # wait for each other to join.
     with StopFlag() as stop, Peers(ranks) as peers:
         device = join_process_group(ranks)
         with hold_run_lock(setup.run_folder, ranks):
@@ -75,43 +77,43 @@ def _start_trainer(
     setup: Setup, ranks: Ranks, device: torch.device, resume: str
 ) -> tuple[Trainer, RunState]:
     """A fresh engine, or one that goes on from a checkpoint, whatever number of ranks saved it."""
-    run = setup.run_folder
-    checkpoint = choose_checkpoint(run, resume, ranks)
+    folder, fingerprint = setup.run_folder, setup.store.fingerprint
+    checkpoint = choose_checkpoint(folder, resume, ranks)
     if checkpoint is None:
-        state = RunState(0, ranks.world, setup.store.fingerprint)
+        state = RunState(0, ranks.world, fingerprint)
         engine = build_engine(setup, ranks, device)
     else:
-        fingerprint = setup.store.fingerprint
-        state = require_same_run(run, setup.config, fingerprint, checkpoint)
+        state = require_same_run(folder, setup.config, fingerprint, checkpoint)
         engine = engine_state.restore_engine(
             lambda set_weights: build_engine(setup, ranks, device, set_weights), checkpoint, state
         )
     # A run that was refused so far has left its folder as it was.
-    state = set_aside_later_work(run, state, ranks)
-    ranks.run_on_first(lambda: write_model_card(run, setup.store, setup.config))
+    state = set_aside_later_work(folder, state, ranks)
+    ranks.run_on_first(lambda: write_model_card(folder, setup.store, setup.config))
     return Trainer(engine, setup, ranks, device), replace(state, job=SLURM_JOB)
 
 
 def _train_steps(trainer: Trainer, state: RunState, stop: StopFlag, peers: Peers) -> TrainingResult:
     """The loop, from `state` on until the run is finished or a signal asks to stop."""
     setup, engine, ranks = trainer.setup, trainer.engine, trainer.ranks
-    settings, log_every = setup.config.train, setup.config.log.every
-    held_out = trainer.load_held_out_batch()
+    settings, held_out = setup.config.train, trainer.load_held_out_batch()
     sinks = Sinks(setup.run_folder, setup.config, setup.total_steps, state.step, ranks)
     loader = trainer.open_loader(state.step)
     saver = Saver(setup.run_folder, engine, ranks, settings.keep, sinks.flush_to_disk)
+    # An error is announced first, so that other ranks do not wait while this one closes the rest.
     with sinks, loader, saver, peers.announce_errors():
-        sinks.print_message(_greet(trainer, state))
+        sinks.print_message(_format_greeting(trainer, state))
         state = replace(state, world=ranks.world)
         meter = Meter(trainer, loader, saver, state.logged)
         first_step, done = state.step, _is_finished(setup, state)
         while not done:
             outcome = train_step(trainer, loader, state.step, saver, stop)
+            # A skipped step counts, too: its cells have been dealt.
             state = judge_outcome(trainer, replace(state, step=state.step + 1), outcome, sinks)
             meter.add_step(outcome)
             sinks.count_step()
             is_last = state.step == setup.total_steps
-            if is_last or is_due(state, log_every):
+            if is_last or is_due(state, setup.config.log.every):
                 sinks.write_numbers("train", state.step, meter.read_means(state.step))
             if is_last or is_due(state, settings.validate_every):
                 state = validate_model(trainer, held_out, state, sinks)
@@ -124,24 +126,24 @@ def _train_steps(trainer: Trainer, state: RunState, stop: StopFlag, peers: Peers
                 updates, sums = engine_state.count_updates(engine), meter.collect_sums()
                 saver.save_checkpoint(replace(state, updates=updates, logged=sums))
         saver.finish()
-        if not _is_finished(setup, state):
+        is_finished = _is_finished(setup, state)
+        if not is_finished:
             sinks.print_message(
                 f"asked to stop: saved at step {state.step}, `--resume auto` goes on from there"
             )
         elif first_step < state.step < setup.total_steps:
-            sinks.print_message(
-                f"no better validation since step {state.best_step}: stopping early"
-            )
-    return TrainingResult(state, _is_finished(setup, state))
+            best_step = state.best_step
+            sinks.print_message(f"no better validation since step {best_step}: stopping early")
+    return TrainingResult(state, is_finished)
 
 
-def _greet(trainer: Trainer, state: RunState) -> str:
+def _format_greeting(trainer: Trainer, state: RunState) -> str:
     """The line that says where training begins."""
-    run, world = trainer.setup.run_folder, trainer.ranks.world
+    folder = trainer.setup.run_folder
     if not state.step:
-        return f"starting: {run}"
-    saved_by = f", saved by {state.world} ranks" if state.world != world else ""
-    return f"going on from step {state.step}{saved_by}: {run}"
+        return f"starting: {folder}"
+    saved_by = f", saved by {state.world} ranks" if state.world != trainer.ranks.world else ""
+    return f"going on from step {state.step}{saved_by}: {folder}"
 
 
 def _is_finished(setup: Setup, state: RunState) -> bool:

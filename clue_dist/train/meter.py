@@ -32,11 +32,12 @@ class Meter:
         self, trainer: Trainer, loader: Loader, saver: Saver, sums: Mapping[str, float]
     ) -> None:
         self._trainer, self._loader, self._saver = trainer, loader, saver
-        self._restart(sums)
+        self._restart_sums(sums)
 
-    def _restart(self, sums: Mapping[str, float]) -> None:
+    def _restart_sums(self, sums: Mapping[str, float]) -> None:
         """Begin anew, with the sums over steps that are not logged yet."""
         self._sums = {
+            # float64, so that sums over many steps keep the digits of each.
             name: torch.tensor(value, dtype=torch.float64, device=self._trainer.device)
             for name, value in sums.items()
         }
@@ -48,7 +49,7 @@ class Meter:
 
     def add_step(self, outcome: StepOutcome) -> None:
         """Add a step to the sums; the terms of a step that was skipped mean nothing."""
-        self._steps_timed += 1
+        self._steps_timed += 1  # its cells were read, whatever became of it
         if outcome.skipped:
             return
         for name, value in outcome.terms.items():
@@ -68,13 +69,13 @@ class Meter:
         means = self._average_over_ranks(self._steps_summed)
         seconds = time.perf_counter() - self._started
         means["epoch"] = setup.count_epochs(step)
-        means["lr"] = compute_learning_rate(setup, step - 1)
+        means["lr"] = compute_learning_rate(setup, step - 1)  # of the step that ended
         means["cells_per_s"] = self._steps_timed * int(setup.config.data.batch_size) / seconds
         means["data_wait"] = (self._loader.waited_seconds - self._data_wait) / seconds
         means["saving_wait"] = (self._saver.waited_seconds - self._saving_wait) / seconds
         if self._trainer.device.type == "cuda":
             means["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
-        self._restart({})
+        self._restart_sums({})
         return means
 
     def _average_over_ranks(self, steps: int) -> dict[str, float]:
@@ -82,5 +83,5 @@ class Meter:
         if not self._sums:
             return {}
         means: Tensor = torch.stack(list(self._sums.values())) / steps
-        dist.all_reduce(means)
+        dist.all_reduce(means)  # one exchange for all terms
         return dict(zip(self._sums, (means / dist.get_world_size()).tolist(), strict=True))

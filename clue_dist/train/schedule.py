@@ -12,7 +12,7 @@ def compute_learning_rate(setup: Setup, step: int) -> float:
     settings = setup.config.train
     warm_up = settings.warmup * setup.total_steps
     if step < warm_up:
-        return settings.lr * (step + 1) / (warm_up + 1)
+        return settings.lr * (step + 1) / (warm_up + 1)  # never 0, not even at the first step
     progress = (step - warm_up) / max(setup.total_steps - warm_up, 1)
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
     return settings.lr * (settings.final_lr + (1 - settings.final_lr) * cosine)

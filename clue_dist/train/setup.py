@@ -17,7 +17,7 @@ from clue_dist.data.batch import Batch, BatchPart, assemble_batch
 from clue_dist.data.plan import CellPlan
 from clue_dist.errors import ConfigError
 from clue_dist.files import parse_path
-from clue_dist.model.clue import ModalitySpec, specify_modalities
+from clue_dist.model.modality_spec import ModalitySpec, specify_modalities
 from clue_dist.store.layout import name_stratum
 from clue_dist.store.reader import Store
 from clue_dist.store.svd import StoredSvd
@@ -194,14 +194,16 @@ def _choose_weights(
 # --- what cannot work ---------------------------------------------------------------------------
 
 
-def _require_writable(run: Path) -> None:
+def _require_writable(run_folder: Path) -> None:
     """Check that the run folder can be made and written, before ranks wait for each other."""
-    paths = (parse_path(str(run)), *run.absolute().parents)
+    paths = (parse_path(str(run_folder)), *run_folder.absolute().parents)
     nearest = next(path for path in paths if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         problem = "a folder without write permission" if nearest.is_dir() else "a file"
         raise ConfigError(
-            "the run folder cannot be written", where=f"run={run}", got=f"{nearest} is {problem}"
+            "the run folder cannot be written",
+            where=f"run={run_folder}",
+            got=f"{nearest} is {problem}",
         )
 
 

@@ -34,7 +34,7 @@ class Sinks:
     """The sinks of rank 0. On other ranks every call does nothing.
 
     Args:
-        run: the run folder.
+        run_folder: the run folder.
         config: what is trained, and which sinks are wanted.
         total_steps: optimizer steps until training is done.
         step: the step from which the run goes on.
@@ -45,19 +45,19 @@ class Sinks:
     """
 
     def __init__(
-        self, run: Path, config: Config, total_steps: int, step: int, ranks: Ranks
+        self, run_folder: Path, config: Config, total_steps: int, step: int, ranks: Ranks
     ) -> None:
         self._is_active, self._total_steps = ranks.is_first, total_steps
-        ranks.run_on_first(lambda: self._open_all(run, config, step))
+        ranks.run_on_first(lambda: self._open_all(run_folder, config, step))
 
-    def _open_all(self, run: Path, config: Config, step: int) -> None:
-        with translate_write_errors("metrics.jsonl", run):
-            self._file = _MetricsFile(run / "metrics.jsonl", step)
+    def _open_all(self, run_folder: Path, config: Config, step: int) -> None:
+        with translate_write_errors("metrics.jsonl", run_folder):
+            self._file = _MetricsFile(run_folder / "metrics.jsonl", step)
         self._board = self._wandb = self._bar = None
         if config.log.tensorboard:
-            self._board = _call_guarded("TensorBoard", lambda: _open_tensorboard(run, step))
+            self._board = _call_guarded("TensorBoard", lambda: _open_tensorboard(run_folder, step))
         if config.log.wandb != "disabled":
-            self._wandb = _call_guarded("wandb", lambda: _open_wandb(run, config))
+            self._wandb = _call_guarded("wandb", lambda: _open_wandb(run_folder, config))
         if sys.stderr.isatty():
             self._bar = tqdm(total=self._total_steps, initial=step, unit="step", dynamic_ncols=True)
         self._started, self._first_step = time.monotonic(), step
@@ -208,10 +208,10 @@ def _reopen_metrics(path: Path, step: int) -> io.FileIO:
 # --- TensorBoard and wandb ----------------------------------------------------------------------
 
 
-def _open_tensorboard(run: Path, step: int) -> Any:
+def _open_tensorboard(run_folder: Path, step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
+    return SummaryWriter(str(run_folder / "tensorboard"), purge_step=step + 1 if step else None)
 
 
 def _write_board(board: Any, numbers: Numbers, step: int) -> Any:
@@ -220,17 +220,17 @@ def _write_board(board: Any, numbers: Numbers, step: int) -> Any:
     return board
 
 
-def _open_wandb(run: Path, config: Config) -> Any:
+def _open_wandb(run_folder: Path, config: Config) -> Any:
     """Open a wandb run, offline unless the config says online and the server answers."""
     import wandb
 
     def open_run(mode: str) -> Any:
         return wandb.init(
             project=config.log.project,
-            name=run.name,
-            dir=str(run),
+            name=run_folder.name,
+            dir=str(run_folder),
             mode=mode,
-            id=_choose_wandb_id(run),
+            id=_choose_wandb_id(run_folder),
             resume="allow",
             config=config.model_dump(mode="json"),
             settings=wandb.Settings(
@@ -247,16 +247,16 @@ def _open_wandb(run: Path, config: Config) -> Any:
         if config.log.wandb != "online":
             raise
         print_line(
-            f"wandb is offline ({error}): `wandb sync {run}/wandb/offline-run-*` sends the run "
-            "later"
+            f"wandb is offline ({error}): "
+            f"`wandb sync {run_folder}/wandb/offline-run-*` sends the run later"
         )
         wandb.teardown()  # else wandb takes the run for one that still goes on
         return open_run("offline")
 
 
-def _choose_wandb_id(run: Path) -> str:
+def _choose_wandb_id(run_folder: Path) -> str:
     """One id for each run folder, so that a resumed run continues its curves."""
-    path = run / "wandb-id"
+    path = run_folder / "wandb-id"
     if not path.exists():
         path.write_text(secrets.token_hex(4))
     return path.read_text().strip()
