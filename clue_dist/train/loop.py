@@ -126,15 +126,10 @@ def _train_steps(trainer: Trainer, state: RunState, stop: StopFlag, peers: Peers
                 updates, sums = engine_state.count_updates(engine), meter.collect_sums()
                 saver.save_checkpoint(replace(state, updates=updates, logged=sums))
         saver.finish()
-        is_finished = _is_finished(setup, state)
-        if not is_finished:
-            sinks.print_message(
-                f"asked to stop: saved at step {state.step}, `--resume auto` goes on from there"
-            )
-        elif first_step < state.step < setup.total_steps:
-            best_step = state.best_step
-            sinks.print_message(f"no better validation since step {best_step}: stopping early")
-    return TrainingResult(state, is_finished)
+        explanation = _explain_early_end(setup, first_step, state)
+        if explanation is not None:
+            sinks.print_message(explanation)
+    return TrainingResult(state, _is_finished(setup, state))
 
 
 def _format_greeting(trainer: Trainer, state: RunState) -> str:
@@ -144,6 +139,15 @@ def _format_greeting(trainer: Trainer, state: RunState) -> str:
         return f"starting: {folder}"
     saved_by = f", saved by {state.world} ranks" if state.world != trainer.ranks.world else ""
     return f"going on from step {state.step}{saved_by}: {folder}"
+
+
+def _explain_early_end(setup: Setup, first_step: int, state: RunState) -> str | None:
+    """Why training ended before its last step; None if it did not, or had ended before."""
+    if not _is_finished(setup, state):
+        return f"asked to stop: saved at step {state.step}, `--resume auto` goes on from there"
+    if first_step < state.step < setup.total_steps:
+        return f"no better validation since step {state.best_step}: stopping early"
+    return None
 
 
 def _is_finished(setup: Setup, state: RunState) -> bool:
