@@ -1,4 +1,4 @@
-"""Stops training in time: a signal to any rank sets a flag, which the ranks compare after a step."""
+"""Stops training in time: a signal to any rank sets a flag, which the ranks compare at each step."""
 
 from __future__ import annotations
 

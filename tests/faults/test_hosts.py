@@ -1,4 +1,4 @@
-"""`deepspeed --hostfile` over pdsh on two hosts: one dies, the job ends in time, and goes on where a host is left."""
+"""`deepspeed --hostfile` over pdsh on two hosts: one dies, the job ends in time, and goes on."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ import pytest
 
 from tests.distributed.command import ROOT, metrics, train_args
 from tests.faults.command import saved_steps, timeless
-from tests.faults.hosts import INTERFACE, Host, missing, two_hosts
+from tests.faults.hosts import INTERFACE, Host, explain_missing_hosts, open_two_hosts
 from tests.faults.needs import needs
 from tests.faults.slurm import free_port
 from tests.stores import make_store
 
-pytestmark = needs(missing())
+pytestmark = needs(explain_missing_hosts())
 
-SETTINGS = ("train.epochs=60", "log.every=1", "train.checkpoint_every=20")  # 270 steps
+SAVE_EVERY = 20
+SETTINGS = ("train.epochs=60", "log.every=1", f"train.checkpoint_every={SAVE_EVERY}")  # 272 steps
 
 
 @pytest.fixture(scope="module")
@@ -37,86 +38,90 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hosts(folder: Path, tmp_path: Path) -> Iterator[tuple[Host, Host]]:
-    with two_hosts(tmp_path) as hosts:
+    with open_two_hosts(tmp_path) as hosts:
         yield hosts
 
 
-def trained(host: Host, folder: Path, name: str, *launcher: str) -> subprocess.Popen[bytes]:
-    """`deepspeed launch/train.py` as typed on a host."""
-    env = ["env", f"DS_ENV_FILE={folder / 'environment'}"]
-    args = train_args(folder, folder / "s.zarr", name, *SETTINGS)
-    return host.start(*env, "deepspeed", *launcher, *args, out=folder / f"{name}.out")
+def start_training(host: Host, folder: Path, name: str, *launcher: str) -> subprocess.Popen[bytes]:
+    """Start `deepspeed launch/train.py` as typed on a host."""
+    variables = ["env", f"DS_ENV_FILE={folder / 'environment'}"]
+    arguments = train_args(folder, folder / "s.zarr", name, *SETTINGS)
+    output = folder / f"{name}.out"
+    return host.start_command(*variables, "deepspeed", *launcher, *arguments, output=output)
 
 
-def over_both(folder: Path) -> tuple[str, ...]:
+def use_both_hosts(folder: Path) -> tuple[str, ...]:
+    """Write the options of `deepspeed` for both hosts."""
     return (f"--hostfile={folder / 'hostfile'}", f"--master_port={free_port()}")
 
 
-def await_steps(folder: Path, name: str, n: int) -> None:
+def await_steps(folder: Path, name: str, count: int) -> None:
+    """Wait until a run has logged more than `count` steps."""
     log, deadline = folder / name / "metrics.jsonl", time.monotonic() + 90
-    while not (log.exists() and log.read_text().count("\n") > n):
-        assert time.monotonic() < deadline, output(folder, name)
+    while not (log.exists() and log.read_text().count("\n") > count):
+        assert time.monotonic() < deadline, read_output(folder, name)
         time.sleep(0.05)
 
 
-def committed_since(run: Path, when: float) -> dict[int, float]:
-    """When checkpoints between the regular ones were committed, by step."""
+def find_extra_commits(run: Path, since: float) -> dict[int, float]:
+    """Find checkpoints that were committed between the regular ones: the times, by step."""
     markers = {
-        int(p.parent.name[5:]): p.stat().st_mtime
-        for p in run.glob("checkpoints/step-????????/COMMIT.json")
+        int(path.parent.name[5:]): path.stat().st_mtime
+        for path in run.glob("checkpoints/step-????????/COMMIT.json")
     }
-    return {step: at for step, at in markers.items() if at > when and step % 20}
+    return {step: when for step, when in markers.items() if when > since and step % SAVE_EVERY}
 
 
-def output(folder: Path, name: str) -> str:
+def read_output(folder: Path, name: str) -> str:
     return (folder / f"{name}.out").read_text()
 
 
-@pytest.mark.parametrize("which", [1, 0], ids=["the other host", "the host of rank 0"])
+@pytest.mark.parametrize("victim", [1, 0], ids=["the other host", "the host of rank 0"])
 def test_a_host_dies_and_the_job_goes_on_with_the_one_that_is_left(
-    folder: Path, hosts: tuple[Host, Host], which: int
+    folder: Path, hosts: tuple[Host, Host], victim: int
 ) -> None:
-    name, left = f"dies{which}", hosts[1 - which]
-    typed_on = left  # where `deepspeed` runs, so that there is an exit code to look at
-    job = trained(typed_on, folder, name, *over_both(folder))
+    name, left = f"dies{victim}", hosts[1 - victim]
+    # Typed on the host that is left, so that there is an exit code to look at.
+    job = start_training(left, folder, name, *use_both_hosts(folder))
     await_steps(folder, name, 50)
     died = time.monotonic()
-    hosts[which].die()
+    hosts[victim].cut_power()
     code = job.wait(60)
     took = time.monotonic() - died
-    assert code != 0, output(folder, name)
-    assert took < 30, output(folder, name)
-    assert "another rank is lost" in output(folder, name)
+    output = read_output(folder, name)
+    assert code != 0, output
+    assert took < 30, output
+    assert "another rank is lost" in output
     newest = saved_steps(folder / name)[0]
-    assert (
-        newest >= metrics(folder / name)[-1]["step"] - 40
-    )  # the one being saved as the host died, and those since
+    # Lost are the checkpoint that was being saved as the host died, and the steps since.
+    assert newest >= metrics(folder / name)[-1]["step"] - 2 * SAVE_EVERY
 
-    again = trained(left, folder, name, "--num_accelerators", "1", f"--master_port={free_port()}")
-    assert again.wait(120) == 0, output(folder, name)
-    assert f"going on from step {newest}, saved by 2 ranks" in output(folder, name)
+    alone = ("--num_accelerators", "1", f"--master_port={free_port()}")
+    again = start_training(left, folder, name, *alone)
+    assert again.wait(120) == 0, read_output(folder, name)
+    assert f"going on from step {newest}, saved by 2 ranks" in read_output(folder, name)
     assert [line["step"] for line in timeless(folder / name)] == list(range(1, 272 + 1))
 
 
 def test_stopped_from_the_command_line_all_hosts_save(
     folder: Path, hosts: tuple[Host, Host]
 ) -> None:
-    job = trained(hosts[0], folder, "stopped", *over_both(folder))
+    job = start_training(hosts[0], folder, "stopped", *use_both_hosts(folder))
     await_steps(folder, "stopped", 30)
     asked = time.time()
-    job.send_signal(signal.SIGTERM)  # to `deepspeed` itself, which has its hosts told
+    job.send_signal(signal.SIGTERM)  # to `deepspeed` itself, which has its hosts stopped
     assert job.wait(40) != 0
-    while not (saved := committed_since(folder / "stopped", asked)):
-        assert time.time() - asked < 40, output(folder, "stopped")
+    while not (commits := find_extra_commits(folder / "stopped", asked)):
+        assert time.time() - asked < 40, read_output(folder, "stopped")
         time.sleep(0.1)
-    newest = max(saved)
-    assert saved[newest] - asked < 25
+    newest = max(commits)
+    assert commits[newest] - asked < 25
     time.sleep(1)  # nothing more is trained
     assert newest == metrics(folder / "stopped")[-1]["step"] == saved_steps(folder / "stopped")[0]
 
 
 def test_the_commands_of_the_docs_typed_as_they_stand(tmp_path: Path, folder: Path) -> None:
-    """In a folder that looks like the project's; then a host dies, and its line is taken out as the docs say."""
+    """In a folder like the project's; a host dies, and its line is taken out as the docs say."""
     (tmp_path / "net").mkdir()
     for name in ("launch", "configs"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -135,21 +140,20 @@ def test_the_commands_of_the_docs_typed_as_they_stand(tmp_path: Path, folder: Pa
         .replace("node2 slots=4", "two slots=1")
     )
     hostfile.write_text(named)
-    log = tmp_path / "runs" / "atlas" / "metrics.jsonl"
-    with two_hosts(tmp_path / "net") as (one, two):
-        job = one.start("bash", "-c", command, out=tmp_path / "said", cwd=tmp_path)
+    output, log = tmp_path / "output", tmp_path / "runs" / "atlas" / "metrics.jsonl"
+    with open_two_hosts(tmp_path / "net") as (one, two):
+        job = one.start_command("bash", "-c", command, output=output, folder=tmp_path)
         deadline = time.monotonic() + 120
         while not (log.exists() and log.read_text().count("\n") > 3):
-            assert job.poll() is None, (tmp_path / "said").read_text()
+            assert job.poll() is None, output.read_text()
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        two.die()
+        two.cut_power()
         assert job.wait(40) != 0
         hostfile.write_text(named.replace("two slots=1\n", ""))
-        again = one.start("bash", "-c", command, out=tmp_path / "said", cwd=tmp_path)
-        assert again.wait(240) == 0, (tmp_path / "said").read_text()[-3000:]
-    said = (tmp_path / "said").read_text()
-    assert "another rank is lost" in said
-    assert "finished at step" in said
+        again = one.start_command("bash", "-c", command, output=output, folder=tmp_path)
+        assert again.wait(240) == 0, output.read_text()[-3000:]
+    assert "another rank is lost" in output.read_text()
+    assert "finished at step" in output.read_text()
     steps = [line["step"] for line in metrics(tmp_path / "runs" / "atlas")]
     assert steps == sorted(set(steps))
