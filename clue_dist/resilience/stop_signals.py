@@ -1,4 +1,4 @@
-"""Stops training in time: a signal to any rank sets a flag, which the ranks compare at each step."""
+"""Stops training in time: a signal to any rank sets a flag, which they compare after each step."""
 
 from __future__ import annotations
 
