@@ -1,10 +1,10 @@
 """More cells for a store: further segments of its strata, and a manifest that lists these too.
 
-Nothing of the store is rewritten but its manifest, which is renamed into place last: until then the
-store is what it was before. A killed addition goes on when the same command is typed again.
+Nothing of the store is rewritten but its manifest, which is renamed into place last: until then
+the store is what it was before. A killed addition goes on when the same command is typed again.
 
-    STORE.addition.partial/              a conversion like any other, fitted to the store's features
-    STORE/strata/<rna+adt.2>/            a new segment, unknown to the store until its manifest is written
+    STORE.addition.partial/       a conversion like any other, fitted to the store's features
+    STORE/strata/<rna+adt.2>/     a new segment, unknown to the store until its manifest is written
 """
 
 from __future__ import annotations
@@ -130,6 +130,7 @@ def _was_committed(partial: Path, description: dict[str, Any], manifest: Manifes
 
 
 def _read_built_addition(job: Path) -> Manifest | None:
+    """Read the manifest of an addition that a killed run has built; None where there is none."""
     path = job / BUILT_FILE
     return Manifest.model_validate_json(path.read_bytes()) if path.exists() else None
 
@@ -153,6 +154,7 @@ def _remove_stray_strata(root: Path, known: set[str]) -> None:
 
 
 def _refuse_known_cells(cells: CellTable, store: Store) -> None:
+    """Refuse cells whose barcodes the store has already."""
     known = [found for reader in store.segments.values() for found in _find_known(cells, reader)]
     if known:
         barcodes = np.concatenate(known)
@@ -193,12 +195,13 @@ def _commit_addition(addition: Manifest, job: Path, before: Manifest, root: Path
             "provenance": before.provenance | {APPENDED: additions},
         }
     )
-    after = Manifest.model_validate(after.model_dump())
+    after = Manifest.model_validate(after.model_dump())  # a copy is not validated
     metadata = dict(before.metadata)
     for name, segment in segments.items():
         _move_stratum(job / "store" / "strata" / name, root / "strata" / segment)
         metadata |= hash_metadata(root, f"strata/{segment}")
     after = after.model_copy(update={"metadata": metadata})
+    # A run that is killed after the next line has added its cells: `_was_committed` tells so.
     write_file(job / COMMIT_FILE, after.compute_fingerprint())
     after = after.write(root)
     _remove_outdated_svd(root, after)
@@ -230,12 +233,12 @@ def _move_stratum(source: Path, target: Path) -> None:
 
 
 def _remove_outdated_svd(root: Path, manifest: Manifest) -> None:
-    """Remove a stored SVD that is of other cells than the store has."""
+    """Remove the stored SVD if it is of other cells than the store has."""
     try:
         svd.list_svds(root, manifest)
     except StoreError:
         shutil.rmtree(root / svd.FOLDER)
-        print(f"{root}: the stored SVD was of the cells before, and is gone", file=sys.stderr)
+        print(f"{root}: the stored SVD was of other cells and is removed", file=sys.stderr)
 
 
 def format_addition(manifest: Manifest) -> str:

@@ -1,4 +1,4 @@
-"""Is a store exactly what its manifest says? Hash every file, decode every block, list all problems."""
+"""Is a store what its manifest says? Hash every file, decode every block, list all problems."""
 
 from __future__ import annotations
 
@@ -38,10 +38,11 @@ def check_store(store_location: str | Location) -> list[str]:
     root = location.parse_location(store_location)
     manifest = Manifest.read(root)
     manifest.verify_fingerprint(root)
+    # A stored SVD has digests of its own: the manifest does not know it.
     problems, svd_files = svd.verify_svd(root, manifest)
     problems += _check_manifest_file(root, manifest)
     problems += _find_extra_files(root, manifest, svd_files)
-    damaged: set[str] = set()
+    damaged: set[str] = set()  # shards, which are not decoded: their problem is known
 
     def check_file(item: tuple[str, FileDigest]) -> list[str]:
         found = _check_file(root, *item)
@@ -77,6 +78,7 @@ def _check_all(title: str, check: Callable[[Any], list[str]], items: list[Any]) 
 
 
 def _check_manifest_file(root: Location, manifest: Manifest) -> list[str]:
+    """Compare the manifest, of which the fingerprint covers a part, with its own seal."""
     content = location.read_file(root, layout.MANIFEST)
     if content is not None and manifest.is_sealed(content):
         return []
@@ -91,7 +93,7 @@ def _check_file(root: Location, file: str, expected: FileDigest) -> list[str]:
         location.require_plain_files(root, file)
         found = _hash_file(root, file, expected)
     except ServerError:
-        raise
+        raise  # a server that fails says nothing about the file
     except StoreError as error:
         return [f"{file}: {error.got}"]
     except OSError as error:
@@ -140,7 +142,7 @@ def _check_segment(reader: SegmentReader, damaged: set[str]) -> list[str]:
     step = layout.NARROW_CHUNK_BLOCKS * max(
         1, shard_blocks // layout.NARROW_CHUNK_BLOCKS // SHARD_STEPS
     )
-    # strata/NAME/PART/ARRAY/c/SHARD/...
+    # A shard is the file strata/NAME/PART/ARRAY/c/SHARD/...
     paths = [file.split("/") for file in damaged if file.startswith(f"strata/{reader.name}/")]
     damaged_shards = {(path[2], int(path[5])) for path in paths}
     steps = []
@@ -182,4 +184,5 @@ def _find_problem(reader: SegmentReader, modality: str, blocks: np.ndarray) -> s
 
 
 def _format_error(error: StoreError) -> str:
+    """Put an error of a segment into one line."""
     return f"{error.where}: {error.what} ({error.got})"

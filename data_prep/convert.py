@@ -1,10 +1,10 @@
 """The conversion: any inputs -> one committed store. Read `build_store` for the whole of it.
 
-In the first pass (`scatter`), ranges of rows are read, validated, aligned and spooled, sorted by their
-place in the shuffle. In the second pass (`gather`), each shard collects its rows from the spools and
-is written. Memory is bounded by a range or a shard. Every task leaves its result under its final name
-or not at all, so a killed conversion goes on by skipping what is there. Nothing depends on the order
-of tasks, so any number of workers gives the same bytes.
+In the first pass (`scatter`), ranges of rows are read, validated, aligned and spooled, sorted by
+their place in the shuffle. In the second pass (`gather`), each shard collects its rows from the
+spools and is written. Memory is bounded by a range or a shard. Every task leaves its result under
+its final name or not at all, so a killed conversion goes on by skipping what is there. Nothing
+depends on the order of tasks, so any number of workers gives the same bytes.
 
     JOB/work/        what tasks read and leave (JOB: the folder that `claim_job` yields)
     JOB/store/       the store to be; renamed to OUT once the manifest is in it
@@ -105,17 +105,19 @@ def build_store(
     """
     choices = options.feature_choices
     if reference and any(c.mode or c.listed or c.top_features for c in choices.values()):
-        raise ValueError("features are chosen, though those of another store decide")
+        raise ValueError("features are chosen, although another store decides them")
     work, store = job / "work", job / "store"
     sources = count_fragments(inputs, choices, work / "fragments", pool)
     heads = _read_heads(sources)
     plan = plan_features(sources, heads, options.kinds, choices, reference)
+    # The codes of known batches and labels stay what they are in the other store.
     names = {"batch": reference.batches, "label": reference.labels} if reference else {}
     cells = join_cells_by_barcode(
         sources, heads, list(plan.modalities), names, options.obs_columns, options.seed, work, pool
     )
     refuse_cells(cells)
 
+    # First pass, after one or two more over the modalities whose features are chosen by cells.
     scatter.prepare_sources(sources, work, pool)
     readings = scatter.plan_readings(sources, heads, plan.modalities, plan.columns, cells, work)
     selected = select_variable_features(
@@ -126,6 +128,7 @@ def build_store(
     readings = scatter.plan_readings(sources, heads, plan.modalities, plan.columns, cells, work)
     spools = scatter.scatter_rows(readings, work / "spools", pool)
 
+    # Second pass, once it is known what every cell takes.
     final = settle_strata(
         cells, plan.modalities, _list_files(sources), spools, options.block_cells, work / "strata"
     )

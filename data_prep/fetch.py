@@ -59,6 +59,7 @@ def fetch_cells(folder: Path, simulated: bool = False) -> None:
 
 def _download_cells(folder: Path) -> Any:
     """Download the wheel and read the cells in it."""
+    # A configuration of pip that refuses wheels does not count here.
     options = "--no-deps --no-binary=:none: --quiet --timeout=20 --retries=1"
     command = [sys.executable, "-m", "pip", "download", *options.split(), "--dest", str(folder)]
     pip = subprocess.run([*command, WHEEL], capture_output=True, text=True, check=False)

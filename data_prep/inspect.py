@@ -65,7 +65,9 @@ def collect_facts(root: str | Path) -> dict[str, Any]:
 
 
 def _describe_modality(store: Store, name: str) -> dict[str, Any]:
+    """Describe a modality: its kind, its cells, and how many bytes its values take."""
     modality, shards = store.manifest.modalities[name], store.manifest.shards
+    # A path is strata/SEGMENT/MODALITY/...
     size = sum(shard.bytes for path, shard in shards.items() if path.split("/")[2] == name)
     readers = [reader for reader in store.segments.values() if name in reader.modalities]
     n_cells = sum(reader.n_cells for reader in readers)
@@ -83,6 +85,7 @@ def _describe_modality(store: Store, name: str) -> dict[str, Any]:
 
 
 def _count_nonzeros(reader: SegmentReader, modality: str) -> int:
+    """Add up the lengths of all rows of a segment."""
     nonzeros = 0
     for first in range(0, reader.n_blocks, _STEP_BLOCKS):
         blocks = np.arange(first, min(first + _STEP_BLOCKS, reader.n_blocks))
@@ -152,6 +155,7 @@ def _format_provenance(notes: dict[str, Any], title: str) -> list[str]:
 
 
 def _format_input(note: dict[str, Any]) -> str:
+    """Say in one line what became of an input."""
     missing, extra = note["features"]["missing"], note["features"]["extra"]
     prefix = f"{note['dataset']}:" if note["dataset"] else ""
     facts = [
@@ -159,6 +163,7 @@ def _format_input(note: dict[str, Any]) -> str:
         f"features: {missing} missing",
         f"{extra} extra",
     ]
+    # Stores of earlier versions have no such notes.
     if note.get("names", "var_names") != "var_names":
         facts.append(f"named by {note['names']}")
     if "counted" in note:

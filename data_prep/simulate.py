@@ -69,7 +69,7 @@ class SimulationSpec:
                 )
         if not 0 <= spec.paired <= 1 or spec.private < 0 or spec.seed < 0:
             raise DataError(
-                "a simulation that cannot be",
+                "a simulation that is not possible",
                 got=f"paired {spec.paired}, private {spec.private}, seed {spec.seed}",
                 expected="paired from 0 to 1, private and seed 0 or more",
             )
@@ -168,6 +168,7 @@ class _Weights:
 
 @lru_cache(maxsize=16)
 def _draw_weights(spec: SimulationSpec, modality: int) -> _Weights:
+    """Draw the weights of a modality, by its number."""
     rng, n_features = spec.make_generator(_WEIGHTS, modality), spec.modalities[modality][2]
     scale = 0.5 / np.sqrt(spec.shared + spec.private)
     return _Weights(

@@ -1,21 +1,22 @@
-"""The leading singular vectors of a modality over all cells of a store, in a few passes over its blocks.
+"""The leading singular vectors of a modality over all cells of a store, in a few passes.
 
-A randomised SVD by block Krylov iteration (Halko, Martinsson, Shkolnisky and Tygert, "An algorithm
-for the principal component analysis of large data sets", 2011). A is the (cells, features) matrix
-of `clue_dist.normalise`, which is never made. Power iterations start from a random Q_1 of shape
-(features, components + OVERSAMPLING). Q_{i+1} is an orthonormal basis of A'A Q_i, orthogonal to all
-before it (by QR, twice). The result is the best vectors in the span of all Q_i, by Rayleigh-Ritz.
+A randomised SVD by block Krylov iteration (Halko, Martinsson, Shkolnisky and Tygert, "An
+algorithm for the principal component analysis of large data sets", 2011). A is the (cells,
+features) matrix of `clue_dist.normalise`, which is never made. Power iterations start from a
+random Q_1 of shape (features, components + OVERSAMPLING). Q_{i+1} is an orthonormal basis of A'A
+Q_i, orthogonal to all before it (by QR, twice). The result is the best vectors in the span of all
+Q_i, by Rayleigh-Ritz.
 
-One pass adds up what the normalisation needs, then each iteration is a pass. Blocks of cells are the
-tasks, at most about MANY_TASKS of them. Each leaves its sum of (features, components + OVERSAMPLING)
-float64 in a file. Files are added up in one order, so that the result depends on neither the number
-of workers nor on which of them was killed. A worker needs the memory of about three such sums, the
-process that combines them of two for every pass.
+One pass adds up what the normalisation needs, then each iteration is a pass. Blocks of cells are
+the tasks, at most about MANY_TASKS of them. Each leaves its sum of (features, components +
+OVERSAMPLING) float64 in a file. Files are added up in one order, so that the result depends on
+neither the number of workers nor on which of them was killed. A worker needs the memory of about
+three such sums, the process that combines them of two for every pass.
 
-    JOB/MODALITY/moments.npz               idf, mean, scale (JOB: the folder that `claim_job` yields)
-    JOB/MODALITY/basis-1.npz ...           the Q of each pass
-    JOB/MODALITY/pass-1.npz ...            its result: the next Q, and its part of Q'A'AQ
-    JOB/MODALITY/{moments,pass-1}/         sums of the tasks of the pass that is under way
+    JOB/MODALITY/moments.npz             idf, mean, scale (JOB: the folder that `claim_job` yields)
+    JOB/MODALITY/basis-1.npz ...         the Q of each pass
+    JOB/MODALITY/pass-1.npz ...          its result: the next Q, and its part of Q'A'AQ
+    JOB/MODALITY/{moments,pass-1}/       sums of the tasks of the pass that is under way
 """
 
 from __future__ import annotations
@@ -326,6 +327,7 @@ def _name_sums_folder(result: Path) -> Path:
 
 
 def _remove_sums(result: Path) -> None:
+    """Remove what tasks left for a result, once that is saved."""
     shutil.rmtree(_name_sums_folder(result), ignore_errors=True)
 
 

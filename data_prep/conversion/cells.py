@@ -1,8 +1,8 @@
-"""The cells of a conversion, in shuffled order: barcode, planned modalities, batch and label of each.
+"""The cells of a conversion, in shuffled order: barcode, modalities, batch and label of each.
 
-The seed keys a hash of barcodes, and the hash of its barcode gives a cell its place in the shuffle of
-all cells. Cells lie in folders, one for each range of hashes, so that memory does not grow with
-their number.
+The seed keys a hash of barcodes, and the hash of its barcode gives a cell its place in the
+shuffle of all cells. Cells lie in folders, one for each range of hashes, so that memory does not
+grow with their number.
 
     WORK/cells/joined/0003/     the cells of one range of hashes, and the rows that they have
     WORK/sources/000/           of each row of a source: its spool key, its batch

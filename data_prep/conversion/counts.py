@@ -1,4 +1,4 @@
-"""Rows as a file has them -> rows as the store wants them: validated, aligned, in canonical form."""
+"""Rows as a file has them -> rows as the store wants them: validated, aligned, canonical."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class SourceReading:
         Args:
             start: the first row.
             stop: the row after the last one.
-            order: places of these rows, counted from `start`, in the order in which they are wanted.
+            order: places of these rows, counted from `start`, in the order that is wanted.
 
         Returns:
             The rows, coded or dense, and the largest count among them; 0 for measured floats.
@@ -93,11 +93,12 @@ class SourceReading:
                 return coded
         canonical = canonicalise_rows(self.source, self.target, rows, start)
         coded = try_code_rows(_wrap_matrix(canonical), COUNT_BITS)
-        assert coded is not None
+        assert coded is not None  # canonical rows can always be coded
         return coded
 
 
 def _wrap_matrix(rows: sp.csr_matrix) -> CsrRows:
+    """Pass the arrays of a matrix to the store's kernels, without a copy."""
     return CsrRows(rows.indptr, rows.indices, rows.data, rows.shape[1])
 
 

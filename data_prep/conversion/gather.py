@@ -55,10 +55,12 @@ def gather_shards(
 
 
 def _gather_shard(task: _GatherTask) -> None:
+    """Collect the rows of one shard from all spools, and write its files."""
     manifest = Manifest.model_validate_json(task.manifest.read_bytes())
     stratum = manifest.strata[task.stratum]
     shard_cells = stratum.shard_blocks * manifest.block_cells
     span = slice(task.shard * shard_cells, (task.shard + 1) * shard_cells)
+    # Mapped: only this shard's cells are read.
     keys, batch, label, barcodes = (
         np.load(task.cells / f"{name}.npy", mmap_mode="r")[span]
         for name in ("keys", "batch", "label", "barcodes")
@@ -66,6 +68,7 @@ def _gather_shard(task: _GatherTask) -> None:
     modalities = {}
     for name in stratum.modalities:
         n_features = manifest.modalities[name].n_features
+        # A spool with this ending belongs to a worker that died while it wrote.
         folders = sorted(p for p in (task.spools / name).iterdir() if p.suffix != ".tmp")
         packed = stratum.packed[name]
         modalities[name] = read_spool(folders, np.asarray(keys), n_features, packed)

@@ -156,9 +156,10 @@ def _renumber_names(head: SourceHead, field: str, names: list[str]) -> np.ndarra
 
 
 def _list_rows(task: _ListTask) -> None:
+    """Leave hash, barcode, number and codes of each row in a folder."""
     head, dataset = task.source.read_head(), task.source.dataset
     barcodes = head.barcodes[task.start : task.stop]
-    if dataset:
+    if dataset:  # so that cells of different data sets never join
         barcodes = np.char.add(f"{dataset}:".encode(), barcodes)
     hashes = hash_barcodes(barcodes, task.hash_key)
     order = np.argsort(hashes)
@@ -215,13 +216,14 @@ def _join_range(task: _JoinTask) -> None:
     """
     rows = _RangeRows.find(task)
     hashes, barcodes = rows.load("hashes"), rows.load("barcodes")
+    # Barcodes may share a hash: rows are of one cell if their barcodes are equal too.
     order = np.lexsort((barcodes, hashes))
     is_new = np.ones(len(order), bool)
     is_new[1:] = np.diff(hashes[order]) != 0
     is_new[1:] |= barcodes[order[1:]] != barcodes[order[:-1]]
     cell_of_row = np.empty(len(order), np.int64)
     cell_of_row[order] = np.cumsum(is_new) - 1
-    names = barcodes[order[is_new]]
+    names = barcodes[order[is_new]]  # one for each cell
 
     by_source = rows.group_by_source(len(task.row_lists))
     planned, repeated = _plan_modalities(task.modality, by_source, cell_of_row, names)
@@ -293,7 +295,7 @@ def _settle_codes(
             [barcode, int(old[row]), int(new[row]), i]
             for barcode, row in zip(barcodes, shown.tolist(), strict=True)
         ]
-        settled[cells] = np.where(new >= 0, new, old)
+        settled[cells] = np.where(new >= 0, new, old)  # a source may know nothing of a cell
     return settled, {"number": number, "first": first} if number else None
 
 
@@ -303,6 +305,7 @@ def _refuse_problems(
     modalities: Sequence[str],
     names: Mapping[str, list[str]],
 ) -> None:
+    """Raise an error for what is wrong with the cells of any range of hashes."""
     problems = [json.loads((folder / "problems.json").read_text()) for folder in folders]
     for m, modality in enumerate(modalities):
         number, barcodes = _sum_problems([found["twice"].get(str(m)) for found in problems])

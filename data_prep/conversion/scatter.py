@@ -59,6 +59,7 @@ def prepare_sources(sources: Sequence[Source], work: Path, pool: WorkerPool) -> 
 
 
 def _prepare_part(task: _PrepareTask) -> None:
+    """Run one task of `prepare_sources`."""
     task.source.prepare_part(task.part, task.scratch)
 
 
@@ -118,6 +119,7 @@ def choose_task_entries(nnz: int) -> int:
 
 
 def _scatter_rows(task: _ScatterTask) -> None:
+    """Read rows, sort them by key, and spool them."""
     keys = np.load(task.reading.row_folder / "keys.npy", mmap_mode="r")
     keys = np.asarray(keys[task.start : task.stop])
     order = np.argsort(keys)

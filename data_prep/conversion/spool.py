@@ -1,8 +1,8 @@
 """Spools: validated rows between the two passes of a conversion, sorted by their keys.
 
-A task of the first pass leaves one folder of whole rows. A key says where the shuffle puts a row, so
-that the rows of a shard are a few runs in every spool: the second pass reads these and no more. A
-spool exists only once it is complete.
+A task of the first pass leaves one folder of whole rows. A key says where the shuffle puts a row,
+so that the rows of a shard are a few runs in every spool: the second pass reads these and no
+more. A spool exists only once it is complete.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ PLACE_BITS = (
 )
 FAR_BINARY_GAP = 255  # the codes of binary rows have room for gaps below this one
 
-# The rows that a spool has of those wanted: its folder, their numbers in it, their places in the
-# answer.
+# What a spool has of the rows that are wanted: its folder, their numbers in it, and their places
+# in the answer.
 _Hit = tuple[Path, np.ndarray, np.ndarray]
 
 
@@ -152,6 +152,7 @@ def _find_keys(
 
 
 def _read_dense_rows(hits: list[_Hit], n_rows: int, n_features: int, dtype: str) -> np.ndarray:
+    """Read rows of a dense modality, (n_rows, n_features)."""
     values = np.empty((n_rows, n_features), dtype)
     for folder, rows, places in hits:
         values[places] = load_array(folder / "values.npy")[rows]
@@ -159,6 +160,7 @@ def _read_dense_rows(hits: list[_Hit], n_rows: int, n_features: int, dtype: str)
 
 
 def _read_coded_rows(hits: list[_Hit], n_rows: int, rest_type: str) -> CodedRows:
+    """Read coded rows: their lengths first, which say where each row goes."""
     lengths = np.empty((n_rows, 3), np.uint32)
     for folder, rows, places in hits:
         lengths[places] = load_array(folder / "lengths.npy")[rows, :3]

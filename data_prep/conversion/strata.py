@@ -1,7 +1,8 @@
 """From spooled rows to strata: which cells end up where, in which order, packed how.
 
 What a cell takes in each modality is written to mapped files, at its place in the shuffle of all
-cells. One walk along that order then finds the strata. Memory does not grow with the number of cells.
+cells. One walk along that order then finds the strata. Memory does not grow with the number of
+cells.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ class _Usage:
 
     @property
     def is_binary(self) -> bool:
+        """Whether no count is above 1, so that codes need no room for counts."""
         return self.largest_count <= 1
 
 

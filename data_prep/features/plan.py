@@ -69,6 +69,7 @@ class _NamedSource:
 
     @property
     def display_name(self) -> str:
+        """The file, for messages."""
         return self.source.display_name
 
 
@@ -119,6 +120,7 @@ def plan_features(
 
 
 def _reject_repeated_features(source: Source, head: SourceHead) -> None:
+    """Refuse a source in which a feature name occurs more than once."""
     seen: set[str] = set()
     repeated: dict[str, None] = {}
     for feature in head.features:
@@ -165,7 +167,7 @@ def _require_plain_names(modalities: Sequence[str]) -> None:
             )
     if len(layout.name_segment(list(modalities))) > layout.MAX_STRATUM_NAME:
         raise DataError(
-            "the names of all modalities are too long for a folder's",
+            "the names of all modalities are too long for the name of a folder",
             got=list_names(modalities),
             fix="name them shorter: `NAME=FILE`",
         )
@@ -285,7 +287,7 @@ def _require_similar_names(name: str, files: list[_NamedSource], choice: Feature
 
 def _guess_naming(features: list[str]) -> str:
     """Say what most of the features are called by."""
-    sample = features[:: max(1, len(features) // 200)]
+    sample = features[:: max(1, len(features) // 200)]  # there may be millions of them
 
     def are_most(pattern: re.Pattern[str]) -> bool:
         return sum(bool(pattern.match(feature)) for feature in sample) > len(sample) / 2

@@ -1,10 +1,11 @@
-"""Features chosen from the cells, `--top rna=4000 atac=100000`, in one or two more passes over the rows.
+"""Features chosen from the cells (`--top rna=4000 atac=100000`), in one or two more passes.
 
 Tasks add up integers for each batch and feature: the entries, their sum and the sum of their
-squares. Integers add up to the same in any order, so that the choice depends on neither the number of
-workers nor the sizes of tasks. A task needs 32 bytes for each feature and each batch of its own rows,
-the process that combines the tasks about three times that for all batches; the number of cells
-does not matter. Every task leaves its sums in a file, so that a killed conversion goes on.
+squares. Integers add up to the same in any order, so that the choice depends on neither the
+number of workers nor the sizes of tasks. A task needs 32 bytes for each feature and each batch of
+its own rows, the process that combines the tasks about three times that for all batches; the
+number of cells does not matter. Every task leaves its sums in a file, so that a killed conversion
+goes on.
 
     WORK/select/rna/sums/000-000000000000.npz    sums of a range of rows
     WORK/select/rna/clip/000-000000000000.npz    sums of the counts above the limits
@@ -125,7 +126,7 @@ def _select_variable(
             trends[batch] = trend
     if not trends:
         raise DataError(
-            "no batch has cells enough to tell which features vary",
+            "no batch has enough cells to tell which features vary",
             where=f"--top {modality}={top}",
             fix=f"leave `--top {modality}=...` out, or check --batch-key: a batch needs two cells "
             "at least",

@@ -1,10 +1,10 @@
 """Which genes vary more than their mean explains: the ranking of Seurat v3, from sums.
 
 Stuart et al., Cell 2019 (methods, "Feature selection for individual datasets" and "for integrated
-analysis"). In each batch, log10 of the variance is regressed on log10 of the mean by local quadratics
-(loess, span 0.3). The score of a gene is the variance of its counts after they are standardised by the
-expected variance and clipped at sqrt(cells). Batches are combined by how many of them rank a gene
-among their best, ties by its median rank in these.
+analysis"). In each batch, log10 of the variance is regressed on log10 of the mean by local
+quadratics (loess, span 0.3). The score of a gene is the variance of its counts after they are
+standardised by the expected variance and clipped at sqrt(cells). Batches are combined by how many
+of them rank a gene among their best, ties by its median rank in these.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which features a modality gets: lists, columns of var, genome bins; and what makes no sense together."""
+"""Which features a modality gets: lists, columns of var, genome bins; and what is refused."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def test_each_modality_has_its_own_choice(tmp_path: Path) -> None:
     store = convert_files(tmp_path / "s.zarr", str(first), str(second), features=features)
     assert store.manifest.modalities["rna"].features == [g for g in rna.columns if g != "g1"]
     assert store.manifest.modalities["adt"].features == list(adt.columns)
-    told = inspect.format_facts(inspect.collect_facts(tmp_path / "s.zarr"))
-    assert "  rna: intersection of its files\n  adt: union of its files\n" in told
+    text = inspect.format_facts(inspect.collect_facts(tmp_path / "s.zarr"))
+    assert "  rna: intersection of its files\n  adt: union of its files\n" in text
 
 
 # ---- names ----
@@ -98,12 +98,12 @@ def test_names_come_from_a_column_where_a_file_has_it(tmp_path: Path) -> None:
     for features in ([], ["intersection"], ["union"]):
         with pytest.raises(DataError, match="share no feature") as caught:
             convert_files(tmp_path / "x.zarr", a, b, features=features)
-        for told in (
+        for words in (
             "names (g0, g1, g2 ... and 3 more) and Ensembl ids (",
             "--feature-ids rna=COLUMN",
             "a.h5ad: gene_ids, strand; of b",
         ):
-            assert told in str(caught.value)
+            assert words in str(caught.value)
     store = convert_files(tmp_path / "s.zarr", a, b, ids=["rna=gene_ids"])
     assert_same_counts(read_counts(store, "rna"), counts.set_axis(ids, axis=1))
     assert [item["names"] for item in store.manifest.provenance["inputs"]] == [
@@ -258,17 +258,17 @@ def test_an_entry_given_twice_adds_up_past_its_type(tmp_path: Path, form: type) 
     ad.AnnData(matrix, pd.DataFrame(index=["a", "b"]), pd.DataFrame(index=list("xyz"))).write_h5ad(
         tmp_path / "a.h5ad"
     )
-    got = read_counts(
+    stored = read_counts(
         convert_files(tmp_path / "s.zarr", f"rna={tmp_path / 'a.h5ad'}"), "rna"
     ).sort_index()
-    assert got.to_numpy().tolist() == [[0, 300, 0], [1, 0, 0]]
+    assert stored.to_numpy().tolist() == [[0, 300, 0], [1, 0, 0]]
 
 
 # ---- what makes no sense ----
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         ({"features": ["unoin"]}, "no such choice of features"),
         ({"features": ["union", "same"]}, "two values for one modality"),
@@ -285,14 +285,14 @@ def test_an_entry_given_twice_adds_up_past_its_type(tmp_path: Path, form: type) 
         ({"features": ["union"], "reference": Path("s.zarr")}, "`--features` would be left undone"),
     ],
 )
-def test_choices_that_make_no_sense(tmp_path: Path, flags: dict, told: str) -> None:
+def test_choices_that_make_no_sense(tmp_path: Path, flags: dict, message: str) -> None:
     for name, text in {"LIST": "a\n", "TWICE": "a\nb\na\n", "EMPTY": "\n"}.items():
         (tmp_path / name).write_text(text)
         flags = {
             k: [t.replace(name, str(tmp_path / name)) for t in v] if k == "features" else v
             for k, v in flags.items()
         }
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         parse_choices(["rna", "adt", "atac"], {}, **flags)
 
 

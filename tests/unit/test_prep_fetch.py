@@ -77,7 +77,7 @@ def test_another_wheel_is_refused(tmp_path: Path, wheel: Path) -> None:
     assert list((tmp_path / "pbmc").iterdir()) == []
 
 
-def test_offline_is_told_in_one_line(tmp_path: Path, wheel: Path) -> None:
+def test_offline_is_one_line(tmp_path: Path, wheel: Path) -> None:
     wheel.unlink()
     with pytest.raises(DataError, match=r"offline.*`--simulate`") as caught:
         fetch_cells(tmp_path / "pbmc")

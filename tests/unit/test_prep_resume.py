@@ -1,4 +1,4 @@
-"""The same bytes whoever did the work and however often it was killed."""
+"""A conversion gives the same bytes on any workers, however often it was killed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.unit.prep_helpers import convert_files, make_anndata, make_counts, wr
 REPO = Path(__file__).parents[2]
 TASK_ENTRIES, SHARD_BYTES, BLOCK = 400, 1, 4  # about 20 spools and 10 shards
 
-# A process that ends itself without any warning at the n-th call of a function, or whose files may not grow.
+# A process that kills itself at the n-th call of a function, or whose files may not grow.
 VICTIM = f"""
 import importlib, os, resource, signal, sys
 from clue_dist.process import run_main
@@ -167,9 +167,8 @@ def test_spools_that_are_there_are_not_made_again(
 def test_killed_after_the_commit(tmp_path: Path, given: str) -> None:
     out = tmp_path / "s.zarr"
     assert run_victim(out, given, "shutil.rmtree", 10**6).returncode == 0
-    (tmp_path / "s.zarr.partial" / "0123" / "work").mkdir(
-        parents=True
-    )  # what is left if the clean-up was killed
+    # What is left if the run was killed while it cleaned up.
+    (tmp_path / "s.zarr.partial" / "0123" / "work").mkdir(parents=True)
     with pytest.raises(StoreError, match="something is already there"):
         convert_files(out, given, block_cells=BLOCK)
     assert not (tmp_path / "s.zarr.partial").exists()
@@ -215,10 +214,10 @@ def test_a_mistake_in_the_inputs_leaves_nothing_behind(tmp_path: Path) -> None:
             convert_files(tmp_path / "s.zarr", f"rna={path}")
 
 
-def test_what_a_worker_still_writes_after_a_mistake_is_nobodys(
+def test_what_a_worker_still_writes_after_a_mistake_is_ignored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One file has a bad value while a worker of a cluster, which nobody waits for, reads the other."""
+    """One file has a bad value; a worker of a cluster still reads the other one."""
     good, bad = make_counts(30, 10, 1, cells="d"), make_counts(20, 10).astype(float)
     bad.iloc[4, 2] = 0.5
     files = [
@@ -322,7 +321,7 @@ def test_no_scheduler_answers(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
-def test_provenance_tells_base_names_only(tmp_path: Path, given: str) -> None:
+def test_provenance_has_base_names_only(tmp_path: Path, given: str) -> None:
     provenance = convert_files(tmp_path / "s.zarr", given).manifest.provenance
     assert [item["file"] for item in provenance["inputs"]] == ["in.h5mu/mod/rna", "in.h5mu/mod/adt"]
     assert str(tmp_path) not in json.dumps(provenance)

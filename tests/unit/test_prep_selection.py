@@ -1,4 +1,4 @@
-"""Features chosen from the cells: what the published formula chooses, on any number of workers, killed or not."""
+"""Features chosen from the cells: as the published formula says, on any workers, killed or not."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ REPO = Path(__file__).parents[2]
 def cells(
     n: int = 600, genes: int = 400, seed: int = 0, batches: int = 3
 ) -> tuple[pd.DataFrame, np.ndarray]:
-    """Counts of two cell states that differ in some genes, in batches of other depths; and the batch of each cell."""
+    """Counts of two cell states in batches of other depths, and the batch of each cell."""
     rng = np.random.default_rng(seed)
     batch = rng.integers(batches, size=n)
     mean = rng.lognormal(-0.5, 1.5, genes)
@@ -50,7 +50,7 @@ def cells(
 
 
 def published(counts: np.ndarray) -> np.ndarray:
-    """Standardised, clipped variance of each gene in one batch: Stuart et al. 2019, step by step and slowly."""
+    """Standardised, clipped variance of each gene in a batch: Stuart et al. 2019, step by step."""
     n, scores = len(counts), np.zeros(counts.shape[1])
     mean, variance = counts.mean(axis=0), counts.var(axis=0, ddof=1)
     varies = np.flatnonzero(variance > 0)
@@ -122,10 +122,11 @@ def test_the_most_variable_genes_within_batches(
     counts, batch = cells()
     names = np.array(["x", "y", None], object)[batch]  # no batch is a batch too
     parts = [slice(0, 250), slice(250, 600)]
-    given = [
-        f"rna={write_h5ad(tmp_path / f'{i}.h5ad', counts[p].iloc[:, :: 1 - 2 * i], form, batch=names[p])}"
-        for i, p in enumerate(parts)
-    ]
+    given = []
+    for i, part in enumerate(parts):
+        table = counts[part].iloc[:, :: 1 - 2 * i]  # the second file has its genes in reverse
+        path = write_h5ad(tmp_path / f"{i}.h5ad", table, form, batch=names[part])
+        given.append(f"rna={path}")
     store = convert_files(tmp_path / "s.zarr", *given, top=["rna=60"])
     kept = store.manifest.modalities["rna"].features
     wanted = published_best(counts.to_numpy(), batch, 60)
@@ -152,11 +153,11 @@ def test_batches_are_told_apart(tmp_path: Path) -> None:
     values = rng.poisson(rng.lognormal(0, 1.5, 200), (300, 200))
     counts = pd.DataFrame(values, [f"c{i}" for i in range(300)], [f"g{j}" for j in range(200)])
     counts["shifted"] = rng.poisson(np.where(batch, 6, 1))
-    for named, there in ((batch.astype(str), False), (None, True)):
+    for named, is_kept in ((batch.astype(str), False), (None, True)):
         obs = {} if named is None else {"batch": named}
-        path = write_h5ad(tmp_path / f"{there}.h5ad", counts, **obs)
-        store = convert_files(tmp_path / f"{there}.zarr", f"rna={path}", top=["rna=20"])
-        assert ("shifted" in store.manifest.modalities["rna"].features) == there
+        path = write_h5ad(tmp_path / f"{is_kept}.h5ad", counts, **obs)
+        store = convert_files(tmp_path / f"{is_kept}.zarr", f"rna={path}", top=["rna=20"])
+        assert ("shifted" in store.manifest.modalities["rna"].features) == is_kept
 
 
 def test_the_most_accessible_peaks(tmp_path: Path) -> None:
@@ -209,7 +210,7 @@ def test_empty_cells_do_not_count(tmp_path: Path) -> None:
 
 
 def test_few_cells_and_genes_alike(tmp_path: Path) -> None:
-    """Batches of one cell, and genes that all have the same mean, rank without noise; nothing to rank is an error."""
+    """Batches of one cell and genes of one mean rank without noise; no variance is an error."""
     counts = pd.DataFrame(
         np.eye(5, 8, dtype=int) * 3, [f"c{i}" for i in range(5)], [f"g{j}" for j in range(8)]
     )
@@ -218,11 +219,11 @@ def test_few_cells_and_genes_alike(tmp_path: Path) -> None:
     assert store.manifest.modalities["rna"].features == ["g0", "g1", "g2"]
     assert store.manifest.provenance["selected"]["rna"]["by"] == "most variable within 1 batches"
     path = write_h5ad(tmp_path / "b.h5ad", counts, batch=list("abcde"))
-    with pytest.raises(DataError, match="no batch has cells enough"):
+    with pytest.raises(DataError, match="no batch has enough cells"):
         convert_files(tmp_path / "x.zarr", f"rna={path}", top=["rna=3"])
 
 
-# Ends itself without warning at its n-th file of sums.
+# A process that kills itself at its n-th file of sums.
 VICTIM = """
 import os, signal, sys
 from clue_dist.process import run_main

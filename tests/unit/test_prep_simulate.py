@@ -37,8 +37,8 @@ SPEC = SimulationSpec.from_features(
 
 
 @pytest.mark.parametrize("m", range(4))
-def test_a_cell_is_the_same_in_any_piece(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simulate, "CHUNK_VALUES", 100 * SPEC.modalities[m][2])  # several pieces
+def test_a_cell_is_the_same_in_any_range(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulate, "CHUNK_VALUES", 100 * SPEC.modalities[m][2])  # several chunks
     cells = SPEC.list_cells(m)
     whole = simulate.draw_measurements(SPEC, m, cells)
     for lo, hi in [(0, 1), (3, 250), (99, 101), (279, 300), (len(cells) - 1, len(cells)), (5, 5)]:
@@ -116,14 +116,14 @@ def test_shared_factors_are_in_every_modality_and_private_ones_in_their_own() ->
     )
     cells = np.arange(1500)
     rna, adt = (simulate.draw_measurements(spec, m, cells) for m in (0, 1))
-    shared, own = (
+    shared, private = (
         simulate.draw_true_factors(spec, cells).shared,
         simulate.draw_private_factors(spec, 0, cells),
     )
     assert explained(rna, shared) > 0.5
     assert explained(adt, shared) > 0.5
-    assert explained(rna, own) > 0.3
-    assert explained(adt, own) < 0.05
+    assert explained(rna, private) > 0.3
+    assert explained(adt, private) < 0.05
 
 
 def test_sizes_that_make_no_sense() -> None:
@@ -146,10 +146,11 @@ def test_memory_follows_the_tasks_and_not_the_cells(
     monkeypatch.setattr(scatter, "TASK_ENTRIES", 20_000)
     monkeypatch.setattr(layout, "SHARD_BYTES", 2**16)
 
-    def peak(n: int, form: object) -> float:
-        path = write_h5ad(tmp_path / f"{n}{form.__name__}.h5ad", make_counts(n, 200), form)  # type: ignore[attr-defined]
+    def peak(n: int, form: type) -> float:
+        name = f"{n}{form.__name__}"
+        path = write_h5ad(tmp_path / f"{name}.h5ad", make_counts(n, 200), form)
         tracemalloc.start()
-        convert_files(tmp_path / f"{n}{form.__name__}.zarr", f"rna={path}", workers=1)  # type: ignore[attr-defined]
+        convert_files(tmp_path / f"{name}.zarr", f"rna={path}", workers=1)
         top = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return top

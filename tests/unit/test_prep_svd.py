@@ -1,4 +1,4 @@
-"""The streamed SVD is that of all cells, whoever did the work; training starts from it where it fits."""
+"""The streamed SVD is that of all cells, on any workers; training starts from it if it fits."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def shallow(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 def test_the_default_is_nearly_exact_where_the_spectrum_is_flat(shallow: Store) -> None:
-    """Of the variance that 50 components can capture, all but a thousandth; the clear ones are turned by no degree."""
+    """50 components capture 99.9% of the variance they can; the clear ones turn by no degree."""
     x = standardised(shallow, "rna")
     squares, vectors = np.linalg.eigh(x.T @ x)
     squares, vectors = squares[::-1], vectors[:, ::-1]
@@ -293,7 +293,7 @@ def model_of(setup: Setup, n_train: dict[str, int]) -> CLUE:
 
 
 def test_training_starts_from_it(store: Store, tmp_path: Path) -> None:
-    """Projections are those of a sample that holds all cells, up to signs, also where more components are stored."""
+    """Projections are those of a sample of all cells, up to signs; more may be stored."""
     sample = model_of(setup_of(store, tmp_path), CELLS)
     run(store, "rna", "atac", "x", components=10)
     setup = setup_of(store, tmp_path)
@@ -304,21 +304,25 @@ def test_training_starts_from_it(store: Store, tmp_path: Path) -> None:
     assert "adt: 7 features, log -> nb, projected by an SVD of a sample\n" in setup.format_summary()
     model = model_of(setup, dict.fromkeys(CELLS, 20))
     for m in ("rna", "atac", "x"):
-        got, want = model.get_trunk(m), sample.get_trunk(m)
-        torch.testing.assert_close(got.idf, want.idf)
-        weight, expected = got.projection.weight.detach(), want.projection.weight.detach()
+        trunk, expected_trunk = model.get_trunk(m), sample.get_trunk(m)
+        torch.testing.assert_close(trunk.idf, expected_trunk.idf)
+        weight = trunk.projection.weight.detach()
+        expected = expected_trunk.projection.weight.detach()
         sign = torch.sign((weight * expected).sum(0))
         torch.testing.assert_close(weight * sign, expected, rtol=1e-3, atol=1e-4)
-        bias = want.projection.bias.detach()
-        torch.testing.assert_close(got.projection.bias.detach() * sign, bias, rtol=1e-3, atol=1e-3)
+        bias = expected_trunk.projection.bias.detach()
+        turned = trunk.projection.bias.detach() * sign
+        torch.testing.assert_close(turned, bias, rtol=1e-3, atol=1e-3)
 
 
 def test_the_sample_can_be_asked_for(store: Store, tmp_path: Path) -> None:
     run(store)
-    for init, told in (("svd_of_sample", "an SVD of a sample"), ("random", "random weights")):
+    for init, start in (("svd_of_sample", "an SVD of a sample"), ("random", "random weights")):
         setup = setup_of(store, tmp_path, init)
         assert setup.stored_svds == {}
-        assert f"rna: 60 features, log_cp10k -> nb, projected by {told}\n" in setup.format_summary()
+        assert (
+            f"rna: 60 features, log_cp10k -> nb, projected by {start}\n" in setup.format_summary()
+        )
     assert set(setup_of(store, tmp_path, "svd_of_store").stored_svds) == set(FEATURES)
 
 
@@ -337,11 +341,11 @@ def test_what_does_not_fit_is_refused_or_left(store: Store, tmp_path: Path) -> N
             "leave modalities.adt.normalise",
         ),
     )
-    for given, told, fix in cases:
-        with pytest.raises(ConfigError, match=rf"no SVD that fits(.|\n)*{told}(.|\n)*{fix}"):
+    for given, reason, fix in cases:
+        with pytest.raises(ConfigError, match=rf"no SVD that fits(.|\n)*{reason}(.|\n)*{fix}"):
             setup_of(store, tmp_path, "svd_of_store", **given)
         assert (
-            f"an SVD of a sample (the stored one has {told})"
+            f"an SVD of a sample (the stored one has {reason})"
             in setup_of(store, tmp_path, **given).format_summary()
         )
     note = stored.read_svd_note(store.root, store.manifest, "adt")
