@@ -10,7 +10,8 @@ from clue_dist.errors import ClueError
 
 def make_package(version: str) -> ModuleType:
     package = ModuleType("deepspeed")
-    package.__file__, package.__version__ = "site-packages/deepspeed", version  # type: ignore[attr-defined]
+    package.__file__ = "site-packages/deepspeed"
+    package.__version__ = version  # type: ignore[attr-defined]
     return package
 
 
