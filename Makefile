@@ -1,11 +1,12 @@
-# make demo    real cells in, trained model and report out (SIMULATE=1: simulated cells, needs no data from the network)
-# make test    lint, types, import contracts, all tests
-# make lint    the first three of these
-# make wheelhouse
-#              the wheels of all that is installed, in wheelhouse/, for a cluster without internet. GLIBC=2.28 names
-#              the glibc of the cluster, where it is older than this machine's
-# make system  as root on Debian: Slurm, sshd and what else the tests of clusters start; they are skipped without.
-#              `make test` does it where nothing but root runs: in containers and in CI
+# make demo       real cells in, trained model and report out (SIMULATE=1: simulated cells, needs no data from the network)
+# make test       lint and all tests
+# make test-fast  lint and the fast tests, in two minutes
+# make lint       style, types, import contracts, links of the pages
+# make docs       the pages as a site, in site/
+# make wheelhouse the wheels of all that is installed, in wheelhouse/, for a cluster without internet.
+#                 GLIBC=2.28 names the glibc of the cluster, where it is older than this machine's
+# make system     as root on Debian: Slurm, sshd and what else the tests of clusters start; they are skipped without.
+#                 `make test` does it where nothing but root runs: in containers and in CI
 # Each sets up .venv first: pinned by constraints.txt, again when that or pyproject.toml changes.
 # PYTHON=python3.12 (a command or a path) chooses the Python; a .venv of another version is made anew. Without it, .venv
 # is of the first supported Python found. TORCH_INDEX=URL takes torch from there, as builds for CPU or another CUDA.
@@ -13,7 +14,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
-.PHONY: demo test lint wheelhouse system
+.PHONY: demo test test-fast lint docs wheelhouse system
 
 VENV := .venv
 WHEELHOUSE := wheelhouse
@@ -24,6 +25,8 @@ READY := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 RANKS ?= 2
+# --strict: a broken link is an error. The variable silences an advertisement.
+MKDOCS := NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --strict
 DATA := data/$(if $(SIMULATE),simulated,pbmc)
 RUN := runs/demo$(if $(SIMULATE),-simulated)
 
@@ -41,6 +44,9 @@ demo: $(READY)
 test: lint $(if $(shell [ "$$(id -u)" = 0 ] && [ ! -d /run/systemd/system ] && command -v apt-get),system)
 	@python -m pytest --numprocesses 2
 
+test-fast: lint
+	@python -m pytest --numprocesses 2 -m "not slow"
+
 system:
 	@absent=$$(while read -r name; do dpkg -s "$$name" >/dev/null 2>&1 || echo "$$name"; done < tests/debian.txt)
 	[ -z "$$absent" ] || { apt-get update --quiet=2 && DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --yes \
@@ -52,6 +58,11 @@ lint: $(READY)
 	ruff format --check
 	mypy
 	lint-imports
+	python -m tests.style
+	$(MKDOCS)
+
+docs: $(READY)
+	$(MKDOCS)
 
 SUPPORTED := 3.11 3.12 3.13
 # pyenv's shim of a Python that is not switched on does not start: pyenv's own folders count too.
