@@ -25,8 +25,8 @@ READY := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 RANKS ?= 2
-# --strict: a broken link is an error. The variable silences an advertisement.
-MKDOCS := NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --strict
+# --strict: a broken link is an error, which --quiet would hide. The variable silences an advertisement.
+MKDOCS := NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 DATA := data/$(if $(SIMULATE),simulated,pbmc)
 RUN := runs/demo$(if $(SIMULATE),-simulated)
 
