@@ -58,7 +58,6 @@ lint: $(READY)
 	ruff format --check
 	mypy
 	lint-imports
-	python -m tests.style
 	$(MKDOCS)
 
 docs: $(READY)

@@ -1,3 +1,3 @@
-"""clue_dist: Cross-Linked Unified Embedding of single cells, streamed from Zarr, trained with DeepSpeed."""
+"""Cross-Linked Unified Embedding of single cells measured in different, incomplete modalities."""
 
 __version__ = "0.1.0"
