@@ -45,11 +45,15 @@ class PeerState(IntEnum):
 class Peers:
     """Watches the other ranks while it is open, which it must be before they make a process group.
 
+    Args:
+        ranks: The ranks to watch; one process alone has nothing to watch.
+        silence_limit: Seconds that another rank may be late until this process ends.
+
     Raises:
-        RankError: several machines and no MASTER_ADDR.
-        LostError: the rendezvous store cannot be reached; or an error of this rank came of the
-            loss of another.
-        ClueError: the error that another rank announced, where one of this rank came of it.
+        RankError: There are several machines and no MASTER_ADDR.
+        LostError: The rendezvous store cannot be reached, or another rank was lost and an error
+            here came of that.
+        ClueError: Another rank announced it, and an error here came of that.
     """
 
     def __init__(self, ranks: Ranks, silence_limit: float = SILENCE_LIMIT) -> None:
