@@ -80,9 +80,8 @@ def _server() -> Path:
     """The socket of the process from which ranks are forked; it ends with this one."""
     path = Path(tempfile.mkdtemp()) / "ranks"
     command = [sys.executable, "-u", "tests/ranks.py", str(path)]
-    env = environment() | {
-        "PYTORCH_NVML_BASED_CUDA_CHECK": "1"
-    }  # to look for GPUs must not begin to use them
+    # To look for GPUs must not begin to use them.
+    env = environment() | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
     server = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.PIPE)
     atexit.register(_end, server, path.parent)
     while not path.exists():

@@ -22,9 +22,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "-m", "data_prep", *simulate, "1.0", "--cells", "1200", "--out", str(folder / "both.h5mu")
     )
     test = md.read(folder / "both.h5mu")
-    unseen = test.obs_names[
-        900:
-    ]  # a row range gives the same cells whatever the size: these were not in training
+    # A row range gives the same cells whatever the size: these were not in training.
+    unseen = test.obs_names[900:]
     md.MuData({m: test[m][test[m].obs_names.isin(unseen)].copy() for m in test.mod}).write(
         folder / "test.h5mu"
     )
@@ -55,9 +54,8 @@ def test_unseen_cells_find_their_other_half(folder: Path) -> None:
     assert z.obsm["X_clue"].shape == (300, 12)
     assert z.uns["clue_dist"]["private"] == {"rna": 2, "adt": 2}  # of the last of each six
     assert np.abs(z["rna"].obsm["X_clue"][:, 4:6]).min() > 0
-    assert (
-        np.abs(z["rna"].obsm["X_clue"][:, 10:]).max() == 0
-    )  # RNA does not know what proteins alone tell
+    # RNA does not know what proteins alone tell.
+    assert np.abs(z["rna"].obsm["X_clue"][:, 10:]).max() == 0
     order = z["rna"].obs_names
     recomputed = dense_foscttm(z["rna"].obsm["X_clue"], z["adt"][order].obsm["X_clue"])
     scores = json.loads((folder / "scores.json").read_text())

@@ -28,11 +28,8 @@ MOSAIC = ROOT.parent / "shared" / "data" / "bmmc_3mod_mosaic.h5mu"
 def test_three_modalities_on_two_ranks_equal_one_process(tmp_path: Path) -> None:
     store = tmp_path / "bmmc.zarr"
     python("-m", "data_prep", "convert", str(MOSAIC), "--out", str(store))
-    settings = (
-        "train.epochs=1.225",
-        "log.every=20",
-        "train.zero_stage=2",
-    )  # 20 steps of 64 of the 1,045 cells
+    # 20 steps of 64 of the 1,045 cells.
+    settings = ("train.epochs=1.225", "log.every=20", "train.zero_stage=2")
     alone(*train_args(tmp_path, store, "one", *settings))
     run(*launched(2, *train_args(tmp_path, store, "two", *settings)))
     assert metrics(tmp_path / "one")[-1]["step"] == 20

@@ -122,9 +122,8 @@ def test_resumed_after_a_stop_signal_ends_like_an_unbroken_run(folder: Path) -> 
     assert 20 <= int(saved.name.split("-")[1]) < metrics(folder / "whole")[-1]["step"]
 
     alone(*args)
-    assert timeless(metrics(folder / "broken")) == timeless(
-        metrics(folder / "whole")
-    )  # bit for bit
+    # The resumed run repeats the whole one bit for bit.
+    assert timeless(metrics(folder / "broken")) == timeless(metrics(folder / "whole"))
     assert (
         largest_difference(best_weights(folder / "whole"), best_weights(folder / "broken")) == 0.0
     )
@@ -175,13 +174,11 @@ def test_best_weights_of_a_killed_attempt_do_not_outlive_it(folder: Path, epochs
     shutil.rmtree(folder / name / "checkpoints")
     settings = ("model.latent=4", f"train.epochs={epochs}", "train.validate_every=10")
     alone(*train_args(folder, folder / "s.zarr", name, *settings))
-    assert (
-        best_weights(folder / name)["heads.bias"].shape[-1] == 2 * 2 * 4 // 2
-    )  # of each of two members
+    # Each of the two members has its biases.
+    assert best_weights(folder / name)["heads.bias"].shape[-1] == 2 * 2 * 4 // 2
     aside = [path.name for path in (folder / name).glob("*/step-*.aside")]
-    assert aside == (
-        [f"{best}.aside"] if epochs == 5 else []
-    )  # until training has passed that step
+    # The weights are kept aside until training has passed their step.
+    assert aside == ([f"{best}.aside"] if epochs == 5 else [])
 
 
 def test_going_on_from_a_checkpoint_of_another_run(folder: Path) -> None:
@@ -224,9 +221,8 @@ def test_resume_refuses_other_data_settings_ranks_and_damage(folder: Path) -> No
     )
     config = folder / "again" / "config.json"
     before = config.read_text()
-    config.write_text(
-        before.replace('"latent": 6', '"latent": 8')
-    )  # as if another version had begun the run
+    # The configuration reads as if another version had begun the run.
+    config.write_text(before.replace('"latent": 6', '"latent": 8'))
     done = alone(*args, "--set", "model.latent=8", expect=2)
     assert "the weights do not fit the model of these settings" in done.stderr
     assert "Traceback" not in done.stderr
@@ -293,9 +289,8 @@ def test_other_likelihoods_and_the_mean_posterior_train(folder: Path, likelihood
 
 
 def test_one_modality_and_dense_real_values(folder: Path) -> None:
-    make_store(
-        folder / "single.zarr", cells={"image": 150}, features={"image": 20}
-    )  # kind dense: Normal, as stored
+    # A modality of kind dense has a Normal likelihood, as the store says.
+    make_store(folder / "single.zarr", cells={"image": 150}, features={"image": 20})
     done = alone(
         *train_args(folder, folder / "single.zarr", "single", "train.epochs=10", "log.every=5")
     )

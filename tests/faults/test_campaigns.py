@@ -21,12 +21,10 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_nothing_grows(shared: Path, tmp_path: Path) -> None:
     memory, leaks = campaigns.steady(tmp_path, SMALL, shared)["bars"]
-    assert (
-        memory < 1.1
-    )  # the allocator has not come to rest so early; ten thousand steps must keep to 1.05
-    assert (
-        leaks < 5
-    )  # one for each save or validation would come to more; one may be open by chance
+    # The allocator has not come to rest so early; ten thousand steps must keep to 1.05.
+    assert memory < 1.1
+    # One for each save or validation would come to more; one may be open by chance.
+    assert leaks < 5
 
 
 def test_killed_at_any_time_it_ends_like_the_unbroken_run(shared: Path, tmp_path: Path) -> None:

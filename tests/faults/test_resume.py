@@ -124,9 +124,8 @@ def test_it_goes_on_with_another_number_of_ranks(folder: Path, before: int, afte
 
     begun = contents(folder / name / "begun")
     assert len(run_folder.list_shard_files(folder / name / "begun")) == after
-    assert (
-        max(largest_difference(saved[key], begun[key]) for key in saved) == 0.0
-    )  # the bar is 1e-6
+    # The bar is 1e-6.
+    assert max(largest_difference(saved[key], begun[key]) for key in saved) == 0.0
     losses = [[line["loss"] for line in metrics(run)] for run in (whole, folder / name)]
     assert len(losses[1]) == STEPS
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
@@ -163,9 +162,8 @@ def test_it_goes_on_under_another_zero_stage_and_number_of_ranks(
 def test_what_is_logged_now_and_then_is_the_mean_over_all_its_steps(folder: Path) -> None:
     alone(*args_of(folder, "means", "log.every=8"))
     args = args_of(folder, "means-broken", "log.every=8")
-    run(
-        "python", "tests/faults/plant.py", "usr1:0:10", "--", *args, expect=75
-    )  # two steps after the last line
+    # Two steps after the last line.
+    run("python", "tests/faults/plant.py", "usr1:0:10", "--", *args, expect=75)
     alone(*args)
     whole, broken = timeless(folder / "means"), timeless(folder / "means-broken")
     assert [line["step"] for line in whole] == [8, 16, 24]

@@ -122,9 +122,8 @@ def test_what_was_damaged_is_refused_and_the_one_before_it_used(
         assert found is not None
         assert found.name == before, victim
         said = capsys.readouterr().out
-        assert (newest in said) == (
-            (harm, victim.name) != (remove, run_folder.COMMIT)
-        )  # without it, none was made
+        # A checkpoint without its marker was never finished: nothing is reported as damaged.
+        assert (newest in said) == ((harm, victim.name) != (remove, run_folder.COMMIT))
         with pytest.raises(ResumeError, match="cannot be used"):
             resuming.choose_checkpoint(tmp_path / str(i), str(there / newest), Ranks())
 
@@ -136,9 +135,8 @@ def test_a_marker_that_lists_no_weights_is_damaged(
     there = shutil.copytree(folder / "whole" / "checkpoints", tmp_path / "checkpoints")
     newest, before = saved_steps(folder / "whole")
     (there / f"step-{newest:08d}" / run_folder.COMMIT).write_text(listing)
-    shutil.copytree(
-        there / f"step-{before:08d}", there / "step-old"
-    )  # somebody's copy is nobody's business
+    # A copy that somebody made is no checkpoint.
+    shutil.copytree(there / f"step-{before:08d}", there / "step-old")
     found = resuming.choose_checkpoint(tmp_path, "auto", Ranks())
     assert found == there / f"step-{before:08d}"
 
@@ -237,10 +235,8 @@ def test_a_later_attempt_of_a_slurm_job_goes_on_whatever_its_command_began_from(
     monkeypatch.setattr(resuming, "SLURM_JOB", "77")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert resuming.choose_checkpoint(tmp_path, resume, Ranks()) == newest
-    for job, restarts in (
-        ("78", "1"),
-        ("77", "0"),
-    ):  # what another job saved; the job's first attempt
+    # What another job saved; the job's first attempt.
+    for job, restarts in (("78", "1"), ("77", "0")):
         monkeypatch.setattr(resuming, "SLURM_JOB", job)
         monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
         if resume == "never":

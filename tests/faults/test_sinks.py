@@ -46,12 +46,8 @@ def started(folder: Path, name: str, *settings: str, **more: object) -> subproce
     """Training of its own session, once it has logged ten steps."""
     args = train_args(folder, folder / "s.zarr", name, "log.every=1", *settings)
     env = {k: v for k, v in environment().items() if not k.startswith("WANDB")}
-    command = [
-        "env",
-        "--default-signal=HUP,INT",
-        "python",
-        *args,
-    ]  # as in a terminal, whatever runs the tests
+    # As in a terminal, whatever runs the tests.
+    command = ["env", "--default-signal=HUP,INT", "python", *args]
     process = subprocess.Popen(
         command, cwd=ROOT, env=env, text=True, start_new_session=True, **more
     )  # type: ignore[call-overload]

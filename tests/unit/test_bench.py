@@ -67,11 +67,12 @@ def test_shares_sum_to_one_and_name_the_rest() -> None:
         "gather": 0.25,
         "other": 0.25,
     }
+    # Two threads.
     assert share_time({"read": 6.0, "gather": 2.0}, 4.0) == {
         "read": 0.75,
         "gather": 0.25,
         "other": 0.0,
-    }  # two threads
+    }
 
 
 def test_the_report_ends_with_the_verdict_and_json_has_it_all() -> None:
@@ -103,9 +104,8 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
     for args, needed in zip(given, (tmp_path, tmp_path / "old.json"), strict=True):
         check_bench_arguments(args)
         with monkeypatch.context() as patch:
-            patch.setattr(
-                os, "access", lambda path, mode, needed=needed: path != needed
-            )  # root may write anywhere
+            # Root may write anywhere.
+            patch.setattr(os, "access", lambda path, mode, needed=needed: path != needed)
             with pytest.raises(
                 ConfigError, match=f"cannot be written\n  where: --json {args.json}"
             ):
@@ -153,14 +153,8 @@ class Engine:
 
 def test_parts_of_a_step_sum_over_its_micro_batches(clock_face: FakeTime) -> None:
     watched = TimedEngine(Engine(clock_face), RankClock(Ranks(), torch.device("cpu"), 1.0, 1))
-    for seconds in (
-        0.01,
-        0.02,
-        0.01,
-        0.01,
-        0.5,
-        0.5,
-    ):  # the last step was disturbed: medians do not mind
+    # The last step was disturbed: medians do not mind.
+    for seconds in (0.01, 0.02, 0.01, 0.01, 0.5, 0.5):
         watched(seconds)
         watched.backward(torch.zeros(()))
         watched.step()

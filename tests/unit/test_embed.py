@@ -137,9 +137,8 @@ def test_cells_that_share_a_barcode_stay_apart(store, loaded, tmp_path, monkeypa
     assert sorted(got.obs["barcode"]).count("adt-0") == 2
 
 
-@pytest.mark.parametrize(
-    ("world", "batch_size"), [(2, 16), (4, 4096)]
-)  # the latter: 3 batches, a rank has none
+# 4096 cells a batch: 3 batches, and a rank has none.
+@pytest.mark.parametrize(("world", "batch_size"), [(2, 16), (4, 4096)])
 def test_ranks_write_what_one_writes(store, loaded, tmp_path, world, batch_size):
     embed_store(
         loaded, store, tmp_path / "one.h5mu", run="r", per_modality=True, batch_size=batch_size
@@ -236,9 +235,8 @@ def test_outputs_that_cannot_be_are_refused_before_any_work(store, loaded, tmp_p
 
 def test_a_full_disk_is_told_and_leaves_nothing(store, loaded, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    assert (
-        signal.getsignal(signal.SIGXFSZ) == signal.SIG_IGN
-    )  # as Python has it: writing fails, and is no signal
+    # As Python has it: writing fails, and is no signal.
+    assert signal.getsignal(signal.SIGXFSZ) == signal.SIG_IGN
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:
         with pytest.raises(StoreError, match="the disk is full"):

@@ -19,13 +19,8 @@ from tests.stores import make_store
 
 BLOCK = 4
 CELLS = {"rna+place": 61, "place": 37}
-WORLDS = {
-    1: (1,),
-    2: (1, 2),
-    3: (1, 3),
-    4: (1, 2, 4),
-    6: (2, 3, 6),
-}  # lanes -> numbers of ranks that divide them
+# Lanes -> numbers of ranks that divide them.
+WORLDS = {1: (1,), 2: (1, 2), 3: (1, 3), 4: (1, 2, 4), 6: (2, 3, 6)}
 
 
 @pytest.fixture(scope="module")

@@ -186,9 +186,8 @@ def test_a_worker_killed_while_it_sorts_a_matrix_market(
         f"{name}:{write_mtx(tmp_path / name, counts, kinds, seed=i)}"
         for i, name in enumerate("abc")
     ]
-    victim = cluster.worker(
-        "data_prep.readers.sorted_entries.save_array", 3
-    )  # two of a part's three files are there
+    # Two of a part's three files are there.
+    victim = cluster.worker("data_prep.readers.sorted_entries.save_array", 3)
     cluster.wait_for(2)
     stored = run(cluster, folders, tmp_path / "s.zarr")
     assert victim.wait(30) == -signal.SIGKILL

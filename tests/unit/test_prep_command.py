@@ -31,10 +31,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ),
         (["convert", "rna=good.h5ad", "--out", ""], "the output needs a name"),
         (["convert", "rna=good.h5ad", "--out", "x" * 300], "a path that cannot be used"),
-        (
-            ["convert", "rna=good.h5ad", "--out", "x" * 250],
-            "the folder cannot be made",
-        ),  # with .partial behind it
+        # The name is too long with .partial behind it.
+        (["convert", "rna=good.h5ad", "--out", "x" * 250], "the folder cannot be made"),
         (["convert", f"rna={'x' * 300}", "--out", "x.zarr"], "a path that cannot be used"),
         (
             ["convert", "rna=good.h5ad", "--out", "x.zarr", "--features", "x" * 300],

@@ -135,9 +135,8 @@ def test_lanes_and_peaks_come_together(tmp_path: Path) -> None:
         for n in lanes
     ]
     parts.append(pd.DataFrame([[3, 1]], ["one:p0"], ["chr1:0-1000", "chr3:5000-6000"]))
-    listed = (
-        tmp_path / "cells.txt"
-    )  # barcodes of a list may name their lane, or hold for every lane
+    # Barcodes of a list may name their lane, or hold for every lane.
+    listed = tmp_path / "cells.txt"
     listed.write_text("".join(f"{lane}:{b}\n" for lane in lanes for b in rna[lane].index))
     flags = {"bins": ["atac=1000"], "barcodes": [f"atac={listed}"]}
     assert (
@@ -203,10 +202,8 @@ def test_what_is_no_fragment(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=message):
             convert_files(tmp_path / "x.zarr", f"atac={tmp_path / name}", bins=["atac=1000"])
     whole = write_fragments(tmp_path / "cut.tsv.gz", make_fragments(5000)).read_bytes()
-    for damaged in (
-        whole[: len(whole) // 2],
-        whole + gzip.compress(b"")[:10] + b"\x07",
-    ):  # no such type of block
+    # The last file has a block of an unknown type.
+    for damaged in (whole[: len(whole) // 2], whole + gzip.compress(b"")[:10] + b"\x07"):
         (tmp_path / "cut.tsv.gz").write_bytes(damaged)
         with pytest.raises(DataError, match="cannot be read to their end"):
             convert_files(

@@ -88,9 +88,8 @@ def test_scores_are_those_of_the_published_formula() -> None:
     clipped = np.minimum(counts, trend.limits)
     assert (clipped < counts).any()
     scores = trend.score_genes(clipped.sum(axis=0), (clipped**2).sum(axis=0))
-    np.testing.assert_allclose(
-        scores, published(counts), rtol=0.03
-    )  # the regression is interpolated
+    # The regression is interpolated.
+    np.testing.assert_allclose(scores, published(counts), rtol=0.03)
     assert np.median(np.abs(scores / published(counts) - 1)) < 0.001
 
 

@@ -24,10 +24,8 @@ SLURM = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8"}
         ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, Ranks(3, 4, 1)),
         ({**SLURM, "SLURM_STEP_NUM_TASKS": "8"}, Ranks(5, 8, 1)),
         ({**SLURM, "SLURM_PROCID": "0"}, Ranks(0, 1, 0)),  # a batch script without srun
-        (
-            {**SLURM, "SLURM_STEP_NUM_TASKS": "8", "RANK": "0", "WORLD_SIZE": "2"},
-            Ranks(0, 2, 0),
-        ),  # a launcher in srun
+        # A launcher runs in a step of srun.
+        ({**SLURM, "SLURM_STEP_NUM_TASKS": "8", "RANK": "0", "WORLD_SIZE": "2"}, Ranks(0, 2, 0)),
     ],
 )
 def test_environment(env, expected):
@@ -50,12 +48,8 @@ def test_slices_cover_everything_once_and_evenly(count, world):
 
 @pytest.mark.parametrize(
     ("local_rank", "gpus", "expected"),
-    [
-        (0, 0, "cpu"),
-        (3, 0, "cpu"),
-        (3, 1, "cuda:0"),
-        (1, 2, "cuda:1"),
-    ],  # 3 of 1: srun --gpus-per-task=1
+    # Local rank 3 sees 1 GPU under srun --gpus-per-task=1.
+    [(0, 0, "cpu"), (3, 0, "cpu"), (3, 1, "cuda:0"), (1, 2, "cuda:1")],
 )
 def test_every_rank_takes_its_own_gpu(local_rank, gpus, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
