@@ -1,1 +1,1 @@
-"""data_prep: raw counts of single cells -> a shuffled, validated, compressed store. `python -m data_prep --help`."""
+"""Raw counts of single cells become a shuffled, validated, compressed store."""
