@@ -20,7 +20,7 @@ VENV := .venv
 WHEELHOUSE := wheelhouse
 # Of equal versions pip takes the one with a local part, as 2.13.0+cpu. Such a build brings CUDA of its own or none.
 CONSTRAINTS := constraints.txt $(if $(TORCH_INDEX),,constraints-cuda.txt)
-TORCH := $(TORCH_INDEX:%=--extra-index-url %) torch==2.13.0
+TORCH := $(TORCH_INDEX:%=--extra-index-url %) $(shell grep '^torch==' constraints.txt)
 READY := $(VENV)/.installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
