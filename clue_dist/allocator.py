@@ -20,7 +20,7 @@ def keep_freed_memory(heaps: int | None = None) -> None:
     inputs. Other C libraries have no such setting: nothing changes there.
 
     Args:
-        heaps: How many heaps the threads share, each of which keeps its own freed memory; by
+        heaps: how many heaps the threads share, each of which keeps its own freed memory; by
             default eight for each core.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)

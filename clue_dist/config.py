@@ -226,11 +226,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a config file and apply overrides to it.
 
     Args:
-        path: A JSON file, see `configs/`.
+        path: a JSON file, see `configs/`.
         overrides: `dotted.path=value` each, as `--set` takes them; a value is JSON, else text.
 
     Raises:
-        ConfigError: The file does not exist or is not JSON, a key is unknown (the error gives the
+        ConfigError: the file does not exist or is not JSON, a key is unknown (the error gives the
             nearest known one), or a value is out of range.
     """
     path = Path(path)
@@ -263,11 +263,11 @@ def require_paths(config: Config, *keys: str) -> None:
     """Require `store` and `run`, which a recipe may leave out, but not a run.
 
     Args:
-        config: The settings.
-        keys: Which of the two to require; both if none is named.
+        config: the settings.
+        keys: which of the two to require; both if none is named.
 
     Raises:
-        ConfigError: One of them is not set.
+        ConfigError: one of them is not set.
     """
     for key in keys or ("store", "run"):
         if not getattr(config, key):

@@ -23,7 +23,7 @@ class Kind:
     """What the rest of the code must know of a kind of modality.
 
     Raises:
-        ValueError: Real values are to be stored sparse.
+        ValueError: real values are to be stored sparse.
     """
 
     name: str  # as the manifest and `--kind NAME=KIND` spell it
@@ -91,14 +91,14 @@ def infer_kind(modality: str, given: Mapping[str, str]) -> str:
     """Tell the kind of a modality from its name.
 
     Args:
-        modality: The modality's name, in which an alias of a kind is looked for.
-        given: Kinds that `--kind NAME=KIND` gave, by modality. These take precedence.
+        modality: the modality's name, in which an alias of a kind is looked for.
+        given: kinds that `--kind NAME=KIND` gave, by modality. These take precedence.
 
     Returns:
         The name of the kind, a key of `KINDS`.
 
     Raises:
-        DataError: The name holds aliases of no kind or of several, or the given kind is unknown.
+        DataError: the name holds aliases of no kind or of several, or the given kind is unknown.
     """
     if modality in given:
         if given[modality] not in KINDS:

@@ -75,13 +75,13 @@ def score_directions(
         u1: (N, D), on any device; every rank passes the same.
         u2: (N, D).
         batch: (N,) names or codes; equal values are one batch.
-        ranks: Processes that share the queries. All must call, and all get the result.
+        ranks: processes that share the queries. All must call, and all get the result.
 
     Returns:
         Scores by direction.
 
     Raises:
-        DataError: The shapes do not fit, or values are not finite.
+        DataError: the shapes do not fit, or values are not finite.
     """
     x, y = _check_embeddings(u1, u2)
     groups = _group_cells(batch, x.device)
@@ -185,7 +185,7 @@ def rank_keys(queries: Tensor, keys: Tensor, part: slice) -> RankedKeys:
     Args:
         queries: (N, D) float64, of length 1.
         keys: (N, D); row i is the partner of query i.
-        part: Which queries.
+        part: which queries.
     """
     n_nearer, n_found, nearest = 0, 0, [torch.empty(0, dtype=torch.int64)]
     for rows, distances in _compute_distances(queries, keys, part):

@@ -20,8 +20,8 @@ def compute_inverse_frequency(n_cells: int, detected: np.ndarray) -> np.ndarray:
     """Divide the number of cells by the number of cells that have each feature.
 
     Args:
-        n_cells: Number of cells.
-        detected: How many of them have each feature, (features,).
+        n_cells: number of cells.
+        detected: how many of them have each feature, (features,).
 
     Returns:
         The inverse frequency of each feature, (features,) float64.
@@ -33,9 +33,9 @@ def normalise_rows(counts: Rows, how: str, idf: np.ndarray | None = None) -> Row
     """Normalise counts in float64, by the formulas of `model.trunk`.
 
     Args:
-        counts: Counts, (n, features).
+        counts: counts, (n, features).
         how: log_cp10k, log, clr (dense rows only), tfidf or none.
-        idf: Inverse frequency of each feature, (features,), for tfidf.
+        idf: inverse frequency of each feature, (features,), for tfidf.
 
     Returns:
         Normalised values, (n, features), sparse where the counts are.
@@ -72,8 +72,8 @@ def sum_columns(
     """Sum a function of the values over the cells.
 
     Args:
-        rows: Values, (n, features).
-        function: What to sum; it must be 0 at 0, as only stored values are looked at.
+        rows: values, (n, features).
+        function: what to sum; it must be 0 at 0, as only stored values are looked at.
 
     Returns:
         Sums, (features,) float64.
@@ -94,9 +94,9 @@ def compute_standardisation(
     """Choose the centre and the scale of normalised values for the SVD.
 
     Args:
-        how: How the values were normalised.
-        mean: Mean of each feature, (features,).
-        deviation: Standard deviation of each feature, (features,).
+        how: how the values were normalised.
+        mean: mean of each feature, (features,).
+        deviation: standard deviation of each feature, (features,).
 
     Returns:
         What to subtract from the values of each feature, and what to divide them by, (features,).

@@ -26,10 +26,10 @@ def compute_elbo_self(output: CLUEOutput, observed: Tensor, weight: Tensor, beta
     """Eq. 5 of each cell: the sum over observed k of E ln p(x_k | z_k) - KL(q(z_k | x_k) || p).
 
     Args:
-        output: Of the model.
+        output: of the model.
         observed: (B, K) bool.
         weight: (K,), of each modality.
-        beta: Factor on the KL.
+        beta: factor on the KL.
 
     Returns:
         (B,), in nats.
@@ -54,7 +54,7 @@ def compute_alignment(z: Tensor, observed: Tensor, cosine: bool = False) -> Tens
     Args:
         z: (B, K source, K * a), samples of the aligned dimensions.
         observed: (B, K) bool.
-        cosine: Whether each z is scaled to length 1 first, as the authors' code does.
+        cosine: whether each z is scaled to length 1 first, as the authors' code does.
 
     Returns:
         The mean over cells with two or more modalities, ().
@@ -94,7 +94,7 @@ def compute_info_nce(
         observed: (B, K) bool.
         batch_code: (B,), biological batches.
         log_scale: (), log of the inverse temperature.
-        within_batch: Whether negatives come from the cell's biological batch alone.
+        within_batch: whether negatives come from the cell's biological batch alone.
 
     Returns:
         The mean over directions, pairs and the M members, ().
@@ -154,9 +154,9 @@ class Objective(nn.Module):
     """The model and its training loss (eq. 15) as one module, so that DeepSpeed sees one call.
 
     Args:
-        model: To be trained.
-        config: Weights of the terms.
-        modality_weights: Weight of each modality in both ELBOs, in model order.
+        model: to be trained.
+        config: weights of the terms.
+        modality_weights: weight of each modality in both ELBOs, in model order.
     """
 
     def __init__(self, model: CLUE, config: ObjectiveConfig, modality_weights: list[float]) -> None:
@@ -178,9 +178,9 @@ class Objective(nn.Module):
 
         Args:
             batch: B cells.
-            noise: All random draws of the step; None: embed the batch instead.
-            beta: Factor on `lambda_kl`, for a warm-up.
-            by_modality: Whether to return what each modality adds to the ELBOs, too.
+            noise: all random draws of the step; None: embed the batch instead.
+            beta: factor on `lambda_kl`, for a warm-up.
+            by_modality: whether to return what each modality adds to the ELBOs, too.
 
         Returns:
             The loss () and its terms without their weights; or what `CLUE.embed_batch` gives.

@@ -74,8 +74,8 @@ def _end_process(code: int, at_once: bool = False) -> NoReturn:
     even of a group that it has left, now and then abort there and change the exit code.
 
     Args:
-        code: The exit code.
-        at_once: Skip what is registered to run at exit. The other ranks wait for this one, and
+        code: the exit code.
+        at_once: skip what is registered to run at exit. The other ranks wait for this one, and
             threads that hang in a file would hold it up.
     """
     if not _has_joined:

@@ -45,7 +45,7 @@ class Ranks:
         srun is alone, though SLURM_NTASKS is set there too: waiting for the others would never end.
 
         Raises:
-            RankError: The variables are not numbers, or the rank lies outside the world.
+            RankError: the variables are not numbers, or the rank lies outside the world.
         """
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         if "RANK" not in environment and "SLURM_STEP_NUM_TASKS" in environment:
@@ -76,10 +76,10 @@ class Ranks:
             What `work` returned on this rank.
 
         Raises:
-            RankError: There are several machines and no MASTER_ADDR, or this rank has no GPU where
+            RankError: there are several machines and no MASTER_ADDR, or this rank has no GPU where
                 others have one.
-            LostError: Not all ranks came in time.
-            ClueError: What `work` raised on any rank, on all of them.
+            LostError: not all ranks came in time.
+            ClueError: what `work` raised on any rank, on all of them.
         """
         if self.world == 1:
             return work()
@@ -102,14 +102,14 @@ class Ranks:
 
         Args:
             backend: "nccl" or "gloo".
-            timeout_s: Seconds that a collective may take from then on.
+            timeout_s: seconds that a collective may take from then on.
 
         Returns:
             These ranks.
 
         Raises:
-            RankError: There are several machines and no MASTER_ADDR.
-            LostError: Not all ranks came in time.
+            RankError: there are several machines and no MASTER_ADDR.
+            LostError: not all ranks came in time.
         """
         import torch.distributed as dist
 
@@ -149,7 +149,7 @@ class Ranks:
         each rank its own.
 
         Raises:
-            RankError: Several GPUs are visible, but fewer than the ranks of this machine need.
+            RankError: several GPUs are visible, but fewer than the ranks of this machine need.
         """
         import torch
 
@@ -190,7 +190,7 @@ class Ranks:
             What `work` returned, by rank; it is pickled on the way.
 
         Raises:
-            ClueError: What `work` raised on any rank, on all of them, so that none waits on.
+            ClueError: what `work` raised on any rank, on all of them, so that none waits on.
         """
         result: Any = None
         problem: ClueError | None = None
@@ -208,7 +208,7 @@ class Ranks:
         """Run `work` on rank 0 alone; return what it returned there, on every rank.
 
         Raises:
-            ClueError: What `work` raised, on all ranks.
+            ClueError: what `work` raised, on all ranks.
         """
         results: list[Any] = self.run_on_all(lambda: work() if self.is_first else None)
         return cast("T", results[0])
@@ -225,12 +225,12 @@ class Ranks:
         """Open the store at which the ranks meet: a server on rank 0, or that of torchrun.
 
         Args:
-            beside: Open a second connection, for threads that must not wait for what the main
+            beside: open a second connection, for threads that must not wait for what the main
                 thread waits for.
 
         Raises:
-            RankError: There are several machines and no MASTER_ADDR.
-            LostError: The store cannot be reached.
+            RankError: there are several machines and no MASTER_ADDR.
+            LostError: the store cannot be reached.
         """
         os.environ.update(
             RANK=str(self.rank), WORLD_SIZE=str(self.world), LOCAL_RANK=str(self.local_rank)

@@ -117,10 +117,10 @@ def assemble_batch(
     """Build one batch out of parts of several strata, one part behind the other.
 
     Args:
-        modalities: Names, in model order.
-        parts: The cells.
-        buffers: Memory to build in; fresh memory by default.
-        dense: Whether sparse counts are to become tensors (n, features), too.
+        modalities: names, in model order.
+        parts: the cells.
+        buffers: memory to build in; fresh memory by default.
+        dense: whether sparse counts are to become tensors (n, features), too.
     """
     buffers = buffers or BufferPool()
     sizes = [len(part.batch_code) for part in parts]
@@ -150,10 +150,10 @@ def read_batch(
     """Read any cells of one segment straight from the store.
 
     Args:
-        store: An open store.
-        segment: Its name; the first segment of a stratum has the stratum's name.
+        store: an open store.
+        segment: its name; the first segment of a stratum has the stratum's name.
         positions: (n,), cells of it, in any order.
-        modalities: Names in model order, all of the segment's among them; the store's by default.
+        modalities: names in model order, all of the segment's among them; the store's by default.
     """
     reader = store.segments[segment]
     rows = {name: reader.read_located_rows(name, positions) for name in reader.modalities}

@@ -48,7 +48,7 @@ class BufferPool:
         """Give ones (size,), float32, in memory that all callers share and none may write to.
 
         Raises:
-            RuntimeError: A caller wrote to it.
+            RuntimeError: a caller wrote to it.
         """
         with self._ones_lock:
             if self._ones._version:

@@ -37,8 +37,8 @@ class BlockCache:
     """The blocks of one segment that are used now or soon, in fixed memory.
 
     Args:
-        reader: The segment.
-        slots: How many blocks fit, at most; a segment with fewer blocks takes as many slots.
+        reader: the segment.
+        slots: how many blocks fit, at most; a segment with fewer blocks takes as many slots.
     """
 
     def __init__(self, reader: SegmentReader, slots: int) -> None:
@@ -96,7 +96,7 @@ class BlockCache:
             positions: (n,), the cells in the segment.
 
         Raises:
-            StoreError: One of their blocks is missing or damaged.
+            StoreError: one of their blocks is missing or damaged.
         """
         slot = self._slot_of_block[positions // self.block_cells]
         row = positions % self.block_cells
@@ -140,9 +140,9 @@ def count_cache_slots(plan: CellPlan, segment: str, world: int) -> int:
     """Count the blocks of a segment that a rank may need for HELD_STRETCHES stretches.
 
     Args:
-        plan: The plan that the rank follows.
-        segment: One of its segments.
-        world: Number of ranks.
+        plan: the plan that the rank follows.
+        segment: one of its segments.
+        world: number of ranks.
     """
     size = plan.segment_sizes[segment]
     cells = plan.bound_dealt_cells(segment, HELD_STRETCHES * STRETCH_BATCHES)
@@ -208,14 +208,14 @@ class Loader:
     can be called again.
 
     Args:
-        store: An open store.
-        plan: Which cells each micro-batch holds.
-        rank: Of the `world` ranks, which one this is.
-        world: Number of ranks.
-        first: The micro-batch to begin with.
-        prefetch: Batches kept ready.
-        pin: Whether batches lie in memory from which a GPU copies by itself.
-        dense: Whether sparse counts become tensors (n, features).
+        store: an open store.
+        plan: which cells each micro-batch holds.
+        rank: of the `world` ranks, which one this is.
+        world: number of ranks.
+        first: the micro-batch to begin with.
+        prefetch: batches kept ready.
+        pin: whether batches lie in memory from which a GPU copies by itself.
+        dense: whether sparse counts become tensors (n, features).
 
     Raises:
         ConfigError: `world` does not divide the plan's lanes.

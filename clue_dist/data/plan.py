@@ -44,7 +44,7 @@ class CellPlan:
     """The cells of every micro-batch.
 
     Raises:
-        ConfigError: The share of a stratum is not a positive multiple of the lanes.
+        ConfigError: the share of a stratum is not a positive multiple of the lanes.
     """
 
     seed: int
@@ -117,9 +117,9 @@ class CellPlan:
         """Select a segment's cells of consecutive micro-batches; rank r of W takes [r::W] of each.
 
         Args:
-            step: The first micro-batch.
-            segment: Its name.
-            steps: How many micro-batches.
+            step: the first micro-batch.
+            segment: its name.
+            steps: how many micro-batches.
 
         Returns:
             Positions in the segment, int64, of one micro-batch behind the other. All segments of a
@@ -195,15 +195,15 @@ def share_slots(batch_size: int, lanes: int, weights: Mapping[str, float]) -> di
     """Share a batch among the strata, as near to their weights as multiples of the lanes can be.
 
     Args:
-        batch_size: Cells of one global micro-batch.
-        lanes: Of which each stratum gets as many cells; a slot is one cell for every lane.
-        weights: By stratum, of any sum.
+        batch_size: cells of one global micro-batch.
+        lanes: of which each stratum gets as many cells; a slot is one cell for every lane.
+        weights: by stratum, of any sum.
 
     Returns:
         Cells by stratum, at least one slot each.
 
     Raises:
-        ConfigError: The batch has fewer slots than there are strata.
+        ConfigError: the batch has fewer slots than there are strata.
     """
     slots = batch_size // lanes
     if slots < len(weights):
@@ -231,15 +231,15 @@ def weigh_strata(
     Inside the paired strata, and inside the others, weights go by the number of cells.
 
     Args:
-        sizes: Cells, by stratum.
-        paired: Whether the cells of a stratum have two or more modalities.
-        paired_share: Between 0 and 1, or "auto". "auto" gives paired cells twice the share that
+        sizes: cells, by stratum.
+        paired: whether the cells of a stratum have two or more modalities.
+        paired_share: between 0 and 1, or "auto". "auto" gives paired cells twice the share that
             they have of the data, between a half and four fifths, but at most half of them to one
             batch: the contrastive term would take copies of a cell for other cells.
-        batch_size: Cells of one global micro-batch.
+        batch_size: cells of one global micro-batch.
 
     Raises:
-        ConfigError: The share is not between 0 and 1.
+        ConfigError: the share is not between 0 and 1.
     """
     pairs = sum(size for stratum, size in sizes.items() if paired[stratum])
     single = sum(size for stratum, size in sizes.items() if not paired[stratum])

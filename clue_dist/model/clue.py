@@ -72,9 +72,9 @@ class CLUE(nn.Module):
     """The model for K modalities, K >= 1.
 
     Args:
-        specs: By name, in model order.
-        n_batches: Biological batches that the decoders know.
-        config: Sizes, and how experts are combined.
+        specs: by name, in model order.
+        n_batches: biological batches that the decoders know.
+        config: sizes, and how experts are combined.
     """
 
     def __init__(self, specs: dict[str, ModalitySpec], n_batches: int, config: ModelConfig) -> None:
@@ -127,10 +127,10 @@ class CLUE(nn.Module):
 
         Args:
             batch: B cells.
-            noise: All random draws of the step.
-            decode_self: Whether `ln_self` is wanted; else it is 0.
-            decode_cross: Whether `ln_cross` is wanted; else it is 0.
-            mixup: Whether InfoNCE is to compare mixtures of paired cells instead of the cells:
+            noise: all random draws of the step.
+            decode_self: whether `ln_self` is wanted; else it is 0.
+            decode_cross: whether `ln_cross` is wanted; else it is 0.
+            mixup: whether InfoNCE is to compare mixtures of paired cells instead of the cells:
                 "any" two of them, or two "within_batch", a biological batch.
         """
         components = self._compute_components(batch)
@@ -239,9 +239,9 @@ class CLUE(nn.Module):
 
         Args:
             batch: B cells.
-            components: By modality, (n, components), of the cells `rows`.
-            rows: By modality, (n,), rows in the batch.
-            noise: For dropout, in training.
+            components: by modality, (n, components), of the cells `rows`.
+            rows: by modality, (n,), rows in the batch.
+            noise: for dropout, in training.
         """
         h = []
         for name in self.modalities:

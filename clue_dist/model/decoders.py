@@ -24,11 +24,11 @@ class Decoder(nn.Module):
     The batch enters here alone, so that cells of an unseen batch can be embedded.
 
     Args:
-        likelihood: A key of `LIKELIHOODS`.
-        n_features: Of the modality.
-        n_batches: Biological batches of the store; with one, the decoder does not ask for it.
-        latent: Width of z.
-        config: Widths and depths.
+        likelihood: a key of `LIKELIHOODS`.
+        n_features: of the modality.
+        n_batches: biological batches of the store; with one, the decoder does not ask for it.
+        latent: width of z.
+        config: widths and depths.
     """
 
     def __init__(
@@ -58,8 +58,8 @@ class Decoder(nn.Module):
         Args:
             z: (n, d).
             batch_code: (n,) int64; -1: unknown.
-            counts: The n profiles.
-            noise: For dropout, in training.
+            counts: the n profiles.
+            noise: for dropout, in training.
             rows: (n,), the cells' rows in the batch; None: all of them.
             features: (F,), sorted. Only these are scored, and the sum is scaled up to an unbiased
                 estimate of that over all features.
@@ -102,8 +102,8 @@ class SecondParameter(nn.Module):
     """theta, the second parameter of a likelihood: one logarithm for each feature.
 
     Args:
-        n_features: Of the modality.
-        lr_scale: Its learning rate, relative to `train.lr`.
+        n_features: of the modality.
+        lr_scale: its learning rate, relative to `train.lr`.
     """
 
     def __init__(self, n_features: int, lr_scale: float = 1.0) -> None:

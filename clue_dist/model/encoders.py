@@ -21,7 +21,7 @@ class CrossEncoderHeads(nn.Module):
         members: M, networks side by side in each trunk. Each gives every M-th dimension of each z.
         width: H, of h.
         latent: d, dimensions of each z_k.
-        shared: Whether a trunk serves all K targets; else it holds M networks for each of them.
+        shared: whether a trunk serves all K targets; else it holds M networks for each of them.
     """
 
     def __init__(

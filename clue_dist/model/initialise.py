@@ -47,11 +47,11 @@ def initialise_model(
     """Set TF-IDF weights, projections and decoder offsets from training cells.
 
     Args:
-        model: To be changed.
-        store: An open store.
-        n_train: By segment, how many cells from its beginning may be looked at.
-        svd: Whether projections start from singular vectors.
-        seed: Of the iterations of an SVD.
+        model: to be changed.
+        store: an open store.
+        n_train: by segment, how many cells from its beginning may be looked at.
+        svd: whether projections start from singular vectors.
+        seed: of the iterations of an SVD.
         stored: SVDs of all cells of the store to start from, by modality.
     """
     for name in model.modalities:
@@ -147,11 +147,11 @@ def _set_projection(
     """Fold z = ((x - mean) / scale) V into weight and bias.
 
     Args:
-        projection: To be changed.
+        projection: to be changed.
         loadings: V, (features, rank), right singular vectors of standardised cells; the first of
             them are taken.
         singular: (rank,), the singular values.
-        n_cells: How many cells were standardised.
+        n_cells: how many cells were standardised.
         mean: (features,).
         scale: (features,).
     """
@@ -182,8 +182,8 @@ def compute_leading_svd(
         values: (n, features).
         mean: (features,).
         scale: (features,).
-        rank: How many components.
-        seed: Of the first vector.
+        rank: how many components.
+        seed: of the first vector.
 
     Returns:
         Right singular vectors (features, rank) and singular values (rank,), zero beyond the rank of

@@ -29,11 +29,11 @@ def specify_modalities(modalities: dict[str, Modality], config: Config) -> dict[
     """Specify every modality of a store.
 
     Args:
-        modalities: By name, in the store's order, which becomes the model's.
-        config: Settings of the run.
+        modalities: by name, in the store's order, which becomes the model's.
+        config: settings of the run.
 
     Raises:
-        ConfigError: The config names a modality that the store lacks, asks for CLR on a modality
+        ConfigError: the config names a modality that the store lacks, asks for CLR on a modality
             stored sparse, or takes real values for counts.
     """
     unknown = [name for name in config.modalities if name not in modalities]

@@ -23,13 +23,13 @@ class Noise:
     """Draws for the B cells of one rank's micro-batch; calls come in the same order on each rank.
 
     Args:
-        seed: Of the run.
-        step: Number of the micro-batch.
-        stratum_shares: Cells of the global micro-batch by stratum, see `CellPlan`.
-        lanes: Streams of the global micro-batch.
-        rank: Of the `world` ranks, which one this is.
-        world: Number of ranks.
-        device: Where to draw. Other devices draw other numbers.
+        seed: of the run.
+        step: number of the micro-batch.
+        stratum_shares: cells of the global micro-batch by stratum, see `CellPlan`.
+        lanes: streams of the global micro-batch.
+        rank: of the `world` ranks, which one this is.
+        world: number of ranks.
+        device: where to draw. Other devices draw other numbers.
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class Noise:
         """Drop values of x, (..., B, F), and scale up the others.
 
         Args:
-            x: The values, or those of some rows of the batch, (..., n, F).
-            rate: The share to drop, rounded to 1/256.
+            x: the values, or those of some rows of the batch, (..., n, F).
+            rate: the share to drop, rounded to 1/256.
             rows: (n,), these rows.
         """
         threshold = round(rate * DROPOUT_LEVELS)
@@ -130,9 +130,9 @@ def order_rows(shares: tuple[int, ...], lanes: int, world: int) -> Tensor:
     """For each row of a rank's batch, where its draw lies among draws laid out lane by lane.
 
     Args:
-        shares: Cells of the global micro-batch, by stratum.
-        lanes: Streams of the global micro-batch.
-        world: Number of ranks.
+        shares: cells of the global micro-batch, by stratum.
+        lanes: streams of the global micro-batch.
+        world: number of ranks.
 
     Returns:
         (B,) int64. The rows of a batch come stratum by stratum, those of its lanes by turns.

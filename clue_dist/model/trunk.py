@@ -60,9 +60,9 @@ class Projection(nn.Module):
     `model.initialise` folds means and scales of the features into it.
 
     Args:
-        n_features: Of the modality.
-        components: Outputs.
-        lr_scale: Its learning rate, relative to `train.lr`; 0 keeps it as initialised.
+        n_features: of the modality.
+        components: outputs.
+        lr_scale: its learning rate, relative to `train.lr`; 0 keeps it as initialised.
     """
 
     weight: Tensor  # (features, components)
@@ -100,10 +100,10 @@ class Trunk(nn.Module):
     """Raw counts -> components x = [projection(normalised counts), size] -> h = ensemble(norm(x)).
 
     Args:
-        n_features: Of the modality.
-        normalisation: A method of `normalise_counts`.
+        n_features: of the modality.
+        normalisation: a method of `normalise_counts`.
         n_modalities: K, targets that need networks of their own where the trunk is not shared.
-        config: Widths and depths.
+        config: widths and depths.
     """
 
     idf: Tensor  # (features,), for tfidf
@@ -145,7 +145,7 @@ class Trunk(nn.Module):
 
         Args:
             x: (n, components).
-            noise: For dropout, in training.
+            noise: for dropout, in training.
             rows: (n,), the cells' rows in the batch; None: all of them.
 
         Returns:

@@ -46,14 +46,14 @@ class Peers:
     """Watches the other ranks while it is open, which it must be before they make a process group.
 
     Args:
-        ranks: The ranks to watch; one process alone has nothing to watch.
-        silence_limit: Seconds that another rank may be late until this process ends.
+        ranks: the ranks to watch; one process alone has nothing to watch.
+        silence_limit: seconds that another rank may be late until this process ends.
 
     Raises:
-        RankError: There are several machines and no MASTER_ADDR.
-        LostError: The rendezvous store cannot be reached, or another rank was lost and an error
+        RankError: there are several machines and no MASTER_ADDR.
+        LostError: the rendezvous store cannot be reached, or another rank was lost and an error
             here came of that.
-        ClueError: Another rank announced it, and an error here came of that.
+        ClueError: another rank announced it, and an error here came of that.
     """
 
     def __init__(self, ranks: Ranks, silence_limit: float = SILENCE_LIMIT) -> None:
@@ -125,9 +125,9 @@ class Peers:
         """Tell whether the process has been in its state for too long.
 
         Args:
-            state: The state it is in.
-            spent: Seconds since it entered that state.
-            silent: Seconds since every rank last gave signs of life.
+            state: the state it is in.
+            spent: seconds since it entered that state.
+            silent: seconds since every rank last gave signs of life.
         """
         is_silent = silent > self._silence_limit
         if state is PeerState.LEAVING:

@@ -32,7 +32,7 @@ def hold_run_lock(run: Path, ranks: Ranks) -> Iterator[None]:
     An earlier attempt of the same Slurm job may take a while to end: it is waited for.
 
     Raises:
-        ResumeError: Another job holds the lock, or the ranks do not share the folder; raised on
+        ResumeError: another job holds the lock, or the ranks do not share the folder; raised on
             every rank.
     """
     with ExitStack() as stack:
@@ -89,7 +89,7 @@ def _require_shared_folder(run: Path, ranks: Ranks) -> None:
     Each rank writes its part of a checkpoint into what must be the folder of rank 0.
 
     Raises:
-        ResumeError: A rank does not see it; raised on every rank.
+        ResumeError: a rank does not see it; raised on every rank.
     """
 
     def write_token() -> str:

@@ -26,8 +26,8 @@ class BlockPool:
     """Memory for some blocks of all that training reads of a segment: counts and batch codes.
 
     Args:
-        reader: The reader of the segment.
-        slots: How many blocks there is memory for; each has a slot.
+        reader: the reader of the segment.
+        slots: how many blocks there is memory for; each has a slot.
     """
 
     def __init__(self, reader: SegmentReader, slots: int) -> None:
@@ -58,11 +58,11 @@ class BlockPool:
         """Begin to fill slots with blocks.
 
         Args:
-            blocks: Numbers of the blocks, (n,).
-            slots: Where each goes, (n,). What these slots hold must not be needed any more.
+            blocks: numbers of the blocks, (n,).
+            slots: where each goes, (n,). What these slots hold must not be needed any more.
 
         Raises:
-            StoreError: A shard is no file, or too large.
+            StoreError: a shard is no file, or too large.
         """
         # All checks come first: after an error nothing may be on its way into the slots.
         for name in self._targets:
@@ -77,7 +77,7 @@ class BlockPool:
         """Wait until the slots are filled.
 
         Raises:
-            StoreError: Part of the store is missing or damaged.
+            StoreError: part of the store is missing or damaged.
         """
         for name, future in reading.futures.items():
             self.reader.finish_read(name, reading.blocks, future)
@@ -100,9 +100,9 @@ class BlockPool:
         """Return rows of blocks in the pool.
 
         Args:
-            modality: The modality's name.
-            slot: Which slot holds the block of each row, (n,).
-            row: Which row of its block each is, (n,).
+            modality: the modality's name.
+            slot: which slot holds the block of each row, (n,).
+            row: which row of its block each is, (n,).
 
         Returns:
             The rows, still coded and inside the pool's memory; (n, features) where the modality is

@@ -95,14 +95,14 @@ def encode_rows(indptr, indices, values, bits, lengths, codes, rest, scratch):
     """Fill codes, rest and lengths.
 
     Args:
-        indptr: Where each row lies in indices and values, (n + 1,).
-        indices: Columns, (nnz,).
-        values: Counts, (nnz,).
-        bits: Bits of a code for the count.
-        lengths: Filled, (n, 3).
-        codes: Filled, (nnz,).
-        rest: Filled from its beginning, (3 * nnz,).
-        scratch: Memory to work in, (2, longest row).
+        indptr: where each row lies in indices and values, (n + 1,).
+        indices: columns, (nnz,).
+        values: counts, (nnz,).
+        bits: bits of a code for the count.
+        lengths: filled, (n, 3).
+        codes: filled, (nnz,).
+        rest: filled from its beginning, (3 * nnz,).
+        scratch: memory to work in, (2, longest row).
 
     Returns:
         How much of codes is filled; how much of rest is filled; the largest count, or -1 where a

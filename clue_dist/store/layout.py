@@ -126,8 +126,8 @@ def name_segment(modalities: list[str], segment: int = 1) -> str:
     """Name a segment of a stratum: `rna+adt` the first, `rna+adt.2` the second.
 
     Args:
-        modalities: What the cells carry, in the manifest's order.
-        segment: Number of the segment in its stratum, from 1 on.
+        modalities: what the cells carry, in the manifest's order.
+        segment: number of the segment in its stratum, from 1 on.
     """
     return "+".join(modalities) + (f".{segment}" if segment > 1 else "")
 
@@ -151,9 +151,9 @@ def choose_shard_blocks(cell_bytes: float, n_cells: int, block_cells: int) -> in
     """Return how many blocks a shard holds: a multiple of NARROW_CHUNK_BLOCKS near SHARD_BYTES.
 
     Args:
-        cell_bytes: Bytes of a cell, before compression, in the largest modality of its segment.
-        n_cells: Cells of the segment.
-        block_cells: Cells of a block.
+        cell_bytes: bytes of a cell, before compression, in the largest modality of its segment.
+        n_cells: cells of the segment.
+        block_cells: cells of a block.
     """
     wanted = max(int(SHARD_BYTES / max(cell_bytes * block_cells, 1)), 1)
     return min(_round_up(wanted), limit_shard_blocks(n_cells, block_cells))
@@ -174,8 +174,8 @@ def choose_compressor(codec: Codec, lz4_is_idle: bool = False) -> str:
     """Name the Blosc compressor of an array.
 
     Args:
-        codec: What the person who converts asked for.
-        lz4_is_idle: Whether lz4 finds nothing to compress. So it is with the gaps of binary rows,
+        codec: what the person who converts asked for.
+        lz4_is_idle: whether lz4 finds nothing to compress. So it is with the gaps of binary rows,
             whose bytes are all in use and seldom repeat; zstd makes them a fifth smaller. Elsewhere
             lz4 decompresses several times as fast as zstd.
     """

@@ -69,7 +69,7 @@ def parse_location(text: str | Location) -> Location:
     """Read a folder or a URL as a person writes it.
 
     Raises:
-        StoreError: The URL has an unknown scheme, or names no bucket or host.
+        StoreError: the URL has an unknown scheme, or names no bucket or host.
     """
     if not isinstance(text, str) or "://" not in text:
         return Path(text) if isinstance(text, str) else text
@@ -107,13 +107,13 @@ def require_plain_files(
     check, and so does everything behind a URL.
 
     Args:
-        root: Where the store lies.
-        name: One file of the store, to check it and the folders on its path; None: check the whole
+        root: where the store lies.
+        name: one file of the store, to check it and the folders on its path; None: check the whole
             folder.
-        max_bytes: Limit of the size of that file.
+        max_bytes: limit of the size of that file.
 
     Raises:
-        StoreError: Something is neither file nor folder, is too large, or cannot be looked at.
+        StoreError: something is neither file nor folder, is too large, or cannot be looked at.
     """
     if isinstance(root, RemoteLocation):
         return
@@ -212,17 +212,17 @@ def read_file(
     """Read one file of a store.
 
     Args:
-        root: Where the store lies.
-        name: The file's path inside the store.
-        optional: Whether a store may lack the file. A server that does not let us list a bucket
+        root: where the store lies.
+        name: the file's path inside the store.
+        optional: whether a store may lack the file. A server that does not let us list a bucket
             answers "permission denied" for a missing file; an optional one then counts as missing.
-        max_bytes: Limit of the file's size, checked where the store lies in a folder.
+        max_bytes: limit of the file's size, checked where the store lies in a folder.
 
     Returns:
         The file's bytes; None where there is no such file.
 
     Raises:
-        StoreError: The file or its server cannot be read, the file is a link, or there is no such
+        StoreError: the file or its server cannot be read, the file is a link, or there is no such
             bucket.
     """
     require_plain_files(root, name, max_bytes)
@@ -248,7 +248,7 @@ def list_files(root: Location) -> list[str] | None:
         Paths inside the store; None where the server keeps no list (http).
 
     Raises:
-        StoreError: The server cannot be read.
+        StoreError: the server cannot be read.
     """
     if isinstance(root, Path):
         return [
@@ -272,11 +272,11 @@ def translate_read_error(
     """Make one of our errors of one that TensorStore or the system raised.
 
     Args:
-        error: What was raised.
-        root: Where the store lies.
-        what: What went wrong, unless the error shows that a server is to blame.
-        where: The file, array or blocks that were read.
-        fix: What a person can do, unless a server is to blame.
+        error: what was raised.
+        root: where the store lies.
+        what: what went wrong, unless the error shows that a server is to blame.
+        where: the file, array or blocks that were read.
+        fix: what a person can do, unless a server is to blame.
 
     Returns:
         A ServerError where a server, or a file server, is down or refuses; else a StoreError, for

@@ -293,7 +293,7 @@ class Manifest(_ManifestPart):
         """Sign the manifest and write it as a whole, durably.
 
         Args:
-            root: The store's folder.
+            root: the store's folder.
 
         Returns:
             The manifest as it was written, with fingerprint and seal.
@@ -313,7 +313,7 @@ class Manifest(_ManifestPart):
         The fingerprint does not see the provenance and the metadata; the seal does.
 
         Args:
-            content: What the file holds.
+            content: what the file holds.
         """
         unsealed = b"".join(content.rsplit(self.seal.encode(), 1)) if self.seal else content
         return hashlib.sha256(unsealed).hexdigest() == self.seal
@@ -323,7 +323,7 @@ class Manifest(_ManifestPart):
         """Read and verify the manifest of a store.
 
         Raises:
-            StoreError: There is no store or an unfinished one, the manifest is of another version
+            StoreError: there is no store or an unfinished one, the manifest is of another version
                 or was edited, or a server fails.
         """
         path = root / layout.MANIFEST
@@ -364,7 +364,7 @@ class Manifest(_ManifestPart):
         """Compare the content of the manifest with its fingerprint.
 
         Raises:
-            StoreError: They differ.
+            StoreError: they differ.
         """
         expected = self.compute_fingerprint()
         if self.fingerprint != expected:

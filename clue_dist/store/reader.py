@@ -39,12 +39,12 @@ class SegmentReader:
     p // B, row p % B, where B is `block_cells`.
 
     Args:
-        root: Where the store lies.
-        manifest: The store's manifest.
-        name: The segment's name.
+        root: where the store lies.
+        manifest: the store's manifest.
+        name: the segment's name.
 
     Raises:
-        StoreError: An array cannot be opened, or does not fit the manifest.
+        StoreError: an array cannot be opened, or does not fit the manifest.
     """
 
     def __init__(self, root: Location, manifest: Manifest, name: str) -> None:
@@ -71,14 +71,14 @@ class SegmentReader:
         """Read whole blocks of one modality.
 
         Args:
-            modality: The modality's name.
-            blocks: Numbers of the blocks, (n,).
+            modality: the modality's name.
+            blocks: numbers of the blocks, (n,).
 
         Returns:
             The blocks, rows still coded; (n, B, features) where the modality is stored dense.
 
         Raises:
-            StoreError: Part of the store is missing or damaged.
+            StoreError: part of the store is missing or damaged.
         """
         if self.manifest.modalities[modality].storage == "dense":
             return self._read(f"{modality}/values", blocks)
@@ -94,14 +94,14 @@ class SegmentReader:
         """Find where each row of some blocks starts.
 
         Args:
-            modality: A sparse modality.
-            lengths: What the store holds of the blocks, (n, B, 3).
+            modality: a sparse modality.
+            lengths: what the store holds of the blocks, (n, B, 3).
 
         Returns:
             Places in the block's codes and in its rest, (n, B + 1, 2).
 
         Raises:
-            StoreError: The rows of a block are longer than the block.
+            StoreError: the rows of a block are longer than the block.
         """
         starts, packed = compute_row_starts(lengths), self.segment.packed[modality]
         longest = starts[:, -1].max(0, initial=0)
@@ -119,10 +119,10 @@ class SegmentReader:
         """Point at rows inside blocks of a sparse modality.
 
         Args:
-            modality: The modality's name.
-            blocks: Some of its blocks.
-            slot: Which of these blocks each row lies in, (n,).
-            row: Which row of its block it is, (n,).
+            modality: the modality's name.
+            blocks: some of its blocks.
+            slot: which of these blocks each row lies in, (n,).
+            row: which row of its block it is, (n,).
         """
         return LocatedRows(
             blocks,
@@ -175,7 +175,7 @@ class SegmentReader:
         """Return `batch` or `label` codes of cells, (n,), as they are.
 
         Raises:
-            StoreError: A code has no name in the manifest.
+            StoreError: a code has no name in the manifest.
         """
         n_names = len(self.manifest.batches if field == "batch" else self.manifest.labels)
         if len(codes) and not (codes.min() >= -1 and codes.max() < n_names):
@@ -209,11 +209,11 @@ class SegmentReader:
         TensorStore may read a shard whole. Each shard is looked at once.
 
         Args:
-            name: An array, as "rna/codes".
-            blocks: Numbers of blocks, (n,).
+            name: an array, as "rna/codes".
+            blocks: numbers of blocks, (n,).
 
         Raises:
-            StoreError: A shard is a link, say, or too large.
+            StoreError: a shard is a link, say, or too large.
         """
         spec, known = self._specs[name], self._plain_shards[name]
         new = set((np.asarray(blocks) // spec.shard[0]).tolist()) - known
@@ -229,9 +229,9 @@ class SegmentReader:
         The caller has called `require_plain_shards`; that may take a while, and this does not.
 
         Args:
-            name: An array, as "rna/codes".
-            blocks: Numbers of the blocks, (n,).
-            target: Where to put them, (n, ...).
+            name: an array, as "rna/codes".
+            blocks: numbers of the blocks, (n,).
+            target: where to put them, (n, ...).
 
         Returns:
             A future, for `finish_read`.
@@ -242,15 +242,15 @@ class SegmentReader:
         """Wait for blocks that are being read.
 
         Args:
-            name: The array that they are read from.
-            blocks: Their numbers, for the error message.
-            future: What began to read them.
+            name: the array that they are read from.
+            blocks: their numbers, for the error message.
+            future: what began to read them.
 
         Returns:
             What the future gives.
 
         Raises:
-            StoreError: Part of the store is missing or damaged.
+            StoreError: part of the store is missing or damaged.
         """
         try:
             return future.result()
@@ -328,10 +328,10 @@ class Store:
     """A store that exists: its manifest, and a reader of each segment.
 
     Args:
-        root: A folder or a URL; see `location`.
+        root: a folder or a URL; see `location`.
 
     Raises:
-        StoreError: There is no store or an unfinished one, it does not fit its manifest, it holds
+        StoreError: there is no store or an unfinished one, it does not fit its manifest, it holds
             a link, or its server fails.
     """
 

@@ -117,12 +117,12 @@ class LocatedRows:
         """Decode the rows into arrays of the caller.
 
         Args:
-            indptr: Where each row goes in the other two, (n + 1,).
-            indices: Filled with columns, (nnz,) int32.
-            values: Filled with counts, (nnz,) float32. Without it only binary rows can be decoded.
+            indptr: where each row goes in the other two, (n + 1,).
+            indices: filled with columns, (nnz,) int32.
+            values: filled with counts, (nnz,) float32. Without it only binary rows can be decoded.
 
         Raises:
-            StoreError: A row is not coded as it should be.
+            StoreError: a row is not coded as it should be.
         """
         blocks = self.blocks
         bad_row = kernels.decode_rows(
@@ -144,7 +144,7 @@ class LocatedRows:
         """Decode the rows into `out`, (n, features) float32.
 
         Raises:
-            StoreError: A row is not coded as it should be.
+            StoreError: a row is not coded as it should be.
         """
         blocks = self.blocks
         bad_row = kernels.decode_dense_rows(
@@ -163,7 +163,7 @@ class LocatedRows:
         """Decode the rows.
 
         Raises:
-            StoreError: A row is not coded as it should be.
+            StoreError: a row is not coded as it should be.
         """
         indptr = np.concatenate([[0], np.cumsum(self.count_nonzeros(), dtype=np.int64)])
         indices, values = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], np.float32)
@@ -187,8 +187,8 @@ def join_rows(parts: Sequence[CodedRows], order: np.ndarray) -> CodedRows:
     """Put the rows of several parts in an order, without decoding them.
 
     Args:
-        parts: Rows coded with the same bits.
-        order: Which row comes where, (n,); rows are numbered through all parts.
+        parts: rows coded with the same bits.
+        order: which row comes where, (n,); rows are numbered through all parts.
 
     Returns:
         All rows; their rest has the widest type of the parts.
@@ -211,11 +211,11 @@ def code_rows(rows: CsrRows, bits: int) -> CodedRows:
     """Code rows of counts from 1 on.
 
     Args:
-        rows: Rows whose columns ascend.
-        bits: Bits of a code for the count; 0 where all counts are 1.
+        rows: rows whose columns ascend.
+        bits: bits of a code for the count; 0 where all counts are 1.
 
     Raises:
-        ValueError: A column does not ascend, or a value is no count.
+        ValueError: a column does not ascend, or a value is no count.
     """
     coded = try_code_rows(rows, bits)
     if coded is None:
@@ -252,10 +252,10 @@ def recode_rows_as_binary(rows: CodedRows) -> CodedRows:
     """Code rows whose counts are all 1 without bits for the count.
 
     Args:
-        rows: The rows. Their memory goes to the result: they must not be used any more.
+        rows: the rows. Their memory goes to the result: they must not be used any more.
 
     Raises:
-        ValueError: A count is above 1.
+        ValueError: a count is above 1.
     """
     lengths, rest = np.zeros_like(rows.lengths), np.empty_like(rows.rest)
     n_rest = int(

@@ -25,9 +25,9 @@ def permute_positions(positions: np.ndarray, n: int, key: int | np.ndarray) -> n
     """Return where a shuffle of range(n) puts some of its elements.
 
     Args:
-        positions: The elements, of any shape, from 0 to n - 1.
-        n: Length of the range.
-        key: The key of the shuffle; or one for each element, uint64 of the same shape, to look into
+        positions: the elements, of any shape, from 0 to n - 1.
+        n: length of the range.
+        key: the key of the shuffle; or one for each element, uint64 of the same shape, to look into
             many shuffles at once.
 
     Returns:
@@ -48,7 +48,7 @@ def hash_barcodes(barcodes: np.ndarray, key: int) -> np.ndarray:
 
     Args:
         barcodes: (n,) bytes, however wide.
-        key: Another key gives another order.
+        key: another key gives another order.
 
     Returns:
         (n,) uint64.

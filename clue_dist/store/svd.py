@@ -119,7 +119,7 @@ def read_svd_note(root: Location, manifest: Manifest, modality: str) -> SvdNote 
     """Read the note of a modality's SVD; None where there is none.
 
     Raises:
-        StoreError: The note is damaged or is that of other cells, or a server fails.
+        StoreError: the note is damaged or is that of other cells, or a server fails.
     """
     name = _name_note(modality)
     where = root / name
@@ -150,7 +150,7 @@ def read_svd(root: Location, manifest: Manifest, modality: str) -> StoredSvd | N
     """Read the SVD of a modality, and verify every byte; None where there is none.
 
     Raises:
-        StoreError: The arrays are missing or damaged, or `read_svd_note` raises it.
+        StoreError: the arrays are missing or damaged, or `read_svd_note` raises it.
     """
     note = read_svd_note(root, manifest, modality)
     if note is None:

@@ -40,8 +40,8 @@ def create_store(root: Path, manifest: Manifest) -> None:
     """Create the groups and empty arrays of a store; shards that are there stay.
 
     Args:
-        root: The store's folder.
-        manifest: What the store is to hold.
+        root: the store's folder.
+        manifest: what the store is to hold.
     """
     root.mkdir(parents=True, exist_ok=True)
     zarr.open_group(root, mode="a", zarr_format=3)
@@ -57,17 +57,17 @@ def write_shard(
     """Write one shard of every array of a segment. Writing it again gives the same bytes.
 
     Args:
-        root: The store's folder.
-        manifest: What the store is to hold.
-        name: The segment's name.
-        shard: Number of the shard.
-        cells: The cells of the shard: shard_blocks * block_cells, fewer only in the last shard.
+        root: the store's folder.
+        manifest: what the store is to hold.
+        name: the segment's name.
+        shard: number of the shard.
+        cells: the cells of the shard: shard_blocks * block_cells, fewer only in the last shard.
 
     Returns:
         Size and hash of each file, by path inside the store.
 
     Raises:
-        StoreError: The cells are too many or too few, or the shard cannot be written.
+        StoreError: the cells are too many or too few, or the shard cannot be written.
     """
     segment, block_cells = manifest.strata[name], manifest.block_cells
     shard_cells = segment.shard_blocks * block_cells
@@ -125,15 +125,15 @@ def commit_store(partial: Path, final: Path, manifest: Manifest) -> Manifest:
     """Write the manifest, and give the store its final name. From then on the store exists.
 
     Args:
-        partial: The folder with all shards.
-        final: The store's final folder.
-        manifest: What the store holds, the digest of every shard included.
+        partial: the folder with all shards.
+        final: the store's final folder.
+        manifest: what the store holds, the digest of every shard included.
 
     Returns:
         The manifest as it was written.
 
     Raises:
-        StoreError: There is something at `final` already.
+        StoreError: there is something at `final` already.
     """
     signed = manifest.model_copy(update={"metadata": hash_metadata(partial)}).write(partial)
     if final.exists():
