@@ -21,7 +21,7 @@ LONGEST_NAME, LONGEST_PATH = 255, 3000  # bytes
 Auto = Literal["auto"]  # replaced by a number once the data are known
 Positive = Annotated[int, Field(ge=1, le=10**9)]
 Natural = Annotated[int, Field(ge=0, le=10**9)]
-Width = Annotated[int, Field(ge=1, le=2**20)]  # of a layer
+Width = Annotated[int, Field(ge=1, le=2**20)]  # units of a layer
 Weight = Annotated[float, Field(ge=0, le=1e9)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Dropout = Annotated[float, Field(ge=0, le=0.9)]
@@ -31,7 +31,7 @@ NormalisationName = Literal["log_cp10k", "log", "clr", "tfidf", "none"]
 
 
 def _require_possible_path(path: str) -> str:
-    """Refuse what no machine can have as a path or URL."""
+    """Refuse a path or URL that no file system can hold."""
     names = [os.fsencode(name) for name in path.split("/")]
     too_long = max(map(len, names)) > LONGEST_NAME or sum(map(len, names)) > LONGEST_PATH
     if "\0" in path or too_long:
@@ -52,7 +52,7 @@ class ModalityConfig(SettingsGroup):
     """What differs from the defaults of the modality's kind."""
 
     likelihood: LikelihoodName | Auto = "auto"  # p(x_k | z_k), see `model.likelihoods`
-    normalise: NormalisationName | Auto = "auto"  # of what the encoder sees
+    normalise: NormalisationName | Auto = "auto"  # how counts become what the encoder sees
     weight: float = Field(1.0, gt=0, le=1e9)  # of this modality in the ELBOs
 
 
@@ -161,7 +161,7 @@ class TrainConfig(SettingsGroup):
     epochs: Annotated[float, Field(gt=0, le=1e6)] | Auto = "auto"
     optimizer: Literal["adamw", "rmsprop"] = "adamw"
     lr: float = Field(1e-3, gt=0, le=1e3)
-    weight_decay: Weight = 0.01  # of matrices alone
+    weight_decay: Weight = 0.01  # decay of matrices alone
     warmup: float = Field(0.02, ge=0, lt=1)  # share of the steps; the rest is a cosine
     final_lr: float = Field(0.05, ge=0, le=1)  # of lr, at the last step
     kl_warmup: float = Field(0.0, ge=0, le=1)  # share of the steps over which lambda_kl rises
@@ -181,16 +181,16 @@ class LogConfig(SettingsGroup):
     every: Positive = 20  # steps between lines
     tensorboard: bool = True
     wandb: Literal["offline", "online", "disabled"] = "offline"
-    project: str = "clue_dist"  # of wandb
+    project: str = "clue_dist"  # project in wandb
 
 
 class Config(SettingsGroup):
-    """Everything that a run is told, and what `RUN/config.json` keeps."""
+    """All settings of a run, as `RUN/config.json` keeps them."""
 
     store: PathOrUrl = ""  # the Zarr store to train on
     run: PathOrUrl = ""  # folder of this run: config, metrics, checkpoints
     seed: int = Field(0, ge=0, lt=2**63)  # of initial weights, the order of cells, and all noise
-    modalities: dict[str, ModalityConfig] = {}  # by the name that the store gives a modality
+    modalities: dict[str, ModalityConfig] = {}  # settings by modality, as the store names them
     model: ModelConfig = ModelConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     data: DataConfig = DataConfig()

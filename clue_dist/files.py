@@ -91,7 +91,7 @@ def translate_disk_errors(where: Path, fix: str, *, every: bool = False) -> Iter
     try:
         yield
     except OSError as error:
-        # The short writes of NumPy carry no number, only a text.
+        # When NumPy cannot write everything, its error has a text but no errno.
         of_disk = error.errno in _DISK_TROUBLE or "written" in str(error)
         if not (every or of_disk):
             raise

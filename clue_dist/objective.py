@@ -26,7 +26,7 @@ def compute_elbo_self(output: CLUEOutput, observed: Tensor, weight: Tensor, beta
     """Eq. 5 of each cell: the sum over observed k of E ln p(x_k | z_k) - KL(q(z_k | x_k) || p).
 
     Args:
-        output: of the model.
+        output: output of the model.
         observed: (B, K) bool.
         weight: (K,), of each modality.
         beta: factor on the KL.

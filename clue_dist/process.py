@@ -1,4 +1,4 @@
-"""How a process of ours speaks and ends: exit codes, errors printed once, output nobody reads."""
+"""Exit codes, and printing that survives a closed terminal or a full disk."""
 
 from __future__ import annotations
 

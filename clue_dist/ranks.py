@@ -34,7 +34,7 @@ class Ranks:
 
     rank: int = 0  # of this process, from 0
     world: int = 1  # how many ranks the job has
-    local_rank: int = 0  # of this process among those of its machine
+    local_rank: int = 0  # number of this process on its machine
     process_group: Any = None  # which collectives use; None stands for the default one
 
     @classmethod

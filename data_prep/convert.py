@@ -45,13 +45,14 @@ from data_prep.readers.source import Source, SourceHead
 class ConversionOptions:
     """What decides the result, beside the inputs."""
 
-    seed: int = 0  # of the shuffle
+    seed: int = 0  # seed of the shuffle
     block_cells: int = layout.BLOCK_CELLS
     codec: Codec = "balanced"
     # By modality; the others have `FeatureChoice()`.
     feature_choices: Mapping[str, FeatureChoice] = field(default_factory=dict)
     features_from: str | Path | None = None  # a store whose modalities and features are taken
-    kinds: dict[str, str] = field(default_factory=dict)  # of modalities whose name says none
+    # Kinds of the modalities whose name says none.
+    kinds: dict[str, str] = field(default_factory=dict)
     obs_columns: ObsColumns = field(default_factory=ObsColumns)
 
 
@@ -91,7 +92,7 @@ def build_store(
     Args:
         inputs: one modality of one file each.
         options: what decides the result, beside the inputs.
-        reference: of the store whose modalities and features the inputs are fitted to.
+        reference: manifest of the store whose modalities and features the inputs are fitted to.
         job: the folder of the job.
         pool: the workers.
         refuse_cells: raises an error where the cells cannot be taken.
@@ -138,7 +139,7 @@ def build_store(
     )
     create_store(store, manifest)
     shards = gather_shards(manifest, store, work, pool)
-    remove_leftovers(store)  # of workers that were killed while this process lived on
+    remove_leftovers(store)  # leftovers of workers that were killed while this process lived on
     return manifest.model_copy(update={"shards": shards})
 
 

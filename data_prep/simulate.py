@@ -27,7 +27,7 @@ from data_prep.readers.source import CategoryCodes, DirectSource, Source, Source
 
 CHUNK_CELLS = 1024  # cells whose truth is drawn together
 CHUNK_VALUES = 2**20  # values of a modality drawn together: bounds memory, however many features
-TYPES = 8  # of cells
+TYPES = 8  # types of cells
 _TRUTH, _FACTORS, _COUNTS, _WEIGHTS = range(4)  # purposes of a generator
 
 
@@ -51,7 +51,7 @@ class SimulationSpec:
 
         Args:
             features: how many each modality has.
-            kinds: of modalities whose name does not say what they measure.
+            kinds: kinds of modalities whose name does not say what they measure.
             sizes: the other fields.
 
         Raises:
@@ -218,7 +218,7 @@ class SimulatedSource(DirectSource):
     """A simulated modality as an input of the conversion."""
 
     spec: SimulationSpec
-    number: int  # of the modality
+    number: int  # number of the modality
 
     @property
     def modality(self) -> str:

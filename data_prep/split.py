@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-TEST_PERCENT = 20  # of the cells that carry every modality
+TEST_PERCENT = 20  # share of the cells that carry every modality
 
 
 def split_mosaic(cells: Any) -> tuple[Any, Any]:

@@ -65,7 +65,7 @@ class SvdOptions:
 
     components: int = 50
     power: int = 7  # iterations
-    seed: int = 0  # of the start
+    seed: int = 0  # seed of the start
 
 
 def compute_svd(

@@ -34,7 +34,7 @@ FIRST_UNKNOWN_VERSION = (0, 20)
 class ParameterShard:
     """Elements [start, start + numel) of a flattened parameter, in float32."""
 
-    name: str  # of the parameter
+    name: str  # name of the parameter
     start: int
     numel: int
     master: Tensor  # the tensor that the optimizer updates; it may hold many parameters end to end
@@ -165,7 +165,7 @@ def _locate_in_zero_1_or_2(optimizer: Any, name: str, parameter: Any) -> Paramet
         return None
     in_parameter = read_private(mapping, "lp_fragment_address")
     in_master = read_private(mapping, "hp_fragment_address")
-    # The optimizer of bf16 under ZeRO-1 calls them otherwise.
+    # Under ZeRO-1 the bf16 optimizer has other names for them.
     zero = hasattr(optimizer, "single_partition_of_fp32_groups")
     masters = read_private(
         optimizer, "single_partition_of_fp32_groups" if zero else "fp32_groups_flat_partition"
@@ -182,7 +182,8 @@ def _locate_in_zero_0(name: str, master: Tensor, rank: int, world: int) -> Param
 
 def _find_whole_masters(engine: Any) -> dict[Any, Tensor]:
     """Under ZeRO-0: the float32 tensor of each parameter, which is itself unless it is bf16."""
-    groups = getattr(engine.optimizer, "fp16_groups", None)  # bf16 ones, whatever the name says
+    # These are bf16 parameters, in spite of the name.
+    groups = getattr(engine.optimizer, "fp16_groups", None)
     if groups is None or not hasattr(engine.optimizer, "fp32_groups"):
         return {parameter: parameter for parameter in engine.module.parameters()}
     pairs = zip(groups, engine.optimizer.fp32_groups, strict=True)

@@ -17,7 +17,7 @@ class ModelCard(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    fingerprint: str  # of the store that the model was trained on
+    fingerprint: str  # fingerprint of the store that the model was trained on
     modalities: dict[str, Modality] = Field(min_length=1)  # with their features, by name
     batches: list[str]  # the biological batches that the decoders know
 

@@ -119,7 +119,7 @@ def _choose_named(run_folder: Path, resume: str, checkpoints: list[Path]) -> Pat
 
 
 def _find_continuation(run_folder: Path, resume: str, checkpoints: list[Path]) -> Path | None:
-    """The newest sound checkpoint, if the very same command has saved it and was interrupted.
+    """The newest sound checkpoint, if this command wrote it and was then interrupted.
 
     An earlier attempt of this Slurm job saved it; or the run began from the checkpoint of another
     run which `resume` names.
@@ -141,7 +141,7 @@ def require_same_run(
     Args:
         run_folder: the run folder; the checkpoint may lie in another.
         config: the settings of the run, resolved.
-        fingerprint: of the store.
+        fingerprint: fingerprint of the store.
         checkpoint: the checkpoint's folder.
 
     Returns:

@@ -44,13 +44,16 @@ MODEL_PREFIX = "model."  # of the model's parameters in the engine, which trains
 
 @dataclass(frozen=True)
 class RunState:
-    """All that a run must know to go on, besides the engine's own state; state.json holds it."""
+    """All that a run must know to go on, besides the engine's own state.
+
+    The names of the fields are those of the keys in state.json.
+    """
 
     __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
 
     step: int  # optimizer steps done
     world: int  # ranks that saved this
-    fingerprint: str  # of the store
+    fingerprint: str  # fingerprint of the store
     updates: int = 0  # the optimizer's own count, which leaves out skipped steps
     best: float | None = None  # lowest validation score
     best_step: int = 0  # the step of the weights that are kept as the best

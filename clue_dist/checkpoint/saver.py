@@ -80,7 +80,7 @@ class Saver:
         self._attempt = ranks.run_on_first(lambda: secrets.token_hex(4))
         self._shapes = json.dumps(engine_state.collect_shapes(engine))
         self._copier, self._writer = _WorkThread("copy"), _WorkThread("write")
-        self._copies: list[Future[Any]] = []  # of what the next update will change
+        self._copies: list[Future[Any]] = []  # copies of what the next update will change
         self._writes: list[tuple[int, Future[Any]]] = []  # with the step
         self._failure: SavingError | None = None
         self.waited_seconds = 0.0  # how long training has waited for saving so far
@@ -135,7 +135,7 @@ class Saver:
 
     def _save(self, kind: Kind, state: RunState, with_optimizer: bool) -> None:
         """Give the two threads their work."""
-        # No more is held in memory than what one earlier step and this one save.
+        # Memory holds the copies of at most two saves: an earlier one and this one.
         self._wait([write for step, write in self._writes if step < state.step])
         started = time.perf_counter()
         copy = _prepare_copy(engine_state.collect_tensors(self._engine, with_optimizer))
@@ -205,8 +205,8 @@ class Saver:
     def _drop_old(self, state: RunState) -> None:
         """Remove what is not needed any more. The commit before stands, even if this fails.
 
-        That is: the oldest checkpoints, best weights that no checkpoint left names, and what was
-        set aside of steps that this attempt has passed.
+        That is: the oldest checkpoints, best weights that none of the remaining checkpoints names,
+        and what was set aside of steps that this attempt has passed.
         """
         checkpoints = list_checkpoints(self._run_folder / "checkpoints")
         best_steps = {read_best_step(checkpoint) for checkpoint in checkpoints[: self._keep]}

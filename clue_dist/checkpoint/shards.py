@@ -20,11 +20,11 @@ WEIGHTS = "weights"  # the key of a parameter itself, beside those of the optimi
 
 
 class SavedShard(NamedTuple):
-    """A shard in a file, of which nothing is loaded before it is read."""
+    """A shard in a file. Its values are loaded only when `read` is called."""
 
     key: str  # WEIGHTS, or what the optimizer calls this part of its state
     start: int  # where in the flattened parameter it begins
-    name: str  # of the parameter or buffer
+    name: str  # name of the parameter or buffer
     read: Callable[[int, int | None], Tensor]  # elements [first, last) of the shard, float32
 
 

@@ -1,6 +1,6 @@
-"""Memory that batches are built in, used again and again: fresh pages cost more time than the rows.
+"""Reuses the memory of batches. Getting fresh pages from the system takes longer than filling them.
 
-The rule of reuse: a pool lends each piece of memory as one array and takes it back when that array
+The rule of reuse: a pool lends memory as arrays and takes it back, array by array, when the array
 is gone. Whatever is made of the array (NumPy slices and shapes, torch tensors and their views)
 keeps the array alive. So memory comes back only when nothing can read it any more, whether a batch
 was dropped whole or a part of it was kept.

@@ -25,7 +25,7 @@ from clue_dist.ranks import Ranks
 from clue_dist.store.reader import Store
 
 FORMATS = (".h5mu", ".h5ad", ".zarr")
-KEY = "X_clue"  # of obsm
+KEY = "X_clue"  # key in obsm
 
 
 def embed_store(
@@ -91,7 +91,7 @@ def describe_embedding(loaded: LoadedModel, store: Store, run: Path | str) -> di
 
 
 def check_embedding_path(out: Path) -> None:
-    """Require one of FORMATS, in the place of nothing but a file or an earlier embedding.
+    """Check that `out` has a known ending and would replace only a file or an earlier embedding.
 
     Raises:
         ConfigError: it is not.

@@ -97,7 +97,7 @@ def draw_curves(metrics: pd.DataFrame) -> Figure:
 
 
 def list_curves(metrics: pd.DataFrame) -> list[str]:
-    """The numbers worth a panel: known ones in order, then others that vary.
+    """List the numbers to plot: the known ones in order, then any other that varies.
 
     "foscttm rna-adt" is a foscttm.
     """
@@ -179,7 +179,7 @@ def compute_umap(latent: np.ndarray, seed: int = 0) -> np.ndarray:
 
     Args:
         latent: (n, D).
-        seed: of the layout.
+        seed: seed of the layout.
 
     Returns:
         (n, 2).

@@ -26,7 +26,7 @@ class TrainedModel:
 
     model: CLUE
     modalities: dict[str, Modality]  # in the model's order
-    name: str  # of the checkpoint
+    name: str  # name of the checkpoint
     config: Config
 
     @property

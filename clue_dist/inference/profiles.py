@@ -67,7 +67,7 @@ def read_profiles(path: Path, most: int = MOST_PROFILES, seed: int = 0) -> Profi
     Args:
         path: an output of `launch/embed.py`.
         most: so many profiles at most, drawn at random.
-        seed: of the draw.
+        seed: seed of the draw.
 
     Raises:
         ConfigError: no such file, or no embedding in it.

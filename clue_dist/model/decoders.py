@@ -25,7 +25,7 @@ class Decoder(nn.Module):
 
     Args:
         likelihood: a key of `LIKELIHOODS`.
-        n_features: of the modality.
+        n_features: features of the modality.
         n_batches: biological batches of the store; with one, the decoder does not ask for it.
         latent: width of z.
         config: widths and depths.
@@ -102,7 +102,7 @@ class SecondParameter(nn.Module):
     """theta, the second parameter of a likelihood: one logarithm for each feature.
 
     Args:
-        n_features: of the modality.
+        n_features: features of the modality.
         lr_scale: its learning rate, relative to `train.lr`.
     """
 

@@ -29,7 +29,7 @@ class CrossEncoderHeads(nn.Module):
     ) -> None:
         super().__init__()
         self.n_modalities, self.members, self.shared = n_modalities, members, shared
-        targets = n_modalities if shared else 1  # of one network
+        targets = n_modalities if shared else 1  # targets of one network
         self.grid = (targets, 2, latent // members)  # 2: mean and log-variance
         networks, outputs = n_modalities**2 * members // targets, math.prod(self.grid)
         self.weight = nn.Parameter(torch.randn(networks, width, outputs) / width**0.5)

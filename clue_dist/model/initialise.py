@@ -29,9 +29,9 @@ from clue_dist.normalise import (
 from clue_dist.store.reader import Store
 from clue_dist.store.svd import StoredSvd
 
-MAX_CELLS = 20_000  # of each modality
+MAX_CELLS = 20_000  # cells of each modality
 MAX_NONZEROS = 40_000_000  # bounds memory and time where profiles are long
-# A size that hardly varies must not be blown up: all features of a small panel are always detected.
+# Do not scale up a size that hardly varies: all features of a small panel are always detected.
 LEAST_SIZE_DEVIATION = 0.05
 
 
@@ -183,7 +183,7 @@ def compute_leading_svd(
         mean: (features,).
         scale: (features,).
         rank: how many components.
-        seed: of the first vector.
+        seed: seed of the first vector.
 
     Returns:
         Right singular vectors (features, rank) and singular values (rank,), zero beyond the rank of

@@ -35,7 +35,7 @@ class MLP(nn.Module):
 
 
 class Ensemble(nn.Module):
-    """M MLPs side by side that share their input alone: what all of them find is no accident."""
+    """M independent MLPs on the same input. What all of them find is unlikely to be chance."""
 
     def __init__(self, members: int, width: int, hidden: int, depth: int, dropout: float) -> None:
         super().__init__()

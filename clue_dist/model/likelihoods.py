@@ -2,7 +2,7 @@
 
 A sparse profile never becomes dense. Its log-likelihood is the sum of ln p(0) over all features
 plus the sum of ln p(x) - ln p(0) over its non-zero counts, and each likelihood gives these two
-pieces. Terms that hold no parameter, such as -ln x!, are left out. All is computed in float32.
+terms. Terms that hold no parameter, such as -ln x!, are left out. All is computed in float32.
 
 To add a likelihood, write a subclass of `Likelihood` and enter its name in `LIKELIHOODS` below and
 in `clue_dist.config.LikelihoodName`. The decoder and the start of training ask the subclass for

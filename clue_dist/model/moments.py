@@ -6,7 +6,7 @@ import numpy as np
 
 from clue_dist.normalise import Rows, compute_deviation, sum_columns
 
-INVERSE_DISPERSION_LIMITS = 0.1, 100.0  # of a negative binomial at its start
+INVERSE_DISPERSION_LIMITS = 0.1, 100.0  # limits of an initial negative binomial
 
 
 def compute_moments(values: Rows) -> tuple[np.ndarray, np.ndarray]:

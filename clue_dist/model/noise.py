@@ -23,7 +23,7 @@ class Noise:
     """Draws for the B cells of one rank's micro-batch; calls come in the same order on each rank.
 
     Args:
-        seed: of the run.
+        seed: seed of the run.
         step: number of the micro-batch.
         stratum_shares: cells of the global micro-batch by stratum, see `CellPlan`.
         lanes: streams of the global micro-batch.

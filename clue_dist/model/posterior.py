@@ -21,7 +21,7 @@ def product_of_experts(mean: Tensor, log_var: Tensor, power: Tensor) -> tuple[Te
 
     Args:
         mean: (B, K source, K target, d).
-        log_var: of the same shape.
+        log_var: log variances, of the same shape.
         power: (B, K), not all zero in a row. With `observed` itself it is eq. 6.
 
     Returns:
@@ -103,7 +103,7 @@ def compute_information(mean: Tensor, log_var: Tensor) -> Tensor:
 
     Args:
         mean: (B, K source, K target, d).
-        log_var: of the same shape.
+        log_var: log variances, of the same shape.
 
     Returns:
         (B, K).

@@ -60,7 +60,7 @@ class Projection(nn.Module):
     `model.initialise` folds means and scales of the features into it.
 
     Args:
-        n_features: of the modality.
+        n_features: features of the modality.
         components: outputs.
         lr_scale: its learning rate, relative to `train.lr`; 0 keeps it as initialised.
     """
@@ -100,7 +100,7 @@ class Trunk(nn.Module):
     """Raw counts -> components x = [projection(normalised counts), size] -> h = ensemble(norm(x)).
 
     Args:
-        n_features: of the modality.
+        n_features: features of the modality.
         normalisation: a method of `normalise_counts`.
         n_modalities: K, targets that need networks of their own where the trunk is not shared.
         config: widths and depths.

@@ -19,7 +19,7 @@ class BlockRead:
 
     blocks: np.ndarray  # (n,) numbers of the blocks
     slots: np.ndarray  # (n,) where each goes
-    futures: dict[str, Any]  # by name of the array
+    futures: dict[str, Any]  # reads by name of the array
 
 
 class BlockPool:

@@ -319,7 +319,7 @@ def _require_bucket(root: Location, store: Any, name: str) -> None:
             raise StoreError(
                 "no such bucket", where=root, got=_shorten(str(error)), fix=_CORRECT_URL
             ) from None
-        # Some may read objects but not list them; the bucket exists then.
+        # Credentials may allow reading but not listing. The bucket then exists.
         if "PERMISSION_DENIED" not in str(error):
             raise
 

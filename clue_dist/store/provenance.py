@@ -41,7 +41,7 @@ class FeatureDecision(_Note):
     """How the features of a modality were decided."""
 
     mode: str
-    list_sha256: str | None  # of the list of features that was given
+    list_sha256: str | None  # hash of the list of features that was given
     bins: int | None  # width of the genome bins, in base pairs
 
 

@@ -305,7 +305,7 @@ class SegmentReader:
         return array
 
     def _report_impossible(self, array: str, found: str, expected: str) -> StoreError:
-        """Return the error for values behind a checksum that fits, which yet cannot be."""
+        """Return the error for values that are impossible although their checksum is right."""
         return StoreError(
             "values that no conversion writes",
             where=f"{self.root}: segment {self.name}, {array}",

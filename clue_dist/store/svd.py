@@ -51,8 +51,8 @@ class SvdNote(BaseModel):
     components: int = Field(ge=1, le=10**6)
     power: int = Field(ge=0)  # power iterations
     seed: int
-    arrays: FileDigest = FileDigest(bytes=0, sha256="")  # of the file with the arrays
-    digest: str = ""  # of all fields above
+    arrays: FileDigest = FileDigest(bytes=0, sha256="")  # digest of the file with the arrays
+    digest: str = ""  # SHA-256 of all fields above
 
     def compute_digest(self) -> str:
         """Return the SHA-256 of the note without its digest, in hexadecimal."""

@@ -38,7 +38,7 @@ def parse_bench_arguments(description: str | None) -> argparse.Namespace:
     """Parse the command line of launch/bench.py."""
     parser = _build_parser(description)
     parser.add_argument(
-        "--seconds", type=float, default=2.0, help="of one repeat (default: %(default)s)"
+        "--seconds", type=float, default=2.0, help="length of one repeat (default: %(default)s)"
     )
     parser.add_argument(
         "--repeats", type=int, default=5, help="the median of so many counts (default: %(default)s)"
@@ -117,9 +117,8 @@ def print_plan(setup: Setup, arguments: argparse.Namespace) -> None:
 
 def prepare_benchmark(arguments: argparse.Namespace, world: int) -> Setup:
     """Check what is to be measured, as `prepare_training` does; no run folder is needed."""
-    check_bench_arguments(
-        arguments
-    )  # measuring takes minutes: what cannot be written is said first
+    # Measuring takes minutes: what cannot be written is said first.
+    check_bench_arguments(arguments)
     config = configs.load_config(arguments.config, arguments.overrides)
 
     from clue_dist.train.setup import prepare_setup

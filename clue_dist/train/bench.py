@@ -80,7 +80,7 @@ class RankClock:
     def count_calls(self, work: Callable[[], None], fewest: int) -> int:
         """Count the calls that take about `seconds`, the same on every rank.
 
-        `fewest` calls warm up, as many are timed, and as many it is at least.
+        `fewest` calls warm up, another `fewest` are timed. The result is at least `fewest`.
         """
         self.time_calls(work, fewest)  # the first calls are slow, and do not count
         return max(fewest, math.ceil(self.seconds / (self.time_calls(work, fewest) / fewest)))
@@ -163,7 +163,7 @@ def share_time(phases: dict[str, float], seconds: float) -> dict[str, float]:
 
 
 def _leave_untrained(setup: Setup) -> Setup:
-    """Spare the pass over the cells that initialises weights: what they are changes no speed."""
+    """Skip the initialisation from cells: the values of weights do not change the speed."""
     config = setup.config
     trunk = config.model.trunk.model_copy(update={"projection_init": "random"})
     model = config.model.model_copy(update={"trunk": trunk})

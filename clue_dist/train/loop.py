@@ -80,7 +80,7 @@ def _start_trainer(
     folder, fingerprint = setup.run_folder, setup.store.fingerprint
     checkpoint = choose_checkpoint(folder, resume, ranks)
     if checkpoint is None:
-        state = RunState(0, ranks.world, fingerprint)
+        state = RunState(step=0, world=ranks.world, fingerprint=fingerprint)
         engine = build_engine(setup, ranks, device)
     else:
         state = require_same_run(folder, setup.config, fingerprint, checkpoint)

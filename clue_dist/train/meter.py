@@ -69,7 +69,7 @@ class Meter:
         means = self._average_over_ranks(self._steps_summed)
         seconds = time.perf_counter() - self._started
         means["epoch"] = setup.count_epochs(step)
-        means["lr"] = compute_learning_rate(setup, step - 1)  # of the step that ended
+        means["lr"] = compute_learning_rate(setup, step - 1)  # rate of the step that ended
         means["cells_per_s"] = self._steps_timed * int(setup.config.data.batch_size) / seconds
         means["data_wait"] = (self._loader.waited_seconds - self._data_wait) / seconds
         means["saving_wait"] = (self._saver.waited_seconds - self._saving_wait) / seconds

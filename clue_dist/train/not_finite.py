@@ -99,7 +99,7 @@ def _get_values(batch: Batch, modality: str) -> Tensor:
 
 
 def _is_spike(state: RunState, usual: tuple[float, float], loss: float) -> bool:
-    """Whether a loss is far from the usual mean; too early, nothing is."""
+    """Whether a loss is far from its running mean. Always False in the first steps."""
     mean, variance = usual
     return state.step > WARM_UP_STEPS and abs(loss - mean) > SPIKE * math.sqrt(variance) + 1e-12
 

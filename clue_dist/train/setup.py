@@ -31,12 +31,12 @@ class Setup:
 
     config: Config  # every "auto" is resolved
     store: Store
-    specs: dict[str, ModalitySpec]  # by modality
+    specs: dict[str, ModalitySpec]  # specification of each modality
     plan: CellPlan  # which cells each rank sees at each step
     train_cells: dict[str, int]  # by segment of a stratum; the first cells of each
     held_out_cells: dict[str, int]  # by segment of a stratum; the last cells of each
     total_steps: int  # optimizer steps until training is done
-    projection_starts: dict[str, ProjectionStart]  # by modality
+    projection_starts: dict[str, ProjectionStart]  # start of the projection of each modality
 
     @property
     def run_folder(self) -> Path:

@@ -15,10 +15,9 @@ class LoaderSpeed:
 
     batches_per_s: float
     cells_per_s: float
-    non_zeros_per_s: float  # of sparse modalities
-    phases: dict[
-        str, float
-    ]  # share of the loader's time, over all repeats and ranks; they sum to 1
+    non_zeros_per_s: float  # values of sparse modalities
+    # Shares of the loader's time, over all repeats and ranks; they sum to 1.
+    phases: dict[str, float]
 
 
 @dataclass(frozen=True)

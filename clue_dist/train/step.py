@@ -24,10 +24,10 @@ from clue_dist.train.trainer import Trainer
 class StepOutcome:
     """What came of an optimizer step."""
 
-    # of this rank
-    batches: list[Batch]  # its micro-batches
-    terms: dict[str, Tensor]  # its loss and the terms of it, () each
-    # the same on all ranks
+    # What belongs to this rank alone:
+    batches: list[Batch]  # micro-batches
+    terms: dict[str, Tensor]  # loss and its terms, () each
+    # What is the same on all ranks:
     loss: float  # mean over ranks
     skipped: bool  # loss or gradient were not finite, and no weight has changed
     stop_requested: bool  # a signal came to one rank at least

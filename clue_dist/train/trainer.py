@@ -23,7 +23,7 @@ class Trainer:
     engine: Any  # DeepSpeed's, around an `Objective`
     setup: Setup
     ranks: Ranks
-    device: torch.device  # of this rank
+    device: torch.device  # device of this rank
 
     def open_loader(self, step: int) -> Loader:
         """Open this rank's stream of micro-batches, from optimizer step `step` on."""

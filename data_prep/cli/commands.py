@@ -261,7 +261,7 @@ def _add_input_flags(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=KIND",
         help=f"{list_names(KINDS)}: where the name does not say",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the shuffle")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the shuffle")
     _add_pool_flags(parser)
 
 
@@ -337,7 +337,9 @@ def _add_svd(parser: argparse.ArgumentParser) -> None:
         default=default.power,
         help="iterations (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=_parse_natural, default=default.seed, help="of the start")
+    parser.add_argument(
+        "--seed", type=_parse_natural, default=default.seed, help="seed of the start"
+    )
     _add_pool_flags(parser)
     parser.set_defaults(run=_svd)
 

@@ -56,7 +56,7 @@ def _require_modalities(
     """Refuse options that would be left undone.
 
     Args:
-        names: of the modalities of all inputs.
+        names: names of the modalities of all inputs.
         modalities: by flag, those of inputs whose format knows the flag.
         options: the options.
     """

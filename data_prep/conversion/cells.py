@@ -24,11 +24,12 @@ from data_prep.conversion.spool import make_spool_keys
 class CellRange:
     """The cells whose hashes lie in one range, in shuffled order."""
 
-    first_place: int  # of the first cell, in the shuffle of all cells
+    first_place: int  # place of the first cell in the shuffle of all cells
     hashes: np.ndarray  # (n,) uint64, ascending
     barcodes: np.ndarray  # (n,) bytes, `dataset:barcode`
     planned: np.ndarray  # (n,) int64, bit m is set where the inputs list modality m
-    codes: dict[str, np.ndarray]  # of each field, (n,) int32 into `CellTable.names`; -1 = unknown
+    # One array per field (batch, label): codes into `CellTable.names`, (n,) int32; -1 = unknown.
+    codes: dict[str, np.ndarray]
 
     def __len__(self) -> int:
         return len(self.planned)

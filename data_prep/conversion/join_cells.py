@@ -25,7 +25,7 @@ from data_prep.readers.source import Source, SourceHead, decode_barcodes
 
 TASK_ROWS = 2**18  # rows of a source that one task lists
 RANGE_ROWS = 2**18  # rows of a range of hashes, on average; some 40 MB
-BARCODES_SHOWN = 10  # by an error
+BARCODES_SHOWN = 10  # barcodes that an error shows
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,11 @@ def join_cells_by_barcode(
 
     Args:
         sources: the inputs.
-        heads: of each source.
+        heads: head of each source.
         modalities: their order decides which bit of a cell's mask is whose.
         known_names: of each field, the names that have codes already: 0, 1, ...
         obs_columns: where batch and label are found.
-        seed: of the shuffle.
+        seed: seed of the shuffle.
         work: the folder for the files of this job.
         pool: the workers.
 

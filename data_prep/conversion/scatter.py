@@ -75,7 +75,7 @@ def plan_readings(
 
     Args:
         sources: the inputs.
-        heads: of each source.
+        heads: head of each source.
         modalities: of the store, with their features.
         columns: of each source, where its columns go (-1 = dropped); None: all are in place. They
             are saved to files, which tasks read.

@@ -87,10 +87,10 @@ def settle_strata(
     all cells.
 
     Args:
-        cells: of the inputs.
-        modalities: of the store.
+        cells: cells of the inputs.
+        modalities: modalities of the store.
         file_names: the files of each modality, for messages.
-        spools: of each modality.
+        spools: spool folders of each modality.
         block_cells: cells of a block.
         folder: gets a folder for each stratum, with what the second pass needs of its cells.
 

@@ -39,7 +39,7 @@ class FeaturePlan:
 
         Args:
             sources: the inputs.
-            heads: of each source.
+            heads: head of each source.
             kept: ascending places of the features to keep, by modality. Others stay as they are.
         """
         modalities, columns = dict(self.modalities), list(self.columns)
@@ -84,8 +84,8 @@ def plan_features(
 
     Args:
         sources: the inputs.
-        heads: of each source.
-        kinds: of modalities whose name does not say what they measure.
+        heads: head of each source.
+        kinds: kinds of modalities whose name does not say what they measure.
         choices: by modality; the default is `FeatureChoice()`.
         reference: of a store, which decides the features alone.
 

@@ -79,7 +79,7 @@ def select_variable_features(
     """Choose the features of every modality for which a number of them is asked.
 
     Args:
-        readings: of each source.
+        readings: reading of each source.
         plan: the features to choose from.
         cells: for their batches.
         choices: by modality.
@@ -156,7 +156,7 @@ def _select_variable(
 class _ModalityRows:
     """All rows of a modality, and how passes over them are made."""
 
-    readings: dict[int, SourceReading]  # by the number of their source
+    readings: dict[int, SourceReading]  # readings by the number of their source
     n_features: int
     folder: Path
     step_entries: int

@@ -50,7 +50,7 @@ def fit_trend(n_cells: int, total: np.ndarray, squares: np.ndarray) -> VarianceT
     """Fit the trend of a batch.
 
     Args:
-        n_cells: of the batch.
+        n_cells: cells of the batch.
         total: sums of counts, (genes,) integers.
         squares: sums of their squares, (genes,) integers.
 

@@ -31,7 +31,7 @@ class Progress:
         """Start to count.
 
         Args:
-            title: of the bar or line.
+            title: title of the bar or line.
             total: number of tasks.
             done: tasks that an earlier run has done.
             every: seconds between two lines.
@@ -192,7 +192,7 @@ def run_missing(
 
     Args:
         pool: runs them.
-        title: of the progress bar.
+        title: title of the progress bar.
         function: takes a task and leaves its result.
         tasks: by the path of their result, which is there, whole, once a task is done.
     """

@@ -179,7 +179,7 @@ def count_fragments(
     """Make a source of every fragments file among the inputs; the other inputs are sources.
 
     Args:
-        inputs: of the conversion.
+        inputs: inputs of the conversion.
         choices: of features, by modality; they say how wide bins are.
         work: a folder for the counts.
         pool: counts the files.

@@ -20,7 +20,7 @@ def bin_peaks(names: list[str], width: int, where: str) -> list[str]:
     """For each region the bin that holds its middle; several regions may share one.
 
     Args:
-        names: of the regions.
+        names: names of the regions.
         width: of a bin, in base pairs.
         where: the names come from, for messages.
 

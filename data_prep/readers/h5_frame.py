@@ -14,7 +14,7 @@ from clue_dist.errors import DataError
 from data_prep.readers.h5_file import WRITE_ANEW, name_part, open_h5, open_part, read_part
 from data_prep.readers.source import CategoryCodes, SlicedArray, encode_barcodes
 
-_SLICE_ROWS = 2**20  # of a column that are looked at together
+_SLICE_ROWS = 2**20  # rows of a column that are looked at together
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class TextColumn:
     """A dataset of texts; a slice of it gives UTF-8 bytes, (n,)."""
 
     path: Path
-    name: str  # of the dataset
+    name: str  # name of the dataset
     n_rows: int
 
     @classmethod
@@ -54,7 +54,7 @@ class CategoryColumn:
     """The codes of a categorical column; a slice of it gives int32, (n,)."""
 
     path: Path
-    name: str  # of the dataset that holds the codes
+    name: str  # name of the dataset that holds the codes
     n_rows: int
     final_codes: np.ndarray  # what each code in the file becomes; the last one is for -1
 

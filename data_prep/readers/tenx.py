@@ -117,9 +117,8 @@ class FeatureTable:
 
     def _find_type(self, kind: str, where: str) -> str | None:
         types = sorted(set(self.types))
-        if (
-            len(types) <= 1
-        ):  # the person has said what the features are, whatever the file calls them
+        # The person has said what the features are, whatever the file calls them.
+        if len(types) <= 1:
             return None
         fitting = [t for t in types if t in TENX_TYPES and TENX_TYPES[t] == kind]
         if len(fitting) != 1:
