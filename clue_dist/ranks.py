@@ -91,7 +91,7 @@ class Ranks:
         except ClueError as error:
             problem = self._name_rank(error)
         try:
-            problems = self._exchange_at_store(pickle.dumps(problem))
+            problems = self._exchange_at_rendezvous(pickle.dumps(problem))
         except LostError as error:
             raise problem or error from None
         _raise_first_problem([pickle.loads(pickled) for pickled in problems])
@@ -116,7 +116,7 @@ class Ranks:
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group(
                 backend,
-                store=self.open_rendezvous_store(),
+                store=self.open_rendezvous(),
                 rank=self.rank,
                 world_size=self.world,
                 timeout=timedelta(seconds=timeout_s),
@@ -221,8 +221,8 @@ class Ranks:
         """
         return slice(count * self.rank // self.world, count * (self.rank + 1) // self.world)
 
-    def open_rendezvous_store(self, beside: bool = False) -> Any:
-        """Open the store at which the ranks meet: a server on rank 0, or that of torchrun.
+    def open_rendezvous(self, beside: bool = False) -> Any:
+        """Open the rendezvous, a store of keys and values: a server on rank 0, or that of torchrun.
 
         Args:
             beside: open a second connection, for threads that must not wait for what the main
@@ -230,7 +230,7 @@ class Ranks:
 
         Raises:
             RankError: there are several machines and no MASTER_ADDR.
-            LostError: the store cannot be reached.
+            LostError: the rendezvous cannot be reached.
         """
         os.environ.update(
             RANK=str(self.rank), WORLD_SIZE=str(self.world), LOCAL_RANK=str(self.local_rank)
@@ -240,7 +240,7 @@ class Ranks:
         os.environ.setdefault("MASTER_PORT", str(choose_port(os.environ)))
         mark_as_rank()
         try:
-            connections = _connect_to_store(self.rank, self.world)
+            connections = _connect_to_rendezvous(self.rank, self.world)
         except RuntimeError as error:
             raise self._make_lost_error(error) from error
         return connections.beside if beside else connections.main
@@ -251,20 +251,20 @@ class Ranks:
             error.what = f"rank {self.rank} on {socket.gethostname()}: {error.what}"
         return error
 
-    def _exchange_at_store(self, message: bytes) -> list[bytes]:
+    def _exchange_at_rendezvous(self, message: bytes) -> list[bytes]:
         """Exchange a message with all ranks, before there is a process group."""
-        store = self.open_rendezvous_store()
+        rendezvous = self.open_rendezvous()
         sent, received = (
             [f"clue_dist/{what}/{rank}" for rank in range(self.world)]
             for what in ("sent", "received")
         )
         try:
-            store.set(sent[self.rank], message)
-            store.wait(sent, timedelta(seconds=JOIN_LIMIT))
-            messages = store.multi_get(sent)
-            store.set(received[self.rank], b"1")
-            if self.is_first:  # the store may end with this process
-                store.wait(received, timedelta(seconds=JOIN_LIMIT))
+            rendezvous.set(sent[self.rank], message)
+            rendezvous.wait(sent, timedelta(seconds=JOIN_LIMIT))
+            messages = rendezvous.multi_get(sent)
+            rendezvous.set(received[self.rank], b"1")
+            if self.is_first:  # the rendezvous may end with this process
+                rendezvous.wait(received, timedelta(seconds=JOIN_LIMIT))
         except RuntimeError as error:
             raise self._make_lost_error(error) from error
         return cast("list[bytes]", messages)
@@ -292,8 +292,8 @@ class Ranks:
         return "127.0.0.1"
 
 
-class _StoreConnections(NamedTuple):
-    """Two connections to the rendezvous store.
+class _RendezvousConnections(NamedTuple):
+    """Two connections to the rendezvous.
 
     They are made together: rank 0, which serves it, may be gone later, and torch would try to
     connect to it for long.
@@ -304,17 +304,17 @@ class _StoreConnections(NamedTuple):
 
 
 @functools.cache
-def _connect_to_store(rank: int, world: int) -> _StoreConnections:
+def _connect_to_rendezvous(rank: int, world: int) -> _RendezvousConnections:
     import torch.distributed as dist
-    from torch.distributed.rendezvous import rendezvous
+    from torch.distributed.rendezvous import rendezvous as open_stores
 
     timeout = timedelta(seconds=JOIN_LIMIT)
-    store: Any = next(rendezvous("env://", rank, world, timeout=timeout))[0]
-    # torchrun keeps its store when it starts the ranks again: what the ranks of an earlier attempt
+    rendezvous: Any = next(open_stores("env://", rank, world, timeout=timeout))[0]
+    # torchrun keeps its server when it starts the ranks again: what the ranks of an earlier attempt
     # wrote there must not be read by those of this one.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"attempt/{attempt}", store)  # type: ignore[attr-defined]
-    return _StoreConnections(store, store.clone())
+    rendezvous = dist.PrefixStore(f"attempt/{attempt}", rendezvous)  # type: ignore[attr-defined]
+    return _RendezvousConnections(rendezvous, rendezvous.clone())
 
 
 def choose_port(environment: Mapping[str, str]) -> int:

@@ -9,6 +9,7 @@ from clue_dist.process import run_main
 
 
 def main() -> None:
+    """Embed the store that the arguments name, and say how many cells it has."""
     parser = build_parser(
         script="embed.py",
         description="Embed a store with a trained model.",
@@ -18,22 +19,23 @@ def main() -> None:
     parser.add_argument(
         "--per-modality", action="store_true", help="also the full z from each modality alone"
     )
-    args = parser.parse_args()
+    arguments = parser.parse_args()
 
-    with open_model_and_store(args, lambda: check_embedding_path(args.out)) as opened:
-        loaded, store, ranks = opened
+    with open_model_and_store(arguments, lambda: check_embedding_path(arguments.out)) as opened:
+        trained_model, store, ranks = opened
         embed_store(
-            loaded,
+            trained_model,
             store,
-            args.out,
-            run=args.run,
-            per_modality=args.per_modality,
-            batch_size=args.batch_size,
+            arguments.out,
+            run=arguments.run,
+            per_modality=arguments.per_modality,
+            batch_size=arguments.batch_size,
             ranks=ranks,
         )
         if ranks.is_first:
             n_cells = store.manifest.n_cells
-            print(f"{n_cells:,} cells embedded with {args.run} ({loaded.name})\n{args.out}")
+            model_name = f"{arguments.run} ({trained_model.name})"
+            print(f"{n_cells:,} cells embedded with {model_name}\n{arguments.out}")
 
 
 if __name__ == "__main__":

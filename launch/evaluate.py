@@ -9,6 +9,7 @@ from clue_dist.process import run_main
 
 
 def main() -> None:
+    """Score the store that the arguments name, write the scores and print them."""
     parser = build_parser(
         script="evaluate.py",
         description="Score how well modalities match.",
@@ -16,21 +17,23 @@ def main() -> None:
         out="where to write scores.json",
     )
     parser.add_argument("--max-cells", type=int, help="score a random part of the paired cells")
-    args = parser.parse_args()
+    arguments = parser.parse_args()
 
-    with open_model_and_store(args, lambda: check_scores_path(args.out, args.max_cells)) as opened:
-        loaded, store, ranks = opened
+    with open_model_and_store(
+        arguments, lambda: check_scores_path(arguments.out, arguments.max_cells)
+    ) as opened:
+        trained_model, store, ranks = opened
         scores = evaluate_store(
-            loaded,
+            trained_model,
             store,
-            args.out,
-            run=args.run,
-            max_cells=args.max_cells,
-            batch_size=args.batch_size,
+            arguments.out,
+            run=arguments.run,
+            max_cells=arguments.max_cells,
+            batch_size=arguments.batch_size,
             ranks=ranks,
         )
         if ranks.is_first:
-            print(f"{format_scores(scores)}\n{args.out}")
+            print(f"{format_scores(scores)}\n{arguments.out}")
 
 
 if __name__ == "__main__":

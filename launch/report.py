@@ -11,6 +11,7 @@ from clue_dist.process import run_main
 
 
 def main() -> None:
+    """Write the page of the run that the arguments name, and print its path."""
     parser = argparse.ArgumentParser(
         prog="launch/report.py", description="Write one page about a run."
     )
@@ -19,8 +20,8 @@ def main() -> None:
         "--embedding", type=parse_path, help="output of launch/embed.py --per-modality"
     )
     parser.add_argument("--scores", type=parse_path, help="scores.json of launch/evaluate.py")
-    args = parser.parse_args()
-    print(write_report(args.run, args.embedding, args.scores))
+    arguments = parser.parse_args()
+    print(write_report(arguments.run, arguments.embedding, arguments.scores))
 
 
 if __name__ == "__main__":

@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clue_dist.checkpoint.deepspeed_internals import (
+from clue_dist.checkpoint.run_folder import UNFIT, RunState, list_shard_files, load_weights
+from clue_dist.checkpoint.shards import WEIGHTS, format_label, iterate_shards, require_no_missing
+from clue_dist.deepspeed_internals import (
     ParameterShard,
     find_whole_shape,
     list_saved_shards,
     list_updated_shards,
 )
-from clue_dist.checkpoint.run_folder import UNFIT, RunState, list_shard_files, load_weights
-from clue_dist.checkpoint.shards import WEIGHTS, format_label, iterate_shards, require_no_missing
 from clue_dist.errors import ResumeError
 from clue_dist.model.clue import CLUE
 

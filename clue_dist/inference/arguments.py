@@ -40,12 +40,12 @@ def _positive(text: str) -> int:
 
 @contextmanager
 def open_model_and_store(
-    args: argparse.Namespace, check_arguments: Callable[[], None]
+    arguments: argparse.Namespace, check_arguments: Callable[[], None]
 ) -> Iterator[tuple[TrainedModel, Store, Ranks]]:
     """Open what the arguments of `build_parser` ask for. After success the ranks part.
 
     Args:
-        args: parsed.
+        arguments: what the parser returned.
         check_arguments: what else must hold on every rank before any work begins.
 
     Yields:
@@ -54,9 +54,9 @@ def open_model_and_store(
 
     def open_both() -> tuple[TrainedModel, Store]:
         check_arguments()
-        return load_model(args.run, args.checkpoint), Store(args.store)
+        return load_model(arguments.run, arguments.checkpoint), Store(arguments.store)
 
     ranks = Ranks.from_environment()
-    loaded, store = ranks.run_before_joining(open_both)
-    yield loaded, store, ranks.join_group()
+    trained_model, store = ranks.run_before_joining(open_both)
+    yield trained_model, store, ranks.join_group()
     ranks.leave_group()

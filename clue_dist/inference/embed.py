@@ -29,7 +29,7 @@ KEY = "X_clue"  # key in obsm
 
 
 def embed_store(
-    loaded: LoadedModel,
+    trained_model: LoadedModel,
     store: Store,
     out: Path,
     *,
@@ -46,7 +46,7 @@ def embed_store(
     what made it.
 
     Args:
-        loaded: the model.
+        trained_model: the model.
         store: the cells.
         out: where to; its ending chooses the format.
         run: the run's folder, to be named in the output.
@@ -61,14 +61,14 @@ def embed_store(
     """
     ranks = ranks or Ranks()
     check_embedding_path(out)
-    require_known_features(store, loaded.modalities)
+    require_known_features(store, trained_model.modalities)
     slices = slice_segments(store, batch_size)
     with make_scratch_folder(out, ranks) as scratch:
         embedding = compute_embedding(
-            loaded, store, scratch, slices, per_modality=per_modality, ranks=ranks
+            trained_model, store, scratch, slices, per_modality=per_modality, ranks=ranks
         )
         if ranks.is_first:
-            provenance = describe_embedding(loaded, store, run)
+            provenance = describe_embedding(trained_model, store, run)
             with (
                 md.set_options(pull_on_update=False),
                 ad.settings.override(zarr_write_format=3, auto_shard_zarr_v3=False),
@@ -77,16 +77,16 @@ def embed_store(
                 _write_tables(out, scratch / f"out{out.suffix}", tables)
 
 
-def describe_embedding(loaded: LoadedModel, store: Store, run: Path | str) -> dict[str, Any]:
+def describe_embedding(trained_model: LoadedModel, store: Store, run: Path | str) -> dict[str, Any]:
     """Say what made a result, to be kept in it."""
     return {
         "run": str(run),
-        "checkpoint": loaded.name,
+        "checkpoint": trained_model.name,
         "store": str(store.root),
         "fingerprint": store.fingerprint,
-        "latent": dict.fromkeys(loaded.modalities, loaded.latent),
-        "private": dict.fromkeys(loaded.modalities, loaded.private),
-        "private_scale": loaded.private_scale,
+        "latent": dict.fromkeys(trained_model.modalities, trained_model.latent),
+        "private": dict.fromkeys(trained_model.modalities, trained_model.private),
+        "private_scale": trained_model.private_scale,
     }
 
 

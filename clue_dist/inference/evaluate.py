@@ -30,7 +30,7 @@ from clue_dist.store.reader import Store
 
 
 def evaluate_store(
-    loaded: LoadedModel,
+    trained_model: LoadedModel,
     store: Store,
     out: Path,
     *,
@@ -44,7 +44,7 @@ def evaluate_store(
     Every cell of the store that carries both modalities of a pair counts.
 
     Args:
-        loaded: the model.
+        trained_model: the model.
         store: cells that the model has not seen.
         out: the file to write.
         run: the run's folder, to be named in the output.
@@ -65,16 +65,16 @@ def evaluate_store(
     """
     ranks = ranks or Ranks()
     check_scores_path(out, max_cells)
-    require_known_features(store, loaded.modalities)
+    require_known_features(store, trained_model.modalities)
     slices = slice_segments(store, batch_size, count_paired_cells(store, max_cells))
-    modalities = [name for name in loaded.modalities if name in store.modalities]
+    modalities = [name for name in trained_model.modalities if name in store.modalities]
     with make_scratch_folder(out, ranks) as scratch:
         embedding = compute_embedding(
-            loaded, store, scratch, slices, per_modality=True, ranks=ranks
+            trained_model, store, scratch, slices, per_modality=True, ranks=ranks
         )
         result = _score_pairs(store, embedding, modalities, ranks)
         counts = {"cells": len(embedding.joint), "max_cells": max_cells}
-        result["about"] = describe_embedding(loaded, store, run) | counts
+        result["about"] = describe_embedding(trained_model, store, run) | counts
         if ranks.is_first:
             text = json.dumps(_replace_nan(result), indent=1, allow_nan=False)
             with translate_disk_errors(out, DISK_FIX, every=True):

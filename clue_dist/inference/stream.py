@@ -209,7 +209,7 @@ def slice_segments(
 
 
 def compute_embedding(
-    loaded: LoadedModel,
+    trained_model: LoadedModel,
     store: Store,
     scratch: Path,
     slices: list[SegmentSlice],
@@ -220,7 +220,7 @@ def compute_embedding(
     """Embed all slices, each rank its share. All ranks call this; it returns when all are done.
 
     Args:
-        loaded: the model.
+        trained_model: the model.
         store: the cells.
         scratch: a folder that all ranks see, for the arrays.
         slices: of the store, as `slice_segments` cuts it.
@@ -231,10 +231,10 @@ def compute_embedding(
         StoreError: a damaged chunk, a full disk.
         ResumeError: the model gives NaN or Inf.
     """
-    shape = slices[-1].rows.stop, loaded.latent * len(loaded.modalities)
+    shape = slices[-1].rows.stop, trained_model.latent * len(trained_model.modalities)
     names = [JOINT, *(store.modalities if per_modality else [])]
     share = slices[ranks.slice_for_rank(len(slices))]
-    ranks.run_on_all(lambda: _embed_share(loaded, store, scratch, share, names, ranks))
+    ranks.run_on_all(lambda: _embed_share(trained_model, store, scratch, share, names, ranks))
     ranks.run_on_first(lambda: _join_files(scratch, names, shape, ranks.world))
     arrays = {
         name: np.memmap(_array_path(scratch, name, 0), np.float32, mode="r", shape=shape)
@@ -293,7 +293,7 @@ def _array_path(scratch: Path, name: str, rank: int) -> Path:
 
 
 def _embed_share(
-    loaded: LoadedModel,
+    trained_model: LoadedModel,
     store: Store,
     scratch: Path,
     slices: list[SegmentSlice],
@@ -302,7 +302,7 @@ def _embed_share(
 ) -> None:
     """Embed this rank's slices into its own files, which are on the disk when this returns."""
     device = ranks.choose_device()
-    model = loaded.model.to(device)
+    model = trained_model.model.to(device)
     with contextlib.ExitStack() as stack:
         with _translate_errors(scratch):
             files = {
@@ -311,7 +311,7 @@ def _embed_share(
                 )
                 for name in names
             }
-        for cells, batch in _read_ahead(store, slices, list(loaded.modalities)):
+        for cells, batch in _read_ahead(store, slices, list(trained_model.modalities)):
             with torch.inference_mode():
                 joint, alone = model.embed_batch(batch.to(device))
             latents = {JOINT: joint, **alone}

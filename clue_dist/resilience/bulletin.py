@@ -1,4 +1,4 @@
-"""What the ranks tell each other at the rendezvous store: signs of life, errors, losses.
+"""What the ranks tell each other at the rendezvous: signs of life, errors, losses.
 
 Rank 0 looks at the signs of life of all ranks, and gives its own only while none of them is late.
 So the other ranks look at one sign, that of rank 0, and a loss anywhere reaches all of them.
@@ -15,7 +15,7 @@ from clue_dist.ranks import Ranks
 SIGN_INTERVAL = 0.5  # seconds between two signs of life
 LATE_AFTER = 2.5  # seconds without a new sign until rank 0 calls a rank late
 
-# Keys in the store; those of single ranks end with "/" and the rank.
+# Keys at the rendezvous; those of single ranks end with "/" and the rank.
 _SIGN, _HEARD = "clue_dist/sign", "clue_dist/heard"
 _LATE, _FAILURE, _LOSS = "clue_dist/late", "clue_dist/failure", "clue_dist/loss"
 
@@ -36,14 +36,14 @@ class Signs(NamedTuple):
 
 
 class Bulletin:
-    """One rank's access to what the ranks write at the rendezvous store.
+    """One rank's access to what the ranks write at the rendezvous.
 
-    Every method raises RuntimeError where the process that serves the store has ended.
+    Every method raises RuntimeError where the process that serves the rendezvous has ended.
     """
 
-    def __init__(self, ranks: Ranks, store: Any) -> None:
+    def __init__(self, ranks: Ranks, rendezvous: Any) -> None:
         self._ranks = ranks
-        self._store = store
+        self._rendezvous = rendezvous
         self._sign = 0  # counts upward; what matters is that it changes
         self._last_signs: dict[int, tuple[str, float]] = {}  # by rank: the sign, when first seen
 
@@ -51,13 +51,13 @@ class Bulletin:
         """Give a sign of life and look at the signs of the other ranks."""
         self._sign += 1
         if not self._ranks.is_first:
-            self._store.set(f"{_SIGN}/{self._ranks.rank}", str(self._sign))
+            self._rendezvous.set(f"{_SIGN}/{self._ranks.rank}", str(self._sign))
             all_well = self._has_moved(0)
             return Signs(all_well, None if all_well else self._read(_LATE) or None)
         late = self._find_late_ranks()
-        self._store.set(_LATE, late or "")
+        self._rendezvous.set(_LATE, late or "")
         if late is None:
-            self._store.set(f"{_SIGN}/0", str(self._sign))
+            self._rendezvous.set(f"{_SIGN}/0", str(self._sign))
         return Signs(late is None, late)
 
     def announce_failure(self, failure: Failure) -> Failure:
@@ -66,8 +66,8 @@ class Bulletin:
         Returns:
             The failure that was announced first, by this rank or by another: it counts for all.
         """
-        first = self._store.compare_set(_FAILURE, "", json.dumps(failure))
-        self._store.set(f"{_HEARD}/{self._ranks.rank}", "1")
+        first = self._rendezvous.compare_set(_FAILURE, "", json.dumps(failure))
+        self._rendezvous.set(f"{_HEARD}/{self._ranks.rank}", "1")
         return Failure(*json.loads(first))
 
     def read_failure(self) -> Failure | None:
@@ -75,17 +75,17 @@ class Bulletin:
         text = self._read(_FAILURE)
         if not text:
             return None
-        self._store.set(f"{_HEARD}/{self._ranks.rank}", "1")
+        self._rendezvous.set(f"{_HEARD}/{self._ranks.rank}", "1")
         return Failure(*json.loads(text))
 
     def have_all_heard(self) -> bool:
         """Tell whether every rank has heard of the failure."""
         keys = [f"{_HEARD}/{rank}" for rank in range(self._ranks.world)]
-        return bool(self._store.check(keys))
+        return bool(self._rendezvous.check(keys))
 
     def announce_loss(self, message: str) -> None:
         """Tell the other ranks that a rank has ended, or is about to, without a failure."""
-        self._store.compare_set(_LOSS, "", message)
+        self._rendezvous.compare_set(_LOSS, "", message)
 
     def read_loss(self) -> str | None:
         """Read the loss that a rank announced."""
@@ -108,4 +108,4 @@ class Bulletin:
 
     def _read(self, key: str) -> str:
         """Read a text; "" where nobody has written it. `get` alone would wait for it."""
-        return self._store.get(key).decode() if self._store.check([key]) else ""
+        return self._rendezvous.get(key).decode() if self._rendezvous.check([key]) else ""

@@ -51,7 +51,7 @@ class Peers:
 
     Raises:
         RankError: there are several machines and no MASTER_ADDR.
-        LostError: the rendezvous store cannot be reached, or another rank was lost and an error
+        LostError: the rendezvous cannot be reached, or another rank was lost and an error
             here came of that.
         ClueError: another rank announced it, and an error here came of that.
     """
@@ -68,9 +68,9 @@ class Peers:
 
     def __enter__(self) -> Peers:
         if self._ranks.world > 1:
-            store = self._ranks.open_rendezvous_store(beside=True)
-            store.set_timeout(timedelta(seconds=SILENCE_LIMIT))
-            self._bulletin = Bulletin(self._ranks, store)
+            rendezvous = self._ranks.open_rendezvous(beside=True)
+            rendezvous.set_timeout(timedelta(seconds=SILENCE_LIMIT))
+            self._bulletin = Bulletin(self._ranks, rendezvous)
             self._signs = threading.Thread(target=self._exchange_signs, daemon=True)
             self._clock = threading.Thread(target=self._watch_clock, daemon=True)
             self._signs.start()
@@ -89,7 +89,7 @@ class Peers:
         except BaseException as error:
             if self._ranks.world > 1:
                 self._enter(PeerState.LEAVING, error)
-                with self._notice_lost_store():
+                with self._notice_lost_rendezvous():
                     self._announce_failure(error)
             raise
 
@@ -101,7 +101,7 @@ class Peers:
     ) -> None:
         if self._ranks.world == 1:
             return
-        try:  # the clock runs on: the other ranks, or the store, may not answer any more
+        try:  # the clock runs on: the other ranks, or the rendezvous, may not answer any more
             if error is None:
                 self._ranks.barrier()  # a rank that is done early must not seem lost to the others
             else:
@@ -156,9 +156,9 @@ class Peers:
         os._exit(error.exit_code)
 
     def _exchange_signs(self) -> None:
-        """Give signs of life and learn of the other ranks, as long as there is a store."""
+        """Give signs of life and learn of the other ranks, as long as the rendezvous answers."""
         while not self._closed.wait(SIGN_INTERVAL):
-            with self._notice_lost_store():
+            with self._notice_lost_rendezvous():
                 signs = self._bulletin.exchange_signs()
                 self._late = signs.late
                 if signs.all_well:
@@ -172,8 +172,8 @@ class Peers:
             self._enter(PeerState.LOST, _make_lost_error(message))
 
     @contextmanager
-    def _notice_lost_store(self) -> Iterator[None]:
-        """Take the end of the store for that of rank 0, which serves it."""
+    def _notice_lost_rendezvous(self) -> Iterator[None]:
+        """Take the end of the rendezvous for that of rank 0, which serves it."""
         try:
             yield
         except RuntimeError:
@@ -187,7 +187,7 @@ class Peers:
         """
         self._enter(PeerState.LEAVING, error)
         cause = None if isinstance(error, ClueError) else self._await_cause(error)
-        with self._notice_lost_store():
+        with self._notice_lost_rendezvous():
             self._inform_others(error)
         if cause is not None:
             raise cause from error
@@ -197,7 +197,7 @@ class Peers:
         limit = _CAUSE_LIMIT if isinstance(error, RuntimeError) else 0.0
         deadline = time.monotonic() + limit
         while True:
-            with self._notice_lost_store():
+            with self._notice_lost_rendezvous():
                 self._read_announcements()
                 # Read first: a rank that has announced an error may already be late.
                 if self._late is not None and limit:
@@ -216,7 +216,7 @@ class Peers:
                 f"rank {self._ranks.rank} has ended"
             )
             self._bulletin.announce_loss(loss.what)
-        if self._ranks.is_first:  # the store ends with this process
+        if self._ranks.is_first:  # the rendezvous ends with this process
             # A rank that is lost never hears; the others look at each of their signs.
             limit = self._silence_limit if has_announced else 2 * SIGN_INTERVAL
             deadline = time.monotonic() + limit

@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from clue_dist.checkpoint.deepspeed_internals import (
+from clue_dist.config import Config
+from clue_dist.deepspeed_internals import (
     deepspeed,
     disable_shared_memory_collectives,
 )
-from clue_dist.config import Config
 from clue_dist.model.clue import CLUE
 from clue_dist.model.initialise import initialise_model
 from clue_dist.objective import Objective

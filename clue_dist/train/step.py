@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clue_dist.checkpoint.deepspeed_internals import checks_gradients
 from clue_dist.checkpoint.saver import Saver
 from clue_dist.data.batch import Batch
+from clue_dist.deepspeed_internals import checks_gradients
 from clue_dist.resilience.stop_signals import StopFlag
 from clue_dist.train.schedule import compute_learning_rate
 from clue_dist.train.trainer import Trainer

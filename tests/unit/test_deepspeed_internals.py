@@ -4,7 +4,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from clue_dist.checkpoint import deepspeed_internals
+from clue_dist import deepspeed_internals
 from clue_dist.errors import ClueError
 
 
