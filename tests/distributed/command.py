@@ -120,8 +120,8 @@ def train_args(folder: Path, store: Path, name: str, *settings: str) -> list[str
 
 def best_weights(run_folder: Path) -> dict[str, Tensor]:
     found = sorted((run_folder / "best").glob("step-????????/weights.safetensors"))
-    there = [str(path.relative_to(run_folder)) for path in sorted(run_folder.rglob("*"))]
-    assert found, f"no best weights in {run_folder}, but {there}; {metrics(run_folder, 'event')}"
+    files = [str(path.relative_to(run_folder)) for path in sorted(run_folder.rglob("*"))]
+    assert found, f"no best weights in {run_folder}, but {files}; {metrics(run_folder, 'event')}"
     return load_file(found[-1])
 
 

@@ -30,27 +30,29 @@ def bench_args(folder: Path, name: str, *settings: str) -> list[str]:
 def test_it_measures_all_three_and_writes_nothing_but_its_json(folder: Path) -> None:
     out = folder / "one.json"
     done = python(*bench_args(folder, "one", "data.window_blocks=1"), "--json", str(out))
-    told = json.loads(out.read_text())
-    assert told["verdict"] == done.stdout.splitlines()[-1]
-    assert told["feeds"] == told["data"]["cells_per_s"] / told["model"]["cells_per_s"]
-    assert told["data"]["cells_per_s"] == told["data"]["batches_per_s"] * 64
-    assert told["data"]["non_zeros_per_s"] > told["data"]["cells_per_s"]
-    assert {"plan", "read and decode", "gather"} <= told["data"]["phases"].keys()
-    assert sum(told["data"]["phases"].values()) == pytest.approx(1)
+    report = json.loads(out.read_text())
+    assert report["verdict"] == done.stdout.splitlines()[-1]
+    assert report["feeds"] == report["data"]["cells_per_s"] / report["model"]["cells_per_s"]
+    assert report["data"]["cells_per_s"] == report["data"]["batches_per_s"] * 64
+    assert report["data"]["non_zeros_per_s"] > report["data"]["cells_per_s"]
+    assert {"plan", "read and decode", "gather"} <= report["data"]["phases"].keys()
+    assert sum(report["data"]["phases"].values()) == pytest.approx(1)
     parts = (
-        told["model"]["forward_ms"] + told["model"]["backward_ms"] + told["model"]["optimizer_ms"]
+        report["model"]["forward_ms"]
+        + report["model"]["backward_ms"]
+        + report["model"]["optimizer_ms"]
     )
-    assert 0.1 < parts / told["model"]["step_ms"] < 10
-    assert 0 <= told["both"]["waited"] < 1
+    assert 0.1 < parts / report["model"]["step_ms"] < 10
+    assert 0 <= report["both"]["waited"] < 1
     assert not (folder / "one").exists()
 
 
 def test_two_ranks_report_once_and_count_all_cells(folder: Path) -> None:
     out = folder / "two.json"
     done = run(*launched(2, *bench_args(folder, "two", "train.grad_accum=2"), "--json", str(out)))
-    told = json.loads(out.read_text())
-    assert told["about"]["ranks"] == 2
-    assert told["both"]["cells_per_s"] == pytest.approx(64e3 / told["both"]["step_ms"])
+    report = json.loads(out.read_text())
+    assert report["about"]["ranks"] == 2
+    assert report["both"]["cells_per_s"] == pytest.approx(64e3 / report["both"]["step_ms"])
     assert (done.stdout + done.stderr).count("is the limit") == 1
     assert not (folder / "two").exists()
 

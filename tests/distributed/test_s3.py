@@ -98,7 +98,7 @@ def test_what_is_not_there_ends_with_2_before_anything_starts(s3: S3, folder: Pa
         ["-m", "data_prep", "check", where],
     ]
     for command in commands:
-        told = python(*command, expect=2).stderr
-        assert f"no such bucket\n  where: {where}" in told
-        assert "Traceback" not in told
+        message = python(*command, expect=2).stderr
+        assert f"no such bucket\n  where: {where}" in message
+        assert "Traceback" not in message
     assert not (folder / "none").exists()

@@ -273,14 +273,14 @@ def test_bf16_trains_close_to_fp32(folder: Path, stage: int) -> None:
 
 @pytest.mark.parametrize("likelihood", ["zinb", "poisson", "bernoulli"])
 def test_other_likelihoods_and_the_mean_posterior_train(folder: Path, likelihood: str) -> None:
-    own = (
+    choices = (
         f"modalities.rna.likelihood={likelihood}",
         "model.posterior=mean",
         "objective.alignment=cosine",
     )
     elbo = ("objective.lambda_contrastive=0", "objective.lambda_self=1", "objective.lambda_cross=1")
     args = train_args(
-        folder, folder / "s.zarr", likelihood, "train.epochs=8", "log.every=5", *own, *elbo
+        folder, folder / "s.zarr", likelihood, "train.epochs=8", "log.every=5", *choices, *elbo
     )
     alone(*args)
     for term in ("self", "cross"):

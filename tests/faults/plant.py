@@ -178,11 +178,11 @@ def in_save(step: int, place: str, do: Callable[[], None]) -> None:
         save(self, state)
 
     def killing(path: Any, *rest: Any, **more: Any) -> Any:
-        mine = due[0] and word in str(path)
-        if mine and before:
+        is_due = due[0] and word in str(path)
+        if is_due and before:
             do()
         result = function(path, *rest, **more)
-        if mine:
+        if is_due:
             do()
         return result
 

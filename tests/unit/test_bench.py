@@ -39,26 +39,26 @@ def both(waited: float) -> TrainingSpeed:
 
 
 def test_the_model_is_the_limit_where_no_step_waits() -> None:
-    told = judge_speed(data(14_990), model(1_000), both(0.01), "cuda")
-    assert told == "the model is the limit: the loader could feed 14 such GPUs"
+    verdict = judge_speed(data(14_990), model(1_000), both(0.01), "cuda")
+    assert verdict == "the model is the limit: the loader could feed 14 such GPUs"
     assert judge_speed(data(1_590), model(1_000), both(0.0), "cpu").endswith(
         "could feed 1.5 such models"
     )
 
 
 def test_data_is_the_limit_where_steps_wait() -> None:
-    told = judge_speed(data(400), model(1_000), both(0.6), "cuda")
-    assert told.startswith(
+    verdict = judge_speed(data(400), model(1_000), both(0.6), "cuda")
+    assert verdict.startswith(
         "data is the limit: the model could take 2.5 times what the loader gives"
     )
-    assert "read and decode (60%)" in told
+    assert "read and decode (60%)" in verdict
 
 
 def test_a_loader_that_keeps_up_alone_but_not_beside_the_model_wants_cores() -> None:
-    told = judge_speed(data(3_000), model(1_000), both(0.3), "cuda")
-    assert "only beside the model" in told
-    assert "could feed 3.0 such GPUs" in told
-    assert "more CPU cores" in told
+    verdict = judge_speed(data(3_000), model(1_000), both(0.3), "cuda")
+    assert "only beside the model" in verdict
+    assert "could feed 3.0 such GPUs" in verdict
+    assert "more CPU cores" in verdict
 
 
 def test_shares_sum_to_one_and_name_the_rest() -> None:

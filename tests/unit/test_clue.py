@@ -27,13 +27,18 @@ def test_private_dimensions_follow_from_their_own_modality_alone() -> None:
     clue, observed = model.model.eval(), batch.observed
     a = clue.n_aligned
     assert (a, clue.n_private) == (D // 2, D // 2)
-    got = clue.encode_batch(batch)
-    for expert, joint in ((got.mean, got.joint_mean), (got.log_var, got.joint_log_var)):
+    encoded = clue.encode_batch(batch)
+    for expert, joint in (
+        (encoded.mean, encoded.joint_mean),
+        (encoded.log_var, encoded.joint_log_var),
+    ):
         expected, private = select_own_latent(expert)[..., a:], joint[..., a:]  # (B, K, .)
         torch.testing.assert_close(private[observed], expected[observed])
         assert (private[~observed] == 0).all()  # the prior
-    aligned = clue.combine(got.mean[..., :a], got.log_var[..., :a], observed)
-    torch.testing.assert_close((got.joint_mean[..., :a], got.joint_log_var[..., :a]), aligned)
+    aligned = clue.combine(encoded.mean[..., :a], encoded.log_var[..., :a], observed)
+    torch.testing.assert_close(
+        (encoded.joint_mean[..., :a], encoded.joint_log_var[..., :a]), aligned
+    )
     out = clue(batch, noise)
     assert out.z.shape == (B, K, K, a)
     assert out.contrast.shape == (2, B, K, K * a // 2)

@@ -78,10 +78,15 @@ def test_batch_arithmetic_is_shown(tmp_path: Path) -> None:
 
 def test_set_overrides_and_creates(tmp_path: Path) -> None:
     path = written(tmp_path, {"train": {"lr": 0.1}})
-    got = configs.load_config(
+    config = configs.load_config(
         path, ["train.lr=1e-4", "store=a b.zarr", "modalities.rna.weight=2", "train.epochs=auto"]
     )
-    assert (got.train.lr, got.store, got.modalities["rna"].weight, got.train.epochs) == (
+    assert (
+        config.train.lr,
+        config.store,
+        config.modalities["rna"].weight,
+        config.train.epochs,
+    ) == (
         1e-4,
         "a b.zarr",
         2.0,

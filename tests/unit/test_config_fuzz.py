@@ -63,12 +63,12 @@ def loaded(content: bytes, overrides: list[str]) -> Config | None:
         path = Path(folder) / "c.json"
         path.write_bytes(content)
         try:
-            got = configs.load_config(path, overrides)
+            config = configs.load_config(path, overrides)
         except ConfigError:
             return None
-        path.write_text(got.to_json())
-        assert configs.load_config(path) == got
-        return got
+        path.write_text(config.to_json())
+        assert configs.load_config(path) == config
+        return config
 
 
 @FUZZ
@@ -105,9 +105,9 @@ def test_any_bytes(content: bytes) -> None:
 
 def test_recipes_are_what_they_say() -> None:
     for recipe in RECIPES:
-        got = loaded(json.dumps(recipe).encode(), [])
-        assert got is not None
-        kept = got.model_dump(mode="json")
+        config = loaded(json.dumps(recipe).encode(), [])
+        assert config is not None
+        kept = config.model_dump(mode="json")
         assert all(kept["train"][key] == value for key, value in recipe.get("train", {}).items())
 
 

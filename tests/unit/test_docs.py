@@ -69,11 +69,11 @@ def test_every_setting_is_told_with_its_default() -> None:
     """No default is told as nothing, or as "auto" where the data decide."""
     settings = [*list_settings(Config), *list_settings(ModalityConfig)]
     wanted = sorted((name, format_default(default)) for name, default in settings)
-    got = sorted(
+    documented = sorted(
         (name, "" if default == "auto" and (name, "") in wanted else default)
         for name, default in read_documented_settings()
     )
-    assert got == wanted
+    assert documented == wanted
 
 
 def format_default(default: object) -> str:

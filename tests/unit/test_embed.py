@@ -70,20 +70,20 @@ def assert_rows(names, z, expected) -> None:
 
 def test_h5mu_holds_every_cell_once_with_its_own_z(store, loaded, expected, tmp_path):
     embed_store(loaded, store, tmp_path / "o.h5mu", run="runs/a", per_modality=True, batch_size=32)
-    got = md.read_h5mu(tmp_path / "o.h5mu")
-    assert got.obsm["X_clue"].shape == (151, 9)
-    assert_rows(got.obs_names, got.obsm["X_clue"], expected["joint"])
-    assert list(got.mod) == ["rna", "adt"]
-    for m in got.mod:
-        assert_rows(got[m].obs_names, got[m].obsm["X_clue"], expected[m])
-        assert got[m].X is None
-        assert list(got[m].var_names) == store.manifest.modalities[m].features
+    embedding = md.read_h5mu(tmp_path / "o.h5mu")
+    assert embedding.obsm["X_clue"].shape == (151, 9)
+    assert_rows(embedding.obs_names, embedding.obsm["X_clue"], expected["joint"])
+    assert list(embedding.mod) == ["rna", "adt"]
+    for m in embedding.mod:
+        assert_rows(embedding[m].obs_names, embedding[m].obsm["X_clue"], expected[m])
+        assert embedding[m].X is None
+        assert list(embedding[m].var_names) == store.manifest.modalities[m].features
     obs = store.segments["rna"].read_metadata(np.arange(41))
-    frame = got["rna"].obs.loc[obs.barcodes]
+    frame = embedding["rna"].obs.loc[obs.barcodes]
     assert list(frame["batch"]) == [store.manifest.batches[i] for i in obs.batch]
     assert list(frame["cell_type"]) == [store.manifest.labels[i] for i in obs.label]
-    assert list(got.obs.loc[obs.barcodes, "batch"]) == list(frame["batch"])
-    about = got.uns["clue_dist"]
+    assert list(embedding.obs.loc[obs.barcodes, "batch"]) == list(frame["batch"])
+    about = embedding.uns["clue_dist"]
     assert (about["run"], about["checkpoint"], about["fingerprint"]) == (
         "runs/a",
         "step-7",
@@ -101,12 +101,12 @@ def test_one_table_has_nan_where_a_modality_was_not_observed(
     out = tmp_path / f"o.{ending}"
     for _ in range(2):  # the second time over the first
         embed_store(loaded, store, out, run="r", per_modality=True)
-    got = ad.read_h5ad(out) if ending == "h5ad" else ad.read_zarr(out)
-    assert_rows(got.obs_names, got.obsm["X_clue"], expected["joint"])
+    embedding = ad.read_h5ad(out) if ending == "h5ad" else ad.read_zarr(out)
+    assert_rows(embedding.obs_names, embedding.obsm["X_clue"], expected["joint"])
     for m in ("rna", "adt"):
-        has = np.array([m in name.split("-")[0].split("+") for name in got.obs_names])
-        assert np.isnan(got.obsm[f"X_clue_{m}"][~has]).all()
-        assert_rows(got.obs_names[has], got.obsm[f"X_clue_{m}"][has], expected[m])
+        has = np.array([m in name.split("-")[0].split("+") for name in embedding.obs_names])
+        assert np.isnan(embedding.obsm[f"X_clue_{m}"][~has]).all()
+        assert_rows(embedding.obs_names[has], embedding.obsm[f"X_clue_{m}"][has], expected[m])
     assert [p.name for p in tmp_path.iterdir()] == [out.name]
 
 
@@ -115,9 +115,9 @@ def test_unknown_batch_and_label_are_left_out(tmp_path):
         tmp_path / "s.zarr", cells={"rna": 20}, features={"rna": 9}, batches=0, labels=0
     )
     embed_store(FakeLoaded(store.manifest.modalities), store, tmp_path / "o.h5ad", run="r")
-    got = ad.read_h5ad(tmp_path / "o.h5ad")
-    assert list(got.obs) == []
-    assert list(got.obsm) == ["X_clue"]
+    embedding = ad.read_h5ad(tmp_path / "o.h5ad")
+    assert list(embedding.obs) == []
+    assert list(embedding.obsm) == ["X_clue"]
 
 
 def test_cells_that_share_a_barcode_stay_apart(store, loaded, tmp_path, monkeypatch):
@@ -125,16 +125,17 @@ def test_cells_that_share_a_barcode_stay_apart(store, loaded, tmp_path, monkeypa
     shared = store.segments["adt"].read_metadata(np.arange(20)).barcodes
 
     def doubled(positions):
-        got = obs(positions)
+        metadata = obs(positions)
         return replace(
-            got, barcodes=np.where(positions < 20, shared[np.minimum(positions, 19)], got.barcodes)
+            metadata,
+            barcodes=np.where(positions < 20, shared[np.minimum(positions, 19)], metadata.barcodes),
         )
 
     monkeypatch.setattr(store.segments["rna"], "read_metadata", doubled)
     embed_store(loaded, store, tmp_path / "o.h5mu", run="r")
-    got = md.read_h5mu(tmp_path / "o.h5mu")
-    assert got.n_obs == 151
-    assert sorted(got.obs["barcode"]).count("adt-0") == 2
+    embedding = md.read_h5mu(tmp_path / "o.h5mu")
+    assert embedding.n_obs == 151
+    assert sorted(embedding.obs["barcode"]).count("adt-0") == 2
 
 
 # 4096 cells a batch: 3 batches, and a rank has none.
@@ -180,7 +181,7 @@ def test_ranks_write_what_one_writes(store, loaded, tmp_path, world, batch_size)
 
 
 @pytest.mark.parametrize(
-    ("features", "told"),
+    ("features", "listing"),
     [
         (["a", "b"], r"1 missing: c$"),
         (["a", "b", "c", "x"], r"1 extra: x$"),
@@ -188,7 +189,7 @@ def test_ranks_write_what_one_writes(store, loaded, tmp_path, world, batch_size)
         ([f"n{i}" for i in range(12)], r"3 missing: a, b, c; 12 extra: n0, .*n9 ... and 2 more$"),
     ],
 )
-def test_other_features_are_listed(store, features, told):
+def test_other_features_are_listed(store, features, listing):
     known = {
         "rna": store.manifest.modalities["rna"],
         "adt": Modality(kind="adt", storage="dense", features=["a", "b", "c"]),
@@ -202,7 +203,7 @@ def test_other_features_are_listed(store, features, told):
     with pytest.raises(StoreError, match="not the model's") as error:
         require_known_features(fake, known)
     assert "modality adt" in str(error.value)
-    assert re.search(told, str(error.value.got))
+    assert re.search(listing, str(error.value.got))
     assert "--features-from" in str(error.value.fix)
 
 
@@ -227,8 +228,8 @@ def test_outputs_that_cannot_be_are_refused_before_any_work(store, loaded, tmp_p
         embed_store(loaded, store, store.root, run="r")
     assert Store(store.root).fingerprint == store.fingerprint
     (tmp_path / "file").write_text("")
-    for folder, told in (("file", "is a file"), ("nowhere", "does not exist")):
-        with pytest.raises(ConfigError, match=f"no such folder[\\s\\S]*{told}"):
+    for folder, reason in (("file", "is a file"), ("nowhere", "does not exist")):
+        with pytest.raises(ConfigError, match=f"no such folder[\\s\\S]*{reason}"):
             embed_store(loaded, store, tmp_path / folder / "o.h5mu", run="r")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
@@ -283,7 +284,7 @@ def test_nan_is_refused_and_the_earlier_output_stands(store, loaded, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (
             ["--run", "x" * 300, "--store", "s.zarr", "--out", "o.h5ad"],
@@ -296,12 +297,12 @@ def test_nan_is_refused_and_the_earlier_output_stands(store, loaded, tmp_path):
         ),
     ],
 )
-def test_what_is_mistyped_is_told(words, told):
+def test_what_is_mistyped_is_told(words, message):
     done = subprocess.run(
         [sys.executable, "launch/embed.py", *words], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 2
-    assert told in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -29,7 +29,7 @@ def store(tmp_path_factory):
 def test_every_cell_that_carries_both_counts(store, tmp_path):
     loaded = FakeLoaded(store.manifest.modalities)
     evaluate_store(loaded, store, tmp_path / "scores.json", run="runs/a", batch_size=16)
-    got = json.loads((tmp_path / "scores.json").read_text())
+    scores = json.loads((tmp_path / "scores.json").read_text())
     pairs = {
         "rna->adt": 110,
         "adt->rna": 110,
@@ -38,9 +38,9 @@ def test_every_cell_that_carries_both_counts(store, tmp_path):
         "adt->atac": 40,
         "atac->adt": 40,
     }
-    assert {name: entry["cells"] for name, entry in got.items() if name != "about"} == pairs
-    assert got["about"]["fingerprint"] == store.fingerprint
-    assert (got["about"]["run"], got["about"]["checkpoint"], got["about"]["cells"]) == (
+    assert {name: entry["cells"] for name, entry in scores.items() if name != "about"} == pairs
+    assert scores["about"]["fingerprint"] == store.fingerprint
+    assert (scores["about"]["run"], scores["about"]["checkpoint"], scores["about"]["cells"]) == (
         "runs/a",
         "step-7",
         135,
@@ -57,16 +57,16 @@ def test_every_cell_that_carries_both_counts(store, tmp_path):
     args = np.concatenate(z["rna"]), np.concatenate(z["adt"]), np.concatenate(batch)
     both, directed = matching.compute_scores(*args), matching.score_directions(*args)
     for scope in matching.SCOPES:
-        assert got["rna->adt"][scope] == pytest.approx(both[scope], abs=1e-6)
-        assert got["adt->rna"][scope] == got["rna->adt"][scope]
-        assert got["rna->adt"]["directed"][scope] == pytest.approx(
+        assert scores["rna->adt"][scope] == pytest.approx(both[scope], abs=1e-6)
+        assert scores["adt->rna"][scope] == scores["rna->adt"][scope]
+        assert scores["rna->adt"]["directed"][scope] == pytest.approx(
             directed["forward"][scope], abs=1e-6
         )
-        assert got["adt->rna"]["directed"][scope] == pytest.approx(
+        assert scores["adt->rna"]["directed"][scope] == pytest.approx(
             directed["backward"][scope], abs=1e-6
         )
     assert [p.name for p in tmp_path.iterdir()] == ["scores.json"]
-    lines = format_scores(got).splitlines()
+    lines = format_scores(scores).splitlines()
     assert len(lines) == 2 + 2 * len(pairs)
     assert lines[2].split()[:3] == ["rna->adt", "global", "110"]
 
@@ -114,11 +114,11 @@ def test_a_part_of_the_cells(store, tmp_path):
     assert sum(taken.values()) == 50
     assert all(0 < n <= CELLS[s] for s, n in taken.items())
     assert "rna" not in taken
-    got = evaluate_store(
+    scores = evaluate_store(
         FakeLoaded(store.manifest.modalities), store, tmp_path / "s.json", run="r", max_cells=50
     )
-    assert got["about"]["cells"] == 50
-    assert got["rna->adt"]["cells"] == taken["rna+adt"] + taken["rna+adt+atac"]
+    assert scores["about"]["cells"] == 50
+    assert scores["rna->adt"]["cells"] == taken["rna+adt"] + taken["rna+adt+atac"]
     assert sum(count_paired_cells(store, 10**9).values()) == 135
 
 

@@ -79,8 +79,10 @@ def test_the_config_names_the_likelihoods_that_exist() -> None:
 def test_equals_scipy(name: str) -> None:
     x = counts() if name != "normal" else np.random.default_rng(2).normal(size=(N, M))
     p = params(name, np.abs(x))
-    got = compute_log_likelihood(LIKELIHOODS[name], torch.tensor(x, dtype=torch.float32), p)
-    np.testing.assert_allclose(got.numpy(), oracle(name, x, p), rtol=2e-5)
+    log_likelihood = compute_log_likelihood(
+        LIKELIHOODS[name], torch.tensor(x, dtype=torch.float32), p
+    )
+    np.testing.assert_allclose(log_likelihood.numpy(), oracle(name, x, p), rtol=2e-5)
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -134,8 +136,10 @@ def test_random_features_estimate_the_whole_sum_without_bias(name: str) -> None:
 def test_only_takes_the_columns_asked_for() -> None:
     x = counts()
     keep = torch.tensor([0, 3, 4, 20])
-    got = select_features(sparse(x), keep)
-    dense = torch.sparse_csr_tensor(got.indptr, got.indices, got.values, (N, 4)).to_dense()
+    selected = select_features(sparse(x), keep)
+    dense = torch.sparse_csr_tensor(
+        selected.indptr, selected.indices, selected.values, (N, 4)
+    ).to_dense()
     np.testing.assert_array_equal(dense.numpy(), x[:, keep.numpy()])
     torch.testing.assert_close(
         compute_library_size(sparse(x)), torch.tensor(x.sum(1), dtype=torch.float32)
@@ -163,14 +167,14 @@ def test_without_overdispersion_it_is_a_poisson_and_its_dispersion_rests(
     gate = torch.full((N, M), -30.0) if name == "zinb" else None
     log_r = torch.full((M,), theta, requires_grad=True)
     rate, library = torch.full((N, M), -3.0), torch.full((N, 1), 20.0)
-    got = compute_log_likelihood(
+    log_likelihood = compute_log_likelihood(
         LIKELIHOODS[name], x, LikelihoodParameters(rate, log_r, library, gate)
     )
     want = compute_log_likelihood(
         LIKELIHOODS["poisson"], x, LikelihoodParameters(rate, log_r, library)
     )
-    torch.testing.assert_close(got, want, rtol=0.01, atol=0.3)
-    got.sum().backward()
+    torch.testing.assert_close(log_likelihood, want, rtol=0.01, atol=0.3)
+    log_likelihood.sum().backward()
     assert (log_r.grad == 0).all()
 
 
@@ -179,9 +183,9 @@ def test_rising_factorial_and_its_gradient_are_those_of_float64() -> None:
     x = torch.tensor([0.0, 1, 2, 5, 20, 300, 50_000]).expand(200, 7)
     exact = r.detach().double().requires_grad_()
     want = torch.lgamma(exact + x.double()) - torch.lgamma(exact)
-    got = compute_log_rising_factorial(r, x)
-    torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=2e-5)
-    got.sum().backward()
+    rising = compute_log_rising_factorial(r, x)
+    torch.testing.assert_close(rising.double(), want, rtol=2e-6, atol=2e-5)
+    rising.sum().backward()
     want.sum().backward()
     torch.testing.assert_close(r.grad.double(), exact.grad, rtol=2e-5, atol=1e-6)
 

@@ -123,11 +123,11 @@ def test_blocks_stay_while_a_slow_thread_gathers_from_them(
 def test_batch_codes_come_with_their_cells(store: Store) -> None:
     plan = plan_of(store)
     with Loader(store, plan) as loader:
-        got = next(loader).batch_code.numpy()
+        codes = next(loader).batch_code.numpy()
     want = np.concatenate(
         [r.read_codes("batch", plan.select_cells(0, s)) for s, r in store.segments.items()]
     )
-    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(codes, want)
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -311,8 +311,10 @@ def test_what_sixteen_ranks_are_served_while_blocks_are_replaced(tmp_path: Path)
     for rank in (0, 7):
         with Loader(store, plan, rank=rank, world=16) as loader:
             for step in range(200):
-                got = next(loader).modalities["adt"].counts
-                np.testing.assert_array_equal(got, known[plan.select_cells(step, "adt")[rank::16]])
+                counts = next(loader).modalities["adt"].counts
+                np.testing.assert_array_equal(
+                    counts, known[plan.select_cells(step, "adt")[rank::16]]
+                )
 
 
 def test_too_few_slots_are_an_error_not_other_cells(

@@ -27,9 +27,9 @@ def test_what_the_system_says_of_a_file(
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "lstat", refused)
-        with pytest.raises(StoreError) as told:
+        with pytest.raises(StoreError) as raised:
             Store(root)
-    assert told.value.exit_code == code
+    assert raised.value.exit_code == code
 
 
 @pytest.mark.parametrize(

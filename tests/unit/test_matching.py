@@ -73,9 +73,9 @@ def assert_equal_to_dense(u1: np.ndarray, u2: np.ndarray, batch: np.ndarray) -> 
     both = matching.compute_scores(u1, u2, batch)
     for scope in matching.SCOPES:
         for metric in matching.METRICS:
-            got = [directed[d][scope][metric] for d in matching.DIRECTIONS]
+            found = [directed[d][scope][metric] for d in matching.DIRECTIONS]
             np.testing.assert_allclose(
-                got, expected[scope][metric], atol=1e-12, err_msg=f"{scope} {metric}"
+                found, expected[scope][metric], atol=1e-12, err_msg=f"{scope} {metric}"
             )
             assert both[scope][metric] == pytest.approx(np.mean(expected[scope][metric]), abs=1e-12)
 
@@ -135,10 +135,10 @@ def test_scores_equal_the_protocol_script(n, width, noise, monkeypatch):
     batch = np.array([f"b{i % 3}" if i % 50 else "alone" if i == 50 else "b0" for i in range(n)])
     if n == 2:
         batch[:] = "b"
-    expected, got = score.scores(u1, u2, batch), matching.compute_scores(u1, u2, batch)
+    expected, found = score.scores(u1, u2, batch), matching.compute_scores(u1, u2, batch)
     for scope in matching.SCOPES:
         for metric in matching.METRICS:
-            assert got[scope][metric] == pytest.approx(expected[scope][metric], abs=1e-9), (
+            assert found[scope][metric] == pytest.approx(expected[scope][metric], abs=1e-9), (
                 scope,
                 metric,
             )
@@ -215,11 +215,11 @@ def test_foscttm_alone_is_the_global_foscttm():
 def test_knowing_nothing_scores_chance():
     rng = np.random.default_rng(0)
     batch = np.arange(600) % 3
-    got = matching.compute_scores(rng.normal(size=(600, 10)), rng.normal(size=(600, 10)), batch)
+    found = matching.compute_scores(rng.normal(size=(600, 10)), rng.normal(size=(600, 10)), batch)
     expected = matching.compute_chance(batch)
     for scope in matching.SCOPES:
-        assert got[scope]["foscttm"] == pytest.approx(0.5, abs=0.03)
-        assert got[scope]["recall10"] == pytest.approx(expected[scope]["recall10"], rel=0.5)
+        assert found[scope]["foscttm"] == pytest.approx(0.5, abs=0.03)
+        assert found[scope]["recall10"] == pytest.approx(expected[scope]["recall10"], rel=0.5)
     assert expected["global"] == {"foscttm": 0.5, "match": 1 / 600, "recall10": 10 / 600}
     assert expected["within_batch"] == {"foscttm": 0.5, "match": 3 / 600, "recall10": 30 / 600}
 

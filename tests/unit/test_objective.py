@@ -39,7 +39,7 @@ def output(seed: int = 0) -> CLUEOutput:
 
 def test_elbo_self_is_eq_5() -> None:
     out, weight, beta = output(), torch.tensor([1.0, 0.5, 0.1]), 0.7
-    got = compute_elbo_self(out, OBSERVED, weight, beta)
+    elbo = compute_elbo_self(out, OBSERVED, weight, beta)
     p = out.posterior
     for c in range(B):
         want = sum(
@@ -51,12 +51,12 @@ def test_elbo_self_is_eq_5() -> None:
             for k in range(K)
             if OBSERVED[c, k]
         )
-        assert float(got[c]) == pytest.approx(want, rel=1e-5, abs=1e-5)
+        assert float(elbo[c]) == pytest.approx(want, rel=1e-5, abs=1e-5)
 
 
 def test_elbo_cross_is_eq_8() -> None:
     out, weight, beta = output(), torch.tensor([1.0, 0.5, 0.1]), 0.7
-    got = compute_elbo_cross(out, OBSERVED, weight, beta)
+    elbo = compute_elbo_cross(out, OBSERVED, weight, beta)
     p = out.posterior
     for c in range(B):
         want = 0.0
@@ -64,7 +64,7 @@ def test_elbo_cross_is_eq_8() -> None:
             reconstruction = float(out.ln_cross[c, k]) if OBSERVED[c, k] else 0.0
             kl = kl64(p.joint_mean[c, k].double().numpy(), p.joint_log_var[c, k].double().numpy())
             want += float(weight[k]) * (reconstruction - beta * kl)
-        assert float(got[c]) == pytest.approx(want, rel=1e-5, abs=1e-5)
+        assert float(elbo[c]) == pytest.approx(want, rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize("cosine", [False, True])
@@ -110,8 +110,8 @@ def test_info_nce_over_pairs_both_directions(within: bool) -> None:
                 rivals = [e for e in both if not within or code[e] == code[c]]
                 logits = {e: math.exp(1.3) * unit[c, a] @ unit[e, b] for e in rivals}
                 losses.append(math.log(sum(math.exp(v) for v in logits.values())) - logits[c])
-    got = compute_info_nce(z, OBSERVED, code, log_scale, within)
-    assert float(got) == pytest.approx(np.mean(losses), rel=1e-5)
+    info_nce = compute_info_nce(z, OBSERVED, code, log_scale, within)
+    assert float(info_nce) == pytest.approx(np.mean(losses), rel=1e-5)
 
 
 def test_total_loss_is_eq_15_and_plays_the_min_max() -> None:

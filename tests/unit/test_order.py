@@ -77,9 +77,9 @@ def global_batches(
     return out
 
 
-def equal(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> None:
-    assert got.keys() == want.keys()
-    for stratum, cells in got.items():
+def equal(found: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> None:
+    assert found.keys() == want.keys()
+    for stratum, cells in found.items():
         np.testing.assert_array_equal(cells, want[stratum])
 
 
@@ -104,10 +104,10 @@ def test_a_run_resumed_on_other_ranks_serves_what_one_run_through_does(
     """The run through also serves every cell once in each pass of its stratum."""
     plan, world = chosen
     steps = max(-(-2 * plan.segment_sizes[s] // n) for s, n in plan.stratum_shares.items())
-    at = data.draw(st.integers(0, steps - 1), "resumed at")
+    resume_step = data.draw(st.integers(0, steps - 1), "resumed at")
     through = global_batches(store, plan, 0, steps, 1)
-    resumed = global_batches(store, plan, at, min(steps - at, 6), world)
-    equal(resumed, {s: cells[at : at + 6] for s, cells in through.items()})
+    resumed = global_batches(store, plan, resume_step, min(steps - resume_step, 6), world)
+    equal(resumed, {s: cells[resume_step : resume_step + 6] for s, cells in through.items()})
     for stratum, cells in through.items():
         n = plan.segment_sizes[stratum]
         for one in cells.reshape(-1)[: cells.size // n * n].reshape(-1, n):

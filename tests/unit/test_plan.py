@@ -89,17 +89,17 @@ def test_a_batch_is_as_mixed_as_independent_draws() -> None:
     plan = CellPlan(3, {"s": n}, {"s": size}, 8, 16, 64)
     rng = np.random.default_rng(0)
     plate = rng.permutation(n) < n // 2  # spread over the blocks, as the store is shuffled
-    got = np.array([plate[plan.select_cells(t, "s")].mean() for t in range(n // size)])
+    means = np.array([plate[plan.select_cells(t, "s")].mean() for t in range(n // size)])
     expected = (0.25 / size) ** 0.5
-    assert 0.7 * expected < got.std() < 1.3 * expected
-    assert abs(np.corrcoef(got[:-1], got[1:])[0, 1]) < 0.25
+    assert 0.7 * expected < means.std() < 1.3 * expected
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.25
 
 
 def test_shares_divide_into_lanes_and_leave_no_stratum_out() -> None:
-    got = share_slots(512, 8, {"a": 5, "b": 1, "c": 0.001})
-    assert sum(got.values()) == 512
-    assert all(n % 8 == 0 and n >= 8 for n in got.values())
-    assert got["a"] > 4 * got["b"]
+    slots = share_slots(512, 8, {"a": 5, "b": 1, "c": 0.001})
+    assert sum(slots.values()) == 512
+    assert all(n % 8 == 0 and n >= 8 for n in slots.values())
+    assert slots["a"] > 4 * slots["b"]
 
 
 def test_too_small_a_batch_shows_the_arithmetic() -> None:
@@ -110,9 +110,11 @@ def test_too_small_a_batch_shows_the_arithmetic() -> None:
 
 
 def test_weights_give_paired_cells_their_share() -> None:
-    got = weigh_strata({"p": 100, "q": 300, "u": 600}, {"p": True, "q": True, "u": False}, 0.5, 64)
-    assert got["p"] + got["q"] == pytest.approx(0.5)
-    assert got["q"] == pytest.approx(3 * got["p"])
+    weights = weigh_strata(
+        {"p": 100, "q": 300, "u": 600}, {"p": True, "q": True, "u": False}, 0.5, 64
+    )
+    assert weights["p"] + weights["q"] == pytest.approx(0.5)
+    assert weights["q"] == pytest.approx(3 * weights["p"])
     assert weigh_strata({"u": 10, "v": 30}, {"u": False, "v": False}, "auto", 64) == {
         "u": 10.0,
         "v": 30.0,
@@ -132,8 +134,8 @@ def test_weights_give_paired_cells_their_share() -> None:
 def test_auto_favours_pairs_but_takes_half_of_them_at_most(
     pairs: int, single: int, share: float
 ) -> None:
-    got = weigh_strata({"p": pairs, "u": single}, {"p": True, "u": False}, "auto", 512)
-    assert got == pytest.approx({"p": share, "u": 1 - share})
+    weights = weigh_strata({"p": pairs, "u": single}, {"p": True, "u": False}, "auto", 512)
+    assert weights == pytest.approx({"p": share, "u": 1 - share})
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**63))

@@ -113,14 +113,14 @@ def test_what_inspect_tells(root: Path) -> None:
     assert found["batches"] == {"b": 100}
     assert found["labels"] == {"B": 40, "T": 40, "(unknown)": 20}
     text = inspect.format_facts(found)
-    for told in (
+    for fact in (
         "100 cells",
         "bytes per non-zero",
         "in.h5mu/mod/adt -> adt: 80 cells",
         found["fingerprint"],
         "(unknown) 20",
     ):
-        assert told in text
+        assert fact in text
 
 
 def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -160,8 +160,8 @@ def test_rows_that_are_not_coded_as_the_manifest_says(root: Path) -> None:
         "rna+adt": stratum.model_copy(update={"packed": packed}),
     }
     resign(root, strata=strata, codec="fast")  # which compresses binary codes as it does others
-    told = "lengths that do not fit the codes", "beyond the last"
-    assert any(words in problem for problem in check_store(root) for words in told)
+    expected = "lengths that do not fit the codes", "beyond the last"
+    assert any(words in problem for problem in check_store(root) for words in expected)
 
 
 def test_metadata_and_what_the_fingerprint_leaves_out(root: Path) -> None:

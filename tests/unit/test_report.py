@@ -194,9 +194,9 @@ def test_profiles_of_one_table_leave_out_what_was_not_observed(tmp_path):
         obsm={"X_clue": z, "X_clue_rna": alone, "X_clue_adt": z},
     )
     table.write_h5ad(tmp_path / "o.h5ad")
-    got = read_profiles(tmp_path / "o.h5ad")
-    assert sorted(got.modality) == ["adt"] * 6 + ["rna"] * 4
-    assert set(got.batch) == {UNKNOWN}
+    profiles = read_profiles(tmp_path / "o.h5ad")
+    assert sorted(profiles.modality) == ["adt"] * 6 + ["rna"] * 4
+    assert set(profiles.batch) == {UNKNOWN}
     del table.obsm["X_clue_rna"], table.obsm["X_clue_adt"]
     table.write_h5ad(tmp_path / "joint.h5ad")
     assert read_profiles(tmp_path / "joint.h5ad").modality.tolist() == ["all observed"] * 6

@@ -38,10 +38,10 @@ def test_any_order_and_type_comes_back(dtype: type, bits: int) -> None:
     dense = np.minimum(dense, 1) if bits == 0 else dense
     order = rng.permutation(40)
     x = sp.csr_matrix(dense.astype(dtype))
-    got = [try_code_rows(csr(part), bits) for part in (x[:25], x[25:])]
-    rows = join_rows([part for part, _ in got], order)
+    coded = [try_code_rows(csr(part), bits) for part in (x[:25], x[25:])]
+    rows = join_rows([part for part, _ in coded], order)
     np.testing.assert_array_equal(rows.to_csr(700).to_scipy().toarray(), dense[order])
-    assert max(largest for _, largest in got) == dense.max()
+    assert max(largest for _, largest in coded) == dense.max()
 
 
 @pytest.mark.parametrize("far", [80, 200, 1000, 70_000])  # rest of none, of one, two or four bytes
@@ -92,8 +92,8 @@ def test_kernels_run_as_plain_python() -> None:
     script = """
 import numpy as np
 from clue_dist.store.rows import CsrRows, code_rows
-got = code_rows(CsrRows(np.array([0, 2, 3]), np.array([1, 9, 4]), np.ones(3), 10), 2).to_csr(10)
-print(got.indices.tolist(), got.indptr.tolist())
+coded = code_rows(CsrRows(np.array([0, 2, 3]), np.array([1, 9, 4]), np.ones(3), 10), 2).to_csr(10)
+print(coded.indices.tolist(), coded.indptr.tolist())
 """
     env = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
     done = subprocess.run(
@@ -107,9 +107,9 @@ def test_rows_of_ones_need_no_bits_for_them(density: float) -> None:
     x = sp.random(60, 3000, density, "csr", random_state=1)
     x.data[:] = 1
     rows = csr(x)
-    want, got = code_rows(rows, 0), recode_rows_as_binary(code_rows(rows, COUNT_BITS))
+    want, recoded = code_rows(rows, 0), recode_rows_as_binary(code_rows(rows, COUNT_BITS))
     for name in ("codes", "rest", "lengths", "bits"):
-        np.testing.assert_array_equal(getattr(got, name), getattr(want, name))
+        np.testing.assert_array_equal(getattr(recoded, name), getattr(want, name))
     if density:
         x.data[-1] = 2
         with pytest.raises(ValueError, match="a count above 1"):
@@ -121,8 +121,8 @@ def test_the_largest_count_and_the_farthest_gap_fit() -> None:
         ([LARGEST_COUNT, 1, LARGEST_COUNT], ([0, 0, 1], [0, 2**31 - 2, 2**31 - 2])),
         shape=(2, 2**31 - 1),
     )
-    got, largest = try_code_rows(csr(x), COUNT_BITS)
-    back = got.to_csr(2**31 - 1)
+    coded, largest = try_code_rows(csr(x), COUNT_BITS)
+    back = coded.to_csr(2**31 - 1)
     assert largest == LARGEST_COUNT
     assert back.indices.tolist() == [0, 2**31 - 2, 2**31 - 2]
     assert back.values.tolist() == [LARGEST_COUNT, 1, LARGEST_COUNT]

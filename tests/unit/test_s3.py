@@ -61,9 +61,9 @@ def url(s3: S3, local: Store) -> str:
 
 
 def blocks(store: Store) -> CodedBlocks:
-    got = store.segments["rna+adt"].read_blocks("rna", np.arange(13))
-    assert isinstance(got, CodedBlocks)
-    return got
+    coded = store.segments["rna+adt"].read_blocks("rna", np.arange(13))
+    assert isinstance(coded, CodedBlocks)
+    return coded
 
 
 # --- the same cells ---
@@ -73,10 +73,10 @@ def test_every_cell_is_the_same(local: Store, url: str) -> None:
     remote = Store(url)
     assert str(remote.root) == url
     assert remote.fingerprint == local.fingerprint
-    for name, there in remote.segments.items():
-        here, all_cells = local.segments[name], np.arange(there.n_cells)
-        for m in there.modalities:
-            a, b = here.read_rows(m, all_cells), there.read_rows(m, all_cells)
+    for name, remote_segment in remote.segments.items():
+        local_segment, all_cells = local.segments[name], np.arange(remote_segment.n_cells)
+        for m in remote_segment.modalities:
+            a, b = local_segment.read_rows(m, all_cells), remote_segment.read_rows(m, all_cells)
             pairs = (
                 [(a, b)]
                 if isinstance(a, np.ndarray)
@@ -85,15 +85,16 @@ def test_every_cell_is_the_same(local: Store, url: str) -> None:
             for x, y in pairs:
                 np.testing.assert_array_equal(x, y)
         np.testing.assert_array_equal(
-            here.read_metadata(all_cells).barcodes, there.read_metadata(all_cells).barcodes
+            local_segment.read_metadata(all_cells).barcodes,
+            remote_segment.read_metadata(all_cells).barcodes,
         )
 
 
 def test_the_loader_serves_the_same_batches(local: Store, url: str) -> None:
     plan = CellPlan(5, {"rna+adt": 203, "adt": 70}, {"rna+adt": 16, "adt": 8}, 4, 2, 16)
-    with Loader(local, plan) as here, Loader(Store(url), plan) as there:
+    with Loader(local, plan) as local_batches, Loader(Store(url), plan) as remote_batches:
         for _ in range(20):
-            a, b = next(here), next(there)
+            a, b = next(local_batches), next(remote_batches)
             assert torch.equal(a.batch_code, b.batch_code)
             for name in ("rna", "adt"):
                 x, y = (dense(batch.modalities[name].counts) for batch in (a, b))
@@ -214,8 +215,8 @@ def test_damaged_objects_raise_and_never_give_other_values(s3: S3, local: Store,
     key, right, store = f"deep/s.zarr/{SHARD}", blocks(local).codes, Store(url)
     good, rng = s3.get(key), np.random.default_rng(0)
     flipped = [
-        good[:at] + bytes([good[at] ^ 1 << at % 8]) + good[at + 1 :]
-        for at in rng.integers(0, len(good), 40)
+        good[:position] + bytes([good[position] ^ 1 << position % 8]) + good[position + 1 :]
+        for position in rng.integers(0, len(good), 40)
     ]
     caught = []
     for damaged in [*flipped, good[:-1], good[: len(good) // 2], good[1:], b""]:
@@ -246,8 +247,8 @@ def test_a_manifest_that_was_cut_off_or_edited(s3: S3, url: str) -> None:
 
 def test_check_lists_what_is_wrong_and_inspect_reads(s3: S3, local: Store, url: str) -> None:
     assert check_store(url) == []
-    here, there = inspect.collect_facts(str(local.root)), inspect.collect_facts(url)
-    assert there == here | {"store": url}
+    local_facts, remote_facts = inspect.collect_facts(str(local.root)), inspect.collect_facts(url)
+    assert remote_facts == local_facts | {"store": url}
     keys = sorted(local.manifest.shards)
     good = s3.get(f"deep/s.zarr/{keys[0]}")
     s3.put(f"deep/s.zarr/{keys[0]}", good[:5] + bytes([good[5] ^ 1]) + good[6:])
@@ -320,12 +321,12 @@ def test_an_svd_is_read_and_may_be_missing(s3: S3, tmp_path: Path) -> None:
     assert svd.read_svd(parse_location(url), store.manifest, "rna") is None
     compute_svd(str(store.root), [], SvdOptions(components=3), ThreadPool(1))
     url = s3.upload(tmp_path / "s.zarr", "with.zarr")
-    here, there = (
+    local_svd, remote_svd = (
         svd.read_svd(parse_location(root), store.manifest, "rna") for root in (str(store.root), url)
     )
-    assert here is not None
-    assert there is not None
-    np.testing.assert_array_equal(here.loadings, there.loadings)
+    assert local_svd is not None
+    assert remote_svd is not None
+    np.testing.assert_array_equal(local_svd.loadings, remote_svd.loadings)
     assert check_store(url) == []
     # A server whose objects may not be listed answers so for a missing one.
     s3.gate.always = "403"

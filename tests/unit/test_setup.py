@@ -50,8 +50,8 @@ def test_holdout_has_a_ceiling(tmp_path: Path) -> None:
 def test_auto_batch_grows_with_the_data_and_divides_into_lanes(
     cells: int, low: int, high: int
 ) -> None:
-    got = resolve_auto_settings(Config(data=DataConfig(lanes=8)), cells)
-    assert low <= got.data.batch_size <= high
+    resolved = resolve_auto_settings(Config(data=DataConfig(lanes=8)), cells)
+    assert low <= resolved.data.batch_size <= high
     assert resolve_auto_settings(Config(data=DataConfig(lanes=48)), cells).data.batch_size % 48 == 0
 
 

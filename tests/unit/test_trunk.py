@@ -55,10 +55,14 @@ def test_normalise(how: str) -> None:
     np.testing.assert_allclose(dense, want, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(in_numpy.normalise_rows(X, how, idf), want, rtol=1e-5, atol=1e-6)
     if how != "clr":  # would not stay sparse
-        got = normalise_counts(sparse(X), how, torch.tensor(idf))
-        assert isinstance(got, SparseCounts)
+        normalised = normalise_counts(sparse(X), how, torch.tensor(idf))
+        assert isinstance(normalised, SparseCounts)
         np.testing.assert_allclose(
-            sp.csr_matrix((got.values, got.indices, got.indptr), X.shape).toarray(), want, rtol=1e-5
+            sp.csr_matrix(
+                (normalised.values, normalised.indices, normalised.indptr), X.shape
+            ).toarray(),
+            want,
+            rtol=1e-5,
         )
         np.testing.assert_allclose(
             in_numpy.normalise_rows(sp.csr_matrix(X), how, idf).toarray(), want, rtol=1e-5
@@ -108,7 +112,7 @@ def test_initialised_projection_is_pca_of_the_training_cells(tmp_path: Path) -> 
     left, singular, _ = np.linalg.svd(standard, full_matrices=False)
     batch = read_batch(store, "rna", np.arange(60))
     trunk = model.get_trunk("rna")
-    got = (
+    reduced = (
         trunk.projection(
             normalise_counts(batch.modalities["rna"].counts, trunk.normalisation, trunk.idf)
         )
@@ -119,7 +123,9 @@ def test_initialised_projection_is_pca_of_the_training_cells(tmp_path: Path) -> 
     want = want * (160 * 6 / (singular[:6] ** 2).sum()) ** 0.5  # of mean square one
     # Three cell types make two clear components; the others are noise of near-equal strength.
     clear = slice(0, 2)
-    np.testing.assert_allclose(np.abs(got[:, clear]), np.abs(want[:, clear]), rtol=0.01, atol=0.01)
+    np.testing.assert_allclose(
+        np.abs(reduced[:, clear]), np.abs(want[:, clear]), rtol=0.01, atol=0.01
+    )
 
 
 def test_more_components_than_cells_is_fine(tmp_path: Path) -> None:
@@ -165,10 +171,10 @@ def test_inverse_dispersions_start_at_what_the_moments_say(dense: bool, likeliho
     decoder = Decoder(likelihood, len(r), 1, 3, DecoderConfig(hidden=4))
     with torch.no_grad():
         _set_decoder_start(decoder, counts if dense else sp.csr_matrix(counts))
-    got = decoder.theta.weight.detach().exp().numpy()
-    np.testing.assert_allclose(got[:3], r[:3], rtol=0.1)
-    assert got[3] > 50
-    assert np.isfinite(got).all()
+    dispersion = decoder.theta.weight.detach().exp().numpy()
+    np.testing.assert_allclose(dispersion[:3], r[:3], rtol=0.1)
+    assert dispersion[3] > 50
+    assert np.isfinite(dispersion).all()
 
 
 @pytest.mark.parametrize("x", [np.zeros((5, 4)), np.diag([9.0, 9, 9, 9]).repeat(20, 0)])
