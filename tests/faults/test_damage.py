@@ -18,10 +18,7 @@ from clue_dist.checkpoint import resuming, run_folder
 from clue_dist.errors import ResumeError
 from clue_dist.ranks import Ranks
 from clue_dist.store.writer import hash_file
-from tests.distributed.command import (
-    alone,
-    run,
-)
+from tests.distributed.command import alone, run
 from tests.faults.command import saved_steps
 from tests.faults.whole_run import make_arguments, train_whole_run
 

@@ -31,6 +31,40 @@ def test_links_and_named_files_exist(page: Path) -> None:
     assert [name for name in files if not (ROOT / name).exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_anchors_of_links_are_headings(page: Path) -> None:
+    links = re.findall(r"\]\((?!http)([^)#]*)#([^)]+)\)", page.read_text())
+    targets = [(page.parent / name if name else page, anchor) for name, anchor in links]
+    assert [
+        f"{target.name}#{anchor}"
+        for target, anchor in targets
+        if anchor not in collect_anchors(target)
+    ] == []
+
+
+def collect_anchors(page: Path) -> set[str]:
+    """Anchors of the headings of a page and of the files that it includes."""
+    text = page.read_text()
+    # A line of a code block that begins with "#" is no heading.
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    anchors = {make_anchor(title) for title in re.findall(r"^#+ (.+)$", prose, re.MULTILINE)}
+    # `--8<-- "FILE:SECTION"`: all headings of FILE count, those outside of SECTION, too.
+    for name in re.findall(r'^--8<-- "([^":]+)', text, re.MULTILINE):
+        anchors |= collect_anchors(ROOT / name)
+    return anchors
+
+
+def make_anchor(title: str) -> str:
+    """The anchor that mkdocs gives a heading."""
+    return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower())
+
+
+def test_anchors_are_those_of_mkdocs() -> None:
+    assert make_anchor("The paper's recipe: `train.lr`, step by  step") == (
+        "the-papers-recipe-trainlr-step-by-step"
+    )
+
+
 def test_tests_that_the_pages_name_exist() -> None:
     named = {name for page in PAGES for name in re.findall(r"`(test_\w+\.py)`", page.read_text())}
     assert named
