@@ -2,6 +2,9 @@
 
 A reader therefore sees the old file or the new one, never half of one. What the system refuses on
 the way becomes one of our errors, which says what a person can do.
+
+Two files grow while they are open and are synced by their own modules: metrics.jsonl (train.sinks)
+and the rows of an embedding under way (inference.stream).
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from pathlib import Path
 
 from clue_dist.errors import ClueError, ConfigError, FolderError, SavingError, StoreError
 
+TEMPORARY_ENDING = ".tmp"  # ends the name of every file that is not whole yet
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 WRITE_REFUSED = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG})
 # Errors of a file server that is away for a while: starting the job again may mend them.
@@ -35,7 +39,7 @@ _DISK_TROUBLE = (DISK_FULL | WRITE_REFUSED | {errno.EIO}) - {errno.EPERM}
 
 @contextmanager
 def replace_file(
-    path: Path, *, durable: bool = False, unique: bool = False, ending: str = ".tmp"
+    path: Path, *, durable: bool = False, unique: bool = False, ending: str = TEMPORARY_ENDING
 ) -> Iterator[Path]:
     """Yield a temporary path beside `path`; what is written there becomes `path` at the end.
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from clue_dist.errors import DataError, StoreError, list_names
-from clue_dist.files import write_file
+from clue_dist.files import TEMPORARY_ENDING, write_file
 from clue_dist.store import layout, svd
 from clue_dist.store.location import Location, parse_location
 from clue_dist.store.manifest import FileDigest, Manifest
@@ -150,7 +150,7 @@ def _remove_stray_strata(root: Path, known: set[str]) -> None:
         if folder.is_dir() and folder.name not in known:
             shutil.rmtree(folder)
     remove_leftovers(root / "strata")
-    (root / f"{layout.MANIFEST}.tmp").unlink(missing_ok=True)
+    (root / f"{layout.MANIFEST}{TEMPORARY_ENDING}").unlink(missing_ok=True)
 
 
 def _refuse_known_cells(cells: CellTable, store: Store) -> None:

@@ -104,10 +104,9 @@ def build_store(
         DataError: the inputs are not what they should be (see `count_fragments`, `plan_features`,
             `join_cells_by_barcode`, `canonicalise_rows`, `select_variable_features`).
     """
-    choices = options.feature_choices
+    choices, work, store = options.feature_choices, job / "work", job / "store"
     if reference and any(c.mode or c.listed or c.top_features for c in choices.values()):
         raise ValueError("features are chosen, although another store decides them")
-    work, store = job / "work", job / "store"
     sources = count_fragments(inputs, choices, work / "fragments", pool)
     heads = _read_heads(sources)
     plan = plan_features(sources, heads, options.kinds, choices, reference)
@@ -120,12 +119,7 @@ def build_store(
 
     # First pass, after one or two more over the modalities whose features are chosen by cells.
     scatter.prepare_sources(sources, work, pool)
-    readings = scatter.plan_readings(sources, heads, plan.modalities, plan.columns, cells, work)
-    selected = select_variable_features(
-        readings, plan, cells, choices, work / "select", scatter.TASK_ENTRIES, pool
-    )
-    kept = {name: features.places for name, features in selected.items()}
-    plan = plan.keep_features(sources, heads, kept)
+    plan, selected = _select_features(sources, heads, plan, cells, choices, work, pool)
     readings = scatter.plan_readings(sources, heads, plan.modalities, plan.columns, cells, work)
     spools = scatter.scatter_rows(readings, work / "spools", pool)
 
@@ -154,6 +148,24 @@ def _read_heads(sources: Sequence[Source]) -> list[SourceHead]:
         equal = (other.features for other in heads if other.features == head.features)
         heads.append(replace(head, features=next(equal, head.features)))
     return heads
+
+
+def _select_features(
+    sources: Sequence[Source],
+    heads: Sequence[SourceHead],
+    plan: FeaturePlan,
+    cells: CellTable,
+    choices: Mapping[str, FeatureChoice],
+    work: Path,
+    pool: WorkerPool,
+) -> tuple[FeaturePlan, dict[str, SelectedFeatures]]:
+    """The plan with the features that are kept, and how they were chosen, by modality."""
+    readings = scatter.plan_readings(sources, heads, plan.modalities, plan.columns, cells, work)
+    selected = select_variable_features(
+        readings, plan, cells, choices, work / "select", scatter.TASK_ENTRIES, pool
+    )
+    kept = {name: features.places for name, features in selected.items()}
+    return plan.keep_features(sources, heads, kept), selected
 
 
 def _list_files(sources: Sequence[Source]) -> dict[str, str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from clue_dist.errors import DataError
+from clue_dist.files import TEMPORARY_ENDING, replace_file
 from data_prep import simulate
 from data_prep.jobs.whole_folders import make_folder
 from data_prep.options import FIELDS
@@ -47,12 +48,10 @@ def fetch_cells(folder: Path, simulated: bool = False) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as name, warnings.catch_warnings():
         # mudata announces its next defaults at every call
         warnings.simplefilter("ignore", FutureWarning)
-        scratch = Path(name)
-        cells = simulate.build_mudata(SIMULATED) if simulated else _download_cells(scratch)
+        cells = simulate.build_mudata(SIMULATED) if simulated else _download_cells(Path(name))
         for file, part in zip(files, split_mosaic(cells), strict=True):
-            temporary = scratch / file.name
-            part.write(temporary)
-            temporary.rename(file)
+            with replace_file(file, ending=f"{TEMPORARY_ENDING}.h5mu") as temporary:
+                part.write(temporary)
             shapes = [f"{name} {data.n_obs} x {data.n_vars}" for name, data in part.mod.items()]
             print(f"{file}: {', '.join(shapes)}")
 

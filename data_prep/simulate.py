@@ -19,7 +19,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from clue_dist.errors import DataError
-from clue_dist.files import replace_file
+from clue_dist.files import TEMPORARY_ENDING, replace_file
 from clue_dist.kinds import KINDS, infer_kind
 from data_prep.jobs.whole_folders import make_folder
 from data_prep.options import FIELDS, require_known_modalities
@@ -327,7 +327,7 @@ def write_h5mu(spec: SimulationSpec, out: Path) -> None:
         )
     make_folder(out.parent)
     # mudata chooses the format by the ending
-    with replace_file(out, ending=".tmp.h5mu") as temporary, _silence_mudata():
+    with replace_file(out, ending=f"{TEMPORARY_ENDING}.h5mu") as temporary, _silence_mudata():
         build_mudata(spec).write(temporary)
 
 

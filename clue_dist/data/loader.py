@@ -285,15 +285,15 @@ class Loader:
         for cache in self._caches.values():
             cache.close()
 
-    def _run(self, step: int) -> None:
+    def _run(self, micro_batch: int) -> None:
         """The loader's thread: plan, prefetch blocks, and hand batches to the gatherers."""
         planned: deque[dict[str, np.ndarray]] = deque()
         gathering: deque[Future[Batch]] = deque()
         try:
             while not self._stop.is_set():
                 if len(planned) < READ_AHEAD:
-                    planned += self._plan_stretch(step)
-                    step += STRETCH_BATCHES
+                    planned += self._plan_stretch(micro_batch)
+                    micro_batch += STRETCH_BATCHES
                 if len(gathering) == GATHERING:
                     # The blocks of the oldest batch may be overwritten only once it is built.
                     gathering.popleft().result()
@@ -304,12 +304,15 @@ class Loader:
             failed.set_exception(error)
             self._ring.put(failed)
 
-    def _plan_stretch(self, step: int) -> list[dict[str, np.ndarray]]:
+    def _plan_stretch(self, micro_batch: int) -> list[dict[str, np.ndarray]]:
         """This rank's cells of STRETCH_BATCHES micro-batches, by segment; prefetch their blocks."""
         stretch: list[dict[str, np.ndarray]] = [{} for _ in range(STRETCH_BATCHES)]
         for segment, cache in self._caches.items():
-            positions = self.plan.select_cells(step, segment, STRETCH_BATCHES)
-            dealt = [self.plan.count_dealt_cells(step + i, segment) for i in range(STRETCH_BATCHES)]
+            positions = self.plan.select_cells(micro_batch, segment, STRETCH_BATCHES)
+            dealt = [
+                self.plan.count_dealt_cells(micro_batch + i, segment)
+                for i in range(STRETCH_BATCHES)
+            ]
             batches = np.split(positions, [count - dealt[0] for count in dealt[1:]])
             for cells, global_cells in zip(stretch, batches, strict=True):
                 cells[segment] = global_cells[self.rank :: self.world]

@@ -1,9 +1,8 @@
-"""Decide which cells a rank sees, and when: a pure function of (seed, step), without state.
+"""Decide which cells a rank sees, and when: a pure function of (seed, t), without state.
 
-The global micro-batch of step t is the same on 1, 2, 4 or 64 ranks, and rank r of W takes every
-W-th cell of it, from the r-th on. Each stratum s gives a fixed number N_s of cells to every
-micro-batch, so that shapes are static and every rank runs the same graph. Cell j of these belongs
-to lane j mod L; the L lanes read from separate blocks, so that ranks do not all decode the same
+The global micro-batch t is the same on 1, 2, 4 or 64 ranks, and rank r of W takes every W-th cell
+of it, from the r-th on. Each stratum s gives a fixed number N_s of cells to every micro-batch, so
+that shapes are static and every rank runs the same graph. Cell j of these belongs to lane j mod L; the L lanes read from separate blocks, so that ranks do not all decode the same
 data. Segments of a stratum (cells that were appended later) share N_s: they take turns, lane by
 lane in step, in proportion to their sizes.
 
@@ -87,14 +86,14 @@ class CellPlan:
         """Cells of each stratum, all its segments together."""
         return {stratum: sum(sizes.values()) for stratum, sizes in self._segments.items()}
 
-    def count_dealt_cells(self, step: int, segment: str) -> int:
-        """Count a segment's cells in all micro-batches before `step`.
+    def count_dealt_cells(self, micro_batch: int, segment: str) -> int:
+        """Count a segment's cells in all micro-batches before `micro_batch`.
 
         The lanes take whole rounds. A segment with fewer cells than lanes fills a round with
         copies of its cells.
         """
         stratum = name_stratum(segment)
-        rounds = step * self.stratum_shares[stratum] // self.lanes
+        rounds = micro_batch * self.stratum_shares[stratum] // self.lanes
         cells = self._stratum_sizes[stratum]
         for name, size in self._segments[stratum].items():
             segment_rounds = rounds * size // cells
@@ -104,29 +103,30 @@ class CellPlan:
             rounds, cells = rounds - segment_rounds, cells - size
         raise KeyError(segment)
 
-    def bound_dealt_cells(self, segment: str, steps: int) -> int:
-        """The largest number of a segment's cells that any `steps` micro-batches hold."""
+    def bound_dealt_cells(self, segment: str, n_batches: int) -> int:
+        """The largest number of a segment's cells that `n_batches` micro-batches can hold."""
         stratum = name_stratum(segment)
-        rounds = steps * self.stratum_shares[stratum] // self.lanes
+        rounds = n_batches * self.stratum_shares[stratum] // self.lanes
         share = rounds * self.segment_sizes[segment] // self._stratum_sizes[stratum]
         turns = len(self._segments[stratum])  # the share is rounded at each segment's turn
         return min(share + turns, rounds) * self.lanes
 
     @time_phase("plan")
-    def select_cells(self, step: int, segment: str, steps: int = 1) -> np.ndarray:
+    def select_cells(self, micro_batch: int, segment: str, n_batches: int = 1) -> np.ndarray:
         """Select a segment's cells of consecutive micro-batches; rank r of W takes [r::W] of each.
 
         Args:
-            step: the first micro-batch.
+            micro_batch: number of the first micro-batch.
             segment: its name.
-            steps: how many micro-batches.
+            n_batches: how many micro-batches.
 
         Returns:
             Positions in the segment, int64, of one micro-batch behind the other. All segments of a
             stratum together give N_s positions to a micro-batch.
         """
         size = self.segment_sizes[segment]
-        first, last = (self.count_dealt_cells(t, segment) for t in (step, step + steps))
+        first = self.count_dealt_cells(micro_batch, segment)
+        last = self.count_dealt_cells(micro_batch + n_batches, segment)
         places = np.arange(first, last, dtype=np.int64)
         positions = np.empty(len(places), np.int64)
         for number in np.unique(places // size).tolist():
@@ -191,34 +191,34 @@ def _shuffle_windows(
     return permute_positions(places, window_cells, keys[which])
 
 
-def share_slots(batch_size: int, lanes: int, weights: Mapping[str, float]) -> dict[str, int]:
+def share_rounds(batch_size: int, lanes: int, weights: Mapping[str, float]) -> dict[str, int]:
     """Share a batch among the strata, as near to their weights as multiples of the lanes can be.
 
     Args:
         batch_size: cells of one global micro-batch.
-        lanes: of which each stratum gets as many cells; a slot is one cell for every lane.
+        lanes: of which each stratum gets as many cells; a round is one cell for every lane.
         weights: by stratum, of any sum.
 
     Returns:
-        Cells by stratum, at least one slot each.
+        Cells by stratum, at least one round each.
 
     Raises:
-        ConfigError: the batch has fewer slots than there are strata.
+        ConfigError: the batch has fewer rounds than there are strata.
     """
-    slots = batch_size // lanes
-    if slots < len(weights):
+    rounds = batch_size // lanes
+    if rounds < len(weights):
         raise ConfigError(
             "the batch is too small for the strata of this store",
-            got=f"{batch_size} cells / {lanes} lanes = {slots} slots for {len(weights)} strata",
+            got=f"{batch_size} cells / {lanes} lanes = {rounds} rounds for {len(weights)} strata",
             fix=f"--set data.batch_size={lanes * len(weights)} or more",
         )
     total = sum(weights.values())
-    exact = {stratum: weight / total * slots for stratum, weight in weights.items()}
+    exact = {stratum: weight / total * rounds for stratum, weight in weights.items()}
     shares = {stratum: max(1, int(share)) for stratum, share in exact.items()}
-    while sum(shares.values()) > slots:
+    while sum(shares.values()) > rounds:
         excess = {s: shares[s] - exact[s] if shares[s] > 1 else -np.inf for s in shares}
         shares[max(excess, key=excess.__getitem__)] -= 1
-    while sum(shares.values()) < slots:
+    while sum(shares.values()) < rounds:
         shares[max(shares, key=lambda s: exact[s] - shares[s])] += 1
     return {stratum: share * lanes for stratum, share in shares.items()}
 

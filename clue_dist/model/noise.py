@@ -1,8 +1,9 @@
-"""Everything that the model draws at random in one step, the same on any number of ranks.
+"""Everything that the model draws at random in one micro-batch, the same on any number of ranks.
 
-Each lane of the global batch has its own generator, keyed by (seed, step, lane). A rank draws for
-its lanes alone and puts the rows into the order of its batch. So a cell gets the same noise on
-1 rank and on 64, and the number of ranks changes rounding and nothing else.
+Each lane of the global batch has its own generator, keyed by (seed, t, lane) for the global
+micro-batch t. A rank draws for its lanes alone and puts the rows into the order of its batch. So
+a cell gets the same noise on 1 rank and on 64, and the number of ranks changes rounding and
+nothing else.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Noise:
 
     Args:
         seed: seed of the run.
-        step: number of the micro-batch.
+        micro_batch: t, its number.
         stratum_shares: cells of the global micro-batch by stratum, see `CellPlan`.
         lanes: streams of the global micro-batch.
         rank: of the `world` ranks, which one this is.
@@ -35,7 +36,7 @@ class Noise:
     def __init__(
         self,
         seed: int,
-        step: int,
+        micro_batch: int,
         stratum_shares: Mapping[str, int],
         lanes: int,
         rank: int = 0,
@@ -43,10 +44,12 @@ class Noise:
         device: torch.device | str = "cpu",
     ) -> None:
         self._device = device
-        self._lanes = [self._make_generator(seed, step, lane) for lane in range(rank, lanes, world)]
-        self._all_ranks = self._make_generator(seed, step, "all ranks")
-        self._slots = [share // lanes for share in stratum_shares.values()]  # of a lane, by stratum
-        self._per_lane = sum(self._slots)
+        self._lanes = [
+            self._make_generator(seed, micro_batch, lane) for lane in range(rank, lanes, world)
+        ]
+        self._all_ranks = self._make_generator(seed, micro_batch, "all ranks")
+        self._rounds = [share // lanes for share in stratum_shares.values()]  # by stratum
+        self._per_lane = sum(self._rounds)
         self._order = order_rows(tuple(stratum_shares.values()), lanes, world).to(device)
 
     def draw_normal(self, *tail: int) -> Tensor:
@@ -79,18 +82,18 @@ class Noise:
         Returns:
             Rows of the partners, (B,) int64, now and then the cell itself, and shares, (B, 1).
         """
-        partner_slots, first = [], 0  # by stratum, then by lane
-        for slots in self._slots:
-            partner_slots.append(
+        lane_partners, first = [], 0  # by stratum, then by lane
+        for rounds in self._rounds:
+            lane_partners.append(
                 [
-                    first + torch.randperm(slots, generator=g, device=self._device)
+                    first + torch.randperm(rounds, generator=g, device=self._device)
                     for g in self._lanes
                 ]
             )
-            first += slots
+            first += rounds
         places = [
-            torch.cat(slots) + i * self._per_lane
-            for i, slots in enumerate(zip(*partner_slots, strict=True))
+            torch.cat(partners) + i * self._per_lane
+            for i, partners in enumerate(zip(*lane_partners, strict=True))
         ]
         shares = [
             torch.rand(self._per_lane, 1, generator=g, device=self._device) for g in self._lanes
@@ -121,7 +124,7 @@ class Noise:
         return torch.Generator(self._device).manual_seed(derive_key(*key) >> 1)
 
     def _lay_out_rows(self, draws: list[Tensor]) -> Tensor:
-        """Draws of each lane, slot by slot, in the order of the batch's rows."""
+        """Draws of each lane, round by round, in the order of the batch's rows."""
         return torch.cat(draws)[self._order]
 
 

@@ -140,7 +140,7 @@ def prepare_setup(config: Config, world: int, *, writes: bool = True) -> Setup:
     plan = CellPlan(
         config.seed,
         train_cells,
-        plans.share_slots(micro_batch_size, config.data.lanes, weights),
+        plans.share_rounds(micro_batch_size, config.data.lanes, weights),
         config.data.lanes,
         config.data.window_blocks,
         store.manifest.block_cells,

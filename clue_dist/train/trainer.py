@@ -53,11 +53,12 @@ class Trainer:
             micro_step: which micro-batch of the step it is.
             by_modality: whether the terms also say what each modality adds to them.
         """
-        # Drawn by step and lane, so that a cell gets the same noise on any number of ranks.
-        plan, number = self.setup.plan, step * self.setup.config.train.grad_accum + micro_step
+        # Drawn by micro-batch and lane, so that a cell gets the same noise on any number of ranks.
+        plan = self.setup.plan
+        micro_batch = step * self.setup.config.train.grad_accum + micro_step
         noise = Noise(
             self.setup.config.seed,
-            number,
+            micro_batch,
             plan.stratum_shares,
             plan.lanes,
             self.ranks.rank,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clue_dist.files import write_file
+from clue_dist.files import TEMPORARY_ENDING, write_file
 from clue_dist.store.manifest import FileDigest, Manifest
 from clue_dist.store.writer import ShardCells, write_shard
 from data_prep.conversion.spool import read_spool
@@ -69,7 +69,7 @@ def _gather_shard(task: _GatherTask) -> None:
     for name in stratum.modalities:
         n_features = manifest.modalities[name].n_features
         # A spool with this ending belongs to a worker that died while it wrote.
-        folders = sorted(p for p in (task.spools / name).iterdir() if p.suffix != ".tmp")
+        folders = sorted(p for p in (task.spools / name).iterdir() if p.suffix != TEMPORARY_ENDING)
         packed = stratum.packed[name]
         modalities[name] = read_spool(folders, np.asarray(keys), n_features, packed)
     cells = ShardCells(modalities, batch, label, barcodes)

@@ -27,10 +27,10 @@ class FeaturePlan:
     """The features of every modality, and how the sources come by them."""
 
     modalities: dict[str, Modality]  # as the manifest will list them
-    # Of each source, where its columns go: -1 = dropped, and those that go to one place are added
-    # up. None: all are in place.
+    # For each source, the target of each column. -1 drops it; columns with one target are summed;
+    # None keeps all columns as they are.
     columns: list[np.ndarray | None]
-    notes: list[dict[str, Any]]  # of each source, what it lacks or has beside, for the provenance
+    notes: list[dict[str, Any]]  # for each source, what it lacks or has beside, for the provenance
 
     def keep_features(
         self, sources: Sequence[Source], heads: Sequence[SourceHead], kept: Mapping[str, np.ndarray]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from clue_dist.errors import DataError, StoreError, list_names
-from clue_dist.files import translate_disk_errors, write_file
+from clue_dist.files import TEMPORARY_ENDING, translate_disk_errors, write_file
 from data_prep.jobs.whole_folders import make_folder, remove_leftovers
 
 _JOB = "job.json"
@@ -101,11 +101,11 @@ def read_job(partial: Path) -> dict[str, Any] | None:
 
 def discard_job(partial: Path) -> None:
     """Remove OUT.partial. It is renamed first, so that no other process finds half of it."""
-    doomed = partial.with_name(f"{partial.name}.{uuid.uuid4().hex[:8]}.tmp")
+    doomed = partial.with_name(f"{partial.name}.{uuid.uuid4().hex[:8]}{TEMPORARY_ENDING}")
     with suppress(FileNotFoundError):
         partial.rename(doomed)
     # Processes that were killed while they removed a job left such folders too.
-    for folder in partial.parent.glob(f"{glob.escape(partial.name)}.*.tmp"):
+    for folder in partial.parent.glob(f"{glob.escape(partial.name)}.*{TEMPORARY_ENDING}"):
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from clue_dist.errors import DataError
+from clue_dist.files import TEMPORARY_ENDING
 
 
 def make_folder(folder: Path) -> None:
@@ -30,7 +31,7 @@ def make_whole_folder(final: Path) -> Iterator[Path]:
 
     If another worker was faster, its folder stays: a task that runs twice gives the same bytes.
     """
-    temporary = final.with_name(f"{final.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = final.with_name(f"{final.name}.{uuid.uuid4().hex[:8]}{TEMPORARY_ENDING}")
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -48,7 +49,7 @@ def remove_leftovers(folder: Path) -> None:
 
     The endings are those of this project, of zarr-python and of TensorStore.
     """
-    endings = ("*.tmp", "*.partial", "*.__lock")
+    endings = (f"*{TEMPORARY_ENDING}", "*.partial", "*.__lock")
     for path in [path for ending in endings for path in folder.rglob(ending)]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

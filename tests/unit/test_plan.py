@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clue_dist.data.plan import CellPlan, share_slots, weigh_strata
+from clue_dist.data.plan import CellPlan, share_rounds, weigh_strata
 from clue_dist.errors import ConfigError
 from clue_dist.store.shuffle import derive_key, permute_positions
 
@@ -96,15 +96,15 @@ def test_a_batch_is_as_mixed_as_independent_draws() -> None:
 
 
 def test_shares_divide_into_lanes_and_leave_no_stratum_out() -> None:
-    slots = share_slots(512, 8, {"a": 5, "b": 1, "c": 0.001})
-    assert sum(slots.values()) == 512
-    assert all(n % 8 == 0 and n >= 8 for n in slots.values())
-    assert slots["a"] > 4 * slots["b"]
+    cells = share_rounds(512, 8, {"a": 5, "b": 1, "c": 0.001})
+    assert sum(cells.values()) == 512
+    assert all(n % 8 == 0 and n >= 8 for n in cells.values())
+    assert cells["a"] > 4 * cells["b"]
 
 
 def test_too_small_a_batch_shows_the_arithmetic() -> None:
-    with pytest.raises(ConfigError, match=r"16 cells / 8 lanes = 2 slots for 3 strata"):
-        share_slots(16, 8, {"a": 1, "b": 1, "c": 1})
+    with pytest.raises(ConfigError, match=r"16 cells / 8 lanes = 2 rounds for 3 strata"):
+        share_rounds(16, 8, {"a": 1, "b": 1, "c": 1})
     with pytest.raises(ConfigError, match=r"30 % 4 = 2"):
         CellPlan(0, {"s": 100}, {"s": 30}, 4, 2, 16)
 

@@ -106,7 +106,7 @@ def runs_of(args: argparse.Namespace) -> list[Run]:
 def plan_of(atlas: Atlas, lanes: int, window: int, seed: int) -> CellPlan:
     weights = plans.weigh_strata(atlas.sizes, {s: "+" in s for s in atlas.sizes}, "auto", BATCH)
     return CellPlan(
-        seed, atlas.sizes, plans.share_slots(BATCH, lanes, weights), lanes, window, BLOCK_CELLS
+        seed, atlas.sizes, plans.share_rounds(BATCH, lanes, weights), lanes, window, BLOCK_CELLS
     )
 
 
