@@ -53,7 +53,7 @@ class ModalityConfig(SettingsGroup):
 
     likelihood: LikelihoodName | Auto = "auto"  # p(x_k | z_k), see `model.likelihoods`
     normalise: NormalisationName | Auto = "auto"  # how counts become what the encoder sees
-    weight: float = Field(1.0, gt=0, le=1e9)  # of this modality in the ELBOs
+    weight: float = Field(1.0, gt=0, le=1e9)  # weight of this modality in the ELBOs
 
 
 class TrunkConfig(SettingsGroup):
@@ -128,7 +128,7 @@ class ObjectiveConfig(SettingsGroup):
     lambda_mse: Weight = 0.01
     lambda_d: Weight = 0.05
     lambda_kl: Weight = 1.0  # factor on the KL of both ELBOs
-    lambda_contrastive: Weight = 1.0  # of InfoNCE between the modalities of paired cells
+    lambda_contrastive: Weight = 1.0  # weight of InfoNCE between the modalities of paired cells
     alignment: Literal["mse", "cosine"] = "mse"  # cosine: every z has length 1 in eq. 9
     per_feature: bool = False  # divide each modality's ELBO by its number of features
     contrastive_mixup: bool = True  # contrast random mixtures of pairs instead of the pairs
@@ -163,7 +163,7 @@ class TrainConfig(SettingsGroup):
     lr: float = Field(1e-3, gt=0, le=1e3)
     weight_decay: Weight = 0.01  # decay of matrices alone
     warmup: float = Field(0.02, ge=0, lt=1)  # share of the steps; the rest is a cosine
-    final_lr: float = Field(0.05, ge=0, le=1)  # of lr, at the last step
+    final_lr: float = Field(0.05, ge=0, le=1)  # share of lr, at the last step
     kl_warmup: float = Field(0.0, ge=0, le=1)  # share of the steps over which lambda_kl rises
     clip: Weight = 5.0  # norm of the gradient; 0 turns clipping off
     zero_stage: Literal[0, 1, 2, 3] = 1  # what DeepSpeed shards over the ranks

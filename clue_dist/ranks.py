@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class Ranks:
     """This process among those of its job. Every method is trivial where it is the only one."""
 
-    rank: int = 0  # of this process, from 0
+    rank: int = 0  # number of this process, from 0
     world: int = 1  # how many ranks the job has
     local_rank: int = 0  # number of this process on its machine
     process_group: Any = None  # which collectives use; None stands for the default one

@@ -260,7 +260,7 @@ def format_notes(manifest: Manifest, notes: Mapping[str, Any]) -> list[str]:
     """Say what became of the inputs of a conversion, or of an addition to a store.
 
     Args:
-        manifest: of the store.
+        manifest: manifest of the store.
         notes: what the provenance says of this conversion, or addition.
     """
     lines = []

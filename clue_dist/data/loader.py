@@ -52,7 +52,7 @@ class BlockCache:
         self._calls = 0
         self._reads = deque[BlockRead]()  # under way, in the order in which they began
         self._is_read = np.ones(self.slots, bool)  # False: its block is still under way
-        self._damage: dict[int, StoreError] = {}  # by slot
+        self._damage: dict[int, StoreError] = {}  # damage found, by slot
 
     @time_phase("read and decode")
     def prefetch_blocks(self, positions: np.ndarray) -> None:
@@ -210,7 +210,7 @@ class Loader:
     Args:
         store: an open store.
         plan: which cells each micro-batch holds.
-        rank: of the `world` ranks, which one this is.
+        rank: number of this rank.
         world: number of ranks.
         first: the micro-batch to begin with.
         prefetch: batches kept ready.

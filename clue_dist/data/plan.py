@@ -197,7 +197,7 @@ def share_rounds(batch_size: int, lanes: int, weights: Mapping[str, float]) -> d
 
     Args:
         batch_size: cells of one global micro-batch.
-        lanes: of which each stratum gets as many cells; a round is one cell for every lane.
+        lanes: number of lanes; a round is one cell of a stratum for every lane.
         weights: by stratum, of any sum.
 
     Returns:

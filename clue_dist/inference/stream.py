@@ -223,7 +223,7 @@ def compute_embedding(
         trained_model: the model.
         store: the cells.
         scratch: a folder that all ranks see, for the arrays.
-        slices: of the store, as `slice_segments` cuts it.
+        slices: slices of the store, as `slice_segments` cuts it.
         per_modality: whether z from each modality alone is wanted, too.
         ranks: this process among the others.
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-MAX_LOG_VARIANCE = 8.0  # of an expert, and the negative of the least one
+MAX_LOG_VARIANCE = 8.0  # bound of an expert, and the negative of the least one
 START_LOG_VARIANCE = -2.0  # a standard deviation of about 0.4
 
 

@@ -51,7 +51,7 @@ def initialise_model(
         store: an open store.
         n_train: by segment, how many cells from its beginning may be looked at.
         svd: whether projections start from singular vectors.
-        seed: of the iterations of an SVD.
+        seed: seed of the iterations of an SVD.
         stored: SVDs of all cells of the store to start from, by modality.
     """
     for name in model.modalities:

@@ -62,7 +62,7 @@ class Likelihood(ABC):
 
     has_gate: ClassVar[bool] = False  # the decoder gives the logit of an extra zero, too
     takes_real_values: ClassVar[bool] = False  # instead of counts
-    theta_learning_rate: ClassVar[float] = 1.0  # of theta, relative to `train.lr`
+    theta_learning_rate: ClassVar[float] = 1.0  # rate of theta, relative to `train.lr`
 
     @abstractmethod
     def compute_log_zero(self, parameters: LikelihoodParameters) -> Tensor:

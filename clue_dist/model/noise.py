@@ -28,7 +28,7 @@ class Noise:
         micro_batch: t, its number.
         stratum_shares: cells of the global micro-batch by stratum, see `CellPlan`.
         lanes: streams of the global micro-batch.
-        rank: of the `world` ranks, which one this is.
+        rank: number of this rank.
         world: number of ranks.
         device: where to draw. Other devices draw other numbers.
     """

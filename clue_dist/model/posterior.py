@@ -11,7 +11,7 @@ from torch import distributed as dist
 # (mean, log_var, observed) -> (mean, log_var), with shapes as in `product_of_experts`.
 Combination = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
-LEAST_NATS = 1e-3  # of a modality that says nothing of its own latent: weights stay above 0
+LEAST_NATS = 1e-3  # for a modality that says nothing of its own latent: weights stay above 0
 
 
 def product_of_experts(mean: Tensor, log_var: Tensor, power: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,7 +55,7 @@ class GeneralisedProduct(nn.Module):
     lambda_self and lambda_kl put a price on them.
     """
 
-    DECAY = 0.98  # of the running mean, by micro-batch
+    DECAY = 0.98  # decay of the running mean, by micro-batch
     POWER = 3
 
     def __init__(self, n_modalities: int) -> None:

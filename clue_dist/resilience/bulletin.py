@@ -24,7 +24,7 @@ class Failure(NamedTuple):
     """An error that a rank announced, because it leaves with it."""
 
     rank: int  # the rank that announced it
-    exit_code: int  # of its process; the other ranks leave with the same
+    exit_code: int  # exit code of its process; the other ranks leave with the same
     message: str  # the whole text of the error
 
 

@@ -60,7 +60,7 @@ def _build_parser(description: str | None) -> argparse.ArgumentParser:
         metavar="PATH=VALUE",
         help="override one setting",
         nargs="+",
-        dest="overrides",  # of every --set together
+        dest="overrides",  # every --set together
     )
     # The deepspeed launcher passes this to every rank.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)

@@ -33,7 +33,7 @@ from clue_dist.train.validate import validate_model
 class TrainingResult:
     """How training ended."""
 
-    state: RunState  # of the run's last step
+    state: RunState  # state after the last step
     finished: bool  # False if a signal stopped the run before
 
     def format_ending(self) -> str:

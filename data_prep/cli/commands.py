@@ -58,8 +58,8 @@ def _parse_conversion(
     """Open the inputs of a conversion.
 
     Args:
-        arguments: of `convert` or `append`.
-        columns: of obs, for batch and label, where no flag names others.
+        arguments: arguments of `convert` or `append`.
+        columns: columns of obs, for batch and label, where no flag names others.
     """
     kinds = _parse_pairs(arguments.kind, "--kind")
     flags = {"batch": arguments.batch_key, "label": arguments.label_key}

@@ -27,7 +27,7 @@ def parse_choices(
     """The choice of each modality.
 
     Args:
-        modalities: of the inputs; some may be there several times.
+        modalities: modalities of the inputs; some may be there several times.
         kinds: by modality, where its name says none.
         features: MODE or FILE for all modalities, NAME=MODE or NAME=FILE for one.
         bins: NAME=WIDTH.

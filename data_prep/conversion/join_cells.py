@@ -337,7 +337,7 @@ def _refuse_problems(
 def _sum_problems(reports: Sequence[Any]) -> tuple[int, list[Any]]:
     """Sum up one problem in all ranges: the number of cells that have it, and the first of them.
 
-    reports: of each range, None where no cell has it.
+    reports: report of each range, None where no cell has it.
     """
     found = [report for report in reports if report]
     first = sorted(cell for report in found for cell in report["first"])

@@ -76,8 +76,8 @@ def plan_readings(
     Args:
         sources: the inputs.
         heads: head of each source.
-        modalities: of the store, with their features.
-        columns: of each source, where its columns go (-1 = dropped); None: all are in place. They
+        modalities: modalities of the store, with their features.
+        columns: for each source, where its columns go (-1 = dropped); None: all are in place. They
             are saved to files, which tasks read.
         cells: whose folders hold key and batch of each row.
         work: the folder for the files of this job.

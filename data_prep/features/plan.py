@@ -87,7 +87,7 @@ def plan_features(
         heads: head of each source.
         kinds: kinds of modalities whose name does not say what they measure.
         choices: by modality; the default is `FeatureChoice()`.
-        reference: of a store, which decides the features alone.
+        reference: manifest of a store, which decides the features alone.
 
     Raises:
         DataError: feature names repeat; files have different features, or name them differently;

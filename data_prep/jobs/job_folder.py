@@ -32,7 +32,7 @@ def claim_job(out: Path, description: dict[str, Any], what: str = "conversion") 
 
     Args:
         out: what the job makes.
-        description: of the job, JSON-able: all that decides the result.
+        description: description of the job, JSON-able: all that decides the result.
         what: the job is, for messages.
 
     Yields:

@@ -129,7 +129,7 @@ class FragmentsSource(DirectSource):
     """A fragments file that has been counted."""
 
     given: FragmentsInput
-    folder: Path  # of parts, barcodes.npy and bins.npy
+    folder: Path  # folder of parts, barcodes.npy and bins.npy
 
     @property
     def modality(self) -> str:
@@ -180,7 +180,7 @@ def count_fragments(
 
     Args:
         inputs: inputs of the conversion.
-        choices: of features, by modality; they say how wide bins are.
+        choices: choices of features, by modality; they say how wide bins are.
         work: a folder for the counts.
         pool: counts the files.
 

@@ -21,7 +21,7 @@ def bin_peaks(names: list[str], width: int, where: str) -> list[str]:
 
     Args:
         names: names of the regions.
-        width: of a bin, in base pairs.
+        width: width of a bin, in base pairs.
         where: the names come from, for messages.
 
     Raises:
