@@ -95,9 +95,8 @@ class ReadingOptions:
     """How inputs are read; `python -m data_prep convert --help` explains each of the flags."""
 
     obs_columns: ObsColumns = field(default_factory=ObsColumns)
-    kinds: dict[str, str] = field(
-        default_factory=dict
-    )  # kinds by modality, where its name says none
+    # Kinds by modality, where its name says none.
+    kinds: dict[str, str] = field(default_factory=dict)
     layers: PerModality = field(default_factory=lambda: PerModality("--layer"))
     id_columns: PerModality = field(default_factory=lambda: PerModality("--feature-ids"))
     barcodes: PerModality = field(default_factory=lambda: PerModality("--barcodes"))
