@@ -277,7 +277,7 @@ def test_nan_is_refused_and_the_earlier_output_stands(store, loaded, tmp_path):
     before = out.read_bytes()
     broken = FakeLoaded(loaded.modalities)
     broken.model.weights["adt"] = broken.model.weights["adt"] * torch.nan
-    with pytest.raises(ResumeError, match=r"NaN or Inf[\s\S]*stratum rna\+adt"):
+    with pytest.raises(ResumeError, match=r"NaN or Inf[\s\S]*segment rna\+adt"):
         embed_store(broken, store, out, run="r")
     assert out.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["o.h5ad"]
