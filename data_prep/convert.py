@@ -17,8 +17,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import clue_dist
 from clue_dist.errors import list_names
 from clue_dist.store import layout
@@ -33,6 +31,7 @@ from data_prep.conversion.join_cells import join_cells_by_barcode
 from data_prep.conversion.strata import FinalStrata, build_manifest, count_unknown, settle_strata
 from data_prep.features.plan import FeaturePlan, plan_features
 from data_prep.features.selection import SelectedFeatures, select_variable_features
+from data_prep.jobs.array_files import load_array
 from data_prep.jobs.job_folder import claim_job
 from data_prep.jobs.whole_folders import remove_leftovers
 from data_prep.jobs.workers import WorkerPool
@@ -215,7 +214,7 @@ def _describe_provenance(
     numbers = {name: m for m, name in enumerate(plan.modalities)}
     inputs = []
     for i, (source, head) in enumerate(zip(sources, heads, strict=True)):
-        keys = np.load(cells.row_folders[i] / "keys.npy", mmap_mode="r")
+        keys = load_array(cells.row_folders[i] / "keys.npy")
         note = {
             "file": source.display_name,
             "modality": source.modality,

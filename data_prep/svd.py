@@ -48,6 +48,7 @@ from clue_dist.store.manifest import Manifest
 from clue_dist.store.reader import SegmentReader
 from clue_dist.store.rows import CsrRows
 from clue_dist.store.svd import StoredSvd, SvdNote
+from data_prep.jobs.array_files import load_arrays
 from data_prep.jobs.job_folder import claim_job
 from data_prep.jobs.whole_folders import remove_leftovers
 from data_prep.jobs.workers import WorkerPool, run_missing
@@ -370,10 +371,9 @@ def _multiply_blocks(task: _PassTask) -> None:
     A = (x - mean) / scale is dense where x is sparse, so that mean and scale go to the other side.
     """
     assert task.basis is not None
-    with np.load(task.moments) as part:
-        idf, mean, scale = part["idf"], part["mean"], part["scale"]
-    with np.load(task.basis) as part:
-        weight = part["q"] / scale[:, None]  # (features, width)
+    moments = load_arrays(task.moments)
+    idf, mean, scale = moments["idf"], moments["mean"], moments["scale"]
+    weight = load_arrays(task.basis)["q"] / scale[:, None]  # (features, width)
     product, total = np.zeros_like(weight), np.zeros(weight.shape[1])
     for _, x in _read_cells(task, idf):
         projected = x @ weight - mean @ weight  # (n, width)

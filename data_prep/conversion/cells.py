@@ -18,6 +18,7 @@ import numpy as np
 
 from clue_dist.store.shuffle import hash_barcodes
 from data_prep.conversion.spool import make_spool_keys
+from data_prep.jobs.array_files import load_array
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,9 @@ class CellTable:
         """Read one range of hashes after another, in shuffled order."""
         for folder, first_place in zip(self.folders, self.range_starts.tolist(), strict=False):
             hashes, barcodes, planned = (
-                np.load(folder / f"{name}.npy") for name in ("hashes", "barcodes", "planned")
+                load_array(folder / f"{name}.npy") for name in ("hashes", "barcodes", "planned")
             )
-            codes = {field: np.load(folder / f"{field}.npy") for field in self.names}
+            codes = {field: load_array(folder / f"{field}.npy") for field in self.names}
             yield CellRange(first_place, hashes, barcodes, planned, codes)
 
     def find_known_barcodes(self, barcodes: np.ndarray) -> np.ndarray:
@@ -69,8 +70,8 @@ class CellTable:
         range_numbers = np.searchsorted(bounds, hashes, side="right") - 1
         known = []
         for number in np.unique(range_numbers).tolist():
-            cell_hashes = np.load(self.folders[number] / "hashes.npy", mmap_mode="r")
-            cell_barcodes = np.load(self.folders[number] / "barcodes.npy", mmap_mode="r")
+            cell_hashes = load_array(self.folders[number] / "hashes.npy")
+            cell_barcodes = load_array(self.folders[number] / "barcodes.npy")
             candidates = np.flatnonzero(range_numbers == number)
             starts = np.searchsorted(cell_hashes, hashes[candidates])
             stops = np.searchsorted(cell_hashes, hashes[candidates], side="right")

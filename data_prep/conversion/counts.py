@@ -14,6 +14,7 @@ from clue_dist.kinds import KINDS
 from clue_dist.store.kernels import LARGEST_COUNT
 from clue_dist.store.layout import choose_unsigned
 from clue_dist.store.rows import COUNT_BITS, CodedRows, CsrRows, join_rows, try_code_rows
+from data_prep.jobs.array_files import load_array
 from data_prep.readers.source import Source, SourceRows, decode_barcodes
 
 STEP_ENTRIES = 2**20  # read and coded at once: a count takes eight times the memory of its code
@@ -121,7 +122,7 @@ def canonicalise_rows(
         DataError: a value is not a count, or not finite where real values are stored.
     """
     kind = KINDS[target.kind]
-    columns = None if target.columns is None else np.load(target.columns)
+    columns = None if target.columns is None else load_array(target.columns)
     if kind.real_values:
         return _canonicalise_values(source, rows, columns, target.n_features, first_row)
     matrix = sp.csr_matrix(rows) if isinstance(rows, np.ndarray) else rows

@@ -16,6 +16,7 @@ from clue_dist.files import TEMPORARY_ENDING, write_file
 from clue_dist.store.manifest import FileDigest, Manifest
 from clue_dist.store.writer import ShardCells, write_shard
 from data_prep.conversion.spool import read_spool
+from data_prep.jobs.array_files import load_array
 from data_prep.jobs.workers import WorkerPool, run_missing
 
 
@@ -62,7 +63,7 @@ def _gather_shard(task: _GatherTask) -> None:
     span = slice(task.shard * shard_cells, (task.shard + 1) * shard_cells)
     # Mapped: only this shard's cells are read.
     keys, batch, label, barcodes = (
-        np.load(task.cells / f"{name}.npy", mmap_mode="r")[span]
+        load_array(task.cells / f"{name}.npy")[span]
         for name in ("keys", "batch", "label", "barcodes")
     )
     modalities = {}

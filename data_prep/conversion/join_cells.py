@@ -17,7 +17,7 @@ import numpy as np
 from clue_dist.errors import DataError, list_names
 from clue_dist.store.shuffle import derive_key, hash_barcodes
 from data_prep.conversion.cells import CellTable, divide_hashes
-from data_prep.jobs.array_files import flush_arrays, map_array, save_array
+from data_prep.jobs.array_files import flush_arrays, load_array, map_array, save_array
 from data_prep.jobs.whole_folders import make_whole_folder
 from data_prep.jobs.workers import WorkerPool, run_missing
 from data_prep.options import ObsColumns
@@ -99,7 +99,7 @@ def join_cells_by_barcode(
     run_missing(pool, "join cells", _join_range, tasks)
     _refuse_problems(folders, sources, modalities, names)
 
-    counts = [len(np.load(folder / "planned.npy", mmap_mode="r")) for folder in folders]
+    counts = [len(load_array(folder / "planned.npy")) for folder in folders]
     row_folders = [work / "sources" / f"{i:03d}" for i in range(len(sources))]
     range_starts = np.concatenate([[0], np.cumsum(counts)])
     cells = CellTable(folders, range_starts, hash_key, names, row_folders)
@@ -187,7 +187,7 @@ class _RangeRows:
         spans = []
         for number, row_lists in enumerate(task.row_lists):
             for folder in row_lists:
-                hashes = np.load(folder / "hashes.npy", mmap_mode="r")
+                hashes = load_array(folder / "hashes.npy")
                 start, stop = (
                     # 2^64 itself is no uint64
                     len(hashes) if bound == 2**64 else np.searchsorted(hashes, np.uint64(bound))
@@ -198,7 +198,7 @@ class _RangeRows:
 
     def load(self, name: str) -> np.ndarray:
         """Load what the lists hold of each row under a name, (rows,)."""
-        arrays = (np.load(folder / f"{name}.npy", mmap_mode="r") for _, folder, _ in self.spans)
+        arrays = (load_array(folder / f"{name}.npy") for _, folder, _ in self.spans)
         spans = (span for _, _, span in self.spans)
         return np.concatenate([array[span] for array, span in zip(arrays, spans, strict=True)])
 
@@ -356,7 +356,7 @@ def _write_row_keys(cells: CellTable, n_rows: Sequence[int]) -> None:
     for part, folder in zip(cells.iterate_ranges(), cells.folders, strict=True):
         spool_keys = part.spool_keys
         for i, (keys, batch) in enumerate(arrays):
-            rows, cell = np.load(folder / f"rows-{i:03d}.npy")
+            rows, cell = load_array(folder / f"rows-{i:03d}.npy")
             if len(rows):
                 keys[rows], batch[rows] = spool_keys[cell], part.codes["batch"][cell]
     flush_arrays(array for pair in arrays for array in pair)

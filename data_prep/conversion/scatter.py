@@ -17,7 +17,7 @@ from clue_dist.store.manifest import Modality
 from data_prep.conversion.cells import CellTable
 from data_prep.conversion.counts import AlignmentTarget, SourceReading
 from data_prep.conversion.spool import write_spool
-from data_prep.jobs.array_files import save_array
+from data_prep.jobs.array_files import load_array, save_array
 from data_prep.jobs.workers import WorkerPool, run_missing
 from data_prep.readers.source import Source, SourceHead
 
@@ -120,7 +120,7 @@ def choose_task_entries(nnz: int) -> int:
 
 def _scatter_rows(task: _ScatterTask) -> None:
     """Read rows, sort them by key, and spool them."""
-    keys = np.load(task.reading.row_folder / "keys.npy", mmap_mode="r")
+    keys = load_array(task.reading.row_folder / "keys.npy")
     keys = np.asarray(keys[task.start : task.stop])
     order = np.argsort(keys)
     write_spool(task.out, keys[order], *task.reading.read_coded_rows(task.start, task.stop, order))

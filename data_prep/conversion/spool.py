@@ -94,9 +94,9 @@ class SpoolSurvey:
 def survey_spool(folder: Path) -> SpoolSurvey:
     """Read what a spool holds, but for its rows."""
     return SpoolSurvey(
-        np.load(folder / "keys.npy"),
-        np.load(folder / "lengths.npy"),
-        *np.load(folder / "largest.npy").tolist(),
+        load_array(folder / "keys.npy"),
+        load_array(folder / "lengths.npy"),
+        *load_array(folder / "largest.npy").tolist(),
     )
 
 

@@ -30,6 +30,7 @@ from data_prep.conversion.cells import CellTable
 from data_prep.conversion.counts import SourceReading
 from data_prep.features import seurat_v3
 from data_prep.features.plan import FeaturePlan
+from data_prep.jobs.array_files import load_array
 from data_prep.jobs.workers import WorkerPool, run_missing
 from data_prep.options import FeatureChoice
 
@@ -185,14 +186,14 @@ class _ModalityRows:
 def _add_up_rows(task: _SumTask) -> None:
     """Add up a task's rows, some at a time, and leave the sums that are not zero in a file."""
     reading, n_features = task.reading, task.reading.target.n_features
-    batch = np.load(reading.row_folder / "batch.npy", mmap_mode="r")[task.start : task.stop]
+    batch = load_array(reading.row_folder / "batch.npy")[task.start : task.stop]
     unknown = task.batches - 1  # the batch of cells without one
     batch = np.where(batch < 0, unknown, batch) if task.batches > 1 else np.zeros_like(batch)
     # Only the batches of these rows take memory.
     found, local_batch = np.unique(batch, return_inverse=True)
     limits = np.zeros((len(found), n_features))
     if task.limits is not None:
-        limits[:] = np.load(task.limits, mmap_mode="r")[found]
+        limits[:] = load_array(task.limits)[found]
     sums = np.zeros((3, len(found), n_features), np.int64)
     cells = np.zeros(task.batches, np.int64)
     for start, stop in reading.split_rows(task.step_entries, task.start, task.stop):

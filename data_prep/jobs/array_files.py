@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import re
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 _MAGIC = b"\x93NUMPY\x01\x00"  # the format .npy, version 1.0
+_PARSING = threading.Lock()
 _HEADER = re.compile(rb"\{'descr': '([^']+)', 'fortran_order': False, 'shape': \(([^)]*)\), \} *\n")
 
 
@@ -43,6 +45,12 @@ def load_array(path: Path) -> np.ndarray:
         raise ValueError(f"{path} is not as `save_array` writes it")
     shape = tuple(int(size) for size in header[2].split(b",") if size.strip())
     return np.ndarray(shape, np.dtype(header[1].decode()), content, start)
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Read all arrays of a .npz file. Of several threads one at a time does so: see `load_array`."""
+    with _PARSING, np.load(path) as arrays:
+        return dict(arrays)
 
 
 def map_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:

@@ -151,8 +151,8 @@ class FragmentsSource(DirectSource):
         return self.given.describe_identity()
 
     def read_head(self) -> SourceHead:
-        barcodes = np.load(self.folder / "barcodes.npy")
-        bins = decode_barcodes(np.load(self.folder / "bins.npy")).tolist()
+        barcodes = load_array(self.folder / "barcodes.npy")
+        bins = decode_barcodes(load_array(self.folder / "bins.npy")).tolist()
         parts = sorted_entries.list_sorted_parts(self.folder)
         nnz = sum(len(load_array(part / "rows.npy")) for part in parts)
         return SourceHead(barcodes, bins, nnz, {}, [])
@@ -258,7 +258,7 @@ def _count_file(task: _CountTask) -> None:
     """Count one file into a folder of parts, barcodes.npy and bins.npy."""
     allowed = None
     if task.barcodes is not None:
-        allowed = set(decode_barcodes(np.load(task.barcodes)).tolist())
+        allowed = set(decode_barcodes(load_array(task.barcodes)).tolist())
     cells, chromosomes, bins = _Numbering(), _Numbering(), _Numbering()
     where = task.given.display_name
     with make_whole_folder(task.out) as folder:
