@@ -58,6 +58,7 @@ lint: $(READY)
 	ruff format --check
 	mypy
 	lint-imports
+	python -m tests.style
 	$(MKDOCS)
 
 docs: $(READY)

@@ -48,7 +48,7 @@ def load_array(path: Path) -> np.ndarray:
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Read all arrays of a .npz file. Of several threads one at a time does so: see `load_array`."""
+    """Read all arrays of a .npz file. One thread at a time does so: see `load_array`."""
     with _PARSING, np.load(path) as arrays:
         return dict(arrays)
 
