@@ -1,211 +1,138 @@
-"""Who matches the modalities of unseen cells best: clue_dist, the authors' CLUE, MultiVI, or a contrastive baseline?
+"""Who matches the modalities of unseen cells best: clue_dist, the authors' CLUE, MultiVI, contrast?
 
 .venv/bin/python -m tests.benchmarks.matching --json OUT.json [--quick]
 
-Every method trains on the same mosaics and embeds the same unseen paired cells from one modality at a time; all are
-scored by `clue_dist.matching`. Runs that have been done are kept: typed again, it goes on.
+Every method embeds the same unseen paired cells from one modality at a time.
 """
 
-from __future__ import annotations
-
-import argparse
 import statistics
 import sys
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
+import mudata as md
 import numpy as np
 
 from clue_dist.matching import METRICS
-from clue_dist.process import run_main
-from tests.benchmarks import common, mosaic, scores
-from tests.benchmarks.common import Bar, Result, Run, Steps
-from tests.benchmarks.split import FOLDS
+from tests.benchmarks import mosaic, scores
+from tests.benchmarks.commands import install_python, read_pins, run_command
+from tests.benchmarks.kept import compute_digest, make_once
+from tests.benchmarks.mosaic import SETS, Split, Training, find_data_set, ignore_warnings
+from tests.benchmarks.report import Result, select_values
+from tests.benchmarks.runner import Benchmark, Case, Option, Run
+from tests.benchmarks.split import FOLDS, cut_mosaic
+from tests.distributed.command import ROOT
 
+DATA = ROOT.parent / "shared/data"
 PEERS = Path(__file__).with_name("peers")
-METHODS = ("ours", "contrastive", "reference", "multivi")
-DIGITS = {"foscttm": 4, "match": 4, "recall10": 3}
-LIMIT_S = 300  # of training, a fold
-
-BARS: dict[tuple[str, str], Bar] = {
-    (name, metric): Bar(f"{name}: {metric}, mean of five folds", op, bar)
-    for name, metric, op, bar in (
-        ("cbmc_cite", "foscttm", "<=", 0.0835),
-        ("cbmc_cite", "match", ">=", 0.0175),
-        ("cbmc_cite", "recall10", ">=", 0.128),
-        ("snare_adbrain_8lib", "foscttm", "<=", 0.105),
-        ("snare_adbrain_8lib", "match", ">=", 0.0150),
-        ("snare_adbrain_8lib", "recall10", ">=", 0.118),
-    )
-} | {
-    (name, "fit_s"): Bar(f"{name}: seconds of the slowest training", "<", LIMIT_S)
-    for name in ("cbmc_cite", "snare_adbrain_8lib")
-}
-
-FOOTNOTES = """\
-mean ± standard deviation over folds (and seeds); scores over all test cells of a fold, none seen in training
-fit s: of ours the whole training command, launcher and imports included; of the others reduction and fit alone
-contrastive: of four looks at the test cells (25, 50, 75, 100 epochs) the best by FOSCTTM, an advantage no other has"""
-
+METHODS = ["ours", "contrastive", "reference", "multivi"]
 QUICK_SETTINGS = ("train.epochs=10", "log.tensorboard=false", "log.wandb=disabled")
 QUICK_EPOCHS = {"contrastive": 8, "reference": 2, "multivi": 2}
 
 
-def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = mosaic.parser("matching", __doc__)
-    parser.add_argument(
-        "--sets", nargs="+", choices=mosaic.SETS, help="default: cbmc_cite snare_adbrain_8lib"
-    )
-    parser.add_argument("--folds", nargs="+", type=int, choices=FOLDS, help="default: all five")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument(
-        "--methods", nargs="+", choices=METHODS, help="default: all; multivi is for RNA+ATAC alone"
-    )
-    args = parser.parse_args(words)
-    args.sets = args.sets or (
-        ["bmmc_cite_starter"] if args.quick else ["cbmc_cite", "snare_adbrain_8lib"]
-    )
-    args.folds = args.folds or ([0] if args.quick else list(FOLDS))
-    args.methods = args.methods or (["ours", "contrastive"] if args.quick else list(METHODS))
-    return args
+class Matching(Benchmark):
+    """Methods on mosaics, scored by how they match the modalities of unseen cells."""
 
-
-def runs_of(args: argparse.Namespace) -> list[Run]:
-    """Method by method, each first on one fold of all data sets."""
-    digests = {(m, name): digest_of(m, name, args) for m in args.methods for name in args.sets}
-    return [
-        Run(method, name, fold, seed, digests[method, name])
-        for method in args.methods
-        for seed in args.seeds
-        for fold in args.folds
-        for name in args.sets
-        if method != "multivi" or mosaic.SETS[name] == ("rna", "atac")
-    ]
-
-
-def digest_of(method: str, name: str, args: argparse.Namespace) -> str:
-    """Of the cells, sources and settings that a method's embeddings of a data set follow from."""
-    return common.digest(mosaic.data_digest(name, args.data), code_of(method, args.quick))
-
-
-def code_of(method: str, quick: bool) -> str:
-    """Digest of the sources and settings that a method's embeddings follow from."""
-    if method == "ours":
-        return common.digest(mosaic.sources(), *overrides_of(quick))
-    files = [PEERS / name for name in ("peer.py", f"{method}.py", f"{method}.txt")]
-    return common.digest(*files, *epochs_of(method, quick))
-
-
-def overrides_of(quick: bool) -> tuple[str, ...]:
-    return QUICK_SETTINGS if quick else ()
-
-
-def epochs_of(method: str, quick: bool) -> tuple[str, ...]:
-    return ("--epochs", str(QUICK_EPOCHS[method])) if quick else ()
-
-
-def steps_of(args: argparse.Namespace) -> Steps:
-    return Steps(
-        lambda run, folder: do(run, folder, args),
-        lambda run, folder: score(run, folder, args),
-        scores.code(),
-    )
-
-
-def do(run: Run, folder: Path, args: argparse.Namespace) -> Result:
-    """One method on one split: its embedding in `z.npz`, and the seconds of its fit."""
-    common.unchanged(run, digest_of(run.method, run.data_set, args))
-    split = mosaic.split_of(run.data_set, run.fold, args.data, args.work)
-    if run.method == "ours":
-        fit_s = mosaic.ours(
-            split, folder, run.seed, overrides_of(args.quick), args.threads, args.work
-        )
-    else:
-        fit_s = peer(run, split, folder, args)
-    common.unchanged(run, digest_of(run.method, run.data_set, args))
-    return {"fit_s": fit_s, "threads": args.threads}
-
-
-def score(run: Run, folder: Path, args: argparse.Namespace) -> Result:
-    return scores.of(
-        folder / "z.npz", mosaic.split_of(run.data_set, run.fold, args.data, args.work)
-    )
-
-
-def peer(run: Run, split: mosaic.Split, folder: Path, args: argparse.Namespace) -> float:
-    """Run another method in an environment of its own; the seconds of its fit, as it says itself."""
-    # The contrastive baseline needs nothing that this environment lacks, and an installation is not quick.
-    here = args.quick and run.method == "contrastive"
-    python = sys.executable if here else common.python_with(PEERS / f"{run.method}.txt", args.work)
-    out = ["--out", folder / "z.npz", "--seed", str(run.seed), *epochs_of(run.method, args.quick)]
-    common.call(
-        [python, PEERS / f"{run.method}.py", split.folder, *split.mods, *out],
-        folder / "log.txt",
-        args.threads,
-    )
-    return float(np.load(folder / "z.npz")["fit_s"])
-
-
-def told(record: Result) -> str:
-    found = ", ".join(f"{m} {record['scores']['global'][m]:.{DIGITS[m]}f}" for m in METRICS)
-    return f"{found}, fit {common.duration(record['fit_s'])}"
-
-
-def table(records: Sequence[Result]) -> str:
-    """One row for each method on each data set."""
-    groups: dict[tuple[str, str], list[Result]] = defaultdict(list)
-    for record in sorted(records, key=lambda r: list(mosaic.SETS).index(r["data_set"])):
-        groups[record["data_set"], record["method"]].append(record)
-    rows = [["set", "method", "folds", "FOSCTTM", "match", "recall10", "fit s", "threads"]]
-    for (name, method), group in groups.items():
-        found = [
-            common.spread([r["scores"]["global"][m] for r in group], DIGITS[m]) for m in METRICS
-        ]
-        seeds = len({r["seed"] for r in group})
-        folds = f"{len({r['fold'] for r in group})}" + (f" x {seeds} seeds" if seeds > 1 else "")
-        threads = "/".join(sorted({str(r["threads"]) for r in group}))
-        rows.append(
-            [name, method, folds, *found, common.spread([r["fit_s"] for r in group], 0), threads]
-        )
-    return common.aligned(rows)
-
-
-def bars_of(records: Sequence[Result], seeds: Sequence[int], quick: bool) -> list[dict[str, Any]]:
-    """Each bar against ours; only where every fold has been run with every seed, and never on a quick look."""
-    return [
-        bar.judged(_value(records, name, metric, seeds, quick))
-        for (name, metric), bar in BARS.items()
-    ]
-
-
-def _value(
-    records: Sequence[Result], name: str, metric: str, seeds: Sequence[int], quick: bool
-) -> float | None:
-    mine = {
-        (r["fold"], r["seed"]): r for r in records if (r["method"], r["data_set"]) == ("ours", name)
+    name = work = "matching"
+    counted = "fold"
+    score_sources = scores.SOURCES
+    cells: ClassVar = {  # the options of all benchmarks on mosaics
+        "data": Option(DATA, DATA, "folder of the .h5mu files"),
+        "sets": Option(list(mosaic.LARGE), [mosaic.SMALL], choices=SETS),
+        "folds": Option(list(FOLDS), [0], choices=FOLDS),
     }
-    if quick or any((fold, seed) not in mine for fold in FOLDS for seed in seeds):
-        return None
-    if metric == "fit_s":
-        return max(r["fit_s"] for r in mine.values())
-    return statistics.fmean(r["scores"]["global"][metric] for r in mine.values())
+    options: ClassVar = {
+        **cells,
+        "seeds": Option([0], [0]),
+        "methods": Option(METHODS, METHODS[:2], "multivi is for RNA+ATAC alone", METHODS),
+    }
+    columns: ClassVar = [*(f"scores.global.{metric}" for metric in METRICS), "fit_s", "threads"]
 
+    def list_cases(self) -> list[Case]:
+        args = self.args
+        cases = product(args.methods, args.seeds, args.folds, args.sets)
+        return [
+            (method, name, fold, seed)
+            for method, seed, fold, name in cases
+            if method != "multivi" or SETS[name] == ("rna", "atac")
+        ]
 
-def main() -> None:
-    args = arguments()
-    common.carry_out(
-        args,
-        runs_of(args),
-        steps_of(args),
-        told,
-        table,
-        FOOTNOTES,
-        lambda records: bars_of(records, args.seeds, args.quick),
-        peers={m: common.pins(PEERS / f"{m}.txt") for m in args.methods if m != "ours"},
-    )
+    def list_inputs(self, method: str, data_set: str) -> Iterable[Path | str]:
+        return self.digest_data(data_set), self.digest_method(method)
+
+    def digest_data(self, name: str) -> str:
+        """Digest the cells of all folds: the file, and the rule that cuts it."""
+        rule = Path(__file__).with_name("split.py")
+        return compute_digest(find_data_set(name, self.args.data), rule, *SETS[name])
+
+    def cut_split(self, run: Run) -> Split:
+        """The fold of a run, cut unless it is kept."""
+        name, data = run.data_set, self.args.data
+
+        def make(folder: Path) -> None:
+            with ignore_warnings():
+                parts = cut_mosaic(md.read(find_data_set(name, data)), SETS[name], run.fold)
+                for part, cells in zip(("train", "test"), parts, strict=True):
+                    cells.write(folder / f"{part}.h5mu")
+
+        folder = self.args.work / "splits" / f"{name}-{self.digest_data(name)[:12]}"
+        return Split(make_once(folder / f"fold{run.fold}", make), SETS[name])
+
+    def digest_method(self, method: str) -> str:
+        """Digest the sources and settings that a method's embeddings follow from."""
+        if method == "ours":
+            return compute_digest(mosaic.digest_sources(), *self.settings)
+        files = [PEERS / name for name in ("peer.py", f"{method}.py", f"{method}.txt")]
+        return compute_digest(*files, *self.list_epochs(method))
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        return QUICK_SETTINGS if self.args.quick else ()
+
+    def list_epochs(self, method: str) -> tuple[str, ...]:
+        """The words that shorten another method for a quick look."""
+        return ("--epochs", str(QUICK_EPOCHS[method])) if self.args.quick else ()
+
+    def measure(self, run: Run, folder: Path) -> Result:
+        split, args = self.cut_split(run), self.args
+        if run.method == "ours":
+            fit_s = Training(split, folder, run.seed, self.settings, args).save_z()
+        else:
+            fit_s = self.run_peer(run, split, folder)
+        return {"fit_s": fit_s, "threads": args.threads}
+
+    def run_peer(self, run: Run, split: Split, folder: Path) -> float:
+        """Run another method in an environment of its own; the seconds of its fit, as it says."""
+        script, python = PEERS / f"{run.method}.py", sys.executable
+        # The contrastive baseline runs here, too, and an installation is not quick.
+        if run.method != "contrastive" or not self.args.quick:
+            python = install_python(script.with_suffix(".txt"), self.args.work)
+        out = ["--out", folder / "z.npz", "--seed", str(run.seed), *self.list_epochs(run.method)]
+        command = [python, script, split.folder, *split.mods, *out]
+        run_command(command, folder / "log.txt", self.args.threads)
+        return float(np.load(folder / "z.npz")["fit_s"])
+
+    def score(self, run: Run, folder: Path) -> Result:
+        return scores.score_embedding(folder / "z.npz", self.cut_split(run))
+
+    def judge(self, records: Sequence[Result]) -> Iterator[Result]:
+        """Each bar against ours, where every fold has been run with every seed."""
+        wanted = set(product(FOLDS, self.args.seeds))
+        for key, bar in self.bars.items():
+            name, metric = key.split()
+            ours = [r for r in records if (r["method"], r["data_set"]) == ("ours", name)]
+            path = metric if metric == "fit_s" else f"scores.global.{metric}"
+            values = select_values(ours, path)
+            reduce = max if metric == "fit_s" else statistics.fmean
+            whole = wanted <= {(r["fold"], r["seed"]) for r in ours}
+            yield bar.judge(reduce(values) if whole else None)
+
+    def list_extras(self) -> Result:
+        others = (m for m in self.args.methods if m != "ours")
+        return {"peers": {m: read_pins(PEERS / f"{m}.txt") for m in others}}
 
 
 if __name__ == "__main__":
-    run_main(main)
+    Matching.main()

@@ -1,51 +1,129 @@
-"""What an embedding of unseen cells is worth, read from the `z.npz` that its run keeps."""
+"""What an embedding of unseen cells is worth: matching, cell types, mixing of batches."""
 
-from __future__ import annotations
-
+from collections.abc import Mapping
 from pathlib import Path
 
 import mudata as md
 import numpy as np
+import pandas as pd
+from sklearn.model_selection import KFold, cross_val_score
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
+from sklearn.preprocessing import normalize
 
 from clue_dist import matching
-from tests.benchmarks import common
-from tests.benchmarks.common import Result
-from tests.benchmarks.labels import score
-from tests.benchmarks.mosaic import JOINT, Split, quiet
+from tests.benchmarks.mosaic import JOINT, Embedded, Split, ignore_warnings, list_pairs
+from tests.benchmarks.report import Result
 from tests.distributed.command import ROOT
 
-
-def code() -> str:
-    """Digest of what these scores follow from, embedding and cells aside."""
-    files = (
-        Path(__file__),
-        Path(score.__file__),
-        ROOT / "clue_dist/matching.py",
-        ROOT / "clue_dist/ranks.py",
-    )
-    return common.digest(*files)
+SOURCES = (Path(__file__), ROOT / "clue_dist/matching.py", ROOT / "clue_dist/ranks.py")
+LABEL = "cell_type"
+NO_TYPES = ("Mouse", "Multiplets", "T/Mono doublets", "Mis")  # labels that name no cell type
+NEIGHBOURS = 15
+PERPLEXITY = 30
 
 
-def of(npz: Path, split: Split) -> Result:
-    """scores: how the modalities match, of the best candidate by FOSCTTM; candidates: of each, where there are
-    several; joint, alone: how well the joint z tells labels, and the better of both modalities' own, where the file
-    holds a joint z and the cells have labels.
+def score_embedding(npz: Path, split: Split) -> Result:
+    """Score the embedding of a split's test cells, rows as in test.h5mu.
 
-    In the file: u1, u2, (N, D), or (C, N, D) for C candidates; test_joint, (N, D). Rows as in test.h5mu.
+    npz: with u1, u2, (N, D), or (C, N, D) for C candidates, whose best by FOSCTTM counts; and, by
+    source of z, perhaps test_SOURCE and train_SOURCE, of test and of paired training cells. joint,
+    alone: the accuracy of the joint z and of the better modality's own.
     """
-    arrays = np.load(npz)
-    u1, u2 = (arrays[name].reshape(-1, *arrays[name].shape[-2:]) for name in ("u1", "u2"))
-    with quiet():
-        obs = md.read(split.test)[split.mods[0]].obs
-    batch = obs["batch"].astype(str).to_numpy() if "batch" in obs else np.zeros(len(obs))
-    candidates = [matching.compute_scores(a, b, batch) for a, b in zip(u1, u2, strict=True)]
-    out: Result = {"scores": min(candidates, key=lambda scores: scores["global"]["foscttm"])}
-    if len(candidates) > 1:
-        out["candidates"] = candidates
-    if f"test_{JOINT}" in arrays and score.LABEL in obs:
-        keep, label = score.typed(obs)
-        joint, *alone = (
-            score.accuracy(z[keep], label[keep]) for z in (arrays[f"test_{JOINT}"], u1[0], u2[0])
-        )
-        out |= {"joint": joint, "alone": max(alone)}
-    return out
+    arrays, (first, _), found = dict(np.load(npz)), split.mods, {}
+    with ignore_warnings():
+        obs = md.read(split.test)[first].obs
+    z, known = (select_part(arrays, part) for part in ("test", "train"))
+    if "u1" in arrays:
+        u1, u2 = (arrays[name].reshape(-1, *arrays[name].shape[-2:]) for name in ("u1", "u2"))
+        batch = obs["batch"].astype(str).to_numpy() if "batch" in obs else np.zeros(len(obs))
+        candidates = [matching.compute_scores(a, b, batch) for a, b in zip(u1, u2, strict=True)]
+        found["scores"] = min(candidates, key=lambda scores: scores["global"]["foscttm"])
+        if len(candidates) > 1:
+            return found | {"candidates": candidates}
+        z = z or join_alone(split, u1[0], u2[0])
+    if LABEL not in obs:
+        return found
+    known_obs = obs
+    if known:
+        with ignore_warnings():
+            known_obs = md.read(split.train)[first].obs.loc[list_pairs(split, "train")]
+    found |= score_labels(z, known, obs, known_obs)
+    accuracy = dict(found["accuracy"])
+    return found | {"joint": accuracy.pop(JOINT), "alone": max(accuracy.values())}
+
+
+def select_part(arrays: Mapping[str, np.ndarray], part: str) -> Embedded:
+    """z of "train" or "test", by source."""
+    names = [name for name in arrays if name.startswith(f"{part}_")]
+    return {name.removeprefix(f"{part}_"): arrays[name] for name in names}
+
+
+def join_alone(split: Split, *alone: np.ndarray) -> Embedded:
+    """The joint z of who has none: the mean of its two; all are scaled to length 1."""
+    scaled = [normalize(u) for u in alone]
+    return {JOINT: normalize(sum(scaled))} | dict(zip(split.mods, scaled, strict=True))
+
+
+def score_labels(
+    z: Embedded, known: Embedded, obs: pd.DataFrame, known_obs: pd.DataFrame
+) -> Result:
+    """By source of z: accuracy of types, the same from training cells, mixing of batches.
+
+    z, obs: of the test cells; known, known_obs: of the paired training cells.
+    """
+    (keep, label), (known_keep, known_label) = map(find_typed, (obs, known_obs))
+    batch = obs["batch"].astype(str).to_numpy()[keep] if "batch" in obs else None
+    found: Result = {"accuracy": {}, "transferred": {}, "ilisi": {}}
+    for source, x in z.items():
+        found["accuracy"][source] = measure_accuracy(x[keep], label[keep])
+        if source in known:
+            cells = known[source][known_keep], known_label[known_keep]
+            found["transferred"][source] = measure_transfer(*cells, x[keep], label[keep])
+        if batch is not None and len(set(batch)) > 1:
+            found["ilisi"][source] = measure_ilisi(x[keep], batch)
+    return found
+
+
+def find_typed(obs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Which cells have a label that names a cell type, and the labels of all, (N,) each."""
+    return ~obs[LABEL].isin(NO_TYPES).to_numpy(), obs[LABEL].astype(str).to_numpy()
+
+
+def measure_accuracy(z: np.ndarray, labels: np.ndarray) -> float:
+    """Share of cells whose label is their neighbours' majority, by 5-fold cross-validation."""
+    folds = KFold(5, shuffle=True, random_state=0)
+    return float(cross_val_score(KNeighborsClassifier(NEIGHBOURS), z, labels, cv=folds).mean())
+
+
+def measure_transfer(
+    known: np.ndarray, known_labels: np.ndarray, z: np.ndarray, labels: np.ndarray
+) -> float:
+    """The same, with neighbours among other cells whose labels are known."""
+    return float(KNeighborsClassifier(NEIGHBOURS).fit(known, known_labels).score(z, labels))
+
+
+def measure_ilisi(z: np.ndarray, batch: np.ndarray) -> float:
+    """Median inverse Simpson index of batches around a cell, from 0 (one batch) to 1 (all alike).
+
+    Neighbours are weighted as in t-SNE, 3 x perplexity of them (Korsunsky et al., 2019). Equal to
+    5 digits to `ilisi_knn` of scib-metrics 0.5.10, given a cell and its 90 neighbours.
+    """
+    near = NearestNeighbors(n_neighbors=min(3 * PERPLEXITY, len(z) - 1)).fit(z)
+    distance, index = near.kneighbors()  # (N, 90), the cell itself left out
+    weight = _weigh_neighbours(distance, np.log(PERPLEXITY))
+    names, code = np.unique(batch, return_inverse=True)
+    share = np.stack([(weight * (code[index] == b)).sum(1) for b in range(len(names))], 1)
+    return float((np.median(1 / (share**2).sum(1)) - 1) / (len(names) - 1))
+
+
+def _weigh_neighbours(distance: np.ndarray, entropy: float) -> np.ndarray:
+    """exp(-beta distance), (N, k), rows scaled to 1, with the beta that gives the entropy."""
+    distance = distance - distance[:, :1]  # the nearest gets the largest weight, whatever the scale
+    low, high = np.full((len(distance), 1), -50.0), np.full((len(distance), 1), 50.0)  # ln beta
+    for _ in range(60):
+        middle = (low + high) / 2
+        weight = np.exp(-np.exp(middle) * distance)
+        weight /= weight.sum(1, keepdims=True)
+        too_even = -(weight * np.log(np.maximum(weight, 1e-300))).sum(1, keepdims=True) > entropy
+        low, high = np.where(too_even, middle, low), np.where(too_even, high, middle)
+    return weight

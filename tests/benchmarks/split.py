@@ -1,10 +1,8 @@
-"""Cuts one paired data set into a mosaic to train on and paired cells to test on, the same way on every machine.
+"""Cuts one paired data set into a mosaic to train on and paired cells to test on.
 
-A barcode alone decides where its cell goes: its SHA-1, as a number, modulo 100, turned by 20 a fold. So no list of
-cells needs to be kept, and over the five folds every cell is tested once.
+A barcode alone decides where its cell goes: its SHA-1, as a number, modulo 100, turned by 20 a
+fold. So no list of cells needs to be kept, and over the five folds every cell is tested once.
 """
-
-from __future__ import annotations
 
 import hashlib
 
@@ -15,38 +13,36 @@ import numpy as np
 FOLDS = range(5)
 
 
-def place(barcode: str, fold: int) -> int:
-    """0 to 99: below 20 a test cell, below 60 trained on as a pair, below 80 by its first modality alone."""
+def place_cell(barcode: str, fold: int) -> int:
+    """0 to 99: below 20 a test cell, below 60 a pair to train on, below 80 one modality alone."""
     digest = hashlib.sha1(barcode.encode(), usedforsecurity=False).digest()
     return (int.from_bytes(digest, "big") - 20 * fold) % 100
 
 
-def cut(whole: md.MuData, mods: tuple[str, str], fold: int) -> tuple[md.MuData, md.MuData]:
-    """The mosaic to train on, and the paired test cells, which stand in the same order in both modalities.
+def cut_mosaic(whole: md.MuData, mods: tuple[str, str], fold: int) -> tuple[md.MuData, md.MuData]:
+    """The mosaic to train on, and the paired test cells, in the same order in both modalities.
 
-    Only cells with counts in both modalities take part; features without a count in any paired cell are left out.
+    Only cells with counts in both modalities take part, and features with a count in one of them.
     """
-    first, second = paired(whole, mods)
-    at = np.array([place(name, fold) for name in first.obs_names])
-    test, pair, only_first = at < 20, (at >= 20) & (at < 60), (at >= 60) & (at < 80)
-    only_second = at >= 80
-    train = _mudata(mods, first[pair | only_first], second[pair | only_second])
-    return train, _mudata(mods, first[test], second[test])
+    first, second = select_pairs(whole, mods)
+    place = np.array([place_cell(name, fold) for name in first.obs_names])
+    test, paired = place < 20, (place >= 20) & (place < 60)
+    train = (first[paired | ((place >= 60) & (place < 80))], second[paired | (place >= 80)])
+    return tuple(
+        md.MuData({m: table.copy() for m, table in zip(mods, tables, strict=True)})
+        for tables in (train, (first[test], second[test]))
+    )
 
 
-def paired(whole: md.MuData, mods: tuple[str, str]) -> tuple[ad.AnnData, ad.AnnData]:
+def select_pairs(whole: md.MuData, mods: tuple[str, str]) -> tuple[ad.AnnData, ad.AnnData]:
     """Both modalities of the paired cells, in the order of the first."""
     names = whole[mods[0]].obs_names
     names = names[names.isin(whole[mods[1]].obs_names)]
-    first, second = (whole[m][names] for m in mods)
-    first, second = (x[:, _counts(x, axis=0) > 0] for x in (first, second))
-    full = (_counts(first, axis=1) > 0) & (_counts(second, axis=1) > 0)
+    tables = [whole[m][names] for m in mods]
+    first, second = (x[:, _sum_counts(x, axis=0) > 0] for x in tables)
+    full = (_sum_counts(first, axis=1) > 0) & (_sum_counts(second, axis=1) > 0)
     return first[full].copy(), second[full].copy()
 
 
-def _counts(x: ad.AnnData, axis: int) -> np.ndarray:
+def _sum_counts(x: ad.AnnData, axis: int) -> np.ndarray:
     return np.asarray(x.X.sum(axis)).ravel()
-
-
-def _mudata(mods: tuple[str, str], *parts: ad.AnnData) -> md.MuData:
-    return md.MuData({m: part.copy() for m, part in zip(mods, parts, strict=True)})

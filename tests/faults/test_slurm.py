@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.benchmarks.faults.jobs import last_step
+from tests.benchmarks.faults.jobs import find_last_step
 from tests.distributed.command import (
     ROOT,
     best_weights,
@@ -74,7 +74,7 @@ def submitted(slurm: Slurm, folder: Path, name: str, *settings: str, **variables
 
 def await_steps(slurm: Slurm, folder: Path, name: str, job: str, beyond: int) -> None:
     deadline = time.monotonic() + 90
-    while last_step(folder / name) <= beyond:
+    while find_last_step(folder / name) <= beyond:
         state = slurm.state(job)["JobState"]
         assert state in ("PENDING", "CONFIGURING", "RUNNING"), (state, output(folder, name))
         assert time.monotonic() < deadline, output(folder, name)

@@ -1,8 +1,7 @@
-"""The ablation: its rows are recipes of their own, its cells are what they are said to be, its schedules are alike."""
-
-from __future__ import annotations
+"""The ablation: rows are recipes of their own, cells what they are said to be, schedules alike."""
 
 from pathlib import Path
+from typing import Any
 
 import mudata as md
 import numpy as np
@@ -12,29 +11,32 @@ import scipy.sparse as sp
 from clue_dist import config as configs
 from clue_dist.config import Config, ModelConfig, TrunkConfig
 from clue_dist.train.setup import Setup, prepare_setup
-from tests.benchmarks import common, matching, mosaic
-from tests.benchmarks.ablation import __main__ as ablation
+from tests.benchmarks import mosaic
 from tests.benchmarks.ablation import cells as other
 from tests.benchmarks.ablation import estimates, rows
-from tests.benchmarks.ablation.rows import ROWS, TABLE_5
-from tests.benchmarks.split import FOLDS, cut
+from tests.benchmarks.ablation.__main__ import Ablation
+from tests.benchmarks.ablation.rows import ROWS, TABLE
+from tests.benchmarks.matching import Matching
+from tests.benchmarks.split import FOLDS, cut_mosaic
 from tests.distributed.command import ROOT
 from tests.stores import make_store
 from tests.unit.mosaic_helpers import MODS, paired_cells
 
+# --- rows ---
 
-def recipe(row: str, name: str) -> Config:
-    return configs.load_config(ROOT / rows.recipe_of(row, name), list(ROWS[row].settings))
+
+def load_recipe(row: str, name: str) -> Config:
+    return configs.load_config(ROOT / rows.choose_recipe(row, name), ROWS[row].split())
 
 
 @pytest.mark.parametrize("name", ["cbmc_cite", "snare_adbrain_8lib"])
 def test_every_row_is_a_valid_recipe_of_its_own(name: str) -> None:
-    recipes = {row: recipe(row, name).model_dump_json() for row in ROWS}
+    recipes = {row: load_recipe(row, name).model_dump_json() for row in ROWS}
     alike = {row for row in recipes if recipes[row] == recipes[rows.ATLAS]}
     assert alike == {rows.ATLAS, *other.OTHER_CELLS, rows.COUNTED_ANEW}
     assert len(set(recipes.values())) == len(recipes) - len(alike) + 1
-    assert len({rows.method_of(row) for row in ROWS}) == len(ROWS)
-    assert [rows.row_of(rows.method_of(row)) for row in ROWS] == list(ROWS)
+    assert len({rows.name_method(row) for row in ROWS}) == len(ROWS)
+    assert [rows.find_row(rows.name_method(row)) for row in ROWS] == list(ROWS)
     assert set(other.DOUBLINGS) <= set(other.OTHER_CELLS)
 
 
@@ -44,51 +46,50 @@ def test_every_row_is_a_valid_recipe_of_its_own(name: str) -> None:
 )
 def test_table_5_is_the_authors_recipe_with_terms_left_out(name: str, authors: str) -> None:
     whole = configs.load_config(ROOT / "configs" / f"{authors}.json")
-    assert recipe("paper: all", name) == whole
+    assert load_recipe("paper: all", name) == whole
     used = set()
-    for row in TABLE_5:
-        got = recipe(row, name).objective
-        kept = {term for term in rows.TERMS if getattr(got, f"lambda_{term}")}
-        assert all(
-            getattr(got, f"lambda_{t}") == getattr(whole.objective, f"lambda_{t}")
-            for t in {*kept, "self"}
-        )
-        assert got.lambda_self > 0
-        assert got.lambda_contrastive == 0
-        used.add(frozenset(kept))
-    assert len(used) == len(TABLE_5) == 8
+    table_5 = list(TABLE["paper"])[:8]
+    for row in table_5:
+        weights, full = load_recipe(row, name).objective, whole.objective
+        terms = {term for term in ("cross", "mse", "d") if getattr(weights, f"lambda_{term}")}
+        fields = [f"lambda_{term}" for term in (*terms, "self")]
+        assert all(getattr(weights, field) == getattr(full, field) > 0 for field in fields)
+        assert weights.lambda_contrastive == 0
+        used.add(frozenset(terms))
+    assert len(used) == len(table_5)
 
 
 def test_rows_are_run_where_they_say_something() -> None:
-    assert not rows.applies(rows.WITHIN_BATCH, "cbmc_cite")
-    assert rows.applies(rows.WITHIN_BATCH, "snare_adbrain_8lib")
-    assert rows.applies(rows.COUNTED_ANEW, "cbmc_cite")
-    assert not rows.applies(rows.COUNTED_ANEW, "snare_adbrain_8lib")
+    assert not rows.applies_to(rows.WITHIN_BATCH, "cbmc_cite")
+    assert rows.applies_to(rows.WITHIN_BATCH, "snare_adbrain_8lib")
+    assert rows.applies_to(rows.COUNTED_ANEW, "cbmc_cite")
+    assert not rows.applies_to(rows.COUNTED_ANEW, "snare_adbrain_8lib")
 
 
-def arguments(data: Path, *words: str):
+def plan_ablation(data: Path) -> Ablation:
     (data / "cbmc_cite.h5mu").write_bytes(b"cells")
-    return ablation.arguments(
-        ["--json", "out.json", "--data", str(data), "--sets", "cbmc_cite", *words]
-    )
+    return Ablation(["--json", "out.json", "--data", str(data), "--sets", "cbmc_cite"])
 
 
 def test_atlas_json_as_it_stands_is_the_run_of_the_matching_benchmark(tmp_path: Path) -> None:
-    args = arguments(tmp_path, "--rows", rows.ATLAS)
-    run = ablation.runs_of(args)[0]
-    assert (run.method, run.digest) == ("ours", matching.digest_of("ours", "cbmc_cite", args))
+    ablation = plan_ablation(tmp_path)
+    matching = Matching(args=ablation.args)
+    assert ablation.digest("ours", "cbmc_cite") == matching.digest("ours", "cbmc_cite")
+    assert ("ours", "cbmc_cite", 0, 0) in ablation.list_cases()
 
 
 def test_rows_with_other_cells_follow_from_the_code_that_makes_them(
-    tmp_path: Path, monkeypatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    args = arguments(tmp_path)
-    before = {row: ablation.digest_of(row, "cbmc_cite", args) for row in ROWS}
+    ablation, changed = plan_ablation(tmp_path), tmp_path / "cells.py"
+    monkeypatch.setattr(mosaic, "digest_sources", lambda: "all of clue_dist")
+    digests = []
+    for _ in range(2):
+        digests.append({row: ablation.digest(rows.name_method(row), "cbmc_cite") for row in ROWS})
+        changed.write_text("other code")
+        monkeypatch.setattr(other, "__file__", str(changed))
+    before, after = digests
     assert len(set(before.values())) == len(ROWS)
-    changed = tmp_path / "cells.py"
-    changed.write_text("other code")
-    monkeypatch.setattr(other, "__file__", str(changed))
-    after = {row: ablation.digest_of(row, "cbmc_cite", args) for row in ROWS}
     assert {row for row in ROWS if after[row] != before[row]} == set(other.OTHER_CELLS)
 
 
@@ -96,162 +97,149 @@ def test_rows_with_other_cells_follow_from_the_code_that_makes_them(
 
 
 @pytest.fixture(scope="module")
-def cells() -> other.Cells:
+def cells() -> other.SplitCells:
     whole = paired_cells()
-    return other.Cells(MODS, *cut(whole, MODS, 0), whole)
+    return other.SplitCells(MODS, *cut_mosaic(whole, MODS, 0), whole)
 
 
-def partners(table: md.MuData) -> set[str]:
+def list_partners(table: md.MuData) -> set[str]:
     return set(table["rna"].obs_names) & set(table["adt"].obs_names)
 
 
-def test_test_cells_join_the_training_cells_without_their_partners(cells: other.Cells) -> None:
-    joined = other.with_test_cells(cells)
+def test_test_cells_join_the_training_cells_without_their_partners(cells: other.SplitCells) -> None:
+    joined = other.add_test_cells(cells)
     for m in MODS:
         assert joined[m].n_obs == cells.train[m].n_obs + cells.test[m].n_obs
         tail = joined[m][cells.train[m].n_obs :]
         np.testing.assert_array_equal(tail.X.toarray(), cells.test[m].X.toarray())
-    assert partners(joined) == partners(cells.train)
+        assert list(joined[m].obs["batch"].unique()) == ["one"]
+    assert list_partners(joined) == list_partners(cells.train)
 
 
 @pytest.mark.parametrize("halved", [False, True])
 @pytest.mark.parametrize("unpaired", [False, True])
 def test_the_ablation_takes_pairs_or_unpaired_cells_away(
-    cells: other.Cells, halved: bool, unpaired: bool
+    cells: other.SplitCells, halved: bool, unpaired: bool
 ) -> None:
-    pairs, fewer = partners(cells.train), other.of_pairs(cells, halved, unpaired)
-    assert len(partners(fewer)) == (-(-len(pairs) // 2) if halved else len(pairs))
-    assert partners(fewer) <= pairs
+    pairs = list_partners(cells.train)
+    fewer = other.select_training(cells, halved, unpaired)
+    left = list_partners(fewer)
+    assert len(left) == (-(-len(pairs) // 2) if halved else len(pairs))
+    assert left <= pairs
     for m in MODS:
-        assert (
-            fewer[m].n_obs - len(partners(fewer)) == (cells.train[m].n_obs - len(pairs)) * unpaired
-        )
-        np.testing.assert_array_equal(
-            fewer[m].X.toarray(), cells.train[m][fewer[m].obs_names].X.toarray()
-        )
+        alone = cells.train[m].n_obs - len(pairs)
+        assert fewer[m].n_obs - len(left) == alone * unpaired
+        same = cells.train[m][fewer[m].obs_names]
+        np.testing.assert_array_equal(fewer[m].X.toarray(), same.X.toarray())
 
 
-def test_the_ablation_reveals_partners_of_training_cells_alone(cells: other.Cells) -> None:
-    full = other.all_paired(cells)
+def test_the_ablation_reveals_partners_of_training_cells_alone(cells: other.SplitCells) -> None:
+    full = other.pair_all(cells)
     known = set(cells.train["rna"].obs_names) | set(cells.train["adt"].obs_names)
-    assert set(full["rna"].obs_names) == partners(full) == known
+    assert set(full["rna"].obs_names) == list_partners(full) == known
     assert not known & set(cells.test["rna"].obs_names)
     for m in MODS:
         assert list(full[m].var_names) == list(cells.test[m].var_names)
 
 
 def test_other_training_cells_are_kept_beside_their_split(
-    tmp_path: Path, cells: other.Cells
+    tmp_path: Path, cells: other.SplitCells
 ) -> None:
     folder = tmp_path / "splits" / "cbmc_cite-abc" / "fold0"
     folder.mkdir(parents=True)
     for part in ("train", "test"):
         getattr(cells, part).write(folder / f"{part}.h5mu")
     cells.whole.write(tmp_path / "cbmc_cite.h5mu")
-    split = other.changed(
-        mosaic.Split(folder, MODS), "no unpaired cells", "ablation-none", tmp_path
-    )
-    assert split.folder.parent == folder.parent != split.folder
-    with mosaic.quiet():
-        assert (
-            partners(md.read(split.train))
-            == partners(cells.train)
-            == set(md.read(split.train)["rna"].obs_names)
-        )
+    split = mosaic.Split(folder, MODS)
+    changed = other.change_training(split, "no unpaired cells", "ablation-none", tmp_path)
+    assert changed.folder.parent == folder.parent != changed.folder
+    with mosaic.ignore_warnings():
+        train = md.read(changed.train)
+    assert list_partners(train) == list_partners(cells.train) == set(train["rna"].obs_names)
 
 
-def setup_of(store: Path, *settings: str) -> Setup:
-    return prepare_setup(
-        configs.load_config(
-            ROOT / mosaic.RECIPE, [f"store={store}", f"run={store.parent / 'r'}", *settings]
-        ),
-        1,
-    )
+def set_up(store: Path, *settings: str) -> Setup:
+    words = [f"store={store}", f"run={store.parent / 'r'}", *settings]
+    return prepare_setup(configs.load_config(ROOT / mosaic.RECIPE, words), 1)
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    store = tmp_path_factory.mktemp("full") / "full.zarr"
+    sizes = {"rna+adt": 600, "rna": 300, "adt": 300}
+    make_store(store, cells=sizes, features={"rna": 10, "adt": 4})
+    return store
 
 
 @pytest.mark.parametrize(
-    "fewer", [{"rna+adt": 300, "rna": 300, "adt": 300}, {"rna+adt": 600}, {"rna+adt": 2400}]
+    ("sizes", "settings"),
+    [
+        ({"rna+adt": 300, "rna": 300, "adt": 300}, ()),
+        ({"rna+adt": 600}, ("train.epochs=7",)),
+        ({"rna+adt": 2400}, ()),
+    ],
 )
-@pytest.mark.parametrize("settings", [(), ("train.epochs=7",)])
 def test_other_cells_are_trained_on_as_long_in_the_same_batches(
-    tmp_path: Path, fewer: dict[str, int], settings: tuple[str, ...]
+    tmp_path: Path, full: Path, sizes: dict[str, int], settings: tuple[str, ...]
 ) -> None:
-    features = {"rna": 30, "adt": 8}
-    make_store(
-        tmp_path / "full.zarr", cells={"rna+adt": 600, "rna": 300, "adt": 300}, features=features
-    )
-    make_store(tmp_path / "other.zarr", cells=fewer, features=features)
-    pinned = other.schedule(tmp_path / "full.zarr", tmp_path / "other.zarr", settings)
-    full, got = (
-        setup_of(tmp_path / "full.zarr", *settings),
-        setup_of(tmp_path / "other.zarr", *settings, *pinned),
-    )
-    assert got.total_steps == full.total_steps
-    assert got.config.data.batch_size == full.config.data.batch_size
-    assert got.config.train.validate_every == full.config.train.validate_every
-    if len(fewer) > 1:
-        assert got.plan.stratum_shares["rna+adt"] == full.plan.stratum_shares["rna+adt"]
+    make_store(tmp_path / "other.zarr", cells=sizes, features={"rna": 10, "adt": 4})
+    pinned = other.match_schedule(full, tmp_path / "other.zarr", settings)
+    wanted = set_up(full, *settings)
+    found = set_up(tmp_path / "other.zarr", *settings, *pinned)
+    assert found.total_steps == wanted.total_steps
+    assert found.config.data.batch_size == wanted.config.data.batch_size
+    assert found.config.train.validate_every == wanted.config.train.validate_every
+    if len(sizes) > 1:
+        assert found.plan.stratum_shares["rna+adt"] == wanted.plan.stratum_shares["rna+adt"]
 
 
 # --- estimates and the table ---
 
 
 def test_counting_noise_is_what_hides_a_cell_from_its_own_recount() -> None:
-    rng = np.random.default_rng(0)
-    scores = {}
+    rng, scores = np.random.default_rng(0), {}
     for depth in (1, 300):
         counts = sp.csr_matrix(rng.poisson(depth * rng.gamma(2, 0.5, (200, 13))))
-        scores[depth] = estimates.counted_anew(counts, seed=0)["global"]
+        scores[depth] = estimates.match_recounts(counts, seed=0)["global"]
     assert scores[300]["foscttm"] < 1e-4 < scores[1]["foscttm"] < 0.2
     assert scores[300]["match"] > 0.95 > scores[1]["match"]
 
 
 def test_the_limit_of_a_geometric_approach_is_exact_and_of_none_unknown() -> None:
-    assert estimates.limit([8.0, 4.0, 2.0]) == pytest.approx(0)
-    assert estimates.limit([0.1, 0.15, 0.17]) == pytest.approx(0.17 + 0.02 * 0.4 / 0.6)
-    assert np.isnan(estimates.limit([0.1, 0.15, 0.21]))
+    assert estimates.extrapolate_limit([8.0, 4.0, 2.0]) == pytest.approx(0)
+    limit = estimates.extrapolate_limit([0.1, 0.15, 0.17])
+    assert limit == pytest.approx(0.17 + 0.02 * 0.4 / 0.6)
+    assert np.isnan(estimates.extrapolate_limit([0.1, 0.15, 0.21]))
 
 
 def test_separate_encoders_grow_faster_than_shared_trunks() -> None:
     shared, separate = (
-        [estimates.encoder_parameters(k, ModelConfig(trunk=TrunkConfig(shared=s))) for k in (2, 4)]
-        for s in (True, False)
+        [estimates.count_encoders(k, ModelConfig(trunk=TrunkConfig(shared=flag))) for k in (2, 4)]
+        for flag in (True, False)
     )
     assert separate[1] / separate[0] > 3.9  # K^2 networks
     assert shared[1] / shared[0] < 3
     assert shared[0] < separate[0]
 
 
-def records(row: str, folds: range) -> list[common.Result]:
+def make_records(row: str, folds: range) -> list[dict[str, Any]]:
     scores = {"global": {"foscttm": 0.1, "match": 0.02, "recall10": 0.1}}
-    run = {"method": rows.method_of(row), "data_set": "cbmc_cite", "scores": scores, "fit_s": 100.0}
-    return [run | {"fold": fold, "joint": 0.9, "alone": 0.8} for fold in folds]
+    run = {"method": rows.name_method(row), "data_set": "cbmc_cite", "scores": scores}
+    return [run | {"fit_s": 100.0, "fold": fold, "joint": 0.9, "alone": 0.8} for fold in folds]
 
 
-def test_pairs_are_extrapolated_from_five_folds_of_every_row_alone() -> None:
-    some = [r for row in other.DOUBLINGS[:2] for r in records(row, FOLDS)]
-    with_four = ablation.table(some + records(other.DOUBLINGS[2], range(4)))
-    with_five = ablation.table(some + records(other.DOUBLINGS[2], FOLDS))
-    assert ablation.EXTRAPOLATED not in with_four
-    assert ablation.EXTRAPOLATED in with_five
-    assert with_five.count("no limit") == 3  # of equal values none can be told
-
-
-def test_the_table_tells_the_label_accuracy_of_the_joint_z_and_of_one_modality() -> None:
-    lines = ablation.table(
-        [*records("posterior mean", range(2)), *records(rows.ATLAS, range(1))]
-    ).splitlines()
-    assert lines[0].split() == [
-        "set",
-        "row",
-        "folds",
-        "FOSCTTM",
-        "match",
-        "recall10",
-        "joint",
-        "alone",
-        "fit",
-        "s",
-    ]
-    assert lines[2].index("0.900 ± 0.000") < lines[2].index("0.800 ± 0.000")
-    assert lines[3].split()[:3] == ["cbmc_cite", "atlas.json", "1"]
+def test_the_table_has_accuracies_and_extrapolates_five_folds_of_every_row_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimates, "tabulate_parameters", lambda: "parameters")
+    ablation, last = plan_ablation(tmp_path), other.DOUBLINGS[2]
+    some = [r for row in other.DOUBLINGS[:2] for r in make_records(row, FOLDS)]
+    with_four = ablation.tabulate(some + make_records(last, range(4)))
+    with_five = ablation.tabulate(some + make_records(last, FOLDS))
+    assert "ever more pairs" not in with_four
+    assert with_five.count("ever more pairs") == 3
+    assert with_five.endswith("parameters")
+    text = ablation.tabulate([*make_records("posterior mean", range(2))])
+    heading, line = text.splitlines()[:2]
+    assert heading.split()[-2:] == ["joint", "alone"]
+    assert line.split()[-6:] == ["0.9", "±", "0", "0.8", "±", "0"]

@@ -1,10 +1,9 @@
-"""The scripts of the other methods, as far as they go without the packages of their own environments."""
-
-from __future__ import annotations
+"""The scripts of the other methods, as far as they go without their packages."""
 
 import importlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -14,9 +13,9 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from tests.benchmarks import common, mosaic, scores
+from tests.benchmarks import mosaic, scores
 from tests.benchmarks.matching import PEERS
-from tests.benchmarks.split import cut
+from tests.benchmarks.split import cut_mosaic
 from tests.distributed.command import ROOT
 from tests.unit.mosaic_helpers import MODS, paired_cells
 
@@ -24,7 +23,7 @@ ABSENT = {"multivi": "scvi", "reference": "scglue"}
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch):
+def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
     """Imports a peer's script, with an empty module in place of the package that is not here."""
 
     def load(name: str) -> ModuleType:
@@ -41,49 +40,48 @@ def script(monkeypatch: pytest.MonkeyPatch):
     return load
 
 
-def table(names: list[str], width: int, seed: int = 0, **obs: list[str]) -> ad.AnnData:
-    counts = np.random.default_rng(seed).poisson(2, (len(names), width))
-    return ad.AnnData(sp.csr_matrix(counts), obs=pd.DataFrame(obs, index=names))
+def make_cells(names: str, width: int, seed: int = 0, **obs: list[str]) -> ad.AnnData:
+    index = names.split()
+    counts = np.random.default_rng(seed).poisson(2, (len(index), width))
+    return ad.AnnData(sp.csr_matrix(counts), obs=pd.DataFrame(obs, index=index))
 
 
 def test_reductions_are_fitted_on_training_cells_alone(script) -> None:
     peer = script("peer")
-    train, test = (
-        table([f"a{i}" for i in range(60)], 30),
-        table([f"b{i}" for i in range(20)], 30, seed=1),
-    )
+    train = make_cells(" ".join(f"a{i}" for i in range(60)), 30)
+    test = make_cells(" ".join(f"b{i}" for i in range(20)), 30, seed=1)
     for modality in ("rna", "adt", "atac"):
-        a, b = peer.reduced(modality, train, test)
+        a, b = peer.reduce_cells(modality, train, test)
         assert a.shape == (60, 29)
         assert b.shape == (20, 29)
-        some, _ = peer.reduced(modality, train, test[:5])
+        some, _ = peer.reduce_cells(modality, train, test[:5])
         np.testing.assert_allclose(some, a, rtol=1e-4, atol=1e-4)
-    lsi, _ = peer.reduced("atac", train, test)
+    lsi, _ = peer.reduce_cells("atac", train, test)
     np.testing.assert_allclose([lsi.mean(1), lsi.std(1)], [np.zeros(60), np.ones(60)], atol=1e-5)
 
 
-def test_the_contrastive_baseline_leaves_four_looks_at_the_test_cells(tmp_path: Path) -> None:
-    for part, cells in zip(("train", "test"), cut(paired_cells(), MODS, 0), strict=True):
+def test_the_contrastive_baseline_leaves_four_looks_at_the_test_cells(
+    script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part, cells in zip(("train", "test"), cut_mosaic(paired_cells(), MODS, 0), strict=True):
         cells.write(tmp_path / f"{part}.h5mu")
-    out = ["--out", tmp_path / "z.npz", "--epochs", "4"]
-    common.call(
-        [sys.executable, PEERS / "contrastive.py", tmp_path, *MODS, *out],
-        tmp_path / "log",
-        threads=1,
-    )
-    arrays = np.load(tmp_path / "z.npz")
-    n = len(mosaic.pairs_of(mosaic.Split(tmp_path, MODS), "test"))
+    out = ["--out", str(tmp_path / "z.npz"), "--epochs", "4"]
+    contrastive = script("contrastive")
+    monkeypatch.setattr(sys, "argv", ["contrastive.py", str(tmp_path), *MODS, *out])
+    contrastive.main()
+    arrays, split = np.load(tmp_path / "z.npz"), mosaic.Split(tmp_path, MODS)
+    n = len(mosaic.list_pairs(split, "test"))
     assert arrays["u1"].shape == arrays["u2"].shape == (4, n, 64)
     assert arrays["fit_s"] > 0
-    assert len(scores.of(tmp_path / "z.npz", mosaic.Split(tmp_path, MODS))["candidates"]) == 4
+    assert len(scores.score_embedding(tmp_path / "z.npz", split)["candidates"]) == 4
 
 
-@pytest.mark.filterwarnings("ignore:Cannot join columns")
+@pytest.mark.filterwarnings("ignore:Cannot join columns", "ignore:var_names are not unique")
 def test_multivi_sees_every_cell_once_with_zeros_where_nothing_was_measured(script) -> None:
     multivi = script("multivi")
-    rna = table(["a", "b", "c"], 4, batch=["one", "one", "two"])
-    atac = table(["c", "d"], 6, seed=1, batch=["two", "three"])
-    whole = multivi.mosaic(rna, atac)
+    rna = make_cells("a b c", 4, batch=["one", "one", "two"])
+    atac = make_cells("c d", 6, seed=1, batch=["two", "three"])
+    whole = multivi.join_mosaic(rna, atac)
     assert list(whole["rna"].obs_names) == list(whole["atac"].obs_names)
     kinds = whole["rna"].obs["modality"].to_dict()
     assert kinds == {"a": "expression", "b": "expression", "c": "paired", "d": "accessibility"}
@@ -91,7 +89,7 @@ def test_multivi_sees_every_cell_once_with_zeros_where_nothing_was_measured(scri
     np.testing.assert_array_equal(whole["rna"]["c"].X.toarray(), rna["c"].X.toarray())
     np.testing.assert_array_equal(whole["atac"]["c"].X.toarray(), atac["c"].X.toarray())
     assert whole["rna"]["d"].X.sum() == whole["atac"]["a"].X.sum() == 0
-    alone = multivi.mosaic(rna, atac[:0])
+    alone = multivi.join_mosaic(rna, atac[:0])
     assert set(alone["rna"].obs["modality"]) == {"expression"}
     assert alone["atac"].X.sum() == 0
 
@@ -100,8 +98,8 @@ def test_the_reference_decodes_the_strongest_peaks_and_every_gene(script) -> Non
     reference = script("reference")
     reference.PEAKS = 3
     cells = ad.AnnData(sp.csr_matrix(np.array([[1, 9, 0, 5, 7]])))
-    assert set(reference.decoded("atac", cells)) == {1, 3, 4}
-    assert list(reference.decoded("rna", cells)) == list(range(5))
+    assert set(reference.choose_decoded("atac", cells)) == {1, 3, 4}
+    assert list(reference.choose_decoded("rna", cells)) == list(range(5))
 
 
 @pytest.mark.parametrize(
@@ -115,12 +113,10 @@ def test_the_reference_has_the_settings_of_the_recipe_named_after_it(
     weights = {"lam_kl": "kl", "lam_align": "d", "lam_joint_cross": "cross", "lam_cos": "mse"}
     for name, term in weights.items():
         assert theirs["weights"][name] == ours["objective"][f"lambda_{term}"]
-    model, shape = ours["model"], theirs["shape"]
-    assert (shape["latent_dim"], shape["u2x_h_dim"]) == (
-        model["latent"],
-        model["decoder"]["hidden"],
-    )
-    assert (shape["du_h_depth"], shape["du_h_dim"]) == (
-        model["discriminator"]["depth"],
-        model["discriminator"]["hidden"],
-    )
+    model = ours["model"]
+    assert theirs["shape"] == {
+        "latent_dim": model["latent"],
+        "u2x_h_dim": model["decoder"]["hidden"],
+        "du_h_depth": model["discriminator"]["depth"],
+        "du_h_dim": model["discriminator"]["hidden"],
+    }

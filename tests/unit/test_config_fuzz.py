@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
+from random import Random
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -80,8 +80,8 @@ def test_any_tree(tree: Any) -> None:
 @FUZZ
 @given(st.sampled_from(RECIPES), st.integers(0, 2**32), st.integers(1, 3))
 def test_recipes_that_were_changed(recipe: Any, seed: int, times: int) -> None:
-    tree, _ = spoil.spoiled(recipe, np.random.default_rng(seed), times)
-    loaded(spoil.text_of(tree), [])
+    content, _ = spoil.spoil_json(json.dumps(recipe).encode(), Random(seed), 0.0, times)
+    loaded(content, [])
 
 
 @FUZZ
@@ -93,7 +93,7 @@ def test_any_override(recipe: Any, overrides: list[str]) -> None:
 @FUZZ
 @given(st.sampled_from(RECIPES), st.integers(0, 2**32))
 def test_files_that_are_no_json(recipe: Any, seed: int) -> None:
-    content, _ = spoil.broken_text(json.dumps(recipe).encode(), np.random.default_rng(seed))
+    content, _ = spoil.spoil_json(json.dumps(recipe).encode(), Random(seed), 1.0)
     loaded(content, [])
 
 

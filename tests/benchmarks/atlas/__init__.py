@@ -1,1 +1,0 @@
-"""Is anything slower, or larger in memory, with ten million cells than with one? See `__main__`."""

@@ -1,72 +1,44 @@
-"""Do linear probes find shared and private factors in z, also when a modality is missing? Ours against a common space.
+"""Do linear probes find shared and private factors in z? Ours against a common latent space.
 
-.venv/bin/python -m tests.benchmarks.factors --json OUT.json [--quick] [--designs cite ...] [--set objective.x=1 ...]
-
-Counts are simulated from factors that all modalities share and factors of one modality alone. 20% of the cells are
-test cells, 40% are paired, the others carry one modality each. Ridge probes learn on z of the paired training cells
-and are scored on the test cells. Runs that have been done are kept: typed again, it goes on.
+.venv/bin/python -m tests.benchmarks.factors --json OUT.json [--quick] [--set objective.x=1 ...]
 """
 
-from __future__ import annotations
-
-import argparse
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations, product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
+import pandas as pd
+from sklearn.linear_model import RidgeCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
-from clue_dist.process import run_main
-from tests.benchmarks import common, mosaic
-from tests.benchmarks.common import Bar, Result, Run, Steps
-from tests.benchmarks.factors import methods, probes
+from clue_dist import matching
+from tests.benchmarks import mosaic, report, scores
+from tests.benchmarks.factors import methods
 from tests.benchmarks.factors.common_space import ALIGNMENT
-from tests.benchmarks.factors.simulate import Assay, Design, simulate
+from tests.benchmarks.factors.methods import Sources
+from tests.benchmarks.factors.simulate import Assay, Design, Simulation, cut_parts, simulate_cells
+from tests.benchmarks.kept import compute_digest
 from tests.benchmarks.mosaic import JOINT
+from tests.benchmarks.report import Result
+from tests.benchmarks.runner import Benchmark, Case, Option, Run
 from tests.distributed.command import ROOT
 
 HERE = Path(__file__).parent
-RNA, ADT, ATAC = (
-    Assay("rna", 1000, 2000, 4),
-    Assay("adt", 100, 2000, 10),
-    Assay("atac", 2000, 1000, 10),
-)
-DESIGNS = {
-    "cite": Design((RNA, ADT)),
-    "multiome": Design((RNA, ATAC)),
-    "three": Design((RNA, ADT, ATAC)),
-}
-METHODS = {
-    "ours": "ours",
-    "aligned": "common space, aligned",
-    "common": "common space",
-    "counts": "counts",
-}
+RNA, ADT = Assay("rna", 1000, 2000, 4), Assay("adt", 100, 2000, 10)
+ATAC = Assay("atac", 2000, 1000, 10)
+ASSAYS = {"cite": (RNA, ADT), "multiome": (RNA, ATAC), "three": (RNA, ADT, ATAC)}
+DESIGNS = {name: Design(assays) for name, assays in ASSAYS.items()}
 COMMON_SPACES = {"aligned": ALIGNMENT, "common": 0.0}
-COMPARED = ("ours", *COMMON_SPACES)  # whose modalities have one space
-SEEDS = 3  # bars are judged on so many or more
-PARTS = (
-    "train",
-    "test",
-)  # of an embedding: the cells that probes learn on, and those they are scored on
-QUICK_CELLS, QUICK_SETTINGS = 1500, ("train.epochs=12", "model.trunk.hidden=64")
-
-FOOTNOTES = """\
-R² on test cells, mean of the factors, by ridge probes on z of the paired training cells; mean ± standard deviation over
-seeds, each a simulation and a training of its own
-z from: everything, or some modalities alone; nothing tells the private factors of the others
-FOSCTTM: between test cells' z from one modality alone and from another, mean over pairs of modalities; less is better
-common space: a VAE with one z for all modalities (common_space.py), of the same size and with the same encoders,
-inputs, batches, steps and optimizer, the weights of the last step; aligned: with MultiVI's penalty on what the
-modalities of a cell infer
-counts: components of the normalised counts, 50 of each modality: what there is to be read
-bars: ours minus the better of both common spaces; shared factors may be 0.02 below, as a quarter of our z
-is not for them; of private ones z tells at least nine tenths of what counts tell; ±: over seeds"""
-
-PRIVATE, SHARED = Bar("", ">", 0.0), Bar("", ">=", -0.02)
-KEPT = Bar("", ">=", 0.9)
+METHODS = ("ours", *COMMON_SPACES, "counts")
+SEEDS = [0, 1, 2]  # bars are judged on so many or more
+PARTS = ("train", "test")  # the cells that probes learn on, and those they are scored on
+QUICK_CELLS, QUICK_SETTINGS = 1500, ["train.epochs=12", "model.trunk.hidden=64"]
+PENALTIES = np.logspace(-1, 5, 13)
 
 
 class Question(NamedTuple):
@@ -77,186 +49,165 @@ class Question(NamedTuple):
     sources: tuple[str, ...]
 
     @property
-    def name(self) -> str:
-        return f"{self.factors} factors, z from {self.z_from}"
-
-    @property
     def factors(self) -> str:
         return "shared" if self.whose == "shared" else f"private {self.whose}"
 
 
-def questions(design: Design) -> Iterator[Question]:
+def list_questions(design: Design) -> Iterator[Question]:
     """Of everything, of each modality alone, and of two where there are three."""
-    for whose in ("shared", *design.names):
-        yield Question(whose, "everything", (JOINT,))
+    owners = ("shared", *design.names)
+    yield from (Question(whose, "everything", (JOINT,)) for whose in owners)
     for name in design.names:
-        for whose in ("shared", name):
-            yield Question(whose, f"{name} alone", (name,))
-    if design.subsets:
-        for whose in ("shared", *design.names):
-            some = tuple(
-                subset for subset, names in design.subsets.items() if whose in ("shared", *names)
-            )
+        yield from (Question(whose, f"{name} alone", (name,)) for whose in ("shared", name))
+    if subsets := design.subsets.items():
+        for whose in owners:
+            some = tuple(subset for subset, names in subsets if whose in ("shared", *names))
             yield Question(whose, "any two", some)
 
 
-def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = common.parser("factors", __doc__, work="factors")
-    parser.add_argument("--designs", nargs="+", choices=DESIGNS, help="default: all")
-    parser.add_argument(
-        "--seeds", nargs="+", type=int, help=f"default: {' '.join(map(str, range(SEEDS)))}"
-    )
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="PATH=VALUE",
-        help="of our training; the common spaces share what concerns encoders, decoders, batches, steps and optimizer",
-    )
-    args = parser.parse_args(words)
-    args.designs = args.designs or (["cite"] if args.quick else list(DESIGNS))
-    args.seeds = args.seeds or ([0] if args.quick else list(range(SEEDS)))
-    args.set = [*(QUICK_SETTINGS if args.quick else ()), *args.set]
-    return args
+class Factors(Benchmark):
+    """Probes of known factors in the z of methods."""
 
-
-def design_of(name: str, quick: bool) -> Design:
-    return replace(DESIGNS[name], cells=QUICK_CELLS) if quick else DESIGNS[name]
-
-
-def runs_of(args: argparse.Namespace) -> list[Run]:
-    digests = {(m, name): digest_of(m, name, args) for m in METHODS for name in args.designs}
-    return [
-        Run(method, name, 0, seed, digests[method, name])
-        for seed in args.seeds
-        for name in args.designs
-        for method in METHODS
-    ]
-
-
-def digest_of(method: str, name: str, args: argparse.Namespace) -> str:
-    """Of the cells, sources and settings that a method's embeddings follow from."""
-    files = {"ours": (), "counts": ("views.py",)}.get(method, ("common_space.py",))
-    trained = () if method == "counts" else (mosaic.sources(), *args.set)
-    here = [HERE / file for file in ("methods.py", *files)]
-    return common.digest(cells_digest(name, args), *here, *trained)
-
-
-def cells_digest(name: str, args: argparse.Namespace) -> str:
-    return common.digest(str(design_of(name, args.quick)), HERE / "simulate.py")
-
-
-def do(run: Run, folder: Path, args: argparse.Namespace) -> Result:
-    """One method on one simulation: its embedding in `z.npz`, and the seconds of its fit."""
-    simulation = simulate(design_of(run.data_set, args.quick), run.seed)
-    if run.method == "counts":
-        z, fit_s = methods.by_counts(simulation)
-    else:
-        name = f"{run.data_set}-{cells_digest(run.data_set, args)[:12]}"
-        split = methods.split_of(simulation, name, args.work)
-        known = simulation, split, folder, args.set, args.threads, args.work
-        ours = run.method == "ours"
-        z, fit_s = (
-            methods.by_ours(*known)
-            if ours
-            else methods.by_common_space(*known, COMMON_SPACES[run.method])
-        )
-    common.unchanged(run, digest_of(run.method, run.data_set, args))
-    arrays = {
-        f"{part}_{source}": x
-        for source, pair in z.items()
-        for part, x in zip(PARTS, pair, strict=True)
-    }
-    np.savez(folder / "z.npz", **arrays)
-    return {"fit_s": fit_s, "threads": args.threads}
-
-
-def score(run: Run, folder: Path, args: argparse.Namespace) -> Result:
-    """R² of every factor; FOSCTTM where the modalities have one space."""
-    simulation = simulate(design_of(run.data_set, args.quick), run.seed)
-    names = simulation.design.names
-    sources = (JOINT, *names, *simulation.design.subsets)
-    train, test = (mosaic.kept(folder / "z.npz", part, sources) for part in PARTS)
-    r2 = probes.scored(simulation, {source: (train[source], test[source]) for source in sources})
-    return {"r2": r2} | ({} if run.method == "counts" else {"foscttm": probes.foscttm(test, names)})
-
-
-def told(record: Result) -> str:
-    r2 = record["r2"][JOINT]
-    means = {whose: statistics.fmean(values) for whose, values in r2.items()}
-    return ", ".join(f"{whose} {value:.3f}" for whose, value in means.items())
-
-
-def values(
-    records: Sequence[Result], method: str, name: str, question: Question
-) -> dict[int, float]:
-    """R² by seed, mean over factors and sources."""
-    return {
-        r["seed"]: statistics.fmean(
-            v for source in question.sources for v in r["r2"][source][question.whose]
-        )
-        for r in records
-        if (r["method"], r["data_set"]) == (method, name)
+    name = work = "factors"
+    options: ClassVar = {
+        "designs": Option(list(DESIGNS), ["cite"], choices=DESIGNS),
+        "seeds": Option(SEEDS, [0]),
+        "set": Option([], [], "PATH=VALUE of our training; the common spaces share most of it"),
     }
 
+    @property
+    def settings(self) -> list[str]:
+        return [*(QUICK_SETTINGS if self.args.quick else ()), *self.args.set]
 
-def table(records: Sequence[Result]) -> str:
-    """One row for each design and question, and one for how its modalities meet; one column for each method."""
-    rows = [["design", "z from", "factors", *METHODS.values()]]
-    for name in dict.fromkeys(r["data_set"] for r in records):
-        for question in questions(DESIGNS[name]):
-            by_method = [list(values(records, m, name, question).values()) for m in METHODS]
-            cells = [common.spread(v, 3) if v else "" for v in by_method]
-            rows.append([name, question.z_from, question.factors, *cells])
-        of = {
-            m: [r["foscttm"] for r in records if (r["method"], r["data_set"]) == (m, name)]
-            for m in COMPARED
+    def list_cases(self) -> list[Case]:
+        cases = product(self.args.seeds, self.args.designs, METHODS)
+        return [(method, name, 0, seed) for seed, name, method in cases]
+
+    def choose_design(self, name: str) -> Design:
+        return replace(DESIGNS[name], cells=QUICK_CELLS) if self.args.quick else DESIGNS[name]
+
+    def simulate_run(self, run: Run) -> Simulation:
+        return simulate_cells(self.choose_design(run.data_set), run.seed)
+
+    def digest_cells(self, name: str) -> str:
+        return compute_digest(str(self.choose_design(name)), HERE / "simulate.py")
+
+    def list_inputs(self, method: str, data_set: str) -> list[Path | str]:
+        files = {"ours": [], "counts": ["views.py"]}.get(method, ["common_space.py"])
+        trained = [] if method == "counts" else [mosaic.digest_sources(), *self.settings]
+        here = [HERE / file for file in ("methods.py", *files)]
+        return [self.digest_cells(data_set), *here, *trained]
+
+    def measure(self, run: Run, folder: Path) -> Result:
+        simulation, args = self.simulate_run(run), self.args
+        if run.method == "counts":
+            z, fit_s = methods.reduce_counts(simulation)
+        else:
+            name = f"{run.data_set}-{self.digest_cells(run.data_set)[:12]}"
+            split = methods.write_split(simulation, name, args.work)
+            settings = ["log.tensorboard=false", "log.wandb=disabled", *self.settings]
+            training = mosaic.Training(split, folder, run.seed, settings, args)
+            if run.method == "ours":
+                tables, fit_s = training.embed_parts("test")
+                table = tables["test"]
+            else:
+                alignment = COMMON_SPACES[run.method]
+                table, fit_s = methods.embed_common_space(training, alignment)
+            z = methods.select_sources(table, simulation.design)
+        arrays = {f"{PARTS[i]}_{source}": z[source][i] for source in z for i in (0, 1)}
+        np.savez(folder / "z.npz", **arrays)
+        return {"fit_s": fit_s, "threads": self.args.threads}
+
+    score_sources = (Path(__file__), ROOT / "clue_dist/matching.py")
+
+    def score(self, run: Run, folder: Path) -> Result:
+        """R² of every factor; FOSCTTM where the modalities have one space."""
+        simulation = self.simulate_run(run)
+        names = simulation.design.names
+        arrays = np.load(folder / "z.npz")
+        train, test = (scores.select_part(arrays, part) for part in PARTS)
+        z = {source: (train[source], test[source]) for source in train}
+        found: Result = {"r2": probe_factors(simulation, z)}
+        return found if run.method == "counts" else found | {"foscttm": compare_spaces(test, names)}
+
+    def describe(self, record: Result) -> str:
+        means = {whose: statistics.fmean(values) for whose, values in record["r2"][JOINT].items()}
+        return ", ".join(f"{whose} {value:.3f}" for whose, value in means.items())
+
+    def tabulate(self, records: Sequence[Result]) -> str:
+        """A row for each design and question, and for how modalities meet; columns are methods."""
+        rows = []
+        for r in records:
+            base = {"design": r["data_set"], "method": r["method"]}
+            for question in list_questions(DESIGNS[r["data_set"]]):
+                asked = {"z from": question.z_from, "factors": question.factors}
+                rows.append(base | asked | {"value": average_r2(r, question)})
+            if "foscttm" in r:
+                asked = {"z from": "each alone", "factors": "FOSCTTM"}
+                rows.append(base | asked | {"value": r["foscttm"]})
+        columns = ["design", "z from", "factors", "method", "value"]
+        groups = pd.DataFrame(rows, columns=columns).groupby(columns[:4], sort=False)["value"]
+        return report.format_table(groups.agg(report.format_spread).unstack())
+
+    def judge(self, records: Sequence[Result]) -> Iterator[Result]:
+        """Ours against the better common space, and against counts, over three seeds or more."""
+        args = self.args
+        for name in args.designs:
+            for question in list_questions(DESIGNS[name]):
+                title = f"{name}: R² of {question.factors} factors, z from {question.z_from}, ours"
+                r2: dict[str, dict[int, float]] = {method: {} for method in METHODS}
+                for r in records:
+                    if r["data_set"] == name:
+                        r2[r["method"]][r["seed"]] = average_r2(r, question)
+                whole = all(values.keys() == set(args.seeds) for values in r2.values())
+                seeds = args.seeds if whole and len(args.seeds) >= len(SEEDS) else []
+                better = max((sum(r2[method].values()), method) for method in COMMON_SPACES)[1]
+                leads = [r2["ours"][seed] - r2[better][seed] for seed in seeds]
+                kind = "shared" if question.whose == "shared" else "private"
+                yield self.bars[kind].fill_name(title).judge_mean(leads)
+                if kind == "private" and question.sources == (JOINT,):
+                    shares = [r2["ours"][seed] / r2["counts"][seed] for seed in seeds]
+                    yield self.bars["counts"].fill_name(title).judge_mean(shares)
+
+    def list_extras(self) -> Result:
+        return {"settings": self.settings}
+
+
+def average_r2(record: Result, question: Question) -> float:
+    """R² of what is asked, mean over factors and sources."""
+    r2 = (record["r2"][source][question.whose] for source in question.sources)
+    return statistics.fmean(value for values in r2 for value in values)
+
+
+def probe_factors(simulation: Simulation, z: Sources) -> dict[str, dict[str, list[float]]]:
+    """R² by source of z, then by whose factors they are, where their modality was observed."""
+    parts, found = cut_parts(simulation.design), {}
+    for source, (train, test) in z.items():
+        found[source] = {
+            whose: measure_r2(
+                train, factors[parts["paired"]], test, factors[parts["test"]]
+            ).tolist()
+            for whose, factors in simulation.factors.items()
+            if source == JOINT or whose in ("shared", *source.split("+"))
         }
-        cells = [common.spread(of[m], 3) if of.get(m) else "" for m in METHODS]
-        rows.append([name, "each alone", "FOSCTTM", *cells])
-    return common.aligned(rows)
+    return found
 
 
-def bars_of(records: Sequence[Result], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Design by design and modality by modality; open with fewer than three seeds, where a method was not run with
-    every seed, and on a quick look."""
-    judged = not args.quick and len(args.seeds) >= SEEDS
-    for name in args.designs:
-        for question in questions(DESIGNS[name]):
-            of = {m: values(records, m, name, question) for m in METHODS}
-            complete = judged and all(v.keys() == set(args.seeds) for v in of.values())
-            bar = SHARED if question.whose == "shared" else PRIVATE
-            title = f"{name}: R² of {question.name}, ours"
-            better = (
-                max(COMMON_SPACES, key=lambda m: statistics.fmean(of[m].values()))
-                if complete
-                else ""
-            )
-            leads = [of["ours"][s] - of[better][s] for s in args.seeds] if complete else []
-            yield replace(bar, name=f"{title} minus common space").over(leads)
-            if bar is PRIVATE and question.sources == (JOINT,):
-                shares = [of["ours"][s] / of["counts"][s] for s in args.seeds] if complete else []
-                yield replace(KEPT, name=f"{title} as a share of counts").over(shares)
+def measure_r2(
+    z: np.ndarray, factors: np.ndarray, z_test: np.ndarray, factors_test: np.ndarray
+) -> np.ndarray:
+    """R² of each factor on test cells, (factors,); the penalty is chosen on the training cells."""
+    probe = make_pipeline(StandardScaler(), RidgeCV(PENALTIES, alpha_per_target=True))
+    # A single factor comes without its axis.
+    read = probe.fit(z, factors).predict(z_test).reshape(factors_test.shape)
+    left = ((read - factors_test) ** 2).sum(0)
+    return np.asarray(1 - left / ((factors_test - factors_test.mean(0)) ** 2).sum(0))
 
 
-def main() -> None:
-    args = arguments()
-    common.carry_out(
-        args,
-        runs_of(args),
-        Steps(
-            lambda run, folder: do(run, folder, args),
-            lambda run, folder: score(run, folder, args),
-            common.digest(HERE / "probes.py", ROOT / "clue_dist/matching.py"),
-        ),
-        told,
-        table,
-        FOOTNOTES,
-        lambda records: bars_of(records, args),
-        settings=args.set,
-    )
+def compare_spaces(z: Mapping[str, np.ndarray], names: Sequence[str]) -> float:
+    """FOSCTTM of the same cells' z from each modality alone, mean over pairs of modalities."""
+    return statistics.fmean(matching.compute_foscttm(z[a], z[b]) for a, b in combinations(names, 2))
 
 
 if __name__ == "__main__":
-    run_main(main)
+    Factors.main()

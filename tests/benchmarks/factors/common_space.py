@@ -1,12 +1,10 @@
-"""The peer: one latent space that every modality's encoder infers and every decoder reads, as methods with a common
-space do.
+"""The peer: one latent space that every modality's encoder infers and every decoder reads.
 
-Cobolt's ELBOs (of the product of experts over what is observed, and of each modality by itself), with or without
-MultiVI's penalty on paired cells, the symmetric KL between what their modalities infer. All else is ours: inputs,
-encoders, as many latent numbers as our full z has, weights of the ELBOs, batches, optimizer, schedule and clipping.
+Cobolt's ELBOs (of the product of experts over what is observed, and of each modality by itself),
+with or without MultiVI's penalty on paired cells, the symmetric KL between what their modalities
+infer. All else is ours: inputs, encoders, as many latent numbers as our full z has, weights of the
+ELBOs, batches, optimizer, schedule and clipping.
 """
-
-from __future__ import annotations
 
 from itertools import combinations
 
@@ -30,7 +28,7 @@ ALIGNMENT = 1.0  # weight of the symmetric KL next to the ELBO of everything obs
 
 
 class CommonSpace(CLUE):
-    """CLUE's encoders, whose K sections are here one z of K * d numbers; each decoder reads all of it."""
+    """CLUE's encoders, whose K sections are one z of K * d numbers, which each decoder reads."""
 
     def __init__(self, specs: dict[str, ModalitySpec], n_batches: int, config: Config) -> None:
         super().__init__(specs, n_batches, config.model.model_copy(update={"private": 0.0}))
@@ -42,84 +40,68 @@ class CommonSpace(CLUE):
             for s in specs.values()
         )
 
-    def inferred(self, batch: Batch, noise: Noise | None = None) -> tuple[Tensor, Tensor]:
-        """Means and log-variances of q(z | everything observed), then of each q(z | x_k): (B, 1 + K, K * d)."""
+    def infer(self, batch: Batch, noise: Noise | None = None) -> tuple[Tensor, Tensor]:
+        """Means and log-variances of q(z | all observed), then of q(z | x_k): (B, 1 + K, K * d)."""
         experts = self.encode_batch(batch, noise)
         alone = torch.eye(len(self.modalities), dtype=torch.bool).expand(batch.n_cells, -1, -1)
         sources = torch.cat([batch.observed[:, None], alone], 1)  # (B, 1 + K, K)
-        parts = [with_prior(experts.mean, experts.log_var, source) for source in sources.unbind(1)]
+        parts = [add_prior(experts.mean, experts.log_var, source) for source in sources.unbind(1)]
         mean, log_var = (torch.stack(values, 1).flatten(2) for values in zip(*parts, strict=True))
         return mean, log_var
 
-    def loss(self, batch: Batch, noise: Noise, alignment: float) -> Tensor:
-        mean, log_var = self.inferred(batch, noise)
+    def compute_loss(self, batch: Batch, noise: Noise, alignment: float) -> Tensor:
+        weights, k = self.objective, len(self.modalities)
+        mean, log_var = self.infer(batch, noise)
         z = sample_posterior(mean, log_var, noise.draw_normal(*mean.shape[1:]))
-        everything = z[:, :1].expand(
-            -1, len(self.modalities), -1
-        )  # (B, K, K * d): every decoder reads the same z
-        ln_alone, ln_joint = self._score_profiles(batch, [z[:, 1:], everything], noise)  # (B, K)
-        kl, beta = compute_kl_to_prior(mean, log_var), self.objective.lambda_kl  # (B, 1 + K)
-        joint = beta * kl[:, 0] - ln_joint.sum(1)
-        alone = ((beta * kl[:, 1:] - ln_alone) * batch.observed).sum(1)
-        apart = torch.zeros_like(joint)
-        for a, b in combinations(range(len(self.modalities)), 2):
+        shared = z[:, :1].expand(-1, k, -1)  # (B, K, K * d): every decoder reads the same z
+        ln_alone, ln_joint = self._score_profiles(batch, [z[:, 1:], shared], noise)  # (B, K)
+        kl = weights.lambda_kl * compute_kl_to_prior(mean, log_var)  # (B, 1 + K)
+        joint = kl[:, 0] - ln_joint.sum(1)
+        alone = ((kl[:, 1:] - ln_alone) * batch.observed).sum(1)
+        for a, b in combinations(range(k), 2):
+            first, second = ((mean[:, 1 + i], log_var[:, 1 + i]) for i in (a, b))
             both = batch.observed[:, a] & batch.observed[:, b]
-            apart = apart + both * symmetric_kl(
-                mean[:, 1 + a], log_var[:, 1 + a], mean[:, 1 + b], log_var[:, 1 + b]
-            )
-        weights = self.objective
-        return (
-            weights.lambda_cross * (joint + alignment * apart) + weights.lambda_self * alone
-        ).mean()
+            joint = joint + alignment * both * compute_symmetric_kl(*first, *second)
+        return (weights.lambda_cross * joint + weights.lambda_self * alone).mean()
 
     @torch.no_grad()
     def embed_batch(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Posterior means of z, as `CLUE.embed_batch` gives them."""
-        mean, _ = self.inferred(batch)
-        return mean[:, 0], {
-            m: mean[o.rows, 1 + self.modalities.index(m)] for m, o in batch.modalities.items()
-        }
+        mean, _ = self.infer(batch)
+        alone = dict(zip(self.modalities, mean[:, 1:].unbind(1), strict=True))
+        return mean[:, 0], {m: alone[m][seen.rows] for m, seen in batch.modalities.items()}
 
 
-def with_prior(mean: Tensor, log_var: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
-    """The product of the observed sources' Gaussians and of the prior. Shapes as of `product_of_experts`."""
+def add_prior(mean: Tensor, log_var: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
+    """The product of the observed sources' Gaussians and of the prior, as `product_of_experts`."""
     prior = mean.new_zeros(len(mean), 1, *mean.shape[2:])
     power = torch.cat([torch.ones_like(observed[:, :1]), observed], 1)
     return product_of_experts(torch.cat([prior, mean], 1), torch.cat([prior, log_var], 1), power)
 
 
-def symmetric_kl(m1: Tensor, v1: Tensor, m2: Tensor, v2: Tensor) -> Tensor:
-    """KL(q1 || q2) + KL(q2 || q1) of diagonal Gaussians with means m and log-variances v, summed over the last axis."""
+def compute_symmetric_kl(m1: Tensor, v1: Tensor, m2: Tensor, v2: Tensor) -> Tensor:
+    """KL(q1 || q2) + KL(q2 || q1) of Gaussians of means m, log-variances v, over the last axis."""
     apart = (m1 - m2) ** 2
     return 0.5 * ((v1.exp() + apart) * (-v2).exp() + (v2.exp() + apart) * (-v1).exp() - 2).sum(-1)
 
 
-def train(setup: Setup, alignment: float) -> CommonSpace:
-    """Fit on the batches that our run on the same store sees, with its optimizer; the weights of the last step."""
-    c, plan = setup.config, setup.plan
-    torch.manual_seed(c.seed)
-    model = CommonSpace(setup.specs, len(setup.store.manifest.batches), c)
-    initialise_model(
-        model,
-        setup.store,
-        setup.train_cells,
-        c.model.trunk.projection_init != "random",
-        c.seed,
-        setup.stored_svds,
-    )
-    optimizer = OPTIMIZERS[c.train.optimizer](
-        group_parameters(model, c), lr=c.train.lr, eps=EPSILON
-    )
-    with Loader(setup.store, plan, prefetch=c.data.prefetch) as loader:
+def train_model(setup: Setup, alignment: float) -> CommonSpace:
+    """Fit on the batches that our run on the same store sees; the weights of the last step."""
+    config, plan, store = setup.config, setup.plan, setup.store
+    torch.manual_seed(config.seed)
+    model = CommonSpace(setup.specs, len(store.manifest.batches), config)
+    svd = config.model.trunk.projection_init != "random"
+    initialise_model(model, store, setup.train_cells, svd, config.seed, setup.stored_svds)
+    groups = group_parameters(model, config)
+    optimizer = OPTIMIZERS[config.train.optimizer](groups, lr=config.train.lr, eps=EPSILON)
+    with Loader(store, plan, prefetch=config.data.prefetch) as loader:
         for step in range(setup.total_steps):
             for group in optimizer.param_groups:
                 group["lr"] = compute_learning_rate(setup, step) * group["lr_scale"]
-            loss = model.loss(
-                next(loader), Noise(c.seed, step, plan.stratum_shares, plan.lanes), alignment
-            )
+            noise = Noise(config.seed, step, plan.stratum_shares, plan.lanes)
             optimizer.zero_grad()
-            loss.backward()
-            if c.train.clip:
-                nn.utils.clip_grad_norm_(model.parameters(), c.train.clip)
+            model.compute_loss(next(loader), noise, alignment).backward()
+            if config.train.clip:
+                nn.utils.clip_grad_norm_(model.parameters(), config.train.clip)
             optimizer.step()
     return model.eval()

@@ -1,12 +1,10 @@
-"""Ways to embed a simulated mosaic: ours, a common space with and without alignment, and the components of its counts.
+"""Ways to embed a simulated mosaic: ours, a common space, and the components of its counts.
 
-Each gives, by source of z, the z of the paired training cells and of the test cells; and the seconds it took to fit.
+Each gives, by source of z, that of the paired training cells and of the test cells; and the seconds
+of its fit.
 """
 
-from __future__ import annotations
-
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import mudata as md
@@ -18,97 +16,63 @@ from clue_dist.inference.embed import embed_store
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.store.reader import Store
 from clue_dist.train.setup import prepare_setup
-from tests.benchmarks import mosaic as mosaics
-from tests.benchmarks.common import once
-from tests.benchmarks.factors import common_space
-from tests.benchmarks.factors.simulate import Design, Simulation, barcodes, mosaic, seen, write
-from tests.benchmarks.factors.views import components
-from tests.benchmarks.mosaic import JOINT, Split
+from tests.benchmarks import mosaic
+from tests.benchmarks.factors import common_space, simulate, views
+from tests.benchmarks.factors.simulate import Design, Simulation, cut_parts, list_barcodes
+from tests.benchmarks.kept import make_once
+from tests.benchmarks.mosaic import JOINT, Split, Training
 from tests.distributed.command import ROOT
 
 COMPONENTS = 50
-QUIET = ("log.tensorboard=false", "log.wandb=disabled")
-Embedded = dict[str, tuple[np.ndarray, np.ndarray]]
+Sources = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-def split_of(simulation: Simulation, name: str, work: Path) -> Split:
-    """The files of a simulation. name: of it, among all that the work folder holds."""
+def write_split(simulation: Simulation, name: str, work: Path) -> Split:
+    """The files of a simulation, under a name among all that the work folder holds."""
     folder = work / "splits" / name / f"seed{simulation.seed}"
-    return Split(
-        once(folder, lambda folder: write(simulation, folder)), tuple(simulation.design.names)
-    )
+    made = make_once(folder, lambda path: simulate.write_files(simulation, path))
+    return Split(made, tuple(simulation.design.names))
 
 
-def by_ours(
-    simulation: Simulation,
-    split: Split,
-    folder: Path,
-    settings: Sequence[str],
-    threads: int,
-    work: Path,
-) -> tuple[Embedded, float]:
-    settings = [*QUIET, *settings]
-    tables, seconds = mosaics.embedded(
-        split, folder, simulation.seed, settings, threads, work, ("test",)
-    )
-    return z_of(tables["test"], simulation.design), seconds
-
-
-def by_common_space(
-    simulation: Simulation,
-    split: Split,
-    folder: Path,
-    settings: Sequence[str],
-    threads: int,
-    work: Path,
-    alignment: float,
-) -> tuple[Embedded, float]:
+def embed_common_space(training: Training, alignment: float) -> tuple[md.MuData, float]:
     """The peer, trained and embedded from the stores that our run reads."""
-    stores = mosaics.stores_of(split, mosaics.sources(), threads, work)
-    paths = [f"store={stores / 'train.zarr'}", f"run={folder / 'run'}", f"seed={simulation.seed}"]
-    setup = prepare_setup(load_config(ROOT / mosaics.RECIPE, [*paths, *settings]), 1)
-    torch.set_num_threads(threads)
+    folder, stores = training.folder, mosaic.convert_split(training.split, training.args)
+    words = [f"store={stores / 'train.zarr'}", f"run={folder / 'run'}", f"seed={training.seed}"]
+    config = load_config(ROOT / training.recipe, [*words, *training.settings])
+    setup, out = prepare_setup(config, 1), folder / "z.h5mu"
+    torch.set_num_threads(training.args.threads)
     began = time.monotonic()
-    model = common_space.train(setup, alignment)
+    model = common_space.train_model(setup, alignment)
     seconds = time.monotonic() - began
-    config, out = setup.config, folder / "z.h5mu"
-    loaded = TrainedModel(model, setup.store.manifest.modalities, "last", config)
+    loaded = TrainedModel(model, setup.store.manifest.modalities, "last", setup.config)
     embed_store(loaded, Store(stores / "test.zarr"), out, run=folder, per_modality=True)
-    with mosaics.quiet():
-        table = md.read(out)
-    out.unlink()
-    return z_of(table, simulation.design), seconds
+    with mosaic.ignore_warnings():
+        return md.read(out), seconds
 
 
-def z_of(table: md.MuData, design: Design) -> Embedded:
-    """z of the paired training cells and of the test cells out of what was made of test.h5mu: joint, from each modality
-    alone, and from each of the design's subsets."""
-    train, test = (
-        _z_of_cells(table, rows, design)
-        for rows in (mosaic(design)[part] for part in ("paired", "test"))
-    )
+def select_sources(table: md.MuData, design: Design) -> Sources:
+    """z out of what was made of test.h5mu: joint, from each modality, from each of the subsets."""
+    z, parts, cells = np.asarray(table.obsm["X_clue"]), cut_parts(design), []
+    for rows in (parts["paired"], parts["test"]):
+        barcodes = {subset: list_barcodes(rows, subset) for subset in design.subsets}
+        some = {subset: z[table.obs_names.get_indexer(names)] for subset, names in barcodes.items()}
+        cells.append(mosaic.select_z(table, list_barcodes(rows)) | some)
+    train, test = cells
     return {source: (train[source], test[source]) for source in train}
 
 
-def _z_of_cells(table: md.MuData, rows: np.ndarray, design: Design) -> mosaics.Embedded:
-    z = np.asarray(table.obsm["X_clue"])
-    place = {
-        subset: table.obs_names.get_indexer(barcodes(rows, subset)) for subset in design.subsets
-    }
-    return mosaics.z_of(table, barcodes(rows)) | {subset: z[at] for subset, at in place.items()}
-
-
-def by_counts(simulation: Simulation) -> tuple[Embedded, float]:
-    """Components of the normalised counts, side by side for several modalities: what there is to be read."""
+def reduce_counts(simulation: Simulation) -> tuple[Sources, float]:
+    """Components of the normalised counts, side by side for several modalities."""
     began = time.monotonic()
-    design, parts = simulation.design, mosaic(simulation.design)
-    views: Embedded = {}
+    design, parts = simulation.design, cut_parts(simulation.design)
+    alone: Sources = {}
     for name, counts in simulation.counts.items():
-        train, test = components(name, counts[seen(parts, name)], counts[parts["test"]], COMPONENTS)
-        views[name] = train[: len(parts["paired"])], test
+        seen, tested = counts[simulate.list_seen(parts, name)], counts[parts["test"]]
+        train, test = views.reduce_view(name, seen, tested, COMPONENTS)
+        alone[name] = train[: len(parts["paired"])], test
     several = {JOINT: tuple(design.names)} | design.subsets
     together = {
-        source: tuple(np.hstack(part) for part in zip(*(views[name] for name in some), strict=True))
-        for source, some in several.items()
+        source: tuple(np.hstack([alone[name][part] for name in names]) for part in (0, 1))
+        for source, names in several.items()
     }
-    return together | views, time.monotonic() - began
+    return together | alone, time.monotonic() - began

@@ -1,147 +1,131 @@
-"""Jobs of two ranks under the deepspeed launcher, that are watched, killed, stopped and started again."""
-
-from __future__ import annotations
+"""Jobs of ranks under the deepspeed launcher, that are watched, killed and started again."""
 
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from tests.benchmarks.common import BenchmarkError
-from tests.distributed.command import ROOT, environment, launched
+from tests.benchmarks.commands import BenchmarkError, start_process
+from tests.distributed.command import launched
 
 STARTED = 180.0  # seconds within which a job makes its first new step
 
 
 @dataclass
 class Job:
-    """A job on a run folder. before: the newest step that was committed as it began."""
+    """A job on a run folder."""
 
     process: subprocess.Popen[bytes]
     run: Path
-    out: Path
-    before: int
+    log: Path
+    before: int  # the newest step that was committed as it began
 
-    def ranks(self) -> list[psutil.Process]:
+    def fail(self, what: str) -> BenchmarkError:
+        return BenchmarkError(what, where=self.run, got=self.log.read_text()[-2000:])
+
+    def find_ranks(self) -> list[psutil.Process]:
         """Processes of the two ranks, by rank; fewer once the job is ending."""
-        while len(found := self._ranks()) < 2 and self.process.poll() is None:
-            time.sleep(0.01)  # psutil gives up where any process ends while it looks
-        return [found[rank] for rank in sorted(found)]
+        while True:
+            found = {}
+            with suppress(psutil.NoSuchProcess):  # any process may end while psutil looks
+                for child in psutil.Process(self.process.pid).children(recursive=True):
+                    with suppress(psutil.NoSuchProcess):
+                        words = " ".join(child.cmdline())
+                        local = re.search(r"launch/train.py .*--local_rank=(\d+)", words)
+                        if local:
+                            found[int(local[1])] = child
+            if len(found) == 2 or self.process.poll() is not None:
+                return [found[rank] for rank in sorted(found)]
+            time.sleep(0.01)
 
-    def _ranks(self) -> dict[int, psutil.Process]:
-        found = {}
-        with suppress(psutil.NoSuchProcess):
-            for child in psutil.Process(self.process.pid).children(recursive=True):
-                with suppress(psutil.NoSuchProcess):
-                    words = child.cmdline()
-                    local = next((w for w in words if w.startswith("--local_rank=")), None)
-                    if local and "launch/train.py" in words:
-                        found[int(local.partition("=")[2])] = child
-        return found
+    def await_condition(self, holds: Callable[[], bool], within_s: float, every_s: float) -> bool:
+        """Wait while the job runs; whether the condition came to hold."""
+        deadline = time.monotonic() + within_s
+        while not (held := holds()):
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                break
+            time.sleep(every_s)
+        return held
 
     def await_step(self, more: int = 1) -> None:
-        """Until it has logged `more` steps beyond the checkpoint it went on from; what was logged after that by the
-        attempt before is gone once it says that it goes on."""
-        deadline = time.monotonic() + STARTED
-        while not self._goes_on() or last_step(self.run) < self.before + more:
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                raise BenchmarkError(
-                    "the job made no step", where=self.run, got=self.out.read_text()[-2000:]
-                )
-            time.sleep(0.02)
+        """Wait until it has logged `more` steps beyond the checkpoint it went on from.
 
-    def _goes_on(self) -> bool:
-        said = self.out.read_text()
-        return "starting: " in said or "going on from step" in said
+        What was logged after that by the attempt before is gone once it says that it goes on.
+        """
+
+        def logged() -> bool:
+            said = self.log.read_text()
+            began = "starting: " in said or "going on from step" in said
+            return began and find_last_step(self.run) >= self.before + more
+
+        if not self.await_condition(logged, STARTED, 0.02):
+            raise self.fail("the job made no step")
 
     def await_save(self, draw: random.Random, within_s: float = 20) -> bool:
-        """Until a checkpoint is being written, and up to some milliseconds more; whether one was."""
-        deadline = time.monotonic() + within_s
-        while (
-            not partials(self.run) and self.process.poll() is None and time.monotonic() < deadline
-        ):
-            time.sleep(0.0005)
-        seen = bool(partials(self.run))
+        """Wait until a checkpoint is being written, and some milliseconds; whether one was."""
+        seen = self.await_condition(lambda: bool(list_partials(self.run)), within_s, 0.0005)
         time.sleep(draw.uniform(0, 0.006))
         return seen
 
-    def end(self, timeout_s: float) -> tuple[int, float]:
+    def send_signal(self, number: signal.Signals) -> None:
+        """Signal the ranks, as Slurm signals a job's processes."""
+        for rank in self.find_ranks():
+            rank.send_signal(number)
+
+    def await_end(self, timeout_s: float) -> tuple[int, float]:
         """Exit code, and the seconds it took to come."""
         began = time.monotonic()
         try:
             return self.process.wait(timeout_s), time.monotonic() - began
         except subprocess.TimeoutExpired:
-            self.kill_all()
-            raise BenchmarkError(
-                "the job did not end", where=self.run, got=self.out.read_text()[-2000:]
-            ) from None
-
-    def kill_all(self) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)  # launchers and ranks are one group
+            raise self.fail("the job did not end") from None
 
 
 @contextmanager
-def job(run: Path, *args: str, ranks: int = 2) -> Iterator[Job]:
-    """`deepspeed launch/train.py` on a run folder; nothing of it is left running."""
-    out = run.with_suffix(".out")
-    before = resumes_at(run)
-    with out.open("wb") as output:
-        command = launched(ranks, *args)
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment(),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    one = Job(process, run, out, before)
+def start_job(run: Path, *args: str, ranks: int = 2) -> Iterator[Job]:
+    """Run `deepspeed launch/train.py` on a run folder; nothing of it is left running."""
+    log, before = run.with_suffix(".out"), find_committed_step(run)
+    with log.open("wb") as output:
+        process = start_process(launched(ranks, *args), output, threads=1)
     try:
-        yield one
+        yield Job(process, run, log, before)
     finally:
-        one.kill_all()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # launchers and ranks are one group
         process.wait()
 
 
-def resumes_at(run: Path) -> int:
-    """The newest committed step."""
-    return max(
-        (int(p.parent.name[5:]) for p in run.glob("checkpoints/step-????????/COMMIT.json")),
-        default=0,
-    )
+def find_committed_step(run: Path) -> int:
+    """The newest committed step, from which the run goes on."""
+    commits = run.glob("checkpoints/step-????????/COMMIT.json")
+    return max((int(path.parent.name[5:]) for path in commits), default=0)
 
 
-def committed_at(run: Path) -> float:
-    """When the newest step was committed, by the renaming of its folder, as `time.time` counts."""
-    return (run / "checkpoints" / f"step-{resumes_at(run):08d}").stat().st_ctime
+def find_commit_time(run: Path) -> float:
+    """When the newest step was committed by renaming its folder, as `time.time` counts."""
+    return (run / "checkpoints" / f"step-{find_committed_step(run):08d}").stat().st_ctime
 
 
-def partials(run: Path, kind: str = "checkpoints") -> list[Path]:
+def list_partials(run: Path, kind: str = "checkpoints") -> list[Path]:
     """Checkpoints being written; what is being removed bears no attempt in its name."""
     return list(run.glob(f"{kind}/step-????????.*.partial"))
 
 
-def last_step(run: Path) -> int:
-    """Of the last whole line of metrics.jsonl."""
+def find_last_step(run: Path) -> int:
+    """The step of the last whole line of metrics.jsonl."""
     path = run / "metrics.jsonl"
     if not path.exists():
         return 0
-    with path.open("rb") as f:
-        f.seek(max(0, path.stat().st_size - 2000))
-        lines = f.read().split(b"\n")[:-1]
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 2000))
+        lines = file.read().split(b"\n")[:-1]
     return int(json.loads(lines[-1])["step"]) if lines else 0
-
-
-def signalled(one: Job, number: signal.Signals) -> None:
-    """As Slurm signals a job's processes: the ranks."""
-    for rank in one.ranks():
-        rank.send_signal(number)

@@ -1,172 +1,118 @@
-"""HDF5 files that were changed: by name, at some object, in their bytes."""
+"""HDF5 files that were changed: by edits, at some object, in their bytes."""
 
-from __future__ import annotations
-
-import gzip
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import h5py
 import numpy as np
 
-from tests.benchmarks.hostile.changes import Change, NotHere
-from tests.benchmarks.hostile.spoil import CANARY
-from tests.benchmarks.hostile.watch import bomb
+from tests.benchmarks.hostile.changes import evaluate, list_edits, spoil_bytes
+
+CELLS = 40
+H5AD, H5MU = list_edits("matrix", "h5ad"), list_edits("h5mu")
+TENX = list_edits("matrix", "10x")
+OBJECTS, ATTRIBUTES = (list(list_edits(group)) for group in ("objects", "attributes"))
+TEXT = h5py.string_dtype()
+VIEW = h5py.VirtualLayout((100,), "f4")
+VIEW[:] = h5py.VirtualSource("/nowhere/else.h5", "x", (100,))
 
 
-def hdf5(
-    path: Path,
-    named: dict[str, tuple[Change, bool]],
-    number: int,
-    rng: np.random.Generator,
-    folder: Path,
-) -> tuple[str, frozenset[str]]:
-    """A change by name, of any object, or of the file's bytes; what it was, and what must refuse it."""
-    kind = number % 5
-    if kind == 4:
-        return in_bytes(path, rng, folder), frozenset()
-    if kind == 3:
-        with h5py.File(path, "r+") as file:
-            return of_object(file, rng, folder), frozenset()
-    how = list(named)[(number // 5 * 3 + kind) % len(named)]
-    change, refuse = named[how]
-    try:
-        with h5py.File(path, "r+") as file:
-            change(file, rng)
-    except NotHere:
-        return f"{how} (not of this form)", frozenset()
-    return how, frozenset({"convert"} if refuse else ())
+class OtherForm(Exception):
+    """An edit that this form of a matrix cannot have."""
 
 
-def in_bytes(path: Path, rng: np.random.Generator, folder: Path) -> str:
-    content = path.read_bytes()
-    at = int(rng.integers(len(content)))
-    kinds: dict[str, Callable[[], bytes]] = {
-        "cut short": lambda: content[:at],
-        "cut in half": lambda: content[: len(content) // 2],
-        "without its last byte": lambda: content[:-1],
-        "a byte flipped": lambda: flipped(content, rng, 1, len(content)),
-        "ten bytes flipped": lambda: flipped(content, rng, 10, len(content)),
-        "ten bytes flipped near the start": lambda: flipped(content, rng, 10, 2000),
-        "a stretch of zeros": lambda: (
-            content[:at] + bytes(min(512, len(content) - at)) + content[at + 512 :]
-        ),
-        "a stretch of random bytes": lambda: content[:at] + rng.bytes(512) + content[at + 512 :],
-        "empty": lambda: b"",
-        "HDF5's first bytes alone": lambda: content[:8],
-        "random bytes behind HDF5's first": lambda: content[:8] + rng.bytes(5000),
-        "a pickle": lambda: bomb(folder),
-        "a text": lambda: b"gene,count\nA,1\n",
-        "a zip": lambda: b"PK\x03\x04" + rng.bytes(500),
-        "gzipped": lambda: gzip.compress(content),
-    }
-    kind = list(kinds)[rng.integers(len(kinds))]
-    path.write_bytes(kinds[kind]())
-    return (
-        f"{kind}, at {at} of {len(content)}"
-        if kind in ("cut short", "a stretch of zeros")
-        else kind
-    )
+def find_place(file: h5py.File, path: str) -> str:
+    """The name of an object in this form of a file: `X` is the matrix, `data` its values."""
+    root, first = "mod/rna/" if "mod" in file else "", path.partition("/")[0]
+    matrix = "matrix" if "matrix" in file else f"{root}X"
+    dense = isinstance(file.get(matrix), h5py.Dataset)
+    if path.startswith("X/") and dense:
+        raise OtherForm
+    if first == "data":
+        return matrix if dense else f"{matrix}/data"
+    return path.replace("X", matrix, 1) if first == "X" else root * (first in ("obs", "var")) + path
 
 
-def flipped(content: bytes, rng: np.random.Generator, times: int, end: int) -> bytes:
-    out = bytearray(content)
-    for at in rng.integers(0, min(end, len(content)), times).tolist():
-        out[at] ^= int(rng.integers(1, 256))
-    return bytes(out)
+def edit_file(file: h5py.File, edit: str) -> None:
+    """Carry out an edit.
+
+    Raises:
+        OtherForm: this form of a file cannot have it.
+    """
+    for part in [] if edit in COLUMNS else edit.split(" & "):
+        path, _, expression = part.removeprefix("del ").partition(" = ")
+        path, _, new = path.partition(" -> ")
+        name, _, attribute = path.partition("@")
+        place = find_place(file, name)
+        if new:
+            file.move(place, evaluate(new))
+            file["mod"].attrs.pop("mod-order", None)
+        elif attribute:
+            file[place].attrs[attribute] = evaluate(expression)
+        elif expression:
+            put_values(file, place, expression)
+        else:
+            del file[place]
+    if edit in COLUMNS:
+        COLUMNS[edit](file[find_place(file, "obs")])
 
 
-def of_object(file: h5py.File, rng: np.random.Generator, folder: Path) -> str:
-    """One object of the file becomes another, or loses or changes an attribute."""
-    names: list[str] = []
-    file.visit(names.append)
-    # What the conversion reads, most of all.
-    names = [n for n in names if not n.startswith(("obsm", "uns", "varm", "obsp", "varp"))]
-    name = names[rng.integers(len(names))]
-    attributes = list(file[name].attrs)
-    if attributes and rng.random() < 0.4:
-        key = attributes[rng.integers(len(attributes))]
-        if rng.random() < 0.4:
-            del file[name].attrs[key]
-            return f"{name} without its {key}"
-        value = ATTRIBUTES[rng.integers(len(ATTRIBUTES))]
-        file[name].attrs[key] = value
-        return f"{name}: {key} = {value!r}"[:200]
-    how = list(OBJECTS)[rng.integers(len(OBJECTS))]
-    kept = dict(file[name].attrs)
-    OBJECTS[how](file, name, folder)
-    try:
-        if rng.random() < 0.5 and name in file:
-            file[name].attrs.update(kept)
-    except (KeyError, OSError, RuntimeError):
-        pass  # a link to nothing has none
-    return f"{name}: {how}"
+def put_values(file: h5py.File, place: str, expression: str) -> None:
+    """Put anything in the place of an object, with the attributes it had; texts are decoded."""
+    found, before = file[place], None
+    if isinstance(found, h5py.Dataset):
+        before = found.asstr()[()] if h5py.check_string_dtype(found.dtype) else found[()]
+    kept = dict(found.attrs)
+    values = evaluate(expression, before, file=file, **WORDS)
+    if isinstance(values, list) or getattr(values, "dtype", None) == np.dtype(object):
+        values = np.array(values, TEXT)
+    del file[place]
+    file[place] = values
+    if isinstance(file[place], h5py.Dataset):
+        file[place].attrs.update(kept)
 
 
-ATTRIBUTES: list[Any] = [
-    0,
-    -1,
-    1.5,
-    "",
-    "csr_matrix",
-    "csc_matrix",
-    "array",
-    "dataframe",
-    "categorical",
-    "pickle",
-]
-ATTRIBUTES += [
-    CANARY,
-    b"\xff\xfe",
-    np.array([2, 2]),
-    np.array([10**12, 10**12]),
-    np.array([-1, -1]),
-    np.array([1.5]),
-]
-ATTRIBUTES += [
-    np.array(["a", "b"], "S"),
-    np.array([[1]]),
-    np.empty(0),
-    h5py.Empty("f"),
-    "_index",
-    "../../X",
-    True,
-]
+def split_entries(values: np.ndarray, file: h5py.File) -> list[np.ndarray]:
+    """The values of each row, or column, of a sparse matrix."""
+    return np.split(values, file[find_place(file, "X/indptr")][1:-1])
 
 
-def _instead(make: Callable[[h5py.File, str], object]) -> Callable[[h5py.File, str, Path], None]:
-    def change(file: h5py.File, name: str, folder: Path) -> None:
-        del file[name]
-        make(file, name)
-
-    return change
+WORDS: dict[str, Any] = {  # the entries of a row in another order, or twice
+    "turned": lambda v, file: np.concatenate([part[::-1] for part in split_entries(v, file)]),
+    "twice": lambda v, file: np.concatenate([np.tile(p, 2) for p in split_entries(v, file)]),
+}
 
 
-def _value(value: Any, **options: Any) -> Callable[[h5py.File, str, Path], None]:
-    return _instead(lambda file, name: file.create_dataset(name, data=value, **options))
+def age_column(obs: h5py.Group, shift: int) -> None:
+    """A categorical column as a dataset of codes that refers to its categories."""
+    codes, categories = obs["batch/codes"][:], obs["batch/categories"].asstr()[:]
+    del obs["batch"]
+    obs["__categories/batch"] = np.array(categories, TEXT)
+    obs["batch"] = codes + shift
+    obs["batch"].attrs["categories"] = obs["__categories/batch"].ref
 
 
-def _linked(file: h5py.File, name: str, folder: Path) -> None:
-    """The object itself, moved to another file."""
-    outside = folder / "outside.h5"
-    with h5py.File(outside, "w") as other:
-        file.copy(name, other, "moved")
-    del file[name]
-    file[name] = h5py.ExternalLink(str(outside), "moved")
+def map_column(obs: h5py.Group) -> None:
+    """A column that is a mapping, with as many members as there are cells."""
+    del obs["batch"]
+    group = obs.create_group("batch")
+    group.attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
+    for cell in range(CELLS):
+        group[f"m{cell}"] = cell
 
 
-def _device(file: h5py.File, name: str) -> None:
-    file.create_dataset(name, (1000,), "u1", external=[("/etc/passwd", 0, 1000)])
+COLUMNS: dict[str, Callable[[h5py.Group], None]] = {
+    "a column as before anndata 0.8, codes + 0": partial(age_column, shift=0),
+    "a column as before anndata 0.8, codes + 100": partial(age_column, shift=100),
+    "a column that is a mapping": map_column,
+}
 
 
-def _virtual(file: h5py.File, name: str) -> None:
-    layout = h5py.VirtualLayout((100,), "f4")
-    layout[:] = h5py.VirtualSource("/nowhere/else.h5", "x", (100,))
-    file.create_virtual_dataset(name, layout)
-
-
-def _shared(file: h5py.File, name: str) -> None:
+def share_groups(file: h5py.File) -> h5py.Group:
     """Few groups, that are reached in 30^8 ways."""
     below = file.create_group(None)
     for _ in range(7):
@@ -174,66 +120,51 @@ def _shared(file: h5py.File, name: str) -> None:
         for number in range(30):
             group[f"g{number}"] = below
         below = group
-    file[name] = below
+    return below
 
 
-OBJECTS: dict[str, Callable[[h5py.File, str, Path], None]] = {
-    "gone": _instead(lambda file, name: None),
-    "an empty group": _instead(lambda file, name: file.create_group(name)),
-    "a number": _value(7),
-    "a text": _value("text"),
-    "no numbers": _value(np.empty(0)),
-    "no value": _value(h5py.Empty("f4")),
-    "other numbers": _value(np.arange(7.5)),
-    "numbers below zero": _value(-np.arange(100)),
-    "far too many": _instead(
-        lambda file, name: file.create_dataset(name, (10**12,), "f8", chunks=(1000,))
-    ),
-    "far too many texts": _instead(
-        lambda file, name: file.create_dataset(name, (10**11,), h5py.string_dtype(), chunks=(1000,))
-    ),
-    "two axes, far too long": _instead(
-        lambda file, name: file.create_dataset(name, (10**7, 10**7), "f4", chunks=(10, 10))
-    ),
-    "compressed zeros, gigabytes of them": _instead(
-        lambda file, name: file.create_dataset(
-            name, (2**31,), "u1", chunks=(2**20,), compression="gzip"
-        )
-    ),
-    "three axes": _value(np.ones((2, 2, 2))),
-    "texts in chunks": _value(
-        np.array([f"t{i}" for i in range(40)], object), dtype=h5py.string_dtype(), chunks=(16,)
-    ),
-    "references in chunks": _instead(
-        lambda file, name: file.create_dataset(
-            name, data=[file.ref] * 40, dtype=h5py.ref_dtype, chunks=(16,)
-        )
-    ),
-    "references": _instead(
-        lambda file, name: file.create_dataset(name, data=[file.ref], dtype=h5py.ref_dtype)
-    ),
-    "opaque bytes": _value(np.void(b"\x80\x04K\x01.")),
-    "records": _value(np.zeros(40, [("a", "i4"), ("b", "f8")])),
-    "complex numbers": _value(np.ones(40, complex)),
-    "big-endian numbers": _value(np.arange(40, dtype=">f4")),
-    "texts that are no UTF-8": _value(np.array([b"\xff\xfe%d" % i for i in range(40)])),
-    "one endless text": _value(
-        np.array(["x" * 3_000_000] + ["y"] * 39, object), dtype=h5py.string_dtype()
-    ),
-    "the same text": _value(np.array(["same"] * 40, object), dtype=h5py.string_dtype()),
-    "texts with NUL": _value(np.array([b"a\0b%d" % i for i in range(40)])),
-    "a link to itself": _instead(
-        lambda file, name: file.__setitem__(name, h5py.SoftLink(f"/{name}"))
-    ),
-    "a link to the file": _instead(lambda file, name: file.__setitem__(name, h5py.SoftLink("/"))),
-    "a link to nothing": _instead(
-        lambda file, name: file.__setitem__(name, h5py.SoftLink("/nowhere"))
-    ),
-    "a link to another file": _linked,
-    "a link to a file that is none": _instead(
-        lambda file, name: file.__setitem__(name, h5py.ExternalLink("/etc/passwd", "x"))
-    ),
-    "groups that share groups": _instead(_shared),
-    "bytes of another file": _instead(_device),
-    "a view of another file": _instead(_virtual),
-}
+def spoil_object(file: h5py.File, rng: Random, folder: Path) -> str:
+    """One object becomes another, or loses or changes an attribute; what was done."""
+    names: list[str] = []
+    file.visit(names.append)
+    # What the conversion reads, most of all.
+    rest = ("obsm", "uns", "varm", "obsp", "varp")
+    name = rng.choice([found for found in names if not found.startswith(rest)])
+    kept = dict(file[name].attrs)
+    if kept and rng.random() < 0.4:
+        key, how = rng.choice(list(kept)), rng.choice(ATTRIBUTES)
+        if rng.random() < 0.4:
+            del file[name].attrs[key]
+            return f"{name} without its {key}"
+        file[name].attrs[key] = evaluate(how)
+        return f"{name}: {key} = {how}"
+    how, outside = rng.choice(OBJECTS), str(folder / "outside.h5")
+    with h5py.File(outside, "w") as other:
+        file.copy(name, other, "moved")
+    del file[name]
+    makers = {"create": file.create_dataset, "group": file.create_group, "link": file.__setitem__}
+    words = {word: partial(maker, name) for word, maker in makers.items()}
+    words |= {"file": file, "name": name, "outside": outside, "share_groups": share_groups}
+    evaluate(how, TEXT=TEXT, VIEW=VIEW, **words)
+    with suppress(KeyError, OSError, RuntimeError):  # a link to nothing has no attributes
+        if rng.random() < 0.5 and name in file:
+            file[name].attrs.update(kept)
+    return f"{name}: {how}"
+
+
+def spoil_hdf5(
+    path: Path, edits: dict[str, bool], number: int, rng: Random, folder: Path
+) -> tuple[str, Iterable[str]]:
+    """An edit, a change of any object, or of the file's bytes: what it was, what must refuse it."""
+    kind = number % 5
+    if kind == 4:
+        return spoil_bytes(path, rng), ()
+    with h5py.File(path, "r+") as file:
+        if kind == 3:
+            return spoil_object(file, rng, folder), ()
+        edit = list(edits)[(number // 5 * 3 + kind) % len(edits)]
+        try:
+            edit_file(file, edit)
+        except OtherForm:
+            return f"{edit} (not of this form)", ()
+    return edit, ("convert",) if edits[edit] else ()

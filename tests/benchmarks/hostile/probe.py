@@ -1,160 +1,107 @@
-"""Tries hostile inputs one after another, in a process of its own: what it does to that process is told too.
-
-.venv/bin/python -m tests.benchmarks.hostile.probe GROUP FOLDER SEED    numbers of inputs come by standard input
-"""
-
-from __future__ import annotations
+"""Tries hostile inputs one after another, in a process of its own, whose end is told too."""
 
 import faulthandler
-import json
+import multiprocessing
 import os
 import resource
-import select
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
+from random import Random
 from typing import Any
+from unittest import mock
 
-import numpy as np
+from tests.benchmarks.hostile import inputs, runs, stores, text
+from tests.benchmarks.hostile.trial import Trial
+from tests.benchmarks.hostile.watch import note_code, plant_canary
+from tests.distributed.command import environment
 
-from tests.benchmarks.hostile import (
-    forged,
-    genome,
-    inputs,
-    manifests,
-    places,
-    runs,
-    settings,
-    stores,
-    svds,
-)
-from tests.benchmarks.hostile.trial import Trial, outcome
-from tests.benchmarks.hostile.watch import plant, watched
-from tests.distributed.command import ROOT, environment
-
-Make = Callable[[Path, Path, int, np.random.Generator], Trial]
+Make = Callable[[Path, Path, int, Random], Trial]
 # Of each group: what makes its sound inputs, and what makes a hostile one of them.
 GROUPS: dict[str, tuple[Callable[[Path], None], Make]] = {
-    "manifest": (stores.ready, manifests.manifest),
-    "metadata": (stores.ready, manifests.metadata),
-    "files": (stores.ready, places.files),
-    "arrays": (stores.ready, forged.arrays),
-    "svd": (stores.ready, svds.stored_svd),
-    "h5ad": (inputs.ready, inputs.h5ad),
-    "h5mu": (inputs.ready, inputs.h5mu),
-    "10x": (inputs.ready, inputs.tenx),
-    "mtx": (inputs.ready, inputs.mtx),
-    "fragments": (genome.ready, genome.fragments),
-    "config": (settings.ready, settings.config),
-    "run": (runs.ready, runs.run),
+    "manifest": (stores.make_sound, stores.spoil_manifest),
+    "metadata": (stores.make_sound, stores.spoil_metadata),
+    "files": (stores.make_sound, stores.replace_file),
+    "arrays": (stores.make_sound, stores.forge_arrays),
+    "svd": (stores.make_sound, stores.spoil_svd),
+    **{f: (inputs.make_sound, partial(inputs.spoil_input, f)) for f in ("h5ad", "h5mu", "10x")},
+    "mtx": (inputs.make_sound, text.spoil_mtx),
+    "fragments": (text.make_sound, text.spoil_fragments),
+    "config": (runs.make_cells, runs.spoil_config),
+    "run": (runs.make_run, runs.spoil_run),
 }
 LIMIT = 30  # seconds an input may take, on a machine that is busy with something else
 MEMORY = 3 * 2**30  # bytes an input may ask for
+# Arenas take address space, which is limited.
+LIMITS = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "4"}
 
 
 class Prober:
-    """A process that tries inputs of a group; it is started anew when one of them ends it.
-
-    folder: the group's, in which `base` holds the sound inputs.
-    """
+    """A process that tries inputs of a group; it is started anew when one of them ends it."""
 
     def __init__(self, group: str, folder: Path, seed: int) -> None:
-        self._words = [sys.executable, "-m", __name__, group, str(folder), str(seed)]
-        self._log = folder / "probe.log"
-        self._process: subprocess.Popen[bytes] | None = None
+        """Take a group and the folder in which `base` holds its sound inputs."""
+        self._task = (group, folder, seed)
+        self._process: multiprocessing.process.BaseProcess | None = None
 
-    def tried(self, number: int) -> dict[str, Any]:
-        """How the input of this number ended; see `outcome`."""
-        process = self._process = self._process or self._started()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write(b"%d\n" % number)
-        process.stdin.flush()
-        line = b""
-        if select.select([process.stdout], [], [], LIMIT + 30)[0]:  # it ends itself before
-            line = process.stdout.readline()
-        if line.endswith(b"\n"):
-            return dict(json.loads(line))
-        process.kill()
-        code, self._process = process.wait(), None
-        how = (
-            "no answer in time"
-            if code in (-signal.SIGKILL, 1)
-            else f"ended by signal or code {code}"
-        )
-        return {
-            "number": number,
-            "what": f"input {number}",
-            "end": "crashed",
-            "told": {"process": how},
-            "ran": [],
-        }
+    def try_input(self, number: int) -> dict[str, Any]:
+        """How the input of this number ended; see `Trial.find_outcome`."""
+        if self._process is None:
+            context = multiprocessing.get_context("spawn")
+            self._pipe, other = context.Pipe()
+            self._process = context.Process(target=serve_trials, args=(other, *self._task))
+            with mock.patch.dict(os.environ, environment() | LIMITS, clear=True):
+                self._process.start()
+            other.close()
+        self._pipe.send(number)
+        with suppress(EOFError, ConnectionError):
+            if self._pipe.poll(LIMIT + 30):  # the process ends itself before
+                return dict(self._pipe.recv())
+        self._process.kill()
+        self._process.join()
+        code, self._process = self._process.exitcode, None
+        late = code in (-signal.SIGKILL, 1)
+        told = {"process": "no answer in time" if late else f"ended by signal or code {code}"}
+        what = f"input {number}"
+        return {"number": number, "what": what, "end": "crashed", "told": told, "ran": []}
 
     def close(self) -> None:
-        if self._process is not None and self._process.stdin is not None:
-            self._process.stdin.close()
-            self._process.wait(30)
-
-    def _started(self) -> subprocess.Popen[bytes]:
-        limits = {
-            "OMP_NUM_THREADS": "1",
-            "MALLOC_ARENA_MAX": "4",
-        }  # arenas take address space, which is limited
-        with self._log.open("ab") as log:
-            return subprocess.Popen(
-                self._words,
-                cwd=ROOT,
-                env=environment() | limits,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-            )
+        if self._process is not None:
+            self._pipe.send(None)
+            self._process.join(30)
 
 
-def main() -> None:
-    group, folder, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever prints
-    plant(folder / "canary")
-    _, make = GROUPS[group]
-    for line in sys.stdin:
-        number = int(line)
+def serve_trials(pipe: Connection, group: str, folder: Path, seed: int) -> None:
+    """Try the inputs whose numbers come through a pipe, until there is none."""
+    log = os.open(folder / "probe.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    plant_canary(folder / "canary")
+    for number in iter(pipe.recv, None):
         faulthandler.dump_traceback_later(LIMIT, exit=True)  # with exit code 1
-        _limit_memory()
-        answers.write(json.dumps(_tried(make, folder, number, seed)) + "\n")
-        answers.flush()
+        # What asks for MEMORY more than there is fails, instead of filling the machine.
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+        pipe.send(make_trial(group, folder, number, seed))
         faulthandler.cancel_dump_traceback_later()
 
 
-def _tried(make: Make, folder: Path, number: int, seed: int) -> dict[str, Any]:
+def make_trial(group: str, folder: Path, number: int, seed: int) -> dict[str, Any]:
     scratch = folder / "scratch"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
-    rng = np.random.default_rng([seed, number])
-    trial = make(folder / "base", scratch, number, rng)
+    make = GROUPS[group][1]
+    trial = make(folder / "base", scratch, number, Random(f"{seed} {number}"))
     began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with watched(folder / "canary") as ran:
-        found = outcome(trial)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    found["end"] = "crashed" if ran else found["end"]
-    return found | {
-        "number": number,
-        "ran": ran,
-        "seconds": time.monotonic() - began,
-        "grown_mb": grown // 1024,
-    }
-
-
-def _limit_memory() -> None:
-    """MEMORY more than there is now: what asks for it fails, instead of filling the machine."""
-    with open("/proc/self/statm") as file:
-        now = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, resource.RLIM_INFINITY))
-
-
-if __name__ == "__main__":
-    main()
+    with note_code() as ran:
+        found = trial.find_outcome()
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
+    found |= {"end": "crashed"} if ran else {}
+    seconds = time.monotonic() - began
+    return found | {"number": number, "ran": ran, "seconds": seconds, "grown_mb": grown}

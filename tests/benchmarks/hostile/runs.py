@@ -1,75 +1,126 @@
-"""Run folders that were changed: embedding with them and going on from them is refused, or uses what was saved."""
-
-from __future__ import annotations
+"""Run folders and configs that were changed: refused, or what was saved and said is used."""
 
 import json
-import os
 import shutil
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
+from random import Random
 
-import numpy as np
 from torch import Tensor
 
 from clue_dist import config as configs
 from clue_dist.checkpoint import resuming, run_folder
+from clue_dist.config import Config
 from clue_dist.inference.embed import embed_store
 from clue_dist.inference.load_model import load_model
 from clue_dist.ranks import Ranks
 from clue_dist.store.reader import Store
 from clue_dist.store.writer import hash_file
+from clue_dist.train.setup import prepare_setup
 from tests.benchmarks.hostile import spoil
-from tests.benchmarks.hostile.hdf5 import in_bytes
-from tests.benchmarks.hostile.trial import Trial, wrong
-from tests.distributed.command import largest_difference, python, train_args
+from tests.benchmarks.hostile.changes import OTHER_KIND, replace_path, spoil_bytes
+from tests.benchmarks.hostile.trial import Trial, WrongValues
+from tests.benchmarks.hostile.watch import make_bomb
+from tests.distributed.command import ROOT, alone, largest_difference, train_args
 from tests.stores import make_store
 
-TOLD = ("config.json", "model.json")  # which no checkpoint signs
+RECIPES = sorted((ROOT / "configs").glob("*.json"))
+UNSIGNED = ("config.json", "model.json")  # files of a run folder that no checkpoint signs
+REPLACED = ("gone", OTHER_KIND, "a pipe", "a link that leads out", "a link to a device")
 
 
-def ready(base: Path) -> None:
+def make_cells(base: Path) -> None:
     make_store(base / "s.zarr", cells={"rna+adt": 60, "rna": 40}, features={"rna": 20, "adt": 6})
-    length = (
-        "train.epochs=6",
-        "train.validate_every=2",
-        "train.checkpoint_every=3",
-        "train.patience=0",
-    )
-    python(*train_args(base, base / "s.zarr", "run", *length))
 
 
-def run(base: Path, folder: Path, number: int, rng: np.random.Generator) -> Trial:
-    root = Path(shutil.copytree(base / "run", folder / "run"))
-    paths = [root / name for name in TOLD] if number % 4 == 0 else _saved(root)
-    path = paths[int(rng.integers(len(paths)))]
-    if number % 4 == 3:
-        told = _another(path, int(rng.integers(5)), folder)
-    elif path.suffix == ".json":
-        told = _json(path, rng)
+# --- configs ---
+
+
+def spoil_config(base: Path, folder: Path, number: int, rng: Random) -> Trial:
+    """A recipe that was changed, or a `--set`, up to what is checked before training."""
+    tree = json.loads(RECIPES[number % len(RECIPES)].read_text())
+    if number % 3 == 0:
+        tree = Config.model_validate(tree).model_dump(mode="json")  # with every setting there is
+    tree |= {"store": str(base / "s.zarr"), "run": str(folder / "run")}
+    path, overrides, content = folder / "config.json", list[str](), json.dumps(tree).encode()
+    if number % 10 == 8:
+        change = draw_override(tree, rng)
+        overrides.append(change)
     else:
-        told = in_bytes(path, rng, folder)
-    signed = number % 8 > 3 and path.name not in TOLD
-    if signed:
-        _sign(path)
-    fits = path.name not in TOLD and not signed
-    attempts = {
-        "embed": lambda: embedded(root, base, folder, fits),
-        "resume": lambda: resumed(root, base, fits),
-    }
-    return Trial(
-        f"{path.relative_to(root)}{', signed again' if signed else ''}: {told}"[:300], attempts
-    )
+        broken = float(number % 10 == 9)
+        content, change = spoil.spoil_json(content, rng, broken, 1 + number % 3)
+        if broken and rng.random() < 0.1:
+            content, change = make_bomb(), "a pickle"
+    path.write_bytes(content)
+    return Trial(f"config: {change}", {"load": partial(load_config, path, overrides)})
 
 
-def embedded(root: Path, base: Path, folder: Path, fits: bool) -> None:
-    """fits: what is used must be what was saved under that name."""
+def draw_override(tree: object, rng: Random) -> str:
+    """An argument of `--set` that may make no sense."""
+    path, value = ".".join(map(str, rng.choice(spoil.list_paths(tree)))), rng.choice(spoil.VALUES)
+    paths = [path, f"{path}.x", f"..{path}", path.replace(".", ".."), path.upper(), "", "."]
+    text = value if isinstance(value, str) else json.dumps(value)
+    return f"{rng.choice(paths)}{rng.choice(['=', '==', ''])}{text}"
+
+
+def load_config(path: Path, overrides: list[str]) -> None:
+    """Read, keep, read again, and check all that is checked before training."""
+    config, kept = configs.load_config(path, overrides), path.with_name("kept.json")
+    kept.write_text(config.to_json())
+    if configs.load_config(kept) != config:
+        raise WrongValues("a config that is kept is read back as another")
+    setup = prepare_setup(config, 1)
+    if not 1 <= setup.total_steps < 10**12:
+        raise WrongValues(f"{setup.total_steps} steps")
+    setup.format_summary()
+
+
+# --- run folders ---
+
+
+def make_run(base: Path) -> None:
+    """A finished run of a small model."""
+    make_cells(base)
+    words = ("epochs=6", "validate_every=2", "checkpoint_every=3", "patience=0")
+    alone(*train_args(base, base / "s.zarr", "run", *(f"train.{word}" for word in words)))
+
+
+def spoil_run(base: Path, folder: Path, number: int, rng: Random) -> Trial:
+    """A file of a run folder that was changed, and signed again or not."""
+    root = Path(shutil.copytree(base / "run", folder / "run"))
+    unsigned = [root / name for name in UNSIGNED]
+    saved = sorted([*root.glob("best/step-*/*"), *root.glob("checkpoints/step-*/*")])
+    path = rng.choice(saved if number % 4 else unsigned)
+    signed = number % 8 > 3 and path not in unsigned
+    if number % 4 == 3:
+        change, outside = rng.choice(REPLACED), folder / "outside"
+        outside.mkdir()
+        replace_path(path, change, outside)
+    elif path.suffix == ".json":
+        content, change = spoil.spoil_json(path.read_bytes(), rng, 0.2, rng.randrange(1, 3))
+        path.write_bytes(content)
+    else:
+        change = spoil_bytes(path, rng)
+    commit = path.parent / run_folder.COMMIT
+    if signed and path != commit and path.is_file() and not path.is_symlink():
+        listing = json.loads(commit.read_text()) | {path.name: hash_file(path).model_dump()}
+        commit.write_text(json.dumps(listing))
+    what = f"{path.relative_to(root)}{', signed again' if signed else ''}: {change}"
+    task = (root, base, path not in unsigned and not signed)
+    embed = partial(embed_cells, *task, folder / "out.h5ad")
+    return Trial(what, {"embed": embed, "resume": partial(resume_run, *task)})
+
+
+def embed_cells(root: Path, base: Path, fits: bool, out: Path) -> None:
+    """Embed with a run; where it `fits`, with what was saved under that name."""
     loaded = load_model(root)
     if fits:
-        _same(loaded.model.state_dict(), _weights(base / "run" / "best" / loaded.name))
-    embed_store(loaded, Store(str(base / "s.zarr")), folder / "out.h5ad", run=root)
+        require_same(loaded.model.state_dict(), base / "run" / "best" / loaded.name)
+    embed_store(loaded, Store(str(base / "s.zarr")), out, run=root)
 
 
-def resumed(root: Path, base: Path, fits: bool) -> None:
+def resume_run(root: Path, base: Path, fits: bool) -> None:
+    """Load what a run would go on from; where it `fits`, that is what was saved under that name."""
     found = resuming.choose_checkpoint(root, "auto", Ranks())
     if found is None:
         return
@@ -78,61 +129,13 @@ def resumed(root: Path, base: Path, fits: bool) -> None:
     model = load_model(base / "run").model
     run_folder.load_weights(model, found, "choose another")
     if fits:
-        _same(model.state_dict(), _weights(base / "run" / "checkpoints" / found.name))
+        require_same(model.state_dict(), base / "run" / "checkpoints" / found.name)
 
 
-@lru_cache
-def _weights(folder: Path) -> dict[str, Tensor]:
-    return run_folder.read_weights(folder)
+read_saved = lru_cache(run_folder.read_weights)
 
 
-def _same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    if got.keys() != expected.keys() or largest_difference(got, expected):
-        wrong("weights that are not those that were saved")
-
-
-def _saved(root: Path) -> list[Path]:
-    return sorted(
-        path for kind in ("best", "checkpoints") for path in root.glob(f"{kind}/step-*/*")
-    )
-
-
-def _json(path: Path, rng: np.random.Generator) -> str:
-    content = path.read_bytes()
-    if rng.random() < 0.2:
-        content, told = spoil.broken_text(content, rng)
-        path.write_bytes(content)
-        return told
-    tree, told = spoil.spoiled(json.loads(content), rng, int(rng.integers(1, 3)))
-    path.write_bytes(spoil.text_of(tree))
-    return told
-
-
-def _another(path: Path, kind: int, folder: Path) -> str:
-    """Something else in the place of a file."""
-    moved = folder / f"moved-{path.name}"
-    path.rename(moved)
-    if kind == 1:
-        path.mkdir()
-    elif kind == 2:
-        os.mkfifo(path)
-    elif kind == 3:
-        path.symlink_to(moved)
-    elif kind == 4:
-        path.symlink_to("/dev/zero")
-    return (
-        "gone",
-        "a folder",
-        "a pipe",
-        "a link to the file itself",
-        "a link to zeros without an end",
-    )[kind]
-
-
-def _sign(path: Path) -> None:
-    """COMMIT.json with what lies there now."""
-    commit = path.parent / run_folder.COMMIT
-    if path != commit and path.is_file() and not path.is_symlink():
-        listing = json.loads(commit.read_text())
-        listing[path.name] = hash_file(path).model_dump()
-        commit.write_text(json.dumps(listing))
+def require_same(weights: dict[str, Tensor], folder: Path) -> None:
+    expected = read_saved(folder)
+    if weights.keys() != expected.keys() or largest_difference(weights, expected):
+        raise WrongValues("weights that are not those that were saved")

@@ -1,71 +1,61 @@
-"""The stopwatch that our loader and its peers are measured with. It needs NumPy alone and sees nothing of clue_dist."""
-
-from __future__ import annotations
+"""The stopwatch of our loader and its peers. It needs NumPy alone and sees nothing of clue_dist."""
 
 import argparse
 import json
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-SAMPLE_S = 0.02  # between looks at the memory: each costs some 50 microseconds
-
-Take = Callable[[], tuple[int, int]]  # fetches the next batch: its cells and non-zeros
+Batches = Iterator[tuple[int, int]]  # cells and non-zeros of each, which comes when it is asked for
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    step = "ms to sleep after each batch, as an accelerator would work"
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--seconds", type=float, default=10, help="measured")
     parser.add_argument("--warm", type=float, default=3, help="seconds before that")
-    parser.add_argument(
-        "--step-ms",
-        type=float,
-        default=0,
-        help="sleep after each batch, as an accelerator would work",
-    )
+    parser.add_argument("--step-ms", type=float, default=0, help=step)
     parser.add_argument("--threads", type=int, default=2)
 
 
-def anonymous_mib() -> float:
-    """Memory of this process that no file stands behind."""
-    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) / 1024
+def read_memory(process: str = "self") -> tuple[float, ...]:
+    """MiB of a process that no file stands behind, that are shared, and in all."""
+    status = Path(f"/proc/{process}/status").read_text()
+    kib = dict(re.findall(r"^(RssAnon|RssShmem|VmRSS):\s+(\d+) kB", status, re.MULTILINE))
+    return tuple(int(kib.get(name, 0)) / 1024 for name in ("RssAnon", "RssShmem", "VmRSS"))
 
 
-class Peak:
-    """The most anonymous memory while it is entered, in MiB."""
+@contextmanager
+def watch_peak(read: Callable[[], Iterable[float]], every_s: float) -> Iterator[list[float]]:
+    """The most of some sizes while it is entered; to read them costs time."""
+    peak, done = list(read()), threading.Event()
 
-    def __init__(self) -> None:
-        self.mib = anonymous_mib()
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+    def watch() -> None:
+        while not done.wait(every_s):
+            peak[:] = map(max, peak, read())
 
-    def __enter__(self) -> Peak:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._done.wait(SAMPLE_S):
-            self.mib = max(self.mib, anonymous_mib())
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()
 
 
-def stream(take: Take, args: argparse.Namespace) -> dict[str, float]:
+def measure_stream(batches: Batches, args: argparse.Namespace) -> dict[str, float]:
     """Fetch batches for a while, timing each fetch."""
-    start = anonymous_mib()
-    with Peak() as peak:
-        _fetch(take, args.warm, args.step_ms / 1e3)
+    start, *_ = read_memory()
+    with watch_peak(read_memory, every_s=0.02) as peak:
+        _fetch_batches(batches, args.warm, args.step_ms / 1e3)
         began = time.perf_counter()
-        waits, cells, nonzeros = _fetch(take, args.seconds, args.step_ms / 1e3)
+        waits, cells, nonzeros = _fetch_batches(batches, args.seconds, args.step_ms / 1e3)
         took = time.perf_counter() - began
     return {
         "cells_per_s": cells / took,
@@ -74,17 +64,17 @@ def stream(take: Take, args: argparse.Namespace) -> dict[str, float]:
         "waiting": sum(waits) / took,
         "p50_ms": 1e3 * float(np.percentile(waits, 50)),
         "p99_ms": 1e3 * float(np.percentile(waits, 99)),
-        "anon_mib": peak.mib,
+        "anon_mib": peak[0],
         "anon_start_mib": start,
     }
 
 
-def _fetch(take: Take, seconds: float, step_s: float) -> tuple[list[float], int, int]:
+def _fetch_batches(batches: Batches, seconds: float, step_s: float) -> tuple[list[float], int, int]:
     """Seconds each fetch took, and all cells and non-zeros."""
     waits, cells, nonzeros = [], 0, 0
     end = time.perf_counter() + seconds
     while (began := time.perf_counter()) < end or not waits:
-        c, n = take()
+        c, n = next(batches)
         waits.append(time.perf_counter() - began)
         cells, nonzeros = cells + c, nonzeros + n
         if step_s:
@@ -92,6 +82,6 @@ def _fetch(take: Take, seconds: float, step_s: float) -> tuple[list[float], int,
     return waits, cells, nonzeros
 
 
-def tell(result: dict[str, Any]) -> None:
-    """The one line that the benchmark reads."""
+def print_result(result: dict[str, Any]) -> None:
+    """Print the one line that the benchmark reads."""
     print(json.dumps(result), flush=True)

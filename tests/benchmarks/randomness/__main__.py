@@ -1,251 +1,134 @@
-"""Are the plan's batches as random as independent draws, out of an atlas sorted by plate and by cell type?
+"""Are the plan's batches as random as independent draws, out of an atlas sorted by plate and type?
 
 .venv/bin/python -m tests.benchmarks.randomness --json OUT.json [--quick]
 
-The cells of each plate and type are counted in every batch of whole passes, over many seeds of both the store's
-shuffle and the plan. No count is read: where a store's cells lie follows from its seed, which a test holds true.
+The cells of each plate and type are counted in every batch of whole passes, over many seeds of both
+the store's shuffle and the plan. No count is read: where a store's cells lie follows from its seed.
 """
 
-from __future__ import annotations
-
-import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from clue_dist.data import plan as plans
-from clue_dist.data.plan import CellPlan
-from clue_dist.process import run_main
+from clue_dist.data.plan import CellPlan, share_rounds, weigh_strata
 from clue_dist.store.layout import BLOCK_CELLS
-from tests.benchmarks import common
-from tests.benchmarks.common import Bar, Result, Run
 from tests.benchmarks.randomness import deal
-from tests.benchmarks.randomness.atlas import Atlas, atlas_of, stored, unshuffled
+from tests.benchmarks.randomness.atlas import SortedAtlas, make_atlas, order_input, order_stored
+from tests.benchmarks.report import Result
+from tests.benchmarks.runner import Benchmark, Case, Run
 from tests.distributed.command import ROOT
 
 BATCH = 512
-SETTINGS = (
-    (8, 16),
-    (8, 1),
-    (1, 16),
-    (64, 16),
-)  # lanes, blocks of a lane's window; the first is the default
+# Lanes, and blocks of a lane's window; the first is the default.
+SETTINGS = ((8, 16), (8, 1), (1, 16), (64, 16))
+KINDS = ("paired", "mosaic")  # all cells paired, or three plates of five with one modality alone
 
 
 @dataclass(frozen=True)
-class Size:
-    """cells: of the atlas; seeds: how many; passes: over every stratum; settings: which of SETTINGS."""
+class AtlasSize:
+    """How much is dealt."""
 
     cells: int
     seeds: int
-    passes: int
+    passes: int  # over every stratum
     settings: tuple[tuple[int, int], ...]
 
 
-SIZES = (Size(200_000, 32, 2, SETTINGS), Size(10_000_000, 3, 1, (SETTINGS[0], SETTINGS[-1])))
-QUICK = (Size(20_000, 4, 2, SETTINGS[:2]),)
-SOURCES = (
-    ROOT / "clue_dist/data/plan.py",
-    ROOT / "clue_dist/store/shuffle.py",
-    Path(__file__).parent,
+SIZES = (
+    AtlasSize(200_000, 32, 2, SETTINGS),
+    AtlasSize(10_000_000, 3, 1, (SETTINGS[0], SETTINGS[-1])),
 )
-PAIRED, MOSAIC = (
-    "paired",
-    "mosaic",
-)  # all cells paired, or three plates of five with one modality alone
-
-SPREAD = Bar("how far the spread of a plate or type is from that of draws", "<", 0.05)
-NEIGHBOURS = Bar("correlation between neighbouring batches, of any plate or type", "<", 0.05)
-ONCE = Bar("cells that a pass did not deal exactly once", "<=", 0)
-
-FOOTNOTES = f"""\
-batches of {BATCH}; lanes x blocks of a lane's window, of {BLOCK_CELLS} cells; paired_share auto
-spread: standard deviation of a plate's or type's cells in a batch, times that of draws without replacement
-neighbours: correlation of that number between a batch and the next
-both as mean over all plates and types ± standard error over seeds, then of the plate or type that is farthest off
-again: of the others in a cell's batch, how many are with it in the next pass too (by chance); paired cells
-draws: a fresh shuffle of the stratum for each pass; unshuffled: the plan on a store in the order of its input
-bars judge the farthest plate or type of all rows of the plan: part of that is sampling, ± is its standard error"""
+QUICK = (AtlasSize(20_000, 4, 2, SETTINGS[:2]),)
+IDEALS = {"spread": 1.0, "neighbours": 0.0}
 
 
-@dataclass(frozen=True)
-class Setting(Run):
-    """A plan, or what it is compared with, over all seeds."""
+class Randomness(Benchmark):
+    """The plan in all settings; what is to be compared with it in the default one."""
+
+    name = work = "randomness"
 
     @property
-    def name(self) -> str:
-        return f"{self.method} on {self.data_set}"
+    def sizes(self) -> tuple[AtlasSize, ...]:
+        return QUICK if self.args.quick else SIZES
 
+    def list_cases(self) -> Iterator[Case]:
+        for size in self.sizes:
+            names = [f"plan-{lanes}x{window}" for lanes, window in size.settings]
+            if size is self.sizes[0]:
+                names += [f"{method}-8x16" for method in ("draws", "unshuffled")]
+            yield from ((name, f"{kind}-{size.cells}", 0, 0) for kind in KINDS for name in names)
 
-def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
-    return common.parser("randomness", __doc__, "randomness").parse_args(words)
+    def list_inputs(self, method: str, data_set: str) -> list[Path | str]:
+        sources = ("clue_dist/data/plan.py", "clue_dist/store/shuffle.py")
+        size = repr(self.find_size(data_set))
+        return [*(ROOT / part for part in sources), Path(__file__).parent, size]
 
+    def find_size(self, data_set: str) -> AtlasSize:
+        return next(size for size in self.sizes if data_set.endswith(f"-{size.cells}"))
 
-def sizes_of(args: argparse.Namespace) -> tuple[Size, ...]:
-    return QUICK if args.quick else SIZES
+    def measure(self, run: Run, folder: Path) -> Result:
+        size, (method, _, setting) = self.find_size(run.data_set), run.method.partition("-")
+        lanes, window = map(int, setting.split("x"))
+        atlas = make_atlas(size.cells, unpaired=run.data_set.startswith("mosaic"))
+        return measure_deals(atlas, method, lanes, window, range(size.seeds), size.passes)
 
-
-def runs_of(args: argparse.Namespace) -> list[Run]:
-    """The plan in all settings; what is to be compared with it, in the default one on the fewest cells."""
-    runs = []
-    for size in sizes_of(args):
-        for kind in (PAIRED, MOSAIC):
-            methods = [f"plan-{lanes}x{window}" for lanes, window in size.settings]
-            if size is sizes_of(args)[0]:
-                methods += [
-                    f"{name}-{SETTINGS[0][0]}x{SETTINGS[0][1]}" for name in ("draws", "unshuffled")
-                ]
-            digest = common.digest(*SOURCES, repr(size))
-            runs += [Setting(method, f"{kind}-{size.cells}", 0, 0, digest) for method in methods]
-    return runs
-
-
-def plan_of(atlas: Atlas, lanes: int, window: int, seed: int) -> CellPlan:
-    weights = plans.weigh_strata(atlas.sizes, {s: "+" in s for s in atlas.sizes}, "auto", BATCH)
-    return CellPlan(
-        seed, atlas.sizes, plans.share_rounds(BATCH, lanes, weights), lanes, window, BLOCK_CELLS
-    )
-
-
-def do(run: Run, folder: Path, args: argparse.Namespace) -> Result:
-    """All seeds of a setting."""
-    kind, _, cells = run.data_set.partition("-")
-    name, _, setting = run.method.partition("-")
-    size = next(s for s in sizes_of(args) if s.cells == int(cells))
-    lanes, window = map(int, setting.split("x"))
-    atlas = atlas_of(size.cells, unpaired=kind == MOSAIC)
-    return measured(atlas, name, lanes, window, range(size.seeds), size.passes)
-
-
-def measured(
-    atlas: Atlas, name: str, lanes: int, window: int, seeds: Sequence[int], passes: int
-) -> Result:
-    """name: plan, draws or unshuffled; see FOOTNOTES."""
-    shares, again, wrong, steps = [], None, 0, 0
-    for seed in seeds:
-        plan = plan_of(atlas, lanes, window, seed)
-        steps = deal.steps_for(plan, passes)
-        dealt = (deal.by_draws if name == "draws" else deal.by_plan)(plan, steps)
-        shares.append(
-            deal.shares_of(
-                plan, dealt, unshuffled(atlas) if name == "unshuffled" else stored(atlas, seed)
-            )
-        )
-        wrong += deal.not_once(plan, dealt)
-        again = again or deal.met_again(plan, dealt)
-    variance = np.stack([s.variance for s in shares])  # (seeds, PLATES + TYPES)
-    spread, of_spread = over_seeds(variance)
-    neighbours, of_neighbours = over_seeds(np.stack([s.neighbours for s in shares]))
-    return {
-        "batches": steps * len(seeds),
-        "not_once": wrong,
-        "spread": told_of(
-            np.sqrt(spread), of_spread / np.sqrt(spread) / 2, variance.mean(1) / 2, 1.0
-        ),
-        "neighbours": told_of(
-            neighbours, of_neighbours, np.stack([s.neighbours.mean() for s in shares]), 0.0
-        ),
-        "again": again,
-    }
-
-
-def over_seeds(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and its standard error. values: (seeds, ...)"""
-    return values.mean(0), values.std(0, ddof=1) / len(values) ** 0.5
-
-
-def told_of(
-    values: np.ndarray, errors: np.ndarray, by_seed: np.ndarray, ideal: float
-) -> dict[str, float]:
-    """values, errors: (PLATES + TYPES,); by_seed: (seeds,), means over them, up to a constant."""
-    worst = int(np.abs(values - ideal).argmax())
-    mean, error = float(values.mean()), float(over_seeds(by_seed)[1])
-    return {
-        "mean": mean,
-        "error": error,
-        "worst": float(values[worst]),
-        "worst_error": float(errors[worst]),
-    }
-
-
-def told(record: Result) -> str:
-    return f"spread {shown(record['spread'])}, neighbours {shown(record['neighbours'])}"
-
-
-def shown(of: dict[str, float]) -> str:
-    return f"{of['mean']:.4f} ± {of['error']:.4f}"
-
-
-def table(records: Sequence[Result]) -> str:
-    rows = [
-        [
-            "cells",
-            "",
-            "batches",
-            "spread",
-            "farthest",
-            "neighbours",
-            "farthest",
-            "not once",
-            "again (chance)",
-        ]
-    ]
-    for r in records:
-        kind, _, cells = r["data_set"].partition("-")
-        again = "-" if r["again"] is None else "{:.2f} ({:.2f})".format(*r["again"])
-        of = [
-            text
-            for key in ("spread", "neighbours")
-            for text in (shown(r[key]), f"{r[key]['worst']:.3f}")
-        ]
-        rows.append(
-            [
-                f"{int(cells):,} {kind}",
-                r["method"],
-                f"{r['batches']:,}",
-                *of,
-                f"{r['not_once']}",
-                again,
+    def judge(self, records: Sequence[Result]) -> Iterator[Result]:
+        for size in self.sizes:
+            plans = [
+                r
+                for r in records
+                if r["method"].startswith("plan") and r["data_set"].endswith(f"-{size.cells}")
             ]
-        )
-    return common.aligned(rows)
+            whole = len(plans) == len(KINDS) * len(size.settings)
+            bars = {key: bar.fill_name(size.cells) for key, bar in self.bars.items()}
+            for key, ideal in IDEALS.items():
+                # The plate or type that is farthest from its ideal.
+                far = [(abs(r[key]["worst"] - ideal), r[key]["worst_error"]) for r in plans]
+                yield bars[key].judge(*max(far)) if whole else bars[key].judge(None)
+            yield bars["not_once"].judge(sum(r["not_once"] for r in plans) if whole else None)
 
 
-def bars_of(records: Sequence[Result], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Judged for each number of cells where all settings were run, and never on a quick look."""
-    for size in sizes_of(args):
-        mine = [
-            r
-            for r in records
-            if r["method"].startswith("plan") and r["data_set"].endswith(f"-{size.cells}")
-        ]
-        whole = not args.quick and len(mine) == 2 * len(size.settings)
-        for bar, key, ideal in ((SPREAD, "spread", 1.0), (NEIGHBOURS, "neighbours", 0.0)):
-            off, error = max(
-                ((abs(r[key]["worst"] - ideal), r[key]["worst_error"]) for r in mine),
-                default=(0.0, 0.0),
-            )
-            named = Bar(f"{size.cells:,} cells: {bar.name}", bar.op, bar.bar)
-            yield named.judged(off, error) if whole else named.judged(None)
-        once = Bar(f"{size.cells:,} cells: {ONCE.name}", ONCE.op, ONCE.bar)
-        yield once.judged(sum(r["not_once"] for r in mine) if whole else None)
+def measure_deals(
+    atlas: SortedAtlas, method: str, lanes: int, window: int, seeds: Sequence[int], passes: int
+) -> Result:
+    """How a method deals: a plan, independent draws, or a plan on a store that is not shuffled."""
+    variances, neighbours, again, wrong, steps = [], [], None, 0, 0
+    paired = {stratum: "+" in stratum for stratum in atlas.sizes}
+    weights = weigh_strata(atlas.sizes, paired, "auto", BATCH)
+    shares = share_rounds(BATCH, lanes, weights)
+    for seed in seeds:
+        plan = CellPlan(seed, atlas.sizes, shares, lanes, window, BLOCK_CELLS)
+        steps = deal.count_steps(plan, passes)
+        dealt = (deal.deal_draws if method == "draws" else deal.deal_plan)(plan, steps)
+        order = order_input(atlas) if method == "unshuffled" else order_stored(atlas, seed)
+        variance, correlation = deal.measure_shares(plan, dealt, order)
+        variances.append(variance)
+        neighbours.append(correlation)
+        wrong += deal.count_not_once(plan, dealt)
+        again = again or deal.count_met_again(plan, dealt)
+    spread, neighbours = np.stack(variances), np.stack(neighbours)
+    found = {"batches": steps * len(seeds), "not_once": wrong}
+    found |= dict(zip(("again", "chance"), again or (None, None), strict=True))
+    found["spread"] = describe_seeds(spread, 1.0, square_root=True)
+    return found | {"neighbours": describe_seeds(neighbours, 0.0)}
 
 
-def main() -> None:
-    args = arguments()
-    common.carry_out(
-        args,
-        runs_of(args),
-        common.Steps(lambda run, folder: do(run, folder, args)),
-        told,
-        table,
-        FOOTNOTES,
-        lambda records: bars_of(records, args),
-    )
+def describe_seeds(values: np.ndarray, ideal: float, square_root: bool = False) -> Result:
+    """Means over seeds with their standard errors, of (seeds, PLATES + TYPES).
+
+    Of all plates and types, and of the worst, which is farthest from its ideal.
+    """
+    means = values.mean(0)
+    errors, error = (v.std(0, ddof=1) / len(v) ** 0.5 for v in (values, values.mean(1)))
+    if square_root:
+        means = np.sqrt(means)
+        errors, error = errors / means / 2, error / 2
+    worst = int(np.abs(means - ideal).argmax())
+    found = {"mean": means.mean(), "error": error, "worst": means[worst]}
+    return {name: float(v) for name, v in (found | {"worst_error": errors[worst]}).items()}
 
 
 if __name__ == "__main__":
-    run_main(main)
+    Randomness.main()

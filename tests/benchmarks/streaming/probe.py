@@ -1,13 +1,11 @@
-"""Our loader, measured in a process of its own: python -m tests.benchmarks.streaming.probe STORE MEASURE.
+"""Our loader, in a process of its own: python -m tests.benchmarks.streaming.probe STORE KIND.
 
-csr, dense: batches of the loader, sparse or as dense float32; windows: decoded blocks for a GPU to expand, no
-rows gathered. The limits of the machine: decode: our compressed blocks in memory, nothing but decompressed; memcpy;
-memset.
+csr, dense: batches of the loader, sparse or as dense float32; windows: decoded blocks for a GPU to
+expand, no rows gathered. Limits of the machine: decode: our blocks decompressed; memcpy; memset.
 """
 
-from __future__ import annotations
-
 import argparse
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,112 +23,97 @@ from clue_dist.store.layout import ArraySpec
 from clue_dist.store.reader import Store
 from clue_dist.store.rows import CodedBlocks
 from clue_dist.store.shuffle import permute_positions
+from tests.benchmarks.damage.harm import CRC, ENTRY, NO_CHUNK
 from tests.benchmarks.peers import measure
-from tests.benchmarks.peers.measure import Take
+from tests.benchmarks.peers.measure import Batches
+from tests.benchmarks.stores import plan_evenly
 
 LANES = 8  # the default of data.lanes
 IN_MEMORY = 512 * 2**20  # compressed bytes that decoding alone is measured on, at most
 COPIED = 256 * 2**20
 
 
-def plan_of(store: Store, batch: int, window: int) -> CellPlan:
-    """Batches of the store's one stratum, mixed `window` cells at a time."""
-    (name, reader), size = next(iter(store.segments.items())), store.manifest.block_cells
-    window_blocks, rest = divmod(window, LANES * size)
-    if rest or not window_blocks:
-        raise ValueError(
-            f"a window of {window} cells is no multiple of {LANES} lanes x {size} cells of a block"
-        )
-    return CellPlan(0, {name: reader.n_cells}, {name: batch}, LANES, window_blocks, size)
+def plan_windows(store: Store, batch: int, window: int) -> CellPlan:
+    """Batches of the store's one segment, mixed `window` cells at a time."""
+    cells = LANES * store.manifest.block_cells
+    if window % cells or not window:
+        raise ValueError(f"a window of {window} cells is no multiple of {cells}, a block a lane")
+    return plan_evenly(store, batch, LANES, window // cells)
 
 
-def batches(loader: Loader) -> Take:
-    """Non-zeros of a dense batch are not told: to count them would take longer than to make it."""
-
-    def take() -> tuple[int, int]:
+def count_batches(loader: Loader) -> Batches:
+    """Non-zeros of a dense batch are not counted, which would take longer than to make it."""
+    while True:
         (observed,) = next(loader).modalities.values()
         counts = observed.counts
-        return len(observed.rows), len(counts.indices) if isinstance(counts, SparseCounts) else 0
-
-    return take
+        yield len(observed.rows), len(counts.indices) if isinstance(counts, SparseCounts) else 0
 
 
-def windows(store: Store, cells: int) -> Iterator[CodedBlocks]:
-    """Decoded blocks in random order, as many as hold `cells`, one window ahead; pass after pass."""
+def count_windows(store: Store, cells: int) -> Batches:
+    """Decoded blocks in random order, as many as hold `cells`, one window ahead."""
     ((_, reader),) = store.segments.items()
     count = cells // reader.block_cells
 
     def read(number: int) -> CodedBlocks:
         passed, place = np.divmod(np.arange(number * count, (number + 1) * count), reader.n_blocks)
         blocks = permute_positions(place, reader.n_blocks, key=passed.astype(np.uint64))
-        got = reader.read_blocks(reader.modalities[0], blocks)
-        assert isinstance(got, CodedBlocks)
-        return got
+        found = reader.read_blocks(reader.modalities[0], blocks)
+        assert isinstance(found, CodedBlocks)
+        return found
 
     with ThreadPoolExecutor(1) as ahead:
-        number, coming = 0, ahead.submit(read, 0)
-        while True:
-            got, number = coming.result(), number + 1
-            coming = ahead.submit(read, number)
-            yield got
+        coming = ahead.submit(read, 0)
+        for number in itertools.count(1):
+            lengths, coming = coming.result().lengths[..., 0], ahead.submit(read, number)
+            yield int((lengths > 0).sum()), int(lengths.sum())
 
 
-def kept(loader: Loader, store: Store) -> float:
-    """Share of the store's blocks that the loader has room for: at 1 it decodes nothing after the first pass."""
+def measure_kept(loader: Loader, store: Store) -> float:
+    """Share of blocks that the loader has room for: with 1 it decodes nothing again."""
     (cache,), (reader,) = loader._caches.values(), store.segments.values()
     return cache.slots / reader.n_blocks
-
-
-def whole_windows(store: Store, cells: int) -> Take:
-    source = windows(store, cells)
-
-    def take() -> tuple[int, int]:
-        lengths = next(source).lengths[..., 0]
-        return int((lengths > 0).sum()), int(lengths.sum())
-
-    return take
 
 
 # --- what the machine can do ---
 
 
-def compressed(root: Path, spec: ArraySpec) -> Iterator[bytes]:
+def read_compressed(root: Path, spec: ArraySpec) -> Iterator[bytes]:
     """The inner chunks of an array with one block to a chunk, without their crc32c."""
     n_chunks = spec.shard[0] // spec.chunk[0]
     for shard in sorted((root / spec.path / "c").iterdir(), key=lambda path: int(path.name)):
         content = (shard / "/".join("0" * (len(spec.shape) - 1))).read_bytes()
-        # Zarr's index of a shard: offset and size of each chunk, and a crc32c, at the end.
-        index = np.frombuffer(content[-(16 * n_chunks + 4) : -4], "<u8").reshape(n_chunks, 2)
-        for offset, size in index[index[:, 0] != np.iinfo(np.uint64).max].astype(int):
-            yield content[offset : offset + size - 4]
+        index = np.frombuffer(content[-(ENTRY * n_chunks + CRC) : -CRC], "<u8").reshape(-1, 2)
+        for offset, size in index[index[:, 0] != NO_CHUNK].astype(int):
+            yield content[offset : offset + size - CRC]
 
 
 @dataclass(frozen=True)
-class Held:
-    """Compressed blocks in memory. parts: of each block its arrays; sizes: bytes of these arrays decompressed."""
+class HeldBlocks:
+    """Compressed blocks in memory."""
 
-    parts: list[tuple[bytes, ...]]
-    sizes: list[int]
+    parts: list[tuple[bytes, ...]]  # of each block its arrays
+    sizes: list[int]  # bytes of these arrays decompressed
     cells: float
     nonzeros: float
 
 
-def held(store: Store, limit: int = IN_MEMORY) -> Held:
+def hold_blocks(store: Store, limit: int = IN_MEMORY) -> HeldBlocks:
     """The store's first blocks, up to `limit` compressed bytes."""
     ((name, reader),) = store.segments.items()
-    specs = [s for s in store.manifest.specify_arrays(name) if s.path.endswith(("/codes", "/rest"))]
+    specs = store.manifest.specify_arrays(name)
+    specs = [spec for spec in specs if spec.path.endswith(("/codes", "/rest"))]
     parts, total = [], 0
-    for block in zip(*(compressed(store.root, spec) for spec in specs), strict=True):
+    for block in zip(*(read_compressed(store.root, spec) for spec in specs), strict=True):
         parts.append(block)
         total += sum(map(len, block))
         if total > limit:
             break
     lengths = reader.read_lengths(reader.modalities[0], np.arange(len(parts)))
     sizes = [prod(spec.chunk) * np.dtype(spec.dtype).itemsize for spec in specs]
-    return Held(parts, sizes, float((lengths > 0).sum()), float(lengths.sum()))
+    return HeldBlocks(parts, sizes, float((lengths > 0).sum()), float(lengths.sum()))
 
 
-def over_and_over(work: Callable[[int], None], threads: int, seconds: float) -> float:
+def repeat_work(work: Callable[[int], None], threads: int, seconds: float) -> float:
     """How often a second `work` is done, part i of it by thread i."""
     numcodecs.blosc.use_threads = False  # each of our threads decompresses by itself
     rounds, began = 0, time.perf_counter()
@@ -141,9 +124,9 @@ def over_and_over(work: Callable[[int], None], threads: int, seconds: float) -> 
     return rounds / (time.perf_counter() - began)
 
 
-def decode(store: Store, args: argparse.Namespace) -> dict[str, float]:
+def measure_decoding(store: Store, args: argparse.Namespace) -> dict[str, float]:
     """Decompression alone, from memory to memory that is used again."""
-    blocks = held(store)
+    blocks = hold_blocks(store)
     buffers = [[np.empty(size, np.uint8) for size in blocks.sizes] for _ in range(args.threads)]
 
     def work(thread: int) -> None:
@@ -151,49 +134,46 @@ def decode(store: Store, args: argparse.Namespace) -> dict[str, float]:
             for part, buffer in zip(block, buffers[thread], strict=True):
                 numcodecs.blosc.decompress(part, buffer)
 
-    over_and_over(work, args.threads, args.warm)
-    rate = over_and_over(work, args.threads, args.seconds)
+    repeat_work(work, args.threads, args.warm)
+    rate = repeat_work(work, args.threads, args.seconds)
     return {"cells_per_s": rate * blocks.cells, "nonzeros_per_s": rate * blocks.nonzeros}
 
 
-def memory(args: argparse.Namespace) -> dict[str, float]:
-    """memcpy: bytes copied a second, each read once and written once; memset: bytes set to zero."""
+def measure_memory(args: argparse.Namespace) -> dict[str, float]:
+    """memcpy: bytes copied a second, each read and written once; memset: bytes set to zero."""
     source, target = np.ones(COPIED, np.uint8), np.ones(COPIED, np.uint8)
-    parts = [
-        slice(i * COPIED // args.threads, (i + 1) * COPIED // args.threads)
-        for i in range(args.threads)
-    ]
+    ends = [i * COPIED // args.threads for i in range(args.threads + 1)]
 
     def work(thread: int) -> None:
-        if args.measure == "memcpy":
-            np.copyto(target[parts[thread]], source[parts[thread]])
+        part = slice(ends[thread], ends[thread + 1])
+        if args.kind == "memcpy":
+            np.copyto(target[part], source[part])
         else:
-            target[parts[thread]] = 0
+            target[part] = 0
 
-    over_and_over(work, args.threads, args.warm)
-    return {"bytes_per_s": COPIED * over_and_over(work, args.threads, args.seconds)}
+    repeat_work(work, args.threads, args.warm)
+    return {"bytes_per_s": COPIED * repeat_work(work, args.threads, args.seconds)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    kinds = ("csr", "dense", "windows", "decode", "memcpy", "memset")
     parser.add_argument("store", help="folder or URL")
-    parser.add_argument(
-        "measure", choices=("csr", "dense", "windows", "decode", "memcpy", "memset")
-    )
+    parser.add_argument("kind", choices=kinds)
     parser.add_argument("--window", type=int, required=True, help="cells mixed at a time")
-    measure.arguments(parser)
+    measure.add_arguments(parser)
     args = parser.parse_args()
-    if args.measure in ("memcpy", "memset"):
-        return measure.tell(memory(args))
+    if args.kind in ("memcpy", "memset"):
+        return measure.print_result(measure_memory(args))
     store = Store(args.store)
-    if args.measure == "decode":
-        return measure.tell(decode(store, args))
-    if args.measure == "windows":
-        return measure.tell(measure.stream(whole_windows(store, args.window), args))
-    with Loader(
-        store, plan_of(store, args.batch, args.window), dense=args.measure == "dense"
-    ) as loader:
-        measure.tell(measure.stream(batches(loader), args) | {"kept": kept(loader, store)})
+    if args.kind == "decode":
+        return measure.print_result(measure_decoding(store, args))
+    if args.kind == "windows":
+        return measure.print_result(measure.measure_stream(count_windows(store, args.window), args))
+    plan = plan_windows(store, args.batch, args.window)
+    with Loader(store, plan, dense=args.kind == "dense") as loader:
+        found = measure.measure_stream(count_batches(loader), args)
+        return measure.print_result(found | {"kept": measure_kept(loader, store)})
 
 
 if __name__ == "__main__":
