@@ -227,6 +227,10 @@ def test_cancelled_for_good_it_has_saved(slurm: Slurm, folder: Path) -> None:
     job = submitted(slurm, folder, "cancelled")
     slurm.run("scancel", job)
     assert slurm.wait(job, 60)["JobState"] == "CANCELLED"
+    # Slurm calls a job cancelled while its ranks are still saving.
+    deadline = time.monotonic() + 40
+    while not saved_steps(folder / "cancelled") and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert saved_steps(folder / "cancelled")[0] == metrics(folder / "cancelled")[-1]["step"]
 
 
