@@ -22,6 +22,8 @@ def run_main(main: Callable[[], None]) -> NoReturn:
     A `ClueError` is printed without its traceback, and its exit code becomes that of the process.
     An error that every rank raises alike is printed by rank 0 alone.
     """
+    # Where rank 0 has left, torch warns with a page of C++ frames that hides the error itself.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         main()
     except ClueError as error:
