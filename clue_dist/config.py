@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from clue_dist.errors import ConfigError
+from clue_dist.files import expand_home
 
 LONGEST_NAME, LONGEST_PATH = 255, 3000  # bytes
 
@@ -30,8 +31,9 @@ LikelihoodName = Literal["nb", "zinb", "poisson", "bernoulli", "normal"]
 NormalisationName = Literal["log_cp10k", "log", "clr", "tfidf", "none"]
 
 
-def _require_possible_path(path: str) -> str:
-    """Refuse a path or URL that no file system can hold."""
+def _complete_path(path: str) -> str:
+    """Put the home folder in the place of `~`; refuse what no file system can hold."""
+    path = expand_home(path)
     names = [os.fsencode(name) for name in path.split("/")]
     too_long = max(map(len, names)) > LONGEST_NAME or sum(map(len, names)) > LONGEST_PATH
     if "\0" in path or too_long:
@@ -39,7 +41,7 @@ def _require_possible_path(path: str) -> str:
     return path
 
 
-PathOrUrl = Annotated[str, AfterValidator(_require_possible_path)]
+PathOrUrl = Annotated[str, AfterValidator(_complete_path)]
 
 
 class SettingsGroup(BaseModel):

@@ -140,19 +140,36 @@ def _find_errno(error: Exception) -> int | None:
     return error.errno if isinstance(error, OSError) else None
 
 
+def expand_home(text: str) -> str:
+    """Replace `~` or `~NAME` at the beginning of a path by that home folder.
+
+    A shell does so only where the path is a word of its own, not in `store=~/s.zarr` or in a file.
+
+    Raises:
+        ValueError: nobody has that name, or no home folder.
+    """
+    expanded = os.path.expanduser(text)
+    if text.startswith("~") and expanded == text:
+        name = text.partition("/")[0]
+        raise ValueError(f"{name} is no home folder; a folder of that name is written ./{name}")
+    return expanded
+
+
 def parse_path(text: str) -> Path:
     """A path as a person typed it, which need not exist. It also serves as a `type` of argparse.
 
     Raises:
         ConfigError: the system cannot even look, as the name is too long or a folder on the way
-            may not be read.
+            may not be read; or `~NAME` is no home folder.
     """
+    expanded = text
     try:
-        os.lstat(text)
+        expanded = expand_home(text)
+        os.lstat(expanded)
     except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, ValueError) as error:
         raise ConfigError(
             "a path that cannot be used", where=text[:200], got=error, fix="mend the path"
         ) from None
-    return Path(text)
+    return Path(expanded)

@@ -18,7 +18,7 @@ from typing import Any
 import tensorstore as ts
 
 from clue_dist.errors import ServerError, StoreError
-from clue_dist.files import PASSING
+from clue_dist.files import PASSING, expand_home
 
 SCHEMES = ("s3", "gs", "http", "https")
 # Limit of a file that is read whole. The manifest of a billion cells is smaller.
@@ -69,10 +69,16 @@ def parse_location(text: str | Location) -> Location:
     """Read a folder or a URL as a person writes it.
 
     Raises:
-        StoreError: the URL has an unknown scheme, or names no bucket or host.
+        StoreError: the URL has an unknown scheme, or names no bucket or host; or `~NAME` is no
+            home folder.
     """
-    if not isinstance(text, str) or "://" not in text:
-        return Path(text) if isinstance(text, str) else text
+    if not isinstance(text, str):
+        return text
+    if "://" not in text:
+        try:
+            return Path(expand_home(text))
+        except ValueError as error:
+            raise StoreError("a path that cannot be used", where=text, got=error) from None
     scheme, _, rest = text.partition("://")
     if scheme.startswith("http") and rest.split("/")[0].endswith(".amazonaws.com"):
         raise StoreError(
@@ -92,9 +98,10 @@ def parse_location(text: str | Location) -> Location:
 
 def open_kvstore(root: Location, folder: str = "") -> dict[str, Any]:
     """Return TensorStore's key-value spec of a store, or of a folder in it."""
-    location = root / folder if folder else root
-    if isinstance(location, RemoteLocation):
-        return _specify_remote(location)
+    if isinstance(root, RemoteLocation):
+        return _specify_remote(root / folder if folder else root)
+    # TensorStore refuses a path with `.` or `..` in it. The system resolves them, links included.
+    location = Path(os.path.realpath(root), folder)
     return {"driver": "file", "path": f"{location}/"}
 
 

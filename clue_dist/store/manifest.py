@@ -379,6 +379,6 @@ class Manifest(_ManifestPart):
 
 def _suggest_conversion(root: Location) -> str:
     """Say how to get a store where there is none."""
-    if isinstance(root, Path) and root.with_name(root.name + ".partial").exists():
+    if isinstance(root, Path) and Path(f"{root.resolve()}.partial").exists():
         return "run the same `python -m data_prep convert` again: it goes on where it stopped"
     return "make one with `python -m data_prep convert ... --out STORE.zarr`, or correct the path"

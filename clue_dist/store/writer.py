@@ -16,7 +16,7 @@ import zarr
 
 from clue_dist.errors import StoreError
 from clue_dist.files import sync_to_disk
-from clue_dist.store import layout
+from clue_dist.store import layout, location
 from clue_dist.store.layout import ArraySpec
 from clue_dist.store.manifest import FileDigest, Manifest, PackedModality
 from clue_dist.store.rows import CodedRows
@@ -102,7 +102,7 @@ def _write_blocks(folder: Path, first: int, values: np.ndarray) -> None:
     """
     request = {
         "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": f"{folder}/"},
+        "kvstore": location.open_kvstore(folder),
         # Otherwise a chunk of zeros is left out, and looks like a chunk that was lost.
         "store_data_equal_to_fill_value": True,
     }

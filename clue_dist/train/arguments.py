@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from clue_dist import config as configs
 from clue_dist.errors import ConfigError
+from clue_dist.files import parse_path
 from clue_dist.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -43,7 +44,9 @@ def parse_bench_arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument(
         "--repeats", type=int, default=5, help="the median of so many counts (default: %(default)s)"
     )
-    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the figures there")
+    parser.add_argument(
+        "--json", type=parse_path, metavar="OUT", help="also write the figures there"
+    )
     return parser.parse_args()
 
 
@@ -52,7 +55,7 @@ def _build_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", required=True, help="a recipe, see configs/")
+    parser.add_argument("--config", type=parse_path, required=True, help="a recipe, see configs/")
     parser.add_argument(
         "--set",
         action="extend",

@@ -133,3 +133,14 @@ def test_private_dimensions_without_a_term_that_trains_them_are_refused(tmp_path
     with pytest.raises(ConfigError, match=r"model\.private=0"):
         configs.load_config(written(tmp_path, {"objective": contrast_alone}))
     configs.load_config(written(tmp_path, {"objective": contrast_alone, "model": {"private": 0}}))
+
+
+def test_a_home_folder_is_found_in_a_config_and_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    config = configs.load_config(written(tmp_path, {"store": "~/s.zarr"}), ["run=~/runs/a"])
+    assert (config.store, config.run) == ("/home/someone/s.zarr", "/home/someone/runs/a")
+    with pytest.raises(ConfigError, match=r"~no-such-user is no home folder") as caught:
+        configs.load_config(tmp_path / "c.json", ["run=~no-such-user/a"])
+    assert str(caught.value.where).endswith("c.json: run")

@@ -1,4 +1,4 @@
-"""Errors of a file server that is away for a while are told from errors of damaged files."""
+"""A folder is found however it is typed; errors of a file server are told from damaged files."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import errno
 import resource
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from clue_dist.errors import LOST, StoreError
+from clue_dist.errors import LOST, ConfigError, StoreError
+from clue_dist.files import parse_path
 from clue_dist.store import location
 from clue_dist.store.reader import Store
 from tests.stores import make_store
@@ -50,3 +52,58 @@ def test_what_tensorstore_says_of_it(tmp_path: Path, number: int, code: int) -> 
     assert f"os_error_code='{int(errno.EMFILE)}'" in said
     error = ValueError(said.replace(f"'{int(errno.EMFILE)}'", f"'{int(number)}'"))
     assert location.translate_read_error(error, root, "what", where="here").exit_code == code
+
+
+@pytest.mark.parametrize(
+    ("folder", "typed"),
+    [
+        (".", "s.zarr"),
+        ("work", "../s.zarr"),
+        ("work", "../work/../s.zarr"),
+        ("s.zarr", "."),
+        ("s.zarr/strata", ".."),
+        ("s.zarr/strata", "../strata/.."),
+        ("linked", "../s.zarr"),  # the folder above is that of what the link leads to
+        (".", "~/s.zarr"),
+    ],
+)
+def test_a_folder_is_found_however_it_is_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, typed: str
+) -> None:
+    home = tmp_path / "home"
+    (home / "work").mkdir(parents=True)
+    (home / "linked").symlink_to(home / "work")
+    made = make_store(home / "s.zarr", cells={"rna": 30}, features={"rna": 10})
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(home / folder)
+    store = Store(typed)
+    assert store.fingerprint == made.fingerprint
+    assert store.segments["rna"].read_barcodes(np.arange(30)).tolist() == [
+        f"rna-{i}".encode() for i in range(30)
+    ]
+
+
+def test_a_store_is_written_to_a_folder_above(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    make_store(Path("../s.zarr"), cells={"rna": 30}, features={"rna": 10})
+    assert Store(tmp_path / "s.zarr").manifest.n_cells == 30
+
+
+def test_a_folder_without_a_store_is_told_by_its_own_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "s.zarr").mkdir()
+    (tmp_path / "s.zarr.partial").mkdir()
+    monkeypatch.chdir(tmp_path / "s.zarr")
+    with pytest.raises(StoreError, match=r"no store here[\s\S]*it goes on where it stopped"):
+        Store(".")
+
+
+def test_a_home_that_nobody_has_is_refused() -> None:
+    with pytest.raises(StoreError, match=r"~no-such-user is no home folder"):
+        location.parse_location("~no-such-user/s.zarr")
+    with pytest.raises(ConfigError, match=r"~no-such-user is no home folder"):
+        parse_path("~no-such-user/s.zarr")
