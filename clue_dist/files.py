@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,6 +70,20 @@ def write_file(
     """Write text (as UTF-8) or bytes as a whole file; see `replace_file`."""
     with replace_file(path, durable=durable, unique=unique) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def apply_umask(path: Path) -> Iterator[None]:
+    """Give a file that a library writes inside the permissions that the umask leaves.
+
+    Some libraries write under a temporary name which only the user may read, and rename that.
+    """
+    path.touch()
+    permissions = stat.S_IMODE(path.stat().st_mode)
+    yield
+    # Only where it differs: some file systems refuse every chmod.
+    if stat.S_IMODE(path.stat().st_mode) != permissions:
+        path.chmod(permissions)
 
 
 def sync_to_disk(path: Path) -> None:

@@ -38,7 +38,7 @@ from clue_dist.checkpoint.run_folder import (
     read_best_step,
 )
 from clue_dist.errors import ClueError, SavingError
-from clue_dist.files import sync_to_disk, translate_write_errors
+from clue_dist.files import apply_umask, sync_to_disk, translate_write_errors
 from clue_dist.process import print_line
 from clue_dist.ranks import Ranks
 from clue_dist.store.writer import hash_file
@@ -272,7 +272,8 @@ def _make_empty_folder(folder: Path) -> None:
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> Listing:
-    save_file(dict(tensors), path, metadata=metadata)
+    with apply_umask(path):
+        save_file(dict(tensors), path, metadata=metadata)
     sync_to_disk(path)
     return _list_file(path)
 
