@@ -12,6 +12,7 @@ depends on the order of tasks, so any number of workers gives the same bytes.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from data_prep.conversion import scatter
 from data_prep.conversion.cells import CellTable
 from data_prep.conversion.gather import gather_shards
 from data_prep.conversion.join_cells import join_cells_by_barcode
+from data_prep.conversion.pairing import format_pairing, refuse_row_numbers, survey_pairing
 from data_prep.conversion.strata import FinalStrata, build_manifest, count_unknown, settle_strata
 from data_prep.features.plan import FeaturePlan, plan_features
 from data_prep.features.selection import SelectedFeatures, select_variable_features
@@ -35,7 +37,7 @@ from data_prep.jobs.array_files import load_array
 from data_prep.jobs.job_folder import claim_job
 from data_prep.jobs.whole_folders import remove_leftovers
 from data_prep.jobs.workers import WorkerPool
-from data_prep.options import FIELDS, FeatureChoice, ObsColumns
+from data_prep.options import FIELDS, NO_COLUMN, FeatureChoice, ObsColumns, Pairing
 from data_prep.readers.fragments import ConversionInput, FragmentsSource, count_fragments
 from data_prep.readers.source import Source, SourceHead
 
@@ -53,6 +55,7 @@ class ConversionOptions:
     # Kinds of the modalities whose name says none.
     kinds: dict[str, str] = field(default_factory=dict)
     obs_columns: ObsColumns = field(default_factory=ObsColumns)
+    pairing: Pairing | None = None  # None: exact, but numbers of rows are refused
 
 
 def convert_inputs(
@@ -111,10 +114,23 @@ def build_store(
     plan = plan_features(sources, heads, options.kinds, choices, reference)
     # The codes of known batches and labels stay what they are in the other store.
     names = {"batch": reference.batches, "label": reference.labels} if reference else {}
+    if options.pairing is None:
+        refuse_row_numbers(sources, heads)
+    by_core = options.pairing == "core"
+    modality_names = list(plan.modalities)
     cells = join_cells_by_barcode(
-        sources, heads, list(plan.modalities), names, options.obs_columns, options.seed, work, pool
+        sources,
+        heads,
+        modality_names,
+        names,
+        options.obs_columns,
+        options.seed,
+        work,
+        pool,
+        by_core,
     )
     refuse_cells(cells)
+    _print_pairing(cells, modality_names, sources)
 
     # First pass, after one or two more over the modalities whose features are chosen by cells.
     scatter.prepare_sources(sources, work, pool)
@@ -147,6 +163,17 @@ def _read_heads(sources: Sequence[Source]) -> list[SourceHead]:
         equal = (other.features for other in heads if other.features == head.features)
         heads.append(replace(head, features=next(equal, head.features)))
     return heads
+
+
+def _print_pairing(cells: CellTable, modalities: Sequence[str], sources: Sequence[Source]) -> None:
+    """Say which cells pair, before any of them is written."""
+    if len(modalities) < 2:
+        return
+    parts = ((part.barcodes, part.planned) for part in cells.iterate_ranges())
+    lines = format_pairing(survey_pairing(parts, len(cells)), modalities, _list_files(sources))
+    if cells.n_merged:
+        lines.append(f"  {cells.n_merged:,} barcodes were paired by their core")
+    print(f"pairing of {len(cells):,} cells:", *lines, sep="\n", file=sys.stderr, flush=True)
 
 
 def _select_features(
@@ -190,7 +217,8 @@ def describe_conversion(
             "block_cells": options.block_cells,
             "codec": options.codec,
             "kinds": options.kinds,
-        },
+        }
+        | ({"pairing": options.pairing} if options.pairing else {}),
         "features": {name: choice.describe_identity() for name, choice in choices},
         "columns": dict(options.obs_columns.by_field),
         "features_from": reference.fingerprint if reference else None,
@@ -228,6 +256,7 @@ def _describe_provenance(
             note["counted"] = source.counted_unit
         inputs.append(note)
     unknown = {f"without_{field}": count_unknown(final, cells, field) for field in FIELDS}
+    merged = {"paired_by_core": cells.n_merged} if cells.by_core else {}
     return {
         "tool": f"data_prep {clue_dist.__version__}",
         "seed": options.seed,
@@ -237,8 +266,9 @@ def _describe_provenance(
             for name in plan.modalities
         },
         "selected": {name: features.note for name, features in selected.items()},
-        "columns": dict(options.obs_columns.by_field),
-        "cells": {"in": len(cells), "dropped": final.n_dropped} | unknown,
+        # A field without a column says so: cells that are added later are read likewise.
+        "columns": dict.fromkeys(FIELDS, NO_COLUMN) | dict(options.obs_columns.by_field),
+        "cells": {"in": len(cells), "dropped": final.n_dropped} | unknown | merged,
     }
 
 

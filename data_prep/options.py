@@ -12,6 +12,13 @@ from clue_dist.errors import DataError, list_names
 
 # What a store keeps of each cell, and the column of obs that it is taken from by default.
 FIELDS = {"batch": "batch", "label": "cell_type"}
+# Field of the column that tells the data sets of one file apart; it ends up in the barcode.
+DATASET = "dataset"
+
+NO_COLUMN = "none"  # what stands for a column where a field is read from none
+
+# How barcodes of several files meet: letter by letter, or by what `barcode_cores` leaves of them.
+Pairing = Literal["exact", "core"]
 
 # How the features of files that differ are brought together.
 Mode = Literal["same", "intersection", "union"]
@@ -21,6 +28,7 @@ Mode = Literal["same", "intersection", "union"]
 class ObsColumns:
     """Columns of obs that hold batch and label."""
 
+    # By field; a field without a column is read from no file. DATASET may be among the fields.
     by_field: Mapping[str, str] = field(default_factory=lambda: dict(FIELDS))
     # Fields whose column a person named: one of the inputs must have that column.
     explicit_fields: frozenset[str] = frozenset()

@@ -58,6 +58,8 @@ class CellTally(_Note):
 
     into: int = Field(0, alias="in")
     dropped: int = 0
+    # Barcodes that joined a cell with another barcode; only where barcodes pair by their core.
+    paired_by_core: int = 0
 
 
 class Provenance(_Note):

@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
-from clue_dist.errors import DataError, StoreError, list_names
+from clue_dist.errors import DataError, StoreError
 from clue_dist.files import parse_path
-from clue_dist.kinds import KINDS
 from clue_dist.store import layout
 from clue_dist.store.location import parse_location
 from clue_dist.store.manifest import Manifest
 from data_prep import inspect, svd
 from data_prep.append import append_cells, format_addition
 from data_prep.check import check_store
-from data_prep.cli.feature_choices import parse_choices
-from data_prep.cli.inputs import parse_inputs
+from data_prep.cli.conversion_flags import (
+    SEVERAL,
+    add_input_flags,
+    add_pool_flags,
+    parse_conversion,
+    parse_natural,
+    parse_pairs,
+    parse_positive,
+)
 from data_prep.convert import ConversionOptions, convert_inputs, format_conversion
 from data_prep.fetch import fetch_cells
 from data_prep.jobs.workers import open_pool
-from data_prep.options import FIELDS, ObsColumns, PerModality, ReadingOptions
-from data_prep.readers.formats import list_format_names
-from data_prep.readers.fragments import ConversionInput
+from data_prep.options import (
+    FIELDS,
+)
 from data_prep.simulate import SimulationSpec, parse_features, write_h5mu
 
 _DESCRIPTION = "From raw counts to a store that training streams from."
 _STORE_HELP = "a folder or a URL: s3://, gs://, https://"
-_SEVERAL: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}  # values of a flag
 
 
 def main() -> None:
@@ -37,7 +41,7 @@ def main() -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    inputs, options = _parse_conversion(arguments, FIELDS)
+    inputs, options = parse_conversion(arguments, FIELDS)
     with open_pool(arguments.workers, arguments.scheduler) as pool:
         manifest = convert_inputs(inputs, arguments.out, options, pool)
     print(f"{arguments.out}: {format_conversion(manifest)}")
@@ -46,53 +50,10 @@ def _convert(arguments: argparse.Namespace) -> None:
 def _append(arguments: argparse.Namespace) -> None:
     provenance = Manifest.read(parse_location(arguments.to)).provenance
     # Unless a flag says otherwise, new cells are read from the columns that the first ones were.
-    inputs, options = _parse_conversion(arguments, FIELDS | provenance.get("columns", {}))
+    inputs, options = parse_conversion(arguments, FIELDS | provenance.get("columns", {}))
     with open_pool(arguments.workers, arguments.scheduler) as pool:
         manifest = append_cells(inputs, arguments.to, options, pool)
     print(f"{arguments.to}: {format_addition(manifest)}")
-
-
-def _parse_conversion(
-    arguments: argparse.Namespace, columns: Mapping[str, str]
-) -> tuple[list[ConversionInput], ConversionOptions]:
-    """Open the inputs of a conversion.
-
-    Args:
-        arguments: arguments of `convert` or `append`.
-        columns: columns of obs, for batch and label, where no flag names others.
-    """
-    kinds = _parse_pairs(arguments.kind, "--kind")
-    flags = {"batch": arguments.batch_key, "label": arguments.label_key}
-    obs_columns = ObsColumns(
-        {field: flags[field] or column for field, column in columns.items()},
-        frozenset(field for field, column in flags.items() if column),
-    )
-    reading = ReadingOptions(
-        obs_columns,
-        kinds,
-        PerModality.parse_values(arguments.layer, "--layer", "layers"),
-        PerModality.parse_values(arguments.feature_ids, "--feature-ids", "columns"),
-        PerModality.parse_values(arguments.barcodes, "--barcodes", "lists"),
-        arguments.cut_sites,
-    )
-    inputs = parse_inputs(arguments.inputs, reading)
-    choices = parse_choices(
-        [given.modality for given in inputs],
-        kinds,
-        arguments.features,
-        arguments.bins,
-        arguments.top,
-        arguments.features_from,
-    )
-    return inputs, ConversionOptions(
-        arguments.seed,
-        arguments.block_cells,
-        arguments.codec,
-        choices,
-        arguments.features_from,
-        kinds,
-        obs_columns,
-    )
 
 
 def _svd(arguments: argparse.Namespace) -> None:
@@ -129,7 +90,7 @@ def _simulate(arguments: argparse.Namespace) -> None:
             got=out.suffix or "none",
             expected=".h5mu or .zarr",
         )
-    kinds = _parse_pairs(arguments.kind, "--kind")
+    kinds = parse_pairs(arguments.kind, "--kind")
     names = ("cells", "paired", "batches", "shared", "private", "seed")
     sizes = {name: getattr(arguments, name) for name in names}
     spec = SimulationSpec.from_features(parse_features(arguments.modality), kinds, **sizes)
@@ -141,13 +102,6 @@ def _simulate(arguments: argparse.Namespace) -> None:
         with open_pool(arguments.workers, arguments.scheduler) as pool:
             print(format_conversion(convert_inputs(spec.build_sources(), out, options, pool)))
     print(f"{out}: {arguments.cells:,} simulated cells")
-
-
-def _parse_pairs(texts: list[str], flag: str) -> dict[str, str]:
-    for text in texts:
-        if "=" not in text:
-            raise DataError("not NAME=VALUE", where=flag, got=text)
-    return dict(text.split("=", 1) for text in texts)
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -186,7 +140,7 @@ def _build_parser() -> argparse.ArgumentParser:
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
-    _add_input_flags(parser)
+    add_input_flags(parser)
     parser.add_argument(
         "--out", type=_parse_folder, required=True, help="the store to write, STORE.zarr"
     )
@@ -194,21 +148,21 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         "--features",
         metavar="[NAME=]same|intersection|union|FILE",
         help="when files of a modality differ (default: same); FILE lists names, one a line",
-        **_SEVERAL,
+        **SEVERAL,
     )
     parser.add_argument(
         "--top",
         metavar="NAME=NUMBER",
         help="keep the features that vary most within batches (rna) or are seen in most cells "
         "(atac)",
-        **_SEVERAL,
+        **SEVERAL,
     )
     parser.add_argument(
         "--features-from", metavar="STORE", help="fit the modalities and features of another store"
     )
     parser.add_argument(
         "--block-cells",
-        type=_parse_positive,
+        type=parse_positive,
         default=layout.BLOCK_CELLS,
         help="cells of a block (default: %(default)s)",
     )
@@ -222,7 +176,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_append(parser: argparse.ArgumentParser) -> None:
-    _add_input_flags(parser)
+    add_input_flags(parser)
     parser.add_argument(
         "--to",
         required=True,
@@ -231,65 +185,6 @@ def _add_append(parser: argparse.ArgumentParser) -> None:
     # The store decides what these flags of `convert` would.
     parser.set_defaults(
         run=_append, features_from=None, features=[], top=[], block_cells=0, codec="balanced"
-    )
-
-
-def _add_input_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "inputs", nargs="+", metavar="[DATASET:][NAME=]FILE", help=list_format_names()
-    )
-    parser.add_argument(
-        "--batch-key",
-        help=f"obs column of the batch (default: {FIELDS['batch']}, where there is one)",
-    )
-    parser.add_argument(
-        "--label-key",
-        help=f"obs column of the cell type (default: {FIELDS['label']}, where there is one)",
-    )
-    parser.add_argument(
-        "--layer",
-        action="append",
-        default=[],
-        metavar="[NAME=]LAYER",
-        help="layer of raw counts instead of X; raw.X is one",
-    )
-    _add_feature_flags(parser)
-    parser.add_argument(
-        "--kind",
-        action="append",
-        default=[],
-        metavar="NAME=KIND",
-        help=f"{list_names(KINDS)}: where the name does not say",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the shuffle")
-    _add_pool_flags(parser)
-
-
-def _add_feature_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--feature-ids",
-        metavar="[NAME=]COLUMN",
-        help="column of var that names the features, gene_ids, say, instead of var_names; A,B: "
-        "the first there is",
-        **_SEVERAL,
-    )
-    parser.add_argument(
-        "--bins",
-        metavar="NAME=WIDTH",
-        help="genome bins so many bp wide, from peaks or fragments: atac=5000",
-        **_SEVERAL,
-    )
-    parser.add_argument(
-        "--barcodes",
-        metavar="[NAME=]FILE|MODALITY",
-        help="cells of a fragments file: those listed, or those of another modality (default: "
-        "every barcode)",
-        **_SEVERAL,
-    )
-    parser.add_argument(
-        "--cut-sites",
-        action="store_true",
-        help="count both ends of a fragment, not its middle once",
     )
 
 
@@ -315,7 +210,7 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--private", type=int, default=4, help="dimensions of each modality alone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", action="append", default=[], metavar="NAME=KIND")
-    _add_pool_flags(parser)
+    add_pool_flags(parser)
     parser.set_defaults(run=_simulate)
 
 
@@ -327,27 +222,21 @@ def _add_svd(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--components",
-        type=_parse_positive,
+        type=parse_positive,
         default=default.components,
         help="default: %(default)s",
     )
     parser.add_argument(
         "--power",
-        type=_parse_natural,
+        type=parse_natural,
         default=default.power,
         help="iterations (default: %(default)s)",
     )
     parser.add_argument(
-        "--seed", type=_parse_natural, default=default.seed, help="seed of the start"
+        "--seed", type=parse_natural, default=default.seed, help="seed of the start"
     )
-    _add_pool_flags(parser)
+    add_pool_flags(parser)
     parser.set_defaults(run=_svd)
-
-
-def _add_pool_flags(parser: argparse.ArgumentParser) -> None:
-    places = parser.add_mutually_exclusive_group()
-    places.add_argument("--workers", type=_parse_positive, help="threads (default: one per core)")
-    places.add_argument("--scheduler", metavar="tcp://HOST:PORT", help="a running Dask scheduler")
 
 
 def _parse_folder(text: str) -> Path:
@@ -356,15 +245,3 @@ def _parse_folder(text: str) -> Path:
         fix = "write it to a folder, then copy it there"
         raise StoreError("only a folder can be written to", where="--out", got=text, fix=fix)
     return parse_path(text)
-
-
-def _parse_natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
-    return int(text)
-
-
-def _parse_positive(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 65536:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 65536")
-    return int(text)

@@ -1,8 +1,8 @@
 """The cells of a conversion, in shuffled order: barcode, modalities, batch and label of each.
 
 The seed keys a hash of barcodes, and the hash of its barcode gives a cell its place in the
-shuffle of all cells. Cells lie in folders, one for each range of hashes, so that memory does not
-grow with their number.
+shuffle of all cells; where barcodes pair by their core, the hash of the core does. Cells lie in
+folders, one for each range of hashes, so that memory does not grow with their number.
 
     WORK/cells/joined/0003/     the cells of one range of hashes, and the rows that they have
     WORK/sources/000/           of each row of a source: its spool key, its batch
@@ -19,6 +19,7 @@ import numpy as np
 from clue_dist.store.shuffle import hash_barcodes
 from data_prep.conversion.spool import make_spool_keys
 from data_prep.jobs.array_files import load_array
+from data_prep.readers.barcode_cores import extract_cores
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class CellTable:
     hash_key: int
     names: dict[str, list[str]]  # of each field, the batches or labels that codes are indices of
     row_folders: list[Path]  # of each source: keys.npy and batch.npy hold a number for each row
+    by_core: bool = False  # whether hashes are those of the barcodes' cores
+    n_merged: int = 0  # barcodes that joined a cell with another barcode, of the same core
 
     def __len__(self) -> int:
         return int(self.range_starts[-1])
@@ -65,7 +68,8 @@ class CellTable:
 
     def find_known_barcodes(self, barcodes: np.ndarray) -> np.ndarray:
         """Find those of `barcodes`, (n,) bytes, that are the barcode of a cell."""
-        hashes = hash_barcodes(barcodes, self.hash_key)
+        keys = extract_cores(barcodes) if self.by_core else barcodes
+        hashes = hash_barcodes(keys, self.hash_key)
         bounds = divide_hashes(len(self.folders))
         range_numbers = np.searchsorted(bounds, hashes, side="right") - 1
         known = []

@@ -16,16 +16,17 @@ import numpy as np
 
 from clue_dist.errors import DataError, list_names
 from clue_dist.store.shuffle import derive_key, hash_barcodes
+from data_prep.conversion.cell_problems import BARCODES_SHOWN, refuse_cell_problems
 from data_prep.conversion.cells import CellTable, divide_hashes
 from data_prep.jobs.array_files import flush_arrays, load_array, map_array, save_array
 from data_prep.jobs.whole_folders import make_whole_folder
 from data_prep.jobs.workers import WorkerPool, run_missing
-from data_prep.options import ObsColumns
-from data_prep.readers.source import Source, SourceHead, decode_barcodes
+from data_prep.options import DATASET, FIELDS, ObsColumns
+from data_prep.readers.barcode_cores import extract_cores, find_alike_cells
+from data_prep.readers.source import CategoryCodes, Source, SourceHead, decode_barcodes
 
 TASK_ROWS = 2**18  # rows of a source that one task lists
 RANGE_ROWS = 2**18  # rows of a range of hashes, on average; some 40 MB
-BARCODES_SHOWN = 10  # barcodes that an error shows
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class _ListTask:
 
     source: Source
     hash_key: int
+    by_core: bool  # whether the hash is that of the barcode's core
     codes: dict[str, np.ndarray]  # of each field, the code of each of the source's names, then -1
     start: int
     stop: int
@@ -47,6 +49,7 @@ class _JoinTask:
     row_lists: list[list[Path]]  # of each source, what its `_ListTask`s left
     modality: list[int]  # of each source, the number of its modality
     fields: list[str]
+    by_core: bool
     low: int
     high: int
     out: Path
@@ -61,6 +64,7 @@ def join_cells_by_barcode(
     seed: int,
     work: Path,
     pool: WorkerPool,
+    by_core: bool = False,
 ) -> CellTable:
     """Join the rows of all sources into cells.
 
@@ -73,6 +77,8 @@ def join_cells_by_barcode(
         seed: seed of the shuffle.
         work: the folder for the files of this job.
         pool: the workers.
+        by_core: whether barcodes of different modalities that have the same core are one cell, too;
+            see `find_alike_cells`.
 
     Raises:
         DataError: a barcode stands twice in one modality of a data set; modalities disagree on the
@@ -85,24 +91,28 @@ def join_cells_by_barcode(
     names = {}
     for field in obs_columns.by_field:
         _require_column(field, obs_columns, heads)
+    for field in FIELDS:
         names[field] = _merge_names(field, heads, known_names.get(field, []))
     hash_key = derive_key(seed, "cells")
-    row_lists = _list_all_rows(sources, heads, names, hash_key, work / "cells" / "rows", pool)
+    rows_folder = work / "cells" / "rows"
+    row_lists = _list_all_rows(sources, heads, names, hash_key, by_core, rows_folder, pool)
 
     bounds = [*divide_hashes(-(-n_rows // RANGE_ROWS)).tolist(), 2**64]
     folders = [work / "cells" / "joined" / f"{i:04d}" for i in range(len(bounds) - 1)]
     numbers = [list(modalities).index(source.modality) for source in sources]
     tasks = {
-        out: _JoinTask(row_lists, numbers, list(names), low, high, out)
+        out: _JoinTask(row_lists, numbers, list(names), by_core, low, high, out)
         for out, low, high in zip(folders, bounds[:-1], bounds[1:], strict=True)
     }
     run_missing(pool, "join cells", _join_range, tasks)
-    _refuse_problems(folders, sources, modalities, names)
+    reports = [json.loads((folder / "report.json").read_text()) for folder in folders]
+    refuse_cell_problems(reports, sources, heads, modalities, names)
 
     counts = [len(load_array(folder / "planned.npy")) for folder in folders]
     row_folders = [work / "sources" / f"{i:03d}" for i in range(len(sources))]
     range_starts = np.concatenate([[0], np.cumsum(counts)])
-    cells = CellTable(folders, range_starts, hash_key, names, row_folders)
+    n_merged = sum(report["merged"] for report in reports)
+    cells = CellTable(folders, range_starts, hash_key, names, row_folders, by_core, n_merged)
     _write_row_keys(cells, [head.n_rows for head in heads])
     return cells
 
@@ -130,6 +140,7 @@ def _list_all_rows(
     heads: Sequence[SourceHead],
     names: Mapping[str, list[str]],
     hash_key: int,
+    by_core: bool,
     folder: Path,
     pool: WorkerPool,
 ) -> list[list[Path]]:
@@ -142,7 +153,7 @@ def _list_all_rows(
         for start in range(0, head.n_rows, TASK_ROWS):
             out = folder / f"{i:03d}-{start:012d}"
             stop = min(start + TASK_ROWS, head.n_rows)
-            tasks[out] = _ListTask(source, hash_key, codes, start, stop, out)
+            tasks[out] = _ListTask(source, hash_key, by_core, codes, start, stop, out)
             row_lists[-1].append(out)
     run_missing(pool, "list cells", _list_rows, tasks)
     return row_lists
@@ -159,9 +170,13 @@ def _list_rows(task: _ListTask) -> None:
     """Leave hash, barcode, number and codes of each row in a folder."""
     head, dataset = task.source.read_head(), task.source.dataset
     barcodes = head.barcodes[task.start : task.stop]
-    if dataset:  # so that cells of different data sets never join
+    # Cells of different data sets never join: their barcodes differ.
+    if DATASET in head.fields:
+        barcodes = _prefix_datasets(barcodes, head.fields[DATASET], slice(task.start, task.stop))
+    if dataset:
         barcodes = np.char.add(f"{dataset}:".encode(), barcodes)
-    hashes = hash_barcodes(barcodes, task.hash_key)
+    keys = extract_cores(barcodes) if task.by_core else barcodes
+    hashes = hash_barcodes(keys, task.hash_key)
     order = np.argsort(hashes)
     with make_whole_folder(task.out) as folder:
         save_array(folder / "hashes.npy", hashes[order])
@@ -173,6 +188,13 @@ def _list_rows(task: _ListTask) -> None:
             else:
                 source_codes = np.full(len(order), -1)
             save_array(folder / f"{field}.npy", codes[source_codes][order])
+
+
+def _prefix_datasets(barcodes: np.ndarray, datasets: CategoryCodes, rows: slice) -> np.ndarray:
+    """Write before each barcode the data set that a column of obs names, where it names one."""
+    names = [f"{name}:".encode() for name in datasets.names]
+    prefixes = np.array([*names, b""])  # the last one is for the code -1
+    return np.char.add(prefixes[datasets.codes[rows]], barcodes)
 
 
 @dataclass(frozen=True)
@@ -216,17 +238,18 @@ def _join_range(task: _JoinTask) -> None:
     """
     rows = _RangeRows.find(task)
     hashes, barcodes = rows.load("hashes"), rows.load("barcodes")
-    # Barcodes may share a hash: rows are of one cell if their barcodes are equal too.
-    order = np.lexsort((barcodes, hashes))
-    is_new = np.ones(len(order), bool)
-    is_new[1:] = np.diff(hashes[order]) != 0
-    is_new[1:] |= barcodes[order[1:]] != barcodes[order[:-1]]
-    cell_of_row = np.empty(len(order), np.int64)
-    cell_of_row[order] = np.cumsum(is_new) - 1
-    names = barcodes[order[is_new]]  # one for each cell
+    cell_of_row, first_rows = _group_equal_barcodes(hashes, barcodes)
+    names, cell_hashes = barcodes[first_rows], hashes[first_rows]  # one for each cell
 
     by_source = rows.group_by_source(len(task.row_lists))
     planned, repeated = _plan_modalities(task.modality, by_source, cell_of_row, names)
+    n_barcodes = len(names)
+    if task.by_core:
+        kept, merged = np.unique(find_alike_cells(names, planned), return_inverse=True)
+        united = np.zeros(len(kept), np.int64)
+        np.bitwise_or.at(united, merged, planned)
+        planned, names, cell_hashes = united, names[kept], cell_hashes[kept]
+        cell_of_row = merged[cell_of_row]
     disputes = {}
     with make_whole_folder(task.out) as folder:
         for field in task.fields:
@@ -234,7 +257,7 @@ def _join_range(task: _JoinTask) -> None:
             save_array(folder / f"{field}.npy", codes)
             if dispute:
                 disputes[field] = dispute
-        save_array(folder / "hashes.npy", hashes[order[is_new]])
+        save_array(folder / "hashes.npy", cell_hashes)
         save_array(folder / "barcodes.npy", names)
         save_array(folder / "planned.npy", planned)
         row_numbers = rows.load("rows")
@@ -242,8 +265,27 @@ def _join_range(task: _JoinTask) -> None:
             save_array(
                 folder / f"rows-{i:03d}.npy", np.stack([row_numbers[part], cell_of_row[part]])
             )
-        problems = {"twice": repeated, "dispute": disputes}
-        (folder / "problems.json").write_text(json.dumps(problems))
+        n_merged = n_barcodes - len(names)
+        report = {"twice": repeated, "dispute": disputes, "merged": n_merged}
+        (folder / "report.json").write_text(json.dumps(report))
+
+
+def _group_equal_barcodes(
+    hashes: np.ndarray, barcodes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Number the cells of rows, in the order of their hashes.
+
+    Returns:
+        The cell of each row, (rows,), and one row of each cell, (cells,).
+    """
+    # Barcodes may share a hash: rows are of one cell if their barcodes are equal too.
+    order = np.lexsort((barcodes, hashes))
+    is_new = np.ones(len(order), bool)
+    is_new[1:] = np.diff(hashes[order]) != 0
+    is_new[1:] |= barcodes[order[1:]] != barcodes[order[:-1]]
+    cell_of_row = np.empty(len(order), np.int64)
+    cell_of_row[order] = np.cumsum(is_new) - 1
+    return cell_of_row, order[is_new]
 
 
 def _plan_modalities(
@@ -256,7 +298,7 @@ def _plan_modalities(
 
     Returns:
         The masks of the cells, (n,) int64, and by modality the number of barcodes that are repeated
-        in it and the first of them.
+        in it, the first of them, and the numbers of the sources that repeat one by themselves.
     """
     planned = np.zeros(len(names), np.int64)
     repeated: dict[int, Any] = {}
@@ -266,7 +308,12 @@ def _plan_modalities(
         planned |= (times > 0).astype(np.int64) << m
         if len(barcodes := np.sort(names[times > 1])):
             first = decode_barcodes(barcodes[:BARCODES_SHOWN]).tolist()
-            repeated[m] = {"number": len(barcodes), "first": first}
+            within = [
+                number
+                for number, part in enumerate(by_source)
+                if modality[number] == m and len(np.unique(cell_of_row[part])) < len(part)
+            ]
+            repeated[m] = {"number": len(barcodes), "first": first, "within": within}
     return planned, repeated
 
 
@@ -297,51 +344,6 @@ def _settle_codes(
         ]
         settled[cells] = np.where(new >= 0, new, old)  # a source may know nothing of a cell
     return settled, {"number": number, "first": first} if number else None
-
-
-def _refuse_problems(
-    folders: Sequence[Path],
-    sources: Sequence[Source],
-    modalities: Sequence[str],
-    names: Mapping[str, list[str]],
-) -> None:
-    """Raise an error for what is wrong with the cells of any range of hashes."""
-    problems = [json.loads((folder / "problems.json").read_text()) for folder in folders]
-    for m, modality in enumerate(modalities):
-        number, barcodes = _sum_problems([found["twice"].get(str(m)) for found in problems])
-        if number:
-            files = dict.fromkeys(s.display_name for s in sources if s.modality == modality)
-            hidden = number - BARCODES_SHOWN
-            raise DataError(
-                f"{number} barcodes occur more than once in modality {modality!r} of one data set",
-                where=list_names(files),
-                got=list_names(barcodes) + (f" ... and {hidden} more" if hidden > 0 else ""),
-                expected="each cell once",
-                fix="if the files are different data sets, keep them apart with a prefix: "
-                "`lane1:FILE lane2:FILE`",
-            )
-    for field, values in names.items():
-        number, disputes = _sum_problems([found["dispute"].get(field) for found in problems])
-        if number:
-            cells = [f"{barcode}: {values[a]!r} and {values[b]!r}" for barcode, a, b, _ in disputes]
-            raise DataError(
-                f"the modalities of {number} cells disagree on their {field}",
-                where=sources[disputes[0][3]].display_name,
-                got=list_names(cells),
-                expected="one value per cell, or none",
-                fix="correct the column; if the barcodes name different cells, prefix the data "
-                "sets: `lane1:FILE`",
-            )
-
-
-def _sum_problems(reports: Sequence[Any]) -> tuple[int, list[Any]]:
-    """Sum up one problem in all ranges: the number of cells that have it, and the first of them.
-
-    reports: report of each range, None where no cell has it.
-    """
-    found = [report for report in reports if report]
-    first = sorted(cell for report in found for cell in report["first"])
-    return sum(report["number"] for report in found), first[:BARCODES_SHOWN]
 
 
 def _write_row_keys(cells: CellTable, n_rows: Sequence[int]) -> None:

@@ -1,0 +1,180 @@
+"""The flags that `convert` and `append` share, and what they make of them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from clue_dist.errors import DataError, list_names
+from clue_dist.kinds import KINDS
+from data_prep.cli.feature_choices import parse_choices
+from data_prep.cli.inputs import parse_inputs
+from data_prep.convert import ConversionOptions
+from data_prep.options import (
+    DATASET,
+    FIELDS,
+    NO_COLUMN,
+    ObsColumns,
+    Pairing,
+    PerModality,
+    ReadingOptions,
+)
+from data_prep.readers.formats import list_format_names
+from data_prep.readers.fragments import ConversionInput
+
+SEVERAL: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}  # values of a flag
+
+
+def parse_conversion(
+    arguments: argparse.Namespace, columns: Mapping[str, str]
+) -> tuple[list[ConversionInput], ConversionOptions]:
+    """Open the inputs of a conversion.
+
+    Args:
+        arguments: arguments of `convert` or `append`.
+        columns: columns of obs, for batch and label, where no flag names others.
+
+    Returns:
+        The inputs, and what decides the result beside them.
+    """
+    kinds = parse_pairs(arguments.kind, "--kind")
+    flags = {
+        "batch": arguments.batch_key,
+        "label": arguments.label_key,
+        DATASET: arguments.dataset_key,
+    }
+    chosen = {field: flags[field] or columns.get(field) for field in flags}
+    obs_columns = ObsColumns(
+        {field: column for field, column in chosen.items() if column not in (None, NO_COLUMN)},
+        frozenset(field for field, column in flags.items() if column not in (None, NO_COLUMN)),
+    )
+    reading = ReadingOptions(
+        obs_columns,
+        kinds,
+        PerModality.parse_values(arguments.layer, "--layer", "layers"),
+        PerModality.parse_values(arguments.feature_ids, "--feature-ids", "columns"),
+        PerModality.parse_values(arguments.barcodes, "--barcodes", "lists"),
+        arguments.cut_sites,
+    )
+    inputs = parse_inputs(arguments.inputs, reading)
+    choices = parse_choices(
+        [given.modality for given in inputs],
+        kinds,
+        arguments.features,
+        arguments.bins,
+        arguments.top,
+        arguments.features_from,
+    )
+    return inputs, ConversionOptions(
+        arguments.seed,
+        arguments.block_cells,
+        arguments.codec,
+        choices,
+        arguments.features_from,
+        kinds,
+        obs_columns,
+        arguments.pair_barcodes,
+    )
+
+
+def add_input_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the inputs, and the flags that say how they are read."""
+    parser.add_argument(
+        "inputs", nargs="+", metavar="[DATASET:][NAME=]FILE", help=list_format_names()
+    )
+    parser.add_argument(
+        "--batch-key",
+        help=f"obs column of the batch (default: {FIELDS['batch']}, where there is one); "
+        f"{NO_COLUMN}: no batches",
+    )
+    parser.add_argument(
+        "--label-key",
+        help=f"obs column of the cell type (default: {FIELDS['label']}, where there is one); "
+        f"{NO_COLUMN}: no cell types",
+    )
+    parser.add_argument(
+        "--dataset-key",
+        metavar="COLUMN",
+        help="obs column that tells the data sets of one file apart, as DATASET: does with files",
+    )
+    parser.add_argument(
+        "--pair-barcodes",
+        choices=get_args(Pairing),
+        help="exact (default): the same barcode is the same cell; core: so is ACGT...-1 with "
+        "ACGT... or lane1_ACGT...-1 of another modality",
+    )
+    parser.add_argument(
+        "--layer",
+        action="append",
+        default=[],
+        metavar="[NAME=]LAYER",
+        help="layer of raw counts instead of X; raw.X is one",
+    )
+    _add_feature_flags(parser)
+    parser.add_argument(
+        "--kind",
+        action="append",
+        default=[],
+        metavar="NAME=KIND",
+        help=f"{list_names(KINDS)}: where the name does not say",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the shuffle")
+    add_pool_flags(parser)
+
+
+def _add_feature_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--feature-ids",
+        metavar="[NAME=]COLUMN",
+        help="column of var that names the features, gene_ids, say, instead of var_names; A,B: "
+        "the first there is",
+        **SEVERAL,
+    )
+    parser.add_argument(
+        "--bins",
+        metavar="NAME=WIDTH",
+        help="genome bins so many bp wide, from peaks or fragments: atac=5000",
+        **SEVERAL,
+    )
+    parser.add_argument(
+        "--barcodes",
+        metavar="[NAME=]FILE|MODALITY",
+        help="cells of a fragments file: those listed, or those of another modality (default: "
+        "every barcode)",
+        **SEVERAL,
+    )
+    parser.add_argument(
+        "--cut-sites",
+        action="store_true",
+        help="count both ends of a fragment, not its middle once",
+    )
+
+
+def add_pool_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say where tasks run."""
+    places = parser.add_mutually_exclusive_group()
+    places.add_argument("--workers", type=parse_positive, help="threads (default: one per core)")
+    places.add_argument("--scheduler", metavar="tcp://HOST:PORT", help="a running Dask scheduler")
+
+
+def parse_pairs(texts: list[str], flag: str) -> dict[str, str]:
+    """Read the NAME=VALUE pairs of a flag."""
+    for text in texts:
+        if "=" not in text:
+            raise DataError("not NAME=VALUE", where=flag, got=text)
+    return dict(text.split("=", 1) for text in texts)
+
+
+def parse_natural(text: str) -> int:
+    """Read a number from 0 on."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
+    return int(text)
+
+
+def parse_positive(text: str) -> int:
+    """Read a number from 1 to 65536."""
+    if not text.isdecimal() or not 1 <= int(text) <= 65536:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 65536")
+    return int(text)

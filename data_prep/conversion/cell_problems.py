@@ -1,0 +1,91 @@
+"""What keeps rows from being joined into cells, as errors for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from clue_dist.errors import DataError, list_names
+from data_prep.readers.source import Source, SourceHead
+
+BARCODES_SHOWN = 10  # barcodes that an error shows
+
+
+def refuse_cell_problems(
+    reports: Sequence[dict[str, Any]],
+    sources: Sequence[Source],
+    heads: Sequence[SourceHead],
+    modalities: Sequence[str],
+    names: Mapping[str, list[str]],
+) -> None:
+    """Refuse inputs whose cells cannot be joined.
+
+    Args:
+        reports: what the join of each range of hashes has found.
+        sources: the inputs.
+        heads: head of each source.
+        modalities: names of the modalities, whose numbers the reports have.
+        names: of each field, the batches or labels that codes are indices of.
+
+    Raises:
+        DataError: a barcode stands twice in one modality of a data set; modalities disagree on the
+            batch or label of a cell.
+    """
+    for m, modality in enumerate(modalities):
+        repeats = [report["twice"].get(str(m)) for report in reports]
+        number, barcodes = _sum_problems(repeats)
+        if number:
+            files = dict.fromkeys(s.display_name for s in sources if s.modality == modality)
+            within = {i for repeat in repeats if repeat for i in repeat["within"]}
+            hidden = number - BARCODES_SHOWN
+            raise DataError(
+                f"{number} barcodes occur more than once in modality {modality!r} of one data set",
+                where=list_names(files),
+                got=list_names(barcodes) + (f" ... and {hidden} more" if hidden > 0 else ""),
+                expected="each cell once",
+                fix=_advise_on_repeats([(sources[i], heads[i]) for i in sorted(within)]),
+            )
+    for field, values in names.items():
+        number, disputes = _sum_problems([report["dispute"].get(field) for report in reports])
+        if number:
+            cells = [f"{barcode}: {values[a]!r} and {values[b]!r}" for barcode, a, b, _ in disputes]
+            raise DataError(
+                f"the modalities of {number} cells disagree on their {field}",
+                where=sources[disputes[0][3]].display_name,
+                got=list_names(cells),
+                expected="one value per cell, or none",
+                fix=f"if the column holds no {field}, leave it out: `--{field}-key none`, or name "
+                f"another one; correct it otherwise; if the barcodes name different cells, prefix "
+                "the data sets: `lane1:FILE`",
+            )
+
+
+def _advise_on_repeats(repeating: Sequence[tuple[Source, SourceHead]]) -> str:
+    """Say how to tell cells with one barcode apart.
+
+    repeating: the files in which a barcode occurs more than once.
+    """
+    if not repeating:
+        return (
+            "if the files are different data sets, keep them apart with a prefix: "
+            "`lane1:FILE lane2:FILE`"
+        )
+    files = list_names(source.display_name for source, _ in repeating)
+    columns = list(dict.fromkeys(column for _, head in repeating for column in head.obs_columns))
+    if not columns:
+        return f"{files} repeats barcodes: make them unique there, or remove the copies"
+    return (
+        f"{files} repeats barcodes: if several data sets were put together there, name the column "
+        f"of obs that tells them apart, `--dataset-key COLUMN` ({list_names(columns, 30)}); if "
+        "they are copies of cells, remove them"
+    )
+
+
+def _sum_problems(reports: Sequence[Any]) -> tuple[int, list[Any]]:
+    """Sum up one problem in all ranges: the number of cells that have it, and the first of them.
+
+    reports: report of each range, None where no cell has it.
+    """
+    found = [report for report in reports if report]
+    first = sorted(cell for report in found for cell in report["first"])
+    return sum(report["number"] for report in found), first[:BARCODES_SHOWN]
