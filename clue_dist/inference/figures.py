@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import math
 import re
@@ -18,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from clue_dist.inference.profiles import UNKNOWN
+from clue_dist.store.kernel_cache import retry_with_cache
 
 MOST_LEGEND = 36  # names in a legend; the cells of other groups are grey
 MOST_CURVES = 15
@@ -31,6 +33,7 @@ _PALETTE = [
 _GREY, _INK = "#cfd3d8", "#2b2f36"
 _STYLE = {
     "font.family": "sans-serif",
+    "text.parse_math": False,  # names of batches and cell types may have $ in them
     "font.size": 9,
     "text.color": _INK,
     "axes.edgecolor": "#9aa0a8",
@@ -184,8 +187,8 @@ def compute_umap(latent: np.ndarray, seed: int = 0) -> np.ndarray:
     Returns:
         (n, 2).
     """
-    import umap  # it takes seconds to import, and only a report with an embedding needs it
-
+    # It takes seconds to import, and only a report with an embedding needs it.
+    umap = retry_with_cache(lambda: importlib.import_module("umap"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a seed means one thread, as is wanted
         neighbours = max(2, min(30, len(latent) - 1))

@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import config, njit, types
+from numba import config, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from clue_dist.store.kernel_cache import compile_kernel
 
 LARGEST_COUNT = 2**24  # training reads counts as float32, which is exact up to here
 CACHE_LINE = 64  # bytes that enter a processor's cache together, on x86-64 and most ARM
@@ -47,7 +49,7 @@ def _generate_prefetch(_typing: Any, _address: Any) -> Any:
 _prefetch_line = (lambda _address: None) if config.DISABLE_JIT else intrinsic(_generate_prefetch)
 
 
-@njit(nogil=True, cache=True)
+@compile_kernel
 def prefetch_array(array):
     """Begin to bring a contiguous array into the cache."""
     first = array.ctypes.data
@@ -60,7 +62,7 @@ def prefetch_array(array):
 # --- coding ---------------------------------------------------------------------------------------
 
 
-@njit(nogil=True, cache=True)
+@compile_kernel
 def compute_row_starts(lengths: np.ndarray) -> np.ndarray:
     """Find where each row starts in its block's codes and rest, and where the last one ends.
 
@@ -79,7 +81,7 @@ def compute_row_starts(lengths: np.ndarray) -> np.ndarray:
     return out
 
 
-@njit(nogil=True, cache=True)
+@compile_kernel
 def copy_rows(starts, values, rows, out_rows, out_starts, out):
     """Copy row rows[i] of `values` to row out_rows[i] of `out`, for every i."""
     for i in range(len(rows)):
@@ -90,7 +92,7 @@ def copy_rows(starts, values, rows, out_rows, out_starts, out):
             target[k] = source[k]
 
 
-@njit(nogil=True, cache=True)
+@compile_kernel
 def encode_rows(indptr, indices, values, bits, lengths, codes, rest, scratch):
     """Fill codes, rest and lengths.
 
@@ -150,7 +152,7 @@ def encode_rows(indptr, indices, values, bits, lengths, codes, rest, scratch):
     return n_codes, n_rest, largest, largest_rest
 
 
-@njit(nogil=True, cache=True)
+@compile_kernel
 def recode_as_binary(codes, rest, starts, bits, lengths, out_rest):
     """Take the bits of the count out of codes, in place; fill lengths (n, 3) and out_rest.
 
@@ -181,7 +183,7 @@ def recode_as_binary(codes, rest, starts, bits, lengths, out_rest):
 # --- decoding -------------------------------------------------------------------------------------
 
 
-@njit(nogil=True, cache=True)
+@compile_kernel
 def _prefetch_rows(codes, rest, starts, slot, row, i):
     """Prefetch codes and rest of a row that is decoded soon, and the starts of one after it."""
     if i + 2 * ROWS_AHEAD < len(slot):
@@ -193,7 +195,7 @@ def _prefetch_rows(codes, rest, starts, slot, row, i):
         prefetch_array(rest[s, starts[s, r, 1] : starts[s, r + 1, 1]])
 
 
-@njit(nogil=True, cache=True)
+@compile_kernel
 def decode_rows(codes, rest, lengths, starts, bits, n_features, slot, row, indptr, indices, values):
     """Fill the rows of indices and, unless it is None, of values; write nothing beyond them.
 
@@ -218,7 +220,7 @@ def decode_rows(codes, rest, lengths, starts, bits, n_features, slot, row, indpt
     return -1
 
 
-@njit(nogil=True, cache=True)
+@compile_kernel
 def decode_dense_rows(codes, rest, lengths, starts, bits, slot, row, out):
     """Fill `out`, (n, features).
 
@@ -248,7 +250,7 @@ def decode_dense_rows(codes, rest, lengths, starts, bits, slot, row, out):
     return -1
 
 
-@njit(nogil=True, cache=True)
+@compile_kernel
 def _decode_row(codes, rest, lengths, start, bits, n_features, columns, counts):
     """Fill the columns of one row, then its counts; return whether it is coded as it should be.
 
@@ -273,7 +275,7 @@ def _decode_row(codes, rest, lengths, start, bits, n_features, columns, counts):
     return True
 
 
-@njit(nogil=True, cache=True)
+@compile_kernel
 def _decode_columns(codes, rest, lengths, start, bits, n_features, columns):
     """Fill the columns of one row; return whether they can be right.
 
@@ -298,7 +300,7 @@ def _decode_columns(codes, rest, lengths, start, bits, n_features, columns):
     return fits and far_sum < n_features and column < n_features
 
 
-@njit(nogil=True, cache=True)
+@compile_kernel
 def find_fault(codes, rest, lengths, starts, bits, n_features):
     """Check the coding of every row of some blocks, the padding aside.
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
-from numba import njit
+
+from clue_dist.store.kernel_cache import compile_kernel
 
 _ROUNDS = 6
 
@@ -58,7 +59,7 @@ def hash_barcodes(barcodes: np.ndarray, key: int) -> np.ndarray:
     return _hash(letters, np.uint64(key))
 
 
-@njit(nogil=True, cache=True)
+@compile_kernel
 def _hash(letters, key):  # type: ignore[no-untyped-def]
     """Run FNV-1a over the letters of each row, then the finaliser of splitmix64."""
     out = np.empty(len(letters), np.uint64)
@@ -75,7 +76,7 @@ def _hash(letters, key):  # type: ignore[no-untyped-def]
     return out
 
 
-@njit(nogil=True, cache=True)
+@compile_kernel
 def _walk(
     positions: np.ndarray, n: np.uint64, keys: np.ndarray, half_bits: np.uint64
 ) -> np.ndarray:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import scipy.sparse as sp
-from numba import njit
 
 from clue_dist.errors import DataError, list_names
 from clue_dist.kinds import KINDS
+from clue_dist.store.kernel_cache import compile_kernel
 from clue_dist.store.kernels import LARGEST_COUNT
 from clue_dist.store.layout import choose_unsigned
 from clue_dist.store.rows import COUNT_BITS, CodedRows, CsrRows, join_rows, try_code_rows
@@ -187,7 +187,7 @@ def _validate_counts(source: Source, matrix: sp.csr_matrix, first_row: int) -> b
     return bool(is_canonical)
 
 
-@njit(nogil=True, cache=True)
+@compile_kernel
 def _scan_counts(indptr, indices, values):  # type: ignore[no-untyped-def]
     """Find the first entry that is not 0, 1, ... LARGEST_COUNT (or -1).
 

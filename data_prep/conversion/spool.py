@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numba import njit
 
+from clue_dist.store.kernel_cache import compile_kernel
 from clue_dist.store.kernels import compute_row_starts, copy_rows
 from clue_dist.store.manifest import PackedModality
 from clue_dist.store.rows import COUNT_BITS, CodedRows, recode_rows_as_binary
@@ -174,7 +174,7 @@ def _read_coded_rows(hits: list[_Hit], n_rows: int, rest_type: str) -> CodedRows
     return CodedRows(codes, rest, lengths, COUNT_BITS)
 
 
-@njit(nogil=True, cache=True)
+@compile_kernel
 def count_binary_gaps(rest, lengths, starts):  # type: ignore[no-untyped-def]
     """Count the gaps of each row that would be far in a binary row, (n,) uint32."""
     far_gaps = np.zeros(len(lengths), np.uint32)

@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
-from numba import njit
 
 from clue_dist.errors import DataError
 from clue_dist.files import replace_file
 from clue_dist.kinds import KINDS
+from clue_dist.store.kernel_cache import compile_kernel
 from data_prep.conversion.cells import CellTable
 from data_prep.conversion.counts import SourceReading
 from data_prep.features import seurat_v3
@@ -211,7 +211,7 @@ def _add_up_rows(task: _SumTask) -> None:
         np.savez(file, at=flat, sums=sums.reshape(3, -1)[:, places], cells=cells)
 
 
-@njit(nogil=True, cache=True)
+@compile_kernel
 def _add_entries(indptr, indices, values, batch, limits, sums):  # type: ignore[no-untyped-def]
     """Add the entries above their limit to sums, (3, batches, features).
 
