@@ -256,6 +256,17 @@ def test_it_may_write_to_runs_alone(image: Engine | CleanRoot, mounts: Mounts) -
 
 
 @BUILD
+def test_it_needs_no_home(image: Engine | CleanRoot, mounts: Mounts) -> None:
+    """The package belongs to root: compiled code has neither place."""
+    command = ["python", "-m", "data_prep", "simulate", "--out", "/runs/homeless.zarr"]
+    code, output = image.start(
+        "env", "HOME=/nowhere", *command, "--cells", "200", volumes=mounts.volumes
+    ).finish(120)
+    assert code == 0, output
+    assert output.count("compiled code goes to") == 1
+
+
+@BUILD
 def test_it_trains(image: Engine | CleanRoot, mounts: Mounts) -> None:
     before = hashes(mounts.stores)
     command = launched(2, *mounts.training("tiny", "train.epochs=3", "log.every=1"))
