@@ -14,26 +14,24 @@ import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from numba import config, njit
 
 from clue_dist.process import print_error
 
 T = TypeVar("T")
-F = TypeVar("F", bound=Callable[..., Any])
 
 
-def compile_kernel(function: F) -> F:
+def compile_kernel(function: Callable[..., Any]) -> Any:
     """Compile a function with numba, for threads; later processes find the code in numba's cache.
 
     Without any folder to write to, each process compiles for itself.
     """
     try:
-        kernel = retry_with_cache(lambda: njit(nogil=True, cache=True)(function))
+        return retry_with_cache(lambda: njit(nogil=True, cache=True)(function))
     except RuntimeError:
-        kernel = njit(nogil=True)(function)
-    return cast("F", kernel)
+        return njit(nogil=True)(function)
 
 
 def retry_with_cache(work: Callable[[], T]) -> T:
