@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import io
+import locale
 import os
 import sys
 import traceback
@@ -22,6 +24,7 @@ def run_main(main: Callable[[], None]) -> NoReturn:
     A `ClueError` is printed without its traceback, and its exit code becomes that of the process.
     An error that every rank raises alike is printed by rank 0 alone.
     """
+    _speak_utf8()
     # Where rank 0 has left, torch warns with a page of C++ frames that hides the error itself.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
@@ -44,6 +47,21 @@ def run_main(main: Callable[[], None]) -> NoReturn:
             raise
         _end_process(exit_request.code)
     _end_process(0)
+
+
+def _speak_utf8() -> None:
+    """Read arguments and files, and print, as UTF-8, whatever the locale is.
+
+    Under a locale without UTF-8 the process starts again in Python's UTF-8 mode. What else it may
+    start, as workers are, inherits that mode.
+    """
+    if locale.getencoding().lower() not in ("utf-8", "utf8") and not sys.flags.utf8_mode:
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # The name of a file may hold bytes that are no UTF-8 at all.
+            stream.reconfigure(errors="backslashreplace")
 
 
 def print_error(text: str) -> None:
