@@ -33,7 +33,6 @@ class Kind:
     normalise: str  # default of the setting modalities.NAME.normalise
     likelihood: str  # default of the setting modalities.NAME.likelihood
     real_values: bool = False  # float32 of either sign; otherwise the values are counts
-    tenx_type: str | None = None  # the feature type of 10x files that holds this kind
     binnable: bool = False  # features are regions of the genome: `--bins`, fragments
     selection: FeatureSelectionMethod | None = None  # how `--top` ranks features; None: not at all
     simulated_mean: float = 0.6  # of a sparse kind: mean count of a feature in a simulated cell
@@ -50,16 +49,22 @@ _ROWS = (
         aliases=("rna", "gex", "gene_expression"),
         normalise="log_cp10k",
         likelihood="nb",
-        tenx_type="Gene Expression",
         selection="seurat_v3",
     ),
     Kind(
         name="adt",  # proteins, counted by the tags of antibodies
         storage="dense",  # a panel is small, and few of its counts are zero
-        aliases=("adt", "prot", "protein", "cite", "antibody", "antibody_capture"),
+        aliases=(
+            "adt",
+            "prot",
+            "protein",
+            "protein_expression",
+            "cite",
+            "antibody",
+            "antibody_capture",
+        ),
         normalise="log",
         likelihood="nb",
-        tenx_type="Antibody Capture",
     ),
     Kind(
         name="atac",
@@ -67,7 +72,6 @@ _ROWS = (
         aliases=("atac", "peak", "peaks", "chromatin"),
         normalise="tfidf",
         likelihood="poisson",
-        tenx_type="Peaks",
         binnable=True,
         selection="detection",
         simulated_mean=0.08,
@@ -83,8 +87,25 @@ _ROWS = (
 )
 
 KINDS = {kind.name: kind for kind in _ROWS}  # in the order in which messages list them
-# Feature types of 10x files, and the kind that each holds.
-TENX_TYPES = {kind.tenx_type: kind.name for kind in KINDS.values() if kind.tenx_type is not None}
+
+
+def match_alias(name: str) -> str | None:
+    """Return the kind of which a name is an alias, as "Gene Expression" is of rna, or None."""
+    words = _join_words(name)
+    return next((kind.name for kind in KINDS.values() if words in kind.aliases), None)
+
+
+def find_kinds(name: str) -> list[str]:
+    """List the kinds of which a name holds an alias, as `prot_raw` does of adt."""
+    words = f"_{_join_words(name)}_"
+    return [
+        kind.name for kind in KINDS.values() if any(f"_{alias}_" in words for alias in kind.aliases)
+    ]
+
+
+def _join_words(name: str) -> str:
+    """Join the words of a name as `Kind.aliases` has them."""
+    return "_".join(re.findall(r"[a-z0-9]+", name.lower()))
 
 
 def infer_kind(modality: str, given: Mapping[str, str]) -> str:
@@ -108,12 +129,7 @@ def infer_kind(modality: str, given: Mapping[str, str]) -> str:
                 expected=list_names(KINDS),
             )
         return given[modality]
-    name = "_".join(re.findall(r"[a-z0-9]+", modality.lower()))
-    found = [
-        kind.name
-        for kind in KINDS.values()
-        if any(f"_{alias}_" in f"_{name}_" for alias in kind.aliases)
-    ]
+    found = find_kinds(modality)
     if len(found) != 1:
         raise DataError(
             "cannot tell from its name what a modality measures",

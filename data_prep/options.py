@@ -90,12 +90,13 @@ class PerModality:
 
 @dataclass(frozen=True)
 class InputArgument:
-    """One input as a person names it: `[DATASET:][NAME=]PATH`."""
+    """One input as a person names it: `[DATASET:][NAME=]PATH[:KEY]`."""
 
     text: str  # as it was typed, for messages
     path: Path
     dataset: str = ""
     modality: str | None = None  # None: the file itself says which modalities it holds
+    key: str | None = None  # the part of the file that a person picks; None: see `choose_parts`
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ class ReadingOptions:
     id_columns: PerModality = field(default_factory=lambda: PerModality("--feature-ids"))
     barcodes: PerModality = field(default_factory=lambda: PerModality("--barcodes"))
     cut_sites: bool = False
+    feature_types: PerModality = field(default_factory=lambda: PerModality("--feature-type"))
 
 
 @dataclass(frozen=True)

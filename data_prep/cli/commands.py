@@ -209,7 +209,7 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shared", type=int, default=8, help="dimensions seen by every modality")
     parser.add_argument("--private", type=int, default=4, help="dimensions of each modality alone")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kind", action="append", default=[], metavar="NAME=KIND")
+    parser.add_argument("--kind", metavar="NAME=KIND", **SEVERAL)
     add_pool_flags(parser)
     parser.set_defaults(run=_simulate)
 

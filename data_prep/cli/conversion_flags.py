@@ -56,6 +56,7 @@ def parse_conversion(
         PerModality.parse_values(arguments.feature_ids, "--feature-ids", "columns"),
         PerModality.parse_values(arguments.barcodes, "--barcodes", "lists"),
         arguments.cut_sites,
+        PerModality.parse_values(arguments.feature_type, "--feature-type", "types"),
     )
     inputs = parse_inputs(arguments.inputs, reading)
     choices = parse_choices(
@@ -81,7 +82,7 @@ def parse_conversion(
 def add_input_flags(parser: argparse.ArgumentParser) -> None:
     """Add the inputs, and the flags that say how they are read."""
     parser.add_argument(
-        "inputs", nargs="+", metavar="[DATASET:][NAME=]FILE", help=list_format_names()
+        "inputs", nargs="+", metavar="[DATASET:][NAME=]FILE[:KEY]", help=list_format_names()
     )
     parser.add_argument(
         "--batch-key",
@@ -114,10 +115,9 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
     _add_feature_flags(parser)
     parser.add_argument(
         "--kind",
-        action="append",
-        default=[],
         metavar="NAME=KIND",
         help=f"{list_names(KINDS)}: where the name does not say",
+        **SEVERAL,
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the shuffle")
     add_pool_flags(parser)
@@ -129,6 +129,12 @@ def _add_feature_flags(parser: argparse.ArgumentParser) -> None:
         metavar="[NAME=]COLUMN",
         help="column of var that names the features, gene_ids, say, instead of var_names; A,B: "
         "the first there is",
+        **SEVERAL,
+    )
+    parser.add_argument(
+        "--feature-type",
+        metavar="NAME=TYPE",
+        help='which type of features a modality takes: guide="CRISPR Guide Capture"',
         **SEVERAL,
     )
     parser.add_argument(

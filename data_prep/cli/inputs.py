@@ -5,19 +5,29 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from clue_dist.errors import DataError
 from clue_dist.files import parse_path
+from clue_dist.process import print_error
 from data_prep.options import InputArgument, ReadingOptions, require_known_modalities
+from data_prep.readers.file_parts import FilePart, choose_parts, describe_left_out
 from data_prep.readers.formats import find_format
 from data_prep.readers.fragments import ConversionInput
 
-# A modality's name holds no slash, so that a path may hold `=`.
-_INPUT = re.compile(r"(?:(?P<dataset>[A-Za-z0-9_.-]+):)?(?:(?P<modality>[^=/]+)=)?(?P<path>.+)")
+_CHECK_PATH = (
+    "check the path; inputs are written NAME=FILE, FILE.h5mu, NAME=FILE:KEY or DATASET:NAME=FILE"
+)
+# A modality's name holds no slash, so that a path may hold `=`; a URL names no data set.
+_INPUT = re.compile(
+    r"(?:(?P<dataset>[A-Za-z0-9_.-]+):(?!//))?(?:(?P<modality>[^=/]+)=)?(?P<path>.+)"
+)
 
 
 def parse_inputs(texts: Sequence[str], options: ReadingOptions) -> list[ConversionInput]:
-    """Open every input, `[DATASET:][NAME=]PATH`, in the order of the command line.
+    """Open every input, `[DATASET:][NAME=]PATH[:KEY]`, in the order of the command line.
+
+    What a file holds beside what was asked for is told on stderr.
 
     Raises:
         DataError: a file that is missing or in no known format; a modality that a file lacks; a
@@ -25,29 +35,51 @@ def parse_inputs(texts: Sequence[str], options: ReadingOptions) -> list[Conversi
     """
     inputs: list[ConversionInput] = []
     modalities: defaultdict[str, list[str]] = defaultdict(list)  # by flag that a format knows
+    left_out: dict[Path, dict[str, FilePart]] = {}
     for text in texts:
         argument = _parse_argument(text)
         input_format = find_format(argument.path)
-        opened = input_format.open_inputs(argument, options)
-        inputs += opened
-        for flag in input_format.flags:
-            modalities[flag] += [given.modality for given in opened]
+        parts = input_format.list_parts(argument.path)
+        others = left_out.setdefault(argument.path, {part.key: part for part in parts})
+        for modality, part in choose_parts(argument, parts, options):
+            inputs.append(input_format.open_part(argument, modality, part, options))
+            others.pop(part.key, None)
+            for flag in input_format.flags:
+                modalities[flag].append(modality)
+    for path, others in left_out.items():
+        for part in others.values():
+            if part.holds_counts:
+                print_error(describe_left_out(path, part))
     _require_modalities([given.modality for given in inputs], modalities, options)
     return inputs
 
 
 def _parse_argument(text: str) -> InputArgument:
-    fix = "check the path; inputs are written NAME=FILE, FILE.h5mu, or DATASET:NAME=FILE"
     match = _INPUT.fullmatch(text)
     if match is None:
-        raise DataError("not an input", where="the inputs", got=repr(text), fix=fix)
-    path = parse_path(match["path"])
-    if not path.exists():
-        raise DataError("no such input", where=text, got=f"{path} does not exist", fix=fix)
-    if not (path.is_file() or path.is_dir()):
+        raise DataError("not an input", where="the inputs", got=repr(text), fix=_CHECK_PATH)
+    dataset, modality = match["dataset"] or "", match["modality"]
+    typed, key = _split_key(match["path"])
+    if dataset and modality is None and not typed.exists() and parse_path(dataset).exists():
+        # What looked like a data set is the file: `FILE:KEY`.
+        dataset, typed, key = "", parse_path(dataset), match["path"]
+    if not typed.exists():
+        got = f"{typed} does not exist"
+        raise DataError("no such input", where=text, got=got, fix=_CHECK_PATH)
+    if not (typed.is_file() or typed.is_dir()):
         what = "a pipe, socket or device"
-        raise DataError("an input is a file or a folder", where=text, got=what, fix=fix)
-    return InputArgument(text, path.resolve(), match["dataset"] or "", match["modality"])
+        raise DataError("an input is a file or a folder", where=text, got=what, fix=_CHECK_PATH)
+    return InputArgument(text, typed.resolve(), dataset, modality, key)
+
+
+def _split_key(text: str) -> tuple[Path, str | None]:
+    """Split `PATH:KEY`, where there is a file at PATH and none that is called so as a whole."""
+    places = [i for i, letter in enumerate(text) if letter == ":"]
+    if places and not parse_path(text).exists():
+        for place in places:
+            if (path := parse_path(text[:place])).exists():
+                return path, text[place + 1 :]
+    return parse_path(text), None
 
 
 def _require_modalities(
@@ -68,6 +100,7 @@ def _require_modalities(
         raise DataError(
             "no input has layers", where=where, expected="an .h5ad or .h5mu among the inputs"
         )
+    options.feature_types.require_known(modalities["--feature-type"])
     options.barcodes.require_known(modalities["--barcodes"])
     for flag, is_given in (
         ("--barcodes", options.barcodes.default is not None),

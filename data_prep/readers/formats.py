@@ -5,18 +5,30 @@ A format is recognised by what is in a file, not by what the file is called.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from clue_dist.errors import DataError, list_names
 from data_prep.options import InputArgument, ReadingOptions
-from data_prep.readers.fragments import ConversionInput, is_fragments, open_fragments
+from data_prep.readers.file_parts import FilePart
+from data_prep.readers.fragments import (
+    ConversionInput,
+    FragmentsInput,
+    is_fragments,
+    list_fragments_parts,
+    open_fragments,
+)
 from data_prep.readers.h5_file import open_h5
-from data_prep.readers.h5ad import is_h5ad, open_h5ad
-from data_prep.readers.h5mu import is_h5mu, open_h5mu
-from data_prep.readers.matrix_market import is_matrix_market, open_matrix_market
-from data_prep.readers.tenx import is_tenx, open_tenx
+from data_prep.readers.h5ad import is_h5ad, list_h5ad_parts, open_h5ad
+from data_prep.readers.h5mu import is_h5mu, list_h5mu_parts, open_h5mu
+from data_prep.readers.matrix_market import (
+    is_matrix_market,
+    list_mtx_parts,
+    open_matrix_market,
+)
+from data_prep.readers.source import decode_barcodes
+from data_prep.readers.tenx import is_tenx, list_tenx_parts, open_tenx
 
 
 @dataclass(frozen=True)
@@ -25,19 +37,96 @@ class InputFormat:
 
     name: str  # for people
     recognises: Callable[[Path], bool]
-    open_inputs: Callable[[InputArgument, ReadingOptions], Sequence[ConversionInput]]
+    list_parts: Callable[[Path], list[FilePart]]
+    # Opens one part as the modality of this name.
+    open_part: Callable[[InputArgument, str, FilePart, ReadingOptions], ConversionInput]
     flags: tuple[str, ...] = ()  # of the command line, those that some formats alone know
 
 
 # The first format that recognises a file reads it. The last two are not particular: they take any
 # table with tabs and any folder, and their readers say what is wrong with it.
 FORMATS = (
-    InputFormat(".h5ad", is_h5ad, open_h5ad, ("--layer",)),
-    InputFormat(".h5mu", is_h5mu, open_h5mu, ("--layer",)),
-    InputFormat("10x .h5", is_tenx, open_tenx),
-    InputFormat("fragments.tsv.gz", is_fragments, open_fragments, ("--barcodes", "--cut-sites")),
-    InputFormat("a Matrix Market folder", is_matrix_market, open_matrix_market),
+    InputFormat(".h5ad", is_h5ad, list_h5ad_parts, open_h5ad, ("--layer", "--feature-type")),
+    InputFormat(".h5mu", is_h5mu, list_h5mu_parts, open_h5mu, ("--layer", "--feature-type")),
+    InputFormat("10x .h5", is_tenx, list_tenx_parts, open_tenx, ("--feature-type",)),
+    InputFormat(
+        "fragments.tsv.gz",
+        is_fragments,
+        list_fragments_parts,
+        open_fragments,
+        ("--barcodes", "--cut-sites"),
+    ),
+    InputFormat(
+        "a Matrix Market folder",
+        is_matrix_market,
+        list_mtx_parts,
+        open_matrix_market,
+        ("--feature-type",),
+    ),
 )
+
+
+@dataclass(frozen=True)
+class PartDescription:
+    """What one part of a file holds."""
+
+    part: FilePart
+    source: ConversionInput  # of the part, under the name that it suggests
+    n_cells: int | None  # None: not known before the whole file is read, as of fragments
+    n_features: int | None  # likewise
+    holds_counts: bool  # whether the first values are whole and not negative
+    barcodes: list[str]  # the first ones
+    features: list[str]  # likewise
+    obs_columns: list[str]
+
+
+@dataclass(frozen=True)
+class FileDescription:
+    """What a file is, and what it holds."""
+
+    path: Path
+    format: InputFormat
+    parts: list[PartDescription]
+
+
+def describe_file(path: Path, shown: int = 1000) -> FileDescription:
+    """Describe a file or folder of any format.
+
+    Args:
+        path: the file or folder.
+        shown: how many barcodes and features are listed.
+
+    Raises:
+        DataError: the file is damaged, or in no format that is known.
+    """
+    input_format = find_format(path)
+    parts = [
+        _describe_part(input_format, path, part, shown) for part in input_format.list_parts(path)
+    ]
+    return FileDescription(path, input_format, parts)
+
+
+def _describe_part(
+    input_format: InputFormat, path: Path, part: FilePart, shown: int
+) -> PartDescription:
+    argument = InputArgument(path.name, path)
+    modality = part.modality or part.suggestion
+    source = input_format.open_part(argument, modality, part, ReadingOptions())
+    if isinstance(source, FragmentsInput):
+        barcodes = source.read_first_barcodes(shown)
+        return PartDescription(part, source, None, None, True, barcodes, [], [])
+    head = source.read_head()
+    barcodes = decode_barcodes(head.barcodes[:shown]).tolist()
+    return PartDescription(
+        part,
+        source,
+        head.n_rows,
+        len(head.features),
+        source.probe_counts(),
+        barcodes,
+        head.features[:shown],
+        head.obs_columns,
+    )
 
 
 def find_format(path: Path) -> InputFormat:

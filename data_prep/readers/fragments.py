@@ -23,6 +23,7 @@ from data_prep.jobs.whole_folders import make_whole_folder
 from data_prep.jobs.workers import WorkerPool, run_missing
 from data_prep.options import FeatureChoice, InputArgument, ReadingOptions
 from data_prep.readers import sorted_entries
+from data_prep.readers.file_parts import FilePart
 from data_prep.readers.genome_bins import name_bin
 from data_prep.readers.source import (
     DirectSource,
@@ -48,31 +49,36 @@ def is_fragments(path: Path) -> bool:
     return path.is_file() and bool({".tsv", ".bed"} & set(path.suffixes) or _reads_fragments(path))
 
 
-def open_fragments(argument: InputArgument, options: ReadingOptions) -> list[FragmentsInput]:
-    """The one input that a fragments file is.
+def list_fragments_parts(path: Path) -> list[FilePart]:
+    """The one part that a fragments file has.
 
     Raises:
-        DataError: the file does not begin with a fragment; no modality is named, or one of a kind
-            that has no bins.
+        DataError: the file does not begin with a fragment.
     """
-    path, modality = argument.path, argument.modality
     if not _reads_fragments(path):
         raise DataError(
             "a text file that cannot be read as fragments",
             where=path,
             expected="lines of chromosome, start, end and barcode, with tabs between them",
         )
-    fix = f"`atac={path.name}`"
-    if modality is None:
-        what = "a fragments file needs a modality's name"
-        raise DataError(what, where=argument.text, fix=f"write it as {fix}")
+    return [FilePart("", suggestion="atac", is_whole=True)]
+
+
+def open_fragments(
+    argument: InputArgument, modality: str, part: FilePart, options: ReadingOptions
+) -> FragmentsInput:
+    """The input that a fragments file is.
+
+    Raises:
+        DataError: the modality is of a kind that has no bins.
+    """
     kind = infer_kind(modality, options.kinds)
     if not KINDS[kind].binnable:
         binnable = list_names(name for name, row in KINDS.items() if row.binnable)
-        what = f"fragments are of kind {binnable}"
+        what, fix = f"fragments are of kind {binnable}", f"`atac={argument.path.name}`"
         raise DataError(what, where=argument.text, got=kind, fix=fix)
     allowed = options.barcodes.get_value(modality)
-    return [FragmentsInput(path, modality, argument.dataset, options.cut_sites, allowed)]
+    return FragmentsInput(argument.path, modality, argument.dataset, options.cut_sites, allowed)
 
 
 def _reads_fragments(path: Path) -> bool:
@@ -118,6 +124,14 @@ class FragmentsInput:
             "limit": self.allowed,
             "barcodes": identify_file(Path(self.allowed)) if self.allowed and is_list else None,
         }
+
+    def read_first_barcodes(self, number: int) -> list[str]:
+        """Read the first different barcodes of the file, in the order of its lines."""
+        barcodes: dict[str, None] = {}
+        for chunk in _read_chunks(self, 2**16):
+            barcodes |= dict.fromkeys(chunk["barcode"].unique().tolist())
+            break
+        return list(barcodes)[:number]
 
 
 # What the command line gives: most inputs are sources from the start.
@@ -296,8 +310,8 @@ def _write_counts(folder: Path, rows: np.ndarray, columns: np.ndarray) -> None:
     sorted_entries.write_sorted_part(folder, rows, columns, counts.astype(np.int32))
 
 
-def _read_chunks(given: FragmentsInput) -> Iterator[pd.DataFrame]:
-    """The fragments of a file, a bounded number at a time.
+def _read_chunks(given: FragmentsInput, chunk_lines: int = CHUNK_LINES) -> Iterator[pd.DataFrame]:
+    """The fragments of a file, `chunk_lines` (or CHUNK_LINES) at a time.
 
     Raises:
         DataError: a line is not a fragment, or the file is damaged.
@@ -313,7 +327,7 @@ def _read_chunks(given: FragmentsInput) -> Iterator[pd.DataFrame]:
             # bring their categories together.
             reader = pd.read_csv(
                 file, sep="\t", header=None, skiprows=n_comments, usecols=range(4),
-                names=list(_COLUMNS), dtype=_COLUMNS, chunksize=CHUNK_LINES, quoting=3,
+                names=list(_COLUMNS), dtype=_COLUMNS, chunksize=chunk_lines or CHUNK_LINES, quoting=3,
                 na_filter=False, low_memory=False,
             )  # fmt: skip
             for chunk in reader:

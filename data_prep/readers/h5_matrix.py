@@ -10,9 +10,8 @@ import scipy.sparse as sp
 
 from clue_dist.errors import DataError
 from data_prep.readers.h5_file import WRITE_ANEW, name_part, open_part, read_stretch
-from data_prep.readers.source import require_real_numbers
+from data_prep.readers.source import PROBED_VALUES, looks_whole, require_real_numbers
 
-_PROBED_VALUES = 10_000  # looked at to guess whether a matrix holds counts
 MISFIT = "the sparse matrix is damaged: its indptr does not fit its data"
 
 # Before anndata had encoding types, h5sparse wrote sparse matrices.
@@ -131,16 +130,11 @@ def read_matrix_shape(matrix: Any) -> tuple[int, int]:
 
 
 def looks_like_counts(matrix: Any) -> bool:
-    """Whether the first values of a matrix are whole and not negative."""
+    """Whether the first values of a matrix, or of a column, are whole and not negative."""
     if not isinstance(matrix, h5py.Dataset):
-        values = open_part(matrix, "data")[:_PROBED_VALUES]
-    elif matrix.size and matrix.ndim == 2:
-        values = matrix[: max(1, _PROBED_VALUES // matrix.shape[1])]
+        values = open_part(matrix, "data")[:PROBED_VALUES]
+    elif matrix.size and matrix.ndim in (1, 2):
+        values = matrix[: max(1, PROBED_VALUES // matrix.shape[-1] ** (matrix.ndim - 1))]
     else:
         return False
-    return bool(
-        len(values)
-        and np.isfinite(values).all()
-        and (values >= 0).all()
-        and (values == np.floor(values)).all()
-    )
+    return looks_whole(values)

@@ -8,20 +8,15 @@ from typing import Any
 
 import h5py
 import numpy as np
-import pandas as pd
 
 from clue_dist.errors import DataError, list_names
+from clue_dist.kinds import match_alias
 from data_prep.options import InputArgument, ObsColumns, ReadingOptions
 from data_prep.readers import sorted_entries
+from data_prep.readers.file_parts import FilePart, list_type_parts
+from data_prep.readers.h5_cells import read_cells
 from data_prep.readers.h5_file import WRITE_ANEW, has_part, open_h5, open_part
-from data_prep.readers.h5_frame import (
-    has_obs,
-    list_columns,
-    read_codes,
-    read_index,
-    read_names,
-    read_values,
-)
+from data_prep.readers.h5_frame import list_columns, read_index, read_values
 from data_prep.readers.h5_matrix import (
     MISFIT,
     looks_like_counts,
@@ -31,12 +26,10 @@ from data_prep.readers.h5_matrix import (
     require_inside_matrix,
     require_whole_matrix,
 )
+from data_prep.readers.h5_obsm import ObsmSource, list_obsm_parts
 from data_prep.readers.source import (
-    CategoryCodes,
-    SlicedArray,
     SourceHead,
     SourceRows,
-    encode_barcodes,
     identify_file,
     make_names_unique,
     require_real_numbers,
@@ -48,30 +41,47 @@ def is_h5ad(path: Path) -> bool:
     return has_part(path, "X", "layers") and not has_part(path, "mod")
 
 
-def open_h5ad(argument: InputArgument, options: ReadingOptions) -> list[AnnDataSource]:
-    """The one source of an AnnData, as the modality that a person names.
+def list_h5ad_parts(path: Path) -> list[FilePart]:
+    """The matrix of an AnnData, or a part of it for each type of features, and tables of obsm."""
+    with open_h5(path) as file:
+        types = _read_feature_types(file, "var")
+        parts = list_type_parts(types) if types else [FilePart("", is_whole=True)]
+        return parts + list_obsm_parts(file)
 
-    Raises:
-        DataError: no modality is named.
-    """
-    modality = argument.modality
-    if modality is None:
-        raise DataError(
-            "an .h5ad needs a modality's name",
-            where=argument.text,
-            fix=f"write it as `rna={argument.path.name}`, say",
-        )
-    return [
-        AnnDataSource(
-            argument.path,
-            modality,
-            argument.dataset,
-            "",
-            options.layers.get_value(modality),
-            options.obs_columns,
-            options.id_columns.get_value(modality),
-        )
-    ]
+
+def open_h5ad(
+    argument: InputArgument, modality: str, part: FilePart, options: ReadingOptions
+) -> AnnDataSource | ObsmSource:
+    """The source of one part of an AnnData, as a modality."""
+    if part.on_request:
+        columns = options.obs_columns
+        return ObsmSource(argument.path, modality, argument.dataset, part.key, columns)
+    return AnnDataSource(
+        argument.path,
+        modality,
+        argument.dataset,
+        "",
+        options.layers.get_value(modality),
+        options.obs_columns,
+        options.id_columns.get_value(modality),
+        None if part.is_whole else part.key,
+    )
+
+
+def _read_feature_types(root: Any, var: str) -> list[str]:
+    """What each feature is, by a column of var, where its types name kinds; else nothing."""
+    frame = root.get(var)
+    for column in _TYPE_COLUMNS if isinstance(frame, h5py.Group) else ():
+        if column in frame:
+            values = read_values(frame, column)
+            types: list[str] = values.where(values.notna(), "").astype(str).tolist()
+            if any(match_alias(name) for name in set(types)):
+                return types
+    return []
+
+
+# Columns of var that may say what a feature is, as scanpy and scvi-tools write them.
+_TYPE_COLUMNS = ("feature_types", "feature_type", "modality")
 
 
 @dataclass(frozen=True)
@@ -85,10 +95,12 @@ class AnnDataSource:
     layer: str | None = None  # None: X
     obs_columns: ObsColumns = field(default_factory=ObsColumns)
     id_columns: str | None = None
+    feature_type: str | None = None  # None: every feature
 
     @property
     def display_name(self) -> str:
-        return f"{self.path.name}/{self.group}" if self.group else self.path.name
+        parts = (self.path.name, self.group, self.feature_type)
+        return "/".join(part for part in parts if part)
 
     @property
     def matrix(self) -> str:
@@ -97,35 +109,35 @@ class AnnDataSource:
         return f"{self.group}/{name}".lstrip("/")
 
     def describe_identity(self) -> dict[str, Any]:
-        return identify_file(self.path) | {
+        identity = {
             "matrix": self.matrix,
             "modality": self.modality,
             "dataset": self.dataset,
             "ids": self.id_columns,
         }
+        # A conversion that was begun before there were types goes on.
+        types = {"feature_type": self.feature_type} if self.feature_type is not None else {}
+        return identify_file(self.path) | identity | types
 
     def read_head(self) -> SourceHead:
         with open_h5(self.path) as file:
-            root, matrix = self._open_root(file), self._open_matrix(file)
-            # raw has a var of its own, as it may hold more features than X.
-            var = "raw/var" if self.layer == "raw.X" else "var"
-            barcodes = read_names(root, "obs", self.display_name)
+            root, matrix, var = self._open_root(file), self._open_matrix(file), self._var
+            cells = read_cells(file, self.group, self.modality, self.obs_columns, self.display_name)
             features = read_index(root, var, self.display_name)
-            self._require_fitting_matrix(matrix, len(barcodes), len(features))
-            codes = {
-                field: self._read_field(file, column, barcodes)
-                for field, column in self.obs_columns.by_field.items()
-            }
-            obs_columns = list_columns(root["obs"])
-            if self.group and has_obs(file):  # `_read_field` looks there, too
-                obs_columns += list_columns(file["obs"])
+            self._require_fitting_matrix(matrix, len(cells.barcodes), len(features))
             # A dense matrix is read whole, so zeros count for the size of tasks as well.
             is_dense = isinstance(matrix, h5py.Dataset)
             nnz = int(matrix.size if is_dense else matrix["data"].shape[0])
             name_column, names = self._choose_feature_names(root[var], features)
             var_columns = list_columns(root[var])
-        fields = {field: column for field, column in codes.items() if column is not None}
-        return SourceHead(barcodes, names, nnz, fields, obs_columns, var_columns, name_column)
+            wanted = self._find_wanted(root)
+        if wanted is not None:
+            # How the entries are spread over types is not known before they are read.
+            nnz = nnz * len(wanted) // max(len(names), 1)
+            names = [names[i] for i in wanted]
+        return SourceHead(
+            cells.barcodes, names, nnz, cells.fields, cells.columns, var_columns, name_column
+        )
 
     def count_parts(self) -> int:
         """A CSC matrix is sorted part by part; the other forms have rows that can be read."""
@@ -159,6 +171,14 @@ class AnnDataSource:
         sorted_entries.write_sorted_part(folder, rows.astype(np.int64), columns, values)
 
     def read_rows(self, start: int, stop: int, scratch: Path) -> SourceRows:
+        rows = self._read_all_columns(start, stop, scratch)
+        if self.feature_type is None:
+            return rows
+        with open_h5(self.path) as file:
+            wanted = self._find_wanted(self._open_root(file))
+        return rows[:, wanted]
+
+    def _read_all_columns(self, start: int, stop: int, scratch: Path) -> SourceRows:
         with open_h5(self.path) as file:
             matrix = self._open_matrix(file)
             n_columns = read_matrix_shape(matrix)[1]
@@ -181,6 +201,21 @@ class AnnDataSource:
                 if f"{self.group}/{path}".lstrip("/") != self.matrix
                 and looks_like_counts(open_part(root, path))
             ]
+
+    def probe_counts(self) -> bool:
+        with open_h5(self.path) as file:
+            return looks_like_counts(self._open_matrix(file))
+
+    @property
+    def _var(self) -> str:
+        # raw has a var of its own, as it may hold more features than X.
+        return "raw/var" if self.layer == "raw.X" else "var"
+
+    def _find_wanted(self, root: Any) -> np.ndarray | None:
+        """The columns of the type that is wanted, (n,); None: every column."""
+        if self.feature_type is None:
+            return None
+        return np.flatnonzero(np.array(_read_feature_types(root, self._var)) == self.feature_type)
 
     def _open_root(self, file: h5py.File) -> Any:
         return open_part(file, self.group) if self.group else file
@@ -220,25 +255,3 @@ class AnnDataSource:
                 names = values.where(values.notna(), "").astype(str).tolist()
                 return column, make_names_unique(names, var_names)
         return None, var_names
-
-    def _read_field(
-        self, file: h5py.File, column: str, barcodes: SlicedArray
-    ) -> CategoryCodes | None:
-        """A column of the modality's obs, else of the obs that the modalities of a MuData share.
-
-        MuData's column is called as it is asked for, or has the modality before it, `rna:batch`.
-        """
-        root = file[self.group] if self.group else file
-        if column in root["obs"]:
-            return read_codes(root["obs"], column, len(barcodes))
-        if not self.group or not has_obs(file):
-            return None
-        for name in (column, f"{self.modality}:{column}"):
-            if name in file["obs"]:
-                index = read_index(file, "obs", self.display_name)
-                shared = pd.Index(encode_barcodes(index, self.display_name))
-                # The shared obs lists the cells of all modalities; a cell that is not there has
-                # index -1, and so an unknown code.
-                codes = read_codes(file["obs"], name, len(shared))
-                return codes.take_rows(shared.get_indexer(pd.Index(barcodes[:])))
-        return None

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from clue_dist.errors import DataError, list_names
+from clue_dist.kinds import match_alias
+from clue_dist.store.layout import MODALITY_NAME
 from data_prep.options import InputArgument, ReadingOptions
-from data_prep.readers.h5_file import has_part, open_h5
+from data_prep.readers.file_parts import FilePart
+from data_prep.readers.h5_file import has_part, open_h5, open_part
+from data_prep.readers.h5_matrix import read_matrix_shape
 from data_prep.readers.h5ad import AnnDataSource
 
 
@@ -15,34 +18,31 @@ def is_h5mu(path: Path) -> bool:
     return has_part(path, "mod")
 
 
-def open_h5mu(argument: InputArgument, options: ReadingOptions) -> list[AnnDataSource]:
-    """A source for each modality of the file, or for the one that a person names.
-
-    Raises:
-        DataError: the file does not have that modality.
-    """
-    with open_h5(argument.path) as file:
+def list_h5mu_parts(path: Path) -> list[FilePart]:
+    """A part for each modality of a MuData."""
+    with open_h5(path) as file:
         group = file["mod"]
         # HDF5 lists groups by the alphabet; newer MuData also writes down the order it had.
-        modalities = [str(name) for name in group.attrs.get("mod-order", list(group))]
-    if argument.modality is not None:
-        if argument.modality not in modalities:
-            raise DataError(
-                "the file has no such modality",
-                where=argument.text,
-                got=list_names(modalities),
-                expected=argument.modality,
-            )
-        modalities = [argument.modality]
-    return [
-        AnnDataSource(
-            argument.path,
-            modality,
-            argument.dataset,
-            f"mod/{modality}",
-            options.layers.get_value(modality),
-            options.obs_columns,
-            options.id_columns.get_value(modality),
-        )
-        for modality in modalities
-    ]
+        names = [str(name) for name in group.attrs.get("mod-order", list(group))]
+        parts = []
+        for name in names:
+            # A name that a store cannot take, "Gene Expression", say, gives way to its kind's.
+            modality = name if MODALITY_NAME.fullmatch(name) else match_alias(name)
+            n_features = read_matrix_shape(open_part(group, f"{name}/X"))[1]
+            parts.append(FilePart(name, modality, n_features=n_features))
+        return parts
+
+
+def open_h5mu(
+    argument: InputArgument, modality: str, part: FilePart, options: ReadingOptions
+) -> AnnDataSource:
+    """The source of one modality of a MuData."""
+    return AnnDataSource(
+        argument.path,
+        modality,
+        argument.dataset,
+        f"mod/{part.key}",
+        options.layers.get_value(modality),
+        options.obs_columns,
+        options.id_columns.get_value(modality),
+    )

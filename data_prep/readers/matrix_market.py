@@ -21,11 +21,14 @@ from clue_dist.errors import DataError
 from data_prep.jobs.whole_folders import make_whole_folder
 from data_prep.options import InputArgument, ReadingOptions
 from data_prep.readers import sorted_entries
+from data_prep.readers.file_parts import FilePart, list_type_parts
 from data_prep.readers.source import (
+    PROBED_VALUES,
     SourceHead,
     SourceRows,
     encode_barcodes,
     identify_file,
+    looks_whole,
     select_columns,
 )
 from data_prep.readers.tenx import TENX_COLUMNS, FeatureTable
@@ -44,6 +47,12 @@ _NAMES = {
     "features": ["features.tsv", "genes.tsv"],
 }
 _PART = "000000"  # the only one
+_ENTRY_FORM: dict[str, Any] = {
+    "sep": r"\s+",
+    "header": None,
+    "comment": "%",
+    "quoting": csv.QUOTE_NONE,
+}
 
 
 def is_matrix_market(path: Path) -> bool:
@@ -51,21 +60,22 @@ def is_matrix_market(path: Path) -> bool:
     return path.is_dir()
 
 
+def list_mtx_parts(path: Path) -> list[FilePart]:
+    """A part for each feature type of a Matrix Market folder."""
+    return list_type_parts(read_mtx_features(path).types)
+
+
 def open_matrix_market(
-    argument: InputArgument, options: ReadingOptions
-) -> list[MatrixMarketSource]:
-    """A source for each modality of the folder; see `FeatureTable.assign_types`."""
-    table = read_mtx_features(argument.path)
-    return [
-        MatrixMarketSource(
-            argument.path,
-            modality,
-            argument.dataset,
-            feature_type,
-            options.id_columns.get_value(modality),
-        )
-        for modality, feature_type in table.assign_types(argument, options.kinds).items()
-    ]
+    argument: InputArgument, modality: str, part: FilePart, options: ReadingOptions
+) -> MatrixMarketSource:
+    """The source of one part of a Matrix Market folder, as a modality."""
+    return MatrixMarketSource(
+        argument.path,
+        modality,
+        argument.dataset,
+        None if part.is_whole else part.key,
+        options.id_columns.get_value(modality),
+    )
 
 
 @dataclass(frozen=True)
@@ -149,6 +159,12 @@ class MatrixMarketSource:
     def list_other_counts(self) -> list[str]:
         return []
 
+    def probe_counts(self) -> bool:
+        with open_text(_find_file(self.path, "matrix")) as file:
+            nnz = self._read_sizes(file)[2]
+            values = pd.read_csv(file, **_ENTRY_FORM, nrows=PROBED_VALUES)[2] if nnz else []
+        return looks_whole(np.asarray(values))
+
     def _read_sizes(self, file: IO[str]) -> tuple[int, int, int]:
         """Read the header up to the line of sizes; the file then stands at the first entry.
 
@@ -184,10 +200,8 @@ class MatrixMarketSource:
 
     def _read_chunks(self, file: IO[str]) -> Iterator[pd.DataFrame]:
         """The entries, a bounded number at a time; what cannot be parsed becomes a DataError."""
-        form: dict[str, Any] = {"sep": r"\s+", "header": None, "comment": "%"}
-        form |= {"quoting": csv.QUOTE_NONE, "chunksize": sorted_entries.PART_ENTRIES}
         try:
-            yield from pd.read_csv(file, **form)
+            yield from pd.read_csv(file, **_ENTRY_FORM, chunksize=sorted_entries.PART_ENTRIES)
         except (ValueError, OverflowError, *UNREADABLE) as error:  # pandas raises ValueErrors
             what = "the matrix cannot be read to its end"
             raise DataError(what, where=self.path.name, got=str(error).strip()) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from clue_dist.store.layout import MAX_BARCODE_BYTES
 # (n, features), as the file has them: neither validated nor aligned to the store's features.
 SourceRows: TypeAlias = sp.csr_matrix | np.ndarray
 
+PROBED_VALUES = 10_000  # looked at to guess whether a matrix holds counts
 # Types that the kernels do not know, and the types that hold the same values.
 _KNOWN_TYPES = {"bool": "uint8", "float16": "float32", np.dtype(np.longdouble).name: "float64"}
 
@@ -125,8 +127,12 @@ class Source(Protocol):
         """Other matrices of the file that look like raw counts, to be named in errors."""
         ...
 
+    def probe_counts(self) -> bool:
+        """Whether the first values are whole and not negative, as counts are."""
+        ...
 
-class DirectSource:
+
+class DirectSource(ABC):
     """Mixin for sources whose rows can be read without preparation."""
 
     id_columns: str | None = None
@@ -139,6 +145,17 @@ class DirectSource:
 
     def list_other_counts(self) -> list[str]:
         return []
+
+    def probe_counts(self) -> bool:
+        head = self.read_head()
+        n_rows = max(1, PROBED_VALUES * head.n_rows // max(head.nnz, 1))
+        rows = self.read_rows(0, min(n_rows, head.n_rows), Path())
+        return looks_whole(rows if isinstance(rows, np.ndarray) else rows.data)
+
+    @abstractmethod
+    def read_head(self) -> SourceHead: ...
+    @abstractmethod
+    def read_rows(self, start: int, stop: int, scratch: Path) -> SourceRows: ...
 
 
 def identify_file(path: Path) -> dict[str, Any]:
@@ -203,6 +220,17 @@ def require_real_numbers(values: np.ndarray, where: object) -> np.ndarray:
         )
     final_type = _KNOWN_TYPES.get(values.dtype.name, values.dtype.newbyteorder("="))
     return values.astype(final_type, copy=False)
+
+
+def looks_whole(values: np.ndarray) -> bool:
+    """Whether there are values, and all of them are whole and not negative."""
+    return bool(
+        len(values)
+        and values.dtype.kind in "buif"
+        and np.isfinite(values).all()
+        and (values >= 0).all()
+        and (values == np.floor(values)).all()
+    )
 
 
 def make_names_unique(names: Sequence[str], replacements: Sequence[str]) -> list[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +10,8 @@ import h5py
 import numpy as np
 
 from clue_dist.errors import DataError, list_names
-from clue_dist.kinds import TENX_TYPES, infer_kind
 from data_prep.options import InputArgument, ReadingOptions
+from data_prep.readers.file_parts import FilePart, list_type_parts
 from data_prep.readers.h5_file import WRITE_ANEW, has_part, open_h5, open_part
 from data_prep.readers.h5_frame import TextColumn
 from data_prep.readers.h5_matrix import read_csr_slice, require_whole_matrix
@@ -42,20 +40,23 @@ def is_tenx(path: Path) -> bool:
     return has_part(path, "matrix/features")
 
 
-def open_tenx(argument: InputArgument, options: ReadingOptions) -> list[TenxSource]:
-    """A source for each modality of the file; see `FeatureTable.assign_types`."""
-    with open_h5(argument.path) as file:
-        table = read_tenx_features(file)
-    return [
-        TenxSource(
-            argument.path,
-            modality,
-            argument.dataset,
-            feature_type,
-            options.id_columns.get_value(modality),
-        )
-        for modality, feature_type in table.assign_types(argument, options.kinds).items()
-    ]
+def list_tenx_parts(path: Path) -> list[FilePart]:
+    """A part for each feature type of a 10x file."""
+    with open_h5(path) as file:
+        return list_type_parts(read_tenx_features(file).types)
+
+
+def open_tenx(
+    argument: InputArgument, modality: str, part: FilePart, options: ReadingOptions
+) -> TenxSource:
+    """The source of one part of a 10x file, as a modality."""
+    return TenxSource(
+        argument.path,
+        modality,
+        argument.dataset,
+        None if part.is_whole else part.key,
+        options.id_columns.get_value(modality),
+    )
 
 
 @dataclass(frozen=True)
@@ -85,46 +86,6 @@ class FeatureTable:
         texts = self.ids if column and TENX_COLUMNS[column] == "id" else self.names
         names = make_names_unique([texts[i] for i in wanted], [self.ids[i] for i in wanted])
         return np.array(wanted, np.int64), names, column
-
-    def assign_types(
-        self, argument: InputArgument, kinds: Mapping[str, str]
-    ) -> dict[str, str | None]:
-        """The modalities that an input gives, each with its feature type.
-
-        They are the one that a person names, else every type that names a modality. The type is
-        None where all features are of one type.
-
-        Raises:
-            DataError: no type, or several, fit.
-        """
-        types = sorted(set(self.types))
-        if argument.modality is not None:
-            kind = infer_kind(argument.modality, kinds)
-            return {argument.modality: self._find_type(kind, argument.text)}
-        known = [name for name in TENX_TYPES if name in types]
-        if not known:
-            raise DataError(
-                "the features have no type that names a modality",
-                where=argument.text,
-                got=list_names(types),
-                fix=f"write it as `rna={argument.path.name}`, say",
-            )
-        # A person should hear of features that nobody asked to leave out.
-        if others := [name for name in types if name not in known]:
-            left_out = f"features of type {list_names(others)} are left out"
-            print(f"{argument.text}: {left_out}", file=sys.stderr)
-        return {TENX_TYPES[name]: name for name in known}
-
-    def _find_type(self, kind: str, where: str) -> str | None:
-        types = sorted(set(self.types))
-        # The person has said what the features are, whatever the file calls them.
-        if len(types) <= 1:
-            return None
-        fitting = [t for t in types if t in TENX_TYPES and TENX_TYPES[t] == kind]
-        if len(fitting) != 1:
-            what = "the file has no features of this kind"
-            raise DataError(what, where=where, got=list_names(types), expected=kind)
-        return fitting[0]
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def test_10x(tmp_path: Path, form: str) -> None:
     assert_same_counts(
         read_counts(gex, "gex"), counts.iloc[:, :20][counts.iloc[:, :20].sum(axis=1) > 0]
     )
-    with pytest.raises(DataError, match="no features of this kind"):
+    with pytest.raises(DataError, match="no such modality"):
         convert_files(tmp_path / "x.zarr", f"dense={path}")
 
 

@@ -1,0 +1,68 @@
+"""The cells of an AnnData: barcodes, batch and label."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import h5py
+import pandas as pd
+
+from data_prep.options import ObsColumns
+from data_prep.readers.h5_frame import has_obs, list_columns, read_codes, read_index, read_names
+from data_prep.readers.source import CategoryCodes, SlicedArray, encode_barcodes
+
+
+@dataclass(frozen=True)
+class AnnDataCells:
+    """What a file says of the cells of one AnnData."""
+
+    barcodes: SlicedArray  # (n,) bytes
+    fields: dict[str, CategoryCodes]  # "batch" and "label", where there is such a column
+    columns: list[str]  # all columns of obs
+
+
+def read_cells(
+    file: h5py.File, group: str, modality: str, obs_columns: ObsColumns, where: str
+) -> AnnDataCells:
+    """Read the cells of an AnnData.
+
+    Args:
+        file: the file.
+        group: where the AnnData lies in it; "" where the file is nothing else.
+        modality: the modality's name in a MuData, which columns of its obs may have before them.
+        obs_columns: where batch and label are found.
+        where: the file, for messages.
+    """
+    root = file[group] if group else file
+    barcodes = read_names(root, "obs", where)
+    fields = {}
+    for field, column in obs_columns.by_field.items():
+        codes = _read_field(file, group, modality, column, barcodes, where)
+        if codes is not None:
+            fields[field] = codes
+    columns = list_columns(root["obs"])
+    if group and has_obs(file):  # `_read_field` looks there, too
+        columns += list_columns(file["obs"])
+    return AnnDataCells(barcodes, fields, columns)
+
+
+def _read_field(
+    file: h5py.File, group: str, modality: str, column: str, barcodes: SlicedArray, where: str
+) -> CategoryCodes | None:
+    """A column of the modality's obs, else of the obs that the modalities of a MuData share.
+
+    MuData's column is called as it is asked for, or has the modality before it, `rna:batch`.
+    """
+    root = file[group] if group else file
+    if column in root["obs"]:
+        return read_codes(root["obs"], column, len(barcodes))
+    if not group or not has_obs(file):
+        return None
+    for name in (column, f"{modality}:{column}"):
+        if name in file["obs"]:
+            shared = pd.Index(encode_barcodes(read_index(file, "obs", where), where))
+            # The shared obs lists the cells of all modalities; a cell that is not there has
+            # index -1, and so an unknown code.
+            codes = read_codes(file["obs"], name, len(shared))
+            return codes.take_rows(shared.get_indexer(pd.Index(barcodes[:])))
+    return None

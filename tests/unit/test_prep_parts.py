@@ -1,0 +1,166 @@
+"""Files that hold several modalities: which parts there are, and how each of them is picked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+
+from clue_dist.errors import DataError
+from data_prep.cli.inputs import parse_inputs
+from data_prep.options import PerModality, ReadingOptions
+from data_prep.readers.formats import describe_file
+from data_prep.readers.source import Source
+from tests.unit.prep_helpers import (
+    make_anndata,
+    make_counts,
+    shrink_tasks,
+    write_10x,
+    write_h5ad,
+    write_h5mu,
+)
+
+TYPES = ["Gene Expression"] * 6 + ["Antibody Capture"] * 3 + ["CRISPR Guide Capture"] * 2
+
+
+def _open(*inputs: str, types: tuple[str, ...] = (), **kinds: str) -> dict[str, Source]:
+    """The source of each modality of some inputs."""
+    feature_types = PerModality.parse_values(types, "--feature-type")
+    options = ReadingOptions(kinds=kinds, feature_types=feature_types)
+    return {source.modality: source for source in parse_inputs(inputs, options)}  # type: ignore[misc]
+
+
+def _read_table(source: Source, scratch: Path) -> pd.DataFrame:
+    """All that a source holds, with its names."""
+    head = source.read_head()
+    for part in range(source.count_parts()):
+        source.prepare_part(part, scratch)
+    rows = source.read_rows(0, head.n_rows, scratch)
+    values = rows if isinstance(rows, np.ndarray) else rows.toarray()
+    barcodes = np.char.decode(head.barcodes[:], "utf-8")
+    return pd.DataFrame(values, barcodes, head.features)
+
+
+def _check_table(source: Source, expected: pd.DataFrame, scratch: Path) -> None:
+    pd.testing.assert_frame_equal(_read_table(source, scratch), expected, check_dtype=False)
+
+
+@pytest.mark.parametrize("form", [sp.csr_matrix, sp.csc_matrix, np.asarray])
+def test_h5ad_with_types_of_features_is_split(
+    tmp_path: Path,
+    form: Callable[..., object],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shrink_tasks(monkeypatch)
+    counts, path = make_counts(30, 11), tmp_path / "multi.h5ad"
+    adata = make_anndata(counts, form)
+    adata.var["feature_types"] = pd.Categorical(TYPES)
+    adata.write_h5ad(path)
+    sources = _open(str(path))
+    assert list(sources) == ["rna", "adt"]
+    _check_table(sources["rna"], counts.iloc[:, :6], tmp_path / "rna")
+    _check_table(sources["adt"], counts.iloc[:, 6:9], tmp_path / "adt")
+    assert "guide=" in capsys.readouterr().err
+    _check_table(_open(f"gex={path}")["gex"], counts.iloc[:, :6], tmp_path / "gex")
+
+
+def test_h5ad_types_that_are_no_modalities_do_not_split_it(tmp_path: Path) -> None:
+    counts, path = make_counts(20, 4), tmp_path / "a.h5ad"
+    adata = make_anndata(counts)
+    adata.var["feature_types"] = ["protein_coding", "lncRNA", "protein_coding", "snRNA"]
+    adata.write_h5ad(path)
+    _check_table(_open(f"rna={path}")["rna"], counts, tmp_path)
+
+
+def test_types_as_other_tools_write_them(tmp_path: Path) -> None:
+    counts, path = make_counts(20, 4), tmp_path / "neurips.h5ad"
+    adata = make_anndata(counts)
+    adata.var["feature_types"] = ["GEX", "ADT", "GEX", "ATAC"]
+    adata.write_h5ad(path)
+    assert list(_open(str(path))) == ["rna", "adt", "atac"]
+
+
+def test_every_type_of_a_10x_file_can_be_reached(tmp_path: Path) -> None:
+    counts = make_counts(30, 11)
+    path = write_10x(tmp_path / "multi.h5", counts, TYPES)
+    guides = counts.iloc[:, 9:]
+    for given in (
+        _open(f"guide={path}", guide="adt"),
+        _open(f"hto={path}", types=("hto=CRISPR Guide Capture",), hto="adt"),
+        _open(f"hto={path}:crispr guide capture", hto="adt"),
+    ):
+        (source,) = given.values()
+        _check_table(source, guides, tmp_path)
+    with pytest.raises(DataError, match=r"no such part[\s\S]*CRISPR Guide Capture"):
+        _open(f"guide={path}:Peaks", guide="adt")
+    # Which of the parts a kind alone means is not known: guides are stored as proteins are.
+    with pytest.raises(DataError, match="no such modality"):
+        _open(f"hto={path}", hto="adt")
+
+
+def test_h5mu_with_names_of_10x(tmp_path: Path) -> None:
+    rna, adt = make_counts(20, 5), make_counts(20, 3, seed=1)
+    tables = {"Gene Expression": make_anndata(rna), "Antibody Capture": make_anndata(adt)}
+    path = write_h5mu(tmp_path / "m.h5mu", **tables)
+    assert list(_open(str(path))) == ["rna", "adt"]
+    for given in (f"adt={path}", f"adt={path}:Antibody Capture"):
+        _check_table(_open(given)["adt"], adt, tmp_path)
+
+
+def test_h5mu_names_that_a_store_can_take_stay(tmp_path: Path) -> None:
+    tables = {"rna": make_anndata(make_counts(20, 5)), "prot": make_anndata(make_counts(20, 3))}
+    path = write_h5mu(tmp_path / "m.h5mu", **tables)
+    assert list(_open(str(path))) == ["rna", "prot"]
+    assert list(_open(f"adt={path}")) == ["adt"]
+
+
+@pytest.mark.parametrize("form", ["frame", "array", "csr"])
+def test_proteins_in_obsm(tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]) -> None:
+    rna, adt, path = (
+        make_counts(20, 5),
+        make_counts(20, 3, seed=1, prefix="CD"),
+        tmp_path / "c.h5ad",
+    )
+    adata = make_anndata(rna, batch=["a", "b"] * 10)
+    table = {"frame": adt, "array": adt.to_numpy(), "csr": sp.csr_matrix(adt.to_numpy())}[form]
+    adata.obsm["protein_expression"] = table
+    adata.obsm["X_pca"] = np.random.default_rng(0).normal(size=(20, 2))
+    adata.uns["protein_names"] = list(adt.columns)
+    adata.write_h5ad(path)
+    _open(f"rna={path}")
+    told = capsys.readouterr().err
+    assert "adt=" in told
+    assert "c.h5ad:obsm/protein_expression" in told
+    assert "X_pca" not in told
+    source = _open(f"adt={path}:obsm/protein_expression")["adt"]
+    _check_table(source, adt, tmp_path)
+    assert source.read_head().fields["batch"].names == ["a", "b"]
+
+
+def test_damaged_obsm_that_nobody_asked_for_does_not_matter(tmp_path: Path) -> None:
+    path = write_h5ad(tmp_path / "a.h5ad", make_counts(20, 5))
+    with h5py.File(path, "a") as file:
+        file.require_group("obsm").create_group("odd").attrs["encoding-type"] = "csr_matrix"
+        file["obsm"]["texts"] = np.array([["a", "b"]] * 20, object)
+    assert list(_open(f"rna={path}")) == ["rna"]
+    with pytest.raises(DataError, match="no such part"):
+        _open(f"adt={path}:obsm/odd")
+
+
+def test_description_of_a_file(tmp_path: Path) -> None:
+    counts = make_counts(30, 11)
+    found = describe_file(write_10x(tmp_path / "multi.h5", counts, TYPES))
+    assert found.format.name == "10x .h5"
+    assert [(part.part.modality, part.n_features) for part in found.parts] == [
+        ("rna", 6),
+        ("adt", 3),
+        (None, 2),
+    ]
+    assert all(part.holds_counts and part.n_cells == 30 for part in found.parts)
+    assert found.parts[0].barcodes == list(counts.index)
