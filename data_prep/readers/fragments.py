@@ -327,8 +327,8 @@ def _read_chunks(given: FragmentsInput, chunk_lines: int = CHUNK_LINES) -> Itera
             # bring their categories together.
             reader = pd.read_csv(
                 file, sep="\t", header=None, skiprows=n_comments, usecols=range(4),
-                names=list(_COLUMNS), dtype=_COLUMNS, chunksize=chunk_lines or CHUNK_LINES, quoting=3,
-                na_filter=False, low_memory=False,
+                names=list(_COLUMNS), dtype=_COLUMNS, quoting=3, na_filter=False,
+                chunksize=chunk_lines or CHUNK_LINES, low_memory=False,
             )  # fmt: skip
             for chunk in reader:
                 _require_fragments(chunk, n_seen, given.display_name)
