@@ -64,8 +64,8 @@ def _parse_argument(text: str) -> InputArgument:
         # What looked like a data set is the file: `FILE:KEY`.
         dataset, typed, key = "", parse_path(dataset), match["path"]
     if not typed.exists():
-        got = f"{typed} does not exist"
-        raise DataError("no such input", where=text, got=got, fix=_CHECK_PATH)
+        missing = f"{typed} does not exist"
+        raise DataError("no such input", where=text, got=missing, fix=_CHECK_PATH)
     if not (typed.is_file() or typed.is_dir()):
         what = "a pipe, socket or device"
         raise DataError("an input is a file or a folder", where=text, got=what, fix=_CHECK_PATH)

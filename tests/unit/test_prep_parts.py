@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import h5py
 import numpy as np
@@ -32,7 +33,8 @@ def _open(*inputs: str, types: tuple[str, ...] = (), **kinds: str) -> dict[str, 
     """The source of each modality of some inputs."""
     feature_types = PerModality.parse_values(types, "--feature-type")
     options = ReadingOptions(kinds=kinds, feature_types=feature_types)
-    return {source.modality: source for source in parse_inputs(inputs, options)}  # type: ignore[misc]
+    sources = cast(list[Source], parse_inputs(inputs, options))
+    return {source.modality: source for source in sources}
 
 
 def _read_table(source: Source, scratch: Path) -> pd.DataFrame:
