@@ -13,7 +13,8 @@ from clue_dist.process import print_error
 from data_prep.options import InputArgument, ReadingOptions, require_known_modalities
 from data_prep.readers.file_parts import FilePart, choose_parts, describe_left_out
 from data_prep.readers.formats import find_format
-from data_prep.readers.fragments import ConversionInput
+from data_prep.readers.fragments import ConversionInput, FragmentsInput
+from data_prep.readers.text_table import TextTableSource, orient_table
 
 _CHECK_PATH = (
     "check the path; inputs are written NAME=FILE, FILE.h5mu, NAME=FILE:KEY or DATASET:NAME=FILE"
@@ -50,8 +51,29 @@ def parse_inputs(texts: Sequence[str], options: ReadingOptions) -> list[Conversi
         for part in others.values():
             if part.holds_counts:
                 print_error(describe_left_out(path, part))
+    inputs = _orient_tables(inputs)
     _require_modalities([given.modality for given in inputs], modalities, options)
     return inputs
+
+
+def _orient_tables(inputs: list[ConversionInput]) -> list[ConversionInput]:
+    """Find out where the cells of tables are, by the barcodes of the other inputs; say so."""
+    unknown = [i for i, given in enumerate(inputs) if _is_unoriented(given)]
+    barcodes = [
+        (given.dataset, given.display_name, given.read_head().barcodes[:])
+        for given in inputs
+        if unknown and not isinstance(given, FragmentsInput) and not _is_unoriented(given)
+    ]
+    for i in unknown:
+        given = inputs[i]
+        assert isinstance(given, TextTableSource)
+        inputs[i], sentence = orient_table(given, barcodes)
+        print_error(sentence)
+    return inputs
+
+
+def _is_unoriented(given: ConversionInput) -> bool:
+    return isinstance(given, TextTableSource) and given.cells_in_rows is None
 
 
 def _parse_argument(text: str) -> InputArgument:

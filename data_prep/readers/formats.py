@@ -29,6 +29,7 @@ from data_prep.readers.matrix_market import (
 )
 from data_prep.readers.source import decode_barcodes
 from data_prep.readers.tenx import is_tenx, list_tenx_parts, open_tenx
+from data_prep.readers.text_table import is_text_table, list_table_parts, open_text_table
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ FORMATS = (
     InputFormat(".h5ad", is_h5ad, list_h5ad_parts, open_h5ad, ("--layer", "--feature-type")),
     InputFormat(".h5mu", is_h5mu, list_h5mu_parts, open_h5mu, ("--layer", "--feature-type")),
     InputFormat("10x .h5", is_tenx, list_tenx_parts, open_tenx, ("--feature-type",)),
+    InputFormat("a table as text", is_text_table, list_table_parts, open_text_table),
     InputFormat(
         "fragments.tsv.gz",
         is_fragments,
