@@ -39,6 +39,7 @@ from data_prep.jobs.whole_folders import remove_leftovers
 from data_prep.jobs.workers import WorkerPool
 from data_prep.options import FIELDS, NO_COLUMN, FeatureChoice, ObsColumns, Pairing
 from data_prep.readers.fragments import ConversionInput, FragmentsSource, count_fragments
+from data_prep.readers.listed_cells import identify_lists, keep_listed_cells
 from data_prep.readers.source import Source, SourceHead
 
 
@@ -56,6 +57,8 @@ class ConversionOptions:
     kinds: dict[str, str] = field(default_factory=dict)
     obs_columns: ObsColumns = field(default_factory=ObsColumns)
     pairing: Pairing | None = None  # None: exact, but numbers of rows are refused
+    # For modalities that are no fragments: a list of barcodes, or a modality, whose cells are kept.
+    kept_cells: Mapping[str, str] = field(default_factory=dict)
 
 
 def convert_inputs(
@@ -109,14 +112,15 @@ def build_store(
     choices, work, store = options.feature_choices, job / "work", job / "store"
     if reference and any(c.mode or c.listed or c.top_features for c in choices.values()):
         raise ValueError("features are chosen, although another store decides them")
-    sources = count_fragments(inputs, choices, work / "fragments", pool)
+    by_core = options.pairing == "core"
+    sources = count_fragments(inputs, choices, work / "fragments", pool, by_core)
+    sources = keep_listed_cells(sources, options.kept_cells, by_core, work / "kept")
     heads = _read_heads(sources)
     plan = plan_features(sources, heads, options.kinds, choices, reference)
     # The codes of known batches and labels stay what they are in the other store.
     names = {"batch": reference.batches, "label": reference.labels} if reference else {}
     if options.pairing is None:
         refuse_row_numbers(sources, heads)
-    by_core = options.pairing == "core"
     modality_names = list(plan.modalities)
     cells = join_cells_by_barcode(
         sources,
@@ -218,7 +222,8 @@ def describe_conversion(
             "codec": options.codec,
             "kinds": options.kinds,
         }
-        | ({"pairing": options.pairing} if options.pairing else {}),
+        | ({"pairing": options.pairing} if options.pairing else {})
+        | ({"kept": identify_lists(options.kept_cells)} if options.kept_cells else {}),
         "features": {name: choice.describe_identity() for name, choice in choices},
         "columns": dict(options.obs_columns.by_field),
         "features_from": reference.fingerprint if reference else None,

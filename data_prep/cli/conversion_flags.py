@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from clue_dist.errors import DataError, list_names
@@ -21,7 +21,7 @@ from data_prep.options import (
     ReadingOptions,
 )
 from data_prep.readers.formats import list_format_names
-from data_prep.readers.fragments import ConversionInput
+from data_prep.readers.fragments import ConversionInput, FragmentsInput
 
 SEVERAL: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}  # values of a flag
 
@@ -76,7 +76,24 @@ def parse_conversion(
         kinds,
         obs_columns,
         arguments.pair_barcodes,
+        choose_kept_cells(inputs, reading.barcodes),
     )
+
+
+def choose_kept_cells(inputs: Sequence[ConversionInput], barcodes: PerModality) -> dict[str, str]:
+    """For which modalities that are no fragments `--barcodes` leaves cells out, and by which list.
+
+    Where fragments are among the inputs, a value without NAME is for these alone, and a matrix of
+    the same modality as fragments keeps its cells.
+    """
+    fragments = {given.modality for given in inputs if isinstance(given, FragmentsInput)}
+    names = dict.fromkeys(given.modality for given in inputs if given.modality not in fragments)
+    kept = {name: barcodes.by_modality.get(name) for name in names}
+    if barcodes.default is not None and not fragments:
+        for name in names:
+            if name != barcodes.default or len(names) == 1:
+                kept[name] = kept[name] or barcodes.default
+    return {name: allowed for name, allowed in kept.items() if allowed is not None}
 
 
 def add_input_flags(parser: argparse.ArgumentParser) -> None:
@@ -146,8 +163,8 @@ def _add_feature_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--barcodes",
         metavar="[NAME=]FILE|MODALITY",
-        help="cells of a fragments file: those listed, or those of another modality (default: "
-        "every barcode)",
+        help="cells that are kept: those listed, or those of another modality (default: all); "
+        "without NAME of fragments alone, if there are any",
         **SEVERAL,
     )
     parser.add_argument(

@@ -123,10 +123,7 @@ def _require_modalities(
             "no input has layers", where=where, expected="an .h5ad or .h5mu among the inputs"
         )
     options.feature_types.require_known(modalities["--feature-type"])
-    options.barcodes.require_known(modalities["--barcodes"])
-    for flag, is_given in (
-        ("--barcodes", options.barcodes.default is not None),
-        ("--cut-sites", options.cut_sites),
-    ):
-        if is_given and not modalities[flag]:
-            raise DataError("no input is a fragments file", where=flag, fix=f"leave {flag} out")
+    options.barcodes.require_known(names)
+    if options.cut_sites and not modalities["--cut-sites"]:
+        flag = "--cut-sites"
+        raise DataError("no input is a fragments file", where=flag, fix=f"leave {flag} out")

@@ -56,7 +56,7 @@ FORMATS = (
         is_fragments,
         list_fragments_parts,
         open_fragments,
-        ("--barcodes", "--cut-sites"),
+        ("--cut-sites",),
     ),
     InputFormat(
         "a Matrix Market folder",

@@ -25,6 +25,7 @@ from data_prep.options import FeatureChoice, InputArgument, ReadingOptions
 from data_prep.readers import sorted_entries
 from data_prep.readers.file_parts import FilePart
 from data_prep.readers.genome_bins import name_bin
+from data_prep.readers.listed_cells import CellList, list_allowed_barcodes
 from data_prep.readers.source import (
     DirectSource,
     Source,
@@ -34,7 +35,7 @@ from data_prep.readers.source import (
     encode_barcodes,
     identify_file,
 )
-from data_prep.readers.text_files import MOST_LETTERS, UNREADABLE, open_text, read_lines
+from data_prep.readers.text_files import MOST_LETTERS, UNREADABLE, open_text
 
 CHUNK_LINES = 2**21  # read at once: about 100 MB
 _COLUMNS = {"chromosome": "category", "start": "int64", "end": "int64", "barcode": "category"}
@@ -181,6 +182,7 @@ class _CountTask:
     given: FragmentsInput
     bin_width: int
     barcodes: Path | None  # a file of those to count; None: every barcode
+    by_core: bool  # whether these are compared by their cores
     out: Path
 
 
@@ -189,6 +191,7 @@ def count_fragments(
     choices: Mapping[str, FeatureChoice],
     work: Path,
     pool: WorkerPool,
+    by_core: bool = False,
 ) -> list[Source]:
     """Make a source of every fragments file among the inputs; the other inputs are sources.
 
@@ -197,12 +200,14 @@ def count_fragments(
         choices: choices of features, by modality; they say how wide bins are.
         work: a folder for the counts.
         pool: counts the files.
+        by_core: whether barcodes of lists are compared by their cores.
 
     Raises:
         DataError: the width of bins is missing; a file, or a list of barcodes, is damaged.
     """
     sources: list[Source] = []
     tasks: dict[Path, _CountTask] = {}
+    others = [given for given in inputs if not isinstance(given, FragmentsInput)]
     for i, given in enumerate(inputs):
         if not isinstance(given, FragmentsInput):
             sources.append(given)
@@ -216,41 +221,13 @@ def count_fragments(
         if given.allowed is not None:
             work.mkdir(parents=True, exist_ok=True)
             barcodes = work / f"keep{i:03d}.npy"
-            save_array(barcodes, _list_allowed_barcodes(given, given.allowed, inputs))
-        tasks[out] = _CountTask(given, bin_width, barcodes, out)
+            listed = list_allowed_barcodes(given.modality, given.dataset, given.allowed, others)
+            save_array(barcodes, listed)
+        tasks[out] = _CountTask(given, bin_width, barcodes, by_core, out)
         sources.append(FragmentsSource(given, out))
     if tasks:
         run_missing(pool, "count fragments", _count_file, tasks)
     return sources
-
-
-def _list_allowed_barcodes(
-    given: FragmentsInput, allowed: str, inputs: Sequence[ConversionInput]
-) -> np.ndarray:
-    """The barcodes of a list, or of a modality in the same data set, as bytes, (n,)."""
-    if parse_path(allowed).is_file():
-        texts = [line.split("\t")[0] for line in read_lines(Path(allowed))]
-        barcodes = encode_barcodes(texts, allowed)
-        if not given.dataset:
-            return barcodes
-        # A list may spell barcodes as the store does, with the data set before them.
-        prefix = f"{given.dataset}:".encode()
-        return np.array([barcode.removeprefix(prefix) for barcode in barcodes.tolist()], "S")
-    sources = [source for source in inputs if not isinstance(source, FragmentsInput)]
-    found = [
-        source.read_head().barcodes[:]
-        for source in sources
-        if (source.modality, source.dataset) == (allowed, given.dataset)
-    ]
-    if not found:
-        modalities = list_names(dict.fromkeys(source.modality for source in sources))
-        raise DataError(
-            "neither a list of barcodes nor another modality of this data set",
-            where=f"--barcodes {given.modality}={allowed}",
-            got=f"modalities with cells: {modalities or 'none'}",
-            expected="a file with a barcode a line, or one of these modalities",
-        )
-    return np.concatenate(found)
 
 
 class _Numbering:
@@ -272,14 +249,17 @@ def _count_file(task: _CountTask) -> None:
     """Count one file into a folder of parts, barcodes.npy and bins.npy."""
     allowed = None
     if task.barcodes is not None:
-        allowed = set(decode_barcodes(load_array(task.barcodes)).tolist())
+        allowed = CellList(load_array(task.barcodes), task.by_core)
+    first_barcodes = np.empty(0, "S1")
     cells, chromosomes, bins = _Numbering(), _Numbering(), _Numbering()
     where = task.given.display_name
     with make_whole_folder(task.out) as folder:
         for part, chunk in enumerate(_read_chunks(task.given)):
             # Barcodes that are left out must not be numbered: every number becomes a cell.
             if allowed is not None:
-                chunk = chunk[chunk["barcode"].isin(allowed).to_numpy()]
+                found = encode_barcodes(chunk["barcode"].cat.categories.tolist(), where)
+                first_barcodes = first_barcodes if part else found
+                chunk = chunk[allowed.find_wanted(found)[chunk["barcode"].cat.codes]]
                 barcodes = chunk["barcode"].cat.remove_unused_categories()
                 chunk = chunk.assign(barcode=barcodes)
             rows = cells.number_categories(chunk["barcode"])
@@ -292,8 +272,9 @@ def _count_file(task: _CountTask) -> None:
             columns = bins.number_values(unique.tolist())[inverse]
             _write_counts(folder / f"{part:06d}", np.tile(rows, len(hits)), columns)
         if not cells.numbers:
-            fix = "the list and the file must spell barcodes alike" if allowed is not None else None
-            raise DataError("no fragment is of a cell that is wanted", where=where, fix=fix)
+            if allowed is not None:
+                raise allowed.explain_absence(where, first_barcodes)
+            raise DataError("the file holds no fragments", where=where)
         names = list(chromosomes.numbers)
         texts = [
             name_bin(names[key >> _SHIFT], key & _LOWER_BITS, task.bin_width)

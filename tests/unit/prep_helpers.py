@@ -15,6 +15,7 @@ import scipy.sparse as sp
 
 from clue_dist.store.reader import Store
 from clue_dist.store.rows import CsrRows
+from data_prep.cli.conversion_flags import choose_kept_cells
 from data_prep.cli.feature_choices import parse_choices
 from data_prep.cli.inputs import parse_inputs
 from data_prep.conversion import counts as count_matrices
@@ -142,18 +143,21 @@ def convert_files(
         ("--feature-ids", ids, "columns"),
         ("--barcodes", barcodes, "lists"),
     )
-    given = parse_inputs(
-        list(inputs),
-        ReadingOptions(
-            keys, kinds, *(PerModality.parse_values(t, f, w) for f, t, w in flags), cut_sites
-        ),
+    reading = ReadingOptions(
+        keys, kinds, *(PerModality.parse_values(t, f, w) for f, t, w in flags), cut_sites
     )
+    given = parse_inputs(list(inputs), reading)
     names = [source.modality for source in given]
     choices = parse_choices(names, kinds, features, bins, top, options.get("features_from"))
     convert_inputs(
         given,
         out,
-        ConversionOptions(obs_columns=keys, feature_choices=choices, **options),
+        ConversionOptions(
+            obs_columns=keys,
+            feature_choices=choices,
+            kept_cells=choose_kept_cells(given, reading.barcodes),
+            **options,
+        ),
         ThreadPool(workers),
     )
     return Store(out)

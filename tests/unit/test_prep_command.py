@@ -65,7 +65,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ),
         (
             ["convert", "rna=good.h5ad", "--out", "x.zarr", "--barcodes", "rna"],
-            "no input is a fragments file",
+            "neither a list of barcodes nor another modality",
         ),
         (
             ["convert", "atac=good.h5ad", "--out", "x.zarr", "--bins", "atac=5000"],

@@ -105,7 +105,7 @@ def test_only_cells_of_a_list_or_of_another_modality(tmp_path: Path) -> None:
         convert_files(tmp_path / "x.zarr", *given, bins=["atac=1000"], barcodes=["atac=adt"])
     assert "modalities with cells: rna" in str(caught.value)
     (tmp_path / "cells.tsv").write_text("ACGT-1\n")
-    with pytest.raises(DataError, match="no fragment is of a cell that is wanted"):
+    with pytest.raises(DataError, match="no barcode of the file is among those"):
         convert_files(
             tmp_path / "y.zarr",
             given[0],
@@ -230,11 +230,12 @@ def test_flags_that_do_not_fit(tmp_path: Path) -> None:
         convert_files(out, str(path), bins=["atac=1000"])
     with pytest.raises(DataError, match="fragments are of kind atac"):
         convert_files(out, f"rna={path}")
-    for flags in ({"cut_sites": True}, {"barcodes": ["rna"]}):
-        with pytest.raises(DataError, match="no input is a fragments file"):
-            convert_files(out, f"rna={rna}", **flags)
+    with pytest.raises(DataError, match="no input is a fragments file"):
+        convert_files(out, f"rna={rna}", cut_sites=True)
+    with pytest.raises(DataError, match="neither a list of barcodes nor another modality"):
+        convert_files(out, f"rna={rna}", barcodes=["rna"])
     with pytest.raises(DataError, match="no such modality"):
-        convert_files(out, f"rna={rna}", f"atac={path}", bins=["atac=1000"], barcodes=["rna=atac"])
+        convert_files(out, f"rna={rna}", f"atac={path}", bins=["atac=1000"], barcodes=["adt=rna"])
 
 
 @pytest.mark.parametrize(

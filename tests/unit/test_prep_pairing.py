@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse as sp
 
-from clue_dist.errors import DataError
+from clue_dist.errors import DataError, StoreError
 from clue_dist.process import run_main
 from clue_dist.store.manifest import Manifest
 from clue_dist.store.reader import Store
+from data_prep import convert
 from data_prep.cli.commands import main
 from data_prep.conversion import join_cells, pairing
 from data_prep.conversion.pairing import format_pairing, survey_pairing
@@ -24,8 +26,10 @@ from tests.unit.prep_helpers import (
     make_counts,
     read_counts,
     read_field,
+    write_10x,
     write_h5ad,
     write_h5mu,
+    write_mtx,
 )
 
 BASES = "ACGTACGTTGCA"
@@ -243,3 +247,76 @@ def test_cells_of_a_store_are_known_where_barcodes_pair_by_their_core(
     assert count_strata(Store(tmp_path / "s.zarr")) == {"rna+adt": 40, "rna+adt.2": 40}
     assert run_command(monkeypatch, "append", lanes[1], "--to", to, *words) == 2
     assert "40 cells are in the store already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["csr", "csc", "dense", "10x", "mtx"])
+def test_cells_of_another_modality_are_kept_of_every_droplet(
+    tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rna, atac = make_counts(10, 12), make_counts(600, 8, 1, "p")
+    atac = atac.sample(frac=1, random_state=2)
+    if form == "10x":
+        path = write_10x(tmp_path / "raw.h5", atac, ["Peaks"] * 8)
+    elif form == "mtx":
+        path = write_mtx(tmp_path / "raw", atac, ["Peaks"] * 8)
+    else:
+        kind = {"csr": sp.csr_matrix, "csc": sp.csc_matrix, "dense": np.asarray}[form]
+        path = write_h5ad(tmp_path / "raw.h5ad", atac, kind)
+    given = [f"atac={path}", f"rna={write_h5ad(tmp_path / 'r.h5ad', rna)}"]
+    convert_files(tmp_path / "x.zarr", *given)
+    assert "warning: atac has 60 times the cells of rna" in capsys.readouterr().err
+    store = convert_files(tmp_path / "s.zarr", *given, barcodes=["atac=rna"])
+    assert count_strata(store) == {"atac+rna": 10}
+    assert_same_counts(read_counts(store, "atac"), atac.loc[rna.index])
+    assert_same_counts(read_counts(store, "rna"), rna)
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_cells_of_a_list_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rna, adt = make_counts(40, 12), make_counts(40, 4, 1, "p")
+    donors = ["a", "b"] * 20
+    given = [
+        f"lane1:rna={write_h5ad(tmp_path / 'r.h5ad', rna, donor=donors)}",
+        f"lane1:adt={write_h5ad(tmp_path / 'a.h5ad', adt)}",
+    ]
+    listed = tmp_path / "cells.txt"
+    listed.write_text("lane1:c3\nc30\nc39\nc99\n")
+    flags = {"barcodes": [str(listed)], "columns": {"batch": "donor"}}
+    store = convert_files(tmp_path / "s.zarr", *given, **flags)
+    assert count_strata(store) == {"rna+adt": 3}
+    assert read_field(store, "batch") == {"lane1:c3": "b", "lane1:c30": "a", "lane1:c39": "b"}
+    # Another list is another job.
+    monkeypatch.setattr(convert, "commit_store", fail_once)
+    with pytest.raises(KeyboardInterrupt):
+        convert_files(tmp_path / "t.zarr", *given, **flags)
+    listed.write_text("c3\n")
+    with pytest.raises(StoreError, match="an interrupted conversion of other inputs or options"):
+        convert_files(tmp_path / "t.zarr", *given, **flags)
+
+
+def fail_once(*arguments: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("form", ["fragments", "matrix"])
+def test_lists_are_compared_by_core(tmp_path: Path, form: str) -> None:
+    rna = make_counts(12, 6)
+    name_cells(rna)
+    names = [f"S1#{name}-1" for name in rna.index] + [f"S1#{BASES}-1"]
+    flags: dict[str, object] = {"barcodes": ["atac=rna"]}
+    if form == "fragments":
+        lines = [f"chr1\t{100 * i}\t{100 * i + 50}\t{name}\t1\n" for i, name in enumerate(names)]
+        path = tmp_path / "f.tsv"
+        path.write_text("".join(lines))
+        flags["bins"] = ["atac=1000"]
+    else:
+        atac = make_counts(13, 5, 1, "k")
+        atac.index = names
+        path = write_h5ad(tmp_path / "a.h5ad", atac)
+    given = [f"rna={write_h5ad(tmp_path / 'r.h5ad', rna)}", f"atac={path}"]
+    with pytest.raises(DataError, match="no barcode of the file is among those") as caught:
+        convert_files(tmp_path / "x.zarr", *given, **flags)
+    assert "`--pair-barcodes core`: without prefix and suffix 12 of them agree" in str(caught.value)
+    store = convert_files(tmp_path / "s.zarr", *given, **flags, pairing="core")
+    assert count_strata(store) == {"rna+atac": 12}
+    assert set(read_counts(store, "atac").index) == set(rna.index)
