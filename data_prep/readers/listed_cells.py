@@ -121,6 +121,9 @@ class ListedCellsSource:
     def list_other_counts(self) -> list[str]:
         return self.source.list_other_counts()
 
+    def probe_counts(self) -> bool:
+        return self.source.probe_counts()
+
 
 def keep_listed_cells(
     sources: Sequence[Source], allowed: Mapping[str, str], by_core: bool, folder: Path
