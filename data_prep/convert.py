@@ -315,6 +315,9 @@ def format_notes(manifest: Manifest, notes: Mapping[str, Any]) -> list[str]:
                 f"  {note['file']}: {note['empty']:,} cells have no {note['modality']} counts "
                 "and lose that modality"
             )
+        if respelled := note["features"].get("respelled"):
+            before, after = respelled
+            lines.append(f"  {note['file']}: regions are spelled {before} there, {after} here")
         for which, fate in (("missing", "become zero"), ("extra", "are dropped")):
             if n_features := note["features"][which]:
                 first = list_names(note["features"][f"first_{which}"])

@@ -13,6 +13,7 @@ from clue_dist.errors import DataError, list_names
 from clue_dist.kinds import KINDS, infer_kind
 from clue_dist.store import layout
 from clue_dist.store.manifest import Manifest, Modality
+from data_prep.features.spelling import RegionSpelling, drop_tallies, find_spelling
 from data_prep.options import FeatureChoice
 from data_prep.readers.genome_bins import bin_peaks, order_along_genome
 from data_prep.readers.source import Source, SourceHead
@@ -66,6 +67,8 @@ class _NamedSource:
     source: Source
     head: SourceHead
     features: list[str]  # one for each column; of bins, several may be the same
+    # Of features that the file spells otherwise: its spelling of the first one, and the store's.
+    respelled: tuple[str, str] | None = None
 
     @property
     def display_name(self) -> str:
@@ -102,10 +105,11 @@ def plan_features(
         _name_features(source, head, choices.get(source.modality, FeatureChoice()))
         for source, head in zip(sources, heads, strict=True)
     ]
-    if reference is not None:
-        modalities = _take_modalities(names, reference)
-    else:
-        modalities = {}
+    modalities = _take_modalities(names, reference) if reference is not None else {}
+    decided = {name: modality.features for name, modality in modalities.items()}
+    decided |= {name: list(choice.listed) for name, choice in choices.items() if choice.listed}
+    named = _respell_regions(named, decided)
+    if reference is None:
         for name in names:
             files = [file for file in named if file.source.modality == name]
             choice = choices.get(name, FeatureChoice())
@@ -115,7 +119,8 @@ def plan_features(
     for file in named:
         wanted = modalities[file.source.modality].features
         columns.append(None if file.features == wanted else _place_columns(file, wanted))
-        notes.append(_compare_features(wanted, file.features))
+        note = _compare_features(wanted, file.features)
+        notes.append(note | ({"respelled": file.respelled} if file.respelled else {}))
     return FeaturePlan(modalities, columns, notes)
 
 
@@ -181,6 +186,38 @@ def _name_features(source: Source, head: SourceHead, choice: FeatureChoice) -> _
     return _NamedSource(source, head, features)
 
 
+def _respell_regions(
+    files: Sequence[_NamedSource], decided: Mapping[str, list[str]]
+) -> list[_NamedSource]:
+    """Spell the regions of all files of a modality alike: as its features, if these are decided.
+
+    Otherwise the first file decides.
+
+    decided: the features of some modalities.
+    """
+    spellings: dict[str, RegionSpelling | None] = {}
+    known: dict[tuple[str, int], list[str]] = {}  # many files share one list
+    respelled = []
+    for file in files:
+        name = file.source.modality
+        if name not in spellings:
+            spellings[name] = find_spelling(decided.get(name, file.features))
+        spelling = spellings[name]
+        # Millions of genes need not be looked at.
+        if spelling is None or find_spelling(file.features) is None:
+            respelled.append(file)
+            continue
+        key = name, id(file.features)
+        if key not in known:
+            known[key] = [spelling.respell_region(feature) for feature in file.features]
+        changes = zip(file.features, known[key], strict=True)
+        first = next((change for change in changes if change[0] != change[1]), None)
+        if first is not None:
+            file = replace(file, features=known[key], respelled=first)
+        respelled.append(file)
+    return respelled
+
+
 def _take_modalities(names: list[str], reference: Manifest) -> dict[str, Modality]:
     """Take the modalities with these names from another store, in its order."""
     unknown = [name for name in names if name not in reference.modalities]
@@ -199,7 +236,12 @@ def _create_modality(
 ) -> Modality:
     """Create a modality with the features that are listed, or those of its files."""
     kind = infer_kind(name, kinds)
-    features = _combine_features(name, files, choice) if choice.listed is None else choice.listed
+    if choice.listed is None:
+        features = _combine_features(name, files, choice)
+        if not KINDS[kind].real_values:
+            features = drop_tallies(features)
+    else:
+        features = list(choice.listed)
     file_names = list_names(file.display_name for file in files)
     if not features:
         raise DataError(
@@ -215,7 +257,7 @@ def _create_modality(
             expected=layout.MAX_FEATURES,
             fix="bin or choose them: `--bins`, `--top`, `--features FILE`",
         )
-    return Modality(kind=kind, storage=KINDS[kind].storage, features=list(features))
+    return Modality(kind=kind, storage=KINDS[kind].storage, features=features)
 
 
 def _combine_features(name: str, files: list[_NamedSource], choice: FeatureChoice) -> list[str]:
@@ -240,8 +282,8 @@ def _require_same_features(
     name: str, first: Source, features: list[str], file: _NamedSource
 ) -> None:
     """Refuse a file whose features are not those of the first file, in any order."""
-    missing = _list_missing(features, file.features)
-    extra = _list_missing(file.features, features)
+    missing = drop_tallies(_list_missing(features, file.features))
+    extra = drop_tallies(_list_missing(file.features, features))
     if missing or extra:
         raise DataError(
             f"the files of modality {name!r} have different features",
