@@ -27,6 +27,7 @@ from clue_dist.store.manifest import Manifest
 from clue_dist.store.writer import commit_store, create_store
 from data_prep.conversion import scatter
 from data_prep.conversion.cells import CellTable
+from data_prep.conversion.counts import find_largest_rounding
 from data_prep.conversion.gather import gather_shards
 from data_prep.conversion.join_cells import join_cells_by_barcode
 from data_prep.conversion.pairing import format_pairing, refuse_row_numbers, survey_pairing
@@ -59,6 +60,7 @@ class ConversionOptions:
     pairing: Pairing | None = None  # None: exact, but numbers of rows are refused
     # For modalities that are no fragments: a list of barcodes, or a modality, whose cells are kept.
     kept_cells: Mapping[str, str] = field(default_factory=dict)
+    round_counts: bool = False  # whether counts may be fractions, which are rounded
 
 
 def convert_inputs(
@@ -138,8 +140,10 @@ def build_store(
 
     # First pass, after one or two more over the modalities whose features are chosen by cells.
     scatter.prepare_sources(sources, work, pool)
-    plan, selected = _select_features(sources, heads, plan, cells, choices, work, pool)
-    readings = scatter.plan_readings(sources, heads, plan.modalities, plan.columns, cells, work)
+    plan, selected = _select_features(sources, heads, plan, cells, options, work, pool)
+    readings = scatter.plan_readings(
+        sources, heads, plan.modalities, plan.columns, cells, work, options.round_counts
+    )
     spools = scatter.scatter_rows(readings, work / "spools", pool)
 
     # Second pass, once it is known what every cell takes.
@@ -185,12 +189,15 @@ def _select_features(
     heads: Sequence[SourceHead],
     plan: FeaturePlan,
     cells: CellTable,
-    choices: Mapping[str, FeatureChoice],
+    options: ConversionOptions,
     work: Path,
     pool: WorkerPool,
 ) -> tuple[FeaturePlan, dict[str, SelectedFeatures]]:
     """The plan with the features that are kept, and how they were chosen, by modality."""
-    readings = scatter.plan_readings(sources, heads, plan.modalities, plan.columns, cells, work)
+    readings = scatter.plan_readings(
+        sources, heads, plan.modalities, plan.columns, cells, work, options.round_counts
+    )
+    choices = options.feature_choices
     selected = select_variable_features(
         readings, plan, cells, choices, work / "select", scatter.TASK_ENTRIES, pool
     )
@@ -223,6 +230,7 @@ def describe_conversion(
             "kinds": options.kinds,
         }
         | ({"pairing": options.pairing} if options.pairing else {})
+        | ({"round": True} if options.round_counts else {})
         | ({"kept": identify_lists(options.kept_cells)} if options.kept_cells else {}),
         "features": {name: choice.describe_identity() for name, choice in choices},
         "columns": dict(options.obs_columns.by_field),
@@ -259,6 +267,11 @@ def _describe_provenance(
         }
         if isinstance(source, FragmentsSource):
             note["counted"] = source.counted_unit
+        if change := find_largest_rounding(cells.row_folders[i]):
+            note["rounded_by"] = change
+        missing = {name: codes.missing_texts for name, codes in head.fields.items()}
+        if any(missing.values()):
+            note["missing_texts"] = {name: list(texts) for name, texts in missing.items() if texts}
         inputs.append(note)
     unknown = {f"without_{field}": count_unknown(final, cells, field) for field in FIELDS}
     merged = {"paired_by_core": cells.n_merged} if cells.by_core else {}
@@ -318,6 +331,12 @@ def format_notes(manifest: Manifest, notes: Mapping[str, Any]) -> list[str]:
         if respelled := note["features"].get("respelled"):
             before, after = respelled
             lines.append(f"  {note['file']}: regions are spelled {before} there, {after} here")
+        if "rounded_by" in note:
+            change = f"{note['rounded_by']:.1g}"
+            lines.append(f"  {note['file']}: counts were rounded, by {change} at most")
+        for column, texts in note.get("missing_texts", {}).items():
+            named = list_names(map(repr, texts))
+            lines.append(f"  {note['file']}: cells whose {column} is {named} have none")
         for which, fate in (("missing", "become zero"), ("extra", "are dropped")):
             if n_features := note["features"][which]:
                 first = list_names(note["features"][f"first_{which}"])

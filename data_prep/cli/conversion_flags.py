@@ -77,6 +77,7 @@ def parse_conversion(
         obs_columns,
         arguments.pair_barcodes,
         choose_kept_cells(inputs, reading.barcodes),
+        arguments.round,
     )
 
 
@@ -135,6 +136,11 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=KIND",
         help=f"{list_names(KINDS)}: where the name does not say",
         **SEVERAL,
+    )
+    parser.add_argument(
+        "--round",
+        action="store_true",
+        help="round corrected counts, as of SoupX, to whole numbers; those nearly whole always are",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the shuffle")
     add_pool_flags(parser)

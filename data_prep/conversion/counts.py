@@ -9,6 +9,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from clue_dist.errors import DataError, list_names
+from clue_dist.files import write_file
 from clue_dist.kinds import KINDS
 from clue_dist.store.kernel_cache import compile_kernel
 from clue_dist.store.kernels import LARGEST_COUNT
@@ -18,6 +19,9 @@ from data_prep.jobs.array_files import load_array
 from data_prep.readers.source import Source, SourceRows, decode_barcodes
 
 STEP_ENTRIES = 2**20  # read and coded at once: a count takes eight times the memory of its code
+ROUNDED = "rounded-"  # begins the names of notes about rounded counts
+# How far a count may be from a whole number: that far if it is small, and if it is large.
+_NEARLY_WHOLE = (1e-3, 0.05)
 _COUNTS_RULE = "counts must be raw: non-negative, finite integers"
 _VALUES_RULE = "dense values must be finite"
 
@@ -29,6 +33,9 @@ class AlignmentTarget:
     kind: str
     n_features: int
     columns: Path | None  # a .npy file of where each column goes, -1 = dropped; None: all stay
+    # Whether counts may be any fractions, which are rounded; else those that are nearly whole are.
+    round_counts: bool = False
+    notes: Path | None = None  # a folder for what is to be told of the rows; None: nothing is
 
 
 @dataclass(frozen=True)
@@ -126,6 +133,7 @@ def canonicalise_rows(
     if kind.real_values:
         return _canonicalise_values(source, rows, columns, target.n_features, first_row)
     matrix = sp.csr_matrix(rows) if isinstance(rows, np.ndarray) else rows
+    matrix = _round_counts(matrix, target, first_row)
     counts = _canonicalise_counts(source, matrix, columns, target.n_features, first_row)
     return narrow_counts(counts.toarray()) if kind.storage == "dense" else counts
 
@@ -147,6 +155,33 @@ def _canonicalise_values(
 def _densify(rows: sp.csr_matrix) -> np.ndarray:
     """Make an array; entries given twice add up, integers as floats, which do not wrap around."""
     return (rows if rows.dtype.kind == "f" else rows.astype(np.float64)).toarray()
+
+
+def _round_counts(matrix: sp.csr_matrix, target: AlignmentTarget, first_row: int) -> sp.csr_matrix:
+    """Round counts that are nearly whole, as they are when they were computed from others.
+
+    What is farther from a whole number stays, and is refused later, unless every count is to be
+    rounded. The largest change is noted in a file.
+    """
+    if matrix.dtype.kind != "f":
+        return matrix
+    rounded = np.rint(matrix.data)
+    with np.errstate(invalid="ignore"):  # missing and infinite values stay, and are refused later
+        changes = np.abs(rounded - matrix.data)
+    allowed = 0.5 if target.round_counts else np.clip(1e-5 * rounded, *_NEARLY_WHOLE)
+    changed = (changes > 0) & (changes <= allowed) & (rounded >= 0)
+    if not changed.any():
+        return matrix
+    if target.notes is not None:
+        note = target.notes / f"{ROUNDED}{first_row:012d}"
+        write_file(note, repr(float(changes[changed].max())), unique=True)
+    values = np.where(changed, np.abs(rounded), matrix.data)  # without -0.0
+    return sp.csr_matrix((values, matrix.indices, matrix.indptr), shape=matrix.shape, copy=False)
+
+
+def find_largest_rounding(notes: Path) -> float:
+    """The largest change by which a count of a source was rounded; 0 where none was."""
+    return max((float(note.read_text()) for note in notes.glob(f"{ROUNDED}*")), default=0.0)
 
 
 def _canonicalise_counts(
@@ -221,7 +256,7 @@ def _describe_value(
     is_count = rule == _COUNTS_RULE
     if is_count and value > LARGEST_COUNT:
         rule = f"counts above {LARGEST_COUNT} cannot be held exactly in float32"
-    fix = "convert the raw counts, not normalised values" if is_count else None
+    fix = _advise_on_value(source.modality, float(value)) if is_count else None
     if other_counts:
         names = list_names(other_counts)
         fix = f"these look like raw counts: {names}; name one with `--layer`"
@@ -231,6 +266,22 @@ def _describe_value(
         got=value,
         expected="0, 1, 2, ..." if is_count else "a finite number",
         fix=fix,
+    )
+
+
+def _advise_on_value(modality: str, value: float) -> str:
+    """What a person can do about a value that is no count."""
+    if np.isnan(value):
+        return (
+            "a value is missing, as after a concatenation that keeps features which some files "
+            "lack: convert the files one by one with `--features union`, which sets absent ones "
+            "to zero, or fill in zeros where that is true"
+        )
+    rounding = "" if value < 0 else "corrected counts are rounded with `--round`; "
+    return (
+        f"convert the raw counts, not normalised values; {rounding}"
+        "values that are meant to be normalised, as CLR or DSB make them of proteins, are stored "
+        f"with `--kind {modality}=dense`"
     )
 
 

@@ -70,6 +70,7 @@ def plan_readings(
     columns: Sequence[np.ndarray | None],
     cells: CellTable,
     work: Path,
+    round_counts: bool = False,
 ) -> list[SourceReading]:
     """Plan how tasks read each source's rows.
 
@@ -81,6 +82,7 @@ def plan_readings(
             are saved to files, which tasks read.
         cells: whose folders hold key and batch of each row.
         work: the folder for the files of this job.
+        round_counts: whether counts may be fractions, which are rounded.
     """
     readings = []
     for i, (source, head, folder) in enumerate(zip(sources, heads, cells.row_folders, strict=True)):
@@ -89,7 +91,9 @@ def plan_readings(
             column_file = folder / "columns.npy"
             save_array(column_file, places)
         modality = modalities[source.modality]
-        target = AlignmentTarget(modality.kind, modality.n_features, column_file)
+        target = AlignmentTarget(
+            modality.kind, modality.n_features, column_file, round_counts, folder
+        )
         scratch = work / "prepared" / f"{i:03d}"
         readings.append(SourceReading(source, target, head.n_rows, head.nnz, scratch, folder))
     return readings

@@ -54,14 +54,22 @@ def has_part(path: Path, *names: str) -> bool:
     Raises:
         DataError: the file cannot be read.
     """
-    try:
-        is_hdf5 = path.is_file() and h5py.is_hdf5(path)
-    except OSError as error:
-        raise explain_unreadable(path, error) from None
-    if not is_hdf5:
+    if not has_hdf5(path):
         return False
     with open_h5(path) as file:
         return any(name in file for name in names)
+
+
+def has_hdf5(path: Path) -> bool:
+    """Whether a path is a file that begins as HDF5 does.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        return path.is_file() and bool(h5py.is_hdf5(path))
+    except OSError as error:
+        raise explain_unreadable(path, error) from None
 
 
 def open_part(parent: Any, name: str) -> Any:

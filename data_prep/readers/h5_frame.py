@@ -93,7 +93,8 @@ def read_codes(obs: h5py.Group, name: str, n_cells: int) -> CategoryCodes:
     final_codes = np.full(len(categories) + 1, -1, np.int32)
     final_codes[used] = encoded.codes[:]
     path = Path(codes.file.filename)
-    return CategoryCodes(CategoryColumn(path, codes.name, n_cells, final_codes), encoded.names)
+    column_codes = CategoryColumn(path, codes.name, n_cells, final_codes)
+    return CategoryCodes(column_codes, encoded.names, encoded.missing_texts)
 
 
 def _read_plain_column(obs: h5py.Group, name: str, n_cells: int) -> Any:

@@ -1,8 +1,7 @@
-"""Matrix Market folders, as 10x writes them.
+"""Matrix Market files with barcodes and features beside them, as 10x and others write them.
 
-A folder holds matrix.mtx, barcodes.tsv and features.tsv (or genes.tsv), each maybe gzipped. Entries
-of the matrix come in any order, so the text is read once, chunk by chunk, and kept as sorted parts
-(see `sorted_entries`).
+What the files may be called is told by `mtx_files`. Entries of the matrix come in any order, so the
+text is read once, chunk by chunk, and kept as sorted parts (see `sorted_entries`).
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from data_prep.jobs.whole_folders import make_whole_folder
 from data_prep.options import InputArgument, ReadingOptions
 from data_prep.readers import sorted_entries
 from data_prep.readers.file_parts import FilePart, list_type_parts
+from data_prep.readers.mtx_files import find_mtx_files, is_mtx_file
 from data_prep.readers.source import (
     PROBED_VALUES,
     SourceHead,
@@ -40,13 +40,8 @@ from data_prep.readers.text_files import (
     read_lines,
 )
 
-# What the files of a folder may be called, apart from an ending .gz.
-_NAMES = {
-    "matrix": ["matrix.mtx"],
-    "barcodes": ["barcodes.tsv"],
-    "features": ["features.tsv", "genes.tsv"],
-}
 _PART = "000000"  # the only one
+_NUMBERS = ("integer", "real", "unsigned-integer", "double", "pattern")  # in a header
 _ENTRY_FORM: dict[str, Any] = {
     "sep": r"\s+",
     "header": None,
@@ -56,8 +51,8 @@ _ENTRY_FORM: dict[str, Any] = {
 
 
 def is_matrix_market(path: Path) -> bool:
-    """Whether a path is a folder; when it is opened, it must hold the three files."""
-    return path.is_dir()
+    """Whether a path is a Matrix Market file, or a folder, which must then hold one."""
+    return path.is_dir() or is_mtx_file(path)
 
 
 def list_mtx_parts(path: Path) -> list[FilePart]:
@@ -79,6 +74,16 @@ def open_matrix_market(
 
 
 @dataclass(frozen=True)
+class _MtxHeader:
+    """What the first lines of a Matrix Market file say."""
+
+    n_rows: int
+    n_columns: int
+    n_entries: int
+    is_pattern: bool = False  # entries have no value: each is a one
+
+
+@dataclass(frozen=True)
 class MatrixMarketSource:
     """One feature type of a Matrix Market folder."""
 
@@ -94,7 +99,7 @@ class MatrixMarketSource:
 
     def describe_identity(self) -> dict[str, Any]:
         return {
-            "files": [identify_file(_find_file(self.path, name)) for name in _NAMES],
+            "files": [identify_file(path) for path in find_mtx_files(self.path)],
             "feature_type": self.feature_type,
             "modality": self.modality,
             "dataset": self.dataset,
@@ -102,26 +107,15 @@ class MatrixMarketSource:
         }
 
     def read_head(self) -> SourceHead:
-        table = read_mtx_features(self.path)
-        barcodes = read_lines(_find_file(self.path, "barcodes"))
-        matrix = _find_file(self.path, "matrix")
+        table, files = read_mtx_features(self.path), find_mtx_files(self.path)
+        barcodes = read_lines(files.barcodes)
         try:
-            with open_text(matrix) as file:
-                n_features, n_cells, nnz = self._read_sizes(file)
+            with open_text(files.matrix) as file:
+                header = self._read_header(file)
         except UNREADABLE as error:
-            raise explain_unreadable(matrix, error) from None
-        if (n_features, n_cells) != (len(table.ids), len(barcodes)):
-            # People who write such folders themselves tend to write cells x features.
-            is_transposed = (n_cells, n_features) == (len(table.ids), len(barcodes))
-            raise DataError(
-                "the matrix does not fit its features and barcodes",
-                where=f"{self.path.name}: header of the matrix",
-                got=f"{n_features} x {n_cells}",
-                expected=f"{len(table.ids)} features x {len(barcodes)} barcodes",
-                fix="the matrix is transposed: write it as features x cells"
-                if is_transposed
-                else "check that the three files belong together",
-            )
+            raise explain_unreadable(files.matrix, error) from None
+        self._has_cells_in_rows(header, len(table.ids), len(barcodes))  # refuses a misfit
+        nnz = header.n_entries
         wanted, names, name_column = table.select_features(self.feature_type, self.id_columns)
         # How the entries are spread over types is not known before they are read.
         share = nnz * len(wanted) // max(len(table.ids), 1)
@@ -133,22 +127,27 @@ class MatrixMarketSource:
         return 1  # text, and perhaps gzip, can only be read from its start
 
     def prepare_part(self, part: int, scratch: Path) -> None:
-        path = _find_file(self.path, "matrix")
+        path, head = find_mtx_files(self.path).matrix, self.read_head()
+        n_features = len(read_mtx_features(self.path).ids)
         with make_whole_folder(scratch / f"{part:06d}") as folder, open_text(path) as file:
-            n_features, n_cells, nnz = self._read_sizes(file)
-            n_seen = 0
-            for i, chunk in enumerate(self._read_chunks(file) if nnz else []):
-                self._validate_chunk(chunk, n_seen, n_features, n_cells)
+            header, n_seen = self._read_header(file), 0
+            in_rows = self._has_cells_in_rows(header, n_features, head.n_rows)
+            for i, chunk in enumerate(self._read_chunks(file) if header.n_entries else []):
+                if header.is_pattern:
+                    chunk = chunk.assign(**{"2": 1}).set_axis(range(chunk.shape[1] + 1), axis=1)
+                self._validate_chunk(chunk, n_seen, header.n_rows, header.n_columns)
                 n_seen += len(chunk)
-                # The file is features x cells, counted from 1; a row here is a cell.
-                columns, rows, values = (chunk[k].to_numpy() for k in range(3))
-                sorted_entries.write_sorted_part(folder / f"{i:06d}", rows - 1, columns - 1, values)
-            if n_seen != nnz:
+                # Rows and columns are counted from 1.
+                rows, columns, values = (chunk[k].to_numpy() for k in range(3))
+                cells, features = (rows, columns) if in_rows else (columns, rows)
+                part_folder = folder / f"{i:06d}"
+                sorted_entries.write_sorted_part(part_folder, cells - 1, features - 1, values)
+            if n_seen != header.n_entries:
                 raise DataError(
                     "the matrix ends early or late",
                     where=path.name,
                     got=f"{n_seen} entries",
-                    expected=f"{nnz}, as its header says",
+                    expected=f"{header.n_entries}, as its header says",
                 )
 
     def read_rows(self, start: int, stop: int, scratch: Path) -> SourceRows:
@@ -160,24 +159,38 @@ class MatrixMarketSource:
         return []
 
     def probe_counts(self) -> bool:
-        with open_text(_find_file(self.path, "matrix")) as file:
-            nnz = self._read_sizes(file)[2]
-            values = pd.read_csv(file, **_ENTRY_FORM, nrows=PROBED_VALUES)[2] if nnz else []
-        return looks_whole(np.asarray(values))
+        with open_text(find_mtx_files(self.path).matrix) as file:
+            header = self._read_header(file)
+            if header.is_pattern or not header.n_entries:
+                return header.is_pattern
+            chunk = pd.read_csv(file, **_ENTRY_FORM, nrows=PROBED_VALUES)
+            return looks_whole(chunk.iloc[:, -1].to_numpy())
 
-    def _read_sizes(self, file: IO[str]) -> tuple[int, int, int]:
-        """Read the header up to the line of sizes; the file then stands at the first entry.
+    def _has_cells_in_rows(self, header: _MtxHeader, n_features: int, n_cells: int) -> bool:
+        """Whether rows of the matrix are cells: its size tells, else the names of its files.
 
-        Returns:
-            Numbers of features, cells and entries.
+        Raises:
+            DataError: the size fits neither way.
         """
-        where = f"{self.path.name}: {_find_file(self.path, 'matrix').name}"
+        shape, usual = (header.n_rows, header.n_columns), (n_features, n_cells)
+        if shape not in (usual, usual[::-1]):
+            raise DataError(
+                "the matrix does not fit its features and barcodes",
+                where=f"{self.path.name}: header of the matrix",
+                got=f"{header.n_rows} x {header.n_columns}",
+                expected=f"{n_features} features x {n_cells} barcodes, or the other way round",
+                fix="check that the three files belong together",
+            )
+        if n_features == n_cells:
+            return find_mtx_files(self.path).cells_in_rows
+        return shape != usual
+
+    def _read_header(self, file: IO[str]) -> _MtxHeader:
+        """Read up to the line of sizes; the file then stands at the first entry."""
+        where = f"{self.path.name}: {find_mtx_files(self.path).matrix.name}"
         banner = file.readline(MOST_LETTERS).split()
         words = [word.lower() for word in banner]
-        known = [
-            ["%%matrixmarket", "matrix", "coordinate", number, "general"]
-            for number in ("integer", "real")
-        ]
+        known = [["%%matrixmarket", "matrix", "coordinate", name, "general"] for name in _NUMBERS]
         if words not in known:
             raise DataError(
                 "not a Matrix Market header this reader knows",
@@ -194,9 +207,10 @@ class MatrixMarketSource:
                 "the sizes line is wrong",
                 where=where,
                 got=line.strip()[:80],
-                expected="FEATURES CELLS ENTRIES",
+                expected="ROWS COLUMNS ENTRIES",
             )
-        return int(sizes[0]), int(sizes[1]), int(sizes[2])
+        n_rows, n_columns, n_entries = map(int, sizes)
+        return _MtxHeader(n_rows, n_columns, n_entries, words[3] == "pattern")
 
     def _read_chunks(self, file: IO[str]) -> Iterator[pd.DataFrame]:
         """The entries, a bounded number at a time; what cannot be parsed becomes a DataError."""
@@ -207,7 +221,7 @@ class MatrixMarketSource:
             raise DataError(what, where=self.path.name, got=str(error).strip()) from None
 
     def _validate_chunk(
-        self, chunk: pd.DataFrame, n_before: int, n_features: int, n_cells: int
+        self, chunk: pd.DataFrame, n_before: int, n_rows: int, n_columns: int
     ) -> None:
         """Refuse entries that are no numbers or lie outside. n_before: entries before the chunk."""
         where = f"{self.path.name}: matrix"
@@ -217,43 +231,34 @@ class MatrixMarketSource:
             or chunk[[0, 1]].dtypes.ne("int64").any()
         ):
             raise DataError(
-                "an entry is not `feature cell count`",
+                "an entry is not `row column count`",
                 where=f"{where}, entries from {n_before + 1}",
                 got=chunk.iloc[0].tolist(),
             )
-        inside = chunk[0].between(1, n_features) & chunk[1].between(1, n_cells)
+        inside = chunk[0].between(1, n_rows) & chunk[1].between(1, n_columns)
         outside = np.flatnonzero(~inside.to_numpy())
         if len(outside):
             first = int(outside[0])
-            feature, cell = (int(chunk[k].iloc[first]) for k in (0, 1))
+            row, column = (int(chunk[k].iloc[first]) for k in (0, 1))
             raise DataError(
                 "an entry lies outside the matrix",
                 where=f"{where}, entry {n_before + first + 1}",
-                got=f"feature {feature}, cell {cell}",
-                expected=f"feature 1 to {n_features}, cell 1 to {n_cells} (counted from 1)",
+                got=f"row {row}, column {column}",
+                expected=f"row 1 to {n_rows}, column 1 to {n_columns} (counted from 1)",
             )
 
 
 def read_mtx_features(path: Path) -> FeatureTable:
-    """The features of a Matrix Market folder, whose table has one to three columns."""
+    """The features beside a Matrix Market file: a table of one to three columns, or regions."""
+    file = find_mtx_files(path).features
+    lines = [line.split("\t") for line in read_lines(file)]
+    # Cell Ranger ATAC writes chromosome, start and end of each peak.
+    if ".bed" in file.suffixes and all(len(line) > 2 for line in lines):
+        regions = [f"{line[0]}:{line[1]}-{line[2]}" for line in lines]
+        return FeatureTable(regions, regions, ["Peaks"] * len(regions))
     # Cell Ranger 3 writes id, name and type; genes.tsv of older versions has no type.
-    lines = [line.split("\t") for line in read_lines(_find_file(path, "features"))]
     return FeatureTable(
         [line[0] for line in lines],
         [line[1] if len(line) > 1 else line[0] for line in lines],
         [line[2] if len(line) > 2 else "" for line in lines],
-    )
-
-
-def _find_file(folder: Path, name: str) -> Path:
-    """The file that is the `name` of a folder: its matrix, barcodes or features."""
-    for stem in _NAMES[name]:
-        for path in (folder / stem, folder / f"{stem}.gz"):
-            if path.is_file():
-                return path
-    raise DataError(
-        "a folder that is no Matrix Market input",
-        where=folder,
-        got=f"no {_NAMES[name][0]}",
-        expected="matrix.mtx, barcodes.tsv, features.tsv",
     )

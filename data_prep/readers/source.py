@@ -20,6 +20,10 @@ from clue_dist.store.layout import MAX_BARCODE_BYTES
 SourceRows: TypeAlias = sp.csr_matrix | np.ndarray
 
 PROBED_VALUES = 10_000  # looked at to guess whether a matrix holds counts
+# What pandas, NumPy and R write for a missing value, where it is turned into text.
+_MISSING_TEXTS = frozenset(
+    {"nan", "NaN", "NAN", "None", "NA", "<NA>", "N/A", "n/a", "NaT", "null", "NULL"}
+)
 # Types that the kernels do not know, and the types that hold the same values.
 _KNOWN_TYPES = {"bool": "uint8", "float16": "float32", np.dtype(np.longdouble).name: "float64"}
 
@@ -37,25 +41,32 @@ class CategoryCodes:
 
     codes: SlicedArray  # (n,) integers into `names`; -1 = unknown
     names: list[str]
+    # Texts of the file that stand for a missing value, as "nan" does: their cells are unknown.
+    missing_texts: tuple[str, ...] = ()
 
     @classmethod
     def encode_values(cls, values: Any) -> CategoryCodes:
-        """Encode a column of any type. NaN and empty strings are unknown; 1.0 is the same as 1."""
+        """Encode a column of any type; 1.0 is the same as 1.
+
+        NaN and empty strings are unknown, and so are the texts that programs make of NaN.
+        """
         codes, found = pd.factorize(pd.Series(values))
         plain = found.categories if isinstance(found, pd.CategoricalIndex) else found
         if plain.dtype.kind == "f" and all(value % 1 == 0 for value in found):
             found = found.map(int)  # a column of integers that lacks some becomes one of floats
         texts = ["" if pd.isna(value) else str(value) for value in found]
+        missing = tuple(sorted({text for text in texts if text in _MISSING_TEXTS}))
+        texts = ["" if text in _MISSING_TEXTS else text for text in texts]
         names = sorted({text for text in texts if text})
         places = {name: i for i, name in enumerate(names)} | {"": -1}
         # The last one is for the -1 of factorize, which means unknown as well.
         final_codes = np.array([places[text] for text in texts] + [-1], np.int32)
-        return cls(final_codes[codes], names)
+        return cls(final_codes[codes], names, missing)
 
     def take_rows(self, rows: np.ndarray) -> CategoryCodes:
         """The categories of other cells. rows: (m,), of the cells here; -1 becomes unknown."""
         codes = np.where(rows >= 0, self.codes[:][rows], -1)
-        return CategoryCodes(codes.astype(np.int32), self.names)
+        return CategoryCodes(codes.astype(np.int32), self.names, self.missing_texts)
 
 
 @dataclass(frozen=True)

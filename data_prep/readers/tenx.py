@@ -12,7 +12,13 @@ import numpy as np
 from clue_dist.errors import DataError, list_names
 from data_prep.options import InputArgument, ReadingOptions
 from data_prep.readers.file_parts import FilePart, list_type_parts
-from data_prep.readers.h5_file import WRITE_ANEW, has_part, open_h5, open_part
+from data_prep.readers.h5_file import (
+    WRITE_ANEW,
+    has_hdf5,
+    has_part,
+    open_h5,
+    open_part,
+)
 from data_prep.readers.h5_frame import TextColumn
 from data_prep.readers.h5_matrix import read_csr_slice, require_whole_matrix
 from data_prep.readers.source import (
@@ -24,6 +30,9 @@ from data_prep.readers.source import (
     select_columns,
 )
 
+_MATRIX = "matrix"  # the group of a file of Cell Ranger 3 or later
+# What Cell Ranger 2 writes into the group of a genome.
+_OLD_PARTS = {"data", "indices", "indptr", "shape", "barcodes", "genes", "gene_names"}
 # What scanpy and Cell Ranger call the two columns of a feature table.
 TENX_COLUMNS = {
     "gene_ids": "id",
@@ -36,26 +45,41 @@ TENX_COLUMNS = {
 
 
 def is_tenx(path: Path) -> bool:
-    """Whether a file is a 10x HDF5 file of Cell Ranger 3 or later."""
-    return has_part(path, "matrix/features")
+    """Whether a file is a 10x HDF5 file, of Cell Ranger 2 (a group for each genome) or later."""
+    if has_part(path, f"{_MATRIX}/features"):
+        return True
+    return has_hdf5(path) and bool(_list_genomes(path))
 
 
 def list_tenx_parts(path: Path) -> list[FilePart]:
-    """A part for each feature type of a 10x file."""
+    """A part for each feature type of a 10x file; of Cell Ranger 2, for each genome."""
+    if genomes := _list_genomes(path):
+        is_only = len(genomes) == 1
+        modality = "rna" if is_only else None
+        return [FilePart(genome, modality, is_whole=is_only) for genome in genomes]
     with open_h5(path) as file:
-        return list_type_parts(read_tenx_features(file).types)
+        return list_type_parts(read_tenx_features(file, _MATRIX).types)
+
+
+def _list_genomes(path: Path) -> list[str]:
+    """The groups of a file that Cell Ranger 2 writes, and tools that write as it does."""
+    with open_h5(path) as file:
+        groups = {name: file[name] for name in file if file.get(name, getclass=True) is h5py.Group}
+        return [name for name, group in groups.items() if set(group) >= _OLD_PARTS]
 
 
 def open_tenx(
     argument: InputArgument, modality: str, part: FilePart, options: ReadingOptions
 ) -> TenxSource:
     """The source of one part of a 10x file, as a modality."""
+    is_old = bool(_list_genomes(argument.path))
     return TenxSource(
         argument.path,
         modality,
         argument.dataset,
-        None if part.is_whole else part.key,
+        None if part.is_whole or is_old else part.key,
         options.id_columns.get_value(modality),
+        part.key if is_old else _MATRIX,
     )
 
 
@@ -97,10 +121,12 @@ class TenxSource(DirectSource):
     dataset: str = ""
     feature_type: str | None = None  # None: the file holds one type
     id_columns: str | None = None
+    group: str = "matrix"  # where the matrix lies; of Cell Ranger 2, the genome
 
     @property
     def display_name(self) -> str:
-        return f"{self.path.name}/{self.feature_type}" if self.feature_type else self.path.name
+        genome = None if self.group == _MATRIX else self.group
+        return "/".join(part for part in (self.path.name, genome, self.feature_type) if part)
 
     def describe_identity(self) -> dict[str, Any]:
         return identify_file(self.path) | {
@@ -108,12 +134,13 @@ class TenxSource(DirectSource):
             "modality": self.modality,
             "dataset": self.dataset,
             "ids": self.id_columns,
+            **({} if self.group == _MATRIX else {"genome": self.group}),
         }
 
     def read_head(self) -> SourceHead:
         with open_h5(self.path) as file:
-            table = read_tenx_features(file)
-            matrix = open_part(file, "matrix")
+            table = read_tenx_features(file, self.group)
+            matrix = open_part(file, self.group)
             # Millions of barcodes stay in the file until they are needed.
             barcodes = TextColumn.open_dataset(open_part(matrix, "barcodes"))
             nnz = int(open_part(matrix, "data").shape[0])
@@ -134,23 +161,31 @@ class TenxSource(DirectSource):
 
     def read_rows(self, start: int, stop: int, scratch: Path) -> SourceRows:
         with open_h5(self.path) as file:
-            table = read_tenx_features(file)
-            matrix = open_part(file, "matrix")
+            table = read_tenx_features(file, self.group)
+            matrix = open_part(file, self.group)
             rows = read_csr_slice(matrix, start, stop, len(table.ids), self.display_name)
         return select_columns(rows, table.select_features(self.feature_type)[0])
 
 
-def read_tenx_features(file: h5py.File) -> FeatureTable:
+def read_tenx_features(file: h5py.File, group: str) -> FeatureTable:
     """The feature table of a 10x file.
+
+    Args:
+        file: the file.
+        group: where the matrix lies; Cell Ranger 2 knew genes alone, beside the matrix.
 
     Raises:
         DataError: its columns differ in length.
     """
-    names = ("id", "name", "feature_type")
-    parts = [open_part(file, f"matrix/features/{name}") for name in names]
+    names = [f"features/{name}" for name in ("id", "name", "feature_type")]
+    if group != _MATRIX:
+        names = ["genes", "gene_names"]
+    parts = [open_part(file, f"{group}/{name}") for name in names]
     columns = [part.asstr("utf-8")[:].tolist() for part in parts]
     if len({len(column) for column in columns}) > 1:
         sizes = [f"{len(column)} of {name}" for name, column in zip(names, columns, strict=True)]
         what = "the columns of the features differ in length"
         raise DataError(what, where=file.filename, got=list_names(sizes), fix=WRITE_ANEW)
+    if len(columns) == 2:
+        columns.append(["Gene Expression"] * len(columns[0]))
     return FeatureTable(*columns)

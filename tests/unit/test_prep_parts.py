@@ -166,3 +166,28 @@ def test_description_of_a_file(tmp_path: Path) -> None:
     ]
     assert all(part.holds_counts and part.n_cells == 30 for part in found.parts)
     assert found.parts[0].barcodes == list(counts.index)
+
+
+def _write_old_tenx(path: Path, **genomes: pd.DataFrame) -> Path:
+    """As Cell Ranger 2 writes it: a group for each genome."""
+    with h5py.File(path, "w") as file:
+        for name, counts in genomes.items():
+            matrix, group = sp.csr_matrix(counts.to_numpy()), file.create_group(name)
+            for part in ("data", "indices", "indptr"):
+                group[part] = getattr(matrix, part)
+            group["shape"] = np.array(counts.shape[::-1])
+            group["barcodes"] = np.array(counts.index, "S")
+            group["genes"] = np.array([f"ENSG{i}" for i in range(counts.shape[1])], "S")
+            group["gene_names"] = np.array(counts.columns, "S")
+    return path
+
+
+def test_10x_file_of_cell_ranger_2(tmp_path: Path) -> None:
+    counts = make_counts(20, 6)
+    path = _write_old_tenx(tmp_path / "one.h5", GRCh38=counts)
+    _check_table(_open(str(path))["rna"], counts, tmp_path)
+    mouse = make_counts(10, 3, seed=1)
+    path = _write_old_tenx(tmp_path / "two.h5", hg19=counts, mm10=mouse)
+    _check_table(_open(f"rna={path}:mm10")["rna"], mouse, tmp_path)
+    with pytest.raises(DataError, match="hg19, mm10"):
+        _open(f"rna={path}")

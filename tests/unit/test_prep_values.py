@@ -1,0 +1,76 @@
+"""Values as people have them: counts that were computed, missing ones, normalised ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from clue_dist.errors import DataError
+from data_prep.convert import format_conversion
+from data_prep.readers.source import CategoryCodes
+from tests.unit.prep_helpers import (
+    assert_same_counts,
+    convert_files,
+    make_counts,
+    read_counts,
+    read_field,
+    write_h5ad,
+)
+
+
+def test_texts_that_programs_write_for_missing_values() -> None:
+    texts = ["T cell", "nan", "None", "<NA>", "NA", "", "Nanog+", None, float("nan")]
+    codes = CategoryCodes.encode_values(pd.Series(texts, dtype=object))
+    assert codes.names == ["Nanog+", "T cell"]
+    assert codes.codes[:].tolist() == [1, -1, -1, -1, -1, -1, 0, -1, -1]
+    assert codes.missing_texts == ("<NA>", "NA", "None", "nan")
+
+
+def test_missing_texts_are_unknown_and_told(tmp_path: Path) -> None:
+    counts = make_counts(6, 4)
+    labels = pd.Categorical(["T", "nan", "T", "nan", "B", "B"])
+    path = write_h5ad(tmp_path / "a.h5ad", counts, cell_type=labels, batch=["b", "None"] * 3)
+    store = convert_files(tmp_path / "s.zarr", f"rna={path}")
+    assert store.manifest.labels == ["B", "T"]
+    assert store.manifest.batches == ["b"]
+    assert read_field(store, "label")["c1"] is None
+    told = format_conversion(store.manifest)
+    assert "cells whose label is 'nan' have none" in told
+    assert "cells whose batch is 'None' have none" in told
+
+
+def _write_values(path: Path, values: np.ndarray) -> str:
+    n_cells, n_features = values.shape
+    cells, features = [f"c{i}" for i in range(n_cells)], [f"g{i}" for i in range(n_features)]
+    return f"rna={write_h5ad(path, pd.DataFrame(values, cells, features), dtype='float64')}"
+
+
+def test_counts_that_are_nearly_whole_are_rounded_and_told(tmp_path: Path) -> None:
+    counts = make_counts(20, 10)
+    computed = counts * 1.0000001 - 1e-9 * (counts == 0)
+    given = _write_values(tmp_path / "a.h5ad", computed.to_numpy())
+    store = convert_files(tmp_path / "s.zarr", given)
+    assert_same_counts(read_counts(store, "rna"), counts)
+    assert "a.h5ad: counts were rounded, by" in format_conversion(store.manifest)
+
+
+def test_corrected_counts_are_rounded_on_request(tmp_path: Path) -> None:
+    counts = make_counts(20, 10)
+    given = _write_values(tmp_path / "a.h5ad", counts.to_numpy() * 0.93)
+    with pytest.raises(DataError, match=r"--round[\s\S]*--kind rna=dense"):
+        convert_files(tmp_path / "x.zarr", given)
+    store = convert_files(tmp_path / "s.zarr", given, round_counts=True)
+    assert_same_counts(read_counts(store, "rna"), (counts * 0.93).round())
+
+
+@pytest.mark.parametrize(
+    ("value", "advice"), [(np.nan, "--features union"), (-0.5, "--kind rna=dense")]
+)
+def test_advice_fits_the_value(tmp_path: Path, value: float, advice: str) -> None:
+    values = make_counts(20, 10).to_numpy().astype("float64")
+    values[3, 2] = value
+    with pytest.raises(DataError, match=advice):
+        convert_files(tmp_path / "s.zarr", _write_values(tmp_path / "a.h5ad", values))
