@@ -75,7 +75,7 @@ class RankClock:
         for _ in range(calls):
             work()
         self.wait_for_device()
-        return max(self.ranks.all_gather_object(time.perf_counter() - started))
+        return max(self.ranks.gather_values(time.perf_counter() - started))
 
     def count_calls(self, work: Callable[[], None], fewest: int) -> int:
         """Count the calls that take about `seconds`, the same on every rank.
@@ -107,7 +107,7 @@ def _measure_loader(trainer: Trainer, clock: RankClock) -> LoaderSpeed:
             with record_phases() as recorded:
                 seconds = clock.time_calls(take_batch, calls)
             batch_rates.append(calls / seconds)
-            non_zero_rates.append(sum(trainer.ranks.all_gather_object(n_non_zeros)) / seconds)
+            non_zero_rates.append(sum(trainer.ranks.gather_values(n_non_zeros)) / seconds)
             total_seconds += seconds
             for name, phase_seconds in recorded.items():
                 phases[name] += phase_seconds
@@ -138,7 +138,7 @@ def _count_non_zeros(batch: Batch) -> int:
 
 def _average_phases(ranks: Ranks, phases: dict[str, float]) -> dict[str, float]:
     """Mean over ranks of the seconds in each phase."""
-    all_phases = ranks.all_gather_object(dict(phases))
+    all_phases = ranks.gather_values(dict(phases))
     names = sorted({name for rank_phases in all_phases for name in rank_phases})
     return {
         name: sum(rank_phases.get(name, 0.0) for rank_phases in all_phases) / len(all_phases)
@@ -198,7 +198,7 @@ def _measure_training(trainer: Trainer, clock: RankClock) -> TrainingSpeed:
         waited = (loader.waited_seconds - waited_before) / sum(times)
     step_seconds = median(times) / calls
     # All ranks wait for the one that waits longest.
-    longest_wait = max(trainer.ranks.all_gather_object(waited))
+    longest_wait = max(trainer.ranks.gather_values(waited))
     return TrainingSpeed(1e3 * step_seconds, _get_batch_size(trainer) / step_seconds, longest_wait)
 
 

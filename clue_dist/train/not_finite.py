@@ -82,7 +82,7 @@ def find_culprits(trainer: Trainer, step: int, batches: list[Batch]) -> str:
                 if not math.isfinite(float(value)):
                     bad_terms.append(f"term {name}")
     trainer.engine.train()
-    findings = list(enumerate(trainer.ranks.all_gather_object((bad_values, bad_terms))))
+    findings = list(enumerate(trainer.ranks.gather_values((bad_values, bad_terms))))
     readers = [finding for finding in findings if finding[1][0]]
     lines = [
         f"rank {rank}: {', '.join(dict.fromkeys(values + terms))}"

@@ -6,22 +6,24 @@ config is reported at once, not seconds later.
 
 from __future__ import annotations
 
-import functools
 import os
-import pickle
 import socket
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from clue_dist.errors import ClueError, LostError, RankError
-from clue_dist.process import mark_as_rank
+from clue_dist.ranks.messages import (
+    MOST_BYTES,
+    decode_error,
+    decode_value,
+    encode_error,
+    encode_value,
+    refuse_value,
+)
+from clue_dist.ranks.rendezvous import connect_to_rendezvous, exchange_messages
 
-# Seconds to wait for the other ranks at the start: a cluster may start them minutes apart, and a
-# rank that is dead never comes.
-JOIN_LIMIT = 300.0
 T = TypeVar("T")
 
 if TYPE_CHECKING:
@@ -76,8 +78,8 @@ class Ranks:
             What `work` returned on this rank.
 
         Raises:
-            RankError: there are several machines and no MASTER_ADDR, or this rank has no GPU where
-                others have one.
+            RankError: there are several machines and no MASTER_ADDR, another job holds the port to
+                meet at, or this rank has no GPU where others have one.
             LostError: not all ranks came in time.
             ClueError: what `work` raised on any rank, on all of them.
         """
@@ -91,10 +93,16 @@ class Ranks:
         except ClueError as error:
             problem = self._name_rank(error)
         try:
-            problems = self._exchange_at_rendezvous(pickle.dumps(problem))
+            connections = connect_to_rendezvous(self.rank, self.world, self.local_rank)
+            message = encode_value(encode_error(problem))
+            messages = exchange_messages(connections.main, connections.point, message)
         except LostError as error:
             raise problem or error from None
-        _raise_first_problem([pickle.loads(pickled) for pickled in problems])
+        names = [f"the message of rank {rank}" for rank in range(self.world)]
+        _raise_first_problem(
+            decode_error(decode_value(message, name), name)
+            for message, name in zip(messages, names, strict=True)
+        )
         return cast("T", result)
 
     def join_group(self, backend: str = "gloo", timeout_s: float = 1800) -> Ranks:
@@ -173,21 +181,27 @@ class Ranks:
 
             dist.barrier(group=self.process_group)
 
-    def all_gather_object(self, value: T) -> list[T]:
-        """Gather a value of every rank, by rank, on all of them. It is pickled: keep it small."""
-        if self.world == 1:
-            return [value]
-        import torch.distributed as dist
+    def gather_values(self, value: T) -> list[T]:
+        """Gather a value of every rank, by rank, on all of them.
 
-        values: list[T] = [value] * self.world
-        dist.all_gather_object(values, value, group=self.process_group)
-        return values
+        Args:
+            value: plain data, which travels as JSON, so that a tuple arrives as a list.
+
+        Raises:
+            RankError: what came of another rank is not JSON, or is too long.
+        """
+        message = encode_value(value)
+        messages = [message] if self.world == 1 else self._gather_bytes(message)
+        return [
+            decode_value(message, f"the value of rank {rank}")
+            for rank, message in enumerate(messages)
+        ]
 
     def run_on_all(self, work: Callable[[], T]) -> list[T]:
         """Run `work` on every rank, then wait for the others.
 
         Returns:
-            What `work` returned, by rank; it is pickled on the way.
+            What `work` returned, by rank; it must be plain data, as for `gather_values`.
 
         Raises:
             ClueError: what `work` raised on any rank, on all of them, so that none waits on.
@@ -200,8 +214,14 @@ class Ranks:
             if self.world == 1:
                 raise
             problem = self._name_rank(error)
-        gathered = self.all_gather_object((result, problem))
-        _raise_first_problem([problem for _, problem in gathered])
+        gathered = self.gather_values((result, encode_error(problem)))
+        for rank, pair in enumerate(gathered):
+            if not isinstance(pair, list) or len(pair) != 2:
+                raise refuse_value(pair, f"the value of rank {rank}", "a result and an error")
+        _raise_first_problem(
+            decode_error(error, f"the error of rank {rank}")
+            for rank, (_, error) in enumerate(gathered)
+        )
         return [result for result, _ in gathered]
 
     def run_on_first(self, work: Callable[[], T]) -> T:
@@ -229,20 +249,10 @@ class Ranks:
                 thread waits for.
 
         Raises:
-            RankError: there are several machines and no MASTER_ADDR.
+            RankError: there are several machines and no MASTER_ADDR, or another job holds the port.
             LostError: the rendezvous cannot be reached.
         """
-        os.environ.update(
-            RANK=str(self.rank), WORLD_SIZE=str(self.world), LOCAL_RANK=str(self.local_rank)
-        )
-        if "MASTER_ADDR" not in os.environ:
-            os.environ["MASTER_ADDR"] = self._name_only_host()
-        os.environ.setdefault("MASTER_PORT", str(choose_port(os.environ)))
-        mark_as_rank()
-        try:
-            connections = _connect_to_rendezvous(self.rank, self.world)
-        except RuntimeError as error:
-            raise self._make_lost_error(error) from error
+        connections = connect_to_rendezvous(self.rank, self.world, self.local_rank)
         return connections.beside if beside else connections.main
 
     def _name_rank(self, error: ClueError) -> ClueError:
@@ -251,83 +261,32 @@ class Ranks:
             error.what = f"rank {self.rank} on {socket.gethostname()}: {error.what}"
         return error
 
-    def _exchange_at_rendezvous(self, message: bytes) -> list[bytes]:
-        """Exchange a message with all ranks, before there is a process group."""
-        rendezvous = self.open_rendezvous()
-        sent, received = (
-            [f"clue_dist/{what}/{rank}" for rank in range(self.world)]
-            for what in ("sent", "received")
-        )
-        try:
-            rendezvous.set(sent[self.rank], message)
-            rendezvous.wait(sent, timedelta(seconds=JOIN_LIMIT))
-            messages = rendezvous.multi_get(sent)
-            rendezvous.set(received[self.rank], b"1")
-            if self.is_first:  # the rendezvous may end with this process
-                rendezvous.wait(received, timedelta(seconds=JOIN_LIMIT))
-        except RuntimeError as error:
-            raise self._make_lost_error(error) from error
-        return cast("list[bytes]", messages)
+    def _gather_bytes(self, message: bytes) -> list[bytes]:
+        """Gather a message of every rank. Objects, as torch gathers them, would be pickles."""
+        import torch
+        import torch.distributed as dist
 
-    def _make_lost_error(self, error: RuntimeError) -> LostError:
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        return LostError(
-            "the ranks did not find each other",
-            where=f"rank {self.rank} of {self.world} on {socket.gethostname()}",
-            got=str(error).partition("\n")[0],
-            expected=f"all ranks at {address} within {JOIN_LIMIT:.0f} s",
-            fix="look at what the other ranks printed, and whether all machines can reach that "
-            "address and port",
-        )
-
-    def _name_only_host(self) -> str:
-        """Name the address to meet at, where all ranks are on one machine."""
-        if os.environ.get("SLURM_STEP_NUM_NODES", "1") != "1":
-            raise RankError(
-                "several machines, and no address to meet at",
-                where="environment",
-                got=f"no MASTER_ADDR on rank {self.rank} of {self.world}",
-                fix="in the sbatch file: export MASTER_ADDR=$(scontrol show hostnames | head -n 1)",
-            )
-        return "127.0.0.1"
+        is_on_gpu = dist.get_backend(self.process_group) == "nccl"
+        device = torch.device("cuda", torch.cuda.current_device()) if is_on_gpu else "cpu"
+        sizes = torch.zeros(self.world, dtype=torch.int64, device=device)
+        size = torch.tensor([len(message)], device=device)
+        dist.all_gather(list(sizes.split(1)), size, group=self.process_group)
+        for rank, length in enumerate(sizes.tolist()):
+            if not 0 <= length <= MOST_BYTES:
+                found = f"{length} bytes"
+                raise refuse_value(found, f"the value of rank {rank}", f"at most {MOST_BYTES:,}")
+        longest = int(sizes.max())
+        padded = torch.zeros(longest, dtype=torch.uint8, device=device)
+        padded[: len(message)] = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+        parts = [torch.empty_like(padded) for _ in range(self.world)]
+        dist.all_gather(parts, padded, group=self.process_group)
+        return [
+            part[:length].cpu().numpy().tobytes()
+            for part, length in zip(parts, sizes.tolist(), strict=True)
+        ]
 
 
-class _RendezvousConnections(NamedTuple):
-    """Two connections to the rendezvous.
-
-    They are made together: rank 0, which serves it, may be gone later, and torch would try to
-    connect to it for long.
-    """
-
-    main: Any  # for the main thread
-    beside: Any  # for threads beside it
-
-
-@functools.cache
-def _connect_to_rendezvous(rank: int, world: int) -> _RendezvousConnections:
-    import torch.distributed as dist
-    from torch.distributed.rendezvous import rendezvous as open_stores
-
-    timeout = timedelta(seconds=JOIN_LIMIT)
-    rendezvous: Any = next(open_stores("env://", rank, world, timeout=timeout))[0]
-    # torchrun keeps its server when it starts the ranks again: what the ranks of an earlier attempt
-    # wrote there must not be read by those of this one.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    rendezvous = dist.PrefixStore(f"attempt/{attempt}", rendezvous)  # type: ignore[attr-defined]
-    return _RendezvousConnections(rendezvous, rendezvous.clone())
-
-
-def choose_port(environment: Mapping[str, str]) -> int:
-    """Choose the port to meet at, which all ranks of a job derive alike.
-
-    No other job on the machine should choose it, nor another attempt of this job: the attempt
-    before may hold its port for a while.
-    """
-    job, restart = environment.get("SLURM_JOB_ID", "0"), environment.get("SLURM_RESTART_COUNT", "0")
-    return 20000 + zlib.crc32(f"{job}/{restart}".encode()) % 10000
-
-
-def _raise_first_problem(problems: list[ClueError | None]) -> None:
+def _raise_first_problem(problems: Iterable[ClueError | None]) -> None:
     """Raise the error of the lowest rank that has one."""
     for problem in problems:
         if problem is not None:

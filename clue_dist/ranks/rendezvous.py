@@ -1,0 +1,221 @@
+"""The rendezvous of a job: torch's store of keys and values, which rank 0 or torchrun serves.
+
+Two jobs on one machine may be given the same port, as by default they are. The one that comes later
+must not disturb the other: a rank writes nothing but its claim before it knows that it belongs to
+the job, and all keys of a job begin with a token of its rank 0.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, NamedTuple, cast
+
+from clue_dist.process import mark_as_rank, print_error
+from clue_dist.ranks import job
+from clue_dist.ranks.job import MeetingPoint, RankClaim
+
+NOTICE_AFTER = 5.0  # seconds of waiting after which a rank says for whom it waits
+_CONNECT_INTERVAL = 0.2  # seconds between two looks whether somebody listens
+_JOB, _PLACE = "clue_dist/job", "clue_dist/place"  # keys of claims
+
+
+class RendezvousConnections(NamedTuple):
+    """Two connections to the rendezvous.
+
+    They are made together: rank 0, which serves it, may be gone later, and torch would try to
+    connect to it for long.
+    """
+
+    main: Any  # for the main thread
+    beside: Any  # for threads beside it
+    point: MeetingPoint
+
+
+@functools.cache
+def connect_to_rendezvous(rank: int, world: int, local_rank: int) -> RendezvousConnections:
+    """Connect to the rendezvous of the job that this process belongs to.
+
+    Raises:
+        RankError: several machines and no MASTER_ADDR; another job holds the port.
+        LostError: the rendezvous cannot be reached.
+    """
+    import torch.distributed as dist
+
+    point = job.locate_meeting(rank, world, os.environ)
+    holder = job.describe_process(os.getpid())
+    claim = RankClaim(job.name_job(world), world, holder, secrets.token_hex(16))
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local_rank))
+    os.environ.update(MASTER_ADDR=point.host, MASTER_PORT=str(point.port))
+    mark_as_rank()
+    try:
+        # torchrun keeps its server when it starts the ranks again: what the ranks of an earlier
+        # attempt wrote there must not be read by those of this one.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"attempt/{attempt}", _open_store(point))  # type: ignore[attr-defined]
+        store = admit_rank(store, claim, point)
+    except TimeoutError as error:
+        raise point.make_lost_error("no word from rank 0") from error
+    except RuntimeError as error:
+        raise point.make_lost_error(_get_first_line(error)) from error
+    return RendezvousConnections(store, store.clone(), point)
+
+
+def _open_store(point: MeetingPoint) -> Any:
+    """Serve the store on rank 0, unless torchrun does, and connect to it."""
+    import torch.distributed as dist
+
+    serves = point.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
+    if not serves:
+        _await_listener(point)
+    try:
+        return dist.TCPStore(  # type: ignore[attr-defined]
+            point.host,
+            point.port,
+            point.world,
+            is_master=serves,
+            timeout=timedelta(seconds=job.JOIN_LIMIT),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except RuntimeError as error:
+        if "EADDRINUSE" in str(error):
+            raise point.make_taken_error(job.describe_listener(point.port)) from error
+        raise
+
+
+def _await_listener(point: MeetingPoint) -> None:
+    """Wait until somebody listens where the ranks meet; torch would print pages while it waits.
+
+    Raises:
+        LostError: nobody does in time.
+    """
+    started, has_told = time.monotonic(), False
+    while True:
+        try:
+            socket.create_connection((point.host, point.port), NOTICE_AFTER).close()
+        except OSError as error:
+            waited = time.monotonic() - started
+            if waited > job.JOIN_LIMIT:
+                raise point.make_lost_error(f"no word from rank 0: {error}") from error
+            if waited > NOTICE_AFTER and not has_told:
+                print_wait(point, [0])
+                has_told = True
+            time.sleep(_CONNECT_INTERVAL)
+        else:
+            return
+
+
+def admit_rank(store: Any, claim: RankClaim, point: MeetingPoint) -> Any:
+    """Claim the place of this rank in its job.
+
+    Args:
+        store: the store that was found where the ranks meet.
+        claim: the claim of this rank.
+        point: where that is, and which rank this is.
+
+    Returns:
+        The part of the store that is the job's alone.
+
+    Raises:
+        RankError: the store is that of another job, or a rank of this number is there already.
+        LostError: as RankError, where starting the job again can help.
+    """
+    import torch.distributed as dist
+
+    where = f"key {_JOB} at {point}"
+    if point.rank == 0:
+        first = RankClaim.decode(store.compare_set(_JOB, "", claim.encode()), where)
+        is_member = first == claim
+    else:
+        await_keys(store, [_JOB], lambda: print_wait(point, [0]))
+        first = RankClaim.decode(store.get(_JOB), where)
+        is_member = (first.job, first.world) == (claim.job, claim.world)
+    if not is_member:
+        raise point.make_taken_error(first.holder)
+    job_store = dist.PrefixStore(f"job/{first.token}", store)  # type: ignore[attr-defined]
+    place = f"{_PLACE}/{point.rank}"
+    found = RankClaim.decode(
+        job_store.compare_set(place, "", claim.encode()), f"key {place} at {point}"
+    )
+    if found != claim:  # another job, of the same name
+        raise point.make_taken_error(found.holder)
+    return job_store
+
+
+def exchange_messages(store: Any, point: MeetingPoint, message: bytes) -> list[bytes]:
+    """Exchange a message with all ranks, before there is a process group.
+
+    Returns:
+        The messages of all ranks, by rank.
+
+    Raises:
+        LostError: not all ranks came in time.
+    """
+    sent, received = (
+        [f"clue_dist/{what}/{rank}" for rank in range(point.world)]
+        for what in ("sent", "received")
+    )
+
+    def say_who_is_late() -> None:
+        if point.rank == 0:  # one rank speaks for all
+            print_wait(point, _find_missing(store, sent))
+
+    try:
+        store.set(sent[point.rank], message)
+        await_keys(store, sent, say_who_is_late)
+        messages = store.multi_get(sent)
+        store.set(received[point.rank], b"1")
+        if point.rank == 0:  # the rendezvous may end with this process
+            await_keys(store, received, lambda: None)
+    except TimeoutError as error:
+        missing = job.list_ranks(_find_missing(store, sent) or [0])
+        raise point.make_lost_error(f"no word from {missing}") from error
+    except RuntimeError as error:
+        raise point.make_lost_error(_get_first_line(error)) from error
+    return cast("list[bytes]", messages)
+
+
+def await_keys(store: Any, keys: Sequence[str], say_late: Callable[[], None]) -> None:
+    """Wait until keys are written; after `NOTICE_AFTER` seconds call `say_late` and wait on.
+
+    Raises:
+        TimeoutError: they are not within `JOIN_LIMIT` seconds.
+        RuntimeError: the process that serves the store has ended.
+    """
+    import torch.distributed as dist
+
+    notice_after = min(NOTICE_AFTER, job.JOIN_LIMIT)
+    for seconds in (notice_after, job.JOIN_LIMIT - notice_after):
+        try:
+            store.wait(list(keys), timedelta(seconds=seconds))
+        except dist.DistStoreError:
+            if seconds == notice_after:
+                say_late()
+        else:
+            return
+    raise TimeoutError
+
+
+def print_wait(point: MeetingPoint, awaited: Sequence[int]) -> None:
+    """Print for whom a rank waits; of the ranks that wait for rank 0, one of each machine does."""
+    is_speaker = point.rank <= 1 or os.environ.get("LOCAL_RANK") == "0"
+    if is_speaker and awaited:
+        print_error(
+            f"rank {point.rank} of {point.world} waits for {job.list_ranks(awaited)} at {point}, "
+            f"for {job.JOIN_LIMIT:.0f} s at most; {job.RUN_ALONE}"
+        )
+
+
+def _find_missing(store: Any, keys: Sequence[str]) -> list[int]:
+    """Find the ranks whose key, of one for each rank, is not written yet."""
+    return [rank for rank, key in enumerate(keys) if not store.check([key])]
+
+
+def _get_first_line(error: RuntimeError) -> str:
+    return str(error).partition("\n")[0]
