@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +40,16 @@ class RankedKeys:
     n_nearer: int  # keys nearer than the query's partner, summed over the queries
     n_found: int  # queries whose partner is among the 10 nearest keys
     nearest: np.ndarray  # (n,) int64, the nearest key of each query
+
+    def to_plain(self) -> list[Any]:
+        """Turn it into plain data, as ranks exchange it."""
+        return [self.n_nearer, self.n_found, self.nearest.tolist()]
+
+    @classmethod
+    def from_plain(cls, value: list[Any]) -> RankedKeys:
+        """Make of it again what `to_plain` turned into plain data."""
+        n_nearer, n_found, nearest = value
+        return cls(n_nearer, n_found, np.asarray(nearest, np.int64))
 
 
 def compute_scores(
@@ -107,15 +118,17 @@ def score_directions(
 
 def _rank_pairs(pairs: list[_Pair], ranks: Ranks) -> list[tuple[RankedKeys, RankedKeys]]:
     """Rank the keys of each pair, forward and backward; every rank does a slice of the queries."""
-    of_this_rank = []
+    ranked_here = []
     for x, y in pairs:
         part = ranks.slice_for_rank(len(x))
-        of_this_rank.append((rank_keys(x, y, part), rank_keys(y, x, part)))
-    of_ranks = ranks.all_gather_object(of_this_rank)
+        ranked_here.append([rank_keys(x, y, part).to_plain(), rank_keys(y, x, part).to_plain()])
     joined = []
-    for slices in zip(*of_ranks, strict=True):  # of one pair, from all ranks
-        forward, backward = zip(*slices, strict=True)
-        joined.append((join_ranked_keys(forward), join_ranked_keys(backward)))
+    for slices in zip(*ranks.gather_values(ranked_here), strict=True):  # of one pair, by rank
+        forward, backward = (
+            join_ranked_keys([RankedKeys.from_plain(value) for value in values])
+            for values in zip(*slices, strict=True)
+        )
+        joined.append((forward, backward))
     return joined
 
 

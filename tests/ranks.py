@@ -86,21 +86,25 @@ def answer_request(connection: socket.socket) -> int:
     os.environ.clear()
     os.environ.update(environment)
     exit_codes: dict[int, int | None] = {}  # by process; None as long as it runs
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = environment.get("MASTER_PORT") or find_free_port()
     for rank in range(world):
         process = os.fork()
         if process == 0:
             connection.close()
             if world > 1:
                 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=str(world))
-                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_SIZE=str(world))
             return run_script(words)
         exit_codes[process] = None
     code = await_exit(exit_codes, connection)
     connection.sendall(bytes([code]))
     return 0
+
+
+def find_free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def run_script(words: list[str]) -> int:

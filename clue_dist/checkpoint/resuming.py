@@ -62,7 +62,13 @@ def choose_checkpoint(run_folder: Path, resume: str, ranks: Ranks) -> Path | Non
         ResumeError: under "never", the folder holds a run; or the named checkpoint is missing or
             damaged; or every checkpoint is damaged.
     """
-    return ranks.run_on_first(lambda: _choose_on_first(run_folder, resume))
+
+    def choose_name() -> str | None:
+        checkpoint = _choose_on_first(run_folder, resume)
+        return None if checkpoint is None else str(checkpoint)
+
+    name = ranks.run_on_first(choose_name)
+    return None if name is None else Path(name)
 
 
 def _choose_on_first(run_folder: Path, resume: str) -> Path | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
-import sys
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -130,11 +129,7 @@ def choose_port(environment: Mapping[str, str]) -> int:
     return 20000 + zlib.crc32(key.encode()) % 10000
 
 
-def name_job(
-    world: int,
-    environment: Mapping[str, str] = os.environ,
-    command: Sequence[str] = tuple(sys.argv),
-) -> str:
+def name_job(world: int, environment: Mapping[str, str], command: Sequence[str]) -> str:
     """Name the job of this process, alike on all of its ranks and unlike other jobs.
 
     What tells jobs apart is the step of Slurm, the id that torchrun was given, or, where all ranks

@@ -14,7 +14,7 @@ from clue_dist.errors import ClueError, RankError
 
 # Far more than the ranks send: the nearest keys of some ten million cells.
 MOST_BYTES = 1 << 28
-MOST_CHARACTERS = 1 << 16  # of each part of an error
+MOST_CHARACTERS = 1 << 16  # of a text, as each part of an error is
 _SHOWN_BYTES = 60  # of a value that is refused
 
 # The only classes that an error may have which comes from another rank.
@@ -57,7 +57,7 @@ def encode_error(error: ClueError | None) -> dict[str, str | None] | None:
     kind = next(kind for kind in type(error).__mro__ if kind in ERROR_CLASSES.values())
     parts = {name: getattr(error, name) for name in _PARTS}
     return {"class": kind.__name__} | {
-        name: None if part is None else str(part)[:MOST_CHARACTERS] for name, part in parts.items()
+        name: None if part is None else str(part) for name, part in parts.items()
     }
 
 
@@ -84,9 +84,10 @@ def decode_error(value: Any, where: str) -> ClueError | None:
 
 
 def clean_text(text: str) -> str:
-    """Replace what a terminal might obey, or a stream could not encode."""
+    """Replace what a terminal might obey, or a stream could not encode; cut what is very long."""
     return "".join(
-        character if character.isprintable() or character == "\n" else "?" for character in text
+        character if character.isprintable() or character == "\n" else "?"
+        for character in text[:MOST_CHARACTERS]
     )
 
 

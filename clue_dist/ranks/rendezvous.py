@@ -11,6 +11,7 @@ import functools
 import os
 import secrets
 import socket
+import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -21,7 +22,7 @@ from clue_dist.ranks import job
 from clue_dist.ranks.job import MeetingPoint, RankClaim
 
 NOTICE_AFTER = 5.0  # seconds of waiting after which a rank says for whom it waits
-_CONNECT_INTERVAL = 0.2  # seconds between two looks whether somebody listens
+LOOK_INTERVAL = 0.1  # seconds between two looks for what is awaited
 _JOB, _PLACE = "clue_dist/job", "clue_dist/place"  # keys of claims
 
 
@@ -45,11 +46,11 @@ def connect_to_rendezvous(rank: int, world: int, local_rank: int) -> RendezvousC
         RankError: several machines and no MASTER_ADDR; another job holds the port.
         LostError: the rendezvous cannot be reached.
     """
-    import torch.distributed as dist
-
     point = job.locate_meeting(rank, world, os.environ)
     holder = job.describe_process(os.getpid())
-    claim = RankClaim(job.name_job(world), world, holder, secrets.token_hex(16))
+    claim = RankClaim(
+        job.name_job(world, os.environ, sys.argv), world, holder, secrets.token_hex(16)
+    )
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local_rank))
     os.environ.update(MASTER_ADDR=point.host, MASTER_PORT=str(point.port))
     mark_as_rank()
@@ -57,7 +58,7 @@ def connect_to_rendezvous(rank: int, world: int, local_rank: int) -> RendezvousC
         # torchrun keeps its server when it starts the ranks again: what the ranks of an earlier
         # attempt wrote there must not be read by those of this one.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"attempt/{attempt}", _open_store(point))  # type: ignore[attr-defined]
+        store = _open_part(_open_store(point), f"attempt/{attempt}")
         store = admit_rank(store, claim, point)
     except TimeoutError as error:
         raise point.make_lost_error("no word from rank 0") from error
@@ -89,26 +90,28 @@ def _open_store(point: MeetingPoint) -> Any:
         raise
 
 
+def _open_part(store: Any, prefix: str) -> Any:
+    """Open the part of a store whose keys begin with a prefix."""
+    import torch.distributed as dist
+
+    return dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
+
+
 def _await_listener(point: MeetingPoint) -> None:
     """Wait until somebody listens where the ranks meet; torch would print pages while it waits.
 
     Raises:
-        LostError: nobody does in time.
+        TimeoutError: nobody does in time.
     """
-    started, has_told = time.monotonic(), False
-    while True:
+
+    def can_connect() -> bool:
         try:
             socket.create_connection((point.host, point.port), NOTICE_AFTER).close()
-        except OSError as error:
-            waited = time.monotonic() - started
-            if waited > job.JOIN_LIMIT:
-                raise point.make_lost_error(f"no word from rank 0: {error}") from error
-            if waited > NOTICE_AFTER and not has_told:
-                print_wait(point, [0])
-                has_told = True
-            time.sleep(_CONNECT_INTERVAL)
-        else:
-            return
+        except OSError:
+            return False
+        return True
+
+    _await(can_connect, lambda: print_wait(point, [0]))
 
 
 def admit_rank(store: Any, claim: RankClaim, point: MeetingPoint) -> Any:
@@ -126,19 +129,17 @@ def admit_rank(store: Any, claim: RankClaim, point: MeetingPoint) -> Any:
         RankError: the store is that of another job, or a rank of this number is there already.
         LostError: as RankError, where starting the job again can help.
     """
-    import torch.distributed as dist
-
     where = f"key {_JOB} at {point}"
     if point.rank == 0:
         first = RankClaim.decode(store.compare_set(_JOB, "", claim.encode()), where)
         is_member = first == claim
     else:
-        await_keys(store, [_JOB], lambda: print_wait(point, [0]))
+        _await_keys(store, [_JOB], lambda: print_wait(point, [0]))
         first = RankClaim.decode(store.get(_JOB), where)
         is_member = (first.job, first.world) == (claim.job, claim.world)
     if not is_member:
         raise point.make_taken_error(first.holder)
-    job_store = dist.PrefixStore(f"job/{first.token}", store)  # type: ignore[attr-defined]
+    job_store = _open_part(store, f"job/{first.token}")
     place = f"{_PLACE}/{point.rank}"
     found = RankClaim.decode(
         job_store.compare_set(place, "", claim.encode()), f"key {place} at {point}"
@@ -158,8 +159,7 @@ def exchange_messages(store: Any, point: MeetingPoint, message: bytes) -> list[b
         LostError: not all ranks came in time.
     """
     sent, received = (
-        [f"clue_dist/{what}/{rank}" for rank in range(point.world)]
-        for what in ("sent", "received")
+        [f"clue_dist/{what}/{rank}" for rank in range(point.world)] for what in ("sent", "received")
     )
 
     def say_who_is_late() -> None:
@@ -168,11 +168,11 @@ def exchange_messages(store: Any, point: MeetingPoint, message: bytes) -> list[b
 
     try:
         store.set(sent[point.rank], message)
-        await_keys(store, sent, say_who_is_late)
+        _await_keys(store, sent, say_who_is_late)
         messages = store.multi_get(sent)
         store.set(received[point.rank], b"1")
         if point.rank == 0:  # the rendezvous may end with this process
-            await_keys(store, received, lambda: None)
+            _await_keys(store, received, lambda: None)
     except TimeoutError as error:
         missing = job.list_ranks(_find_missing(store, sent) or [0])
         raise point.make_lost_error(f"no word from {missing}") from error
@@ -181,25 +181,26 @@ def exchange_messages(store: Any, point: MeetingPoint, message: bytes) -> list[b
     return cast("list[bytes]", messages)
 
 
-def await_keys(store: Any, keys: Sequence[str], say_late: Callable[[], None]) -> None:
-    """Wait until keys are written; after `NOTICE_AFTER` seconds call `say_late` and wait on.
+def _await_keys(store: Any, keys: Sequence[str], say_late: Callable[[], None]) -> None:
+    """Wait until keys are written. torch's own `wait` would warn when its time is up."""
+    _await(lambda: bool(store.check(list(keys))), say_late)
+
+
+def _await(has_come: Callable[[], bool], say_late: Callable[[], None]) -> None:
+    """Wait until `has_come` is true; after `NOTICE_AFTER` seconds call `say_late` and wait on.
 
     Raises:
-        TimeoutError: they are not within `JOIN_LIMIT` seconds.
-        RuntimeError: the process that serves the store has ended.
+        TimeoutError: it is not true within `JOIN_LIMIT` seconds.
     """
-    import torch.distributed as dist
-
-    notice_after = min(NOTICE_AFTER, job.JOIN_LIMIT)
-    for seconds in (notice_after, job.JOIN_LIMIT - notice_after):
-        try:
-            store.wait(list(keys), timedelta(seconds=seconds))
-        except dist.DistStoreError:
-            if seconds == notice_after:
-                say_late()
-        else:
-            return
-    raise TimeoutError
+    started, is_told = time.monotonic(), False
+    while not has_come():
+        waited = time.monotonic() - started
+        if waited > job.JOIN_LIMIT:
+            raise TimeoutError
+        if waited > NOTICE_AFTER and not is_told:
+            say_late()
+            is_told = True
+        time.sleep(LOOK_INTERVAL)
 
 
 def print_wait(point: MeetingPoint, awaited: Sequence[int]) -> None:

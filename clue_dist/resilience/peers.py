@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from enum import IntEnum
 from types import TracebackType
@@ -159,11 +159,20 @@ class Peers:
         """Give signs of life and learn of the other ranks, as long as the rendezvous answers."""
         while not self._closed.wait(SIGN_INTERVAL):
             with self._notice_lost_rendezvous():
-                signs = self._bulletin.exchange_signs()
-                self._late = signs.late
-                if signs.all_well:
-                    self._last_well = time.monotonic()
-                self._read_announcements()
+                try:
+                    self._exchange_once()
+                except ClueError as error:  # a stranger writes to the rendezvous
+                    self._enter(PeerState.LOST, error)
+                    with suppress(ClueError):  # what was announced may be the stranger's, too
+                        self._bulletin.announce_failure(self._describe_failure(error))
+                    return
+
+    def _exchange_once(self) -> None:
+        signs = self._bulletin.exchange_signs()
+        self._late = signs.late
+        if signs.all_well:
+            self._last_well = time.monotonic()
+        self._read_announcements()
 
     def _read_announcements(self) -> None:
         if PeerState.TOLD not in self._causes and (failure := self._bulletin.read_failure()):
@@ -173,11 +182,17 @@ class Peers:
 
     @contextmanager
     def _notice_lost_rendezvous(self) -> Iterator[None]:
-        """Take the end of the rendezvous for that of rank 0, which serves it."""
+        """Take the end of the rendezvous for that of rank 0, which serves it.
+
+        Where a stranger writes to it, nothing that is read there can be relied on any more: this
+        rank leaves with that error, as if another rank were lost.
+        """
         try:
             yield
         except RuntimeError:
             self._enter(PeerState.LOST, self._make_loss("rank 0 has ended"))
+        except ClueError as error:
+            self._enter(PeerState.LOST, error)
 
     def _leave(self, error: BaseException) -> None:
         """Inform the other ranks that this one leaves.
@@ -225,8 +240,11 @@ class Peers:
 
     def _announce_failure(self, error: BaseException) -> None:
         if isinstance(error, ClueError) and PeerState.TOLD not in self._causes:
-            failure = Failure(self._ranks.rank, error.exit_code, str(error))
-            self._enter(PeerState.TOLD, _make_error(self._bulletin.announce_failure(failure)))
+            first = self._bulletin.announce_failure(self._describe_failure(error))
+            self._enter(PeerState.TOLD, _make_error(first))
+
+    def _describe_failure(self, error: ClueError) -> Failure:
+        return Failure(self._ranks.rank, error.exit_code, str(error))
 
     def _make_loss(self, reason: str, evidence: BaseException | None = None) -> LostError:
         """Name the late ranks where they are known: the others end because of them."""

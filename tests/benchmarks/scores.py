@@ -15,7 +15,7 @@ from tests.benchmarks.mosaic import JOINT, Embedded, Split, ignore_warnings, lis
 from tests.benchmarks.report import Result
 from tests.distributed.command import ROOT
 
-SOURCES = (Path(__file__), ROOT / "clue_dist/matching.py", ROOT / "clue_dist/ranks.py")
+SOURCES = (Path(__file__), ROOT / "clue_dist/matching.py", ROOT / "clue_dist/ranks/ranks.py")
 LABEL = "cell_type"
 NO_TYPES = ("Mouse", "Multiplets", "T/Mono doublets", "Mis")  # labels that name no cell type
 NEIGHBOURS = 15

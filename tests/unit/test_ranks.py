@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clue_dist.errors import LOST, ConfigError
-from clue_dist.ranks import Ranks, choose_port
+from clue_dist.ranks import Ranks
+from clue_dist.ranks.job import choose_port
 from tests.processes import run_ranks
 
 SLURM = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8"}
@@ -67,7 +68,7 @@ def test_more_ranks_than_gpus_is_an_error(monkeypatch):
 def test_one_process_needs_no_set_up():
     ranks = Ranks().join_group()
     ranks.barrier()
-    assert ranks.all_gather_object("x") == ["x"]
+    assert ranks.gather_values("x") == ["x"]
     ranks.leave_group()
 
 
@@ -129,10 +130,11 @@ def test_an_error_that_all_ranks_raise_is_printed_once():
 
 
 def test_a_rank_that_never_comes_is_not_waited_for_long():
-    """The other rank of the two is not even started."""
+    """The other rank of the two is not even started, as in a shell that srun gave two tasks."""
     check = """
-        import clue_dist.ranks, os
-        clue_dist.ranks.JOIN_LIMIT = 3.0
+        import os
+        from clue_dist.ranks import job, rendezvous
+        job.JOIN_LIMIT, rendezvous.NOTICE_AFTER = 3.0, 0.5
         os.environ["WORLD_SIZE"] = "2"
 
         def check(rank):
@@ -140,7 +142,11 @@ def test_a_rank_that_never_comes_is_not_waited_for_long():
     """
     (output,) = run_ranks(1, check, RUN_CHECK, expect=LOST)
     assert "the ranks did not find each other" in output
+    assert "no word from rank 1" in output
     assert "within 3 s" in output
+    # Long before the end the rank says for whom it waits, and what to do without the others.
+    assert output.startswith("rank 0 of 2 waits for rank 1 at 127.0.0.1:")
+    assert "to run alone, type RANK=0 WORLD_SIZE=1 before the command" in output
     assert "Traceback" not in output
 
 
@@ -152,7 +158,7 @@ def test_ranks_meet(tmp_path):
         (Path(folder) / str(ranks.rank)).touch()
         ranks.barrier()
         assert (Path(folder) / str(1 - ranks.rank)).exists()
-        assert ranks.all_gather_object(f"rank {ranks.rank}") == ["rank 0", "rank 1"]
+        assert ranks.gather_values(f"rank {ranks.rank}") == ["rank 0", "rank 1"]
         assert ranks.run_on_all(lambda: ranks.rank + 1) == [1, 2]
         assert ranks.run_on_first(lambda: f"rank {ranks.rank}") == "rank 0"
         ranks.leave_group()

@@ -1,0 +1,87 @@
+"""Several jobs on one machine whose launcher gives all of them the same port, as by default."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.command import ROOT, environment, metrics, spawned, train_args
+from tests.stores import make_store
+
+LONG = ("train.epochs=1000", "log.every=1")
+STOPPED = 75
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("jobs")
+    make_store(
+        folder / "s.zarr",
+        cells={"rna+adt": 200, "rna": 60, "adt": 40},
+        features={"rna": 60, "adt": 10},
+    )
+    return folder
+
+
+@pytest.fixture
+def port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def start_job(folder: Path, name: str, port: str, *settings: str) -> subprocess.Popen[str]:
+    """Start two ranks that are given the port."""
+    return subprocess.Popen(
+        spawned(2, *train_args(folder, folder / "s.zarr", name, *settings)),
+        cwd=ROOT,
+        env=environment() | {"MASTER_PORT": port},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_jobs_that_come_later_leave_and_the_first_one_goes_on(folder: Path, port: str) -> None:
+    first = start_job(folder, "first", port, *LONG)
+    await_lines(folder / "first", 4)
+    for name in ("second", "first"):  # another run folder, and the same
+        later = start_job(folder, name, port, *LONG)
+        output, _ = later.communicate(timeout=120)
+        assert later.returncode == 2, output
+        assert f"taken by another job\n  where: rank 0 of 2 on {socket.gethostname()}" in output
+        assert "got: process " in output
+        assert f"--master_port {int(port) + 1}" in output
+        assert "Traceback" not in output
+        assert not (folder / "second").exists()
+    await_lines(folder / "first", 20)
+    first.terminate()
+    output, _ = first.communicate(timeout=120)
+    assert first.returncode == STOPPED, output
+    steps = [line["step"] for line in metrics(folder / "first")]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def await_lines(run: Path, count: int) -> None:
+    """Wait until a run has logged so many more lines."""
+    awaited, deadline = count_lines(run) + count, time.monotonic() + 120
+    while count_lines(run) < awaited:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def count_lines(run: Path) -> int:
+    log = run / "metrics.jsonl"
+    return log.read_text().count("\n") if log.exists() else 0
+
+
+def test_of_jobs_that_start_at_once_one_finishes(folder: Path, port: str) -> None:
+    jobs = [start_job(folder, f"at-once-{number}", port, "train.epochs=2") for number in range(3)]
+    outputs = [job.communicate(timeout=200)[0] for job in jobs]
+    codes = {job.returncode for job in jobs}
+    assert codes in ({0, 2}, {0}), outputs  # one that starts late may find the port free again
+    assert not any("Traceback" in output for output in outputs)
