@@ -35,6 +35,7 @@ PASSING = frozenset(
         errno.EREMOTEIO,
     }
 )
+MOST_TEXT = 500  # characters that an error shows of another one
 _DISK_TROUBLE = (DISK_FULL | WRITE_REFUSED | {errno.EIO}) - {errno.EPERM}
 
 
@@ -142,7 +143,8 @@ def translate_write_errors(what: str, where: Path) -> Iterator[None]:
         raise kind(
             f"{what} could not be written",
             where=where,
-            got=error if number is not None else repr(error),
+            # The text of an error, not its repr: that of a UnicodeDecodeError holds a whole file.
+            got=error if number is not None else f"{type(error).__name__}: {error}"[:MOST_TEXT],
             fix=f"{fix}type the same command: it goes on from the last committed checkpoint",
         ) from error
 

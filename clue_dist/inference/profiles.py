@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import mudata as md
 import numpy as np
 import pandas as pd
 
+from clue_dist.checkpoint.metrics_lines import read_metrics_lines
 from clue_dist.errors import ConfigError
 from clue_dist.inference.embed import KEY
 
@@ -49,16 +49,11 @@ def read_metrics(path: Path) -> tuple[pd.DataFrame, int]:
     Returns:
         The metrics, a row for each step and split; and how many lines could not be read.
     """
-    rows: dict[tuple[str, int], dict[str, object]] = {}
-    n_unreadable = 0
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-            rows[row.get("split", "train"), int(row["step"])] = {"split": "train", **row}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            n_unreadable += 1
+    lines = read_metrics_lines(path)
+    found = [{"split": "train", **line.row} for line in lines if line.row is not None]
+    rows = {(str(row["split"]), row["step"]): row for row in found}
     frame = pd.DataFrame(rows.values(), columns=None if rows else ["split", "step"])
-    return frame.sort_values("step", kind="stable"), n_unreadable
+    return frame.sort_values("step", kind="stable"), len(lines) - len(found)
 
 
 def read_profiles(path: Path, most: int = MOST_PROFILES, seed: int = 0) -> Profiles:

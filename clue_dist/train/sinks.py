@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from clue_dist.checkpoint.metrics_lines import read_metrics_lines
 from clue_dist.config import Config
 from clue_dist.files import translate_write_errors, write_file
 from clue_dist.process import print_line
@@ -193,15 +194,13 @@ class _MetricsFile:
 
 def _reopen_metrics(path: Path, step: int) -> io.FileIO:
     """Open metrics.jsonl to append, less the lines after `step`: those steps are trained again."""
-    lines = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    lines.append(line)
-            except ValueError:  # the last line of a killed run may be cut
-                continue
-    write_file(path, "".join(f"{line}\n" for line in lines), durable=True)
+    lines = read_metrics_lines(path)
+    # The last line of a killed run may be cut: that is nothing to report.
+    n_unreadable = sum(line.row is None for line in lines[:-1])
+    if n_unreadable:
+        print_line(f"{path}: {n_unreadable} lines that cannot be read are left out")
+    kept = b"".join(line.text + b"\n" for line in lines if line.is_until(step))
+    write_file(path, kept, durable=True)
     return io.FileIO(path, "a")
 
 
