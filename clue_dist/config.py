@@ -280,11 +280,20 @@ def require_paths(config: Config, *keys: str) -> None:
             )
 
 
-def list_changed_settings(before: Config, after: Config) -> list[str]:
-    """List the dotted paths in which two configs differ."""
+def compare_settings(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:
+    """Compare two configs.
+
+    Returns:
+        Both values of each setting that differs, by its dotted path; None where one config lacks
+        it.
+    """
     left = _flatten_tree(before.model_dump(mode="json"))
     right = _flatten_tree(after.model_dump(mode="json"))
-    return sorted(key for key in left.keys() | right.keys() if left.get(key) != right.get(key))
+    return {
+        key: (left.get(key), right.get(key))
+        for key in sorted(left.keys() | right.keys())
+        if left.get(key) != right.get(key)
+    }
 
 
 def _flatten_tree(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

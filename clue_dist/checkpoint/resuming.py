@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from clue_dist import config as configs
+from clue_dist.checkpoint.lost_work import require_no_lost_work, require_whole_copies
 from clue_dist.checkpoint.run_folder import (
     CHECKPOINT_NAME,
     RunState,
@@ -47,38 +49,86 @@ CHANGEABLE = (
 )
 
 
-def choose_checkpoint(run_folder: Path, resume: str, ranks: Ranks) -> Path | None:
+@dataclass(frozen=True)
+class StartingPoint:
+    """Where a run begins or goes on."""
+
+    state: RunState
+    checkpoint: Path | None  # folder of the checkpoint to go on from; None at step 0
+    changes: dict[str, tuple[Any, Any]]  # what each changed setting was and is, by dotted path
+
+    def format_changes(self) -> dict[str, str]:
+        """Format what each changed setting was and is, for people."""
+        return {key: f"{before} -> {after}" for key, (before, after) in self.changes.items()}
+
+
+def find_starting_point(
+    run_folder: Path,
+    config: Config,
+    fingerprint: str,
+    resume: str,
+    ranks: Ranks,
+    *,
+    reads_all: bool = True,
+) -> StartingPoint:
+    """Find where a run begins or goes on. Nothing is written.
+
+    Args:
+        run_folder: the run folder.
+        config: the settings of the run, resolved.
+        fingerprint: fingerprint of the store.
+        resume: see `choose_checkpoint`.
+        ranks: this rank among all; every rank must call.
+        reads_all: see `choose_checkpoint`.
+
+    Raises:
+        ResumeError: see `choose_checkpoint` and `require_same_run`.
+    """
+    checkpoint = choose_checkpoint(run_folder, resume, ranks, reads_all=reads_all)
+    if checkpoint is None:
+        state = RunState(step=0, world=ranks.world, fingerprint=fingerprint)
+        return StartingPoint(state, None, {})
+    state = require_same_run(run_folder, config, fingerprint, checkpoint)
+    changes = configs.compare_settings(_load_saved_config(checkpoint), config)
+    return StartingPoint(state, checkpoint, changes)
+
+
+def choose_checkpoint(
+    run_folder: Path, resume: str, ranks: Ranks, *, reads_all: bool = True
+) -> Path | None:
     """Choose the checkpoint to go on from; rank 0 does so for all.
 
     Args:
         run_folder: the run folder.
         resume: "auto" for the newest sound checkpoint, "never", or the folder of a checkpoint.
         ranks: this rank among all; every rank must call.
+        reads_all: whether the files of the newest checkpoints are read to find one that is sound,
+            which may take minutes; else their states alone are.
 
     Returns:
         The folder of a sound checkpoint; None if the run begins anew.
 
     Raises:
         ResumeError: under "never", the folder holds a run; or the named checkpoint is missing or
-            damaged; or every checkpoint is damaged.
+            damaged; or every checkpoint is damaged; or work in the folder would be lost.
     """
 
-    def choose_name() -> str | None:
-        checkpoint = _choose_on_first(run_folder, resume)
-        return None if checkpoint is None else str(checkpoint)
+    def choose_on_first() -> str | None:
+        chosen = _choose_on_first(run_folder, resume, reads_all)
+        return None if chosen is None else str(chosen)
 
-    name = ranks.run_on_first(choose_name)
-    return None if name is None else Path(name)
+    chosen = ranks.run_on_first(choose_on_first)
+    return None if chosen is None else Path(chosen)
 
 
-def _choose_on_first(run_folder: Path, resume: str) -> Path | None:
+def _choose_on_first(run_folder: Path, resume: str, reads_all: bool) -> Path | None:
     checkpoints = list_checkpoints(run_folder / "checkpoints")
-    if resume == "auto":
-        return _choose_newest(run_folder, checkpoints)
     # Typed again after an interruption, a command that names "never" or a checkpoint goes on.
-    continued = _find_continuation(run_folder, resume, checkpoints)
-    if continued is not None:
-        return continued
+    if resume == "auto" or _began_with(resume, checkpoints):
+        if checkpoints:
+            return _choose_newest(run_folder, checkpoints, reads_all)
+        require_no_lost_work(run_folder, 0)
+        return None
     if resume == "never":
         if checkpoints:
             raise ResumeError(
@@ -88,25 +138,33 @@ def _choose_on_first(run_folder: Path, resume: str) -> Path | None:
                 expected="an empty folder with --resume never",
                 fix="use --resume auto to go on, or --set run=ANOTHER_FOLDER",
             )
+        require_no_lost_work(run_folder, 0)
         return None
     return _choose_named(run_folder, resume, checkpoints)
 
 
-def _choose_newest(run_folder: Path, checkpoints: list[Path]) -> Path | None:
+def _choose_newest(run_folder: Path, checkpoints: list[Path], reads_all: bool) -> Path:
     """The newest sound checkpoint of the run."""
-    newest = next(iterate_sound_checkpoints(run_folder / "checkpoints"), None)
-    if newest is None and checkpoints:
+    sound = (
+        iterate_sound_checkpoints(run_folder / "checkpoints")
+        if reads_all
+        else filter(find_state, checkpoints)
+    )
+    newest = next(iter(sound), None)
+    if newest is None:
         raise ResumeError(
             "every checkpoint of the run is damaged",
             where=run_folder,
-            fix="start anew with --set run=ANOTHER_FOLDER",
+            fix="copy them again, or begin another run with --set run=ANOTHER_FOLDER",
         )
+    require_whole_copies(run_folder, newest)
     return newest
 
 
 def _choose_named(run_folder: Path, resume: str, checkpoints: list[Path]) -> Path:
     """The checkpoint that a person named: of this run, or of another with which it begins."""
-    if checkpoints and Path(resume).resolve().parent.parent != run_folder.resolve():
+    is_foreign = not _belongs_to(Path(resume), run_folder)
+    if checkpoints and is_foreign:
         raise ResumeError(
             "the run folder already holds another run than the one to go on from",
             where=run_folder,
@@ -121,22 +179,32 @@ def _choose_named(run_folder: Path, resume: str, checkpoints: list[Path]) -> Pat
             got=problem,
             fix="name a folder like RUN/checkpoints/step-00001200",
         )
+    if is_foreign:
+        require_no_lost_work(run_folder, read_state(Path(resume)).step)
     return Path(resume)
 
 
-def _find_continuation(run_folder: Path, resume: str, checkpoints: list[Path]) -> Path | None:
-    """The newest sound checkpoint, if this command wrote it and was then interrupted.
+def _belongs_to(checkpoint: Path, run_folder: Path) -> bool:
+    """Whether a checkpoint is one of this run."""
+    return checkpoint.resolve().parent.parent == run_folder.resolve()
 
-    An earlier attempt of this Slurm job saved it; or the run began from the checkpoint of another
+
+def _began_with(resume: str, checkpoints: list[Path]) -> bool:
+    """Whether this command wrote the checkpoints and was then interrupted.
+
+    An earlier attempt of this Slurm job saved them; or the run began from the checkpoint of another
     run which `resume` names.
     """
     state = next(filter(None, map(find_state, checkpoints)), None)
     if state is None:
-        return None
+        return False
     was_requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0 and state.job == SLURM_JOB
-    if was_requeued or state.origin == str(Path(resume).resolve()):
-        return next(iterate_sound_checkpoints(run_folder / "checkpoints"), None)
-    return None
+    return was_requeued or state.origin == str(Path(resume).resolve())
+
+
+def _load_saved_config(checkpoint: Path) -> Config:
+    """The settings of the run that a checkpoint belongs to, as its folder keeps them."""
+    return configs.load_config(checkpoint.parent.parent / "config.json")
 
 
 def require_same_run(
@@ -165,43 +233,54 @@ def require_same_run(
             expected=state.fingerprint[:16],
             fix="point --set store=... at the original store, or start a new run",
         )
-    # What the run began with, as its own folder keeps it beside the checkpoints.
-    saved_config = configs.load_config(checkpoint.parent.parent / "config.json")
-    changed = configs.list_changed_settings(saved_config, config)
+    changed = configs.compare_settings(_load_saved_config(checkpoint), config)
     forbidden = [key for key in changed if not key.startswith(CHANGEABLE)]
     if forbidden:
         raise ResumeError(
             "the settings are not those of the run to go on with",
             where=run_folder,
             got=f"changed: {', '.join(forbidden)}",
+            expected=f"no other changes than of {', '.join(CHANGEABLE)}",
             fix="use the run's own config.json, or start a new run with --set run=ANOTHER_FOLDER",
         )
-    if checkpoint.resolve().parent.parent != run_folder.resolve():
+    if not _belongs_to(checkpoint, run_folder):
         state = replace(state, origin=str(checkpoint.resolve()))
     return state
 
 
-def set_aside_later_work(run_folder: Path, state: RunState, ranks: Ranks) -> RunState:
-    """Clear the way for going on from a state.
+def forget_lost_best(run_folder: Path, state: RunState, ranks: Ranks) -> RunState:
+    """Forget the best validation, if its weights are damaged or gone: the next one is the best.
 
-    What an earlier attempt left beyond its step is renamed, and half-written checkpoints are
-    removed.
+    Args:
+        run_folder: the run folder.
+        state: the state to go on from.
+        ranks: this rank among all; every rank must call.
+    """
+    lost = ranks.run_on_first(
+        lambda: state.best is not None and _report_lost_best(run_folder, state.best_step)
+    )
+    return replace(state, best=None, best_step=0, bad=0) if lost else state
 
-    Returns:
-        The state; if the weights of its best validation are damaged or gone, it knows of none, so
-        that the next validation counts as the best.
+
+def set_aside_later_work(run_folder: Path, step: int, ranks: Ranks) -> None:
+    """Clear the way for going on from a step.
+
+    What an earlier attempt left beyond it is renamed, and half-written checkpoints are removed.
+
+    Args:
+        run_folder: the run folder.
+        step: the step to go on from.
+        ranks: this rank among all; every rank must call.
     """
 
-    def clear_folder() -> bool:
+    def clear_folder() -> None:
         with translate_write_errors("what goes on from here", run_folder):
             for kind in ("checkpoints", "best"):
                 # A list, as what is renamed would turn up again.
                 for path in list((run_folder / kind).glob("step-*")):
-                    _set_aside(path, state.step)
-        return state.best is not None and _report_lost_best(run_folder, state.best_step)
+                    _set_aside(path, step)
 
-    lost = ranks.run_on_first(clear_folder)
-    return replace(state, best=None, best_step=0, bad=0) if lost else state
+    ranks.run_on_first(clear_folder)
 
 
 def _set_aside(path: Path, step: int) -> None:

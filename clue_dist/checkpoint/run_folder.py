@@ -76,6 +76,13 @@ def list_checkpoints(folder: Path) -> list[Path]:
     )
 
 
+def list_uncommitted(folder: Path) -> list[Path]:
+    """List folders that are called like checkpoints but have no commit marker, newest first."""
+    committed = set(list_checkpoints(folder))
+    named = [path for path in folder.glob("step-*") if CHECKPOINT_NAME.fullmatch(path.name)]
+    return sorted((path for path in named if path.is_dir() and path not in committed), reverse=True)
+
+
 def list_shard_files(checkpoint: Path) -> list[Path]:
     """List the files of a checkpoint's ranks."""
     return sorted(checkpoint.glob(SHARD_FILES))

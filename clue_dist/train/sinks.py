@@ -198,7 +198,7 @@ def _reopen_metrics(path: Path, step: int) -> io.FileIO:
     # The last line of a killed run may be cut: that is nothing to report.
     n_unreadable = sum(line.row is None for line in lines[:-1])
     if n_unreadable:
-        print_line(f"{path}: {n_unreadable} lines that cannot be read are left out")
+        print_line(f"{path}: lines that cannot be read are left out: {n_unreadable}")
     kept = b"".join(line.text + b"\n" for line in lines if line.is_until(step))
     write_file(path, kept, durable=True)
     return io.FileIO(path, "a")

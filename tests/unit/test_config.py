@@ -113,7 +113,7 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
 def test_changed_lists_dotted_paths(tmp_path: Path) -> None:
     a = configs.load_config(written(tmp_path, {}))
     b = configs.load_config(tmp_path / "c.json", ["train.lr=0.5", "model.latent=8"])
-    assert configs.list_changed_settings(a, b) == ["model.latent", "train.lr"]
+    assert configs.compare_settings(a, b) == {"model.latent": (64, 8), "train.lr": (0.001, 0.5)}
 
 
 def test_a_written_config_reads_back(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def test_a_line_of_metrics_that_cannot_be_read_costs_that_line_alone(
     assert read_metrics(path)[0]["step"].tolist() == [1, 2, 3]
     assert read_metrics(path)[1] == 2
     with Sinks(tmp_path, QUIET, 10, 2, Ranks()):
-        assert "1 lines that cannot be read are left out" in capsys.readouterr().out
+        assert "lines that cannot be read are left out: 1" in capsys.readouterr().out
     assert path.read_bytes() == b"".join(kept + b"\n" for kept in LINES[:2])
     with Sinks(tmp_path, QUIET, 10, 2, Ranks()):
         assert not capsys.readouterr().out
