@@ -57,9 +57,17 @@ class StartingPoint:
     checkpoint: Path | None  # folder of the checkpoint to go on from; None at step 0
     changes: dict[str, tuple[Any, Any]]  # what each changed setting was and is, by dotted path
 
+    def is_within(self, run_folder: Path) -> bool:
+        """Whether a run goes on that this folder describes already."""
+        return self.checkpoint is not None and _belongs_to(self.checkpoint, run_folder)
+
     def format_changes(self) -> dict[str, str]:
-        """Format what each changed setting was and is, for people."""
+        """Format what each changed setting was and is, by dotted path."""
         return {key: f"{before} -> {after}" for key, (before, after) in self.changes.items()}
+
+    def describe_changes(self) -> str:
+        """Say on one line which settings differ from those of the run, and how."""
+        return ", ".join(f"{key} {change}" for key, change in self.format_changes().items())
 
 
 def find_starting_point(

@@ -58,7 +58,8 @@ class Saver:
         engine: what is saved.
         ranks: this rank among all.
         keep: how many checkpoints are kept.
-        before_commit: what rank 0 does before a checkpoint may count, in the thread that writes it.
+        before_commit: what rank 0 does before a checkpoint or best weights may count, in the thread
+            that writes them.
 
     Raises:
         SavingError: from `finish`, on all ranks alike: a file could not be written. What was half
@@ -71,7 +72,7 @@ class Saver:
         engine: Any,
         ranks: Ranks,
         keep: int,
-        before_commit: Callable[[], None] | None = None,
+        before_commit: Callable[[Kind], None] | None = None,
     ) -> None:
         self._run_folder, self._engine, self._keep = run_folder, engine, keep
         self._ranks = ranks.open_side_channel()  # for the thread that writes
@@ -196,7 +197,7 @@ class Saver:
         _write_text(partial / COMMIT, json.dumps(listing, indent=1))
         sync_to_disk(partial)
         if self._before_commit is not None:
-            self._before_commit()
+            self._before_commit(kind)
         partial.rename(final)
         sync_to_disk(final.parent)
         if kind == "checkpoints":

@@ -93,28 +93,36 @@ def prepare_training(arguments: argparse.Namespace, world: int) -> Setup:
 
 
 def print_plan(setup: Setup, arguments: argparse.Namespace) -> None:
-    """Print what will be trained; in a dry run, also the step from which training would go on.
+    """Print what will be trained; in a dry run, also where the run stands in its folder.
 
-    Under `--resume auto` that is the newest checkpoint. It is not read, which may take minutes.
+    Of a run under `--resume auto` the newest checkpoint is not read, which may take minutes.
 
     Raises:
-        ResumeError: in a dry run, the checkpoint that `--resume` names cannot be used.
+        ResumeError: in a dry run, training would be refused.
     """
     print(setup.format_summary(), flush=True)
     if not arguments.dry_run:
         return
 
-    from clue_dist.checkpoint.resuming import choose_checkpoint
-    from clue_dist.checkpoint.run_folder import list_checkpoints, parse_step
+    from clue_dist.checkpoint.resuming import find_starting_point
+    from clue_dist.train.setup import is_run_finished
 
-    if arguments.resume == "auto":
-        checkpoint = next(iter(list_checkpoints(setup.run_folder / "checkpoints")), None)
-        condition = ", if that checkpoint is sound"
-    else:
-        checkpoint = choose_checkpoint(setup.run_folder, arguments.resume, Ranks())
-        condition = ""
-    if checkpoint is not None:
-        print(f"  would go on from step {parse_step(checkpoint)}{condition}", flush=True)
+    start = find_starting_point(
+        setup.run_folder,
+        setup.config,
+        setup.store.fingerprint,
+        arguments.resume,
+        Ranks(),
+        reads_all=False,
+    )
+    step = start.state.step
+    if is_run_finished(setup, start.state):
+        print(f"  finished at step {step}: nothing is left to train", flush=True)
+    elif start.checkpoint is not None:
+        condition = ", if that checkpoint is sound" if arguments.resume == "auto" else ""
+        print(f"  would go on from step {step}{condition}", flush=True)
+    if start.changes:
+        print(f"  differs from the run: {start.describe_changes()}", flush=True)
 
 
 def prepare_benchmark(arguments: argparse.Namespace, world: int) -> Setup:

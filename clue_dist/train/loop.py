@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,12 +11,14 @@ import torch
 from clue_dist.checkpoint import engine_state
 from clue_dist.checkpoint.model_card import write_model_card
 from clue_dist.checkpoint.resuming import (
-    choose_checkpoint,
-    require_same_run,
+    StartingPoint,
+    find_starting_point,
+    forget_lost_best,
     set_aside_later_work,
 )
 from clue_dist.checkpoint.run_folder import RunState
-from clue_dist.checkpoint.saver import Saver
+from clue_dist.checkpoint.saver import Kind, Saver
+from clue_dist.process import print_line
 from clue_dist.ranks import Ranks
 from clue_dist.resilience.peers import Peers
 from clue_dist.resilience.run_lock import SLURM_JOB, hold_run_lock
@@ -22,7 +26,7 @@ from clue_dist.resilience.stop_signals import StopFlag
 from clue_dist.train.engine import build_engine, join_process_group
 from clue_dist.train.meter import Meter
 from clue_dist.train.not_finite import judge_outcome
-from clue_dist.train.setup import Setup
+from clue_dist.train.setup import Setup, is_run_finished
 from clue_dist.train.sinks import Sinks
 from clue_dist.train.step import train_step
 from clue_dist.train.trainer import Trainer
@@ -67,45 +71,65 @@ def fit(setup: Setup, ranks: Ranks, resume: str = "auto") -> TrainingResult:
         device = join_process_group(ranks)
         with hold_run_lock(setup.run_folder, ranks):
             with peers.announce_errors():
-                trainer, state = _start_trainer(setup, ranks, device, resume)
-            result = _train_steps(trainer, state, stop, peers)
+                start = find_starting_point(
+                    setup.run_folder, setup.config, setup.store.fingerprint, resume, ranks
+                )
+                start = replace(start, state=forget_lost_best(setup.run_folder, start.state, ranks))
+                if is_run_finished(setup, start.state):
+                    return _leave_finished_run(setup, ranks, start)
+                trainer, state = _start_trainer(setup, ranks, device, start)
+            result = _train_steps(trainer, state, start, stop, peers)
             trainer.engine.destroy()
     return result
 
 
+def _leave_finished_run(setup: Setup, ranks: Ranks, start: StartingPoint) -> TrainingResult:
+    """Leave a run as it is: what it says of itself is true of what was trained."""
+    if ranks.is_first:
+        print_line(f"nothing is left to train, and nothing is written: {setup.run_folder}")
+        if start.changes:
+            print_line(f"differs from the run: {start.describe_changes()}")
+    return TrainingResult(start.state, finished=True)
+
+
 def _start_trainer(
-    setup: Setup, ranks: Ranks, device: torch.device, resume: str
+    setup: Setup, ranks: Ranks, device: torch.device, start: StartingPoint
 ) -> tuple[Trainer, RunState]:
     """A fresh engine, or one that goes on from a checkpoint, whatever number of ranks saved it."""
-    folder, fingerprint = setup.run_folder, setup.store.fingerprint
-    checkpoint = choose_checkpoint(folder, resume, ranks)
-    if checkpoint is None:
-        state = RunState(step=0, world=ranks.world, fingerprint=fingerprint)
+    folder, state = setup.run_folder, start.state
+    if start.checkpoint is None:
         engine = build_engine(setup, ranks, device)
     else:
-        state = require_same_run(folder, setup.config, fingerprint, checkpoint)
         engine = engine_state.restore_engine(
-            lambda set_weights: build_engine(setup, ranks, device, set_weights), checkpoint, state
+            lambda set_weights: build_engine(setup, ranks, device, set_weights),
+            start.checkpoint,
+            state,
         )
     # A run that was refused so far has left its folder as it was.
-    state = set_aside_later_work(folder, state, ranks)
-    ranks.run_on_first(lambda: write_model_card(folder, setup.store, setup.config))
+    set_aside_later_work(folder, state.step, ranks)
+    if not start.is_within(folder):
+        ranks.run_on_first(lambda: write_model_card(folder, setup.store, setup.config))
     return Trainer(engine, setup, ranks, device), replace(state, job=SLURM_JOB)
 
 
-def _train_steps(trainer: Trainer, state: RunState, stop: StopFlag, peers: Peers) -> TrainingResult:
+def _train_steps(
+    trainer: Trainer, state: RunState, start: StartingPoint, stop: StopFlag, peers: Peers
+) -> TrainingResult:
     """The loop, from `state` on until the run is finished or a signal asks to stop."""
     setup, engine, ranks = trainer.setup, trainer.engine, trainer.ranks
     settings, held_out = setup.config.train, trainer.load_held_out_batch()
     sinks = Sinks(setup.run_folder, setup.config, setup.total_steps, state.step, ranks)
     loader = trainer.open_loader(state.step)
-    saver = Saver(setup.run_folder, engine, ranks, settings.keep, sinks.flush_to_disk)
+    saver = Saver(setup.run_folder, engine, ranks, settings.keep, _make_record_keeper(setup, sinks))
     # An error is announced first, so that other ranks do not wait while this one closes the rest.
     with sinks, loader, saver, peers.announce_errors():
         sinks.print_message(_format_greeting(trainer, state))
+        if start.changes:
+            # At the first step that they hold for: that line goes where that step is undone.
+            sinks.write_event("settings changed", state.step + 1, start.format_changes())
         state = replace(state, world=ranks.world)
         meter = Meter(trainer, loader, saver, state.logged)
-        first_step, done = state.step, _is_finished(setup, state)
+        done = False
         while not done:
             outcome = train_step(trainer, loader, state.step, saver, stop)
             # A skipped step counts, too: its cells have been dealt.
@@ -119,17 +143,32 @@ def _train_steps(trainer: Trainer, state: RunState, stop: StopFlag, peers: Peers
                 state = validate_model(trainer, held_out, state, sinks)
                 if state.best_step == state.step:
                     saver.save_best_weights(state)
-            done = _is_finished(setup, state) or outcome.stop_requested
+            done = is_run_finished(setup, state) or outcome.stop_requested
             if outcome.save_failed:
                 saver.finish()  # which raises, on every rank, what went wrong
             if done or is_due(state, settings.checkpoint_every):
                 updates, sums = engine_state.count_updates(engine), meter.collect_sums()
                 saver.save_checkpoint(replace(state, updates=updates, logged=sums))
         saver.finish()
-        explanation = _explain_early_end(setup, first_step, state)
+        explanation = _explain_early_end(setup, state)
         if explanation is not None:
             sinks.print_message(explanation)
-    return TrainingResult(state, _is_finished(setup, state))
+    return TrainingResult(state, is_run_finished(setup, state))
+
+
+def _make_record_keeper(setup: Setup, sinks: Sinks) -> Callable[[Kind], None]:
+    """Make what rank 0 does before a commit, so that the folder says how the weights came about."""
+    describe_once = functools.cache(
+        lambda: write_model_card(setup.run_folder, setup.store, setup.config)
+    )
+
+    def keep_records(kind: Kind) -> None:
+        sinks.flush_to_disk()
+        # Until then an attempt that is killed leaves nothing that was trained with its settings.
+        if kind == "checkpoints":
+            describe_once()
+
+    return keep_records
 
 
 def _format_greeting(trainer: Trainer, state: RunState) -> str:
@@ -141,19 +180,13 @@ def _format_greeting(trainer: Trainer, state: RunState) -> str:
     return f"going on from step {state.step}{saved_by}: {folder}"
 
 
-def _explain_early_end(setup: Setup, first_step: int, state: RunState) -> str | None:
-    """Why training ended before its last step; None if it did not, or had ended before."""
-    if not _is_finished(setup, state):
+def _explain_early_end(setup: Setup, state: RunState) -> str | None:
+    """Why training ended before its last step; None if it did not."""
+    if not is_run_finished(setup, state):
         return f"asked to stop: saved at step {state.step}, `--resume auto` goes on from there"
-    if first_step < state.step < setup.total_steps:
+    if state.step < setup.total_steps:
         return f"no better validation since step {state.best_step}: stopping early"
     return None
-
-
-def _is_finished(setup: Setup, state: RunState) -> bool:
-    """Whether all steps are done, or too many validations in a row have not lowered the score."""
-    patience = setup.config.train.patience
-    return state.step >= setup.total_steps or (patience > 0 and state.bad >= patience)
 
 
 def is_due(state: RunState, every: int | str) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from clue_dist import config as configs
+from clue_dist.checkpoint.run_folder import RunState
 from clue_dist.config import Config
 from clue_dist.data import plan as plans
 from clue_dist.data.batch import Batch, BatchPart, assemble_batch
@@ -156,6 +157,12 @@ def prepare_setup(config: Config, world: int, *, writes: bool = True) -> Setup:
         max(1, round(total_steps)),
         choose_projection_starts(config, store, specs),
     )
+
+
+def is_run_finished(setup: Setup, state: RunState) -> bool:
+    """Whether all steps are done, or too many validations in a row have not been better."""
+    patience = setup.config.train.patience
+    return state.step >= setup.total_steps or (patience > 0 and state.bad >= patience)
 
 
 def _hold_out_cells(

@@ -223,7 +223,7 @@ def test_resume_refuses_other_data_settings_ranks_and_damage(folder: Path) -> No
     before = config.read_text()
     # The configuration reads as if another version had begun the run.
     config.write_text(before.replace('"latent": 6', '"latent": 8'))
-    done = alone(*args, "--set", "model.latent=8", expect=2)
+    done = alone(*args, "--set", "model.latent=8", "train.epochs=3", expect=2)
     assert "the weights do not fit the model of these settings" in done.stderr
     assert "Traceback" not in done.stderr
     config.write_text(before)

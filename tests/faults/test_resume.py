@@ -191,12 +191,52 @@ def test_best_weights_are_those_of_the_checkpoint_that_is_gone_on_from(folder: P
     assert not list(broken.glob("*/*.aside")), "training has passed them"
 
 
+def read_settings(run_folder: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads((run_folder / "config.json").read_text())["train"]
+    return settings
+
+
 def test_a_run_is_prolonged_and_its_folder_says_so(folder: Path) -> None:
     alone(*args_of(folder, "prolonged"))
-    done = alone(*args_of(folder, "prolonged"), "train.epochs=6")
+    args = (*args_of(folder, "prolonged"), "train.epochs=6", "train.lr=0.0005")
+    previewed = alone(*args, "--dry-run").stdout
+    assert f"would go on from step {STEPS}" in previewed
+    assert "differs from the run: train.epochs" in previewed
+    done = alone(*args)
     assert f"going on from step {STEPS}" in done.stdout
-    assert json.loads((folder / "prolonged" / "config.json").read_text())["train"]["epochs"] == 6
+    settings = read_settings(folder / "prolonged")
+    assert (settings["epochs"], settings["lr"]) == (6, 0.0005)
     assert saved_steps(folder / "prolonged")[0] == metrics(folder / "prolonged")[-1]["step"] == 27
+    (change,) = metrics(folder / "prolonged", "event")
+    assert change["step"] == STEPS + 1
+    assert change["train.lr"] == "0.001 -> 0.0005"
+
+
+def test_settings_of_an_attempt_that_saved_nothing_leave_no_trace(folder: Path) -> None:
+    alone(*args_of(folder, "unsaved"))
+    args = args_of(folder, "unsaved", "train.epochs=6", "train.lr=0.0005")
+    run("python", "tests/faults/plant.py", f"kill:0:{STEPS + 1}", "--", *args, expect=-9)
+    assert read_settings(folder / "unsaved")["lr"] == 0.001
+    alone(*args_of(folder, "unsaved", "train.epochs=6"))
+    (change,) = metrics(folder / "unsaved", "event")
+    assert "train.lr" not in change
+
+
+def test_a_finished_run_stays_as_it_is_whatever_is_asked_of_it(folder: Path) -> None:
+    def read_folder() -> dict[Path, bytes]:
+        found = (path for path in (folder / "left").rglob("*") if path.is_file())
+        return {path: path.read_bytes() for path in found if path.name != ".lock"}
+
+    args = args_of(folder, "left")
+    alone(*args)
+    before = read_folder()
+    args = [*args, "train.lr=0.01", "log.tensorboard=true"]
+    for done in (alone(*args, "--dry-run"), run(*spawned(2, *args))):
+        assert f"finished at step {STEPS}" in done.stdout
+        assert "nothing" in done.stdout
+        changes = "log.tensorboard False -> True, train.lr 0.001 -> 0.01"
+        assert f"differs from the run: {changes}" in done.stdout
+    assert read_folder() == before
 
 
 def test_early_stop_is_remembered(folder: Path) -> None:

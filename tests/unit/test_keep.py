@@ -10,7 +10,8 @@ import torch
 
 from clue_dist.checkpoint.run_folder import RunState
 from clue_dist.ranks import Ranks
-from clue_dist.train import loop, validate
+from clue_dist.train import validate
+from clue_dist.train.setup import is_run_finished
 from clue_dist.train.trainer import Trainer
 
 
@@ -46,7 +47,7 @@ def kept(
         if state.best_step == step:
             kept_steps.append(step)
         assert sinks.lines[-1]["best_step"] == state.best_step == kept_steps[-1]
-        if loop._is_finished(setup, state):
+        if is_run_finished(setup, state):
             break
     return state, kept_steps
 

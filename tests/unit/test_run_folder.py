@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from clue_dist.checkpoint.resuming import CHANGEABLE, choose_checkpoint, find_starting_point
+from clue_dist.checkpoint.run_folder import COMMIT, STATE, WEIGHTS, RunState
 from clue_dist.config import Config, LogConfig
-from clue_dist.errors import SavingError
+from clue_dist.errors import ResumeError, SavingError
 from clue_dist.files import translate_write_errors
 from clue_dist.inference.profiles import read_metrics
 from clue_dist.ranks import Ranks
+from clue_dist.store.writer import hash_file
 from clue_dist.train.sinks import Sinks
 
 QUIET = Config(log=LogConfig(wandb="disabled", tensorboard=False))
@@ -47,3 +55,150 @@ def test_an_error_of_saving_does_not_show_a_whole_file(tmp_path: Path) -> None:
         (b"text" * 10_000 + b"\xff").decode()
     assert "UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff" in str(raised.value)
     assert len(str(raised.value)) < 1000
+
+
+# --- work that would be lost ---
+
+
+SETTINGS = Config(store="s", run="r", train={"checkpoint_every": 10})
+
+
+def save_step(run_folder: Path, step: int, kind: str = "checkpoints") -> Path:
+    """Save what a checkpoint consists of, with one tensor."""
+    folder = run_folder / kind / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    name = WEIGHTS if kind == "best" else "rank-00000.safetensors"
+    save_file({"weights:0:x": torch.zeros(1)}, folder / name)
+    state = asdict(RunState(step=step, world=1, fingerprint="f"))
+    (folder / STATE).write_text(json.dumps(state))
+    files = {path.name: hash_file(path).model_dump() for path in folder.iterdir()}
+    (folder / COMMIT).write_text(json.dumps(files))
+    return folder
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """The folder of a run of 30 steps that keeps two checkpoints."""
+    run = tmp_path / "run"
+    for step in (20, 30):
+        save_step(run, step)
+    save_step(run, 25, "best")
+    (run / "config.json").write_text(SETTINGS.to_json())
+    lines = [json.dumps({"step": step, "split": "train"}) for step in range(1, 31)]
+    (run / "metrics.jsonl").write_text("\n".join(lines))
+    return run
+
+
+def choose_auto(run: Path) -> Path | None:
+    return choose_checkpoint(run, "auto", Ranks())
+
+
+def drop_markers(run: Path) -> None:
+    for marker in run.glob(f"checkpoints/*/{COMMIT}"):
+        marker.unlink()
+
+
+def drop_newest_marker(run: Path) -> None:
+    (run / "checkpoints" / "step-00000030" / COMMIT).unlink()
+
+
+def drop_best_marker(run: Path) -> None:
+    (run / "best" / "step-00000025" / COMMIT).unlink()
+
+
+def drop_checkpoints(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+
+
+def drop_all_but_weights(run: Path) -> None:
+    """What is left is a model as it is shared."""
+    drop_checkpoints(run)
+    (run / "metrics.jsonl").unlink()
+
+
+def drop_all_but_metrics(run: Path) -> None:
+    drop_checkpoints(run)
+    shutil.rmtree(run / "best")
+
+
+@pytest.mark.parametrize(
+    "drop",
+    [
+        drop_markers,
+        drop_newest_marker,
+        drop_best_marker,
+        drop_checkpoints,
+        drop_all_but_weights,
+        drop_all_but_metrics,
+    ],
+)
+def test_work_that_would_be_lost_is_refused(run_folder: Path, drop: Callable[[Path], None]) -> None:
+    assert choose_auto(run_folder) == run_folder / "checkpoints" / "step-00000030"
+    drop(run_folder)
+    before = sorted(run_folder.rglob("*"))
+    with pytest.raises(ResumeError) as refused:
+        choose_auto(run_folder)
+    assert refused.value.exit_code == 2
+    assert "copy" in str(refused.value.fix)
+    with pytest.raises(ResumeError):
+        choose_checkpoint(run_folder, "never", Ranks())
+    assert sorted(run_folder.rglob("*")) == before
+
+
+def test_an_older_checkpoint_is_gone_on_from_where_it_is_named(run_folder: Path) -> None:
+    drop_newest_marker(run_folder)
+    older = run_folder / "checkpoints" / "step-00000020"
+    with pytest.raises(ResumeError, match=f"--resume {older}"):
+        choose_auto(run_folder)
+    assert choose_checkpoint(run_folder, str(older), Ranks()) == older
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(run_folder: Path) -> None:
+    drop_checkpoints(run_folder)
+    (run_folder / "config.json").write_text(
+        SETTINGS.model_copy(
+            update={"train": SETTINGS.train.model_copy(update={"checkpoint_every": 15})}
+        ).to_json()
+    )
+    assert choose_auto(run_folder) is None
+
+
+def test_no_other_run_is_begun_in_a_folder_that_holds_work(
+    run_folder: Path, tmp_path: Path
+) -> None:
+    other = save_step(tmp_path / "other", 4)
+    assert choose_checkpoint(tmp_path / "new", str(other), Ranks()) == other
+    drop_checkpoints(run_folder)
+    with pytest.raises(ResumeError, match="no checkpoint to go on from"):
+        choose_checkpoint(run_folder, str(other), Ranks())
+
+
+# --- settings that differ from the run's ---
+
+
+def test_settings_that_may_differ_are_listed_with_what_they_were(run_folder: Path) -> None:
+    settings = SETTINGS.train.model_copy(update={"lr": 0.01, "epochs": 3.0})
+    config = SETTINGS.model_copy(update={"train": settings})
+    start = find_starting_point(run_folder, config, "f", "auto", Ranks())
+    assert start.state.step == 30
+    assert start.describe_changes() == "train.epochs auto -> 3.0, train.lr 0.001 -> 0.01"
+    assert not find_starting_point(run_folder, SETTINGS, "f", "auto", Ranks()).changes
+    changed = config.model_copy(update={"seed": 5})
+    with pytest.raises(ResumeError, match=r"changed: seed\n.*no other changes than of store, run"):
+        find_starting_point(run_folder, changed, "f", "auto", Ranks())
+
+
+def test_a_dry_run_reads_no_weights(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    newest = run_folder / "checkpoints" / "step-00000030"
+    (newest / "rank-00000.safetensors").write_bytes(b"damaged")
+    start = find_starting_point(run_folder, SETTINGS, "f", "auto", Ranks(), reads_all=False)
+    assert start.checkpoint == newest
+    start = find_starting_point(run_folder, SETTINGS, "f", "auto", Ranks())
+    assert start.checkpoint == newest.with_name("step-00000020")
+
+
+def test_the_page_lists_the_settings_that_may_differ() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    listed = page.partition("These settings may differ")[2].partition("Other changes")[0]
+    names = {key.removeprefix("train.") for key in CHANGEABLE}
+    assert {name for name in names if f"`{name.replace('log.', 'log.*')}`" not in listed} == set()

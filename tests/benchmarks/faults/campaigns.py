@@ -21,6 +21,7 @@ import numpy as np
 import psutil
 
 from clue_dist.checkpoint import resuming
+from clue_dist.errors import ResumeError
 from clue_dist.ranks import Ranks
 from tests.benchmarks.damage.harm import KINDS, harm_bytes, write_or_remove
 from tests.benchmarks.faults import jobs
@@ -182,7 +183,10 @@ def stop_jobs(folder: Path, size: CampaignSize, shared: Path) -> Result:
 
 
 def damage_checkpoints(folder: Path, size: CampaignSize, shared: Path) -> Result:
-    """Of the newest checkpoint of the unbroken run; which is chosen to go on from?"""
+    """Of the newest checkpoint of the unbroken run; which is chosen to go on from?
+
+    One without its marker, as of a copy that was broken off, is refused: the one before is named.
+    """
     source = run_whole(shared, size) / "checkpoints"
     before, newest = sorted(path.name for path in source.iterdir() if not path.suffix)[-2:]
     rng, chosen = np.random.default_rng(2), []
@@ -194,10 +198,18 @@ def damage_checkpoints(folder: Path, size: CampaignSize, shared: Path) -> Result
         victim = files[rng.integers(len(files))]
         write_or_remove(victim, harm_bytes(victim.read_bytes(), KINDS[number % 3], rng)[0])
         with contextlib.redirect_stdout(io.StringIO()):
-            found = resuming.choose_checkpoint(run, "auto", Ranks())
-        chosen.append(found and found.name)
+            chosen.append(_choose_after_damage(run))
     found = {"used": chosen.count(newest), "the one before used": chosen.count(before)}
     return {"damages": size.damages} | found
+
+
+def _choose_after_damage(run: Path) -> str:
+    """The name of the checkpoint that is gone on from, or that a refusal offers."""
+    try:
+        found = resuming.choose_checkpoint(run, "auto", Ranks())
+    except ResumeError as refused:
+        return str(refused.fix).partition("--resume ")[2].partition(";")[0].rpartition("/")[2]
+    return found.name if found is not None else "none"
 
 
 EVERY, LARGE = 4, 128  # steps between two saves of the large config, its batch
