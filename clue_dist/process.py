@@ -16,6 +16,7 @@ from clue_dist.errors import LOST, ClueError
 from clue_dist.files import DISK_FULL
 
 _has_joined = False  # whether this process is, or was, one of the ranks of a job
+_skips_cleanup = False  # whether the interpreter's own way out would crash
 
 
 def run_main(main: Callable[[], None]) -> NoReturn:
@@ -87,6 +88,12 @@ def mark_as_rank() -> None:
     _has_joined = True
 
 
+def skip_cleanup() -> None:
+    """Note that a library is in a state in which it crashes as it cleans up, for `run_main`."""
+    global _skips_cleanup
+    _skips_cleanup = True
+
+
 def _end_process(code: int, at_once: bool = False) -> NoReturn:
     """End the process with an exit code.
 
@@ -98,7 +105,7 @@ def _end_process(code: int, at_once: bool = False) -> NoReturn:
         at_once: skip what is registered to run at exit. The other ranks wait for this one, and
             threads that hang in a file would hold it up.
     """
-    if not _has_joined:
+    if not (_has_joined or _skips_cleanup):
         sys.exit(code)
     try:
         if not at_once:

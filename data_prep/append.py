@@ -184,7 +184,8 @@ def _commit_addition(addition: Manifest, job: Path, before: Manifest, root: Path
         if modality != before.modalities[name]:
             raise RuntimeError(f"an addition with other features of {name} than its store")
     segments = _name_segments(addition, before)
-    additions = [*before.provenance.get(APPENDED, []), addition.provenance]
+    notes = addition.provenance | {"before": before.fingerprint}
+    additions = [*before.provenance.get(APPENDED, []), notes]
     strata = {segments[name]: stratum for name, stratum in addition.strata.items()}
     after = before.model_copy(
         update={

@@ -29,6 +29,7 @@ def main() -> None:
             arguments.out,
             run=arguments.run,
             per_modality=arguments.per_modality,
+            min_known=arguments.min_known,
             batch_size=arguments.batch_size,
             ranks=ranks,
         )

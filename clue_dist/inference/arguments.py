@@ -8,12 +8,13 @@ from contextlib import contextmanager
 
 from clue_dist.files import parse_path
 from clue_dist.inference.load_model import TrainedModel, load_model
+from clue_dist.inference.query import MIN_KNOWN, select_modalities
 from clue_dist.ranks import Ranks
 from clue_dist.store.reader import Store
 
 
 def build_parser(script: str, description: str, store: str, out: str) -> argparse.ArgumentParser:
-    """Make a parser with --run, --store, --out, --checkpoint and --batch-size.
+    """Make a parser with the arguments that embedding and evaluation share.
 
     Args:
         script: file name of the command in launch/.
@@ -26,10 +27,31 @@ def build_parser(script: str, description: str, store: str, out: str) -> argpars
     parser.add_argument("--store", required=True, help=f"{store}: a folder or a URL")
     parser.add_argument("--out", type=parse_path, required=True, help=out)
     parser.add_argument("--checkpoint", default="best", help="best, last, or a checkpoint's name")
+    parser.add_argument(
+        "--modalities", nargs="+", metavar="NAME", help="those of the store to use (default: all)"
+    )
+    parser.add_argument(
+        "--min-known",
+        type=_parse_share,
+        default=MIN_KNOWN,
+        metavar="SHARE",
+        help="least share of a modality's features that each converted file must have had "
+        "(default: %(default)s)",
+    )
     parser.add_argument("--batch-size", type=_positive, default=4096, help="cells embedded at once")
     # The launcher adds this argument; the variable LOCAL_RANK says the same.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     return parser
+
+
+def _parse_share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return share
 
 
 def _positive(text: str) -> int:
@@ -54,7 +76,11 @@ def open_model_and_store(
 
     def open_both() -> tuple[TrainedModel, Store]:
         check_arguments()
-        return load_model(arguments.run, arguments.checkpoint), Store(arguments.store)
+        trained_model = load_model(arguments.run, arguments.checkpoint)
+        store = Store(arguments.store)
+        if arguments.modalities:
+            store = select_modalities(store, arguments.modalities)
+        return trained_model, store
 
     ranks = Ranks.from_environment()
     trained_model, store = ranks.run_before_joining(open_both)

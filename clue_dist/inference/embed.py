@@ -11,16 +11,25 @@ import numpy as np
 import pandas as pd
 
 from clue_dist.errors import ConfigError
+from clue_dist.inference.output_files import (
+    check_output_folder,
+    make_scratch_folder,
+    translate_output_errors,
+)
+from clue_dist.inference.query import (
+    MIN_KNOWN,
+    holds_training_cells,
+    require_known_features,
+    require_measured_features,
+)
 from clue_dist.inference.stream import (
     Embedding,
     LoadedModel,
     SegmentSlice,
-    check_output_folder,
     compute_embedding,
-    make_scratch_folder,
-    require_known_features,
     slice_segments,
 )
+from clue_dist.process import print_error
 from clue_dist.ranks import Ranks
 from clue_dist.store.reader import Store
 
@@ -35,6 +44,7 @@ def embed_store(
     *,
     run: Path | str,
     per_modality: bool = False,
+    min_known: float = MIN_KNOWN,
     batch_size: int = 4096,
     ranks: Ranks | None = None,
 ) -> None:
@@ -51,30 +61,50 @@ def embed_store(
         out: where to; its ending chooses the format.
         run: the run's folder, to be named in the output.
         per_modality: whether z from each modality alone is wanted, too.
+        min_known: the least share of a modality's features that each file must have had.
         batch_size: cells embedded at once.
         ranks: this process among the others; by default it is alone.
 
     Raises:
-        ConfigError: an unknown ending, no such folder, or no embedding but something else at `out`.
+        ConfigError: an unknown ending, no such folder, or no embedding but something else at `out`;
+            another job is writing it.
         StoreError: modalities or features that are not the model's; a damaged store; a full disk.
         ResumeError: the model gives NaN.
     """
     ranks = ranks or Ranks()
     check_embedding_path(out)
-    require_known_features(store, trained_model.modalities)
+    check_query(trained_model, store, min_known, ranks)
     slices = slice_segments(store, batch_size)
     with make_scratch_folder(out, ranks) as scratch:
         embedding = compute_embedding(
             trained_model, store, scratch, slices, per_modality=per_modality, ranks=ranks
         )
-        if ranks.is_first:
-            provenance = describe_embedding(trained_model, store, run)
+        provenance = describe_embedding(trained_model, store, run)
+
+        def write_embedding() -> None:
             with (
                 md.set_options(pull_on_update=False),
                 ad.settings.override(zarr_write_format=3, auto_shard_zarr_v3=False),
             ):
                 tables = _build_tables(out.suffix, store, embedding, provenance)
-                _write_tables(out, scratch / f"out{out.suffix}", tables)
+                with translate_output_errors(out):
+                    _write_tables(out, scratch / f"out{out.suffix}", tables)
+
+        ranks.run_on_first(write_embedding)
+
+
+def check_query(trained_model: LoadedModel, store: Store, min_known: float, ranks: Ranks) -> None:
+    """Check that a model can embed a store; rank 0 prints what makes its z doubtful.
+
+    Raises:
+        StoreError: modalities or features that are not the model's, or were hardly measured.
+    """
+    require_known_features(store, trained_model.modalities)
+    # What the model was trained on may hold files of few features, as with `--features union`.
+    if not holds_training_cells(store, trained_model.fingerprint):
+        warnings = require_measured_features(store, min_known)
+        for warning in warnings if ranks.is_first else []:
+            print_error(f"warning: {warning}")
 
 
 def describe_embedding(trained_model: LoadedModel, store: Store, run: Path | str) -> dict[str, Any]:
@@ -84,6 +114,7 @@ def describe_embedding(trained_model: LoadedModel, store: Store, run: Path | str
         "checkpoint": trained_model.name,
         "store": str(store.root),
         "fingerprint": store.fingerprint,
+        "modalities": store.modalities,
         "latent": dict.fromkeys(trained_model.modalities, trained_model.latent),
         "private": dict.fromkeys(trained_model.modalities, trained_model.private),
         "private_scale": trained_model.private_scale,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +13,31 @@ import numpy as np
 
 from clue_dist import matching
 from clue_dist.errors import ConfigError, StoreError
-from clue_dist.files import translate_disk_errors, write_file
-from clue_dist.inference.embed import describe_embedding
+from clue_dist.files import write_file
+from clue_dist.inference.embed import check_query, describe_embedding
+from clue_dist.inference.output_files import (
+    check_output_folder,
+    make_scratch_folder,
+    translate_output_errors,
+)
+from clue_dist.inference.query import MIN_KNOWN, holds_training_cells
 from clue_dist.inference.stream import (
-    DISK_FIX,
     Embedding,
     LoadedModel,
     SegmentSlice,
-    check_output_folder,
     compute_embedding,
-    make_scratch_folder,
-    require_known_features,
     slice_segments,
 )
 from clue_dist.ranks import Ranks
 from clue_dist.store.reader import Store
+
+SEEN = "seen_in_training"  # in `about` of the scores: whether the model was trained on the cells
+SEEN_WARNING = (
+    "The model was trained on this store: these are scores of cells that it has seen, and cells "
+    "that it has not seen match less well. To hold cells out, convert them to a store of their "
+    "own, which is not trained on (`python -m data_prep convert ... --features-from RUN`), and "
+    "score that."
+)
 
 
 def evaluate_store(
@@ -36,6 +47,7 @@ def evaluate_store(
     *,
     run: Path | str,
     max_cells: int | None = None,
+    min_known: float = MIN_KNOWN,
     batch_size: int = 4096,
     ranks: Ranks | None = None,
 ) -> dict[str, Any]:
@@ -50,22 +62,24 @@ def evaluate_store(
         run: the run's folder, to be named in the output.
         max_cells: take an even part of each segment, so many cells in all. That is a random draw,
             as segments are stored shuffled.
+        min_known: the least share of a modality's features that each file must have had.
         batch_size: cells embedded at once.
         ranks: this process among the others; by default it is alone.
 
     Returns:
         For each ordered pair "rna->adt": `cells`; `global` and `within_batch`, both directions
         averaged; `directed`, from the first to the second alone; `chance`, what blind embeddings
-        get. `about` says what was scored.
+        get. `about` says what was scored, and whether the model was trained on it.
 
     Raises:
         StoreError: no cell carries two modalities; features that are not the model's.
-        ConfigError: `out` is a folder or in none, `max_cells` is below 2.
+        ConfigError: `out` is a folder or in none, or another job is writing it; `max_cells` is
+            below 2.
         ResumeError: the model gives NaN.
     """
     ranks = ranks or Ranks()
     check_scores_path(out, max_cells)
-    require_known_features(store, trained_model.modalities)
+    check_query(trained_model, store, min_known, ranks)
     slices = slice_segments(store, batch_size, count_paired_cells(store, max_cells))
     modalities = [name for name in trained_model.modalities if name in store.modalities]
     with make_scratch_folder(out, ranks) as scratch:
@@ -73,12 +87,18 @@ def evaluate_store(
             trained_model, store, scratch, slices, per_modality=True, ranks=ranks
         )
         result = _score_pairs(store, embedding, modalities, ranks)
-        counts = {"cells": len(embedding.joint), "max_cells": max_cells}
-        result["about"] = describe_embedding(trained_model, store, run) | counts
-        if ranks.is_first:
+        result["about"] = describe_embedding(trained_model, store, run) | {
+            "cells": len(embedding.joint),
+            "max_cells": max_cells,
+            SEEN: holds_training_cells(store, trained_model.fingerprint),
+        }
+
+        def write_scores() -> None:
             text = json.dumps(_replace_nan(result), indent=1, allow_nan=False)
-            with translate_disk_errors(out, DISK_FIX, every=True):
+            with translate_output_errors(out):
                 write_file(out, f"{text}\n")
+
+        ranks.run_on_first(write_scores)
     return result
 
 
@@ -130,7 +150,7 @@ def count_paired_cells(store: Store, max_cells: int | None = None) -> dict[str, 
 
 
 def format_scores(result: dict[str, Any]) -> str:
-    """The scores as a table in text, chance beside each of them."""
+    """The scores as a table in text, chance beside each of them; a warning if cells were seen."""
     titles = "".join(f"{metric:>10}{'chance':>10}" for metric in matching.METRICS)
     head = f"{'pair':<16}{'scope':<14}{'cells':>9}{titles}"
     lines = [head, "-" * len(head)]
@@ -141,6 +161,8 @@ def format_scores(result: dict[str, Any]) -> str:
                 for metric in matching.METRICS
             )
             lines.append(f"{pair:<16}{scope:<14}{entry['cells']:>9,}{numbers}")
+    if result.get("about", {}).get(SEEN):
+        lines += ["", *textwrap.wrap(f"warning: {SEEN_WARNING}", 100)]
     return "\n".join(lines)
 
 

@@ -28,6 +28,7 @@ class TrainedModel:
     modalities: dict[str, Modality]  # in the model's order
     name: str  # name of the checkpoint
     config: Config
+    fingerprint: str = ""  # fingerprint of the store that it was trained on
 
     @property
     def latent(self) -> int:
@@ -72,7 +73,7 @@ def load_model(run: Path, checkpoint: str = "best") -> TrainedModel:
         raise ResumeError("the weights are damaged", where=folder, got=problem)
     model = _make_model(run, card, config)
     load_weights(model, folder, "use the version of clue_dist that trained them")
-    return TrainedModel(model.eval(), card.modalities, folder.name, config)
+    return TrainedModel(model.eval(), card.modalities, folder.name, config, card.fingerprint)
 
 
 def _read_model_card(run: Path) -> ModelCard:

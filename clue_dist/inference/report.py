@@ -8,13 +8,14 @@ from __future__ import annotations
 import base64
 import html
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from clue_dist.errors import ConfigError
-from clue_dist.files import write_file
+from clue_dist.inference.evaluate import SEEN, SEEN_WARNING
 from clue_dist.inference.figures import (
     compute_umap,
     draw_curves,
@@ -22,11 +23,15 @@ from clue_dist.inference.figures import (
     list_curves,
     render_png,
 )
+from clue_dist.inference.output_files import translate_output_errors
 from clue_dist.inference.profiles import ALL_OBSERVED, UNKNOWN, read_metrics, read_profiles
 from clue_dist.matching import METRICS, SCOPES
 
 _TITLES = {"foscttm": "FOSCTTM ↓", "match": "match ↑", "recall10": "recall at 10 ↑"}
 _MUTED = "<p class='muted'>{}</p>"
+_PAGE_FILE = "index.html"
+# Figures by name, as PNG. Nothing is written until all of them are there.
+Figures = dict[str, bytes]
 
 
 def write_report(run: Path, embedding: Path | None = None, scores: Path | None = None) -> Path:
@@ -42,24 +47,45 @@ def write_report(run: Path, embedding: Path | None = None, scores: Path | None =
 
     Raises:
         ConfigError: no such run, embedding or scores, or a file that is not one.
+        StoreError: the report cannot be written; an earlier one stays as it is.
     """
     if not (run / "config.json").is_file():
         fix = "train one with launch/train.py, or mend the path"
         raise ConfigError("no run here", where=f"--run {run}", got="no config.json", fix=fix)
-    folder = run / "report"
-    sections = [_describe_training(run, folder)]
+    figures: Figures = {}
+    sections = [_describe_training(run, figures)]
     if embedding is not None:
-        sections.append(_show_embedding(embedding, folder))
+        sections.append(_show_embedding(embedding, figures))
     if scores is not None:
         sections.append(_tabulate_scores(scores))
     sections.append(_show_config(run))
-    folder.mkdir(exist_ok=True)
-    page = folder / "index.html"
-    write_file(page, _PAGE.format(title=html.escape(run.name), sections="\n".join(sections)))
-    return page
+    title = html.escape(run.resolve().name)  # a run may be typed as `.`
+    text = _PAGE.format(title=title, sections="\n".join(sections))
+    folder = run / "report"
+    with translate_output_errors(folder):
+        _replace_files(folder, figures, text)
+    return folder / _PAGE_FILE
 
 
-def _describe_training(run: Path, folder: Path) -> str:
+def _replace_files(folder: Path, figures: Figures, text: str) -> None:
+    """Put a page and its figures into the place of those of an earlier report.
+
+    They are renamed into place once all of them are on the disk: where it is full, nothing changes.
+    """
+    with tempfile.TemporaryDirectory(prefix=".report-", dir=folder.parent) as temporary:
+        names = [f"{name}.png" for name in figures]
+        for name, png in zip(names, figures.values(), strict=True):
+            Path(temporary, name).write_bytes(png)
+        Path(temporary, _PAGE_FILE).write_text(text, encoding="utf-8")
+        folder.mkdir(exist_ok=True)
+        for earlier in folder.glob("umap_*.png"):
+            if earlier.name not in names:
+                earlier.unlink()
+        for name in [*names, _PAGE_FILE]:
+            Path(temporary, name).replace(folder / name)
+
+
+def _describe_training(run: Path, figures: Figures) -> str:
     metrics, n_unreadable = read_metrics(run / "metrics.jsonl")
     if not list_curves(metrics):
         return "<h2>Training</h2>" + _MUTED.format("Nothing was logged.")
@@ -73,10 +99,10 @@ def _describe_training(run: Path, folder: Path) -> str:
     if n_unreadable:
         facts.append(f"{n_unreadable} unreadable lines of metrics.jsonl left out")
     text = _MUTED.format("; ".join(facts) + ".")
-    return f"<h2>Training</h2>{text}" + _show_figure(folder, "curves", draw_curves(metrics))
+    return f"<h2>Training</h2>{text}" + _show_figure(figures, "curves", draw_curves(metrics))
 
 
-def _show_embedding(embedding: Path, folder: Path) -> str:
+def _show_embedding(embedding: Path, figures: Figures) -> str:
     profiles = read_profiles(embedding)
     points = compute_umap(profiles.z)
     joint = (profiles.modality == ALL_OBSERVED).all()
@@ -85,8 +111,8 @@ def _show_embedding(embedding: Path, folder: Path) -> str:
         f"UMAP of {len(points):,} profiles of {html.escape(embedding.name)}, "
         f"each a cell seen through {source}, scaled to length 1."
     )
-    figures = [
-        _show_figure(folder, f"umap_{column}", draw_scatter(points, names, title))
+    images = [
+        _show_figure(figures, f"umap_{column}", draw_scatter(points, names, title))
         for column, title in (
             ("modality", "modality"),
             ("batch", "batch"),
@@ -94,7 +120,7 @@ def _show_embedding(embedding: Path, folder: Path) -> str:
         )
         if ((names := getattr(profiles, column)) != UNKNOWN).any()
     ]
-    return f"<h2>Embedding</h2>{_MUTED.format(text)}<div class='row'>{''.join(figures)}</div>"
+    return f"<h2>Embedding</h2>{_MUTED.format(text)}<div class='row'>{''.join(images)}</div>"
 
 
 def _tabulate_scores(path: Path) -> str:
@@ -106,6 +132,7 @@ def _tabulate_scores(path: Path) -> str:
             if pair != "about"
             for scope in SCOPES
         ]
+        is_seen = scores.get("about", {}).get(SEEN)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         fix = "make them with launch/evaluate.py"
         raise ConfigError(
@@ -116,10 +143,12 @@ def _tabulate_scores(path: Path) -> str:
         "Each cell seen through one modality looks for itself in the other; "
         "both directions averaged."
     )
+    warning = f"<p><strong>{html.escape(SEEN_WARNING)}</strong></p>" if is_seen else ""
     return f"""<h2>Matching</h2>
 {_MUTED.format(text)}
 <table><tr><th>pair</th><th>among</th><th>cells</th>{head}</tr>
-{"".join(rows)}</table>"""
+{"".join(rows)}</table>
+{warning}"""
 
 
 def _format_row(pair: str, scope: str, entry: dict[str, Any]) -> str:
@@ -139,17 +168,15 @@ def _format_number(value: float | None) -> str:
 
 
 def _show_config(run: Path) -> str:
-    text = html.escape((run / "config.json").read_text(encoding="utf-8"))
+    text = html.escape((run / "config.json").read_text(encoding="utf-8", errors="replace"))
     summary = "<summary>resolved config</summary>"
     return f"<h2>Config</h2><details>{summary}<pre>{text}</pre></details>"
 
 
-def _show_figure(folder: Path, name: str, figure: Figure) -> str:
-    """Write a figure as PNG beside the page; returns the element that shows it."""
-    folder.mkdir(exist_ok=True)
-    png = render_png(figure)
-    write_file(folder / f"{name}.png", png)
-    data = base64.b64encode(png).decode()
+def _show_figure(figures: Figures, name: str, figure: Figure) -> str:
+    """Render a figure into `figures`; returns the element that shows it."""
+    figures[name] = render_png(figure)
+    data = base64.b64encode(figures[name]).decode()
     width = int(figure.get_figwidth() * 100)
     return f"<img alt='{name}' style='width:{width}px' src='data:image/png;base64,{data}'>"
 

@@ -21,13 +21,12 @@ import torch
 from torch import Tensor
 
 from clue_dist.data.batch import Batch, read_batch
-from clue_dist.errors import ConfigError, ResumeError, StoreError, list_names
-from clue_dist.files import translate_disk_errors
+from clue_dist.errors import ResumeError, StoreError
+from clue_dist.inference.output_files import translate_output_errors
 from clue_dist.ranks import Ranks
 from clue_dist.store.manifest import Modality
 from clue_dist.store.reader import Store
 
-DISK_FIX = "free some space or mend the permissions, then run it again"
 JOINT = ""  # names the array of z from everything observed; no modality has an empty name
 
 
@@ -60,6 +59,11 @@ class LoadedModel(Protocol):
     @property
     def name(self) -> str:
         """The checkpoint that holds the weights."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the store that the model was trained on."""
         ...
 
     @property
@@ -109,74 +113,6 @@ class Embedding:
     slices: list[SegmentSlice]  # which cells the rows are
     joint: np.ndarray  # (N, K * d) float32, from everything observed
     alone: dict[str, np.ndarray]  # by modality (N, K * d), from it alone; NaN where not measured
-
-
-def check_output_folder(out: Path) -> None:
-    """Require that the folder that `out` goes into is there.
-
-    Raises:
-        ConfigError: it is not, or is a file.
-    """
-    if not out.parent.is_dir():
-        state = "is a file" if out.parent.exists() else "does not exist"
-        raise ConfigError(
-            "no such folder",
-            where=f"--out {out}",
-            got=f"{out.parent} {state}",
-            fix="mend the path, or make the folder",
-        )
-
-
-def require_known_features(store: Store, modalities: dict[str, Modality]) -> None:
-    """Require that the model knows each modality of a store: its kind, and its features in order.
-
-    Args:
-        store: the cells to embed.
-        modalities: the model's, by name.
-
-    Raises:
-        StoreError: missing, extra or reordered features, the first 10 of each.
-    """
-    for name, modality in store.manifest.modalities.items():
-        where = f"{store.root}: modality {name}"
-        if name not in modalities:
-            raise StoreError(
-                "the model does not know a modality",
-                where=where,
-                got=name,
-                expected=list_names(modalities),
-            )
-        known = modalities[name]
-        if (modality.kind, modality.storage) != (known.kind, known.storage):
-            raise StoreError(
-                "a modality is of another kind than the model's",
-                where=where,
-                got=modality.kind,
-                expected=known.kind,
-            )
-        if modality.features != known.features:
-            raise StoreError(
-                "the store's features are not the model's",
-                where=where,
-                got=_compare_features(modality.features, known.features),
-                expected=f"the model's {known.n_features} features in their order",
-                fix="`python -m data_prep convert ... --features-from TRAINING_STORE` lays the "
-                "features out as the model's",
-            )
-
-
-def _compare_features(features: list[str], known: list[str]) -> str:
-    """How the features of a store differ from those of the model, in a line."""
-    have, want = set(features), set(known)
-    pairs = zip(known, features, strict=False)
-    lists = {
-        "missing": [name for name in known if name not in have],
-        "extra": [name for name in features if name not in want],
-        "reordered": [k for k, f in pairs if k != f and k in have and f in want],
-    }
-    return "; ".join(
-        f"{len(names)} {what}: {list_names(names)}" for what, names in lists.items() if names
-    )
 
 
 def slice_segments(
@@ -243,45 +179,6 @@ def compute_embedding(
     return Embedding(slices, arrays.pop(JOINT), dict(arrays))
 
 
-@contextlib.contextmanager
-def make_scratch_folder(out: Path, ranks: Ranks) -> Iterator[Path]:
-    """Make a folder beside `out` that all ranks share. It is gone at the end, also after an error.
-
-    What a killed process leaves of it is removed by the next one with the same `out`.
-
-    Raises:
-        ConfigError: some machine does not see the folder.
-        StoreError: it cannot be made.
-    """
-    scratch = out.with_name(f".{out.name}.partial")
-
-    def make_folder() -> None:
-        shutil.rmtree(scratch, ignore_errors=True)
-        with _translate_errors(scratch):
-            scratch.mkdir()
-
-    def require_shared() -> None:
-        if not scratch.is_dir():
-            raise ConfigError(
-                "not all machines see the folder of the output",
-                where=scratch.parent,
-                fix="put --out on a file system that every machine of the job mounts",
-            )
-
-    ranks.run_on_first(make_folder)
-    try:
-        ranks.run_on_all(require_shared)
-        yield scratch
-        ranks.barrier()  # the other ranks may still have the arrays open
-    finally:
-        if ranks.is_first:
-            shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _translate_errors(scratch: Path) -> contextlib.AbstractContextManager[None]:
-    return translate_disk_errors(scratch, DISK_FIX, every=True)
-
-
 def _array_path(scratch: Path, name: str, rank: int) -> Path:
     """The file with a rank's rows of an array.
 
@@ -304,7 +201,7 @@ def _embed_share(
     device = ranks.choose_device()
     model = trained_model.model.to(device)
     with contextlib.ExitStack() as stack:
-        with _translate_errors(scratch):
+        with translate_output_errors(scratch):
             files = {
                 name: stack.enter_context(
                     _array_path(scratch, name, ranks.rank).open("wb", buffering=0)
@@ -322,9 +219,9 @@ def _embed_share(
                     rows = _require_finite(latents[name], cells, name)
                 else:
                     rows = np.full(joint.shape, np.nan, np.float32)
-                with _translate_errors(scratch):
+                with translate_output_errors(scratch):
                     _write_rows(file, rows)
-        with _translate_errors(scratch):
+        with translate_output_errors(scratch):
             for file in files.values():
                 os.fsync(file.fileno())
 
@@ -352,7 +249,7 @@ def _join_files(scratch: Path, names: list[str], shape: tuple[int, int], world: 
                 got=f"{size} bytes in {paths[0].name} and its like, by {world} ranks",
                 expected=f"{expected} bytes",
             )
-        with _translate_errors(scratch), paths[0].open("ab") as whole:
+        with translate_output_errors(scratch), paths[0].open("ab") as whole:
             for path in paths[1:]:
                 with path.open("rb") as rows:
                     shutil.copyfileobj(rows, whole, 2**24)

@@ -41,7 +41,7 @@ def hold_run_lock(run: Path, ranks: Ranks) -> Iterator[None]:
             with translate_write_errors("the run folder", run):
                 run.mkdir(parents=True, exist_ok=True)
                 file = stack.enter_context((run / ".lock").open("ab+", buffering=0))
-                return _take_lock(file, run)
+                return take_file_lock(file, run)
 
         holder = ranks.run_on_first(take_lock)
         if holder is not None:
@@ -57,8 +57,16 @@ def hold_run_lock(run: Path, ranks: Ranks) -> Iterator[None]:
         yield
 
 
-def _take_lock(file: FileIO, run: Path) -> str | None:
-    """Take the lock. Returns the holder's name where another job holds it, else None."""
+def take_file_lock(file: FileIO, where: Path) -> str | None:
+    """Take the lock of a file, and write into it whose it is.
+
+    Args:
+        file: the file, open; closing it lets go of the lock.
+        where: what the lock is for, for the message.
+
+    Returns:
+        The holder's name where another job holds the lock, else None.
+    """
     deadline = time.monotonic() + EARLIER_ATTEMPT_LIMIT
     while True:
         try:
@@ -72,8 +80,7 @@ def _take_lock(file: FileIO, run: Path) -> str | None:
             time.sleep(0.5)
         except OSError as error:  # Lustre may be mounted without locks
             print_line(
-                f"{run}: no lock can be held here ({error}); "
-                "see to it that one job alone trains in it"
+                f"{where}: no lock can be held here ({error}); see to it that one job alone uses it"
             )
             return None
         else:

@@ -72,6 +72,7 @@ class Provenance(_Note):
     selected: dict[str, FeatureSelection] = {}  # by modality
     columns: dict[str, str] = {}  # the columns of obs that gave batch and label
     appended: list[Provenance] = []  # one for each addition
+    before: str = ""  # of an addition: the fingerprint that the store had before
 
 
 def _require_provenance(notes: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import re
 import resource
 import signal
@@ -19,7 +20,7 @@ import torch
 from clue_dist.data.batch import read_batch
 from clue_dist.errors import ConfigError, ResumeError, StoreError
 from clue_dist.inference.embed import embed_store
-from clue_dist.inference.stream import require_known_features
+from clue_dist.inference.query import require_known_features
 from clue_dist.store.manifest import Modality
 from clue_dist.store.reader import Store
 from tests.fakes import FakeLoaded
@@ -208,8 +209,9 @@ def test_other_features_are_listed(store, features, listing):
 
 
 def test_a_modality_unknown_to_the_model_is_an_error(store):
-    with pytest.raises(StoreError, match=r"does not know a modality[\s\S]*got: adt"):
+    with pytest.raises(StoreError, match=r"does not know a modality[\s\S]*got: adt") as error:
         require_known_features(store, {"rna": store.manifest.modalities["rna"]})
+    assert error.value.fix == "--modalities rna leaves it aside"
 
 
 def test_a_modality_of_another_kind_is_an_error(store):
@@ -245,6 +247,50 @@ def test_a_full_disk_is_told_and_leaves_nothing(store, loaded, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list(tmp_path.iterdir()) == []
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from clue_dist.inference.embed import embed_store
+from clue_dist.process import run_main
+from clue_dist.store.reader import Store
+from tests.fakes import FakeLoaded
+store, out = Store(sys.argv[1]), Path(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))  # enough for the rows, not for the file
+run_main(lambda: embed_store(FakeLoaded(store.manifest.modalities), store, out, run="r"))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["h5mu", "h5ad", "zarr"])
+def test_a_full_disk_in_the_last_step_is_told_in_plain_words(store, tmp_path, ending):
+    """In a process of its own, which HDF5 would make crash as it ends."""
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(store.root), str(tmp_path / f"o.{ending}")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "error: the disk is full or refuses to be written" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_jobs_do_not_write_one_output(store, loaded, tmp_path):
+    out, rows = tmp_path / "o.h5ad", tmp_path / ".o.h5ad.partial" / "rows"
+    rows.parent.mkdir()
+    rows.touch()
+    with (tmp_path / ".o.h5ad.lock").open("w+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("process 7 on another-host")
+        lock.flush()
+        with pytest.raises(ConfigError, match=r"another job[\s\S]*got: process 7 on another-host"):
+            embed_store(loaded, store, out, run="r")
+        assert rows.exists()
+    embed_store(loaded, store, out, run="r")  # the other one was killed
+    assert [p.name for p in tmp_path.iterdir()] == ["o.h5ad"]
 
 
 def test_an_error_of_one_rank_is_raised_on_all(store, tmp_path):

@@ -13,6 +13,7 @@ from clue_dist import matching
 from clue_dist.data.batch import read_batch
 from clue_dist.errors import ConfigError, StoreError
 from clue_dist.inference.evaluate import count_paired_cells, evaluate_store, format_scores
+from clue_dist.store.reader import Store
 from tests.fakes import FakeLoaded
 from tests.processes import run_ranks
 from tests.stores import make_store
@@ -69,6 +70,28 @@ def test_every_cell_that_carries_both_counts(store, tmp_path):
     lines = format_scores(scores).splitlines()
     assert len(lines) == 2 + 2 * len(pairs)
     assert lines[2].split()[:3] == ["rna->adt", "global", "110"]
+
+
+def test_cells_of_the_training_store_are_told(store, tmp_path):
+    out, known = tmp_path / "s.json", store.manifest.modalities
+
+    def score(fingerprint: str, cells: Store = store) -> dict[str, Any]:
+        return evaluate_store(FakeLoaded(known, fingerprint=fingerprint), cells, out, run="r")
+
+    for other in ("f" * 64, ""):
+        scores = score(other)
+        assert scores["about"]["seen_in_training"] is False
+        assert "warning" not in format_scores(scores)
+    scores = score(store.fingerprint)
+    assert json.loads(out.read_text())["about"]["seen_in_training"] is True
+    text = " ".join(format_scores(scores).split())
+    assert "warning: The model was trained on this store" in text
+    assert "--features-from RUN" in text
+    grown = Store(store.root)
+    notes = {"appended": [{"before": "a" * 64}, {"before": "b" * 64}]}
+    grown.manifest = store.manifest.model_copy(update={"provenance": notes})
+    assert score("a" * 64, grown)["about"]["seen_in_training"] is True
+    assert score("c" * 64, grown)["about"]["seen_in_training"] is False
 
 
 def test_two_ranks_score_as_one(store, tmp_path):

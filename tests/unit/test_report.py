@@ -5,6 +5,9 @@ from __future__ import annotations
 import base64
 import json
 import re
+import resource
+import warnings
+from pathlib import Path
 
 import anndata as ad
 import mudata as md
@@ -12,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from clue_dist.errors import ConfigError
+from clue_dist.errors import ConfigError, StoreError
 from clue_dist.inference import figures
 from clue_dist.inference.profiles import UNKNOWN, read_metrics, read_profiles
 from clue_dist.inference.report import write_report
@@ -218,6 +221,71 @@ def test_legends_stay_readable():
     )
     labels = [t.get_text() for t in figure.legends[0].get_texts()]
     assert labels == [*groups, "24 others"]
+
+
+@pytest.mark.parametrize(
+    "label",
+    ["$\\frac{1}{$", "CD4$+$ $", "_hidden", "two\nlines", "\\alpha", "{0}", "β-cell 细胞", ""],
+)
+def test_any_name_can_stand_in_a_picture(label):
+    names = np.array([label] * 5 + ["other"] * 5, dtype=object)
+    figure = figures.draw_scatter(np.random.default_rng(0).normal(size=(10, 2)), names, label)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the font lacks some of the letters
+        assert figures.render_png(figure).startswith(b"\x89PNG")
+    shown = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert sorted(shown) == sorted([label, "other"])
+
+
+def test_any_name_can_be_a_metric():
+    frame = pd.DataFrame({"split": "train", "step": [1, 2], "$\\frac{1}{$": [1.0, 2.0]})
+    assert figures.render_png(figures.draw_curves(frame)).startswith(b"\x89PNG")
+
+
+def read_folder(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_report_is_replaced_as_a_whole_or_not_at_all(run, embedding, tmp_path):
+    page = write_report(run, embedding)
+    before = read_folder(page.parent)
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 1.0}\n')
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(ConfigError, match="scores cannot be read"):
+        write_report(run, embedding, tmp_path / "bad.json")
+    assert read_folder(page.parent) == before
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limit[1]))
+    try:
+        with pytest.raises(StoreError, match="the disk is full or refuses to be written"):
+            write_report(run, embedding)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert read_folder(page.parent) == before
+    write_report(run)
+    assert sorted(read_folder(page.parent)) == ["curves.png", "index.html"]
+    assert sorted(path.name for path in run.iterdir()) == ["config.json", "metrics.jsonl", "report"]
+
+
+def test_scores_of_training_cells_are_called_so(run, tmp_path):
+    scores = tmp_path / "scores.json"
+    for seen in (False, True):
+        scores.write_text(json.dumps(SCORES | {"about": {"seen_in_training": seen}}))
+        text = write_report(run, scores=scores).read_text()
+        assert ("The model was trained on this store" in text) == seen
+
+
+def test_a_run_is_called_by_its_name_wherever_it_is_typed(run, monkeypatch):
+    monkeypatch.chdir(run)
+    assert "<h1>demo</h1>" in write_report(Path(".")).read_text()
+
+
+def test_a_damaged_line_of_metrics_is_left_out(run):
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b'\xff\n12\n{"step": 90, "loss": 1.0}\n')
+    metrics, n_unreadable = read_metrics(run / "metrics.jsonl")
+    assert (n_unreadable, metrics["step"].max()) == (2, 95)
+    assert 90 in set(metrics["step"])
 
 
 def test_what_is_not_there_is_said(run, tmp_path):

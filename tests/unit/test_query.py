@@ -1,0 +1,147 @@
+"""New cells for a model: modalities that it lacks are left aside, missing features are told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mudata as md
+import numpy as np
+import pytest
+
+from clue_dist.errors import ConfigError, StoreError
+from clue_dist.inference.arguments import build_parser
+from clue_dist.inference.embed import embed_store
+from clue_dist.inference.evaluate import evaluate_store
+from clue_dist.inference.query import (
+    require_known_features,
+    require_measured_features,
+    select_modalities,
+)
+from clue_dist.store.reader import Store
+from tests.fakes import FakeLoaded
+from tests.stores import make_store
+
+CELLS = {"rna+adt+atac": 30, "rna+atac": 25, "rna": 20, "atac": 40}
+FEATURES = {"rna": 20, "adt": 6, "atac": 15}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return make_store(tmp_path_factory.mktemp("store") / "s.zarr", cells=CELLS, features=FEATURES)
+
+
+@pytest.fixture(scope="module")
+def loaded(store: Store) -> FakeLoaded:
+    """A model that knows no atac."""
+    return FakeLoaded({name: store.manifest.modalities[name] for name in ("adt", "rna")})
+
+
+def note_input(modality: str, missing: int, **more: Any) -> dict[str, Any]:
+    """What the provenance of a conversion says of one input."""
+    return {
+        "file": f"{missing}.h5ad",
+        "modality": modality,
+        "dataset": "",
+        "cells": 9,
+        "empty": 0,
+        "features": {"missing": missing, "extra": 0},
+        **more,
+    }
+
+
+def add_provenance(store: Store, *inputs: dict[str, Any], appended: bool = False) -> Store:
+    """The same store with other notes about the files that it was converted from."""
+    notes: dict[str, Any] = {"inputs": list(inputs)}
+    changed = Store(store.root)
+    provenance = {"appended": [notes]} if appended else notes
+    changed.manifest = store.manifest.model_copy(update={"provenance": provenance})
+    return changed
+
+
+def test_modalities_that_the_model_lacks_are_left_aside(
+    store: Store, loaded: FakeLoaded, tmp_path: Path
+) -> None:
+    with pytest.raises(StoreError, match=r"--modalities rna adt leaves it aside"):
+        require_known_features(store, loaded.modalities)
+    view = select_modalities(store, ["rna", "adt"])
+    embed_store(loaded, view, tmp_path / "o.h5mu", run="r", per_modality=True)
+    embedding = md.read_h5mu(tmp_path / "o.h5mu")
+    assert {name: part.n_obs for name, part in embedding.mod.items()} == {"rna": 75, "adt": 30}
+    assert embedding.n_obs == 75, "cells that have atac alone are left out"
+    assert list(embedding.uns["clue_dist"]["modalities"]) == ["rna", "adt"]
+    scores = evaluate_store(loaded, view, tmp_path / "s.json", run="r")
+    assert [name for name in scores if name != "about"] == ["adt->rna", "rna->adt"]
+    assert store.modalities == ["rna", "adt", "atac"], "the store itself is what it was"
+    assert store.segments["rna+atac"].modalities == ["rna", "atac"]
+
+
+def test_a_view_has_the_same_cells(store: Store, tmp_path: Path) -> None:
+    alone = FakeLoaded({"rna": store.manifest.modalities["rna"]})
+    embed_store(alone, select_modalities(store, ["rna"]), tmp_path / "o.h5ad", run="r")
+    reader = select_modalities(store, ["rna"]).segments["rna+atac"]
+    barcodes = store.segments["rna+atac"].read_barcodes(np.arange(25))
+    assert (reader.modalities, reader.n_cells) == (["rna"], 25)
+    np.testing.assert_array_equal(reader.read_barcodes(np.arange(25)), barcodes)
+
+
+def test_modalities_that_are_not_there_are_refused(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no such modality[\s\S]*got: atca"):
+        select_modalities(store, ["rna", "atca"])
+    lone = make_store(tmp_path / "s.zarr", cells={"rna": 9}, features={"rna": 5, "adt": 3})
+    with pytest.raises(ConfigError, match="no cell carries these modalities"):
+        select_modalities(lone, ["adt"])
+
+
+@pytest.mark.parametrize("appended", [False, True])
+def test_next_to_no_known_feature_is_an_error(store: Store, appended: bool) -> None:
+    query = add_provenance(store, note_input("rna", 2), note_input("rna", 19), appended=appended)
+    with pytest.raises(StoreError, match=r"next to none[\s\S]*19.h5ad: 1 of 20 features") as error:
+        require_measured_features(query)
+    assert "--feature-ids" in str(error.value.fix)
+    assert "--min-known 0" in str(error.value.fix)
+    (warning,) = require_measured_features(query, min_known=0)
+    assert warning.startswith("rna: 19.h5ad: 1 of 20 features known;")
+
+
+def test_a_share_of_missing_features_is_a_warning(
+    store: Store, loaded: FakeLoaded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    query = add_provenance(
+        store,
+        note_input("rna", 4),
+        note_input("rna", 5),
+        note_input("rna", 9),
+        note_input("adt", 1),
+    )
+    (warning,) = require_measured_features(query)
+    assert warning.startswith("rna: 9.h5ad: 11 of 20 features known, and 1 more files like it;")
+    view = select_modalities(query, ["rna", "adt"])
+    embed_store(loaded, view, tmp_path / "o.h5ad", run="r")
+    assert f"warning: {warning}\n" in capsys.readouterr().err
+
+
+def test_what_was_measured_is_no_reason_to_complain(store: Store) -> None:
+    assert require_measured_features(store) == []  # nothing is known of its files
+    hit = note_input("atac", 14, counted="middle")
+    assert require_measured_features(add_provenance(store, hit)) == []
+
+
+def test_files_of_the_training_store_may_have_few_features(
+    store: Store, loaded: FakeLoaded, tmp_path: Path
+) -> None:
+    view = select_modalities(add_provenance(store, note_input("rna", 19)), ["rna", "adt"])
+    with pytest.raises(StoreError, match="next to none"):
+        embed_store(loaded, view, tmp_path / "o.h5ad", run="r")
+    trained = FakeLoaded(loaded.modalities, fingerprint=store.fingerprint)
+    embed_store(trained, view, tmp_path / "o.h5ad", run="r")
+
+
+def test_the_command_line_names_modalities_and_the_share(capsys: pytest.CaptureFixture) -> None:
+    words = ["--run", "r", "--store", "s", "--out", "o.h5ad", "--modalities", "rna", "adt"]
+    parser = build_parser("embed.py", "", "", "")
+    assert parser.parse_args(words).modalities == ["rna", "adt"]
+    assert parser.parse_args([*words, "--min-known", "0"]).min_known == 0
+    with pytest.raises(SystemExit):
+        parser.parse_args([*words, "--min-known", "2"])
+    assert "not a number from 0 to 1" in capsys.readouterr().err
