@@ -99,14 +99,17 @@ def test_all_cells_are_there_and_nothing_else_has_changed(tmp_path: Path, store:
 
 
 def test_a_third_addition_is_a_third_segment(tmp_path: Path, store: Path) -> None:
-    append_files(store, write_cells(tmp_path, slice(200, 240), "b"))
+    first = Store(store).fingerprint
+    second = append_files(store, write_cells(tmp_path, slice(200, 240), "b")).fingerprint
     after = append_files(store, write_cells(tmp_path, slice(240, 300), "c"))
     assert [n for n in after.segments if n.startswith("rna+adt")] == [
         "rna+adt",
         "rna+adt.2",
         "rna+adt.3",
     ]
-    assert len(after.manifest.provenance["appended"]) == 2
+    # A model that was trained on the store before knows these cells by it.
+    appended = after.manifest.provenance["appended"]
+    assert [notes["before"] for notes in appended] == [first, second]
     pd.testing.assert_frame_equal(read_counts(after, "rna").loc[RNA.index], RNA, check_dtype=False)
 
 
