@@ -8,7 +8,7 @@ the global batch's mean.
 from __future__ import annotations
 
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,8 @@ from clue_dist.data.batch import Batch
 from clue_dist.model.clue import CLUE, CLUEOutput, Mixup
 from clue_dist.model.noise import Noise
 from clue_dist.model.posterior import compute_information, compute_kl_to_prior
+
+MOST_CONTRASTED = 2000  # held-out cells among which InfoNCE looks for a cell's partner
 
 
 def compute_elbo_self(output: CLUEOutput, observed: Tensor, weight: Tensor, beta: float) -> Tensor:
@@ -34,8 +36,13 @@ def compute_elbo_self(output: CLUEOutput, observed: Tensor, weight: Tensor, beta
     Returns:
         (B,), in nats.
     """
+    return (split_elbo_self(output, beta) * weight * observed).sum(1)
+
+
+def split_elbo_self(output: CLUEOutput, beta: float) -> Tensor:
+    """What each modality adds to eq. 5, (B, K); it means nothing where one is not observed."""
     information = compute_information(output.posterior.mean, output.posterior.log_var)
-    return ((output.ln_self - beta * information) * weight * observed).sum(1)
+    return output.ln_self - beta * information
 
 
 def compute_elbo_cross(output: CLUEOutput, observed: Tensor, weight: Tensor, beta: float) -> Tensor:
@@ -43,9 +50,14 @@ def compute_elbo_cross(output: CLUEOutput, observed: Tensor, weight: Tensor, bet
 
     Arguments and result are those of `compute_elbo_self`.
     """
+    return (split_elbo_cross(output, observed, beta) * weight).sum(1)
+
+
+def split_elbo_cross(output: CLUEOutput, observed: Tensor, beta: float) -> Tensor:
+    """What each modality adds to eq. 8, (B, K); one that is not observed adds its KL alone."""
     posterior = output.posterior
-    kl = compute_kl_to_prior(posterior.joint_mean, posterior.joint_log_var)  # (B, K)
-    return ((output.ln_cross * observed - beta * kl) * weight).sum(1)
+    kl = compute_kl_to_prior(posterior.joint_mean, posterior.joint_log_var)
+    return output.ln_cross * observed - beta * kl
 
 
 def compute_alignment(z: Tensor, observed: Tensor, cosine: bool = False) -> Tensor:
@@ -82,12 +94,18 @@ def score_discriminator(logits: Tensor, observed: Tensor) -> Tensor:
 
 
 def compute_info_nce(
-    z: Tensor, observed: Tensor, batch_code: Tensor, log_scale: Tensor, within_batch: bool
+    z: Tensor,
+    observed: Tensor,
+    batch_code: Tensor,
+    log_scale: Tensor,
+    within_batch: bool,
+    across_ranks: bool = True,
 ) -> Tensor:
     """InfoNCE between the modalities of paired cells, both directions.
 
     Each cell of this rank finds its partner among all pairs of the global batch. The other ranks'
-    z are gathered, and gradients flow back to them.
+    z are gathered, and gradients flow back to them. Where every rank has the same cells, `z` holds
+    all pairs.
 
     Args:
         z: (M, B, K source, .), compared by cosine.
@@ -95,12 +113,15 @@ def compute_info_nce(
         batch_code: (B,), biological batches.
         log_scale: (), log of the inverse temperature.
         within_batch: whether negatives come from the cell's biological batch alone.
+        across_ranks: whether the other ranks hold further cells of the batch.
 
     Returns:
         The mean over directions, pairs and the M members, ().
     """
     z = F.normalize(z, dim=-1).transpose(0, 1)  # (B, M, K source, .)
-    every_z, every_observed, every_code, first = _gather_ranks(z, observed, batch_code)
+    every_z, every_observed, every_code, first = z, observed, batch_code, 0
+    if across_ranks:
+        every_z, every_observed, every_code, first = _gather_ranks(z, observed, batch_code)
     members = z.shape[1]
     partner = (first + torch.arange(len(z), device=z.device)).expand(members, -1)
     total, pairs = z.new_zeros(()), z.new_zeros(())
@@ -150,6 +171,16 @@ class _GatherWithGradient(torch.autograd.Function):
         return gradient.narrow(0, dist.get_rank() * ctx.n_rows, ctx.n_rows)
 
 
+class HeldOutScores(NamedTuple):
+    """What cells that training does not see say of the model."""
+
+    latents: dict[str, Tensor]  # z from each modality alone, as `CLUE.embed_batch` gives them
+    minus_elbo: Tensor  # (B,), minus both ELBOs of each cell, by their weights in the loss
+    # Minus the ELBOs by modality ("self/rna"), means over the cells that have it, and InfoNCE by
+    # pair of modalities ("contrastive/rna-adt"), () each; no weight of the loss enters.
+    terms: dict[str, Tensor]
+
+
 class Objective(nn.Module):
     """The model and its training loss (eq. 15) as one module, so that DeepSpeed sees one call.
 
@@ -169,25 +200,31 @@ class Objective(nn.Module):
         self.weights = [weight / size for weight, size in zip(modality_weights, sizes, strict=True)]
 
     def forward(
-        self, batch: Batch, noise: Noise | None, beta: float = 1.0, by_modality: bool = False
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute the loss of a micro-batch, or embed it.
+        self,
+        batch: Batch,
+        noise: Noise,
+        beta: float = 1.0,
+        by_modality: bool = False,
+        held_out: bool = False,
+    ) -> tuple[Tensor, dict[str, Tensor]] | HeldOutScores:
+        """Compute the loss of a micro-batch, or score held-out cells.
 
         Every call goes through the engine, so that ZeRO-3 gathers the parameters that it needs.
         For that reason validation, too, comes here.
 
         Args:
             batch: B cells.
-            noise: all random draws of the step; None: embed the batch instead.
+            noise: all random draws of the step.
             beta: factor on `lambda_kl`, for a warm-up.
             by_modality: whether to return what each modality adds to the ELBOs, too.
+            held_out: whether to score the cells, which every rank has, instead.
 
         Returns:
-            The loss () and its terms without their weights; or what `CLUE.embed_batch` gives.
+            The loss () and its terms without their weights; or the scores.
         """
-        if noise is None:
-            return self.model.embed_batch(batch)
-        config, observed = self.config, batch.observed
+        if held_out:
+            return self._score_held_out(batch, noise)
+        config = self.config
         output = self.model(
             batch,
             noise,
@@ -204,7 +241,7 @@ class Objective(nn.Module):
             + config.lambda_contrastive * terms.get("contrastive", 0.0)
         )
         if by_modality:
-            terms |= self._split_by_modality(output, observed)
+            terms |= self._split_by_modality(output, batch, beta * config.lambda_kl)
         return loss, {name: term.detach() for name, term in terms.items()}
 
     def _compute_terms(
@@ -233,18 +270,57 @@ class Objective(nn.Module):
             )
         return terms
 
-    def _split_by_modality(self, output: CLUEOutput, observed: Tensor) -> dict[str, Tensor]:
-        """Log-likelihoods of the ELBOs by modality, means over all cells of the batch."""
+    def _score_held_out(self, batch: Batch, noise: Noise) -> HeldOutScores:
+        """Score cells without dropout or mixtures, under the whole KL; see `forward`."""
+        config, observed = self.config, batch.observed
+        output = self.model(
+            batch, noise, decode_self=config.lambda_self > 0, decode_cross=config.lambda_cross > 0
+        )
+        weight = torch.tensor(self.weights, device=observed.device)
+        minus_elbo = -(
+            config.lambda_self * compute_elbo_self(output, observed, weight, config.lambda_kl)
+            + config.lambda_cross * compute_elbo_cross(output, observed, weight, config.lambda_kl)
+        )
+        _, latents = self.model.read_latents(batch, output.posterior)
+        terms = self._split_by_modality(output, batch, config.lambda_kl)
+        if config.lambda_contrastive:
+            terms |= self._contrast_pairs(output, batch)
+        return HeldOutScores(latents, minus_elbo, terms)
+
+    def _split_by_modality(
+        self, output: CLUEOutput, batch: Batch, beta: float
+    ) -> dict[str, Tensor]:
+        """Minus the ELBOs by modality, means over the cells that have it."""
         elbos = {
-            "self": (self.config.lambda_self, output.ln_self),
-            "cross": (self.config.lambda_cross, output.ln_cross),
+            "self": (self.config.lambda_self, split_elbo_self(output, beta)),
+            "cross": (self.config.lambda_cross, split_elbo_cross(output, batch.observed, beta)),
         }
         return {
-            f"{elbo} of {name}": -ln_p[:, k][observed[:, k].bool()].sum() / len(ln_p)
-            for elbo, (weight, ln_p) in elbos.items()
+            f"{elbo}/{name}": -values[batch.modalities[name].rows, k].mean()
+            for elbo, (weight, values) in elbos.items()
             if weight
             for k, name in enumerate(self.model.modalities)
+            if name in batch.modalities
         }
+
+    def _contrast_pairs(self, output: CLUEOutput, batch: Batch) -> dict[str, Tensor]:
+        """InfoNCE of each pair of modalities that some cells have, over the cells of this rank."""
+        # Evenly spread over the strata, so that memory stays bounded however many are held out.
+        some = slice(None, None, -(-batch.n_cells // MOST_CONTRASTED))
+        terms = {}
+        for pair in map(list, combinations(range(len(self.model.modalities)), 2)):
+            observed = batch.observed[some, pair]
+            if observed.all(1).any():
+                names = "-".join(self.model.modalities[k] for k in pair)
+                terms[f"contrastive/{names}"] = compute_info_nce(
+                    output.contrast[:, some, pair],
+                    observed,
+                    batch.batch_code[some],
+                    output.log_scale,
+                    self.config.contrastive_within_batch,
+                    across_ranks=False,
+                )
+        return terms
 
     def _choose_mixup(self) -> Mixup:
         if not (self.config.contrastive_mixup and self.config.lambda_contrastive):

@@ -265,9 +265,9 @@ def forget_lost_best(run_folder: Path, state: RunState, ranks: Ranks) -> RunStat
         ranks: this rank among all; every rank must call.
     """
     lost = ranks.run_on_first(
-        lambda: state.best is not None and _report_lost_best(run_folder, state.best_step)
+        lambda: state.lowest_score is not None and _report_lost_best(run_folder, state.best_step)
     )
-    return replace(state, best=None, best_step=0, bad=0) if lost else state
+    return replace(state, lowest_score=None, best_step=0, best_score=None, bad=0) if lost else state
 
 
 def set_aside_later_work(run_folder: Path, step: int, ranks: Ranks) -> None:

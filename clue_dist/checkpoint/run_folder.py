@@ -20,9 +20,9 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import AliasChoices, ConfigDict, Field, TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -55,8 +55,15 @@ class RunState:
     world: int  # ranks that saved this
     fingerprint: str  # fingerprint of the store
     updates: int = 0  # the optimizer's own count, which leaves out skipped steps
-    best: float | None = None  # lowest validation score
+    # Lowest validation score, its step, and what each validation cell had then. The score was
+    # called "best" before, and stood alone.
+    lowest_score: Annotated[
+        float | None, Field(validation_alias=AliasChoices("lowest_score", "best"))
+    ] = None
+    lowest_step: int = 0
+    lowest_cells: tuple[float, ...] = ()
     best_step: int = 0  # the step of the weights that are kept as the best
+    best_score: float | None = None  # their validation score
     bad: int = 0  # validations since the lowest score
     skipped: int = 0  # steps in a row whose loss or gradient was not finite
     usual: tuple[float, float] | None = None  # running mean and variance of the loss

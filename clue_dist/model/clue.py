@@ -167,7 +167,10 @@ class CLUE(nn.Module):
             z from everything observed, (B, K * d), and z from each modality alone, (n, K * d), with
             the rows of `batch.modalities[name].rows`.
         """
-        posterior = self.encode_batch(batch)
+        return self.read_latents(batch, self.encode_batch(batch))
+
+    def read_latents(self, batch: Batch, posterior: Posterior) -> tuple[Tensor, dict[str, Tensor]]:
+        """Read off a batch's posterior what `embed_batch` gives."""
         scale = posterior.mean.new_ones(self.latent)
         scale[self.n_aligned :] = PRIVATE_SCALE
         alone = {}

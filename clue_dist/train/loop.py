@@ -30,7 +30,7 @@ from clue_dist.train.setup import Setup, is_run_finished
 from clue_dist.train.sinks import Sinks
 from clue_dist.train.step import train_step
 from clue_dist.train.trainer import Trainer
-from clue_dist.train.validate import validate_model
+from clue_dist.train.validate import format_best_weights, validate_model
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class TrainingResult:
     finished: bool  # False if a signal stopped the run before
 
     def format_ending(self) -> str:
-        """Say where a finished run ended, and how good its best weights are."""
+        """Say where a finished run ended, and how good the weights are that it keeps."""
         ending = f"finished at step {self.state.step}"
-        if self.state.best is None:
+        if self.state.best_score is None:
             return ending
-        return f"{ending}, best validation {self.state.best:.4f} at step {self.state.best_step}"
+        return f"{ending}, kept {format_best_weights(self.state)}"
 
 
 def fit(setup: Setup, ranks: Ranks, resume: str = "auto") -> TrainingResult:
@@ -185,7 +185,7 @@ def _explain_early_end(setup: Setup, state: RunState) -> str | None:
     if not is_run_finished(setup, state):
         return f"asked to stop: saved at step {state.step}, `--resume auto` goes on from there"
     if state.step < setup.total_steps:
-        return f"no better validation since step {state.best_step}: stopping early"
+        return f"no lower validation score since step {state.lowest_step}: stopping early"
     return None
 
 

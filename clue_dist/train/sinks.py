@@ -12,7 +12,7 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,8 +24,8 @@ from clue_dist.config import Config
 from clue_dist.files import translate_write_errors, write_file
 from clue_dist.process import print_line
 from clue_dist.ranks import Ranks
+from clue_dist.train.log_lines import Numbers, format_log_line, format_value
 
-Numbers = Mapping[str, float | int | str]
 T = TypeVar("T")
 WANDB_WAIT = 30  # seconds for its server to answer
 WANDB_FINISH_WAIT = 20  # seconds for what is left to be sent at the end
@@ -62,6 +62,8 @@ class Sinks:
         if sys.stderr.isatty():
             self._bar = tqdm(total=self._total_steps, initial=step, unit="step", dynamic_ncols=True)
         self._started, self._first_step = time.monotonic(), step
+        # Steps between lines on the screen, and the step from which the next validation is shown.
+        self._interval, self._next_validation = config.log.every, step
 
     def count_step(self) -> None:
         """Move the progress bar on by a step."""
@@ -128,29 +130,22 @@ class Sinks:
     def _show(self, split: str, step: int, numbers: Numbers) -> None:
         """Show numbers on the screen, those of training beside the progress bar if there is one."""
         if split == "train" and self._bar is not None:
-            loss = _format_value(numbers.get("loss", "skipped"))
+            loss = format_value(numbers.get("loss", "skipped"))
             rate, wait = float(numbers["cells_per_s"]), float(numbers["data_wait"])
             self._bar.set_postfix_str(
                 f"loss {loss}, {rate:,.0f} cells/s, {wait:.1%} waiting for data"
             )
             return
-        left = ""
+        seconds_left = None
         if split == "train":
             step_seconds = (time.monotonic() - self._started) / max(step - self._first_step, 1)
-            left = f"  left {_format_duration(step_seconds * (self._total_steps - step))}"
-        values = "  ".join(f"{name} {_format_value(value)}" for name, value in numbers.items())
-        self.print_message(f"[{step}/{self._total_steps}] {split:<10} {values}{left}")
-
-
-def _format_value(value: float | int | str) -> str:
-    """Four digits are enough on a screen."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _format_duration(seconds: float) -> str:
-    """Hours, minutes and seconds, as 1:02:03."""
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+            seconds_left = step_seconds * (self._total_steps - step)
+        elif split == "validation":
+            # A small run validates every few steps: its lines would hide those of training.
+            if step < self._next_validation and step < self._total_steps:
+                return
+            self._next_validation = step + self._interval
+        self.print_message(format_log_line(split, step, self._total_steps, numbers, seconds_left))
 
 
 # --- metrics.jsonl ------------------------------------------------------------------------------

@@ -1,10 +1,11 @@
-"""Held-out pairs scored by FOSCTTM: it picks the weights that are kept, and can end training."""
+"""Held-out cells are scored: their scores pick the weights that are kept, and can end training."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -15,17 +16,23 @@ from clue_dist.checkpoint.run_folder import RunState
 from clue_dist.data.batch import Batch
 from clue_dist.matching import compute_nearer_share
 from clue_dist.model.noise import Noise
+from clue_dist.objective import HeldOutScores
 from clue_dist.train.sinks import Sinks
 from clue_dist.train.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What the held-out cells say of the present weights; smaller is better of all numbers."""
+
+    cells: list[float]  # score of each cell; their mean is the score of the weights
+    parts: dict[str, float]  # FOSCTTM, ELBOs and InfoNCE by modality or pair of modalities
 
 
 def validate_model(
     trainer: Trainer, held_out: Batch | None, state: RunState, sinks: Sinks
 ) -> RunState:
-    """Score the held-out cells and decide whether the present weights are the best so far.
-
-    Scores within a standard error of the lowest cannot be told apart. The latest of them wins, as
-    the steps that led to it were smaller.
+    """Score the held-out cells, log the scores, and choose the weights that are kept.
 
     Returns:
         The state with the validation counted; `best_step` is the present step if these weights are
@@ -33,49 +40,102 @@ def validate_model(
     """
     if held_out is None:  # the last weights are the best that can be had
         return replace(state, best_step=state.step)
-    values = score_held_out_cells(trainer, held_out)
+    validation = score_held_out_cells(trainer, held_out)
     # Rank 0 decides: rounding may differ between ranks.
-    score, error = trainer.ranks.run_on_first(lambda: (values["score"], values["error"]))
-    if not math.isfinite(score):
-        sinks.write_event("validation not finite", state.step, {"best_step": state.best_step})
+    cells = trainer.ranks.run_on_first(lambda: validation.cells)
+    numbers = {"score": statistics.fmean(cells)} | validation.parts
+    wrong = [name for name, value in numbers.items() if not math.isfinite(value)]
+    if wrong:
+        facts: dict[str, int | str] = {"found": ", ".join(wrong), "best_step": state.best_step}
+        sinks.write_event("validation not finite", state.step, facts)
+    if "score" in wrong:
         return replace(state, bad=state.bad + 1)
-    is_lower = state.best is None or score < state.best
-    lowest = score if state.best is None else min(score, state.best)
-    state = replace(state, best=lowest, bad=0 if is_lower else state.bad + 1)
-    if score <= lowest + error:
-        state = replace(state, best_step=state.step)
-    values = values | {"best": lowest, "best_step": state.best_step}
-    sinks.write_numbers("validation", state.step, values)
+    state, error = choose_weights(state, cells)
+    finite = {name: value for name, value in numbers.items() if name not in wrong}
+    sinks.write_numbers("validation", state.step, finite | _list_choice_numbers(state, error))
     return state
 
 
-def score_held_out_cells(trainer: Trainer, held_out: Batch) -> dict[str, float]:
+def choose_weights(state: RunState, cells: Sequence[float]) -> tuple[RunState, float]:
+    """Choose between the weights that are kept as the best and the present ones.
+
+    Weights whose score is within a standard error of the lowest cannot be told from those that have
+    it. The latest of them are kept, as the steps that led to them were smaller. Both scores are
+    means over the same cells, which are hard or easy for both: the error is that of the mean
+    difference, cell by cell, and far smaller than the error of either score.
+
+    Args:
+        state: the state of the run at the present step.
+        cells: (n,), the finite score of each validation cell.
+
+    Returns:
+        The state with the validation counted, and the standard error of the difference between the
+        score and the lowest one so far.
+    """
+    score, error = statistics.fmean(cells), 0.0
+    if state.lowest_score is None or score < state.lowest_score:
+        state = replace(
+            state,
+            lowest_score=score,
+            lowest_step=state.step,
+            lowest_cells=tuple(cells),
+            bad=0,
+        )
+    else:
+        state = replace(state, bad=state.bad + 1)
+        if state.lowest_cells:  # a run that an earlier version began did not keep them
+            error = _compute_paired_error(cells, state.lowest_cells)
+    assert state.lowest_score is not None
+    if score <= state.lowest_score + error:
+        state = replace(state, best_step=state.step, best_score=score)
+    return state, error
+
+
+def format_best_weights(state: RunState) -> str:
+    """Say which weights are kept, their score and, if it is another one, the lowest score."""
+    text = f"the weights of step {state.best_step}: validation score {state.best_score:.4f}"
+    if state.best_score == state.lowest_score:
+        return f"{text}, the lowest"
+    return f"{text} (lowest {state.lowest_score:.4f}, at step {state.lowest_step})"
+
+
+def score_held_out_cells(trainer: Trainer, held_out: Batch) -> Validation:
     """Score the held-out cells; the same on every rank, but for rounding.
 
     With pairs the score is FOSCTTM (eq. 18) on L2-normalised z, averaged over pairs of modalities.
-    Without, it is the loss, which is taken as exact.
-
-    Returns:
-        "score", of which smaller is better, "error", its standard error, and the FOSCTTM of every
-        pair of modalities.
+    Without, it is minus the ELBOs (eq. 5 and 8) by their weights in the loss.
     """
-    engine = trainer.engine
-    engine.eval()
+    trainer.engine.eval()
     with torch.no_grad():
-        if trainer.setup.has_paired_cells:
-            _, latents = engine(held_out, None)
-            shares = _compute_nearer_shares(held_out, latents)
-            values = {name: float(share.mean()) for name, share in shares.items()}
-            values["score"] = statistics.fmean(values.values())
-            # The pairs of modalities share their cells, so their errors do not average out.
-            values["error"] = statistics.fmean(
-                float(share.std()) / len(share) ** 0.5 for share in shares.values()
-            )
-        else:
-            loss, _ = engine(held_out, _make_noise(trainer, held_out))
-            values = {"score": float(loss), "error": 0.0}
-    engine.train()
-    return values
+        noise = _make_noise(trainer, held_out)
+        scores: HeldOutScores = trainer.engine(held_out, noise, held_out=True)
+    trainer.engine.train()
+    parts = {name: float(value) for name, value in scores.terms.items()}
+    if not trainer.setup.has_paired_cells:
+        return Validation(scores.minus_elbo.tolist(), parts)
+    if not all(latent.isfinite().all() for latent in scores.latents.values()):
+        return Validation([math.nan] * held_out.n_cells, parts)
+    shares = _compute_nearer_shares(held_out, scores.latents)
+    means = {f"foscttm/{pair}": float(share.mean()) for pair, (_, share) in shares.items()}
+    return Validation(_average_over_pairs(shares, held_out.n_cells), means | parts)
+
+
+def _list_choice_numbers(state: RunState, error: float) -> dict[str, float]:
+    """What is logged of the choice, beside the score."""
+    numbers: dict[str, float | None] = {
+        "error": error,
+        "best_score": state.best_score,
+        "best_step": state.best_step,
+        "lowest_score": state.lowest_score,
+        "lowest_step": state.lowest_step,
+    }
+    return {name: value for name, value in numbers.items() if value is not None}
+
+
+def _compute_paired_error(cells: Sequence[float], others: Sequence[float]) -> float:
+    """Standard error of the mean difference between two scores of each cell."""
+    differences = np.subtract(cells, others)
+    return float(differences.std(ddof=1) / len(differences) ** 0.5)
 
 
 def _make_noise(trainer: Trainer, held_out: Batch) -> Noise:
@@ -84,8 +144,24 @@ def _make_noise(trainer: Trainer, held_out: Batch) -> Noise:
     return Noise(trainer.setup.config.seed, 0, shares, lanes=1, device=held_out.observed.device)
 
 
-def _compute_nearer_shares(batch: Batch, latents: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    """What each cell with both of a pair of modalities adds to FOSCTTM, (n cells,)."""
+def _average_over_pairs(
+    shares: Mapping[str, tuple[list[int], np.ndarray]], n_cells: int
+) -> list[float]:
+    """A score for each cell with two modalities; their mean is the mean over pairs of modalities.
+
+    Every pair of modalities weighs the same, however many cells have both.
+    """
+    scores, is_paired = np.zeros(n_cells), np.zeros(n_cells, bool)
+    for cells, share in shares.values():
+        scores[cells] += share / (len(cells) * len(shares))
+        is_paired[cells] = True
+    return (scores[is_paired] * is_paired.sum()).tolist()
+
+
+def _compute_nearer_shares(
+    batch: Batch, latents: dict[str, Tensor]
+) -> dict[str, tuple[list[int], np.ndarray]]:
+    """Cells with both of a pair of modalities, and what each adds to FOSCTTM, (n cells,)."""
     shares = {}
     for first, second in combinations(latents, 2):
         rows = {
@@ -100,5 +176,5 @@ def _compute_nearer_shares(batch: Batch, latents: dict[str, Tensor]) -> dict[str
                 latents[modality][[rows[modality][cell] for cell in cells]]
                 for modality in (first, second)
             )
-            shares[f"foscttm {first}-{second}"] = compute_nearer_share(*pair)
+            shares[f"{first}-{second}"] = cells, compute_nearer_share(*pair)
     return shares

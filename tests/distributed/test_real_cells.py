@@ -35,4 +35,4 @@ def test_three_modalities_on_two_ranks_equal_one_process(tmp_path: Path) -> None
     assert metrics(tmp_path / "one")[-1]["step"] == 20
     assert largest_difference(best_weights(tmp_path / "one"), best_weights(tmp_path / "two")) < 1e-5
     pairs = {k for k in metrics(tmp_path / "two", "validation")[-1] if k.startswith("foscttm")}
-    assert pairs == {"foscttm rna-adt", "foscttm rna-atac"}
+    assert pairs == {"foscttm/rna-adt", "foscttm/rna-atac"}

@@ -27,6 +27,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,10 +125,11 @@ def in_validation(number: int) -> None:
     """The validation of this number scores NaN."""
     score, calls = validate.score_held_out_cells, []
 
-    def planted(*args: Any) -> dict[str, float]:
-        values: dict[str, float] = score(*args)
+    def planted(*args: Any) -> validate.Validation:
+        validation = score(*args)
         calls.append(None)
-        return values | {"score": float("nan")} if len(calls) == number else values
+        cells = [float("nan")] * len(validation.cells)
+        return replace(validation, cells=cells) if len(calls) == number else validation
 
     validate.score_held_out_cells = planted
 

@@ -63,7 +63,7 @@ def test_all_ranks_skip_and_the_culprit_is_named(
     for event in events:
         assert event["event"] == "not finite, step skipped"
         assert event["found"].startswith("rank 1: values of adt, ")
-        assert "term self of adt" in event["found"]
+        assert "term self/adt" in event["found"]
         assert "term contrastive" in event["found"]
         assert "values of rna" not in event["found"]
     assert "not finite, step skipped" in done.stdout
@@ -95,9 +95,10 @@ def test_a_validation_that_is_not_finite_is_told_and_is_never_the_best(folder: P
     run(*planted(2, args, "validation:0:2"))
     (event,) = metrics(folder / "validation", "event")
     assert (event["event"], event["step"]) == ("validation not finite", 8)
+    assert event["found"] == "score"
     lines = metrics(folder / "validation", "validation")
     assert [line["step"] for line in lines] == [4, 12, 14]
-    assert all(math.isfinite(line["best"]) for line in lines)
+    assert all(math.isfinite(line["lowest_score"]) for line in lines)
     assert 8 not in [line["best_step"] for line in lines]
 
 

@@ -1,0 +1,153 @@
+"""What validation reads of held-out cells: FOSCTTM, ELBOs and InfoNCE, by modality and by cell."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from clue_dist.checkpoint.run_folder import RunState
+from clue_dist.data.batch import Batch
+from clue_dist.model.noise import Noise
+from clue_dist.objective import HeldOutScores, compute_info_nce
+from clue_dist.ranks import Ranks
+from clue_dist.train import validate
+from clue_dist.train.trainer import Trainer
+from clue_dist.train.validate import Validation, score_held_out_cells, validate_model
+from tests.unit.model_helpers import B, small_model
+
+
+class RecordedLines:
+    """Takes the place of the sinks."""
+
+    def __init__(self) -> None:
+        self.lines: list[dict[str, Any]] = []
+
+    def write_numbers(self, split: str, step: int, numbers: dict[str, Any]) -> None:
+        self.lines.append({"split": split, "step": step, **numbers})
+
+    def write_event(self, event: str, step: int, numbers: dict[str, Any]) -> None:
+        self.write_numbers("event", step, {"event": event, **numbers})
+
+
+def make_trainer(has_paired_cells: bool = True, **objective: float) -> tuple[Trainer, Batch]:
+    model, batch, _ = small_model(lambda_self=0.5, lambda_cross=0.25, **objective)
+    setup: Any = SimpleNamespace(config=SimpleNamespace(seed=0), has_paired_cells=has_paired_cells)
+    return Trainer(model, setup, Ranks(), torch.device("cpu")), batch
+
+
+def score_directly(trainer: Trainer, batch: Batch) -> HeldOutScores:
+    with torch.no_grad():
+        trainer.engine.eval()
+        noise = Noise(0, 0, {"held out": B}, 1)
+        scores: HeldOutScores = trainer.engine(batch, noise, held_out=True)
+    return scores
+
+
+def test_validation_scores_every_modality_and_every_pair() -> None:
+    trainer, batch = make_trainer()
+    parts = score_held_out_cells(trainer, batch).parts
+    pairs = ("m0-m1", "m0-m2", "m1-m2")
+    assert set(parts) == {
+        *(f"{score}/{pair}" for score in ("foscttm", "contrastive") for pair in pairs),
+        *(f"{elbo}/m{k}" for elbo in ("self", "cross") for k in range(3)),
+    }
+    assert not any(" " in name for name in parts)
+    assert trainer.engine.training  # it goes on
+
+
+def test_the_mean_of_the_cells_is_the_mean_over_pairs_of_modalities() -> None:
+    trainer, batch = make_trainer()
+    validation = score_held_out_cells(trainer, batch)
+    foscttm = [value for name, value in validation.parts.items() if name.startswith("foscttm")]
+    assert len(validation.cells) == 8  # of twelve, those of two modalities or more
+    assert math.fsum(validation.cells) / 8 == pytest.approx(math.fsum(foscttm) / 3)
+
+
+def test_latents_are_those_that_embedding_gives() -> None:
+    trainer, batch = make_trainer()
+    scores, (_, alone) = score_directly(trainer, batch), trainer.engine.model.embed_batch(batch)
+    assert all(torch.equal(scores.latents[name], alone[name]) for name in alone)
+
+
+def test_elbos_by_modality_are_the_terms_of_eq_13_and_14() -> None:
+    """Weighted by modality and by the cells that have it, they add up to the cells' ELBOs."""
+    trainer, batch = make_trainer()
+    objective, n_cells = trainer.engine, batch.observed.sum(0).tolist()
+    objective.config = objective.config.model_copy(update={"lambda_cross": 0.0})
+    scores = score_directly(trainer, batch)
+    by_modality = [scores.terms[f"self/m{k}"] * n_cells[k] for k in range(3)]
+    assert float(scores.minus_elbo.sum()) == pytest.approx(0.5 * float(sum(by_modality)), rel=1e-5)
+    assert not any(name.startswith("cross") for name in scores.terms)
+
+
+def test_info_nce_of_a_pair_is_that_of_its_two_modalities(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On any number of ranks: each of them has all held-out cells."""
+
+    def gather(*_: Tensor) -> None:
+        raise AssertionError("held-out cells are not gathered")
+
+    monkeypatch.setattr("clue_dist.objective._gather_ranks", gather)
+    trainer, batch = make_trainer()
+    scores = score_directly(trainer, batch)
+    with torch.no_grad():
+        output = trainer.engine.model(batch, Noise(0, 0, {"held out": B}, 1))
+    contrast = output.contrast[:, :, [0, 2]]
+    info_nce = compute_info_nce(
+        contrast, batch.observed[:, [0, 2]], batch.batch_code, output.log_scale, False, False
+    )
+    assert float(scores.terms["contrastive/m0-m2"]) == pytest.approx(float(info_nce))
+
+
+def test_without_pairs_the_score_is_the_weighted_elbo_of_each_cell() -> None:
+    trainer, batch = make_trainer(has_paired_cells=False)
+    validation = score_held_out_cells(trainer, batch)
+    assert validation.cells == pytest.approx(score_directly(trainer, batch).minus_elbo.tolist())
+
+
+def test_a_second_validation_of_the_same_weights_gives_the_same_bits() -> None:
+    trainer, batch = make_trainer()
+    assert score_held_out_cells(trainer, batch) == score_held_out_cells(trainer, batch)
+
+
+@pytest.mark.parametrize("wrong", ["score", "self/m0"])
+def test_what_is_not_finite_is_told_and_logged_nowhere(
+    wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, batch = make_trainer()
+    validation = Validation([math.nan if wrong == "score" else 0.5] * 3, {"self/m0": math.inf})
+    monkeypatch.setattr(validate, "score_held_out_cells", lambda *_: validation)
+    sinks: Any = RecordedLines()
+    state = validate_model(trainer, batch, RunState(8, 1, ""), sinks)
+    event, *lines = sinks.lines
+    assert event["event"] == "validation not finite"
+    assert wrong in event["found"]
+    assert (state.bad, state.best_step) == ((1, 0) if wrong == "score" else (0, 8))
+    assert [line["score"] for line in lines] == ([] if wrong == "score" else [0.5])
+    assert all("self/m0" not in line for line in lines)
+
+
+def test_latents_that_are_not_finite_are_a_score_that_is_not() -> None:
+    trainer, batch = make_trainer()
+    with torch.no_grad():
+        trainer.engine.model.heads.weight.fill_(math.nan)
+    assert all(map(math.isnan, score_held_out_cells(trainer, batch).cells))
+
+
+def test_scores_of_the_cells_survive_a_resume_to_the_bit(tmp_path: Path) -> None:
+    trainer, batch = make_trainer()
+    sinks: Any = RecordedLines()
+    state = validate_model(trainer, batch, RunState(8, 1, ""), sinks)
+    saved = json.loads(json.dumps(state.lowest_cells))
+    assert tuple(saved) == state.lowest_cells == tuple(score_held_out_cells(trainer, batch).cells)
+    again = validate_model(trainer, batch, replace(state, step=9), sinks)
+    assert (again.lowest_step, again.best_step, again.best_score) == (8, 9, state.lowest_score)
