@@ -61,8 +61,10 @@ def _speak_utf8() -> None:
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # The name of a file may hold bytes that are no UTF-8 at all.
-            stream.reconfigure(errors="backslashreplace")
+            # The name of a file may hold bytes that are no UTF-8 at all. A stream that was a file
+            # and became a pipe is changed, and complains.
+            with suppress(OSError):
+                stream.reconfigure(errors="backslashreplace")
 
 
 def print_error(text: str) -> None:

@@ -22,7 +22,7 @@ from clue_dist.inference.profiles import UNKNOWN
 from clue_dist.store.kernel_cache import retry_with_cache
 
 MOST_LEGEND = 36  # names in a legend; the cells of other groups are grey
-MOST_CURVES = 15
+MOST_CURVES = 30
 _ROWS_OF_LEGEND = 18
 _LONGEST_NAME = 26
 _PALETTE = [
@@ -58,13 +58,16 @@ _TITLES = {
     "mse": "MSE of paired z (eq. 9)",
     "contrastive": "InfoNCE of pairs",
     "d": "discriminator (eq. 12)",
-    "foscttm": "held-out FOSCTTM",
+    "foscttm": "FOSCTTM",
     "score": "score",
     "lr": "learning rate",
     "cells_per_s": "cells per second",
     "data_wait": "share of time waiting for data",
 }
-_NOT_CURVES = {"step", "epoch", "best", "best_step"}
+# Numbers that tell of another step than that of their line; "best" is of earlier versions.
+_NOT_CURVES = {
+    "step", "epoch", "best", "best_step", "best_score", "lowest_score", "lowest_step", "error",
+}  # fmt: skip
 
 
 def draw_curves(metrics: pd.DataFrame) -> Figure:
@@ -102,14 +105,14 @@ def draw_curves(metrics: pd.DataFrame) -> Figure:
 def list_curves(metrics: pd.DataFrame) -> list[str]:
     """List the numbers to plot: the known ones in order, then any other that varies.
 
-    "foscttm rna-adt" is a foscttm.
+    "foscttm/rna-adt" is a foscttm, and was called "foscttm rna-adt" by earlier versions.
     """
     numeric = [
         str(column)
         for column in metrics.select_dtypes("number")
         if column not in _NOT_CURVES and metrics[column].notna().any()
     ]
-    quantity = {column: column.split(" ")[0] for column in numeric}
+    quantity = {column: _split_modality(column)[0] for column in numeric}
     if "foscttm" in quantity.values():
         quantity.pop("score", None)  # the score is their mean
     order = list(_TITLES)
@@ -206,12 +209,19 @@ def render_png(figure: Figure) -> bytes:
 
 
 def _label_panel(panel: Axes, name: str) -> None:
-    quantity, *modalities = name.split(" ")
-    panel.set_title(" ".join([_TITLES.get(quantity, quantity), *modalities]))
+    quantity, modality = _split_modality(name)
+    title = _TITLES.get(quantity, quantity)
+    panel.set_title(f"held-out {title} {modality}" if modality else title)
     panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     panel.yaxis.set_major_locator(MaxNLocator(4))
     panel.grid(axis="y", color="#eceef1", linewidth=0.8)
     panel.set_axisbelow(True)
+
+
+def _split_modality(name: str) -> tuple[str, str]:
+    """The quantity of a name, and the modality or pair that it is of: "" where it is of all."""
+    quantity, _, modality = name.replace(" ", "/").partition("/")
+    return quantity, modality
 
 
 def _draw_line(

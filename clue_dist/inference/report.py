@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from matplotlib.figure import Figure
 
 from clue_dist.errors import ConfigError
@@ -92,14 +93,28 @@ def _describe_training(run: Path, figures: Figures) -> str:
     facts = [f"{int(metrics['step'].max()):,} steps"]
     if "epoch" in metrics:
         facts.append(f"{metrics['epoch'].max():.4g} epochs")
-    if "best_step" in metrics and metrics["best_step"].notna().any():
-        last = metrics.dropna(subset=["best_step"]).iloc[-1]
-        facts.append(f"weights of step {int(last['best_step']):,}")
-        facts.append(f"lowest validation score {last['best']:.4f}")
+    facts += _list_choice_facts(metrics)
     if n_unreadable:
         facts.append(f"{n_unreadable} unreadable lines of metrics.jsonl left out")
     text = _MUTED.format("; ".join(facts) + ".")
     return f"<h2>Training</h2>{text}" + _show_figure(figures, "curves", draw_curves(metrics))
+
+
+def _list_choice_facts(metrics: pd.DataFrame) -> list[str]:
+    """Which weights are kept, with their validation score and the lowest one."""
+    if "best_step" not in metrics or "score" not in metrics:
+        return []
+    validations = metrics[metrics["split"] == "validation"].dropna(subset=["score", "best_step"])
+    if validations.empty:
+        return []
+    best_step = int(validations["best_step"].iloc[-1])
+    kept = validations.loc[validations["step"] == best_step, "score"]
+    score = "" if kept.empty else f", of validation score {kept.iloc[-1]:.4f}"
+    lowest = validations.loc[validations["score"].idxmin()]
+    return [
+        f"kept are the weights of step {best_step:,}{score}",
+        f"lowest validation score {lowest['score']:.4f} at step {int(lowest['step']):,}",
+    ]
 
 
 def _show_embedding(embedding: Path, figures: Figures) -> str:

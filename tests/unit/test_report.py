@@ -42,9 +42,11 @@ def run(tmp_path):
             "step": s,
             "split": "validation",
             "loss": v,
-            "foscttm rna-adt": f,
+            "foscttm/rna-adt": f,
+            "self/rna": f,
             "score": f,
-            "best": f,
+            "lowest_score": 0.21,
+            "lowest_step": 80,
             "best_step": s,
         }
         for s, v, f in held_out
@@ -103,7 +105,8 @@ def test_page_is_whole_and_stands_alone(run, embedding, tmp_path):
     assert "UMAP of 70 profiles of o.h5mu, each a cell seen through one modality alone" in text
     assert "{&quot;run&quot;: &quot;&lt;b&gt;&quot;}" in text
     assert (
-        "95 steps; 9.5 epochs; weights of step 80; lowest validation score 0.2100; "
+        "95 steps; 9.5 epochs; kept are the weights of step 80, of validation score 0.2100; "
+        "lowest validation score 0.2100 at step 80; "
         "1 unreadable lines" in text
     )
 
@@ -133,6 +136,10 @@ def test_curves_come_in_the_order_in_which_they_are_read():
         "score",
         "best",
         "best_step",
+        "best_score",
+        "lowest_score",
+        "lowest_step",
+        "error",
     ]
     frame = pd.DataFrame({"split": "train", "step": [1, 2]} | {name: [1.0, 1.0] for name in logged})
     expected = [
@@ -148,9 +155,27 @@ def test_curves_come_in_the_order_in_which_they_are_read():
         "data_wait",
     ]
     assert figures.list_curves(frame) == expected
-    frame["foscttm rna-adt"] = [0.3, 0.2]
-    expected[expected.index("score")] = "foscttm rna-adt"  # whose mean the score is
+    expected[expected.index("score")] = "foscttm/rna-adt"  # whose mean the score is
+    expected.insert(expected.index("self") + 1, "self/rna")
+    for name in ("foscttm/rna-adt", "self/rna"):
+        frame[name] = [0.3, 0.2]
     assert figures.list_curves(frame) == expected
+    # As earlier versions called it.
+    frame["foscttm rna-adt"] = frame.pop("foscttm/rna-adt")
+    expected[expected.index("foscttm/rna-adt")] = "foscttm rna-adt"
+    assert figures.list_curves(frame) == expected
+
+
+def test_the_score_of_the_kept_weights_is_not_the_lowest_one(run):
+    """As of a run of an earlier version, whose lines had the lowest score alone."""
+    validations = [
+        {"step": s, "split": "validation", "score": score, "best": 0.0732, "best_step": s}
+        for s, score in ((864, 0.0732), (966, 0.0735))
+    ]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, validations)))
+    text = write_report(run).read_text()
+    assert "kept are the weights of step 966, of validation score 0.0735; " in text
+    assert "lowest validation score 0.0732 at step 864" in text
 
 
 def test_metrics_of_a_resumed_run_count_once(run):
@@ -158,7 +183,7 @@ def test_metrics_of_a_resumed_run_count_once(run):
     assert n_unreadable == 1
     assert len(metrics) == 22
     assert metrics.query("split == 'validation' and step == 80")["loss"].tolist() == [5.4]
-    assert figures.list_curves(metrics) == ["loss", "mse", "foscttm rna-adt", "new"]
+    assert figures.list_curves(metrics) == ["loss", "self/rna", "mse", "foscttm/rna-adt", "new"]
 
 
 def test_curves_show_the_numbers_of_both_splits(run):
@@ -167,7 +192,8 @@ def test_curves_show_the_numbers_of_both_splits(run):
     train, validation = panel["loss"].lines
     assert (len(train.get_xdata()), train.get_ydata()[-1]) == (20, pytest.approx(4.05))
     assert validation.get_ydata().tolist() == [5.5, 5.4]
-    assert [len(line.get_xdata()) for line in panel["held-out FOSCTTM rna-adt"].lines] == [2]
+    for title in ("held-out FOSCTTM rna-adt", "held-out minus ELBO self (eq. 13) rna"):
+        assert [len(line.get_xdata()) for line in panel[title].lines] == [2]
 
 
 def test_a_run_without_metrics_has_a_report_too(run):
