@@ -54,7 +54,11 @@ def test_a_line_fits_and_has_the_most_important_numbers(steps: int) -> None:
 
 
 def test_an_event_is_told_in_full_on_lines_that_fit() -> None:
-    numbers = {"event": "not finite, step skipped", "found": FOUND.replace("; ", ";\n"), "in_a_row": 2}
+    numbers = {
+        "event": "not finite, step skipped",
+        "found": FOUND.replace("; ", ";\n"),
+        "in_a_row": 2,
+    }
     text = format_log_line("event", 7, 120, numbers)
     lines = text.splitlines()
     assert lines[0].startswith("[7/120] event not finite, step skipped: found rank 0: values of")
