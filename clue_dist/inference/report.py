@@ -110,7 +110,7 @@ def _list_choice_facts(metrics: pd.DataFrame) -> list[str]:
     best_step = int(validations["best_step"].iloc[-1])
     kept = validations.loc[validations["step"] == best_step, "score"]
     score = "" if kept.empty else f", of validation score {kept.iloc[-1]:.4f}"
-    lowest = validations.loc[validations["score"].idxmin()]
+    lowest = validations.iloc[int(validations["score"].argmin())]
     return [
         f"kept are the weights of step {best_step:,}{score}",
         f"lowest validation score {lowest['score']:.4f} at step {int(lowest['step']):,}",
