@@ -30,7 +30,12 @@ from data_prep.conversion.cells import CellTable
 from data_prep.conversion.counts import find_largest_rounding
 from data_prep.conversion.gather import gather_shards
 from data_prep.conversion.join_cells import join_cells_by_barcode
-from data_prep.conversion.pairing import format_pairing, refuse_row_numbers, survey_pairing
+from data_prep.conversion.pairing import (
+    PairingSurvey,
+    format_pairing,
+    refuse_row_numbers,
+    survey_pairing,
+)
 from data_prep.conversion.strata import FinalStrata, build_manifest, count_unknown, settle_strata
 from data_prep.features.plan import FeaturePlan, plan_features
 from data_prep.features.selection import SelectedFeatures, select_variable_features
@@ -61,6 +66,29 @@ class ConversionOptions:
     # For modalities that are no fragments: a list of barcodes, or a modality, whose cells are kept.
     kept_cells: Mapping[str, str] = field(default_factory=dict)
     round_counts: bool = False  # whether counts may be fractions, which are rounded
+
+
+@dataclass(frozen=True)
+class PlannedCells:
+    """The cells of a conversion before any count is read, and the features they are to have."""
+
+    sources: list[Source]
+    heads: list[SourceHead]
+    plan: FeaturePlan
+    cells: CellTable
+
+    def survey_pairs(self) -> PairingSurvey:
+        """Count the cells that have each set of modalities."""
+        parts = ((part.barcodes, part.planned) for part in self.cells.iterate_ranges())
+        return survey_pairing(parts, len(self.cells))
+
+    def describe_pairing(self) -> list[str]:
+        """Say which cells pair."""
+        modalities = list(self.plan.modalities)
+        lines = format_pairing(self.survey_pairs(), modalities, _list_files(self.sources))
+        if self.cells.n_merged:
+            lines.append(f"  {self.cells.n_merged:,} barcodes were paired by their core")
+        return lines
 
 
 def convert_inputs(
@@ -114,29 +142,12 @@ def build_store(
     choices, work, store = options.feature_choices, job / "work", job / "store"
     if reference and any(c.mode or c.listed or c.top_features for c in choices.values()):
         raise ValueError("features are chosen, although another store decides them")
-    by_core = options.pairing == "core"
-    sources = count_fragments(inputs, choices, work / "fragments", pool, by_core)
-    sources = keep_listed_cells(sources, options.kept_cells, by_core, work / "kept")
-    heads = _read_heads(sources)
-    plan = plan_features(sources, heads, options.kinds, choices, reference)
-    # The codes of known batches and labels stay what they are in the other store.
-    names = {"batch": reference.batches, "label": reference.labels} if reference else {}
-    if options.pairing is None:
-        refuse_row_numbers(sources, heads)
-    modality_names = list(plan.modalities)
-    cells = join_cells_by_barcode(
-        sources,
-        heads,
-        modality_names,
-        names,
-        options.obs_columns,
-        options.seed,
-        work,
-        pool,
-        by_core,
-    )
+    planned = plan_cells(inputs, options, reference, work, pool)
+    sources, heads, plan, cells = planned.sources, planned.heads, planned.plan, planned.cells
     refuse_cells(cells)
-    _print_pairing(cells, modality_names, sources)
+    if len(plan.modalities) > 1:
+        lines = [f"pairing of {len(cells):,} cells:", *planned.describe_pairing()]
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
 
     # First pass, after one or two more over the modalities whose features are chosen by cells.
     scatter.prepare_sources(sources, work, pool)
@@ -160,6 +171,42 @@ def build_store(
     return manifest.model_copy(update={"shards": shards})
 
 
+def plan_cells(
+    inputs: Sequence[ConversionInput],
+    options: ConversionOptions,
+    reference: Manifest | None,
+    work: Path,
+    pool: WorkerPool,
+) -> PlannedCells:
+    """Find out which cells and features the inputs have; of matrices, no counts are read.
+
+    Args:
+        inputs: one modality of one file each.
+        options: what decides the result, beside the inputs.
+        reference: manifest of the store whose modalities and features the inputs are fitted to.
+        work: the folder for what tasks leave.
+        pool: the workers.
+
+    Raises:
+        DataError: the inputs are not what they should be (see `count_fragments`, `plan_features`,
+            `join_cells_by_barcode`).
+    """
+    by_core = options.pairing == "core"
+    sources = count_fragments(inputs, options.feature_choices, work / "fragments", pool, by_core)
+    sources = keep_listed_cells(sources, options.kept_cells, by_core, work / "kept")
+    heads = _read_heads(sources)
+    plan = plan_features(sources, heads, options.kinds, options.feature_choices, reference)
+    # The codes of known batches and labels stay what they are in the other store.
+    names = {"batch": reference.batches, "label": reference.labels} if reference else {}
+    if options.pairing is None:
+        refuse_row_numbers(sources, heads)
+    modalities, columns = list(plan.modalities), options.obs_columns
+    cells = join_cells_by_barcode(
+        sources, heads, modalities, names, columns, options.seed, work, pool, by_core
+    )
+    return PlannedCells(sources, heads, plan, cells)
+
+
 def _read_heads(sources: Sequence[Source]) -> list[SourceHead]:
     """Read the head of every source.
 
@@ -171,17 +218,6 @@ def _read_heads(sources: Sequence[Source]) -> list[SourceHead]:
         equal = (other.features for other in heads if other.features == head.features)
         heads.append(replace(head, features=next(equal, head.features)))
     return heads
-
-
-def _print_pairing(cells: CellTable, modalities: Sequence[str], sources: Sequence[Source]) -> None:
-    """Say which cells pair, before any of them is written."""
-    if len(modalities) < 2:
-        return
-    parts = ((part.barcodes, part.planned) for part in cells.iterate_ranges())
-    lines = format_pairing(survey_pairing(parts, len(cells)), modalities, _list_files(sources))
-    if cells.n_merged:
-        lines.append(f"  {cells.n_merged:,} barcodes were paired by their core")
-    print(f"pairing of {len(cells):,} cells:", *lines, sep="\n", file=sys.stderr, flush=True)
 
 
 def _select_features(
@@ -328,17 +364,29 @@ def format_notes(manifest: Manifest, notes: Mapping[str, Any]) -> list[str]:
                 f"  {note['file']}: {note['empty']:,} cells have no {note['modality']} counts "
                 "and lose that modality"
             )
-        if respelled := note["features"].get("respelled"):
-            before, after = respelled
-            lines.append(f"  {note['file']}: regions are spelled {before} there, {after} here")
         if "rounded_by" in note:
             change = f"{note['rounded_by']:.1g}"
             lines.append(f"  {note['file']}: counts were rounded, by {change} at most")
         for column, texts in note.get("missing_texts", {}).items():
             named = list_names(map(repr, texts))
             lines.append(f"  {note['file']}: cells whose {column} is {named} have none")
-        for which, fate in (("missing", "become zero"), ("extra", "are dropped")):
-            if n_features := note["features"][which]:
-                first = list_names(note["features"][f"first_{which}"])
-                lines.append(f"  {note['file']}: {n_features:,} features {which}, {fate} ({first})")
+        lines += format_feature_note(note["file"], note["features"])
+    return lines
+
+
+def format_feature_note(file: str, note: Mapping[str, Any]) -> list[str]:
+    """Say how the features of a file fit those of the store.
+
+    Args:
+        file: the file.
+        note: what `plan_features` has noted of it.
+    """
+    lines = []
+    if respelled := note.get("respelled"):
+        before, after = respelled
+        lines.append(f"  {file}: regions are spelled {before} there, {after} here")
+    for which, fate in (("missing", "become zero"), ("extra", "are dropped")):
+        if n_features := note[which]:
+            first = list_names(note[f"first_{which}"])
+            lines.append(f"  {file}: {n_features:,} features {which}, {fate} ({first})")
     return lines

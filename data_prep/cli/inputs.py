@@ -38,7 +38,7 @@ def parse_inputs(texts: Sequence[str], options: ReadingOptions) -> list[Conversi
     modalities: defaultdict[str, list[str]] = defaultdict(list)  # by flag that a format knows
     left_out: dict[Path, dict[str, FilePart]] = {}
     for text in texts:
-        argument = _parse_argument(text)
+        argument = parse_argument(text)
         input_format = find_format(argument.path)
         parts = input_format.list_parts(argument.path)
         others = left_out.setdefault(argument.path, {part.key: part for part in parts})
@@ -76,7 +76,8 @@ def _is_unoriented(given: ConversionInput) -> bool:
     return isinstance(given, TextTableSource) and given.cells_in_rows is None
 
 
-def _parse_argument(text: str) -> InputArgument:
+def parse_argument(text: str) -> InputArgument:
+    """Read `[DATASET:][NAME=]PATH[:KEY]`, where PATH is there."""
     match = _INPUT.fullmatch(text)
     if match is None:
         raise DataError("not an input", where="the inputs", got=repr(text), fix=_CHECK_PATH)

@@ -117,20 +117,31 @@ def _name_mask(mask: int, modalities: Sequence[str]) -> str:
 def _warn_of_droplets(
     survey: PairingSurvey, modalities: Sequence[str], files: Mapping[str, str]
 ) -> list[str]:
-    """Warn of modalities that have many times the cells of another one that most of them share."""
+    """Warn of modalities whose files may hold every droplet."""
     lines = []
+    for large, small, times in find_droplets(survey, modalities):
+        lines.append(
+            f"  warning: {large} has {times:,} times the cells of {small}: does {files[large]} "
+            f"hold every droplet? `--barcodes {large}={small}` keeps the cells of {small}"
+        )
+    return lines
+
+
+def find_droplets(survey: PairingSurvey, modalities: Sequence[str]) -> list[tuple[str, str, int]]:
+    """Find the modalities that have many times the cells of another one, most of which they share.
+
+    Returns:
+        Names of the larger and of the smaller one, and how many times more cells the first has.
+    """
+    found = []
     for m, large in enumerate(modalities):
         for k, small in enumerate(modalities):
             n_large, n_small = survey.count_having(1 << m), survey.count_having(1 << k)
             n_both = survey.count_having(1 << m | 1 << k) + survey.n_alike
             # Cells of several experiments may differ as much in number, but then few are shared.
             if n_large >= MANY_TIMES * n_small and 2 * n_both >= n_small:
-                lines.append(
-                    f"  warning: {large} has {n_large // n_small:,} times the cells of {small}: "
-                    f"does {files[large]} hold every droplet? `--barcodes {large}={small}` keeps "
-                    f"the cells of {small}"
-                )
-    return lines
+                found.append((large, small, n_large // n_small))
+    return found
 
 
 def refuse_row_numbers(sources: Sequence[Source], heads: Sequence[SourceHead]) -> None:
