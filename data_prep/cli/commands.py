@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import get_args
 
@@ -11,7 +13,7 @@ from clue_dist.files import parse_path
 from clue_dist.store import layout
 from clue_dist.store.location import parse_location
 from clue_dist.store.manifest import Manifest
-from data_prep import inspect, svd
+from data_prep import doctor, inspect, svd
 from data_prep.append import append_cells, format_addition
 from data_prep.check import check_store
 from data_prep.cli.conversion_flags import (
@@ -23,6 +25,8 @@ from data_prep.cli.conversion_flags import (
     parse_pairs,
     parse_positive,
 )
+from data_prep.cli.inputs import parse_argument
+from data_prep.command import Command
 from data_prep.convert import ConversionOptions, convert_inputs, format_conversion
 from data_prep.fetch import fetch_cells
 from data_prep.jobs.workers import open_pool
@@ -77,6 +81,21 @@ def _inspect(arguments: argparse.Namespace) -> None:
     print(inspect.dump_facts(facts) if arguments.json else inspect.format_facts(facts))
 
 
+def _doctor(arguments: argparse.Namespace) -> None:
+    def rehearse(command: Command) -> doctor.Rehearsal:
+        words = ["convert", *command.words, "--out", "STORE.zarr"]
+        parsed = _build_parser().parse_args(words)
+        with redirect_stderr(io.StringIO()):  # what files hold beside was said before
+            inputs, options = parse_conversion(parsed, FIELDS)
+        return doctor.rehearse_conversion(inputs, options)
+
+    files = [parse_argument(text) for text in arguments.files]
+    lines, errors = doctor.examine_files(files, rehearse)
+    print(*lines, sep="\n")
+    if errors:
+        raise DataError(f"{len(errors)} files cannot be read", where=errors[0].where)
+
+
 def _fetch(arguments: argparse.Namespace) -> None:
     fetch_cells(arguments.out, arguments.simulate)
 
@@ -125,6 +144,14 @@ def _build_parser() -> argparse.ArgumentParser:
     inspection.add_argument("store", help=_STORE_HELP)
     inspection.add_argument("--json", action="store_true", help="for programs")
     inspection.set_defaults(run=_inspect)
+
+    diagnosis = commands.add_parser(
+        "doctor", help="what files are, and the command that converts them"
+    )
+    diagnosis.add_argument(
+        "files", nargs="+", metavar="FILE", help="any that convert reads; NAME=FILE if it is known"
+    )
+    diagnosis.set_defaults(run=_doctor)
 
     fetch = commands.add_parser(
         "fetch", help="real PBMC from the package index, cut into a mosaic and a paired test set"

@@ -1,0 +1,199 @@
+"""The doctor says what files are, and its command converts them."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from clue_dist.process import run_main
+from clue_dist.store.manifest import Manifest
+from data_prep.cli.commands import main
+from tests.unit.prep_helpers import (
+    make_anndata,
+    make_counts,
+    write_10x,
+    write_h5ad,
+    write_h5mu,
+    write_mtx,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:Observation names are not unique")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+class Shell:
+    """Commands of data_prep, and what they print."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.monkeypatch, self.capsys = monkeypatch, capsys
+
+    def run_words(self, *words: str, code: int = 0) -> str:
+        """Run `python -m data_prep` and return its stdout, or stderr where it fails."""
+        self.monkeypatch.setattr(sys, "argv", ["data_prep", *words])
+        with pytest.raises(SystemExit) as ended:
+            run_main(main)
+        printed = self.capsys.readouterr()
+        assert ended.value.code == code, printed.err
+        return printed.err if code else printed.out
+
+    def consult_doctor(self, *files: str) -> str:
+        """The command that the doctor proposes, from `convert` on and without the store."""
+        command = self.run_words("doctor", *files).splitlines()[-1]
+        prefix, suffix = "python -m data_prep convert ", " --out STORE.zarr"
+        assert command.startswith(prefix)
+        return command.removeprefix(prefix).removesuffix(suffix)
+
+    def convert(self, words: str) -> dict[str, int]:
+        """Follow the doctor's command; sizes of the strata that come of it."""
+        self.run_words("convert", *shlex.split(words), "--out", "s.zarr")
+        strata = Manifest.read(Path("s.zarr")).strata
+        return {name: stratum.n_cells for name, stratum in strata.items()}
+
+
+@pytest.fixture
+def shell(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
+    return Shell(monkeypatch, capsys)
+
+
+def name_cells(counts: pd.DataFrame, suffix: str = "", seed: int = 0) -> pd.DataFrame:
+    letters = np.random.default_rng(seed).choice(list("ACGT"), (len(counts), 14))
+    return counts.set_axis([f"{''.join(row)}{suffix}" for row in letters], axis=0)
+
+
+def test_what_a_file_is_and_holds(here: Path, shell: Shell) -> None:
+    write_h5ad(here / "rna.h5ad", make_counts(20, 30), donor="x")
+    said = shell.run_words("doctor", "rna.h5ad")
+    assert "rna.h5ad: .h5ad\n  matrix: 20 cells x 30, counts\n    barcodes: c0, c1" in said
+    assert "    obs columns: donor\n" in said
+    assert "rna: 30 features, of kind rna" in said
+    assert "batch: none" in said
+    assert said.endswith("convert rna=rna.h5ad --out STORE.zarr\n")
+
+
+def test_what_cannot_be_read_is_told_with_the_rest(here: Path, shell: Shell) -> None:
+    write_h5ad(here / "rna.h5ad", make_counts(20, 30))
+    (here / "text.h5ad").write_text("no HDF5")
+    assert "1 files cannot be read" in shell.run_words("doctor", "text.h5ad", "rna.h5ad", code=2)
+    assert "no such input" in shell.run_words("doctor", "nothing.h5ad", code=2)
+
+
+@pytest.mark.parametrize(
+    ("features", "name"),
+    [
+        ([f"chr1_{i}00_{i}50" for i in range(8)], "atac"),
+        ([f"CD{i}-ACGTACGTACGT" for i in range(8)], "adt"),
+        ([f"ENSG0000000{i}" for i in range(8)], "rna"),
+    ],
+)
+def test_modalities_are_guessed_from_features(
+    here: Path, shell: Shell, features: list[str], name: str
+) -> None:
+    write_h5ad(here / "some.h5ad", make_counts(20, 8).set_axis(features, axis=1))
+    assert shell.consult_doctor("some.h5ad") == f"{name}=some.h5ad"
+    # A person may know better.
+    assert shell.consult_doctor("adt=some.h5ad") == "adt=some.h5ad"
+
+
+def test_files_that_name_their_modalities_need_no_name(here: Path, shell: Shell) -> None:
+    rna, adt = make_counts(20, 8), make_counts(20, 4, 1, "p")
+    write_h5mu(here / "m.h5mu", rna=make_anndata(rna), adt=make_anndata(adt))
+    assert shell.consult_doctor("m.h5mu") == "m.h5mu"
+    types = ["Gene Expression"] * 5 + ["Antibody Capture"] * 3
+    write_10x(here / "a file.h5", rna, types)
+    assert shell.consult_doctor("a file.h5") == "'a file.h5'"
+
+
+def test_barcodes_without_suffix_pair(here: Path, shell: Shell) -> None:
+    write_h5ad(here / "rna.h5ad", name_cells(make_counts(30, 12), "-1"))
+    adt = name_cells(make_counts(30, 4, 1, "CD")).assign(unmapped=1)
+    write_mtx(here / "umi_count", adt, ["Antibody Capture"] * 5)
+    words = shell.consult_doctor("rna.h5ad", "umi_count")
+    assert words == "rna=rna.h5ad umi_count --pair-barcodes core"
+    assert shell.convert(words) == {"rna+adt": 30}
+
+
+def test_fragments_need_bins_and_cells(here: Path, shell: Shell) -> None:
+    rna = name_cells(make_counts(10, 12))
+    write_h5ad(here / "rna.h5ad", rna)
+    lines = [f"chr1\t{100 * i}\t{100 * i + 50}\t{name}-1\t1\n" for i, name in enumerate(rna.index)]
+    (here / "fragments.tsv").write_text("".join(lines))
+    words = shell.consult_doctor("fragments.tsv", "rna.h5ad")
+    assert words == (
+        "rna=rna.h5ad atac=fragments.tsv --bins atac=5000 --barcodes atac=rna --pair-barcodes core"
+    )
+    assert shell.convert(words) == {"rna+atac": 10}
+
+
+def test_every_droplet_beside_cells(here: Path, shell: Shell) -> None:
+    write_h5ad(here / "rna.h5ad", make_counts(10, 12))
+    write_10x(here / "raw.h5", make_counts(200, 8, 1, "chr1:5-"), ["Peaks"] * 8)
+    words = shell.consult_doctor("rna.h5ad", "raw.h5")
+    assert words == "rna=rna.h5ad raw.h5 --barcodes atac=rna"
+    assert shell.convert(words) == {"rna+atac": 10}
+
+
+def test_lanes_that_reuse_barcodes_are_kept_apart(here: Path, shell: Shell) -> None:
+    """Each lane shares few barcodes with the other, and all with the proteins of its own."""
+    for lane, first in (("one", 0), ("two", 25)):
+        rna, adt = make_counts(60, 12, first), make_counts(60, 4, first + 1, "p")
+        write_h5ad(here / f"rna_{lane}.h5ad", rna[first : first + 30])
+        write_h5ad(here / f"adt_{lane}.h5ad", adt[first : first + 30])
+    files = [f"{name}_{lane}.h5ad" for name in ("rna", "adt") for lane in ("two", "one")]
+    words = shell.consult_doctor(*files)
+    assert words == (
+        "rna_two:rna=rna_two.h5ad rna_one:rna=rna_one.h5ad "
+        "rna_two:adt=adt_two.h5ad rna_one:adt=adt_one.h5ad"
+    )
+    assert shell.convert(words) == {"rna+adt": 60}
+
+
+def test_data_sets_of_one_file_are_told_apart_by_a_column(here: Path, shell: Shell) -> None:
+    counts = make_counts(40, 12).set_axis([f"c{i % 20}" for i in range(40)], axis=0)
+    write_h5ad(here / "rna.h5ad", counts, sex=["f", "m"] * 20, lane=["1"] * 20 + ["2"] * 20)
+    assert shell.consult_doctor("rna.h5ad") == "rna=rna.h5ad --dataset-key lane"
+
+
+def test_a_column_that_is_no_batch_is_left_out(here: Path, shell: Shell) -> None:
+    numbers = ["0", "1"] * 10
+    write_h5ad(here / "rna.h5ad", make_counts(20, 12), batch=numbers)
+    write_h5ad(here / "adt.h5ad", make_counts(20, 4, 1, "p"), batch=numbers[::-1])
+    said = shell.run_words("doctor", "rna.h5ad", "adt.h5ad")
+    assert "--batch-key none: the modalities of 20 cells disagree on their batch" in said
+
+
+def test_files_with_other_features(here: Path, shell: Shell) -> None:
+    counts = make_counts(40, 12)
+    write_h5ad(here / "rna1.h5ad", counts.iloc[:20, :10])
+    write_h5ad(here / "rna2.h5ad", counts.iloc[20:, 2:])
+    words = shell.consult_doctor("rna1.h5ad", "rna2.h5ad")
+    assert words == "rna=rna1.h5ad rna=rna2.h5ad --features intersection"
+
+
+def test_what_a_person_must_decide(here: Path, shell: Shell) -> None:
+    for name, features in (("rna", 12), ("adt", 4)):
+        counts = make_counts(20, features)
+        write_h5ad(here / f"{name}.h5ad", counts.set_axis([str(i) for i in range(20)], axis=0))
+    said = shell.run_words("doctor", "rna.h5ad", "adt.h5ad")
+    assert "convert would stop: cells are called by numbers of rows" in said
+
+
+def test_values_that_are_no_counts(here: Path, shell: Shell) -> None:
+    rna, adt = make_anndata(make_counts(20, 12)), make_anndata(make_counts(20, 4, 1, "p"))
+    rna.layers["counts"] = rna.X.copy()
+    rna.X = rna.X * 0.3
+    adt.X = adt.X * 0.3
+    rna.write_h5ad("rna.h5ad")
+    adt.write_h5ad("adt.h5ad")
+    words = shell.consult_doctor("rna.h5ad", "adt.h5ad")
+    assert words == "rna=rna.h5ad adt=adt.h5ad --layer rna=counts --kind adt=dense"
+    assert shell.convert(words) == {"rna+adt": 20}
