@@ -21,8 +21,8 @@ from typing import Any
 import clue_dist
 from clue_dist.errors import list_names
 from clue_dist.store import layout
+from clue_dist.store.feature_reference import FeatureReference, read_feature_reference
 from clue_dist.store.layout import Codec
-from clue_dist.store.location import parse_location
 from clue_dist.store.manifest import Manifest
 from clue_dist.store.writer import commit_store, create_store
 from data_prep.conversion import scatter
@@ -58,7 +58,7 @@ class ConversionOptions:
     codec: Codec = "balanced"
     # By modality; the others have `FeatureChoice()`.
     feature_choices: Mapping[str, FeatureChoice] = field(default_factory=dict)
-    features_from: str | Path | None = None  # a store whose modalities and features are taken
+    features_from: str | Path | None = None  # a store or model whose features are taken
     # Kinds of the modalities whose name says none.
     kinds: dict[str, str] = field(default_factory=dict)
     obs_columns: ObsColumns = field(default_factory=ObsColumns)
@@ -108,7 +108,7 @@ def convert_inputs(
     """
     reference = None
     if options.features_from is not None:
-        reference = Manifest.read(parse_location(options.features_from))
+        reference = read_feature_reference(options.features_from)
     with claim_job(out, describe_conversion(inputs, options, reference)) as job:
         manifest = build_store(inputs, options, reference, job, pool)
         return commit_store(job / "store", out, manifest)
@@ -117,7 +117,7 @@ def convert_inputs(
 def build_store(
     inputs: Sequence[ConversionInput],
     options: ConversionOptions,
-    reference: Manifest | None,
+    reference: FeatureReference | None,
     job: Path,
     pool: WorkerPool,
     refuse_cells: Callable[[CellTable], None] = lambda cells: None,
@@ -127,7 +127,7 @@ def build_store(
     Args:
         inputs: one modality of one file each.
         options: what decides the result, beside the inputs.
-        reference: manifest of the store whose modalities and features the inputs are fitted to.
+        reference: the store or model whose modalities and features the inputs are fitted to.
         job: the folder of the job.
         pool: the workers.
         refuse_cells: raises an error where the cells cannot be taken.
@@ -250,7 +250,9 @@ def _list_files(sources: Sequence[Source]) -> dict[str, str]:
 
 
 def describe_conversion(
-    inputs: Sequence[ConversionInput], options: ConversionOptions, reference: Manifest | None
+    inputs: Sequence[ConversionInput],
+    options: ConversionOptions,
+    reference: FeatureReference | None,
 ) -> dict[str, Any]:
     """Describe all that decides the result, for `claim_job`.
 

@@ -185,7 +185,10 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         **SEVERAL,
     )
     parser.add_argument(
-        "--features-from", metavar="STORE", help="fit the modalities and features of another store"
+        "--features-from",
+        metavar="RUN|STORE",
+        help="fit the modalities and features of a trained model (its run folder, or a shared "
+        "one) or of another store",
     )
     parser.add_argument(
         "--block-cells",

@@ -32,7 +32,7 @@ def parse_choices(
         features: MODE or FILE for all modalities, NAME=MODE or NAME=FILE for one.
         bins: NAME=WIDTH.
         top: NAME=NUMBER.
-        reference: a store that decides the features.
+        reference: a store or run that decides the features.
 
     Raises:
         DataError: something that is not one of these; an unknown modality; a kind that cannot be
@@ -42,7 +42,7 @@ def parse_choices(
     if reference is not None and (features or top):
         flag, values = ("--features", features) if features else ("--top", top)
         raise DataError(
-            "the store of `--features-from` decides the features alone, so "
+            "what `--features-from` names decides the features alone, so "
             f"`{flag}` would be left undone",
             where=f"{flag} {' '.join(values)}, --features-from {reference}",
             fix=f"leave out {flag}, or --features-from",

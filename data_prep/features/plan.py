@@ -12,7 +12,8 @@ import numpy as np
 from clue_dist.errors import DataError, list_names
 from clue_dist.kinds import KINDS, infer_kind
 from clue_dist.store import layout
-from clue_dist.store.manifest import Manifest, Modality
+from clue_dist.store.feature_reference import FeatureReference
+from clue_dist.store.manifest import Modality
 from data_prep.features.spelling import RegionSpelling, drop_tallies, find_spelling
 from data_prep.options import FeatureChoice
 from data_prep.readers.genome_bins import bin_peaks, order_along_genome
@@ -81,7 +82,7 @@ def plan_features(
     heads: Sequence[SourceHead],
     kinds: Mapping[str, str],
     choices: Mapping[str, FeatureChoice],
-    reference: Manifest | None,
+    reference: FeatureReference | None,
 ) -> FeaturePlan:
     """Decide the features of every modality.
 
@@ -90,7 +91,7 @@ def plan_features(
         heads: head of each source.
         kinds: kinds of modalities whose name does not say what they measure.
         choices: by modality; the default is `FeatureChoice()`.
-        reference: manifest of a store, which decides the features alone.
+        reference: a store or model, which decides the features alone.
 
     Raises:
         DataError: feature names repeat; files have different features, or name them differently;
@@ -218,15 +219,15 @@ def _respell_regions(
     return respelled
 
 
-def _take_modalities(names: list[str], reference: Manifest) -> dict[str, Modality]:
-    """Take the modalities with these names from another store, in its order."""
+def _take_modalities(names: list[str], reference: FeatureReference) -> dict[str, Modality]:
+    """Take the modalities with these names from a store or model, in its order."""
     unknown = [name for name in names if name not in reference.modalities]
     if unknown:
         raise DataError(
-            "modalities that the store, whose features these cells should fit, does not have",
+            "modalities that what these cells should fit (`--features-from`) does not have",
             got=list_names(unknown),
             expected=list_names(reference.modalities),
-            fix="name them as that store does: `NAME=FILE`",
+            fix="name them as it does: `NAME=FILE`",
         )
     return {name: modality for name, modality in reference.modalities.items() if name in names}
 

@@ -10,6 +10,8 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
+from clue_dist.checkpoint.model_card import write_model_card
+from clue_dist.config import Config
 from clue_dist.errors import DataError, StoreError
 from clue_dist.kinds import infer_kind
 from data_prep.conversion import join_cells, strata
@@ -354,6 +356,26 @@ def test_features_from_another_store(tmp_path: Path) -> None:
         convert_files(tmp_path / "y.zarr", f"rna={alien}", features_from=tmp_path / "t.zarr")
     with pytest.raises(StoreError, match="no store here"):
         convert_files(tmp_path / "z.zarr", f"rna={path}", features_from=tmp_path / "nothing.zarr")
+
+
+def test_features_from_a_run_folder_or_a_shared_model(tmp_path: Path) -> None:
+    table = make_anndata(make_counts(20, 10), batch=["b2", "b9"] * 10)
+    train = convert_files(tmp_path / "t.zarr", str(write_h5mu(tmp_path / "t.h5mu", rna=table)))
+    shared = tmp_path / "shared"
+    write_model_card(shared, train, Config())
+    new = write_h5ad(tmp_path / "n.h5ad", make_counts(30, 7, 2), batch=["a1", "b9", "b2"] * 10)
+    fitted = [
+        convert_files(tmp_path / f"{i}.zarr", f"rna={new}", features_from=reference)
+        for i, reference in enumerate((tmp_path / "t.zarr", shared))
+    ]
+    assert fitted[1].fingerprint == fitted[0].fingerprint
+    assert fitted[1].manifest.batches == ["b2", "b9", "a1"]
+    assert fitted[1].manifest.modalities == train.manifest.modalities
+    (shared / "model.json").write_text('{"modalities": {"rna": {"kind": "rna"}}, "batches": []}')
+    with pytest.raises(StoreError, match=r"model.json[\s\S]*rna.storage[\s\S]*Field required"):
+        convert_files(tmp_path / "x.zarr", f"rna={new}", features_from=shared)
+    with pytest.raises(StoreError, match="no store here"):
+        convert_files(tmp_path / "y.zarr", f"rna={new}", features_from=tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:Variable names are not unique")

@@ -1,0 +1,83 @@
+"""The features that new cells are fitted to: those of a store, or those that a model knows."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from pydantic import BaseModel, Field, ValidationError
+
+from clue_dist.errors import StoreError
+from clue_dist.store.location import Location, parse_location, read_file
+from clue_dist.store.manifest import Manifest, Modality, Names
+
+_MODEL_CARD = "model.json"  # in a run folder, and in what is shared of one
+
+
+class FeatureReference(Protocol):
+    """What new cells are fitted to. A manifest is one."""
+
+    @property
+    def modalities(self) -> dict[str, Modality]:
+        """Modalities with their features, in order, by name."""
+        ...
+
+    @property
+    def batches(self) -> list[str]:
+        """Batches whose codes new cells must keep."""
+        ...
+
+    @property
+    def labels(self) -> list[str]:
+        """Labels whose codes new cells must keep."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Text that differs between any two references that differ."""
+        ...
+
+
+@dataclass(frozen=True)
+class ModelFeatures:
+    """What a trained model expects of a store; see `FeatureReference`."""
+
+    modalities: dict[str, Modality]
+    batches: list[str]
+    fingerprint: str
+    labels: list[str] = field(default_factory=list)  # a model knows none
+
+
+class _ModelCard(BaseModel):
+    """The part of model.json that concerns features."""
+
+    modalities: dict[str, Modality] = Field(min_length=1)
+    batches: Names
+
+
+def read_feature_reference(place: str | Location) -> FeatureReference:
+    """Read what new cells are to be fitted to.
+
+    Args:
+        place: a store, a run folder, or a folder to which a model was copied with its model.json.
+
+    Raises:
+        StoreError: it is none of these, or damaged, or a server fails.
+    """
+    root = parse_location(place)
+    content = read_file(root, _MODEL_CARD, optional=True)
+    if content is None:
+        return Manifest.read(root)
+    try:
+        card = _ModelCard.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise StoreError(
+            "model.json does not say which features the model knows",
+            where=f"{root / _MODEL_CARD}: {'.'.join(map(str, first['loc'])) or 'top level'}",
+            got=first["msg"],
+            fix="restore the file from the run that trained the model",
+        ) from None
+    digest = hashlib.sha256(content).hexdigest()
+    return ModelFeatures(card.modalities, card.batches, f"model {digest}")
