@@ -174,7 +174,7 @@ def build_store(
 def plan_cells(
     inputs: Sequence[ConversionInput],
     options: ConversionOptions,
-    reference: Manifest | None,
+    reference: FeatureReference | None,
     work: Path,
     pool: WorkerPool,
 ) -> PlannedCells:
