@@ -49,7 +49,7 @@ class ModelFeatures:
     labels: list[str] = field(default_factory=list)  # a model knows none
 
 
-class _ModelCard(BaseModel):
+class _CardFeatures(BaseModel):
     """The part of model.json that concerns features."""
 
     modalities: dict[str, Modality] = Field(min_length=1)
@@ -70,7 +70,7 @@ def read_feature_reference(place: str | Location) -> FeatureReference:
     if content is None:
         return Manifest.read(root)
     try:
-        card = _ModelCard.model_validate_json(content)
+        card = _CardFeatures.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         raise StoreError(
