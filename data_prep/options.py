@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from clue_dist.errors import DataError, list_names
+from clue_dist.store.location import Location
 
 # What a store keeps of each cell, and the column of obs that it is taken from by default.
 FIELDS = {"batch": "batch", "label": "cell_type"}
@@ -93,10 +94,16 @@ class InputArgument:
     """One input as a person names it: `[DATASET:][NAME=]PATH[:KEY]`."""
 
     text: str  # as it was typed, for messages
-    path: Path
+    path: Location
     dataset: str = ""
     modality: str | None = None  # None: the file itself says which modalities it holds
     key: str | None = None  # the part of the file that a person picks; None: see `choose_parts`
+
+    @property
+    def local_path(self) -> Path:
+        """The path, for formats that are not read from URLs."""
+        assert isinstance(self.path, Path)
+        return self.path
 
 
 @dataclass(frozen=True)

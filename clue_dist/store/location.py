@@ -58,6 +58,11 @@ class RemoteLocation:
     def __str__(self) -> str:
         return self.url
 
+    @property
+    def name(self) -> str:
+        """What follows the last slash."""
+        return self.url.rpartition("/")[2]
+
     def __truediv__(self, path: str) -> RemoteLocation:
         return RemoteLocation(f"{self.url}/{path}")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from clue_dist.errors import DataError
 from clue_dist.files import parse_path
 from clue_dist.process import print_error
+from clue_dist.store.location import Location, parse_location
 from data_prep.options import InputArgument, ReadingOptions, require_known_modalities
 from data_prep.readers.file_parts import FilePart, choose_parts, describe_left_out
 from data_prep.readers.formats import find_format
@@ -24,6 +25,9 @@ _INPUT = re.compile(
     r"(?:(?P<dataset>[A-Za-z0-9_.-]+):(?!//))?(?:(?P<modality>[^=/]+)=)?(?P<path>.+)"
 )
 
+# A colon of the host has a port behind it, and comes before the path.
+_URL = re.compile(r"(?P<url>[A-Za-z0-9]+://[^/]*(?:/[^:]*)?)(?::(?P<key>.+))?")
+
 
 def parse_inputs(texts: Sequence[str], options: ReadingOptions) -> list[ConversionInput]:
     """Open every input, `[DATASET:][NAME=]PATH[:KEY]`, in the order of the command line.
@@ -36,7 +40,7 @@ def parse_inputs(texts: Sequence[str], options: ReadingOptions) -> list[Conversi
     """
     inputs: list[ConversionInput] = []
     modalities: defaultdict[str, list[str]] = defaultdict(list)  # by flag that a format knows
-    left_out: dict[Path, dict[str, FilePart]] = {}
+    left_out: dict[Location, dict[str, FilePart]] = {}
     for text in texts:
         argument = parse_argument(text)
         input_format = find_format(argument.path)
@@ -82,17 +86,20 @@ def parse_argument(text: str) -> InputArgument:
     if match is None:
         raise DataError("not an input", where="the inputs", got=repr(text), fix=_CHECK_PATH)
     dataset, modality = match["dataset"] or "", match["modality"]
-    typed, key = _split_key(match["path"])
-    if dataset and modality is None and not typed.exists() and parse_path(dataset).exists():
+    if url := _URL.fullmatch(match["path"]):
+        location = parse_location(url["url"])
+        return InputArgument(text, location, dataset, modality, url["key"])
+    path, key = _split_key(match["path"])
+    if dataset and modality is None and not path.exists() and parse_path(dataset).exists():
         # What looked like a data set is the file: `FILE:KEY`.
-        dataset, typed, key = "", parse_path(dataset), match["path"]
-    if not typed.exists():
-        missing = f"{typed} does not exist"
+        dataset, path, key = "", parse_path(dataset), match["path"]
+    if not path.exists():
+        missing = f"{path} does not exist"
         raise DataError("no such input", where=text, got=missing, fix=_CHECK_PATH)
-    if not (typed.is_file() or typed.is_dir()):
+    if not (path.is_file() or path.is_dir()):
         what = "a pipe, socket or device"
         raise DataError("an input is a file or a folder", where=text, got=what, fix=_CHECK_PATH)
-    return InputArgument(text, typed.resolve(), dataset, modality, key)
+    return InputArgument(text, path.resolve(), dataset, modality, key)
 
 
 def _split_key(text: str) -> tuple[Path, str | None]:

@@ -6,10 +6,10 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from clue_dist.errors import DataError, list_names
 from clue_dist.kinds import KINDS, find_kinds, match_alias
+from clue_dist.store.location import Location
 from data_prep.options import InputArgument, ReadingOptions
 
 
@@ -153,7 +153,7 @@ def _find_fitting(
     )
 
 
-def describe_left_out(path: Path, part: FilePart) -> str:
+def describe_left_out(path: Location, part: FilePart) -> str:
     """Say that a part of a file becomes no modality, and what would make it one."""
     features = "" if part.n_features is None else f" ({part.n_features:,} features)"
     name = part.modality or part.suggestion

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from clue_dist.errors import DataError, list_names
+from clue_dist.store.location import Location
 from data_prep.options import InputArgument, ReadingOptions
 from data_prep.readers.file_parts import FilePart
 from data_prep.readers.fragments import (
@@ -19,7 +21,7 @@ from data_prep.readers.fragments import (
     list_fragments_parts,
     open_fragments,
 )
-from data_prep.readers.h5_file import open_h5
+from data_prep.readers.h5_file import has_hdf5, open_container
 from data_prep.readers.h5ad import is_h5ad, list_h5ad_parts, open_h5ad
 from data_prep.readers.h5mu import is_h5mu, list_h5mu_parts, open_h5mu
 from data_prep.readers.matrix_market import (
@@ -37,18 +39,34 @@ class InputFormat:
     """How the files of one format are recognised and opened."""
 
     name: str  # for people
-    recognises: Callable[[Path], bool]
-    list_parts: Callable[[Path], list[FilePart]]
+    # Locations are paths; formats of Zarr know URLs, too.
+    recognises: Callable[[Any], bool]
+    list_parts: Callable[[Any], list[FilePart]]
     # Opens one part as the modality of this name.
     open_part: Callable[[InputArgument, str, FilePart, ReadingOptions], ConversionInput]
     flags: tuple[str, ...] = ()  # of the command line, those that some formats alone know
+    reads_urls: bool = False
 
 
 # The first format that recognises a file reads it. The last two are not particular: they take any
 # table with tabs and any folder, and their readers say what is wrong with it.
 FORMATS = (
-    InputFormat(".h5ad", is_h5ad, list_h5ad_parts, open_h5ad, ("--layer", "--feature-type")),
-    InputFormat(".h5mu", is_h5mu, list_h5mu_parts, open_h5mu, ("--layer", "--feature-type")),
+    InputFormat(
+        "AnnData (.h5ad, .zarr)",
+        is_h5ad,
+        list_h5ad_parts,
+        open_h5ad,
+        ("--layer", "--feature-type"),
+        reads_urls=True,
+    ),
+    InputFormat(
+        "MuData (.h5mu, .zarr)",
+        is_h5mu,
+        list_h5mu_parts,
+        open_h5mu,
+        ("--layer", "--feature-type"),
+        reads_urls=True,
+    ),
     InputFormat("10x .h5", is_tenx, list_tenx_parts, open_tenx, ("--feature-type",)),
     InputFormat("a table as text", is_text_table, list_table_parts, open_text_table),
     InputFormat(
@@ -86,12 +104,12 @@ class PartDescription:
 class FileDescription:
     """What a file is, and what it holds."""
 
-    path: Path
+    path: Location
     format: InputFormat
     parts: list[PartDescription]
 
 
-def describe_file(path: Path, shown: int = 1000) -> FileDescription:
+def describe_file(path: Location, shown: int = 1000) -> FileDescription:
     """Describe a file or folder of any format.
 
     Args:
@@ -109,7 +127,7 @@ def describe_file(path: Path, shown: int = 1000) -> FileDescription:
 
 
 def _describe_part(
-    input_format: InputFormat, path: Path, part: FilePart, shown: int
+    input_format: InputFormat, path: Location, part: FilePart, shown: int
 ) -> PartDescription:
     argument = InputArgument(path.name, path)
     modality = part.modality or part.suggestion
@@ -131,22 +149,27 @@ def _describe_part(
     )
 
 
-def find_format(path: Path) -> InputFormat:
-    """Find the format of a file or folder.
+def find_format(location: Location) -> InputFormat:
+    """Find the format of a file or folder, or of what lies behind a URL.
 
     Raises:
         DataError: the file is damaged, or in no format that is known.
+        StoreError: a server fails.
     """
     for candidate in FORMATS:
-        if candidate.recognises(path):
+        if (isinstance(location, Path) or candidate.reads_urls) and candidate.recognises(location):
             return candidate
-    with open_h5(path) as file:  # where the file is not even HDF5, this says so
+    with open_container(location) as file:  # where the file is not even HDF5, this says so
+        is_store = "strata" in file and not has_hdf5(location)
         top_level = list_names(file) or "nothing"
     raise DataError(
         "not a format this reader knows",
-        where=path,
+        where=location,
         got=f"top level: {top_level}",
         expected=list_format_names(),
+        fix="this is a store: training reads it as it is, and `append` adds cells to it"
+        if is_store
+        else None,
     )
 
 

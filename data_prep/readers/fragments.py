@@ -79,7 +79,9 @@ def open_fragments(
         what, fix = f"fragments are of kind {binnable}", f"`atac={argument.path.name}`"
         raise DataError(what, where=argument.text, got=kind, fix=fix)
     allowed = options.barcodes.get_value(modality)
-    return FragmentsInput(argument.path, modality, argument.dataset, options.cut_sites, allowed)
+    return FragmentsInput(
+        argument.local_path, modality, argument.dataset, options.cut_sites, allowed
+    )
 
 
 def _reads_fragments(path: Path) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-import h5py
 import pandas as pd
 
 from data_prep.options import ObsColumns
@@ -22,7 +22,7 @@ class AnnDataCells:
 
 
 def read_cells(
-    file: h5py.File, group: str, modality: str, obs_columns: ObsColumns, where: str
+    file: Any, group: str, modality: str, obs_columns: ObsColumns, where: str
 ) -> AnnDataCells:
     """Read the cells of an AnnData.
 
@@ -47,7 +47,7 @@ def read_cells(
 
 
 def _read_field(
-    file: h5py.File, group: str, modality: str, column: str, barcodes: SlicedArray, where: str
+    file: Any, group: str, modality: str, column: str, barcodes: SlicedArray, where: str
 ) -> CategoryCodes | None:
     """A column of the modality's obs, else of the obs that the modalities of a MuData share.
 

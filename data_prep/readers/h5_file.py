@@ -1,4 +1,4 @@
-"""HDF5 files that may be broken or hostile.
+"""HDF5 files, and Zarr folders that hold the same, which may be broken or hostile.
 
 Before a part of a file is read, it must lie in that file and be of a size that the file can hold.
 """
@@ -12,10 +12,13 @@ from typing import Any
 
 import h5py
 import numpy as np
+import zarr
 from anndata.io import read_elem
 
 from clue_dist.errors import ClueError, DataError
+from clue_dist.store.location import Location, RemoteLocation, translate_read_error
 from data_prep.readers.text_files import explain_unreadable
+from data_prep.readers.zarr_file import has_zarr, locate_zarr, open_zarr
 
 _MOST_VALUES = 1000  # of a dataset for each byte of its file: even zeros compress no better
 _DEEPEST_GROUP = 8  # groups within groups, as a link may lead back to a group above
@@ -48,28 +51,69 @@ def open_h5(path: Path) -> Iterator[h5py.File]:
             ) from error
 
 
-def has_part(path: Path, *names: str) -> bool:
-    """Whether a path is an HDF5 file with a part of one of these names.
+@contextmanager
+def open_container(location: Location) -> Iterator[h5py.File | zarr.Group]:
+    """Open an HDF5 file, or a Zarr folder, here or behind a URL, for reading.
+
+    Raises:
+        DataError: in place of whatever h5py, Zarr or anndata raise while it is open.
+        StoreError: a server fails.
+    """
+    if isinstance(location, Path) and not has_zarr(location):
+        with open_h5(location) as file:
+            yield file
+        return
+    try:
+        yield open_zarr(location)
+    except ClueError:
+        raise
+    except Exception as error:  # Zarr, TensorStore and anndata have no kind of error in common
+        what, text = "part of the Zarr folder is missing or damaged", str(error)[:500]
+        if isinstance(location, RemoteLocation) and isinstance(error, OSError | ValueError):
+            raise translate_read_error(error, location, what, where=location) from error
+        got = f"{type(error).__name__}: {text}"
+        raise DataError(what, where=location, got=got, fix=WRITE_ANEW) from error
+
+
+def is_array(part: Any) -> bool:
+    """Whether a part of a file is an array, and not a group."""
+    return isinstance(part, h5py.Dataset | zarr.Array)
+
+
+def is_group(part: Any) -> bool:
+    """Whether a part of a file is a group."""
+    return isinstance(part, h5py.Group | zarr.Group)
+
+
+def locate_part(part: Any) -> Location:
+    """Where the file lies that a part is of."""
+    if isinstance(part, zarr.Array | zarr.Group):
+        return locate_zarr(part)
+    return Path(part.file.filename)
+
+
+def has_part(location: Location, *names: str) -> bool:
+    """Whether a location is an HDF5 file or Zarr folder with a part of one of these names.
 
     Raises:
         DataError: the file cannot be read.
     """
-    if not has_hdf5(path):
+    if not has_zarr(location) and not has_hdf5(location):
         return False
-    with open_h5(path) as file:
+    with open_container(location) as file:
         return any(name in file for name in names)
 
 
-def has_hdf5(path: Path) -> bool:
+def has_hdf5(path: Location) -> bool:
     """Whether a path is a file that begins as HDF5 does.
 
     Raises:
         DataError: the file cannot be read.
     """
     try:
-        return path.is_file() and bool(h5py.is_hdf5(path))
+        return isinstance(path, Path) and path.is_file() and bool(h5py.is_hdf5(path))
     except OSError as error:
-        raise explain_unreadable(path, error) from None
+        raise explain_unreadable(Path(str(path)), error) from None
 
 
 def open_part(parent: Any, name: str) -> Any:
@@ -79,6 +123,8 @@ def open_part(parent: Any, name: str) -> Any:
         DataError: it lies in another file, or claims more values than its file can hold.
         KeyError: there is none of this name.
     """
+    if isinstance(parent, zarr.Group):
+        return parent[name]
     part, path = parent[name], parent.file.filename
     if part.file.filename != path:
         what = "part of the file lies in another file"
@@ -102,8 +148,33 @@ def open_part(parent: Any, name: str) -> Any:
 def read_part(parent: Any, name: str) -> Any:
     """Read a part of a file as anndata does, once all that lies in it has passed `open_part`."""
     part = open_part(parent, name)
-    _inspect_groups(part, set())
+    if isinstance(part, zarr.Array | zarr.Group):
+        require_plausible_size(part)
+    else:
+        _inspect_groups(part, set())
     return read_elem(part)
+
+
+def require_plausible_size(part: Any) -> None:
+    """Refuse a part of a Zarr folder that says that it holds more than lies there.
+
+    An HDF5 file is looked at by `open_part`, which takes longer in a folder of many files.
+    """
+    if not isinstance(part, zarr.Array | zarr.Group):
+        return
+    location = locate_zarr(part)
+    if isinstance(location, RemoteLocation):
+        return
+    n_bytes = sum(file.stat().st_size for file in (location / part.path).rglob("*"))
+    arrays = [part] if isinstance(part, zarr.Array) else [array for _, array in part.arrays()]
+    n_values = sum(array.size for array in arrays)
+    if n_values > _MOST_VALUES * max(n_bytes, 2**16):
+        raise DataError(
+            "an array says that it holds more than its folder can",
+            where=name_part(part),
+            got=f"{n_values} values in {n_bytes} bytes",
+            fix=WRITE_ANEW,
+        )
 
 
 def _inspect_groups(part: Any, seen: set[int], depth: int = 0) -> None:
@@ -128,16 +199,18 @@ def _inspect_groups(part: Any, seen: set[int], depth: int = 0) -> None:
 
 def name_part(part: Any) -> str:
     """Name a part of a file for messages: `rna.h5ad: X/data`."""
-    return f"{Path(part.file.filename).name}: {part.name.lstrip('/')}"
+    return f"{locate_part(part).name}: {part.name.lstrip('/')}"
 
 
-def read_stretch(dataset: h5py.Dataset, start: int, stop: int) -> np.ndarray:
+def read_stretch(dataset: Any, start: int, stop: int) -> np.ndarray:
     """Values `start` to `stop` of a dataset with one axis.
 
     HDF5 copies values twice and lets one thread at a time do it. So where they lie in the file as
     they are, uncompressed, they are read past HDF5.
     """
-    start, stop = max(start, 0), min(stop, len(dataset))
+    start, stop = max(start, 0), min(stop, dataset.shape[0])
+    if isinstance(dataset, zarr.Array):
+        return np.asarray(dataset[start:stop])
     creation = dataset.id.get_create_plist()
     plain = creation.get_layout() == h5py.h5d.CHUNKED and not creation.get_nfilters()
     # On disk, texts and references are addresses of what lies elsewhere.

@@ -1,9 +1,8 @@
-"""A data frame in HDF5, as anndata writes it: row names and columns, read when they are needed."""
+"""A data frame in HDF5 or Zarr, as anndata writes it: names and columns, read when needed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import h5py
@@ -11,7 +10,18 @@ import numpy as np
 import pandas as pd
 
 from clue_dist.errors import DataError
-from data_prep.readers.h5_file import WRITE_ANEW, name_part, open_h5, open_part, read_part
+from clue_dist.store.location import Location
+from data_prep.readers.h5_file import (
+    WRITE_ANEW,
+    is_array,
+    is_group,
+    locate_part,
+    name_part,
+    open_container,
+    open_part,
+    read_part,
+    require_plausible_size,
+)
 from data_prep.readers.source import CategoryCodes, SlicedArray, encode_barcodes
 
 _SLICE_ROWS = 2**20  # rows of a column that are looked at together
@@ -21,13 +31,13 @@ _SLICE_ROWS = 2**20  # rows of a column that are looked at together
 class TextColumn:
     """A dataset of texts; a slice of it gives UTF-8 bytes, (n,)."""
 
-    path: Path
+    path: Location
     name: str  # name of the dataset
     n_rows: int
 
     @classmethod
-    def open_dataset(cls, texts: h5py.Dataset) -> TextColumn:
-        """Refer to a dataset of an open file.
+    def open_dataset(cls, texts: Any) -> TextColumn:
+        """Refer to an array of an open file.
 
         Raises:
             DataError: it does not hold texts, or has several axes.
@@ -39,13 +49,14 @@ class TextColumn:
                 got=f"{texts.dtype} {texts.shape}",
                 fix=WRITE_ANEW,
             )
-        return cls(Path(texts.file.filename), texts.name, len(texts))
+        require_plausible_size(texts)
+        return cls(locate_part(texts), texts.name, texts.shape[0])
 
     def __len__(self) -> int:
         return self.n_rows
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        with open_h5(self.path) as file:
+        with open_container(self.path) as file:
             return encode_barcodes(open_part(file, self.name)[rows], name_part(file[self.name]))
 
 
@@ -53,7 +64,7 @@ class TextColumn:
 class CategoryColumn:
     """The codes of a categorical column; a slice of it gives int32, (n,)."""
 
-    path: Path
+    path: Location
     name: str  # name of the dataset that holds the codes
     n_rows: int
     final_codes: np.ndarray  # what each code in the file becomes; the last one is for -1
@@ -62,12 +73,12 @@ class CategoryColumn:
         return self.n_rows
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        with open_h5(self.path) as file:
+        with open_container(self.path) as file:
             codes: np.ndarray = self.final_codes[file[self.name][rows]]
         return codes
 
 
-def read_codes(obs: h5py.Group, name: str, n_cells: int) -> CategoryCodes:
+def read_codes(obs: Any, name: str, n_cells: int) -> CategoryCodes:
     """A column of obs as categories; those that no cell has are left out.
 
     Of a categorical column only the categories are kept in memory: its codes are looked through
@@ -92,14 +103,14 @@ def read_codes(obs: h5py.Group, name: str, n_cells: int) -> CategoryCodes:
     encoded = CategoryCodes.encode_values(categories[used])
     final_codes = np.full(len(categories) + 1, -1, np.int32)
     final_codes[used] = encoded.codes[:]
-    path = Path(codes.file.filename)
+    path = locate_part(codes)
     column_codes = CategoryColumn(path, codes.name, n_cells, final_codes)
     return CategoryCodes(column_codes, encoded.names, encoded.missing_texts)
 
 
-def _read_plain_column(obs: h5py.Group, name: str, n_cells: int) -> Any:
+def _read_plain_column(obs: Any, name: str, n_cells: int) -> Any:
     column = open_part(obs, name)
-    shape = column.shape if isinstance(column, h5py.Dataset) else (n_cells,)
+    shape = column.shape if is_array(column) else (n_cells,)
     what, where = "a column of obs does not fit its cells", name_part(column)
     if shape != (n_cells,):  # before any of it is read
         raise DataError(what, where=where, got=shape, expected=(n_cells,))
@@ -109,10 +120,10 @@ def _read_plain_column(obs: h5py.Group, name: str, n_cells: int) -> Any:
     return values
 
 
-def _find_used_codes(codes: h5py.Dataset, n_categories: int, where: str) -> np.ndarray:
+def _find_used_codes(codes: Any, n_categories: int, where: str) -> np.ndarray:
     """Whether any cell has a category, (categories,) bool."""
     used = np.zeros(n_categories + 1, bool)  # the last one is for -1
-    for start in range(0, len(codes), _SLICE_ROWS):
+    for start in range(0, codes.shape[0], _SLICE_ROWS):
         some = codes[start : start + _SLICE_ROWS]
         if not -1 <= some.min() <= some.max() < n_categories:
             raise DataError(
@@ -126,7 +137,7 @@ def _find_used_codes(codes: h5py.Dataset, n_categories: int, where: str) -> np.n
     return used[:-1]
 
 
-def read_values(frame: h5py.Group, name: str) -> pd.Series:
+def read_values(frame: Any, name: str) -> pd.Series:
     """All of a column of a data frame; what is unknown is NaN."""
     categorical = _open_categorical(frame, name)
     if categorical is None:
@@ -135,22 +146,25 @@ def read_values(frame: h5py.Group, name: str) -> pd.Series:
     return pd.Series(pd.Categorical.from_codes(codes[:], pd.Index(categories)), dtype=object)
 
 
-def _open_categorical(frame: h5py.Group, name: str) -> tuple[h5py.Dataset, np.ndarray] | None:
+def _open_categorical(frame: Any, name: str) -> tuple[Any, np.ndarray] | None:
     """Codes and categories of a column; None where the column is not categorical."""
     column = open_part(frame, name)
     if column.attrs.get("encoding-type") == "categorical":
         return open_part(column, "codes"), np.asarray(read_part(column, "categories"))
-    if not (isinstance(column, h5py.Dataset) and "categories" in column.attrs):
+    if not (is_array(column) and "categories" in column.attrs):
         return None
-    # Before anndata 0.8, the column was a dataset of codes with a reference to its categories.
-    referred = column.file[column.attrs["categories"]]
+    # Before anndata 0.8, the column was an array of codes with a reference to its categories.
+    reference = column.attrs["categories"]
+    if not isinstance(column, h5py.Dataset):
+        return column, np.asarray(read_part(frame, reference))
+    referred = column.file[reference]
     categories = open_part(referred.parent, referred.name)
     if h5py.check_string_dtype(categories.dtype):
         return column, categories.asstr()[:]
     return column, categories[:]
 
 
-def _read_column(frame: h5py.Group, name: str) -> Any:
+def _read_column(frame: Any, name: str) -> Any:
     values = read_part(frame, name)
     if not isinstance(values, np.ndarray | pd.api.extensions.ExtensionArray):
         raise DataError(
@@ -164,10 +178,10 @@ def _read_column(frame: h5py.Group, name: str) -> Any:
 
 def read_names(root: Any, name: str, where: str) -> SlicedArray:
     """Row names of the data frame `name` (`obs`, `var`) as bytes; texts are read when needed."""
-    if name in root and not isinstance(root[name], h5py.Dataset):
+    if name in root and not is_array(root[name]):
         frame = open_part(root, name)
         index = open_part(frame, frame.attrs["_index"])
-        if isinstance(index, h5py.Dataset) and _holds_texts(index):
+        if is_array(index) and _holds_texts(index):
             return TextColumn.open_dataset(index)
     return encode_barcodes(read_index(root, name, where), where)
 
@@ -178,7 +192,7 @@ def read_index(root: Any, name: str, where: str) -> list[str]:
     Raises:
         DataError: there is no such data frame, or its names are not texts.
     """
-    if name not in root or isinstance(root[name], h5py.Dataset):
+    if name not in root or is_array(root[name]):
         fix = "read and write it once with a current anndata"
         raise DataError(f"no {name} of a current AnnData", where=where, fix=fix)
     frame = open_part(root, name)
@@ -194,15 +208,17 @@ def read_index(root: Any, name: str, where: str) -> list[str]:
     return [value.decode() if isinstance(value, bytes) else str(value) for value in values.tolist()]
 
 
-def _holds_texts(dataset: h5py.Dataset) -> bool:
-    return bool(h5py.check_string_dtype(dataset.dtype)) or dataset.dtype.kind == "S"
+def _holds_texts(array: Any) -> bool:
+    if isinstance(array, h5py.Dataset):
+        return bool(h5py.check_string_dtype(array.dtype)) or array.dtype.kind == "S"
+    return array.dtype.kind in "SUTO"
 
 
-def has_obs(file: h5py.File) -> bool:
+def has_obs(file: Any) -> bool:
     """Whether a MuData has an obs that its modalities share."""
-    return "obs" in file and isinstance(file["obs"], h5py.Group)
+    return "obs" in file and is_group(file["obs"])
 
 
-def list_columns(frame: h5py.Group) -> list[str]:
+def list_columns(frame: Any) -> list[str]:
     """The columns of a data frame, in its order."""
     return [str(name) for name in np.ravel(frame.attrs.get("column-order", []))]

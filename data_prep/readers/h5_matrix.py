@@ -1,16 +1,16 @@
-"""A matrix in HDF5, dense, CSR or CSC, which is checked before anything of it is used."""
+"""A matrix in HDF5 or Zarr, dense, CSR or CSC, which is checked before anything of it is used."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import h5py
 import numpy as np
 import scipy.sparse as sp
 
 from clue_dist.errors import DataError
-from data_prep.readers.h5_file import WRITE_ANEW, name_part, open_part, read_stretch
+from data_prep.readers.h5_file import WRITE_ANEW, is_array, name_part, open_part, read_stretch
 from data_prep.readers.source import PROBED_VALUES, looks_whole, require_real_numbers
+from data_prep.readers.zarr_file import has_missing_chunks
 
 MISFIT = "the sparse matrix is damaged: its indptr does not fit its data"
 
@@ -50,9 +50,12 @@ def require_whole_matrix(matrix: Any, n_major: int) -> None:
             got=f"{indptr.dtype} and {indices.dtype}",
             fix=WRITE_ANEW,
         )
-    ends = int(indptr[0]), int(indptr[-1])
-    if ends != (0, len(data)):
-        raise DataError(MISFIT, where=where, got=ends, expected=(0, len(data)), fix=WRITE_ANEW)
+    if has_missing_chunks(data):
+        what = "chunks of the values are missing"
+        raise DataError(what, where=name_part(data), fix="copy the folder again, or write it anew")
+    ends, n_entries = (int(indptr[0]), int(indptr[-1])), data.shape[0]
+    if ends != (0, n_entries):
+        raise DataError(MISFIT, where=where, got=ends, expected=(0, n_entries), fix=WRITE_ANEW)
 
 
 def require_inside_matrix(indices: np.ndarray, size: int, what: str, where: str) -> None:
@@ -76,7 +79,7 @@ def read_csr_slice(matrix: Any, start: int, stop: int, n_columns: int, where: st
     indptr = open_part(matrix, "indptr")[start : stop + 1].astype(np.int64)
     first, last = int(indptr[0]), int(indptr[-1])
     where = f"{where}, rows {start} to {stop - 1}"
-    if first < 0 or last > len(matrix["data"]) or (np.diff(indptr) < 0).any():
+    if first < 0 or last > matrix["data"].shape[0] or (np.diff(indptr) < 0).any():
         raise DataError(MISFIT, where=where, fix=WRITE_ANEW)
     indices, values = (
         read_stretch(open_part(matrix, name), first, last) for name in ("indices", "data")
@@ -93,7 +96,7 @@ def read_matrix_format(matrix: Any) -> str:
     Raises:
         DataError: it is none of these.
     """
-    if isinstance(matrix, h5py.Dataset):
+    if is_array(matrix):
         return "array"
     name = matrix.attrs.get("encoding-type", "")
     name = name or _H5SPARSE.get(matrix.attrs.get("h5sparse_format", ""), "")
@@ -131,7 +134,7 @@ def read_matrix_shape(matrix: Any) -> tuple[int, int]:
 
 def looks_like_counts(matrix: Any) -> bool:
     """Whether the first values of a matrix, or of a column, are whole and not negative."""
-    if not isinstance(matrix, h5py.Dataset):
+    if not is_array(matrix):
         values = open_part(matrix, "data")[:PROBED_VALUES]
     elif matrix.size and matrix.ndim in (1, 2):
         values = matrix[: max(1, PROBED_VALUES // matrix.shape[-1] ** (matrix.ndim - 1))]

@@ -7,15 +7,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
 from clue_dist.errors import DataError
 from clue_dist.kinds import find_kinds
+from clue_dist.store.location import Location
 from data_prep.options import ObsColumns
 from data_prep.readers.file_parts import FilePart
 from data_prep.readers.h5_cells import read_cells
-from data_prep.readers.h5_file import WRITE_ANEW, open_h5, open_part, read_part
+from data_prep.readers.h5_file import (
+    WRITE_ANEW,
+    is_array,
+    is_group,
+    open_container,
+    open_part,
+    read_part,
+)
 from data_prep.readers.h5_frame import list_columns
 from data_prep.readers.h5_matrix import (
     looks_like_counts,
@@ -39,7 +46,7 @@ def list_obsm_parts(root: Any) -> list[FilePart]:
     """A part on request for each table of features; what cannot be read as one is passed over."""
     obsm = root.get("obsm")
     parts = []
-    for name in obsm if isinstance(obsm, h5py.Group) else ():
+    for name in obsm if is_group(obsm) else ():
         # Most of obsm is of no use here, so that damage in it does not matter.
         with suppress(DataError, KeyError, TypeError, ValueError, OSError, RuntimeError):
             table = open_part(obsm, name)
@@ -63,7 +70,7 @@ def list_obsm_parts(root: Any) -> list[FilePart]:
 class ObsmSource(DirectSource):
     """One table in the obsm of an AnnData: an array, a data frame or a CSR matrix."""
 
-    path: Path
+    path: Location
     modality: str
     dataset: str
     key: str  # `obsm/NAME`
@@ -81,7 +88,7 @@ class ObsmSource(DirectSource):
         }
 
     def read_head(self) -> SourceHead:
-        with open_h5(self.path) as file:
+        with open_container(self.path) as file:
             cells = read_cells(file, "", self.modality, self.obs_columns, self.display_name)
             table = open_part(file, self.key)
             n_cells = len(cells.barcodes)
@@ -91,22 +98,22 @@ class ObsmSource(DirectSource):
         return SourceHead(cells.barcodes, features, nnz, cells.fields, cells.columns)
 
     def read_rows(self, start: int, stop: int, scratch: Path) -> SourceRows:
-        with open_h5(self.path) as file:
+        with open_container(self.path) as file:
             table = open_part(file, self.key)
             if _is_frame(table):
                 columns = [open_part(table, name)[start:stop] for name in list_columns(table)]
                 return require_real_numbers(np.column_stack(columns), self.display_name)
-            if isinstance(table, h5py.Group):
+            if is_group(table):
                 n_columns = read_matrix_shape(table)[1]
                 return read_csr_slice(table, start, stop, n_columns, self.display_name)
             return require_real_numbers(np.asarray(table[start:stop]), self.display_name)
 
-    def _read_features(self, file: h5py.File, table: Any) -> list[str]:
+    def _read_features(self, file: Any, table: Any) -> list[str]:
         if _is_frame(table):
             return list_columns(table)
         n_features = read_matrix_shape(table)[1]
         for name in _NAMES_IN_UNS:
-            if name in file.get("uns", {}) and isinstance(file["uns"][name], h5py.Dataset):
+            if name in file.get("uns", {}) and is_array(file["uns"][name]):
                 names = np.ravel(read_part(file["uns"], name)).tolist()
                 if len(names) == n_features:
                     return [str(text) for text in names]
@@ -117,7 +124,7 @@ class ObsmSource(DirectSource):
             shapes = {open_part(table, name).shape for name in list_columns(table)}
         else:
             shapes = {read_matrix_shape(table)[:1]}
-            if isinstance(table, h5py.Group):
+            if is_group(table):
                 require_whole_matrix(table, n_cells)
         if shapes != {(n_cells,)} or not n_features:
             raise DataError(
@@ -130,4 +137,4 @@ class ObsmSource(DirectSource):
 
 
 def _is_frame(table: Any) -> bool:
-    return isinstance(table, h5py.Group) and table.attrs.get("encoding-type") == "dataframe"
+    return is_group(table) and table.attrs.get("encoding-type") == "dataframe"

@@ -1,4 +1,4 @@
-"""AnnData files (.h5ad), read slice by slice."""
+"""AnnData files (.h5ad, .zarr), read slice by slice."""
 
 from __future__ import annotations
 
@@ -6,16 +6,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
 from clue_dist.errors import DataError, list_names
 from clue_dist.kinds import match_alias
+from clue_dist.store.location import Location
 from data_prep.options import InputArgument, ObsColumns, ReadingOptions
 from data_prep.readers import sorted_entries
 from data_prep.readers.file_parts import FilePart, list_type_parts
 from data_prep.readers.h5_cells import read_cells
-from data_prep.readers.h5_file import WRITE_ANEW, has_part, open_h5, open_part
+from data_prep.readers.h5_file import (
+    WRITE_ANEW,
+    has_part,
+    is_array,
+    is_group,
+    open_container,
+    open_part,
+)
 from data_prep.readers.h5_frame import list_columns, read_index, read_values
 from data_prep.readers.h5_matrix import (
     MISFIT,
@@ -36,14 +43,14 @@ from data_prep.readers.source import (
 )
 
 
-def is_h5ad(path: Path) -> bool:
+def is_h5ad(path: Location) -> bool:
     """Whether a file is an AnnData; a MuData may have an X of its own, too."""
     return has_part(path, "X", "layers") and not has_part(path, "mod")
 
 
-def list_h5ad_parts(path: Path) -> list[FilePart]:
+def list_h5ad_parts(path: Location) -> list[FilePart]:
     """The matrix of an AnnData, or a part of it for each type of features, and tables of obsm."""
-    with open_h5(path) as file:
+    with open_container(path) as file:
         types = _read_feature_types(file, "var")
         parts = list_type_parts(types) if types else [FilePart("", is_whole=True)]
         return parts + list_obsm_parts(file)
@@ -71,7 +78,7 @@ def open_h5ad(
 def _read_feature_types(root: Any, var: str) -> list[str]:
     """What each feature is, by a column of var, where its types name kinds; else nothing."""
     frame = root.get(var)
-    for column in _TYPE_COLUMNS if isinstance(frame, h5py.Group) else ():
+    for column in _TYPE_COLUMNS if is_group(frame) else ():
         if column in frame:
             values = read_values(frame, column)
             types: list[str] = values.where(values.notna(), "").astype(str).tolist()
@@ -88,7 +95,7 @@ _TYPE_COLUMNS = ("feature_types", "feature_type", "modality")
 class AnnDataSource:
     """One AnnData: a whole .h5ad, or a modality of a .h5mu."""
 
-    path: Path
+    path: Location
     modality: str
     dataset: str = ""
     group: str = ""  # where it lies in the file: `mod/rna` in a .h5mu
@@ -120,13 +127,13 @@ class AnnDataSource:
         return identify_file(self.path) | identity | types
 
     def read_head(self) -> SourceHead:
-        with open_h5(self.path) as file:
+        with open_container(self.path) as file:
             root, matrix, var = self._open_root(file), self._open_matrix(file), self._var
             cells = read_cells(file, self.group, self.modality, self.obs_columns, self.display_name)
             features = read_index(root, var, self.display_name)
             self._require_fitting_matrix(matrix, len(cells.barcodes), len(features))
             # A dense matrix is read whole, so zeros count for the size of tasks as well.
-            is_dense = isinstance(matrix, h5py.Dataset)
+            is_dense = is_array(matrix)
             nnz = int(matrix.size if is_dense else matrix["data"].shape[0])
             name_column, names = self._choose_feature_names(root[var], features)
             var_columns = list_columns(root[var])
@@ -141,7 +148,7 @@ class AnnDataSource:
 
     def count_parts(self) -> int:
         """A CSC matrix is sorted part by part; the other forms have rows that can be read."""
-        with open_h5(self.path) as file:
+        with open_container(self.path) as file:
             matrix = self._open_matrix(file)
             if read_matrix_format(matrix) != "csc_matrix":
                 return 0
@@ -150,7 +157,7 @@ class AnnDataSource:
     def prepare_part(self, part: int, scratch: Path) -> None:
         """Sort one run of a CSC matrix's entries by row."""
         start = part * sorted_entries.PART_ENTRIES
-        with open_h5(self.path) as file:
+        with open_container(self.path) as file:
             matrix = self._open_matrix(file)
             n_rows, n_columns = read_matrix_shape(matrix)
             require_whole_matrix(matrix, n_columns)
@@ -174,12 +181,12 @@ class AnnDataSource:
         rows = self._read_all_columns(start, stop, scratch)
         if self.feature_type is None:
             return rows
-        with open_h5(self.path) as file:
+        with open_container(self.path) as file:
             wanted = self._find_wanted(self._open_root(file))
         return rows[:, wanted]
 
     def _read_all_columns(self, start: int, stop: int, scratch: Path) -> SourceRows:
-        with open_h5(self.path) as file:
+        with open_container(self.path) as file:
             matrix = self._open_matrix(file)
             n_columns = read_matrix_shape(matrix)[1]
             if read_matrix_format(matrix) == "array":
@@ -190,7 +197,7 @@ class AnnDataSource:
         return sorted_entries.read_sorted_rows(scratch, start, stop, n_columns)
 
     def list_other_counts(self) -> list[str]:
-        with open_h5(self.path) as file:
+        with open_container(self.path) as file:
             root = self._open_root(file)
             paths = {f"layers/{name}": name for name in root.get("layers", {})}
             if "raw" in root and "X" in root["raw"]:
@@ -203,7 +210,7 @@ class AnnDataSource:
             ]
 
     def probe_counts(self) -> bool:
-        with open_h5(self.path) as file:
+        with open_container(self.path) as file:
             return looks_like_counts(self._open_matrix(file))
 
     @property
@@ -217,10 +224,10 @@ class AnnDataSource:
             return None
         return np.flatnonzero(np.array(_read_feature_types(root, self._var)) == self.feature_type)
 
-    def _open_root(self, file: h5py.File) -> Any:
+    def _open_root(self, file: Any) -> Any:
         return open_part(file, self.group) if self.group else file
 
-    def _open_matrix(self, file: h5py.File) -> Any:
+    def _open_matrix(self, file: Any) -> Any:
         if self.matrix not in file:
             root = file[self.group] if self.group else file
             layers = [*root.get("layers", {}), *(["raw.X"] if "raw" in root else [])]
@@ -244,9 +251,7 @@ class AnnDataSource:
         if form != "array":
             require_whole_matrix(matrix, n_cells if form == "csr_matrix" else n_features)
 
-    def _choose_feature_names(
-        self, var: h5py.Group, var_names: list[str]
-    ) -> tuple[str | None, list[str]]:
+    def _choose_feature_names(self, var: Any, var_names: list[str]) -> tuple[str | None, list[str]]:
         """The first of `id_columns` that var has, and the names in it; else None and var_names."""
         for column in (self.id_columns or "").split(","):
             if column and column in var:

@@ -1,26 +1,25 @@
-"""MuData files (.h5mu): each modality is an AnnData in a group of its own."""
+"""MuData files (.h5mu, .zarr): each modality is an AnnData in a group of its own."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from clue_dist.kinds import match_alias
 from clue_dist.store.layout import MODALITY_NAME
+from clue_dist.store.location import Location
 from data_prep.options import InputArgument, ReadingOptions
 from data_prep.readers.file_parts import FilePart
-from data_prep.readers.h5_file import has_part, open_h5, open_part
+from data_prep.readers.h5_file import has_part, open_container, open_part
 from data_prep.readers.h5_matrix import read_matrix_shape
 from data_prep.readers.h5ad import AnnDataSource
 
 
-def is_h5mu(path: Path) -> bool:
+def is_h5mu(path: Location) -> bool:
     """Whether a file is a MuData."""
     return has_part(path, "mod")
 
 
-def list_h5mu_parts(path: Path) -> list[FilePart]:
+def list_h5mu_parts(path: Location) -> list[FilePart]:
     """A part for each modality of a MuData."""
-    with open_h5(path) as file:
+    with open_container(path) as file:
         group = file["mod"]
         # HDF5 lists groups by the alphabet; newer MuData also writes down the order it had.
         names = [str(name) for name in group.attrs.get("mod-order", list(group))]

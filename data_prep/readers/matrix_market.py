@@ -39,6 +39,7 @@ from data_prep.readers.text_files import (
     open_text,
     read_lines,
 )
+from data_prep.readers.zarr_file import has_zarr
 
 _PART = "000000"  # the only one
 _NUMBERS = ("integer", "real", "unsigned-integer", "double", "pattern")  # in a header
@@ -52,7 +53,7 @@ _ENTRY_FORM: dict[str, Any] = {
 
 def is_matrix_market(path: Path) -> bool:
     """Whether a path is a Matrix Market file, or a folder, which must then hold one."""
-    return path.is_dir() or is_mtx_file(path)
+    return (path.is_dir() and not has_zarr(path)) or is_mtx_file(path)
 
 
 def list_mtx_parts(path: Path) -> list[FilePart]:
@@ -65,7 +66,7 @@ def open_matrix_market(
 ) -> MatrixMarketSource:
     """The source of one part of a Matrix Market folder, as a modality."""
     return MatrixMarketSource(
-        argument.path,
+        argument.local_path,
         modality,
         argument.dataset,
         None if part.is_whole else part.key,

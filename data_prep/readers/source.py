@@ -15,6 +15,8 @@ import scipy.sparse as sp
 
 from clue_dist.errors import DataError
 from clue_dist.store.layout import MAX_BARCODE_BYTES
+from clue_dist.store.location import Location, RemoteLocation
+from data_prep.readers.zarr_file import identify_zarr
 
 # (n, features), as the file has them: neither validated nor aligned to the store's features.
 SourceRows: TypeAlias = sp.csr_matrix | np.ndarray
@@ -169,8 +171,13 @@ class DirectSource(ABC):
     def read_rows(self, start: int, stop: int, scratch: Path) -> SourceRows: ...
 
 
-def identify_file(path: Path) -> dict[str, Any]:
-    """Path, size and time of a file; if they change, an interrupted conversion does not go on."""
+def identify_file(path: Location) -> dict[str, Any]:
+    """Path, size and time of a file; if they change, an interrupted conversion does not go on.
+
+    Of a Zarr folder, the file in its root stands for all, as it is written with the others.
+    """
+    if isinstance(path, RemoteLocation) or path.is_dir():
+        return identify_zarr(path)
     stat = path.stat()
     return {"path": str(path.resolve()), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 

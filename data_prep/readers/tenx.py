@@ -72,9 +72,9 @@ def open_tenx(
     argument: InputArgument, modality: str, part: FilePart, options: ReadingOptions
 ) -> TenxSource:
     """The source of one part of a 10x file, as a modality."""
-    is_old = bool(_list_genomes(argument.path))
+    is_old = bool(_list_genomes(argument.local_path))
     return TenxSource(
-        argument.path,
+        argument.local_path,
         modality,
         argument.dataset,
         None if part.is_whole or is_old else part.key,

@@ -66,7 +66,7 @@ def open_text_table(
 ) -> TextTableSource:
     """The source of a table; `orient_tables` finds out where its cells are, if no key says so."""
     cells_in_rows = part.key == CELLS_IN_ROWS if part.key else None
-    return TextTableSource(argument.path, modality, argument.dataset, cells_in_rows)
+    return TextTableSource(argument.local_path, modality, argument.dataset, cells_in_rows)
 
 
 @dataclass(frozen=True)

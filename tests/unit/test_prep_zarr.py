@@ -1,0 +1,122 @@
+"""AnnData and MuData in Zarr folders, versions 2 and 3, here and behind a URL."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import anndata as ad
+import mudata
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+
+from clue_dist.errors import DataError, StoreError
+from tests.s3 import serve
+from tests.unit.prep_helpers import (
+    assert_same_counts,
+    convert_files,
+    make_anndata,
+    make_counts,
+    read_counts,
+    read_field,
+    shrink_tasks,
+)
+
+
+@pytest.fixture(autouse=True)
+def _many_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink_tasks(monkeypatch)
+
+
+def _write_zarr(
+    path: Path,
+    counts: pd.DataFrame,
+    version: int = 3,
+    form: Callable[..., object] = sp.csr_matrix,
+    **obs: object,
+) -> Path:
+    with ad.settings.override(zarr_write_format=version):
+        make_anndata(counts, form, **obs).write_zarr(path, chunks=(7, counts.shape[1]))
+    return path
+
+
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("form", [sp.csr_matrix, sp.csc_matrix, np.asarray])
+def test_anndata(tmp_path: Path, version: int, form: Callable[..., object]) -> None:
+    counts = make_counts(40, 12)
+    labels = pd.Categorical(["T", "B", None, "T"] * 10)
+    path = _write_zarr(
+        tmp_path / "a.zarr", counts, version, form, batch=["x", "y"] * 20, cell_type=labels
+    )
+    store = convert_files(tmp_path / "s.zarr", f"rna={path}")
+    assert_same_counts(read_counts(store, "rna"), counts)
+    assert read_field(store, "batch")["c3"] == "y"
+    assert read_field(store, "label")["c2"] is None
+
+
+def test_tables_in_obsm_and_layers(tmp_path: Path) -> None:
+    rna, adt = make_counts(20, 6), make_counts(20, 3, prefix="CD", seed=1)
+    adata = make_anndata(rna * 0.5)
+    adata.layers["counts"] = sp.csr_matrix(rna.to_numpy())
+    adata.obsm["protein_expression"] = adt
+    adata.write_zarr(tmp_path / "a.zarr")
+    path = tmp_path / "a.zarr"
+    inputs = (f"rna={path}", f"adt={path}:obsm/protein_expression")
+    store = convert_files(tmp_path / "s.zarr", *inputs, layers=["counts"])
+    assert_same_counts(read_counts(store, "rna"), rna)
+    assert_same_counts(read_counts(store, "adt"), adt)
+
+
+def test_mudata(tmp_path: Path) -> None:
+    rna, adt = make_counts(20, 6), make_counts(20, 3, prefix="CD", seed=1)
+    mudata.set_options(pull_on_update=False)
+    mudata.MuData({"rna": make_anndata(rna), "adt": make_anndata(adt)}).write_zarr(
+        tmp_path / "m.zarr"
+    )
+    store = convert_files(tmp_path / "s.zarr", str(tmp_path / "m.zarr"))
+    assert store.modalities == ["rna", "adt"]
+    assert_same_counts(read_counts(store, "adt"), adt)
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_url(tmp_path: Path, version: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    counts = make_counts(20, 6)
+    path = _write_zarr(tmp_path / "a.zarr", counts, version)
+    with serve() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        url = server.upload(path, "deep/a.zarr")
+        store = convert_files(tmp_path / "s.zarr", f"rna={url}")
+        assert_same_counts(read_counts(store, "rna"), counts)
+        assert store.manifest.provenance["inputs"][0]["file"] == "a.zarr"
+        with pytest.raises((StoreError, DataError)):
+            convert_files(tmp_path / "x.zarr", f"rna={url}s")
+
+
+def test_folder_that_was_half_copied(tmp_path: Path) -> None:
+    path = _write_zarr(tmp_path / "a.zarr", make_counts(40, 12))
+    (path / "X" / "data" / "c" / "0").unlink()
+    with pytest.raises(DataError, match="chunks of the values are missing"):
+        convert_files(tmp_path / "s.zarr", f"rna={path}")
+
+
+def test_array_that_claims_more_than_there_is(tmp_path: Path) -> None:
+    path = _write_zarr(tmp_path / "a.zarr", make_counts(40, 12), 2)
+    file = path / "obs" / "_index" / ".zarray"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"shape": [10**12]}))
+    (path / ".zmetadata").unlink()
+    with pytest.raises(DataError, match="says that it holds more"):
+        convert_files(tmp_path / "s.zarr", f"rna={path}")
+
+
+def test_store_is_no_input(tmp_path: Path) -> None:
+    path = _write_zarr(tmp_path / "a.zarr", make_counts(40, 12))
+    convert_files(tmp_path / "s.zarr", f"rna={path}")
+    with pytest.raises(DataError, match="this is a store"):
+        convert_files(tmp_path / "t.zarr", f"rna={tmp_path / 's.zarr'}")
