@@ -71,8 +71,8 @@ def open_container(location: Location) -> Iterator[h5py.File | zarr.Group]:
         what, text = "part of the Zarr folder is missing or damaged", str(error)[:500]
         if isinstance(location, RemoteLocation) and isinstance(error, OSError | ValueError):
             raise translate_read_error(error, location, what, where=location) from error
-        got = f"{type(error).__name__}: {text}"
-        raise DataError(what, where=location, got=got, fix=WRITE_ANEW) from error
+        message = f"{type(error).__name__}: {text}"
+        raise DataError(what, where=location, got=message, fix=WRITE_ANEW) from error
 
 
 def is_array(part: Any) -> bool:

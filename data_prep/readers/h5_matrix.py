@@ -133,11 +133,11 @@ def read_matrix_shape(matrix: Any) -> tuple[int, int]:
 
 
 def looks_like_counts(matrix: Any) -> bool:
-    """Whether the first values of a matrix, or of a column, are whole and not negative."""
+    """Whether the first values of a matrix are whole and not negative."""
     if not is_array(matrix):
         values = open_part(matrix, "data")[:PROBED_VALUES]
-    elif matrix.size and matrix.ndim in (1, 2):
-        values = matrix[: max(1, PROBED_VALUES // matrix.shape[-1] ** (matrix.ndim - 1))]
+    elif matrix.size and matrix.ndim == 2:
+        values = matrix[: max(1, PROBED_VALUES // matrix.shape[1])]
     else:
         return False
     return looks_whole(values)

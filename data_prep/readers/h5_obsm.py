@@ -31,10 +31,12 @@ from data_prep.readers.h5_matrix import (
     require_whole_matrix,
 )
 from data_prep.readers.source import (
+    PROBED_VALUES,
     DirectSource,
     SourceHead,
     SourceRows,
     identify_file,
+    looks_whole,
     require_real_numbers,
 )
 
@@ -52,7 +54,10 @@ def list_obsm_parts(root: Any) -> list[FilePart]:
             table = open_part(obsm, name)
             columns = list_columns(table) if _is_frame(table) else None
             n_features = read_matrix_shape(table)[1] if columns is None else len(columns)
-            counts = looks_like_counts(open_part(table, columns[0]) if columns else table)
+            if columns:
+                counts = looks_whole(open_part(table, columns[0])[:PROBED_VALUES])
+            else:
+                counts = looks_like_counts(table)
             kinds = find_kinds(name)
             parts.append(
                 FilePart(
