@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from clue_dist.kinds import find_kinds
+from clue_dist.store.location import Location, RemoteLocation
 from data_prep.features.spelling import find_spelling
 from data_prep.options import InputArgument
 from data_prep.readers.barcode_cores import extract_cores
@@ -113,8 +114,10 @@ def _list_inputs(
             yield replace(given, modality=kinds[0], key=each.part.key), [each]
 
 
-def _shorten_path(path: Path) -> str:
+def _shorten_path(path: Location) -> str:
     """The path from the current folder on, where it lies below."""
+    if isinstance(path, RemoteLocation):
+        return str(path)
     here = Path.cwd().resolve()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
