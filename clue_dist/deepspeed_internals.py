@@ -6,6 +6,7 @@ stand here, and both the version and each name are checked before they are relie
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ if not torch.cuda.is_available():
 
 # Other modules take the package from here, so that it is prepared as above and below.
 import deepspeed as deepspeed
-from deepspeed.runtime import compiler
+from deepspeed.runtime import bf16_optimizer, compiler
 
 from clue_dist.errors import ClueError
 
@@ -92,8 +93,22 @@ def _skip_optimizer_compilation() -> None:
     compiler.compile = lambda: lambda function: function
 
 
+def _silence_deepspeed() -> None:
+    """Keep from the output what no user of this project can act on.
+
+    DeepSpeed calls every optimizer untested that is not its own; those used here are tested under
+    all its stages. Its optimizer for bf16 prints how full the memory is for each group of weights.
+    """
+    logging.getLogger("DeepSpeed").addFilter(
+        lambda record: "untested optimizer" not in record.getMessage()
+    )
+    read_private(bf16_optimizer, "see_memory_usage")
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None
+
+
 require_known_deepspeed(deepspeed)
 _skip_optimizer_compilation()
+_silence_deepspeed()
 
 
 def disable_shared_memory_collectives() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -34,23 +35,39 @@ def port() -> str:
         return str(probe.getsockname()[1])
 
 
-def start_job(folder: Path, name: str, port: str, *settings: str) -> subprocess.Popen[str]:
-    """Start two ranks that are given the port."""
-    return subprocess.Popen(
-        spawned(2, *train_args(folder, folder / "s.zarr", name, *settings)),
-        cwd=ROOT,
-        env=environment() | {"MASTER_PORT": port},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+StartJob = Callable[..., "subprocess.Popen[str]"]
 
 
-def test_jobs_that_come_later_leave_and_the_first_one_goes_on(folder: Path, port: str) -> None:
-    first = start_job(folder, "first", port, *LONG)
+@pytest.fixture
+def start_job(folder: Path, port: str) -> Iterator[StartJob]:
+    """Start two ranks that train into the run folder `name`, and are given the port."""
+    jobs = []
+
+    def start(name: str, *settings: str) -> subprocess.Popen[str]:
+        job = subprocess.Popen(
+            spawned(2, *train_args(folder, folder / "s.zarr", name, *settings)),
+            cwd=ROOT,
+            env=environment() | {"MASTER_PORT": port},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        jobs.append(job)
+        return job
+
+    yield start
+    for job in jobs:
+        job.kill()  # and with it the ranks
+        job.communicate()
+
+
+def test_jobs_that_come_later_leave_and_the_first_one_goes_on(
+    folder: Path, port: str, start_job: StartJob
+) -> None:
+    first = start_job("first", *LONG)
     await_lines(folder / "first", 4)
     for name in ("second", "first"):  # another run folder, and the same
-        later = start_job(folder, name, port, *LONG)
+        later = start_job(name, *LONG)
         output, _ = later.communicate(timeout=120)
         assert later.returncode == 2, output
         assert f"taken by another job\n  where: rank 0 of 2 on {socket.gethostname()}" in output
@@ -79,8 +96,8 @@ def count_lines(run: Path) -> int:
     return log.read_text().count("\n") if log.exists() else 0
 
 
-def test_of_jobs_that_start_at_once_one_finishes(folder: Path, port: str) -> None:
-    jobs = [start_job(folder, f"at-once-{number}", port, "train.epochs=2") for number in range(3)]
+def test_of_jobs_that_start_at_once_one_finishes(start_job: StartJob) -> None:
+    jobs = [start_job(f"at-once-{number}", "train.epochs=2") for number in range(3)]
     outputs = [job.communicate(timeout=200)[0] for job in jobs]
     codes = {job.returncode for job in jobs}
     assert codes in ({0, 2}, {0}), outputs  # one that starts late may find the port free again

@@ -1,10 +1,13 @@
 """A DeepSpeed whose private parts are not known is refused by name and version."""
 
+import logging
+import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from clue_dist import deepspeed_internals
+from clue_dist.deepspeed_internals import bf16_optimizer
 from clue_dist.errors import ClueError
 
 
@@ -35,3 +38,16 @@ def test_an_attribute_that_is_gone_is_named_with_the_version() -> None:
         deepspeed_internals.read_private(SimpleNamespace(), "grad_position", package)
     with pytest.raises(ClueError, match="whose deepspeed has no `ops`"):
         deepspeed_internals.read_private(package, "ops", package)
+
+
+def test_what_no_user_can_act_on_is_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("DeepSpeed")
+    handler = logging.StreamHandler(sys.stdout)
+    logger.addHandler(handler)
+    try:
+        logger.warning("**** You are using ZeRO with an untested optimizer, proceed with caution")
+        logger.warning("something else")
+    finally:
+        logger.removeHandler(handler)
+    bf16_optimizer.see_memory_usage("begin bf16_optimizer", force=True)
+    assert capsys.readouterr().out == "something else\n"
