@@ -36,7 +36,7 @@ demo: $(READY)
 	[ -e $(DATA)/train.zarr ] || python -m data_prep convert $(DATA)/train.h5mu --out $(DATA)/train.zarr
 	[ -e $(DATA)/test.zarr ] || \
 	  python -m data_prep convert $(DATA)/test.h5mu --out $(DATA)/test.zarr --features-from $(DATA)/train.zarr
-	deepspeed --num_accelerators $(RANKS) launch/train.py --config configs/demo.json --set store=$(DATA)/train.zarr run=$(RUN)
+	deepspeed -q --num_accelerators $(RANKS) launch/train.py --config configs/demo.json --set store=$(DATA)/train.zarr run=$(RUN)
 	python launch/embed.py --run $(RUN) --store $(DATA)/test.zarr --out $(RUN)/test.h5mu --per-modality
 	python launch/evaluate.py --run $(RUN) --store $(DATA)/test.zarr --out $(RUN)/scores.json
 	python launch/report.py --run $(RUN) --embedding $(RUN)/test.h5mu --scores $(RUN)/scores.json

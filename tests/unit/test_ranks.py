@@ -129,23 +129,24 @@ def test_an_error_that_all_ranks_raise_is_printed_once():
     assert outputs == ["error: damaged, says rank 0\n", "", ""]
 
 
-def test_a_rank_that_never_comes_is_not_waited_for_long():
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_never_comes_is_not_waited_for_long(rank):
     """The other rank of the two is not even started, as in a shell that srun gave two tasks."""
-    check = """
+    check = f"""
         import os
         from clue_dist.ranks import job, rendezvous
         job.JOIN_LIMIT, rendezvous.NOTICE_AFTER = 3.0, 0.5
-        os.environ["WORLD_SIZE"] = "2"
+        os.environ.update(RANK="{rank}", WORLD_SIZE="2")
 
         def check(rank):
             pass
     """
     (output,) = run_ranks(1, check, RUN_CHECK, expect=LOST)
     assert "the ranks did not find each other" in output
-    assert "no word from rank 1" in output
+    assert f"no word from rank {1 - rank}" in output
     assert "within 3 s" in output
     # Long before the end the rank says for whom it waits, and what to do without the others.
-    assert output.startswith("rank 0 of 2 waits for rank 1 at 127.0.0.1:")
+    assert output.startswith(f"rank {rank} of 2 waits for rank {1 - rank} at 127.0.0.1:")
     assert "to run alone, type RANK=0 WORLD_SIZE=1 before the command" in output
     assert "Traceback" not in output
 
