@@ -1,7 +1,7 @@
 """Train CLUE on a store.
 
 deepspeed launch/train.py --config configs/atlas.json [--set train.lr=1e-4 ...]
-                          [--resume auto|never|DIR] [--dry-run]
+                          [--resume auto|never|DIR] [--init-from RUN] [--dry-run]
 
 The config is checked before anything heavy is imported, config and store by all ranks before
 anything is started.
@@ -22,15 +22,15 @@ def main() -> None:
     """Prepare on all ranks alike, say what will be trained, train it, and say how that ended."""
     arguments = parse_train_arguments(__doc__)
     ranks = Ranks.from_environment()
-    setup = ranks.run_before_joining(lambda: prepare_training(arguments, ranks.world))
+    setup, warm_start = ranks.run_before_joining(lambda: prepare_training(arguments, ranks.world))
     if ranks.is_first:
-        print_plan(setup, arguments)
+        print_plan(setup, arguments, warm_start)
     if arguments.dry_run:
         return
 
     from clue_dist.train.loop import fit
 
-    result = fit(setup, ranks, arguments.resume)
+    result = fit(setup, ranks, arguments.resume, warm_start)
     if ranks.is_first and result.finished:
         print_line(f"{result.format_ending()}: {setup.config.run}")
     ranks.leave_group()

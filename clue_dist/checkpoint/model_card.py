@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from clue_dist.config import Config
+from clue_dist.errors import ResumeError
 from clue_dist.files import translate_write_errors, write_file
 from clue_dist.store.manifest import Modality
 from clue_dist.store.reader import Store
@@ -37,3 +38,28 @@ def write_model_card(run_folder: Path, store: Store, config: Config) -> None:
         run_folder.mkdir(parents=True, exist_ok=True)
         write_file(run_folder / "config.json", config.to_json(), durable=True)
         write_file(run_folder / "model.json", card.model_dump_json(indent=1), durable=True)
+
+
+def read_model_card(run: Path) -> ModelCard:
+    """Read what the weights of a run expect of a store.
+
+    Raises:
+        ResumeError: there is no run, or model.json is damaged.
+    """
+    path = run / "model.json"
+    if not path.is_file():
+        raise ResumeError(
+            "no run here",
+            where=run,
+            got="no model.json",
+            fix="train one: deepspeed launch/train.py --config ...",
+        )
+    try:
+        return ModelCard.model_validate_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ResumeError(
+            "model.json is damaged",
+            where=run,
+            got=str(error)[:500],
+            fix="train again, or restore the file",
+        ) from error

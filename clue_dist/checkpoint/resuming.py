@@ -77,6 +77,7 @@ def find_starting_point(
     resume: str,
     ranks: Ranks,
     *,
+    earlier_weights: Path | None = None,
     reads_all: bool = True,
 ) -> StartingPoint:
     """Find where a run begins or goes on. Nothing is written.
@@ -87,18 +88,36 @@ def find_starting_point(
         fingerprint: fingerprint of the store.
         resume: see `choose_checkpoint`.
         ranks: this rank among all; every rank must call.
+        earlier_weights: the committed folder of an earlier run whose weights the run begins with.
         reads_all: see `choose_checkpoint`.
 
     Raises:
-        ResumeError: see `choose_checkpoint` and `require_same_run`.
+        ResumeError: see `choose_checkpoint` and `require_same_run`; or the run in the folder did
+            not begin with the weights of that earlier run.
     """
+    origin = None if earlier_weights is None else earlier_weights.resolve()
     checkpoint = choose_checkpoint(run_folder, resume, ranks, reads_all=reads_all)
     if checkpoint is None:
         state = RunState(step=0, world=ranks.world, fingerprint=fingerprint)
-        return StartingPoint(state, None, {})
+        return StartingPoint(replace(state, origin=str(origin) if origin else None), None, {})
     state = require_same_run(run_folder, config, fingerprint, checkpoint)
+    if origin is not None:
+        _require_origin(run_folder, state, origin.parent.parent)
     changes = configs.compare_settings(_load_saved_config(checkpoint), config)
     return StartingPoint(state, checkpoint, changes)
+
+
+def _require_origin(run_folder: Path, state: RunState, earlier_run: Path) -> None:
+    """Check that a run which goes on began with weights of an earlier run, be they newer by now."""
+    if state.origin is None or not _belongs_to(Path(state.origin), earlier_run):
+        raise ResumeError(
+            "the run folder already holds a run that did not begin with these weights",
+            where=run_folder,
+            got=f"--init-from {earlier_run}",
+            expected=f"weights of {state.origin or 'no other run'}",
+            fix="leave --init-from out to go on, or begin another run with "
+            "--set run=ANOTHER_FOLDER",
+        )
 
 
 def choose_checkpoint(

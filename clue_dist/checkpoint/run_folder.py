@@ -68,7 +68,7 @@ class RunState:
     skipped: int = 0  # steps in a row whose loss or gradient was not finite
     usual: tuple[float, float] | None = None  # running mean and variance of the loss
     logged: dict[str, float] = field(default_factory=dict)  # sums over steps not logged yet
-    origin: str | None = None  # the checkpoint of another run from which this one began
+    origin: str | None = None  # checkpoint or weights of another run from which this one began
     job: str | None = None  # the Slurm job that saved this
 
 

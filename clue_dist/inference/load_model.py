@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clue_dist import config as configs
-from clue_dist.checkpoint.model_card import ModelCard
+from clue_dist.checkpoint.model_card import ModelCard, read_model_card
 from clue_dist.checkpoint.run_folder import (
     find_damage,
     iterate_sound_checkpoints,
@@ -57,7 +57,7 @@ def load_model(run: Path, checkpoint: str = "best") -> TrainedModel:
         ResumeError: no run there, nothing saved yet, damaged weights, or those of another model.
         ConfigError: config.json is damaged.
     """
-    card = _read_model_card(run)
+    card = read_model_card(run)
     config = configs.load_config(run / "config.json")
     folder = _find_weights(run, checkpoint)
     if folder is None:
@@ -74,26 +74,6 @@ def load_model(run: Path, checkpoint: str = "best") -> TrainedModel:
     model = _make_model(run, card, config)
     load_weights(model, folder, "use the version of clue_dist that trained them")
     return TrainedModel(model.eval(), card.modalities, folder.name, config, card.fingerprint)
-
-
-def _read_model_card(run: Path) -> ModelCard:
-    path = run / "model.json"
-    if not path.is_file():
-        raise ResumeError(
-            "no run here",
-            where=run,
-            got="no model.json",
-            fix="train one: deepspeed launch/train.py --config ...",
-        )
-    try:
-        return ModelCard.model_validate_json(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ResumeError(
-            "model.json is damaged",
-            where=run,
-            got=str(error)[:500],
-            fix="train again, or restore the file",
-        ) from error
 
 
 def _make_model(run: Path, card: ModelCard, config: Config) -> CLUE:

@@ -15,6 +15,7 @@ from clue_dist.files import parse_path
 from clue_dist.ranks import Ranks
 
 if TYPE_CHECKING:
+    from clue_dist.train.initial_weights import WarmStart
     from clue_dist.train.setup import Setup
 
 
@@ -25,6 +26,12 @@ def parse_train_arguments(description: str | None) -> argparse.Namespace:
         "--resume",
         default="auto",
         help="auto (default): go on from the newest sound checkpoint; never; a folder",
+    )
+    parser.add_argument(
+        "--init-from",
+        type=parse_path,
+        metavar="RUN",
+        help="begin with the weights of this run, on a store of the same features",
     )
     parser.add_argument(
         "--dry-run",
@@ -69,30 +76,43 @@ def _build_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def prepare_training(arguments: argparse.Namespace, world: int) -> Setup:
+def prepare_training(arguments: argparse.Namespace, world: int) -> tuple[Setup, WarmStart | None]:
     """Check the settings of a training run, and import all that it needs.
 
     Args:
         arguments: what `parse_train_arguments` gave.
         world: the number of ranks.
 
+    Returns:
+        What is trained on what; the weights of `--init-from`.
+
     Raises:
         ConfigError: settings that cannot work.
         StoreError: there is no store, or a damaged one.
+        ResumeError: `--init-from` names no run with weights.
     """
+    if arguments.init_from is not None and arguments.resume not in ("auto", "never"):
+        raise ConfigError(
+            "a run begins with the weights of a run or goes on from a checkpoint, not both",
+            got=f"--init-from {arguments.init_from} --resume {arguments.resume}",
+            fix="leave one of the two out",
+        )
     config = configs.load_config(arguments.config, arguments.overrides)
     configs.require_paths(config)
 
+    from clue_dist.train.initial_weights import plan_warm_start
     from clue_dist.train.setup import prepare_setup
 
     setup = prepare_setup(config, world)
+    earlier = arguments.init_from
+    warm_start = None if earlier is None else plan_warm_start(earlier, setup)
     if not arguments.dry_run:
         # DeepSpeed looks for compilers and GPUs while it is imported: before the ranks join.
         import clue_dist.train.loop  # noqa: F401
-    return setup
+    return setup, warm_start
 
 
-def print_plan(setup: Setup, arguments: argparse.Namespace) -> None:
+def print_plan(setup: Setup, arguments: argparse.Namespace, warm_start: WarmStart | None) -> None:
     """Print what will be trained; in a dry run, also where the run stands in its folder.
 
     Of a run under `--resume auto` the newest checkpoint is not read, which may take minutes.
@@ -113,6 +133,7 @@ def print_plan(setup: Setup, arguments: argparse.Namespace) -> None:
         setup.store.fingerprint,
         arguments.resume,
         Ranks(),
+        earlier_weights=None if warm_start is None else warm_start.weights,
         reads_all=False,
     )
     step = start.state.step
@@ -121,6 +142,8 @@ def print_plan(setup: Setup, arguments: argparse.Namespace) -> None:
     elif start.checkpoint is not None:
         condition = ", if that checkpoint is sound" if arguments.resume == "auto" else ""
         print(f"  would go on from step {step}{condition}", flush=True)
+    elif warm_start is not None:
+        print("\n".join(warm_start.describe_weights()), flush=True)
     if start.changes:
         print(f"  differs from the run: {start.describe_changes()}", flush=True)
 

@@ -18,9 +18,9 @@ from clue_dist.deepspeed_internals import (
     disable_shared_memory_collectives,
 )
 from clue_dist.model.clue import CLUE
-from clue_dist.model.initialise import initialise_model
 from clue_dist.objective import Objective
 from clue_dist.ranks import Ranks
+from clue_dist.train.initial_weights import set_initial_weights
 from clue_dist.train.setup import Setup
 
 
@@ -63,17 +63,8 @@ def build_engine(
     config = setup.config
     torch.manual_seed(config.seed)
     model = CLUE(setup.specs, len(setup.store.manifest.batches), config.model)
-    if ranks.is_first and set_weights is not None:
-        set_weights(model)
-    elif ranks.is_first:
-        initialise_model(
-            model,
-            setup.store,
-            setup.train_cells,
-            config.model.trunk.projection_init != "random",
-            config.seed,
-            setup.stored_svds,
-        )
+    if ranks.is_first:
+        (set_weights or (lambda fresh: set_initial_weights(fresh, setup)))(model)
     objective = Objective(model, config.objective, weigh_modalities(setup)).to(device)
     for tensor in [*objective.parameters(), *objective.buffers()]:
         dist.broadcast(tensor.data, 0)

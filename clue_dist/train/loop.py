@@ -24,6 +24,7 @@ from clue_dist.resilience.peers import Peers
 from clue_dist.resilience.run_lock import SLURM_JOB, hold_run_lock
 from clue_dist.resilience.stop_signals import StopFlag
 from clue_dist.train.engine import build_engine, join_process_group
+from clue_dist.train.initial_weights import WarmStart
 from clue_dist.train.meter import Meter
 from clue_dist.train.not_finite import judge_outcome
 from clue_dist.train.setup import Setup, is_run_finished
@@ -48,7 +49,9 @@ class TrainingResult:
         return f"{ending}, kept {format_best_weights(self.state)}"
 
 
-def fit(setup: Setup, ranks: Ranks, resume: str = "auto") -> TrainingResult:
+def fit(
+    setup: Setup, ranks: Ranks, resume: str = "auto", warm_start: WarmStart | None = None
+) -> TrainingResult:
     """Train to the last step, or until validation stops improving, or until a signal asks to stop.
 
     Args:
@@ -56,6 +59,7 @@ def fit(setup: Setup, ranks: Ranks, resume: str = "auto") -> TrainingResult:
         ranks: this rank among all; every rank must call.
         resume: "auto" goes on from the newest sound checkpoint, "never" begins anew, a folder names
             the checkpoint to go on from.
+        warm_start: weights of an earlier run to begin with, where there is no checkpoint.
 
     Raises:
         ResumeError: training cannot go on from what `resume` names, or another job is training in
@@ -72,12 +76,17 @@ def fit(setup: Setup, ranks: Ranks, resume: str = "auto") -> TrainingResult:
         with hold_run_lock(setup.run_folder, ranks):
             with peers.announce_errors():
                 start = find_starting_point(
-                    setup.run_folder, setup.config, setup.store.fingerprint, resume, ranks
+                    setup.run_folder,
+                    setup.config,
+                    setup.store.fingerprint,
+                    resume,
+                    ranks,
+                    earlier_weights=None if warm_start is None else warm_start.weights,
                 )
                 start = replace(start, state=forget_lost_best(setup.run_folder, start.state, ranks))
                 if is_run_finished(setup, start.state):
                     return _leave_finished_run(setup, ranks, start)
-                trainer, state = _start_trainer(setup, ranks, device, start)
+                trainer, state = _start_trainer(setup, ranks, device, start, warm_start)
             result = _train_steps(trainer, state, start, stop, peers)
             trainer.engine.destroy()
     return result
@@ -93,11 +102,21 @@ def _leave_finished_run(setup: Setup, ranks: Ranks, start: StartingPoint) -> Tra
 
 
 def _start_trainer(
-    setup: Setup, ranks: Ranks, device: torch.device, start: StartingPoint
+    setup: Setup,
+    ranks: Ranks,
+    device: torch.device,
+    start: StartingPoint,
+    warm_start: WarmStart | None,
 ) -> tuple[Trainer, RunState]:
     """A fresh engine, or one that goes on from a checkpoint, whatever number of ranks saved it."""
     folder, state = setup.run_folder, start.state
-    if start.checkpoint is None:
+    if start.checkpoint is None and warm_start is not None:
+        if ranks.is_first:
+            print_line("\n".join(warm_start.describe_weights()))
+        engine = build_engine(
+            setup, ranks, device, lambda model: warm_start.set_weights(model, setup)
+        )
+    elif start.checkpoint is None:
         engine = build_engine(setup, ranks, device)
     else:
         engine = engine_state.restore_engine(

@@ -197,6 +197,31 @@ def test_going_on_from_a_checkpoint_of_another_run(folder: Path) -> None:
     )
 
 
+def test_a_run_on_more_cells_begins_with_the_weights_of_an_earlier_one(folder: Path) -> None:
+    make_store(
+        folder / "more.zarr",
+        cells={"rna+adt": 240, "adt": 40},
+        features={"rna": 60, "adt": 10},
+        batches=3,
+    )
+    alone(*train_args(folder, folder / "s.zarr", "less", "train.epochs=2"))
+    # So small a rate that the weights stay what they were.
+    settings = ("train.epochs=1", "train.lr=1e-12", "objective.lambda_contrastive=0")
+    args = train_args(folder, folder / "more.zarr", "more", *settings)
+    args += ["--init-from", str(folder / "less")]
+    (best,) = (folder / "less" / "best").iterdir()
+    for options in (("--dry-run",), (), ()):
+        done = run(*spawned(2 if not options else 1, *args, *options))
+        begins = f"begins with the weights of {best}" in done.stdout
+        assert begins == ("nothing is left to train" not in done.stdout)
+        assert ("batches kept: batch-0, batch-1; new: batch-2" in done.stdout) == begins
+    assert not begins, "the same command goes on with the run"
+    before, after = best_weights(folder / "less"), best_weights(folder / "more")
+    fixed = [name for name in before if name.endswith(("projection.weight", "heads.weight"))]
+    assert len(fixed) == 3
+    assert all((after[name] - before[name]).abs().max() < 1e-6 for name in fixed)
+
+
 @pytest.mark.parametrize("settings", [("data.holdout=0",), ("data.holdout=0.005",)])
 def test_nothing_or_a_single_pair_held_out(folder: Path, settings: tuple[str, ...]) -> None:
     name = settings[0].replace(".", "-")

@@ -1,0 +1,168 @@
+"""A run begins with the weights of an earlier one, and says what is kept and what is new."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from clue_dist.checkpoint.model_card import write_model_card
+from clue_dist.checkpoint.resuming import find_starting_point
+from clue_dist.checkpoint.run_folder import COMMIT, STATE, WEIGHTS, RunState, read_weights
+from clue_dist.config import Config
+from clue_dist.errors import ClueError, ConfigError, ResumeError
+from clue_dist.model.clue import CLUE
+from clue_dist.ranks import Ranks
+from clue_dist.store.writer import hash_file
+from clue_dist.train.initial_weights import plan_warm_start
+from clue_dist.train.setup import Setup, prepare_setup
+from tests.stores import make_store
+
+MODEL = {
+    "latent": 6,
+    "trunk": {"projection": 6, "hidden": 8, "members": 2},
+    "decoder": {"hidden": 8},
+    "discriminator": {"hidden": 8},
+}
+FEATURES = {"rna": 30, "adt": 8}
+
+
+def make_setup(store: Path, **settings: object) -> Setup:
+    config = {"store": str(store), "run": str(store.parent / "new"), "model": MODEL, **settings}
+    return prepare_setup(Config.model_validate(config), 1)
+
+
+def make_model(setup: Setup) -> CLUE:
+    return CLUE(setup.specs, len(setup.store.manifest.batches), setup.config.model)
+
+
+def commit_weights(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Write best weights as a run keeps them."""
+    folder.mkdir(parents=True)
+    save_file(weights, folder / WEIGHTS)
+    (folder / STATE).write_text(json.dumps(asdict(RunState(5, 1, "f"))))
+    files = {path.name: hash_file(path).model_dump() for path in folder.iterdir()}
+    (folder / COMMIT).write_text(json.dumps(files))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the store `old.zarr` and a run on it."""
+    folder = tmp_path_factory.mktemp("initial")
+    make_store(folder / "old.zarr", features=FEATURES)
+    setup = make_setup(folder / "old.zarr")
+    write_model_card(folder / "run", setup.store, setup.config)
+    commit_weights(folder / "run" / "best" / "step-00000005", make_model(setup).state_dict())
+    return folder
+
+
+def test_another_store_of_the_same_features_keeps_all_but_its_new_batches(
+    folder: Path, tmp_path: Path
+) -> None:
+    make_store(tmp_path / "more.zarr", features=FEATURES, batches=3, seed=1)
+    setup = make_setup(tmp_path / "more.zarr", train={"lr": 0.01})
+    warm_start = plan_warm_start(folder / "run", setup)
+    assert "\n".join(warm_start.describe_weights()) == (
+        f"  begins with the weights of {folder / 'run' / 'best' / 'step-00000005'}\n"
+        "    modalities kept: rna, adt\n"
+        "    batches kept: batch-0, batch-1; new: batch-2"
+    )
+    model = make_model(setup)
+    new = model.state_dict()["decoders.0.batch.weight"][2].clone()
+    warm_start.set_weights(model, setup)
+    before = read_weights(warm_start.weights)
+    for name, values in model.state_dict().items():
+        torch.testing.assert_close(values[: len(before[name])], before[name])
+    assert model.state_dict()["decoders.0.batch.weight"][2].equal(new)
+
+
+def test_a_modality_that_is_new_begins_from_its_cells(folder: Path, tmp_path: Path) -> None:
+    features = {"atac": 20, "rna": 30}
+    make_store(tmp_path / "other.zarr", cells={"atac+rna": 80}, features=features)
+    setup = make_setup(tmp_path / "other.zarr")
+    warm_start = plan_warm_start(folder / "run", setup)
+    assert "modalities kept: rna; new: atac; left out: adt" in "\n".join(
+        warm_start.describe_weights()
+    )
+    model = make_model(setup)
+    warm_start.set_weights(model, setup)
+    idf = model.get_trunk("atac").idf
+    assert not idf.equal(torch.ones_like(idf))
+    before = read_weights(warm_start.weights)["trunks.0.projection.weight"]
+    assert model.get_trunk("rna").projection.weight.equal(before)
+
+
+@pytest.mark.parametrize(
+    ("features", "settings", "message"),
+    [
+        ({"rna": 31, "adt": 8}, {}, "other features of rna"),
+        ({"atac": 9}, {}, "knows no modality of the store"),
+        (FEATURES, {"model": MODEL | {"latent": 8}}, "changed: model.latent"),
+        (FEATURES, {"modalities": {"adt": {"normalise": "none"}}}, "changed: modalities.adt.norm"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    folder: Path,
+    tmp_path: Path,
+    features: dict[str, int],
+    settings: dict[str, object],
+    message: str,
+) -> None:
+    cells = {"+".join(features): 60}
+    make_store(tmp_path / "other.zarr", cells=cells, features=features)
+    setup = make_setup(tmp_path / "other.zarr", **settings)
+    with pytest.raises(ConfigError, match=message):
+        plan_warm_start(folder / "run", setup)
+
+
+def test_a_run_without_sound_weights_is_refused(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(folder / "run", run)
+    setup = make_setup(folder / "old.zarr")
+    with (run / "best" / "step-00000005" / WEIGHTS).open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(ClueError, match="are damaged"):
+        plan_warm_start(run, setup).set_weights(make_model(setup), setup)
+    shutil.rmtree(run / "best")
+    with pytest.raises(ResumeError, match="holds no weights"):
+        plan_warm_start(run, setup)
+    with pytest.raises(ResumeError, match="no run here"):
+        plan_warm_start(tmp_path / "nowhere", setup)
+
+
+def test_the_same_command_goes_on_with_what_began_with_these_weights(
+    folder: Path, tmp_path: Path
+) -> None:
+    config = make_setup(folder / "old.zarr").config
+    weights = folder / "run" / "best" / "step-00000005"
+    run, checkpoint = tmp_path / "new", tmp_path / "new" / "checkpoints" / "step-00000007"
+
+    def find_start(earlier_weights: Path | None) -> str | None:
+        start = find_starting_point(
+            run, config, "f", "auto", Ranks(), earlier_weights=earlier_weights
+        )
+        return start.state.origin
+
+    origin = find_start(weights)
+    assert origin == str(weights.resolve())
+    for began_with in (origin, None):
+        shutil.rmtree(run, ignore_errors=True)
+        commit_weights(checkpoint, {})
+        (checkpoint / WEIGHTS).rename(checkpoint / "rank-00000.safetensors")
+        state = RunState(7, 1, "f", origin=began_with)
+        (checkpoint / STATE).write_text(json.dumps(asdict(state)))
+        files = [path for path in checkpoint.iterdir() if path.name != COMMIT]
+        listing = {path.name: hash_file(path).model_dump() for path in files}
+        (checkpoint / COMMIT).write_text(json.dumps(listing))
+        (run / "config.json").write_text(config.to_json())
+        assert find_start(None) == began_with
+        if began_with is not None:
+            assert find_start(weights.with_name("step-00000009")) == began_with
+        else:
+            with pytest.raises(ResumeError, match="did not begin with these weights"):
+                find_start(weights)
