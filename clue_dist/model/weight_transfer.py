@@ -32,22 +32,22 @@ def transfer_weights(
         RuntimeError: the other model has other sizes.
     """
     known = [name for name in modalities if name in model.modalities]
-    here = [model.modalities.index(name) for name in known]
-    there = [modalities.index(name) for name in known]
+    places = [model.modalities.index(name) for name in known]
+    sources = [modalities.index(name) for name in known]
     for name, tensor in model.state_dict().items():
         module, *rest = name.split(".")
         if module in ("trunks", "decoders"):  # one for each modality
             place = int(rest[0])
-            if place not in here:
+            if place not in places:
                 continue
-            name = ".".join([module, str(there[here.index(place)]), *rest[1:]])
+            name = ".".join([module, str(sources[places.index(place)]), *rest[1:]])
         if name not in weights:  # a decoder asks for the batch only where there are several
             continue
         values = weights[name]
         if module == "heads":
-            _view_heads(model, tensor)[_cross(here)] = _view_heads(model, values)[_cross(there)]
+            _view_heads(model, tensor)[_cross(places)] = _view_heads(model, values)[_cross(sources)]
         elif module == "trunks" and rest[1] == "ensemble" and not model.heads.shared:
-            _view_networks(model, tensor)[:, here] = _view_networks(model, values)[:, there]
+            _view_networks(model, tensor)[:, places] = _view_networks(model, values)[:, sources]
         elif rest[-2:] == ["batch", "weight"]:
             tensor[list(batch_codes)] = values[list(batch_codes.values())]
         elif module == "decoders" and tensor.ndim == 2:
@@ -55,7 +55,7 @@ def transfer_weights(
             n_inputs = min(tensor.shape[1], values.shape[1])
             tensor[:, :n_inputs] = values[:, :n_inputs]
         elif module == "combine":
-            tensor[here] = values[there]
+            tensor[places] = values[sources]
         elif module != "discriminator" or model.modalities == list(modalities):
             tensor.copy_(values)
 
