@@ -35,7 +35,7 @@ from data_prep.readers.source import (
     encode_barcodes,
     identify_file,
 )
-from data_prep.readers.text_files import MOST_LETTERS, UNREADABLE, open_text
+from data_prep.readers.text_files import MOST_LETTERS, UNREADABLE, CommentFilter, open_text
 
 CHUNK_LINES = 2**21  # read at once: about 100 MB
 _COLUMNS = {"chromosome": "category", "start": "int64", "end": "int64", "barcode": "category"}
@@ -93,6 +93,10 @@ def _reads_fragments(path: Path) -> bool:
                 line = file.readline(MOST_LETTERS)
     except UNREADABLE:
         return False
+    return _is_fragment(line)
+
+
+def _is_fragment(line: str) -> bool:
     fields = line.rstrip("\r\n").split("\t")
     return len(fields) >= 4 and fields[1].isdecimal() and fields[2].isdecimal()
 
@@ -302,14 +306,11 @@ def _read_chunks(given: FragmentsInput, chunk_lines: int = CHUNK_LINES) -> Itera
     n_seen = 0
     try:
         with open_text(given.path) as file:
-            n_comments = 0
-            while file.readline().startswith("#"):
-                n_comments += 1
-        with open_text(given.path) as file:
+            text: Any = CommentFilter(file)
             # With low_memory, pandas would cut each chunk into smaller ones, and take longer to
             # bring their categories together.
             reader = pd.read_csv(
-                file, sep="\t", header=None, skiprows=n_comments, usecols=range(4),
+                text, sep="\t", header=None, usecols=range(4),
                 names=list(_COLUMNS), dtype=_COLUMNS, quoting=3, na_filter=False,
                 chunksize=chunk_lines or CHUNK_LINES, low_memory=False,
             )  # fmt: skip
@@ -318,13 +319,38 @@ def _read_chunks(given: FragmentsInput, chunk_lines: int = CHUNK_LINES) -> Itera
                 n_seen += len(chunk)
                 yield chunk
     except (ValueError, OverflowError, *UNREADABLE) as error:  # pandas raises ValueErrors
+        place, line = _find_broken_line(given.path, n_seen)
         raise DataError(
             "the fragments cannot be read to their end",
-            where=f"{given.display_name}, after fragment {n_seen}",
-            got=str(error).strip(),
+            where=f"{given.display_name}, after fragment {place}",
+            got=str(error).strip() if line is None else repr(line[:80]),
             expected="lines of chromosome, start, end, barcode, with tabs between",
             fix="check that the file is complete",
         ) from None
+
+
+def _find_broken_line(path: Path, n_before: int) -> tuple[int, str | None]:
+    """The first line that is no fragment, and the number of fragments before it.
+
+    Args:
+        path: the file.
+        n_before: fragments at its start that have been read.
+
+    Returns:
+        Also where the file itself is damaged; then there is no line.
+    """
+    number = 0
+    try:
+        with open_text(path) as file:
+            while line := file.readline(MOST_LETTERS):
+                if line.startswith("#") or line.isspace():
+                    continue
+                if number >= n_before and not _is_fragment(line):
+                    return number, line.rstrip("\r\n")
+                number += 1
+    except UNREADABLE:
+        pass
+    return number, None
 
 
 def _require_fragments(chunk: pd.DataFrame, n_before: int, name: str) -> None:

@@ -6,7 +6,7 @@ Before a part of a file is read, it must lie in that file and be of a size that 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,20 @@ from clue_dist.store.location import Location, RemoteLocation, translate_read_er
 from data_prep.readers.text_files import explain_unreadable
 from data_prep.readers.zarr_file import has_zarr, locate_zarr, open_zarr
 
+with suppress(ImportError):  # it is optional; h5py knows its compressions once it is imported
+    import hdf5plugin  # noqa: F401
+
 _MOST_VALUES = 1000  # of a dataset for each byte of its file: even zeros compress no better
 _DEEPEST_GROUP = 8  # groups within groups, as a link may lead back to a group above
+# Compressions that hdf5plugin adds, by the numbers under which they are registered.
+_FILTERS = {
+    32001: "blosc",
+    32004: "lz4",
+    32008: "bitshuffle",
+    32013: "zfp",
+    32015: "zstd",
+    32026: "blosc2",
+}
 WRITE_ANEW = "write the file again, from what it was made of"  # how to mend a damaged file
 
 
@@ -134,6 +146,7 @@ def open_part(parent: Any, name: str) -> Any:
     if part.external or part.is_virtual:
         what = "values of the file lie in another file"
         raise DataError(what, where=name_part(part), fix=WRITE_ANEW)
+    _require_filters(part)
     n_bytes = Path(path).stat().st_size
     if (part.size or 0) > _MOST_VALUES * max(n_bytes, 2**16):
         raise DataError(
@@ -143,6 +156,21 @@ def open_part(parent: Any, name: str) -> Any:
             fix=WRITE_ANEW,
         )
     return part
+
+
+def _require_filters(dataset: h5py.Dataset) -> None:
+    """Refuse a dataset that was compressed by a filter which is not there."""
+    creation = dataset.id.get_create_plist()
+    for number in range(creation.get_nfilters()):
+        code, *_, name = creation.get_filter(number)
+        if not h5py.h5z.filter_avail(code):
+            raise DataError(
+                "the file is compressed in a way that HDF5 does not know by itself",
+                where=name_part(dataset),
+                got=_FILTERS.get(code) or name.decode(errors="replace") or f"filter {code}",
+                fix="`python -m pip install hdf5plugin`, which reads it, or `pip install "
+                "clue-dist[hdf5]`; on a cluster, wherever the workers run",
+            )
 
 
 def read_part(parent: Any, name: str) -> Any:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gzip
+import re
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 from clue_dist.errors import DataError
 
 MOST_LETTERS = 2**20  # of a line: what is not text may have no line ends, and unpack to any size
+_COMMENT = re.compile(r"^#.*\n?", re.MULTILINE)
 UNREADABLE = (OSError, EOFError, UnicodeDecodeError, zlib.error)  # what damaged files raise
 
 
@@ -20,6 +23,30 @@ def open_text(path: Path) -> IO[str]:
     if is_gzipped:
         return gzip.open(path, "rt", encoding="utf-8-sig")
     return path.open(encoding="utf-8-sig")
+
+
+class CommentFilter:
+    """A text without the lines that begin with #, wherever they are; pandas reads it.
+
+    Its own `comment` would also cut lines in two: ArchR's barcodes have a # in them.
+    """
+
+    def __init__(self, file: IO[str]) -> None:
+        self.file = file
+
+    def read(self, size: int = -1) -> str:
+        """Read about so many letters, and to the end of the line."""
+        while text := self.file.read(size):
+            if not text.endswith("\n"):
+                text += self.file.readline(MOST_LETTERS)
+            if text.startswith("#") or "\n#" in text:
+                text = _COMMENT.sub("", text)
+            if text:
+                return text
+        return ""
+
+    def __iter__(self) -> Iterator[str]:
+        return (line for line in self.file if not line.startswith("#"))
 
 
 def read_lines(path: Path) -> list[str]:

@@ -165,3 +165,23 @@ def test_a_file_that_ends_within_its_data(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.h5ad") as caught:
         convert_files(tmp_path / "s.zarr", f"rna={path}")
     assert "damaged" in str(caught.value) or "HDF5" in str(caught.value)
+
+
+def test_compression_that_needs_a_plugin_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, zstd = write_h5ad(tmp_path / "a.h5ad", make_counts(20, 8)), 32015
+    with h5py.File(path, "r+") as file:
+        values = file["X/data"][:]
+        del file["X/data"]
+        creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        creation.set_chunk((len(values),))
+        creation.set_filter(zstd, h5py.h5z.FLAG_OPTIONAL, (3,))
+        space = h5py.h5s.create_simple((len(values),))
+        h5py.h5d.create(file["X"].id, b"data", h5py.h5t.NATIVE_FLOAT, space, creation)
+    is_known = h5py.h5z.filter_avail
+    monkeypatch.setattr(
+        h5py.h5z, "filter_avail", lambda code: code != zstd and bool(is_known(code))
+    )
+    with pytest.raises(DataError, match=r"X/data\n  got: zstd\n  fix: .*hdf5plugin"):
+        convert_files(tmp_path / "s.zarr", f"rna={path}")

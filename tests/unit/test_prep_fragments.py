@@ -263,3 +263,31 @@ def test_peaks_beyond_every_chromosome_are_not_binned(tmp_path: Path, name: str)
     path = write_h5ad(tmp_path / "a.h5ad", peaks)
     with pytest.raises(DataError, match="1 features are not named as regions"):
         convert_files(tmp_path / "s.zarr", f"atac={path}", bins=["atac=1000"])
+
+
+def test_headers_and_members_within_a_file(tmp_path: Path) -> None:
+    """As bgzip, and `cat a.tsv.gz b.tsv.gz`, leave them; ArchR puts a # into barcodes."""
+    table = make_fragments(200, cells=[f"S1#{cell}" for cell in CELLS])
+    plain = write_fragments(tmp_path / "plain.tsv", table)
+    lines = plain.read_text().splitlines(keepends=True)
+    header = "# id=x\n# description\n"
+    pieces = [header + "".join(lines[:90]), header, "".join(lines[90:]), "", "\n\n"]
+    joined = tmp_path / "joined.tsv.gz"
+    joined.write_bytes(b"".join(gzip.compress(piece.encode()) for piece in pieces))
+    windows = tmp_path / "windows.tsv"
+    windows.write_bytes("".join([header, *lines]).replace("\n", "\r\n").encode())
+    stores = [
+        convert_files(tmp_path / f"{path.stem}.zarr", f"atac={path}", bins=["atac=1000"])
+        for path in (plain, joined, windows)
+    ]
+    assert len({store.fingerprint for store in stores}) == 1
+
+
+def test_place_of_a_broken_line_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fragments, "CHUNK_LINES", 50)
+    path = write_fragments(tmp_path / "f.tsv", make_fragments(200))
+    lines = path.read_text().splitlines(keepends=True)
+    n_before = 130 - sum(line.startswith("#") for line in lines[:130])
+    path.write_text("".join(["# more\n", *lines[:130], "oops\n", *lines[130:]]))
+    with pytest.raises(DataError, match=rf"after fragment {n_before}\n  got: 'oops'"):
+        convert_files(tmp_path / "s.zarr", f"atac={path}", bins=["atac=1000"])
