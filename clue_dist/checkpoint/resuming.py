@@ -190,7 +190,8 @@ def _choose_newest(run_folder: Path, checkpoints: list[Path], reads_all: bool) -
 
 def _choose_named(run_folder: Path, resume: str, checkpoints: list[Path]) -> Path:
     """The checkpoint that a person named: of this run, or of another with which it begins."""
-    is_foreign = not _belongs_to(Path(resume), run_folder)
+    checkpoint = Path(resume).resolve()  # it may be typed from inside its run
+    is_foreign = not _belongs_to(checkpoint, run_folder)
     if checkpoints and is_foreign:
         raise ResumeError(
             "the run folder already holds another run than the one to go on from",
@@ -198,17 +199,17 @@ def _choose_named(run_folder: Path, resume: str, checkpoints: list[Path]) -> Pat
             got=resume,
             fix="choose a new folder for what goes on from there, with --set run=ANOTHER_FOLDER",
         )
-    problem = find_damage(Path(resume))
+    problem = find_damage(checkpoint)
     if problem:
         raise ResumeError(
             "this checkpoint cannot be used",
-            where=Path(resume),
+            where=resume,
             got=problem,
             fix="name a folder like RUN/checkpoints/step-00001200",
         )
     if is_foreign:
-        require_no_lost_work(run_folder, read_state(Path(resume)).step)
-    return Path(resume)
+        require_no_lost_work(run_folder, read_state(checkpoint).step)
+    return checkpoint
 
 
 def _belongs_to(checkpoint: Path, run_folder: Path) -> bool:

@@ -227,7 +227,7 @@ def _take_modalities(names: list[str], reference: FeatureReference) -> dict[str,
             "modalities that what these cells should fit (`--features-from`) does not have",
             got=list_names(unknown),
             expected=list_names(reference.modalities),
-            fix="name them as it does: `NAME=FILE`",
+            fix="name them as it does, `NAME=FILE`, or leave their files out",
         )
     return {name: modality for name, modality in reference.modalities.items() if name in names}
 

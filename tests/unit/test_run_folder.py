@@ -202,3 +202,20 @@ def test_the_page_lists_the_settings_that_may_differ() -> None:
     listed = page.partition("These settings may differ")[2].partition("Other changes")[0]
     names = {key.removeprefix("train.") for key in CHANGEABLE}
     assert {name for name in names if f"`{name.replace('log.', 'log.*')}`" not in listed} == set()
+
+
+@pytest.mark.parametrize(
+    ("folder", "typed"),
+    [
+        ("checkpoints", "step-00000020"),
+        ("checkpoints/step-00000020", "."),
+        ("best", "../checkpoints/step-00000020"),
+    ],
+)
+def test_a_checkpoint_is_found_from_inside_its_run(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, typed: str
+) -> None:
+    monkeypatch.chdir(run_folder / folder)
+    for run in (run_folder, tmp_path / "new"):
+        chosen = choose_checkpoint(run, typed, Ranks())
+        assert chosen == run_folder / "checkpoints" / "step-00000020"
