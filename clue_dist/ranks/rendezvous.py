@@ -132,7 +132,7 @@ def admit_rank(store: Any, claim: RankClaim, point: MeetingPoint) -> Any:
     where = f"key {_JOB} at {point}"
     if point.rank == 0:
         first = RankClaim.decode(store.compare_set(_JOB, "", claim.encode()), where)
-        is_member = first == claim
+        is_member = first.token == claim.token
     else:
         _await_keys(store, [_JOB], lambda: print_wait(point, [0]))
         first = RankClaim.decode(store.get(_JOB), where)
@@ -144,7 +144,7 @@ def admit_rank(store: Any, claim: RankClaim, point: MeetingPoint) -> Any:
     found = RankClaim.decode(
         job_store.compare_set(place, "", claim.encode()), f"key {place} at {point}"
     )
-    if found != claim:  # another job, of the same name
+    if found.token != claim.token:  # of another job that has the same name
         raise point.make_taken_error(found.holder)
     return job_store
 
@@ -174,8 +174,8 @@ def exchange_messages(store: Any, point: MeetingPoint, message: bytes) -> list[b
         if point.rank == 0:  # the rendezvous may end with this process
             _await_keys(store, received, lambda: None)
     except TimeoutError as error:
-        missing = job.list_ranks(_find_missing(store, sent) or [0])
-        raise point.make_lost_error(f"no word from {missing}") from error
+        missing = _find_missing(store, sent) or _find_missing(store, received)
+        raise point.make_lost_error(f"no word from {job.list_ranks(missing)}") from error
     except RuntimeError as error:
         raise point.make_lost_error(_get_first_line(error)) from error
     return cast("list[bytes]", messages)

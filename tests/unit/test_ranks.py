@@ -81,13 +81,15 @@ def test_several_machines_need_an_address(monkeypatch):
         Ranks(1, 2, 0).join_group()
 
 
-def test_jobs_and_their_attempts_have_ports_of_their_own():
+def test_jobs_their_attempts_and_their_steps_have_ports_of_their_own():
     ports = {
         choose_port({"SLURM_JOB_ID": str(1000 + 97 * job), "SLURM_RESTART_COUNT": str(restart)})
         for job in range(5)
         for restart in range(5)
     }
+    steps = {choose_port({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": str(step)}) for step in range(5)}
     assert len(ports) == 25
+    assert len(steps) == 5
     assert all(20000 <= port < 30000 for port in ports)
 
 
