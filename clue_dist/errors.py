@@ -42,9 +42,9 @@ class ClueError(Exception):
 
     def __str__(self) -> str:
         parts = {"where": self.where, "got": self.got, "expected": self.expected, "fix": self.fix}
-        return "\n".join(
-            [self.what, *(f"  {name}: {text}" for name, text in parts.items() if text is not None)]
-        )
+        lines = [f"{name}: {text}" for name, text in parts.items() if text is not None]
+        # What was found may have lines of its own: they must not look like parts of the message.
+        return "\n".join([self.what, *("  " + "\n    ".join(line.splitlines()) for line in lines)])
 
     def __reduce__(self) -> tuple[Callable[..., ClueError], tuple[Any, ...]]:
         # Errors travel from Dask workers; keyword-only arguments need help to be unpickled.

@@ -87,6 +87,14 @@ class CellPlan:
         """Cells of each stratum, all its segments together."""
         return {stratum: sum(sizes.values()) for stratum, sizes in self._segments.items()}
 
+    def count_copies(self, stratum: str) -> int:
+        """Count how often a cell of a stratum stands in one micro-batch, at most.
+
+        Each lane takes a cell of every stratum, so that one of fewer cells fills its share with
+        copies.
+        """
+        return -(-self.stratum_shares[stratum] // self._stratum_sizes[stratum])
+
     def count_dealt_cells(self, micro_batch: int, segment: str) -> int:
         """Count a segment's cells in all micro-batches before `micro_batch`.
 

@@ -92,21 +92,36 @@ class Setup:
                 f"  {modality}: {spec.n_features} features, "
                 f"{spec.normalise} -> {spec.likelihood}, {start}"
             )
-        for stratum, share in self.plan.stratum_shares.items():
-            names = [name for name in self.train_cells if name_stratum(name) == stratum]
-            n_train = sum(self.train_cells[name] for name in names)
-            n_held_out = sum(self.held_out_cells[name] for name in names)
-            segments = f" in {len(names)} segments" if len(names) > 1 else ""
-            lines.append(
-                f"  stratum {stratum}: {n_train} cells{segments}, {n_held_out} held out, "
-                f"{share} in each batch"
-            )
+        lines += self._list_strata()
         lines.append(
             f"  {self.total_steps} steps of {config.data.batch_size} cells "
             f"({settings.epochs:g} epochs), validation every {settings.validate_every}, "
             f"ZeRO-{settings.zero_stage}, {settings.precision}"
         )
         return "\n".join(lines)
+
+    def _list_strata(self) -> list[str]:
+        """List the strata, their cells, and how many of these a batch holds."""
+        lines = []
+        for stratum, share in self.plan.stratum_shares.items():
+            names = [name for name in self.train_cells if name_stratum(name) == stratum]
+            n_train = sum(self.train_cells[name] for name in names)
+            n_held_out = sum(self.held_out_cells[name] for name in names)
+            cells = "cell" if n_train == 1 else "cells"
+            segments = f" in {len(names)} segments" if len(names) > 1 else ""
+            lines.append(
+                f"  stratum {stratum}: {n_train} {cells}{segments}, {n_held_out} held out, "
+                f"{share} in each batch"
+            )
+            copies = self.plan.count_copies(stratum)
+            if copies > 1:
+                lines += [
+                    f"    up to {copies} copies of a cell in each batch: they weigh more than other "
+                    "cells, and InfoNCE",
+                    "    takes them for other cells; leave these cells out of the store, or lower "
+                    "data.lanes",
+                ]
+        return lines
 
 
 def prepare_setup(config: Config, world: int, *, writes: bool = True) -> Setup:

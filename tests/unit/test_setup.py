@@ -81,6 +81,20 @@ def test_weights_must_name_every_stratum(tmp_path: Path) -> None:
     assert setup.plan.stratum_shares["rna"] == setup.plan.stratum_shares["rna+adt"]
 
 
+def test_a_stratum_of_fewer_cells_than_its_share_is_told(tmp_path: Path) -> None:
+    make_store(
+        tmp_path / "s.zarr", cells={"rna+adt": 1, "rna": 300}, features={"rna": 30, "adt": 8}
+    )
+    setup = prepare_setup(config_of(tmp_path / "s.zarr"), world=1)
+    lines = setup.format_summary().splitlines()
+    (place,) = [i for i, line in enumerate(lines) if line.startswith("  stratum rna+adt: 1 cell,")]
+    assert "8 in each batch" in lines[place]
+    assert "up to 8 copies of a cell in each batch" in lines[place + 1]
+    assert "lower data.lanes" in lines[place + 2]
+    assert "copies" not in lines[place + 3]  # 300 cells of the other stratum are enough
+    assert max(map(len, lines[place:])) <= 100
+
+
 def test_summary_tells_what_would_happen(tmp_path: Path) -> None:
     make_store(
         tmp_path / "s.zarr", cells={"rna+adt": 100, "rna": 60}, features={"rna": 30, "adt": 8}
