@@ -90,8 +90,8 @@ def test_a_stratum_of_fewer_cells_than_its_share_is_told(tmp_path: Path) -> None
     (place,) = [i for i, line in enumerate(lines) if line.startswith("  stratum rna+adt: 1 cell,")]
     assert "8 in each batch" in lines[place]
     assert "up to 8 copies of a cell in each batch" in lines[place + 1]
-    assert "lower data.lanes" in lines[place + 2]
-    assert "copies" not in lines[place + 3]  # 300 cells of the other stratum are enough
+    assert "lower data.lanes" in lines[place + 3]
+    assert "copies" not in lines[place + 4]  # 300 cells of the other stratum are enough
     assert max(map(len, lines[place:])) <= 100
 
 
