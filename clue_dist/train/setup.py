@@ -116,9 +116,9 @@ class Setup:
             copies = self.plan.count_copies(stratum)
             if copies > 1:
                 lines += [
-                    f"    up to {copies} copies of a cell in each batch: they weigh more than others,",
-                    "    and InfoNCE takes them for other cells; leave these cells out of the store,",
-                    "    or lower data.lanes",
+                    f"    up to {copies} copies of a cell in each batch: they weigh more than",
+                    "    others, and InfoNCE takes them for other cells; leave these cells out of",
+                    "    the store, or lower data.lanes",
                 ]
         return lines
 
