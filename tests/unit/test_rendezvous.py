@@ -152,7 +152,7 @@ def test_of_two_ranks_of_one_number_the_second_leaves(store: Any) -> None:
 def test_a_job_that_slurm_starts_again_elsewhere_is_tried_again(store: Any) -> None:
     admit_rank(store, claim_place("a"), stand_at(0))
     with pytest.raises(LostError, match="taken") as raised:
-        admit_rank(store, claim_place("b"), stand_at(0, is_given=False))
+        admit_rank(store, claim_place("b", "cd"), stand_at(0, is_given=False))
     assert raised.value.exit_code == LOST
 
 
