@@ -21,7 +21,7 @@ class MetricsLine(NamedTuple):
 def read_metrics_lines(path: Path) -> list[MetricsLine]:
     """Read metrics.jsonl, a line for each row; a file that is missing has none."""
     # Split as bytes: a byte that is not UTF-8 spoils its own line alone.
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
     return [MetricsLine(line, _parse_row(line)) for line in lines if line.strip()]
 
 

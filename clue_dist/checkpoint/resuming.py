@@ -232,7 +232,15 @@ def _began_with(resume: str, checkpoints: list[Path]) -> bool:
 
 def _load_saved_config(checkpoint: Path) -> Config:
     """The settings of the run that a checkpoint belongs to, as its folder keeps them."""
-    return configs.load_config(checkpoint.parent.parent / "config.json")
+    path = checkpoint.parent.parent / "config.json"
+    if not path.exists():
+        raise ResumeError(
+            "the run that the checkpoint belongs to lacks its settings",
+            where=path,
+            got="no such file",
+            fix="copy the whole folder of the run",
+        )
+    return configs.load_config(path)
 
 
 def require_same_run(

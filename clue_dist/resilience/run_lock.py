@@ -73,7 +73,7 @@ def take_file_lock(file: FileIO, where: Path) -> str | None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            holder = file.read().decode().strip() or "a job that has just begun"
+            holder = file.read().decode(errors="replace").strip() or "a job that has just begun"
             is_same_job = SLURM_JOB is not None and f"Slurm job {SLURM_JOB}" in holder.split(", ")
             if not is_same_job or time.monotonic() > deadline:
                 return holder

@@ -19,6 +19,7 @@ from clue_dist.errors import ResumeError, SavingError
 from clue_dist.files import translate_write_errors
 from clue_dist.inference.profiles import read_metrics
 from clue_dist.ranks import Ranks
+from clue_dist.resilience.run_lock import hold_run_lock
 from clue_dist.store.writer import hash_file
 from clue_dist.train.sinks import Sinks
 
@@ -48,6 +49,13 @@ def test_a_line_of_metrics_that_cannot_be_read_costs_that_line_alone(
     assert path.read_bytes() == b"".join(kept + b"\n" for kept in LINES[:2])
     with Sinks(tmp_path, QUIET, 10, 2, Ranks()):
         assert not capsys.readouterr().out
+
+
+def test_whatever_the_lock_of_a_run_says_another_job_is_refused(tmp_path: Path) -> None:
+    with hold_run_lock(tmp_path, Ranks()):
+        (tmp_path / ".lock").write_bytes(b"job \xff")
+        with pytest.raises(ResumeError, match="another job"), hold_run_lock(tmp_path, Ranks()):
+            pass
 
 
 def test_an_error_of_saving_does_not_show_a_whole_file(tmp_path: Path) -> None:
@@ -186,6 +194,12 @@ def test_settings_that_may_differ_are_listed_with_what_they_were(run_folder: Pat
     changed = config.model_copy(update={"seed": 5})
     with pytest.raises(ResumeError, match=r"changed: seed\n.*no other changes than of store, run"):
         find_starting_point(run_folder, changed, "f", "auto", Ranks())
+
+
+def test_a_folder_without_the_settings_of_its_run_is_refused(run_folder: Path) -> None:
+    (run_folder / "config.json").unlink()
+    with pytest.raises(ResumeError, match="copy the whole folder"):
+        find_starting_point(run_folder, SETTINGS, "f", "auto", Ranks())
 
 
 def test_a_dry_run_reads_no_weights(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
