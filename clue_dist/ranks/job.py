@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import socket
 import zlib
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from clue_dist.ranks.messages import clean_text, decode_value, encode_value, ref
 JOIN_LIMIT = 300.0
 MOST_COMMAND = 200  # characters of a command line that are shown
 MOST_HOLDER = 400  # characters of what another job says of itself
+_TOKEN = re.compile("[0-9a-f]{1,64}")
 RUN_ALONE = "to run alone, type RANK=0 WORLD_SIZE=1 before the command"
 
 
@@ -43,7 +45,8 @@ class RankClaim:
         """
         value = decode_value(data, where)
         types = [str, int, str, str]
-        if not isinstance(value, list) or [type(field) for field in value] != types:
+        fits = isinstance(value, list) and [type(field) for field in value] == types
+        if not fits or not _TOKEN.fullmatch(value[3]):
             raise refuse_value(data, where, "the claim of a rank")
         return cls(value[0], value[1], clean_text(value[2])[:MOST_HOLDER], value[3])
 

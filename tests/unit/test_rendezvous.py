@@ -217,6 +217,11 @@ def test_a_holder_that_is_hostile_text(store: Any) -> None:
     require_refusal(lambda: admit_rank(store, claim_place("a"), stand_at(1)), "127.0.0.1:29500")
 
 
+def test_a_token_that_cannot_be_part_of_a_key(store: Any) -> None:
+    store.set("clue_dist/job", claim_place("a", token="\ud800").encode())
+    require_refusal(lambda: admit_rank(store, claim_place("a"), stand_at(1)), "key clue_dist/job")
+
+
 def test_a_hostile_message(store: Any, hostile: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     connections = rendezvous.RendezvousConnections(store, store, stand_at(0))
     monkeypatch.setattr("clue_dist.ranks.ranks.connect_to_rendezvous", lambda *_: connections)
