@@ -28,13 +28,7 @@ from clue_dist.store.manifest import FileDigest, Manifest
 from clue_dist.store.reader import SegmentReader, Store
 from clue_dist.store.writer import hash_metadata
 from data_prep.conversion.cells import CellTable
-from data_prep.convert import (
-    ConversionOptions,
-    build_store,
-    describe_conversion,
-    format_notes,
-    format_strata,
-)
+from data_prep.convert import build_store, describe_conversion, format_notes, format_strata
 from data_prep.jobs.job_folder import (
     claim_job,
     discard_job,
@@ -44,6 +38,7 @@ from data_prep.jobs.job_folder import (
 )
 from data_prep.jobs.whole_folders import remove_leftovers
 from data_prep.jobs.workers import WorkerPool
+from data_prep.planned_cells import ConversionOptions
 from data_prep.readers.fragments import ConversionInput
 from data_prep.readers.source import decode_barcodes
 

@@ -104,14 +104,19 @@ def _list_inputs(
         return
     usual = [each for each in file.parts if not each.part.on_request]
     named = [each for each in usual if each.part.modality]
+    beside = [
+        (find_kinds(each.part.key)[0], each)
+        for each in file.parts
+        if each.part.on_request and each.part.holds_counts and find_kinds(each.part.key)
+    ]
     if named and argument.modality is None:
         yield given, named
     elif usual:
-        yield replace(given, modality=argument.modality or _guess_modality(usual[0])), usual[:1]
-    for each in file.parts:
-        kinds = find_kinds(each.part.key)
-        if each.part.on_request and each.part.holds_counts and kinds:
-            yield replace(given, modality=kinds[0], key=each.part.key), [each]
+        others = [name for name, _ in beside]
+        modality = argument.modality or _guess_modality(usual[0], others)
+        yield replace(given, modality=modality), usual[:1]
+    for name, each in beside:
+        yield replace(given, modality=name, key=each.part.key), [each]
 
 
 def _shorten_path(path: Location) -> str:
@@ -122,11 +127,14 @@ def _shorten_path(path: Location) -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
-def _guess_modality(each: PartDescription) -> str:
-    """Guess what a matrix measures: by its features, else by the name of its file."""
+def _guess_modality(each: PartDescription, others: Sequence[str]) -> str:
+    """Guess what a matrix measures: by its features, else by the name of its file.
+
+    others: what the tables beside it measure.
+    """
     if isinstance(each.source, FragmentsInput) or find_spelling(each.features):
         return "atac"
-    kinds = find_kinds(each.source.display_name)
+    kinds = [kind for kind in find_kinds(each.source.display_name) if kind not in others]
     if each.n_features and each.n_features >= MANY_FEATURES:
         return "rna"
     if len(kinds) == 1:

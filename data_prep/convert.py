@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,73 +21,24 @@ import clue_dist
 from clue_dist.errors import list_names
 from clue_dist.store import layout
 from clue_dist.store.feature_reference import FeatureReference, read_feature_reference
-from clue_dist.store.layout import Codec
 from clue_dist.store.manifest import Manifest
 from clue_dist.store.writer import commit_store, create_store
 from data_prep.conversion import scatter
 from data_prep.conversion.cells import CellTable
 from data_prep.conversion.counts import find_largest_rounding
 from data_prep.conversion.gather import gather_shards
-from data_prep.conversion.join_cells import join_cells_by_barcode
-from data_prep.conversion.pairing import (
-    PairingSurvey,
-    format_pairing,
-    refuse_row_numbers,
-    survey_pairing,
-)
 from data_prep.conversion.strata import FinalStrata, build_manifest, count_unknown, settle_strata
-from data_prep.features.plan import FeaturePlan, plan_features
+from data_prep.features.plan import FeaturePlan
 from data_prep.features.selection import SelectedFeatures, select_variable_features
 from data_prep.jobs.array_files import load_array
 from data_prep.jobs.job_folder import claim_job
 from data_prep.jobs.whole_folders import remove_leftovers
 from data_prep.jobs.workers import WorkerPool
-from data_prep.options import FIELDS, NO_COLUMN, FeatureChoice, ObsColumns, Pairing
-from data_prep.readers.fragments import ConversionInput, FragmentsSource, count_fragments
-from data_prep.readers.listed_cells import identify_lists, keep_listed_cells
+from data_prep.options import FIELDS, NO_COLUMN, FeatureChoice
+from data_prep.planned_cells import ConversionOptions, list_modality_files, plan_cells
+from data_prep.readers.fragments import ConversionInput, FragmentsSource
+from data_prep.readers.listed_cells import identify_lists
 from data_prep.readers.source import Source, SourceHead
-
-
-@dataclass(frozen=True)
-class ConversionOptions:
-    """What decides the result, beside the inputs."""
-
-    seed: int = 0  # seed of the shuffle
-    block_cells: int = layout.BLOCK_CELLS
-    codec: Codec = "balanced"
-    # By modality; the others have `FeatureChoice()`.
-    feature_choices: Mapping[str, FeatureChoice] = field(default_factory=dict)
-    features_from: str | Path | None = None  # a store or model whose features are taken
-    # Kinds of the modalities whose name says none.
-    kinds: dict[str, str] = field(default_factory=dict)
-    obs_columns: ObsColumns = field(default_factory=ObsColumns)
-    pairing: Pairing | None = None  # None: exact, but numbers of rows are refused
-    # For modalities that are no fragments: a list of barcodes, or a modality, whose cells are kept.
-    kept_cells: Mapping[str, str] = field(default_factory=dict)
-    round_counts: bool = False  # whether counts may be fractions, which are rounded
-
-
-@dataclass(frozen=True)
-class PlannedCells:
-    """The cells of a conversion before any count is read, and the features they are to have."""
-
-    sources: list[Source]
-    heads: list[SourceHead]
-    plan: FeaturePlan
-    cells: CellTable
-
-    def survey_pairs(self) -> PairingSurvey:
-        """Count the cells that have each set of modalities."""
-        parts = ((part.barcodes, part.planned) for part in self.cells.iterate_ranges())
-        return survey_pairing(parts, len(self.cells))
-
-    def describe_pairing(self) -> list[str]:
-        """Say which cells pair."""
-        modalities = list(self.plan.modalities)
-        lines = format_pairing(self.survey_pairs(), modalities, _list_files(self.sources))
-        if self.cells.n_merged:
-            lines.append(f"  {self.cells.n_merged:,} barcodes were paired by their core")
-        return lines
 
 
 def convert_inputs(
@@ -159,7 +109,12 @@ def build_store(
 
     # Second pass, once it is known what every cell takes.
     final = settle_strata(
-        cells, plan.modalities, _list_files(sources), spools, options.block_cells, work / "strata"
+        cells,
+        plan.modalities,
+        list_modality_files(sources),
+        spools,
+        options.block_cells,
+        work / "strata",
     )
     provenance = _describe_provenance(sources, heads, plan, cells, final, options, selected)
     manifest = build_manifest(
@@ -169,55 +124,6 @@ def build_store(
     shards = gather_shards(manifest, store, work, pool)
     remove_leftovers(store)  # leftovers of workers that were killed while this process lived on
     return manifest.model_copy(update={"shards": shards})
-
-
-def plan_cells(
-    inputs: Sequence[ConversionInput],
-    options: ConversionOptions,
-    reference: FeatureReference | None,
-    work: Path,
-    pool: WorkerPool,
-) -> PlannedCells:
-    """Find out which cells and features the inputs have; of matrices, no counts are read.
-
-    Args:
-        inputs: one modality of one file each.
-        options: what decides the result, beside the inputs.
-        reference: manifest of the store whose modalities and features the inputs are fitted to.
-        work: the folder for what tasks leave.
-        pool: the workers.
-
-    Raises:
-        DataError: the inputs are not what they should be (see `count_fragments`, `plan_features`,
-            `join_cells_by_barcode`).
-    """
-    by_core = options.pairing == "core"
-    sources = count_fragments(inputs, options.feature_choices, work / "fragments", pool, by_core)
-    sources = keep_listed_cells(sources, options.kept_cells, by_core, work / "kept")
-    heads = _read_heads(sources)
-    plan = plan_features(sources, heads, options.kinds, options.feature_choices, reference)
-    # The codes of known batches and labels stay what they are in the other store.
-    names = {"batch": reference.batches, "label": reference.labels} if reference else {}
-    if options.pairing is None:
-        refuse_row_numbers(sources, heads)
-    modalities, columns = list(plan.modalities), options.obs_columns
-    cells = join_cells_by_barcode(
-        sources, heads, modalities, names, columns, options.seed, work, pool, by_core
-    )
-    return PlannedCells(sources, heads, plan, cells)
-
-
-def _read_heads(sources: Sequence[Source]) -> list[SourceHead]:
-    """Read the head of every source.
-
-    Files may be many: equal lists of features are kept once.
-    """
-    heads: list[SourceHead] = []
-    for source in sources:
-        head = source.read_head()
-        equal = (other.features for other in heads if other.features == head.features)
-        heads.append(replace(head, features=next(equal, head.features)))
-    return heads
 
 
 def _select_features(
@@ -239,14 +145,6 @@ def _select_features(
     )
     kept = {name: features.places for name, features in selected.items()}
     return plan.keep_features(sources, heads, kept), selected
-
-
-def _list_files(sources: Sequence[Source]) -> dict[str, str]:
-    """List the files of each modality, for messages."""
-    files: dict[str, list[str]] = {}
-    for source in sources:
-        files.setdefault(source.modality, []).append(source.display_name)
-    return {modality: list_names(names) for modality, names in files.items()}
 
 
 def describe_conversion(

@@ -18,14 +18,18 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from clue_dist.errors import DataError, list_names
+from clue_dist.store import layout
 from data_prep.command import BIN_WIDTH, Command, guess_command, list_modalities, read_barcodes
 from data_prep.conversion.pairing import PairingSurvey, find_droplets
-from data_prep.convert import ConversionOptions, PlannedCells, format_feature_note, plan_cells
+from data_prep.conversion.scatter import plan_readings
+from data_prep.convert import format_feature_note
 from data_prep.jobs.workers import ThreadPool
 from data_prep.options import InputArgument
+from data_prep.planned_cells import ConversionOptions, PlannedCells, plan_cells
 from data_prep.readers.barcode_cores import extract_cores
 from data_prep.readers.formats import FileDescription, describe_file
 from data_prep.readers.fragments import ConversionInput, FragmentsInput
+from data_prep.readers.source import PROBED_VALUES
 
 MOST_REMEDIES = 8  # that are put together
 MOST_COLUMNS = 20  # of obs, that are tried for a data set
@@ -81,7 +85,28 @@ def rehearse_conversion(inputs: Sequence[ConversionInput], options: ConversionOp
     with TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
         planned = plan_cells(sources, options, None, Path(folder), ThreadPool())
         survey = planned.survey_pairs()
+        _try_values(planned, options, Path(folder))
         return Rehearsal(lines + _describe_plan(planned), survey, list(planned.plan.modalities))
+
+
+def _try_values(planned: PlannedCells, options: ConversionOptions, work: Path) -> None:
+    """Read a few rows of each source, as the conversion does.
+
+    Sources whose rows cannot be read directly are passed over.
+    """
+    sources, plan = planned.sources, planned.plan
+    readings = plan_readings(
+        sources,
+        planned.heads,
+        plan.modalities,
+        plan.columns,
+        planned.cells,
+        work,
+        options.round_counts,
+    )
+    for reading in readings:
+        if reading.n_rows and not reading.source.count_parts():
+            reading.read_rows(*reading.split_rows(PROBED_VALUES)[0])
 
 
 _NO_CELLS = PairingSurvey({}, {}, 0, (), False)
@@ -120,6 +145,9 @@ def examine_files(
     errors: list[DataError] = []
     files: dict[int, FileDescription] = {}
     for number, argument in enumerate(arguments):
+        if isinstance(argument.path, Path) and (argument.path / layout.MANIFEST).is_file():
+            lines.append(f"{argument.text}: a store; `inspect` says what is in it")
+            continue
         try:
             files[number] = describe_file(argument.path)
         except DataError as error:
@@ -143,9 +171,10 @@ def _describe_parts(file: FileDescription) -> list[str]:
     for each in file.parts:
         if each.part.on_request and not each.part.holds_counts:
             continue
-        name = each.part.key or "matrix"
+        is_fragments = isinstance(each.source, FragmentsInput)
+        name = each.part.key or ("fragments" if is_fragments else "matrix")
         size = "" if each.n_cells is None else f"{each.n_cells:,} cells x {each.n_features:,}, "
-        values = "counts" if each.holds_counts else "no counts"
+        values = "counts" if each.holds_counts else "values that are not whole numbers"
         lines.append(f"  {name}: {size}{values}")
         for what, names in (
             ("barcodes", each.barcodes),

@@ -27,12 +27,13 @@ from data_prep.cli.conversion_flags import (
 )
 from data_prep.cli.inputs import parse_argument
 from data_prep.command import Command
-from data_prep.convert import ConversionOptions, convert_inputs, format_conversion
+from data_prep.convert import convert_inputs, format_conversion
 from data_prep.fetch import fetch_cells
 from data_prep.jobs.workers import open_pool
 from data_prep.options import (
     FIELDS,
 )
+from data_prep.planned_cells import ConversionOptions
 from data_prep.simulate import SimulationSpec, parse_features, write_h5mu
 
 _DESCRIPTION = "From raw counts to a store that training streams from."

@@ -10,7 +10,6 @@ from clue_dist.errors import DataError, list_names
 from clue_dist.kinds import KINDS
 from data_prep.cli.feature_choices import parse_choices
 from data_prep.cli.inputs import parse_inputs
-from data_prep.convert import ConversionOptions
 from data_prep.options import (
     DATASET,
     FIELDS,
@@ -20,6 +19,7 @@ from data_prep.options import (
     PerModality,
     ReadingOptions,
 )
+from data_prep.planned_cells import ConversionOptions
 from data_prep.readers.formats import list_format_names
 from data_prep.readers.fragments import ConversionInput, FragmentsInput
 

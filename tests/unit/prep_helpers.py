@@ -20,9 +20,10 @@ from data_prep.cli.feature_choices import parse_choices
 from data_prep.cli.inputs import parse_inputs
 from data_prep.conversion import counts as count_matrices
 from data_prep.conversion import scatter
-from data_prep.convert import ConversionOptions, convert_inputs
+from data_prep.convert import convert_inputs
 from data_prep.jobs.workers import ThreadPool
 from data_prep.options import FIELDS, ObsColumns, PerModality, ReadingOptions
+from data_prep.planned_cells import ConversionOptions
 from data_prep.readers import sorted_entries
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ from clue_dist import config
 from clue_dist.kinds import KINDS, Kind
 from clue_dist.model.modality_spec import specify_modalities
 from clue_dist.store.reader import Store
-from data_prep.convert import ConversionOptions, convert_inputs
+from data_prep.convert import convert_inputs
 from data_prep.jobs.workers import ThreadPool
+from data_prep.planned_cells import ConversionOptions
 from data_prep.simulate import SimulationSpec
 
 

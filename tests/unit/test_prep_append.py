@@ -24,9 +24,9 @@ from data_prep.check import check_store
 from data_prep.cli.commands import _build_parser, main
 from data_prep.cli.feature_choices import parse_choices
 from data_prep.cli.inputs import parse_inputs
-from data_prep.convert import ConversionOptions
 from data_prep.jobs.workers import ThreadPool
 from data_prep.options import FIELDS, FeatureChoice, ObsColumns, ReadingOptions
+from data_prep.planned_cells import ConversionOptions
 from tests.unit.prep_helpers import (
     convert_files,
     make_anndata,

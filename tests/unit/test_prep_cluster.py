@@ -24,10 +24,11 @@ from data_prep.check import check_store
 from data_prep.cli.feature_choices import parse_choices
 from data_prep.cli.inputs import parse_inputs
 from data_prep.conversion import scatter
-from data_prep.convert import ConversionOptions, convert_inputs
+from data_prep.convert import convert_inputs
 from data_prep.jobs import workers
 from data_prep.jobs.workers import open_pool
 from data_prep.options import ReadingOptions
+from data_prep.planned_cells import ConversionOptions
 from tests.unit.prep_helpers import (
     convert_files,
     make_anndata,

@@ -73,7 +73,10 @@ def name_cells(counts: pd.DataFrame, suffix: str = "", seed: int = 0) -> pd.Data
 def test_what_a_file_is_and_holds(here: Path, shell: Shell) -> None:
     write_h5ad(here / "rna.h5ad", make_counts(20, 30), donor="x")
     said = shell.run_words("doctor", "rna.h5ad")
-    assert "rna.h5ad: .h5ad\n  matrix: 20 cells x 30, counts\n    barcodes: c0, c1" in said
+    assert (
+        "rna.h5ad: AnnData (.h5ad, .zarr)\n  matrix: 20 cells x 30, counts\n    barcodes: c0, c1"
+        in said
+    )
     assert "    obs columns: donor\n" in said
     assert "rna: 30 features, of kind rna" in said
     assert "batch: none" in said
@@ -197,3 +200,28 @@ def test_values_that_are_no_counts(here: Path, shell: Shell) -> None:
     words = shell.consult_doctor("rna.h5ad", "adt.h5ad")
     assert words == "rna=rna.h5ad adt=adt.h5ad --layer rna=counts --kind adt=dense"
     assert shell.convert(words) == {"rna+adt": 20}
+
+
+def test_values_that_a_person_must_decide_on(here: Path, shell: Shell) -> None:
+    corrected = make_anndata(make_counts(20, 12))
+    corrected.X = corrected.X * 0.93
+    corrected.write_h5ad("rna.h5ad")
+    said = shell.run_words("doctor", "rna.h5ad")
+    assert "20 cells x 12, values that are not whole numbers" in said
+    assert "convert would stop: counts must be raw" in said
+    assert "--round" in said
+
+
+def test_proteins_beside_the_matrix_are_taken(here: Path, shell: Shell) -> None:
+    cite = make_anndata(make_counts(20, 12))
+    cite.obsm["protein_expression"] = make_counts(20, 4, 1, "CD")
+    cite.write_h5ad("cite.h5ad")
+    words = shell.consult_doctor("cite.h5ad")
+    assert words == "rna=cite.h5ad adt=cite.h5ad:obsm/protein_expression"
+    assert shell.convert(words) == {"rna+adt": 20}
+
+
+def test_a_store_is_known(here: Path, shell: Shell) -> None:
+    write_h5ad(here / "rna.h5ad", make_counts(20, 12))
+    shell.convert("rna=rna.h5ad")
+    assert shell.run_words("doctor", "s.zarr") == "s.zarr: a store; `inspect` says what is in it\n"

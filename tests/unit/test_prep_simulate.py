@@ -14,8 +14,9 @@ from clue_dist.store import layout
 from clue_dist.store.reader import Store
 from data_prep import simulate
 from data_prep.conversion import scatter
-from data_prep.convert import ConversionOptions, convert_inputs
+from data_prep.convert import convert_inputs
 from data_prep.jobs.workers import ThreadPool
+from data_prep.planned_cells import ConversionOptions
 from data_prep.simulate import SimulationSpec, parse_features
 from tests.unit.prep_helpers import (
     assert_same_counts,
