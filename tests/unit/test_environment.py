@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from tests.pins import CONSTRAINTS, ROOT, read_pins
 
@@ -107,6 +108,11 @@ def list_drawn_packages() -> set[str]:
                 lines = metadata.requires(requirement.name) or []
                 waiting += keep_applicable(map(Requirement, lines), extra)
     return {name for name, _ in seen}
+
+
+def test_no_pin_is_a_beta() -> None:
+    versions = {name: str(pin.specifier).removeprefix("==") for name, pin in read_pins().items()}
+    assert [name for name, version in versions.items() if Version(version).is_prerelease] == []
 
 
 def test_each_package_is_pinned() -> None:
