@@ -157,6 +157,7 @@ def describe_conversion(
     If any of it changes, what an interrupted run left is of no use.
     """
     choices = sorted(options.feature_choices.items())
+    by_modality = {name: dict(row) for name, row in options.obs_columns.by_modality.items()}
     return {
         "inputs": [source.describe_identity() for source in inputs],
         "options": {
@@ -169,7 +170,8 @@ def describe_conversion(
         | ({"round": True} if options.round_counts else {})
         | ({"kept": identify_lists(options.kept_cells)} if options.kept_cells else {}),
         "features": {name: choice.describe_identity() for name, choice in choices},
-        "columns": dict(options.obs_columns.by_field),
+        "columns": dict(options.obs_columns.by_field)
+        | ({"modalities": by_modality} if by_modality else {}),
         "features_from": reference.fingerprint if reference else None,
         "version": [clue_dist.__version__, layout.VERSION],
     }

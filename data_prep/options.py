@@ -31,8 +31,17 @@ class ObsColumns:
 
     # By field; a field without a column is read from no file. DATASET may be among the fields.
     by_field: Mapping[str, str] = field(default_factory=lambda: dict(FIELDS))
-    # Fields whose column a person named: one of the inputs must have that column.
+    # Fields whose column a person named for all inputs.
     explicit_fields: frozenset[str] = frozenset()
+    # By modality and field, columns that take precedence; NO_COLUMN: none. An input of that
+    # modality must have the column.
+    by_modality: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def select_modality(self, modality: str) -> ObsColumns:
+        """The columns of the inputs of one modality."""
+        columns = {**self.by_field, **self.by_modality.get(modality, {})}
+        known = {name: column for name, column in columns.items() if column != NO_COLUMN}
+        return ObsColumns(known, self.explicit_fields)
 
 
 def require_known_modalities(flag: str, named: Iterable[str], known: Iterable[str]) -> None:
@@ -98,6 +107,12 @@ class InputArgument:
     dataset: str = ""
     modality: str | None = None  # None: the file itself says which modalities it holds
     key: str | None = None  # the part of the file that a person picks; None: see `choose_parts`
+
+    @property
+    def typed_path(self) -> str:
+        """The path as it was typed, without what stands before and behind it."""
+        text = self.text.removeprefix(f"{self.dataset}:").removeprefix(f"{self.modality}=")
+        return text.removesuffix(f":{self.key}")
 
     @property
     def local_path(self) -> Path:

@@ -18,6 +18,7 @@ from data_prep.options import (
     Pairing,
     PerModality,
     ReadingOptions,
+    require_known_modalities,
 )
 from data_prep.planned_cells import ConversionOptions
 from data_prep.readers.formats import list_format_names
@@ -39,16 +40,7 @@ def parse_conversion(
         The inputs, and what decides the result beside them.
     """
     kinds = parse_pairs(arguments.kind, "--kind")
-    flags = {
-        "batch": arguments.batch_key,
-        "label": arguments.label_key,
-        DATASET: arguments.dataset_key,
-    }
-    chosen = {field: flags[field] or columns.get(field) for field in flags}
-    obs_columns = ObsColumns(
-        {field: column for field, column in chosen.items() if column not in (None, NO_COLUMN)},
-        frozenset(field for field, column in flags.items() if column not in (None, NO_COLUMN)),
-    )
+    obs_columns = _parse_columns(arguments, columns)
     reading = ReadingOptions(
         obs_columns,
         kinds,
@@ -59,8 +51,10 @@ def parse_conversion(
         PerModality.parse_values(arguments.feature_type, "--feature-type", "types"),
     )
     inputs = parse_inputs(arguments.inputs, reading)
+    names = [given.modality for given in inputs]
+    require_known_modalities("--batch-key, --label-key", obs_columns.by_modality, names)
     choices = parse_choices(
-        [given.modality for given in inputs],
+        names,
         kinds,
         arguments.features,
         arguments.bins,
@@ -78,6 +72,25 @@ def parse_conversion(
         arguments.pair_barcodes,
         choose_kept_cells(inputs, reading.barcodes),
         arguments.round,
+    )
+
+
+def _parse_columns(arguments: argparse.Namespace, columns: Mapping[str, str]) -> ObsColumns:
+    """The columns of obs that the flags name, else `columns`."""
+    flags = {
+        "batch": PerModality.parse_values(arguments.batch_key, "--batch-key", "columns"),
+        "label": PerModality.parse_values(arguments.label_key, "--label-key", "columns"),
+        DATASET: PerModality("--dataset-key", arguments.dataset_key),
+    }
+    chosen = {field: flag.default or columns.get(field) for field, flag in flags.items()}
+    by_modality: dict[str, dict[str, str]] = {}
+    for field, flag in flags.items():
+        for modality, column in flag.by_modality.items():
+            by_modality.setdefault(modality, {})[field] = column
+    return ObsColumns(
+        {field: column for field, column in chosen.items() if column not in (None, NO_COLUMN)},
+        frozenset(name for name, flag in flags.items() if flag.default not in (None, NO_COLUMN)),
+        by_modality,
     )
 
 
@@ -104,13 +117,19 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--batch-key",
+        metavar="[NAME=]COLUMN",
         help=f"obs column of the batch (default: {FIELDS['batch']}, where there is one); "
         f"{NO_COLUMN}: no batches",
+        action="append",
+        default=[],
     )
     parser.add_argument(
         "--label-key",
+        metavar="[NAME=]COLUMN",
         help=f"obs column of the cell type (default: {FIELDS['label']}, where there is one); "
         f"{NO_COLUMN}: no cell types",
+        action="append",
+        default=[],
     )
     parser.add_argument(
         "--dataset-key",

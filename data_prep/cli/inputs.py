@@ -12,7 +12,7 @@ from clue_dist.files import parse_path
 from clue_dist.process import print_error
 from clue_dist.store.location import Location, parse_location
 from data_prep.options import InputArgument, ReadingOptions, require_known_modalities
-from data_prep.readers.file_parts import FilePart, choose_parts, describe_left_out
+from data_prep.readers.file_parts import choose_parts, describe_left_out
 from data_prep.readers.formats import find_format
 from data_prep.readers.fragments import ConversionInput, FragmentsInput
 from data_prep.readers.text_table import TextTableSource, orient_table
@@ -40,21 +40,23 @@ def parse_inputs(texts: Sequence[str], options: ReadingOptions) -> list[Conversi
     """
     inputs: list[ConversionInput] = []
     modalities: defaultdict[str, list[str]] = defaultdict(list)  # by flag that a format knows
-    left_out: dict[Location, dict[str, FilePart]] = {}
+    left_out: dict[Location, dict[str, str]] = {}  # by file and key, what is told of it
     for text in texts:
         argument = parse_argument(text)
         input_format = find_format(argument.path)
         parts = input_format.list_parts(argument.path)
-        others = left_out.setdefault(argument.path, {part.key: part for part in parts})
+        others = left_out.setdefault(
+            argument.path,
+            {part.key: describe_left_out(argument, part) for part in parts if part.holds_counts},
+        )
         for modality, part in choose_parts(argument, parts, options):
             inputs.append(input_format.open_part(argument, modality, part, options))
             others.pop(part.key, None)
             for flag in input_format.flags:
                 modalities[flag].append(modality)
-    for path, others in left_out.items():
-        for part in others.values():
-            if part.holds_counts:
-                print_error(describe_left_out(path, part))
+    for others in left_out.values():
+        for sentence in others.values():
+            print_error(sentence)
     inputs = _orient_tables(inputs)
     _require_modalities([given.modality for given in inputs], modalities, options)
     return inputs

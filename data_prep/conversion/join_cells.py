@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from clue_dist.errors import DataError, list_names
+from clue_dist.process import print_error
 from clue_dist.store.shuffle import derive_key, hash_barcodes
 from data_prep.conversion.cell_problems import BARCODES_SHOWN, refuse_cell_problems
 from data_prep.conversion.cells import CellTable, divide_hashes
 from data_prep.jobs.array_files import flush_arrays, load_array, map_array, save_array
 from data_prep.jobs.whole_folders import make_whole_folder
 from data_prep.jobs.workers import WorkerPool, run_missing
-from data_prep.options import DATASET, FIELDS, ObsColumns
+from data_prep.options import DATASET, FIELDS, NO_COLUMN, ObsColumns
 from data_prep.readers.barcode_cores import extract_cores, find_alike_cells
 from data_prep.readers.source import CategoryCodes, Source, SourceHead, decode_barcodes
 
@@ -89,8 +90,7 @@ def join_cells_by_barcode(
         where = list_names(source.display_name for source in sources)
         raise DataError("the inputs hold no cells", where=where)
     names = {}
-    for field in obs_columns.by_field:
-        _require_column(field, obs_columns, heads)
+    _require_columns(obs_columns, sources, heads)
     for field in FIELDS:
         names[field] = _merge_names(field, heads, known_names.get(field, []))
     hash_key = derive_key(seed, "cells")
@@ -117,16 +117,35 @@ def join_cells_by_barcode(
     return cells
 
 
-def _require_column(field: str, obs_columns: ObsColumns, heads: Sequence[SourceHead]) -> None:
-    """Refuse a column that was asked for by name and that no file has."""
-    if field in obs_columns.explicit_fields and not any(field in head.fields for head in heads):
-        columns = sorted({column for head in heads for column in head.obs_columns})
-        raise DataError(
-            f"no input has the {field} column asked for",
-            where=f"--{field}-key {obs_columns.by_field[field]}",
-            got=f"columns: {list_names(columns, 30) or 'none'}",
-            fix="name one of these columns",
-        )
+def _require_columns(
+    obs_columns: ObsColumns, sources: Sequence[Source], heads: Sequence[SourceHead]
+) -> None:
+    """Refuse a column that was asked for of a modality, and say of one that no file has."""
+    pairs = list(zip(sources, heads, strict=True))
+    for modality, columns in obs_columns.by_modality.items():
+        files = [head for source, head in pairs if source.modality == modality]
+        for field, column in columns.items():
+            if column != NO_COLUMN and not any(field in head.fields for head in files):
+                flag = f"--{field}-key {modality}={column}"
+                raise _describe_absence(field, flag, files)
+    for field in sorted(obs_columns.explicit_fields):
+        if not any(field in head.fields for head in heads):
+            absence = _describe_absence(
+                field, f"--{field}-key {obs_columns.by_field[field]}", heads
+            )
+            if field == DATASET:
+                raise absence
+            print_error(f"warning: {absence}")
+
+
+def _describe_absence(field: str, flag: str, heads: Sequence[SourceHead]) -> DataError:
+    columns = sorted({column for head in heads for column in head.obs_columns})
+    return DataError(
+        f"no input has the {field} column asked for",
+        where=flag,
+        got=f"columns: {list_names(columns, 30) or 'none'}",
+        fix="name one of these columns",
+    )
 
 
 def _merge_names(field: str, heads: Sequence[SourceHead], known: list[str]) -> list[str]:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from clue_dist.errors import DataError, list_names
 from clue_dist.kinds import KINDS, find_kinds, match_alias
-from clue_dist.store.location import Location
 from data_prep.options import InputArgument, ReadingOptions
 
 
@@ -97,7 +96,7 @@ def _take_named_parts(
             f"two parts of the file would become {repeated[0]}",
             where=argument.text,
             got=list_names(keys),
-            fix=f'pick one: `{repeated[0]}="{argument.path.name}:{keys[0]}"`',
+            fix=f"pick one: `{_pick_part(argument, repeated[0], keys[0])}`",
         )
     return named
 
@@ -149,17 +148,23 @@ def _find_fitting(
         where=argument.text,
         got=list_keys(parts) or "nothing",
         expected=modality,
-        fix=f'pick one: `{modality}="{argument.path.name}:{first}"`',
+        fix=f"pick one: `{_pick_part(argument, modality, first)}`",
     )
 
 
-def describe_left_out(path: Location, part: FilePart) -> str:
+def describe_left_out(argument: InputArgument, part: FilePart) -> str:
     """Say that a part of a file becomes no modality, and what would make it one."""
     features = "" if part.n_features is None else f" ({part.n_features:,} features)"
     name = part.modality or part.suggestion
     kind = "" if find_kinds(name) else f" --kind {name}=adt"
-    taking = f'`{name}="{path.name}:{part.key}"{kind}`'
-    return f"{path.name}: {part.key!r}{features} is left out; {taking} takes it, too"
+    taking = f"`{_pick_part(argument, name, part.key)}{kind}`"
+    return f"{argument.typed_path}: {part.key!r}{features} is left out; {taking} takes it, too"
+
+
+def _pick_part(argument: InputArgument, modality: str, key: str) -> str:
+    """The input that a person types to pick a part."""
+    dataset = f"{argument.dataset}:" if argument.dataset else ""
+    return f'{dataset}{modality}="{argument.typed_path}:{key}"'
 
 
 def list_keys(parts: Sequence[FilePart]) -> str:

@@ -61,7 +61,7 @@ def open_h5ad(
 ) -> AnnDataSource | ObsmSource:
     """The source of one part of an AnnData, as a modality."""
     if part.on_request:
-        columns = options.obs_columns
+        columns = options.obs_columns.select_modality(modality)
         return ObsmSource(argument.path, modality, argument.dataset, part.key, columns)
     return AnnDataSource(
         argument.path,
@@ -69,7 +69,7 @@ def open_h5ad(
         argument.dataset,
         "",
         options.layers.get_value(modality),
-        options.obs_columns,
+        options.obs_columns.select_modality(modality),
         options.id_columns.get_value(modality),
         None if part.is_whole else part.key,
     )

@@ -42,6 +42,6 @@ def open_h5mu(
         argument.dataset,
         f"mod/{part.key}",
         options.layers.get_value(modality),
-        options.obs_columns,
+        options.obs_columns.select_modality(modality),
         options.id_columns.get_value(modality),
     )

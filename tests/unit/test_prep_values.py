@@ -9,6 +9,8 @@ import pandas as pd
 import pytest
 
 from clue_dist.errors import DataError
+from clue_dist.store.reader import Store
+from data_prep.cli.commands import main
 from data_prep.convert import format_conversion
 from data_prep.readers.source import CategoryCodes
 from tests.unit.prep_helpers import (
@@ -74,3 +76,37 @@ def test_advice_fits_the_value(tmp_path: Path, value: float, advice: str) -> Non
     values[3, 2] = value
     with pytest.raises(DataError, match=advice):
         convert_files(tmp_path / "s.zarr", _write_values(tmp_path / "a.h5ad", values))
+
+
+def _convert(*typed: str) -> None:
+    """Call `data_prep convert` as a person does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["data_prep", "convert", *typed])
+        main()
+
+
+def test_column_that_no_file_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is told of all files, and refused where it was asked for of one modality."""
+    rna, adt = make_counts(6, 4), make_counts(6, 3, prefix="CD")
+    files = (
+        f"rna={write_h5ad(tmp_path / 'a.h5ad', rna, donor=['d1', 'd2'] * 3)}",
+        f"adt={write_h5ad(tmp_path / 'b.h5ad', adt, plate=['p1', 'p2'] * 3)}",
+    )
+    out = ("--workers", "1", "--out", str(tmp_path / "s.zarr"))
+    with pytest.raises(DataError, match=r"--batch-key adt=donor\n  got: columns: plate"):
+        _convert(*files, "--batch-key", "adt=donor", *out)
+    with pytest.raises(DataError, match="no such modality"):
+        _convert(*files, "--batch-key", "atac=donor", *out)
+    _convert(*files, "--batch-key", "nothing", "--batch-key", "rna=donor", *out)
+    assert Store(tmp_path / "s.zarr").manifest.batches == ["d1", "d2"]
+    _convert(*files, "--batch-key", "nothing", *out[:-1], str(tmp_path / "t.zarr"))
+    assert Store(tmp_path / "t.zarr").manifest.batches == []
+    assert "warning: no input has the batch column" in capsys.readouterr().err
+
+
+def test_kinds_like_bins(tmp_path: Path) -> None:
+    files = [f"{name}={write_h5ad(tmp_path / f'{name}.h5ad', make_counts(6, 4))}" for name in "ab"]
+    out = ("--workers", "1", "--out", str(tmp_path / "s.zarr"))
+    _convert(*files, "--kind", "a=rna", "b=adt", *out)
+    modalities = Store(tmp_path / "s.zarr").manifest.modalities
+    assert {name: row.kind for name, row in modalities.items()} == {"a": "rna", "b": "adt"}
