@@ -13,6 +13,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,12 +27,26 @@ T = TypeVar("T")
 def compile_kernel(function: Callable[..., Any]) -> Any:
     """Compile a function with numba, for threads; later processes find the code in numba's cache.
 
-    Without any folder to write to, each process compiles for itself.
+    Without any folder to write to, or on a full disk, each process compiles for itself.
     """
     try:
-        return retry_with_cache(lambda: njit(nogil=True, cache=True)(function))
+        kernel = retry_with_cache(lambda: njit(nogil=True, cache=True)(function))
     except RuntimeError:
         return njit(nogil=True)(function)
+    if hasattr(kernel, "_cache"):  # a plain function has none (NUMBA_DISABLE_JIT=1)
+        _tolerate_full_disk(kernel._cache)
+    return kernel
+
+
+def _tolerate_full_disk(cache: Any) -> None:
+    """Keep numba from giving up where it cannot save what it has compiled."""
+    save = cache.save_overload
+
+    def save_or_go_on(signature: Any, compiled: Any) -> None:
+        with suppress(OSError):
+            save(signature, compiled)
+
+    cache.save_overload = save_or_go_on
 
 
 def retry_with_cache(work: Callable[[], T]) -> T:

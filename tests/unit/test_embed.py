@@ -252,12 +252,17 @@ def test_a_full_disk_is_told_and_leaves_nothing(store, loaded, tmp_path):
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
-from clue_dist.inference.embed import embed_store
+from clue_dist.inference import embed
 from clue_dist.process import run_main
 from clue_dist.store.reader import Store
 from tests.fakes import FakeLoaded
-store, out = Store(sys.argv[1]), Path(sys.argv[2])
-resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))  # enough for the rows, not for the file
+store, out, write = Store(sys.argv[1]), Path(sys.argv[2]), embed._write_tables
+
+def write_to_full_disk(*arguments):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+    write(*arguments)
+
+embed._write_tables, embed_store = write_to_full_disk, embed.embed_store
 run_main(lambda: embed_store(FakeLoaded(store.manifest.modalities), store, out, run="r"))
 """
 

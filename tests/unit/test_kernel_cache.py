@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -63,6 +64,19 @@ def test_kernels_run_without_a_home_in_a_package_that_cannot_be_written(
     assert (done.returncode, done.stdout) == (0, "[0, 1, 2, 3, 4]\n"), done.stderr
     assert done.stderr.count("compiled code goes to") == has_temporary_folder
     assert any(temporary.rglob("*.nbi")) == has_temporary_folder
+
+
+def test_a_kernel_runs_on_a_full_disk() -> None:
+    @kernel_cache.compile_kernel
+    def add_one(number):  # type: ignore[no-untyped-def]
+        return number + 1
+
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, limit[1]))
+    try:
+        assert add_one(1) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
 @pytest.mark.usefixtures("unset_cache")
