@@ -145,6 +145,8 @@ def _format_provenance(notes: dict[str, Any], title: str) -> list[str]:
         f"{title:<12} {notes.get('tool', '?')}: {cells.get('in', 0):,} cells in, "
         f"{cells.get('dropped', 0):,} dropped"
     ]
+    if n_paired := cells.get("paired_by_core"):
+        lines.append(f"  {n_paired:,} barcodes were paired by their core")
     for name in notes.get("features", {}):
         if decision := _describe_decision(name, notes):
             lines.append(f"  {name}: {decision}")

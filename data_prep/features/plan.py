@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,14 +13,21 @@ from clue_dist.kinds import KINDS, infer_kind
 from clue_dist.store import layout
 from clue_dist.store.feature_reference import FeatureReference
 from clue_dist.store.manifest import Modality
-from data_prep.features.spelling import RegionSpelling, drop_tallies, find_spelling
+from data_prep.features.agreement import (
+    NamedSource,
+    list_missing_features,
+    require_same_features,
+    require_similar_names,
+)
+from data_prep.features.spelling import (
+    TALLIES,
+    RegionSpelling,
+    drop_tallies,
+    find_spelling,
+)
 from data_prep.options import FeatureChoice
 from data_prep.readers.genome_bins import bin_peaks, order_along_genome
 from data_prep.readers.source import Source, SourceHead
-
-_ENSEMBL_ID = re.compile(r"ENS[A-Z]*G\d+")
-_VERSIONED_ID = re.compile(r"ENS[A-Z]*G\d+\.\d+")
-_REGION = re.compile(r"[^:]+[:_-]\d+[-_]\d+\Z")
 
 
 @dataclass(frozen=True)
@@ -59,22 +65,6 @@ class FeaturePlan:
                         old_places = np.arange(len(heads[i].features))
                     columns[i] = new_places[old_places]
         return replace(self, modalities=modalities, columns=columns)
-
-
-@dataclass(frozen=True)
-class _NamedSource:
-    """A source whose features have the names that the store would give them."""
-
-    source: Source
-    head: SourceHead
-    features: list[str]  # one for each column; of bins, several may be the same
-    # Of features that the file spells otherwise: its spelling of the first one, and the store's.
-    respelled: tuple[str, str] | None = None
-
-    @property
-    def display_name(self) -> str:
-        """The file, for messages."""
-        return self.source.display_name
 
 
 def plan_features(
@@ -179,17 +169,17 @@ def _require_plain_names(modalities: Sequence[str]) -> None:
         )
 
 
-def _name_features(source: Source, head: SourceHead, choice: FeatureChoice) -> _NamedSource:
+def _name_features(source: Source, head: SourceHead, choice: FeatureChoice) -> NamedSource:
     """Name a source's features as the store would: bins, if these are asked for."""
     features = head.features
     if choice.bin_width is not None:
         features = bin_peaks(features, choice.bin_width, source.display_name)
-    return _NamedSource(source, head, features)
+    return NamedSource(source, head, features)
 
 
 def _respell_regions(
-    files: Sequence[_NamedSource], decided: Mapping[str, list[str]]
-) -> list[_NamedSource]:
+    files: Sequence[NamedSource], decided: Mapping[str, list[str]]
+) -> list[NamedSource]:
     """Spell the regions of all files of a modality alike: as its features, if these are decided.
 
     Otherwise the first file decides.
@@ -233,7 +223,7 @@ def _take_modalities(names: list[str], reference: FeatureReference) -> dict[str,
 
 
 def _create_modality(
-    name: str, kinds: Mapping[str, str], files: list[_NamedSource], choice: FeatureChoice
+    name: str, kinds: Mapping[str, str], files: list[NamedSource], choice: FeatureChoice
 ) -> Modality:
     """Create a modality with the features that are listed, or those of its files."""
     kind = infer_kind(name, kinds)
@@ -261,17 +251,17 @@ def _create_modality(
     return Modality(kind=kind, storage=KINDS[kind].storage, features=features)
 
 
-def _combine_features(name: str, files: list[_NamedSource], choice: FeatureChoice) -> list[str]:
+def _combine_features(name: str, files: list[NamedSource], choice: FeatureChoice) -> list[str]:
     """Combine the features of all files as the choice says.
 
     They keep the order of the first file; bins lie along the genome.
     """
-    _require_similar_names(name, files, choice)
+    require_similar_names(name, files, choice)
     unique = [dict.fromkeys(file.features) for file in files]
     features = list(unique[0])
     if choice.effective_mode == "same":
         for file in files[1:]:
-            _require_same_features(name, files[0].source, features, file)
+            require_same_features(name, files[0].source, features, file)
     elif choice.effective_mode == "intersection":
         features = [f for f in features if all(f in others for others in unique[1:])]
     else:
@@ -279,70 +269,7 @@ def _combine_features(name: str, files: list[_NamedSource], choice: FeatureChoic
     return order_along_genome(set(features)) if choice.bin_width else features
 
 
-def _require_same_features(
-    name: str, first: Source, features: list[str], file: _NamedSource
-) -> None:
-    """Refuse a file whose features are not those of the first file, in any order."""
-    missing = drop_tallies(_list_missing(features, file.features))
-    extra = drop_tallies(_list_missing(file.features, features))
-    if missing or extra:
-        raise DataError(
-            f"the files of modality {name!r} have different features",
-            where=f"{file.display_name}, against {first.display_name}",
-            got=f"{len(missing)} missing ({list_names(missing) or 'none'}); "
-            f"{len(extra)} extra ({list_names(extra) or 'none'})",
-            expected="the same features, in any order",
-            fix="add `--features intersection` (those in every file), `--features union` (absent "
-            f"ones are zero), or `--features {name}=FILE` (those of a list); peaks that differ fit "
-            f"together as `--bins {name}=5000`",
-        )
-
-
-def _require_similar_names(name: str, files: list[_NamedSource], choice: FeatureChoice) -> None:
-    """Refuse files that cannot be brought together, as their features are not named alike.
-
-    Files that share no feature are refused, except where a union of disjoint panels is asked for.
-    So are files of different naming that share less than half of the smaller one's features: many
-    annotations call genes without a symbol by their id, so that some always agree.
-    """
-    first = files[0]
-    known = set(first.features)
-    first_naming = _guess_naming(first.features)
-    for file in files[1:]:
-        n_shared, naming = len(known.intersection(file.features)), _guess_naming(file.features)
-        few_shared = 2 * n_shared < min(len(known), len(file.features))
-        is_union = choice.effective_mode == "union"
-        if (few_shared and naming != first_naming) or not (n_shared or is_union):
-            shared = f"{n_shared:,} features alone" if n_shared else "no feature"
-            columns = [list_names(each.head.var_columns, 20) or "none" for each in (first, file)]
-            raise DataError(
-                f"the files of modality {name!r} share {shared}",
-                where=f"{first.display_name} and {file.display_name}",
-                got=f"{first_naming} ({list_names(first.features, 3)}) and "
-                f"{naming} ({list_names(file.features, 3)})",
-                expected="features named alike",
-                fix=f"take the names from a column of var, `--feature-ids {name}=COLUMN` (a file "
-                f"without keeps its); columns of {first.display_name}: {columns[0]}; "
-                f"of {file.display_name}: {columns[1]}",
-            )
-        known.update(file.features)
-
-
-def _guess_naming(features: list[str]) -> str:
-    """Say what most of the features are called by."""
-    sample = features[:: max(1, len(features) // 200)]  # there may be millions of them
-
-    def are_most(pattern: re.Pattern[str]) -> bool:
-        return sum(bool(pattern.match(feature)) for feature in sample) > len(sample) / 2
-
-    if are_most(_ENSEMBL_ID):
-        return "Ensembl ids" + (" with versions" if are_most(_VERSIONED_ID) else "")
-    if are_most(_REGION):
-        return "regions of chromosomes named " + ("chr1" if sample[0].startswith("chr") else "1")
-    return "names"
-
-
-def _place_columns(file: _NamedSource, wanted: list[str]) -> np.ndarray:
+def _place_columns(file: NamedSource, wanted: list[str]) -> np.ndarray:
     """Find where each column of a source goes, (columns,) int32; -1 = dropped."""
     places = {feature: place for place, feature in enumerate(wanted)}
     columns = np.array([places.get(feature, -1) for feature in file.features], np.int32)
@@ -361,16 +288,15 @@ def _place_columns(file: _NamedSource, wanted: list[str]) -> np.ndarray:
 
 def _compare_features(wanted: list[str], features: list[str]) -> dict[str, Any]:
     """Note what a source lacks of the wanted features, and what it has beside them."""
-    missing, extra = _list_missing(wanted, features), _list_missing(features, wanted)
-    return {
+    missing, others = (
+        list_missing_features(wanted, features),
+        list_missing_features(features, wanted),
+    )
+    extra = drop_tallies(others)
+    tallies = [name for name in others if name in TALLIES]
+    return ({"tallies": tallies} if tallies else {}) | {
         "missing": len(missing),
         "extra": len(extra),
         "first_missing": missing[:10],
         "first_extra": extra[:10],
     }
-
-
-def _list_missing(wanted: list[str], features: list[str]) -> list[str]:
-    """List the wanted features that are not among `features`, each once."""
-    known = set(features)
-    return [feature for feature in dict.fromkeys(wanted) if feature not in known]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 # Rows in which programs count reads that belong to no feature: CITE-seq-Count now and before,
@@ -57,6 +57,36 @@ def find_spelling(features: Sequence[str]) -> RegionSpelling | None:
     if 2 * found.total() <= len(sample):
         return None
     return RegionSpelling(*found.most_common(1)[0][0])
+
+
+def find_shift(features: Sequence[str], known: Collection[str]) -> tuple[str, str] | None:
+    """Find out whether regions are known ones but for starts that differ by one.
+
+    Args:
+        features: names, of which some are looked at.
+        known: names of other regions, spelled alike.
+
+    Returns:
+        One of the regions, and the known one; None where most are known, or no region with another
+        start either.
+    """
+    if find_spelling(features) is None:
+        return None
+    sample = features[:: max(1, len(features) // SAMPLED_FEATURES)]
+    for step in (-1, 1):
+        shifted = {name: _move_start(name, step) for name in sample}
+        found = [name for name, other in shifted.items() if other in known and name not in known]
+        if 2 * len(found) > len(sample):
+            return found[0], shifted[found[0]]
+    return None
+
+
+def _move_start(name: str, step: int) -> str:
+    match = _REGION.fullmatch(name)
+    if match is None:
+        return name
+    chromosome, before_start, start, before_end, end = match.groups()
+    return f"{chromosome}{before_start}{int(start) + step}{before_end}{end}"
 
 
 def drop_tallies(features: list[str]) -> list[str]:

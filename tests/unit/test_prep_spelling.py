@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from clue_dist.errors import DataError
 from data_prep.convert import format_conversion
 from data_prep.features.spelling import RegionSpelling, find_spelling
 from tests.unit.prep_helpers import (
@@ -83,9 +84,9 @@ def test_rows_of_reads_without_a_feature_are_left_out(tmp_path: Path) -> None:
     first = write_mtx(tmp_path / "umi_count", with_tally, ["Antibody Capture"] * 6)
     store = convert_files(tmp_path / "s.zarr", f"adt={first}")
     assert_same_counts(read_counts(store, "adt"), adt)
-    assert "umi_count: 1 features extra, are dropped (unmapped)" in format_conversion(
-        store.manifest
-    )
+    said = format_conversion(store.manifest)
+    assert "umi_count: unmapped is no feature and is left out" in said
+    assert "extra" not in said
     # Of two files, one may lack the row.
     other = make_counts(20, 5, 2, "p", cells="d")
     second = write_h5ad(tmp_path / "b.h5ad", other)
@@ -96,3 +97,16 @@ def test_rows_of_reads_without_a_feature_are_left_out(tmp_path: Path) -> None:
     listed.write_text("\n".join(with_tally.columns))
     kept = convert_files(tmp_path / "u.zarr", f"adt={first}", features=[f"adt={listed}"])
     assert_same_counts(read_counts(kept, "adt"), with_tally)
+
+
+def test_starts_that_differ_by_one_are_named(tmp_path: Path) -> None:
+    table = make_counts(20, 12)
+    shifted = [f"chr1-{start + 1}-{end}" for _, start, end in REGIONS]
+    a = write_h5ad(tmp_path / "a.h5ad", table[:10].set_axis(spell(":-"), axis=1))
+    b = write_h5ad(tmp_path / "b.h5ad", table[10:].set_axis(shifted, axis=1))
+    for flags in ({}, {"features": ["union"]}):
+        with pytest.raises(DataError, match="with starts that differ by one") as caught:
+            convert_files(tmp_path / "s.zarr", f"atac={a}", f"atac={b}", **flags)
+        assert "got: chr1:1-500 for chr1:0-500" in str(caught.value)
+    binned = convert_files(tmp_path / "b.zarr", f"atac={a}", f"atac={b}", bins=["atac=1000"])
+    assert read_counts(binned, "atac").shape == (20, 12)
