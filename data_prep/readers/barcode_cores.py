@@ -9,7 +9,8 @@ sequence of bases. A name without such a sequence loses numbers at its end: the 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from clue_dist.store.kernel_cache import compile_kernel
 
 FEWEST_BASES = 8  # letters that make a sequence: the parts of combinatorial barcodes have eight
 MOST_DIGITS = 3  # of a number at the end of a name that is a suffix
@@ -56,19 +57,19 @@ def find_alike_cells(barcodes: np.ndarray, masks: np.ndarray) -> np.ndarray:
     return np.where(is_disjoint[group], first[group], np.arange(len(group)))
 
 
-@njit(nogil=True, cache=True)
+@compile_kernel
 def _is_letter(byte):  # type: ignore[no-untyped-def]
     """Whether a byte belongs to a word: a letter, a digit, or a part of a UTF-8 letter."""
     return 48 <= byte <= 57 or 65 <= byte <= 90 or 97 <= byte <= 122 or byte >= 128
 
 
-@njit(nogil=True, cache=True)
+@compile_kernel
 def _is_base(byte):  # type: ignore[no-untyped-def]
     """Whether a byte is one of A, C, G, T, N."""
     return byte == 65 or byte == 67 or byte == 71 or byte == 84 or byte == 78
 
 
-@njit(nogil=True, cache=True)
+@compile_kernel
 def _copy_cores(letters):  # type: ignore[no-untyped-def]
     """Copy data set and core of each row of letters, (n, width) uint8; zeros follow them."""
     out = np.zeros_like(letters)
@@ -87,7 +88,7 @@ def _copy_cores(letters):  # type: ignore[no-untyped-def]
     return out
 
 
-@njit(nogil=True, cache=True)
+@compile_kernel
 def _find_sequence(row, start, end):  # type: ignore[no-untyped-def]
     """Find where the first word of bases begins and the last one ends; 0, 0 where none is."""
     first, last, k = 0, 0, start
@@ -102,7 +103,7 @@ def _find_sequence(row, start, end):  # type: ignore[no-untyped-def]
     return first, last
 
 
-@njit(nogil=True, cache=True)
+@compile_kernel
 def _skip_numbers(row, start, end):  # type: ignore[no-untyped-def]
     """Find where a name ends without the numbers behind it, `-1` or `-1-0`."""
     while True:

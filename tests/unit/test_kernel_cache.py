@@ -66,6 +66,12 @@ def test_kernels_run_without_a_home_in_a_package_that_cannot_be_written(
     assert any(temporary.rglob("*.nbi")) == has_temporary_folder
 
 
+def test_every_kernel_is_compiled_so() -> None:
+    sources = [path for part in ("clue_dist", "data_prep") for path in (ROOT / part).rglob("*.py")]
+    compiling = [path.name for path in sources if "njit" in path.read_text(encoding="utf-8")]
+    assert compiling == ["kernel_cache.py"]
+
+
 def test_a_kernel_runs_on_a_full_disk() -> None:
     @kernel_cache.compile_kernel
     def add_one(number):  # type: ignore[no-untyped-def]
