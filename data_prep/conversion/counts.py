@@ -256,7 +256,8 @@ def _describe_value(
     is_count = rule == _COUNTS_RULE
     if is_count and value > LARGEST_COUNT:
         rule = f"counts above {LARGEST_COUNT} cannot be held exactly in float32"
-    fix = _advise_on_value(source.modality, float(value)) if is_count else None
+    is_missing = bool(np.isnan(value))
+    fix = _advise_on_value(source.modality, float(value)) if is_count or is_missing else None
     if other_counts:
         names = list_names(other_counts)
         fix = f"these look like raw counts: {names}; name one with `--layer`"

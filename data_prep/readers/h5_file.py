@@ -18,7 +18,7 @@ from anndata.io import read_elem
 from clue_dist.errors import ClueError, DataError
 from clue_dist.store.location import Location, RemoteLocation, translate_read_error
 from data_prep.readers.text_files import explain_unreadable
-from data_prep.readers.zarr_file import has_zarr, locate_zarr, open_zarr
+from data_prep.readers.zarr_file import has_zarr, locate_zarr, open_zarr, require_plain_codecs
 
 with suppress(ImportError):  # it is optional; h5py knows its compressions once it is imported
     import hdf5plugin  # noqa: F401
@@ -136,7 +136,9 @@ def open_part(parent: Any, name: str) -> Any:
         KeyError: there is none of this name.
     """
     if isinstance(parent, zarr.Group):
-        return parent[name]
+        part = parent[name]
+        require_plain_codecs(part)
+        return part
     part, path = parent[name], parent.file.filename
     if part.file.filename != path:
         what = "part of the file lies in another file"

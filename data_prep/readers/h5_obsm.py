@@ -40,6 +40,8 @@ from data_prep.readers.source import (
     require_real_numbers,
 )
 
+_MOST_AXES = 3  # of coordinates of cells
+_MOST_FEATURES = 100_000  # of a table that a person is told of
 # Where AnnData keeps the names of a table's columns if the table itself has none.
 _NAMES_IN_UNS = ("protein_names",)
 
@@ -59,6 +61,9 @@ def list_obsm_parts(root: Any) -> list[FilePart]:
             else:
                 counts = looks_like_counts(table)
             kinds = find_kinds(name)
+            # Pixels of an image are whole numbers, too, and fragments have a column for each base.
+            is_panel = bool(kinds) or columns is not None or n_features > _MOST_AXES
+            counts = counts and is_panel and n_features <= _MOST_FEATURES
             parts.append(
                 FilePart(
                     f"obsm/{name}",

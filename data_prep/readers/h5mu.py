@@ -27,7 +27,8 @@ def list_h5mu_parts(path: Location) -> list[FilePart]:
         for name in names:
             # A name that a store cannot take, "Gene Expression", say, gives way to its kind's.
             modality = name if MODALITY_NAME.fullmatch(name) else match_alias(name)
-            n_features = read_matrix_shape(open_part(group, f"{name}/X"))[1]
+            has_matrix = f"{name}/X" in group  # else there are layers alone
+            n_features = read_matrix_shape(open_part(group, f"{name}/X"))[1] if has_matrix else None
             parts.append(FilePart(name, modality, n_features=n_features))
         return parts
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +17,9 @@ from clue_dist.errors import DataError, list_names
 from data_prep.readers.text_files import UNREADABLE, open_text
 
 _ENDING = r"\.(tsv|txt|bed)(\.gz)?"
+# How the name of a list may hold a word: GSM1_barcodes.tsv, or else GSM1_barcodes_sample.tsv.
+_AT_THE_END = r"(.*[._-])?({word})" + _ENDING
+_WITHIN = r"(.*[._-])?({word})([._-].*)?" + _ENDING
 _MATRIX = re.compile(r".*\.mtx(\.gz)?", re.IGNORECASE)
 # Words before an ending, in the order in which one is taken where there are several.
 _BARCODES = ("barcodes?", "quants_mat_rows", "cells?")
@@ -57,9 +59,14 @@ def find_mtx_files(path: Path) -> MtxFiles:
         DataError: one of the files is missing; a folder holds several matrices.
     """
     folder = path if path.is_dir() else path.parent
-    # An unzipped file comes before its gzipped twin.
     files = sorted(file for file in folder.iterdir() if file.is_file())
-    matrix = _find_matrix(path, files) if path.is_dir() else path
+    if path.is_dir() and not _list_matrices(path):
+        # Cell Ranger 2 makes a folder for each genome, alevin one in its output.
+        below = [each for each in sorted(path.iterdir()) if each.is_dir() and _list_matrices(each)]
+        if len(below) == 1:
+            return find_mtx_files(below[0])
+        raise _describe_missing(path, "matrix.mtx", below or files)
+    matrix = _find_matrix(path) if path.is_dir() else path
     barcodes = _find_closest(matrix, files, _BARCODES)
     features = _find_closest(matrix, files, _FEATURES)
     if barcodes is None or features is None:
@@ -68,13 +75,16 @@ def find_mtx_files(path: Path) -> MtxFiles:
     return MtxFiles(matrix, barcodes, features)
 
 
-def _find_matrix(folder: Path, files: Sequence[Path]) -> Path:
-    matrices = [file for file in files if _MATRIX.fullmatch(file.name)]
+def _list_matrices(folder: Path) -> list[Path]:
+    """The matrices of a folder; an unzipped one comes before its gzipped twin."""
+    return sorted(file for file in folder.iterdir() if _MATRIX.fullmatch(file.name))
+
+
+def _find_matrix(folder: Path) -> Path:
+    matrices = _list_matrices(folder)
     # Beside the usual matrix, STARsolo leaves others, which count multimappers, too.
     names = ("matrix.mtx", "matrix.mtx.gz")
     usual = [file for name in names for file in matrices if file.name == name]
-    if not matrices:
-        raise _describe_missing(folder, "matrix.mtx", files)
     if len(matrices) > 1 and not usual:
         raise DataError(
             "a folder with several matrices",
@@ -87,20 +97,23 @@ def _find_matrix(folder: Path, files: Sequence[Path]) -> Path:
 
 
 def _find_closest(matrix: Path, files: Sequence[Path], words: Sequence[str]) -> Path | None:
-    """The file of the same sample: its name shares the longest beginning with the matrix's name.
+    """The file of the same sample, whose name shares most words with the matrix's name.
 
-    Of those that share as much, the first by words is taken, then the one with the shortest name.
+    Of those that share as many, the first by `words` is taken, then the one with the shortest name.
     """
-    found = []
-    for rank, word in enumerate(words):
-        pattern = re.compile(rf"(.*[._-])?({word}){_ENDING}", re.IGNORECASE)
-        for file in files:
-            if pattern.fullmatch(file.name):
-                same = takewhile(
-                    lambda pair: pair[0] == pair[1], zip(matrix.name, file.name, strict=False)
-                )
-                found.append((-len(list(same)), rank, len(file.name), file))
+    sample, found = set(_split_words(matrix)), []
+    for form_rank, form in enumerate((_AT_THE_END, _WITHIN)):
+        for rank, word in enumerate(words):
+            pattern = re.compile(form.format(word=word), re.IGNORECASE)
+            for file in files:
+                if pattern.fullmatch(file.name):
+                    n_shared = len(sample & set(_split_words(file)))
+                    found.append((-n_shared, form_rank, rank, len(file.name), file))
     return min(found)[-1] if found else None
+
+
+def _split_words(file: Path) -> list[str]:
+    return re.split(r"[._-]", file.name.lower().removesuffix(".gz"))[:-1]
 
 
 def _describe_missing(path: Path, name: str, files: Sequence[Path]) -> DataError:

@@ -34,6 +34,7 @@ from data_prep.readers.text_files import UNREADABLE, explain_unreadable, open_te
 CELLS_IN_ROWS, CELLS_IN_COLUMNS = "cells-in-rows", "cells-in-columns"  # keys of such a file
 _SEPARATORS = "\t,; "
 _LONGEST_LINE = 2**27  # letters of a line, which may name or count each of a million cells
+_MOST_COMMENTS = 100  # lines with a # before the table, as BD's pipeline writes them
 _PROBED_FIELDS = 100  # of the second line: numbers, if the file is a table of counts
 _PROBED_NAMES = 1000  # of each axis, which are compared with barcodes
 _PART = "000000"  # the only one
@@ -45,6 +46,7 @@ class _TableForm:
 
     separator: str
     columns: list[str]  # names of the columns, without the one that names the rows
+    n_skipped: int  # lines before the first row: comments, and the names of the columns
 
 
 def is_text_table(path: Path) -> bool:
@@ -145,9 +147,9 @@ class TextTableSource:
         try:
             with open_text(self.path) as file:
                 chunks = pd.read_csv(
-                    file, sep=form.separator, header=None, skiprows=1, chunksize=n_rows,
+                    file, sep=form.separator, header=None, skiprows=form.n_skipped,
                     names=range(n_columns + 1), index_col=False, low_memory=False,
-                    dtype={0: str},
+                    dtype={0: str}, chunksize=n_rows,
                 )  # fmt: skip
                 for chunk in chunks:
                     numbers = chunk.iloc[:, 1:]
@@ -244,8 +246,9 @@ def read_axis_names(path: Path, mtime_ns: int) -> tuple[list[str], list[str]]:
     try:
         with open_text(path) as file:
             names = pd.read_csv(
-                file, sep=form.separator, header=None, skiprows=1, usecols=[0], dtype=str,
-                na_filter=False, names=range(len(form.columns) + 1), index_col=False,
+                file, sep=form.separator, header=None, skiprows=form.n_skipped,
+                names=range(len(form.columns) + 1), index_col=False, usecols=[0],
+                dtype=str, na_filter=False,
             )[0]  # fmt: skip
     except (ValueError, OverflowError, *UNREADABLE) as error:  # pandas raises ValueErrors
         raise explain_unreadable(path, error) from None
@@ -260,10 +263,13 @@ def _require_form(path: Path) -> _TableForm:
 
 
 def _find_form(path: Path) -> _TableForm | None:
-    """Find separator and columns of a table from its first two lines; None: it is none."""
+    """Find the form of a table from its first two lines behind comments; None: it is none."""
     try:
         with open_text(path) as file:
-            lines = [file.readline(_LONGEST_LINE) for _ in range(2)]
+            lines, n_comments = [file.readline(_LONGEST_LINE)], 0
+            while lines[0].startswith("#") and n_comments < _MOST_COMMENTS:
+                lines, n_comments = [file.readline(_LONGEST_LINE)], n_comments + 1
+            lines.append(file.readline(_LONGEST_LINE))
     except UNREADABLE:
         return None
     if any(len(line) == _LONGEST_LINE for line in lines) or lines[0].startswith(("#", "%")):
@@ -276,7 +282,7 @@ def _find_form(path: Path) -> _TableForm | None:
         columns = head[len(head) - len(row) + 1 :]
         numbers = row[1 : _PROBED_FIELDS + 1]
         if all(map(_is_number, numbers)) and not all(map(_is_number, columns)):
-            return _TableForm(separator, columns)
+            return _TableForm(separator, columns, n_comments + 1)
     return None
 
 

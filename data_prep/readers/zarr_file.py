@@ -18,6 +18,7 @@ from zarr.abc.store import (
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore
 
+from clue_dist.errors import DataError
 from clue_dist.store.location import RETRIES, Location, RemoteLocation, open_kvstore
 
 # The file in the root of a Zarr folder, of version 3 and of version 2.
@@ -57,6 +58,23 @@ def has_missing_chunks(array: Any) -> bool:
     if not isinstance(array, zarr.Array) or not array.store_path.store.supports_listing:
         return False
     return bool(array.nchunks_initialized < array.nchunks)
+
+
+def require_plain_codecs(part: Any) -> None:
+    """Refuse arrays whose values are Python objects: to unpickle them may run any code.
+
+    Raises:
+        DataError: there is such an array in the part, a group or an array.
+    """
+    if isinstance(part, zarr.Group):
+        for _, array in part.arrays():
+            require_plain_codecs(array)
+        return
+    metadata = part.metadata.to_dict()
+    codecs = [*(metadata.get("filters") or ()), metadata.get("compressor")]
+    if any("pickle" in str(codec).lower() for codec in [*codecs, *metadata.get("codecs", ())]):
+        what = "an array of Python objects, which only running them would read"
+        raise DataError(what, where=f"{locate_zarr(part)}: {part.name}", fix="write it anew")
 
 
 def locate_zarr(part: Any) -> Location:

@@ -66,6 +66,7 @@ def _read_source(source: Source, scratch: Path) -> pd.DataFrame:
         (("GSM1_s1_matrix.mtx", "GSM1_s1_barcodes.tsv", "GSM1_s1_genes.tsv"), False),
         (("cells_x_genes.mtx", "cells_x_genes.barcodes.txt", "cells_x_genes.genes.txt"), True),
         (("quants_mat.mtx", "quants_mat_rows.txt", "quants_mat_cols.txt"), True),
+        (("GSM1_matrix_s1.mtx", "GSM1_barcodes_s1.tsv", "GSM1_genes_s1.tsv"), False),
     ],
 )
 def test_names_and_orientations(
@@ -117,3 +118,15 @@ def test_pattern_has_ones(tmp_path: Path) -> None:
     folder = _write_files(tmp_path / "in", counts, names, number="pattern")
     table = _read_table(folder, tmp_path / "out")
     pd.testing.assert_frame_equal(table, counts, check_dtype=False)
+
+
+def test_matrix_in_the_only_folder_below(tmp_path: Path) -> None:
+    counts = make_counts(20, 5)
+    (tmp_path / "in").mkdir()
+    names = ("matrix.mtx", "barcodes.tsv", "genes.tsv")
+    _write_files(tmp_path / "in" / "GRCh38", counts, names)
+    table = _read_table(tmp_path / "in", tmp_path / "out")
+    pd.testing.assert_frame_equal(table, counts, check_dtype=False)
+    _write_files(tmp_path / "in" / "mm10", counts, names)
+    with pytest.raises(DataError, match="GRCh38, mm10"):
+        _read_table(tmp_path / "in", tmp_path / "out")

@@ -191,3 +191,26 @@ def test_10x_file_of_cell_ranger_2(tmp_path: Path) -> None:
     _check_table(_open(f"rna={path}:mm10")["rna"], mouse, tmp_path)
     with pytest.raises(DataError, match="hg19, mm10"):
         _open(f"rna={path}")
+
+
+def test_coordinates_in_obsm_are_no_proteins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adata = make_anndata(make_counts(20, 5))
+    adata.obsm["spatial"] = np.arange(40).reshape(20, 2)
+    adata.obsm["fragments"] = sp.csr_matrix((20, 10**6), dtype=np.int32)
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    _open(f"rna={tmp_path / 'a.h5ad'}")
+    assert capsys.readouterr().err == ""
+
+
+def test_h5mu_whose_modalities_have_layers_alone(tmp_path: Path) -> None:
+    counts = make_counts(20, 5)
+    adata = make_anndata(counts)
+    adata.layers["counts"] = adata.X.copy()
+    path = write_h5mu(tmp_path / "m.h5mu", rna=adata)
+    with h5py.File(path, "r+") as file:
+        del file["mod/rna/X"]
+    layers = PerModality.parse_values(["counts"], "--layer")
+    (source,) = parse_inputs([str(path)], ReadingOptions(layers=layers))
+    _check_table(cast(Source, source), counts, tmp_path)

@@ -113,3 +113,10 @@ def test_lines_longer_than_a_field_of_csv(tmp_path: Path) -> None:
     description = describe_file(path)
     assert find_format(path).name == "a table as text"
     assert (description.parts[0].n_cells, description.parts[0].n_features) == (9000, 2)
+
+
+def test_comments_before_the_table(tmp_path: Path) -> None:
+    counts, path = _make_proteins(), tmp_path / "bd.csv"
+    path.write_text("## pipeline, version\n## date: today, now\n" + counts.to_csv())
+    store = convert_files(tmp_path / "s.zarr", f"adt={path}")
+    assert_same_counts(read_counts(store, "adt"), counts)

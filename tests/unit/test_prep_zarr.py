@@ -120,3 +120,15 @@ def test_store_is_no_input(tmp_path: Path) -> None:
     convert_files(tmp_path / "s.zarr", f"rna={path}")
     with pytest.raises(DataError, match="this is a store"):
         convert_files(tmp_path / "t.zarr", f"rna={tmp_path / 's.zarr'}")
+
+
+def test_pickled_objects_are_refused(tmp_path: Path) -> None:
+    """To read them would run what they say."""
+    path = _write_zarr(tmp_path / "a.zarr", make_counts(40, 12), 2)
+    file = path / "obs" / "_index" / ".zarray"
+    content = json.loads(file.read_text())
+    content["filters"].append({"id": "pickle"})
+    file.write_text(json.dumps(content))
+    (path / ".zmetadata").unlink()
+    with pytest.raises(DataError, match="Python objects"):
+        convert_files(tmp_path / "s.zarr", f"rna={path}")
