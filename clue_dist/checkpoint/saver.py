@@ -28,6 +28,7 @@ from torch import Tensor
 
 from clue_dist.checkpoint import engine_state, shards
 from clue_dist.checkpoint.run_folder import (
+    CHECKPOINT_NAME,
     COMMIT,
     MODEL_PREFIX,
     STATE,
@@ -219,7 +220,7 @@ class Saver:
         aside = [
             path
             for path in self._run_folder.glob("*/step-*.aside")
-            if parse_step(path) <= state.step
+            if CHECKPOINT_NAME.fullmatch(path.stem) and parse_step(path) <= state.step
         ]
         for path in [*checkpoints[self._keep :], *unnamed, *aside]:
             # Renamed first, so that what may be left of it is not taken for a checkpoint.

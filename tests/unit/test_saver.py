@@ -118,3 +118,15 @@ def test_every_file_has_the_permissions_that_the_umask_leaves(
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) == 6
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o666 & ~umask}
+
+
+def test_what_somebody_set_aside_under_another_name_stays(
+    tmp_path: Path, engine: CountingEngine
+) -> None:
+    for name in ("step-mine", "step-00000001", "step-00000009"):
+        (tmp_path / "checkpoints" / f"{name}.aside").mkdir(parents=True)
+    with Saver(tmp_path, engine, Ranks(), keep=1) as saving:
+        saving.save_checkpoint(RunState(step=2, world=1, fingerprint="f"))
+        saving.finish()
+    kept = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert kept == {"step-00000002", "step-00000009.aside", "step-mine.aside"}
