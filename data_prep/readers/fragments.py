@@ -38,6 +38,7 @@ from data_prep.readers.source import (
 from data_prep.readers.text_files import MOST_LETTERS, UNREADABLE, CommentFilter, open_text
 
 CHUNK_LINES = 2**21  # read at once: about 100 MB
+PROBED_BARCODES = 2**16  # compared with a list that names none of a file's barcodes
 _COLUMNS = {"chromosome": "category", "start": "int64", "end": "int64", "barcode": "category"}
 # Two numbers share one integer: a chromosome's and a bin's, or a row and a column. A bin's number
 # fits into the lower bits, as no chromosome is longer than 2^32 base pairs.
@@ -263,9 +264,10 @@ def _count_file(task: _CountTask) -> None:
         for part, chunk in enumerate(_read_chunks(task.given)):
             # Barcodes that are left out must not be numbered: every number becomes a cell.
             if allowed is not None:
-                found = encode_barcodes(chunk["barcode"].cat.categories.tolist(), where)
-                first_barcodes = first_barcodes if part else found
-                chunk = chunk[allowed.find_wanted(found)[chunk["barcode"].cat.codes]]
+                found = chunk["barcode"].cat.categories
+                if not part:
+                    first_barcodes = encode_barcodes(found[:PROBED_BARCODES].tolist(), where)
+                chunk = chunk[allowed.find_wanted_texts(found)[chunk["barcode"].cat.codes]]
                 barcodes = chunk["barcode"].cat.remove_unused_categories()
                 chunk = chunk.assign(barcode=barcodes)
             rows = cells.number_categories(chunk["barcode"])

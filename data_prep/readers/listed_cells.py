@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 
 from clue_dist.errors import DataError, list_names
@@ -35,6 +36,7 @@ class CellList:
         """Take the barcodes, (n,) bytes, and whether those with the same core are wanted, too."""
         self.barcodes, self.by_core = barcodes, by_core
         self.keys = set(self._make_keys(barcodes))
+        self.texts = set() if by_core else set(decode_barcodes(barcodes).tolist())
 
     def _make_keys(self, barcodes: np.ndarray) -> list[bytes]:
         return (extract_cores(barcodes) if self.by_core else barcodes).tolist()
@@ -42,6 +44,13 @@ class CellList:
     def find_wanted(self, barcodes: np.ndarray) -> np.ndarray:
         """Find which of the barcodes, (n,) bytes, are wanted, (n,) bool."""
         return np.array([key in self.keys for key in self._make_keys(barcodes)], bool)
+
+    def find_wanted_texts(self, texts: pd.Index) -> np.ndarray:
+        """Find which of the barcodes, (n,) of str, are wanted, (n,) bool."""
+        if self.by_core:
+            return self.find_wanted(encode_barcodes(texts.tolist(), "barcodes"))
+        # Encoding would take longer than the rest: a fragments file has millions of barcodes.
+        return texts.isin(self.texts)
 
     def explain_absence(self, where: str, barcodes: np.ndarray) -> DataError:
         """The error for a file none of whose barcodes, (n,) bytes, is wanted."""
