@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -105,6 +105,15 @@ def test_what_is_said_of_a_run_names_the_score_of_the_kept_weights() -> None:
     )
     explanation = loop._explain_early_end(setup, replace(state, bad=1))
     assert explanation == "no lower validation score since step 864: stopping early"
+
+
+def test_a_resumed_run_chooses_as_an_unbroken_one(tmp_path: Path) -> None:
+    """The scores of the cells come back to the bit."""
+    state, _ = choose_weights(RunState(1, 1, ""), score_cells(1 / 3))
+    (tmp_path / "state.json").write_text(json.dumps(asdict(state)))
+    (tmp_path / "rank-00000.safetensors").touch()
+    assert read_state(tmp_path) == state
+    assert len(state.lowest_cells) == 101
 
 
 def test_a_state_of_an_earlier_version_goes_on_with_its_lowest_score(tmp_path: Path) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
+import re
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +20,7 @@ from clue_dist.ranks import Ranks
 from clue_dist.train import validate
 from clue_dist.train.trainer import Trainer
 from clue_dist.train.validate import Validation, score_held_out_cells, validate_model
+from tests.pins import ROOT
 from tests.unit.model_helpers import B, small_model
 
 
@@ -108,6 +108,22 @@ def test_info_nce_of_a_pair_is_that_of_its_two_modalities(
     assert float(scores.terms["contrastive/m0-m2"]) == pytest.approx(float(info_nce))
 
 
+def test_of_many_cells_info_nce_takes_some_of_every_stratum(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("clue_dist.objective.MOST_CONTRASTED", 5)
+    trainer, batch = make_trainer()
+    scores = score_directly(trainer, batch)
+    with torch.no_grad():
+        output = trainer.engine.model(batch, Noise(0, 0, {"held out": B}, 1))
+    some = slice(None, None, 3)  # four of twelve cells
+    contrast, observed = output.contrast[:, some, :2], batch.observed[some, :2]
+    info_nce = compute_info_nce(
+        contrast, observed, batch.batch_code[some], output.log_scale, False, False
+    )
+    assert float(scores.terms["contrastive/m0-m1"]) == pytest.approx(float(info_nce))
+
+
 def test_without_pairs_the_score_is_the_weighted_elbo_of_each_cell() -> None:
     trainer, batch = make_trainer(has_paired_cells=False)
     validation = score_held_out_cells(trainer, batch)
@@ -143,11 +159,13 @@ def test_latents_that_are_not_finite_are_a_score_that_is_not() -> None:
     assert all(map(math.isnan, score_held_out_cells(trainer, batch).cells))
 
 
-def test_scores_of_the_cells_survive_a_resume_to_the_bit(tmp_path: Path) -> None:
+def test_lines_of_validation_have_keys_without_blanks_that_the_page_explains() -> None:
     trainer, batch = make_trainer()
     sinks: Any = RecordedLines()
     state = validate_model(trainer, batch, RunState(8, 1, ""), sinks)
-    saved = json.loads(json.dumps(state.lowest_cells))
-    assert tuple(saved) == state.lowest_cells == tuple(score_held_out_cells(trainer, batch).cells)
     again = validate_model(trainer, batch, replace(state, step=9), sinks)
     assert (again.lowest_step, again.best_step, again.best_score) == (8, 9, state.lowest_score)
+    page = (ROOT / "docs" / "training.md").read_text()
+    for name in sinks.lines[-1].keys() - {"split", "step"}:
+        assert " " not in name
+        assert re.search(f"`{name.split('/')[0]}[/`]", page), name
