@@ -261,7 +261,7 @@ def test_it_needs_no_home(image: Engine | CleanRoot, mounts: Mounts) -> None:
     command = ["python", "-m", "data_prep", "simulate", "--out", "/runs/homeless.zarr"]
     code, output = image.start(
         "env", "HOME=/nowhere", *command, "--cells", "200", volumes=mounts.volumes
-    ).finish(120)
+    ).finish(240)
     assert code == 0, output
     assert output.count("compiled code goes to") == 1
 
