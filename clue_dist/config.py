@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from clue_dist.errors import ConfigError
-from clue_dist.files import expand_home
+from clue_dist.files import expand_home, require_utf8_path
 
 LONGEST_NAME, LONGEST_PATH = 255, 3000  # bytes
 
@@ -38,6 +38,7 @@ def _complete_path(path: str) -> str:
     too_long = max(map(len, names)) > LONGEST_NAME or sum(map(len, names)) > LONGEST_PATH
     if "\0" in path or too_long:
         raise ValueError("no file can be called so")
+    require_utf8_path(path)
     return path
 
 

@@ -172,6 +172,18 @@ def expand_home(text: str) -> str:
     return expanded
 
 
+def require_utf8_path(path: str) -> None:
+    """Refuse a path that is no UTF-8, as TensorStore and safetensors do once they write there.
+
+    Raises:
+        ValueError: it is none; the text says how to mend that.
+    """
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the path is no UTF-8: rename it, or make a link to it") from None
+
+
 def parse_path(text: str) -> Path:
     """A path as a person typed it, which need not exist. It also serves as a `type` of argparse.
 

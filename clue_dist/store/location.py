@@ -18,7 +18,7 @@ from typing import Any
 import tensorstore as ts
 
 from clue_dist.errors import ServerError, StoreError
-from clue_dist.files import PASSING, expand_home
+from clue_dist.files import PASSING, expand_home, require_utf8_path
 
 SCHEMES = ("s3", "gs", "http", "https")
 # Limit of a file that is read whole. The manifest of a billion cells is smaller.
@@ -81,6 +81,7 @@ def parse_location(text: str | Location) -> Location:
         return text
     if "://" not in text:
         try:
+            require_utf8_path(text)
             return Path(expand_home(text))
         except ValueError as error:
             raise StoreError("a path that cannot be used", where=text, got=error) from None

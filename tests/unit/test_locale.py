@@ -7,6 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from pydantic import ValidationError
+
+from clue_dist.config import Config
+from clue_dist.errors import StoreError
+from clue_dist.store.location import parse_location
+
 SCRIPT = """
 import pathlib, sys
 from clue_dist.process import print_line, run_main
@@ -39,3 +46,11 @@ def test_a_name_that_is_no_utf8_is_printed_nevertheless(tmp_path: Path) -> None:
     # As in any locale of UTF-8 but C.UTF-8, which may not be installed here.
     done = run_script(path, LC_ALL="C.UTF-8", PYTHONIOENCODING="utf-8:strict")
     assert (done.returncode, done.stdout) == (0, b"m\\udcfcll.txt: smaller\n"), done.stderr
+
+
+def test_a_store_or_run_folder_that_is_no_utf8_is_refused_before_anything_is_written() -> None:
+    path = os.fsdecode(b"/data/m\xfcll/s.zarr")
+    with pytest.raises(StoreError, match="the path is no UTF-8"):
+        parse_location(path)
+    with pytest.raises(ValidationError, match="the path is no UTF-8"):
+        Config(run=path)
