@@ -16,6 +16,7 @@ from data_prep.readers.source import Source, SourceHead, decode_barcodes
 SAMPLE_BARCODES = 2**20  # compared by their cores, some 100 MB; of more barcodes, a share is
 HEAD_BARCODES = 1000  # of a file, by which row numbers are recognised
 PATTERNS_SHOWN = 12
+APART_SHARE = 0.2  # of all cells: so many of different data sets do not agree by accident
 MANY_TIMES = 5  # as many cells of one modality as of another: one file may hold every droplet
 
 _ROW_NUMBER = re.compile(rb"[0-9]+(-[0-9]+)?")  # anndata's concat puts `-0` behind the name
@@ -30,6 +31,8 @@ class PairingSurvey:
     n_alike: int  # cells that would pair if barcodes did by their core, a sample scaled up
     alike: tuple[str, ...]  # the barcodes of one of them, by modality
     is_estimate: bool  # whether `n_alike` comes from a sample
+    n_apart: int = 0  # cells that would pair by their core if all were of one data set
+    apart: tuple[str, ...] = ()  # the barcodes of one of them
 
     def count_having(self, mask: int) -> int:
         """Count the cells that have all modalities of a mask."""
@@ -58,21 +61,24 @@ def survey_pairing(parts: Iterable[tuple[np.ndarray, np.ndarray]], n_cells: int)
             first.setdefault(mask, str(decode_barcodes(barcodes[place : place + 1])[0]))
         if share < 1:
             limit = np.uint64(int(share * 2**64))
-            chosen = hash_barcodes(extract_cores(barcodes), key) < limit
+            cores = extract_cores(barcodes, with_dataset=False)
+            chosen = hash_barcodes(cores, key) < limit
             barcodes, masks = barcodes[chosen], masks[chosen]
         sample_barcodes.append(barcodes)
         sample_masks.append(masks)
-    n_alike, alike = 0, tuple[str, ...]()
+    found_alike: list[tuple[int, tuple[str, ...]]] = [(0, ()), (0, ())]
     if any(a & b == 0 for a in counts for b in counts):  # else nothing more can pair
         barcodes, masks = np.concatenate(sample_barcodes), np.concatenate(sample_masks)
-        n_found, alike = _find_alike(barcodes, masks)
-        n_alike = round(n_found / share)
-    return PairingSurvey(counts, first, n_alike, alike, share < 1)
+        found_alike = [_find_alike(barcodes, masks, with_dataset) for with_dataset in (True, False)]
+    (n_alike, alike), (n_apart, apart) = ((round(n / share), names) for n, names in found_alike)
+    return PairingSurvey(counts, first, n_alike, alike, share < 1, n_apart, apart)
 
 
-def _find_alike(barcodes: np.ndarray, masks: np.ndarray) -> tuple[int, tuple[str, ...]]:
+def _find_alike(
+    barcodes: np.ndarray, masks: np.ndarray, with_dataset: bool
+) -> tuple[int, tuple[str, ...]]:
     """Count the cells that further barcodes would join; also return the barcodes of one of them."""
-    cells = find_alike_cells(barcodes, masks)
+    cells = find_alike_cells(barcodes, masks, with_dataset)
     others = np.flatnonzero(cells != np.arange(len(cells)))
     if not len(others):
         return 0, ()
@@ -99,12 +105,19 @@ def format_pairing(
         lines.append(f"  {_name_mask(mask, modalities)}: {n_cells:,} cells{example}")
     if len(by_size) > PATTERNS_SHOWN:
         lines.append(f"  ... and {len(by_size) - PATTERNS_SHOWN} more sets of modalities")
+    about = "about " if survey.is_estimate else ""
     if survey.n_alike:
-        about = "about " if survey.is_estimate else ""
         lines.append(
             f"  {about}{survey.n_alike:,} more cells would pair without what stands before and "
             f"behind the sequence of their barcodes ({list_names(survey.alike)}): "
             "`--pair-barcodes core`"
+        )
+    # Of data sets that have nothing in common, some barcodes agree by accident.
+    elif survey.n_apart > APART_SHARE * sum(survey.n_cells.values()):
+        lines.append(
+            f"  {about}{survey.n_apart:,} more cells would pair if they were of one data set "
+            f"({list_names(survey.apart)}): name it before all of its files, "
+            "`lane1:rna=FILE lane1:adt=FILE`"
         )
     return lines + _warn_of_droplets(survey, modalities, files)
 

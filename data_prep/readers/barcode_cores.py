@@ -16,21 +16,24 @@ FEWEST_BASES = 8  # letters that make a sequence: the parts of combinatorial bar
 MOST_DIGITS = 3  # of a number at the end of a name that is a suffix
 
 
-def extract_cores(barcodes: np.ndarray) -> np.ndarray:
+def extract_cores(barcodes: np.ndarray, with_dataset: bool = True) -> np.ndarray:
     """Reduce barcodes to their cores.
 
     Args:
         barcodes: (n,) bytes, `dataset:barcode` or `barcode`.
+        with_dataset: whether the data set stays.
 
     Returns:
         The cores, `dataset:core` or `core`, of the same shape and type.
     """
     width = barcodes.dtype.itemsize
     letters = np.ascontiguousarray(barcodes).view(np.uint8).reshape(len(barcodes), width)
-    return _copy_cores(letters).view(barcodes.dtype).reshape(len(barcodes))
+    return _copy_cores(letters, with_dataset).view(barcodes.dtype).reshape(len(barcodes))
 
 
-def find_alike_cells(barcodes: np.ndarray, masks: np.ndarray) -> np.ndarray:
+def find_alike_cells(
+    barcodes: np.ndarray, masks: np.ndarray, with_dataset: bool = True
+) -> np.ndarray:
     """Find the cells whose barcodes have the same core and that have no modality in common.
 
     A core that two cells of one modality share says nothing about which of them is meant: such
@@ -39,6 +42,7 @@ def find_alike_cells(barcodes: np.ndarray, masks: np.ndarray) -> np.ndarray:
     Args:
         barcodes: (n,) bytes, each once.
         masks: (n,) int64, bit m is set where a cell has modality m.
+        with_dataset: whether cells of different data sets are different.
 
     Returns:
         For each cell the number of the cell that it is a part of, (n,) int64: its own number, or
@@ -46,7 +50,7 @@ def find_alike_cells(barcodes: np.ndarray, masks: np.ndarray) -> np.ndarray:
     """
     if not len(barcodes):
         return np.zeros(0, np.int64)
-    _, group = np.unique(extract_cores(barcodes), return_inverse=True)
+    _, group = np.unique(extract_cores(barcodes, with_dataset), return_inverse=True)
     united = np.zeros(group.max() + 1, np.int64)
     np.bitwise_or.at(united, group, masks)
     times = np.bincount(group, weights=np.bitwise_count(masks))
@@ -70,8 +74,8 @@ def _is_base(byte):  # type: ignore[no-untyped-def]
 
 
 @compile_kernel
-def _copy_cores(letters):  # type: ignore[no-untyped-def]
-    """Copy data set and core of each row of letters, (n, width) uint8; zeros follow them."""
+def _copy_cores(letters, with_dataset):  # type: ignore[no-untyped-def]
+    """Copy (data set and) core of each row of letters, (n, width) uint8; zeros follow them."""
     out = np.zeros_like(letters)
     for i in range(len(letters)):
         end = letters.shape[1]
@@ -83,8 +87,9 @@ def _copy_cores(letters):  # type: ignore[no-untyped-def]
         first, last = _find_sequence(letters[i], start, end)
         if last == 0:
             first, last = start, _skip_numbers(letters[i], start, end)
-        out[i, :start] = letters[i, :start]
-        out[i, start : start + last - first] = letters[i, first:last]
+        n_before = start if with_dataset else 0
+        out[i, :n_before] = letters[i, :n_before]
+        out[i, n_before : n_before + last - first] = letters[i, first:last]
     return out
 
 

@@ -27,6 +27,7 @@ from data_prep.readers.text_files import read_lines
 
 SPAN = 16  # rows of the file that are read at once, for each row that is asked for
 LEAST_SPAN = 256
+STEP_BARCODES = 2**18  # looked up at once
 
 
 class CellList:
@@ -155,11 +156,14 @@ def keep_listed_cells(
             continue
         others = [other for other in sources if other.modality != source.modality]
         listed = list_allowed_barcodes(source.modality, source.dataset, name, others)
-        barcodes = source.read_head().barcodes[:]
-        cell_list = CellList(listed, by_core)
-        rows = np.flatnonzero(cell_list.find_wanted(barcodes))
+        barcodes, cell_list = source.read_head().barcodes, CellList(listed, by_core)
+        found = []
+        for start in range(0, len(barcodes), STEP_BARCODES):  # a raw file has millions
+            wanted = cell_list.find_wanted(barcodes[start : start + STEP_BARCODES])
+            found.append(np.flatnonzero(wanted) + start)
+        rows = np.concatenate(found) if found else np.zeros(0, np.int64)
         if not len(rows):
-            raise cell_list.explain_absence(source.display_name, barcodes)
+            raise cell_list.explain_absence(source.display_name, barcodes[:STEP_BARCODES])
         folder.mkdir(parents=True, exist_ok=True)
         rows_file = folder / f"{i:03d}.npy"
         save_array(rows_file, rows)

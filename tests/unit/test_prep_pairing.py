@@ -320,3 +320,21 @@ def test_lists_are_compared_by_core(tmp_path: Path, form: str) -> None:
     store = convert_files(tmp_path / "s.zarr", *given, **flags, pairing="core")
     assert count_strata(store) == {"rna+atac": 12}
     assert set(read_counts(store, "atac").index) == set(rna.index)
+
+
+def test_files_whose_data_sets_are_named_differently(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rna, adt = make_counts(30, 6), make_counts(30, 4, 1, "p")
+    given = [
+        f"lane1:rna={write_h5ad(tmp_path / 'r.h5ad', rna)}",
+        f"adt={write_h5ad(tmp_path / 'a.h5ad', adt)}",
+    ]
+    convert_files(tmp_path / "s.zarr", *given)
+    said = capsys.readouterr().err
+    assert "  30 more cells would pair if they were of one data set (lane1:c" in said
+    # Lanes that reuse few barcodes are apart because a person wants them to be.
+    adt.index = [*adt.index[:5], *(f"d{i}" for i in range(25))]
+    given[1] = f"lane2:adt={write_h5ad(tmp_path / 'b.h5ad', adt)}"
+    convert_files(tmp_path / "t.zarr", *given)
+    assert "would pair" not in capsys.readouterr().err
