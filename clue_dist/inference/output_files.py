@@ -99,11 +99,11 @@ def _mute_late_hdf5_errors() -> None:
 
     It does so by both hooks, as late as the objects are: after an error, the muted hooks stay.
     """
-    print_error_of, print_unraisable = sys.excepthook, sys.unraisablehook
+    print_exception, print_unraisable = sys.excepthook, sys.unraisablehook
 
     def print_other(kind: type[BaseException], error: BaseException, trace: Any) -> None:
         if not _comes_from_hdf5(error):
-            print_error_of(kind, error, trace)
+            print_exception(kind, error, trace)
 
     def print_other_unraisable(unraisable: sys.UnraisableHookArgs) -> None:
         if not _comes_from_hdf5(unraisable.exc_value):

@@ -130,7 +130,9 @@ class FragmentsInput:
             "dataset": self.dataset,
             "cut_sites": self.cut_sites,
             "limit": self.allowed,
-            "barcodes": identify_file(Path(self.allowed)) if self.allowed and is_list else None,
+            "barcodes": identify_file(parse_path(self.allowed))
+            if self.allowed and is_list
+            else None,
         }
 
     def read_first_barcodes(self, number: int) -> list[str]:
