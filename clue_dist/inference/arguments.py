@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from clue_dist.errors import list_names
 from clue_dist.files import parse_path
 from clue_dist.inference.load_model import TrainedModel, load_model
 from clue_dist.inference.query import MIN_KNOWN, select_modalities
+from clue_dist.process import print_error
 from clue_dist.ranks import Ranks
 from clue_dist.store.reader import Store
 
@@ -60,6 +62,28 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def open_query_store(location: str, modalities: Sequence[str] | None, ranks: Ranks) -> Store:
+    """Open the store to embed; rank 0 prints how many cells are left out.
+
+    Args:
+        location: where the store lies.
+        modalities: those to use; by default all.
+        ranks: this process among the others.
+
+    Raises:
+        StoreError: there is no sound store.
+        ConfigError: it has no such modalities.
+    """
+    store = Store(location)
+    if not modalities:
+        return store
+    view = select_modalities(store, modalities)
+    n_left_out = store.manifest.n_cells - view.manifest.n_cells
+    if n_left_out and ranks.is_first:
+        print_error(f"{n_left_out:,} cells without {list_names(modalities)} are left out")
+    return view
+
+
 @contextmanager
 def open_model_and_store(
     arguments: argparse.Namespace, check_arguments: Callable[[], None]
@@ -77,10 +101,7 @@ def open_model_and_store(
     def open_both() -> tuple[TrainedModel, Store]:
         check_arguments()
         trained_model = load_model(arguments.run, arguments.checkpoint)
-        store = Store(arguments.store)
-        if arguments.modalities:
-            store = select_modalities(store, arguments.modalities)
-        return trained_model, store
+        return trained_model, open_query_store(arguments.store, arguments.modalities, ranks)
 
     ranks = Ranks.from_environment()
     trained_model, store = ranks.run_before_joining(open_both)

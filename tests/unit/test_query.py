@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from clue_dist.errors import ConfigError, StoreError
-from clue_dist.inference.arguments import build_parser
+from clue_dist.inference.arguments import build_parser, open_query_store
 from clue_dist.inference.embed import embed_store
 from clue_dist.inference.evaluate import evaluate_store
 from clue_dist.inference.query import (
@@ -18,6 +18,7 @@ from clue_dist.inference.query import (
     require_measured_features,
     select_modalities,
 )
+from clue_dist.ranks import Ranks
 from clue_dist.store.reader import Store
 from tests.fakes import FakeLoaded
 from tests.stores import make_store
@@ -74,6 +75,16 @@ def test_modalities_that_the_model_lacks_are_left_aside(
     assert [name for name in scores if name != "about"] == ["adt->rna", "rna->adt"]
     assert store.modalities == ["rna", "adt", "atac"], "the store itself is what it was"
     assert store.segments["rna+atac"].modalities == ["rna", "atac"]
+
+
+def test_cells_that_are_left_out_are_counted(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    location = str(store.root)
+    assert open_query_store(location, None, Ranks()).modalities == store.modalities
+    assert capsys.readouterr().err == ""
+    assert open_query_store(location, ["rna", "adt"], Ranks()).manifest.n_cells == 75
+    assert capsys.readouterr().err == "40 cells without rna, adt are left out\n"
 
 
 def test_a_view_has_the_same_cells(store: Store, tmp_path: Path) -> None:
