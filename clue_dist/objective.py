@@ -21,7 +21,9 @@ from clue_dist.model.clue import CLUE, CLUEOutput, Mixup
 from clue_dist.model.noise import Noise
 from clue_dist.model.posterior import compute_information, compute_kl_to_prior
 
-MOST_CONTRASTED = 2000  # held-out cells among which InfoNCE looks for a cell's partner
+# Held-out cells among which InfoNCE looks for a cell's partner: about as many as in a batch, as
+# the time grows with their square.
+MOST_CONTRASTED = 500
 
 
 def compute_elbo_self(output: CLUEOutput, observed: Tensor, weight: Tensor, beta: float) -> Tensor:
