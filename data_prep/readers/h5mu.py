@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from clue_dist.kinds import match_alias
 from clue_dist.store.layout import MODALITY_NAME
 from clue_dist.store.location import Location
@@ -10,6 +12,8 @@ from data_prep.readers.file_parts import FilePart
 from data_prep.readers.h5_file import has_part, open_container, open_part
 from data_prep.readers.h5_matrix import read_matrix_shape
 from data_prep.readers.h5ad import AnnDataSource
+
+_PLAIN_WORDS = re.compile(r"\w+( \w+)*")  # "Gene Expression"
 
 
 def is_h5mu(path: Location) -> bool:
@@ -25,8 +29,10 @@ def list_h5mu_parts(path: Location) -> list[FilePart]:
         names = [str(name) for name in group.attrs.get("mod-order", list(group))]
         parts = []
         for name in names:
-            # A name that a store cannot take, "Gene Expression", say, gives way to its kind's.
-            modality = name if MODALITY_NAME.fullmatch(name) else match_alias(name)
+            # A name that a store cannot take, "Gene Expression", say, gives way to its kind's; the
+            # others are refused later, if they are asked for.
+            alias = match_alias(name) if _PLAIN_WORDS.fullmatch(name) else None
+            modality = name if MODALITY_NAME.fullmatch(name) else alias or name
             has_matrix = f"{name}/X" in group  # else there are layers alone
             n_features = read_matrix_shape(open_part(group, f"{name}/X"))[1] if has_matrix else None
             parts.append(FilePart(name, modality, n_features=n_features))

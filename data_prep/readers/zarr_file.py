@@ -96,6 +96,12 @@ class RemoteStore(Store):  # type: ignore[misc]  # zarr is not typed here
         specification = open_kvstore(location)
         self.values = ts.KvStore.open(specification, context=ts.Context(RETRIES)).result()
 
+    def __str__(self) -> str:
+        return str(self.location)
+
+    def __repr__(self) -> str:
+        return str(self.location)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RemoteStore) and other.location == self.location
 
