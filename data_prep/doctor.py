@@ -157,6 +157,12 @@ def examine_files(
             lines += _describe_parts(files[number])
     if files:
         diagnosis = find_command(guess_command(arguments, files), files, rehearse)
+        taken = {given.number for given in diagnosis.command.inputs}
+        lines += [
+            f"{file.path.name} is left out: peaks are counted already"
+            for number, file in files.items()
+            if number not in taken
+        ]
         lines += ["", *_format_diagnosis(diagnosis)]
     return lines, errors
 

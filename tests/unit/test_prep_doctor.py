@@ -225,3 +225,11 @@ def test_a_store_is_known(here: Path, shell: Shell) -> None:
     write_h5ad(here / "rna.h5ad", make_counts(20, 12))
     shell.convert("rna=rna.h5ad")
     assert shell.run_words("doctor", "s.zarr") == "s.zarr: a store; `inspect` says what is in it\n"
+
+
+def test_fragments_beside_peaks_are_left_out(here: Path, shell: Shell) -> None:
+    write_10x(here / "filtered.h5", make_counts(20, 8), ["Gene Expression"] * 5 + ["Peaks"] * 3)
+    (here / "fragments.tsv").write_text("chr1\t5\t90\tc1\t1\n")
+    said = shell.run_words("doctor", "filtered.h5", "fragments.tsv")
+    assert "fragments.tsv is left out: peaks are counted already" in said
+    assert said.endswith("convert filtered.h5 --out STORE.zarr\n")
