@@ -113,7 +113,7 @@ def _list_inputs(
         yield given, named
     elif usual:
         others = [name for name, _ in beside]
-        modality = argument.modality or _guess_modality(usual[0], others)
+        modality = argument.modality or guess_modality(usual[0], others)
         yield replace(given, modality=modality), usual[:1]
     for name, each in beside:
         yield replace(given, modality=name, key=each.part.key), [each]
@@ -127,10 +127,15 @@ def _shorten_path(path: Location) -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
-def _guess_modality(each: PartDescription, others: Sequence[str]) -> str:
+def guess_modality(each: PartDescription, others: Sequence[str] = ()) -> str:
     """Guess what a matrix measures: by its features, else by the name of its file.
 
-    others: what the tables beside it measure.
+    Args:
+        each: the matrix.
+        others: what the tables beside it measure.
+
+    Returns:
+        A name that is that of its kind, too.
     """
     if isinstance(each.source, FragmentsInput) or find_spelling(each.features):
         return "atac"

@@ -18,8 +18,16 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from clue_dist.errors import DataError, list_names
+from clue_dist.kinds import find_kinds
 from clue_dist.store import layout
-from data_prep.command import BIN_WIDTH, Command, guess_command, list_modalities, read_barcodes
+from data_prep.command import (
+    BIN_WIDTH,
+    Command,
+    guess_command,
+    guess_modality,
+    list_modalities,
+    read_barcodes,
+)
 from data_prep.conversion.pairing import PairingSurvey, find_droplets
 from data_prep.conversion.scatter import plan_readings
 from data_prep.convert import format_feature_note
@@ -230,8 +238,11 @@ def _helps(command: Command, refusal: DataError, rehearse: Rehearse) -> bool:
     try:
         rehearse(command)
     except DataError as error:
-        is_same = re.sub("[0-9]+", "", error.what) == re.sub("[0-9]+", "", refusal.what)
-        return not is_same and "asked for" not in error.what
+        # Fewer cells of the same kind are no help.
+        before, after = (
+            (re.sub("[0-9]+", "", each.what), str(each.where)) for each in (refusal, error)
+        )
+        return after != before and "asked for" not in error.what
     return True
 
 
@@ -252,6 +263,10 @@ def _list_remedies(
 ) -> Iterator[Command]:
     """List the commands that may mend an error."""
     names = list(list_modalities(command, files))
+    if "cannot tell from its name" in error.what:
+        for each in (each for file in files.values() for each in file.parts):
+            if each.part.modality in names and not find_kinds(each.part.modality):
+                yield command.add_flag("--kind", f"{each.part.modality}={guess_modality(each)}")
     if "occur more than once" in error.what:
         if apart := _separate_files(command, files):
             yield apart

@@ -233,3 +233,11 @@ def test_fragments_beside_peaks_are_left_out(here: Path, shell: Shell) -> None:
     said = shell.run_words("doctor", "filtered.h5", "fragments.tsv")
     assert "fragments.tsv is left out: peaks are counted already" in said
     assert said.endswith("convert filtered.h5 --out STORE.zarr\n")
+
+
+def test_kinds_of_modalities_whose_name_says_none(here: Path, shell: Shell) -> None:
+    rna, adt = make_counts(20, 12), make_counts(20, 4, 1, "CD")
+    write_h5mu(here / "m.h5mu", genes=make_anndata(rna), tags=make_anndata(adt))
+    words = shell.consult_doctor("m.h5mu")
+    assert words == "m.h5mu --kind genes=rna --kind tags=adt"
+    assert shell.convert(words) == {"genes+tags": 20}
