@@ -65,6 +65,11 @@ class PlannedCells:
         lines = format_pairing(self.survey_pairs(), modalities, list_modality_files(self.sources))
         if self.cells.n_merged:
             lines.append(f"  {self.cells.n_merged:,} barcodes were paired by their core")
+        if self.cells.n_ambiguous:
+            lines.append(
+                f"  {self.cells.n_ambiguous:,} cells share a core with several others, and stay "
+                "apart: name the data set of each file, `lane1:FILE`"
+            )
         return lines
 
 

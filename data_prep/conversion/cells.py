@@ -53,6 +53,7 @@ class CellTable:
     row_folders: list[Path]  # of each source: keys.npy and batch.npy hold a number for each row
     by_core: bool = False  # whether hashes are those of the barcodes' cores
     n_merged: int = 0  # barcodes that joined a cell with another barcode, of the same core
+    n_ambiguous: int = 0  # cells whose core does not say which of several cells completes them
 
     def __len__(self) -> int:
         return int(self.range_starts[-1])

@@ -23,7 +23,12 @@ from data_prep.jobs.array_files import flush_arrays, load_array, map_array, save
 from data_prep.jobs.whole_folders import make_whole_folder
 from data_prep.jobs.workers import WorkerPool, run_missing
 from data_prep.options import DATASET, FIELDS, NO_COLUMN, ObsColumns
-from data_prep.readers.barcode_cores import extract_cores, find_alike_cells
+from data_prep.readers.barcode_cores import (
+    count_ambiguous_cells,
+    extract_cores,
+    find_alike_cells,
+    unite_masks,
+)
 from data_prep.readers.source import CategoryCodes, Source, SourceHead, decode_barcodes
 
 TASK_ROWS = 2**18  # rows of a source that one task lists
@@ -111,8 +116,12 @@ def join_cells_by_barcode(
     counts = [len(load_array(folder / "planned.npy")) for folder in folders]
     row_folders = [work / "sources" / f"{i:03d}" for i in range(len(sources))]
     range_starts = np.concatenate([[0], np.cumsum(counts)])
-    n_merged = sum(report["merged"] for report in reports)
-    cells = CellTable(folders, range_starts, hash_key, names, row_folders, by_core, n_merged)
+    n_merged, n_ambiguous = (
+        sum(report.get(key, 0) for report in reports) for key in ("merged", "ambiguous")
+    )
+    cells = CellTable(
+        folders, range_starts, hash_key, names, row_folders, by_core, n_merged, n_ambiguous
+    )
     _write_row_keys(cells, [head.n_rows for head in heads])
     return cells
 
@@ -262,13 +271,14 @@ def _join_range(task: _JoinTask) -> None:
 
     by_source = rows.group_by_source(len(task.row_lists))
     planned, repeated = _plan_modalities(task.modality, by_source, cell_of_row, names)
-    n_barcodes = len(names)
+    report: dict[str, Any] = {"twice": repeated}
     if task.by_core:
+        n_barcodes = len(names)
         kept, merged = np.unique(find_alike_cells(names, planned), return_inverse=True)
-        united = np.zeros(len(kept), np.int64)
-        np.bitwise_or.at(united, merged, planned)
-        planned, names, cell_hashes = united, names[kept], cell_hashes[kept]
-        cell_of_row = merged[cell_of_row]
+        planned = unite_masks(planned, merged)
+        names, cell_hashes, cell_of_row = names[kept], cell_hashes[kept], merged[cell_of_row]
+        report["merged"] = n_barcodes - len(names)
+        report["ambiguous"] = count_ambiguous_cells(names, planned)
     disputes = {}
     with make_whole_folder(task.out) as folder:
         for field in task.fields:
@@ -284,8 +294,7 @@ def _join_range(task: _JoinTask) -> None:
             save_array(
                 folder / f"rows-{i:03d}.npy", np.stack([row_numbers[part], cell_of_row[part]])
             )
-        n_merged = n_barcodes - len(names)
-        report = {"twice": repeated, "dispute": disputes, "merged": n_merged}
+        report["dispute"] = disputes
         (folder / "report.json").write_text(json.dumps(report))
 
 

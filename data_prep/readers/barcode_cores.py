@@ -51,14 +51,32 @@ def find_alike_cells(
     if not len(barcodes):
         return np.zeros(0, np.int64)
     _, group = np.unique(extract_cores(barcodes, with_dataset), return_inverse=True)
-    united = np.zeros(group.max() + 1, np.int64)
-    np.bitwise_or.at(united, group, masks)
+    united = unite_masks(masks, group)
     times = np.bincount(group, weights=np.bitwise_count(masks))
     is_disjoint = times == np.bitwise_count(united)
     # Of each group the cell with the lowest bit comes first.
     order = np.lexsort((masks & -masks, group))
     first = order[np.searchsorted(group[order], np.arange(len(united)))]
     return np.where(is_disjoint[group], first[group], np.arange(len(group)))
+
+
+def unite_masks(masks: np.ndarray, merged: np.ndarray) -> np.ndarray:
+    """Unite the masks of cells that are one. merged: the number of the cell each becomes, (n,)."""
+    united = np.zeros(merged.max(initial=-1) + 1, np.int64)
+    np.bitwise_or.at(united, merged, masks)
+    return united
+
+
+def count_ambiguous_cells(barcodes: np.ndarray, masks: np.ndarray) -> int:
+    """Count the cells whose core does not say which of several cells would complete them.
+
+    Args:
+        barcodes: (n,) bytes, each once.
+        masks: (n,) int64, as of `find_alike_cells`.
+    """
+    _, group, times = np.unique(extract_cores(barcodes), return_inverse=True, return_counts=True)
+    united = unite_masks(masks, group)
+    return int(((times[group] > 1) & (masks != united[group])).sum())
 
 
 @compile_kernel

@@ -338,3 +338,20 @@ def test_files_whose_data_sets_are_named_differently(
     given[1] = f"lane2:adt={write_h5ad(tmp_path / 'b.h5ad', adt)}"
     convert_files(tmp_path / "t.zarr", *given)
     assert "would pair" not in capsys.readouterr().err
+
+
+def test_cores_that_leave_a_doubt_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rna, adt = make_counts(4, 6), make_counts(3, 4, 1, "p")
+    rna.index = [f"{BASES}-1", f"{BASES}-2", f"{BASES}A-1", f"{BASES}C-1"]
+    adt.index = [BASES, f"{BASES}A", f"{BASES}G"]  # the first is of either lane
+    given = [
+        f"{name}={write_h5ad(tmp_path / f'{name}.h5ad', table)}"
+        for name, table in (("rna", rna), ("adt", adt))
+    ]
+    store = convert_files(tmp_path / "s.zarr", *given, pairing="core")
+    assert count_strata(store) == {"rna": 3, "adt": 2, "rna+adt": 1}
+    said = capsys.readouterr().err
+    assert "  1 barcodes were paired by their core\n" in said
+    assert "  3 cells share a core with several others" in said
