@@ -35,6 +35,7 @@ from data_prep.readers.tenx import TENX_COLUMNS, FeatureTable
 from data_prep.readers.text_files import (
     MOST_LETTERS,
     UNREADABLE,
+    PlainText,
     explain_unreadable,
     open_text,
     read_lines,
@@ -216,7 +217,8 @@ class MatrixMarketSource:
     def _read_chunks(self, file: IO[str]) -> Iterator[pd.DataFrame]:
         """The entries, a bounded number at a time; what cannot be parsed becomes a DataError."""
         try:
-            yield from pd.read_csv(file, **_ENTRY_FORM, chunksize=sorted_entries.PART_ENTRIES)
+            text: Any = PlainText(file)
+            yield from pd.read_csv(text, **_ENTRY_FORM, chunksize=sorted_entries.PART_ENTRIES)
         except (ValueError, OverflowError, *UNREADABLE) as error:  # pandas raises ValueErrors
             what = "the matrix cannot be read to its end"
             raise DataError(what, where=self.path.name, got=str(error).strip()) from None

@@ -77,7 +77,8 @@ def find_mtx_files(path: Path) -> MtxFiles:
 
 def _list_matrices(folder: Path) -> list[Path]:
     """The matrices of a folder; an unzipped one comes before its gzipped twin."""
-    return sorted(file for file in folder.iterdir() if _MATRIX.fullmatch(file.name))
+    files = (file for file in folder.iterdir() if _MATRIX.fullmatch(file.name))
+    return sorted(file for file in files if file.is_file())
 
 
 def _find_matrix(folder: Path) -> Path:

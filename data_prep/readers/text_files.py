@@ -25,6 +25,27 @@ def open_text(path: Path) -> IO[str]:
     return path.open(encoding="utf-8-sig")
 
 
+class PlainText:
+    """A text in which no vertical tab or form feed stands, which pandas takes for a blank."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self.file = file
+
+    def read(self, size: int = -1) -> str:
+        """Read so many letters.
+
+        Raises:
+            ValueError: one of them is no plain text.
+        """
+        text = self.file.read(size)
+        if "\x0b" in text or "\x0c" in text:
+            raise ValueError("a control character")
+        return text
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.file)
+
+
 class CommentFilter:
     """A text without the lines that begin with #, wherever they are; pandas reads it.
 

@@ -122,6 +122,7 @@ def test_old_genes_tsv(tmp_path: Path) -> None:
         ("\n1 1 ", "\n9 1 ", "row 9, column 1"),
         ("\n1 1 ", "\n1 31 ", "row 1, column 31"),
         ("\n1 1 5", "\n1 1 five", "not `row column count`"),
+        ("\n1 1 5", "\n1 \x0b1 5", "control character"),
         ("\n1 1 5", "\n1 1 5 5", "cannot be read to its end|not `row column count`"),
         ("\n1 1 5", "", "ends early or late"),
         ("\n1 1 5", "\n1 1 -5", "counts must be raw"),

@@ -114,7 +114,8 @@ def compare_tables(found: pd.DataFrame, expected: pd.DataFrame) -> Iterator[str]
     if set(found.columns) == set(wanted.columns):
         wanted = wanted[found.columns]
     values = wanted.loc[found.index].to_numpy()
-    if not np.allclose(found.to_numpy(), values, rtol=1e-6, atol=0):
+    # Counts that are nearly whole are rounded.
+    if not np.allclose(found.to_numpy(), values, rtol=1e-5, atol=1e-3):
         yield "other values"
 
 
@@ -127,7 +128,12 @@ def read_h5ad(path: Path) -> Contents:
 
 def read_h5mu(path: Path) -> Contents:
     with h5py.File(path) as file:
-        modalities = {name: read_elem(file["mod"][name]) for name in file["mod"]}
+        # What else lies in a modality is not converted, and may lead in a circle.
+        parts = ("X", "obs", "var")
+        modalities = {
+            name: ad.AnnData(*(read_elem(file["mod"][name][part]) for part in parts))
+            for name in file["mod"]
+        }
         for name, modality in modalities.items():
             for column in modality.obs:
                 codes = file[f"mod/{name}/obs/{column}"]
