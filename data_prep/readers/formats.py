@@ -21,7 +21,7 @@ from data_prep.readers.fragments import (
     list_fragments_parts,
     open_fragments,
 )
-from data_prep.readers.h5_file import has_hdf5, open_container
+from data_prep.readers.h5_file import open_container
 from data_prep.readers.h5ad import is_h5ad, list_h5ad_parts, open_h5ad
 from data_prep.readers.h5mu import is_h5mu, list_h5mu_parts, open_h5mu
 from data_prep.readers.matrix_market import (
@@ -84,6 +84,15 @@ FORMATS = (
         ("--feature-type",),
     ),
 )
+
+
+# What lies in files that are no inputs, and what to do with such a file.
+_OTHER_FORMATS = {
+    "strata": "this is a store: training reads it as it is, and `append` adds cells to it",
+    "row_attrs": "this is a loom file: `anndata.io.read_loom` reads it, write_h5ad writes it",
+    "assays": "this is Seurat's: write it as .h5ad, with SeuratDisk, sceasy or zellkonverter",
+    "barcode_idx": "this lists molecules: give the matrix that Cell Ranger wrote beside it",
+}
 
 
 @dataclass(frozen=True)
@@ -160,16 +169,14 @@ def find_format(location: Location) -> InputFormat:
         if (isinstance(location, Path) or candidate.reads_urls) and candidate.recognises(location):
             return candidate
     with open_container(location) as file:  # where the file is not even HDF5, this says so
-        is_store = "strata" in file and not has_hdf5(location)
+        advice = next((fix for name, fix in _OTHER_FORMATS.items() if name in file), None)
         top_level = list_names(file) or "nothing"
     raise DataError(
         "not a format this reader knows",
         where=location,
         got=f"top level: {top_level}",
         expected=list_format_names(),
-        fix="this is a store: training reads it as it is, and `append` adds cells to it"
-        if is_store
-        else None,
+        fix=advice,
     )
 
 

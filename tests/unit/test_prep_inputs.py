@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import h5py
 import pytest
 
 from clue_dist.errors import DataError
@@ -52,3 +53,13 @@ def test_layers_and_kinds_of_no_modality_are_refused(tmp_path: Path) -> None:
             convert_files(out, given, layers=layers)
     with pytest.raises(DataError, match="no input has layers"):
         convert_files(out, str(tenx), layers=("counts",))
+
+
+@pytest.mark.parametrize(
+    ("group", "advice"), [("row_attrs", "loom"), ("assays", "Seurat"), ("barcode_idx", "molecules")]
+)
+def test_files_of_other_programs_are_recognised(tmp_path: Path, group: str, advice: str) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_group(group)
+    with pytest.raises(DataError, match=f"fix: this .*{advice}"):
+        convert_files(tmp_path / "s.zarr", f"rna={tmp_path / 'a.h5'}")
