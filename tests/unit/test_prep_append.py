@@ -129,7 +129,7 @@ def test_cells_that_the_store_has_are_refused(tmp_path: Path, store: Path) -> No
 
 
 def test_unknown_modalities_and_no_store_are_refused(tmp_path: Path, store: Path) -> None:
-    with pytest.raises(DataError, match=r"modalities that the store(.|\n)*got: atac"):
+    with pytest.raises(DataError, match=r"modalities that (.|\n)*got: atac"):
         append_files(
             store, f"atac={write_h5ad(tmp_path / 'p.h5ad', make_counts(9, 5, 2, 'peak', 'z'))}"
         )
