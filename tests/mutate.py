@@ -32,7 +32,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 # Files by room, and the files of `tests/unit` that catch mutations there, the quickest first.
 ROOMS = {
-    "plan": ("clue_dist/data/plan.py", "plan setup buffers"),
+    "plan": ("clue_dist/data/plan.py", "plan"),
     "loader": ("clue_dist/data/loader.py", "loader prep_segments"),
     "posterior": ("clue_dist/model/posterior.py", "posterior clue"),
     "objective": ("clue_dist/objective.py", "objective validate"),
@@ -44,11 +44,15 @@ ROOMS = {
     "reader": ("clue_dist/store/reader.py", "rows loader prep_values prep_store"),
     "convert": (
         "data_prep/conver*/*.py data_prep/convert.py",
-        "prep_pairing prep_cells prep_values prep_features prep_spelling prep_resume",
+        "prep_pairing prep_cells prep_values prep_features prep_spelling",
     ),
 }
-# The project's modules are imported by each process anew, these by all together.
-PRELOADED = ["torch", "scipy.sparse", "anndata", "numba", "zarr", "hypothesis", "pytest", "mudata"]
+# What is imported once for all processes: the last prepares DeepSpeed. The project's own modules
+# are imported by each process anew.
+PRELOADED = [
+    *("anndata", "hypothesis", "mudata", "numba", "pytest", "safetensors", "tensorstore", "zarr"),
+    "clue_dist.deepspeed_internals",
+]
 PACKAGES = ("clue_dist", "data_prep", "launch", "tests")
 COPIED = (*PACKAGES, "configs", "docs", "pyproject.toml", "README.md", "CONTRIBUTING.md")
 
@@ -237,8 +241,7 @@ def copy_project(folder: Path) -> Path:
     folder.mkdir()
     for name in COPIED:
         if (ROOT / name).is_dir():
-            ignore = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+            shutil.copytree(ROOT / name, folder / name)  # with the code that numba has compiled
         else:
             shutil.copy2(ROOT / name, folder)
     return folder

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from clue_dist.checkpoint.model_card import write_model_card
+from clue_dist.checkpoint.model_card import read_model_card, write_model_card
 from clue_dist.checkpoint.resuming import find_starting_point
 from clue_dist.checkpoint.run_folder import COMMIT, STATE, WEIGHTS, RunState, read_weights
-from clue_dist.config import Config
+from clue_dist.config import Config, load_config
 from clue_dist.errors import ClueError, ConfigError, ResumeError
 from clue_dist.model.clue import CLUE
 from clue_dist.ranks import Ranks
@@ -59,6 +59,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_model_card(folder / "run", setup.store, setup.config)
     commit_weights(folder / "run" / "best" / "step-00000005", make_model(setup).state_dict())
     return folder
+
+
+def test_a_run_folder_says_what_its_model_expects(folder: Path, tmp_path: Path) -> None:
+    setup = make_setup(folder / "old.zarr")
+    run = tmp_path / "runs" / "first"
+    for _ in range(2):  # the folder may be new or not
+        write_model_card(run, setup.store, setup.config)
+    card = read_model_card(run)
+    assert card.fingerprint == setup.store.fingerprint
+    assert list(card.modalities) == ["rna", "adt"]
+    assert card.batches == setup.store.manifest.batches
+    assert load_config(run / "config.json") == setup.config
 
 
 def test_another_store_of_the_same_features_keeps_all_but_its_new_batches(

@@ -2,12 +2,15 @@
 
 import math
 from itertools import permutations
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from clue_dist import objective
 from clue_dist.config import Config
 from clue_dist.model.clue import CLUE, CLUEOutput, Posterior
 from clue_dist.model.modality_spec import ModalitySpec
@@ -112,6 +115,41 @@ def test_info_nce_over_pairs_both_directions(within: bool) -> None:
                 losses.append(math.log(sum(math.exp(v) for v in logits.values())) - logits[c])
     info_nce = compute_info_nce(z, OBSERVED, code, log_scale, within)
     assert float(info_nce) == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_info_nce_finds_partners_among_the_cells_of_all_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    z, code, log_scale = draw(2, 2 * B, K, K * D), torch.arange(2 * B) % 2, torch.tensor(1.3)
+    observed = torch.ones(2 * B, K, dtype=torch.bool)
+    ranks = [slice(B), slice(B, None)]
+    unit = z / z.norm(dim=-1, keepdim=True)
+    packed = torch.cat([observed.long(), code[:, None]], 1)
+
+    def all_gather(of_ranks: list[Tensor], part: Tensor) -> None:
+        whole = packed if part.dtype == torch.int64 else unit.transpose(0, 1)
+        for tensor, rank in zip(of_ranks, ranks, strict=True):
+            tensor.copy_(whole[rank])
+
+    losses = []
+    for number, rank in enumerate(ranks):
+        # Every rank adds the same gradient.
+        job: Any = SimpleNamespace(
+            is_initialized=lambda: True,
+            get_world_size=lambda: 2,
+            get_rank=lambda number=number: number,
+            all_gather=all_gather,
+            all_reduce=lambda gradient: gradient.mul_(2),
+        )
+        monkeypatch.setattr(objective, "dist", job)
+        losses.append(compute_info_nce(z[:, rank], observed[rank], code[rank], log_scale, True))
+        part, weight = unit.transpose(0, 1)[rank].clone().requires_grad_(), draw(2 * B, 2, K, K * D)
+        (objective._GatherWithGradient.apply(part) * weight).sum().backward()
+        assert part.grad is not None
+        torch.testing.assert_close(part.grad, 2 * weight[rank])
+    monkeypatch.undo()
+    whole = compute_info_nce(z, observed, code, log_scale, True)
+    assert float(sum(losses) / 2) == pytest.approx(float(whole), rel=1e-5)
 
 
 def test_total_loss_is_eq_15_and_plays_the_min_max() -> None:

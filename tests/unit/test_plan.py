@@ -66,6 +66,19 @@ def test_steps_planned_together_are_those_planned_one_by_one(
     )
 
 
+def test_the_order_of_cells_is_that_of_earlier_versions() -> None:
+    """A run that goes on under another version reads on where it was."""
+    plan = CellPlan(3, {"rna+adt": 45, "rna+adt.2": 20}, {"rna+adt": 4}, 2, 3, 4)
+    first = [31, 13, 30, 8, 25, 10, 29, 15, 27, 14, 26, 9, 24, 11, 2, 6, 44, 3]
+    assert plan.select_cells(7, "rna+adt", 6).tolist() == first
+    assert plan.select_cells(7, "rna+adt.2", 6).tolist() == [1, 16, 2, 18, 3, 17]
+    plan = CellPlan(3, {"rna": 203}, {"rna": 8}, 2, 10, 4)
+    runs = [50, 177, 41, 71, 165, 179, 43, 65, 42, 180, 52, 68, 27, 173, 162, 56]
+    rest = [92, 1, 3, 95, 93, 2, 193, 5, 202, 88, 11, 62, 181, 63, 177, 49]
+    assert plan.select_cells(6, "rna", 2).tolist() == runs
+    assert plan.select_cells(24, "rna", 2).tolist() == rest
+
+
 def test_passes_and_seeds_differ() -> None:
     plan = CellPlan(0, {"s": 512}, {"s": 64}, 4, 2, 16)
     first, second = sequence(plan, 0, 8), sequence(plan, 8, 8)

@@ -161,14 +161,24 @@ def test_an_older_checkpoint_is_gone_on_from_where_it_is_named(run_folder: Path)
     assert choose_checkpoint(run_folder, str(older), Ranks()) == older
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(run_folder: Path) -> None:
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(
+    run_folder: Path, resume: str
+) -> None:
     drop_checkpoints(run_folder)
+    settings = SETTINGS.train.model_copy(update={"checkpoint_every": 15})
     (run_folder / "config.json").write_text(
-        SETTINGS.model_copy(
-            update={"train": SETTINGS.train.model_copy(update={"checkpoint_every": 15})}
-        ).to_json()
+        SETTINGS.model_copy(update={"train": settings}).to_json()
     )
-    assert choose_auto(run_folder) is None
+    assert choose_checkpoint(run_folder, resume, Ranks()) is None
+    with (run_folder / "metrics.jsonl").open("a") as file:
+        print(file=file)
+        # Two intervals, and the step that begins the third.
+        print(json.dumps({"step": 31, "split": "train"}), file=file, flush=True)
+        assert choose_checkpoint(run_folder, resume, Ranks()) is None
+        print(json.dumps({"step": 32, "split": "train"}), file=file, flush=True)
+        with pytest.raises(ResumeError, match="up to step 32"):
+            choose_checkpoint(run_folder, resume, Ranks())
 
 
 def test_no_other_run_is_begun_in_a_folder_that_holds_work(

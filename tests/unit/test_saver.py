@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -130,3 +132,37 @@ def test_what_somebody_set_aside_under_another_name_stays(
         saving.finish()
     kept = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert kept == {"step-00000002", "step-00000009.aside", "step-mine.aside"}
+
+
+def test_what_a_checkpoint_consists_of_is_on_the_disk_before_it_counts(
+    tmp_path: Path, engine: CountingEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(saver, "sync_to_disk", synced.append)
+    for kind in ("checkpoints", "best"):
+        with Saver(tmp_path, engine, Ranks(), keep=1) as saving:
+            save = saving.save_checkpoint if kind == "checkpoints" else saving.save_best_weights
+            save(RunState(step=1, world=1, fingerprint="f", best_step=1))
+            saving.finish()
+        (folder,) = list_checkpoints(tmp_path / kind)
+        *files, partial, parent = synced
+        assert {path.name for path in folder.iterdir()} <= {path.name for path in files}
+        assert partial.suffix == ".partial"
+        assert {path.parent for path in files} == {partial}
+        assert parent == folder.parent
+        synced.clear()
+
+
+def test_the_time_that_training_waits_for_saving_is_counted(
+    tmp_path: Path, engine: CountingEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = itertools.count()  # every look at the clock takes a second
+    clock = SimpleNamespace(perf_counter=lambda: next(seconds), monotonic=time.monotonic)
+    monkeypatch.setattr(saver, "time", clock)
+    with Saver(tmp_path, engine, Ranks(), keep=1) as saving:
+        saving.save_checkpoint(RunState(step=1, world=1, fingerprint="f"))
+        assert saving.waited_seconds == 2  # for earlier saves, and to prepare the copy
+        saving.wait_for_copies()
+        assert saving.waited_seconds == 3
+        saving.finish()
+        assert saving.waited_seconds == 5
