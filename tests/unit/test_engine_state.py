@@ -20,7 +20,7 @@ from clue_dist.checkpoint.engine_state import (
     count_updates,
     restore_shards,
 )
-from clue_dist.checkpoint.shards import assemble_tensors, iterate_shards
+from clue_dist.checkpoint.shards import assemble_tensors, format_label, iterate_shards
 from clue_dist.deepspeed_internals import ParameterShard
 
 SHAPES = {"first": [2, 3], "second": [4]}
@@ -116,6 +116,20 @@ def test_shards_that_are_missing_are_an_error(files: list[Path]) -> None:
             restore_shards(make_engine(RESTORED[1], 0), part, 7)
         with pytest.raises(KeyError, match="values of first"):
             assemble_tensors(part)
+    shapes = SHAPES | {"scale": [1]}  # of which not even one element is found
+    tensors = {f"weights:0:{name}": values for name, values in WEIGHTS.items()}
+    save_file(tensors, files[0], {"shapes": json.dumps(shapes)})
+    with pytest.raises(KeyError, match="values of scale"):
+        assemble_tensors(files[:1])
+
+
+def test_the_name_of_a_parameter_may_hold_colons(tmp_path: Path) -> None:
+    file = tmp_path / "rank-0.safetensors"
+    save_file({format_label("exp_avg", 5, "a:b:c"): torch.ones(2)}, file)
+    (shard,) = iterate_shards([file])
+    assert shard[:3] == ("exp_avg", 5, "a:b:c")
+    # A rank may ask for elements that lie before or behind the shard.
+    assert [len(shard.read(*ends)) for ends in ((0, None), (1, 9), (0, -3), (4, 9))] == [2, 1, 0, 0]
 
 
 def test_tensors_are_put_together_from_the_files_of_all_ranks(files: list[Path]) -> None:
