@@ -286,6 +286,18 @@ def test_no_rank_needs_more_blocks_than_it_has_slots_for(
         assert len(needed) <= count_cache_slots(plan, segment, world)
 
 
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_rank_has_slots_for_the_spans_that_it_reads_and_one_end_of_a_pass(world: int) -> None:
+    batch, span_blocks, block_cells = 16, 8, 16  # of four lanes and windows of two blocks
+    spans = 1000
+    plan = CellPlan(0, {"s": spans * span_blocks * block_cells + 20}, {"s": batch}, 4, 2, 16)
+    held = HELD_STRETCHES * STRETCH_BATCHES * batch / (span_blocks * block_cells)
+    assert held.is_integer()
+    rest = 2  # blocks that hold the last 20 cells
+    expected = (held + 2) * span_blocks // world + rest
+    assert count_cache_slots(plan, "s", world) == expected
+
+
 @pytest.mark.parametrize("world", [1, 8])
 def test_cells_added_a_hundred_times_take_hardly_more_memory(world: int) -> None:
     def slots(segments: int) -> int:

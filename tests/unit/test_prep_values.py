@@ -9,7 +9,9 @@ import pandas as pd
 import pytest
 
 from clue_dist.errors import DataError
+from clue_dist.store import layout
 from clue_dist.store.reader import Store
+from data_prep.check import check_store
 from data_prep.cli.commands import main
 from data_prep.convert import format_conversion
 from data_prep.readers.source import CategoryCodes
@@ -19,6 +21,7 @@ from tests.unit.prep_helpers import (
     make_counts,
     read_counts,
     read_field,
+    shrink_tasks,
     write_h5ad,
 )
 
@@ -42,6 +45,21 @@ def test_missing_texts_are_unknown_and_told(tmp_path: Path) -> None:
     told = format_conversion(store.manifest)
     assert "cells whose label is 'nan' have none" in told
     assert "cells whose batch is 'None' have none" in told
+
+
+def test_cells_of_many_shards_come_from_many_spools(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout, "SHARD_BYTES", 1)
+    shrink_tasks(monkeypatch)
+    counts = make_counts(150, 10)
+    labels = [f"type {i % 7}" for i in range(150)]
+    path = write_h5ad(tmp_path / "a.h5ad", counts, cell_type=labels)
+    store = convert_files(tmp_path / "s.zarr", f"rna={path}", block_cells=4)
+    assert len([file for file in store.manifest.shards if "/obs/label/" in file]) == 3
+    assert_same_counts(read_counts(store, "rna"), counts)
+    assert read_field(store, "label") == dict(zip(counts.index, labels, strict=True))
+    assert check_store(tmp_path / "s.zarr") == []
 
 
 def _write_values(path: Path, values: np.ndarray) -> str:
