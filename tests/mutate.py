@@ -40,11 +40,11 @@ ROOMS = {
         "clue_dist/checkpoint/*.py",
         "engine_state saver run_folder keep initial_weights",
     ),
-    "manifest": ("clue_dist/store/manifest.py", "prep_zarr prep_append prep_store"),
+    "manifest": ("clue_dist/store/manifest.py", "manifest prep_zarr"),
     "reader": ("clue_dist/store/reader.py", "rows loader prep_values prep_store"),
     "convert": (
         "data_prep/conver*/*.py data_prep/convert.py",
-        "prep_pairing prep_cells prep_values prep_features prep_spelling",
+        "prep_conversion prep_pairing prep_cells prep_values prep_features prep_spelling",
     ),
 }
 # What is imported once for all processes: the last prepares DeepSpeed. The project's own modules
