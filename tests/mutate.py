@@ -24,7 +24,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -197,8 +196,8 @@ class FirstFailure:
             self.name = report.nodeid
 
 
-def run_tests(copy: Path, room: str) -> None:
-    """Run the tests of a room in this process, on a copy of the project."""
+def run_tests(copy: Path, names: list[str]) -> None:
+    """Run files of `tests/unit` in this process, on a copy of the project."""
     import pytest
 
     os.setsid()  # whoever ends this process ends those that its tests have started
@@ -210,30 +209,25 @@ def run_tests(copy: Path, room: str) -> None:
     output = os.open(copy / "output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    files = [f"tests/unit/test_{name}.py" for name in ROOMS[room][1].split()]
+    files = [f"tests/unit/test_{name}.py" for name in names]
     failure = FirstFailure()
     options = ["-x", f"--basetemp={copy}/temporary", "--hypothesis-seed=0"]
     code = pytest.main([*options, *files], plugins=[failure])
-    result = failure.name or (f"exit code {code}" if code else "")
-    (copy / "result").write_text(result)
+    (copy / "result").write_text(failure.name or (f"exit code {code}" if code else ""))
     os._exit(0)  # threads that a mutation leaves behind must not keep it
 
 
 def await_tests(copy: Path, room: str, limit: float) -> str:
     """Run the tests of a room. Returns what failed, empty where nothing did."""
     (copy / "result").write_text("the process of the tests")
-    process = _FORKS.Process(target=run_tests, args=(copy, room))
+    process = _FORKS.Process(target=run_tests, args=(copy, ROOMS[room][1].split()))
     process.start()
     process.join(limit)
-    end_tests(process)
-    return (copy / "result").read_text() if process.exitcode == 0 else "the time limit"
-
-
-def end_tests(process: ForkServerProcess) -> None:
-    """End what is left of a process and of those that it has started."""
-    with suppress(ProcessLookupError):
+    is_late = process.is_alive()
+    with suppress(ProcessLookupError):  # the tests may have left processes, too
         os.killpg(process.pid or 0, signal.SIGKILL)
     process.join()
+    return "the time limit" if is_late else (copy / "result").read_text()
 
 
 def copy_project(folder: Path) -> Path:
