@@ -263,9 +263,11 @@ def try_mutations(
 
     def try_mutation(mutation: Mutation) -> None:
         copy = copies.get()
+        # Kept with its date, by which numba knows the code that it has compiled of this file.
+        original = shutil.copy2(copy / mutation.path, copy / "original")
         (copy / mutation.path).write_text(mutation.source)
         failed = await_tests(copy, mutation.room, limits[mutation.room])
-        shutil.copy2(ROOT / mutation.path, copy / mutation.path)
+        shutil.copy2(original, copy / mutation.path)
         copies.put(copy)
         results[mutation.label] = failed
         file.write_text(json.dumps(results, indent=1))
