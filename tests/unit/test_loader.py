@@ -28,6 +28,7 @@ from clue_dist.data.plan import CellPlan
 from clue_dist.errors import ConfigError, StoreError
 from clue_dist.store.block_pool import BlockPool, BlockRead
 from clue_dist.store.reader import Store
+from clue_dist.store.rows import CsrRows
 from tests.stores import make_store
 
 
@@ -85,6 +86,15 @@ def test_batches_hold_the_planned_cells(store: Store) -> None:
             np.testing.assert_array_equal(
                 batch.observed.numpy(), np.repeat([[1, 1], [1, 0], [0, 1]], [16, 8, 8], 0) == 1
             )
+
+
+def test_lengths_are_the_numbers_of_non_zeros(store: Store) -> None:
+    reader = store.segments["rna+adt"]
+    rows = reader.read_rows("rna", np.arange(reader.n_cells))
+    assert isinstance(rows, CsrRows)
+    lengths = reader.read_lengths("rna", np.arange(reader.n_blocks)).ravel()
+    assert lengths[: reader.n_cells].tolist() == np.diff(rows.indptr).tolist()
+    assert not lengths[reader.n_cells :].any()
 
 
 def test_dense_batches_hold_the_same_counts(store: Store) -> None:

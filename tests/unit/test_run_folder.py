@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from clue_dist.checkpoint.resuming import CHANGEABLE, choose_checkpoint, find_starting_point
-from clue_dist.checkpoint.run_folder import COMMIT, STATE, WEIGHTS, RunState
+from clue_dist.checkpoint.run_folder import COMMIT, STATE, WEIGHTS, RunState, read_state
 from clue_dist.config import Config, LogConfig
 from clue_dist.errors import ResumeError, SavingError
 from clue_dist.files import translate_write_errors
@@ -151,6 +151,28 @@ def test_work_that_would_be_lost_is_refused(run_folder: Path, drop: Callable[[Pa
     with pytest.raises(ResumeError):
         choose_checkpoint(run_folder, "never", Ranks())
     assert sorted(run_folder.rglob("*")) == before
+
+
+def test_some_files_of_what_was_half_copied_are_named(run_folder: Path) -> None:
+    drop_newest_marker(run_folder)
+    folder = run_folder / "checkpoints" / "step-00000030"
+    for rank in range(1, 9):
+        (folder / f"rank-{rank:05d}.safetensors").touch()
+    with pytest.raises(ResumeError) as refused:
+        choose_auto(run_folder)
+    found = str(refused.value.got)
+    assert "rank-00000.safetensors" in found
+    assert [f"rank-{rank:05d}" in found for rank in (4, 5)] == [True, False]
+
+
+@pytest.mark.parametrize("step", ["20", 20.0, True, None])
+def test_a_step_that_is_no_whole_number_is_refused(run_folder: Path, step: object) -> None:
+    checkpoint = run_folder / "checkpoints" / "step-00000020"
+    assert read_state(checkpoint).step == 20
+    state = json.loads((checkpoint / STATE).read_text())
+    (checkpoint / STATE).write_text(json.dumps(state | {"step": step}))
+    with pytest.raises(ResumeError, match="not one of this version"):
+        read_state(checkpoint)
 
 
 def test_an_older_checkpoint_is_gone_on_from_where_it_is_named(run_folder: Path) -> None:
