@@ -12,7 +12,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from clue_dist.checkpoint.resuming import CHANGEABLE, choose_checkpoint, find_starting_point
+from clue_dist.checkpoint.resuming import (
+    CHANGEABLE,
+    choose_checkpoint,
+    find_starting_point,
+    forget_lost_best,
+    set_aside_later_work,
+)
 from clue_dist.checkpoint.run_folder import COMMIT, STATE, WEIGHTS, RunState, read_state
 from clue_dist.config import Config, LogConfig
 from clue_dist.errors import ResumeError, SavingError
@@ -201,6 +207,49 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(
         print(json.dumps({"step": 32, "split": "train"}), file=file, flush=True)
         with pytest.raises(ResumeError, match="up to step 32"):
             choose_checkpoint(run_folder, resume, Ranks())
+
+
+@pytest.mark.parametrize("settings", [Config(store="s", run="r").to_json(), "{"])
+def test_without_an_interval_no_more_than_a_step_may_be_lost(
+    run_folder: Path, settings: str
+) -> None:
+    drop_all_but_metrics(run_folder)
+    (run_folder / "config.json").write_text(settings)
+    (run_folder / "metrics.jsonl").write_bytes(LINES[0])
+    assert choose_auto(run_folder) is None
+    (run_folder / "metrics.jsonl").write_bytes(b"\n".join(LINES[:2]))
+    with pytest.raises(ResumeError, match="up to step 2"):
+        choose_auto(run_folder)
+
+
+def test_best_weights_that_are_damaged_are_forgotten(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = RunState(
+        step=30, world=1, fingerprint="f", lowest_score=1.0, best_step=25, best_score=1.5, bad=2
+    )
+    assert forget_lost_best(run_folder, state, Ranks()) == state
+    (run_folder / "best" / "step-00000025" / WEIGHTS).write_bytes(b"damaged")
+    forgotten = RunState(step=30, world=1, fingerprint="f")
+    assert forget_lost_best(run_folder, state, Ranks()) == forgotten
+    assert "the next validation counts as the best" in capsys.readouterr().out
+    shutil.rmtree(run_folder / "best")
+    assert forget_lost_best(run_folder, state, Ranks()) == forgotten
+    assert forget_lost_best(run_folder, forgotten, Ranks()) == forgotten
+    assert not capsys.readouterr().out
+
+
+def test_what_lies_beyond_a_step_is_set_aside(run_folder: Path) -> None:
+    (run_folder / "checkpoints" / "step-00000040.ab.partial").mkdir()
+    set_aside_later_work(run_folder, 20, Ranks())
+    left = {
+        kind: sorted(path.name for path in (run_folder / kind).iterdir())
+        for kind in ("checkpoints", "best")
+    }
+    assert left == {
+        "checkpoints": ["step-00000020", "step-00000030.aside"],
+        "best": ["step-00000025.aside"],
+    }
 
 
 def test_no_other_run_is_begun_in_a_folder_that_holds_work(

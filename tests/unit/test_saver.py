@@ -166,3 +166,16 @@ def test_the_time_that_training_waits_for_saving_is_counted(
         assert saving.waited_seconds == 3
         saving.finish()
         assert saving.waited_seconds == 5
+
+
+def test_what_has_been_saved_is_not_waited_for_again(
+    tmp_path: Path, engine: CountingEngine
+) -> None:
+    with Saver(tmp_path, engine, Ranks(), keep=2) as saving:
+        for step_number in range(1, 5):
+            saving.save_checkpoint(RunState(step=step_number, world=1, fingerprint="f"))
+            assert [step_saved for step_saved, _ in saving._writes] == [step_number]
+        saving.finish()
+        assert not saving._writes
+    names = [folder.name for folder in list_checkpoints(tmp_path / "checkpoints")]
+    assert names == ["step-00000004", "step-00000003"]
