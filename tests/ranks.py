@@ -2,6 +2,7 @@
 
     python tests/ranks.py SERVER                  listens at the socket SERVER until its input ends
     python tests/ranks.py SERVER N SCRIPT ARGS    has the server start N ranks, and waits for them
+    python tests/ranks.py SERVER N -m MODULE ARGS    likewise
 
 Ranks are forked from the server, which has imported what they need: that is most of what a small
 run takes. All of them iterate over sets in the order of the server. What must not depend on that
@@ -23,7 +24,13 @@ import time
 from pathlib import Path
 
 # In this order: the first keeps DeepSpeed from compiling what the last imports.
-PRELOADED = ("clue_dist.train.loop", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer")
+PRELOADED = (
+    "clue_dist.train.loop",
+    "torch._dynamo",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "clue_dist.inference.report",
+    "mudata",
+)
 FAILURE_LIMIT = 20.0  # seconds for the other ranks to end, once one has failed
 HUNG, GONE = 99, 98  # exit codes where a rank did not end by itself, and where the server is gone
 
@@ -108,9 +115,13 @@ def find_free_port() -> str:
 
 
 def run_script(words: list[str]) -> int:
-    """Run a script with its arguments as Python starts it."""
-    sys.argv, sys.path[0] = words, os.path.dirname(words[0])
-    runpy.run_path(words[0], run_name="__main__")
+    """Run a script or, behind `-m`, a module with its arguments as Python starts it."""
+    if words[0] == "-m":
+        sys.argv, sys.path[0] = words[1:], os.getcwd()
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv, sys.path[0] = words, os.path.dirname(words[0])
+        runpy.run_path(words[0], run_name="__main__")
     return 0
 
 

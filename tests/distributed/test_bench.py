@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.command import launched, python, run, train_args
+from tests.distributed.command import alone, run, spawned, train_args
 from tests.processes import run_ranks
 from tests.stores import make_store
 
@@ -29,7 +29,7 @@ def bench_args(folder: Path, name: str, *settings: str) -> list[str]:
 
 def test_it_measures_all_three_and_writes_nothing_but_its_json(folder: Path) -> None:
     out = folder / "one.json"
-    done = python(*bench_args(folder, "one", "data.window_blocks=1"), "--json", str(out))
+    done = alone(*bench_args(folder, "one", "data.window_blocks=1"), "--json", str(out))
     report = json.loads(out.read_text())
     assert report["verdict"] == done.stdout.splitlines()[-1]
     assert report["feeds"] == report["data"]["cells_per_s"] / report["model"]["cells_per_s"]
@@ -49,7 +49,7 @@ def test_it_measures_all_three_and_writes_nothing_but_its_json(folder: Path) -> 
 
 def test_two_ranks_report_once_and_count_all_cells(folder: Path) -> None:
     out = folder / "two.json"
-    done = run(*launched(2, *bench_args(folder, "two", "train.grad_accum=2"), "--json", str(out)))
+    done = run(*spawned(2, *bench_args(folder, "two", "train.grad_accum=2"), "--json", str(out)))
     report = json.loads(out.read_text())
     assert report["about"]["ranks"] == 2
     assert report["both"]["cells_per_s"] == pytest.approx(64e3 / report["both"]["step_ms"])
@@ -60,19 +60,19 @@ def test_two_ranks_report_once_and_count_all_cells(folder: Path) -> None:
 def test_a_recipe_needs_a_store_but_no_run(folder: Path) -> None:
     assert (
         "`store` is not set"
-        in python("launch/bench.py", "--config", "configs/atlas.json", expect=2).stderr
+        in alone("launch/bench.py", "--config", "configs/atlas.json", expect=2).stderr
     )
     store = ["--set", f"store={folder / 's.zarr'}", "data.batch_size=64", "model.trunk.hidden=8"]
-    python("launch/bench.py", "--config", "configs/atlas.json", *store, *QUICK)
+    alone("launch/bench.py", "--config", "configs/atlas.json", *store, *QUICK)
 
 
 def test_mistakes_are_told_before_anything_is_measured(folder: Path) -> None:
     args = bench_args(folder, "bad")
     assert (
         "folder that is there"
-        in python(*args, "--json", str(folder / "no" / "o.json"), expect=2).stderr
+        in alone(*args, "--json", str(folder / "no" / "o.json"), expect=2).stderr
     )
-    assert "one repeat or more" in python(*args, "--repeats", "0", expect=2).stderr
+    assert "one repeat or more" in alone(*args, "--repeats", "0", expect=2).stderr
 
 
 def test_a_slow_store_is_found_to_be_the_limit(folder: Path) -> None:
@@ -92,7 +92,7 @@ def test_a_slow_store_is_found_to_be_the_limit(folder: Path) -> None:
         from clue_dist.train.setup import prepare_setup
         finish = SegmentReader.finish_read
         def slow(*args):
-            time.sleep(0.1)
+            time.sleep(0.5)
             return finish(*args)
         SegmentReader.finish_read = slow
         from clue_dist.train.bench import measure_speed

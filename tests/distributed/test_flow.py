@@ -8,17 +8,17 @@ import mudata as md
 import numpy as np
 import pytest
 
-from tests.distributed.command import launched, python, run, train_args
+from tests.distributed.command import alone, launched, run, spawned, train_args
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("flow")
     simulate = ["simulate", "--modality", "rna:300", "adt:30", "--paired"]
-    python(
+    alone(
         "-m", "data_prep", *simulate, "0.5", "--cells", "900", "--out", str(folder / "train.h5mu")
     )
-    python(
+    alone(
         "-m", "data_prep", *simulate, "1.0", "--cells", "1200", "--out", str(folder / "both.h5mu")
     )
     test = md.read(folder / "both.h5mu")
@@ -28,11 +28,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "test.h5mu"
     )
     convert = ("-m", "data_prep", "convert")
-    python(*convert, str(folder / "train.h5mu"), "--out", str(folder / "train.zarr"))
+    alone(*convert, str(folder / "train.h5mu"), "--out", str(folder / "train.zarr"))
     test_store = ("--out", str(folder / "test.zarr"), "--features-from", str(folder / "train.zarr"))
-    python(*convert, str(folder / "test.h5mu"), *test_store)
+    alone(*convert, str(folder / "test.h5mu"), *test_store)
     settings = ("train.epochs=25", "train.validate_every=50", "train.patience=0")
-    run(*launched(2, *train_args(folder, folder / "train.zarr", "run", *settings)))
+    run(*spawned(2, *train_args(folder, folder / "train.zarr", "run", *settings)))
     return folder
 
 
@@ -48,7 +48,7 @@ def dense_foscttm(u: np.ndarray, v: np.ndarray) -> float:
 
 def test_unseen_cells_find_their_other_half(folder: Path) -> None:
     store = ("--run", str(folder / "run"), "--store", str(folder / "test.zarr"))
-    python("launch/embed.py", *store, "--out", str(folder / "test-z.h5mu"), "--per-modality")
+    alone("launch/embed.py", *store, "--out", str(folder / "test-z.h5mu"), "--per-modality")
     run(*launched(2, "launch/evaluate.py", *store, "--out", str(folder / "scores.json")))
     z = md.read(folder / "test-z.h5mu")
     assert z.obsm["X_clue"].shape == (300, 12)
@@ -66,9 +66,9 @@ def test_unseen_cells_find_their_other_half(folder: Path) -> None:
 def test_embedding_is_the_same_on_two_ranks_and_from_last_weights_another(folder: Path) -> None:
     store = ("--run", str(folder / "run"), "--store", str(folder / "test.zarr"))
     outs = {name: folder / f"{name}.h5mu" for name in ("one", "two", "last")}
-    python("launch/embed.py", *store, "--out", str(outs["one"]))
-    run(*launched(2, "launch/embed.py", *store, "--out", str(outs["two"])))
-    python("launch/embed.py", *store, "--out", str(outs["last"]), "--checkpoint", "last")
+    alone("launch/embed.py", *store, "--out", str(outs["one"]))
+    run(*spawned(2, "launch/embed.py", *store, "--out", str(outs["two"])))
+    alone("launch/embed.py", *store, "--out", str(outs["last"]), "--checkpoint", "last")
     z = {name: md.read(path) for name, path in outs.items()}
     np.testing.assert_array_equal(
         z["one"].obsm["X_clue"], z["two"][z["one"].obs_names].obsm["X_clue"]
@@ -78,8 +78,8 @@ def test_embedding_is_the_same_on_two_ranks_and_from_last_weights_another(folder
 
 def test_report_ends_with_its_path(folder: Path) -> None:
     store = ("--run", str(folder / "run"), "--store", str(folder / "test.zarr"))
-    python("launch/embed.py", *store, "--out", str(folder / "r.h5mu"), "--per-modality")
-    done = python(
+    alone("launch/embed.py", *store, "--out", str(folder / "r.h5mu"), "--per-modality")
+    done = alone(
         "launch/report.py", "--run", str(folder / "run"), "--embedding", str(folder / "r.h5mu")
     )
     page = Path(done.stdout.strip().splitlines()[-1])
@@ -88,7 +88,7 @@ def test_report_ends_with_its_path(folder: Path) -> None:
 
 
 def test_features_of_another_store_are_refused_with_a_way_out(folder: Path) -> None:
-    python(
+    alone(
         "-m",
         "data_prep",
         "simulate",
@@ -108,7 +108,7 @@ def test_features_of_another_store_are_refused_with_a_way_out(folder: Path) -> N
         "--out",
         str(folder / "o.h5mu"),
     )
-    done = python("launch/embed.py", *args, expect=2)
+    done = alone("launch/embed.py", *args, expect=2)
     assert "--features-from" in done.stderr
     assert not (folder / "o.h5mu").exists()
 
@@ -127,6 +127,6 @@ def test_weights_of_another_shape_than_the_settings_say_are_refused(folder: Path
         "--out",
         str(folder / "m.h5mu"),
     )
-    done = python("launch/embed.py", *args, expect=2)
+    done = alone("launch/embed.py", *args, expect=2)
     assert "the weights do not fit the model of these settings" in done.stderr
     assert "Traceback" not in done.stderr

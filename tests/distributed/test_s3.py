@@ -11,10 +11,9 @@ from tests.distributed.command import (
     alone,
     best_weights,
     largest_difference,
-    launched,
     metrics,
-    python,
     run,
+    spawned,
     train_args,
 )
 from tests.s3 import S3, serve
@@ -56,13 +55,13 @@ def test_a_run_on_a_url_is_the_run_on_the_folder(s3: S3, folder: Path) -> None:
     results = []
     for name, store in (("local", str(folder / "s.zarr")), ("remote", url)):
         out = folder / f"{name}.json"
-        python(
+        alone(
             "launch/evaluate.py", "--run", str(folder / name), "--store", store, "--out", str(out)
         )
         results.append(json.loads(out.read_text()))
         assert results[-1].pop("about")["store"] == store
     assert results[0] == results[1]
-    python(
+    alone(
         "launch/embed.py",
         "--run",
         str(folder / "remote"),
@@ -72,13 +71,13 @@ def test_a_run_on_a_url_is_the_run_on_the_folder(s3: S3, folder: Path) -> None:
         str(folder / "z.h5ad"),
     )
     assert ad.read_h5ad(folder / "z.h5ad").obsm["X_clue"].shape == (300, 12)
-    assert "300 cells" in python("-m", "data_prep", "inspect", url).stdout
-    assert f"{url}: sound" in python("-m", "data_prep", "check", url).stdout
+    assert "300 cells" in alone("-m", "data_prep", "inspect", url).stdout
+    assert f"{url}: sound" in alone("-m", "data_prep", "check", url).stdout
 
 
 def test_two_ranks_read_a_url(s3: S3, folder: Path) -> None:
     url = s3.upload(folder / "s.zarr", "s.zarr")
-    run(*launched(2, *train_args(folder, folder / "s.zarr", "two", *SHORT, f"store={url}")))
+    run(*spawned(2, *train_args(folder, folder / "s.zarr", "two", *SHORT, f"store={url}")))
     assert largest_difference(best_weights(folder / "local"), best_weights(folder / "two")) < 1e-5
 
 
@@ -98,7 +97,7 @@ def test_what_is_not_there_ends_with_2_before_anything_starts(s3: S3, folder: Pa
         ["-m", "data_prep", "check", where],
     ]
     for command in commands:
-        message = python(*command, expect=2).stderr
+        message = alone(*command, expect=2).stderr
         assert f"no such bucket\n  where: {where}" in message
         assert "Traceback" not in message
     assert not (folder / "none").exists()

@@ -25,7 +25,6 @@ from tests.distributed.command import (
     largest_difference,
     launched,
     metrics,
-    python,
     run,
     spawned,
     train_args,
@@ -72,17 +71,17 @@ def test_no_paired_cells_is_an_error_unless_nothing_is_crossed(folder: Path) -> 
         folder / "unpaired.zarr", cells={"rna": 90, "adt": 90}, features={"rna": 60, "adt": 10}
     )
     args = train_args(folder, folder / "unpaired.zarr", "unpaired", "train.epochs=1")
-    assert "no cell of the store carries two modalities" in python(*args, expect=2).stderr
+    assert "no cell of the store carries two modalities" in alone(*args, expect=2).stderr
     alone(*args, "--set", "objective.lambda_cross=0")
     assert math.isfinite(metrics(folder / "unpaired", "validation")[-1]["score"])
 
 
 def test_dry_run_shows_the_plan_and_writes_nothing(folder: Path) -> None:
-    done = python(*train_args(folder, folder / "s.zarr", "dry"), "--dry-run")
+    done = alone(*train_args(folder, folder / "s.zarr", "dry"), "--dry-run")
     assert "stratum rna+adt: 190 cells, 10 held out" in done.stdout
     assert "would go on" not in done.stdout
     assert not (folder / "dry").exists()
-    done = python(
+    done = alone(
         *train_args(folder, folder / "s.zarr", "dry"), "--dry-run", "--resume", "nowhere", expect=2
     )
     assert "this checkpoint cannot be used" in done.stderr
@@ -138,7 +137,7 @@ def test_two_ranks_stopped_under_the_launcher_go_on_to_the_same_weights(folder: 
         "train.patience=0",
     )
     settings = ("train.epochs=20", "log.every=1", *sharded)
-    run(*launched(2, *train_args(folder, folder / "s.zarr", "whole3", *settings)))
+    run(*spawned(2, *train_args(folder, folder / "s.zarr", "whole3", *settings)))
     args = train_args(folder, folder / "s.zarr", "broken3", *settings)
     assert stopped_after(launched(2, *args), folder / "broken3", 15) != 0
     deadline = time.monotonic() + 60  # the launcher may be gone before its ranks
@@ -272,7 +271,7 @@ def test_every_recipe_trains(folder: Path, recipe: Path) -> None:
         "log.every=1",
         *FAST,
     )
-    python("launch/train.py", "--config", str(recipe), "--set", *settings)
+    alone("launch/train.py", "--config", str(recipe), "--set", *settings)
     losses = [line["loss"] for line in metrics(folder / recipe.stem)]
     assert len(losses) >= 3
     assert all(map(math.isfinite, losses))
