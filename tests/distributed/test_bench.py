@@ -90,13 +90,16 @@ def test_a_slow_store_is_found_to_be_the_limit(folder: Path) -> None:
         from clue_dist.ranks import Ranks
         from clue_dist.store.reader import SegmentReader
         from clue_dist.train.setup import prepare_setup
-        finish = SegmentReader.finish_read
+        from clue_dist.train.bench import measure_speed
+        finish, delay_s = SegmentReader.finish_read, 0.0
         def slow(*args):
-            time.sleep(0.5)
+            time.sleep(delay_s)
             return finish(*args)
         SegmentReader.finish_read = slow
-        from clue_dist.train.bench import measure_speed
-        report = measure_speed(prepare_setup(Config(**settings), 1, writes=False), Ranks(), 0.2, 2)
+        setup = prepare_setup(Config(**settings), 1, writes=False)
+        # A read takes as long as several steps, however slow the machine is just now.
+        delay_s = 2e-3 * measure_speed(setup, Ranks(), 0.1, 1).model.step_ms
+        report = measure_speed(setup, Ranks(), 0.2, 2)
         print(max(report.data.phases, key=report.data.phases.get))
         print(report.verdict)
         """,
