@@ -7,6 +7,7 @@ counts are read. Where it would stop, the remedies that fit its error are rehear
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,14 +21,6 @@ import numpy as np
 from clue_dist.errors import DataError, list_names
 from clue_dist.kinds import find_kinds
 from clue_dist.store import layout
-from data_prep.command import (
-    BIN_WIDTH,
-    Command,
-    guess_command,
-    guess_modality,
-    list_modalities,
-    read_barcodes,
-)
 from data_prep.conversion.pairing import PairingSurvey, find_droplets
 from data_prep.conversion.scatter import plan_readings
 from data_prep.convert import format_feature_note
@@ -38,10 +31,19 @@ from data_prep.readers.barcode_cores import extract_cores
 from data_prep.readers.formats import FileDescription, describe_file
 from data_prep.readers.fragments import ConversionInput, FragmentsInput
 from data_prep.readers.source import PROBED_VALUES
+from data_prep.suggested_command import (
+    BIN_WIDTH,
+    Command,
+    guess_command,
+    guess_modality,
+    list_modalities,
+    read_barcodes,
+)
 
 MOST_REMEDIES = 8  # that are put together
 MOST_COLUMNS = 20  # of obs, that are tried for a data set
 ALIKE_SHARE = 0.05  # of all cells: so many more pairs are no accident
+SAME_SHARE = 0.5  # of the cells of one file in another: they are perhaps the same cells twice
 NAME_COLUMNS = [
     "gene_ids",
     "gene_id",
@@ -221,9 +223,8 @@ def find_command(
         better = _pair_more(command, rehearsal)
         if better is None:
             return Diagnosis(command, reasons, rehearsal, None)
-        reason = "; ".join(line.strip() for line in rehearsal.lines if "cells" in line)
-        reasons.append(_explain_change(command, better, f"without it, {reason}"))
-        command = better
+        reasons.append(_explain_change(command, *better))
+        command = better[0]
     return Diagnosis(command, reasons, None, error)
 
 
@@ -246,15 +247,16 @@ def _helps(command: Command, refusal: DataError, rehearse: Rehearse) -> bool:
     return True
 
 
-def _pair_more(command: Command, rehearsal: Rehearsal) -> Command | None:
-    """The command with a flag that pairs more cells, or leaves empty droplets out."""
+def _pair_more(command: Command, rehearsal: Rehearsal) -> tuple[Command, str] | None:
+    """The command with a flag that pairs more cells or leaves empty droplets out, and why."""
     survey, flags = rehearsal.survey, [name for name, _ in command.flags]
     n_cells = sum(survey.n_cells.values())
     if survey.n_alike > ALIKE_SHARE * n_cells and "--pair-barcodes" not in flags:
-        return command.add_flag("--pair-barcodes", "core")
-    for large, small, _ in find_droplets(survey, rehearsal.modalities):
+        return command.add_flag("--pair-barcodes", "core"), f"{survey.n_alike:,} more cells pair"
+    for large, small, ratio in find_droplets(survey, rehearsal.modalities):
         if "--barcodes" not in flags:
-            return command.add_flag("--barcodes", f"{large}={small}")
+            reason = f"{large} has {ratio} times the cells of {small}"
+            return command.add_flag("--barcodes", f"{large}={small}"), reason
     return None
 
 
@@ -297,6 +299,9 @@ def _separate_files(command: Command, files: Mapping[int, FileDescription]) -> C
     if len({given.number for given in leaders}) < 2 or any(i.dataset for i in command.inputs):
         return None
     cores = {given: extract_cores(read_barcodes(given, files)) for given in command.inputs}
+    for first, second in itertools.combinations(leaders, 2):
+        if np.isin(cores[first], cores[second]).mean() > SAME_SHARE:
+            return None
     names = {}
     for i, given in enumerate(leaders):
         stem = re.sub(r"[^A-Za-z0-9_.-]+", "_", Path(given.path).name.split(".")[0])
@@ -312,11 +317,12 @@ def _separate_files(command: Command, files: Mapping[int, FileDescription]) -> C
 
 def _format_diagnosis(diagnosis: Diagnosis) -> list[str]:
     """Say what a command would do, then the command."""
-    lines = list(diagnosis.reasons)
+    lines, introduction = list(diagnosis.reasons), []
     if diagnosis.rehearsal is not None:
         lines += ["convert would write"]
         lines += [f"  {line.strip()}" for line in diagnosis.rehearsal.lines]
     else:
         lines += [f"convert would stop: {_indent(str(diagnosis.error))}"]
+        introduction = ["as far as files tell, before that is mended:"]
     words = ["python", "-m", "data_prep", "convert", *diagnosis.command.words]
-    return [*lines, "", shlex.join([*words, "--out", "STORE.zarr"])]
+    return [*lines, "", *introduction, shlex.join([*words, "--out", "STORE.zarr"])]

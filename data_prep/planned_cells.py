@@ -100,7 +100,7 @@ def plan_cells(
     plan = plan_features(sources, heads, options.kinds, options.feature_choices, reference)
     # The codes of known batches and labels stay what they are in the other store.
     names = {"batch": reference.batches, "label": reference.labels} if reference else {}
-    if options.pairing is None:
+    if options.pairing != "exact":
         refuse_row_numbers(sources, heads)
     modalities, columns = list(plan.modalities), options.obs_columns
     cells = join_cells_by_barcode(

@@ -267,7 +267,8 @@ def require_same_run(
             where=config.store,
             got=f"fingerprint {fingerprint[:16]}",
             expected=state.fingerprint[:16],
-            fix="point --set store=... at the original store, or start a new run",
+            fix="point --set store=... at the original store, or begin a new run with the weights "
+            f"of this one: --init-from {run_folder} --set run=ANOTHER_FOLDER",
         )
     changed = configs.compare_settings(_load_saved_config(checkpoint), config)
     forbidden = [key for key in changed if not key.startswith(CHANGEABLE)]

@@ -148,7 +148,7 @@ def _require_same_features(run: Path, card: ModelCard, setup: Setup) -> None:
                 where=where,
                 got=f"{now.n_features} features of kind {now.kind}, {differing}",
                 expected=f"the {before.n_features} of the run, of kind {before.kind}",
-                fix="convert with --features-from the store of that run",
+                fix=f"convert the cells with --features-from {run}",
             )
 
 

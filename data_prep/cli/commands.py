@@ -26,15 +26,13 @@ from data_prep.cli.conversion_flags import (
     parse_positive,
 )
 from data_prep.cli.inputs import parse_argument
-from data_prep.command import Command
 from data_prep.convert import convert_inputs, format_conversion
 from data_prep.fetch import fetch_cells
 from data_prep.jobs.workers import open_pool
-from data_prep.options import (
-    FIELDS,
-)
+from data_prep.options import FIELDS
 from data_prep.planned_cells import ConversionOptions
 from data_prep.simulate import SimulationSpec, parse_features, write_h5mu
+from data_prep.suggested_command import Command
 
 _DESCRIPTION = "From raw counts to a store that training streams from."
 _STORE_HELP = "a folder or a URL: s3://, gs://, https://"
@@ -94,7 +92,8 @@ def _doctor(arguments: argparse.Namespace) -> None:
     lines, errors = doctor.examine_files(files, rehearse)
     print(*lines, sep="\n")
     if errors:
-        raise DataError(f"{len(errors)} files cannot be read", where=errors[0].where)
+        what = f"{len(errors)} of {len(files)} files cannot be read"
+        raise DataError(what, where=errors[0].where)
 
 
 def _fetch(arguments: argparse.Namespace) -> None:

@@ -66,7 +66,7 @@ def list_table_parts(path: Path) -> list[FilePart]:
 def open_text_table(
     argument: InputArgument, modality: str, part: FilePart, options: ReadingOptions
 ) -> TextTableSource:
-    """The source of a table; `orient_tables` finds out where its cells are, if no key says so."""
+    """The source of a table; `orient_table` finds out where its cells are, if no key says so."""
     cells_in_rows = part.key == CELLS_IN_ROWS if part.key else None
     return TextTableSource(argument.local_path, modality, argument.dataset, cells_in_rows)
 

@@ -8,7 +8,7 @@ import pytest
 
 from clue_dist.config import Config, LogConfig
 from clue_dist.ranks import Ranks
-from clue_dist.train.log_lines import LINE_COLUMNS, format_log_line
+from clue_dist.train.log_lines import format_log_line
 from clue_dist.train.sinks import Sinks
 from tests.distributed.command import metrics
 
@@ -50,7 +50,7 @@ def test_a_line_fits_and_has_the_most_important_numbers(steps: int) -> None:
     assert train.endswith("  left 100:00:00")
     assert "data_wait 0.2648  left 0:01:00" in format_log_line("train", 12, 120, TRAIN, 60.0)
     assert validation.endswith("kept 0.1765 of step 8000  lowest 0.1751 of step 6000")
-    assert max(len(train), len(validation)) <= LINE_COLUMNS
+    assert max(len(train), len(validation)) <= 100
 
 
 def test_an_event_is_told_in_full_on_lines_that_fit() -> None:
@@ -62,7 +62,7 @@ def test_an_event_is_told_in_full_on_lines_that_fit() -> None:
     text = format_log_line("event", 7, 120, numbers)
     lines = text.splitlines()
     assert lines[0].startswith("[7/120] event not finite, step skipped: found rank 0: values of")
-    assert max(map(len, lines)) <= LINE_COLUMNS
+    assert max(map(len, lines)) <= 100
     assert " ".join(text.split()).endswith(f"{FOUND}, in_a_row 2")
 
 

@@ -86,7 +86,9 @@ def test_what_a_file_is_and_holds(here: Path, shell: Shell) -> None:
 def test_what_cannot_be_read_is_told_with_the_rest(here: Path, shell: Shell) -> None:
     write_h5ad(here / "rna.h5ad", make_counts(20, 30))
     (here / "text.h5ad").write_text("no HDF5")
-    assert "1 files cannot be read" in shell.run_words("doctor", "text.h5ad", "rna.h5ad", code=2)
+    assert "1 of 2 files cannot be read" in shell.run_words(
+        "doctor", "text.h5ad", "rna.h5ad", code=2
+    )
     assert "no such input" in shell.run_words("doctor", "nothing.h5ad", code=2)
 
 
@@ -158,6 +160,14 @@ def test_lanes_that_reuse_barcodes_are_kept_apart(here: Path, shell: Shell) -> N
         "rna_two:adt=adt_two.h5ad rna_one:adt=adt_one.h5ad"
     )
     assert shell.convert(words) == {"rna+adt": 60}
+
+
+def test_the_same_cells_twice_are_not_made_two_data_sets(here: Path, shell: Shell) -> None:
+    for name in ("one", "again"):
+        write_h5ad(here / f"{name}.h5ad", make_counts(60, 12))
+    told = shell.run_words("doctor", "one.h5ad", "again.h5ad")
+    assert "convert would stop: 60 barcodes occur more than once" in told
+    assert "before that is mended:\npython -m data_prep convert" in told
 
 
 def test_data_sets_of_one_file_are_told_apart_by_a_column(here: Path, shell: Shell) -> None:

@@ -171,6 +171,8 @@ def test_row_numbers_are_no_barcodes(tmp_path: Path) -> None:
         "adt": write_h5ad(tmp_path / "a.h5ad", adt),
     }
     given = [f"{name}={file}" for name, file in files.items()]
+    with pytest.raises(DataError, match="cells are called by numbers of rows"):
+        convert_files(tmp_path / "x.zarr", *given, pairing="core")
     with pytest.raises(DataError, match="cells are called by numbers of rows") as caught:
         convert_files(tmp_path / "x.zarr", *given)
     assert "r.h5ad: 0, 1, 2 ...; a.h5ad: 0, 1, 2 ..." in str(caught.value)
