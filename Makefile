@@ -42,7 +42,7 @@ demo: $(READY)
 	python launch/report.py --run $(RUN) --embedding $(RUN)/test.h5mu --scores $(RUN)/scores.json
 
 test: lint $(if $(shell [ "$$(id -u)" = 0 ] && [ ! -d /run/systemd/system ] && command -v apt-get),system)
-	@python -m pytest --numprocesses 2
+	@python -m pytest --numprocesses 3 # tests of clusters wait a lot
 
 test-fast: lint
 	@python -m pytest --numprocesses 2 -m "not slow"

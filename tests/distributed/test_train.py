@@ -269,6 +269,9 @@ def test_every_recipe_trains(folder: Path, recipe: Path) -> None:
         f"run={folder / recipe.stem}",
         "train.epochs=1.5",
         "log.every=1",
+        # Some are as wide as a GPU likes it.
+        "model.trunk.hidden=64",
+        "model.decoder.hidden=64",
         *FAST,
     )
     alone("launch/train.py", "--config", str(recipe), "--set", *settings)

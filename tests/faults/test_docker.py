@@ -100,7 +100,8 @@ def test_the_variants_differ_in_base_and_torch() -> None:
     ]
     assert alone == ["RUN apt-get update", "RUN pip install", "RUN useradd --create-home"]
     assert [i for i in cpu if i not in cuda and i.name not in ("RUN", "FROM")] == [
-        ("ARG", "TORCH_INDEX=")
+        ("ENV", "DS_ACCELERATOR=cpu"),
+        ("ARG", "TORCH_INDEX="),
     ]
     assert [i.name for i in cuda if i not in cpu] == ["FROM", "RUN", "RUN", "RUN"]
 
