@@ -94,10 +94,8 @@ def join_cells_by_barcode(
     if not n_rows:
         where = list_names(source.display_name for source in sources)
         raise DataError("the inputs hold no cells", where=where)
-    names = {}
     _require_columns(obs_columns, sources, heads)
-    for field in FIELDS:
-        names[field] = _merge_names(field, heads, known_names.get(field, []))
+    names = {field: _merge_names(field, heads, known_names.get(field, [])) for field in FIELDS}
     hash_key = derive_key(seed, "cells")
     rows_folder = work / "cells" / "rows"
     row_lists = _list_all_rows(sources, heads, names, hash_key, by_core, rows_folder, pool)

@@ -6,13 +6,12 @@ import re
 from dataclasses import dataclass
 
 from clue_dist.errors import DataError, list_names
-from data_prep.features.spelling import drop_tallies, find_shift
+from data_prep.features.spelling import drop_tallies, find_shift, find_spelling, sample_features
 from data_prep.options import FeatureChoice
 from data_prep.readers.source import Source, SourceHead
 
 _ENSEMBL_ID = re.compile(r"ENS[A-Z]*G\d+")
 _VERSIONED_ID = re.compile(r"ENS[A-Z]*G\d+\.\d+")
-_REGION = re.compile(r"[^:]+[:_-]\d+[-_]\d+\Z")
 
 
 @dataclass(frozen=True)
@@ -97,14 +96,14 @@ def _require_equal_starts(
 
 def _guess_naming(features: list[str]) -> str:
     """Say what most of the features are called by."""
-    sample = features[:: max(1, len(features) // 200)]  # there may be millions of them
+    sample = sample_features(features)
 
     def are_most(pattern: re.Pattern[str]) -> bool:
         return sum(bool(pattern.match(feature)) for feature in sample) > len(sample) / 2
 
     if are_most(_ENSEMBL_ID):
         return "Ensembl ids" + (" with versions" if are_most(_VERSIONED_ID) else "")
-    if are_most(_REGION):
+    if find_spelling(features) is not None:
         return "regions of chromosomes named " + ("chr1" if sample[0].startswith("chr") else "1")
     return "names"
 

@@ -27,7 +27,7 @@ TALLIES = frozenset(
         "N_ambiguous",
     ]
 )
-SAMPLED_FEATURES = 200  # looked at to tell whether features are regions; there may be millions
+SAMPLED_FEATURES = 200  # looked at to tell what features are; there may be millions
 
 # chromosome, separator, start, separator, end
 _REGION = re.compile(r"(.*[^:_-])([:_-])([0-9]+)([-_])([0-9]+)")
@@ -49,9 +49,14 @@ class RegionSpelling:
         return f"{chromosome}{self.before_start}{start}{self.before_end}{end}"
 
 
+def sample_features(features: Sequence[str]) -> Sequence[str]:
+    """Pick some of the features, evenly over the list."""
+    return features[:: max(1, len(features) // SAMPLED_FEATURES)]
+
+
 def find_spelling(features: Sequence[str]) -> RegionSpelling | None:
     """Find how most of the features are spelled, if most of them are regions of a genome."""
-    sample = features[:: max(1, len(features) // SAMPLED_FEATURES)]
+    sample = sample_features(features)
     matches = [_REGION.fullmatch(feature) for feature in sample]
     found = Counter(match.group(2, 4) for match in matches if match is not None)
     if 2 * found.total() <= len(sample):
@@ -72,7 +77,7 @@ def find_shift(features: Sequence[str], known: Collection[str]) -> tuple[str, st
     """
     if find_spelling(features) is None:
         return None
-    sample = features[:: max(1, len(features) // SAMPLED_FEATURES)]
+    sample = sample_features(features)
     for step in (-1, 1):
         shifted = {name: _move_start(name, step) for name in sample}
         found = [name for name, other in shifted.items() if other in known and name not in known]
