@@ -21,8 +21,9 @@ class ClueError(Exception):
         got: what was found.
         expected: what should have been there.
         fix: what a person can do.
+        mistake: the mistake for programs that mend it, an object of a type of its own.
 
-    Only `what` is required. Each other part is printed on a line of its own.
+    Only `what` is required. Each other part is printed on a line of its own, but for `mistake`.
     """
 
     exit_code = 2
@@ -36,8 +37,10 @@ class ClueError(Exception):
         got: object | None = None,
         expected: object | None = None,
         fix: str | None = None,
+        mistake: object | None = None,
     ) -> None:
         self.what, self.where, self.got, self.expected, self.fix = what, where, got, expected, fix
+        self.mistake = mistake
         super().__init__(what, where, got, expected, fix)
 
     def __str__(self) -> str:
@@ -48,12 +51,12 @@ class ClueError(Exception):
 
     def __reduce__(self) -> tuple[Callable[..., ClueError], tuple[Any, ...]]:
         # Errors travel from Dask workers; keyword-only arguments need help to be unpickled.
-        return _rebuild, (type(self), (self.what, self.where, self.got, self.expected, self.fix))
+        parts = {"where": self.where, "got": self.got, "expected": self.expected, "fix": self.fix}
+        return _rebuild, (type(self), self.what, {**parts, "mistake": self.mistake})
 
 
-def _rebuild(kind: type[ClueError], args: tuple[Any, ...]) -> ClueError:
-    what, where, got, expected, fix = args
-    return kind(what, where=where, got=got, expected=expected, fix=fix)
+def _rebuild(kind: type[ClueError], what: str, parts: dict[str, Any]) -> ClueError:
+    return kind(what, **parts)
 
 
 class ConfigError(ClueError):

@@ -108,6 +108,13 @@ def _join_words(name: str) -> str:
     return "_".join(re.findall(r"[a-z0-9]+", name.lower()))
 
 
+@dataclass(frozen=True)
+class UnknownKind:
+    """The mistake of a modality whose name does not say its kind."""
+
+    modality: str
+
+
 def infer_kind(modality: str, given: Mapping[str, str]) -> str:
     """Tell the kind of a modality from its name.
 
@@ -137,5 +144,6 @@ def infer_kind(modality: str, given: Mapping[str, str]) -> str:
             got=list_names(sorted(found)) or "no known word in the name",
             expected=f"one of {list_names(KINDS)}",
             fix=f"add `--kind {modality}=rna` (or another kind)",
+            mistake=UnknownKind(modality),
         )
     return found[0]

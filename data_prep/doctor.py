@@ -7,53 +7,28 @@ counts are read. Where it would stop, the remedies that fit its error are rehear
 from __future__ import annotations
 
 import io
-import itertools
-import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
-
 from clue_dist.errors import DataError, list_names
-from clue_dist.kinds import find_kinds
 from clue_dist.store import layout
-from data_prep.conversion.pairing import PairingSurvey, find_droplets
+from data_prep.conversion.pairing import ALIKE_SHARE, PairingSurvey, find_droplets
 from data_prep.conversion.scatter import plan_readings
 from data_prep.convert import format_feature_note
 from data_prep.jobs.workers import ThreadPool
 from data_prep.options import InputArgument
 from data_prep.planned_cells import ConversionOptions, PlannedCells, plan_cells
-from data_prep.readers.barcode_cores import extract_cores
 from data_prep.readers.formats import FileDescription, describe_file
 from data_prep.readers.fragments import ConversionInput, FragmentsInput
 from data_prep.readers.source import PROBED_VALUES
-from data_prep.suggested_command import (
-    BIN_WIDTH,
-    Command,
-    guess_command,
-    guess_modality,
-    list_modalities,
-    read_barcodes,
-)
+from data_prep.remedies import Remedy, list_remedies
+from data_prep.suggested_command import Command, guess_command
 
 MOST_REMEDIES = 8  # that are put together
-MOST_COLUMNS = 20  # of obs, that are tried for a data set
-ALIKE_SHARE = 0.05  # of all cells: so many more pairs are no accident
-SAME_SHARE = 0.5  # of the cells of one file in another: they are perhaps the same cells twice
-NAME_COLUMNS = [
-    "gene_ids",
-    "gene_id",
-    "ensembl_id",
-    "gene_symbols",
-    "gene_symbol",
-    "gene_name",
-    "feature_name",
-    "symbol",
-]
 
 
 @dataclass(frozen=True)
@@ -69,13 +44,21 @@ Rehearse = Callable[[Command], Rehearsal]
 
 
 @dataclass(frozen=True)
-class Diagnosis:
-    """The best command that was found, and what it would do."""
+class Attempt:
+    """A command, and what it would do."""
 
     command: Command
-    reasons: list[str]  # what each change of the first guess is for
+    hints: list[str]  # what `convert` says of the inputs, as of what it leaves out
     rehearsal: Rehearsal | None
     error: DataError | None  # why it would stop
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The best command that was found."""
+
+    best: Attempt
+    reasons: list[str]  # what each change of the first guess is for
 
 
 def rehearse_conversion(inputs: Sequence[ConversionInput], options: ConversionOptions) -> Rehearsal:
@@ -167,7 +150,7 @@ def examine_files(
             lines += _describe_parts(files[number])
     if files:
         diagnosis = find_command(guess_command(arguments, files), files, rehearse)
-        taken = {given.number for given in diagnosis.command.inputs}
+        taken = {given.number for given in diagnosis.best.command.inputs}
         lines += [
             f"{file.path.name} is left out: peaks are counted already"
             for number, file in files.items()
@@ -206,26 +189,60 @@ def find_command(
     command: Command, files: Mapping[int, FileDescription], rehearse: Rehearse
 ) -> Diagnosis:
     """Mend a command until it goes through and pairs what can be paired."""
-    error: DataError | None = None
-    reasons: list[str] = []
+    attempt, reasons = _try_command(command, rehearse), []
     for _ in range(MOST_REMEDIES):
+        if attempt.rehearsal is None:
+            chosen = _choose_remedy(attempt, files, rehearse)
+        elif better := _pair_more(attempt.command, attempt.rehearsal):
+            chosen = better.reason, _try_command(better.command, rehearse)
+        else:
+            break
+        if chosen is None:
+            break
+        reason, mended = chosen
+        reasons.append(_explain_change(attempt.command, mended.command, reason))
+        attempt = mended
+    return Diagnosis(attempt, reasons)
+
+
+def _try_command(command: Command, rehearse: Rehearse) -> Attempt:
+    """Rehearse a command, and keep what `convert` would say of its inputs."""
+    with redirect_stderr(io.StringIO()) as said:
         try:
-            rehearsal = rehearse(command)
+            rehearsal, error = rehearse(command), None
         except DataError as refusal:
-            error = refusal
-            remedies = _list_remedies(command, files, refusal)
-            mended = next((each for each in remedies if _helps(each, refusal, rehearse)), None)
-            if mended is None:
-                break
-            reasons.append(_explain_change(command, mended, refusal.what))
-            command = mended
-            continue
-        better = _pair_more(command, rehearsal)
-        if better is None:
-            return Diagnosis(command, reasons, rehearsal, None)
-        reasons.append(_explain_change(command, *better))
-        command = better[0]
-    return Diagnosis(command, reasons, None, error)
+            rehearsal, error = None, refusal
+    return Attempt(command, said.getvalue().splitlines(), rehearsal, error)
+
+
+def _choose_remedy(
+    stopped: Attempt, files: Mapping[int, FileDescription], rehearse: Rehearse
+) -> tuple[str, Attempt] | None:
+    """Choose the first remedy that goes through, or stops at what can be mended, too.
+
+    Where there is none, one that merely stops elsewhere is better than nothing.
+
+    Returns:
+        What the remedy is for, and what it would do.
+    """
+    assert stopped.error is not None
+    second_choice = None
+    for remedy in list_remedies(stopped.command, files, stopped.error):
+        attempt = _try_command(remedy.command, rehearse)
+        chosen = remedy.reason, attempt
+        if attempt.error is None:
+            return chosen
+        if _stops_elsewhere(attempt.error, stopped.error):
+            if attempt.error.mistake is not None:
+                return chosen
+            second_choice = second_choice or chosen
+    return second_choice
+
+
+def _stops_elsewhere(error: DataError, before: DataError) -> bool:
+    """Whether a command goes further than before; fewer cells of the same kind are no help."""
+    after, earlier = ((type(each.mistake), str(each.where)) for each in (error, before))
+    return after != earlier
 
 
 def _explain_change(before: Command, after: Command, reason: str) -> str:
@@ -234,95 +251,28 @@ def _explain_change(before: Command, after: Command, reason: str) -> str:
     return f"{shlex.join(new)}: {reason}"
 
 
-def _helps(command: Command, refusal: DataError, rehearse: Rehearse) -> bool:
-    """Whether a command goes through, or further than the one that was refused."""
-    try:
-        rehearse(command)
-    except DataError as error:
-        # Fewer cells of the same kind are no help.
-        before, after = (
-            (re.sub("[0-9]+", "", each.what), str(each.where)) for each in (refusal, error)
-        )
-        return after != before and "asked for" not in error.what
-    return True
-
-
-def _pair_more(command: Command, rehearsal: Rehearsal) -> tuple[Command, str] | None:
-    """The command with a flag that pairs more cells or leaves empty droplets out, and why."""
+def _pair_more(command: Command, rehearsal: Rehearsal) -> Remedy | None:
+    """The command with a flag that pairs more cells or leaves empty droplets out."""
     survey, flags = rehearsal.survey, [name for name, _ in command.flags]
-    n_cells = sum(survey.n_cells.values())
-    if survey.n_alike > ALIKE_SHARE * n_cells and "--pair-barcodes" not in flags:
-        return command.add_flag("--pair-barcodes", "core"), f"{survey.n_alike:,} more cells pair"
+    if survey.alike_share > ALIKE_SHARE and "--pair-barcodes" not in flags:
+        reason = f"{survey.n_alike:,} more cells pair"
+        return Remedy(command.add_flag("--pair-barcodes", "core"), reason)
     for large, small, ratio in find_droplets(survey, rehearsal.modalities):
         if "--barcodes" not in flags:
             reason = f"{large} has {ratio} times the cells of {small}"
-            return command.add_flag("--barcodes", f"{large}={small}"), reason
+            return Remedy(command.add_flag("--barcodes", f"{large}={small}"), reason)
     return None
-
-
-def _list_remedies(
-    command: Command, files: Mapping[int, FileDescription], error: DataError
-) -> Iterator[Command]:
-    """List the commands that may mend an error."""
-    names = list(list_modalities(command, files))
-    if "cannot tell from its name" in error.what:
-        for each in (each for file in files.values() for each in file.parts):
-            if each.part.modality in names and not find_kinds(each.part.modality):
-                yield command.add_flag("--kind", f"{each.part.modality}={guess_modality(each)}")
-    if "occur more than once" in error.what:
-        if apart := _separate_files(command, files):
-            yield apart
-        columns = [c for file in files.values() for each in file.parts for c in each.obs_columns]
-        for column in list(dict.fromkeys(columns))[:MOST_COLUMNS]:
-            yield command.add_flag("--dataset-key", column)
-    for field in ("batch", "label"):
-        if f"disagree on their {field}" in error.what:
-            yield command.add_flag(f"--{field}-key", "none")
-    if "have different features" in error.what:
-        if "atac" in names and "'atac'" in error.what:
-            yield command.add_flag("--bins", f"atac={BIN_WIDTH}")
-        yield command.add_flag("--features", "intersection")
-    if re.search("^the files of modality .* share ", error.what):
-        for name in names:
-            for column in NAME_COLUMNS:
-                yield command.add_flag("--feature-ids", f"{name}={column}")
-
-
-def _separate_files(command: Command, files: Mapping[int, FileDescription]) -> Command | None:
-    """The command with a data set for each file of a modality, and for the files that go with it.
-
-    Files of other modalities belong to the one with which they share most barcodes.
-    """
-    groups = list(list_modalities(command, files).values())
-    largest = max(groups, key=len)
-    leaders = list(dict.fromkeys(largest))
-    if len({given.number for given in leaders}) < 2 or any(i.dataset for i in command.inputs):
-        return None
-    cores = {given: extract_cores(read_barcodes(given, files)) for given in command.inputs}
-    for first, second in itertools.combinations(leaders, 2):
-        if np.isin(cores[first], cores[second]).mean() > SAME_SHARE:
-            return None
-    names = {}
-    for i, given in enumerate(leaders):
-        stem = re.sub(r"[^A-Za-z0-9_.-]+", "_", Path(given.path).name.split(".")[0])
-        others = [Path(other.path).name.split(".")[0] for other in leaders]
-        names[given] = stem if others.count(stem) == 1 else f"{stem}{i + 1}"
-    inputs = []
-    for given in command.inputs:
-        shares = [np.isin(cores[given], cores[leader]).mean() for leader in leaders]
-        leader = given if given in names else leaders[int(np.argmax(shares))]
-        inputs.append(replace(given, dataset=names[leader]))
-    return replace(command, inputs=tuple(inputs))
 
 
 def _format_diagnosis(diagnosis: Diagnosis) -> list[str]:
     """Say what a command would do, then the command."""
-    lines, introduction = list(diagnosis.reasons), []
-    if diagnosis.rehearsal is not None:
+    best, introduction = diagnosis.best, []
+    lines = [*best.hints, *diagnosis.reasons]
+    if best.rehearsal is not None:
         lines += ["convert would write"]
-        lines += [f"  {line.strip()}" for line in diagnosis.rehearsal.lines]
+        lines += [f"  {line.strip()}" for line in best.rehearsal.lines]
     else:
-        lines += [f"convert would stop: {_indent(str(diagnosis.error))}"]
+        lines += [f"convert would stop: {_indent(str(best.error))}"]
         introduction = ["as far as files tell, before that is mended:"]
-    words = ["python", "-m", "data_prep", "convert", *diagnosis.command.words]
+    words = ["python", "-m", "data_prep", "convert", *best.command.words]
     return [*lines, "", *introduction, shlex.join([*words, "--out", "STORE.zarr"])]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
-from contextlib import redirect_stderr
 from pathlib import Path
 from typing import get_args
 
@@ -84,9 +82,7 @@ def _doctor(arguments: argparse.Namespace) -> None:
     def rehearse(command: Command) -> doctor.Rehearsal:
         words = ["convert", *command.words, "--out", "STORE.zarr"]
         parsed = _build_parser().parse_args(words)
-        with redirect_stderr(io.StringIO()):  # what files hold beside was said before
-            inputs, options = parse_conversion(parsed, FIELDS)
-        return doctor.rehearse_conversion(inputs, options)
+        return doctor.rehearse_conversion(*parse_conversion(parsed, FIELDS))
 
     files = [parse_argument(text) for text in arguments.files]
     lines, errors = doctor.examine_files(files, rehearse)

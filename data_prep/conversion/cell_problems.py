@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from clue_dist.errors import DataError, list_names
 from data_prep.readers.source import Source, SourceHead
 
 BARCODES_SHOWN = 10  # barcodes that an error shows
+
+
+class RepeatedBarcodes:
+    """The mistake of two cells of one data set that have one barcode."""
+
+
+@dataclass(frozen=True)
+class DisputedField:
+    """The mistake of modalities that disagree on the batch or the label of a cell."""
+
+    field: str
 
 
 def refuse_cell_problems(
@@ -44,6 +56,7 @@ def refuse_cell_problems(
                 got=list_names(barcodes) + (f" ... and {hidden} more" if hidden > 0 else ""),
                 expected="each cell once",
                 fix=_advise_on_repeats([(sources[i], heads[i]) for i in sorted(within)]),
+                mistake=RepeatedBarcodes(),
             )
     for field, values in names.items():
         number, disputes = _sum_problems([report["dispute"].get(field) for report in reports])
@@ -57,6 +70,7 @@ def refuse_cell_problems(
                 fix=f"if the column holds no {field}, leave it out: `--{field}-key none`, or name "
                 f"another one; correct it otherwise; if the barcodes name different cells, prefix "
                 "the data sets: `lane1:FILE`",
+                mistake=DisputedField(field),
             )
 
 

@@ -16,12 +16,10 @@ from clue_dist.store.kernels import LARGEST_COUNT
 from clue_dist.store.layout import choose_unsigned
 from clue_dist.store.rows import COUNT_BITS, CodedRows, CsrRows, join_rows, try_code_rows
 from data_prep.jobs.array_files import load_array
-from data_prep.readers.source import Source, SourceRows, decode_barcodes
+from data_prep.readers.source import Source, SourceRows, decode_barcodes, limit_rounding
 
 STEP_ENTRIES = 2**20  # read and coded at once: a count takes eight times the memory of its code
 ROUNDED = "rounded-"  # begins the names of notes about rounded counts
-# How far a count may be from a whole number: that far if it is small, and if it is large.
-_NEARLY_WHOLE = (1e-3, 0.05)
 _COUNTS_RULE = "counts must be raw: non-negative, finite integers"
 _VALUES_RULE = "dense values must be finite"
 
@@ -168,7 +166,7 @@ def _round_counts(matrix: sp.csr_matrix, target: AlignmentTarget, first_row: int
     rounded = np.rint(matrix.data)
     with np.errstate(invalid="ignore"):  # missing and infinite values stay, and are refused later
         changes = np.abs(rounded - matrix.data)
-    allowed = 0.5 if target.round_counts else np.clip(1e-5 * rounded, *_NEARLY_WHOLE)
+    allowed = 0.5 if target.round_counts else limit_rounding(rounded)
     changed = (changes > 0) & (changes <= allowed) & (rounded >= 0)
     if not changed.any():
         return matrix

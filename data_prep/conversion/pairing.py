@@ -16,6 +16,7 @@ from data_prep.readers.source import Source, SourceHead, decode_barcodes
 SAMPLE_BARCODES = 2**20  # compared by their cores, some 100 MB; of more barcodes, a share is
 HEAD_BARCODES = 1000  # of a file, by which row numbers are recognised
 PATTERNS_SHOWN = 12
+ALIKE_SHARE = 0.1  # see `PairingSurvey.alike_share`: so many more pairs are no accident
 APART_SHARE = 0.2  # of all cells: so many of different data sets do not agree by accident
 MANY_TIMES = 5  # as many cells of one modality as of another: one file may hold every droplet
 
@@ -33,6 +34,15 @@ class PairingSurvey:
     is_estimate: bool  # whether `n_alike` comes from a sample
     n_apart: int = 0  # cells that would pair by their core if all were of one data set
     apart: tuple[str, ...] = ()  # the barcodes of one of them
+
+    @property
+    def alike_share(self) -> float:
+        """Share of the cells without the most frequent modality that would pair by their core."""
+        if not self.n_alike:
+            return 0.0
+        n_modalities = max(self.n_cells).bit_length()
+        n_most = max(self.count_having(1 << m) for m in range(n_modalities))
+        return self.n_alike / (sum(self.n_cells.values()) - n_most)
 
     def count_having(self, mask: int) -> int:
         """Count the cells that have all modalities of a mask."""
@@ -106,10 +116,11 @@ def format_pairing(
     if len(by_size) > PATTERNS_SHOWN:
         lines.append(f"  ... and {len(by_size) - PATTERNS_SHOWN} more sets of modalities")
     about = "about " if survey.is_estimate else ""
-    if survey.n_alike:
+    if survey.alike_share > ALIKE_SHARE:
         lines.append(
-            f"  {about}{survey.n_alike:,} more cells would pair without what stands before and "
-            f"behind the sequence of their barcodes ({list_names(survey.alike)}): "
+            f"  {about}{survey.n_alike:,} more cells would pair, {survey.alike_share:.0%} of those "
+            "that could, without what stands before and behind the sequence of their barcodes "
+            f"({list_names(survey.alike)}): "
             "`--pair-barcodes core`"
         )
     # Of data sets that have nothing in common, some barcodes agree by accident.

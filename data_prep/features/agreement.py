@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from clue_dist.errors import DataError, list_names
@@ -30,20 +31,43 @@ class NamedSource:
         return self.source.display_name
 
 
-def require_same_features(name: str, first: Source, features: list[str], file: NamedSource) -> None:
-    """Refuse a file whose features are not those of the first file, in any order."""
-    missing = drop_tallies(list_missing_features(features, file.features))
-    extra = drop_tallies(list_missing_features(file.features, features))
-    if missing or extra:
+@dataclass(frozen=True)
+class DifferingFeatures:
+    """The mistake of files of a modality that name their features alike, but have other ones."""
+
+    modality: str
+    n_shared: int  # features that every file has
+    kept_share: float  # share of its features that an intersection keeps of each file at least
+
+
+@dataclass(frozen=True)
+class DifferingNames:
+    """The mistake of files of a modality that name their features by other rules."""
+
+    modality: str
+
+
+def require_same_features(name: str, files: Sequence[NamedSource]) -> None:
+    """Refuse files whose features are not those of the first file, in any order."""
+    first = files[0]
+    for file in files[1:]:
+        missing = drop_tallies(list_missing_features(first.features, file.features))
+        extra = drop_tallies(list_missing_features(file.features, first.features))
+        if not missing and not extra:
+            continue
+        unique = [set(drop_tallies(each.features)) for each in files]
+        n_shared = len(set.intersection(*unique))
         raise DataError(
             f"the files of modality {name!r} have different features",
             where=f"{file.display_name}, against {first.display_name}",
             got=f"{len(missing)} missing ({list_names(missing) or 'none'}); "
-            f"{len(extra)} extra ({list_names(extra) or 'none'})",
+            f"{len(extra)} extra ({list_names(extra) or 'none'}); "
+            f"{n_shared} in every file of the modality",
             expected="the same features, in any order",
             fix="add `--features intersection` (those in every file), `--features union` (absent "
             f"ones are zero), or `--features {name}=FILE` (those of a list); peaks that differ fit "
             f"together as `--bins {name}=5000`",
+            mistake=DifferingFeatures(name, n_shared, n_shared / max(map(len, unique))),
         )
 
 
@@ -74,6 +98,7 @@ def require_similar_names(name: str, files: list[NamedSource], choice: FeatureCh
                 fix=f"take the names from a column of var, `--feature-ids {name}=COLUMN` (a file "
                 f"without keeps its); columns of {first.display_name}: {columns[0]}; "
                 f"of {file.display_name}: {columns[1]}",
+                mistake=DifferingNames(name),
             )
         known.update(file.features)
 
@@ -91,6 +116,7 @@ def _require_equal_starts(
             got=f"{shifted} for {region}",
             expected="starts counted alike, from 0 or from 1",
             fix=f"rename the regions of one file, or count both in bins: `--bins {name}=5000`",
+            mistake=DifferingNames(name),
         )
 
 

@@ -260,8 +260,7 @@ def _combine_features(name: str, files: list[NamedSource], choice: FeatureChoice
     unique = [dict.fromkeys(file.features) for file in files]
     features = list(unique[0])
     if choice.effective_mode == "same":
-        for file in files[1:]:
-            require_same_features(name, files[0].source, features, file)
+        require_same_features(name, files)
     elif choice.effective_mode == "intersection":
         features = [f for f in features if all(f in others for others in unique[1:])]
     else:

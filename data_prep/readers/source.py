@@ -22,6 +22,8 @@ from data_prep.readers.zarr_file import identify_zarr
 SourceRows: TypeAlias = sp.csr_matrix | np.ndarray
 
 PROBED_VALUES = 10_000  # looked at to guess whether a matrix holds counts
+# How far a count may be from a whole number: that far if it is small, and if it is large.
+_NEARLY_WHOLE = (1e-3, 0.05)
 # What pandas, NumPy and R write for a missing value, where it is turned into text.
 _MISSING_TEXTS = frozenset(
     {"nan", "NaN", "NAN", "None", "NA", "<NA>", "N/A", "n/a", "NaT", "null", "NULL"}
@@ -240,15 +242,22 @@ def require_real_numbers(values: np.ndarray, where: object) -> np.ndarray:
     return values.astype(final_type, copy=False)
 
 
+def limit_rounding(whole: np.ndarray) -> np.ndarray:
+    """How far a count may be from a whole number and still is rounded to it, as it was computed.
+
+    Args:
+        whole: the whole numbers, (n,).
+    """
+    return np.clip(1e-5 * whole, *_NEARLY_WHOLE)
+
+
 def looks_whole(values: np.ndarray) -> bool:
-    """Whether there are values, and all of them are whole and not negative."""
-    return bool(
-        len(values)
-        and values.dtype.kind in "buif"
-        and np.isfinite(values).all()
-        and (values >= 0).all()
-        and (values == np.floor(values)).all()
-    )
+    """Whether there are values, and all of them are not negative and whole, or nearly so."""
+    if not len(values) or values.dtype.kind not in "buif":
+        return False
+    whole = np.rint(values)
+    with np.errstate(invalid="ignore"):  # infinite values are as far from whole as missing ones
+        return bool(((whole >= 0) & (np.abs(whole - values) <= limit_rounding(whole))).all())
 
 
 def make_names_unique(names: Sequence[str], replacements: Sequence[str]) -> list[str]:

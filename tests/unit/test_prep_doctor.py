@@ -10,9 +10,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from clue_dist.errors import DataError
 from clue_dist.process import run_main
 from clue_dist.store.manifest import Manifest
 from data_prep.cli.commands import main
+from data_prep.conversion.cell_problems import RepeatedBarcodes
+from data_prep.conversion.pairing import PairingSurvey
+from data_prep.doctor import Rehearsal, find_command
+from data_prep.readers.formats import describe_file
+from data_prep.remedies import list_remedies
+from data_prep.suggested_command import Command, CommandInput
 from tests.unit.prep_helpers import (
     make_anndata,
     make_counts,
@@ -188,8 +195,118 @@ def test_files_with_other_features(here: Path, shell: Shell) -> None:
     counts = make_counts(40, 12)
     write_h5ad(here / "rna1.h5ad", counts.iloc[:20, :10])
     write_h5ad(here / "rna2.h5ad", counts.iloc[20:, 2:])
+    said = shell.run_words("doctor", "rna1.h5ad", "rna2.h5ad")
+    assert "8 are in every file, 80% of those of each file at least\n" in said
+    assert "convert rna=rna1.h5ad rna=rna2.h5ad --features rna=intersection --out" in said
+
+
+def test_an_intersection_that_loses_most_features_is_not_proposed(here: Path, shell: Shell) -> None:
+    counts = make_counts(40, 22)
+    write_h5ad(here / "rna1.h5ad", counts.iloc[:20, :12])
+    write_h5ad(here / "rna2.h5ad", counts.iloc[20:, 10:])
+    said = shell.run_words("doctor", "rna1.h5ad", "rna2.h5ad")
+    assert "2 are in every file, only 17% of those of the largest; absent ones become zero" in said
     words = shell.consult_doctor("rna1.h5ad", "rna2.h5ad")
-    assert words == "rna=rna1.h5ad rna=rna2.h5ad --features intersection"
+    assert words == "rna=rna1.h5ad rna=rna2.h5ad --features rna=union"
+    assert shell.convert(words) == {"rna": 40}
+
+
+def test_an_intersection_is_of_the_modality_that_differs(here: Path, shell: Shell) -> None:
+    rna, adt = make_counts(40, 12), make_counts(40, 6, 1, "CD")
+    for lane, cells in (("1", slice(0, 20)), ("2", slice(20, 40))):
+        write_h5ad(here / f"rna{lane}.h5ad", rna[cells].iloc[:, : 10 + int(lane)])
+        write_h5ad(here / f"adt{lane}.h5ad", adt[cells].iloc[:, int(lane) * 2 - 2 : int(lane) * 3])
+    words = shell.consult_doctor("rna1.h5ad", "rna2.h5ad", "adt1.h5ad", "adt2.h5ad")
+    assert words.endswith("--features rna=intersection --features adt=union")
+
+
+def test_names_of_features_are_taken_from_a_column(here: Path, shell: Shell) -> None:
+    counts = make_counts(40, 12)
+    ids = [f"ENSG{j:011d}" for j in range(12)]
+    for lane, cells, names in (("1", slice(0, 20), counts.columns), ("2", slice(20, 40), ids)):
+        data = make_anndata(counts[cells].set_axis(names, axis=1))
+        if lane == "1":
+            data.var["gene_name"], data.var["gene_id"] = list(counts.columns), ids
+        data.write_h5ad(here / f"rna{lane}.h5ad")
+    words = shell.consult_doctor("rna1.h5ad", "rna2.h5ad")
+    assert words == "rna=rna1.h5ad rna=rna2.h5ad --feature-ids rna=gene_id"
+    assert shell.convert(words) == {"rna": 40}
+    assert Manifest.read(here / "s.zarr").modalities["rna"].features == ids
+
+
+@pytest.mark.parametrize("offset", [40, 2])
+def test_peaks_that_differ_are_counted_in_bins(here: Path, shell: Shell, offset: int) -> None:
+    """The files share some peaks, or none."""
+    peaks = [f"chr1:{1000 * i}-{1000 * i + 500}" for i in range(60)]
+    counts = make_counts(40, 40).set_axis(peaks[:40], axis=1)
+    write_h5ad(here / "one.h5ad", counts[:20])
+    write_h5ad(
+        here / "two.h5ad",
+        counts[20:].set_axis(
+            peaks[offset:][:20] + [f"chr1:{1000 * i + 7}-{1000 * i + 400}" for i in range(20)],
+            axis=1,
+        ),
+    )
+    words = shell.consult_doctor("one.h5ad", "two.h5ad")
+    assert words == "atac=one.h5ad atac=two.h5ad --bins atac=5000"
+    assert shell.convert(words) == {"atac": 40}
+
+
+def test_features_that_repeat_are_no_cells_that_repeat(here: Path, shell: Shell) -> None:
+    """The message speaks of what occurs more than once, too, but no data set would mend it."""
+    counts = make_counts(20, 4).set_axis(["a", "b", "a", "c"], axis=1)
+    write_h5ad(here / "rna.h5ad", counts, donor=["x", "y"] * 10)
+    error = DataError("2 feature names occur more than once", where="rna.h5ad")
+    files = {0: describe_file(here / "rna.h5ad")}
+    command = Command((CommandInput(0, "rna.h5ad", "rna"),))
+    assert list(list_remedies(command, files, error)) == []
+
+
+def test_each_command_is_rehearsed_once(here: Path) -> None:
+    counts = make_counts(20, 4)
+    write_h5ad(here / "rna.h5ad", counts, donor=["x", "y"] * 10, lane=["1"] * 20)
+    rehearsed = []
+
+    def rehearse(command: Command) -> Rehearsal:
+        rehearsed.append(tuple(command.words))
+        if ("--dataset-key", "lane") in command.flags:
+            return Rehearsal([], PairingSurvey({1: 20}, {}, 0, (), False), ["rna"])
+        n_left = 4 if command.flags else 9
+        what = f"{n_left} barcodes occur more than once"
+        raise DataError(what, where="rna", mistake=RepeatedBarcodes())
+
+    files = {0: describe_file(here / "rna.h5ad")}
+    command = Command((CommandInput(0, "rna.h5ad", "rna"),))
+    diagnosis = find_command(command, files, rehearse)
+    assert diagnosis.best.command.flags == (("--dataset-key", "lane"),)
+    assert [words[1:] for words in rehearsed] == [
+        (),
+        ("--dataset-key", "donor"),
+        ("--dataset-key", "lane"),
+    ]
+
+
+def test_what_convert_leaves_out_is_told(here: Path, shell: Shell) -> None:
+    types = ["Gene Expression"] * 5 + ["CRISPR Guide Capture"] * 3
+    write_10x(here / "multi.h5", make_counts(20, 8), types)
+    said = shell.run_words("doctor", "multi.h5")
+    hint = (
+        "multi.h5: 'CRISPR Guide Capture' (3 features) is left out; "
+        '`guide="multi.h5:CRISPR Guide Capture" --kind guide=adt` takes it, too\n'
+    )
+    assert hint in said
+
+
+@pytest.mark.parametrize(("change", "holds"), [(1e-4, True), (0.01, False)])
+def test_counts_that_convert_rounds_are_counts(
+    here: Path, shell: Shell, change: float, holds: bool
+) -> None:
+    data = make_anndata(make_counts(20, 12))
+    data.X.data -= np.float32(change)
+    data.write_h5ad(here / "rna.h5ad")
+    said = shell.run_words("doctor", "rna.h5ad")
+    assert ("20 cells x 12, counts\n" in said) == holds
+    assert ("convert would write" in said) == holds
 
 
 def test_what_a_person_must_decide(here: Path, shell: Shell) -> None:

@@ -117,7 +117,7 @@ def test_pairs_are_told_before_anything_is_written(
     assert "  rna+adt: 40 cells\n" in said
     assert f"  rna alone: 40 cells, such as {rna}\n" in said
     assert f"  adt alone: 40 cells, such as {adt}\n" in said
-    assert "  40 more cells would pair without what stands" in said
+    assert "  40 more cells would pair, 100% of those that could, without what stands" in said
     assert "`--pair-barcodes core`" in said
     assert said.index("pairing of") < said.index("write:")
     convert_files(tmp_path / "t.zarr", lanes[0])
@@ -161,6 +161,24 @@ def test_a_sample_of_many_barcodes_estimates_what_would_pair(
     assert 300 < survey.n_alike < 500
     assert survey.is_estimate
     assert "  about " in "\n".join(format_pairing(survey, ["rna", "adt"], {}))
+
+
+@pytest.mark.parametrize(
+    ("n_shared", "n_droplets", "hints"), [(5, 0, False), (30, 0, True), (30, 5000, True)]
+)
+def test_few_cores_agree_by_accident(n_shared: int, n_droplets: int, hints: bool) -> None:
+    """Of many droplets few pair, but all of the few cells of the other modality may."""
+    rna, adt = make_counts(100 + n_droplets, 1), make_counts(100, 1)
+    name_cells(rna, suffix="-1")
+    name_cells(adt, seed=1)
+    adt.index = [*(name.removesuffix("-1") for name in rna.index[:n_shared]), *adt.index[n_shared:]]
+    barcodes = np.array([*rna.index, *adt.index]).astype("S")
+    masks = np.repeat([1, 2], [len(rna), len(adt)])
+    survey = survey_pairing([(barcodes, masks)], len(masks))
+    assert survey.n_alike == n_shared
+    said = "\n".join(format_pairing(survey, ["rna", "adt"], {"rna": "r", "adt": "a"}))
+    assert (f"{n_shared} more cells would pair, 30% of those that could," in said) == hints
+    assert ("`--pair-barcodes core`" in said) == hints
 
 
 def test_row_numbers_are_no_barcodes(tmp_path: Path) -> None:
