@@ -57,7 +57,7 @@ class FakeLoaded:
     private: int = 0
     private_scale: float = 0.2
     name: str = "step-7"
-    fingerprint: str = ""
+    seen_cells: frozenset[str] = frozenset()
     model: Any = field(default=None)
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ from clue_dist.errors import ResumeError
 from clue_dist.files import translate_write_errors, write_file
 from clue_dist.store.manifest import Modality
 from clue_dist.store.reader import Store
+from clue_dist.store.seen_cells import identify_cells
 
 
 class ModelCard(BaseModel):
@@ -21,23 +22,50 @@ class ModelCard(BaseModel):
     fingerprint: str  # fingerprint of the store that the model was trained on
     modalities: dict[str, Modality] = Field(min_length=1)  # with their features, by name
     batches: list[str]  # the biological batches that the decoders know
+    # What identifies the cells that training saw, those of earlier runs, too: see `identify_cells`.
+    seen_cells: list[str] = []
+
+    @property
+    def identities(self) -> frozenset[str]:
+        """What identifies the cells that training saw, in a card of an earlier version, too."""
+        return frozenset({self.fingerprint, *self.seen_cells} - {""})
 
 
-def write_model_card(run_folder: Path, store: Store, config: Config) -> None:
+def write_model_card(
+    run_folder: Path, store: Store, config: Config, earlier: ModelCard | None = None
+) -> None:
     """Write config.json and model.json, so that a run folder explains itself a year later.
+
+    Args:
+        run_folder: folder of the run.
+        store: the cells that it is trained on.
+        config: its settings, resolved.
+        earlier: card of the run whose weights it began with, or its own from before.
 
     Raises:
         SavingError: they could not be written.
     """
+    seen = identify_cells(store.manifest)
+    if earlier is not None:
+        seen += sorted(earlier.identities)
     card = ModelCard(
         fingerprint=store.fingerprint,
         modalities=store.manifest.modalities,
         batches=store.manifest.batches,
+        seen_cells=list(dict.fromkeys(seen)),
     )
     with translate_write_errors("what the run is", run_folder):
         run_folder.mkdir(parents=True, exist_ok=True)
         write_file(run_folder / "config.json", config.to_json(), durable=True)
         write_file(run_folder / "model.json", card.model_dump_json(indent=1), durable=True)
+
+
+def find_model_card(run: Path) -> ModelCard | None:
+    """Read what the weights of a run expect of a store; None where that is missing or damaged."""
+    try:
+        return read_model_card(run)
+    except ResumeError:
+        return None
 
 
 def read_model_card(run: Path) -> ModelCard:

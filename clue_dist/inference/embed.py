@@ -101,7 +101,7 @@ def check_query(trained_model: LoadedModel, store: Store, min_known: float, rank
     """
     require_known_features(store, trained_model.modalities)
     # What the model was trained on may hold files of few features, as with `--features union`.
-    if not holds_training_cells(store, trained_model.fingerprint):
+    if not holds_training_cells(store, trained_model.seen_cells):
         warnings = require_measured_features(store, min_known)
         for warning in warnings if ranks.is_first else []:
             print_error(f"warning: {warning}")

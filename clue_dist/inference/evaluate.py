@@ -90,7 +90,7 @@ def evaluate_store(
         result["about"] = describe_embedding(trained_model, store, run) | {
             "cells": len(embedding.joint),
             "max_cells": max_cells,
-            SEEN: holds_training_cells(store, trained_model.fingerprint),
+            SEEN: holds_training_cells(store, trained_model.seen_cells),
         }
 
         def write_scores() -> None:

@@ -28,7 +28,8 @@ class TrainedModel:
     modalities: dict[str, Modality]  # in the model's order
     name: str  # name of the checkpoint
     config: Config
-    fingerprint: str = ""  # fingerprint of the store that it was trained on
+    # What identifies the cells that it was trained on; see `identify_cells`.
+    seen_cells: frozenset[str] = frozenset()
 
     @property
     def latent(self) -> int:
@@ -73,7 +74,7 @@ def load_model(run: Path, checkpoint: str = "best") -> TrainedModel:
         raise ResumeError("the weights are damaged", where=folder, got=problem)
     model = _make_model(run, card, config)
     load_weights(model, folder, "use the version of clue_dist that trained them")
-    return TrainedModel(model.eval(), card.modalities, folder.name, config, card.fingerprint)
+    return TrainedModel(model.eval(), card.modalities, folder.name, config, card.identities)
 
 
 def _make_model(run: Path, card: ModelCard, config: Config) -> CLUE:

@@ -10,6 +10,7 @@ from clue_dist.errors import ConfigError, StoreError, list_names
 from clue_dist.store.manifest import Modality
 from clue_dist.store.provenance import InputFile, Provenance
 from clue_dist.store.reader import Store
+from clue_dist.store.seen_cells import identify_cells
 
 MIN_KNOWN = 0.1  # share of a modality's features that a file must have had, by default
 _WARN_BELOW = 0.8  # share of these features below which a file is worth a warning
@@ -51,16 +52,14 @@ def select_modalities(store: Store, names: Sequence[str]) -> Store:
     return view
 
 
-def holds_training_cells(store: Store, fingerprint: str) -> bool:
+def holds_training_cells(store: Store, seen_cells: frozenset[str]) -> bool:
     """Whether a model was trained on cells of a store.
 
     Args:
         store: the cells.
-        fingerprint: that of the store on which the model was trained. It may be this store, or
-            what this store was before cells were appended.
+        seen_cells: what identifies the cells that the model was trained on; see `identify_cells`.
     """
-    appended = Provenance.model_validate(store.manifest.provenance).appended
-    return fingerprint in {store.fingerprint, *(note.before for note in appended)} - {""}
+    return not seen_cells.isdisjoint(identify_cells(store.manifest))
 
 
 def require_known_features(store: Store, modalities: dict[str, Modality]) -> None:

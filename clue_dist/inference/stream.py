@@ -62,8 +62,8 @@ class LoadedModel(Protocol):
         ...
 
     @property
-    def fingerprint(self) -> str:
-        """The fingerprint of the store that the model was trained on."""
+    def seen_cells(self) -> frozenset[str]:
+        """What identifies the cells that the model was trained on; see `identify_cells`."""
         ...
 
     @property

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from pydantic import BaseModel, Field, ValidationError
 
-from clue_dist.errors import StoreError
+from clue_dist.errors import StoreError, list_names
+from clue_dist.store import layout
 from clue_dist.store.location import Location, parse_location, read_file
 from clue_dist.store.manifest import Manifest, Modality, Names
 
 _MODEL_CARD = "model.json"  # in a run folder, and in what is shared of one
+# What lies in a run folder, and in the folder of a checkpoint, but in no store.
+_CONFIG = "config.json"
+_WEIGHT_FOLDERS = ("best", "checkpoints")
+_RUN_ENTRIES = (*_WEIGHT_FOLDERS, "metrics.jsonl", "COMMIT.json")
 
 
 class FeatureReference(Protocol):
@@ -56,6 +62,29 @@ class _CardFeatures(BaseModel):
     batches: Names
 
 
+def _refuse_incomplete_run(root: Location) -> None:
+    """Refuse the folder of a run, or one inside it, that does not say what the model knows."""
+    fix = (
+        f"copy {_MODEL_CARD} there from the run that trained the model, or give the store that it "
+        "was trained on"
+    )
+    found = [_CONFIG] if read_file(root, _CONFIG, optional=True) is not None else []
+    if isinstance(root, Path) and not (root / layout.MANIFEST).exists():
+        found += [name for name in _RUN_ENTRIES if (root / name).exists()]
+        for folder in (root.resolve(), root.resolve().parent):
+            if folder.name in _WEIGHT_FOLDERS and (folder.parent / _MODEL_CARD).is_file():
+                found = found or [f"a folder of {folder.parent}"]
+                fix = f"give the run folder itself: {folder.parent}"
+    if found:
+        raise StoreError(
+            f"a run without its {_MODEL_CARD}, which lists the features that the model knows",
+            where=root,
+            got=list_names(found),
+            expected=f"a run folder with {_MODEL_CARD}, or a store",
+            fix=fix,
+        )
+
+
 def read_feature_reference(place: str | Location) -> FeatureReference:
     """Read what new cells are to be fitted to.
 
@@ -68,6 +97,7 @@ def read_feature_reference(place: str | Location) -> FeatureReference:
     root = parse_location(place)
     content = read_file(root, _MODEL_CARD, optional=True)
     if content is None:
+        _refuse_incomplete_run(root)
         return Manifest.read(root)
     try:
         card = _CardFeatures.model_validate_json(content)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from clue_dist.checkpoint import engine_state
-from clue_dist.checkpoint.model_card import write_model_card
+from clue_dist.checkpoint.model_card import ModelCard, find_model_card, write_model_card
 from clue_dist.checkpoint.resuming import (
     StartingPoint,
     find_starting_point,
@@ -127,8 +127,16 @@ def _start_trainer(
     # A run that was refused so far has left its folder as it was.
     set_aside_later_work(folder, state.step, ranks)
     if not start.is_within(folder):
-        ranks.run_on_first(lambda: write_model_card(folder, setup.store, setup.config))
+        earlier = _read_earlier_card(start, warm_start)
+        ranks.run_on_first(lambda: write_model_card(folder, setup.store, setup.config, earlier))
     return Trainer(engine, setup, ranks, device), replace(state, job=SLURM_JOB)
+
+
+def _read_earlier_card(start: StartingPoint, warm_start: WarmStart | None) -> ModelCard | None:
+    """Read the card of the run whose weights this one begins with, as they have seen its cells."""
+    if start.checkpoint is not None:
+        return find_model_card(start.checkpoint.parent.parent)
+    return None if warm_start is None else warm_start.card
 
 
 def _train_steps(
@@ -177,8 +185,9 @@ def _train_steps(
 
 def _make_record_keeper(setup: Setup, sinks: Sinks) -> Callable[[Kind], None]:
     """Make what rank 0 does before a commit, so that the folder says how the weights came about."""
+    folder = setup.run_folder
     describe_once = functools.cache(
-        lambda: write_model_card(setup.run_folder, setup.store, setup.config)
+        lambda: write_model_card(folder, setup.store, setup.config, find_model_card(folder))
     )
 
     def keep_records(kind: Kind) -> None:

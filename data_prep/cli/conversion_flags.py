@@ -115,6 +115,32 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "inputs", nargs="+", metavar="[DATASET:][NAME=]FILE[:KEY]", help=list_format_names()
     )
+    _add_cell_flags(parser)
+    parser.add_argument(
+        "--layer",
+        action="append",
+        default=[],
+        metavar="[NAME=]LAYER",
+        help="layer of raw counts instead of X; raw.X is one",
+    )
+    _add_feature_flags(parser)
+    parser.add_argument(
+        "--kind",
+        metavar="NAME=KIND",
+        help=f"{list_names(KINDS)}: where the name does not say",
+        **SEVERAL,
+    )
+    parser.add_argument(
+        "--round",
+        action="store_true",
+        help="round corrected counts, as of SoupX, to whole numbers; those nearly whole always are",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the shuffle")
+    add_pool_flags(parser)
+
+
+def _add_cell_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say what is known of cells, which of them are one, and which are kept."""
     parser.add_argument(
         "--batch-key",
         metavar="[NAME=]COLUMN",
@@ -143,29 +169,16 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
         "ACGT... or lane1_ACGT...-1 of another modality",
     )
     parser.add_argument(
-        "--layer",
-        action="append",
-        default=[],
-        metavar="[NAME=]LAYER",
-        help="layer of raw counts instead of X; raw.X is one",
-    )
-    _add_feature_flags(parser)
-    parser.add_argument(
-        "--kind",
-        metavar="NAME=KIND",
-        help=f"{list_names(KINDS)}: where the name does not say",
+        "--barcodes",
+        metavar="[NAME=]FILE|MODALITY",
+        help="cells that are kept: those listed, or those of another modality (default: all); "
+        "without NAME of fragments alone, if there are any",
         **SEVERAL,
     )
-    parser.add_argument(
-        "--round",
-        action="store_true",
-        help="round corrected counts, as of SoupX, to whole numbers; those nearly whole always are",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the shuffle")
-    add_pool_flags(parser)
 
 
 def _add_feature_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say what features are called, and how regions are counted."""
     parser.add_argument(
         "--feature-ids",
         metavar="[NAME=]COLUMN",
@@ -183,13 +196,6 @@ def _add_feature_flags(parser: argparse.ArgumentParser) -> None:
         "--bins",
         metavar="NAME=WIDTH",
         help="genome bins so many bp wide, from peaks or fragments: atac=5000",
-        **SEVERAL,
-    )
-    parser.add_argument(
-        "--barcodes",
-        metavar="[NAME=]FILE|MODALITY",
-        help="cells that are kept: those listed, or those of another modality (default: all); "
-        "without NAME of fragments alone, if there are any",
         **SEVERAL,
     )
     parser.add_argument(

@@ -76,7 +76,8 @@ def test_cells_of_the_training_store_are_told(store, tmp_path):
     out, known = tmp_path / "s.json", store.manifest.modalities
 
     def score(fingerprint: str, cells: Store = store) -> dict[str, Any]:
-        return evaluate_store(FakeLoaded(known, fingerprint=fingerprint), cells, out, run="r")
+        trained = FakeLoaded(known, seen_cells=frozenset({fingerprint}))
+        return evaluate_store(trained, cells, out, run="r")
 
     for other in ("f" * 64, ""):
         scores = score(other)

@@ -12,14 +12,17 @@ import torch
 from safetensors.torch import save_file
 
 from clue_dist.checkpoint.model_card import read_model_card, write_model_card
-from clue_dist.checkpoint.resuming import find_starting_point
+from clue_dist.checkpoint.resuming import StartingPoint, find_starting_point
 from clue_dist.checkpoint.run_folder import COMMIT, STATE, WEIGHTS, RunState, read_weights
 from clue_dist.config import Config, load_config
 from clue_dist.errors import ClueError, ConfigError, ResumeError
+from clue_dist.inference.query import holds_training_cells
 from clue_dist.model.clue import CLUE
 from clue_dist.ranks import Ranks
+from clue_dist.store.reader import Store
 from clue_dist.store.writer import hash_file
 from clue_dist.train.initial_weights import plan_warm_start
+from clue_dist.train.loop import _read_earlier_card
 from clue_dist.train.setup import Setup, prepare_setup
 from tests.stores import make_store
 
@@ -91,6 +94,31 @@ def test_another_store_of_the_same_features_keeps_all_but_its_new_batches(
     for name, values in model.state_dict().items():
         torch.testing.assert_close(values[: len(before[name])], before[name])
     assert model.state_dict()["decoders.0.batch.weight"][2].equal(new)
+
+
+def test_a_run_knows_the_cells_of_the_runs_before_it(folder: Path, tmp_path: Path) -> None:
+    make_store(tmp_path / "new.zarr", features=FEATURES, seed=1)
+    make_store(tmp_path / "other.zarr", features=FEATURES, seed=2)
+    old, new, other = (
+        Store(path / f"{name}.zarr")
+        for path, name in ((folder, "old"), (tmp_path, "new"), (tmp_path, "other"))
+    )
+    setup = make_setup(tmp_path / "new.zarr")
+    begin = StartingPoint(RunState(0, 1, new.fingerprint), None, {})
+    earlier = _read_earlier_card(begin, plan_warm_start(folder / "run", setup))
+    run = tmp_path / "run"
+    write_model_card(run, new, setup.config, earlier)
+    # A later attempt knows the run alone, and not what it began with.
+    going_on = StartingPoint(RunState(5, 1, new.fingerprint), run / "checkpoints" / "step-5", {})
+    write_model_card(run, new, setup.config, _read_earlier_card(going_on, None))
+    seen = read_model_card(run).identities
+    assert read_model_card(run).fingerprint == new.fingerprint
+    assert [holds_training_cells(store, seen) for store in (old, new, other)] == [True, True, False]
+    # A run of an earlier version says the fingerprint of its store, and no more.
+    content = json.loads((run / "model.json").read_text())
+    del content["seen_cells"]
+    (run / "model.json").write_text(json.dumps(content))
+    assert read_model_card(run).identities == {new.fingerprint}
 
 
 def test_a_modality_that_is_new_begins_from_its_cells(folder: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from clue_dist.checkpoint.model_card import write_model_card
 from clue_dist.config import Config
 from clue_dist.errors import DataError, StoreError
 from clue_dist.kinds import infer_kind
+from clue_dist.store.feature_reference import read_feature_reference
 from data_prep.conversion import join_cells, strata
 from data_prep.convert import format_conversion
 from data_prep.readers.source import CategoryCodes
@@ -378,6 +379,21 @@ def test_features_from_a_run_folder_or_a_shared_model(tmp_path: Path) -> None:
         convert_files(tmp_path / "x.zarr", f"rna={new}", features_from=shared)
     with pytest.raises(StoreError, match="no store here"):
         convert_files(tmp_path / "y.zarr", f"rna={new}", features_from=tmp_path)
+
+
+def test_a_run_without_its_model_card_is_told_from_a_store(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    weights = run / "best" / "step-00000005"
+    weights.mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    with pytest.raises(StoreError, match=r"a run without its model\.json") as caught:
+        read_feature_reference(run)
+    assert caught.value.got == "config.json, best"
+    assert "or give the store that it was trained on" in str(caught.value)
+    (run / "model.json").write_text("{}")
+    for inside in (weights, weights.parent):
+        with pytest.raises(StoreError, match=f"give the run folder itself: {run}"):
+            read_feature_reference(inside)
 
 
 @pytest.mark.filterwarnings("ignore:Variable names are not unique")

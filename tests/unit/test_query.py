@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,14 @@ from clue_dist.inference.arguments import build_parser, open_query_store
 from clue_dist.inference.embed import embed_store
 from clue_dist.inference.evaluate import evaluate_store
 from clue_dist.inference.query import (
+    holds_training_cells,
     require_known_features,
     require_measured_features,
     select_modalities,
 )
 from clue_dist.ranks import Ranks
 from clue_dist.store.reader import Store
+from clue_dist.store.seen_cells import identify_cells
 from tests.fakes import FakeLoaded
 from tests.stores import make_store
 
@@ -144,8 +148,34 @@ def test_files_of_the_training_store_may_have_few_features(
     view = select_modalities(add_provenance(store, note_input("rna", 19)), ["rna", "adt"])
     with pytest.raises(StoreError, match="next to none"):
         embed_store(loaded, view, tmp_path / "o.h5ad", run="r")
-    trained = FakeLoaded(loaded.modalities, fingerprint=store.fingerprint)
+    trained = FakeLoaded(loaded.modalities, seen_cells=frozenset({store.fingerprint}))
     embed_store(trained, view, tmp_path / "o.h5ad", run="r")
+
+
+def test_cells_of_a_store_that_grew_are_known_by_what_it_was_and_is(
+    store: Store, tmp_path: Path
+) -> None:
+    """Training may have been on the store as it was before, as it is now, or on another addition"""
+    before = store.manifest
+    notes = {"appended": [{"before": before.fingerprint}]}
+    grown, grown_too, copied, other = (
+        before.model_copy(update={"fingerprint": letter * 64, **update})
+        for letter, update in (
+            ("a", {"provenance": notes}),
+            ("b", {"provenance": notes}),
+            ("c", {"modalities": {}}),  # the same segments, without a word on where they come from
+            ("d", {"shards": {}}),
+        )
+    )
+    for manifests in itertools.permutations((before, grown, grown_too, copied), 2):
+        view, seen = copy.copy(store), frozenset(identify_cells(manifests[1]))
+        view.manifest = manifests[0]
+        assert holds_training_cells(view, seen)
+    for manifest in (before, grown, copied):
+        assert not holds_training_cells(store, frozenset(identify_cells(other)))
+        view = copy.copy(store)
+        view.manifest = other
+        assert not holds_training_cells(view, frozenset(identify_cells(manifest)))
 
 
 def test_the_command_line_names_modalities_and_the_share(capsys: pytest.CaptureFixture) -> None:
