@@ -116,7 +116,9 @@ def disable_shared_memory_collectives() -> None:
 
     On first use it would compile shared-memory collectives; gloo needs no compiler and is tested.
     """
-    read_private(deepspeed.ops, "__compatible_ops__")["deepspeed_shm_comm"] = False
+    # DeepSpeed looks up nothing else in this table. To fill it would start compilers on each rank.
+    read_private(deepspeed.ops, "_probe_compatible_ops")
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
 
 
 def checks_gradients(engine: Any) -> bool:

@@ -14,14 +14,46 @@ import torch
 torch.set_num_threads(1)
 
 TESTS = Path(__file__).parent
+# What takes minutes, the longest first: what starts late runs alone at the end.
+LONG_FILES = (
+    "test_slurm.py",
+    "test_docker.py",
+    "test_hosts.py",
+    "test_campaigns.py",
+    "test_resume.py",
+    "test_saving.py",
+    "test_stop.py",
+    "test_train.py",
+    "test_peers.py",
+    "test_flow.py",
+)
 # Everything there starts processes and waits for them.
 SLOW_FOLDERS = ("distributed", "faults")
-# Files of `tests/unit` that take more than ten seconds.
-SLOW_FILES: frozenset[str] = frozenset()
+# Files of `tests/unit` whose tests take a second on average, or start clusters and commands.
+SLOW_FILES = frozenset(
+    {
+        "test_embed.py",
+        "test_kernel_cache.py",
+        "test_order.py",
+        "test_prep_append.py",
+        "test_prep_check.py",
+        "test_prep_cluster.py",
+        "test_prep_fetch.py",
+        "test_prep_resume.py",
+        "test_prep_selection.py",
+        "test_prep_simulate.py",
+        "test_prep_store.py",
+        "test_prep_svd.py",
+        "test_report.py",
+        "test_s3.py",
+    }
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what `make test-fast` leaves out."""
+    """Mark what `make test-fast` leaves out, and begin with what takes long."""
+    places = {name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
     for item in items:
         place = item.path.relative_to(TESTS).parts
         if place[0] in SLOW_FOLDERS or place[-1] in SLOW_FILES:

@@ -3,6 +3,7 @@
     python tests/ranks.py SERVER                  listens at the socket SERVER until its input ends
     python tests/ranks.py SERVER N SCRIPT ARGS    has the server start N ranks, and waits for them
     python tests/ranks.py SERVER N -m MODULE ARGS    likewise
+    python tests/ranks.py SERVER N -c CODE ARGS      likewise
 
 Ranks are forked from the server, which has imported what they need: that is most of what a small
 run takes. All of them iterate over sets in the order of the server. What must not depend on that
@@ -30,6 +31,8 @@ PRELOADED = (
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "clue_dist.inference.report",
     "mudata",
+    "data_prep.cli.commands",
+    "data_prep.convert",
 )
 FAILURE_LIMIT = 20.0  # seconds for the other ranks to end, once one has failed
 HUNG, GONE = 99, 98  # exit codes where a rank did not end by itself, and where the server is gone
@@ -115,10 +118,13 @@ def find_free_port() -> str:
 
 
 def run_script(words: list[str]) -> int:
-    """Run a script or, behind `-m`, a module with its arguments as Python starts it."""
+    """Run a script, a module (`-m`) or code (`-c`) with its arguments as Python starts it."""
     if words[0] == "-m":
         sys.argv, sys.path[0] = words[1:], os.getcwd()
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    elif words[0] == "-c":
+        sys.argv, sys.path[0] = ["-c", *words[2:]], os.getcwd()
+        exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
     else:
         sys.argv, sys.path[0] = words, os.path.dirname(words[0])
         runpy.run_path(words[0], run_name="__main__")

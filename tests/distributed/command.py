@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
+KILLED = 128 + signal.SIGKILL  # exit code of ranks.py where its rank was killed
 FAST = (
     "log.wandb=disabled",
     "log.tensorboard=false",
@@ -58,7 +60,7 @@ def python(*args: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
 
 
 def alone(*args: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-    """As `python`, where its own start is not what is tested."""
+    """As `python`, where its own start is not what is tested; its exit code of a kill is KILLED."""
     return run(*spawned(1, *args), **kwargs)
 
 

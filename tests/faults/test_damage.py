@@ -19,7 +19,7 @@ from clue_dist.errors import ResumeError
 from clue_dist.ranks import Ranks
 from clue_dist.store.writer import hash_file
 from tests.distributed.command import alone, run
-from tests.faults.command import saved_steps
+from tests.faults.command import planted, saved_steps
 from tests.faults.whole_run import make_arguments, train_whole_run
 
 
@@ -153,7 +153,7 @@ def test_the_same_command_goes_on_with_a_run_that_began_from_a_checkpoint_of_ano
 ) -> None:
     newest = run_folder.list_checkpoints(folder / "whole" / "checkpoints")[0]
     args = [*make_arguments(folder, "branch", "train.epochs=9"), "--resume", str(newest)]
-    done = run("python", "tests/faults/plant.py", "usr1:0:29", "--", *args, expect=75)
+    done = run(*planted(1, args, "usr1:0:29"), expect=75)
     assert "going on from step 27" in done.stdout
     assert "damaged" not in done.stdout
     assert "going on from step 30" in alone(*args).stdout

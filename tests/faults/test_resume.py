@@ -11,6 +11,7 @@ import pytest
 
 from clue_dist.checkpoint import run_folder, shards
 from tests.distributed.command import (
+    KILLED,
     alone,
     best_weights,
     largest_difference,
@@ -163,7 +164,7 @@ def test_what_is_logged_now_and_then_is_the_mean_over_all_its_steps(folder: Path
     alone(*args_of(folder, "means", "log.every=8"))
     args = args_of(folder, "means-broken", "log.every=8")
     # Two steps after the last line.
-    run("python", "tests/faults/plant.py", "usr1:0:10", "--", *args, expect=75)
+    run(*planted(1, args, "usr1:0:10"), expect=75)
     alone(*args)
     whole, broken = timeless(folder / "means"), timeless(folder / "means-broken")
     assert [line["step"] for line in whole] == [8, 16, 24]
@@ -177,7 +178,7 @@ def test_best_weights_are_those_of_the_checkpoint_that_is_gone_on_from(folder: P
     settings = ("train.validate_every=2", "train.checkpoint_every=8", "train.patience=9")
     alone(*args_of(folder, "best", *settings))
     args = args_of(folder, "best-broken", *settings)
-    run("python", "tests/faults/plant.py", "usr1:0:18", "--", *args, expect=75)
+    run(*planted(1, args, "usr1:0:18"), expect=75)
     newest, before = saved_steps(folder / "best-broken")[:2]
     assert (newest, before) == (19, 16)
     (
@@ -215,7 +216,7 @@ def test_a_run_is_prolonged_and_its_folder_says_so(folder: Path) -> None:
 def test_settings_of_an_attempt_that_saved_nothing_leave_no_trace(folder: Path) -> None:
     alone(*args_of(folder, "unsaved"))
     args = args_of(folder, "unsaved", "train.epochs=6", "train.lr=0.0005")
-    run("python", "tests/faults/plant.py", f"kill:0:{STEPS + 1}", "--", *args, expect=-9)
+    run(*planted(1, args, f"kill:0:{STEPS + 1}"), expect=KILLED)
     assert read_settings(folder / "unsaved")["lr"] == 0.001
     alone(*args_of(folder, "unsaved", "train.epochs=6"))
     (change,) = metrics(folder / "unsaved", "event")
@@ -244,7 +245,7 @@ def test_early_stop_is_remembered(folder: Path) -> None:
     settings = ("train.validate_every=2", "train.patience=6", "train.lr=1e-9")
     alone(*args_of(folder, "early", *settings))
     args = args_of(folder, "early-broken", *settings)
-    run("python", "tests/faults/plant.py", "usr1:0:8", "--", *args, expect=75)
+    run(*planted(1, args, "usr1:0:8"), expect=75)
     assert "stopping early" in alone(*args).stdout
     assert timeless(folder / "early", "validation") == timeless(
         folder / "early-broken", "validation"

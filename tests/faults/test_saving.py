@@ -23,6 +23,7 @@ from clue_dist.errors import LOST, SavingError
 from clue_dist.files import translate_write_errors
 from clue_dist.ranks.messages import decode_error, encode_error
 from tests.distributed.command import (
+    KILLED,
     ROOT,
     alone,
     best_weights,
@@ -48,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("place", PLACES)
 def test_killed_in_mid_save_the_checkpoint_before_it_stands(folder: Path, place: str) -> None:
     args = make_arguments(folder, place)
-    run("python", "tests/faults/plant.py", f"saving:0:15:{place}", "--", *args, expect=-9)
+    run(*planted(1, args, f"saving:0:15:{place}"), expect=KILLED)
     steps = saved_steps(folder / place)
     assert steps == {"named": [15, 10, 5], "pruning": [15, 10]}.get(place, [10, 5])
     assert run_folder.find_damage(folder / place / "checkpoints" / f"step-{steps[0]:08d}") is None
@@ -205,7 +206,7 @@ def test_a_folder_that_turns_read_only_is_told_and_mended(folder: Path) -> None:
     args = make_arguments(folder, "frozen", "train.epochs=400")
     checkpoints = folder / "frozen" / "checkpoints"
     process = subprocess.Popen(
-        ["python", *args],
+        spawned(1, *args),
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.DEVNULL,
@@ -224,7 +225,7 @@ def test_a_folder_that_turns_read_only_is_told_and_mended(folder: Path) -> None:
         assert "Traceback" not in said
     step = saved_steps(folder / "frozen")[0]
     process = subprocess.Popen(
-        ["python", *args], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
+        spawned(1, *args), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     assert any(f"going on from step {step}" in line for line in process.stdout)

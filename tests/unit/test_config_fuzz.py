@@ -71,12 +71,14 @@ def loaded(content: bytes, overrides: list[str]) -> Config | None:
         return config
 
 
+@pytest.mark.slow
 @FUZZ
 @given(TREES)
 def test_any_tree(tree: Any) -> None:
     loaded(json.dumps(tree).encode(), [])
 
 
+@pytest.mark.slow
 @FUZZ
 @given(st.sampled_from(RECIPES), st.integers(0, 2**32), st.integers(1, 3))
 def test_recipes_that_were_changed(recipe: Any, seed: int, times: int) -> None:
@@ -84,12 +86,14 @@ def test_recipes_that_were_changed(recipe: Any, seed: int, times: int) -> None:
     loaded(content, [])
 
 
+@pytest.mark.slow
 @FUZZ
 @given(st.sampled_from(RECIPES), st.lists(OVERRIDES, min_size=1, max_size=3))
 def test_any_override(recipe: Any, overrides: list[str]) -> None:
     loaded(json.dumps(recipe).encode(), overrides)
 
 
+@pytest.mark.slow
 @FUZZ
 @given(st.sampled_from(RECIPES), st.integers(0, 2**32))
 def test_files_that_are_no_json(recipe: Any, seed: int) -> None:

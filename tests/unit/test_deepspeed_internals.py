@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from clue_dist import deepspeed_internals
-from clue_dist.deepspeed_internals import bf16_optimizer
+from clue_dist.deepspeed_internals import bf16_optimizer, deepspeed
 from clue_dist.errors import ClueError
 
 
@@ -51,3 +51,13 @@ def test_what_no_user_can_act_on_is_not_printed(capsys: pytest.CaptureFixture[st
         logger.removeHandler(handler)
     bf16_optimizer.see_memory_usage("begin bf16_optimizer", force=True)
     assert capsys.readouterr().out == "something else\n"
+
+
+def test_no_compiler_is_started_to_learn_that_gloo_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def probe() -> None:
+        raise AssertionError("operators are probed")
+
+    monkeypatch.delitem(vars(deepspeed.ops), "__compatible_ops__", raising=False)
+    monkeypatch.setattr(deepspeed.ops, "_probe_compatible_ops", probe)
+    deepspeed_internals.disable_shared_memory_collectives()
+    assert not deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"]

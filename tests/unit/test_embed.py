@@ -6,10 +6,7 @@ import fcntl
 import re
 import resource
 import signal
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import anndata as ad
 import mudata as md
@@ -23,8 +20,9 @@ from clue_dist.inference.embed import embed_store
 from clue_dist.inference.query import require_known_features
 from clue_dist.store.manifest import Modality
 from clue_dist.store.reader import Store
+from tests.distributed.command import alone
 from tests.fakes import FakeLoaded
-from tests.processes import ROOT, run_ranks
+from tests.processes import run_ranks
 from tests.stores import make_store
 
 CELLS = {"rna+adt": 90, "rna": 41, "adt": 20}
@@ -151,7 +149,8 @@ def test_ranks_write_what_one_writes(store, loaded, tmp_path, world, batch_size)
         from clue_dist.inference.embed import embed_store
         from clue_dist.ranks import Ranks
         from clue_dist.store.reader import Store
-        from tests.fakes import FakeLoaded
+        from tests.distributed.command import alone
+from tests.fakes import FakeLoaded
         from clue_dist.store.manifest import Modality
         ranks, store = Ranks.from_environment().join_group(), Store(root)
         extra = Modality(kind="atac", storage="sparse", features=["peak-0", "peak-1"])
@@ -255,6 +254,7 @@ from pathlib import Path
 from clue_dist.inference import embed
 from clue_dist.process import run_main
 from clue_dist.store.reader import Store
+from tests.distributed.command import alone
 from tests.fakes import FakeLoaded
 store, out, write = Store(sys.argv[1]), Path(sys.argv[2]), embed._write_tables
 
@@ -271,13 +271,8 @@ run_main(lambda: embed_store(FakeLoaded(store.manifest.modalities), store, out, 
 @pytest.mark.parametrize("ending", ["h5mu", "h5ad", "zarr"])
 def test_a_full_disk_in_the_last_step_is_told_in_plain_words(store, tmp_path, ending):
     """In a process of its own, which HDF5 would make crash as it ends."""
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(store.root), str(tmp_path / f"o.{ending}")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2, done.stderr
+    out = tmp_path / f"o.{ending}"
+    done = alone("-c", FULL_DISK, str(store.root), str(out), expect=2)
     assert "error: the disk is full or refuses to be written" in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
@@ -306,7 +301,8 @@ def test_an_error_of_one_rank_is_raised_on_all(store, tmp_path):
         from clue_dist.errors import ResumeError
         from clue_dist.ranks import Ranks
         from clue_dist.store.reader import Store
-        from tests.fakes import FakeLoaded
+        from tests.distributed.command import alone
+from tests.fakes import FakeLoaded
         ranks, store = Ranks.from_environment().join_group(timeout_s=60), Store(root)
         loaded = FakeLoaded(store.manifest.modalities)
         if ranks.rank == 1:
@@ -349,21 +345,11 @@ def test_nan_is_refused_and_the_earlier_output_stands(store, loaded, tmp_path):
     ],
 )
 def test_what_is_mistyped_is_told(words, message):
-    done = subprocess.run(
-        [sys.executable, "launch/embed.py", *words], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 2
+    done = alone("launch/embed.py", *words, expect=2)
     assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("name", ["embed", "evaluate", "report"])
 def test_command_lines_explain_themselves(name):
-    done = subprocess.run(
-        [sys.executable, Path("launch") / f"{name}.py", "--help"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "--run" in done.stdout
+    assert "--run" in alone(f"launch/{name}.py", "--help").stdout

@@ -95,6 +95,7 @@ def test_cells_of_the_training_store_are_told(store, tmp_path):
     assert score("c" * 64, grown)["about"]["seen_in_training"] is False
 
 
+@pytest.mark.slow
 def test_two_ranks_score_as_one(store, tmp_path):
     code = """
         from pathlib import Path

@@ -76,6 +76,7 @@ def test_a_run_folder_says_what_its_model_expects(folder: Path, tmp_path: Path) 
     assert load_config(run / "config.json") == setup.config
 
 
+@pytest.mark.slow
 def test_another_store_of_the_same_features_keeps_all_but_its_new_batches(
     folder: Path, tmp_path: Path
 ) -> None:

@@ -34,6 +34,7 @@ def test_real_values_are_stored_dense() -> None:
         Kind("depth", "sparse", ("depth",), "none", "normal", real_values=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     [

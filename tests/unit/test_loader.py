@@ -283,6 +283,7 @@ def plans(draw: st.DrawFn) -> tuple[CellPlan, int]:
     return plan, draw(st.sampled_from([w for w in (1, 2, 4, 16) if lanes % w == 0]))
 
 
+@pytest.mark.slow
 @given(plans(), st.integers(0, 10**6))
 @settings(max_examples=200, deadline=None)
 def test_no_rank_needs_more_blocks_than_it_has_slots_for(

@@ -28,6 +28,7 @@ def sequence(plan: CellPlan, first: int, steps: int) -> np.ndarray:
     return np.concatenate([plan.select_cells(t, "s") for t in range(first, first + steps)])
 
 
+@pytest.mark.slow
 @given(plans)
 @settings(max_examples=60, deadline=None)
 def test_every_pass_covers_every_cell_exactly_once(plan: CellPlan) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import shutil
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from data_prep.cli.inputs import parse_inputs
 from data_prep.jobs.workers import ThreadPool
 from data_prep.options import FIELDS, FeatureChoice, ObsColumns, ReadingOptions
 from data_prep.planned_cells import ConversionOptions
+from tests.distributed.command import KILLED, alone
 from tests.unit.prep_helpers import (
     convert_files,
     make_anndata,
@@ -36,7 +35,6 @@ from tests.unit.prep_helpers import (
     write_h5ad,
     write_h5mu,
 )
-from tests.unit.test_prep_resume import REPO
 
 RNA, ADT = make_counts(300, 40), make_counts(300, 8, 1, "p", density=0.8)
 
@@ -182,23 +180,8 @@ def test_killed_and_run_again(tmp_path: Path, store: Path, place: str, n: int) -
 
 
 def kill_append(store: Path, more: str, place: str, n: int) -> None:
-    command = [
-        sys.executable,
-        "-c",
-        VICTIM,
-        place,
-        str(n),
-        "append",
-        more,
-        "--to",
-        str(store),
-        "--workers",
-        "1",
-    ]
-    done = subprocess.run(
-        command, cwd=REPO, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    options = ("--to", str(store), "--workers", "1")
+    alone("-c", VICTIM, place, str(n), "append", more, *options, expect=KILLED)
 
 
 @pytest.mark.parametrize(

@@ -404,6 +404,7 @@ def test_repeated_features_are_refused(tmp_path: Path) -> None:
         convert_files(tmp_path / "x.zarr", f"rna={write_h5ad(tmp_path / 'a.h5ad', counts)}")
 
 
+@pytest.mark.slow
 def test_types_fit_the_data(tmp_path: Path) -> None:
     rna, adt = make_counts(30, 70_000, density=0.001), make_counts(30, 5, 1, "p")
     rna.iloc[0, 69_999] = 300

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from clue_dist.store.manifest import Manifest
 from clue_dist.store.writer import hash_file
 from data_prep import inspect
 from data_prep.check import check_store
+from tests.distributed.command import alone
 from tests.unit.prep_helpers import convert_files, make_anndata, make_counts, write_h5mu
 
 REPO = Path(__file__).parents[2]
@@ -124,8 +124,7 @@ def test_what_inspect_tells(root: Path) -> None:
 
 
 def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    whole = [sys.executable, "-m", "data_prep", *map(str, arguments)]
-    return subprocess.run(whole, cwd=REPO, capture_output=True, text=True, timeout=120, check=False)
+    return alone("-m", "data_prep", *map(str, arguments), expect=None)
 
 
 def test_the_command_line(root: Path) -> None:

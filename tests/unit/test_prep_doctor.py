@@ -134,6 +134,7 @@ def test_barcodes_without_suffix_pair(here: Path, shell: Shell) -> None:
     assert shell.convert(words) == {"rna+adt": 30}
 
 
+@pytest.mark.slow
 def test_fragments_need_bins_and_cells(here: Path, shell: Shell) -> None:
     rna = name_cells(make_counts(10, 12))
     write_h5ad(here / "rna.h5ad", rna)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -22,9 +20,9 @@ from clue_dist.store.reader import Store
 from data_prep.check import check_store
 from data_prep.conversion import gather, scatter
 from data_prep.jobs.workers import Progress, ThreadPool, open_pool
+from tests.distributed.command import KILLED, alone
 from tests.unit.prep_helpers import convert_files, make_anndata, make_counts, write_h5ad, write_h5mu
 
-REPO = Path(__file__).parents[2]
 TASK_ENTRIES, SHARD_BYTES, BLOCK = 400, 1, 4  # about 20 spools and 10 shards
 
 # A process that kills itself at the n-th call of a function, or whose files may not grow.
@@ -54,22 +52,9 @@ run_main(commands.main)
 def run_victim(
     out: Path, given: str, place: str = "os.getcwd", n: int = -1, limit: int = 0
 ) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        "-c",
-        VICTIM,
-        place,
-        str(n),
-        str(limit),
-        "convert",
-        given,
-        "--out",
-        str(out),
-    ]
-    command += ["--block-cells", str(BLOCK), "--workers", "2"]
-    return subprocess.run(
-        command, cwd=REPO, capture_output=True, text=True, timeout=120, check=False
-    )
+    faults = (place, str(n), str(limit))
+    options = ("--out", str(out), "--block-cells", str(BLOCK), "--workers", "2")
+    return alone("-c", VICTIM, *faults, "convert", given, *options, expect=None)
 
 
 @pytest.fixture
@@ -103,7 +88,7 @@ def test_killed_and_run_again(
     assert n_spools > 10
     assert n_shards > 5
     out, partial = tmp_path / "s.zarr", tmp_path / "s.zarr.partial"
-    assert run_victim(out, given, place, n).returncode == -signal.SIGKILL
+    assert run_victim(out, given, place, n).returncode == KILLED
     assert not out.exists()
     with pytest.raises(StoreError, match="run the same `python -m data_prep convert` again"):
         Store(out)
@@ -136,7 +121,7 @@ def test_killed_while_cells_are_joined(tmp_path: Path, given: str, place: str, n
         convert_files(tmp_path / "whole.zarr", given, block_cells=BLOCK),
         tmp_path / "s.zarr",
     )
-    assert run_victim(out, given, place, n).returncode == -signal.SIGKILL
+    assert run_victim(out, given, place, n).returncode == KILLED
     assert convert_files(out, given, block_cells=BLOCK, workers=1).fingerprint == whole.fingerprint
 
 
@@ -157,7 +142,7 @@ def test_spools_that_are_there_are_not_made_again(
 ) -> None:
     assert (
         run_victim(tmp_path / "s.zarr", given, "data_prep.convert.settle_strata", 1).returncode
-        == -signal.SIGKILL
+        == KILLED
     )
     calls = _counting(monkeypatch, scatter, "_scatter_rows")
     convert_files(tmp_path / "s.zarr", given, block_cells=BLOCK)

@@ -32,6 +32,7 @@ def store(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_segments_take_turns_and_every_pass_deals_each_cell_once(store: Path, world: int) -> None:
     after = Store(store)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +14,7 @@ from data_prep import inspect
 from data_prep.conversion import scatter
 from data_prep.convert import format_conversion
 from data_prep.features import selection, seurat_v3
+from tests.distributed.command import KILLED, alone
 from tests.unit.prep_helpers import (
     assert_same_counts,
     convert_files,
@@ -250,20 +248,8 @@ def test_killed_while_selecting_and_run_again(
         f"rna={write_h5ad(tmp_path / 'a.h5ad', counts, batch=batch.astype(str))}",
         tmp_path / "s.zarr",
     )
-    command = [
-        sys.executable,
-        "-c",
-        VICTIM,
-        "20",
-        "convert",
-        given,
-        "--out",
-        str(out),
-        "--top",
-        "rna=50",
-    ]
-    died = subprocess.run(command, cwd=REPO, capture_output=True, timeout=120, check=False)
-    assert died.returncode == -signal.SIGKILL
+    options = ("--out", str(out), "--top", "rna=50")
+    alone("-c", VICTIM, "20", "convert", given, *options, expect=KILLED)
     calls, real = [], selection._add_up_rows
     monkeypatch.setattr(
         selection, "_add_up_rows", lambda task: (calls.append(task.out.parent.name), real(task))[1]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from data_prep.check import check_store
 from data_prep.jobs.workers import ThreadPool, open_pool
 from data_prep.simulate import SimulationSpec, draw_measurements
 from data_prep.svd import SvdOptions, compute_svd
+from tests.distributed.command import KILLED, alone
 from tests.stores import make_store
 from tests.unit.prep_helpers import convert_files, make_counts, write_h5ad
 from tests.unit.test_prep_cluster import Cluster
@@ -156,20 +156,8 @@ run_main(commands.main)
 
 
 def run_victim(store: Store, n: int, *more: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        "-c",
-        VICTIM,
-        str(n),
-        "svd",
-        str(store.root),
-        "--components",
-        str(COMPONENTS),
-        *more,
-    ]
-    return subprocess.run(
-        command, cwd=REPO, capture_output=True, text=True, timeout=120, check=False
-    )
+    options = ("--components", str(COMPONENTS), *more)
+    return alone("-c", VICTIM, str(n), "svd", str(store.root), *options, expect=None)
 
 
 def counting(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
@@ -190,9 +178,7 @@ def test_killed_and_run_again(
     every = counting(monkeypatch, "_multiply_blocks")
     whole = run(store, "rna")["rna"]
     shutil.rmtree(tmp_path / "s.zarr" / "svd")
-    assert (
-        run_victim(store, 25, "--modality", "rna", "--workers", "2").returncode == -signal.SIGKILL
-    )
+    assert run_victim(store, 25, "--modality", "rna", "--workers", "2").returncode == KILLED
     partial = tmp_path / "s.zarr.svd.partial"
     assert list(partial.glob("*/rna/pass-1.npz"))  # in the middle of a later pass
     assert len(list(partial.glob("*/rna/pass-2/*.npz"))) > 1

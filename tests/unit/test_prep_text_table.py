@@ -107,6 +107,7 @@ def test_what_is_no_table(tmp_path: Path) -> None:
         assert not text_table.is_text_table(tmp_path / name)
 
 
+@pytest.mark.slow
 def test_lines_longer_than_a_field_of_csv(tmp_path: Path) -> None:
     counts, path = _make_proteins(9000, 2), tmp_path / "wide.tsv"
     counts.T.to_csv(path, sep="\t")

@@ -82,6 +82,7 @@ def test_mudata(tmp_path: Path) -> None:
     assert_same_counts(read_counts(store, "adt"), adt)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", [2, 3])
 def test_url(tmp_path: Path, version: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("AWS_")]:

@@ -131,6 +131,7 @@ def test_an_error_that_all_ranks_raise_is_printed_once():
     assert outputs == ["error: damaged, says rank 0\n", "", ""]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_never_comes_is_not_waited_for_long(rank):
     """The other rank of the two is not even started, as in a shell that srun gave two tasks."""

@@ -44,6 +44,7 @@ def test_any_order_and_type_comes_back(dtype: type, bits: int) -> None:
     assert max(largest for _, largest in coded) == dense.max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("far", [80, 200, 1000, 70_000])  # rest of none, of one, two or four bytes
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 40])
 def test_rows_of_blocks_come_in_any_order_and_again(n: int, far: int) -> None:
