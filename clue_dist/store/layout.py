@@ -44,7 +44,9 @@ SHARD_CELLS = 2**16
 NARROW_CHUNK_BLOCKS = 16
 MAX_CHUNK_BYTES = 2**31 - 2**10  # before compression; Blosc takes no more
 MAX_FEATURES = 2**23  # of a modality; sums of near gaps then stay within 32 bits
-MAX_METADATA_BYTES = 2**20  # of a zarr.json, a thousand times what one takes
+# Of a zarr.json, fifty times what one takes. TensorStore's parser of JSON overflows the stack on
+# lists that are nested 200,000 deep.
+MAX_METADATA_BYTES = 2**16
 MAX_BARCODE_BYTES = 4096
 
 Codec = Literal["balanced", "fast", "small"]

@@ -12,6 +12,7 @@ from typing import IO
 from clue_dist.errors import DataError
 
 MOST_LETTERS = 2**20  # of a line: what is not text may have no line ends, and unpack to any size
+_NOT_PLAIN = "\0\x0b\x0c"
 _COMMENT = re.compile(r"^#.*\n?", re.MULTILINE)
 UNREADABLE = (OSError, EOFError, UnicodeDecodeError, zlib.error)  # what damaged files raise
 
@@ -26,7 +27,10 @@ def open_text(path: Path) -> IO[str]:
 
 
 class PlainText:
-    """A text in which no vertical tab or form feed stands, which pandas takes for a blank."""
+    """A text without what pandas does not read as it is: it ends a field at a NUL, in silence.
+
+    It takes vertical tabs and form feeds for blanks.
+    """
 
     def __init__(self, file: IO[str]) -> None:
         self.file = file
@@ -38,7 +42,7 @@ class PlainText:
             ValueError: one of them is no plain text.
         """
         text = self.file.read(size)
-        if "\x0b" in text or "\x0c" in text:
+        if any(character in text for character in _NOT_PLAIN):
             raise ValueError("a control character")
         return text
 

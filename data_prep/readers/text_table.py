@@ -29,7 +29,7 @@ from data_prep.readers.source import (
     identify_file,
     looks_whole,
 )
-from data_prep.readers.text_files import UNREADABLE, explain_unreadable, open_text
+from data_prep.readers.text_files import UNREADABLE, PlainText, explain_unreadable, open_text
 
 CELLS_IN_ROWS, CELLS_IN_COLUMNS = "cells-in-rows", "cells-in-columns"  # keys of such a file
 _SEPARATORS = "\t,; "
@@ -147,7 +147,7 @@ class TextTableSource:
         try:
             with open_text(self.path) as file:
                 chunks = pd.read_csv(
-                    file, sep=form.separator, header=None, skiprows=form.n_skipped,
+                    PlainText(file), sep=form.separator, header=None, skiprows=form.n_skipped,
                     names=range(n_columns + 1), index_col=False, low_memory=False,
                     dtype={0: str}, chunksize=n_rows,
                 )  # fmt: skip
@@ -246,7 +246,7 @@ def read_axis_names(path: Path, mtime_ns: int) -> tuple[list[str], list[str]]:
     try:
         with open_text(path) as file:
             names = pd.read_csv(
-                file, sep=form.separator, header=None, skiprows=form.n_skipped,
+                PlainText(file), sep=form.separator, header=None, skiprows=form.n_skipped,
                 names=range(len(form.columns) + 1), index_col=False, usecols=[0],
                 dtype=str, na_filter=False,
             )[0]  # fmt: skip

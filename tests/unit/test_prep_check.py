@@ -100,6 +100,8 @@ def test_metadata_that_does_not_fit(root: Path) -> None:
     assert any("does not fit the manifest" in problem for problem in check_store(root))
     path.write_text("{")
     assert any("cannot be opened" in problem for problem in check_store(root))
+    path.write_text("[" * 200_000 + "]" * 200_000)
+    assert any("larger than it can be" in problem for problem in check_store(root))
 
 
 def test_what_inspect_tells(root: Path) -> None:

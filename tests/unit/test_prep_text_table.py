@@ -82,6 +82,8 @@ def test_names_that_show_nothing_ask_for_a_key(tmp_path: Path) -> None:
         (",9\n", ",\n", "counts must be raw"),
         (",9\n", ",9,9,9\n", "cannot be read to its end"),
         (",9\n", ",-9\n", "counts must be raw"),
+        (",9\n", ",9\0\n", "control character"),
+        ("CD2", "CD2\0", "control character"),
     ],
 )
 def test_damaged_tables(tmp_path: Path, old: str, new: str, message: str) -> None:
