@@ -128,20 +128,26 @@ def read_h5ad(path: Path) -> Contents:
 
 def read_h5mu(path: Path) -> Contents:
     with h5py.File(path) as file:
-        # What else lies in a modality is not converted, and may lead in a circle.
-        parts = ("X", "obs", "var")
-        modalities = {
-            name: ad.AnnData(*(read_elem(file["mod"][name][part]) for part in parts))
-            for name in file["mod"]
-        }
-        for name, modality in modalities.items():
-            for column in modality.obs:
-                codes = file[f"mod/{name}/obs/{column}"]
-                # As before anndata 0.8, which `read_elem` leaves as codes.
-                if "categories" in codes.attrs:
-                    names = file[codes.attrs["categories"]].asstr()[:]
-                    modality.obs[column] = pd.Categorical.from_codes(codes[:], names)
-        return list_contents(modalities)
+        return read_modalities(file["mod"])
+
+
+def read_modalities(groups: Any) -> Contents:
+    """Read AnnData in groups of HDF5 or Zarr, by modality.
+
+    What else lies in a modality is not converted, and may lead in a circle.
+    """
+    modalities = {}
+    for name in groups:
+        group = groups[name]
+        cells = ad.AnnData(*(read_elem(group[part]) for part in ("X", "obs", "var")))
+        for column in cells.obs:
+            codes = group["obs"][column]
+            # As before anndata 0.8, which `read_elem` leaves as codes.
+            if "categories" in codes.attrs:
+                names = codes.file[codes.attrs["categories"]].asstr()[:]
+                cells.obs[column] = pd.Categorical.from_codes(codes[:], names)
+        modalities[name] = cells
+    return list_contents(modalities)
 
 
 def list_contents(modalities: dict[str, ad.AnnData]) -> Contents:

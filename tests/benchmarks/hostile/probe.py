@@ -16,7 +16,7 @@ from random import Random
 from typing import Any
 from unittest import mock
 
-from tests.benchmarks.hostile import inputs, runs, stores, text
+from tests.benchmarks.hostile import inputs, runs, stores, text, zarr_folders
 from tests.benchmarks.hostile.trial import Trial
 from tests.benchmarks.hostile.watch import note_code, plant_canary
 from tests.distributed.command import environment
@@ -30,7 +30,9 @@ GROUPS: dict[str, tuple[Callable[[Path], None], Make]] = {
     "arrays": (stores.make_sound, stores.forge_arrays),
     "svd": (stores.make_sound, stores.spoil_svd),
     **{f: (inputs.make_sound, partial(inputs.spoil_input, f)) for f in ("h5ad", "h5mu", "10x")},
+    "zarr": (inputs.make_sound, zarr_folders.spoil_zarr),
     "mtx": (inputs.make_sound, text.spoil_mtx),
+    "table": (text.make_tables, text.spoil_table),
     "fragments": (text.make_sound, text.spoil_fragments),
     "config": (runs.make_cells, runs.spoil_config),
     "run": (runs.make_run, runs.spoil_run),

@@ -1,9 +1,11 @@
-"""Malformed Matrix Market folders and fragments files, and peaks to be binned.
+"""Malformed Matrix Market folders, tables and fragments files, and peaks to be binned.
 
 Each is refused, or converted into what SciPy and a slow reading of the lines find.
 """
 
+import csv
 import gzip
+import io
 import re
 import shutil
 from collections import Counter
@@ -24,7 +26,7 @@ from tests.benchmarks.hostile.inputs import Contents, split_types, try_conversio
 from tests.benchmarks.hostile.trial import Trial
 from tests.unit.prep_helpers import make_counts, write_h5ad
 
-MTX, FRAGMENTS, PEAKS = (list_edits(group) for group in ("mtx", "fragments", "peaks"))
+MTX, TABLES, FRAGMENTS, PEAKS = map(list_edits, ("mtx", "table", "fragments", "peaks"))
 REPLACED = ("gone", changes.OTHER_KIND, "a pipe", "a link to itself", "a link to nothing")
 BANNER = b"%%MatrixMarket matrix coordinate integer general"
 WIDTH = 1000  # of bins
@@ -55,7 +57,13 @@ def edit_text(path: Path, expression: str, sound: Path | None = None) -> None:
         sizes = b"%b %b %d" % (features, cells, int(n) + len(entries))
         return [*rows[:2], sizes, *rows[3:-1], *(entry.encode() for entry in entries), b""]
 
-    words = {"rows": rows, "put": put, "more": more, "BANNER": BANNER}
+    def field(row: int, column: int, text: str) -> list[bytes]:  # of a table
+        separator = "\t" if b"\t" in rows[0] else ","
+        fields = rows[row].decode().split(separator)
+        fields[column] = text
+        return put(row, separator.join(fields))
+
+    words = {"rows": rows, "put": put, "more": more, "field": field, "BANNER": BANNER}
     changed = evaluate(expression, content, tabs=lambda row: row.replace(" ", "\t"), **words)
     write_text(path, b"\n".join(changed) if isinstance(changed, list) else changed)
 
@@ -89,6 +97,43 @@ def read_mtx(folder: Path) -> Contents:
     options = {"sep": "\t", "header": None, "quoting": 3}
     barcodes, features = (pd.read_csv(files[n], **options) for n in ("barcodes", "features"))
     return split_types(matrix, barcodes[0].to_numpy(), features[2].to_numpy())
+
+
+# --- tables ---
+
+
+def make_tables(base: Path) -> None:
+    """Two tables of the same counts; names of cells are sequences."""
+    counts = make_counts(CELLS, 6, 1, "p")
+    cells = ("".join("ACGT"[i >> shift & 3] for shift in range(0, 24, 2)) for i in range(CELLS))
+    counts.index = pd.Index(cells)
+    counts.T.to_csv(base / "adt.csv")
+    counts.to_csv(base / "rna.tsv.gz", sep="\t")
+
+
+def spoil_table(base: Path, folder: Path, number: int, rng: Random) -> Trial:
+    """A table with cells in columns, or in rows."""
+    turn, form = divmod(number, 2)
+    path = Path(shutil.copy(base / ("rna.tsv.gz" if form else "adt.csv"), folder))
+    if turn % 4 == 3:
+        change, must = spoil_bytes(path, rng), False
+    else:
+        change, must = list(TABLES.items())[(turn - turn // 4) % len(TABLES)]
+        edit_text(path, change)
+    before, must_refuse = partial(read_table, base / path.name), ["convert"] if must else []
+    name = f"{path.name[:3]}="
+    return try_conversion(f"{path.name}: {change}", path, read_table, before, must_refuse, name)
+
+
+def read_table(path: Path) -> Contents:
+    """One line after another, with Python's own numbers; each feature has another name."""
+    text = re.sub("^(#.*\n)*", "", read_text(path).decode("utf-8-sig"))
+    separator = next(mark for mark in "\t;," if mark in text.partition("\n")[0])
+    names, *rows = filter(None, csv.reader(io.StringIO(text, newline=""), delimiter=separator))
+    values = [[float(value) for value in row[1:]] for row in rows]
+    table = pd.DataFrame(values, [row[0] for row in rows], names[1:])
+    modality = path.name[:3]
+    return Contents({modality: table.T if modality == "adt" else table})
 
 
 # --- fragments, and peaks ---
