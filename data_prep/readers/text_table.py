@@ -146,8 +146,9 @@ class TextTableSource:
         n_columns, n_seen = len(form.columns), 0
         try:
             with open_text(self.path) as file:
+                text: Any = PlainText(file)
                 chunks = pd.read_csv(
-                    PlainText(file), sep=form.separator, header=None, skiprows=form.n_skipped,
+                    text, sep=form.separator, header=None, skiprows=form.n_skipped,
                     names=range(n_columns + 1), index_col=False, low_memory=False,
                     dtype={0: str}, chunksize=n_rows,
                 )  # fmt: skip
@@ -167,11 +168,11 @@ class TextTableSource:
     def _require_numbers(self, chunk: pd.DataFrame, columns: list[str], n_before: int) -> None:
         for column, name in zip(chunk.columns, columns, strict=True):
             if chunk[column].dtype.kind not in "iuf":
-                text = next(value for value in chunk[column] if isinstance(value, str | bool))
+                found = next(value for value in chunk[column] if isinstance(value, str | bool))
                 raise DataError(
                     "a column of the table does not hold numbers",
                     where=f"{self.display_name}, column {name!r}, rows from {n_before + 1}",
-                    got=repr(text)[:80],
+                    got=repr(found)[:80],
                     expected="counts alone, beside the names in the first column",
                     fix="take the column out of the file",
                 )
@@ -245,8 +246,9 @@ def read_axis_names(path: Path, mtime_ns: int) -> tuple[list[str], list[str]]:
     form = _require_form(path)
     try:
         with open_text(path) as file:
+            text: Any = PlainText(file)
             names = pd.read_csv(
-                PlainText(file), sep=form.separator, header=None, skiprows=form.n_skipped,
+                text, sep=form.separator, header=None, skiprows=form.n_skipped,
                 names=range(len(form.columns) + 1), index_col=False, usecols=[0],
                 dtype=str, na_filter=False,
             )[0]  # fmt: skip
