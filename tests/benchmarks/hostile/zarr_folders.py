@@ -3,6 +3,7 @@
 The edits are those of HDF5 files, which are copied into Zarr; metadata and files are spoilt too.
 """
 
+import json
 import shutil
 from functools import partial
 from pathlib import Path
@@ -58,13 +59,10 @@ def spoil_zarr(base: Path, folder: Path, number: int, rng: Random) -> Trial:
 
 def copy_group(source: h5py.Group, target: zarr.Group) -> bool:
     """Copy what Zarr can hold into a group, each axis in two chunks; whether that was all."""
-    found = {key: getattr(v, "tolist", lambda v=v: v)() for key, v in source.attrs.items()}
-    attributes = {key: v for key, v in found.items() if isinstance(v, str | int | float | list)}
-    target.attrs.update(attributes)
-    whole = len(attributes) == len(found)
-    if isinstance(source, h5py.Dataset):
-        return whole
-    for name in source.keys() - UNREAD:
+    text = json.dumps(dict(source.attrs), default=lambda v: getattr(v, "tolist", v.__repr__)())
+    target.attrs.update(json.loads(text))
+    whole = True
+    for name in source.keys() - UNREAD if isinstance(source, h5py.Group) else ():
         item = source[name]
         if not isinstance(source.get(name, getlink=True), h5py.HardLink):
             whole = False
