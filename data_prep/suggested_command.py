@@ -149,7 +149,9 @@ def guess_modality(each: PartDescription, others: Sequence[str] = ()) -> str:
 
 
 def _list_value_flags(modality: str, each: PartDescription) -> list[Flag]:
-    """The flags for a matrix that does not hold counts: another matrix, or real values."""
+    """The flags for a matrix that is not there, or holds no counts: another, or real values."""
+    if each.part.layers:
+        return [("--layer", f"{modality}={each.part.layers[0]}")]
     if each.holds_counts or isinstance(each.source, FragmentsInput):
         return []
     if layers := each.source.list_other_counts():

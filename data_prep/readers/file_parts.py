@@ -24,6 +24,8 @@ class FilePart:
     on_request: bool = False
     n_features: int | None = None  # None: not known before the file is read
     holds_counts: bool = True  # of parts on request, which are named where they hold counts
+    # Layers of which a person must name one, as there is no X; first those that hold counts.
+    layers: tuple[str, ...] = ()
 
 
 def list_type_parts(types: Sequence[str]) -> list[FilePart]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from clue_dist.errors import DataError, list_names
 from clue_dist.store.location import Location
-from data_prep.options import InputArgument, ReadingOptions
+from data_prep.options import InputArgument, PerModality, ReadingOptions
 from data_prep.readers.file_parts import FilePart
 from data_prep.readers.fragments import (
     ConversionInput,
@@ -56,7 +56,7 @@ FORMATS = (
         is_h5ad,
         list_h5ad_parts,
         open_h5ad,
-        ("--layer", "--feature-type"),
+        ("--layer", "--feature-type", "--cut-sites"),
         reads_urls=True,
     ),
     InputFormat(
@@ -140,7 +140,8 @@ def _describe_part(
 ) -> PartDescription:
     argument = InputArgument(path.name, path)
     modality = part.modality or part.suggestion
-    source = input_format.open_part(argument, modality, part, ReadingOptions())
+    options = ReadingOptions(layers=PerModality("--layer", *part.layers[:1]))
+    source = input_format.open_part(argument, modality, part, options)
     if isinstance(source, FragmentsInput):
         barcodes = source.read_first_barcodes(shown)
         return PartDescription(part, source, None, None, True, barcodes, [], [])

@@ -18,6 +18,7 @@ import pandas as pd
 from clue_dist.errors import DataError, list_names
 from clue_dist.files import parse_path
 from clue_dist.kinds import KINDS, infer_kind
+from clue_dist.store.location import Location
 from data_prep.jobs.array_files import load_array, save_array
 from data_prep.jobs.whole_folders import make_whole_folder
 from data_prep.jobs.workers import WorkerPool, run_missing
@@ -26,6 +27,7 @@ from data_prep.readers import sorted_entries
 from data_prep.readers.file_parts import FilePart
 from data_prep.readers.genome_bins import name_bin
 from data_prep.readers.listed_cells import CellList, list_allowed_barcodes
+from data_prep.readers.snapatac import read_stored_fragments
 from data_prep.readers.source import (
     DirectSource,
     Source,
@@ -47,22 +49,21 @@ _LOWER_BITS = 2**_SHIFT - 1
 
 
 def is_fragments(path: Path) -> bool:
-    """Whether a file holds fragments, or is called as if it did; opening it tells which."""
-    return path.is_file() and bool({".tsv", ".bed"} & set(path.suffixes) or _reads_fragments(path))
+    """Whether the first line of a file that is no comment reads as a fragment."""
+    if not path.is_file():
+        return False
+    try:
+        with open_text(path) as file:
+            line = "#"
+            while line.startswith("#"):
+                line = file.readline(MOST_LETTERS)
+    except UNREADABLE:
+        return False
+    return _is_fragment(line)
 
 
 def list_fragments_parts(path: Path) -> list[FilePart]:
-    """The one part that a fragments file has.
-
-    Raises:
-        DataError: the file does not begin with a fragment.
-    """
-    if not _reads_fragments(path):
-        raise DataError(
-            "a text file that cannot be read as fragments",
-            where=path,
-            expected="lines of chromosome, start, end and barcode, with tabs between them",
-        )
+    """The one part that a fragments file has."""
     return [FilePart("", suggestion="atac", is_whole=True)]
 
 
@@ -80,21 +81,10 @@ def open_fragments(
         what, fix = f"fragments are of kind {binnable}", f"`atac={argument.path.name}`"
         raise DataError(what, where=argument.text, got=kind, fix=fix)
     allowed = options.barcodes.get_value(modality)
+    key = part.key or None
     return FragmentsInput(
-        argument.local_path, modality, argument.dataset, options.cut_sites, allowed
+        argument.path, modality, argument.dataset, options.cut_sites, allowed, key
     )
-
-
-def _reads_fragments(path: Path) -> bool:
-    """Whether the first line that is no comment reads as a fragment."""
-    try:
-        with open_text(path) as file:
-            line = "#"
-            while line.startswith("#"):
-                line = file.readline(MOST_LETTERS)
-    except UNREADABLE:
-        return False
-    return _is_fragment(line)
 
 
 def _is_fragment(line: str) -> bool:
@@ -106,17 +96,18 @@ def _is_fragment(line: str) -> bool:
 class FragmentsInput:
     """A fragments file as a person gave it; `count_fragments` makes a source of it."""
 
-    path: Path
+    path: Location
     modality: str
     dataset: str = ""
     # Count both ends of a fragment, each in its own bin, and not the fragment in its middle's bin.
     cut_sites: bool = False
     # A list of barcodes, or another modality: only its cells are counted. None: every barcode.
     allowed: str | None = None
+    key: str | None = None  # where they lie in an .h5ad of SnapATAC2; None: the file is text
 
     @property
     def display_name(self) -> str:
-        return self.path.name
+        return f"{self.path.name}/{self.key}" if self.key else self.path.name
 
     @property
     def counted_unit(self) -> str:
@@ -125,7 +116,8 @@ class FragmentsInput:
     def describe_identity(self) -> dict[str, Any]:
         """What must be unchanged for an interrupted conversion to go on."""
         is_list = self.allowed and parse_path(self.allowed).is_file()
-        return identify_file(self.path) | {
+        key = {"matrix": self.key} if self.key else {}
+        return identify_file(self.path) | key | {
             "modality": self.modality,
             "dataset": self.dataset,
             "cut_sites": self.cut_sites,
@@ -301,29 +293,44 @@ def _write_counts(folder: Path, rows: np.ndarray, columns: np.ndarray) -> None:
     sorted_entries.write_sorted_part(folder, rows, columns, counts.astype(np.int32))
 
 
-def _read_chunks(given: FragmentsInput, chunk_lines: int = CHUNK_LINES) -> Iterator[pd.DataFrame]:
+def _read_chunks(
+    given: FragmentsInput, chunk_lines: int | None = None
+) -> Iterator[pd.DataFrame]:
     """The fragments of a file, `chunk_lines` (or CHUNK_LINES) at a time.
 
     Raises:
-        DataError: a line is not a fragment, or the file is damaged.
+        DataError: one of them is none, or the file is damaged.
     """
-    n_seen = 0
+    chunk_lines, n_seen = chunk_lines or CHUNK_LINES, 0
+    if given.key:
+        chunks = read_stored_fragments(given.path, given.key, chunk_lines)
+    else:
+        chunks = _read_lines(given, chunk_lines)
+    for chunk in chunks:
+        _require_fragments(chunk, n_seen, given.display_name)
+        n_seen += len(chunk)
+        yield chunk
+
+
+def _read_lines(given: FragmentsInput, chunk_lines: int) -> Iterator[pd.DataFrame]:
+    """The fragments of a text."""
+    n_seen, path = 0, given.path
+    assert isinstance(path, Path)
     try:
-        with open_text(given.path) as file:
+        with open_text(path) as file:
             text: Any = CommentFilter(file)
             # With low_memory, pandas would cut each chunk into smaller ones, and take longer to
             # bring their categories together.
             reader = pd.read_csv(
                 text, sep="\t", header=None, usecols=range(4),
                 names=list(_COLUMNS), dtype=_COLUMNS, quoting=3, na_filter=False,
-                chunksize=chunk_lines or CHUNK_LINES, low_memory=False,
+                chunksize=chunk_lines, low_memory=False,
             )  # fmt: skip
             for chunk in reader:
-                _require_fragments(chunk, n_seen, given.display_name)
                 n_seen += len(chunk)
                 yield chunk
     except (ValueError, OverflowError, *UNREADABLE) as error:  # pandas raises ValueErrors
-        place, line = _find_broken_line(given.path, n_seen)
+        place, line = _find_broken_line(path, n_seen)
         raise DataError(
             "the fragments cannot be read to their end",
             where=f"{given.display_name}, after fragment {place}",

@@ -30,6 +30,7 @@ from data_prep.readers.h5_matrix import (
     read_matrix_shape,
     require_whole_matrix,
 )
+from data_prep.readers.snapatac import FRAGMENT_KEYS
 from data_prep.readers.source import (
     PROBED_VALUES,
     DirectSource,
@@ -60,20 +61,25 @@ def list_obsm_parts(root: Any) -> list[FilePart]:
                 counts = looks_whole(open_part(table, columns[0])[:PROBED_VALUES])
             else:
                 counts = looks_like_counts(table)
-            kinds = find_kinds(name)
             # Pixels of an image are whole numbers, too, and fragments have a column for each base.
-            is_panel = bool(kinds) or columns is not None or n_features > _MOST_AXES
+            is_panel = bool(find_kinds(name)) or columns is not None or n_features > _MOST_AXES
             counts = counts and is_panel and n_features <= _MOST_FEATURES
             parts.append(
                 FilePart(
                     f"obsm/{name}",
-                    suggestion=kinds[0] if len(kinds) == 1 else "adt",
+                    suggestion=_suggest_kind(f"obsm/{name}"),
                     on_request=True,
                     n_features=n_features,
                     holds_counts=counts,
                 )
             )
     return parts
+
+
+def _suggest_kind(key: str) -> str:
+    """What a table measures: fragments, or what its name says, or proteins, as most do."""
+    kinds = find_kinds(key)
+    return "atac" if key in FRAGMENT_KEYS else kinds[0] if len(kinds) == 1 else "adt"
 
 
 @dataclass(frozen=True)

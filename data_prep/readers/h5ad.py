@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from clue_dist.store.location import Location
 from data_prep.options import InputArgument, ObsColumns, ReadingOptions
 from data_prep.readers import sorted_entries
 from data_prep.readers.file_parts import FilePart, list_type_parts
+from data_prep.readers.fragments import ConversionInput, open_fragments
 from data_prep.readers.h5_cells import read_cells
 from data_prep.readers.h5_file import (
     WRITE_ANEW,
@@ -34,6 +35,7 @@ from data_prep.readers.h5_matrix import (
     require_whole_matrix,
 )
 from data_prep.readers.h5_obsm import ObsmSource, list_obsm_parts
+from data_prep.readers.snapatac import FRAGMENT_KEYS, find_fragments_key
 from data_prep.readers.source import (
     SourceHead,
     SourceRows,
@@ -45,21 +47,48 @@ from data_prep.readers.source import (
 
 def is_h5ad(path: Location) -> bool:
     """Whether a file is an AnnData; a MuData may have an X of its own, too."""
-    return has_part(path, "X", "layers") and not has_part(path, "mod")
+    is_anndata = has_part(path, "X", "layers") or (has_part(path, "obs") and has_part(path, "var"))
+    return is_anndata and not has_part(path, "mod")
 
 
 def list_h5ad_parts(path: Location) -> list[FilePart]:
-    """The matrix of an AnnData, or a part of it for each type of features, and tables of obsm."""
+    """The matrix of an AnnData, or a part of it for each type of features, and tables of obsm.
+
+    Raises:
+        DataError: the file holds nothing of the kind.
+    """
     with open_container(path) as file:
+        tables = list_obsm_parts(file)
+        if not has_matrix(file) and not list_layers(file):
+            return _list_parts_beside(file, tables, path)
+        choices = tuple(list_choices(file))
         types = _read_feature_types(file, "var")
         parts = list_type_parts(types) if types else [FilePart("", is_whole=True)]
-        return parts + list_obsm_parts(file)
+        return [replace(part, layers=choices) for part in parts] + tables
+
+
+def _list_parts_beside(root: Any, tables: list[FilePart], path: Location) -> list[FilePart]:
+    """The parts of an AnnData without X and layers: the fragments of SnapATAC2, tables of obsm."""
+    if key := find_fragments_key(root):
+        others = [table for table in tables if table.key != key]
+        return [FilePart(key, suggestion="atac", is_whole=True), *others]
+    if any(table.holds_counts for table in tables):
+        return tables
+    raise DataError(
+        "the file holds no matrix of cells x features",
+        where=path,
+        got=f"no X, layers or raw; obsm: {list_names(root.get('obsm', {})) or 'nothing'}",
+        fix="write the file again with its counts in X; of SnapATAC2, `snap.pp.add_tile_matrix` "
+        "makes a matrix, and `snap.ex.export_fragments` writes fragments, which are read, too",
+    )
 
 
 def open_h5ad(
     argument: InputArgument, modality: str, part: FilePart, options: ReadingOptions
-) -> AnnDataSource | ObsmSource:
-    """The source of one part of an AnnData, as a modality."""
+) -> ConversionInput:
+    """The input that one part of an AnnData is, as a modality."""
+    if part.key in FRAGMENT_KEYS:
+        return open_fragments(argument, modality, part, options)
     if part.on_request:
         columns = options.obs_columns.select_modality(modality)
         return ObsmSource(argument.path, modality, argument.dataset, part.key, columns)
@@ -68,11 +97,40 @@ def open_h5ad(
         modality,
         argument.dataset,
         "",
-        options.layers.get_value(modality),
+        choose_layer(argument.path, "", options.layers.get_value(modality)),
         options.obs_columns.select_modality(modality),
         options.id_columns.get_value(modality),
         None if part.is_whole else part.key,
     )
+
+
+def has_matrix(root: Any) -> bool:
+    """Whether an AnnData has an X; newer versions write down that it has none."""
+    return "X" in root and root["X"].attrs.get("encoding-type") != "null"
+
+
+def list_layers(root: Any) -> dict[str, str]:
+    """Where the matrices beside X lie, by what `--layer` calls them."""
+    paths = {str(name): f"layers/{name}" for name in root.get("layers", {})}
+    return paths | ({"raw.X": "raw/X"} if "raw" in root and "X" in root["raw"] else {})
+
+
+def list_choices(root: Any) -> list[str]:
+    """The layers of which one must be named, as there is no X; first those that hold counts."""
+    paths = list_layers(root)
+    if has_matrix(root) or len(paths) < 2:
+        return []
+    return sorted(paths, key=lambda name: not looks_like_counts(open_part(root, paths[name])))
+
+
+def choose_layer(path: Location, group: str, wanted: str | None) -> str | None:
+    """Choose the layer that is read: the wanted one, else the only matrix there is; None: X."""
+    if wanted is not None:
+        return wanted
+    with open_container(path) as file:
+        root = open_part(file, group) if group else file
+        layers = [] if has_matrix(root) else [*list_layers(root)]
+    return layers[0] if len(layers) == 1 else None
 
 
 def _read_feature_types(root: Any, var: str) -> list[str]:
@@ -199,14 +257,10 @@ class AnnDataSource:
     def list_other_counts(self) -> list[str]:
         with open_container(self.path) as file:
             root = self._open_root(file)
-            paths = {f"layers/{name}": name for name in root.get("layers", {})}
-            if "raw" in root and "X" in root["raw"]:
-                paths["raw/X"] = "raw.X"
             return [
-                str(name)
-                for path, name in paths.items()
-                if f"{self.group}/{path}".lstrip("/") != self.matrix
-                and looks_like_counts(open_part(root, path))
+                name
+                for name, path in list_layers(root).items()
+                if name != self.layer and looks_like_counts(open_part(root, path))
             ]
 
     def probe_counts(self) -> bool:
@@ -228,15 +282,20 @@ class AnnDataSource:
         return open_part(file, self.group) if self.group else file
 
     def _open_matrix(self, file: Any) -> Any:
-        if self.matrix not in file:
-            root = file[self.group] if self.group else file
-            layers = [*root.get("layers", {}), *(["raw.X"] if "raw" in root else [])]
+        root = file[self.group] if self.group else file
+        if self.matrix not in file or (self.layer is None and not has_matrix(root)):
+            layers = list_choices(root) or [*list_layers(root)]
+            fix = "write the file again with its counts in X"
+            if layers:
+                fix = (
+                    "name one of them with `--layer`, or "
+                    f"`--layer {self.modality}={layers[0]}` for this modality alone"
+                )
             raise DataError(
                 "the file has no such matrix",
                 where=f"{self.display_name}: {self.matrix}",
                 got=f"layers: {list_names(layers) or 'none'}",
-                fix="name one of them with `--layer`, or "
-                f"`--layer {self.modality}=NAME` for this modality alone",
+                fix="leave `--layer` out" if self.layer and not layers else fix,
             )
         return open_part(file, self.matrix)
 

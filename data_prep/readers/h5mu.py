@@ -11,7 +11,7 @@ from data_prep.options import InputArgument, ReadingOptions
 from data_prep.readers.file_parts import FilePart
 from data_prep.readers.h5_file import has_part, open_container, open_part
 from data_prep.readers.h5_matrix import read_matrix_shape
-from data_prep.readers.h5ad import AnnDataSource
+from data_prep.readers.h5ad import AnnDataSource, choose_layer, has_matrix, list_choices
 
 _PLAIN_WORDS = re.compile(r"\w+( \w+)*")  # "Gene Expression"
 
@@ -33,9 +33,11 @@ def list_h5mu_parts(path: Location) -> list[FilePart]:
             # others are refused later, if they are asked for.
             alias = match_alias(name) if _PLAIN_WORDS.fullmatch(name) else None
             modality = name if MODALITY_NAME.fullmatch(name) else alias or name
-            has_matrix = f"{name}/X" in group  # else there are layers alone
-            n_features = read_matrix_shape(open_part(group, f"{name}/X"))[1] if has_matrix else None
-            parts.append(FilePart(name, modality, n_features=n_features))
+            root, n_features = open_part(group, name), None
+            if has_matrix(root):  # else there are layers alone
+                n_features = read_matrix_shape(open_part(root, "X"))[1]
+            choices = tuple(list_choices(root))
+            parts.append(FilePart(name, modality, n_features=n_features, layers=choices))
         return parts
 
 
@@ -48,7 +50,7 @@ def open_h5mu(
         modality,
         argument.dataset,
         f"mod/{part.key}",
-        options.layers.get_value(modality),
+        choose_layer(argument.path, f"mod/{part.key}", options.layers.get_value(modality)),
         options.obs_columns.select_modality(modality),
         options.id_columns.get_value(modality),
     )
