@@ -13,7 +13,7 @@ from clue_dist.process import print_error
 from clue_dist.store.location import Location, parse_location
 from data_prep.options import InputArgument, ReadingOptions, require_known_modalities
 from data_prep.readers.file_parts import choose_parts, describe_left_out
-from data_prep.readers.formats import find_format
+from data_prep.readers.formats import find_format, locate_input
 from data_prep.readers.fragments import ConversionInput, FragmentsInput
 from data_prep.readers.text_table import TextTableSource, orient_table
 
@@ -101,7 +101,10 @@ def parse_argument(text: str) -> InputArgument:
     if not (path.is_file() or path.is_dir()):
         what = "a pipe, socket or device"
         raise DataError("an input is a file or a folder", where=text, got=what, fix=_CHECK_PATH)
-    return InputArgument(text, path.resolve(), dataset, modality, key)
+    found = locate_input(path)
+    if found != path:
+        print_error(f"{path}: {found.relative_to(path)} is what is read")
+    return InputArgument(text, found.resolve(), dataset, modality, key)
 
 
 def _split_key(text: str) -> tuple[Path, str | None]:

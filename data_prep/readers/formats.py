@@ -5,7 +5,10 @@ A format is recognised by what is in a file, not by what the file is called.
 
 from __future__ import annotations
 
+import re
+from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from data_prep.readers.fragments import (
     list_fragments_parts,
     open_fragments,
 )
-from data_prep.readers.h5_file import open_container
+from data_prep.readers.h5_file import has_hdf5, open_container
 from data_prep.readers.h5ad import is_h5ad, list_h5ad_parts, open_h5ad
 from data_prep.readers.h5mu import is_h5mu, list_h5mu_parts, open_h5mu
 from data_prep.readers.matrix_market import (
@@ -29,9 +32,16 @@ from data_prep.readers.matrix_market import (
     list_mtx_parts,
     open_matrix_market,
 )
+from data_prep.readers.mtx_files import list_matrices
+from data_prep.readers.other_formats import (
+    UNKNOWN,
+    describe_other_file,
+    describe_other_folder,
+)
 from data_prep.readers.source import decode_barcodes
 from data_prep.readers.tenx import is_tenx, list_tenx_parts, open_tenx
 from data_prep.readers.text_table import is_text_table, list_table_parts, open_text_table
+from data_prep.readers.zarr_file import has_zarr
 
 
 @dataclass(frozen=True)
@@ -48,8 +58,7 @@ class InputFormat:
     reads_urls: bool = False
 
 
-# The first format that recognises a file reads it. The last two are not particular: they take any
-# table with tabs and any folder, and their readers say what is wrong with it.
+# The first format that recognises a file reads it.
 FORMATS = (
     InputFormat(
         "AnnData (.h5ad, .zarr)",
@@ -91,8 +100,19 @@ _OTHER_FORMATS = {
     "strata": "this is a store: training reads it as it is, and `append` adds cells to it",
     "row_attrs": "this is a loom file: `anndata.io.read_loom` reads it, write_h5ad writes it",
     "assays": "this is Seurat's: write it as .h5ad, with SeuratDisk, sceasy or zellkonverter",
+    "tables": "this is SpatialData: give the table in it, as `FILE/tables/table`",
+    "Fragments": "this is ArchR's: give the fragments that it was made of, or a matrix that "
+    "`getMatrixFromProject` reads in R",
     "barcode_idx": "this lists molecules: give the matrix that Cell Ranger wrote beside it",
 }
+
+
+# How far inputs are looked for in a folder: Cell Ranger's `outs` has them four folders below.
+_DEEPEST_FOLDER = 4
+_MOST_ENTRIES = 2000
+_SEARCHED_SUFFIXES = {".h5", ".h5ad", ".h5mu", ".mtx", ".tsv", ".bed"}
+# Words of paths to matrices of every droplet, of reads, and of introns or junctions alone.
+_SELDOM_MEANT = {"raw", "read", "velocyto", "sj", "unspliced", "ambiguous", "nascent"}
 
 
 @dataclass(frozen=True)
@@ -140,7 +160,7 @@ def _describe_part(
 ) -> PartDescription:
     argument = InputArgument(path.name, path)
     modality = part.modality or part.suggestion
-    options = ReadingOptions(layers=PerModality("--layer", *part.layers[:1]))
+    options = ReadingOptions(layers=PerModality("--layer", next(iter(part.layers), None)))
     source = input_format.open_part(argument, modality, part, options)
     if isinstance(source, FragmentsInput):
         barcodes = source.read_first_barcodes(shown)
@@ -166,19 +186,81 @@ def find_format(location: Location) -> InputFormat:
         DataError: the file is damaged, or in no format that is known.
         StoreError: a server fails.
     """
-    for candidate in FORMATS:
-        if (isinstance(location, Path) or candidate.reads_urls) and candidate.recognises(location):
-            return candidate
-    with open_container(location) as file:  # where the file is not even HDF5, this says so
+    if found := _match_format(location):
+        return found
+    if isinstance(location, Path) and not has_zarr(location):
+        if location.is_dir():
+            raise describe_other_folder(location, list_inputs_below(location), list_format_names())
+        if not has_hdf5(location):
+            raise describe_other_file(location, list_format_names())
+    with open_container(location) as file:
         advice = next((fix for name, fix in _OTHER_FORMATS.items() if name in file), None)
         top_level = list_names(file) or "nothing"
     raise DataError(
-        "not a format this reader knows",
+        UNKNOWN,
         where=location,
         got=f"top level: {top_level}",
         expected=list_format_names(),
         fix=advice,
     )
+
+
+def _match_format(location: Location) -> InputFormat | None:
+    """The first format that recognises a location."""
+    is_local = isinstance(location, Path)
+    known = (each for each in FORMATS if is_local or each.reads_urls)
+    return next((each for each in known if each.recognises(location)), None)
+
+
+def locate_input(path: Path) -> Path:
+    """The only input in a folder that is none itself, as `Solo.out/Gene/raw` may be; else `path`.
+
+    Raises:
+        DataError: a file on the way cannot be read.
+    """
+    if not path.is_dir() or _match_format(path):
+        return path
+    below = list_inputs_below(path)
+    return below[0] if len(below) == 1 else path
+
+
+def list_inputs_below(folder: Path) -> list[Path]:
+    """The inputs in a folder and in those below it, first what is usually meant.
+
+    Tables as text are passed over: reports are written as such.
+    """
+    found: list[Path] = []
+    waiting, n_seen = deque([(folder, 0)]), 0
+    while waiting and n_seen < _MOST_ENTRIES:
+        current, depth = waiting.popleft()
+        with suppress(OSError):  # a folder that may not be read
+            entries = sorted(current.iterdir())
+            n_seen += len(entries)
+            for entry in entries[:_MOST_ENTRIES]:
+                if _is_input_below(entry):
+                    found.append(entry)
+                elif entry.is_dir() and depth < _DEEPEST_FOLDER and not has_zarr(entry):
+                    waiting.append((entry, depth + 1))
+    return sorted(found, key=lambda path: _rank_input(path.relative_to(folder)))
+
+
+def _is_input_below(entry: Path) -> bool:
+    if entry.is_dir() and not has_zarr(entry):
+        return bool(list_matrices(entry))
+    if entry.is_file() and not {*entry.suffixes} & _SEARCHED_SUFFIXES:
+        return False
+    try:
+        known = _match_format(entry)
+    except DataError:  # a damaged file beside the others
+        return False
+    return known is not None and known.recognises is not is_text_table
+
+
+def _rank_input(path: Path) -> tuple[bool, bool, int, str]:
+    """Sort filtered matrices before others, and these before raw ones."""
+    words = set(re.split(r"[^a-z0-9]+", str(path).lower().replace("unfiltered", "raw")))
+    is_seldom = not words.isdisjoint(_SELDOM_MEANT)
+    return is_seldom, words.isdisjoint({"filtered", "umi"}), len(path.parts), str(path)
 
 
 def list_format_names() -> str:

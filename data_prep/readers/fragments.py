@@ -117,15 +117,19 @@ class FragmentsInput:
         """What must be unchanged for an interrupted conversion to go on."""
         is_list = self.allowed and parse_path(self.allowed).is_file()
         key = {"matrix": self.key} if self.key else {}
-        return identify_file(self.path) | key | {
-            "modality": self.modality,
-            "dataset": self.dataset,
-            "cut_sites": self.cut_sites,
-            "limit": self.allowed,
-            "barcodes": identify_file(parse_path(self.allowed))
-            if self.allowed and is_list
-            else None,
-        }
+        return (
+            identify_file(self.path)
+            | key
+            | {
+                "modality": self.modality,
+                "dataset": self.dataset,
+                "cut_sites": self.cut_sites,
+                "limit": self.allowed,
+                "barcodes": identify_file(parse_path(self.allowed))
+                if self.allowed and is_list
+                else None,
+            }
+        )
 
     def read_first_barcodes(self, number: int) -> list[str]:
         """Read the first different barcodes of the file, in the order of its lines."""
@@ -293,9 +297,7 @@ def _write_counts(folder: Path, rows: np.ndarray, columns: np.ndarray) -> None:
     sorted_entries.write_sorted_part(folder, rows, columns, counts.astype(np.int32))
 
 
-def _read_chunks(
-    given: FragmentsInput, chunk_lines: int | None = None
-) -> Iterator[pd.DataFrame]:
+def _read_chunks(given: FragmentsInput, chunk_lines: int | None = None) -> Iterator[pd.DataFrame]:
     """The fragments of a file, `chunk_lines` (or CHUNK_LINES) at a time.
 
     Raises:

@@ -21,7 +21,7 @@ from data_prep.jobs.whole_folders import make_whole_folder
 from data_prep.options import InputArgument, ReadingOptions
 from data_prep.readers import sorted_entries
 from data_prep.readers.file_parts import FilePart, list_type_parts
-from data_prep.readers.mtx_files import find_mtx_files, is_mtx_file
+from data_prep.readers.mtx_files import find_mtx_files, holds_matrix, is_mtx_file
 from data_prep.readers.source import (
     PROBED_VALUES,
     SourceHead,
@@ -53,8 +53,10 @@ _ENTRY_FORM: dict[str, Any] = {
 
 
 def is_matrix_market(path: Path) -> bool:
-    """Whether a path is a Matrix Market file, or a folder, which must then hold one."""
-    return (path.is_dir() and not has_zarr(path)) or is_mtx_file(path)
+    """Whether a path is a Matrix Market file, or a folder that holds one."""
+    if path.is_dir():
+        return not has_zarr(path) and holds_matrix(path)
+    return is_mtx_file(path)
 
 
 def list_mtx_parts(path: Path) -> list[FilePart]:

@@ -60,9 +60,8 @@ def find_mtx_files(path: Path) -> MtxFiles:
     """
     folder = path if path.is_dir() else path.parent
     files = sorted(file for file in folder.iterdir() if file.is_file())
-    if path.is_dir() and not _list_matrices(path):
-        # Cell Ranger 2 makes a folder for each genome, alevin one in its output.
-        below = [each for each in sorted(path.iterdir()) if each.is_dir() and _list_matrices(each)]
+    if path.is_dir() and not list_matrices(path):
+        below = _list_folders(path)
         if len(below) == 1:
             return find_mtx_files(below[0])
         raise _describe_missing(path, "matrix.mtx", below or files)
@@ -75,14 +74,30 @@ def find_mtx_files(path: Path) -> MtxFiles:
     return MtxFiles(matrix, barcodes, features)
 
 
-def _list_matrices(folder: Path) -> list[Path]:
+def holds_matrix(folder: Path) -> bool:
+    """Whether a matrix lies in a folder, or in one alone of the folders in it."""
+    return bool(list_matrices(folder)) or len(_list_folders(folder)) == 1
+
+
+def _list_folders(folder: Path) -> list[Path]:
+    """The folders of a folder that hold a matrix.
+
+    Cell Ranger 2 makes one for each genome, alevin one in its output. CITE-seq-Count counts reads
+    beside molecules, which are never meant where both are there.
+    """
+    found = [each for each in sorted(folder.iterdir()) if each.is_dir() and list_matrices(each)]
+    molecules = [each for each in found if each.name == "umi_count"]
+    return molecules if {each.name for each in found} == {"umi_count", "read_count"} else found
+
+
+def list_matrices(folder: Path) -> list[Path]:
     """The matrices of a folder; an unzipped one comes before its gzipped twin."""
     files = (file for file in folder.iterdir() if _MATRIX.fullmatch(file.name))
     return sorted(file for file in files if file.is_file())
 
 
 def _find_matrix(folder: Path) -> Path:
-    matrices = _list_matrices(folder)
+    matrices = list_matrices(folder)
     # Beside the usual matrix, STARsolo leaves others, which count multimappers, too.
     names = ("matrix.mtx", "matrix.mtx.gz")
     usual = [file for name in names for file in matrices if file.name == name]
