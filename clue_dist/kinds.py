@@ -36,6 +36,8 @@ class Kind:
     binnable: bool = False  # features are regions of the genome: `--bins`, fragments
     selection: FeatureSelectionMethod | None = None  # how `--top` ranks features; None: not at all
     simulated_mean: float = 0.6  # of a sparse kind: mean count of a feature in a simulated cell
+    # Words for what this kind suits, too, though nobody has asked for it: messages suggest it.
+    related: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.real_values and self.storage == "sparse":
@@ -50,6 +52,7 @@ _ROWS = (
         normalise="log_cp10k",
         likelihood="nb",
         selection="seurat_v3",
+        related=("genes", "transcripts", "spliced", "unspliced", "mirna"),
     ),
     Kind(
         name="adt",  # proteins, counted by the tags of antibodies
@@ -65,6 +68,19 @@ _ROWS = (
         ),
         normalise="log",
         likelihood="nb",
+        related=(
+            "hto",
+            "hashtag",
+            "hashtags",
+            "hashing",
+            "multiplexing",
+            "tags",
+            "guide",
+            "guides",
+            "crispr",
+            "grna",
+            "sgrna",
+        ),
     ),
     Kind(
         name="atac",
@@ -75,6 +91,7 @@ _ROWS = (
         binnable=True,
         selection="detection",
         simulated_mean=0.08,
+        related=("bins", "tiles", "regions", "fragments", "cutandtag"),
     ),
     Kind(
         name="dense",
@@ -83,6 +100,7 @@ _ROWS = (
         normalise="none",
         likelihood="normal",
         real_values=True,
+        related=("clr", "dsb", "pca", "lsi", "embedding", "image", "metabolites"),
     ),
 )
 
@@ -101,6 +119,15 @@ def find_kinds(name: str) -> list[str]:
     return [
         kind.name for kind in KINDS.values() if any(f"_{alias}_" in words for alias in kind.aliases)
     ]
+
+
+def suggest_kind(name: str) -> str | None:
+    """Return the kind that suits a name whose words are no alias, as adt suits `hto`, or None."""
+    words = f"_{_join_words(name)}_"
+    found = find_kinds(name) + [
+        kind.name for kind in KINDS.values() if any(f"_{word}_" in words for word in kind.related)
+    ]
+    return found[0] if found else None
 
 
 def _join_words(name: str) -> str:
@@ -130,20 +157,23 @@ def infer_kind(modality: str, given: Mapping[str, str]) -> str:
     """
     if modality in given:
         if given[modality] not in KINDS:
+            suggestion = suggest_kind(given[modality])
             raise DataError(
                 "unknown kind",
                 where=f"--kind {modality}={given[modality]}",
                 expected=list_names(KINDS),
+                fix=f"`--kind {modality}={suggestion}`" if suggestion else None,
             )
         return given[modality]
     found = find_kinds(modality)
     if len(found) != 1:
+        suggestion = suggest_kind(modality)
         raise DataError(
             "cannot tell from its name what a modality measures",
             where=f"modality {modality!r}",
             got=list_names(sorted(found)) or "no known word in the name",
             expected=f"one of {list_names(KINDS)}",
-            fix=f"add `--kind {modality}=rna` (or another kind)",
+            fix=f"add `--kind {modality}={suggestion or 'rna'}` (or another kind)",
             mistake=UnknownKind(modality),
         )
     return found[0]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from clue_dist.errors import DataError, list_names
-from clue_dist.kinds import KINDS, find_kinds, match_alias
+from clue_dist.kinds import KINDS, find_kinds, match_alias, suggest_kind
 from data_prep.options import InputArgument, ReadingOptions
 
 
@@ -158,7 +158,7 @@ def describe_left_out(argument: InputArgument, part: FilePart) -> str:
     """Say that a part of a file becomes no modality, and what would make it one."""
     features = "" if part.n_features is None else f" ({part.n_features:,} features)"
     name = part.modality or part.suggestion
-    kind = "" if find_kinds(name) else f" --kind {name}=adt"
+    kind = "" if find_kinds(name) else f" --kind {name}={suggest_kind(part.key) or 'adt'}"
     taking = f"`{_pick_part(argument, name, part.key)}{kind}`"
     return f"{argument.typed_path}: {part.key!r}{features} is left out; {taking} takes it, too"
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import get_args
 
 import pytest
 
 from clue_dist import config
-from clue_dist.kinds import KINDS, Kind
+from clue_dist.errors import DataError
+from clue_dist.kinds import KINDS, Kind, infer_kind
 from clue_dist.model.modality_spec import specify_modalities
 from clue_dist.store.reader import Store
 from data_prep.convert import convert_inputs
@@ -27,6 +29,27 @@ def test_rows_name_choices_of_the_config() -> None:
 def test_no_alias_tells_two_kinds() -> None:
     aliases = [alias for kind in KINDS.values() for alias in kind.aliases]
     assert len(set(aliases)) == len(aliases)
+
+
+@pytest.mark.parametrize(
+    ("modality", "given", "fix"),
+    [
+        ("hto", {}, "--kind hto=adt"),
+        ("sample-hashtags", {}, "--kind sample-hashtags=adt"),
+        ("hto", {"hto": "hto"}, "--kind hto=adt"),
+        ("x", {"x": "protein"}, "--kind x=adt"),
+        ("spliced", {}, "--kind spliced=rna"),
+        ("mystery", {}, "--kind mystery=rna"),
+    ],
+)
+def test_kinds_are_suggested(modality: str, given: dict[str, str], fix: str) -> None:
+    with pytest.raises(DataError, match=re.escape(fix)):
+        infer_kind(modality, given)
+
+
+def test_no_word_is_related_to_two_kinds() -> None:
+    words = [word for kind in KINDS.values() for word in (*kind.aliases, *kind.related)]
+    assert len(set(words)) == len(words)
 
 
 def test_real_values_are_stored_dense() -> None:

@@ -17,14 +17,10 @@ from tests.unit.prep_helpers import (
     convert_files,
     make_anndata,
     make_counts,
-    shrink_tasks,
     write_h5ad,
 )
 
-
-@pytest.fixture(autouse=True)
-def _many_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    shrink_tasks(monkeypatch)
+pytestmark = pytest.mark.usefixtures("small_tasks")
 
 
 def _flatten_matrix(file: h5py.File) -> None:

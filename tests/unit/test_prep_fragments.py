@@ -211,7 +211,7 @@ def test_what_is_no_fragment(tmp_path: Path) -> None:
             )
     for empty in ("", "# only\n# comments\n"):
         (tmp_path / "empty.tsv.gz").write_bytes(gzip.compress(empty.encode()))
-        with pytest.raises(DataError, match="cannot be read as fragments"):
+        with pytest.raises(DataError, match=r"got: (an empty file|a text without a line)"):
             convert_files(
                 tmp_path / "x.zarr", f"atac={tmp_path / 'empty.tsv.gz'}", bins=["atac=1000"]
             )

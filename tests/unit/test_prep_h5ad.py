@@ -19,15 +19,11 @@ from tests.unit.prep_helpers import (
     make_counts,
     read_counts,
     read_field,
-    shrink_tasks,
     write_h5ad,
     write_h5mu,
 )
 
-
-@pytest.fixture(autouse=True)
-def _many_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    shrink_tasks(monkeypatch)
+pytestmark = pytest.mark.usefixtures("small_tasks")
 
 
 @pytest.mark.parametrize(

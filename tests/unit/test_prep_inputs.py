@@ -26,9 +26,9 @@ def test_inputs_that_cannot_be_read(tmp_path: Path) -> None:
     cases = {
         "rna=nothing.h5ad": "does not exist",
         "": "not an input",
-        f"rna={tmp_path / 'text.h5ad'}": "not a readable HDF5 file",
+        f"rna={tmp_path / 'text.h5ad'}": "named as an HDF5 file, but no HDF5",
         f"rna={tmp_path / 'cut.h5ad'}": "not a readable HDF5 file",
-        f"rna={tmp_path / 'empty'}": "no Matrix Market input",
+        f"rna={tmp_path / 'empty'}": "in which no input lies",
         f"{tmp_path / 'a.h5ad'}": "write it as `rna=a.h5ad`",
         f"mystery={tmp_path / 'a.h5ad'}": "--kind mystery=rna",
     }

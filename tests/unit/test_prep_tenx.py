@@ -16,15 +16,11 @@ from tests.unit.prep_helpers import (
     convert_files,
     make_counts,
     read_counts,
-    shrink_tasks,
     write_10x,
     write_mtx,
 )
 
-
-@pytest.fixture(autouse=True)
-def _many_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    shrink_tasks(monkeypatch)
+pytestmark = pytest.mark.usefixtures("small_tasks")
 
 
 TYPES = ["Gene Expression"] * 20 + ["Antibody Capture"] * 6 + ["Peaks"] * 14

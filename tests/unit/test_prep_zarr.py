@@ -23,13 +23,9 @@ from tests.unit.prep_helpers import (
     make_counts,
     read_counts,
     read_field,
-    shrink_tasks,
 )
 
-
-@pytest.fixture(autouse=True)
-def _many_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    shrink_tasks(monkeypatch)
+pytestmark = pytest.mark.usefixtures("small_tasks")
 
 
 def _write_zarr(
