@@ -59,6 +59,9 @@ def parse_inputs(texts: Sequence[str], options: ReadingOptions) -> list[Conversi
             print_error(sentence)
     inputs = _orient_tables(inputs)
     _require_modalities([given.modality for given in inputs], modalities, options)
+    if options.cut_sites and not any(isinstance(given, FragmentsInput) for given in inputs):
+        flag = "--cut-sites"
+        raise DataError("no input is a fragments file", where=flag, fix=f"leave {flag} out")
     return inputs
 
 
@@ -137,6 +140,3 @@ def _require_modalities(
         )
     options.feature_types.require_known(modalities["--feature-type"])
     options.barcodes.require_known(names)
-    if options.cut_sites and not modalities["--cut-sites"]:
-        flag = "--cut-sites"
-        raise DataError("no input is a fragments file", where=flag, fix=f"leave {flag} out")

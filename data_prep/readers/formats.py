@@ -65,7 +65,7 @@ FORMATS = (
         is_h5ad,
         list_h5ad_parts,
         open_h5ad,
-        ("--layer", "--feature-type", "--cut-sites"),
+        ("--layer", "--feature-type"),
         reads_urls=True,
     ),
     InputFormat(
@@ -83,7 +83,6 @@ FORMATS = (
         is_fragments,
         list_fragments_parts,
         open_fragments,
-        ("--cut-sites",),
     ),
     InputFormat(
         "a Matrix Market folder",
