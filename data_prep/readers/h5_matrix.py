@@ -50,9 +50,14 @@ def require_whole_matrix(matrix: Any, n_major: int) -> None:
             got=f"{indptr.dtype} and {indices.dtype}",
             fix=WRITE_ANEW,
         )
-    if has_missing_chunks(data):
-        what = "chunks of the values are missing"
-        raise DataError(what, where=name_part(data), fix="copy the folder again, or write it anew")
+    # Indices are zeros throughout a chunk where there is one feature, or cell, but nowhere else.
+    for part in [data] if 1 in read_matrix_shape(matrix) else [data, indices]:
+        if has_missing_chunks(part):
+            what, fix = (
+                "chunks of the values are missing",
+                "copy the folder again, or write it anew",
+            )
+            raise DataError(what, where=name_part(part), fix=fix)
     ends, n_entries = (int(indptr[0]), int(indptr[-1])), data.shape[0]
     if ends != (0, n_entries):
         raise DataError(MISFIT, where=where, got=ends, expected=(0, n_entries), fix=WRITE_ANEW)

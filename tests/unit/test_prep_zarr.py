@@ -96,9 +96,10 @@ def test_url(tmp_path: Path, version: int, monkeypatch: pytest.MonkeyPatch) -> N
             convert_files(tmp_path / "x.zarr", f"rna={url}s")
 
 
-def test_folder_that_was_half_copied(tmp_path: Path) -> None:
+@pytest.mark.parametrize("array", ["data", "indices"])
+def test_folder_that_was_half_copied(tmp_path: Path, array: str) -> None:
     path = _write_zarr(tmp_path / "a.zarr", make_counts(40, 12))
-    (path / "X" / "data" / "c" / "0").unlink()
+    (path / "X" / array / "c" / "0").unlink()
     with pytest.raises(DataError, match="chunks of the values are missing"):
         convert_files(tmp_path / "s.zarr", f"rna={path}")
 
