@@ -53,10 +53,7 @@ def require_whole_matrix(matrix: Any, n_major: int) -> None:
     # Indices are zeros throughout a chunk where there is one feature, or cell, but nowhere else.
     for part in [data] if 1 in read_matrix_shape(matrix) else [data, indices]:
         if has_missing_chunks(part):
-            what, fix = (
-                "chunks of the values are missing",
-                "copy the folder again, or write it anew",
-            )
+            what, fix = "chunks of the values are missing", "copy the folder, or write it anew"
             raise DataError(what, where=name_part(part), fix=fix)
     ends, n_entries = (int(indptr[0]), int(indptr[-1])), data.shape[0]
     if ends != (0, n_entries):
