@@ -72,8 +72,10 @@ def _list_parts_beside(root: Any, tables: list[FilePart], path: Location) -> lis
     if key := find_fragments_key(root):
         others = [table for table in tables if table.key != key]
         return [FilePart(key, suggestion="atac", is_whole=True), *others]
-    if any(table.holds_counts for table in tables):
-        return tables
+    if counts := [table for table in tables if table.holds_counts]:
+        is_only = len(counts) == 1
+        usual = [replace(table, on_request=False, is_whole=is_only) for table in counts]
+        return usual + [table for table in tables if not table.holds_counts]
     raise DataError(
         "the file holds no matrix of cells x features",
         where=path,
@@ -89,7 +91,7 @@ def open_h5ad(
     """The input that one part of an AnnData is, as a modality."""
     if part.key in FRAGMENT_KEYS:
         return open_fragments(argument, modality, part, options)
-    if part.on_request:
+    if part.key.startswith("obsm/"):
         columns = options.obs_columns.select_modality(modality)
         return ObsmSource(argument.path, modality, argument.dataset, part.key, columns)
     return AnnDataSource(
@@ -111,14 +113,15 @@ def has_matrix(root: Any) -> bool:
 
 def list_layers(root: Any) -> dict[str, str]:
     """Where the matrices beside X lie, by what `--layer` calls them."""
-    paths = {str(name): f"layers/{name}" for name in root.get("layers", {})}
-    return paths | ({"raw.X": "raw/X"} if "raw" in root and "X" in root["raw"] else {})
+    layers, raw = root.get("layers"), root.get("raw")
+    paths = {str(name): f"layers/{name}" for name in (layers if is_group(layers) else ())}
+    return paths | ({"raw.X": "raw/X"} if is_group(raw) and "X" in raw else {})
 
 
 def list_choices(root: Any) -> list[str]:
     """The layers of which one must be named, as there is no X; first those that hold counts."""
-    paths = list_layers(root)
-    if has_matrix(root) or len(paths) < 2:
+    paths = {} if has_matrix(root) else list_layers(root)
+    if len(paths) < 2:
         return []
     return sorted(paths, key=lambda name: not looks_like_counts(open_part(root, paths[name])))
 

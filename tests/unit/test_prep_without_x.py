@@ -82,6 +82,18 @@ def test_file_without_any_matrix(tmp_path: Path) -> None:
         convert_files(tmp_path / "s.zarr", f"rna={path}")
 
 
+@pytest.mark.parametrize("typed", ["adt={}", "adt={}:obsm/proteins"])
+def test_the_only_table_of_obsm_is_read(tmp_path: Path, typed: str) -> None:
+    counts, path = make_counts(20, 8), tmp_path / "a.h5ad"
+    adata = ad.AnnData(obs=make_anndata(counts).obs)
+    adata.obsm["X_umap"], adata.obsm["proteins"] = np.full((20, 2), 0.5), counts
+    adata.write_h5ad(path)
+    store = convert_files(tmp_path / "s.zarr", typed.format(path))
+    assert_same_counts(read_counts(store, "adt"), counts)
+    with pytest.raises(DataError, match="write it as `adt=a.h5ad`"):
+        convert_files(tmp_path / "x.zarr", str(path))
+
+
 def _write_snapatac(path: Path, table: pd.DataFrame, single: bool = False) -> Path:
     """Write fragments as SnapATAC2 does; single reads lie on both strands, by turns."""
     names, length = ["chr1", "chr2", "chr10", "chrX"], 50_000
