@@ -90,7 +90,7 @@ def test_the_only_table_of_obsm_is_read(tmp_path: Path, typed: str) -> None:
     adata.write_h5ad(path)
     store = convert_files(tmp_path / "s.zarr", typed.format(path))
     assert_same_counts(read_counts(store, "adt"), counts)
-    with pytest.raises(DataError, match="write it as `adt=a.h5ad`"):
+    with pytest.raises(DataError, match=r"write it as `adt=a\.h5ad`"):
         convert_files(tmp_path / "x.zarr", str(path))
 
 
