@@ -67,21 +67,14 @@ docs: $(READY)
 SUPPORTED := 3.11 3.12 3.13
 # pyenv's shim of a Python that is not switched on does not start: pyenv's own folders count too.
 PYENV := $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/*/bin
-ASKED := $(if $(PYTHON),$(PYTHON) $(wildcard $(PYENV)/$(PYTHON)))
-CANDIDATES := $(strip $(or $(ASKED),$(SUPPORTED:%=python%) python3 python))
-version_of = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
-if_supported = $(if $(filter $(SUPPORTED),$(call version_of,$(1))),$(1))
-first_supported = $(firstword $(foreach python,$(CANDIDATES),$(call if_supported,$(python))))
+CANDIDATES := $(if $(PYTHON),$(PYTHON) $(wildcard $(PYENV)/$(PYTHON)),$(SUPPORTED:%=python%) python3 python)
+PRINT_VERSION := -c 'import sys; print("%d.%d" % sys.version_info[:2])'
 
-ifdef PYTHON
-ifneq ($(call version_of,$(first_supported)),$(call version_of,$(VENV)/bin/python))
-ANOTHER_PYTHON := yes
-.PHONY: $(READY) # made whatever the age of the file
-endif
-endif
-
+# Sets $python to the first candidate of a supported version.
 define choose_python
-python='$(first_supported)'
+for python in $(CANDIDATES) ''; do
+  case ' $(SUPPORTED) ' in *" $$("$$python" $(PRINT_VERSION) 2>/dev/null) "*) break ;; esac
+done
 if [ -z "$$python" ]; then
   echo "error: Python 3.11, 3.12 or 3.13 is needed; none of these is one: $(CANDIDATES)" >&2
   echo "  fix: install one (Debian, Ubuntu: apt-get install python3 python3-venv), or give its path:" \
@@ -90,13 +83,22 @@ if [ -z "$$python" ]; then
 fi
 endef
 
+# A .venv of another version than PYTHON has is made anew, whatever the age of its mark.
+ifdef PYTHON
+VENV_VERSION := $(shell $(VENV)/bin/python $(PRINT_VERSION) 2>/dev/null)
+ifneq ($(VENV_VERSION),$(shell exec 2>/dev/null; $(choose_python); "$$python" $(PRINT_VERSION)))
+ANOTHER_PYTHON := yes
+.PHONY: $(READY)
+endif
+endif
+
 # .installing marks a set-up under way: one that was broken off may have left half a package, so it
 # starts anew. Of a variable, PIP_CONSTRAINT, the pins hold for what our package is built with too.
 $(READY): pyproject.toml $(CONSTRAINTS)
 	@if [ -n "$(ANOTHER_PYTHON)" ] || [ -e $(VENV)/.installing ] || [ ! -x $(VENV)/bin/python ]; then
 	  $(choose_python)
 	  if [ -n "$(ANOTHER_PYTHON)" ] && [ -e $(READY) ]; then
-	    echo "$(VENV) is of Python $(call version_of,$(VENV)/bin/python), not $(PYTHON): it is made anew"
+	    echo "$(VENV) is of Python $(VENV_VERSION), not $(PYTHON): it is made anew"
 	  fi
 	  rm -rf $(VENV)
 	  mkdir -p $(VENV)

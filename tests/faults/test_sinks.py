@@ -62,7 +62,7 @@ def started(folder: Path, name: str, *settings: str, **more: object) -> subproce
 def test_wandb_is_killed_in_mid_run(folder: Path) -> None:
     out = (folder / "wandb.out").open("w+")
     process = started(
-        folder, "wandb", "train.epochs=100", "log.wandb=offline", stdout=out, stderr=out
+        folder, "wandb", "train.epochs=40", "log.wandb=offline", stdout=out, stderr=out
     )
     helpers = psutil.Process(process.pid).children(recursive=True)
     assert any("wandb" in " ".join(h.cmdline()) for h in helpers)
@@ -73,7 +73,7 @@ def test_wandb_is_killed_in_mid_run(folder: Path) -> None:
     assert "wandb is off from here on" in out.read()
     steps = [line["step"] for line in metrics(folder / "wandb")]
     assert steps == list(range(1, len(steps) + 1))
-    assert saved_steps(folder / "wandb")[0] == steps[-1] > 400
+    assert saved_steps(folder / "wandb")[0] == steps[-1] > 150
 
 
 def test_a_closed_terminal_saves(folder: Path) -> None:

@@ -16,7 +16,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.benchmarks.faults.jobs import find_last_step
 from tests.distributed.command import (
     ROOT,
     best_weights,
@@ -27,6 +26,7 @@ from tests.distributed.command import (
     train_args,
 )
 from tests.faults.command import saved_steps, timeless
+from tests.faults.jobs import find_last_step
 from tests.faults.needs import needs
 from tests.faults.slurm import Slurm, cluster, daemon, missing
 from tests.stores import make_store

@@ -8,7 +8,7 @@ from tests.benchmarks import kept
 from tests.benchmarks.faults import __main__ as faults
 from tests.benchmarks.faults import campaigns
 from tests.benchmarks.faults.__main__ import Faults
-from tests.benchmarks.faults.jobs import find_committed_step, find_last_step
+from tests.faults.jobs import find_committed_step, find_last_step
 
 
 def test_every_bar_is_about_a_number_of_a_campaign_and_open_where_that_was_left_out() -> None:

@@ -16,7 +16,7 @@ from tests.distributed.command import ROOT
 FULL = CampaignSize(steps=10_000, kills=100, stops=20, damages=300, saves=12, features=20_000)
 QUICK = CampaignSize(steps=60, kills=1, stops=1, damages=18, saves=4, features=200)
 SOURCES = ("clue_dist", "launch/train.py", "configs/zero3.json", "tests/stores.py")
-SOURCES += ("tests/distributed/command.py", "tests/faults/command.py")
+SOURCES += ("tests/distributed/command.py", "tests/faults/command.py", "tests/faults/jobs.py")
 
 
 class Faults(Benchmark):

@@ -24,12 +24,12 @@ from clue_dist.checkpoint import resuming
 from clue_dist.errors import ResumeError
 from clue_dist.ranks import Ranks
 from tests.benchmarks.damage.harm import KINDS, harm_bytes, write_or_remove
-from tests.benchmarks.faults import jobs
-from tests.benchmarks.faults.jobs import Job, find_committed_step, find_last_step, start_job
 from tests.benchmarks.kept import make_once, write_json
 from tests.benchmarks.report import Result
 from tests.distributed.command import best_weights, largest_difference, metrics, train_args
+from tests.faults import jobs
 from tests.faults.command import timeless
+from tests.faults.jobs import Job, find_committed_step, find_last_step, start_job
 from tests.stores import make_store
 
 CELLS = {"rna+adt": 400, "rna": 120, "adt": 80}
