@@ -108,18 +108,10 @@ def build_store(
     spools = scatter.scatter_rows(readings, work / "spools", pool)
 
     # Second pass, once it is known what every cell takes.
-    final = settle_strata(
-        cells,
-        plan.modalities,
-        list_modality_files(sources),
-        spools,
-        options.block_cells,
-        work / "strata",
-    )
+    files, block_cells = list_modality_files(sources), options.block_cells
+    final = settle_strata(cells, plan.modalities, files, spools, block_cells, work / "strata")
     provenance = _describe_provenance(sources, heads, plan, cells, final, options, selected)
-    manifest = build_manifest(
-        final, cells, plan.modalities, options.block_cells, options.codec, provenance
-    )
+    manifest = build_manifest(final, cells, plan.modalities, block_cells, options.codec, provenance)
     create_store(store, manifest)
     shards = gather_shards(manifest, store, work, pool)
     remove_leftovers(store)  # leftovers of workers that were killed while this process lived on
@@ -194,23 +186,9 @@ def _describe_provenance(
     inputs = []
     for i, (source, head) in enumerate(zip(sources, heads, strict=True)):
         keys = load_array(cells.row_folders[i] / "keys.npy")
-        note = {
-            "file": source.display_name,
-            "modality": source.modality,
-            "dataset": source.dataset,
-            "cells": head.n_rows,
-            "empty": final.count_lost_rows(keys, numbers[source.modality]),
-            "features": plan.notes[i],
-            "names": head.name_column or "var_names",
-        }
-        if isinstance(source, FragmentsSource):
-            note["counted"] = source.counted_unit
-        if change := find_largest_rounding(cells.row_folders[i]):
-            note["rounded_by"] = change
-        missing = {name: codes.missing_texts for name, codes in head.fields.items()}
-        if any(missing.values()):
-            note["missing_texts"] = {name: list(texts) for name, texts in missing.items() if texts}
-        inputs.append(note)
+        n_empty = final.count_lost_rows(keys, numbers[source.modality])
+        counted = {"empty": n_empty, "features": plan.notes[i]}
+        inputs.append(_describe_source(source, head, counted, cells.row_folders[i]))
     unknown = {f"without_{field}": count_unknown(final, cells, field) for field in FIELDS}
     merged = {"paired_by_core": cells.n_merged} if cells.by_core else {}
     return {
@@ -226,6 +204,28 @@ def _describe_provenance(
         "columns": dict.fromkeys(FIELDS, NO_COLUMN) | dict(options.obs_columns.by_field),
         "cells": {"in": len(cells), "dropped": final.n_dropped} | unknown | merged,
     }
+
+
+def _describe_source(
+    source: Source, head: SourceHead, counted: Mapping[str, Any], row_folder: Path
+) -> dict[str, Any]:
+    """Say what a file is, what was `counted` of it, and how it was read."""
+    note: dict[str, Any] = {
+        "file": source.display_name,
+        "modality": source.modality,
+        "dataset": source.dataset,
+        "cells": head.n_rows,
+        **counted,
+        "names": head.name_column or "var_names",
+    }
+    if isinstance(source, FragmentsSource):
+        note["counted"] = source.counted_unit
+    if change := find_largest_rounding(row_folder):
+        note["rounded_by"] = change
+    missing = {name: codes.missing_texts for name, codes in head.fields.items()}
+    if any(missing.values()):
+        note["missing_texts"] = {name: list(texts) for name, texts in missing.items() if texts}
+    return note
 
 
 def format_conversion(manifest: Manifest) -> str:

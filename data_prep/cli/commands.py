@@ -141,25 +141,33 @@ def _build_parser() -> argparse.ArgumentParser:
     inspection.add_argument("--json", action="store_true", help="for programs")
     inspection.set_defaults(run=_inspect)
 
-    diagnosis = commands.add_parser(
-        "doctor", help="what files are, and the command that converts them"
+    _add_doctor(
+        commands.add_parser("doctor", help="what files are, and the command that converts them")
     )
-    diagnosis.add_argument(
+    _add_fetch(
+        commands.add_parser(
+            "fetch",
+            help="real PBMC from the package index, cut into a mosaic and a paired test set",
+        )
+    )
+    return parser
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "files", nargs="+", metavar="FILE", help="any that convert reads; NAME=FILE if it is known"
     )
-    diagnosis.set_defaults(run=_doctor)
+    parser.set_defaults(run=_doctor)
 
-    fetch = commands.add_parser(
-        "fetch", help="real PBMC from the package index, cut into a mosaic and a paired test set"
-    )
-    fetch.add_argument(
+
+def _add_fetch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--out", type=_parse_folder, default=Path("data/pbmc"), help="folder (default: %(default)s)"
     )
-    fetch.add_argument(
+    parser.add_argument(
         "--simulate", action="store_true", help="simulated cells instead: needs no network"
     )
-    fetch.set_defaults(run=_fetch)
-    return parser
+    parser.set_defaults(run=_fetch)
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
