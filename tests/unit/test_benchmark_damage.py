@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from clue_dist.store.reader import Store
+from tests import damages, served_values
 from tests.benchmarks.damage import __main__ as damage
-from tests.benchmarks.damage import harm, serve
 from tests.benchmarks.damage.__main__ import DamageBenchmark
-from tests.benchmarks.damage.harm import KINDS, PLACES
+from tests.damages import KINDS, PLACES
 
 CELLS = {"rna": slice(0, 60), "adt": slice(0, 40), "other": slice(0, 20), "atac": slice(40, 84)}
 SIZES = {"rna+adt+other": 20, "rna+adt": 20, "rna+atac": 20, "atac": 24}
@@ -18,12 +18,12 @@ SIZES = {"rna+adt+other": 20, "rna+adt": 20, "rna+atac": 20, "atac": 24}
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return serve.make_small_store(tmp_path_factory.mktemp("damage"), CELLS, 10)
+    return served_values.make_small_store(tmp_path_factory.mktemp("damage"), CELLS, 10)
 
 
 @pytest.fixture(scope="module")
-def sound(root: Path) -> serve.Values:
-    return serve.read_everything(Store(root))
+def sound(root: Path) -> served_values.Values:
+    return served_values.read_everything(Store(root))
 
 
 def test_the_store_has_strata_shards_and_both_storages(root: Path) -> None:
@@ -35,7 +35,9 @@ def test_the_store_has_strata_shards_and_both_storages(root: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_damages_are_found_and_never_served(root: Path, sound: serve.Values, kind: str) -> None:
+def test_damages_are_found_and_never_served(
+    root: Path, sound: served_values.Values, kind: str
+) -> None:
     found = damage.try_damages(root, sound, kind, 4, seed=1)
     assert found["missed"] == []
     assert (found["found"], found["wrong"]) == (4, 0)
@@ -44,7 +46,7 @@ def test_damages_are_found_and_never_served(root: Path, sound: serve.Values, kin
     assert damage.list_problems(root) == []  # and all was put right again
 
 
-def test_every_value_of_every_cell_is_compared(root: Path, sound: serve.Values) -> None:
+def test_every_value_of_every_cell_is_compared(root: Path, sound: served_values.Values) -> None:
     store = Store(root)
     for name, reader in store.segments.items():
         for what in (*reader.modalities, "batch", "label", "barcodes"):
@@ -54,14 +56,14 @@ def test_every_value_of_every_cell_is_compared(root: Path, sound: serve.Values) 
     assert sum(key.endswith("adt values") for key in sound) >= 20 // 8
 
 
-def test_wrong_values_are_counted(root: Path, sound: serve.Values, tmp_path: Path) -> None:
+def test_wrong_values_are_counted(root: Path, sound: served_values.Values, tmp_path: Path) -> None:
     """Two shards of equal size and sound checksums, exchanged: what only hashes tell."""
     copy = shutil.copytree(root, tmp_path / "s.zarr")
     first, second = (copy / f"strata/{name}/obs/batch/c/0/0" for name in ("rna+adt", "rna+atac"))
     one, other = first.read_bytes(), second.read_bytes()
     first.write_bytes(other)
     second.write_bytes(one)
-    wrong, refused = serve.count_wrong_values(copy, sound)
+    wrong, refused = served_values.count_wrong_values(copy, sound)
     assert wrong > 0
     assert not refused
     assert len(damage.list_problems(copy)) == 2
@@ -69,11 +71,11 @@ def test_wrong_values_are_counted(root: Path, sound: serve.Values, tmp_path: Pat
 
 def test_a_damaged_chunk_is_damaged_behind_a_sound_index(root: Path) -> None:
     file = "strata/rna+adt/rna/codes/c/0/0"
-    sound, n = (root / file).read_bytes(), harm.count_chunks(root, file)
+    sound, n = (root / file).read_bytes(), damages.count_chunks(root, file)
     for kind in KINDS:
-        content, _ = harm.harm_chunk(sound, n, kind, np.random.default_rng(0))
-        index = content[-(harm.ENTRY * n + harm.CRC) : -harm.CRC]
-        assert content[-len(index) - harm.CRC :] == harm.sign_index(index)
+        content, _ = damages.harm_chunk(sound, n, kind, np.random.default_rng(0))
+        index = content[-(damages.ENTRY * n + damages.CRC) : -damages.CRC]
+        assert content[-len(index) - damages.CRC :] == damages.sign_index(index)
         assert len(content) == len(sound)
         assert content != sound
 

@@ -13,14 +13,15 @@ from pathlib import Path
 from clue_dist.errors import StoreError
 from clue_dist.store.reader import Store
 from data_prep.check import check_store
-from tests.benchmarks.damage import serve
-from tests.benchmarks.damage.harm import KINDS, PLACES, draw_damages
+from tests import served_values
 from tests.benchmarks.report import Result
 from tests.benchmarks.runner import Benchmark, Case, Run
+from tests.damages import KINDS, PLACES, draw_damages
 from tests.distributed.command import ROOT
 
 DAMAGES, QUICK = 100, 12  # of each kind
 SOURCES = ("clue_dist/store", "clue_dist/data", "data_prep", "tests/unit/prep_helpers.py")
+SOURCES += ("tests/damages.py", "tests/served_values.py")
 CELLS = {"rna": slice(0, 300), "adt": slice(0, 200), "other": slice(0, 100)}
 CELLS["atac"] = slice(200, 420)
 
@@ -37,8 +38,11 @@ class DamageBenchmark(Benchmark):
         return [*(ROOT / part for part in SOURCES), Path(__file__).parent, str(self.args.quick)]
 
     def measure(self, run: Run, folder: Path) -> Result:
-        root = serve.make_small_store(folder, CELLS, 30)
-        sound, count = serve.read_everything(Store(root)), QUICK if self.args.quick else DAMAGES
+        root = served_values.make_small_store(folder, CELLS, 30)
+        sound, count = (
+            served_values.read_everything(Store(root)),
+            QUICK if self.args.quick else DAMAGES,
+        )
         return try_damages(root, sound, run.method, count, run.seed)
 
     def tabulate(self, records: Sequence[Result]) -> str:
@@ -52,7 +56,9 @@ class DamageBenchmark(Benchmark):
             yield bar.judge(sum(r[path] for r in records) if whole else None)
 
 
-def try_damages(root: Path, sound: serve.Values, kind: str, count: int, seed: int) -> Result:
+def try_damages(
+    root: Path, sound: served_values.Values, kind: str, count: int, seed: int
+) -> Result:
     """Do random damages to the sound store at `root`, of which all values are `sound`."""
     missed, wrong, refused, places = [], 0, 0, dict.fromkeys(PLACES, 0)
     for damage in draw_damages(root, kind, count, seed):
@@ -61,7 +67,7 @@ def try_damages(root: Path, sound: serve.Values, kind: str, count: int, seed: in
             problems = list_problems(root)
             if not any(damage.file in problem for problem in problems):
                 missed.append(f"{damage}; told: {problems}")
-            values, any_refused = serve.count_wrong_values(root, sound)
+            values, any_refused = served_values.count_wrong_values(root, sound)
         wrong, refused = wrong + values, refused + any_refused
     totals = {"damages": count, "found": count - len(missed), "refused": refused, "wrong": wrong}
     return totals | {"places": places, "missed": missed}

@@ -23,9 +23,9 @@ import psutil
 from clue_dist.checkpoint import resuming
 from clue_dist.errors import ResumeError
 from clue_dist.ranks import Ranks
-from tests.benchmarks.damage.harm import KINDS, harm_bytes, write_or_remove
 from tests.benchmarks.kept import make_once, write_json
 from tests.benchmarks.report import Result
+from tests.damages import KINDS, harm_bytes, write_or_remove
 from tests.distributed.command import best_weights, largest_difference, metrics, train_args
 from tests.faults import jobs
 from tests.faults.command import timeless

@@ -19,6 +19,7 @@ from tests.distributed.command import ROOT
 
 INPUTS, QUICK = 200, 12  # of each group
 SOURCES = ("clue_dist", "data_prep", "configs", "tests/unit/prep_helpers.py")
+SOURCES += ("tests/served_values.py",)
 COUNTS = ("inputs", "refused", "right", "crashed", "ran")
 
 
@@ -32,9 +33,7 @@ class Hostile(Benchmark):
         return [(group, "inputs", 0, 0) for group in self.args.groups]
 
     def list_inputs(self, method: str, data_set: str) -> list[Path | str]:
-        here = Path(__file__).parent
-        sources = [ROOT / part for part in SOURCES]
-        return [*sources, here, here.with_name("damage"), str(self.args.quick)]
+        return [*(ROOT / part for part in SOURCES), Path(__file__).parent, str(self.args.quick)]
 
     def measure(self, run: Run, folder: Path) -> Result:
         return try_inputs(run.method, folder, range(QUICK if self.args.quick else INPUTS), run.seed)

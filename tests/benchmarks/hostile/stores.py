@@ -28,7 +28,7 @@ from clue_dist.store.reader import SegmentReader, Store
 from clue_dist.store.rows import CsrRows
 from clue_dist.store.writer import hash_file
 from clue_dist.train.setup import prepare_setup
-from tests.benchmarks.damage import serve
+from tests import served_values
 from tests.benchmarks.hostile import spoil
 from tests.benchmarks.hostile.changes import REPLACED, evaluate, list_edits, replace_path
 from tests.benchmarks.hostile.trial import Trial, WrongValues, run_data_prep
@@ -43,14 +43,14 @@ ARRAYS = list_edits("arrays")  # refused by `check`; other codes may be those of
 def make_sound(base: Path) -> None:
     """A store of two strata and several shards, with an SVD; and more cells for it."""
     cells = {"rna": slice(0, 120), "adt": slice(0, 70), "other": slice(0, 70)}
-    store = serve.make_small_store(base, cells, 20)
+    store = served_values.make_small_store(base, cells, 20)
     run_data_prep("svd", store, "--modality", "rna", "--components", 5, "--workers", 1)
     write_h5ad(base / "more.h5ad", make_counts(10, 20, 7, prefix="rna", cells="new"))
 
 
 @lru_cache
-def read_sound(base: Path) -> serve.Values:
-    return serve.read_everything(Store(base / "s.zarr"))
+def read_sound(base: Path) -> served_values.Values:
+    return served_values.read_everything(Store(base / "s.zarr"))
 
 
 def copy_store(base: Path, folder: Path) -> Path:
@@ -60,7 +60,7 @@ def copy_store(base: Path, folder: Path) -> Path:
 # --- what is tried ---
 
 
-def list_attempts(root: Path, sound: serve.Values | None) -> Attempts:
+def list_attempts(root: Path, sound: served_values.Values | None) -> Attempts:
     """What is tried with a store: what it serves must be `sound`, or within bounds where None."""
     config = {"store": str(root), "run": str(root.parent / "run")}
     serving = partial(serve_bounded, root) if sound is None else partial(serve_sound, root, sound)
@@ -72,8 +72,8 @@ def list_attempts(root: Path, sound: serve.Values | None) -> Attempts:
     }
 
 
-def serve_sound(root: Path, sound: serve.Values) -> None:
-    values, refused = serve.count_wrong_values(root, sound)
+def serve_sound(root: Path, sound: served_values.Values) -> None:
+    values, refused = served_values.count_wrong_values(root, sound)
     if values:
         raise WrongValues(f"{values} values that are not the store's")
     if refused:
@@ -109,7 +109,7 @@ def _read_tables(manifest: Manifest, reader: SegmentReader) -> None:
 
 def _read_batches(store: Store) -> None:
     manifest = store.manifest
-    for name, values in serve.read_batches(store):
+    for name, values in served_values.read_batches(store):
         if name.endswith("indices"):
             _require_bounds(name, values, 0, manifest.modalities[name.split()[-2]].n_features)
         if name.endswith("code"):

@@ -23,10 +23,10 @@ from clue_dist.store.layout import ArraySpec
 from clue_dist.store.reader import Store
 from clue_dist.store.rows import CodedBlocks
 from clue_dist.store.shuffle import permute_positions
-from tests.benchmarks.damage.harm import CRC, ENTRY, NO_CHUNK
 from tests.benchmarks.peers import measure
 from tests.benchmarks.peers.measure import Batches
 from tests.benchmarks.stores import plan_evenly
+from tests.damages import CRC, ENTRY, NO_CHUNK
 
 LANES = 8  # the default of data.lanes
 IN_MEMORY = 512 * 2**20  # compressed bytes that decoding alone is measured on, at most
