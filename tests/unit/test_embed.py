@@ -149,8 +149,7 @@ def test_ranks_write_what_one_writes(store, loaded, tmp_path, world, batch_size)
         from clue_dist.inference.embed import embed_store
         from clue_dist.ranks import Ranks
         from clue_dist.store.reader import Store
-        from tests.distributed.command import alone
-from tests.fakes import FakeLoaded
+        from tests.fakes import FakeLoaded
         from clue_dist.store.manifest import Modality
         ranks, store = Ranks.from_environment().join_group(), Store(root)
         extra = Modality(kind="atac", storage="sparse", features=["peak-0", "peak-1"])
@@ -301,8 +300,7 @@ def test_an_error_of_one_rank_is_raised_on_all(store, tmp_path):
         from clue_dist.errors import ResumeError
         from clue_dist.ranks import Ranks
         from clue_dist.store.reader import Store
-        from tests.distributed.command import alone
-from tests.fakes import FakeLoaded
+        from tests.fakes import FakeLoaded
         ranks, store = Ranks.from_environment().join_group(timeout_s=60), Store(root)
         loaded = FakeLoaded(store.manifest.modalities)
         if ranks.rank == 1:
