@@ -7,6 +7,13 @@ j mod L; the L lanes read from separate blocks, so that ranks do not all decode 
 Segments of a stratum (cells that were appended later) share N_s: they take turns, all lanes at
 once, in proportion to their sizes.
 
+Strata that are owed less than a round, a cell for every lane, take turns in rounds that they share.
+Their shares f_s, in rounds, lie end to end on a line of R shared rounds. Micro-batch t has a round
+of the strata at u_t, 1 + u_t, ..., R - 1 + u_t, where u_t is van der Corput's sequence: the bits of
+t mirrored at the point. So the turns of a stratum are evenly spread, one of them in any 1 / f_s
+micro-batches or so; batches have at most as many compositions as there are shares; and the turns
+before t are counted in closed form.
+
     q = t * N_s + j            place in the endless sequence of passes over the stratum
     pass, o = divmod(q, n_s)   every pass covers the n_s cells exactly once
     span = o // (L * G * B)    L lanes x a window of G blocks x B cells, of this pass's block order
@@ -15,7 +22,8 @@ once, in proportion to their sizes.
 Blocks come in runs of RUN_BLOCKS, or of a smaller window, whose blocks lie one behind the other
 and are read at once. The store is shuffled, so that neighbouring blocks are as random as any two.
 Runs begin at other blocks in each pass. A segment's window is as large a part of G as the segment
-is of its stratum, so that many segments need no more memory than one.
+is of its stratum, so that many segments need no more memory than one. (With turns, L times the
+turns before t come on top of t * N_s.)
 
 What is left at the end of a pass (less than one span, with the partly filled last block) is dealt
 as one lot.
@@ -24,8 +32,9 @@ as one lot.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
@@ -37,6 +46,7 @@ from clue_dist.store.shuffle import derive_key, permute_positions
 # A run of one block is a request of its own; a run as long as a window holds nearly the same cells
 # in every pass.
 RUN_BLOCKS = 8
+TURN_BITS = 32  # of u_t: turns repeat after 2^32 micro-batches
 
 
 @dataclass(frozen=True)
@@ -53,21 +63,37 @@ class CellPlan:
     lanes: int  # L
     window_blocks: int  # G, of a stratum with one segment
     block_cells: int  # B
+    # f_s, rounds of a micro-batch that a stratum gets in turn with others, on average, beyond N_s.
+    # Below 1 each, a whole number together.
+    turns: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for stratum, share in self.stratum_shares.items():
-            if share <= 0 or share % self.lanes:
+            if share < 0 or share % self.lanes or not (share or self.turns.get(stratum)):
                 raise ConfigError(
                     "a stratum's share of the batch does not divide into the lanes",
                     where=stratum,
                     got=f"{share} % {self.lanes} = {share % self.lanes}",
                     expected="a positive multiple of data.lanes",
                 )
+        if abs(sum(self.turns.values()) - self._shared_rounds) > 1e-6:
+            raise ConfigError(
+                "strata must take turns in whole rounds",
+                got=f"{sum(self.turns.values()):g} rounds",
+            )
 
     @property
     def batch_size(self) -> int:
         """Cells of one global micro-batch."""
-        return sum(self.stratum_shares.values())
+        return sum(self.stratum_shares.values()) + self._shared_rounds * self.lanes
+
+    @property
+    def mean_shares(self) -> dict[str, float]:
+        """Cells of a micro-batch by stratum, on average over micro-batches."""
+        return {
+            stratum: share + self.turns.get(stratum, 0) * self.lanes
+            for stratum, share in self.stratum_shares.items()
+        }
 
     @property
     def segments(self) -> list[str]:
@@ -87,13 +113,48 @@ class CellPlan:
         """Cells of each stratum, all its segments together."""
         return {stratum: sum(sizes.values()) for stratum, sizes in self._segments.items()}
 
+    @property
+    def _shared_rounds(self) -> int:
+        """Rounds of a micro-batch in which strata take turns."""
+        return round(sum(self.turns.values()))
+
+    @cached_property
+    def _turn_bounds(self) -> dict[str, tuple[int, int]]:
+        """Where the share of each stratum lies on the line of shared rounds, in 2^-32 rounds."""
+        ends = np.rint(np.cumsum([0.0, *self.turns.values()]) * 2.0**TURN_BITS).astype(int).tolist()
+        ends[-1] = self._shared_rounds << TURN_BITS
+        return dict(zip(self.turns, pairwise(ends), strict=True))
+
+    def compose_batch(self, micro_batch: int) -> dict[str, int]:
+        """Count the cells of each stratum in a micro-batch, the same on any number of ranks."""
+        return {
+            stratum: self.lanes * self._count_rounds(micro_batch + 1, stratum)
+            - self.lanes * self._count_rounds(micro_batch, stratum)
+            for stratum in self.stratum_shares
+        }
+
+    def _count_rounds(self, micro_batch: int, stratum: str) -> int:
+        """Count a stratum's rounds in all micro-batches before `micro_batch`."""
+        lower, upper = self._turn_bounds.get(stratum, (0, 0))
+        turns = _count_turns(micro_batch, upper) - _count_turns(micro_batch, lower)
+        return micro_batch * self.stratum_shares[stratum] // self.lanes + turns
+
+    def _bound_rounds(self, n_batches: int, stratum: str) -> int:
+        """The largest number of a stratum's rounds that `n_batches` micro-batches can hold."""
+        lower, upper = self._turn_bounds.get(stratum, (0, 0))
+        # Of 2^k consecutive u_t, one lies in each 2^k-th part of a round.
+        parts = (n_batches - 1).bit_length()
+        turns = -(-(upper - lower << parts) >> TURN_BITS) + 1 if upper > lower else 0
+        rounds = n_batches * self.stratum_shares[stratum] // self.lanes
+        return rounds + min(turns, n_batches)
+
     def count_copies(self, stratum: str) -> int:
         """Count how often a cell of a stratum stands in one micro-batch, at most.
 
-        Each lane takes a cell of every stratum, so that one of fewer cells fills its share with
-        copies.
+        Each lane takes a cell of a stratum, so that one of fewer cells fills its share with copies.
         """
-        return -(-self.stratum_shares[stratum] // self._stratum_sizes[stratum])
+        cells = self._bound_rounds(1, stratum) * self.lanes
+        return -(-cells // self._stratum_sizes[stratum])
 
     def count_dealt_cells(self, micro_batch: int, segment: str) -> int:
         """Count a segment's cells in all micro-batches before `micro_batch`.
@@ -102,7 +163,7 @@ class CellPlan:
         copies of its cells.
         """
         stratum = name_stratum(segment)
-        rounds = micro_batch * self.stratum_shares[stratum] // self.lanes
+        rounds = self._count_rounds(micro_batch, stratum)
         cells = self._stratum_sizes[stratum]
         for name, size in self._segments[stratum].items():
             segment_rounds = rounds * size // cells
@@ -115,7 +176,7 @@ class CellPlan:
     def bound_dealt_cells(self, segment: str, n_batches: int) -> int:
         """The largest number of a segment's cells that `n_batches` micro-batches can hold."""
         stratum = name_stratum(segment)
-        rounds = n_batches * self.stratum_shares[stratum] // self.lanes
+        rounds = self._bound_rounds(n_batches, stratum)
         share = rounds * self.segment_sizes[segment] // self._stratum_sizes[stratum]
         turns = len(self._segments[stratum])  # the share is rounded at each segment's turn
         return min(share + turns, rounds) * self.lanes
@@ -131,7 +192,7 @@ class CellPlan:
 
         Returns:
             Positions in the segment, int64, of one micro-batch behind the other. All segments of a
-            stratum together give N_s positions to a micro-batch.
+            stratum together give as many positions to a micro-batch as `compose_batch` says.
         """
         size = self.segment_sizes[segment]
         first = self.count_dealt_cells(micro_batch, segment)
@@ -175,6 +236,24 @@ class CellPlan:
         return positions
 
 
+def _count_turns(micro_batch: int, bound: int) -> int:
+    """Count the points i + u_t below a bound, of all micro-batches t before `micro_batch`.
+
+    Args:
+        micro_batch: how many micro-batches.
+        bound: a place on the line of shared rounds, in 2^-32 rounds.
+    """
+    rounds, rest = bound >> TURN_BITS, bound & ((1 << TURN_BITS) - 1)
+    # u_t lies below `rest` if its first bits are those of `rest`, and its next is 0 for a 1. These
+    # are the last bits of t: `residue`, of a number of `bit` + 1 bits.
+    count, residue = rounds * micro_batch, 0
+    for bit in range(TURN_BITS if rest else 0):
+        if rest >> (TURN_BITS - 1 - bit) & 1:
+            count += (micro_batch - 1 - residue) // (2 << bit) + 1
+            residue += 1 << bit
+    return count
+
+
 def _order_blocks(places: np.ndarray, full_blocks: int, run: int, key: int) -> np.ndarray:
     """The blocks at `places` of a pass.
 
@@ -198,68 +277,3 @@ def _shuffle_windows(
     distinct, which = np.unique(windows, return_inverse=True)
     keys = np.array([derive_key(key, window) for window in distinct.tolist()], np.uint64)
     return permute_positions(places, window_cells, keys[which])
-
-
-def share_rounds(batch_size: int, lanes: int, weights: Mapping[str, float]) -> dict[str, int]:
-    """Share a batch among the strata, as near to their weights as multiples of the lanes can be.
-
-    Args:
-        batch_size: cells of one global micro-batch.
-        lanes: number of lanes; a round is one cell of a stratum for every lane.
-        weights: by stratum, of any sum.
-
-    Returns:
-        Cells by stratum, at least one round each.
-
-    Raises:
-        ConfigError: the batch has fewer rounds than there are strata.
-    """
-    rounds = batch_size // lanes
-    if rounds < len(weights):
-        raise ConfigError(
-            "the batch is too small for the strata of this store",
-            got=f"{batch_size} cells / {lanes} lanes = {rounds} rounds for {len(weights)} strata",
-            fix=f"--set data.batch_size={lanes * len(weights)} or more",
-        )
-    total = sum(weights.values())
-    exact = {stratum: weight / total * rounds for stratum, weight in weights.items()}
-    shares = {stratum: max(1, int(share)) for stratum, share in exact.items()}
-    while sum(shares.values()) > rounds:
-        excess = {s: shares[s] - exact[s] if shares[s] > 1 else -np.inf for s in shares}
-        shares[max(excess, key=excess.__getitem__)] -= 1
-    while sum(shares.values()) < rounds:
-        shares[max(shares, key=lambda s: exact[s] - shares[s])] += 1
-    return {stratum: share * lanes for stratum, share in shares.items()}
-
-
-def weigh_strata(
-    sizes: Mapping[str, int], paired: Mapping[str, bool], paired_share: float | str, batch_size: int
-) -> dict[str, float]:
-    """Weigh strata so that those of paired cells get a given share of the batch.
-
-    Inside the paired strata, and inside the others, weights go by the number of cells.
-
-    Args:
-        sizes: cells, by stratum.
-        paired: whether the cells of a stratum have two or more modalities.
-        paired_share: between 0 and 1, or "auto". "auto" gives paired cells twice the share that
-            they have of the data, between a half and four fifths, but at most half of them to one
-            batch: the contrastive term would take copies of a cell for other cells.
-        batch_size: cells of one global micro-batch.
-
-    Raises:
-        ConfigError: the share is not between 0 and 1.
-    """
-    pairs = sum(size for stratum, size in sizes.items() if paired[stratum])
-    single = sum(size for stratum, size in sizes.items() if not paired[stratum])
-    if not pairs or not single:
-        return {stratum: float(size) for stratum, size in sizes.items()}
-    if paired_share == "auto":
-        paired_share = min(max(2 * pairs / (pairs + single), 0.5), 0.8, pairs / 2 / batch_size)
-    share = float(paired_share)
-    if not 0 < share < 1:
-        raise ConfigError("data.paired_share must lie between 0 and 1", got=paired_share)
-    return {
-        stratum: size / pairs * share if paired[stratum] else size / single * (1 - share)
-        for stratum, size in sizes.items()
-    }

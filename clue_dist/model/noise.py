@@ -26,7 +26,7 @@ class Noise:
     Args:
         seed: seed of the run.
         micro_batch: t, its number.
-        stratum_shares: cells of the global micro-batch by stratum, see `CellPlan`.
+        stratum_shares: cells of the global micro-batch by stratum, see `CellPlan.compose_batch`.
         lanes: streams of the global micro-batch.
         rank: number of this rank.
         world: number of ranks.

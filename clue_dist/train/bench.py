@@ -127,7 +127,7 @@ def _choose_span(setup: Setup) -> int:
     """
     plan = setup.plan
     window_cells = plan.lanes * plan.window_blocks * plan.block_cells
-    batches = -(-window_cells // max(plan.stratum_shares.values()))
+    batches = math.ceil(window_cells / max(plan.mean_shares.values()))
     return max(READ_AHEAD + STRETCH_BATCHES, min(LONGEST_SPAN, batches))
 
 

@@ -13,8 +13,8 @@ import numpy as np
 from clue_dist import config as configs
 from clue_dist.checkpoint.run_folder import RunState
 from clue_dist.config import Config
-from clue_dist.data import plan as plans
 from clue_dist.data.batch import Batch, BatchPart, assemble_batch
+from clue_dist.data.batch_shares import share_rounds, weigh_strata
 from clue_dist.data.plan import CellPlan
 from clue_dist.errors import ConfigError
 from clue_dist.files import parse_path
@@ -103,7 +103,7 @@ class Setup:
     def _list_strata(self) -> list[str]:
         """List the strata, their cells, and how many of these a batch holds."""
         lines = []
-        for stratum, share in self.plan.stratum_shares.items():
+        for stratum, share in self.plan.mean_shares.items():
             names = [name for name in self.train_cells if name_stratum(name) == stratum]
             n_train = sum(self.train_cells[name] for name in names)
             n_held_out = sum(self.held_out_cells[name] for name in names)
@@ -111,10 +111,12 @@ class Setup:
             segments = f" in {len(names)} segments" if len(names) > 1 else ""
             lines.append(
                 f"  stratum {stratum}: {n_train} {cells}{segments}, {n_held_out} held out, "
-                f"{share} in each batch"
+                f"{share:.6g} in each batch" + " on average" * (stratum in self.plan.turns)
             )
             copies = self.plan.count_copies(stratum)
-            if copies > 1:
+            if copies > 1 and stratum in self.plan.turns:
+                lines.append(f"    up to {copies} copies of a cell in the batches of its turns")
+            elif copies > 1:
                 lines += [
                     f"    up to {copies} copies of a cell in each batch: they weigh more than",
                     "    others, and InfoNCE takes them for other cells; leave these cells out of",
@@ -152,13 +154,16 @@ def prepare_setup(config: Config, world: int, *, writes: bool = True) -> Setup:
     assert config.train.epochs != "auto"
     micro_batch_size = config.data.batch_size // config.train.grad_accum
     weights = _choose_weights(config, train_cells, paired, micro_batch_size)
+    modalities = {name: segment.modalities for name, segment in store.segments.items()}
+    shares = share_rounds(micro_batch_size, config.data.lanes, weights, modalities)
     plan = CellPlan(
         config.seed,
         train_cells,
-        plans.share_rounds(micro_batch_size, config.data.lanes, weights),
+        shares.every_batch,
         config.data.lanes,
         config.data.window_blocks,
         store.manifest.block_cells,
+        shares.turns,
     )
     total_steps = config.train.epochs * sum(train_cells.values()) / config.data.batch_size
     return Setup(
@@ -202,7 +207,7 @@ def _choose_weights(
     for segment, n_cells in train_cells.items():
         strata[name_stratum(segment)] += n_cells
     if weights is None:
-        return plans.weigh_strata(strata, paired, config.data.paired_share, micro_batch_size)
+        return weigh_strata(strata, paired, config.data.paired_share, micro_batch_size)
     if set(weights) != set(strata) or min(weights.values()) <= 0:
         raise ConfigError(
             "data.weights must give every stratum a positive weight",

@@ -59,7 +59,7 @@ class Trainer:
         noise = Noise(
             self.setup.config.seed,
             micro_batch,
-            plan.stratum_shares,
+            plan.compose_batch(micro_batch),
             plan.lanes,
             self.ranks.rank,
             self.ranks.world,

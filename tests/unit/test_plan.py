@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clue_dist.data.plan import CellPlan, share_rounds, weigh_strata
+from clue_dist.data.plan import CellPlan
 from clue_dist.errors import ConfigError
 from clue_dist.store.shuffle import derive_key, permute_positions
 
@@ -109,47 +109,58 @@ def test_a_batch_is_as_mixed_as_independent_draws() -> None:
     assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.25
 
 
-def test_shares_divide_into_lanes_and_leave_no_stratum_out() -> None:
-    cells = share_rounds(512, 8, {"a": 5, "b": 1, "c": 0.001})
-    assert sum(cells.values()) == 512
-    assert all(n % 8 == 0 and n >= 8 for n in cells.values())
-    assert cells["a"] > 4 * cells["b"]
-
-
-def test_too_small_a_batch_shows_the_arithmetic() -> None:
-    with pytest.raises(ConfigError, match=r"16 cells / 8 lanes = 2 rounds for 3 strata"):
-        share_rounds(16, 8, {"a": 1, "b": 1, "c": 1})
+def test_a_share_that_does_not_divide_shows_the_arithmetic() -> None:
     with pytest.raises(ConfigError, match=r"30 % 4 = 2"):
         CellPlan(0, {"s": 100}, {"s": 30}, 4, 2, 16)
+    with pytest.raises(ConfigError, match=r"whole rounds[^§]*0.7 rounds"):
+        CellPlan(0, {"s": 100}, {"s": 0}, 4, 2, 16, {"s": 0.7})
 
 
-def test_weights_give_paired_cells_their_share() -> None:
-    weights = weigh_strata(
-        {"p": 100, "q": 300, "u": 600}, {"p": True, "q": True, "u": False}, 0.5, 64
-    )
-    assert weights["p"] + weights["q"] == pytest.approx(0.5)
-    assert weights["q"] == pytest.approx(3 * weights["p"])
-    assert weigh_strata({"u": 10, "v": 30}, {"u": False, "v": False}, "auto", 64) == {
-        "u": 10.0,
-        "v": 30.0,
-    }
-
-
-@pytest.mark.parametrize(
-    ("pairs", "single", "share"),
-    [
-        (4000, 4000, 0.8),
-        (3000, 7000, 0.6),
-        (1000, 9000, 0.5),
-        (200, 9800, 100 / 512),
-        (20, 9980, 10 / 512),
-    ],
+# Six patterns, three of which take turns in two shared rounds; "c" has two segments.
+TURNS = CellPlan(
+    5,
+    {"a": 90, "b": 40, "c": 7, "c.2": 4, "d": 1, "e": 30},
+    {"a": 16, "b": 4, "c": 0, "d": 0, "e": 0},
+    4,
+    2,
+    4,
+    {"c": 0.75, "b": 0.5, "d": 0.05, "e": 0.7},
 )
-def test_auto_favours_pairs_but_takes_half_of_them_at_most(
-    pairs: int, single: int, share: float
-) -> None:
-    weights = weigh_strata({"p": pairs, "u": single}, {"p": True, "u": False}, "auto", 512)
-    assert weights == pytest.approx({"p": share, "u": 1 - share})
+
+
+def test_turns_are_as_frequent_as_shares_ask_and_evenly_spread() -> None:
+    steps = 400
+    for first in (0, 10**9 + 7, 2**32 - 200):
+        composed = [TURNS.compose_batch(first + t) for t in range(steps)]
+        assert {sum(composition.values()) for composition in composed} == {TURNS.batch_size}
+        assert len({tuple(composition.values()) for composition in composed}) <= 5
+        for stratum, share in TURNS.mean_shares.items():
+            dealt = np.cumsum([composition[stratum] for composition in composed])
+            apart = dealt - share * np.arange(1, steps + 1)
+            assert np.ptp(apart) < 3 * TURNS.lanes
+
+
+@pytest.mark.parametrize("first", [0, 3, 10**9 + 7, 2**32 - 20])
+def test_strata_that_take_turns_are_dealt_as_composed_once_per_pass(first: int) -> None:
+    steps = 120
+    for stratum in TURNS.stratum_shares:
+        names = [name for name in TURNS.segments if name.partition(".")[0] == stratum]
+        shares = [TURNS.compose_batch(first + t)[stratum] for t in range(steps)]
+        dealt = [[len(TURNS.select_cells(first + t, name)) for name in names] for t in range(steps)]
+        assert [sum(counts) for counts in dealt] == shares
+        for name in names:
+            size, before = TURNS.segment_sizes[name], TURNS.count_dealt_cells(first, name)
+            cells = TURNS.select_cells(first, name, steps)[-before % size :]
+            passes = cells[: len(cells) // size * size].reshape(-1, size)
+            assert (np.sort(passes) == np.arange(size)).all()
+
+
+@given(st.sampled_from(list(TURNS.segment_sizes)), st.integers(0, 2**33), st.integers(1, 40))
+@settings(max_examples=60, deadline=None)
+def test_no_stretch_holds_more_turns_than_its_bound(segment: str, first: int, steps: int) -> None:
+    before = TURNS.count_dealt_cells(first, segment)
+    dealt = TURNS.count_dealt_cells(first + steps, segment) - before
+    assert dealt <= TURNS.bound_dealt_cells(segment, steps)
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**63))

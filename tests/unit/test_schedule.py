@@ -27,7 +27,7 @@ CONFIG = Config(
 
 
 def make_setup(config: Config = CONFIG) -> Any:
-    plan = SimpleNamespace(stratum_shares={"rna": 8}, lanes=4)
+    plan = SimpleNamespace(compose_batch=lambda _: {"rna": 8}, lanes=4)
     return SimpleNamespace(config=config, total_steps=STEPS, plan=plan)
 
 

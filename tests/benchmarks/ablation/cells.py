@@ -95,7 +95,7 @@ def match_schedule(full: Path, other: Path, settings: Sequence[str]) -> tuple[st
         for store in (full, other)
     )
     size, strata = wanted.config.data.batch_size, wanted.store.segments
-    pairs = sum(n for s, n in wanted.plan.stratum_shares.items() if len(strata[s].modalities) > 1)
+    pairs = sum(n for s, n in wanted.plan.mean_shares.items() if len(strata[s].modalities) > 1)
     epochs = wanted.total_steps * size / sum(found.train_cells.values())
     shares = (f"data.paired_share={pairs / size!r}", f"train.epochs={epochs!r}")
     return (f"data.batch_size={size}", *shares)

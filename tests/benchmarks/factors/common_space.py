@@ -98,7 +98,7 @@ def train_model(setup: Setup, alignment: float) -> CommonSpace:
         for step in range(setup.total_steps):
             for group in optimizer.param_groups:
                 group["lr"] = compute_learning_rate(setup, step) * group["lr_scale"]
-            noise = Noise(config.seed, step, plan.stratum_shares, plan.lanes)
+            noise = Noise(config.seed, step, plan.compose_batch(step), plan.lanes)
             optimizer.zero_grad()
             model.compute_loss(next(loader), noise, alignment).backward()
             if config.train.clip:

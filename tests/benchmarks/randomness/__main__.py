@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from clue_dist.data.plan import CellPlan, share_rounds, weigh_strata
+from clue_dist.data.batch_shares import share_rounds, weigh_strata
+from clue_dist.data.plan import CellPlan
 from clue_dist.store.layout import BLOCK_CELLS
 from tests.benchmarks.randomness import deal
 from tests.benchmarks.randomness.atlas import SortedAtlas, make_atlas, order_input, order_stored
@@ -97,7 +98,8 @@ def measure_deals(
     variances, neighbours, again, wrong, steps = [], [], None, 0, 0
     paired = {stratum: "+" in stratum for stratum in atlas.sizes}
     weights = weigh_strata(atlas.sizes, paired, "auto", BATCH)
-    shares = share_rounds(BATCH, lanes, weights)
+    modalities = {stratum: stratum.split("+") for stratum in atlas.sizes}
+    shares = share_rounds(BATCH, lanes, weights, modalities).every_batch
     for seed in seeds:
         plan = CellPlan(seed, atlas.sizes, shares, lanes, window, BLOCK_CELLS)
         steps = deal.count_steps(plan, passes)
