@@ -6,8 +6,8 @@ import torch
 from clue_dist.model.noise import Noise
 
 
-def test_noise_is_the_same_for_a_cell_on_any_number_of_ranks() -> None:
-    share = {"a": 16, "b": 8}
+@pytest.mark.parametrize("share", [{"a": 16, "b": 8}, {"a": 16, "not its turn": 0, "b": 8}])
+def test_noise_is_the_same_for_a_cell_on_any_number_of_ranks(share: dict[str, int]) -> None:
     whole = Noise(3, 11, share, 4)
     first = whole.draw_normal(5)
     kept = whole.apply_dropout(torch.ones(24, 10), 0.5)
@@ -22,8 +22,10 @@ def test_noise_is_the_same_for_a_cell_on_any_number_of_ranks() -> None:
     assert (Noise(3, 12, share, 4).draw_normal(5) != first).all()
 
 
-def test_partners_of_mixing_share_stratum_and_lane_on_any_number_of_ranks() -> None:
-    share = {"a": 16, "b": 8}
+@pytest.mark.parametrize("share", [{"a": 16, "b": 8}, {"a": 16, "not its turn": 0, "b": 8}])
+def test_partners_of_mixing_share_stratum_and_lane_on_any_number_of_ranks(
+    share: dict[str, int],
+) -> None:
     partner, kept = Noise(3, 11, share, 4).draw_mixing()
     assert sorted(partner.tolist()) == list(range(24))  # everyone is somebody's partner
     assert ((partner < 16) == (torch.arange(24) < 16)).all()

@@ -96,6 +96,23 @@ def test_ranks_together_serve_the_plans_batches_from_any_step(
     equal(global_batches(store, plan, first, steps, world), want)
 
 
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_ranks_serve_the_same_composition_where_strata_take_turns(store: Store, world: int) -> None:
+    turns = {"rna+place": 0.375, "place": 0.625}
+    plan = CellPlan(3, CELLS, {"rna+place": 4, "place": 0}, 4, 2, BLOCK, turns)
+    first, steps = 10**6 + 1, 8  # resumed far from the start
+    compositions = [plan.compose_batch(first + step) for step in range(steps)]
+    assert {composition["place"] for composition in compositions} == {0, 4}
+    for rank in range(world):
+        with Loader(store, plan, rank=rank, world=world, first=first, prefetch=1) as loader:
+            for step, composition in enumerate(compositions):
+                shares = {stratum: n // world for stratum, n in composition.items()}
+                served_cells = places(store, next(loader), shares)
+                for stratum, cells in served_cells.items():
+                    want = plan.select_cells(first + step, stratum)[rank::world]
+                    np.testing.assert_array_equal(cells, want)
+
+
 @given(plans(), st.data())
 @settings(max_examples=40, deadline=None)
 def test_a_run_resumed_on_other_ranks_serves_what_one_run_through_does(

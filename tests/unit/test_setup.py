@@ -1,5 +1,6 @@
 """What is "auto" follows from the data; what cannot work is refused before anything starts."""
 
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,21 @@ def test_a_stratum_of_fewer_cells_than_its_share_is_told(tmp_path: Path) -> None
     assert "lower data.lanes" in lines[place + 3]
     assert "copies" not in lines[place + 4]  # 300 cells of the other stratum are enough
     assert max(map(len, lines[place:])) <= 100
+
+
+def test_many_rare_patterns_train_without_a_setting(tmp_path: Path) -> None:
+    """Sixteen rounds of a batch, and 22 strata."""
+    names = [f"m{i}" for i in range(6)]
+    cells = {"+".join(names): 300} | dict.fromkeys(names, 30)
+    cells |= {f"{one}+{other}": 10 for one, other in combinations(names, 2)} | {"m0+m1": 1}
+    make_store(tmp_path / "s.zarr", cells=cells, features=dict.fromkeys(names, 4))
+    setup = prepare_setup(config_of(tmp_path / "s.zarr"), world=2)
+    assert setup.plan.batch_size == setup.config.data.batch_size == 128
+    lines = setup.format_summary().splitlines()
+    (place,) = [i for i, line in enumerate(lines) if line.startswith("  stratum m0+m1: 1 cell,")]
+    assert lines[place].endswith("in each batch on average")
+    assert lines[place + 1] == "    up to 8 copies of a cell in the batches of its turns"
+    assert not any("leave these cells out" in line for line in lines)
 
 
 def test_summary_tells_what_would_happen(tmp_path: Path) -> None:
