@@ -176,7 +176,10 @@ def in_save(step: int, place: str, do: Callable[[], None]) -> None:
     save = saver.Saver.save_checkpoint
 
     def checkpoint(self: Any, state: Any) -> None:
-        due[0] = due[0] or state.step == step
+        if state.step == step:
+            for _, write in self._writes:  # of earlier steps, which are to stand
+                write.exception()
+            due[0] = True
         save(self, state)
 
     def killing(path: Any, *rest: Any, **more: Any) -> Any:
