@@ -12,6 +12,7 @@ order is compared with a process that was started by itself.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json
@@ -107,7 +108,8 @@ def answer_request(connection: socket.socket) -> int:
             return run_script(words)
         exit_codes[process] = None
     code = await_exit(exit_codes, connection)
-    connection.sendall(bytes([code]))
+    with contextlib.suppress(BrokenPipeError):  # the process that asked may have been killed
+        connection.sendall(bytes([code]))
     return 0
 
 
