@@ -58,8 +58,10 @@ def share_rounds(
             )
         owed = _raise_groups(owed, groups, rounds)
         whole = {stratum: int(share + _ROUNDING) for stratum, share in owed.items()}
-        # Members of a group follow each other, so that one of them always has its turn.
-        order = dict.fromkeys([*(stratum for group in groups for stratum in group), *owed])
+        # Members of a group follow each other, so that one of them always has its turn. Behind them
+        # strata with as many modalities do, so that batches have about as many pairs each.
+        by_size = sorted(owed, key=lambda stratum: -len(modalities[stratum]))
+        order = dict.fromkeys([*(stratum for group in groups for stratum in group), *by_size])
         rests = {stratum: owed[stratum] - whole[stratum] for stratum in order}
         turns = {s: rest for s, rest in rests.items() if rest > _ROUNDING or not whole[s]}
     return BatchShares({stratum: share * lanes for stratum, share in whole.items()}, turns)

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -54,7 +54,8 @@ class CellPlan:
     """The cells of every micro-batch.
 
     Raises:
-        ConfigError: the share of a stratum is not a positive multiple of the lanes.
+        ConfigError: the share of a stratum is no multiple of the lanes, or turns add up to no whole
+            number of rounds.
     """
 
     seed: int
@@ -236,6 +237,8 @@ class CellPlan:
         return positions
 
 
+# Strata share bounds, and the loader counts first what training asks for.
+@lru_cache(maxsize=1 << 14)
 def _count_turns(micro_batch: int, bound: int) -> int:
     """Count the points i + u_t below a bound, of all micro-batches t before `micro_batch`.
 

@@ -34,6 +34,12 @@ def test_rare_strata_take_turns_by_their_shares() -> None:
         mean = shares.every_batch[stratum] + 8 * shares.turns.get(stratum, 0)
         assert mean == pytest.approx(128 * size / total)
     assert shares.turns["fac+fou"] < 0.02  # of a round
+    plan = CellPlan(0, sizes, shares.every_batch, 8, 2, 4, shares.turns)
+    pairs = {
+        sum(n for s, n in plan.compose_batch(t).items() if len(modalities[s]) > 1)
+        for t in range(99)
+    }
+    assert max(pairs) - min(pairs) <= 8  # one round
 
 
 @given(

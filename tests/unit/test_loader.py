@@ -277,9 +277,10 @@ def plans(draw: st.DrawFn) -> tuple[CellPlan, int]:
         f"s.{i}" if i > 1 else "s": draw(st.integers(1, 5 * span))
         for i in range(1, draw(st.integers(2, 4)))
     }
-    plan = CellPlan(
-        draw(st.integers(0, 99)), cells, {"s": lanes * draw(st.integers(1, 9))}, lanes, window, size
-    )
+    share, turn = draw(st.integers(0, 9)), draw(st.sampled_from([0.0, 0.1, 0.5, 0.9]))
+    turns = {"s": turn, "other": 1 - turn} if turn else {}
+    shares = {"s": lanes * (share if turn else max(share, 1))}
+    plan = CellPlan(draw(st.integers(0, 99)), cells, shares, lanes, window, size, turns)
     return plan, draw(st.sampled_from([w for w in (1, 2, 4, 16) if lanes % w == 0]))
 
 
