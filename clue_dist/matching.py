@@ -12,7 +12,7 @@ a FOSCTTM of 0, which `match` and `recall10` give away. NaN would have the same,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from clue_dist.errors import DataError
+from clue_dist.neighbours import compute_distances, scale_to_length_one
 from clue_dist.ranks import Ranks
 
 METRICS = ("foscttm", "match", "recall10")
 SCOPES = ("global", "within_batch")
 DIRECTIONS = ("forward", "backward")
 _RECALL_AT = 10
-_SLICE_ELEMENTS = 2**23  # distances in memory at a time: 64 MiB
 
 Scores = dict[str, dict[str, float]]  # scope -> metric -> value
 _Pair = tuple[Tensor, Tensor]  # two embeddings (N, D) of the same cells
@@ -97,7 +97,7 @@ def score_directions(
     x, y = _check_embeddings(u1, u2)
     groups = _group_cells(batch, x.device)
     pairs = [
-        (_scale_to_length_one(x[group]), _scale_to_length_one(y[group]))
+        (scale_to_length_one(x[group]), scale_to_length_one(y[group]))
         for scope in SCOPES
         for group in groups[scope]
     ]
@@ -162,10 +162,10 @@ def compute_nearer_share(u1: np.ndarray | Tensor, u2: np.ndarray | Tensor) -> np
         u1: (N, D), N >= 1, on any device.
         u2: (N, D).
     """
-    x, y = (_scale_to_length_one(u) for u in _check_embeddings(u1, u2))
+    x, y = (scale_to_length_one(u) for u in _check_embeddings(u1, u2))
     nearer = np.zeros(len(x))
     for queries, keys in ((x, y), (y, x)):
-        for rows, distances in _compute_distances(queries, keys, slice(None)):
+        for rows, distances in compute_distances(queries, keys, slice(None)):
             partner = _select_partner(distances, rows)
             nearer[rows.cpu().numpy()] += (distances < partner).sum(1).cpu().numpy()
     return nearer / (2 * len(x))
@@ -201,7 +201,7 @@ def rank_keys(queries: Tensor, keys: Tensor, part: slice) -> RankedKeys:
         part: which queries.
     """
     n_nearer, n_found, nearest = 0, 0, [torch.empty(0, dtype=torch.int64)]
-    for rows, distances in _compute_distances(queries, keys, part):
+    for rows, distances in compute_distances(queries, keys, part):
         partner = _select_partner(distances, rows)
         before = (distances < partner).sum(1)
         n_nearer += int(before.sum())
@@ -269,21 +269,6 @@ def _score_match(
     return float((shared / (4 - shared) / row_sum).mean())
 
 
-def _compute_distances(
-    queries: Tensor, keys: Tensor, part: slice
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Row numbers (n,) of queries and their distances to all keys (n, N), slice by slice."""
-    step = max(1, _SLICE_ELEMENTS // len(keys))
-    query_square, key_square = (queries**2).sum(1), (keys**2).sum(1)
-    start, stop, _ = part.indices(len(queries))
-    for first in range(start, stop, step):
-        last = min(first + step, stop)
-        product = (2 * queries[first:last]) @ keys.T
-        distances = query_square[first:last, None] + key_square[None]
-        distances = distances.sub_(product).clamp_(min=0)
-        yield torch.arange(first, last, device=distances.device), distances
-
-
 def _select_partner(distances: Tensor, rows: Tensor) -> Tensor:
     """Distance to the partner, (n, 1).
 
@@ -310,11 +295,6 @@ def _find_first_equal(u: Tensor) -> np.ndarray:
     whole = rows.view(f"V{rows.itemsize * rows.shape[1]}").reshape(-1)
     _, first, inverse = np.unique(whole, return_index=True, return_inverse=True)
     return np.asarray(first[inverse])
-
-
-def _scale_to_length_one(u: Tensor) -> Tensor:
-    length: Tensor = u.norm(dim=1, keepdim=True)
-    return u / length.clamp(min=1e-12)
 
 
 def _check_embeddings(u1: np.ndarray | Tensor, u2: np.ndarray | Tensor) -> _Pair:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clue_dist import matching
+from clue_dist import matching, neighbours
 from clue_dist.errors import DataError
 from clue_dist.ranks import Ranks
 
@@ -171,15 +171,15 @@ def test_memory_is_bounded_by_the_slice(monkeypatch):
     u1, u2 = noisy_pair(50, 4, seed=0)
     expected = matching.compute_scores(u1, u2, np.zeros(50))
     sizes = []
-    distances = matching._compute_distances
-    monkeypatch.setattr(matching, "_SLICE_ELEMENTS", 120)  # two rows of 50
+    distances = neighbours.compute_distances
+    monkeypatch.setattr(neighbours, "_SLICE_ELEMENTS", 120)  # two rows of 50
 
     def watched(*args):
         for rows, d in distances(*args):
             sizes.append(d.numel())
             yield rows, d
 
-    monkeypatch.setattr(matching, "_compute_distances", watched)
+    monkeypatch.setattr(matching, "compute_distances", watched)
     assert matching.compute_scores(u1, u2, np.zeros(50))["global"] == pytest.approx(
         expected["global"]
     )

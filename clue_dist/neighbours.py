@@ -1,0 +1,126 @@
+"""Exact nearest neighbours, found for a slice of the queries at a time.
+
+Distances are Euclidean, in float64. Memory is O(N k) and never N x N; time is quadratic. Ranks
+share the queries, and all of them get the neighbours of every query.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clue_dist.errors import DataError
+from clue_dist.ranks import Ranks
+
+_SLICE_ELEMENTS = 2**23  # distances in memory at a time: 64 MiB
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The nearest keys of n queries, the nearest first."""
+
+    indices: np.ndarray  # (n, k) int64, rows of the keys
+    distances: np.ndarray  # (n, k) float64
+
+    def to_plain(self) -> list[Any]:
+        """Turn it into plain data, as ranks exchange it."""
+        # Base64, as lists of numbers would be several times longer than their bytes.
+        fields = (self.indices.astype("<i4"), self.distances.astype("<f8"))
+        return [len(self.indices), *(base64.b64encode(field).decode() for field in fields)]
+
+    @classmethod
+    def from_plain(cls, value: list[Any]) -> Neighbours:
+        """Make of it again what `to_plain` turned into plain data."""
+        n_queries, *texts = value
+        indices, distances = (
+            np.frombuffer(base64.b64decode(text), dtype).reshape(n_queries, -1)
+            for text, dtype in zip(texts, ("<i4", "<f8"), strict=True)
+        )
+        return cls(indices.astype(np.int64), distances)
+
+
+def find_neighbours(
+    queries: np.ndarray | Tensor,
+    n_neighbours: int,
+    keys: np.ndarray | Tensor | None = None,
+    ranks: Ranks | None = None,
+) -> Neighbours:
+    """Find the nearest keys of each query.
+
+    Args:
+        queries: (N, D), on any device; every rank passes the same.
+        n_neighbours: how many of them; all where there are fewer.
+        keys: (M, D). By default the queries themselves, of which none is its own neighbour.
+        ranks: processes that share the queries. All must call, and all get the result.
+
+    Raises:
+        DataError: values that are not finite.
+    """
+    ranks = ranks or Ranks()
+    among_themselves = keys is None
+    points = _require_finite_points(queries)
+    targets = points if keys is None else _require_finite_points(keys)
+    count = min(n_neighbours, len(targets) - among_themselves)
+    part = ranks.slice_for_rank(len(points))
+    indices, distances = [np.empty((0, count), np.int64)], [np.empty((0, count))]
+    for rows, squares in compute_distances(points, targets, part):
+        if among_themselves:
+            squares.scatter_(1, rows[:, None], torch.inf)
+        nearest = squares.topk(count, largest=False)
+        indices.append(nearest.indices.cpu().numpy())
+        distances.append(nearest.values.sqrt().cpu().numpy())
+    found = Neighbours(np.concatenate(indices), np.concatenate(distances))
+    if ranks.world == 1:
+        return found
+    parts = [Neighbours.from_plain(value) for value in ranks.gather_values(found.to_plain())]
+    return Neighbours(
+        np.concatenate([neighbours.indices for neighbours in parts]),
+        np.concatenate([neighbours.distances for neighbours in parts]),
+    )
+
+
+def compute_distances(
+    queries: Tensor, keys: Tensor, part: slice
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Compute squared distances, slice by slice.
+
+    Args:
+        queries: (N, D) float64.
+        keys: (M, D) float64.
+        part: which queries.
+
+    Yields:
+        Row numbers (n,) of queries, and their squared distances to all keys (n, M).
+    """
+    step = max(1, _SLICE_ELEMENTS // len(keys))
+    query_square, key_square = (queries**2).sum(1), (keys**2).sum(1)
+    start, stop, _ = part.indices(len(queries))
+    for first in range(start, stop, step):
+        last = min(first + step, stop)
+        product = (2 * queries[first:last]) @ keys.T
+        distances = query_square[first:last, None] + key_square[None]
+        distances = distances.sub_(product).clamp_(min=0)
+        yield torch.arange(first, last, device=distances.device), distances
+
+
+def scale_to_length_one(points: Tensor) -> Tensor:
+    """Scale each row of (N, D) to length 1; a row of zeros stays as it is."""
+    length: Tensor = points.norm(dim=1, keepdim=True)
+    return points / length.clamp(min=1e-12)
+
+
+def _require_finite_points(points: np.ndarray | Tensor) -> Tensor:
+    """Points as a float64 tensor, of which one that is not finite would have no neighbours."""
+    tensor = torch.as_tensor(points).detach().to(torch.float64)
+    n_wrong = int((~tensor.isfinite()).any(1).sum())
+    if n_wrong:
+        raise DataError(
+            "the embedding is not finite", got=f"{n_wrong} of {len(tensor)} cells with NaN or Inf"
+        )
+    return tensor
