@@ -1,4 +1,7 @@
-"""Scores a trained model: do the modalities of paired cells, each seen alone, find each other?"""
+"""Scores a trained model: do the modalities of paired cells, each seen alone, find each other?
+
+And is z one space: do modalities, patterns of them and batches mix in it, do labels stay apart?
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,14 @@ import itertools
 import json
 import math
 import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from clue_dist import matching
+from clue_dist import integration, matching
 from clue_dist.errors import ConfigError, StoreError
 from clue_dist.files import write_file
 from clue_dist.inference.embed import check_query, describe_embedding
@@ -24,7 +29,6 @@ from clue_dist.inference.query import MIN_KNOWN, holds_training_cells
 from clue_dist.inference.stream import (
     Embedding,
     LoadedModel,
-    SegmentSlice,
     compute_embedding,
     slice_segments,
 )
@@ -38,6 +42,19 @@ SEEN_WARNING = (
     "own, which is not trained on (`python -m data_prep convert ... --features-from RUN`), and "
     "score that."
 )
+
+MOST_CELLS = 50_000  # whose neighbours are searched, where nobody says: the search is quadratic
+JOINT_SCORES = "joint"  # the entry of scores.json about z from everything observed
+_JOINT_TITLES = {
+    "ilisi": "iLISI of batches",
+    "kbet": "kBET acceptance",
+    "accuracy": "15-NN accuracy",
+    "clisi": "cLISI",
+    "nmi": "NMI",
+    "ari": "ARI",
+    "asw": "ASW",
+}
+_NO_SCIB = "kBET of batches, and NMI and ARI of labels, need `pip install 'clue-dist[metrics]'`."
 
 
 def evaluate_store(
@@ -53,15 +70,17 @@ def evaluate_store(
 ) -> dict[str, Any]:
     """Write `scores.json`. All ranks call this, and all get its content.
 
-    Every cell of the store that carries both modalities of a pair counts.
+    Every cell of the store that carries both modalities of a pair counts for its matching, and
+    every cell for the joint z. Where neighbours are searched, of more than `max_cells` or
+    MOST_CELLS an even part is taken.
 
     Args:
         trained_model: the model.
         store: cells that the model has not seen.
         out: the file to write.
         run: the run's folder, to be named in the output.
-        max_cells: take an even part of each segment, so many cells in all. That is a random draw,
-            as segments are stored shuffled.
+        max_cells: take an even part of each segment, so many paired cells in all, and so many of
+            all for the joint z. That is a random draw, as segments are stored shuffled.
         min_known: the least share of a modality's features that each file must have had.
         batch_size: cells embedded at once.
         ranks: this process among the others; by default it is alone.
@@ -69,7 +88,9 @@ def evaluate_store(
     Returns:
         For each ordered pair "rna->adt": `cells`; `global` and `within_batch`, both directions
         averaged; `directed`, from the first to the second alone; `chance`, what blind embeddings
-        get. `about` says what was scored, and whether the model was trained on it.
+        get; `mixing`, `mixing_ilisi` and, where labels are known, `transfer`, of `mixing_cells`
+        cells. `joint` is about the joint z, as `score_joint_latent` gives it, `worst_island` beside
+        it. `about` says what was scored, and whether the model was trained on it.
 
     Raises:
         StoreError: no cell carries two modalities; features that are not the model's.
@@ -80,15 +101,21 @@ def evaluate_store(
     ranks = ranks or Ranks()
     check_scores_path(out, max_cells)
     check_query(trained_model, store, min_known, ranks)
-    slices = slice_segments(store, batch_size, count_paired_cells(store, max_cells))
+    paired = count_paired_cells(store, max_cells)
+    sizes = {name: segment.n_cells for name, segment in store.manifest.strata.items()}
+    joint = _take_part(sizes, max_cells or MOST_CELLS)
+    taken = {name: max(paired.get(name, 0), n_cells) for name, n_cells in joint.items()}
+    slices = slice_segments(store, batch_size, taken)
     modalities = [name for name in trained_model.modalities if name in store.modalities]
     with make_scratch_folder(out, ranks) as scratch:
         embedding = compute_embedding(
             trained_model, store, scratch, slices, per_modality=True, ranks=ranks
         )
-        result = _score_pairs(store, embedding, modalities, ranks)
+        cells = _EmbeddedCells.read_from(store, embedding)
+        result = _score_pairs(store, cells, modalities, paired, max_cells or MOST_CELLS, ranks)
+        result[JOINT_SCORES] = _score_joint(store, cells, joint, ranks)
         result["about"] = describe_embedding(trained_model, store, run) | {
-            "cells": len(embedding.joint),
+            "cells": sum(paired.values()),
             "max_cells": max_cells,
             SEEN: holds_training_cells(store, trained_model.seen_cells),
         }
@@ -140,72 +167,194 @@ def count_paired_cells(store: Store, max_cells: int | None = None) -> dict[str, 
             got=f"strata {', '.join(store.manifest.strata)}",
             fix="evaluate on a store with paired cells",
         )
-    if max_cells is None:
-        return paired
+    return paired if max_cells is None else _take_part(paired, max_cells)
+
+
+def _take_part(sizes: Mapping[str, int], most: int) -> dict[str, int]:
+    """An even part of each segment, `most` cells in all; everything where there are fewer."""
     # Differences of rounded edges: each segment's part is even, and the sum is exact.
-    edges = [0, *itertools.accumulate(paired.values())]
-    part = min(1.0, max_cells / edges[-1])
+    edges = [0, *itertools.accumulate(sizes.values())]
+    part = min(1.0, most / max(1, edges[-1]))
     taken = [int(stop * part) - int(start * part) for start, stop in itertools.pairwise(edges)]
-    return dict(zip(paired, taken, strict=True))
+    return dict(zip(sizes, taken, strict=True))
 
 
 def format_scores(result: dict[str, Any]) -> str:
-    """The scores as a table in text, chance beside each of them; a warning if cells were seen."""
+    """The scores as tables in text, chance beside those of matching.
+
+    A warning follows if the model has seen the cells.
+    """
     titles = "".join(f"{metric:>10}{'chance':>10}" for metric in matching.METRICS)
     head = f"{'pair':<16}{'scope':<14}{'cells':>9}{titles}"
     lines = [head, "-" * len(head)]
-    for pair, entry in result.items():
-        for scope in matching.SCOPES if pair != "about" else ():
+    for pair, entry in select_pairs(result).items():
+        for scope in matching.SCOPES:
             numbers = "".join(
                 f"{entry[scope][metric]:>10.4f}{entry['chance'][scope][metric]:>10.4f}"
                 for metric in matching.METRICS
             )
             lines.append(f"{pair:<16}{scope:<14}{entry['cells']:>9,}{numbers}")
+    for facts in list_space_facts(result):
+        lines += ["", *textwrap.wrap(facts, 100)]
     if result.get("about", {}).get(SEEN):
         lines += ["", *textwrap.wrap(f"warning: {SEEN_WARNING}", 100)]
     return "\n".join(lines)
 
 
+def select_pairs(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Select the entries of scores.json that are about ordered pairs of modalities."""
+    return {name: entry for name, entry in result.items() if "->" in name}
+
+
+def list_space_facts(result: Mapping[str, Any]) -> list[str]:
+    """Say in sentences whether z is one space; nothing of scores that an earlier version wrote."""
+    facts = []
+    for pair, entry in select_pairs(result).items():
+        first, second = pair.split("->")
+        if "mixing" in entry and f"{second}->{first}" in result and first != second:
+            part = f"{entry['mixing_cells']:,} cells"
+            numbers = [f"mixing {_format_score(entry['mixing'])} (0.5 is perfect)"]
+            numbers += [f"iLISI {_format_score(entry['mixing_ilisi'])}"]
+            numbers += [f"label transfer {_format_score(entry['transfer'])}"] * (
+                "transfer" in entry
+            )
+            facts.append(f"{first} and {second}, {part}: {', '.join(numbers)}")
+    joint = result.get(JOINT_SCORES)
+    return facts + ([] if joint is None else _list_joint_facts(joint))
+
+
+def _list_joint_facts(joint: Mapping[str, Any]) -> list[str]:
+    """What the joint z was found to be, in sentences."""
+    facts = [f"joint z, {joint['cells']:,} of the store's {joint['store_cells']:,} cells"]
+    if "islands" in joint:
+        worst = joint["worst_island"]
+        islands = ", ".join(
+            f"{name} {_format_score(ratio)}{' (the worst)' if name == worst else ''}"
+            for name, ratio in joint["islands"].items()
+        )
+        facts.append(f"islands by pattern (1 is none): {islands}")
+    titles = {name: title for name, title in _JOINT_TITLES.items() if name in joint}
+    if titles:
+        numbers = (f"{title} {_format_score(joint[name])}" for name, title in titles.items())
+        facts.append(", ".join(numbers))
+    if {"ilisi", "accuracy"} & titles.keys() and not {*integration.SCIB_MEASURES} & titles.keys():
+        facts.append(_NO_SCIB)
+    return ["; ".join(facts)]
+
+
+def _format_score(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4f}"
+
+
+@dataclass(frozen=True)
+class _EmbeddedCells:
+    """The cells that were embedded, and what the store says about them."""
+
+    embedding: Embedding
+    patterns: np.ndarray  # (N,) names of what was observed in a cell, such as "rna+adt"
+    batches: np.ndarray  # (N,) codes
+    labels: np.ndarray  # (N,) names, "" where unknown
+
+    @classmethod
+    def read_from(cls, store: Store, embedding: Embedding) -> _EmbeddedCells:
+        """Read what a store says about its embedded cells."""
+        batches, labels = (
+            np.concatenate(
+                [store.segments[s.segment].read_codes(name, s.positions) for s in embedding.slices]
+            )
+            for name in ("batch", "label")
+        )
+        patterns = {
+            name: "+".join(segment.modalities) for name, segment in store.manifest.strata.items()
+        }
+        return cls(
+            embedding,
+            np.concatenate([np.full(s.n_cells, patterns[s.segment]) for s in embedding.slices]),
+            batches,
+            np.array([*store.manifest.labels, ""])[labels],  # -1, unknown, is the last
+        )
+
+    def find_rows(self, counts: Mapping[str, int]) -> np.ndarray:
+        """Find the rows of the first cells of each segment, of which `counts` says how many."""
+        ends = (min(s.n_cells, counts.get(s.segment, 0) - s.start) for s in self.embedding.slices)
+        return np.concatenate(
+            [
+                np.arange(s.row, s.row + max(0, end))
+                for s, end in zip(self.embedding.slices, ends, strict=True)
+            ]
+        )
+
+
 def _score_pairs(
-    store: Store, embedding: Embedding, modalities: list[str], ranks: Ranks
+    store: Store,
+    cells: _EmbeddedCells,
+    modalities: list[str],
+    paired: Mapping[str, int],
+    most: int,
+    ranks: Ranks,
 ) -> dict[str, Any]:
     """The scores of every ordered pair of modalities that share two cells or more."""
-    batch = np.concatenate(
-        [store.segments[s.segment].read_codes("batch", s.positions) for s in embedding.slices]
-    )
+    strata, alone = store.manifest.strata, cells.embedding.alone
     result: dict[str, Any] = {}
     for first, second in itertools.combinations(modalities, 2):
-        paired = _mark_paired(store, embedding.slices, {first, second})
-        if paired.sum() < 2:
+        counts = {
+            name: n_cells
+            for name, n_cells in paired.items()
+            if {first, second} <= set(strata[name].modalities)
+        }
+        rows = cells.find_rows(counts)
+        if len(rows) < 2:
             continue
-        directed = matching.score_directions(
-            embedding.alone[first][paired], embedding.alone[second][paired], batch[paired], ranks
-        )
+        batch = cells.batches[rows]
+        directed = matching.score_directions(alone[first][rows], alone[second][rows], batch, ranks)
         averaged = matching.average_directions(directed)
-        chance = matching.compute_chance(batch[paired])
+        chance = matching.compute_chance(batch)
+        sample = cells.find_rows(_take_part(counts, most))
+        mixing = _score_profiles(alone[first][sample], alone[second][sample], cells, sample, ranks)
         names = {"forward": f"{first}->{second}", "backward": f"{second}->{first}"}
         for direction, name in names.items():
             result[name] = {
-                "cells": int(paired.sum()),
+                "cells": len(rows),
                 **averaged,
                 "directed": directed[direction],
                 "chance": chance,
+                **mixing,
             }
     if not result:
         raise StoreError(
             "no two modalities share two cells",
             where=store.root,
-            got=f"{len(batch)} paired cells taken",
+            got=f"{sum(paired.values())} paired cells taken",
         )
     return result
 
 
-def _mark_paired(store: Store, slices: list[SegmentSlice], pair: set[str]) -> np.ndarray:
-    """Which cells carry both modalities of a pair, (N,) bool."""
-    segments = store.manifest.strata
-    return np.concatenate(
-        [np.full(s.n_cells, pair <= set(segments[s.segment].modalities)) for s in slices]
+def _score_profiles(
+    first: np.ndarray, second: np.ndarray, cells: _EmbeddedCells, rows: np.ndarray, ranks: Ranks
+) -> dict[str, Any]:
+    """How the profiles of two modalities mix, and whether labels pass from one to the other."""
+    scores = {"mixing_cells": len(rows), **integration.score_mixing(first, second, ranks)}
+    labels = cells.labels[rows]
+    if len(np.unique(labels[integration.mark_labelled_cells(labels)])) > 1:
+        scores["transfer"] = integration.transfer_labels(first, second, labels, ranks)
+    return scores
+
+
+def _score_joint(
+    store: Store, cells: _EmbeddedCells, counts: Mapping[str, int], ranks: Ranks
+) -> dict[str, Any]:
+    """The scores of z from everything observed; the pattern that is the worst island by name."""
+    rows = cells.find_rows(counts)
+    scores = {"store_cells": store.manifest.n_cells} | integration.score_joint_latent(
+        cells.embedding.joint[rows],
+        cells.patterns[rows],
+        cells.batches[rows],
+        cells.labels[rows],
+        ranks,
     )
+    if islands := scores.get("islands"):
+        scores["worst_island"] = max(islands, key=islands.__getitem__)
+    return scores
 
 
 def _replace_nan(value: Any) -> Any:

@@ -59,6 +59,7 @@ _TITLES = {
     "contrastive": "InfoNCE of pairs",
     "d": "discriminator (eq. 12)",
     "foscttm": "FOSCTTM",
+    "mixing": "mixing",
     "score": "score",
     "lr": "learning rate",
     "cells_per_s": "cells per second",

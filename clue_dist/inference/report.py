@@ -16,7 +16,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from clue_dist.errors import ConfigError
-from clue_dist.inference.evaluate import SEEN, SEEN_WARNING
+from clue_dist.inference.evaluate import (
+    SEEN,
+    SEEN_WARNING,
+    list_space_facts,
+    select_pairs,
+)
 from clue_dist.inference.figures import (
     compute_umap,
     draw_curves,
@@ -143,10 +148,10 @@ def _tabulate_scores(path: Path) -> str:
         scores = json.loads(path.read_text(encoding="utf-8"))
         rows = [
             _format_row(pair, scope, entry)
-            for pair, entry in scores.items()
-            if pair != "about"
+            for pair, entry in select_pairs(scores).items()
             for scope in SCOPES
         ]
+        facts = list_space_facts(scores)
         is_seen = scores.get("about", {}).get(SEEN)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         fix = "make them with launch/evaluate.py"
@@ -159,11 +164,14 @@ def _tabulate_scores(path: Path) -> str:
         "both directions averaged."
     )
     warning = f"<p><strong>{html.escape(SEEN_WARNING)}</strong></p>" if is_seen else ""
+    mixing = "".join(f"<p>{html.escape(fact)}.</p>" for fact in facts)
+    space = f"<h2>One space</h2>{mixing}" if facts else ""
     return f"""<h2>Matching</h2>
 {_MUTED.format(text)}
 <table><tr><th>pair</th><th>among</th><th>cells</th>{head}</tr>
 {"".join(rows)}</table>
-{warning}"""
+{warning}
+{space}"""
 
 
 def _format_row(pair: str, scope: str, entry: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from clue_dist.checkpoint.run_folder import RunState
 from clue_dist.data.batch import Batch
+from clue_dist.integration import measure_mixing
 from clue_dist.matching import compute_nearer_share
 from clue_dist.model.noise import Noise
 from clue_dist.objective import HeldOutScores
@@ -23,10 +25,10 @@ from clue_dist.train.trainer import Trainer
 
 @dataclass(frozen=True)
 class Validation:
-    """What the held-out cells say of the present weights; smaller is better of all numbers."""
+    """What the held-out cells say of the present weights; smaller is better but of mixing."""
 
     cells: list[float]  # score of each cell; their mean is the score of the weights
-    parts: dict[str, float]  # FOSCTTM, ELBOs and InfoNCE by modality or pair of modalities
+    parts: dict[str, float]  # FOSCTTM, mixing, ELBOs and InfoNCE by modality or pair
 
 
 def validate_model(
@@ -115,9 +117,13 @@ def score_held_out_cells(trainer: Trainer, held_out: Batch) -> Validation:
         return Validation(scores.minus_elbo.tolist(), parts)
     if not all(latent.isfinite().all() for latent in scores.latents.values()):
         return Validation([math.nan] * held_out.n_cells, parts)
-    shares = _compute_nearer_shares(held_out, scores.latents)
-    means = {f"foscttm/{pair}": float(share.mean()) for pair, (_, share) in shares.items()}
-    return Validation(_average_over_pairs(shares, held_out.n_cells), means | parts)
+    pairs = _select_pairs(held_out, scores.latents)
+    shares = {
+        name: (pair.cells, compute_nearer_share(*pair.latents)) for name, pair in pairs.items()
+    }
+    means = {f"foscttm/{name}": float(share.mean()) for name, (_, share) in shares.items()}
+    mixing = {f"mixing/{name}": measure_mixing(*pair.latents) for name, pair in pairs.items()}
+    return Validation(_average_over_pairs(shares, held_out.n_cells), means | mixing | parts)
 
 
 def _list_choice_numbers(state: RunState, error: float) -> dict[str, float]:
@@ -158,11 +164,16 @@ def _average_over_pairs(
     return (scores[is_paired] * is_paired.sum()).tolist()
 
 
-def _compute_nearer_shares(
-    batch: Batch, latents: dict[str, Tensor]
-) -> dict[str, tuple[list[int], np.ndarray]]:
-    """Cells with both of a pair of modalities, and what each adds to FOSCTTM, (n cells,)."""
-    shares = {}
+class _PairedLatents(NamedTuple):
+    """The cells that have both of a pair of modalities, each seen through one and the other."""
+
+    cells: list[int]  # rows of the batch
+    latents: tuple[Tensor, Tensor]  # (n cells, K * d) each
+
+
+def _select_pairs(batch: Batch, latents: dict[str, Tensor]) -> dict[str, _PairedLatents]:
+    """Select the cells of every pair of modalities that two cells or more have, by "rna-adt"."""
+    pairs = {}
     for first, second in combinations(latents, 2):
         rows = {
             modality: {
@@ -172,9 +183,9 @@ def _compute_nearer_shares(
         }
         cells = sorted(rows[first].keys() & rows[second].keys())
         if len(cells) > 1:  # a single cell is always its own nearest
-            pair = (
+            here, other = (
                 latents[modality][[rows[modality][cell] for cell in cells]]
                 for modality in (first, second)
             )
-            shares[f"{first}-{second}"] = cells, compute_nearer_share(*pair)
-    return shares
+            pairs[f"{first}-{second}"] = _PairedLatents(cells, (here, other))
+    return pairs

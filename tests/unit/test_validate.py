@@ -14,6 +14,7 @@ from torch import Tensor
 
 from clue_dist.checkpoint.run_folder import RunState
 from clue_dist.data.batch import Batch
+from clue_dist.integration import measure_mixing
 from clue_dist.model.noise import Noise
 from clue_dist.objective import HeldOutScores, compute_info_nce
 from clue_dist.ranks import Ranks
@@ -56,7 +57,7 @@ def test_validation_scores_every_modality_and_every_pair() -> None:
     parts = score_held_out_cells(trainer, batch).parts
     pairs = ("m0-m1", "m0-m2", "m1-m2")
     assert set(parts) == {
-        *(f"{score}/{pair}" for score in ("foscttm", "contrastive") for pair in pairs),
+        *(f"{score}/{pair}" for score in ("foscttm", "mixing", "contrastive") for pair in pairs),
         *(f"{elbo}/m{k}" for elbo in ("self", "cross") for k in range(3)),
     }
     assert not any(" " in name for name in parts)
@@ -69,6 +70,19 @@ def test_the_mean_of_the_cells_is_the_mean_over_pairs_of_modalities() -> None:
     foscttm = [value for name, value in validation.parts.items() if name.startswith("foscttm")]
     assert len(validation.cells) == 8  # of twelve, those of two modalities or more
     assert math.fsum(validation.cells) / 8 == pytest.approx(math.fsum(foscttm) / 3)
+
+
+def test_mixing_is_that_of_the_held_out_cells_with_both_modalities() -> None:
+    trainer, batch = make_trainer()
+    parts = score_held_out_cells(trainer, batch).parts
+    latents = score_directly(trainer, batch).latents
+    rows = [batch.modalities[name].rows.tolist() for name in ("m0", "m2")]
+    both = sorted(set(rows[0]) & set(rows[1]))
+    first, second = (
+        latents[name][[places.index(cell) for cell in both]]
+        for name, places in zip(("m0", "m2"), rows, strict=True)
+    )
+    assert parts["mixing/m0-m2"] == pytest.approx(measure_mixing(first, second))
 
 
 def test_latents_are_those_that_embedding_gives() -> None:
