@@ -21,7 +21,7 @@ MIXING_NEIGHBOURS = 30  # of which the shares of modalities and patterns are tak
 LABEL_NEIGHBOURS = 15  # which vote for a label
 PERPLEXITY = 30  # how many neighbours count, in effect, for LISI
 LISI_NEIGHBOURS = 3 * PERPLEXITY
-MOST_SILHOUETTES = 10_000  # cells at most, as silhouettes are quadratic, too
+MOST_SILHOUETTES = 10_000  # cells of which silhouettes are taken
 SCIB_MEASURES = ("kbet", "nmi", "ari")
 # scib-metrics counts a cell among its neighbours; its own benchmark takes so many of them.
 _KBET_NEIGHBOURS, _LEIDEN_NEIGHBOURS = 50, 15
@@ -263,10 +263,11 @@ def _score_labels(
     latent: np.ndarray, neighbours: Neighbours, labels: np.ndarray
 ) -> dict[str, float]:
     """How cells of a label stay together; `nmi` and `ari` only where scib-metrics is installed."""
-    sample_size = min(len(latent), MOST_SILHOUETTES)
-    silhouette = 0.0  # of cells that all differ no silhouette is defined
-    if len(np.unique(labels)) < sample_size:
-        silhouette = silhouette_score(latent, labels, sample_size=sample_size, random_state=0)
+    # Silhouettes are quadratic, too, and defined of two labels or more that cells share.
+    sample = np.random.default_rng(0).permutation(len(latent))[:MOST_SILHOUETTES]
+    silhouette = 0.0
+    if 1 < len(np.unique(labels[sample])) < len(sample):
+        silhouette = silhouette_score(latent[sample], labels[sample])
     scores = {
         "accuracy": measure_label_accuracy(neighbours, labels),
         "clisi": measure_clisi(neighbours, labels),

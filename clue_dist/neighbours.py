@@ -32,14 +32,14 @@ class Neighbours:
         """Turn it into plain data, as ranks exchange it."""
         # Base64, as lists of numbers would be several times longer than their bytes.
         fields = (self.indices.astype("<i4"), self.distances.astype("<f8"))
-        return [len(self.indices), *(base64.b64encode(field).decode() for field in fields)]
+        return [self.indices.shape, *(base64.b64encode(field).decode() for field in fields)]
 
     @classmethod
     def from_plain(cls, value: list[Any]) -> Neighbours:
         """Make of it again what `to_plain` turned into plain data."""
-        n_queries, *texts = value
+        shape, *texts = value
         indices, distances = (
-            np.frombuffer(base64.b64decode(text), dtype).reshape(n_queries, -1)
+            np.frombuffer(base64.b64decode(text), dtype).reshape(shape)
             for text, dtype in zip(texts, ("<i4", "<f8"), strict=True)
         )
         return cls(indices.astype(np.int64), distances)

@@ -12,11 +12,16 @@ def main() -> None:
     """Score the store that the arguments name, write the scores and print them."""
     parser = build_parser(
         script="evaluate.py",
-        description="Score how well modalities match.",
+        description="Score how well modalities match, and whether z is one space.",
         store="store with paired cells the model has not seen",
         out="where to write scores.json",
     )
-    parser.add_argument("--max-cells", type=int, help="score a random part of the paired cells")
+    parser.add_argument(
+        "--max-cells",
+        type=int,
+        help="score a random part, so many paired cells and so many in all "
+        "(default: all paired cells, 50,000 where neighbours are searched)",
+    )
     arguments = parser.parse_args()
 
     with open_model_and_store(

@@ -208,17 +208,19 @@ def select_pairs(result: Mapping[str, Any]) -> dict[str, Any]:
 
 def list_space_facts(result: Mapping[str, Any]) -> list[str]:
     """Say in sentences whether z is one space; nothing of scores that an earlier version wrote."""
+    # Both directions of a pair say the same of it.
+    pairs = {frozenset(name.split("->")): name for name in reversed(select_pairs(result))}
     facts = []
-    for pair, entry in select_pairs(result).items():
-        first, second = pair.split("->")
-        if "mixing" in entry and f"{second}->{first}" in result and first != second:
-            part = f"{entry['mixing_cells']:,} cells"
-            numbers = [f"mixing {_format_score(entry['mixing'])} (0.5 is perfect)"]
-            numbers += [f"iLISI {_format_score(entry['mixing_ilisi'])}"]
-            numbers += [f"label transfer {_format_score(entry['transfer'])}"] * (
-                "transfer" in entry
-            )
-            facts.append(f"{first} and {second}, {part}: {', '.join(numbers)}")
+    for name in reversed(pairs.values()):
+        entry = result[name]
+        if "mixing" not in entry:
+            continue
+        numbers = [f"mixing {_format_score(entry['mixing'])} (0.5 is perfect)"]
+        numbers.append(f"iLISI {_format_score(entry['mixing_ilisi'])}")
+        if "transfer" in entry:
+            numbers.append(f"label transfer {_format_score(entry['transfer'])}")
+        names = name.replace("->", " and ")
+        facts.append(f"{names}, {entry['mixing_cells']:,} cells: {', '.join(numbers)}")
     joint = result.get(JOINT_SCORES)
     return facts + ([] if joint is None else _list_joint_facts(joint))
 

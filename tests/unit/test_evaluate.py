@@ -9,10 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clue_dist import matching
+from clue_dist import integration, matching
 from clue_dist.data.batch import read_batch
 from clue_dist.errors import ConfigError, StoreError
-from clue_dist.inference.evaluate import count_paired_cells, evaluate_store, format_scores
+from clue_dist.inference import evaluate
+from clue_dist.inference.evaluate import (
+    count_paired_cells,
+    evaluate_store,
+    format_scores,
+    select_pairs,
+)
+from clue_dist.neighbours import find_neighbours
 from clue_dist.store.reader import Store
 from tests.fakes import FakeLoaded
 from tests.processes import run_ranks
@@ -39,7 +46,8 @@ def test_every_cell_that_carries_both_counts(store, tmp_path):
         "adt->atac": 40,
         "atac->adt": 40,
     }
-    assert {name: entry["cells"] for name, entry in scores.items() if name != "about"} == pairs
+    assert {name: entry["cells"] for name, entry in select_pairs(scores).items()} == pairs
+    assert scores.keys() - pairs == {"joint", "about"}
     assert scores["about"]["fingerprint"] == store.fingerprint
     assert (scores["about"]["run"], scores["about"]["checkpoint"], scores["about"]["cells"]) == (
         "runs/a",
@@ -68,8 +76,72 @@ def test_every_cell_that_carries_both_counts(store, tmp_path):
         )
     assert [p.name for p in tmp_path.iterdir()] == ["scores.json"]
     lines = format_scores(scores).splitlines()
-    assert len(lines) == 2 + 2 * len(pairs)
+    assert lines.index("") == 2 + 2 * len(pairs)
+    assert max(map(len, lines)) <= 100
     assert lines[2].split()[:3] == ["rna->adt", "global", "110"]
+
+
+def embed_directly(store: Store, *segments: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """z of all cells of segments with the same modalities: joint, and by modality."""
+    model = FakeLoaded(store.manifest.modalities).model
+    parts = [
+        model.embed_batch(read_batch(store, name, np.arange(CELLS[name]))) for name in segments
+    ]
+    names = parts[0][1].keys()
+    return np.concatenate([joint.numpy() for joint, _ in parts]), {
+        m: np.concatenate([alone[m].numpy() for _, alone in parts]) for m in names
+    }
+
+
+def read_labels(store: Store, *segments: str) -> np.ndarray:
+    codes = [store.segments[name].read_codes("label", np.arange(CELLS[name])) for name in segments]
+    return np.array([*store.manifest.labels, ""])[np.concatenate(codes)]
+
+
+def test_every_cell_counts_for_the_joint_z_and_pairs_for_mixing(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(integration, "_import_scib", lambda: None)
+    loaded = FakeLoaded(store.manifest.modalities)
+    scores = evaluate_store(loaded, store, tmp_path / "s.json", run="r", batch_size=16)
+    _, alone = embed_directly(store, "rna+atac")
+    z, labels = {m: [alone[m]] for m in alone}, read_labels(store, "rna+adt+atac", "rna+atac")
+    for m, latent in embed_directly(store, "rna+adt+atac")[1].items():
+        if m in z:
+            z[m].insert(0, latent)
+    pair = [np.concatenate(z[m]) for m in ("rna", "atac")]
+    for name in ("rna->atac", "atac->rna"):
+        entry = scores[name]
+        assert entry["mixing_cells"] == 65
+        for measure, value in integration.score_mixing(*pair).items():
+            assert entry[measure] == pytest.approx(value, abs=1e-4)
+        XX
+    joint = np.concatenate([embed_directly(store, name)[0] for name in CELLS])
+    neighbours = find_neighbours(joint, 90)
+    islands = integration.measure_islands(neighbours, np.repeat(list(CELLS), list(CELLS.values())))
+    found = scores["joint"]
+    assert (found["cells"], found["store_cells"], found["labelled_cells"]) == (177, 177, 177)
+    assert found["islands"] == pytest.approx(islands, abs=1e-3)
+    assert islands[found["worst_island"]] == max(islands.values())
+    accuracy = integration.measure_label_accuracy(neighbours, read_labels(store, *CELLS))
+    assert found["accuracy"] == pytest.approx(accuracy, abs=0.01)
+    text = " ".join(format_scores(scores).split())
+    assert f"rna and atac, 65 cells: mixing {scores['rna->atac']['mixing']:.4f} (0.5" in text
+    assert text.count("label transfer") == 3
+    assert f"{found['worst_island']} {max(islands.values()):.4f} (the worst)" in text
+    assert "kBET of batches, and NMI and ARI of labels, need `pip install" in text
+
+
+def test_a_store_of_one_pattern_has_no_islands(tmp_path):
+    store = make_store(
+        tmp_path / "s.zarr", cells={"rna+adt": 40}, features={"rna": 9, "adt": 4}, labels=1
+    )
+    scores = evaluate_store(
+        FakeLoaded(store.manifest.modalities), store, tmp_path / "s.json", run="r"
+    )
+    assert not {"islands", "worst_island", "accuracy"} & scores["joint"].keys()
+    assert "transfer" not in scores["rna->adt"]
+    text = format_scores(scores)
+    assert "islands" not in text
+    assert "joint z, 40 of the store's 40 cells" in text
 
 
 def test_cells_of_the_training_store_are_told(store, tmp_path):
@@ -143,8 +215,22 @@ def test_a_part_of_the_cells(store, tmp_path):
         FakeLoaded(store.manifest.modalities), store, tmp_path / "s.json", run="r", max_cells=50
     )
     assert scores["about"]["cells"] == 50
+    assert scores["joint"]["cells"] == 50
+    assert scores["joint"]["islands"].keys() == CELLS.keys()
+    assert scores["rna->adt"]["mixing_cells"] == scores["rna->adt"]["cells"]
     assert scores["rna->adt"]["cells"] == taken["rna+adt"] + taken["rna+adt+atac"]
     assert sum(count_paired_cells(store, 10**9).values()) == 135
+
+
+def test_neighbours_are_searched_among_an_even_part_of_a_large_store(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "MOST_CELLS", 60)
+    scores = evaluate_store(
+        FakeLoaded(store.manifest.modalities), store, tmp_path / "s.json", run="r"
+    )
+    assert (scores["rna->adt"]["cells"], scores["rna->adt"]["mixing_cells"]) == (110, 60)
+    assert (scores["joint"]["cells"], scores["joint"]["store_cells"]) == (60, 177)
+    assert scores["about"]["cells"] == 135
+    assert "joint z, 60 of the store's 177 cells" in format_scores(scores)
 
 
 def test_no_paired_cells_is_a_clear_error(tmp_path):

@@ -14,7 +14,7 @@ import pytest
 from clue_dist.errors import ConfigError, StoreError
 from clue_dist.inference.arguments import build_parser, open_query_store
 from clue_dist.inference.embed import embed_store
-from clue_dist.inference.evaluate import evaluate_store
+from clue_dist.inference.evaluate import evaluate_store, select_pairs
 from clue_dist.inference.query import (
     holds_training_cells,
     require_known_features,
@@ -76,7 +76,8 @@ def test_modalities_that_the_model_lacks_are_left_aside(
     assert embedding.n_obs == 75, "cells that have atac alone are left out"
     assert list(embedding.uns["clue_dist"]["modalities"]) == ["rna", "adt"]
     scores = evaluate_store(loaded, view, tmp_path / "s.json", run="r")
-    assert [name for name in scores if name != "about"] == ["adt->rna", "rna->adt"]
+    assert list(select_pairs(scores)) == ["adt->rna", "rna->adt"]
+    assert scores["joint"]["islands"].keys() == {"rna", "rna+adt"}
     assert store.modalities == ["rna", "adt", "atac"], "the store itself is what it was"
     assert store.segments["rna+atac"].modalities == ["rna", "atac"]
 

@@ -156,8 +156,9 @@ def test_curves_come_in_the_order_in_which_they_are_read():
     ]
     assert figures.list_curves(frame) == expected
     expected[expected.index("score")] = "foscttm/rna-adt"  # whose mean the score is
+    expected.insert(expected.index("foscttm/rna-adt") + 1, "mixing/rna-adt")
     expected.insert(expected.index("self") + 1, "self/rna")
-    for name in ("foscttm/rna-adt", "self/rna"):
+    for name in ("foscttm/rna-adt", "mixing/rna-adt", "self/rna"):
         frame[name] = [0.3, 0.2]
     assert figures.list_curves(frame) == expected
     # As earlier versions called it.
@@ -291,6 +292,30 @@ def test_a_report_is_replaced_as_a_whole_or_not_at_all(run, embedding, tmp_path)
     write_report(run)
     assert sorted(read_folder(page.parent)) == ["curves.png", "index.html"]
     assert sorted(path.name for path in run.iterdir()) == ["config.json", "metrics.jsonl", "report"]
+
+
+def test_a_page_says_whether_z_is_one_space_where_it_was_scored(run, tmp_path):
+    scores = tmp_path / "scores.json"
+    scores.write_text(json.dumps(SCORES))
+    assert "One space" not in write_report(run, scores=scores).read_text()
+    mixing = {"mixing": 0.41, "mixing_ilisi": 0.7, "mixing_cells": 1234, "transfer": 0.875}
+    joint = {
+        "cells": 10,
+        "store_cells": 20,
+        "islands": {"rna": 3.5, "rna+adt": 0.25},
+        "worst_island": "rna",
+        "ilisi": 0.625,
+        "kbet": None,
+    }
+    entry = SCORES["rna->adt"] | mixing
+    scores.write_text(json.dumps(SCORES | {"rna->adt": entry, "adt->rna": entry, "joint": joint}))
+    text = write_report(run, scores=scores).read_text()
+    assert (
+        "<p>rna and adt, 1,234 cells: mixing 0.4100 (0.5 is perfect), iLISI 0.7000, "
+        "label transfer 0.8750.</p><p>joint z, 10 of the store&#x27;s 20 cells; "
+        "islands by pattern (1 is none): rna 3.5000 (the worst), rna+adt 0.2500; "
+        "iLISI of batches 0.6250, kBET acceptance unknown.</p>"
+    ) in text
 
 
 def test_scores_of_training_cells_are_called_so(run, tmp_path):
