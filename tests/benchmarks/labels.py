@@ -74,13 +74,17 @@ class Labels(Matching):
         return super().tabulate(rows)
 
     def judge(self, records: Sequence[Result]) -> Iterator[Result]:
-        """Leads over the better modality on all folds, and over the reference on common ones."""
-        kinds = {"counts": "the better modality's counts", "ours": "our z from the better modality"}
+        """Leads over what else tells types on all folds, over the reference on common ones."""
         for name in self.args.sets:
-            joint = list_folds(records, "ours", name, "accuracy").get(JOINT, {})
-            for method, what in kinds.items():
-                alone = list_folds(records, method, name, "accuracy")
-                others = [alone.get(m, {}) for m in mosaic.SETS[name]]
+            ours, counts = (list_folds(records, m, name, "accuracy") for m in ("ours", "counts"))
+            joint, both_counts = (z.get(JOINT, {}) for z in (ours, counts))
+            ours, counts = ([z.get(m, {}) for m in mosaic.SETS[name]] for z in (ours, counts))
+            rivals = {
+                "the better modality's counts": counts,
+                "our z from the better modality": ours,
+                "the best of these and both counts": [*counts, *ours, both_counts],
+            }
+            for what, others in rivals.items():
                 whole = all(folds.keys() == set(FOLDS) for folds in (joint, *others))
                 better = max(others, key=lambda folds: sum(folds.values())) if whole else {}
                 leads = [joint[fold] - better[fold] for fold in better]

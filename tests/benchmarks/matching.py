@@ -48,7 +48,10 @@ class Matching(Benchmark):
         "seeds": Option([0], [0]),
         "methods": Option(METHODS, METHODS[:2], "multivi is for RNA+ATAC alone", METHODS),
     }
-    columns: ClassVar = [*(f"scores.global.{metric}" for metric in METRICS), "fit_s", "threads"]
+    columns: ClassVar = [
+        *(f"scores.global.{metric}" for metric in METRICS),
+        *("mixing", "islands", "transfer", "fit_s", "threads"),
+    ]
 
     def list_cases(self) -> list[Case]:
         args = self.args
@@ -123,7 +126,7 @@ class Matching(Benchmark):
         for key, bar in self.bars.items():
             name, metric = key.split()
             ours = [r for r in records if (r["method"], r["data_set"]) == ("ours", name)]
-            path = metric if metric == "fit_s" else f"scores.global.{metric}"
+            path = f"scores.global.{metric}" if metric in METRICS else metric
             values = select_values(ours, path)
             reduce = max if metric == "fit_s" else statistics.fmean
             whole = wanted <= {(r["fold"], r["seed"]) for r in ours}

@@ -103,7 +103,8 @@ class Training:
         """Train, and leave z.npz in the folder; seconds of the training command.
 
         u1, u2: the test cells' z of each modality alone, (N, K x d), rows as in test.h5mu;
-        train_SOURCE, test_SOURCE: `Embedded` of the paired cells, rows as in their first modality.
+        train_SOURCE, test_SOURCE: `Embedded` of the paired cells, rows as in their first modality;
+        mosaic, pattern: the joint z of all training cells, and what each of them carries.
         """
         tables, seconds = self.embed_parts("train", "test")
         arrays = {
@@ -112,7 +113,8 @@ class Training:
             for source, z in select_z(table, list_pairs(self.split, part)).items()
         }
         alone = {f"u{i}": arrays[f"test_{m}"] for i, m in enumerate(self.split.mods, 1)}
-        np.savez(self.folder / "z.npz", **arrays, **alone)
+        mosaic, pattern = tables["train"].obsm["X_clue"], list_patterns(tables["train"])
+        np.savez(self.folder / "z.npz", **arrays, **alone, mosaic=mosaic, pattern=pattern)
         return seconds
 
 
@@ -128,6 +130,12 @@ def select_z(table: md.MuData, cells: Sequence[str]) -> Embedded:
     """z of cells with every modality, in the order of their barcodes: joint, and of each alone."""
     tables = {JOINT: table} | dict(table.mod)
     return {source: np.asarray(t[cells].obsm["X_clue"]) for source, t in tables.items()}
+
+
+def list_patterns(table: md.MuData) -> np.ndarray:
+    """What each cell carries, such as "rna+adt", (N,)."""
+    carried = [np.where(table.obs_names.isin(t.obs_names), m, "") for m, t in table.mod.items()]
+    return np.array(["+".join(filter(None, names)) for names in zip(*carried, strict=True)])
 
 
 def convert_split(split: Split, args: argparse.Namespace) -> Path:

@@ -1,4 +1,4 @@
-"""What an embedding of unseen cells is worth: matching, cell types, mixing of batches."""
+"""What an embedding is worth: matching, mixing, cell types; of cells that were not trained on."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,19 +7,20 @@ import mudata as md
 import numpy as np
 import pandas as pd
 from sklearn.model_selection import KFold, cross_val_score
-from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
+from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import normalize
 
-from clue_dist import matching
+from clue_dist import integration, matching
+from clue_dist.neighbours import find_neighbours
 from tests.benchmarks.mosaic import JOINT, Embedded, Split, ignore_warnings, list_pairs
 from tests.benchmarks.report import Result
 from tests.distributed.command import ROOT
 
-SOURCES = (Path(__file__), ROOT / "clue_dist/matching.py", ROOT / "clue_dist/ranks/ranks.py")
+CODE = ("matching.py", "integration.py", "neighbours.py", "ranks/ranks.py")
+SOURCES = (Path(__file__), *(ROOT / "clue_dist" / name for name in CODE))
 LABEL = "cell_type"
 NO_TYPES = ("Mouse", "Multiplets", "T/Mono doublets", "Mis")  # labels that name no cell type
 NEIGHBOURS = 15
-PERPLEXITY = 30
 
 
 def score_embedding(npz: Path, split: Split) -> Result:
@@ -27,7 +28,8 @@ def score_embedding(npz: Path, split: Split) -> Result:
 
     npz: with u1, u2, (N, D), or (C, N, D) for C candidates, whose best by FOSCTTM counts; and, by
     source of z, perhaps test_SOURCE and train_SOURCE, of test and of paired training cells. joint,
-    alone: the accuracy of the joint z and of the better modality's own.
+    alone: the accuracy of the joint z and of the better modality's own. Of the joint z of the
+    training mosaic, mosaic (M, D), with the pattern of each cell (M,): islands, the worst of them.
     """
     arrays, (first, _), found = dict(np.load(npz)), split.mods, {}
     with ignore_warnings():
@@ -37,10 +39,18 @@ def score_embedding(npz: Path, split: Split) -> Result:
         u1, u2 = (arrays[name].reshape(-1, *arrays[name].shape[-2:]) for name in ("u1", "u2"))
         batch = obs["batch"].astype(str).to_numpy() if "batch" in obs else np.zeros(len(obs))
         candidates = [matching.compute_scores(a, b, batch) for a, b in zip(u1, u2, strict=True)]
-        found["scores"] = min(candidates, key=lambda scores: scores["global"]["foscttm"])
+        best = int(np.argmin([scores["global"]["foscttm"] for scores in candidates]))
+        found["scores"] = candidates[best]
+        found |= integration.score_mixing(u1[best], u2[best])
+        if LABEL in obs:
+            labels = np.where(*find_typed(obs), "")
+            found["transfer"] = integration.transfer_labels(u1[best], u2[best], labels)
         if len(candidates) > 1:
             return found | {"candidates": candidates}
         z = z or join_alone(split, u1[0], u2[0])
+    if "mosaic" in arrays:
+        near = find_neighbours(arrays["mosaic"], integration.MIXING_NEIGHBOURS)
+        found["islands"] = max(integration.measure_islands(near, arrays["pattern"]).values())
     if LABEL not in obs:
         return found
     known_obs = obs
@@ -80,7 +90,8 @@ def score_labels(
             cells = known[source][known_keep], known_label[known_keep]
             found["transferred"][source] = measure_transfer(*cells, x[keep], label[keep])
         if batch is not None and len(set(batch)) > 1:
-            found["ilisi"][source] = measure_ilisi(x[keep], batch)
+            near = find_neighbours(x[keep], integration.LISI_NEIGHBOURS)
+            found["ilisi"][source] = integration.measure_ilisi(near, batch)
     return found
 
 
@@ -100,30 +111,3 @@ def measure_transfer(
 ) -> float:
     """The same, with neighbours among other cells whose labels are known."""
     return float(KNeighborsClassifier(NEIGHBOURS).fit(known, known_labels).score(z, labels))
-
-
-def measure_ilisi(z: np.ndarray, batch: np.ndarray) -> float:
-    """Median inverse Simpson index of batches around a cell, from 0 (one batch) to 1 (all alike).
-
-    Neighbours are weighted as in t-SNE, 3 x perplexity of them (Korsunsky et al., 2019). Equal to
-    5 digits to `ilisi_knn` of scib-metrics 0.5.10, given a cell and its 90 neighbours.
-    """
-    near = NearestNeighbors(n_neighbors=min(3 * PERPLEXITY, len(z) - 1)).fit(z)
-    distance, index = near.kneighbors()  # (N, 90), the cell itself left out
-    weight = _weigh_neighbours(distance, np.log(PERPLEXITY))
-    names, code = np.unique(batch, return_inverse=True)
-    share = np.stack([(weight * (code[index] == b)).sum(1) for b in range(len(names))], 1)
-    return float((np.median(1 / (share**2).sum(1)) - 1) / (len(names) - 1))
-
-
-def _weigh_neighbours(distance: np.ndarray, entropy: float) -> np.ndarray:
-    """exp(-beta distance), (N, k), rows scaled to 1, with the beta that gives the entropy."""
-    distance = distance - distance[:, :1]  # the nearest gets the largest weight, whatever the scale
-    low, high = np.full((len(distance), 1), -50.0), np.full((len(distance), 1), 50.0)  # ln beta
-    for _ in range(60):
-        middle = (low + high) / 2
-        weight = np.exp(-np.exp(middle) * distance)
-        weight /= weight.sum(1, keepdims=True)
-        too_even = -(weight * np.log(np.maximum(weight, 1e-300))).sum(1, keepdims=True) > entropy
-        low, high = np.where(too_even, middle, low), np.where(too_even, high, middle)
-    return weight

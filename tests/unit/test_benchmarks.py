@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clue_dist.errors import DataError
+from clue_dist.integration import measure_mixing
 from tests.benchmarks import commands, kept, matching, mosaic, report, runner, scores
 from tests.benchmarks.commands import BenchmarkError
 from tests.benchmarks.matching import Matching
@@ -69,7 +70,23 @@ def test_embeddings_are_scored_candidate_by_candidate_and_the_best_counts(tmp_pa
     assert found["scores"] == good
     assert good["global"] == {"foscttm": 0.0, "match": 1.0, "recall10": 1.0}
     assert bad["within_batch"]["foscttm"] > 0.3
-    assert "joint" not in found  # neither a joint z nor labels
+    assert found["mixing"] == measure_mixing(z[1], z[1])
+    assert not {"joint", "transfer", "islands"} & found.keys()  # neither a joint z nor labels
+
+
+def test_the_worst_island_is_of_the_whole_training_mosaic(tmp_path: Path) -> None:
+    train, test = cut_mosaic(paired_cells(), MODS, 0)
+    test.write(tmp_path / "test.h5mu")
+    pattern = mosaic.list_patterns(train)
+    counts = {name: int((pattern == name).sum()) for name in ("rna+adt", "rna", "adt")}
+    for mod in MODS:
+        assert train[mod].n_obs == counts["rna+adt"] + counts[mod]
+    z = np.random.default_rng(0).normal(size=(len(pattern), 3))
+    z[pattern == "adt"] += 100
+    u = z[: test["rna"].n_obs]
+    np.savez(tmp_path / "z.npz", u1=u, u2=u, mosaic=z, pattern=pattern)
+    found = scores.score_embedding(tmp_path / "z.npz", mosaic.Split(tmp_path, MODS))
+    assert found["islands"] == pytest.approx((len(pattern) - 1) / (counts["adt"] - 1))
 
 
 def test_z_of_each_source_is_in_the_order_of_the_cells_asked_for() -> None:
@@ -97,6 +114,7 @@ def test_the_joint_z_and_the_better_modality_are_scored_by_their_cell_types(tmp_
     np.savez(tmp_path / "z.npz", test_joint=types, **sources)
     found = scores.score_embedding(tmp_path / "z.npz", split)
     assert found["joint"] == found["alone"] == 1.0
+    assert 0.2 < found["transfer"] < 0.8  # noise tells nothing of two types
     np.savez(tmp_path / "z.npz", test_joint=types, **(sources | {"test_adt": noise}))
     found = scores.score_embedding(tmp_path / "z.npz", split)
     assert found["joint"] == 1.0 > found["alone"]

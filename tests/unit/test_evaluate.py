@@ -113,7 +113,8 @@ def test_every_cell_counts_for_the_joint_z_and_pairs_for_mixing(store, tmp_path,
         assert entry["mixing_cells"] == 65
         for measure, value in integration.score_mixing(*pair).items():
             assert entry[measure] == pytest.approx(value, abs=1e-4)
-        XX
+        transferred = integration.transfer_labels(*pair, labels)
+        assert entry["transfer"] == pytest.approx(transferred, abs=0.01)
     joint = np.concatenate([embed_directly(store, name)[0] for name in CELLS])
     neighbours = find_neighbours(joint, 90)
     islands = integration.measure_islands(neighbours, np.repeat(list(CELLS), list(CELLS.values())))
