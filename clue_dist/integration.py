@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import silhouette_score
 from torch import Tensor
 
 from clue_dist.neighbours import Neighbours, find_neighbours, scale_to_length_one
@@ -263,6 +262,8 @@ def _score_labels(
     latent: np.ndarray, neighbours: Neighbours, labels: np.ndarray
 ) -> dict[str, float]:
     """How cells of a label stay together; `nmi` and `ari` only where scib-metrics is installed."""
+    from sklearn.metrics import silhouette_score  # here, as training needs none of it
+
     # Silhouettes are quadratic, too, and defined of two labels or more that cells share.
     sample = np.random.default_rng(0).permutation(len(latent))[:MOST_SILHOUETTES]
     silhouette = 0.0
