@@ -172,10 +172,12 @@ def count_paired_cells(store: Store, max_cells: int | None = None) -> dict[str, 
 
 def _take_part(sizes: Mapping[str, int], most: int) -> dict[str, int]:
     """An even part of each segment, `most` cells in all; everything where there are fewer."""
+    total = sum(sizes.values())
+    if total <= most:
+        return dict(sizes)
     # Differences of rounded edges: each segment's part is even, and the sum is exact.
-    edges = [0, *itertools.accumulate(sizes.values())]
-    part = min(1.0, most / max(1, edges[-1]))
-    taken = [int(stop * part) - int(start * part) for start, stop in itertools.pairwise(edges)]
+    edges = [stop * most // total for stop in itertools.accumulate(sizes.values(), initial=0)]
+    taken = [stop - start for start, stop in itertools.pairwise(edges)]
     return dict(zip(sizes, taken, strict=True))
 
 
