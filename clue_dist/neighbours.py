@@ -32,7 +32,10 @@ class Neighbours:
         """Turn it into plain data, as ranks exchange it."""
         # Base64, as lists of numbers would be several times longer than their bytes.
         fields = (self.indices.astype("<i4"), self.distances.astype("<f8"))
-        return [self.indices.shape, *(base64.b64encode(field).decode() for field in fields)]
+        return [
+            self.indices.shape,
+            *(base64.b64encode(field.tobytes()).decode() for field in fields),
+        ]
 
     @classmethod
     def from_plain(cls, value: list[Any]) -> Neighbours:
