@@ -54,7 +54,7 @@ def find_neighbours(
     keys: np.ndarray | Tensor | None = None,
     ranks: Ranks | None = None,
 ) -> Neighbours:
-    """Find the nearest keys of each query.
+    """Find the nearest keys of each query; of keys as far away as the last, any may be taken.
 
     Args:
         queries: (N, D), on any device; every rank passes the same.

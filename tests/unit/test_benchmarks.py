@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clue_dist.errors import DataError
-from clue_dist.integration import measure_mixing
+from clue_dist.integration import score_mixing
 from tests.benchmarks import commands, kept, matching, mosaic, report, runner, scores
 from tests.benchmarks.commands import BenchmarkError
 from tests.benchmarks.matching import Matching
@@ -70,7 +70,7 @@ def test_embeddings_are_scored_candidate_by_candidate_and_the_best_counts(tmp_pa
     assert found["scores"] == good
     assert good["global"] == {"foscttm": 0.0, "match": 1.0, "recall10": 1.0}
     assert bad["within_batch"]["foscttm"] > 0.3
-    assert found["mixing"] == measure_mixing(z[1], z[1])
+    assert found["mixing"] == score_mixing(z[1], z[1])["mixing"]
     assert not {"joint", "transfer", "islands"} & found.keys()  # neither a joint z nor labels
 
 
