@@ -3,6 +3,7 @@
 They train on a mosaic of three modalities, all of which no cell has.
 """
 
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,16 @@ def test_accumulated_micro_batches_equal_on_two_ranks(folder: Path) -> None:
         largest_difference(best_weights(folder / "accum-one"), best_weights(folder / "accum-two"))
         < 1e-5
     )
+
+
+def test_two_ranks_equal_one_process_where_rare_patterns_take_turns(tmp_path: Path) -> None:
+    # 16 rounds of four cells; each pattern of one modality or two is owed less than half of a round.
+    names = ("rna", "adt", "atac")
+    rare = [*names, *("+".join(pair) for pair in combinations(names, 2))]
+    cells = {"+".join(names): 340} | dict.fromkeys(rare, 10)
+    features = {"rna": 60, "adt": 10, "atac": 90}
+    make_store(tmp_path / "s.zarr", cells=cells, features=features)
+    settings = ("train.epochs=3.33", "log.every=20", "train.zero_stage=3", "data.paired_share=0.92")
+    alone(*train_args(tmp_path, tmp_path / "s.zarr", "one", *settings))
+    run(*spawned(2, *train_args(tmp_path, tmp_path / "s.zarr", "two", *settings)))
+    assert largest_difference(best_weights(tmp_path / "one"), best_weights(tmp_path / "two")) < 1e-5
