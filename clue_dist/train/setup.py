@@ -104,6 +104,7 @@ class Setup:
         """List the strata, their cells, and how many of these a batch holds."""
         lines = []
         for stratum, share in self.plan.mean_shares.items():
+            amount = f"{share:.3g}" if share < 100 else f"{share:.0f}"
             names = [name for name in self.train_cells if name_stratum(name) == stratum]
             n_train = sum(self.train_cells[name] for name in names)
             n_held_out = sum(self.held_out_cells[name] for name in names)
@@ -111,7 +112,7 @@ class Setup:
             segments = f" in {len(names)} segments" if len(names) > 1 else ""
             lines.append(
                 f"  stratum {stratum}: {n_train} {cells}{segments}, {n_held_out} held out, "
-                f"{share:.6g} in each batch" + " on average" * (stratum in self.plan.turns)
+                f"{amount} in each batch" + " on average" * (stratum in self.plan.turns)
             )
             copies = self.plan.count_copies(stratum)
             if copies > 1 and stratum in self.plan.turns:

@@ -63,7 +63,7 @@ def test_accumulated_micro_batches_equal_on_two_ranks(folder: Path) -> None:
 
 
 def test_two_ranks_equal_one_process_where_rare_patterns_take_turns(tmp_path: Path) -> None:
-    # 16 rounds of four cells; each pattern of one modality or two is owed less than half of a round.
+    # 16 rounds of four cells; each pattern of one modality or two is owed less than half a one.
     names = ("rna", "adt", "atac")
     rare = [*names, *("+".join(pair) for pair in combinations(names, 2))]
     cells = {"+".join(names): 340} | dict.fromkeys(rare, 10)
