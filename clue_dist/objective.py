@@ -101,6 +101,7 @@ def compute_info_nce(
     batch_code: Tensor,
     log_scale: Tensor,
     within_batch: bool,
+    same_modality: bool,
     across_ranks: bool = True,
 ) -> Tensor:
     """InfoNCE between the modalities of paired cells, both directions.
@@ -115,6 +116,8 @@ def compute_info_nce(
         batch_code: (B,), biological batches.
         log_scale: (), log of the inverse temperature.
         within_batch: whether negatives come from the cell's biological batch alone.
+        same_modality: whether a profile is told from other cells' profiles of its own modality,
+            too (NT-Xent, Chen et al., 2020).
         across_ranks: whether the other ranks hold further cells of the batch.
 
     Returns:
@@ -125,7 +128,9 @@ def compute_info_nce(
     if across_ranks:
         every_z, every_observed, every_code, first = _gather_ranks(z, observed, batch_code)
     members = z.shape[1]
-    partner = (first + torch.arange(len(z), device=z.device)).expand(members, -1)
+    place = first + torch.arange(len(z), device=z.device)  # of this rank's cells among all
+    partner = place.expand(members, -1)
+    is_own = place[:, None] == torch.arange(len(every_z), device=z.device)
     total, pairs = z.new_zeros(()), z.new_zeros(())
     for a, b in combinations(range(observed.shape[1]), 2):
         row, column = observed[:, a] & observed[:, b], every_observed[:, a] & every_observed[:, b]
@@ -135,7 +140,12 @@ def compute_info_nce(
         for source, target in ((a, b), (b, a)):
             rows, columns = z[:, :, source].transpose(0, 1), every_z[:, :, target].permute(1, 2, 0)
             logits = log_scale.exp() * rows @ columns  # (M, B, global B)
-            logits = logits.masked_fill(~allowed, -torch.inf).masked_fill(~row[:, None], 0.0)
+            logits = logits.masked_fill(~allowed, -torch.inf)
+            if same_modality:
+                others = log_scale.exp() * rows @ every_z[:, :, source].permute(1, 2, 0)
+                others = others.masked_fill(~allowed | is_own, -torch.inf)
+                logits = torch.cat([logits, others], -1)  # (M, B, 2 x global B)
+            logits = logits.masked_fill(~row[:, None], 0.0)
             losses = F.cross_entropy(logits.flatten(0, 1), partner.flatten(), reduction="none")
             total = total + (losses.view(members, -1).mean(0) * row).sum()
         pairs = pairs + row.sum()
@@ -204,26 +214,32 @@ class Objective(nn.Module):
     def forward(
         self,
         batch: Batch,
-        noise: Noise,
+        noise: Noise | None,
         beta: float = 1.0,
         by_modality: bool = False,
         held_out: bool = False,
-    ) -> tuple[Tensor, dict[str, Tensor]] | HeldOutScores:
-        """Compute the loss of a micro-batch, or score held-out cells.
+        encode: bool = False,
+    ) -> tuple[Tensor, dict[str, Tensor]] | HeldOutScores | Tensor:
+        """Compute the loss of a micro-batch, or score held-out cells, or encode cells.
 
         Every call goes through the engine, so that ZeRO-3 gathers the parameters that it needs.
         For that reason validation, too, comes here.
 
         Args:
             batch: B cells.
-            noise: all random draws of the step.
+            noise: all random draws of the step; encoding takes none.
             beta: factor on `lambda_kl`, for a warm-up.
             by_modality: whether to return what each modality adds to the ELBOs, too.
             held_out: whether to score the cells, which every rank has, instead.
+            encode: whether to encode the cells instead.
 
         Returns:
-            The loss () and its terms without their weights; or the scores.
+            The loss () and its terms without their weights; or the scores; or what each modality
+            says of the aligned z, (B, K source, K * a), posterior means.
         """
+        if encode:
+            return self.model.encode_batch(batch).mean[..., : self.model.n_aligned].flatten(2)
+        assert noise is not None
         if held_out:
             return self._score_held_out(batch, noise)
         config = self.config
@@ -269,6 +285,7 @@ class Objective(nn.Module):
                 batch.batch_code,
                 output.log_scale,
                 config.contrastive_within_batch,
+                config.contrastive_same_modality,
             )
         return terms
 
@@ -320,6 +337,7 @@ class Objective(nn.Module):
                     batch.batch_code[some],
                     output.log_scale,
                     self.config.contrastive_within_batch,
+                    self.config.contrastive_same_modality,
                     across_ranks=False,
                 )
         return terms

@@ -15,7 +15,7 @@ from clue_dist.checkpoint.run_folder import (
 )
 from clue_dist.config import Config
 from clue_dist.errors import ResumeError
-from clue_dist.model.clue import CLUE, PRIVATE_SCALE
+from clue_dist.model.clue import CLUE
 from clue_dist.model.modality_spec import specify_modalities
 from clue_dist.store.manifest import Modality
 
@@ -44,7 +44,7 @@ class TrainedModel:
     @property
     def private_scale(self) -> float:
         """The factor by which private dimensions are shown smaller."""
-        return PRIVATE_SCALE
+        return self.model.private_scale
 
 
 def load_model(run: Path, checkpoint: str = "best") -> TrainedModel:

@@ -9,9 +9,11 @@ from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from clue_dist.config import ModelConfig
 from clue_dist.data.batch import Batch
+from clue_dist.model.common_space import CommonSpace
 from clue_dist.model.decoders import Decoder
 from clue_dist.model.discriminator import Discriminator
 from clue_dist.model.encoders import CrossEncoderHeads
@@ -24,8 +26,9 @@ from clue_dist.model.trunk import Trunk
 Mixup = Literal["none", "any", "within_batch"]
 
 # Embeddings shrink private dimensions to this: a linear probe still reads them, and a cell's
-# neighbours follow from what modalities share.
+# neighbours follow from what modalities share. In the common space, where z has length 1, to less.
 PRIVATE_SCALE = 0.2
+PRIVATE_SCALE_IN_SPACE = 0.02
 
 
 class Posterior(NamedTuple):
@@ -92,6 +95,7 @@ class CLUE(nn.Module):
             k, self.members, config.trunk.hidden, config.latent, config.trunk.shared
         )
         self.combine = choose_combination(config.posterior, k)
+        self.space = CommonSpace(k, k * self.n_aligned)
         self.decoders = nn.ModuleList(
             Decoder(spec.likelihood, spec.n_features, n_batches, config.latent, config.decoder)
             for spec in specs.values()
@@ -99,6 +103,11 @@ class CLUE(nn.Module):
         self.discriminator = Discriminator(k, self.n_aligned, config.discriminator)
         self.scale = LearnedTemperature()
         self.features_per_step = {name: spec.features_per_step for name, spec in specs.items()}
+
+    @property
+    def private_scale(self) -> float:
+        """The factor by which embeddings show private dimensions smaller."""
+        return PRIVATE_SCALE_IN_SPACE if self.space.is_fitted else PRIVATE_SCALE
 
     def get_trunk(self, name: str) -> Trunk:
         """The trunk of a modality."""
@@ -159,9 +168,12 @@ class CLUE(nn.Module):
 
     @torch.no_grad()
     def embed_batch(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Posterior means of the full z.
+        """Where cells lie in the space of all modalities.
 
-        Private dimensions are scaled by PRIVATE_SCALE, and 0 where their modality was not read.
+        Aligned dimensions hold the coordinates of the common space, of length 1 and 0 beyond its
+        directions; without a fitted space, as with one modality, posterior means of the aligned z.
+        Private dimensions hold posterior means, scaled by `private_scale`, and 0 where their
+        modality was not read.
 
         Returns:
             z from everything observed, (B, K * d), and z from each modality alone, (n, K * d), with
@@ -171,16 +183,37 @@ class CLUE(nn.Module):
 
     def read_latents(self, batch: Batch, posterior: Posterior) -> tuple[Tensor, dict[str, Tensor]]:
         """Read off a batch's posterior what `embed_batch` gives."""
-        scale = posterior.mean.new_ones(self.latent)
-        scale[self.n_aligned :] = PRIVATE_SCALE
+        a, k = self.n_aligned, len(self.modalities)
+        experts, joint = posterior.mean[..., :a], posterior.joint_mean[..., :a]
+        if self.space.is_fitted:
+            experts, joint = self._place_in_space(batch, posterior)
+        private_scale = self.private_scale
+        private = private_scale * posterior.joint_mean[..., a:]
         alone = {}
-        for name, observed in batch.modalities.items():
-            k = self.modalities.index(name)
-            z = posterior.mean[observed.rows, k] * scale  # (n, K, d)
-            others = [j for j in range(len(self.modalities)) if j != k]
-            z[:, others, self.n_aligned :] = 0
-            alone[name] = z.flatten(1)
-        return (posterior.joint_mean * scale).flatten(1), alone
+        for source, name in enumerate(self.modalities):
+            if name in batch.modalities:
+                rows = batch.modalities[name].rows
+                own = private[rows].new_zeros(len(rows), k, self.n_private)
+                own[:, source] = private_scale * posterior.mean[rows, source, source, a:]
+                alone[name] = torch.cat([experts[rows, source], own], -1).flatten(1)
+        return torch.cat([joint, private], -1).flatten(1), alone
+
+    def _place_in_space(self, batch: Batch, posterior: Posterior) -> tuple[Tensor, Tensor]:
+        """Coordinates in the common space, with 0 beyond its directions.
+
+        Returns:
+            Of each modality alone, (B, K source, K, a), and of everything observed, (B, K, a).
+        """
+        a, k = self.n_aligned, len(self.modalities)
+        coordinates, variance = self.space.project_experts(
+            posterior.mean[..., :a].flatten(2), posterior.log_var[..., :a].flatten(2)
+        )
+        joint = self.space.join_experts(coordinates, variance, batch.observed)
+        padding = 0, k * a - joint.shape[-1]
+        return (
+            F.pad(self.space.weigh_directions(coordinates), padding).unflatten(-1, (k, a)),
+            F.pad(self.space.weigh_directions(joint), padding).unflatten(-1, (k, a)),
+        )
 
     def _compute_components(self, batch: Batch) -> dict[str, Tensor]:
         """The sparse first step of each trunk, done once: (n, components) by modality."""

@@ -29,6 +29,7 @@ from clue_dist.train.meter import Meter
 from clue_dist.train.not_finite import judge_outcome
 from clue_dist.train.setup import Setup, is_run_finished
 from clue_dist.train.sinks import Sinks
+from clue_dist.train.space_fit import fit_common_space
 from clue_dist.train.step import train_step
 from clue_dist.train.trainer import Trainer
 from clue_dist.train.validate import format_best_weights, validate_model
@@ -145,6 +146,7 @@ def _train_steps(
     """The loop, from `state` on until the run is finished or a signal asks to stop."""
     setup, engine, ranks = trainer.setup, trainer.engine, trainer.ranks
     settings, held_out = setup.config.train, trainer.load_held_out_batch()
+    fitting = trainer.load_fitting_batch()
     sinks = Sinks(setup.run_folder, setup.config, setup.total_steps, state.step, ranks)
     loader = trainer.open_loader(state.step)
     saver = Saver(setup.run_folder, engine, ranks, settings.keep, _make_record_keeper(setup, sinks))
@@ -167,6 +169,7 @@ def _train_steps(
             if is_last or is_due(state, setup.config.log.every):
                 sinks.write_numbers("train", state.step, meter.read_means(state.step))
             if is_last or is_due(state, settings.validate_every):
+                fit_common_space(trainer, fitting, held_out)
                 state = validate_model(trainer, held_out, state, sinks)
                 if state.best_step == state.step:
                     saver.save_best_weights(state)

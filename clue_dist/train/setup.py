@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import defaultdict
 from collections.abc import Mapping
@@ -24,6 +25,8 @@ from clue_dist.store.reader import Store
 from clue_dist.store.svd import StoredSvd
 from clue_dist.train.auto_settings import resolve_auto_settings
 from clue_dist.train.projection_start import ProjectionStart, choose_projection_starts
+
+MOST_FITTING_CELLS = 4000  # on which the common space is fitted
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,29 @@ class Setup:
 
     def load_held_out_batch(self) -> Batch | None:
         """Load the validation cells of every segment as one batch; None if no cell is held out."""
-        if not any(self.held_out_cells.values()):
+        return self._load_cells(self.train_cells, self.held_out_cells)
+
+    def load_fitting_batch(self) -> Batch | None:
+        """Load the training cells with several modalities on which the common space is fitted.
+
+        They are the first of each segment, which is as good as any draw: cells are stored shuffled.
+        """
+        paired = {
+            segment: n_cells
+            for segment, n_cells in self.train_cells.items()
+            if len(self.store.segments[segment].modalities) > 1
+        }
+        part = min(1.0, MOST_FITTING_CELLS / max(1, sum(paired.values())))
+        taken = {segment: math.ceil(n_cells * part) for segment, n_cells in paired.items()}
+        return self._load_cells(dict.fromkeys(taken, 0), taken)
+
+    def _load_cells(self, starts: Mapping[str, int], sizes: Mapping[str, int]) -> Batch | None:
+        """Load a range of cells of each segment as one batch; None if there are none."""
+        if not any(sizes.values()):
             return None
         parts = []
-        for segment, n_cells in self.held_out_cells.items():
-            reader, first = self.store.segments[segment], self.train_cells[segment]
+        for segment, n_cells in sizes.items():
+            reader, first = self.store.segments[segment], starts[segment]
             positions = np.arange(first, first + n_cells)
             if n_cells:
                 rows = {

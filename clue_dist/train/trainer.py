@@ -42,6 +42,11 @@ class Trainer:
         batch = self.setup.load_held_out_batch()
         return batch.to(self.device) if batch is not None else None
 
+    def load_fitting_batch(self) -> Batch | None:
+        """Load the cells on which the common space is fitted; None if none has two modalities."""
+        batch = self.setup.load_fitting_batch()
+        return batch.to(self.device) if batch is not None else None
+
     def compute_loss(
         self, batch: Batch, step: int, micro_step: int, by_modality: bool = False
     ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,0 +1,193 @@
+"""One space for all modalities: canonical coordinates of what each of them says of z.
+
+Contrast alone ranks the profiles of one modality for those of another, and leaves the modalities
+apart: a modality keeps directions of z that another cannot tell, and a posterior mean shrinks where
+little is told. So z is compared in the directions that modalities tell together (canonical
+correlation analysis, Hotelling, 1936; of K sets as in Kettenring, 1971, MAXVAR), where every
+modality varies alike, and a direction counts as much as the modalities agree on it.
+
+Shapes: B cells, K modalities, a aligned dimensions of each z_k, D = K * a, R directions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+MOST_DIRECTIONS = 128
+FEWEST_PAIRED = 20  # cells of each modality that have others, too; with fewer nothing is fitted
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Directions that the modalities tell together, those on which they agree most first."""
+
+    mean: Tensor  # (K, D), of z scaled to length 1
+    rotation: Tensor  # (K, D, R), z less its mean -> coordinates, of unit variance without a ridge
+    # (K, K, R), of two modalities' coordinates over the cells that have both; 1 on the diagonal.
+    # Modalities that no cell has together are taken to agree as much as the others do.
+    correlation: Tensor
+    agreement: Tensor  # (R,), the mean correlation of two modalities, at least 0
+
+
+class CommonSpace(nn.Module):
+    """Coordinates of cells in the directions that modalities tell together.
+
+    Its buffers are fitted at every validation, with the weights as they are then.
+
+    Args:
+        n_modalities: K.
+        n_dimensions: D.
+    """
+
+    def __init__(self, n_modalities: int, n_dimensions: int) -> None:
+        super().__init__()
+        k, r = n_modalities, min(n_dimensions, MOST_DIRECTIONS)
+        self.register_buffer("mean", torch.zeros(k, n_dimensions))
+        self.register_buffer("rotation", torch.zeros(k, n_dimensions, r))
+        self.register_buffer("correlation", torch.zeros(k, k, r))
+        self.register_buffer("weight", torch.zeros(r))
+        self.mean: Tensor
+        self.rotation: Tensor
+        self.correlation: Tensor
+        self.weight: Tensor
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether there are directions; a run of an earlier version has none."""
+        return bool(self.weight.any())
+
+    @torch.no_grad()
+    def set_directions(self, directions: Directions, exponent: float) -> None:
+        """Take over fitted directions.
+
+        Args:
+            directions: as `find_directions` finds them.
+            exponent: correlations of cells that were not trained on are taken to be the fitted ones
+                to this power.
+        """
+        self.mean.copy_(directions.mean)
+        self.rotation.copy_(directions.rotation)
+        self.correlation.copy_(directions.correlation.clamp_min(0) ** exponent)
+        self.weight.copy_(directions.agreement**exponent)
+
+    def project_experts(self, mean: Tensor, log_var: Tensor) -> tuple[Tensor, Tensor]:
+        """Coordinates of what each modality says of a cell, and their variances.
+
+        Args:
+            mean: (B, K source, D), posterior means.
+            log_var: (B, K source, D), log variances.
+
+        Returns:
+            Coordinates and variances, each (B, K source, R).
+        """
+        length = mean.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        coordinates = torch.einsum("bkd,kdr->bkr", mean / length - self.mean, self.rotation)
+        variance = torch.einsum("bkd,kdr->bkr", log_var.exp() / length**2, self.rotation**2)
+        return coordinates, variance
+
+    def join_experts(self, coordinates: Tensor, variance: Tensor, observed: Tensor) -> Tensor:
+        """The product of the observed modalities' Gaussians (eq. 6), scaled to vary as one does.
+
+        A mean over several modalities varies less than one of them. Without the scale, cells would
+        lie together by what was measured of them.
+
+        Args:
+            coordinates: (B, K, R), as `project_experts` gives them.
+            variance: (B, K, R).
+            observed: (B, K) bool.
+
+        Returns:
+            (B, R).
+        """
+        precision = observed[:, :, None] / variance.clamp_min(1e-12)
+        share = precision / precision.sum(1, keepdim=True).clamp_min(1e-12)
+        spread = torch.einsum("bkr,klr,blr->br", share, self.correlation, share)
+        return (share * coordinates).sum(1) / spread.clamp_min(1e-6).sqrt()
+
+    def weigh_directions(self, coordinates: Tensor) -> Tensor:
+        """Weigh directions by agreement, and scale to length 1: (..., R) -> (..., R)."""
+        return F.normalize(coordinates * self.weight, dim=-1)
+
+
+def find_directions(mean: Tensor, observed: Tensor, ridge: float) -> Directions | None:
+    """Find the directions that modalities tell together, from cells that have several.
+
+    Args:
+        mean: (N, K source, D), posterior means of what each modality says of z.
+        observed: (N, K) bool.
+        ridge: added to the variance of every dimension, as a multiple of their mean.
+
+    Returns:
+        The directions in float64; None if a modality has fewer than `FEWEST_PAIRED` paired cells.
+    """
+    paired = observed & (observed.sum(1, keepdim=True) > 1)
+    if bool((paired.sum(0) < FEWEST_PAIRED).any()):
+        return None
+    z = F.normalize(mean.double(), dim=-1)
+    centre = torch.stack([z[paired[:, k], k].mean(0) for k in range(z.shape[1])])
+    z = z - centre
+    n_directions = min(z.shape[2], MOST_DIRECTIONS)
+    whitening = torch.stack(
+        [_find_whitening(z[paired[:, k], k], ridge, n_directions) for k in range(z.shape[1])]
+    )
+    white = torch.einsum("nkd,kdr->nkr", z, whitening)
+    rotation = _rotate_to_agreement(white, observed)
+    coordinates = torch.einsum("nkr,krs->nks", white, rotation)
+    correlation, agreement = _correlate_coordinates(coordinates, observed)
+    order = agreement.argsort(descending=True)
+    return Directions(
+        centre,
+        (whitening @ rotation)[..., order],
+        correlation[..., order],
+        agreement[order].clamp_min(0),
+    )
+
+
+def _find_whitening(z: Tensor, ridge: float, n_directions: int) -> Tensor:
+    """Principal components of z (n, D) scaled to unit variance, (D, R)."""
+    variance, components = torch.linalg.eigh(z.T @ z / len(z))  # in ascending order
+    variance = variance.clamp_min(0) + ridge * variance.mean() + 1e-12
+    return (components / variance.sqrt())[:, -n_directions:]
+
+
+def _rotate_to_agreement(white: Tensor, observed: Tensor) -> Tensor:
+    """Directions of each modality's whitened z along which all modalities agree most, (K, R, R).
+
+    They are the eigenvectors of the cross-covariances of all pairs of modalities. With two
+    modalities that is canonical correlation analysis.
+    """
+    k, r = white.shape[1:]
+    blocks = white.new_zeros(k, r, k, r)
+    for first, second in combinations(range(k), 2):
+        both = observed[:, first] & observed[:, second]
+        if both.any():
+            product = white[both, first].T @ white[both, second] / both.sum()
+            blocks[first, :, second], blocks[second, :, first] = product, product.T
+    _, vectors = torch.linalg.eigh(blocks.reshape(k * r, k * r))
+    # A modality that hardly takes part in a direction is scaled up, too: where it knows little its
+    # cells spread as those of the others do.
+    return F.normalize(vectors[:, -r:].reshape(k, r, r), dim=1)
+
+
+def _correlate_coordinates(coordinates: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
+    """Correlations of all pairs of modalities by direction, (K, K, R), and their mean, (R,)."""
+    k, r = coordinates.shape[1:]
+    correlation = coordinates.new_zeros(k, k, r)
+    pairs = []
+    for first, second in combinations(range(k), 2):
+        both = observed[:, first] & observed[:, second]
+        if both.any():
+            value = (coordinates[both, first] * coordinates[both, second]).mean(0)
+            correlation[first, second] = correlation[second, first] = value
+            pairs.append((first, second))
+    agreement = torch.stack([correlation[pair] for pair in pairs]).mean(0)
+    for first, second in combinations(range(k), 2):
+        if (first, second) not in pairs:
+            correlation[first, second] = correlation[second, first] = agreement
+    correlation.diagonal(dim1=0, dim2=1).fill_(1)
+    return correlation, agreement
