@@ -12,7 +12,7 @@ Shapes: B cells, K modalities, a aligned dimensions of each z_k, D = K * a, R di
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, combinations_with_replacement
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +28,10 @@ class Directions:
 
     mean: Tensor  # (K, D), of z scaled to length 1
     rotation: Tensor  # (K, D, R), z less its mean -> coordinates, of unit variance without a ridge
-    # (K, K, R), of two modalities' coordinates over the cells that have both; 1 on the diagonal.
-    # Modalities that no cell has together are taken to agree as much as the others do.
-    correlation: Tensor
-    agreement: Tensor  # (R,), the mean correlation of two modalities, at least 0
+    # (K, K, R), of two modalities' coordinates over the cells that have both. Modalities that no
+    # cell has together are taken to agree as much as the others do.
+    covariance: Tensor
+    agreement: Tensor  # (R,), the mean covariance of two different modalities, at least 0
 
 
 class CommonSpace(nn.Module):
@@ -49,11 +49,11 @@ class CommonSpace(nn.Module):
         k, r = n_modalities, min(n_dimensions, MOST_DIRECTIONS)
         self.register_buffer("mean", torch.zeros(k, n_dimensions))
         self.register_buffer("rotation", torch.zeros(k, n_dimensions, r))
-        self.register_buffer("correlation", torch.zeros(k, k, r))
+        self.register_buffer("covariance", torch.zeros(k, k, r))
         self.register_buffer("weight", torch.zeros(r))
         self.mean: Tensor
         self.rotation: Tensor
-        self.correlation: Tensor
+        self.covariance: Tensor
         self.weight: Tensor
 
     @property
@@ -67,12 +67,13 @@ class CommonSpace(nn.Module):
 
         Args:
             directions: as `find_directions` finds them.
-            exponent: correlations of cells that were not trained on are taken to be the fitted ones
-                to this power.
+            exponent: on cells that were not trained on, modalities are taken to agree as much as
+                the fitted agreement to this power.
         """
         self.mean.copy_(directions.mean)
         self.rotation.copy_(directions.rotation)
-        self.correlation.copy_(directions.correlation.clamp_min(0) ** exponent)
+        self.covariance.copy_(directions.covariance.clamp_min(0) ** exponent)
+        self.covariance.diagonal().copy_(directions.covariance.diagonal())
         self.weight.copy_(directions.agreement**exponent)
 
     def project_experts(self, mean: Tensor, log_var: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,8 +107,10 @@ class CommonSpace(nn.Module):
         """
         precision = observed[:, :, None] / variance.clamp_min(1e-12)
         share = precision / precision.sum(1, keepdim=True).clamp_min(1e-12)
-        spread = torch.einsum("bkr,klr,blr->br", share, self.correlation, share)
-        return (share * coordinates).sum(1) / spread.clamp_min(1e-6).sqrt()
+        variance_of_joint = torch.einsum("bkr,klr,blr->br", share, self.covariance, share)
+        variance_of_one = torch.einsum("bkr,kkr->br", share, self.covariance)
+        scale = (variance_of_one / variance_of_joint.clamp_min(1e-12)).sqrt()
+        return (share * coordinates).sum(1) * scale
 
     def weigh_directions(self, coordinates: Tensor) -> Tensor:
         """Weigh directions by agreement, and scale to length 1: (..., R) -> (..., R)."""
@@ -138,12 +141,12 @@ def find_directions(mean: Tensor, observed: Tensor, ridge: float) -> Directions 
     white = torch.einsum("nkd,kdr->nkr", z, whitening)
     rotation = _rotate_to_agreement(white, observed)
     coordinates = torch.einsum("nkr,krs->nks", white, rotation)
-    correlation, agreement = _correlate_coordinates(coordinates, observed)
+    covariance, agreement = _compare_coordinates(coordinates, observed)
     order = agreement.argsort(descending=True)
     return Directions(
         centre,
         (whitening @ rotation)[..., order],
-        correlation[..., order],
+        covariance[..., order],
         agreement[order].clamp_min(0),
     )
 
@@ -174,20 +177,16 @@ def _rotate_to_agreement(white: Tensor, observed: Tensor) -> Tensor:
     return F.normalize(vectors[:, -r:].reshape(k, r, r), dim=1)
 
 
-def _correlate_coordinates(coordinates: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
-    """Correlations of all pairs of modalities by direction, (K, K, R), and their mean, (R,)."""
+def _compare_coordinates(coordinates: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
+    """Covariances of all modalities by direction, (K, K, R), and their mean over pairs, (R,)."""
     k, r = coordinates.shape[1:]
-    correlation = coordinates.new_zeros(k, k, r)
-    pairs = []
-    for first, second in combinations(range(k), 2):
+    covariance, is_known = coordinates.new_zeros(k, k, r), torch.eye(k, dtype=torch.bool)
+    for first, second in combinations_with_replacement(range(k), 2):
         both = observed[:, first] & observed[:, second]
         if both.any():
             value = (coordinates[both, first] * coordinates[both, second]).mean(0)
-            correlation[first, second] = correlation[second, first] = value
-            pairs.append((first, second))
-    agreement = torch.stack([correlation[pair] for pair in pairs]).mean(0)
-    for first, second in combinations(range(k), 2):
-        if (first, second) not in pairs:
-            correlation[first, second] = correlation[second, first] = agreement
-    correlation.diagonal(dim1=0, dim2=1).fill_(1)
-    return correlation, agreement
+            covariance[first, second] = covariance[second, first] = value
+            is_known[first, second] = is_known[second, first] = True
+    is_pair = is_known & ~torch.eye(k, dtype=torch.bool)
+    agreement = covariance[is_pair].mean(0)
+    return torch.where(is_known[:, :, None], covariance, agreement), agreement

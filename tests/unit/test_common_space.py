@@ -1,0 +1,205 @@
+"""The common space: its directions, cells of all patterns in it, and what held-out pairs choose."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from clue_dist.data.batch import Batch, ObservedModality
+from clue_dist.model.common_space import FEWEST_PAIRED, CommonSpace, Directions, find_directions
+from clue_dist.ranks import Ranks
+from clue_dist.train.space_fit import choose_directions, fit_common_space
+from clue_dist.train.trainer import Trainer
+from tests.unit.model_helpers import B, draw, small_model
+
+N, D = 2000, 12
+
+
+def draw_modalities(n_cells: int = N, k: int = 2, noise: float = 0.3, seed: int = 0) -> Tensor:
+    """(n_cells, k, D): four factors that all modalities tell, and two that each has of its own.
+
+    What is its own is by far the larger part, so that raw neighbours come from one modality.
+    """
+    shared = draw(n_cells, 4, seed=seed)
+    views = []
+    for modality in range(k):
+        rotation = torch.linalg.qr(draw(D, D, seed=100 + modality))[0]
+        own = 6 * draw(n_cells, 2, seed=seed + 10 + modality)
+        told = shared + noise * draw(n_cells, 4, seed=seed + 20 + modality)
+        views.append(torch.cat([told, own, torch.zeros(n_cells, D - 6)], 1) @ rotation)
+    return torch.stack(views, 1)
+
+
+def fit_space(mean: Tensor, observed: Tensor, exponent: float = 2.0) -> CommonSpace:
+    directions = find_directions(mean, observed, 0.05)
+    assert directions is not None
+    space = CommonSpace(mean.shape[1], mean.shape[2])
+    space.set_directions(directions, exponent)
+    return space
+
+
+def place_cells(space: CommonSpace, mean: Tensor) -> Tensor:
+    """(B, K, R), of length 1."""
+    coordinates, _ = space.project_experts(mean, torch.zeros_like(mean))
+    return space.weigh_directions(coordinates)
+
+
+def share_of_other_modality(first: Tensor, second: Tensor, neighbours: int = 30) -> float:
+    pool = torch.cat([first, second])
+    modality = torch.arange(len(pool)) // len(first)
+    distance = torch.cdist(pool, pool).fill_diagonal_(torch.inf)
+    near = distance.topk(neighbours, largest=False).indices
+    return float((modality[near] != modality[:, None]).double().mean())
+
+
+def test_two_modalities_meet_in_canonical_correlations() -> None:
+    mean, observed = draw_modalities(), torch.ones(N, 2, dtype=torch.bool)
+    directions = find_directions(mean, observed, ridge=0.05)
+    assert directions is not None
+    z = mean.double().numpy()
+    z /= np.linalg.norm(z, axis=-1, keepdims=True)
+    roots = []
+    for view in (z[:, 0], z[:, 1]):
+        values, vectors = np.linalg.eigh(np.cov(view.T, bias=True))
+        roots.append(vectors / np.sqrt(values + 0.05 * values.mean()) @ vectors.T)
+    crossed = np.cov(z[:, 0].T, z[:, 1].T, bias=True)[:D, D:]
+    expected = np.linalg.svd(roots[0] @ crossed @ roots[1], compute_uv=False)
+    np.testing.assert_allclose(directions.agreement, expected, atol=1e-6)
+    np.testing.assert_allclose(directions.covariance[0, 1], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_cells_that_lie_apart_by_modality_mix_in_the_space(k: int) -> None:
+    mean = draw_modalities(600, k)
+    space = fit_space(mean, torch.ones(600, k, dtype=torch.bool))
+    unseen = draw_modalities(300, k, seed=50)
+    placed = place_cells(space, unseen)
+    for other in range(1, k):
+        assert share_of_other_modality(unseen[:, 0], unseen[:, other]) < 0.2
+        assert share_of_other_modality(placed[:, 0], placed[:, other]) > 0.42
+
+
+def test_partners_find_each_other_in_the_space() -> None:
+    mean = draw_modalities(600)
+    space = fit_space(mean, torch.ones(600, 2, dtype=torch.bool))
+    placed = place_cells(space, draw_modalities(300, seed=50))
+    distance = torch.cdist(placed[:, 0], placed[:, 1])
+    nearer = (distance < distance.diagonal()[:, None]).double().mean()
+    assert nearer < 0.05
+
+
+def test_modalities_that_no_cell_has_together_meet_by_way_of_a_third() -> None:
+    mean, observed = draw_modalities(800, 3), torch.ones(800, 3, dtype=torch.bool)
+    observed[:400, 1] = False
+    observed[400:, 2] = False
+    placed = place_cells(fit_space(mean, observed), draw_modalities(300, 3, seed=50))
+    distance = torch.cdist(placed[:, 1], placed[:, 2])
+    assert (distance < distance.diagonal()[:, None]).double().mean() < 0.08
+    assert share_of_other_modality(placed[:, 1], placed[:, 2]) > 0.4
+
+
+def test_a_joint_of_one_modality_is_that_modality() -> None:
+    mean = draw_modalities(100)
+    space = fit_space(mean, torch.ones(100, 2, dtype=torch.bool))
+    coordinates, variance = space.project_experts(mean, draw(100, 2, D))
+    observed = torch.tensor([[True, False]]).expand(100, 2)
+    torch.testing.assert_close(
+        space.join_experts(coordinates, variance, observed), coordinates[:, 0]
+    )
+
+
+def test_the_joint_varies_as_a_single_modality_does() -> None:
+    """Else cells would lie together by what was measured of them."""
+    mean, observed = draw_modalities(), torch.ones(N, 2, dtype=torch.bool)
+    space = fit_space(mean, observed, exponent=1.0)
+    equally_sure = 2 * mean.norm(dim=-1, keepdim=True).log().expand_as(mean)
+    coordinates, variance = space.project_experts(mean, equally_sure)
+    joint = space.join_experts(coordinates, variance, observed)
+    spread = (joint**2).mean(0) / (coordinates**2).mean((0, 1))
+    told = space.weight > 0.5  # without what is noise in the ridge's shade
+    assert told.sum() == 4
+    assert ((spread[told] - 1).abs() < 0.1).all()
+
+
+def test_the_surer_modality_has_more_say() -> None:
+    mean, observed = draw_modalities(100), torch.ones(100, 2, dtype=torch.bool)
+    space = fit_space(mean, observed)
+    log_var = torch.zeros(100, 2, D)
+    log_var[:, 1] = 5.0  # the second modality knows little
+    joint = space.join_experts(*space.project_experts(mean, log_var), observed)
+    coordinates, _ = space.project_experts(mean, log_var)
+    told = space.weight > 0.25
+    gap = (joint[:, None, told] - coordinates[..., told]).norm(dim=-1).mean(0)
+    assert gap[0] < gap[1] / 5
+
+
+def test_too_few_pairs_fit_nothing() -> None:
+    observed = torch.ones(200, 2, dtype=torch.bool)
+    observed[FEWEST_PAIRED - 1 :, 1] = False
+    assert find_directions(draw_modalities(200), observed, 0.05) is None
+    observed[FEWEST_PAIRED - 1, 1] = True
+    assert find_directions(draw_modalities(200), observed, 0.05) is not None
+
+
+def choose(train: Tensor, other: Tensor, chooses: bool = True) -> tuple[Directions, float]:
+    observed = [torch.ones(len(mean), mean.shape[1], dtype=torch.bool) for mean in (train, other)]
+    chosen = choose_directions(train, observed[0], other, observed[1], chooses)
+    assert chosen is not None
+    return chosen
+
+
+def test_held_out_pairs_choose_a_higher_power_the_more_was_learnt_by_heart() -> None:
+    other = draw_modalities(400, seed=50)
+    exponents = []
+    for learnt in (0.0, 0.7, 1.5):  # what both modalities know of a training cell, and of no other
+        train = draw_modalities(400) + learnt * draw(400, 1, D, seed=7)
+        exponents.append(choose(train, other)[1])
+    assert exponents[0] < exponents[1] < exponents[2]
+
+
+def test_without_held_out_pairs_the_defaults_are_taken() -> None:
+    mean = draw_modalities(100)
+    _, exponent = choose(mean, mean, chooses=False)
+    assert exponent == 2.0
+
+
+def test_validation_fits_the_space_and_embeddings_lie_in_it() -> None:
+    model, batch, _ = small_model(private=0.5)
+    clue, setup = model.model, SimpleNamespace()
+    trainer = Trainer(model, setup, Ranks(), torch.device("cpu"))  # type: ignore[arg-type]
+    before, _ = clue.eval().embed_batch(batch)
+    fit_common_space(trainer, None, batch)
+    assert not clue.space.is_fitted
+    fit_common_space(trainer, batch, batch)  # eight paired cells are too few
+    assert not clue.space.is_fitted
+    torch.testing.assert_close(clue.eval().embed_batch(batch)[0], before)
+    many = repeat_cells(batch, 8)
+    fit_common_space(trainer, many, batch)
+    assert clue.space.is_fitted
+    assert model.training
+    joint, alone = clue.eval().embed_batch(batch)
+    a = clue.n_aligned
+    for z in (joint, *alone.values()):
+        aligned = z.unflatten(1, (3, -1))[..., :a].flatten(1)
+        torch.testing.assert_close(aligned.norm(dim=1), torch.ones(len(z)))
+    # A cell of one modality lies in the joint where it lies by that modality.
+    single = (batch.observed.sum(1) == 1) & batch.observed[:, 0]
+    row = int(single.nonzero()[0])
+    place = batch.modalities["m0"].rows.tolist().index(row)
+    torch.testing.assert_close(joint[row], alone["m0"][place])
+
+
+def repeat_cells(batch: Batch, times: int) -> Batch:
+    modalities = {
+        name: ObservedModality(
+            torch.cat([seen.rows + B * i for i in range(times)]),
+            torch.cat([seen.counts + 0.1 * draw(*seen.counts.shape, seed=i) for i in range(times)]),
+            torch.cat([seen.paired + len(seen.rows) * i for i in range(times)]),
+        )
+        for name, seen in batch.modalities.items()
+    }
+    return Batch(batch.observed.repeat(times, 1), batch.batch_code.repeat(times), modalities)
