@@ -193,6 +193,18 @@ class HeldOutScores(NamedTuple):
     terms: dict[str, Tensor]
 
 
+class EncodedCells(NamedTuple):
+    """What each modality says of the aligned z, for the common space."""
+
+    mean: Tensor  # (B, K source, K * a), posterior means
+    nats: Tensor  # (B, K), that a modality tells of its own z_k
+    observed: Tensor  # (B, K) bool
+
+    def to_cpu(self) -> EncodedCells:
+        """The same on the CPU."""
+        return EncodedCells(*(values.cpu() for values in self))
+
+
 class Objective(nn.Module):
     """The model and its training loss (eq. 15) as one module, so that DeepSpeed sees one call.
 
@@ -219,7 +231,7 @@ class Objective(nn.Module):
         by_modality: bool = False,
         held_out: bool = False,
         encode: bool = False,
-    ) -> tuple[Tensor, dict[str, Tensor]] | HeldOutScores | Tensor:
+    ) -> tuple[Tensor, dict[str, Tensor]] | HeldOutScores | EncodedCells:
         """Compute the loss of a micro-batch, or score held-out cells, or encode cells.
 
         Every call goes through the engine, so that ZeRO-3 gathers the parameters that it needs.
@@ -234,11 +246,13 @@ class Objective(nn.Module):
             encode: whether to encode the cells instead.
 
         Returns:
-            The loss () and its terms without their weights; or the scores; or what each modality
-            says of the aligned z, (B, K source, K * a), posterior means.
+            The loss () and its terms without their weights; or the scores; or the encoded cells.
         """
         if encode:
-            return self.model.encode_batch(batch).mean[..., : self.model.n_aligned].flatten(2)
+            posterior, a = self.model.encode_batch(batch), self.model.n_aligned
+            mean, log_var = posterior.mean[..., :a], posterior.log_var[..., :a]
+            nats = compute_information(mean, log_var)
+            return EncodedCells(mean.flatten(2), nats, batch.observed)
         assert noise is not None
         if held_out:
             return self._score_held_out(batch, noise)

@@ -28,7 +28,7 @@ Mixup = Literal["none", "any", "within_batch"]
 # Embeddings shrink private dimensions to this: a linear probe still reads them, and a cell's
 # neighbours follow from what modalities share. In the common space, where z has length 1, to less.
 PRIVATE_SCALE = 0.2
-PRIVATE_SCALE_IN_SPACE = 0.02
+PRIVATE_SCALE_IN_SPACE = 0.005
 
 
 class Posterior(NamedTuple):

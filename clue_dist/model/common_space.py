@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clue_dist.model.posterior import LEAST_NATS
+
 MOST_DIRECTIONS = 128
 FEWEST_PAIRED = 20  # cells of each modality that have others, too; with fewer nothing is fitted
 
@@ -51,10 +53,12 @@ class CommonSpace(nn.Module):
         self.register_buffer("rotation", torch.zeros(k, n_dimensions, r))
         self.register_buffer("covariance", torch.zeros(k, k, r))
         self.register_buffer("weight", torch.zeros(r))
+        self.register_buffer("say", torch.ones(k))
         self.mean: Tensor
         self.rotation: Tensor
         self.covariance: Tensor
         self.weight: Tensor
+        self.say: Tensor  # how much each modality counts in a joint, beside its precision
 
     @property
     def is_fitted(self) -> bool:
@@ -62,19 +66,23 @@ class CommonSpace(nn.Module):
         return bool(self.weight.any())
 
     @torch.no_grad()
-    def set_directions(self, directions: Directions, exponent: float) -> None:
+    def set_directions(self, directions: Directions, exponent: float, nats: Tensor) -> None:
         """Take over fitted directions.
 
         Args:
             directions: as `find_directions` finds them.
             exponent: on cells that were not trained on, modalities are taken to agree as much as
                 the fitted agreement to this power.
+            nats: (K,), that each modality tells of its own z_k, the mean over cells. A joint weighs
+                modalities by their root, as a generalised product of experts (Cao and Fleet, 2014):
+                to the first power a few informative proteins would drown in thousands of genes.
         """
         self.mean.copy_(directions.mean)
         self.rotation.copy_(directions.rotation)
         self.covariance.copy_(directions.covariance.clamp_min(0) ** exponent)
         self.covariance.diagonal().copy_(directions.covariance.diagonal())
         self.weight.copy_(directions.agreement**exponent)
+        self.say.copy_(nats.clamp_min(LEAST_NATS).sqrt())
 
     def project_experts(self, mean: Tensor, log_var: Tensor) -> tuple[Tensor, Tensor]:
         """Coordinates of what each modality says of a cell, and their variances.
@@ -92,7 +100,7 @@ class CommonSpace(nn.Module):
         return coordinates, variance
 
     def join_experts(self, coordinates: Tensor, variance: Tensor, observed: Tensor) -> Tensor:
-        """The product of the observed modalities' Gaussians (eq. 6), scaled to vary as one does.
+        """The product of the observed modalities' Gaussians, scaled to vary as one of them does.
 
         A mean over several modalities varies less than one of them. Without the scale, cells would
         lie together by what was measured of them.
@@ -105,7 +113,7 @@ class CommonSpace(nn.Module):
         Returns:
             (B, R).
         """
-        precision = observed[:, :, None] / variance.clamp_min(1e-12)
+        precision = (observed * self.say)[:, :, None] / variance.clamp_min(1e-12)
         share = precision / precision.sum(1, keepdim=True).clamp_min(1e-12)
         variance_of_joint = torch.einsum("bkr,klr,blr->br", share, self.covariance, share)
         variance_of_one = torch.einsum("bkr,kkr->br", share, self.covariance)

@@ -7,13 +7,13 @@ from itertools import combinations, product
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.nn import functional as F
 
 from clue_dist.data.batch import Batch
 from clue_dist.matching import compute_nearer_share
 from clue_dist.model.clue import CLUE
 from clue_dist.model.common_space import Directions, find_directions
+from clue_dist.objective import EncodedCells
 from clue_dist.train.trainer import Trainer
 
 # Encoders know their training pairs, so that these agree more than other cells will: the fewer the
@@ -36,23 +36,26 @@ def fit_common_space(trainer: Trainer, fitting: Batch | None, held_out: Batch | 
     if fitting is None:
         return
     trainer.engine.eval()
-    batches = [fitting, *([] if held_out is None else [held_out])]
-    encoded = [
-        (trainer.engine(batch, None, encode=True).cpu(), batch.observed.cpu()) for batch in batches
-    ]
+    cells = trainer.engine(fitting, None, encode=True).to_cpu()
+    others = cells
+    if held_out is not None:
+        others = trainer.engine(held_out, None, encode=True).to_cpu()
     trainer.engine.train()
     model: CLUE = getattr(trainer.engine, "module", trainer.engine).model
     if trainer.ranks.is_first:
-        fitted = choose_directions(*encoded[0], *encoded[-1], chooses=held_out is not None)
-        if fitted is not None:
-            model.space.set_directions(*fitted)
+        chosen = choose_directions(cells, None if held_out is None else others)
+        if chosen is not None:
+            # Of cells that were not trained on: an encoder that has learnt its cells by heart
+            # tells more of them.
+            nats = (others.nats * others.observed).sum(0) / others.observed.sum(0).clamp_min(1)
+            model.space.set_directions(*chosen, nats)
     if dist.is_initialized():  # rounding may differ between ranks, which must score the same z
         for values in model.space.buffers():
             dist.broadcast(values, 0)
 
 
 def choose_directions(
-    mean: Tensor, observed: Tensor, other_mean: Tensor, other_observed: Tensor, chooses: bool = True
+    cells: EncodedCells, held_out: EncodedCells | None
 ) -> tuple[Directions, float] | None:
     """Choose smoothing and exponent by how held-out pairs find each other (FOSCTTM, eq. 18).
 
@@ -60,26 +63,23 @@ def choose_directions(
     directions is taken: the fewer, the better do the modalities mix.
 
     Args:
-        mean: (N, K source, D), posterior means of training cells.
-        observed: (N, K) bool.
-        other_mean: (n, K source, D), of held-out cells.
-        other_observed: (n, K) bool.
-        chooses: whether there are held-out cells; else the defaults are taken.
+        cells: training cells, on which directions are found.
+        held_out: cells that choose; without them the defaults are taken.
 
     Returns:
         Directions and exponent; None if some modality has too few pairs.
     """
-    found = {ridge: find_directions(mean, observed, ridge) for ridge in RIDGES}
+    found = {ridge: find_directions(cells.mean, cells.observed, ridge) for ridge in RIDGES}
     default = found[DEFAULT_RIDGE]
     if default is None:
         return None
-    z = F.normalize(other_mean.double(), dim=-1)
     choices: list[tuple[Directions, float]] = []
     shares = []
-    for directions, exponent in product(found.values(), EXPONENTS) if chooses else ():
+    for directions, exponent in product(found.values(), EXPONENTS) if held_out else ():
         assert directions is not None
+        assert held_out is not None
         choices.append((directions, exponent))
-        shares.append(_score_pairs(z, other_observed, directions, exponent))
+        shares.append(_score_pairs(held_out, directions, exponent))
     if not shares or len(shares[0]) < 2:
         return default, DEFAULT_EXPONENT
     best = shares[int(np.argmin([share.mean() for share in shares]))]
@@ -97,10 +97,9 @@ def _count_directions(directions: Directions, exponent: float) -> float:
     return float(squared.sum() ** 2 / (squared**2).sum())
 
 
-def _score_pairs(
-    z: Tensor, observed: Tensor, directions: Directions, exponent: float
-) -> np.ndarray:
+def _score_pairs(held_out: EncodedCells, directions: Directions, exponent: float) -> np.ndarray:
     """What held-out pairs of all pairs of modalities add to FOSCTTM, (pairs,)."""
+    z, observed = F.normalize(held_out.mean.double(), dim=-1), held_out.observed
     weight = directions.agreement**exponent
     shares = [np.empty(0)]
     for pair in map(list, combinations(range(z.shape[1]), 2)):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from clue_dist.data.batch import Batch, ObservedModality
 from clue_dist.model.common_space import FEWEST_PAIRED, CommonSpace, Directions, find_directions
+from clue_dist.objective import EncodedCells
 from clue_dist.ranks import Ranks
 from clue_dist.train.space_fit import choose_directions, fit_common_space
 from clue_dist.train.trainer import Trainer
@@ -38,7 +39,7 @@ def fit_space(mean: Tensor, observed: Tensor, exponent: float = 2.0) -> CommonSp
     directions = find_directions(mean, observed, 0.05)
     assert directions is not None
     space = CommonSpace(mean.shape[1], mean.shape[2])
-    space.set_directions(directions, exponent)
+    space.set_directions(directions, exponent, torch.ones(mean.shape[1]))
     return space
 
 
@@ -145,9 +146,14 @@ def test_too_few_pairs_fit_nothing() -> None:
     assert find_directions(draw_modalities(200), observed, 0.05) is not None
 
 
-def choose(train: Tensor, other: Tensor, chooses: bool = True) -> tuple[Directions, float]:
-    observed = [torch.ones(len(mean), mean.shape[1], dtype=torch.bool) for mean in (train, other)]
-    chosen = choose_directions(train, observed[0], other, observed[1], chooses)
+def choose(train: Tensor, other: Tensor | None) -> tuple[Directions, float]:
+    cells, held_out = (
+        None if mean is None else EncodedCells(mean, torch.ones(n), torch.ones(n).bool())
+        for mean in (train, other)
+        for n in [mean.shape[:2] if mean is not None else (0, 0)]
+    )
+    assert cells is not None
+    chosen = choose_directions(cells, held_out)
     assert chosen is not None
     return chosen
 
@@ -162,8 +168,7 @@ def test_held_out_pairs_choose_a_higher_power_the_more_was_learnt_by_heart() -> 
 
 
 def test_without_held_out_pairs_the_defaults_are_taken() -> None:
-    mean = draw_modalities(100)
-    _, exponent = choose(mean, mean, chooses=False)
+    _, exponent = choose(draw_modalities(100), None)
     assert exponent == 2.0
 
 
