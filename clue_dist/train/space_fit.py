@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from clue_dist.data.batch import Batch
-from clue_dist.matching import compute_nearer_share
+from clue_dist.integration import measure_mixing
+from clue_dist.matching import compute_foscttm
 from clue_dist.model.clue import CLUE
 from clue_dist.model.common_space import Directions, find_directions
 from clue_dist.objective import EncodedCells
@@ -21,6 +22,7 @@ from clue_dist.train.trainer import Trainer
 RIDGES = 0.05, 0.3, 1.0
 EXPONENTS = 1.0, 1.5, 2.0, 3.0
 DEFAULT_RIDGE, DEFAULT_EXPONENT = 0.3, 2.0  # where no pair is held out
+LEAST_MIXING = 0.01
 MOST_SCORED = 500  # held-out pairs of two modalities that choose, as the time grows with its square
 
 
@@ -57,10 +59,10 @@ def fit_common_space(trainer: Trainer, fitting: Batch | None, held_out: Batch | 
 def choose_directions(
     cells: EncodedCells, held_out: EncodedCells | None
 ) -> tuple[Directions, float] | None:
-    """Choose smoothing and exponent by how held-out pairs find each other (FOSCTTM, eq. 18).
+    """Choose the smoothing and the exponent that serve held-out pairs best.
 
-    Of the choices that are within a standard error of the best, the one that counts the fewest
-    directions is taken: the fewer, the better do the modalities mix.
+    Partners should find each other and modalities should mix, and both count alike: FOSCTTM
+    (eq. 18) over the share of neighbours that come from the other modality is to be small.
 
     Args:
         cells: training cells, on which directions are found.
@@ -73,35 +75,22 @@ def choose_directions(
     default = found[DEFAULT_RIDGE]
     if default is None:
         return None
-    choices: list[tuple[Directions, float]] = []
-    shares = []
-    for directions, exponent in product(found.values(), EXPONENTS) if held_out else ():
+    scores = {}
+    for ridge, exponent in product(RIDGES, EXPONENTS) if held_out else ():
+        directions = found[ridge]
         assert directions is not None
         assert held_out is not None
-        choices.append((directions, exponent))
-        shares.append(_score_pairs(held_out, directions, exponent))
-    if not shares or len(shares[0]) < 2:
-        return default, DEFAULT_EXPONENT
-    best = shares[int(np.argmin([share.mean() for share in shares]))]
-    close = [
-        choice
-        for choice, share in zip(choices, shares, strict=True)
-        if (share - best).mean() <= (share - best).std(ddof=1) / len(best) ** 0.5
-    ]
-    return min(close, key=lambda choice: _count_directions(*choice))
+        score = _score_choice(held_out, directions, exponent)
+        if score is not None:
+            scores[score] = directions, exponent
+    return scores[min(scores)] if scores else (default, DEFAULT_EXPONENT)
 
 
-def _count_directions(directions: Directions, exponent: float) -> float:
-    """The effective number of directions: the participation ratio of their squared weights."""
-    squared = directions.agreement ** (2 * exponent)
-    return float(squared.sum() ** 2 / (squared**2).sum())
-
-
-def _score_pairs(held_out: EncodedCells, directions: Directions, exponent: float) -> np.ndarray:
-    """What held-out pairs of all pairs of modalities add to FOSCTTM, (pairs,)."""
+def _score_choice(held_out: EncodedCells, directions: Directions, exponent: float) -> float | None:
+    """FOSCTTM over mixing, means over pairs of modalities; None without two pairs of cells."""
     z, observed = F.normalize(held_out.mean.double(), dim=-1), held_out.observed
     weight = directions.agreement**exponent
-    shares = [np.empty(0)]
+    scores = []
     for pair in map(list, combinations(range(z.shape[1]), 2)):
         cells = observed[:, pair].all(1).nonzero()[:, 0]
         cells = cells[:: -(-len(cells) // MOST_SCORED) or 1]
@@ -109,5 +98,8 @@ def _score_pairs(held_out: EncodedCells, directions: Directions, exponent: float
             first, second = (
                 (z[cells, k] - directions.mean[k]) @ directions.rotation[k] * weight for k in pair
             )
-            shares.append(compute_nearer_share(first, second))
-    return np.concatenate(shares)
+            scores.append([compute_foscttm(first, second), measure_mixing(first, second)])
+    if not scores:
+        return None
+    foscttm, mixing = np.mean(scores, 0)
+    return float(foscttm / max(mixing, LEAST_MIXING))
