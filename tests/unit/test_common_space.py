@@ -158,13 +158,24 @@ def choose(train: Tensor, other: Tensor | None) -> tuple[Directions, float]:
     return chosen
 
 
-def test_held_out_pairs_choose_a_higher_power_the_more_was_learnt_by_heart() -> None:
-    other = draw_modalities(400, seed=50)
-    exponents = []
-    for learnt in (0.0, 0.7, 1.5):  # what both modalities know of a training cell, and of no other
-        train = draw_modalities(400) + learnt * draw(400, 1, D, seed=7)
-        exponents.append(choose(train, other)[1])
-    assert exponents[0] < exponents[1] < exponents[2]
+def test_held_out_pairs_smooth_what_training_pairs_learnt_by_heart() -> None:
+    """Both modalities know more of a training cell than of any other."""
+    train = draw_modalities(400) + 1.5 * draw(400, 1, D, seed=7)
+    unseen = draw_modalities(300, seed=60)
+    directions, exponent = choose(train, draw_modalities(300, seed=50))
+    unsmoothed = find_directions(train, torch.ones(400, 2, dtype=torch.bool), 0.05)
+    assert unsmoothed is not None
+    scores = []
+    for found, power in ((directions, exponent), (unsmoothed, 1.0)):
+        space = CommonSpace(2, D)
+        space.set_directions(found, power, torch.ones(2))
+        placed = place_cells(space, unseen)
+        distance = torch.cdist(placed[:, 0], placed[:, 1])
+        nearer = (distance < distance.diagonal()[:, None]).double().mean()
+        scores.append((float(nearer), share_of_other_modality(placed[:, 0], placed[:, 1])))
+    (chosen_nearer, chosen_mixing), (nearer, mixing) = scores
+    assert chosen_nearer < 0.9 * nearer
+    assert chosen_mixing > mixing
 
 
 def test_without_held_out_pairs_the_defaults_are_taken() -> None:
