@@ -193,9 +193,11 @@ class CLUE(nn.Module):
         for source, name in enumerate(self.modalities):
             if name in batch.modalities:
                 rows = batch.modalities[name].rows
-                own = private[rows].new_zeros(len(rows), k, self.n_private)
-                own[:, source] = private_scale * posterior.mean[rows, source, source, a:]
-                alone[name] = torch.cat([experts[rows, source], own], -1).flatten(1)
+                private_of_source = private[rows].new_zeros(len(rows), k, self.n_private)
+                private_of_source[:, source] = (
+                    private_scale * posterior.mean[rows, source, source, a:]
+                )
+                alone[name] = torch.cat([experts[rows, source], private_of_source], -1).flatten(1)
         return torch.cat([joint, private], -1).flatten(1), alone
 
     def _place_in_space(self, batch: Batch, posterior: Posterior) -> tuple[Tensor, Tensor]:
