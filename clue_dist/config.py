@@ -136,9 +136,9 @@ class ObjectiveConfig(SettingsGroup):
     per_feature: bool = False  # divide each modality's ELBO by its number of features
     contrastive_mixup: bool = True  # contrast random mixtures of pairs instead of the pairs
     contrastive_within_batch: bool = False  # negatives come from the pair's own biological batch
-    # Other cells' profiles of the same modality are negatives, too. Else nothing keeps a profile
-    # from lying nearer to all of its own modality than to its partner.
-    contrastive_same_modality: bool = True
+    # Other cells' profiles of the same modality are negatives, too, with this weight. At 0 nothing
+    # keeps a profile from lying nearer to all of its own modality than to its partner.
+    contrastive_same_modality: Weight = 1.0
 
     @model_validator(mode="after")
     def _require_one_term(self) -> ObjectiveConfig:

@@ -7,6 +7,7 @@ the global batch's mean.
 
 from __future__ import annotations
 
+import math
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -101,7 +102,7 @@ def compute_info_nce(
     batch_code: Tensor,
     log_scale: Tensor,
     within_batch: bool,
-    same_modality: bool,
+    same_modality: float,
     across_ranks: bool = True,
 ) -> Tensor:
     """InfoNCE between the modalities of paired cells, both directions.
@@ -116,8 +117,8 @@ def compute_info_nce(
         batch_code: (B,), biological batches.
         log_scale: (), log of the inverse temperature.
         within_batch: whether negatives come from the cell's biological batch alone.
-        same_modality: whether a profile is told from other cells' profiles of its own modality,
-            too (NT-Xent, Chen et al., 2020).
+        same_modality: weight with which a profile is told from other cells' profiles of its own
+            modality, too (1 is NT-Xent, Chen et al., 2020).
         across_ranks: whether the other ranks hold further cells of the batch.
 
     Returns:
@@ -143,6 +144,7 @@ def compute_info_nce(
             logits = logits.masked_fill(~allowed, -torch.inf)
             if same_modality:
                 others = log_scale.exp() * rows @ every_z[:, :, source].permute(1, 2, 0)
+                others = others + math.log(same_modality)
                 others = others.masked_fill(~allowed | is_own, -torch.inf)
                 logits = torch.cat([logits, others], -1)  # (M, B, 2 x global B)
             logits = logits.masked_fill(~row[:, None], 0.0)
