@@ -53,12 +53,12 @@ class CommonSpace(nn.Module):
         self.register_buffer("rotation", torch.zeros(k, n_dimensions, r))
         self.register_buffer("covariance", torch.zeros(k, k, r))
         self.register_buffer("weight", torch.zeros(r))
-        self.register_buffer("nats", torch.ones(k))
+        self.register_buffer("root_nats", torch.ones(k))
         self.mean: Tensor
         self.rotation: Tensor
         self.covariance: Tensor
         self.weight: Tensor
-        self.nats: Tensor
+        self.root_nats: Tensor
 
     @property
     def is_fitted(self) -> bool:
@@ -74,14 +74,16 @@ class CommonSpace(nn.Module):
             exponent: on cells that were not trained on, modalities are taken to agree as much as
                 the fitted agreement to this power.
             nats: (K,), that each modality tells of its own z_k, the mean over cells. A joint weighs
-                modalities by them, as a generalised product of experts (Cao and Fleet, 2014).
+                modalities by their root, as a generalised product of experts (Cao and Fleet, 2014).
+                By the nats themselves, cells with proteins alone lay apart from those with RNA,
+                too.
         """
         self.mean.copy_(directions.mean)
         self.rotation.copy_(directions.rotation)
         self.covariance.copy_(directions.covariance.clamp_min(0) ** exponent)
         self.covariance.diagonal().copy_(directions.covariance.diagonal())
         self.weight.copy_(directions.agreement**exponent)
-        self.nats.copy_(nats.clamp_min(LEAST_NATS))
+        self.root_nats.copy_(nats.clamp_min(LEAST_NATS).sqrt())
 
     def project_experts(self, mean: Tensor, log_var: Tensor) -> tuple[Tensor, Tensor]:
         """Coordinates of what each modality says of a cell, and their variances.
@@ -112,7 +114,7 @@ class CommonSpace(nn.Module):
         Returns:
             (B, R).
         """
-        precision = (observed * self.nats)[:, :, None] / variance.clamp_min(1e-12)
+        precision = (observed * self.root_nats)[:, :, None] / variance.clamp_min(1e-12)
         share = precision / precision.sum(1, keepdim=True).clamp_min(1e-12)
         variance_of_joint = torch.einsum("bkr,klr,blr->br", share, self.covariance, share)
         variance_of_one = torch.einsum("bkr,kkr->br", share, self.covariance)

@@ -21,7 +21,8 @@ from clue_dist.train.trainer import Trainer
 # pairs, the more. Held-out pairs tell how much to smooth, and which power of a correlation holds.
 RIDGES = 0.05, 0.3, 1.0
 EXPONENTS = 1.0, 1.5, 2.0, 3.0
-DEFAULT_RIDGE, DEFAULT_EXPONENT = 0.3, 2.0  # where no pair is held out
+DEFAULT_RIDGE, DEFAULT_EXPONENT = 1.0, 2.0  # where fewer pairs than these are held out:
+FEWEST_CHOOSING = 50
 LEAST_MIXING = 0.01
 MOST_SCORED = 500  # held-out pairs of two modalities that choose, as the time grows with its square
 
@@ -66,7 +67,7 @@ def choose_directions(
 
     Args:
         cells: training cells, on which directions are found.
-        held_out: cells that choose; without them the defaults are taken.
+        held_out: cells that choose; with few pairs among them the defaults are taken.
 
     Returns:
         Directions and exponent; None if some modality has too few pairs.
@@ -87,14 +88,14 @@ def choose_directions(
 
 
 def _score_choice(held_out: EncodedCells, directions: Directions, exponent: float) -> float | None:
-    """FOSCTTM over mixing, means over pairs of modalities; None without two pairs of cells."""
+    """FOSCTTM over mixing, means over pairs of modalities; None where pairs of cells are few."""
     z, observed = F.normalize(held_out.mean.double(), dim=-1), held_out.observed
     weight = directions.agreement**exponent
     scores = []
     for pair in map(list, combinations(range(z.shape[1]), 2)):
         cells = observed[:, pair].all(1).nonzero()[:, 0]
         cells = cells[:: -(-len(cells) // MOST_SCORED) or 1]
-        if len(cells) > 1:
+        if len(cells) >= FEWEST_CHOOSING:
             first, second = (
                 (z[cells, k] - directions.mean[k]) @ directions.rotation[k] * weight for k in pair
             )

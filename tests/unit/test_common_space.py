@@ -178,9 +178,15 @@ def test_held_out_pairs_smooth_what_training_pairs_learnt_by_heart() -> None:
     assert chosen_mixing > mixing
 
 
-def test_without_held_out_pairs_the_defaults_are_taken() -> None:
-    _, exponent = choose(draw_modalities(100), None)
+def test_few_held_out_pairs_choose_nothing() -> None:
+    mean = draw_modalities(100)
+    directions, exponent = choose(mean, None)
+    smooth = find_directions(mean, torch.ones(100, 2, dtype=torch.bool), ridge=1.0)
+    assert smooth is not None
+    torch.testing.assert_close(directions.agreement, smooth.agreement)
     assert exponent == 2.0
+    few, _ = choose(mean, draw_modalities(49, seed=50))
+    torch.testing.assert_close(few.agreement, smooth.agreement)
 
 
 def test_validation_fits_the_space_and_embeddings_lie_in_it() -> None:
