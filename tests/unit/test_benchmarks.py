@@ -302,7 +302,7 @@ def test_the_table_has_a_row_for_each_method_with_means_and_spreads(tmp_path: Pa
     records = [make_record("ours", fold, 0.08 + 0.01 * fold) for fold in range(3)]
     lines = plan_matching(tmp_path).tabulate([*records, make_record("contrastive", 0)]).splitlines()
     assert [" ".join(line.split()) for line in lines] == [
-        "data_set method folds foscttm match recall10 fit s threads",
+        "data_set method folds foscttm match recall10 mixing islands transfer fit s threads",
         "cbmc_cite ours 3 0.09 ± 0.01 0.02 ± 0 0.1 ± 0 101 ± 1 2 ± 0",
         "cbmc_cite contrastive 1 0.08 0.02 0.1 100 2",
     ]
