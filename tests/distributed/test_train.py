@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from clue_dist.checkpoint.model_card import read_model_card
 from tests.distributed.command import (
     FAST,
     ROOT,
@@ -215,6 +216,8 @@ def test_a_run_on_more_cells_begins_with_the_weights_of_an_earlier_one(folder: P
         assert begins == ("nothing is left to train" not in done.stdout)
         assert ("batches kept: batch-0, batch-1; new: batch-2" in done.stdout) == begins
     assert not begins, "the same command goes on with the run"
+    less, more = (read_model_card(folder / name) for name in ("less", "more"))
+    assert less.fingerprint in more.identities - {more.fingerprint}
     before, after = best_weights(folder / "less"), best_weights(folder / "more")
     fixed = [name for name in before if name.endswith(("projection.weight", "heads.weight"))]
     assert len(fixed) == 3
