@@ -181,9 +181,13 @@ def _rotate_to_agreement(white: Tensor, observed: Tensor) -> Tensor:
             product = white[both, first].T @ white[both, second] / both.sum()
             blocks[first, :, second], blocks[second, :, first] = product, product.T
     _, vectors = torch.linalg.eigh(blocks.reshape(k * r, k * r))
+    vectors = vectors[:, -r:]
+    # A direction and its opposite are one: the largest element is made positive.
+    largest = vectors.abs().argmax(0)
+    vectors = vectors * vectors.gather(0, largest[None]).sign()
     # A modality that hardly takes part in a direction is scaled up, too: where it knows little its
     # cells spread as those of the others do.
-    return F.normalize(vectors[:, -r:].reshape(k, r, r), dim=1)
+    return F.normalize(vectors.reshape(k, r, r), dim=1)
 
 
 def _compare_coordinates(coordinates: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:

@@ -127,6 +127,16 @@ def best_weights(run_folder: Path) -> dict[str, Tensor]:
     return load_file(found[-1])
 
 
+def trained_weights(run_folder: Path) -> dict[str, Tensor]:
+    """The best weights without the common space.
+
+    Directions on which modalities agree alike turn with the last bit, which another number of ranks
+    changes.
+    """
+    weights = best_weights(run_folder)
+    return {name: values for name, values in weights.items() if not name.startswith("space.")}
+
+
 def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     assert a.keys() == b.keys()
     return max(float((a[k] - b[k]).abs().max()) for k in a)

@@ -10,12 +10,12 @@ import pytest
 
 from tests.distributed.command import (
     alone,
-    best_weights,
     largest_difference,
     python,
     run,
     spawned,
     train_args,
+    trained_weights,
 )
 from tests.stores import make_store
 
@@ -41,7 +41,7 @@ def test_two_ranks_equal_one_process(folder: Path, stage: int) -> None:
         folder, folder / "s.zarr", f"zero{stage}", *STEPS_20, f"train.zero_stage={stage}"
     )
     run(*spawned(2, *args))
-    one, two = best_weights(folder / "one"), best_weights(folder / f"zero{stage}")
+    one, two = trained_weights(folder / "one"), trained_weights(folder / f"zero{stage}")
     assert [p.name for p in (folder / f"zero{stage}" / "best").iterdir()] == ["step-00000020"]
     assert largest_difference(one, two) < 1e-5
 
@@ -49,7 +49,10 @@ def test_two_ranks_equal_one_process(folder: Path, stage: int) -> None:
 def test_the_weights_did_move(folder: Path) -> None:
     # Guards the test above: had nothing been trained, everything would be equal.
     alone(*train_args(folder, folder / "s.zarr", "short", "train.epochs=0.2"))
-    assert largest_difference(best_weights(folder / "one"), best_weights(folder / "short")) > 1e-3
+    assert (
+        largest_difference(trained_weights(folder / "one"), trained_weights(folder / "short"))
+        > 1e-3
+    )
 
 
 def test_accumulated_micro_batches_equal_on_two_ranks(folder: Path) -> None:
@@ -57,7 +60,9 @@ def test_accumulated_micro_batches_equal_on_two_ranks(folder: Path) -> None:
     alone(*train_args(folder, folder / "s.zarr", "accum-one", *settings))
     run(*spawned(2, *train_args(folder, folder / "s.zarr", "accum-two", *settings)))
     assert (
-        largest_difference(best_weights(folder / "accum-one"), best_weights(folder / "accum-two"))
+        largest_difference(
+            trained_weights(folder / "accum-one"), trained_weights(folder / "accum-two")
+        )
         < 1e-5
     )
 
@@ -72,4 +77,7 @@ def test_two_ranks_equal_one_process_where_rare_patterns_take_turns(tmp_path: Pa
     settings = ("train.epochs=3.33", "log.every=20", "train.zero_stage=3", "data.paired_share=0.92")
     alone(*train_args(tmp_path, tmp_path / "s.zarr", "one", *settings))
     run(*spawned(2, *train_args(tmp_path, tmp_path / "s.zarr", "two", *settings)))
-    assert largest_difference(best_weights(tmp_path / "one"), best_weights(tmp_path / "two")) < 1e-5
+    assert (
+        largest_difference(trained_weights(tmp_path / "one"), trained_weights(tmp_path / "two"))
+        < 1e-5
+    )

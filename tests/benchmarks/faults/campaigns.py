@@ -26,7 +26,7 @@ from clue_dist.ranks import Ranks
 from tests.benchmarks.kept import make_once, write_json
 from tests.benchmarks.report import Result
 from tests.damages import KINDS, harm_bytes, write_or_remove
-from tests.distributed.command import best_weights, largest_difference, metrics, train_args
+from tests.distributed.command import largest_difference, metrics, train_args, trained_weights
 from tests.faults import jobs
 from tests.faults.command import timeless
 from tests.faults.jobs import Job, find_committed_step, find_last_step, start_job
@@ -141,7 +141,7 @@ def kill_ranks(folder: Path, size: CampaignSize, shared: Path) -> Result:
         went_on += unproven if code == 0 else 0
     unbroken, splits = run_whole(shared, size), ("train", "validation", "event")
     same = all(timeless(run, split) == timeless(unbroken, split) for split in splits)
-    difference = largest_difference(best_weights(run), best_weights(unbroken))
+    difference = largest_difference(trained_weights(run), trained_weights(unbroken))
     half, whole = (max(again[saving], default=0.0) for saving in (True, False))
     return {
         "kills": size.kills,
