@@ -202,6 +202,12 @@ class EncodedCells(NamedTuple):
     nats: Tensor  # (B, K), that a modality tells of its own z_k
     observed: Tensor  # (B, K) bool
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether no value is NaN or infinite where a modality is observed."""
+        used = self.mean[self.observed], self.nats[self.observed]
+        return all(bool(values.isfinite().all()) for values in used)
+
     def to_cpu(self) -> EncodedCells:
         """The same on the CPU."""
         return EncodedCells(*(values.cpu() for values in self))

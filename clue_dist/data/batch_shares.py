@@ -48,14 +48,16 @@ def share_rounds(
     if min(owed.values()) >= 1 - _ROUNDING:
         whole, turns = _round_shares(owed, rounds), {}
     else:
-        groups = _group_by_modality(owed, modalities, rounds)
-        if len(groups) > rounds:
+        # With fewer, a stratum may have to share a round with one that carries what it lacks.
+        needed = len({name for stratum in owed for name in modalities[stratum]})
+        if needed > rounds:
             raise ConfigError(
                 "the batch is too small for the modalities of this store",
-                got=f"{batch_size} cells / {lanes} lanes = {rounds} rounds, where {len(groups)} "
+                got=f"{batch_size} cells / {lanes} lanes = {rounds} rounds, where {needed} "
                 "are needed to hold every modality",
-                fix=f"--set data.batch_size={lanes * len(groups)} or more",
+                fix=f"--set data.batch_size={lanes * needed} or more",
             )
+        groups = _group_by_modality(owed, modalities, rounds)
         owed = _raise_groups(owed, groups, rounds)
         whole = {stratum: int(share + _ROUNDING) for stratum, share in owed.items()}
         # Members of a group follow each other, so that one of them always has its turn. Behind them

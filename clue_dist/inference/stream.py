@@ -39,9 +39,9 @@ class Embedder(Protocol):
         """Embed the cells of a batch.
 
         Returns:
-            The posterior mean of the full z from everything observed, (B, K * d); and by modality
-            the full z from that modality alone, (B_k, K * d), with rows as in the batch's
-            `modalities[m].rows`. Private dimensions are shrunk by `private_scale`.
+            Where cells lie by everything observed, (B, K * d); and by modality where they lie by
+            that modality alone, (B_k, K * d), with rows as in the batch's `modalities[m].rows`.
+            Private dimensions are shrunk by `private_scale`.
         """
         ...
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from clue_dist.model.posterior import LEAST_NATS
 
 MOST_DIRECTIONS = 128
-FEWEST_PAIRED = 20  # cells of each modality that have others, too; with fewer nothing is fitted
+FEWEST_PAIRED = 20  # cells with which two modalities are compared
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,11 @@ class CommonSpace(nn.Module):
 
     @property
     def is_fitted(self) -> bool:
-        """Whether there are directions; a run of an earlier version has none."""
+        """Whether there are directions.
+
+        There are none before the first validation, without enough pairs, and in runs of earlier
+        versions.
+        """
         return bool(self.weight.any())
 
     @torch.no_grad()
@@ -80,8 +84,10 @@ class CommonSpace(nn.Module):
         """
         self.mean.copy_(directions.mean)
         self.rotation.copy_(directions.rotation)
-        self.covariance.copy_(directions.covariance.clamp_min(0) ** exponent)
-        self.covariance.diagonal().copy_(directions.covariance.diagonal())
+        deviation = directions.covariance.diagonal().movedim(-1, 0).clamp_min(1e-12).sqrt()
+        scale = deviation[:, None] * deviation[None]  # (K, K, R)
+        correlation = (directions.covariance / scale).clamp(0, 1)
+        self.covariance.copy_(scale * correlation**exponent)
         self.weight.copy_(directions.agreement**exponent)
         self.root_nats.copy_(nats.clamp_min(LEAST_NATS).sqrt())
 
@@ -135,22 +141,25 @@ def find_directions(mean: Tensor, observed: Tensor, ridge: float) -> Directions 
         ridge: added to the variance of every dimension, as a multiple of their mean.
 
     Returns:
-        The directions in float64; None if a modality has fewer than `FEWEST_PAIRED` paired cells.
+        The directions in float64; None if a modality has fewer than `FEWEST_PAIRED` cells in common
+        with each of the others.
     """
     paired = observed & (observed.sum(1, keepdim=True) > 1)
-    if bool((paired.sum(0) < FEWEST_PAIRED).any()):
+    others = ~torch.eye(observed.shape[1], dtype=torch.bool)
+    if not bool((count_together(observed).bool() & others).any(1).all()):
         return None
     z = F.normalize(mean.double(), dim=-1)
     centre = torch.stack([z[paired[:, k], k].mean(0) for k in range(z.shape[1])])
     z = z - centre
+    together = count_together(observed)
     n_directions = min(z.shape[2], MOST_DIRECTIONS)
     whitening = torch.stack(
         [_find_whitening(z[paired[:, k], k], ridge, n_directions) for k in range(z.shape[1])]
     )
     white = torch.einsum("nkd,kdr->nkr", z, whitening)
-    rotation = _rotate_to_agreement(white, observed)
+    rotation = _rotate_to_agreement(white, observed, together)
     coordinates = torch.einsum("nkr,krs->nks", white, rotation)
-    covariance, agreement = _compare_coordinates(coordinates, observed)
+    covariance, agreement = _compare_coordinates(coordinates, observed, together)
     order = agreement.argsort(descending=True)
     return Directions(
         centre,
@@ -161,24 +170,34 @@ def find_directions(mean: Tensor, observed: Tensor, ridge: float) -> Directions 
 
 
 def _find_whitening(z: Tensor, ridge: float, n_directions: int) -> Tensor:
-    """Principal components of z (n, D) scaled to unit variance, (D, R)."""
+    """Principal components of z (n, D) scaled to unit variance, but for the ridge, (D, R)."""
     variance, components = torch.linalg.eigh(z.T @ z / len(z))  # in ascending order
     variance = variance.clamp_min(0) + ridge * variance.mean() + 1e-12
     return (components / variance.sqrt())[:, -n_directions:]
 
 
-def _rotate_to_agreement(white: Tensor, observed: Tensor) -> Tensor:
+def count_together(observed: Tensor) -> Tensor:
+    """How many cells have two modalities together, (K, K); 0 where they are too few to be used.
+
+    Few cells agree by chance alone, and would pull the directions of all modalities towards them.
+    """
+    together = observed.double().T @ observed.double()
+    return together.masked_fill(together < FEWEST_PAIRED, 0)
+
+
+def _rotate_to_agreement(white: Tensor, observed: Tensor, together: Tensor) -> Tensor:
     """Directions of each modality's whitened z along which all modalities agree most, (K, R, R).
 
-    They are the eigenvectors of the cross-covariances of all pairs of modalities. With two
-    modalities that is canonical correlation analysis.
+    They are the eigenvectors of the cross-covariances of all pairs of modalities, weighed by their
+    cells. With two modalities that is canonical correlation analysis.
     """
     k, r = white.shape[1:]
     blocks = white.new_zeros(k, r, k, r)
+    most = together.masked_fill(torch.eye(k, dtype=torch.bool), 0).max()
     for first, second in combinations(range(k), 2):
-        both = observed[:, first] & observed[:, second]
-        if both.any():
-            product = white[both, first].T @ white[both, second] / both.sum()
+        if together[first, second]:
+            both = observed[:, first] & observed[:, second]
+            product = white[both, first].T @ white[both, second] / most
             blocks[first, :, second], blocks[second, :, first] = product, product.T
     _, vectors = torch.linalg.eigh(blocks.reshape(k * r, k * r))
     vectors = vectors[:, -r:]
@@ -190,16 +209,21 @@ def _rotate_to_agreement(white: Tensor, observed: Tensor) -> Tensor:
     return F.normalize(vectors.reshape(k, r, r), dim=1)
 
 
-def _compare_coordinates(coordinates: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
-    """Covariances of all modalities by direction, (K, K, R), and their mean over pairs, (R,)."""
+def _compare_coordinates(
+    coordinates: Tensor, observed: Tensor, together: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Covariances of all modalities by direction, (K, K, R), and their mean over pairs, (R,).
+
+    In the mean a pair of modalities counts by its cells.
+    """
     k, r = coordinates.shape[1:]
     covariance, is_known = coordinates.new_zeros(k, k, r), torch.eye(k, dtype=torch.bool)
     for first, second in combinations_with_replacement(range(k), 2):
-        both = observed[:, first] & observed[:, second]
-        if both.any():
+        if together[first, second]:
+            both = observed[:, first] & observed[:, second]
             value = (coordinates[both, first] * coordinates[both, second]).mean(0)
             covariance[first, second] = covariance[second, first] = value
             is_known[first, second] = is_known[second, first] = True
-    is_pair = is_known & ~torch.eye(k, dtype=torch.bool)
-    agreement = covariance[is_pair].mean(0)
+    weight = together.masked_fill(torch.eye(k, dtype=torch.bool), 0)[:, :, None]
+    agreement = (covariance * weight).sum((0, 1)) / weight.sum()
     return torch.where(is_known[:, :, None], covariance, agreement), agreement

@@ -19,8 +19,8 @@ def transfer_weights(
 ) -> None:
     """Set a model to the weights of another one, as far as both know the same.
 
-    What the other model does not know stays as it is: modalities, biological batches, and
-    discriminator and common space where the modalities are not the same.
+    What the other model does not know stays as it is: modalities, biological batches, and the
+    discriminator where the modalities are not the same. So does the common space.
 
     Args:
         model: to be changed; of the sizes of the other model.
@@ -36,6 +36,8 @@ def transfer_weights(
     sources = [modalities.index(name) for name in known]
     for name, tensor in model.state_dict().items():
         module, *rest = name.split(".")
+        if module == "space":  # the first validation fits it to these cells
+            continue
         if module in ("trunks", "decoders"):  # one for each modality
             place = int(rest[0])
             if place not in places:
@@ -56,7 +58,7 @@ def transfer_weights(
             tensor[:, :n_inputs] = values[:, :n_inputs]
         elif module == "combine":
             tensor[places] = values[sources]
-        elif module not in ("discriminator", "space") or model.modalities == list(modalities):
+        elif module != "discriminator" or model.modalities == list(modalities):
             tensor.copy_(values)
 
 

