@@ -2,10 +2,10 @@
 
 The global micro-batch t is the same on 1, 2, 4 or 64 ranks, and rank r of W takes every W-th cell
 of it, from the r-th on. Each stratum s that is not rare gives a fixed number N_s of cells to every
-micro-batch, and at a step all ranks hold equal shares, so that they run the same graph. Cell j of these belongs to lane
-j mod L; the L lanes read from separate blocks, so that ranks do not all decode the same data.
-Segments of a stratum (cells that were appended later) share N_s: they take turns, all lanes at
-once, in proportion to their sizes.
+micro-batch, and at a step all ranks hold equal shares, so that they run the same graph. Cell j of
+these belongs to lane j mod L; the L lanes read from separate blocks, so that ranks do not all
+decode the same data. Segments of a stratum (cells that were appended later) share N_s: they take
+turns, all lanes at once, in proportion to their sizes.
 
 Strata that are owed less than a round, a cell for every lane, take turns in rounds that they share.
 Their shares f_s, in rounds, lie end to end on a line of R shared rounds. Micro-batch t has a round
