@@ -50,9 +50,9 @@ def require_whole_matrix(matrix: Any, n_major: int) -> None:
             got=f"{indptr.dtype} and {indices.dtype}",
             fix=WRITE_ANEW,
         )
-    # Indices are zeros throughout a chunk where there is one feature, or cell, but nowhere else.
-    for part in [data] if 1 in read_matrix_shape(matrix) else [data, indices]:
-        if has_missing_chunks(part):
+    for part in (data, indices):
+        # Indices are zeros throughout a chunk only where there is one feature, or one cell.
+        if has_missing_chunks(part) and (part is data or 1 not in read_matrix_shape(matrix)):
             what, fix = "chunks of the values are missing", "copy the folder, or write it anew"
             raise DataError(what, where=name_part(part), fix=fix)
     ends, n_entries = (int(indptr[0]), int(indptr[-1])), data.shape[0]
