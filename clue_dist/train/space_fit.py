@@ -22,8 +22,9 @@ from clue_dist.train.trainer import Trainer
 # pairs, the more. Held-out pairs tell how much to smooth, and which power of a correlation holds.
 RIDGES = 0.05, 0.3, 1.0
 EXPONENTS = 1.0, 1.5, 2.0, 3.0
-DEFAULT_RIDGE, DEFAULT_EXPONENT = 1.0, 2.0  # where fewer pairs than these are held out:
-FEWEST_CHOOSING = 50
+FEWEST_CHOOSING = 50  # held-out pairs; with fewer the defaults are taken:
+DEFAULT_EXPONENT = 1.5
+SMOOTHING = 2.5  # the ridge where there are as many training pairs as dimensions
 LEAST_MIXING = 0.01
 MOST_SCORED = 500  # held-out pairs of two modalities that choose, as the time grows with its square
 
@@ -71,7 +72,10 @@ def choose_directions(
     Returns:
         Directions and exponent; None if some modality has too few pairs.
     """
-    default = find_directions(cells.mean, cells.observed, DEFAULT_RIDGE)
+    n_pairs = int((cells.observed.sum(1) > 1).sum())
+    # The noise of a covariance falls with the number of pairs, and grows with that of dimensions.
+    ridge = SMOOTHING * cells.mean.shape[2] / max(n_pairs, 1)
+    default = find_directions(cells.mean, cells.observed, ridge)
     if default is None:
         return None
     if (
