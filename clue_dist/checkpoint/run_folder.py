@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-import torch
 from pydantic import AliasChoices, ConfigDict, Field, TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -213,7 +212,10 @@ def load_weights(model: CLUE, folder: Path, fix: str) -> None:
         ResumeError: they are the weights of another model; `fix` is what to do then.
     """
     try:
-        model.load_state_dict(_list_unfitted_space(model) | read_weights(folder))
+        weights = read_weights(folder)
+        if not any(name.startswith("space.") for name in weights):  # of an earlier version
+            weights |= {f"space.{name}": values for name, values in model.space.named_buffers()}
+        model.load_state_dict(weights)
     except UNFIT as error:
         raise ResumeError(
             "the weights do not fit the model of these settings",
@@ -221,10 +223,3 @@ def load_weights(model: CLUE, folder: Path, fix: str) -> None:
             got=list_names((line.strip() for line in str(error).splitlines()), 3),
             fix=f"{fix}, or train again",
         ) from error
-
-
-def _list_unfitted_space(model: CLUE) -> dict[str, Tensor]:
-    """The buffers of the common space as a fresh model has them, for runs that were without."""
-    return {
-        f"space.{name}": torch.zeros_like(values) for name, values in model.space.named_buffers()
-    }

@@ -119,14 +119,15 @@ def evaluate_store(
             "max_cells": max_cells,
             SEEN: holds_training_cells(store, trained_model.seen_cells),
         }
-
-        def write_scores() -> None:
-            text = json.dumps(_replace_nan(result), indent=1, allow_nan=False)
-            with translate_output_errors(out):
-                write_file(out, f"{text}\n")
-
-        ranks.run_on_first(write_scores)
+        ranks.run_on_first(lambda: _write_scores(out, result))
     return result
+
+
+def _write_scores(out: Path, result: dict[str, Any]) -> None:
+    """Write scores as JSON."""
+    text = json.dumps(_replace_nan(result), indent=1, allow_nan=False)
+    with translate_output_errors(out):
+        write_file(out, f"{text}\n")
 
 
 def check_scores_path(out: Path, max_cells: int | None) -> None:

@@ -46,7 +46,7 @@ def fit_common_space(trainer: Trainer, fitting: Batch | None, held_out: Batch | 
     if held_out is not None:
         others = trainer.engine(held_out, None, encode=True).to_cpu()
     trainer.engine.train()
-    model: CLUE = getattr(trainer.engine, "module", trainer.engine).model
+    model: CLUE = trainer.engine.module.model
     # Weights that give NaN keep the space that they have; validation tells of them.
     if trainer.ranks.is_first and all(part is None or part.is_finite for part in (cells, others)):
         chosen = choose_directions(cells, others)

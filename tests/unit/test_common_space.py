@@ -12,13 +12,23 @@ from torch import Tensor
 
 from clue_dist.data.batch import Batch, ObservedModality
 from clue_dist.model.common_space import FEWEST_PAIRED, CommonSpace, Directions, find_directions
-from clue_dist.objective import EncodedCells
+from clue_dist.objective import EncodedCells, Objective
 from clue_dist.ranks import Ranks
 from clue_dist.train.space_fit import choose_directions, fit_common_space
 from clue_dist.train.trainer import Trainer
 from tests.unit.model_helpers import B, draw, small_model
 
 N, D = 2000, 12
+
+
+class DirectEngine:
+    """Takes the place of DeepSpeed's engine."""
+
+    def __init__(self, module: Objective) -> None:
+        self.module, self.eval, self.train = module, module.eval, module.train
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self.module(*args, **options)
 
 
 def draw_modalities(n_cells: int = N, k: int = 2, noise: float = 0.3, seed: int = 0) -> Tensor:
@@ -125,7 +135,7 @@ def test_few_cells_of_a_rare_pair_of_modalities_pull_nothing_towards_them(n_cell
 def test_weights_that_give_nan_keep_the_space() -> None:
     model, batch, _ = small_model()
     setup: Any = SimpleNamespace()
-    trainer = Trainer(model, setup, Ranks(), torch.device("cpu"))
+    trainer = Trainer(DirectEngine(model), setup, Ranks(), torch.device("cpu"))
     fit_common_space(trainer, repeat_cells(batch, 8), batch)
     before = model.model.space.rotation.clone()
     assert model.model.space.is_fitted
@@ -227,7 +237,7 @@ def test_validation_fits_the_space_and_embeddings_lie_in_it() -> None:
     model, batch, _ = small_model(private=0.5)
     clue = model.model
     setup: Any = SimpleNamespace()
-    trainer = Trainer(model, setup, Ranks(), torch.device("cpu"))
+    trainer = Trainer(DirectEngine(model), setup, Ranks(), torch.device("cpu"))
     before, _ = clue.eval().embed_batch(batch)
     fit_common_space(trainer, None, batch)
     assert not clue.space.is_fitted
