@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from clue_dist.checkpoint.run_folder import WEIGHTS, load_weights
 from clue_dist.data.batch import Batch, ObservedModality
+from clue_dist.errors import ResumeError
 from clue_dist.model.common_space import FEWEST_PAIRED, CommonSpace, Directions, find_directions
 from clue_dist.objective import EncodedCells, Objective
 from clue_dist.ranks import Ranks
@@ -270,3 +274,16 @@ def repeat_cells(batch: Batch, times: int) -> Batch:
         for name, seen in batch.modalities.items()
     }
     return Batch(batch.observed.repeat(times, 1), batch.batch_code.repeat(times), modalities)
+
+
+def test_weights_of_earlier_versions_have_no_space(tmp_path: Path) -> None:
+    model, *_ = small_model()
+    weights = {name: values.clone() for name, values in model.model.state_dict().items()}
+    earlier = {name: values for name, values in weights.items() if not name.startswith("space.")}
+    save_file(earlier, tmp_path / WEIGHTS)
+    load_weights(model.model, tmp_path, "fix")
+    assert not model.model.space.is_fitted
+    del weights["space.rotation"]
+    save_file(weights, tmp_path / WEIGHTS)
+    with pytest.raises(ResumeError, match=r"space\.rotation"):
+        load_weights(model.model, tmp_path, "fix")
