@@ -149,7 +149,12 @@ def require_plain_files(
             got=_describe_special(special),
             fix="put a copy of what it leads to in its place, or convert again",
         )
-    if max_bytes is not None and file_bytes > max_bytes:
+    if max_bytes is not None:
+        _require_size(root, str(name), file_bytes, max_bytes)
+
+
+def _require_size(root: Location, name: str, file_bytes: int, max_bytes: int) -> None:
+    if file_bytes > max_bytes:
         raise StoreError(
             "a file of the store is larger than it can be",
             where=f"{root}/{name}",
@@ -229,7 +234,7 @@ def read_file(
         name: the file's path inside the store.
         optional: whether a store may lack the file. A server that does not let us list a bucket
             answers "permission denied" for a missing file; an optional one then counts as missing.
-        max_bytes: limit of the file's size, checked where the store lies in a folder.
+        max_bytes: limit of the file's size. In a folder it is checked before the file is read.
 
     Returns:
         The file's bytes; None where there is no such file.
@@ -251,6 +256,7 @@ def read_file(
         raise translate_read_error(
             error, root, "a file of the store cannot be read", where=root / name
         ) from None
+    _require_size(root, name, len(found.value), max_bytes)
     return bytes(found.value)
 
 

@@ -5,6 +5,7 @@ A chunk that is missing, truncated or altered raises an error; it is never serve
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -275,20 +276,26 @@ class SegmentReader:
     def _open(self, spec: ArraySpec) -> Any:
         """Open an array, if its zarr.json says what the manifest makes of it."""
         folder = self.root / spec.path
-        location.require_plain_files(
-            self.root, f"{spec.path}/zarr.json", max_bytes=layout.MAX_METADATA_BYTES
-        )
-        request = {
-            "driver": "zarr3",
-            "kvstore": location.open_kvstore(self.root, spec.path),
-            "fill_missing_data_reads": False,  # a missing chunk is an error, not zeros
-        }
+        what = "an array of the store cannot be opened"
         try:
+            # TensorStore would read it without a limit, and its parser of JSON ends the process
+            # where lists are nested too deep.
+            content = location.read_file(
+                self.root, f"{spec.path}/zarr.json", max_bytes=layout.MAX_METADATA_BYTES
+            )
+            if content is None:
+                raise ValueError("zarr.json is missing")
+            request = {
+                "driver": "zarr3",
+                "kvstore": location.open_kvstore(self.root, spec.path),
+                "metadata": json.loads(content),
+                "assume_metadata": True,
+                "fill_missing_data_reads": False,  # a missing chunk is an error, not zeros
+            }
             array = ts.open(
                 request, read=True, open=True, context=self._context, recheck_cached_data=False
             ).result()
-        except (ValueError, OSError) as error:
-            what = "an array of the store cannot be opened"
+        except (ValueError, RecursionError, OSError) as error:
             raise location.translate_read_error(
                 error, self.root, what, where=folder, fix=CHECK_FIX
             ) from None

@@ -35,6 +35,7 @@ from data_prep.readers.matrix_market import (
 from data_prep.readers.mtx_files import list_matrices
 from data_prep.readers.other_formats import (
     UNKNOWN,
+    FolderSearch,
     describe_other_file,
     describe_other_folder,
 )
@@ -189,7 +190,7 @@ def find_format(location: Location) -> InputFormat:
         return found
     if isinstance(location, Path) and not has_zarr(location):
         if location.is_dir():
-            raise describe_other_folder(location, list_inputs_below(location), list_format_names())
+            raise describe_other_folder(location, find_inputs_below(location), list_format_names())
         if not has_hdf5(location):
             raise describe_other_file(location, list_format_names())
     with open_container(location) as file:
@@ -219,28 +220,30 @@ def locate_input(path: Path) -> Path:
     """
     if not path.is_dir() or _match_format(path):
         return path
-    below = list_inputs_below(path)
-    return below[0] if len(below) == 1 else path
+    below = find_inputs_below(path)
+    return below.inputs[0] if len(below.inputs) == 1 and below.is_whole else path
 
 
-def list_inputs_below(folder: Path) -> list[Path]:
-    """The inputs in a folder and in those below it, first what is usually meant.
+def find_inputs_below(folder: Path) -> FolderSearch:
+    """Find the inputs in a folder and in those below it, of its first `_MOST_ENTRIES` entries.
 
     Tables as text are passed over: reports are written as such.
     """
     found: list[Path] = []
-    waiting, n_seen = deque([(folder, 0)]), 0
-    while waiting and n_seen < _MOST_ENTRIES:
+    waiting, n_entries, is_whole = deque([(folder, 0)]), 0, True
+    while waiting and is_whole:
         current, depth = waiting.popleft()
         with suppress(OSError):  # a folder that may not be read
             entries = sorted(current.iterdir())
-            n_seen += len(entries)
-            for entry in entries[:_MOST_ENTRIES]:
+            is_whole = len(entries) <= _MOST_ENTRIES - n_entries
+            for entry in entries[: _MOST_ENTRIES - n_entries]:
+                n_entries += 1
                 if _is_input_below(entry):
                     found.append(entry)
                 elif entry.is_dir() and depth < _DEEPEST_FOLDER and not has_zarr(entry):
                     waiting.append((entry, depth + 1))
-    return sorted(found, key=lambda path: _rank_input(path.relative_to(folder)))
+    found.sort(key=lambda path: _rank_input(path.relative_to(folder)))
+    return FolderSearch(found, n_entries, is_whole)
 
 
 def _is_input_below(entry: Path) -> bool:

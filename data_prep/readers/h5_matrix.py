@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
+import zarr
 
 from clue_dist.errors import DataError
 from data_prep.readers.h5_file import WRITE_ANEW, is_array, name_part, open_part, read_stretch
@@ -13,6 +14,7 @@ from data_prep.readers.source import PROBED_VALUES, looks_whole, require_real_nu
 from data_prep.readers.zarr_file import has_missing_chunks
 
 MISFIT = "the sparse matrix is damaged: its indptr does not fit its data"
+_PROBED_INDICES = 2**20  # of a row that may be several
 
 # Before anndata had encoding types, h5sparse wrote sparse matrices.
 _H5SPARSE = {"csr": "csr_matrix", "csc": "csc_matrix"}
@@ -58,6 +60,29 @@ def require_whole_matrix(matrix: Any, n_major: int) -> None:
     ends, n_entries = (int(indptr[0]), int(indptr[-1])), data.shape[0]
     if ends != (0, n_entries):
         raise DataError(MISFIT, where=where, got=ends, expected=(0, n_entries), fix=WRITE_ANEW)
+    _require_first_row(indptr, indices)
+
+
+def _require_first_row(indptr: Any, indices: Any) -> None:
+    """Refuse a matrix in Zarr whose first chunks of indptr were lost.
+
+    They are read as zeros: as rows without values, and one row with the values of all of these. Its
+    indices then begin anew where that of the next row began. Chunks that hold zeros alone are not
+    written, so that absence alone says nothing.
+    """
+    if not isinstance(indptr, zarr.Array):
+        return
+    width = indptr.chunks[0]
+    for first in range(0, indptr.shape[0], width):
+        values = indptr[first : first + width]
+        if values.any():
+            break
+    else:
+        return
+    stop = min(int(values[np.flatnonzero(values)[0]]), _PROBED_INDICES)
+    if first and (np.diff(read_stretch(indices, 0, stop).astype(np.int64)) <= 0).any():
+        what, fix = "chunks of indptr are missing", "copy the folder, or write it anew"
+        raise DataError(what, where=name_part(indptr), fix=fix)
 
 
 def require_inside_matrix(indices: np.ndarray, size: int, what: str, where: str) -> None:

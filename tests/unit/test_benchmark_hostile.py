@@ -1,6 +1,7 @@
 """A few hostile inputs of every group: refused with a clear error or right; crashes are counted."""
 
 import importlib
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -15,7 +16,7 @@ import pytest
 
 from clue_dist.errors import ConfigError, StoreError, TrainingError
 from tests.benchmarks.hostile import __main__ as hostile
-from tests.benchmarks.hostile import changes, hdf5, spoil, watch
+from tests.benchmarks.hostile import changes, hdf5, probe, spoil, watch
 from tests.benchmarks.hostile.__main__ import Hostile
 from tests.benchmarks.hostile.probe import GROUPS
 from tests.benchmarks.hostile.trial import Trial, WrongValues, run_data_prep
@@ -49,16 +50,21 @@ def test_inputs_are_refused_or_right(folder: Path, group: str) -> None:
 def test_inputs_are_tried_in_a_process_that_is_started_anew_where_one_ends_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    ends = {1: partial(os._exit, 3), 2: partial(sum, itertools.repeat(1))}
+
     def spoil_toy(base: Path, folder: Path, number: int, rng: Random) -> Trial:
-        attempt = partial(os._exit, 3) if number == 1 else partial(int, "7")
-        return Trial(f"{base.name} {number}", {"a": attempt})
+        return Trial(f"{base.name} {number}", {"a": ends.get(number, partial(int, "7"))})
+
+    monkeypatch.setattr(probe, "LIMIT", 0)  # ends what computes for more than a second
 
     context = multiprocessing.get_context("fork")  # which has imported everything
     monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
     monkeypatch.setitem(GROUPS, "toy", (lambda base: None, spoil_toy))
-    found = hostile.try_inputs("toy", tmp_path, range(3), seed=0)
-    assert (found["inputs"], found["right"], found["crashed"]) == (3, 2, 1)
-    assert found["crashes"][0]["told"] == {"process": "ended by signal or code 3"}
+    found = hostile.try_inputs("toy", tmp_path, range(4), seed=0)
+    assert (found["inputs"], found["right"], found["crashed"]) == (4, 2, 2)
+    told = [crash["told"]["process"] for crash in found["crashes"]]
+    assert told == ["ended by signal or code 3", "no answer in time"]
+    assert "test_benchmark_hostile" in (tmp_path / "probe.log").read_text()
 
 
 @pytest.mark.parametrize(

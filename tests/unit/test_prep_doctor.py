@@ -192,23 +192,24 @@ def test_a_column_that_is_no_batch_is_left_out(here: Path, shell: Shell) -> None
     assert "--batch-key none: the modalities of 20 cells disagree on their batch" in said
 
 
-def test_files_with_other_features(here: Path, shell: Shell) -> None:
-    counts = make_counts(40, 12)
-    write_h5ad(here / "rna1.h5ad", counts.iloc[:20, :10])
-    write_h5ad(here / "rna2.h5ad", counts.iloc[20:, 2:])
-    said = shell.run_words("doctor", "rna1.h5ad", "rna2.h5ad")
-    assert "8 are in every file, 80% of those of each file at least\n" in said
-    assert "convert rna=rna1.h5ad rna=rna2.h5ad --features rna=intersection --out" in said
-
-
-def test_an_intersection_that_loses_most_features_is_not_proposed(here: Path, shell: Shell) -> None:
+@pytest.mark.parametrize(
+    ("first", "second", "said", "choice"),
+    [
+        (slice(10), slice(2, 12), "8 are in every file, 80% of those of each", "intersection"),
+        (slice(12), slice(10, 22), "2 are in every file, only 17% of those of the largest; absent "
+         "ones become zero", "union"),
+    ],
+    ids=["most in common", "few in common"],
+)  # fmt: skip
+def test_files_with_other_features(
+    here: Path, shell: Shell, first: slice, second: slice, said: str, choice: str
+) -> None:
     counts = make_counts(40, 22)
-    write_h5ad(here / "rna1.h5ad", counts.iloc[:20, :12])
-    write_h5ad(here / "rna2.h5ad", counts.iloc[20:, 10:])
-    said = shell.run_words("doctor", "rna1.h5ad", "rna2.h5ad")
-    assert "2 are in every file, only 17% of those of the largest; absent ones become zero" in said
+    write_h5ad(here / "rna1.h5ad", counts.iloc[:20, first])
+    write_h5ad(here / "rna2.h5ad", counts.iloc[20:, second])
+    assert said in shell.run_words("doctor", "rna1.h5ad", "rna2.h5ad")
     words = shell.consult_doctor("rna1.h5ad", "rna2.h5ad")
-    assert words == "rna=rna1.h5ad rna=rna2.h5ad --features rna=union"
+    assert words == f"rna=rna1.h5ad rna=rna2.h5ad --features rna={choice}"
     assert shell.convert(words) == {"rna": 40}
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from clue_dist.errors import DataError
 from data_prep.cli.inputs import parse_argument
+from data_prep.readers import formats
 from data_prep.readers.formats import describe_file, find_format
 from tests.unit.prep_helpers import (
     convert_files,
@@ -57,6 +58,8 @@ _OF_R = b"X\n\x00\x00\x00\x03" + bytes(20)
         ("a.h5ad", b"", "an empty file"),
         ("b.h5ad", b"<!DOCTYPE html><p>404", "a web page"),
         ("c.h5ad", b"no HDF5", "named as an HDF5 file"),
+        ("e.txt", b"PK1 and PK2 are kinases\n", "a text that begins 'PK1 and"),
+        ("f.txt", b"CRAMP1 PAR1 BZhX\n", "a text that begins 'CRAMP1"),
         ("d.bin", b"\x00\xff\x01", "binary"),
         ("barcodes.tsv.gz", gzip.compress(b"AC-1\nGT-1\n"), "list of names: AC-1, GT-1"),
         ("cells.csv", b"cell,sex\nA,f\nB,m\n", "a text that begins 'cell,sex'"),
@@ -123,6 +126,19 @@ def test_the_only_input_below_is_taken(
     store = convert_files(tmp_path / "s.zarr", f"rna={typed}")
     assert read_counts(store, "rna").to_numpy().sum() == counts.to_numpy().sum()
     assert len(folders) > 1 or f"{folders[0]} is what is read" in capsys.readouterr().err
+
+
+def test_a_folder_of_more_than_is_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its only input may not be the only one, and none may not be none."""
+    monkeypatch.setattr(formats, "_MOST_ENTRIES", 3)
+    for number in range(4):
+        (tmp_path / f"{number}.txt").touch()
+    with pytest.raises(DataError, match=r"no input lies(.|\n)*in its first 3 files and folders"):
+        find_format(tmp_path)
+    write_h5ad(tmp_path / "0.h5ad", make_counts(20, 8))
+    assert parse_argument(f"rna={tmp_path}").path == tmp_path
+    with pytest.raises(DataError, match=r"too large(.|\n)*0.h5ad, in its first 3 f(.|\n)*0.h5ad`"):
+        find_format(tmp_path)
 
 
 def test_h5ad_below_a_folder(tmp_path: Path) -> None:

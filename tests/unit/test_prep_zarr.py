@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+import zarr
 
 from clue_dist.errors import DataError, StoreError
 from tests.s3 import serve
@@ -102,6 +103,35 @@ def test_folder_that_was_half_copied(tmp_path: Path, array: str) -> None:
     (path / "X" / array / "c" / "0").unlink()
     with pytest.raises(DataError, match="chunks of the values are missing"):
         convert_files(tmp_path / "s.zarr", f"rna={path}")
+
+
+def _write_small_chunks(path: Path, counts: pd.DataFrame) -> Path:
+    """Write an AnnData whose indptr has chunks of five numbers; those of zeros are not written."""
+    root = zarr.open_group(_write_zarr(path, counts))
+    values = root["X/indptr"][:]
+    del root["X/indptr"]
+    root.create_array("X/indptr", data=values, chunks=(5,))
+    zarr.consolidate_metadata(path)
+    return path
+
+
+@pytest.mark.parametrize("n_lost", [1, 2])
+def test_first_chunks_of_indptr_that_were_lost(tmp_path: Path, n_lost: int) -> None:
+    """What is left is a matrix of cells without counts, and of one that has them all."""
+    path = _write_small_chunks(tmp_path / "a.zarr", make_counts(40, 12))
+    for number in range(n_lost):
+        (path / "X/indptr/c" / str(number)).unlink()
+    with pytest.raises(DataError, match="chunks of indptr are missing"):
+        convert_files(tmp_path / "s.zarr", f"rna={path}")
+
+
+def test_cells_without_counts_have_no_chunks_of_indptr(tmp_path: Path) -> None:
+    counts = make_counts(40, 12)
+    counts.iloc[:15] = 0
+    path = _write_small_chunks(tmp_path / "a.zarr", counts)
+    assert not (path / "X/indptr/c/0").exists()
+    store = convert_files(tmp_path / "s.zarr", f"rna={path}")
+    assert_same_counts(read_counts(store, "rna"), counts.iloc[15:])
 
 
 def test_array_that_claims_more_than_there_is(tmp_path: Path) -> None:

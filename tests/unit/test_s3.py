@@ -117,6 +117,15 @@ def test_http_serves_a_public_store_too(
     assert check_store(f"{s3.url}/cells/public.zarr") == []
 
 
+def test_metadata_too_large_to_be_parsed(s3: S3, local: Store, tmp_path: Path) -> None:
+    """TensorStore's parser would end the process."""
+    assert isinstance(local.root, Path)
+    root = shutil.copytree(local.root, tmp_path / "s.zarr")
+    (root / "strata/rna+adt/rna/codes/zarr.json").write_text("[" * 200_000 + "]" * 200_000)
+    with pytest.raises(StoreError, match="larger than it can be"):
+        blocks(Store(s3.upload(root, "nested.zarr")))
+
+
 def test_new_cells_take_their_features_from_a_url(s3: S3, tmp_path: Path) -> None:
     trained = convert_files(
         tmp_path / "t.zarr",

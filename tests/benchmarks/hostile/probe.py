@@ -37,7 +37,10 @@ GROUPS: dict[str, tuple[Callable[[Path], None], Make]] = {
     "config": (runs.make_cells, runs.spoil_config),
     "run": (runs.make_run, runs.spoil_run),
 }
-LIMIT = 30  # seconds an input may take, on a machine that is busy with something else
+LIMIT = 30  # seconds an input may compute, in all threads of the process
+# Seconds an input may take, which only one that waits for something should reach: a machine that is
+# busy gives a process a tenth of a core, or less.
+WAIT_LIMIT = 600
 MEMORY = 3 * 2**30  # bytes an input may ask for
 # Arenas take address space, which is limited.
 LIMITS = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "4"}
@@ -62,12 +65,12 @@ class Prober:
             other.close()
         self._pipe.send(number)
         with suppress(EOFError, ConnectionError):
-            if self._pipe.poll(LIMIT + 30):  # the process ends itself before
+            if self._pipe.poll(WAIT_LIMIT + 30):  # the process ends itself before
                 return dict(self._pipe.recv())
         self._process.kill()
         self._process.join()
         code, self._process = self._process.exitcode, None
-        late = code in (-signal.SIGKILL, 1)
+        late = code in (-signal.SIGKILL, -signal.SIGXCPU, 1)
         told = {"process": "no answer in time" if late else f"ended by signal or code {code}"}
         what = f"input {number}"
         return {"number": number, "what": what, "end": "crashed", "told": told, "ran": []}
@@ -84,14 +87,24 @@ def serve_trials(pipe: Connection, group: str, folder: Path, seed: int) -> None:
     for stream in (1, 2):
         os.dup2(log, stream)
     plant_canary(folder / "canary")
+    faulthandler.register(signal.SIGXCPU, log, chain=True)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for number in iter(pipe.recv, None):
-        faulthandler.dump_traceback_later(LIMIT, exit=True)  # with exit code 1
+        faulthandler.dump_traceback_later(WAIT_LIMIT, exit=True, file=log)  # with exit code 1
+        limit_computing(LIMIT)
         # What asks for MEMORY more than there is fails, instead of filling the machine.
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
         pipe.send(make_trial(group, folder, number, seed))
         faulthandler.cancel_dump_traceback_later()
+
+
+def limit_computing(seconds: int) -> None:
+    """End this process, with SIGXCPU, once it has computed so long from now on."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    limit = int(usage.ru_utime + usage.ru_stime) + 1 + seconds
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
 
 
 def make_trial(group: str, folder: Path, number: int, seed: int) -> dict[str, Any]:
