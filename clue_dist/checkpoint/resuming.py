@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clue_dist import config as configs
+from clue_dist.checkpoint.kept_config import follow_kept_config, load_kept_config
 from clue_dist.checkpoint.lost_work import require_no_lost_work, require_whole_copies
 from clue_dist.checkpoint.run_folder import (
     CHECKPOINT_NAME,
@@ -55,6 +56,7 @@ class StartingPoint:
 
     state: RunState
     checkpoint: Path | None  # folder of the checkpoint to go on from; None at step 0
+    config: Config  # the settings to train with, see `follow_kept_config`
     changes: dict[str, tuple[Any, Any]]  # what each changed setting was and is, by dotted path
 
     def is_within(self, run_folder: Path) -> bool:
@@ -68,6 +70,12 @@ class StartingPoint:
     def describe_changes(self) -> str:
         """Say on one line which settings differ from those of the run, and how."""
         return ", ".join(f"{key} {change}" for key, change in self.format_changes().items())
+
+    def describe_inherited(self, config: Config) -> str | None:
+        """Say which settings a config leaves out that the run has otherwise than the default."""
+        inherited = configs.compare_settings(config, self.config)
+        settings = ", ".join(f"{key}={value}" for key, (_, value) in inherited.items())
+        return f"goes on as the run began, with {settings}" if settings else None
 
 
 def find_starting_point(
@@ -99,12 +107,14 @@ def find_starting_point(
     checkpoint = choose_checkpoint(run_folder, resume, ranks, reads_all=reads_all)
     if checkpoint is None:
         state = RunState(step=0, world=ranks.world, fingerprint=fingerprint)
-        return StartingPoint(replace(state, origin=str(origin) if origin else None), None, {})
+        state = replace(state, origin=str(origin) if origin else None)
+        return StartingPoint(state, None, config, {})
+    kept = load_kept_config(checkpoint.parent.parent)
+    config = follow_kept_config(config, kept)
     state = require_same_run(run_folder, config, fingerprint, checkpoint)
     if origin is not None:
         _require_origin(run_folder, state, origin.parent.parent)
-    changes = configs.compare_settings(_load_saved_config(checkpoint), config)
-    return StartingPoint(state, checkpoint, changes)
+    return StartingPoint(state, checkpoint, config, configs.compare_settings(kept, config))
 
 
 def _require_origin(run_folder: Path, state: RunState, earlier_run: Path) -> None:
@@ -230,19 +240,6 @@ def _began_with(resume: str, checkpoints: list[Path]) -> bool:
     return was_requeued or state.origin == str(Path(resume).resolve())
 
 
-def _load_saved_config(checkpoint: Path) -> Config:
-    """The settings of the run that a checkpoint belongs to, as its folder keeps them."""
-    path = checkpoint.parent.parent / "config.json"
-    if not path.exists():
-        raise ResumeError(
-            "the run that the checkpoint belongs to lacks its settings",
-            where=path,
-            got="no such file",
-            fix="copy the whole folder of the run",
-        )
-    return configs.load_config(path)
-
-
 def require_same_run(
     run_folder: Path, config: Config, fingerprint: str, checkpoint: Path
 ) -> RunState:
@@ -270,7 +267,7 @@ def require_same_run(
             fix="point --set store=... at the original store, or begin a new run with the weights "
             f"of this one: --init-from {run_folder} --set run=ANOTHER_FOLDER",
         )
-    changed = configs.compare_settings(_load_saved_config(checkpoint), config)
+    changed = configs.compare_settings(load_kept_config(checkpoint.parent.parent), config)
     forbidden = [key for key in changed if not key.startswith(CHANGEABLE)]
     if forbidden:
         raise ResumeError(

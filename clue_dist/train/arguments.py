@@ -144,6 +144,9 @@ def print_plan(setup: Setup, arguments: argparse.Namespace, warm_start: WarmStar
         print(f"  would go on from step {step}{condition}", flush=True)
     elif warm_start is not None:
         print("\n".join(warm_start.describe_weights()), flush=True)
+    inherited = start.describe_inherited(setup.config)
+    if inherited is not None:
+        print(f"  {inherited}", flush=True)
     if start.changes:
         print(f"  differs from the run: {start.describe_changes()}", flush=True)
 

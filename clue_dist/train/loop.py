@@ -87,6 +87,10 @@ def fit(
                 start = replace(start, state=forget_lost_best(setup.run_folder, start.state, ranks))
                 if is_run_finished(setup, start.state):
                     return _leave_finished_run(setup, ranks, start)
+                inherited = start.describe_inherited(setup.config)
+                if inherited is not None and ranks.is_first:
+                    print_line(inherited)
+                setup = replace(setup, config=start.config)
                 trainer, state = _start_trainer(setup, ranks, device, start, warm_start)
             result = _train_steps(trainer, state, start, stop, peers)
             trainer.engine.destroy()

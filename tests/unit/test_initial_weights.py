@@ -105,12 +105,14 @@ def test_a_run_knows_the_cells_of_the_runs_before_it(folder: Path, tmp_path: Pat
         for path, name in ((folder, "old"), (tmp_path, "new"), (tmp_path, "other"))
     )
     setup = make_setup(tmp_path / "new.zarr")
-    begin = StartingPoint(RunState(0, 1, new.fingerprint), None, {})
+    begin = StartingPoint(RunState(0, 1, new.fingerprint), None, setup.config, {})
     earlier = _read_earlier_card(begin, plan_warm_start(folder / "run", setup))
     run = tmp_path / "run"
     write_model_card(run, new, setup.config, earlier)
     # A later attempt knows the run alone, and not what it began with.
-    going_on = StartingPoint(RunState(5, 1, new.fingerprint), run / "checkpoints" / "step-5", {})
+    going_on = StartingPoint(
+        RunState(5, 1, new.fingerprint), run / "checkpoints" / "step-5", setup.config, {}
+    )
     write_model_card(run, new, setup.config, _read_earlier_card(going_on, None))
     seen = read_model_card(run).identities
     assert read_model_card(run).fingerprint == new.fingerprint

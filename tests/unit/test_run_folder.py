@@ -20,7 +20,7 @@ from clue_dist.checkpoint.resuming import (
     set_aside_later_work,
 )
 from clue_dist.checkpoint.run_folder import COMMIT, STATE, WEIGHTS, RunState, read_state
-from clue_dist.config import Config, LogConfig
+from clue_dist.config import Config, LogConfig, ObjectiveConfig
 from clue_dist.errors import ResumeError, SavingError
 from clue_dist.files import translate_write_errors
 from clue_dist.inference.profiles import read_metrics
@@ -275,6 +275,44 @@ def test_settings_that_may_differ_are_listed_with_what_they_were(run_folder: Pat
     changed = config.model_copy(update={"seed": 5})
     with pytest.raises(ResumeError, match=r"changed: seed\n.*no other changes than of store, run"):
         find_starting_point(run_folder, changed, "f", "auto", Ranks())
+
+
+SAME = "contrastive_same_modality"
+
+
+def keep_config(run_folder: Path, **objective: float) -> None:
+    """Write the config of a run; of one that an earlier version began without the setting."""
+    tree = json.loads(SETTINGS.to_json())
+    del tree["objective"][SAME]
+    tree["objective"] |= objective
+    (run_folder / "config.json").write_text(json.dumps(tree))
+
+
+@pytest.mark.parametrize("kept", [{}, {SAME: 0.0}])  # begun by an earlier version; gone on since
+def test_a_run_goes_on_without_what_did_not_exist_when_it_began(
+    run_folder: Path, kept: dict[str, float]
+) -> None:
+    keep_config(run_folder, **kept)
+    start = find_starting_point(run_folder, SETTINGS, "f", "auto", Ranks())
+    assert start.config.objective.contrastive_same_modality == 0.0
+    assert not start.changes
+    assert start.describe_inherited(SETTINGS) == (
+        f"goes on as the run began, with objective.{SAME}=0.0"
+    )
+    same = find_starting_point(run_folder, start.config, "f", "auto", Ranks())
+    assert same.describe_inherited(start.config) is None
+    asked = SETTINGS.model_copy(update={"objective": ObjectiveConfig(**{SAME: 1.0})})
+    with pytest.raises(ResumeError, match=f"changed: objective.{SAME}"):
+        find_starting_point(run_folder, asked, "f", "auto", Ranks())
+
+
+def test_a_run_of_this_version_goes_on_with_all_its_settings(run_folder: Path) -> None:
+    start = find_starting_point(run_folder, SETTINGS, "f", "auto", Ranks())
+    assert start.config == SETTINGS
+    assert start.describe_inherited(SETTINGS) is None
+    keep_config(run_folder, **{SAME: 0.5})
+    with pytest.raises(ResumeError, match=f"changed: objective.{SAME}"):
+        find_starting_point(run_folder, SETTINGS, "f", "auto", Ranks())
 
 
 def test_a_folder_without_the_settings_of_its_run_is_refused(run_folder: Path) -> None:
