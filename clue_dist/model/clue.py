@@ -243,9 +243,9 @@ class CLUE(nn.Module):
         """The experts' means for mixtures of paired cells (mixup, Zhang et al., 2018).
 
         Each paired cell is mixed with a partner of its stratum and lane, by the same share in all
-        of its modalities: a new true pair. A cell stays as it is where its partner is itself or, if
-        `within_batch`, a cell of another biological batch. Rows of unpaired cells hold values that
-        nobody may use.
+        of its modalities: a new true pair. A cell stays as it is where its partner is itself, as
+        each is in a stratum that has one round of the batch, or, if `within_batch`, a cell of
+        another biological batch. Rows of unpaired cells hold values that nobody may use.
 
         Returns:
             (B, K source, K target, d).

@@ -160,6 +160,22 @@ def test_contrast_compares_mixtures_of_pairs() -> None:
     torch.testing.assert_close(out.contrast[:, used], want[:, used])
 
 
+def test_cells_of_a_stratum_with_one_round_are_contrasted_as_they_are() -> None:
+    """A rare stratum that has its turn gives one cell to each lane, with none to mix it with."""
+    model, _, _ = small_model(k=2)
+    model.eval()
+    rows = torch.arange(B)
+    modalities = {f"m{i}": ObservedModality(rows, draw(B, 6, seed=i), rows) for i in range(2)}
+    observed = torch.ones(B, 2, dtype=torch.bool)
+    batch = Batch(observed, torch.zeros(B, dtype=torch.int64), modalities)
+    plain, mixed = (
+        model.model(batch, Noise(0, 0, {"often": 8, "its turn": 4}, 4), mixup=how).contrast[0]
+        for how in ("none", "any")
+    )
+    torch.testing.assert_close(mixed[8:], plain[8:])
+    assert not torch.isclose(mixed[:8], plain[:8]).all((1, 2)).all()
+
+
 def test_mixtures_stay_within_a_biological_batch_if_asked() -> None:
     model, batch, _ = small_model(members=2)
     model.eval()
