@@ -56,6 +56,7 @@ class FakeLoaded:
     latent: int = 3
     private: int = 0
     private_scale: float = 0.2
+    has_common_space: bool = True
     name: str = "step-7"
     seen_cells: frozenset[str] = frozenset()
     model: Any = field(default=None)

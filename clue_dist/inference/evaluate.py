@@ -54,6 +54,11 @@ _JOINT_TITLES = {
     "ari": "ARI",
     "asw": "ASW",
 }
+COMMON_SPACE = "common_space"  # in `about` of the scores: whether the model has one
+_NO_SPACE = (
+    "no common space: training had too few cells with several modalities to fit one, so that "
+    "profiles of different modalities lie apart"
+)
 _NO_SCIB = "kBET of batches, and NMI and ARI of labels, need `pip install 'clue-dist[metrics]'`."
 
 
@@ -118,6 +123,7 @@ def evaluate_store(
             "cells": sum(paired.values()),
             "max_cells": max_cells,
             SEEN: holds_training_cells(store, trained_model.seen_cells),
+            COMMON_SPACE: trained_model.has_common_space,
         }
         ranks.run_on_first(lambda: _write_scores(out, result))
     return result
@@ -213,7 +219,7 @@ def list_space_facts(result: Mapping[str, Any]) -> list[str]:
     """Say in sentences whether z is one space; nothing of scores that an earlier version wrote."""
     # Both directions of a pair say the same of it.
     pairs = {frozenset(name.split("->")): name for name in reversed(select_pairs(result))}
-    facts = []
+    facts = [] if result.get("about", {}).get(COMMON_SPACE, True) else [_NO_SPACE]
     for name in reversed(pairs.values()):
         entry = result[name]
         if "mixing" not in entry:

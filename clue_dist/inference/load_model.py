@@ -46,6 +46,11 @@ class TrainedModel:
         """The factor by which private dimensions are shown smaller."""
         return self.model.private_scale
 
+    @property
+    def has_common_space(self) -> bool:
+        """Whether training could fit a common space."""
+        return self.model.space.is_fitted
+
 
 def load_model(run: Path, checkpoint: str = "best") -> TrainedModel:
     """Load the weights of a run into a model.

@@ -81,6 +81,11 @@ class LoadedModel(Protocol):
         """The factor by which private dimensions are shown smaller."""
         ...
 
+    @property
+    def has_common_space(self) -> bool:
+        """Whether training could fit a common space."""
+        ...
+
 
 @dataclass(frozen=True)
 class SegmentSlice:
