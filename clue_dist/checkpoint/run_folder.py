@@ -7,6 +7,9 @@
     RUN/best/step-00001100/          weights.safetensors, state.json and COMMIT.json of the best
                                      validation
 
+A checkpoint holds weights, optimizer and buffers. The buffers of the common space are fitted at
+validations alone: in between, they are older than the weights, which they do not train.
+
 COMMIT.json holds the size and SHA-256 of every file beside it; a file that differs is not used.
 Each rank writes its shards of weights and optimizer (shards.py), and any number of ranks reads
 them. No file is a pickle.
