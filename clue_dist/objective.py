@@ -18,13 +18,14 @@ from torch.nn import functional as F
 
 from clue_dist.config import ObjectiveConfig
 from clue_dist.data.batch import Batch
-from clue_dist.model.clue import CLUE, CLUEOutput, Mixup
+from clue_dist.model.clue import CLUE, CLUEOutput, Mixup, Posterior
 from clue_dist.model.noise import Noise
 from clue_dist.model.posterior import compute_information, compute_kl_to_prior
 
 # Held-out cells among which InfoNCE looks for a cell's partner: about as many as in a batch, as
 # the time grows with their square.
 MOST_CONTRASTED = 500
+_NO_CANDIDATE = -1e4  # logits are cosines times 100 at most
 
 
 def compute_elbo_self(output: CLUEOutput, observed: Tensor, weight: Tensor, beta: float) -> Tensor:
@@ -124,13 +125,13 @@ def compute_info_nce(
     Returns:
         The mean over directions, pairs and the M members, ().
     """
-    z = F.normalize(z, dim=-1).transpose(0, 1)  # (B, M, K source, .)
+    # Nothing of what stands where a modality is not observed may reach a sum.
+    z = F.normalize(z.masked_fill(~observed[..., None], 0.0), dim=-1)
+    z = z.transpose(0, 1)  # (B, M, K source, .)
     every_z, every_observed, every_code, first = z, observed, batch_code, 0
     if across_ranks:
         every_z, every_observed, every_code, first = _gather_ranks(z, observed, batch_code)
-    members = z.shape[1]
     place = first + torch.arange(len(z), device=z.device)  # of this rank's cells among all
-    partner = place.expand(members, -1)
     is_own = place[:, None] == torch.arange(len(every_z), device=z.device)
     total, pairs = z.new_zeros(()), z.new_zeros(())
     for a, b in combinations(range(observed.shape[1]), 2):
@@ -138,20 +139,34 @@ def compute_info_nce(
         allowed = column[None]
         if within_batch:
             allowed = allowed & (batch_code[:, None] == every_code[None])
+        # What is added to logits: minus infinity, in effect, where a key is no candidate. Infinity
+        # itself would have no gradient where a cell has no candidate at all.
+        bias = z.new_zeros(is_own.shape).masked_fill(~allowed & row[:, None], _NO_CANDIDATE)
+        bias_of_others = bias.masked_fill(is_own, _NO_CANDIDATE)
         for source, target in ((a, b), (b, a)):
-            rows, columns = z[:, :, source].transpose(0, 1), every_z[:, :, target].permute(1, 2, 0)
-            logits = log_scale.exp() * rows @ columns  # (M, B, global B)
-            logits = logits.masked_fill(~allowed, -torch.inf)
+            queries = log_scale.exp() * z[:, :, source].transpose(0, 1)  # (M, B, .)
+            partners = every_z[place, :, target].transpose(0, 1)
+            total_odds = _sum_odds(queries, every_z[:, :, target], bias)
             if same_modality:
-                others = log_scale.exp() * rows @ every_z[:, :, source].permute(1, 2, 0)
-                others = others + math.log(same_modality)
-                others = others.masked_fill(~allowed | is_own, -torch.inf)
-                logits = torch.cat([logits, others], -1)  # (M, B, 2 x global B)
-            logits = logits.masked_fill(~row[:, None], 0.0)
-            losses = F.cross_entropy(logits.flatten(0, 1), partner.flatten(), reduction="none")
-            total = total + (losses.view(members, -1).mean(0) * row).sum()
+                odds = _sum_odds(queries, every_z[:, :, source], bias_of_others)
+                total_odds = torch.logaddexp(total_odds, odds + math.log(same_modality))
+            losses = total_odds - (queries * partners).sum(-1)
+            total = total + (losses.mean(0) * row).sum()
         pairs = pairs + row.sum()
     return total / (2 * pairs).clamp_min(1)
+
+
+def _sum_odds(queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
+    """The log of the sum of exp(query . key + bias) over keys, (M, B).
+
+    Memory is that of one matrix of logits for each call: they are never put side by side.
+
+    Args:
+        queries: (M, B, .).
+        keys: (N, M, .).
+        bias: (B, N).
+    """
+    return torch.baddbmm(bias, queries, keys.permute(1, 2, 0)).logsumexp(-1)
 
 
 def _gather_ranks(
@@ -188,7 +203,7 @@ class _GatherWithGradient(torch.autograd.Function):
 class HeldOutScores(NamedTuple):
     """What cells that training does not see say of the model."""
 
-    latents: dict[str, Tensor]  # z from each modality alone, as `CLUE.embed_batch` gives them
+    posterior: Posterior  # of which `CLUE.read_latents` makes z, once the common space is fitted
     minus_elbo: Tensor  # (B,), minus both ELBOs of each cell, by their weights in the loss
     # Minus the ELBOs by modality ("self/rna"), means over the cells that have it, and InfoNCE by
     # pair of modalities ("contrastive/rna-adt"), () each; no weight of the loss enters.
@@ -201,6 +216,12 @@ class EncodedCells(NamedTuple):
     mean: Tensor  # (B, K source, K * a), posterior means
     nats: Tensor  # (B, K), that a modality tells of its own z_k
     observed: Tensor  # (B, K) bool
+
+    @classmethod
+    def select_aligned(cls, posterior: Posterior, observed: Tensor, n_aligned: int) -> EncodedCells:
+        """Select what concerns the a aligned dimensions of a posterior."""
+        mean, log_var = posterior.mean[..., :n_aligned], posterior.log_var[..., :n_aligned]
+        return cls(mean.flatten(2), compute_information(mean, log_var), observed)
 
     @property
     def is_finite(self) -> bool:
@@ -239,7 +260,7 @@ class Objective(nn.Module):
         by_modality: bool = False,
         held_out: bool = False,
         encode: bool = False,
-    ) -> tuple[Tensor, dict[str, Tensor]] | HeldOutScores | EncodedCells:
+    ) -> tuple[Tensor, dict[str, Tensor]] | HeldOutScores | Posterior:
         """Compute the loss of a micro-batch, or score held-out cells, or encode cells.
 
         Every call goes through the engine, so that ZeRO-3 gathers the parameters that it needs.
@@ -254,13 +275,10 @@ class Objective(nn.Module):
             encode: whether to encode the cells instead.
 
         Returns:
-            The loss () and its terms without their weights; or the scores; or the encoded cells.
+            The loss () and its terms without their weights; or the scores; or the posterior.
         """
         if encode:
-            posterior, a = self.model.encode_batch(batch), self.model.n_aligned
-            mean, log_var = posterior.mean[..., :a], posterior.log_var[..., :a]
-            nats = compute_information(mean, log_var)
-            return EncodedCells(mean.flatten(2), nats, batch.observed)
+            return self.model.encode_batch(batch)
         assert noise is not None
         if held_out:
             return self._score_held_out(batch, noise)
@@ -322,11 +340,10 @@ class Objective(nn.Module):
             config.lambda_self * compute_elbo_self(output, observed, weight, config.lambda_kl)
             + config.lambda_cross * compute_elbo_cross(output, observed, weight, config.lambda_kl)
         )
-        _, latents = self.model.read_latents(batch, output.posterior)
         terms = self._split_by_modality(output, batch, config.lambda_kl)
         if config.lambda_contrastive:
             terms |= self._contrast_pairs(output, batch)
-        return HeldOutScores(latents, minus_elbo, terms)
+        return HeldOutScores(output.posterior, minus_elbo, terms)
 
     def _split_by_modality(
         self, output: CLUEOutput, batch: Batch, beta: float

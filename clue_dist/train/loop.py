@@ -29,9 +29,9 @@ from clue_dist.train.meter import Meter
 from clue_dist.train.not_finite import judge_outcome
 from clue_dist.train.setup import Setup, is_run_finished
 from clue_dist.train.sinks import Sinks
-from clue_dist.train.space_fit import fit_common_space
+from clue_dist.train.space_fit import explain_missing_space
 from clue_dist.train.step import train_step
-from clue_dist.train.trainer import Trainer
+from clue_dist.train.trainer import Trainer, ValidationCells
 from clue_dist.train.validate import format_best_weights, validate_model
 
 
@@ -149,17 +149,13 @@ def _train_steps(
 ) -> TrainingResult:
     """The loop, from `state` on until the run is finished or a signal asks to stop."""
     setup, engine, ranks = trainer.setup, trainer.engine, trainer.ranks
-    settings, held_out = setup.config.train, trainer.load_held_out_batch()
-    fitting = trainer.load_fitting_batch()
+    settings, validation_cells = setup.config.train, trainer.load_validation_cells()
     sinks = Sinks(setup.run_folder, setup.config, setup.total_steps, state.step, ranks)
     loader = trainer.open_loader(state.step)
     saver = Saver(setup.run_folder, engine, ranks, settings.keep, _make_record_keeper(setup, sinks))
     # An error is announced first, so that other ranks do not wait while this one closes the rest.
     with sinks, loader, saver, peers.announce_errors():
-        sinks.print_message(_format_greeting(trainer, state))
-        if start.changes:
-            # At the first step that they hold for: that line goes where that step is undone.
-            sinks.write_event("settings changed", state.step + 1, start.format_changes())
+        _announce_start(trainer, validation_cells, state, start, sinks)
         state = replace(state, world=ranks.world)
         meter = Meter(trainer, loader, saver, state.logged)
         done = False
@@ -173,8 +169,7 @@ def _train_steps(
             if is_last or is_due(state, setup.config.log.every):
                 sinks.write_numbers("train", state.step, meter.read_means(state.step))
             if is_last or is_due(state, settings.validate_every):
-                fit_common_space(trainer, fitting, held_out)
-                state = validate_model(trainer, held_out, state, sinks)
+                state = validate_model(trainer, validation_cells, state, sinks)
                 if state.best_step == state.step:
                     saver.save_best_weights(state)
             done = is_run_finished(setup, state) or outcome.stop_requested
@@ -188,6 +183,23 @@ def _train_steps(
         if explanation is not None:
             sinks.print_message(explanation)
     return TrainingResult(state, is_run_finished(setup, state))
+
+
+def _announce_start(
+    trainer: Trainer,
+    validation_cells: ValidationCells,
+    state: RunState,
+    start: StartingPoint,
+    sinks: Sinks,
+) -> None:
+    """Say where training begins, which settings changed, and what the cells do not allow."""
+    sinks.print_message(_format_greeting(trainer, state))
+    explanation = explain_missing_space(trainer.model.modalities, validation_cells.fitting)
+    if explanation is not None:
+        sinks.print_message(explanation)
+    if start.changes:
+        # At the first step that they hold for: that line goes where that step is undone.
+        sinks.write_event("settings changed", state.step + 1, start.format_changes())
 
 
 def _make_record_keeper(setup: Setup, sinks: Sinks) -> Callable[[Kind], None]:

@@ -28,6 +28,8 @@ from clue_dist.train.projection_start import ProjectionStart, choose_projection_
 
 MOST_FITTING_CELLS = 4000  # on which the common space is fitted, but for
 FEWEST_FITTING_CELLS = 200  # of each segment with several modalities, or all
+MOST_PATTERN_CELLS = 1500  # on which islands are measured, but for
+FEWEST_PATTERN_CELLS = 20  # of each segment, or all
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,30 @@ class Setup:
             for segment, n_cells in self.train_cells.items()
             if len(self.store.segments[segment].modalities) > 1
         }
-        part = min(1.0, MOST_FITTING_CELLS / max(1, sum(paired.values())))
+        return self._load_first_cells(paired, MOST_FITTING_CELLS, FEWEST_FITTING_CELLS)
+
+    def load_pattern_batch(self) -> Batch | None:
+        """Load the training cells on which islands are measured; None of one stratum alone."""
+        if len(self.plan.mean_shares) == 1:
+            return None
+        return self._load_first_cells(self.train_cells, MOST_PATTERN_CELLS, FEWEST_PATTERN_CELLS)
+
+    def read_held_out_labels(self) -> np.ndarray:
+        """Read the labels of the validation cells, (n,) names, "" where one is unknown."""
+        names = np.array([*self.store.manifest.labels, ""])
+        codes = [np.empty(0, np.int64)]
+        for segment, n_cells in self.held_out_cells.items():
+            first = self.train_cells[segment]
+            positions = np.arange(first, first + n_cells)
+            codes.append(self.store.segments[segment].read_codes("label", positions))
+        return np.asarray(names[np.concatenate(codes)])  # -1, unknown, is the last
+
+    def _load_first_cells(self, sizes: Mapping[str, int], most: int, fewest: int) -> Batch | None:
+        """Load an even part of segments, `most` cells or so; a rare one is not thinned out."""
+        part = min(1.0, most / max(1, sum(sizes.values())))
         taken = {
-            # A rare set of modalities is not thinned out.
-            segment: min(n_cells, max(math.ceil(n_cells * part), FEWEST_FITTING_CELLS))
-            for segment, n_cells in paired.items()
+            segment: min(n_cells, max(math.ceil(n_cells * part), fewest))
+            for segment, n_cells in sizes.items()
         }
         return self._load_cells(dict.fromkeys(taken, 0), taken)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import combinations
 
 import numpy as np
@@ -11,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clue_dist.data.batch import Batch
+from clue_dist.errors import list_names
 from clue_dist.integration import measure_mixing
 from clue_dist.matching import compute_foscttm
-from clue_dist.model.clue import CLUE
 from clue_dist.model.common_space import FEWEST_PAIRED, Directions, count_together, find_directions
 from clue_dist.objective import EncodedCells
 from clue_dist.train.trainer import Trainer
@@ -29,8 +30,9 @@ LEAST_MIXING = 0.01
 MOST_SCORED = 500  # held-out pairs of two modalities that choose, as the time grows with its square
 
 
-@torch.no_grad()
-def fit_common_space(trainer: Trainer, fitting: Batch | None, held_out: Batch | None) -> None:
+def fit_common_space(
+    trainer: Trainer, fitting: Batch | None, held_out: EncodedCells | None
+) -> None:
     """Fit the common space to the present weights. Every rank must call, with the same cells.
 
     Args:
@@ -40,13 +42,10 @@ def fit_common_space(trainer: Trainer, fitting: Batch | None, held_out: Batch | 
     """
     if fitting is None:
         return
-    trainer.engine.eval()
-    cells = trainer.engine(fitting, None, encode=True).to_cpu()
-    others = None
-    if held_out is not None:
-        others = trainer.engine(held_out, None, encode=True).to_cpu()
-    trainer.engine.train()
-    model: CLUE = trainer.engine.module.model
+    posterior = trainer.encode_batch(fitting)
+    model = trainer.model
+    cells = EncodedCells.select_aligned(posterior, fitting.observed, model.n_aligned).to_cpu()
+    others = None if held_out is None else held_out.to_cpu()
     # Weights that give NaN keep the space that they have; validation tells of them.
     if trainer.ranks.is_first and all(part is None or part.is_finite for part in (cells, others)):
         chosen = choose_directions(cells, others)
@@ -55,6 +54,31 @@ def fit_common_space(trainer: Trainer, fitting: Batch | None, held_out: Batch | 
     if dist.is_initialized():  # rounding may differ between ranks, which must score the same z
         for values in model.space.buffers():
             dist.broadcast(values, 0)
+
+
+def explain_missing_space(modalities: Sequence[str], fitting: Batch | None) -> str | None:
+    """Say why no common space can be fitted; None if one can, or if there is a single modality.
+
+    Args:
+        modalities: names, in model order.
+        fitting: the training cells with several modalities.
+    """
+    if len(modalities) == 1:
+        return None
+    lacking = list(modalities)
+    if fitting is not None:
+        together = count_together(fitting.observed.cpu()).fill_diagonal_(0)
+        lacking = [
+            name for name, counts in zip(modalities, together, strict=True) if not counts.any()
+        ]
+    if not lacking:
+        return None
+    verb = "shares" if len(lacking) == 1 else "share"
+    return (
+        f"modalities are not brought to one space: {list_names(lacking)} {verb} fewer than "
+        f"{FEWEST_PAIRED} training cells with any other; cells that were measured in both would "
+        "change that"
+    )
 
 
 def choose_directions(

@@ -5,15 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from clue_dist.data.batch import Batch
 from clue_dist.data.loader import Loader
+from clue_dist.model.clue import CLUE, Posterior
 from clue_dist.model.noise import Noise
 from clue_dist.ranks import Ranks
 from clue_dist.train.schedule import compute_kl_weight
 from clue_dist.train.setup import Setup
+
+
+@dataclass(frozen=True)
+class ValidationCells:
+    """The cells that every validation looks at."""
+
+    held_out: Batch | None  # which are scored; None if no cell is held out
+    labels: np.ndarray  # of the held-out cells, "" where unknown
+    fitting: Batch | None  # on which the common space is fitted; None if none has two modalities
+    patterns: Batch | None  # training cells of every stratum; None if there is one alone
 
 
 @dataclass(frozen=True)
@@ -24,6 +36,12 @@ class Trainer:
     setup: Setup
     ranks: Ranks
     device: torch.device  # device of this rank
+
+    @property
+    def model(self) -> CLUE:
+        """The model, whose parameters ZeRO-3 keeps apart outside of the engine's calls."""
+        model: CLUE = self.engine.module.model
+        return model
 
     def open_loader(self, step: int) -> Loader:
         """Open this rank's stream of micro-batches, from optimizer step `step` on."""
@@ -37,15 +55,29 @@ class Trainer:
             pin=self.device.type == "cuda",
         )
 
-    def load_held_out_batch(self) -> Batch | None:
-        """Load the validation cells onto the device; None if no cell is held out."""
-        batch = self.setup.load_held_out_batch()
-        return batch.to(self.device) if batch is not None else None
+    def load_validation_cells(self) -> ValidationCells:
+        """Load the cells that every validation looks at onto the device."""
+        batches = (
+            self.setup.load_held_out_batch(),
+            self.setup.load_fitting_batch(),
+            self.setup.load_pattern_batch(),
+        )
+        held_out, fitting, patterns = (
+            None if batch is None else batch.to(self.device) for batch in batches
+        )
+        return ValidationCells(held_out, self.setup.read_held_out_labels(), fitting, patterns)
 
-    def load_fitting_batch(self) -> Batch | None:
-        """Load the cells on which the common space is fitted; None if none has two modalities."""
-        batch = self.setup.load_fitting_batch()
-        return batch.to(self.device) if batch is not None else None
+    @torch.no_grad()
+    def encode_batch(self, batch: Batch) -> Posterior:
+        """Encode cells by the present weights, without dropout. Every rank must call."""
+        self.engine.eval()
+        posterior: Posterior = self.engine(batch, None, encode=True)
+        self.engine.train()
+        return posterior
+
+    def embed_batch(self, batch: Batch) -> Tensor:
+        """Embed cells by everything observed, (B, K * d). Every rank must call."""
+        return self.model.read_latents(batch, self.encode_batch(batch))[0]
 
     def compute_loss(
         self, batch: Batch, step: int, micro_step: int, by_modality: bool = False

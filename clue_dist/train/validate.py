@@ -15,37 +15,47 @@ from torch import Tensor
 
 from clue_dist.checkpoint.run_folder import RunState
 from clue_dist.data.batch import Batch
-from clue_dist.integration import measure_mixing
+from clue_dist.integration import (
+    LABEL_NEIGHBOURS,
+    LISI_NEIGHBOURS,
+    MIXING_NEIGHBOURS,
+    mark_labelled_cells,
+    measure_ilisi,
+    measure_islands,
+    measure_label_accuracy,
+    measure_mixing,
+)
 from clue_dist.matching import compute_nearer_share
 from clue_dist.model.noise import Noise
-from clue_dist.objective import HeldOutScores
+from clue_dist.neighbours import find_neighbours
+from clue_dist.objective import EncodedCells, HeldOutScores
 from clue_dist.train.sinks import Sinks
-from clue_dist.train.space_fit import thin_cells
-from clue_dist.train.trainer import Trainer
+from clue_dist.train.space_fit import fit_common_space, thin_cells
+from clue_dist.train.trainer import Trainer, ValidationCells
 
 
 @dataclass(frozen=True)
 class Validation:
-    """What the held-out cells say of the present weights; smaller is better but of mixing."""
+    """What the held-out cells say of the present weights."""
 
-    cells: list[float]  # score of each cell; their mean is the score of the weights
-    parts: dict[str, float]  # FOSCTTM, mixing, ELBOs and InfoNCE by modality or pair
+    cells: list[float]  # score of each cell; their mean is the score of the weights; less is better
+    parts: dict[str, float]  # what docs/training.md lists, by modality, by pair, or of the joint z
 
 
 def validate_model(
-    trainer: Trainer, held_out: Batch | None, state: RunState, sinks: Sinks
+    trainer: Trainer, validation_cells: ValidationCells, state: RunState, sinks: Sinks
 ) -> RunState:
-    """Score the held-out cells, log the scores, and choose the weights that are kept.
+    """Fit the common space, score the held-out cells, and choose the weights that are kept.
 
     Returns:
         The state with the validation counted; `best_step` is the present step if these weights are
         to be kept.
     """
-    if held_out is None:  # the last weights are the best that can be had
+    if validation_cells.held_out is None:  # the last weights are the best that can be had
+        fit_common_space(trainer, validation_cells.fitting, None)
         return replace(state, best_step=state.step)
-    validation = score_held_out_cells(trainer, held_out)
-    # Rank 0 decides: rounding may differ between ranks.
-    cells = trainer.ranks.run_on_first(lambda: validation.cells)
+    validation = score_held_out_cells(trainer, validation_cells.held_out, validation_cells)
+    cells = validation.cells
     numbers = {"score": statistics.fmean(cells)} | validation.parts
     wrong = [name for name, value in numbers.items() if not math.isfinite(value)]
     if wrong:
@@ -102,29 +112,80 @@ def format_best_weights(state: RunState) -> str:
     return f"{text} (lowest {state.lowest_score:.4f}, at step {state.lowest_step})"
 
 
-def score_held_out_cells(trainer: Trainer, held_out: Batch) -> Validation:
-    """Score the held-out cells; the same on every rank, but for rounding.
+def score_held_out_cells(
+    trainer: Trainer, held_out: Batch, validation_cells: ValidationCells
+) -> Validation:
+    """Fit the common space and score the held-out cells; every rank must call.
 
     With pairs the score is FOSCTTM (eq. 18) on L2-normalised z, averaged over pairs of modalities.
     Without, it is minus the ELBOs (eq. 5 and 8) by their weights in the loss.
+
+    Returns:
+        What rank 0 found, on every rank: rounding may differ between ranks.
     """
     trainer.engine.eval()
     with torch.no_grad():
         noise = _make_noise(trainer, held_out)
         scores: HeldOutScores = trainer.engine(held_out, noise, held_out=True)
     trainer.engine.train()
+    n_aligned = trainer.model.n_aligned
+    encoded = EncodedCells.select_aligned(scores.posterior, held_out.observed, n_aligned)
+    fit_common_space(trainer, validation_cells.fitting, encoded)
+    joint, alone = trainer.model.read_latents(held_out, scores.posterior)
+    patterns = validation_cells.patterns
+    joint_of_patterns = None if patterns is None else trainer.embed_batch(patterns)
+
+    def measure_cells() -> tuple[list[float], dict[str, float]]:
+        cells, parts = _score_cells(trainer, held_out, scores, alone)
+        parts |= _measure_joint(joint, held_out, validation_cells.labels)
+        if patterns is not None and joint_of_patterns is not None:
+            parts |= _measure_islands(joint_of_patterns, patterns)
+        return cells, parts
+
+    return Validation(*trainer.ranks.run_on_first(measure_cells))
+
+
+def _score_cells(
+    trainer: Trainer, held_out: Batch, scores: HeldOutScores, alone: dict[str, Tensor]
+) -> tuple[list[float], dict[str, float]]:
+    """The score of each cell, and its parts by modality or pair; `alone`: z by modality."""
     parts = {name: float(value) for name, value in scores.terms.items()}
     if not trainer.setup.has_paired_cells:
-        return Validation(scores.minus_elbo.tolist(), parts)
-    if not all(latent.isfinite().all() for latent in scores.latents.values()):
-        return Validation([math.nan] * held_out.n_cells, parts)
-    pairs = _select_pairs(held_out, scores.latents)
+        return scores.minus_elbo.tolist(), parts
+    if not all(latent.isfinite().all() for latent in alone.values()):
+        return [math.nan] * held_out.n_cells, parts
+    pairs = _select_pairs(held_out, alone)
     shares = {
         name: (pair.cells, compute_nearer_share(*pair.latents)) for name, pair in pairs.items()
     }
     means = {f"foscttm/{name}": float(share.mean()) for name, (_, share) in shares.items()}
     mixing = {f"mixing/{name}": _measure_mixing(*pair.latents) for name, pair in pairs.items()}
-    return Validation(_average_over_pairs(shares, held_out.n_cells), means | mixing | parts)
+    return _average_over_pairs(shares, held_out.n_cells), means | mixing | parts
+
+
+def _measure_joint(joint: Tensor, held_out: Batch, labels: np.ndarray) -> dict[str, float]:
+    """How batches mix and labels stay apart in z from everything observed, where there are two."""
+    known = mark_labelled_cells(labels)
+    batches = held_out.batch_code.cpu().numpy()
+    measures = {}
+    if len(joint) > 2 and joint.isfinite().all():
+        if len(np.unique(batches)) > 1:
+            neighbours = find_neighbours(joint, LISI_NEIGHBOURS)
+            measures["ilisi"] = measure_ilisi(neighbours, batches)
+        if known.sum() > 2 and len(np.unique(labels[known])) > 1:
+            labelled = joint[torch.from_numpy(known).to(joint.device)]
+            neighbours = find_neighbours(labelled, LABEL_NEIGHBOURS)
+            measures["accuracy"] = measure_label_accuracy(neighbours, labels[known])
+    return measures
+
+
+def _measure_islands(joint: Tensor, batch: Batch) -> dict[str, float]:
+    """The worst island of z from everything observed, of cells of every pattern."""
+    if len(joint) < 3 or not joint.isfinite().all():
+        return {}
+    patterns = np.unique(batch.observed.cpu().numpy(), axis=0, return_inverse=True)[1]
+    islands = measure_islands(find_neighbours(joint, MIXING_NEIGHBOURS), patterns.reshape(-1))
+    return {"islands": max(islands.values())} if len(islands) > 1 else {}
 
 
 def _measure_mixing(first: Tensor, second: Tensor) -> float:

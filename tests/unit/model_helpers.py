@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,16 @@ B, K, D = 12, 3, 4
 OBSERVED = torch.tensor(
     [[1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 1, 1], [0, 0, 1], [1, 0, 1]] * 2, dtype=torch.bool
 )
+
+
+class DirectEngine:
+    """Takes the place of DeepSpeed's engine."""
+
+    def __init__(self, module: Objective) -> None:
+        self.module, self.eval, self.train = module, module.eval, module.train
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self.module(*args, **options)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -56,3 +67,16 @@ def small_model(
         Batch(observed, torch.zeros(B, dtype=torch.int64), modalities),
         Noise(0, 0, {"s": B}, 1),
     )
+
+
+def repeat_cells(batch: Batch, times: int) -> Batch:
+    """The same cells several times, with other noise."""
+    modalities = {
+        name: ObservedModality(
+            torch.cat([seen.rows + B * i for i in range(times)]),
+            torch.cat([seen.counts + 0.1 * draw(*seen.counts.shape, seed=i) for i in range(times)]),
+            torch.cat([seen.paired + len(seen.rows) * i for i in range(times)]),
+        )
+        for name, seen in batch.modalities.items()
+    }
+    return Batch(batch.observed.repeat(times, 1), batch.batch_code.repeat(times), modalities)

@@ -13,26 +13,30 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clue_dist.checkpoint.run_folder import WEIGHTS, load_weights
-from clue_dist.data.batch import Batch, ObservedModality
+from clue_dist.data.batch import Batch
 from clue_dist.errors import ResumeError
 from clue_dist.model.common_space import FEWEST_PAIRED, CommonSpace, Directions, find_directions
 from clue_dist.objective import EncodedCells, Objective
 from clue_dist.ranks import Ranks
-from clue_dist.train.space_fit import choose_directions, fit_common_space
+from clue_dist.train.space_fit import (
+    choose_directions,
+    explain_missing_space,
+    fit_common_space,
+)
 from clue_dist.train.trainer import Trainer
-from tests.unit.model_helpers import B, draw, small_model
+from tests.unit.model_helpers import DirectEngine, draw, repeat_cells, small_model
 
 N, D = 2000, 12
 
 
-class DirectEngine:
-    """Takes the place of DeepSpeed's engine."""
+def make_trainer(model: Objective) -> Trainer:
+    setup: Any = SimpleNamespace()
+    return Trainer(DirectEngine(model), setup, Ranks(), torch.device("cpu"))
 
-    def __init__(self, module: Objective) -> None:
-        self.module, self.eval, self.train = module, module.eval, module.train
 
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        return self.module(*args, **options)
+def encode_cells(trainer: Trainer, batch: Batch) -> EncodedCells:
+    posterior = trainer.encode_batch(batch)
+    return EncodedCells.select_aligned(posterior, batch.observed, trainer.model.n_aligned)
 
 
 def draw_modalities(n_cells: int = N, k: int = 2, noise: float = 0.3, seed: int = 0) -> Tensor:
@@ -138,9 +142,8 @@ def test_few_cells_of_a_rare_pair_of_modalities_pull_nothing_towards_them(n_cell
 
 def test_weights_that_give_nan_keep_the_space() -> None:
     model, batch, _ = small_model()
-    setup: Any = SimpleNamespace()
-    trainer = Trainer(DirectEngine(model), setup, Ranks(), torch.device("cpu"))
-    fit_common_space(trainer, repeat_cells(batch, 8), batch)
+    trainer = make_trainer(model)
+    fit_common_space(trainer, repeat_cells(batch, 8), encode_cells(trainer, batch))
     before = model.model.space.rotation.clone()
     assert model.model.space.is_fitted
     with torch.no_grad():
@@ -240,18 +243,22 @@ def test_few_held_out_pairs_choose_nothing() -> None:
 def test_validation_fits_the_space_and_embeddings_lie_in_it() -> None:
     model, batch, _ = small_model(private=0.5)
     clue = model.model
-    setup: Any = SimpleNamespace()
-    trainer = Trainer(DirectEngine(model), setup, Ranks(), torch.device("cpu"))
+    trainer = make_trainer(model)
     before, _ = clue.eval().embed_batch(batch)
-    fit_common_space(trainer, None, batch)
+    held_out = encode_cells(trainer, batch)
+    fit_common_space(trainer, None, held_out)
     assert not clue.space.is_fitted
-    fit_common_space(trainer, batch, batch)  # eight paired cells are too few
+    fit_common_space(trainer, batch, held_out)  # eight paired cells are too few
     assert not clue.space.is_fitted
+    explanation = explain_missing_space(clue.modalities, batch)
+    assert explanation is not None
+    assert "m0, m1, m2 share" in explanation
     torch.testing.assert_close(clue.eval().embed_batch(batch)[0], before)
     many = repeat_cells(batch, 8)
-    fit_common_space(trainer, many, batch)
+    fit_common_space(trainer, many, held_out)
     assert clue.space.is_fitted
     assert model.training
+    assert explain_missing_space(clue.modalities, many) is None
     joint, alone = clue.eval().embed_batch(batch)
     a = clue.n_aligned
     for z in (joint, *alone.values()):
@@ -264,16 +271,18 @@ def test_validation_fits_the_space_and_embeddings_lie_in_it() -> None:
     torch.testing.assert_close(joint[row], alone["m0"][place])
 
 
-def repeat_cells(batch: Batch, times: int) -> Batch:
-    modalities = {
-        name: ObservedModality(
-            torch.cat([seen.rows + B * i for i in range(times)]),
-            torch.cat([seen.counts + 0.1 * draw(*seen.counts.shape, seed=i) for i in range(times)]),
-            torch.cat([seen.paired + len(seen.rows) * i for i in range(times)]),
-        )
-        for name, seen in batch.modalities.items()
-    }
-    return Batch(batch.observed.repeat(times, 1), batch.batch_code.repeat(times), modalities)
+def test_a_run_says_why_modalities_are_not_brought_to_one_space() -> None:
+    _, batch, _ = small_model()
+    assert explain_missing_space(["rna"], None) is None
+    explanation = explain_missing_space(["rna", "adt"], None)
+    assert explanation is not None
+    assert explanation.startswith("modalities are not brought to one space: rna, adt share fewer")
+    observed = torch.ones(60, 3, dtype=torch.bool)
+    observed[FEWEST_PAIRED - 1 :, 2] = False
+    few = Batch(observed, torch.zeros(60, dtype=torch.int64), batch.modalities)
+    explanation = explain_missing_space(["rna", "adt", "atac"], few)
+    assert explanation is not None
+    assert "space: atac shares fewer than 20 training cells" in explanation
 
 
 def test_weights_of_earlier_versions_have_no_space(tmp_path: Path) -> None:

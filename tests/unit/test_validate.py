@@ -8,21 +8,28 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from clue_dist.checkpoint.run_folder import RunState
 from clue_dist.data.batch import Batch
-from clue_dist.integration import measure_mixing
+from clue_dist.integration import (
+    measure_ilisi,
+    measure_islands,
+    measure_label_accuracy,
+    measure_mixing,
+)
 from clue_dist.model.noise import Noise
+from clue_dist.neighbours import find_neighbours
 from clue_dist.objective import HeldOutScores, compute_info_nce
 from clue_dist.ranks import Ranks
 from clue_dist.train import validate
-from clue_dist.train.trainer import Trainer
+from clue_dist.train.trainer import Trainer, ValidationCells
 from clue_dist.train.validate import Validation, score_held_out_cells, validate_model
 from tests.pins import ROOT
-from tests.unit.model_helpers import B, small_model
+from tests.unit.model_helpers import B, DirectEngine, repeat_cells, small_model
 
 
 class RecordedLines:
@@ -41,7 +48,18 @@ class RecordedLines:
 def make_trainer(has_paired_cells: bool = True, **objective: float) -> tuple[Trainer, Batch]:
     model, batch, _ = small_model(lambda_self=0.5, lambda_cross=0.25, **objective)
     setup: Any = SimpleNamespace(config=SimpleNamespace(seed=0), has_paired_cells=has_paired_cells)
-    return Trainer(model, setup, Ranks(), torch.device("cpu")), batch
+    return Trainer(DirectEngine(model), setup, Ranks(), torch.device("cpu")), batch
+
+
+def choose_cells(
+    batch: Batch, fitting: Batch | None = None, labels: np.ndarray | None = None
+) -> ValidationCells:
+    unknown = np.full(batch.n_cells, "")
+    return ValidationCells(batch, unknown if labels is None else labels, fitting, batch)
+
+
+def score_batch(trainer: Trainer, batch: Batch) -> Validation:
+    return score_held_out_cells(trainer, batch, choose_cells(batch))
 
 
 def score_directly(trainer: Trainer, batch: Batch) -> HeldOutScores:
@@ -54,19 +72,20 @@ def score_directly(trainer: Trainer, batch: Batch) -> HeldOutScores:
 
 def test_validation_scores_every_modality_and_every_pair() -> None:
     trainer, batch = make_trainer()
-    parts = score_held_out_cells(trainer, batch).parts
+    parts = score_batch(trainer, batch).parts
     pairs = ("m0-m1", "m0-m2", "m1-m2")
     assert set(parts) == {
         *(f"{score}/{pair}" for score in ("foscttm", "mixing", "contrastive") for pair in pairs),
         *(f"{elbo}/m{k}" for elbo in ("self", "cross") for k in range(3)),
+        "islands",
     }
     assert not any(" " in name for name in parts)
-    assert trainer.engine.training  # it goes on
+    assert trainer.engine.module.training  # it goes on
 
 
 def test_the_mean_of_the_cells_is_the_mean_over_pairs_of_modalities() -> None:
     trainer, batch = make_trainer()
-    validation = score_held_out_cells(trainer, batch)
+    validation = score_batch(trainer, batch)
     foscttm = [value for name, value in validation.parts.items() if name.startswith("foscttm")]
     assert len(validation.cells) == 8  # of twelve, those of two modalities or more
     assert math.fsum(validation.cells) / 8 == pytest.approx(math.fsum(foscttm) / 3)
@@ -74,8 +93,8 @@ def test_the_mean_of_the_cells_is_the_mean_over_pairs_of_modalities() -> None:
 
 def test_mixing_is_that_of_the_held_out_cells_with_both_modalities() -> None:
     trainer, batch = make_trainer()
-    parts = score_held_out_cells(trainer, batch).parts
-    latents = score_directly(trainer, batch).latents
+    parts = score_batch(trainer, batch).parts
+    _, latents = trainer.model.read_latents(batch, score_directly(trainer, batch).posterior)
     rows = [batch.modalities[name].rows.tolist() for name in ("m0", "m2")]
     both = sorted(set(rows[0]) & set(rows[1]))
     first, second = (
@@ -87,14 +106,59 @@ def test_mixing_is_that_of_the_held_out_cells_with_both_modalities() -> None:
 
 def test_latents_are_those_that_embedding_gives() -> None:
     trainer, batch = make_trainer()
-    scores, (_, alone) = score_directly(trainer, batch), trainer.engine.model.embed_batch(batch)
-    assert all(torch.equal(scores.latents[name], alone[name]) for name in alone)
+    scores = score_directly(trainer, batch)
+    joint, alone = trainer.model.read_latents(batch, scores.posterior)
+    expected_joint, expected = trainer.model.eval().embed_batch(batch)
+    assert torch.equal(joint, expected_joint)
+    assert all(torch.equal(alone[name], expected[name]) for name in expected)
+
+
+def test_held_out_cells_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The space is fitted with what is scored."""
+    trainer, batch = make_trainer()
+    fitting = repeat_cells(batch, 8)
+    seen, infer = [], trainer.model._infer_posterior
+
+    def infer_posterior(cells: Batch, *rest: Any) -> Any:
+        seen.append(cells)
+        return infer(cells, *rest)
+
+    monkeypatch.setattr(trainer.model, "_infer_posterior", infer_posterior)
+    cells = ValidationCells(batch, np.full(B, ""), fitting, None)
+    score_held_out_cells(trainer, batch, cells)
+    assert trainer.model.space.is_fitted
+    assert [id(cells) for cells in seen] == [id(batch), id(fitting)]
+
+
+def test_rank_0_alone_compares_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, batch = make_trainer()
+    found = ([0.5, 0.25], {"foscttm/m0-m1": 0.5})
+    monkeypatch.setattr(Ranks, "run_on_first", lambda *_: found)
+    monkeypatch.setattr(validate, "compute_nearer_share", None)
+    assert score_batch(trainer, batch) == Validation(*found)
+
+
+def test_validation_tells_how_the_joint_z_lies() -> None:
+    trainer, batch = make_trainer()
+    batch = replace(batch, batch_code=torch.arange(B) % 2)
+    labels = np.array(["T", "B", "", "T"] * 3)
+    parts = score_held_out_cells(trainer, batch, choose_cells(batch, labels=labels)).parts
+    joint, _ = trainer.model.eval().embed_batch(batch)
+    patterns = np.array([str(row) for row in batch.observed.tolist()])
+    islands = measure_islands(find_neighbours(joint, 30), patterns)
+    assert parts["islands"] == pytest.approx(max(islands.values()))
+    known = labels != ""
+    accuracy = measure_label_accuracy(find_neighbours(joint[known], 15), labels[known])
+    assert parts["accuracy"] == pytest.approx(accuracy)
+    assert parts["ilisi"] == pytest.approx(
+        measure_ilisi(find_neighbours(joint, 90), np.arange(B) % 2)
+    )
 
 
 def test_elbos_by_modality_are_the_terms_of_eq_13_and_14() -> None:
     """Weighted by modality and by the cells that have it, they add up to the cells' ELBOs."""
     trainer, batch = make_trainer()
-    objective, n_cells = trainer.engine, batch.observed.sum(0).tolist()
+    objective, n_cells = trainer.engine.module, batch.observed.sum(0).tolist()
     objective.config = objective.config.model_copy(update={"lambda_cross": 0.0})
     scores = score_directly(trainer, batch)
     by_modality = [scores.terms[f"self/m{k}"] * n_cells[k] for k in range(3)]
@@ -114,7 +178,7 @@ def test_info_nce_of_a_pair_is_that_of_its_two_modalities(
     trainer, batch = make_trainer()
     scores = score_directly(trainer, batch)
     with torch.no_grad():
-        output = trainer.engine.model(batch, Noise(0, 0, {"held out": B}, 1))
+        output = trainer.model(batch, Noise(0, 0, {"held out": B}, 1))
     contrast = output.contrast[:, :, [0, 2]]
     info_nce = compute_info_nce(
         contrast, batch.observed[:, [0, 2]], batch.batch_code, output.log_scale, False, 1.0, False
@@ -129,7 +193,7 @@ def test_of_many_cells_info_nce_takes_some_of_every_stratum(
     trainer, batch = make_trainer()
     scores = score_directly(trainer, batch)
     with torch.no_grad():
-        output = trainer.engine.model(batch, Noise(0, 0, {"held out": B}, 1))
+        output = trainer.model(batch, Noise(0, 0, {"held out": B}, 1))
     some = slice(None, None, 3)  # four of twelve cells
     contrast, observed = output.contrast[:, some, :2], batch.observed[some, :2]
     info_nce = compute_info_nce(
@@ -140,13 +204,13 @@ def test_of_many_cells_info_nce_takes_some_of_every_stratum(
 
 def test_without_pairs_the_score_is_the_weighted_elbo_of_each_cell() -> None:
     trainer, batch = make_trainer(has_paired_cells=False)
-    validation = score_held_out_cells(trainer, batch)
+    validation = score_batch(trainer, batch)
     assert validation.cells == pytest.approx(score_directly(trainer, batch).minus_elbo.tolist())
 
 
 def test_a_second_validation_of_the_same_weights_gives_the_same_bits() -> None:
     trainer, batch = make_trainer()
-    assert score_held_out_cells(trainer, batch) == score_held_out_cells(trainer, batch)
+    assert score_batch(trainer, batch) == score_batch(trainer, batch)
 
 
 @pytest.mark.parametrize("wrong", ["score", "self/m0"])
@@ -157,7 +221,7 @@ def test_what_is_not_finite_is_told_and_logged_nowhere(
     validation = Validation([math.nan if wrong == "score" else 0.5] * 3, {"self/m0": math.inf})
     monkeypatch.setattr(validate, "score_held_out_cells", lambda *_: validation)
     sinks: Any = RecordedLines()
-    state = validate_model(trainer, batch, RunState(8, 1, ""), sinks)
+    state = validate_model(trainer, choose_cells(batch), RunState(8, 1, ""), sinks)
     event, *lines = sinks.lines
     assert event["event"] == "validation not finite"
     assert wrong in event["found"]
@@ -169,15 +233,15 @@ def test_what_is_not_finite_is_told_and_logged_nowhere(
 def test_latents_that_are_not_finite_are_a_score_that_is_not() -> None:
     trainer, batch = make_trainer()
     with torch.no_grad():
-        trainer.engine.model.heads.weight.fill_(math.nan)
-    assert all(map(math.isnan, score_held_out_cells(trainer, batch).cells))
+        trainer.model.heads.weight.fill_(math.nan)
+    assert all(map(math.isnan, score_batch(trainer, batch).cells))
 
 
 def test_lines_of_validation_have_keys_without_blanks_that_the_page_explains() -> None:
     trainer, batch = make_trainer()
     sinks: Any = RecordedLines()
-    state = validate_model(trainer, batch, RunState(8, 1, ""), sinks)
-    again = validate_model(trainer, batch, replace(state, step=9), sinks)
+    state = validate_model(trainer, choose_cells(batch), RunState(8, 1, ""), sinks)
+    again = validate_model(trainer, choose_cells(batch), replace(state, step=9), sinks)
     assert (again.lowest_step, again.best_step, again.best_score) == (8, 9, state.lowest_score)
     page = (ROOT / "docs" / "training.md").read_text()
     for name in sinks.lines[-1].keys() - {"split", "step"}:
