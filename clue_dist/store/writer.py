@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import tensorstore as ts
-import zarr
 
 from clue_dist.errors import StoreError
 from clue_dist.files import sync_to_disk
@@ -43,6 +42,8 @@ def create_store(root: Path, manifest: Manifest) -> None:
         root: the store's folder.
         manifest: what the store is to hold.
     """
+    import zarr  # a tenth of the start of a rank, which hashes files but writes no store
+
     root.mkdir(parents=True, exist_ok=True)
     zarr.open_group(root, mode="a", zarr_format=3)
     for name in manifest.strata:
@@ -164,6 +165,8 @@ def hash_file(path: Path) -> FileDigest:
 
 def _create_array(root: Path, spec: ArraySpec) -> None:
     """Create one empty array."""
+    import zarr
+
     zarr.create_array(
         store=str(root),
         name=spec.path,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from clue_dist.store.manifest import Manifest, Modality, Segment
 from clue_dist.store.reader import Store
 from clue_dist.store.rows import COUNT_BITS, CsrRows, code_rows
 from clue_dist.store.writer import ShardCells, commit_store, create_store, write_shard
+from tests.processes import ROOT
 from tests.stores import describe_packing, slice_rows
 
 
@@ -164,3 +167,8 @@ def test_all_zero_chunks_are_on_disk(tmp_path: Path) -> None:
         Store(tmp_path / "s.zarr").segments["rna+adt"].read_rows("adt", np.arange(40)),
         np.zeros((40, 3)),
     )
+
+
+def test_training_hashes_files_without_zarr() -> None:
+    code = "import sys, clue_dist.store.writer; sys.exit('zarr' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
