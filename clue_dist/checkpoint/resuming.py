@@ -26,7 +26,7 @@ from clue_dist.errors import ResumeError
 from clue_dist.files import translate_write_errors
 from clue_dist.process import print_line
 from clue_dist.ranks import Ranks
-from clue_dist.resilience.run_lock import SLURM_JOB
+from clue_dist.resilience.run_lock import find_slurm_job
 
 # Settings of training that may change when a run goes on: they do not decide what a step computes,
 # or a person turns to them to prolong a run, or to bring back one whose loss was not finite.
@@ -236,7 +236,8 @@ def _began_with(resume: str, checkpoints: list[Path]) -> bool:
     state = next(filter(None, map(find_state, checkpoints)), None)
     if state is None:
         return False
-    was_requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0 and state.job == SLURM_JOB
+    is_restart = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+    was_requeued = is_restart and state.job == find_slurm_job()
     return was_requeued or state.origin == str(Path(resume).resolve())
 
 

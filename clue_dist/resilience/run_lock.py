@@ -17,12 +17,16 @@ from clue_dist.files import translate_write_errors
 from clue_dist.process import print_line
 from clue_dist.ranks import Ranks
 
-SLURM_JOB = os.environ.get("SLURM_JOB_ID")
 # Seconds to wait for an earlier attempt of the same Slurm job to end: NFS servers let go of the
 # locks of a dead client once its lease is over.
 EARLIER_ATTEMPT_LIMIT = 90.0
 _APPEARANCE_LIMIT = 5.0  # seconds until every rank sees what rank 0 has written
 _TOKEN_LIFETIME = 3600.0  # seconds after which a token must be that of a job that was killed
+
+
+def find_slurm_job() -> str | None:
+    """Find the number of the Slurm job that this process is part of."""
+    return os.environ.get("SLURM_JOB_ID")
 
 
 @contextmanager
@@ -67,14 +71,14 @@ def take_file_lock(file: FileIO, where: Path) -> str | None:
     Returns:
         The holder's name where another job holds the lock, else None.
     """
-    deadline = time.monotonic() + EARLIER_ATTEMPT_LIMIT
+    deadline, job = time.monotonic() + EARLIER_ATTEMPT_LIMIT, find_slurm_job()
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             holder = file.read().decode(errors="replace").strip() or "a job that has just begun"
-            is_same_job = SLURM_JOB is not None and f"Slurm job {SLURM_JOB}" in holder.split(", ")
+            is_same_job = job is not None and f"Slurm job {job}" in holder.split(", ")
             if not is_same_job or time.monotonic() > deadline:
                 return holder
             time.sleep(0.5)
@@ -86,7 +90,7 @@ def take_file_lock(file: FileIO, where: Path) -> str | None:
         else:
             name = f"process {os.getpid()} on {socket.gethostname()}"
             file.truncate(0)
-            file.write((f"{name}, Slurm job {SLURM_JOB}\n" if SLURM_JOB else f"{name}\n").encode())
+            file.write((f"{name}, Slurm job {job}\n" if job else f"{name}\n").encode())
             return None
 
 

@@ -21,7 +21,7 @@ from clue_dist.checkpoint.saver import Kind, Saver
 from clue_dist.process import print_line
 from clue_dist.ranks import Ranks
 from clue_dist.resilience.peers import Peers
-from clue_dist.resilience.run_lock import SLURM_JOB, hold_run_lock
+from clue_dist.resilience.run_lock import find_slurm_job, hold_run_lock
 from clue_dist.resilience.stop_signals import StopFlag
 from clue_dist.train.engine import build_engine, join_process_group
 from clue_dist.train.initial_weights import WarmStart
@@ -134,7 +134,7 @@ def _start_trainer(
     if not start.is_within(folder):
         earlier = _read_earlier_card(start, warm_start)
         ranks.run_on_first(lambda: write_model_card(folder, setup.store, setup.config, earlier))
-    return Trainer(engine, setup, ranks, device), replace(state, job=SLURM_JOB)
+    return Trainer(engine, setup, ranks, device), replace(state, job=find_slurm_job())
 
 
 def _read_earlier_card(start: StartingPoint, warm_start: WarmStart | None) -> ModelCard | None:

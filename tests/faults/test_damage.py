@@ -174,12 +174,12 @@ def test_a_later_attempt_of_a_slurm_job_goes_on_whatever_its_command_began_from(
     listing = json.loads((newest / run_folder.COMMIT).read_text())
     listing[run_folder.STATE] = hash_file(newest / run_folder.STATE).model_dump()
     (newest / run_folder.COMMIT).write_text(json.dumps(listing))
-    monkeypatch.setattr(resuming, "SLURM_JOB", "77")
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert resuming.choose_checkpoint(tmp_path, resume, Ranks()) == newest
     # What another job saved; the job's first attempt.
     for job, restarts in (("78", "1"), ("77", "0")):
-        monkeypatch.setattr(resuming, "SLURM_JOB", job)
+        monkeypatch.setenv("SLURM_JOB_ID", job)
         monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
         if resume == "never":
             with pytest.raises(ResumeError, match="already holds a run"):

@@ -157,7 +157,7 @@ def test_lines_are_taken_while_a_checkpoint_waits_for_a_slow_disk(
 def test_an_earlier_attempt_of_the_same_job_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_lock, "SLURM_JOB", "77")
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
     went_in = threading.Event()
 
     def again() -> None:
