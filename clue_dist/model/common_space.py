@@ -21,6 +21,9 @@ from torch.nn import functional as F
 from clue_dist.model.posterior import LEAST_NATS
 
 MOST_DIRECTIONS = 128
+# Of cells that were not trained on, two modalities are taken to correlate as the fitted ones do to
+# this power, since encoders know the pairs that they were trained on.
+UNSEEN_POWER = 1.5
 FEWEST_PAIRED = 20  # cells with which two modalities are compared
 
 
@@ -52,7 +55,7 @@ class CommonSpace(nn.Module):
         self.register_buffer("mean", torch.zeros(k, n_dimensions))
         self.register_buffer("rotation", torch.zeros(k, n_dimensions, r))
         self.register_buffer("covariance", torch.zeros(k, k, r))
-        self.register_buffer("weight", torch.zeros(r))
+        self.register_buffer("weight", torch.zeros(r))  # of directions; the last is the constant
         self.register_buffer("root_nats", torch.ones(k))
         self.mean: Tensor
         self.rotation: Tensor
@@ -70,13 +73,16 @@ class CommonSpace(nn.Module):
         return bool(self.weight.any())
 
     @torch.no_grad()
-    def set_directions(self, directions: Directions, exponent: float, nats: Tensor) -> None:
+    def set_directions(
+        self, directions: Directions, exponent: float, pole: float, nats: Tensor
+    ) -> None:
         """Take over fitted directions.
 
         Args:
             directions: as `find_directions` finds them.
-            exponent: on cells that were not trained on, modalities are taken to agree as much as
-                the fitted agreement to this power.
+            exponent: the power of its agreement that a direction counts by.
+            pole: length of the constant coordinate, as a multiple of that which a cell's other
+                coordinates have on average, see `weigh_directions`.
             nats: (K,), that each modality tells of its own z_k, the mean over cells. A joint weighs
                 modalities by their root, as a generalised product of experts (Cao and Fleet, 2014).
                 By the nats themselves, cells with proteins alone lay apart from those with RNA,
@@ -87,8 +93,12 @@ class CommonSpace(nn.Module):
         deviation = directions.covariance.diagonal().movedim(-1, 0).clamp_min(1e-12).sqrt()
         scale = deviation[:, None] * deviation[None]  # (K, K, R)
         correlation = (directions.covariance / scale).clamp(0, 1)
-        self.covariance.copy_(scale * correlation**exponent)
-        self.weight.copy_(directions.agreement**exponent)
+        self.covariance.copy_(scale * correlation**UNSEEN_POWER)
+        weight = directions.agreement**exponent
+        # The last direction, on which modalities agree least, gives its place to the constant.
+        variance = directions.covariance.diagonal().mean(1)[:-1]  # the mean over modalities
+        weight[-1] = pole * (variance * weight[:-1] ** 2).sum().sqrt()
+        self.weight.copy_(weight)
         self.root_nats.copy_(nats.clamp_min(LEAST_NATS).sqrt())
 
     def project_experts(self, mean: Tensor, log_var: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,8 +138,15 @@ class CommonSpace(nn.Module):
         return (share * coordinates).sum(1) * scale
 
     def weigh_directions(self, coordinates: Tensor) -> Tensor:
-        """Weigh directions by agreement, and scale to length 1: (..., R) -> (..., R)."""
-        return F.normalize(coordinates * self.weight, dim=-1)
+        """Weigh directions by agreement, and scale to length 1: (..., R) -> (..., R).
+
+        The last coordinate becomes a constant. The shorter the others are, the less is told of a
+        cell. With the constant such cells lie together at a pole of the sphere, and length counts;
+        without, they lie anywhere, as the direction of a short vector is chance.
+        """
+        weighted = coordinates[..., :-1] * self.weight[:-1]
+        constant = self.weight[-1].to(weighted.dtype).expand(*weighted.shape[:-1], 1)
+        return F.normalize(torch.cat([weighted, constant], -1), dim=-1)
 
 
 def find_directions(mean: Tensor, observed: Tensor, ridge: float) -> Directions | None:

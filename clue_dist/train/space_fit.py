@@ -4,28 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional as F
 
 from clue_dist.data.batch import Batch
 from clue_dist.errors import list_names
 from clue_dist.integration import measure_mixing
 from clue_dist.matching import compute_foscttm
-from clue_dist.model.common_space import FEWEST_PAIRED, Directions, count_together, find_directions
+from clue_dist.model.common_space import (
+    FEWEST_PAIRED,
+    CommonSpace,
+    Directions,
+    count_together,
+    find_directions,
+)
 from clue_dist.objective import EncodedCells
 from clue_dist.train.trainer import Trainer
 
 # Encoders know their training pairs, so that these agree more than other cells will: the fewer the
-# pairs, the more. Held-out pairs tell how much to smooth, and which power of a correlation holds.
-RIDGES = 0.05, 0.3, 1.0
-EXPONENTS = 1.0, 1.5, 2.0, 3.0
-FEWEST_CHOOSING = 50  # held-out pairs; with fewer the defaults are taken:
-DEFAULT_EXPONENT = 1.5
-SMOOTHING = 2.5  # the ridge where there are as many training pairs as dimensions
+# pairs, the more. Held-out pairs tell how much to smooth: a ridge, and the power of the agreement
+# that a direction counts by. With a large ridge agreement is no correlation any more but a
+# covariance, which grows with the variance of the direction, too, so that a smaller power will do.
+SMOOTHINGS = (0.05, 1.5), (0.3, 1.5), (1.0, 1.5), (3.0, 1.0), (10.0, 0.5)
+POLES = 0.0, 1.0, 2.0  # lengths of the constant coordinate, see `CommonSpace.weigh_directions`
+FEWEST_CHOOSING = 50  # held-out pairs; with fewer these are taken:
+DEFAULT_SMOOTHING = 3.0, 1.0
+DEFAULT_POLE = 1.0
 LEAST_MIXING = 0.01
 MOST_SCORED = 500  # held-out pairs of two modalities that choose, as the time grows with its square
 
@@ -81,10 +89,16 @@ def explain_missing_space(modalities: Sequence[str], fitting: Batch | None) -> s
     )
 
 
-def choose_directions(
-    cells: EncodedCells, held_out: EncodedCells | None
-) -> tuple[Directions, float] | None:
-    """Choose the smoothing and the exponent that serve held-out pairs best.
+class FittedSpace(NamedTuple):
+    """What `CommonSpace.set_directions` takes."""
+
+    directions: Directions
+    exponent: float
+    pole: float
+
+
+def choose_directions(cells: EncodedCells, held_out: EncodedCells | None) -> FittedSpace | None:
+    """Choose the smoothing, then the pole, that serve held-out pairs best.
 
     Partners should find each other and modalities should mix, and both count alike: FOSCTTM
     (eq. 18) over the share of neighbours that come from the other modality is to be small.
@@ -94,24 +108,32 @@ def choose_directions(
         held_out: cells that choose; with few pairs among them the defaults are taken.
 
     Returns:
-        Directions and exponent; None if some modality has too few pairs.
+        What is to be set; None if some modality has too few pairs.
     """
-    n_pairs = int((cells.observed.sum(1) > 1).sum())
-    # The noise of a covariance falls with the number of pairs, and grows with that of dimensions.
-    ridge = SMOOTHING * cells.mean.shape[2] / max(n_pairs, 1)
-    default = find_directions(cells.mean, cells.observed, ridge)
-    if default is None:
-        return None
-    if (
-        held_out is None
-        or count_together(held_out.observed).fill_diagonal_(0).max() < FEWEST_CHOOSING
-    ):
-        return default, DEFAULT_EXPONENT
-    found = [find_directions(cells.mean, cells.observed, ridge) for ridge in RIDGES]
-    candidates = [directions for directions in found if directions is not None]
-    # One after the other, as each score takes its time where modalities are many.
-    directions = min(candidates, key=lambda d: _score_choice(held_out, d, DEFAULT_EXPONENT))
-    return directions, min(EXPONENTS, key=lambda e: _score_choice(held_out, directions, e))
+    smoothings: Sequence[tuple[float, float]] = [DEFAULT_SMOOTHING]
+    poles: Sequence[float] = [DEFAULT_POLE]
+    if held_out is not None and _count_most_pairs(held_out) >= FEWEST_CHOOSING:
+        smoothings, poles = SMOOTHINGS, POLES
+    candidates = []
+    for ridge, exponent in smoothings:
+        directions = find_directions(cells.mean, cells.observed, ridge)
+        if directions is None:
+            return None
+        candidates.append(FittedSpace(directions, exponent, DEFAULT_POLE))
+    best = _choose_best(candidates, held_out)
+    return _choose_best([best._replace(pole=pole) for pole in poles], held_out)
+
+
+def _count_most_pairs(cells: EncodedCells) -> float:
+    """How many cells the two modalities have that most cells have together."""
+    return float(count_together(cells.observed).fill_diagonal_(0).max())
+
+
+def _choose_best(candidates: list[FittedSpace], held_out: EncodedCells | None) -> FittedSpace:
+    """The candidate that serves held-out pairs best; the only one, if there is but one."""
+    if len(candidates) == 1 or held_out is None:
+        return candidates[0]
+    return min(candidates, key=lambda candidate: _score_candidate(held_out, candidate))
 
 
 def _average_nats(cells: EncodedCells, held_out: EncodedCells | None) -> Tensor:
@@ -127,18 +149,18 @@ def _average_nats(cells: EncodedCells, held_out: EncodedCells | None) -> Tensor:
     return torch.where(unseen.observed.sum(0) >= FEWEST_PAIRED, unseen_mean, seen_mean)
 
 
-def _score_choice(held_out: EncodedCells, directions: Directions, exponent: float) -> float:
+def _score_candidate(held_out: EncodedCells, candidate: FittedSpace) -> float:
     """FOSCTTM over mixing, means over the pairs of modalities with enough held-out cells."""
-    z, observed = F.normalize(held_out.mean.double(), dim=-1), held_out.observed
-    weight = directions.agreement**exponent
+    mean, observed = held_out.mean.double(), held_out.observed
+    space = CommonSpace(*mean.shape[1:]).double()
+    space.set_directions(*candidate, torch.ones(mean.shape[1]))
     scores = []
-    for pair in map(list, combinations(range(z.shape[1]), 2)):
+    for pair in map(list, combinations(range(mean.shape[1]), 2)):
         cells = observed[:, pair].all(1).nonzero()[:, 0]
         if len(cells) >= FEWEST_CHOOSING:
             cells = thin_cells(cells)
-            first, second = (
-                (z[cells, k] - directions.mean[k]) @ directions.rotation[k] * weight for k in pair
-            )
+            coordinates, _ = space.project_experts(mean[cells], torch.zeros_like(mean[cells]))
+            first, second = space.weigh_directions(coordinates)[:, pair].unbind(1)
             scores.append([compute_foscttm(first, second), measure_mixing(first, second)])
     foscttm, mixing = np.mean(scores, 0)
     return float(foscttm / max(mixing, LEAST_MIXING))

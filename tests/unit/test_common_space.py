@@ -11,14 +11,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from clue_dist.checkpoint.run_folder import WEIGHTS, load_weights
 from clue_dist.data.batch import Batch
 from clue_dist.errors import ResumeError
-from clue_dist.model.common_space import FEWEST_PAIRED, CommonSpace, Directions, find_directions
+from clue_dist.model.common_space import FEWEST_PAIRED, CommonSpace, find_directions
 from clue_dist.objective import EncodedCells, Objective
 from clue_dist.ranks import Ranks
 from clue_dist.train.space_fit import (
+    DEFAULT_POLE,
+    DEFAULT_SMOOTHING,
+    FittedSpace,
     choose_directions,
     explain_missing_space,
     fit_common_space,
@@ -55,12 +59,12 @@ def draw_modalities(n_cells: int = N, k: int = 2, noise: float = 0.3, seed: int 
 
 
 def fit_space(
-    mean: Tensor, observed: Tensor, exponent: float = 2.0, ridge: float = 0.05
+    mean: Tensor, observed: Tensor, exponent: float = 2.0, ridge: float = 0.05, pole: float = 0.0
 ) -> CommonSpace:
     directions = find_directions(mean, observed, ridge)
     assert directions is not None
     space = CommonSpace(mean.shape[1], mean.shape[2])
-    space.set_directions(directions, exponent, torch.ones(mean.shape[1]))
+    space.set_directions(directions, exponent, pole, torch.ones(mean.shape[1]))
     return space
 
 
@@ -196,7 +200,7 @@ def test_too_few_pairs_fit_nothing() -> None:
     assert find_directions(draw_modalities(200), observed, 0.05) is not None
 
 
-def choose(train: Tensor, other: Tensor | None) -> tuple[Directions, float]:
+def choose(train: Tensor, other: Tensor | None) -> FittedSpace:
     cells, held_out = (
         None if mean is None else EncodedCells(mean, torch.ones(n), torch.ones(n).bool())
         for mean in (train, other)
@@ -212,13 +216,13 @@ def test_held_out_pairs_smooth_what_training_pairs_learnt_by_heart() -> None:
     """Both modalities know more of a training cell than of any other."""
     train = draw_modalities(400) + 1.5 * draw(400, 1, D, seed=7)
     unseen = draw_modalities(300, seed=60)
-    directions, exponent = choose(train, draw_modalities(300, seed=50))
+    chosen = choose(train, draw_modalities(300, seed=50))
     unsmoothed = find_directions(train, torch.ones(400, 2, dtype=torch.bool), 0.05)
     assert unsmoothed is not None
     scores = []
-    for found, power in ((directions, exponent), (unsmoothed, 1.0)):
+    for fitted in (chosen, FittedSpace(unsmoothed, 1.0, chosen.pole)):
         space = CommonSpace(2, D)
-        space.set_directions(found, power, torch.ones(2))
+        space.set_directions(*fitted, torch.ones(2))
         placed = place_cells(space, unseen)
         distance = torch.cdist(placed[:, 0], placed[:, 1])
         nearer = (distance < distance.diagonal()[:, None]).double().mean()
@@ -230,14 +234,48 @@ def test_held_out_pairs_smooth_what_training_pairs_learnt_by_heart() -> None:
 
 def test_few_held_out_pairs_choose_nothing() -> None:
     mean = draw_modalities(100)
-    directions, exponent = choose(mean, None)
-    # The default follows from 100 pairs and 12 dimensions.
-    smooth = find_directions(mean, torch.ones(100, 2, dtype=torch.bool), ridge=2.5 * D / 100)
+    fitted = choose(mean, None)
+    ridge, exponent = DEFAULT_SMOOTHING
+    smooth = find_directions(mean, torch.ones(100, 2, dtype=torch.bool), ridge)
     assert smooth is not None
-    torch.testing.assert_close(directions.agreement, smooth.agreement)
-    assert exponent == 1.5
-    few, _ = choose(mean, draw_modalities(49, seed=50))
-    torch.testing.assert_close(few.agreement, smooth.agreement)
+    torch.testing.assert_close(fitted.directions.agreement, smooth.agreement)
+    assert (fitted.exponent, fitted.pole) == (exponent, DEFAULT_POLE)
+    few = choose(mean, draw_modalities(49, seed=50))
+    torch.testing.assert_close(few.directions.agreement, smooth.agreement)
+
+
+def test_with_the_constant_cells_of_which_little_is_told_lie_together() -> None:
+    mean, observed = draw_modalities(), torch.ones(N, 2, dtype=torch.bool)
+    coordinates = draw(200, D, seed=1)
+    coordinates[:100] *= 1e-3
+    spread = []
+    for pole in (0.0, 1.0):
+        space = fit_space(mean, observed, pole=pole)
+        z = space.weigh_directions(coordinates)
+        torch.testing.assert_close(z.norm(dim=1), torch.ones(200))
+        spread.append([float(torch.pdist(part).mean()) for part in (z[:100], z[100:])])
+    (little_without, _), (little, much) = spread
+    assert little_without > 0.5
+    assert little < 0.01 < 0.3 < much
+
+
+@pytest.mark.parametrize("length_tells", [False, True])
+def test_held_out_pairs_choose_whether_length_counts(length_tells: bool) -> None:
+    """Of half of the cells little is told, or the same with a length that is chance."""
+
+    def draw_views(n_cells: int, seed: int) -> Tensor:
+        shared = draw(n_cells, 4, seed=seed)
+        # What both tell of a cell is much or little; else each modality has a share of its own.
+        amount = torch.rand(n_cells, 2, 1, generator=torch.Generator().manual_seed(seed)) ** 2
+        amount = amount[:, :1].expand(-1, 2, -1) if length_tells else amount
+        rest = 4 * (1 - amount**2).clamp_min(0).sqrt()  # z has length 1 whatever is told
+        told = 4 * amount * F.normalize(shared, dim=-1)[:, None]
+        return torch.cat([told, rest, torch.zeros(n_cells, 2, D - 5)], -1) + 0.2 * draw(
+            n_cells, 2, D, seed=seed + 1
+        )
+
+    fitted = choose(draw_views(1000, 3), draw_views(300, 5))
+    assert (fitted.pole > 0) == length_tells
 
 
 def test_validation_fits_the_space_and_embeddings_lie_in_it() -> None:
