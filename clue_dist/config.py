@@ -140,6 +140,10 @@ class ObjectiveConfig(SettingsGroup):
     # keeps a profile from lying nearer to all of its own modality than to its partner.
     contrastive_same_modality: Weight = 1.0
 
+    # Of a kind whose profiles are sparse samples (atac), the encoder sees each cell without a share
+    # of its entries that is drawn anew at each step, uniform between 0 and this.
+    thinning: float = Field(0.8, ge=0, lt=1)
+
     @model_validator(mode="after")
     def _require_one_term(self) -> ObjectiveConfig:
         weights = [f"lambda_{term}" for term in ("self", "cross", "mse", "d", "contrastive")]

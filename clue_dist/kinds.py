@@ -34,6 +34,7 @@ class Kind:
     likelihood: str  # default of the setting modalities.NAME.likelihood
     real_values: bool = False  # float32 of either sign; otherwise the values are counts
     binnable: bool = False  # features are regions of the genome: `--bins`, fragments
+    thinned: bool = False  # profiles are sparse samples: the setting objective.thinning is for them
     selection: FeatureSelectionMethod | None = None  # how `--top` ranks features; None: not at all
     simulated_mean: float = 0.6  # of a sparse kind: mean count of a feature in a simulated cell
     # Words for what this kind suits, too, though nobody has asked for it: messages suggest it.
@@ -89,6 +90,7 @@ _ROWS = (
         normalise="tfidf",
         likelihood="poisson",
         binnable=True,
+        thinned=True,
         selection="detection",
         simulated_mean=0.08,
         related=("bins", "tiles", "regions", "fragments", "cutandtag"),

@@ -24,12 +24,19 @@ class SparseCounts:
     # (nnz,) float32. Not to be written to: where all counts are 1, batches share these values.
     values: Tensor
     n_features: int
+    has_zeros: bool = False  # whether some values are 0, as those are that training hides
 
     def list_entry_rows(self) -> Tensor:
         """The row of each non-zero, (nnz,) int64."""
         lengths = self.indptr.diff()
         rows = torch.arange(len(lengths), device=self.indptr.device)
         return rows.repeat_interleave(lengths, output_size=len(self.indices))
+
+    def count_detected(self) -> Tensor:
+        """How many features each cell has, (n,)."""
+        if self.has_zeros:
+            return self.sum_rows((self.values > 0).to(self.values.dtype))
+        return self.indptr.diff()
 
     def sum_rows(self, values: Tensor) -> Tensor:
         """Sum one value per non-zero by row: (nnz,) -> (n,)."""

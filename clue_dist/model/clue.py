@@ -5,6 +5,7 @@ Shapes: B cells, K modalities, d dimensions of each z_k, a of them aligned, M me
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -21,6 +22,7 @@ from clue_dist.model.layers import reverse_gradient
 from clue_dist.model.modality_spec import ModalitySpec
 from clue_dist.model.noise import Noise
 from clue_dist.model.posterior import choose_combination, sample_posterior, select_own_latent
+from clue_dist.model.thinning import hide_entries
 from clue_dist.model.trunk import Trunk
 
 Mixup = Literal["none", "any", "within_batch"]
@@ -102,6 +104,7 @@ class CLUE(nn.Module):
         )
         self.discriminator = Discriminator(k, self.n_aligned, config.discriminator)
         self.scale = LearnedTemperature()
+        self.thinning = {name: spec.thinning for name, spec in specs.items() if spec.thinning}
         self.features_per_step = {name: spec.features_per_step for name, spec in specs.items()}
 
     @property
@@ -142,7 +145,8 @@ class CLUE(nn.Module):
             mixup: whether InfoNCE is to compare mixtures of paired cells instead of the cells:
                 "any" two of them, or two "within_batch", a biological batch.
         """
-        components = self._compute_components(batch)
+        shown = self._hide_entries(batch, noise) if self.training and self.thinning else batch
+        components = self._compute_components(shown)
         posterior = self._infer_posterior(batch, components, noise)
         contrast = posterior.mean
         if mixup != "none":
@@ -223,6 +227,16 @@ class CLUE(nn.Module):
             name: self.get_trunk(name).compute_components(observed.counts)
             for name, observed in batch.modalities.items()
         }
+
+    def _hide_entries(self, batch: Batch, noise: Noise) -> Batch:
+        """Hide entries of the modalities that are thinned. Decoders still score whole profiles."""
+        key, shown = noise.draw_keys(), dict(batch.modalities)
+        for name, most in self.thinning.items():
+            if name in shown:
+                observed = shown[name]
+                counts = hide_entries(observed.counts, most, key[observed.rows])
+                shown[name] = replace(observed, counts=counts)
+        return replace(batch, modalities=shown)
 
     def _infer_posterior(
         self, batch: Batch, components: dict[str, Tensor], noise: Noise | None

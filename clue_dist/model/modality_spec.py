@@ -23,6 +23,7 @@ class ModalitySpec:
     normalise: str  # a method of `model.trunk.normalise_counts`
     likelihood: str  # a key of `model.likelihoods.LIKELIHOODS`
     features_per_step: int | None  # a random subset that the decoder scores; None: all features
+    thinning: float = 0.0  # the largest share of entries that training hides from the encoder
 
 
 def specify_modalities(modalities: dict[str, Modality], config: Config) -> dict[str, ModalitySpec]:
@@ -74,4 +75,5 @@ def _specify_modality(name: str, modality: Modality, config: Config) -> Modality
     wanted = config.model.decoder.features_per_step
     limit = AUTO_FEATURES if wanted == "auto" else wanted
     subset = limit if limit < modality.n_features else None
-    return ModalitySpec(modality.n_features, normalise, likelihood, subset)
+    thinning = config.objective.thinning if kind.thinned else 0.0
+    return ModalitySpec(modality.n_features, normalise, likelihood, subset, thinning)

@@ -59,6 +59,14 @@ class Noise:
             [torch.randn(shape, generator=g, device=self._device) for g in self._lanes]
         )
 
+    def draw_keys(self) -> Tensor:
+        """A random integer of 32 bits for each cell, (B,) int64."""
+        keys = [
+            torch.randint(2**32, (self._per_lane,), generator=g, device=self._device)
+            for g in self._lanes
+        ]
+        return self._lay_out_rows(keys)
+
     def apply_dropout(self, x: Tensor, rate: float, rows: Tensor | None = None) -> Tensor:
         """Drop values of x, (..., B, F), and scale up the others.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -34,7 +36,7 @@ def normalise_counts(counts: Counts, method: str, idf: Tensor | None = None) -> 
         x = x * scale.repeat_interleave(counts.indptr.diff(), output_size=len(x))
     if method in ("log_cp10k", "tfidf", "log"):
         x = torch.log1p(x)
-    return type(counts)(counts.indptr, counts.indices, x, counts.n_features)
+    return replace(counts, values=x)
 
 
 def _normalise_dense(x: Tensor, method: str, idf: Tensor | None) -> Tensor:
@@ -50,7 +52,7 @@ def _normalise_dense(x: Tensor, method: str, idf: Tensor | None) -> Tensor:
 
 def compute_size_inputs(counts: Counts) -> Tensor:
     """ln of each cell's total count and of its number of detected features, (n, 2)."""
-    detected = (counts > 0).sum(1) if isinstance(counts, Tensor) else counts.indptr.diff()
+    detected = (counts > 0).sum(1) if isinstance(counts, Tensor) else counts.count_detected()
     return torch.stack([compute_library_size(counts), detected.clamp_min(1)], 1).log()
 
 

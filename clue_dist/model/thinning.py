@@ -1,0 +1,61 @@
+"""Training hides entries of profiles that are sparse samples, as those of open chromatin are.
+
+Of a cell's open regions few are counted, so that encoders learn by heart which ones were. Shown
+each time without another random part of them, they learn what the cell's regions have in common.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from clue_dist.data.batch import Counts
+
+_BITS = 0xFFFFFFFF  # hashes are 32 bits wide, in int64, which holds them without a sign
+
+
+def hide_entries(counts: Counts, most: float, key: Tensor) -> Counts:
+    """Set a share of each cell's entries to 0.
+
+    Whether an entry is hidden follows from the key and the feature alone, so that it needs no draw
+    of its own, and is the same on any number of ranks.
+
+    Args:
+        counts: n profiles.
+        most: the share is uniform between 0 and this.
+        key: (n,) int64 of 32 bits, random.
+
+    Returns:
+        The profiles, of the same layout.
+    """
+    share = most * _hash_to_uniform(key)
+    if isinstance(counts, Tensor):
+        feature = torch.arange(counts.shape[1], device=key.device)
+        return counts * _find_shown(key[:, None], feature, share[:, None]).to(counts.dtype)
+    row = counts.list_entry_rows()
+    shown = _find_shown(key[row], counts.indices, share[row])
+    return replace(counts, values=counts.values * shown, has_zeros=True)
+
+
+def _find_shown(key: Tensor, feature: Tensor, share: Tensor) -> Tensor:
+    """Whether each entry is shown, bool."""
+    return _hash_to_uniform(key ^ _mix_bits(feature.long() + 1)) >= share
+
+
+def _hash_to_uniform(key: Tensor) -> Tensor:
+    """Hash integers of 32 bits to [0, 1)."""
+    return (_mix_bits(key) >> 8).float() / 2**24
+
+
+def _mix_bits(x: Tensor) -> Tensor:
+    """A hash of 32 bits in which each bit of x changes half of the bits.
+
+    Multiply, shift and exclude, with the constants that C. Wellons found (hash-prospector, 2018).
+    """
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D & _BITS
+    x = x ^ (x >> 15)
+    x = x * 0x846CA68B & _BITS
+    return x ^ (x >> 16)
