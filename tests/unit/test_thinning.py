@@ -1,0 +1,115 @@
+"""Which entries training hides from the encoders, and that nothing else hides any."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+
+from clue_dist.config import Config
+from clue_dist.data.batch import SparseCounts, compute_library_size
+from clue_dist.model.modality_spec import specify_modalities
+from clue_dist.model.noise import Noise
+from clue_dist.model.thinning import hide_entries
+from clue_dist.model.trunk import compute_size_inputs
+from clue_dist.store.manifest import Modality
+from tests.unit.model_helpers import small_model
+
+CELLS, FEATURES = 400, 300
+
+
+def make_counts(n_cells: int = CELLS, n_features: int = FEATURES) -> SparseCounts:
+    dense = np.random.default_rng(0).poisson(0.7, (n_cells, n_features)).astype(np.float32)
+    matrix = sp.csr_matrix(dense)
+    return SparseCounts(
+        torch.tensor(matrix.indptr), torch.tensor(matrix.indices), torch.tensor(matrix.data), 300
+    )
+
+
+def draw_keys(n_cells: int = CELLS, seed: int = 0) -> torch.Tensor:
+    return Noise(seed, 0, {"s": n_cells}, 1).draw_keys()
+
+
+def make_dense(counts: SparseCounts) -> torch.Tensor:
+    matrix = sp.csr_matrix((counts.values, counts.indices, counts.indptr))
+    return torch.from_numpy(matrix.toarray())
+
+
+def test_the_share_that_is_hidden_is_uniform_and_the_rest_is_as_it_was() -> None:
+    counts = make_counts()
+    shown = hide_entries(counts, 0.8, draw_keys())
+    hidden = shown.values == 0
+    torch.testing.assert_close(shown.values[~hidden], counts.values[~hidden])
+    share = counts.sum_rows(hidden.float()) / counts.indptr.diff()
+    quantiles = torch.quantile(share, torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95]))
+    torch.testing.assert_close(
+        quantiles, torch.tensor([0.04, 0.2, 0.4, 0.6, 0.76]), atol=0.06, rtol=0
+    )
+
+
+def test_entries_are_hidden_independently_of_feature_cell_and_step() -> None:
+    dense = torch.ones(CELLS, FEATURES)
+    hidden = hide_entries(dense, 0.8, draw_keys()) == 0
+    assert hidden.float().mean(0).sub(0.4).abs().max() < 0.12  # of every feature alike
+    again = hide_entries(dense, 0.8, draw_keys(seed=1)) == 0
+    assert float((hidden == again).float().mean()) < 0.6
+    # Neighbouring features and cells are not hidden together more often than chance has it.
+    centred = hidden.float() - hidden.float().mean(1, keepdim=True)
+    for first, second in ((centred[:, 1:], centred[:, :-1]), (centred[1:], centred[:-1])):
+        assert float((first * second).mean()) == pytest.approx(0, abs=0.01)
+
+
+def test_a_dense_profile_hides_what_a_sparse_one_hides() -> None:
+    counts, key = make_counts(), draw_keys()
+    expected = make_dense(hide_entries(counts, 0.5, key))
+    torch.testing.assert_close(hide_entries(make_dense(counts), 0.5, key), expected)
+
+
+def test_keys_are_those_of_the_cell_on_any_number_of_ranks() -> None:
+    whole = Noise(3, 11, {"a": 16, "b": 8}, 4).draw_keys()
+    assert len(set(whole.tolist())) == 24
+    assert whole.min() >= 0
+    for rank in range(2):
+        rows = torch.cat([torch.arange(0, 16)[rank::2], torch.arange(16, 24)[rank::2]])
+        part = Noise(3, 11, {"a": 16, "b": 8}, 4, rank, 2).draw_keys()
+        assert part.tolist() == whole[rows].tolist()
+
+
+def test_the_size_that_the_encoder_sees_is_that_of_what_is_shown() -> None:
+    shown = hide_entries(make_counts(), 0.8, draw_keys())
+    dense = make_dense(shown)
+    torch.testing.assert_close(compute_size_inputs(shown), compute_size_inputs(dense))
+    torch.testing.assert_close(compute_library_size(shown), dense.sum(1).clamp_min(1))
+
+
+def test_training_alone_hides_and_decoders_score_whole_profiles() -> None:
+    objective, batch, _ = small_model(2)
+    model = objective.model
+    noise = [Noise(0, step, {"s": batch.n_cells}, 1) for step in range(4)]
+
+    def score(step: int) -> torch.Tensor:
+        return model(batch, noise[step]).posterior.mean
+
+    plain = score(0)
+    model.thinning = {"m0": 0.9}
+    assert not torch.equal(score(1)[:, 0], plain[:, 0])
+    seen = []
+    decoder = model.get_decoder("m0")
+    decoder.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[2]))
+    score(2)
+    assert seen
+    assert all(torch.equal(counts, batch.modalities["m0"].counts) for counts in seen)
+    model.eval()
+    whole = model.encode_batch(batch).mean
+    torch.testing.assert_close(score(3), whole)
+
+
+def test_sparse_samples_are_thinned_unless_the_config_says_no() -> None:
+    modalities = {
+        kind: Modality(kind=kind, storage="sparse", features=["a", "b"]) for kind in ("rna", "atac")
+    }
+    specs = specify_modalities(modalities, Config())
+    assert (specs["rna"].thinning, specs["atac"].thinning) == (0.0, 0.8)
+    off = Config(objective={"thinning": 0.0})
+    assert specify_modalities(modalities, off)["atac"].thinning == 0
