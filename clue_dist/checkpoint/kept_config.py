@@ -11,7 +11,10 @@ from clue_dist.errors import ResumeError
 
 # What training did before a setting existed, by dotted path. The kept config of a run that an
 # earlier version began lacks the setting, and today's default would train it otherwise.
-VALUES_BEFORE: dict[str, float] = {"objective.contrastive_same_modality": 0.0}
+VALUES_BEFORE: dict[str, float] = {
+    "objective.contrastive_same_modality": 0.0,
+    "objective.thinning": 0.0,
+}
 
 
 def load_kept_config(run_folder: Path) -> Config:
