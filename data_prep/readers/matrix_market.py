@@ -21,7 +21,7 @@ from data_prep.jobs.whole_folders import make_whole_folder
 from data_prep.options import InputArgument, ReadingOptions
 from data_prep.readers import sorted_entries
 from data_prep.readers.file_parts import FilePart, list_type_parts
-from data_prep.readers.mtx_files import find_mtx_files, holds_matrix, is_mtx_file
+from data_prep.readers.mtx_files import find_mtx_files, holds_matrix, is_mtx_file, read_list
 from data_prep.readers.source import (
     PROBED_VALUES,
     SourceHead,
@@ -38,7 +38,6 @@ from data_prep.readers.text_files import (
     PlainText,
     explain_unreadable,
     open_text,
-    read_lines,
 )
 from data_prep.readers.zarr_file import has_zarr
 
@@ -86,6 +85,10 @@ class _MtxHeader:
     n_entries: int
     is_pattern: bool = False  # entries have no value: each is a one
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return self.n_rows, self.n_columns
+
 
 @dataclass(frozen=True)
 class MatrixMarketSource:
@@ -112,19 +115,15 @@ class MatrixMarketSource:
 
     def read_head(self) -> SourceHead:
         table, files = read_mtx_features(self.path), find_mtx_files(self.path)
-        barcodes = read_lines(files.barcodes)
-        try:
-            with open_text(files.matrix) as file:
-                header = self._read_header(file)
-        except UNREADABLE as error:
-            raise explain_unreadable(files.matrix, error) from None
+        header = _open_header(files.matrix)
+        barcodes = read_list(files.barcodes, header.sizes)
         self._has_cells_in_rows(header, len(table.ids), len(barcodes))  # refuses a misfit
         nnz = header.n_entries
         wanted, names, name_column = table.select_features(self.feature_type, self.id_columns)
         # How the entries are spread over types is not known before they are read.
         share = nnz * len(wanted) // max(len(table.ids), 1)
         where = f"{self.path.name}: barcodes"
-        cells = encode_barcodes([line.split("\t")[0] for line in barcodes], where)
+        cells = encode_barcodes([row[0] for row in barcodes], where)
         return SourceHead(cells, names, share, {}, [], list(TENX_COLUMNS), name_column)
 
     def count_parts(self) -> int:
@@ -134,7 +133,7 @@ class MatrixMarketSource:
         path, head = find_mtx_files(self.path).matrix, self.read_head()
         n_features = len(read_mtx_features(self.path).ids)
         with make_whole_folder(scratch / f"{part:06d}") as folder, open_text(path) as file:
-            header, n_seen = self._read_header(file), 0
+            header, n_seen = _read_header(file, path), 0
             in_rows = self._has_cells_in_rows(header, n_features, head.n_rows)
             for i, chunk in enumerate(self._read_chunks(file) if header.n_entries else []):
                 if header.is_pattern:
@@ -163,8 +162,9 @@ class MatrixMarketSource:
         return []
 
     def probe_counts(self) -> bool:
-        with open_text(find_mtx_files(self.path).matrix) as file:
-            header = self._read_header(file)
+        matrix = find_mtx_files(self.path).matrix
+        with open_text(matrix) as file:
+            header = _read_header(file, matrix)
             if header.is_pattern or not header.n_entries:
                 return header.is_pattern
             chunk = pd.read_csv(file, **_ENTRY_FORM, nrows=PROBED_VALUES)
@@ -188,33 +188,6 @@ class MatrixMarketSource:
         if n_features == n_cells:
             return find_mtx_files(self.path).cells_in_rows
         return shape != usual
-
-    def _read_header(self, file: IO[str]) -> _MtxHeader:
-        """Read up to the line of sizes; the file then stands at the first entry."""
-        where = f"{self.path.name}: {find_mtx_files(self.path).matrix.name}"
-        banner = file.readline(MOST_LETTERS).split()
-        words = [word.lower() for word in banner]
-        known = [["%%matrixmarket", "matrix", "coordinate", name, "general"] for name in _NUMBERS]
-        if words not in known:
-            raise DataError(
-                "not a Matrix Market header this reader knows",
-                where=where,
-                got=" ".join(banner)[:80],
-                expected="%%MatrixMarket matrix coordinate integer (or real) general",
-            )
-        line = file.readline(MOST_LETTERS)
-        while line.startswith("%") or line.isspace():
-            line = file.readline(MOST_LETTERS)
-        sizes = line.split()
-        if len(sizes) != 3 or not all(re.fullmatch("[0-9]{1,18}", size) for size in sizes):
-            raise DataError(
-                "the sizes line is wrong",
-                where=where,
-                got=line.strip()[:80],
-                expected="ROWS COLUMNS ENTRIES",
-            )
-        n_rows, n_columns, n_entries = map(int, sizes)
-        return _MtxHeader(n_rows, n_columns, n_entries, words[3] == "pattern")
 
     def _read_chunks(self, file: IO[str]) -> Iterator[pd.DataFrame]:
         """The entries, a bounded number at a time; what cannot be parsed becomes a DataError."""
@@ -253,10 +226,47 @@ class MatrixMarketSource:
             )
 
 
+def _read_header(file: IO[str], matrix: Path) -> _MtxHeader:
+    """Read up to the line of sizes; the file then stands at the first entry."""
+    where = f"{matrix.parent.name}: {matrix.name}"
+    banner = file.readline(MOST_LETTERS).split()
+    words = [word.lower() for word in banner]
+    known = [["%%matrixmarket", "matrix", "coordinate", name, "general"] for name in _NUMBERS]
+    if words not in known:
+        raise DataError(
+            "not a Matrix Market header this reader knows",
+            where=where,
+            got=" ".join(banner)[:80],
+            expected="%%MatrixMarket matrix coordinate integer (or real) general",
+        )
+    line = file.readline(MOST_LETTERS)
+    while line.startswith("%") or line.isspace():
+        line = file.readline(MOST_LETTERS)
+    sizes = line.split()
+    if len(sizes) != 3 or not all(re.fullmatch("[0-9]{1,18}", size) for size in sizes):
+        raise DataError(
+            "the sizes line is wrong",
+            where=where,
+            got=line.strip()[:80],
+            expected="ROWS COLUMNS ENTRIES",
+        )
+    n_rows, n_columns, n_entries = map(int, sizes)
+    return _MtxHeader(n_rows, n_columns, n_entries, words[3] == "pattern")
+
+
+def _open_header(matrix: Path) -> _MtxHeader:
+    """Read the header of a matrix alone."""
+    try:
+        with open_text(matrix) as file:
+            return _read_header(file, matrix)
+    except UNREADABLE as error:
+        raise explain_unreadable(matrix, error) from None
+
+
 def read_mtx_features(path: Path) -> FeatureTable:
     """The features beside a Matrix Market file: a table of one to three columns, or regions."""
-    file = find_mtx_files(path).features
-    lines = [line.split("\t") for line in read_lines(file)]
+    matrix, _, file = find_mtx_files(path)
+    lines = read_list(file, _open_header(matrix).sizes)
     # Cell Ranger ATAC writes chromosome, start and end of each peak.
     if ".bed" in file.suffixes and all(len(line) > 2 for line in lines):
         regions = [f"{line[0]}:{line[1]}-{line[2]}" for line in lines]

@@ -3,20 +3,21 @@
 Cell Ranger calls them matrix.mtx, barcodes.tsv and features.tsv (genes.tsv, peaks.bed); uploads to
 GEO have the sample's name before that. kallisto-bustools writes cells_x_genes.mtx,
 cells_x_genes.barcodes.txt and cells_x_genes.genes.txt; alevin quants_mat.mtx, quants_mat_rows.txt
-and quants_mat_cols.txt. Each may be gzipped.
+and quants_mat_cols.txt. Each may be gzipped. Lists that were written in R or with pandas may have a
+header, numbers of rows and quotes.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from clue_dist.errors import DataError, list_names
-from data_prep.readers.text_files import UNREADABLE, open_text
+from data_prep.readers.text_files import UNREADABLE, open_text, read_lines, split_fields
 
-_ENDING = r"\.(tsv|txt|bed)(\.gz)?"
+_ENDING = r"\.(tsv|txt|csv|bed)(\.gz)?"
 # How the name of a list may hold a word: GSM1_barcodes.tsv, or else GSM1_barcodes_sample.tsv.
 _AT_THE_END = r"(.*[._-])?({word})" + _ENDING
 _WITHIN = r"(.*[._-])?({word})([._-].*)?" + _ENDING
@@ -25,6 +26,12 @@ _MATRIX = re.compile(r".*\.mtx(\.gz)?", re.IGNORECASE)
 _BARCODES = ("barcodes?", "quants_mat_rows", "cells?")
 _FEATURES = ("features?", "genes?", "peaks?", "quants_mat_cols", "proteins?")
 _CELLS_IN_ROWS = re.compile(r"(.*[._-])?(cells_x_\w+|quants_mat)\.mtx(\.gz)?", re.IGNORECASE)
+
+# The first field of a header. Nothing stands there where the columns alone have names.
+_HEADER = re.compile(
+    r"(x|v1|index|(cell|gene|feature|peak|protein)?[ ._]?(barcode|id|name|symbol)?s?)",
+    re.IGNORECASE,
+)
 
 
 class MtxFiles(NamedTuple):
@@ -94,6 +101,33 @@ def list_matrices(folder: Path) -> list[Path]:
     """The matrices of a folder; an unzipped one comes before its gzipped twin."""
     files = (file for file in folder.iterdir() if _MATRIX.fullmatch(file.name))
     return sorted(file for file in files if file.is_file())
+
+
+def read_list(path: Path, sizes: Collection[int]) -> list[list[str]]:
+    """Read the fields of each line of a list, without a header, numbers of rows and quotes.
+
+    Args:
+        path: the list of barcodes or features.
+        sizes: the numbers of rows and columns of the matrix. A list that fits has no header.
+
+    Raises:
+        DataError: the file cannot be read as text.
+    """
+    separator = "," if ".csv" in path.suffixes else "\t"
+    lines = read_lines(path)
+    is_quoted = all(line.startswith('"') for line in lines)
+    rows = [
+        (is_quoted and split_fields(line, separator)) or line.split(separator) for line in lines
+    ]
+    is_longer = len(rows) not in sizes and len(rows) - 1 in sizes
+    if is_longer and rows[0] and _HEADER.fullmatch(rows[0][0]):
+        rows = rows[1:]
+    first_column = [row[0] if len(row) > 1 else "" for row in rows]
+    if first_column and first_column[0] in ("0", "1"):
+        first = int(first_column[0])
+        if first_column == [str(number) for number in range(first, first + len(rows))]:
+            rows = [row[1:] for row in rows]
+    return rows
 
 
 def _find_matrix(folder: Path) -> Path:

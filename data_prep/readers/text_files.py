@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import re
 import zlib
@@ -72,6 +73,14 @@ class CommentFilter:
 
     def __iter__(self) -> Iterator[str]:
         return (line for line in self.file if not line.startswith("#"))
+
+
+def split_fields(line: str, separator: str) -> list[str]:
+    """Split a line into fields, which may stand in quotes; none where a quote has no end."""
+    try:
+        return next(csv.reader([line], delimiter=separator), [])
+    except csv.Error:
+        return []
 
 
 def read_lines(path: Path) -> list[str]:

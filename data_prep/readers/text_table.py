@@ -5,7 +5,6 @@ The text is read once, some rows at a time, and kept as sorted parts (see `sorte
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -29,7 +28,13 @@ from data_prep.readers.source import (
     identify_file,
     looks_whole,
 )
-from data_prep.readers.text_files import UNREADABLE, PlainText, explain_unreadable, open_text
+from data_prep.readers.text_files import (
+    UNREADABLE,
+    PlainText,
+    explain_unreadable,
+    open_text,
+    split_fields,
+)
 
 CELLS_IN_ROWS, CELLS_IN_COLUMNS = "cells-in-rows", "cells-in-columns"  # keys of such a file
 _SEPARATORS = "\t,; "
@@ -277,7 +282,7 @@ def _find_form(path: Path) -> _TableForm | None:
     if any(len(line) == _LONGEST_LINE for line in lines) or lines[0].startswith(("#", "%")):
         return None
     for separator in _SEPARATORS:
-        head, row = (_split_fields(line, separator) for line in lines)
+        head, row = (split_fields(line, separator) for line in lines)
         # R leaves the name of the first column out.
         if len(row) < 2 or len(head) not in (len(row), len(row) - 1):
             continue
@@ -286,13 +291,6 @@ def _find_form(path: Path) -> _TableForm | None:
         if all(map(_is_number, numbers)) and not all(map(_is_number, columns)):
             return _TableForm(separator, columns, n_comments + 1)
     return None
-
-
-def _split_fields(line: str, separator: str) -> list[str]:
-    try:
-        return next(csv.reader([line], delimiter=separator), [])
-    except csv.Error:  # a field without an end: another separator parts this line
-        return []
 
 
 def _is_number(text: str) -> bool:

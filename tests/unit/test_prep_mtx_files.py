@@ -58,6 +58,39 @@ def _read_source(source: Source, scratch: Path) -> pd.DataFrame:
     return pd.DataFrame(rows.toarray(), np.char.decode(head.barcodes[:]), head.features)
 
 
+@pytest.mark.parametrize(
+    ("names", "header", "form"),
+    [
+        (("barcodes.csv", "genes.csv"), '"","x"', '"{number}","{name}"'),  # write.csv
+        (("barcodes.csv", "gene_names.csv"), "x", "{name}"),
+        (("cell_metadata.csv", "genes.csv"), "barcode,type", "{name},T"),
+        (("barcodes.tsv", "features.tsv"), '"x"', '"{number}"\t"{name}"'),  # write.table
+        (("barcodes.tsv", "genes.tsv"), None, '"{name}"'),
+        (("barcodes.txt", "genes.txt"), None, "{number}\t{name}"),
+    ],
+)
+def test_lists_that_were_written_in_r(
+    tmp_path: Path, names: tuple[str, str], header: str | None, form: str
+) -> None:
+    counts = make_counts(30, 8)
+    folder = _write_files(tmp_path / "in", counts, ("matrix.mtx", *names))
+    for file, axis in zip(names, (counts.index, counts.columns), strict=True):
+        lines = [form.format(number=i + 1, name=name) for i, name in enumerate(axis)]
+        (folder / file).write_text("\n".join([header, *lines] if header else lines))
+    table = _read_table(folder, tmp_path / "out")
+    pd.testing.assert_frame_equal(table, counts, check_dtype=False)
+
+
+def test_a_name_too_many_is_no_header(tmp_path: Path) -> None:
+    folder = _write_files(
+        tmp_path / "in", make_counts(30, 8), ("matrix.mtx", "barcodes.tsv", "genes.tsv")
+    )
+    barcodes = folder / "barcodes.tsv"
+    barcodes.write_text(barcodes.read_text() + "c30\n")
+    with pytest.raises(DataError, match="does not fit its features and barcodes"):
+        _read_table(folder, tmp_path / "out")
+
+
 @pytest.mark.parametrize("n_cells", [30, 8])
 @pytest.mark.parametrize(
     ("names", "cells_in_rows"),
