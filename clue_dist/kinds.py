@@ -86,7 +86,7 @@ _ROWS = (
     Kind(
         name="atac",
         storage="sparse",
-        aliases=("atac", "peak", "peaks", "chromatin"),
+        aliases=("atac", "scatac", "snatac", "peak", "peaks", "chromatin"),
         normalise="tfidf",
         likelihood="poisson",
         binnable=True,

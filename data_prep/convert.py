@@ -288,7 +288,8 @@ def format_feature_note(file: str, note: Mapping[str, Any]) -> list[str]:
         before, after = respelled
         lines.append(f"  {file}: regions are spelled {before} there, {after} here")
     if tallies := note.get("tallies"):
-        lines.append(f"  {file}: {list_names(tallies)} is no feature and is left out")
+        verb = "is no feature and is" if len(tallies) == 1 else "are no features and are"
+        lines.append(f"  {file}: {list_names(tallies)} {verb} left out")
     for which, fate in (("missing", "become zero"), ("extra", "are dropped")):
         if n_features := note[which]:
             first = list_names(note[f"first_{which}"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clue_dist.kinds import find_kinds
+from clue_dist.kinds import KINDS, find_kinds
 from clue_dist.store.location import Location, RemoteLocation
 from data_prep.features.spelling import find_spelling
 from data_prep.options import InputArgument
@@ -139,7 +139,11 @@ def guess_modality(each: PartDescription, others: Sequence[str] = ()) -> str:
     """
     if isinstance(each.source, FragmentsInput) or find_spelling(each.features):
         return "atac"
-    kinds = [kind for kind in find_kinds(each.source.display_name) if kind not in others]
+    kinds = [
+        kind
+        for kind in find_kinds(each.source.display_name)
+        if kind not in others and not (KINDS[kind].real_values and each.holds_counts)
+    ]
     if each.n_features and each.n_features >= MANY_FEATURES:
         return "rna"
     if len(kinds) == 1:

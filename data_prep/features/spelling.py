@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 # Rows in which programs count reads that belong to no feature: CITE-seq-Count now and before,
-# HTSeq, STAR.
+# HTSeq, STAR. Then sums of a cell, which scanpy and Seurat put beside its counts.
 TALLIES = frozenset(
     [
         "unmapped",
@@ -25,6 +25,8 @@ TALLIES = frozenset(
         "N_multimapping",
         "N_noFeature",
         "N_ambiguous",
+        "total_counts",
+        *(f"n{what}_{assay}" for what in ("Count", "Feature") for assay in ("RNA", "ADT", "ATAC")),
     ]
 )
 SAMPLED_FEATURES = 200  # looked at to tell what features are; there may be millions

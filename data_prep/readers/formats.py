@@ -5,7 +5,6 @@ A format is recognised by what is in a file, not by what the file is called.
 
 from __future__ import annotations
 
-import re
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -32,7 +31,7 @@ from data_prep.readers.matrix_market import (
     list_mtx_parts,
     open_matrix_market,
 )
-from data_prep.readers.mtx_files import list_matrices
+from data_prep.readers.mtx_files import is_seldom_meant, list_matrices, split_path
 from data_prep.readers.other_formats import (
     UNKNOWN,
     FolderSearch,
@@ -111,8 +110,6 @@ _OTHER_FORMATS = {
 _DEEPEST_FOLDER = 4
 _MOST_ENTRIES = 2000
 _SEARCHED_SUFFIXES = {".h5", ".h5ad", ".h5mu", ".mtx", ".tsv", ".bed"}
-# Words of paths to matrices of every droplet, of reads, and of introns or junctions alone.
-_SELDOM_MEANT = {"raw", "read", "velocyto", "sj", "unspliced", "ambiguous", "nascent"}
 
 
 @dataclass(frozen=True)
@@ -260,9 +257,8 @@ def _is_input_below(entry: Path) -> bool:
 
 def _rank_input(path: Path) -> tuple[bool, bool, int, str]:
     """Sort filtered matrices before others, and these before raw ones."""
-    words = set(re.split(r"[^a-z0-9]+", str(path).lower().replace("unfiltered", "raw")))
-    is_seldom = not words.isdisjoint(_SELDOM_MEANT)
-    return is_seldom, words.isdisjoint({"filtered", "umi"}), len(path.parts), str(path)
+    is_unusual = split_path(str(path)).isdisjoint({"filtered", "umi"})
+    return is_seldom_meant(str(path)), is_unusual, len(path.parts), str(path)
 
 
 def list_format_names() -> str:

@@ -47,7 +47,8 @@ from data_prep.readers.source import (
 
 def is_h5ad(path: Location) -> bool:
     """Whether a file is an AnnData; a MuData may have an X of its own, too."""
-    is_anndata = has_part(path, "X", "layers") or (has_part(path, "obs") and has_part(path, "var"))
+    # Loom files have layers, too, but neither of these.
+    is_anndata = has_part(path, "X") or (has_part(path, "obs") and has_part(path, "var"))
     return is_anndata and not has_part(path, "mod")
 
 

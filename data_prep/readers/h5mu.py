@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from clue_dist.kinds import match_alias
+from clue_dist.kinds import find_kinds
 from clue_dist.store.layout import MODALITY_NAME
 from clue_dist.store.location import Location
 from data_prep.options import InputArgument, ReadingOptions
@@ -13,7 +13,7 @@ from data_prep.readers.h5_file import has_part, open_container, open_part
 from data_prep.readers.h5_matrix import read_matrix_shape
 from data_prep.readers.h5ad import AnnDataSource, choose_layer, has_matrix, list_choices
 
-_PLAIN_WORDS = re.compile(r"\w+( \w+)*")  # "Gene Expression"
+_PLAIN_WORDS = re.compile(r"[\w-]+( [\w-]+)*")  # "Gene Expression"
 
 
 def is_h5mu(path: Location) -> bool:
@@ -29,10 +29,11 @@ def list_h5mu_parts(path: Location) -> list[FilePart]:
         names = [str(name) for name in group.attrs.get("mod-order", list(group))]
         parts = []
         for name in names:
-            # A name that a store cannot take, "Gene Expression", say, gives way to its kind's; the
+            # A name that a store cannot take, "Surface protein", say, gives way to its kind's; the
             # others are refused later, if they are asked for.
-            alias = match_alias(name) if _PLAIN_WORDS.fullmatch(name) else None
-            modality = name if MODALITY_NAME.fullmatch(name) else alias or name
+            kinds = find_kinds(name) if _PLAIN_WORDS.fullmatch(name) else []
+            is_clear = not MODALITY_NAME.fullmatch(name) and len(kinds) == 1
+            modality = kinds[0] if is_clear else name
             root, n_features = open_part(group, name), None
             if has_matrix(root):  # else there are layers alone
                 n_features = read_matrix_shape(open_part(root, "X"))[1]

@@ -25,6 +25,8 @@ _MATRIX = re.compile(r".*\.mtx(\.gz)?", re.IGNORECASE)
 # Words before an ending, in the order in which one is taken where there are several.
 _BARCODES = ("barcodes?", "quants_mat_rows", "cells?")
 _FEATURES = ("features?", "genes?", "peaks?", "quants_mat_cols", "proteins?")
+# Words of paths to matrices of every droplet, of reads, and of introns or junctions alone.
+_SELDOM_MEANT = {"raw", "read", "velocyto", "sj", "unspliced", "ambiguous", "nascent"}
 _CELLS_IN_ROWS = re.compile(r"(.*[._-])?(cells_x_\w+|quants_mat)\.mtx(\.gz)?", re.IGNORECASE)
 
 # The first field of a header. Nothing stands there where the columns alone have names.
@@ -103,6 +105,16 @@ def list_matrices(folder: Path) -> list[Path]:
     return sorted(file for file in files if file.is_file())
 
 
+def split_path(path: str) -> set[str]:
+    """The words of a path, in lower case."""
+    return set(re.split(r"[^a-z0-9]+", path.lower().replace("unfiltered", "raw")))
+
+
+def is_seldom_meant(path: str) -> bool:
+    """Whether a matrix of this path is seldom what a person means, where there are others."""
+    return not split_path(path).isdisjoint(_SELDOM_MEANT)
+
+
 def read_list(path: Path, sizes: Collection[int]) -> list[list[str]]:
     """Read the fields of each line of a list, without a header, numbers of rows and quotes.
 
@@ -136,11 +148,12 @@ def _find_matrix(folder: Path) -> Path:
     names = ("matrix.mtx", "matrix.mtx.gz")
     usual = [file for name in names for file in matrices if file.name == name]
     if len(matrices) > 1 and not usual:
+        likely = min(matrices, key=lambda file: is_seldom_meant(file.name))
         raise DataError(
             "a folder with several matrices",
             where=folder,
             got=list_names(file.name for file in matrices),
-            fix=f"give one of these files instead of the folder: `rna={matrices[0]}`, say; keep "
+            fix=f"give one of these files instead of the folder: `rna={likely}`, say; keep "
             "samples apart by a data set's name, `sample1:rna=FILE`",
         )
     return (usual or matrices)[0]

@@ -114,6 +114,9 @@ def test_modalities_are_guessed_from_features(
     assert shell.consult_doctor("some.h5ad") == f"{name}=some.h5ad"
     # A person may know better.
     assert shell.consult_doctor("adt=some.h5ad") == "adt=some.h5ad"
+    # Counts are counts, even in a file that is called after a dense matrix.
+    (here / "some.h5ad").rename("dense.h5ad")
+    assert shell.consult_doctor("dense.h5ad") == f"{name}=dense.h5ad"
 
 
 def test_files_that_name_their_modalities_need_no_name(here: Path, shell: Shell) -> None:

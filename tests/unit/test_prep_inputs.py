@@ -61,5 +61,6 @@ def test_layers_and_kinds_of_no_modality_are_refused(tmp_path: Path) -> None:
 def test_files_of_other_programs_are_recognised(tmp_path: Path, group: str, advice: str) -> None:
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file.create_group(group)
+        file.create_group("layers")  # of every loom file
     with pytest.raises(DataError, match=f"fix: this .*{advice}"):
         convert_files(tmp_path / "s.zarr", f"rna={tmp_path / 'a.h5'}")

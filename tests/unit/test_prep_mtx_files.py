@@ -145,6 +145,14 @@ def test_samples_of_one_folder_are_given_by_their_matrix(tmp_path: Path) -> None
         pd.testing.assert_frame_equal(table, counts, check_dtype=False)
 
 
+def test_what_is_seldom_meant_is_not_proposed(tmp_path: Path) -> None:
+    names = ("cells_x_genes.barcodes.txt", "cells_x_genes.genes.txt")
+    for what in ("ambiguous", "mature", "nascent"):
+        _write_files(tmp_path, make_counts(20, 5), (f"cells_x_genes.{what}.mtx", *names))
+    with pytest.raises(DataError, match=r"fix: give one of .*cells_x_genes.mature.mtx`"):
+        _read_table(tmp_path, tmp_path / "out")
+
+
 def test_pattern_has_ones(tmp_path: Path) -> None:
     counts = make_counts(20, 5).clip(upper=1)
     names = ("matrix.mtx", "barcodes.tsv", "features.tsv")

@@ -115,6 +115,15 @@ def test_h5mu_with_names_of_10x(tmp_path: Path) -> None:
         _check_table(_open(given)["adt"], adt, tmp_path)
 
 
+def test_h5mu_with_names_that_tell_their_kind(tmp_path: Path) -> None:
+    tables = {name: make_anndata(make_counts(20, 5)) for name in ("scRNA", "surface protein")}
+    path = write_h5mu(tmp_path / "m.h5mu", **tables)
+    assert list(_open(str(path))) == ["scRNA", "adt"]
+    tables["dsb-normalised protein"] = tables["surface protein"]
+    with pytest.raises(DataError, match="two parts of the file would become adt"):
+        _open(str(write_h5mu(tmp_path / "n.h5mu", **tables)))
+
+
 def test_h5mu_names_that_a_store_can_take_stay(tmp_path: Path) -> None:
     tables = {"rna": make_anndata(make_counts(20, 5)), "prot": make_anndata(make_counts(20, 3))}
     path = write_h5mu(tmp_path / "m.h5mu", **tables)

@@ -80,12 +80,12 @@ def test_one_file_may_spell_a_peak_in_two_ways(tmp_path: Path) -> None:
 
 def test_rows_of_reads_without_a_feature_are_left_out(tmp_path: Path) -> None:
     adt = make_counts(20, 5, 1, "p")
-    with_tally = adt.assign(unmapped=7)
-    first = write_mtx(tmp_path / "umi_count", with_tally, ["Antibody Capture"] * 6)
+    with_tally = adt.assign(unmapped=7, nCount_ADT=adt.sum(axis=1))
+    first = write_mtx(tmp_path / "umi_count", with_tally, ["Antibody Capture"] * 7)
     store = convert_files(tmp_path / "s.zarr", f"adt={first}")
     assert_same_counts(read_counts(store, "adt"), adt)
     said = format_conversion(store.manifest)
-    assert "umi_count: unmapped is no feature and is left out" in said
+    assert "umi_count: unmapped, nCount_ADT are no features and are left out" in said
     assert "extra" not in said
     # Of two files, one may lack the row.
     other = make_counts(20, 5, 2, "p", cells="d")
