@@ -56,12 +56,13 @@ class CommonSpace(nn.Module):
         self.register_buffer("rotation", torch.zeros(k, n_dimensions, r))
         self.register_buffer("covariance", torch.zeros(k, k, r))
         self.register_buffer("weight", torch.zeros(r))  # of directions; the last is the constant
-        self.register_buffer("root_nats", torch.ones(k))
+        self.register_buffer("expert_weight", torch.ones(k))  # of each modality in the joint
         self.mean: Tensor
         self.rotation: Tensor
         self.covariance: Tensor
         self.weight: Tensor
-        self.root_nats: Tensor
+        self.expert_weight: Tensor
+        self.register_load_state_dict_pre_hook(_rename_former_buffer)
 
     @property
     def is_fitted(self) -> bool:
@@ -84,9 +85,7 @@ class CommonSpace(nn.Module):
             pole: length of the constant coordinate, as a multiple of that which a cell's other
                 coordinates have on average, see `weigh_directions`.
             nats: (K,), that each modality tells of its own z_k, the mean over cells. A joint weighs
-                modalities by their root, as a generalised product of experts (Cao and Fleet, 2014).
-                By the nats themselves, cells with proteins alone lay apart from those with RNA,
-                too.
+                modalities by them, as a generalised product of experts (Cao and Fleet, 2014).
         """
         self.mean.copy_(directions.mean)
         self.rotation.copy_(directions.rotation)
@@ -99,7 +98,7 @@ class CommonSpace(nn.Module):
         variance = directions.covariance.diagonal().mean(1)[:-1]  # the mean over modalities
         weight[-1] = pole * (variance * weight[:-1] ** 2).sum().sqrt()
         self.weight.copy_(weight)
-        self.root_nats.copy_(nats.clamp_min(LEAST_NATS).sqrt())
+        self.expert_weight.copy_(nats.clamp_min(LEAST_NATS))
 
     def project_experts(self, mean: Tensor, log_var: Tensor) -> tuple[Tensor, Tensor]:
         """Coordinates of what each modality says of a cell, and their variances.
@@ -130,7 +129,7 @@ class CommonSpace(nn.Module):
         Returns:
             (B, R).
         """
-        precision = (observed * self.root_nats)[:, :, None] / variance.clamp_min(1e-12)
+        precision = (observed * self.expert_weight)[:, :, None] / variance.clamp_min(1e-12)
         share = precision / precision.sum(1, keepdim=True).clamp_min(1e-12)
         variance_of_joint = torch.einsum("bkr,klr,blr->br", share, self.covariance, share)
         variance_of_one = torch.einsum("bkr,kkr->br", share, self.covariance)
@@ -147,6 +146,12 @@ class CommonSpace(nn.Module):
         weighted = coordinates[..., :-1] * self.weight[:-1]
         constant = self.weight[-1].to(weighted.dtype).expand(*weighted.shape[:-1], 1)
         return F.normalize(torch.cat([weighted, constant], -1), dim=-1)
+
+
+def _rename_former_buffer(_: nn.Module, state: dict[str, Tensor], prefix: str, *__: object) -> None:
+    """Take the weights of experts from where an earlier version kept them."""
+    if prefix + "root_nats" in state:
+        state[prefix + "expert_weight"] = state.pop(prefix + "root_nats")
 
 
 def find_directions(mean: Tensor, observed: Tensor, ridge: float) -> Directions | None:

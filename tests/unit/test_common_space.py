@@ -334,3 +334,12 @@ def test_weights_of_earlier_versions_have_no_space(tmp_path: Path) -> None:
     save_file(weights, tmp_path / WEIGHTS)
     with pytest.raises(ResumeError, match=r"space\.rotation"):
         load_weights(model.model, tmp_path, "fix")
+
+
+def test_weights_of_experts_are_found_under_their_former_name() -> None:
+    space = fit_space(draw_modalities(), torch.ones(N, 2, dtype=torch.bool))
+    state = space.state_dict()
+    state["root_nats"] = 3 * state.pop("expert_weight")
+    other = CommonSpace(2, D)
+    other.load_state_dict(state)
+    torch.testing.assert_close(other.expert_weight, torch.full((2,), 3.0))
