@@ -145,30 +145,36 @@ def _sum_metrics(pair: _Pair, forward: RankedKeys, backward: RankedKeys) -> np.n
     )
 
 
-def compute_foscttm(u1: np.ndarray | Tensor, u2: np.ndarray | Tensor) -> float:
+def compute_foscttm(
+    u1: np.ndarray | Tensor, u2: np.ndarray | Tensor, ranks: Ranks | None = None
+) -> float:
     """Eq. 18 over all cells: the share of keys nearer than the true match; 0 is best, 0.5 chance.
 
-    Args:
-        u1: (N, D), N >= 1, on any device.
-        u2: (N, D).
+    Arguments are those of `compute_nearer_share`.
     """
-    return float(compute_nearer_share(u1, u2).mean())
+    return float(compute_nearer_share(u1, u2, ranks).mean())
 
 
-def compute_nearer_share(u1: np.ndarray | Tensor, u2: np.ndarray | Tensor) -> np.ndarray:
+def compute_nearer_share(
+    u1: np.ndarray | Tensor, u2: np.ndarray | Tensor, ranks: Ranks | None = None
+) -> np.ndarray:
     """What each pair adds to `compute_foscttm`, the mean of both directions, (N,) float64.
 
     Args:
-        u1: (N, D), N >= 1, on any device.
+        u1: (N, D), N >= 1, on any device; every rank passes the same.
         u2: (N, D).
+        ranks: processes that share the queries. All must call, and all get the result.
     """
+    ranks = ranks or Ranks()
     x, y = (scale_to_length_one(u) for u in _check_embeddings(u1, u2))
+    part = ranks.slice_for_rank(len(x))
     nearer = np.zeros(len(x))
     for queries, keys in ((x, y), (y, x)):
-        for rows, distances in compute_distances(queries, keys, slice(None)):
+        for rows, distances in compute_distances(queries, keys, part):
             partner = _select_partner(distances, rows)
             nearer[rows.cpu().numpy()] += (distances < partner).sum(1).cpu().numpy()
-    return nearer / (2 * len(x))
+    counts = ranks.gather_values(nearer[part].tolist())
+    return np.concatenate(counts) / (2 * len(x))
 
 
 def compute_chance(batch: np.ndarray) -> Scores:

@@ -4,7 +4,8 @@ Under `deepspeed`, torchrun or srun the work is split over the ranks.
 """
 
 from clue_dist.inference.arguments import build_parser, open_model_and_store
-from clue_dist.inference.evaluate import check_scores_path, evaluate_store, format_scores
+from clue_dist.inference.evaluate import check_scores_path, evaluate_store
+from clue_dist.inference.score_tables import format_scores
 from clue_dist.process import run_main
 
 

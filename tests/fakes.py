@@ -34,7 +34,9 @@ class Projection:
             if m not in batch.modalities:
                 continue
             assert batch.observed[:, k].sum() == len(batch.modalities[m].rows)
-            alone[m] = dense(batch.modalities[m].counts).log1p() @ self.weights[m]
+            # Real values may be negative.
+            counts = dense(batch.modalities[m].counts).clamp(min=0)
+            alone[m] = counts.log1p() @ self.weights[m]
             total.index_add_(0, batch.modalities[m].rows, alone[m])
         return total / batch.observed.sum(1, keepdim=True), alone
 

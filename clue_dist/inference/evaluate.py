@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from clue_dist import integration, matching
+from clue_dist import integration, matching, matching_controls
 from clue_dist.errors import ConfigError, StoreError
 from clue_dist.files import write_file
 from clue_dist.inference.embed import check_query, describe_embedding
@@ -26,6 +25,13 @@ from clue_dist.inference.output_files import (
     translate_output_errors,
 )
 from clue_dist.inference.query import MIN_KNOWN, holds_training_cells
+from clue_dist.inference.score_tables import (
+    COMMON_SPACE,
+    JOINT_SCORES,
+    SEEN,
+    WITHIN_TYPE,
+    WITHOUT_DEPTH,
+)
 from clue_dist.inference.stream import (
     Embedding,
     LoadedModel,
@@ -35,31 +41,7 @@ from clue_dist.inference.stream import (
 from clue_dist.ranks import Ranks
 from clue_dist.store.reader import Store
 
-SEEN = "seen_in_training"  # in `about` of the scores: whether the model was trained on the cells
-SEEN_WARNING = (
-    "The model was trained on this store: these are scores of cells that it has seen, and cells "
-    "that it has not seen match less well. To hold cells out, convert them to a store of their "
-    "own, which is not trained on (`python -m data_prep convert ... --features-from RUN`), and "
-    "score that."
-)
-
 MOST_CELLS = 50_000  # whose neighbours are searched, where nobody says: the search is quadratic
-JOINT_SCORES = "joint"  # the entry of scores.json about z from everything observed
-_JOINT_TITLES = {
-    "ilisi": "iLISI of batches",
-    "kbet": "kBET acceptance",
-    "accuracy": "15-NN accuracy",
-    "clisi": "cLISI",
-    "nmi": "NMI",
-    "ari": "ARI",
-    "asw": "ASW",
-}
-COMMON_SPACE = "common_space"  # in `about` of the scores: whether the model has one
-_NO_SPACE = (
-    "no common space: training had too few cells with several modalities to fit one, so that "
-    "profiles of different modalities lie apart"
-)
-_NO_SCIB = "kBET of batches, and NMI and ARI of labels, need `pip install 'clue-dist[metrics]'`."
 
 
 def evaluate_store(
@@ -94,8 +76,10 @@ def evaluate_store(
         For each ordered pair "rna->adt": `cells`; `global` and `within_batch`, both directions
         averaged; `directed`, from the first to the second alone; `chance`, what blind embeddings
         get; `mixing`, `mixing_ilisi` and, where labels are known, `transfer`, of `mixing_cells`
-        cells. `joint` is about the joint z, as `score_joint_latent` gives it, `worst_island` beside
-        it. `about` says what was scored, and whether the model was trained on it.
+        cells; of the same cells FOSCTTM `within_type`, where types have enough of them, and
+        `without_depth`, where both modalities are counts. `joint` is about the joint z, as
+        `score_joint_latent` gives it, `worst_island` beside it. `about` says what was scored, and
+        whether the model was trained on it.
 
     Raises:
         StoreError: no cell carries two modalities; features that are not the model's.
@@ -188,75 +172,6 @@ def _take_part(sizes: Mapping[str, int], most: int) -> dict[str, int]:
     return dict(zip(sizes, taken, strict=True))
 
 
-def format_scores(result: dict[str, Any]) -> str:
-    """The scores as tables in text, chance beside those of matching.
-
-    A warning follows if the model has seen the cells.
-    """
-    titles = "".join(f"{metric:>10}{'chance':>10}" for metric in matching.METRICS)
-    head = f"{'pair':<16}{'scope':<14}{'cells':>9}{titles}"
-    lines = [head, "-" * len(head)]
-    for pair, entry in select_pairs(result).items():
-        for scope in matching.SCOPES:
-            numbers = "".join(
-                f"{entry[scope][metric]:>10.4f}{entry['chance'][scope][metric]:>10.4f}"
-                for metric in matching.METRICS
-            )
-            lines.append(f"{pair:<16}{scope:<14}{entry['cells']:>9,}{numbers}")
-    for facts in list_space_facts(result):
-        lines += ["", *textwrap.wrap(facts, 100)]
-    if result.get("about", {}).get(SEEN):
-        lines += ["", *textwrap.wrap(f"warning: {SEEN_WARNING}", 100)]
-    return "\n".join(lines)
-
-
-def select_pairs(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Select the entries of scores.json that are about ordered pairs of modalities."""
-    return {name: entry for name, entry in result.items() if "->" in name}
-
-
-def list_space_facts(result: Mapping[str, Any]) -> list[str]:
-    """Say in sentences whether z is one space; nothing of scores that an earlier version wrote."""
-    # Both directions of a pair say the same of it.
-    pairs = {frozenset(name.split("->")): name for name in reversed(select_pairs(result))}
-    facts = [] if result.get("about", {}).get(COMMON_SPACE, True) else [_NO_SPACE]
-    for name in reversed(pairs.values()):
-        entry = result[name]
-        if "mixing" not in entry:
-            continue
-        numbers = [f"mixing {_format_score(entry['mixing'])} (0.5 is perfect)"]
-        numbers.append(f"iLISI {_format_score(entry['mixing_ilisi'])}")
-        if "transfer" in entry:
-            numbers.append(f"label transfer {_format_score(entry['transfer'])}")
-        names = name.replace("->", " and ")
-        facts.append(f"{names}, {entry['mixing_cells']:,} cells: {', '.join(numbers)}")
-    joint = result.get(JOINT_SCORES)
-    return facts + ([] if joint is None else _list_joint_facts(joint))
-
-
-def _list_joint_facts(joint: Mapping[str, Any]) -> list[str]:
-    """What the joint z was found to be, in sentences."""
-    facts = [f"joint z, {joint['cells']:,} of the store's {joint['store_cells']:,} cells"]
-    if "islands" in joint:
-        worst = joint["worst_island"]
-        islands = ", ".join(
-            f"{name} {_format_score(ratio)}{' (the worst)' if name == worst else ''}"
-            for name, ratio in joint["islands"].items()
-        )
-        facts.append(f"islands by pattern (1 is none): {islands}")
-    titles = {name: title for name, title in _JOINT_TITLES.items() if name in joint}
-    if titles:
-        numbers = (f"{title} {_format_score(joint[name])}" for name, title in titles.items())
-        facts.append(", ".join(numbers))
-    if {"ilisi", "accuracy"} & titles.keys() and not {*integration.SCIB_MEASURES} & titles.keys():
-        facts.append(_NO_SCIB)
-    return ["; ".join(facts)]
-
-
-def _format_score(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.4f}"
-
-
 @dataclass(frozen=True)
 class _EmbeddedCells:
     """The cells that were embedded, and what the store says about them."""
@@ -321,7 +236,7 @@ def _score_pairs(
         averaged = matching.average_directions(directed)
         chance = matching.compute_chance(batch)
         sample = cells.find_rows(_take_part(counts, most))
-        mixing = _score_profiles(alone[first][sample], alone[second][sample], cells, sample, ranks)
+        mixing = _score_profiles(cells, (first, second), sample, ranks)
         names = {"forward": f"{first}->{second}", "backward": f"{second}->{first}"}
         for direction, name in names.items():
             result[name] = {
@@ -341,13 +256,25 @@ def _score_pairs(
 
 
 def _score_profiles(
-    first: np.ndarray, second: np.ndarray, cells: _EmbeddedCells, rows: np.ndarray, ranks: Ranks
+    cells: _EmbeddedCells, pair: tuple[str, str], rows: np.ndarray, ranks: Ranks
 ) -> dict[str, Any]:
-    """How the profiles of two modalities mix, and whether labels pass from one to the other."""
+    """How the profiles of two modalities mix, and what else there is to their matching.
+
+    Labels may pass from one to the other; types and sequencing depth may explain FOSCTTM.
+    """
+    first, second = (cells.embedding.alone[name][rows] for name in pair)
     scores = {"mixing_cells": len(rows), **integration.score_mixing(first, second, ranks)}
     labels = cells.labels[rows]
-    if len(np.unique(labels[integration.mark_labelled_cells(labels)])) > 1:
+    known = integration.mark_labelled_cells(labels)
+    if len(np.unique(labels[known])) > 1:
         scores["transfer"] = integration.transfer_labels(first, second, labels, ranks)
+    within = matching_controls.score_within_types(first[known], second[known], labels[known], ranks)
+    if within:
+        scores[WITHIN_TYPE] = within
+    log_depth = cells.embedding.log_depth
+    if log_depth.keys() >= set(pair):
+        depths = np.stack([log_depth[name][rows] for name in pair], axis=1)
+        scores[WITHOUT_DEPTH] = matching_controls.score_without_depth(first, second, depths, ranks)
     return scores
 
 

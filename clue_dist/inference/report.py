@@ -10,18 +10,11 @@ import html
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from clue_dist.errors import ConfigError
-from clue_dist.inference.evaluate import (
-    SEEN,
-    SEEN_WARNING,
-    list_space_facts,
-    select_pairs,
-)
 from clue_dist.inference.figures import (
     compute_umap,
     draw_curves,
@@ -31,7 +24,16 @@ from clue_dist.inference.figures import (
 )
 from clue_dist.inference.output_files import translate_output_errors
 from clue_dist.inference.profiles import ALL_OBSERVED, UNKNOWN, read_metrics, read_profiles
-from clue_dist.matching import METRICS, SCOPES
+from clue_dist.inference.score_tables import (
+    SEEN,
+    SEEN_WARNING,
+    Comparison,
+    format_score,
+    list_rows,
+    list_space_facts,
+    select_pairs,
+)
+from clue_dist.matching import METRICS
 
 _TITLES = {"foscttm": "FOSCTTM ↓", "match": "match ↑", "recall10": "recall at 10 ↑"}
 _MUTED = "<p class='muted'>{}</p>"
@@ -147,9 +149,9 @@ def _tabulate_scores(path: Path) -> str:
     try:
         scores = json.loads(path.read_text(encoding="utf-8"))
         rows = [
-            _format_row(pair, scope, entry)
+            _format_row(pair, *row)
             for pair, entry in select_pairs(scores).items()
-            for scope in SCOPES
+            for row in list_rows(entry)
         ]
         facts = list_space_facts(scores)
         is_seen = scores.get("about", {}).get(SEEN)
@@ -174,20 +176,14 @@ def _tabulate_scores(path: Path) -> str:
 {space}"""
 
 
-def _format_row(pair: str, scope: str, entry: dict[str, Any]) -> str:
-    chance = entry.get("chance", {}).get(scope, {"foscttm": 0.5})
-    cells = [pair.replace("->", " → "), scope.replace("_", " "), f"{entry['cells']:,}"]
+def _format_row(pair: str, scope: str, n_cells: int, scores: dict[str, Comparison]) -> str:
+    cells = [pair.replace("->", " → "), scope.replace("_", " "), f"{n_cells:,}"]
     text = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
     numbers = "".join(
-        f"<td>{_format_number(entry[scope][metric])}</td>"
-        f"<td class='muted'>{_format_number(chance.get(metric))}</td>"
-        for metric in METRICS
+        f"<td>{format_score(value, '')}</td><td class='muted'>{format_score(chance, '')}</td>"
+        for value, chance in scores.values()
     )
     return f"<tr>{text}{numbers}</tr>\n"
-
-
-def _format_number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
 
 
 def _show_config(run: Path) -> str:

@@ -20,14 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clue_dist.data.batch import Batch, read_batch
+from clue_dist.data.batch import Batch, compute_library_size, read_batch
 from clue_dist.errors import ResumeError, StoreError
 from clue_dist.inference.output_files import translate_output_errors
+from clue_dist.kinds import KINDS
 from clue_dist.ranks import Ranks
 from clue_dist.store.manifest import Modality
 from clue_dist.store.reader import Store
 
-JOINT = ""  # names the array of z from everything observed; no modality has an empty name
+# Names of arrays, and of their files; "alone-" and "depth-" stand before a modality.
+JOINT, ALONE, DEPTH = "joint", "alone-", "depth-"
 
 
 class Embedder(Protocol):
@@ -118,6 +120,8 @@ class Embedding:
     slices: list[SegmentSlice]  # which cells the rows are
     joint: np.ndarray  # (N, K * d) float32, from everything observed
     alone: dict[str, np.ndarray]  # by modality (N, K * d), from it alone; NaN where not measured
+    # By modality of counts (N,), ln of the sum of its counts; NaN where not measured.
+    log_depth: dict[str, np.ndarray]
 
 
 def slice_segments(
@@ -165,23 +169,42 @@ def compute_embedding(
         store: the cells.
         scratch: a folder that all ranks see, for the arrays.
         slices: slices of the store, as `slice_segments` cuts it.
-        per_modality: whether z from each modality alone is wanted, too.
+        per_modality: whether z from each modality alone is wanted, too, and sequencing depths.
         ranks: this process among the others.
 
     Raises:
         StoreError: a damaged chunk, a full disk.
         ResumeError: the model gives NaN or Inf.
     """
-    shape = slices[-1].rows.stop, trained_model.latent * len(trained_model.modalities)
-    names = [JOINT, *(store.modalities if per_modality else [])]
+    n_cells = slices[-1].rows.stop
+    widths = _list_widths(trained_model, store, per_modality)
     share = slices[ranks.slice_for_rank(len(slices))]
-    ranks.run_on_all(lambda: _embed_share(trained_model, store, scratch, share, names, ranks))
-    ranks.run_on_first(lambda: _join_files(scratch, names, shape, ranks.world))
+    ranks.run_on_all(lambda: _embed_share(trained_model, store, scratch, share, widths, ranks))
+    ranks.run_on_first(lambda: _join_files(scratch, widths, n_cells, ranks.world))
     arrays = {
-        name: np.memmap(_array_path(scratch, name, 0), np.float32, mode="r", shape=shape)
-        for name in names
+        name: np.memmap(_array_path(scratch, name, 0), np.float32, mode="r", shape=(n_cells, width))
+        for name, width in widths.items()
     }
-    return Embedding(slices, arrays.pop(JOINT), dict(arrays))
+    alone, depth = (
+        {name.removeprefix(kind): rows for name, rows in arrays.items() if name.startswith(kind)}
+        for kind in (ALONE, DEPTH)
+    )
+    log_depth = {name: rows[:, 0] for name, rows in depth.items()}
+    return Embedding(slices, arrays[JOINT], alone, log_depth)
+
+
+def _list_widths(trained_model: LoadedModel, store: Store, per_modality: bool) -> dict[str, int]:
+    """The columns of each array that is wanted."""
+    width = trained_model.latent * len(trained_model.modalities)
+    widths = {JOINT: width}
+    if per_modality:
+        widths |= {f"{ALONE}{name}": width for name in store.modalities}
+        widths |= {
+            f"{DEPTH}{name}": 1
+            for name, modality in store.manifest.modalities.items()
+            if not KINDS[modality.kind].real_values
+        }
+    return widths
 
 
 def _array_path(scratch: Path, name: str, rank: int) -> Path:
@@ -190,8 +213,7 @@ def _array_path(scratch: Path, name: str, rank: int) -> Path:
     Ranks never share a file: machines that write into the same page of a file over a network lose
     each other's rows.
     """
-    prefix = "joint" if name == JOINT else f"alone-{name}"
-    return scratch / f"{prefix}-{rank:05d}.f32"
+    return scratch / f"{name}-{rank:05d}.f32"
 
 
 def _embed_share(
@@ -199,7 +221,7 @@ def _embed_share(
     store: Store,
     scratch: Path,
     slices: list[SegmentSlice],
-    names: list[str],
+    widths: dict[str, int],
     ranks: Ranks,
 ) -> None:
     """Embed this rank's slices into its own files, which are on the disk when this returns."""
@@ -211,24 +233,33 @@ def _embed_share(
                 name: stack.enter_context(
                     _array_path(scratch, name, ranks.rank).open("wb", buffering=0)
                 )
-                for name in names
+                for name in widths
             }
         for cells, batch in _read_ahead(store, slices, list(trained_model.modalities)):
-            with torch.inference_mode():
-                joint, alone = model.embed_batch(batch.to(device))
-            latents = {JOINT: joint, **alone}
+            found = _embed_cells(model, batch, device)
             for name, file in files.items():
                 # All cells of a segment carry the same modalities, so that a slice has every row
                 # of a modality or none.
-                if name in latents:
-                    rows = _require_finite(latents[name], cells, name)
+                if name in found:
+                    rows = _require_finite(found[name], cells, name)
                 else:
-                    rows = np.full(joint.shape, np.nan, np.float32)
+                    rows = np.full((cells.n_cells, widths[name]), np.nan, np.float32)
                 with translate_output_errors(scratch):
                     _write_rows(file, rows)
         with translate_output_errors(scratch):
             for file in files.values():
                 os.fsync(file.fileno())
+
+
+def _embed_cells(model: Embedder, batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """z and depth of a batch, by the name of the array that they go into."""
+    depth = {
+        f"{DEPTH}{name}": compute_library_size(part.counts).log()[:, None]
+        for name, part in batch.modalities.items()
+    }
+    with torch.inference_mode():
+        joint, alone = model.embed_batch(batch.to(device))
+    return {JOINT: joint, **{f"{ALONE}{name}": latent for name, latent in alone.items()}, **depth}
 
 
 def _write_rows(file: IO[bytes], rows: np.ndarray) -> None:
@@ -241,10 +272,10 @@ def _write_rows(file: IO[bytes], rows: np.ndarray) -> None:
         left = left[file.write(left) :]
 
 
-def _join_files(scratch: Path, names: list[str], shape: tuple[int, int], world: int) -> None:
+def _join_files(scratch: Path, widths: dict[str, int], n_cells: int, world: int) -> None:
     """Append the rows of the other ranks to those of rank 0, whose file so becomes the whole."""
-    expected = 4 * shape[0] * shape[1]
-    for name in names:
+    for name, width in widths.items():
+        expected = 4 * n_cells * width
         paths = [_array_path(scratch, name, rank) for rank in range(world)]
         size = sum(path.stat().st_size for path in paths if path.exists())
         if size != expected:
@@ -285,7 +316,7 @@ def _read_ahead(
 def _require_finite(latent: Tensor, cells: SegmentSlice, name: str) -> np.ndarray:
     values = latent.float().cpu().numpy()
     if not np.isfinite(values).all():
-        source = "everything observed" if name == JOINT else name
+        source = "everything observed" if name == JOINT else name.removeprefix(ALONE)
         place = f"segment {cells.segment}, cells {cells.start} to {cells.stop - 1}"
         raise ResumeError(
             "the model gives NaN or Inf",

@@ -1,4 +1,4 @@
-"""Does the joint z of unseen cells tell cell types better than one modality, and do batches mix?
+"""Does the joint z of unseen cells tell cell types as well as anything else, and do batches mix?
 
 .venv/bin/python -m tests.benchmarks.labels --json OUT.json [--quick] [--sets ...] [--folds ...]
 
@@ -6,6 +6,8 @@ Ours and the reference are the runs of `matching`; the reference, which takes lo
 there first, or its rows are missing.
 """
 
+import statistics
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
@@ -14,16 +16,18 @@ from typing import ClassVar
 import mudata as md
 import numpy as np
 
-from tests.benchmarks import mosaic
+from tests.benchmarks import mosaic, scores
+from tests.benchmarks.commands import install_python, read_pins, run_command
 from tests.benchmarks.factors import views
-from tests.benchmarks.matching import Matching
-from tests.benchmarks.mosaic import BATCHED, JOINT, LARGE, SMALL, Embedded
-from tests.benchmarks.report import Result
-from tests.benchmarks.runner import Benchmark, Case, Option, Run
+from tests.benchmarks.matching import PEERS, Matching
+from tests.benchmarks.mosaic import JOINT, PAIRED, Embedded, Split
+from tests.benchmarks.report import Bar, Result
+from tests.benchmarks.runner import Case, Option, Run
 from tests.benchmarks.split import FOLDS
 
-SETS = [*LARGE, SMALL]
-METHODS = ("ours", "counts", "reference")
+METHODS = ("ours", "counts", "wnn", "reference")
+SEEDLESS = ("counts", "wnn")  # no random numbers: one seed stands for all
+WNN = PEERS / "wnn.py"
 COMPONENTS = 50
 
 
@@ -31,34 +35,45 @@ class Labels(Matching):
     """Cell types and batches in the embeddings of the matching benchmark, and in counts."""
 
     name = "labels"
-    options: ClassVar = {**Matching.cells, "sets": Option(SETS, [SMALL], choices=SETS)}
+    options: ClassVar = {**Matching.cells, "seeds": Option([0], [0])}
     columns = ("accuracy", "transferred", "ilisi")
-    list_extras = Benchmark.list_extras
 
     def list_cases(self) -> Iterator[Case]:
-        """Every method; the reference where it has been run, and never on a quick look."""
+        """Every method; those that take long to install or run only where it is no quick look.
+
+        The reference is told where it has been run.
+        """
         args = self.args
-        for method, fold, name in product(METHODS, args.folds, args.sets):
-            run = Run(method, name, fold, 0, self.digest(method, name))
-            if method != "reference" or (not args.quick and run.read_record(args.work)):
-                yield method, name, fold, 0
+        for method, seed, fold, name in product(METHODS, args.seeds, args.folds, args.sets):
+            run = Run(method, name, fold, seed, self.digest(method, name))
+            if method in SEEDLESS and seed != args.seeds[0]:
+                continue
+            if method == "reference" and not run.read_record(args.work):
+                continue
+            if method in ("ours", "counts") or not args.quick:
+                yield method, name, fold, seed
 
     def list_inputs(self, method: str, data_set: str) -> tuple[Path | str, ...]:
-        if method != "counts":
+        if method not in SEEDLESS:
             return super().list_inputs(method, data_set)
-        return self.digest_data(data_set), Path(__file__), Path(views.__file__)
+        code = (WNN, WNN.with_suffix(".txt")) if method == "wnn" else ()
+        return self.digest_data(data_set), Path(__file__), Path(views.__file__), *code
 
     def measure(self, run: Run, folder: Path) -> Result:
-        if run.method != "counts":
+        if run.method not in SEEDLESS:
             return super().measure(run, folder)
-        split = self.cut_split(run)
-        with mosaic.ignore_warnings():
-            train, test = md.read(split.train), md.read(split.test)
-        parts = reduce_counts(train, test, mosaic.list_pairs(split, "train"))
-        named = zip(("train", "test"), parts, strict=True)
-        arrays = {f"{part}_{source}": x for part, z in named for source, x in z.items()}
-        np.savez(folder / "z.npz", **arrays)
+        save_components(self.cut_split(run), folder / "z.npz")
+        if run.method == "wnn":
+            python = install_python(WNN.with_suffix(".txt"), self.args.work)
+            command = [python, WNN, folder / "z.npz", "--out", folder / "near.npy"]
+            run_command(command, folder / "log.txt", self.args.threads)
         return {"fit_s": 0.0, "threads": self.args.threads}
+
+    def score(self, run: Run, folder: Path) -> Result:
+        if run.method != "wnn":
+            return super().score(run, folder)
+        cells = scores.HeldOutCells.read_from(self.cut_split(run))
+        return scores.score_neighbours(np.load(folder / "near.npy"), cells)
 
     def describe(self, record: Result) -> str:
         return ", ".join(f"{source} {value:.3f}" for source, value in record["accuracy"].items())
@@ -74,26 +89,56 @@ class Labels(Matching):
         return super().tabulate(rows)
 
     def judge(self, records: Sequence[Result]) -> Iterator[Result]:
-        """Leads over what else tells types on all folds, over the reference on common ones."""
+        """Leads of our joint z over all else that tells types, over WNN, and mixing of batches."""
         for name in self.args.sets:
-            ours, counts = (list_folds(records, m, name, "accuracy") for m in ("ours", "counts"))
-            joint, both_counts = (z.get(JOINT, {}) for z in (ours, counts))
-            ours, counts = ([z.get(m, {}) for m in mosaic.SETS[name]] for z in (ours, counts))
-            rivals = {
-                "the better modality's counts": counts,
-                "our z from the better modality": ours,
-                "the best of these and both counts": [*counts, *ours, both_counts],
-            }
-            for what, others in rivals.items():
-                whole = all(folds.keys() == set(FOLDS) for folds in (joint, *others))
-                better = max(others, key=lambda folds: sum(folds.values())) if whole else {}
-                leads = [joint[fold] - better[fold] for fold in better]
-                yield self.bars["accuracy"].fill_name(name, what).judge_mean(leads)
-        for name in filter(BATCHED.__contains__, self.args.sets):
-            methods = ("ours", "reference")
-            ours, theirs = (list_folds(records, m, name, "ilisi").get(JOINT, {}) for m in methods)
-            leads = [ours[fold] - theirs[fold] for fold in ours.keys() & theirs.keys()]
-            yield self.bars["ilisi"].fill_name(name, len(leads), len(FOLDS)).judge_mean(leads)
+            ours = self.collect_folds(records, "ours", name, "accuracy")
+            counts = self.collect_folds(records, "counts", name, "accuracy")
+            wnn = self.collect_folds(records, "wnn", name, "accuracy")
+            rivals = {f"our z from {m}": ours.get(m, {}) for m in PAIRED[name]}
+            rivals |= {f"counts of {m}": counts.get(m, {}) for m in PAIRED[name]}
+            rivals["both counts"] = counts.get(JOINT, {})
+            joint = ours.get(JOINT, {})
+            if bar := self.bars.get(f"{name} accuracy"):
+                yield judge_lead(bar, joint, rivals)
+            yield judge_lead(self.bars["wnn"].fill_name(name), joint, {"WNN": wnn.get(JOINT, {})})
+            if bar := self.bars.get(f"{name} ilisi"):
+                ilisi = self.collect_folds(records, "ours", name, "ilisi").get(JOINT, {})
+                yield bar.judge_mean(list(ilisi.values()) if ilisi.keys() == set(FOLDS) else [])
+
+    def collect_folds(
+        self, records: Sequence[Result], method: str, name: str, what: str
+    ) -> dict[str, dict[int, float]]:
+        """A score by source of z, then by fold: the mean of all seeds where all were run."""
+        n_seeds = 1 if method in SEEDLESS else len(self.args.seeds)
+        found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for r in records:
+            if (r["method"], r["data_set"]) == (method, name):
+                for source, value in r[what].items():
+                    found[source][r["fold"]].append(value)
+        return {
+            source: {f: statistics.fmean(v) for f, v in folds.items() if len(v) == n_seeds}
+            for source, folds in found.items()
+        }
+
+    def list_extras(self) -> Result:
+        return {"peers": {"wnn": read_pins(WNN.with_suffix(".txt"))}}
+
+
+def judge_lead(bar: Bar, joint: dict[int, float], rivals: dict[str, dict[int, float]]) -> Result:
+    """Judge how far the joint z leads the best of its rivals, each by fold; open if one lacks."""
+    if not all(folds.keys() == set(FOLDS) for folds in (joint, *rivals.values())):
+        return bar.fill_name("the best of the others").judge(None)
+    best = max(rivals, key=lambda rival: sum(rivals[rival].values()))
+    return bar.fill_name(best).judge_mean([joint[f] - rivals[best][f] for f in FOLDS])
+
+
+def save_components(split: Split, npz: Path) -> None:
+    """Leave components of the counts as an embedding, by source of z."""
+    with mosaic.ignore_warnings():
+        train, test = md.read(split.train), md.read(split.test)
+    parts = reduce_counts(train, test, mosaic.list_pairs(split, "train"))
+    named = zip(("train", "test"), parts, strict=True)
+    np.savez(npz, **{f"{part}_{source}": x for part, z in named for source, x in z.items()})
 
 
 def reduce_counts(
@@ -105,18 +150,6 @@ def reduce_counts(
         fitted, z[name] = views.reduce_view(name, train[name].X, test[name].X, COMPONENTS)
         known[name] = fitted[train[name].obs_names.get_indexer(pairs)]
     return tuple({JOINT: np.hstack(list(alone.values()))} | alone for alone in (known, z))
-
-
-def list_folds(
-    records: Sequence[Result], method: str, name: str, what: str
-) -> dict[str, dict[int, float]]:
-    """A score by source of z, then by fold."""
-    found: dict[str, dict[int, float]] = {}
-    for r in records:
-        if (r["method"], r["data_set"]) == (method, name):
-            for source, value in r[what].items():
-                found.setdefault(source, {})[r["fold"]] = value
-    return found
 
 
 if __name__ == "__main__":

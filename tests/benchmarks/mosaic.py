@@ -14,19 +14,28 @@ import numpy as np
 import pandas as pd
 
 from clue_dist.errors import DataError
+from clue_dist.kinds import find_kinds
 from tests.benchmarks.commands import run_command
 from tests.benchmarks.kept import compute_digest, make_once
 from tests.distributed.command import ROOT, launched
 
-SETS: dict[str, tuple[str, str]] = {
+PAIRED: dict[str, tuple[str, ...]] = {
     "cbmc_cite": ("rna", "adt"),
     "snare_adbrain_8lib": ("rna", "atac"),
     "bmmc_cite_starter": ("rna", "adt"),
     "bmmc_multiome_starter": ("rna", "atac"),
     "hao_mosaic": ("rna", "adt"),
 }
+# More than two modalities of every cell: one of them halved, or views of handwritten digits.
+MANY: dict[str, tuple[str, ...]] = {
+    "cbmc_halves": ("rna_odd", "rna_even", "adt"),
+    "snare_halves": ("rna", "atac_odd", "atac_even"),
+    "digits": ("fac", "fou", "kar", "mor", "pix", "zer"),
+}
+SETS = PAIRED | MANY
+FILES = {"cbmc_halves": "cbmc_cite", "snare_halves": "snare_adbrain_8lib"}  # else as the set
 LARGE, SMALL = ("cbmc_cite", "snare_adbrain_8lib"), "bmmc_cite_starter"
-BATCHED = tuple(name for name in SETS if name != "cbmc_cite")  # cells of two batches or more
+BATCHED = tuple(name for name in PAIRED if name != "cbmc_cite")  # cells of two batches or more
 RECIPE = "configs/atlas.json"
 SOURCES = ("clue_dist", "data_prep", "launch", "configs", "constraints.txt")
 KEPT = ("config.json", "metrics.jsonl")  # of a run's folder; its checkpoints would fill the disk
@@ -39,7 +48,7 @@ class Split:
     """One fold of one data set."""
 
     folder: Path  # of train.h5mu and test.h5mu
-    mods: tuple[str, str]
+    mods: tuple[str, ...]
 
     @property
     def train(self) -> Path:
@@ -52,7 +61,7 @@ class Split:
 
 def find_data_set(name: str, data: Path) -> Path:
     """The file of a data set; a DataError where it is not there."""
-    path = data / f"{name}.h5mu"
+    path = data / f"{FILES.get(name, name)}.h5mu"
     if not path.is_file():
         have = ", ".join(sorted(p.stem for p in data.glob("*.h5mu"))) or "no .h5mu file"
         fix = "name its folder with --data"
@@ -102,7 +111,7 @@ class Training:
     def save_z(self) -> float:
         """Train, and leave z.npz in the folder; seconds of the training command.
 
-        u1, u2: the test cells' z of each modality alone, (N, K x d), rows as in test.h5mu;
+        u1, u2, ...: the test cells' z of each modality alone, (N, K x d), rows as in test.h5mu;
         train_SOURCE, test_SOURCE: `Embedded` of the paired cells, rows as in their first modality;
         mosaic, pattern: the joint z of all training cells, and what each of them carries.
         """
@@ -119,11 +128,11 @@ class Training:
 
 
 def list_pairs(split: Split, part: str) -> pd.Index:
-    """Barcodes of the paired cells of "train" or "test", as they come in the first modality."""
+    """Barcodes of cells of "train" or "test" with every modality, as they come in the first."""
     with ignore_warnings():
         table = md.read(split.folder / f"{part}.h5mu")
-    first, second = (table[m].obs_names for m in split.mods)
-    return first[first.isin(second)]
+    first, *others = (table[m].obs_names for m in split.mods)
+    return first[np.logical_and.reduce([first.isin(names) for names in others])]
 
 
 def select_z(table: md.MuData, cells: Sequence[str]) -> Embedded:
@@ -142,7 +151,12 @@ def convert_split(split: Split, args: argparse.Namespace) -> Path:
     """The folder of a split's train.zarr and test.zarr, converted unless these sources have."""
 
     def make(folder: Path) -> None:
-        features = {"train": [], "test": ["--features-from", folder / "train.zarr"]}
+        # What no name of ours tells is of real values.
+        kinds = [f"{m}=dense" for m in split.mods if not find_kinds(m)]
+        features = {
+            "train": ["--kind", *kinds] if kinds else [],
+            "test": ["--features-from", folder / "train.zarr"],
+        }
         for part, chosen in features.items():
             words = [split.folder / f"{part}.h5mu", "--out", folder / f"{part}.zarr", *chosen]
             words += ["--workers", str(args.threads)]

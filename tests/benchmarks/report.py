@@ -103,8 +103,9 @@ def tabulate_records(records: Sequence[Result], paths: Sequence[str], counted: s
 
     counted: of a "fold" mean and deviation are told, of a "repeat" the median, else the value.
     """
-    frame = select_columns(records, paths)
-    groups = frame.drop(columns=list(RUN[2:])).groupby(list(RUN[:2]), sort=False)
+    # What no record has gets no column.
+    frame = select_columns(records, paths).dropna(axis=1, how="all")
+    groups = frame.drop(columns=list(RUN[2:]), errors="ignore").groupby(list(RUN[:2]), sort=False)
     table = groups.agg({"fold": format_spread, "repeat": "median"}.get(counted, "first"))
     if counted:
         table.insert(0, f"{counted}s", groups.size())

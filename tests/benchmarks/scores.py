@@ -1,22 +1,25 @@
 """What an embedding is worth: matching, mixing, cell types; of cells that were not trained on."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import mudata as md
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 from sklearn.model_selection import KFold, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import normalize
 
-from clue_dist import integration, matching
+from clue_dist import integration, matching, matching_controls
 from clue_dist.neighbours import find_neighbours
 from tests.benchmarks.mosaic import JOINT, Embedded, Split, ignore_warnings, list_pairs
 from tests.benchmarks.report import Result
 from tests.distributed.command import ROOT
 
-CODE = ("matching.py", "integration.py", "neighbours.py", "ranks/ranks.py")
+CODE = ("matching.py", "matching_controls.py", "integration.py", "neighbours.py", "ranks/ranks.py")
 SOURCES = (Path(__file__), *(ROOT / "clue_dist" / name for name in CODE))
 LABEL = "cell_type"
 NO_TYPES = ("Mouse", "Multiplets", "T/Mono doublets", "Mis")  # labels that name no cell type
@@ -31,33 +34,117 @@ def score_embedding(npz: Path, split: Split) -> Result:
     alone: the accuracy of the joint z and of the better modality's own. Of the joint z of the
     training mosaic, mosaic (M, D), with the pattern of each cell (M,): islands, the worst of them.
     """
-    arrays, (first, _), found = dict(np.load(npz)), split.mods, {}
-    with ignore_warnings():
-        obs = md.read(split.test)[first].obs
-    z, known = (select_part(arrays, part) for part in ("test", "train"))
+    arrays, cells = dict(np.load(npz)), HeldOutCells.read_from(split)
+    z, found = select_part(arrays, "test"), {}
     if "u1" in arrays:
-        u1, u2 = (arrays[name].reshape(-1, *arrays[name].shape[-2:]) for name in ("u1", "u2"))
-        batch = obs["batch"].astype(str).to_numpy() if "batch" in obs else np.zeros(len(obs))
-        candidates = [matching.compute_scores(a, b, batch) for a, b in zip(u1, u2, strict=True)]
-        best = int(np.argmin([scores["global"]["foscttm"] for scores in candidates]))
-        found["scores"] = candidates[best]
-        found |= integration.score_mixing(u1[best], u2[best])
-        if LABEL in obs:
-            labels = np.where(*find_typed(obs), "")
-            found["transfer"] = integration.transfer_labels(u1[best], u2[best], labels)
-        if len(candidates) > 1:
-            return found | {"candidates": candidates}
-        z = z or join_alone(split, u1[0], u2[0])
-    if "mosaic" in arrays:
-        near = find_neighbours(arrays["mosaic"], integration.MIXING_NEIGHBOURS)
-        found["islands"] = max(integration.measure_islands(near, arrays["pattern"]).values())
-    if LABEL not in obs:
-        return found
-    known_obs = obs
+        found = score_profiles(arrays["u1"], arrays["u2"], cells, split.mods)
+        if "candidates" in found:
+            return found
+        alone = [arrays[name].reshape(-1, arrays[name].shape[-1]) for name in ("u1", "u2")]
+        z = z or join_alone(split, *alone)
+    return found | score_mosaic(arrays) | score_sources(arrays, z, cells, split)
+
+
+def score_every_pair(folder: Path, split: Split) -> Result:
+    """Score every ordered pair of a split's modalities, as `score_embedding` scores its only pair.
+
+    Of a method that knows two modalities, a file for each pair is in the folder. scores, mixing,
+    transfer: means over pairs; worst: of the worst pair.
+    """
+    cells, pairs = HeldOutCells.read_from(split), {}
+    whole = folder / "z.npz"
+    arrays = dict(np.load(whole)) if whole.exists() else {}
+    for pair in combinations(split.mods, 2):
+        part = arrays if arrays else dict(np.load(name_embedding(folder, split, pair)))
+        names = [f"test_{m}" for m in pair] if arrays else ["u1", "u2"]
+        found = score_profiles(*(part[name] for name in names), cells, pair)
+        for direction, names in zip(matching.DIRECTIONS, (pair, pair[::-1]), strict=True):
+            scores = found["directed"][direction]["global"]
+            also = {name: found[name] for name in ("mixing", "transfer") if name in found}
+            pairs["->".join(names)] = scores | also
+    table = pd.DataFrame(pairs).T
+    worst = {name: table[name].max() if name == "foscttm" else table[name].min() for name in table}
+    means = table.mean().to_dict()
+    found = {"pairs": pairs, "worst": worst}
+    found["scores"] = {"global": {metric: means.pop(metric) for metric in matching.METRICS}}
+    z = select_part(arrays, "test")
+    return found | means | score_mosaic(arrays) | score_sources(arrays, z, cells, split)
+
+
+def name_embedding(folder: Path, split: Split, pair: Sequence[str]) -> Path:
+    """The file in which a method that knows two modalities leaves its embedding of a pair."""
+    return folder / ("z.npz" if len(split.mods) == 2 else f"z-{'-'.join(pair)}.npz")
+
+
+@dataclass(frozen=True)
+class HeldOutCells:
+    """What is known of the N test cells of a split."""
+
+    obs: pd.DataFrame
+    log_depth: dict[str, np.ndarray]  # by modality of counts, ln of the sum of counts, (N,)
+
+    @classmethod
+    def read_from(cls, split: Split) -> "HeldOutCells":
+        """Read test.h5mu, in which all modalities have the cells in one order."""
+        with ignore_warnings():
+            table = md.read(split.test)
+        counts = {m: table[m].X for m in split.mods if sp.issparse(table[m].X)}
+        sums = {m: np.asarray(x.sum(1), float).ravel() for m, x in counts.items()}
+        return cls(table[split.mods[0]].obs, {m: np.log(total) for m, total in sums.items()})
+
+    @property
+    def batches(self) -> np.ndarray:
+        """The batch of each cell; one for all where none is known."""
+        known = "batch" in self.obs
+        return self.obs["batch"].astype(str).to_numpy() if known else np.zeros(len(self.obs))
+
+
+def score_profiles(
+    first: np.ndarray, second: np.ndarray, cells: HeldOutCells, pair: Sequence[str]
+) -> Result:
+    """Score the profiles of two modalities of the test cells, of the best candidate if several.
+
+    first, second: (N, D) or (C, N, D).
+    """
+    u1, u2 = (u.reshape(-1, *u.shape[-2:]) for u in (first, second))
+    directed = [matching.score_directions(a, b, cells.batches) for a, b in zip(u1, u2, strict=True)]
+    candidates = [matching.average_directions(scores) for scores in directed]
+    best = int(np.argmin([scores["global"]["foscttm"] for scores in candidates]))
+    found: Result = {"scores": candidates[best], "directed": directed[best]}
+    found |= integration.score_mixing(u1[best], u2[best])
+    if LABEL in cells.obs:
+        labels = np.where(*find_typed(cells.obs), "")
+        found["transfer"] = integration.transfer_labels(u1[best], u2[best], labels)
+        known = integration.mark_labelled_cells(labels)
+        typed = (u1[best][known], u2[best][known], labels[known])
+        found["within_type"] = matching_controls.score_within_types(*typed)
+    if cells.log_depth.keys() >= set(pair):
+        depths = np.stack([cells.log_depth[m] for m in pair], axis=1)
+        without = matching_controls.score_without_depth(u1[best], u2[best], depths)
+        found["without_depth"] = without
+    return found | ({"candidates": candidates} if len(candidates) > 1 else {})
+
+
+def score_mosaic(arrays: Mapping[str, np.ndarray]) -> Result:
+    """The worst island in the joint z of a training mosaic, where it was kept."""
+    if "mosaic" not in arrays:
+        return {}
+    near = find_neighbours(arrays["mosaic"], integration.MIXING_NEIGHBOURS)
+    return {"islands": max(integration.measure_islands(near, arrays["pattern"]).values())}
+
+
+def score_sources(
+    arrays: Mapping[str, np.ndarray], z: Embedded, cells: HeldOutCells, split: Split
+) -> Result:
+    """How labels are told by z, by its source, where there are labels and a joint z."""
+    if LABEL not in cells.obs or not z:
+        return {}
+    known, known_obs = select_part(arrays, "train"), cells.obs
     if known:
         with ignore_warnings():
-            known_obs = md.read(split.train)[first].obs.loc[list_pairs(split, "train")]
-    found |= score_labels(z, known, obs, known_obs)
+            first = md.read(split.train)[split.mods[0]]
+        known_obs = first.obs.loc[list_pairs(split, "train")]
+    found = score_labels(z, known, cells.obs, known_obs)
     accuracy = dict(found["accuracy"])
     return found | {"joint": accuracy.pop(JOINT), "alone": max(accuracy.values())}
 
@@ -104,6 +191,25 @@ def measure_accuracy(z: np.ndarray, labels: np.ndarray) -> float:
     """Share of cells whose label is their neighbours' majority, by 5-fold cross-validation."""
     folds = KFold(5, shuffle=True, random_state=0)
     return float(cross_val_score(KNeighborsClassifier(NEIGHBOURS), z, labels, cv=folds).mean())
+
+
+def score_neighbours(near: np.ndarray, cells: HeldOutCells) -> Result:
+    """Accuracy of types by lists of neighbours, which tell no place of a cell, as of a z.
+
+    near: (N, k), the test cells that are nearest to each, the nearest first. The folds are those of
+    `measure_accuracy`; of neighbours the nearest 15 count that have a type and are not of the fold.
+    """
+    typed, labels = find_typed(cells.obs)
+    codes, rows = np.unique(labels, return_inverse=True)[1], np.flatnonzero(typed)
+    shares = []
+    for _, tested in KFold(5, shuffle=True, random_state=0).split(rows):
+        usable = typed.copy()
+        usable[rows[tested]] = False
+        chosen = [near[row][usable[near[row]]][:NEIGHBOURS] for row in rows[tested]]
+        votes = [np.bincount(codes[cells]).argmax() if len(cells) else -1 for cells in chosen]
+        shares.append(np.mean(votes == codes[rows[tested]]))
+    accuracy = {JOINT: float(np.mean(shares))}
+    return {"accuracy": accuracy, "transferred": {}, "ilisi": {}}
 
 
 def measure_transfer(

@@ -33,9 +33,9 @@ def test_cells_without_a_type_are_left_out_and_batches_scored_where_there_are_so
 
 
 def make_record(
-    method: str, fold: int, accuracy: dict[str, float], ilisi: float = 0.5
+    method: str, fold: int, accuracy: dict[str, float], ilisi: float = 0.7, seed: int = 0
 ) -> dict[str, Any]:
-    run = {"method": method, "data_set": SET, "fold": fold}
+    run = {"method": method, "data_set": SET, "fold": fold, "seed": seed}
     scored = {"accuracy": accuracy, "transferred": accuracy}
     return run | scored | {"ilisi": dict.fromkeys(accuracy, ilisi)}
 
@@ -44,43 +44,68 @@ def plan_labels(*words: str) -> Labels:
     return Labels(["--json", "out.json", "--sets", SET, *words])
 
 
-def test_the_joint_z_is_judged_against_counts_and_against_our_own_z_of_one_modality() -> None:
-    ours = [make_record("ours", fold, {JOINT: 0.9, "rna": 0.91, "atac": 0.7}) for fold in FOLDS]
-    alone = {JOINT: 0.95, "rna": 0.85, "atac": 0.6}
-    counts = [make_record("counts", fold, alone) for fold in FOLDS]
-    over_counts, over_own, over_all, _ = plan_labels().judge(ours + counts)
-    assert (over_counts["value"], over_counts["holds"]) == (pytest.approx(0.05), True)
-    assert (over_own["value"], over_own["holds"]) == (pytest.approx(-0.01), False)
-    assert over_all["value"] == pytest.approx(0.9 - 0.95)  # both counts side by side
-    assert [bar["holds"] for bar in plan_labels().judge(ours[:4] + counts)] == [None] * 4
-    text = plan_labels().tabulate(ours + counts)
-    assert len(text.splitlines()) == 1 + 2 * 3
+def make_records(**accuracies: dict[str, float]) -> list[dict[str, Any]]:
+    return [make_record(m, fold, found) for m, found in accuracies.items() for fold in FOLDS]
+
+
+def test_the_joint_z_is_judged_against_the_best_of_all_else_and_against_wnn() -> None:
+    ours = {JOINT: 0.9, "rna": 0.89, "atac": 0.7}
+    counts = {JOINT: 0.88, "rna": 0.85, "atac": 0.6}
+    records = make_records(ours=ours, counts=counts, wnn={JOINT: 0.88})
+    lead, over_wnn, ilisi = plan_labels().judge(records)
+    assert (lead["value"], lead["holds"]) == (pytest.approx(0.01), True)
+    assert lead["name"].endswith("minus that of our z from rna")
+    assert (over_wnn["value"], over_wnn["holds"]) == (pytest.approx(0.02), True)
+    assert over_wnn["name"].endswith("minus that of WNN")
+    assert (ilisi["value"], ilisi["holds"]) == (pytest.approx(0.7), True)
+    better = make_records(ours=ours, counts=counts | {JOINT: 0.95}, wnn={JOINT: 0.91})
+    lead, over_wnn, _ = plan_labels().judge(better)
+    assert (lead["value"], lead["holds"]) == (pytest.approx(-0.05), False)
+    assert lead["name"].endswith("minus that of both counts")
+    assert over_wnn["holds"] is False
+    assert [bar["holds"] for bar in plan_labels().judge(records[1:])] == [None] * 3
+    text = plan_labels().tabulate(records)
+    assert len(text.splitlines()) == 1 + 2 * 3 + 1
     assert "ours, joint" in text
 
 
 def test_leads_are_of_the_same_folds_and_told_with_their_spread() -> None:
-    ours, counts = [], []
+    ours, others = [], []
     for fold in FOLDS:
         joint = 0.5 + 0.1 * fold
         ours.append(make_record("ours", fold, {JOINT: joint, "rna": joint, "atac": 0.1}))
-        alone = {JOINT: 0, "rna": joint - 0.1 - 0.01 * (-1) ** fold, "atac": 0}
-        counts.append(make_record("counts", fold, alone))
-    over_counts, over_own, *_ = plan_labels().judge(ours + counts)
-    assert over_counts["value"] == pytest.approx(0.1 + 0.01 / 5)
+        alone = {JOINT: 0, "rna": 0, "atac": 0}
+        others.append(make_record("counts", fold, alone))
+        others.append(make_record("wnn", fold, {JOINT: joint - 0.1 - 0.01 * (-1) ** fold}))
+    lead, over_wnn, _ = plan_labels().judge(ours + others)
+    assert (lead["value"], lead["deviation"]) == (pytest.approx(0), pytest.approx(0))
+    assert over_wnn["value"] == pytest.approx(0.1 + 0.01 / 5)
     deviation = np.std([0.11, 0.09, 0.11, 0.09, 0.11], ddof=1)
-    assert over_counts["deviation"] == pytest.approx(deviation)
-    assert (over_own["value"], over_own["deviation"]) == (pytest.approx(0), pytest.approx(0))
+    assert over_wnn["deviation"] == pytest.approx(deviation)
 
 
-def test_batch_mixing_is_compared_on_the_folds_that_both_have() -> None:
-    accuracy = {JOINT: 0.9, "rna": 0.9, "atac": 0.7}
-    ours = [make_record("ours", fold, accuracy, ilisi=0.1 * fold) for fold in FOLDS]
-    reference = [make_record("reference", fold, accuracy, ilisi=0.25) for fold in (2, 3)]
-    *_, mixing = plan_labels().judge(ours + reference)
-    assert mixing["value"] == pytest.approx(0.0)
-    assert "2 of 5 folds" in mixing["name"]
-    *_, mixing = plan_labels().judge(ours)
-    assert mixing["holds"] is None
+def test_seeds_are_averaged_where_all_were_run() -> None:
+    alone = {"rna": 0.5, "atac": 0.5}
+    records = make_records(ours={JOINT: 0.8} | alone, counts={JOINT: 0.5} | alone, wnn={JOINT: 0.7})
+    plan = plan_labels("--seeds", "0", "1")
+    assert [bar["holds"] for bar in plan.judge(records)] == [None] * 3
+    again = [make_record("ours", fold, {JOINT: 0.7} | alone, seed=1) for fold in FOLDS]
+    lead, over_wnn, _ = plan.judge(records + again)
+    assert (lead["value"], over_wnn["value"]) == (pytest.approx(0.25), pytest.approx(0.05))
+
+
+def test_types_are_told_by_lists_of_neighbours_as_by_places_of_cells() -> None:
+    rng, kind = np.random.default_rng(0), np.arange(200) % 4
+    types = np.array(["B", "T", "NK", "Multiplets"])[kind]
+    z = rng.normal(size=(200, 3)) + 1.5 * np.eye(4, 3)[kind]
+    distances = np.linalg.norm(z[:, None] - z[None], axis=2)
+    np.fill_diagonal(distances, np.inf)
+    cells = scores.HeldOutCells(pd.DataFrame({"cell_type": types}), {})
+    found = scores.score_neighbours(distances.argsort(1)[:, :100], cells)
+    typed = kind != 3
+    expected = scores.measure_accuracy(z[typed], types[typed])
+    assert found["accuracy"] == {JOINT: pytest.approx(expected)}
+    assert 0.5 < expected < 1
 
 
 def test_the_joint_z_of_the_reference_has_length_one() -> None:

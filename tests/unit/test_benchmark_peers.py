@@ -13,27 +13,28 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
+from clue_dist.matching import compute_foscttm
 from tests.benchmarks import mosaic, scores
 from tests.benchmarks.matching import PEERS
 from tests.benchmarks.split import cut_mosaic
 from tests.distributed.command import ROOT
 from tests.unit.mosaic_helpers import MODS, paired_cells
 
-ABSENT = {"multivi": "scvi", "reference": "scglue"}
+ABSENT = {"multivi": ["scvi"], "reference": ["scglue"], "wnn": ["muon", "scanpy"]}
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """Imports a peer's script, with an empty module in place of the package that is not here."""
+    """Imports a peer's script, with an empty module in place of a package that is not here."""
 
     def load(name: str) -> ModuleType:
         monkeypatch.syspath_prepend(str(PEERS))
         for module in ("peer", name):
             monkeypatch.delitem(sys.modules, module, raising=False)
-        if name in ABSENT:
-            monkeypatch.setitem(sys.modules, ABSENT[name], ModuleType(ABSENT[name]))
+        for package in ABSENT.get(name, []):
+            monkeypatch.setitem(sys.modules, package, ModuleType(package))
         module = importlib.import_module(name)
-        for imported in ("peer", name):
+        for imported in {"peer", name} & sys.modules.keys():
             monkeypatch.setitem(sys.modules, imported, sys.modules[imported])
         return module
 
@@ -74,6 +75,45 @@ def test_the_contrastive_baseline_leaves_four_looks_at_the_test_cells(
     assert arrays["u1"].shape == arrays["u2"].shape == (4, n, 64)
     assert arrays["fit_s"] > 0
     assert len(scores.score_embedding(tmp_path / "z.npz", split)["candidates"]) == 4
+
+
+def test_the_linear_baseline_finds_what_both_modalities_tell(
+    script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    linear, rng = script("linear"), np.random.default_rng(0)
+    shared = rng.normal(size=(500, 3))
+    views = [
+        np.hstack([shared @ rng.normal(size=(3, 8)), 4 * rng.normal(size=(500, 8))])
+        for _ in range(2)
+    ]
+    u1, u2 = linear.correlate([x[:400] for x in views], [x[400:] for x in views])
+    assert u1.shape == u2.shape == (100, 16)
+    assert compute_foscttm(*(x[400:] for x in views)) > 0.4
+    assert compute_foscttm(u1, u2) < 0.05
+    for part, cells in zip(("train", "test"), cut_mosaic(paired_cells(), MODS, 0), strict=True):
+        cells.write(tmp_path / f"{part}.h5mu")
+    out = ["--out", str(tmp_path / "z.npz")]
+    monkeypatch.setattr(sys, "argv", ["linear.py", str(tmp_path), *MODS, *out])
+    linear.main()
+    found = scores.score_embedding(tmp_path / "z.npz", mosaic.Split(tmp_path, MODS))
+    assert 0 < found["scores"]["global"]["foscttm"] < 1
+    assert 0 < found["without_depth"]["foscttm"] < 1
+
+
+def test_the_linear_baseline_takes_real_values_as_they_are(script) -> None:
+    linear, rng = script("linear"), np.random.default_rng(0)
+    train, test = (ad.AnnData(rng.normal(size=(n, 5)) - 3) for n in (60, 20))
+    seen, unseen = linear.reduce_values("fou", train, test)
+    assert (seen.shape, unseen.shape) == ((60, 5), (20, 5))
+    np.testing.assert_allclose(seen.mean(0), np.zeros(5), atol=1e-9)
+
+
+def test_neighbours_by_wnn_come_the_nearest_first_without_the_cell_itself(script) -> None:
+    distances = np.array([[0, 0.3, 0.2, 0.9], [0.3, 0, 0.1, 0], [0.2, 0.1, 0, 0.4], [1, 2, 3, 0]])
+    stored = sp.csr_matrix(distances)
+    stored[0, 0] = 0.05  # a cell may be stored among its own neighbours
+    near = script("wnn").list_neighbours(sp.csr_matrix(stored), 2)
+    np.testing.assert_array_equal(near, [[2, 1], [2, 0], [1, 0], [0, 1]])
 
 
 @pytest.mark.filterwarnings("ignore:Cannot join columns", "ignore:var_names are not unique")

@@ -9,16 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clue_dist import integration, matching
+from clue_dist import integration, matching, matching_controls
 from clue_dist.data.batch import read_batch
 from clue_dist.errors import ConfigError, StoreError
 from clue_dist.inference import evaluate
-from clue_dist.inference.evaluate import (
-    count_paired_cells,
-    evaluate_store,
-    format_scores,
-    select_pairs,
-)
+from clue_dist.inference.evaluate import count_paired_cells, evaluate_store
+from clue_dist.inference.score_tables import format_scores, select_pairs
 from clue_dist.neighbours import find_neighbours
 from clue_dist.store.reader import Store
 from tests.fakes import FakeLoaded
@@ -76,9 +72,51 @@ def test_every_cell_that_carries_both_counts(store, tmp_path):
         )
     assert [p.name for p in tmp_path.iterdir()] == ["scores.json"]
     lines = format_scores(scores).splitlines()
-    assert lines.index("") == 2 + 2 * len(pairs)
+    n_types = sum("within_type" in entry for entry in select_pairs(scores).values())
+    assert lines.index("") == 2 + 3 * len(pairs) + n_types
     assert max(map(len, lines)) <= 100
     assert lines[2].split()[:3] == ["rna->adt", "global", "110"]
+    assert lines[5].split()[:3] == ["rna->adt", "without_depth", "110"]
+    assert lines[5].split()[4:] == ["0.5000"]
+
+
+def sum_counts(store: Store, modality: str, *segments: str) -> np.ndarray:
+    rows = [store.segments[name].read_rows(modality, np.arange(CELLS[name])) for name in segments]
+    return np.concatenate(
+        [
+            part.sum(1)
+            if isinstance(part, np.ndarray)
+            else np.add.reduceat(part.values, part.indptr[:-1])
+            for part in rows
+        ]
+    )
+
+
+def test_matching_is_scored_within_types_and_without_depth(store, tmp_path):
+    loaded = FakeLoaded(store.manifest.modalities)
+    scores = evaluate_store(loaded, store, tmp_path / "s.json", run="r", batch_size=16)
+    segments = ("rna+adt+atac", "rna+adt")
+    parts = [embed_directly(store, name)[1] for name in segments]
+    pair = [np.concatenate([part[m] for part in parts]) for m in ("rna", "adt")]
+    labels = read_labels(store, *segments)
+    expected = matching_controls.score_within_types(*pair, labels)
+    assert expected["types"] > 1
+    depths = [np.log(sum_counts(store, m, *segments)) for m in ("rna", "adt")]
+    without = matching_controls.score_without_depth(*pair, np.stack(depths, axis=1))
+    for name in ("rna->adt", "adt->rna"):
+        assert scores[name]["within_type"] == pytest.approx(expected, abs=1e-6)
+        assert scores[name]["without_depth"] == pytest.approx(without, abs=1e-6)
+
+
+def test_real_values_have_no_sequencing_depth(tmp_path):
+    store = make_store(
+        tmp_path / "s.zarr", cells={"rna+image": 40}, features={"rna": 9, "image": 4}, labels=1
+    )
+    scores = evaluate_store(
+        FakeLoaded(store.manifest.modalities), store, tmp_path / "s.json", run="r"
+    )
+    assert "without_depth" not in scores["rna->image"]
+    assert scores["rna->image"]["within_type"]["types"] == 1
 
 
 def embed_directly(store: Store, *segments: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:

@@ -14,13 +14,14 @@ import pytest
 from clue_dist.errors import ConfigError, StoreError
 from clue_dist.inference.arguments import build_parser, open_query_store
 from clue_dist.inference.embed import embed_store
-from clue_dist.inference.evaluate import evaluate_store, select_pairs
+from clue_dist.inference.evaluate import evaluate_store
 from clue_dist.inference.query import (
     holds_training_cells,
     require_known_features,
     require_measured_features,
     select_modalities,
 )
+from clue_dist.inference.score_tables import select_pairs
 from clue_dist.ranks import Ranks
 from clue_dist.store.reader import Store
 from clue_dist.store.seen_cells import identify_cells

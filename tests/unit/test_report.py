@@ -80,6 +80,8 @@ SCORES = {
         "cells": 1234,
         "global": {"foscttm": 0.0712, "match": 0.05, "recall10": 0.4},
         "within_batch": {"foscttm": 0.0813, "match": 0.06, "recall10": None},
+        "within_type": {"cells": 1150, "types": 9, "foscttm": 0.2345},
+        "without_depth": {"cells": 1234, "foscttm": 0.0999},
         "chance": {"global": {"foscttm": 0.5, "match": 0.0008, "recall10": 0.0081}},
     },
     "about": {"run": "r"},
@@ -101,6 +103,8 @@ def test_page_is_whole_and_stands_alone(run, embedding, tmp_path):
         assert png == (page.parent / f"{name}.png").read_bytes()
     assert not re.search(r"(src|href)=['\"](?!data:)", text)
     for cell in ("rna → adt", "1,234", "0.0712", "0.5000", "0.0813", "0.0081"):
+        assert f">{cell}</td>" in text
+    for cell in ("within type", "1,150", "0.2345", "without depth", "0.0999"):
         assert f">{cell}</td>" in text
     assert "UMAP of 70 profiles of o.h5mu, each a cell seen through one modality alone" in text
     assert "{&quot;run&quot;: &quot;&lt;b&gt;&quot;}" in text

@@ -1,0 +1,126 @@
+"""scores.json as tables and sentences."""
+
+from __future__ import annotations
+
+import itertools
+import textwrap
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from clue_dist import integration, matching
+
+SEEN = "seen_in_training"  # in `about` of the scores: whether the model was trained on the cells
+SEEN_WARNING = (
+    "The model was trained on this store: these are scores of cells that it has seen, and cells "
+    "that it has not seen match less well. To hold cells out, convert them to a store of their "
+    "own, which is not trained on (`python -m data_prep convert ... --features-from RUN`), and "
+    "score that."
+)
+
+JOINT_SCORES = "joint"  # the entry of scores.json about z from everything observed
+# Entries of a pair that hold FOSCTTM alone, and how many cells it is of.
+CONTROLS = WITHIN_TYPE, WITHOUT_DEPTH = ("within_type", "without_depth")
+_JOINT_TITLES = {
+    "ilisi": "iLISI of batches",
+    "kbet": "kBET acceptance",
+    "accuracy": "15-NN accuracy",
+    "clisi": "cLISI",
+    "nmi": "NMI",
+    "ari": "ARI",
+    "asw": "ASW",
+}
+COMMON_SPACE = "common_space"  # in `about` of the scores: whether the model has one
+_NO_SPACE = (
+    "no common space: training had too few cells with several modalities to fit one, so that "
+    "profiles of different modalities lie apart"
+)
+_NO_SCIB = "kBET of batches, and NMI and ARI of labels, need `pip install 'clue-dist[metrics]'`."
+# A score or None, and what chance gives or None.
+Comparison = tuple[float | None, float | None]
+
+
+def list_rows(entry: Mapping[str, Any]) -> Iterator[tuple[str, int, dict[str, Comparison]]]:
+    """List what scores.json has of a pair of modalities, scope by scope.
+
+    Args:
+        entry: of one pair. Those of an earlier version have fewer scopes, and no chance.
+
+    Yields:
+        The scope, how many cells were scored, and each metric beside chance.
+    """
+    for scope in (*matching.SCOPES, *(name for name in CONTROLS if name in entry)):
+        scores = entry[scope]
+        chance = entry.get("chance", {}).get(scope, {"foscttm": 0.5})
+        numbers = {
+            metric: (scores.get(metric), chance.get(metric) if metric in scores else None)
+            for metric in matching.METRICS
+        }
+        yield scope, scores.get("cells", entry["cells"]), numbers
+
+
+def format_scores(result: dict[str, Any]) -> str:
+    """The scores as tables in text, chance beside those of matching.
+
+    A warning follows if the model has seen the cells.
+    """
+    titles = "".join(f"{metric:>10}{'chance':>10}" for metric in matching.METRICS)
+    head = f"{'pair':<16}{'scope':<14}{'cells':>9}{titles}"
+    lines = [head, "-" * len(head)]
+    for pair, entry in select_pairs(result).items():
+        for scope, n_cells, scores in list_rows(entry):
+            values = itertools.chain.from_iterable(scores.values())
+            numbers = "".join(f"{format_score(value, ''):>10}" for value in values)
+            lines.append(f"{pair:<16}{scope:<14}{n_cells:>9,}{numbers}".rstrip())
+    for facts in list_space_facts(result):
+        lines += ["", *textwrap.wrap(facts, 100)]
+    if result.get("about", {}).get(SEEN):
+        lines += ["", *textwrap.wrap(f"warning: {SEEN_WARNING}", 100)]
+    return "\n".join(lines)
+
+
+def select_pairs(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Select the entries of scores.json that are about ordered pairs of modalities."""
+    return {name: entry for name, entry in result.items() if "->" in name}
+
+
+def list_space_facts(result: Mapping[str, Any]) -> list[str]:
+    """Say in sentences whether z is one space; nothing of scores that an earlier version wrote."""
+    # Both directions of a pair say the same of it.
+    pairs = {frozenset(name.split("->")): name for name in reversed(select_pairs(result))}
+    facts = [] if result.get("about", {}).get(COMMON_SPACE, True) else [_NO_SPACE]
+    for name in reversed(pairs.values()):
+        entry = result[name]
+        if "mixing" not in entry:
+            continue
+        numbers = [f"mixing {format_score(entry['mixing'])} (0.5 is perfect)"]
+        numbers.append(f"iLISI {format_score(entry['mixing_ilisi'])}")
+        if "transfer" in entry:
+            numbers.append(f"label transfer {format_score(entry['transfer'])}")
+        names = name.replace("->", " and ")
+        facts.append(f"{names}, {entry['mixing_cells']:,} cells: {', '.join(numbers)}")
+    joint = result.get(JOINT_SCORES)
+    return facts + ([] if joint is None else _list_joint_facts(joint))
+
+
+def _list_joint_facts(joint: Mapping[str, Any]) -> list[str]:
+    """What the joint z was found to be, in sentences."""
+    facts = [f"joint z, {joint['cells']:,} of the store's {joint['store_cells']:,} cells"]
+    if "islands" in joint:
+        worst = joint["worst_island"]
+        islands = ", ".join(
+            f"{name} {format_score(ratio)}{' (the worst)' if name == worst else ''}"
+            for name, ratio in joint["islands"].items()
+        )
+        facts.append(f"islands by pattern (1 is none): {islands}")
+    titles = {name: title for name, title in _JOINT_TITLES.items() if name in joint}
+    if titles:
+        numbers = (f"{title} {format_score(joint[name])}" for name, title in titles.items())
+        facts.append(", ".join(numbers))
+    if {"ilisi", "accuracy"} & titles.keys() and not {*integration.SCIB_MEASURES} & titles.keys():
+        facts.append(_NO_SCIB)
+    return ["; ".join(facts)]
+
+
+def format_score(value: float | None, unknown: str = "unknown") -> str:
+    """Format a score with four digits."""
+    return unknown if value is None else f"{value:.4f}"

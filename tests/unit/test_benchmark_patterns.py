@@ -1,0 +1,67 @@
+"""Mosaics of three modalities or more: every pattern, no test cell, every ordered pair scored."""
+
+from itertools import combinations
+from pathlib import Path
+
+import mudata as md
+import numpy as np
+import pytest
+
+from tests.benchmarks import mosaic, scores
+from tests.benchmarks.patterns import cut_patterns, select_modality
+from tests.benchmarks.split import place_cell
+from tests.unit.mosaic_helpers import paired_cells
+
+
+def triple_cells() -> md.MuData:
+    whole = paired_cells()
+    with md.set_options(pull_on_update=False):
+        peaks = whole["rna"].copy()
+        peaks.var_names = [f"chr{1 + i % 4}:{i}00-{i}99" for i in range(11)] + ["chrX:5-9"]
+        return md.MuData({"rna": whole["rna"], "adt": whole["adt"], "atac": peaks})
+
+
+def test_patterns_of_many_modalities_have_their_shares_and_no_test_cell() -> None:
+    mods, whole = ("rna", "adt", "atac"), triple_cells()
+    train, test = cut_patterns(whole, mods, 0)
+    names = {m: set(train[m].obs_names) for m in mods}
+    assert len({tuple(test[m].obs_names) for m in mods}) == 1
+    assert not set.union(*names.values()) & set(test["rna"].obs_names)
+    for name in set.union(*names.values()):
+        carried = tuple(m for m in mods if name in names[m])
+        assert len(carried) == {1: 3, 2: 3, 3: 2, 4: 1}[place_cell(name, 0) // 20]
+    patterns = mosaic.list_patterns(train)
+    assert set(patterns) == {"+".join(p) for n in (1, 2, 3) for p in combinations(mods, n)}
+
+
+def test_halves_of_a_modality_are_of_odd_and_of_even_chromosomes_or_places() -> None:
+    whole = triple_cells()
+    odd, even = (select_modality(whole, f"atac_{half}") for half in ("odd", "even"))
+    assert {name.partition(":")[0] for name in odd.var_names} == {"chr1", "chr3", "chrX"}
+    assert {name.partition(":")[0] for name in even.var_names} == {"chr2", "chr4"}
+    assert list(select_modality(whole, "rna_odd").var_names) == [
+        f"rna-{i}" for i in range(1, 12, 2)
+    ]
+    _, test = cut_patterns(whole, ("rna_odd", "rna_even", "adt"), 0)
+    assert test["rna_even"].n_vars + test["rna_odd"].n_vars == 11  # one gene is empty
+
+
+def test_every_ordered_pair_is_scored_and_the_worst_is_told(tmp_path: Path) -> None:
+    mods = ("rna", "adt", "atac")
+    _, test = cut_patterns(triple_cells(), mods, 0)
+    test.write(tmp_path / "test.h5mu")
+    z = np.random.default_rng(0).normal(size=(test["rna"].n_obs, 6))
+    arrays = {"test_rna": z, "test_adt": z, "test_atac": z[::-1]}
+    split = mosaic.Split(tmp_path, mods)
+    np.savez(tmp_path / "z.npz", **arrays)
+    found = scores.score_every_pair(tmp_path, split)
+    assert len(found["pairs"]) == 6
+    assert found["pairs"]["rna->adt"]["foscttm"] == 0
+    assert found["worst"]["foscttm"] == found["pairs"]["atac->adt"]["foscttm"] > 0.3
+    means = [pair["foscttm"] for pair in found["pairs"].values()]
+    assert found["scores"]["global"]["foscttm"] == pytest.approx(np.mean(means))
+    (tmp_path / "z.npz").unlink()
+    for pair in combinations(mods, 2):  # as of a method that knows two modalities
+        u1, u2 = (arrays[f"test_{m}"] for m in pair)
+        np.savez(scores.name_embedding(tmp_path, split, pair), u1=u1, u2=u2)
+    assert scores.score_every_pair(tmp_path, split) == found
