@@ -20,7 +20,7 @@ from tests.benchmarks import mosaic, scores
 from tests.benchmarks.commands import install_python, read_pins, run_command
 from tests.benchmarks.factors import views
 from tests.benchmarks.matching import PEERS, Matching
-from tests.benchmarks.mosaic import JOINT, PAIRED, Embedded, Split
+from tests.benchmarks.mosaic import JOINT, PAIRED, Embedded
 from tests.benchmarks.report import Bar, Result
 from tests.benchmarks.runner import Case, Option, Run
 from tests.benchmarks.split import FOLDS
@@ -36,7 +36,7 @@ class Labels(Matching):
 
     name = "labels"
     options: ClassVar = {**Matching.cells, "seeds": Option([0], [0])}
-    columns = ("accuracy", "transferred", "ilisi")
+    columns = ("accuracy", "ilisi")
 
     def list_cases(self) -> Iterator[Case]:
         """Every method; those that take long to install or run only where it is no quick look.
@@ -62,10 +62,13 @@ class Labels(Matching):
     def measure(self, run: Run, folder: Path) -> Result:
         if run.method not in SEEDLESS:
             return super().measure(run, folder)
-        save_components(self.cut_split(run), folder / "z.npz")
+        split = self.cut_split(run)
+        with mosaic.ignore_warnings():
+            z = reduce_counts(md.read(split.train), md.read(split.test))
+        np.savez(folder / "z.npz", **{f"test_{source}": x for source, x in z.items()})
         if run.method == "wnn":
             python = install_python(WNN.with_suffix(".txt"), self.args.work)
-            command = [python, WNN, folder / "z.npz", "--out", folder / "near.npy"]
+            command = [python, WNN, folder / "z.npz", folder / "near.npy"]
             run_command(command, folder / "log.txt", self.args.threads)
         return {"fit_s": 0.0, "threads": self.args.threads}
 
@@ -73,7 +76,7 @@ class Labels(Matching):
         if run.method != "wnn":
             return super().score(run, folder)
         cells = scores.HeldOutCells.read_from(self.cut_split(run))
-        return scores.score_neighbours(np.load(folder / "near.npy"), cells)
+        return scores.score_neighbours(np.load(folder / "near.npy"), cells.obs)
 
     def describe(self, record: Result) -> str:
         return ", ".join(f"{source} {value:.3f}" for source, value in record["accuracy"].items())
@@ -91,9 +94,9 @@ class Labels(Matching):
     def judge(self, records: Sequence[Result]) -> Iterator[Result]:
         """Leads of our joint z over all else that tells types, over WNN, and mixing of batches."""
         for name in self.args.sets:
-            ours = self.collect_folds(records, "ours", name, "accuracy")
-            counts = self.collect_folds(records, "counts", name, "accuracy")
-            wnn = self.collect_folds(records, "wnn", name, "accuracy")
+            ours, counts, wnn = (
+                self.collect_folds(records, m, name, "accuracy") for m in METHODS[:3]
+            )
             rivals = {f"our z from {m}": ours.get(m, {}) for m in PAIRED[name]}
             rivals |= {f"counts of {m}": counts.get(m, {}) for m in PAIRED[name]}
             rivals["both counts"] = counts.get(JOINT, {})
@@ -132,24 +135,11 @@ def judge_lead(bar: Bar, joint: dict[int, float], rivals: dict[str, dict[int, fl
     return bar.fill_name(best).judge_mean([joint[f] - rivals[best][f] for f in FOLDS])
 
 
-def save_components(split: Split, npz: Path) -> None:
-    """Leave components of the counts as an embedding, by source of z."""
-    with mosaic.ignore_warnings():
-        train, test = md.read(split.train), md.read(split.test)
-    parts = reduce_counts(train, test, mosaic.list_pairs(split, "train"))
-    named = zip(("train", "test"), parts, strict=True)
-    np.savez(npz, **{f"{part}_{source}": x for part, z in named for source, x in z.items()})
-
-
-def reduce_counts(
-    train: md.MuData, test: md.MuData, pairs: Sequence[str]
-) -> tuple[Embedded, Embedded]:
-    """Components of counts of paired training cells and of test cells; joint: side by side."""
-    known, z = {}, {}
-    for name in train.mod:
-        fitted, z[name] = views.reduce_view(name, train[name].X, test[name].X, COMPONENTS)
-        known[name] = fitted[train[name].obs_names.get_indexer(pairs)]
-    return tuple({JOINT: np.hstack(list(alone.values()))} | alone for alone in (known, z))
+def reduce_counts(train: md.MuData, test: md.MuData) -> Embedded:
+    """Components of the counts of test cells, fitted on training cells; joint: side by side."""
+    tables = {m: (train[m].X, test[m].X) for m in train.mod}
+    z = {m: views.reduce_view(m, *pair, COMPONENTS)[1] for m, pair in tables.items()}
+    return {JOINT: np.hstack(list(z.values()))} | z
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from tests.benchmarks import mosaic, scores
 from tests.benchmarks.commands import install_python, read_pins, run_command
 from tests.benchmarks.kept import compute_digest, make_once
 from tests.benchmarks.mosaic import MANY, SETS, Split, Training, find_data_set, ignore_warnings
-from tests.benchmarks.patterns import cut_patterns
 from tests.benchmarks.report import Result, select_values
 from tests.benchmarks.runner import Benchmark, Case, Option, Run
 from tests.benchmarks.split import FOLDS, cut_mosaic
@@ -70,18 +69,16 @@ class Matching(Benchmark):
 
     def digest_data(self, name: str) -> str:
         """Digest the cells of all folds: the file, and the rule that cuts it."""
-        rules = ["split.py", "patterns.py"] if name in MANY else ["split.py"]
-        files = [Path(__file__).with_name(rule) for rule in rules]
-        return compute_digest(find_data_set(name, self.args.data), *files, *SETS[name])
+        rule = Path(__file__).with_name("split.py")
+        return compute_digest(find_data_set(name, self.args.data), rule, *SETS[name])
 
     def cut_split(self, run: Run) -> Split:
         """The fold of a run, cut unless it is kept."""
         name, data = run.data_set, self.args.data
-        cut = cut_patterns if name in MANY else cut_mosaic
 
         def make(folder: Path) -> None:
             with ignore_warnings():
-                parts = cut(md.read(find_data_set(name, data)), SETS[name], run.fold)
+                parts = cut_mosaic(md.read(find_data_set(name, data)), SETS[name], run.fold)
                 for part, cells in zip(("train", "test"), parts, strict=True):
                     cells.write(folder / f"{part}.h5mu")
 
@@ -115,26 +112,26 @@ class Matching(Benchmark):
     def run_peer(self, run: Run, split: Split, folder: Path) -> float:
         """Run another method in an environment of its own; the seconds of its fit, as it says.
 
-        It knows two modalities: of more it is run on every pair.
+        It knows two modalities. Of more it is run on every pair, all kept in one file.
         """
         script, python = PEERS / f"{run.method}.py", sys.executable
         # The baselines run here, too, and an installation is not quick.
         if run.method not in BASELINES or not self.args.quick:
             python = install_python(script.with_suffix(".txt"), self.args.work)
-        seconds = 0.0
+        npz, pairs, seconds = folder / "z.npz", {}, 0.0
         for pair in combinations(split.mods, 2):
-            npz = scores.name_embedding(folder, split, pair)
             words = ["--out", npz, "--seed", str(run.seed), *self.list_epochs(run.method)]
             command = [python, script, split.folder, *pair, *words]
             run_command(command, folder / "log.txt", self.args.threads)
-            seconds += float(np.load(npz)["fit_s"])
+            arrays = np.load(npz)
+            pairs["-".join(pair)] = np.stack([arrays["u1"], arrays["u2"]])
+            seconds += float(arrays["fit_s"])
+        if len(pairs) > 1:
+            np.savez(npz, **pairs)
         return seconds
 
     def score(self, run: Run, folder: Path) -> Result:
-        split = self.cut_split(run)
-        if run.data_set in MANY:
-            return scores.score_every_pair(folder, split)
-        return scores.score_embedding(folder / "z.npz", split)
+        return scores.score_embedding(folder / "z.npz", self.cut_split(run))
 
     def judge(self, records: Sequence[Result]) -> Iterator[Result]:
         """Each bar against ours, where every fold has been run with every seed.

@@ -112,15 +112,12 @@ class Training:
         """Train, and leave z.npz in the folder; seconds of the training command.
 
         u1, u2, ...: the test cells' z of each modality alone, (N, K x d), rows as in test.h5mu;
-        train_SOURCE, test_SOURCE: `Embedded` of the paired cells, rows as in their first modality;
+        test_SOURCE: `Embedded` of these cells;
         mosaic, pattern: the joint z of all training cells, and what each of them carries.
         """
         tables, seconds = self.embed_parts("train", "test")
-        arrays = {
-            f"{part}_{source}": z
-            for part, table in tables.items()
-            for source, z in select_z(table, list_pairs(self.split, part)).items()
-        }
+        z = select_z(tables["test"], list_pairs(self.split, "test"))
+        arrays = {f"test_{source}": latent for source, latent in z.items()}
         alone = {f"u{i}": arrays[f"test_{m}"] for i, m in enumerate(self.split.mods, 1)}
         mosaic, pattern = tables["train"].obsm["X_clue"], list_patterns(tables["train"])
         np.savez(self.folder / "z.npz", **arrays, **alone, mosaic=mosaic, pattern=pattern)

@@ -15,7 +15,7 @@ from sklearn.preprocessing import normalize
 
 from clue_dist import integration, matching, matching_controls
 from clue_dist.neighbours import find_neighbours
-from tests.benchmarks.mosaic import JOINT, Embedded, Split, ignore_warnings, list_pairs
+from tests.benchmarks.mosaic import JOINT, Embedded, Split, ignore_warnings
 from tests.benchmarks.report import Result
 from tests.distributed.command import ROOT
 
@@ -23,57 +23,32 @@ CODE = ("matching.py", "matching_controls.py", "integration.py", "neighbours.py"
 SOURCES = (Path(__file__), *(ROOT / "clue_dist" / name for name in CODE))
 LABEL = "cell_type"
 NO_TYPES = ("Mouse", "Multiplets", "T/Mono doublets", "Mis")  # labels that name no cell type
-NEIGHBOURS = 15
+NEIGHBOURS, FIVE_PARTS = 15, KFold(5, shuffle=True, random_state=0)
 
 
 def score_embedding(npz: Path, split: Split) -> Result:
     """Score the embedding of a split's test cells, rows as in test.h5mu.
 
-    npz: with u1, u2, (N, D), or (C, N, D) for C candidates, whose best by FOSCTTM counts; and, by
-    source of z, perhaps test_SOURCE and train_SOURCE, of test and of paired training cells. joint,
-    alone: the accuracy of the joint z and of the better modality's own. Of the joint z of the
-    training mosaic, mosaic (M, D), with the pattern of each cell (M,): islands, the worst of them.
+    npz: with u1, u2, ..., (N, D) of each modality, or as `score_pairs` says; by source of z,
+    perhaps test_SOURCE; and of the joint z of the training mosaic, mosaic (M, D), with the pattern
+    of each cell (M,): islands, the worst of them. joint, alone: the accuracy of the joint z and of
+    the better modality's own.
     """
     arrays, cells = dict(np.load(npz)), HeldOutCells.read_from(split)
-    z, found = select_part(arrays, "test"), {}
-    if "u1" in arrays:
-        found = score_profiles(arrays["u1"], arrays["u2"], cells, split.mods)
-        if "candidates" in found:
-            return found
-        alone = [arrays[name].reshape(-1, arrays[name].shape[-1]) for name in ("u1", "u2")]
-        z = z or join_alone(split, *alone)
-    return found | score_mosaic(arrays) | score_sources(arrays, z, cells, split)
-
-
-def score_every_pair(folder: Path, split: Split) -> Result:
-    """Score every ordered pair of a split's modalities, as `score_embedding` scores its only pair.
-
-    Of a method that knows two modalities, a file for each pair is in the folder. scores, mixing,
-    transfer: means over pairs; worst: of the worst pair.
-    """
-    cells, pairs = HeldOutCells.read_from(split), {}
-    whole = folder / "z.npz"
-    arrays = dict(np.load(whole)) if whole.exists() else {}
-    for pair in combinations(split.mods, 2):
-        part = arrays if arrays else dict(np.load(name_embedding(folder, split, pair)))
-        names = [f"test_{m}" for m in pair] if arrays else ["u1", "u2"]
-        found = score_profiles(*(part[name] for name in names), cells, pair)
-        for direction, names in zip(matching.DIRECTIONS, (pair, pair[::-1]), strict=True):
-            scores = found["directed"][direction]["global"]
-            also = {name: found[name] for name in ("mixing", "transfer") if name in found}
-            pairs["->".join(names)] = scores | also
-    table = pd.DataFrame(pairs).T
-    worst = {name: table[name].max() if name == "foscttm" else table[name].min() for name in table}
-    means = table.mean().to_dict()
-    found = {"pairs": pairs, "worst": worst}
-    found["scores"] = {"global": {metric: means.pop(metric) for metric in matching.METRICS}}
-    z = select_part(arrays, "test")
-    return found | means | score_mosaic(arrays) | score_sources(arrays, z, cells, split)
-
-
-def name_embedding(folder: Path, split: Split, pair: Sequence[str]) -> Path:
-    """The file in which a method that knows two modalities leaves its embedding of a pair."""
-    return folder / ("z.npz" if len(split.mods) == 2 else f"z-{'-'.join(pair)}.npz")
+    z = {name.removeprefix("test_"): x for name, x in arrays.items() if name.startswith("test_")}
+    found = {} if z and "u1" not in arrays else score_pairs(arrays, cells, split.mods)
+    if "candidates" in found:
+        return found
+    if "u1" in arrays and not z:
+        z = join_alone(split, arrays["u1"], arrays["u2"])
+    if "mosaic" in arrays:
+        near = find_neighbours(arrays["mosaic"], integration.MIXING_NEIGHBOURS)
+        found["islands"] = max(integration.measure_islands(near, arrays["pattern"]).values())
+    if LABEL not in cells.obs or not z:
+        return found
+    found |= score_labels(z, cells.obs)
+    accuracy = dict(found["accuracy"])
+    return found | {"joint": accuracy.pop(JOINT), "alone": max(accuracy.values())}
 
 
 @dataclass(frozen=True)
@@ -89,70 +64,62 @@ class HeldOutCells:
         with ignore_warnings():
             table = md.read(split.test)
         counts = {m: table[m].X for m in split.mods if sp.issparse(table[m].X)}
-        sums = {m: np.asarray(x.sum(1), float).ravel() for m, x in counts.items()}
-        return cls(table[split.mods[0]].obs, {m: np.log(total) for m, total in sums.items()})
+        log_depth = {m: np.log(np.asarray(x.sum(1), float).ravel()) for m, x in counts.items()}
+        return cls(table[split.mods[0]].obs, log_depth)
 
-    @property
-    def batches(self) -> np.ndarray:
-        """The batch of each cell; one for all where none is known."""
-        known = "batch" in self.obs
-        return self.obs["batch"].astype(str).to_numpy() if known else np.zeros(len(self.obs))
+
+def score_pairs(
+    arrays: Mapping[str, np.ndarray], cells: HeldOutCells, mods: Sequence[str]
+) -> Result:
+    """Score every ordered pair of modalities: means, and of more than two the worst pair.
+
+    arrays: with u1, u2, ... of each modality; or, of a method that knows two, "rna-adt" and its
+    like, both stacked.
+    """
+    pairs, table = list(combinations(mods, 2)), {}
+    for first, second in pairs:
+        u1, u2 = arrays.get(f"{first}-{second}", [None, None])
+        u1 = arrays[f"u{mods.index(first) + 1}"] if u1 is None else u1
+        u2 = arrays[f"u{mods.index(second) + 1}"] if u2 is None else u2
+        found = score_profiles(u1, u2, cells, (first, second))
+        if len(pairs) == 1:
+            return found
+        also = {name: found[name] for name in ("mixing", "transfer") if name in found}
+        table[f"{first}->{second}"] = found["directed"]["forward"]["global"] | also
+        table[f"{second}->{first}"] = found["directed"]["backward"]["global"] | also
+    frame = pd.DataFrame(table).T
+    worst, means = frame.min().to_dict(), frame.mean().to_dict()
+    whole = {"global": {metric: means.pop(metric) for metric in matching.METRICS}}
+    worst["foscttm"] = float(frame["foscttm"].max())
+    return {"scores": whole, "pairs": table, "worst": worst} | means
 
 
 def score_profiles(
-    first: np.ndarray, second: np.ndarray, cells: HeldOutCells, pair: Sequence[str]
+    u1: np.ndarray, u2: np.ndarray, cells: HeldOutCells, pair: Sequence[str]
 ) -> Result:
     """Score the profiles of two modalities of the test cells, of the best candidate if several.
 
-    first, second: (N, D) or (C, N, D).
+    u1, u2: (N, D), or (C, N, D) for C candidates, whose best by FOSCTTM counts.
     """
-    u1, u2 = (u.reshape(-1, *u.shape[-2:]) for u in (first, second))
-    directed = [matching.score_directions(a, b, cells.batches) for a, b in zip(u1, u2, strict=True)]
+    known = "batch" in cells.obs
+    batch = cells.obs["batch"].astype(str).to_numpy() if known else np.zeros(len(cells.obs))
+    looks = [u.reshape(-1, *u.shape[-2:]) for u in (u1, u2)]
+    directed = [matching.score_directions(a, b, batch) for a, b in zip(*looks, strict=True)]
     candidates = [matching.average_directions(scores) for scores in directed]
     best = int(np.argmin([scores["global"]["foscttm"] for scores in candidates]))
+    first, second = (look[best] for look in looks)
     found: Result = {"scores": candidates[best], "directed": directed[best]}
-    found |= integration.score_mixing(u1[best], u2[best])
+    found |= integration.score_mixing(first, second)
     if LABEL in cells.obs:
         labels = np.where(*find_typed(cells.obs), "")
-        found["transfer"] = integration.transfer_labels(u1[best], u2[best], labels)
-        known = integration.mark_labelled_cells(labels)
-        typed = (u1[best][known], u2[best][known], labels[known])
-        found["within_type"] = matching_controls.score_within_types(*typed)
+        found["transfer"] = integration.transfer_labels(first, second, labels)
+        typed = integration.mark_labelled_cells(labels)
+        profiles = (first[typed], second[typed], labels[typed])
+        found["within_type"] = matching_controls.score_within_types(*profiles)
     if cells.log_depth.keys() >= set(pair):
         depths = np.stack([cells.log_depth[m] for m in pair], axis=1)
-        without = matching_controls.score_without_depth(u1[best], u2[best], depths)
-        found["without_depth"] = without
+        found["without_depth"] = matching_controls.score_without_depth(first, second, depths)
     return found | ({"candidates": candidates} if len(candidates) > 1 else {})
-
-
-def score_mosaic(arrays: Mapping[str, np.ndarray]) -> Result:
-    """The worst island in the joint z of a training mosaic, where it was kept."""
-    if "mosaic" not in arrays:
-        return {}
-    near = find_neighbours(arrays["mosaic"], integration.MIXING_NEIGHBOURS)
-    return {"islands": max(integration.measure_islands(near, arrays["pattern"]).values())}
-
-
-def score_sources(
-    arrays: Mapping[str, np.ndarray], z: Embedded, cells: HeldOutCells, split: Split
-) -> Result:
-    """How labels are told by z, by its source, where there are labels and a joint z."""
-    if LABEL not in cells.obs or not z:
-        return {}
-    known, known_obs = select_part(arrays, "train"), cells.obs
-    if known:
-        with ignore_warnings():
-            first = md.read(split.train)[split.mods[0]]
-        known_obs = first.obs.loc[list_pairs(split, "train")]
-    found = score_labels(z, known, cells.obs, known_obs)
-    accuracy = dict(found["accuracy"])
-    return found | {"joint": accuracy.pop(JOINT), "alone": max(accuracy.values())}
-
-
-def select_part(arrays: Mapping[str, np.ndarray], part: str) -> Embedded:
-    """z of "train" or "test", by source."""
-    names = [name for name in arrays if name.startswith(f"{part}_")]
-    return {name.removeprefix(f"{part}_"): arrays[name] for name in names}
 
 
 def join_alone(split: Split, *alone: np.ndarray) -> Embedded:
@@ -161,21 +128,13 @@ def join_alone(split: Split, *alone: np.ndarray) -> Embedded:
     return {JOINT: normalize(sum(scaled))} | dict(zip(split.mods, scaled, strict=True))
 
 
-def score_labels(
-    z: Embedded, known: Embedded, obs: pd.DataFrame, known_obs: pd.DataFrame
-) -> Result:
-    """By source of z: accuracy of types, the same from training cells, mixing of batches.
-
-    z, obs: of the test cells; known, known_obs: of the paired training cells.
-    """
-    (keep, label), (known_keep, known_label) = map(find_typed, (obs, known_obs))
+def score_labels(z: Embedded, obs: pd.DataFrame) -> Result:
+    """By source of z, of the test cells: accuracy of types, mixing of batches."""
+    keep, label = find_typed(obs)
     batch = obs["batch"].astype(str).to_numpy()[keep] if "batch" in obs else None
-    found: Result = {"accuracy": {}, "transferred": {}, "ilisi": {}}
+    found: Result = {"accuracy": {}, "ilisi": {}}
     for source, x in z.items():
         found["accuracy"][source] = measure_accuracy(x[keep], label[keep])
-        if source in known:
-            cells = known[source][known_keep], known_label[known_keep]
-            found["transferred"][source] = measure_transfer(*cells, x[keep], label[keep])
         if batch is not None and len(set(batch)) > 1:
             near = find_neighbours(x[keep], integration.LISI_NEIGHBOURS)
             found["ilisi"][source] = integration.measure_ilisi(near, batch)
@@ -189,31 +148,21 @@ def find_typed(obs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
 
 def measure_accuracy(z: np.ndarray, labels: np.ndarray) -> float:
     """Share of cells whose label is their neighbours' majority, by 5-fold cross-validation."""
-    folds = KFold(5, shuffle=True, random_state=0)
-    return float(cross_val_score(KNeighborsClassifier(NEIGHBOURS), z, labels, cv=folds).mean())
+    return float(cross_val_score(KNeighborsClassifier(NEIGHBOURS), z, labels, cv=FIVE_PARTS).mean())
 
 
-def score_neighbours(near: np.ndarray, cells: HeldOutCells) -> Result:
-    """Accuracy of types by lists of neighbours, which tell no place of a cell, as of a z.
+def score_neighbours(near: np.ndarray, obs: pd.DataFrame) -> Result:
+    """The same accuracy by lists of neighbours, which tell no place of a cell, as a joint z does.
 
-    near: (N, k), the test cells that are nearest to each, the nearest first. The folds are those of
-    `measure_accuracy`; of neighbours the nearest 15 count that have a type and are not of the fold.
+    near: (N, k), the test cells that are nearest to each, the nearest first. Of these the first 15
+    count that have a type and are not tested in the same part.
     """
-    typed, labels = find_typed(cells.obs)
+    typed, labels = find_typed(obs)
     codes, rows = np.unique(labels, return_inverse=True)[1], np.flatnonzero(typed)
     shares = []
-    for _, tested in KFold(5, shuffle=True, random_state=0).split(rows):
-        usable = typed.copy()
-        usable[rows[tested]] = False
-        chosen = [near[row][usable[near[row]]][:NEIGHBOURS] for row in rows[tested]]
-        votes = [np.bincount(codes[cells]).argmax() if len(cells) else -1 for cells in chosen]
+    for fitted, tested in FIVE_PARTS.split(rows):
+        usable = np.isin(np.arange(len(obs)), rows[fitted])
+        chosen = [cells[usable[cells]][:NEIGHBOURS] for cells in near[rows[tested]]]
+        votes = [np.bincount(codes[cells], minlength=1).argmax() for cells in chosen]
         shares.append(np.mean(votes == codes[rows[tested]]))
-    accuracy = {JOINT: float(np.mean(shares))}
-    return {"accuracy": accuracy, "transferred": {}, "ilisi": {}}
-
-
-def measure_transfer(
-    known: np.ndarray, known_labels: np.ndarray, z: np.ndarray, labels: np.ndarray
-) -> float:
-    """The same, with neighbours among other cells whose labels are known."""
-    return float(KNeighborsClassifier(NEIGHBOURS).fit(known, known_labels).score(z, labels))
+    return {"accuracy": {JOINT: float(np.mean(shares))}, "ilisi": {}}

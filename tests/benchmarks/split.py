@@ -1,10 +1,15 @@
-"""Cuts one paired data set into a mosaic to train on and paired cells to test on.
+"""Cuts one data set of paired cells into a mosaic to train on and test cells.
 
 A barcode alone decides where its cell goes: its SHA-1, as a number, modulo 100, turned by 20 a
 fold. So no list of cells needs to be kept, and over the five folds every cell is tested once.
 """
 
 import hashlib
+import itertools
+import re
+import zlib
+from collections.abc import Sequence
+from functools import reduce
 
 import anndata as ad
 import mudata as md
@@ -19,30 +24,54 @@ def place_cell(barcode: str, fold: int) -> int:
     return (int.from_bytes(digest, "big") - 20 * fold) % 100
 
 
-def cut_mosaic(whole: md.MuData, mods: tuple[str, str], fold: int) -> tuple[md.MuData, md.MuData]:
-    """The mosaic to train on, and the paired test cells, in the same order in both modalities.
+def choose_modalities(barcode: str, mods: Sequence[str], fold: int) -> tuple[str, ...]:
+    """The modalities that a cell has in training: none if it is tested.
 
-    Only cells with counts in both modalities take part, and features with a count in one of them.
+    Of three or more, cells from 60 to 79 have any two of them, and those above any one.
     """
-    first, second = select_pairs(whole, mods)
-    place = np.array([place_cell(name, fold) for name in first.obs_names])
-    test, paired = place < 20, (place >= 20) & (place < 60)
-    train = (first[paired | ((place >= 60) & (place < 80))], second[paired | (place >= 80)])
-    return tuple(
-        md.MuData({m: table.copy() for m, table in zip(mods, tables, strict=True)})
-        for tables in (train, (first[test], second[test]))
-    )
+    place = place_cell(barcode, fold)
+    if place < 60:
+        return () if place < 20 else tuple(mods)
+    if len(mods) == 2:
+        return (mods[place >= 80],)
+    patterns = list(itertools.combinations(mods, 2 if place < 80 else 1))
+    return patterns[zlib.crc32(barcode.encode()) % len(patterns)]
 
 
-def select_pairs(whole: md.MuData, mods: tuple[str, str]) -> tuple[ad.AnnData, ad.AnnData]:
-    """Both modalities of the paired cells, in the order of the first."""
-    names = whole[mods[0]].obs_names
-    names = names[names.isin(whole[mods[1]].obs_names)]
-    tables = [whole[m][names] for m in mods]
-    first, second = (x[:, _sum_counts(x, axis=0) > 0] for x in tables)
-    full = (_sum_counts(first, axis=1) > 0) & (_sum_counts(second, axis=1) > 0)
-    return first[full].copy(), second[full].copy()
+def cut_mosaic(whole: md.MuData, mods: Sequence[str], fold: int) -> tuple[md.MuData, md.MuData]:
+    """The mosaic to train on, and the test cells, in the same order in all modalities.
+
+    Only cells with counts in all modalities take part, and features with a count in one of them.
+    """
+    tables = dict(zip(mods, select_pairs(whole, mods), strict=True))
+    names = tables[mods[0]].obs_names
+    kept = [choose_modalities(name, mods, fold) for name in names]
+    train = {m: x[[m in carried for carried in kept]].copy() for m, x in tables.items()}
+    test = {m: x[[not carried for carried in kept]].copy() for m, x in tables.items()}
+    return md.MuData(train), md.MuData(test)
 
 
-def _sum_counts(x: ad.AnnData, axis: int) -> np.ndarray:
-    return np.asarray(x.X.sum(axis)).ravel()
+def select_pairs(whole: md.MuData, mods: Sequence[str]) -> list[ad.AnnData]:
+    """All modalities of the cells that have them, in the order of the first."""
+    tables = [select_modality(whole, m) for m in mods]
+    names = reduce(lambda a, b: a[a.isin(b)], [x.obs_names for x in tables])
+    tables = [x[names, _mark_filled(x[names], axis=0)] for x in tables]
+    full = np.logical_and.reduce([_mark_filled(x, axis=1) for x in tables])
+    return [x[full].copy() for x in tables]
+
+
+def select_modality(whole: md.MuData, name: str) -> ad.AnnData:
+    """A modality, or half of its features: "atac_odd" is of odd chromosomes, and of X and Y."""
+    base, _, half = name.rpartition("_")
+    if half not in ("odd", "even"):
+        return whole[name]
+    names = whole[base].var_names
+    peaks = [re.match(r"chr(\w+?)[:_-]\d+[_-]\d+$", name) for name in names]
+    numbers = range(len(names))  # of genes, their places
+    if all(peaks):
+        numbers = [int(peak[1]) if peak[1].isdigit() else 1 for peak in peaks]
+    return whole[base][:, np.array(numbers) % 2 == (half == "odd")]
+
+
+def _mark_filled(x: ad.AnnData, axis: int) -> np.ndarray:
+    return np.asarray((x.X != 0).sum(axis)).ravel() > 0

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from tests.benchmarks import mosaic, scores
-from tests.benchmarks.patterns import cut_patterns, select_modality
-from tests.benchmarks.split import place_cell
+from tests.benchmarks.split import cut_mosaic, place_cell, select_modality
 from tests.unit.mosaic_helpers import paired_cells
 
 
@@ -23,7 +22,7 @@ def triple_cells() -> md.MuData:
 
 def test_patterns_of_many_modalities_have_their_shares_and_no_test_cell() -> None:
     mods, whole = ("rna", "adt", "atac"), triple_cells()
-    train, test = cut_patterns(whole, mods, 0)
+    train, test = cut_mosaic(whole, mods, 0)
     names = {m: set(train[m].obs_names) for m in mods}
     assert len({tuple(test[m].obs_names) for m in mods}) == 1
     assert not set.union(*names.values()) & set(test["rna"].obs_names)
@@ -42,26 +41,28 @@ def test_halves_of_a_modality_are_of_odd_and_of_even_chromosomes_or_places() -> 
     assert list(select_modality(whole, "rna_odd").var_names) == [
         f"rna-{i}" for i in range(1, 12, 2)
     ]
-    _, test = cut_patterns(whole, ("rna_odd", "rna_even", "adt"), 0)
+    _, test = cut_mosaic(whole, ("rna_odd", "rna_even", "adt"), 0)
     assert test["rna_even"].n_vars + test["rna_odd"].n_vars == 11  # one gene is empty
 
 
 def test_every_ordered_pair_is_scored_and_the_worst_is_told(tmp_path: Path) -> None:
     mods = ("rna", "adt", "atac")
-    _, test = cut_patterns(triple_cells(), mods, 0)
+    _, test = cut_mosaic(triple_cells(), mods, 0)
     test.write(tmp_path / "test.h5mu")
     z = np.random.default_rng(0).normal(size=(test["rna"].n_obs, 6))
-    arrays = {"test_rna": z, "test_adt": z, "test_atac": z[::-1]}
-    split = mosaic.Split(tmp_path, mods)
-    np.savez(tmp_path / "z.npz", **arrays)
-    found = scores.score_every_pair(tmp_path, split)
+    arrays = {"u1": z, "u2": z, "u3": z[::-1]}
+    split, npz = mosaic.Split(tmp_path, mods), tmp_path / "z.npz"
+    np.savez(npz, **arrays, test_joint=z)
+    found = scores.score_embedding(npz, split)
     assert len(found["pairs"]) == 6
     assert found["pairs"]["rna->adt"]["foscttm"] == 0
     assert found["worst"]["foscttm"] == found["pairs"]["atac->adt"]["foscttm"] > 0.3
     means = [pair["foscttm"] for pair in found["pairs"].values()]
     assert found["scores"]["global"]["foscttm"] == pytest.approx(np.mean(means))
-    (tmp_path / "z.npz").unlink()
-    for pair in combinations(mods, 2):  # as of a method that knows two modalities
-        u1, u2 = (arrays[f"test_{m}"] for m in pair)
-        np.savez(scores.name_embedding(tmp_path, split, pair), u1=u1, u2=u2)
-    assert scores.score_every_pair(tmp_path, split) == found
+    # As of a method that knows two modalities.
+    pairs = {
+        f"{mods[i]}-{mods[j]}": np.stack([arrays[f"u{i + 1}"], arrays[f"u{j + 1}"]])
+        for i, j in combinations(range(3), 2)
+    }
+    np.savez(npz, **pairs)
+    assert scores.score_embedding(npz, split) == found

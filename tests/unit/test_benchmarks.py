@@ -24,7 +24,7 @@ from tests.unit.mosaic_helpers import MODS, paired_cells
 # --- the split ---
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(st.binary(max_size=30).map(lambda raw: raw.decode("latin-1")))
 def test_a_cell_is_tested_in_one_fold_of_five(barcode: str) -> None:
     places = [place_cell(barcode, fold) for fold in FOLDS]

@@ -33,14 +33,9 @@ def correlate(seen: Sequence[np.ndarray], unseen: Sequence[np.ndarray]) -> np.nd
     pair = [x[:, :n_used] - mean for x, mean in zip(seen, means, strict=True)]
     first, second = map(whiten, pair)
     u, correlation, v = np.linalg.svd(first @ (pair[0].T @ pair[1] / len(pair[0])) @ second)
-    n_directions = min(DIRECTIONS, len(correlation))
-    turns = first @ u[:, :n_directions], second @ v.T[:, :n_directions]
-    return np.stack(
-        [
-            (x[:, :n_used] - mean) @ turn * correlation[:n_directions]
-            for x, mean, turn in zip(unseen, means, turns, strict=True)
-        ]
-    )
+    turns = [(turn * correlation)[:, :DIRECTIONS] for turn in (first @ u, second @ v.T)]
+    cells = zip(unseen, means, turns, strict=True)
+    return np.stack([(x[:, :n_used] - mean) @ turn for x, mean, turn in cells])
 
 
 def reduce_values(modality: str, train: ad.AnnData, test: ad.AnnData) -> tuple[np.ndarray, ...]:
