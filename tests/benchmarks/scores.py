@@ -35,7 +35,7 @@ def score_embedding(npz: Path, split: Split) -> Result:
     the better modality's own.
     """
     arrays, cells = dict(np.load(npz)), HeldOutCells.read_from(split)
-    z = {name.removeprefix("test_"): x for name, x in arrays.items() if name.startswith("test_")}
+    z = select_part(arrays, "test")
     found = {} if z and "u1" not in arrays else score_pairs(arrays, cells, split.mods)
     if "candidates" in found:
         return found
@@ -120,6 +120,12 @@ def score_profiles(
         depths = np.stack([cells.log_depth[m] for m in pair], axis=1)
         found["without_depth"] = matching_controls.score_without_depth(first, second, depths)
     return found | ({"candidates": candidates} if len(candidates) > 1 else {})
+
+
+def select_part(arrays: Mapping[str, np.ndarray], part: str) -> Embedded:
+    """z of "train" or "test", by source."""
+    names = [name for name in arrays if name.startswith(f"{part}_")]
+    return {name.removeprefix(f"{part}_"): arrays[name] for name in names}
 
 
 def join_alone(split: Split, *alone: np.ndarray) -> Embedded:

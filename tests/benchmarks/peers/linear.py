@@ -32,7 +32,8 @@ def correlate(seen: Sequence[np.ndarray], unseen: Sequence[np.ndarray]) -> np.nd
     means = [x[:, :n_used].mean(0) for x in seen]
     pair = [x[:, :n_used] - mean for x, mean in zip(seen, means, strict=True)]
     first, second = map(whiten, pair)
-    u, correlation, v = np.linalg.svd(first @ (pair[0].T @ pair[1] / len(pair[0])) @ second)
+    cross = first @ (pair[0].T @ pair[1] / len(pair[0])) @ second
+    u, correlation, v = np.linalg.svd(cross, full_matrices=False)
     turns = [(turn * correlation)[:, :DIRECTIONS] for turn in (first @ u, second @ v.T)]
     cells = zip(unseen, means, turns, strict=True)
     return np.stack([(x[:, :n_used] - mean) @ turn for x, mean, turn in cells])
