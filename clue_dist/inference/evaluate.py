@@ -263,7 +263,10 @@ def _score_profiles(
     Labels may pass from one to the other; types and sequencing depth may explain FOSCTTM.
     """
     first, second = (cells.embedding.alone[name][rows] for name in pair)
-    scores = {"mixing_cells": len(rows), **integration.score_mixing(first, second, ranks)}
+    scores: dict[str, Any] = {
+        "mixing_cells": len(rows),
+        **integration.score_mixing(first, second, ranks),
+    }
     labels = cells.labels[rows]
     known = integration.mark_labelled_cells(labels)
     if len(np.unique(labels[known])) > 1:

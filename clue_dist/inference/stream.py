@@ -181,7 +181,7 @@ def compute_embedding(
     share = slices[ranks.slice_for_rank(len(slices))]
     ranks.run_on_all(lambda: _embed_share(trained_model, store, scratch, share, widths, ranks))
     ranks.run_on_first(lambda: _join_files(scratch, widths, n_cells, ranks.world))
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         name: np.memmap(_array_path(scratch, name, 0), np.float32, mode="r", shape=(n_cells, width))
         for name, width in widths.items()
     }
