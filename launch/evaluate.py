@@ -21,7 +21,7 @@ def main() -> None:
         "--max-cells",
         type=int,
         help="score a random part, so many paired cells and so many in all "
-        "(default: all paired cells, 50,000 where neighbours are searched)",
+        "(default: all paired cells, 20,000 where neighbours are searched)",
     )
     arguments = parser.parse_args()
 

@@ -41,7 +41,7 @@ from clue_dist.inference.stream import (
 from clue_dist.ranks import Ranks
 from clue_dist.store.reader import Store
 
-MOST_CELLS = 50_000  # whose neighbours are searched, where nobody says: the search is quadratic
+MOST_CELLS = 20_000  # whose neighbours are searched, where nobody says: the search is quadratic
 
 
 def evaluate_store(
