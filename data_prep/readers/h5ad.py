@@ -47,8 +47,10 @@ from data_prep.readers.source import (
 
 def is_h5ad(path: Location) -> bool:
     """Whether a file is an AnnData; a MuData may have an X of its own, too."""
-    # Loom files have layers, too, but neither of these.
-    is_anndata = has_part(path, "X") or (has_part(path, "obs") and has_part(path, "var"))
+    # Loom files have layers, too, but no obs; the fragments of SnapATAC2 have no var.
+    is_anndata = has_part(path, "X") or (
+        has_part(path, "obs") and has_part(path, "var", "layers", "obsm")
+    )
     return is_anndata and not has_part(path, "mod")
 
 

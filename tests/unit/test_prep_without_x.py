@@ -113,6 +113,8 @@ def _write_snapatac(path: Path, table: pd.DataFrame, single: bool = False) -> Pa
     chromosomes = {"reference_seq_name": names, "reference_seq_length": [length] * len(names)}
     adata.uns["reference_sequences"] = pd.DataFrame(chromosomes, index=list("0123"))
     adata.write_h5ad(path)
+    with h5py.File(path, "r+") as file:
+        del file["var"]
     return path
 
 
