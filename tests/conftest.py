@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
 
-import pytest
-import torch
+# What is imported until all tests are collected stays to the end: no collection looks at it.
+gc.disable()
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -48,6 +52,12 @@ SLOW_FILES = frozenset(
         "test_s3.py",
     }
 )
+
+
+def pytest_collection_finish() -> None:
+    """Have the garbage collector work again, on what the tests make."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from clue_dist import config as configs
 from clue_dist.errors import ConfigError
 from clue_dist.files import parse_path
+from clue_dist.process import postpone_collections
 from clue_dist.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -100,15 +101,17 @@ def prepare_training(arguments: argparse.Namespace, world: int) -> tuple[Setup, 
     config = configs.load_config(arguments.config, arguments.overrides)
     configs.require_paths(config)
 
-    from clue_dist.train.initial_weights import plan_warm_start
-    from clue_dist.train.setup import prepare_setup
+    with postpone_collections():
+        from clue_dist.train.initial_weights import plan_warm_start
+        from clue_dist.train.setup import prepare_setup
 
     setup = prepare_setup(config, world)
     earlier = arguments.init_from
     warm_start = None if earlier is None else plan_warm_start(earlier, setup)
     if not arguments.dry_run:
         # DeepSpeed looks for compilers and GPUs while it is imported: before the ranks join.
-        import clue_dist.train.loop  # noqa: F401
+        with postpone_collections():
+            import clue_dist.train.loop  # noqa: F401
     return setup, warm_start
 
 

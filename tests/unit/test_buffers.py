@@ -1,7 +1,6 @@
 """Memory of batches is used again once nobody can read it any more, and never before."""
 
 import gc
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -47,15 +46,6 @@ def test_every_view_of_an_array_keeps_its_memory() -> None:
         assert pool.lend_array(20, np.float32).ctypes.data == place
 
 
-@pytest.fixture
-def quick_collector() -> Iterator[None]:
-    """Have the garbage collector pass over what has been imported: most of what it looks at."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.mark.usefixtures("quick_collector")
 def test_memory_comes_back_from_garbage_collection_in_the_middle_of_lending() -> None:
     pool = BufferPool()
     places = []
