@@ -60,6 +60,8 @@ _TITLES = {
     "d": "discriminator (eq. 12)",
     "foscttm": "FOSCTTM",
     "mixing": "mixing",
+    "islands": "worst island of the joint z",
+    "accuracy": "label accuracy of the joint z",
     "score": "score",
     "lr": "learning rate",
     "cells_per_s": "cells per second",

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from clue_dist.checkpoint.kept_config import VALUES_BEFORE
 from clue_dist.checkpoint.resuming import (
     CHANGEABLE,
     choose_checkpoint,
@@ -304,6 +305,12 @@ def test_a_run_goes_on_without_what_did_not_exist_when_it_began(
     asked = SETTINGS.model_copy(update={"objective": ObjectiveConfig(**{SAME: 1.0})})
     with pytest.raises(ResumeError, match=f"changed: objective.{SAME}"):
         find_starting_point(run_folder, asked, "f", "auto", Ranks())
+
+
+def test_every_value_before_is_that_of_a_setting_with_another_default() -> None:
+    for key, value in VALUES_BEFORE.items():
+        group, field = key.split(".")
+        assert getattr(getattr(Config(), group), field) != value
 
 
 def test_a_run_of_this_version_goes_on_with_all_its_settings(run_folder: Path) -> None:
