@@ -48,7 +48,7 @@ class TrainedModel:
 
     @property
     def has_common_space(self) -> bool:
-        """Whether training could fit a common space."""
+        """Whether the weights hold a common space that was fitted."""
         return self.model.space.is_fitted
 
 

@@ -31,8 +31,8 @@ _JOINT_TITLES = {
 }
 COMMON_SPACE = "common_space"  # in `about` of the scores: whether the model has one
 _NO_SPACE = (
-    "no common space: training had too few cells with several modalities to fit one, so that "
-    "profiles of different modalities lie apart"
+    "no common space, so that profiles of different modalities lie apart: training had too few "
+    "cells with several modalities to fit one, or these weights are of before the first validation"
 )
 _NO_SCIB = "kBET of batches, and NMI and ARI of labels, need `pip install 'clue-dist[metrics]'`."
 # A score or None, and what chance gives or None.

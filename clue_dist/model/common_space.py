@@ -149,9 +149,15 @@ class CommonSpace(nn.Module):
 
 
 def _rename_former_buffer(_: nn.Module, state: dict[str, Tensor], prefix: str, *__: object) -> None:
-    """Take the weights of experts from where an earlier version kept them."""
+    """Take the weights of experts from where an earlier version kept them.
+
+    It had no constant coordinate: 0 takes the place of the weight of its last direction.
+    """
     if prefix + "root_nats" in state:
         state[prefix + "expert_weight"] = state.pop(prefix + "root_nats")
+        weight = state[prefix + "weight"].clone()
+        weight[-1] = 0
+        state[prefix + "weight"] = weight
 
 
 def find_directions(mean: Tensor, observed: Tensor, ridge: float) -> Directions | None:

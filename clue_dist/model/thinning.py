@@ -13,7 +13,8 @@ from torch import Tensor
 
 from clue_dist.data.batch import Counts
 
-_BITS = 0xFFFFFFFF  # hashes are 32 bits wide, in int64, which holds them without a sign
+# Hashes are of 32 bits. In int64 a product of two may overflow, which leaves its low bits right.
+_BITS = 0xFFFFFFFF
 
 
 def hide_entries(counts: Counts, most: float, key: Tensor) -> Counts:

@@ -7,6 +7,7 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -38,12 +39,16 @@ class Setup:
 
     config: Config  # every "auto" is resolved
     store: Store
-    specs: dict[str, ModalitySpec]  # specification of each modality
     plan: CellPlan  # which cells each rank sees at each step
     train_cells: dict[str, int]  # by segment of a stratum; the first cells of each
     held_out_cells: dict[str, int]  # by segment of a stratum; the last cells of each
     total_steps: int  # optimizer steps until training is done
     projection_starts: dict[str, ProjectionStart]  # start of the projection of each modality
+
+    @cached_property
+    def specs(self) -> dict[str, ModalitySpec]:
+        """Specification of each modality, in model order."""
+        return specify_modalities(self.store.manifest.modalities, self.config)
 
     @property
     def run_folder(self) -> Path:
@@ -105,7 +110,10 @@ class Setup:
         return np.asarray(names[np.concatenate(codes)])  # -1, unknown, is the last
 
     def _load_first_cells(self, sizes: Mapping[str, int], most: int, fewest: int) -> Batch | None:
-        """Load an even part of segments, `most` cells or so; a rare one is not thinned out."""
+        """Load the first cells of segments, in all `most` or so, and at least `fewest` of each.
+
+        The first ones are as good as any draw, as cells are stored shuffled.
+        """
         part = min(1.0, most / max(1, sum(sizes.values())))
         taken = {
             segment: min(n_cells, max(math.ceil(n_cells * part), fewest))
@@ -217,7 +225,6 @@ def prepare_setup(config: Config, world: int, *, writes: bool = True) -> Setup:
     return Setup(
         config,
         store,
-        specs,
         plan,
         train_cells,
         held_out_cells,

@@ -31,10 +31,11 @@ from clue_dist.train.trainer import Trainer
 # covariance, which grows with the variance of the direction, too, so that a smaller power will do.
 SMOOTHINGS = (0.05, 1.5), (0.3, 1.5), (1.0, 1.5), (3.0, 1.0), (10.0, 0.5)
 POLES = 0.0, 1.0, 2.0  # lengths of the constant coordinate, see `CommonSpace.weigh_directions`
-FEWEST_CHOOSING = 50  # held-out pairs; with fewer these are taken:
+# With fewer held-out pairs than this nothing is chosen, and the defaults are taken.
+FEWEST_CHOOSING = 50
 DEFAULT_SMOOTHING = 3.0, 1.0
 DEFAULT_POLE = 1.0
-LEAST_MIXING = 0.01
+LEAST_MIXING = 0.01  # else a space in which nothing mixes would divide by 0
 MOST_SCORED = 500  # held-out pairs of two modalities that choose, as the time grows with its square
 
 
@@ -143,7 +144,7 @@ def _average_nats(cells: EncodedCells, held_out: EncodedCells | None) -> Tensor:
     """
     unseen = cells if held_out is None else held_out
     seen_mean, unseen_mean = (
-        (part.nats * part.observed).sum(0) / part.observed.sum(0).clamp_min(1)
+        part.nats.masked_fill(~part.observed, 0).sum(0) / part.observed.sum(0).clamp_min(1)
         for part in (cells, unseen)
     )
     return torch.where(unseen.observed.sum(0) >= FEWEST_PAIRED, unseen_mean, seen_mean)

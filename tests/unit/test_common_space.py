@@ -340,6 +340,9 @@ def test_weights_of_experts_are_found_under_their_former_name() -> None:
     space = fit_space(draw_modalities(), torch.ones(N, 2, dtype=torch.bool))
     state = space.state_dict()
     state["root_nats"] = 3 * state.pop("expert_weight")
+    state["weight"] = torch.ones(D)
     other = CommonSpace(2, D)
     other.load_state_dict(state)
     torch.testing.assert_close(other.expert_weight, torch.full((2,), 3.0))
+    # The earlier version had no constant, whose place the last direction's weight had.
+    torch.testing.assert_close(other.weight, torch.ones(D).index_fill(0, torch.tensor([D - 1]), 0))

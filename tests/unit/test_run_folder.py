@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -28,7 +28,9 @@ from clue_dist.inference.profiles import read_metrics
 from clue_dist.ranks import Ranks
 from clue_dist.resilience.run_lock import hold_run_lock
 from clue_dist.store.writer import hash_file
+from clue_dist.train.setup import prepare_setup
 from clue_dist.train.sinks import Sinks
+from tests.stores import make_store
 
 QUIET = Config(log=LogConfig(wandb="disabled", tensorboard=False))
 LINES = [json.dumps({"step": step, "split": "train", "loss": 1.0}).encode() for step in (1, 2, 3)]
@@ -287,6 +289,30 @@ def keep_config(run_folder: Path, **objective: float) -> None:
     del tree["objective"][SAME]
     tree["objective"] |= objective
     (run_folder / "config.json").write_text(json.dumps(tree))
+
+
+@pytest.mark.parametrize("setting", VALUES_BEFORE)
+def test_every_later_setting_is_as_it_was_before_it_existed(run_folder: Path, setting: str) -> None:
+    group, field = setting.split(".")
+    tree = json.loads(SETTINGS.to_json())
+    del tree[group][field]
+    (run_folder / "config.json").write_text(json.dumps(tree))
+    start = find_starting_point(run_folder, SETTINGS, "f", "auto", Ranks())
+    assert getattr(getattr(start.config, group), field) == VALUES_BEFORE[setting]
+    assert getattr(getattr(SETTINGS, group), field) != VALUES_BEFORE[setting]
+    assert not start.changes
+
+
+def test_training_knows_the_settings_that_a_run_goes_on_with(tmp_path: Path) -> None:
+    make_store(tmp_path / "s.zarr", {"rna+atac": 300}, {"rna": 12, "atac": 12})
+    config = Config(store=str(tmp_path / "s.zarr"), run=str(tmp_path / "run"))
+    setup = prepare_setup(config, 1)
+    assert {name: spec.thinning for name, spec in setup.specs.items() if spec.thinning} == {
+        "atac": 0.8
+    }
+    objective = ObjectiveConfig(thinning=0.0)
+    kept = replace(setup, config=setup.config.model_copy(update={"objective": objective}))
+    assert not any(spec.thinning for spec in kept.specs.values())
 
 
 @pytest.mark.parametrize("kept", [{}, {SAME: 0.0}])  # begun by an earlier version; gone on since

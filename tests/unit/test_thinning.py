@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -86,23 +88,30 @@ def test_the_size_that_the_encoder_sees_is_that_of_what_is_shown() -> None:
 def test_training_alone_hides_and_decoders_score_whole_profiles() -> None:
     objective, batch, _ = small_model(2)
     model = objective.model
-    noise = [Noise(0, step, {"s": batch.n_cells}, 1) for step in range(4)]
-
-    def score(step: int) -> torch.Tensor:
-        return model(batch, noise[step]).posterior.mean
-
-    plain = score(0)
     model.thinning = {"m0": 0.9}
-    assert not torch.equal(score(1)[:, 0], plain[:, 0])
-    seen = []
-    decoder = model.get_decoder("m0")
-    decoder.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[2]))
-    score(2)
-    assert seen
-    assert all(torch.equal(counts, batch.modalities["m0"].counts) for counts in seen)
+    encoded: dict[str, torch.Tensor] = {}
+    decoded: dict[str, torch.Tensor] = {}
+    for name in model.modalities:
+        trunk, decoder = model.get_trunk(name), model.get_decoder(name)
+
+        def watch(counts: torch.Tensor, name: str = name, then: Any = trunk.compute_components):
+            encoded[name] = counts
+            return then(counts)
+
+        trunk.compute_components = watch
+        decoder.register_forward_pre_hook(
+            lambda _, arguments, name=name: decoded.update({name: arguments[2]})
+        )
+    whole = {name: observed.counts for name, observed in batch.modalities.items()}
+    model(batch, Noise(0, 0, {"s": batch.n_cells}, 1))
+    key = Noise(0, 0, {"s": batch.n_cells}, 1).draw_keys()[batch.modalities["m0"].rows]
+    torch.testing.assert_close(encoded["m0"], hide_entries(whole["m0"], 0.9, key))
+    assert (encoded["m0"] == 0).any()
+    assert torch.equal(encoded["m1"], whole["m1"])
+    assert all(torch.equal(decoded[name], counts) for name, counts in whole.items())
     model.eval()
-    whole = model.encode_batch(batch).mean
-    torch.testing.assert_close(score(3), whole)
+    model(batch, Noise(0, 1, {"s": batch.n_cells}, 1))
+    assert torch.equal(encoded["m0"], whole["m0"])
 
 
 def test_sparse_samples_are_thinned_unless_the_config_says_no() -> None:
