@@ -6,8 +6,6 @@ Ours and the reference are the runs of `matching`; the reference, which takes lo
 there first, or its rows are missing.
 """
 
-import statistics
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
@@ -19,14 +17,12 @@ import numpy as np
 from tests.benchmarks import mosaic, scores
 from tests.benchmarks.commands import install_python, read_pins, run_command
 from tests.benchmarks.factors import views
-from tests.benchmarks.matching import PEERS, Matching
+from tests.benchmarks.matching import PEERS, SEEDLESS, Matching, judge_lead
 from tests.benchmarks.mosaic import JOINT, PAIRED, Embedded
-from tests.benchmarks.report import Bar, Result
+from tests.benchmarks.report import Result
 from tests.benchmarks.runner import Case, Option, Run
-from tests.benchmarks.split import FOLDS
 
 METHODS = ("ours", "counts", "wnn", "reference")
-SEEDLESS = ("counts", "wnn")  # no random numbers: one seed stands for all
 WNN = PEERS / "wnn.py"
 COMPONENTS = 50
 
@@ -46,21 +42,20 @@ class Labels(Matching):
         args = self.args
         for method, seed, fold, name in product(METHODS, args.seeds, args.folds, args.sets):
             run = Run(method, name, fold, seed, self.digest(method, name))
-            if method in SEEDLESS and seed != args.seeds[0]:
-                continue
-            if method == "reference" and not run.read_record(args.work):
-                continue
-            if method in ("ours", "counts") or not args.quick:
+            is_repeated = method in SEEDLESS and seed != 0
+            is_missing = method == "reference" and not run.read_record(args.work)
+            is_long = args.quick and method not in METHODS[:2]
+            if not (is_repeated or is_missing or is_long):
                 yield method, name, fold, seed
 
     def list_inputs(self, method: str, data_set: str) -> tuple[Path | str, ...]:
-        if method not in SEEDLESS:
+        if method not in METHODS[1:3]:
             return super().list_inputs(method, data_set)
         code = (WNN, WNN.with_suffix(".txt")) if method == "wnn" else ()
         return self.digest_data(data_set), Path(__file__), Path(views.__file__), *code
 
     def measure(self, run: Run, folder: Path) -> Result:
-        if run.method not in SEEDLESS:
+        if run.method not in METHODS[1:3]:
             return super().measure(run, folder)
         split = self.cut_split(run)
         with mosaic.ignore_warnings():
@@ -94,45 +89,24 @@ class Labels(Matching):
     def judge(self, records: Sequence[Result]) -> Iterator[Result]:
         """Leads of our joint z over all else that tells types, over WNN, and mixing of batches."""
         for name in self.args.sets:
-            ours, counts, wnn = (
-                self.collect_folds(records, m, name, "accuracy") for m in METHODS[:3]
+            ours, both, wnn = (
+                self.average_seeds(records, m, name, f"accuracy.{JOINT}") for m in METHODS[:3]
             )
-            rivals = {f"our z from {m}": ours.get(m, {}) for m in PAIRED[name]}
-            rivals |= {f"counts of {m}": counts.get(m, {}) for m in PAIRED[name]}
-            rivals["both counts"] = counts.get(JOINT, {})
-            joint = ours.get(JOINT, {})
+            rivals = {
+                f"{'our z' if m == 'ours' else m} of {source}": self.average_seeds(
+                    records, m, name, f"accuracy.{source}"
+                )
+                for m, source in product(METHODS[:2], PAIRED[name])
+            }
             if bar := self.bars.get(f"{name} accuracy"):
-                yield judge_lead(bar, joint, rivals)
-            yield judge_lead(self.bars["wnn"].fill_name(name), joint, {"WNN": wnn.get(JOINT, {})})
+                yield judge_lead(bar, ours, {**rivals, "both counts": both})
+            yield judge_lead(self.bars["wnn"].fill_name(name), ours, {"WNN": wnn})
             if bar := self.bars.get(f"{name} ilisi"):
-                ilisi = self.collect_folds(records, "ours", name, "ilisi").get(JOINT, {})
-                yield bar.judge_mean(list(ilisi.values()) if ilisi.keys() == set(FOLDS) else [])
-
-    def collect_folds(
-        self, records: Sequence[Result], method: str, name: str, what: str
-    ) -> dict[str, dict[int, float]]:
-        """A score by source of z, then by fold: the mean of all seeds where all were run."""
-        n_seeds = 1 if method in SEEDLESS else len(self.args.seeds)
-        found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-        for r in records:
-            if (r["method"], r["data_set"]) == (method, name):
-                for source, value in r[what].items():
-                    found[source][r["fold"]].append(value)
-        return {
-            source: {f: statistics.fmean(v) for f, v in folds.items() if len(v) == n_seeds}
-            for source, folds in found.items()
-        }
+                ilisi = self.average_seeds(records, "ours", name, f"ilisi.{JOINT}")
+                yield bar.judge_mean(list(ilisi.values()))
 
     def list_extras(self) -> Result:
         return {"peers": {"wnn": read_pins(WNN.with_suffix(".txt"))}}
-
-
-def judge_lead(bar: Bar, joint: dict[int, float], rivals: dict[str, dict[int, float]]) -> Result:
-    """Judge how far the joint z leads the best of its rivals, each by fold; open if one lacks."""
-    if not all(folds.keys() == set(FOLDS) for folds in (joint, *rivals.values())):
-        return bar.fill_name("the best of the others").judge(None)
-    best = max(rivals, key=lambda rival: sum(rivals[rival].values()))
-    return bar.fill_name(best).judge_mean([joint[f] - rivals[best][f] for f in FOLDS])
 
 
 def reduce_counts(train: md.MuData, test: md.MuData) -> Embedded:

@@ -116,7 +116,7 @@ class Training:
         mosaic, pattern: the joint z of all training cells, and what each of them carries.
         """
         tables, seconds = self.embed_parts("train", "test")
-        z = select_z(tables["test"], list_pairs(self.split, "test"))
+        z = select_z(tables["test"], list_tested(self.split))
         arrays = {f"test_{source}": latent for source, latent in z.items()}
         alone = {f"u{i}": arrays[f"test_{m}"] for i, m in enumerate(self.split.mods, 1)}
         mosaic, pattern = tables["train"].obsm["X_clue"], list_patterns(tables["train"])
@@ -124,12 +124,10 @@ class Training:
         return seconds
 
 
-def list_pairs(split: Split, part: str) -> pd.Index:
-    """Barcodes of cells of "train" or "test" with every modality, as they come in the first."""
+def list_tested(split: Split) -> pd.Index:
+    """Barcodes of the test cells."""
     with ignore_warnings():
-        table = md.read(split.folder / f"{part}.h5mu")
-    first, *others = (table[m].obs_names for m in split.mods)
-    return first[np.logical_and.reduce([first.isin(names) for names in others])]
+        return md.read(split.test)[split.mods[0]].obs_names
 
 
 def select_z(table: md.MuData, cells: Sequence[str]) -> Embedded:

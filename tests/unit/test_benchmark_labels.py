@@ -52,7 +52,7 @@ def test_the_joint_z_is_judged_against_the_best_of_all_else_and_against_wnn() ->
     records = make_records(ours=ours, counts=counts, wnn={JOINT: 0.88})
     lead, over_wnn, ilisi = plan_labels().judge(records)
     assert (lead["value"], lead["holds"]) == (pytest.approx(0.01), True)
-    assert lead["name"].endswith("minus that of our z from rna")
+    assert lead["name"].endswith("minus that of our z of rna")
     assert (over_wnn["value"], over_wnn["holds"]) == (pytest.approx(0.02), True)
     assert over_wnn["name"].endswith("minus that of WNN")
     assert (ilisi["value"], ilisi["holds"]) == (pytest.approx(0.7), True)

@@ -71,7 +71,7 @@ def test_the_contrastive_baseline_leaves_four_looks_at_the_test_cells(
     monkeypatch.setattr(sys, "argv", ["contrastive.py", str(tmp_path), *MODS, *out])
     contrastive.main()
     arrays, split = np.load(tmp_path / "z.npz"), mosaic.Split(tmp_path, MODS)
-    n = len(mosaic.list_pairs(split, "test"))
+    n = len(mosaic.list_tested(split))
     assert arrays["u1"].shape == arrays["u2"].shape == (4, n, 64)
     assert arrays["fit_s"] > 0
     assert len(scores.score_embedding(tmp_path / "z.npz", split)["candidates"]) == 4
