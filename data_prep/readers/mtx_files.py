@@ -31,7 +31,7 @@ _CELLS_IN_ROWS = re.compile(r"(.*[._-])?(cells_x_\w+|quants_mat)\.mtx(\.gz)?", r
 
 # The first field of a header. Nothing stands there where the columns alone have names.
 _HEADER = re.compile(
-    r"(x|v1|index|(cell|gene|feature|peak|protein)?[ ._]?(barcode|id|name|symbol)?s?)",
+    r"(x|v1|0|index|colnames\.x\.|cells\.use|(cell|gene|feature|peak|protein)?[ ._]?(barcode|id|name|symbol)?s?)",
     re.IGNORECASE,
 )
 
@@ -115,6 +115,12 @@ def is_seldom_meant(path: str) -> bool:
     return not split_path(path).isdisjoint(_SELDOM_MEANT)
 
 
+def _find_separator(line: str) -> str | None:
+    """What follows the first field of a line, which stands in quotes."""
+    match = re.match(r'"[^"]*"([\t,; ])', line)
+    return match[1] if match else None
+
+
 def read_list(path: Path, sizes: Collection[int]) -> list[list[str]]:
     """Read the fields of each line of a list, without a header, numbers of rows and quotes.
 
@@ -128,6 +134,8 @@ def read_list(path: Path, sizes: Collection[int]) -> list[list[str]]:
     separator = "," if ".csv" in path.suffixes else "\t"
     lines = read_lines(path)
     is_quoted = all(line.startswith('"') for line in lines)
+    if is_quoted:  # R's write.table puts blanks between them
+        separator = next(filter(None, map(_find_separator, lines)), separator)
     rows = [
         (is_quoted and split_fields(line, separator)) or line.split(separator) for line in lines
     ]

@@ -64,7 +64,9 @@ def _read_source(source: Source, scratch: Path) -> pd.DataFrame:
         (("barcodes.csv", "genes.csv"), '"","x"', '"{number}","{name}"'),  # write.csv
         (("barcodes.csv", "gene_names.csv"), "x", "{name}"),
         (("cell_metadata.csv", "genes.csv"), "barcode,type", "{name},T"),
-        (("barcodes.tsv", "features.tsv"), '"x"', '"{number}"\t"{name}"'),  # write.table
+        (("barcodes.txt", "features.txt"), '"x"', '"{number}" "{name}"'),  # write.table
+        (("barcodes.tsv", "features.tsv"), '"x"', '"{number}"\t"{name}"'),  # with sep="\t"
+        (("barcodes.csv", "genes.csv"), "0", "{name}"),  # pandas, without an index
         (("barcodes.tsv", "genes.tsv"), None, '"{name}"'),
         (("barcodes.txt", "genes.txt"), None, "{number}\t{name}"),
     ],

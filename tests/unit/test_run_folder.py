@@ -333,12 +333,6 @@ def test_a_run_goes_on_without_what_did_not_exist_when_it_began(
         find_starting_point(run_folder, asked, "f", "auto", Ranks())
 
 
-def test_every_value_before_is_that_of_a_setting_with_another_default() -> None:
-    for key, value in VALUES_BEFORE.items():
-        group, field = key.split(".")
-        assert getattr(getattr(Config(), group), field) != value
-
-
 def test_a_run_of_this_version_goes_on_with_all_its_settings(run_folder: Path) -> None:
     start = find_starting_point(run_folder, SETTINGS, "f", "auto", Ranks())
     assert start.config == SETTINGS
