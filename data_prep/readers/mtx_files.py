@@ -31,7 +31,8 @@ _CELLS_IN_ROWS = re.compile(r"(.*[._-])?(cells_x_\w+|quants_mat)\.mtx(\.gz)?", r
 
 # The first field of a header. Nothing stands there where the columns alone have names.
 _HEADER = re.compile(
-    r"(x|v1|0|index|colnames\.x\.|cells\.use|(cell|gene|feature|peak|protein)?[ ._]?(barcode|id|name|symbol)?s?)",
+    r"(x|v1|0|index|colnames\.x\.|cells\.use|"
+    r"(cell|gene|feature|peak|protein)?[ ._]?(barcode|id|name|symbol)?s?)",
     re.IGNORECASE,
 )
 
