@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
-import zarr
 
 from clue_dist.errors import DataError
 from data_prep.readers.h5_file import WRITE_ANEW, is_array, name_part, open_part, read_stretch
@@ -70,7 +69,7 @@ def _require_first_row(indptr: Any, indices: Any) -> None:
     indices then begin anew where that of the next row began. Chunks that hold zeros alone are not
     written, so that absence alone says nothing.
     """
-    if not isinstance(indptr, zarr.Array):
+    if not has_missing_chunks(indptr):
         return
     width = indptr.chunks[0]
     for first in range(0, indptr.shape[0], width):
