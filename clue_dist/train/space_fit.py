@@ -39,6 +39,14 @@ LEAST_MIXING = 0.01  # else a space in which nothing mixes would divide by 0
 MOST_SCORED = 500  # held-out pairs of two modalities that choose, as the time grows with its square
 
 
+class FittedSpace(NamedTuple):
+    """What `CommonSpace.set_directions` takes."""
+
+    directions: Directions
+    exponent: float
+    pole: float
+
+
 def fit_common_space(
     trainer: Trainer, fitting: Batch | None, held_out: EncodedCells | None
 ) -> None:
@@ -88,14 +96,6 @@ def explain_missing_space(modalities: Sequence[str], fitting: Batch | None) -> s
         f"{FEWEST_PAIRED} training cells with any other; cells that were measured in both would "
         "change that"
     )
-
-
-class FittedSpace(NamedTuple):
-    """What `CommonSpace.set_directions` takes."""
-
-    directions: Directions
-    exponent: float
-    pole: float
 
 
 def choose_directions(cells: EncodedCells, held_out: EncodedCells | None) -> FittedSpace | None:

@@ -169,7 +169,7 @@ def _measure_joint(joint: Tensor, held_out: Batch, labels: np.ndarray) -> dict[s
     batches = held_out.batch_code.cpu().numpy()
     measures = {}
     if len(joint) > 2 and joint.isfinite().all():
-        if len(np.unique(batches)) > 1:
+        if len(np.unique(batches)) > 1 and batches.min() >= 0:  # -1: unknown
             neighbours = find_neighbours(joint, LISI_NEIGHBOURS)
             measures["ilisi"] = measure_ilisi(neighbours, batches)
         if known.sum() > 2 and len(np.unique(labels[known])) > 1:

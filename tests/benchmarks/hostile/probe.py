@@ -104,7 +104,8 @@ def limit_computing(seconds: int) -> None:
     """End this process, with SIGXCPU, once it has computed so long from now on."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     limit = int(usage.ru_utime + usage.ru_stime) + 1 + seconds
-    resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, hard_limit))
 
 
 def make_trial(group: str, folder: Path, number: int, seed: int) -> dict[str, Any]:
