@@ -175,7 +175,8 @@ class CLUE(nn.Module):
         """Where cells lie in the space of all modalities.
 
         Aligned dimensions hold the coordinates of the common space, of length 1, of which the last
-        is a constant, and 0 beyond them; without a fitted space, as with one modality, posterior means of the aligned z.
+        is a constant, and 0 beyond them; without a fitted space, as with one modality, they hold
+        posterior means of the aligned z.
         Private dimensions hold posterior means, scaled by `private_scale`, and 0 where their
         modality was not read.
 
