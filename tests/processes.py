@@ -22,7 +22,7 @@ LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
-    ["clue_dist.inference.evaluate", "clue_dist.resilience.peers", "pytest"]
+    ["clue_dist.inference.evaluate", "clue_dist.resilience.peers", "pytest", "tests.warm_kernels"]
 )
 
 

@@ -34,15 +34,17 @@ PRELOADED = (
     "mudata",
     "data_prep.cli.commands",
     "data_prep.convert",
+    "warm_kernels",
 )
 FAILURE_LIMIT = 20.0  # seconds for the other ranks to end, once one has failed
+STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 HUNG, GONE = 99, 98  # exit codes where a rank did not end by itself, and where the server is gone
 
 
 def request_ranks(server: str, words: list[str]) -> int:
     """Have the server start ranks with the output, folder and environment of this process.
 
-    SIGTERM is passed on to the ranks. Returns their exit code.
+    Signals that ask for a stop are passed on to the ranks. Returns their exit code.
     """
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(server)
@@ -50,7 +52,8 @@ def request_ranks(server: str, words: list[str]) -> int:
         request = json.dumps(fields).encode() + b"\n"
         n_sent = socket.send_fds(connection, [request], [0, 1, 2])
         connection.sendall(request[n_sent:])
-        signal.signal(signal.SIGTERM, lambda number, _: connection.sendall(bytes([number])))
+        for number in STOP_SIGNALS:
+            signal.signal(number, lambda number, _: connection.sendall(bytes([number])))
         reply = connection.recv(1)
     if not reply:
         print("tests/ranks.py: the server is gone", file=sys.stderr)
@@ -123,6 +126,8 @@ def find_free_port() -> str:
 
 def run_script(words: list[str]) -> int:
     """Run a script, a module (`-m`) or code (`-c`) with its arguments as Python starts it."""
+    if words[0] == "-u":  # the server has no buffer either
+        words = words[1:]
     if words[0] == "-m":
         sys.argv, sys.path[0] = words[1:], os.getcwd()
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
