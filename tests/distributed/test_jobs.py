@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.command import ROOT, environment, metrics, spawned, train_args
+from tests.distributed.command import ROOT, environment, metrics, train_args
+from tests.faults.command import planted
 from tests.stores import make_store
 
 LONG = ("train.epochs=1000", "log.every=1")
@@ -40,12 +41,12 @@ StartJob = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture
 def start_job(folder: Path, port: str) -> Iterator[StartJob]:
-    """Start two ranks that train into the run folder `name`, and are given the port."""
+    """Start two ranks that train, step by slow step, into a run folder, and are given the port."""
     jobs = []
 
     def start(name: str, *settings: str) -> subprocess.Popen[str]:
         job = subprocess.Popen(
-            spawned(2, *train_args(folder, folder / "s.zarr", name, *settings)),
+            planted(2, train_args(folder, folder / "s.zarr", name, *settings), "pause:0.1"),
             cwd=ROOT,
             env=environment() | {"MASTER_PORT": port},
             stdout=subprocess.PIPE,

@@ -114,10 +114,11 @@ def stopped_after(command: list[str], run_folder: Path, lines: int) -> int:
 
 
 def test_resumed_after_a_stop_signal_ends_like_an_unbroken_run(folder: Path) -> None:
-    settings = ("train.epochs=40", "log.every=1")
+    settings = ("train.epochs=12", "log.every=1")  # 54 steps
     alone(*train_args(folder, folder / "s.zarr", "whole", *settings))
     args = train_args(folder, folder / "s.zarr", "broken", *settings)
-    assert stopped_after([sys.executable, *args], folder / "broken", 20) == 75
+    command = [sys.executable, "tests/faults/plant.py", "pause:0.05", "--", *args]
+    assert stopped_after(command, folder / "broken", 20) == 75
     (saved,) = (folder / "broken" / "checkpoints").glob("step-*")
     assert 20 <= int(saved.name.split("-")[1]) < metrics(folder / "whole")[-1]["step"]
 
@@ -137,10 +138,11 @@ def test_two_ranks_stopped_under_the_launcher_go_on_to_the_same_weights(folder: 
         "train.validate_every=7",
         "train.patience=0",
     )
-    settings = ("train.epochs=14", "log.every=1", *sharded)
+    settings = ("train.epochs=6", "log.every=1", *sharded)  # 27 steps
     run(*spawned(2, *train_args(folder, folder / "s.zarr", "whole3", *settings)))
     args = train_args(folder, folder / "s.zarr", "broken3", *settings)
-    assert stopped_after(launched(2, *args), folder / "broken3", 15) != 0
+    slow = ("tests/faults/plant.py", "pause:0.05", "--", *args)
+    assert stopped_after(launched(2, *slow), folder / "broken3", 8) != 0
     deadline = time.monotonic() + 60  # the launcher may be gone before its ranks
     while not list((folder / "broken3" / "checkpoints").glob("step-????????/COMMIT.json")):
         assert time.monotonic() < deadline

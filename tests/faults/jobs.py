@@ -45,7 +45,7 @@ class Job:
                             found[int(local[1])] = child
             if len(found) == 2 or self.process.poll() is not None:
                 return [found[rank] for rank in sorted(found)]
-            time.sleep(0.01)
+            time.sleep(0.05)
 
     def await_condition(self, holds: Callable[[], bool], within_s: float, every_s: float) -> bool:
         """Wait while the job runs; whether the condition came to hold."""

@@ -14,6 +14,8 @@ gradient:RANK:STEP    a gradient of the step is NaN, though the loss is finite
 validation:RANK:N     the N-th validation, counted from 1, scores NaN
 saving:RANK:STEP:P    the rank kills itself while the checkpoint of a step is saved, at P of PLACES
 full:RANK:STEP:P      at P, this rank alone finds its disk full
+pause:SECONDS         every rank waits before each batch, so that a run of few steps lasts, and what
+                      happens to it meets it in mid run
 dump:FOLDER           every rank writes what it begins with: its shards of weights and optimizer
 """
 
@@ -26,6 +28,7 @@ import runpy
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,6 +63,8 @@ def main() -> None:
 def plant(kind: str, *where: str) -> None:
     if kind == "dump":
         return dump(Path(where[0]))
+    if kind == "pause":
+        return at_batch(lambda *_: time.sleep(float(where[0])))
     if Ranks.from_environment().rank != int(where[0]):
         return None
     if kind == "kill":
