@@ -154,6 +154,7 @@ def require_plain_files(
 
 
 def _require_size(root: Location, name: str, file_bytes: int, max_bytes: int) -> None:
+    """Refuse a file that is larger than it can be."""
     if file_bytes > max_bytes:
         raise StoreError(
             "a file of the store is larger than it can be",
