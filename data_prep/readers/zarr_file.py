@@ -61,10 +61,13 @@ def has_missing_chunks(array: Any) -> bool:
 
 
 def require_plain_codecs(part: Any) -> None:
-    """Refuse arrays whose values are Python objects: to unpickle them may run any code.
+    """Refuse arrays that are stored as what they are not.
+
+    To unpickle Python objects may run any code, and texts that are read as truth values are true.
 
     Raises:
-        DataError: there is such an array in the part, a group or an array.
+        DataError: an array in the part, a group or an array, holds Python objects, or numbers that
+            are stored as texts.
     """
     if isinstance(part, zarr.Group):
         for _, array in part.arrays():
@@ -72,9 +75,14 @@ def require_plain_codecs(part: Any) -> None:
         return
     metadata = part.metadata.to_dict()
     codecs = [*(metadata.get("filters") or ()), metadata.get("compressor")]
-    if any("pickle" in str(codec).lower() for codec in [*codecs, *metadata.get("codecs", ())]):
+    names = " ".join(str(codec).lower() for codec in [*codecs, *metadata.get("codecs", ())])
+    if "pickle" in names:
         what = "an array of Python objects, which only running them would read"
-        raise DataError(what, where=f"{locate_zarr(part)}: {part.name}", fix="write it anew")
+    elif "vlen" in names and part.dtype.kind in "biufc":
+        what = f"an array of {part.dtype} that is stored as texts"
+    else:
+        return
+    raise DataError(what, where=f"{locate_zarr(part)}: {part.name}", fix="write it anew")
 
 
 def locate_zarr(part: Any) -> Location:

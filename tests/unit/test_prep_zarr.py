@@ -150,6 +150,18 @@ def test_store_is_no_input(tmp_path: Path) -> None:
         convert_files(tmp_path / "t.zarr", f"rna={tmp_path / 's.zarr'}")
 
 
+def test_texts_that_are_said_to_be_truth_values(tmp_path: Path) -> None:
+    """Each of them would be true. Zarr itself refuses them in version 2."""
+    batch = pd.Categorical(["x", "y"] * 20)
+    path = _write_zarr(tmp_path / "a.zarr", make_counts(40, 12), batch=batch)
+    file = path / "obs/batch/categories/zarr.json"
+    change = {"data_type": "bool", "fill_value": False}
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    zarr.consolidate_metadata(path)
+    with pytest.raises(DataError, match="an array of bool that is stored as texts"):
+        convert_files(tmp_path / "s.zarr", f"rna={path}")
+
+
 def test_pickled_objects_are_refused(tmp_path: Path) -> None:
     """To read them would run what they say."""
     path = _write_zarr(tmp_path / "a.zarr", make_counts(40, 12), 2)
