@@ -6,6 +6,7 @@ import atexit
 import functools
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -75,6 +76,17 @@ def launched(ranks: int, *args: str) -> list[str]:
 def spawned(ranks: int, *args: str) -> list[str]:
     """A command line under a launcher that starts faster than `deepspeed`, which is not tested."""
     return [sys.executable, "tests/ranks.py", str(_server()), str(ranks), *args]
+
+
+def write_quick_python(folder: Path) -> None:
+    """Write a program `python` for launchers whose ranks shall start as those of `spawned` do.
+
+    What it runs is forked from the same server, gets its signals and is killed with it.
+    """
+    path = folder / "python"
+    command = shlex.join([sys.executable, str(ROOT / "tests/ranks.py"), str(_server()), "1"])
+    path.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+    path.chmod(0o755)
 
 
 @functools.cache

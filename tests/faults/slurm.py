@@ -16,7 +16,7 @@ from types import MappingProxyType
 
 import psutil
 
-from tests.distributed.command import ROOT, environment
+from tests.distributed.command import environment
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 
@@ -36,8 +36,8 @@ def missing() -> str | None:
 class Slurm:
     """What a person types on the cluster."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, project: Path) -> None:
+        self.folder, self.project = folder, project
         self.env = environment() | {"SLURM_CONF": str(folder / "slurm.conf")}
 
     def run(
@@ -45,19 +45,33 @@ class Slurm:
         *command: str,
         check: bool = True,
         timeout: float = 120,
-        cwd: Path = ROOT,
+        cwd: Path | None = None,
         variables: Mapping[str, str] = MappingProxyType({}),
     ) -> subprocess.CompletedProcess[str]:
-        env = self.env | variables
         done = subprocess.run(
-            command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout
+            command,
+            cwd=cwd or self.project,
+            env=self.env | variables,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
         )
         assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done
 
-    def submit(self, *args: str, **variables: str) -> str:
-        """The number of a new job. variables: of its environment, besides those all jobs have."""
-        return self.run("sbatch", "--parsable", *args, variables=variables).stdout.strip()
+    def submit(self, *args: str, folder: Path | None = None, **variables: str) -> str:
+        """Submit a job.
+
+        Args:
+            args: What is typed behind `sbatch`.
+            folder: Where it is typed; by default the project.
+            variables: Of its environment, besides those that all jobs have.
+
+        Returns:
+            The number of the job.
+        """
+        command = ("sbatch", "--parsable", *args)
+        return self.run(*command, cwd=folder, variables=variables).stdout.strip()
 
     def state(self, job: str) -> dict[str, str]:
         """What Slurm knows of a job: JobState, ExitCode, Restarts, ..."""
@@ -136,8 +150,13 @@ PartitionName=all Nodes=one,two Default=YES MaxTime=INFINITE State=UP
 
 
 @contextmanager
-def cluster(folder: Path) -> Iterator[Slurm]:
-    """Nodes `one` and `two`; Slurm thinks that each has 16 cores and two GPUs."""
+def cluster(folder: Path, project: Path) -> Iterator[Slurm]:
+    """Nodes `one` and `two`; Slurm thinks that each has 16 cores and two GPUs.
+
+    Args:
+        folder: Where the cluster lives.
+        project: The folder in which commands are typed.
+    """
     for name in ("state", "one", "two"):
         (folder / name).mkdir()
     folder.chmod(0o755)
@@ -149,7 +168,7 @@ def cluster(folder: Path) -> Iterator[Slurm]:
     for number in (0, 1):  # what Slurm takes for the devices of GPUs
         os.mknod(folder / f"gpu{number}", 0o600 | stat.S_IFCHR, os.makedev(1, 3))
     (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-1]\n")
-    slurm = Slurm(folder)
+    slurm = Slurm(folder, project)
     munge = ("--force", "--foreground", f"--key-file={key}", f"--socket={folder}/munge.socket")
     files = (
         f"--pid-file={folder}/munge.pid",

@@ -24,8 +24,9 @@ from tests.distributed.command import (
     run,
     spawned,
     train_args,
+    write_quick_python,
 )
-from tests.faults.command import saved_steps, timeless
+from tests.faults.command import saved_steps, timeless, write_small_recipe
 from tests.faults.jobs import find_last_step
 from tests.faults.needs import needs
 from tests.faults.slurm import Slurm, cluster, daemon, missing
@@ -33,7 +34,16 @@ from tests.stores import make_store
 
 pytestmark = needs(missing())
 
-SETTINGS = ("train.epochs=40", "log.every=1", "train.checkpoint_every=50")  # 181 steps
+SAVE_EVERY = 50
+# 60 steps; 290 cells are trained on.
+SETTINGS = (f"train.epochs={60 * 64 / 290}", "log.every=1", f"train.checkpoint_every={SAVE_EVERY}")
+# Steps take a while but little CPU: what a test does to a job meets it in mid run.
+SLOW_TRAINING = f"""
+import runpy, sys
+plant, train = {str(ROOT / "tests/faults/plant.py")!r}, {str(ROOT / "launch/train.py")!r}
+sys.argv = [plant, "pause:0.1", "--", train, *sys.argv[1:]]
+runpy.run_path(plant, run_name="__main__")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +60,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def slurm(folder: Path) -> Iterator[Slurm]:
-    (folder / "cluster").mkdir()
-    with cluster(folder / "cluster") as slurm:
+    """A cluster on which jobs are submitted in a folder like the project's."""
+    project = folder / "project"
+    for made in ("project/launch", "project/.venv/bin", "cluster"):
+        (folder / made).mkdir(parents=True)
+    (project / "launch" / "slurm").symlink_to(ROOT / "launch" / "slurm")
+    (project / "launch" / "train.py").write_text(SLOW_TRAINING)
+    write_quick_python(project / ".venv" / "bin")
+    with cluster(folder / "cluster", project) as slurm:
         yield slurm
 
 
@@ -68,7 +84,7 @@ def submitted(slurm: Slurm, folder: Path, name: str, *settings: str, **variables
         "launch/slurm/train.sbatch",
     )
     job = slurm.submit(*script, *args_of(folder, name)[1:], *settings, **variables)
-    await_steps(slurm, folder, name, job, 20)
+    await_steps(slurm, folder, name, job, 10)
     return job
 
 
@@ -78,7 +94,7 @@ def await_steps(slurm: Slurm, folder: Path, name: str, job: str, beyond: int) ->
         state = slurm.state(job)["JobState"]
         assert state in ("PENDING", "CONFIGURING", "RUNNING"), (state, output(folder, name))
         assert time.monotonic() < deadline, output(folder, name)
-        time.sleep(0.05)
+        time.sleep(0.2)
 
 
 def output(folder: Path, name: str) -> str:
@@ -129,7 +145,11 @@ def committed_after(run_folder: Path, when: float) -> Path:
             for p in run_folder.glob("checkpoints/step-????????/COMMIT.json")
             if p.stat().st_mtime > when
         ]
-        off = [p for p in found if json.loads((p.parent / "state.json").read_text())["step"] % 50]
+        off = [
+            p
+            for p in found
+            if json.loads((p.parent / "state.json").read_text())["step"] % SAVE_EVERY
+        ]
         if off:
             return off[0]
         assert time.monotonic() < deadline, found
@@ -156,7 +176,7 @@ def test_losses_end_the_job_only_where_no_checkpoint_comes_between(
     ):
         assert time.monotonic() < deadline, output(folder, name)
         time.sleep(0.1)
-    await_steps(slurm, folder, name, job, int(begun[-1] or 0) + 20)
+    await_steps(slurm, folder, name, job, int(begun[-1] or 0) + 10)
     os.kill(rank_of(folder / name, 1), signal.SIGKILL)
     state = slurm.wait(job, 120)
     assert (state["JobState"], state["Restarts"]) == (ends, "1" if ends == "FAILED" else "2"), (
@@ -165,7 +185,7 @@ def test_losses_end_the_job_only_where_no_checkpoint_comes_between(
     assert state["ExitCode"] in (("0:0",) if ends == "COMPLETED" else ("76:0", "137:0")), output(
         folder, name
     )
-    assert not list(ROOT.glob(f".losses-{job}"))
+    assert not list(slurm.project.glob(f".losses-{job}"))
 
 
 def rank_of(run_folder: Path, rank: int) -> int:
@@ -201,6 +221,7 @@ def test_an_error_that_starting_again_does_not_mend_is_told_once(
 
 
 def test_a_damaged_chunk_is_told_once_and_not_tried_again(slurm: Slurm, folder: Path) -> None:
+    """In the project's own folder: what torch prints is decided before it is imported."""
     store = make_store(
         folder / "torn.zarr",
         cells={"rna+adt": 200, "rna": 60},
@@ -212,9 +233,8 @@ def test_a_damaged_chunk_is_told_once_and_not_tried_again(slurm: Slurm, folder: 
     data[3] ^= 0x10
     shard.write_bytes(data)
     args = [*args_of(folder, "torn")[1:], f"store={store.root}"]
-    job = slurm.submit(
-        "--nodes=2", f"--output={folder}/torn.out", "launch/slurm/train.sbatch", *args
-    )
+    script = ("--nodes=2", f"--output={folder}/torn.out", "launch/slurm/train.sbatch")
+    job = slurm.submit(*script, *args, folder=ROOT)
     state = slurm.wait(job, 120)
     said = output(folder, "torn")
     assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("FAILED", "2:0", "0"), said
@@ -237,8 +257,9 @@ def test_cancelled_for_good_it_has_saved(slurm: Slurm, folder: Path) -> None:
 
 def test_the_command_of_the_readme_typed_as_it_stands(slurm: Slurm, tmp_path: Path) -> None:
     """Four ranks on two nodes, in a folder like the project's, with the store that it names."""
-    for name in ("launch", "configs", ".venv"):
+    for name in ("launch", ".venv"):
         (tmp_path / name).symlink_to(ROOT / name)
+    write_small_recipe(tmp_path)
     make_store(
         tmp_path / "atlas.zarr", cells={"rna+adt": 120, "rna": 40}, features={"rna": 60, "adt": 10}
     )
