@@ -31,9 +31,11 @@ from clue_dist.train.trainer import Trainer
 # covariance, which grows with the variance of the direction, too, so that a smaller power will do.
 SMOOTHINGS = (0.05, 1.5), (0.3, 1.5), (1.0, 1.5), (3.0, 1.0), (10.0, 0.5)
 POLES = 0.0, 1.0, 2.0  # lengths of the constant coordinate, see `CommonSpace.weigh_directions`
-# With fewer held-out pairs than this nothing is chosen, and the defaults are taken.
+# With fewer held-out pairs than this nothing is chosen, and the defaults are taken. The noise of a
+# covariance falls with the number of pairs and grows with that of dimensions, so the ridge does.
 FEWEST_CHOOSING = 50
-DEFAULT_SMOOTHING = 3.0, 1.0
+DEFAULT_RIDGE = 2.5  # where there are as many training pairs as dimensions
+DEFAULT_EXPONENT = 1.5
 DEFAULT_POLE = 1.0
 LEAST_MIXING = 0.01  # else a space in which nothing mixes would divide by 0
 MOST_SCORED = 500  # held-out pairs of two modalities that choose, as the time grows with its square
@@ -111,7 +113,9 @@ def choose_directions(cells: EncodedCells, held_out: EncodedCells | None) -> Fit
     Returns:
         What is to be set; None if some modality has too few pairs.
     """
-    smoothings: Sequence[tuple[float, float]] = [DEFAULT_SMOOTHING]
+    n_pairs = max(1, int((cells.observed.sum(1) > 1).sum()))
+    ridge = DEFAULT_RIDGE * cells.mean.shape[2] / n_pairs
+    smoothings: Sequence[tuple[float, float]] = [(ridge, DEFAULT_EXPONENT)]
     poles: Sequence[float] = [DEFAULT_POLE]
     if held_out is not None and _count_most_pairs(held_out) >= FEWEST_CHOOSING:
         smoothings, poles = SMOOTHINGS, POLES

@@ -21,7 +21,6 @@ from clue_dist.objective import EncodedCells, Objective
 from clue_dist.ranks import Ranks
 from clue_dist.train.space_fit import (
     DEFAULT_POLE,
-    DEFAULT_SMOOTHING,
     FittedSpace,
     choose_directions,
     explain_missing_space,
@@ -235,11 +234,11 @@ def test_held_out_pairs_smooth_what_training_pairs_learnt_by_heart() -> None:
 def test_few_held_out_pairs_choose_nothing() -> None:
     mean = draw_modalities(100)
     fitted = choose(mean, None)
-    ridge, exponent = DEFAULT_SMOOTHING
-    smooth = find_directions(mean, torch.ones(100, 2, dtype=torch.bool), ridge)
+    # The default follows from 100 pairs and 12 dimensions.
+    smooth = find_directions(mean, torch.ones(100, 2, dtype=torch.bool), ridge=2.5 * D / 100)
     assert smooth is not None
     torch.testing.assert_close(fitted.directions.agreement, smooth.agreement)
-    assert (fitted.exponent, fitted.pole) == (exponent, DEFAULT_POLE)
+    assert (fitted.exponent, fitted.pole) == (1.5, DEFAULT_POLE)
     few = choose(mean, draw_modalities(49, seed=50))
     torch.testing.assert_close(few.directions.agreement, smooth.agreement)
 
