@@ -295,7 +295,7 @@ class SegmentReader:
             array = ts.open(
                 request, read=True, open=True, context=self._context, recheck_cached_data=False
             ).result()
-        except (ValueError, OverflowError, RecursionError, OSError) as error:
+        except (ValueError, OverflowError, RuntimeError, OSError) as error:
             raise location.translate_read_error(
                 error, self.root, what, where=folder, fix=CHECK_FIX
             ) from None
