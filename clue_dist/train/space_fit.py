@@ -34,8 +34,8 @@ POLES = 0.0, 1.0, 2.0  # lengths of the constant coordinate, see `CommonSpace.we
 # With fewer held-out pairs than this nothing is chosen, and the defaults are taken. The noise of a
 # covariance falls with the number of pairs and grows with that of dimensions, so the ridge does.
 FEWEST_CHOOSING = 50
-DEFAULT_RIDGE = 2.5  # where there are as many training pairs as dimensions
-DEFAULT_EXPONENT = 1.5
+DEFAULT_RIDGE = 8.0  # where there are as many training pairs as dimensions
+DEFAULT_EXPONENT = 1.0
 DEFAULT_POLE = 1.0
 LEAST_MIXING = 0.01  # else a space in which nothing mixes would divide by 0
 MOST_SCORED = 500  # held-out pairs of two modalities that choose, as the time grows with its square
