@@ -98,7 +98,7 @@ def evaluate_store(
     modalities = [name for name in trained_model.modalities if name in store.modalities]
     with make_scratch_folder(out, ranks) as scratch:
         embedding = compute_embedding(
-            trained_model, store, scratch, slices, per_modality=True, ranks=ranks
+            trained_model, store, scratch, slices, per_modality=True, with_depth=True, ranks=ranks
         )
         cells = _EmbeddedCells.read_from(store, embedding)
         result = _score_pairs(store, cells, modalities, paired, max_cells or MOST_CELLS, ranks)

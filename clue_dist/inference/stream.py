@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +120,8 @@ class Embedding:
     slices: list[SegmentSlice]  # which cells the rows are
     joint: np.ndarray  # (N, K * d) float32, from everything observed
     alone: dict[str, np.ndarray]  # by modality (N, K * d), from it alone; NaN where not measured
-    # By modality of counts (N,), ln of the sum of its counts; NaN where not measured.
+    # By modality of counts (N,), ln of the sum of its counts; NaN where not measured. Empty unless
+    # it was asked for.
     log_depth: dict[str, np.ndarray]
 
 
@@ -160,6 +161,7 @@ def compute_embedding(
     slices: list[SegmentSlice],
     *,
     per_modality: bool,
+    with_depth: bool = False,
     ranks: Ranks,
 ) -> Embedding:
     """Embed all slices, each rank its share. All ranks call this; it returns when all are done.
@@ -169,7 +171,8 @@ def compute_embedding(
         store: the cells.
         scratch: a folder that all ranks see, for the arrays.
         slices: slices of the store, as `slice_segments` cuts it.
-        per_modality: whether z from each modality alone is wanted, too, and sequencing depths.
+        per_modality: whether z from each modality alone is wanted, too.
+        with_depth: whether sequencing depths are wanted, too.
         ranks: this process among the others.
 
     Raises:
@@ -177,7 +180,7 @@ def compute_embedding(
         ResumeError: the model gives NaN or Inf.
     """
     n_cells = slices[-1].rows.stop
-    widths = _list_widths(trained_model, store, per_modality)
+    widths = _list_widths(trained_model, store, per_modality, with_depth)
     share = slices[ranks.slice_for_rank(len(slices))]
     ranks.run_on_all(lambda: _embed_share(trained_model, store, scratch, share, widths, ranks))
     ranks.run_on_first(lambda: _join_files(scratch, widths, n_cells, ranks.world))
@@ -193,12 +196,15 @@ def compute_embedding(
     return Embedding(slices, arrays[JOINT], alone, log_depth)
 
 
-def _list_widths(trained_model: LoadedModel, store: Store, per_modality: bool) -> dict[str, int]:
+def _list_widths(
+    trained_model: LoadedModel, store: Store, per_modality: bool, with_depth: bool
+) -> dict[str, int]:
     """The columns of each array that is wanted."""
     width = trained_model.latent * len(trained_model.modalities)
     widths = {JOINT: width}
     if per_modality:
         widths |= {f"{ALONE}{name}": width for name in store.modalities}
+    if with_depth:
         widths |= {
             f"{DEPTH}{name}": 1
             for name, modality in store.manifest.modalities.items()
@@ -236,7 +242,7 @@ def _embed_share(
                 for name in widths
             }
         for cells, batch in _read_ahead(store, slices, list(trained_model.modalities)):
-            found = _embed_cells(model, batch, device)
+            found = _embed_cells(model, batch, device, widths)
             for name, file in files.items():
                 # All cells of a segment carry the same modalities, so that a slice has every row
                 # of a modality or none.
@@ -251,11 +257,14 @@ def _embed_share(
                 os.fsync(file.fileno())
 
 
-def _embed_cells(model: Embedder, batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    """z and depth of a batch, by the name of the array that they go into."""
+def _embed_cells(
+    model: Embedder, batch: Batch, device: torch.device, wanted: Container[str]
+) -> dict[str, Tensor]:
+    """z of a batch, and depth where it is wanted, by the name of the array that they go into."""
     depth = {
         f"{DEPTH}{name}": compute_library_size(part.counts).log()[:, None]
         for name, part in batch.modalities.items()
+        if f"{DEPTH}{name}" in wanted
     }
     with torch.inference_mode():
         joint, alone = model.embed_batch(batch.to(device))
