@@ -192,6 +192,9 @@ class LogConfig(SettingsGroup):
     tensorboard: bool = True
     wandb: Literal["offline", "online", "disabled"] = "offline"
     project: str = "clue_dist"  # project in wandb
+    group: str = ""  # group of runs in wandb, as of a search; "" for none
+    name: str = ""  # name of the run in wandb; "" for that of its folder
+    artifacts: bool = False  # whether wandb gets the best weights when training ends
 
 
 class Config(SettingsGroup):

@@ -1,0 +1,204 @@
+"""A search of hyperparameters: what it tries, how it goes on, and its table."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import yaml
+
+from clue_dist import config as configs
+from clue_dist.errors import ConfigError
+from clue_dist.train.arguments import _build_parser
+from clue_dist.train.sweep import run_sweep
+from clue_dist.train.sweep_plan import SweepPlan, expand_command, list_trials, read_sweep_plan
+
+ROOT = Path(__file__).parents[2]
+RANDOM = {
+    "method": "random",
+    "run_cap": 5,
+    "parameters": {
+        "store": {"value": "s.zarr"},
+        "train.lr": {"distribution": "log_uniform_values", "min": "1e-4", "max": 1e-2},
+        "model.latent": {"values": [16, 32]},
+        "data.window_blocks": {"min": 4, "max": 8},
+        "model.trunk.dropout": {"distribution": "q_uniform", "min": 0, "max": 0.4, "q": 0.1},
+    },
+}
+
+
+def make_plan(**changes: object) -> SweepPlan:
+    return SweepPlan.model_validate(RANDOM | changes)
+
+
+def test_a_grid_tries_every_combination_once() -> None:
+    parameters = {
+        "store": {"value": "s"},
+        "train.lr": {"values": [0.1, 0.2, 0.1]},
+        "model.latent": {"min": 3, "max": 5},
+    }
+    trials = list_trials(make_plan(method="grid", run_cap=None, parameters=parameters))
+    choices = [(t.parameters["train.lr"], t.parameters["model.latent"]) for t in trials]
+    assert choices == [(0.1, 3), (0.1, 4), (0.1, 5), (0.2, 3), (0.2, 4), (0.2, 5)]
+    with pytest.raises(ConfigError, match=r"a grid needs values[\s\S]*train\.lr"):
+        list_trials(make_plan(method="grid"))
+
+
+def test_random_trials_are_the_same_at_every_call_and_more_of_them_change_none() -> None:
+    few, many, others = (
+        list_trials(make_plan(), *arguments) for arguments in ((None,), (40,), (40, 1))
+    )
+    assert len(few) == 5
+    assert many[:5] == few
+    assert not {trial.name for trial in others} & {trial.name for trial in many}
+    for trial in many:
+        assert trial.parameters["store"] == "s.zarr"
+        assert 1e-4 <= trial.parameters["train.lr"] <= 1e-2
+        assert trial.parameters["model.latent"] in (16, 32)
+        assert trial.parameters["data.window_blocks"] in range(4, 9)
+        assert trial.parameters["model.trunk.dropout"] in (0.0, 0.1, 0.2, 0.3, 0.4)
+    # A logarithmic distribution has as many trials in each decade.
+    assert 8 < sum(trial.parameters["train.lr"] < 1e-3 for trial in many) < 32
+    with pytest.raises(ConfigError, match="no end of its own"):
+        list_trials(make_plan(run_cap=None))
+
+
+def test_what_cannot_be_searched_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.yaml"
+    wrong = {
+        "method: bayes": RANDOM | {"method": "bayes"},
+        "min": RANDOM | {"parameters": {"train.lr": {"min": 2, "max": 1}}},
+        "beta": RANDOM | {"parameters": {"train.lr": {"distribution": "beta"}}},
+        "nothing": RANDOM | {"parameters": {"train.lr": {}}},
+    }
+    for content in wrong.values():
+        path.write_text(yaml.safe_dump(content))
+        with pytest.raises(ConfigError, match="the sweep cannot be understood"):
+            read_sweep_plan(path)
+    path.write_text("{")
+    for name in ("sweep.yaml", "nowhere.yaml"):
+        with pytest.raises(ConfigError, match="the sweep cannot be read"):
+            read_sweep_plan(tmp_path / name)
+    with pytest.raises(ConfigError, match="unknown macro"):
+        expand_command(make_plan(command=["${nothing}"]), {})
+
+
+@pytest.mark.slow
+def test_macros_become_what_the_agent_of_wandb_makes_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from wandb.sdk.launch.sweeps import utils
+
+    monkeypatch.setenv("CLUE_TEST", "there")
+    parameters = {"train.lr": 0.1, "log.tensorboard": False, "model.trunk.shared": True}
+    names = ("args", "args_no_hyphens", "args_no_boolean_flags", "args_json")
+    filled = utils.create_sweep_command_args(
+        {"args": {name: {"value": value} for name, value in parameters.items()}}
+    )
+    for name in names:
+        words = ["x-${envvar:CLUE_TEST}-${envvar:CLUE_ABSENT}", f"${{{name}}}"]
+        head = utils.create_sweep_command(list(words))[0]
+        plan = make_plan(command=words)
+        assert expand_command(plan, parameters) == [head, *filled[name]]
+
+
+def test_the_sweep_of_the_recipes_sets_what_training_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = read_sweep_plan(ROOT / "configs/sweep.yaml")
+    for trial in list_trials(plan, 3):
+        # `sh -c` passes on what stands behind the name of the script.
+        shell, flag, script, _, *settings = expand_command(plan, trial.parameters)
+        assert (shell, flag) == ("sh", "-c")
+        assert script.startswith("exec deepspeed -q launch/train.py --config configs/atlas.json")
+        parser = _build_parser(None)
+        found = parser.parse_args(
+            ["--config", "configs/atlas.json", "--set", "run=a", *settings, "--set", "run=b"]
+        )
+        config = configs.load_config(ROOT / found.config, found.overrides)
+        assert config.run == "b"
+        assert config.train.lr == trial.parameters["train.lr"]
+        assert config.model.latent == trial.parameters["model.latent"]
+
+
+@pytest.fixture
+def search(tmp_path: Path) -> Path:
+    """A search whose program writes the metrics of a run, and does what `mood` says."""
+    (tmp_path / "train.py").write_text(
+        textwrap.dedent(
+            """\
+            import json, os, pathlib, sys, time
+            settings = dict(word.split("=", 1) for word in sys.argv[1:] if "=" in word)
+            mood = pathlib.Path(__file__).with_name("mood").read_text()
+            run = pathlib.Path(settings["run"])
+            run.mkdir(exist_ok=True)
+            (run / "environment").write_text(os.environ["WANDB_RUN_ID"])
+            with (run / "metrics.jsonl").open("a") as file:
+                score = float(settings["train.lr"]) * 2
+                line = {"step": 7, "split": "validation", "best_score": score}
+                file.write(json.dumps(line) + "\\n" + json.dumps({"step": 8, "loss": 1}) + "\\n")
+            if mood == settings["train.lr"]:
+                sys.exit("no such thing")
+            """
+        )
+    )
+    (tmp_path / "mood").write_text("fine")
+    plan = {
+        "name": "small",
+        "method": "grid",
+        "parameters": {"train.lr": {"values": [0.3, 0.1, 0.2]}},
+        "command": [sys.executable, str(tmp_path / "train.py"), "--set", "${args_no_hyphens}"],
+    }
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(plan))
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_a_search_goes_on_where_it_was_and_ends_with_one_table(search: Path) -> None:
+    plan, out = search / "sweep.yaml", search / "runs"
+    (search / "mood").write_text("0.1")
+    lines: list[str] = []
+    results = run_sweep(plan, out, announce=lines.append)
+    assert [(r.status, r.metric, r.step) for r in results] == [
+        ("exit code 1", 0.2, 7),
+        ("finished", 0.4, 7),
+        ("finished", 0.6, 7),
+    ]
+    failed = results[0].name
+    assert "no such thing" in (out / f"{failed}.log").read_text()
+    assert (out / failed / "environment").read_text() == failed
+    (search / "mood").write_text("fine")
+    with (out / "trials.jsonl").open("a") as file:
+        file.write('{"name": "abc')  # of a search that was killed
+    again = run_sweep(plan, out, announce=lines.append)
+    assert [r.status for r in again] == ["finished"] * 3
+    assert again[1:] == results[1:]  # which did not run again
+    assert (out / failed / "metrics.jsonl").read_text().count("best_score") == 2
+    assert "2 of 3 trials have finished before" in lines
+    head, *rows = (out / "table.tsv").read_text().splitlines()
+    assert head == "trial\tvalidation/best_score\tstep\tstatus\ttime\ttrain.lr"
+    assert [row.split("\t")[5] for row in rows] == ["0.1", "0.2", "0.3"]
+
+
+@pytest.mark.slow
+def test_a_signal_reaches_the_run_and_ends_the_search(search: Path) -> None:
+    (search / "train.py").write_text(
+        textwrap.dedent(
+            f"""\
+            import os, signal, sys, time
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+            os.kill({os.getpid()}, signal.SIGTERM)
+            time.sleep(30)
+            """
+        )
+    )
+    lines: list[str] = []
+    (result,) = run_sweep(search / "sweep.yaml", search / "runs", announce=lines.append)
+    assert result.status == "stopped"
+    assert "stopped: the same command goes on from here" in lines
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    (line,) = (search / "runs" / "trials.jsonl").read_text().splitlines()
+    assert json.loads(line)["status"] == "stopped"
