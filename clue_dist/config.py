@@ -14,9 +14,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from clue_dist.errors import ConfigError
+from clue_dist.errors import ConfigError, list_names
 from clue_dist.files import expand_home, require_utf8_path
 
+RECIPES = Path(__file__).parent / "recipes"  # what configs/ holds, in the wheel, too
+# Share of a modality's features that a file of new cells must have had, by default.
+MIN_KNOWN = 0.1
 LONGEST_NAME, LONGEST_PATH = 255, 3000  # bytes
 
 Auto = Literal["auto"]  # replaced by a number once the data are known
@@ -239,7 +242,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a config file and apply overrides to it.
 
     Args:
-        path: a JSON file, see `configs/`.
+        path: a JSON file, or the name of a recipe, as `atlas`.
         overrides: `dotted.path=value` each, as `--set` takes them; a value is JSON, else text.
 
     Raises:
@@ -249,9 +252,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     path = Path(path)
     try:
         if not path.is_file():
-            raise ConfigError(
-                "the config file does not exist", where=path, fix="see configs/ for recipes"
-            )
+            path = _find_recipe(path)
         tree = json.loads(path.read_text())
     except OSError as error:
         raise ConfigError("the config file cannot be read", where=path, got=error) from None
@@ -270,6 +271,23 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise _explain_validation_error(error, path) from None
+
+
+def _find_recipe(name: Path) -> Path:
+    """Find the file of a recipe that is given by its name, with or without the ending.
+
+    Raises:
+        ConfigError: there is no such recipe.
+    """
+    recipe = RECIPES / f"{name.stem}.json"
+    if name.name != str(name) or name.suffix not in ("", ".json") or not recipe.is_file():
+        names = sorted(path.stem for path in RECIPES.glob("*.json"))
+        raise ConfigError(
+            "the config file does not exist",
+            where=name,
+            expected=f"a file, or a recipe: {list_names(names)}",
+        )
+    return recipe
 
 
 def require_paths(config: Config, *keys: str) -> None:

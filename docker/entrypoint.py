@@ -21,9 +21,13 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def is_training_command(command: list[str]) -> bool:
-    """Tell whether this is Python that runs train.py, and not a launcher that is given train.py."""
-    script = next((word for word in command[1:] if not word.startswith("-")), "")
-    return "python" in Path(command[0]).name and Path(script).name == "train.py"
+    """Tell whether this is Python that trains, and not a launcher that starts training."""
+    words = [word for word in command[1:] if not word.startswith("-")]
+    if "python" not in Path(command[0]).name or not words:
+        return False
+    script = Path(words[0]).name
+    trains = script in ("train.py", "clue_dist.commands.train")
+    return trains or (script in ("clue", "clue_dist") and words[1:2] == ["train"])
 
 
 def find_ranks() -> list[psutil.Process]:

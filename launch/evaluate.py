@@ -1,47 +1,7 @@
-"""python launch/evaluate.py --run RUN --store S.zarr --out scores.json
+"""python launch/evaluate.py --run RUN --store S.zarr --out scores.json: `clue evaluate`."""
 
-Under `deepspeed`, torchrun or srun the work is split over the ranks.
-"""
-
-from clue_dist.inference.arguments import build_parser, open_model_and_store
-from clue_dist.inference.evaluate import check_scores_path, evaluate_store
-from clue_dist.inference.score_tables import format_scores
+from clue_dist.commands.evaluate import main
 from clue_dist.process import run_main
-
-
-def main() -> None:
-    """Score the store that the arguments name, write the scores and print them."""
-    parser = build_parser(
-        script="evaluate.py",
-        description="Score how well modalities match, and whether z is one space.",
-        store="store with paired cells the model has not seen",
-        out="where to write scores.json",
-    )
-    parser.add_argument(
-        "--max-cells",
-        type=int,
-        help="score a random part, so many paired cells and so many in all "
-        "(default: all paired cells, 20,000 where neighbours are searched)",
-    )
-    arguments = parser.parse_args()
-
-    with open_model_and_store(
-        arguments, lambda: check_scores_path(arguments.out, arguments.max_cells)
-    ) as opened:
-        trained_model, store, ranks = opened
-        scores = evaluate_store(
-            trained_model,
-            store,
-            arguments.out,
-            run=arguments.run,
-            max_cells=arguments.max_cells,
-            min_known=arguments.min_known,
-            batch_size=arguments.batch_size,
-            ranks=ranks,
-        )
-        if ranks.is_first:
-            print(f"{format_scores(scores)}\n{arguments.out}")
-
 
 if __name__ == "__main__":
     run_main(main)

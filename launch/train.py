@@ -1,41 +1,7 @@
-"""Train CLUE on a store.
+"""deepspeed launch/train.py --config configs/atlas.json: `clue train`, under a launcher too."""
 
-deepspeed launch/train.py --config configs/atlas.json [--set train.lr=1e-4 ...]
-                          [--resume auto|never|DIR] [--init-from RUN] [--dry-run]
-
-The config is checked before anything heavy is imported, config and store by all ranks before
-anything is started.
-"""
-
-from __future__ import annotations
-
-import sys
-
-from clue_dist.process import print_line, run_main
-from clue_dist.ranks import Ranks
-from clue_dist.train.arguments import parse_train_arguments, prepare_training, print_plan
-
-STOPPED = 75  # exit code after a stop signal: saved, not finished, start me again (EX_TEMPFAIL)
-
-
-def main() -> None:
-    """Prepare on all ranks alike, say what will be trained, train it, and say how that ended."""
-    arguments = parse_train_arguments(__doc__)
-    ranks = Ranks.from_environment()
-    setup, warm_start = ranks.run_before_joining(lambda: prepare_training(arguments, ranks.world))
-    if ranks.is_first:
-        print_plan(setup, arguments, warm_start)
-    if arguments.dry_run:
-        return
-
-    from clue_dist.train.loop import fit
-
-    result = fit(setup, ranks, arguments.resume, warm_start)
-    if ranks.is_first and result.finished:
-        print_line(f"{result.format_ending()}: {setup.config.run}")
-    ranks.leave_group()
-    sys.exit(0 if result.finished else STOPPED)
-
+from clue_dist.commands.train import main
+from clue_dist.process import run_main
 
 if __name__ == "__main__":
     run_main(main)

@@ -10,6 +10,7 @@ import mudata as md
 import numpy as np
 import pandas as pd
 
+from clue_dist.config import MIN_KNOWN
 from clue_dist.errors import ConfigError
 from clue_dist.inference.output_files import (
     check_output_folder,
@@ -17,7 +18,6 @@ from clue_dist.inference.output_files import (
     translate_output_errors,
 )
 from clue_dist.inference.query import (
-    MIN_KNOWN,
     holds_training_cells,
     require_known_features,
     require_measured_features,

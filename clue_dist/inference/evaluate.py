@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from clue_dist import integration, matching, matching_controls
+from clue_dist.config import MIN_KNOWN
 from clue_dist.errors import ConfigError, StoreError
 from clue_dist.files import write_file
 from clue_dist.inference.embed import check_query, describe_embedding
@@ -24,7 +25,7 @@ from clue_dist.inference.output_files import (
     make_scratch_folder,
     translate_output_errors,
 )
-from clue_dist.inference.query import MIN_KNOWN, holds_training_cells
+from clue_dist.inference.query import holds_training_cells
 from clue_dist.inference.score_tables import (
     COMMON_SPACE,
     JOINT_SCORES,

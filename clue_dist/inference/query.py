@@ -6,13 +6,13 @@ import copy
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from clue_dist.config import MIN_KNOWN
 from clue_dist.errors import ConfigError, StoreError, list_names
 from clue_dist.store.manifest import Modality
 from clue_dist.store.provenance import InputFile, Provenance
 from clue_dist.store.reader import Store
 from clue_dist.store.seen_cells import identify_cells
 
-MIN_KNOWN = 0.1  # share of a modality's features that a file must have had, by default
 _WARN_BELOW = 0.8  # share of these features below which a file is worth a warning
 
 

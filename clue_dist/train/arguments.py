@@ -1,4 +1,4 @@
-"""The command lines of launch/train.py and launch/bench.py: what is read, checked and announced.
+"""The command lines of `clue train` and `clue bench`: what is read, checked and announced.
 
 A mistake in the config is answered at once: what takes seconds to import comes after that check.
 """
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from clue_dist.train.setup import Setup
 
 
-def parse_train_arguments(description: str | None) -> argparse.Namespace:
-    """Parse the command line of launch/train.py."""
-    parser = _build_parser(description)
+def parse_train_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line of `clue train` with a parser that has no such arguments yet."""
+    _add_settings(parser)
     parser.add_argument(
         "--resume",
         default="auto",
@@ -42,9 +42,9 @@ def parse_train_arguments(description: str | None) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def parse_bench_arguments(description: str | None) -> argparse.Namespace:
-    """Parse the command line of launch/bench.py."""
-    parser = _build_parser(description)
+def parse_bench_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line of `clue bench` with a parser that has no such arguments yet."""
+    _add_settings(parser)
     parser.add_argument(
         "--seconds", type=float, default=2.0, help="length of one repeat (default: %(default)s)"
     )
@@ -57,12 +57,14 @@ def parse_bench_arguments(description: str | None) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _build_parser(description: str | None) -> argparse.ArgumentParser:
-    """What both command lines have in common."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add what both command lines have in common."""
+    parser.add_argument(
+        "--config",
+        type=parse_path,
+        required=True,
+        help="a JSON file, or the name of a recipe in configs/, as atlas",
     )
-    parser.add_argument("--config", type=parse_path, required=True, help="a recipe, see configs/")
     parser.add_argument(
         "--set",
         action="extend",
@@ -72,9 +74,6 @@ def _build_parser(description: str | None) -> argparse.ArgumentParser:
         nargs="+",
         dest="overrides",  # every --set together
     )
-    # The deepspeed launcher passes this to every rank.
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    return parser
 
 
 def prepare_training(arguments: argparse.Namespace, world: int) -> tuple[Setup, WarmStart | None]:
@@ -166,7 +165,7 @@ def prepare_benchmark(arguments: argparse.Namespace, world: int) -> Setup:
 
 
 def check_bench_arguments(arguments: argparse.Namespace) -> None:
-    """Check how launch/bench.py is to measure, and that its figures can be written.
+    """Check how `clue bench` is to measure, and that its figures can be written.
 
     Raises:
         ConfigError: they cannot, or there is nothing to measure.

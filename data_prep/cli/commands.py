@@ -36,8 +36,13 @@ _DESCRIPTION = "From raw counts to a store that training streams from."
 _STORE_HELP = "a folder or a URL: s3://, gs://, https://"
 
 
-def main() -> None:
-    arguments = _build_parser().parse_args()
+def main(program: str = "python -m data_prep") -> None:
+    """Run the command that was typed.
+
+    Args:
+        program: what precedes the name of the command, for messages.
+    """
+    arguments = _build_parser(program).parse_args()
     arguments.run(arguments)
 
 
@@ -119,8 +124,8 @@ def _simulate(arguments: argparse.Namespace) -> None:
     print(f"{out}: {arguments.cells:,} simulated cells")
 
 
-def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m data_prep", description=_DESCRIPTION)
+def _build_parser(program: str = "python -m data_prep") -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=program, description=_DESCRIPTION)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     _add_convert(commands.add_parser("convert", help="raw counts -> a store"))

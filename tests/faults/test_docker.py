@@ -119,6 +119,9 @@ def test_the_variants_differ_in_base_and_torch() -> None:
         ("python docker/entrypoint.py deepspeed launch/train.py", False),
         ("python launch/embed.py --run train.py", False),
         ("tail -f train.py", False),
+        ("python /opt/venv/bin/clue train --config atlas", True),
+        ("python -u -m clue_dist.commands.train --local_rank=0 --config atlas", True),
+        ("python /opt/venv/bin/clue embed --run train", False),
         ("python", False),
     ],
 )

@@ -11,8 +11,8 @@ import mudata as md
 import numpy as np
 import pytest
 
+from clue_dist.commands.model_arguments import build_model_parser, open_query_store
 from clue_dist.errors import ConfigError, StoreError
-from clue_dist.inference.arguments import build_parser, open_query_store
 from clue_dist.inference.embed import embed_store
 from clue_dist.inference.evaluate import evaluate_store
 from clue_dist.inference.query import (
@@ -182,7 +182,7 @@ def test_cells_of_a_store_that_grew_are_known_by_what_it_was_and_is(
 
 def test_the_command_line_names_modalities_and_the_share(capsys: pytest.CaptureFixture) -> None:
     words = ["--run", "r", "--store", "s", "--out", "o.h5ad", "--modalities", "rna", "adt"]
-    parser = build_parser("embed.py", "", "", "")
+    parser = build_model_parser("embed", "", "")
     assert parser.parse_args(words).modalities == ["rna", "adt"]
     assert parser.parse_args([*words, "--min-known", "0"]).min_known == 0
     with pytest.raises(SystemExit):

@@ -1,30 +1,33 @@
-"""What the command lines that use a trained run share: arguments, the model, the store."""
+"""What the commands that ask a trained model share: their flags, the model, the store."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
+from clue_dist.commands.catalogue import build_command_parser
+from clue_dist.config import MIN_KNOWN
 from clue_dist.errors import list_names
 from clue_dist.files import parse_path
-from clue_dist.inference.load_model import TrainedModel, load_model
-from clue_dist.inference.query import MIN_KNOWN, select_modalities
-from clue_dist.process import print_error
+from clue_dist.process import postpone_collections, print_error
 from clue_dist.ranks import Ranks
-from clue_dist.store.reader import Store
+
+if TYPE_CHECKING:
+    from clue_dist.inference.load_model import TrainedModel
+    from clue_dist.store.reader import Store
 
 
-def build_parser(script: str, description: str, store: str, out: str) -> argparse.ArgumentParser:
-    """Make a parser with the arguments that embedding and evaluation share.
+def build_model_parser(command: str, store: str, out: str) -> argparse.ArgumentParser:
+    """Make the parser of a command that asks a model about the cells of a store.
 
     Args:
-        script: file name of the command in launch/.
-        description: what the command does, for its help.
+        command: its name in the catalogue.
         store: what the store holds, for the help.
         out: what the output is, for the help.
     """
-    parser = argparse.ArgumentParser(prog=f"launch/{script}", description=description)
+    parser = build_command_parser(command)
     parser.add_argument("--run", type=parse_path, required=True, help="folder of the trained run")
     parser.add_argument("--store", required=True, help=f"{store}: a folder or a URL")
     parser.add_argument("--out", type=parse_path, required=True, help=out)
@@ -41,8 +44,6 @@ def build_parser(script: str, description: str, store: str, out: str) -> argpars
         "(default: %(default)s)",
     )
     parser.add_argument("--batch-size", type=_positive, default=4096, help="cells embedded at once")
-    # The launcher adds this argument; the variable LOCAL_RANK says the same.
-    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     return parser
 
 
@@ -74,6 +75,9 @@ def open_query_store(location: str, modalities: Sequence[str] | None, ranks: Ran
         StoreError: there is no sound store.
         ConfigError: it has no such modalities.
     """
+    from clue_dist.inference.query import select_modalities
+    from clue_dist.store.reader import Store
+
     store = Store(location)
     if not modalities:
         return store
@@ -88,7 +92,7 @@ def open_query_store(location: str, modalities: Sequence[str] | None, ranks: Ran
 def open_model_and_store(
     arguments: argparse.Namespace, check_arguments: Callable[[], None]
 ) -> Iterator[tuple[TrainedModel, Store, Ranks]]:
-    """Open what the arguments of `build_parser` ask for. After success the ranks part.
+    """Open what the arguments of `build_model_parser` ask for. After success the ranks part.
 
     Args:
         arguments: what the parser returned.
@@ -100,6 +104,8 @@ def open_model_and_store(
 
     def open_both() -> tuple[TrainedModel, Store]:
         check_arguments()
+        with postpone_collections():
+            from clue_dist.inference.load_model import load_model
         trained_model = load_model(arguments.run, arguments.checkpoint)
         return trained_model, open_query_store(arguments.store, arguments.modalities, ranks)
 

@@ -1,0 +1,38 @@
+"""Embed the cells of a store with a trained model."""
+
+from clue_dist.commands.model_arguments import build_model_parser, open_model_and_store
+from clue_dist.process import run_main
+
+
+def main() -> None:
+    """Embed the store that the arguments name, and say how many cells it has."""
+    parser = build_model_parser(
+        "embed", store="store of the cells to embed", out="OUT.h5mu, .h5ad or .zarr"
+    )
+    parser.add_argument(
+        "--per-modality", action="store_true", help="also the full z from each modality alone"
+    )
+    arguments = parser.parse_args()
+
+    from clue_dist.inference.embed import check_embedding_path, embed_store
+
+    with open_model_and_store(arguments, lambda: check_embedding_path(arguments.out)) as opened:
+        trained_model, store, ranks = opened
+        embed_store(
+            trained_model,
+            store,
+            arguments.out,
+            run=arguments.run,
+            per_modality=arguments.per_modality,
+            min_known=arguments.min_known,
+            batch_size=arguments.batch_size,
+            ranks=ranks,
+        )
+        if ranks.is_first:
+            n_cells = store.manifest.n_cells
+            model_name = f"{arguments.run} ({trained_model.name})"
+            print(f"{n_cells:,} cells embedded with {model_name}\n{arguments.out}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,24 @@
+"""Write one page about a run, RUN/report/index.html; the last line printed is its path."""
+
+from clue_dist.commands.catalogue import build_command_parser
+from clue_dist.files import parse_path
+from clue_dist.process import run_main
+
+
+def main() -> None:
+    """Write the page of the run that the arguments name, and print its path."""
+    parser = build_command_parser("report")
+    parser.add_argument("--run", type=parse_path, required=True, help="folder of the trained run")
+    parser.add_argument(
+        "--embedding", type=parse_path, help="output of `clue embed --per-modality`"
+    )
+    parser.add_argument("--scores", type=parse_path, help="scores.json of `clue evaluate`")
+    arguments = parser.parse_args()
+
+    from clue_dist.inference.report import write_report
+
+    print(write_report(arguments.run, arguments.embedding, arguments.scores))
+
+
+if __name__ == "__main__":
+    run_main(main)
