@@ -61,6 +61,7 @@ class FakeLoaded:
     has_common_space: bool = True
     name: str = "step-7"
     seen_cells: frozenset[str] = frozenset()
+    batches: list[str] = field(default_factory=list)
     model: Any = field(default=None)
 
     def __post_init__(self) -> None:

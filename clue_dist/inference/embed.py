@@ -12,6 +12,8 @@ import pandas as pd
 
 from clue_dist.config import MIN_KNOWN
 from clue_dist.errors import ConfigError
+from clue_dist.inference.cells import Cells, StoreCells
+from clue_dist.inference.load_model import LoadedModel
 from clue_dist.inference.output_files import (
     check_output_folder,
     make_scratch_folder,
@@ -22,13 +24,7 @@ from clue_dist.inference.query import (
     require_known_features,
     require_measured_features,
 )
-from clue_dist.inference.stream import (
-    Embedding,
-    LoadedModel,
-    SegmentSlice,
-    compute_embedding,
-    slice_segments,
-)
+from clue_dist.inference.stream import Embedding, compute_embedding
 from clue_dist.process import print_error
 from clue_dist.ranks import Ranks
 from clue_dist.store.reader import Store
@@ -74,10 +70,11 @@ def embed_store(
     ranks = ranks or Ranks()
     check_embedding_path(out)
     check_query(trained_model, store, min_known, ranks)
-    slices = slice_segments(store, batch_size)
+    cells = StoreCells(store, trained_model)
+    slices = cells.slice_cells(batch_size)
     with make_scratch_folder(out, ranks) as scratch:
         embedding = compute_embedding(
-            trained_model, store, scratch, slices, per_modality=per_modality, ranks=ranks
+            trained_model, cells, scratch, slices, per_modality=per_modality, ranks=ranks
         )
         provenance = describe_embedding(trained_model, store, run)
 
@@ -86,7 +83,7 @@ def embed_store(
                 md.set_options(pull_on_update=False),
                 ad.settings.override(zarr_write_format=3, auto_shard_zarr_v3=False),
             ):
-                tables = _build_tables(out.suffix, store, embedding, provenance)
+                tables = _build_tables(out.suffix, store, cells, embedding, provenance)
                 with translate_output_errors(out):
                     _write_tables(out, scratch / f"out{out.suffix}", tables)
 
@@ -143,10 +140,14 @@ def check_embedding_path(out: Path) -> None:
 
 
 def _build_tables(
-    suffix: str, store: Store, embedding: Embedding, provenance: dict[str, Any]
+    suffix: str,
+    store: Store,
+    cells: Cells,
+    embedding: Embedding,
+    provenance: dict[str, Any],
 ) -> ad.AnnData | md.MuData:
     """The embedding as the object that the format of `suffix` holds."""
-    obs = _read_obs(store, embedding.slices)
+    obs = cells.read_obs()
     uns = {"clue_dist": provenance}
     if suffix != ".h5mu":
         alone = {f"{KEY}_{name}": latent for name, latent in embedding.alone.items()}
@@ -154,7 +155,7 @@ def _build_tables(
         return ad.AnnData(obs=obs, obsm=obsm, uns=uns)
     tables: dict[str, ad.AnnData] = {}
     for name, modality in store.manifest.modalities.items():
-        measured = _mark_measured(store, embedding.slices, name)
+        measured = embedding.mark_measured(name)
         latent = embedding.alone.get(name)
         tables[name] = ad.AnnData(
             obs=obs[measured],
@@ -168,35 +169,6 @@ def _build_tables(
     mdata.obsm[KEY] = np.asarray(embedding.joint[order])
     mdata.uns.update(uns)
     return mdata
-
-
-def _read_obs(store: Store, slices: list[SegmentSlice]) -> pd.DataFrame:
-    """Barcodes as the index, `batch` and `cell_type` where known, in the embedding's order."""
-    parts = [store.segments[s.segment].read_metadata(s.positions) for s in slices]
-    barcodes = pd.Index(np.concatenate([part.barcodes for part in parts]).astype(object))
-    if barcodes.has_duplicates:
-        # Data sets may share barcodes, and MuData would take such cells for one.
-        frame = pd.DataFrame(index=ad.utils.make_index_unique(barcodes))
-        frame["barcode"] = barcodes.to_numpy()
-    else:
-        frame = pd.DataFrame(index=barcodes)
-    columns = {
-        "batch": ([part.batch for part in parts], store.manifest.batches),
-        "cell_type": ([part.label for part in parts], store.manifest.labels),
-    }
-    for column, (codes, names) in columns.items():
-        code = np.concatenate(codes)
-        if (code >= 0).any():  # -1 is unknown
-            frame[column] = pd.Categorical.from_codes(code, categories=pd.Index(names))
-    return frame
-
-
-def _mark_measured(store: Store, slices: list[SegmentSlice], modality: str) -> np.ndarray:
-    """Which cells carry a modality, (N,) bool."""
-    segments = store.manifest.strata
-    return np.concatenate(
-        [np.full(s.n_cells, modality in segments[s.segment].modalities) for s in slices]
-    )
 
 
 def _write_tables(out: Path, temporary: Path, tables: ad.AnnData | md.MuData) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from clue_dist import integration, matching, matching_controls
 from clue_dist.config import MIN_KNOWN
 from clue_dist.errors import ConfigError, StoreError
 from clue_dist.files import write_file
+from clue_dist.inference.cells import SegmentSlice, StoreCells
 from clue_dist.inference.embed import check_query, describe_embedding
+from clue_dist.inference.load_model import LoadedModel
 from clue_dist.inference.output_files import (
     check_output_folder,
     make_scratch_folder,
@@ -33,12 +35,7 @@ from clue_dist.inference.score_tables import (
     WITHIN_TYPE,
     WITHOUT_DEPTH,
 )
-from clue_dist.inference.stream import (
-    Embedding,
-    LoadedModel,
-    compute_embedding,
-    slice_segments,
-)
+from clue_dist.inference.stream import Embedding, compute_embedding
 from clue_dist.ranks import Ranks
 from clue_dist.store.reader import Store
 
@@ -95,13 +92,14 @@ def evaluate_store(
     sizes = {name: segment.n_cells for name, segment in store.manifest.strata.items()}
     joint = _take_part(sizes, max_cells or MOST_CELLS)
     taken = {name: max(paired.get(name, 0), n_cells) for name, n_cells in joint.items()}
-    slices = slice_segments(store, batch_size, taken)
+    asked = StoreCells(store, trained_model, taken)
+    slices = asked.slice_cells(batch_size)
     modalities = [name for name in trained_model.modalities if name in store.modalities]
     with make_scratch_folder(out, ranks) as scratch:
         embedding = compute_embedding(
-            trained_model, store, scratch, slices, per_modality=True, with_depth=True, ranks=ranks
+            trained_model, asked, scratch, slices, per_modality=True, with_depth=True, ranks=ranks
         )
-        cells = _EmbeddedCells.read_from(store, embedding)
+        cells = _EmbeddedCells.read_from(store, slices, embedding)
         result = _score_pairs(store, cells, modalities, paired, max_cells or MOST_CELLS, ranks)
         result[JOINT_SCORES] = _score_joint(store, cells, joint, ranks)
         result["about"] = describe_embedding(trained_model, store, run) | {
@@ -178,16 +176,19 @@ class _EmbeddedCells:
     """The cells that were embedded, and what the store says about them."""
 
     embedding: Embedding
+    slices: Sequence[SegmentSlice]
     patterns: np.ndarray  # (N,) names of what was observed in a cell, such as "rna+adt"
     batches: np.ndarray  # (N,) codes
     labels: np.ndarray  # (N,) names, "" where unknown
 
     @classmethod
-    def read_from(cls, store: Store, embedding: Embedding) -> _EmbeddedCells:
+    def read_from(
+        cls, store: Store, slices: Sequence[SegmentSlice], embedding: Embedding
+    ) -> _EmbeddedCells:
         """Read what a store says about its embedded cells."""
         batches, labels = (
             np.concatenate(
-                [store.segments[s.segment].read_codes(name, s.positions) for s in embedding.slices]
+                [store.segments[s.segment].read_codes(name, s.positions) for s in slices]
             )
             for name in ("batch", "label")
         )
@@ -196,19 +197,17 @@ class _EmbeddedCells:
         }
         return cls(
             embedding,
-            np.concatenate([np.full(s.n_cells, patterns[s.segment]) for s in embedding.slices]),
+            slices,
+            np.concatenate([np.full(s.n_cells, patterns[s.segment]) for s in slices]),
             batches,
             np.array([*store.manifest.labels, ""])[labels],  # -1, unknown, is the last
         )
 
     def find_rows(self, counts: Mapping[str, int]) -> np.ndarray:
         """Find the rows of the first cells of each segment, of which `counts` says how many."""
-        ends = (min(s.n_cells, counts.get(s.segment, 0) - s.start) for s in self.embedding.slices)
+        ends = (min(s.n_cells, counts.get(s.segment, 0) - s.start) for s in self.slices)
         return np.concatenate(
-            [
-                np.arange(s.row, s.row + max(0, end))
-                for s, end in zip(self.embedding.slices, ends, strict=True)
-            ]
+            [s.rows[: max(0, end)] for s, end in zip(self.slices, ends, strict=True)]
         )
 
 

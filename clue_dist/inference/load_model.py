@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
 
 from clue_dist import config as configs
 from clue_dist.checkpoint.model_card import ModelCard, read_model_card
@@ -14,10 +19,73 @@ from clue_dist.checkpoint.run_folder import (
     load_weights,
 )
 from clue_dist.config import Config
+from clue_dist.data.batch import Batch
 from clue_dist.errors import ResumeError
 from clue_dist.model.clue import CLUE
 from clue_dist.model.modality_spec import specify_modalities
 from clue_dist.store.manifest import Modality
+
+
+class Embedder(Protocol):
+    """What streaming asks of a model."""
+
+    def to(self, device: Any) -> Any: ...
+
+    def embed_batch(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Embed the cells of a batch.
+
+        Returns:
+            Where cells lie by everything observed, (B, K * d); and by modality where they lie by
+            that modality alone, (B_k, K * d), with rows as in the batch's `modalities[m].rows`.
+            Private dimensions are shrunk by `private_scale`.
+        """
+        ...
+
+
+class LoadedModel(Protocol):
+    """A trained model as `load_model` gives it."""
+
+    @property
+    def model(self) -> Embedder: ...
+    @property
+    def modalities(self) -> dict[str, Modality]:
+        """What the model knows, in its order."""
+        ...
+
+    @property
+    def batches(self) -> list[str]:
+        """The biological batches that the decoders know; a batch's code is its place here."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """The checkpoint that holds the weights."""
+        ...
+
+    @property
+    def seen_cells(self) -> frozenset[str]:
+        """What identifies the cells that the model was trained on; see `identify_cells`."""
+        ...
+
+    @property
+    def latent(self) -> int:
+        """d, dimensions of each modality's part of z."""
+        ...
+
+    @property
+    def private(self) -> int:
+        """How many of the d, the last ones, follow from their modality alone."""
+        ...
+
+    @property
+    def private_scale(self) -> float:
+        """The factor by which private dimensions are shown smaller."""
+        ...
+
+    @property
+    def has_common_space(self) -> bool:
+        """Whether training could fit a common space."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -30,6 +98,8 @@ class TrainedModel:
     config: Config
     # What identifies the cells that it was trained on; see `identify_cells`.
     seen_cells: frozenset[str] = frozenset()
+    # The biological batches that the decoders know; a batch's code is its place here.
+    batches: list[str] = field(default_factory=list)
 
     @property
     def latent(self) -> int:
@@ -79,7 +149,15 @@ def load_model(run: Path, checkpoint: str = "best") -> TrainedModel:
         raise ResumeError("the weights are damaged", where=folder, got=problem)
     model = _make_model(run, card, config)
     load_weights(model, folder, "use the version of clue_dist that trained them")
-    return TrainedModel(model.eval(), card.modalities, folder.name, config, card.identities)
+    return TrainedModel(
+        model.eval(), card.modalities, folder.name, config, card.identities, card.batches
+    )
+
+
+def encode_batches(trained_model: LoadedModel, names: Iterable[str]) -> np.ndarray:
+    """The codes that a model has for batches, (n,) int64; -1 for those that it does not know."""
+    codes = {name: code for code, name in enumerate(trained_model.batches)}
+    return np.array([codes.get(name, -1) for name in names], np.int64)
 
 
 def _make_model(run: Path, card: ModelCard, config: Config) -> CLUE:

@@ -1,8 +1,8 @@
-"""A trained model over a whole store: slices of segments, this rank's share of them, all latents.
+"""A trained model over all cells that it is asked about: slice by slice, this rank's share of them.
 
 Each rank writes its rows into files of its own beside the output, and rank 0 puts them together.
-The store is cut into the same slices however many ranks there are, so that the result is the same
-to the last bit.
+Cells are cut into the same slices however many ranks there are, so that the result is the same to
+the last bit.
 """
 
 from __future__ import annotations
@@ -10,155 +10,97 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from clue_dist.data.batch import Batch, compute_library_size, read_batch
+from clue_dist.data.batch import Batch, compute_library_size
 from clue_dist.errors import ResumeError, StoreError
+from clue_dist.inference.cells import Cells, CellSlice
+from clue_dist.inference.load_model import Embedder, LoadedModel
 from clue_dist.inference.output_files import translate_output_errors
 from clue_dist.kinds import KINDS
 from clue_dist.ranks import Ranks
-from clue_dist.store.manifest import Modality
-from clue_dist.store.reader import Store
 
 # Names of arrays, and of their files; "alone-" and "depth-" stand before a modality.
 JOINT, ALONE, DEPTH = "joint", "alone-", "depth-"
 
 
-class Embedder(Protocol):
-    """What streaming asks of a model."""
-
-    def to(self, device: Any) -> Any: ...
-
-    def embed_batch(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Embed the cells of a batch.
-
-        Returns:
-            Where cells lie by everything observed, (B, K * d); and by modality where they lie by
-            that modality alone, (B_k, K * d), with rows as in the batch's `modalities[m].rows`.
-            Private dimensions are shrunk by `private_scale`.
-        """
-        ...
-
-
-class LoadedModel(Protocol):
-    """A trained model as `load_model` gives it."""
-
-    @property
-    def model(self) -> Embedder: ...
-    @property
-    def modalities(self) -> dict[str, Modality]:
-        """What the model knows, in its order."""
-        ...
-
-    @property
-    def name(self) -> str:
-        """The checkpoint that holds the weights."""
-        ...
-
-    @property
-    def seen_cells(self) -> frozenset[str]:
-        """What identifies the cells that the model was trained on; see `identify_cells`."""
-        ...
-
-    @property
-    def latent(self) -> int:
-        """d, dimensions of each modality's part of z."""
-        ...
-
-    @property
-    def private(self) -> int:
-        """How many of the d, the last ones, follow from their modality alone."""
-        ...
-
-    @property
-    def private_scale(self) -> float:
-        """The factor by which private dimensions are shown smaller."""
-        ...
-
-    @property
-    def has_common_space(self) -> bool:
-        """Whether training could fit a common space."""
-        ...
-
-
-@dataclass(frozen=True)
-class SegmentSlice:
-    """Cells `start` to `stop` of a segment, whose rows in the embedding begin at `row`."""
-
-    segment: str
-    start: int
-    stop: int
-    row: int
-
-    @property
-    def n_cells(self) -> int:
-        return self.stop - self.start
-
-    @property
-    def rows(self) -> slice:
-        """Rows of the embedding."""
-        return slice(self.row, self.row + self.n_cells)
-
-    @property
-    def positions(self) -> np.ndarray:
-        """Positions in the segment, (n_cells,)."""
-        return np.arange(self.start, self.stop)
-
-
 @dataclass(frozen=True)
 class Embedding:
-    """Latents of cells in store order, segment after segment. The arrays lie on the disk."""
+    """Latents of cells, in the rows that their slices name. The arrays may lie on the disk."""
 
-    slices: list[SegmentSlice]  # which cells the rows are
+    slices: Sequence[CellSlice]  # all cells that were embedded; other rows hold NaN
     joint: np.ndarray  # (N, K * d) float32, from everything observed
     alone: dict[str, np.ndarray]  # by modality (N, K * d), from it alone; NaN where not measured
     # By modality of counts (N,), ln of the sum of its counts; NaN where not measured. Empty unless
     # it was asked for.
     log_depth: dict[str, np.ndarray]
 
+    @classmethod
+    def from_arrays(
+        cls, slices: Sequence[CellSlice], arrays: Mapping[str, np.ndarray]
+    ) -> Embedding:
+        """Sort arrays (N, width) by what their names say of them."""
+        alone, depth = (
+            {
+                name.removeprefix(kind): rows
+                for name, rows in arrays.items()
+                if name.startswith(kind)
+            }
+            for kind in (ALONE, DEPTH)
+        )
+        log_depth = {name: rows[:, 0] for name, rows in depth.items()}
+        return cls(slices, arrays[JOINT], alone, log_depth)
 
-def slice_segments(
-    store: Store, batch_size: int, n_cells: dict[str, int] | None = None
-) -> list[SegmentSlice]:
-    """Cut a store into slices of whole blocks.
+    def mark_measured(self, modality: str) -> np.ndarray:
+        """Which cells carry a modality, (N,) bool."""
+        measured = np.zeros(len(self.joint), bool)
+        for cells in self.slices:
+            measured[cells.rows] = modality in cells.modalities
+        return measured
+
+
+def embed_in_memory(
+    trained_model: LoadedModel,
+    cells: Cells,
+    batch_size: int = 4096,
+    *,
+    per_modality: bool = True,
+) -> Embedding:
+    """Embed all cells into arrays in memory, on this rank alone.
 
     Args:
-        store: the cells.
-        batch_size: cells of a slice, rounded down to whole blocks, at least one.
-        n_cells: how many cells of each segment; by default all.
+        trained_model: the model.
+        cells: the cells.
+        batch_size: cells embedded at once.
+        per_modality: whether z from each modality alone is wanted, too.
 
     Raises:
-        StoreError: no cells.
+        ClueError: what `compute_embedding` raises.
     """
-    block_cells = store.manifest.block_cells
-    step = max(1, batch_size // block_cells) * block_cells
-    slices: list[SegmentSlice] = []
-    row = 0
-    for name, segment in store.manifest.strata.items():
-        n = segment.n_cells if n_cells is None else n_cells.get(name, 0)
-        slices += [
-            SegmentSlice(name, start, min(start + step, n), row + start)
-            for start in range(0, n, step)
-        ]
-        row += n
-    if not slices:
-        raise StoreError("the store has no cells to embed", where=store.root)
-    return slices
+    slices = cells.slice_cells(batch_size)
+    widths = _list_widths(trained_model, cells, per_modality, with_depth=False)
+    arrays = {
+        name: np.full((cells.n_cells, width), np.nan, np.float32) for name, width in widths.items()
+    }
+    for cell_slice, found in _embed_slices(trained_model, cells, slices, widths, Ranks()):
+        for name, rows in found.items():
+            arrays[name][cell_slice.rows] = rows
+    return Embedding.from_arrays(slices, arrays)
 
 
 def compute_embedding(
     trained_model: LoadedModel,
-    store: Store,
+    cells: Cells,
     scratch: Path,
-    slices: list[SegmentSlice],
+    slices: Sequence[CellSlice],
     *,
     per_modality: bool,
     with_depth: bool = False,
@@ -168,47 +110,59 @@ def compute_embedding(
 
     Args:
         trained_model: the model.
-        store: the cells.
+        cells: the cells.
         scratch: a folder that all ranks see, for the arrays.
-        slices: slices of the store, as `slice_segments` cuts it.
+        slices: slices of the cells, as `Cells.slice_cells` cuts them.
         per_modality: whether z from each modality alone is wanted, too.
         with_depth: whether sequencing depths are wanted, too.
         ranks: this process among the others.
 
     Raises:
         StoreError: a damaged chunk, a full disk.
+        DataError: values in memory that are no counts.
         ResumeError: the model gives NaN or Inf.
     """
-    n_cells = slices[-1].rows.stop
-    widths = _list_widths(trained_model, store, per_modality, with_depth)
+    widths = _list_widths(trained_model, cells, per_modality, with_depth)
     share = slices[ranks.slice_for_rank(len(slices))]
-    ranks.run_on_all(lambda: _embed_share(trained_model, store, scratch, share, widths, ranks))
-    ranks.run_on_first(lambda: _join_files(scratch, widths, n_cells, ranks.world))
-    arrays: dict[str, np.ndarray] = {
-        name: np.memmap(_array_path(scratch, name, 0), np.float32, mode="r", shape=(n_cells, width))
+    ranks.run_on_all(lambda: _write_share(trained_model, cells, scratch, share, widths, ranks))
+    n_embedded = sum(cell_slice.n_cells for cell_slice in slices)
+    ranks.run_on_first(lambda: _join_files(scratch, widths, n_embedded, ranks.world))
+    rows = np.concatenate([cell_slice.rows for cell_slice in slices])
+    arrays = {
+        name: _order_rows(
+            np.memmap(
+                _array_path(scratch, name, 0), np.float32, mode="r", shape=(n_embedded, width)
+            ),
+            rows,
+            cells.n_cells,
+        )
         for name, width in widths.items()
     }
-    alone, depth = (
-        {name.removeprefix(kind): rows for name, rows in arrays.items() if name.startswith(kind)}
-        for kind in (ALONE, DEPTH)
-    )
-    log_depth = {name: rows[:, 0] for name, rows in depth.items()}
-    return Embedding(slices, arrays[JOINT], alone, log_depth)
+    return Embedding.from_arrays(slices, arrays)
+
+
+def _order_rows(written: np.ndarray, rows: np.ndarray, n_cells: int) -> np.ndarray:
+    """Put rows where they belong, which in a store they do already, and NaN in the others."""
+    if np.array_equal(rows, np.arange(n_cells)):
+        return written
+    ordered = np.full((n_cells, written.shape[1]), np.nan, np.float32)
+    ordered[rows] = written
+    return ordered
 
 
 def _list_widths(
-    trained_model: LoadedModel, store: Store, per_modality: bool, with_depth: bool
+    trained_model: LoadedModel, cells: Cells, per_modality: bool, with_depth: bool
 ) -> dict[str, int]:
     """The columns of each array that is wanted."""
     width = trained_model.latent * len(trained_model.modalities)
     widths = {JOINT: width}
     if per_modality:
-        widths |= {f"{ALONE}{name}": width for name in store.modalities}
+        widths |= {f"{ALONE}{name}": width for name in cells.modalities}
     if with_depth:
         widths |= {
             f"{DEPTH}{name}": 1
-            for name, modality in store.manifest.modalities.items()
-            if not KINDS[modality.kind].real_values
+            for name in cells.modalities
+            if not KINDS[trained_model.modalities[name].kind].real_values
         }
     return widths
 
@@ -222,17 +176,15 @@ def _array_path(scratch: Path, name: str, rank: int) -> Path:
     return scratch / f"{name}-{rank:05d}.f32"
 
 
-def _embed_share(
+def _write_share(
     trained_model: LoadedModel,
-    store: Store,
+    cells: Cells,
     scratch: Path,
-    slices: list[SegmentSlice],
-    widths: dict[str, int],
+    slices: Sequence[CellSlice],
+    widths: Mapping[str, int],
     ranks: Ranks,
 ) -> None:
     """Embed this rank's slices into its own files, which are on the disk when this returns."""
-    device = ranks.choose_device()
-    model = trained_model.model.to(device)
     with contextlib.ExitStack() as stack:
         with translate_output_errors(scratch):
             files = {
@@ -241,20 +193,40 @@ def _embed_share(
                 )
                 for name in widths
             }
-        for cells, batch in _read_ahead(store, slices, list(trained_model.modalities)):
-            found = _embed_cells(model, batch, device, widths)
+        for cell_slice, found in _embed_slices(trained_model, cells, slices, widths, ranks):
             for name, file in files.items():
-                # All cells of a segment carry the same modalities, so that a slice has every row
-                # of a modality or none.
-                if name in found:
-                    rows = _require_finite(found[name], cells, name)
-                else:
-                    rows = np.full((cells.n_cells, widths[name]), np.nan, np.float32)
+                # All cells of a slice carry the same modalities, so that it has every row of a
+                # modality or none.
+                rows = found.get(name)
+                if rows is None:
+                    rows = np.full((cell_slice.n_cells, widths[name]), np.nan, np.float32)
                 with translate_output_errors(scratch):
                     _write_rows(file, rows)
         with translate_output_errors(scratch):
             for file in files.values():
                 os.fsync(file.fileno())
+
+
+def _embed_slices(
+    trained_model: LoadedModel,
+    cells: Cells,
+    slices: Sequence[CellSlice],
+    wanted: Container[str],
+    ranks: Ranks,
+) -> Iterator[tuple[CellSlice, dict[str, np.ndarray]]]:
+    """Each slice with the rows (n, width) of its arrays, which are finite, by their names."""
+    device = ranks.choose_device()
+    model = trained_model.model.to(device)
+    for cell_slice, batch in read_slices_ahead(cells, slices):
+        found = _embed_cells(model, batch, device, wanted)
+        yield (
+            cell_slice,
+            {
+                name: _require_finite(rows, cell_slice, name)
+                for name, rows in found.items()
+                if name in wanted
+            },
+        )
 
 
 def _embed_cells(
@@ -281,7 +253,7 @@ def _write_rows(file: IO[bytes], rows: np.ndarray) -> None:
         left = left[file.write(left) :]
 
 
-def _join_files(scratch: Path, widths: dict[str, int], n_cells: int, world: int) -> None:
+def _join_files(scratch: Path, widths: Mapping[str, int], n_cells: int, world: int) -> None:
     """Append the rows of the other ranks to those of rank 0, whose file so becomes the whole."""
     for name, width in widths.items():
         expected = 4 * n_cells * width
@@ -303,33 +275,28 @@ def _join_files(scratch: Path, widths: dict[str, int], n_cells: int, world: int)
             os.fsync(whole.fileno())
 
 
-def _read_ahead(
-    store: Store, slices: list[SegmentSlice], modalities: list[str]
-) -> Iterator[tuple[SegmentSlice, Batch]]:
-    """Batches with the model's order of modalities; while one is embedded the next is read."""
+def read_slices_ahead(
+    cells: Cells, slices: Sequence[CellSlice]
+) -> Iterator[tuple[CellSlice, Batch]]:
+    """Read slices of cells; while the caller works on one, the next is read."""
     if not slices:
         return
-
-    def read_slice(cells: SegmentSlice) -> Batch:
-        return read_batch(store, cells.segment, cells.positions, modalities)
-
     with ThreadPoolExecutor(1) as pool:
-        reading = pool.submit(read_slice, slices[0])
-        for cells, following in zip(slices, [*slices[1:], None], strict=True):
+        reading = pool.submit(cells.read_slice, slices[0])
+        for cell_slice, following in zip(slices, [*slices[1:], None], strict=True):
             batch = reading.result()
             if following is not None:
-                reading = pool.submit(read_slice, following)
-            yield cells, batch
+                reading = pool.submit(cells.read_slice, following)
+            yield cell_slice, batch
 
 
-def _require_finite(latent: Tensor, cells: SegmentSlice, name: str) -> np.ndarray:
+def _require_finite(latent: Tensor, cells: CellSlice, name: str) -> np.ndarray:
     values = latent.float().cpu().numpy()
     if not np.isfinite(values).all():
         source = "everything observed" if name == JOINT else name.removeprefix(ALONE)
-        place = f"segment {cells.segment}, cells {cells.start} to {cells.stop - 1}"
         raise ResumeError(
             "the model gives NaN or Inf",
-            where=f"{place}, z from {source}",
+            where=f"{cells.place}, z from {source}",
             fix="use another checkpoint (--checkpoint)",
         )
     return np.asarray(values)

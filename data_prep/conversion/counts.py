@@ -14,9 +14,16 @@ from clue_dist.kinds import KINDS
 from clue_dist.store.kernel_cache import compile_kernel
 from clue_dist.store.kernels import LARGEST_COUNT
 from clue_dist.store.layout import choose_unsigned
-from clue_dist.store.rows import COUNT_BITS, CodedRows, CsrRows, join_rows, try_code_rows
+from clue_dist.store.rows import (
+    COUNT_BITS,
+    CodedRows,
+    CsrRows,
+    join_rows,
+    limit_rounding,
+    try_code_rows,
+)
 from data_prep.jobs.array_files import load_array
-from data_prep.readers.source import Source, SourceRows, decode_barcodes, limit_rounding
+from data_prep.readers.source import Source, SourceRows, decode_barcodes
 
 STEP_ENTRIES = 2**20  # read and coded at once: a count takes eight times the memory of its code
 ROUNDED = "rounded-"  # begins the names of notes about rounded counts

@@ -16,14 +16,13 @@ import scipy.sparse as sp
 from clue_dist.errors import DataError
 from clue_dist.store.layout import MAX_BARCODE_BYTES
 from clue_dist.store.location import Location, RemoteLocation
+from clue_dist.store.rows import limit_rounding
 from data_prep.readers.zarr_file import identify_zarr
 
 # (n, features), as the file has them: neither validated nor aligned to the store's features.
 SourceRows: TypeAlias = sp.csr_matrix | np.ndarray
 
 PROBED_VALUES = 10_000  # looked at to guess whether a matrix holds counts
-# How far a count may be from a whole number: that far if it is small, and if it is large.
-_NEARLY_WHOLE = (1e-3, 0.05)
 # What pandas, NumPy and R write for a missing value, where it is turned into text.
 _MISSING_TEXTS = frozenset(
     {"nan", "NaN", "NAN", "None", "NA", "<NA>", "N/A", "n/a", "NaT", "null", "NULL"}
@@ -240,15 +239,6 @@ def require_real_numbers(values: np.ndarray, where: object) -> np.ndarray:
         )
     final_type = _KNOWN_TYPES.get(values.dtype.name, values.dtype.newbyteorder("="))
     return values.astype(final_type, copy=False)
-
-
-def limit_rounding(whole: np.ndarray) -> np.ndarray:
-    """How far a count may be from a whole number and still is rounded to it, as it was computed.
-
-    Args:
-        whole: the whole numbers, (n,).
-    """
-    return np.clip(1e-5 * whole, *_NEARLY_WHOLE)
 
 
 def looks_whole(values: np.ndarray) -> bool:

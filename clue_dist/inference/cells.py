@@ -1,0 +1,144 @@
+"""The cells that a model is asked about: those of a store, or of an AnnData or MuData in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol, TypeAlias
+
+import anndata as ad
+import mudata as md
+import pandas as pd
+
+from clue_dist.data.batch import Batch
+from clue_dist.errors import DataError
+from clue_dist.files import parse_path
+from clue_dist.inference.load_model import LoadedModel
+from clue_dist.inference.memory_cells import (
+    MemoryCells,
+    MemoryChoices,
+    collect_memory_cells,
+    warn_of_cells,
+)
+from clue_dist.inference.query import (
+    MIN_KNOWN,
+    holds_training_cells,
+    require_known_features,
+    require_measured_features,
+    select_modalities,
+)
+from clue_dist.inference.store_cells import CellSlice, SegmentSlice, StoreCells
+from clue_dist.store.reader import Store
+
+__all__ = [
+    "CellSlice",
+    "CellSource",
+    "Cells",
+    "MemoryCells",
+    "SegmentSlice",
+    "StoreCells",
+    "open_cells",
+]
+
+CellSource: TypeAlias = ad.AnnData | md.MuData | Store | str | Path
+
+
+class Cells(Protocol):
+    """The cells that a model is asked about."""
+
+    @property
+    def modalities(self) -> list[str]:
+        """Those that some cell carries, in the model's order."""
+        ...
+
+    @property
+    def n_cells(self) -> int:
+        """Number of cells, which are the rows of the answer."""
+        ...
+
+    def slice_cells(self, batch_size: int) -> Sequence[CellSlice]:
+        """Cut the cells into slices of about `batch_size` cells that carry the same modalities."""
+        ...
+
+    def read_slice(self, cells: CellSlice) -> Batch:
+        """Read the cells of a slice; columns of `observed` are in the model's order."""
+        ...
+
+    def read_obs(self) -> pd.DataFrame:
+        """Read what is known of the cells, (N) rows: barcodes as the index, `batch`, ..."""
+        ...
+
+
+def open_cells(
+    source: CellSource,
+    trained_model: LoadedModel,
+    *,
+    modality: str | None = None,
+    modalities: Sequence[str] | None = None,
+    layer: str | Mapping[str, str] | None = None,
+    feature_ids: str | Mapping[str, str] | None = None,
+    batch_key: str | None = None,
+    min_known: float | None = None,
+) -> Cells:
+    """Open the cells that a model is to be asked about.
+
+    Args:
+        source: cells in memory, whose rows of the answer are in the order of `source.obs_names`;
+            a store; or the path of a store, which is streamed, or of an .h5ad or .h5mu, which is
+            read into memory.
+        trained_model: the model.
+        modality: which modality of the model an AnnData holds; by default its features say so.
+        modalities: those to use; by default all that the model knows.
+        layer: where raw counts lie, for all modalities or by modality; by default X.
+        feature_ids: column of var that names the features, instead of var_names, likewise.
+        batch_key: column of obs with the batch; by default `batch`, where there is one.
+        min_known: least share of a modality's features that must be there; by default 0.5 of cells
+            in memory, and 0.1 of each file of a store.
+
+    Raises:
+        DataError: cells in memory that cannot be brought to the model's features.
+        StoreError: modalities or features that are not the model's; no sound store.
+        ConfigError: the store has none of the modalities.
+    """
+    if isinstance(source, (str, Path)):
+        source = _open_path(source)
+    if isinstance(source, Store):
+        return _open_store_cells(source, trained_model, modalities, min_known)
+    choices = MemoryChoices(modality, modalities, layer, feature_ids, batch_key, min_known)
+    return collect_memory_cells(source, trained_model, choices)
+
+
+def _open_path(path: str | Path) -> ad.AnnData | md.MuData | Store:
+    """Read a file of cells, or open a store."""
+    ending = Path(path).suffix
+    if ending not in (".h5ad", ".h5mu"):
+        return Store(str(path))
+    file = parse_path(str(path))
+    if not file.is_file():
+        raise DataError("no such file", where=file, fix="check the path")
+    try:
+        return md.read_h5mu(file) if ending == ".h5mu" else ad.read_h5ad(file)
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(
+            "the file cannot be read",
+            where=file,
+            got=reason,
+            fix="`python -m data_prep doctor FILE` says what is wrong with it",
+        ) from error
+
+
+def _open_store_cells(
+    store: Store,
+    trained_model: LoadedModel,
+    modalities: Sequence[str] | None,
+    min_known: float | None,
+) -> StoreCells:
+    """Check that the model can be asked about the cells of a store, and warn of doubtful ones."""
+    view = select_modalities(store, modalities) if modalities else store
+    require_known_features(view, trained_model.modalities)
+    # What the model was trained on may hold files of few features, as with `--features union`.
+    if not holds_training_cells(view, trained_model.seen_cells):
+        for text in require_measured_features(view, MIN_KNOWN if min_known is None else min_known):
+            warn_of_cells(text)
+    return StoreCells(view, trained_model)

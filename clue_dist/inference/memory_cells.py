@@ -1,0 +1,386 @@
+"""Cells of an AnnData or MuData in memory, as a model is asked about them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import anndata as ad
+import mudata as md
+import numpy as np
+import pandas as pd
+import torch
+
+from clue_dist.data.batch import Batch, ObservedModality
+from clue_dist.errors import DataError, list_names
+from clue_dist.inference.aligned_counts import AlignedCounts, align_features
+from clue_dist.inference.load_model import LoadedModel, encode_batches
+from clue_dist.inference.store_cells import CellSlice
+from clue_dist.kinds import find_kinds, match_alias
+
+BATCH_COLUMN = "batch"  # of obs, where no other is named
+MIN_KNOWN_IN_MEMORY = 0.5  # share of a modality's features that must be there, by default
+# Columns of var that may say what a feature is, as 10x, scanpy and scvi-tools write them.
+_TYPE_COLUMNS = ("feature_types", "feature_type", "modality")
+
+
+@dataclass(frozen=True)
+class MemoryChoices:
+    """What a person may choose of cells in memory; see `cells.open_cells`."""
+
+    modality: str | None = None
+    modalities: Sequence[str] | None = None
+    layer: str | Mapping[str, str] | None = None
+    feature_ids: str | Mapping[str, str] | None = None
+    batch_key: str | None = None
+    min_known: float | None = None
+
+
+class MemoryCells:
+    """Cells in memory; those without any counts are in no slice.
+
+    Args:
+        obs: what is known of the cells, (N) rows.
+        counts: by modality, in the model's order.
+        rows: by modality (N,), the row of each cell in its counts, -1 where it was not measured.
+        trained_model: the model that is asked.
+        batch_codes: (N,) int64, the model's codes.
+    """
+
+    def __init__(
+        self,
+        obs: pd.DataFrame,
+        counts: Mapping[str, AlignedCounts],
+        rows: Mapping[str, np.ndarray],
+        trained_model: LoadedModel,
+        batch_codes: np.ndarray,
+    ) -> None:
+        self.modalities = [name for name in trained_model.modalities if name in counts]
+        self.n_cells = len(obs)
+        self._obs, self._counts, self._rows, self._batch_codes = obs, counts, rows, batch_codes
+        self._all_modalities = list(trained_model.modalities)
+
+    def slice_cells(self, batch_size: int) -> list[CellSlice]:
+        """Cut the cells into slices of the same modalities, of `batch_size` cells at most."""
+        observed = np.stack([self._rows[name] >= 0 for name in self.modalities], axis=1)
+        patterns, pattern_of_cell = np.unique(observed, axis=0, return_inverse=True)
+        slices = []
+        for number, pattern in enumerate(patterns):
+            if not pattern.any():
+                continue
+            carried = tuple(m for m, has in zip(self.modalities, pattern, strict=True) if has)
+            rows = np.flatnonzero(pattern_of_cell.ravel() == number)
+            slices += [
+                CellSlice(carried, rows[start : start + batch_size])
+                for start in range(0, len(rows), batch_size)
+            ]
+        return slices
+
+    def read_slice(self, cells: CellSlice) -> Batch:
+        """Read the cells of a slice; columns of `observed` are in the model's order."""
+        everyone = torch.arange(cells.n_cells)
+        paired = everyone if len(cells.modalities) > 1 else everyone[:0]
+        measured = {
+            name: ObservedModality(
+                everyone, self._counts[name].read_counts(self._rows[name][cells.rows]), paired
+            )
+            for name in cells.modalities
+        }
+        pattern = torch.tensor([name in measured for name in self._all_modalities])
+        return Batch(
+            pattern.repeat(cells.n_cells, 1),
+            torch.from_numpy(self._batch_codes[cells.rows]),
+            measured,
+        )
+
+    def read_obs(self) -> pd.DataFrame:
+        """Return obs of the AnnData or MuData, (N) rows; `batch` holds what the model was told."""
+        return self._obs.copy()
+
+
+@dataclass(frozen=True)
+class _NamedCounts:
+    """Counts that are to be a modality of the model, and the AnnData that they come from."""
+
+    where: str
+    adata: ad.AnnData
+    columns: np.ndarray | None = None  # (n,), those of this modality; None: all
+
+
+def collect_memory_cells(
+    source: ad.AnnData | md.MuData, trained_model: LoadedModel, choices: MemoryChoices
+) -> MemoryCells:
+    """Bring cells in memory to what a model knows; see `cells.open_cells`.
+
+    Warns of features that are missing, of modalities that are left out, and of cells without any
+    counts.
+
+    Raises:
+        DataError: they cannot be brought there.
+    """
+    if isinstance(source, md.MuData):
+        named = _name_mudata_parts(source, trained_model, choices)
+    elif isinstance(source, ad.AnnData):
+        named = _name_anndata_parts(source, trained_model, choices)
+    else:
+        raise DataError(
+            "not cells that a model can be asked about",
+            got=type(source).__name__,
+            expected="an AnnData, a MuData, a store, or a path",
+        )
+    counts, rows = {}, {}
+    for name, part in named.items():
+        counts[name] = _align_part(part, name, trained_model, choices)
+        rows[name] = _find_rows(source, part.adata)
+    for name, aligned in counts.items():
+        empty = aligned.mark_empty()
+        rows[name] = np.where((rows[name] >= 0) & ~empty[rows[name]], rows[name], -1)
+    _report_empty(source, rows)
+    batch = _find_batches(source, choices.batch_key)
+    obs = source.obs.copy()
+    codes = np.full(len(obs), -1, np.int64)
+    if batch is not None:
+        obs[BATCH_COLUMN] = pd.Categorical([name or None for name in batch])
+        codes = encode_batches(trained_model, batch)
+    return MemoryCells(obs, counts, rows, trained_model, codes)
+
+
+def warn_of_cells(text: str) -> None:
+    """Warn the caller of the package that an answer is doubtful."""
+    warnings.warn(text, UserWarning, stacklevel=2)
+
+
+def _name_mudata_parts(
+    mdata: md.MuData, trained_model: LoadedModel, choices: MemoryChoices
+) -> dict[str, _NamedCounts]:
+    """The modalities of a MuData, by what the model calls them, in the model's order."""
+    known = trained_model.modalities
+    found = {name: name for name in mdata.mod if name in known}
+    for name in mdata.mod:
+        kinds = find_kinds(name)
+        alike = [m for m in known if m not in found and [known[m].kind] == kinds]
+        if name not in known and len(alike) == 1:
+            found[alike[0]] = name
+    if left_out := [name for name in mdata.mod if name not in found.values()]:
+        warn_of_cells(f"the model does not know {list_names(left_out)}, which counts for nothing")
+    parts = {
+        name: _NamedCounts(f"modality {found[name]}", mdata.mod[found[name]])
+        for name in known
+        if name in found
+    }
+    return _keep_chosen(parts, [*mdata.mod], trained_model, choices)
+
+
+def _name_anndata_parts(
+    adata: ad.AnnData, trained_model: LoadedModel, choices: MemoryChoices
+) -> dict[str, _NamedCounts]:
+    """What an AnnData holds: the modality that is named, those of its feature types, or one."""
+    known = trained_model.modalities
+    if choices.modality is not None:
+        parts = {choices.modality: _NamedCounts("the AnnData", adata)}
+        return _keep_chosen(parts, [choices.modality], trained_model, choices)
+    if types := _split_by_type(adata, trained_model):
+        return _keep_chosen(types, [*types], trained_model, choices)
+    names = set(_name_columns(adata, adata.var, None))
+    shares = {name: _share_known(part.features, names) for name, part in known.items()}
+    fitting = [name for name, share in shares.items() if share >= MIN_KNOWN_IN_MEMORY]
+    fitting = fitting or [name for name, share in shares.items() if share > 0]
+    if len(known) == 1:
+        fitting = [*known]
+    if len(fitting) != 1:
+        listed = ", ".join(f"{share:.0%} of {name}" for name, share in shares.items())
+        raise DataError(
+            "cannot tell which modality an AnnData holds",
+            got=f"features known: {listed}",
+            expected="those of one modality of the model",
+            fix=f'say it: `modality="{next(iter(known))}"`; `feature_ids=` names a column of var '
+            "that names features as the model does",
+        )
+    return _keep_chosen(
+        {fitting[0]: _NamedCounts("the AnnData", adata)}, fitting, trained_model, choices
+    )
+
+
+def _share_known(features: Sequence[str], names: set[str]) -> float:
+    return sum(feature in names for feature in features) / len(features)
+
+
+def _split_by_type(adata: ad.AnnData, trained_model: LoadedModel) -> dict[str, _NamedCounts]:
+    """The columns of each feature type that is a modality of the model, by the model's name."""
+    column = next((c for c in _TYPE_COLUMNS if c in adata.var), None)
+    if column is None:
+        return {}
+    types = adata.var[column].astype(str).to_numpy()
+    known, parts = trained_model.modalities, {}
+    for name in dict.fromkeys(types):
+        kind = match_alias(name)
+        alike = [m for m in known if m == name] or [m for m in known if known[m].kind == kind]
+        if len(alike) == 1 and alike[0] not in parts:
+            where = f"features of type {name!r}"
+            parts[alike[0]] = _NamedCounts(where, adata, np.flatnonzero(types == name))
+    return {name: parts[name] for name in known if name in parts}
+
+
+def _keep_chosen(
+    parts: dict[str, _NamedCounts],
+    given: Sequence[str],
+    trained_model: LoadedModel,
+    choices: MemoryChoices,
+) -> dict[str, _NamedCounts]:
+    """The parts that are asked for, or all of them; there must be some, and the model know them."""
+    wanted = list(parts) if choices.modalities is None else list(choices.modalities)
+    if absent := [name for name in wanted if name not in parts]:
+        raise DataError(
+            "the cells have no such modality",
+            where=f"modalities={list(wanted)}",
+            got=list_names(absent),
+            expected=list_names(parts) or "none",
+        )
+    kept = {name: part for name, part in parts.items() if name in wanted}
+    if not kept or not kept.keys() <= trained_model.modalities.keys():
+        raise DataError(
+            "the model knows none of these modalities",
+            got=list_names(given),
+            expected=list_names(trained_model.modalities),
+            fix="name the modalities as the model does",
+        )
+    return kept
+
+
+def _align_part(
+    part: _NamedCounts, name: str, trained_model: LoadedModel, choices: MemoryChoices
+) -> AlignedCounts:
+    """The counts of one part as the model takes them; warns of features that are missing."""
+    matrix, var, where = _choose_matrix(part, _choose_value(choices.layer, name), name)
+    column = _choose_value(choices.feature_ids, name)
+    names = _name_columns(part.adata, var, column)
+    modality = trained_model.modalities[name]
+    used = np.arange(len(names)) if part.columns is None else part.columns
+    least = MIN_KNOWN_IN_MEMORY if choices.min_known is None else choices.min_known
+    used_places, warning = align_features(where, [names[i] for i in used], modality, least)
+    places = np.full(len(names), -1, np.int32)
+    places[used] = used_places
+    if warning is not None:
+        warn_of_cells(warning)
+    return AlignedCounts(where, matrix, part.adata.obs_names, var.index, places, modality)
+
+
+def _choose_value(given: str | Mapping[str, str] | None, name: str) -> str | None:
+    """What is given for a modality, where one value may stand for all."""
+    return given.get(name) if isinstance(given, Mapping) else given
+
+
+def _choose_matrix(
+    part: _NamedCounts, layer: str | None, name: str
+) -> tuple[Any, pd.DataFrame, str]:
+    """The matrix with the raw counts, var of its columns, and what it is called in messages."""
+    adata = part.adata
+    layers: dict[str, Any] = dict(adata.layers)
+    if adata.raw is not None:
+        layers["raw.X"] = adata.raw.X
+    if layer is None and adata.X is None and len(layers) == 1:
+        layer = next(iter(layers))
+    if layer in (None, "X") and adata.X is not None:
+        return adata.X, adata.var, f"{part.where}, X"
+    if layer not in layers:
+        raise DataError(
+            "there is no such matrix",
+            where=f"{part.where}: {'X' if layer is None else f'layer {layer!r}'}",
+            got=f"layers: {list_names(layers) or 'none'}",
+            fix=f'name one of them: `layer={{"{name}": "{next(iter(layers))}"}}`'
+            if layers
+            else "leave `layer=` out"
+            if layer
+            else "put the counts into X",
+        )
+    if layer == "raw.X" and part.columns is None:
+        return layers[layer], adata.raw.var, f"{part.where}, raw.X"
+    return layers[layer], adata.var, f"{part.where}, layer {layer!r}"
+
+
+def _name_columns(adata: ad.AnnData, var: pd.DataFrame, column: str | None) -> list[str]:
+    """Names of the features, (columns,): var_names, or those of a column of var."""
+    if column is None:
+        return [str(name) for name in var.index]
+    if column not in var:
+        raise DataError(
+            "var has no such column",
+            where=f"feature_ids={column!r}",
+            got=f"columns: {list_names(var.columns, 30) or 'none'}",
+        )
+    values = var[column]
+    return values.where(values.notna(), "").astype(str).tolist()
+
+
+def _find_rows(source: ad.AnnData | md.MuData, adata: ad.AnnData) -> np.ndarray:
+    """The row of each cell of the source in one of its AnnData, (N,) int64; -1: not there."""
+    if adata is source:
+        return np.arange(source.n_obs)
+    for names in (source.obs_names, adata.obs_names):
+        if names.has_duplicates:
+            raise DataError(
+                "cells of a MuData need names of their own",
+                got=list_names(names[names.duplicated()].unique()),
+                fix="`adata.obs_names_make_unique()` for each modality, with the same names for "
+                "the same cells, then make the MuData again",
+            )
+    rows = adata.obs_names.get_indexer(source.obs_names)
+    if (rows >= 0).sum() < adata.n_obs:
+        raise DataError(
+            "a modality has cells that the MuData does not list",
+            got=list_names(adata.obs_names.difference(source.obs_names)),
+            fix="`mdata.update()` lists them",
+        )
+    return rows.astype(np.int64)
+
+
+def _report_empty(source: ad.AnnData | md.MuData, rows: Mapping[str, np.ndarray]) -> None:
+    """Warn of cells without any counts, which get no answer; refuse cells that all have none."""
+    measured = np.any([row >= 0 for row in rows.values()], axis=0)
+    empty = source.obs_names[~measured]
+    if len(empty) == source.n_obs:
+        raise DataError(
+            "no cell has counts of features that the model knows",
+            got=f"{source.n_obs:,} cells without",
+            expected=f"counts of {list_names(rows)}",
+        )
+    if len(empty):
+        warn_of_cells(
+            f"{len(empty):,} cells have no counts that the model knows, and no answer but NaN "
+            f"({list_names(empty)})"
+        )
+
+
+def _find_batches(source: ad.AnnData | md.MuData, key: str | None) -> list[str] | None:
+    """The batch of each cell, (N,) names, "" where unknown; None: there is no such column."""
+    frames = [source.obs]
+    if isinstance(source, md.MuData):
+        frames += [adata.obs.reindex(source.obs_names) for adata in source.mod.values()]
+    column = BATCH_COLUMN if key is None else key
+    found = [frame[column] for frame in frames if column in frame]
+    if not found:
+        if key is None:
+            return None
+        columns = dict.fromkeys(name for frame in frames for name in frame.columns)
+        raise DataError(
+            "obs has no such column",
+            where=f"batch_key={key!r}",
+            got=f"columns: {list_names(columns, 30) or 'none'}",
+        )
+    names = [""] * source.n_obs
+    for values in found:
+        names = [name or text for name, text in zip(names, _write_names(values), strict=True)]
+    return names
+
+
+def _write_names(values: pd.Series) -> Iterator[str]:
+    """Values as a store names them: 1.0 is the same as 1, and what is missing is ""."""
+    for value in values:
+        if pd.isna(value):
+            yield ""
+        elif isinstance(value, float) and value.is_integer():
+            yield str(int(value))
+        else:
+            yield str(value)

@@ -1,0 +1,102 @@
+"""AnnData and MuData in memory: they give what the store of the same cells gives."""
+
+from __future__ import annotations
+
+import anndata as ad
+import mudata as md
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+
+from clue_dist.inference.cells import open_cells
+from clue_dist.inference.stream import embed_in_memory
+from clue_dist.store.manifest import Modality
+from clue_dist.store.reader import Store
+from tests.fakes import FakeLoaded, dense
+from tests.stores import make_store
+
+CELLS = {"rna+adt": 70, "rna": 41, "adt": 20}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Store:
+    return make_store(tmp_path_factory.mktemp("store") / "s.zarr", cells=CELLS)
+
+
+@pytest.fixture(scope="module")
+def loaded(store) -> FakeLoaded:
+    """Knows one modality more than the store, and one batch fewer, in another order."""
+    extra = Modality(kind="atac", storage="sparse", features=["peak-0", "peak-1"])
+    return FakeLoaded(
+        {
+            "adt": store.manifest.modalities["adt"],
+            "atac": extra,
+            "rna": store.manifest.modalities["rna"],
+        },
+        batches=["batch-1", "elsewhere"],
+    )
+
+
+def read_mudata(store: Store, form=sp.csr_matrix) -> md.MuData:
+    """All cells of a store; features in another order, one more, cells shuffled."""
+    rng = np.random.default_rng(3)
+    tables = {}
+    for name in store.modalities:
+        modality = store.manifest.modalities[name]
+        parts, frames = [], []
+        for reader in store.segments.values():
+            if name in reader.modalities:
+                positions = np.arange(reader.n_cells)
+                rows = reader.read_rows(name, positions)
+                parts.append(rows if isinstance(rows, np.ndarray) else rows.to_scipy().toarray())
+                metadata = reader.read_metadata(positions)
+                batches = [store.manifest.batches[code] for code in metadata.batch]
+                frames.append(pd.DataFrame({"batch": batches}, index=metadata.barcodes))
+        counts = np.concatenate(parts).astype(np.float64)
+        order = rng.permutation(modality.n_features)
+        counts = np.column_stack([counts[:, order], np.ones(len(counts))])
+        names = [modality.features[i] for i in order] + [f"unknown-{name}"]
+        cells = rng.permutation(len(counts))
+        tables[name] = ad.AnnData(
+            form(counts[cells]), pd.concat(frames).iloc[cells], pd.DataFrame(index=names)
+        )
+    return md.MuData(tables)
+
+
+@pytest.mark.parametrize("form", [sp.csr_matrix, sp.csc_array, np.array])
+def test_mudata_gives_what_its_store_gives(store, loaded, form):
+    mdata = read_mudata(store, form)
+    cells = open_cells(mdata, loaded)
+    from_store = open_cells(store, loaded)
+    assert cells.modalities == from_store.modalities == ["adt", "rna"]
+    expected = embed_in_memory(loaded, from_store, batch_size=32)
+    found = embed_in_memory(loaded, cells, batch_size=32)
+    order = cells.read_obs().index.get_indexer(from_store.read_obs().index)
+    np.testing.assert_allclose(found.joint[order], expected.joint, atol=1e-6)
+    for name in ("rna", "adt"):
+        np.testing.assert_allclose(found.alone[name][order], expected.alone[name], atol=1e-6)
+        assert (found.mark_measured(name)[order] == expected.mark_measured(name)).all()
+
+
+def collect_batches(cells):
+    """Everything that a model is given: by barcode and modality, counts and batch code."""
+    found = {}
+    names = cells.read_obs().index
+    for cell_slice in cells.slice_cells(16):
+        batch = cells.read_slice(cell_slice)
+        for k, name in enumerate(("adt", "atac", "rna")):
+            assert batch.observed[:, k].sum() == (
+                len(batch.modalities[name].rows) if name in batch.modalities else 0
+            )
+        for name, part in batch.modalities.items():
+            for row, values in zip(part.rows.tolist(), dense(part.counts), strict=True):
+                key = names[cell_slice.rows[row]], name
+                found[key] = (values.tolist(), int(batch.batch_code[row]), len(part.paired) > 0)
+    return found
+
+
+def test_batches_are_those_of_the_store(store, loaded):
+    found = collect_batches(open_cells(read_mudata(store), loaded))
+    assert found == collect_batches(open_cells(store, loaded))
+    assert {code for _, code, _ in found.values()} == {-1, 0}  # batch-0 is not the model's
