@@ -10,6 +10,7 @@ import anndata as ad
 import mudata as md
 import pandas as pd
 
+from clue_dist.config import MIN_KNOWN
 from clue_dist.data.batch import Batch
 from clue_dist.errors import DataError
 from clue_dist.files import parse_path
@@ -21,7 +22,6 @@ from clue_dist.inference.memory_cells import (
     warn_of_cells,
 )
 from clue_dist.inference.query import (
-    MIN_KNOWN,
     holds_training_cells,
     require_known_features,
     require_measured_features,
