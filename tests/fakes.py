@@ -40,6 +40,12 @@ class Projection:
             total.index_add_(0, batch.modalities[m].rows, alone[m])
         return total / batch.observed.sum(1, keepdim=True), alone
 
+    def embed_batch_with_variance(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """The variance is the share of modalities that were not observed."""
+        joint, alone = self.embed_batch(batch)
+        unseen = 1 - batch.observed.float().mean(1, keepdim=True)
+        return joint, alone, unseen.expand_as(joint)
+
 
 def dense(counts: SparseCounts | Tensor) -> Tensor:
     """Counts as (n, features) float32."""

@@ -38,6 +38,7 @@ __all__ = [
     "SegmentSlice",
     "StoreCells",
     "open_cells",
+    "open_source",
 ]
 
 CellSource: TypeAlias = ad.AnnData | md.MuData | Store | str | Path
@@ -100,16 +101,23 @@ def open_cells(
         StoreError: modalities or features that are not the model's; no sound store.
         ConfigError: the store has none of the modalities.
     """
-    if isinstance(source, (str, Path)):
-        source = _open_path(source)
+    source = open_source(source)
     if isinstance(source, Store):
         return _open_store_cells(source, trained_model, modalities, min_known)
     choices = MemoryChoices(modality, modalities, layer, feature_ids, batch_key, min_known)
     return collect_memory_cells(source, trained_model, choices)
 
 
-def _open_path(path: str | Path) -> ad.AnnData | md.MuData | Store:
-    """Read a file of cells, or open a store."""
+def open_source(source: CellSource) -> ad.AnnData | md.MuData | Store:
+    """Read a file of cells into memory, or open a store; what is open already stays as it is.
+
+    Raises:
+        DataError: the file is missing, or cannot be read.
+        StoreError: there is no sound store.
+    """
+    if not isinstance(source, (str, Path)):
+        return source
+    path = source
     ending = Path(path).suffix
     if ending not in (".h5ad", ".h5mu"):
         return Store(str(path))

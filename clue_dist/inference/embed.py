@@ -12,7 +12,7 @@ import pandas as pd
 
 from clue_dist.config import MIN_KNOWN
 from clue_dist.errors import ConfigError
-from clue_dist.inference.cells import Cells, StoreCells
+from clue_dist.inference.cells import Cells, MemoryCells, StoreCells
 from clue_dist.inference.load_model import LoadedModel
 from clue_dist.inference.output_files import (
     check_output_folder,
@@ -24,13 +24,15 @@ from clue_dist.inference.query import (
     require_known_features,
     require_measured_features,
 )
-from clue_dist.inference.stream import Embedding, compute_embedding
+from clue_dist.inference.stream import Embedding, compute_embedding, embed_in_memory
 from clue_dist.process import print_error
 from clue_dist.ranks import Ranks
 from clue_dist.store.reader import Store
 
 FORMATS = (".h5mu", ".h5ad", ".zarr")
 KEY = "X_clue"  # key in obsm
+VARIANCE_KEY = "X_clue_var"  # key in obsm of the variance of each dimension
+OBSERVED_COLUMN = "clue_modalities"  # of obs: what was observed of a cell, as "rna+adt"
 
 
 def embed_store(
@@ -88,6 +90,41 @@ def embed_store(
                     _write_tables(out, scratch / f"out{out.suffix}", tables)
 
         ranks.run_on_first(write_embedding)
+
+
+def embed_anndata(
+    trained_model: LoadedModel,
+    source: ad.AnnData | md.MuData,
+    cells: MemoryCells,
+    batch_size: int = 4096,
+) -> np.ndarray:
+    """Embed cells in memory, and write into their AnnData or MuData what was found.
+
+    `X_clue` and `X_clue_var` go into obsm, `clue_modalities` into obs. z from each modality alone
+    goes into `X_clue` of obsm of that modality of a MuData, and into `X_clue_<modality>` of an
+    AnnData that holds several.
+
+    Args:
+        trained_model: the model.
+        source: where they are written.
+        cells: its cells, as `open_cells` opens them.
+        batch_size: cells embedded at once.
+
+    Returns:
+        The joint z, (N, K * d) float32; NaN for cells without counts.
+    """
+    embedding = embed_in_memory(trained_model, cells, batch_size)
+    source.obsm[KEY] = embedding.joint
+    source.obsm[VARIANCE_KEY] = embedding.variance
+    source.obs[OBSERVED_COLUMN] = pd.Categorical(embedding.name_patterns())
+    for name, table in cells.tables.items():
+        if table is source:
+            if len(cells.tables) > 1:
+                source.obsm[f"{KEY}_{name}"] = embedding.alone[name]
+        else:
+            rows = source.obs_names.get_indexer(table.obs_names)
+            table.obsm[KEY] = embedding.alone[name][rows]
+    return embedding.joint
 
 
 def check_query(trained_model: LoadedModel, store: Store, min_known: float, ranks: Ranks) -> None:

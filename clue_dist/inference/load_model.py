@@ -41,6 +41,10 @@ class Embedder(Protocol):
         """
         ...
 
+    def embed_batch_with_variance(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Embed the cells of a batch, and also return the variance of the first, (B, K * d)."""
+        ...
+
 
 class LoadedModel(Protocol):
     """A trained model as `load_model` gives it."""

@@ -43,10 +43,11 @@ class MemoryCells:
 
     Args:
         obs: what is known of the cells, (N) rows.
-        counts: by modality, in the model's order.
+        counts: by modality.
         rows: by modality (N,), the row of each cell in its counts, -1 where it was not measured.
         trained_model: the model that is asked.
         batch_codes: (N,) int64, the model's codes.
+        tables: by modality, the AnnData that its counts are of.
     """
 
     def __init__(
@@ -56,11 +57,13 @@ class MemoryCells:
         rows: Mapping[str, np.ndarray],
         trained_model: LoadedModel,
         batch_codes: np.ndarray,
+        tables: Mapping[str, ad.AnnData],
     ) -> None:
         self.modalities = [name for name in trained_model.modalities if name in counts]
         self.n_cells = len(obs)
         self._obs, self._counts, self._rows, self._batch_codes = obs, counts, rows, batch_codes
         self._all_modalities = list(trained_model.modalities)
+        self.tables = tables
 
     def slice_cells(self, batch_size: int) -> list[CellSlice]:
         """Cut the cells into slices of the same modalities, of `batch_size` cells at most."""
@@ -144,7 +147,8 @@ def collect_memory_cells(
     if batch is not None:
         obs[BATCH_COLUMN] = pd.Categorical([name or None for name in batch])
         codes = encode_batches(trained_model, batch)
-    return MemoryCells(obs, counts, rows, trained_model, codes)
+    tables = {name: part.adata for name, part in named.items()}
+    return MemoryCells(obs, counts, rows, trained_model, codes, tables)
 
 
 def warn_of_cells(text: str) -> None:

@@ -29,7 +29,7 @@ from clue_dist.kinds import KINDS
 from clue_dist.ranks import Ranks
 
 # Names of arrays, and of their files; "alone-" and "depth-" stand before a modality.
-JOINT, ALONE, DEPTH = "joint", "alone-", "depth-"
+JOINT, VARIANCE, ALONE, DEPTH = "joint", "variance", "alone-", "depth-"
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class Embedding:
     # By modality of counts (N,), ln of the sum of its counts; NaN where not measured. Empty unless
     # it was asked for.
     log_depth: dict[str, np.ndarray]
+    # (N, K * d), of the joint z, see `CLUE.embed_batch_with_variance`; None unless asked for.
+    variance: np.ndarray | None = None
 
     @classmethod
     def from_arrays(
@@ -57,7 +59,7 @@ class Embedding:
             for kind in (ALONE, DEPTH)
         )
         log_depth = {name: rows[:, 0] for name, rows in depth.items()}
-        return cls(slices, arrays[JOINT], alone, log_depth)
+        return cls(slices, arrays[JOINT], alone, log_depth, arrays.get(VARIANCE))
 
     def mark_measured(self, modality: str) -> np.ndarray:
         """Which cells carry a modality, (N,) bool."""
@@ -66,6 +68,13 @@ class Embedding:
             measured[cells.rows] = modality in cells.modalities
         return measured
 
+    def name_patterns(self) -> np.ndarray:
+        """What was observed of each cell, (N,) names such as "rna+adt"; "" of those left out."""
+        names = np.full(len(self.joint), "", object)
+        for cells in self.slices:
+            names[cells.rows] = "+".join(cells.modalities)
+        return names
+
 
 def embed_in_memory(
     trained_model: LoadedModel,
@@ -73,6 +82,7 @@ def embed_in_memory(
     batch_size: int = 4096,
     *,
     per_modality: bool = True,
+    with_variance: bool = True,
 ) -> Embedding:
     """Embed all cells into arrays in memory, on this rank alone.
 
@@ -81,12 +91,13 @@ def embed_in_memory(
         cells: the cells.
         batch_size: cells embedded at once.
         per_modality: whether z from each modality alone is wanted, too.
+        with_variance: whether the variance of the joint z is wanted, too.
 
     Raises:
         ClueError: what `compute_embedding` raises.
     """
     slices = cells.slice_cells(batch_size)
-    widths = _list_widths(trained_model, cells, per_modality, with_depth=False)
+    widths = _list_widths(trained_model, cells, per_modality, with_variance=with_variance)
     arrays = {
         name: np.full((cells.n_cells, width), np.nan, np.float32) for name, width in widths.items()
     }
@@ -104,6 +115,7 @@ def compute_embedding(
     *,
     per_modality: bool,
     with_depth: bool = False,
+    with_variance: bool = False,
     ranks: Ranks,
 ) -> Embedding:
     """Embed all slices, each rank its share. All ranks call this; it returns when all are done.
@@ -115,6 +127,7 @@ def compute_embedding(
         slices: slices of the cells, as `Cells.slice_cells` cuts them.
         per_modality: whether z from each modality alone is wanted, too.
         with_depth: whether sequencing depths are wanted, too.
+        with_variance: whether the variance of the joint z is wanted, too.
         ranks: this process among the others.
 
     Raises:
@@ -122,7 +135,7 @@ def compute_embedding(
         DataError: values in memory that are no counts.
         ResumeError: the model gives NaN or Inf.
     """
-    widths = _list_widths(trained_model, cells, per_modality, with_depth)
+    widths = _list_widths(trained_model, cells, per_modality, with_depth, with_variance)
     share = slices[ranks.slice_for_rank(len(slices))]
     ranks.run_on_all(lambda: _write_share(trained_model, cells, scratch, share, widths, ranks))
     n_embedded = sum(cell_slice.n_cells for cell_slice in slices)
@@ -151,11 +164,15 @@ def _order_rows(written: np.ndarray, rows: np.ndarray, n_cells: int) -> np.ndarr
 
 
 def _list_widths(
-    trained_model: LoadedModel, cells: Cells, per_modality: bool, with_depth: bool
+    trained_model: LoadedModel,
+    cells: Cells,
+    per_modality: bool,
+    with_depth: bool = False,
+    with_variance: bool = False,
 ) -> dict[str, int]:
     """The columns of each array that is wanted."""
     width = trained_model.latent * len(trained_model.modalities)
-    widths = {JOINT: width}
+    widths = {JOINT: width} | ({VARIANCE: width} if with_variance else {})
     if per_modality:
         widths |= {f"{ALONE}{name}": width for name in cells.modalities}
     if with_depth:
@@ -232,15 +249,20 @@ def _embed_slices(
 def _embed_cells(
     model: Embedder, batch: Batch, device: torch.device, wanted: Container[str]
 ) -> dict[str, Tensor]:
-    """z of a batch, and depth where it is wanted, by the name of the array that they go into."""
+    """z of a batch, variance and depth where they are wanted, by the names of their arrays."""
     depth = {
         f"{DEPTH}{name}": compute_library_size(part.counts).log()[:, None]
         for name, part in batch.modalities.items()
         if f"{DEPTH}{name}" in wanted
     }
+    variance = {}
     with torch.inference_mode():
-        joint, alone = model.embed_batch(batch.to(device))
-    return {JOINT: joint, **{f"{ALONE}{name}": latent for name, latent in alone.items()}, **depth}
+        if VARIANCE in wanted:
+            joint, alone, variance[VARIANCE] = model.embed_batch_with_variance(batch.to(device))
+        else:
+            joint, alone = model.embed_batch(batch.to(device))
+    latents = {f"{ALONE}{name}": latent for name, latent in alone.items()}
+    return {JOINT: joint, **variance, **latents, **depth}
 
 
 def _write_rows(file: IO[bytes], rows: np.ndarray) -> None:
@@ -293,7 +315,7 @@ def read_slices_ahead(
 def _require_finite(latent: Tensor, cells: CellSlice, name: str) -> np.ndarray:
     values = latent.float().cpu().numpy()
     if not np.isfinite(values).all():
-        source = "everything observed" if name == JOINT else name.removeprefix(ALONE)
+        source = "everything observed" if name in (JOINT, VARIANCE) else name.removeprefix(ALONE)
         raise ResumeError(
             "the model gives NaN or Inf",
             where=f"{cells.place}, z from {source}",

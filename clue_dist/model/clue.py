@@ -205,6 +205,29 @@ class CLUE(nn.Module):
                 alone[name] = torch.cat([experts[rows, source], private_of_source], -1).flatten(1)
         return torch.cat([joint, private], -1).flatten(1), alone
 
+    @torch.no_grad()
+    def embed_batch_with_variance(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Embed as `embed_batch` does, and say how sure the joint z is.
+
+        Returns:
+            What `embed_batch` returns, and the posterior variance of each dimension of the joint z
+            as it is shown, (B, K * d): of the aligned ones in the common space, to first order, and
+            0 beyond its directions; of a private dimension whose modality was not read, the
+            prior's.
+        """
+        posterior = self.encode_batch(batch)
+        a = self.n_aligned
+        aligned, private = posterior.joint_log_var.exp().split([a, self.n_private], -1)
+        if self.space.is_fitted:
+            coordinates, variance = self.space.project_experts(
+                posterior.mean[..., :a].flatten(2), posterior.log_var[..., :a].flatten(2)
+            )
+            of_joint = self.space.estimate_variance(coordinates, variance, batch.observed)
+            k = len(self.modalities)
+            aligned = F.pad(of_joint, (0, k * a - of_joint.shape[-1])).unflatten(-1, (k, a))
+        shown = torch.cat([aligned, private * self.private_scale**2], -1).flatten(1)
+        return *self.read_latents(batch, posterior), shown
+
     def _place_in_space(self, batch: Batch, posterior: Posterior) -> tuple[Tensor, Tensor]:
         """Coordinates in the common space, with 0 beyond its directions.
 

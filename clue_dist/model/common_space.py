@@ -129,12 +129,49 @@ class CommonSpace(nn.Module):
         Returns:
             (B, R).
         """
+        share = self._share_joint(variance, observed)
+        return (share * coordinates).sum(1) * self._scale_joint(share)
+
+    def estimate_variance(self, coordinates: Tensor, variance: Tensor, observed: Tensor) -> Tensor:
+        """The variance of the joint coordinates as they are shown, of length 1.
+
+        It is that of the product of Gaussians of `join_experts`, where powers sum to 1, carried on
+        to first order through the weights of directions and the scaling to length 1.
+
+        Args:
+            coordinates: (B, K, R), as `project_experts` gives them.
+            variance: (B, K, R).
+            observed: (B, K) bool.
+
+        Returns:
+            (B, R); 0 for the constant.
+        """
+        weight = observed * self.expert_weight
+        power = (weight / weight.sum(1, keepdim=True).clamp_min(1e-12))[:, :, None]
+        share = self._share_joint(variance, observed)
+        scale = self._scale_joint(share)
+        of_product = 1 / (power / variance.clamp_min(1e-12)).sum(1).clamp_min(1e-12)
+        weighted = of_product * (scale * self.weight) ** 2
+        weighted[..., -1] = 0
+        joint = (share * coordinates).sum(1) * scale
+        length = torch.cat(
+            [joint[..., :-1] * self.weight[:-1], self.weight[-1].expand(len(joint), 1)], -1
+        ).norm(dim=-1, keepdim=True)
+        # The derivative of x / |x| is (1 - u u^T) / |x|, where u is the unit vector.
+        square = self.weigh_directions(joint) ** 2
+        spread = weighted * (1 - 2 * square) + square * (square * weighted).sum(-1, keepdim=True)
+        return spread.clamp_min(0) / length.clamp_min(1e-12) ** 2
+
+    def _share_joint(self, variance: Tensor, observed: Tensor) -> Tensor:
+        """What share of the joint each observed modality has, (B, K, R)."""
         precision = (observed * self.expert_weight)[:, :, None] / variance.clamp_min(1e-12)
-        share = precision / precision.sum(1, keepdim=True).clamp_min(1e-12)
+        return precision / precision.sum(1, keepdim=True).clamp_min(1e-12)
+
+    def _scale_joint(self, share: Tensor) -> Tensor:
+        """The factor by which a joint varies as one modality does, (B, R)."""
         variance_of_joint = torch.einsum("bkr,klr,blr->br", share, self.covariance, share)
         variance_of_one = torch.einsum("bkr,kkr->br", share, self.covariance)
-        scale = (variance_of_one / variance_of_joint.clamp_min(1e-12)).sqrt()
-        return (share * coordinates).sum(1) * scale
+        return (variance_of_one / variance_of_joint.clamp_min(1e-12)).sqrt()
 
     def weigh_directions(self, coordinates: Tensor) -> Tensor:
         """Weigh directions by agreement, and scale to length 1: (..., R) -> (..., R).

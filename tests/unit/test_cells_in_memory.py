@@ -10,6 +10,7 @@ import pytest
 import scipy.sparse as sp
 
 from clue_dist.inference.cells import open_cells
+from clue_dist.inference.embed import embed_anndata
 from clue_dist.inference.stream import embed_in_memory
 from clue_dist.store.manifest import Modality
 from clue_dist.store.reader import Store
@@ -100,3 +101,17 @@ def test_batches_are_those_of_the_store(store, loaded):
     found = collect_batches(open_cells(read_mudata(store), loaded))
     assert found == collect_batches(open_cells(store, loaded))
     assert {code for _, code, _ in found.values()} == {-1, 0}  # batch-0 is not the model's
+
+
+def test_embedding_is_written_where_the_cells_are(store, loaded):
+    mdata = read_mudata(store)
+    cells = open_cells(mdata, loaded)
+    joint = embed_anndata(loaded, mdata, cells)
+    assert (mdata.obsm["X_clue"] == joint).all()
+    assert sorted(mdata.obs["clue_modalities"].unique()) == ["adt", "adt+rna", "rna"]
+    lacks_rna = (mdata.obs["clue_modalities"] == "adt").to_numpy()
+    assert mdata.obsm["X_clue_var"][lacks_rna] == pytest.approx(2 / 3)
+    alone = mdata["rna"].obsm["X_clue"][mdata["rna"].obs_names.str.startswith("rna-")]
+    assert alone.shape == (41, 9)
+    names = mdata["rna"].obs_names[mdata["rna"].obs_names.str.startswith("rna-")]
+    assert (alone == joint[mdata.obs_names.get_indexer(names)]).all()
