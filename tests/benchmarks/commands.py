@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -83,6 +84,8 @@ def install_python(requirements: Path, work: Path, version: str | None = None) -
         if torch := [pin for pin in read_pins(requirements) if pin.startswith("torch==")]:
             run_command([*pip, *torch], log, 1)
         run_command([*pip, "--requirement", requirements], log, 1)
+        for pin in read_lone_pins(requirements):
+            run_command([*pip, "--no-deps", pin], log, 1)
 
     name = f"{requirements.stem}-{compute_digest(requirements)[:8]}"
     return make_once(work / "venvs" / name, install) / "bin/python"
@@ -111,5 +114,12 @@ def find_python(version: str) -> Path:
 
 
 def read_pins(requirements: Path) -> list[str]:
+    """The packages of an environment, those that come alone among them."""
     lines = requirements.read_text().splitlines()
-    return [line for line in lines if line and not line.startswith("#")]
+    pins = [line for line in lines if line and not line.startswith("#")]
+    return pins + read_lone_pins(requirements)
+
+
+def read_lone_pins(requirements: Path) -> list[str]:
+    """Packages that are installed without what they ask for, on lines "# --no-deps NAME==..."."""
+    return re.findall(r"^# --no-deps (\S+)", requirements.read_text(), re.MULTILINE)

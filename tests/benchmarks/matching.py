@@ -28,11 +28,18 @@ from tests.distributed.command import ROOT
 
 DATA = ROOT.parent / "shared/data"
 PEERS = Path(__file__).with_name("peers")
-METHODS = ["ours", "linear", "contrastive", "reference", "multivi"]
+METHODS = ["ours", "linear", "contrastive", "reference"]
+METHODS += ["multivi", "totalvi", "multigrate", "midas"]
+# Modalities of the data sets that a method knows; the others know all.
+KNOWN = {"multivi": ("rna", "atac"), "totalvi": ("rna", "adt")}
+SCRIPTS = {"multigrate": "multigrate_peer"}  # a script named as its package would hide it
+# Environments that methods share, and the Python of those that need another than this one.
+ENVIRONMENTS = dict.fromkeys(("multivi", "totalvi", "multigrate"), "scvi")
+PYTHONS = {"scvi": "3.12"}
 BASELINES = ("linear", "contrastive")  # which our transfer of labels must lead
 SEEDLESS = ("counts", "wnn", "linear")  # no random numbers: one seed stands for all
 QUICK_SETTINGS = ("train.epochs=10", "log.tensorboard=false", "log.wandb=disabled")
-QUICK_EPOCHS = {"contrastive": 8, "reference": 2, "multivi": 2}
+QUICK_EPOCHS = {"contrastive": 8} | dict.fromkeys(METHODS[3:], 2)
 
 
 class Matching(Benchmark):
@@ -50,11 +57,14 @@ class Matching(Benchmark):
         **cells,
         "sets": cells["sets"]._replace(choices=SETS),
         "seeds": Option([0], [0]),
-        "methods": Option(METHODS, METHODS[:3], "multivi is for RNA+ATAC alone", METHODS),
+        "methods": Option(
+            METHODS, METHODS[:3], "multivi is for RNA+ATAC alone, totalvi for RNA+proteins", METHODS
+        ),
     }
     columns: ClassVar = [
         *(f"scores.global.{metric}" for metric in METRICS),
         *("within_type.foscttm", "without_depth.foscttm", "mixing", "islands", "transfer"),
+        *("joint", "alone", "ilisi.joint"),
         *("worst.foscttm", "worst.mixing", "worst.transfer", "fit_s", "threads"),
     ]
 
@@ -92,8 +102,9 @@ class Matching(Benchmark):
         """Digest the sources and settings that a method's embeddings follow from."""
         if method == "ours":
             return compute_digest(mosaic.digest_sources(), *self.settings)
-        files = [PEERS / name for name in ("peer.py", f"{method}.py", f"{method}.txt")]
-        return compute_digest(*files, *self.list_epochs(method))
+        script, pins = find_script(method), find_pins(method)
+        shared = [PEERS / "peer.py", *([PEERS / "joint.py"] if gives_joint(method) else [])]
+        return compute_digest(*shared, script, pins, *self.list_epochs(method))
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -117,19 +128,21 @@ class Matching(Benchmark):
 
         It knows two modalities. Of more it is run on every pair, all kept in one file.
         """
-        script, python = PEERS / f"{run.method}.py", sys.executable
+        script, pins, python = find_script(run.method), find_pins(run.method), sys.executable
         # The baselines run here, too, and an installation is not quick.
         if run.method not in BASELINES or not self.args.quick:
-            python = install_python(script.with_suffix(".txt"), self.args.work)
+            python = install_python(pins, self.args.work, PYTHONS.get(pins.stem))
         npz, pairs, seconds = folder / "z.npz", {}, 0.0
-        for pair in combinations(split.mods, 2):
+        chosen = list(combinations(split.mods, 2))
+        for pair in chosen:
             words = ["--out", npz, "--seed", str(run.seed), *self.list_epochs(run.method)]
             command = [python, script, split.folder, *pair, *words]
             run_command(command, folder / "log.txt", self.args.threads)
             arrays = np.load(npz)
-            pairs["-".join(pair)] = np.stack([arrays["u1"], arrays["u2"]])
             seconds += float(arrays["fit_s"])
-        if len(pairs) > 1:
+            if len(chosen) > 1:
+                pairs["-".join(pair)] = np.stack([arrays["u1"], arrays["u2"]])
+        if pairs:
             np.savez(npz, **pairs)
         return seconds
 
@@ -167,14 +180,29 @@ class Matching(Benchmark):
 
     def list_extras(self) -> Result:
         others = (m for m in self.args.methods if m != "ours")
-        return {"peers": {m: read_pins(PEERS / f"{m}.txt") for m in others}}
+        return {"peers": {m: read_pins(find_pins(m)) for m in others}}
 
 
 def applies_to(method: str, name: str) -> bool:
     """Whether a method knows the modalities of a data set."""
-    if method == "multivi":
-        return SETS[name] == ("rna", "atac")
+    if method in KNOWN:
+        return SETS[name] == KNOWN[method]
     return name not in MANY or method in ("ours", "linear")
+
+
+def find_script(method: str) -> Path:
+    """The script of another method."""
+    return PEERS / f"{SCRIPTS.get(method, method)}.py"
+
+
+def find_pins(method: str) -> Path:
+    """The pins of the environment that another method runs in."""
+    return PEERS / f"{ENVIRONMENTS.get(method, method)}.txt"
+
+
+def gives_joint(method: str) -> bool:
+    """Whether a method, none of ours, embeds cells by both modalities at once."""
+    return method in METHODS[METHODS.index("multivi") :]
 
 
 def judge_lead(bar: Bar, ours: dict[int, float], rivals: dict[str, dict[int, float]]) -> Result:
