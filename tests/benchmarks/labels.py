@@ -2,8 +2,8 @@
 
 .venv/bin/python -m tests.benchmarks.labels --json OUT.json [--quick] [--sets ...] [--folds ...]
 
-Ours and the reference are the runs of `matching`; the reference, which takes long, has to be run
-there first, or its rows are missing.
+Ours and the other models are the runs of `matching`; these, which take long, have to be run there
+first, or their rows are missing.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,12 +17,13 @@ import numpy as np
 from tests.benchmarks import mosaic, scores
 from tests.benchmarks.commands import install_python, read_pins, run_command
 from tests.benchmarks.factors import views
-from tests.benchmarks.matching import PEERS, SEEDLESS, Matching, judge_lead
+from tests.benchmarks.matching import PEERS, SEEDLESS, Matching, applies_to, judge_lead
 from tests.benchmarks.mosaic import JOINT, PAIRED, Embedded
 from tests.benchmarks.report import Result
 from tests.benchmarks.runner import Case, Option, Run
 
-METHODS = ("ours", "counts", "wnn", "reference")
+MODELS = ("reference", "multivi", "totalvi", "multigrate", "midas")
+METHODS = ("ours", "counts", "wnn", *MODELS)
 WNN = PEERS / "wnn.py"
 COMPONENTS = 50
 
@@ -31,21 +32,23 @@ class Labels(Matching):
     """Cell types and batches in the embeddings of the matching benchmark, and in counts."""
 
     name = "labels"
-    options: ClassVar = {**Matching.cells, "seeds": Option([0], [0])}
+    options: ClassVar = {
+        **Matching.cells,
+        "seeds": Option([0], [0]),
+        "methods": Option(
+            [*METHODS], [*METHODS[:2]], "other models where matching has run them", METHODS
+        ),
+    }
     columns = ("accuracy", "ilisi")
 
     def list_cases(self) -> Iterator[Case]:
-        """Every method; those that take long to install or run only where it is no quick look.
-
-        The reference is told where it has been run.
-        """
+        """Every method, but once where it takes no seed; other models where they have been run."""
         args = self.args
-        for method, seed, fold, name in product(METHODS, args.seeds, args.folds, args.sets):
+        for method, seed, fold, name in product(args.methods, args.seeds, args.folds, args.sets):
+            if not applies_to(method, name) or (method in SEEDLESS and seed != 0):
+                continue
             run = Run(method, name, fold, seed, self.digest(method, name))
-            is_repeated = method in SEEDLESS and seed != 0
-            is_missing = method == "reference" and not run.read_record(args.work)
-            is_long = args.quick and method not in METHODS[:2]
-            if not (is_repeated or is_missing or is_long):
+            if method not in MODELS or run.read_record(args.work):
                 yield method, name, fold, seed
 
     def list_inputs(self, method: str, data_set: str) -> tuple[Path | str, ...]:

@@ -21,7 +21,7 @@ import scmidas
 from scmidas.data import MultiModalDataset
 from scmidas.model import MIDAS
 
-EPOCHS, STEPS, BATCH, RATE = 65, 4000, 128, 3e-4
+EPOCHS, STEPS, BATCH, RATE = 65, 2000, 128, 3e-4
 BATCH_KEY = "batch"
 
 

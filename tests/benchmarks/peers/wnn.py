@@ -40,7 +40,7 @@ def find_nearest(
     place = metric_kwds["X"]
     apart = pairwise_distances(place)
     # Fewest shared neighbours first, but some; of as many, the farthest first.
-    distances = (1 - shared) * len(place) + 1 - apart / metric_kwds["bbox_norm"]
+    distances = shared * len(place) + 1 - apart / metric_kwds["bbox_norm"]
     distances[(shared == 0) | np.eye(len(place), dtype=bool)] = len(place) + 1
     near = distances.argsort(1, kind="stable")[:, :n_neighbors]
     return near, np.take_along_axis(distances, near, 1), None
