@@ -87,7 +87,7 @@ def transfer_labels(
     for queries, keys in (profiles, profiles[::-1]):
         found = find_neighbours(queries, LABEL_NEIGHBOURS + 1, keys, ranks).indices
         is_other = found != np.arange(len(found))[:, None]
-        shares.append((_elect_labels(codes[found], is_other) == codes).mean())
+        shares.append((elect_labels(codes[found], is_other) == codes).mean())
     return float(np.mean(shares))
 
 
@@ -189,7 +189,7 @@ def measure_label_accuracy(neighbours: Neighbours, labels: np.ndarray) -> float:
     """
     codes = np.unique(labels, return_inverse=True)[1]
     votes = codes[neighbours.indices[:, :LABEL_NEIGHBOURS]]
-    return float((_elect_labels(votes, np.ones(votes.shape, bool)) == codes).mean())
+    return float((elect_labels(votes, np.ones(votes.shape, bool)) == codes).mean())
 
 
 def _pool_profiles(
@@ -215,7 +215,7 @@ def _select_rows(points: np.ndarray | Tensor, rows: Tensor) -> Tensor:
     return tensor[rows.to(tensor.device)]
 
 
-def _elect_labels(votes: np.ndarray, is_counted: np.ndarray) -> np.ndarray:
+def elect_labels(votes: np.ndarray, is_counted: np.ndarray) -> np.ndarray:
     """The code with most votes in each row, (n,); of as many votes the lowest.
 
     Args:

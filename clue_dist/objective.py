@@ -205,8 +205,9 @@ class HeldOutScores(NamedTuple):
 
     posterior: Posterior  # of which `CLUE.read_latents` makes z, once the common space is fitted
     minus_elbo: Tensor  # (B,), minus both ELBOs of each cell, by their weights in the loss
-    # Minus the ELBOs by modality ("self/rna"), means over the cells that have it, and InfoNCE by
-    # pair of modalities ("contrastive/rna-adt"), () each; no weight of the loss enters.
+    # Minus the ELBOs and the discriminator's log-probability by modality ("self/rna", "d/rna"),
+    # means over the cells that have it; distance of z and InfoNCE by pair of modalities
+    # ("mse/rna-adt", "contrastive/rna-adt"), () each; no weight of the loss enters.
     terms: dict[str, Tensor]
 
 
@@ -341,9 +342,26 @@ class Objective(nn.Module):
             + config.lambda_cross * compute_elbo_cross(output, observed, weight, config.lambda_kl)
         )
         terms = self._split_by_modality(output, batch, config.lambda_kl)
+        terms |= self._split_alignment(output, batch)
         if config.lambda_contrastive:
             terms |= self._contrast_pairs(output, batch)
         return HeldOutScores(output.posterior, minus_elbo, terms)
+
+    def _split_alignment(self, output: CLUEOutput, batch: Batch) -> dict[str, Tensor]:
+        """Eq. 9 by pair of modalities, over cells that have both; eq. 12 by modality."""
+        names, observed = self.model.modalities, batch.observed
+        z, cosine = output.z.flatten(2), self.config.alignment == "cosine"
+        terms = {
+            f"mse/{names[i]}-{names[j]}": compute_alignment(z[:, [i, j]], both, cosine)
+            for i, j in combinations(range(len(names)), 2)
+            if (both := observed[:, [i, j]]).all(1).any()
+        }
+        ln_q = torch.diagonal(output.logits.log_softmax(-1), dim1=1, dim2=2)  # (B, K source)
+        return terms | {
+            f"d/{name}": ln_q[observed[:, k], k].mean()
+            for k, name in enumerate(names)
+            if observed[:, k].any()
+        }
 
     def _split_by_modality(
         self, output: CLUEOutput, batch: Batch, beta: float

@@ -20,7 +20,7 @@ SEEN_WARNING = (
 JOINT_SCORES = "joint"  # the entry of scores.json about z from everything observed
 # Entries of a pair that hold FOSCTTM alone, and how many cells it is of.
 CONTROLS = WITHIN_TYPE, WITHOUT_DEPTH = ("within_type", "without_depth")
-_JOINT_TITLES = {
+JOINT_TITLES = {
     "ilisi": "iLISI of batches",
     "kbet": "kBET acceptance",
     "accuracy": "15-NN accuracy",
@@ -30,32 +30,50 @@ _JOINT_TITLES = {
     "asw": "ASW",
 }
 COMMON_SPACE = "common_space"  # in `about` of the scores: whether the model has one
-_NO_SPACE = (
+NO_SPACE = (
     "no common space, so that profiles of different modalities lie apart: training had too few "
     "cells with several modalities to fit one, or these weights are of before the first validation"
 )
-_NO_SCIB = "kBET of batches, and NMI and ARI of labels, need `pip install 'clue-dist[metrics]'`."
+NO_SCIB = "kBET of batches, and NMI and ARI of labels, need `pip install 'clue-dist[metrics]'`."
 # A score or None, and what chance gives or None.
 Comparison = tuple[float | None, float | None]
 
 
-def list_rows(entry: Mapping[str, Any]) -> Iterator[tuple[str, int, dict[str, Comparison]]]:
-    """List what scores.json has of a pair of modalities, scope by scope.
+def list_score_rows(
+    result: Mapping[str, Any],
+) -> Iterator[tuple[str, str, int, dict[str, Comparison]]]:
+    """List how well modalities match, pair by pair and scope by scope.
+
+    Scores of a pair are means over both directions, so that they stand once; what follows them is
+    each direction alone.
 
     Args:
-        entry: of one pair. Those of an earlier version have fewer scopes, and no chance.
+        result: the content of scores.json. That of an earlier version has fewer scopes, and no
+            chance.
 
     Yields:
-        The scope, how many cells were scored, and each metric beside chance.
+        The pair as "rna-adt", or a direction as "rna->adt"; the scope; how many cells were scored;
+        and each metric beside chance.
     """
-    for scope in (*matching.SCOPES, *(name for name in CONTROLS if name in entry)):
-        scores = entry[scope]
-        chance = entry.get("chance", {}).get(scope, {"foscttm": 0.5})
-        numbers = {
-            metric: (scores.get(metric), chance.get(metric) if metric in scores else None)
-            for metric in matching.METRICS
-        }
-        yield scope, scores.get("cells", entry["cells"]), numbers
+    for name, entry in select_unordered_pairs(result).items():
+        first, second = name.split("->")
+        for scope in (*matching.SCOPES, *(name for name in CONTROLS if name in entry)):
+            n_cells = entry[scope].get("cells", entry["cells"])
+            chance = entry.get("chance", {}).get(scope, {"foscttm": 0.5})
+            yield f"{first}-{second}", scope, n_cells, _compare_scores(entry[scope], chance)
+        for direction in (name, f"{second}->{first}"):
+            directed = result.get(direction, {}).get("directed", {})
+            if "global" in directed:
+                scores = _compare_scores(directed["global"], {})
+                yield direction, "global", entry["cells"], scores
+
+
+def _compare_scores(scores: Mapping[str, Any], chance: Mapping[str, Any]) -> dict[str, Comparison]:
+    """Each metric beside what chance gives; None where one is not known."""
+    return {
+        metric: (scores.get(metric), chance.get(metric) if metric in scores else None)
+        for metric in matching.METRICS
+    }
 
 
 def format_scores(result: dict[str, Any]) -> str:
@@ -66,16 +84,23 @@ def format_scores(result: dict[str, Any]) -> str:
     titles = "".join(f"{metric:>10}{'chance':>10}" for metric in matching.METRICS)
     head = f"{'pair':<16}{'scope':<14}{'cells':>9}{titles}"
     lines = [head, "-" * len(head)]
-    for pair, entry in select_pairs(result).items():
-        for scope, n_cells, scores in list_rows(entry):
-            values = itertools.chain.from_iterable(scores.values())
-            numbers = "".join(f"{format_score(value, ''):>10}" for value in values)
-            lines.append(f"{pair:<16}{scope:<14}{n_cells:>9,}{numbers}".rstrip())
+    for pair, scope, n_cells, scores in list_score_rows(result):
+        values = itertools.chain.from_iterable(scores.values())
+        numbers = "".join(f"{format_score(value, ''):>10}" for value in values)
+        lines.append(f"{pair:<16}{scope:<14}{n_cells:>9,}{numbers}".rstrip())
     for facts in list_space_facts(result):
         lines += ["", *textwrap.wrap(facts, 100)]
     if result.get("about", {}).get(SEEN):
         lines += ["", *textwrap.wrap(f"warning: {SEEN_WARNING}", 100)]
     return "\n".join(lines)
+
+
+def select_unordered_pairs(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Select one entry of scores.json for each pair of modalities, by its first direction."""
+    pairs: dict[frozenset[str], str] = {}
+    for name in select_pairs(result):
+        pairs.setdefault(frozenset(name.split("->")), name)
+    return {name: result[name] for name in pairs.values()}
 
 
 def select_pairs(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,11 +110,8 @@ def select_pairs(result: Mapping[str, Any]) -> dict[str, Any]:
 
 def list_space_facts(result: Mapping[str, Any]) -> list[str]:
     """Say in sentences whether z is one space; nothing of scores that an earlier version wrote."""
-    # Both directions of a pair say the same of it.
-    pairs = {frozenset(name.split("->")): name for name in reversed(select_pairs(result))}
-    facts = [] if result.get("about", {}).get(COMMON_SPACE, True) else [_NO_SPACE]
-    for name in reversed(pairs.values()):
-        entry = result[name]
+    facts = [] if result.get("about", {}).get(COMMON_SPACE, True) else [NO_SPACE]
+    for name, entry in select_unordered_pairs(result).items():
         if "mixing" not in entry:
             continue
         numbers = [f"mixing {format_score(entry['mixing'])} (0.5 is perfect)"]
@@ -112,12 +134,12 @@ def _list_joint_facts(joint: Mapping[str, Any]) -> list[str]:
             for name, ratio in joint["islands"].items()
         )
         facts.append(f"islands by pattern (1 is none): {islands}")
-    titles = {name: title for name, title in _JOINT_TITLES.items() if name in joint}
+    titles = {name: title for name, title in JOINT_TITLES.items() if name in joint}
     if titles:
         numbers = (f"{title} {format_score(joint[name])}" for name, title in titles.items())
         facts.append(", ".join(numbers))
     if {"ilisi", "accuracy"} & titles.keys() and not {*integration.SCIB_MEASURES} & titles.keys():
-        facts.append(_NO_SCIB)
+        facts.append(NO_SCIB)
     return ["; ".join(facts)]
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from clue_dist.checkpoint import engine_state
+from clue_dist.checkpoint.attempts import TrainingAttempt, record_attempt
 from clue_dist.checkpoint.model_card import ModelCard, find_model_card, write_model_card
 from clue_dist.checkpoint.resuming import (
     StartingPoint,
@@ -192,7 +193,17 @@ def _announce_start(
     start: StartingPoint,
     sinks: Sinks,
 ) -> None:
-    """Say where training begins, which settings changed, and what the cells do not allow."""
+    """Say and record where training begins, which settings changed, what the cells do not allow."""
+    setup, ranks = trainer.setup, trainer.ranks
+    attempt = TrainingAttempt(
+        step=state.step,
+        total_steps=setup.total_steps,
+        ranks=ranks.world,
+        device=trainer.describe_device(),
+        train_cells=setup.train_cells,
+        held_out_cells=setup.held_out_cells,
+    )
+    ranks.run_on_first(lambda: record_attempt(setup.run_folder, attempt))
     sinks.print_message(_format_greeting(trainer, state))
     explanation = explain_missing_space(trainer.model.modalities, validation_cells.fitting)
     if explanation is not None:

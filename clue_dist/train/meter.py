@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Mapping
 
@@ -73,6 +74,8 @@ class Meter:
         means["cells_per_s"] = self._steps_timed * int(setup.config.data.batch_size) / seconds
         means["data_wait"] = (self._loader.waited_seconds - self._data_wait) / seconds
         means["saving_wait"] = (self._saver.waited_seconds - self._saving_wait) / seconds
+        # Linux counts in KiB; what the loader holds in memory is in it.
+        means["peak_host_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         if self._trainer.device.type == "cuda":
             means["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
         self._restart_sums({})

@@ -43,6 +43,12 @@ class Trainer:
         model: CLUE = self.engine.module.model
         return model
 
+    def describe_device(self) -> str:
+        """Name this rank's device, as "cpu" or the model of a GPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return self.device.type
+
     def open_loader(self, step: int) -> Loader:
         """Open this rank's stream of micro-batches, from optimizer step `step` on."""
         return Loader(

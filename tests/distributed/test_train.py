@@ -30,6 +30,7 @@ from tests.distributed.command import (
     spawned,
     train_args,
 )
+from tests.faults.command import TIMES
 from tests.stores import make_store
 
 
@@ -89,10 +90,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(folder: Path) -> None:
 
 
 def timeless(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        {k: v for k, v in line.items() if k not in ("cells_per_s", "data_wait", "saving_wait")}
-        for line in lines
-    ]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
 
 def stopped_after(command: list[str], run_folder: Path, lines: int) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.distributed.command import ROOT, metrics, spawned
 
-TIMES = ("cells_per_s", "data_wait", "saving_wait")
+TIMES = ("cells_per_s", "data_wait", "saving_wait", "peak_host_memory_gb")
 
 
 def planted(ranks: int, args: list[str], *faults: str) -> list[str]:

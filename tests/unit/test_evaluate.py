@@ -73,11 +73,15 @@ def test_every_cell_that_carries_both_counts(store, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["scores.json"]
     lines = format_scores(scores).splitlines()
     n_types = sum("within_type" in entry for entry in select_pairs(scores).values())
-    assert lines.index("") == 2 + 3 * len(pairs) + n_types
+    # What is the same in both directions stands once, and each direction alone has a row.
+    assert lines.index("") == 2 + 3 * len(pairs) // 2 + n_types // 2 + len(pairs)
     assert max(map(len, lines)) <= 100
-    assert lines[2].split()[:3] == ["rna->adt", "global", "110"]
-    assert lines[5].split()[:3] == ["rna->adt", "without_depth", "110"]
+    assert lines[2].split()[:3] == ["rna-adt", "global", "110"]
+    assert lines[5].split()[:3] == ["rna-adt", "without_depth", "110"]
     assert lines[5].split()[4:] == ["0.5000"]
+    for row, name in ((6, "rna->adt"), (7, "adt->rna")):
+        foscttm = f"{scores[name]['directed']['global']['foscttm']:.4f}"
+        assert lines[row].split()[:4] == [name, "global", "110", foscttm]
 
 
 def sum_counts(store: Store, modality: str, *segments: str) -> np.ndarray:

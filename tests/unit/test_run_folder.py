@@ -24,7 +24,7 @@ from clue_dist.checkpoint.run_folder import COMMIT, STATE, WEIGHTS, RunState, re
 from clue_dist.config import Config, LogConfig, ObjectiveConfig
 from clue_dist.errors import ResumeError, SavingError
 from clue_dist.files import translate_write_errors
-from clue_dist.inference.profiles import read_metrics
+from clue_dist.inference.report.panels import read_metrics
 from clue_dist.ranks import Ranks
 from clue_dist.resilience.run_lock import hold_run_lock
 from clue_dist.store.writer import hash_file

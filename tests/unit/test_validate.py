@@ -23,7 +23,12 @@ from clue_dist.integration import (
 )
 from clue_dist.model.noise import Noise
 from clue_dist.neighbours import find_neighbours
-from clue_dist.objective import HeldOutScores, compute_info_nce
+from clue_dist.objective import (
+    HeldOutScores,
+    compute_alignment,
+    compute_info_nce,
+    score_discriminator,
+)
 from clue_dist.ranks import Ranks
 from clue_dist.train import validate
 from clue_dist.train.trainer import Trainer, ValidationCells
@@ -75,8 +80,12 @@ def test_validation_scores_every_modality_and_every_pair() -> None:
     parts = score_batch(trainer, batch).parts
     pairs = ("m0-m1", "m0-m2", "m1-m2")
     assert set(parts) == {
-        *(f"{score}/{pair}" for score in ("foscttm", "mixing", "contrastive") for pair in pairs),
-        *(f"{elbo}/m{k}" for elbo in ("self", "cross") for k in range(3)),
+        *(
+            f"{score}/{pair}"
+            for score in ("foscttm", "mixing", "contrastive", "mse")
+            for pair in pairs
+        ),
+        *(f"{term}/m{k}" for term in ("self", "cross", "d") for k in range(3)),
         "islands",
     }
     assert not any(" " in name for name in parts)
@@ -247,3 +256,19 @@ def test_lines_of_validation_have_keys_without_blanks_that_the_page_explains() -
     for name in sinks.lines[-1].keys() - {"split", "step"}:
         assert " " not in name
         assert re.search(f"`{name.split('/')[0]}[/`]", page), name
+
+
+def test_distance_and_discriminator_of_held_out_cells_are_those_of_eq_9_and_12() -> None:
+    trainer, batch = make_trainer()
+    scores = score_directly(trainer, batch)
+    with torch.no_grad():
+        output = trainer.model(batch, Noise(0, 0, {"held out": B}, 1))
+    some = [0, 2]
+    distance = compute_alignment(output.z.flatten(2)[:, some], batch.observed[:, some])
+    assert float(scores.terms["mse/m0-m2"]) == pytest.approx(float(distance))
+    for k in range(3):
+        rows = batch.observed[:, k]
+        alone = torch.zeros_like(batch.observed)
+        alone[:, k] = True
+        ln_q = score_discriminator(output.logits[rows], alone[rows])
+        assert float(scores.terms[f"d/m{k}"]) == pytest.approx(float(ln_q))

@@ -1,0 +1,191 @@
+"""What a report reads out of an embedding: z of cells, and what is known of each."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import mudata as md
+import numpy as np
+import pandas as pd
+
+from clue_dist.errors import ConfigError
+from clue_dist.inference.embed import KEY
+
+MOST_PROFILES = 10_000
+UNKNOWN = "unknown"
+ALL_OBSERVED = "all observed"  # in place of a modality: z from everything observed in a cell
+# What readers of HDF5 and Zarr raise for files that hold something else.
+_UNREADABLE = (
+    OSError,
+    KeyError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    RuntimeError,
+)
+
+
+@dataclass(frozen=True)
+class Profiles:
+    """Cells, each seen through one modality or through everything observed in it."""
+
+    z: np.ndarray  # (n, D) of length 1
+    cell: np.ndarray  # (n,) number of the cell in the file
+    modality: np.ndarray  # (n,) names, as are the others; ALL_OBSERVED of the joint z
+    batch: np.ndarray  # UNKNOWN where it is not known
+    cell_type: np.ndarray  # UNKNOWN where it is not known
+    pattern: np.ndarray  # what was observed in the cell, such as "rna+adt"
+
+    def select_rows(self, rows: np.ndarray) -> Profiles:
+        """Some of the profiles; rows: numbers or a mask."""
+        return Profiles(**{name: values[rows] for name, values in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class EmbeddedFile:
+    """What a file of `launch/embed.py` holds; of many cells a random part."""
+
+    joint: Profiles | None  # z from everything observed
+    alone: Profiles | None  # z from each modality
+    n_cells: int  # in the file
+    about: dict[str, Any]  # what made it: run, checkpoint and store
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The cells of a file, with what each z was inferred from."""
+
+    obs: pd.DataFrame
+    joint: np.ndarray | None  # (N, D)
+    alone: dict[str, tuple[np.ndarray, np.ndarray]]  # z and the cells that have it, by modality
+    pattern: np.ndarray  # (N,)
+    about: dict[str, Any]
+
+
+def read_profiles(path: Path, most: int = MOST_PROFILES, seed: int = 0) -> EmbeddedFile:
+    """Read the embeddings of a file.
+
+    Args:
+        path: an output of `launch/embed.py`.
+        most: so many profiles at most of either kind, drawn at random.
+        seed: seed of the draws.
+
+    Raises:
+        ConfigError: no such file, or no embedding in it.
+    """
+    where = f"--embedding {path}"
+    if not path.exists():
+        raise ConfigError("no embedding here", where=where, fix="make one with launch/embed.py")
+    try:
+        with warnings.catch_warnings():
+            # mudata announces a default that changes nothing here.
+            warnings.simplefilter("ignore", FutureWarning)
+            table = _read_mudata(path) if path.suffix == ".h5mu" else _read_anndata(path)
+    except _UNREADABLE as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ConfigError("the embedding cannot be read", where=where, got=reason) from error
+    every_cell = np.arange(len(table.obs))
+    joint = None if table.joint is None else {ALL_OBSERVED: (table.joint, every_cell)}
+    if joint is None and not table.alone:
+        raise ConfigError("no embedding in this file", where=where, expected=f"obsm[{KEY!r}]")
+    draws = np.random.default_rng(seed)
+    return EmbeddedFile(
+        joint=_take_profiles(table, joint, most, draws),
+        alone=_take_profiles(table, table.alone, most, draws),
+        n_cells=len(every_cell),
+        about=table.about,
+    )
+
+
+def _take_profiles(
+    table: _Table,
+    embeddings: dict[str, tuple[np.ndarray, np.ndarray]] | None,
+    most: int,
+    draws: np.random.Generator,
+) -> Profiles | None:
+    """A random part of what was embedded, scaled to length 1; None where nothing was."""
+    if not embeddings:
+        return None
+    cell = np.concatenate([rows for _, rows in embeddings.values()])
+    kept = np.sort(draws.permutation(len(cell))[:most])
+    sizes = [len(rows) for _, rows in embeddings.values()]
+    latent = np.concatenate([z for z, _ in embeddings.values()])[kept].astype(np.float64)
+    length = np.linalg.norm(latent, axis=1, keepdims=True)
+    cell = cell[kept]
+    return Profiles(
+        z=latent / np.maximum(length, 1e-12),
+        cell=cell,
+        modality=np.repeat(np.array([*embeddings], dtype=object), sizes)[kept],
+        batch=_read_names(table.obs, "batch")[cell],
+        cell_type=_read_names(table.obs, "cell_type")[cell],
+        pattern=table.pattern[cell],
+    )
+
+
+def _read_mudata(path: Path) -> _Table:
+    mdata = md.read_h5mu(path)
+    cells = {name: mdata.obs_names.get_indexer(a.obs_names) for name, a in mdata.mod.items()}
+    alone = {
+        name: (np.asarray(a.obsm[KEY]), cells[name])
+        for name, a in mdata.mod.items()
+        if KEY in a.obsm
+    }
+    obs = mdata.obs.copy()
+    for column in ("batch", "cell_type"):  # of a file whose modalities alone have them
+        for name, a in mdata.mod.items() if column not in obs else ():
+            if column in a.obs:
+                names = obs.get(column, pd.Series(None, obs.index, dtype=object)).to_numpy()
+                names[cells[name]] = a.obs[column].astype(object)
+                obs[column] = names
+    is_observed = {name: np.isin(np.arange(len(obs)), rows) for name, rows in cells.items()}
+    joint = np.asarray(mdata.obsm[KEY]) if KEY in mdata.obsm else None
+    return _Table(obs, joint, alone, _name_patterns(is_observed), _read_about(mdata.uns))
+
+
+def _read_anndata(path: Path) -> _Table:
+    adata = ad.read_zarr(path) if path.suffix == ".zarr" else ad.read_h5ad(path)
+    about = _read_about(adata.uns)
+    # Other keys of obsm may begin alike, such as that of the variances.
+    known = [str(name) for name in about.get("modalities", [])]
+    found = [key.removeprefix(f"{KEY}_") for key in adata.obsm if key.startswith(f"{KEY}_")]
+    alone, is_observed = {}, {}
+    for name in [name for name in known or found if name in found]:
+        latent = np.asarray(adata.obsm[f"{KEY}_{name}"])
+        is_observed[name] = ~np.isnan(latent).any(axis=1)
+        alone[name] = latent[is_observed[name]], np.flatnonzero(is_observed[name])
+    joint = np.asarray(adata.obsm[KEY]) if KEY in adata.obsm else None
+    pattern = _read_names(adata.obs, "clue_modalities")
+    if is_observed:
+        pattern = _name_patterns(is_observed)
+    return _Table(adata.obs, joint, alone, pattern, about)
+
+
+def _read_about(uns: Any) -> dict[str, Any]:
+    """What made the file, as text; nothing of a file that does not say so."""
+    about = uns.get("clue_dist", {})
+    texts = {key: str(about[key]) for key in ("run", "checkpoint", "store") if key in about}
+    return texts | {"modalities": list(about["modalities"])} if "modalities" in about else texts
+
+
+def _name_patterns(is_observed: dict[str, np.ndarray]) -> np.ndarray:
+    """Join the names of what was observed in each cell, (N,)."""
+    columns = np.stack(list(is_observed.values()), axis=1)
+    patterns, codes = np.unique(columns, axis=0, return_inverse=True)
+    names = [
+        "+".join(name for name, has in zip(is_observed, pattern, strict=True) if has) or UNKNOWN
+        for pattern in patterns
+    ]
+    return np.array(names, dtype=object)[codes.reshape(-1)]
+
+
+def _read_names(obs: pd.DataFrame, column: str) -> np.ndarray:
+    """A column of obs as names, (N,), UNKNOWN where it says nothing."""
+    if column not in obs:
+        return np.full(len(obs), UNKNOWN, dtype=object)
+    values = obs[column].astype(object).where(obs[column].notna(), UNKNOWN)
+    return values.astype(str).to_numpy(dtype=object)
