@@ -8,6 +8,7 @@ import platform
 import shlex
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -68,5 +69,8 @@ def read_attempts(run_folder: Path) -> list[TrainingAttempt]:
 
 def list_versions() -> dict[str, str]:
     """List the versions of Python, of this package and of those that results depend on."""
-    packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    return {"python": platform.python_version()} | packages
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):  # it runs from a bare checkout
+            versions[name] = importlib.metadata.version(name)
+    return versions

@@ -45,6 +45,12 @@ COMMANDS = {
         "Train a model on a store.",
         "clue train --config atlas --set store=S.zarr run=runs/atlas",
     ),
+    "sweep": CommandEntry(
+        TRAINING,
+        "Search hyperparameters, without a server.",
+        "clue sweep configs/sweep.yaml --out runs/sweep",
+        takes_ranks=False,
+    ),
     "embed": CommandEntry(
         ANSWERS,
         "Embed the cells of a store.",

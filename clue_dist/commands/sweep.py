@@ -1,0 +1,32 @@
+"""Search hyperparameters: one training run for each choice of them, one after the other."""
+
+import sys
+
+from clue_dist.commands.catalogue import build_command_parser
+from clue_dist.files import parse_path
+from clue_dist.process import run_main
+
+EXIT_STOPPED = 75  # as of `clue train`: start the command again to go on
+
+
+def main() -> None:
+    """Search the hyperparameters that the arguments name."""
+    parser = build_command_parser(
+        "sweep",
+        "Reads what `wandb sweep` reads, but needs no server. The same command typed again goes on "
+        "where it was stopped; it ends with a table.",
+    )
+    parser.add_argument("plan", type=parse_path, help="what to try, see configs/sweep.yaml")
+    parser.add_argument("--out", type=parse_path, required=True, help="folder of the runs")
+    parser.add_argument("--trials", type=int, help="the most trials (default: run_cap of the plan)")
+    parser.add_argument("--seed", type=int, default=0, help="of a random search (default: 0)")
+    arguments = parser.parse_args()
+
+    from clue_dist.train.sweep import run_sweep
+
+    results = run_sweep(arguments.plan, arguments.out, arguments.trials, arguments.seed)
+    sys.exit(EXIT_STOPPED if any(result.status == "stopped" for result in results) else 0)
+
+
+if __name__ == "__main__":
+    run_main(main)
