@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clue_dist.api import Run, load
+    from clue_dist.api import Run, fit, load
 
 __version__ = "0.1.0"
-__all__ = ["Run", "load"]
+__all__ = ["Run", "fit", "load"]
 
 
 def __getattr__(name: str) -> Any:

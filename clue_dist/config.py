@@ -265,12 +265,26 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
             got=type(tree).__name__,
             expected="{...}",
         )
+    return parse_config(tree, path, overrides)
+
+
+def parse_config(tree: dict[str, Any], where: object, overrides: list[str] | None = None) -> Config:
+    """Make a config of a tree of settings, into which overrides are written.
+
+    Args:
+        tree: what a config file holds.
+        where: it comes from, for messages.
+        overrides: as in `load_config`.
+
+    Raises:
+        ConfigError: a key is unknown, or a value is out of range.
+    """
     for override in overrides or []:
         _apply_override(tree, override)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise _explain_validation_error(error, path) from None
+        raise _explain_validation_error(error, where) from None
 
 
 def _find_recipe(name: Path) -> Path:
@@ -357,7 +371,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     tree[last] = value
 
 
-def _explain_validation_error(error: ValidationError, path: Path) -> ConfigError:
+def _explain_validation_error(error: ValidationError, path: object) -> ConfigError:
     """Put the first of pydantic's complaints into one of our errors."""
     first = error.errors()[0]
     # Pydantic adds which member of a union it tried ("constrained-int", "literal['auto']").

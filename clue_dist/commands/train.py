@@ -26,9 +26,9 @@ def main() -> None:
     if arguments.dry_run:
         return
 
-    from clue_dist.train.loop import fit
+    from clue_dist.train.loop import run_training
 
-    result = fit(setup, ranks, arguments.resume, warm_start)
+    result = run_training(setup, ranks, arguments.resume, warm_start)
     if ranks.is_first and result.finished:
         print_line(f"{result.format_ending()}: {setup.config.run}")
     ranks.leave_group()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import anndata as ad
 import mudata as md
@@ -67,6 +67,10 @@ class Cells(Protocol):
 
     def read_obs(self) -> pd.DataFrame:
         """Read what is known of the cells, (N) rows: barcodes as the index, `batch`, ..."""
+        ...
+
+    def describe_source(self) -> dict[str, Any]:
+        """Say where the cells come from: `store`, `fingerprint`, `modalities`."""
         ...
 
 

@@ -46,12 +46,7 @@ def embed_store(
     batch_size: int = 4096,
     ranks: Ranks | None = None,
 ) -> None:
-    """Embed every cell of a store. All ranks call this. An embedding that is at `out` is replaced.
-
-    `.h5mu` holds one AnnData per modality with the cells that carry it, X left out: `X_clue` is in
-    obsm of all cells and, with `per_modality`, of each modality. `.h5ad` and `.zarr` hold one
-    AnnData of all cells, with `X_clue` and `X_clue_<modality>` in obsm. `uns["clue_dist"]` says
-    what made it.
+    """Embed every cell of a store: `check_query`, then `embed_cells`, whose arguments these are.
 
     Args:
         trained_model: the model.
@@ -64,38 +59,105 @@ def embed_store(
         ranks: this process among the others; by default it is alone.
 
     Raises:
-        ConfigError: an unknown ending, no such folder, or no embedding but something else at `out`;
-            another job is writing it.
-        StoreError: modalities or features that are not the model's; a damaged store; a full disk.
-        ResumeError: the model gives NaN.
+        ClueError: what these two raise.
     """
     ranks = ranks or Ranks()
     check_embedding_path(out)
     check_query(trained_model, store, min_known, ranks)
-    cells = StoreCells(store, trained_model)
+    embed_cells(
+        trained_model,
+        StoreCells(store, trained_model),
+        out,
+        run=run,
+        per_modality=per_modality,
+        batch_size=batch_size,
+        ranks=ranks,
+    )
+
+
+def embed_cells(
+    trained_model: LoadedModel,
+    cells: Cells,
+    out: Path,
+    *,
+    run: Path | str,
+    per_modality: bool = False,
+    batch_size: int = 4096,
+    ranks: Ranks | None = None,
+) -> None:
+    """Embed cells into a file. All ranks call this. An embedding that is at `out` is replaced.
+
+    `.h5mu` holds one AnnData per modality with the cells that carry it, X left out: `X_clue` is in
+    obsm of all cells and, with `per_modality`, of each modality. `.h5ad` and `.zarr` hold one
+    AnnData of all cells, with `X_clue` and `X_clue_<modality>` in obsm. All have `X_clue_var`, the
+    variance of each dimension of `X_clue`, and `clue_modalities` in obs, what was observed.
+    `uns["clue_dist"]` says what made it.
+
+    Args:
+        trained_model: the model.
+        cells: the cells.
+        out: where to; its ending chooses the format.
+        run: the run's folder, to be named in the output.
+        per_modality: whether z from each modality alone is wanted, too.
+        batch_size: cells embedded at once.
+        ranks: this process among the others; by default it is alone.
+
+    Raises:
+        ConfigError: an unknown ending, no such folder, or no embedding but something else at `out`;
+            another job is writing it.
+        StoreError: a damaged store; a full disk.
+        DataError: values in memory that are no counts.
+        ResumeError: the model gives NaN.
+    """
+    ranks = ranks or Ranks()
+    check_embedding_path(out)
     slices = cells.slice_cells(batch_size)
     with make_scratch_folder(out, ranks) as scratch:
         embedding = compute_embedding(
-            trained_model, cells, scratch, slices, per_modality=per_modality, ranks=ranks
+            trained_model,
+            cells,
+            scratch,
+            slices,
+            per_modality=per_modality,
+            with_variance=True,
+            ranks=ranks,
         )
-        provenance = describe_embedding(trained_model, store, run)
+        provenance = describe_embedding(trained_model, cells, run)
 
         def write_embedding() -> None:
             with (
                 md.set_options(pull_on_update=False),
                 ad.settings.override(zarr_write_format=3, auto_shard_zarr_v3=False),
             ):
-                tables = _build_tables(out.suffix, store, cells, embedding, provenance)
+                tables = _build_tables(out.suffix, trained_model, cells, embedding, provenance)
                 with translate_output_errors(out):
                     _write_tables(out, scratch / f"out{out.suffix}", tables)
 
         ranks.run_on_first(write_embedding)
 
 
+def collect_embedding(
+    trained_model: LoadedModel,
+    cells: Cells,
+    run: Path | str,
+    *,
+    per_modality: bool = True,
+    batch_size: int = 4096,
+) -> ad.AnnData:
+    """Embed cells into an AnnData in memory, which has no X; see `embed_cells`."""
+    embedding = embed_in_memory(trained_model, cells, batch_size, per_modality=per_modality)
+    provenance = describe_embedding(trained_model, cells, run)
+    table = _build_tables(".h5ad", trained_model, cells, embedding, provenance)
+    assert isinstance(table, ad.AnnData)
+    return table
+
+
 def embed_anndata(
     trained_model: LoadedModel,
     source: ad.AnnData | md.MuData,
     cells: MemoryCells,
+    *,
+    per_modality: bool = True,
     batch_size: int = 4096,
 ) -> np.ndarray:
     """Embed cells in memory, and write into their AnnData or MuData what was found.
@@ -108,16 +170,17 @@ def embed_anndata(
         trained_model: the model.
         source: where they are written.
         cells: its cells, as `open_cells` opens them.
+        per_modality: whether z from each modality alone is wanted, too.
         batch_size: cells embedded at once.
 
     Returns:
         The joint z, (N, K * d) float32; NaN for cells without counts.
     """
-    embedding = embed_in_memory(trained_model, cells, batch_size)
+    embedding = embed_in_memory(trained_model, cells, batch_size, per_modality=per_modality)
     source.obsm[KEY] = embedding.joint
     source.obsm[VARIANCE_KEY] = embedding.variance
     source.obs[OBSERVED_COLUMN] = pd.Categorical(embedding.name_patterns())
-    for name, table in cells.tables.items():
+    for name, table in cells.tables.items() if per_modality else ():
         if table is source:
             if len(cells.tables) > 1:
                 source.obsm[f"{KEY}_{name}"] = embedding.alone[name]
@@ -141,14 +204,12 @@ def check_query(trained_model: LoadedModel, store: Store, min_known: float, rank
             print_error(f"warning: {warning}")
 
 
-def describe_embedding(trained_model: LoadedModel, store: Store, run: Path | str) -> dict[str, Any]:
+def describe_embedding(trained_model: LoadedModel, cells: Cells, run: Path | str) -> dict[str, Any]:
     """Say what made a result, to be kept in it."""
     return {
         "run": str(run),
         "checkpoint": trained_model.name,
-        "store": str(store.root),
-        "fingerprint": store.fingerprint,
-        "modalities": store.modalities,
+        **cells.describe_source(),
         "latent": dict.fromkeys(trained_model.modalities, trained_model.latent),
         "private": dict.fromkeys(trained_model.modalities, trained_model.private),
         "private_scale": trained_model.private_scale,
@@ -178,32 +239,35 @@ def check_embedding_path(out: Path) -> None:
 
 def _build_tables(
     suffix: str,
-    store: Store,
+    trained_model: LoadedModel,
     cells: Cells,
     embedding: Embedding,
     provenance: dict[str, Any],
 ) -> ad.AnnData | md.MuData:
     """The embedding as the object that the format of `suffix` holds."""
     obs = cells.read_obs()
+    obs[OBSERVED_COLUMN] = pd.Categorical(embedding.name_patterns())
     uns = {"clue_dist": provenance}
+    joint = {KEY: embedding.joint, VARIANCE_KEY: embedding.variance}
     if suffix != ".h5mu":
         alone = {f"{KEY}_{name}": latent for name, latent in embedding.alone.items()}
-        obsm = {key: np.asarray(z) for key, z in ({KEY: embedding.joint} | alone).items()}
+        obsm = {key: np.asarray(z) for key, z in (joint | alone).items()}
         return ad.AnnData(obs=obs, obsm=obsm, uns=uns)
     tables: dict[str, ad.AnnData] = {}
-    for name, modality in store.manifest.modalities.items():
+    for name in provenance["modalities"]:
         measured = embedding.mark_measured(name)
         latent = embedding.alone.get(name)
         tables[name] = ad.AnnData(
             obs=obs[measured],
-            var=pd.DataFrame(index=modality.features),
+            var=pd.DataFrame(index=trained_model.modalities[name].features),
             obsm=None if latent is None else {KEY: np.asarray(latent[measured])},
         )
     mdata = md.MuData(tables)
     order = obs.index.get_indexer(mdata.obs_names)  # MuData puts the cells in an order of its own
     for column in obs:
         mdata.obs[column] = obs[column].array[order]
-    mdata.obsm[KEY] = np.asarray(embedding.joint[order])
+    for key, z in joint.items():
+        mdata.obsm[key] = np.asarray(z)[order]
     mdata.uns.update(uns)
     return mdata
 

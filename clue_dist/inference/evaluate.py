@@ -102,7 +102,7 @@ def evaluate_store(
         cells = _EmbeddedCells.read_from(store, slices, embedding)
         result = _score_pairs(store, cells, modalities, paired, max_cells or MOST_CELLS, ranks)
         result[JOINT_SCORES] = _score_joint(store, cells, joint, ranks)
-        result["about"] = describe_embedding(trained_model, store, run) | {
+        result["about"] = describe_embedding(trained_model, asked, run) | {
             "cells": sum(paired.values()),
             "max_cells": max_cells,
             SEEN: holds_training_cells(store, trained_model.seen_cells),

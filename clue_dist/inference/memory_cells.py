@@ -65,6 +65,13 @@ class MemoryCells:
         self._all_modalities = list(trained_model.modalities)
         self.tables = tables
 
+    def __repr__(self) -> str:
+        return f"{self.n_cells:,} cells with {list_names(self.modalities)} in memory"
+
+    def describe_source(self) -> dict[str, Any]:
+        """Say where the cells come from."""
+        return {"store": "", "fingerprint": "", "modalities": self.modalities}
+
     def slice_cells(self, batch_size: int) -> list[CellSlice]:
         """Cut the cells into slices of the same modalities, of `batch_size` cells at most."""
         observed = np.stack([self._rows[name] >= 0 for name in self.modalities], axis=1)

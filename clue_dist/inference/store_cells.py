@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,7 @@ import torch
 from anndata.utils import make_index_unique
 
 from clue_dist.data.batch import Batch, read_batch
-from clue_dist.errors import StoreError
+from clue_dist.errors import StoreError, list_names
 from clue_dist.inference.load_model import LoadedModel, encode_batches
 from clue_dist.store.reader import Store
 
@@ -79,6 +80,17 @@ class StoreCells:
     def n_cells(self) -> int:
         """Number of cells, which are the rows of the answer."""
         return sum(self._sizes.values())
+
+    def __repr__(self) -> str:
+        return f"{self.n_cells:,} cells with {list_names(self.modalities)} in {self.store.root}"
+
+    def describe_source(self) -> dict[str, Any]:
+        """Say where the cells come from."""
+        return {
+            "store": str(self.store.root),
+            "fingerprint": self.store.fingerprint,
+            "modalities": self.store.modalities,
+        }
 
     def slice_cells(self, batch_size: int) -> list[SegmentSlice]:
         """Cut the cells into slices of whole blocks, in the order of their rows.

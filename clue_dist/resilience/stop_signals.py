@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from types import FrameType, TracebackType
 
 # What Slurm and launchers send, what a terminal sends that is closed, and Ctrl-C
@@ -12,11 +13,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 class StopFlag:
     """Is true once a signal has come to this rank; while open, signals do nothing else.
 
-    Ctrl-C typed again ends the process.
+    Ctrl-C typed again ends the process. In a thread beside the main one no signal can be heard.
     """
 
     def __init__(self) -> None:
         self._is_set = False
+        self.was_interrupted = False  # whether Ctrl-C was among the signals
 
     def __bool__(self) -> bool:
         return self._is_set
@@ -31,7 +33,7 @@ class StopFlag:
         self._previous = {
             number: signal.signal(number, self._handle)
             for number in SIGNALS
-            if number not in ignored
+            if number not in ignored and threading.current_thread() is threading.main_thread()
         }
         return self
 
@@ -48,3 +50,4 @@ class StopFlag:
         if self._is_set and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._is_set = True
+        self.was_interrupted |= number == signal.SIGINT

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clue_dist import config as configs
+from clue_dist.config import Config
 from clue_dist.errors import ConfigError
 from clue_dist.files import parse_path
 from clue_dist.process import postpone_collections
@@ -77,27 +79,52 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def prepare_training(arguments: argparse.Namespace, world: int) -> tuple[Setup, WarmStart | None]:
-    """Check the settings of a training run, and import all that it needs.
+    """Check what a command line asks for, as `prepare_run` does.
 
     Args:
         arguments: what `parse_train_arguments` gave.
         world: the number of ranks.
 
+    Raises:
+        ClueError: what `prepare_run` raises.
+    """
+    config = configs.load_config(arguments.config, arguments.overrides)
+    return prepare_run(
+        config, world, arguments.resume, arguments.init_from, imports_loop=not arguments.dry_run
+    )
+
+
+def prepare_run(
+    config: Config,
+    world: int,
+    resume: str,
+    init_from: Path | None,
+    *,
+    imports_loop: bool = True,
+) -> tuple[Setup, WarmStart | None]:
+    """Check the settings of a training run, and import all that it needs.
+
+    Args:
+        config: the settings.
+        world: the number of ranks.
+        resume: where the run goes on from, see `loop.run_training`.
+        init_from: the run whose weights it begins with.
+        imports_loop: whether training follows; else what takes longest to import is left out.
+
     Returns:
-        What is trained on what; the weights of `--init-from`.
+        What is trained on what; the weights of `init_from`.
 
     Raises:
         ConfigError: settings that cannot work.
         StoreError: there is no store, or a damaged one.
-        ResumeError: `--init-from` names no run with weights.
+        ResumeError: `init_from` names no run with weights.
     """
-    if arguments.init_from is not None and arguments.resume not in ("auto", "never"):
+    if init_from is not None and resume not in ("auto", "never"):
         raise ConfigError(
             "a run begins with the weights of a run or goes on from a checkpoint, not both",
-            got=f"--init-from {arguments.init_from} --resume {arguments.resume}",
+            got=f"--init-from {init_from} --resume {resume}",
             fix="leave one of the two out",
         )
-    config = configs.load_config(arguments.config, arguments.overrides)
     configs.require_paths(config)
 
     with postpone_collections():
@@ -105,9 +132,8 @@ def prepare_training(arguments: argparse.Namespace, world: int) -> tuple[Setup, 
         from clue_dist.train.setup import prepare_setup
 
     setup = prepare_setup(config, world)
-    earlier = arguments.init_from
-    warm_start = None if earlier is None else plan_warm_start(earlier, setup)
-    if not arguments.dry_run:
+    warm_start = None if init_from is None else plan_warm_start(init_from, setup)
+    if imports_loop:
         # DeepSpeed looks for compilers and GPUs while it is imported: before the ranks join.
         with postpone_collections():
             import clue_dist.train.loop  # noqa: F401

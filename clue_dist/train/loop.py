@@ -1,4 +1,4 @@
-"""fit(): fetch, step, log, validate, save, stop."""
+"""run_training(): fetch, step, log, validate, save, stop."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ class TrainingResult:
 
     state: RunState  # state after the last step
     finished: bool  # False if a signal stopped the run before
+    interrupted: bool = False  # whether that signal was Ctrl-C, and came to this rank
 
     def format_ending(self) -> str:
         """Say where a finished run ended, and how good the weights are that it keeps."""
@@ -51,7 +52,7 @@ class TrainingResult:
         return f"{ending}, kept {format_best_weights(self.state)}"
 
 
-def fit(
+def run_training(
     setup: Setup, ranks: Ranks, resume: str = "auto", warm_start: WarmStart | None = None
 ) -> TrainingResult:
     """Train to the last step, or until validation stops improving, or until a signal asks to stop.
@@ -95,7 +96,7 @@ def fit(
                 trainer, state = _start_trainer(setup, ranks, device, start, warm_start)
             result = _train_steps(trainer, state, start, stop, peers)
             trainer.engine.destroy()
-    return result
+    return replace(result, interrupted=stop.was_interrupted and not result.finished)
 
 
 def _leave_finished_run(setup: Setup, ranks: Ranks, start: StartingPoint) -> TrainingResult:

@@ -59,7 +59,8 @@ class Sinks:
             self._board = _call_guarded("TensorBoard", lambda: _open_tensorboard(run_folder, step))
         if config.log.wandb != "disabled":
             self._wandb = _call_guarded("wandb", lambda: _open_wandb(run_folder, config))
-        if sys.stderr.isatty():
+        # A notebook shows a bar, too, though its stderr is no terminal.
+        if sys.stderr.isatty() or "ipykernel" in sys.modules:
             self._bar = tqdm(total=self._total_steps, initial=step, unit="step", dynamic_ncols=True)
         self._started, self._first_step = time.monotonic(), step
         # Steps between lines on the screen, and the step from which the next validation is shown.

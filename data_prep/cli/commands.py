@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -42,7 +44,12 @@ def main(program: str = "python -m data_prep") -> None:
     Args:
         program: what precedes the name of the command, for messages.
     """
-    arguments = _build_parser(program).parse_args()
+    run_command(sys.argv[1:], program)
+
+
+def run_command(words: Sequence[str], program: str = "python -m data_prep") -> None:
+    """Run a command that is given as the words of its command line."""
+    arguments = _build_parser(program).parse_args(words)
     arguments.run(arguments)
 
 

@@ -1,0 +1,68 @@
+"""What a person should know of a trained run at a glance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from clue_dist.checkpoint.metrics_lines import read_metrics_lines
+from clue_dist.checkpoint.run_folder import find_state
+from clue_dist.errors import ClueError, list_names
+from clue_dist.inference.load_model import TrainedModel
+from clue_dist.store.location import parse_location
+from clue_dist.store.manifest import Manifest
+
+_SHOWN_BATCHES = 5
+_SHOWN_SCORES = ("score", "foscttm/")  # beginnings of the names of validation scores
+
+
+def describe_run(folder: Path, trained_model: TrainedModel) -> str:
+    """Say what a run holds: modalities, batches, cells trained on, and how good its weights are."""
+    lines = [f"Run {folder} ({trained_model.name})"]
+    for name, modality in trained_model.modalities.items():
+        lines.append(f"  {name}: {modality.kind}, {modality.n_features:,} features")
+    batches = trained_model.batches
+    named = f" ({list_names(batches, _SHOWN_BATCHES)})" if batches else ""
+    lines.append(f"  batches: {len(batches)}{named}")
+    cells = _describe_training_cells(trained_model)
+    if cells is not None:
+        lines.append(f"  trained on: {cells}")
+    scores = _describe_scores(folder, trained_model.name)
+    if scores is not None:
+        lines.append(f"  validation: {scores}")
+    width = trained_model.latent * len(trained_model.modalities)
+    space = "a common space" if trained_model.has_common_space else "no common space"
+    lines.append(f"  z: {width} dimensions, {space} of the modalities")
+    return "\n".join(lines)
+
+
+def _describe_training_cells(trained_model: TrainedModel) -> str | None:
+    """How many cells the run's store holds; None where the store is gone or another one."""
+    try:
+        manifest = Manifest.read(parse_location(trained_model.config.store))
+    except (ClueError, OSError):
+        return None
+    if manifest.fingerprint not in trained_model.seen_cells:
+        return None
+    strata = ", ".join(f"{segment.n_cells:,} {name}" for name, segment in manifest.strata.items())
+    return f"{manifest.n_cells:,} cells ({strata}) of {trained_model.config.store}"
+
+
+def _describe_scores(folder: Path, checkpoint: str) -> str | None:
+    """The scores of the last validation up to a checkpoint; None where there was none."""
+    paths = [folder / kind / checkpoint for kind in ("best", "checkpoints")]
+    state = next(filter(None, map(find_state, paths)), None)
+    step = None if state is None else state.step
+    rows = [line.row for line in read_metrics_lines(folder / "metrics.jsonl")]
+    validations = [
+        row
+        for row in rows
+        if row is not None and row.get("split") == "validation" and row["step"] == step
+    ]
+    if not validations:
+        return None
+    shown = [
+        f"{name} {value:.4g}"
+        for name, value in validations[-1].items()
+        if name.startswith(_SHOWN_SCORES) and isinstance(value, float)
+    ]
+    return f"step {step}, {', '.join(shown)}"

@@ -1,0 +1,144 @@
+"""Conversion as a call: of files, or of an AnnData or MuData in memory."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import anndata as ad
+import mudata as md
+import pandas as pd
+
+from clue_dist.errors import DataError, StoreError
+from clue_dist.files import translate_disk_errors
+from clue_dist.store.manifest import Manifest
+from data_prep.cli.commands import run_command
+from data_prep.options import FIELDS
+
+# Columns of var that say what a feature is.
+_TYPE_COLUMNS = ("feature_types", "feature_type", "modality")
+
+
+@dataclass(frozen=True)
+class ConversionRequest:
+    """What a person may say of a conversion in Python, where the command line has flags."""
+
+    batch_key: str | None = None
+    label_key: str | None = None
+    layer: str | Mapping[str, str] | None = None
+    feature_ids: str | Mapping[str, str] | None = None
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    modality: str | None = None  # what an AnnData holds
+    flags: Sequence[str] = ()  # further flags of `python -m data_prep convert`, word by word
+
+    def list_flags(self) -> list[str]:
+        """The words of the command line that say the same."""
+        words = [*self.flags]
+        for flag, column in (("--batch-key", self.batch_key), ("--label-key", self.label_key)):
+            words += [] if column is None else [flag, column]
+        for flag, given in (("--layer", self.layer), ("--feature-ids", self.feature_ids)):
+            if isinstance(given, Mapping):
+                words += [word for name, one in given.items() for word in (flag, f"{name}={one}")]
+            elif given is not None:
+                words += [flag, given]
+        return words + [
+            w for name, kind in self.kinds.items() for w in ("--kind", f"{name}={kind}")
+        ]
+
+
+def convert_cells(
+    data: ad.AnnData | md.MuData | str | Path | Sequence[str | Path],
+    out: Path,
+    request: ConversionRequest,
+) -> None:
+    """Convert cells into a store. A store of the same cells that is at `out` already stays.
+
+    Args:
+        data: cells in memory; or files, each as `python -m data_prep convert` takes it.
+        out: the store.
+        request: how they are to be read.
+
+    Raises:
+        DataError: the cells are not what they should be.
+        StoreError: a store of other cells is at `out`, or the disk is full.
+    """
+    is_there = out.exists()
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+        if isinstance(data, (ad.AnnData, md.MuData)):
+            inputs = [_write_cells(data, Path(folder), request)]
+            # Cells of one MuData are the same where their names are.
+            pairing = ["--pair-barcodes", "exact"]
+        else:
+            files = [data] if isinstance(data, (str, Path)) else data
+            inputs, pairing = [str(path) for path in files], []
+        target = Path(folder) / out.name if is_there else out
+        words = ["convert", *inputs, *request.list_flags(), *pairing, "--out", str(target)]
+        try:
+            run_command(words)
+        except SystemExit:
+            raise DataError(
+                "the words are no command line of `python -m data_prep convert`",
+                got=" ".join(words),
+                fix="the line above says what is wrong with it",
+            ) from None
+        if is_there and Manifest.read(target).fingerprint != Manifest.read(out).fingerprint:
+            raise StoreError(
+                "a store of other cells is here already",
+                where=out,
+                fix="choose another `out`, remove the store, or give the store itself in place of "
+                "the cells",
+            )
+
+
+def _write_cells(source: ad.AnnData | md.MuData, folder: Path, request: ConversionRequest) -> str:
+    """Write cells in memory to a file, and name it as an input of the conversion."""
+    ending = ".h5mu" if isinstance(source, md.MuData) else ".h5ad"
+    path = folder / f"cells{ending}"
+    with translate_disk_errors(folder, "free some space, or choose another `out`"):
+        if isinstance(source, md.MuData):
+            with md.set_options(pull_on_update=False):
+                tables = {
+                    name: _strip_table(table, name, request) for name, table in source.mod.items()
+                }
+                slim = md.MuData(tables)
+                slim.obs = slim.obs.join(_keep_columns(source.obs, [*source.mod], request))
+                slim.write(path)
+        else:
+            _strip_table(source, request.modality, request).write_h5ad(path)
+    return f"{request.modality}={path}" if request.modality is not None else str(path)
+
+
+def _strip_table(table: ad.AnnData, name: str | None, request: ConversionRequest) -> ad.AnnData:
+    """What the conversion reads of an AnnData, and nothing else, which may be unfit for a file."""
+    layer = request.layer.get(name or "") if isinstance(request.layer, Mapping) else request.layer
+    column = (
+        request.feature_ids.get(name or "")
+        if isinstance(request.feature_ids, Mapping)
+        else request.feature_ids
+    )
+    var = table.var[[c for c in table.var if c in (*_TYPE_COLUMNS, *(column or "").split(","))]]
+    obs = _keep_columns(table.obs, [], request)
+    if layer == "raw.X" and table.raw is not None:
+        raw = ad.AnnData(table.raw.X, pd.DataFrame(index=table.obs_names), table.raw.var)
+        return ad.AnnData(obs=obs, var=var, raw=raw)
+    layers = {key: table.layers[key] for key in table.layers if layer in (None, key)}
+    if layer is None and table.X is not None:
+        layers = {}
+    return ad.AnnData(table.X if layer is None else None, obs, var, layers=layers)
+
+
+def _keep_columns(
+    obs: pd.DataFrame, modalities: Sequence[str], request: ConversionRequest
+) -> pd.DataFrame:
+    """The columns of obs that hold batch or label, as texts; MuData puts modalities before them."""
+    wanted = {request.batch_key or FIELDS["batch"], request.label_key or FIELDS["label"]}
+    wanted |= {f"{modality}:{column}" for modality in modalities for column in wanted}
+    kept = obs[[column for column in obs if column in wanted]]
+    texts = {
+        str(column): pd.Categorical(values.map(str, na_action="ignore"))
+        for column, values in kept.items()
+        if values.dtype == object
+    }
+    return kept.assign(**texts)
