@@ -102,6 +102,10 @@ def test_one_table_has_nan_where_a_modality_was_not_observed(
         embed_store(loaded, store, out, run="r", per_modality=True)
     embedding = ad.read_h5ad(out) if ending == "h5ad" else ad.read_zarr(out)
     assert_rows(embedding.obs_names, embedding.obsm["X_clue"], expected["joint"])
+    observed = [set(name.split("-")[0].split("+")) for name in embedding.obs_names]
+    assert [set(text.split("+")) for text in embedding.obs["clue_modalities"]] == observed
+    unseen = [1 - len(modalities) / 3 for modalities in observed]
+    np.testing.assert_allclose(embedding.obsm["X_clue_var"][:, 0], unseen, atol=1e-6)
     for m in ("rna", "adt"):
         has = np.array([m in name.split("-")[0].split("+") for name in embedding.obs_names])
         assert np.isnan(embedding.obsm[f"X_clue_{m}"][~has]).all()
@@ -115,8 +119,8 @@ def test_unknown_batch_and_label_are_left_out(tmp_path):
     )
     embed_store(FakeLoaded(store.manifest.modalities), store, tmp_path / "o.h5ad", run="r")
     embedding = ad.read_h5ad(tmp_path / "o.h5ad")
-    assert list(embedding.obs) == []
-    assert list(embedding.obsm) == ["X_clue"]
+    assert list(embedding.obs) == ["clue_modalities"]
+    assert sorted(embedding.obsm) == ["X_clue", "X_clue_var"]
 
 
 def test_cells_that_share_a_barcode_stay_apart(store, loaded, tmp_path, monkeypatch):
