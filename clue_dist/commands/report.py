@@ -13,11 +13,19 @@ def main() -> None:
         "--embedding", type=parse_path, help="output of `clue embed --per-modality`"
     )
     parser.add_argument("--scores", type=parse_path, help="scores.json of `clue evaluate`")
+    parser.add_argument(
+        "--wandb", action="store_true", help="log the report to the run's wandb run, too"
+    )
     arguments = parser.parse_args()
 
     from clue_dist.inference.report import write_report
 
-    print(write_report(arguments.run, arguments.embedding, arguments.scores))
+    page = write_report(arguments.run, arguments.embedding, arguments.scores)
+    if arguments.wandb:
+        from clue_dist.inference.report.wandb_tables import log_report
+
+        log_report(arguments.run, page)
+    print(page)
 
 
 if __name__ == "__main__":

@@ -181,6 +181,8 @@ def _train_steps(
                 updates, sums = engine_state.count_updates(engine), meter.collect_sums()
                 saver.save_checkpoint(replace(state, updates=updates, logged=sums))
         saver.finish()
+        if is_run_finished(setup, state):
+            sinks.send_best_weights(state.best_step, state.best_score)
         explanation = _explain_early_end(setup, state)
         if explanation is not None:
             sinks.print_message(explanation)

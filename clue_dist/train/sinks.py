@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import secrets
 import sys
 import threading
 import time
@@ -20,6 +19,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from clue_dist.checkpoint.metrics_lines import read_metrics_lines
+from clue_dist.checkpoint.wandb_run import open_wandb_run
 from clue_dist.config import Config
 from clue_dist.files import translate_write_errors, write_file
 from clue_dist.process import print_line
@@ -27,8 +27,8 @@ from clue_dist.ranks import Ranks
 from clue_dist.train.log_lines import Numbers, format_log_line, format_value
 
 T = TypeVar("T")
-WANDB_WAIT = 30  # seconds for its server to answer
-WANDB_FINISH_WAIT = 20  # seconds for what is left to be sent at the end
+# Numbers of a validation that say which weights are kept, and with which score.
+_CHOICE = frozenset({"best_step", "best_score", "lowest_step", "lowest_score", "error"})
 
 
 class Sinks:
@@ -58,7 +58,11 @@ class Sinks:
         if config.log.tensorboard:
             self._board = _call_guarded("TensorBoard", lambda: _open_tensorboard(run_folder, step))
         if config.log.wandb != "disabled":
-            self._wandb = _call_guarded("wandb", lambda: _open_wandb(run_folder, config))
+            settings = config.model_dump(mode="json")
+            self._wandb = _call_guarded(
+                "wandb", lambda: open_wandb_run(run_folder, config.log, settings)
+            )
+        self._run_folder, self._sends_weights = run_folder, config.log.artifacts
         # A notebook shows a bar, too, though its stderr is no terminal.
         if sys.stderr.isatty() or "ipykernel" in sys.modules:
             self._bar = tqdm(total=self._total_steps, initial=step, unit="step", dynamic_ncols=True)
@@ -82,20 +86,29 @@ class Sinks:
         if not self._is_active:
             return
         self._file.write_line(json.dumps({"step": step, "split": split, **numbers}))
-        plain = {
-            f"{split}/{name}": value
-            for name, value in numbers.items()
-            if isinstance(value, int | float)
-        }
+        plain = {name: value for name, value in numbers.items() if isinstance(value, int | float)}
         if board := self._board:
-            self._board = _call_guarded("TensorBoard", lambda: _write_board(board, plain, step))
-        if wandb := self._wandb:
-            self._wandb = _call_guarded("wandb", lambda: (wandb.log(plain, step=step), wandb)[1])
+            self._board = _call_guarded(
+                "TensorBoard", lambda: _write_board(board, split, step, plain)
+            )
+        if run := self._wandb:
+            self._wandb = _call_guarded("wandb", lambda: _write_wandb(run, split, step, plain))
         self._show(split, step, numbers)
 
     def write_event(self, what: str, step: int, numbers: Numbers) -> None:
         """Write down what seldom happens, with numbers that belong to it."""
         self.write_numbers("event", step, {"event": what, **numbers})
+
+    def send_best_weights(self, step: int, score: float | None) -> None:
+        """Give wandb the best weights as an artifact, where the config asks for that.
+
+        Args:
+            step: the step of the weights, which are committed.
+            score: their validation score; None where there is none.
+        """
+        if self._is_active and self._sends_weights and (run := self._wandb):
+            folder = self._run_folder
+            self._wandb = _call_guarded("wandb", lambda: _log_weights(run, folder, step, score))
 
     def print_message(self, text: str) -> None:
         """Print a line to the screen, above the progress bar if there is one."""
@@ -209,52 +222,35 @@ def _open_tensorboard(run_folder: Path, step: int) -> Any:
     return SummaryWriter(str(run_folder / "tensorboard"), purge_step=step + 1 if step else None)
 
 
-def _write_board(board: Any, numbers: Numbers, step: int) -> Any:
+def _write_board(board: Any, split: str, step: int, numbers: Numbers) -> Any:
     for name, value in numbers.items():
-        board.add_scalar(name, value, step)
+        board.add_scalar(f"{split}/{name}", value, step)
     return board
 
 
-def _open_wandb(run_folder: Path, config: Config) -> Any:
-    """Open a wandb run, offline unless the config says online and the server answers."""
+def _write_wandb(run: Any, split: str, step: int, numbers: Numbers) -> Any:
+    """Log numbers to wandb; its summary holds those of the weights that are kept."""
+    run.log({f"{split}/{name}": value for name, value in numbers.items()}, step=step)
+    if split == "validation" and numbers.get("best_step") == step:
+        scores = {f"best/{name}": value for name, value in numbers.items() if name not in _CHOICE}
+        run.summary.update({"best/step": step, **scores})
+    return run
+
+
+def _log_weights(run: Any, run_folder: Path, step: int, score: float | None) -> Any:
+    """Log the files that a shared model has as an artifact."""
     import wandb
 
-    def open_run(mode: str) -> Any:
-        return wandb.init(
-            project=config.log.project,
-            name=run_folder.name,
-            dir=str(run_folder),
-            mode=mode,
-            id=_choose_wandb_id(run_folder),
-            resume="allow",
-            config=config.model_dump(mode="json"),
-            settings=wandb.Settings(
-                silent=True,
-                console="off",
-                init_timeout=WANDB_WAIT,
-                finish_timeout=WANDB_FINISH_WAIT,
-            ),
-        )
-
-    try:
-        return open_run(config.log.wandb)
-    except wandb.Error as error:
-        if config.log.wandb != "online":
-            raise
-        print_line(
-            f"wandb is offline ({error}): "
-            f"`wandb sync {run_folder}/wandb/offline-run-*` sends the run later"
-        )
-        wandb.teardown()  # else wandb takes the run for one that still goes on
-        return open_run("offline")
-
-
-def _choose_wandb_id(run_folder: Path) -> str:
-    """One id for each run folder, so that a resumed run continues its curves."""
-    path = run_folder / "wandb-id"
-    if not path.exists():
-        path.write_text(secrets.token_hex(4))
-    return path.read_text().strip()
+    artifact = wandb.Artifact(
+        f"clue-{run.id}", type="model", metadata={"step": step, "score": score}
+    )
+    weights = run_folder / "best" / f"step-{step:08d}"
+    # "immutable" spares a copy: nothing changes files that are committed.
+    for name in ("config.json", "model.json"):
+        artifact.add_file(str(run_folder / name), name=name)
+    artifact.add_dir(str(weights), name=f"best/{weights.name}", policy="immutable")
+    run.log_artifact(artifact, aliases=["best"])
+    return run
 
 
 def _call_guarded(name: str, call: Callable[[], T]) -> T | None:

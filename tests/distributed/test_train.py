@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from clue_dist.checkpoint.attempts import read_attempts
 from clue_dist.checkpoint.model_card import read_model_card
 from tests.distributed.command import (
     FAST,
@@ -32,6 +33,7 @@ from tests.distributed.command import (
 )
 from tests.faults.command import TIMES
 from tests.stores import make_store
+from tests.wandb_files import read_recorded_run
 
 
 @pytest.fixture(scope="module")
@@ -345,6 +347,17 @@ def test_sinks_wandb_offline_and_tensorboard(folder: Path) -> None:
     run_folder = folder / "sinks"
     assert list(run_folder.glob("wandb/offline-run-*/*.wandb"))
     assert list(run_folder.glob("tensorboard/events*"))
+    recorded = read_recorded_run(run_folder)
+    kept = metrics(run_folder, "validation")[-1]
+    assert recorded.config == recorded.config | json.loads((run_folder / "config.json").read_text())
+    assert recorded.summary["best/step"] == kept["best_step"]
+    assert recorded.summary["best/score"] == pytest.approx(kept["best_score"])
+    (attempt,) = read_attempts(run_folder)
+    assert (attempt.step, attempt.ranks, attempt.device) == (0, 1, "cpu")
+    assert attempt.total_steps == kept["step"]
+    assert attempt.command.startswith("launch/train.py --config ")
+    assert sum(attempt.held_out_cells.values()) == 10
+    assert attempt.versions.keys() >= {"clue-dist", "python", "torch"}
     assert {
         line["split"]
         for line in map(json.loads, (run_folder / "metrics.jsonl").read_text().splitlines())

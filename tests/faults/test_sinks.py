@@ -18,12 +18,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from clue_dist.checkpoint import wandb_run
 from clue_dist.config import Config, LogConfig
 from clue_dist.errors import ResumeError
 from clue_dist.ranks import Ranks
 from clue_dist.resilience import run_lock
 from clue_dist.resilience.run_lock import hold_run_lock
-from clue_dist.train import sinks
 from clue_dist.train.sinks import Sinks
 from tests.distributed.command import ROOT, environment, metrics, run, spawned, train_args
 from tests.faults.command import saved_steps
@@ -201,7 +201,7 @@ def test_without_its_server_wandb_goes_offline(
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{dead.getsockname()[1]}")
         monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
         monkeypatch.delenv("WANDB_MODE", raising=False)
-        monkeypatch.setattr(sinks, "WANDB_WAIT", 3)
+        monkeypatch.setattr(wandb_run, "WANDB_WAIT", 3)
         with Sinks(tmp_path, Config(log=LogConfig(wandb="online")), 10, 0, Ranks()) as looked_at:
             looked_at.write_numbers("train", 1, {"loss": 0.5})
     assert "wandb is offline" in capsys.readouterr().out

@@ -356,11 +356,11 @@ def test_points_can_be_coloured_by_what_tells_them_apart(embedding):
     assert embedded.joint is not None
     assert embedded.alone is not None
     titles = [c.title for c in layouts.list_colourings(embedded.joint)]
-    assert titles == ["batch", "cell type", "observed"]
+    assert titles == ["cell type", "batch", "observed"]
     modality, *_, pattern = layouts.list_colourings(embedded.alone)
     assert (modality.names, pattern.names) == (["adt", "rna"], ["rna", "rna+adt"])
     assert len(modality.codes) == 70
-    _, cell_type, _ = layouts.list_colourings(embedded.joint)
+    cell_type, *_ = layouts.list_colourings(embedded.joint)
     assert cell_type.rest == UNKNOWN
     assert cell_type.codes.count(-1) == 10
 

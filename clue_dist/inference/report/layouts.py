@@ -24,8 +24,8 @@ _RESOLUTION = 4095  # coordinates in the page are whole numbers up to this
 _SILENCE = 10  # seconds after which a step that goes on says so
 _COLUMNS = {
     "modality": "modality",
-    "batch": "batch",
     "cell_type": "cell type",
+    "batch": "batch",
     "pattern": "observed",
 }
 

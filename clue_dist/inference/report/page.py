@@ -86,7 +86,7 @@ def write_report(
         fix = "train one with launch/train.py, or mend the path"
         raise ConfigError("no run here", where=f"--run {run}", got="no config.json", fix=fix)
     folder, figures = run / "report", Figures()
-    sections = _read_kept_sections(folder / PAGE_FILE)
+    sections = read_sections(folder / PAGE_FILE)
     if scores is not None:
         sections["scores"] = _read_scores(scores)
     if embedding is not None:
@@ -104,8 +104,8 @@ def write_report(
     return folder / PAGE_FILE
 
 
-def _read_kept_sections(page: Path) -> dict[str, Section]:
-    """The sections of an earlier page; none of a page of an earlier version."""
+def read_sections(page: Path) -> dict[str, Section]:
+    """Read the sections that lie in a page as data; none of a page of an earlier version."""
     text = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else ""
     found = _KEPT_SECTIONS.search(text)
     try:
