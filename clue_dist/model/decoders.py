@@ -44,6 +44,11 @@ class Decoder(nn.Module):
         self.gate = OutputLayer(self.mlp.width, n_features) if self.likelihood.has_gate else None
         self.theta = SecondParameter(n_features, self.likelihood.theta_learning_rate)
 
+    @property
+    def n_batches(self) -> int:
+        """Biological batches that are told apart, at least 1."""
+        return 1 if self.batch is None else self.batch.num_embeddings
+
     def forward(
         self,
         z: Tensor,
@@ -68,19 +73,40 @@ class Decoder(nn.Module):
             ln p of each profile in nats, (n,).
         """
         library = compute_library_size(counts).unsqueeze(1)
-        if self.batch is not None:
-            known = (batch_code >= 0).unsqueeze(1)  # an unknown batch is the zero vector
-            z = torch.cat([z, self.batch(batch_code.clamp_min(0)) * known], 1)
-        h = self.mlp(z.to(self.rate.weight.dtype), noise, rows)
-        gate = None if self.gate is None else self.gate(h, features).float()
-        parameters = LikelihoodParameters(
-            self.rate(h, features).float(), self.theta(features).float(), library, gate
-        )
+        parameters = self.compute_parameters(z, batch_code, library, noise, rows, features)
         if features is None:
             return compute_log_likelihood(self.likelihood, counts, parameters)
         scale = self.n_features / len(features)
         counts = select_features(counts, features)
         return scale * compute_log_likelihood(self.likelihood, counts, parameters)
+
+    def compute_parameters(
+        self,
+        z: Tensor,
+        batch_code: Tensor,
+        library: Tensor,
+        noise: Noise | None = None,
+        rows: Tensor | None = None,
+        features: Tensor | None = None,
+    ) -> LikelihoodParameters:
+        """Decode z of n cells, in float32.
+
+        Args:
+            z: (n, d).
+            batch_code: (n,) int64; -1: unknown.
+            library: (n, 1), total counts that the profiles have, or are to have.
+            noise: for dropout, in training.
+            rows: (n,), the cells' rows in the batch; None: all of them.
+            features: (F,), sorted; None: all of them.
+        """
+        if self.batch is not None:
+            known = (batch_code >= 0).unsqueeze(1)  # an unknown batch is the zero vector
+            z = torch.cat([z, self.batch(batch_code.clamp_min(0)) * known], 1)
+        h = self.mlp(z.to(self.rate.weight.dtype), noise, rows)
+        gate = None if self.gate is None else self.gate(h, features).float()
+        return LikelihoodParameters(
+            self.rate(h, features).float(), self.theta(features).float(), library, gate
+        )
 
 
 class OutputLayer(nn.Module):

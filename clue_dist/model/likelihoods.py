@@ -11,6 +11,7 @@ what it needs.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import ClassVar, NamedTuple
 
@@ -28,6 +29,7 @@ from clue_dist.model.moments import (
 from clue_dist.normalise import Rows, sum_columns
 
 MAX_LOG_DISPERSION = 7.0  # a negative binomial with r = 1,100 is as good as a Poisson
+LOG1P_NODES = range(-17, 4)  # steps of ln t, see `compute_log1p_mean`
 STIRLING_FROM = 8.0  # Stirling's series replaces ln Gamma from this r on
 # Given z, the noise that remains is several e-folds away from what the moments of the counts say.
 DISPERSION_LEARNING_RATE = 10.0
@@ -72,6 +74,18 @@ class Likelihood(ABC):
     def compute_log_gain(self, values: Tensor, parameters: LikelihoodParameters) -> Tensor:
         """ln p(x) - ln p(0), up to terms without parameters."""
 
+    @abstractmethod
+    def compute_mean(self, parameters: LikelihoodParameters) -> Tensor:
+        """E x of each feature, (n, F)."""
+
+    @abstractmethod
+    def draw_values(self, parameters: LikelihoodParameters, generator: torch.Generator) -> Tensor:
+        """Draw x of each feature, (n, F)."""
+
+    def compute_laplace(self, decay: Tensor, parameters: LikelihoodParameters) -> Tensor:
+        """E exp(-s x) of each feature, (n, F), for counts; decay: s > 0, (n, 1)."""
+        raise NotImplementedError(f"{type(self).__name__} is no distribution of counts")
+
     def estimate_start(self, counts: Rows) -> tuple[np.ndarray, np.ndarray]:
         """Rate and theta of each feature before the first step, from a sample of training cells.
 
@@ -100,6 +114,20 @@ class NegativeBinomial(Likelihood):
         rising = compute_log_rising_factorial(theta.exp(), values)
         return rising + values * F.logsigmoid(parameters.log_mean - theta)
 
+    def compute_mean(self, parameters: LikelihoodParameters) -> Tensor:
+        return parameters.log_mean.exp()
+
+    def draw_values(self, parameters: LikelihoodParameters, generator: torch.Generator) -> Tensor:
+        r = parameters.theta.clamp(max=MAX_LOG_DISPERSION).exp()
+        mean = parameters.log_mean.exp()
+        # A Poisson whose mean is drawn from a Gamma distribution of shape r.
+        relative = torch._standard_gamma(r.expand_as(mean), generator=generator) / r
+        return torch.poisson(relative * mean, generator=generator)
+
+    def compute_laplace(self, decay: Tensor, parameters: LikelihoodParameters) -> Tensor:
+        r = parameters.theta.clamp(max=MAX_LOG_DISPERSION).exp()
+        return torch.exp(-r * torch.log1p(-torch.expm1(-decay) * parameters.log_mean.exp() / r))
+
     def estimate_start(self, counts: Rows) -> tuple[np.ndarray, np.ndarray]:
         """The mean as for every likelihood of counts, and r as the moments of the sample say."""
         rate, _ = super().estimate_start(counts)
@@ -127,6 +155,20 @@ class ZeroInflatedNegativeBinomial(NegativeBinomial):
         )
         return torch.where(values > 0, log_p - self.compute_log_zero(parameters), 0.0)
 
+    def compute_mean(self, parameters: LikelihoodParameters) -> Tensor:
+        assert parameters.gate is not None
+        return torch.sigmoid(-parameters.gate) * super().compute_mean(parameters)
+
+    def draw_values(self, parameters: LikelihoodParameters, generator: torch.Generator) -> Tensor:
+        assert parameters.gate is not None
+        kept = torch.bernoulli(torch.sigmoid(-parameters.gate), generator=generator)
+        return kept * super().draw_values(parameters, generator)
+
+    def compute_laplace(self, decay: Tensor, parameters: LikelihoodParameters) -> Tensor:
+        assert parameters.gate is not None
+        loss = 1 - super().compute_laplace(decay, parameters)
+        return 1 - torch.sigmoid(-parameters.gate) * loss
+
 
 class Poisson(Likelihood):
     """Counts of mean mu."""
@@ -137,6 +179,15 @@ class Poisson(Likelihood):
     def compute_log_gain(self, values: Tensor, parameters: LikelihoodParameters) -> Tensor:
         return values * parameters.log_mean
 
+    def compute_mean(self, parameters: LikelihoodParameters) -> Tensor:
+        return parameters.log_mean.exp()
+
+    def draw_values(self, parameters: LikelihoodParameters, generator: torch.Generator) -> Tensor:
+        return torch.poisson(parameters.log_mean.exp(), generator=generator)
+
+    def compute_laplace(self, decay: Tensor, parameters: LikelihoodParameters) -> Tensor:
+        return torch.exp(torch.expm1(-decay) * parameters.log_mean.exp())
+
 
 class Bernoulli(Likelihood):
     """Open or closed: x > 0 with odds library * exp(rate), so that deeper cells open more."""
@@ -146,6 +197,15 @@ class Bernoulli(Likelihood):
 
     def compute_log_gain(self, values: Tensor, parameters: LikelihoodParameters) -> Tensor:
         return (values > 0) * (parameters.rate + parameters.library.log())
+
+    def compute_mean(self, parameters: LikelihoodParameters) -> Tensor:
+        return torch.sigmoid(parameters.rate + parameters.library.log())
+
+    def draw_values(self, parameters: LikelihoodParameters, generator: torch.Generator) -> Tensor:
+        return torch.bernoulli(self.compute_mean(parameters), generator=generator)
+
+    def compute_laplace(self, decay: Tensor, parameters: LikelihoodParameters) -> Tensor:
+        return 1 + torch.expm1(-decay) * self.compute_mean(parameters)
 
     def estimate_start(self, counts: Rows) -> tuple[np.ndarray, np.ndarray]:
         """The odds are those of the cells with the feature, in a cell of average size."""
@@ -167,6 +227,13 @@ class Normal(Likelihood):
 
     def compute_log_gain(self, values: Tensor, parameters: LikelihoodParameters) -> Tensor:
         return (values * parameters.rate - 0.5 * values**2) * (-2 * parameters.theta).exp()
+
+    def compute_mean(self, parameters: LikelihoodParameters) -> Tensor:
+        return parameters.rate
+
+    def draw_values(self, parameters: LikelihoodParameters, generator: torch.Generator) -> Tensor:
+        mean = parameters.rate
+        return torch.normal(mean, parameters.theta.exp().expand_as(mean), generator=generator)
 
     def estimate_start(self, counts: Rows) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of the sample.
@@ -198,6 +265,31 @@ def compute_log_likelihood(
         return everywhere + likelihood.compute_log_gain(counts, parameters).sum(1)
     entries = parameters.gather_entries(counts.list_entry_rows(), counts.indices.long())
     return everywhere + counts.sum_rows(likelihood.compute_log_gain(counts.values, entries))
+
+
+def compute_log1p_mean(
+    likelihood: Likelihood, parameters: LikelihoodParameters, scale: Tensor
+) -> Tensor:
+    """E ln(1 + scale * x) of counts x, what profiles scaled and logged as usual are on average.
+
+    The logarithm of a mean is far above it where counts are few. As ln(1 + y) is the integral over
+    t > 0 of (1 - exp(-t y)) exp(-t) / t, the Laplace transform of x is enough. With ln t as the
+    variable the integrand is smooth, and steps of 1 leave an error below 1e-3.
+
+    Args:
+        likelihood: of counts.
+        parameters: of n cells and F features.
+        scale: (n, 1).
+
+    Returns:
+        (n, F).
+    """
+    total = torch.zeros_like(parameters.rate)
+    for log_t in LOG1P_NODES:
+        decay = math.exp(log_t) * scale
+        loss = 1 - likelihood.compute_laplace(decay, parameters)
+        total += math.exp(-math.exp(log_t)) * loss
+    return total
 
 
 def compute_log_rising_factorial(r: Tensor, x: Tensor) -> Tensor:

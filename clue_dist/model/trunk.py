@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -12,6 +13,8 @@ from clue_dist.config import TrunkConfig
 from clue_dist.data.batch import Counts, compute_library_size
 from clue_dist.model.layers import Ensemble
 from clue_dist.model.noise import Noise
+
+UNKNOWN_LIBRARY = 1000.0  # total counts of a cell where training did not look at sizes
 
 
 def normalise_counts(counts: Counts, method: str, idf: Tensor | None = None) -> Counts:
@@ -132,6 +135,15 @@ class Trunk(nn.Module):
     def width(self) -> int:
         """Of h."""
         return self.ensemble.width
+
+    @property
+    def typical_library(self) -> float:
+        """Total counts of a typical training cell, the geometric mean.
+
+        1,000 where training did not look at sizes.
+        """
+        log_mean = float(self.size[0, 0])
+        return math.exp(log_mean) if log_mean > 0 else UNKNOWN_LIBRARY
 
     def compute_components(self, counts: Counts) -> Tensor:
         """(n, features) -> (n, components), linear in the normalised profile but for the size."""

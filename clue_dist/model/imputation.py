@@ -1,0 +1,127 @@
+"""What a model says of a modality that it is not shown: z of that modality, and its values.
+
+Shapes: B cells, K modalities, d dimensions of each z_k, F features of the modality asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clue_dist.data.batch import Batch
+from clue_dist.model.clue import CLUE
+from clue_dist.model.likelihoods import LikelihoodParameters, compute_log1p_mean
+from clue_dist.model.posterior import sample_posterior
+
+PER_TEN_THOUSAND = 1e4  # to what total profiles are scaled before ln(1 + x) is taken
+
+
+def keep_sources(batch: Batch, modalities: list[str], sources: Collection[str]) -> Batch:
+    """Hide all modalities of a batch but some.
+
+    Args:
+        batch: B cells.
+        modalities: names, in model order.
+        sources: those to keep.
+    """
+    kept = torch.tensor([name in sources for name in modalities], device=batch.observed.device)
+    measured = {name: part for name, part in batch.modalities.items() if name in sources}
+    return Batch(batch.observed & kept, batch.batch_code, measured)
+
+
+@dataclass(frozen=True)
+class TargetLatent:
+    """The Gaussian of z_k of the modality asked for, given what a cell shows."""
+
+    mean: Tensor  # (B, d)
+    log_var: Tensor  # (B, d)
+
+    def draw_sample(self, generator: torch.Generator) -> Tensor:
+        """Draw z_k of each cell, (B, d)."""
+        noise = torch.randn(
+            self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype
+        )
+        return sample_posterior(self.mean, self.log_var, noise)
+
+
+def infer_target_latent(model: CLUE, batch: Batch, modality: str) -> TargetLatent:
+    """Infer z_k of a modality from all that a batch shows, be the modality itself shown or not.
+
+    It is the z_k whose sample the decoder reads in eq. 8. What is private to a modality that is not
+    shown is the prior's.
+    """
+    posterior = model.encode_batch(batch)
+    k = model.modalities.index(modality)
+    return TargetLatent(posterior.joint_mean[:, k], posterior.joint_log_var[:, k])
+
+
+@dataclass(frozen=True)
+class ValueDecoder:
+    """Decodes z_k into values of some features of a modality.
+
+    A batch code of -1, unknown, stands for all batches: means are averaged over them, as the decoder
+    says them for each, and a draw is of a batch that is itself drawn.
+    """
+
+    model: CLUE
+    modality: str
+    features: Tensor | None = None  # (F,), their numbers; None: all of them
+
+    @property
+    def n_batches(self) -> int:
+        """Biological batches that the decoder tells apart, at least 1."""
+        return self.model.get_decoder(self.modality).n_batches
+
+    @property
+    def width(self) -> int:
+        """F."""
+        decoder = self.model.get_decoder(self.modality)
+        return decoder.n_features if self.features is None else len(self.features)
+
+    def compute_mean(self, z: Tensor, code: Tensor, library: Tensor, log1p: bool = False) -> Tensor:
+        """Compute what is expected of each feature.
+
+        Args:
+            z: (B, d).
+            code: (B,) int64, the batch; -1: averaged over batches.
+            library: (B, 1), total counts of a profile.
+            log1p: whether ln(1 + counts per 10,000) is expected of a profile, not its value.
+
+        Returns:
+            (B, F).
+        """
+        average = torch.zeros(len(z), self.width, device=z.device)
+        known = code >= 0
+        if known.any():
+            average[known] = self._compute_mean(z[known], code[known], library[known], log1p)
+        if not known.all():
+            for batch in range(self.n_batches):
+                every = torch.full_like(code[~known], batch)
+                mean = self._compute_mean(z[~known], every, library[~known], log1p)
+                average[~known] += mean / self.n_batches
+        return average
+
+    def _compute_mean(self, z: Tensor, code: Tensor, library: Tensor, log1p: bool) -> Tensor:
+        likelihood = self.model.get_decoder(self.modality).likelihood
+        parameters = self._decode(z, code, library)
+        if log1p:
+            return compute_log1p_mean(likelihood, parameters, PER_TEN_THOUSAND / library)
+        return likelihood.compute_mean(parameters)
+
+    def draw_values(
+        self, z: Tensor, code: Tensor, library: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """Draw values of each feature, (B, F); arguments as of `compute_mean`."""
+        drawn = torch.randint(
+            self.n_batches, code.shape, generator=generator, device=code.device
+        )
+        parameters = self._decode(z, torch.where(code >= 0, code, drawn), library)
+        likelihood = self.model.get_decoder(self.modality).likelihood
+        return likelihood.draw_values(parameters, generator)
+
+    def _decode(self, z: Tensor, code: Tensor, library: Tensor) -> LikelihoodParameters:
+        decoder = self.model.get_decoder(self.modality)
+        return decoder.compute_parameters(z, code, library, features=self.features)
