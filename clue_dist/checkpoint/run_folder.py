@@ -7,8 +7,9 @@
     RUN/best/step-00001100/          weights.safetensors, state.json and COMMIT.json of the best
                                      validation
 
-A checkpoint holds weights, optimizer and buffers. The buffers of the common space are fitted at
-validations alone: in between, they are older than the weights, which they do not train.
+A checkpoint holds weights, optimizer and buffers. The buffers of the common space and of the
+translation are fitted at validations alone: in between, they are older than the weights, which
+training changes.
 
 COMMIT.json holds the size and SHA-256 of every file beside it; a file that differs is not used.
 Each rank writes its shards of weights and optimizer (shards.py), and any number of ranks reads
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from clue_dist.checkpoint import shards
 from clue_dist.errors import ResumeError, list_names
-from clue_dist.model.clue import CLUE
+from clue_dist.model.clue import CLUE, FITTED_MODULES
 from clue_dist.process import print_line
 from clue_dist.store.writer import hash_file
 
@@ -216,8 +217,10 @@ def load_weights(model: CLUE, folder: Path, fix: str) -> None:
     """
     try:
         weights = read_weights(folder)
-        if not any(name.startswith("space.") for name in weights):  # of an earlier version
-            weights |= {f"space.{name}": values for name, values in model.space.named_buffers()}
+        for module in FITTED_MODULES:  # an earlier version did not have all of them
+            if not any(name.startswith(f"{module}.") for name in weights):
+                buffers = model.get_submodule(module).named_buffers()
+                weights |= {f"{module}.{name}": values for name, values in buffers}
         model.load_state_dict(weights)
     except UNFIT as error:
         raise ResumeError(

@@ -196,7 +196,7 @@ def impute_slices(
                 code = torch.full_like(code, question.fixed_code)
             for start in range(0, cell_slice.n_cells, piece):
                 part = slice(start, start + piece)
-                target = TargetLatent(latent.mean[part], latent.log_var[part])
+                target = latent.select_rows(part)
                 found = _impute_piece(question, target, code[part], library[part], generator)
                 rows = cell_slice.rows[part]
                 yield rows, {name: _finish(question, values, rows) for name, values in found}

@@ -23,6 +23,7 @@ from clue_dist.model.modality_spec import ModalitySpec
 from clue_dist.model.noise import Noise
 from clue_dist.model.posterior import choose_combination, sample_posterior, select_own_latent
 from clue_dist.model.thinning import hide_entries
+from clue_dist.model.translation import LatentTranslation
 from clue_dist.model.trunk import Trunk
 
 Mixup = Literal["none", "any", "within_batch"]
@@ -31,6 +32,9 @@ Mixup = Literal["none", "any", "within_batch"]
 # neighbours follow from what modalities share. In the common space, where z has length 1, to less.
 PRIVATE_SCALE = 0.2
 PRIVATE_SCALE_IN_SPACE = 0.005
+
+# Modules of buffers, which validations fit to the weights as they are then.
+FITTED_MODULES = "space", "translation"
 
 
 class Posterior(NamedTuple):
@@ -98,6 +102,7 @@ class CLUE(nn.Module):
         )
         self.combine = choose_combination(config.posterior, k)
         self.space = CommonSpace(k, k * self.n_aligned)
+        self.translation = LatentTranslation(k, config.latent)
         self.decoders = nn.ModuleList(
             Decoder(spec.likelihood, spec.n_features, n_batches, config.latent, config.decoder)
             for spec in specs.values()

@@ -14,7 +14,6 @@ from torch import Tensor
 from clue_dist.data.batch import Batch
 from clue_dist.model.clue import CLUE
 from clue_dist.model.likelihoods import LikelihoodParameters, compute_log1p_mean
-from clue_dist.model.posterior import sample_posterior
 
 PER_TEN_THOUSAND = 1e4  # to what total profiles are scaled before ln(1 + x) is taken
 
@@ -37,25 +36,45 @@ class TargetLatent:
     """The Gaussian of z_k of the modality asked for, given what a cell shows."""
 
     mean: Tensor  # (B, d)
-    log_var: Tensor  # (B, d)
+    # What a standard normal vector is multiplied by: standard deviations (B, d), or a factor of the
+    # covariance that all cells have in common, (d, d) and lower triangular.
+    deviation: Tensor
+    is_factor: bool
+
+    def select_rows(self, rows: slice) -> TargetLatent:
+        """The Gaussian of some of the cells."""
+        deviation = self.deviation if self.is_factor else self.deviation[rows]
+        return TargetLatent(self.mean[rows], deviation, self.is_factor)
 
     def draw_sample(self, generator: torch.Generator) -> Tensor:
         """Draw z_k of each cell, (B, d)."""
         noise = torch.randn(
             self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype
         )
-        return sample_posterior(self.mean, self.log_var, noise)
+        spread = noise @ self.deviation.T if self.is_factor else noise * self.deviation
+        return self.mean + spread
 
 
 def infer_target_latent(model: CLUE, batch: Batch, modality: str) -> TargetLatent:
     """Infer z_k of a modality from all that a batch shows, be the modality itself shown or not.
 
-    It is the z_k whose sample the decoder reads in eq. 8. What is private to a modality that is not
-    shown is the prior's.
+    Where it is shown, it is the z_k whose sample the decoder reads in eq. 8. Else z_k is told by
+    the translation. Where that was not fitted, as in runs of earlier versions, cross-encoders tell
+    it, and what is private to the modality is the prior's.
+
+    Args:
+        model: the model.
+        batch: cells that show the same modalities.
+        modality: the one asked for.
     """
-    posterior = model.encode_batch(batch)
-    k = model.modalities.index(modality)
-    return TargetLatent(posterior.joint_mean[:, k], posterior.joint_log_var[:, k])
+    posterior, k = model.encode_batch(batch), model.modalities.index(modality)
+    shown = [int(source) for source in batch.observed[0].nonzero()[:, 0]]
+    fitted = [source for source in model.translation.list_fitted(k) if source in shown]
+    if k in shown or not fitted:
+        deviation = (0.5 * posterior.joint_log_var[:, k]).exp()
+        return TargetLatent(posterior.joint_mean[:, k], deviation, is_factor=False)
+    mean, covariance = model.translation.predict_latent(posterior.mean, fitted, k)
+    return TargetLatent(mean, torch.linalg.cholesky(covariance), is_factor=True)
 
 
 @dataclass(frozen=True)

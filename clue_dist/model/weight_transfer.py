@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from clue_dist.model.clue import CLUE
+from clue_dist.model.clue import CLUE, FITTED_MODULES
 
 
 @torch.no_grad()
@@ -20,7 +20,7 @@ def transfer_weights(
     """Set a model to the weights of another one, as far as both know the same.
 
     What the other model does not know stays as it is: modalities, biological batches, and the
-    discriminator where the modalities are not the same. So does the common space.
+    discriminator where the modalities are not the same. So do the common space and the translation.
 
     Args:
         model: to be changed; of the sizes of the other model.
@@ -36,7 +36,7 @@ def transfer_weights(
     sources = [modalities.index(name) for name in known]
     for name, tensor in model.state_dict().items():
         module, *rest = name.split(".")
-        if module == "space":  # the first validation fits it to these cells
+        if module in FITTED_MODULES:  # the first validation fits them to these cells
             continue
         if module in ("trunks", "decoders"):  # one for each modality
             place = int(rest[0])

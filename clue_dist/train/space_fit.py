@@ -15,6 +15,7 @@ from clue_dist.data.batch import Batch
 from clue_dist.errors import list_names
 from clue_dist.integration import measure_mixing
 from clue_dist.matching import compute_foscttm
+from clue_dist.model.clue import Posterior
 from clue_dist.model.common_space import (
     FEWEST_PAIRED,
     CommonSpace,
@@ -51,16 +52,19 @@ class FittedSpace(NamedTuple):
 
 def fit_common_space(
     trainer: Trainer, fitting: Batch | None, held_out: EncodedCells | None
-) -> None:
+) -> Posterior | None:
     """Fit the common space to the present weights. Every rank must call, with the same cells.
 
     Args:
         trainer: what training works with.
         fitting: training cells with several modalities.
         held_out: the validation cells.
+
+    Returns:
+        What the model infers of the fitting cells.
     """
     if fitting is None:
-        return
+        return None
     posterior = trainer.encode_batch(fitting)
     model = trainer.model
     cells = EncodedCells.select_aligned(posterior, fitting.observed, model.n_aligned).to_cpu()
@@ -73,6 +77,7 @@ def fit_common_space(
     if dist.is_initialized():  # rounding may differ between ranks, which must score the same z
         for values in model.space.buffers():
             dist.broadcast(values, 0)
+    return posterior
 
 
 def explain_missing_space(modalities: Sequence[str], fitting: Batch | None) -> str | None:

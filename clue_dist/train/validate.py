@@ -26,11 +26,13 @@ from clue_dist.integration import (
     measure_mixing,
 )
 from clue_dist.matching import compute_nearer_share
+from clue_dist.model.clue import Posterior
 from clue_dist.model.noise import Noise
 from clue_dist.neighbours import find_neighbours
 from clue_dist.objective import EncodedCells, HeldOutScores
 from clue_dist.train.sinks import Sinks
 from clue_dist.train.space_fit import fit_common_space, thin_cells
+from clue_dist.train.translation_fit import TranslatedCells, fit_translation
 from clue_dist.train.trainer import Trainer, ValidationCells
 
 
@@ -52,7 +54,7 @@ def validate_model(
         to be kept.
     """
     if validation_cells.held_out is None:  # the last weights are the best that can be had
-        fit_common_space(trainer, validation_cells.fitting, None)
+        fit_to_pairs(trainer, validation_cells.fitting, None, None)
         return replace(state, best_step=state.step)
     validation = score_held_out_cells(trainer, validation_cells.held_out, validation_cells)
     cells = validation.cells
@@ -67,6 +69,28 @@ def validate_model(
     finite = {name: value for name, value in numbers.items() if name not in wrong}
     sinks.write_numbers("validation", state.step, finite | _list_choice_numbers(state, error))
     return state
+
+
+def fit_to_pairs(
+    trainer: Trainer, fitting: Batch | None, held_out: Batch | None, posterior: Posterior | None
+) -> None:
+    """Fit what is not trained but follows from pairs: the common space, and the translation.
+
+    Args:
+        trainer: what training works with.
+        fitting: training cells with several modalities.
+        held_out: the validation cells.
+        posterior: what the model infers of them.
+    """
+    space_cells, translated = None, None
+    if held_out is not None and posterior is not None:
+        n_aligned = trainer.model.n_aligned
+        space_cells = EncodedCells.select_aligned(posterior, held_out.observed, n_aligned)
+        translated = TranslatedCells.from_posterior(posterior, held_out.observed)
+    found = fit_common_space(trainer, fitting, space_cells)
+    if fitting is not None and found is not None:
+        cells = TranslatedCells.from_posterior(found, fitting.observed)
+        fit_translation(trainer.model.translation, cells, translated)
 
 
 def choose_weights(state: RunState, cells: Sequence[float]) -> tuple[RunState, float]:
@@ -128,9 +152,7 @@ def score_held_out_cells(
         noise = _make_noise(trainer, held_out)
         scores: HeldOutScores = trainer.engine(held_out, noise, held_out=True)
     trainer.engine.train()
-    n_aligned = trainer.model.n_aligned
-    encoded = EncodedCells.select_aligned(scores.posterior, held_out.observed, n_aligned)
-    fit_common_space(trainer, validation_cells.fitting, encoded)
+    fit_to_pairs(trainer, validation_cells.fitting, held_out, scores.posterior)
     joint, alone = trainer.model.read_latents(held_out, scores.posterior)
     patterns = validation_cells.patterns
     joint_of_patterns = None if patterns is None else trainer.embed_batch(patterns)

@@ -42,8 +42,14 @@ def test_mean_and_draws_follow_the_distribution(name):
     variance = kept * (expected.var() + expected.mean() ** 2) - mean**2
     np.testing.assert_allclose(likelihood.compute_mean(parameters), mean, rtol=1e-5)
     generator = torch.Generator().manual_seed(0)
-    draws = torch.stack([likelihood.draw_values(parameters, generator) for _ in range(DRAWS)])
-    assert draws.shape == (DRAWS, 2, 4)
+    rate, theta, library, gate = parameters
+    many = LikelihoodParameters(
+        rate.repeat(DRAWS, 1),
+        theta,
+        library.repeat(DRAWS, 1),
+        None if gate is None else gate.repeat(DRAWS, 1),
+    )
+    draws = likelihood.draw_values(many, generator).view(DRAWS, 2, 4)
     error = np.abs(draws.double().mean(0).numpy() - mean) / np.sqrt(variance / DRAWS)
     assert error.max() < 4.5
     np.testing.assert_allclose(draws.double().var(0), variance, rtol=0.25)

@@ -1,0 +1,90 @@
+"""The translation between modalities is fitted: on training pairs, its error on held-out pairs."""
+
+from __future__ import annotations
+
+from itertools import permutations
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from clue_dist.model.clue import Posterior
+from clue_dist.model.common_space import FEWEST_PAIRED
+from clue_dist.model.posterior import select_own_latent
+from clue_dist.model.translation import LatentTranslation, Regression, fit_regression
+
+# Encoders know their training pairs: held-out pairs tell how much of a regression holds for others.
+RIDGES = 0.003, 0.01, 0.03, 0.1, 0.3, 1.0
+DEFAULT_RIDGE = 0.1  # with too few held-out pairs to choose one
+FEWEST_CHOOSING = 50  # held-out pairs of two modalities
+
+
+class TranslatedCells(NamedTuple):
+    """What modalities say of cells, on the CPU, in float64."""
+
+    mean: Tensor  # (N, K source, K target, d), posterior means of the experts
+    own_variance: Tensor  # (N, K, d), of q(z_k | x_k)
+    observed: Tensor  # (N, K) bool
+
+    @classmethod
+    def from_posterior(cls, posterior: Posterior, observed: Tensor) -> TranslatedCells:
+        """Select what is needed of a posterior."""
+        variance = select_own_latent(posterior.log_var).exp()
+        return cls(posterior.mean.cpu().double(), variance.cpu().double(), observed.cpu())
+
+    def select_pairs(self, source: int, target: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs (n, K * d), latents (n, d) and their variances of the cells that have both."""
+        both = self.observed[:, source] & self.observed[:, target]
+        inputs = self.mean[both, source].flatten(1)
+        return inputs, self.mean[both, target, target], self.own_variance[both, target]
+
+
+def fit_translation(
+    translation: LatentTranslation, cells: TranslatedCells, held_out: TranslatedCells | None
+) -> None:
+    """Fit the regression of every two modalities that enough training cells have together.
+
+    Every rank must call, with the same cells.
+
+    Args:
+        translation: to be changed.
+        cells: training cells.
+        held_out: other cells.
+    """
+    for source, target in permutations(range(cells.observed.shape[1]), 2):
+        inputs, latents, variance = cells.select_pairs(source, target)
+        finite = bool(inputs.isfinite().all() and latents.isfinite().all())
+        if len(inputs) < FEWEST_PAIRED or not finite:
+            continue
+        others = None if held_out is None else held_out.select_pairs(source, target)[:2]
+        weight, offset, error = _choose_regression(inputs, latents, others)
+        covariance = error + torch.diag(variance.mean(0))
+        translation.set_regression(source, target, Regression(weight, offset, covariance))
+    if dist.is_initialized():  # rounding may differ between ranks, which must hold the same
+        for values in translation.buffers():
+            dist.broadcast(values, 0)
+
+
+def _choose_regression(
+    inputs: Tensor, latents: Tensor, others: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The regression that serves held-out pairs best: weight, offset, covariance of its error.
+
+    Errors correlate as they do in training cells, which are many. How large they are, held-out
+    pairs say, by dimension.
+    """
+    can_choose = others is not None and len(others[0]) >= FEWEST_CHOOSING
+    ridges = RIDGES if can_choose else (DEFAULT_RIDGE,)
+    candidates = []
+    for ridge in ridges:
+        weight, offset = fit_regression(inputs, latents, ridge)
+        residual = latents - inputs @ weight - offset
+        error = residual.T @ residual / len(residual)
+        if can_choose and others is not None:
+            seen = residual.square().mean(0).clamp_min(1e-12)
+            unseen = (others[1] - others[0] @ weight - offset).square().mean(0)
+            scale = (unseen / seen).sqrt()
+            error = scale[:, None] * error * scale
+        candidates.append((weight, offset, error))
+    return min(candidates, key=lambda candidate: float(candidate[2].diagonal().sum()))

@@ -1,0 +1,143 @@
+"""Imputation: which modalities are looked at, which batch is decoded, means, intervals, errors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+
+from clue_dist.errors import ConfigError, DataError
+from clue_dist.inference.cells import StoreCells
+from clue_dist.inference.impute import ImputationChoices, impute_cells
+from clue_dist.inference.load_model import TrainedModel
+from clue_dist.store.reader import Store
+from tests.stores import make_store
+from tests.unit.impute_helpers import make_trained
+
+CELLS = {"rna+adt": 40, "rna": 20}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Store:
+    folder = tmp_path_factory.mktemp("store")
+    return make_store(folder / "s.zarr", cells=CELLS, features={"rna": 12, "adt": 5})
+
+
+@pytest.fixture(scope="module")
+def trained(store) -> TrainedModel:
+    return make_trained(store)
+
+
+def impute(trained, store, modality="adt", **choices):
+    return impute_cells(trained, StoreCells(store, trained), ImputationChoices(modality, **choices))
+
+
+def test_sources_alone_are_looked_at(trained, store):
+    shown = impute(trained, store, from_=["rna"])
+    paired = impute(trained, store)
+    assert list(shown.obs["clue_from"].unique()) == ["rna"]
+    assert list(paired.obs["clue_from"].unique()) == ["rna+adt", "rna"]
+    assert shown.shape == (60, 5)
+    assert list(shown.var_names) == store.manifest.modalities["adt"].features
+    # What cells of RNA alone show is the same in both; of the others proteins were hidden.
+    np.testing.assert_array_equal(shown.X[40:], paired.X[40:])
+    assert np.abs(shown.X[:40] - paired.X[:40]).max() > 1
+
+
+def test_average_is_the_mean_over_batches(trained, store):
+    names = store.manifest.batches
+    each = [impute(trained, store, batch=name).X for name in names]
+    assert np.abs(each[0] - each[1]).max() > 1
+    average = impute(trained, store, batch="average").X
+    np.testing.assert_allclose(average, np.mean(each, 0), rtol=1e-5)
+    own = impute(trained, store, batch="own")
+    codes = own.obs["batch"].cat.codes.to_numpy()
+    expected = np.stack(each)[codes, np.arange(60)]
+    np.testing.assert_allclose(own.X, expected, rtol=1e-5)
+
+
+def test_an_unknown_batch_is_averaged(trained, store):
+    stranger = replace(trained, batches=["elsewhere", "nowhere"])
+    own = impute(stranger, store, batch="own").X
+    np.testing.assert_allclose(own, impute(trained, store, batch="average").X, rtol=1e-5)
+
+
+def test_units_are_shares_or_counts(trained, store):
+    shares = impute(trained, store).X
+    np.testing.assert_allclose(impute(trained, store, library_size=500.0).X, shares / 20, rtol=1e-5)
+    own = impute(trained, store, library_size="own")
+    reader = store.segments["rna+adt"]
+    total = reader.read_rows("adt", np.arange(40)).sum(1)
+    np.testing.assert_allclose(own.X[:40], shares[:40] * total[:, None] / 1e4, rtol=1e-4)
+    np.testing.assert_allclose(own.X[40:], shares[40:] * np.exp(4.0) / 1e4, rtol=1e-4)
+
+
+def test_features_are_chosen_in_the_order_of_the_list(trained, store):
+    whole = impute(trained, store)
+    some = impute(trained, store, features=["adt-3", "adt-0"])
+    assert list(some.var_names) == ["adt-3", "adt-0"]
+    np.testing.assert_allclose(some.X, whole[:, ["adt-3", "adt-0"]].X, rtol=1e-5)
+
+
+def test_small_values_become_zero(trained, store):
+    dense = impute(trained, store, "rna", interval=0.5)
+    sparse = impute(trained, store, "rna", interval=0.5, threshold=300.0)
+    assert sp.issparse(sparse.X)
+    np.testing.assert_array_equal(sparse.X.toarray(), np.where(dense.X < 300, 0, dense.X))
+    assert sp.issparse(sparse.layers["upper"])
+    assert 0 < sparse.X.nnz < dense.X.size
+
+
+def test_intervals_cover_what_the_model_draws(trained, store):
+    """Another draw of the same model falls into its 90% intervals nine times out of ten."""
+    answer = impute(trained, store, "rna", interval=0.9, samples=2, library_size=1e6)
+    lower, upper, draw = (answer.layers[name] for name in ("lower", "upper", "sample-0"))
+    other = impute(trained, store, "rna", samples=2, library_size=1e6, seed=1).layers["sample-1"]
+    assert (lower <= upper).all()
+    assert not np.array_equal(draw, other)
+    covered = ((other >= lower) & (other <= upper)).mean()
+    assert 0.86 < covered < 0.94
+    mean = np.mean([answer.layers["sample-0"], answer.layers["sample-1"]])
+    assert mean == pytest.approx(answer.X.mean(), rel=0.2)
+
+
+def test_an_answer_repeats_itself_and_says_what_made_it(trained, store):
+    first, second = (impute(trained, store, interval=0.9) for _ in range(2))
+    np.testing.assert_array_equal(first.layers["lower"], second.layers["lower"])
+    about = first.uns["clue_dist"]
+    assert (about["checkpoint"], about["unit"]) == ("step-7", "counts per 10,000")
+    assert about["from"] == ["rna", "adt"]
+
+
+def test_expected_logarithms_are_means_of_logarithms(trained, store):
+    expected = impute(trained, store, log1p=True, library_size=2000.0).X
+    torch.manual_seed(0)
+    answer = impute(trained, store, samples=400, library_size=2000.0)
+    draws = np.mean([np.log1p(5 * answer.layers[f"sample-{i}"]) for i in range(400)], 0)
+    # z is drawn, too, so that the draws' mean is near, not the same.
+    assert np.corrcoef(expected.ravel(), draws.ravel())[0, 1] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"modality": "rnaa"}, "did you mean rna"),
+        ({"modality": "adt", "from_": ["atac"]}, "no such modality"),
+        ({"modality": "adt", "features": ["adt-33"]}, "did you mean adt-3"),
+        ({"modality": "adt", "batch": "batch-9"}, "own, average, or one of batch-0, batch-1"),
+        ({"modality": "adt", "interval": 90}, "between 0 and 1"),
+        ({"modality": "adt", "library_size": -1}, "above 0"),
+        ({"modality": "adt", "features": []}, "no feature"),
+    ],
+)
+def test_choices_that_the_model_does_not_know_are_refused(trained, store, choices, message):
+    with pytest.raises(ConfigError, match=message):
+        impute(trained, store, **choices)
+
+
+def test_cells_without_a_source_are_refused(trained, store):
+    with pytest.raises(DataError, match="20 of 60 cells, such as rna-0"):
+        impute(trained, store, "rna", from_=["adt"])
