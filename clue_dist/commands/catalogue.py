@@ -56,6 +56,11 @@ COMMANDS = {
         "Embed the cells of a store.",
         "clue embed --run runs/atlas --store S.zarr --out z.h5mu",
     ),
+    "impute": CommandEntry(
+        ANSWERS,
+        "Impute a modality of the cells of a store, or denoise one.",
+        "clue impute --run runs/atlas --store S.zarr --modality adt --from rna --out adt.h5ad",
+    ),
     "evaluate": CommandEntry(
         QUALITY,
         "Score how well modalities match, and whether z is one space.",

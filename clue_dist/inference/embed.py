@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def embed_cells(
             ):
                 tables = _build_tables(out.suffix, trained_model, cells, embedding, provenance)
                 with translate_output_errors(out):
-                    _write_tables(out, scratch / f"out{out.suffix}", tables)
+                    write_tables(out, scratch / f"out{out.suffix}", tables)
 
         ranks.run_on_first(write_embedding)
 
@@ -216,19 +217,23 @@ def describe_embedding(trained_model: LoadedModel, cells: Cells, run: Path | str
     }
 
 
-def check_embedding_path(out: Path) -> None:
+def check_embedding_path(out: Path, formats: Sequence[str] = FORMATS) -> None:
     """Check that `out` has a known ending and would replace only a file or an earlier embedding.
+
+    Args:
+        out: where a result is to go.
+        formats: the known endings.
 
     Raises:
         ConfigError: it is not.
     """
     where, fix = f"--out {out}", "choose another name"
-    if out.suffix not in FORMATS:
+    if out.suffix not in formats:
         raise ConfigError(
             "the output's ending says its format",
             where=where,
             got=out.suffix,
-            expected=" or ".join(FORMATS),
+            expected=" or ".join(formats),
         )
     check_output_folder(out)
     if out.is_dir() and not (out / "uns" / "clue_dist").is_dir():
@@ -272,7 +277,7 @@ def _build_tables(
     return mdata
 
 
-def _write_tables(out: Path, temporary: Path, tables: ad.AnnData | md.MuData) -> None:
+def write_tables(out: Path, temporary: Path, tables: ad.AnnData | md.MuData) -> None:
     """Write under a temporary name, then rename: `out` is whole or is not there."""
     if out.suffix == ".zarr":
         tables.write_zarr(temporary)

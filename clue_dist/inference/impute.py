@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,76 +14,34 @@ import torch
 from torch import Tensor
 
 from clue_dist.data.batch import Batch, compute_library_size
-from clue_dist.errors import ConfigError, DataError, ResumeError, list_names
-from clue_dist.inference.cells import Cells, CellSlice
+from clue_dist.errors import DataError, ResumeError, list_names
+from clue_dist.inference.cells import Cells, CellSlice, StoreCells
+from clue_dist.inference.embed import check_embedding_path, write_tables
+from clue_dist.inference.imputation_question import (
+    INTERVAL_DRAWS,
+    LOWER,
+    MEAN,
+    SAMPLE,
+    UPPER,
+    ImputationChoices,
+    ImputationQuestion,
+    read_question,
+)
 from clue_dist.inference.load_model import TrainedModel
+from clue_dist.inference.matrix_files import MatrixFolder
+from clue_dist.inference.output_files import make_scratch_folder, translate_output_errors
 from clue_dist.inference.stream import read_slices_ahead
-from clue_dist.kinds import KINDS
 from clue_dist.model.imputation import (
     PER_TEN_THOUSAND,
     TargetLatent,
-    ValueDecoder,
     infer_target_latent,
     keep_sources,
 )
 from clue_dist.ranks import Ranks
 
-OWN, AVERAGE = "own", "average"  # choices of a batch, beside the names of batches
-MEAN, LOWER, UPPER, SAMPLE = "X", "lower", "upper", "sample-"  # matrices of an answer
+FORMATS = (".h5ad", ".zarr")
 SOURCES_COLUMN = "clue_from"  # of obs: the modalities that a cell's values follow from
-# Draws of a cell and feature from which the interval is taken. With 99 draws and the value itself
-# the ranks of 90% lie exactly between two draws.
-INTERVAL_DRAWS = 99
 MOST_VALUES = 2**24  # of a piece of cells that is decoded at once, over its draws: 64 MB
-
-
-@dataclass(frozen=True)
-class ImputationChoices:
-    """What is asked for; see docs/answers.md."""
-
-    modality: str  # whose values are asked for
-    from_: Sequence[str] | None = None  # modalities to infer them from; None: all that a cell has
-    batch: str = OWN  # name of a batch, "own" (of each cell, "average" where unknown), "average"
-    features: Sequence[str] | None = None  # None: all
-    # Total counts of the profile that is expected, or "own", those of each cell; None: expected
-    # shares, per 10,000 counts.
-    library_size: float | str | None = None
-    log1p: bool = False  # E ln(1 + counts per 10,000) instead, as scanpy's log1p of a profile
-    samples: int = 0  # draws of a profile, with the noise of counts
-    interval: float | None = None  # share of draws in the central interval, such as 0.9
-    threshold: float | None = None  # smaller values become zero, and the matrices sparse
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class _Question:
-    """The choices as numbers of the model."""
-
-    choices: ImputationChoices
-    trained_model: TrainedModel
-    decoder: ValueDecoder
-    sources: tuple[str, ...]
-    features: list[str]
-    fixed_code: int | None  # the batch for all cells, -1: averaged; None: each cell's own
-    typical_library: float  # of training cells, where a cell's own is not known
-
-    @property
-    def has_counts(self) -> bool:
-        """Whether values are counts, which can be shares and logarithms."""
-        return not KINDS[self.trained_model.modalities[self.choices.modality].kind].real_values
-
-    @property
-    def matrices(self) -> list[str]:
-        """Names of the matrices of the answer."""
-        bounds = [LOWER, UPPER] if self.choices.interval is not None else []
-        return [MEAN, *bounds, *(f"{SAMPLE}{i}" for i in range(self.choices.samples))]
-
-    @property
-    def n_draws(self) -> int:
-        """Draws of each cell."""
-        return max(
-            self.choices.samples, INTERVAL_DRAWS if self.choices.interval is not None else 0
-        )
 
 
 def impute_cells(
@@ -111,7 +67,7 @@ def impute_cells(
         DataError: a cell has none of the modalities in `from_`.
         ResumeError: the model gives NaN.
     """
-    question = _read_question(trained_model, choices)
+    question = read_question(trained_model, choices)
     slices = cells.slice_cells(batch_size)
     obs = _describe_cells(cells, slices, question)
     shape = cells.n_cells, len(question.features)
@@ -125,6 +81,58 @@ def impute_cells(
     order = np.concatenate(rows)
     matrices = {name: _order_rows(part, order, shape) for name, part in parts.items()}
     return build_answer(question, obs, matrices)
+
+
+def write_imputation(
+    trained_model: TrainedModel,
+    cells: StoreCells,
+    out: Path,
+    choices: ImputationChoices,
+    *,
+    batch_size: int = 4096,
+    ranks: Ranks | None = None,
+) -> int:
+    """Impute a modality of the cells of a store into a file. All ranks call this.
+
+    Args:
+        trained_model: the model.
+        cells: the cells.
+        out: an .h5ad or a .zarr, which is replaced.
+        choices: what is asked for.
+        batch_size: cells encoded at once.
+        ranks: this process among the others; by default it is alone.
+
+    Returns:
+        The number of cells.
+
+    Raises:
+        ClueError: what `impute_cells` raises; an unknown ending, no such folder, or a full disk.
+    """
+    ranks = ranks or Ranks()
+    check_embedding_path(out, FORMATS)
+    question = read_question(trained_model, choices)
+    slices = cells.slice_cells(batch_size)
+    obs = _describe_cells(cells, slices, question)
+    share = slices[ranks.slice_for_rank(len(slices))]
+    with make_scratch_folder(out, ranks) as scratch:
+        folder = MatrixFolder(
+            scratch, question.matrices, len(question.features), choices.threshold is not None
+        )
+        pieces = (found for _, found in impute_slices(question, cells, share, ranks))
+        ranks.run_on_all(lambda: folder.write_share(pieces, ranks.rank))
+
+        def write_answer() -> None:
+            folder.join_shares(ranks.world)
+            matrices = {name: folder.map_matrix(name, cells.n_cells) for name in question.matrices}
+            answer = build_answer(question, obs, matrices)
+            with (
+                ad.settings.override(zarr_write_format=3, auto_shard_zarr_v3=False),
+                translate_output_errors(out),
+            ):
+                write_tables(out, scratch / f"out{out.suffix}", answer)
+
+        ranks.run_on_first(write_answer)
+    return cells.n_cells
 
 
 def _order_rows(parts: list[Any], order: np.ndarray, shape: tuple[int, int]) -> Any:
@@ -144,7 +152,9 @@ def _order_rows(parts: list[Any], order: np.ndarray, shape: tuple[int, int]) -> 
     return ordered
 
 
-def build_answer(question: _Question, obs: pd.DataFrame, matrices: dict[str, Any]) -> ad.AnnData:
+def build_answer(
+    question: ImputationQuestion, obs: pd.DataFrame, matrices: dict[str, Any]
+) -> ad.AnnData:
     """Put matrices together; `uns["clue_dist"]` says what made them."""
     choices = question.choices
     unit = "values"
@@ -171,7 +181,7 @@ def build_answer(question: _Question, obs: pd.DataFrame, matrices: dict[str, Any
 
 
 def impute_slices(
-    question: _Question, cells: Cells, slices: Sequence[CellSlice], ranks: Ranks
+    question: ImputationQuestion, cells: Cells, slices: Sequence[CellSlice], ranks: Ranks
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
     """Impute slices of cells, piece by piece.
 
@@ -202,7 +212,7 @@ def impute_slices(
                 yield rows, {name: _finish(question, values, rows) for name, values in found}
 
 
-def _find_library(question: _Question, batch: Batch) -> Tensor:
+def _find_library(question: ImputationQuestion, batch: Batch) -> Tensor:
     """Total counts of each cell's profile of the modality, (B, 1), as asked or as measured."""
     size = question.choices.library_size
     if isinstance(size, (int, float)):
@@ -215,7 +225,7 @@ def _find_library(question: _Question, batch: Batch) -> Tensor:
 
 
 def _impute_piece(
-    question: _Question,
+    question: ImputationQuestion,
     latent: TargetLatent,
     code: Tensor,
     library: Tensor,
@@ -248,7 +258,7 @@ def _impute_piece(
         yield UPPER, draws[INTERVAL_DRAWS - 1 - max(below, 0)]
 
 
-def _finish(question: _Question, values: Tensor, rows: np.ndarray) -> np.ndarray:
+def _finish(question: ImputationQuestion, values: Tensor, rows: np.ndarray) -> np.ndarray:
     """Values as they are kept: on the CPU, finite, those below the threshold zero."""
     found = values.float().cpu().numpy()
     if not np.isfinite(found).all():
@@ -263,78 +273,8 @@ def _finish(question: _Question, values: Tensor, rows: np.ndarray) -> np.ndarray
     return np.asarray(found)
 
 
-# --- what is asked for --------------------------------------------------------------------------
-
-
-def _read_question(trained_model: TrainedModel, choices: ImputationChoices) -> _Question:
-    """Check the choices, and look up what they name.
-
-    Raises:
-        ConfigError: the model does not know a modality, a feature or the batch; a share or a size
-            out of range; shares or logarithms of real values.
-    """
-    known = trained_model.modalities
-    for name in (choices.modality, *(choices.from_ or [])):
-        _require_known(name, list(known), "modality")
-    modality = known[choices.modality]
-    features = list(choices.features) if choices.features is not None else modality.features
-    places = {name: place for place, name in enumerate(modality.features)}
-    for name in features:
-        _require_known(name, modality.features, f"feature of {choices.modality}")
-    if not features:
-        raise ConfigError("no feature is asked for", where="features", got="an empty list")
-    code = None if choices.batch == OWN else -1
-    if choices.batch not in (OWN, AVERAGE):
-        _require_known(choices.batch, trained_model.batches, "batch", f"{OWN}, {AVERAGE}")
-        code = trained_model.batches.index(choices.batch)
-    _check_numbers(choices, KINDS[modality.kind].real_values)
-    numbers = torch.tensor([places[name] for name in features])
-    decoder = ValueDecoder(
-        trained_model.model,
-        choices.modality,
-        None if choices.features is None else numbers,
-    )
-    sources = tuple(name for name in known if choices.from_ is None or name in choices.from_)
-    typical = trained_model.model.get_trunk(choices.modality).typical_library
-    return _Question(choices, trained_model, decoder, sources, features, code, typical)
-
-
-def _require_known(name: str, known: Sequence[str], what: str, others: str = "") -> None:
-    """Require that the model knows a name; else name the nearest ones."""
-    if name in known:
-        return
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    listed = list_names(known) or "none"
-    raise ConfigError(
-        f"the model knows no such {what}",
-        got=name,
-        expected=f"{others}, or one of {listed}" if others else listed,
-        fix=f"did you mean {' or '.join(near)}?" if near else None,
-    )
-
-
-def _check_numbers(choices: ImputationChoices, real_values: bool) -> None:
-    """Require numbers that mean something."""
-    size, interval = choices.library_size, choices.interval
-    is_size = size is None or size == OWN or (isinstance(size, (int, float)) and size > 0)
-    if not is_size:
-        raise ConfigError("no library size", got=size, expected=f"a number above 0, or {OWN!r}")
-    if interval is not None and not 0 < interval < 1:
-        raise ConfigError(
-            "no share of an interval", got=interval, expected="a number between 0 and 1"
-        )
-    if choices.samples < 0:
-        raise ConfigError("no number of samples", got=choices.samples, expected="0 or more")
-    if real_values and (choices.log1p or size is not None):
-        raise ConfigError(
-            "real values have no library size",
-            where=f"modality {choices.modality}",
-            fix="leave library_size and log1p out",
-        )
-
-
 def _describe_cells(
-    cells: Cells, slices: Sequence[CellSlice], question: _Question
+    cells: Cells, slices: Sequence[CellSlice], question: ImputationQuestion
 ) -> pd.DataFrame:
     """obs of the cells, with what each cell's values follow from.
 

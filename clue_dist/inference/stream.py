@@ -218,7 +218,7 @@ def _write_share(
                 if rows is None:
                     rows = np.full((cell_slice.n_cells, widths[name]), np.nan, np.float32)
                 with translate_output_errors(scratch):
-                    _write_rows(file, rows)
+                    write_rows(file, rows)
         with translate_output_errors(scratch):
             for file in files.values():
                 os.fsync(file.fileno())
@@ -265,7 +265,7 @@ def _embed_cells(
     return {JOINT: joint, **variance, **latents, **depth}
 
 
-def _write_rows(file: IO[bytes], rows: np.ndarray) -> None:
+def write_rows(file: IO[bytes], rows: np.ndarray) -> None:
     """Write all bytes of an array.
 
     NumPy's own tofile() hides errors of the last few kilobytes, and a plain write may stop halfway.

@@ -81,8 +81,8 @@ def infer_target_latent(model: CLUE, batch: Batch, modality: str) -> TargetLaten
 class ValueDecoder:
     """Decodes z_k into values of some features of a modality.
 
-    A batch code of -1, unknown, stands for all batches: means are averaged over them, as the decoder
-    says them for each, and a draw is of a batch that is itself drawn.
+    A batch code of -1, unknown, stands for all batches: what is expected is averaged over them, and
+    a draw is of a batch that is itself drawn.
     """
 
     model: CLUE
@@ -134,9 +134,7 @@ class ValueDecoder:
         self, z: Tensor, code: Tensor, library: Tensor, generator: torch.Generator
     ) -> Tensor:
         """Draw values of each feature, (B, F); arguments as of `compute_mean`."""
-        drawn = torch.randint(
-            self.n_batches, code.shape, generator=generator, device=code.device
-        )
+        drawn = torch.randint(self.n_batches, code.shape, generator=generator, device=code.device)
         parameters = self._decode(z, torch.where(code >= 0, code, drawn), library)
         likelihood = self.model.get_decoder(self.modality).likelihood
         return likelihood.draw_values(parameters, generator)

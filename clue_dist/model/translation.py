@@ -22,7 +22,8 @@ class Regression(NamedTuple):
 
     weight: Tensor  # (K * d, d)
     offset: Tensor  # (d,)
-    covariance: Tensor  # (d, d), of z about its prediction: the error, and the width of q(z_j | x_j)
+    # (d, d), of z about its prediction: the error, and the width of q(z_j | x_j).
+    covariance: Tensor
 
 
 class LatentTranslation(nn.Module):
@@ -80,9 +81,7 @@ class LatentTranslation(nn.Module):
         return (weighted @ covariance).to(mean.dtype), covariance.to(mean.dtype)
 
 
-def fit_regression(
-    inputs: Tensor, latents: Tensor, ridge: float
-) -> tuple[Tensor, Tensor]:
+def fit_regression(inputs: Tensor, latents: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     """Fit latents to inputs by least squares with a ridge.
 
     Args:

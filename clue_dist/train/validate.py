@@ -32,8 +32,8 @@ from clue_dist.neighbours import find_neighbours
 from clue_dist.objective import EncodedCells, HeldOutScores
 from clue_dist.train.sinks import Sinks
 from clue_dist.train.space_fit import fit_common_space, thin_cells
-from clue_dist.train.translation_fit import TranslatedCells, fit_translation
 from clue_dist.train.trainer import Trainer, ValidationCells
+from clue_dist.train.translation_fit import TranslatedCells, fit_translation
 
 
 @dataclass(frozen=True)

@@ -259,13 +259,13 @@ from clue_dist.process import run_main
 from clue_dist.store.reader import Store
 from tests.distributed.command import alone
 from tests.fakes import FakeLoaded
-store, out, write = Store(sys.argv[1]), Path(sys.argv[2]), embed._write_tables
+store, out, write = Store(sys.argv[1]), Path(sys.argv[2]), embed.write_tables
 
 def write_to_full_disk(*arguments):
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
     write(*arguments)
 
-embed._write_tables, embed_store = write_to_full_disk, embed.embed_store
+embed.write_tables, embed_store = write_to_full_disk, embed.embed_store
 run_main(lambda: embed_store(FakeLoaded(store.manifest.modalities), store, out, run="r"))
 """
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import anndata as ad
 import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
 
-from clue_dist.errors import ConfigError, DataError
+from clue_dist.errors import ConfigError, DataError, StoreError
 from clue_dist.inference.cells import StoreCells
-from clue_dist.inference.impute import ImputationChoices, impute_cells
+from clue_dist.inference.imputation_question import ImputationChoices
+from clue_dist.inference.impute import impute_cells, write_imputation
 from clue_dist.inference.load_model import TrainedModel
+from clue_dist.inference.matrix_files import MatrixFolder
 from clue_dist.store.reader import Store
 from tests.stores import make_store
 from tests.unit.impute_helpers import make_trained
@@ -141,3 +144,38 @@ def test_choices_that_the_model_does_not_know_are_refused(trained, store, choice
 def test_cells_without_a_source_are_refused(trained, store):
     with pytest.raises(DataError, match="20 of 60 cells, such as rna-0"):
         impute(trained, store, "rna", from_=["adt"])
+
+
+@pytest.mark.parametrize("ending", ["h5ad", "zarr"])
+@pytest.mark.parametrize("threshold", [None, 300.0])
+def test_a_file_holds_what_memory_holds(trained, store, tmp_path, ending, threshold):
+    choices = ImputationChoices("rna", interval=0.9, samples=1, threshold=threshold)
+    cells, out = StoreCells(store, trained), tmp_path / f"o.{ending}"
+    expected = impute_cells(trained, cells, choices, batch_size=16)
+    for _ in range(2):  # the second time over the first
+        assert write_imputation(trained, cells, out, choices, batch_size=16) == 60
+    answer = ad.read_h5ad(out) if ending == "h5ad" else ad.read_zarr(out)
+    assert list(answer.obs_names) == list(expected.obs_names)
+    for name in (None, "lower", "upper", "sample-0"):
+        found, wanted = (a.X if name is None else a.layers[name] for a in (answer, expected))
+        assert sp.issparse(found) == (threshold is not None)
+        if threshold is not None:
+            found, wanted = found.toarray(), wanted.toarray()
+        np.testing.assert_array_equal(found, wanted)
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+
+
+@pytest.mark.parametrize("is_sparse", [False, True])
+def test_shares_of_ranks_make_one_matrix(tmp_path, is_sparse):
+    """Rank 1 has no value that is not zero."""
+    rows = np.array([[0, 2, 0], [1, 0, 3], [0, 0, 0]], np.float32)
+    folder = MatrixFolder(tmp_path, ["X", "lower"], 3, is_sparse)
+    pieces = [{"X": part, "lower": -part} for part in np.split(rows, 3)]
+    folder.write_share(iter(pieces[:2]), 0)
+    folder.write_share(iter(pieces[2:]), 1)
+    folder.join_shares(2)
+    for name, expected in {"X": rows, "lower": -rows}.items():
+        found = folder.map_matrix(name, 3)
+        np.testing.assert_array_equal(found.toarray() if is_sparse else found, expected)
+    with pytest.raises(StoreError, match="rows of some rank are missing"):
+        folder.map_matrix("X", 4)

@@ -16,8 +16,8 @@ DRAWS = 20_000
 def make_parameters(name: str) -> LikelihoodParameters:
     """Four features of two cells, means from 0.02 to 30."""
     rate = torch.tensor([[-8.0, -5.0, -3.0, -1.0], [-7.0, -4.0, -2.0, -1.5]])
-    if name == "bernoulli":
-        rate = rate - 2
+    if name == "bernoulli":  # odds are the library's times these
+        rate = rate - 1
     gate = torch.full((2, 4), -0.5) if name == "zinb" else None
     theta = torch.tensor([-1.0, 0.0, 1.0, 9.0])
     return LikelihoodParameters(rate, theta, torch.tensor([[60.0], [120.0]]), gate)

@@ -1,0 +1,98 @@
+"""Impute a modality of the cells of a store with a trained model."""
+
+import argparse
+
+from clue_dist.commands.model_arguments import build_model_parser, open_model_and_store
+from clue_dist.process import run_main
+
+
+def main() -> None:
+    """Impute as the arguments say, and say how many cells there are."""
+    arguments = _parse_arguments()
+
+    from clue_dist.inference.cells import StoreCells
+    from clue_dist.inference.embed import check_embedding_path, check_query
+    from clue_dist.inference.imputation_question import ImputationChoices, read_question
+    from clue_dist.inference.impute import FORMATS, write_imputation
+
+    choices = ImputationChoices(
+        arguments.modality,
+        from_=arguments.from_,
+        batch=arguments.batch,
+        features=arguments.features,
+        library_size=arguments.library_size,
+        log1p=arguments.log1p,
+        samples=arguments.samples,
+        interval=arguments.interval,
+        threshold=arguments.threshold,
+        seed=arguments.seed,
+    )
+    with open_model_and_store(
+        arguments, lambda: check_embedding_path(arguments.out, FORMATS)
+    ) as opened:
+        trained_model, store, ranks = opened
+        read_question(trained_model, choices)
+        check_query(trained_model, store, arguments.min_known, ranks)
+        n_cells = write_imputation(
+            trained_model,
+            StoreCells(store, trained_model),
+            arguments.out,
+            choices,
+            batch_size=arguments.batch_size,
+            ranks=ranks,
+        )
+        if ranks.is_first:
+            model_name = f"{arguments.run} ({trained_model.name})"
+            print(f"{choices.modality} of {n_cells:,} cells by {model_name}\n{arguments.out}")
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = build_model_parser("impute", store="store of the cells", out="OUT.h5ad or .zarr")
+    parser.add_argument("--modality", required=True, help="whose values are wanted")
+    parser.add_argument(
+        "--from",
+        dest="from_",
+        nargs="+",
+        metavar="NAME",
+        help="modalities to infer them from (default: all that a cell has)",
+    )
+    parser.add_argument(
+        "--batch",
+        default="own",
+        help="name of a batch to decode for, own (of each cell), or average (default: own)",
+    )
+    parser.add_argument(
+        "--features", nargs="+", metavar="NAME", help="features wanted (default: all)"
+    )
+    parser.add_argument(
+        "--library-size",
+        type=_parse_size,
+        help="expected counts of profiles with so many counts, or own, those of each cell "
+        "(default: shares, per 10,000 counts)",
+    )
+    parser.add_argument(
+        "--log1p", action="store_true", help="the expected ln(1 + counts per 10,000) of a profile"
+    )
+    parser.add_argument("--samples", type=int, default=0, help="profiles to draw of each cell")
+    parser.add_argument(
+        "--interval",
+        type=float,
+        help="add layers lower and upper: bounds of so many draws, as 0.9",
+    )
+    parser.add_argument(
+        "--threshold", type=float, help="make smaller values zero, and the matrices sparse"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
+    return parser.parse_args()
+
+
+def _parse_size(text: str) -> float | str:
+    """A number, or a word that is checked later."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,134 @@
+"""What is asked of a model that imputes, checked and looked up in the model."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from clue_dist.errors import ConfigError, list_names
+from clue_dist.inference.load_model import TrainedModel
+from clue_dist.kinds import KINDS
+from clue_dist.model.imputation import ValueDecoder
+
+OWN, AVERAGE = "own", "average"  # choices of a batch, beside the names of batches
+MEAN, LOWER, UPPER, SAMPLE = "X", "lower", "upper", "sample-"  # matrices of an answer
+# Draws of a cell and feature from which the interval is taken. With 99 draws and the value itself
+# the ranks of 90% lie exactly between two draws.
+INTERVAL_DRAWS = 99
+
+
+@dataclass(frozen=True)
+class ImputationChoices:
+    """What is asked for; see docs/answers.md."""
+
+    modality: str  # whose values are asked for
+    from_: Sequence[str] | None = None  # modalities to infer them from; None: all that a cell has
+    batch: str = OWN  # name of a batch, "own" (of each cell, "average" where unknown), "average"
+    features: Sequence[str] | None = None  # None: all
+    # Total counts of the profile that is expected, or "own", those of each cell; None: expected
+    # shares, per 10,000 counts.
+    library_size: float | str | None = None
+    log1p: bool = False  # E ln(1 + counts per 10,000) instead, as scanpy's log1p of a profile
+    samples: int = 0  # draws of a profile, with the noise of counts
+    interval: float | None = None  # share of draws in the central interval, such as 0.9
+    threshold: float | None = None  # smaller values become zero, and the matrices sparse
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ImputationQuestion:
+    """The choices as numbers of the model."""
+
+    choices: ImputationChoices
+    trained_model: TrainedModel
+    decoder: ValueDecoder
+    sources: tuple[str, ...]
+    features: list[str]
+    fixed_code: int | None  # the batch for all cells, -1: averaged; None: each cell's own
+    typical_library: float  # of training cells, where a cell's own is not known
+
+    @property
+    def has_counts(self) -> bool:
+        """Whether values are counts, which can be shares and logarithms."""
+        return not KINDS[self.trained_model.modalities[self.choices.modality].kind].real_values
+
+    @property
+    def matrices(self) -> list[str]:
+        """Names of the matrices of the answer."""
+        bounds = [LOWER, UPPER] if self.choices.interval is not None else []
+        return [MEAN, *bounds, *(f"{SAMPLE}{i}" for i in range(self.choices.samples))]
+
+    @property
+    def n_draws(self) -> int:
+        """Draws of each cell."""
+        return max(self.choices.samples, INTERVAL_DRAWS if self.choices.interval is not None else 0)
+
+
+def read_question(trained_model: TrainedModel, choices: ImputationChoices) -> ImputationQuestion:
+    """Check the choices, and look up what they name.
+
+    Raises:
+        ConfigError: the model does not know a modality, a feature or the batch; a share or a size
+            out of range; shares or logarithms of real values.
+    """
+    known = trained_model.modalities
+    for name in (choices.modality, *(choices.from_ or [])):
+        _require_known(name, list(known), "modality")
+    modality = known[choices.modality]
+    features = list(choices.features) if choices.features is not None else modality.features
+    places = {name: place for place, name in enumerate(modality.features)}
+    for name in features:
+        _require_known(name, modality.features, f"feature of {choices.modality}")
+    if not features:
+        raise ConfigError("no feature is asked for", where="features", got="an empty list")
+    code = None if choices.batch == OWN else -1
+    if choices.batch not in (OWN, AVERAGE):
+        _require_known(choices.batch, trained_model.batches, "batch", f"{OWN}, {AVERAGE}")
+        code = trained_model.batches.index(choices.batch)
+    _check_numbers(choices, KINDS[modality.kind].real_values)
+    numbers = torch.tensor([places[name] for name in features])
+    decoder = ValueDecoder(
+        trained_model.model,
+        choices.modality,
+        None if choices.features is None else numbers,
+    )
+    sources = tuple(name for name in known if choices.from_ is None or name in choices.from_)
+    typical = trained_model.model.get_trunk(choices.modality).typical_library
+    return ImputationQuestion(choices, trained_model, decoder, sources, features, code, typical)
+
+
+def _require_known(name: str, known: Sequence[str], what: str, others: str = "") -> None:
+    """Require that the model knows a name; else name the nearest ones."""
+    if name in known:
+        return
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    listed = list_names(known) or "none"
+    raise ConfigError(
+        f"the model knows no such {what}",
+        got=name,
+        expected=f"{others}, or one of {listed}" if others else listed,
+        fix=f"did you mean {' or '.join(near)}?" if near else None,
+    )
+
+
+def _check_numbers(choices: ImputationChoices, real_values: bool) -> None:
+    """Require numbers that mean something."""
+    size, interval = choices.library_size, choices.interval
+    is_size = size is None or size == OWN or (isinstance(size, (int, float)) and size > 0)
+    if not is_size:
+        raise ConfigError("no library size", got=size, expected=f"a number above 0, or {OWN!r}")
+    if interval is not None and not 0 < interval < 1:
+        raise ConfigError(
+            "no share of an interval", got=interval, expected="a number between 0 and 1"
+        )
+    if choices.samples < 0:
+        raise ConfigError("no number of samples", got=choices.samples, expected="0 or more")
+    if real_values and (choices.log1p or size is not None):
+        raise ConfigError(
+            "real values have no library size",
+            where=f"modality {choices.modality}",
+            fix="leave library_size and log1p out",
+        )
