@@ -112,7 +112,7 @@ class MatrixFolder:
         path, kind = self._find_path(name, array, 0), self.arrays[array]
         if not path.stat().st_size:  # nothing can be mapped
             return np.empty(0, kind)
-        return np.memmap(path, kind, mode="r")
+        return np.asarray(np.memmap(path, kind, mode="r"))
 
     def _require_size(self, name: str, found: int, expected: int) -> None:
         if found != expected:

@@ -8,7 +8,6 @@ import anndata as ad
 import numpy as np
 import pytest
 import scipy.sparse as sp
-import torch
 
 from clue_dist.errors import ConfigError, DataError, StoreError
 from clue_dist.inference.cells import StoreCells
@@ -117,9 +116,8 @@ def test_an_answer_repeats_itself_and_says_what_made_it(trained, store):
 
 def test_expected_logarithms_are_means_of_logarithms(trained, store):
     expected = impute(trained, store, log1p=True, library_size=2000.0).X
-    torch.manual_seed(0)
-    answer = impute(trained, store, samples=400, library_size=2000.0)
-    draws = np.mean([np.log1p(5 * answer.layers[f"sample-{i}"]) for i in range(400)], 0)
+    answer = impute(trained, store, samples=30, library_size=2000.0)
+    draws = np.mean([np.log1p(5 * answer.layers[f"sample-{i}"]) for i in range(30)], 0)
     # z is drawn, too, so that the draws' mean is near, not the same.
     assert np.corrcoef(expected.ravel(), draws.ravel())[0, 1] > 0.9
 
