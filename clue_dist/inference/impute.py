@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clue_dist.data.batch import Batch, compute_library_size
 from clue_dist.errors import DataError, ResumeError, list_names
-from clue_dist.inference.cells import Cells, CellSlice, StoreCells
+from clue_dist.inference.cells import Cells, CellSlice
 from clue_dist.inference.embed import check_embedding_path, write_tables
 from clue_dist.inference.imputation_question import (
     INTERVAL_DRAWS,
@@ -123,7 +123,12 @@ def write_imputation(
 
         def write_answer() -> None:
             folder.join_shares(ranks.world)
-            matrices = {name: folder.map_matrix(name, cells.n_cells) for name in question.matrices}
+            order = np.concatenate([cell_slice.rows for cell_slice in slices])
+            shape = cells.n_cells, len(question.features)
+            matrices = {
+                name: _order_rows([folder.map_matrix(name, len(order))], order, shape)
+                for name in question.matrices
+            }
             answer = build_answer(question, obs, matrices)
             with (
                 ad.settings.override(zarr_write_format=3, auto_shard_zarr_v3=False),
@@ -137,6 +142,8 @@ def write_imputation(
 
 def _order_rows(parts: list[Any], order: np.ndarray, shape: tuple[int, int]) -> Any:
     """Put the rows of pieces where they belong; NaN, or zeros if sparse, elsewhere."""
+    if len(parts) == 1 and np.array_equal(order, np.arange(shape[0])):
+        return parts[0]
     if sp.issparse(parts[0]):
         stacked = sp.vstack(parts, format="csr")
         place = sp.csr_matrix(

@@ -1,0 +1,292 @@
+"""A trained model that can be asked about cells, as `load` and `fit` of the package give it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import anndata as ad
+import mudata as md
+import numpy as np
+
+from clue_dist.config import MIN_KNOWN
+from clue_dist.files import parse_path
+from clue_dist.inference.cells import CellSource, MemoryCells, open_cells, open_source
+from clue_dist.inference.describe_run import describe_run
+from clue_dist.inference.embed import collect_embedding, embed_anndata, embed_cells
+from clue_dist.inference.imputation_question import ImputationChoices
+from clue_dist.inference.impute import impute_cells, write_imputation
+from clue_dist.inference.load_model import TrainedModel, load_model
+from clue_dist.ranks import Ranks
+from clue_dist.store.layout import MANIFEST
+from clue_dist.store.reader import Store
+
+TrainingData: TypeAlias = ad.AnnData | md.MuData | Store | str | Path | Sequence[str | Path]
+
+
+def load(folder: str | Path, checkpoint: str = "best") -> Run:
+    """Load a trained model.
+
+    Args:
+        folder: folder of a run, or of a model that was shared.
+        checkpoint: "best" (of validation), "last" (saved), or the name of a checkpoint.
+
+    Raises:
+        ResumeError: there is no trained model.
+    """
+    path = parse_path(str(folder))
+    return Run(path, load_model(path, checkpoint))
+
+
+class Run:
+    """A trained model that can be asked about cells.
+
+    Args:
+        folder: its folder.
+        trained_model: the model with its weights.
+    """
+
+    def __init__(self, folder: Path, trained_model: TrainedModel) -> None:
+        self.folder, self.trained_model = folder, trained_model
+
+    def __repr__(self) -> str:
+        return describe_run(self.folder, self.trained_model)
+
+    def embed(
+        self,
+        cells: CellSource,
+        *,
+        out: str | Path | None = None,
+        per_modality: bool = True,
+        modality: str | None = None,
+        modalities: Sequence[str] | None = None,
+        layer: str | Mapping[str, str] | None = None,
+        feature_ids: str | Mapping[str, str] | None = None,
+        batch_key: str | None = None,
+        min_known: float | None = None,
+        batch_size: int = 4096,
+    ) -> np.ndarray | ad.AnnData | md.MuData | Path:
+        """Embed cells: where each lies in the space of all modalities.
+
+        `obsm["X_clue"]` holds that, from everything observed in a cell, `obsm["X_clue_var"]` how
+        sure it is, `obs["clue_modalities"]` what was observed.
+
+        Args:
+            cells: an AnnData or MuData in memory, into which the embedding is written; or a path
+                or a store.
+            out: an .h5mu, .h5ad or .zarr to write instead, without counts; over all ranks.
+            per_modality: whether z from each modality alone is wanted, too.
+            modality: which modality of the model an AnnData holds, where its features do not say.
+            modalities: those to use; by default all that the model knows.
+            layer: where raw counts lie, for all modalities or by modality; by default X.
+            feature_ids: column of var that names the features, instead of var_names, likewise.
+            batch_key: column of obs with the batch, which need not be the model's.
+            min_known: least share of a modality's features that must be there.
+            batch_size: cells embedded at once.
+
+        Returns:
+            Of cells in memory the joint z, (N, K * d) float32; of a path or store an AnnData or
+            MuData with the embedding; `out`, where that is given.
+
+        Raises:
+            DataError: cells in memory that cannot be brought to the model's features.
+            StoreError: modalities or features of a store that are not the model's.
+            ConfigError: `out` cannot be written.
+        """
+        source = open_source(cells)
+        opened = open_cells(
+            source,
+            self.trained_model,
+            modality=modality,
+            modalities=modalities,
+            layer=layer,
+            feature_ids=feature_ids,
+            batch_key=batch_key,
+            min_known=min_known,
+        )
+        if out is not None:
+            path = parse_path(str(out))
+            embed_cells(
+                self.trained_model,
+                opened,
+                path,
+                run=self.folder,
+                per_modality=per_modality,
+                batch_size=batch_size,
+                ranks=self._join_ranks(),
+            )
+            return path
+        if isinstance(source, (ad.AnnData, md.MuData)):
+            assert isinstance(opened, MemoryCells)
+            joint = embed_anndata(
+                self.trained_model, source, opened, per_modality=per_modality, batch_size=batch_size
+            )
+            return joint if source is cells else source
+        return collect_embedding(
+            self.trained_model,
+            opened,
+            self.folder,
+            per_modality=per_modality,
+            batch_size=batch_size,
+        )
+
+    def impute(
+        self,
+        cells: CellSource,
+        modality: str,
+        *,
+        out: str | Path | None = None,
+        from_: Sequence[str] | None = None,
+        batch: str = "own",
+        features: Sequence[str] | None = None,
+        library_size: float | str | None = None,
+        log1p: bool = False,
+        samples: int = 0,
+        interval: float | None = None,
+        threshold: float | None = None,
+        seed: int = 0,
+        layer: str | Mapping[str, str] | None = None,
+        feature_ids: str | Mapping[str, str] | None = None,
+        batch_key: str | None = None,
+        min_known: float | None = None,
+        batch_size: int = 4096,
+    ) -> ad.AnnData | Path:
+        """Impute a modality, or denoise one that was measured.
+
+        Args:
+            cells: the cells, as of `embed`.
+            modality: whose values are asked for.
+            out: an .h5ad or .zarr to write instead, piece by piece, over all ranks.
+            from_: modalities to infer them from; by default all that a cell has.
+            batch: the batch to decode for: a name, "own" (of each cell; averaged over all batches
+                where it is unknown), or "average".
+            features: those asked for, in this order; by default all.
+            library_size: expected counts of profiles of this size, or "own", of each cell's; by
+                default expected shares, per 10,000 counts.
+            log1p: E ln(1 + counts per 10,000) instead, which is less than ln(1 + E).
+            samples: profiles to draw of each cell, with the noise of counts.
+            interval: share of draws in the central interval: layers `lower` and `upper`.
+            threshold: smaller values become zero, and the matrices sparse.
+            seed: of what is drawn.
+            layer: where raw counts lie, as of `embed`.
+            feature_ids: column of var that names the features, likewise.
+            batch_key: column of obs with the batch.
+            min_known: least share of a modality's features that must be there.
+            batch_size: cells encoded at once.
+
+        Returns:
+            Means in X, draws and bounds in layers, (cells, features); `out`, where that is given.
+        """
+        opened = open_cells(
+            cells,
+            self.trained_model,
+            layer=layer,
+            feature_ids=feature_ids,
+            batch_key=batch_key,
+            min_known=min_known,
+        )
+        choices = ImputationChoices(
+            modality,
+            from_,
+            batch,
+            features,
+            library_size,
+            log1p,
+            samples,
+            interval,
+            threshold,
+            seed,
+        )
+        if out is None:
+            return impute_cells(self.trained_model, opened, choices, batch_size)
+        path, ranks = parse_path(str(out)), self._join_ranks()
+        write_imputation(
+            self.trained_model, opened, path, choices, batch_size=batch_size, ranks=ranks
+        )
+        return path
+
+    def evaluate(
+        self,
+        cells: TrainingData,
+        *,
+        out: str | Path | None = None,
+        max_cells: int | None = None,
+        min_known: float = MIN_KNOWN,
+        batch_size: int = 4096,
+    ) -> dict[str, Any]:
+        """Score how well modalities match in cells, and whether z is one space.
+
+        Args:
+            cells: cells that carry several modalities and that the model has not seen, a store; or
+                what `fit` takes, which is converted for the model into a folder that goes again.
+            out: a file for the scores.
+            max_cells: score a random part.
+            min_known: least share of a modality's features that each file must have had.
+            batch_size: cells embedded at once.
+
+        Returns:
+            The scores, see `clue_dist.inference.evaluate`.
+        """
+        from clue_dist.inference.evaluate import evaluate_store
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "scores.json" if out is None else parse_path(str(out))
+            return evaluate_store(
+                self.trained_model,
+                self._open_store(cells, Path(folder)),
+                path,
+                run=self.folder,
+                max_cells=max_cells,
+                min_known=min_known,
+                batch_size=batch_size,
+                ranks=Ranks() if out is None else self._join_ranks(),
+            )
+
+    def report(
+        self, *, embedding: str | Path | None = None, scores: str | Path | None = None
+    ) -> Path:
+        """Write a page about the run, RUN/report/index.html.
+
+        Args:
+            embedding: what `embed` has written, of which a UMAP is shown.
+            scores: what `evaluate` has written, shown as a table.
+
+        Returns:
+            The page.
+        """
+        from clue_dist.inference.report import write_report
+
+        embedding_path, scores_path = (
+            None if path is None else parse_path(str(path)) for path in (embedding, scores)
+        )
+        return write_report(self.folder, embedding_path, scores_path)
+
+    def _open_store(self, cells: TrainingData, folder: Path) -> Store:
+        """The store that the cells are, or one that is made of them in a folder."""
+        if isinstance(cells, Store):
+            return cells
+        place = find_store_path(cells)
+        if place is None:
+            from data_prep.from_python import ConversionRequest, convert_cells
+
+            request = ConversionRequest(flags=["--features-from", str(self.folder)])
+            place = str(folder / "cells.zarr")
+            convert_cells(cells, Path(place), request)
+        return Store(place)
+
+    def _join_ranks(self) -> Ranks:
+        """The ranks that a launcher started, who all call alike."""
+        return Ranks.from_environment().join_group()
+
+
+def find_store_path(data: TrainingData) -> str | None:
+    """Find where a store lies; None where the cells are in none yet."""
+    if isinstance(data, Store):
+        return str(data.root)
+    if isinstance(data, (str, Path)):
+        text = str(data)
+        if ("://" in text and "=" not in text) or (parse_path(text) / MANIFEST).is_file():
+            return text
+    return None
