@@ -85,14 +85,14 @@ def impute_cells(
 
 def write_imputation(
     trained_model: TrainedModel,
-    cells: StoreCells,
+    cells: Cells,
     out: Path,
     choices: ImputationChoices,
     *,
     batch_size: int = 4096,
     ranks: Ranks | None = None,
 ) -> int:
-    """Impute a modality of the cells of a store into a file. All ranks call this.
+    """Impute a modality of cells into a file. All ranks call this.
 
     Args:
         trained_model: the model.
