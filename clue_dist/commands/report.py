@@ -14,13 +14,19 @@ def main() -> None:
     )
     parser.add_argument("--scores", type=parse_path, help="scores.json of `clue evaluate`")
     parser.add_argument(
+        "--imputed", type=parse_path, help="output of `clue impute`, compared with --truth"
+    )
+    parser.add_argument("--truth", help="store that holds the counts of the imputed cells")
+    parser.add_argument(
         "--wandb", action="store_true", help="log the report to the run's wandb run, too"
     )
     arguments = parser.parse_args()
 
     from clue_dist.inference.report import write_report
 
-    page = write_report(arguments.run, arguments.embedding, arguments.scores)
+    page = write_report(
+        arguments.run, arguments.embedding, arguments.scores, arguments.imputed, arguments.truth
+    )
     if arguments.wandb:
         from clue_dist.inference.report.wandb_tables import log_report
 

@@ -33,6 +33,7 @@ from clue_dist.inference.report.facts import (
     read_run_facts,
 )
 from clue_dist.inference.report.figures import draw_panels, draw_scatter, render_png
+from clue_dist.inference.report.imputation import compare_imputation
 from clue_dist.inference.report.layouts import (
     announce_progress,
     compute_layouts,
@@ -65,6 +66,8 @@ def write_report(
     run: Path,
     embedding: Path | None = None,
     scores: Path | None = None,
+    imputed: Path | None = None,
+    truth: str | None = None,
     announce: Callable[[str], None] = print_error,
 ) -> Path:
     """Write RUN/report/index.html and its figures.
@@ -73,6 +76,8 @@ def write_report(
         run: folder of the run.
         embedding: an output of `launch/embed.py`: UMAPs, and how labels pass between modalities.
         scores: an output of `launch/evaluate.py`, shown as tables.
+        imputed: an output of `launch/impute.py`, compared with `truth`.
+        truth: the store that holds the counts of the same cells.
         announce: takes lines about the progress.
 
     Returns:
@@ -85,19 +90,25 @@ def write_report(
     if not (run / "config.json").is_file():
         fix = "train one with launch/train.py, or mend the path"
         raise ConfigError("no run here", where=f"--run {run}", got="no config.json", fix=fix)
-    folder, figures = run / "report", Figures()
+    if (imputed is None) != (truth is None):
+        what = "imputed values are compared with the counts of a store"
+        raise ConfigError(what, where="--imputed, --truth", fix="give both, or neither")
+    folder, figures, facts = run / "report", Figures(), read_run_facts(run)
     sections = read_sections(folder / PAGE_FILE)
     if scores is not None:
         sections["scores"] = _read_scores(scores)
     if embedding is not None:
         sections["embedding"] = _build_embedding(embedding, figures, announce)
+    if imputed is not None and truth is not None:
+        seen_cells = frozenset() if facts.card is None else facts.card.identities
+        with announce_progress(f"comparing {imputed.name} with {truth}", announce):
+            sections["imputation"] = compare_imputation(imputed, truth, seen_cells)
     metrics, n_unreadable = read_metrics(run / "metrics.jsonl")
     panels = list_panels(metrics)
     with announce_progress("drawing the curves", announce):
         shown = panels["scores"] + panels["losses"]
         if shown:
             figures["curves"] = render_png(draw_panels(shown))
-    facts = read_run_facts(run)
     text = _render_page(facts, metrics, n_unreadable, sections)
     with translate_output_errors(folder):
         _replace_files(folder, figures, text, replaces_layouts=embedding is not None)
@@ -174,6 +185,7 @@ def _render_page(
         data=_dump_json({"panels": curves, "kept_step": kept_step}),
         kept=_dump_json(sections),
         embedding=sections.get("embedding"),
+        imputation=sections.get("imputation"),
         scores=None if scores is None else _tabulate_scores(scores),
         stale={name: _name_other_weights(section, kept_step) for name, section in sections.items()},
         store_facts=list_store_facts(facts),

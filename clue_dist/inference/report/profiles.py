@@ -19,7 +19,7 @@ MOST_PROFILES = 10_000
 UNKNOWN = "unknown"
 ALL_OBSERVED = "all observed"  # in place of a modality: z from everything observed in a cell
 # What readers of HDF5 and Zarr raise for files that hold something else.
-_UNREADABLE = (
+UNREADABLE = (
     OSError,
     KeyError,
     ValueError,
@@ -86,7 +86,7 @@ def read_profiles(path: Path, most: int = MOST_PROFILES, seed: int = 0) -> Embed
             # mudata announces a default that changes nothing here.
             warnings.simplefilter("ignore", FutureWarning)
             table = _read_mudata(path) if path.suffix == ".h5mu" else _read_anndata(path)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError("the embedding cannot be read", where=where, got=reason) from error
     every_cell = np.arange(len(table.obs))

@@ -333,6 +333,47 @@ function drawMatrix(frame, { labels, counts }) {
   });
 }
 
+// --- imputed values against measured ones ---
+
+function drawImputed(parent, { shown, scale }) {
+  if (!shown.length) return;
+  const map = make(parent, "div", { class: "map" });
+  const frame = make(map, "div");
+  const list = make(map, "div", { class: "legend" });
+  const buttons = shown.map((feature, k) => {
+    const entry = make(list, "button", { type: "button", "aria-pressed": k === 0 });
+    entry.append(`${feature.name} ${feature.correlation.toFixed(2)}`);
+    entry.addEventListener("click", () => {
+      buttons.forEach(other => other.setAttribute("aria-pressed", other === entry));
+      drawFeature(frame, feature, scale);
+    });
+    return entry;
+  });
+  drawFeature(frame, shown[0], scale);
+}
+
+function drawFeature(frame, feature, scale) {
+  frame.replaceChildren();
+  const side = 360, left = 46, bottom = side - 36, every = [...feature.truth, ...feature.imputed];
+  const low = Math.min(0, ...every), high = Math.max(...every, low + 1e-6) * 1.03;
+  const x = value => left + (value - low) / (high - low) * (side - left - 10);
+  const y = value => bottom - (value - low) / (high - low) * (bottom - 10);
+  const svg = make(frame, "svg", { viewBox: `0 0 ${side} ${side}`, style: "max-width:34rem" });
+  for (const tick of chooseTicks(low, high, 5)) {
+    make(svg, "line", { x1: left, x2: side - 10, y1: y(tick), y2: y(tick), stroke: "#eceef1" });
+    make(svg, "text", { x: left - 5, y: y(tick) + 3, "text-anchor": "end" }, formatNumber(tick));
+    make(svg, "text", { x: x(tick), y: bottom + 13, "text-anchor": "middle" }, formatNumber(tick));
+  }
+  make(svg, "line", { x1: x(low), y1: y(low), x2: x(high), y2: y(high), stroke: "#9aa0a8",
+    "stroke-dasharray": "2 3" });
+  feature.truth.forEach((value, k) => make(svg, "circle", { cx: x(value).toFixed(1),
+    cy: y(feature.imputed[k]).toFixed(1), r: 2, fill: COLOURS[0], "fill-opacity": 0.55 }));
+  make(svg, "text", { x: (left + side) / 2, y: side - 6, "text-anchor": "middle" },
+    `${feature.name} measured, ${scale}`);
+  make(svg, "text", { transform: `translate(10,${side / 2}) rotate(-90)`,
+    "text-anchor": "middle" }, "imputed");
+}
+
 // --- the page ---
 
 let drawn = 0;
@@ -343,4 +384,6 @@ const layouts = document.getElementById("layouts");
 if (layouts) drawLayouts(layouts, KEPT.embedding.layouts);
 const confusions = document.getElementById("confusions");
 if (confusions) drawConfusions(confusions, KEPT.embedding.confusions);
+const imputed = document.getElementById("imputed");
+if (imputed) drawImputed(imputed, KEPT.imputation);
 document.documentElement.dataset.drawn = String(drawn);
