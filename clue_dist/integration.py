@@ -108,8 +108,8 @@ def score_joint_latent(
         ranks: processes that share the work. All must call, and all get the result.
 
     Returns:
-        `cells` and, of two patterns or more, `islands` by pattern; of two batches or more `ilisi`
-        and `kbet`; of two labels or more `labelled_cells`, `accuracy`, `clisi`, `nmi`, `ari` and
+        `cells` and, of two patterns or more, `islands` by pattern; of two batches or more
+        `ilisi`, `ilisi_random` and `kbet`; of two labels or more `labelled_cells`, `accuracy`, `clisi`, `nmi`, `ari` and
         `asw`. SCIB_MEASURES are there where scib-metrics is installed.
 
     Raises:
@@ -124,6 +124,7 @@ def score_joint_latent(
         scores["islands"] = measure_islands(neighbours, patterns)
     if len(np.unique(batches)) > 1:
         scores["ilisi"] = measure_ilisi(neighbours, batches)
+        scores["ilisi_random"] = measure_ilisi(neighbours, deal_batches(batches))
         scores |= ranks.run_on_first(lambda: _measure_kbet(neighbours, batches))
     known = mark_labelled_cells(labels)
     if len(np.unique(labels[known])) > 1 and known.sum() > 2:
@@ -171,6 +172,14 @@ def measure_ilisi(neighbours: Neighbours, groups: np.ndarray) -> float:
     """
     index, n_groups = _compute_inverse_simpson(neighbours, groups)
     return float((np.median(index) - 1) / (n_groups - 1))
+
+
+def deal_batches(batches: np.ndarray) -> np.ndarray:
+    """Deal the batches of cells at random among them, (N,): what perfect mixing looks like.
+
+    Batches of other sizes, and so few neighbours, keep iLISI from 1.
+    """
+    return np.random.default_rng(0).permutation(batches)
 
 
 def measure_clisi(neighbours: Neighbours, labels: np.ndarray) -> float:

@@ -217,12 +217,14 @@ class EncodedCells(NamedTuple):
     mean: Tensor  # (B, K source, K * a), posterior means
     nats: Tensor  # (B, K), that a modality tells of its own z_k
     observed: Tensor  # (B, K) bool
+    batch_code: Tensor  # (B,), the biological batch; -1: unknown
 
     @classmethod
-    def select_aligned(cls, posterior: Posterior, observed: Tensor, n_aligned: int) -> EncodedCells:
-        """Select what concerns the a aligned dimensions of a posterior."""
+    def select_aligned(cls, posterior: Posterior, batch: Batch, n_aligned: int) -> EncodedCells:
+        """Select what concerns the a aligned dimensions of a batch's posterior."""
         mean, log_var = posterior.mean[..., :n_aligned], posterior.log_var[..., :n_aligned]
-        return cls(mean.flatten(2), compute_information(mean, log_var), observed)
+        nats = compute_information(mean, log_var)
+        return cls(mean.flatten(2), nats, batch.observed, batch.batch_code)
 
     @property
     def is_finite(self) -> bool:

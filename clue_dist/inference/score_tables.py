@@ -22,6 +22,7 @@ JOINT_SCORES = "joint"  # the entry of scores.json about z from everything obser
 CONTROLS = WITHIN_TYPE, WITHOUT_DEPTH = ("within_type", "without_depth")
 JOINT_TITLES = {
     "ilisi": "iLISI of batches",
+    "ilisi_random": "of batches dealt at random",
     "kbet": "kBET acceptance",
     "accuracy": "15-NN accuracy",
     "clisi": "cLISI",

@@ -25,6 +25,10 @@ MOST_DIRECTIONS = 128
 # this power, since encoders know the pairs that they were trained on.
 UNSEEN_POWER = 1.5
 FEWEST_PAIRED = 20  # cells with which two modalities are compared
+# Where variance between biological batches counts more than that within, batches mix better. Ten
+# times as much would not be safe: batches may hold other cell types.
+BATCH_WEIGHT = 3.0
+CELLS_OF_BATCH = 10.0  # with so many cells the mean of a batch is taken half
 
 
 @dataclass(frozen=True)
@@ -197,13 +201,21 @@ def _rename_former_buffer(_: nn.Module, state: dict[str, Tensor], prefix: str, *
         state[prefix + "weight"] = weight
 
 
-def find_directions(mean: Tensor, observed: Tensor, ridge: float) -> Directions | None:
+def find_directions(
+    mean: Tensor, observed: Tensor, ridge: float, batch_code: Tensor | None = None
+) -> Directions | None:
     """Find the directions that modalities tell together, from cells that have several.
+
+    What sets biological batches apart is no agreement: modalities are compared between cells of a
+    batch. And a direction that sets batches apart is made shorter, as its variance between batches
+    counts BATCH_WEIGHT times. All of this is linear in z, so that cells of an unseen batch have
+    coordinates, too.
 
     Args:
         mean: (N, K source, D), posterior means of what each modality says of z.
         observed: (N, K) bool.
         ridge: added to the variance of every dimension, as a multiple of their mean.
+        batch_code: (N,), biological batches, -1 where unknown; by default all are of one.
 
     Returns:
         The directions in float64; None if a modality has fewer than `FEWEST_PAIRED` cells in common
@@ -216,12 +228,18 @@ def find_directions(mean: Tensor, observed: Tensor, ridge: float) -> Directions 
     z = F.normalize(mean.double(), dim=-1)
     centre = torch.stack([z[paired[:, k], k].mean(0) for k in range(z.shape[1])])
     z = z - centre
+    between = _average_batches(z, paired, batch_code)
+    within = z - between
     together = count_together(observed)
     n_directions = min(z.shape[2], MOST_DIRECTIONS)
+    scattered = within + BATCH_WEIGHT**0.5 * between
     whitening = torch.stack(
-        [_find_whitening(z[paired[:, k], k], ridge, n_directions) for k in range(z.shape[1])]
+        [
+            _find_whitening(scattered[paired[:, k], k], ridge, n_directions)
+            for k in range(z.shape[1])
+        ]
     )
-    white = torch.einsum("nkd,kdr->nkr", z, whitening)
+    white = torch.einsum("nkd,kdr->nkr", within, whitening)
     rotation = _rotate_to_agreement(white, observed, together)
     coordinates = torch.einsum("nkr,krs->nks", white, rotation)
     covariance, agreement = _compare_coordinates(coordinates, observed, together)
@@ -232,6 +250,17 @@ def find_directions(mean: Tensor, observed: Tensor, ridge: float) -> Directions 
         covariance[..., order],
         agreement[order].clamp_min(0),
     )
+
+
+def _average_batches(z: Tensor, paired: Tensor, batch_code: Tensor | None) -> Tensor:
+    """The mean of each cell's batch, drawn towards 0 where few cells tell it: (N, K, D)."""
+    if batch_code is None or len(names := batch_code.unique()) < 2:
+        return torch.zeros_like(z)
+    batch = torch.searchsorted(names, batch_code)
+    counted = paired.to(z.dtype)[:, :, None]
+    sums = z.new_zeros(len(names), *z.shape[1:]).index_add(0, batch, z * counted)
+    n_cells = counted.new_zeros(len(names), *counted.shape[1:]).index_add(0, batch, counted)
+    return (sums / (n_cells + CELLS_OF_BATCH))[batch]
 
 
 def _find_whitening(z: Tensor, ridge: float, n_directions: int) -> Tensor:

@@ -67,7 +67,7 @@ def fit_common_space(
         return None
     posterior = trainer.encode_batch(fitting)
     model = trainer.model
-    cells = EncodedCells.select_aligned(posterior, fitting.observed, model.n_aligned).to_cpu()
+    cells = EncodedCells.select_aligned(posterior, fitting, model.n_aligned).to_cpu()
     others = None if held_out is None else held_out.to_cpu()
     # Weights that give NaN keep the space that they have; validation tells of them.
     if trainer.ranks.is_first and all(part is None or part.is_finite for part in (cells, others)):
@@ -126,7 +126,7 @@ def choose_directions(cells: EncodedCells, held_out: EncodedCells | None) -> Fit
         smoothings, poles = SMOOTHINGS, POLES
     candidates = []
     for ridge, exponent in smoothings:
-        directions = find_directions(cells.mean, cells.observed, ridge)
+        directions = find_directions(cells.mean, cells.observed, ridge, cells.batch_code)
         if directions is None:
             return None
         candidates.append(FittedSpace(directions, exponent, DEFAULT_POLE))

@@ -85,7 +85,7 @@ def fit_to_pairs(
     space_cells, translated = None, None
     if held_out is not None and posterior is not None:
         n_aligned = trainer.model.n_aligned
-        space_cells = EncodedCells.select_aligned(posterior, held_out.observed, n_aligned)
+        space_cells = EncodedCells.select_aligned(posterior, held_out, n_aligned)
         translated = TranslatedCells.from_posterior(posterior, held_out.observed)
     found = fit_common_space(trainer, fitting, space_cells)
     if fitting is not None and found is not None:

@@ -39,7 +39,7 @@ class Labels(Matching):
             [*METHODS], [*METHODS[:2]], "other models where matching has run them", METHODS
         ),
     }
-    columns = ("accuracy", "ilisi")
+    columns = ("accuracy", "ilisi", "ilisi_random")
 
     def list_cases(self) -> Iterator[Case]:
         """Every method, but once where it takes no seed; other models where they have been run."""

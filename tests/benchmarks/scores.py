@@ -135,15 +135,20 @@ def join_alone(split: Split, *alone: np.ndarray) -> Embedded:
 
 
 def score_labels(z: Embedded, obs: pd.DataFrame) -> Result:
-    """By source of z, of the test cells: accuracy of types, mixing of batches."""
+    """By source of z, of the test cells: accuracy of types, mixing of batches.
+
+    `ilisi_random` is about batches that are dealt at random: perfect mixing.
+    """
     keep, label = find_typed(obs)
     batch = obs["batch"].astype(str).to_numpy()[keep] if "batch" in obs else None
-    found: Result = {"accuracy": {}, "ilisi": {}}
+    found: Result = {"accuracy": {}, "ilisi": {}, "ilisi_random": {}}
     for source, x in z.items():
         found["accuracy"][source] = measure_accuracy(x[keep], label[keep])
         if batch is not None and len(set(batch)) > 1:
             near = find_neighbours(x[keep], integration.LISI_NEIGHBOURS)
             found["ilisi"][source] = integration.measure_ilisi(near, batch)
+            dealt = integration.deal_batches(batch)
+            found["ilisi_random"][source] = integration.measure_ilisi(near, dealt)
     return found
 
 

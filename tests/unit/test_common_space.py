@@ -39,7 +39,7 @@ def make_trainer(model: Objective) -> Trainer:
 
 def encode_cells(trainer: Trainer, batch: Batch) -> EncodedCells:
     posterior = trainer.encode_batch(batch)
-    return EncodedCells.select_aligned(posterior, batch.observed, trainer.model.n_aligned)
+    return EncodedCells.select_aligned(posterior, batch, trainer.model.n_aligned)
 
 
 def draw_modalities(n_cells: int = N, k: int = 2, noise: float = 0.3, seed: int = 0) -> Tensor:
@@ -201,7 +201,9 @@ def test_too_few_pairs_fit_nothing() -> None:
 
 def choose(train: Tensor, other: Tensor | None) -> FittedSpace:
     cells, held_out = (
-        None if mean is None else EncodedCells(mean, torch.ones(n), torch.ones(n).bool())
+        None
+        if mean is None
+        else EncodedCells(mean, torch.ones(n), torch.ones(n).bool(), torch.zeros(n[0]).long())
         for mean in (train, other)
         for n in [mean.shape[:2] if mean is not None else (0, 0)]
     )
@@ -209,6 +211,38 @@ def choose(train: Tensor, other: Tensor | None) -> FittedSpace:
     chosen = choose_directions(cells, held_out)
     assert chosen is not None
     return chosen
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_batches_mix_unless_they_are_not_known(known: bool) -> None:
+    """Both modalities are shifted alike, from one batch to the other, in a direction of their own."""
+    batch = torch.arange(N) % 2
+    shift = torch.zeros(N, 2, D)
+    for modality in range(2):
+        rotation = torch.linalg.qr(draw(D, D, seed=100 + modality))[0]
+        shift[:, modality] = torch.where(batch[:, None] == 1, 6.0, -6.0) * rotation[8]
+    mean, observed = draw_modalities() + shift, torch.ones(N, 2, dtype=torch.bool)
+    directions = find_directions(mean, observed, 0.05, batch if known else None)
+    assert directions is not None
+    space = CommonSpace(2, D)
+    space.set_directions(directions, 1.5, 0.0, torch.ones(2))
+    z = place_cells(space, mean)
+    mixing = share_of_other_modality(z[batch == 0, 0], z[batch == 1, 0])
+    assert mixing > 0.4 if known else mixing < 0.1
+    # Partners still find each other.
+    assert share_of_other_modality(z[:, 0], z[:, 1]) > 0.4
+
+
+def test_batches_of_few_cells_do_not_take_all_that_cells_tell() -> None:
+    mean, observed = draw_modalities(), torch.ones(N, 2, dtype=torch.bool)
+    alone = find_directions(mean, observed, 0.05, torch.arange(N))
+    together = find_directions(mean, observed, 0.05)
+    one = find_directions(mean, observed, 0.05, torch.full((N,), -1))
+    assert alone is not None
+    assert together is not None
+    assert one is not None
+    torch.testing.assert_close(one.rotation, together.rotation)
+    assert alone.agreement[:4].min() > 0.5 * together.agreement[:4].min()
 
 
 def test_held_out_pairs_smooth_what_training_pairs_learnt_by_heart() -> None:

@@ -119,6 +119,17 @@ def test_ilisi_is_near_one_where_batches_mix_and_zero_where_they_do_not(n_batche
     assert integration.measure_clisi(apart, batch) == pytest.approx(1, abs=1e-9)
 
 
+def test_no_embedding_mixes_uneven_batches_further_than_batches_dealt_at_random() -> None:
+    generator = np.random.default_rng(0)
+    latent = generator.normal(size=(2000, 3))
+    batch = np.repeat([0, 1, 2], [1200, 600, 200])
+    latent[batch == 2] += 5
+    scores = integration.score_joint_latent(latent, batch * 0, batch, np.full(2000, ""))
+    expected = (1 / np.square([0.6, 0.3, 0.1]).sum() - 1) / 2
+    assert scores["ilisi_random"] == pytest.approx(expected, abs=0.06)
+    assert scores["ilisi"] < scores["ilisi_random"] - 0.1
+
+
 def test_ilisi_of_an_uneven_mixture_is_the_inverse_simpson_index_of_its_shares() -> None:
     generator = np.random.default_rng(0)
     batch = (generator.random(2000) < 0.2).astype(int)
@@ -146,7 +157,7 @@ def test_the_joint_latent_is_scored_by_what_is_known_of_its_cells(
     known = np.isin(labels, ["B", "NK", "T"])
     scores = integration.score_joint_latent(latent, patterns, batches, labels)
     assert set(scores) == {
-        *("cells", "islands", "ilisi", "labelled_cells", "accuracy", "clisi", "asw"),
+        *("cells", "islands", "ilisi", "ilisi_random", "labelled_cells", "accuracy", "clisi", "asw"),
     }
     assert (scores["cells"], scores["labelled_cells"]) == (140, known.sum())
     members, names = latent[known], labels[known]
