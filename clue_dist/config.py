@@ -68,6 +68,8 @@ class TrunkConfig(SettingsGroup):
     projection: Width = 50  # components of the first, sparse layer
     projection_init: Literal["svd", "svd_of_sample", "svd_of_store", "random"] = "svd"
     projection_lr: Weight = 0.0  # relative to train.lr; 0 keeps the projection as initialised
+    # How much shorter the projection makes directions that set biological batches apart; 0: none.
+    batch_shrinkage: Weight = 10.0
     # Let the encoder see ln of the cell's total count and of its number of detected features.
     size_input: bool = True
     # One trunk for a modality's K heads; false gives each head layers of its own.

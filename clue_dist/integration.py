@@ -109,8 +109,8 @@ def score_joint_latent(
 
     Returns:
         `cells` and, of two patterns or more, `islands` by pattern; of two batches or more
-        `ilisi`, `ilisi_random` and `kbet`; of two labels or more `labelled_cells`, `accuracy`, `clisi`, `nmi`, `ari` and
-        `asw`. SCIB_MEASURES are there where scib-metrics is installed.
+        `ilisi`, `ilisi_random` and `kbet`; of two labels or more `labelled_cells`, `accuracy`,
+        `clisi`, `nmi`, `ari` and `asw`. SCIB_MEASURES are there where scib-metrics is installed.
 
     Raises:
         DataError: values that are not finite.

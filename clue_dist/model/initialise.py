@@ -16,6 +16,7 @@ from scipy.sparse.linalg import LinearOperator, svds
 from torch import Tensor
 
 from clue_dist.data.batch import Counts, SparseCounts
+from clue_dist.model.batch_shrinkage import find_batch_shrinkage
 from clue_dist.model.clue import CLUE
 from clue_dist.model.decoders import Decoder
 from clue_dist.model.moments import compute_moments
@@ -55,12 +56,14 @@ def initialise_model(
         stored: SVDs of all cells of the store to start from, by modality.
     """
     for name in model.modalities:
-        counts = sample_cells(store, n_train, name)
+        counts, batch = sample_cells(store, n_train, name)
         trunk = model.get_trunk(name)
         if svd and name in stored:
             _project_as_stored(trunk, stored[name])
         else:
             _project_as_sampled(trunk, counts, svd, seed)
+        if svd and trunk.batch_shrinkage and len(np.unique(batch)) > 1:
+            _shrink_batches(trunk, counts, batch)
         if trunk.size_input:
             size = compute_size_inputs(_to_counts(counts)).double()
             deviation = size.std(0, correction=0).clamp_min(LEAST_SIZE_DEVIATION)
@@ -95,12 +98,28 @@ def _project_as_sampled(trunk: Trunk, counts: Rows, svd: bool, seed: int) -> Non
     _set_projection(trunk.projection, loadings, singular, n_cells, mean, scale)
 
 
-def sample_cells(store: Store, n_train: dict[str, int], modality: str) -> Rows:
-    """Raw counts of a random sample of training cells that have the modality, (n, features)."""
+def _shrink_batches(trunk: Trunk, counts: Rows, batch: np.ndarray) -> None:
+    """Make components shorter along the directions that set biological batches apart."""
+    normalised = normalise_counts(_to_counts(counts), trunk.normalisation, trunk.idf)
+    components = trunk.projection(normalised).double().numpy()
+    mean = components.mean(0)
+    shrinkage = find_batch_shrinkage(components - mean, batch, trunk.batch_shrinkage)
+    projection = trunk.projection
+    weight, bias = projection.weight.double().numpy(), projection.bias.double().numpy()
+    projection.weight.copy_(torch.from_numpy(weight @ shrinkage.T))
+    projection.bias.copy_(torch.from_numpy((bias - mean) @ shrinkage.T + mean))
+
+
+def sample_cells(store: Store, n_train: dict[str, int], modality: str) -> tuple[Rows, np.ndarray]:
+    """Sample training cells that have the modality at random.
+
+    Returns:
+        Raw counts, (n, features), and codes of biological batches, (n,), -1 where unknown.
+    """
     having = {s: n for s, n in n_train.items() if modality in store.segments[s].modalities}
     total = sum(having.values())
     limit = min(MAX_CELLS, total)
-    samples = []
+    samples, batches = [], []
     for name, n_cells in having.items():
         reader = store.segments[name]
         # A block holds at most `capacity` non-zeros, so this many cells stay within the segment's
@@ -110,9 +129,11 @@ def sample_cells(store: Store, n_train: dict[str, int], modality: str) -> Rows:
         size = max(1, min(n_cells, round(limit * n_cells / total), int(dense_limit)))
         rows = reader.read_rows(modality, np.arange(size))
         samples.append(rows if isinstance(rows, np.ndarray) else rows.to_scipy())
+        batches.append(reader.read_codes("batch", np.arange(size)))
+    batch = np.concatenate(batches)
     if isinstance(samples[0], np.ndarray):
-        return np.concatenate(samples).astype(np.float64)
-    return sp.vstack(samples, format="csr")
+        return np.concatenate(samples).astype(np.float64), batch
+    return sp.vstack(samples, format="csr"), batch
 
 
 def _normalise_sample(counts: Rows, trunk: Trunk) -> Rows:

@@ -119,6 +119,7 @@ class Trunk(nn.Module):
     ) -> None:
         super().__init__()
         self.normalisation = normalisation
+        self.batch_shrinkage = config.batch_shrinkage  # which `model.initialise` asks for
         components = min(config.projection, n_features)
         self.register_buffer("idf", torch.ones(n_features))
         self.projection = Projection(n_features, components, config.projection_lr)

@@ -215,7 +215,7 @@ def choose(train: Tensor, other: Tensor | None) -> FittedSpace:
 
 @pytest.mark.parametrize("known", [True, False])
 def test_batches_mix_unless_they_are_not_known(known: bool) -> None:
-    """Both modalities are shifted alike, from one batch to the other, in a direction of their own."""
+    """Both modalities tell the batch, in a direction of its own."""
     batch = torch.arange(N) % 2
     shift = torch.zeros(N, 2, D)
     for modality in range(2):

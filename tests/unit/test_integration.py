@@ -157,7 +157,16 @@ def test_the_joint_latent_is_scored_by_what_is_known_of_its_cells(
     known = np.isin(labels, ["B", "NK", "T"])
     scores = integration.score_joint_latent(latent, patterns, batches, labels)
     assert set(scores) == {
-        *("cells", "islands", "ilisi", "ilisi_random", "labelled_cells", "accuracy", "clisi", "asw"),
+        *(
+            "cells",
+            "islands",
+            "ilisi",
+            "ilisi_random",
+            "labelled_cells",
+            "accuracy",
+            "clisi",
+            "asw",
+        ),
     }
     assert (scores["cells"], scores["labelled_cells"]) == (140, known.sum())
     members, names = latent[known], labels[known]

@@ -1,0 +1,48 @@
+"""What sets biological batches apart becomes shorter in the input of the encoders.
+
+An encoder that sees the batch of a cell has a reason to keep it: partners are of one batch, and
+InfoNCE finds them sooner. So the directions in which batches lie apart are made shorter, by how far
+apart batches lie next to the cells of a batch, as a linear discriminant analysis (Fisher, 1936)
+measures it. That is a linear map, and holds for cells of a batch that was never seen, too.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+# With so many cells the mean of a batch is taken half.
+CELLS_OF_BATCH = 10.0
+# Of few cells some direction always sets batches apart. A ridge, as a multiple of the mean
+# variance, hides it: 1 where there are this many cells for each component.
+CELLS_PER_COMPONENT = 8.0
+
+
+def find_batch_shrinkage(components: np.ndarray, batch: np.ndarray, weight: float) -> np.ndarray:
+    """Find the map that makes the directions between batches shorter.
+
+    Args:
+        components: (n, C), cells, of mean 0.
+        batch: (n,) codes of biological batches.
+        weight: of the variance between batches. At 10, a direction in which batches vary as much as
+            the cells of a batch do is left a third of its length; one in which they vary a tenth of
+            that, as batches of the same cell types do, 0.7.
+
+    Returns:
+        (C, C), to be multiplied with columns (C, n) of cells.
+    """
+    _, code = np.unique(batch, return_inverse=True)
+    n_cells = np.bincount(code)
+    n, width = components.shape
+    sums = np.zeros((len(n_cells), width))
+    np.add.at(sums, code, components)
+    means = sums / (n_cells + CELLS_OF_BATCH)[:, None]
+    within = components - means[code]
+    variance = within.T @ within / n
+    ridge = CELLS_PER_COMPONENT * width / n * np.trace(variance) / width
+    root = np.linalg.cholesky(variance + (ridge + 1e-12) * np.eye(width))
+    # The batches' means, where the cells of a batch vary by 1 in every direction.
+    white = np.linalg.solve(root, (means * np.sqrt(n_cells / n)[:, None]).T)
+    ratios, directions = np.linalg.eigh(white @ white.T)
+    lengths = (1 + weight * ratios.clip(0)) ** -0.5
+    shrinkage: np.ndarray = root @ (directions * lengths) @ directions.T @ np.linalg.inv(root)
+    return shrinkage
