@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from clue_dist.config import ObjectiveConfig
 from clue_dist.data.batch import Batch
-from clue_dist.model.clue import CLUE, CLUEOutput, Mixup, Posterior
+from clue_dist.model.clue import CLUE, CLUEOutput, Posterior
 from clue_dist.model.noise import Noise
 from clue_dist.model.posterior import compute_information, compute_kl_to_prior
 
@@ -26,6 +26,9 @@ from clue_dist.model.posterior import compute_information, compute_kl_to_prior
 # the time grows with their square.
 MOST_CONTRASTED = 500
 _NO_CANDIDATE = -1e4  # logits are cosines times 100 at most
+# Where fewer cells than this are of a cell's biological batch, those of other batches count so much
+# that there are as many in effect: hardly anything can be learnt from a few.
+FEWEST_CANDIDATES = 32
 
 
 def compute_elbo_self(output: CLUEOutput, observed: Tensor, weight: Tensor, beta: float) -> Tensor:
@@ -117,7 +120,8 @@ def compute_info_nce(
         observed: (B, K) bool.
         batch_code: (B,), biological batches.
         log_scale: (), log of the inverse temperature.
-        within_batch: whether negatives come from the cell's biological batch alone.
+        within_batch: whether negatives come from the cell's biological batch, as far as it has
+            enough of them.
         same_modality: weight with which a profile is told from other cells' profiles of its own
             modality, too (1 is NT-Xent, Chen et al., 2020).
         across_ranks: whether the other ranks hold further cells of the batch.
@@ -136,12 +140,12 @@ def compute_info_nce(
     total, pairs = z.new_zeros(()), z.new_zeros(())
     for a, b in combinations(range(observed.shape[1]), 2):
         row, column = observed[:, a] & observed[:, b], every_observed[:, a] & every_observed[:, b]
-        allowed = column[None]
-        if within_batch:
-            allowed = allowed & (batch_code[:, None] == every_code[None])
         # What is added to logits: minus infinity, in effect, where a key is no candidate. Infinity
         # itself would have no gradient where a cell has no candidate at all.
-        bias = z.new_zeros(is_own.shape).masked_fill(~allowed & row[:, None], _NO_CANDIDATE)
+        bias = z.new_zeros(is_own.shape)
+        if within_batch:
+            bias = bias + _weigh_other_batches(batch_code, every_code, column)
+        bias = bias.masked_fill(~column[None] & row[:, None], _NO_CANDIDATE)
         bias_of_others = bias.masked_fill(is_own, _NO_CANDIDATE)
         for source, target in ((a, b), (b, a)):
             queries = log_scale.exp() * z[:, :, source].transpose(0, 1)  # (M, B, .)
@@ -154,6 +158,23 @@ def compute_info_nce(
             total = total + (losses.mean(0) * row).sum()
         pairs = pairs + row.sum()
     return total / (2 * pairs).clamp_min(1)
+
+
+def _weigh_other_batches(batch_code: Tensor, every_code: Tensor, is_candidate: Tensor) -> Tensor:
+    """The log of how much each of N keys counts for each of B cells, (B, N).
+
+    A model that is to tell a cell from those of other batches learns to tell batches apart.
+
+    Args:
+        batch_code: (B,), biological batches of the cells.
+        every_code: (N,), those of the keys.
+        is_candidate: (N,) bool, the keys that are candidates.
+    """
+    is_other = batch_code[:, None] != every_code[None]
+    n_others = (is_other & is_candidate).sum(1, keepdim=True)
+    lacking = FEWEST_CANDIDATES - (is_candidate.sum() - n_others)
+    weight = (lacking / n_others.clamp_min(1)).clamp(0, 1)
+    return (is_other * weight.log()).nan_to_num(0.0).clamp_min(_NO_CANDIDATE)
 
 
 def _sum_odds(queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
@@ -291,7 +312,7 @@ class Objective(nn.Module):
             noise,
             decode_self=config.lambda_self > 0,
             decode_cross=config.lambda_cross > 0,
-            mixup=self._choose_mixup(),
+            mixup=config.contrastive_mixup and config.lambda_contrastive > 0,
         )
         terms = self._compute_terms(output, batch, beta * config.lambda_kl)
         loss = (
@@ -325,7 +346,7 @@ class Objective(nn.Module):
             terms["contrastive"] = compute_info_nce(
                 output.contrast,
                 observed,
-                batch.batch_code,
+                output.contrast_code,
                 output.log_scale,
                 config.contrastive_within_batch,
                 config.contrastive_same_modality,
@@ -393,15 +414,10 @@ class Objective(nn.Module):
                 terms[f"contrastive/{names}"] = compute_info_nce(
                     output.contrast[:, some, pair],
                     observed,
-                    batch.batch_code[some],
+                    output.contrast_code[some],
                     output.log_scale,
                     self.config.contrastive_within_batch,
                     self.config.contrastive_same_modality,
                     across_ranks=False,
                 )
         return terms
-
-    def _choose_mixup(self) -> Mixup:
-        if not (self.config.contrastive_mixup and self.config.lambda_contrastive):
-            return "none"
-        return "within_batch" if self.config.contrastive_within_batch else "any"

@@ -6,7 +6,7 @@ Shapes: B cells, K modalities, d dimensions of each z_k, a of them aligned, M me
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,6 @@ from clue_dist.model.posterior import choose_combination, sample_posterior, sele
 from clue_dist.model.thinning import hide_entries
 from clue_dist.model.translation import LatentTranslation
 from clue_dist.model.trunk import Trunk
-
-Mixup = Literal["none", "any", "within_batch"]
 
 # Embeddings shrink private dimensions to this: a linear probe still reads them, and a cell's
 # neighbours follow from what modalities share. In the common space, where z has length 1, to less.
@@ -62,6 +60,7 @@ class CLUEOutput(NamedTuple):
     logits: Tensor  # (B, K source, K), of the discriminator, eq. 12
     # (M, B, K source, K * a / M), the experts' means that InfoNCE compares, one set a member.
     contrast: Tensor
+    contrast_code: Tensor  # (B,) int64, the biological batch of what InfoNCE compares
     log_scale: Tensor  # (), log of the contrast's inverse temperature
 
 
@@ -138,7 +137,7 @@ class CLUE(nn.Module):
         noise: Noise,
         decode_self: bool = True,
         decode_cross: bool = True,
-        mixup: Mixup = "none",
+        mixup: bool = False,
     ) -> CLUEOutput:
         """Encode, sample, decode twice, discriminate.
 
@@ -147,15 +146,14 @@ class CLUE(nn.Module):
             noise: all random draws of the step.
             decode_self: whether `ln_self` is wanted; else it is 0.
             decode_cross: whether `ln_cross` is wanted; else it is 0.
-            mixup: whether InfoNCE is to compare mixtures of paired cells instead of the cells:
-                "any" two of them, or two "within_batch", a biological batch.
+            mixup: whether InfoNCE is to compare mixtures of paired cells instead of the cells.
         """
         shown = self._hide_entries(batch, noise) if self.training and self.thinning else batch
         components = self._compute_components(shown)
         posterior = self._infer_posterior(batch, components, noise)
-        contrast = posterior.mean
-        if mixup != "none":
-            contrast = self._encode_mixtures(batch, components, noise, mixup == "within_batch")
+        contrast, contrast_code = posterior.mean, batch.batch_code
+        if mixup:
+            contrast, contrast_code = self._encode_mixtures(batch, components, noise)
         z = sample_posterior(
             posterior.mean, posterior.log_var, noise.draw_normal(*posterior.mean.shape[1:])
         )
@@ -172,7 +170,14 @@ class CLUE(nn.Module):
         z, contrast = z[..., : self.n_aligned], contrast[..., : self.n_aligned]
         logits = self.discriminator(reverse_gradient(z.flatten(2)), noise)
         return CLUEOutput(
-            posterior, z, ln_self, ln_cross, logits, self._split_members(contrast), self.scale()
+            posterior,
+            z,
+            ln_self,
+            ln_cross,
+            logits,
+            self._split_members(contrast),
+            contrast_code,
+            self.scale(),
         )
 
     @torch.no_grad()
@@ -281,22 +286,21 @@ class CLUE(nn.Module):
         return Posterior(mean, log_var, joint_mean, joint_log_var)
 
     def _encode_mixtures(
-        self, batch: Batch, components: dict[str, Tensor], noise: Noise, within_batch: bool
-    ) -> Tensor:
+        self, batch: Batch, components: dict[str, Tensor], noise: Noise
+    ) -> tuple[Tensor, Tensor]:
         """The experts' means for mixtures of paired cells (mixup, Zhang et al., 2018).
 
         Each paired cell is mixed with a partner of its stratum and lane, by the same share in all
         of its modalities: a new true pair. A cell stays as it is where its partner is itself, as
-        each is in a stratum that has one round of the batch, or, if `within_batch`, a cell of
-        another biological batch. Rows of unpaired cells hold values that nobody may use.
+        each is in a stratum that has one round of the batch. Rows of unpaired cells hold values
+        that nobody may use.
 
         Returns:
-            (B, K source, K target, d).
+            Means, (B, K source, K target, d), and biological batches, (B,): of the cell that has
+            the larger share.
         """
         partner, share = noise.draw_mixing()
-        if within_batch:
-            foreign = batch.batch_code != batch.batch_code[partner]
-            share = share.masked_fill(foreign[:, None], 1.0)
+        code = torch.where(share[:, 0] < 0.5, batch.batch_code[partner], batch.batch_code)
         mixed, rows = {}, {}
         for name, observed in batch.modalities.items():
             x, rows[name] = components[name], observed.rows[observed.paired]
@@ -307,7 +311,7 @@ class CLUE(nn.Module):
             partner_x = x[index_of_row[partner[rows[name]]]]
             mixed[name] = cell_share * x[observed.paired] + (1 - cell_share) * partner_x
         mean, _ = self._encode_components(batch, mixed, rows, noise)
-        return mean
+        return mean, code
 
     def _encode_components(
         self,

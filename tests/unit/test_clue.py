@@ -148,7 +148,7 @@ def test_contrast_compares_mixtures_of_pairs() -> None:
         return Batch(observed, torch.zeros(B, dtype=torch.int64), modalities)
 
     out = model.model(
-        batch_of(x), Noise(0, 0, share, 1), decode_self=False, decode_cross=False, mixup="any"
+        batch_of(x), Noise(0, 0, share, 1), decode_self=False, decode_cross=False, mixup=True
     )
     assert out.contrast.shape == (2, B, K, K * D // 2)
     partner, kept = Noise(0, 0, share, 1).draw_mixing()
@@ -170,29 +170,24 @@ def test_cells_of_a_stratum_with_one_round_are_contrasted_as_they_are() -> None:
     batch = Batch(observed, torch.zeros(B, dtype=torch.int64), modalities)
     plain, mixed = (
         model.model(batch, Noise(0, 0, {"often": 8, "its turn": 4}, 4), mixup=how).contrast[0]
-        for how in ("none", "any")
+        for how in (False, True)
     )
     torch.testing.assert_close(mixed[8:], plain[8:])
     assert not torch.isclose(mixed[:8], plain[:8]).all((1, 2)).all()
 
 
-def test_mixtures_stay_within_a_biological_batch_if_asked() -> None:
+def test_a_mixture_is_of_the_batch_that_has_the_larger_share() -> None:
     model, batch, _ = small_model(members=2)
     model.eval()
-    batch = Batch(batch.observed, (draw(B) > 0).long(), batch.modalities)
-    partner, _ = Noise(0, 0, {"all": B}, 1).draw_mixing()
-    alike = batch.batch_code == batch.batch_code[partner]
-    paired = batch.observed.sum(1) > 1
-    assert (alike & paired).any()
-    assert (~alike & paired).any()
-    used = (batch.observed & paired[:, None])[None, :, :, None]
-    plain, mixed, within = (
-        model.model(batch, Noise(0, 0, {"all": B}, 1), mixup=how).contrast * used
-        for how in ("none", "any", "within_batch")
+    batch = Batch(batch.observed, torch.arange(B), batch.modalities)
+    partner, share = Noise(0, 0, {"all": B}, 1).draw_mixing()
+    largest = torch.where(share[:, 0] > 0.5, torch.arange(B), partner)
+    assert (largest != torch.arange(B)).any()
+    mixed, plain = (
+        model.model(batch, Noise(0, 0, {"all": B}, 1), mixup=mixup) for mixup in (True, False)
     )
-    torch.testing.assert_close(within[:, alike], mixed[:, alike])
-    torch.testing.assert_close(within[:, ~alike], plain[:, ~alike])
-    assert (mixed[:, ~alike & paired] != plain[:, ~alike & paired]).any()
+    torch.testing.assert_close(mixed.contrast_code, largest)
+    torch.testing.assert_close(plain.contrast_code, torch.arange(B))
 
 
 def test_members_share_nothing_but_their_input() -> None:

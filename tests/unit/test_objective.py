@@ -36,7 +36,13 @@ def output(seed: int = 0) -> CLUEOutput:
     ln = [draw(B, K, seed=seed + i) * OBSERVED for i in (2, 3)]
     logits, contrast = draw(B, K, K, seed=seed + 5), draw(1, B, K, K * D, seed=seed + 6)
     return CLUEOutput(
-        posterior, draw(B, K, K, D, seed=seed + 4), *ln, logits, contrast, torch.tensor(1.5)
+        posterior,
+        draw(B, K, K, D, seed=seed + 4),
+        *ln,
+        logits,
+        contrast,
+        torch.zeros(B).long(),
+        torch.tensor(1.5),
     )
 
 
@@ -102,8 +108,11 @@ def test_discriminator_term_is_eq_12() -> None:
 
 
 @pytest.mark.parametrize("same_modality", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("within", [False, True])
-def test_info_nce_over_pairs_both_directions(within: bool, same_modality: float) -> None:
+@pytest.mark.parametrize(("within", "fewest"), [(False, 32), (True, 0), (True, 3), (True, 32)])
+def test_info_nce_over_pairs_both_directions(
+    within: bool, fewest: int, same_modality: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objective, "FEWEST_CANDIDATES", fewest)
     z, code, log_scale = draw(2, B, K, K * D), torch.arange(B) % 2, torch.tensor(1.3)
     losses = []
     for member in z.double().numpy():
@@ -111,12 +120,14 @@ def test_info_nce_over_pairs_both_directions(within: bool, same_modality: float)
         for a, b in permutations(range(K), 2):
             both = [c for c in range(B) if OBSERVED[c, a] and OBSERVED[c, b]]
             for c in both:
-                rivals = [e for e in both if not within or code[e] == code[c]]
-                logits = {e: math.exp(1.3) * unit[c, a] @ unit[e, b] for e in rivals}
-                others = [e for e in rivals if e != c]
-                own = [math.exp(1.3) * unit[c, a] @ unit[e, a] for e in others]
-                total = sum(math.exp(v) for v in logits.values())
-                total += same_modality * sum(math.exp(v) for v in own)
+                n_alike = sum(bool(code[e] == code[c]) for e in both)
+                n_others = len(both) - n_alike
+                rest = min(1.0, max(0, fewest - n_alike) / max(n_others, 1))
+                odds = {e: 1.0 if not within or code[e] == code[c] else rest for e in both}
+                logits = {e: math.exp(1.3) * unit[c, a] @ unit[e, b] for e in both}
+                own = {e: math.exp(1.3) * unit[c, a] @ unit[e, a] for e in both if e != c}
+                total = sum(odds[e] * math.exp(v) for e, v in logits.items())
+                total += same_modality * sum(odds[e] * math.exp(v) for e, v in own.items())
                 losses.append(math.log(total) - logits[c])
     info_nce = compute_info_nce(z, OBSERVED, code, log_scale, within, same_modality)
     assert float(info_nce) == pytest.approx(np.mean(losses), rel=1e-5)
