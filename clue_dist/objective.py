@@ -28,7 +28,7 @@ MOST_CONTRASTED = 500
 _NO_CANDIDATE = -1e4  # logits are cosines times 100 at most
 # Where fewer cells than this are of a cell's biological batch, those of other batches count so much
 # that there are as many in effect: hardly anything can be learnt from a few.
-FEWEST_CANDIDATES = 32
+FEWEST_CANDIDATES = 64
 
 
 def compute_elbo_self(output: CLUEOutput, observed: Tensor, weight: Tensor, beta: float) -> Tensor:
