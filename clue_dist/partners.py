@@ -66,8 +66,8 @@ class PartnerSettings:
 class _Profiles:
     """The profiles of both modalities, of length 1."""
 
-    first: torch.Tensor  # (N, D) float64
-    second: torch.Tensor  # (M, D) float64
+    first: torch.Tensor  # (N, D) float32
+    second: torch.Tensor  # (M, D) float32
     settings: PartnerSettings
 
     @property
@@ -136,7 +136,7 @@ def find_partners(
         DataError: the shapes do not fit, or values are not finite.
     """
     settings = settings or PartnerSettings()
-    x, y = (scale_to_length_one(torch.as_tensor(u).detach().double()) for u in (first, second))
+    x, y = (scale_to_length_one(torch.as_tensor(u).detach().float()) for u in (first, second))
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or not (len(x) and len(y)):
         raise DataError(
             "profiles of two modalities in one space are needed",
@@ -193,12 +193,15 @@ def link_nearest(profiles: _Profiles) -> sp.csr_array:
 def link_scaled(profiles: _Profiles) -> sp.csr_array:
     """Weights by cosines that are scaled locally, a softmax over the temperature."""
     settings, count = profiles.settings, profiles.settings.n_neighbours
-    forward = profiles.search(profiles.first, profiles.second, count)
     backward = profiles.search(profiles.second, profiles.first, count)
-    radius, other = (1 - (near.distances**2).mean(1) / 2 for near in (forward, backward))
-    graph = profiles.link_candidates()
-    scores = 2 * graph.data - radius[graph.row] - other[graph.col]
-    return _weigh_by_softmax(graph, scores / settings.temperature)
+    forward = profiles.search(profiles.first, profiles.second, max(count, settings.n_candidates))
+    cosines = 1 - forward.distances**2 / 2
+    # Half the mean cosine around the candidate. That around the cell itself is equal for all of
+    # its candidates, and the weights do not change with it.
+    crowding = (1 - (backward.distances**2).mean(1) / 2) / 2
+    scores = (cosines - crowding[forward.indices]) / settings.temperature
+    weights = np.exp(scores - scores.max(1, keepdims=True))
+    return _place_weights(forward.indices, weights, profiles.shape)
 
 
 def link_shared(profiles: _Profiles) -> sp.csr_array:
