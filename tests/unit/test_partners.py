@@ -129,16 +129,16 @@ def test_bipartite_in_blocks_gives_every_cell_at_most_one_partner(monkeypatch):
 
 def test_scaled_cosines_leave_aside_a_profile_that_is_near_everything():
     rng = np.random.default_rng(0)
-    centre, cells = np.eye(8)[0], 0.5 * rng.normal(size=(40, 8))
+    centre, cells = 3 * np.eye(8)[0], 0.3 * rng.normal(size=(80, 8))
     first = centre + cells
-    second = centre + cells + 0.3 * rng.normal(size=cells.shape)
+    second = centre + cells + 0.25 * rng.normal(size=cells.shape)
     second[0] = centre
     chosen = {
         method: find_partners(first, second, PartnerSettings(method)).tocoo().col
         for method in ("nearest", "scaled")
     }
-    assert (chosen["scaled"] == 0).sum() < (chosen["nearest"] == 0).sum()
-    assert (chosen["scaled"] == np.arange(40)).sum() > (chosen["nearest"] == np.arange(40)).sum()
+    assert (chosen["nearest"] == 0).sum() > 5
+    assert (chosen["scaled"] == 0).sum() < (chosen["nearest"] == 0).sum() / 2
 
 
 def test_the_best_partners_are_kept_and_scaled():
