@@ -61,6 +61,12 @@ COMMANDS = {
         "Impute a modality of the cells of a store, or denoise one.",
         "clue impute --run runs/atlas --store S.zarr --modality adt --from rna --out adt.h5ad",
     ),
+    "match": CommandEntry(
+        ANSWERS,
+        "Find partners of cells across two modalities.",
+        "clue match --run runs/atlas --store S.zarr --first rna --second atac --out pairs.csv",
+        takes_ranks=False,
+    ),
     "evaluate": CommandEntry(
         QUALITY,
         "Score how well modalities match, and whether z is one space.",

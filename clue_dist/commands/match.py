@@ -1,0 +1,66 @@
+"""Find partners of cells across two modalities."""
+
+from clue_dist.commands.model_arguments import build_model_parser, open_model_and_store
+from clue_dist.process import run_main
+
+_METHODS = ("nearest", "scaled", "shared", "mutual", "transport", "bipartite")
+
+
+def main() -> None:
+    """Match the cells of the store that the arguments name, and write pairs or their matrix."""
+    parser = build_model_parser(
+        "match",
+        store="store of the cells to match",
+        out="pairs as .csv, .csv.gz or .parquet, or their matrix as .npz",
+    )
+    parser.add_argument("--first", required=True, help="modality of the rows")
+    parser.add_argument("--second", required=True, help="modality that partners are sought in")
+    parser.add_argument(
+        "--method", choices=_METHODS, default="scaled", help="how (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--partners", type=int, default=1, metavar="NUMBER", help="the most that a cell gets"
+    )
+    parser.add_argument(
+        "--within-batch", action="store_true", help="partners must be of the cell's batch"
+    )
+    parser.add_argument(
+        "--approximate", action="store_true", help="by faiss, for more than some 100,000 cells"
+    )
+    parser.add_argument(
+        "--calibrate-on",
+        metavar="STORE",
+        help="cells with both modalities that the model has not seen, which confidence is "
+        "calibrated on (default: those of --store)",
+    )
+    arguments = parser.parse_args()
+
+    from clue_dist.inference.cells import open_cells
+    from clue_dist.inference.match import check_pairs_path, match_cells, write_matches
+    from clue_dist.partners import PartnerSettings
+
+    with open_model_and_store(arguments, lambda: check_pairs_path(arguments.out)) as opened:
+        trained_model, store, ranks = opened
+
+        def match_store() -> None:
+            paired = arguments.calibrate_on and open_cells(arguments.calibrate_on, trained_model)
+            matched = match_cells(
+                trained_model,
+                open_cells(store, trained_model, min_known=arguments.min_known),
+                arguments.first,
+                arguments.second,
+                settings=PartnerSettings(
+                    arguments.method, arguments.partners, approximate=arguments.approximate
+                ),
+                within_batch=arguments.within_batch,
+                calibrate_on=paired,
+                batch_size=arguments.batch_size,
+            )
+            write_matches(matched, arguments.out)
+            print(f"{matched!r}\n{arguments.out}")
+
+        ranks.run_on_first(match_store)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,142 @@
+"""Matches of a model's cells: pairs, their matrix, and what their confidence is worth."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+
+from clue_dist.errors import ConfigError, DataError
+from clue_dist.inference.cells import open_cells
+from clue_dist.inference.match import MatchedCells, match_cells, write_matches
+from clue_dist.pair_confidence import PairConfidence, fit_pair_confidence
+from clue_dist.partners import PartnerSettings, find_partners
+from clue_dist.store.reader import Store
+from clue_dist.store.seen_cells import identify_cells
+from tests.fakes import FakeLoaded
+from tests.stores import make_store
+
+CELLS = {"rna+adt": 70, "rna": 41, "adt": 20}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Store:
+    return make_store(tmp_path_factory.mktemp("store") / "s.zarr", cells=CELLS)
+
+
+@pytest.fixture(scope="module")
+def loaded(store) -> FakeLoaded:
+    return FakeLoaded(dict(store.manifest.modalities))
+
+
+@pytest.fixture(scope="module")
+def matched(store, loaded) -> MatchedCells:
+    settings = PartnerSettings(n_partners=3)
+    return match_cells(loaded, open_cells(store, loaded), "rna", "adt", settings=settings)
+
+
+def draw_profiles(n_cells: int, noise: float, seed: int) -> list[np.ndarray]:
+    """Two noisy looks at the same cells, (N, 6) each."""
+    rng = np.random.default_rng(seed)
+    cells = rng.normal(size=(n_cells, 6))
+    return [cells + noise * rng.normal(size=cells.shape) for _ in range(2)]
+
+
+def measure_calibration(confidence: PairConfidence, n_cells: int, noise: float) -> float:
+    """How far mean confidence is from the share of true pairs, weighted over ten bins."""
+    first, second = draw_profiles(n_cells, noise, seed=9)
+    chosen = find_partners(first, second).tocoo()
+    sure = confidence.compute_confidence(first, second, chosen.row, chosen.col)
+    bins = np.minimum((10 * sure).astype(int), 9)
+    errors = [
+        (bins == b).mean() * abs(sure[bins == b].mean() - (chosen.row == chosen.col)[bins == b].mean())
+        for b in np.unique(bins)
+    ]
+    return float(np.sum(errors))
+
+
+def test_every_cell_with_the_first_modality_gets_partners_with_the_second(matched, store, loaded):
+    assert matched.weights.shape == (70 + 41, 70 + 20)
+    assert set(matched.pairs.cell) == {
+        name for name in open_cells(store, loaded).read_obs().index if not name.startswith("adt")
+    }
+    assert not any(name.startswith("rna-") for name in matched.pairs.partner)
+    sums = matched.pairs.groupby("cell").weight.sum()
+    np.testing.assert_allclose(sums, 1)
+    assert matched.pairs.confidence.between(0, 1).all()
+
+
+def test_the_table_says_what_the_matrix_says(matched):
+    best = matched.pairs[~matched.pairs.cell.duplicated()]
+    np.testing.assert_allclose(best.weight, matched.weights.max(axis=1).toarray().ravel())
+    assert len(matched.pairs) == matched.weights.nnz
+
+
+def test_within_a_batch_pairs_do_not_cross(store, loaded):
+    cells = open_cells(store, loaded)
+    found = match_cells(loaded, cells, "rna", "adt", within_batch=True)
+    batch = cells.read_obs().batch.astype(str)
+    assert (batch[found.pairs.cell].to_numpy() == batch[found.pairs.partner].to_numpy()).all()
+    assert found.pairs.confidence.between(0, 1).all()
+
+
+def test_confidence_is_calibrated_on_pairs_the_model_has_not_seen(matched, store, loaded):
+    assert matched.confidence.n_pairs == 70
+    assert "calibrated on 70 pairs" in repr(matched)
+    seen = FakeLoaded(loaded.modalities, seen_cells=frozenset(identify_cells(store.manifest)))
+    found = match_cells(seen, open_cells(store, seen), "rna", "adt")
+    assert not found.confidence.is_calibrated
+    assert "not calibrated" in repr(found)
+
+
+def test_calibration_may_be_given(store, loaded, tmp_path):
+    few = open_cells(make_store(tmp_path / "few.zarr", cells={"rna+adt": 10}), loaded)
+    with pytest.raises(DataError, match="too few pairs"):
+        match_cells(loaded, open_cells(store, loaded), "rna", "adt", calibrate_on=few)
+    many = open_cells(make_store(tmp_path / "many.zarr", cells={"rna+adt": 60}), loaded)
+    found = match_cells(loaded, open_cells(store, loaded), "rna", "adt", calibrate_on=many)
+    assert found.confidence.n_pairs == 60
+    again = match_cells(
+        loaded, open_cells(store, loaded), "rna", "adt", calibrate_on=found.confidence
+    )
+    pd.testing.assert_frame_equal(again.pairs, found.pairs)
+
+
+@pytest.mark.parametrize("noise", [0.3, 0.6])
+def test_a_calibration_on_few_cells_holds_for_many(noise):
+    confidence = fit_pair_confidence(*draw_profiles(300, noise, seed=1), PartnerSettings())
+    assert measure_calibration(confidence, 300, noise) < 0.08
+    assert measure_calibration(confidence, 1_500, noise) < 0.08
+
+
+def test_a_calibration_survives_json():
+    confidence = PairConfidence(0.1, 0.9, -1.0, 70)
+    assert PairConfidence(**json.loads(json.dumps(confidence.to_plain()))) == confidence
+
+
+@pytest.mark.parametrize("ending", [".npz", ".csv", ".csv.gz"])
+def test_matches_are_read_back(matched, tmp_path, ending):
+    out = tmp_path / f"pairs{ending}"
+    write_matches(matched, out)
+    if ending == ".npz":
+        assert abs(sp.load_npz(out) - matched.weights).max() == 0
+    else:
+        pd.testing.assert_frame_equal(pd.read_csv(out), matched.pairs)
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+
+
+def test_modalities_and_batches_that_are_not_there_are_refused(store, loaded, tmp_path):
+    cells = open_cells(store, loaded)
+    with pytest.raises(ConfigError, match="two different modalities"):
+        match_cells(loaded, cells, "rna", "rna")
+    with pytest.raises(ConfigError, match="two different modalities"):
+        match_cells(loaded, cells, "rna", "atac")
+    plain = make_store(tmp_path / "plain.zarr", cells=CELLS, batches=0)
+    with pytest.raises(ConfigError, match="batches of the cells are not known"):
+        match_cells(loaded, open_cells(plain, loaded), "rna", "adt", within_batch=True)
+
+
+def test_an_ending_that_no_format_has_is_refused(matched, tmp_path):
+    with pytest.raises(ConfigError, match="ending says its format"):
+        write_matches(matched, tmp_path / "pairs.txt")
