@@ -303,9 +303,7 @@ def _cut_blocks(profiles: _Profiles) -> list[tuple[np.ndarray, np.ndarray]]:
         rows, columns = (np.flatnonzero(code == number) for code in codes)
         # A cluster may be larger than a block: it is cut further, at random.
         n_parts = -(-max(len(rows), len(columns)) // (2 * _BIPARTITE_BLOCK)) or 1
-        blocks += zip(
-            np.array_split(rows, n_parts), np.array_split(columns, n_parts), strict=True
-        )
+        blocks += zip(np.array_split(rows, n_parts), np.array_split(columns, n_parts), strict=True)
     return blocks
 
 
