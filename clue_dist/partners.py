@@ -292,13 +292,14 @@ def _cut_blocks(profiles: _Profiles) -> list[tuple[np.ndarray, np.ndarray]]:
     """Rows and columns of blocks of similar cells, of about _BIPARTITE_BLOCK cells a modality."""
     n_blocks = -(-max(profiles.shape) // _BIPARTITE_BLOCK)
     if n_blocks == 1:
-        return [tuple(np.arange(size) for size in profiles.shape)]
+        n_rows, n_columns = profiles.shape
+        return [(np.arange(n_rows), np.arange(n_columns))]
     from sklearn.cluster import MiniBatchKMeans
 
     clusters = MiniBatchKMeans(n_blocks, batch_size=4096, n_init=1, random_state=0)
     clusters.fit(torch.cat([profiles.first, profiles.second]).cpu().numpy())
     codes = [clusters.predict(u.cpu().numpy()) for u in (profiles.first, profiles.second)]
-    blocks = []
+    blocks: list[tuple[np.ndarray, np.ndarray]] = []
     for number in range(n_blocks):
         rows, columns = (np.flatnonzero(code == number) for code in codes)
         # A cluster may be larger than a block: it is cut further, at random.
