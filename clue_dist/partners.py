@@ -63,7 +63,7 @@ class PartnerSettings:
 
 
 @dataclass(frozen=True)
-class _Profiles:
+class ProfilePair:
     """The profiles of both modalities, of length 1."""
 
     first: torch.Tensor  # (N, D) float32
@@ -145,11 +145,11 @@ def find_partners(
         )
     link = METHODS[settings.method]
     if batches is None:
-        return keep_best_partners(link(_Profiles(x, y, settings)), settings.n_partners)
+        return keep_best_partners(link(ProfilePair(x, y, settings)), settings.n_partners)
     parts = []
     for name in np.intersect1d(*batches):
         rows, columns = (np.flatnonzero(batch == name) for batch in batches)
-        weights = link(_Profiles(x[rows], y[columns], settings)).tocoo()
+        weights = link(ProfilePair(x[rows], y[columns], settings)).tocoo()
         parts.append((weights.data, rows[weights.row], columns[weights.col]))
     if not parts:
         raise DataError(
@@ -181,7 +181,7 @@ def keep_best_partners(weights: sp.sparray, n_partners: int) -> sp.csr_array:
     return sp.csr_array((data / sums[rows], (rows, columns)), shape=matrix.shape)
 
 
-def link_nearest(profiles: _Profiles) -> sp.csr_array:
+def link_nearest(profiles: ProfilePair) -> sp.csr_array:
     """Weights of the nearest profiles, a softmax of cosines over the temperature."""
     settings = profiles.settings
     found = profiles.search(profiles.first, profiles.second, settings.n_partners)
@@ -190,7 +190,7 @@ def link_nearest(profiles: _Profiles) -> sp.csr_array:
     return _place_weights(found.indices, weights, profiles.shape)
 
 
-def link_scaled(profiles: _Profiles) -> sp.csr_array:
+def link_scaled(profiles: ProfilePair) -> sp.csr_array:
     """Weights by cosines that are scaled locally, a softmax over the temperature."""
     settings, count = profiles.settings, profiles.settings.n_neighbours
     backward = profiles.search(profiles.second, profiles.first, count)
@@ -204,7 +204,7 @@ def link_scaled(profiles: _Profiles) -> sp.csr_array:
     return _place_weights(forward.indices, weights, profiles.shape)
 
 
-def link_shared(profiles: _Profiles) -> sp.csr_array:
+def link_shared(profiles: ProfilePair) -> sp.csr_array:
     """Eq. 16: the share of the neighbours of two profiles that are neighbours of both.
 
     A profile is its own nearest neighbour inside its modality.
@@ -226,7 +226,7 @@ def link_shared(profiles: _Profiles) -> sp.csr_array:
     )
 
 
-def link_mutual(profiles: _Profiles) -> sp.csr_array:
+def link_mutual(profiles: ProfilePair) -> sp.csr_array:
     """Weights of profiles that are among the nearest of each other, a softmax of cosines."""
     count = profiles.settings.n_neighbours
     first, second = profiles.first, profiles.second
@@ -237,7 +237,7 @@ def link_mutual(profiles: _Profiles) -> sp.csr_array:
     return _weigh_by_softmax(graph, cosines / profiles.settings.temperature)
 
 
-def link_transport(profiles: _Profiles) -> sp.csr_array:
+def link_transport(profiles: ProfilePair) -> sp.csr_array:
     """The plan of entropic optimal transport between uniform marginals (Cuturi, 2013).
 
     Only candidates may exchange mass. Beyond them a plan of such a temperature is next to zero, and
@@ -264,7 +264,7 @@ def link_transport(profiles: _Profiles) -> sp.csr_array:
     return sp.csr_array(kernel.multiply(row_scale[:, None]).multiply(column_scale[None]))
 
 
-def link_bipartite(profiles: _Profiles) -> sp.csr_array:
+def link_bipartite(profiles: ProfilePair) -> sp.csr_array:
     """One partner for each cell of the modality that has fewer, by the largest sum of cosines."""
     from scipy.optimize import linear_sum_assignment
 
@@ -278,7 +278,7 @@ def link_bipartite(profiles: _Profiles) -> sp.csr_array:
     return sp.csr_array((np.ones(len(rows)), (rows, columns)), shape=profiles.shape)
 
 
-METHODS: dict[str, Callable[[_Profiles], sp.csr_array]] = {
+METHODS: dict[str, Callable[[ProfilePair], sp.csr_array]] = {
     "nearest": link_nearest,
     "scaled": link_scaled,
     "shared": link_shared,
@@ -288,7 +288,7 @@ METHODS: dict[str, Callable[[_Profiles], sp.csr_array]] = {
 }
 
 
-def _cut_blocks(profiles: _Profiles) -> list[tuple[np.ndarray, np.ndarray]]:
+def _cut_blocks(profiles: ProfilePair) -> list[tuple[np.ndarray, np.ndarray]]:
     """Rows and columns of blocks of similar cells, of about _BIPARTITE_BLOCK cells a modality."""
     n_blocks = -(-max(profiles.shape) // _BIPARTITE_BLOCK)
     if n_blocks == 1:
@@ -308,7 +308,7 @@ def _cut_blocks(profiles: _Profiles) -> list[tuple[np.ndarray, np.ndarray]]:
     return blocks
 
 
-def _search_itself(profiles: _Profiles, points: torch.Tensor, count: int) -> Neighbours:
+def _search_itself(profiles: ProfilePair, points: torch.Tensor, count: int) -> Neighbours:
     """The nearest points of each point, itself among them as the first."""
     found = profiles.search(points, points, count)
     itself = np.arange(len(points))

@@ -98,7 +98,7 @@ def test_transport_has_the_marginals_and_the_kernel_of_entropic_transport():
     first, second = make_profiles()[0], make_profiles()[1][:40]
     settings = PartnerSettings("transport", n_partners=60, n_candidates=60, temperature=0.2)
     plan = partners.link_transport(
-        partners._Profiles(
+        partners.ProfilePair(
             *(partners.scale_to_length_one(partners.torch.tensor(u)) for u in (first, second)),
             settings,
         )
