@@ -1,0 +1,248 @@
+"""Cells in memory that a model can and cannot be asked about, and what is said of them."""
+
+from __future__ import annotations
+
+import warnings
+
+import anndata as ad
+import mudata as md
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+
+from clue_dist.errors import ClueError, DataError
+from clue_dist.inference.cells import open_cells
+from clue_dist.inference.embed import embed_anndata
+from clue_dist.store.manifest import Modality
+from tests.fakes import FakeLoaded, dense
+
+
+def name_features(modality: str, number: int) -> list[str]:
+    return [f"{modality}-{i}" for i in range(number)]
+
+
+LOADED = FakeLoaded(
+    {
+        "rna": Modality(kind="rna", storage="sparse", features=name_features("rna", 10)),
+        "adt": Modality(kind="adt", storage="dense", features=name_features("adt", 4)),
+        "clr": Modality(kind="dense", storage="dense", features=name_features("clr", 3)),
+    },
+    batches=["1", "2"],
+)
+
+
+def make_table(modality: str = "rna", cells: int = 5, number: int | None = None) -> ad.AnnData:
+    """Counts 1, 2, ... of all features of a modality, or of the first ones."""
+    number = number or LOADED.modalities[modality].n_features
+    counts = np.arange(1.0, cells * number + 1).reshape(cells, number)
+    names = pd.DataFrame(index=[f"cell-{i}" for i in range(cells)])
+    return ad.AnnData(
+        sp.csr_matrix(counts), names, pd.DataFrame(index=name_features(modality, number))
+    )
+
+
+def read_all(source, **choices) -> dict[str, np.ndarray]:
+    """Counts of every cell that has them, by modality, without a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        cells = open_cells(source, LOADED, **choices)
+    batches = [cells.read_slice(cell_slice) for cell_slice in cells.slice_cells(100)]
+    return {
+        name: np.concatenate(
+            [dense(b.modalities[name].counts).numpy() for b in batches if name in b.modalities]
+        )
+        for name in cells.modalities
+    }
+
+
+@pytest.mark.parametrize("value", [-1.0, 0.5, np.nan, np.inf, 2.0**25])
+def test_a_value_that_is_no_count_is_refused_by_cell_and_feature(value):
+    table = make_table()
+    table.X[3, 7] = value
+    with pytest.raises(DataError, match=r"cell 'cell-3', feature 'rna-7'"):
+        open_cells(table, LOADED)
+
+
+def test_values_that_are_nearly_whole_are_rounded():
+    table = make_table()
+    table.X = table.X.toarray() + 1e-4
+    np.testing.assert_array_equal(read_all(table)["rna"], make_table().X.toarray())
+
+
+def test_integers_and_tiny_negative_zeros_are_counts():
+    table = make_table()
+    table.X = table.X.astype(np.int16)
+    np.testing.assert_array_equal(read_all(table)["rna"], make_table().X.toarray())
+    table = make_table()
+    table.X[0, 0] = -1e-9
+    assert read_all(table)["rna"][0, 0] == 0
+
+
+def test_real_values_are_free_but_finite():
+    table = make_table("clr")
+    table.X = np.asarray(table.X.toarray()) - 7.25
+    np.testing.assert_allclose(read_all(table)["clr"], make_table("clr").X.toarray() - 7.25)
+    table.X[1, 2] = np.nan
+    with pytest.raises(DataError, match="cell 'cell-1', feature 'clr-2'"):
+        open_cells(table, LOADED)
+
+
+def test_missing_features_are_zero_counted_and_named():
+    table = make_table()[:, [*range(7), 9]].copy()
+    with pytest.warns(UserWarning, match=r"2 of 10 features are missing .*rna-7, rna-8"):
+        cells = open_cells(table, LOADED)
+    (cell_slice,) = cells.slice_cells(10)
+    counts = dense(cells.read_slice(cell_slice).modalities["rna"].counts).numpy()
+    np.testing.assert_array_equal(counts[:, [7, 8]], 0)
+    np.testing.assert_array_equal(counts[:, 9], make_table().X.toarray()[:, 9])
+
+
+def test_more_than_half_missing_is_refused_with_a_way_on():
+    few = make_table(number=4)
+    with pytest.raises(DataError, match=r"4 of 10 features(.|\n)*feature_ids=(.|\n)*min_known=0"):
+        open_cells(few, LOADED, modality="rna")
+    with pytest.warns(UserWarning, match="6 of 10 features are missing"):
+        assert open_cells(few, LOADED, modality="rna", min_known=0).n_cells == 5
+
+
+def test_a_column_of_var_names_the_features():
+    table = make_table()
+    table.var = pd.DataFrame({"ids": table.var_names}, index=[f"x{i}" for i in range(10)])
+    with pytest.raises(DataError, match="cannot tell which modality"):
+        open_cells(table, LOADED)
+    found = read_all(table, modality="rna", feature_ids={"rna": "ids"})
+    np.testing.assert_array_equal(found["rna"], make_table().X.toarray())
+    with pytest.raises(DataError, match=r"no such column(.|\n)*columns: ids"):
+        open_cells(table, LOADED, modality="rna", feature_ids="gene")
+
+
+def test_features_that_repeat_are_refused():
+    table = make_table()
+    table.var_names = ["rna-0", "rna-0", *table.var_names[2:]]
+    with pytest.raises(DataError, match=r"1 feature names occur more than once(.|\n)*rna-0"):
+        open_cells(table, LOADED)
+
+
+def test_layers_go_by_name():
+    table = make_table()
+    table.layers["counts"] = table.X.copy()
+    table.X = table.X / 3
+    assert list(read_all(table, layer="counts")) == ["rna"]
+    assert list(read_all(table, layer={"rna": "counts"})) == ["rna"]
+    with pytest.raises(DataError, match=r"no such matrix(.|\n)*layers: counts"):
+        open_cells(table, LOADED, layer="raw")
+    table.raw = make_table()
+    np.testing.assert_array_equal(read_all(table, layer="raw.X")["rna"], make_table().X.toarray())
+    table = make_table()
+    table.layers["counts"] = table.X.copy()
+    table.X = None  # the only matrix there is
+    assert list(read_all(table)) == ["rna"]
+
+
+def test_feature_types_of_10x_tell_modalities_apart():
+    both = ad.concat([make_table(), make_table("adt")], axis=1)
+    both.var["feature_types"] = ["Gene Expression"] * 10 + ["Antibody Capture"] * 4
+    found = read_all(both)
+    np.testing.assert_array_equal(found["rna"], make_table().X.toarray())
+    np.testing.assert_array_equal(found["adt"], make_table("adt").X.toarray())
+    assert list(read_all(both, modalities=["adt"])) == ["adt"]
+    joint = embed_anndata(LOADED, both, open_cells(both, LOADED))
+    assert joint.shape == both.obsm["X_clue_adt"].shape == both.obsm["X_clue_rna"].shape
+
+
+def test_an_anndata_of_several_modalities_without_types_is_refused():
+    both = ad.concat([make_table(), make_table("adt")], axis=1)
+    with pytest.raises(DataError, match=r"100% of rna, 100% of adt(.|\n)*modality="):
+        open_cells(both, LOADED)
+    assert list(read_all(both, modality="adt")) == ["adt"]
+
+
+def test_an_unpaired_mudata_is_taken_as_it_is():
+    other = make_table("adt", cells=3)
+    other.obs_names = [f"other-{i}" for i in range(3)]
+    mdata = md.MuData({"rna": make_table(), "adt": other})
+    cells = open_cells(mdata, LOADED)
+    assert cells.n_cells == 8
+    assert {s.modalities: s.n_cells for s in cells.slice_cells(100)} == {("rna",): 5, ("adt",): 3}
+    embed_anndata(LOADED, mdata, cells)
+    assert list(mdata.obs.loc[["cell-0", "other-2"], "clue_modalities"]) == ["rna", "adt"]
+    assert mdata["adt"].obsm["X_clue"].shape == (3, 9)
+
+
+def test_a_modality_may_have_another_name_of_its_kind():
+    mdata = md.MuData({"gex": make_table(), "Protein": make_table("adt")})
+    assert list(read_all(mdata)) == ["rna", "adt"]
+
+
+def test_modalities_that_the_model_does_not_know_are_left_out():
+    peaks = ad.AnnData(np.ones((5, 2)), make_table().obs, pd.DataFrame(index=["p1", "p2"]))
+    with pytest.warns(UserWarning, match="does not know atac"):
+        cells = open_cells(md.MuData({"rna": make_table(), "atac": peaks}), LOADED)
+    assert cells.modalities == ["rna"]
+    with (
+        pytest.warns(UserWarning, match="does not know atac"),
+        pytest.raises(DataError, match=r"knows none(.|\n)*rna, adt, clr"),
+    ):
+        open_cells(md.MuData({"atac": peaks}), LOADED)
+    with pytest.raises(DataError, match="no such modality"):
+        open_cells(make_table(), LOADED, modalities=["adt"])
+    with pytest.raises(DataError, match="knows none"):
+        open_cells(make_table(), LOADED, modality="peaks")
+
+
+def test_cells_without_counts_have_no_place():
+    table = make_table()
+    table.X[2] = 0
+    table.X.eliminate_zeros()
+    with pytest.warns(UserWarning, match=r"1 cells have no counts .*cell-2"):
+        cells = open_cells(table, LOADED)
+    joint = embed_anndata(LOADED, table, cells)
+    assert np.isnan(joint).any(axis=1).tolist() == [False, False, True, False, False]
+    assert table.obs["clue_modalities"].tolist() == ["rna", "rna", "", "rna", "rna"]
+    table.X = sp.csr_matrix(table.shape)
+    with pytest.raises(DataError, match="no cell has counts"):
+        open_cells(table, LOADED)
+
+
+def test_batches_are_named_as_in_a_store():
+    table = make_table()
+    table.obs["donor"] = [1.0, 2.0, np.nan, 3.0, 1.0]
+    cells = open_cells(table, LOADED, batch_key="donor")
+    (cell_slice,) = cells.slice_cells(10)
+    assert cells.read_slice(cell_slice).batch_code.tolist() == [0, 1, -1, -1, 0]
+    obs = cells.read_obs()
+    assert obs["batch"].tolist()[:2] == ["1", "2"]
+    assert obs["batch"].isna().tolist() == [False, False, True, False, False]
+    with pytest.raises(DataError, match=r"obs has no such column(.|\n)*columns: donor"):
+        open_cells(table, LOADED, batch_key="lane")
+
+
+def test_names_of_cells_must_tell_them_apart():
+    table = make_table()
+    table.obs_names = ["a", "a", "b", "c", "d"]
+    assert open_cells(table, LOADED).n_cells == 5  # alone it needs no names
+    with pytest.raises(DataError, match="cells of a MuData need names of their own"):
+        open_cells(md.MuData({"rna": table, "adt": make_table("adt")}), LOADED)
+
+
+@pytest.mark.parametrize("source", [np.ones((2, 2)), None])
+def test_other_objects_are_refused(source):
+    with pytest.raises(DataError, match="not cells that a model can be asked about"):
+        open_cells(source, LOADED)
+
+
+def test_files_are_read_and_what_is_none_is_said(tmp_path):
+    make_table().write_h5ad(tmp_path / "t.h5ad")
+    assert open_cells(str(tmp_path / "t.h5ad"), LOADED).n_cells == 5
+    with pytest.raises(DataError, match="no such file"):
+        open_cells(tmp_path / "u.h5ad", LOADED)
+    (tmp_path / "v.h5mu").write_bytes(b"no HDF5")
+    with pytest.raises(DataError, match="cannot be read"):
+        open_cells(tmp_path / "v.h5mu", LOADED)
+    with pytest.raises(ClueError, match="no store here"):
+        open_cells(tmp_path / "nowhere.zarr", LOADED)
+
+
+def test_what_is_opened_says_what_it_is():
+    assert repr(open_cells(make_table(), LOADED)) == "5 cells with rna in memory"
