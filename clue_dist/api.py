@@ -74,14 +74,15 @@ def fit(
         KeyboardInterrupt: Ctrl-C stopped training, which was saved.
         SystemExit: another signal did so; its code is 75.
     """
+    folder = parse_path(str(out))
+    ranks = Ranks.from_environment()
+    read = ranks.run_before_joining(lambda: _read_config(config, settings or {}, folder))
+
     from data_prep.from_python import ConversionRequest
 
     request = ConversionRequest(
         batch_key, label_key, layer, feature_ids, kinds or {}, modality, conversion
     )
-    folder = parse_path(str(out))
-    ranks = Ranks.from_environment()
-    read = ranks.run_before_joining(lambda: _read_config(config, settings or {}, folder))
     _train_on(data, request, read, ranks, resume, init_from)
     # A run without cells that are held out has no best weights.
     return load(folder, "best" if list_checkpoints(folder / "best") else "last")

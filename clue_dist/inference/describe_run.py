@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from clue_dist.checkpoint.metrics_lines import read_metrics_lines
-from clue_dist.checkpoint.run_folder import find_state
+from clue_dist.checkpoint.run_folder import CHECKPOINT_NAME, parse_step
 from clue_dist.errors import ClueError, list_names
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.store.location import parse_location
@@ -48,10 +48,8 @@ def _describe_training_cells(trained_model: TrainedModel) -> str | None:
 
 
 def _describe_scores(folder: Path, checkpoint: str) -> str | None:
-    """The scores of the last validation up to a checkpoint; None where there was none."""
-    paths = [folder / kind / checkpoint for kind in ("best", "checkpoints")]
-    state = next(filter(None, map(find_state, paths)), None)
-    step = None if state is None else state.step
+    """The scores of the validation of a checkpoint; None where there was none."""
+    step = parse_step(Path(checkpoint)) if CHECKPOINT_NAME.fullmatch(checkpoint) else None
     rows = [line.row for line in read_metrics_lines(folder / "metrics.jsonl")]
     validations = [
         row

@@ -379,3 +379,24 @@ def test_weights_of_experts_are_found_under_their_former_name() -> None:
     torch.testing.assert_close(other.expert_weight, torch.full((2,), 3.0))
     # The earlier version had no constant, whose place the last direction's weight had.
     torch.testing.assert_close(other.weight, torch.ones(D).index_fill(0, torch.tensor([D - 1]), 0))
+
+
+def test_the_variance_of_the_joint_is_that_of_its_product_of_gaussians():
+    """Against draws: a product of Gaussians, scaled, weighed by direction, of length 1."""
+    torch.manual_seed(0)
+    space = CommonSpace(2, 6)
+    space.weight.copy_(torch.tensor([0.9, 0.7, 0.5, 0.3, 0.2, 0.4]))
+    space.covariance.copy_(0.2 * torch.rand(2, 2, 6) + torch.eye(2)[:, :, None])
+    space.expert_weight.copy_(torch.tensor([3.0, 1.0]))
+    coordinates = torch.randn(3, 2, 6)
+    variance = 1e-4 * (0.5 + torch.rand(3, 2, 6))
+    observed = torch.tensor([[True, True], [True, False], [False, True]])
+    found = space.estimate_variance(coordinates, variance, observed)
+    weight = observed * space.expert_weight
+    power = (weight / weight.sum(1, keepdim=True))[:, :, None]
+    of_product = 1 / (power / variance).sum(1)
+    share = space._share_joint(variance, observed)
+    mean, scale = (share * coordinates).sum(1), space._scale_joint(share)
+    draws = mean + of_product.sqrt() * torch.randn(20_000, 3, 6)
+    expected = space.weigh_directions(draws * scale).var(0)
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=1e-9)

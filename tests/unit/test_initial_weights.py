@@ -9,48 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from clue_dist.checkpoint.model_card import read_model_card, write_model_card
 from clue_dist.checkpoint.resuming import StartingPoint, find_starting_point
 from clue_dist.checkpoint.run_folder import COMMIT, STATE, WEIGHTS, RunState, read_weights
-from clue_dist.config import Config, load_config
+from clue_dist.config import load_config
 from clue_dist.errors import ClueError, ConfigError, ResumeError
 from clue_dist.inference.query import holds_training_cells
-from clue_dist.model.clue import CLUE
 from clue_dist.ranks import Ranks
 from clue_dist.store.reader import Store
 from clue_dist.store.writer import hash_file
 from clue_dist.train.initial_weights import plan_warm_start
 from clue_dist.train.loop import _read_earlier_card
-from clue_dist.train.setup import Setup, prepare_setup
 from tests.stores import make_store
+from tests.unit.run_helpers import MODEL, commit_weights, make_model, make_setup
 
-MODEL = {
-    "latent": 6,
-    "trunk": {"projection": 6, "hidden": 8, "members": 2},
-    "decoder": {"hidden": 8},
-    "discriminator": {"hidden": 8},
-}
 FEATURES = {"rna": 30, "adt": 8}
-
-
-def make_setup(store: Path, **settings: object) -> Setup:
-    config = {"store": str(store), "run": str(store.parent / "new"), "model": MODEL, **settings}
-    return prepare_setup(Config.model_validate(config), 1)
-
-
-def make_model(setup: Setup) -> CLUE:
-    return CLUE(setup.specs, len(setup.store.manifest.batches), setup.config.model)
-
-
-def commit_weights(folder: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Write best weights as a run keeps them."""
-    folder.mkdir(parents=True)
-    save_file(weights, folder / WEIGHTS)
-    (folder / STATE).write_text(json.dumps(asdict(RunState(5, 1, "f"))))
-    files = {path.name: hash_file(path).model_dump() for path in folder.iterdir()}
-    (folder / COMMIT).write_text(json.dumps(files))
 
 
 @pytest.fixture(scope="module")

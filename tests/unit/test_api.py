@@ -1,0 +1,222 @@
+"""The front door: a run says what it holds, and gives the same whatever holds the cells."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import anndata as ad
+import mudata as md
+import numpy as np
+import pytest
+
+import clue_dist
+from clue_dist.api import Run, load
+from clue_dist.errors import ClueError, DataError, StoreError
+from clue_dist.resilience.stop_signals import StopFlag
+from clue_dist.store.reader import Store
+from data_prep.from_python import ConversionRequest, convert_cells
+from data_prep.simulate import SimulationSpec, build_mudata, parse_features
+from tests.stores import make_store
+from tests.unit.run_helpers import make_run
+from tests.unit.test_cells_in_memory import CELLS, read_mudata
+
+SMALL = {
+    "train.epochs": 2,
+    "model.latent": 4,
+    "model.trunk.hidden": 8,
+    "model.decoder.hidden": 8,
+    "data.batch_size": 32,
+    "train.validate_every": 5,
+    "log.tensorboard": False,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the store `s.zarr` and the run `run` on it."""
+    folder = tmp_path_factory.mktemp("api")
+    make_store(folder / "s.zarr", cells=CELLS)
+    make_run(folder / "run", folder / "s.zarr")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> Run:
+    return load(str(folder / "run"))
+
+
+@pytest.mark.slow
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, clue_dist; assert {'fit', 'load', 'Run'} <= set(dir(clue_dist)); "
+        "print([m for m in ('torch', 'numpy', 'pandas', 'anndata') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_names_of_the_front_door_are_those_of_the_package() -> None:
+    assert clue_dist.load is load
+    assert clue_dist.Run is Run
+    with pytest.raises(AttributeError, match="no attribute 'laod'"):
+        _ = clue_dist.laod
+
+
+def test_a_run_says_what_it_holds(folder: Path, run: Run) -> None:
+    scores = {"step": 5, "split": "validation", "score": 0.25, "foscttm/rna-adt": 0.25}
+    (folder / "run" / "metrics.jsonl").write_text(f"{json.dumps(scores)}\n")
+    lines = repr(run).splitlines()
+    assert lines == [
+        f"Run {folder / 'run'} (step-00000005)",
+        "  rna: rna, 30 features",
+        "  adt: adt, 8 features",
+        "  batches: 2 (batch-0, batch-1)",
+        f"  trained on: 131 cells (70 rna+adt, 41 rna, 20 adt) of {folder / 's.zarr'}",
+        "  validation: step 5, score 0.25, foscttm/rna-adt 0.25",
+        "  z: 12 dimensions, no common space of the modalities",
+    ]
+
+
+def test_a_run_whose_store_and_metrics_are_gone_says_the_rest(folder: Path) -> None:
+    make_store(folder / "gone.zarr", cells=CELLS)
+    make_run(folder / "lone", folder / "gone.zarr")
+    (folder / "gone.zarr").rename(folder / "moved.zarr")
+    text = repr(load(folder / "lone"))
+    assert "trained on" not in text
+    assert "validation" not in text
+
+
+def test_cells_in_memory_lie_where_those_of_the_store_do(folder: Path, run: Run) -> None:
+    mdata = read_mudata(Store(folder / "s.zarr"))
+    joint = run.embed(mdata)
+    found = run.embed(str(folder / "s.zarr"))
+    order = mdata.obs_names.get_indexer(found.obs_names)
+    np.testing.assert_allclose(joint[order], found.obsm["X_clue"], atol=1e-6)
+    np.testing.assert_allclose(mdata.obsm["X_clue_var"][order], found.obsm["X_clue_var"], atol=1e-6)
+    assert (found.obsm["X_clue_var"] > 0).all()
+    assert list(mdata.obs["clue_modalities"].iloc[order]) == list(found.obs["clue_modalities"])
+    table = mdata["adt"]
+    order = found.obs_names.get_indexer(table.obs_names)
+    np.testing.assert_allclose(table.obsm["X_clue"], found.obsm["X_clue_adt"][order], atol=1e-6)
+
+
+def test_an_embedding_is_written_where_out_says(folder: Path, run: Run, tmp_path: Path) -> None:
+    out = run.embed(Store(folder / "s.zarr"), out=str(tmp_path / "z.h5mu"))
+    written, found = md.read_h5mu(out), run.embed(folder / "s.zarr")
+    order = written.obs_names.get_indexer(found.obs_names)
+    np.testing.assert_array_equal(written.obsm["X_clue"][order], found.obsm["X_clue"])
+    assert [path.name for path in tmp_path.iterdir()] == ["z.h5mu"]
+    table = read_mudata(Store(folder / "s.zarr"))["rna"]
+    table.write_h5ad(tmp_path / "rna.h5ad")
+    run.embed(tmp_path / "rna.h5ad", out=tmp_path / "rna_z.h5ad")
+    np.testing.assert_allclose(
+        ad.read_h5ad(tmp_path / "rna_z.h5ad").obsm["X_clue"], run.embed(table), atol=1e-6
+    )
+    returned = run.embed(tmp_path / "rna.h5ad")
+    assert isinstance(returned, ad.AnnData)
+    np.testing.assert_allclose(returned.obsm["X_clue"], table.obsm["X_clue"], atol=1e-6)
+
+
+def test_what_is_said_in_python_becomes_flags() -> None:
+    request = ConversionRequest(
+        batch_key="donor",
+        layer={"rna": "counts"},
+        feature_ids="gene_ids",
+        kinds={"hto": "adt"},
+        flags=["--top", "rna=10"],
+    )
+    assert request.list_flags() == [
+        *("--top", "rna=10", "--batch-key", "donor"),
+        *("--layer", "rna=counts", "--feature-ids", "gene_ids", "--kind", "hto=adt"),
+    ]
+
+
+def make_mudata(cells: int = 60) -> md.MuData:
+    spec = SimulationSpec.from_features(
+        parse_features(["rna:30", "adt:6"]), {}, cells=cells, paired=0.5, seed=0
+    )
+    return build_mudata(spec)
+
+
+@pytest.mark.slow
+def test_cells_in_memory_become_a_store(tmp_path: Path) -> None:
+    mdata = make_mudata()
+    mdata["rna"].uns["what"] = object()  # which no file takes
+    mdata["rna"].layers["counts"] = mdata["rna"].X.copy()
+    mdata["rna"].X = mdata["rna"].X * 0.5
+    mdata.obs["donor"] = np.where(np.arange(mdata.n_obs) % 3, "d1", "d2")
+    request = ConversionRequest(batch_key="donor", layer={"rna": "counts"})
+    out = tmp_path / "s.zarr"
+    for _ in range(2):  # the same cells are left as they are
+        convert_cells(mdata, out, request)
+    manifest = Store(out).manifest
+    assert (manifest.n_cells, manifest.batches) == (60, ["d1", "d2"])
+    assert list(manifest.labels) == sorted(mdata["rna"].obs["cell_type"].unique())
+    with pytest.raises(StoreError, match="a store of other cells is here already"):
+        convert_cells(make_mudata(50), out, request=ConversionRequest())
+    assert [path.name for path in tmp_path.iterdir()] == ["s.zarr"]
+
+
+@pytest.mark.slow
+def test_mistakes_of_a_conversion_are_errors_that_can_be_caught(tmp_path: Path) -> None:
+    table = make_mudata()["rna"]
+    with pytest.raises(DataError, match="no command line"):
+        convert_cells(table, tmp_path / "s.zarr", ConversionRequest(flags=["--nonsense"]))
+    with pytest.raises(DataError, match="needs a modality's name"):
+        convert_cells(table, tmp_path / "s.zarr", ConversionRequest())
+    convert_cells(table, tmp_path / "s.zarr", ConversionRequest(modality="rna"))
+    assert Store(tmp_path / "s.zarr").modalities == ["rna"]
+
+
+def test_training_in_a_thread_hears_no_signals() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    errors: list[BaseException] = []
+
+    def open_flag() -> None:
+        try:
+            with StopFlag() as stop:
+                assert not stop
+        except BaseException as error:  # noqa: BLE001  it is looked at below
+            errors.append(error)
+
+    thread = threading.Thread(target=open_flag)
+    thread.start()
+    thread.join()
+    assert errors == []
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_flag_knows_whether_a_person_interrupted() -> None:
+    for number, interrupted in ((signal.SIGINT, True), (signal.SIGTERM, False)):
+        with StopFlag() as stop:
+            signal.raise_signal(number)
+            assert stop
+            assert stop.was_interrupted == interrupted
+
+
+def test_mistakes_in_settings_come_before_the_cells_are_touched(tmp_path: Path) -> None:
+    for settings, config in (({"train.lrr": 1}, "atlas"), ({}, {"train": {"lrr": 1}})):
+        with pytest.raises(ClueError, match=r"did you mean `train.lr`\?"):
+            clue_dist.fit(make_mudata(), tmp_path / "run", config=config, settings=settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_fit_trains_in_this_process_and_again(tmp_path: Path) -> None:
+    mdata = make_mudata(300)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    first = clue_dist.fit(mdata, tmp_path / "first", settings=SMALL)
+    second = clue_dist.fit(tmp_path / "first.zarr", tmp_path / "second", settings=SMALL)
+    assert "score" in repr(first)
+    np.testing.assert_array_equal(first.embed(mdata), second.embed(mdata))
+    assert np.isfinite(mdata.obsm["X_clue_var"]).all()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    again = clue_dist.fit(mdata, tmp_path / "first", settings=SMALL)
+    assert again.trained_model.name == first.trained_model.name
+    scores = first.evaluate(mdata)
+    assert 0 <= scores["rna->adt"]["global"]["foscttm"] <= 1
