@@ -23,7 +23,7 @@ from tests.benchmarks.kept import compute_digest, make_once
 from tests.benchmarks.mosaic import MANY, SETS, Split, Training, find_data_set, ignore_warnings
 from tests.benchmarks.report import Bar, Result, select_values
 from tests.benchmarks.runner import Benchmark, Case, Option, Run
-from tests.benchmarks.split import FOLDS, cut_mosaic
+from tests.benchmarks.split import FOLDS, cut_mosaic, draw_batches
 from tests.distributed.command import ROOT
 
 DATA = ROOT.parent / "shared/data"
@@ -91,7 +91,9 @@ class Matching(Benchmark):
 
         def make(folder: Path) -> None:
             with ignore_warnings():
-                parts = cut_mosaic(md.read(find_data_set(name, data)), SETS[name], run.fold)
+                whole = md.read(find_data_set(name, data))
+                whole = draw_batches(whole) if name == mosaic.WITH_DRAWN_BATCHES else whole
+                parts = cut_mosaic(whole, SETS[name], run.fold)
                 for part, cells in zip(("train", "test"), parts, strict=True):
                     cells.write(folder / f"{part}.h5mu")
 

@@ -25,6 +25,7 @@ PAIRED: dict[str, tuple[str, ...]] = {
     "bmmc_cite_starter": ("rna", "adt"),
     "bmmc_multiome_starter": ("rna", "atac"),
     "hao_mosaic": ("rna", "adt"),
+    "cbmc_batches": ("rna", "adt"),  # cbmc_cite, in batches that are drawn
 }
 # More than two modalities of every cell: one of them halved, or views of handwritten digits.
 MANY: dict[str, tuple[str, ...]] = {
@@ -33,7 +34,13 @@ MANY: dict[str, tuple[str, ...]] = {
     "digits": ("fac", "fou", "kar", "mor", "pix", "zer"),
 }
 SETS = PAIRED | MANY
-FILES = {"cbmc_halves": "cbmc_cite", "snare_halves": "snare_adbrain_8lib"}  # else as the set
+WITH_DRAWN_BATCHES = "cbmc_batches"
+# Of sets that have no file of their name.
+FILES = {
+    WITH_DRAWN_BATCHES: "cbmc_cite",
+    "cbmc_halves": "cbmc_cite",
+    "snare_halves": "snare_adbrain_8lib",
+}
 LARGE, SMALL = ("cbmc_cite", "snare_adbrain_8lib"), "bmmc_cite_starter"
 BATCHED = tuple(name for name in PAIRED if name != "cbmc_cite")  # cells of two batches or more
 RECIPE = "configs/atlas.json"

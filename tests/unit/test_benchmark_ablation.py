@@ -60,8 +60,8 @@ def test_table_5_is_the_authors_recipe_with_terms_left_out(name: str, authors: s
 
 
 def test_rows_are_run_where_they_say_something() -> None:
-    assert not rows.applies_to(rows.WITHIN_BATCH, "cbmc_cite")
-    assert rows.applies_to(rows.WITHIN_BATCH, "snare_adbrain_8lib")
+    assert not rows.applies_to(rows.OF_BATCHES[0], "cbmc_cite")
+    assert rows.applies_to(rows.OF_BATCHES[0], "snare_adbrain_8lib")
     assert rows.applies_to(rows.COUNTED_ANEW, "cbmc_cite")
     assert not rows.applies_to(rows.COUNTED_ANEW, "snare_adbrain_8lib")
 

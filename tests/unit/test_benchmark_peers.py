@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import anndata as ad
+import mudata as md
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,7 +17,7 @@ import scipy.sparse as sp
 from clue_dist.matching import compute_foscttm
 from tests.benchmarks import commands, mosaic, scores
 from tests.benchmarks.matching import PEERS
-from tests.benchmarks.split import cut_mosaic
+from tests.benchmarks.split import cut_mosaic, draw_batches
 from tests.distributed.command import ROOT
 from tests.unit.mosaic_helpers import MODS, paired_cells
 
@@ -235,7 +236,7 @@ def test_a_method_without_an_embedding_of_each_modality_has_scores_of_its_joint_
     joint.save_views(arguments, 1.5, embedded, latent, pattern)
     split = mosaic.Split(tmp_path, MODS)
     found = scores.score_embedding(arguments.out, split)
-    assert found.keys() == {"islands", "accuracy", "ilisi", "joint", "alone"}
+    assert found.keys() == {"islands", "accuracy", "ilisi", "ilisi_random", "joint", "alone"}
     assert found["alone"] == found["accuracy"]["rna"]
     joint.save_views(arguments, 1.5, embedded | {"adt": embedded["rna"]}, latent, pattern)
     assert scores.score_embedding(arguments.out, split)["scores"]["global"]["foscttm"] == 0
@@ -301,3 +302,23 @@ def test_the_reference_has_the_settings_of_the_recipe_named_after_it(
         "du_h_depth": model["discriminator"]["depth"],
         "du_h_dim": model["discriminator"]["hidden"],
     }
+
+
+def test_drawn_batches_hold_all_cells_and_capture_features_to_other_shares() -> None:
+    names = [f"cell-{i}" for i in range(600)]
+    counts = np.random.default_rng(0).poisson(50, (600, 8))
+    obs = pd.DataFrame(index=names)
+    whole = md.MuData({m: ad.AnnData(sp.csr_matrix(counts), obs=obs) for m in ("rna", "adt")})
+    drawn = draw_batches(whole)
+    batch = drawn["rna"].obs["batch"]
+    assert list(batch) == list(drawn["adt"].obs["batch"])
+    assert set(batch.value_counts() > 150) == {True}
+    for name in ("rna", "adt"):
+        captured = drawn[name].X.toarray()
+        assert (captured <= counts).all()
+        means = np.stack([captured[batch == b].mean(0) for b in sorted(set(batch))])
+        # The batch that captures most of a feature captures all of it; others a share.
+        np.testing.assert_allclose(means.max(0), 50, rtol=0.05)
+        assert (means.min(0) < 45).all()
+    again = draw_batches(whole)
+    assert (again["adt"].X != drawn["adt"].X).nnz == 0

@@ -12,7 +12,7 @@ PAPER = {  # by second modality
     "atac": "configs/neurips2021_multiome.json",
 }
 ATLAS = "atlas.json"
-WITHIN_BATCH = "contrast within batch"
+OF_BATCHES = "contrast across batches", "batches not shrunk", "batches not shrunk, contrast across"
 COUNTED_ANEW = "proteins, counted anew"
 
 
@@ -23,7 +23,7 @@ ROWS |= dict.fromkeys([*OTHER_CELLS, COUNTED_ANEW], "")
 
 def applies_to(row: str, name: str) -> bool:
     """Whether a row says anything of a data set."""
-    if row == WITHIN_BATCH:
+    if row in OF_BATCHES:
         return name in mosaic.BATCHED
     return row != COUNTED_ANEW or mosaic.SETS[name][1] == "adt"
 
