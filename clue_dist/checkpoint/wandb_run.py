@@ -37,7 +37,7 @@ def open_wandb_run(run_folder: Path, log: LogConfig, settings: dict[str, Any] | 
             dir=str(run_folder),
             mode=mode,
             id=_choose_run_id(run_folder),
-            resume="allow",
+            resume="allow" if mode == "online" else None,  # offline it would only warn
             config=settings,
             settings=wandb.Settings(
                 silent=True,

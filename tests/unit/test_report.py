@@ -25,9 +25,11 @@ from clue_dist.inference.report.profiles import ALL_OBSERVED, UNKNOWN, read_prof
 
 
 @pytest.fixture(autouse=True)
-def quick_umap(monkeypatch):
-    """UMAP takes half a minute to compile: one test has it."""
+def quick_pictures(monkeypatch):
+    """UMAP takes half a minute to compile, and a picture a tenth of a second to draw."""
     monkeypatch.setattr(layouts, "compute_umap", lambda latent: latent[:, :2])
+    drawn = "clue_dist.inference.report.page.render_png"
+    monkeypatch.setattr(drawn, lambda figure: b"\x89PNG")
 
 
 @pytest.fixture
@@ -406,8 +408,16 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 def test_a_browser_draws_every_panel_and_fits_a_phone(run, embedding, tmp_path):
     page = write_report(run, embedding)
     text = page.read_text()
-    # What the page is as wide as, once everything is drawn.
-    probe = "<script>document.title=`${document.documentElement.scrollWidth}`</script></body>"
+    # What the page is as wide as once everything is drawn, and what a pointer is told.
+    probe = """<script>
+      const svg = document.querySelector("svg"), box = svg.getBoundingClientRect();
+      const place = { clientX: box.right - 12, clientY: box.top + 50 };
+      svg.dispatchEvent(new PointerEvent("pointermove", place));
+      const said = [document.documentElement.scrollWidth, TIP.innerText];
+      for (const button of document.querySelectorAll("#layouts .controls button")) button.click();
+      for (const button of document.querySelectorAll("#confusions button")) button.click();
+      document.title = [...said, document.querySelector("#layouts p").textContent].join("|");
+    </script></body>"""
     page.write_text(text.replace("</body>", probe))
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
     command += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=500,2000"]
@@ -416,9 +426,12 @@ def test_a_browser_draws_every_panel_and_fits_a_phone(run, embedding, tmp_path):
     assert f'data-drawn="{n_panels}"' in done.stdout
     assert done.stdout.count("<figure>") == n_panels > 3
     assert '<canvas aria-label="UMAP"' in done.stdout
-    width = re.search(r"<title>(\d+)</title>", done.stdout)
-    assert width is not None
-    assert int(width[1]) <= 500  # nothing sticks out: Chromium's own least width is 500
+    title = re.search(r"<title>(.*?)</title>", done.stdout, re.S)
+    assert title is not None
+    width, tip, note = title[1].split("|")
+    assert int(width) <= 500  # nothing sticks out: Chromium's own least width is 500
+    assert tip.split("\n") == ["step 80", "rna-adt 0.21"]
+    assert note.startswith("70 points, each a cell seen through one modality alone")
 
 
 def test_metrics_of_a_resumed_run_count_once(run):

@@ -246,6 +246,7 @@ def _tabulate_scores(scores: Section) -> dict[str, Any]:
     joint, about = scores.get(JOINT_SCORES) or {}, scores.get("about", {})
     return {
         "file": scores.get("file", ""),
+        "cells_name": Path(str(about.get("store", ""))).name or "other cells",
         "about": about,
         "titles": [METRIC_TITLES[metric] for metric in METRICS],
         "matching": matching,

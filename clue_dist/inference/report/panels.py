@@ -55,7 +55,8 @@ _SPEED: tuple[tuple[str, str, str], ...] = (
     ("cells_per_s", "cells per second", "over all ranks"),
     ("data_wait", "waiting for data", "share of the time"),
     ("saving_wait", "waiting for a save", "share of the time"),
-    ("peak_memory_gb", "peak memory", "of a GPU, GiB"),
+    ("peak_memory_gb", "peak memory of a GPU", "GiB"),
+    ("peak_host_memory_gb", "peak memory of rank 0", "GiB"),
 )
 _BATCH_TERMS: tuple[tuple[str, str], ...] = (
     ("loss", "loss"),

@@ -55,7 +55,7 @@ function hideTip() { TIP.hidden = true; }
 
 const BOX = { width: 360, height: 190, left: 52, right: 10, top: 8, bottom: 22 };
 
-function drawPanel(parent, panel, number) {
+function drawPanel(parent, panel, number, keptStep) {
   const figure = make(parent, "figure");
   const caption = make(figure, "figcaption", {}, panel.title);
   make(caption, "small", {}, panel.note);
@@ -82,8 +82,8 @@ function drawPanel(parent, panel, number) {
     const level = y(panel.reference);
     make(inside, "line", { x1: BOX.left, x2: right, y1: level, y2: level, ...dotted });
   }
-  if (DATA.kept_step !== null && DATA.kept_step >= first && DATA.kept_step <= last) {
-    const place = x(DATA.kept_step);
+  if (keptStep !== null && keptStep >= first && keptStep <= last) {
+    const place = x(keptStep);
     make(inside, "line", { x1: place, x2: place, y1: BOX.top, y2: bottom, ...dotted });
   }
   panel.curves.forEach((curve, k) => {
@@ -378,7 +378,9 @@ function drawFeature(frame, feature, scale) {
 
 let drawn = 0;
 for (const place of document.querySelectorAll("[data-panels]")) {
-  for (const panel of DATA.panels[place.dataset.panels]) drawPanel(place, panel, drawn++);
+  const kind = place.dataset.panels;
+  const keptStep = ["scores", "losses"].includes(kind) ? DATA.kept_step : null;
+  for (const panel of DATA.panels[kind]) drawPanel(place, panel, drawn++, keptStep);
 }
 const layouts = document.getElementById("layouts");
 if (layouts) drawLayouts(layouts, KEPT.embedding.layouts);
