@@ -14,11 +14,10 @@ import pandas as pd
 
 from clue_dist.config import MIN_KNOWN
 from clue_dist.files import parse_path
+from clue_dist.imputation_methods import ImputationMethods
 from clue_dist.inference.cells import Cells, CellSource, MemoryCells, open_cells, open_source
 from clue_dist.inference.describe_run import describe_run
 from clue_dist.inference.embed import collect_embedding, embed_anndata, embed_cells
-from clue_dist.inference.imputation_question import ImputationChoices
-from clue_dist.inference.impute import impute_cells, write_imputation
 from clue_dist.inference.load_model import TrainedModel, load_model
 from clue_dist.inference.match import check_pairs_path, match_cells, write_matches
 from clue_dist.partners import PartnerSettings
@@ -43,7 +42,7 @@ def load(folder: str | Path, checkpoint: str = "best") -> Run:
     return Run(path, load_model(path, checkpoint))
 
 
-class Run:
+class Run(ImputationMethods):
     """A trained model that can be asked about cells.
 
     Args:
@@ -134,81 +133,6 @@ class Run:
             per_modality=per_modality,
             batch_size=batch_size,
         )
-
-    def impute(
-        self,
-        cells: CellSource,
-        modality: str,
-        *,
-        out: str | Path | None = None,
-        from_: Sequence[str] | None = None,
-        batch: str = "own",
-        features: Sequence[str] | None = None,
-        library_size: float | str | None = None,
-        log1p: bool = False,
-        samples: int = 0,
-        interval: float | None = None,
-        threshold: float | None = None,
-        seed: int = 0,
-        layer: str | Mapping[str, str] | None = None,
-        feature_ids: str | Mapping[str, str] | None = None,
-        batch_key: str | None = None,
-        min_known: float | None = None,
-        batch_size: int = 4096,
-    ) -> ad.AnnData | Path:
-        """Impute a modality, or denoise one that was measured.
-
-        Args:
-            cells: the cells, as of `embed`.
-            modality: whose values are asked for.
-            out: an .h5ad or .zarr to write instead, piece by piece, over all ranks.
-            from_: modalities to infer them from; by default all that a cell has.
-            batch: the batch to decode for: a name, "own" (of each cell; averaged over all batches
-                where it is unknown), or "average".
-            features: those asked for, in this order; by default all.
-            library_size: expected counts of profiles of this size, or "own", of each cell's; by
-                default expected shares, per 10,000 counts.
-            log1p: E ln(1 + counts per 10,000) instead, which is less than ln(1 + E).
-            samples: profiles to draw of each cell, with the noise of counts.
-            interval: share of draws in the central interval: layers `lower` and `upper`.
-            threshold: smaller values become zero, and the matrices sparse.
-            seed: of what is drawn.
-            layer: where raw counts lie, as of `embed`.
-            feature_ids: column of var that names the features, likewise.
-            batch_key: column of obs with the batch.
-            min_known: least share of a modality's features that must be there.
-            batch_size: cells encoded at once.
-
-        Returns:
-            Means in X, draws and bounds in layers, (cells, features); `out`, where that is given.
-        """
-        opened = open_cells(
-            cells,
-            self.trained_model,
-            layer=layer,
-            feature_ids=feature_ids,
-            batch_key=batch_key,
-            min_known=min_known,
-        )
-        choices = ImputationChoices(
-            modality,
-            from_,
-            batch,
-            features,
-            library_size,
-            log1p,
-            samples,
-            interval,
-            threshold,
-            seed,
-        )
-        if out is None:
-            return impute_cells(self.trained_model, opened, choices, batch_size)
-        path, ranks = parse_path(str(out)), self._join_ranks()
-        write_imputation(
-            self.trained_model, opened, path, choices, batch_size=batch_size, ranks=ranks
-        )
-        return path
 
     def match(
         self,

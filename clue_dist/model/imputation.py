@@ -41,7 +41,7 @@ class TargetLatent:
     deviation: Tensor
     is_factor: bool
 
-    def select_rows(self, rows: slice) -> TargetLatent:
+    def select_rows(self, rows: slice | Tensor) -> TargetLatent:
         """The Gaussian of some of the cells."""
         deviation = self.deviation if self.is_factor else self.deviation[rows]
         return TargetLatent(self.mean[rows], deviation, self.is_factor)

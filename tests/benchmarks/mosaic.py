@@ -45,7 +45,8 @@ LARGE, SMALL = ("cbmc_cite", "snare_adbrain_8lib"), "bmmc_cite_starter"
 BATCHED = tuple(name for name in PAIRED if name != "cbmc_cite")  # cells of two batches or more
 RECIPE = "configs/atlas.json"
 SOURCES = ("clue_dist", "data_prep", "launch", "configs", "constraints.txt")
-KEPT = ("config.json", "metrics.jsonl")  # of a run's folder; its checkpoints would fill the disk
+KEPT = ("config.json", "metrics.jsonl")  # of a run's folder, beside its best weights
+MODEL = ("config.json", "model.json")  # beside the best weights: what a model is loaded from
 JOINT = "joint"  # z from every modality that a cell has; the others are called as their modality
 Embedded = dict[str, np.ndarray]  # by source of z: (cells, dimensions)
 
@@ -112,7 +113,7 @@ class Training:
             out.unlink()
         for name in KEPT:
             shutil.copy(run / name, self.folder)
-        shutil.rmtree(run)
+        keep_model(run)
         return tables, seconds
 
     def save_z(self) -> float:
@@ -129,6 +130,15 @@ class Training:
         mosaic, pattern = tables["train"].obsm["X_clue"], list_patterns(tables["train"])
         np.savez(self.folder / "z.npz", **arrays, **alone, mosaic=mosaic, pattern=pattern)
         return seconds
+
+
+def keep_model(run: Path) -> None:
+    """Remove all of a run's folder but what a trained model is loaded from."""
+    newest = sorted(run.glob("best/step-*"))[-1]
+    for path in [*run.iterdir(), *run.glob("best/*")]:
+        if path.name in MODEL or path in (run / "best", newest):
+            continue
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def list_tested(split: Split) -> pd.Index:

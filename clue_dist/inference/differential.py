@@ -1,0 +1,225 @@
+"""Differential analysis: which features differ between groups of cells, by what a model expects.
+
+As in scvi-tools (Boyeau et al., 2019; mode "change"): cells of a group and of the others are paired
+at random, z of each is drawn from its posterior, and both are decoded for the same batch, which is
+drawn, too. The share of pairs whose log fold change is large is the probability of a difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from clue_dist.errors import ConfigError, list_names
+from clue_dist.inference.cells import Cells
+from clue_dist.inference.imputation_question import (
+    AVERAGE,
+    ImputationChoices,
+    ImputationQuestion,
+    read_question,
+)
+from clue_dist.inference.load_model import TrainedModel
+from clue_dist.inference.stream import read_slices_ahead
+from clue_dist.model.imputation import PER_TEN_THOUSAND, infer_target_latent, keep_sources
+from clue_dist.ranks import Ranks
+
+# Of the mean share of a feature: what is added to shares, so that features which are hardly there
+# do not differ many times over.
+PSEUDO_SHARE = 0.1
+MOST_VALUES = 2**22  # decoded at once, for either side of the pairs: 16 MB
+
+
+@dataclass(frozen=True)
+class DifferentialChoices:
+    """What is compared; see docs/answers.md."""
+
+    modality: str  # whose features
+    groupby: str  # column of obs with the groups
+    groups: Sequence[str] | None = None  # None: every group
+    reference: str | None = None  # the group to compare with; None: all other cells
+    from_: Sequence[str] | None = None  # modalities to infer values from; None: all of a cell
+    batch: str = AVERAGE  # name of a batch, or "average"
+    features: Sequence[str] | None = None
+    least_change: float = 0.25  # log2 fold change that counts; of real values, difference
+    pairs: int = 2000  # pairs of cells for each group
+    seed: int = 0
+
+
+def compare_groups(
+    trained_model: TrainedModel,
+    cells: Cells,
+    choices: DifferentialChoices,
+    batch_size: int = 4096,
+) -> dict[str, pd.DataFrame]:
+    """Compare what is expected of cells of each group with what is expected of the others.
+
+    Args:
+        trained_model: the model.
+        cells: the cells.
+        choices: what is compared.
+        batch_size: cells encoded at once.
+
+    Returns:
+        By group a row for each feature, those that mark the group first: `probability` that the
+        change is large, `bayes_factor` (its log odds), `lfc_mean` and `lfc_std` over pairs (log2),
+        `score` (their ratio, by which rows are sorted), `mean` and `mean_others` (counts per
+        10,000).
+
+    Raises:
+        ConfigError: no such column, group, modality, feature or batch; a group without cells.
+    """
+    question = read_question(
+        trained_model,
+        ImputationChoices(
+            choices.modality, choices.from_, choices.batch, choices.features, seed=choices.seed
+        ),
+    )
+    rng = np.random.default_rng(choices.seed)
+    slices = cells.slice_cells(batch_size)
+    shown = np.concatenate(
+        [s.rows for s in slices if set(s.modalities) & set(question.sources)] or [np.empty(0, int)]
+    )
+    labels = _read_groups(cells, choices, np.sort(shown))
+    groups = _list_groups(labels, choices)
+    pairs = {group: _draw_pairs(labels, group, choices, rng) for group in groups}
+    latents = _draw_latents(question, cells, np.stack(list(pairs.values())), batch_size)
+    return {
+        group: _compare_pairs(question, choices, latents[number])
+        for number, group in enumerate(groups)
+    }
+
+
+def _read_groups(cells: Cells, choices: DifferentialChoices, shown: np.ndarray) -> np.ndarray:
+    """The group of each cell, (N,) names; "" of those without, or without a source."""
+    obs = cells.read_obs()
+    if choices.groupby not in obs:
+        raise ConfigError(
+            "obs has no such column",
+            where=f"groupby={choices.groupby!r}",
+            got=f"columns: {list_names(obs.columns, 30) or 'none'}",
+        )
+    values = obs[choices.groupby]
+    names = np.where(values.isna(), "", values.astype(str)).astype(object)
+    labels = np.full(len(names), "", object)
+    labels[shown] = names[shown]
+    return labels
+
+
+def _list_groups(labels: np.ndarray, choices: DifferentialChoices) -> list[str]:
+    """The groups to compare, each with cells and with others to compare them with."""
+    known = sorted(set(labels) - {""})
+    wanted = list(choices.groups) if choices.groups is not None else known
+    named = wanted + ([choices.reference] if choices.reference is not None else [])
+    if absent := [name for name in named if name not in known]:
+        raise ConfigError(
+            "there is no cell of a group",
+            where=f"groupby={choices.groupby!r}",
+            got=list_names(absent),
+            expected=list_names(known) or "none has a source to infer from",
+        )
+    if len(known) < 2 or not wanted:
+        raise ConfigError(
+            "nothing to compare with",
+            where=f"groupby={choices.groupby!r}",
+            got=f"groups: {list_names(known) or 'none'}",
+            expected="two groups or more",
+        )
+    return [name for name in wanted if name != choices.reference]
+
+
+def _draw_pairs(
+    labels: np.ndarray, group: str, choices: DifferentialChoices, rng: np.random.Generator
+) -> np.ndarray:
+    """Rows of cells of a group, and of as many others, (2, pairs)."""
+    inside = labels == group
+    others = labels == choices.reference if choices.reference else ~inside & (labels != "")
+    return np.stack([rng.choice(np.flatnonzero(part), choices.pairs) for part in (inside, others)])
+
+
+def _draw_latents(
+    question: ImputationQuestion, cells: Cells, rows: np.ndarray, batch_size: int
+) -> Tensor:
+    """Draw z of every cell named in `rows` (..., n), one for each time that it is: (..., n, d)."""
+    trained_model, device = question.trained_model, Ranks().choose_device()
+    model, modalities = trained_model.model.to(device), list(trained_model.modalities)
+    wanted, place = rows.ravel(), np.full(cells.n_cells, -1)
+    drawn = torch.zeros(len(wanted), model.latent)
+    generator = torch.Generator(device).manual_seed(question.choices.seed)
+    slices = [s for s in cells.slice_cells(batch_size) if np.isin(s.rows, wanted).any()]
+    for cell_slice, batch in read_slices_ahead(cells, slices):
+        place[:] = -1
+        place[cell_slice.rows] = np.arange(cell_slice.n_cells)
+        times = np.flatnonzero(place[wanted] >= 0)
+        with torch.inference_mode():
+            shown = keep_sources(batch, modalities, question.sources).to(device)
+            latent = infer_target_latent(model, shown, question.choices.modality)
+            chosen = latent.select_rows(torch.from_numpy(place[wanted[times]]).to(device))
+            drawn[times] = chosen.draw_sample(generator).cpu()
+    return drawn.view(*rows.shape, model.latent)
+
+
+def _compare_pairs(
+    question: ImputationQuestion, choices: DifferentialChoices, latents: Tensor
+) -> pd.DataFrame:
+    """The table of one group from z of its pairs, (2, pairs, d)."""
+    decoder, device = question.decoder, Ranks().choose_device()
+    generator = torch.Generator().manual_seed(choices.seed)
+    n_pairs = latents.shape[1]
+    code = torch.randint(decoder.n_batches, (n_pairs,), generator=generator)
+    if question.fixed_code is not None and question.fixed_code >= 0:
+        code.fill_(question.fixed_code)
+    changes = _Changes(decoder.width)
+    step = max(1, MOST_VALUES // decoder.width)
+    for start in range(0, n_pairs, step):
+        part = slice(start, start + step)
+        library = torch.full((len(code[part]), 1), PER_TEN_THOUSAND, device=device)
+        with torch.inference_mode():
+            own, other = (
+                decoder.compute_mean(z[part].to(device), code[part].to(device), library).cpu()
+                for z in latents
+            )
+        changes.add_pairs(own.double(), other.double(), question.has_counts, choices.least_change)
+    return changes.build_table(question.features)
+
+
+class _Changes:
+    """Sums over pairs of how F features change."""
+
+    def __init__(self, n_features: int) -> None:
+        self.n_pairs = 0
+        self.sums = torch.zeros(5, n_features, dtype=torch.float64)
+
+    def add_pairs(self, own: Tensor, other: Tensor, has_counts: bool, least: float) -> None:
+        """Add values (n, F) of cells of the group, and of those that they are paired with."""
+        change = own - other
+        if has_counts:
+            pseudo = PSEUDO_SHARE * PER_TEN_THOUSAND / own.shape[1]
+            change = torch.log2((own + pseudo) / (other + pseudo))
+        is_large = change.abs() > least
+        terms = (change, change**2, is_large.double(), own, other)
+        self.sums += torch.stack([term.sum(0) for term in terms])
+        self.n_pairs += len(own)
+
+    def build_table(self, features: Sequence[str]) -> pd.DataFrame:
+        mean, square, large, own, other = (self.sums / self.n_pairs).numpy()
+        deviation = np.sqrt(np.maximum(square - mean**2, 0))
+        # One more pair of either kind, so that no odds are infinite.
+        odds = (large * self.n_pairs + 1) / ((1 - large) * self.n_pairs + 1)
+        table = pd.DataFrame(
+            {
+                "score": mean / np.maximum(deviation, 1e-9),
+                "lfc_mean": mean,
+                "lfc_std": deviation,
+                "probability": large,
+                "bayes_factor": np.log(odds),
+                "mean": own,
+                "mean_others": other,
+            },
+            index=pd.Index(features, name="feature"),
+        )
+        return table.sort_values("score", ascending=False)
