@@ -37,7 +37,8 @@ SCRIPTS = {"multigrate": "multigrate_peer"}  # a script named as its package wou
 ENVIRONMENTS = dict.fromkeys(("multivi", "totalvi", "multigrate"), "scvi")
 PYTHONS = {"scvi": "3.12"}
 BASELINES = ("linear", "contrastive")  # which our transfer of labels must lead
-SEEDLESS = ("counts", "wnn", "linear", "mean", "knn", "ridge")  # no random numbers: one seed stands for all
+# Methods without random numbers, of which one seed stands for all.
+SEEDLESS = ("counts", "wnn", "linear", "mean", "knn", "ridge")
 QUICK_SETTINGS = ("train.epochs=10", "log.tensorboard=false", "log.wandb=disabled")
 QUICK_EPOCHS = {"contrastive": 8} | dict.fromkeys(METHODS[3:], 2)
 

@@ -1,0 +1,107 @@
+"""Differential analysis: groups that decode differently are told apart, others are not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from clue_dist.errors import ConfigError
+from clue_dist.inference.cells import StoreCells
+from clue_dist.inference.differential import DifferentialChoices, compare_groups
+from clue_dist.inference.load_model import TrainedModel
+from clue_dist.store.reader import Store
+from tests.stores import make_store
+from tests.unit.impute_helpers import make_trained
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Store:
+    folder = tmp_path_factory.mktemp("store")
+    return make_store(
+        folder / "s.zarr", cells={"rna": 40, "adt": 20}, features={"rna": 6, "adt": 4}
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(store) -> TrainedModel:
+    return make_trained(store)
+
+
+class GroupedCells(StoreCells):
+    """Groups that follow from what the model expects: above or below the median of rna-0."""
+
+    group: np.ndarray
+
+    def read_obs(self) -> pd.DataFrame:
+        return super().read_obs().assign(group=self.group)
+
+
+@pytest.fixture(scope="module")
+def cells(store, trained) -> GroupedCells:
+    cells = GroupedCells(store, trained)
+    model = trained.model
+    means = []
+    for cell_slice in cells.slice_cells(4096):
+        posterior = model.encode_batch(cells.read_slice(cell_slice))
+        means.append(posterior.joint_mean[:, 0])
+    z = torch.cat(means)
+    decoder = model.get_decoder("rna")
+    code, library = torch.zeros(60, dtype=torch.int64), torch.full((60, 1), 1e4)
+    first = decoder.likelihood.compute_mean(decoder.compute_parameters(z, code, library))[:, 0]
+    high = (first > first[:40].median()).numpy()
+    # Cells of proteins alone have no group.
+    cells.group = np.array([["low", "high"][int(h)] for h in high[:40]] + [None] * 20, object)
+    return cells
+
+
+def compare(trained, cells, **choices):
+    return compare_groups(trained, cells, DifferentialChoices("rna", "group", **choices))
+
+
+def test_the_feature_that_made_the_groups_marks_one_of_them(trained, cells):
+    tables = compare(trained, cells, pairs=500)
+    assert list(tables) == ["high", "low"]
+    high = tables["high"]
+    assert sorted(high.index) == [f"rna-{i}" for i in range(6)]
+    assert high["score"].is_monotonic_decreasing
+    first = high.loc["rna-0"]
+    assert first["lfc_mean"] > 0
+    assert first["mean"] > first["mean_others"]
+    assert first["bayes_factor"] == pytest.approx(
+        np.log((500 * first["probability"] + 1) / (500 * (1 - first["probability"]) + 1))
+    )
+    # The other way round, but for what is drawn.
+    assert tables["low"].loc["rna-0", "lfc_mean"] == pytest.approx(-first["lfc_mean"], rel=0.4)
+
+
+def test_a_reference_and_features_are_chosen(trained, cells):
+    tables = compare(trained, cells, reference="low", features=["rna-2", "rna-0"], pairs=50)
+    assert list(tables) == ["high"]
+    assert sorted(tables["high"].index) == ["rna-0", "rna-2"]
+
+
+def test_the_same_seed_gives_the_same_table(trained, cells):
+    first, second, other = (compare(trained, cells, pairs=50, seed=s)["high"] for s in (0, 0, 1))
+    pd.testing.assert_frame_equal(first, second)
+    assert not first.equals(other)
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"groups": ["middle"]}, "no cell of a group"),
+        ({"reference": "middle"}, "no cell of a group"),
+        ({"from_": ["adt"]}, "no such modality|nothing to compare|no cell"),
+        ({"features": ["rna-9"]}, "no such feature"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(trained, cells, choices, message):
+    with pytest.raises(ConfigError, match=message):
+        compare(trained, cells, **choices)
+
+
+def test_a_column_that_is_not_there_is_refused(trained, cells):
+    with pytest.raises(ConfigError, match="no such column"):
+        compare_groups(trained, cells, DifferentialChoices("rna", "leiden"))
