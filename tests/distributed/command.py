@@ -20,6 +20,8 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from clue_dist.model.clue import FITTED_MODULES
+
 ROOT = Path(__file__).parents[2]
 KILLED = 128 + signal.SIGKILL  # exit code of ranks.py where its rank was killed
 FAST = (
@@ -140,13 +142,13 @@ def best_weights(run_folder: Path) -> dict[str, Tensor]:
 
 
 def trained_weights(run_folder: Path) -> dict[str, Tensor]:
-    """The best weights without the common space.
+    """The best weights without what validations fit, such as the common space.
 
     Directions on which modalities agree alike turn with the last bit, which another number of ranks
     changes.
     """
     weights = best_weights(run_folder)
-    return {name: values for name, values in weights.items() if not name.startswith("space.")}
+    return {n: values for n, values in weights.items() if n.split(".")[0] not in FITTED_MODULES}
 
 
 def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
