@@ -179,11 +179,13 @@ def _compare_pairs(
         part = slice(start, start + step)
         library = torch.full((len(code[part]), 1), PER_TEN_THOUSAND, device=device)
         with torch.inference_mode():
-            own, other = (
+            inside, outside = (
                 decoder.compute_mean(z[part].to(device), code[part].to(device), library).cpu()
                 for z in latents
             )
-        changes.add_pairs(own.double(), other.double(), question.has_counts, choices.least_change)
+        changes.add_pairs(
+            inside.double(), outside.double(), question.has_counts, choices.least_change
+        )
     return changes.build_table(question.features)
 
 
@@ -194,19 +196,19 @@ class _Changes:
         self.n_pairs = 0
         self.sums = torch.zeros(5, n_features, dtype=torch.float64)
 
-    def add_pairs(self, own: Tensor, other: Tensor, has_counts: bool, least: float) -> None:
+    def add_pairs(self, inside: Tensor, outside: Tensor, has_counts: bool, least: float) -> None:
         """Add values (n, F) of cells of the group, and of those that they are paired with."""
-        change = own - other
+        change = inside - outside
         if has_counts:
-            pseudo = PSEUDO_SHARE * PER_TEN_THOUSAND / own.shape[1]
-            change = torch.log2((own + pseudo) / (other + pseudo))
+            pseudo = PSEUDO_SHARE * PER_TEN_THOUSAND / inside.shape[1]
+            change = torch.log2((inside + pseudo) / (outside + pseudo))
         is_large = change.abs() > least
-        terms = (change, change**2, is_large.double(), own, other)
+        terms = (change, change**2, is_large.double(), inside, outside)
         self.sums += torch.stack([term.sum(0) for term in terms])
-        self.n_pairs += len(own)
+        self.n_pairs += len(inside)
 
     def build_table(self, features: Sequence[str]) -> pd.DataFrame:
-        mean, square, large, own, other = (self.sums / self.n_pairs).numpy()
+        mean, square, large, inside, outside = (self.sums / self.n_pairs).numpy()
         deviation = np.sqrt(np.maximum(square - mean**2, 0))
         # One more pair of either kind, so that no odds are infinite.
         odds = (large * self.n_pairs + 1) / ((1 - large) * self.n_pairs + 1)
@@ -217,8 +219,8 @@ class _Changes:
                 "lfc_std": deviation,
                 "probability": large,
                 "bayes_factor": np.log(odds),
-                "mean": own,
-                "mean_others": other,
+                "mean": inside,
+                "mean_others": outside,
             },
             index=pd.Index(features, name="feature"),
         )
