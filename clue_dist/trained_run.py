@@ -18,8 +18,10 @@ from clue_dist.imputation_methods import ImputationMethods
 from clue_dist.inference.cells import Cells, CellSource, MemoryCells, open_cells, open_source
 from clue_dist.inference.describe_run import describe_run
 from clue_dist.inference.embed import collect_embedding, embed_anndata, embed_cells
+from clue_dist.inference.export import CardTexts, export_run
 from clue_dist.inference.load_model import TrainedModel, load_model
 from clue_dist.inference.match import check_pairs_path, match_cells, write_matches
+from clue_dist.inference.new_batches import tune_batches
 from clue_dist.partners import PartnerSettings
 from clue_dist.ranks import Ranks
 from clue_dist.store.layout import MANIFEST
@@ -259,6 +261,30 @@ class Run(ImputationMethods):
             None if path is None else parse_path(str(path)) for path in (embedding, scores)
         )
         return write_report(self.folder, embedding_path, scores_path)
+
+    def export(self, out: str | Path, scores: str | Path | None = None, **texts: str) -> None:
+        """Write the model, and a card that explains it, into a folder to be shared.
+
+        Args:
+            out: the folder to make.
+            scores: what `evaluate` has written, for the card.
+            texts: `title`, `data` and `licence`, as a person states them.
+        """
+        file = None if scores is None else parse_path(str(scores))
+        name, card = self.trained_model.name, CardTexts(**texts)
+        export_run(self.folder, parse_path(str(out)), checkpoint=name, scores=file, texts=card)
+
+    def fine_tune(self, cells: CellSource, out: str | Path, **choices: Any) -> Run:
+        """Teach a copy of the model the new batches of some cells; z of every cell stays.
+
+        Args:
+            cells: cells of new batches.
+            out: the folder to make, which holds the new model.
+            choices: `layer`, `batch_key` and others, as `embed` takes them.
+        """
+        folder, opened = parse_path(str(out)), open_cells(cells, self.trained_model, **choices)
+        tune_batches(self.folder, self.trained_model, opened, folder)
+        return load(folder)
 
     def _open_store(self, cells: TrainingData, folder: Path) -> Store:
         """The store that the cells are, or one that is made of them in a folder."""

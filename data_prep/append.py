@@ -89,7 +89,12 @@ def append_cells(
     ):
         return before
     options = replace(
-        options, features_from=root, block_cells=before.block_cells, codec=before.codec
+        options,
+        features_from=root,
+        block_cells=before.block_cells,
+        codec=before.codec,
+        kept_obs=tuple(before.obs_columns),
+        known_obs=before.obs_columns,
     )
     with claim_job(out, describe_conversion(inputs, options, before), "addition") as job:
         if Manifest.read(root).fingerprint != before.fingerprint:
@@ -186,6 +191,7 @@ def _commit_addition(addition: Manifest, job: Path, before: Manifest, root: Path
         update={
             "batches": addition.batches,
             "labels": addition.labels,
+            "obs_columns": addition.obs_columns,
             "strata": before.strata | strata,
             "shards": dict(sorted((before.shards | _rename_shards(addition, segments)).items())),
             "provenance": before.provenance | {APPENDED: additions},

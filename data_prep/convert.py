@@ -27,6 +27,7 @@ from data_prep.conversion import scatter
 from data_prep.conversion.cells import CellTable
 from data_prep.conversion.counts import find_largest_rounding
 from data_prep.conversion.gather import gather_shards
+from data_prep.conversion.kept_obs import plan_kept_columns, write_kept_values
 from data_prep.conversion.strata import FinalStrata, build_manifest, count_unknown, settle_strata
 from data_prep.features.plan import FeaturePlan
 from data_prep.features.selection import SelectedFeatures, select_variable_features
@@ -95,6 +96,8 @@ def build_store(
     planned = plan_cells(inputs, options, reference, work, pool)
     sources, heads, plan, cells = planned.sources, planned.heads, planned.plan, planned.cells
     refuse_cells(cells)
+    kept = plan_kept_columns(heads, options.kept_obs, options.known_obs)
+    write_kept_values(kept, heads, cells.row_folders)
     if len(plan.modalities) > 1:
         lines = [f"pairing of {len(cells):,} cells:", *planned.describe_pairing()]
         print(*lines, sep="\n", file=sys.stderr, flush=True)
@@ -112,6 +115,7 @@ def build_store(
     final = settle_strata(cells, plan.modalities, files, spools, block_cells, work / "strata")
     provenance = _describe_provenance(sources, heads, plan, cells, final, options, selected)
     manifest = build_manifest(final, cells, plan.modalities, block_cells, options.codec, provenance)
+    manifest = manifest.model_copy(update={"obs_columns": kept})
     create_store(store, manifest)
     shards = gather_shards(manifest, store, work, pool)
     remove_leftovers(store)  # leftovers of workers that were killed while this process lived on
@@ -160,6 +164,7 @@ def describe_conversion(
         }
         | ({"pairing": options.pairing} if options.pairing else {})
         | ({"round": True} if options.round_counts else {})
+        | ({"keep_obs": list(options.kept_obs)} if options.kept_obs else {})
         | ({"kept": identify_lists(options.kept_cells)} if options.kept_cells else {}),
         "features": {name: choice.describe_identity() for name, choice in choices},
         "columns": dict(options.obs_columns.by_field)

@@ -15,13 +15,15 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from clue_dist.errors import DataError
 from clue_dist.files import TEMPORARY_ENDING, replace_file
 from data_prep import simulate
 from data_prep.jobs.whole_folders import make_folder
 from data_prep.options import FIELDS
-from data_prep.split import split_mosaic
 
+TEST_PERCENT = 20  # share of the cells that carry every modality, for the test set
 WHEEL = "scmidas==0.3.0"
 WHEEL_SHA256 = "24df81372decc6d3edf6c2481d7b0c58f4685386d2ac938564946916f1bd9522"
 MEMBER = "scmidas/data/quickstart_pbmc_mosaic.h5mu"
@@ -85,3 +87,33 @@ def _download_cells(folder: Path) -> Any:
     for part in cells.mod.values():
         part.obs = part.obs.rename(columns={"celltype": FIELDS["label"]})
     return cells
+
+
+def split_mosaic(cells: Any) -> tuple[Any, Any]:
+    """Cut a MuData in two; on which side a paired cell falls depends on its barcode alone.
+
+    Returns:
+        The cells for training, and TEST_PERCENT of the cells that carry every modality. A cell that
+        is in one of them is in the other in no modality.
+    """
+    import mudata
+
+    barcodes = [set(part.obs_names) for part in cells.mod.values()]
+    paired = set.intersection(*barcodes)
+    test = {barcode for barcode in paired if _hash_to_percent(barcode) < TEST_PERCENT}
+    is_test = {
+        name: np.array([barcode in test for barcode in part.obs_names])
+        for name, part in cells.mod.items()
+    }
+    train_part, test_part = (
+        mudata.MuData(
+            {name: part[is_test[name] == kept].copy() for name, part in cells.mod.items()}
+        )
+        for kept in (False, True)
+    )
+    return train_part, test_part
+
+
+def _hash_to_percent(barcode: str) -> int:
+    """Hash a barcode to a number from 0 to 99."""
+    return int(hashlib.sha1(barcode.encode()).hexdigest(), 16) % 100

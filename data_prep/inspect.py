@@ -89,7 +89,7 @@ def _count_nonzeros(reader: SegmentReader, modality: str) -> int:
     nonzeros = 0
     for first in range(0, reader.n_blocks, _STEP_BLOCKS):
         blocks = np.arange(first, min(first + _STEP_BLOCKS, reader.n_blocks))
-        nonzeros += int(reader.read_lengths(modality, blocks).sum(dtype=np.int64))
+        nonzeros += int(reader.read_lengths(modality, blocks)[..., 0].sum(dtype=np.int64))
     return nonzeros
 
 

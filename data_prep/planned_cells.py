@@ -10,6 +10,7 @@ from clue_dist.errors import list_names
 from clue_dist.store import layout
 from clue_dist.store.feature_reference import FeatureReference
 from clue_dist.store.layout import Codec
+from clue_dist.store.obs_columns import KeptColumn
 from data_prep.conversion.cells import CellTable
 from data_prep.conversion.join_cells import join_cells_by_barcode
 from data_prep.conversion.pairing import (
@@ -43,6 +44,9 @@ class ConversionOptions:
     # For modalities that are no fragments: a list of barcodes, or a modality, whose cells are kept.
     kept_cells: Mapping[str, str] = field(default_factory=dict)
     round_counts: bool = False  # whether counts may be fractions, which are rounded
+    kept_obs: tuple[str, ...] = ()  # columns of obs that the store keeps; `all` alone: all of them
+    # Columns of the store that cells are added to.
+    known_obs: Mapping[str, KeptColumn] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -172,13 +172,7 @@ def _find_largest_block(lengths: np.ndarray, block_cells: int) -> int:
 
 def slice_rows(rows: CodedRows | np.ndarray, part: slice) -> CodedRows | np.ndarray:
     """Return some of the rows, coded as they are."""
-    if isinstance(rows, np.ndarray):
-        return rows[part]
-    starts, (lo, hi, _) = rows.compute_starts(), part.indices(rows.n_rows)
-    (first, first_rest), (last, last_rest) = starts[lo], starts[hi]
-    return CodedRows(
-        rows.codes[first:last], rows.rest[first_rest:last_rest], rows.lengths[part], rows.bits
-    )
+    return rows[part] if isinstance(rows, np.ndarray) else rows.slice_rows(part)
 
 
 def _slice_cells(cells: writer.ShardCells, part: slice) -> writer.ShardCells:

@@ -24,6 +24,9 @@ class ModelCard(BaseModel):
     batches: list[str]  # the biological batches that the decoders know
     # What identifies the cells that training saw, those of earlier runs, too: see `identify_cells`.
     seen_cells: list[str] = []
+    # For people, of the store that the model was trained on; runs of earlier versions lack both.
+    labels: list[str] = []
+    n_cells: int = 0
 
     @property
     def identities(self) -> frozenset[str]:
@@ -53,6 +56,8 @@ def write_model_card(
         modalities=store.manifest.modalities,
         batches=store.manifest.batches,
         seen_cells=list(dict.fromkeys(seen)),
+        labels=store.manifest.labels,
+        n_cells=store.manifest.n_cells,
     )
     with translate_write_errors("what the run is", run_folder):
         run_folder.mkdir(parents=True, exist_ok=True)

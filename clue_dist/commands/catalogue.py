@@ -16,7 +16,10 @@ from typing import Any
 
 from clue_dist.errors import ConfigError
 
-TRAINING, ANSWERS, QUALITY = "From counts to a model", "Ask a model", "How good it is, and how fast"
+TRAINING = "From counts to a model"
+ANSWERS = "Ask a model"
+QUALITY = "How good it is, and how fast"
+SHARING = "Pass a model on"
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,11 @@ COMMANDS = {
         "clue sweep configs/sweep.yaml --out runs/sweep",
         takes_ranks=False,
     ),
+    "fine-tune": CommandEntry(
+        TRAINING,
+        "Teach a trained model new batches, or train it on with new cells or modalities.",
+        "clue fine-tune --run runs/atlas --store new.zarr --out runs/atlas-new",
+    ),
     "embed": CommandEntry(
         ANSWERS,
         "Embed the cells of a store.",
@@ -82,6 +90,12 @@ COMMANDS = {
         QUALITY,
         "Measure where the time goes on this machine.",
         "clue bench --config atlas --set store=S.zarr",
+    ),
+    "export": CommandEntry(
+        SHARING,
+        "Write the weights of a run, and a card that explains them, into a folder to be shared.",
+        "clue export --run runs/atlas --out atlas-model --licence CC-BY-4.0",
+        takes_ranks=False,
     ),
 }
 

@@ -12,11 +12,22 @@ def main() -> None:
     parser.add_argument(
         "--per-modality", action="store_true", help="also the full z from each modality alone"
     )
+    parser.add_argument(
+        "--like",
+        metavar="[DATASET:]FILE",
+        help="give the embedding the barcodes and the order of this file (.h5ad, .zarr)",
+    )
     arguments = parser.parse_args()
 
     from clue_dist.inference.embed import check_embedding_path, embed_store
+    from clue_dist.inference.file_order import check_like
 
-    with open_model_and_store(arguments, lambda: check_embedding_path(arguments.out)) as opened:
+    def check_arguments() -> None:
+        check_embedding_path(arguments.out)
+        if arguments.like is not None:
+            check_like(arguments.out, arguments.like)
+
+    with open_model_and_store(arguments, check_arguments) as opened:
         trained_model, store, ranks = opened
         embed_store(
             trained_model,
@@ -26,6 +37,7 @@ def main() -> None:
             per_modality=arguments.per_modality,
             min_known=arguments.min_known,
             batch_size=arguments.batch_size,
+            like=arguments.like,
             ranks=ranks,
         )
         if ranks.is_first:

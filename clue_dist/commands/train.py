@@ -6,6 +6,7 @@ anything is started.
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 from clue_dist.commands.catalogue import build_command_parser
@@ -17,8 +18,12 @@ STOPPED = 75  # exit code after a stop signal: saved, not finished, start me aga
 
 
 def main() -> None:
-    """Prepare on all ranks alike, say what will be trained, train it, and say how that ended."""
-    arguments = parse_train_arguments(build_command_parser("train"))
+    """Train a model on a store, or go on with one."""
+    train_by_arguments(parse_train_arguments(build_command_parser("train")))
+
+
+def train_by_arguments(arguments: argparse.Namespace) -> None:
+    """Train as the arguments of `clue train` say, on all ranks alike; the process ends with it."""
     ranks = Ranks.from_environment()
     setup, warm_start = ranks.run_before_joining(lambda: prepare_training(arguments, ranks.world))
     if ranks.is_first:

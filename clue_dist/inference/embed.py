@@ -14,6 +14,7 @@ import pandas as pd
 from clue_dist.config import MIN_KNOWN
 from clue_dist.errors import ConfigError
 from clue_dist.inference.cells import Cells, MemoryCells, StoreCells
+from clue_dist.inference.file_order import restore_file_order
 from clue_dist.inference.load_model import LoadedModel
 from clue_dist.inference.output_files import (
     check_output_folder,
@@ -45,6 +46,7 @@ def embed_store(
     per_modality: bool = False,
     min_known: float = MIN_KNOWN,
     batch_size: int = 4096,
+    like: str | None = None,
     ranks: Ranks | None = None,
 ) -> None:
     """Embed every cell of a store: `check_query`, then `embed_cells`, whose arguments these are.
@@ -57,6 +59,7 @@ def embed_store(
         per_modality: whether z from each modality alone is wanted, too.
         min_known: the least share of a modality's features that each file must have had.
         batch_size: cells embedded at once.
+        like: `[DATASET:]FILE` whose barcodes and order the embedding gets.
         ranks: this process among the others; by default it is alone.
 
     Raises:
@@ -72,6 +75,7 @@ def embed_store(
         run=run,
         per_modality=per_modality,
         batch_size=batch_size,
+        like=like,
         ranks=ranks,
     )
 
@@ -84,6 +88,7 @@ def embed_cells(
     run: Path | str,
     per_modality: bool = False,
     batch_size: int = 4096,
+    like: str | None = None,
     ranks: Ranks | None = None,
 ) -> None:
     """Embed cells into a file. All ranks call this. An embedding that is at `out` is replaced.
@@ -101,6 +106,8 @@ def embed_cells(
         run: the run's folder, to be named in the output.
         per_modality: whether z from each modality alone is wanted, too.
         batch_size: cells embedded at once.
+        like: `[DATASET:]FILE` whose barcodes and order the embedding gets; see
+            `restore_file_order`.
         ranks: this process among the others; by default it is alone.
 
     Raises:
@@ -131,6 +138,9 @@ def embed_cells(
                 ad.settings.override(zarr_write_format=3, auto_shard_zarr_v3=False),
             ):
                 tables = _build_tables(out.suffix, trained_model, cells, embedding, provenance)
+                if like is not None:
+                    assert isinstance(tables, ad.AnnData)
+                    tables = restore_file_order(tables, like)
                 with translate_output_errors(out):
                     write_tables(out, scratch / f"out{out.suffix}", tables)
 

@@ -32,10 +32,12 @@ from clue_dist.inference.score_tables import (
     COMMON_SPACE,
     JOINT_SCORES,
     SEEN,
+    SEEN_WARNING,
     WITHIN_TYPE,
     WITHOUT_DEPTH,
 )
 from clue_dist.inference.stream import Embedding, compute_embedding
+from clue_dist.process import print_error
 from clue_dist.ranks import Ranks
 from clue_dist.store.reader import Store
 
@@ -88,6 +90,9 @@ def evaluate_store(
     ranks = ranks or Ranks()
     check_scores_path(out, max_cells)
     check_query(trained_model, store, min_known, ranks)
+    is_seen = holds_training_cells(store, trained_model.seen_cells)
+    if is_seen and ranks.is_first:
+        print_error(f"warning: {SEEN_WARNING}")
     paired = count_paired_cells(store, max_cells)
     sizes = {name: segment.n_cells for name, segment in store.manifest.strata.items()}
     joint = _take_part(sizes, max_cells or MOST_CELLS)
@@ -105,7 +110,7 @@ def evaluate_store(
         result["about"] = describe_embedding(trained_model, asked, run) | {
             "cells": sum(paired.values()),
             "max_cells": max_cells,
-            SEEN: holds_training_cells(store, trained_model.seen_cells),
+            SEEN: is_seen,
             COMMON_SPACE: trained_model.has_common_space,
         }
         ranks.run_on_first(lambda: _write_scores(out, result))

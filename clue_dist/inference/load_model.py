@@ -139,15 +139,7 @@ def load_model(run: Path, checkpoint: str = "best") -> TrainedModel:
     """
     card = read_model_card(run)
     config = configs.load_config(run / "config.json")
-    folder = _find_weights(run, checkpoint)
-    if folder is None:
-        raise ResumeError(
-            "the run holds no such weights",
-            where=run,
-            got=checkpoint,
-            expected="best, last, or a name like step-00001200",
-            fix="train at least until the first validation",
-        )
+    folder = require_weights(run, checkpoint)
     problem = find_damage(folder)
     if problem:
         raise ResumeError("the weights are damaged", where=folder, got=problem)
@@ -174,6 +166,24 @@ def _make_model(run: Path, card: ModelCard, config: Config) -> CLUE:
             got=str(error).partition("\n")[0],
             fix="restore config.json and model.json as training wrote them",
         ) from None
+
+
+def require_weights(run: Path, checkpoint: str) -> Path:
+    """Find the committed folder with the weights that `checkpoint` names.
+
+    Raises:
+        ResumeError: the run holds no such weights.
+    """
+    folder = _find_weights(run, checkpoint)
+    if folder is None:
+        raise ResumeError(
+            "the run holds no such weights",
+            where=run,
+            got=checkpoint,
+            expected="best, last, or a name like step-00001200",
+            fix="train at least until the first validation",
+        )
+    return folder
 
 
 def _find_weights(run: Path, checkpoint: str) -> Path | None:

@@ -11,7 +11,7 @@ from clue_dist.errors import ConfigError, StoreError, list_names
 from clue_dist.store.manifest import Modality
 from clue_dist.store.provenance import InputFile, Provenance
 from clue_dist.store.reader import Store
-from clue_dist.store.seen_cells import identify_cells
+from clue_dist.store.seen_cells import identify_cells, share_cells
 
 _WARN_BELOW = 0.8  # share of these features below which a file is worth a warning
 
@@ -59,7 +59,7 @@ def holds_training_cells(store: Store, seen_cells: frozenset[str]) -> bool:
         store: the cells.
         seen_cells: what identifies the cells that the model was trained on; see `identify_cells`.
     """
-    return not seen_cells.isdisjoint(identify_cells(store.manifest))
+    return share_cells(identify_cells(store.manifest), seen_cells)
 
 
 def require_known_features(store: Store, modalities: dict[str, Modality]) -> None:

@@ -12,9 +12,8 @@ from clue_dist import integration, matching
 SEEN = "seen_in_training"  # in `about` of the scores: whether the model was trained on the cells
 SEEN_WARNING = (
     "The model was trained on this store: these are scores of cells that it has seen, and cells "
-    "that it has not seen match less well. To hold cells out, convert them to a store of their "
-    "own, which is not trained on (`python -m data_prep convert ... --features-from RUN`), and "
-    "score that."
+    "that it has not seen match less well. To hold cells out, cut the store before training "
+    "(`python -m data_prep split STORE ...`), and score the part that is not trained on."
 )
 
 JOINT_SCORES = "joint"  # the entry of scores.json about z from everything observed

@@ -126,8 +126,9 @@ class StoreCells:
         """Read what is known of the cells.
 
         Returns:
-            Barcodes as the index, `batch` and `cell_type` where some cell has one, (N) rows. Where
-            data sets share barcodes, the index is made unique, and `barcode` keeps them.
+            Barcodes as the index, `batch` and `cell_type` where some cell has one, and the columns
+            of obs that the store keeps, (N) rows. Where data sets share barcodes, the index is made
+            unique, and `barcode` keeps them.
         """
         parts = [
             self.store.segments[name].read_metadata(
@@ -151,4 +152,18 @@ class StoreCells:
             code = np.concatenate(codes)
             if (code >= 0).any():  # -1 is unknown
                 frame[column] = pd.Categorical.from_codes(code, categories=pd.Index(names))
+        for name, kept in self.store.manifest.obs_columns.items():
+            if name not in frame:
+                frame[name] = kept.decode_values(self._read_kept_column(name))
         return frame
+
+    def _read_kept_column(self, name: str) -> np.ndarray:
+        """Read a kept column of all cells, (N,) as it is stored."""
+        parts = [
+            self.store.segments[segment].read_kept_column(
+                name, np.arange(start, min(start + _METADATA_CELLS, n_cells))
+            )
+            for segment, n_cells in self._sizes.items()
+            for start in range(0, n_cells, _METADATA_CELLS)
+        ]
+        return np.concatenate(parts)

@@ -12,7 +12,8 @@ from pydantic import BaseModel, Field, ValidationError
 from clue_dist.errors import StoreError, list_names
 from clue_dist.store import layout
 from clue_dist.store.location import Location, parse_location, read_file
-from clue_dist.store.manifest import Manifest, Modality, Names
+from clue_dist.store.manifest import Manifest, Modality
+from clue_dist.store.obs_columns import Names
 
 _MODEL_CARD = "model.json"  # in a run folder, and in what is shared of one
 # What lies in a run folder, and in the folder of a checkpoint, but in no store.

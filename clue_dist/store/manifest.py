@@ -29,6 +29,7 @@ from clue_dist.kinds import KINDS, Storage
 from clue_dist.store import layout, location
 from clue_dist.store.layout import ArraySpec, Codec
 from clue_dist.store.location import Location
+from clue_dist.store.obs_columns import KeptColumn, Names, name_kept_array
 from clue_dist.store.provenance import Notes
 
 
@@ -36,13 +37,6 @@ class _ManifestPart(BaseModel):
     """A part of the manifest: frozen, and without fields of another version."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-def _require_unique(names: list[str]) -> list[str]:
-    """Refuse a list that names something twice; for pydantic."""
-    if len(set(names)) < len(names):
-        raise ValueError(f"{len(names) - len(set(names))} names that occur more than once")
-    return names
 
 
 def _require_known_kind(name: str) -> str:
@@ -53,7 +47,6 @@ def _require_known_kind(name: str) -> str:
 
 
 KindName = Annotated[str, AfterValidator(_require_known_kind)]
-Names = Annotated[list[str], AfterValidator(_require_unique)]
 Number = Annotated[int, Field(ge=0)]
 Sha256 = Annotated[str, StringConstraints(pattern="^([0-9a-f]{64})?$")]
 # The path of a file inside the store. No part of it can lead out of the store.
@@ -129,6 +122,7 @@ class Manifest(_ManifestPart):
     modalities: dict[str, Modality]  # in the order that the model has them in, too
     batches: Names  # a cell's batch code is a place in this list
     labels: Names  # a cell's label code is a place in this list
+    obs_columns: dict[str, KeptColumn] = {}  # by name; a store without any does not list them
     strata: dict[str, Segment] = Field(min_length=1)  # by name of the segment
     shards: dict[FileName, FileDigest]
     # The fingerprint leaves out what follows. Equal cells may come from other files, and
@@ -226,9 +220,8 @@ class Manifest(_ManifestPart):
         Returns:
             SHA-256 in hexadecimal.
         """
-        content = self.model_dump(
-            mode="json", exclude={"provenance", "metadata", "fingerprint", "seal"}
-        )
+        left_out = {"provenance", "metadata", "fingerprint", "seal"}
+        content = self.model_dump(mode="json", exclude=left_out | self._list_unused_fields())
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -241,6 +234,10 @@ class Manifest(_ManifestPart):
             narrow("obs/batch", tail=(width,), dtype="int32"),
             narrow("obs/label", tail=(width,), dtype="int32"),
             narrow("obs/barcode", tail=(width, segment.barcode_width), dtype="uint8"),
+        ]
+        specs += [
+            narrow(f"obs/{name_kept_array(number)}", tail=(width,), dtype=column.dtype)
+            for number, column in enumerate(self.obs_columns.values())
         ]
         for modality in segment.modalities:
             packed = segment.packed[modality]
@@ -305,7 +302,11 @@ class Manifest(_ManifestPart):
 
     def _encode(self) -> bytes:
         """Return the content of the manifest's file."""
-        return self.model_dump_json(indent=1).encode()
+        return self.model_dump_json(indent=1, exclude=self._list_unused_fields()).encode()
+
+    def _list_unused_fields(self) -> set[str]:
+        """List the fields that a manifest without them lacks, as earlier versions wrote it."""
+        return set() if self.obs_columns else {"obs_columns"}
 
     def is_sealed(self, content: bytes) -> bool:
         """Whether the file that this manifest was read from is to the byte what `write` wrote.

@@ -62,6 +62,14 @@ class CellTally(_Note):
     paired_by_core: int = 0
 
 
+class StorePart(_Note):
+    """How a store was cut in two, and which part this is."""
+
+    whole: list[str]  # what identifies the cells of the store that was cut; see `identify_cells`
+    rule: str  # the same for both parts, and another where another rule cut the store
+    side: str  # "train" or "test"
+
+
 class Provenance(_Note):
     """Where the cells of a store came from."""
 
@@ -73,6 +81,7 @@ class Provenance(_Note):
     columns: dict[str, str] = {}  # the columns of obs that gave batch and label
     appended: list[Provenance] = []  # one for each addition
     before: str = ""  # of an addition: the fingerprint that the store had before
+    parts: list[StorePart] = []  # the cuts that led to this store, from the whole on
 
 
 def _require_provenance(notes: dict[str, Any]) -> dict[str, Any]:

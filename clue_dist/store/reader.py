@@ -18,6 +18,7 @@ from clue_dist.store.kernels import compute_row_starts
 from clue_dist.store.layout import ArraySpec
 from clue_dist.store.location import Location
 from clue_dist.store.manifest import Manifest
+from clue_dist.store.obs_columns import name_kept_array
 from clue_dist.store.rows import CHECK_FIX, CodedBlocks, CsrRows, LocatedRows
 
 # TensorStore caches nothing: the loader keeps the blocks that it needs, and keeps them once.
@@ -135,12 +136,13 @@ class SegmentReader:
         )
 
     def read_lengths(self, modality: str, blocks: np.ndarray) -> np.ndarray:
-        """Read how many non-zeros each cell of some blocks has in a sparse modality.
+        """Read what each cell of some blocks takes in a sparse modality.
 
         Returns:
-            (n, B) uint32; the padding of the last block has none.
+            (n, B, 3) uint32: non-zeros, far gaps and high counts, as in `CodedRows`; the padding
+            of the last block has none.
         """
-        return self._read(f"{modality}/lengths", blocks)[..., 0]
+        return self._read(f"{modality}/lengths", blocks)
 
     def read_located_rows(self, modality: str, positions: np.ndarray) -> LocatedRows | np.ndarray:
         """Read one modality of any cells, in the order asked for, rows still coded.
@@ -179,11 +181,15 @@ class SegmentReader:
             StoreError: a code has no name in the manifest.
         """
         n_names = len(self.manifest.batches if field == "batch" else self.manifest.labels)
+        self._require_codes(f"obs/{field}", codes, n_names)
+        return codes
+
+    def _require_codes(self, array: str, codes: np.ndarray, n_names: int) -> None:
+        """Refuse codes that are neither -1 nor places in a list of names."""
         if len(codes) and not (codes.min() >= -1 and codes.max() < n_names):
             raise self._report_impossible(
-                f"obs/{field}", f"codes from {codes.min()} to {codes.max()}", f"-1 to {n_names - 1}"
+                array, f"codes from {codes.min()} to {codes.max()}", f"-1 to {n_names - 1}"
             )
-        return codes
 
     def read_metadata(self, positions: np.ndarray) -> CellMetadata:
         """Read batch, label and barcode of any cells, in the order asked for."""
@@ -193,6 +199,20 @@ class SegmentReader:
             raise self._report_impossible("obs/barcode", str(error), "UTF-8") from None
         batch, label = (self.read_codes(field, positions) for field in ("batch", "label"))
         return CellMetadata(batch, label, barcodes)
+
+    def read_kept_column(self, name: str, positions: np.ndarray) -> np.ndarray:
+        """Read a kept column of any cells, (n,) as it is stored; see `decode_column`.
+
+        Raises:
+            StoreError: a category has no name in the manifest.
+        """
+        columns = self.manifest.obs_columns
+        array = f"obs/{name_kept_array(list(columns).index(name))}"
+        blocks, slot, row = self._split(positions)
+        values = self._read(array, blocks)[slot, row]
+        if columns[name].kind == "category":
+            self._require_codes(array, values, len(columns[name].categories))
+        return values
 
     def read_barcodes(self, positions: np.ndarray) -> np.ndarray:
         """Read the barcodes of any cells, in the order asked for.

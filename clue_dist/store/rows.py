@@ -85,6 +85,14 @@ class CodedRows:
         """
         return compute_row_starts(self.lengths[None])[0]
 
+    def slice_rows(self, part: slice) -> CodedRows:
+        """Take a range of the rows."""
+        starts, (start, stop, _) = self.compute_starts(), part.indices(self.n_rows)
+        (first, first_rest), (last, last_rest) = starts[start], starts[stop]
+        return CodedRows(
+            self.codes[first:last], self.rest[first_rest:last_rest], self.lengths[part], self.bits
+        )
+
 
 @dataclass(frozen=True)
 class CodedBlocks:
@@ -94,6 +102,26 @@ class CodedBlocks:
     rest: np.ndarray  # (n, R), of an unsigned type
     lengths: np.ndarray  # (n, B, 3) uint32, as in `CodedRows`
     starts: np.ndarray  # (n, B + 1, 2) int64: where each row starts in its block's codes and rest
+
+    def take_rows(self, chosen: np.ndarray, bits: int) -> CodedRows:
+        """Take some of the rows, without decoding them.
+
+        Args:
+            chosen: which rows, (m,), numbered through all blocks.
+            bits: bits of a code that hold the count.
+        """
+        size = self.lengths.shape[1]
+        lengths = self.lengths.reshape(-1, 3)[chosen]
+        starts, places = compute_row_starts(lengths[None])[0], np.arange(len(chosen))
+        codes = np.empty(starts[-1, 0], np.uint8)
+        rest = np.empty(starts[-1, 1], self.rest.dtype)
+        for block in range(len(self.codes)):
+            taken = places[chosen // size == block]
+            rows = chosen[taken] % size
+            first = self.starts[block]
+            copy_rows(first[:, 0], self.codes[block], rows, taken, starts[:, 0], codes)
+            copy_rows(first[:, 1], self.rest[block], rows, taken, starts[:, 1], rest)
+        return CodedRows(codes, rest, lengths, bits)
 
 
 @dataclass(frozen=True)

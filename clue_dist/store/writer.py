@@ -6,7 +6,7 @@ zarr-python creates the arrays, TensorStore writes the shards.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from clue_dist.files import sync_to_disk
 from clue_dist.store import layout, location
 from clue_dist.store.layout import ArraySpec
 from clue_dist.store.manifest import FileDigest, Manifest, PackedModality
+from clue_dist.store.obs_columns import name_kept_array
 from clue_dist.store.rows import CodedRows
 
 # Between two reads of this size, hashing needs the interpreter's lock, which training wants too.
@@ -33,6 +34,8 @@ class ShardCells:
     batch: np.ndarray  # (n,) int32 codes into the manifest's batches, -1 = unknown
     label: np.ndarray  # (n,) int32 codes into the manifest's labels, -1 = unknown
     barcodes: np.ndarray  # (n,) bytes, UTF-8
+    # Of each column that the store keeps, in the manifest's order, the values as stored, (n,).
+    kept: list[np.ndarray] = field(default_factory=list)
 
 
 def create_store(root: Path, manifest: Manifest) -> None:
@@ -186,11 +189,13 @@ def _create_array(root: Path, spec: ArraySpec) -> None:
 def _arrange_obs(
     array: str, cells: ShardCells, n_blocks: int, block_cells: int, barcode_width: int
 ) -> np.ndarray:
-    """Arrange batch, label or barcodes in blocks, (n_blocks, B) or (n_blocks, B, width)."""
+    """Arrange one array of obs in blocks, (n_blocks, B), or (n_blocks, B, width) of barcodes."""
     n_cells = n_blocks * block_cells
     if array != "barcode":
-        codes = cells.batch if array == "batch" else cells.label
-        return _pad(codes, n_cells, "int32").reshape(n_blocks, block_cells)
+        columns = {"batch": cells.batch, "label": cells.label}
+        columns |= {name_kept_array(number): column for number, column in enumerate(cells.kept)}
+        values = columns[array]
+        return _pad(values, n_cells, str(values.dtype)).reshape(n_blocks, block_cells)
     letters = cells.barcodes.astype(f"S{barcode_width}").view(np.uint8).reshape(-1, barcode_width)
     return _pad(letters, n_cells, "uint8").reshape(n_blocks, block_cells, barcode_width)
 

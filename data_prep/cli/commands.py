@@ -32,6 +32,7 @@ from data_prep.jobs.workers import open_pool
 from data_prep.options import FIELDS
 from data_prep.planned_cells import ConversionOptions
 from data_prep.simulate import SimulationSpec, parse_features, write_h5mu
+from data_prep.split import CELLS, SplitRule, format_split, split_store
 from data_prep.suggested_command import Command
 
 _DESCRIPTION = "From raw counts to a store that training streams from."
@@ -67,6 +68,19 @@ def _append(arguments: argparse.Namespace) -> None:
     with open_pool(arguments.workers, arguments.scheduler) as pool:
         manifest = append_cells(inputs, arguments.to, options, pool)
     print(f"{arguments.to}: {format_addition(manifest)}")
+
+
+def _split(arguments: argparse.Namespace) -> None:
+    by_cells = arguments.by == CELLS
+    if by_cells == bool(arguments.test):
+        raise DataError(
+            "which cells are for tests?",
+            where="--by, --test",
+            expected="--test-share SHARE, or --by batch --test NAME ...",
+        )
+    rule = SplitRule(arguments.by, arguments.test_share, tuple(arguments.test), arguments.seed)
+    outs = (arguments.out_train, arguments.out_test)
+    print(format_split(outs, split_store(arguments.store, rule, *outs)))
 
 
 def _svd(arguments: argparse.Namespace) -> None:
@@ -139,6 +153,7 @@ def _build_parser(program: str = "python -m data_prep") -> argparse.ArgumentPars
     _add_append(
         commands.add_parser("append", help="more cells for a store, which is not rewritten")
     )
+    _add_split(commands.add_parser("split", help="a store -> one for training and one for tests"))
     _add_simulate(commands.add_parser("simulate", help="a mosaic of any size with known truth"))
     _add_svd(
         commands.add_parser("svd", help="singular vectors of all cells, for training to start from")
@@ -207,6 +222,12 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         "one) or of another store",
     )
     parser.add_argument(
+        "--keep-obs",
+        metavar="all|COLUMN",
+        help="columns of obs that the store keeps, and that come out in the embedding",
+        **SEVERAL,
+    )
+    parser.add_argument(
         "--block-cells",
         type=parse_positive,
         default=layout.BLOCK_CELLS,
@@ -230,8 +251,53 @@ def _add_append(parser: argparse.ArgumentParser) -> None:
     )
     # The store decides what these flags of `convert` would.
     parser.set_defaults(
-        run=_append, features_from=None, features=[], top=[], block_cells=0, codec="balanced"
+        run=_append,
+        features_from=None,
+        features=[],
+        top=[],
+        block_cells=0,
+        codec="balanced",
+        keep_obs=[],
     )
+
+
+def _add_split(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("store", help=_STORE_HELP)
+    parser.add_argument(
+        "--by",
+        default=CELLS,
+        metavar="cells|batch|COLUMN",
+        help="what goes to the tests together: single cells (default), batches, as donors are, or "
+        "categories of a column that the store keeps",
+    )
+    parser.add_argument(
+        "--test", metavar="NAME", help="batches, or categories, for the tests", **SEVERAL
+    )
+    parser.add_argument(
+        "--test-share",
+        type=_parse_test_share,
+        default=SplitRule.share,
+        metavar="SHARE",
+        help="share of the cells for the tests, where --by is cells (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=parse_natural, default=0, help="another one draws other cells"
+    )
+    for side in ("train", "test"):
+        parser.add_argument(
+            f"--out-{side}", type=_parse_folder, required=True, help=f"the {side} part, a store"
+        )
+    parser.set_defaults(run=_split)
+
+
+def _parse_test_share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share between 0 and 1")
+    return share
 
 
 def _add_simulate(parser: argparse.ArgumentParser) -> None:

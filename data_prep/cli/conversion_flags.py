@@ -10,6 +10,7 @@ from clue_dist.errors import DataError, list_names
 from clue_dist.kinds import KINDS
 from data_prep.cli.feature_choices import parse_choices
 from data_prep.cli.inputs import parse_inputs
+from data_prep.conversion.kept_obs import ALL
 from data_prep.options import (
     DATASET,
     FIELDS,
@@ -72,7 +73,15 @@ def parse_conversion(
         arguments.pair_barcodes,
         choose_kept_cells(inputs, reading.barcodes),
         arguments.round,
+        _parse_kept_obs(arguments.keep_obs),
     )
+
+
+def _parse_kept_obs(names: Sequence[str]) -> tuple[str, ...]:
+    """The columns of obs that the store keeps: all, or those that are named."""
+    if ALL in names and len(names) > 1:
+        raise DataError("all columns, or some?", where="--keep-obs", got=list_names(names))
+    return tuple(names)
 
 
 def _parse_columns(arguments: argparse.Namespace, columns: Mapping[str, str]) -> ObsColumns:

@@ -15,6 +15,7 @@ import numpy as np
 from clue_dist.files import TEMPORARY_ENDING, write_file
 from clue_dist.store.manifest import FileDigest, Manifest
 from clue_dist.store.writer import ShardCells, write_shard
+from data_prep.conversion.kept_obs import gather_kept_values
 from data_prep.conversion.spool import read_spool
 from data_prep.jobs.array_files import load_array
 from data_prep.jobs.workers import WorkerPool, run_missing
@@ -30,6 +31,7 @@ class _GatherTask:
     shard: int
     cells: Path  # what `settle_strata` has written of the stratum
     spools: Path  # a folder for each modality
+    sources: Path  # a folder for each source, with the columns of obs that are kept
     out: Path
 
 
@@ -46,7 +48,8 @@ def gather_shards(
         cells = work / "strata" / name
         for shard in range(-(-stratum.n_cells // shard_cells)):
             out = work / "shards" / f"{name}-{shard:06d}.json"
-            tasks[out] = _GatherTask(manifest_file, store, name, shard, cells, work / "spools", out)
+            spools, sources = work / "spools", work / "sources"
+            tasks[out] = _GatherTask(manifest_file, store, name, shard, cells, spools, sources, out)
     run_missing(pool, "write", _gather_shard, tasks)
     shards: dict[str, FileDigest] = {}
     for path in tasks:
@@ -73,7 +76,11 @@ def _gather_shard(task: _GatherTask) -> None:
         folders = sorted(p for p in (task.spools / name).iterdir() if p.suffix != TEMPORARY_ENDING)
         packed = stratum.packed[name]
         modalities[name] = read_spool(folders, np.asarray(keys), n_features, packed)
-    cells = ShardCells(modalities, batch, label, barcodes)
+    kept: list[np.ndarray] = []
+    if manifest.obs_columns:
+        folders = sorted(task.sources.iterdir())
+        kept = gather_kept_values(manifest.obs_columns, folders, np.asarray(keys))
+    cells = ShardCells(modalities, batch, label, barcodes, kept)
     written = write_shard(task.store, manifest, task.stratum, task.shard, cells)
     digests = json.dumps({file: digest.model_dump() for file, digest in written.items()})
     write_file(task.out, digests, unique=True)  # a worker given up for dead may still write it

@@ -188,7 +188,7 @@ class _StratumWalk:
         self.tallies = tallies
         self.n_cells, self.barcode_width = 0, 1
         self.codes, self.rests = (
-            {name: _LargestBlock(block_cells) for name in is_binary} for _ in range(2)
+            {name: LargestBlock(block_cells) for name in is_binary} for _ in range(2)
         )
 
     def add_cells(
@@ -213,7 +213,7 @@ class _StratumWalk:
             self.rests[name].add_cells(rest)
 
 
-class _LargestBlock:
+class LargestBlock:
     """The most that any block of cells takes of something, 1 at least."""
 
     def __init__(self, block_cells: int) -> None:
@@ -267,7 +267,8 @@ def build_manifest(
     for placed in final.strata.values():
         packed = placed.packed
         cell_bytes = max(
-            _measure_cell(packed[name], modalities[name].n_features, block_cells) for name in packed
+            measure_cell_bytes(packed[name], modalities[name].n_features, block_cells)
+            for name in packed
         )
         strata[layout.name_segment(list(packed))] = Segment(
             modalities=list(packed),
@@ -290,7 +291,7 @@ def build_manifest(
     )
 
 
-def _measure_cell(packed: PackedModality, n_features: int, block_cells: int) -> float:
+def measure_cell_bytes(packed: PackedModality, n_features: int, block_cells: int) -> float:
     """Return the bytes that one cell takes before compression."""
     if packed.values is not None:
         return n_features * np.dtype(packed.values).itemsize

@@ -1,4 +1,4 @@
-"""The cells of an AnnData: barcodes, batch and label."""
+"""The cells of an AnnData: barcodes, batch and label, and the other columns of obs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,17 @@ from typing import Any
 
 import pandas as pd
 
+from clue_dist.store.location import Location
 from data_prep.options import ObsColumns
-from data_prep.readers.h5_frame import has_obs, list_columns, read_codes, read_index, read_names
+from data_prep.readers.h5_file import locate_part, open_container, open_part
+from data_prep.readers.h5_frame import (
+    has_obs,
+    list_columns,
+    read_codes,
+    read_index,
+    read_names,
+    read_typed_values,
+)
 from data_prep.readers.source import CategoryCodes, SlicedArray, encode_barcodes
 
 
@@ -19,6 +28,31 @@ class AnnDataCells:
     barcodes: SlicedArray  # (n,) bytes
     fields: dict[str, CategoryCodes]  # "batch" and "label", where there is such a column
     columns: list[str]  # all columns of obs
+    kept: dict[str, StoredObsValues]  # all columns, each once, by the name that a store gives it
+
+
+@dataclass(frozen=True)
+class StoredObsValues:
+    """A column of the obs of a file; see `ObsValues`."""
+
+    path: Location
+    group: str  # of the AnnData
+    frame: str  # of the obs: that of the AnnData, or that which all modalities share
+    column: str
+    n_cells: int
+    where: str  # the file, for messages
+
+    def read_values(self) -> pd.Series:
+        """Read the values of the cells of the AnnData, (n_cells,)."""
+        with open_container(self.path) as file:
+            frame = open_part(file, self.frame)
+            if self.frame != "obs" or not self.group:
+                return read_typed_values(frame, self.column, self.n_cells)
+            shared = pd.Index(encode_barcodes(read_index(file, "obs", self.where), self.where))
+            values = read_typed_values(frame, self.column, len(shared))
+            barcodes = read_names(open_part(file, self.group), "obs", self.where)[:]
+        values.index = shared
+        return values.reindex(pd.Index(barcodes)).reset_index(drop=True)
 
 
 def read_cells(
@@ -40,10 +74,22 @@ def read_cells(
         codes = _read_field(file, group, modality, column, barcodes, where)
         if codes is not None:
             fields[field] = codes
+    inner = f"{group}/obs".lstrip("/")
     columns = list_columns(root["obs"])
+    places = {name: (inner, name) for name in columns}
     if group and has_obs(file):  # `_read_field` looks there, too
-        columns += list_columns(file["obs"])
-    return AnnDataCells(barcodes, fields, columns)
+        shared = list_columns(file["obs"])
+        columns += shared
+        others = [f"{name}:" for name in file["mod"] if name != modality]
+        for name in shared:
+            if not name.startswith(tuple(others)):
+                places.setdefault(name.removeprefix(f"{modality}:"), ("obs", name))
+    path, n_cells = locate_part(root), len(barcodes)
+    kept = {
+        name: StoredObsValues(path, group, frame, column, n_cells, where)
+        for name, (frame, column) in places.items()
+    }
+    return AnnDataCells(barcodes, fields, columns, kept)
 
 
 def _read_field(

@@ -137,6 +137,29 @@ def _find_used_codes(codes: Any, n_categories: int, where: str) -> np.ndarray:
     return used[:-1]
 
 
+def read_typed_values(frame: Any, name: str, n_rows: int) -> pd.Series:
+    """All of a column of a data frame, of the type that it has there.
+
+    Raises:
+        DataError: the column does not have a value for each of `n_rows` rows, or is damaged.
+    """
+    categorical = _open_categorical(frame, name)
+    if categorical is None:
+        return pd.Series(_read_plain_column(frame, name, n_rows))
+    codes, categories = categorical
+    if codes.shape != (n_rows,) or not -1 <= codes[:].min(initial=0) <= codes[:].max(
+        initial=-1
+    ) < len(categories):
+        raise DataError(
+            "a column of obs does not fit its cells",
+            where=name_part(open_part(frame, name)),
+            got=f"codes {codes.shape}, {len(categories)} categories",
+            expected=n_rows,
+            fix=WRITE_ANEW,
+        )
+    return pd.Series(pd.Categorical.from_codes(codes[:], pd.Index(categories)))
+
+
 def read_values(frame: Any, name: str) -> pd.Series:
     """All of a column of a data frame; what is unknown is NaN."""
     categorical = _open_categorical(frame, name)

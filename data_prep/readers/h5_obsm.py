@@ -111,7 +111,9 @@ class ObsmSource(DirectSource):
             features = self._read_features(file, table)
             self._require_fitting_table(table, n_cells, len(features))
         nnz = n_cells * len(features)
-        return SourceHead(cells.barcodes, features, nnz, cells.fields, cells.columns)
+        return SourceHead(
+            cells.barcodes, features, nnz, cells.fields, cells.columns, kept_columns=cells.kept
+        )
 
     def read_rows(self, start: int, stop: int, scratch: Path) -> SourceRows:
         with open_container(self.path) as file:

@@ -207,7 +207,14 @@ class AnnDataSource:
             nnz = nnz * len(wanted) // max(len(names), 1)
             names = [names[i] for i in wanted]
         return SourceHead(
-            cells.barcodes, names, nnz, cells.fields, cells.columns, var_columns, name_column
+            cells.barcodes,
+            names,
+            nnz,
+            cells.fields,
+            cells.columns,
+            var_columns,
+            name_column,
+            cells.kept,
         )
 
     def count_parts(self) -> int:

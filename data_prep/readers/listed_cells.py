@@ -16,6 +16,7 @@ from clue_dist.files import parse_path
 from data_prep.jobs.array_files import load_array, save_array
 from data_prep.readers.barcode_cores import extract_cores
 from data_prep.readers.source import (
+    ChosenObsValues,
     Source,
     SourceHead,
     SourceRows,
@@ -105,7 +106,8 @@ class ListedCellsSource:
     def read_head(self) -> SourceHead:
         head, rows = self.source.read_head(), load_array(self.rows_file)
         fields = {name: codes.take_rows(rows) for name, codes in head.fields.items()}
-        return replace(head, barcodes=head.barcodes[:][rows], fields=fields)
+        kept = {name: ChosenObsValues(column, rows) for name, column in head.kept_columns.items()}
+        return replace(head, barcodes=head.barcodes[:][rows], fields=fields, kept_columns=kept)
 
     def count_parts(self) -> int:
         return self.source.count_parts()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -72,6 +72,26 @@ class CategoryCodes:
         return CategoryCodes(codes.astype(np.int32), self.names, self.missing_texts)
 
 
+class ObsValues(Protocol):
+    """A column of obs, which is read when its values are asked for."""
+
+    def read_values(self) -> pd.Series:
+        """Read all values, (n,); what is unknown is missing."""
+        ...
+
+
+@dataclass(frozen=True)
+class ChosenObsValues:
+    """Values of some of the cells of a column."""
+
+    column: ObsValues
+    rows: np.ndarray  # (n,), of the cells that the column has
+
+    def read_values(self) -> pd.Series:
+        """Read the values of the chosen cells, (n,)."""
+        return self.column.read_values().iloc[self.rows].reset_index(drop=True)
+
+
 @dataclass(frozen=True)
 class SourceHead:
     """What a source holds, apart from the values."""
@@ -83,6 +103,7 @@ class SourceHead:
     obs_columns: list[str]  # all there are, for messages
     var_columns: list[str] = field(default_factory=list)  # likewise
     name_column: str | None = None  # of var, that gave the features' names; None: var_names did
+    kept_columns: Mapping[str, ObsValues] = field(default_factory=dict)  # that a store may keep
 
     @property
     def n_rows(self) -> int:

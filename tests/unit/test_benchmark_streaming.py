@@ -174,7 +174,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 def count_entries(store: Store) -> int:
     ((_, reader),) = store.segments.items()
-    return int(reader.read_lengths("rna", np.arange(reader.n_blocks)).sum())
+    return int(reader.read_lengths("rna", np.arange(reader.n_blocks))[..., 0].sum())
 
 
 def read_step(store: Store, plan: CellPlan, step: int) -> CsrRows:

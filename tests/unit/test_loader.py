@@ -92,7 +92,7 @@ def test_lengths_are_the_numbers_of_non_zeros(store: Store) -> None:
     reader = store.segments["rna+adt"]
     rows = reader.read_rows("rna", np.arange(reader.n_cells))
     assert isinstance(rows, CsrRows)
-    lengths = reader.read_lengths("rna", np.arange(reader.n_blocks)).ravel()
+    lengths = reader.read_lengths("rna", np.arange(reader.n_blocks))[..., 0].ravel()
     assert lengths[: reader.n_cells].tolist() == np.diff(rows.indptr).tolist()
     assert not lengths[reader.n_cells :].any()
 

@@ -108,7 +108,7 @@ def hold_blocks(store: Store, limit: int = IN_MEMORY) -> HeldBlocks:
         total += sum(map(len, block))
         if total > limit:
             break
-    lengths = reader.read_lengths(reader.modalities[0], np.arange(len(parts)))
+    lengths = reader.read_lengths(reader.modalities[0], np.arange(len(parts)))[..., 0]
     sizes = [prod(spec.chunk) * np.dtype(spec.dtype).itemsize for spec in specs]
     return HeldBlocks(parts, sizes, float((lengths > 0).sum()), float(lengths.sum()))
 

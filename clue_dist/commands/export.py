@@ -1,0 +1,41 @@
+"""Write the weights of a run, and a card that explains them, into a folder to be shared."""
+
+from clue_dist.commands.catalogue import build_command_parser
+from clue_dist.files import parse_path
+from clue_dist.process import run_main
+
+
+def main() -> None:
+    """Export the run that the arguments name, and print the folder."""
+    parser = build_command_parser("export")
+    parser.add_argument("--run", type=parse_path, required=True, help="folder of the trained run")
+    parser.add_argument("--out", type=parse_path, required=True, help="the folder to make")
+    parser.add_argument("--checkpoint", default="best", help="best, last, or a checkpoint's name")
+    parser.add_argument(
+        "--scores", type=parse_path, help="scores.json of `clue evaluate`, for the card"
+    )
+    parser.add_argument(
+        "--title", default="", help="title of the card (default: the folder's name)"
+    )
+    parser.add_argument(
+        "--data", default="", metavar="TEXT", help="what was measured, and where it can be had"
+    )
+    parser.add_argument(
+        "--licence", default="", metavar="TEXT", help="terms under which others may use the model"
+    )
+    arguments = parser.parse_args()
+
+    from clue_dist.inference.export import CardTexts, export_run
+
+    export_run(
+        arguments.run,
+        arguments.out,
+        checkpoint=arguments.checkpoint,
+        scores=arguments.scores,
+        texts=CardTexts(arguments.title, arguments.data, arguments.licence),
+    )
+    print(arguments.out)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,244 @@
+"""Writes what others need of a trained run into a folder of its own, with a card that explains it.
+
+The folder is laid out as a run folder is, less what only training needs. Whatever takes a run
+takes it: embedding, imputation, `--features-from`, `--init-from`.
+
+    FOLDER/README.md                   the model card
+    FOLDER/config.json, model.json     settings; features, batches, labels
+    FOLDER/best/step-00001100/         weights.safetensors, state.json, COMMIT.json
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from clue_dist import config as configs
+from clue_dist.checkpoint.model_card import ModelCard, read_model_card
+from clue_dist.checkpoint.run_folder import (
+    COMMIT,
+    STATE,
+    WEIGHTS,
+    find_damage,
+    parse_step,
+    read_weights,
+)
+from clue_dist.config import Config
+from clue_dist.errors import ConfigError, ResumeError, list_names
+from clue_dist.files import TEMPORARY_ENDING, apply_umask, write_file
+from clue_dist.inference.load_model import require_weights
+from clue_dist.inference.output_files import check_output_folder, translate_output_errors
+from clue_dist.inference.score_tables import format_scores
+from clue_dist.store.writer import hash_file
+
+CARD_FILE = "README.md"
+# What validation says of a step that is worth a line of the card.
+_SCORE_TITLES = {
+    "foscttm": "FOSCTTM of {} (0 is perfect, 0.5 is chance)",
+    "mixing": "mixing of {} (0.5 is perfect)",
+    "accuracy": "15-nearest-neighbour accuracy of labels in the joint z",
+    "ilisi": "iLISI of batches in the joint z",
+}
+
+
+@dataclass(frozen=True)
+class CardTexts:
+    """What only a person can say of a model."""
+
+    title: str = ""  # by default the name of the folder
+    data: str = ""  # what was measured, of whom, where it can be had
+    licence: str = ""  # terms under which others may use the weights
+
+
+def export_run(
+    run: Path,
+    out: Path,
+    *,
+    checkpoint: str = "best",
+    scores: Path | None = None,
+    texts: CardTexts | None = None,
+) -> None:
+    """Write the weights of a run, and all that describes them, into a folder to be shared.
+
+    Who may read the files follows from the umask. Paths of this machine are left out.
+
+    Args:
+        run: folder of the run.
+        out: the folder to make.
+        checkpoint: "best" (of validation), "last" (saved), or the name of a checkpoint.
+        scores: scores.json of `clue evaluate`, to be shown in the card.
+        texts: what a person says of the model.
+
+    Raises:
+        ResumeError: there is no such run, or its weights are missing or damaged.
+        ConfigError: something is at `out`; `scores` is no scores.json.
+        StoreError: the disk is full, or refuses to be written.
+    """
+    check_model_folder(out)
+    card, config = read_model_card(run), configs.load_config(run / "config.json")
+    folder = require_weights(run, checkpoint)
+    if problem := find_damage(folder):
+        raise ResumeError("the weights are damaged", where=folder, got=problem)
+    weights = read_weights(folder)
+    write_model_folder(
+        out, run, folder, weights, config, card, scores=scores, texts=texts or CardTexts()
+    )
+
+
+def check_model_folder(out: Path) -> None:
+    """Check that a folder can be made at `out`.
+
+    Raises:
+        ConfigError: something is there already, or the folder around it is missing.
+    """
+    check_output_folder(out)
+    if out.exists():
+        raise ConfigError(
+            "something is already there", where=f"--out {out}", fix="choose another folder"
+        )
+
+
+def write_model_folder(
+    out: Path,
+    run: Path,
+    weights_folder: Path,
+    weights: Mapping[str, Tensor],
+    config: Config,
+    card: ModelCard,
+    *,
+    scores: Path | None = None,
+    texts: CardTexts,
+) -> None:
+    """Write a folder that serves as a run does, with its card.
+
+    Args:
+        out: the folder to make.
+        run: folder of the run that the weights are of.
+        weights_folder: the committed folder of that run that holds them.
+        weights: parameters and buffers by name.
+        config: settings of the run.
+        card: what the weights expect of a store.
+        scores: scores.json of `clue evaluate`, to be shown in the card.
+        texts: what a person says of the model.
+
+    Raises:
+        ConfigError: `scores` is no scores.json.
+        StoreError: the disk is full, or refuses to be written.
+    """
+    shared_config = config.model_copy(update={"store": Path(config.store).name, "run": ""})
+    readme = "\n".join(
+        [
+            *_describe_model(out.name, card, shared_config, weights, texts),
+            *_list_scores(run, weights_folder, scores),
+            *_explain_use(card),
+        ]
+    )
+    temporary = out.with_name(f"{out.name}{TEMPORARY_ENDING}")
+    with translate_output_errors(out):
+        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+        best = temporary / "best" / weights_folder.name
+        best.mkdir(parents=True)
+        with apply_umask(best / WEIGHTS):
+            save_file(dict(weights), best / WEIGHTS)
+        write_file(best / STATE, (weights_folder / STATE).read_bytes())
+        digests = {name: hash_file(best / name).model_dump() for name in (STATE, WEIGHTS)}
+        write_file(best / COMMIT, json.dumps(digests, indent=1))
+        write_file(temporary / "config.json", shared_config.to_json())
+        write_file(temporary / "model.json", card.model_dump_json(indent=1))
+        write_file(temporary / CARD_FILE, readme + "\n")
+        temporary.rename(out)
+
+
+def _describe_model(
+    name: str, card: ModelCard, config: Config, weights: Mapping[str, Tensor], texts: CardTexts
+) -> Iterable[str]:
+    """Say what the model is and what it was trained on, line by line."""
+    licence = texts.licence or "not stated: ask whoever shared the model"
+    n_cells = f"{card.n_cells:,}" if card.n_cells else "an unknown number of"
+    n_parameters = sum(values.numel() for values in weights.values())
+    yield from ("---", "library_name: clue_dist", f"license: {json.dumps(licence)}")
+    yield from ("tags: [single-cell, multimodal, embedding]", "---", "")
+    yield from (f"# {texts.title or name}", "")
+    yield "A CLUE model: a cross-linked unified embedding of single cells measured in different,"
+    yield "incomplete modalities."
+    yield from ("", "## Data", "")
+    if texts.data:
+        yield from (texts.data, "")
+    yield f"Trained on {n_cells} cells, store `{config.store}` with fingerprint"
+    yield f"`{card.fingerprint[:16]}`."
+    yield from ("", "| modality | kind | features | the first ones |", "|---|---|---|---|")
+    for modality, part in card.modalities.items():
+        first = list_names(part.features[:3])
+        yield f"| {modality} | {part.kind} | {part.n_features:,} | {first} |"
+    yield ""
+    yield f"Batches ({len(card.batches)}): {list_names(card.batches, 20) or 'none'}."
+    yield f"Labels ({len(card.labels)}): {list_names(card.labels, 40) or 'none'}. Training does"
+    yield "not see labels."
+    yield from ("", "## Model", "")
+    yield f"{n_parameters:,} numbers of float32; {config.model.latent} dimensions of z for each"
+    yield f"modality, {config.model.n_private} of them private. `config.json` holds every setting."
+    yield from ("", "## Licence", "", f"{licence[0].upper()}{licence[1:]}.", "")
+
+
+def _list_scores(run: Path, folder: Path, scores: Path | None) -> Iterable[str]:
+    """List what validation measured at the step of the weights, and scores that were given."""
+    yield from ("## Scores", "")
+    validation = _read_validation(run, parse_step(folder))
+    if validation:
+        yield from (f"On cells held out of training, at step {parse_step(folder)}:", "")
+        for key, value in validation.items():
+            measure, _, pair = key.partition("/")
+            if measure in _SCORE_TITLES:
+                yield f"- {_SCORE_TITLES[measure].format(pair)}: {value:.4f}"
+    else:
+        yield "The run holds no validation of these weights."
+    if scores is not None:
+        yield from ("", "`clue evaluate`:", "", "```", format_scores(_read_scores(scores)), "```")
+
+
+def _read_validation(run: Path, step: int) -> dict[str, float]:
+    """Read what validation measured at a step; nothing where metrics.jsonl lacks it."""
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        return {}
+    lines = [line for line in path.read_text().splitlines() if '"validation"' in line]
+    found = [line for line in map(json.loads, lines) if line.get("step") == step]
+    return found[-1] if found else {}
+
+
+def _read_scores(path: Path) -> dict[str, Any]:
+    """Read scores.json.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        format_scores(content)
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ConfigError(
+            "no scores here",
+            where=f"--scores {path}",
+            got=error,
+            fix="make them with `clue evaluate`",
+        ) from error
+    return content
+
+
+def _explain_use(card: ModelCard) -> Iterable[str]:
+    """Say how the model is asked."""
+    modality = next(iter(card.modalities))
+    yield from ("", "## Use", "", "With clue_dist installed:", "")
+    yield from ("```python", "import clue_dist as clue", "")
+    yield 'run = clue.load("FOLDER")  # this folder'
+    yield f"run.embed(cells)  # an AnnData with raw counts of {modality}, say; writes obsm"
+    yield from ("```", "", "Files of any size, without the cells that it was trained on:", "")
+    yield from ("```", "clue prep convert new.h5ad --features-from FOLDER --out new.zarr")
+    yield from ("clue embed --run FOLDER --store new.zarr --out new.h5mu", "```")

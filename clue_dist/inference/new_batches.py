@@ -1,0 +1,195 @@
+"""Teaches a trained model batches that it does not know, and changes nothing else of it.
+
+The batch enters the decoders alone, each batch by a row of an embedding. With encoders frozen, z of
+a cell is a constant, so that the rows of new batches are quickly found by gradient steps on
+ln p(x_k | z_k, batch) (eq. 8) of the new cells. As in scArches, all other weights stay bit for bit,
+and the embedding of any cell does not move at all.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from clue_dist.checkpoint.model_card import read_model_card
+from clue_dist.data.batch import Batch
+from clue_dist.errors import ConfigError, DataError, list_names
+from clue_dist.inference.cells import Cells
+from clue_dist.inference.export import CardTexts, check_model_folder, write_model_folder
+from clue_dist.inference.load_model import TrainedModel, require_weights
+from clue_dist.model.clue import CLUE
+from clue_dist.model.decoders import Decoder
+
+LEARNING_RATE = 0.05
+STEP_CELLS = 512  # of a gradient step
+STEPS = 300  # about so many, however many cells there are
+MOST_CELLS = 20_000  # of new batches that are looked at: a row has few numbers to be found
+
+
+@dataclass(frozen=True)
+class TunedBatches:
+    """What came of new batches."""
+
+    names: list[str]  # of the new batches
+    n_cells: int  # cells that taught them
+    gain: float  # nats that a cell's profiles became likelier, on average
+
+
+def tune_batches(run: Path, trained_model: TrainedModel, cells: Cells, out: Path) -> TunedBatches:
+    """Teach a model the new batches of some cells, and write it into a folder of its own.
+
+    Args:
+        run: folder of the model, a run or a shared one.
+        trained_model: the model.
+        cells: cells of new batches, and perhaps of others, which are left aside.
+        out: the folder to make, as `export_run` makes it.
+
+    Raises:
+        DataError: no cell is of a new batch.
+        ConfigError: the decoders do not ask for the batch; something is at `out`.
+        StoreError: the disk is full, or refuses to be written.
+    """
+    check_model_folder(out)
+    tuned, report = learn_batches(trained_model, cells)
+    card = read_model_card(run).model_copy(update={"batches": tuned.batches})
+    weights_folder = require_weights(run, trained_model.name)
+    texts = CardTexts(data=f"Batches that were learnt later: {list_names(report.names, 20)}.")
+    weights = tuned.model.state_dict()
+    write_model_folder(out, run, weights_folder, weights, tuned.config, card, texts=texts)
+    return report
+
+
+def learn_batches(
+    trained_model: TrainedModel, cells: Cells, seed: int = 0
+) -> tuple[TrainedModel, TunedBatches]:
+    """Teach a copy of a model the new batches of some cells.
+
+    Args:
+        trained_model: the model, which stays as it is.
+        cells: the cells; `batch` of their obs names the batches.
+        seed: of the order in which cells are looked at.
+
+    Raises:
+        DataError: no cell is of a new batch.
+        ConfigError: the decoders do not ask for the batch.
+    """
+    obs, known = cells.read_obs(), trained_model.batches
+    batches = obs["batch"].astype(object) if "batch" in obs else obs.index.to_series() * 0
+    names = sorted({str(name) for name in batches.dropna().unique() if name} - set(known))
+    if not names:
+        raise DataError(
+            "no cell is of a batch that the model does not know",
+            got=list_names(dict.fromkeys(batches.dropna()), 5) or "no batch at all",
+            expected=f"batches other than {list_names(known, 5)}",
+            fix="name the column that holds the batch: --batch-key at conversion, batch_key= in "
+            "Python",
+        )
+    model = copy.deepcopy(trained_model.model)
+    rows = [_add_rows(decoder, len(names)) for decoder in _list_decoders(model)]
+    codes = batches.map({name: len(known) + i for i, name in enumerate(names)})
+    new_codes = codes.fillna(-1).to_numpy(np.int64)
+    slices = _read_new_cells(model, cells, new_codes)
+    before = _score_cells(model, slices)
+    _train_rows(model, rows, slices, len(known), seed)
+    gain = _score_cells(model, slices) - before
+    n_cells = sum(batch.n_cells for batch, _ in slices)
+    tuned = replace(trained_model, model=model.eval(), batches=[*known, *names])
+    return tuned, TunedBatches(names, n_cells, gain)
+
+
+def _list_decoders(model: CLUE) -> list[Decoder]:
+    """List the decoders, in the order of the modalities."""
+    return [model.get_decoder(name) for name in model.modalities]
+
+
+def _add_rows(decoder: Decoder, n_rows: int) -> nn.Parameter:
+    """Add rows for new batches, which begin as the mean of those that are known.
+
+    Returns:
+        All rows, (batches, width).
+
+    Raises:
+        ConfigError: the decoder was trained on one batch, and does not ask for it.
+    """
+    if decoder.batch is None:
+        raise ConfigError(
+            "the model was trained on a single batch: its decoders have no place for others",
+            fix="train all weights on old and new cells together: clue fine-tune --train all",
+        )
+    before = decoder.batch.weight.detach()
+    added = before.mean(0, keepdim=True).expand(n_rows, -1)
+    rows = nn.Parameter(torch.cat([before, added]))
+    decoder.batch = nn.Embedding(*rows.shape)
+    decoder.batch.weight = rows
+    return rows
+
+
+@torch.no_grad()
+def _read_new_cells(model: CLUE, cells: Cells, new_codes: np.ndarray) -> list[tuple[Batch, Tensor]]:
+    """Read cells of new batches, MOST_CELLS or so of them, and infer their z.
+
+    Args:
+        model: the model.
+        cells: the cells.
+        new_codes: (N,), the code of each new batch, -1 of cells that are left aside.
+
+    Returns:
+        Slices of cells, and the posterior mean of z of each, (n, K, d).
+    """
+    slices = [s for s in cells.slice_cells(STEP_CELLS) if (new_codes[s.rows] >= 0).any()]
+    n_new = int((new_codes >= 0).sum())
+    kept = slices[:: max(1, n_new // MOST_CELLS)]
+    read = []
+    for cell_slice in kept:
+        batch = cells.read_slice(cell_slice)
+        batch = replace(batch, batch_code=torch.from_numpy(new_codes[cell_slice.rows]))
+        read.append((batch, model.encode_batch(batch).joint_mean))
+    return read
+
+
+def _compute_likelihood(model: CLUE, batch: Batch, z: Tensor) -> Tensor:
+    """Sum ln p(x_k | z_k) of the cells of new batches over their modalities, (), in nats."""
+    total = z.new_zeros(())
+    for k, name in enumerate(model.modalities):
+        if name in batch.modalities:
+            observed = batch.modalities[name]
+            codes = batch.batch_code[observed.rows]
+            ln_p = model.get_decoder(name)(z[observed.rows, k], codes, observed.counts)
+            total = total + ln_p[codes >= 0].sum()
+    return total
+
+
+@torch.no_grad()
+def _score_cells(model: CLUE, slices: list[tuple[Batch, Tensor]]) -> float:
+    """Compute the mean over cells of ln p of their profiles, in nats."""
+    n_cells = sum(int((batch.batch_code >= 0).sum()) for batch, _ in slices)
+    total = sum(float(_compute_likelihood(model, batch, z)) for batch, z in slices)
+    return total / max(n_cells, 1)
+
+
+def _train_rows(
+    model: CLUE,
+    rows: list[nn.Parameter],
+    slices: list[tuple[Batch, Tensor]],
+    n_known: int,
+    seed: int,
+) -> None:
+    """Find the rows of new batches; those of known ones get no gradient and stay bit for bit."""
+    optimizer = torch.optim.Adam(rows, lr=LEARNING_RATE)
+    order = np.random.default_rng(seed)
+    n_steps = 0
+    while n_steps < STEPS:
+        for number in order.permutation(len(slices)):
+            batch, z = slices[number]
+            loss = -_compute_likelihood(model, batch, z) / batch.n_cells
+            gradients = torch.autograd.grad(loss, rows, allow_unused=True)
+            for row, gradient in zip(rows, gradients, strict=True):
+                row.grad = torch.zeros_like(row) if gradient is None else gradient
+                row.grad[:n_known] = 0
+            optimizer.step()
+            n_steps += 1

@@ -1,0 +1,117 @@
+"""A model learns new batches: decoders know them, and nothing else of it changes."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+
+from clue_dist.checkpoint.model_card import read_model_card, write_model_card
+from clue_dist.commands.fine_tune import plan_further_training
+from clue_dist.config import load_config
+from clue_dist.errors import ConfigError, DataError
+from clue_dist.inference import new_batches
+from clue_dist.inference.load_model import TrainedModel, load_model
+from clue_dist.inference.new_batches import learn_batches, tune_batches
+from clue_dist.inference.store_cells import StoreCells
+from clue_dist.inference.stream import embed_in_memory
+from clue_dist.store.reader import Store
+from clue_dist.train.initial_weights import plan_warm_start
+from tests.stores import make_store
+from tests.unit.test_initial_weights import FEATURES, commit_weights, make_model, make_setup
+
+
+@pytest.fixture(autouse=True)
+def _few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(new_batches, "STEPS", 8)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that knows two batches."""
+    folder = tmp_path_factory.mktemp("batches")
+    make_store(folder / "old.zarr", features=FEATURES)
+    setup = make_setup(folder / "old.zarr")
+    write_model_card(folder / "run", setup.store, setup.config)
+    commit_weights(folder / "run" / "best" / "step-00000005", make_model(setup).state_dict())
+    return folder / "run"
+
+
+@pytest.fixture
+def trained_model(run: Path) -> TrainedModel:
+    return load_model(run)
+
+
+@pytest.fixture(scope="module")
+def new_store(run: Path) -> Store:
+    """Cells of four batches, two of which the run knows."""
+    return make_store(run.parent / "new.zarr", features=FEATURES, batches=4, seed=1)
+
+
+def test_decoders_learn_the_new_batches_alone(
+    trained_model: TrainedModel, new_store: Store
+) -> None:
+    tuned, report = learn_batches(trained_model, StoreCells(new_store, trained_model))
+    assert report.names == ["batch-2", "batch-3"]
+    assert tuned.batches == ["batch-0", "batch-1", "batch-2", "batch-3"]
+    assert report.gain > 0
+    before, after = trained_model.model.state_dict(), tuned.model.state_dict()
+    assert before.keys() == after.keys()
+    for name, values in before.items():
+        assert after[name][: len(values)].equal(values), name
+        assert len(after[name]) == len(values) + 2 * name.endswith("batch.weight"), name
+    first, second = after["decoders.0.batch.weight"][2:]
+    assert not first.equal(second)
+
+
+def test_no_embedding_moves(trained_model: TrainedModel, new_store: Store) -> None:
+    cells = StoreCells(new_store, trained_model)
+    tuned, _ = learn_batches(trained_model, cells)
+    before, after = (embed_in_memory(model, cells).joint for model in (trained_model, tuned))
+    torch.testing.assert_close(before, after, rtol=0, atol=0)
+
+
+def test_the_new_model_is_a_folder_like_any_other(
+    run: Path, trained_model: TrainedModel, new_store: Store, tmp_path: Path
+) -> None:
+    report = tune_batches(
+        run, trained_model, StoreCells(new_store, trained_model), tmp_path / "new"
+    )
+    tuned = load_model(tmp_path / "new")
+    assert tuned.batches[2:] == report.names
+    assert read_model_card(tmp_path / "new").seen_cells == read_model_card(run).seen_cells
+    assert "learnt later: batch-2, batch-3" in (tmp_path / "new" / "README.md").read_text()
+    with pytest.raises(DataError, match="no cell is of a batch"):
+        learn_batches(tuned, StoreCells(new_store, tuned))
+    with pytest.raises(ConfigError, match="already there"):
+        tune_batches(run, trained_model, StoreCells(new_store, trained_model), tmp_path / "new")
+
+
+def test_a_model_of_a_single_batch_has_no_place_for_others(
+    new_store: Store, tmp_path: Path
+) -> None:
+    make_store(tmp_path / "old.zarr", features=FEATURES, batches=1)
+    setup = make_setup(tmp_path / "old.zarr")
+    write_model_card(tmp_path / "run", setup.store, setup.config)
+    commit_weights(tmp_path / "run" / "best" / "step-00000005", make_model(setup).state_dict())
+    single = load_model(tmp_path / "run")
+    with pytest.raises(ConfigError, match="a single batch"):
+        learn_batches(single, StoreCells(new_store, single))
+
+
+def test_further_training_takes_the_settings_of_the_run(run: Path, new_store: Store) -> None:
+    words = {"run": run, "store": str(new_store.root), "out": run.parent / "next"}
+    arguments = argparse.Namespace(**words, overrides=["seed=3"], dry_run=True)
+    planned = plan_further_training(arguments)
+    config, before = (
+        load_config(planned.config, planned.overrides),
+        load_config(run / "config.json"),
+    )
+    assert (config.model, config.seed) == (before.model, 3)
+    assert (config.store, config.run) == (str(new_store.root), str(run.parent / "next"))
+    assert config.train.lr == pytest.approx(0.3 * before.train.lr)
+    assert config.train.epochs == config.data.batch_size == "auto"
+    setup = make_setup(new_store.root, train={"lr": config.train.lr})
+    assert plan_warm_start(planned.init_from, setup).card == read_model_card(run)
