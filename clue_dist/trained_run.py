@@ -244,23 +244,32 @@ class Run(ImputationMethods):
             )
 
     def report(
-        self, *, embedding: str | Path | None = None, scores: str | Path | None = None
+        self,
+        *,
+        embedding: str | Path | None = None,
+        scores: str | Path | None = None,
+        imputed: str | Path | None = None,
+        truth: str | Path | None = None,
     ) -> Path:
-        """Write a page about the run, RUN/report/index.html.
+        """Write a page about the run, RUN/report/index.html; sections it has had stay.
 
         Args:
-            embedding: what `embed` has written, of which a UMAP is shown.
-            scores: what `evaluate` has written, shown as a table.
+            embedding: what `embed` has written: UMAPs, and labels between modalities.
+            scores: what `evaluate` has written, shown as tables.
+            imputed: what `clue impute` has written, compared with the counts of `truth`.
+            truth: the store whose cells were imputed.
 
         Returns:
             The page.
         """
         from clue_dist.inference.report import write_report
 
-        embedding_path, scores_path = (
-            None if path is None else parse_path(str(path)) for path in (embedding, scores)
+        embedding, scores, imputed = (
+            None if path is None else parse_path(str(path)) for path in (embedding, scores, imputed)
         )
-        return write_report(self.folder, embedding_path, scores_path)
+        return write_report(
+            self.folder, embedding, scores, imputed, None if truth is None else str(truth)
+        )
 
     def export(self, out: str | Path, scores: str | Path | None = None, **texts: str) -> None:
         """Write the model, and a card that explains it, into a folder to be shared.

@@ -48,7 +48,6 @@ SLOW_FILES = frozenset(
         "test_prep_simulate.py",
         "test_prep_store.py",
         "test_prep_svd.py",
-        "test_report.py",
         "test_s3.py",
     }
 )

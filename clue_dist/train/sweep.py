@@ -82,7 +82,8 @@ def run_sweep(
         announce(f"{len(trials) - len(waiting)} of {len(trials)} trials have finished before")
     with StopFlag() as stop:
         for number, trial in enumerate(waiting, start=1 + len(trials) - len(waiting)):
-            announce(f"trial {number} of {len(trials)}, {trial.name}: {_list_varied(plan, trial)}")
+            announce(f"trial {number} of {len(trials)}: {_list_varied(plan, trial)}")
+            announce(f"  its output: {out / trial.name}.log")
             result = _run_trial(plan, trial, out, stop)
             results[trial.name] = result
             with (out / RESULTS_FILE).open("a", encoding="utf-8") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import yaml
 
 from clue_dist import config as configs
 from clue_dist.errors import ConfigError
-from clue_dist.train.arguments import _build_parser
+from clue_dist.train.arguments import parse_train_arguments
 from clue_dist.train.sweep import run_sweep
 from clue_dist.train.sweep_plan import SweepPlan, expand_command, list_trials, read_sweep_plan
 
@@ -114,10 +115,9 @@ def test_the_sweep_of_the_recipes_sets_what_training_reads(monkeypatch: pytest.M
         shell, flag, script, _, *settings = expand_command(plan, trial.parameters)
         assert (shell, flag) == ("sh", "-c")
         assert script.startswith("exec deepspeed -q launch/train.py --config configs/atlas.json")
-        parser = _build_parser(None)
-        found = parser.parse_args(
-            ["--config", "configs/atlas.json", "--set", "run=a", *settings, "--set", "run=b"]
-        )
+        words = ["--config", "configs/atlas.json", "--set", "run=a", *settings, "--set", "run=b"]
+        monkeypatch.setattr(sys, "argv", ["launch/train.py", *words])
+        found = parse_train_arguments(argparse.ArgumentParser())
         config = configs.load_config(ROOT / found.config, found.overrides)
         assert config.run == "b"
         assert config.train.lr == trial.parameters["train.lr"]

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
+import wandb
+import yaml
 
+from clue_dist.checkpoint.wandb_run import open_wandb_run
 from clue_dist.config import Config, LogConfig
 from clue_dist.errors import ConfigError
 from clue_dist.inference.report import write_report
@@ -61,6 +65,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> RecordedRun:
         patch.setenv("WANDB_DATA_DIR", str(folder))
         train_run(folder / "run")
         (folder / "scores.json").write_text(json.dumps(SCORES))
+        time.sleep(1.1)  # wandb names its folders by the second
         page = write_report(folder / "run", scores=folder / "scores.json")
         log_report(folder / "run", page)
     found = read_recorded_run(folder / "run")
@@ -104,6 +109,25 @@ def test_the_report_brings_its_tables_its_pictures_and_its_page(recorded: Record
     }
     assert row["_step"] == 30
     assert recorded.summary["test/foscttm/rna-adt"] == 0.07
+
+
+@pytest.mark.slow
+def test_a_run_of_a_sweep_is_the_one_that_the_agent_has_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    parameters = tmp_path / "parameters.yaml"
+    parameters.write_text(yaml.safe_dump({"wandb_version": 1, "train.lr": {"value": 0.5}}))
+    monkeypatch.setenv("WANDB_SWEEP_ID", "search")
+    monkeypatch.setenv("WANDB_RUN_ID", "trial-7")
+    monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", str(parameters))
+    wandb.teardown()  # it keeps the environment that it first saw
+    run = open_wandb_run(tmp_path, LogConfig(), {"seed": 3})
+    assert (run.id, run.sweep_id) == ("trial-7", "search")
+    assert (run.config["train.lr"], run.config["seed"]) == (0.5, 3)
+    run.finish()
+    wandb.teardown()
+    assert (tmp_path / "wandb-id").read_text() == "trial-7"
 
 
 def test_tables_hold_what_is_symmetric_once() -> None:
