@@ -85,7 +85,7 @@ def read_model_card(run: Path) -> ModelCard:
             "no run here",
             where=run,
             got="no model.json",
-            fix="train one: deepspeed launch/train.py --config ...",
+            fix="train one: `clue train --config ...`",
         )
     try:
         return ModelCard.model_validate_json(path.read_bytes())

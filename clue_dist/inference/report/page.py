@@ -88,7 +88,7 @@ def write_report(
         StoreError: the report cannot be written; an earlier one stays as it is.
     """
     if not (run / "config.json").is_file():
-        fix = "train one with launch/train.py, or mend the path"
+        fix = "train one with `clue train`, or mend the path"
         raise ConfigError("no run here", where=f"--run {run}", got="no config.json", fix=fix)
     if (imputed is None) != (truth is None):
         what = "imputed values are compared with the counts of a store"
@@ -132,7 +132,7 @@ def _read_scores(path: Path) -> Section:
         scores["file"] = path.name
         _tabulate_scores(scores)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        fix = "make them with launch/evaluate.py"
+        fix = "make them with `clue evaluate`"
         raise ConfigError(
             "the scores cannot be read", where=f"--scores {path}", got=error, fix=fix
         ) from None

@@ -80,7 +80,7 @@ def read_profiles(path: Path, most: int = MOST_PROFILES, seed: int = 0) -> Embed
     """
     where = f"--embedding {path}"
     if not path.exists():
-        raise ConfigError("no embedding here", where=where, fix="make one with launch/embed.py")
+        raise ConfigError("no embedding here", where=where, fix="make one with `clue embed`")
     try:
         with warnings.catch_warnings():
             # mudata announces a default that changes nothing here.
