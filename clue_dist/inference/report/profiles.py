@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import anndata as ad
 import mudata as md
@@ -56,13 +56,20 @@ class EmbeddedFile:
     about: dict[str, Any]  # what made it: run, checkpoint and store
 
 
+class _Latent(NamedTuple):
+    """Every z of one kind. It may be large, and is not copied: profiles are some of its rows."""
+
+    z: np.ndarray  # (m, D)
+    rows: np.ndarray  # (n,) rows of z that were inferred
+    cells: np.ndarray  # (n,) numbers in the file of the cells of these rows
+
+
 @dataclass(frozen=True)
 class _Table:
     """The cells of a file, with what each z was inferred from."""
 
     obs: pd.DataFrame
-    joint: np.ndarray | None  # (N, D)
-    alone: dict[str, tuple[np.ndarray, np.ndarray]]  # z and the cells that have it, by modality
+    latents: dict[str, _Latent]  # by modality; ALL_OBSERVED of the joint z
     pattern: np.ndarray  # (N,)
     about: dict[str, Any]
 
@@ -89,40 +96,42 @@ def read_profiles(path: Path, most: int = MOST_PROFILES, seed: int = 0) -> Embed
     except UNREADABLE as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError("the embedding cannot be read", where=where, got=reason) from error
-    every_cell = np.arange(len(table.obs))
-    joint = None if table.joint is None else {ALL_OBSERVED: (table.joint, every_cell)}
-    if joint is None and not table.alone:
+    if not table.latents:
         raise ConfigError("no embedding in this file", where=where, expected=f"obsm[{KEY!r}]")
     draws = np.random.default_rng(seed)
+    modalities = [name for name in table.latents if name != ALL_OBSERVED]
+    joint = [name for name in table.latents if name == ALL_OBSERVED]
     return EmbeddedFile(
         joint=_take_profiles(table, joint, most, draws),
-        alone=_take_profiles(table, table.alone, most, draws),
-        n_cells=len(every_cell),
+        alone=_take_profiles(table, modalities, most, draws),
+        n_cells=len(table.obs),
         about=table.about,
     )
 
 
 def _take_profiles(
-    table: _Table,
-    embeddings: dict[str, tuple[np.ndarray, np.ndarray]] | None,
-    most: int,
-    draws: np.random.Generator,
+    table: _Table, kinds: list[str], most: int, draws: np.random.Generator
 ) -> Profiles | None:
     """A random part of what was embedded, scaled to length 1; None where nothing was."""
-    if not embeddings:
+    if not kinds:
         return None
-    cell = np.concatenate([rows for _, rows in embeddings.values()])
-    kept = np.sort(draws.permutation(len(cell))[:most])
-    sizes = [len(rows) for _, rows in embeddings.values()]
-    latent = np.concatenate([z for z, _ in embeddings.values()])[kept].astype(np.float64)
-    length = np.linalg.norm(latent, axis=1, keepdims=True)
-    cell = cell[kept]
+    latents = [table.latents[kind] for kind in kinds]
+    kept = np.sort(draws.permutation(sum(len(latent.rows) for latent in latents))[:most])
+    starts = np.cumsum([0, *(len(latent.rows) for latent in latents)])
+    parts = [
+        kept[(kept >= start) & (kept < start + len(latent.rows))] - start
+        for start, latent in zip(starts, latents, strict=False)
+    ]
+    pieces = list(zip(latents, parts, strict=True))
+    cell = np.concatenate([latent.cells[part] for latent, part in pieces])
+    z = np.concatenate([latent.z[latent.rows[part]] for latent, part in pieces]).astype(np.float64)
+    length = np.linalg.norm(z, axis=1, keepdims=True)
     return Profiles(
-        z=latent / np.maximum(length, 1e-12),
+        z=z / np.maximum(length, 1e-12),
         cell=cell,
-        modality=np.repeat(np.array([*embeddings], dtype=object), sizes)[kept],
-        batch=_read_names(table.obs, "batch")[cell],
-        cell_type=_read_names(table.obs, "cell_type")[cell],
+        modality=np.repeat(np.array(kinds, dtype=object), [len(part) for part in parts]),
+        batch=_read_names(table.obs, "batch", cell),
+        cell_type=_read_names(table.obs, "cell_type", cell),
         pattern=table.pattern[cell],
     )
 
@@ -130,11 +139,14 @@ def _take_profiles(
 def _read_mudata(path: Path) -> _Table:
     mdata = md.read_h5mu(path)
     cells = {name: mdata.obs_names.get_indexer(a.obs_names) for name, a in mdata.mod.items()}
-    alone = {
-        name: (np.asarray(a.obsm[KEY]), cells[name])
+    latents = {
+        name: _Latent(np.asarray(a.obsm[KEY]), np.arange(a.n_obs), cells[name])
         for name, a in mdata.mod.items()
         if KEY in a.obsm
     }
+    if KEY in mdata.obsm:
+        every_cell = np.arange(mdata.n_obs)
+        latents[ALL_OBSERVED] = _Latent(np.asarray(mdata.obsm[KEY]), every_cell, every_cell)
     obs = mdata.obs.copy()
     for column in ("batch", "cell_type"):  # of a file whose modalities alone have them
         for name, a in mdata.mod.items() if column not in obs else ():
@@ -143,8 +155,7 @@ def _read_mudata(path: Path) -> _Table:
                 names[cells[name]] = a.obs[column].astype(object)
                 obs[column] = names
     is_observed = {name: np.isin(np.arange(len(obs)), rows) for name, rows in cells.items()}
-    joint = np.asarray(mdata.obsm[KEY]) if KEY in mdata.obsm else None
-    return _Table(obs, joint, alone, _name_patterns(is_observed), _read_about(mdata.uns))
+    return _Table(obs, latents, _name_patterns(is_observed), _read_about(mdata.uns))
 
 
 def _read_anndata(path: Path) -> _Table:
@@ -153,16 +164,19 @@ def _read_anndata(path: Path) -> _Table:
     # Other keys of obsm may begin alike, such as that of the variances.
     known = [str(name) for name in about.get("modalities", [])]
     found = [key.removeprefix(f"{KEY}_") for key in adata.obsm if key.startswith(f"{KEY}_")]
-    alone, is_observed = {}, {}
+    latents, is_observed = {}, {}
     for name in [name for name in known or found if name in found]:
-        latent = np.asarray(adata.obsm[f"{KEY}_{name}"])
-        is_observed[name] = ~np.isnan(latent).any(axis=1)
-        alone[name] = latent[is_observed[name]], np.flatnonzero(is_observed[name])
-    joint = np.asarray(adata.obsm[KEY]) if KEY in adata.obsm else None
-    pattern = _read_names(adata.obs, "clue_modalities")
+        z = np.asarray(adata.obsm[f"{KEY}_{name}"])
+        is_observed[name] = ~np.isnan(z[:, 0])
+        rows = np.flatnonzero(is_observed[name])
+        latents[name] = _Latent(z, rows, rows)
+    every_cell = np.arange(adata.n_obs)
+    if KEY in adata.obsm:
+        latents[ALL_OBSERVED] = _Latent(np.asarray(adata.obsm[KEY]), every_cell, every_cell)
+    pattern = _read_names(adata.obs, "clue_modalities", every_cell)
     if is_observed:
         pattern = _name_patterns(is_observed)
-    return _Table(adata.obs, joint, alone, pattern, about)
+    return _Table(adata.obs, latents, pattern, about)
 
 
 def _read_about(uns: Any) -> dict[str, Any]:
@@ -183,9 +197,9 @@ def _name_patterns(is_observed: dict[str, np.ndarray]) -> np.ndarray:
     return np.array(names, dtype=object)[codes.reshape(-1)]
 
 
-def _read_names(obs: pd.DataFrame, column: str) -> np.ndarray:
-    """A column of obs as names, (N,), UNKNOWN where it says nothing."""
+def _read_names(obs: pd.DataFrame, column: str, cells: np.ndarray) -> np.ndarray:
+    """A column of obs as names of some cells, (n,), UNKNOWN where it says nothing."""
     if column not in obs:
-        return np.full(len(obs), UNKNOWN, dtype=object)
-    values = obs[column].astype(object).where(obs[column].notna(), UNKNOWN)
-    return values.astype(str).to_numpy(dtype=object)
+        return np.full(len(cells), UNKNOWN, dtype=object)
+    values = obs[column].iloc[cells].astype(object)
+    return values.where(values.notna(), UNKNOWN).astype(str).to_numpy(dtype=object)
