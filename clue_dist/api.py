@@ -6,10 +6,10 @@ import atexit
 import gc
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from clue_dist import config as configs
 from clue_dist.checkpoint.run_folder import list_checkpoints
@@ -21,6 +21,7 @@ from clue_dist.trained_run import Run, TrainingData, find_store_path, load
 
 __all__ = ["Run", "fit", "load"]
 
+T = TypeVar("T")
 STOPPED = 75  # exit code after a stop signal: saved, not finished, start me again (EX_TEMPFAIL)
 
 
@@ -76,7 +77,7 @@ def fit(
     """
     folder = parse_path(str(out))
     ranks = Ranks.from_environment()
-    read = ranks.run_before_joining(lambda: _read_config(config, settings or {}, folder))
+    read = _run_on_ranks(ranks, lambda: _read_config(config, settings or {}, folder))
 
     from data_prep.from_python import ConversionRequest
 
@@ -118,14 +119,11 @@ def _train_on(
     run = Path(config.run)
     store = ranks.run_on_first(lambda: _find_store(data, request, run))
     earlier = None if init_from is None else parse_path(str(init_from))
-    prepared = []
-    ranks.run_on_all(
-        lambda: prepared.append(
-            prepare_run(config.model_copy(update={"store": store}), ranks.world, resume, earlier)
-        )
+    complete = config.model_copy(update={"store": store})
+    setup, warm_start = _run_on_ranks(
+        ranks, lambda: prepare_run(complete, ranks.world, resume, earlier)
     )
     gc.unfreeze()  # what a notebook holds must not be kept from the collector
-    setup, warm_start = prepared[0]
     if ranks.is_first:
         print_line(setup.format_summary())
 
@@ -138,6 +136,15 @@ def _train_on(
         sys.exit(STOPPED)
     if ranks.is_first:
         print_line(f"{result.format_ending()}: {run}")
+
+
+def _run_on_ranks(ranks: Ranks, work: Callable[[], T]) -> T:
+    """Run `work` on every rank, whether they have joined or not; if one fails, all of them do."""
+    if not ranks.have_joined():
+        return ranks.run_before_joining(work)
+    results: list[T] = []
+    ranks.run_on_all(lambda: results.append(work()))  # what it returns need not be JSON
+    return results[0]
 
 
 def _find_store(data: TrainingData, request: Any, run: Path) -> str:

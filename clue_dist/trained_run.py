@@ -99,7 +99,8 @@ class Run(ImputationMethods):
             StoreError: modalities or features of a store that are not the model's.
             ConfigError: `out` cannot be written.
         """
-        source = open_source(cells)
+        # Where the answer goes into a file, the counts may stay in theirs.
+        source = open_source(cells, leave_counts=out is not None)
         opened = open_cells(
             source,
             self.trained_model,

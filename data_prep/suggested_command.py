@@ -11,7 +11,7 @@ import numpy as np
 
 from clue_dist.kinds import KINDS, find_kinds
 from clue_dist.store.location import Location, RemoteLocation
-from data_prep.features.spelling import find_spelling
+from clue_dist.store.region_names import find_spelling
 from data_prep.options import InputArgument
 from data_prep.readers.barcode_cores import extract_cores
 from data_prep.readers.formats import FileDescription, PartDescription

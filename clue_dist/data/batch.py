@@ -26,6 +26,10 @@ class SparseCounts:
     n_features: int
     has_zeros: bool = False  # whether some values are 0, as those are that training hides
 
+    def __repr__(self) -> str:
+        n_cells = len(self.indptr) - 1
+        return f"SparseCounts({n_cells:,} x {self.n_features:,}, {len(self.indices):,} non-zeros)"
+
     def list_entry_rows(self) -> Tensor:
         """The row of each non-zero, (nnz,) int64."""
         lengths = self.indptr.diff()
@@ -70,6 +74,10 @@ class Batch:
     observed: Tensor  # (B, K) bool
     batch_code: Tensor  # (B,) int64, the biological batch; -1: unknown
     modalities: dict[str, ObservedModality]  # in model order; without those that no cell has
+
+    def __repr__(self) -> str:
+        parts = [f"{name}: {len(part.rows):,}" for name, part in self.modalities.items()]
+        return f"Batch({self.n_cells:,} cells; {', '.join(parts)})"
 
     @property
     def n_cells(self) -> int:

@@ -112,8 +112,14 @@ def open_cells(
     return collect_memory_cells(source, trained_model, choices)
 
 
-def open_source(source: CellSource) -> ad.AnnData | md.MuData | Store:
+def open_source(
+    source: CellSource, *, leave_counts: bool = False
+) -> ad.AnnData | md.MuData | Store:
     """Read a file of cells into memory, or open a store; what is open already stays as it is.
+
+    Args:
+        source: the cells.
+        leave_counts: whether the counts of a file stay in it, and are read slice by slice.
 
     Raises:
         DataError: the file is missing, or cannot be read.
@@ -129,7 +135,10 @@ def open_source(source: CellSource) -> ad.AnnData | md.MuData | Store:
     if not file.is_file():
         raise DataError("no such file", where=file, fix="check the path")
     try:
-        return md.read_h5mu(file) if ending == ".h5mu" else ad.read_h5ad(file)
+        backed = "r" if leave_counts else None
+        if ending == ".h5mu":
+            return md.read_h5mu(file, backed=backed)
+        return ad.read_h5ad(file, backed=backed)
     except (OSError, KeyError, ValueError, TypeError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise DataError(

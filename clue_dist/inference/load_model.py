@@ -105,6 +105,9 @@ class TrainedModel:
     # The biological batches that the decoders know; a batch's code is its place here.
     batches: list[str] = field(default_factory=list)
 
+    def __repr__(self) -> str:
+        return f"TrainedModel({self.name}, {self.modalities}, {len(self.batches)} batches)"
+
     @property
     def latent(self) -> int:
         """d, dimensions of each modality's part of z."""

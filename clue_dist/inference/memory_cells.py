@@ -19,6 +19,7 @@ from clue_dist.inference.aligned_counts import AlignedCounts, align_features
 from clue_dist.inference.load_model import LoadedModel, encode_batches
 from clue_dist.inference.store_cells import CellSlice
 from clue_dist.kinds import find_kinds, match_alias
+from clue_dist.store.region_names import respell_regions
 
 BATCH_COLUMN = "batch"  # of obs, where no other is named
 MIN_KNOWN_IN_MEMORY = 0.5  # share of a modality's features that must be there, by default
@@ -194,7 +195,7 @@ def _name_anndata_parts(
         return _keep_chosen(parts, [choices.modality], trained_model, choices)
     if types := _split_by_type(adata, trained_model):
         return _keep_chosen(types, [*types], trained_model, choices)
-    names = set(_name_columns(adata, adata.var, None))
+    names = _name_columns(adata, adata.var, None)
     shares = {name: _share_known(part.features, names) for name, part in known.items()}
     fitting = [name for name, share in shares.items() if share >= MIN_KNOWN_IN_MEMORY]
     fitting = fitting or [name for name, share in shares.items() if share > 0]
@@ -214,8 +215,9 @@ def _name_anndata_parts(
     )
 
 
-def _share_known(features: Sequence[str], names: set[str]) -> float:
-    return sum(feature in names for feature in features) / len(features)
+def _share_known(features: Sequence[str], names: Sequence[str]) -> float:
+    given = set(respell_regions(names, features))
+    return sum(feature in given for feature in features) / len(features)
 
 
 def _split_by_type(adata: ad.AnnData, trained_model: LoadedModel) -> dict[str, _NamedCounts]:
@@ -270,7 +272,8 @@ def _align_part(
     modality = trained_model.modalities[name]
     used = np.arange(len(names)) if part.columns is None else part.columns
     least = MIN_KNOWN_IN_MEMORY if choices.min_known is None else choices.min_known
-    used_places, warning = align_features(where, [names[i] for i in used], modality, least)
+    used_names = respell_regions([names[i] for i in used], modality.features)
+    used_places, warning = align_features(where, used_names, modality, least)
     places = np.full(len(names), -1, np.int32)
     places[used] = used_places
     if warning is not None:

@@ -131,6 +131,14 @@ class Ranks:
             )
         return self
 
+    def have_joined(self) -> bool:
+        """Whether these ranks are in torch's default process group already."""
+        if self.world == 1:
+            return True
+        import torch.distributed as dist
+
+        return bool(dist.is_initialized())
+
     def open_side_channel(self) -> Ranks:
         """Make a process group for a thread that works beside the others. All ranks must call.
 

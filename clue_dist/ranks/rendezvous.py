@@ -38,20 +38,29 @@ class RendezvousConnections(NamedTuple):
     point: MeetingPoint
 
 
-@functools.cache
 def connect_to_rendezvous(rank: int, world: int, local_rank: int) -> RendezvousConnections:
-    """Connect to the rendezvous of the job that this process belongs to.
+    """Connect to the rendezvous of the job that this process belongs to, once for all calls.
 
     Raises:
         RankError: several machines and no MASTER_ADDR; another job holds the port.
         LostError: the rendezvous cannot be reached.
     """
+    connections = _connect_once(rank, world)
+    os.environ["LOCAL_RANK"] = str(local_rank)
+    return connections
+
+
+# By rank and world alone: the number on the machine gives way to that of the device, see
+# `train.engine.join_process_group`, and a rank that asked again would be taken for a stranger.
+@functools.cache
+def _connect_once(rank: int, world: int) -> RendezvousConnections:
+    """Connect, and set the variables that say so."""
     point = job.locate_meeting(rank, world, os.environ)
     holder = job.describe_process(os.getpid())
     claim = RankClaim(
         job.name_job(world, os.environ, sys.argv), world, holder, secrets.token_hex(16)
     )
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local_rank))
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR=point.host, MASTER_PORT=str(point.port))
     mark_as_rank()
     try:

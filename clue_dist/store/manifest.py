@@ -71,6 +71,9 @@ class Modality(_ManifestPart):
             raise ValueError(f"{self.kind} is stored {expected}, not {self.storage}")
         return self
 
+    def __repr__(self) -> str:
+        return f"Modality({self.kind}, {self.n_features:,} features)"
+
     @property
     def n_features(self) -> int:
         """Number of features."""

@@ -370,6 +370,15 @@ class Store:
             name: SegmentReader(self.root, self.manifest, name) for name in self.manifest.strata
         }
 
+    def __repr__(self) -> str:
+        lines = [f"Store {self.root}: {self.manifest.n_cells:,} cells"]
+        for name, modality in self.manifest.modalities.items():
+            lines.append(f"  {name}: {modality.kind}, {modality.n_features:,} features")
+        for name, segment in self.manifest.strata.items():
+            lines.append(f"  segment {name}: {segment.n_cells:,} cells")
+        lines.append(f"  {len(self.manifest.batches)} batches, {len(self.manifest.labels)} labels")
+        return "\n".join(lines)
+
     @property
     def modalities(self) -> list[str]:
         """Names of the modalities, in the manifest's order."""

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from clue_dist.errors import DataError, list_names
-from data_prep.features.spelling import drop_tallies, find_shift, find_spelling, sample_features
+from clue_dist.store.region_names import find_spelling, sample_features
+from data_prep.features.spelling import drop_tallies, find_shift
 from data_prep.options import FeatureChoice
 from data_prep.readers.source import Source, SourceHead
 

@@ -13,18 +13,14 @@ from clue_dist.kinds import KINDS, infer_kind
 from clue_dist.store import layout
 from clue_dist.store.feature_reference import FeatureReference
 from clue_dist.store.manifest import Modality
+from clue_dist.store.region_names import RegionSpelling, find_spelling
 from data_prep.features.agreement import (
     NamedSource,
     list_missing_features,
     require_same_features,
     require_similar_names,
 )
-from data_prep.features.spelling import (
-    TALLIES,
-    RegionSpelling,
-    drop_tallies,
-    find_spelling,
-)
+from data_prep.features.spelling import TALLIES, drop_tallies
 from data_prep.options import FeatureChoice
 from data_prep.readers.genome_bins import bin_peaks, order_along_genome
 from data_prep.readers.source import Source, SourceHead

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+
+from clue_dist.store.region_names import find_spelling, match_region, sample_features
 
 # Rows in which programs count reads that belong to no feature: CITE-seq-Count now and before,
 # HTSeq, STAR. Then sums of a cell, which scanpy and Seurat put beside its counts.
@@ -29,41 +28,6 @@ TALLIES = frozenset(
         *(f"n{what}_{assay}" for what in ("Count", "Feature") for assay in ("RNA", "ADT", "ATAC")),
     ]
 )
-SAMPLED_FEATURES = 200  # looked at to tell what features are; there may be millions
-
-# chromosome, separator, start, separator, end
-_REGION = re.compile(r"(.*[^:_-])([:_-])([0-9]+)([-_])([0-9]+)")
-
-
-@dataclass(frozen=True)
-class RegionSpelling:
-    """What stands between chromosome, start and end in the name of a region."""
-
-    before_start: str
-    before_end: str
-
-    def respell_region(self, name: str) -> str:
-        """Spell a region so; another name stays as it is."""
-        match = _REGION.fullmatch(name)
-        if match is None:
-            return name
-        chromosome, _, start, _, end = match.groups()
-        return f"{chromosome}{self.before_start}{start}{self.before_end}{end}"
-
-
-def sample_features(features: Sequence[str]) -> Sequence[str]:
-    """Pick some of the features, evenly over the list."""
-    return features[:: max(1, len(features) // SAMPLED_FEATURES)]
-
-
-def find_spelling(features: Sequence[str]) -> RegionSpelling | None:
-    """Find how most of the features are spelled, if most of them are regions of a genome."""
-    sample = sample_features(features)
-    matches = [_REGION.fullmatch(feature) for feature in sample]
-    found = Counter(match.group(2, 4) for match in matches if match is not None)
-    if 2 * found.total() <= len(sample):
-        return None
-    return RegionSpelling(*found.most_common(1)[0][0])
 
 
 def find_shift(features: Sequence[str], known: Collection[str]) -> tuple[str, str] | None:
@@ -89,7 +53,7 @@ def find_shift(features: Sequence[str], known: Collection[str]) -> tuple[str, st
 
 
 def _move_start(name: str, step: int) -> str:
-    match = _REGION.fullmatch(name)
+    match = match_region(name)
     if match is None:
         return name
     chromosome, before_start, start, before_end, end = match.groups()

@@ -12,7 +12,7 @@ import pytest
 import scipy.sparse as sp
 
 from clue_dist.errors import ClueError, DataError
-from clue_dist.inference.cells import open_cells
+from clue_dist.inference.cells import open_cells, open_source
 from clue_dist.inference.embed import embed_anndata
 from clue_dist.store.manifest import Modality
 from tests.fakes import FakeLoaded, dense
@@ -115,6 +115,18 @@ def test_a_column_of_var_names_the_features():
     np.testing.assert_array_equal(found["rna"], make_table().X.toarray())
     with pytest.raises(DataError, match=r"no such column(.|\n)*columns: ids"):
         open_cells(table, LOADED, modality="rna", feature_ids="gene")
+
+
+def test_regions_may_be_spelled_otherwise():
+    peaks = [f"chr1:{start}-{start + 50}" for start in range(100, 700, 100)]
+    loaded = FakeLoaded({"atac": Modality(kind="atac", storage="sparse", features=peaks)})
+    names = pd.DataFrame(index=[peak.replace(":", "-") for peak in peaks])
+    table = ad.AnnData(sp.csr_matrix(np.eye(6)), var=names)
+    for choices in ({}, {"modality": "atac"}):
+        cells = open_cells(table, loaded, **choices)
+        (cell_slice,) = cells.slice_cells(10)
+        counts = dense(cells.read_slice(cell_slice).modalities["atac"].counts)
+        np.testing.assert_array_equal(counts, np.eye(6))
 
 
 def test_features_that_repeat_are_refused():
@@ -237,6 +249,9 @@ def test_files_are_read_and_what_is_none_is_said(tmp_path):
     assert open_cells(str(tmp_path / "t.h5ad"), LOADED).n_cells == 5
     with pytest.raises(DataError, match="no such file"):
         open_cells(tmp_path / "u.h5ad", LOADED)
+    left = open_source(tmp_path / "t.h5ad", leave_counts=True)
+    assert left.isbacked
+    np.testing.assert_array_equal(read_all(left)["rna"], make_table().X.toarray())
     (tmp_path / "v.h5mu").write_bytes(b"no HDF5")
     with pytest.raises(DataError, match="cannot be read"):
         open_cells(tmp_path / "v.h5mu", LOADED)
@@ -245,4 +260,9 @@ def test_files_are_read_and_what_is_none_is_said(tmp_path):
 
 
 def test_what_is_opened_says_what_it_is():
-    assert repr(open_cells(make_table(), LOADED)) == "5 cells with rna in memory"
+    cells = open_cells(make_table(), LOADED)
+    assert repr(cells) == "5 cells with rna in memory"
+    batch = cells.read_slice(cells.slice_cells(10)[0])
+    assert repr(batch) == "Batch(5 cells; rna: 5)"
+    assert repr(batch.modalities["rna"].counts) == "SparseCounts(5 x 10, 50 non-zeros)"
+    assert repr(LOADED.modalities["adt"]) == "Modality(adt, 4 features)"

@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 from clue_dist.errors import DataError
+from clue_dist.store.region_names import RegionSpelling, find_spelling
 from data_prep.convert import format_conversion
-from data_prep.features.spelling import RegionSpelling, find_spelling
 from tests.unit.prep_helpers import (
     assert_same_counts,
     convert_files,
