@@ -7,7 +7,6 @@ the job, and all keys of a job begin with a token of its rank 0.
 
 from __future__ import annotations
 
-import functools
 import os
 import secrets
 import socket
@@ -38,6 +37,9 @@ class RendezvousConnections(NamedTuple):
     point: MeetingPoint
 
 
+_connections: dict[tuple[int, int], RendezvousConnections] = {}  # by rank and world
+
+
 def connect_to_rendezvous(rank: int, world: int, local_rank: int) -> RendezvousConnections:
     """Connect to the rendezvous of the job that this process belongs to, once for all calls.
 
@@ -45,22 +47,21 @@ def connect_to_rendezvous(rank: int, world: int, local_rank: int) -> RendezvousC
         RankError: several machines and no MASTER_ADDR; another job holds the port.
         LostError: the rendezvous cannot be reached.
     """
-    connections = _connect_once(rank, world)
-    os.environ["LOCAL_RANK"] = str(local_rank)
-    return connections
+    # The number on the machine is no key: it gives way to that of the device, see
+    # `train.engine.join_process_group`, and a rank that asked anew would be taken for a stranger.
+    if (rank, world) not in _connections:
+        _connections[rank, world] = _make_connections(rank, world, local_rank)
+    return _connections[rank, world]
 
 
-# By rank and world alone: the number on the machine gives way to that of the device, see
-# `train.engine.join_process_group`, and a rank that asked again would be taken for a stranger.
-@functools.cache
-def _connect_once(rank: int, world: int) -> RendezvousConnections:
+def _make_connections(rank: int, world: int, local_rank: int) -> RendezvousConnections:
     """Connect, and set the variables that say so."""
     point = job.locate_meeting(rank, world, os.environ)
     holder = job.describe_process(os.getpid())
     claim = RankClaim(
         job.name_job(world, os.environ, sys.argv), world, holder, secrets.token_hex(16)
     )
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local_rank))
     os.environ.update(MASTER_ADDR=point.host, MASTER_PORT=str(point.port))
     mark_as_rank()
     try:
