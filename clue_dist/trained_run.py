@@ -10,19 +10,17 @@ from typing import Any, TypeAlias
 import anndata as ad
 import mudata as md
 import numpy as np
-import pandas as pd
 
+from clue_dist.comparison_methods import ComparisonMethods
 from clue_dist.config import MIN_KNOWN
 from clue_dist.files import parse_path
 from clue_dist.imputation_methods import ImputationMethods
-from clue_dist.inference.cells import Cells, CellSource, MemoryCells, open_cells, open_source
+from clue_dist.inference.cells import CellSource, MemoryCells, open_cells, open_source
 from clue_dist.inference.describe_run import describe_run
 from clue_dist.inference.embed import collect_embedding, embed_anndata, embed_cells
 from clue_dist.inference.export import CardTexts, export_run
 from clue_dist.inference.load_model import TrainedModel, load_model
-from clue_dist.inference.match import check_pairs_path, match_cells, write_matches
 from clue_dist.inference.new_batches import tune_batches
-from clue_dist.partners import PartnerSettings
 from clue_dist.ranks import Ranks
 from clue_dist.store.layout import MANIFEST
 from clue_dist.store.reader import Store
@@ -44,7 +42,7 @@ def load(folder: str | Path, checkpoint: str = "best") -> Run:
     return Run(path, load_model(path, checkpoint))
 
 
-class Run(ImputationMethods):
+class Run(ImputationMethods, ComparisonMethods):
     """A trained model that can be asked about cells.
 
     Args:
@@ -136,76 +134,6 @@ class Run(ImputationMethods):
             per_modality=per_modality,
             batch_size=batch_size,
         )
-
-    def match(
-        self,
-        cells: CellSource,
-        first: str,
-        second: str,
-        *,
-        out: str | Path | None = None,
-        method: str = "scaled",
-        n_partners: int = 1,
-        within_batch: bool = False,
-        approximate: bool = False,
-        calibrate_on: CellSource | None = None,
-        layer: str | Mapping[str, str] | None = None,
-        feature_ids: str | Mapping[str, str] | None = None,
-        batch_key: str | None = None,
-        min_known: float | None = None,
-        batch_size: int = 4096,
-    ) -> pd.DataFrame:
-        """Find partners of the cells with modality `first` among those with `second`.
-
-        Args:
-            cells: the cells, as of `embed`; some carry `first` and some `second`, or both.
-            first: a modality.
-            second: another modality.
-            out: a file for the pairs (.csv, .csv.gz, .parquet) or their sparse matrix (.npz).
-            method: see `clue_dist.partners.find_partners`.
-            n_partners: the most that a cell gets, up to 1,000.
-            within_batch: whether a partner must be of the same batch.
-            approximate: whether neighbours come from faiss, for more than some 100,000 cells.
-            calibrate_on: cells with both modalities that the model has not been trained on, which
-                confidence is calibrated on. By default those of `cells`, if there are 50 or more.
-            layer: where raw counts lie, as of `embed`.
-            feature_ids: column of var that names the features, likewise.
-            batch_key: column of obs with the batch.
-            min_known: least share of a modality's features that must be there.
-            batch_size: cells embedded at once.
-
-        Returns:
-            A row for each pair: `cell`, `partner`, `weight` (of a cell's partners, 1 in sum), and
-            `confidence`, the probability that both are one cell.
-        """
-        settings = PartnerSettings(method, n_partners, approximate=approximate)
-        path = None if out is None else parse_path(str(out))
-        if path is not None:
-            check_pairs_path(path)
-
-        def open_both(source: CellSource) -> Cells:
-            return open_cells(
-                source,
-                self.trained_model,
-                layer=layer,
-                feature_ids=feature_ids,
-                batch_key=batch_key,
-                min_known=min_known,
-            )
-
-        matched = match_cells(
-            self.trained_model,
-            open_both(cells),
-            first,
-            second,
-            settings=settings,
-            within_batch=within_batch,
-            calibrate_on=None if calibrate_on is None else open_both(calibrate_on),
-            batch_size=batch_size,
-        )
-        if path is not None:
-            write_matches(matched, path)
-        return matched.pairs
 
     def evaluate(
         self,

@@ -75,6 +75,12 @@ COMMANDS = {
         "clue match --run runs/atlas --store S.zarr --first rna --second atac --out pairs.csv",
         takes_ranks=False,
     ),
+    "transfer": CommandEntry(
+        ANSWERS,
+        "Carry labels from the labelled cells of one store to the cells of another.",
+        "clue transfer --run runs/atlas --store new.zarr --reference S.zarr --out labels.csv",
+        takes_ranks=False,
+    ),
     "evaluate": CommandEntry(
         QUALITY,
         "Score how well modalities match, and whether z is one space.",

@@ -1,0 +1,55 @@
+"""Carry labels from the labelled cells of one store to the cells of another."""
+
+from clue_dist.commands.model_arguments import build_model_parser, open_model_and_store
+from clue_dist.process import run_main
+
+
+def main() -> None:
+    """Label the cells of the store that the arguments name, and say how many are unknown."""
+    parser = build_model_parser(
+        "transfer", store="store of the cells to label", out="labels as .csv, .csv.gz or .parquet"
+    )
+    parser.add_argument("--reference", required=True, help="store of labelled cells")
+    parser.add_argument(
+        "--kept",
+        type=float,
+        default=0.9,
+        metavar="SHARE",
+        help="of the cells of known types, not to be called unknown (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--least-confidence",
+        type=float,
+        default=0.0,
+        metavar="PROBABILITY",
+        help="below which a label is unknown, too (default: %(default)s)",
+    )
+    arguments = parser.parse_args()
+
+    from clue_dist.inference.cells import open_cells
+    from clue_dist.inference.transfer import check_labels_path, label_cells, write_labels
+    from clue_dist.label_transfer import UNKNOWN_LABEL, TransferSettings
+
+    with open_model_and_store(arguments, lambda: check_labels_path(arguments.out)) as opened:
+        trained_model, store, ranks = opened
+
+        def label_store() -> None:
+            labels = label_cells(
+                trained_model,
+                open_cells(arguments.reference, trained_model, min_known=arguments.min_known),
+                open_cells(store, trained_model, min_known=arguments.min_known),
+                "cell_type",  # what a store calls labels, whatever their column was called
+                settings=TransferSettings(
+                    kept=arguments.kept, least_confidence=arguments.least_confidence
+                ),
+                batch_size=arguments.batch_size,
+            )
+            write_labels(labels, arguments.out)
+            n_unknown = int((labels.label == UNKNOWN_LABEL).sum())
+            print(f"{len(labels):,} cells labelled, {n_unknown:,} unknown\n{arguments.out}")
+
+        ranks.run_on_first(label_store)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,126 @@
+"""The methods of a run that compare cells: partners across modalities, labels carried over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from clue_dist.files import parse_path
+from clue_dist.inference.cells import Cells, CellSource, open_cells
+from clue_dist.inference.load_model import TrainedModel
+from clue_dist.inference.match import check_pairs_path, match_cells, write_matches
+from clue_dist.inference.transfer import check_labels_path, label_cells, write_labels
+from clue_dist.label_transfer import TransferSettings
+from clue_dist.partners import PartnerSettings
+
+
+class ComparisonMethods:
+    """A part of `Run`."""
+
+    trained_model: TrainedModel
+
+    def match(
+        self,
+        cells: CellSource,
+        first: str,
+        second: str,
+        *,
+        out: str | Path | None = None,
+        method: str = "scaled",
+        n_partners: int = 1,
+        within_batch: bool = False,
+        approximate: bool = False,
+        calibrate_on: CellSource | None = None,
+        layer: str | Mapping[str, str] | None = None,
+        feature_ids: str | Mapping[str, str] | None = None,
+        batch_key: str | None = None,
+        min_known: float | None = None,
+        batch_size: int = 4096,
+    ) -> pd.DataFrame:
+        """Find partners of the cells with modality `first` among those with `second`.
+
+        Args:
+            cells: the cells, as of `embed`; some carry `first` and some `second`, or both.
+            first, second: two modalities.
+            out: a file for the pairs (.csv, .csv.gz, .parquet) or their sparse matrix (.npz).
+            method: see `clue_dist.partners.find_partners`.
+            n_partners: the most that a cell gets, up to 1,000.
+            within_batch: whether a partner must be of the same batch.
+            approximate: whether neighbours come from faiss, for more than some 100,000 cells.
+            calibrate_on: cells with both modalities, new to the model, that confidence is
+                calibrated on; by default those of `cells`, if there are 50 or more.
+            layer, feature_ids, batch_key, min_known, batch_size: as of `embed`.
+
+        Returns:
+            `cell`, `partner`, `weight`, and `confidence`, the probability that both are one cell.
+        """
+        settings = PartnerSettings(method, n_partners, approximate=approximate)
+        path = None if out is None else parse_path(str(out))
+        if path is not None:
+            check_pairs_path(path)
+        reading = {
+            "layer": layer,
+            "feature_ids": feature_ids,
+            "batch_key": batch_key,
+            "min_known": min_known,
+        }
+        matched = match_cells(
+            self.trained_model,
+            self._open_cells(cells, reading),
+            first,
+            second,
+            settings=settings,
+            within_batch=within_batch,
+            calibrate_on=None if calibrate_on is None else self._open_cells(calibrate_on, reading),
+            batch_size=batch_size,
+        )
+        if path is not None:
+            write_matches(matched, path)
+        return matched.pairs
+
+    def transfer(
+        self,
+        reference: CellSource,
+        query: CellSource,
+        label_key: str = "cell_type",
+        *,
+        out: str | Path | None = None,
+        n_neighbours: int = 15,
+        kept: float = 0.9,
+        least_confidence: float = 0.0,
+        layer: str | Mapping[str, str] | None = None,
+        feature_ids: str | Mapping[str, str] | None = None,
+        min_known: float | None = None,
+        batch_size: int = 4096,
+    ) -> pd.DataFrame:
+        """Label cells by the labelled cells nearest to them, in any modalities.
+
+        Args:
+            reference, query: labelled cells, and those to label, as of `embed`.
+            label_key: column of the reference's obs with the labels.
+            out: a file for the labels, too (.csv, .csv.gz, .parquet).
+            n_neighbours, kept, least_confidence: see `TransferSettings`.
+            layer, feature_ids, min_known, batch_size: as of `embed`.
+
+        Returns:
+            A row for each query, as `clue_dist.inference.transfer.label_cells` explains it.
+        """
+        settings = TransferSettings(n_neighbours, kept, least_confidence)
+        path = None if out is None else parse_path(str(out))
+        if path is not None:
+            check_labels_path(path)
+        reading = {"layer": layer, "feature_ids": feature_ids, "min_known": min_known}
+        known, asked = (self._open_cells(source, reading) for source in (reference, query))
+        labels = label_cells(
+            self.trained_model, known, asked, label_key, settings=settings, batch_size=batch_size
+        )
+        if path is not None:
+            write_labels(labels, path)
+        return labels
+
+    def _open_cells(self, source: CellSource, reading: Mapping[str, Any]) -> Cells:
+        """Open cells as `open_cells` does, with some of its arguments."""
+        return open_cells(source, self.trained_model, **reading)

@@ -1,0 +1,137 @@
+"""Labels carried from labelled cells to others, within a modality or across modalities."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from clue_dist.errors import ConfigError, DataError, list_names
+from clue_dist.inference.cells import Cells
+from clue_dist.inference.load_model import LoadedModel
+from clue_dist.inference.memory_cells import warn_of_cells
+from clue_dist.inference.output_files import check_output_folder, translate_output_errors
+from clue_dist.inference.stream import Embedding, embed_in_memory
+from clue_dist.integration import mark_labelled_cells
+from clue_dist.label_transfer import UNKNOWN_LABEL, TransferSettings, fit_label_transfer
+
+LABEL_FORMATS = (".csv", ".csv.gz", ".parquet")
+
+
+def label_cells(
+    trained_model: LoadedModel,
+    reference: Cells,
+    query: Cells,
+    label_key: str,
+    *,
+    settings: TransferSettings | None = None,
+    batch_size: int = 4096,
+) -> pd.DataFrame:
+    """Label cells by the labelled cells that lie nearest to them.
+
+    Both are compared by z from everything observed in a cell. Queries that carry the same
+    modalities are labelled together, and their confidence is calibrated on reference cells seen
+    through just these modalities.
+
+    Args:
+        trained_model: the model.
+        reference: cells, of which some are labelled.
+        query: the cells to label.
+        label_key: column of the reference's obs with the labels.
+        settings: how labels are carried over.
+        batch_size: cells embedded at once.
+
+    Returns:
+        A row for each query, in their order: what `LabelTransfer.assign_labels` gives, and
+        `is_calibrated`, whether reference cells could be asked through the query's modalities.
+        Cells without counts are "unknown".
+
+    Raises:
+        ConfigError: the reference has no such column.
+        DataError: it has fewer than two labelled cells.
+    """
+    labels = _read_labels(reference, label_key)
+    known = embed_in_memory(trained_model, reference, batch_size, with_variance=False)
+    asked = embed_in_memory(
+        trained_model, query, batch_size, per_modality=False, with_variance=False
+    )
+    # Cells without counts are not in the embedding.
+    rows = np.flatnonzero(mark_labelled_cells(labels) & np.isfinite(known.joint).all(1))
+    patterns, names = asked.name_patterns(), np.unique(labels[rows])
+    frame = pd.DataFrame(index=query.read_obs().index)
+    frame["label"] = pd.Categorical(
+        [UNKNOWN_LABEL] * len(frame), categories=[*names, UNKNOWN_LABEL]
+    )
+    frame["nearest_label"] = pd.Categorical([None] * len(frame), categories=names)
+    frame["confidence"], frame["novelty"], frame["is_calibrated"] = 0.0, np.nan, False
+    for pattern in np.unique(patterns[patterns != ""]):
+        cells = np.flatnonzero(patterns == pattern)
+        fitted = fit_label_transfer(
+            known.joint[rows], labels[rows], _view_reference(known, pattern)[rows], settings
+        )
+        found = fitted.assign_labels(asked.joint[cells])
+        found["is_calibrated"] = fitted.is_calibrated
+        for place, column in enumerate(frame.columns):
+            frame.iloc[cells, place] = found[column].to_numpy()
+        if not fitted.is_calibrated:
+            warn_of_cells(
+                f"too few labelled cells carry {pattern}: the confidence of {len(cells):,} cells "
+                "is that of the reference's own modalities"
+            )
+    return frame
+
+
+def check_labels_path(out: Path) -> None:
+    """Check that a path has an ending that labels can be written to.
+
+    Raises:
+        ConfigError: it has not, or its folder is not there.
+    """
+    if not out.name.endswith(LABEL_FORMATS):
+        raise ConfigError(
+            "the output's ending says its format",
+            where=f"--out {out}",
+            got=out.suffix,
+            expected=" or ".join(LABEL_FORMATS),
+        )
+    check_output_folder(out)
+
+
+def write_labels(labels: pd.DataFrame, out: Path) -> None:
+    """Write labels, with the names of the cells as the first column."""
+    check_labels_path(out)
+    temporary = out.with_name(f".partial-{out.name}")
+    with translate_output_errors(out):
+        if out.suffix == ".parquet":
+            labels.to_parquet(temporary)
+        else:
+            labels.to_csv(temporary, index_label="cell")
+        temporary.replace(out)
+
+
+def _read_labels(reference: Cells, label_key: str) -> np.ndarray:
+    """The labels of the reference cells, (R,) names, "" where there is none."""
+    obs = reference.read_obs()
+    if label_key not in obs:
+        raise ConfigError(
+            "the reference has no such column of labels",
+            where=f"label key {label_key!r}",
+            got=list_names(obs.columns) or "no columns",
+            fix="name a column of its obs",
+        )
+    values = obs[label_key].astype(object).where(obs[label_key].notna(), "").astype(str)
+    labels = values.to_numpy()
+    if mark_labelled_cells(labels).sum() < 2:
+        raise DataError(
+            "the reference needs two labelled cells", where=f"column {label_key!r} of its obs"
+        )
+    return labels
+
+
+def _view_reference(known: Embedding, pattern: str) -> np.ndarray:
+    """z of the reference cells from the modalities of a pattern alone, NaN where they lack one."""
+    if pattern in known.alone:
+        return known.alone[pattern]
+    same = known.name_patterns() == pattern
+    return np.where(same[:, None], known.joint, np.nan)

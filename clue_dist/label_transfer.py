@@ -1,0 +1,249 @@
+"""Labels carried from reference cells to queries, with a calibrated confidence, or "unknown".
+
+A query's nearest reference cells vote, the nearer ones more. How often the winner of such a vote is
+right is read off the reference itself: each of its cells is asked as a query, its own vote left
+out. Votes cannot tell a type that the reference lacks, as some type always wins. So a second number
+says how far a query lies from every type of the reference, compared with the reference's own cells.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from clue_dist.errors import ConfigError, DataError
+from clue_dist.neighbours import find_neighbours
+
+UNKNOWN_LABEL = "unknown"
+_SHRINKAGE = 0.1  # towards equal variances, of the covariance within types
+_PRIOR_CELLS = 5  # by which the spread of a small type is drawn to that of all
+_FEWEST_ALIGNED = 100  # queries whose distances are compared with the reference's as a set
+_ALIGNED_QUANTILE = 0.25  # of distances, which few new cells change
+_FEWEST_CALIBRATION = 30  # cells without which votes stand for confidence
+
+
+@dataclass(frozen=True)
+class TransferSettings:
+    """How labels are carried over."""
+
+    n_neighbours: int = 15  # that vote
+    kept: float = 0.9  # share of the cells of known types that are not to be called unknown
+    least_confidence: float = 0.0  # below which a label is "unknown", too
+
+    def __post_init__(self) -> None:
+        if self.n_neighbours < 1 or not 0 < self.kept <= 1 or not 0 <= self.least_confidence <= 1:
+            raise ConfigError(
+                "labels cannot be carried over so",
+                got=(self.n_neighbours, self.kept, self.least_confidence),
+                expected="one neighbour or more, a share above 0, a probability",
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class _TypeSpread:
+    """Where each type lies, and how its cells are spread: all types alike, but for a factor."""
+
+    means: Tensor  # (C, D), whitened
+    whitening: Tensor  # (D, D)
+    spread: Tensor  # (C,), median distance of a type's cells from their mean
+
+    @classmethod
+    def fit(cls, points: Tensor, codes: np.ndarray, n_types: int) -> _TypeSpread:
+        """Fit to labelled points (n, D)."""
+        counts = torch.from_numpy(np.bincount(codes, minlength=n_types)).double()
+        index = torch.from_numpy(codes)
+        means = torch.zeros(n_types, points.shape[1], dtype=points.dtype)
+        means.index_add_(0, index, points)
+        means /= counts.clamp(min=1)[:, None]
+        means[counts == 0] = torch.inf  # nobody is near a type without cells
+        residual = points - means[index]
+        covariance = residual.T @ residual / len(points)
+        ridge = _SHRINKAGE * covariance.diagonal().mean() + 1e-12
+        inverse = torch.linalg.inv(covariance + ridge * torch.eye(len(covariance)).double())
+        whitening = torch.linalg.cholesky(inverse)
+        distances = (residual @ whitening).norm(dim=1)
+        middle = distances.median()
+        spread = torch.stack(
+            [
+                (distances[index == code].median() * count + middle * _PRIOR_CELLS)
+                / (count + _PRIOR_CELLS)
+                if count
+                else middle
+                for code, count in enumerate(counts)
+            ]
+        )
+        return cls(means @ whitening, whitening, spread.clamp(min=1e-12))
+
+    def measure_distances(self, points: Tensor) -> np.ndarray:
+        """Distance to the nearest type, and the same in units of each type's spread, (n, 2)."""
+        filled = self.means.isfinite().all(1)
+        distances = torch.cdist(points @ self.whitening, self.means[filled])
+        relative = distances / self.spread[filled]
+        return torch.stack([distances.amin(1), relative.amin(1)], 1).numpy()
+
+
+@dataclass(frozen=True, eq=False)
+class LabelTransfer:
+    """A reference that queries can be asked against; `fit_label_transfer` makes it."""
+
+    keys: Tensor  # (R, D), of the reference cells
+    codes: np.ndarray  # (R,)
+    names: np.ndarray  # (C,), of the types
+    settings: TransferSettings
+    spread: _TypeSpread
+    distances: np.ndarray  # (n, 2) ascending by column, of the reference's own cells
+    novelty: np.ndarray  # (n,) ascending, of the reference's own cells
+    votes: np.ndarray  # (b,), shares of the winner at which confidence is known
+    confidence: np.ndarray  # (b,)
+    is_calibrated: bool
+
+    def assign_labels(self, queries: np.ndarray) -> pd.DataFrame:
+        """Label queries (n, D).
+
+        Returns:
+            `label`, which may be "unknown"; `nearest_label`, the winner of the vote whatever else
+            holds; `confidence`, the probability that the winner is right of a cell whose type the
+            reference has; `novelty`, the share of the reference's cells that lie nearer to a type.
+            That depends a little on the other queries, where there are 100 or more.
+        """
+        points = torch.as_tensor(queries).double()
+        shares = _count_votes(points, self.keys, self.codes, self.names, self.settings)
+        winner = shares.argmax(1)
+        confidence = np.interp(shares.max(1), self.votes, self.confidence)
+        novelty = np.searchsorted(self.novelty, self._rank_distances(points)) / len(self.novelty)
+        is_unknown = (novelty > self.settings.kept) | (confidence < self.settings.least_confidence)
+        nearest = self.names[winner].astype(object)
+        return pd.DataFrame(
+            {
+                "label": pd.Categorical(
+                    np.where(is_unknown, UNKNOWN_LABEL, nearest),
+                    categories=[*self.names, UNKNOWN_LABEL],
+                ),
+                "nearest_label": pd.Categorical(nearest, categories=self.names),
+                "confidence": confidence,
+                "novelty": novelty,
+            }
+        )
+
+    def _rank_distances(self, points: Tensor) -> np.ndarray:
+        """The larger rank of both distances among those of the reference, (n,).
+
+        Cells that a model was trained on spread more or less than new ones do. So the distances of
+        many queries are scaled until their lower quartiles are those of the reference.
+        """
+        distances = self.spread.measure_distances(points)
+        if len(points) >= _FEWEST_ALIGNED:
+            quartiles = [
+                np.quantile(values, _ALIGNED_QUANTILE, axis=0)
+                for values in (self.distances, distances)
+            ]
+            distances = distances * quartiles[0] / np.maximum(quartiles[1], 1e-12)
+        return _rank_largest(distances, self.distances)
+
+
+def fit_label_transfer(
+    reference: np.ndarray,
+    labels: np.ndarray,
+    views: np.ndarray | None = None,
+    settings: TransferSettings | None = None,
+) -> LabelTransfer:
+    """Fit what labels queries by a reference.
+
+    Args:
+        reference: (R, D), z of labelled cells.
+        labels: (R,) names.
+        views: (R, D), z of the same cells from what is measured in queries, NaN where that was not
+            measured in a reference cell. Confidence and novelty are calibrated on it. By default
+            the reference itself.
+        settings: how labels are carried over.
+
+    Raises:
+        DataError: fewer than two labelled cells, or values that are not finite.
+    """
+    settings = settings or TransferSettings()
+    keys = torch.as_tensor(reference).double()
+    if len(keys) < 2:
+        raise DataError("the reference needs two labelled cells", got=len(keys))
+    names, codes = np.unique(np.asarray(labels, str), return_inverse=True)
+    seen = keys if views is None else torch.as_tensor(views).double()
+    rows = np.flatnonzero(seen.isfinite().all(1).numpy())
+    is_calibrated = len(rows) >= _FEWEST_CALIBRATION
+    if not is_calibrated:
+        seen, rows = keys, np.arange(len(keys))
+    points = seen[rows]
+    shares = _count_votes(points, keys, codes, names, settings, itself=rows)
+    votes, confidence = _calibrate_votes(shares.max(1), shares.argmax(1) == codes[rows])
+    spread = _TypeSpread.fit(points, codes[rows], len(names))
+    distances = spread.measure_distances(points)
+    ordered = np.sort(distances, axis=0)
+    novelty = np.sort(_rank_largest(distances, ordered))
+    return LabelTransfer(
+        keys, codes, names, settings, spread, ordered, novelty, votes, confidence, is_calibrated
+    )
+
+
+def _rank_largest(distances: np.ndarray, ordered: np.ndarray) -> np.ndarray:
+    """The larger of the ranks that both distances (n, 2) have among ordered ones (m, 2).
+
+    Of two types one may be wide and the other narrow: the first distance misses what is new beside
+    a narrow type, and the second what is new within reach of a wide one. Beyond the largest ranks
+    grow on, so that the farthest cells keep their order.
+    """
+    ranks = [
+        np.searchsorted(ordered[:, column], distances[:, column]) / len(ordered)
+        + np.maximum(distances[:, column] / ordered[-1, column] - 1, 0)
+        for column in range(2)
+    ]
+    return np.asarray(np.maximum(*ranks))
+
+
+def _count_votes(
+    points: Tensor,
+    keys: Tensor,
+    codes: np.ndarray,
+    names: np.ndarray,
+    settings: TransferSettings,
+    itself: np.ndarray | None = None,
+) -> np.ndarray:
+    """Shares of the weighted votes of the nearest keys, (n, C).
+
+    A vote weighs 1 - (d / d_last)^2, by the distance of the first neighbour that does not vote.
+
+    Args:
+        points: (n, D).
+        keys: (R, D).
+        codes: (R,).
+        names: (C,).
+        settings: how many vote.
+        itself: (n,), the key that is the same cell as each point and does not vote.
+    """
+    found = find_neighbours(points, settings.n_neighbours + 1 + (itself is not None), keys)
+    indices, distances = found.indices, found.distances.copy()
+    if itself is not None:
+        distances[indices == itself[:, None]] = np.inf
+        order = distances.argsort(1, kind="stable")
+        indices, distances = (np.take_along_axis(u, order, 1) for u in (indices, distances))
+    voters = min(settings.n_neighbours, max(1, len(keys) - 1 - (itself is not None)))
+    last = np.where(np.isfinite(distances), distances, 0).max(1, keepdims=True)
+    if distances.shape[1] > voters:
+        last = distances[:, voters : voters + 1]
+    weights = np.maximum(1 - (distances[:, :voters] / np.maximum(last, 1e-12)) ** 2, 1e-3)
+    shares = np.zeros((len(points), len(names)))
+    rows = np.repeat(np.arange(len(points)), voters)
+    np.add.at(shares, (rows, codes[indices[:, :voters]].ravel()), weights.ravel())
+    return np.asarray(shares / shares.sum(1, keepdims=True))
+
+
+def _calibrate_votes(shares: np.ndarray, is_right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Shares of the winner, and how often it is right there: isotonic regression of both."""
+    from sklearn.isotonic import IsotonicRegression
+
+    # One right and one wrong vote at each end: no share is certain.
+    x = np.concatenate([shares, [0, 0, 1, 1]])
+    y = np.concatenate([is_right, [0, 1, 0, 1]]).astype(float)
+    fitted = IsotonicRegression(y_min=0, y_max=1).fit(x, y)
+    return np.asarray(fitted.X_thresholds_), np.asarray(fitted.y_thresholds_)
