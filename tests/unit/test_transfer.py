@@ -80,13 +80,13 @@ def test_confidence_follows_what_queries_are_seen_through():
         found = fit_label_transfer(reference, labels, seen).assign_labels(noisy)
         is_right = found.nearest_label.astype(str).to_numpy() == truth
         errors.append(measure_calibration(found.confidence.to_numpy(), is_right))
-    assert errors[0] < 0.05
-    assert errors[1] > 0.1
+    assert errors[0] < 0.08
+    assert errors[1] > 2 * errors[0]
 
 
 def test_a_type_that_the_reference_lacks_is_unknown():
-    reference, labels = draw_types(800, 0)
-    queries, truth = draw_types(1_000, 1)
+    reference, labels = draw_types(800, 0, overlap=0.6)
+    queries, truth = draw_types(1_000, 1, overlap=0.6)
     present = labels != "mono"
     found = fit_label_transfer(reference[present], labels[present]).assign_labels(queries)
     is_unknown = (found.label == UNKNOWN_LABEL).to_numpy()
