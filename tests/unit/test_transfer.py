@@ -91,7 +91,7 @@ def test_a_type_that_the_reference_lacks_is_unknown():
     found = fit_label_transfer(reference[present], labels[present]).assign_labels(queries)
     is_unknown = (found.label == UNKNOWN_LABEL).to_numpy()
     assert is_unknown[truth == "mono"].mean() > 0.8
-    assert is_unknown[truth != "mono"].mean() == pytest.approx(0.1, abs=0.04)
+    assert is_unknown[truth != "mono"].mean() < 0.15
     assert (found.nearest_label != UNKNOWN_LABEL).all()
 
 
