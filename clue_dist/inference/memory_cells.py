@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,11 @@ from clue_dist.data.batch import Batch, ObservedModality
 from clue_dist.errors import DataError, list_names
 from clue_dist.inference.aligned_counts import AlignedCounts, align_features
 from clue_dist.inference.load_model import LoadedModel, encode_batches
+from clue_dist.inference.memory_obs import BATCH_COLUMN, collect_obs, find_batches
 from clue_dist.inference.store_cells import CellSlice
 from clue_dist.kinds import find_kinds, match_alias
 from clue_dist.store.region_names import respell_regions
 
-BATCH_COLUMN = "batch"  # of obs, where no other is named
 MIN_KNOWN_IN_MEMORY = 0.5  # share of a modality's features that must be there, by default
 # Columns of var that may say what a feature is, as 10x, scanpy and scvi-tools write them.
 _TYPE_COLUMNS = ("feature_types", "feature_type", "modality")
@@ -149,8 +149,8 @@ def collect_memory_cells(
         empty = aligned.mark_empty()
         rows[name] = np.where((rows[name] >= 0) & ~empty[rows[name]], rows[name], -1)
     _report_empty(source, rows)
-    batch = _find_batches(source, choices.batch_key)
-    obs = source.obs.copy()
+    batch = find_batches(source, choices.batch_key)
+    obs = collect_obs(source)
     codes = np.full(len(obs), -1, np.int64)
     if batch is not None:
         obs[BATCH_COLUMN] = pd.Categorical([name or None for name in batch])
@@ -365,36 +365,3 @@ def _report_empty(source: ad.AnnData | md.MuData, rows: Mapping[str, np.ndarray]
             f"{len(empty):,} cells have no counts that the model knows, and no answer but NaN "
             f"({list_names(empty)})"
         )
-
-
-def _find_batches(source: ad.AnnData | md.MuData, key: str | None) -> list[str] | None:
-    """The batch of each cell, (N,) names, "" where unknown; None: there is no such column."""
-    frames = [source.obs]
-    if isinstance(source, md.MuData):
-        frames += [adata.obs.reindex(source.obs_names) for adata in source.mod.values()]
-    column = BATCH_COLUMN if key is None else key
-    found = [frame[column] for frame in frames if column in frame]
-    if not found:
-        if key is None:
-            return None
-        columns = dict.fromkeys(name for frame in frames for name in frame.columns)
-        raise DataError(
-            "obs has no such column",
-            where=f"batch_key={key!r}",
-            got=f"columns: {list_names(columns, 30) or 'none'}",
-        )
-    names = [""] * source.n_obs
-    for values in found:
-        names = [name or text for name, text in zip(names, _write_names(values), strict=True)]
-    return names
-
-
-def _write_names(values: pd.Series) -> Iterator[str]:
-    """Values as a store names them: 1.0 is the same as 1, and what is missing is ""."""
-    for value in values:
-        if pd.isna(value):
-            yield ""
-        elif isinstance(value, float) and value.is_integer():
-            yield str(int(value))
-        else:
-            yield str(value)

@@ -11,6 +11,7 @@ import scipy.sparse as sp
 
 from clue_dist.inference.cells import open_cells
 from clue_dist.inference.embed import embed_anndata
+from clue_dist.inference.memory_obs import collect_obs
 from clue_dist.inference.stream import embed_in_memory
 from clue_dist.store.manifest import Modality
 from clue_dist.store.reader import Store
@@ -115,3 +116,16 @@ def test_embedding_is_written_where_the_cells_are(store, loaded):
     assert alone.shape == (41, 9)
     names = mdata["rna"].obs_names[mdata["rna"].obs_names.str.startswith("rna-")]
     assert (alone == joint[mdata.obs_names.get_indexer(names)]).all()
+
+
+def test_a_column_that_several_modalities_have_becomes_one_unless_they_contradict() -> None:
+    rna = pd.DataFrame({"donor": ["a", "b"], "depth": [1, 2]}, index=["c0", "c1"])
+    adt = pd.DataFrame({"donor": ["b", "a"], "depth": [7, 8]}, index=["c1", "c2"])
+    mdata = md.MuData({"rna": ad.AnnData(obs=rna), "adt": ad.AnnData(obs=adt)})
+    mdata.pull_obs()
+    obs = collect_obs(mdata)
+    assert obs.loc[["c0", "c1", "c2"], "donor"].tolist() == ["a", "b", "a"]
+    assert not {"rna:donor", "adt:donor", "depth"} & set(obs)
+    assert obs.loc["c1", ["rna:depth", "adt:depth"]].tolist() == [2, 7]
+    mdata.obs["donor"] = pd.Categorical(["x", "y", "z"])
+    assert collect_obs(mdata)["donor"].tolist() == ["x", "y", "z"]
