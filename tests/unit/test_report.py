@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import resource
 import shutil
@@ -147,11 +148,14 @@ def test_sections_stay_when_others_are_added(run, embedding, tmp_path):
     embedding.unlink()
     both = write_report(run, scores=scores).read_text()
     assert {"embedding", "confusion", "matching"} <= set(read_sections(both))
-    assert read_json(both, "kept")["embedding"] == read_json(first, "kept")["embedding"]
+    kept, before = (read_json(text, "kept")["sections"] for text in (both, first))
+    assert kept["embedding"] == before["embedding"]
     scores.unlink()
     page = write_report(run)
     assert page.read_text() == both  # nothing is new, so that nothing changes
     assert (page.parent / "umap_joint_z_batch.png").exists()
+    page.write_text(both.replace('"format":1', '"format":2'))  # of a later version
+    assert "matching" not in read_sections(write_report(run).read_text())
     page.write_text(both.replace('"scores":', '"scores'))  # somebody has edited it
     assert "matching" not in read_sections(write_report(run).read_text())
 
@@ -249,6 +253,14 @@ def test_scores_have_a_curve_for_each_pair_and_the_value_to_compare_with():
     assert [panel.title for panel in found["losses"]] == ["new"]
     unpaired = pd.DataFrame([{"step": 1, "split": "validation", "score": -5.0}])
     assert [panel.title for panel in list_panels(unpaired)["scores"]] == ["score"]
+
+
+def test_numbers_that_are_not_finite_leave_the_page_whole(run):
+    with (run / "metrics.jsonl").open("w") as file:
+        for step, loss in ((1, math.inf), (2, math.nan), (3, 0.5)):
+            file.write(json.dumps({"step": step, "loss": loss}) + "\n")
+    (panel,) = read_json(write_report(run).read_text(), "data")["panels"]["batches"]
+    assert panel["curves"][0]["values"] == [0.5]
 
 
 def test_a_long_run_has_curves_of_means():

@@ -90,6 +90,15 @@ def test_values_that_are_wrong_are_told_by_feature(store: Store, tmp_path: Path)
     assert 0.6 < inside < 0.85  # one feature is outside for every cell, one for most
 
 
+def test_cells_without_imputed_values_are_left_out(store: Store, tmp_path: Path) -> None:
+    values = read_counts(store, "adt").astype(float)
+    values.iloc[3] = np.nan
+    path = write_answer(tmp_path / "i.h5ad", values)
+    section = compare_imputation(path, str(store.root), frozenset())
+    assert section["cells"] == len(values) - 1
+    assert dict(section["facts"])["RMSE"] == "0.0000"
+
+
 def test_the_section_stays_and_says_what_it_is(store: Store, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()

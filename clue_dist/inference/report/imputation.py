@@ -69,6 +69,26 @@ def compare_imputation(
     matched = _match_values(path, answer, store, about, np.random.default_rng(seed))
     if answer.isbacked:
         answer.file.close()
+    facts, shown = _compare_values(matched, about)
+    return {
+        "file": path.name,
+        "truth": truth,
+        "cells": len(matched.truth),
+        "features": matched.truth.shape[1],
+        "modality": str(about["modality"]),
+        "from": [str(name) for name in about.get("from", [])],
+        "scale": _name_scale(about["unit"]),
+        "seen": holds_training_cells(store, seen_cells),
+        "about": {"checkpoint": str(about.get("checkpoint", ""))},
+        "facts": facts,
+        "shown": [asdict(feature) for feature in shown],
+    }
+
+
+def _compare_values(
+    matched: _Matched, about: dict[str, Any]
+) -> tuple[list[tuple[str, str]], list[FeatureComparison]]:
+    """Scores over all features and cells, and features with their values."""
     logs = about["unit"] not in (_LOG_UNIT, "values")
     imputed, measured = (
         np.log1p(np.maximum(values, 0)) if logs else values
@@ -87,24 +107,8 @@ def compare_imputation(
         inside = (matched.truth >= low) & (matched.truth <= high)
         title = f"inside the {100 * float(about.get('interval', 0)):g}% intervals"
         facts.append((title, f"{inside.mean():.4f}"))
-    return {
-        "file": path.name,
-        "truth": truth,
-        "cells": len(measured),
-        "features": measured.shape[1],
-        "modality": str(about["modality"]),
-        "from": [str(name) for name in about.get("from", [])],
-        "scale": _name_scale(about["unit"]),
-        "seen": holds_training_cells(store, seen_cells),
-        "about": {"checkpoint": str(about.get("checkpoint", ""))},
-        "facts": facts,
-        "shown": [
-            asdict(feature)
-            for feature in _select_features(
-                matched.imputed.var_names, per_feature, imputed, measured
-            )
-        ],
-    }
+    names = matched.imputed.var_names
+    return facts, _select_features(names, per_feature, imputed, measured)
 
 
 def correlate_rows(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -173,7 +177,9 @@ def _match_values(
     measured = counts[:, columns[features]].toarray().astype(np.float64)
     view = answer[answer.obs_names.get_indexer(cells), features]
     chosen = view.to_memory() if answer.isbacked else view.copy()
-    return _Matched(chosen, _scale_counts(measured, library, about))
+    # A cell without anything to impute from has NaN.
+    is_imputed = np.isfinite(_to_dense(chosen.X)).all(axis=1)
+    return _Matched(chosen[is_imputed], _scale_counts(measured, library, about)[is_imputed])
 
 
 def _list_places(store: Store, modality: str) -> pd.DataFrame:

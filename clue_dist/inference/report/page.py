@@ -56,6 +56,7 @@ from clue_dist.matching import METRICS
 from clue_dist.process import print_error
 
 PAGE_FILE = "index.html"
+FORMAT = 1  # of the sections that a page keeps; those of another format are left out
 METRIC_TITLES = {"foscttm": "FOSCTTM ↓", "match": "match ↑", "recall10": "recall at 10 ↑"}
 _KEPT_SECTIONS = re.compile(r'<script type="application/json" id="kept">(.*?)</script>', re.DOTALL)
 Figures = dict[str, bytes]  # PNG by name; nothing is written until all of them are there
@@ -120,10 +121,11 @@ def read_sections(page: Path) -> dict[str, Section]:
     text = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else ""
     found = _KEPT_SECTIONS.search(text)
     try:
-        sections = json.loads(found[1]) if found else {}
+        kept = json.loads(found[1]) if found else {}
     except ValueError:  # somebody has edited the page
         return {}
-    return sections if isinstance(sections, dict) else {}
+    is_known = isinstance(kept, dict) and kept.get("format") == FORMAT
+    return dict(kept["sections"]) if is_known else {}
 
 
 def _read_scores(path: Path) -> Section:
@@ -183,7 +185,7 @@ def _render_page(
         n_unreadable=n_unreadable,
         panels=curves,
         data=_dump_json({"panels": curves, "kept_step": kept_step}),
-        kept=_dump_json(sections),
+        kept=_dump_json({"format": FORMAT, "sections": sections}),
         embedding=sections.get("embedding"),
         imputation=sections.get("imputation"),
         scores=None if scores is None else _tabulate_scores(scores),
@@ -208,8 +210,9 @@ def _load_template() -> Any:
 
 def _dump_json(value: Any) -> Markup:
     """JSON that can stand in a script element: no text in it ends the element."""
-    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
-    return Markup(text)
+    # What is not finite would be no JSON for a browser, and the page would stay empty.
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return Markup(text.replace("<", "\\u003c"))
 
 
 def _name_other_weights(section: Section, kept_step: int | None) -> str:

@@ -162,7 +162,7 @@ def _collect_curves(metrics: pd.DataFrame, split: str) -> dict[str, dict[str, Cu
     rows = metrics[metrics["split"] == split]
     curves: dict[str, dict[str, Curve]] = {}
     for column in rows.select_dtypes("number"):
-        logged = rows[["step", column]].dropna()
+        logged = rows.loc[np.isfinite(rows[column].to_numpy(float)), ["step", column]]
         if column != "step" and len(logged):
             quantity, modality = split_quantity(str(column))
             curve = _thin_curve(modality, logged["step"].to_numpy(), logged[column].to_numpy(float))

@@ -5,7 +5,7 @@ const COLOURS = ["#3b6fb6", "#e07b39", "#3a9e6f", "#c44e6c", "#8a63b0", "#b8a038
   "#8c6d54", "#e58fb8", "#7d8790"];
 const GREY = "#cfd3d8";
 const DATA = JSON.parse(document.getElementById("data").textContent);
-const KEPT = JSON.parse(document.getElementById("kept").textContent);
+const KEPT = JSON.parse(document.getElementById("kept").textContent).sections;
 const TIP = document.getElementById("tip");
 
 function make(parent, tag, attributes = {}, text = "") {
