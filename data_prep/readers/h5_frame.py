@@ -147,17 +147,17 @@ def read_typed_values(frame: Any, name: str, n_rows: int) -> pd.Series:
     if categorical is None:
         return pd.Series(_read_plain_column(frame, name, n_rows))
     codes, categories = categorical
-    if codes.shape != (n_rows,) or not -1 <= codes[:].min(initial=0) <= codes[:].max(
-        initial=-1
-    ) < len(categories):
+    fits = codes.shape == (n_rows,) and codes.dtype.kind in "iu"
+    found = codes[:] if fits else np.empty(0, np.int64)
+    if not fits or found.min(initial=0) < -1 or found.max(initial=-1) >= len(categories):
         raise DataError(
             "a column of obs does not fit its cells",
             where=name_part(open_part(frame, name)),
-            got=f"codes {codes.shape}, {len(categories)} categories",
+            got=f"codes {codes.dtype} {codes.shape}, {len(categories)} categories",
             expected=n_rows,
             fix=WRITE_ANEW,
         )
-    return pd.Series(pd.Categorical.from_codes(codes[:], pd.Index(categories)))
+    return pd.Series(pd.Categorical.from_codes(found, pd.Index(categories)))
 
 
 def read_values(frame: Any, name: str) -> pd.Series:
