@@ -20,6 +20,7 @@ from clue_dist.ranks import Ranks
 class ImputationMethods:
     """A part of `Run`."""
 
+    folder: Path
     trained_model: TrainedModel
 
     def impute(
@@ -90,10 +91,16 @@ class ImputationMethods:
             seed,
         )
         if out is None:
-            return impute_cells(self.trained_model, opened, choices, batch_size)
+            return impute_cells(self.trained_model, opened, choices, batch_size, self.folder)
         path, ranks = parse_path(str(out)), Ranks.from_environment().join_group()
         write_imputation(
-            self.trained_model, opened, path, choices, batch_size=batch_size, ranks=ranks
+            self.trained_model,
+            opened,
+            path,
+            choices,
+            run=self.folder,
+            batch_size=batch_size,
+            ranks=ranks,
         )
         return path
 

@@ -38,6 +38,7 @@ def main() -> None:
             StoreCells(store, trained_model),
             arguments.out,
             choices,
+            run=arguments.run,
             batch_size=arguments.batch_size,
             ranks=ranks,
         )

@@ -49,6 +49,7 @@ def impute_cells(
     cells: Cells,
     choices: ImputationChoices,
     batch_size: int = 4096,
+    run: Path | str = "",
 ) -> ad.AnnData:
     """Impute a modality of cells, in memory.
 
@@ -57,6 +58,7 @@ def impute_cells(
         cells: the cells.
         choices: what is asked for.
         batch_size: cells encoded at once.
+        run: the run's folder, to be named in the answer.
 
     Returns:
         One row for each cell: means in X; `lower`, `upper` and `sample-0`, ... in layers, where
@@ -80,7 +82,7 @@ def impute_cells(
             parts[name].append(sp.csr_matrix(values) if is_sparse else values)
     order = np.concatenate(rows)
     matrices = {name: _order_rows(part, order, shape) for name, part in parts.items()}
-    return build_answer(question, obs, matrices)
+    return build_answer(question, obs, matrices, run)
 
 
 def write_imputation(
@@ -89,6 +91,7 @@ def write_imputation(
     out: Path,
     choices: ImputationChoices,
     *,
+    run: Path | str = "",
     batch_size: int = 4096,
     ranks: Ranks | None = None,
 ) -> int:
@@ -99,6 +102,7 @@ def write_imputation(
         cells: the cells.
         out: an .h5ad or a .zarr, which is replaced.
         choices: what is asked for.
+        run: the run's folder, to be named in the answer.
         batch_size: cells encoded at once.
         ranks: this process among the others; by default it is alone.
 
@@ -129,7 +133,7 @@ def write_imputation(
                 name: _order_rows([folder.map_matrix(name, len(order))], order, shape)
                 for name in question.matrices
             }
-            answer = build_answer(question, obs, matrices)
+            answer = build_answer(question, obs, matrices, run)
             with (
                 ad.settings.override(zarr_write_format=3, auto_shard_zarr_v3=False),
                 translate_output_errors(out),
@@ -160,7 +164,7 @@ def _order_rows(parts: list[Any], order: np.ndarray, shape: tuple[int, int]) -> 
 
 
 def build_answer(
-    question: ImputationQuestion, obs: pd.DataFrame, matrices: dict[str, Any]
+    question: ImputationQuestion, obs: pd.DataFrame, matrices: dict[str, Any], run: Path | str
 ) -> ad.AnnData:
     """Put matrices together; `uns["clue_dist"]` says what made them."""
     choices = question.choices
@@ -168,6 +172,7 @@ def build_answer(
     if question.has_counts:
         unit = "counts per 10,000" if choices.library_size is None else "counts"
     uns = {
+        "run": str(run),
         "checkpoint": question.trained_model.name,
         "modality": choices.modality,
         "from": list(question.sources),

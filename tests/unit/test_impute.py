@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import anndata as ad
+import mudata as md
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -16,6 +17,8 @@ from clue_dist.inference.impute import impute_cells, write_imputation
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.matrix_files import MatrixFolder
 from clue_dist.store.reader import Store
+from clue_dist.trained_run import Run
+from tests.processes import run_ranks
 from tests.stores import make_store
 from tests.unit.impute_helpers import make_trained
 
@@ -177,3 +180,50 @@ def test_shares_of_ranks_make_one_matrix(tmp_path, is_sparse):
         np.testing.assert_array_equal(found.toarray() if is_sparse else found, expected)
     with pytest.raises(StoreError, match="rows of some rank are missing"):
         folder.map_matrix("X", 4)
+
+
+def test_ranks_write_what_one_writes(trained, store, tmp_path):
+    code = """
+        from pathlib import Path
+        from clue_dist.inference.cells import StoreCells
+        from clue_dist.inference.imputation_question import ImputationChoices
+        from clue_dist.inference.impute import write_imputation
+        from clue_dist.ranks import Ranks
+        from clue_dist.store.reader import Store
+        from tests.unit.impute_helpers import make_trained
+        ranks, store = Ranks.from_environment().join_group(), Store(root)
+        trained = make_trained(store)
+        choices = ImputationChoices("rna", interval=0.9, threshold=300.0)
+        write_imputation(
+            trained, StoreCells(store, trained), Path(out), choices, batch_size=16, ranks=ranks
+        )
+        ranks.leave_group()
+    """
+    out = tmp_path / "two.h5ad"
+    run_ranks(2, f"root, out = {str(store.root)!r}, {str(out)!r}", code)
+    choices = ImputationChoices("rna", interval=0.9, threshold=300.0)
+    one = impute_cells(trained, StoreCells(store, trained), choices, batch_size=16)
+    two = ad.read_h5ad(out)
+    for found, expected in ((two.X, one.X), (two.layers["upper"], one.layers["upper"])):
+        np.testing.assert_array_equal(found.toarray(), expected.toarray())
+
+
+def test_cells_in_memory_are_imputed_in_their_order(trained, store, tmp_path):
+    """Every second cell lacks proteins, so that rows are read in another order than theirs."""
+    reader = store.segments["rna+adt"]
+    counts = {m: reader.read_rows(m, np.arange(40)) for m in ("rna", "adt")}
+    barcodes = [f"c{i}" for i in range(40)]
+    rna = ad.AnnData(counts["rna"].to_scipy().astype(np.float32))
+    adt = ad.AnnData(counts["adt"].astype(np.float32))
+    for name, table in (("rna", rna), ("adt", adt)):
+        table.obs_names, table.var_names = barcodes, store.manifest.modalities[name].features
+    mdata = md.MuData({"rna": rna, "adt": adt[::2].copy()})
+    run = Run(tmp_path, trained)
+    answer = run.impute(mdata, "rna", threshold=0.0)
+    assert list(answer.obs_names) == list(mdata.obs_names)
+    assert list(answer.obs["clue_from"])[:2] == ["rna+adt", "rna"]
+    alone = run.impute(mdata, "rna", from_=["rna"])
+    np.testing.assert_allclose(answer.X.toarray()[1::2], alone.X[1::2], rtol=1e-5)
+    assert np.abs(answer.X.toarray()[::2] - alone.X[::2]).max() > 1
+    path = run.impute(mdata, "rna", out=tmp_path / "o.h5ad")
+    np.testing.assert_allclose(ad.read_h5ad(path).X, answer.X.toarray(), rtol=1e-6)
