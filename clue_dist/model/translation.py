@@ -22,7 +22,8 @@ class Regression(NamedTuple):
 
     weight: Tensor  # (K * d, d)
     offset: Tensor  # (d,)
-    # (d, d), of z about its prediction: the error, and the width of q(z_j | x_j).
+    # (d, d), of the error. The width of q(z_j | x_j) is not added: decoders learnt their noise from
+    # samples of it, so that the noise holds it already.
     covariance: Tensor
 
 

@@ -11,33 +11,30 @@ from torch import Tensor
 
 from clue_dist.model.clue import Posterior
 from clue_dist.model.common_space import FEWEST_PAIRED
-from clue_dist.model.posterior import select_own_latent
 from clue_dist.model.translation import LatentTranslation, Regression, fit_regression
 
 # Encoders know their training pairs: held-out pairs tell how much of a regression holds for others.
 RIDGES = 0.003, 0.01, 0.03, 0.1, 0.3, 1.0
 DEFAULT_RIDGE = 0.1  # with too few held-out pairs to choose one
 FEWEST_CHOOSING = 50  # held-out pairs of two modalities
+LEAST_VARIANCE = 1e-6  # of an error, next to a variance of 1 that z has before any cell is seen
 
 
 class TranslatedCells(NamedTuple):
     """What modalities say of cells, on the CPU, in float64."""
 
     mean: Tensor  # (N, K source, K target, d), posterior means of the experts
-    own_variance: Tensor  # (N, K, d), of q(z_k | x_k)
     observed: Tensor  # (N, K) bool
 
     @classmethod
     def from_posterior(cls, posterior: Posterior, observed: Tensor) -> TranslatedCells:
         """Select what is needed of a posterior."""
-        variance = select_own_latent(posterior.log_var).exp()
-        return cls(posterior.mean.cpu().double(), variance.cpu().double(), observed.cpu())
+        return cls(posterior.mean.cpu().double(), observed.cpu())
 
-    def select_pairs(self, source: int, target: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs (n, K * d), latents (n, d) and their variances of the cells that have both."""
+    def select_pairs(self, source: int, target: int) -> tuple[Tensor, Tensor]:
+        """Inputs (n, K * d) and latents (n, d) of the cells that have both."""
         both = self.observed[:, source] & self.observed[:, target]
-        inputs = self.mean[both, source].flatten(1)
-        return inputs, self.mean[both, target, target], self.own_variance[both, target]
+        return self.mean[both, source].flatten(1), self.mean[both, target, target]
 
 
 def fit_translation(
@@ -53,14 +50,14 @@ def fit_translation(
         held_out: other cells.
     """
     for source, target in permutations(range(cells.observed.shape[1]), 2):
-        inputs, latents, variance = cells.select_pairs(source, target)
-        finite = bool(inputs.isfinite().all() and latents.isfinite().all())
-        if len(inputs) < FEWEST_PAIRED or not finite:
+        inputs, latents = cells.select_pairs(source, target)
+        if len(inputs) < FEWEST_PAIRED:
             continue
-        others = None if held_out is None else held_out.select_pairs(source, target)[:2]
-        weight, offset, error = _choose_regression(inputs, latents, others)
-        covariance = error + torch.diag(variance.mean(0))
-        translation.set_regression(source, target, Regression(weight, offset, covariance))
+        others = None if held_out is None else held_out.select_pairs(source, target)
+        # Weights that give NaN keep the regression that they have; validation tells of them.
+        if all(part.isfinite().all() for part in (inputs, latents, *(others or ()))):
+            regression = _choose_regression(inputs, latents, others)
+            translation.set_regression(source, target, regression)
     if dist.is_initialized():  # rounding may differ between ranks, which must hold the same
         for values in translation.buffers():
             dist.broadcast(values, 0)
@@ -68,8 +65,8 @@ def fit_translation(
 
 def _choose_regression(
     inputs: Tensor, latents: Tensor, others: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The regression that serves held-out pairs best: weight, offset, covariance of its error.
+) -> Regression:
+    """The regression that serves held-out pairs best.
 
     Errors correlate as they do in training cells, which are many. How large they are, held-out
     pairs say, by dimension.
@@ -86,5 +83,13 @@ def _choose_regression(
             unseen = (others[1] - others[0] @ weight - offset).square().mean(0)
             scale = (unseen / seen).sqrt()
             error = scale[:, None] * error * scale
-        candidates.append((weight, offset, error))
-    return min(candidates, key=lambda candidate: float(candidate[2].diagonal().sum()))
+        candidates.append(Regression(weight, offset, _shrink_covariance(error, len(residual))))
+    return min(candidates, key=lambda found: float(found.covariance.diagonal().sum()))
+
+
+def _shrink_covariance(covariance: Tensor, n_cells: int) -> Tensor:
+    """Shrink what correlates by chance, the more the fewer cells, so that an inverse exists."""
+    d = len(covariance)
+    variance = covariance.diagonal().clamp_min(LEAST_VARIANCE)
+    chance = d / (n_cells + d)
+    return (1 - chance) * covariance + torch.diag(variance - (1 - chance) * covariance.diagonal())
