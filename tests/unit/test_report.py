@@ -291,8 +291,11 @@ def test_which_weights_are_kept_and_why_is_said_truly(run):
         for s, score in ((864, 0.0732), (966, 0.0735))
     ]
     text = describe(*looks)
-    assert "The weights of step 966 are kept, with validation score 0.0735." in text
-    assert "The lowest is 0.0732, at step 864" in text
+    found = "their validation score, 0.0735, is 0.0003 above the lowest, of step 864. Of"
+    assert f"The weights of step 966 are kept: {found}" in text
+    assert "of step 864, with a standard error of 0.0007. Of" in describe(
+        looks[0], looks[1] | {"error": 0.0007}
+    )
     assert "of another moment" not in text
     looks[-1] |= {"score": 0.07, "foscttm/rna-adt": 0.07}
     text = describe(*looks)

@@ -74,16 +74,27 @@ def describe_weights(metrics: pd.DataFrame, facts: RunFacts) -> list[str]:
             f"lowest of {len(validations)} validations."
         ]
     else:
-        text = " unknown" if score is None else f" {score:.4f}"
         sentences = [
-            f"The weights of step {step:,} are kept, with validation score{text}. The lowest is "
-            f"{lowest['score']:.4f}, at step {int(lowest['step']):,}; of the weights whose score "
-            "is not above it by more than a standard error of the difference, the latest are kept."
+            f"The weights of step {step:,} are kept{_compare_scores(kept, lowest)}. Of weights "
+            "whose score is not above the lowest by more than a standard error of the difference, "
+            "the latest are kept."
         ]
     sentences.append(f"The score is {measure}; lower is better.")
     if folder and facts.best_steps[0] != step:
         sentences.append(f"But the folder holds {folder}: it is of another moment than the log.")
     return sentences
+
+
+def _compare_scores(kept: pd.DataFrame, lowest: pd.Series) -> str:
+    """How far the score of the kept weights is above the lowest, as the rest of a sentence."""
+    if kept.empty:
+        return ""
+    row = kept.iloc[-1]
+    error = f", with a standard error of {row['error']:.2g}" if row.get("error", 0) > 0 else ""
+    return (
+        f": their validation score, {row['score']:.4f}, is {row['score'] - lowest['score']:.2g} "
+        f"above the lowest, of step {int(lowest['step']):,}{error}"
+    )
 
 
 def list_headlines(metrics: pd.DataFrame) -> list[Fact]:

@@ -21,7 +21,7 @@ from clue_dist.inference.report.profiles import UNKNOWN
 MOST_LEGEND = 36  # names in a legend; the cells of other groups are grey
 _ROWS_OF_LEGEND = 18
 _LONGEST_NAME = 26
-_PALETTE = [
+PALETTE = [
     "#3b6fb6", "#e07b39", "#3a9e6f", "#c44e6c", "#8a63b0", "#b8a038", "#4bb0c6", "#8c6d54",
     "#e58fb8", "#7d8790", "#1f3f77", "#f4b183", "#8fd1a8", "#7a1f3d", "#c3a6e0", "#5f5a1e",
     "#a6dbe8", "#3f2a1d", "#f7c6de", "#d62f2f",
@@ -116,8 +116,8 @@ def choose_colours(n: int) -> list[str]:
 
     They come from a fixed list; beyond it they are hues a golden angle apart in three shades.
     """
-    if n <= len(_PALETTE):
-        return _PALETTE[:n]
+    if n <= len(PALETTE):
+        return PALETTE[:n]
     hsv = [((i * 0.618034) % 1, (0.75, 0.5, 0.9)[i % 3], (0.8, 0.9, 0.55)[i % 3]) for i in range(n)]
     return [matplotlib.colors.to_hex(hsv_to_rgb(colour)) for colour in hsv]
 

@@ -32,7 +32,7 @@ from clue_dist.inference.report.facts import (
     list_training_facts,
     read_run_facts,
 )
-from clue_dist.inference.report.figures import draw_panels, draw_scatter, render_png
+from clue_dist.inference.report.figures import PALETTE, draw_panels, draw_scatter, render_png
 from clue_dist.inference.report.imputation import compare_imputation
 from clue_dist.inference.report.layouts import (
     announce_progress,
@@ -184,7 +184,7 @@ def _render_page(
         kept_step=kept_step,
         n_unreadable=n_unreadable,
         panels=curves,
-        data=_dump_json({"panels": curves, "kept_step": kept_step}),
+        data=_dump_json({"panels": curves, "kept_step": kept_step, "colours": PALETTE}),
         kept=_dump_json({"format": FORMAT, "sections": sections}),
         embedding=sections.get("embedding"),
         imputation=sections.get("imputation"),

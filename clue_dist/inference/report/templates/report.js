@@ -1,10 +1,9 @@
 "use strict";
 // Draws what lies in the page as JSON: curves as SVG, UMAPs on a canvas, labels as a matrix.
 
-const COLOURS = ["#3b6fb6", "#e07b39", "#3a9e6f", "#c44e6c", "#8a63b0", "#b8a038", "#4bb0c6",
-  "#8c6d54", "#e58fb8", "#7d8790"];
 const GREY = "#cfd3d8";
 const DATA = JSON.parse(document.getElementById("data").textContent);
+const COLOURS = DATA.colours;
 const KEPT = JSON.parse(document.getElementById("kept").textContent).sections;
 const TIP = document.getElementById("tip");
 
