@@ -188,6 +188,7 @@ def list_trials(plan: SweepPlan, n_trials: int | None = None, seed: int = 0) -> 
     """
     most = n_trials or plan.run_cap
     choices = _list_grid(plan) if plan.method == "grid" else _draw_choices(plan, most, seed)
+    # Two draws may be alike, as of few values.
     trials = {trial.name: trial for trial in (_name_trial(plan, choice) for choice in choices)}
     return list(trials.values())[:most]
 
@@ -241,6 +242,7 @@ def expand_command(plan: SweepPlan, parameters: Parameters) -> list[str]:
         for name, value in parameters.items()
         if value is not False
     ]
+    # The names and what they become are those of wandb's agent, which a test compares.
     macros: dict[str, Sequence[str]] = {
         "env": ["/usr/bin/env"],
         "interpreter": ["python"],

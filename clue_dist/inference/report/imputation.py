@@ -171,6 +171,7 @@ def _match_values(
     known = pd.Index(store.manifest.modalities[modality].features)
     columns = known.get_indexer(answer.var_names)
     features = np.flatnonzero(columns >= 0)
+    # Of features without counts nothing can be said, and of chromatin there are a hundred thousand.
     totals = np.asarray(counts.sum(0)).reshape(-1)[columns[features]]
     features = np.sort(features[np.argsort(-totals, kind="stable")[:MOST_FEATURES]])
     library = np.asarray(counts.sum(1)).reshape(-1, 1)
@@ -192,6 +193,7 @@ def _list_places(store: Store, modality: str) -> pd.DataFrame:
         parts.append(pd.DataFrame({"segment": name, "position": positions, "has": has}, barcodes))
     places = pd.concat(parts)
     places.index = pd.Index(places.index.astype(object))
+    # Data sets may share barcodes: an answer names such cells apart in the same way.
     if places.index.has_duplicates:
         places.index = make_index_unique(places.index)
     return places[places["has"]]
@@ -211,6 +213,7 @@ def _read_counts(store: Store, modality: str, places: pd.DataFrame) -> sp.csr_ma
 def _scale_counts(counts: np.ndarray, library: np.ndarray, about: dict[str, Any]) -> np.ndarray:
     """Counts in the unit of the imputed values."""
     unit, size = about["unit"], about.get("library_size", "")
+    # A word instead of a size, "own", leaves each cell its own.
     if unit == "values" or (unit == "counts" and isinstance(size, str)):
         return counts
     scale = float(size) if unit == "counts" else _PER_TEN_THOUSAND

@@ -94,6 +94,7 @@ def write_report(
     if (imputed is None) != (truth is None):
         what = "imputed values are compared with the counts of a store"
         raise ConfigError(what, where="--imputed, --truth", fix="give both, or neither")
+    # What can be refused comes before what takes minutes, and nothing is written before the end.
     folder, figures, facts = run / "report", Figures(), read_run_facts(run)
     sections = read_sections(folder / PAGE_FILE)
     if scores is not None:
@@ -132,6 +133,7 @@ def _read_scores(path: Path) -> Section:
     try:
         scores: Section = json.loads(path.read_text(encoding="utf-8"))
         scores["file"] = path.name
+        # A file that has no tables in it is refused now, not while the page is written.
         _tabulate_scores(scores)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         fix = "make them with `clue evaluate`"
