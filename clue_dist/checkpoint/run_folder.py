@@ -3,6 +3,7 @@
     RUN/config.json                  resolved config
     RUN/model.json                   modalities, features and batches: with the weights, all that
                                      embedding needs
+    RUN/attempts.jsonl               how training was started, each time
     RUN/checkpoints/step-00001200/   rank-00000.safetensors ..., state.json, COMMIT.json
     RUN/best/step-00001100/          weights.safetensors, state.json and COMMIT.json of the best
                                      validation

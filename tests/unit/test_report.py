@@ -285,6 +285,7 @@ def test_which_weights_are_kept_and_why_is_said_truly(run):
     (run / "best" / "step-00000966").mkdir(parents=True)
     (run / "best" / "step-00000966" / "COMMIT.json").write_text("{}")
     assert "no validation scored cells" in describe({"step": 5, "loss": 1.0})
+    assert "metrics.jsonl, which would say why these are kept, is not here" in describe()
     # As of a run of an earlier version, whose lines had the lowest score alone.
     looks = [
         {"step": s, "split": "validation", "score": score, "best": 0.0732, "best_step": s}

@@ -59,10 +59,10 @@ def describe_weights(metrics: pd.DataFrame, facts: RunFacts) -> list[str]:
     if choice is None:
         if not folder:
             return ["No weights are kept yet."]
-        return [
-            f"{folder} holds the weights of step {facts.best_steps[0]:,}: no validation scored "
-            "cells, so they are the last that were saved when training validated or ended."
-        ]
+        reason = "no validation scored cells, so they are the last that validation saved."
+        if metrics.empty:  # of a folder that was shared without its log
+            reason = "metrics.jsonl, which would say why these are kept, is not here."
+        return [f"{folder} holds the weights of step {facts.best_steps[0]:,}: {reason}"]
     validations, step = choice
     kept = validations[validations["step"] == step]
     score = None if kept.empty else float(kept["score"].iloc[-1])
