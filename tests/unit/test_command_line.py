@@ -71,6 +71,20 @@ def test_a_command_gets_its_words_as_they_were_typed(monkeypatch: pytest.MonkeyP
     assert seen == [["clue train", *words[1:]]]
 
 
+def test_the_shell_completes_commands_and_their_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["clue"])
+
+    def complete(line: str) -> str:
+        last = str(len(line.split()) - 1)
+        env = {"_CLUE_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": last}
+        return CliRunner().invoke(app, [], prog_name="clue", env=env).output
+
+    assert complete("clue ev").split() == ["evaluate"]
+    assert complete("clue train --re").split() == ["--resume"]
+    assert complete("clue train --config atlas --s").split() == ["--set"]
+    assert "--keep-obs" in complete("clue prep convert --k").split()
+
+
 def test_help_and_parsing_import_nothing_heavy() -> None:
     modules = ["clue_dist.commands.cli", *(name_module(name) for name in COMMANDS)]
     heavy = "{'torch', 'numpy', 'pandas', 'numba', 'zarr', 'deepspeed', 'anndata'}"
