@@ -96,9 +96,11 @@ def score_directions(
     """
     x, y = _check_embeddings(u1, u2)
     groups = _group_cells(batch, x.device)
+    # Of a single batch the second scope is the first.
+    scopes = [scope for scope in SCOPES if scope == "global" or not _is_one_batch(groups)]
     pairs = [
         (scale_to_length_one(x[group]), scale_to_length_one(y[group]))
-        for scope in SCOPES
+        for scope in scopes
         for group in groups[scope]
     ]
     sums = (
@@ -106,14 +108,22 @@ def score_directions(
         for pair, ranked in zip(pairs, _rank_pairs(pairs, ranks or Ranks()), strict=True)
     )
     directed: dict[str, Scores] = {direction: {} for direction in DIRECTIONS}
-    for scope in SCOPES:
+    for scope in scopes:
         totals = np.zeros((len(DIRECTIONS), len(METRICS)))
         for _ in groups[scope]:
             totals += next(sums)
         cells = sum(len(group) for group in groups[scope]) or float("nan")
         for direction, total in zip(DIRECTIONS, totals, strict=True):
             directed[direction][scope] = dict(zip(METRICS, (total / cells).tolist(), strict=True))
+    for scores in directed.values():
+        scores.setdefault("within_batch", dict(scores["global"]))
     return directed
+
+
+def _is_one_batch(groups: dict[str, list[Tensor]]) -> bool:
+    """Whether all cells are of one batch."""
+    sizes = {scope: [len(group) for group in groups[scope]] for scope in SCOPES}
+    return sizes["global"] == sizes["within_batch"] != []
 
 
 def _rank_pairs(pairs: list[_Pair], ranks: Ranks) -> list[tuple[RankedKeys, RankedKeys]]:
