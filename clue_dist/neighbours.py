@@ -29,7 +29,7 @@ class Neighbours:
     """The nearest keys of n queries, the nearest first."""
 
     indices: np.ndarray  # (n, k) int64, rows of the keys
-    distances: np.ndarray  # (n, k) float64
+    distances: np.ndarray  # (n, k) float64, float32 of an approximate search
 
     def to_plain(self) -> list[Any]:
         """Turn it into plain data, as ranks exchange it."""
@@ -119,7 +119,7 @@ def find_approximate_neighbours(
     """
     faiss = _import_faiss()
     points, targets = (
-        np.ascontiguousarray(_require_finite_points(u).cpu().numpy(), np.float32)
+        np.ascontiguousarray(_require_finite_points(u, torch.float32).cpu().numpy())
         for u in (queries, keys)
     )
     n_lists = int(4 * len(targets) ** 0.5)
@@ -133,7 +133,7 @@ def find_approximate_neighbours(
     index.add(targets)
     squares, indices = index.search(points, min(n_neighbours, len(targets)))
     squares[indices < 0] = np.inf
-    return Neighbours(indices.astype(np.int64), np.sqrt(np.maximum(squares, 0).astype(np.float64)))
+    return Neighbours(indices, np.sqrt(np.maximum(squares, 0, out=squares), out=squares))
 
 
 def _import_faiss() -> Any:
@@ -182,9 +182,11 @@ def scale_to_length_one(points: Tensor) -> Tensor:
     return points / length.clamp(min=1e-12)
 
 
-def _require_finite_points(points: np.ndarray | Tensor) -> Tensor:
-    """Points as a float64 tensor, of which one that is not finite would have no neighbours."""
-    tensor = torch.as_tensor(points).detach().to(torch.float64)
+def _require_finite_points(
+    points: np.ndarray | Tensor, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """Points as a tensor, of which one that is not finite would have no neighbours."""
+    tensor = torch.as_tensor(points).detach().to(dtype)
     n_wrong = int((~tensor.isfinite()).any(1).sum())
     if n_wrong:
         raise DataError(

@@ -39,7 +39,7 @@ class PartnerSettings:
     method: str = "scaled"  # one of METHODS
     n_partners: int = 1  # the most that a cell gets
     n_neighbours: int = 10  # that "scaled", "shared" and "mutual" look at
-    n_candidates: int = 50  # nearest profiles that a profile may be a partner of, both ways
+    n_candidates: int = 30  # nearest profiles that a profile may be a partner of, both ways
     temperature: float = 0.05  # of the weights, in units of cosine similarity
     approximate: bool = False  # whether neighbours come from faiss
 
@@ -194,14 +194,18 @@ def link_scaled(profiles: ProfilePair) -> sp.csr_array:
     """Weights by cosines that are scaled locally, a softmax over the temperature."""
     settings, count = profiles.settings, profiles.settings.n_neighbours
     backward = profiles.search(profiles.second, profiles.first, count)
-    forward = profiles.search(profiles.first, profiles.second, max(count, settings.n_candidates))
-    cosines = 1 - forward.distances**2 / 2
+    most = max(count, settings.n_candidates, settings.n_partners)
+    forward = profiles.search(profiles.first, profiles.second, most)
+    # No two profiles are farther apart than 2, which stands for what faiss did not find.
+    squares, other = (np.minimum(near.distances, 2) ** 2 for near in (forward, backward))
     # Half the mean cosine around the candidate. That around the cell itself is equal for all of
     # its candidates, and the weights do not change with it.
-    crowding = (1 - (backward.distances**2).mean(1) / 2) / 2
-    scores = (cosines - crowding[forward.indices]) / settings.temperature
-    weights = np.exp(scores - scores.max(1, keepdims=True))
-    return _place_weights(forward.indices, weights, profiles.shape)
+    crowding = (1 - other.mean(1) / 2) / 2
+    scores = (1 - squares / 2 - crowding[forward.indices]) / settings.temperature
+    # Of a million cells all candidates would fill the memory: the best are chosen at once.
+    best = np.argsort(-scores, axis=1, kind="stable")[:, : settings.n_partners]
+    scores, columns = (np.take_along_axis(u, best, 1) for u in (scores, forward.indices))
+    return _place_weights(columns, np.exp(scores - scores[:, :1]), profiles.shape)
 
 
 def link_shared(profiles: ProfilePair) -> sp.csr_array:
