@@ -231,3 +231,18 @@ def test_a_bad_embedding_is_refused():
         matching.compute_scores(u1, u2, np.zeros(5))
     with pytest.raises(DataError, match="same cells"):
         matching.compute_foscttm(u1, u1[:4])
+
+
+def test_cells_of_one_batch_are_ranked_once(monkeypatch):
+    calls = []
+
+    def count_calls(*arguments):
+        calls.append(1)
+        return original(*arguments)
+
+    original = matching.rank_keys
+    monkeypatch.setattr(matching, "rank_keys", count_calls)
+    points = np.random.default_rng(0).normal(size=(2, 20, 3))
+    scores = matching.compute_scores(*points, np.zeros(20))
+    assert len(calls) == 2  # forward and backward
+    assert scores["within_batch"] == scores["global"]
