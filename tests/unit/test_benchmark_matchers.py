@@ -13,7 +13,7 @@ SET = "hao_mosaic"
 def test_clean_pairs_are_matched_by_everything(method):
     cells = np.random.default_rng(0).normal(size=(40, 12))
     found = score_matcher(method, cells, cells + 1e-3, np.arange(40) % 2)
-    least = 0.3 if method == "shared" else 1.0  # which spreads weight over neighbours
+    least = 0.05 if method == "shared" else 1.0  # which spreads weight over all neighbours
     assert found["match"] >= least
     assert found["match_within_batch"] >= least
 
