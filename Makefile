@@ -39,7 +39,10 @@ demo: $(READY)
 	deepspeed -q --num_accelerators $(RANKS) launch/train.py --config configs/demo.json --set store=$(DATA)/train.zarr run=$(RUN)
 	python launch/embed.py --run $(RUN) --store $(DATA)/test.zarr --out $(RUN)/test.h5mu --per-modality
 	python launch/evaluate.py --run $(RUN) --store $(DATA)/test.zarr --out $(RUN)/scores.json
-	python launch/report.py --run $(RUN) --embedding $(RUN)/test.h5mu --scores $(RUN)/scores.json
+	python launch/impute.py --run $(RUN) --store $(DATA)/test.zarr --out $(RUN)/adt.h5ad --modality adt --from rna \
+	  --log1p --interval 0.9
+	python launch/report.py --run $(RUN) --embedding $(RUN)/test.h5mu --scores $(RUN)/scores.json \
+	  --imputed $(RUN)/adt.h5ad --truth $(DATA)/test.zarr
 
 test: lint $(if $(shell [ "$$(id -u)" = 0 ] && [ ! -d /run/systemd/system ] && command -v apt-get),system)
 	@python -m pytest --numprocesses 3 # tests of clusters wait a lot

@@ -84,7 +84,11 @@ def test_report_ends_with_its_path(folder: Path) -> None:
     )
     page = Path(done.stdout.strip().splitlines()[-1])
     assert page.is_file()
-    assert page.read_text().count("data:image/png;base64,") >= 4
+    text = page.read_text()
+    for section in ("scores-over-time", "losses", "embedding", "confusion", "speed", "run"):
+        assert f'<section id="{section}">' in text
+    assert len(list(page.parent.glob("umap_*.png"))) >= 4
+    assert "UMAP of 300 points, joint z: " in done.stderr
 
 
 def test_features_of_another_store_are_refused_with_a_way_out(folder: Path) -> None:
