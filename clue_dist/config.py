@@ -140,7 +140,8 @@ class ObjectiveConfig(SettingsGroup):
     alignment: Literal["mse", "cosine"] = "mse"  # cosine: every z has length 1 in eq. 9
     per_feature: bool = False  # divide each modality's ELBO by its number of features
     contrastive_mixup: bool = True  # contrast random mixtures of pairs instead of the pairs
-    # Negatives come from the pair's own biological batch, as far as it has enough of them.
+    # Where modalities tell the biological batch, negatives come from the pair's own one, as far as
+    # it has enough of them.
     contrastive_within_batch: bool = True
     # Other cells' profiles of the same modality are negatives, too, with this weight. At 0 nothing
     # keeps a profile from lying nearer to all of its own modality than to its partner.

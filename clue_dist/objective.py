@@ -105,7 +105,7 @@ def compute_info_nce(
     observed: Tensor,
     batch_code: Tensor,
     log_scale: Tensor,
-    within_batch: bool,
+    batch_told: Tensor | None,
     same_modality: float,
     across_ranks: bool = True,
 ) -> Tensor:
@@ -120,8 +120,9 @@ def compute_info_nce(
         observed: (B, K) bool.
         batch_code: (B,), biological batches.
         log_scale: (), log of the inverse temperature.
-        within_batch: whether negatives come from the cell's biological batch, as far as it has
-            enough of them.
+        batch_told: (K,), how far each modality tells the biological batch. Where two modalities
+            both tell it, negatives come from the cell's own batch, as far as it has enough of
+            them. None: other batches always count as much.
         same_modality: weight with which a profile is told from other cells' profiles of its own
             modality, too (1 is NT-Xent, Chen et al., 2020).
         across_ranks: whether the other ranks hold further cells of the batch.
@@ -143,8 +144,9 @@ def compute_info_nce(
         # What is added to logits: minus infinity, in effect, where a key is no candidate. Infinity
         # itself would have no gradient where a cell has no candidate at all.
         bias = z.new_zeros(is_own.shape)
-        if within_batch:
-            bias = bias + _weigh_other_batches(batch_code, every_code, column)
+        if batch_told is not None:
+            least = 1 - torch.minimum(batch_told[a], batch_told[b])
+            bias = bias + _weigh_other_batches(batch_code, every_code, column, least)
         bias = bias.masked_fill(~column[None] & row[:, None], _NO_CANDIDATE)
         bias_of_others = bias.masked_fill(is_own, _NO_CANDIDATE)
         for source, target in ((a, b), (b, a)):
@@ -160,20 +162,24 @@ def compute_info_nce(
     return total / (2 * pairs).clamp_min(1)
 
 
-def _weigh_other_batches(batch_code: Tensor, every_code: Tensor, is_candidate: Tensor) -> Tensor:
+def _weigh_other_batches(
+    batch_code: Tensor, every_code: Tensor, is_candidate: Tensor, least: Tensor
+) -> Tensor:
     """The log of how much each of N keys counts for each of B cells, (B, N).
 
-    A model that is to tell a cell from those of other batches learns to tell batches apart.
+    A model that is to tell a cell from those of other batches learns to tell batches apart, if both
+    modalities tell the batch.
 
     Args:
         batch_code: (B,), biological batches of the cells.
         every_code: (N,), those of the keys.
         is_candidate: (N,) bool, the keys that are candidates.
+        least: (), how much those of other batches count where there are enough others.
     """
     is_other = batch_code[:, None] != every_code[None]
     n_others = (is_other & is_candidate).sum(1, keepdim=True)
     lacking = FEWEST_CANDIDATES - (is_candidate.sum() - n_others)
-    weight = (lacking / n_others.clamp_min(1)).clamp(0, 1)
+    weight = torch.maximum(lacking / n_others.clamp_min(1), least).clamp(0, 1)
     return (is_other * weight.log()).nan_to_num(0.0).clamp_min(_NO_CANDIDATE)
 
 
@@ -348,7 +354,7 @@ class Objective(nn.Module):
                 observed,
                 output.contrast_code,
                 output.log_scale,
-                config.contrastive_within_batch,
+                self._read_batch_told(),
                 config.contrastive_same_modality,
             )
         return terms
@@ -406,7 +412,7 @@ class Objective(nn.Module):
         """InfoNCE of each pair of modalities that some cells have, over the cells of this rank."""
         # Evenly spread over the strata, so that memory stays bounded however many are held out.
         some = slice(None, None, -(-batch.n_cells // MOST_CONTRASTED))
-        terms = {}
+        terms, told = {}, self._read_batch_told()
         for pair in map(list, combinations(range(len(self.model.modalities)), 2)):
             observed = batch.observed[some, pair]
             if observed.all(1).any():
@@ -416,8 +422,12 @@ class Objective(nn.Module):
                     observed,
                     output.contrast_code[some],
                     output.log_scale,
-                    self.config.contrastive_within_batch,
+                    None if told is None else told[pair],
                     self.config.contrastive_same_modality,
                     across_ranks=False,
                 )
         return terms
+
+    def _read_batch_told(self) -> Tensor | None:
+        """How far each modality tells the batch, (K,), if negatives heed it."""
+        return self.model.batch_told if self.config.contrastive_within_batch else None

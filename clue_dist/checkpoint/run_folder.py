@@ -222,6 +222,9 @@ def load_weights(model: CLUE, folder: Path, fix: str) -> None:
             if not any(name.startswith(f"{module}.") for name in weights):
                 buffers = model.get_submodule(module).named_buffers()
                 weights |= {f"{module}.{name}": values for name, values in buffers}
+        for name, values in model.state_dict().items():
+            if name.endswith(".batch_told"):  # nor this, which only training asks for
+                weights.setdefault(name, values)
         model.load_state_dict(weights)
     except UNFIT as error:
         raise ResumeError(

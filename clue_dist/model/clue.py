@@ -116,6 +116,11 @@ class CLUE(nn.Module):
         """The factor by which embeddings show private dimensions smaller."""
         return PRIVATE_SCALE_IN_SPACE if self.space.is_fitted else PRIVATE_SCALE
 
+    @property
+    def batch_told(self) -> Tensor:
+        """How far each modality tells the biological batch, (K,)."""
+        return torch.cat([self.get_trunk(name).batch_told for name in self.modalities])
+
     def get_trunk(self, name: str) -> Trunk:
         """The trunk of a modality."""
         return cast(Trunk, self.trunks[self.modalities.index(name)])

@@ -62,7 +62,8 @@ def initialise_model(
             _project_as_stored(trunk, stored[name])
         else:
             _project_as_sampled(trunk, counts, svd, seed)
-        if svd and trunk.batch_shrinkage and len(np.unique(batch)) > 1:
+        trunk.batch_told.zero_()
+        if svd and len(np.unique(batch)) > 1:
             _shrink_batches(trunk, counts, batch)
         if trunk.size_input:
             size = compute_size_inputs(_to_counts(counts)).double()
@@ -104,10 +105,13 @@ def _shrink_batches(trunk: Trunk, counts: Rows, batch: np.ndarray) -> None:
     components = trunk.projection(normalised).double().numpy()
     mean = components.mean(0)
     shrinkage = find_batch_shrinkage(components - mean, batch, trunk.batch_shrinkage)
-    projection = trunk.projection
+    trunk.batch_told.fill_(shrinkage.batch_told)
+    if not trunk.batch_shrinkage:
+        return
+    projection, matrix = trunk.projection, shrinkage.matrix
     weight, bias = projection.weight.double().numpy(), projection.bias.double().numpy()
-    projection.weight.copy_(torch.from_numpy(weight @ shrinkage.T))
-    projection.bias.copy_(torch.from_numpy((bias - mean) @ shrinkage.T + mean))
+    projection.weight.copy_(torch.from_numpy(weight @ matrix.T))
+    projection.bias.copy_(torch.from_numpy((bias - mean) @ matrix.T + mean))
 
 
 def sample_cells(store: Store, n_train: dict[str, int], modality: str) -> tuple[Rows, np.ndarray]:

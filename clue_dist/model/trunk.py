@@ -113,6 +113,7 @@ class Trunk(nn.Module):
 
     idf: Tensor  # (features,), for tfidf
     size: Tensor  # (2, 2), mean and standard deviation of `compute_size_inputs` over training cells
+    batch_told: Tensor  # (1,), how far components tell the batch, see `model.batch_shrinkage`
 
     def __init__(
         self, n_features: int, normalisation: str, n_modalities: int, config: TrunkConfig
@@ -120,6 +121,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.normalisation = normalisation
         self.batch_shrinkage = config.batch_shrinkage  # which `model.initialise` asks for
+        self.register_buffer("batch_told", torch.zeros(1))
         components = min(config.projection, n_features)
         self.register_buffer("idf", torch.ones(n_features))
         self.projection = Projection(n_features, components, config.projection_lr)

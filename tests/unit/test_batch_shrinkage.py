@@ -32,13 +32,15 @@ def draw_batches(shift: float) -> tuple[np.ndarray, np.ndarray]:
 def test_the_direction_between_batches_is_shortened_by_how_far_they_lie_apart() -> None:
     for shift in (0.2, 2.0, 20.0):
         cells, batch = draw_batches(shift)
-        shrunken = cells @ find_batch_shrinkage(cells, batch, 10).T
+        shrunken = cells @ find_batch_shrinkage(cells, batch, 10).matrix.T
         length = shrunken.std(0) / cells.std(0)
         # The ridge is a part of the variance that batches are compared with.
         ridge = 8 * WIDTH / N * (cells - draw_means(cells, batch)).var(0).mean()
         ratio = (shift / 2) ** 2 / (1 + ridge)
         np.testing.assert_allclose(length[0], (1 + 10 * ratio) ** -0.5, rtol=0.05)
         np.testing.assert_allclose(length[1:], 1, rtol=0.05)
+        told = find_batch_shrinkage(cells, batch, 10).batch_told
+        np.testing.assert_allclose(told, ratio, rtol=0.05, atol=0.01)
 
 
 def draw_means(cells: np.ndarray, batch: np.ndarray) -> np.ndarray:
@@ -50,9 +52,9 @@ def test_cells_that_differ_by_chance_alone_keep_their_length() -> None:
     cells = np.random.default_rng(0).normal(size=(50, 20))
     cells -= cells.mean(0)
     batch = np.arange(50) % 2
-    shrunken = cells @ find_batch_shrinkage(cells, batch, 10).T
+    shrunken = cells @ find_batch_shrinkage(cells, batch, 10).matrix.T
     assert np.linalg.norm(shrunken) > 0.95 * np.linalg.norm(cells)
-    alone = cells @ find_batch_shrinkage(cells, np.arange(50), 10).T
+    alone = cells @ find_batch_shrinkage(cells, np.arange(50), 10).matrix.T
     assert np.linalg.norm(alone) > 0.9 * np.linalg.norm(cells)
 
 
@@ -73,8 +75,10 @@ def test_batches_lie_nearer_in_what_the_encoders_read(tmp_path: Path, known: boo
     after = measure_separation(model, store, label)
     if known:
         assert after < 0.4 * before
+        assert trunk.batch_told > 0.5
     else:
         assert after == before
+        assert trunk.batch_told < 1e-9
 
 
 def measure_separation(model: CLUE, store: Store, label: np.ndarray) -> float:

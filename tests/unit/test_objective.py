@@ -108,9 +108,10 @@ def test_discriminator_term_is_eq_12() -> None:
 
 
 @pytest.mark.parametrize("same_modality", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize(("within", "fewest"), [(False, 32), (True, 0), (True, 3), (True, 32)])
+@pytest.mark.parametrize("fewest", [0, 3, 32])
+@pytest.mark.parametrize("told", [None, [2.0, 1.0, 5.0], [0.7, 0.2, 0.0]])
 def test_info_nce_over_pairs_both_directions(
-    within: bool, fewest: int, same_modality: float, monkeypatch: pytest.MonkeyPatch
+    told: list[float] | None, fewest: int, same_modality: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(objective, "FEWEST_CANDIDATES", fewest)
     z, code, log_scale = draw(2, B, K, K * D), torch.arange(B) % 2, torch.tensor(1.3)
@@ -122,14 +123,18 @@ def test_info_nce_over_pairs_both_directions(
             for c in both:
                 n_alike = sum(bool(code[e] == code[c]) for e in both)
                 n_others = len(both) - n_alike
-                rest = min(1.0, max(0, fewest - n_alike) / max(n_others, 1))
-                odds = {e: 1.0 if not within or code[e] == code[c] else rest for e in both}
+                rest = 1.0
+                if told is not None:
+                    rest = max(0, fewest - n_alike) / max(n_others, 1)
+                    rest = min(1.0, max(rest, 1 - min(told[a], told[b])))
+                odds = {e: 1.0 if code[e] == code[c] else rest for e in both}
                 logits = {e: math.exp(1.3) * unit[c, a] @ unit[e, b] for e in both}
                 own = {e: math.exp(1.3) * unit[c, a] @ unit[e, a] for e in both if e != c}
                 total = sum(odds[e] * math.exp(v) for e, v in logits.items())
                 total += same_modality * sum(odds[e] * math.exp(v) for e, v in own.items())
                 losses.append(math.log(total) - logits[c])
-    info_nce = compute_info_nce(z, OBSERVED, code, log_scale, within, same_modality)
+    batch_told = None if told is None else torch.tensor(told)
+    info_nce = compute_info_nce(z, OBSERVED, code, log_scale, batch_told, same_modality)
     assert float(info_nce) == pytest.approx(np.mean(losses), rel=1e-5)
 
 
@@ -159,14 +164,14 @@ def test_info_nce_finds_partners_among_the_cells_of_all_ranks(
         )
         monkeypatch.setattr(objective, "dist", job)
         losses.append(
-            compute_info_nce(z[:, rank], observed[rank], code[rank], log_scale, True, 0.5)
+            compute_info_nce(z[:, rank], observed[rank], code[rank], log_scale, torch.ones(K), 0.5)
         )
         part, weight = unit.transpose(0, 1)[rank].clone().requires_grad_(), draw(2 * B, 2, K, K * D)
         (objective._GatherWithGradient.apply(part) * weight).sum().backward()
         assert part.grad is not None
         torch.testing.assert_close(part.grad, 2 * weight[rank])
     monkeypatch.undo()
-    whole = compute_info_nce(z, observed, code, log_scale, True, 0.5)
+    whole = compute_info_nce(z, observed, code, log_scale, torch.ones(K), 0.5)
     assert float(sum(losses) / 2) == pytest.approx(float(whole), rel=1e-5)
 
 
