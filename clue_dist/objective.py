@@ -412,7 +412,7 @@ class Objective(nn.Module):
         """InfoNCE of each pair of modalities that some cells have, over the cells of this rank."""
         # Evenly spread over the strata, so that memory stays bounded however many are held out.
         some = slice(None, None, -(-batch.n_cells // MOST_CONTRASTED))
-        terms, told = {}, self._read_batch_told()
+        terms, batch_told = {}, self._read_batch_told()
         for pair in map(list, combinations(range(len(self.model.modalities)), 2)):
             observed = batch.observed[some, pair]
             if observed.all(1).any():
@@ -422,7 +422,7 @@ class Objective(nn.Module):
                     observed,
                     output.contrast_code[some],
                     output.log_scale,
-                    None if told is None else told[pair],
+                    None if batch_told is None else batch_told[pair],
                     self.config.contrastive_same_modality,
                     across_ranks=False,
                 )
