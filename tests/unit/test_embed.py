@@ -172,8 +172,8 @@ def test_ranks_write_what_one_writes(store, loaded, tmp_path, world, batch_size)
     """
     given = f"root, out, size = {str(store.root)!r}, {str(tmp_path / 'two.h5mu')!r}, {batch_size}"
     outputs = run_ranks(world, given, code)
-    assert f"files {3 * world}\n" in outputs[0], (
-        "each rank must have a file of its own for each of three arrays"
+    assert f"files {4 * world}\n" in outputs[0], (
+        "each rank must have a file of its own for each of four arrays"
     )
     one, two = md.read_h5mu(tmp_path / "one.h5mu"), md.read_h5mu(tmp_path / "two.h5mu")
     assert list(one.obs_names) == list(two.obs_names)

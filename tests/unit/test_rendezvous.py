@@ -307,3 +307,18 @@ def test_messages_are_exchanged_by_rank(store: Any) -> None:
     store.set("clue_dist/sent/1", "second")
     store.set("clue_dist/received/1", "1")
     assert exchange_messages(store, stand_at(0), b"first") == [b"first", b"second"]
+
+
+def test_a_rank_that_is_given_another_device_keeps_its_connections(monkeypatch):
+    """Training sets LOCAL_RANK to the device; a second training of the job reads it there."""
+    made = []
+
+    def make_connections(*numbers):
+        made.append(numbers)
+        return object()
+
+    monkeypatch.setattr(rendezvous, "_connections", {})
+    monkeypatch.setattr(rendezvous, "_make_connections", make_connections)
+    first = rendezvous.connect_to_rendezvous(1, 2, 1)
+    assert rendezvous.connect_to_rendezvous(1, 2, 0) is first
+    assert made == [(1, 2, 1)]
