@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,6 +22,7 @@ from clue_dist.inference.embed import collect_embedding, embed_anndata, embed_ce
 from clue_dist.inference.export import CardTexts, export_run
 from clue_dist.inference.load_model import TrainedModel, load_model
 from clue_dist.inference.new_batches import tune_batches
+from clue_dist.inference.score_tables import Scores
 from clue_dist.ranks import Ranks
 from clue_dist.store.layout import MANIFEST
 from clue_dist.store.reader import Store
@@ -143,8 +145,10 @@ class Run(ImputationMethods, ComparisonMethods):
         max_cells: int | None = None,
         min_known: float = MIN_KNOWN,
         batch_size: int = 4096,
-    ) -> dict[str, Any]:
+    ) -> Scores:
         """Score how well modalities match in cells, and whether z is one space.
+
+        Cells that the model was trained on are scored with a warning.
 
         Args:
             cells: cells that carry several modalities and that the model has not seen, a store; or
@@ -155,13 +159,13 @@ class Run(ImputationMethods, ComparisonMethods):
             batch_size: cells embedded at once.
 
         Returns:
-            The scores, see `clue_dist.inference.evaluate`.
+            The scores, a dict, see `clue_dist.inference.evaluate`; its repr is a table.
         """
         from clue_dist.inference.evaluate import evaluate_store
 
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "scores.json" if out is None else parse_path(str(out))
-            return evaluate_store(
+            result = evaluate_store(
                 self.trained_model,
                 self._open_store(cells, Path(folder)),
                 path,
@@ -171,6 +175,9 @@ class Run(ImputationMethods, ComparisonMethods):
                 batch_size=batch_size,
                 ranks=Ranks() if out is None else self._join_ranks(),
             )
+        if result["about"][SEEN]:
+            warnings.warn(SEEN_WARNING, UserWarning, stacklevel=2)
+        return Scores(result)
 
     def report(
         self,

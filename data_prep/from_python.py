@@ -67,7 +67,7 @@ def convert_cells(
     is_there = out.exists()
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         if isinstance(data, (ad.AnnData, md.MuData)):
-            inputs = [_write_cells(data, Path(folder), request)]
+            inputs = [_name_input(data, Path(folder), request)]
             # Cells of one MuData are the same where their names are.
             pairing = ["--pair-barcodes", "exact"]
         else:
@@ -92,8 +92,14 @@ def convert_cells(
             )
 
 
-def _write_cells(source: ad.AnnData | md.MuData, folder: Path, request: ConversionRequest) -> str:
-    """Write cells in memory to a file, and name it as an input of the conversion."""
+def _name_input(source: ad.AnnData | md.MuData, folder: Path, request: ConversionRequest) -> str:
+    """Name the file of cells as the conversion takes it; cells that are in none are written."""
+    path = source.filename if source.isbacked else _write_cells(source, folder, request)
+    return f"{request.modality}={path}" if request.modality is not None else str(path)
+
+
+def _write_cells(source: ad.AnnData | md.MuData, folder: Path, request: ConversionRequest) -> Path:
+    """Write what the conversion reads of cells in memory."""
     ending = ".h5mu" if isinstance(source, md.MuData) else ".h5ad"
     path = folder / f"cells{ending}"
     with translate_disk_errors(folder, "free some space, or choose another `out`"):
@@ -107,7 +113,7 @@ def _write_cells(source: ad.AnnData | md.MuData, folder: Path, request: Conversi
                 slim.write(path)
         else:
             _strip_table(source, request.modality, request).write_h5ad(path)
-    return f"{request.modality}={path}" if request.modality is not None else str(path)
+    return path
 
 
 def _strip_table(table: ad.AnnData, name: str | None, request: ConversionRequest) -> ad.AnnData:

@@ -146,3 +146,10 @@ def _list_joint_facts(joint: Mapping[str, Any]) -> list[str]:
 def format_score(value: float | None, unknown: str = "unknown") -> str:
     """Format a score with four digits."""
     return unknown if value is None else f"{value:.4f}"
+
+
+class Scores(dict[str, Any]):
+    """What scores.json holds, as a table in a notebook."""
+
+    def __repr__(self) -> str:
+        return format_scores(self)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import anndata as ad
@@ -122,6 +124,14 @@ def test_an_embedding_is_written_where_out_says(folder: Path, run: Run, tmp_path
     np.testing.assert_allclose(returned.obsm["X_clue"], table.obsm["X_clue"], atol=1e-6)
 
 
+def test_scores_are_a_table_and_cells_that_were_trained_on_are_told(run: Run, folder: Path) -> None:
+    with pytest.warns(UserWarning, match="The model was trained on this store"):
+        scores = run.evaluate(folder / "s.zarr")
+    assert scores["rna->adt"]["cells"] == 70
+    assert "FOSCTTM" in repr(scores)
+    assert sorted(path.name for path in folder.glob("*scores*")) == []
+
+
 def test_what_is_said_in_python_becomes_flags() -> None:
     request = ConversionRequest(
         batch_key="donor",
@@ -204,6 +214,22 @@ def test_mistakes_in_settings_come_before_the_cells_are_touched(tmp_path: Path) 
         with pytest.raises(ClueError, match=r"did you mean `train.lr`\?"):
             clue_dist.fit(make_mudata(), tmp_path / "run", config=config, settings=settings)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_an_interrupt_saves_and_is_raised(tmp_path: Path) -> None:
+    """As the stop button of a notebook does it, once training is under way."""
+
+    def interrupt() -> None:
+        while not (tmp_path / "run" / "metrics.jsonl").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    endless = SMALL | {"train.epochs": 10_000, "train.patience": 0}
+    with pytest.raises(KeyboardInterrupt, match="the same call goes on"):
+        clue_dist.fit(make_mudata(), tmp_path / "run", settings=endless)
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*/COMMIT.json"))
 
 
 @pytest.mark.slow
