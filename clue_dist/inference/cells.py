@@ -15,12 +15,8 @@ from clue_dist.data.batch import Batch
 from clue_dist.errors import DataError
 from clue_dist.files import parse_path
 from clue_dist.inference.load_model import LoadedModel
-from clue_dist.inference.memory_cells import (
-    MemoryCells,
-    MemoryChoices,
-    collect_memory_cells,
-    warn_of_cells,
-)
+from clue_dist.inference.memory_cells import MemoryCells, collect_memory_cells
+from clue_dist.inference.named_counts import MemoryChoices, warn_of_cells
 from clue_dist.inference.query import (
     holds_training_cells,
     require_known_features,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import anndata as ad
 import mudata as md
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 import torch
 
 from clue_dist.data.batch import Batch, ObservedModality
@@ -18,25 +17,16 @@ from clue_dist.errors import DataError, list_names
 from clue_dist.inference.aligned_counts import AlignedCounts, align_features
 from clue_dist.inference.load_model import LoadedModel, encode_batches
 from clue_dist.inference.memory_obs import BATCH_COLUMN, collect_obs, find_batches
+from clue_dist.inference.named_counts import (
+    MIN_KNOWN_IN_MEMORY,
+    MemoryChoices,
+    NamedCounts,
+    name_columns,
+    name_parts,
+    warn_of_cells,
+)
 from clue_dist.inference.store_cells import CellSlice
-from clue_dist.kinds import find_kinds, match_alias
 from clue_dist.store.region_names import respell_regions
-
-MIN_KNOWN_IN_MEMORY = 0.5  # share of a modality's features that must be there, by default
-# Columns of var that may say what a feature is, as 10x, scanpy and scvi-tools write them.
-_TYPE_COLUMNS = ("feature_types", "feature_type", "modality")
-
-
-@dataclass(frozen=True)
-class MemoryChoices:
-    """What a person may choose of cells in memory; see `cells.open_cells`."""
-
-    modality: str | None = None
-    modalities: Sequence[str] | None = None
-    layer: str | Mapping[str, str] | None = None
-    feature_ids: str | Mapping[str, str] | None = None
-    batch_key: str | None = None
-    min_known: float | None = None
 
 
 class MemoryCells:
@@ -111,15 +101,6 @@ class MemoryCells:
         return self._obs.copy()
 
 
-@dataclass(frozen=True)
-class _NamedCounts:
-    """Counts that are to be a modality of the model, and the AnnData that they come from."""
-
-    where: str
-    adata: ad.AnnData
-    columns: np.ndarray | None = None  # (n,), those of this modality; None: all
-
-
 def collect_memory_cells(
     source: ad.AnnData | md.MuData, trained_model: LoadedModel, choices: MemoryChoices
 ) -> MemoryCells:
@@ -131,16 +112,7 @@ def collect_memory_cells(
     Raises:
         DataError: they cannot be brought there.
     """
-    if isinstance(source, md.MuData):
-        named = _name_mudata_parts(source, trained_model, choices)
-    elif isinstance(source, ad.AnnData):
-        named = _name_anndata_parts(source, trained_model, choices)
-    else:
-        raise DataError(
-            "not cells that a model can be asked about",
-            got=type(source).__name__,
-            expected="an AnnData, a MuData, a store, or a path",
-        )
+    named = name_parts(source, trained_model, choices)
     counts, rows = {}, {}
     for name, part in named.items():
         counts[name] = _align_part(part, name, trained_model, choices)
@@ -159,116 +131,13 @@ def collect_memory_cells(
     return MemoryCells(obs, counts, rows, trained_model, codes, tables)
 
 
-def warn_of_cells(text: str) -> None:
-    """Warn the caller of the package that an answer is doubtful."""
-    warnings.warn(text, UserWarning, stacklevel=2)
-
-
-def _name_mudata_parts(
-    mdata: md.MuData, trained_model: LoadedModel, choices: MemoryChoices
-) -> dict[str, _NamedCounts]:
-    """The modalities of a MuData, by what the model calls them, in the model's order."""
-    known = trained_model.modalities
-    found = {name: name for name in mdata.mod if name in known}
-    for name in mdata.mod:
-        kinds = find_kinds(name)
-        alike = [m for m in known if m not in found and [known[m].kind] == kinds]
-        if name not in known and len(alike) == 1:
-            found[alike[0]] = name
-    if left_out := [name for name in mdata.mod if name not in found.values()]:
-        warn_of_cells(f"the model does not know {list_names(left_out)}, which counts for nothing")
-    parts = {
-        name: _NamedCounts(f"modality {found[name]}", mdata.mod[found[name]])
-        for name in known
-        if name in found
-    }
-    return _keep_chosen(parts, [*mdata.mod], trained_model, choices)
-
-
-def _name_anndata_parts(
-    adata: ad.AnnData, trained_model: LoadedModel, choices: MemoryChoices
-) -> dict[str, _NamedCounts]:
-    """What an AnnData holds: the modality that is named, those of its feature types, or one."""
-    known = trained_model.modalities
-    if choices.modality is not None:
-        parts = {choices.modality: _NamedCounts("the AnnData", adata)}
-        return _keep_chosen(parts, [choices.modality], trained_model, choices)
-    if types := _split_by_type(adata, trained_model):
-        return _keep_chosen(types, [*types], trained_model, choices)
-    names = _name_columns(adata, adata.var, None)
-    shares = {name: _share_known(part.features, names) for name, part in known.items()}
-    fitting = [name for name, share in shares.items() if share >= MIN_KNOWN_IN_MEMORY]
-    fitting = fitting or [name for name, share in shares.items() if share > 0]
-    if len(known) == 1:
-        fitting = [*known]
-    if len(fitting) != 1:
-        listed = ", ".join(f"{share:.0%} of {name}" for name, share in shares.items())
-        raise DataError(
-            "cannot tell which modality an AnnData holds",
-            got=f"features known: {listed}",
-            expected="those of one modality of the model",
-            fix=f'say it: `modality="{next(iter(known))}"`; `feature_ids=` names a column of var '
-            "that names features as the model does",
-        )
-    return _keep_chosen(
-        {fitting[0]: _NamedCounts("the AnnData", adata)}, fitting, trained_model, choices
-    )
-
-
-def _share_known(features: Sequence[str], names: Sequence[str]) -> float:
-    given = set(respell_regions(names, features))
-    return sum(feature in given for feature in features) / len(features)
-
-
-def _split_by_type(adata: ad.AnnData, trained_model: LoadedModel) -> dict[str, _NamedCounts]:
-    """The columns of each feature type that is a modality of the model, by the model's name."""
-    column = next((c for c in _TYPE_COLUMNS if c in adata.var), None)
-    if column is None:
-        return {}
-    types = adata.var[column].astype(str).to_numpy()
-    known, parts = trained_model.modalities, {}
-    for name in dict.fromkeys(types):
-        kind = match_alias(name)
-        alike = [m for m in known if m == name] or [m for m in known if known[m].kind == kind]
-        if len(alike) == 1 and alike[0] not in parts:
-            where = f"features of type {name!r}"
-            parts[alike[0]] = _NamedCounts(where, adata, np.flatnonzero(types == name))
-    return {name: parts[name] for name in known if name in parts}
-
-
-def _keep_chosen(
-    parts: dict[str, _NamedCounts],
-    given: Sequence[str],
-    trained_model: LoadedModel,
-    choices: MemoryChoices,
-) -> dict[str, _NamedCounts]:
-    """The parts that are asked for, or all of them; there must be some, and the model know them."""
-    wanted = list(parts) if choices.modalities is None else list(choices.modalities)
-    if absent := [name for name in wanted if name not in parts]:
-        raise DataError(
-            "the cells have no such modality",
-            where=f"modalities={list(wanted)}",
-            got=list_names(absent),
-            expected=list_names(parts) or "none",
-        )
-    kept = {name: part for name, part in parts.items() if name in wanted}
-    if not kept or not kept.keys() <= trained_model.modalities.keys():
-        raise DataError(
-            "the model knows none of these modalities",
-            got=list_names(given),
-            expected=list_names(trained_model.modalities),
-            fix="name the modalities as the model does",
-        )
-    return kept
-
-
 def _align_part(
-    part: _NamedCounts, name: str, trained_model: LoadedModel, choices: MemoryChoices
+    part: NamedCounts, name: str, trained_model: LoadedModel, choices: MemoryChoices
 ) -> AlignedCounts:
     """The counts of one part as the model takes them; warns of features that are missing."""
     matrix, var, where = _choose_matrix(part, _choose_value(choices.layer, name), name)
     column = _choose_value(choices.feature_ids, name)
-    names = _name_columns(part.adata, var, column)
+    names = name_columns(part.adata, var, column)
     modality = trained_model.modalities[name]
     used = np.arange(len(names)) if part.columns is None else part.columns
     least = MIN_KNOWN_IN_MEMORY if choices.min_known is None else choices.min_known
@@ -278,6 +147,8 @@ def _align_part(
     places[used] = used_places
     if warning is not None:
         warn_of_cells(warning)
+    if sp.issparse(matrix) and matrix.format != "csr":
+        matrix = matrix.tocsr()  # which is read by rows, again and again
     return AlignedCounts(where, matrix, part.adata.obs_names, var.index, places, modality)
 
 
@@ -287,7 +158,7 @@ def _choose_value(given: str | Mapping[str, str] | None, name: str) -> str | Non
 
 
 def _choose_matrix(
-    part: _NamedCounts, layer: str | None, name: str
+    part: NamedCounts, layer: str | None, name: str
 ) -> tuple[Any, pd.DataFrame, str]:
     """The matrix with the raw counts, var of its columns, and what it is called in messages."""
     adata = part.adata
@@ -312,20 +183,6 @@ def _choose_matrix(
     if layer == "raw.X" and part.columns is None:
         return layers[layer], adata.raw.var, f"{part.where}, raw.X"
     return layers[layer], adata.var, f"{part.where}, layer {layer!r}"
-
-
-def _name_columns(adata: ad.AnnData, var: pd.DataFrame, column: str | None) -> list[str]:
-    """Names of the features, (columns,): var_names, or those of a column of var."""
-    if column is None:
-        return [str(name) for name in var.index]
-    if column not in var:
-        raise DataError(
-            "var has no such column",
-            where=f"feature_ids={column!r}",
-            got=f"columns: {list_names(var.columns, 30) or 'none'}",
-        )
-    values = var[column]
-    return values.where(values.notna(), "").astype(str).tolist()
 
 
 def _find_rows(source: ad.AnnData | md.MuData, adata: ad.AnnData) -> np.ndarray:

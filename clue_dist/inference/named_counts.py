@@ -1,0 +1,178 @@
+"""Which modalities of a model an AnnData or MuData in memory holds, and where their counts lie."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import anndata as ad
+import mudata as md
+import numpy as np
+import pandas as pd
+
+from clue_dist.errors import DataError, list_names
+from clue_dist.inference.load_model import LoadedModel
+from clue_dist.kinds import find_kinds, match_alias
+from clue_dist.store.region_names import respell_regions
+
+MIN_KNOWN_IN_MEMORY = 0.5  # share of a modality's features that must be there, by default
+# Columns of var that may say what a feature is, as 10x, scanpy and scvi-tools write them.
+_TYPE_COLUMNS = ("feature_types", "feature_type", "modality")
+
+
+@dataclass(frozen=True)
+class MemoryChoices:
+    """What a person may choose of cells in memory; see `cells.open_cells`."""
+
+    modality: str | None = None
+    modalities: Sequence[str] | None = None
+    layer: str | Mapping[str, str] | None = None
+    feature_ids: str | Mapping[str, str] | None = None
+    batch_key: str | None = None
+    min_known: float | None = None
+
+
+@dataclass(frozen=True)
+class NamedCounts:
+    """Counts that are to be a modality of the model, and the AnnData that they come from."""
+
+    where: str
+    adata: ad.AnnData
+    columns: np.ndarray | None = None  # (n,), those of this modality; None: all
+
+
+def name_parts(
+    source: ad.AnnData | md.MuData, trained_model: LoadedModel, choices: MemoryChoices
+) -> dict[str, NamedCounts]:
+    """Find the modalities that cells in memory hold, in the model's order, by its names.
+
+    Raises:
+        DataError: the model knows none of them, or it cannot be told which they are.
+    """
+    if isinstance(source, md.MuData):
+        return _name_mudata_parts(source, trained_model, choices)
+    if isinstance(source, ad.AnnData):
+        return _name_anndata_parts(source, trained_model, choices)
+    raise DataError(
+        "not cells that a model can be asked about",
+        got=type(source).__name__,
+        expected="an AnnData, a MuData, a store, or a path",
+    )
+
+
+def warn_of_cells(text: str) -> None:
+    """Warn the caller of the package that an answer is doubtful."""
+    warnings.warn(text, UserWarning, stacklevel=2)
+
+
+def _name_mudata_parts(
+    mdata: md.MuData, trained_model: LoadedModel, choices: MemoryChoices
+) -> dict[str, NamedCounts]:
+    """The modalities of a MuData, by what the model calls them, in the model's order."""
+    known = trained_model.modalities
+    found = {name: name for name in mdata.mod if name in known}
+    for name in mdata.mod:
+        kinds = find_kinds(name)
+        alike = [m for m in known if m not in found and [known[m].kind] == kinds]
+        if name not in known and len(alike) == 1:
+            found[alike[0]] = name
+    if left_out := [name for name in mdata.mod if name not in found.values()]:
+        warn_of_cells(f"the model does not know {list_names(left_out)}, which counts for nothing")
+    parts = {
+        name: NamedCounts(f"modality {found[name]}", mdata.mod[found[name]])
+        for name in known
+        if name in found
+    }
+    return _keep_chosen(parts, [*mdata.mod], trained_model, choices)
+
+
+def _name_anndata_parts(
+    adata: ad.AnnData, trained_model: LoadedModel, choices: MemoryChoices
+) -> dict[str, NamedCounts]:
+    """What an AnnData holds: the modality that is named, those of its feature types, or one."""
+    known = trained_model.modalities
+    if choices.modality is not None:
+        parts = {choices.modality: NamedCounts("the AnnData", adata)}
+        return _keep_chosen(parts, [choices.modality], trained_model, choices)
+    if types := _split_by_type(adata, trained_model):
+        return _keep_chosen(types, [*types], trained_model, choices)
+    names = name_columns(adata, adata.var, None)
+    shares = {name: _share_known(part.features, names) for name, part in known.items()}
+    fitting = [name for name, share in shares.items() if share >= MIN_KNOWN_IN_MEMORY]
+    fitting = fitting or [name for name, share in shares.items() if share > 0]
+    if len(known) == 1:
+        fitting = [*known]
+    if len(fitting) != 1:
+        listed = ", ".join(f"{share:.0%} of {name}" for name, share in shares.items())
+        raise DataError(
+            "cannot tell which modality an AnnData holds",
+            got=f"features known: {listed}",
+            expected="those of one modality of the model",
+            fix=f'say it: `modality="{next(iter(known))}"`; `feature_ids=` names a column of var '
+            "that names features as the model does",
+        )
+    return _keep_chosen(
+        {fitting[0]: NamedCounts("the AnnData", adata)}, fitting, trained_model, choices
+    )
+
+
+def _share_known(features: Sequence[str], names: Sequence[str]) -> float:
+    given = set(respell_regions(names, features))
+    return sum(feature in given for feature in features) / len(features)
+
+
+def _split_by_type(adata: ad.AnnData, trained_model: LoadedModel) -> dict[str, NamedCounts]:
+    """The columns of each feature type that is a modality of the model, by the model's name."""
+    column = next((c for c in _TYPE_COLUMNS if c in adata.var), None)
+    if column is None:
+        return {}
+    types = adata.var[column].astype(str).to_numpy()
+    known, parts = trained_model.modalities, {}
+    for name in dict.fromkeys(types):
+        kind = match_alias(name)
+        alike = [m for m in known if m == name] or [m for m in known if known[m].kind == kind]
+        if len(alike) == 1 and alike[0] not in parts:
+            where = f"features of type {name!r}"
+            parts[alike[0]] = NamedCounts(where, adata, np.flatnonzero(types == name))
+    return {name: parts[name] for name in known if name in parts}
+
+
+def _keep_chosen(
+    parts: dict[str, NamedCounts],
+    given: Sequence[str],
+    trained_model: LoadedModel,
+    choices: MemoryChoices,
+) -> dict[str, NamedCounts]:
+    """The parts that are asked for, or all of them; there must be some, and the model know them."""
+    wanted = list(parts) if choices.modalities is None else list(choices.modalities)
+    if absent := [name for name in wanted if name not in parts]:
+        raise DataError(
+            "the cells have no such modality",
+            where=f"modalities={list(wanted)}",
+            got=list_names(absent),
+            expected=list_names(parts) or "none",
+        )
+    kept = {name: part for name, part in parts.items() if name in wanted}
+    if not kept or not kept.keys() <= trained_model.modalities.keys():
+        raise DataError(
+            "the model knows none of these modalities",
+            got=list_names(given),
+            expected=list_names(trained_model.modalities),
+            fix="name the modalities as the model does",
+        )
+    return kept
+
+
+def name_columns(adata: ad.AnnData, var: pd.DataFrame, column: str | None) -> list[str]:
+    """Names of the features, (columns,): var_names, or those of a column of var."""
+    if column is None:
+        return [str(name) for name in var.index]
+    if column not in var:
+        raise DataError(
+            "var has no such column",
+            where=f"feature_ids={column!r}",
+            got=f"columns: {list_names(var.columns, 30) or 'none'}",
+        )
+    values = var[column]
+    return values.where(values.notna(), "").astype(str).tolist()
