@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -175,8 +174,6 @@ class Run(ImputationMethods, ComparisonMethods):
                 batch_size=batch_size,
                 ranks=Ranks() if out is None else self._join_ranks(),
             )
-        if result["about"][SEEN]:
-            warnings.warn(SEEN_WARNING, UserWarning, stacklevel=2)
         return Scores(result)
 
     def report(
