@@ -10,7 +10,7 @@ import pandas as pd
 from clue_dist.errors import ConfigError, DataError, list_names
 from clue_dist.inference.cells import Cells
 from clue_dist.inference.load_model import LoadedModel
-from clue_dist.inference.memory_cells import warn_of_cells
+from clue_dist.inference.named_counts import warn_of_cells
 from clue_dist.inference.output_files import check_output_folder, translate_output_errors
 from clue_dist.inference.stream import Embedding, embed_in_memory
 from clue_dist.integration import mark_labelled_cells
