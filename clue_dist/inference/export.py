@@ -179,8 +179,9 @@ def _describe_model(
         yield f"| {modality} | {part.kind} | {part.n_features:,} | {first} |"
     yield ""
     yield f"Batches ({len(card.batches)}): {list_names(card.batches, 20) or 'none'}."
-    yield f"Labels ({len(card.labels)}): {list_names(card.labels, 40) or 'none'}. Training does"
-    yield "not see labels."
+    if card.labels:  # runs of earlier versions do not name them
+        yield f"Labels ({len(card.labels)}): {list_names(card.labels, 40)}."
+        yield "Training does not see labels."
     yield from ("", "## Model", "")
     yield f"{n_parameters:,} numbers of float32; {config.model.latent} dimensions of z for each"
     yield f"modality, {config.model.n_private} of them private. `config.json` holds every setting."
