@@ -121,4 +121,5 @@ def test_a_model_of_an_earlier_version_is_exported_without_labels(
     export_run(earlier, tmp_path / "shared")
     card = (tmp_path / "shared" / "README.md").read_text()
     assert "Trained on an unknown number of cells" in card
+    assert "Labels" not in card
     assert "The run holds no validation of these weights." in card
