@@ -42,7 +42,7 @@ class DifferentialChoices:
     groupby: str  # column of obs with the groups
     groups: Sequence[str] | None = None  # None: every group
     reference: str | None = None  # the group to compare with; None: all other cells
-    from_: Sequence[str] | None = None  # modalities to infer values from; None: all of a cell
+    from_: str | Sequence[str] | None = None  # modalities to infer values from; None: all of a cell
     batch: str = AVERAGE  # name of a batch, or "average"
     features: Sequence[str] | None = None
     least_change: float = 0.25  # log2 fold change that counts; of real values, difference

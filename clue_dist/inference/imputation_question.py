@@ -25,7 +25,9 @@ class ImputationChoices:
     """What is asked for; see docs/answers.md."""
 
     modality: str  # whose values are asked for
-    from_: Sequence[str] | None = None  # modalities to infer them from; None: all that a cell has
+    from_: str | Sequence[str] | None = (
+        None  # modalities to infer them from; None: all that a cell has
+    )
     batch: str = OWN  # name of a batch, "own" (of each cell, "average" where unknown), "average"
     features: Sequence[str] | None = None  # None: all
     # Total counts of the profile that is expected, or "own", those of each cell; None: expected
@@ -75,7 +77,8 @@ def read_question(trained_model: TrainedModel, choices: ImputationChoices) -> Im
             out of range; shares or logarithms of real values.
     """
     known = trained_model.modalities
-    for name in (choices.modality, *(choices.from_ or [])):
+    given = [choices.from_] if isinstance(choices.from_, str) else choices.from_
+    for name in (choices.modality, *(given or [])):
         _require_known(name, list(known), "modality")
     modality = known[choices.modality]
     features = list(choices.features) if choices.features is not None else modality.features
@@ -95,7 +98,7 @@ def read_question(trained_model: TrainedModel, choices: ImputationChoices) -> Im
         choices.modality,
         None if choices.features is None else numbers,
     )
-    sources = tuple(name for name in known if choices.from_ is None or name in choices.from_)
+    sources = tuple(name for name in known if given is None or name in given)
     typical = trained_model.model.get_trunk(choices.modality).typical_library
     return ImputationQuestion(choices, trained_model, decoder, sources, features, code, typical)
 

@@ -11,6 +11,7 @@ Shapes: K modalities, d dimensions of each z_k.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -82,21 +83,25 @@ class LatentTranslation(nn.Module):
         return (weighted @ covariance).to(mean.dtype), covariance.to(mean.dtype)
 
 
-def fit_regression(inputs: Tensor, latents: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Fit latents to inputs by least squares with a ridge.
+def fit_regressions(
+    inputs: Tensor, latents: Tensor, ridges: Sequence[float]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Fit latents to inputs by least squares, with each of several ridges.
 
     Args:
         inputs: (n, D).
         latents: (n, d).
-        ridge: what is added to the variance of every input, as a multiple of their mean.
+        ridges: what is added to the variance of every input, as multiples of their mean.
 
-    Returns:
+    Yields:
         Weight (D, d) and offset (d,).
     """
     centre, mean = inputs.mean(0), latents.mean(0)
     centred = inputs - centre
     covariance = centred.T @ centred / len(inputs)
-    added = ridge * covariance.diagonal().mean() + 1e-9
-    covariance = covariance + added * torch.eye(len(covariance), dtype=covariance.dtype)
-    weight = torch.linalg.solve(covariance, centred.T @ (latents - mean) / len(inputs))
-    return weight, mean - centre @ weight
+    shared = centred.T @ (latents - mean) / len(inputs)
+    identity = torch.eye(len(covariance), dtype=covariance.dtype)
+    for ridge in ridges:
+        added = ridge * covariance.diagonal().mean() + 1e-9
+        weight = torch.linalg.solve(covariance + added * identity, shared)
+        yield weight, mean - centre @ weight

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clue_dist.model.clue import Posterior
 from clue_dist.model.common_space import FEWEST_PAIRED
-from clue_dist.model.translation import LatentTranslation, Regression, fit_regression
+from clue_dist.model.translation import LatentTranslation, Regression, fit_regressions
 
 # Encoders know their training pairs: held-out pairs tell how much of a regression holds for others.
 RIDGES = 0.003, 0.01, 0.03, 0.1, 0.3, 1.0
@@ -73,18 +73,21 @@ def _choose_regression(
     """
     can_choose = others is not None and len(others[0]) >= FEWEST_CHOOSING
     ridges = RIDGES if can_choose else (DEFAULT_RIDGE,)
-    candidates = []
-    for ridge in ridges:
-        weight, offset = fit_regression(inputs, latents, ridge)
-        residual = latents - inputs @ weight - offset
-        error = residual.T @ residual / len(residual)
-        if can_choose and others is not None:
-            seen = residual.square().mean(0).clamp_min(1e-12)
-            unseen = (others[1] - others[0] @ weight - offset).square().mean(0)
-            scale = (unseen / seen).sqrt()
-            error = scale[:, None] * error * scale
-        candidates.append(Regression(weight, offset, _shrink_covariance(error, len(residual))))
-    return min(candidates, key=lambda found: float(found.covariance.diagonal().sum()))
+    fitted = list(fit_regressions(inputs, latents, ridges))
+    errors = [] if others is None else [_square_errors(*others, *found) for found in fitted]
+    best = min(range(len(errors)), key=lambda i: float(errors[i].sum())) if can_choose else 0
+    weight, offset = fitted[best]
+    residual = latents - inputs @ weight - offset
+    error = residual.T @ residual / len(residual)
+    if can_choose:
+        scale = (errors[best] / residual.square().mean(0).clamp_min(1e-12)).sqrt()
+        error = scale[:, None] * error * scale
+    return Regression(weight, offset, _shrink_covariance(error, len(residual)))
+
+
+def _square_errors(inputs: Tensor, latents: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
+    """Mean square error of each dimension, (d,)."""
+    return (latents - inputs @ weight - offset).square().mean(0)
 
 
 def _shrink_covariance(covariance: Tensor, n_cells: int) -> Tensor:
