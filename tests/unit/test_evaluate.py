@@ -187,7 +187,7 @@ def test_a_store_of_one_pattern_has_no_islands(tmp_path):
     assert "joint z, 40 of the store's 40 cells" in text
 
 
-def test_cells_of_the_training_store_are_told(store, tmp_path):
+def test_cells_of_the_training_store_are_told(store, tmp_path, capsys):
     out, known = tmp_path / "s.json", store.manifest.modalities
 
     def score(fingerprint: str, cells: Store = store) -> dict[str, Any]:
@@ -198,11 +198,13 @@ def test_cells_of_the_training_store_are_told(store, tmp_path):
         scores = score(other)
         assert scores["about"]["seen_in_training"] is False
         assert "warning" not in format_scores(scores)
+    assert capsys.readouterr().err == ""
     scores = score(store.fingerprint)
+    assert capsys.readouterr().err.startswith("warning: The model was trained on this store")
     assert json.loads(out.read_text())["about"]["seen_in_training"] is True
     text = " ".join(format_scores(scores).split())
     assert "warning: The model was trained on this store" in text
-    assert "--features-from RUN" in text
+    assert "python -m data_prep split STORE" in text
     grown = Store(store.root)
     notes = {"appended": [{"before": "a" * 64}, {"before": "b" * 64}]}
     grown.manifest = store.manifest.model_copy(update={"provenance": notes})
