@@ -7,11 +7,12 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
+from clue_dist.commands import match as match_command
 from clue_dist.errors import ConfigError, DataError
 from clue_dist.inference.cells import open_cells
 from clue_dist.inference.match import MatchedCells, match_cells, write_matches
 from clue_dist.pair_confidence import PairConfidence, fit_pair_confidence
-from clue_dist.partners import PartnerSettings, find_partners
+from clue_dist.partners import METHODS, PartnerSettings, find_partners
 from clue_dist.store.reader import Store
 from clue_dist.store.seen_cells import identify_cells
 from tests.fakes import FakeLoaded
@@ -140,3 +141,8 @@ def test_modalities_and_batches_that_are_not_there_are_refused(store, loaded, tm
 def test_an_ending_that_no_format_has_is_refused(matched, tmp_path):
     with pytest.raises(ConfigError, match="ending says its format"):
         write_matches(matched, tmp_path / "pairs.txt")
+
+
+def test_the_command_offers_every_method():
+    """It lists them itself, so that its help imports nothing heavy."""
+    assert tuple(METHODS) == match_command._METHODS
