@@ -65,9 +65,9 @@ def compare_groups(
         batch_size: cells encoded at once.
 
     Returns:
-        By group a row for each feature, those that mark the group first: `probability` that the
-        change is large, `bayes_factor` (its log odds), `lfc_mean` and `lfc_std` over pairs (log2),
-        `score` (their ratio, by which rows are sorted), `mean` and `mean_others` (counts per
+        By group a row for each feature, those that mark the group first: `lfc_mean` (log2 fold
+        change, the mean over pairs, by which rows are sorted) and `lfc_std`, `probability` that the
+        change is large, `bayes_factor` (its log odds), `mean` and `mean_others` (counts per
         10,000).
 
     Raises:
@@ -214,7 +214,6 @@ class _Changes:
         odds = (large * self.n_pairs + 1) / ((1 - large) * self.n_pairs + 1)
         table = pd.DataFrame(
             {
-                "score": mean / np.maximum(deviation, 1e-9),
                 "lfc_mean": mean,
                 "lfc_std": deviation,
                 "probability": large,
@@ -224,4 +223,4 @@ class _Changes:
             },
             index=pd.Index(features, name="feature"),
         )
-        return table.sort_values("score", ascending=False)
+        return table.sort_values("lfc_mean", ascending=False)

@@ -65,7 +65,7 @@ def test_the_feature_that_made_the_groups_marks_one_of_them(trained, cells):
     assert list(tables) == ["high", "low"]
     high = tables["high"]
     assert sorted(high.index) == [f"rna-{i}" for i in range(6)]
-    assert high["score"].is_monotonic_decreasing
+    assert high["lfc_mean"].is_monotonic_decreasing
     first = high.loc["rna-0"]
     assert first["lfc_mean"] > 0
     assert first["mean"] > first["mean_others"]
