@@ -3,6 +3,7 @@
 # make test-fast  lint and the fast tests, in two minutes
 # make lint       style, types, import contracts, links of the pages
 # make docs       the pages as a site, in site/
+# make tutorial   runs docs/tutorial.py on real cells, and writes what it shows into docs/tutorial.md
 # make wheelhouse the wheels of all that is installed, in wheelhouse/, for a cluster without internet.
 #                 GLIBC=2.28 names the glibc of the cluster, where it is older than this machine's
 # make system     as root on Debian: Slurm, sshd and what else the tests of clusters start; they are skipped without.
@@ -14,7 +15,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
-.PHONY: demo test test-fast lint docs wheelhouse system
+.PHONY: demo test test-fast lint docs tutorial wheelhouse system
 
 VENV := .venv
 WHEELHOUSE := wheelhouse
@@ -66,6 +67,10 @@ lint: $(READY)
 
 docs: $(READY)
 	$(MKDOCS)
+
+tutorial: $(READY)
+	python -m data_prep fetch --out data/pbmc
+	python -m tests.notebook
 
 SUPPORTED := 3.11 3.12 3.13
 # pyenv's shim of a Python that is not switched on does not start: pyenv's own folders count too.
