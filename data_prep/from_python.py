@@ -138,13 +138,16 @@ def _strip_table(table: ad.AnnData, name: str | None, request: ConversionRequest
 def _keep_columns(
     obs: pd.DataFrame, modalities: Sequence[str], request: ConversionRequest
 ) -> pd.DataFrame:
-    """The columns of obs that hold batch or label, as texts; MuData puts modalities before them."""
+    """The columns of obs that hold batch or label; MuData puts modalities before their names.
+
+    Further flags may name others, as `--keep-obs` and `--dataset-key` do: with any, all are kept.
+    """
     wanted = {request.batch_key or FIELDS["batch"], request.label_key or FIELDS["label"]}
     wanted |= {f"{modality}:{column}" for modality in modalities for column in wanted}
-    kept = obs[[column for column in obs if column in wanted]]
+    kept = obs[[column for column in obs if request.flags or column in wanted]]
     texts = {
         str(column): pd.Categorical(values.map(str, na_action="ignore"))
         for column, values in kept.items()
-        if values.dtype == object
+        if values.dtype.kind in "OMm"  # which may hold anything, or what no file takes
     }
     return kept.assign(**texts)

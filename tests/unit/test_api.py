@@ -14,6 +14,7 @@ from pathlib import Path
 import anndata as ad
 import mudata as md
 import numpy as np
+import pandas as pd
 import pytest
 
 import clue_dist
@@ -172,6 +173,15 @@ def test_cells_in_memory_become_a_store(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="a store of other cells is here already"):
         convert_cells(make_mudata(50), out, request=ConversionRequest())
     assert [path.name for path in tmp_path.iterdir()] == ["s.zarr"]
+
+
+@pytest.mark.slow
+def test_columns_that_flags_name_reach_the_store(tmp_path: Path) -> None:
+    table = make_mudata()["rna"].copy()
+    table.obs["day"] = pd.Timestamp("2020-02-02")
+    flags = ["--keep-obs", "day"]
+    convert_cells(table, tmp_path / "s.zarr", ConversionRequest(modality="rna", flags=flags))
+    assert list(Store(tmp_path / "s.zarr").manifest.obs_columns) == ["day"]
 
 
 @pytest.mark.slow
