@@ -18,7 +18,9 @@ from clue_dist.store.feature_reference import read_feature_reference
 from clue_dist.store.reader import Store
 from clue_dist.train.initial_weights import plan_warm_start
 from tests.stores import make_store
-from tests.unit.test_initial_weights import FEATURES, commit_weights, make_model, make_setup
+from tests.unit.run_helpers import commit_weights, make_model, make_setup
+
+FEATURES = {"rna": 30, "adt": 8}
 
 SCORES = {"split": "validation", "foscttm/rna-adt": 0.125, "accuracy": 0.75, "error": 0.1}
 

@@ -20,7 +20,9 @@ from clue_dist.inference.stream import embed_in_memory
 from clue_dist.store.reader import Store
 from clue_dist.train.initial_weights import plan_warm_start
 from tests.stores import make_store
-from tests.unit.test_initial_weights import FEATURES, commit_weights, make_model, make_setup
+from tests.unit.run_helpers import commit_weights, make_model, make_setup
+
+FEATURES = {"rna": 30, "adt": 8}
 
 
 @pytest.fixture(autouse=True)
