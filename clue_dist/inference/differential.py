@@ -173,7 +173,9 @@ def _compare_pairs(
     code = torch.randint(decoder.n_batches, (n_pairs,), generator=generator)
     if question.fixed_code is not None and question.fixed_code >= 0:
         code.fill_(question.fixed_code)
-    changes = _Changes(decoder.width)
+    # Shares are of the whole modality, whichever of its features are asked for.
+    n_features = question.trained_model.modalities[choices.modality].n_features
+    changes = _Changes(decoder.width, PSEUDO_SHARE * PER_TEN_THOUSAND / n_features)
     step = max(1, MOST_VALUES // decoder.width)
     for start in range(0, n_pairs, step):
         part = slice(start, start + step)
@@ -190,18 +192,17 @@ def _compare_pairs(
 
 
 class _Changes:
-    """Sums over pairs of how F features change."""
+    """Sums over pairs of how F features change; `pseudo` is added to counts per 10,000."""
 
-    def __init__(self, n_features: int) -> None:
-        self.n_pairs = 0
+    def __init__(self, n_features: int, pseudo: float) -> None:
+        self.n_pairs, self.pseudo = 0, pseudo
         self.sums = torch.zeros(5, n_features, dtype=torch.float64)
 
     def add_pairs(self, inside: Tensor, outside: Tensor, has_counts: bool, least: float) -> None:
         """Add values (n, F) of cells of the group, and of those that they are paired with."""
         change = inside - outside
         if has_counts:
-            pseudo = PSEUDO_SHARE * PER_TEN_THOUSAND / inside.shape[1]
-            change = torch.log2((inside + pseudo) / (outside + pseudo))
+            change = torch.log2((inside + self.pseudo) / (outside + self.pseudo))
         is_large = change.abs() > least
         terms = (change, change**2, is_large.double(), inside, outside)
         self.sums += torch.stack([term.sum(0) for term in terms])

@@ -9,6 +9,7 @@ and the embedding of any cell does not move at all.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from clue_dist.checkpoint.model_card import read_model_card
 from clue_dist.data.batch import Batch
 from clue_dist.errors import ConfigError, DataError, list_names
-from clue_dist.inference.cells import Cells
+from clue_dist.inference.cells import Cells, CellSlice
 from clue_dist.inference.export import CardTexts, check_model_folder, write_model_folder
 from clue_dist.inference.load_model import TrainedModel, require_weights
 from clue_dist.model.clue import CLUE
@@ -80,7 +81,10 @@ def learn_batches(
     """
     obs, known = cells.read_obs(), trained_model.batches
     batches = obs["batch"].astype(object) if "batch" in obs else obs.index.to_series() * 0
-    names = sorted({str(name) for name in batches.dropna().unique() if name} - set(known))
+    slices = cells.slice_cells(STEP_CELLS)
+    # Cells without counts are in no slice, and teach nothing.
+    shown = batches.iloc[np.concatenate([s.rows for s in slices])] if slices else batches[:0]
+    names = sorted({str(name) for name in shown.dropna().unique() if name} - set(known))
     if not names:
         raise DataError(
             "no cell is of a batch that the model does not know",
@@ -93,11 +97,11 @@ def learn_batches(
     rows = [_add_rows(decoder, len(names)) for decoder in _list_decoders(model)]
     codes = batches.map({name: len(known) + i for i, name in enumerate(names)})
     new_codes = codes.fillna(-1).to_numpy(np.int64)
-    slices = _read_new_cells(model, cells, new_codes)
-    before = _score_cells(model, slices)
-    _train_rows(model, rows, slices, len(known), seed)
-    gain = _score_cells(model, slices) - before
-    n_cells = sum(batch.n_cells for batch, _ in slices)
+    examples = _read_new_cells(model, cells, _choose_slices(slices, new_codes), new_codes)
+    before = _score_cells(model, examples)
+    _train_rows(model, rows, examples, len(known), seed)
+    gain = _score_cells(model, examples) - before
+    n_cells = sum(int((batch.batch_code >= 0).sum()) for batch, _ in examples)
     tuned = replace(trained_model, model=model.eval(), batches=[*known, *names])
     return tuned, TunedBatches(names, n_cells, gain)
 
@@ -129,23 +133,34 @@ def _add_rows(decoder: Decoder, n_rows: int) -> nn.Parameter:
     return rows
 
 
+def _choose_slices(slices: Sequence[CellSlice], new_codes: np.ndarray) -> list[CellSlice]:
+    """Choose slices with MOST_CELLS or so of new batches, and with some cells of each batch."""
+    codes = np.unique(new_codes[new_codes >= 0])
+    most, chosen = max(1, MOST_CELLS // len(codes)), set()
+    for code in codes:
+        shares = [int((new_codes[s.rows] == code).sum()) for s in slices]
+        holding = np.flatnonzero(shares)
+        chosen.update(holding[:: max(1, sum(shares) // most)].tolist())
+    return [slices[number] for number in sorted(chosen)]
+
+
 @torch.no_grad()
-def _read_new_cells(model: CLUE, cells: Cells, new_codes: np.ndarray) -> list[tuple[Batch, Tensor]]:
-    """Read cells of new batches, MOST_CELLS or so of them, and infer their z.
+def _read_new_cells(
+    model: CLUE, cells: Cells, slices: Sequence[CellSlice], new_codes: np.ndarray
+) -> list[tuple[Batch, Tensor]]:
+    """Read slices that hold cells of new batches, and infer the z of their cells.
 
     Args:
         model: the model.
         cells: the cells.
+        slices: those to read.
         new_codes: (N,), the code of each new batch, -1 of cells that are left aside.
 
     Returns:
         Slices of cells, and the posterior mean of z of each, (n, K, d).
     """
-    slices = [s for s in cells.slice_cells(STEP_CELLS) if (new_codes[s.rows] >= 0).any()]
-    n_new = int((new_codes >= 0).sum())
-    kept = slices[:: max(1, n_new // MOST_CELLS)]
     read = []
-    for cell_slice in kept:
+    for cell_slice in slices:
         batch = cells.read_slice(cell_slice)
         batch = replace(batch, batch_code=torch.from_numpy(new_codes[cell_slice.rows]))
         read.append((batch, model.encode_batch(batch).joint_mean))

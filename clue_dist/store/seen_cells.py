@@ -24,7 +24,10 @@ def identify_cells(manifest: Manifest) -> list[str]:
         `WHOLE:RULE:SIDE` for everything that identifies the whole.
     """
     notes = Provenance.model_validate(manifest.provenance)
-    fingerprints = [manifest.fingerprint, *(note.before for note in notes.appended)]
+    # Both parts of a store that grew keep its notes: what it was before identifies neither of them.
+    wholes = {whole for part in notes.parts for whole in part.whole}
+    earlier = [note.before for note in notes.appended if note.before not in wholes]
+    fingerprints = [manifest.fingerprint, *earlier]
     names = [name for name in (*fingerprints, *_digest_segments(manifest)) if name]
     return names + [
         f"{whole}:{part.rule}:{part.side}" for part in notes.parts for whole in part.whole

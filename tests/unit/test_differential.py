@@ -82,6 +82,14 @@ def test_a_reference_and_features_are_chosen(trained, cells):
     assert sorted(tables["high"].index) == ["rna-0", "rna-2"]
 
 
+def test_a_feature_has_the_same_row_whichever_others_are_asked_for(trained, cells):
+    whole, some = (
+        compare(trained, cells, features=features, pairs=50)["high"]
+        for features in (None, ["rna-2", "rna-0"])
+    )
+    pd.testing.assert_frame_equal(some, whole.loc[some.index])
+
+
 def test_the_same_seed_gives_the_same_table(trained, cells):
     first, second, other = (compare(trained, cells, pairs=50, seed=s)["high"] for s in (0, 0, 1))
     pd.testing.assert_frame_equal(first, second)

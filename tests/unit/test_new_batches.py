@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -41,6 +42,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+class RareBatch(StoreCells):
+    """All cells are of one new batch, but for one in the second slice."""
+
+    def read_obs(self) -> pd.DataFrame:
+        obs = super().read_obs().assign(batch="batch-2")
+        obs.iloc[self.slice_cells(4)[1].rows[0], obs.columns.get_loc("batch")] = "rare"
+        return obs
+
+
 @pytest.fixture
 def trained_model(run: Path) -> TrainedModel:
     return load_model(run)
@@ -66,6 +76,20 @@ def test_decoders_learn_the_new_batches_alone(
         assert len(after[name]) == len(values) + 2 * name.endswith("batch.weight"), name
     first, second = after["decoders.0.batch.weight"][2:]
     assert not first.equal(second)
+
+
+def test_every_new_batch_is_looked_at(
+    trained_model: TrainedModel, new_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch of few cells lies in few slices, which must not all be passed over."""
+    monkeypatch.setattr(new_batches, "STEP_CELLS", 4)
+    monkeypatch.setattr(new_batches, "MOST_CELLS", 8)
+    tuned, report = learn_batches(trained_model, RareBatch(new_store, trained_model))
+    assert report.names == ["batch-2", "rare"]
+    assert report.n_cells < 40
+    for decoder in tuned.model.decoders:
+        rows = decoder.batch.weight
+        assert not rows[3].equal(rows[:2].mean(0))
 
 
 def test_no_embedding_moves(trained_model: TrainedModel, new_store: Store) -> None:

@@ -106,6 +106,33 @@ def test_the_barcode_decides_on_which_side_a_cell_falls(whole: Store, cut: Any) 
     assert smaller.keys() < first.keys()
 
 
+def test_parts_of_a_store_that_grew_share_no_cells(whole: Store) -> None:
+    """The whole notes what it was before cells were appended, and both parts keep its notes."""
+    manifest = whole.manifest
+    before = "b" * 64
+    grown = manifest.model_copy(
+        update={"provenance": manifest.provenance | {"appended": [{"before": before}]}}
+    )
+    names = identify_cells(grown)
+    assert before in names
+    train, test = (
+        identify_cells(
+            grown.model_copy(
+                update={
+                    "fingerprint": side * 16,
+                    "shards": {},
+                    "provenance": grown.provenance
+                    | {"parts": [{"whole": names, "rule": "r", "side": side}]},
+                }
+            )
+        )
+        for side in ("train", "test")
+    )
+    assert not share_cells(train, test)
+    assert share_cells(train, names)
+    assert share_cells(test, [before])
+
+
 def test_a_part_is_unseen_only_where_the_other_part_of_the_same_cut_was_trained_on(
     whole: Store, cut: Any
 ) -> None:
