@@ -9,10 +9,11 @@ import anndata as ad
 import pandas as pd
 
 from clue_dist.files import parse_path
-from clue_dist.inference.cells import CellSource, open_cells
+from clue_dist.inference.cells import CellSource, find_source_file, open_cells
 from clue_dist.inference.differential import DifferentialChoices, compare_groups
+from clue_dist.inference.embed import check_embedding_path
 from clue_dist.inference.imputation_question import ImputationChoices
-from clue_dist.inference.impute import impute_cells, write_imputation
+from clue_dist.inference.impute import FORMATS, impute_cells, write_imputation
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.ranks import Ranks
 
@@ -70,6 +71,9 @@ class ImputationMethods:
         Returns:
             Means in X, draws and bounds in layers, (cells, features); `out`, where that is given.
         """
+        path = None if out is None else parse_path(str(out))
+        if path is not None:
+            check_embedding_path(path, FORMATS, find_source_file(cells))
         opened = open_cells(
             cells,
             self.trained_model,
@@ -90,9 +94,9 @@ class ImputationMethods:
             threshold,
             seed,
         )
-        if out is None:
+        if path is None:
             return impute_cells(self.trained_model, opened, choices, batch_size, self.folder)
-        path, ranks = parse_path(str(out)), Ranks.from_environment().join_group()
+        ranks = Ranks.from_environment().join_group()
         write_imputation(
             self.trained_model,
             opened,

@@ -15,9 +15,20 @@ from clue_dist.comparison_methods import ComparisonMethods
 from clue_dist.config import MIN_KNOWN
 from clue_dist.files import parse_path
 from clue_dist.imputation_methods import ImputationMethods
-from clue_dist.inference.cells import CellSource, MemoryCells, open_cells, open_source
+from clue_dist.inference.cells import (
+    CellSource,
+    MemoryCells,
+    find_source_file,
+    open_cells,
+    open_source,
+)
 from clue_dist.inference.describe_run import describe_run
-from clue_dist.inference.embed import collect_embedding, embed_anndata, embed_cells
+from clue_dist.inference.embed import (
+    check_embedding_path,
+    collect_embedding,
+    embed_anndata,
+    embed_cells,
+)
 from clue_dist.inference.export import CardTexts, export_run
 from clue_dist.inference.load_model import TrainedModel, load_model
 from clue_dist.inference.new_batches import tune_batches
@@ -98,6 +109,9 @@ class Run(ImputationMethods, ComparisonMethods):
             StoreError: modalities or features of a store that are not the model's.
             ConfigError: `out` cannot be written.
         """
+        path = None if out is None else parse_path(str(out))
+        if path is not None:
+            check_embedding_path(path, source=find_source_file(cells))
         # Where the answer goes into a file, the counts may stay in theirs.
         source = open_source(cells, leave_counts=out is not None)
         opened = open_cells(
@@ -110,8 +124,7 @@ class Run(ImputationMethods, ComparisonMethods):
             batch_key=batch_key,
             min_known=min_known,
         )
-        if out is not None:
-            path = parse_path(str(out))
+        if path is not None:
             embed_cells(
                 self.trained_model,
                 opened,

@@ -42,7 +42,7 @@ class AlignedCounts:
         """Read cells as the model takes them.
 
         Args:
-            rows: (n,), ascending.
+            rows: (n,), in any order, each once.
 
         Raises:
             DataError: a value is not a count, or not finite where real values are taken.
@@ -82,8 +82,11 @@ class AlignedCounts:
 
     def _read_source(self, rows: np.ndarray) -> Any:
         """Rows as they lie in memory or in their file, an array or a sparse matrix."""
-        is_range = len(rows) and rows[-1] - rows[0] == len(rows) - 1
-        found = self.matrix[slice(rows[0], rows[-1] + 1) if is_range else rows]
+        # Cells of a MuData may lie in another order in a modality, and a file is read forwards.
+        order = np.argsort(rows)
+        ascending = rows[order]
+        is_range = len(rows) and (np.diff(ascending) == 1).all()
+        found = self.matrix[slice(ascending[0], ascending[-1] + 1) if is_range else ascending]
         if hasattr(found, "compute"):  # an array of Dask
             found = found.compute()
         if not sp.issparse(found):
@@ -95,7 +98,7 @@ class AlignedCounts:
                 got=found.dtype,
                 expected="integers or floats",
             )
-        return found
+        return found if (order[:-1] < order[1:]).all() else found[np.argsort(order)]
 
     def _align_values(self, found: Any, rows: np.ndarray) -> np.ndarray:
         """Real values as float32 (n, features)."""

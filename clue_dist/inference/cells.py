@@ -33,6 +33,7 @@ __all__ = [
     "MemoryCells",
     "SegmentSlice",
     "StoreCells",
+    "find_source_file",
     "open_cells",
     "open_source",
 ]
@@ -143,6 +144,14 @@ def open_source(
             got=reason,
             fix="`python -m data_prep doctor FILE` says what is wrong with it",
         ) from error
+
+
+def find_source_file(source: CellSource) -> Path | None:
+    """Find the file or folder that cells are read from; None of cells in memory, and elsewhere."""
+    if isinstance(source, Store):
+        return None
+    place = source if isinstance(source, (str, Path)) else source.filename
+    return None if place is None or "://" in str(place) else parse_path(str(place))
 
 
 def _open_store_cells(

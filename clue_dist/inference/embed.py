@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import anndata as ad
+import h5py
 import mudata as md
 import numpy as np
 import pandas as pd
@@ -227,12 +228,15 @@ def describe_embedding(trained_model: LoadedModel, cells: Cells, run: Path | str
     }
 
 
-def check_embedding_path(out: Path, formats: Sequence[str] = FORMATS) -> None:
-    """Check that `out` has a known ending and would replace only a file or an earlier embedding.
+def check_embedding_path(
+    out: Path, formats: Sequence[str] = FORMATS, source: str | Path | None = None
+) -> None:
+    """Check that `out` has a known ending and would replace only an earlier result.
 
     Args:
         out: where a result is to go.
         formats: the known endings.
+        source: a file that is read, which may not be `out`.
 
     Raises:
         ConfigError: it is not.
@@ -246,10 +250,21 @@ def check_embedding_path(out: Path, formats: Sequence[str] = FORMATS) -> None:
             expected=" or ".join(formats),
         )
     check_output_folder(out)
+    if source is not None and out.exists() and Path(source).exists() and out.samefile(source):
+        raise ConfigError("the output would replace what is read", where=where, fix=fix)
     if out.is_dir() and not (out / "uns" / "clue_dist").is_dir():
         raise ConfigError("a folder that is not an embedding is in the way", where=where, fix=fix)
-    if out.suffix == ".zarr" and out.is_file():
-        raise ConfigError("a file is in the way", where=where, fix=fix)
+    if out.is_file() and not _holds_result(out):
+        raise ConfigError("a file that is not an embedding is in the way", where=where, fix=fix)
+
+
+def _holds_result(file: Path) -> bool:
+    """Whether a file says that this project has written it."""
+    try:
+        with h5py.File(file) as opened:
+            return file.suffix != ".zarr" and "uns/clue_dist" in opened
+    except OSError:
+        return False
 
 
 def _build_tables(

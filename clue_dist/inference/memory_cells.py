@@ -113,6 +113,8 @@ def collect_memory_cells(
         DataError: they cannot be brought there.
     """
     named = name_parts(source, trained_model, choices)
+    # A view may be left without any cell of a modality.
+    named = {name: part for name, part in named.items() if part.adata.n_obs}
     counts, rows = {}, {}
     for name, part in named.items():
         counts[name] = _align_part(part, name, trained_model, choices)
@@ -209,7 +211,9 @@ def _find_rows(source: ad.AnnData | md.MuData, adata: ad.AnnData) -> np.ndarray:
 
 def _report_empty(source: ad.AnnData | md.MuData, rows: Mapping[str, np.ndarray]) -> None:
     """Warn of cells without any counts, which get no answer; refuse cells that all have none."""
-    measured = np.any([row >= 0 for row in rows.values()], axis=0)
+    measured = np.zeros(source.n_obs, bool)
+    for row in rows.values():
+        measured |= row >= 0
     empty = source.obs_names[~measured]
     if len(empty) == source.n_obs:
         raise DataError(

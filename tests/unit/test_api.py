@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import anndata as ad
@@ -19,7 +20,7 @@ import pytest
 
 import clue_dist
 from clue_dist.api import Run, load
-from clue_dist.errors import ClueError, DataError, StoreError
+from clue_dist.errors import ClueError, ConfigError, DataError, StoreError
 from clue_dist.resilience.stop_signals import StopFlag
 from clue_dist.store.reader import Store
 from data_prep.from_python import ConversionRequest, convert_cells
@@ -123,6 +124,9 @@ def test_an_embedding_is_written_where_out_says(folder: Path, run: Run, tmp_path
     returned = run.embed(tmp_path / "rna.h5ad")
     assert isinstance(returned, ad.AnnData)
     np.testing.assert_allclose(returned.obsm["X_clue"], table.obsm["X_clue"], atol=1e-6)
+    for write in (run.embed, partial(run.impute, modality="adt")):
+        with pytest.raises(ConfigError, match="would replace what is read"):
+            write(tmp_path / "rna.h5ad", out=tmp_path / "rna.h5ad")
 
 
 def test_scores_are_a_table_and_cells_that_were_trained_on_are_told(

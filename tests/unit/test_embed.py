@@ -16,7 +16,7 @@ import torch
 
 from clue_dist.data.batch import read_batch
 from clue_dist.errors import ConfigError, ResumeError, StoreError
-from clue_dist.inference.embed import embed_store
+from clue_dist.inference.embed import check_embedding_path, embed_store
 from clue_dist.inference.query import require_known_features
 from clue_dist.store.manifest import Modality
 from clue_dist.store.reader import Store
@@ -150,7 +150,7 @@ def test_ranks_write_what_one_writes(store, loaded, tmp_path, world, batch_size)
     code = """
         from pathlib import Path
         from clue_dist.inference import stream
-        from clue_dist.inference.embed import embed_store
+        from clue_dist.inference.embed import check_embedding_path, embed_store
         from clue_dist.ranks import Ranks
         from clue_dist.store.reader import Store
         from tests.fakes import FakeLoaded
@@ -238,6 +238,20 @@ def test_outputs_that_cannot_be_are_refused_before_any_work(store, loaded, tmp_p
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+def test_an_output_replaces_results_alone_and_never_what_is_read(store, loaded, tmp_path):
+    out, other = tmp_path / "cells.h5ad", tmp_path / "link.h5ad"
+    ad.AnnData(np.ones((2, 2))).write_h5ad(out)
+    before = out.read_bytes()
+    with pytest.raises(ConfigError, match="a file that is not an embedding"):
+        embed_store(loaded, store, out, run="r")
+    assert out.read_bytes() == before
+    ad.AnnData(np.ones((2, 2)), uns={"clue_dist": {"run": "r"}}).write_h5ad(out)
+    check_embedding_path(out)
+    other.symlink_to(out)
+    with pytest.raises(ConfigError, match="would replace what is read"):
+        check_embedding_path(out, source=other)
+
+
 def test_a_full_disk_is_told_and_leaves_nothing(store, loaded, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     # As Python has it: writing fails, and is no signal.
@@ -300,7 +314,7 @@ def test_an_error_of_one_rank_is_raised_on_all(store, tmp_path):
     code = """
         import torch
         from pathlib import Path
-        from clue_dist.inference.embed import embed_store
+        from clue_dist.inference.embed import check_embedding_path, embed_store
         from clue_dist.errors import ResumeError
         from clue_dist.ranks import Ranks
         from clue_dist.store.reader import Store

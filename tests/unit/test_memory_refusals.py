@@ -182,6 +182,31 @@ def test_an_unpaired_mudata_is_taken_as_it_is():
     assert mdata["adt"].obsm["X_clue"].shape == (3, 9)
 
 
+@pytest.mark.parametrize("is_backed", [False, True])
+def test_cells_may_lie_in_another_order_in_a_modality(tmp_path, is_backed):
+    order = [0, 2, 1, 3, 4]
+    adt = make_table("adt")
+    adt.X = adt.X.toarray()
+    mdata = md.MuData({"rna": make_table(), "adt": adt[order].copy()})
+    assert list(mdata["adt"].obs_names) != list(mdata.obs_names)
+    if is_backed:
+        mdata.write(tmp_path / "cells.h5mu")
+        mdata = md.read_h5mu(tmp_path / "cells.h5mu", backed="r")
+    read = open_cells(mdata, LOADED)
+    batch = read.read_slice(read.slice_cells(100)[0])
+    np.testing.assert_array_equal(dense(batch.modalities["adt"].counts), adt.X)
+    np.testing.assert_array_equal(dense(batch.modalities["rna"].counts), make_table().X.toarray())
+
+
+def test_a_modality_without_cells_is_left_out():
+    other = make_table("adt", cells=3)
+    other.obs_names = [f"other-{i}" for i in range(3)]
+    mdata = md.MuData({"rna": make_table(), "adt": other})
+    assert open_cells(mdata[:5], LOADED).modalities == ["rna"]
+    with pytest.raises(DataError, match="no cell has counts"):
+        open_cells(mdata[:0], LOADED)
+
+
 def test_a_modality_may_have_another_name_of_its_kind():
     mdata = md.MuData({"gex": make_table(), "Protein": make_table("adt")})
     assert list(read_all(mdata)) == ["rna", "adt"]
