@@ -51,11 +51,13 @@ class ComparisonMethods:
             within_batch: whether a partner must be of the same batch.
             approximate: whether neighbours come from faiss, for more than some 100,000 cells.
             calibrate_on: cells with both modalities, new to the model, that confidence is
-                calibrated on; by default those of `cells`, if there are 50 or more.
+                calibrated on; by default those of `cells`, if these are a store that the model
+                was not trained on, with 50 of them or more.
             layer, feature_ids, batch_key, min_known, batch_size: as of `embed`.
 
         Returns:
-            `cell`, `partner`, `weight`, and `confidence`, the probability that both are one cell.
+            `cell`, `partner`, `weight`, and `confidence`, the probability that both are one cell;
+            `attrs["is_calibrated"]` says whether that was calibrated.
         """
         settings = PartnerSettings(method, n_partners, approximate=approximate)
         path = None if out is None else parse_path(str(out))

@@ -136,7 +136,7 @@ for values, row, panel_row in zip(
 # test cells have both, so we know the truth.
 
 # %%
-pairs = run.match(test, "rna", "adt")
+pairs = run.match(test, "rna", "adt", calibrate_on=test)
 types = cell_types.astype(str).to_dict()
 is_cell = pairs["cell"] == pairs["partner"]
 is_type = pairs["cell"].map(types) == pairs["partner"].map(types)

@@ -69,6 +69,7 @@ class FakeLoaded:
     seen_cells: frozenset[str] = frozenset()
     batches: list[str] = field(default_factory=list)
     model: Any = field(default=None)
+    batch_key: str = ""
 
     def __post_init__(self) -> None:
         if self.model is None:

@@ -10,6 +10,7 @@ from clue_dist.config import Config
 from clue_dist.errors import ResumeError
 from clue_dist.files import translate_write_errors, write_file
 from clue_dist.store.manifest import Modality
+from clue_dist.store.provenance import Provenance
 from clue_dist.store.reader import Store
 from clue_dist.store.seen_cells import identify_cells
 
@@ -27,6 +28,8 @@ class ModelCard(BaseModel):
     # For people, of the store that the model was trained on; runs of earlier versions lack both.
     labels: list[str] = []
     n_cells: int = 0
+    # The column of obs that gave the batches at conversion; "" where none did, or that is unknown.
+    batch_key: str = ""
 
     @property
     def identities(self) -> frozenset[str]:
@@ -58,6 +61,7 @@ def write_model_card(
         seen_cells=list(dict.fromkeys(seen)),
         labels=store.manifest.labels,
         n_cells=store.manifest.n_cells,
+        batch_key=Provenance.model_validate(store.manifest.provenance).columns.get("batch", ""),
     )
     with translate_write_errors("what the run is", run_folder):
         run_folder.mkdir(parents=True, exist_ok=True)

@@ -93,7 +93,8 @@ def open_cells(
         modalities: those to use; by default all that the model knows.
         layer: where raw counts lie, for all modalities or by modality; by default X.
         feature_ids: column of var that names the features, instead of var_names, likewise.
-        batch_key: column of obs with the batch; by default `batch`, where there is one.
+        batch_key: column of obs with the batch; by default that of the training cells, or `batch`,
+            where there is one.
         min_known: least share of a modality's features that must be there; by default 0.5 of cells
             in memory, and 0.1 of each file of a store.
 

@@ -36,15 +36,22 @@ def describe_run(folder: Path, trained_model: TrainedModel) -> str:
 
 
 def _describe_training_cells(trained_model: TrainedModel) -> str | None:
-    """How many cells the run's store holds; None where the store is gone or another one."""
+    """How many cells the run was trained on; None where that is not known."""
+    place, n_cells, segments = trained_model.config.store, trained_model.n_cells, ""
+    manifest = None if "://" in place else _read_manifest(place)  # which a server may not answer
+    if manifest is not None and manifest.fingerprint in trained_model.seen_cells:
+        n_cells = manifest.n_cells
+        counts = (f"{segment.n_cells:,} {name}" for name, segment in manifest.strata.items())
+        segments = f" ({', '.join(counts)})"
+    return f"{n_cells:,} cells{segments} of {place}" if n_cells else None
+
+
+def _read_manifest(place: str) -> Manifest | None:
+    """The manifest of a store; None where it cannot be read."""
     try:
-        manifest = Manifest.read(parse_location(trained_model.config.store))
+        return Manifest.read(parse_location(place))
     except (ClueError, OSError):
         return None
-    if manifest.fingerprint not in trained_model.seen_cells:
-        return None
-    strata = ", ".join(f"{segment.n_cells:,} {name}" for name, segment in manifest.strata.items())
-    return f"{manifest.n_cells:,} cells ({strata}) of {trained_model.config.store}"
 
 
 def _describe_scores(folder: Path, checkpoint: str) -> str | None:

@@ -29,6 +29,7 @@ from clue_dist.inference.imputation_question import (
 )
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.matrix_files import MatrixFolder
+from clue_dist.inference.named_counts import warn_of_cells
 from clue_dist.inference.output_files import make_scratch_folder, translate_output_errors
 from clue_dist.inference.stream import read_slices_ahead
 from clue_dist.model.imputation import (
@@ -309,4 +310,16 @@ def _describe_cells(
             )
         names[cell_slice.rows] = "+".join(used)
     obs[SOURCES_COLUMN] = pd.Categorical(names)
+    _warn_of_batches(obs, question)
     return obs
+
+
+def _warn_of_batches(obs: pd.DataFrame, question: ImputationQuestion) -> None:
+    """Warn where each cell's own batch is asked for, and the model knows none of them."""
+    known = question.trained_model.batches
+    is_known = "batch" in obs and obs["batch"].isin(known).any()
+    if question.fixed_code is None and len(known) > 1 and not is_known:
+        warn_of_cells(
+            f"the model knows the batch of no cell: values are averaged over its {len(known)} "
+            "batches; `batch_key=` names the column of obs that holds the batch"
+        )

@@ -62,6 +62,11 @@ class LoadedModel(Protocol):
         ...
 
     @property
+    def batch_key(self) -> str:
+        """The column of obs that gave the batches, "" where that is unknown."""
+        ...
+
+    @property
     def name(self) -> str:
         """The checkpoint that holds the weights."""
         ...
@@ -104,6 +109,8 @@ class TrainedModel:
     seen_cells: frozenset[str] = frozenset()
     # The biological batches that the decoders know; a batch's code is its place here.
     batches: list[str] = field(default_factory=list)
+    batch_key: str = ""  # the column of obs that gave them, where that is known
+    n_cells: int = 0  # that it was trained on, where that is known
 
     def __repr__(self) -> str:
         return f"TrainedModel({self.name}, {self.modalities}, {len(self.batches)} batches)"
@@ -149,7 +156,14 @@ def load_model(run: Path, checkpoint: str = "best") -> TrainedModel:
     model = _make_model(run, card, config)
     load_weights(model, folder, "use the version of clue_dist that trained them")
     return TrainedModel(
-        model.eval(), card.modalities, folder.name, config, card.identities, card.batches
+        model.eval(),
+        card.modalities,
+        folder.name,
+        config,
+        card.identities,
+        card.batches,
+        card.batch_key,
+        card.n_cells,
     )
 
 

@@ -12,6 +12,7 @@ import scipy.sparse as sp
 from clue_dist.errors import ConfigError, list_names
 from clue_dist.inference.cells import Cells, StoreCells
 from clue_dist.inference.load_model import LoadedModel
+from clue_dist.inference.named_counts import warn_of_cells
 from clue_dist.inference.output_files import check_output_folder, translate_output_errors
 from clue_dist.inference.query import holds_training_cells
 from clue_dist.inference.stream import embed_in_memory
@@ -78,7 +79,7 @@ def match_cells(
         within_batch: whether a partner must be of the same batch.
         calibrate_on: what confidence is calibrated on: cells with both modalities that the model
             has not been trained on, or an earlier calibration. By default those of `cells`, if
-            there are 50 or more and the model is not known to have been trained on them.
+            these are a store that the model was not trained on, with 50 of them or more.
         batch_size: cells embedded at once.
 
     Raises:
@@ -105,7 +106,9 @@ def match_cells(
         }
     )
     order = np.lexsort((-found.data, found.row))
-    return MatchedCells(weights, pairs.iloc[order].reset_index(drop=True), confidence)
+    pairs = pairs.iloc[order].reset_index(drop=True)
+    pairs.attrs["is_calibrated"] = confidence.is_calibrated
+    return MatchedCells(weights, pairs, confidence)
 
 
 def check_pairs_path(out: Path) -> None:
@@ -188,10 +191,17 @@ def _choose_confidence(
         paired = _embed_sides(trained_model, calibrate_on, modalities, False, batch_size)
         return fit_pair_confidence(*_select_pairs(paired), settings)
     profiles = _select_pairs(sides)
-    is_seen = isinstance(cells, StoreCells) and holds_training_cells(
-        cells.store, trained_model.seen_cells
-    )
-    if is_seen or len(profiles[0]) < FEWEST_PAIRS:
+    if len(profiles[0]) < FEWEST_PAIRS:
+        return PairConfidence()
+    if not isinstance(cells, StoreCells):
+        # Pairs of training match better than new ones, and confidence would be too high.
+        warn_of_cells(
+            "nothing says whether the model was trained on these cells, so confidence is not "
+            "calibrated on them: `calibrate_on=` names cells with both modalities that it has not "
+            "seen"
+        )
+        return PairConfidence()
+    if holds_training_cells(cells.store, trained_model.seen_cells):
         return PairConfidence()
     return fit_pair_confidence(*profiles, settings)
 

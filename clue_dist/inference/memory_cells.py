@@ -123,7 +123,7 @@ def collect_memory_cells(
         empty = aligned.mark_empty()
         rows[name] = np.where((rows[name] >= 0) & ~empty[rows[name]], rows[name], -1)
     _report_empty(source, rows)
-    batch = find_batches(source, choices.batch_key)
+    batch = find_batches(source, choices.batch_key, trained_model.batch_key)
     obs = collect_obs(source)
     codes = np.full(len(obs), -1, np.int64)
     if batch is not None:

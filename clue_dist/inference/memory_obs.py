@@ -38,15 +38,19 @@ def collect_obs(source: ad.AnnData | md.MuData) -> pd.DataFrame:
     return obs
 
 
-def find_batches(source: ad.AnnData | md.MuData, key: str | None) -> list[str] | None:
+def find_batches(
+    source: ad.AnnData | md.MuData, key: str | None, trained_key: str = ""
+) -> list[str] | None:
     """Find the batch of each cell.
 
     Args:
         source: the cells.
-        key: column of obs, of all cells or of a modality; by default `batch`, if there is one.
+        key: column of obs, of all cells or of a modality; by default the first that is there of
+            `trained_key` and `batch`.
+        trained_key: the column that gave the batches that a model was trained on.
 
     Returns:
-        (N,) names, "" where unknown; None where no column is named, and there is no `batch`.
+        (N,) names, "" where unknown; None where no column is named, and none of these is there.
 
     Raises:
         DataError: there is no such column.
@@ -54,7 +58,8 @@ def find_batches(source: ad.AnnData | md.MuData, key: str | None) -> list[str] |
     frames = [source.obs]
     if isinstance(source, md.MuData):
         frames += [adata.obs.reindex(source.obs_names) for adata in source.mod.values()]
-    column = BATCH_COLUMN if key is None else key
+    wanted = [trained_key, BATCH_COLUMN] if key is None else [key]
+    column = next((name for name in wanted if any(name in frame for frame in frames)), None)
     found = [frame[column] for frame in frames if column in frame]
     if not found:
         if key is None:

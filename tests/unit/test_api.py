@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,13 +21,15 @@ import pytest
 
 import clue_dist
 from clue_dist.api import Run, load
+from clue_dist.checkpoint.model_card import read_model_card, write_model_card
 from clue_dist.errors import ClueError, ConfigError, DataError, StoreError
+from clue_dist.inference import describe_run
 from clue_dist.resilience.stop_signals import StopFlag
 from clue_dist.store.reader import Store
 from data_prep.from_python import ConversionRequest, convert_cells
 from data_prep.simulate import SimulationSpec, build_mudata, parse_features
 from tests.stores import make_store
-from tests.unit.run_helpers import make_run
+from tests.unit.run_helpers import make_run, make_setup
 from tests.unit.test_cells_in_memory import CELLS, read_mudata
 
 SMALL = {
@@ -86,12 +89,29 @@ def test_a_run_says_what_it_holds(folder: Path, run: Run) -> None:
     ]
 
 
+def test_a_run_does_not_ask_a_server_what_it_holds(
+    folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(describe_run, "parse_location", lambda place: pytest.fail(place))
+    config = run.trained_model.config.model_copy(update={"store": "s3://cells/s.zarr"})
+    remote = replace(run.trained_model, config=config)
+    assert "trained on: 131 cells of s3://cells/s.zarr" in repr(Run(folder / "run", remote))
+
+
+def test_a_run_keeps_the_column_that_gave_its_batches(folder: Path, tmp_path: Path) -> None:
+    setup = make_setup(folder / "s.zarr")
+    notes = {"provenance": {"columns": {"batch": "donor"}}}
+    setup.store.manifest = setup.store.manifest.model_copy(update=notes)
+    write_model_card(tmp_path, setup.store, setup.config)
+    assert read_model_card(tmp_path).batch_key == "donor"
+
+
 def test_a_run_whose_store_and_metrics_are_gone_says_the_rest(folder: Path) -> None:
     make_store(folder / "gone.zarr", cells=CELLS)
     make_run(folder / "lone", folder / "gone.zarr")
     (folder / "gone.zarr").rename(folder / "moved.zarr")
     text = repr(load(folder / "lone"))
-    assert "trained on" not in text
+    assert f"trained on: 131 cells of {folder / 'gone.zarr'}" in text
     assert "validation" not in text
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import anndata as ad
 import mudata as md
 import numpy as np
@@ -102,6 +104,19 @@ def test_batches_are_those_of_the_store(store, loaded):
     found = collect_batches(open_cells(read_mudata(store), loaded))
     assert found == collect_batches(open_cells(store, loaded))
     assert {code for _, code, _ in found.values()} == {-1, 0}  # batch-0 is not the model's
+
+
+def test_batches_lie_where_those_of_the_training_cells_did(store, loaded):
+    mdata = read_mudata(store)
+    for table in mdata.mod.values():
+        table.obs = table.obs.rename(columns={"batch": "donor"})
+    mdata.obs = mdata.obs[[]]
+    assert {code for _, code, _ in collect_batches(open_cells(mdata, loaded)).values()} == {-1}
+    by_donor = replace(loaded, batch_key="donor")
+    found = open_cells(mdata, by_donor)
+    assert collect_batches(found) == collect_batches(open_cells(store, loaded))
+    mdata.obs["batch"] = "elsewhere"  # which stands for another thing here
+    assert collect_batches(open_cells(mdata, by_donor)) == collect_batches(found)
 
 
 def test_embedding_is_written_where_the_cells_are(store, loaded):

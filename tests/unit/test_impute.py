@@ -70,6 +70,15 @@ def test_an_unknown_batch_is_averaged(trained, store):
     np.testing.assert_allclose(own, impute(trained, store, batch="average").X, rtol=1e-5)
 
 
+def test_batches_that_are_all_unknown_are_a_warning(trained, store):
+    class Unknown(StoreCells):
+        def read_obs(self):
+            return super().read_obs().drop(columns="batch")
+
+    with pytest.warns(UserWarning, match="knows the batch of no cell"):
+        impute_cells(trained, Unknown(store, trained), ImputationChoices("rna"))
+
+
 def test_units_are_shares_or_counts(trained, store):
     shares = impute(trained, store).X
     np.testing.assert_allclose(impute(trained, store, library_size=500.0).X, shares / 20, rtol=1e-5)

@@ -17,6 +17,7 @@ from clue_dist.store.reader import Store
 from clue_dist.store.seen_cells import identify_cells
 from tests.fakes import FakeLoaded
 from tests.stores import make_store
+from tests.unit.test_cells_in_memory import read_mudata
 
 CELLS = {"rna+adt": 70, "rna": 41, "adt": 20}
 
@@ -90,6 +91,17 @@ def test_confidence_is_calibrated_on_pairs_the_model_has_not_seen(matched, store
     found = match_cells(seen, open_cells(store, seen), "rna", "adt")
     assert not found.confidence.is_calibrated
     assert "not calibrated" in repr(found)
+
+
+def test_cells_in_memory_calibrate_only_where_they_are_named(store, loaded):
+    """They may be what the model was trained on, and nothing says so."""
+    cells = open_cells(read_mudata(store), loaded)
+    with pytest.warns(UserWarning, match="nothing says whether the model was trained"):
+        found = match_cells(loaded, cells, "rna", "adt")
+    assert not found.pairs.attrs["is_calibrated"]
+    again = match_cells(loaded, cells, "rna", "adt", calibrate_on=cells)
+    assert again.pairs.attrs["is_calibrated"]
+    assert again.confidence.n_pairs == 70
 
 
 def test_calibration_may_be_given(store, loaded, tmp_path):
