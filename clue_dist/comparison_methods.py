@@ -48,7 +48,8 @@ class ComparisonMethods:
             out: a file for the pairs (.csv, .csv.gz, .parquet) or their sparse matrix (.npz).
             method: see `clue_dist.partners.find_partners`.
             n_partners: the most that a cell gets, up to 1,000.
-            within_batch: whether a partner must be of the same batch.
+            within_batch: whether a partner must be of the same batch; a cell of an unknown batch
+                gets none.
             approximate: whether neighbours come from faiss, for more than some 100,000 cells.
             calibrate_on: cells with both modalities, new to the model, that confidence is
                 calibrated on; by default those of `cells`, if these are a store that the model
@@ -69,6 +70,9 @@ class ComparisonMethods:
             "batch_key": batch_key,
             "min_known": min_known,
         }
+        paired = None
+        if calibrate_on is not None:  # whose batches do not matter
+            paired = self._open_cells(calibrate_on, reading | {"batch_key": None})
         matched = match_cells(
             self.trained_model,
             self._open_cells(cells, reading),
@@ -76,7 +80,7 @@ class ComparisonMethods:
             second,
             settings=settings,
             within_batch=within_batch,
-            calibrate_on=None if calibrate_on is None else self._open_cells(calibrate_on, reading),
+            calibrate_on=paired,
             batch_size=batch_size,
         )
         if path is not None:

@@ -155,7 +155,8 @@ def fit_label_transfer(
 
     Args:
         reference: (R, D), z of labelled cells.
-        labels: (R,) names.
+        labels: (R,) names. Cells that are "unknown" in the reference teach nothing: it is what a
+            query is called that is like no type.
         views: (R, D), z of the same cells from what is measured in queries, NaN where that was not
             measured in a reference cell. Confidence and novelty are calibrated on it. By default
             the reference itself.
@@ -165,11 +166,12 @@ def fit_label_transfer(
         DataError: fewer than two labelled cells, or values that are not finite.
     """
     settings = settings or TransferSettings()
-    keys = torch.as_tensor(reference).double()
+    is_known = np.asarray(labels, str) != UNKNOWN_LABEL
+    keys = torch.as_tensor(reference[is_known]).double()
     if len(keys) < 2:
         raise DataError("the reference needs two labelled cells", got=len(keys))
-    names, codes = np.unique(np.asarray(labels, str), return_inverse=True)
-    seen = keys if views is None else torch.as_tensor(views).double()
+    names, codes = np.unique(np.asarray(labels, str)[is_known], return_inverse=True)
+    seen = keys if views is None else torch.as_tensor(views[is_known]).double()
     rows = np.flatnonzero(seen.isfinite().all(1).numpy())
     is_calibrated = len(rows) >= _FEWEST_CALIBRATION
     if not is_calibrated:

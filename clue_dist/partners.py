@@ -87,7 +87,8 @@ class ProfilePair:
         backward = self.search(self.second, self.first, count).indices
         rows = np.concatenate([_repeat_rows(forward), backward.ravel()])
         columns = np.concatenate([forward.ravel(), _repeat_rows(backward)])
-        pairs = np.unique(rows * len(self.second) + columns)
+        is_found = (rows >= 0) & (columns >= 0)  # faiss gives -1 for none
+        pairs = np.unique(rows[is_found] * len(self.second) + columns[is_found])
         rows, columns = np.divmod(pairs, len(self.second))
         return sp.coo_array((self.compute_cosines(rows, columns), (rows, columns)), self.shape)
 
@@ -126,7 +127,7 @@ def find_partners(
         second: (M, D), the same of the second modality.
         settings: how partners are sought.
         batches: (N,) and (M,) names or codes. Partners are sought within a batch where they are
-            given, among all cells otherwise.
+            given, among all cells otherwise. A cell whose batch is "" gets no partner.
 
     Returns:
         Weights (N, M), of which each row sums to 1 or is empty.
@@ -148,6 +149,8 @@ def find_partners(
         return keep_best_partners(link(ProfilePair(x, y, settings)), settings.n_partners)
     parts = []
     for name in np.intersect1d(*batches):
+        if name == "":
+            continue
         rows, columns = (np.flatnonzero(batch == name) for batch in batches)
         weights = link(ProfilePair(x[rows], y[columns], settings)).tocoo()
         parts.append((weights.data, rows[weights.row], columns[weights.col]))

@@ -25,6 +25,13 @@ def read_metrics_lines(path: Path) -> list[MetricsLine]:
     return [MetricsLine(line, _parse_row(line)) for line in lines if line.strip()]
 
 
+def find_validation(path: Path, step: int | None) -> dict[str, Any]:
+    """Find what validation measured at a step, the last time; nothing where it was not logged."""
+    rows = [line.row for line in read_metrics_lines(path) if line.row is not None]
+    found = [row for row in rows if row.get("split") == "validation" and row["step"] == step]
+    return found[-1] if found else {}
+
+
 def _parse_row(line: bytes) -> dict[str, Any] | None:
     """What a line holds, if it is a JSON object that names a step."""
     try:

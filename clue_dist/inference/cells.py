@@ -16,7 +16,7 @@ from clue_dist.errors import DataError
 from clue_dist.files import parse_path
 from clue_dist.inference.load_model import LoadedModel
 from clue_dist.inference.memory_cells import MemoryCells, collect_memory_cells
-from clue_dist.inference.named_counts import MemoryChoices, warn_of_cells
+from clue_dist.inference.named_counts import MemoryChoices, list_chosen, warn_of_cells
 from clue_dist.inference.query import (
     holds_training_cells,
     require_known_features,
@@ -103,7 +103,7 @@ def open_cells(
         StoreError: modalities or features that are not the model's; no sound store.
         ConfigError: the store has none of the modalities.
     """
-    source = open_source(source)
+    source, modalities = open_source(source), list_chosen(modalities)
     if isinstance(source, Store):
         return _open_store_cells(source, trained_model, modalities, min_known)
     choices = MemoryChoices(modality, modalities, layer, feature_ids, batch_key, min_known)

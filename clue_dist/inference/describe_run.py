@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from clue_dist.checkpoint.metrics_lines import read_metrics_lines
+from clue_dist.checkpoint.metrics_lines import find_validation
 from clue_dist.checkpoint.run_folder import CHECKPOINT_NAME, parse_step
 from clue_dist.errors import ClueError, list_names
 from clue_dist.inference.load_model import TrainedModel
@@ -57,17 +57,12 @@ def _read_manifest(place: str) -> Manifest | None:
 def _describe_scores(folder: Path, checkpoint: str) -> str | None:
     """The scores of the validation of a checkpoint; None where there was none."""
     step = parse_step(Path(checkpoint)) if CHECKPOINT_NAME.fullmatch(checkpoint) else None
-    rows = [line.row for line in read_metrics_lines(folder / "metrics.jsonl")]
-    validations = [
-        row
-        for row in rows
-        if row is not None and row.get("split") == "validation" and row["step"] == step
-    ]
-    if not validations:
+    validation = find_validation(folder / "metrics.jsonl", step)
+    if not validation:
         return None
     shown = [
         f"{name} {value:.4g}"
-        for name, value in validations[-1].items()
+        for name, value in validation.items()
         if name.startswith(_SHOWN_SCORES) and isinstance(value, float)
     ]
     return f"step {step}, {', '.join(shown)}"

@@ -24,6 +24,7 @@ from clue_dist.inference.imputation_question import (
     read_question,
 )
 from clue_dist.inference.load_model import TrainedModel
+from clue_dist.inference.named_counts import list_chosen
 from clue_dist.inference.stream import read_slices_ahead
 from clue_dist.model.imputation import PER_TEN_THOUSAND, infer_target_latent, keep_sources
 from clue_dist.ranks import Ranks
@@ -40,11 +41,11 @@ class DifferentialChoices:
 
     modality: str  # whose features
     groupby: str  # column of obs with the groups
-    groups: Sequence[str] | None = None  # None: every group
+    groups: str | Sequence[str] | None = None  # None: every group
     reference: str | None = None  # the group to compare with; None: all other cells
     from_: str | Sequence[str] | None = None  # modalities to infer values from; None: all of a cell
     batch: str = AVERAGE  # name of a batch, or "average"
-    features: Sequence[str] | None = None
+    features: str | Sequence[str] | None = None
     least_change: float = 0.25  # log2 fold change that counts; of real values, difference
     pairs: int = 2000  # pairs of cells for each group
     seed: int = 0
@@ -113,7 +114,8 @@ def _read_groups(cells: Cells, choices: DifferentialChoices, shown: np.ndarray) 
 def _list_groups(labels: np.ndarray, choices: DifferentialChoices) -> list[str]:
     """The groups to compare, each with cells and with others to compare them with."""
     known = sorted(set(labels) - {""})
-    wanted = list(choices.groups) if choices.groups is not None else known
+    chosen = list_chosen(choices.groups)
+    wanted = known if chosen is None else chosen
     named = wanted + ([choices.reference] if choices.reference is not None else [])
     if absent := [name for name in named if name not in known]:
         raise ConfigError(

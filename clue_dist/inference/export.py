@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clue_dist import config as configs
+from clue_dist.checkpoint.metrics_lines import find_validation
 from clue_dist.checkpoint.model_card import ModelCard, read_model_card
 from clue_dist.checkpoint.run_folder import (
     COMMIT,
@@ -191,7 +192,7 @@ def _describe_model(
 def _list_scores(run: Path, folder: Path, scores: Path | None) -> Iterable[str]:
     """List what validation measured at the step of the weights, and scores that were given."""
     yield from ("## Scores", "")
-    validation = _read_validation(run, parse_step(folder))
+    validation = find_validation(run / "metrics.jsonl", parse_step(folder))
     if validation:
         yield from (f"On cells held out of training, at step {parse_step(folder)}:", "")
         for key, value in validation.items():
@@ -202,16 +203,6 @@ def _list_scores(run: Path, folder: Path, scores: Path | None) -> Iterable[str]:
         yield "The run holds no validation of these weights."
     if scores is not None:
         yield from ("", "`clue evaluate`:", "", "```", format_scores(_read_scores(scores)), "```")
-
-
-def _read_validation(run: Path, step: int) -> dict[str, float]:
-    """Read what validation measured at a step; nothing where metrics.jsonl lacks it."""
-    path = run / "metrics.jsonl"
-    if not path.is_file():
-        return {}
-    lines = [line for line in path.read_text().splitlines() if '"validation"' in line]
-    found = [line for line in map(json.loads, lines) if line.get("step") == step]
-    return found[-1] if found else {}
 
 
 def _read_scores(path: Path) -> dict[str, Any]:

@@ -6,10 +6,12 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from clue_dist.errors import ConfigError, list_names
 from clue_dist.inference.load_model import TrainedModel
+from clue_dist.inference.named_counts import list_chosen
 from clue_dist.kinds import KINDS
 from clue_dist.model.imputation import ValueDecoder
 
@@ -29,7 +31,7 @@ class ImputationChoices:
         None  # modalities to infer them from; None: all that a cell has
     )
     batch: str = OWN  # name of a batch, "own" (of each cell, "average" where unknown), "average"
-    features: Sequence[str] | None = None  # None: all
+    features: str | Sequence[str] | None = None  # None: all
     # Total counts of the profile that is expected, or "own", those of each cell; None: expected
     # shares, per 10,000 counts.
     library_size: float | str | None = None
@@ -77,11 +79,11 @@ def read_question(trained_model: TrainedModel, choices: ImputationChoices) -> Im
             out of range; shares or logarithms of real values.
     """
     known = trained_model.modalities
-    given = [choices.from_] if isinstance(choices.from_, str) else choices.from_
+    given, chosen = list_chosen(choices.from_), list_chosen(choices.features)
     for name in (choices.modality, *(given or [])):
         _require_known(name, list(known), "modality")
     modality = known[choices.modality]
-    features = list(choices.features) if choices.features is not None else modality.features
+    features = modality.features if chosen is None else chosen
     places = {name: place for place, name in enumerate(modality.features)}
     for name in features:
         _require_known(name, modality.features, f"feature of {choices.modality}")
@@ -120,7 +122,9 @@ def _require_known(name: str, known: Sequence[str], what: str, others: str = "")
 def _check_numbers(choices: ImputationChoices, real_values: bool) -> None:
     """Require numbers that mean something."""
     size, interval = choices.library_size, choices.interval
-    is_size = size is None or size == OWN or (isinstance(size, (int, float)) and size > 0)
+    is_size = (
+        size is None or size == OWN or (isinstance(size, (int, float, np.number)) and size > 0)
+    )
     if not is_size:
         raise ConfigError("no library size", got=size, expected=f"a number above 0, or {OWN!r}")
     if interval is not None and not 0 < interval < 1:

@@ -228,7 +228,7 @@ def impute_slices(
 def _find_library(question: ImputationQuestion, batch: Batch) -> Tensor:
     """Total counts of each cell's profile of the modality, (B, 1), as asked or as measured."""
     size = question.choices.library_size
-    if isinstance(size, (int, float)):
+    if size is not None and not isinstance(size, str):
         return torch.full((batch.n_cells, 1), float(size))
     library = torch.full((batch.n_cells, 1), question.typical_library)
     measured = batch.modalities.get(question.choices.modality)

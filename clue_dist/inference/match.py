@@ -76,7 +76,8 @@ def match_cells(
         first: a modality; rows of the matrix are the cells that carry it.
         second: another one, whose cells are the columns.
         settings: how partners are sought.
-        within_batch: whether a partner must be of the same batch.
+        within_batch: whether a partner must be of the same batch; a cell of an unknown batch gets
+            none.
         calibrate_on: what confidence is calibrated on: cells with both modalities that the model
             has not been trained on, or an earlier calibration. By default those of `cells`, if
             these are a store that the model was not trained on, with 50 of them or more.
@@ -164,15 +165,25 @@ def _embed_sides(
             got=f"columns of obs: {list_names(obs.columns) or 'none'}",
             fix="name the column with the batch (batch_key), or match among all cells",
         )
+    batches = _read_batches(obs) if within_batch else None
     embedding = embed_in_memory(trained_model, cells, batch_size, with_variance=False)
     names = obs.index.to_numpy()
 
     def select_side(modality: str) -> _MatchedSide:
         rows = np.flatnonzero(embedding.mark_measured(modality))
-        batches = obs[_BATCH].astype(str).to_numpy()[rows] if within_batch else None
-        return _MatchedSide(embedding.alone[modality][rows], names[rows], rows, batches)
+        named = None if batches is None else batches[rows]
+        return _MatchedSide(embedding.alone[modality][rows], names[rows], rows, named)
 
     return select_side(first), select_side(second)
+
+
+def _read_batches(obs: pd.DataFrame) -> np.ndarray:
+    """The batch of each cell, (N,) names, "" where unknown; warns of these."""
+    batches = obs[_BATCH].astype(object)
+    batches = batches.where(batches.notna(), "").astype(str)
+    if n_unknown := int((batches == "").sum()):
+        warn_of_cells(f"the batch of {n_unknown:,} cells is not known: they get no partner")
+    return batches.to_numpy()
 
 
 def _choose_confidence(

@@ -61,6 +61,13 @@ def name_parts(
     )
 
 
+def list_chosen(names: str | Sequence[str] | None) -> list[str] | None:
+    """List the names that are given, of which one may stand alone; None where none is given."""
+    if names is None:
+        return None
+    return [names] if isinstance(names, str) else list(names)
+
+
 def warn_of_cells(text: str) -> None:
     """Warn the caller of the package that an answer is doubtful."""
     warnings.warn(text, UserWarning, stacklevel=2)

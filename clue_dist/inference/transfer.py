@@ -111,7 +111,7 @@ def write_labels(labels: pd.DataFrame, out: Path) -> None:
 
 
 def _read_labels(reference: Cells, label_key: str) -> np.ndarray:
-    """The labels of the reference cells, (R,) names, "" where there is none."""
+    """The labels of the reference cells, (R,) names, "" where there is none, or "unknown"."""
     obs = reference.read_obs()
     if label_key not in obs:
         raise ConfigError(
@@ -121,7 +121,7 @@ def _read_labels(reference: Cells, label_key: str) -> np.ndarray:
             fix="name a column of its obs",
         )
     values = obs[label_key].astype(object).where(obs[label_key].notna(), "").astype(str)
-    labels = values.to_numpy()
+    labels = values.where(values != UNKNOWN_LABEL, "").to_numpy()
     if mark_labelled_cells(labels).sum() < 2:
         raise DataError(
             "the reference needs two labelled cells", where=f"column {label_key!r} of its obs"

@@ -90,6 +90,11 @@ def test_a_feature_has_the_same_row_whichever_others_are_asked_for(trained, cell
     pd.testing.assert_frame_equal(some, whole.loc[some.index])
 
 
+def test_one_group_and_one_feature_need_no_list(trained, cells):
+    tables = compare(trained, cells, groups="high", features="rna-0", pairs=9)
+    assert {name: list(table.index) for name, table in tables.items()} == {"high": ["rna-0"]}
+
+
 def test_the_same_seed_gives_the_same_table(trained, cells):
     first, second, other = (compare(trained, cells, pairs=50, seed=s)["high"] for s in (0, 0, 1))
     pd.testing.assert_frame_equal(first, second)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -108,6 +109,14 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(run: Path, tmp_pa
         with pytest.raises(error):
             export_run(run, tmp_path / out, **options)
     assert {path.name for path in tmp_path.iterdir()} == {"there", "notes.json"}
+
+
+def test_a_line_that_was_half_written_leaves_the_others(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as lines:
+        lines.write('{"step": 6, "split": "validation", "sco')
+    export_run(tmp_path / "run", tmp_path / "shared")
+    assert "0.1250" in (tmp_path / "shared" / "README.md").read_text()
 
 
 def test_a_model_of_an_earlier_version_is_exported_without_labels(

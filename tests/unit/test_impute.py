@@ -70,6 +70,16 @@ def test_an_unknown_batch_is_averaged(trained, store):
     np.testing.assert_allclose(own, impute(trained, store, batch="average").X, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.int64])
+def test_a_library_size_may_be_a_number_of_numpy(trained, store, kind):
+    found, expected = (impute(trained, store, "rna", library_size=n) for n in (kind(900), 900))
+    np.testing.assert_array_equal(found.X, expected.X)
+
+
+def test_one_feature_needs_no_list(trained, store):
+    assert list(impute(trained, store, "rna", features="rna-3").var_names) == ["rna-3"]
+
+
 def test_batches_that_are_all_unknown_are_a_warning(trained, store):
     class Unknown(StoreCells):
         def read_obs(self):

@@ -8,6 +8,7 @@ import pytest
 import scipy.sparse as sp
 
 from clue_dist.commands import match as match_command
+from clue_dist.comparison_methods import ComparisonMethods
 from clue_dist.errors import ConfigError, DataError
 from clue_dist.inference.cells import open_cells
 from clue_dist.inference.match import MatchedCells, match_cells, write_matches
@@ -82,6 +83,30 @@ def test_within_a_batch_pairs_do_not_cross(store, loaded):
     batch = cells.read_obs().batch.astype(str)
     assert (batch[found.pairs.cell].to_numpy() == batch[found.pairs.partner].to_numpy()).all()
     assert found.pairs.confidence.between(0, 1).all()
+
+
+def test_cells_of_unknown_batches_are_not_matched_with_each_other(store, loaded):
+    mdata = read_mudata(store)
+    for table in mdata.mod.values():
+        table.obs["batch"] = table.obs["batch"].where(table.obs["batch"] == "batch-1")
+    cells = open_cells(mdata, loaded)
+    with pytest.warns(UserWarning, match="cells is not known: they get no partner"):
+        found = match_cells(
+            loaded, cells, "rna", "adt", within_batch=True, calibrate_on=PairConfidence()
+        )
+    assert set(cells.read_obs().batch[found.pairs.cell]) == {"batch-1"}
+
+
+def test_cells_to_calibrate_on_need_no_batches(store, loaded):
+    methods = ComparisonMethods()
+    methods.trained_model = loaded
+    mdata, paired = read_mudata(store), read_mudata(store)
+    for table in mdata.mod.values():
+        table.obs["donor"] = "d1"
+    pairs = methods.match(
+        mdata, "rna", "adt", within_batch=True, batch_key="donor", calibrate_on=paired
+    )
+    assert pairs.attrs["is_calibrated"]
 
 
 def test_confidence_is_calibrated_on_pairs_the_model_has_not_seen(matched, store, loaded):

@@ -1,5 +1,7 @@
 """Partners across modalities: each method by hand or against a plain computation."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -8,7 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from clue_dist import partners
 from clue_dist.errors import ConfigError, DataError
 from clue_dist.matching import compute_scores
-from clue_dist.neighbours import find_approximate_neighbours, find_neighbours
+from clue_dist.neighbours import Neighbours, find_approximate_neighbours, find_neighbours
 from clue_dist.partners import METHODS, PartnerSettings, find_partners, keep_best_partners
 
 
@@ -155,6 +157,36 @@ def test_approximate_neighbours_are_nearly_those_of_the_exact_search():
     found = find_approximate_neighbours(points[:300], 10, points).indices
     recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact, found, strict=True)])
     assert 0.95 < recall <= 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_neighbours_that_faiss_does_not_find_are_no_partners(method, monkeypatch):
+    """It then gives -1 for their index, and an infinite distance."""
+
+    def lose_last(queries, count, keys):
+        found = find_neighbours(queries, count, keys)
+        indices, distances = found.indices.copy(), found.distances.copy()
+        indices[:, -1], distances[:, -1] = -1, np.inf
+        return Neighbours(indices, distances)
+
+    monkeypatch.setattr(partners, "find_approximate_neighbours", lose_last)
+    settings = PartnerSettings(method, n_candidates=5, n_neighbours=5, n_partners=3)
+    approximate = replace(settings, approximate=True)
+    first, second = make_profiles()
+    found = find_partners(first, second, approximate)
+    if method == "transport":  # candidates that are left are those of a search for fewer
+        expected = find_partners(first, second, replace(settings, n_candidates=4))
+        np.testing.assert_allclose(found.toarray(), expected.toarray(), atol=1e-9)
+    assert found.shape == (60, 60)
+    assert found.indices.min() >= 0
+
+
+def test_cells_of_unknown_batches_get_no_partner():
+    first, second = make_profiles()
+    batches = np.where(np.arange(60) % 2, "a", "")
+    found = find_partners(first, second, batches=(batches, batches))
+    has_partner = np.diff(found.indptr) > 0
+    np.testing.assert_array_equal(has_partner, batches == "a")
 
 
 def test_without_faiss_the_error_says_what_to_install(monkeypatch):

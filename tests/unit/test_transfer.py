@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from clue_dist.errors import ConfigError, DataError
-from clue_dist.inference.cells import open_cells
+from clue_dist.inference.cells import StoreCells, open_cells
 from clue_dist.inference.transfer import label_cells, write_labels
 from clue_dist.label_transfer import (
     UNKNOWN_LABEL,
@@ -133,6 +133,21 @@ def test_cells_get_labels_across_modalities(store, loaded, tmp_path):
     again = pd.read_csv(tmp_path / "labels.csv")
     assert list(again.columns) == ["cell", *found.columns]
     assert list(again.label) == list(found.label.astype(str))
+
+
+def test_unknown_cells_of_a_reference_carry_no_label_over(store, loaded):
+    class Annotated(StoreCells):
+        def read_obs(self):
+            obs = super().read_obs()
+            return obs.assign(cell_type=obs["cell_type"].astype(str).replace("type-0", "unknown"))
+
+    cells = Annotated(store, loaded)
+    found = label_cells(loaded, cells, cells, "cell_type")
+    assert list(found.nearest_label.cat.categories) == ["type-1", "type-2"]
+    points, labels = draw_types(60, 0)
+    fitted = fit_label_transfer(points, np.where(labels == "nk", UNKNOWN_LABEL, labels), points)
+    assert list(fitted.names) == ["b", "mono", "t"]
+    assert UNKNOWN_LABEL in fitted.assign_labels(points).label.cat.categories
 
 
 def test_without_cells_of_the_queries_modalities_confidence_is_not_calibrated(loaded, tmp_path):
