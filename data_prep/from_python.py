@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
+import h5py
 import mudata as md
 import pandas as pd
 
@@ -15,10 +18,12 @@ from clue_dist.errors import DataError, StoreError
 from clue_dist.files import translate_disk_errors
 from clue_dist.store.manifest import Manifest
 from data_prep.cli.commands import run_command
+from data_prep.jobs.job_folder import discard_job, find_partial_folder
 from data_prep.options import FIELDS
 
 # Columns of var that say what a feature is.
 _TYPE_COLUMNS = ("feature_types", "feature_type", "modality")
+_DEFAULT_LAYER = ("--layer", "X")  # which the command line reads where no layer is named
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,9 @@ class ConversionRequest:
             words += [] if column is None else [flag, column]
         for flag, given in (("--layer", self.layer), ("--feature-ids", self.feature_ids)):
             if isinstance(given, Mapping):
-                words += [word for name, one in given.items() for word in (flag, f"{name}={one}")]
-            elif given is not None:
+                chosen = {name: one for name, one in given.items() if (flag, one) != _DEFAULT_LAYER}
+                words += [word for name, one in chosen.items() for word in (flag, f"{name}={one}")]
+            elif given is not None and (flag, given) != _DEFAULT_LAYER:
                 words += [flag, given]
         return words + [
             w for name, kind in self.kinds.items() for w in ("--kind", f"{name}={kind}")
@@ -65,7 +71,10 @@ def convert_cells(
         StoreError: a store of other cells is at `out`, or the disk is full.
     """
     is_there = out.exists()
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+    with (
+        _discard_failed_job(out) if isinstance(data, (ad.AnnData, md.MuData)) else nullcontext(),
+        tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder,
+    ):
         if isinstance(data, (ad.AnnData, md.MuData)):
             inputs = [_name_input(data, Path(folder), request)]
             # Cells of one MuData are the same where their names are.
@@ -92,10 +101,51 @@ def convert_cells(
             )
 
 
+@contextmanager
+def _discard_failed_job(out: Path) -> Iterator[None]:
+    """Discard what a conversion began, if it fails or is interrupted.
+
+    The file of cells in memory has another name each time, so that no later call can go on with it.
+    """
+    partial = find_partial_folder(out)
+    was_begun = partial.exists()
+    try:
+        yield
+    except BaseException:
+        if not was_begun:
+            discard_job(partial)
+        raise
+
+
 def _name_input(source: ad.AnnData | md.MuData, folder: Path, request: ConversionRequest) -> str:
     """Name the file of cells as the conversion takes it; cells that are in none are written."""
-    path = source.filename if source.isbacked else _write_cells(source, folder, request)
+    path = source.filename if _is_whole_file(source) else _write_cells(source, folder, request)
     return f"{request.modality}={path}" if request.modality is not None else str(path)
+
+
+def _is_whole_file(source: ad.AnnData | md.MuData) -> bool:
+    """Whether cells are those of a file, which says of them all that they say themselves."""
+    if not source.isbacked or source.is_view:
+        return False
+    with h5py.File(source.filename) as file:
+        if isinstance(source, ad.AnnData):
+            return _is_table_of_group(source, file)
+        # What a MuData shows of its modalities may be in the file, too, or not.
+        shown = [f"{name}:{column}" for name, table in source.mod.items() for column in table.obs]
+        frames = (ad.io.read_elem(file["obs"]), source.obs)
+        saved, present = (frame.drop(columns=shown, errors="ignore") for frame in frames)
+        return saved.equals(present) and all(
+            _is_table_of_group(table, file["mod"][name]) for name, table in source.mod.items()
+        )
+
+
+def _is_table_of_group(table: ad.AnnData, group: h5py.Group) -> bool:
+    """Whether nothing was added to an AnnData, or changed in its tables, since it was opened."""
+    return (
+        set(table.layers) == set(group.get("layers", ()))
+        and ad.io.read_elem(group["obs"]).equals(table.obs)
+        and ad.io.read_elem(group["var"]).equals(table.var)
+    )
 
 
 def _write_cells(source: ad.AnnData | md.MuData, folder: Path, request: ConversionRequest) -> Path:
@@ -119,6 +169,7 @@ def _write_cells(source: ad.AnnData | md.MuData, folder: Path, request: Conversi
 def _strip_table(table: ad.AnnData, name: str | None, request: ConversionRequest) -> ad.AnnData:
     """What the conversion reads of an AnnData, and nothing else, which may be unfit for a file."""
     layer = request.layer.get(name or "") if isinstance(request.layer, Mapping) else request.layer
+    layer = None if layer == _DEFAULT_LAYER[1] else layer
     column = (
         request.feature_ids.get(name or "")
         if isinstance(request.feature_ids, Mapping)
@@ -127,12 +178,21 @@ def _strip_table(table: ad.AnnData, name: str | None, request: ConversionRequest
     var = table.var[[c for c in table.var if c in (*_TYPE_COLUMNS, *(column or "").split(","))]]
     obs = _keep_columns(table.obs, [], request)
     if layer == "raw.X" and table.raw is not None:
-        raw = ad.AnnData(table.raw.X, pd.DataFrame(index=table.obs_names), table.raw.var)
+        raw = ad.AnnData(
+            _load_matrix(table.raw.X), pd.DataFrame(index=table.obs_names), table.raw.var
+        )
         return ad.AnnData(obs=obs, var=var, raw=raw)
     layers = {key: table.layers[key] for key in table.layers if layer in (None, key)}
     if layer is None and table.X is not None:
         layers = {}
-    return ad.AnnData(table.X if layer is None else None, obs, var, layers=layers)
+    return ad.AnnData(_load_matrix(table.X) if layer is None else None, obs, var, layers=layers)
+
+
+def _load_matrix(matrix: Any) -> Any:
+    """A matrix in memory, also where that of an AnnData lies in its file."""
+    if isinstance(matrix, h5py.Dataset):
+        return matrix[()]
+    return matrix.to_memory() if hasattr(matrix, "to_memory") else matrix
 
 
 def _keep_columns(

@@ -24,8 +24,10 @@ from clue_dist.api import Run, load
 from clue_dist.checkpoint.model_card import read_model_card, write_model_card
 from clue_dist.errors import ClueError, ConfigError, DataError, StoreError
 from clue_dist.inference import describe_run
+from clue_dist.inference.cells import open_source
 from clue_dist.resilience.stop_signals import StopFlag
 from clue_dist.store.reader import Store
+from data_prep import from_python
 from data_prep.from_python import ConversionRequest, convert_cells
 from data_prep.simulate import SimulationSpec, build_mudata, parse_features
 from tests.stores import make_store
@@ -197,6 +199,55 @@ def test_cells_in_memory_become_a_store(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="a store of other cells is here already"):
         convert_cells(make_mudata(50), out, request=ConversionRequest())
     assert [path.name for path in tmp_path.iterdir()] == ["s.zarr"]
+
+
+def test_the_layer_x_is_x(tmp_path: Path) -> None:
+    table = make_mudata(20)["rna"]
+    for layer in ("X", {"rna": "X"}):
+        request = ConversionRequest(layer=layer, modality="rna")
+        assert request.list_flags() == []
+        written = from_python._write_cells(table, tmp_path, request)
+        assert ad.read_h5ad(written).X.sum() == table.X.sum()
+
+
+@pytest.mark.parametrize("ending", ["h5ad", "h5mu"])
+def test_a_view_of_a_file_is_the_cells_that_it_shows(tmp_path: Path, ending: str) -> None:
+    """A file stands for cells only as long as it says the same of them."""
+    mdata, path = make_mudata(20), tmp_path / f"given.{ending}"
+    (mdata if ending == "h5mu" else mdata["rna"]).write(path)
+    source = open_source(path, leave_counts=True)
+    request = ConversionRequest(batch_key="donor")
+    assert from_python._name_input(source, tmp_path, request) == str(path)
+    for change in ("view", "column"):
+        shown = source[:6] if change == "view" else source
+        if change == "column":
+            shown.obs["donor"] = "d1"
+        written = open_source(from_python._name_input(shown, tmp_path, request))
+        assert list(written.obs_names) == list(shown.obs_names)
+        assert ("donor" in written.obs) == (change == "column")
+        counts = [table["rna"] if ending == "h5mu" else table for table in (shown, written)]
+        assert counts[0].X[:].sum() == counts[1].X.sum() > 0
+    assert source.isbacked
+
+
+def test_an_interrupted_conversion_of_cells_in_memory_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial_folder = tmp_path / "s.zarr.partial"
+
+    def interrupt(words: list[str]) -> None:
+        partial_folder.mkdir(exist_ok=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(from_python, "run_command", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        convert_cells(make_mudata(20), tmp_path / "s.zarr", ConversionRequest())
+    assert list(tmp_path.iterdir()) == []
+    # A job that another process has begun, or that files can go on with, stays.
+    partial_folder.mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        convert_cells(make_mudata(20), tmp_path / "s.zarr", ConversionRequest())
+    assert list(tmp_path.iterdir()) == [partial_folder]
 
 
 @pytest.mark.slow
