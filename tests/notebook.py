@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import io
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 TUTORIAL = DOCS / "tutorial.py"
 PAGE = DOCS / "tutorial.md"
 FIGURES = DOCS / "tutorial"
+LONGEST_OUTPUT = 24  # lines; of more the first and the last are shown
 _MARK = re.compile(r"^# %%(.*)\n", re.MULTILINE)  # where a cell begins, in jupytext's format
 
 
@@ -87,6 +89,15 @@ def _run_cell(cell: NotebookCell, names: dict[str, Any]) -> CellOutput:
     return CellOutput(printed.getvalue().rstrip(), tuple(figures))
 
 
+def shorten_output(text: str) -> str:
+    """Leave out the middle of a long output, and where temporary files of this machine lie."""
+    lines = re.sub(rf"{re.escape(tempfile.gettempdir())}/\w+/", "", text).splitlines()
+    if len(lines) > LONGEST_OUTPUT:
+        half = LONGEST_OUTPUT // 2
+        lines = [*lines[:half], "...", *lines[-half:]]
+    return "\n".join(lines)
+
+
 def render_page(shown: Sequence[tuple[NotebookCell, CellOutput]], figures: Path) -> str:
     """Render cells and what they show as Markdown, and write the figures into a folder."""
     figures.mkdir(exist_ok=True)
@@ -94,7 +105,7 @@ def render_page(shown: Sequence[tuple[NotebookCell, CellOutput]], figures: Path)
     for cell, output in shown:
         parts.append(f"```python\n{cell.text}\n```" if cell.is_code else cell.text)
         if output.text:
-            parts.append(f"```text\n{output.text}\n```")
+            parts.append(f"```text\n{shorten_output(output.text)}\n```")
         for picture in output.figures:
             count += 1
             path = figures / f"figure-{count}.png"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,16 @@ import pytest
 import clue_dist
 from data_prep.fetch import split_mosaic
 from data_prep.simulate import SimulationSpec, build_mudata
-from tests.notebook import PAGE, TUTORIAL, NotebookCell, read_notebook, render_page, run_notebook
+from tests.notebook import (
+    LONGEST_OUTPUT,
+    PAGE,
+    TUTORIAL,
+    NotebookCell,
+    read_notebook,
+    render_page,
+    run_notebook,
+    shorten_output,
+)
 
 SPEC = SimulationSpec((("rna", "rna", 60), ("adt", "adt", 24)), cells=800, batches=2)
 MARKERS = ["cd3.1", "cd14", "cd19"]  # proteins that the tutorial draws
@@ -103,3 +113,11 @@ def test_a_cell_shows_what_it_prints_its_last_value_and_its_figures(tmp_path: Pa
     assert names["value"] == 3
     assert "```text\nprinted\n3\n```\n\n![" in text
     assert (tmp_path / "figures/figure-1.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_long_outputs_lose_their_middle() -> None:
+    text = "\n".join(f"line {i}" for i in range(100))
+    lines = shorten_output(text).splitlines()
+    assert len(lines) == LONGEST_OUTPUT + 1
+    assert [lines[0], lines[LONGEST_OUTPUT // 2], lines[-1]] == ["line 0", "...", "line 99"]
+    assert shorten_output(f"{tempfile.gettempdir()}/tmp3p6/cells.zarr: x") == "cells.zarr: x"
