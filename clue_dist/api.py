@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from clue_dist import config as configs
 from clue_dist.checkpoint.run_folder import list_checkpoints
 from clue_dist.config import Config
+from clue_dist.errors import STOPPED
 from clue_dist.files import parse_path
 from clue_dist.process import print_line
 from clue_dist.ranks import Ranks
@@ -22,7 +23,6 @@ from clue_dist.trained_run import Run, TrainingData, find_store_path, load
 __all__ = ["Run", "fit", "load"]
 
 T = TypeVar("T")
-STOPPED = 75  # exit code after a stop signal: saved, not finished, start me again (EX_TEMPFAIL)
 
 
 def fit(
@@ -85,7 +85,7 @@ def fit(
         batch_key, label_key, layer, feature_ids, kinds or {}, modality, conversion
     )
     _train_on(data, request, read, ranks, resume, init_from)
-    # A run without cells that are held out has no best weights.
+    # Weights are kept as the best by validation: a run without any has only what it saved last.
     return load(folder, "best" if list_checkpoints(folder / "best") else "last")
 
 

@@ -14,7 +14,7 @@ from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.match import check_pairs_path, match_cells, write_matches
 from clue_dist.inference.transfer import check_labels_path, label_cells, write_labels
 from clue_dist.label_transfer import TransferSettings
-from clue_dist.partners import PartnerSettings
+from clue_dist.partner_settings import PartnerMethod, PartnerSettings
 
 
 class ComparisonMethods:
@@ -29,7 +29,7 @@ class ComparisonMethods:
         second: str,
         *,
         out: str | Path | None = None,
-        method: str = "scaled",
+        method: PartnerMethod = "scaled",
         n_partners: int = 1,
         within_batch: bool = False,
         approximate: bool = False,

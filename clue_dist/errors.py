@@ -10,6 +10,8 @@ from typing import Any
 
 # The exit code where a rank, a machine or the network was lost: starting again may mend it.
 LOST = 76
+# The exit code after a stop signal: saved, not finished, start again to go on (EX_TEMPFAIL).
+STOPPED = 75
 
 
 class ClueError(Exception):

@@ -17,6 +17,9 @@ Storage = Literal["sparse", "dense"]
 # By variance within batches, as Seurat v3 does, or by the number of cells that have the feature.
 FeatureSelectionMethod = Literal["seurat_v3", "detection"]
 
+# Columns of var that may say what a feature is, as 10x, scanpy and scvi-tools write them.
+TYPE_COLUMNS = ("feature_types", "feature_type", "modality")
+
 
 @dataclass(frozen=True)
 class Kind:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from clue_dist.errors import DataError
 from clue_dist.neighbours import scale_to_length_one
-from clue_dist.partners import PartnerSettings, find_partners
+from clue_dist.partner_settings import PartnerSettings
+from clue_dist.partners import find_partners
 
 FEWEST_PAIRS = 50  # that a calibration needs
 _MOST_PAIRS = 4_000  # that the temperature is fitted on

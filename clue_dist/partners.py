@@ -18,48 +18,18 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
-from clue_dist.errors import ConfigError, DataError
+from clue_dist.errors import DataError
 from clue_dist.neighbours import (
     Neighbours,
     find_approximate_neighbours,
     find_neighbours,
     scale_to_length_one,
 )
+from clue_dist.partner_settings import PartnerMethod, PartnerSettings
 
-MOST_PARTNERS = 1_000  # of a cell, in the competition's format
 _BIPARTITE_BLOCK = 4_096  # cells assigned at once: the time of an assignment is cubic at worst
 _TRANSPORT_ROUNDS = 200
 _TRANSPORT_ERROR = 1e-3  # of the marginals, relative, at which transport has converged
-
-
-@dataclass(frozen=True)
-class PartnerSettings:
-    """How partners are sought."""
-
-    method: str = "scaled"  # one of METHODS
-    n_partners: int = 1  # the most that a cell gets
-    n_neighbours: int = 10  # that "scaled", "shared" and "mutual" look at
-    n_candidates: int = 30  # nearest profiles that a profile may be a partner of, both ways
-    temperature: float = 0.05  # of the weights, in units of cosine similarity
-    approximate: bool = False  # whether neighbours come from faiss
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ConfigError(
-                "no such way to seek partners", got=self.method, expected=", ".join(METHODS)
-            )
-        if not 1 <= self.n_partners <= MOST_PARTNERS:
-            raise ConfigError(
-                "a cell cannot have so many partners",
-                got=self.n_partners,
-                expected=f"1 to {MOST_PARTNERS:,}",
-            )
-        if self.temperature <= 0 or min(self.n_neighbours, self.n_candidates) < 1:
-            raise ConfigError(
-                "partners need a positive temperature, a neighbour and a candidate",
-                got=(self.temperature, self.n_neighbours, self.n_candidates),
-                expected="numbers above 0",
-            )
 
 
 @dataclass(frozen=True)
@@ -285,7 +255,7 @@ def link_bipartite(profiles: ProfilePair) -> sp.csr_array:
     return sp.csr_array((np.ones(len(rows)), (rows, columns)), shape=profiles.shape)
 
 
-METHODS: dict[str, Callable[[ProfilePair], sp.csr_array]] = {
+METHODS: dict[PartnerMethod, Callable[[ProfilePair], sp.csr_array]] = {
     "nearest": link_nearest,
     "scaled": link_scaled,
     "shared": link_shared,

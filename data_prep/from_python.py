@@ -16,13 +16,12 @@ import pandas as pd
 
 from clue_dist.errors import DataError, StoreError
 from clue_dist.files import translate_disk_errors
+from clue_dist.kinds import TYPE_COLUMNS
 from clue_dist.store.manifest import Manifest
 from data_prep.cli.commands import run_command
 from data_prep.jobs.job_folder import discard_job, find_partial_folder
 from data_prep.options import FIELDS
 
-# Columns of var that say what a feature is.
-_TYPE_COLUMNS = ("feature_types", "feature_type", "modality")
 _DEFAULT_LAYER = ("--layer", "X")  # which the command line reads where no layer is named
 
 
@@ -175,7 +174,7 @@ def _strip_table(table: ad.AnnData, name: str | None, request: ConversionRequest
         if isinstance(request.feature_ids, Mapping)
         else request.feature_ids
     )
-    var = table.var[[c for c in table.var if c in (*_TYPE_COLUMNS, *(column or "").split(","))]]
+    var = table.var[[c for c in table.var if c in (*TYPE_COLUMNS, *(column or "").split(","))]]
     obs = _keep_columns(table.obs, [], request)
     if layer == "raw.X" and table.raw is not None:
         raw = ad.AnnData(

@@ -1,9 +1,8 @@
 """Find partners of cells across two modalities."""
 
 from clue_dist.commands.model_arguments import build_model_parser, open_model_and_store
+from clue_dist.partner_settings import PARTNER_METHODS, PartnerSettings
 from clue_dist.process import run_main
-
-_METHODS = ("nearest", "scaled", "shared", "mutual", "transport", "bipartite")
 
 
 def main() -> None:
@@ -16,7 +15,7 @@ def main() -> None:
     parser.add_argument("--first", required=True, help="modality of the rows")
     parser.add_argument("--second", required=True, help="modality that partners are sought in")
     parser.add_argument(
-        "--method", choices=_METHODS, default="scaled", help="how (default: %(default)s)"
+        "--method", choices=PARTNER_METHODS, default="scaled", help="how (default: %(default)s)"
     )
     parser.add_argument(
         "--partners", type=int, default=1, metavar="NUMBER", help="the most that a cell gets"
@@ -37,7 +36,6 @@ def main() -> None:
 
     from clue_dist.inference.cells import open_cells
     from clue_dist.inference.match import check_pairs_path, match_cells, write_matches
-    from clue_dist.partners import PartnerSettings
 
     with open_model_and_store(arguments, lambda: check_pairs_path(arguments.out)) as opened:
         trained_model, store, ranks = opened

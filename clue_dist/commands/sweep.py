@@ -3,10 +3,9 @@
 import sys
 
 from clue_dist.commands.catalogue import build_command_parser
+from clue_dist.errors import STOPPED
 from clue_dist.files import parse_path
 from clue_dist.process import run_main
-
-EXIT_STOPPED = 75  # as of `clue train`: start the command again to go on
 
 
 def main() -> None:
@@ -25,7 +24,7 @@ def main() -> None:
     from clue_dist.train.sweep import run_sweep
 
     results = run_sweep(arguments.plan, arguments.out, arguments.trials, arguments.seed)
-    sys.exit(EXIT_STOPPED if any(result.status == "stopped" for result in results) else 0)
+    sys.exit(STOPPED if any(result.status == "stopped" for result in results) else 0)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,10 @@ import argparse
 import sys
 
 from clue_dist.commands.catalogue import build_command_parser
+from clue_dist.errors import STOPPED
 from clue_dist.process import print_line, run_main
 from clue_dist.ranks import Ranks
 from clue_dist.train.arguments import parse_train_arguments, prepare_training, print_plan
-
-STOPPED = 75  # exit code after a stop signal: saved, not finished, start me again (EX_TEMPFAIL)
 
 
 def main() -> None:

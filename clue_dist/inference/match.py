@@ -17,7 +17,8 @@ from clue_dist.inference.output_files import check_output_folder, translate_outp
 from clue_dist.inference.query import holds_training_cells
 from clue_dist.inference.stream import embed_in_memory
 from clue_dist.pair_confidence import FEWEST_PAIRS, PairConfidence, fit_pair_confidence
-from clue_dist.partners import PartnerSettings, find_partners
+from clue_dist.partner_settings import PartnerSettings
+from clue_dist.partners import find_partners
 
 PAIR_FORMATS = (".npz", ".csv", ".csv.gz", ".parquet")
 _BATCH = "batch"  # column of obs

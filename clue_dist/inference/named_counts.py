@@ -13,12 +13,10 @@ import pandas as pd
 
 from clue_dist.errors import DataError, list_names
 from clue_dist.inference.load_model import LoadedModel
-from clue_dist.kinds import find_kinds, match_alias
+from clue_dist.kinds import TYPE_COLUMNS, find_kinds, match_alias
 from clue_dist.store.region_names import respell_regions
 
 MIN_KNOWN_IN_MEMORY = 0.5  # share of a modality's features that must be there, by default
-# Columns of var that may say what a feature is, as 10x, scanpy and scvi-tools write them.
-_TYPE_COLUMNS = ("feature_types", "feature_type", "modality")
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,7 @@ def _share_known(features: Sequence[str], names: Sequence[str]) -> float:
 
 def _split_by_type(adata: ad.AnnData, trained_model: LoadedModel) -> dict[str, NamedCounts]:
     """The columns of each feature type that is a modality of the model, by the model's name."""
-    column = next((c for c in _TYPE_COLUMNS if c in adata.var), None)
+    column = next((c for c in TYPE_COLUMNS if c in adata.var), None)
     if column is None:
         return {}
     types = adata.var[column].astype(str).to_numpy()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from clue_dist.errors import DataError, list_names
-from clue_dist.kinds import match_alias
+from clue_dist.kinds import TYPE_COLUMNS, match_alias
 from clue_dist.store.location import Location
 from data_prep.options import InputArgument, ObsColumns, ReadingOptions
 from data_prep.readers import sorted_entries
@@ -142,17 +142,13 @@ def choose_layer(path: Location, group: str, wanted: str | None) -> str | None:
 def _read_feature_types(root: Any, var: str) -> list[str]:
     """What each feature is, by a column of var, where its types name kinds; else nothing."""
     frame = root.get(var)
-    for column in _TYPE_COLUMNS if is_group(frame) else ():
+    for column in TYPE_COLUMNS if is_group(frame) else ():
         if column in frame:
             values = read_values(frame, column)
             types: list[str] = values.where(values.notna(), "").astype(str).tolist()
             if any(match_alias(name) for name in set(types)):
                 return types
     return []
-
-
-# Columns of var that may say what a feature is, as scanpy and scvi-tools write them.
-_TYPE_COLUMNS = ("feature_types", "feature_type", "modality")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from typing import ClassVar
 import numpy as np
 
 from clue_dist.matching import compute_scores
-from clue_dist.partners import METHODS, MOST_PARTNERS, PartnerSettings, find_partners
+from clue_dist.partner_settings import MOST_PARTNERS, PartnerSettings
+from clue_dist.partners import METHODS, find_partners
 from tests.benchmarks import mosaic, scores
 from tests.benchmarks.kept import compute_digest
 from tests.benchmarks.matching import Matching

@@ -11,7 +11,8 @@ from clue_dist import partners
 from clue_dist.errors import ConfigError, DataError
 from clue_dist.matching import compute_scores
 from clue_dist.neighbours import Neighbours, find_approximate_neighbours, find_neighbours
-from clue_dist.partners import METHODS, PartnerSettings, find_partners, keep_best_partners
+from clue_dist.partner_settings import PartnerSettings
+from clue_dist.partners import METHODS, find_partners, keep_best_partners
 
 
 def make_profiles(n_cells: int = 60, noise: float = 0.6, seed: int = 0) -> list[np.ndarray]:
