@@ -64,7 +64,7 @@ class ImputationMethods:
             seed: of what is drawn.
             layer: where raw counts lie, as of `embed`.
             feature_ids: column of var that names the features, likewise.
-            batch_key: column of obs with the batch.
+            batch_key: column of obs with the batch; by default that of the training cells.
             min_known: least share of a modality's features that must be there.
             batch_size: cells encoded at once.
 
