@@ -146,8 +146,8 @@ pairs.head()
 
 # %% [markdown]
 # `confidence` is the probability that both are one cell. It was calibrated on these cells, which
-# have both modalities and are new to the model. Now for cells where nobody
-# knows: the 400 with RNA alone and the 400 with proteins alone. Test cells calibrate the confidence.
+# have both modalities and are new to the model. Now for cells where nobody knows:
+# the 400 with RNA alone and the 400 with proteins alone. Test cells calibrate the confidence.
 
 # %%
 is_paired = train.obsm["rna"] & train.obsm["adt"]
