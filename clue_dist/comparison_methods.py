@@ -97,6 +97,8 @@ class ComparisonMethods:
         n_neighbours: int = 15,
         kept: float = 0.9,
         least_confidence: float = 0.0,
+        reference_modality: str | None = None,
+        query_modality: str | None = None,
         layer: str | Mapping[str, str] | None = None,
         feature_ids: str | Mapping[str, str] | None = None,
         min_known: float | None = None,
@@ -109,6 +111,7 @@ class ComparisonMethods:
             label_key: column of the reference's obs with the labels.
             out: a file for the labels, too (.csv, .csv.gz, .parquet).
             n_neighbours, kept, least_confidence: see `TransferSettings`.
+            reference_modality, query_modality: which modality an AnnData holds, as of `embed`.
             layer, feature_ids, min_known, batch_size: as of `embed`.
 
         Returns:
@@ -119,7 +122,10 @@ class ComparisonMethods:
         if path is not None:
             check_labels_path(path)
         reading = {"layer": layer, "feature_ids": feature_ids, "min_known": min_known}
-        known, asked = (self._open_cells(source, reading) for source in (reference, query))
+        known, asked = (
+            self._open_cells(source, {**reading, "modality": modality})
+            for source, modality in ((reference, reference_modality), (query, query_modality))
+        )
         labels = label_cells(
             self.trained_model, known, asked, label_key, settings=settings, batch_size=batch_size
         )

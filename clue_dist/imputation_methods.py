@@ -39,6 +39,7 @@ class ImputationMethods:
         interval: float | None = None,
         threshold: float | None = None,
         seed: int = 0,
+        cells_modality: str | None = None,
         layer: str | Mapping[str, str] | None = None,
         feature_ids: str | Mapping[str, str] | None = None,
         batch_key: str | None = None,
@@ -62,6 +63,7 @@ class ImputationMethods:
             interval: share of draws in the central interval: layers `lower` and `upper`.
             threshold: smaller values become zero, and the matrices sparse.
             seed: of what is drawn.
+            cells_modality: which modality an AnnData holds, as `modality` of `embed`.
             layer: where raw counts lie, as of `embed`.
             feature_ids: column of var that names the features, likewise.
             batch_key: column of obs with the batch; by default that of the training cells.
@@ -77,6 +79,7 @@ class ImputationMethods:
         opened = open_cells(
             cells,
             self.trained_model,
+            modality=cells_modality,
             layer=layer,
             feature_ids=feature_ids,
             batch_key=batch_key,
@@ -122,6 +125,7 @@ class ImputationMethods:
         least_change: float = 0.25,
         pairs: int = 2000,
         seed: int = 0,
+        cells_modality: str | None = None,
         layer: str | Mapping[str, str] | None = None,
         feature_ids: str | Mapping[str, str] | None = None,
         min_known: float | None = None,
@@ -140,6 +144,7 @@ class ImputationMethods:
             least_change: log2 fold change from which a pair of cells counts as different.
             pairs: pairs of cells that are drawn for each group.
             seed: of what is drawn.
+            cells_modality: which modality an AnnData holds, as `modality` of `embed`.
             layer: where raw counts lie, as of `embed`.
             feature_ids: column of var that names the features, likewise.
             min_known: least share of a modality's features that must be there.
@@ -148,7 +153,12 @@ class ImputationMethods:
             By group a table of features, see `clue_dist.inference.differential.compare_groups`.
         """
         opened = open_cells(
-            cells, self.trained_model, layer=layer, feature_ids=feature_ids, min_known=min_known
+            cells,
+            self.trained_model,
+            modality=cells_modality,
+            layer=layer,
+            feature_ids=feature_ids,
+            min_known=min_known,
         )
         choices = DifferentialChoices(
             modality,

@@ -155,6 +155,12 @@ class Run(ImputationMethods, ComparisonMethods):
         *,
         out: str | Path | None = None,
         max_cells: int | None = None,
+        modality: str | None = None,
+        kinds: Mapping[str, str] | None = None,
+        layer: str | Mapping[str, str] | None = None,
+        feature_ids: str | Mapping[str, str] | None = None,
+        batch_key: str | None = None,
+        label_key: str | None = None,
         min_known: float = MIN_KNOWN,
         batch_size: int = 4096,
     ) -> Scores:
@@ -167,6 +173,8 @@ class Run(ImputationMethods, ComparisonMethods):
                 what `fit` takes, which is converted for the model into a folder that goes again.
             out: a file for the scores.
             max_cells: score a random part.
+            modality, kinds, layer, feature_ids, batch_key, label_key: as of `fit`, for cells that
+                are in no store.
             min_known: least share of a modality's features that each file must have had.
             batch_size: cells embedded at once.
 
@@ -174,12 +182,22 @@ class Run(ImputationMethods, ComparisonMethods):
             The scores, a dict, see `clue_dist.inference.evaluate`; its repr is a table.
         """
         from clue_dist.inference.evaluate import evaluate_store
+        from data_prep.from_python import ConversionRequest
 
+        request = ConversionRequest(
+            batch_key,
+            label_key,
+            layer,
+            feature_ids,
+            kinds or {},
+            modality,
+            ["--features-from", str(self.folder)],
+        )
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "scores.json" if out is None else parse_path(str(out))
             result = evaluate_store(
                 self.trained_model,
-                self._open_store(cells, Path(folder)),
+                self._open_store(cells, Path(folder), request),
                 path,
                 run=self.folder,
                 max_cells=max_cells,
@@ -241,15 +259,14 @@ class Run(ImputationMethods, ComparisonMethods):
         tune_batches(self.folder, self.trained_model, opened, folder)
         return load(folder)
 
-    def _open_store(self, cells: TrainingData, folder: Path) -> Store:
+    def _open_store(self, cells: TrainingData, folder: Path, request: Any) -> Store:
         """The store that the cells are, or one that is made of them in a folder."""
         if isinstance(cells, Store):
             return cells
         place = find_store_path(cells)
         if place is None:
-            from data_prep.from_python import ConversionRequest, convert_cells
+            from data_prep.from_python import convert_cells
 
-            request = ConversionRequest(flags=["--features-from", str(self.folder)])
             place = str(folder / "cells.zarr")
             convert_cells(cells, Path(place), request)
         return Store(place)

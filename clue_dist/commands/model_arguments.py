@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from clue_dist.commands.catalogue import build_command_parser
 from clue_dist.config import MIN_KNOWN
@@ -111,5 +112,26 @@ def open_model_and_store(
 
     ranks = Ranks.from_environment()
     trained_model, store = ranks.run_before_joining(open_both)
-    yield trained_model, store, ranks.join_group()
+    with _print_cell_warnings(ranks):
+        yield trained_model, store, ranks.join_group()
     ranks.leave_group()
+
+
+@contextmanager
+def _print_cell_warnings(ranks: Ranks) -> Iterator[None]:
+    """Print warnings of cells on rank 0 as commands print them, without a line of code."""
+    from clue_dist.inference.named_counts import CellWarning
+
+    with warnings.catch_warnings():
+        show_other = warnings.showwarning
+
+        def show_warning(
+            message: Warning | str, category: type[Warning], *place: Any, **more: Any
+        ) -> None:
+            if not issubclass(category, CellWarning):
+                show_other(message, category, *place, **more)
+            elif ranks.is_first:
+                print_error(f"warning: {message}")
+
+        warnings.showwarning = show_warning
+        yield

@@ -17,6 +17,7 @@ from clue_dist.errors import ConfigError
 from clue_dist.inference.cells import Cells, MemoryCells, StoreCells
 from clue_dist.inference.file_order import restore_file_order
 from clue_dist.inference.load_model import LoadedModel
+from clue_dist.inference.memory_obs import require_writable_obs
 from clue_dist.inference.output_files import (
     check_output_folder,
     make_scratch_folder,
@@ -115,11 +116,13 @@ def embed_cells(
         ConfigError: an unknown ending, no such folder, or no embedding but something else at `out`;
             another job is writing it.
         StoreError: a damaged store; a full disk.
-        DataError: values in memory that are no counts.
+        DataError: values in memory that are no counts; columns of obs that no file takes.
         ResumeError: the model gives NaN.
     """
     ranks = ranks or Ranks()
     check_embedding_path(out)
+    if isinstance(cells, MemoryCells):
+        require_writable_obs(cells.read_obs(), out.suffix)
     slices = cells.slice_cells(batch_size)
     with make_scratch_folder(out, ranks) as scratch:
         embedding = compute_embedding(

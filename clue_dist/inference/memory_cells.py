@@ -141,7 +141,7 @@ def _align_part(
     column = _choose_value(choices.feature_ids, name)
     names = name_columns(part.adata, var, column)
     modality = trained_model.modalities[name]
-    used = np.arange(len(names)) if part.columns is None else part.columns
+    used = part.find_columns(var)
     least = MIN_KNOWN_IN_MEMORY if choices.min_known is None else choices.min_known
     used_names = respell_regions([names[i] for i in used], modality.features)
     used_places, warning = align_features(where, used_names, modality, least)
@@ -182,7 +182,7 @@ def _choose_matrix(
             if layer
             else "put the counts into X",
         )
-    if layer == "raw.X" and part.columns is None:
+    if layer == "raw.X":
         return layers[layer], adata.raw.var, f"{part.where}, raw.X"
     return layers[layer], adata.var, f"{part.where}, layer {layer!r}"
 

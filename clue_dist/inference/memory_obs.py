@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import anndata as ad
+import h5py
 import mudata as md
 import pandas as pd
+from pandas.api.types import infer_dtype
 
 from clue_dist.errors import DataError, list_names
 
@@ -20,8 +22,18 @@ def collect_obs(source: ad.AnnData | md.MuData) -> pd.DataFrame:
     `adt:donor`. Where they do not contradict each other they become one, `donor`.
     """
     obs = source.obs.copy()
-    if isinstance(source, ad.AnnData):
-        return obs
+    if isinstance(source, md.MuData):
+        obs = _merge_columns(source, obs)
+    for column, values in obs.items():
+        # Cells without a value make objects of booleans and integers, which no file takes.
+        nullable = {"boolean": "boolean", "integer": "Int64"}.get(infer_dtype(values, skipna=True))
+        if values.dtype == object and nullable is not None:
+            obs[column] = values.astype(nullable)
+    return obs
+
+
+def _merge_columns(source: md.MuData, obs: pd.DataFrame) -> pd.DataFrame:
+    """Add the columns of modalities to those of all cells, one for each name where they agree."""
     for column in dict.fromkeys(name for adata in source.mod.values() for name in adata.obs):
         frames = {
             name: adata.obs[column].reindex(source.obs_names).astype(object)
@@ -36,6 +48,40 @@ def collect_obs(source: ad.AnnData | md.MuData) -> pd.DataFrame:
             if column not in obs:
                 obs[column] = merged.infer_objects()
     return obs
+
+
+def require_writable_obs(obs: pd.DataFrame, ending: str) -> None:
+    """Require that a file can hold what is known of cells, before anything is computed.
+
+    Args:
+        obs: (N) rows.
+        ending: of the file.
+
+    Raises:
+        DataError: a column holds what no file takes; names repeat, which a MuData does not take.
+    """
+    if ending == ".h5mu" and obs.index.has_duplicates:
+        raise DataError(
+            "cells of an .h5mu need names of their own",
+            got=list_names(obs.index[obs.index.duplicated()].unique()),
+            fix="`obs_names_make_unique()` first, or write an .h5ad",
+        )
+    with h5py.File("obs", "w", driver="core", backing_store=False) as file:
+        for name in obs:
+            if getattr(obs[name].dtype, "kind", "O") not in "OMm":
+                continue
+            column = pd.DataFrame({name: obs[name].array}, index=[str(i) for i in range(len(obs))])
+            table = ad.AnnData(obs=column)
+            try:
+                table.strings_to_categoricals()
+                ad.io.write_elem(file, "obs", table.obs)
+            except Exception as error:
+                raise DataError(
+                    "a column of obs holds what no file takes",
+                    where=f"obs[{name!r}]",
+                    got=infer_dtype(obs[name]),
+                    fix="drop the column, or make it text: `.astype(str)`",
+                ) from error
 
 
 def find_batches(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import anndata as ad
 import mudata as md
@@ -17,6 +20,7 @@ from clue_dist.kinds import TYPE_COLUMNS, find_kinds, match_alias
 from clue_dist.store.region_names import respell_regions
 
 MIN_KNOWN_IN_MEMORY = 0.5  # share of a modality's features that must be there, by default
+_PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,14 @@ class NamedCounts:
 
     where: str
     adata: ad.AnnData
-    columns: np.ndarray | None = None  # (n,), those of this modality; None: all
+    feature_type: str | None = None  # of the features of this modality; None: all of them
+
+    def find_columns(self, var: pd.DataFrame) -> np.ndarray:
+        """Places of the modality's features in var, that of X or of raw.X, (n,) int64."""
+        column = _find_type_column(var)
+        if self.feature_type is None or column is None:
+            return np.arange(len(var))
+        return np.flatnonzero(var[column].astype(str) == self.feature_type)
 
 
 def name_parts(
@@ -66,9 +77,16 @@ def list_chosen(names: str | Sequence[str] | None) -> list[str] | None:
     return [names] if isinstance(names, str) else list(names)
 
 
+class CellWarning(UserWarning):
+    """An answer about some cells is doubtful."""
+
+
 def warn_of_cells(text: str) -> None:
-    """Warn the caller of the package that an answer is doubtful."""
-    warnings.warn(text, UserWarning, stacklevel=2)
+    """Warn that an answer is doubtful. The warning points to the line that called the package."""
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, CellWarning, stacklevel=level)
 
 
 def _name_mudata_parts(
@@ -114,7 +132,8 @@ def _name_anndata_parts(
             "cannot tell which modality an AnnData holds",
             got=f"features known: {listed}",
             expected="those of one modality of the model",
-            fix=f'say it: `modality="{next(iter(known))}"`; `feature_ids=` names a column of var '
+            fix=f'say it: `modality="{next(iter(known))}"`, or `cells_modality=` where that asks '
+            "for something else; `feature_ids=` names a column of var "
             "that names features as the model does",
         )
     return _keep_chosen(
@@ -129,18 +148,23 @@ def _share_known(features: Sequence[str], names: Sequence[str]) -> float:
 
 def _split_by_type(adata: ad.AnnData, trained_model: LoadedModel) -> dict[str, NamedCounts]:
     """The columns of each feature type that is a modality of the model, by the model's name."""
-    column = next((c for c in TYPE_COLUMNS if c in adata.var), None)
+    column = _find_type_column(adata.var)
     if column is None:
         return {}
-    types = adata.var[column].astype(str).to_numpy()
+    types = adata.var[column].astype(str)
     known, parts = trained_model.modalities, {}
     for name in dict.fromkeys(types):
         kind = match_alias(name)
         alike = [m for m in known if m == name] or [m for m in known if known[m].kind == kind]
         if len(alike) == 1 and alike[0] not in parts:
             where = f"features of type {name!r}"
-            parts[alike[0]] = NamedCounts(where, adata, np.flatnonzero(types == name))
+            parts[alike[0]] = NamedCounts(where, adata, name)
     return {name: parts[name] for name in known if name in parts}
+
+
+def _find_type_column(var: pd.DataFrame) -> str | None:
+    """The column of var that says what a feature is."""
+    return next((column for column in TYPE_COLUMNS if column in var), None)
 
 
 def _keep_chosen(

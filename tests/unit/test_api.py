@@ -161,6 +161,44 @@ def test_scores_are_a_table_and_cells_that_were_trained_on_are_told(
     assert sorted(path.name for path in folder.glob("*scores*")) == []
 
 
+def test_cells_to_score_are_converted_as_fit_converts_them(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests: list[ConversionRequest] = []
+
+    def convert(data: object, out: Path, request: ConversionRequest) -> None:
+        requests.append(request)
+        raise DataError("enough")
+
+    monkeypatch.setattr(from_python, "convert_cells", convert)
+    choices = {"layer": "counts", "feature_ids": "ids", "batch_key": "donor", "label_key": "type"}
+    with pytest.raises(DataError, match="enough"):
+        run.evaluate(make_mudata(20), kinds={"hto": "adt"}, modality="rna", **choices)
+    features = ["--features-from", str(run.folder)]
+    assert requests == [
+        ConversionRequest("donor", "type", "counts", "ids", {"hto": "adt"}, "rna", features)
+    ]
+
+
+def test_the_modality_of_an_anndata_is_named_beside_the_one_asked_for(
+    folder: Path, run: Run
+) -> None:
+    table = read_mudata(Store(folder / "s.zarr"))["rna"]
+    names = pd.DataFrame(index=Store(folder / "s.zarr").manifest.modalities["adt"].features)
+    proteins = ad.AnnData(np.ones((table.n_obs, len(names))), table.obs[[]], names)
+    both = ad.concat([table, proteins], axis=1, merge="first")
+    with pytest.raises(DataError, match="cells_modality="):
+        run.impute(both, "adt")
+    np.testing.assert_array_equal(
+        run.impute(both, "adt", cells_modality="rna").X, run.impute(table, "adt").X
+    )
+    both.obs["half"] = np.where(np.arange(both.n_obs) % 2, "a", "b")
+    ways = {"groupby": "half", "modality": "adt", "pairs": 10}
+    assert set(run.differential(both, cells_modality="rna", **ways)) == {"a", "b"}
+    labels = run.transfer(both, both, "half", reference_modality="rna", query_modality="rna")
+    assert len(labels) == both.n_obs
+
+
 def test_what_is_said_in_python_becomes_flags() -> None:
     request = ConversionRequest(
         batch_key="donor",

@@ -11,9 +11,13 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
+from clue_dist.commands import model_arguments
 from clue_dist.errors import ClueError, DataError
 from clue_dist.inference.cells import open_cells, open_source
-from clue_dist.inference.embed import embed_anndata
+from clue_dist.inference.embed import embed_anndata, embed_cells
+from clue_dist.inference.memory_obs import require_writable_obs
+from clue_dist.inference.named_counts import warn_of_cells
+from clue_dist.ranks import Ranks
 from clue_dist.store.manifest import Modality
 from tests.fakes import FakeLoaded, dense
 
@@ -161,6 +165,55 @@ def test_feature_types_of_10x_tell_modalities_apart():
     assert list(read_all(both, modalities=["adt"])) == ["adt"]
     joint = embed_anndata(LOADED, both, open_cells(both, LOADED))
     assert joint.shape == both.obsm["X_clue_adt"].shape == both.obsm["X_clue_rna"].shape
+
+
+def test_raw_counts_of_several_modalities_go_by_their_own_features():
+    both = ad.concat([make_table(), make_table("adt")], axis=1)
+    both.var["feature_types"] = ["Gene Expression"] * 10 + ["Antibody Capture"] * 4
+    raw = both.copy()
+    for types in (True, False):
+        if not types:
+            del raw.var["feature_types"]
+        some = both[:, [8, 9, 10, 11, 12, 13]].copy()  # as after a choice of variable genes
+        some.raw = raw
+        found = read_all(some, layer="raw.X")
+        np.testing.assert_array_equal(found["rna"], make_table().X.toarray())
+        np.testing.assert_array_equal(found["adt"], make_table("adt").X.toarray())
+
+
+def test_columns_of_one_modality_are_fit_for_a_file(tmp_path):
+    other = make_table("adt", cells=3)
+    other.obs_names = [f"other-{i}" for i in range(3)]
+    other.obs["is_doublet"], other.obs["n_lanes"] = True, 2
+    obs = open_cells(md.MuData({"rna": make_table(), "adt": other}), LOADED).read_obs()
+    assert (obs["is_doublet"].dtype, obs["n_lanes"].sum()) == ("boolean", 6)
+    for ending in (".h5ad", ".h5mu"):
+        require_writable_obs(obs, ending)
+    ad.AnnData(obs=obs).write_h5ad(tmp_path / "obs.h5ad")
+
+
+def test_columns_and_names_that_no_file_takes_are_refused_before_any_work(tmp_path):
+    table = make_table()
+    table.obs["what"] = [{"any": "thing"}] * 5
+    with pytest.raises(DataError, match=r"no file takes(.|\n)*what"):
+        embed_cells(LOADED, open_cells(table, LOADED), tmp_path / "z.h5ad", run="r")
+    table = make_table()
+    table.obs_names = ["cell"] * 5
+    with pytest.raises(DataError, match="names of their own"):
+        embed_cells(LOADED, open_cells(table, LOADED), tmp_path / "z.h5mu", run="r")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_warning_points_to_the_line_that_asks():
+    with pytest.warns(UserWarning, match="missing") as caught:
+        open_cells(make_table(number=9), LOADED)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_commands_print_warnings_of_cells_without_a_line_of_code(capsys):
+    with model_arguments._print_cell_warnings(Ranks()):
+        warn_of_cells("doubtful")
+    assert capsys.readouterr().err == "warning: doubtful\n"
 
 
 def test_an_anndata_of_several_modalities_without_types_is_refused():
