@@ -173,8 +173,12 @@ class Run(ImputationMethods, ComparisonMethods):
                 what `fit` takes, which is converted for the model into a folder that goes again.
             out: a file for the scores.
             max_cells: score a random part.
-            modality, kinds, layer, feature_ids, batch_key, label_key: as of `fit`, for cells that
-                are in no store.
+            modality: as of `fit`, as are the next five, for cells that are in no store.
+            kinds: of modalities.
+            layer: where raw counts lie.
+            feature_ids: column of var that names the features.
+            batch_key: column of obs with the batch.
+            label_key: column of obs with the cell type.
             min_known: least share of a modality's features that each file must have had.
             batch_size: cells embedded at once.
 
