@@ -24,6 +24,7 @@ if not torch.cuda.is_available():
 # Other modules take the package from here, so that it is prepared as above and below.
 import deepspeed as deepspeed
 from deepspeed.runtime import bf16_optimizer, compiler
+from deepspeed.utils import groups
 
 from clue_dist.errors import ClueError
 
@@ -119,6 +120,16 @@ def disable_shared_memory_collectives() -> None:
     # DeepSpeed looks up nothing else in this table. To fill it would start compilers on each rank.
     read_private(deepspeed.ops, "_probe_compatible_ops")
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+
+
+def forget_former_group() -> None:
+    """Have DeepSpeed make its copy of the process group anew.
+
+    It keeps the copy for good, also where that group was left and another one is joined, as by a
+    second training in one process.
+    """
+    read_private(groups, "_WORLD_GROUP")
+    groups._WORLD_GROUP = None
 
 
 def checks_gradients(engine: Any) -> bool:

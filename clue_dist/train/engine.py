@@ -16,6 +16,7 @@ from clue_dist.config import Config
 from clue_dist.deepspeed_internals import (
     deepspeed,
     disable_shared_memory_collectives,
+    forget_former_group,
 )
 from clue_dist.model.clue import CLUE
 from clue_dist.objective import Objective
@@ -42,6 +43,7 @@ def join_process_group(ranks: Ranks) -> torch.device:
     ranks.join_group(backend)
     os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed takes the device of this number
     disable_shared_memory_collectives()
+    forget_former_group()
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
     return device
 

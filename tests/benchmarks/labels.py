@@ -83,7 +83,7 @@ class Labels(Matching):
         rows = [
             r
             | {"method": f"{r['method']}, {z}"}
-            | {score: r[score].get(z) for score in self.columns}
+            | {score: r.get(score, {}).get(z) for score in self.columns}
             for r in records
             for z in r["accuracy"]
         ]

@@ -196,9 +196,10 @@ def test_a_signal_reaches_the_run_and_ends_the_search(search: Path) -> None:
         )
     )
     lines: list[str] = []
+    before = signal.getsignal(signal.SIGTERM)
     (result,) = run_sweep(search / "sweep.yaml", search / "runs", announce=lines.append)
     assert result.status == "stopped"
     assert "stopped: the same command goes on from here" in lines
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
     (line,) = (search / "runs" / "trials.jsonl").read_text().splitlines()
     assert json.loads(line)["status"] == "stopped"

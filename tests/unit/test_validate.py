@@ -190,7 +190,7 @@ def test_info_nce_of_a_pair_is_that_of_its_two_modalities(
         output = trainer.model(batch, Noise(0, 0, {"held out": B}, 1))
     contrast = output.contrast[:, :, [0, 2]]
     info_nce = compute_info_nce(
-        contrast, batch.observed[:, [0, 2]], batch.batch_code, output.log_scale, False, 1.0, False
+        contrast, batch.observed[:, [0, 2]], batch.batch_code, output.log_scale, None, 1.0, False
     )
     assert float(scores.terms["contrastive/m0-m2"]) == pytest.approx(float(info_nce))
 
@@ -206,7 +206,7 @@ def test_of_many_cells_info_nce_takes_some_of_every_stratum(
     some = slice(None, None, 3)  # four of twelve cells
     contrast, observed = output.contrast[:, some, :2], batch.observed[some, :2]
     info_nce = compute_info_nce(
-        contrast, observed, batch.batch_code[some], output.log_scale, False, 1.0, False
+        contrast, observed, batch.batch_code[some], output.log_scale, None, 1.0, False
     )
     assert float(scores.terms["contrastive/m0-m1"]) == pytest.approx(float(info_nce))
 
