@@ -19,7 +19,7 @@ from clue_dist.inference.file_order import restore_file_order
 from clue_dist.inference.load_model import LoadedModel
 from clue_dist.inference.memory_obs import require_writable_obs
 from clue_dist.inference.output_files import (
-    check_output_folder,
+    check_output_format,
     make_scratch_folder,
     translate_output_errors,
 )
@@ -245,14 +245,7 @@ def check_embedding_path(
         ConfigError: it is not.
     """
     where, fix = f"--out {out}", "choose another name"
-    if out.suffix not in formats:
-        raise ConfigError(
-            "the output's ending says its format",
-            where=where,
-            got=out.suffix,
-            expected=" or ".join(formats),
-        )
-    check_output_folder(out)
+    check_output_format(out, formats)
     if source is not None and out.exists() and Path(source).exists() and out.samefile(source):
         raise ConfigError("the output would replace what is read", where=where, fix=fix)
     if out.is_dir() and not (out / "uns" / "clue_dist").is_dir():

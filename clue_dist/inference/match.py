@@ -13,7 +13,7 @@ from clue_dist.errors import ConfigError, list_names
 from clue_dist.inference.cells import Cells, StoreCells
 from clue_dist.inference.load_model import LoadedModel
 from clue_dist.inference.named_counts import warn_of_cells
-from clue_dist.inference.output_files import check_output_folder, translate_output_errors
+from clue_dist.inference.output_files import check_output_format, replace_output
 from clue_dist.inference.query import holds_training_cells
 from clue_dist.inference.stream import embed_in_memory
 from clue_dist.pair_confidence import FEWEST_PAIRS, PairConfidence, fit_pair_confidence
@@ -119,21 +119,13 @@ def check_pairs_path(out: Path) -> None:
     Raises:
         ConfigError: it has not, or its folder is not there.
     """
-    if not out.name.endswith(PAIR_FORMATS):
-        raise ConfigError(
-            "the output's ending says its format",
-            where=f"--out {out}",
-            got=out.suffix,
-            expected=" or ".join(PAIR_FORMATS),
-        )
-    check_output_folder(out)
+    check_output_format(out, PAIR_FORMATS)
 
 
 def write_matches(matched: MatchedCells, out: Path) -> None:
     """Write the matrix of weights, to .npz, or the table of pairs, to .csv, .csv.gz or .parquet."""
     check_pairs_path(out)
-    temporary = out.with_name(f".partial-{out.name}")
-    with translate_output_errors(out):
+    with replace_output(out) as temporary:
         if out.suffix == ".npz":
             # Readers of the competition's files know sparse matrices, not arrays.
             sp.save_npz(temporary, sp.csr_matrix(matched.weights))
@@ -141,7 +133,6 @@ def write_matches(matched: MatchedCells, out: Path) -> None:
             matched.pairs.to_parquet(temporary, index=False)
         else:
             matched.pairs.to_csv(temporary, index=False)
-        temporary.replace(out)
 
 
 def _embed_sides(

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from clue_dist.errors import ConfigError
-from clue_dist.files import translate_disk_errors
+from clue_dist.files import replace_file, translate_disk_errors
 from clue_dist.process import skip_cleanup
 from clue_dist.ranks import Ranks
 from clue_dist.resilience.run_lock import take_file_lock
@@ -34,6 +34,33 @@ def check_output_folder(out: Path) -> None:
             got=f"{out.parent} {state}",
             fix="mend the path, or make the folder",
         )
+
+
+def check_output_format(out: Path, formats: Sequence[str]) -> None:
+    """Require that `out` has one of the known endings, and that its folder is there.
+
+    Raises:
+        ConfigError: it has not, or the folder is not there.
+    """
+    if not out.name.endswith(tuple(formats)):
+        raise ConfigError(
+            "the output's ending says its format",
+            where=f"--out {out}",
+            got=out.suffix,
+            expected=" or ".join(formats),
+        )
+    check_output_folder(out)
+
+
+@contextmanager
+def replace_output(out: Path) -> Iterator[Path]:
+    """Yield a temporary path of the same ending; what is written there becomes `out` at the end.
+
+    Raises:
+        StoreError: the disk is full or refuses to be written; nothing is left there.
+    """
+    with translate_output_errors(out), replace_file(out, ending=out.suffix) as temporary:
+        yield temporary
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from clue_dist.errors import ConfigError, DataError, list_names
 from clue_dist.inference.cells import Cells
 from clue_dist.inference.load_model import LoadedModel
 from clue_dist.inference.named_counts import warn_of_cells
-from clue_dist.inference.output_files import check_output_folder, translate_output_errors
+from clue_dist.inference.output_files import check_output_format, replace_output
 from clue_dist.inference.stream import Embedding, embed_in_memory
 from clue_dist.integration import mark_labelled_cells
 from clue_dist.label_transfer import UNKNOWN_LABEL, TransferSettings, fit_label_transfer
@@ -88,26 +88,17 @@ def check_labels_path(out: Path) -> None:
     Raises:
         ConfigError: it has not, or its folder is not there.
     """
-    if not out.name.endswith(LABEL_FORMATS):
-        raise ConfigError(
-            "the output's ending says its format",
-            where=f"--out {out}",
-            got=out.suffix,
-            expected=" or ".join(LABEL_FORMATS),
-        )
-    check_output_folder(out)
+    check_output_format(out, LABEL_FORMATS)
 
 
 def write_labels(labels: pd.DataFrame, out: Path) -> None:
     """Write labels, with the names of the cells as the first column."""
     check_labels_path(out)
-    temporary = out.with_name(f".partial-{out.name}")
-    with translate_output_errors(out):
+    with replace_output(out) as temporary:
         if out.suffix == ".parquet":
             labels.to_parquet(temporary)
         else:
             labels.to_csv(temporary, index_label="cell")
-        temporary.replace(out)
 
 
 def _read_labels(reference: Cells, label_key: str) -> np.ndarray:

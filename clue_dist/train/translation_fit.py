@@ -12,6 +12,7 @@ from torch import Tensor
 from clue_dist.model.clue import Posterior
 from clue_dist.model.common_space import FEWEST_PAIRED
 from clue_dist.model.translation import LatentTranslation, Regression, fit_regressions
+from clue_dist.ranks import Ranks
 
 # Encoders know their training pairs: held-out pairs tell how much of a regression holds for others.
 RIDGES = 0.003, 0.01, 0.03, 0.1, 0.3, 1.0
@@ -38,17 +39,32 @@ class TranslatedCells(NamedTuple):
 
 
 def fit_translation(
-    translation: LatentTranslation, cells: TranslatedCells, held_out: TranslatedCells | None
+    translation: LatentTranslation,
+    cells: TranslatedCells,
+    held_out: TranslatedCells | None,
+    ranks: Ranks | None = None,
 ) -> None:
     """Fit the regression of every two modalities that enough training cells have together.
 
-    Every rank must call, with the same cells.
+    Every rank must call, with the same cells: rank 0 fits, and the others take it over.
 
     Args:
         translation: to be changed.
         cells: training cells.
         held_out: other cells.
+        ranks: this process among the others; by default it is alone.
     """
+    ranks = ranks or Ranks()
+    ranks.run_on_first(lambda: _fit_all_pairs(translation, cells, held_out))
+    if ranks.world > 1:
+        for values in translation.buffers():
+            dist.broadcast(values, 0)
+
+
+def _fit_all_pairs(
+    translation: LatentTranslation, cells: TranslatedCells, held_out: TranslatedCells | None
+) -> None:
+    """Fit the regressions in this process."""
     for source, target in permutations(range(cells.observed.shape[1]), 2):
         inputs, latents = cells.select_pairs(source, target)
         if len(inputs) < FEWEST_PAIRED:
@@ -58,9 +74,6 @@ def fit_translation(
         if all(part.isfinite().all() for part in (inputs, latents, *(others or ()))):
             regression = _choose_regression(inputs, latents, others)
             translation.set_regression(source, target, regression)
-    if dist.is_initialized():  # rounding may differ between ranks, which must hold the same
-        for values in translation.buffers():
-            dist.broadcast(values, 0)
 
 
 def _choose_regression(

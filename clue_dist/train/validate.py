@@ -90,7 +90,7 @@ def fit_to_pairs(
     found = fit_common_space(trainer, fitting, space_cells)
     if fitting is not None and found is not None:
         cells = TranslatedCells.from_posterior(found, fitting.observed)
-        fit_translation(trainer.model.translation, cells, translated)
+        fit_translation(trainer.model.translation, cells, translated, trainer.ranks)
 
 
 def choose_weights(state: RunState, cells: Sequence[float]) -> tuple[RunState, float]:
