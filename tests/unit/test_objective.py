@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from clue_dist import objective
+from clue_dist import info_nce
 from clue_dist.config import Config
+from clue_dist.info_nce import compute_info_nce
 from clue_dist.model.clue import CLUE, CLUEOutput, Posterior
 from clue_dist.model.modality_spec import ModalitySpec
 from clue_dist.model.noise import Noise
@@ -23,7 +24,6 @@ from clue_dist.objective import (
     compute_alignment,
     compute_elbo_cross,
     compute_elbo_self,
-    compute_info_nce,
     score_discriminator,
 )
 from clue_dist.train.engine import group_parameters
@@ -113,7 +113,7 @@ def test_discriminator_term_is_eq_12() -> None:
 def test_info_nce_over_pairs_both_directions(
     told: list[float] | None, fewest: int, same_modality: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(objective, "FEWEST_CANDIDATES", fewest)
+    monkeypatch.setattr(info_nce, "FEWEST_CANDIDATES", fewest)
     z, code, log_scale = draw(2, B, K, K * D), torch.arange(B) % 2, torch.tensor(1.3)
     losses = []
     for member in z.double().numpy():
@@ -134,8 +134,8 @@ def test_info_nce_over_pairs_both_directions(
                 total += same_modality * sum(odds[e] * math.exp(v) for e, v in own.items())
                 losses.append(math.log(total) - logits[c])
     batch_told = None if told is None else torch.tensor(told)
-    info_nce = compute_info_nce(z, OBSERVED, code, log_scale, batch_told, same_modality)
-    assert float(info_nce) == pytest.approx(np.mean(losses), rel=1e-5)
+    found = compute_info_nce(z, OBSERVED, code, log_scale, batch_told, same_modality)
+    assert float(found) == pytest.approx(np.mean(losses), rel=1e-5)
 
 
 def test_info_nce_finds_partners_among_the_cells_of_all_ranks(
@@ -162,12 +162,12 @@ def test_info_nce_finds_partners_among_the_cells_of_all_ranks(
             all_gather=all_gather,
             all_reduce=lambda gradient: gradient.mul_(2),
         )
-        monkeypatch.setattr(objective, "dist", job)
+        monkeypatch.setattr(info_nce, "dist", job)
         losses.append(
             compute_info_nce(z[:, rank], observed[rank], code[rank], log_scale, torch.ones(K), 0.5)
         )
         part, weight = unit.transpose(0, 1)[rank].clone().requires_grad_(), draw(2 * B, 2, K, K * D)
-        (objective._GatherWithGradient.apply(part) * weight).sum().backward()
+        (info_nce._GatherWithGradient.apply(part) * weight).sum().backward()
         assert part.grad is not None
         torch.testing.assert_close(part.grad, 2 * weight[rank])
     monkeypatch.undo()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from clue_dist.checkpoint.run_folder import RunState
 from clue_dist.data.batch import Batch
+from clue_dist.info_nce import compute_info_nce
 from clue_dist.integration import (
     measure_ilisi,
     measure_islands,
@@ -26,7 +27,6 @@ from clue_dist.neighbours import find_neighbours
 from clue_dist.objective import (
     HeldOutScores,
     compute_alignment,
-    compute_info_nce,
     score_discriminator,
 )
 from clue_dist.ranks import Ranks
@@ -183,7 +183,7 @@ def test_info_nce_of_a_pair_is_that_of_its_two_modalities(
     def gather(*_: Tensor) -> None:
         raise AssertionError("held-out cells are not gathered")
 
-    monkeypatch.setattr("clue_dist.objective._gather_ranks", gather)
+    monkeypatch.setattr("clue_dist.info_nce._gather_ranks", gather)
     trainer, batch = make_trainer()
     scores = score_directly(trainer, batch)
     with torch.no_grad():
