@@ -44,6 +44,7 @@ def initialise_model(
     svd: bool,
     seed: int,
     stored: Mapping[str, StoredSvd] = MappingProxyType({}),
+    batch_shrinkage: float = 0.0,
 ) -> None:
     """Set TF-IDF weights, projections and decoder offsets from training cells.
 
@@ -54,6 +55,8 @@ def initialise_model(
         svd: whether projections start from singular vectors.
         seed: seed of the iterations of an SVD.
         stored: SVDs of all cells of the store to start from, by modality.
+        batch_shrinkage: how much shorter directions become that set biological batches apart, see
+            `find_batch_shrinkage`; 0: they stay as they are.
     """
     for name in model.modalities:
         counts, batch = sample_cells(store, n_train, name)
@@ -64,7 +67,7 @@ def initialise_model(
             _project_as_sampled(trunk, counts, svd, seed)
         trunk.batch_told.zero_()
         if svd and len(np.unique(batch)) > 1:
-            _shrink_batches(trunk, counts, batch)
+            _shrink_batches(trunk, counts, batch, batch_shrinkage)
         if trunk.size_input:
             size = compute_size_inputs(_to_counts(counts)).double()
             deviation = size.std(0, correction=0).clamp_min(LEAST_SIZE_DEVIATION)
@@ -99,18 +102,18 @@ def _project_as_sampled(trunk: Trunk, counts: Rows, svd: bool, seed: int) -> Non
     _set_projection(trunk.projection, loadings, singular, n_cells, mean, scale)
 
 
-def _shrink_batches(trunk: Trunk, counts: Rows, batch: np.ndarray) -> None:
+def _shrink_batches(trunk: Trunk, counts: Rows, batch: np.ndarray, weight: float) -> None:
     """Make components shorter along the directions that set biological batches apart."""
     normalised = normalise_counts(_to_counts(counts), trunk.normalisation, trunk.idf)
     components = trunk.projection(normalised).double().numpy()
     mean = components.mean(0)
-    shrinkage = find_batch_shrinkage(components - mean, batch, trunk.batch_shrinkage)
+    shrinkage = find_batch_shrinkage(components - mean, batch, weight)
     trunk.batch_told.fill_(shrinkage.batch_told)
-    if not trunk.batch_shrinkage:
+    if not weight:
         return
     projection, matrix = trunk.projection, shrinkage.matrix
-    weight, bias = projection.weight.double().numpy(), projection.bias.double().numpy()
-    projection.weight.copy_(torch.from_numpy(weight @ matrix.T))
+    loadings, bias = projection.weight.double().numpy(), projection.bias.double().numpy()
+    projection.weight.copy_(torch.from_numpy(loadings @ matrix.T))
     projection.bias.copy_(torch.from_numpy((bias - mean) @ matrix.T + mean))
 
 

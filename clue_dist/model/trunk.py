@@ -120,7 +120,6 @@ class Trunk(nn.Module):
     ) -> None:
         super().__init__()
         self.normalisation = normalisation
-        self.batch_shrinkage = config.batch_shrinkage  # which `model.initialise` asks for
         self.register_buffer("batch_told", torch.zeros(1))
         components = min(config.projection, n_features)
         self.register_buffer("idf", torch.ones(n_features))

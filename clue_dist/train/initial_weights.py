@@ -29,13 +29,15 @@ _FREE_SETTINGS = (
 
 def set_initial_weights(model: CLUE, setup: Setup) -> None:
     """Set weights from a sample of training cells."""
+    trunk = setup.config.model.trunk
     initialise_model(
         model,
         setup.store,
         setup.train_cells,
-        setup.config.model.trunk.projection_init != "random",
+        trunk.projection_init != "random",
         setup.config.seed,
         setup.stored_svds,
+        trunk.batch_shrinkage,
     )
 
 

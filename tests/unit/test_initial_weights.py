@@ -19,7 +19,7 @@ from clue_dist.inference.query import holds_training_cells
 from clue_dist.ranks import Ranks
 from clue_dist.store.reader import Store
 from clue_dist.store.writer import hash_file
-from clue_dist.train.initial_weights import plan_warm_start
+from clue_dist.train.initial_weights import plan_warm_start, set_initial_weights
 from clue_dist.train.loop import _read_earlier_card
 from tests.stores import make_store
 from tests.unit.run_helpers import MODEL, commit_weights, make_model, make_setup
@@ -183,3 +183,15 @@ def test_the_same_command_goes_on_with_what_began_with_these_weights(
         else:
             with pytest.raises(ResumeError, match="did not begin with these weights"):
                 find_start(weights)
+
+
+def test_initial_weights_shrink_batches_as_the_settings_say(tmp_path: Path) -> None:
+    make_store(tmp_path / "s.zarr", features=FEATURES, batches=2)
+    weights = []
+    for shrinkage in (0.0, 10.0):
+        trunk = {"batch_shrinkage": shrinkage}
+        setup = make_setup(tmp_path / "s.zarr", model=MODEL | {"trunk": MODEL["trunk"] | trunk})
+        model = make_model(setup)
+        set_initial_weights(model, setup)
+        weights.append(model.state_dict()["trunks.0.projection.weight"])
+    assert not torch.equal(*weights)

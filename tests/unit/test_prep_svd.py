@@ -265,9 +265,7 @@ def test_a_pickle_is_not_opened(store: Store, tmp_path: Path) -> None:
 def setup_of(
     store: Store, tmp_path: Path, init: str = "svd", projection: int = COMPONENTS, **parts: object
 ) -> Setup:
-    # Batches would be shrunk by what the sampled cells tell of them.
-    trunk = {"projection": projection, "projection_init": init, "batch_shrinkage": 0}
-    model = {"trunk": trunk}
+    model = {"trunk": {"projection": projection, "projection_init": init}}
     return prepare_setup(
         Config(store=str(store.root), run=str(tmp_path / "run"), model=model, **parts), world=1
     )

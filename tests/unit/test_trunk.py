@@ -101,7 +101,7 @@ def test_initialised_projection_is_pca_of_the_training_cells(tmp_path: Path) -> 
     store = make_store(
         tmp_path / "s.zarr", cells={"rna+adt": 120, "rna": 60}, features={"rna": 30, "adt": 8}
     )
-    config = configs.Config(model={"trunk": {"projection": 6, "batch_shrinkage": 0}})
+    config = configs.Config(model={"trunk": {"projection": 6}})
     model = CLUE(specify_modalities(store.manifest.modalities, config), 2, config.model)
     n_train = {"rna+adt": 100, "rna": 60}
     initialise_model(model, store, n_train, svd=True, seed=0)

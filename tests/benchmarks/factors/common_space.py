@@ -90,8 +90,10 @@ def train_model(setup: Setup, alignment: float) -> CommonSpace:
     config, plan, store = setup.config, setup.plan, setup.store
     torch.manual_seed(config.seed)
     model = CommonSpace(setup.specs, len(store.manifest.batches), config)
-    svd = config.model.trunk.projection_init != "random"
-    initialise_model(model, store, setup.train_cells, svd, config.seed, setup.stored_svds)
+    trunk = config.model.trunk
+    svd, shrinkage = trunk.projection_init != "random", trunk.batch_shrinkage
+    stored = setup.stored_svds
+    initialise_model(model, store, setup.train_cells, svd, config.seed, stored, shrinkage)
     groups = group_parameters(model, config)
     optimizer = OPTIMIZERS[config.train.optimizer](groups, lr=config.train.lr, eps=EPSILON)
     with Loader(store, plan, prefetch=config.data.prefetch) as loader:
