@@ -297,5 +297,6 @@ class Objective(nn.Module):
         return terms
 
     def _read_batch_told(self) -> Tensor | None:
-        """How far each modality tells the batch, (K,), if negatives heed it."""
-        return self.model.batch_told if self.config.contrastive_within_batch else None
+        """How far each modality tells the batch, (K,), if there are several that negatives heed."""
+        heeds_batches = self.config.contrastive_within_batch and self.model.n_batches > 1
+        return self.model.batch_told if heeds_batches else None

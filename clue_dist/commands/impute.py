@@ -10,9 +10,9 @@ def main() -> None:
     """Impute as the arguments say, and say how many cells there are."""
     arguments = _parse_arguments()
 
-    from clue_dist.inference.cells import StoreCells
-    from clue_dist.inference.embed import check_embedding_path, check_query
-    from clue_dist.inference.imputation_question import ImputationChoices, read_question
+    from clue_dist.inference.cells import open_cells
+    from clue_dist.inference.embed import check_embedding_path
+    from clue_dist.inference.imputation_question import ImputationChoices
     from clue_dist.inference.impute import FORMATS, write_imputation
 
     choices = ImputationChoices(
@@ -31,11 +31,9 @@ def main() -> None:
         arguments, lambda: check_embedding_path(arguments.out, FORMATS)
     ) as opened:
         trained_model, store, ranks = opened
-        read_question(trained_model, choices)
-        check_query(trained_model, store, arguments.min_known, ranks)
         n_cells = write_imputation(
             trained_model,
-            StoreCells(store, trained_model),
+            open_cells(store, trained_model, min_known=arguments.min_known),
             arguments.out,
             choices,
             run=arguments.run,

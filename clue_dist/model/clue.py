@@ -88,6 +88,7 @@ class CLUE(nn.Module):
     def __init__(self, specs: dict[str, ModalitySpec], n_batches: int, config: ModelConfig) -> None:
         super().__init__()
         self.modalities, self.latent = list(specs), config.latent
+        self.n_batches = n_batches
         k = len(specs)
         # Lists, not dicts by name: a modality may be called like an attribute of torch's modules.
         self.trunks = nn.ModuleList(
