@@ -298,5 +298,5 @@ class Objective(nn.Module):
 
     def _read_batch_told(self) -> Tensor | None:
         """How far each modality tells the batch, (K,), if there are several that negatives heed."""
-        heeds_batches = self.config.contrastive_within_batch and self.model.n_batches > 1
+        heeds_batches = self.config.contrastive_within_batch and self.model.knows_batches
         return self.model.batch_told if heeds_batches else None

@@ -88,7 +88,6 @@ class CLUE(nn.Module):
     def __init__(self, specs: dict[str, ModalitySpec], n_batches: int, config: ModelConfig) -> None:
         super().__init__()
         self.modalities, self.latent = list(specs), config.latent
-        self.n_batches = n_batches
         k = len(specs)
         # Lists, not dicts by name: a modality may be called like an attribute of torch's modules.
         self.trunks = nn.ModuleList(
@@ -116,6 +115,11 @@ class CLUE(nn.Module):
     def private_scale(self) -> float:
         """The factor by which embeddings show private dimensions smaller."""
         return PRIVATE_SCALE_IN_SPACE if self.space.is_fitted else PRIVATE_SCALE
+
+    @property
+    def knows_batches(self) -> bool:
+        """Whether decoders ask for the biological batch, as there are several."""
+        return any(self.get_decoder(name).batch is not None for name in self.modalities)
 
     @property
     def batch_told(self) -> Tensor:
