@@ -64,6 +64,8 @@ def test_rows_are_run_where_they_say_something() -> None:
     assert rows.applies_to(rows.OF_BATCHES[0], "snare_adbrain_8lib")
     assert rows.applies_to(rows.COUNTED_ANEW, "cbmc_cite")
     assert not rows.applies_to(rows.COUNTED_ANEW, "snare_adbrain_8lib")
+    assert not rows.applies_to(rows.THINNED, "cbmc_cite")
+    assert rows.applies_to(rows.THINNED, "snare_adbrain_8lib")
 
 
 def plan_ablation(data: Path) -> Ablation:
@@ -76,6 +78,18 @@ def test_atlas_json_as_it_stands_is_the_run_of_the_matching_benchmark(tmp_path: 
     matching = Matching(args=ablation.args)
     assert ablation.digest("ours", "cbmc_cite") == matching.digest("ours", "cbmc_cite")
     assert ("ours", "cbmc_cite", 0, 0) in ablation.list_cases()
+
+
+def test_every_row_is_trained_with_every_seed(tmp_path: Path) -> None:
+    (tmp_path / "cbmc_cite.h5mu").write_bytes(b"cells")
+    words = ["--json", "out.json", "--data", str(tmp_path), "--sets", "cbmc_cite"]
+    ablation = Ablation([*words, "--rows", "no mixup", rows.COUNTED_ANEW, "--seeds", "0", "1"])
+    counted = rows.name_method(rows.COUNTED_ANEW)
+    assert ablation.list_cases() == [
+        ("ablation-no-mixup", "cbmc_cite", 0, 0),
+        (counted, "cbmc_cite", 0, 0),  # draws counts by the fold alone
+        ("ablation-no-mixup", "cbmc_cite", 0, 1),
+    ]
 
 
 def test_rows_with_other_cells_follow_from_the_code_that_makes_them(

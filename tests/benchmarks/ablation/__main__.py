@@ -33,13 +33,19 @@ class Ablation(Matching):
     options: ClassVar = {
         **Matching.cells,
         "folds": Option([0], [0], choices=FOLDS),
+        "seeds": Option([0], [0]),
         "rows": Option(list(ROWS), ["paper: all", ATLAS, TRANSDUCTIVE], choices=ROWS),
     }
     columns: ClassVar = [*Matching.columns, "joint", "alone"]
 
     def list_cases(self) -> list[Case]:
-        cases = product(self.args.rows, self.args.folds, self.args.sets)
-        return [(name_method(r), name, f, 0) for r, f, name in cases if rows.applies_to(r, name)]
+        args = self.args
+        cases = product(args.seeds, args.rows, args.folds, args.sets)
+        return [
+            (name_method(row), name, fold, seed)
+            for seed, row, fold, name in cases
+            if rows.applies_to(row, name) and (row != COUNTED_ANEW or seed == 0)
+        ]
 
     def list_inputs(self, method: str, data_set: str) -> Iterable[Path | str]:
         row, data = find_row(method), self.digest_data(data_set)

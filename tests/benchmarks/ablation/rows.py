@@ -13,6 +13,7 @@ PAPER = {  # by second modality
 }
 ATLAS = "atlas.json"
 OF_BATCHES = "contrast across batches", "batches not shrunk", "batches not shrunk, contrast across"
+THINNED = "no thinning"
 COUNTED_ANEW = "proteins, counted anew"
 
 
@@ -25,6 +26,8 @@ def applies_to(row: str, name: str) -> bool:
     """Whether a row says anything of a data set."""
     if row in OF_BATCHES:
         return name in mosaic.BATCHED
+    if row == THINNED:
+        return "atac" in mosaic.SETS[name]
     return row != COUNTED_ANEW or mosaic.SETS[name][1] == "adt"
 
 
