@@ -149,6 +149,7 @@ class Objective(nn.Module):
             for name in model.modalities
         ]
         self.weights = [weight / size for weight, size in zip(modality_weights, sizes, strict=True)]
+        self._weights_on_device = torch.tensor(self.weights)
 
     def forward(
         self,
@@ -205,7 +206,7 @@ class Objective(nn.Module):
     ) -> dict[str, Tensor]:
         """The terms of eq. 15 that have a weight, and of InfoNCE, each ()."""
         config, observed = self.config, batch.observed
-        weight = torch.tensor(self.weights, device=observed.device)
+        weight = self._place_weights(observed.device)
         z = output.z.flatten(2)  # (B, K source, K * a)
         terms = {
             "mse": compute_alignment(z, observed, cosine=config.alignment == "cosine"),
@@ -227,13 +228,19 @@ class Objective(nn.Module):
             )
         return terms
 
+    def _place_weights(self, device: torch.device) -> Tensor:
+        """The weight of each modality, (K,), copied to the device at the first call alone."""
+        if self._weights_on_device.device != device:
+            self._weights_on_device = self._weights_on_device.to(device)
+        return self._weights_on_device
+
     def _score_held_out(self, batch: Batch, noise: Noise) -> HeldOutScores:
         """Score cells without dropout or mixtures, under the whole KL; see `forward`."""
         config, observed = self.config, batch.observed
         output = self.model(
             batch, noise, decode_self=config.lambda_self > 0, decode_cross=config.lambda_cross > 0
         )
-        weight = torch.tensor(self.weights, device=observed.device)
+        weight = self._place_weights(observed.device)
         minus_elbo = -(
             config.lambda_self * compute_elbo_self(output, observed, weight, config.lambda_kl)
             + config.lambda_cross * compute_elbo_cross(output, observed, weight, config.lambda_kl)

@@ -50,7 +50,7 @@ class Noise:
         self._all_ranks = self._make_generator(seed, micro_batch, "all ranks")
         self._rounds = [share // lanes for share in stratum_shares.values()]  # by stratum
         self._per_lane = sum(self._rounds)
-        self._order = order_rows(tuple(stratum_shares.values()), lanes, world).to(device)
+        self._order = order_rows(tuple(stratum_shares.values()), lanes, world, device)
 
     def draw_normal(self, *tail: int) -> Tensor:
         """Standard normal draws, (B, *tail) float32."""
@@ -137,13 +137,16 @@ class Noise:
 
 
 @functools.cache
-def order_rows(shares: tuple[int, ...], lanes: int, world: int) -> Tensor:
+def order_rows(
+    shares: tuple[int, ...], lanes: int, world: int, device: torch.device | str = "cpu"
+) -> Tensor:
     """For each row of a rank's batch, where its draw lies among draws laid out lane by lane.
 
     Args:
         shares: cells of the global micro-batch, by stratum.
         lanes: streams of the global micro-batch.
         world: number of ranks.
+        device: where the result lies; it is copied there once, as a copy waits for the device.
 
     Returns:
         (B,) int64. The rows of a batch come stratum by stratum, those of its lanes by turns.
@@ -154,4 +157,4 @@ def order_rows(shares: tuple[int, ...], lanes: int, world: int) -> Tensor:
         row = torch.arange(share // world)
         places.append(row % rank_lanes * per_lane + first // lanes + row // rank_lanes)
         first += share
-    return torch.cat(places)
+    return torch.cat(places).to(device)

@@ -90,10 +90,10 @@ def _agree_on_outcome(
         parameters = trainer.engine.module.parameters()
         gradients = [weight.grad for weight in parameters if weight.grad is not None]
         is_bad = is_bad | ~torch.nn.utils.get_total_norm(gradients).isfinite()
-    flags = [bool(stop), saver is not None and saver.has_failed]
-    sums = torch.cat(
-        [torch.stack([loss.nan_to_num(0, 0, 0), is_bad.double()]), loss.new_tensor(flags)]
-    )
+    flags = bool(stop), saver is not None and saver.has_failed
+    # Filled in on the device: to copy them there would wait for it.
+    filled = [loss.new_full((), float(flag)) for flag in flags]
+    sums = torch.stack([loss.nan_to_num(0, 0, 0), is_bad.double(), *filled])
     dist.all_reduce(sums)
     loss_sum, n_bad, n_stops, n_failures = sums.tolist()
     mean = loss_sum / dist.get_world_size()
