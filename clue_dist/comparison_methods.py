@@ -12,6 +12,11 @@ from clue_dist.files import parse_path
 from clue_dist.inference.cells import Cells, CellSource, open_cells
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.match import check_pairs_path, match_cells, write_matches
+from clue_dist.inference.reference_cells import (
+    ComparedCells,
+    open_own_reference,
+    open_reference,
+)
 from clue_dist.inference.transfer import check_labels_path, label_cells, write_labels
 from clue_dist.label_transfer import TransferSettings
 from clue_dist.partner_settings import PartnerMethod, PartnerSettings
@@ -20,7 +25,17 @@ from clue_dist.partner_settings import PartnerMethod, PartnerSettings
 class ComparisonMethods:
     """A part of `Run`."""
 
+    folder: Path
     trained_model: TrainedModel
+
+    @property
+    def reference(self) -> ComparedCells:
+        """The cells that travel with the model, or else the store that it was trained on.
+
+        Raises:
+            ConfigError: there are neither.
+        """
+        return open_own_reference(self.folder, self.trained_model)
 
     def match(
         self,
@@ -28,6 +43,7 @@ class ComparisonMethods:
         first: str,
         second: str,
         *,
+        reference: CellSource | ComparedCells | None = None,
         out: str | Path | None = None,
         method: PartnerMethod = "scaled",
         n_partners: int = 1,
@@ -40,11 +56,12 @@ class ComparisonMethods:
         min_known: float | None = None,
         batch_size: int = 4096,
     ) -> pd.DataFrame:
-        """Find partners of the cells with modality `first` among those with `second`.
+        """Find partners of the cells with modality `first` among reference cells with `second`.
 
         Args:
             cells: the cells, as of `embed`; some carry `first` and some `second`, or both.
             first, second: two modalities.
+            reference: cells among which partners are sought, as of `transfer`; by default `cells`.
             out: a file for the pairs (.csv, .csv.gz, .parquet) or their sparse matrix (.npz).
             method: see `clue_dist.partners.find_partners`.
             n_partners: the most that a cell gets, up to 1,000.
@@ -78,6 +95,7 @@ class ComparisonMethods:
             self._open_cells(cells, reading),
             first,
             second,
+            reference=None if reference is None else self._open_reference(reference, reading),
             settings=settings,
             within_batch=within_batch,
             calibrate_on=paired,
@@ -89,7 +107,7 @@ class ComparisonMethods:
 
     def transfer(
         self,
-        reference: CellSource,
+        reference: CellSource | ComparedCells | None,
         query: CellSource,
         label_key: str = "cell_type",
         *,
@@ -107,7 +125,9 @@ class ComparisonMethods:
         """Label cells by the labelled cells nearest to them, in any modalities.
 
         Args:
-            reference, query: labelled cells, and those to label, as of `embed`.
+            reference: labelled cells, as of `embed`, or an .h5ad that this model has embedded them
+                into; None: `Run.reference`.
+            query: the cells to label, as of `embed`.
             label_key: column of the reference's obs with the labels.
             out: a file for the labels, too (.csv, .csv.gz, .parquet).
             n_neighbours, kept, least_confidence: see `TransferSettings`.
@@ -122,10 +142,8 @@ class ComparisonMethods:
         if path is not None:
             check_labels_path(path)
         reading = {"layer": layer, "feature_ids": feature_ids, "min_known": min_known}
-        known, asked = (
-            self._open_cells(source, {**reading, "modality": modality})
-            for source, modality in ((reference, reference_modality), (query, query_modality))
-        )
+        known = self._open_reference(reference, {**reading, "modality": reference_modality})
+        asked = self._open_cells(query, {**reading, "modality": query_modality})
         labels = label_cells(
             self.trained_model, known, asked, label_key, settings=settings, batch_size=batch_size
         )
@@ -136,3 +154,11 @@ class ComparisonMethods:
     def _open_cells(self, source: CellSource, reading: Mapping[str, Any]) -> Cells:
         """Open cells as `open_cells` does, with some of its arguments."""
         return open_cells(source, self.trained_model, **reading)
+
+    def _open_reference(
+        self, source: CellSource | ComparedCells | None, reading: Mapping[str, Any]
+    ) -> ComparedCells:
+        """Open reference cells; those of the model where none are named."""
+        if source is None:
+            return self.reference
+        return open_reference(source, self.trained_model, **reading)

@@ -239,17 +239,27 @@ class Run(ImputationMethods, ComparisonMethods):
             self.folder, embedding, scores, imputed, None if truth is None else str(truth)
         )
 
-    def export(self, out: str | Path, scores: str | Path | None = None, **texts: str) -> None:
+    def export(
+        self,
+        out: str | Path,
+        scores: str | Path | None = None,
+        *,
+        cells: CellSource | None = None,
+        **texts: str,
+    ) -> None:
         """Write the model, and a card that explains it, into a folder to be shared.
 
         Args:
             out: the folder to make.
             scores: what `evaluate` has written, for the card.
+            cells: reference cells that travel with the model: z and obs, no counts. As of `embed`,
+                or an .h5ad that `embed` has written.
             texts: `title`, `data` and `licence`, as a person states them.
         """
         file = None if scores is None else parse_path(str(scores))
         name, card = self.trained_model.name, CardTexts(**texts)
-        export_run(self.folder, parse_path(str(out)), checkpoint=name, scores=file, texts=card)
+        target = parse_path(str(out))
+        export_run(self.folder, target, checkpoint=name, scores=file, texts=card, cells=cells)
 
     def fine_tune(self, cells: CellSource, out: str | Path, **choices: Any) -> Run:
         """Teach a copy of the model the new batches of some cells; z of every cell stays.

@@ -23,6 +23,12 @@ def main() -> None:
     parser.add_argument(
         "--licence", default="", metavar="TEXT", help="terms under which others may use the model"
     )
+    parser.add_argument(
+        "--with-cells",
+        metavar="STORE",
+        help="reference cells that travel with the model, a store or an .h5ad of `clue embed "
+        "--per-modality`: z and obs, no counts",
+    )
     arguments = parser.parse_args()
 
     from clue_dist.inference.export import CardTexts, export_run
@@ -33,6 +39,7 @@ def main() -> None:
         checkpoint=arguments.checkpoint,
         scores=arguments.scores,
         texts=CardTexts(arguments.title, arguments.data, arguments.licence),
+        cells=arguments.with_cells,
     )
     print(arguments.out)
 

@@ -15,6 +15,12 @@ def main() -> None:
     parser.add_argument("--first", required=True, help="modality of the rows")
     parser.add_argument("--second", required=True, help="modality that partners are sought in")
     parser.add_argument(
+        "--reference",
+        metavar="STORE",
+        help="cells among which partners are sought, a store or an .h5ad of `clue embed "
+        "--per-modality`, as cells.h5ad of a shared model (default: those of --store)",
+    )
+    parser.add_argument(
         "--method", choices=PARTNER_METHODS, default="scaled", help="how (default: %(default)s)"
     )
     parser.add_argument(
@@ -36,17 +42,22 @@ def main() -> None:
 
     from clue_dist.inference.cells import open_cells
     from clue_dist.inference.match import check_pairs_path, match_cells, write_matches
+    from clue_dist.inference.reference_cells import open_reference
 
     with open_model_and_store(arguments, lambda: check_pairs_path(arguments.out)) as opened:
         trained_model, store, ranks = opened
 
         def match_store() -> None:
             paired = arguments.calibrate_on and open_cells(arguments.calibrate_on, trained_model)
+            known = arguments.reference and open_reference(
+                arguments.reference, trained_model, min_known=arguments.min_known
+            )
             matched = match_cells(
                 trained_model,
                 open_cells(store, trained_model, min_known=arguments.min_known),
                 arguments.first,
                 arguments.second,
+                reference=known,
                 settings=PartnerSettings(
                     arguments.method, arguments.partners, approximate=arguments.approximate
                 ),

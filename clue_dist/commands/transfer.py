@@ -9,7 +9,12 @@ def main() -> None:
     parser = build_model_parser(
         "transfer", store="store of the cells to label", out="labels as .csv, .csv.gz or .parquet"
     )
-    parser.add_argument("--reference", required=True, help="store of labelled cells")
+    parser.add_argument(
+        "--reference",
+        metavar="STORE",
+        help="labelled cells, a store or an .h5ad of `clue embed --per-modality` (default: those "
+        "that travel with the model, else its training store)",
+    )
     parser.add_argument(
         "--kept",
         type=float,
@@ -27,6 +32,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from clue_dist.inference.cells import open_cells
+    from clue_dist.inference.reference_cells import open_own_reference, open_reference
     from clue_dist.inference.transfer import check_labels_path, label_cells, write_labels
     from clue_dist.label_transfer import UNKNOWN_LABEL, TransferSettings
 
@@ -34,9 +40,15 @@ def main() -> None:
         trained_model, store, ranks = opened
 
         def label_store() -> None:
+            if arguments.reference is None:
+                known = open_own_reference(arguments.run, trained_model)
+            else:
+                known = open_reference(
+                    arguments.reference, trained_model, min_known=arguments.min_known
+                )
             labels = label_cells(
                 trained_model,
-                open_cells(arguments.reference, trained_model, min_known=arguments.min_known),
+                known,
                 open_cells(store, trained_model, min_known=arguments.min_known),
                 "cell_type",  # what a store calls labels, whatever their column was called
                 settings=TransferSettings(

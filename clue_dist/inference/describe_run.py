@@ -8,6 +8,7 @@ from clue_dist.checkpoint.metrics_lines import find_validation
 from clue_dist.checkpoint.run_folder import CHECKPOINT_NAME, parse_step
 from clue_dist.errors import ClueError, list_names
 from clue_dist.inference.load_model import TrainedModel
+from clue_dist.inference.reference_cells import REFERENCE_FILE
 from clue_dist.store.location import parse_location
 from clue_dist.store.manifest import Manifest
 
@@ -26,6 +27,8 @@ def describe_run(folder: Path, trained_model: TrainedModel) -> str:
     cells = _describe_training_cells(trained_model)
     if cells is not None:
         lines.append(f"  trained on: {cells}")
+    if (folder / REFERENCE_FILE).is_file():
+        lines.append(f"  reference: {REFERENCE_FILE}, to label and to match other cells by")
     scores = _describe_scores(folder, trained_model.name)
     if scores is not None:
         lines.append(f"  validation: {scores}")

@@ -6,6 +6,7 @@ takes it: embedding, imputation, `--features-from`, `--init-from`.
     FOLDER/README.md                   the model card
     FOLDER/config.json, model.json     settings; features, batches, labels
     FOLDER/best/step-00001100/         weights.safetensors, state.json, COMMIT.json
+    FOLDER/cells.h5ad                  where wanted: z and obs of reference cells, no counts
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import anndata as ad
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -34,8 +36,10 @@ from clue_dist.checkpoint.run_folder import (
 from clue_dist.config import Config
 from clue_dist.errors import ConfigError, ResumeError, list_names
 from clue_dist.files import TEMPORARY_ENDING, apply_umask, write_file
-from clue_dist.inference.load_model import require_weights
+from clue_dist.inference.cells import CellSource
+from clue_dist.inference.load_model import load_model, require_weights
 from clue_dist.inference.output_files import check_output_folder, translate_output_errors
+from clue_dist.inference.reference_cells import REFERENCE_FILE, collect_reference
 from clue_dist.inference.score_tables import format_scores
 from clue_dist.store.writer import hash_file
 
@@ -65,6 +69,7 @@ def export_run(
     checkpoint: str = "best",
     scores: Path | None = None,
     texts: CardTexts | None = None,
+    cells: CellSource | None = None,
 ) -> None:
     """Write the weights of a run, and all that describes them, into a folder to be shared.
 
@@ -76,8 +81,11 @@ def export_run(
         checkpoint: "best" (of validation), "last" (saved), or the name of a checkpoint.
         scores: scores.json of `clue evaluate`, to be shown in the card.
         texts: what a person says of the model.
+        cells: reference cells whose z and obs travel with the model: a store, cells in memory, or
+            an .h5ad that `clue embed --per-modality` has written with these weights.
 
     Raises:
+        DataError: `cells` cannot be embedded, or were embedded by other weights.
         ResumeError: there is no such run, or its weights are missing or damaged.
         ConfigError: something is at `out`; `scores` is no scores.json.
         StoreError: the disk is full, or refuses to be written.
@@ -87,9 +95,19 @@ def export_run(
     folder = require_weights(run, checkpoint)
     if problem := find_damage(folder):
         raise ResumeError("the weights are damaged", where=folder, got=problem)
-    weights = read_weights(folder)
+    weights, reference = read_weights(folder), None
+    if cells is not None:
+        reference = collect_reference(cells, load_model(run, folder.name))
     write_model_folder(
-        out, run, folder, weights, config, card, scores=scores, texts=texts or CardTexts()
+        out,
+        run,
+        folder,
+        weights,
+        config,
+        card,
+        scores=scores,
+        texts=texts or CardTexts(),
+        reference=reference,
     )
 
 
@@ -116,6 +134,7 @@ def write_model_folder(
     *,
     scores: Path | None = None,
     texts: CardTexts,
+    reference: ad.AnnData | None = None,
 ) -> None:
     """Write a folder that serves as a run does, with its card.
 
@@ -128,6 +147,7 @@ def write_model_folder(
         card: what the weights expect of a store.
         scores: scores.json of `clue evaluate`, to be shown in the card.
         texts: what a person says of the model.
+        reference: what `collect_reference` gives of cells that travel with the model.
 
     Raises:
         ConfigError: `scores` is no scores.json.
@@ -137,8 +157,9 @@ def write_model_folder(
     readme = "\n".join(
         [
             *_describe_model(out.name, card, shared_config, weights, texts),
+            *_describe_reference(reference),
             *_list_scores(run, weights_folder, scores),
-            *_explain_use(card),
+            *_explain_use(card, reference is not None),
         ]
     )
     temporary = out.with_name(f"{out.name}{TEMPORARY_ENDING}")
@@ -154,6 +175,8 @@ def write_model_folder(
         write_file(temporary / "config.json", shared_config.to_json())
         write_file(temporary / "model.json", card.model_dump_json(indent=1))
         write_file(temporary / CARD_FILE, readme + "\n")
+        if reference is not None:
+            reference.write_h5ad(temporary / REFERENCE_FILE)
         temporary.rename(out)
 
 
@@ -187,6 +210,15 @@ def _describe_model(
     yield f"{n_parameters:,} numbers of float32; {config.model.latent} dimensions of z for each"
     yield f"modality, {config.model.n_private} of them private. `config.json` holds every setting."
     yield from ("", "## Licence", "", f"{licence[0].upper()}{licence[1:]}.", "")
+
+
+def _describe_reference(reference: ad.AnnData | None) -> Iterable[str]:
+    """Say which cells travel with the model, and what of them."""
+    if reference is not None:
+        yield from ("## Reference cells", "")
+        yield f"`{REFERENCE_FILE}` holds z of {reference.n_obs:,} cells, from everything observed"
+        yield "and from each modality alone, their barcodes, and of their obs"
+        yield from (f"{list_names(reference.obs, 40)}. It holds no counts.", "")
 
 
 def _list_scores(run: Path, folder: Path, scores: Path | None) -> Iterable[str]:
@@ -224,13 +256,15 @@ def _read_scores(path: Path) -> dict[str, Any]:
     return content
 
 
-def _explain_use(card: ModelCard) -> Iterable[str]:
+def _explain_use(card: ModelCard, has_reference: bool) -> Iterable[str]:
     """Say how the model is asked."""
     modality = next(iter(card.modalities))
     yield from ("", "## Use", "", "With clue_dist installed:", "")
     yield from ("```python", "import clue_dist as clue", "")
     yield 'run = clue.load("FOLDER")  # this folder'
     yield f"run.embed(cells)  # an AnnData with raw counts of {modality}, say; writes obsm"
+    if has_reference:
+        yield 'run.transfer(None, cells, "cell_type")  # labels of the reference cells'
     yield from ("```", "", "Files of any size, without the cells that it was trained on:", "")
     yield from ("```", "clue prep convert new.h5ad --features-from FOLDER --out new.zarr")
     yield from ("clue embed --run FOLDER --store new.zarr --out new.h5mu", "```")

@@ -15,7 +15,11 @@ from clue_dist.inference.load_model import LoadedModel
 from clue_dist.inference.named_counts import warn_of_cells
 from clue_dist.inference.output_files import check_output_format, replace_output
 from clue_dist.inference.query import holds_training_cells
-from clue_dist.inference.stream import embed_in_memory
+from clue_dist.inference.reference_cells import (
+    ComparedCells,
+    ReferenceCells,
+    embed_for_comparison,
+)
 from clue_dist.pair_confidence import FEWEST_PAIRS, PairConfidence, fit_pair_confidence
 from clue_dist.partner_settings import PartnerSettings
 from clue_dist.partners import find_partners
@@ -51,7 +55,6 @@ class _MatchedSide:
 
     profiles: np.ndarray  # (n, K * d)
     names: np.ndarray  # (n,)
-    rows: np.ndarray  # (n,), of all cells
     batches: np.ndarray | None  # (n,), where they are asked for
 
 
@@ -61,21 +64,24 @@ def match_cells(
     first: str,
     second: str,
     *,
+    reference: ComparedCells | None = None,
     settings: PartnerSettings | None = None,
     within_batch: bool = False,
     calibrate_on: Cells | PairConfidence | None = None,
     batch_size: int = 4096,
 ) -> MatchedCells:
-    """Find for each cell with modality `first` its partners among the cells with `second`.
+    """Find for each cell with modality `first` its partners among reference cells with `second`.
 
-    A cell with both takes part on both sides, each time seen through one modality. So held-out
-    paired cells show how well the matching works.
+    By default the cells are their own reference. A cell with both modalities then takes part on
+    both sides, each time seen through one of them: held-out paired cells show how well the matching
+    works.
 
     Args:
         trained_model: the model.
         cells: the cells.
         first: a modality; rows of the matrix are the cells that carry it.
         second: another one, whose cells are the columns.
+        reference: where these columns come from; by default `cells`.
         settings: how partners are sought.
         within_batch: whether a partner must be of the same batch; a cell of an unknown batch gets
             none.
@@ -89,15 +95,26 @@ def match_cells(
         DataError: too few pairs to calibrate on.
     """
     settings = settings or PartnerSettings()
-    sides = _embed_sides(trained_model, cells, (first, second), within_batch, batch_size)
-    one, other = sides
+    _require_modalities(first, second, cells, reference)
+    asked = embed_for_comparison(trained_model, cells, batch_size)
+    known = asked
+    if reference is not None:
+        known = embed_for_comparison(trained_model, reference, batch_size)
+    one, other = sides = _select_sides(asked, known, first, second, within_batch)
     batches = None
     if one.batches is not None and other.batches is not None:
         batches = one.batches, other.batches
     weights = find_partners(one.profiles, other.profiles, settings, batches)
-    confidence = _choose_confidence(
-        trained_model, cells, sides, (first, second), settings, calibrate_on, batch_size
-    )
+    if calibrate_on is None:
+        confidence = _calibrate_on_cells(
+            trained_model, cells, _select_pairs(asked, first, second), settings
+        )
+    elif isinstance(calibrate_on, PairConfidence):
+        confidence = calibrate_on
+    else:
+        _require_modalities(first, second, calibrate_on)
+        paired = embed_for_comparison(trained_model, calibrate_on, batch_size)
+        confidence = fit_pair_confidence(*_select_pairs(paired, first, second), settings)
     found = weights.tocoo()
     pairs = pd.DataFrame(
         {
@@ -135,42 +152,53 @@ def write_matches(matched: MatchedCells, out: Path) -> None:
             matched.pairs.to_csv(temporary, index=False)
 
 
-def _embed_sides(
-    trained_model: LoadedModel,
-    cells: Cells,
-    modalities: tuple[str, str],
-    within_batch: bool,
-    batch_size: int,
-) -> tuple[_MatchedSide, _MatchedSide]:
-    """The profiles of both modalities."""
-    first, second = modalities
-    if first == second or not {first, second} <= set(cells.modalities):
+def _require_modalities(
+    first: str, second: str, cells: Cells, reference: ComparedCells | None = None
+) -> None:
+    """Require that cells carry one modality, and the reference another one."""
+    known = cells.modalities if reference is None else reference.modalities
+    if first == second or first not in cells.modalities or second not in known:
         raise ConfigError(
             "two different modalities of the cells are needed",
-            got=list_names(modalities),
-            expected=f"two of {list_names(cells.modalities)}",
+            got=list_names((first, second)),
+            expected=f"two of {list_names(dict.fromkeys([*cells.modalities, *known]))}"
+            if reference is None
+            else f"one of {list_names(cells.modalities)}, and one of the reference's "
+            f"{list_names(known)}",
         )
-    obs = cells.read_obs()
-    if within_batch and _BATCH not in obs:
+
+
+def _select_sides(
+    asked: ReferenceCells,
+    known: ReferenceCells,
+    first: str,
+    second: str,
+    within_batch: bool,
+) -> tuple[_MatchedSide, _MatchedSide]:
+    """The profiles of one modality of some cells, and those of another of the reference."""
+    batches = _read_batches(asked.obs) if within_batch else None
+    others = _read_batches(known.obs) if within_batch and known is not asked else batches
+    return _select_side(asked, first, batches), _select_side(known, second, others)
+
+
+def _select_side(cells: ReferenceCells, modality: str, batches: np.ndarray | None) -> _MatchedSide:
+    """The profiles of one modality of the cells that carry it."""
+    rows = np.flatnonzero(cells.embedding.mark_measured(modality))
+    return _MatchedSide(
+        cells.embedding.alone[modality][rows],
+        cells.obs.index.to_numpy()[rows],
+        None if batches is None else batches[rows],
+    )
+
+
+def _read_batches(obs: pd.DataFrame) -> np.ndarray:
+    """The batch of each cell, (N,) names, "" where unknown; warns of these."""
+    if _BATCH not in obs:
         raise ConfigError(
             "the batches of the cells are not known, within which to match",
             got=f"columns of obs: {list_names(obs.columns) or 'none'}",
             fix="name the column with the batch (batch_key), or match among all cells",
         )
-    batches = _read_batches(obs) if within_batch else None
-    embedding = embed_in_memory(trained_model, cells, batch_size, with_variance=False)
-    names = obs.index.to_numpy()
-
-    def select_side(modality: str) -> _MatchedSide:
-        rows = np.flatnonzero(embedding.mark_measured(modality))
-        named = None if batches is None else batches[rows]
-        return _MatchedSide(embedding.alone[modality][rows], names[rows], rows, named)
-
-    return select_side(first), select_side(second)
-
-
-def _read_batches(obs: pd.DataFrame) -> np.ndarray:
-    """The batch of each cell, (N,) names, "" where unknown; warns of these."""
     batches = obs[_BATCH].astype(object)
     batches = batches.where(batches.notna(), "").astype(str)
     if n_unknown := int((batches == "").sum()):
@@ -178,22 +206,13 @@ def _read_batches(obs: pd.DataFrame) -> np.ndarray:
     return batches.to_numpy()
 
 
-def _choose_confidence(
+def _calibrate_on_cells(
     trained_model: LoadedModel,
     cells: Cells,
-    sides: tuple[_MatchedSide, _MatchedSide],
-    modalities: tuple[str, str],
+    profiles: tuple[np.ndarray, np.ndarray],
     settings: PartnerSettings,
-    calibrate_on: Cells | PairConfidence | None,
-    batch_size: int,
 ) -> PairConfidence:
-    """The calibration that is given, or one on pairs that are given or among the cells."""
-    if isinstance(calibrate_on, PairConfidence):
-        return calibrate_on
-    if calibrate_on is not None:
-        paired = _embed_sides(trained_model, calibrate_on, modalities, False, batch_size)
-        return fit_pair_confidence(*_select_pairs(paired), settings)
-    profiles = _select_pairs(sides)
+    """A calibration on the pairs of the cells to match, if the model has not seen these."""
     if len(profiles[0]) < FEWEST_PAIRS:
         return PairConfidence()
     if not isinstance(cells, StoreCells):
@@ -209,11 +228,13 @@ def _choose_confidence(
     return fit_pair_confidence(*profiles, settings)
 
 
-def _select_pairs(sides: tuple[_MatchedSide, _MatchedSide]) -> tuple[np.ndarray, np.ndarray]:
+def _select_pairs(cells: ReferenceCells, first: str, second: str) -> tuple[np.ndarray, np.ndarray]:
     """The profiles of the cells that carry both modalities, in one order."""
-    one, other = sides
-    _, rows, columns = np.intersect1d(one.rows, other.rows, return_indices=True)
-    return one.profiles[rows], other.profiles[columns]
+    alone = cells.embedding.alone
+    if first not in alone or second not in alone:
+        return np.empty((0, 0)), np.empty((0, 0))
+    both = cells.embedding.mark_measured(first) & cells.embedding.mark_measured(second)
+    return alone[first][both], alone[second][both]
 
 
 def _compute_confidences(

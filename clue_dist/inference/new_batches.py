@@ -23,6 +23,7 @@ from clue_dist.errors import ConfigError, DataError, list_names
 from clue_dist.inference.cells import Cells, CellSlice
 from clue_dist.inference.export import CardTexts, check_model_folder, write_model_folder
 from clue_dist.inference.load_model import TrainedModel, require_weights
+from clue_dist.inference.reference_cells import REFERENCE_FILE, collect_reference
 from clue_dist.model.clue import CLUE
 from clue_dist.model.decoders import Decoder
 
@@ -61,7 +62,19 @@ def tune_batches(run: Path, trained_model: TrainedModel, cells: Cells, out: Path
     weights_folder = require_weights(run, trained_model.name)
     texts = CardTexts(data=f"Batches that were learnt later: {list_names(report.names, 20)}.")
     weights = tuned.model.state_dict()
-    write_model_folder(out, run, weights_folder, weights, tuned.config, card, texts=texts)
+    reference = None
+    if (run / REFERENCE_FILE).is_file():  # their z is what it was
+        reference = collect_reference(run / REFERENCE_FILE, trained_model)
+    write_model_folder(
+        out,
+        run,
+        weights_folder,
+        weights,
+        tuned.config,
+        card,
+        texts=texts,
+        reference=reference,
+    )
     return report
 
 

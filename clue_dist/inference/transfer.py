@@ -12,6 +12,7 @@ from clue_dist.inference.cells import Cells
 from clue_dist.inference.load_model import LoadedModel
 from clue_dist.inference.named_counts import warn_of_cells
 from clue_dist.inference.output_files import check_output_format, replace_output
+from clue_dist.inference.reference_cells import ComparedCells, embed_for_comparison
 from clue_dist.inference.stream import Embedding, embed_in_memory
 from clue_dist.integration import mark_labelled_cells
 from clue_dist.label_transfer import UNKNOWN_LABEL, TransferSettings, fit_label_transfer
@@ -21,7 +22,7 @@ LABEL_FORMATS = (".csv", ".csv.gz", ".parquet")
 
 def label_cells(
     trained_model: LoadedModel,
-    reference: Cells,
+    reference: ComparedCells,
     query: Cells,
     label_key: str,
     *,
@@ -52,7 +53,7 @@ def label_cells(
         DataError: it has fewer than two labelled cells.
     """
     labels = _read_labels(reference, label_key)
-    known = embed_in_memory(trained_model, reference, batch_size, with_variance=False)
+    known = embed_for_comparison(trained_model, reference, batch_size).embedding
     asked = embed_in_memory(
         trained_model, query, batch_size, per_modality=False, with_variance=False
     )
@@ -101,7 +102,7 @@ def write_labels(labels: pd.DataFrame, out: Path) -> None:
             labels.to_csv(temporary, index_label="cell")
 
 
-def _read_labels(reference: Cells, label_key: str) -> np.ndarray:
+def _read_labels(reference: ComparedCells, label_key: str) -> np.ndarray:
     """The labels of the reference cells, (R,) names, "" where there is none, or "unknown"."""
     obs = reference.read_obs()
     if label_key not in obs:

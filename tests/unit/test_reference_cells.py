@@ -1,0 +1,137 @@
+"""Cells that travel with a model: what its folder holds of them, and that they serve elsewhere."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+
+from clue_dist.commands import match, transfer
+from clue_dist.errors import ConfigError, DataError
+from clue_dist.inference import new_batches
+from clue_dist.inference.export import export_run
+from clue_dist.inference.reference_cells import REFERENCE_FILE, ReferenceCells
+from clue_dist.store.reader import Store
+from clue_dist.trained_run import Run, load
+from tests.stores import make_store
+from tests.unit.run_helpers import make_run
+
+FEATURES = {"rna": 30, "adt": 8}
+CELLS = {"rna+adt": 70, "rna": 41, "adt": 20}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run, in a folder that nobody else has."""
+    folder = tmp_path_factory.mktemp("reference")
+    make_store(folder / "old.zarr", CELLS, FEATURES)
+    return load(make_run(folder / "run", folder / "old.zarr"))
+
+
+@pytest.fixture(scope="module")
+def query(run: Run) -> Store:
+    return make_store(run.folder.parent / "new.zarr", {"rna": 30}, {"rna": 30}, batches=4, seed=0)
+
+
+@pytest.fixture(scope="module")
+def shared(run: Run) -> Run:
+    """The same model in a folder that holds its cells, and whoever has it lacks their counts."""
+    run.export(run.folder.parent / "shared", cells=run.folder.parent / "old.zarr")
+    return load(run.folder.parent / "shared")
+
+
+def test_labels_and_partners_come_from_the_cells_of_the_folder(
+    run: Run, shared: Run, query: Store
+) -> None:
+    store = run.folder.parent / "old.zarr"
+    assert isinstance(shared.reference, ReferenceCells)
+    expected = run.transfer(store, query, "cell_type")
+    pd.testing.assert_frame_equal(shared.transfer(None, query, "cell_type"), expected)
+    assert expected.is_calibrated.all()
+    pairs = run.match(query, "rna", "adt", reference=store, n_partners=3)
+    found = shared.match(query, "rna", "adt", reference=shared.reference, n_partners=3)
+    pd.testing.assert_frame_equal(found, pairs)
+    assert set(found.cell) == {f"rna-{i}" for i in range(30)}
+    assert all(name.startswith(("adt", "rna+adt")) for name in found.partner)
+
+
+def test_the_folder_holds_z_and_obs_and_no_counts_or_paths(run: Run, shared: Run) -> None:
+    file = shared.folder / REFERENCE_FILE
+    table = ad.read_h5ad(file)
+    assert table.X is None
+    assert table.n_vars == len(table.layers) == 0
+    assert set(table.obsm) == {"X_clue", "X_clue_rna", "X_clue_adt"}
+    assert set(table.obs) == {"batch", "cell_type", "clue_modalities"}
+    assert str(run.folder.parent).encode() not in file.read_bytes()
+    card = (shared.folder / "README.md").read_text()
+    for text in ("z of 131 cells", "batch, cell_type, clue_modalities", "run.transfer(None"):
+        assert text in card
+    assert "cells.h5ad" in repr(shared)
+    assert "131 embedded cells with rna, adt" in repr(shared.reference)
+
+
+def test_an_embedding_may_stand_for_its_cells(run: Run, query: Store, tmp_path: Path) -> None:
+    z = run.embed(run.folder.parent / "old.zarr", out=tmp_path / "z.h5ad")
+    assert isinstance(z, Path)
+    export_run(run.folder, tmp_path / "shared", cells=z)
+    expected = run.transfer(run.folder.parent / "old.zarr", query, "cell_type")
+    for reference in (z, tmp_path / "shared" / REFERENCE_FILE):
+        pd.testing.assert_frame_equal(run.transfer(reference, query, "cell_type"), expected)
+
+
+def test_an_embedding_that_does_not_serve_is_refused(
+    run: Run, query: Store, tmp_path: Path
+) -> None:
+    joint = run.embed(run.folder.parent / "old.zarr", out=tmp_path / "z.h5ad", per_modality=False)
+    with pytest.raises(DataError, match="lacks z from single modalities"):
+        run.transfer(joint, query, "cell_type")
+    table = ad.read_h5ad(tmp_path / "z.h5ad")
+    table.uns["clue_dist"]["checkpoint"] = "step-00000004"
+    table.write_h5ad(tmp_path / "other.h5ad")
+    with pytest.raises(DataError, match="other weights"):
+        run.export(tmp_path / "shared", cells=tmp_path / "other.h5ad")
+    assert {path.name for path in tmp_path.iterdir()} == {"z.h5ad", "other.h5ad"}
+
+
+def test_without_cells_of_its_own_a_run_refers_to_its_training_store(
+    run: Run, query: Store, tmp_path: Path
+) -> None:
+    expected = run.transfer(run.folder.parent / "old.zarr", query, "cell_type")
+    pd.testing.assert_frame_equal(run.transfer(None, query, "cell_type"), expected)
+    run.export(tmp_path / "plain")
+    with pytest.raises(ConfigError, match="brings no reference cells"):
+        load(tmp_path / "plain").transfer(None, query, "cell_type")
+
+
+def test_a_model_that_learns_batches_keeps_its_cells(
+    shared: Run, query: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(new_batches, "STEPS", 2)
+    tuned = shared.fine_tune(query, tmp_path / "tuned")
+    before, after = (run.transfer(None, query, "cell_type") for run in (shared, tuned))
+    pd.testing.assert_frame_equal(before, after)
+
+
+def test_the_commands_ask_the_cells_of_the_folder(
+    shared: Run, query: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "elsewhere"
+    shutil.copytree(shared.folder, folder)
+    words = ["--run", str(folder), "--store", str(query.root), "--out"]
+    monkeypatch.setattr(sys, "argv", ["transfer", *words, str(tmp_path / "labels.csv")])
+    transfer.main()
+    labels = pd.read_csv(tmp_path / "labels.csv", index_col="cell")
+    expected = shared.transfer(None, query, "cell_type")
+    np.testing.assert_array_equal(labels.label, expected.label.astype(str))
+    words += [str(tmp_path / "pairs.csv"), "--first", "rna", "--second", "adt"]
+    words += ["--reference", str(folder / REFERENCE_FILE)]
+    monkeypatch.setattr(sys, "argv", ["match", *words])
+    match.main()
+    pairs = pd.read_csv(tmp_path / "pairs.csv")
+    found = shared.match(query, "rna", "adt", reference=shared.reference)
+    assert list(pairs.partner) == list(found.partner)
