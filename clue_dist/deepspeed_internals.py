@@ -140,6 +140,19 @@ def checks_gradients(engine: Any) -> bool:
     return hasattr(engine.optimizer, "overflow")
 
 
+def list_reduced_gradients(engine: Any) -> tuple[list[Tensor], bool]:
+    """List the gradients that the next update takes, under ZeRO-0, 1 and 2 in float32.
+
+    Returns:
+        The gradients, already averaged over ranks, and whether each rank has a share of them alone.
+    """
+    if not checks_gradients(engine):
+        parameters = engine.module.parameters()
+        return [weight.grad for weight in parameters if weight.grad is not None], False
+    groups = read_private(engine.optimizer, "averaged_gradients")
+    return [gradient for gradients in groups.values() for gradient in gradients], True
+
+
 def find_whole_shape(parameter: Any) -> list[int]:
     """The shape of a whole parameter, of which ZeRO-3 leaves the module only an empty one."""
     return list(getattr(parameter, "ds_shape", parameter.shape))

@@ -100,7 +100,10 @@ def restore_shards(engine: Any, files: Iterable[Path], n_updates: int) -> None:
     missing = {name: shard.numel for name, shard in shards.items()}
     if n_updates:  # as the optimizer's first update leaves it; padding stays zero
         for master in {id(shard.master): shard.master for shard in shards.values()}.values():
-            engine.basic_optimizer.state[master] = {UPDATES: torch.tensor(float(n_updates))}
+            # A fused optimizer counts on the device.
+            device = master.device if engine.basic_optimizer.defaults.get("fused") else "cpu"
+            n_done = torch.tensor(float(n_updates), device=device)
+            engine.basic_optimizer.state[master] = {UPDATES: n_done}
     for key, start, name, read in iterate_shards(files):
         shard = shards.get(name)
         if shard is None:  # another rank updates this parameter

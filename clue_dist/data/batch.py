@@ -105,14 +105,20 @@ class Batch:
         }
         return Batch(transform(self.observed), transform(self.batch_code), modalities)
 
+    def list_tensors(self) -> list[Tensor]:
+        """List every tensor, in the order in which `map_tensors` takes them."""
+        tensors: list[Tensor] = []
+
+        def note_tensor(tensor: Tensor) -> Tensor:
+            tensors.append(tensor)
+            return tensor
+
+        self.map_tensors(note_tensor)
+        return tensors
+
     def to(self, device: torch.device | str) -> Batch:
         """The batch on a device; a copy out of pinned memory goes on while the caller does."""
         return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
-
-    @time_phase("pin")
-    def pin_memory(self) -> Batch:
-        """The batch in memory from which a GPU copies by itself."""
-        return self.map_tensors(Tensor.pin_memory)
 
 
 @dataclass(frozen=True)

@@ -214,7 +214,6 @@ class Loader:
         world: number of ranks.
         first: the micro-batch to begin with.
         prefetch: batches kept ready.
-        pin: whether batches lie in memory from which a GPU copies by itself.
         dense: whether sparse counts become tensors (n, features).
 
     Raises:
@@ -230,7 +229,6 @@ class Loader:
         world: int = 1,
         first: int = 0,
         prefetch: int = 4,
-        pin: bool = False,
         dense: bool = False,
     ) -> None:
         if plan.lanes % world:
@@ -240,7 +238,7 @@ class Loader:
                 got=f"{plan.lanes} % {world} = {plan.lanes % world}",
                 expected="a multiple of the number of ranks",
             )
-        self.plan, self.rank, self.world, self.pin, self.dense = plan, rank, world, pin, dense
+        self.plan, self.rank, self.world, self.dense = plan, rank, world, dense
         self.modalities = store.modalities
         self.waited_seconds = 0.0  # by `next()`, so far
         self._due: Future[Batch] | None = None  # what `next()` waits for
@@ -329,5 +327,4 @@ class Loader:
         return self._gatherers.submit(self._build_batch, parts)
 
     def _build_batch(self, parts: list[BatchPart]) -> Batch:
-        batch = assemble_batch(self.modalities, parts, self._buffers, self.dense)
-        return batch.pin_memory() if self.pin else batch
+        return assemble_batch(self.modalities, parts, self._buffers, self.dense)

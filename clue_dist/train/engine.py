@@ -71,20 +71,46 @@ def build_engine(
     for tensor in [*objective.parameters(), *objective.buffers()]:
         dist.broadcast(tensor.data, 0)
     groups = group_parameters(objective, config)
-    make_optimizer = OPTIMIZERS[config.train.optimizer]
+    guards_on_device = can_guard_on_device(config, device)
+    optimizer = OPTIMIZERS[config.train.optimizer](
+        groups,
+        lr=config.train.lr,
+        eps=EPSILON,
+        # One kernel for all weights.
+        **({"fused": True} if guards_on_device else {}),
+    )
+    optimizer.guards_on_device = guards_on_device
     engine, *_ = deepspeed.initialize(
         model=objective,
-        optimizer=make_optimizer(groups, lr=config.train.lr, eps=EPSILON),
-        config=make_deepspeed_config(config, ranks.world),
+        optimizer=optimizer,
+        config=make_deepspeed_config(config, ranks.world, guards_on_device),
         dist_init_required=False,
     )
     return engine
+
+
+def can_guard_on_device(config: Config, device: torch.device) -> bool:
+    """Whether a GPU clips and skips updates by itself, so that the host need not wait for it.
+
+    torch's fused AdamW does. In bf16 and under ZeRO-3 DeepSpeed looks at the gradient's norm on the
+    host in any case.
+    """
+    settings = config.train
+    return (
+        device.type == "cuda"
+        and settings.optimizer == "adamw"
+        and settings.precision == "fp32"
+        and settings.zero_stage < 3
+    )
 
 
 class SkippingOptimizer:
     """An optimizer that can leave an update out; of DeepSpeed's own only those of ZeRO can."""
 
     skip = False  # whether the next update is left out
+    # Whether the tensors `found_inf` and `grad_scale` say on the device what to leave out and by
+    # what to divide gradients, as torch's fused optimizers read them.
+    guards_on_device = False
 
     def step(self, closure: Any = None) -> Any:
         """As torch's, unless the update is to be left out."""
@@ -134,8 +160,16 @@ def group_parameters(objective: nn.Module, config: Config) -> list[dict[str, Any
     ]
 
 
-def make_deepspeed_config(config: Config, world: int) -> dict[str, Any]:
-    """Make the few settings that DeepSpeed needs; all that a person may set is in our config."""
+def make_deepspeed_config(
+    config: Config, world: int, guards_on_device: bool = False
+) -> dict[str, Any]:
+    """Make the few settings that DeepSpeed needs; all that a person may set is in our config.
+
+    Args:
+        config: what a person set.
+        world: the number of ranks.
+        guards_on_device: whether the optimizer clips gradients, in place of DeepSpeed.
+    """
     settings = config.train
     assert config.data.batch_size != "auto"
     is_bf16 = settings.precision == "bf16"
@@ -143,8 +177,11 @@ def make_deepspeed_config(config: Config, world: int) -> dict[str, Any]:
         "train_batch_size": config.data.batch_size,
         "train_micro_batch_size_per_gpu": config.data.batch_size // (settings.grad_accum * world),
         "gradient_accumulation_steps": settings.grad_accum,
-        "gradient_clipping": settings.clip,
-        "zero_optimization": {"stage": settings.zero_stage},
+        "gradient_clipping": 0.0 if guards_on_device else settings.clip,
+        "zero_optimization": {
+            "stage": settings.zero_stage,
+            **({"compute_grad_norm": False} if guards_on_device else {}),
+        },
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": is_bf16},
         # ZeRO-0 knows gradients of the model's own type alone.

@@ -28,6 +28,7 @@ from clue_dist.train.engine import build_engine, join_process_group
 from clue_dist.train.initial_weights import WarmStart
 from clue_dist.train.meter import Meter
 from clue_dist.train.not_finite import judge_outcome
+from clue_dist.train.outcome import OutcomeReader
 from clue_dist.train.setup import Setup, is_run_finished
 from clue_dist.train.sinks import Sinks
 from clue_dist.train.space_fit import explain_missing_space
@@ -159,23 +160,27 @@ def _train_steps(
     with sinks, loader, saver, peers.announce_errors():
         _announce_start(trainer, validation_cells, state, start, sinks)
         state = replace(state, world=ranks.world)
-        meter = Meter(trainer, loader, saver, state.logged)
+        meter, reader = Meter(trainer, loader, saver, state.logged), OutcomeReader()
         done = False
         while not done:
-            outcome = train_step(trainer, loader, state.step, saver, stop)
+            latest = train_step(trainer, loader, state.step, saver, stop)
             # A skipped step counts, too: its cells have been dealt.
-            state = judge_outcome(trainer, replace(state, step=state.step + 1), outcome, sinks)
-            meter.add_step(outcome)
-            sinks.count_step()
+            state = replace(state, step=state.step + 1)
             is_last = state.step == setup.total_steps
+            outcomes = reader.read_outcomes(latest, is_last or _is_any_due(setup, state))
+            for outcome in outcomes:
+                state = judge_outcome(trainer, state, outcome, sinks)
+                meter.add_step(outcome)
+            sinks.count_step()
             if is_last or is_due(state, setup.config.log.every):
                 sinks.write_numbers("train", state.step, meter.read_means(state.step))
             if is_last or is_due(state, settings.validate_every):
                 state = validate_model(trainer, validation_cells, state, sinks)
                 if state.best_step == state.step:
                     saver.save_best_weights(state)
-            done = is_run_finished(setup, state) or outcome.stop_requested
-            if outcome.save_failed:
+            stop_requested = any(outcome.stop_requested for outcome in outcomes)
+            done = is_run_finished(setup, state) or stop_requested
+            if any(outcome.save_failed for outcome in outcomes):
                 saver.finish()  # which raises, on every rank, what went wrong
             if done or is_due(state, settings.checkpoint_every):
                 updates, sums = engine_state.count_updates(engine), meter.collect_sums()
@@ -248,6 +253,13 @@ def _explain_early_end(setup: Setup, state: RunState) -> str | None:
     if state.step < setup.total_steps:
         return f"no lower validation score since step {state.lowest_step}: stopping early"
     return None
+
+
+def _is_any_due(setup: Setup, state: RunState) -> bool:
+    """Whether the state is logged, judged or saved now, for which all outcomes must be known."""
+    settings = setup.config.train
+    periods = setup.config.log.every, settings.validate_every, settings.checkpoint_every
+    return any(is_due(state, every) for every in periods)
 
 
 def is_due(state: RunState, every: int | str) -> bool:

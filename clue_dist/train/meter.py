@@ -11,9 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clue_dist.checkpoint.saver import Saver
+from clue_dist.data.device_batches import DeviceBatches
 from clue_dist.data.loader import Loader
+from clue_dist.train.outcome import StepOutcome
 from clue_dist.train.schedule import compute_learning_rate
-from clue_dist.train.step import StepOutcome
 from clue_dist.train.trainer import Trainer
 
 
@@ -30,7 +31,11 @@ class Meter:
     """
 
     def __init__(
-        self, trainer: Trainer, loader: Loader, saver: Saver, sums: Mapping[str, float]
+        self,
+        trainer: Trainer,
+        loader: Loader | DeviceBatches,
+        saver: Saver,
+        sums: Mapping[str, float],
     ) -> None:
         self._trainer, self._loader, self._saver = trainer, loader, saver
         self._restart_sums(sums)

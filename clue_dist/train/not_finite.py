@@ -15,8 +15,8 @@ from torch import Tensor
 from clue_dist.checkpoint.run_folder import RunState
 from clue_dist.data.batch import Batch
 from clue_dist.errors import TrainingError
+from clue_dist.train.outcome import StepOutcome
 from clue_dist.train.sinks import Sinks
-from clue_dist.train.step import StepOutcome
 from clue_dist.train.trainer import Trainer
 
 SKIP_LIMIT = 5  # skipped steps in a row that end the run
@@ -32,7 +32,7 @@ def judge_outcome(
 
     Args:
         trainer: what training works with.
-        state: the state of the run, which counts the step already.
+        state: the state of the run, which counts the step already, and may count one more.
         outcome: what came of the step.
         sinks: where events are logged.
 
@@ -42,20 +42,21 @@ def judge_outcome(
     Raises:
         TrainingError: SKIP_LIMIT steps in a row were skipped; it names what was not finite.
     """
+    step = outcome.step + 1  # as people count
     if not outcome.skipped:
-        if state.usual is not None and _is_spike(state, state.usual, outcome.loss):
+        if state.usual is not None and _is_spike(step, state.usual, outcome.loss):
             numbers = {"loss": outcome.loss, "usual": state.usual[0]}
-            sinks.write_event("loss spike", state.step, numbers)
+            sinks.write_event("loss spike", step, numbers)
         return replace(state, skipped=0, usual=_update_usual(state.usual, outcome.loss))
-    culprits = find_culprits(trainer, state.step - 1, outcome.batches)
+    culprits = find_culprits(trainer, outcome.step, outcome.batches)
     state = replace(state, skipped=state.skipped + 1)
     facts: dict[str, int | str] = {"found": culprits, "in_a_row": state.skipped}
-    sinks.write_event("not finite, step skipped", state.step, facts)
+    sinks.write_event("not finite, step skipped", step, facts)
     if state.skipped >= SKIP_LIMIT:
         raise TrainingError(
             f"loss or gradient were not finite in {SKIP_LIMIT} steps in a row; "
             "none of these changed a weight",
-            where=f"step {state.step}",
+            where=f"step {step}",
             got=culprits,
             fix="the last checkpoint is sound: type the same command with a lower train.lr or "
             "train.clip, and it goes on from there; if values of the store are named above, "
@@ -98,10 +99,10 @@ def _get_values(batch: Batch, modality: str) -> Tensor:
     return counts if isinstance(counts, Tensor) else counts.values
 
 
-def _is_spike(state: RunState, usual: tuple[float, float], loss: float) -> bool:
+def _is_spike(step: int, usual: tuple[float, float], loss: float) -> bool:
     """Whether a loss is far from its running mean. Always False in the first steps."""
     mean, variance = usual
-    return state.step > WARM_UP_STEPS and abs(loss - mean) > SPIKE * math.sqrt(variance) + 1e-12
+    return step > WARM_UP_STEPS and abs(loss - mean) > SPIKE * math.sqrt(variance) + 1e-12
 
 
 def _update_usual(usual: tuple[float, float] | None, loss: float) -> tuple[float, float]:

@@ -6,7 +6,7 @@ They agree on whether loss and gradient are finite, a signal asked to stop, and 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -14,24 +14,11 @@ from torch import Tensor
 
 from clue_dist.checkpoint.saver import Saver
 from clue_dist.data.batch import Batch
-from clue_dist.deepspeed_internals import checks_gradients
+from clue_dist.deepspeed_internals import checks_gradients, list_reduced_gradients
 from clue_dist.resilience.stop_signals import StopFlag
+from clue_dist.train.outcome import LateOutcome, StepOutcome
 from clue_dist.train.schedule import compute_learning_rate
 from clue_dist.train.trainer import Trainer
-
-
-@dataclass(frozen=True)
-class StepOutcome:
-    """What came of an optimizer step."""
-
-    # What belongs to this rank alone:
-    batches: list[Batch]  # micro-batches
-    terms: dict[str, Tensor]  # loss and its terms, () each
-    # What is the same on all ranks:
-    loss: float  # mean over ranks
-    skipped: bool  # loss or gradient were not finite, and no weight has changed
-    stop_requested: bool  # a signal came to one rank at least
-    save_failed: bool  # one rank at least could not write what it had to save
 
 
 def train_step(
@@ -40,7 +27,7 @@ def train_step(
     step: int,
     saver: Saver | None = None,
     stop: StopFlag | None = None,
-) -> StepOutcome:
+) -> StepOutcome | LateOutcome:
     """Take `grad_accum` micro-batches and make one update. Every rank must call.
 
     Each micro-batch is the same global set of cells, however many ranks share it.
@@ -66,7 +53,9 @@ def train_step(
         taken.append(batch)
         if micro_step < micro_steps - 1:
             engine.step()  # DeepSpeed counts micro-batches, and updates at the last one alone
-    outcome = _agree_on_outcome(trainer, taken, means, saver, stop)
+    if engine.basic_optimizer.guards_on_device:
+        return _update_on_device(trainer, step, taken, means, saver, stop)
+    outcome = _agree_on_outcome(trainer, step, taken, means, saver, stop)
     engine.basic_optimizer.skip = outcome.skipped
     if saver is not None:
         saver.wait_for_copies()
@@ -76,25 +65,61 @@ def train_step(
     return outcome
 
 
+def _update_on_device(
+    trainer: Trainer,
+    step: int,
+    batches: list[Batch],
+    terms: dict[str, Tensor],
+    saver: Saver | None,
+    stop: StopFlag | None,
+) -> LateOutcome:
+    """Update without a look at any value: the optimizer clips and skips by tensors."""
+    gradients, is_shared_out = list_reduced_gradients(trainer.engine)
+    squared_norm = torch.nn.utils.get_total_norm(gradients).double() ** 2
+    # Where each rank has all gradients, all of them add the same.
+    share = squared_norm if is_shared_out else squared_norm / dist.get_world_size()
+    sums = _sum_over_ranks(terms["loss"], ~squared_norm.isfinite(), saver, stop, share)
+    optimizer, limit = trainer.engine.basic_optimizer, trainer.setup.config.train.clip
+    optimizer.found_inf = (sums[1] > 0).float()
+    if limit > 0:
+        optimizer.grad_scale = ((sums[4].sqrt() + 1e-6) / limit).clamp_min(1).float()
+    if saver is not None:
+        saver.wait_for_copies()
+    trainer.engine.step()
+    return LateOutcome(step, batches, terms, sums[:4])
+
+
 def _agree_on_outcome(
     trainer: Trainer,
+    step: int,
     batches: list[Batch],
     terms: dict[str, Tensor],
     saver: Saver | None,
     stop: StopFlag | None,
 ) -> StepOutcome:
     """Exchange a few numbers once. It waits for the device, as the gradient's norm does anyway."""
-    loss = terms["loss"].double()
-    is_bad = ~loss.isfinite()
+    is_bad = terms["loss"].new_zeros((), dtype=torch.bool)
     if not checks_gradients(trainer.engine):
         parameters = trainer.engine.module.parameters()
         gradients = [weight.grad for weight in parameters if weight.grad is not None]
-        is_bad = is_bad | ~torch.nn.utils.get_total_norm(gradients).isfinite()
+        is_bad = ~torch.nn.utils.get_total_norm(gradients).isfinite()
+    sums = _sum_over_ranks(terms["loss"], is_bad, saver, stop)
+    return LateOutcome(step, batches, terms, sums).read_outcome()
+
+
+def _sum_over_ranks(
+    loss: Tensor,
+    is_bad: Tensor,
+    saver: Saver | None,
+    stop: StopFlag | None,
+    *further: Tensor,
+) -> Tensor:
+    """Sum over ranks what `LateOutcome` takes, and further numbers, float64."""
+    loss = loss.double()
     flags = bool(stop), saver is not None and saver.has_failed
     # Filled in on the device: to copy them there would wait for it.
     filled = [loss.new_full((), float(flag)) for flag in flags]
-    sums = torch.stack([loss.nan_to_num(0, 0, 0), is_bad.double(), *filled])
+    is_bad = (~loss.isfinite() | is_bad).double()
+    sums = torch.stack([loss.nan_to_num(0, 0, 0), is_bad, *filled, *further])
     dist.all_reduce(sums)
-    loss_sum, n_bad, n_stops, n_failures = sums.tolist()
-    mean = loss_sum / dist.get_world_size()
-    return StepOutcome(batches, terms, mean, n_bad > 0, n_stops > 0, n_failures > 0)
+    return sums

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from clue_dist.data.batch import Batch
+from clue_dist.data.device_batches import DeviceBatches
 from clue_dist.data.loader import Loader
 from clue_dist.model.clue import CLUE, Posterior
 from clue_dist.model.noise import Noise
@@ -49,17 +50,20 @@ class Trainer:
             return torch.cuda.get_device_name(self.device)
         return self.device.type
 
-    def open_loader(self, step: int) -> Loader:
-        """Open this rank's stream of micro-batches, from optimizer step `step` on."""
-        return Loader(
+    def open_loader(self, step: int) -> Loader | DeviceBatches:
+        """Open this rank's stream of micro-batches, from optimizer step `step` on.
+
+        On a GPU they lie there already.
+        """
+        loader = Loader(
             self.setup.store,
             self.setup.plan,
             rank=self.ranks.rank,
             world=self.ranks.world,
             first=step * self.setup.config.train.grad_accum,
             prefetch=self.setup.config.data.prefetch,
-            pin=self.device.type == "cuda",
         )
+        return DeviceBatches(loader, self.device) if self.device.type == "cuda" else loader
 
     def load_validation_cells(self) -> ValidationCells:
         """Load the cells that every validation looks at onto the device."""

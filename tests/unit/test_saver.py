@@ -22,7 +22,8 @@ from clue_dist.checkpoint.run_folder import RunState, list_checkpoints, list_sha
 from clue_dist.checkpoint.saver import Saver
 from clue_dist.ranks import Ranks
 from clue_dist.train import step
-from clue_dist.train.step import StepOutcome, train_step
+from clue_dist.train.outcome import StepOutcome
+from clue_dist.train.step import train_step
 from clue_dist.train.trainer import Trainer
 
 LABEL = "weights:0:weight"
@@ -35,7 +36,7 @@ class CountingEngine:
     def __init__(self) -> None:
         self.weight = torch.zeros(LARGE)
         self.optimizer = SimpleNamespace(param_groups=[])
-        self.basic_optimizer = SimpleNamespace(skip=False)
+        self.basic_optimizer = SimpleNamespace(skip=False, guards_on_device=False)
         self.updated = threading.Event()
 
     def backward(self, loss: Tensor) -> None:
@@ -60,7 +61,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> CountingEngine:
 
 def make_trainer(engine: CountingEngine, monkeypatch: pytest.MonkeyPatch) -> Trainer:
     """A trainer whose loss is zero."""
-    outcome = StepOutcome([], {}, 0.0, skipped=False, stop_requested=False, save_failed=False)
+    outcome = StepOutcome(0, [], {}, 0.0, skipped=False, stop_requested=False, save_failed=False)
     monkeypatch.setattr(step, "_agree_on_outcome", lambda *_: outcome)
     setup: Any = SimpleNamespace(config=SimpleNamespace(train=SimpleNamespace(grad_accum=1)))
     trainer = Trainer(engine, setup, Ranks(), torch.device("cpu"))

@@ -1,0 +1,95 @@
+"""On a GPU the host learns a step late what came of it, and the device itself clips and skips."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from clue_dist.ranks import Ranks
+from clue_dist.train import engine as engines
+from clue_dist.train.outcome import LateOutcome, OutcomeReader, StepOutcome
+from clue_dist.train.step import train_step
+from clue_dist.train.trainer import Trainer
+from tests.benchmarks.gpu.counting import count_work
+from tests.stores import make_store
+from tests.unit.run_helpers import make_setup
+
+
+@pytest.fixture
+def group() -> None:
+    """Join a process group of one, as training does."""
+    if not dist.is_initialized():
+        engines.join_process_group(Ranks())
+
+
+def make_late(step: int, stops: float = 0.0) -> LateOutcome:
+    sums = torch.tensor([1.0 + step, 0.0, stops, 0.0], dtype=torch.float64)
+    return LateOutcome(step, [], {}, sums)
+
+
+def read_steps(reader: OutcomeReader, latest: Any, wait: bool = False) -> list[int]:
+    return [outcome.step for outcome in reader.read_outcomes(latest, wait)]
+
+
+def test_late_outcomes_come_in_order_and_all_of_them_when_they_must(group: None) -> None:
+    reader = OutcomeReader()
+    assert read_steps(reader, make_late(0)) == []
+    assert read_steps(reader, make_late(1)) == [0]
+    assert read_steps(reader, make_late(2), wait=True) == [1, 2]
+    assert read_steps(reader, make_late(3)) == []
+    # A run that stops keeps the state of its last step.
+    assert read_steps(reader, make_late(4, stops=1.0)) == [3]
+    assert read_steps(reader, make_late(5)) == [4, 5]
+
+
+def test_an_outcome_that_is_known_is_given_at_once() -> None:
+    known = StepOutcome(3, [], {}, 1.0, skipped=False, stop_requested=False, save_failed=False)
+    assert OutcomeReader().read_outcomes(known, False) == [known]
+
+
+def train_some(path: Path, stage: int, guarded: bool, limit: float) -> tuple[Any, list[Any]]:
+    """Take four steps, the third with a gradient that is NaN; count the syncs of the last."""
+    setup = make_setup(
+        path,
+        train={"zero_stage": stage, "epochs": 8, "clip": limit, "lr": 0.01},
+        data={"batch_size": 16},
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "can_guard_on_device", lambda *_: guarded)
+        engine = engines.build_engine(setup, Ranks(), torch.device("cpu"))
+    trainer, outcomes = Trainer(engine, setup, Ranks(), torch.device("cpu")), []
+    weight = next(p for p in engine.module.parameters() if p.requires_grad)
+    with trainer.open_loader(0) as loader:
+        for step in range(4):
+            hook = weight.register_hook(lambda g: g * torch.nan) if step == 2 else None
+            with count_work() as counts:
+                latest = train_step(trainer, loader, step)
+            if hook is not None:
+                hook.remove()
+            outcomes.append(latest.read_outcome() if isinstance(latest, LateOutcome) else latest)
+            outcomes[-1] = outcomes[-1].loss, outcomes[-1].skipped
+    weights = torch.cat([p.detach().flatten() for p in engine.module.parameters()])
+    engine.destroy()
+    return weights, [*outcomes, counts]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "limit"), [(0, 0.1), (1, 0.1), (2, 0.1), (1, 0.0)])
+def test_an_update_guarded_on_the_device_is_the_same_and_waits_for_nothing(
+    tmp_path: Path, group: None, stage: int, limit: float
+) -> None:
+    make_store(tmp_path / "s.zarr")
+    weights, (*outcomes, counts) = train_some(tmp_path / "s.zarr", stage, False, limit)
+    same_weights, (*same_outcomes, fewer) = train_some(tmp_path / "s.zarr", stage, True, limit)
+    assert torch.allclose(weights, same_weights, rtol=1e-4, atol=1e-6)
+    for (loss, skipped), (same_loss, same_skipped) in zip(outcomes, same_outcomes, strict=True):
+        assert loss == pytest.approx(same_loss, rel=1e-5)
+        assert skipped is same_skipped
+    assert [skipped for _, skipped in same_outcomes] == [False, False, True, False]
+    assert "outcome.py" in counts.format_places()
+    assert not fewer.blocking_copies, fewer.format_places()
+    assert not fewer.syncs, fewer.format_places()
