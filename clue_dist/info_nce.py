@@ -1,18 +1,20 @@
 """InfoNCE between the modalities of paired cells (van den Oord et al., 2018), over all ranks.
 
-Shapes: B cells of this rank, N of all ranks, K modalities, M members of a trunk.
+Shapes: B cells of this rank, n of them with two modalities, N such of all ranks, K modalities, M
+members of a trunk.
 """
 
 from __future__ import annotations
 
 import math
-from itertools import combinations
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
+
+from clue_dist.data.batch import PairRows
 
 _NO_CANDIDATE = -1e4  # logits are cosines times 100 at most
 # Where fewer cells than this are of a cell's biological batch, those of other batches count so much
@@ -22,7 +24,7 @@ FEWEST_CANDIDATES = 64
 
 def compute_info_nce(
     z: Tensor,
-    observed: Tensor,
+    pair_rows: PairRows,
     batch_code: Tensor,
     log_scale: Tensor,
     batch_told: Tensor | None,
@@ -36,8 +38,9 @@ def compute_info_nce(
     all pairs.
 
     Args:
-        z: (M, B, K source, .), compared by cosine.
-        observed: (B, K) bool.
+        z: (M, B, K source, .), compared by cosine. What stands where a modality is not observed is
+            not read.
+        pair_rows: the cells that have two modalities; of equal rows on every rank.
         batch_code: (B,), biological batches.
         log_scale: (), log of the inverse temperature.
         batch_told: (K,), how far each modality tells the biological batch. Where two modalities
@@ -50,84 +53,71 @@ def compute_info_nce(
     Returns:
         The mean over directions, pairs and the M members, ().
     """
-    # Nothing of what stands where a modality is not observed may reach a sum.
-    z = F.normalize(z.masked_fill(~observed[..., None], 0.0), dim=-1)
-    z = z.transpose(0, 1)  # (B, M, K source, .)
-    every_z, every_observed, every_code, first = z, observed, batch_code, 0
-    if across_ranks:
-        every_z, every_observed, every_code, first = _gather_ranks(z, observed, batch_code)
-    place = first + torch.arange(len(z), device=z.device)  # of this rank's cells among all
-    is_own = place[:, None] == torch.arange(len(every_z), device=z.device)
-    total, pairs = z.new_zeros(()), z.new_zeros(())
-    for a, b in combinations(range(observed.shape[1]), 2):
-        row, column = observed[:, a] & observed[:, b], every_observed[:, a] & every_observed[:, b]
-        # What is added to logits: minus infinity, in effect, where a key is no candidate. Infinity
-        # itself would have no gradient where a cell has no candidate at all.
+    every_z, every_code, rank, world = z, batch_code, 0, 1
+    if across_ranks and dist.is_initialized() and dist.get_world_size() > 1:
+        rank, world = dist.get_rank(), dist.get_world_size()
+        every_z, every_code = _gather_ranks(z, batch_code)
+    total, n_pairs = z.new_zeros(()), 0
+    for (a, b), rows in pair_rows.items():
+        n_cells = len(rows)
+        place = torch.arange(n_cells, device=z.device) + rank * n_cells  # among all ranks' pairs
+        is_own = place[:, None] == torch.arange(world * n_cells, device=z.device)
+        every_row = torch.cat([rows + of_rank * z.shape[1] for of_rank in range(world)])
+        # What is added to logits: minus infinity, in effect, where a key is no candidate.
         bias = z.new_zeros(is_own.shape)
         if batch_told is not None:
             least = 1 - torch.minimum(batch_told[a], batch_told[b])
-            bias = bias + _weigh_other_batches(batch_code, every_code, column, least)
-        bias = bias.masked_fill(~column[None] & row[:, None], _NO_CANDIDATE)
+            bias = _weigh_other_batches(batch_code[rows], every_code[every_row], least)
         bias_of_others = bias.masked_fill(is_own, _NO_CANDIDATE)
+        keys = {k: F.normalize(every_z[:, every_row, k], dim=-1) for k in (a, b)}
         for source, target in ((a, b), (b, a)):
-            queries = log_scale.exp() * z[:, :, source].transpose(0, 1)  # (M, B, .)
-            partners = every_z[place, :, target].transpose(0, 1)
-            total_odds = _sum_odds(queries, every_z[:, :, target], bias)
+            queries = log_scale.exp() * keys[source][:, place]  # (M, n, .)
+            total_odds = _sum_odds(queries, keys[target], bias)
             if same_modality:
-                odds = _sum_odds(queries, every_z[:, :, source], bias_of_others)
+                odds = _sum_odds(queries, keys[source], bias_of_others)
                 total_odds = torch.logaddexp(total_odds, odds + math.log(same_modality))
-            losses = total_odds - (queries * partners).sum(-1)
-            total = total + (losses.mean(0) * row).sum()
-        pairs = pairs + row.sum()
-    return total / (2 * pairs).clamp_min(1)
+            losses = total_odds - (queries * keys[target][:, place]).sum(-1)
+            total = total + losses.mean(0).sum()
+        n_pairs += n_cells
+    return total / max(2 * n_pairs, 1)
 
 
-def _weigh_other_batches(
-    batch_code: Tensor, every_code: Tensor, is_candidate: Tensor, least: Tensor
-) -> Tensor:
-    """The log of how much each of N keys counts for each of B cells, (B, N).
+def _weigh_other_batches(batch_code: Tensor, every_code: Tensor, least: Tensor) -> Tensor:
+    """The log of how much each of N keys counts for each of n cells, (n, N).
 
     A model that is to tell a cell from those of other batches learns to tell batches apart, if both
     modalities tell the batch.
 
     Args:
-        batch_code: (B,), biological batches of the cells.
+        batch_code: (n,), biological batches of the cells.
         every_code: (N,), those of the keys.
-        is_candidate: (N,) bool, the keys that are candidates.
         least: (), how much those of other batches count where there are enough others.
     """
     is_other = batch_code[:, None] != every_code[None]
-    n_others = (is_other & is_candidate).sum(1, keepdim=True)
-    lacking = FEWEST_CANDIDATES - (is_candidate.sum() - n_others)
+    n_others = is_other.sum(1, keepdim=True)
+    lacking = FEWEST_CANDIDATES - (len(every_code) - n_others)
     weight = torch.maximum(lacking / n_others.clamp_min(1), least).clamp(0, 1)
     return (is_other * weight.log()).nan_to_num(0.0).clamp_min(_NO_CANDIDATE)
 
 
 def _sum_odds(queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
-    """The log of the sum of exp(query . key + bias) over keys, (M, B).
+    """The log of the sum of exp(query . key + bias) over keys, (M, n).
 
     Memory is that of one matrix of logits for each call: they are never put side by side.
 
     Args:
-        queries: (M, B, .).
-        keys: (N, M, .).
-        bias: (B, N).
+        queries: (M, n, .).
+        keys: (M, N, .).
+        bias: (n, N).
     """
-    return torch.baddbmm(bias, queries, keys.permute(1, 2, 0)).logsumexp(-1)
+    return torch.baddbmm(bias, queries, keys.mT).logsumexp(-1)
 
 
-def _gather_ranks(
-    z: Tensor, observed: Tensor, batch_code: Tensor
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    """All ranks' z (with gradient), observed and batch codes, and where this rank's rows begin."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return z, observed, batch_code, 0
-    packed = torch.cat([observed.to(torch.int64), batch_code[:, None]], 1)
-    of_ranks = [torch.empty_like(packed) for _ in range(dist.get_world_size())]
-    dist.all_gather(of_ranks, packed)
-    every = torch.cat(of_ranks)
-    first = dist.get_rank() * len(z)
-    return _GatherWithGradient.apply(z), every[:, :-1].bool(), every[:, -1], first
+def _gather_ranks(z: Tensor, batch_code: Tensor) -> tuple[Tensor, Tensor]:
+    """All ranks' z, (M, world * B, ...), with gradient, and batch codes, (world * B,)."""
+    of_ranks = [torch.empty_like(batch_code) for _ in range(dist.get_world_size())]
+    dist.all_gather(of_ranks, batch_code)
+    return _GatherWithGradient.apply(z.transpose(0, 1)).transpose(0, 1), torch.cat(of_ranks)
 
 
 class _GatherWithGradient(torch.autograd.Function):

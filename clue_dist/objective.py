@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clue_dist.config import ObjectiveConfig
-from clue_dist.data.batch import Batch
+from clue_dist.data.batch import Batch, find_pair_rows
 from clue_dist.info_nce import compute_info_nce
 from clue_dist.model.clue import CLUE, CLUEOutput, Posterior
 from clue_dist.model.noise import Noise
@@ -220,7 +220,7 @@ class Objective(nn.Module):
         if config.lambda_contrastive:
             terms["contrastive"] = compute_info_nce(
                 output.contrast,
-                observed,
+                batch.pair_rows,
                 output.contrast_code,
                 output.log_scale,
                 self._read_batch_told(),
@@ -286,21 +286,18 @@ class Objective(nn.Module):
     def _contrast_pairs(self, output: CLUEOutput, batch: Batch) -> dict[str, Tensor]:
         """InfoNCE of each pair of modalities that some cells have, over the cells of this rank."""
         # Evenly spread over the strata, so that memory stays bounded however many are held out.
-        some = slice(None, None, -(-batch.n_cells // MOST_CONTRASTED))
+        some, names = -(-batch.n_cells // MOST_CONTRASTED), self.model.modalities
         terms, batch_told = {}, self._read_batch_told()
-        for pair in map(list, combinations(range(len(self.model.modalities)), 2)):
-            observed = batch.observed[some, pair]
-            if observed.all(1).any():
-                names = "-".join(self.model.modalities[k] for k in pair)
-                terms[f"contrastive/{names}"] = compute_info_nce(
-                    output.contrast[:, some, pair],
-                    observed,
-                    output.contrast_code[some],
-                    output.log_scale,
-                    None if batch_told is None else batch_told[pair],
-                    self.config.contrastive_same_modality,
-                    across_ranks=False,
-                )
+        for (a, b), rows in find_pair_rows(batch.observed[::some]).items():
+            terms[f"contrastive/{names[a]}-{names[b]}"] = compute_info_nce(
+                output.contrast[:, ::some],
+                {(a, b): rows},
+                output.contrast_code[::some],
+                output.log_scale,
+                batch_told,
+                self.config.contrastive_same_modality,
+                across_ranks=False,
+            )
         return terms
 
     def _read_batch_told(self) -> Tensor | None:

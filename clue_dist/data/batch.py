@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -67,6 +68,23 @@ class ObservedModality:
     paired: Tensor  # (p,) int64, which of the n cells have other modalities, too
 
 
+# By two modalities a < b, numbers in model order: (p,) int64, rows of the cells that have both.
+PairRows = dict[tuple[int, int], Tensor]
+
+
+def find_pair_rows(observed: Tensor) -> PairRows:
+    """Find the cells that have two modalities, for all that some cell has both of.
+
+    On a GPU this waits for the device, so that it is done where a batch is built.
+
+    Args:
+        observed: (B, K) bool.
+    """
+    pairs = combinations(range(observed.shape[1]), 2)
+    rows = {(a, b): (observed[:, a] & observed[:, b]).nonzero()[:, 0] for a, b in pairs}
+    return {pair: cells for pair, cells in rows.items() if len(cells)}
+
+
 @dataclass(frozen=True)
 class Batch:
     """B cells, of K modalities."""
@@ -74,6 +92,7 @@ class Batch:
     observed: Tensor  # (B, K) bool
     batch_code: Tensor  # (B,) int64, the biological batch; -1: unknown
     modalities: dict[str, ObservedModality]  # in model order; without those that no cell has
+    known_pairs: PairRows | None = None  # None: they follow from `observed`
 
     def __repr__(self) -> str:
         parts = [f"{name}: {len(part.rows):,}" for name, part in self.modalities.items()]
@@ -83,6 +102,11 @@ class Batch:
     def n_cells(self) -> int:
         """B."""
         return len(self.observed)
+
+    @property
+    def pair_rows(self) -> PairRows:
+        """The cells that have two modalities, see `find_pair_rows`."""
+        return find_pair_rows(self.observed) if self.known_pairs is None else self.known_pairs
 
     def map_tensors(self, transform: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with every tensor replaced by its transform."""
@@ -103,7 +127,8 @@ class Batch:
             )
             for name, part in self.modalities.items()
         }
-        return Batch(transform(self.observed), transform(self.batch_code), modalities)
+        pairs = {pair: transform(rows) for pair, rows in self.pair_rows.items()}
+        return Batch(transform(self.observed), transform(self.batch_code), modalities, pairs)
 
     def list_tensors(self) -> list[Tensor]:
         """List every tensor, in the order in which `map_tensors` takes them."""
@@ -162,7 +187,9 @@ def assemble_batch(
                 torch.from_numpy(rows), counts, torch.from_numpy(paired)
             )
     code = np.concatenate([part.batch_code for part in parts]).astype(np.int64)
-    return Batch(torch.from_numpy(observed), torch.from_numpy(code), measured)
+    has_modality = torch.from_numpy(observed)
+    pairs = find_pair_rows(has_modality)
+    return Batch(has_modality, torch.from_numpy(code), measured, pairs)
 
 
 def read_batch(

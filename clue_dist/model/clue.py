@@ -332,24 +332,25 @@ class CLUE(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the experts q(z_j | x_k), each (B, K source, K target, d).
 
+        They are 0 where a modality has no components of a cell.
+
         Args:
             batch: B cells.
             components: by modality, (n, components), of the cells `rows`.
             rows: by modality, (n,), rows in the batch.
             noise: for dropout, in training.
         """
-        h = []
-        for name in self.modalities:
-            trunk, weight = self.get_trunk(name), self.heads.weight
-            shape = (trunk.ensemble.members, batch.n_cells, trunk.width)
-            absent = torch.zeros(shape, dtype=weight.dtype, device=batch.observed.device)
+        k = len(self.modalities)
+        absent = torch.zeros(batch.n_cells, k, self.latent, device=batch.observed.device)
+        mean, log_var = [absent] * k, [absent] * k
+        for source, name in enumerate(self.modalities):
             if name in components:
-                encoded = trunk(components[name], noise, rows[name])
-                h.append(absent.index_copy(1, rows[name], encoded))
-            else:
-                h.append(absent)
-        mean, log_var = self.heads(torch.stack(h))
-        return mean, log_var
+                h = self.get_trunk(name)(components[name], noise, rows[name])
+                experts = self.heads(source, h)
+                mean[source], log_var[source] = (
+                    absent.index_copy(0, rows[name], values) for values in experts
+                )
+        return torch.stack(mean, 1), torch.stack(log_var, 1)
 
     def _split_members(self, z: Tensor) -> Tensor:
         """(B, K source, K target, a) -> (M, B, K source, K * a / M)."""

@@ -38,21 +38,23 @@ class CrossEncoderHeads(nn.Module):
             self.weight.view(networks, width, *self.grid)[:, :, :, 1].mul_(0.1)
             self.bias.view(networks, 1, *self.grid)[:, :, :, 1].fill_(START_LOG_VARIANCE)
 
-    def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Apply all heads at once.
+    def forward(self, source: int, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Apply the heads of a source modality.
 
         Args:
-            h: (K, N, B, H), by source and network; N is M, or M * K where nothing is shared.
+            source: its number, in model order.
+            h: (N, n, H), by network; N is M, or M * K where nothing is shared.
 
         Returns:
-            Mean and log-variance, each (B, K source, K target, d), float32.
+            Mean and log-variance, each (n, K target, d), float32.
         """
-        k, members = self.n_modalities, self.members
-        heads = torch.baddbmm(self.bias, h.flatten(0, 1), self.weight)
+        networks = slice(source * len(h), (source + 1) * len(h))
+        heads = torch.baddbmm(self.bias[networks], h, self.weight[networks])
         if self.shared:
-            heads = heads.view(k, members, -1, *self.grid).permute(2, 0, 3, 4, 5, 1)
+            heads = heads.view(self.members, -1, *self.grid).permute(1, 2, 3, 4, 0)
         else:
-            heads = heads.view(k, members, k, -1, *self.grid[1:]).permute(3, 0, 2, 4, 5, 1)
-        heads = heads.flatten(-2).float()  # (B, K source, K target, 2, d)
-        mean, log_var = heads[:, :, :, 0], heads[:, :, :, 1]
+            heads = heads.view(self.members, self.n_modalities, -1, *self.grid[1:])
+            heads = heads.permute(2, 1, 3, 4, 0)
+        heads = heads.flatten(-2).float()  # (n, K target, 2, d)
+        mean, log_var = heads[:, :, 0], heads[:, :, 1]
         return mean, log_var.clamp(-MAX_LOG_VARIANCE, MAX_LOG_VARIANCE)

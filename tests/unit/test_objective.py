@@ -12,6 +12,7 @@ from torch import Tensor
 
 from clue_dist import info_nce
 from clue_dist.config import Config
+from clue_dist.data.batch import find_pair_rows
 from clue_dist.info_nce import compute_info_nce
 from clue_dist.model.clue import CLUE, CLUEOutput, Posterior
 from clue_dist.model.modality_spec import ModalitySpec
@@ -134,7 +135,9 @@ def test_info_nce_over_pairs_both_directions(
                 total += same_modality * sum(odds[e] * math.exp(v) for e, v in own.items())
                 losses.append(math.log(total) - logits[c])
     batch_told = None if told is None else torch.tensor(told)
-    found = compute_info_nce(z, OBSERVED, code, log_scale, batch_told, same_modality)
+    found = compute_info_nce(
+        z, find_pair_rows(OBSERVED), code, log_scale, batch_told, same_modality
+    )
     assert float(found) == pytest.approx(np.mean(losses), rel=1e-5)
 
 
@@ -142,13 +145,14 @@ def test_info_nce_finds_partners_among_the_cells_of_all_ranks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     z, code, log_scale = draw(2, 2 * B, K, K * D), torch.arange(2 * B) % 2, torch.tensor(1.3)
-    observed = torch.ones(2 * B, K, dtype=torch.bool)
+    # The last cell of each rank lacks a modality. Values there are those of no rank.
+    observed = torch.ones(B, K, dtype=torch.bool)
+    observed[-1, 0] = False
+    pair_rows = find_pair_rows(observed)
     ranks = [slice(B), slice(B, None)]
-    unit = z / z.norm(dim=-1, keepdim=True)
-    packed = torch.cat([observed.long(), code[:, None]], 1)
 
     def all_gather(of_ranks: list[Tensor], part: Tensor) -> None:
-        whole = packed if part.dtype == torch.int64 else unit.transpose(0, 1)
+        whole = code if part.dtype == torch.int64 else z.transpose(0, 1)
         for tensor, rank in zip(of_ranks, ranks, strict=True):
             tensor.copy_(whole[rank])
 
@@ -164,14 +168,15 @@ def test_info_nce_finds_partners_among_the_cells_of_all_ranks(
         )
         monkeypatch.setattr(info_nce, "dist", job)
         losses.append(
-            compute_info_nce(z[:, rank], observed[rank], code[rank], log_scale, torch.ones(K), 0.5)
+            compute_info_nce(z[:, rank], pair_rows, code[rank], log_scale, torch.ones(K), 0.5)
         )
-        part, weight = unit.transpose(0, 1)[rank].clone().requires_grad_(), draw(2 * B, 2, K, K * D)
+        part, weight = z.transpose(0, 1)[rank].clone().requires_grad_(), draw(2 * B, 2, K, K * D)
         (info_nce._GatherWithGradient.apply(part) * weight).sum().backward()
         assert part.grad is not None
         torch.testing.assert_close(part.grad, 2 * weight[rank])
     monkeypatch.undo()
-    whole = compute_info_nce(z, observed, code, log_scale, torch.ones(K), 0.5)
+    every_pair = find_pair_rows(observed.repeat(2, 1))
+    whole = compute_info_nce(z, every_pair, code, log_scale, torch.ones(K), 0.5)
     assert float(sum(losses) / 2) == pytest.approx(float(whole), rel=1e-5)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from clue_dist.checkpoint.run_folder import RunState
-from clue_dist.data.batch import Batch
+from clue_dist.data.batch import Batch, find_pair_rows
 from clue_dist.info_nce import compute_info_nce
 from clue_dist.integration import (
     measure_ilisi,
@@ -190,7 +190,13 @@ def test_info_nce_of_a_pair_is_that_of_its_two_modalities(
         output = trainer.model(batch, Noise(0, 0, {"held out": B}, 1))
     contrast = output.contrast[:, :, [0, 2]]
     info_nce = compute_info_nce(
-        contrast, batch.observed[:, [0, 2]], batch.batch_code, output.log_scale, None, 1.0, False
+        contrast,
+        find_pair_rows(batch.observed[:, [0, 2]]),
+        batch.batch_code,
+        output.log_scale,
+        None,
+        1.0,
+        False,
     )
     assert float(scores.terms["contrastive/m0-m2"]) == pytest.approx(float(info_nce))
 
@@ -204,9 +210,9 @@ def test_of_many_cells_info_nce_takes_some_of_every_stratum(
     with torch.no_grad():
         output = trainer.model(batch, Noise(0, 0, {"held out": B}, 1))
     some = slice(None, None, 3)  # four of twelve cells
-    contrast, observed = output.contrast[:, some, :2], batch.observed[some, :2]
+    contrast, pair_rows = output.contrast[:, some, :2], find_pair_rows(batch.observed[some, :2])
     info_nce = compute_info_nce(
-        contrast, observed, batch.batch_code[some], output.log_scale, None, 1.0, False
+        contrast, pair_rows, batch.batch_code[some], output.log_scale, None, 1.0, False
     )
     assert float(scores.terms["contrastive/m0-m1"]) == pytest.approx(float(info_nce))
 
