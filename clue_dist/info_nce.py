@@ -72,9 +72,9 @@ def compute_info_nce(
         keys = {k: F.normalize(every_z[:, every_row, k], dim=-1) for k in (a, b)}
         for source, target in ((a, b), (b, a)):
             queries = log_scale.exp() * keys[source][:, place]  # (M, n, .)
-            total_odds = _sum_odds(queries, keys[target], bias)
+            total_odds = sum_odds(queries, keys[target], bias)
             if same_modality:
-                odds = _sum_odds(queries, keys[source], bias_of_others)
+                odds = sum_odds(queries, keys[source], bias_of_others)
                 total_odds = torch.logaddexp(total_odds, odds + math.log(same_modality))
             losses = total_odds - (queries * keys[target][:, place]).sum(-1)
             total = total + losses.mean(0).sum()
@@ -100,7 +100,7 @@ def _weigh_other_batches(batch_code: Tensor, every_code: Tensor, least: Tensor) 
     return (is_other * weight.log()).nan_to_num(0.0).clamp_min(_NO_CANDIDATE)
 
 
-def _sum_odds(queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
+def sum_odds(queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
     """The log of the sum of exp(query . key + bias) over keys, (M, n).
 
     Memory is that of one matrix of logits for each call: they are never put side by side.
@@ -108,9 +108,30 @@ def _sum_odds(queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
     Args:
         queries: (M, n, .).
         keys: (M, N, .).
-        bias: (n, N).
+        bias: (n, N), which has no gradient.
     """
-    return torch.baddbmm(bias, queries, keys.mT).logsumexp(-1)
+    log_sum: Tensor = _LogSumOfOdds.apply(queries, keys, bias)
+    return log_sum
+
+
+class _LogSumOfOdds(torch.autograd.Function):
+    """As torch's own operations have it, with a third of the passes over the matrix of odds."""
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
+        odds = torch.baddbmm(bias, queries, keys.mT)
+        largest = odds.amax(-1, keepdim=True)
+        odds.sub_(largest).exp_()
+        total = odds.sum(-1, keepdim=True)
+        ctx.save_for_backward(queries, keys, odds, total)
+        return (largest + total.log()).squeeze(-1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        queries, keys, odds, total = ctx.saved_tensors
+        # Of each query; it scales the rows of products, instead of those of the matrix of odds.
+        scale = gradient.unsqueeze(-1) / total
+        return scale * (odds @ keys), odds.mT @ (scale * queries), None
 
 
 def _gather_ranks(z: Tensor, batch_code: Tensor) -> tuple[Tensor, Tensor]:

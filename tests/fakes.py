@@ -52,7 +52,7 @@ def dense(counts: SparseCounts | Tensor) -> Tensor:
     if isinstance(counts, Tensor):
         return counts
     out = torch.zeros(len(counts.indptr) - 1, counts.n_features)
-    out[counts.list_entry_rows(), counts.indices.long()] = counts.values
+    out[counts.entry_rows, counts.indices.long()] = counts.values
     return out
 
 

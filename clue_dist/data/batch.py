@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import combinations
 
 import numpy as np
@@ -31,11 +32,17 @@ class SparseCounts:
         n_cells = len(self.indptr) - 1
         return f"SparseCounts({n_cells:,} x {self.n_features:,}, {len(self.indices):,} non-zeros)"
 
-    def list_entry_rows(self) -> Tensor:
+    @cached_property
+    def entry_rows(self) -> Tensor:
         """The row of each non-zero, (nnz,) int64."""
         lengths = self.indptr.diff()
         rows = torch.arange(len(lengths), device=self.indptr.device)
         return rows.repeat_interleave(lengths, output_size=len(self.indices))
+
+    @cached_property
+    def totals(self) -> Tensor:
+        """Total counts of each cell, (n,)."""
+        return self.sum_rows(self.values)
 
     def count_detected(self) -> Tensor:
         """How many features each cell has, (n,)."""
@@ -45,8 +52,8 @@ class SparseCounts:
 
     def sum_rows(self, values: Tensor) -> Tensor:
         """Sum one value per non-zero by row: (nnz,) -> (n,)."""
-        sums = values.new_zeros(len(self.indptr) - 1)
-        return sums.index_add(0, self.list_entry_rows(), values)
+        # Nothing of it is checked a second time: whoever wrote `indptr` knows the lengths.
+        return torch.segment_reduce(values, "sum", lengths=self.indptr.diff(), unsafe=True)
 
 
 # A tensor is (n, features) float32: the store keeps the modality dense, or dense counts are wanted.
@@ -55,7 +62,7 @@ Counts = SparseCounts | Tensor
 
 def compute_library_size(counts: Counts) -> Tensor:
     """Total counts of each cell, (n,), at least 1."""
-    total = counts.sum(1) if isinstance(counts, Tensor) else counts.sum_rows(counts.values)
+    total = counts.sum(1) if isinstance(counts, Tensor) else counts.totals
     return total.clamp_min(1.0)
 
 

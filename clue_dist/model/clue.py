@@ -358,18 +358,15 @@ class CLUE(nn.Module):
 
     def _score_profiles(self, batch: Batch, sources: list[Tensor], noise: Noise) -> list[Tensor]:
         """ln p(x_k | z_k) where x_k is observed, else 0: (B, K) for each z (B, K, d) of sources."""
-        columns: list[list[Tensor]] = [[] for _ in sources]  # by source, then by modality
+        ln_p = []  # by modality, (sources, B)
         for k, name in enumerate(self.modalities):
-            zeros = batch.observed.new_zeros(batch.n_cells, dtype=torch.float32)
-            if name not in batch.modalities:
-                for column in columns:
-                    column.append(zeros)
-                continue
-            observed, decoder = batch.modalities[name], self.get_decoder(name)
-            rows, subset = observed.rows, self.features_per_step[name]
-            features = noise.draw_subset(subset, decoder.n_features) if subset else None
-            for column, z in zip(columns, sources, strict=True):
-                code = batch.batch_code[rows]
-                ln_p = decoder(z[rows, k], code, observed.counts, noise, rows, features)
-                column.append(zeros.index_copy(0, rows, ln_p))
-        return [torch.stack(column, 1) for column in columns]
+            zeros = batch.observed.new_zeros(len(sources), batch.n_cells, dtype=torch.float32)
+            if name in batch.modalities and sources:
+                observed, decoder = batch.modalities[name], self.get_decoder(name)
+                rows, subset = observed.rows, self.features_per_step[name]
+                features = noise.draw_subset(subset, decoder.n_features) if subset else None
+                z, code = torch.stack([z[rows, k] for z in sources]), batch.batch_code[rows]
+                scores = decoder(z, code, observed.counts, noise, rows, features)
+                zeros = zeros.index_copy(1, rows, scores)
+            ln_p.append(zeros)
+        return list(torch.stack(ln_p, -1))

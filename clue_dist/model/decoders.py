@@ -61,7 +61,7 @@ class Decoder(nn.Module):
         """Score each profile.
 
         Args:
-            z: (n, d).
+            z: (n, d), or several of each cell, (S, n, d).
             batch_code: (n,) int64; -1: unknown.
             counts: the n profiles.
             noise: for dropout, in training.
@@ -70,7 +70,7 @@ class Decoder(nn.Module):
                 estimate of that over all features.
 
         Returns:
-            ln p of each profile in nats, (n,).
+            ln p of each profile in nats, (n,) or (S, n).
         """
         library = compute_library_size(counts).unsqueeze(1)
         parameters = self.compute_parameters(z, batch_code, library, noise, rows, features)
@@ -92,7 +92,7 @@ class Decoder(nn.Module):
         """Decode z of n cells, in float32.
 
         Args:
-            z: (n, d).
+            z: (n, d), or (S, n, d).
             batch_code: (n,) int64; -1: unknown.
             library: (n, 1), total counts that the profiles have, or are to have.
             noise: for dropout, in training.
@@ -101,7 +101,8 @@ class Decoder(nn.Module):
         """
         if self.batch is not None:
             known = (batch_code >= 0).unsqueeze(1)  # an unknown batch is the zero vector
-            z = torch.cat([z, self.batch(batch_code.clamp_min(0)) * known], 1)
+            batch = self.batch(batch_code.clamp_min(0)) * known
+            z = torch.cat([z, batch.expand(*z.shape[:-1], -1)], -1)
         h = self.mlp(z.to(self.rate.weight.dtype), noise, rows)
         gate = None if self.gate is None else self.gate(h, features).float()
         return LikelihoodParameters(
@@ -148,10 +149,15 @@ def select_features(counts: Counts, features: Tensor) -> Counts:
         return counts[:, features]
     new_index = torch.full((counts.n_features,), -1, dtype=torch.int32, device=features.device)
     new_index[features] = torch.arange(len(features), dtype=torch.int32, device=features.device)
-    indices = new_index[counts.indices.long()]
-    keep = indices >= 0
+    indices = new_index.index_select(0, counts.indices)
+    is_kept = indices >= 0
     # How many entries are kept before each one, and in all.
-    kept = torch.cat([keep.new_zeros(1, dtype=torch.int32), keep.cumsum(0, dtype=torch.int32)])
+    n_kept = is_kept.new_zeros(len(indices) + 1, dtype=torch.int32)
+    torch.cumsum(is_kept, 0, dtype=torch.int32, out=n_kept[1:])
+    kept = is_kept.nonzero()[:, 0]
     return SparseCounts(
-        kept[counts.indptr.long()], indices[keep], counts.values[keep], len(features)
+        n_kept.index_select(0, counts.indptr),
+        indices.index_select(0, kept),
+        counts.values.index_select(0, kept),
+        len(features),
     )

@@ -38,7 +38,11 @@ LEAST_RELATIVE_DEVIATION = 0.01  # of a feature's standard deviation, next to th
 
 
 class LikelihoodParameters(NamedTuple):
-    """What a decoder gives for n cells and F features."""
+    """What a decoder gives for n cells and F features.
+
+    Before n there may be an axis of several z of the same cells. What follows from the counts
+    alone is computed once for all of them.
+    """
 
     rate: Tensor  # (n, F); each likelihood says what it means
     theta: Tensor  # (F,), log inverse dispersion or log standard deviation
@@ -52,10 +56,17 @@ class LikelihoodParameters(NamedTuple):
 
     def gather_entries(self, row: Tensor, column: Tensor) -> LikelihoodParameters:
         """The parameters of single entries, each (nnz,); row, column: (nnz,)."""
-        flat = row * self.rate.shape[1] + column
-        gate = None if self.gate is None else self.gate.reshape(-1).gather(0, flat)
+        flat = row * self.rate.shape[-1] + column
+
+        def gather_flat(x: Tensor) -> Tensor:
+            x = x.flatten(-2)
+            return x.gather(-1, flat.expand(*x.shape[:-1], -1))
+
         return LikelihoodParameters(
-            self.rate.reshape(-1).gather(0, flat), self.theta[column], self.library[row, 0], gate
+            gather_flat(self.rate),
+            self.theta.index_select(0, column),
+            self.library[:, 0].index_select(0, row),
+            None if self.gate is None else gather_flat(self.gate),
         )
 
 
@@ -259,12 +270,15 @@ LIKELIHOODS: dict[str, Likelihood] = {
 def compute_log_likelihood(
     likelihood: Likelihood, counts: Counts, parameters: LikelihoodParameters
 ) -> Tensor:
-    """ln p of n profiles in nats, (n,)."""
-    everywhere = likelihood.compute_log_zero(parameters).sum(1)
+    """ln p of n profiles in nats, (n,), or (..., n) for several z of each cell."""
+    everywhere = likelihood.compute_log_zero(parameters).sum(-1)
     if isinstance(counts, Tensor):
-        return everywhere + likelihood.compute_log_gain(counts, parameters).sum(1)
-    entries = parameters.gather_entries(counts.list_entry_rows(), counts.indices.long())
-    return everywhere + counts.sum_rows(likelihood.compute_log_gain(counts.values, entries))
+        return everywhere + likelihood.compute_log_gain(counts, parameters).sum(-1)
+    entries = parameters.gather_entries(counts.entry_rows, counts.indices.long())
+    gain = likelihood.compute_log_gain(counts.values, entries)
+    # Row by row in a vector: sums over the last axis of a matrix are far slower.
+    by_source = [counts.sum_rows(one) for one in gain.reshape(-1, gain.shape[-1])]
+    return everywhere + torch.stack(by_source).view_as(everywhere)
 
 
 def compute_log1p_mean(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -54,18 +54,13 @@ class Noise:
 
     def draw_normal(self, *tail: int) -> Tensor:
         """Standard normal draws, (B, *tail) float32."""
-        shape = (self._per_lane, *tail)
-        return self._lay_out_rows(
-            [torch.randn(shape, generator=g, device=self._device) for g in self._lanes]
-        )
+        return self._draw_rows(torch.float32, tail, Tensor.normal_)
 
     def draw_keys(self) -> Tensor:
         """A random integer of 32 bits for each cell, (B,) int64."""
-        keys = [
-            torch.randint(2**32, (self._per_lane,), generator=g, device=self._device)
-            for g in self._lanes
-        ]
-        return self._lay_out_rows(keys)
+        return self._draw_rows(
+            torch.int64, (), functools.partial(_fill_integers, least=0, beyond=2**32)
+        )
 
     def apply_dropout(self, x: Tensor, rate: float, rows: Tensor | None = None) -> Tensor:
         """Drop values of x, (..., B, F), and scale up the others.
@@ -91,25 +86,25 @@ class Noise:
         Returns:
             Rows of the partners, (B,) int64, now and then the cell itself, and shares, (B, 1).
         """
-        lane_partners, first = [], 0  # by stratum, then by lane
+        partners, first = [], 0  # by stratum, then by lane
         for rounds in self._rounds:
-            lane_partners.append(
+            partners.append(
                 [
                     first + torch.randperm(rounds, generator=g, device=self._device)
                     for g in self._lanes
                 ]
             )
             first += rounds
-        places = [
-            torch.cat(partners) + i * self._per_lane
-            for i, partners in enumerate(zip(*lane_partners, strict=True))
-        ]
-        shares = [
-            torch.rand(self._per_lane, 1, generator=g, device=self._device) for g in self._lanes
-        ]
+        places = torch.cat(
+            [
+                torch.cat(of_lane) + i * self._per_lane
+                for i, of_lane in enumerate(zip(*partners, strict=True))
+            ]
+        )
         row_of_place = torch.empty_like(self._order)
         row_of_place[self._order] = torch.arange(len(row_of_place), device=row_of_place.device)
-        return row_of_place[self._lay_out_rows(places)], self._lay_out_rows(shares)
+        shares = self._draw_rows(torch.float32, (1,), Tensor.uniform_)
+        return row_of_place[places[self._order]], shares
 
     def draw_subset(self, size: int, total: int) -> Tensor:
         """`size` of range(total), sorted, the same on every rank, (size,) int64."""
@@ -119,22 +114,37 @@ class Noise:
     def _draw_bytes(self, columns: int, rows: Tensor | None) -> Tensor:
         """Uniform bytes, (B, columns), or those of `rows`."""
         width = -(-columns // 4)  # four bytes of a 32-bit draw
-        shape = (self._per_lane, width)
-        draws = [
-            torch.empty(shape, dtype=torch.int32, device=self._device).random_(
-                -(2**31), 2**31 - 1, generator=g
-            )
-            for g in self._lanes
-        ]
-        bits = self._lay_out_rows(draws)
-        return (bits if rows is None else bits[rows]).view(torch.uint8)[:, :columns]
+        fill = functools.partial(_fill_integers, least=-(2**31), beyond=2**31 - 1)
+        return self._draw_rows(torch.int32, (width,), fill, rows).view(torch.uint8)[:, :columns]
 
     def _make_generator(self, *key: object) -> torch.Generator:
         return torch.Generator(self._device).manual_seed(derive_key(*key) >> 1)
 
-    def _lay_out_rows(self, draws: list[Tensor]) -> Tensor:
-        """Draws of each lane, round by round, in the order of the batch's rows."""
-        return torch.cat(draws)[self._order]
+    def _draw_rows(
+        self,
+        dtype: torch.dtype,
+        tail: tuple[int, ...],
+        fill: Callable[..., Tensor],
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Draw (B, *tail), lane by lane, in the order of the batch's rows; or of some rows.
+
+        Args:
+            dtype: of the draws.
+            tail: shape of what each cell gets.
+            fill: fills a tensor in place, given a generator.
+            rows: (n,); None: all of them.
+        """
+        shape = (len(self._lanes), self._per_lane, *tail)
+        drawn = torch.empty(shape, dtype=dtype, device=self._device)
+        for lane, generator in zip(drawn, self._lanes, strict=True):
+            fill(lane, generator=generator)
+        order = self._order if rows is None else self._order[rows]
+        return drawn.flatten(0, 1).index_select(0, order)
+
+
+def _fill_integers(x: Tensor, generator: torch.Generator, least: int, beyond: int) -> Tensor:
+    return x.random_(least, beyond, generator=generator)
 
 
 @functools.cache

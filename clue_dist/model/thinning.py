@@ -35,8 +35,8 @@ def hide_entries(counts: Counts, most: float, key: Tensor) -> Counts:
     if isinstance(counts, Tensor):
         feature = torch.arange(counts.shape[1], device=key.device)
         return counts * _find_shown(key[:, None], feature, share[:, None]).to(counts.dtype)
-    row = counts.list_entry_rows()
-    shown = _find_shown(key[row], counts.indices, share[row])
+    row = counts.entry_rows
+    shown = _find_shown(key.index_select(0, row), counts.indices, share.index_select(0, row))
     return replace(counts, values=counts.values * shown, has_zeros=True)
 
 

@@ -31,12 +31,13 @@ def normalise_counts(counts: Counts, method: str, idf: Tensor | None = None) -> 
     """
     if isinstance(counts, Tensor):
         return _normalise_dense(counts, method, idf)
-    x = counts.values
+    x, totals = counts.values, counts.totals
     if method == "tfidf" and idf is not None:
-        x = x * idf[counts.indices]
+        x = x * idf.index_select(0, counts.indices)
+        totals = counts.sum_rows(x)
     if method in ("log_cp10k", "tfidf"):
-        scale = 1e4 / counts.sum_rows(x).clamp_min(1e-9)
-        x = x * scale.repeat_interleave(counts.indptr.diff(), output_size=len(x))
+        scale = 1e4 / totals.clamp_min(1e-9)
+        x = x * scale.index_select(0, counts.entry_rows)
     if method in ("log_cp10k", "tfidf", "log"):
         x = torch.log1p(x)
     return replace(counts, values=x)

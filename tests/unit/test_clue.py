@@ -95,7 +95,7 @@ def test_heads_are_the_grid_of_separate_encoders(shared: bool) -> None:
     heads = CrossEncoderHeads(K, members, 8, D, shared)
     targets = K if shared else 1  # of one network
     h = draw(K, members * K // targets, B, 8)
-    mean, log_var = heads(h)
+    mean, log_var = (torch.stack(x, 1) for x in zip(*map(heads, range(K), h), strict=True))
     for k, m, j in product(range(K), range(members), range(K)):
         i = m if shared else m * K + j
         network = k * h.shape[1] + i

@@ -218,18 +218,20 @@ def test_any_number_of_modalities_trains_with_finite_gradients(k: int) -> None:
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_what_a_cell_lacks_does_not_touch_its_loss() -> None:
+def test_what_a_cell_lacks_does_not_touch_its_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch, _ = small_model(lambda_contrastive=1.0)
     model.eval()
     loss, _ = model(batch, Noise(0, 0, {"s": B}, 1))
-    # What the heads say of unobserved sources is arbitrary: make it absurd.
-    hook = model.model.heads.register_forward_hook(
-        lambda _m, _i, out: tuple(
-            torch.where(OBSERVED[:, :, None, None], o, torch.full_like(o, 3.0)) for o in out
-        )
+    # What is said of unobserved sources is arbitrary: make it absurd.
+    encode = model.model._encode_components
+    monkeypatch.setattr(
+        model.model,
+        "_encode_components",
+        lambda *arguments: tuple(
+            torch.where(OBSERVED[:, :, None, None], values, 3.0) for values in encode(*arguments)
+        ),
     )
     other, _ = model(batch, Noise(0, 0, {"s": B}, 1))
-    hook.remove()
     torch.testing.assert_close(loss, other)
 
 
@@ -252,11 +254,20 @@ def test_no_alignment_reaches_private_dimensions() -> None:
         assert (gradient[..., : model.model.n_aligned] != 0).any()
 
 
-def test_the_joint_likelihood_trains_the_private_dimensions_of_what_was_observed() -> None:
+def test_the_joint_likelihood_trains_the_private_dimensions_of_what_was_observed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     off = dict.fromkeys(("lambda_self", "lambda_mse", "lambda_d", "lambda_contrastive"), 0.0)
     model, batch, noise = small_model(private=0.5, **off, lambda_cross=1.0)
     kept: list[Tensor] = []
-    model.model.heads.register_forward_hook(lambda _m, _i, out: kept.extend(out))
+    encode = model.model._encode_components
+
+    def keep_experts(*arguments: Any) -> list[Tensor]:
+        experts = list(encode(*arguments))
+        kept.extend(experts)
+        return experts
+
+    monkeypatch.setattr(model.model, "_encode_components", keep_experts)
     loss, _ = model(batch, noise)
     foreign = ~torch.eye(K, dtype=torch.bool)
     for gradient in torch.autograd.grad(loss, kept):  # of means, of log-variances
