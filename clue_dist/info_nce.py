@@ -59,24 +59,21 @@ def compute_info_nce(
         every_z, every_code = _gather_ranks(z, batch_code)
     total, n_pairs = z.new_zeros(()), 0
     for (a, b), rows in pair_rows.items():
-        n_cells = len(rows)
-        place = torch.arange(n_cells, device=z.device) + rank * n_cells  # among all ranks' pairs
-        is_own = place[:, None] == torch.arange(world * n_cells, device=z.device)
+        n_cells, first = len(rows), rank * len(rows)  # this rank's cells among all ranks' pairs
         every_row = torch.cat([rows + of_rank * z.shape[1] for of_rank in range(world)])
-        # What is added to logits: minus infinity, in effect, where a key is no candidate.
-        bias = z.new_zeros(is_own.shape)
+        bias = None  # what is added to logits
         if batch_told is not None:
             least = 1 - torch.minimum(batch_told[a], batch_told[b])
             bias = _weigh_other_batches(batch_code[rows], every_code[every_row], least)
-        bias_of_others = bias.masked_fill(is_own, _NO_CANDIDATE)
         keys = {k: F.normalize(every_z[:, every_row, k], dim=-1) for k in (a, b)}
         for source, target in ((a, b), (b, a)):
-            queries = log_scale.exp() * keys[source][:, place]  # (M, n, .)
+            queries = log_scale.exp() * keys[source].narrow(1, first, n_cells)  # (M, n, .)
+            partners = keys[target].narrow(1, first, n_cells)
             total_odds = sum_odds(queries, keys[target], bias)
             if same_modality:
-                odds = sum_odds(queries, keys[source], bias_of_others)
+                odds = sum_odds(queries, keys[source], bias, own=first)
                 total_odds = torch.logaddexp(total_odds, odds + math.log(same_modality))
-            losses = total_odds - (queries * keys[target][:, place]).sum(-1)
+            losses = total_odds - (queries * partners).sum(-1)
             total = total + losses.mean(0).sum()
         n_pairs += n_cells
     return total / max(2 * n_pairs, 1)
@@ -100,7 +97,9 @@ def _weigh_other_batches(batch_code: Tensor, every_code: Tensor, least: Tensor) 
     return (is_other * weight.log()).nan_to_num(0.0).clamp_min(_NO_CANDIDATE)
 
 
-def sum_odds(queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
+def sum_odds(
+    queries: Tensor, keys: Tensor, bias: Tensor | None = None, own: int | None = None
+) -> Tensor:
     """The log of the sum of exp(query . key + bias) over keys, (M, n).
 
     Memory is that of one matrix of logits for each call: they are never put side by side.
@@ -108,9 +107,11 @@ def sum_odds(queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
     Args:
         queries: (M, n, .).
         keys: (M, N, .).
-        bias: (n, N), which has no gradient.
+        bias: (n, N), which has no gradient; None: 0.
+        own: where the queries begin among the keys, which are of the same cells then. No query is
+            compared with itself.
     """
-    log_sum: Tensor = _LogSumOfOdds.apply(queries, keys, bias)
+    log_sum: Tensor = _LogSumOfOdds.apply(queries, keys, bias, own)
     return log_sum
 
 
@@ -118,8 +119,14 @@ class _LogSumOfOdds(torch.autograd.Function):
     """As torch's own operations have it, with a third of the passes over the matrix of odds."""
 
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
-        odds = torch.baddbmm(bias, queries, keys.mT)
+    def forward(
+        ctx: Any, queries: Tensor, keys: Tensor, bias: Tensor | None, own: int | None
+    ) -> Tensor:
+        odds = queries @ keys.mT
+        if bias is not None:
+            odds += bias
+        if own is not None:
+            odds.diagonal(own, -2, -1).fill_(_NO_CANDIDATE)
         largest = odds.amax(-1, keepdim=True)
         odds.sub_(largest).exp_()
         total = odds.sum(-1, keepdim=True)
@@ -127,11 +134,13 @@ class _LogSumOfOdds(torch.autograd.Function):
         return (largest + total.log()).squeeze(-1)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: Any, gradient: Tensor
+    ) -> tuple[Tensor, Tensor, None, None]:
         queries, keys, odds, total = ctx.saved_tensors
         # Of each query; it scales the rows of products, instead of those of the matrix of odds.
         scale = gradient.unsqueeze(-1) / total
-        return scale * (odds @ keys), odds.mT @ (scale * queries), None
+        return scale * (odds @ keys), odds.mT @ (scale * queries), None, None
 
 
 def _gather_ranks(z: Tensor, batch_code: Tensor) -> tuple[Tensor, Tensor]:

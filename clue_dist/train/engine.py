@@ -118,7 +118,10 @@ class SkippingOptimizer:
 
 
 class AdamW(SkippingOptimizer, torch.optim.AdamW):
-    """torch's AdamW."""
+    """torch's AdamW, which updates a weight in one pass over memory."""
+
+    def __init__(self, groups: list[dict[str, Any]], **settings: float) -> None:
+        super().__init__(groups, fused=True, **settings)
 
 
 class RMSprop(SkippingOptimizer, torch.optim.RMSprop):
