@@ -66,7 +66,7 @@ class EnsembleLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(M, n, inputs) -> (M, n, outputs)."""
         x = F.gelu(torch.baddbmm(self.bias, x, self.weight))
-        return F.layer_norm(x, x.shape[-1:]) * self.norm_scale + self.norm_bias
+        return torch.addcmul(self.norm_bias, F.layer_norm(x, x.shape[-1:]), self.norm_scale)
 
 
 class _GradientReversal(torch.autograd.Function):

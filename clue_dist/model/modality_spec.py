@@ -11,8 +11,8 @@ from clue_dist.model.likelihoods import LIKELIHOODS
 from clue_dist.store.manifest import Modality
 
 # Where the config says "auto", a decoder scores at most so many features in a step. The estimate
-# stays unbiased.
-AUTO_FEATURES = 4096
+# stays unbiased, and on real cells models match as well as with all features.
+AUTO_FEATURES = 512
 
 
 @dataclass(frozen=True)

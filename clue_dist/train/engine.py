@@ -176,18 +176,20 @@ def make_deepspeed_config(
     settings = config.train
     assert config.data.batch_size != "auto"
     is_bf16 = settings.precision == "bf16"
+    # One rank shares nothing, and ZeRO would copy every gradient and every weight in each step.
+    stage = settings.zero_stage if world > 1 or is_bf16 else 0
     return {
         "train_batch_size": config.data.batch_size,
         "train_micro_batch_size_per_gpu": config.data.batch_size // (settings.grad_accum * world),
         "gradient_accumulation_steps": settings.grad_accum,
         "gradient_clipping": 0.0 if guards_on_device else settings.clip,
         "zero_optimization": {
-            "stage": settings.zero_stage,
+            "stage": stage,
             **({"compute_grad_norm": False} if guards_on_device else {}),
         },
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": is_bf16},
         # ZeRO-0 knows gradients of the model's own type alone.
-        **({"data_types": {"grad_accum_dtype": "fp32"}} if is_bf16 and settings.zero_stage else {}),
+        **({"data_types": {"grad_accum_dtype": "fp32"}} if is_bf16 and stage else {}),
         "steps_per_print": 10**12,  # our sinks report
     }
