@@ -71,7 +71,7 @@ def compute_info_nce(
             partners = keys[target].narrow(1, first, n_cells)
             total_odds = sum_odds(queries, keys[target], bias)
             if same_modality:
-                odds = sum_odds(queries, keys[source], bias, own=first)
+                odds = sum_odds(queries, keys[source], bias, offset=first)
                 total_odds = torch.logaddexp(total_odds, odds + math.log(same_modality))
             losses = total_odds - (queries * partners).sum(-1)
             total = total + losses.mean(0).sum()
@@ -98,7 +98,7 @@ def _weigh_other_batches(batch_code: Tensor, every_code: Tensor, least: Tensor) 
 
 
 def sum_odds(
-    queries: Tensor, keys: Tensor, bias: Tensor | None = None, own: int | None = None
+    queries: Tensor, keys: Tensor, bias: Tensor | None = None, offset: int | None = None
 ) -> Tensor:
     """The log of the sum of exp(query . key + bias) over keys, (M, n).
 
@@ -108,10 +108,10 @@ def sum_odds(
         queries: (M, n, .).
         keys: (M, N, .).
         bias: (n, N), which has no gradient; None: 0.
-        own: where the queries begin among the keys, which are of the same cells then. No query is
-            compared with itself.
+        offset: where the queries begin among the keys, which are of the same modality then: no
+            query is compared with itself.
     """
-    log_sum: Tensor = _LogSumOfOdds.apply(queries, keys, bias, own)
+    log_sum: Tensor = _LogSumOfOdds.apply(queries, keys, bias, offset)
     return log_sum
 
 
@@ -120,13 +120,13 @@ class _LogSumOfOdds(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, queries: Tensor, keys: Tensor, bias: Tensor | None, own: int | None
+        ctx: Any, queries: Tensor, keys: Tensor, bias: Tensor | None, offset: int | None
     ) -> Tensor:
         odds = queries @ keys.mT
         if bias is not None:
             odds += bias
-        if own is not None:
-            odds.diagonal(own, -2, -1).fill_(_NO_CANDIDATE)
+        if offset is not None:
+            odds.diagonal(offset, -2, -1).fill_(_NO_CANDIDATE)
         largest = odds.amax(-1, keepdim=True)
         odds.sub_(largest).exp_()
         total = odds.sum(-1, keepdim=True)

@@ -72,13 +72,7 @@ def build_engine(
         dist.broadcast(tensor.data, 0)
     groups = group_parameters(objective, config)
     guards_on_device = can_guard_on_device(config, device)
-    optimizer = OPTIMIZERS[config.train.optimizer](
-        groups,
-        lr=config.train.lr,
-        eps=EPSILON,
-        # One kernel for all weights.
-        **({"fused": True} if guards_on_device else {}),
-    )
+    optimizer = OPTIMIZERS[config.train.optimizer](groups, lr=config.train.lr, eps=EPSILON)
     optimizer.guards_on_device = guards_on_device
     engine, *_ = deepspeed.initialize(
         model=objective,
@@ -120,8 +114,8 @@ class SkippingOptimizer:
 class AdamW(SkippingOptimizer, torch.optim.AdamW):
     """torch's AdamW, which updates a weight in one pass over memory."""
 
-    def __init__(self, groups: list[dict[str, Any]], **settings: float) -> None:
-        super().__init__(groups, fused=True, **settings)
+    def __init__(self, groups: list[dict[str, Any]], lr: float, eps: float) -> None:
+        super().__init__(groups, lr=lr, eps=eps, fused=True)
 
 
 class RMSprop(SkippingOptimizer, torch.optim.RMSprop):
