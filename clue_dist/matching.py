@@ -1,10 +1,8 @@
 """How well two embeddings of the same cells find each other: FOSCTTM, matching score, recall at 10.
 
 Row i of `u1` and row i of `u2` are one cell, read from two modalities: a pair. Rows are scaled to
-length 1 first. Distances are squared Euclidean, in float64, computed for a slice of query rows at a
-time, so that memory is O(N) and never N x N. Every score is a sum over query rows, so ranks share
-the work: each ranks keys for its slice of the queries (`rank_keys`), and the slices are joined
-(`join_ranked_keys`).
+length 1 first. All pairs of rows are compared (`partner_ranks`), to the digits of float64, in
+memory that is O(N). Ranks share the rows of `u1`, and join what they found.
 
 Only keys that are strictly nearer count against a cell. So an embedding collapsed to one point has
 a FOSCTTM of 0, which `match` and `recall10` give away. NaN would have the same, and is refused.
@@ -12,16 +10,15 @@ a FOSCTTM of 0, which `match` and `recall10` give away. NaN would have the same,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from clue_dist.errors import DataError
-from clue_dist.neighbours import compute_distances, scale_to_length_one
+from clue_dist.neighbours import scale_to_length_one
+from clue_dist.partner_ranks import RankedPartners, join_ranked_partners, rank_partners_both_ways
 from clue_dist.ranks import Ranks
 
 METRICS = ("foscttm", "match", "recall10")
@@ -30,26 +27,8 @@ DIRECTIONS = ("forward", "backward")
 _RECALL_AT = 10
 
 Scores = dict[str, dict[str, float]]  # scope -> metric -> value
-_Pair = tuple[Tensor, Tensor]  # two embeddings (N, D) of the same cells
-
-
-@dataclass(frozen=True)
-class RankedKeys:
-    """How a slice of n queries ranks all keys."""
-
-    n_nearer: int  # keys nearer than the query's partner, summed over the queries
-    n_found: int  # queries whose partner is among the 10 nearest keys
-    nearest: np.ndarray  # (n,) int64, the nearest key of each query
-
-    def to_plain(self) -> list[Any]:
-        """Turn it into plain data, as ranks exchange it."""
-        return [self.n_nearer, self.n_found, self.nearest.tolist()]
-
-    @classmethod
-    def from_plain(cls, value: list[Any]) -> RankedKeys:
-        """Make of it again what `to_plain` turned into plain data."""
-        n_nearer, n_found, nearest = value
-        return cls(n_nearer, n_found, np.asarray(nearest, np.int64))
+_Pair = tuple[np.ndarray, np.ndarray]  # two embeddings (N, D) of the same cells
+_RankedPair = tuple[RankedPartners, RankedPartners]  # forward and backward
 
 
 def compute_scores(
@@ -86,7 +65,7 @@ def score_directions(
         u1: (N, D), on any device; every rank passes the same.
         u2: (N, D).
         batch: (N,) names or codes; equal values are one batch.
-        ranks: processes that share the queries. All must call, and all get the result.
+        ranks: processes that share the work. All must call, and all get the result.
 
     Returns:
         Scores by direction.
@@ -94,18 +73,16 @@ def score_directions(
     Raises:
         DataError: the shapes do not fit, or values are not finite.
     """
-    x, y = _check_embeddings(u1, u2)
-    groups = _group_cells(batch, x.device)
+    x, y = _scale_embeddings(u1, u2)
+    groups = _group_cells(batch)
     # Of a single batch the second scope is the first.
     scopes = [scope for scope in SCOPES if scope == "global" or not _is_one_batch(groups)]
-    pairs = [
-        (scale_to_length_one(x[group]), scale_to_length_one(y[group]))
-        for scope in scopes
-        for group in groups[scope]
-    ]
+    all_groups = [cells for scope in scopes for cells in groups[scope]]
+    pairs = ((x[cells], y[cells]) for cells in all_groups)
+    ranked = _rank_pairs(pairs, ranks or Ranks())
     sums = (
-        _sum_metrics(pair, *ranked)
-        for pair, ranked in zip(pairs, _rank_pairs(pairs, ranks or Ranks()), strict=True)
+        _sum_metrics(x[cells], y[cells], *both)
+        for cells, both in zip(all_groups, ranked, strict=True)
     )
     directed: dict[str, Scores] = {direction: {} for direction in DIRECTIONS}
     for scope in scopes:
@@ -120,36 +97,40 @@ def score_directions(
     return directed
 
 
-def _is_one_batch(groups: dict[str, list[Tensor]]) -> bool:
+def _is_one_batch(groups: dict[str, list[np.ndarray]]) -> bool:
     """Whether all cells are of one batch."""
     sizes = {scope: [len(group) for group in groups[scope]] for scope in SCOPES}
     return sizes["global"] == sizes["within_batch"] != []
 
 
-def _rank_pairs(pairs: list[_Pair], ranks: Ranks) -> list[tuple[RankedKeys, RankedKeys]]:
-    """Rank the keys of each pair, forward and backward; every rank does a slice of the queries."""
-    ranked_here = []
-    for x, y in pairs:
-        part = ranks.slice_for_rank(len(x))
-        ranked_here.append([rank_keys(x, y, part).to_plain(), rank_keys(y, x, part).to_plain()])
-    joined = []
-    for slices in zip(*ranks.gather_values(ranked_here), strict=True):  # of one pair, by rank
-        forward, backward = (
-            join_ranked_keys([RankedKeys.from_plain(value) for value in values])
-            for values in zip(*slices, strict=True)
+def _rank_pairs(pairs: Iterable[_Pair], ranks: Ranks) -> list[_RankedPair]:
+    """Rank partners in each pair, forward and backward; every rank does a slice of the rows."""
+    ranked_here = [rank_partners_both_ways(x, y, ranks.slice_for_rank(len(x))) for x, y in pairs]
+    if ranks.world == 1:
+        return ranked_here
+    plain = [[ranked.to_plain() for ranked in both] for both in ranked_here]
+    return [
+        (join_ranked_partners(forward), join_ranked_partners(backward))
+        for forward, backward in (
+            zip(*slices, strict=True)  # of one pair, by rank
+            for slices in zip(*ranks.gather_values(plain), strict=True)
         )
-        joined.append((forward, backward))
-    return joined
+    ]
 
 
-def _sum_metrics(pair: _Pair, forward: RankedKeys, backward: RankedKeys) -> np.ndarray:
+def _sum_metrics(
+    x: np.ndarray, y: np.ndarray, forward: RankedPartners, backward: RankedPartners
+) -> np.ndarray:
     """METRICS of both directions, summed over the cells of one group, (2, 3)."""
-    n_cells = len(pair[0])
-    first_equal = [_find_first_equal(u) for u in pair]
+    first_equal = [_find_first_equal(u) for u in (x, y)]
     match = score_matches(forward.nearest, backward.nearest, *first_equal)
     return np.array(
         [
-            [ranked.n_nearer / n_cells, n_cells * score, ranked.n_found]
+            [
+                ranked.nearer.sum() / len(x),
+                len(x) * score,
+                (ranked.nearer + ranked.ties < _RECALL_AT).sum(),
+            ]
             for ranked, score in zip((forward, backward), match, strict=True)
         ]
     )
@@ -173,18 +154,11 @@ def compute_nearer_share(
     Args:
         u1: (N, D), N >= 1, on any device; every rank passes the same.
         u2: (N, D).
-        ranks: processes that share the queries. All must call, and all get the result.
+        ranks: processes that share the work. All must call, and all get the result.
     """
-    ranks = ranks or Ranks()
-    x, y = (scale_to_length_one(u) for u in _check_embeddings(u1, u2))
-    part = ranks.slice_for_rank(len(x))
-    nearer = np.zeros(len(x))
-    for queries, keys in ((x, y), (y, x)):
-        for rows, distances in compute_distances(queries, keys, part):
-            partner = _select_partner(distances, rows)
-            nearer[rows.cpu().numpy()] += (distances < partner).sum(1).cpu().numpy()
-    counts = ranks.gather_values(nearer[part].tolist())
-    return np.concatenate(counts) / (2 * len(x))
+    pair = _scale_embeddings(u1, u2)
+    [(forward, backward)] = _rank_pairs([pair], ranks or Ranks())
+    return (forward.nearer + backward.nearer.astype(np.int64)) / (2 * len(forward.nearer))
 
 
 def compute_chance(batch: np.ndarray) -> Scores:
@@ -196,7 +170,7 @@ def compute_chance(batch: np.ndarray) -> Scores:
         batch: (N,) names or codes.
     """
     chance: Scores = {}
-    for scope, groups in _group_cells(batch, "cpu").items():
+    for scope, groups in _group_cells(batch).items():
         sizes = np.array([len(group) for group in groups])
         sums = {"match": np.ones(len(sizes)), "recall10": np.minimum(sizes, _RECALL_AT)}
         chance[scope] = {"foscttm": 0.5} | {
@@ -204,38 +178,6 @@ def compute_chance(batch: np.ndarray) -> Scores:
             for metric, values in sums.items()
         }
     return chance
-
-
-def rank_keys(queries: Tensor, keys: Tensor, part: slice) -> RankedKeys:
-    """Rank all keys for the queries of a slice.
-
-    Of keys at the same distance the one of lowest index counts as the nearer.
-
-    Args:
-        queries: (N, D) float64, of length 1.
-        keys: (N, D); row i is the partner of query i.
-        part: which queries.
-    """
-    n_nearer, n_found, nearest = 0, 0, [torch.empty(0, dtype=torch.int64)]
-    for rows, distances in compute_distances(queries, keys, part):
-        partner = _select_partner(distances, rows)
-        before = (distances < partner).sum(1)
-        n_nearer += int(before.sum())
-        tied = ((distances <= partner).sum(1) > before + 1).nonzero()[:, 0]  # few rows, if any
-        lower_index = torch.arange(len(keys), device=distances.device) < rows[tied, None]
-        before[tied] += ((distances[tied] == partner[tied]) & lower_index).sum(1)
-        n_found += int((before < _RECALL_AT).sum())
-        nearest.append(distances.argmin(1).cpu())
-    return RankedKeys(n_nearer, n_found, torch.cat(nearest).numpy())
-
-
-def join_ranked_keys(parts: Sequence[RankedKeys]) -> RankedKeys:
-    """Join what consecutive slices of queries found."""
-    return RankedKeys(
-        sum(part.n_nearer for part in parts),
-        sum(part.n_found for part in parts),
-        np.concatenate([part.nearest for part in parts]),
-    )
 
 
 def score_matches(
@@ -285,36 +227,25 @@ def _score_match(
     return float((shared / (4 - shared) / row_sum).mean())
 
 
-def _select_partner(distances: Tensor, rows: Tensor) -> Tensor:
-    """Distance to the partner, (n, 1).
-
-    It is taken from `distances`, so that what ties in exact arithmetic ties here.
-    """
-    return distances.gather(1, rows[:, None])
-
-
-def _group_cells(batch: np.ndarray, device: torch.device | str) -> dict[str, list[Tensor]]:
+def _group_cells(batch: np.ndarray) -> dict[str, list[np.ndarray]]:
     """Cells of each group of two or more, by scope."""
     _, code = np.unique(batch, return_inverse=True)
     order = np.argsort(code, kind="stable")
     batches = np.split(order, np.flatnonzero(np.diff(code[order])) + 1)
     groups = {"global": [np.arange(len(batch))], "within_batch": batches}
-    return {
-        scope: [torch.from_numpy(cells).to(device) for cells in groups[scope] if len(cells) >= 2]
-        for scope in SCOPES
-    }
+    return {scope: [cells for cells in groups[scope] if len(cells) >= 2] for scope in SCOPES}
 
 
-def _find_first_equal(u: Tensor) -> np.ndarray:
+def _find_first_equal(u: np.ndarray) -> np.ndarray:
     """For each row the lowest row that equals it, (N,) int64."""
-    rows = np.ascontiguousarray(u.cpu().numpy() + 0.0)  # -0.0 equals 0.0, though its bytes do not
+    rows = np.ascontiguousarray(u + 0.0)  # -0.0 equals 0.0, though its bytes do not
     whole = rows.view(f"V{rows.itemsize * rows.shape[1]}").reshape(-1)
     _, first, inverse = np.unique(whole, return_index=True, return_inverse=True)
     return np.asarray(first[inverse])
 
 
-def _check_embeddings(u1: np.ndarray | Tensor, u2: np.ndarray | Tensor) -> _Pair:
-    """Both embeddings as finite float64 tensors of one shape."""
+def _scale_embeddings(u1: np.ndarray | Tensor, u2: np.ndarray | Tensor) -> _Pair:
+    """Both embeddings in float64, rows of length 1; they are finite and of one shape."""
     x, y = (torch.as_tensor(u).detach().to(torch.float64) for u in (u1, u2))
     if x.ndim != 2 or x.shape != y.shape or not x.numel():
         raise DataError(
@@ -329,4 +260,4 @@ def _check_embeddings(u1: np.ndarray | Tensor, u2: np.ndarray | Tensor) -> _Pair
                 f"the {name} embedding is not finite",
                 got=f"{bad} of {len(u)} cells with NaN or Inf",
             )
-    return x, y
+    return scale_to_length_one(x).cpu().numpy(), scale_to_length_one(y).cpu().numpy()

@@ -1,4 +1,4 @@
-"""Exact nearest neighbours, found for a slice of the queries at a time.
+"""Nearest neighbours, exact ones and, by faiss, approximate ones.
 
 Distances are Euclidean, in float64. Memory is O(N k) and never N x N; time is quadratic. Ranks
 share the queries, and all of them get the neighbours of every query.
@@ -7,7 +7,6 @@ share the queries, and all of them get the neighbours of every query.
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +14,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clue_dist.distance_kernels import collect_nearest, sort_heaps
+from clue_dist.distance_tiles import (
+    Area,
+    Tile,
+    TileThreads,
+    bound_points,
+    is_symmetric,
+    iterate_tiles,
+)
 from clue_dist.errors import ConfigError, DataError
 from clue_dist.ranks import Ranks
 
 _FEW_KEYS = 4_096  # up to which the approximate search compares all
 _LISTS_SEARCHED = 32  # of an approximate index
 _KEYS_PER_LIST = 64  # that k-means of an approximate index sees
-_SLICE_ELEMENTS = 2**21  # distances in memory at a time: 16 MiB, of which caches hold a good part
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ def find_neighbours(
     keys: np.ndarray | Tensor | None = None,
     ranks: Ranks | None = None,
 ) -> Neighbours:
-    """Find the nearest keys of each query; of keys as far away as the last, any may be taken.
+    """Find the nearest keys of each query; of keys as far away, that of lowest index comes first.
 
     Args:
         queries: (N, D), on any device; every rank passes the same.
@@ -69,24 +76,10 @@ def find_neighbours(
         DataError: values that are not finite.
     """
     ranks = ranks or Ranks()
-    among_themselves = keys is None
-    points = _require_finite_points(queries)
-    targets = points if keys is None else _require_finite_points(keys)
-    count = min(n_neighbours, len(targets) - among_themselves)
-    part = ranks.slice_for_rank(len(points))
-    query_square, key_square = (points**2).sum(1), (targets**2).sum(1)
-    indices, distances = [np.empty((0, count), np.int64)], [np.empty((0, count))]
-    for rows in _slice_queries(len(points), len(targets), part):
-        # Half of how far the squared distance is below the query's own square. It orders keys as
-        # the distance does, in one pass over the memory instead of three.
-        closeness = torch.addmm(key_square / -2, points[rows], targets.T)
-        if among_themselves:
-            closeness.diagonal(rows.start).fill_(-torch.inf)
-        nearest = closeness.topk(count)
-        squares = query_square[rows, None] - 2 * nearest.values
-        indices.append(nearest.indices.cpu().numpy())
-        distances.append(squares.clamp_(min=0).sqrt().cpu().numpy())
-    found = Neighbours(np.concatenate(indices), np.concatenate(distances))
+    points = _require_finite_points(queries).cpu().numpy()
+    targets = points if keys is None else _require_finite_points(keys).cpu().numpy()
+    count = min(n_neighbours, len(targets) - (keys is None))
+    found = _collect_neighbours(points, targets, count, ranks.slice_for_rank(len(points)))
     if ranks.world == 1:
         return found
     parts = [Neighbours.from_plain(value) for value in ranks.gather_values(found.to_plain())]
@@ -94,6 +87,38 @@ def find_neighbours(
         np.concatenate([neighbours.indices for neighbours in parts]),
         np.concatenate([neighbours.distances for neighbours in parts]),
     )
+
+
+def _collect_neighbours(
+    points: np.ndarray, targets: np.ndarray, count: int, part: slice
+) -> Neighbours:
+    """Neighbours of the queries of a slice; none is its own where `targets` are the points."""
+    queries, keys = bound_points(points, targets)
+    distances = np.empty((len(points), count))  # half of the squares, as heaps; then sorted
+    indices = np.empty((len(points), count), np.int64)
+    distances[part], indices[part] = np.inf, len(targets)
+    limits = np.full(len(points), np.inf, np.float32)
+
+    def collect_tile(tile: Tile, by_column: bool) -> None:
+        def collect_area(area: Area) -> None:
+            places = (area, by_column, tile.first_query, tile.first_key)
+            both = (queries.exact, keys.exact, queries is keys)
+            collect_nearest(tile.bounds, *places, *both, limits, distances, indices)
+
+        threads.fold_tile(tile, by_column, collect_area)
+
+    with TileThreads() as threads:
+        for tile in iterate_tiles(queries, keys, part) if count else ():
+            collect_tile(tile, by_column=False)
+            # A tile beside the diagonal is the only one to hold the distances of its points.
+            if is_symmetric(queries, keys, part) and tile.first_query != tile.first_key:
+                collect_tile(tile, by_column=True)
+    found = Neighbours(indices[part], distances[part])
+    sort_heaps(found.distances, found.indices)
+    found.distances[:] *= 2
+    np.sqrt(found.distances, out=found.distances)
+    found.distances[:] /= queries.scale
+    return found
 
 
 def find_approximate_neighbours(
@@ -145,35 +170,6 @@ def _import_faiss() -> Any:
             fix="pip install clue-dist[match], or search exactly",
         ) from None
     return faiss
-
-
-def compute_distances(
-    queries: Tensor, keys: Tensor, part: slice
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Compute squared distances, slice by slice.
-
-    Args:
-        queries: (N, D) float64.
-        keys: (M, D) float64.
-        part: which queries.
-
-    Yields:
-        Row numbers (n,) of queries, and their squared distances to all keys (n, M).
-    """
-    query_square, key_square = (queries**2).sum(1), (keys**2).sum(1)
-    for rows in _slice_queries(len(queries), len(keys), part):
-        product = (2 * queries[rows]) @ keys.T
-        distances = query_square[rows, None] + key_square[None]
-        distances = distances.sub_(product).clamp_(min=0)
-        yield torch.arange(rows.start, rows.stop, device=distances.device), distances
-
-
-def _slice_queries(n_queries: int, n_keys: int, part: slice) -> Iterator[slice]:
-    """Slices of the queries of `part`, of a few distances each."""
-    step = max(1, _SLICE_ELEMENTS // n_keys)
-    start, stop, _ = part.indices(n_queries)
-    for first in range(start, stop, step):
-        yield slice(first, min(first + step, stop))
 
 
 def scale_to_length_one(points: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clue_dist import matching, neighbours
+from clue_dist import distance_tiles, matching
 from clue_dist.errors import DataError
+from clue_dist.partner_ranks import join_ranked_partners, rank_partners_both_ways
 from clue_dist.ranks import Ranks
 
 PROTOCOL = Path(__file__).parents[3] / "shared" / "protocol" / "score.py"
@@ -103,10 +104,11 @@ def test_scores_follow_their_definitions(n, width, batches, seed):
 @settings(max_examples=40, deadline=None)
 @given(n=st.integers(2, 30), kinds=st.integers(1, 4), seed=st.integers(0, 2**20))
 def test_ties_go_to_the_first(n, kinds, seed):
-    # Unit vectors: every distance is 0, 2 or 4 exactly, so that most comparisons are ties.
+    # Unit vectors and zeros: every distance is 0, 1, 2 or 4 exactly, so that most of them are ties.
     rng = np.random.default_rng(seed)
     u1, u2 = (
-        np.eye(kinds)[rng.integers(0, kinds, n)] * rng.choice([-1.0, 1.0], (n, 1)) for _ in range(2)
+        np.eye(kinds)[rng.integers(0, kinds, n)] * rng.choice([-1.0, 0.0, 1.0], (n, 1))
+        for _ in range(2)
     )
     assert_equal_to_dense(u1, u2, np.zeros(n, int))
 
@@ -156,34 +158,50 @@ def test_groups_of_one_are_left_out():
 
 @pytest.mark.parametrize("world", [2, 3, 5])
 def test_slices_add_up(world):
-    x, y = (
-        torch.nn.functional.normalize(torch.from_numpy(u)) for u in noisy_pair(23, 5, seed=world)
-    )
-    whole = matching.rank_keys(x, y, slice(0, 23))
-    parts = matching.join_ranked_keys(
-        [matching.rank_keys(x, y, Ranks(r, world).slice_for_rank(23)) for r in range(world)]
-    )
-    assert (parts.n_nearer, parts.n_found) == (whole.n_nearer, whole.n_found)
-    np.testing.assert_array_equal(parts.nearest, whole.nearest)
+    x, y = noisy_pair(23, 5, seed=world)
+    x[11], y[19] = x[4], y[4]  # ties, of which the lowest index counts as the nearer
+    slices = [Ranks(rank, world).slice_for_rank(23) for rank in range(world)]
+    parts = [rank_partners_both_ways(x, y, part) for part in slices]
+    for whole, found in zip(
+        rank_partners_both_ways(x, y, slice(0, 23)), zip(*parts, strict=True), strict=True
+    ):
+        joined = join_ranked_partners(part.to_plain() for part in found)
+        for name in ("nearer", "ties", "nearest", "least"):
+            np.testing.assert_array_equal(getattr(joined, name), getattr(whole, name))
 
 
-def test_memory_is_bounded_by_the_slice(monkeypatch):
-    u1, u2 = noisy_pair(50, 4, seed=0)
-    expected = matching.compute_scores(u1, u2, np.zeros(50))
+def make_hard_pair(n_cells: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Equal cells, and cells nearer to each other than float32 can tell."""
+    rng = np.random.default_rng(seed)
+    u1, u2 = (rng.normal(size=(n_cells, 5)) for _ in range(2))
+    u1[::7] = u1[0]
+    u2[::5] = u2[0]
+    u1[1::4] = u2[1] + 1e-5 * rng.normal(size=u1[1::4].shape)
+    u2[1::4] = u2[1] + 1e-5 * rng.normal(size=u1[1::4].shape)
+    return u1, u2
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_tiles_and_threads_give_the_dense_scores(n_threads, seed, monkeypatch):
+    monkeypatch.setattr(distance_tiles, "TILE", 9)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
+    assert_equal_to_dense(*make_hard_pair(31, seed), np.arange(31) % 2)
+
+
+def test_each_distance_is_computed_once_and_few_are_in_memory(monkeypatch):
     sizes = []
-    distances = neighbours.compute_distances
-    monkeypatch.setattr(neighbours, "_SLICE_ELEMENTS", 120)  # two rows of 50
 
-    def watched(*args):
-        for rows, d in distances(*args):
-            sizes.append(d.numel())
-            yield rows, d
+    def watch_product(*factors, out):
+        sizes.append(out.size)
+        return product(*factors, out=out)
 
-    monkeypatch.setattr(matching, "compute_distances", watched)
-    assert matching.compute_scores(u1, u2, np.zeros(50))["global"] == pytest.approx(
-        expected["global"]
-    )
-    assert max(sizes) <= 120
+    product = np.matmul
+    monkeypatch.setattr(distance_tiles, "TILE", 16)
+    monkeypatch.setattr(distance_tiles.np, "matmul", watch_product)
+    matching.compute_scores(*noisy_pair(50, 4, seed=0), np.zeros(50))
+    assert sum(sizes) == 50 * 50
+    assert max(sizes) == 16 * 16
 
 
 def test_what_each_pair_adds_to_foscttm():
@@ -240,9 +258,9 @@ def test_cells_of_one_batch_are_ranked_once(monkeypatch):
         calls.append(1)
         return original(*arguments)
 
-    original = matching.rank_keys
-    monkeypatch.setattr(matching, "rank_keys", count_calls)
+    original = matching.rank_partners_both_ways
+    monkeypatch.setattr(matching, "rank_partners_both_ways", count_calls)
     points = np.random.default_rng(0).normal(size=(2, 20, 3))
     scores = matching.compute_scores(*points, np.zeros(20))
-    assert len(calls) == 2  # forward and backward
+    assert len(calls) == 1
     assert scores["within_batch"] == scores["global"]

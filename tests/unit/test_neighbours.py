@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clue_dist import neighbours
+from clue_dist import distance_tiles
 from clue_dist.errors import DataError
 from clue_dist.neighbours import Neighbours, find_neighbours
 from clue_dist.ranks import Ranks
@@ -38,11 +38,9 @@ class RecordedRanks(Ranks):
         return values
 
 
-@pytest.mark.parametrize("slice_elements", [1, 200, 2**23])
-def test_neighbours_are_those_of_a_dense_search(
-    slice_elements: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(neighbours, "_SLICE_ELEMENTS", slice_elements)
+@pytest.mark.parametrize("tile", [1, 12, 1024])
+def test_neighbours_are_those_of_a_dense_search(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distance_tiles, "TILE", tile)
     generator = np.random.default_rng(0)
     queries, keys = generator.normal(size=(40, 5)), generator.normal(size=(30, 5))
     for others in (None, keys):
@@ -51,6 +49,39 @@ def test_neighbours_are_those_of_a_dense_search(
         indices, distances = search_densely(queries, targets, others is None)
         np.testing.assert_array_equal(found.indices, indices[:, :7])
         np.testing.assert_allclose(found.distances, distances[:, :7], atol=1e-7)
+
+
+@pytest.mark.parametrize(("scale", "offset"), [(1e-150, 0.0), (1e100, 0.0), (1.0, 1e4)])
+def test_neighbours_do_not_depend_on_the_scale_and_the_place_of_points(
+    scale: float, offset: float
+) -> None:
+    points = np.random.default_rng(0).normal(size=(60, 5))
+    expected = find_neighbours(points, 9)
+    found = find_neighbours(scale * points + offset, 9)
+    np.testing.assert_array_equal(found.indices, expected.indices)
+    np.testing.assert_allclose(found.distances, scale * expected.distances, rtol=1e-5)
+
+
+def test_of_keys_as_far_away_that_of_lowest_index_comes_first() -> None:
+    points = np.tile(np.eye(3), (4, 1))  # each four times; the others are all as far away
+    found = find_neighbours(points, 5)
+    np.testing.assert_array_equal(found.indices[3], [0, 6, 9, 1, 2])
+    keys = find_neighbours(points[:1], 5, points)
+    np.testing.assert_array_equal(keys.indices, [[0, 3, 6, 9, 1]])
+
+
+def test_points_among_themselves_are_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distance_tiles, "TILE", 10)
+    sizes = []
+
+    def watch_product(*factors: np.ndarray, out: np.ndarray) -> np.ndarray:
+        sizes.append(out.size)
+        return product(*factors, out=out)
+
+    product = np.matmul
+    monkeypatch.setattr(distance_tiles.np, "matmul", watch_product)
+    find_neighbours(np.random.default_rng(0).normal(size=(50, 3)), 5)
+    assert sum(sizes) == 50 * 60 / 2  # half of all pairs, and the tiles on the diagonal
 
 
 def test_no_point_is_its_own_neighbour_even_where_points_are_equal() -> None:

@@ -1,0 +1,148 @@
+"""All distances between two sets of points, a tile at a time, each a bound in float32.
+
+A product of matrices in float32 takes half as long as one in float64, and how far rounding can
+move it is known. What it leaves open is decided in float64 by `distance_kernels`, so that results
+are exact. A tile serves both directions, from its rows to its columns and back. Memory is O(N).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+TILE = 1_024  # points on either side of a tile, 4 MiB
+_UNIT32, _UNIT64 = 2.0**-24, 2.0**-53  # how far rounding moves a number, relatively
+_LEAST_SLACK = 2.0**-100  # more than what rounding of the smallest numbers comes to
+_WIDTH_STEP = 8  # products of matrices are quick if widths are multiples of it
+_SMALLEST_EXPONENT = -1_000  # so that 2 ** 1000, by which points are scaled, is a number
+
+Area = np.ndarray  # of a tile: first row, last row + 1, first column, last column + 1
+
+
+@dataclass(frozen=True)
+class BoundedPoints:
+    """N points, and a copy in float32 whose products bound their distances."""
+
+    exact: np.ndarray  # (N, D + 1) float64; the last column is half the square of a point's length
+    bounding: np.ndarray  # (N, K) float32: the centred point, 1, half its square less the slack
+    slack: np.ndarray  # (N,) float64, half of what a point adds to how far a bound may be too low
+    scale: float  # the points are the caller's, times this power of two
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Bounds on half the squared distances of some queries to some keys."""
+
+    first_query: int
+    first_key: int
+    # (n, m) float32. A bound is at most half the squared distance, and above it less twice the
+    # slack of both points.
+    bounds: np.ndarray
+
+
+def bound_points(first: np.ndarray, second: np.ndarray) -> tuple[BoundedPoints, BoundedPoints]:
+    """Prepare two sets of points, which may be the same one, for `iterate_tiles`.
+
+    Args:
+        first: (N, D) float64, finite.
+        second: (M, D) float64.
+    """
+    # A power of two changes no digit, and keeps squares within the range of float32.
+    largest = max(np.abs(points).max(initial=0.0) for points in (first, second))
+    exponent = max(float(np.ceil(np.log2(largest))), _SMALLEST_EXPONENT) if largest else 0.0
+    scale = 2.0**-exponent
+    keys = _append_half_square(second, scale)
+    queries = keys if first is second else _append_half_square(first, scale)
+    # Distances stay, while squares, and with them what rounding does, become small.
+    centre = keys[:, :-1].mean(0) if len(keys) else np.zeros(second.shape[1])
+    bounded = _bound_points(keys, centre, scale)
+    return bounded if first is second else _bound_points(queries, centre, scale), bounded
+
+
+def _append_half_square(points: np.ndarray, scale: float) -> np.ndarray:
+    count, width = points.shape
+    exact = np.empty((count, width + 1))
+    np.multiply(points, scale, out=exact[:, :width])
+    exact[:, width] = np.einsum("ij,ij->i", exact[:, :width], exact[:, :width]) / 2
+    return exact
+
+
+def _bound_points(exact: np.ndarray, centre: np.ndarray, scale: float) -> BoundedPoints:
+    count, width = len(exact), len(centre)
+    bounding = np.zeros((count, -(-(width + 2) // _WIDTH_STEP) * _WIDTH_STEP), np.float32)
+    points = bounding[:, :width]
+    np.subtract(exact[:, :width], centre, out=points, casting="same_kind")
+    square = np.einsum("ij,ij->i", points, points, dtype=np.float64)
+    # Added in any order, n products are off by n roundings of the sum of their sizes, which is at
+    # most that of both squares. Some more roundings were made before, of the factors.
+    n_roundings = bounding.shape[1] + 8
+    slack = n_roundings * (_UNIT32 * square + 8 * _UNIT64 * exact[:, width]) + _LEAST_SLACK
+    bounding[:, width] = 1
+    bounding[:, width + 1] = square / 2 - slack
+    return BoundedPoints(exact, bounding, slack, scale)
+
+
+def iterate_tiles(queries: BoundedPoints, keys: BoundedPoints, part: slice) -> Iterator[Tile]:
+    """Bound half the squared distances of queries and keys, tile by tile.
+
+    Where all points of one set are asked for each other, tiles below the diagonal are left out.
+
+    Args:
+        queries: N points.
+        keys: M points.
+        part: which queries.
+
+    Yields:
+        Tiles, each of which overwrites the one before.
+    """
+    width = queries.exact.shape[1] - 1
+    first, last, _ = part.indices(len(queries.exact))
+    buffer = np.empty(TILE * TILE, np.float32)
+    for first_query in range(first, last, TILE):
+        # So a product is the sum of both half squares, less the product of both points.
+        asking = queries.bounding[first_query : min(first_query + TILE, last)].copy()
+        asking[:, :width] *= -1
+        asking[:, [width, width + 1]] = asking[:, [width + 1, width]]
+        skipped = first_query if is_symmetric(queries, keys, part) else 0
+        for first_key in range(skipped, len(keys.exact), TILE):
+            asked = keys.bounding[first_key : first_key + TILE]
+            bounds = buffer[: len(asking) * len(asked)].reshape(len(asking), len(asked))
+            np.matmul(asking, asked.T, out=bounds)
+            yield Tile(first_query, first_key, bounds)
+
+
+def is_symmetric(queries: BoundedPoints, keys: BoundedPoints, part: slice) -> bool:
+    """Whether all points of one set are asked for each other."""
+    return queries is keys and part.indices(len(queries.exact)) == (0, len(keys.exact), 1)
+
+
+class TileThreads:
+    """Threads that go through a tile, each through the queries of a share of its own."""
+
+    def __init__(self) -> None:
+        self._count = torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(self._count)
+
+    def __enter__(self) -> TileThreads:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def fold_tile(self, tile: Tile, by_column: bool, fold: Callable[[Area], object]) -> None:
+        """Run `fold` on shares of a tile's rows, or of its columns where these are the queries."""
+        n_rows, n_columns = tile.bounds.shape
+        edges = np.linspace(0, n_columns if by_column else n_rows, self._count + 1).astype(np.int64)
+        shares = [
+            np.array([0, n_rows, start, stop] if by_column else [start, stop, 0, n_columns])
+            for start, stop in pairwise(edges)
+        ]
+        if len(shares) == 1:
+            fold(shares[0])
+        else:
+            list(self._pool.map(fold, shares))
