@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import atexit
-import gc
-import json
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from clue_dist import config as configs
-from clue_dist.checkpoint.run_folder import list_checkpoints
-from clue_dist.config import Config
-from clue_dist.errors import STOPPED
 from clue_dist.files import parse_path
-from clue_dist.process import print_line
 from clue_dist.ranks import Ranks
-from clue_dist.trained_run import Run, TrainingData, find_store_path, load
+from clue_dist.trained_run import Run, load, load_newest
+from clue_dist.training_call import TrainingData, read_settings, run_on_ranks, train_on_cells
 
 __all__ = ["Run", "fit", "load"]
-
-T = TypeVar("T")
 
 
 def fit(
@@ -77,85 +66,12 @@ def fit(
     """
     folder = parse_path(str(out))
     ranks = Ranks.from_environment()
-    read = _run_on_ranks(ranks, lambda: _read_config(config, settings or {}, folder))
+    read = run_on_ranks(ranks, lambda: read_settings(config, settings or {}, folder))
 
     from data_prep.from_python import ConversionRequest
 
     request = ConversionRequest(
         batch_key, label_key, layer, feature_ids, kinds or {}, modality, conversion
     )
-    _train_on(data, request, read, ranks, resume, init_from)
-    # Weights are kept as the best by validation: a run without any has only what it saved last.
-    return load(folder, "best" if list_checkpoints(folder / "best") else "last")
-
-
-def _read_config(
-    config: str | Path | Mapping[str, Any], settings: Mapping[str, Any], folder: Path
-) -> Config:
-    """The settings of a run, but for its store."""
-    # wandb would take over a run that a notebook has open.
-    chosen = {"log.wandb": "disabled"} | dict(settings) | {"run": str(folder)}
-    words = [f"{name}={json.dumps(value)}" for name, value in chosen.items()]
-    if isinstance(config, Mapping):
-        return configs.parse_config(deepcopy(dict(config)), "config", words)
-    return configs.load_config(config, words)
-
-
-def _train_on(
-    data: TrainingData,
-    request: Any,
-    config: Config,
-    ranks: Ranks,
-    resume: str,
-    init_from: str | Path | None,
-) -> None:
-    """Convert cells where they are no store, and train on them; every rank must call."""
-    from clue_dist.train.arguments import prepare_run
-    from clue_dist.train.engine import join_process_group
-
-    join_process_group(ranks)
-    # The group of one process stays for the next call: DeepSpeed keeps handles of it.
-    atexit.register(ranks.leave_group)
-    run = Path(config.run)
-    store = ranks.run_on_first(lambda: _find_store(data, request, run))
-    earlier = None if init_from is None else parse_path(str(init_from))
-    complete = config.model_copy(update={"store": store})
-    setup, warm_start = _run_on_ranks(
-        ranks, lambda: prepare_run(complete, ranks.world, resume, earlier)
-    )
-    gc.unfreeze()  # what a notebook holds must not be kept from the collector
-    if ranks.is_first:
-        print_line(setup.format_summary())
-
-    from clue_dist.train.loop import run_training
-
-    result = run_training(setup, ranks, resume, warm_start)
-    if result.interrupted:
-        raise KeyboardInterrupt("training was stopped and saved; the same call goes on")
-    if not result.finished:
-        sys.exit(STOPPED)
-    if ranks.is_first:
-        print_line(f"{result.format_ending()}: {run}")
-
-
-def _run_on_ranks(ranks: Ranks, work: Callable[[], T]) -> T:
-    """Run `work` on every rank, whether they have joined or not; if one fails, all of them do."""
-    if not ranks.have_joined():
-        return ranks.run_before_joining(work)
-    results: list[T] = []
-    ranks.run_on_all(lambda: results.append(work()))  # what it returns need not be JSON
-    return results[0]
-
-
-def _find_store(data: TrainingData, request: Any, run: Path) -> str:
-    """Where the store to train on lies; cells that are in none are converted first."""
-    place = find_store_path(data)
-    if place is not None:
-        return place
-
-    from data_prep.from_python import convert_cells
-
-    store = run.with_name(f"{run.name}.zarr")
-    store.parent.mkdir(parents=True, exist_ok=True)
-    convert_cells(data, store, request)
-    return str(store)
+    train_on_cells(data, request, read, ranks, resume, init_from)
+    return load_newest(folder)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal
 
 import anndata as ad
 import mudata as md
 import numpy as np
 
+from clue_dist.checkpoint.run_folder import list_checkpoints
 from clue_dist.comparison_methods import ComparisonMethods
 from clue_dist.config import MIN_KNOWN
+from clue_dist.errors import ConfigError
 from clue_dist.files import parse_path
 from clue_dist.imputation_methods import ImputationMethods
 from clue_dist.inference.cells import (
@@ -33,11 +35,16 @@ from clue_dist.inference.export import CardTexts, export_run
 from clue_dist.inference.load_model import TrainedModel, load_model
 from clue_dist.inference.new_batches import tune_batches
 from clue_dist.inference.score_tables import Scores
+from clue_dist.inference.shift import EmbeddingShift, measure_shift
 from clue_dist.ranks import Ranks
-from clue_dist.store.layout import MANIFEST
 from clue_dist.store.reader import Store
-
-TrainingData: TypeAlias = ad.AnnData | md.MuData | Store | str | Path | Sequence[str | Path]
+from clue_dist.training_call import (
+    TrainingData,
+    find_store_path,
+    read_settings,
+    run_on_ranks,
+    train_on_cells,
+)
 
 
 def load(folder: str | Path, checkpoint: str = "best") -> Run:
@@ -52,6 +59,18 @@ def load(folder: str | Path, checkpoint: str = "best") -> Run:
     """
     path = parse_path(str(folder))
     return Run(path, load_model(path, checkpoint))
+
+
+def load_newest(folder: Path) -> Run:
+    """Load the best weights of a run, or those that it saved last where it had no validation.
+
+    Args:
+        folder: of the run.
+
+    Raises:
+        ResumeError: there are neither.
+    """
+    return load(folder, "best" if list_checkpoints(folder / "best") else "last")
 
 
 class Run(ImputationMethods, ComparisonMethods):
@@ -261,17 +280,87 @@ class Run(ImputationMethods, ComparisonMethods):
         target = parse_path(str(out))
         export_run(self.folder, target, checkpoint=name, scores=file, texts=card, cells=cells)
 
-    def fine_tune(self, cells: CellSource, out: str | Path, **choices: Any) -> Run:
-        """Teach a copy of the model the new batches of some cells; z of every cell stays.
+    def fine_tune(
+        self,
+        cells: TrainingData,
+        out: str | Path,
+        *,
+        train: Literal["batches", "all"] = "batches",
+        new_modalities: Sequence[str] = (),
+        settings: Mapping[str, Any] | None = None,
+        **choices: Any,
+    ) -> Run:
+        """Train a copy of the model on: its batches alone, or all its weights.
 
         Args:
-            cells: cells of new batches.
-            out: the folder to make, which holds the new model.
-            choices: `layer`, `batch_key` and others, as `embed` takes them.
+            cells: cells of new batches, as of `embed`; to train all weights, old and new cells
+                together, paired or not, as `fit` takes them.
+            out: the folder to make, which holds the new model. Called again, the training of all
+                weights goes on where it was stopped.
+            train: "batches" finds what the decoders must know of new batches, and z of every cell
+                stays. "all" trains all weights on, and z moves.
+            new_modalities: modalities of the cells that the model does not have.
+            settings: of training, by dotted path, where they are not those of the run.
+            choices: `layer`, `batch_key` and others, as `embed` takes them, or, to train all
+                weights, as `fit` does.
+
+        Returns:
+            The new model.
+
+        Raises:
+            ConfigError: `settings` or `new_modalities` where batches alone are learnt.
+            ClueError: what `embed` raises of the cells, or `fit`.
         """
-        folder, opened = parse_path(str(out)), open_cells(cells, self.trained_model, **choices)
+        folder = parse_path(str(out))
+        if train == "all":
+            self._train_on_all(cells, folder, new_modalities, settings or {}, **choices)
+            return load_newest(folder)
+        if new_modalities or settings:
+            raise ConfigError(
+                "new batches are learnt without settings, and without new modalities",
+                got=f"new_modalities={list(new_modalities)}, settings={dict(settings or {})}",
+                fix='fine_tune(..., train="all")',
+            )
+        opened = open_cells(cells, self.trained_model, **choices)
         tune_batches(self.folder, self.trained_model, opened, folder)
         return load(folder)
+
+    def measure_shift(self, earlier: Run, cells: CellSource, **choices: Any) -> EmbeddingShift:
+        """Measure by how much the joint z of cells differs from that of an earlier model.
+
+        Args:
+            earlier: the model that this one was trained on from, say.
+            cells: cells with modalities that both know.
+            choices: as `embed` takes them.
+        """
+        models = earlier.trained_model, self.trained_model
+        return measure_shift(*models, *(open_cells(cells, model, **choices) for model in models))
+
+    def _train_on_all(
+        self,
+        cells: TrainingData,
+        folder: Path,
+        new_modalities: Sequence[str],
+        settings: Mapping[str, Any],
+        *,
+        conversion: Sequence[str] = (),
+        **columns: Any,
+    ) -> None:
+        """Train all weights on with the run's settings; cells get the run's features."""
+        from clue_dist.train.arguments import list_further_settings
+        from data_prep.from_python import ConversionRequest
+
+        flags = ["--features-from", str(self.folder)]
+        flags += [word for name in new_modalities for word in ("--new-modality", name)]
+        request = ConversionRequest(**columns, flags=[*flags, *conversion])
+        ranks, config_file = Ranks.from_environment(), self.folder / "config.json"
+        config = run_on_ranks(
+            ranks,
+            lambda: read_settings(
+                config_file, list_further_settings(config_file) | dict(settings), folder
+            ),
+        )
+        train_on_cells(cells, request, config, ranks, "auto", self.folder)
 
     def _open_store(self, cells: TrainingData, folder: Path, request: Any) -> Store:
         """The store that the cells are, or one that is made of them in a folder."""
@@ -288,14 +377,3 @@ class Run(ImputationMethods, ComparisonMethods):
     def _join_ranks(self) -> Ranks:
         """The ranks that a launcher started, who all call alike."""
         return Ranks.from_environment().join_group()
-
-
-def find_store_path(data: TrainingData) -> str | None:
-    """Find where a store lies; None where the cells are in none yet."""
-    if isinstance(data, Store):
-        return str(data.root)
-    if isinstance(data, (str, Path)):
-        text = str(data)
-        if ("://" in text and "=" not in text) or (parse_path(text) / MANIFEST).is_file():
-            return text
-    return None

@@ -91,7 +91,8 @@ def build_store(
             `join_cells_by_barcode`, `canonicalise_rows`, `select_variable_features`).
     """
     choices, work, store = options.feature_choices, job / "work", job / "store"
-    if reference and any(c.mode or c.listed or c.top_features for c in choices.values()):
+    decided = [c for name, c in choices.items() if name not in options.new_modalities]
+    if reference and any(c.mode or c.listed or c.top_features for c in decided):
         raise ValueError("features are chosen, although another store decides them")
     planned = plan_cells(inputs, options, reference, work, pool)
     sources, heads, plan, cells = planned.sources, planned.heads, planned.plan, planned.cells
@@ -165,6 +166,7 @@ def describe_conversion(
         | ({"pairing": options.pairing} if options.pairing else {})
         | ({"round": True} if options.round_counts else {})
         | ({"keep_obs": list(options.kept_obs)} if options.kept_obs else {})
+        | ({"new": list(options.new_modalities)} if options.new_modalities else {})
         | ({"kept": identify_lists(options.kept_cells)} if options.kept_cells else {}),
         "features": {name: choice.describe_identity() for name, choice in choices},
         "columns": dict(options.obs_columns.by_field)

@@ -37,6 +37,7 @@ class ConversionOptions:
     # By modality; the others have `FeatureChoice()`.
     feature_choices: Mapping[str, FeatureChoice] = field(default_factory=dict)
     features_from: str | Path | None = None  # a store or model whose features are taken
+    new_modalities: tuple[str, ...] = ()  # that these do not have
     # Kinds of the modalities whose name says none.
     kinds: dict[str, str] = field(default_factory=dict)
     obs_columns: ObsColumns = field(default_factory=ObsColumns)
@@ -101,7 +102,9 @@ def plan_cells(
     sources = count_fragments(inputs, options.feature_choices, work / "fragments", pool, by_core)
     sources = keep_listed_cells(sources, options.kept_cells, by_core, work / "kept")
     heads = _read_heads(sources)
-    plan = plan_features(sources, heads, options.kinds, options.feature_choices, reference)
+    plan = plan_features(
+        sources, heads, options.kinds, options.feature_choices, reference, options.new_modalities
+    )
     # The codes of known batches and labels stay what they are in the other store.
     names = {"batch": reference.batches, "label": reference.labels} if reference else {}
     if options.pairing != "exact":

@@ -6,25 +6,18 @@ import argparse
 
 from clue_dist.commands.catalogue import build_command_parser
 from clue_dist.commands.train import train_by_arguments
-from clue_dist.config import load_config
 from clue_dist.errors import ConfigError
 from clue_dist.files import parse_path
 from clue_dist.process import print_error, run_main
 from clue_dist.ranks import Ranks
+from clue_dist.train.arguments import list_further_settings
 
 _DETAILS = """\
 --train batches finds what the decoders must know of new batches, in a minute and on one process.
 All other weights stay bit for bit, and no cell's embedding moves. --train all goes on training all
 weights, on a store of old and new cells, paired or not, perhaps with a modality more: features of
-the modalities that the run knows must be the run's (`clue prep convert --features-from RUN`)."""
-# Settings that follow from the store, which is another one now.
-_FROM_STORE = (
-    "train.epochs",
-    "train.validate_every",
-    "train.checkpoint_every",
-    "data.batch_size",
-)
-_SLOWER = 0.3  # share of the run's learning rate: the weights are nearly where they shall be
+the modalities that the run knows must be the run's (`clue prep convert --features-from RUN
+--new-modality NAME`)."""
 
 
 def main() -> None:
@@ -79,9 +72,8 @@ def plan_further_training(arguments: argparse.Namespace) -> argparse.Namespace:
         arguments: those of `clue fine-tune`.
     """
     config_file = arguments.run / "config.json"
-    learning_rate = load_config(config_file).train.lr * _SLOWER
-    settings = [f"{key}=auto" for key in _FROM_STORE]
-    settings += [f"store={arguments.store}", f"run={arguments.out}", f"train.lr={learning_rate:g}"]
+    settings = [f"{path}={value}" for path, value in list_further_settings(config_file).items()]
+    settings += [f"store={arguments.store}", f"run={arguments.out}"]
     return argparse.Namespace(
         config=config_file,
         overrides=[*settings, *arguments.overrides],

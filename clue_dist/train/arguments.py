@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from clue_dist import config as configs
 from clue_dist.config import Config
@@ -20,6 +20,15 @@ from clue_dist.ranks import Ranks
 if TYPE_CHECKING:
     from clue_dist.train.initial_weights import WarmStart
     from clue_dist.train.setup import Setup
+
+# Settings that follow from the store, which is another one when weights are trained on.
+_FROM_STORE = (
+    "train.epochs",
+    "train.validate_every",
+    "train.checkpoint_every",
+    "data.batch_size",
+)
+_SLOWER = 0.3  # share of the run's learning rate: the weights are nearly where they shall be
 
 
 def parse_train_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -76,6 +85,22 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         dest="overrides",  # every --set together
     )
+
+
+def list_further_settings(config_file: Path) -> dict[str, Any]:
+    """List what differs from the settings of a run where its weights are trained on.
+
+    Args:
+        config_file: config.json of the run.
+
+    Returns:
+        Settings by dotted path.
+
+    Raises:
+        ConfigError: config.json is damaged.
+    """
+    learning_rate = configs.load_config(config_file).train.lr * _SLOWER
+    return dict.fromkeys(_FROM_STORE, "auto") | {"train.lr": float(f"{learning_rate:g}")}
 
 
 def prepare_training(arguments: argparse.Namespace, world: int) -> tuple[Setup, WarmStart | None]:

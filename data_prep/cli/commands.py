@@ -222,6 +222,12 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         "one) or of another store",
     )
     parser.add_argument(
+        "--new-modality",
+        metavar="NAME",
+        help="modalities that what --features-from names does not have, to train a model on with",
+        **SEVERAL,
+    )
+    parser.add_argument(
         "--keep-obs",
         metavar="all|COLUMN",
         help="columns of obs that the store keeps, and that come out in the embedding",
@@ -253,6 +259,7 @@ def _add_append(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(
         run=_append,
         features_from=None,
+        new_modality=[],
         features=[],
         top=[],
         block_cells=0,

@@ -54,6 +54,8 @@ def parse_conversion(
     inputs = parse_inputs(arguments.inputs, reading)
     names = [given.modality for given in inputs]
     require_known_modalities("--batch-key, --label-key", obs_columns.by_modality, names)
+    added = arguments.new_modality
+    require_known_modalities("--new-modality", added, names)
     choices = parse_choices(
         names,
         kinds,
@@ -61,6 +63,7 @@ def parse_conversion(
         arguments.bins,
         arguments.top,
         arguments.features_from,
+        added,
     )
     return inputs, ConversionOptions(
         arguments.seed,
@@ -68,6 +71,7 @@ def parse_conversion(
         arguments.codec,
         choices,
         arguments.features_from,
+        tuple(added),
         kinds,
         obs_columns,
         arguments.pair_barcodes,

@@ -23,6 +23,7 @@ def parse_choices(
     bins: Sequence[str] = (),
     top: Sequence[str] = (),
     reference: str | Path | None = None,
+    added: Sequence[str] = (),
 ) -> dict[str, FeatureChoice]:
     """The choice of each modality.
 
@@ -33,14 +34,18 @@ def parse_choices(
         bins: NAME=WIDTH.
         top: NAME=NUMBER.
         reference: a store or run that decides the features.
+        added: modalities whose features it does not decide.
 
     Raises:
         DataError: something that is not one of these; an unknown modality; a kind that cannot be
             binned or selected; a choice of features beside a reference.
     """
     names = list(dict.fromkeys(modalities))
-    if reference is not None and (features or top):
-        flag, values = ("--features", features) if features else ("--top", top)
+    free = tuple(f"{name}=" for name in added)
+    for flag, texts in (("--features", features), ("--top", top)):
+        values = [text for text in texts if not text.startswith(free)]
+        if reference is None or not values:
+            continue
         raise DataError(
             "what `--features-from` names decides the features alone, so "
             f"`{flag}` would be left undone",

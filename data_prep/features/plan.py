@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,6 +69,7 @@ def plan_features(
     kinds: Mapping[str, str],
     choices: Mapping[str, FeatureChoice],
     reference: FeatureReference | None,
+    added: Collection[str] = (),
 ) -> FeaturePlan:
     """Decide the features of every modality.
 
@@ -77,12 +78,13 @@ def plan_features(
         heads: head of each source.
         kinds: kinds of modalities whose name does not say what they measure.
         choices: by modality; the default is `FeatureChoice()`.
-        reference: a store or model, which decides the features alone.
+        reference: a store or model, which decides the features alone, but for
+        added: modalities that it does not have, and that come after its own.
 
     Raises:
         DataError: feature names repeat; files have different features, or name them differently;
-            the reference lacks a modality; a file shares no feature with the reference or with the
-            list that was given.
+            the reference lacks a modality, or has one that is `added`; a file shares no feature
+            with the reference or with the list that was given.
     """
     for source, head in zip(sources, heads, strict=True):
         _reject_repeated_features(source, head)
@@ -92,15 +94,14 @@ def plan_features(
         _name_features(source, head, choices.get(source.modality, FeatureChoice()))
         for source, head in zip(sources, heads, strict=True)
     ]
-    modalities = _take_modalities(names, reference) if reference is not None else {}
+    modalities = _take_modalities(names, reference, added) if reference is not None else {}
     decided = {name: modality.features for name, modality in modalities.items()}
     decided |= {name: list(choice.listed) for name, choice in choices.items() if choice.listed}
     named = _respell_regions(named, decided)
-    if reference is None:
-        for name in names:
-            files = [file for file in named if file.source.modality == name]
-            choice = choices.get(name, FeatureChoice())
-            modalities[name] = _create_modality(name, kinds, files, choice)
+    for name in [name for name in names if name not in modalities]:
+        files = [file for file in named if file.source.modality == name]
+        choice = choices.get(name, FeatureChoice())
+        modalities[name] = _create_modality(name, kinds, files, choice)
     _require_plain_names(names)
     columns, notes = [], []
     for file in named:
@@ -205,15 +206,24 @@ def _respell_regions(
     return respelled
 
 
-def _take_modalities(names: list[str], reference: FeatureReference) -> dict[str, Modality]:
-    """Take the modalities with these names from a store or model, in its order."""
-    unknown = [name for name in names if name not in reference.modalities]
+def _take_modalities(
+    names: list[str], reference: FeatureReference, added: Collection[str]
+) -> dict[str, Modality]:
+    """Take the modalities with these names, but for added ones, from a reference in its order."""
+    if known := [name for name in added if name in reference.modalities]:
+        raise DataError(
+            "modalities that what these cells should fit (`--features-from`) has are not new",
+            where=f"--new-modality {' '.join(known)}",
+            fix="leave them out of --new-modality",
+        )
+    unknown = [name for name in names if name not in reference.modalities and name not in added]
     if unknown:
         raise DataError(
             "modalities that what these cells should fit (`--features-from`) does not have",
             got=list_names(unknown),
             expected=list_names(reference.modalities),
-            fix="name them as it does, `NAME=FILE`, or leave their files out",
+            fix="name them as it does, `NAME=FILE`, or leave their files out; to train a model on "
+            f"with them, `--new-modality {unknown[0]}`",
         )
     return {name: modality for name, modality in reference.modalities.items() if name in names}
 

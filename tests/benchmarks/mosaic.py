@@ -92,6 +92,7 @@ class Training:
     settings: Sequence[str]  # as for `--set`
     args: argparse.Namespace  # with work and threads
     recipe: str = RECIPE
+    earlier: Split | None = None  # trained on first, and then fine-tuned, all weights, on `split`
 
     def embed_parts(self, *parts: str) -> tuple[dict[str, md.MuData], float]:
         """Train, and leave settings and metrics in the folder; seconds of the training command.
@@ -100,9 +101,7 @@ class Training:
         """
         log, run, threads = self.folder / "log.txt", self.folder / "run", self.args.threads
         stores = convert_split(self.split, self.args)
-        words = [f"store={stores / 'train.zarr'}", f"run={run}", f"seed={self.seed}"]
-        train = ["launch/train.py", "--config", self.recipe, "--set", *words, *self.settings]
-        seconds = run_command(launched(1, *train), log, threads)
+        seconds = self._train_model(stores / "train.zarr", run)
         tables, out = {}, self.folder / "z.h5mu"
         for part in parts:
             words = ["--run", run, "--store", stores / f"{part}.zarr", "--out", out]
@@ -115,6 +114,24 @@ class Training:
             shutil.copy(run / name, self.folder)
         keep_model(run)
         return tables, seconds
+
+    def _train_model(self, store: Path, run: Path) -> float:
+        """Train into a folder, perhaps from an earlier training; seconds of both commands."""
+        log, threads, seconds = self.folder / "log.txt", self.args.threads, 0.0
+        words = [f"seed={self.seed}", *self.settings]
+        train = ["launch/train.py", "--config", self.recipe]
+        if self.earlier is not None:
+            before, first = convert_split(self.earlier, self.args), self.folder / "earlier"
+            paths = [f"store={before / 'train.zarr'}", f"run={first}"]
+            seconds = run_command(launched(1, *train, "--set", *paths, *words), log, threads)
+            train = ["launch/fine_tune.py", "--train", "all", "--run", str(first)]
+            train += ["--store", str(store), "--out", str(run)]
+        else:
+            words += [f"store={store}", f"run={run}"]
+        seconds += run_command(launched(1, *train, "--set", *words), log, threads)
+        if self.earlier is not None:
+            shutil.rmtree(first)
+        return seconds
 
     def save_z(self) -> float:
         """Train, and leave z.npz in the folder; seconds of the training command.

@@ -1,5 +1,6 @@
 """The ablation: rows are recipes of their own, cells what they are said to be, schedules alike."""
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,32 @@ def test_other_training_cells_are_kept_beside_their_split(
     with mosaic.ignore_warnings():
         train = md.read(changed.train)
     assert list_partners(train) == list_partners(cells.train) == set(train["rna"].obs_names)
+
+
+def test_a_model_is_fine_tuned_from_that_of_the_mosaic(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def run_command(words: list[str], log: Path, threads: int) -> float:
+        commands.append(list(map(str, words)))
+        (tmp_path / "earlier").mkdir(exist_ok=True)
+        return 2.0
+
+    monkeypatch.setattr(mosaic, "run_command", run_command)
+    monkeypatch.setattr(mosaic, "convert_split", lambda split, args: split.folder)
+    more, full = (mosaic.Split(tmp_path / name, MODS) for name in ("more", "full"))
+    args = argparse.Namespace(threads=1)
+    training = mosaic.Training(more, tmp_path, 3, ["train.epochs=7"], args, earlier=full)
+    assert training._train_model(more.folder / "train.zarr", tmp_path / "run") == 4
+    first, second = (" ".join(words) for words in commands)
+    assert f"launch/train.py --config {mosaic.RECIPE}" in first
+    assert f"store={full.folder / 'train.zarr'} run={tmp_path / 'earlier'} seed=3" in first
+    assert f"launch/fine_tune.py --train all --run {tmp_path / 'earlier'}" in second
+    assert f"--store {more.folder / 'train.zarr'} --out {tmp_path / 'run'} --set seed=3" in second
+    assert first.endswith("train.epochs=7")
+    assert second.endswith("train.epochs=7")
+    assert not (tmp_path / "earlier").exists()
 
 
 def set_up(store: Path, *settings: str) -> Setup:

@@ -354,11 +354,36 @@ def test_features_from_another_store(tmp_path: Path) -> None:
     assert "1 cells have no rna counts" in summary
     with pytest.raises(DataError, match="does not have"):
         convert_files(tmp_path / "x.zarr", f"atac={path}", features_from=tmp_path / "t.zarr")
+    with pytest.raises(DataError, match="are not new"):
+        convert_files(
+            tmp_path / "x.zarr",
+            f"rna={path}",
+            features_from=tmp_path / "t.zarr",
+            new_modalities=("rna",),
+        )
     alien = write_h5ad(tmp_path / "alien.h5ad", make_counts(5, 5, prefix="ENSG"))
     with pytest.raises(DataError, match="no feature of modality 'rna' is known"):
         convert_files(tmp_path / "y.zarr", f"rna={alien}", features_from=tmp_path / "t.zarr")
     with pytest.raises(StoreError, match="no store here"):
         convert_files(tmp_path / "z.zarr", f"rna={path}", features_from=tmp_path / "nothing.zarr")
+
+
+def test_a_new_modality_stands_beside_those_of_a_reference(tmp_path: Path) -> None:
+    rna, adt = make_counts(20, 6, 1), make_counts(20, 4, 2, prefix="p")
+    files = [
+        f"rna={write_h5ad(tmp_path / 'r.h5ad', rna)}",
+        f"adt={write_h5ad(tmp_path / 'a.h5ad', adt)}",
+    ]
+    train = convert_files(tmp_path / "t.zarr", files[0], features=["rna=same"])
+    more = convert_files(
+        tmp_path / "m.zarr",
+        *reversed(files),
+        features_from=tmp_path / "t.zarr",
+        new_modalities=("adt",),
+    )
+    assert list(more.manifest.modalities) == ["rna", "adt"]
+    assert more.manifest.modalities["rna"] == train.manifest.modalities["rna"]
+    assert_same_counts(read_counts(more, "adt"), adt)
 
 
 def test_features_from_a_run_folder_or_a_shared_model(tmp_path: Path) -> None:

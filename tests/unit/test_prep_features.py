@@ -304,4 +304,8 @@ def test_choices() -> None:
         "rna": FeatureChoice("same", top_features=9),
         "atac": FeatureChoice("union", bin_width=500, top_features=8),
     }
+    beside = parse_choices(
+        ["rna", "atac"], {}, top=["atac=8"], reference=Path("s.zarr"), added=["atac"]
+    )
+    assert beside == {"rna": FeatureChoice(), "atac": FeatureChoice(top_features=8)}
     assert parse_choices(["atac"], {}, bins=["atac=500"])["atac"].effective_mode == "union"

@@ -16,7 +16,7 @@ import mudata as md
 from clue_dist.matching import METRICS
 from tests.benchmarks import mosaic
 from tests.benchmarks.ablation import cells, estimates, rows
-from tests.benchmarks.ablation.cells import DOUBLINGS, OTHER_CELLS, TRANSDUCTIVE
+from tests.benchmarks.ablation.cells import DOUBLINGS, FINE_TUNED, OTHER_CELLS, TRANSDUCTIVE
 from tests.benchmarks.ablation.rows import ATLAS, COUNTED_ANEW, ROWS, find_row, name_method
 from tests.benchmarks.matching import Matching
 from tests.benchmarks.mosaic import Training
@@ -69,13 +69,15 @@ class Ablation(Matching):
                 proteins = md.read(split.test)[split.mods[1]].X
             scores = estimates.match_recounts(proteins, run.fold)
             return {"fit_s": 0.0, "threads": args.threads, "scores": scores}
-        settings = self.list_settings(row)
+        settings, earlier = self.list_settings(row), None
         if row in OTHER_CELLS:
             full, split = split, cells.change_training(split, row, run.method, args.data)
+            earlier = full if row == FINE_TUNED else None
+        if row in OTHER_CELLS and earlier is None:
             stores = [mosaic.convert_split(s, args) / "train.zarr" for s in (full, split)]
             settings += cells.match_schedule(*stores, settings)
         recipe = rows.choose_recipe(row, run.data_set)
-        fit_s = Training(split, folder, run.seed, settings, args, recipe).save_z()
+        fit_s = Training(split, folder, run.seed, settings, args, recipe, earlier).save_z()
         return {"fit_s": fit_s, "threads": args.threads}
 
     def score(self, run: Run, folder: Path) -> Result:

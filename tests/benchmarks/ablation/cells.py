@@ -56,8 +56,10 @@ def pair_all(cells: SplitCells) -> md.MuData:
 
 
 TRANSDUCTIVE = "transductive: test cells too, unpaired"
+FINE_TUNED = "fine-tuned on the test cells too, unpaired"  # the model of atlas.json, all weights
 OTHER_CELLS: dict[str, Callable[[SplitCells], md.MuData]] = {
     TRANSDUCTIVE: add_test_cells,
+    FINE_TUNED: add_test_cells,
     "no unpaired cells": lambda cells: select_training(cells, False, False),
     "half the pairs": lambda cells: select_training(cells, True, True),
     "half the pairs, no unpaired cells": lambda cells: select_training(cells, True, False),
