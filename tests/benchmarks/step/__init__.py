@@ -1,0 +1,1 @@
+"""Is a training step, and is encoding, faster than the reference's?"""

@@ -1,0 +1,102 @@
+"""Our steps and our encoding, in a process of its own: python -m tests.benchmarks.step.probe STORE.
+
+It prints CPU seconds, of all threads of the process, so that the loader's work counts, too.
+"""
+
+import argparse
+import itertools
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from clue_dist.config import load_config
+from clue_dist.data.batch import read_batch
+from clue_dist.ranks import Ranks
+from clue_dist.train.bench import _leave_untrained
+from clue_dist.train.engine import build_engine, join_process_group
+from clue_dist.train.setup import prepare_setup
+from clue_dist.train.step import train_step
+from clue_dist.train.trainer import Trainer
+from tests.benchmarks.peers import measure
+
+WARM_UP_STEPS = 4
+MATRIX, COPIED_BYTES = 1024, 2**28  # of what the machine's own rates are measured on
+
+
+def time_calls(work: Callable[[], None], seconds: float) -> tuple[float, float]:
+    """CPU seconds and seconds of a call of `work`, repeated for about so long."""
+    work()
+    calls, began, cpu_began = 0, time.perf_counter(), time.process_time()
+    while not calls or time.process_time() - cpu_began < seconds:
+        work()
+        calls += 1
+    return (
+        (time.process_time() - cpu_began) / calls,
+        (time.perf_counter() - began) / calls,
+    )
+
+
+def measure_training(trainer: Trainer, seconds: float) -> dict[str, float]:
+    """Whole steps, batches from the loader."""
+    steps, cells = itertools.count(), trainer.setup.plan.batch_size
+    with trainer.open_loader(0) as loader:
+        for _ in range(WARM_UP_STEPS):
+            train_step(trainer, loader, next(steps))
+        cpu, wall = time_calls(lambda: void(train_step(trainer, loader, next(steps))), seconds)
+    return {"train": cells / cpu, "train_wall": cells / wall, "step_ms": 1e3 * cpu}
+
+
+def measure_encoding(trainer: Trainer, batch: int, seconds: float) -> dict[str, float]:
+    """Cells of one modality, read from the store and embedded."""
+    model, store = trainer.model.eval(), trainer.setup.store
+
+    def embed(name: str, start: int) -> None:
+        model.embed_batch(read_batch(store, name, np.arange(start, start + batch)))
+
+    rates = {}
+    for number, name in enumerate(store.modalities):
+        starts = itertools.cycle(range(0, store.segments[name].n_cells - batch + 1, batch))
+        cpu, _ = time_calls(lambda n=name, s=starts: embed(n, next(s)), seconds)
+        rates[f"encode_{number}"] = batch / cpu
+    return rates
+
+
+def measure_machine(seconds: float) -> dict[str, float]:
+    """Rate of a matrix product, and of copying memory, by one thread."""
+    a, b = torch.randn(2, MATRIX, MATRIX).unbind()
+    source, target = torch.ones(2, COPIED_BYTES // 4).unbind()
+    product, _ = time_calls(lambda: void(torch.mm(a, b)), seconds)
+    copy, _ = time_calls(lambda: void(target.copy_(source)), seconds)
+    return {"gflops": 2e-9 * MATRIX**3 / product, "copied_gb_per_s": 2e-9 * COPIED_BYTES / copy}
+
+
+def void(_: object) -> None:
+    """Forget a result."""
+
+
+def main() -> None:
+    """Measure what the words of the command line ask for, and print it as JSON."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("store", type=Path)
+    parser.add_argument("--batch", type=int, required=True)
+    parser.add_argument("--seconds", type=float, required=True, help="of each measurement")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    settings = [f"store={args.store}", f"run={args.store.parent / 'run'}", "log.wandb=disabled"]
+    settings.append(f"data.batch_size={args.batch}")
+    setup = prepare_setup(load_config("configs/atlas.json", settings), 1, writes=False)
+    ranks = Ranks.from_environment()
+    device = join_process_group(ranks)
+    trainer = Trainer(build_engine(_leave_untrained(setup), ranks, device), setup, ranks, device)
+    result = measure_training(trainer, args.seconds)
+    result |= measure_encoding(trainer, args.batch, args.seconds)
+    result["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    measure.print_result(result | measure_machine(args.seconds / 5))
+
+
+if __name__ == "__main__":
+    main()
