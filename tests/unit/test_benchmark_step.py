@@ -1,0 +1,53 @@
+"""The benchmark of a step: its cells, its stopwatch, and the bars on ratios."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import mudata as md
+import numpy as np
+import pytest
+
+from tests.benchmarks.step import cells, probe
+from tests.benchmarks.step.__main__ import Step
+
+
+def test_half_of_the_cells_carry_both_modalities(tmp_path: Path) -> None:
+    sizes = (replace(cells.LARGE.modalities[0], features=300, depth=500),)
+    sizes += (replace(cells.LARGE.modalities[1], features=900, depth=200),)
+    shape = replace(cells.LARGE, cells=80, modalities=sizes)
+    cells.write_mosaic(shape, tmp_path / "m.h5mu")
+    md.set_options(pull_on_update=False)
+    rna, atac = md.read(tmp_path / "m.h5mu").mod.values()
+    both = set(rna.obs_names) & set(atac.obs_names)
+    assert (rna.n_obs, atac.n_obs, len(both)) == (60, 60, 40)
+    assert rna.X.sum(1).mean() == pytest.approx(500, rel=0.05)
+    assert set(atac.X.data) == {1.0}
+    of_rna, of_atac = (table.obs["cell_type"].astype(str) for table in (rna, atac))
+    assert all(of_rna[name] == of_atac[name] for name in both)
+
+
+def test_the_stopwatch_tells_cpu_seconds_and_seconds() -> None:
+    def work() -> None:
+        time.sleep(0.01)
+        np.linalg.svd(np.ones((60, 60)))
+
+    cpu, wall = probe.time_calls(work, 0.02)
+    assert 0 < cpu < wall
+    assert wall > 0.01
+
+
+def test_bars_are_ratios_of_medians_at_512_cells() -> None:
+    benchmark = Step(["--json", "out.json", "--repeats", "3"])
+    assert ("reference-512", "small", 2, 0) in benchmark.list_cases()
+    assert not any(m.startswith("ref") and s == "large" for m, s, *_ in benchmark.list_cases())
+    rates = {"ours-512": (30, 50, 41), "reference-512": (10, 10, 9), "ours-128": (1, 1, 1)}
+    records = [
+        {"method": method, "data_set": "small", "fold": repeat, "seed": 0}
+        | dict.fromkeys(("train", "encode_0", "encode_1"), value)
+        for method, values in rates.items()
+        for repeat, value in enumerate(values)
+    ]
+    training, *_ = benchmark.judge(records)
+    assert (training["value"], training["holds"]) == (pytest.approx(4.1), True)
+    assert all(bar["holds"] is None for bar in benchmark.judge(records[1:]))
