@@ -31,6 +31,12 @@ def read_memory(process: str = "self") -> tuple[float, ...]:
     return tuple(int(kib.get(name, 0)) / 1024 for name in ("RssAnon", "RssShmem", "VmRSS"))
 
 
+def read_peak() -> float:
+    """MiB that this process took at most. A parent's own peak is not in it, as in getrusage."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.findall(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)[0]) / 1024
+
+
 @contextmanager
 def watch_peak(read: Callable[[], Iterable[float]], every_s: float) -> Iterator[list[float]]:
     """The most of some sizes while it is entered; to read them costs time."""

@@ -4,7 +4,6 @@ It reads 100 components of each cell, which are drawn here: its speed does not h
 """
 
 import argparse
-import resource
 import time
 import warnings
 from pathlib import Path
@@ -54,7 +53,7 @@ def main() -> None:
         began = time.process_time()
         model.encode_data(name, table, batch_size=args.batch)
         result[f"encode_{number}"] = table.n_obs / (time.process_time() - began)
-    result["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    result["peak_mib"] = measure.read_peak()
     measure.print_result(result)
 
 

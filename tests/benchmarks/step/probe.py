@@ -5,7 +5,6 @@ It prints CPU seconds, of all threads of the process, so that the loader's work 
 
 import argparse
 import itertools
-import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -94,7 +93,7 @@ def main() -> None:
     trainer = Trainer(build_engine(_leave_untrained(setup), ranks, device), setup, ranks, device)
     result = measure_training(trainer, args.seconds)
     result |= measure_encoding(trainer, args.batch, args.seconds)
-    result["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    result["peak_mib"] = measure.read_peak()
     measure.print_result(result | measure_machine(args.seconds / 5))
 
 
