@@ -132,6 +132,15 @@ def forget_former_group() -> None:
     groups._WORLD_GROUP = None
 
 
+def keep_gradients_local(engine: Any) -> None:
+    """Have an engine of one rank under ZeRO-0 leave gradients as they are.
+
+    It would copy all of them into one tensor, and back, to exchange them with nobody.
+    """
+    read_private(engine, "enable_backward_allreduce")
+    engine.enable_backward_allreduce = False
+
+
 def checks_gradients(engine: Any) -> bool:
     """Whether the engine skips an update by itself where a gradient is not finite.
 

@@ -17,6 +17,7 @@ from clue_dist.deepspeed_internals import (
     deepspeed,
     disable_shared_memory_collectives,
     forget_former_group,
+    keep_gradients_local,
 )
 from clue_dist.model.clue import CLUE
 from clue_dist.objective import Objective
@@ -80,6 +81,8 @@ def build_engine(
         config=make_deepspeed_config(config, ranks.world, guards_on_device),
         dist_init_required=False,
     )
+    if ranks.world == 1 and choose_zero_stage(config, ranks.world) == 0:
+        keep_gradients_local(engine)
     return engine
 
 
@@ -157,6 +160,15 @@ def group_parameters(objective: nn.Module, config: Config) -> list[dict[str, Any
     ]
 
 
+def choose_zero_stage(config: Config, world: int) -> int:
+    """Choose what DeepSpeed shards, as `train.zero_stage` numbers it.
+
+    A single rank of fp32 shards nothing: ZeRO would copy every gradient and weight in each step.
+    """
+    settings = config.train
+    return 0 if world == 1 and settings.precision == "fp32" else settings.zero_stage
+
+
 def make_deepspeed_config(
     config: Config, world: int, guards_on_device: bool = False
 ) -> dict[str, Any]:
@@ -170,8 +182,7 @@ def make_deepspeed_config(
     settings = config.train
     assert config.data.batch_size != "auto"
     is_bf16 = settings.precision == "bf16"
-    # One rank shares nothing, and ZeRO would copy every gradient and every weight in each step.
-    stage = settings.zero_stage if world > 1 or is_bf16 else 0
+    stage = choose_zero_stage(config, world)
     return {
         "train_batch_size": config.data.batch_size,
         "train_micro_batch_size_per_gpu": config.data.batch_size // (settings.grad_accum * world),
@@ -179,7 +190,7 @@ def make_deepspeed_config(
         "gradient_clipping": 0.0 if guards_on_device else settings.clip,
         "zero_optimization": {
             "stage": stage,
-            **({"compute_grad_norm": False} if guards_on_device else {}),
+            **({"compute_grad_norm": False} if guards_on_device and stage else {}),
         },
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": is_bf16},

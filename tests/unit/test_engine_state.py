@@ -63,7 +63,7 @@ def make_engine(ranges: list[Range], updates: int) -> Any:
         place += stop - start
     averages = {"exp_avg": join_ranges(ranges, 10), "exp_avg_sq": join_ranges(ranges, 100)}
     state = {master: averages | {UPDATES: torch.tensor(float(updates))}} if updates else {}
-    optimizer = SimpleNamespace(state=state)
+    optimizer = SimpleNamespace(state=state, defaults={})
     return SimpleNamespace(module=Model(), basic_optimizer=optimizer, shards=shards, master=master)
 
 

@@ -60,6 +60,7 @@ def train_some(path: Path, stage: int, guarded: bool, limit: float) -> tuple[Any
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engines, "can_guard_on_device", lambda *_: guarded)
+        patch.setattr(engines, "choose_zero_stage", lambda *_: stage)  # on one rank, too
         engine = engines.build_engine(setup, Ranks(), torch.device("cpu"))
     trainer, outcomes = Trainer(engine, setup, Ranks(), torch.device("cpu")), []
     weight = next(p for p in engine.module.parameters() if p.requires_grad)
