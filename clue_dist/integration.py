@@ -25,6 +25,7 @@ SCIB_MEASURES = ("kbet", "nmi", "ari")
 # scib-metrics counts a cell among its neighbours; its own benchmark takes so many of them.
 _KBET_NEIGHBOURS, _LEIDEN_NEIGHBOURS = 50, 15
 _BISECTIONS = 60
+_CELLS_AT_ONCE = 2**14  # whose neighbours are weighed
 
 
 def measure_mixing(
@@ -243,12 +244,15 @@ def _compute_inverse_simpson(neighbours: Neighbours, groups: np.ndarray) -> tupl
     Neighbours are weighted as in t-SNE. Equal to 5 digits to `lisi_knn` of scib-metrics 0.5.10,
     which is given a cell itself and its 90 neighbours.
     """
-    weights = _weigh_neighbours(neighbours.distances, np.log(PERPLEXITY))
     names, codes = np.unique(groups, return_inverse=True)
-    nearest = codes[neighbours.indices]
     simpson = np.zeros(len(codes))
-    for code in range(len(names)):
-        simpson += (weights * (nearest == code)).sum(1) ** 2
+    # In slices, as weights are searched for in several arrays of their size.
+    for start in range(0, len(codes), _CELLS_AT_ONCE):
+        part = slice(start, start + _CELLS_AT_ONCE)
+        weights = _weigh_neighbours(neighbours.distances[part], np.log(PERPLEXITY))
+        nearest = codes[neighbours.indices[part]]
+        for code in range(len(names)):
+            simpson[part] += (weights * (nearest == code)).sum(1) ** 2
     return 1 / simpson, len(names)
 
 

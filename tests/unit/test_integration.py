@@ -119,6 +119,22 @@ def test_ilisi_is_near_one_where_batches_mix_and_zero_where_they_do_not(n_batche
     assert integration.measure_clisi(apart, batch) == pytest.approx(1, abs=1e-9)
 
 
+def test_cells_are_weighed_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(0)
+    neighbours, batch = find_neighbours(generator.normal(size=(300, 3)), 40), np.arange(300) % 3
+    whole, sizes = integration.measure_ilisi(neighbours, batch), []
+    weigh = integration._weigh_neighbours
+
+    def watch_slice(distances: np.ndarray, entropy: float) -> np.ndarray:
+        sizes.append(len(distances))
+        return weigh(distances, entropy)
+
+    monkeypatch.setattr(integration, "_CELLS_AT_ONCE", 128)
+    monkeypatch.setattr(integration, "_weigh_neighbours", watch_slice)
+    assert integration.measure_ilisi(neighbours, batch) == whole
+    assert sizes == [128, 128, 44]
+
+
 def test_no_embedding_mixes_uneven_batches_further_than_batches_dealt_at_random() -> None:
     generator = np.random.default_rng(0)
     latent = generator.normal(size=(2000, 3))

@@ -5,15 +5,16 @@ import pytest
 
 from clue_dist import matching_estimate
 from clue_dist.errors import DataError
-from clue_dist.matching import compute_foscttm, compute_scores
+from clue_dist.integration import measure_mixing
+from clue_dist.matching import compute_scores
 from clue_dist.matching_estimate import EstimatedScore, estimate_matching
 
 
-def draw_pairs(n_cells: int) -> list[np.ndarray]:
+def draw_pairs(n_cells: int, noise: float = 0.5) -> list[np.ndarray]:
     """Two noisy looks at the same cells, (N, 6) each."""
     rng = np.random.default_rng(0)
     cells = rng.normal(size=(n_cells, 6))
-    return [(cells + 0.5 * rng.normal(size=cells.shape)).astype(np.float32) for _ in range(2)]
+    return [(cells + noise * rng.normal(size=cells.shape)).astype(np.float32) for _ in range(2)]
 
 
 def test_all_cells_give_the_exact_scores(monkeypatch):
@@ -23,16 +24,32 @@ def test_all_cells_give_the_exact_scores(monkeypatch):
     exact = compute_scores(first, second, np.zeros(300))["global"]
     assert found["foscttm"].value == pytest.approx(exact["foscttm"], abs=1e-6)
     assert found["recall10"].value == pytest.approx(exact["recall10"])
-    assert all(score.standard_error == 0 for score in found.values())
+    assert found["mixing"].value == pytest.approx(measure_mixing(first, second), abs=1e-6)
+    assert found["foscttm"].standard_error == found["mixing"].standard_error == 0
+
+
+@pytest.mark.parametrize("noise", [0.1, 0.5, 2.0])
+def test_all_cells_give_the_exact_matching_score(noise, monkeypatch):
+    monkeypatch.setattr(matching_estimate, "_KEYS_AT_ONCE", 64)
+    monkeypatch.setattr(matching_estimate, "_SAMPLE", 50)
+    monkeypatch.setattr(matching_estimate, "_PART_MATCHED", 1)
+    first, second = draw_pairs(300, noise)
+    found = estimate_matching(first, second)["match"]
+    exact = compute_scores(first, second, np.zeros(300))["global"]["match"]
+    assert found.value == pytest.approx(exact, abs=1e-9)
+    assert found.standard_error == 0
 
 
 def test_estimates_are_as_far_off_as_their_error_says():
     first, second = draw_pairs(1_500)
-    exact = compute_foscttm(first, second)
-    scores = [estimate_matching(first, second, 150, seed)["foscttm"] for seed in range(30)]
-    errors = [(score.value - exact) / score.standard_error for score in scores]
-    assert 0.6 < np.std(errors) < 1.5
-    assert abs(np.mean(errors)) < 0.7
+    exact = compute_scores(first, second, np.zeros(1_500))["global"]
+    exact["mixing"] = measure_mixing(first, second)
+    estimates = [estimate_matching(first, second, 150, seed) for seed in range(30)]
+    for name, value in exact.items():
+        scores = [estimate[name] for estimate in estimates]
+        errors = [(score.value - value) / score.standard_error for score in scores]
+        assert 0.5 < np.std(errors) < 1.6, name
+        assert abs(np.mean(errors)) < 0.7, name
 
 
 def test_profiles_on_the_disk_are_read_in_parts(tmp_path):
