@@ -7,7 +7,13 @@ from dataclasses import dataclass
 import torch
 
 from clue_dist.config import ModelConfig, ObjectiveConfig
-from clue_dist.data.batch import Batch, Counts, ObservedModality, SparseCounts
+from clue_dist.data.batch import (
+    Batch,
+    Counts,
+    ObservedModality,
+    SparseCounts,
+    find_pair_rows,
+)
 from clue_dist.model.clue import CLUE
 from clue_dist.model.modality_spec import AUTO_FEATURES, ModalitySpec
 from clue_dist.model.noise import Noise
@@ -59,7 +65,8 @@ def make_batch(shape: Shape, seed: int = 0) -> Batch:
         counts["adt"] = torch.poisson(rates, generator=generator)
     modalities = {name: ObservedModality(rows, values, rows) for name, values in counts.items()}
     observed = torch.ones(shape.n_cells, len(modalities), dtype=torch.bool)
-    return Batch(observed, torch.zeros(shape.n_cells, dtype=torch.int64), modalities)
+    code = torch.zeros(shape.n_cells, dtype=torch.int64)
+    return Batch(observed, code, modalities, find_pair_rows(observed))
 
 
 def _draw_sparse(
