@@ -18,7 +18,7 @@ def fit(
     data: TrainingData,
     out: str | Path,
     *,
-    batch_key: str | None = None,
+    batch_key: str | Sequence[str] | None = None,
     label_key: str | None = None,
     layer: str | Mapping[str, str] | None = None,
     feature_ids: str | Mapping[str, str] | None = None,
@@ -39,7 +39,8 @@ def fit(
         data: an AnnData or MuData in memory; files, each as `python -m data_prep convert` takes it
             ("rna=cells.h5ad"); or a store.
         out: the run's folder.
-        batch_key: column of obs with the batch; by default `batch`, where there is one.
+        batch_key: column of obs with the batch; by default `batch`, where there is one. A list
+            names several covariates, as donor and chemistry.
         label_key: column of obs with the cell type; by default `cell_type`, where there is one.
         layer: where raw counts lie, for all modalities or by modality; by default X.
         feature_ids: column of var that names the features, instead of var_names, likewise.

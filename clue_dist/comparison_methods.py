@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ class ComparisonMethods:
         calibrate_on: CellSource | None = None,
         layer: str | Mapping[str, str] | None = None,
         feature_ids: str | Mapping[str, str] | None = None,
-        batch_key: str | None = None,
+        batch_key: str | Sequence[str] | None = None,
         min_known: float | None = None,
         batch_size: int = 4096,
     ) -> pd.DataFrame:

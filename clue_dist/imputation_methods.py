@@ -31,7 +31,7 @@ class ImputationMethods:
         *,
         out: str | Path | None = None,
         from_: str | Sequence[str] | None = None,
-        batch: str = "own",
+        batch: str | Sequence[str] | Mapping[str, str] = "own",
         features: str | Sequence[str] | None = None,
         library_size: float | str | None = None,
         log1p: bool = False,
@@ -42,7 +42,7 @@ class ImputationMethods:
         cells_modality: str | None = None,
         layer: str | Mapping[str, str] | None = None,
         feature_ids: str | Mapping[str, str] | None = None,
-        batch_key: str | None = None,
+        batch_key: str | Sequence[str] | None = None,
         min_known: float | None = None,
         batch_size: int = 4096,
     ) -> ad.AnnData | Path:
@@ -54,7 +54,8 @@ class ImputationMethods:
             out: an .h5ad or .zarr to write instead, piece by piece, over all ranks.
             from_: modalities to infer them from; by default all that a cell has.
             batch: the batch to decode for: a name, "own" (of each cell; averaged over all batches
-                where it is unknown), or "average".
+                where it is unknown), or "average"; or levels by covariate, {"chemistry": "v3"},
+                where the other covariates are each cell's own.
             features: those asked for, in this order; by default all.
             library_size: expected counts of profiles of this size, or "own", of each cell's; by
                 default expected shares, per 10,000 counts.
@@ -120,7 +121,7 @@ class ImputationMethods:
         groups: str | Sequence[str] | None = None,
         reference: str | None = None,
         from_: str | Sequence[str] | None = None,
-        batch: str = "average",
+        batch: str | Sequence[str] | Mapping[str, str] = "average",
         features: str | Sequence[str] | None = None,
         least_change: float = 0.25,
         pairs: int = 2000,
@@ -139,7 +140,8 @@ class ImputationMethods:
             groups: those asked for; by default all.
             reference: the group to compare them with; by default all other cells.
             from_: modalities to infer values from; by default all that a cell has.
-            batch: the batch to decode for, or "average".
+            batch: the batch to decode for, or "average"; or levels by covariate, where the others
+                are drawn.
             features: those asked for; by default all.
             least_change: log2 fold change from which a pair of cells counts as different.
             pairs: pairs of cells that are drawn for each group.

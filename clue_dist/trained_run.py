@@ -97,7 +97,7 @@ class Run(ImputationMethods, ComparisonMethods):
         modalities: Sequence[str] | None = None,
         layer: str | Mapping[str, str] | None = None,
         feature_ids: str | Mapping[str, str] | None = None,
-        batch_key: str | None = None,
+        batch_key: str | Sequence[str] | None = None,
         min_known: float | None = None,
         batch_size: int = 4096,
     ) -> np.ndarray | ad.AnnData | md.MuData | Path:
@@ -178,7 +178,7 @@ class Run(ImputationMethods, ComparisonMethods):
         kinds: Mapping[str, str] | None = None,
         layer: str | Mapping[str, str] | None = None,
         feature_ids: str | Mapping[str, str] | None = None,
-        batch_key: str | None = None,
+        batch_key: str | Sequence[str] | None = None,
         label_key: str | None = None,
         min_known: float = MIN_KNOWN,
         batch_size: int = 4096,

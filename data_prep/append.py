@@ -190,6 +190,7 @@ def _commit_addition(addition: Manifest, job: Path, before: Manifest, root: Path
     after = before.model_copy(
         update={
             "batches": addition.batches,
+            "batch_covariates": addition.batch_covariates,
             "labels": addition.labels,
             "obs_columns": addition.obs_columns,
             "strata": before.strata | strata,

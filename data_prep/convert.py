@@ -35,7 +35,7 @@ from data_prep.jobs.array_files import load_array
 from data_prep.jobs.job_folder import claim_job
 from data_prep.jobs.whole_folders import remove_leftovers
 from data_prep.jobs.workers import WorkerPool
-from data_prep.options import FIELDS, NO_COLUMN, FeatureChoice
+from data_prep.options import COVARIATE, FIELDS, NO_COLUMN, FeatureChoice
 from data_prep.planned_cells import ConversionOptions, list_modality_files, plan_cells
 from data_prep.readers.fragments import ConversionInput, FragmentsSource
 from data_prep.readers.listed_cells import identify_lists
@@ -196,7 +196,8 @@ def _describe_provenance(
         n_empty = final.count_lost_rows(keys, numbers[source.modality])
         counted = {"empty": n_empty, "features": plan.notes[i]}
         inputs.append(_describe_source(source, head, counted, cells.row_folders[i]))
-    unknown = {f"without_{field}": count_unknown(final, cells, field) for field in FIELDS}
+    fields = [*FIELDS, *(COVARIATE + name for name in cells.covariates)]
+    unknown = {f"without_{field}": count_unknown(final, cells, field) for field in fields}
     merged = {"paired_by_core": cells.n_merged} if cells.by_core else {}
     return {
         "tool": f"data_prep {clue_dist.__version__}",
@@ -256,12 +257,14 @@ def format_notes(manifest: Manifest, notes: Mapping[str, Any]) -> list[str]:
         notes: what the provenance says of this conversion, or addition.
     """
     lines = []
-    for label, names in (("batch", manifest.batches), ("label", manifest.labels)):
-        if names and (n_cells := notes["cells"][f"without_{label}"]):
-            column = notes["columns"][label]
+    covariates = [COVARIATE + name for name in manifest.batch_covariates]
+    fields = dict.fromkeys(covariates or ["batch"], manifest.batches) | {"label": manifest.labels}
+    for field, names in fields.items():
+        if names and (n_cells := notes["cells"].get(f"without_{field}")):
+            column = notes["columns"].get(field, NO_COLUMN)
             lines.append(
-                f"  {n_cells:,} cells have no {label}: their files have nothing in column "
-                f"{column!r} of obs"
+                f"  {n_cells:,} cells have no {field.removeprefix(COVARIATE)}: their files have "
+                f"nothing in column {column!r} of obs"
             )
     for name, note in notes["selected"].items():
         lines.append(f"  {name}: {note['kept']:,} of {note['of']:,} features, {note['by']}")

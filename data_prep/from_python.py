@@ -29,7 +29,7 @@ _DEFAULT_LAYER = ("--layer", "X")  # which the command line reads where no layer
 class ConversionRequest:
     """What a person may say of a conversion in Python, where the command line has flags."""
 
-    batch_key: str | None = None
+    batch_key: str | Sequence[str] | None = None
     label_key: str | None = None
     layer: str | Mapping[str, str] | None = None
     feature_ids: str | Mapping[str, str] | None = None
@@ -37,11 +37,18 @@ class ConversionRequest:
     modality: str | None = None  # what an AnnData holds
     flags: Sequence[str] = ()  # further flags of `python -m data_prep convert`, word by word
 
+    @property
+    def batch_columns(self) -> list[str]:
+        """The columns of obs that hold the batch; none where no one says."""
+        given = [] if self.batch_key is None else self.batch_key
+        return [given] if isinstance(given, str) else list(given)
+
     def list_flags(self) -> list[str]:
         """The words of the command line that say the same."""
         words = [*self.flags]
-        for flag, column in (("--batch-key", self.batch_key), ("--label-key", self.label_key)):
-            words += [] if column is None else [flag, column]
+        if self.batch_columns:
+            words += ["--batch-key", *self.batch_columns]
+        words += [] if self.label_key is None else ["--label-key", self.label_key]
         for flag, given in (("--layer", self.layer), ("--feature-ids", self.feature_ids)):
             if isinstance(given, Mapping):
                 chosen = {name: one for name, one in given.items() if (flag, one) != _DEFAULT_LAYER}
@@ -201,7 +208,7 @@ def _keep_columns(
 
     Further flags may name others, as `--keep-obs` and `--dataset-key` do: with any, all are kept.
     """
-    wanted = {request.batch_key or FIELDS["batch"], request.label_key or FIELDS["label"]}
+    wanted = {*(request.batch_columns or [FIELDS["batch"]]), request.label_key or FIELDS["label"]}
     wanted |= {f"{modality}:{column}" for modality in modalities for column in wanted}
     kept = obs[[column for column in obs if request.flags or column in wanted]]
     texts = {

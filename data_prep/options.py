@@ -13,6 +13,8 @@ from clue_dist.store.location import Location
 
 # What a store keeps of each cell, and the column of obs that it is taken from by default.
 FIELDS = {"batch": "batch", "label": "cell_type"}
+# Where several covariates make up the batch, each is a field of its own: this, and its name.
+COVARIATE = "batch:"
 # Field of the column that tells the data sets of one file apart; it ends up in the barcode.
 DATASET = "dataset"
 
@@ -29,13 +31,19 @@ Mode = Literal["same", "intersection", "union"]
 class ObsColumns:
     """Columns of obs that hold batch and label."""
 
-    # By field; a field without a column is read from no file. DATASET may be among the fields.
+    # By field; a field without a column is read from no file. DATASET may be among the fields, and
+    # fields of covariates in place of that of the batch.
     by_field: Mapping[str, str] = field(default_factory=lambda: dict(FIELDS))
     # Fields whose column a person named for all inputs.
     explicit_fields: frozenset[str] = frozenset()
     # By modality and field, columns that take precedence; NO_COLUMN: none. An input of that
     # modality must have the column.
     by_modality: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    @property
+    def covariates(self) -> list[str]:
+        """The covariates that make up the batch, where there are several."""
+        return [f.removeprefix(COVARIATE) for f in self.by_field if f.startswith(COVARIATE)]
 
     def select_modality(self, modality: str) -> ObsColumns:
         """The columns of the inputs of one modality."""

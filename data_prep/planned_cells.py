@@ -8,6 +8,7 @@ from pathlib import Path
 
 from clue_dist.errors import list_names
 from clue_dist.store import layout
+from clue_dist.store.batch_vocabulary import BatchVocabulary
 from clue_dist.store.feature_reference import FeatureReference
 from clue_dist.store.layout import Codec
 from clue_dist.store.obs_columns import KeptColumn
@@ -106,12 +107,13 @@ def plan_cells(
         sources, heads, options.kinds, options.feature_choices, reference, options.new_modalities
     )
     # The codes of known batches and labels stay what they are in the other store.
-    names = {"batch": reference.batches, "label": reference.labels} if reference else {}
+    batches = reference.batch_vocabulary if reference else BatchVocabulary.from_lists([], {}, "")
+    labels = reference.labels if reference else []
     if options.pairing != "exact":
         refuse_row_numbers(sources, heads)
     modalities, columns = list(plan.modalities), options.obs_columns
     cells = join_cells_by_barcode(
-        sources, heads, modalities, names, columns, options.seed, work, pool, by_core
+        sources, heads, modalities, batches, labels, columns, options.seed, work, pool, by_core
     )
     return PlannedCells(sources, heads, plan, cells)
 

@@ -188,7 +188,7 @@ def _plan_parts(
         }
         for side in SIDES
     }
-    manifest = store.manifest
+    manifest, vocabulary = store.manifest, store.manifest.batch_vocabulary
     whole = [name for name in identify_cells(manifest) if ":" not in name]
     cut = {"whole": whole, "rule": rule.digest(), "cut": rule.describe()}
     parts = manifest.provenance.get("parts", [])
@@ -202,6 +202,7 @@ def _plan_parts(
         }
         content = {
             "batches": names["batch"],
+            "batch_covariates": vocabulary.choose_batches(names["batch"]).list_covariates(),
             "labels": names["label"],
             "strata": _describe_segments(manifest, by_segment),
             "shards": {},

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from clue_dist.data.batch import Batch, SparseCounts
+from clue_dist.store.batch_vocabulary import BatchVocabulary
 from clue_dist.store.manifest import Modality
 
 
@@ -70,6 +71,10 @@ class FakeLoaded:
     batches: list[str] = field(default_factory=list)
     model: Any = field(default=None)
     batch_key: str = ""
+
+    @property
+    def batch_vocabulary(self) -> BatchVocabulary:
+        return BatchVocabulary.from_lists(self.batches, {}, self.batch_key)
 
     def __post_init__(self) -> None:
         if self.model is None:

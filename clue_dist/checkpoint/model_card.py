@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from clue_dist.config import Config
 from clue_dist.errors import ResumeError
 from clue_dist.files import translate_write_errors, write_file
+from clue_dist.store.batch_vocabulary import BatchVocabulary
 from clue_dist.store.manifest import Modality
 from clue_dist.store.provenance import Provenance
 from clue_dist.store.reader import Store
@@ -30,6 +31,18 @@ class ModelCard(BaseModel):
     n_cells: int = 0
     # The column of obs that gave the batches at conversion; "" where none did, or that is unknown.
     batch_key: str = ""
+    # Where several columns gave the batches: by name, the level of each batch, or "".
+    batch_covariates: dict[str, list[str]] = {}
+
+    @property
+    def batch_vocabulary(self) -> BatchVocabulary:
+        """The batches, and their levels of each covariate."""
+        return BatchVocabulary.from_lists(self.batches, self.batch_covariates, self.batch_key)
+
+    def to_json(self) -> str:
+        """The card as the text of its file; what few models have is left out of that of others."""
+        unused = set() if self.batch_covariates else {"batch_covariates"}
+        return self.model_dump_json(indent=1, exclude=unused)
 
     @property
     def identities(self) -> frozenset[str]:
@@ -61,12 +74,13 @@ def write_model_card(
         seen_cells=list(dict.fromkeys(seen)),
         labels=store.manifest.labels,
         n_cells=store.manifest.n_cells,
+        batch_covariates=store.manifest.batch_covariates,
         batch_key=Provenance.model_validate(store.manifest.provenance).columns.get("batch", ""),
     )
     with translate_write_errors("what the run is", run_folder):
         run_folder.mkdir(parents=True, exist_ok=True)
         write_file(run_folder / "config.json", config.to_json(), durable=True)
-        write_file(run_folder / "model.json", card.model_dump_json(indent=1), durable=True)
+        write_file(run_folder / "model.json", card.to_json(), durable=True)
 
 
 def find_model_card(run: Path) -> ModelCard | None:

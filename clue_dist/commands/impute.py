@@ -57,8 +57,11 @@ def _parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--batch",
-        default="own",
-        help="name of a batch to decode for, own (of each cell), or average (default: own)",
+        nargs="+",
+        default=["own"],
+        metavar="BATCH|COVARIATE=LEVEL",
+        help="name of a batch to decode for, own (of each cell), or average (default: own); or "
+        "levels of covariates, where the others are each cell's own",
     )
     parser.add_argument(
         "--features", nargs="+", metavar="NAME", help="features wanted (default: all)"

@@ -24,6 +24,7 @@ from clue_dist.inference.query import (
     select_modalities,
 )
 from clue_dist.inference.store_cells import CellSlice, SegmentSlice, StoreCells
+from clue_dist.store.batch_vocabulary import BatchVocabulary
 from clue_dist.store.reader import Store
 
 __all__ = [
@@ -47,6 +48,11 @@ class Cells(Protocol):
     @property
     def modalities(self) -> list[str]:
         """Those that some cell carries, in the model's order."""
+        ...
+
+    @property
+    def batches(self) -> BatchVocabulary:
+        """The biological batches that codes of cells name, be they known to the model or not."""
         ...
 
     @property
@@ -79,7 +85,7 @@ def open_cells(
     modalities: Sequence[str] | None = None,
     layer: str | Mapping[str, str] | None = None,
     feature_ids: str | Mapping[str, str] | None = None,
-    batch_key: str | None = None,
+    batch_key: str | Sequence[str] | None = None,
     min_known: float | None = None,
 ) -> Cells:
     """Open the cells that a model is to be asked about.
@@ -94,7 +100,7 @@ def open_cells(
         layer: where raw counts lie, for all modalities or by modality; by default X.
         feature_ids: column of var that names the features, instead of var_names, likewise.
         batch_key: column of obs with the batch; by default that of the training cells, or `batch`,
-            where there is one.
+            where there is one. A list where the model knows several covariates.
         min_known: least share of a modality's features that must be there; by default 0.5 of cells
             in memory, and 0.1 of each file of a store.
 

@@ -7,7 +7,7 @@ drawn, too. The share of pairs whose log fold change is large is the probability
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,7 +44,8 @@ class DifferentialChoices:
     groups: str | Sequence[str] | None = None  # None: every group
     reference: str | None = None  # the group to compare with; None: all other cells
     from_: str | Sequence[str] | None = None  # modalities to infer values from; None: all of a cell
-    batch: str = AVERAGE  # name of a batch, or "average"
+    # Name of a batch, or "average"; or a level by covariate, where the others are drawn.
+    batch: str | Sequence[str] | Mapping[str, str] = AVERAGE
     features: str | Sequence[str] | None = None
     least_change: float = 0.25  # log2 fold change that counts; of real values, difference
     pairs: int = 2000  # pairs of cells for each group
@@ -172,19 +173,21 @@ def _compare_pairs(
     decoder, device = question.decoder, Ranks().choose_device()
     generator = torch.Generator().manual_seed(choices.seed)
     n_pairs = latents.shape[1]
-    code = torch.randint(decoder.n_batches, (n_pairs,), generator=generator)
-    if question.fixed_code is not None and question.fixed_code >= 0:
-        code.fill_(question.fixed_code)
+    batches = decoder.batches.cpu()
+    levels = batches[torch.randint(len(batches), (n_pairs,), generator=generator)]
+    for covariate, fixed in enumerate(question.fixed_levels):
+        if fixed is not None and fixed >= 0:
+            levels[:, covariate] = fixed
     # Shares are of the whole modality, whichever of its features are asked for.
     n_features = question.trained_model.modalities[choices.modality].n_features
     changes = _Changes(decoder.width, PSEUDO_SHARE * PER_TEN_THOUSAND / n_features)
     step = max(1, MOST_VALUES // decoder.width)
     for start in range(0, n_pairs, step):
         part = slice(start, start + step)
-        library = torch.full((len(code[part]), 1), PER_TEN_THOUSAND, device=device)
+        library = torch.full((len(levels[part]), 1), PER_TEN_THOUSAND, device=device)
         with torch.inference_mode():
             inside, outside = (
-                decoder.compute_mean(z[part].to(device), code[part].to(device), library).cpu()
+                decoder.compute_mean(z[part].to(device), levels[part].to(device), library).cpu()
                 for z in latents
             )
         changes.add_pairs(

@@ -173,7 +173,7 @@ def write_model_folder(
         digests = {name: hash_file(best / name).model_dump() for name in (STATE, WEIGHTS)}
         write_file(best / COMMIT, json.dumps(digests, indent=1))
         write_file(temporary / "config.json", shared_config.to_json())
-        write_file(temporary / "model.json", card.model_dump_json(indent=1))
+        write_file(temporary / "model.json", card.to_json())
         write_file(temporary / CARD_FILE, readme + "\n")
         if reference is not None:
             reference.write_h5ad(temporary / REFERENCE_FILE)

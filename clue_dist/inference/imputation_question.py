@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from clue_dist.errors import ConfigError, list_names
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.named_counts import list_chosen
 from clue_dist.kinds import KINDS
 from clue_dist.model.imputation import ValueDecoder
+from clue_dist.store.batch_vocabulary import BatchVocabulary
 
 OWN, AVERAGE = "own", "average"  # choices of a batch, beside the names of batches
 MEAN, LOWER, UPPER, SAMPLE = "X", "lower", "upper", "sample-"  # matrices of an answer
@@ -30,7 +32,9 @@ class ImputationChoices:
     from_: str | Sequence[str] | None = (
         None  # modalities to infer them from; None: all that a cell has
     )
-    batch: str = OWN  # name of a batch, "own" (of each cell, "average" where unknown), "average"
+    # Name of a batch, "own" (of each cell, "average" where unknown), or "average"; or a level by
+    # covariate, as {"donor": "d1"} or "donor=d1", where the other covariates are each cell's own.
+    batch: str | Sequence[str] | Mapping[str, str] = OWN
     features: str | Sequence[str] | None = None  # None: all
     # Total counts of the profile that is expected, or "own", those of each cell; None: expected
     # shares, per 10,000 counts.
@@ -51,7 +55,8 @@ class ImputationQuestion:
     decoder: ValueDecoder
     sources: tuple[str, ...]
     features: list[str]
-    fixed_code: int | None  # the batch for all cells, -1: averaged; None: each cell's own
+    # By covariate of batches the level for all cells, -1: averaged; None: each cell's own.
+    fixed_levels: tuple[int | None, ...]
     typical_library: float  # of training cells, where a cell's own is not known
 
     @property
@@ -64,6 +69,23 @@ class ImputationQuestion:
         """Names of the matrices of the answer."""
         bounds = [LOWER, UPPER] if self.choices.interval is not None else []
         return [MEAN, *bounds, *(f"{SAMPLE}{i}" for i in range(self.choices.samples))]
+
+    def choose_levels(self, batches: BatchVocabulary) -> Tensor:
+        """Choose the levels to decode for.
+
+        Args:
+            batches: of the cells.
+
+        Returns:
+            Of each batch the level by covariate, (batches + 1, C) int64; -1: averaged. The last row
+            is for cells of an unknown batch, whose code is -1.
+        """
+        own = self.trained_model.batch_vocabulary.encode_levels(batches)
+        levels = torch.from_numpy(np.vstack([own, np.full_like(own, -1, shape=(1, own.shape[1]))]))
+        for covariate, fixed in enumerate(self.fixed_levels):
+            if fixed is not None:
+                levels[:, covariate] = fixed
+        return levels
 
     @property
     def n_draws(self) -> int:
@@ -89,10 +111,7 @@ def read_question(trained_model: TrainedModel, choices: ImputationChoices) -> Im
         _require_known(name, modality.features, f"feature of {choices.modality}")
     if not features:
         raise ConfigError("no feature is asked for", where="features", got="an empty list")
-    code = None if choices.batch == OWN else -1
-    if choices.batch not in (OWN, AVERAGE):
-        _require_known(choices.batch, trained_model.batches, "batch", f"{OWN}, {AVERAGE}")
-        code = trained_model.batches.index(choices.batch)
+    levels = _read_levels(choices.batch, trained_model.batch_vocabulary)
     _check_numbers(choices, KINDS[modality.kind].real_values)
     numbers = torch.tensor([places[name] for name in features])
     decoder = ValueDecoder(
@@ -102,7 +121,38 @@ def read_question(trained_model: TrainedModel, choices: ImputationChoices) -> Im
     )
     sources = tuple(name for name in known if given is None or name in given)
     typical = trained_model.model.get_trunk(choices.modality).typical_library
-    return ImputationQuestion(choices, trained_model, decoder, sources, features, code, typical)
+    return ImputationQuestion(choices, trained_model, decoder, sources, features, levels, typical)
+
+
+def _read_levels(
+    batch: str | Sequence[str] | Mapping[str, str], known: BatchVocabulary
+) -> tuple[int | None, ...]:
+    """Read the level that all cells get, by covariate of the model; None: each cell's own."""
+    words = [batch] if isinstance(batch, str) else batch
+    if isinstance(words, Sequence):
+        if len(words) == 1 and words[0] in (OWN, AVERAGE):
+            return (None if words[0] == OWN else -1,) * len(known.covariates)
+        if len(words) == 1 and words[0] in known.names:
+            return tuple(known.encode_levels(known)[known.names.index(words[0])].tolist())
+        pairs = [tuple(word.split("=", 1)) for word in words]
+        if not all(len(pair) == 2 and pair[0] in known.covariates for pair in pairs):
+            _require_known(" ".join(words), known.names, "batch", _list_choices(known))
+        if len({pair[0] for pair in pairs}) < len(pairs):
+            raise ConfigError("two levels of one covariate", where="batch", got=" ".join(words))
+        words = dict(pairs)
+    numbers, fixed = known.number_levels(), dict.fromkeys(known.covariates)
+    for covariate, level in words.items():
+        _require_known(covariate, list(known.covariates), "covariate of batches")
+        if level not in (OWN, AVERAGE):
+            _require_known(level, known.list_levels(covariate), covariate, f"{OWN}, {AVERAGE}")
+        fixed[covariate] = {OWN: None, AVERAGE: -1}.get(level, numbers.get((covariate, level)))
+    return tuple(fixed.values())
+
+
+def _list_choices(known: BatchVocabulary) -> str:
+    """List what a batch may be besides its name, for messages."""
+    levels = [f"{name}=LEVEL" for name in known.covariates] if known.has_several else []
+    return list_names([OWN, AVERAGE, *levels])
 
 
 def _require_known(name: str, known: Sequence[str], what: str, others: str = "") -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +180,7 @@ def build_answer(
         "checkpoint": question.trained_model.name,
         "modality": choices.modality,
         "from": list(question.sources),
-        "batch": choices.batch,
+        "batch": dict(choices.batch) if isinstance(choices.batch, Mapping) else choices.batch,
         "unit": "ln(1 + counts per 10,000)" if choices.log1p else unit,
         "library_size": "" if choices.library_size is None else choices.library_size,
         "interval": 0.0 if choices.interval is None else choices.interval,
@@ -209,6 +209,7 @@ def impute_slices(
     model = trained_model.model.to(device)
     piece = max(1, MOST_VALUES // (len(question.features) * max(1, question.n_draws)))
     modalities = list(trained_model.modalities)
+    levels_of_batch = question.choose_levels(cells.batches).to(device)
     for cell_slice, batch in read_slices_ahead(cells, slices):
         # A cell's draws follow from the seed and the slice alone, on any number of ranks.
         generator = torch.Generator(device)
@@ -217,13 +218,11 @@ def impute_slices(
             shown = keep_sources(batch, modalities, question.sources).to(device)
             latent = infer_target_latent(model, shown, choices.modality)
             library = _find_library(question, batch).to(device)
-            code = shown.batch_code
-            if question.fixed_code is not None:
-                code = torch.full_like(code, question.fixed_code)
+            levels = levels_of_batch[shown.batch_code]  # -1, unknown, is the last
             for start in range(0, cell_slice.n_cells, piece):
                 part = slice(start, start + piece)
                 target = latent.select_rows(part)
-                found = _impute_piece(question, target, code[part], library[part], generator)
+                found = _impute_piece(question, target, levels[part], library[part], generator)
                 rows = cell_slice.rows[part]
                 yield rows, {name: _finish(question, values, rows) for name, values in found}
 
@@ -243,7 +242,7 @@ def _find_library(question: ImputationQuestion, batch: Batch) -> Tensor:
 def _impute_piece(
     question: ImputationQuestion,
     latent: TargetLatent,
-    code: Tensor,
+    levels: Tensor,
     library: Tensor,
     generator: torch.Generator,
 ) -> Iterator[tuple[str, Tensor]]:
@@ -253,14 +252,14 @@ def _impute_piece(
     scale = torch.ones_like(library)
     if choices.library_size is None and question.has_counts:
         scale = PER_TEN_THOUSAND / library
-    mean = decoder.compute_mean(latent.mean, code, library, choices.log1p)
+    mean = decoder.compute_mean(latent.mean, levels, library, choices.log1p)
     yield MEAN, mean if choices.log1p else mean * scale
     if not question.n_draws:
         return
-    draws = torch.empty(question.n_draws, len(code), decoder.width, device=code.device)
+    draws = torch.empty(question.n_draws, len(levels), decoder.width, device=levels.device)
     for i in range(question.n_draws):
         z = latent.draw_sample(generator)
-        draws[i] = decoder.draw_values(z, code, library, generator)
+        draws[i] = decoder.draw_values(z, levels, library, generator)
     if choices.log1p:
         draws = torch.log1p(draws * (PER_TEN_THOUSAND / library))
     else:
@@ -313,16 +312,22 @@ def _describe_cells(
             )
         names[cell_slice.rows] = "+".join(used)
     obs[SOURCES_COLUMN] = pd.Categorical(names)
-    _warn_of_batches(obs, question)
+    _warn_of_batches(obs, cells, question)
     return obs
 
 
-def _warn_of_batches(obs: pd.DataFrame, question: ImputationQuestion) -> None:
-    """Warn where each cell's own batch is asked for, and the model knows none of them."""
-    known = question.trained_model.batches
-    is_known = "batch" in obs and obs["batch"].isin(known).any()
-    if question.fixed_code is None and len(known) > 1 and not is_known:
-        warn_of_cells(
-            f"the model knows the batch of no cell: values are averaged over its {len(known)} "
-            "batches; `batch_key=` names the column of obs that holds the batch"
-        )
+def _warn_of_batches(obs: pd.DataFrame, cells: Cells, question: ImputationQuestion) -> None:
+    """Warn where each cell's own batch is asked for, and the model knows that of no cell."""
+    known = question.trained_model.batch_vocabulary
+    found = set(obs["batch"].dropna()) if "batch" in obs else set()
+    present = [name for name in cells.batches.names if name in found]
+    shown = known.encode_levels(cells.batches.choose_batches(present))
+    for number, covariate in enumerate(known.covariates):
+        levels = known.list_levels(covariate)
+        is_known = (shown[:, number] >= 0).any()
+        if question.fixed_levels[number] is None and len(levels) > 1 and not is_known:
+            what, many = (covariate, "levels") if known.has_several else ("batch", "batches")
+            warn_of_cells(
+                f"the model knows the {what} of no cell: values are averaged over its "
+                f"{len(levels)} {many}; `batch_key=` names the column of obs that holds the {what}"
+            )

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 from torch import Tensor
 
 from clue_dist import config as configs
@@ -21,8 +19,9 @@ from clue_dist.checkpoint.run_folder import (
 from clue_dist.config import Config
 from clue_dist.data.batch import Batch
 from clue_dist.errors import ResumeError
-from clue_dist.model.clue import CLUE
+from clue_dist.model.clue import CLUE, build_model
 from clue_dist.model.modality_spec import specify_modalities
+from clue_dist.store.batch_vocabulary import BatchVocabulary
 from clue_dist.store.manifest import Modality
 
 
@@ -57,13 +56,8 @@ class LoadedModel(Protocol):
         ...
 
     @property
-    def batches(self) -> list[str]:
-        """The biological batches that the decoders know; a batch's code is its place here."""
-        ...
-
-    @property
-    def batch_key(self) -> str:
-        """The column of obs that gave the batches, "" where that is unknown."""
+    def batch_vocabulary(self) -> BatchVocabulary:
+        """The biological batches that the decoders know, by the columns of obs that gave them."""
         ...
 
     @property
@@ -111,9 +105,16 @@ class TrainedModel:
     batches: list[str] = field(default_factory=list)
     batch_key: str = ""  # the column of obs that gave them, where that is known
     n_cells: int = 0  # that it was trained on, where that is known
+    # Where several columns gave the batches: by name, the level of each batch, or "".
+    batch_covariates: dict[str, list[str]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"TrainedModel({self.name}, {self.modalities}, {len(self.batches)} batches)"
+
+    @property
+    def batch_vocabulary(self) -> BatchVocabulary:
+        """The batches, and their levels of each covariate."""
+        return BatchVocabulary.from_lists(self.batches, self.batch_covariates, self.batch_key)
 
     @property
     def latent(self) -> int:
@@ -164,18 +165,14 @@ def load_model(run: Path, checkpoint: str = "best") -> TrainedModel:
         card.batches,
         card.batch_key,
         card.n_cells,
+        card.batch_covariates,
     )
-
-
-def encode_batches(trained_model: LoadedModel, names: Iterable[str]) -> np.ndarray:
-    """The codes that a model has for batches, (n,) int64; -1 for those that it does not know."""
-    codes = {name: code for code, name in enumerate(trained_model.batches)}
-    return np.array([codes.get(name, -1) for name in names], np.int64)
 
 
 def _make_model(run: Path, card: ModelCard, config: Config) -> CLUE:
     try:
-        return CLUE(specify_modalities(card.modalities, config), len(card.batches), config.model)
+        specs = specify_modalities(card.modalities, config)
+        return build_model(specs, card.batch_vocabulary, config.model)
     except (RuntimeError, MemoryError) as error:  # torch has no memory for absurd sizes
         raise ResumeError(
             "the model of these settings cannot be made",

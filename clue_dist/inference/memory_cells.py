@@ -15,8 +15,8 @@ import torch
 from clue_dist.data.batch import Batch, ObservedModality
 from clue_dist.errors import DataError, list_names
 from clue_dist.inference.aligned_counts import AlignedCounts, align_features
-from clue_dist.inference.load_model import LoadedModel, encode_batches
-from clue_dist.inference.memory_obs import BATCH_COLUMN, collect_obs, find_batches
+from clue_dist.inference.load_model import LoadedModel
+from clue_dist.inference.memory_obs import collect_obs, find_levels
 from clue_dist.inference.named_counts import (
     MIN_KNOWN_IN_MEMORY,
     MemoryChoices,
@@ -26,6 +26,7 @@ from clue_dist.inference.named_counts import (
     warn_of_cells,
 )
 from clue_dist.inference.store_cells import CellSlice
+from clue_dist.store.batch_vocabulary import BATCH, UNKNOWN, BatchVocabulary, combine_levels
 from clue_dist.store.region_names import respell_regions
 
 
@@ -37,7 +38,8 @@ class MemoryCells:
         counts: by modality.
         rows: by modality (N,), the row of each cell in its counts, -1 where it was not measured.
         trained_model: the model that is asked.
-        batch_codes: (N,) int64, the model's codes.
+        batches: the biological batches that codes name.
+        batch_codes: (N,) int64; -1: unknown.
         tables: by modality, the AnnData that its counts are of.
     """
 
@@ -47,11 +49,13 @@ class MemoryCells:
         counts: Mapping[str, AlignedCounts],
         rows: Mapping[str, np.ndarray],
         trained_model: LoadedModel,
+        batches: BatchVocabulary,
         batch_codes: np.ndarray,
         tables: Mapping[str, ad.AnnData],
     ) -> None:
         self.modalities = [name for name in trained_model.modalities if name in counts]
         self.n_cells = len(obs)
+        self.batches = batches
         self._obs, self._counts, self._rows, self._batch_codes = obs, counts, rows, batch_codes
         self._all_modalities = list(trained_model.modalities)
         self.tables = tables
@@ -123,14 +127,14 @@ def collect_memory_cells(
         empty = aligned.mark_empty()
         rows[name] = np.where((rows[name] >= 0) & ~empty[rows[name]], rows[name], -1)
     _report_empty(source, rows)
-    batch = find_batches(source, choices.batch_key, trained_model.batch_key)
+    levels = find_levels(source, choices.batch_key, trained_model.batch_vocabulary)
+    batches, codes = combine_levels(levels or {BATCH: [UNKNOWN] * source.n_obs})
     obs = collect_obs(source)
-    codes = np.full(len(obs), -1, np.int64)
-    if batch is not None:
-        obs[BATCH_COLUMN] = pd.Categorical([name or None for name in batch])
-        codes = encode_batches(trained_model, batch)
+    if levels is not None:
+        obs[BATCH] = pd.Categorical.from_codes(codes, categories=pd.Index(batches.names))
+        obs = obs.assign(**batches.decode_levels(codes))
     tables = {name: part.adata for name, part in named.items()}
-    return MemoryCells(obs, counts, rows, trained_model, codes, tables)
+    return MemoryCells(obs, counts, rows, trained_model, batches, codes, tables)
 
 
 def _align_part(

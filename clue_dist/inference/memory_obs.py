@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import anndata as ad
 import h5py
@@ -11,8 +11,7 @@ import pandas as pd
 from pandas.api.types import infer_dtype
 
 from clue_dist.errors import DataError, list_names
-
-BATCH_COLUMN = "batch"  # of obs, where no other is named
+from clue_dist.store.batch_vocabulary import BATCH, UNKNOWN, BatchVocabulary
 
 
 def collect_obs(source: ad.AnnData | md.MuData) -> pd.DataFrame:
@@ -84,42 +83,73 @@ def require_writable_obs(obs: pd.DataFrame, ending: str) -> None:
                 ) from error
 
 
-def find_batches(
-    source: ad.AnnData | md.MuData, key: str | None, trained_key: str = ""
-) -> list[str] | None:
-    """Find the batch of each cell.
+def find_levels(
+    source: ad.AnnData | md.MuData,
+    keys: str | Sequence[str] | None,
+    known: BatchVocabulary,
+) -> dict[str, list[str]] | None:
+    """Find the levels of the batch of each cell.
 
     Args:
         source: the cells.
-        key: column of obs, of all cells or of a modality; by default the first that is there of
-            `trained_key` and `batch`.
-        trained_key: the column that gave the batches that a model was trained on.
+        keys: columns of obs, of all cells or of a modality: one for each covariate of the model, in
+            their order, or some that are called as covariates are. By default those that are there
+            of the covariates' own names; of an only covariate else `batch`.
+        known: what the model knows.
 
     Returns:
-        (N,) names, "" where unknown; None where no column is named, and none of these is there.
+        By covariate of the model (N,) names, "" where unknown; None where no column is named, and
+        none of these is there.
 
     Raises:
-        DataError: there is no such column.
+        DataError: there is no such column; columns that are not the model's covariates.
     """
     frames = [source.obs]
     if isinstance(source, md.MuData):
         frames += [adata.obs.reindex(source.obs_names) for adata in source.mod.values()]
-    wanted = [trained_key, BATCH_COLUMN] if key is None else [key]
-    column = next((name for name in wanted if any(name in frame for frame in frames)), None)
-    found = [frame[column] for frame in frames if column in frame]
-    if not found:
-        if key is None:
-            return None
-        columns = dict.fromkeys(name for frame in frames for name in frame.columns)
-        raise DataError(
-            "obs has no such column",
-            where=f"batch_key={key!r}",
-            got=f"columns: {list_names(columns, 30) or 'none'}",
-        )
-    names = [""] * source.n_obs
-    for values in found:
-        names = [name or text for name, text in zip(names, _write_names(values), strict=True)]
-    return names
+    columns = dict.fromkeys(name for frame in frames for name in frame.columns)
+    chosen = _choose_columns(keys, known, [*columns])
+    if not chosen:
+        return None
+    levels = {name: [UNKNOWN] * source.n_obs for name in known.covariates}
+    for covariate, column in chosen.items():
+        for values in (frame[column] for frame in frames if column in frame):
+            levels[covariate] = [
+                name or text
+                for name, text in zip(levels[covariate], _write_names(values), strict=True)
+            ]
+    return levels
+
+
+def _choose_columns(
+    keys: str | Sequence[str] | None, known: BatchVocabulary, columns: list[str]
+) -> dict[str, str]:
+    """The column of each covariate that is read, by covariate."""
+    covariates = list(known.covariates)
+    if keys is None:
+        named = {name: name for name in covariates if name in columns}
+        if not named and not known.has_several and BATCH in columns:
+            named = {covariates[0]: BATCH}
+        return named
+    given = [keys] if isinstance(keys, str) else list(keys)
+    chosen = dict(zip(covariates, given, strict=False))
+    if len(given) != len(covariates):
+        chosen = {name: name for name in given}
+        if absent := [name for name in given if name not in covariates]:
+            raise DataError(
+                "the model knows batches by other covariates",
+                where=f"batch_key={keys!r}",
+                got=list_names(absent),
+                expected=f"{list_names(covariates)}, or a column for each",
+            )
+    for column in chosen.values():
+        if column not in columns:
+            raise DataError(
+                "obs has no such column",
+                where=f"batch_key={keys!r}",
+                got=f"columns: {list_names(columns, 30) or 'none'}",
+            )
+    return chosen
 
 
 def _write_names(values: pd.Series) -> Iterator[str]:

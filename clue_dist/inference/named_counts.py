@@ -31,7 +31,7 @@ class MemoryChoices:
     modalities: Sequence[str] | None = None
     layer: str | Mapping[str, str] | None = None
     feature_ids: str | Mapping[str, str] | None = None
-    batch_key: str | None = None
+    batch_key: str | Sequence[str] | None = None
     min_known: float | None = None
 
 

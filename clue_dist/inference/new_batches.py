@@ -1,15 +1,16 @@
 """Teaches a trained model batches that it does not know, and changes nothing else of it.
 
-The batch enters the decoders alone, each batch by a row of an embedding. With encoders frozen, z of
-a cell is a constant, so that the rows of new batches are quickly found by gradient steps on
-ln p(x_k | z_k, batch) (eq. 8) of the new cells. As in scArches, all other weights stay bit for bit,
+The batch enters the decoders alone, each level of a covariate by a row of an embedding. With
+encoders frozen, z of a cell is a constant, so that the rows of new levels are quickly found by
+gradient steps on ln p(x_k | z_k, batch) (eq. 8) of the new cells. A new combination of levels that
+are known needs no row, and is no new batch. As in scArches, all other weights stay bit for bit,
 and the embedding of any cell does not move at all.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from clue_dist.inference.load_model import TrainedModel, require_weights
 from clue_dist.inference.reference_cells import REFERENCE_FILE, collect_reference
 from clue_dist.model.clue import CLUE
 from clue_dist.model.decoders import Decoder
+from clue_dist.store.batch_vocabulary import UNKNOWN, BatchVocabulary
 
 LEARNING_RATE = 0.05
 STEP_CELLS = 512  # of a gradient step
@@ -58,7 +60,8 @@ def tune_batches(run: Path, trained_model: TrainedModel, cells: Cells, out: Path
     """
     check_model_folder(out)
     tuned, report = learn_batches(trained_model, cells)
-    card = read_model_card(run).model_copy(update={"batches": tuned.batches})
+    batches = {"batches": tuned.batches, "batch_covariates": tuned.batch_covariates}
+    card = read_model_card(run).model_copy(update=batches)
     weights_folder = require_weights(run, trained_model.name)
     texts = CardTexts(data=f"Batches that were learnt later: {list_names(report.names, 20)}.")
     weights = tuned.model.state_dict()
@@ -85,38 +88,59 @@ def learn_batches(
 
     Args:
         trained_model: the model, which stays as it is.
-        cells: the cells; `batch` of their obs names the batches.
+        cells: the cells; `batch` of their obs names their batches.
         seed: of the order in which cells are looked at.
 
     Raises:
         DataError: no cell is of a new batch.
         ConfigError: the decoders do not ask for the batch.
     """
-    obs, known = cells.read_obs(), trained_model.batches
+    obs, known = cells.read_obs(), trained_model.batch_vocabulary
     batches = obs["batch"].astype(object) if "batch" in obs else obs.index.to_series() * 0
     slices = cells.slice_cells(STEP_CELLS)
     # Cells without counts are in no slice, and teach nothing.
     shown = batches.iloc[np.concatenate([s.rows for s in slices])] if slices else batches[:0]
-    names = sorted({str(name) for name in shown.dropna().unique() if name} - set(known))
+    names = _list_new_batches(cells.batches, known, set(shown.dropna()))
     if not names:
         raise DataError(
             "no cell is of a batch that the model does not know",
             got=list_names(dict.fromkeys(batches.dropna()), 5) or "no batch at all",
-            expected=f"batches other than {list_names(known, 5)}",
+            expected=f"batches other than {list_names(known.names, 5)}",
             fix="name the column that holds the batch: --batch-key at conversion, batch_key= in "
             "Python",
         )
     model = copy.deepcopy(trained_model.model)
-    rows = [_add_rows(decoder, len(names)) for decoder in _list_decoders(model)]
-    codes = batches.map({name: len(known) + i for i, name in enumerate(names)})
+    vocabulary, added = known.add_batches(cells.batches.choose_batches(names))
+    rows = [_add_rows(decoder, known, vocabulary) for decoder in _list_decoders(model)]
+    codes = batches.map(dict(zip(names, added, strict=True)))
     new_codes = codes.fillna(-1).to_numpy(np.int64)
     examples = _read_new_cells(model, cells, _choose_slices(slices, new_codes), new_codes)
     before = _score_cells(model, examples)
-    _train_rows(model, rows, examples, len(known), seed)
+    _train_rows(model, rows, examples, len(known.number_levels()), seed)
     gain = _score_cells(model, examples) - before
     n_cells = sum(int((batch.batch_code >= 0).sum()) for batch, _ in examples)
-    tuned = replace(trained_model, model=model.eval(), batches=[*known, *names])
-    return tuned, TunedBatches(names, n_cells, gain)
+    tuned = replace(
+        trained_model,
+        model=model.eval(),
+        batches=vocabulary.names,
+        batch_covariates=vocabulary.list_covariates(),
+    )
+    return tuned, TunedBatches(vocabulary.names[len(known.names) :], n_cells, gain)
+
+
+def _list_new_batches(
+    batches: BatchVocabulary, known: BatchVocabulary, present: Collection[str]
+) -> list[str]:
+    """List the batches, of those present, of which the model lacks a level that is known."""
+    levels, matched = known.encode_levels(batches), known.match_covariates(batches)
+    is_new = np.zeros(len(batches.names), bool)
+    for column, covariate in enumerate(known.covariates):
+        if covariate in matched:
+            named = np.array(batches.covariates[matched[covariate]], object) != UNKNOWN
+            is_new |= named & (levels[:, column] < 0)
+    return sorted(
+        name for name, new in zip(batches.names, is_new, strict=True) if new and name in present
+    )
 
 
 def _list_decoders(model: CLUE) -> list[Decoder]:
@@ -124,11 +148,18 @@ def _list_decoders(model: CLUE) -> list[Decoder]:
     return [model.get_decoder(name) for name in model.modalities]
 
 
-def _add_rows(decoder: Decoder, n_rows: int) -> nn.Parameter:
-    """Add rows for new batches, which begin as the mean of those that are known.
+def _add_rows(
+    decoder: Decoder, known: BatchVocabulary, vocabulary: BatchVocabulary
+) -> nn.Parameter:
+    """Add rows for new levels, which begin as the mean of those of the covariate that are known.
+
+    Args:
+        decoder: to be changed.
+        known: the batches that it knows.
+        vocabulary: those that it is to know, the known ones first.
 
     Returns:
-        All rows, (batches, width).
+        All rows, (levels, width).
 
     Raises:
         ConfigError: the decoder was trained on one batch, and does not ask for it.
@@ -138,9 +169,18 @@ def _add_rows(decoder: Decoder, n_rows: int) -> nn.Parameter:
             "the model was trained on a single batch: its decoders have no place for others",
             fix="train all weights on old and new cells together: clue fine-tune --train all",
         )
-    before = decoder.batch.weight.detach()
-    added = before.mean(0, keepdim=True).expand(n_rows, -1)
-    rows = nn.Parameter(torch.cat([before, added]))
+    before, numbers = decoder.batch.weight.detach(), known.number_levels()
+    means = {
+        covariate: before[[numbers[covariate, level] for level in known.list_levels(covariate)]]
+        for covariate in known.covariates
+    }
+    added = [
+        means[covariate].mean(0)
+        for covariate, level in vocabulary.number_levels()
+        if (covariate, level) not in numbers
+    ]
+    rows = nn.Parameter(torch.stack([*before, *added]))
+    decoder.levels = torch.from_numpy(vocabulary.encode_levels(vocabulary)).to(before.device)
     decoder.batch = nn.Embedding(*rows.shape)
     decoder.batch.weight = rows
     return rows

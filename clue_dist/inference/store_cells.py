@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from anndata.utils import make_index_unique
 
 from clue_dist.data.batch import Batch, read_batch
 from clue_dist.errors import StoreError, list_names
-from clue_dist.inference.load_model import LoadedModel, encode_batches
+from clue_dist.inference.load_model import LoadedModel
+from clue_dist.store.batch_vocabulary import BatchVocabulary
 from clue_dist.store.reader import Store
 
 _METADATA_CELLS = 2**16  # cells whose barcodes are read at once
@@ -73,8 +73,11 @@ class StoreCells:
             for name, segment in segments.items()
         }
         self._all_modalities = list(trained_model.modalities)
-        # Batches of the store as the model numbers them; -1, unknown, is the last.
-        self._codes = np.append(encode_batches(trained_model, store.manifest.batches), -1)
+
+    @property
+    def batches(self) -> BatchVocabulary:
+        """The biological batches that codes of cells name, be they known to the model or not."""
+        return self.store.manifest.batch_vocabulary
 
     @property
     def n_cells(self) -> int:
@@ -119,16 +122,15 @@ class StoreCells:
     def read_slice(self, cells: CellSlice) -> Batch:
         """Read the cells of a slice; columns of `observed` are in the model's order."""
         assert isinstance(cells, SegmentSlice)
-        batch = read_batch(self.store, cells.segment, cells.positions, self._all_modalities)
-        return replace(batch, batch_code=torch.from_numpy(self._codes[batch.batch_code]))
+        return read_batch(self.store, cells.segment, cells.positions, self._all_modalities)
 
     def read_obs(self) -> pd.DataFrame:
         """Read what is known of the cells.
 
         Returns:
-            Barcodes as the index, `batch` and `cell_type` where some cell has one, and the columns
-            of obs that the store keeps, (N) rows. Where data sets share barcodes, the index is made
-            unique, and `barcode` keeps them.
+            Barcodes as the index, `batch` and `cell_type` where some cell has one, the levels of
+            batches that have several covariates, and the columns of obs that the store keeps, (N)
+            rows. Where data sets share barcodes, the index is made unique; `barcode` keeps them.
         """
         parts = [
             self.store.segments[name].read_metadata(
@@ -152,6 +154,10 @@ class StoreCells:
             code = np.concatenate(codes)
             if (code >= 0).any():  # -1 is unknown
                 frame[column] = pd.Categorical.from_codes(code, categories=pd.Index(names))
+        for column, levels in self.batches.decode_levels(
+            np.concatenate(columns["batch"][0])
+        ).items():
+            frame[column] = levels
         for name, kept in self.store.manifest.obs_columns.items():
             if name not in frame:
                 frame[name] = kept.decode_values(self._read_kept_column(name))

@@ -25,6 +25,7 @@ from clue_dist.model.posterior import choose_combination, sample_posterior, sele
 from clue_dist.model.thinning import hide_entries
 from clue_dist.model.translation import LatentTranslation
 from clue_dist.model.trunk import Trunk
+from clue_dist.store.batch_vocabulary import BatchVocabulary
 
 # Embeddings shrink private dimensions to this: a linear probe still reads them, and a cell's
 # neighbours follow from what modalities share. In the common space, where z has length 1, to less.
@@ -83,9 +84,16 @@ class CLUE(nn.Module):
         specs: by name, in model order.
         n_batches: biological batches that the decoders know.
         config: sizes, and how experts are combined.
+        levels: (n_batches, C), the levels of each batch, see `Decoder`; None: of one covariate.
     """
 
-    def __init__(self, specs: dict[str, ModalitySpec], n_batches: int, config: ModelConfig) -> None:
+    def __init__(
+        self,
+        specs: dict[str, ModalitySpec],
+        n_batches: int,
+        config: ModelConfig,
+        levels: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.modalities, self.latent = list(specs), config.latent
         k = len(specs)
@@ -103,7 +111,9 @@ class CLUE(nn.Module):
         self.space = CommonSpace(k, k * self.n_aligned)
         self.translation = LatentTranslation(k, config.latent)
         self.decoders = nn.ModuleList(
-            Decoder(spec.likelihood, spec.n_features, n_batches, config.latent, config.decoder)
+            Decoder(
+                spec.likelihood, spec.n_features, n_batches, config.latent, config.decoder, levels
+            )
             for spec in specs.values()
         )
         self.discriminator = Discriminator(k, self.n_aligned, config.discriminator)
@@ -370,3 +380,11 @@ class CLUE(nn.Module):
                 zeros = zeros.index_copy(1, rows, scores)
             ln_p.append(zeros)
         return list(torch.stack(ln_p, -1))
+
+
+def build_model(
+    specs: dict[str, ModalitySpec], batches: BatchVocabulary, config: ModelConfig
+) -> CLUE:
+    """Build the model for the modalities and batches of a store, or of a model card."""
+    levels = torch.from_numpy(batches.encode_levels(batches)) if batches.has_several else None
+    return CLUE(specs, len(batches.names), config, levels)

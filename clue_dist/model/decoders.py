@@ -21,7 +21,9 @@ BATCH_WIDTH = 16  # components that describe a biological batch to the decoder
 class Decoder(nn.Module):
     """z and the batch code of n cells -> ln p(x | z).
 
-    The batch enters here alone, so that cells of an unseen batch can be embedded.
+    The batch enters here alone, so that cells of an unseen batch can be embedded. It enters as the
+    sum of what describes its levels: one of each covariate, as donor and chemistry. So a
+    combination of known levels can be decoded that no cell had.
 
     Args:
         likelihood: a key of `LIKELIHOODS`.
@@ -29,14 +31,24 @@ class Decoder(nn.Module):
         n_batches: biological batches of the store; with one, the decoder does not ask for it.
         latent: width of z.
         config: widths and depths.
+        levels: (n_batches, C) int64, the levels of each batch by C covariates, numbered over all of
+            them; -1: unknown. None: each batch is a level of one covariate.
     """
 
     def __init__(
-        self, likelihood: str, n_features: int, n_batches: int, latent: int, config: DecoderConfig
+        self,
+        likelihood: str,
+        n_features: int,
+        n_batches: int,
+        latent: int,
+        config: DecoderConfig,
+        levels: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.likelihood, self.n_features = LIKELIHOODS[likelihood], n_features
-        self.batch = nn.Embedding(n_batches, BATCH_WIDTH) if n_batches > 1 else None
+        self.set_levels(torch.arange(max(n_batches, 1))[:, None] if levels is None else levels)
+        n_levels = int(self.levels.max()) + 1
+        self.batch = nn.Embedding(n_levels, BATCH_WIDTH) if n_batches > 1 else None
         self.mlp = MLP(
             latent + (BATCH_WIDTH if self.batch else 0), config.hidden, config.depth, config.dropout
         )
@@ -45,9 +57,27 @@ class Decoder(nn.Module):
         self.theta = SecondParameter(n_features, self.likelihood.theta_learning_rate)
 
     @property
-    def n_batches(self) -> int:
-        """Biological batches that are told apart, at least 1."""
-        return 1 if self.batch is None else self.batch.num_embeddings
+    def levels(self) -> Tensor:
+        """The levels of each batch, (n_batches, C) int64; -1: unknown."""
+        return self._levels_of_code[:-1]
+
+    def set_levels(self, levels: Tensor) -> None:
+        """Set the levels of each batch, (n_batches, C).
+
+        They are no buffer: they follow from the batches, which the model card lists.
+        """
+        # The last row is that of the code -1, an unknown batch.
+        self._levels_of_code = torch.cat([levels, torch.full_like(levels[:1], -1)])
+
+    def find_levels(self, batch_code: Tensor) -> Tensor:
+        """Find the levels of batches, (n, C) int64; -1: unknown.
+
+        Args:
+            batch_code: (n,) int64; -1: unknown.
+        """
+        if self._levels_of_code.device != batch_code.device:
+            self._levels_of_code = self._levels_of_code.to(batch_code.device)
+        return self._levels_of_code[batch_code]
 
     def forward(
         self,
@@ -72,8 +102,8 @@ class Decoder(nn.Module):
         Returns:
             ln p of each profile in nats, (n,) or (S, n).
         """
-        library = compute_library_size(counts).unsqueeze(1)
-        parameters = self.compute_parameters(z, batch_code, library, noise, rows, features)
+        library, levels = compute_library_size(counts).unsqueeze(1), self.find_levels(batch_code)
+        parameters = self.compute_parameters(z, levels, library, noise, rows, features)
         if features is None:
             return compute_log_likelihood(self.likelihood, counts, parameters)
         scale = self.n_features / len(features)
@@ -83,7 +113,7 @@ class Decoder(nn.Module):
     def compute_parameters(
         self,
         z: Tensor,
-        batch_code: Tensor,
+        levels: Tensor,
         library: Tensor,
         noise: Noise | None = None,
         rows: Tensor | None = None,
@@ -93,15 +123,15 @@ class Decoder(nn.Module):
 
         Args:
             z: (n, d), or (S, n, d).
-            batch_code: (n,) int64; -1: unknown.
+            levels: (n, C) int64, of the cells' batches; -1: unknown.
             library: (n, 1), total counts that the profiles have, or are to have.
             noise: for dropout, in training.
             rows: (n,), the cells' rows in the batch; None: all of them.
             features: (F,), sorted; None: all of them.
         """
         if self.batch is not None:
-            known = (batch_code >= 0).unsqueeze(1)  # an unknown batch is the zero vector
-            batch = self.batch(batch_code.clamp_min(0)) * known
+            known = (levels >= 0).unsqueeze(2)  # an unknown level is the zero vector
+            batch = (self.batch(levels.clamp_min(0)) * known).sum(1)
             z = torch.cat([z, batch.expand(*z.shape[:-1], -1)], -1)
         h = self.mlp(z.to(self.rate.weight.dtype), noise, rows)
         gate = None if self.gate is None else self.gate(h, features).float()

@@ -81,8 +81,8 @@ def infer_target_latent(model: CLUE, batch: Batch, modality: str) -> TargetLaten
 class ValueDecoder:
     """Decodes z_k into values of some features of a modality.
 
-    A batch code of -1, unknown, stands for all batches: what is expected is averaged over them, and
-    a draw is of a batch that is itself drawn.
+    A level of -1, unknown, stands for all: what is expected is averaged over the batches of
+    training, with the levels put in that are known, and a draw is of one of them at random.
     """
 
     model: CLUE
@@ -90,9 +90,11 @@ class ValueDecoder:
     features: Tensor | None = None  # (F,), their numbers; None: all of them
 
     @property
-    def n_batches(self) -> int:
-        """Biological batches that the decoder tells apart, at least 1."""
-        return self.model.get_decoder(self.modality).n_batches
+    def batches(self) -> Tensor:
+        """The levels of the batches of training, (n, C) int64, of which some batch is one."""
+        levels = self.model.get_decoder(self.modality).levels
+        complete = levels[(levels >= 0).all(1)]
+        return complete if len(complete) else levels
 
     @property
     def width(self) -> int:
@@ -100,12 +102,14 @@ class ValueDecoder:
         decoder = self.model.get_decoder(self.modality)
         return decoder.n_features if self.features is None else len(self.features)
 
-    def compute_mean(self, z: Tensor, code: Tensor, library: Tensor, log1p: bool = False) -> Tensor:
+    def compute_mean(
+        self, z: Tensor, levels: Tensor, library: Tensor, log1p: bool = False
+    ) -> Tensor:
         """Compute what is expected of each feature.
 
         Args:
             z: (B, d).
-            code: (B,) int64, the batch; -1: averaged over batches.
+            levels: (B, C) int64, of the batch; -1: averaged over batches.
             library: (B, 1), total counts of a profile.
             log1p: whether ln(1 + counts per 10,000) is expected of a profile, not its value.
 
@@ -113,32 +117,39 @@ class ValueDecoder:
             (B, F).
         """
         average = torch.zeros(len(z), self.width, device=z.device)
-        known = code >= 0
+        known = (levels >= 0).all(1)
         if known.any():
-            average[known] = self._compute_mean(z[known], code[known], library[known], log1p)
-        if not known.all():
-            for batch in range(self.n_batches):
-                every = torch.full_like(code[~known], batch)
-                mean = self._compute_mean(z[~known], every, library[~known], log1p)
-                average[~known] += mean / self.n_batches
+            average[known] = self._compute_mean(z[known], levels[known], library[known], log1p)
+        batches = self.batches.to(levels.device)
+        for partial in levels[~known].unique(dim=0):
+            alike = (levels == partial).all(1)
+            completed = torch.where(partial >= 0, partial, batches)
+            choices, times = completed.unique(dim=0, return_counts=True)
+            for chosen, n_times in zip(choices, times.tolist(), strict=True):
+                every = chosen.expand(int(alike.sum()), -1)
+                mean = self._compute_mean(z[alike], every, library[alike], log1p)
+                average[alike] += mean * n_times / len(batches)
         return average
 
-    def _compute_mean(self, z: Tensor, code: Tensor, library: Tensor, log1p: bool) -> Tensor:
+    def _compute_mean(self, z: Tensor, levels: Tensor, library: Tensor, log1p: bool) -> Tensor:
         likelihood = self.model.get_decoder(self.modality).likelihood
-        parameters = self._decode(z, code, library)
+        parameters = self._decode(z, levels, library)
         if log1p:
             return compute_log1p_mean(likelihood, parameters, PER_TEN_THOUSAND / library)
         return likelihood.compute_mean(parameters)
 
     def draw_values(
-        self, z: Tensor, code: Tensor, library: Tensor, generator: torch.Generator
+        self, z: Tensor, levels: Tensor, library: Tensor, generator: torch.Generator
     ) -> Tensor:
         """Draw values of each feature, (B, F); arguments as of `compute_mean`."""
-        drawn = torch.randint(self.n_batches, code.shape, generator=generator, device=code.device)
-        parameters = self._decode(z, torch.where(code >= 0, code, drawn), library)
+        batches = self.batches.to(levels.device)
+        drawn = torch.randint(
+            len(batches), (len(levels),), generator=generator, device=levels.device
+        )
+        parameters = self._decode(z, torch.where(levels >= 0, levels, batches[drawn]), library)
         likelihood = self.model.get_decoder(self.modality).likelihood
         return likelihood.draw_values(parameters, generator)
 
-    def _decode(self, z: Tensor, code: Tensor, library: Tensor) -> LikelihoodParameters:
+    def _decode(self, z: Tensor, levels: Tensor, library: Tensor) -> LikelihoodParameters:
         decoder = self.model.get_decoder(self.modality)
-        return decoder.compute_parameters(z, code, library, features=self.features)
+        return decoder.compute_parameters(z, levels, library, features=self.features)

@@ -15,7 +15,7 @@ def transfer_weights(
     model: CLUE,
     weights: Mapping[str, Tensor],
     modalities: Sequence[str],
-    batch_codes: Mapping[int, int],
+    levels: Mapping[int, int],
 ) -> None:
     """Set a model to the weights of another one, as far as both know the same.
 
@@ -26,7 +26,7 @@ def transfer_weights(
         model: to be changed; of the sizes of the other model.
         weights: parameters and buffers of the other model, by name.
         modalities: the modalities of the other model, in its order.
-        batch_codes: the code of each known batch in the other model, by its code in this one.
+        levels: the number of each known level of batches in the other model, by that in this one.
 
     Raises:
         RuntimeError: the other model has other sizes.
@@ -51,7 +51,7 @@ def transfer_weights(
         elif module == "trunks" and rest[1] == "ensemble" and not model.heads.shared:
             _view_networks(model, tensor)[:, places] = _view_networks(model, values)[:, sources]
         elif rest[-2:] == ["batch", "weight"]:
-            tensor[list(batch_codes)] = values[list(batch_codes.values())]
+            tensor[list(levels)] = values[list(levels.values())]
         elif module == "decoders" and tensor.ndim == 2:
             # The last inputs of a decoder describe the batch: one of the two may not have them.
             n_inputs = min(tensor.shape[1], values.shape[1])

@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from clue_dist.errors import StoreError, list_names
 from clue_dist.store import layout
+from clue_dist.store.batch_vocabulary import BatchVocabulary
 from clue_dist.store.location import Location, parse_location, read_file
 from clue_dist.store.manifest import Manifest, Modality
 from clue_dist.store.obs_columns import Names
@@ -36,6 +37,11 @@ class FeatureReference(Protocol):
         ...
 
     @property
+    def batch_vocabulary(self) -> BatchVocabulary:
+        """These batches, and their levels of each covariate."""
+        ...
+
+    @property
     def labels(self) -> list[str]:
         """Labels whose codes new cells must keep."""
         ...
@@ -51,9 +57,14 @@ class ModelFeatures:
     """What a trained model expects of a store; see `FeatureReference`."""
 
     modalities: dict[str, Modality]
-    batches: list[str]
+    batch_vocabulary: BatchVocabulary
     fingerprint: str
     labels: list[str] = field(default_factory=list)  # a model knows none
+
+    @property
+    def batches(self) -> list[str]:
+        """Batches whose codes new cells must keep."""
+        return self.batch_vocabulary.names
 
 
 class _CardFeatures(BaseModel):
@@ -61,6 +72,8 @@ class _CardFeatures(BaseModel):
 
     modalities: dict[str, Modality] = Field(min_length=1)
     batches: Names
+    batch_covariates: dict[str, list[str]] = {}
+    batch_key: str = ""
 
 
 def _refuse_incomplete_run(root: Location) -> None:
@@ -111,4 +124,5 @@ def read_feature_reference(place: str | Location) -> FeatureReference:
             fix="restore the file from the run that trained the model",
         ) from None
     digest = hashlib.sha256(content).hexdigest()
-    return ModelFeatures(card.modalities, card.batches, f"model {digest}")
+    vocabulary = BatchVocabulary.from_lists(card.batches, card.batch_covariates, card.batch_key)
+    return ModelFeatures(card.modalities, vocabulary, f"model {digest}")

@@ -27,6 +27,7 @@ from clue_dist.errors import StoreError, list_names
 from clue_dist.files import write_file
 from clue_dist.kinds import KINDS, Storage
 from clue_dist.store import layout, location
+from clue_dist.store.batch_vocabulary import UNKNOWN, BatchVocabulary
 from clue_dist.store.layout import ArraySpec, Codec
 from clue_dist.store.location import Location
 from clue_dist.store.obs_columns import KeptColumn, Names, name_kept_array
@@ -124,6 +125,8 @@ class Manifest(_ManifestPart):
     codec: Codec = "balanced"
     modalities: dict[str, Modality]  # in the order that the model has them in, too
     batches: Names  # a cell's batch code is a place in this list
+    # By name, the level of each batch, or ""; a store of one covariate does not list it.
+    batch_covariates: dict[str, list[str]] = {}
     labels: Names  # a cell's label code is a place in this list
     obs_columns: dict[str, KeptColumn] = {}  # by name; a store without any does not list them
     strata: dict[str, Segment] = Field(min_length=1)  # by name of the segment
@@ -184,6 +187,20 @@ class Manifest(_ManifestPart):
                 )
 
     @model_validator(mode="after")
+    def _require_levels_of_batches(self) -> Manifest:
+        """Refuse covariates that do not give every batch a combination of levels of its own."""
+        lists = list(self.batch_covariates.values())
+        if not lists:
+            return self
+        combinations = set(zip(*lists, strict=False))
+        has_levels = all(set(levels) != {UNKNOWN} for levels in combinations)
+        if any(len(levels) != len(self.batches) for levels in lists) or not has_levels:
+            raise ValueError("batch_covariates do not give a level for each batch")
+        if len(lists) < 2 or len(combinations) < len(self.batches):
+            raise ValueError("batch_covariates do not tell the batches apart")
+        return self
+
+    @model_validator(mode="after")
     def _require_real_sizes(self) -> Manifest:
         """Refuse an array that is larger than its cells and features can make it.
 
@@ -216,6 +233,12 @@ class Manifest(_ManifestPart):
     def n_cells(self) -> int:
         """Number of cells in all segments."""
         return sum(segment.n_cells for segment in self.strata.values())
+
+    @property
+    def batch_vocabulary(self) -> BatchVocabulary:
+        """The batches, and their levels of each covariate."""
+        column = self.provenance.get("columns", {}).get("batch", "")
+        return BatchVocabulary.from_lists(self.batches, self.batch_covariates, column)
 
     def compute_fingerprint(self) -> str:
         """Hash what the cells decide: equal cells give an equal fingerprint.
@@ -309,7 +332,7 @@ class Manifest(_ManifestPart):
 
     def _list_unused_fields(self) -> set[str]:
         """List the fields that a manifest without them lacks, as earlier versions wrote it."""
-        return set() if self.obs_columns else {"obs_columns"}
+        return {name for name in ("obs_columns", "batch_covariates") if not getattr(self, name)}
 
     def is_sealed(self, content: bytes) -> bool:
         """Whether the file that this manifest was read from is to the byte what `write` wrote.

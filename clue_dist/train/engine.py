@@ -19,7 +19,7 @@ from clue_dist.deepspeed_internals import (
     forget_former_group,
     keep_gradients_local,
 )
-from clue_dist.model.clue import CLUE
+from clue_dist.model.clue import CLUE, build_model
 from clue_dist.objective import Objective
 from clue_dist.ranks import Ranks
 from clue_dist.train.initial_weights import set_initial_weights
@@ -65,7 +65,7 @@ def build_engine(
     """
     config = setup.config
     torch.manual_seed(config.seed)
-    model = CLUE(setup.specs, len(setup.store.manifest.batches), config.model)
+    model = build_model(setup.specs, setup.store.manifest.batch_vocabulary, config.model)
     if ranks.is_first:
         (set_weights or (lambda fresh: set_initial_weights(fresh, setup)))(model)
     objective = Objective(model, config.objective, weigh_modalities(setup)).to(device)

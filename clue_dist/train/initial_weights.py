@@ -14,6 +14,7 @@ from clue_dist.model.clue import CLUE
 from clue_dist.model.initialise import initialise_model
 from clue_dist.model.modality_spec import specify_modalities
 from clue_dist.model.weight_transfer import transfer_weights
+from clue_dist.store.batch_vocabulary import BatchVocabulary
 from clue_dist.train.setup import Setup
 
 # Settings of the model that mean nothing to weights which are trained already.
@@ -49,7 +50,7 @@ class WarmStart:
     weights: Path  # the committed folder that holds them
     card: ModelCard  # what the earlier run knows
     modalities: list[str]  # modalities of the store
-    batches: list[str]  # biological batches of the store
+    batches: BatchVocabulary  # biological batches of the store
 
     @property
     def new_modalities(self) -> list[str]:
@@ -69,8 +70,7 @@ class WarmStart:
             )
         if self.new_modalities:
             set_initial_weights(model, setup)
-        codes = {name: code for code, name in enumerate(self.card.batches)}
-        known = {code: codes[name] for code, name in enumerate(self.batches) if name in codes}
+        known = self.card.batch_vocabulary.match_levels(self.batches)
         try:
             transfer_weights(model, read_weights(self.weights), list(self.card.modalities), known)
         except UNFIT as error:
@@ -87,7 +87,7 @@ class WarmStart:
         lines = [f"  begins with the weights of {self.weights}"]
         for title, before, now in (
             ("modalities", list(known.modalities), self.modalities),
-            ("batches", known.batches, self.batches),
+            ("batches", known.batches, self.batches.names),
         ):
             groups = {
                 "kept": [name for name in now if name in before],
@@ -125,7 +125,7 @@ def plan_warm_start(run: Path, setup: Setup) -> WarmStart:
     _require_same_features(run, card, setup)
     _require_same_model(run, card, config, setup)
     manifest = setup.store.manifest
-    return WarmStart(run, saved[0], card, list(manifest.modalities), list(manifest.batches))
+    return WarmStart(run, saved[0], card, list(manifest.modalities), manifest.batch_vocabulary)
 
 
 def _require_same_features(run: Path, card: ModelCard, setup: Setup) -> None:

@@ -11,6 +11,7 @@ from typing import get_args
 from clue_dist.errors import DataError, StoreError
 from clue_dist.files import parse_path
 from clue_dist.store import layout
+from clue_dist.store.feature_reference import read_feature_reference
 from clue_dist.store.location import parse_location
 from clue_dist.store.manifest import Manifest
 from data_prep import doctor, inspect, svd
@@ -55,16 +56,19 @@ def run_command(words: Sequence[str], program: str = "python -m data_prep") -> N
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    inputs, options = parse_conversion(arguments, FIELDS)
+    place = arguments.features_from
+    known = None if place is None else read_feature_reference(place).batch_vocabulary
+    inputs, options = parse_conversion(arguments, FIELDS, known)
     with open_pool(arguments.workers, arguments.scheduler) as pool:
         manifest = convert_inputs(inputs, arguments.out, options, pool)
     print(f"{arguments.out}: {format_conversion(manifest)}")
 
 
 def _append(arguments: argparse.Namespace) -> None:
-    provenance = Manifest.read(parse_location(arguments.to)).provenance
+    manifest = Manifest.read(parse_location(arguments.to))
     # Unless a flag says otherwise, new cells are read from the columns that the first ones were.
-    inputs, options = parse_conversion(arguments, FIELDS | provenance.get("columns", {}))
+    columns = FIELDS | manifest.provenance.get("columns", {})
+    inputs, options = parse_conversion(arguments, columns, manifest.batch_vocabulary)
     with open_pool(arguments.workers, arguments.scheduler) as pool:
         manifest = append_cells(inputs, arguments.to, options, pool)
     print(f"{arguments.to}: {format_addition(manifest)}")

@@ -8,6 +8,8 @@ from typing import Any, get_args
 
 from clue_dist.errors import DataError, list_names
 from clue_dist.kinds import KINDS
+from clue_dist.store.batch_vocabulary import BatchVocabulary
+from data_prep.cli.covariate_flags import choose_covariates, match_columns
 from data_prep.cli.feature_choices import parse_choices
 from data_prep.cli.inputs import parse_inputs
 from data_prep.conversion.kept_obs import ALL
@@ -29,19 +31,22 @@ SEVERAL: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}  # v
 
 
 def parse_conversion(
-    arguments: argparse.Namespace, columns: Mapping[str, str]
+    arguments: argparse.Namespace,
+    columns: Mapping[str, str],
+    known_batches: BatchVocabulary | None = None,
 ) -> tuple[list[ConversionInput], ConversionOptions]:
     """Open the inputs of a conversion.
 
     Args:
         arguments: arguments of `convert` or `append`.
         columns: columns of obs, for batch and label, where no flag names others.
+        known_batches: of the store, or the model, that the cells are fitted to.
 
     Returns:
         The inputs, and what decides the result beside them.
     """
     kinds = parse_pairs(arguments.kind, "--kind")
-    obs_columns = _parse_columns(arguments, columns)
+    obs_columns = _parse_columns(arguments, columns, known_batches)
     reading = ReadingOptions(
         obs_columns,
         kinds,
@@ -88,21 +93,33 @@ def _parse_kept_obs(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _parse_columns(arguments: argparse.Namespace, columns: Mapping[str, str]) -> ObsColumns:
+def _parse_columns(
+    arguments: argparse.Namespace, columns: Mapping[str, str], known: BatchVocabulary | None
+) -> ObsColumns:
     """The columns of obs that the flags name, else `columns`."""
+    covariates = choose_covariates(arguments.batch_key, known)
+    words = [] if covariates else arguments.batch_key
     flags = {
-        "batch": PerModality.parse_values(arguments.batch_key, "--batch-key", "columns"),
+        "batch": PerModality.parse_values(words, "--batch-key", "columns"),
         "label": PerModality.parse_values(arguments.label_key, "--label-key", "columns"),
         DATASET: PerModality("--dataset-key", arguments.dataset_key),
     }
+    if covariates:
+        del flags["batch"]
     chosen = {field: flag.default or columns.get(field) for field, flag in flags.items()}
     by_modality: dict[str, dict[str, str]] = {}
     for field, flag in flags.items():
         for modality, column in flag.by_modality.items():
             by_modality.setdefault(modality, {})[field] = column
+    explicit = {name for name, flag in flags.items() if flag.default not in (None, NO_COLUMN)}
+    if covariates:
+        matched = match_columns(arguments.batch_key, covariates, columns)
+        chosen, explicit = {**chosen, **matched.by_field}, explicit | matched.explicit_fields
+        for modality, by_field in matched.by_modality.items():
+            by_modality.setdefault(modality, {}).update(by_field)
     return ObsColumns(
         {field: column for field, column in chosen.items() if column not in (None, NO_COLUMN)},
-        frozenset(name for name, flag in flags.items() if flag.default not in (None, NO_COLUMN)),
+        frozenset(explicit),
         by_modality,
     )
 
@@ -157,10 +174,9 @@ def _add_cell_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-key",
         metavar="[NAME=]COLUMN",
-        help=f"obs column of the batch (default: {FIELDS['batch']}, where there is one); "
-        f"{NO_COLUMN}: no batches",
-        action="append",
-        default=[],
+        help=f"obs column of the batch (default: {FIELDS['batch']}, where there is one), or "
+        f"several covariates of it, as donor and chemistry; {NO_COLUMN}: no batches",
+        **SEVERAL,
     )
     parser.add_argument(
         "--label-key",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clue_dist.errors import DataError, list_names
+from data_prep.options import COVARIATE
 from data_prep.readers.source import Source, SourceHead
 
 BARCODES_SHOWN = 10  # barcodes that an error shows
@@ -59,15 +60,17 @@ def refuse_cell_problems(
                 mistake=RepeatedBarcodes(),
             )
     for field, values in names.items():
+        what = field.removeprefix(COVARIATE)
+        flag = "--batch-key" if what != field else f"--{field}-key"
         number, disputes = _sum_problems([report["dispute"].get(field) for report in reports])
         if number:
             cells = [f"{barcode}: {values[a]!r} and {values[b]!r}" for barcode, a, b, _ in disputes]
             raise DataError(
-                f"the modalities of {number} cells disagree on their {field}",
+                f"the modalities of {number} cells disagree on their {what}",
                 where=sources[disputes[0][3]].display_name,
                 got=list_names(cells),
                 expected="one value per cell, or none",
-                fix=f"if the column holds no {field}, leave it out: `--{field}-key none`, or name "
+                fix=f"if the column holds no {what}, leave it out: `{flag} none`, or name "
                 f"another one; correct it otherwise; if the barcodes name different cells, prefix "
                 "the data sets: `lane1:FILE`",
                 mistake=DisputedField(field),

@@ -50,6 +50,8 @@ class CellTable:
     range_starts: np.ndarray  # (ranges + 1,), place of the first cell of each; the number of cells
     hash_key: int
     names: dict[str, list[str]]  # of each field, the batches or labels that codes are indices of
+    # Of several covariates of batches: by name, the level of each batch, or "".
+    covariates: dict[str, list[str]]
     row_folders: list[Path]  # of each source: keys.npy and batch.npy hold a number for each row
     by_core: bool = False  # whether hashes are those of the barcodes' cores
     n_merged: int = 0  # barcodes that joined a cell with another barcode, of the same core

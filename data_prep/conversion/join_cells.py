@@ -16,13 +16,15 @@ import numpy as np
 
 from clue_dist.errors import DataError, list_names
 from clue_dist.process import print_error
+from clue_dist.store.batch_vocabulary import UNKNOWN, BatchVocabulary
 from clue_dist.store.shuffle import derive_key, hash_barcodes
+from data_prep.conversion.batch_levels import combine_covariates
 from data_prep.conversion.cell_problems import BARCODES_SHOWN, refuse_cell_problems
 from data_prep.conversion.cells import CellTable, divide_hashes
 from data_prep.jobs.array_files import flush_arrays, load_array, map_array, save_array
 from data_prep.jobs.whole_folders import make_whole_folder
 from data_prep.jobs.workers import WorkerPool, run_missing
-from data_prep.options import DATASET, FIELDS, NO_COLUMN, ObsColumns
+from data_prep.options import COVARIATE, DATASET, NO_COLUMN, ObsColumns
 from data_prep.readers.barcode_cores import (
     count_ambiguous_cells,
     extract_cores,
@@ -65,7 +67,8 @@ def join_cells_by_barcode(
     sources: Sequence[Source],
     heads: Sequence[SourceHead],
     modalities: Sequence[str],
-    known_names: Mapping[str, list[str]],
+    known_batches: BatchVocabulary,
+    known_labels: list[str],
     obs_columns: ObsColumns,
     seed: int,
     work: Path,
@@ -78,7 +81,8 @@ def join_cells_by_barcode(
         sources: the inputs.
         heads: head of each source.
         modalities: their order decides which bit of a cell's mask is whose.
-        known_names: of each field, the names that have codes already: 0, 1, ...
+        known_batches: the batches that have codes already: 0, 1, ...
+        known_labels: likewise the labels.
         obs_columns: where batch and label are found.
         seed: seed of the shuffle.
         work: the folder for the files of this job.
@@ -88,14 +92,21 @@ def join_cells_by_barcode(
 
     Raises:
         DataError: a barcode stands twice in one modality of a data set; modalities disagree on the
-            batch or label of a cell; no file has a column that was asked for.
+            batch or label of a cell; no file has a column that was asked for; a covariate of
+            batches has nearly as many levels as there are cells.
     """
     n_rows = sum(head.n_rows for head in heads)
     if not n_rows:
         where = list_names(source.display_name for source in sources)
         raise DataError("the inputs hold no cells", where=where)
     _require_columns(obs_columns, sources, heads)
-    names = {field: _merge_names(field, heads, known_names.get(field, [])) for field in FIELDS}
+    covariates: Mapping[str, Sequence[str]] = {name: [] for name in obs_columns.covariates}
+    if known_batches.has_several:
+        covariates = known_batches.covariates
+    known_names = {COVARIATE + name: _list_known(levels) for name, levels in covariates.items()}
+    known_names = known_names or {"batch": known_batches.names}
+    known_names["label"] = known_labels
+    names = {field: _merge_names(field, heads, known) for field, known in known_names.items()}
     hash_key = derive_key(seed, "cells")
     rows_folder = work / "cells" / "rows"
     row_lists = _list_all_rows(sources, heads, names, hash_key, by_core, rows_folder, pool)
@@ -111,6 +122,10 @@ def join_cells_by_barcode(
     reports = [json.loads((folder / "report.json").read_text()) for folder in folders]
     refuse_cell_problems(reports, sources, heads, modalities, names)
 
+    batches = known_batches
+    if covariates:
+        batches = combine_covariates(folders, names, covariates)
+        names = {"batch": batches.names, "label": names["label"]}
     counts = [len(load_array(folder / "planned.npy")) for folder in folders]
     row_folders = [work / "sources" / f"{i:03d}" for i in range(len(sources))]
     range_starts = np.concatenate([[0], np.cumsum(counts)])
@@ -118,7 +133,15 @@ def join_cells_by_barcode(
         sum(report.get(key, 0) for report in reports) for key in ("merged", "ambiguous")
     )
     cells = CellTable(
-        folders, range_starts, hash_key, names, row_folders, by_core, n_merged, n_ambiguous
+        folders,
+        range_starts,
+        hash_key,
+        names,
+        batches.list_covariates(),
+        row_folders,
+        by_core,
+        n_merged,
+        n_ambiguous,
     )
     _write_row_keys(cells, [head.n_rows for head in heads])
     return cells
@@ -133,26 +156,35 @@ def _require_columns(
         files = [head for source, head in pairs if source.modality == modality]
         for field, column in columns.items():
             if column != NO_COLUMN and not any(field in head.fields for head in files):
-                flag = f"--{field}-key {modality}={column}"
+                flag = f"{_name_flag(field)} {modality}={column}"
                 raise _describe_absence(field, flag, files)
     for field in sorted(obs_columns.explicit_fields):
         if not any(field in head.fields for head in heads):
-            absence = _describe_absence(
-                field, f"--{field}-key {obs_columns.by_field[field]}", heads
-            )
+            flag = f"{_name_flag(field)} {obs_columns.by_field[field]}"
+            absence = _describe_absence(field, flag, heads)
             if field == DATASET:
                 raise absence
             print_error(f"warning: {absence}")
 
 
+def _name_flag(field: str) -> str:
+    """The flag that names the column of a field."""
+    return "--batch-key" if field.startswith(COVARIATE) else f"--{field}-key"
+
+
 def _describe_absence(field: str, flag: str, heads: Sequence[SourceHead]) -> DataError:
     columns = sorted({column for head in heads for column in head.obs_columns})
     return DataError(
-        f"no input has the {field} column asked for",
+        f"no input has the {field.removeprefix(COVARIATE)} column asked for",
         where=flag,
         got=f"columns: {list_names(columns, 30) or 'none'}",
         fix="name one of these columns",
     )
+
+
+def _list_known(levels: Sequence[str]) -> list[str]:
+    """The levels of known batches, each once."""
+    return [level for level in dict.fromkeys(levels) if level != UNKNOWN]
 
 
 def _merge_names(field: str, heads: Sequence[SourceHead], known: list[str]) -> list[str]:

@@ -18,12 +18,14 @@ import numpy as np
 from clue_dist.errors import DataError
 from clue_dist.kinds import KINDS
 from clue_dist.store import layout
+from clue_dist.store.batch_vocabulary import UNKNOWN
 from clue_dist.store.layout import Codec
 from clue_dist.store.manifest import Manifest, Modality, PackedModality, Segment
 from clue_dist.store.rows import COUNT_BITS
 from data_prep.conversion.cells import CellRange, CellTable
 from data_prep.conversion.spool import extract_places, survey_spool
 from data_prep.jobs.array_files import flush_arrays, map_array
+from data_prep.options import COVARIATE
 
 STEP_PLACES = 2**20  # places that are looked at together
 
@@ -284,6 +286,7 @@ def build_manifest(
         codec=codec,
         modalities=modalities,
         batches=cells.names["batch"],
+        batch_covariates=cells.covariates,
         labels=cells.names["label"],
         strata=strata,
         shards={},
@@ -299,9 +302,13 @@ def measure_cell_bytes(packed: PackedModality, n_features: int, block_cells: int
 
 
 def count_unknown(final: FinalStrata, cells: CellTable, field: str) -> int:
-    """Count the cells whose batch, or label, is unknown."""
+    """Count the cells whose batch, or label, or level of a covariate is unknown."""
+    tallied, names = field, cells.names.get(field, [])
+    if field.startswith(COVARIATE):
+        tallied, names = "batch", cells.covariates[field.removeprefix(COVARIATE)]
+    is_known = np.array([name != UNKNOWN for name in names], bool)
     return sum(
-        placed.n_cells - sum(_name_tally(cells, placed, field).values())
+        placed.n_cells - int(placed.tallies[tallied][is_known].sum())
         for placed in final.strata.values()
     )
 

@@ -6,7 +6,7 @@ import torch
 
 from clue_dist.config import Config
 from clue_dist.inference.load_model import TrainedModel
-from clue_dist.model.clue import CLUE
+from clue_dist.model.clue import build_model
 from clue_dist.model.modality_spec import specify_modalities
 from clue_dist.store.reader import Store
 
@@ -24,7 +24,7 @@ def make_trained(store: Store, **likelihoods: str) -> TrainedModel:
     manifest = store.manifest
     torch.manual_seed(0)
     specs = specify_modalities(manifest.modalities, config)
-    model = CLUE(specs, len(manifest.batches), config.model).eval()
+    model = build_model(specs, manifest.batch_vocabulary, config.model).eval()
     with torch.no_grad():
         for name in model.modalities:
             decoder = model.get_decoder(name)
@@ -32,5 +32,11 @@ def make_trained(store: Store, **likelihoods: str) -> TrainedModel:
             decoder.rate.bias.fill_(-3)
             model.get_trunk(name).size.copy_(torch.tensor([[4.0, 2.0], [1.0, 1.0]]))
     return TrainedModel(
-        model, manifest.modalities, "step-7", config, frozenset(), list(manifest.batches)
+        model,
+        manifest.modalities,
+        "step-7",
+        config,
+        frozenset(),
+        list(manifest.batches),
+        batch_covariates=manifest.batch_covariates,
     )

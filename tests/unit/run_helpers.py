@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from clue_dist.checkpoint.model_card import write_model_card
 from clue_dist.checkpoint.run_folder import COMMIT, STATE, WEIGHTS, RunState
 from clue_dist.config import Config
-from clue_dist.model.clue import CLUE
+from clue_dist.model.clue import CLUE, build_model
 from clue_dist.store.writer import hash_file
 from clue_dist.train.setup import Setup, prepare_setup
 
@@ -30,7 +30,8 @@ def make_setup(store: Path, **settings: object) -> Setup:
 
 
 def make_model(setup: Setup) -> CLUE:
-    return CLUE(setup.specs, len(setup.store.manifest.batches), setup.config.model)
+    batches = setup.store.manifest.batch_vocabulary
+    return build_model(setup.specs, batches, setup.config.model)
 
 
 def commit_weights(folder: Path, weights: dict[str, torch.Tensor]) -> None:

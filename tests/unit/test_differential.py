@@ -48,7 +48,7 @@ def cells(store, trained) -> GroupedCells:
         means.append(posterior.joint_mean[:, 0])
     z = torch.cat(means)
     decoder = model.get_decoder("rna")
-    code, library = torch.zeros(60, dtype=torch.int64), torch.full((60, 1), 1e4)
+    code, library = torch.zeros(60, 1, dtype=torch.int64), torch.full((60, 1), 1e4)
     first = decoder.likelihood.compute_mean(decoder.compute_parameters(z, code, library))[:, 0]
     high = (first > first[:40].median()).numpy()
     # Cells of proteins alone have no group.

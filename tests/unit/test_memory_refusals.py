@@ -300,7 +300,8 @@ def test_batches_are_named_as_in_a_store():
     table.obs["donor"] = [1.0, 2.0, np.nan, 3.0, 1.0]
     cells = open_cells(table, LOADED, batch_key="donor")
     (cell_slice,) = cells.slice_cells(10)
-    assert cells.read_slice(cell_slice).batch_code.tolist() == [0, 1, -1, -1, 0]
+    assert cells.read_slice(cell_slice).batch_code.tolist() == [0, 1, -1, 2, 0]
+    assert cells.batches.names == ["1", "2", "3"]
     obs = cells.read_obs()
     assert obs["batch"].tolist()[:2] == ["1", "2"]
     assert obs["batch"].isna().tolist() == [False, False, True, False, False]

@@ -18,6 +18,7 @@ from clue_dist.inference.load_model import TrainedModel, load_model
 from clue_dist.inference.new_batches import learn_batches, tune_batches
 from clue_dist.inference.store_cells import StoreCells
 from clue_dist.inference.stream import embed_in_memory
+from clue_dist.store.batch_vocabulary import BatchVocabulary
 from clue_dist.store.reader import Store
 from clue_dist.train.initial_weights import plan_warm_start
 from tests.stores import make_store
@@ -49,6 +50,11 @@ class RareBatch(StoreCells):
         obs = super().read_obs().assign(batch="batch-2")
         obs.iloc[self.slice_cells(4)[1].rows[0], obs.columns.get_loc("batch")] = "rare"
         return obs
+
+    @property
+    def batches(self) -> BatchVocabulary:
+        names = [*super().batches.names, "rare"]
+        return BatchVocabulary.from_lists(names, {}, "")
 
 
 @pytest.fixture
