@@ -7,6 +7,8 @@ is. Cells of label "" or "nan" count as cells without one.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -98,6 +100,7 @@ def score_joint_latent(
     batches: np.ndarray,
     labels: np.ndarray,
     ranks: Ranks | None = None,
+    covariates: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Score z of cells from everything observed in them.
 
@@ -107,11 +110,13 @@ def score_joint_latent(
         batches: (N,) names or codes.
         labels: (N,) names.
         ranks: processes that share the work. All must call, and all get the result.
+        covariates: by name (N,) levels, where several make up the batches.
 
     Returns:
         `cells` and, of two patterns or more, `islands` by pattern; of two batches or more
-        `ilisi`, `ilisi_random` and `kbet`; of two labels or more `labelled_cells`, `accuracy`,
-        `clisi`, `nmi`, `ari` and `asw`. SCIB_MEASURES are there where scib-metrics is installed.
+        `ilisi`, `ilisi_random` and `kbet`, and `covariates`, which holds the first two of each;
+        of two labels or more `labelled_cells`, `accuracy`, `clisi`, `nmi`, `ari` and `asw`.
+        SCIB_MEASURES are there where scib-metrics is installed.
 
     Raises:
         DataError: values that are not finite.
@@ -124,9 +129,13 @@ def score_joint_latent(
     if len(np.unique(patterns)) > 1:
         scores["islands"] = measure_islands(neighbours, patterns)
     if len(np.unique(batches)) > 1:
-        scores["ilisi"] = measure_ilisi(neighbours, batches)
-        scores["ilisi_random"] = measure_ilisi(neighbours, deal_batches(batches))
+        scores |= _score_batches(neighbours, batches)
         scores |= ranks.run_on_first(lambda: _measure_kbet(neighbours, batches))
+    varied = {name: each for name, each in covariates.items() if len(np.unique(each)) > 1}
+    if varied:
+        scores["covariates"] = {
+            name: _score_batches(neighbours, levels) for name, levels in varied.items()
+        }
     known = mark_labelled_cells(labels)
     if len(np.unique(labels[known])) > 1 and known.sum() > 2:
         labelled = neighbours
@@ -173,6 +182,14 @@ def measure_ilisi(neighbours: Neighbours, groups: np.ndarray) -> float:
     """
     index, n_groups = _compute_inverse_simpson(neighbours, groups)
     return float((np.median(index) - 1) / (n_groups - 1))
+
+
+def _score_batches(neighbours: Neighbours, batches: np.ndarray) -> dict[str, float]:
+    """How well batches, or levels of a covariate, mix, beside what they do where dealt anew."""
+    return {
+        "ilisi": measure_ilisi(neighbours, batches),
+        "ilisi_random": measure_ilisi(neighbours, deal_batches(batches)),
+    }
 
 
 def deal_batches(batches: np.ndarray) -> np.ndarray:

@@ -51,6 +51,7 @@ def collect_facts(root: str | Path) -> dict[str, Any]:
             for name, stratum in manifest.strata.items()
         },
         "batches": _count_cells(manifest, "batch"),
+        **({"covariates": covariates} if (covariates := _count_levels(manifest)) else {}),
         "labels": _count_cells(manifest, "label"),
         "svd": {
             name: {
@@ -104,6 +105,18 @@ def _count_cells(manifest: Manifest, field: str) -> dict[str, int]:
     return totals | ({"(unknown)": unknown} if unknown else {})
 
 
+def _count_levels(manifest: Manifest) -> dict[str, dict[str, int]]:
+    """Count the cells of each level of each covariate, where several make up the batches."""
+    n_cells, counted = _count_cells(manifest, "batch"), {}
+    for name, levels in manifest.batch_covariates.items():
+        counts = dict.fromkeys(manifest.batch_vocabulary.list_levels(name), 0)
+        for batch, level in zip(manifest.batches, levels, strict=True):
+            if level:
+                counts[level] += n_cells[batch]
+        counted[name] = counts
+    return counted
+
+
 def format_facts(facts: dict[str, Any]) -> str:
     """Format what `collect_facts` has found for people."""
     lines = [
@@ -126,6 +139,9 @@ def format_facts(facts: dict[str, Any]) -> str:
     for title in ("batches", "labels"):
         shares = [f"{name} {n_cells:,}" for name, n_cells in facts[title].items() if n_cells]
         lines.append(f"{title:<12} {list_names(shares, _SHOWN) or 'none'}")
+        for name, levels in facts.get("covariates", {}).items() if title == "batches" else ():
+            shares = [f"{level} {n_cells:,}" for level, n_cells in levels.items() if n_cells]
+            lines.append(f"  {name:<12} {list_names(shares, _SHOWN)}")
     for name, note in facts["svd"].items():
         result = f"{note['components']} components of {note['cells']:,} cells, {note['normalise']}"
         lines.append(f"{'svd':<12} {name}: {result}")

@@ -42,9 +42,10 @@ STEP_CELLS = 2**16  # cells of which narrow arrays are read at once
 class SplitRule:
     """Which cells go to the test part."""
 
-    by: str = CELLS  # "cells", "batch", or a column of categories that the store keeps
+    # "cells", "batch", a covariate of batches, or a column of categories that the store keeps
+    by: str = CELLS
     share: float = 0.2  # of all cells, where `by` is "cells"
-    test_names: tuple[str, ...] = ()  # batches, or categories of the column, else
+    test_names: tuple[str, ...] = ()  # batches, levels, or categories of the column, else
     seed: int = 0  # another seed draws other cells
 
     def describe(self) -> dict[str, Any]:
@@ -134,25 +135,27 @@ def _choose_test_cells(reader: SegmentReader, rule: SplitRule) -> np.ndarray:
             hashes = hash_barcodes(reader.read_barcodes(positions), key)
             parts.append(hashes < np.uint64(min(int(rule.share * 2.0**64), 2**64 - 1)))
             continue
-        if rule.by == BATCH:
+        if rule.by == BATCH or rule.by in reader.manifest.batch_covariates:
             codes = reader.read_codes(BATCH, positions)
         else:
             codes = reader.read_kept_column(rule.by, positions)
-        parts.append(np.isin(codes, [names.index(name) for name in rule.test_names]))
+        wanted = [code for code, name in enumerate(names) if name in rule.test_names]
+        parts.append(np.isin(codes, wanted))
     return np.concatenate(parts)
 
 
 def _list_names(manifest: Manifest, rule: SplitRule) -> list[str]:
-    """List the batches, or the categories of a kept column, by which a store is cut.
+    """List the batches, their levels, or the categories of a kept column, that codes name.
 
     Raises:
         DataError: there is no such column, or it lacks one of the names.
     """
-    columns = {BATCH: manifest.batches} | {
+    columns = {
         name: column.categories
         for name, column in manifest.obs_columns.items()
         if column.kind == "category"
     }
+    columns |= manifest.batch_covariates | {BATCH: manifest.batches}
     if rule.by not in columns:
         raise DataError(
             "the store cannot be cut by this",
@@ -165,7 +168,7 @@ def _list_names(manifest: Manifest, rule: SplitRule) -> list[str]:
             f"the store has no such {rule.by}",
             where=f"--test {list_names(rule.test_names)}",
             got=list_names(unknown),
-            expected=list_names(columns[rule.by], 30),
+            expected=list_names(dict.fromkeys(filter(None, columns[rule.by])), 30),
         )
     return columns[rule.by]
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from clue_dist.config import Config
 from clue_dist.errors import ResumeError
 from clue_dist.files import translate_write_errors, write_file
-from clue_dist.store.batch_vocabulary import BatchVocabulary
+from clue_dist.store.batch_vocabulary import BatchVocabulary, require_fitting_levels
 from clue_dist.store.manifest import Modality
 from clue_dist.store.provenance import Provenance
 from clue_dist.store.reader import Store
@@ -33,6 +33,12 @@ class ModelCard(BaseModel):
     batch_key: str = ""
     # Where several columns gave the batches: by name, the level of each batch, or "".
     batch_covariates: dict[str, list[str]] = {}
+
+    @model_validator(mode="after")
+    def _require_levels_of_batches(self) -> ModelCard:
+        """Refuse covariates that do not give every batch a combination of levels of its own."""
+        require_fitting_levels(self.batches, self.batch_covariates)
+        return self
 
     @property
     def batch_vocabulary(self) -> BatchVocabulary:

@@ -24,6 +24,10 @@ def describe_run(folder: Path, trained_model: TrainedModel) -> str:
     batches = trained_model.batches
     named = f" ({list_names(batches, _SHOWN_BATCHES)})" if batches else ""
     lines.append(f"  batches: {len(batches)}{named}")
+    vocabulary = trained_model.batch_vocabulary
+    for covariate in vocabulary.covariates if vocabulary.has_several else ():
+        levels = vocabulary.list_levels(covariate)
+        lines.append(f"    {covariate}: {len(levels)} ({list_names(levels, _SHOWN_BATCHES)})")
     cells = _describe_training_cells(trained_model)
     if cells is not None:
         lines.append(f"  trained on: {cells}")

@@ -39,6 +39,7 @@ from clue_dist.inference.score_tables import (
 from clue_dist.inference.stream import Embedding, compute_embedding
 from clue_dist.process import print_error
 from clue_dist.ranks import Ranks
+from clue_dist.store.batch_vocabulary import UNKNOWN, BatchVocabulary
 from clue_dist.store.reader import Store
 
 MOST_CELLS = 20_000  # whose neighbours are searched, where nobody says: the search is quadratic
@@ -208,6 +209,14 @@ class _EmbeddedCells:
             np.array([*store.manifest.labels, ""])[labels],  # -1, unknown, is the last
         )
 
+    def read_levels(self, known: BatchVocabulary, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Read the levels of some cells, (n,) names by covariate; nothing of one covariate."""
+        codes = self.batches[rows]  # -1, unknown, is the last
+        return {
+            name: np.array([*levels, UNKNOWN])[codes]
+            for name, levels in known.list_covariates().items()
+        }
+
     def find_rows(self, counts: Mapping[str, int]) -> np.ndarray:
         """Find the rows of the first cells of each segment, of which `counts` says how many."""
         ends = (min(s.n_cells, counts.get(s.segment, 0) - s.start) for s in self.slices)
@@ -297,6 +306,7 @@ def _score_joint(
         cells.batches[rows],
         cells.labels[rows],
         ranks,
+        cells.read_levels(store.manifest.batch_vocabulary, rows),
     )
     if islands := scores.get("islands"):
         scores["worst_island"] = max(islands, key=islands.__getitem__)

@@ -203,6 +203,9 @@ def _describe_model(
         yield f"| {modality} | {part.kind} | {part.n_features:,} | {first} |"
     yield ""
     yield f"Batches ({len(card.batches)}): {list_names(card.batches, 20) or 'none'}."
+    for covariate in card.batch_covariates:
+        levels = card.batch_vocabulary.list_levels(covariate)
+        yield f"- {covariate} ({len(levels)}): {list_names(levels, 20)}"
     if card.labels:  # runs of earlier versions do not name them
         yield f"Labels ({len(card.labels)}): {list_names(card.labels, 40)}."
         yield "Training does not see labels."

@@ -124,6 +124,15 @@ def list_space_facts(result: Mapping[str, Any]) -> list[str]:
     return facts + ([] if joint is None else _list_joint_facts(joint))
 
 
+def list_joint_scores(joint: Mapping[str, Any]) -> list[tuple[str, float | None]]:
+    """List the numbers that say how the joint z mixes and keeps apart, by title."""
+    scores = [(title, joint[name]) for name, title in JOINT_TITLES.items() if name in joint]
+    for covariate, entry in joint.get("covariates", {}).items():
+        scores.append((f"iLISI of {covariate}", entry["ilisi"]))
+        scores.append((f"of {covariate} dealt at random", entry["ilisi_random"]))
+    return scores
+
+
 def _list_joint_facts(joint: Mapping[str, Any]) -> list[str]:
     """What the joint z was found to be, in sentences."""
     facts = [f"joint z, {joint['cells']:,} of the store's {joint['store_cells']:,} cells"]
@@ -134,11 +143,9 @@ def _list_joint_facts(joint: Mapping[str, Any]) -> list[str]:
             for name, ratio in joint["islands"].items()
         )
         facts.append(f"islands by pattern (1 is none): {islands}")
-    titles = {name: title for name, title in JOINT_TITLES.items() if name in joint}
-    if titles:
-        numbers = (f"{title} {format_score(joint[name])}" for name, title in titles.items())
-        facts.append(", ".join(numbers))
-    if {"ilisi", "accuracy"} & titles.keys() and not {*integration.SCIB_MEASURES} & titles.keys():
+    if scores := list_joint_scores(joint):
+        facts.append(", ".join(f"{title} {format_score(value)}" for title, value in scores))
+    if {"ilisi", "accuracy"} & joint.keys() and not {*integration.SCIB_MEASURES} & joint.keys():
         facts.append(NO_SCIB)
     return ["; ".join(facts)]
 

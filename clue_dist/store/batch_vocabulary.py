@@ -153,6 +153,27 @@ class BatchVocabulary:
         return {name: list(levels) for name, levels in self.covariates.items()}
 
 
+def require_fitting_levels(batches: Sequence[str], covariates: Mapping[str, Sequence[str]]) -> None:
+    """Refuse covariates that do not give every batch a combination of levels of its own.
+
+    Args:
+        batches: names of the batches.
+        covariates: the level of each batch by covariate; none where there is only one.
+
+    Raises:
+        ValueError: they do not, for pydantic.
+    """
+    if not covariates:
+        return
+    if any(len(levels) != len(batches) for levels in covariates.values()):
+        raise ValueError("batch_covariates do not give a level for each batch")
+    combinations = set(zip(*covariates.values(), strict=True))
+    if len(covariates) < 2 or len(combinations) < len(batches) or not all(map(any, combinations)):
+        raise ValueError("batch_covariates do not tell the batches apart")
+    if bad := [name for name in covariates if not name or "/" in name]:
+        raise ValueError(f"batch_covariates have the name {bad[0]!r}")
+
+
 def name_combination(levels: Sequence[str]) -> str:
     """Name the batch that has these levels, one of each covariate."""
     return " | ".join(level or "?" for level in levels) if len(levels) > 1 else levels[0]

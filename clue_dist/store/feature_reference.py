@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from clue_dist.errors import StoreError, list_names
 from clue_dist.store import layout
-from clue_dist.store.batch_vocabulary import BatchVocabulary
+from clue_dist.store.batch_vocabulary import BatchVocabulary, require_fitting_levels
 from clue_dist.store.location import Location, parse_location, read_file
 from clue_dist.store.manifest import Manifest, Modality
 from clue_dist.store.obs_columns import Names
@@ -74,6 +74,12 @@ class _CardFeatures(BaseModel):
     batches: Names
     batch_covariates: dict[str, list[str]] = {}
     batch_key: str = ""
+
+    @model_validator(mode="after")
+    def _require_levels_of_batches(self) -> _CardFeatures:
+        """Refuse covariates that do not give every batch a combination of levels of its own."""
+        require_fitting_levels(self.batches, self.batch_covariates)
+        return self
 
 
 def _refuse_incomplete_run(root: Location) -> None:

@@ -27,7 +27,7 @@ from clue_dist.errors import StoreError, list_names
 from clue_dist.files import write_file
 from clue_dist.kinds import KINDS, Storage
 from clue_dist.store import layout, location
-from clue_dist.store.batch_vocabulary import UNKNOWN, BatchVocabulary
+from clue_dist.store.batch_vocabulary import BatchVocabulary, require_fitting_levels
 from clue_dist.store.layout import ArraySpec, Codec
 from clue_dist.store.location import Location
 from clue_dist.store.obs_columns import KeptColumn, Names, name_kept_array
@@ -144,6 +144,7 @@ class Manifest(_ManifestPart):
         for name in self.modalities:
             if not layout.MODALITY_NAME.fullmatch(name) or name in layout.RESERVED_NAMES:
                 raise ValueError(f"modality name {name!r} is not a plain name")
+        require_fitting_levels(self.batches, self.batch_covariates)
         segments_seen: Counter[str] = Counter()  # by stratum
         for name, segment in self.strata.items():
             stratum = layout.name_stratum(name)
@@ -185,20 +186,6 @@ class Manifest(_ManifestPart):
                 raise ValueError(
                     f"{field}_counts of segment {name!r} do not fit its cells and {field} names"
                 )
-
-    @model_validator(mode="after")
-    def _require_levels_of_batches(self) -> Manifest:
-        """Refuse covariates that do not give every batch a combination of levels of its own."""
-        lists = list(self.batch_covariates.values())
-        if not lists:
-            return self
-        combinations = set(zip(*lists, strict=False))
-        has_levels = all(set(levels) != {UNKNOWN} for levels in combinations)
-        if any(len(levels) != len(self.batches) for levels in lists) or not has_levels:
-            raise ValueError("batch_covariates do not give a level for each batch")
-        if len(lists) < 2 or len(combinations) < len(self.batches):
-            raise ValueError("batch_covariates do not tell the batches apart")
-        return self
 
     @model_validator(mode="after")
     def _require_real_sizes(self) -> Manifest:

@@ -35,6 +35,8 @@ def choose_covariates(words: Sequence[str], known: BatchVocabulary | None) -> li
         return []
     if NO_COLUMN in columns:
         raise DataError("no batches, or some?", where=_FLAG, got=list_names(columns))
+    if bad := [column for column in columns if not column or "/" in column]:
+        raise DataError("no name of a covariate", where=_FLAG, got=repr(bad[0]))
     if known is not None and known.names:
         raise DataError(
             "the batches that are known have one covariate",

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from clue_dist.errors import DataError, list_names
-from data_prep.options import COVARIATE
+from clue_dist.process import print_error
+from data_prep.options import COVARIATE, DATASET, NO_COLUMN, ObsColumns
 from data_prep.readers.source import Source, SourceHead
 
 BARCODES_SHOWN = 10  # barcodes that an error shows
@@ -22,6 +23,50 @@ class DisputedField:
     """The mistake of modalities that disagree on the batch or the label of a cell."""
 
     field: str
+
+
+def require_obs_columns(
+    obs_columns: ObsColumns, sources: Sequence[Source], heads: Sequence[SourceHead]
+) -> None:
+    """Refuse a column that was asked for of a modality, and say of one that no file has.
+
+    Args:
+        obs_columns: the columns that are asked for.
+        sources: the inputs.
+        heads: head of each source.
+
+    Raises:
+        DataError: no file of the modality has the column; no input has that of data sets.
+    """
+    pairs = list(zip(sources, heads, strict=True))
+    for modality, columns in obs_columns.by_modality.items():
+        files = [head for source, head in pairs if source.modality == modality]
+        for field, column in columns.items():
+            if column != NO_COLUMN and not any(field in head.fields for head in files):
+                flag = f"{_name_flag(field)} {modality}={column}"
+                raise _describe_absence(field, flag, files)
+    for field in sorted(obs_columns.explicit_fields):
+        if not any(field in head.fields for head in heads):
+            flag = f"{_name_flag(field)} {obs_columns.by_field[field]}"
+            absence = _describe_absence(field, flag, heads)
+            if field == DATASET:
+                raise absence
+            print_error(f"warning: {absence}")
+
+
+def _name_flag(field: str) -> str:
+    """The flag that names the column of a field."""
+    return "--batch-key" if field.startswith(COVARIATE) else f"--{field}-key"
+
+
+def _describe_absence(field: str, flag: str, heads: Sequence[SourceHead]) -> DataError:
+    columns = sorted({column for head in heads for column in head.obs_columns})
+    return DataError(
+        f"no input has the {field.removeprefix(COVARIATE)} column asked for",
+        where=flag,
+        got=f"columns: {list_names(columns, 30) or 'none'}",
+        fix="name one of these columns",
+    )
 
 
 def refuse_cell_problems(

@@ -15,16 +15,19 @@ from typing import Any
 import numpy as np
 
 from clue_dist.errors import DataError, list_names
-from clue_dist.process import print_error
 from clue_dist.store.batch_vocabulary import UNKNOWN, BatchVocabulary
 from clue_dist.store.shuffle import derive_key, hash_barcodes
 from data_prep.conversion.batch_levels import combine_covariates
-from data_prep.conversion.cell_problems import BARCODES_SHOWN, refuse_cell_problems
+from data_prep.conversion.cell_problems import (
+    BARCODES_SHOWN,
+    refuse_cell_problems,
+    require_obs_columns,
+)
 from data_prep.conversion.cells import CellTable, divide_hashes
 from data_prep.jobs.array_files import flush_arrays, load_array, map_array, save_array
 from data_prep.jobs.whole_folders import make_whole_folder
 from data_prep.jobs.workers import WorkerPool, run_missing
-from data_prep.options import COVARIATE, DATASET, NO_COLUMN, ObsColumns
+from data_prep.options import COVARIATE, DATASET, ObsColumns
 from data_prep.readers.barcode_cores import (
     count_ambiguous_cells,
     extract_cores,
@@ -99,7 +102,7 @@ def join_cells_by_barcode(
     if not n_rows:
         where = list_names(source.display_name for source in sources)
         raise DataError("the inputs hold no cells", where=where)
-    _require_columns(obs_columns, sources, heads)
+    require_obs_columns(obs_columns, sources, heads)
     covariates: Mapping[str, Sequence[str]] = {name: [] for name in obs_columns.covariates}
     if known_batches.has_several:
         covariates = known_batches.covariates
@@ -145,41 +148,6 @@ def join_cells_by_barcode(
     )
     _write_row_keys(cells, [head.n_rows for head in heads])
     return cells
-
-
-def _require_columns(
-    obs_columns: ObsColumns, sources: Sequence[Source], heads: Sequence[SourceHead]
-) -> None:
-    """Refuse a column that was asked for of a modality, and say of one that no file has."""
-    pairs = list(zip(sources, heads, strict=True))
-    for modality, columns in obs_columns.by_modality.items():
-        files = [head for source, head in pairs if source.modality == modality]
-        for field, column in columns.items():
-            if column != NO_COLUMN and not any(field in head.fields for head in files):
-                flag = f"{_name_flag(field)} {modality}={column}"
-                raise _describe_absence(field, flag, files)
-    for field in sorted(obs_columns.explicit_fields):
-        if not any(field in head.fields for head in heads):
-            flag = f"{_name_flag(field)} {obs_columns.by_field[field]}"
-            absence = _describe_absence(field, flag, heads)
-            if field == DATASET:
-                raise absence
-            print_error(f"warning: {absence}")
-
-
-def _name_flag(field: str) -> str:
-    """The flag that names the column of a field."""
-    return "--batch-key" if field.startswith(COVARIATE) else f"--{field}-key"
-
-
-def _describe_absence(field: str, flag: str, heads: Sequence[SourceHead]) -> DataError:
-    columns = sorted({column for head in heads for column in head.obs_columns})
-    return DataError(
-        f"no input has the {field.removeprefix(COVARIATE)} column asked for",
-        where=flag,
-        got=f"columns: {list_names(columns, 30) or 'none'}",
-        fix="name one of these columns",
-    )
 
 
 def _list_known(levels: Sequence[str]) -> list[str]:

@@ -44,11 +44,11 @@ from clue_dist.inference.report.profiles import UNKNOWN, Profiles, read_profiles
 from clue_dist.inference.score_tables import (
     COMMON_SPACE,
     JOINT_SCORES,
-    JOINT_TITLES,
     NO_SPACE,
     SEEN,
     SEEN_WARNING,
     format_score,
+    list_joint_scores,
     list_score_rows,
     select_unordered_pairs,
 )
@@ -256,7 +256,7 @@ def _tabulate_scores(scores: Section) -> dict[str, Any]:
         "titles": [METRIC_TITLES[metric] for metric in METRICS],
         "matching": matching,
         "mixing": mixing,
-        "joint": [(t, format_score(joint[key])) for key, t in JOINT_TITLES.items() if key in joint],
+        "joint": [(title, format_score(value)) for title, value in list_joint_scores(joint)],
         "joint_cells": f"{joint['cells']:,}" if "cells" in joint else "",
         "islands": sorted((joint.get("islands") or {}).items(), key=lambda item: -item[1]),
         "warnings": [
