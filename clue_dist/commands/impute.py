@@ -18,7 +18,7 @@ def main() -> None:
     choices = ImputationChoices(
         arguments.modality,
         from_=arguments.from_,
-        batch=arguments.batch,
+        batch=arguments.batch[0] if len(arguments.batch) == 1 else arguments.batch,
         features=arguments.features,
         library_size=arguments.library_size,
         log1p=arguments.log1p,
