@@ -137,14 +137,14 @@ def test_a_column_of_nearly_as_many_levels_as_cells_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batch_levels, "MANY_LEVELS", 10)
-    with pytest.raises(DataError, match="as many levels as there are cells(.|\n)*depth"):
+    with pytest.raises(DataError, match=r"as many levels as there are cells(.|\n)*depth"):
         convert(tmp_path, "--batch-key", "donor", "depth", depth=np.arange(N) * 17)
 
 
 def test_modalities_that_disagree_on_a_covariate_are_refused(tmp_path: Path) -> None:
     inputs = write_files(tmp_path)
     write_h5ad(tmp_path / "adt.h5ad", make_counts(N, 5, 1, "p"), donor=DONORS[::-1])
-    with pytest.raises(DataError, match="disagree on their donor(.|\n)*--batch-key none"):
+    with pytest.raises(DataError, match=r"disagree on their donor(.|\n)*--batch-key none"):
         run_command(
             ["convert", *inputs, "--batch-key", *COLUMNS, "--out", str(tmp_path / "s.zarr")]
         )
@@ -180,7 +180,7 @@ def test_a_store_is_cut_by_a_covariate(store: Store, tmp_path: Path) -> None:
     assert train.batch_covariates["chemistry"] == ["v2", "v2", "v2"]
     assert set(test.strata["rna+adt"].batch_counts) == {"d0 | v3", "d1 | v3"}
     assert test.n_cells == (CHEMISTRIES == "v3").sum()
-    with pytest.raises(DataError, match="no such chemistry(.|\n)*expected: v2, v3"):
+    with pytest.raises(DataError, match=r"no such chemistry(.|\n)*expected: v2, v3"):
         run_command(["split", str(store.root), "--by", "chemistry", "--test", "v4", *outs])
 
 
@@ -254,8 +254,8 @@ def test_a_covariate_that_is_not_named_is_each_cells_own(
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        ({"donor": "d7"}, "no such donor(.|\n)*average, or one of d0, d1, d2"),
-        ({"lane": "d1"}, "no such covariate of batches(.|\n)*donor, chemistry"),
+        ({"donor": "d7"}, r"no such donor(.|\n)*average, or one of d0, d1, d2"),
+        ({"lane": "d1"}, r"no such covariate of batches(.|\n)*donor, chemistry"),
         ("d7", "no such batch(.|\n)*donor=LEVEL"),
         (["donor=d1", "donor=d2"], "two levels of one covariate"),
         (["donor=d1", "v3"], "no such batch"),
@@ -325,6 +325,16 @@ def test_a_new_level_is_learnt_and_a_new_combination_is_known(
     assert np.abs(impute(tuned, query).X - impute(trained, query).X).max() > 0
     with pytest.raises(DataError, match="no cell is of a batch"):
         learn_batches(tuned, open_cells(query, tuned))
+
+
+def test_weights_of_a_level_are_taken_over_by_its_name() -> None:
+    one = BatchVocabulary.from_lists(["d1", "d0"], {}, "donor")
+    both = BatchVocabulary(["d0 | v2", "d1 | v2"], {"donor": ["d0", "d1"], "kit": ["v2", "v2"]})
+    assert list(both.number_levels()) == [("donor", "d0"), ("kit", "v2"), ("donor", "d1")]
+    assert one.match_levels(both) == {0: 1, 2: 0}
+    assert both.match_levels(one) == {1: 0, 0: 2}
+    named_otherwise = BatchVocabulary.from_lists(["d0", "d5"], {}, "lane")
+    assert one.match_levels(named_otherwise) == {0: 1}  # both have a single covariate
 
 
 def test_both_sides_of_a_comparison_get_the_levels_that_are_asked_for(
