@@ -213,7 +213,7 @@ def test_a_decoder_of_one_covariate_computes_what_it_did() -> None:
     assert decoder.batch is not None
     found, decoder.batch.weight.grad = decoder.batch.weight.grad, None
     rows = decoder.batch(code.clamp_min(0)) * (code >= 0).unsqueeze(1)
-    h = decoder.mlp(torch.cat([z, rows], 1))
+    h = decoder.mlp(torch.cat([z, rows], 1), None, None)
     assert torch.equal(
         decoder.rate(h, None),
         decoder.compute_parameters(z, decoder.find_levels(code), torch.ones(5, 1)).rate,

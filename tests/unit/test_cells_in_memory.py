@@ -103,7 +103,11 @@ def collect_batches(cells):
 def test_batches_are_those_of_the_store(store, loaded):
     found = collect_batches(open_cells(read_mudata(store), loaded))
     assert found == collect_batches(open_cells(store, loaded))
-    assert {code for _, code, _ in found.values()} == {-1, 0}  # batch-0 is not the model's
+    assert {code for _, code, _ in found.values()} == {0, 1}
+    batches = open_cells(store, loaded).batches
+    assert batches.names == ["batch-0", "batch-1"]
+    # batch-0 is not the model's
+    assert loaded.batch_vocabulary.encode_levels(batches).tolist() == [[-1], [0]]
 
 
 def test_batches_lie_where_those_of_the_training_cells_did(store, loaded):
