@@ -180,7 +180,7 @@ def _add_rows(
         if (covariate, level) not in numbers
     ]
     rows = nn.Parameter(torch.stack([*before, *added]))
-    decoder.levels = torch.from_numpy(vocabulary.encode_levels(vocabulary)).to(before.device)
+    decoder.set_levels(torch.from_numpy(vocabulary.encode_levels(vocabulary)))
     decoder.batch = nn.Embedding(*rows.shape)
     decoder.batch.weight = rows
     return rows
