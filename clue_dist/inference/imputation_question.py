@@ -134,12 +134,13 @@ def _read_levels(
             return (None if words[0] == OWN else -1,) * len(known.covariates)
         if len(words) == 1 and words[0] in known.names:
             return tuple(known.encode_levels(known)[known.names.index(words[0])].tolist())
-        pairs = [tuple(word.split("=", 1)) for word in words]
-        if not all(len(pair) == 2 and pair[0] in known.covariates for pair in pairs):
+        pairs = [word.partition("=") for word in words]
+        if not all(sign and covariate in known.covariates for covariate, sign, _ in pairs):
             _require_known(" ".join(words), known.names, "batch", _list_choices(known))
-        if len({pair[0] for pair in pairs}) < len(pairs):
+        named = {covariate: level for covariate, _, level in pairs}
+        if len(named) < len(pairs):
             raise ConfigError("two levels of one covariate", where="batch", got=" ".join(words))
-        words = dict(pairs)
+        words = named
     numbers, fixed = known.number_levels(), dict.fromkeys(known.covariates)
     for covariate, level in words.items():
         _require_known(covariate, list(known.covariates), "covariate of batches")
