@@ -80,8 +80,8 @@ class ImputationQuestion:
             Of each batch the level by covariate, (batches + 1, C) int64; -1: averaged. The last row
             is for cells of an unknown batch, whose code is -1.
         """
-        own = self.trained_model.batch_vocabulary.encode_levels(batches)
-        levels = torch.from_numpy(np.vstack([own, np.full_like(own, -1, shape=(1, own.shape[1]))]))
+        known = self.trained_model.batch_vocabulary.encode_levels(batches)
+        levels = torch.from_numpy(np.vstack([known, np.full((1, known.shape[1]), -1)]))
         for covariate, fixed in enumerate(self.fixed_levels):
             if fixed is not None:
                 levels[:, covariate] = fixed
