@@ -226,9 +226,9 @@ def _pool_profiles(
     ranks: Ranks | None,
 ) -> tuple[Neighbours, np.ndarray]:
     """Neighbours among the profiles of both modalities, and the modality of each, (2N,)."""
-    tensors = [torch.as_tensor(points).to(torch.float64) for points in (first, second)]
-    pool = torch.cat([scale_to_length_one(points) for points in tensors])
-    modality = np.repeat([0, 1], [len(points) for points in tensors])
+    both = (first, second)
+    pool = torch.cat([scale_to_length_one(torch.as_tensor(u).to(torch.float64)) for u in both])
+    modality = np.repeat([0, 1], [len(points) for points in both])
     return find_neighbours(pool, n_neighbours, ranks=ranks), modality
 
 

@@ -23,6 +23,7 @@ _SHRINKAGE = 0.1  # towards equal variances, of the covariance within types
 _PRIOR_CELLS = 5  # by which the spread of a small type is drawn to that of all
 _FEWEST_ALIGNED = 100  # queries whose distances are compared with the reference's as a set
 _ALIGNED_QUANTILE = 0.25  # of distances, which few new cells change
+_QUERIES_AT_ONCE = 2**16
 _FEWEST_CALIBRATION = 30  # cells without which votes stand for confidence
 
 
@@ -110,11 +111,17 @@ class LabelTransfer:
             reference has; `novelty`, the share of the reference's cells that lie nearer to a type.
             That depends a little on the other queries, where there are 100 or more.
         """
-        points = torch.as_tensor(queries).double()
-        shares = _count_votes(points, self.keys, self.codes, self.names, self.settings)
+        # In slices, as float64 and what is computed of it would fill the memory.
+        votes, distances = [], [np.empty((0, 2))]
+        for start in range(0, len(queries), _QUERIES_AT_ONCE):
+            points = torch.as_tensor(queries[start : start + _QUERIES_AT_ONCE]).double()
+            votes.append(_count_votes(points, self.keys, self.codes, self.names, self.settings))
+            distances.append(self.spread.measure_distances(points))
+        shares = np.concatenate([np.empty((0, len(self.names))), *votes])
         winner = shares.argmax(1)
         confidence = np.interp(shares.max(1), self.votes, self.confidence)
-        novelty = np.searchsorted(self.novelty, self._rank_distances(points)) / len(self.novelty)
+        ranks = self._rank_distances(np.concatenate(distances))
+        novelty = np.searchsorted(self.novelty, ranks) / len(self.novelty)
         is_unknown = (novelty > self.settings.kept) | (confidence < self.settings.least_confidence)
         nearest = self.names[winner].astype(object)
         return pd.DataFrame(
@@ -129,14 +136,13 @@ class LabelTransfer:
             }
         )
 
-    def _rank_distances(self, points: Tensor) -> np.ndarray:
-        """The larger rank of both distances among those of the reference, (n,).
+    def _rank_distances(self, distances: np.ndarray) -> np.ndarray:
+        """The larger rank of both distances (n, 2) among those of the reference, (n,).
 
         Cells that a model was trained on spread more or less than new ones do. So the distances of
         many queries are scaled until their lower quartiles are those of the reference.
         """
-        distances = self.spread.measure_distances(points)
-        if len(points) >= _FEWEST_ALIGNED:
+        if len(distances) >= _FEWEST_ALIGNED:
             quartiles = [
                 np.quantile(values, _ALIGNED_QUANTILE, axis=0)
                 for values in (self.distances, distances)

@@ -9,6 +9,7 @@ import scipy.sparse as sp
 
 from clue_dist.comparison_methods import ComparisonMethods
 from clue_dist.errors import ConfigError, DataError
+from clue_dist.inference import match
 from clue_dist.inference.cells import open_cells
 from clue_dist.inference.match import MatchedCells, match_cells, write_matches
 from clue_dist.pair_confidence import PairConfidence, fit_pair_confidence
@@ -69,6 +70,27 @@ def test_every_cell_with_the_first_modality_gets_partners_with_the_second(matche
     sums = matched.pairs.groupby("cell").weight.sum()
     np.testing.assert_allclose(sums, 1)
     assert matched.pairs.confidence.between(0, 1).all()
+
+
+def test_profiles_of_cells_that_are_all_measured_are_not_copied(tmp_path, monkeypatch):
+    store = make_store(tmp_path / "s.zarr", cells={"rna+adt": 90})
+    loaded, embedded, sides = FakeLoaded(dict(store.manifest.modalities)), [], []
+
+    def record_embedding(*arguments):
+        embedded.append(embed(*arguments))
+        return embedded[0]
+
+    def record_sides(*arguments):
+        sides.append(arguments[:2])
+        return find_partners(*arguments)
+
+    embed = match.embed_for_comparison
+    monkeypatch.setattr(match, "embed_for_comparison", record_embedding)
+    monkeypatch.setattr(match, "find_partners", record_sides)
+    match_cells(loaded, open_cells(store, loaded), "rna", "adt")
+    alone = embedded[0].embedding.alone
+    assert np.shares_memory(sides[0][0], alone["rna"])
+    assert np.shares_memory(sides[0][1], alone["adt"])
 
 
 def test_the_table_says_what_the_matrix_says(matched):

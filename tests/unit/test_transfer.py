@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from clue_dist import label_transfer
 from clue_dist.errors import ConfigError, DataError
 from clue_dist.inference.cells import StoreCells, open_cells
 from clue_dist.inference.transfer import label_cells, write_labels
@@ -47,6 +48,22 @@ def store(tmp_path_factory) -> Store:
 @pytest.fixture(scope="module")
 def loaded(store) -> FakeLoaded:
     return FakeLoaded(dict(store.manifest.modalities))
+
+
+def test_queries_are_labelled_in_slices(monkeypatch):
+    fitted, sizes = fit_label_transfer(*draw_types(200, 0)), []
+    queries = draw_types(150, 1)[0]
+    whole, count = fitted.assign_labels(queries), label_transfer._count_votes
+
+    def watch_slice(points, *arguments):
+        sizes.append(len(points))
+        return count(points, *arguments)
+
+    monkeypatch.setattr(label_transfer, "_QUERIES_AT_ONCE", 64)
+    monkeypatch.setattr(label_transfer, "_count_votes", watch_slice)
+    pd.testing.assert_frame_equal(fitted.assign_labels(queries), whole)
+    assert sizes == [64, 64, 22]
+    assert len(fitted.assign_labels(queries[:0])) == 0
 
 
 def test_votes_are_weighed_by_distance():
