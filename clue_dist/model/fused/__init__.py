@@ -1,0 +1,22 @@
+"""Kernels in Triton for a GPU, each beside PyTorch code that gives the same numbers.
+
+The modules in here need Triton, which comes with torch for CUDA; import them only where
+`can_fuse` says so.
+"""
+
+from __future__ import annotations
+
+import functools
+from importlib.util import find_spec
+
+from torch import Tensor
+
+
+def can_fuse(tensor: Tensor) -> bool:
+    """Whether work on a tensor is done by these kernels."""
+    return tensor.is_cuda and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None

@@ -1,0 +1,124 @@
+"""Every fused kernel against its twin in PyTorch, in Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from clue_dist.data.batch import SparseCounts, compute_library_size
+from clue_dist.model.decoders import select_features
+from clue_dist.model.fused import can_fuse
+from clue_dist.model.likelihoods import (
+    LIKELIHOODS,
+    LikelihoodParameters,
+    compute_log_likelihood,
+    compute_log_rising_factorial,
+)
+from clue_dist.model.trunk import Projection, compute_size_inputs, normalise_counts
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are defined
+pytest.importorskip("triton", reason="Triton, which comes with torch for CUDA, is not installed")
+
+from clue_dist.model.fused.likelihood import score_sparse_counts
+from clue_dist.model.fused.projection import project_counts
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+N_FEATURES = 70
+
+
+def make_counts() -> SparseCounts:
+    """Five cells: one is empty, one has 63 non-zeros, and some counts are large, or were hidden."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [40, 0, 3, 63, 20]
+    columns = [
+        torch.randperm(N_FEATURES, generator=generator)[:n].sort().values.int() for n in lengths
+    ]
+    indptr = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+    values = torch.randint(1, 9, (sum(lengths),), generator=generator).float()
+    values[::7] = 3000.0
+    values[::11] = 0.0
+    return SparseCounts(
+        indptr.to(DEVICE), torch.cat(columns).to(DEVICE), values.to(DEVICE), N_FEATURES, True
+    )
+
+
+def draw(*shape: int, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(len(shape) + shape[0])
+    return (scale * torch.randn(shape, generator=generator)).to(DEVICE)
+
+
+@pytest.mark.parametrize("method", ["log_cp10k", "log", "tfidf", "none"])
+def test_projected_counts_are_those_of_the_twin(method: str) -> None:
+    counts, layer = make_counts(), Projection(N_FEATURES, 12, lr_scale=1.0).to(DEVICE)
+    idf, upstream = draw(N_FEATURES).exp(), draw(5, 12)
+    wanted = layer(normalise_counts(counts, method, idf))
+    (wanted * upstream).sum().backward()
+    gradients = [layer.weight.grad, layer.bias.grad]
+    layer.zero_grad()
+    projected, total, detected = project_counts(counts, method, idf, layer.weight, layer.bias)
+    (projected * upstream).sum().backward()
+    torch.testing.assert_close(projected, wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
+    sizes = torch.stack([total.clamp_min(1), detected.clamp_min(1)], 1).log()
+    torch.testing.assert_close(sizes, compute_size_inputs(counts))
+    for parameter, gradient in zip([layer.weight, layer.bias], gradients, strict=True):
+        torch.testing.assert_close(
+            parameter.grad, gradient, rtol=1e-5, atol=1e-5 * gradient.abs().max().item()
+        )
+
+
+@pytest.mark.parametrize("likelihood", ["nb", "poisson", "bernoulli"])
+@pytest.mark.parametrize("scored", [None, 40])
+def test_log_likelihood_and_gradients_are_those_of_the_twin(
+    likelihood: str, scored: int | None
+) -> None:
+    counts = make_counts()
+    features = None if scored is None else torch.randperm(N_FEATURES)[:scored].sort().values
+    features = features if features is None else features.to(DEVICE)
+    width = scored or N_FEATURES
+    library = compute_library_size(counts).unsqueeze(1)
+    rate, theta = draw(5, width).sub(4).requires_grad_(), draw(width, scale=4.0).requires_grad_()
+    upstream = draw(5)
+    picked = counts if features is None else select_features(counts, features)
+    parameters = LikelihoodParameters(rate, theta, library)
+    wanted = compute_log_likelihood(LIKELIHOODS[likelihood], picked, parameters)
+    (wanted * upstream).sum().backward()
+    gradients = [rate.grad, theta.grad]
+    rate.grad = theta.grad = None
+    scores = score_sparse_counts(likelihood, counts, rate, theta, library, features)
+    (scores * upstream).sum().backward()
+    torch.testing.assert_close(scores, wanted, rtol=1e-4, atol=1e-3)
+    for parameter, gradient in zip([rate, theta], gradients, strict=True):
+        gradient = torch.zeros_like(parameter) if gradient is None else gradient
+        torch.testing.assert_close(
+            parameter.grad, gradient, rtol=1e-4, atol=1e-5 * (1 + gradient.abs().max().item())
+        )
+
+
+def test_the_rising_factorial_of_the_kernel_is_exact_at_every_dispersion() -> None:
+    """One cell, one feature: ln p differs from that of float64 by rounding alone."""
+    for log_r in (-6.0, -1.0, 0.0, 2.0, 2.08, 4.0, 6.9):
+        for count in (1.0, 2.0, 7.0, 500.0):
+            counts = SparseCounts(
+                torch.tensor([0, 1], dtype=torch.int32, device=DEVICE),
+                torch.tensor([0], dtype=torch.int32, device=DEVICE),
+                torch.tensor([count], device=DEVICE),
+                1,
+            )
+            rate = torch.zeros(1, 1, device=DEVICE)
+            theta = torch.full((1,), log_r, device=DEVICE)
+            library = torch.full((1, 1), 100.0, device=DEVICE)
+            score = score_sparse_counts("nb", counts, rate, theta, library).double().cpu()
+            r, x, mean = theta.double().exp(), torch.tensor(count).double(), 50.0
+            rising = torch.lgamma(r.cpu() + x) - torch.lgamma(r.cpu())
+            total = r.cpu() + mean
+            wanted = rising + r.cpu() * (r.cpu() / total).log() + x * (mean / total).log()
+            assert score.item() == pytest.approx(wanted.item(), rel=2e-6, abs=2e-5)
+    assert compute_log_rising_factorial(torch.tensor(1.0), torch.tensor(3.0)) > 0
+
+
+def test_kernels_are_left_to_gpus() -> None:
+    assert not can_fuse(torch.ones(1))
