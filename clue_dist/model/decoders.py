@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from clue_dist.config import DecoderConfig
 from clue_dist.data.batch import Counts, SparseCounts, compute_library_size
+from clue_dist.model.fused import FUSED_LIKELIHOODS, can_fuse
 from clue_dist.model.layers import MLP
 from clue_dist.model.likelihoods import (
     LIKELIHOODS,
@@ -46,6 +47,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.likelihood, self.n_features = LIKELIHOODS[likelihood], n_features
+        self.fused_name = likelihood if likelihood in FUSED_LIKELIHOODS else None
         self.set_levels(torch.arange(max(n_batches, 1))[:, None] if levels is None else levels)
         n_levels = int(self.levels.max()) + 1
         self.batch = nn.Embedding(n_levels, BATCH_WIDTH) if n_batches > 1 else None
@@ -104,11 +106,26 @@ class Decoder(nn.Module):
         """
         library, levels = compute_library_size(counts).unsqueeze(1), self.find_levels(batch_code)
         parameters = self.compute_parameters(z, levels, library, noise, rows, features)
+        scale = 1.0 if features is None else self.n_features / len(features)
+        if self.fused_name and isinstance(counts, SparseCounts) and can_fuse(parameters.rate):
+            return scale * self._score_by_kernels(self.fused_name, counts, parameters, features)
         if features is None:
             return compute_log_likelihood(self.likelihood, counts, parameters)
-        scale = self.n_features / len(features)
         counts = select_features(counts, features)
         return scale * compute_log_likelihood(self.likelihood, counts, parameters)
+
+    @staticmethod
+    def _score_by_kernels(
+        likelihood: str,
+        counts: SparseCounts,
+        parameters: LikelihoodParameters,
+        features: Tensor | None,
+    ) -> Tensor:
+        """What `compute_log_likelihood` gives of the features, on a GPU."""
+        from clue_dist.model.fused.likelihood import score_sparse_counts
+
+        rate, theta, library, _ = parameters
+        return score_sparse_counts(likelihood, counts, rate, theta, library, features)
 
     def compute_parameters(
         self,

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clue_dist.config import TrunkConfig
-from clue_dist.data.batch import Counts, compute_library_size
+from clue_dist.data.batch import Counts, SparseCounts, compute_library_size
+from clue_dist.model.fused import can_fuse
 from clue_dist.model.layers import Ensemble
 from clue_dist.model.noise import Noise
 
@@ -150,11 +151,18 @@ class Trunk(nn.Module):
 
     def compute_components(self, counts: Counts) -> Tensor:
         """(n, features) -> (n, components), linear in the normalised profile but for the size."""
-        x: Tensor = self.projection(normalise_counts(counts, self.normalisation, self.idf))
-        if self.size_input:
+        if isinstance(counts, SparseCounts) and can_fuse(counts.values):
+            from clue_dist.model.fused.projection import project_counts
+
+            layer = self.projection
+            idf = self.idf if self.normalisation == "tfidf" else None
+            x, sizes = project_counts(counts, self.normalisation, idf, layer.weight, layer.bias)
+        else:
+            x = self.projection(normalise_counts(counts, self.normalisation, self.idf))
+            sizes = compute_size_inputs(counts) if self.size_input else None
+        if self.size_input and sizes is not None:
             mean, deviation = self.size
-            size = (compute_size_inputs(counts) - mean) / deviation
-            x = torch.cat([x, size.to(x.dtype)], 1)
+            x = torch.cat([x, ((sizes - mean) / deviation).to(x.dtype)], 1)
         return x
 
     def forward(self, x: Tensor, noise: Noise | None, rows: Tensor | None) -> Tensor:

@@ -71,6 +71,20 @@ def build_engine(
     objective = Objective(model, config.objective, weigh_modalities(setup)).to(device)
     for tensor in [*objective.parameters(), *objective.buffers()]:
         dist.broadcast(tensor.data, 0)
+    return build_objective_engine(objective, config, ranks.world, device)
+
+
+def build_objective_engine(
+    objective: Objective, config: Config, world: int, device: torch.device
+) -> Any:
+    """Build the DeepSpeed engine around an `Objective` on its device, with our optimizer.
+
+    Args:
+        objective: the same on every rank.
+        config: what a person set.
+        world: the number of ranks.
+        device: this rank's.
+    """
     groups = group_parameters(objective, config)
     guards_on_device = can_guard_on_device(config, device)
     optimizer = OPTIMIZERS[config.train.optimizer](groups, lr=config.train.lr, eps=EPSILON)
@@ -78,7 +92,7 @@ def build_engine(
     engine, *_ = deepspeed.initialize(
         model=objective,
         optimizer=optimizer,
-        config=make_deepspeed_config(config, ranks.world, guards_on_device),
+        config=make_deepspeed_config(config, world, guards_on_device),
         dist_init_required=False,
     )
     if ranks.world == 1 and choose_zero_stage(config, ranks.world) == 0:

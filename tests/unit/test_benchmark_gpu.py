@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
-from clue_dist.config import ModelConfig
+from tests.benchmarks.gpu import __main__ as benchmark
 from tests.benchmarks.gpu.counting import WorkCounts, count_work
-from tests.benchmarks.gpu.workload import Shape, make_batch, make_noise, make_objective
-
-TINY = Shape("tiny", 32, 60, 90, 8, genes_per_cell=20, peaks_per_cell=30, features_per_step=40)
-TINY_MODEL = ModelConfig(
-    latent=8,
-    trunk={"projection": 6, "hidden": 8, "members": 2},
-    decoder={"hidden": 8},
-    discriminator={"hidden": 8},
-)
+from tests.benchmarks.gpu.parity import compare_steps
+from tests.benchmarks.gpu.training import measure_embedding, measure_training
+from tests.benchmarks.gpu.whole_runs import measure_runs
+from tests.benchmarks.gpu.workload import TINY, TINY_MODEL, make_batch, make_noise, make_objective
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +28,7 @@ def step_counts() -> WorkCounts:
 
 def test_a_step_copies_nothing_to_the_device_but_its_batch(step_counts: WorkCounts) -> None:
     assert not step_counts.blocking_copies, step_counts.format_places()
-    # Three modalities, two of them sparse, the cells, and the rows of three pairs.
+    # Three modalities, two of them sparse, the cells, and three pairs of modalities.
     assert step_counts.copies == 18
 
 
@@ -39,7 +37,7 @@ def test_a_step_waits_for_the_device_only_where_scored_features_are_picked(
 ) -> None:
     elsewhere = [place for place in step_counts.syncs if "model/decoders.py" not in place]
     assert not elsewhere, step_counts.format_places()
-    assert step_counts.syncs.total() <= 2
+    assert step_counts.syncs.total() <= 8
 
 
 @pytest.mark.parametrize(
@@ -83,3 +81,57 @@ def test_views_launch_nothing_and_the_backward_pass_is_counted() -> None:
         (x * 2).sum().backward()
     assert counts.operators["aten::mul"] == 2  # one forward, one backward
     assert counts.bytes_touched > 0
+
+
+def test_without_a_gpu_it_says_so_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert benchmark.main(["--json", str(tmp_path / "G.json")]) == benchmark.NO_GPU
+    assert "sees no GPU" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_part_that_fails_stops_no_other_and_each_is_written_as_it_ends() -> None:
+    results: dict[str, Any] = {}
+    written: list[list[str]] = []
+    parts = [("one", lambda: {"x": 1.0}), ("two", lambda: {"y": 1 / 0}), ("three", dict)]
+    benchmark.measure_parts(iter(parts), results, lambda: written.append(list(results)), 100.0)
+    assert written[:2] == [["one"], ["one", "two"]]
+    assert "division by zero" in results["two"]["failed"]
+    assert results["three"] == {}
+    table = benchmark.format_table(results)
+    assert "ZeroDivisionError" in table
+    assert "Traceback" not in table
+    assert table.count("open ") == len(benchmark.BARS)  # what was not measured holds no bar
+
+
+def test_no_part_begins_once_the_time_is_up() -> None:
+    results: dict[str, Any] = {}
+    benchmark.measure_parts(iter([("one", lambda: {"x": 1.0})]), results, lambda: None, -1.0)
+    assert results == {"one": {"left_out": "no time was left"}}
+
+
+def test_a_cpu_agrees_with_itself_whatever_device_the_noise_is_copied_to() -> None:
+    compared = compare_steps(TINY, torch.device("cpu"), steps=2, config=TINY_MODEL)
+    assert compared["fp32 loss, relative difference"] == 0
+    assert 0 < compared["bf16 loss, relative difference"] < 0.2
+
+
+@pytest.mark.slow
+def test_training_and_embedding_are_measured_by_the_step_that_trains() -> None:
+    cpu = torch.device("cpu")
+    rates = {"fp32_tflops": 0.01, "gb_per_s": 1.0}
+    measured = measure_training(TINY, cpu, "fp32", rates, 0.1, TINY_MODEL)
+    assert measured["cells_per_s"] > 0
+    assert measured["gflop"] > 0
+    assert measured["operators"] > 500
+    assert measured["share_of_roofline"] > 0
+    assert measure_embedding(TINY, cpu, TINY_MODEL)["cells_per_s"] > 0
+
+
+@pytest.mark.slow
+def test_whole_runs_are_saved_and_go_on() -> None:
+    run = measure_runs((1,))["ZeRO-1"]
+    assert run["gone_on_without_a_gap"], run
+    assert run["last_loss"] < run["first_loss"]

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from clue_dist.data.batch import SparseCounts, compute_library_size
+from clue_dist.model import decoders, trunk
 from clue_dist.model.decoders import select_features
 from clue_dist.model.fused import can_fuse
 from clue_dist.model.likelihoods import (
     LIKELIHOODS,
     LikelihoodParameters,
     compute_log_likelihood,
-    compute_log_rising_factorial,
 )
 from clue_dist.model.trunk import Projection, compute_size_inputs, normalise_counts
+from tests.benchmarks.gpu.counting import count_work
+from tests.benchmarks.gpu.workload import (
+    TINY,
+    TINY_MODEL,
+    make_batch,
+    make_noise,
+    make_objective,
+)
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are defined
@@ -59,10 +69,10 @@ def test_projected_counts_are_those_of_the_twin(method: str) -> None:
     (wanted * upstream).sum().backward()
     gradients = [layer.weight.grad, layer.bias.grad]
     layer.zero_grad()
-    projected, total, detected = project_counts(counts, method, idf, layer.weight, layer.bias)
+    idf = idf if method == "tfidf" else None
+    projected, sizes = project_counts(counts, method, idf, layer.weight, layer.bias)
     (projected * upstream).sum().backward()
     torch.testing.assert_close(projected, wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
-    sizes = torch.stack([total.clamp_min(1), detected.clamp_min(1)], 1).log()
     torch.testing.assert_close(sizes, compute_size_inputs(counts))
     for parameter, gradient in zip([layer.weight, layer.bias], gradients, strict=True):
         torch.testing.assert_close(
@@ -71,17 +81,17 @@ def test_projected_counts_are_those_of_the_twin(method: str) -> None:
 
 
 @pytest.mark.parametrize("likelihood", ["nb", "poisson", "bernoulli"])
-@pytest.mark.parametrize("scored", [None, 40])
+@pytest.mark.parametrize(("scored", "sources"), [(None, ()), (40, ()), (40, (2,))])
 def test_log_likelihood_and_gradients_are_those_of_the_twin(
-    likelihood: str, scored: int | None
+    likelihood: str, scored: int | None, sources: tuple[int, ...]
 ) -> None:
     counts = make_counts()
     features = None if scored is None else torch.randperm(N_FEATURES)[:scored].sort().values
     features = features if features is None else features.to(DEVICE)
     width = scored or N_FEATURES
     library = compute_library_size(counts).unsqueeze(1)
-    rate, theta = draw(5, width).sub(4).requires_grad_(), draw(width, scale=4.0).requires_grad_()
-    upstream = draw(5)
+    rate = draw(*sources, 5, width).sub(4).requires_grad_()
+    theta, upstream = draw(width, scale=4.0).requires_grad_(), draw(*sources, 5)
     picked = counts if features is None else select_features(counts, features)
     parameters = LikelihoodParameters(rate, theta, library)
     wanted = compute_log_likelihood(LIKELIHOODS[likelihood], picked, parameters)
@@ -99,25 +109,41 @@ def test_log_likelihood_and_gradients_are_those_of_the_twin(
 
 
 def test_the_rising_factorial_of_the_kernel_is_exact_at_every_dispersion() -> None:
-    """One cell, one feature: ln p differs from that of float64 by rounding alone."""
-    for log_r in (-6.0, -1.0, 0.0, 2.0, 2.08, 4.0, 6.9):
-        for count in (1.0, 2.0, 7.0, 500.0):
-            counts = SparseCounts(
-                torch.tensor([0, 1], dtype=torch.int32, device=DEVICE),
-                torch.tensor([0], dtype=torch.int32, device=DEVICE),
-                torch.tensor([count], device=DEVICE),
-                1,
-            )
-            rate = torch.zeros(1, 1, device=DEVICE)
-            theta = torch.full((1,), log_r, device=DEVICE)
-            library = torch.full((1, 1), 100.0, device=DEVICE)
-            score = score_sparse_counts("nb", counts, rate, theta, library).double().cpu()
-            r, x, mean = theta.double().exp(), torch.tensor(count).double(), 50.0
-            rising = torch.lgamma(r.cpu() + x) - torch.lgamma(r.cpu())
-            total = r.cpu() + mean
-            wanted = rising + r.cpu() * (r.cpu() / total).log() + x * (mean / total).log()
-            assert score.item() == pytest.approx(wanted.item(), rel=2e-6, abs=2e-5)
-    assert compute_log_rising_factorial(torch.tensor(1.0), torch.tensor(3.0)) > 0
+    """ln p differs from that of float64 by rounding alone."""
+    pairs = list(itertools.product([-6.0, -1.0, 0.0, 2.0, 2.08, 4.0, 6.9], [1.0, 7.0, 500.0]))
+    # A cell and a feature for each pair of dispersion and count.
+    theta, x = torch.tensor(pairs, device=DEVICE).T.contiguous()
+    n = len(pairs)
+    place = torch.arange(n + 1, dtype=torch.int32, device=DEVICE)
+    counts = SparseCounts(place, place[:-1].contiguous(), x, n)
+    rate, library = torch.zeros(n, n, device=DEVICE), torch.full((n, 1), 100.0, device=DEVICE)
+    found = score_sparse_counts("nb", counts, rate, theta, library).double()
+    r, x, mean = theta.double().exp(), x.double(), 50.0
+    zeros = r * (r / (r + mean)).log()
+    gain = torch.lgamma(r + x) - torch.lgamma(r) + x * (mean / (r + mean)).log()
+    torch.testing.assert_close(found, zeros.sum() + gain, rtol=2e-6, atol=2e-4)
+
+
+def test_a_step_with_kernels_is_that_without_and_waits_for_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shape = replace(TINY, n_cells=8, lanes=4, genes_per_cell=12, peaks_per_cell=16)
+    objective, batch = make_objective(shape, TINY_MODEL).to(DEVICE), make_batch(shape).to(DEVICE)
+    losses, gradients = [], []
+    for fuses in (False, True):
+        for module in (decoders, trunk):
+            monkeypatch.setattr(module, "can_fuse", lambda _, fuses=fuses: fuses)
+        objective.zero_grad()
+        noise = make_noise(shape, 1, DEVICE)
+        with count_work(on_host=("triton/",)) as counts:
+            loss, _ = objective(batch, noise)
+            loss.backward()
+        losses.append(loss.item())
+        weights = [weight for weight in objective.parameters() if weight.grad is not None]
+        gradients.append(torch.cat([weight.grad.flatten() for weight in weights]))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-6)
+    assert not counts.syncs, counts.format_places()
 
 
 def test_kernels_are_left_to_gpus() -> None:

@@ -11,6 +11,9 @@ from importlib.util import find_spec
 
 from torch import Tensor
 
+# Numbers by which the kernels know likelihoods; others are computed by PyTorch on a GPU, too.
+FUSED_LIKELIHOODS = {"nb": 0, "poisson": 1, "bernoulli": 2}
+
 
 def can_fuse(tensor: Tensor) -> bool:
     """Whether work on a tensor is done by these kernels."""

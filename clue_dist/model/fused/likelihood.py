@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from clue_dist.data.batch import SparseCounts
+from clue_dist.model.fused import FUSED_LIKELIHOODS
 from clue_dist.model.fused.functions import (
     log_rising_factorial,
     rising_factorial_slope,
@@ -24,8 +25,7 @@ from clue_dist.model.fused.functions import (
 )
 
 BLOCK = 256  # features, or non-zeros, that a program holds at a time
-CELLS_PER_PROGRAM = 16  # in the backward pass, over which a program sums the gradient of theta
-FUSED_LIKELIHOODS = {"nb": 0, "poisson": 1, "bernoulli": 2}
+ROWS_PER_PROGRAM = 16  # in the backward pass, over which a program sums the gradient of theta
 MOST_THETA = tl.constexpr(7.0)  # `model.likelihoods.MAX_LOG_DISPERSION`
 NB = tl.constexpr(0)
 POISSON = tl.constexpr(1)
@@ -39,12 +39,12 @@ def score_sparse_counts(
     library: Tensor,
     features: Tensor | None = None,
 ) -> Tensor:
-    """ln p of n profiles in nats, (n,), summed over the scored features.
+    """ln p of n profiles in nats, (n,) or (S, n), summed over the scored features.
 
     Args:
         likelihood: one of `FUSED_LIKELIHOODS`.
         counts: n profiles, of all features.
-        rate: (n, F), as in `LikelihoodParameters`.
+        rate: (n, F), or (S, n, F) of several z of each cell, as in `LikelihoodParameters`.
         theta: (F,).
         library: (n, 1), total counts.
         features: (F,), those that are scored; None: all.
@@ -54,10 +54,9 @@ def score_sparse_counts(
     else:
         place = torch.full((counts.n_features,), -1, dtype=torch.int32, device=rate.device)
         place[features] = torch.arange(len(features), dtype=torch.int32, device=rate.device)
-    scores: Tensor = _Likelihood.apply(
-        FUSED_LIKELIHOODS[likelihood], counts, place, rate, theta, library
-    )
-    return scores
+    kind, flat = FUSED_LIKELIHOODS[likelihood], rate.flatten(0, -2)
+    scores: Tensor = _Likelihood.apply(kind, counts, place, flat, theta, library)
+    return scores.view(rate.shape[:-1])
 
 
 class _Likelihood(torch.autograd.Function):
@@ -75,7 +74,8 @@ class _Likelihood(torch.autograd.Function):
         scores = torch.empty_like(rate[:, 0])
         sparse = counts.indptr, counts.indices, counts.values, place
         inputs = *sparse, rate, theta, library.log().contiguous()
-        _score_rows[(len(rate),)](*inputs, scores, rate.shape[1], KIND=kind, BLOCK=BLOCK)
+        sizes = rate.shape[1], len(library)
+        _score_rows[(len(rate),)](*inputs, scores, *sizes, KIND=kind, BLOCK=BLOCK)
         ctx.save_for_backward(*inputs)
         ctx.kind = kind
         return scores
@@ -83,14 +83,15 @@ class _Likelihood(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
         *sparse, rate, theta, log_library = ctx.saved_tensors
-        n_cells, width = rate.shape
+        n_rows, width = rate.shape
         # Every element is written: by the terms of all features first, by non-zeros after that.
         rate_gradient, theta_gradient = torch.empty_like(rate), torch.zeros_like(theta)
-        rest = rate, theta, log_library, gradient.contiguous(), rate_gradient, theta_gradient, width
+        rest = rate, theta, log_library, gradient.contiguous(), rate_gradient, theta_gradient
+        sizes = width, len(log_library)
         options = {"KIND": ctx.kind, "BLOCK": BLOCK}
-        grid = (triton.cdiv(width, BLOCK), triton.cdiv(n_cells, CELLS_PER_PROGRAM))
-        _write_zero_gradients[grid](*rest, n_cells, CELLS=CELLS_PER_PROGRAM, **options)
-        _add_entry_gradients[(n_cells,)](*sparse, *rest, **options)
+        grid = (triton.cdiv(width, BLOCK), triton.cdiv(n_rows, ROWS_PER_PROGRAM))
+        _write_zero_gradients[grid](*rest, *sizes, n_rows, ROWS=ROWS_PER_PROGRAM, **options)
+        _add_entry_gradients[(n_rows,)](*sparse, *rest, *sizes, **options)
         return None, None, None, rate_gradient, theta_gradient, None
 
 
@@ -138,13 +139,18 @@ def _score_rows(
     log_library,
     scores,
     width,
+    n_cells,
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program for each cell: ln p(0) of all scored features, then what its non-zeros add."""
+    """One program for each row: ln p(0) of all scored features, then what its non-zeros add.
+
+    Row number `n_cells` is the first cell's again, with another z.
+    """
     row = tl.program_id(0).to(tl.int64)
+    cell = row % n_cells
     lanes = tl.arange(0, BLOCK)
-    size = tl.load(log_library + row)
+    size = tl.load(log_library + cell)
     sums = tl.zeros([BLOCK], tl.float32)
     for first in range(0, width, BLOCK):
         column = first + lanes
@@ -153,7 +159,7 @@ def _score_rows(
         thetas = tl.load(theta + column, mask=mask, other=0.0)
         value, _, _ = _log_zero(rates, thetas, size, KIND)
         sums += tl.where(mask, value, 0.0)
-    start, end = tl.load(indptr + row), tl.load(indptr + row + 1)
+    start, end = tl.load(indptr + cell), tl.load(indptr + cell + 1)
     for first in range(start, end, BLOCK):
         inside = first + lanes < end
         x = tl.load(values + first + lanes, mask=inside, other=0.0)
@@ -177,20 +183,22 @@ def _write_zero_gradients(
     theta_gradient,
     width,
     n_cells,
-    CELLS: tl.constexpr,
+    n_rows,
+    ROWS: tl.constexpr,
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program for a block of features and some cells: the gradient of ln p(0)."""
+    """One program for a block of features and some rows: the gradient of ln p(0)."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = column < width
     thetas = tl.load(theta + column, mask=mask, other=0.0)
     sums = tl.zeros([BLOCK], tl.float32)
-    first = tl.program_id(1) * CELLS
-    for cell in range(first, tl.minimum(first + CELLS, n_cells)):
-        row = tl.cast(cell, tl.int64)
+    first = tl.program_id(1) * ROWS
+    for number in range(first, tl.minimum(first + ROWS, n_rows)):
+        row = tl.cast(number, tl.int64)
+        size = tl.load(log_library + row % n_cells)
         rates = tl.load(rate + row * width + column, mask=mask, other=0.0)
-        _, by_rate, by_theta = _log_zero(rates, thetas, tl.load(log_library + row), KIND)
+        _, by_rate, by_theta = _log_zero(rates, thetas, size, KIND)
         factor = tl.load(gradient + row)
         tl.store(rate_gradient + row * width + column, factor * by_rate, mask=mask)
         sums += factor * by_theta
@@ -212,14 +220,16 @@ def _add_entry_gradients(
     rate_gradient,
     theta_gradient,
     width,
+    n_cells,
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program for each cell adds the gradient of what its non-zeros add."""
+    """One program for each row adds the gradient of what its cell's non-zeros add."""
     row = tl.program_id(0).to(tl.int64)
+    cell = row % n_cells
     lanes = tl.arange(0, BLOCK)
-    size, factor = tl.load(log_library + row), tl.load(gradient + row)
-    start, end = tl.load(indptr + row), tl.load(indptr + row + 1)
+    size, factor = tl.load(log_library + cell), tl.load(gradient + row)
+    start, end = tl.load(indptr + cell), tl.load(indptr + cell + 1)
     for first in range(start, end, BLOCK):
         inside = first + lanes < end
         x = tl.load(values + first + lanes, mask=inside, other=0.0)

@@ -6,7 +6,7 @@ which walk over the non-zeros once for each step.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -21,17 +21,9 @@ SCALED_METHODS = "log_cp10k", "tfidf"  # to 10,000 counts a cell
 LOGGED_METHODS = "log_cp10k", "tfidf", "log"
 
 
-class ProjectedCounts(NamedTuple):
-    """What one pass over the counts of n cells gives."""
-
-    projected: Tensor  # (n, components), in the type of the weights
-    total: Tensor  # (n,), counts
-    detected: Tensor  # (n,), features with a count
-
-
 def project_counts(
     counts: SparseCounts, method: str, idf: Tensor | None, weight: Tensor, bias: Tensor
-) -> ProjectedCounts:
+) -> tuple[Tensor, Tensor]:
     """Normalise and project counts.
 
     Args:
@@ -40,10 +32,13 @@ def project_counts(
         idf: (features,), for tfidf.
         weight: (features, components).
         bias: (components,).
+
+    Returns:
+        (n, components), in the type of the weights, and what `compute_size_inputs` gives, (n, 2).
     """
-    idf = idf if method == "tfidf" else None
     projected, total, detected = _Projection.apply(counts, method, idf, weight)
-    return ProjectedCounts(projected.to(weight.dtype) + bias, total, detected)
+    sizes = torch.stack([total, detected], 1).clamp_min(1.0).log()
+    return projected.to(weight.dtype) + bias, sizes
 
 
 class _Projection(torch.autograd.Function):

@@ -13,11 +13,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from clue_dist.model.fused import likelihood, projection
+from clue_dist.model.fused import FUSED_LIKELIHOODS, likelihood, projection
 
 CAPABILITIES = 80, 90  # A100; H100 and H200
 POINTERS = {"indptr": "*i32", "indices": "*i32", "place": "*i32"}  # all others are "*fp32"
-SCALARS = {"width": "i32", "n_cells": "i32"}
+SCALARS = {"width": "i32", "n_cells": "i32", "n_rows": "i32"}
 
 
 class KernelVariant(NamedTuple):
@@ -30,12 +30,12 @@ class KernelVariant(NamedTuple):
 
 def list_variants() -> Iterator[KernelVariant]:
     """List every kernel with every combination of constants that training may ask for."""
-    kinds = likelihood.FUSED_LIKELIHOODS.values()
+    kinds = FUSED_LIKELIHOODS.values()
     for kind in kinds:
         constants = {"KIND": kind, "BLOCK": likelihood.BLOCK}
         yield KernelVariant(likelihood._score_rows, constants, {})
         yield KernelVariant(likelihood._add_entry_gradients, constants, {})
-        constants = constants | {"CELLS": likelihood.CELLS_PER_PROGRAM}
+        constants = constants | {"ROWS": likelihood.ROWS_PER_PROGRAM}
         yield KernelVariant(likelihood._write_zero_gradients, constants, {})
     for (has_idf, scaled, logged), weight in itertools.product(
         [(1, 1, 1), (0, 1, 1), (0, 0, 1), (0, 0, 0)], ["*fp32", "*bf16"]

@@ -7,13 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from clue_dist.config import ModelConfig, ObjectiveConfig
-from clue_dist.data.batch import (
-    Batch,
-    Counts,
-    ObservedModality,
-    SparseCounts,
-    find_pair_rows,
-)
+from clue_dist.data.batch import Batch, Counts, ObservedModality, SparseCounts, find_pair_rows
 from clue_dist.model.clue import CLUE
 from clue_dist.model.modality_spec import AUTO_FEATURES, ModalitySpec
 from clue_dist.model.noise import Noise
@@ -51,15 +45,25 @@ SHAPES = [
 ]
 
 
+# For tests, where every launch is interpreted.
+TINY = Shape("tiny", 32, 60, 90, 8, genes_per_cell=20, peaks_per_cell=30, features_per_step=40)
+TINY_MODEL = ModelConfig(
+    latent=8,
+    trunk={"projection": 6, "hidden": 8, "members": 2},
+    decoder={"hidden": 8},
+    discriminator={"hidden": 8},
+)
+
+
 def make_batch(shape: Shape, seed: int = 0) -> Batch:
     """Draw a batch whose cells carry every modality."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.arange(shape.n_cells)
     counts: dict[str, Counts] = {}
     if shape.n_genes:
-        counts["rna"] = _draw_sparse(shape, shape.n_genes, shape.genes_per_cell, 4.0, generator)
+        counts["rna"] = draw_sparse(shape, shape.n_genes, shape.genes_per_cell, 4.0, generator)
     if shape.n_peaks:
-        counts["atac"] = _draw_sparse(shape, shape.n_peaks, shape.peaks_per_cell, 0.0, generator)
+        counts["atac"] = draw_sparse(shape, shape.n_peaks, shape.peaks_per_cell, 0.0, generator)
     if shape.n_proteins:
         rates = torch.full((shape.n_cells, shape.n_proteins), 30.0)
         counts["adt"] = torch.poisson(rates, generator=generator)
@@ -69,7 +73,7 @@ def make_batch(shape: Shape, seed: int = 0) -> Batch:
     return Batch(observed, code, modalities, find_pair_rows(observed))
 
 
-def _draw_sparse(
+def draw_sparse(
     shape: Shape, n_features: int, per_cell: int, mean: float, generator: torch.Generator
 ) -> SparseCounts:
     """Counts of 1 + a Poisson draw at about `per_cell` different features of each cell."""

@@ -1,0 +1,177 @@
+"""Do a GPU and its kernels compute what a CPU and plain PyTorch compute?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clue_dist.config import ModelConfig
+from clue_dist.data.batch import SparseCounts, compute_library_size
+from clue_dist.model.decoders import select_features
+from clue_dist.model.likelihoods import LIKELIHOODS, LikelihoodParameters, compute_log_likelihood
+from clue_dist.model.noise import Noise
+from clue_dist.model.trunk import Projection, normalise_counts
+from tests.benchmarks.gpu.clock import time_calls
+from tests.benchmarks.gpu.workload import Shape, draw_sparse, make_batch, make_objective
+
+COMPONENTS = 100  # of the projection that is compared
+
+
+class HostNoise(Noise):
+    """Draws on the host and copies to a device, so that devices can be compared."""
+
+    def __init__(self, shape: Shape, step: int, device: torch.device) -> None:
+        super().__init__(0, step, {"all": shape.n_cells}, shape.lanes)
+        self.target = device
+
+    def draw_mixing(self) -> tuple[Tensor, Tensor]:
+        """As on the host."""
+        partner, share = super().draw_mixing()
+        return partner.to(self.target), share
+
+    def draw_subset(self, size: int, total: int) -> Tensor:
+        """As on the host."""
+        return super().draw_subset(size, total).to(self.target)
+
+    def _draw_rows(
+        self,
+        dtype: torch.dtype,
+        tail: tuple[int, ...],
+        fill: Callable[..., Tensor],
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        rows = None if rows is None else rows.cpu()
+        return super()._draw_rows(dtype, tail, fill, rows).to(self.target)
+
+
+def compare_steps(
+    shape: Shape, device: torch.device, steps: int = 20, config: ModelConfig | None = None
+) -> dict[str, Any]:
+    """Train the same model by the same draws on the CPU and on a device, there in bf16, too.
+
+    Returns:
+        The largest relative difference of the loss to that of the CPU over all steps.
+    """
+    wanted = _train_steps(shape, torch.device("cpu"), steps, config)
+    measured = {
+        "fp32": _train_steps(shape, device, steps, config),
+        "bf16": _train_steps(shape, device, steps, config, torch.bfloat16),
+    }
+    differences = {
+        f"{name} loss, relative difference": max(
+            abs(a - b) / abs(b) for a, b in zip(losses, wanted, strict=True)
+        )
+        for name, losses in measured.items()
+    }
+    return {"steps": steps, **differences}
+
+
+def _train_steps(
+    shape: Shape,
+    device: torch.device,
+    steps: int,
+    config: ModelConfig | None,
+    dtype: torch.dtype = torch.float32,
+) -> list[float]:
+    """The loss of every step, of weights in a type, whose optimizer keeps them in float32."""
+    objective = make_objective(shape, config).to(device)
+    weights = list(objective.parameters())
+    masters = [weight.detach().clone() for weight in weights]
+    optimizer = torch.optim.AdamW(masters, lr=1e-3, eps=1e-6)
+    for weight in weights:
+        weight.data = weight.data.to(dtype)
+    batch, losses = make_batch(shape).to(device), []
+    for step in range(steps):
+        objective.zero_grad()
+        loss, _ = objective(batch, HostNoise(shape, step, device))
+        loss.backward()
+        for weight, master in zip(weights, masters, strict=True):
+            master.grad = None if weight.grad is None else weight.grad.float()
+        optimizer.step()
+        for weight, master in zip(weights, masters, strict=True):
+            weight.data.copy_(master)
+        losses.append(loss.item())
+    return losses
+
+
+def compare_kernels(shape: Shape, device: torch.device) -> dict[str, Any]:
+    """Compare every fused kernel with its twin: largest relative difference, and milliseconds."""
+    from clue_dist.model.fused import FUSED_LIKELIHOODS
+    from clue_dist.model.fused.likelihood import score_sparse_counts
+    from clue_dist.model.fused.projection import project_counts
+
+    counts = _draw_counts(shape, device)
+    results: dict[str, Any] = {}
+    for method in ("log_cp10k", "tfidf", "log", "none"):
+        layer = Projection(counts.n_features, COMPONENTS, 1.0).to(device)
+        idf = torch.rand(counts.n_features, device=device) + 1 if method == "tfidf" else None
+
+        def project_plainly(layer: Any = layer, idf: Any = idf, method: str = method) -> Tensor:
+            result: Tensor = layer(normalise_counts(counts, method, idf))
+            return result
+
+        def project_fused(layer: Any = layer, idf: Any = idf, method: str = method) -> Tensor:
+            return project_counts(counts, method, idf, layer.weight, layer.bias)[0]
+
+        weights = [layer.weight]
+        results[f"projection {method}"] = _compare(project_plainly, project_fused, weights)
+    n_scored = min(shape.features_per_step, counts.n_features)
+    features = torch.randperm(counts.n_features, device=device)[:n_scored].sort().values
+    library = compute_library_size(counts).unsqueeze(1)
+    rate = (torch.randn(2, shape.n_cells, n_scored, device=device) - 6).requires_grad_()
+    theta = torch.randn(n_scored, device=device).requires_grad_()
+    for name in FUSED_LIKELIHOODS:
+
+        def score_plainly(name: str = name) -> Tensor:
+            picked = select_features(counts, features)
+            parameters = LikelihoodParameters(rate, theta, library)
+            return compute_log_likelihood(LIKELIHOODS[name], picked, parameters)
+
+        def score_fused(name: str = name) -> Tensor:
+            return score_sparse_counts(name, counts, rate, theta, library, features)
+
+        results[f"likelihood {name}"] = _compare(score_plainly, score_fused, [rate, theta])
+    return results
+
+
+def _draw_counts(shape: Shape, device: torch.device) -> SparseCounts:
+    generator = torch.Generator().manual_seed(1)
+    counts = draw_sparse(shape, shape.n_genes, shape.genes_per_cell, 4.0, generator)
+    return SparseCounts(
+        counts.indptr.to(device),
+        counts.indices.to(device),
+        counts.values.to(device),
+        counts.n_features,
+    )
+
+
+def _compare(
+    plain: Callable[[], Tensor], fused: Callable[[], Tensor], weights: list[Tensor]
+) -> dict[str, float]:
+    """Differences of results and of gradients relative to the largest value, and times."""
+    results = {}
+    for name, work in (("plain", plain), ("fused", fused)):
+
+        def run_both_ways(work: Callable[[], Tensor] = work) -> list[Tensor]:
+            value = work()
+            slopes = torch.autograd.grad(value.sum(), weights, allow_unused=True)
+            return [value.detach()] + [
+                torch.zeros_like(w) if g is None else g
+                for w, g in zip(weights, slopes, strict=True)
+            ]
+
+        results[name] = run_both_ways(), 1e3 * time_calls(run_both_ways, weights[0].device)
+    (wanted, plain_ms), (found, fused_ms) = results["plain"], results["fused"]
+    differences = [
+        float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
+        for a, b in zip(found, wanted, strict=True)
+    ]
+    return {
+        "difference": differences[0],
+        "of gradients": max(differences[1:]),
+        "plain_ms": plain_ms,
+        "fused_ms": fused_ms,
+    }
