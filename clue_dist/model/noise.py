@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -44,10 +44,7 @@ class Noise:
         device: torch.device | str = "cpu",
     ) -> None:
         self._device = device
-        self._lanes = [
-            self._make_generator(seed, micro_batch, lane) for lane in range(rank, lanes, world)
-        ]
-        self._all_ranks = self._make_generator(seed, micro_batch, "all ranks")
+        self._make_generators(seed, micro_batch, range(rank, lanes, world))
         self._rounds = [share // lanes for share in stratum_shares.values()]  # by stratum
         self._per_lane = sum(self._rounds)
         self._order = order_rows(tuple(stratum_shares.values()), lanes, world, device)
@@ -116,6 +113,11 @@ class Noise:
         width = -(-columns // 4)  # four bytes of a 32-bit draw
         fill = functools.partial(_fill_integers, least=-(2**31), beyond=2**31 - 1)
         return self._draw_rows(torch.int32, (width,), fill, rows).view(torch.uint8)[:, :columns]
+
+    def _make_generators(self, seed: int, micro_batch: int, lanes: Sequence[int]) -> None:
+        """One for each lane of this rank, and one that is the same on all ranks."""
+        self._lanes = [self._make_generator(seed, micro_batch, lane) for lane in lanes]
+        self._all_ranks = self._make_generator(seed, micro_batch, "all ranks")
 
     def _make_generator(self, *key: object) -> torch.Generator:
         return torch.Generator(self._device).manual_seed(derive_key(*key) >> 1)

@@ -13,7 +13,7 @@ from clue_dist.data.batch import Batch
 from clue_dist.data.device_batches import DeviceBatches
 from clue_dist.data.loader import Loader
 from clue_dist.model.clue import CLUE, Posterior
-from clue_dist.model.noise import Noise
+from clue_dist.model.counter_noise import choose_noise
 from clue_dist.ranks import Ranks
 from clue_dist.train.schedule import compute_kl_weight
 from clue_dist.train.setup import Setup
@@ -103,7 +103,7 @@ class Trainer:
         # Drawn by micro-batch and lane, so that a cell gets the same noise on any number of ranks.
         plan = self.setup.plan
         micro_batch = step * self.setup.config.train.grad_accum + micro_step
-        noise = Noise(
+        noise = choose_noise(batch.observed)(
             self.setup.config.seed,
             micro_batch,
             plan.compose_batch(micro_batch),

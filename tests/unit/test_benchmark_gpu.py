@@ -115,7 +115,7 @@ def test_no_part_begins_once_the_time_is_up() -> None:
 def test_a_cpu_agrees_with_itself_whatever_device_the_noise_is_copied_to() -> None:
     compared = compare_steps(TINY, torch.device("cpu"), steps=2, config=TINY_MODEL)
     assert compared["fp32 loss, relative difference"] == 0
-    assert 0 < compared["bf16 loss, relative difference"] < 0.2
+    assert 0 < compared["bf16 loss, relative difference"] < 0.1
 
 
 @pytest.mark.slow
@@ -132,6 +132,6 @@ def test_training_and_embedding_are_measured_by_the_step_that_trains() -> None:
 
 @pytest.mark.slow
 def test_whole_runs_are_saved_and_go_on() -> None:
-    run = measure_runs((1,))["ZeRO-1"]
+    run = measure_runs((1,), longest_s=500)["ZeRO-1"]
     assert run["gone_on_without_a_gap"], run
     assert run["last_loss"] < run["first_loss"]

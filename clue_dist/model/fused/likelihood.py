@@ -92,7 +92,8 @@ class _Likelihood(torch.autograd.Function):
         grid = (triton.cdiv(width, BLOCK), triton.cdiv(n_rows, ROWS_PER_PROGRAM))
         _write_zero_gradients[grid](*rest, *sizes, n_rows, ROWS=ROWS_PER_PROGRAM, **options)
         _add_entry_gradients[(n_rows,)](*sparse, *rest, *sizes, **options)
-        return None, None, None, rate_gradient, theta_gradient, None
+        uses_theta = ctx.kind == FUSED_LIKELIHOODS["nb"]
+        return None, None, None, rate_gradient, theta_gradient if uses_theta else None, None
 
 
 @triton.jit

@@ -13,11 +13,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from clue_dist.model.fused import FUSED_LIKELIHOODS, likelihood, projection
+from clue_dist.model.fused import FUSED_LIKELIHOODS, counter_draws, likelihood, projection
 
 CAPABILITIES = 80, 90  # A100; H100 and H200
 POINTERS = {"indptr": "*i32", "indices": "*i32", "place": "*i32"}  # all others are "*fp32"
-SCALARS = {"width": "i32", "n_cells": "i32", "n_rows": "i32"}
+SCALARS = {"width": "i32", "n_cells": "i32", "n_rows": "i32", "draw": "i32", "key": "i64"}
 
 
 class KernelVariant(NamedTuple):
@@ -37,6 +37,10 @@ def list_variants() -> Iterator[KernelVariant]:
         yield KernelVariant(likelihood._add_entry_gradients, constants, {})
         constants = constants | {"ROWS": likelihood.ROWS_PER_PROGRAM}
         yield KernelVariant(likelihood._write_zero_gradients, constants, {})
+    for kind, drawn in ((0, "*i32"), (1, "*fp32"), (2, "*fp32")):
+        constants = {"KIND": kind, "BLOCK": counter_draws.BLOCK}
+        types = {"cells": "*i32", "drawn": drawn}
+        yield KernelVariant(counter_draws._fill_rows, constants, types)
     for (has_idf, scaled, logged), weight in itertools.product(
         [(1, 1, 1), (0, 1, 1), (0, 0, 1), (0, 0, 0)], ["*fp32", "*bf16"]
     ):

@@ -15,6 +15,7 @@ from clue_dist.model.likelihoods import LIKELIHOODS, LikelihoodParameters, compu
 from clue_dist.model.noise import Noise
 from clue_dist.model.trunk import Projection, normalise_counts
 from tests.benchmarks.gpu.clock import time_calls
+from tests.benchmarks.gpu.philox import draw_plainly
 from tests.benchmarks.gpu.workload import Shape, draw_sparse, make_batch, make_objective
 
 COMPONENTS = 100  # of the projection that is compared
@@ -53,7 +54,8 @@ def compare_steps(
     """Train the same model by the same draws on the CPU and on a device, there in bf16, too.
 
     Returns:
-        The largest relative difference of the loss to that of the CPU over all steps.
+        The largest difference of the loss to that of the CPU over all steps, relative to the
+        largest loss.
     """
     wanted = _train_steps(shape, torch.device("cpu"), steps, config)
     measured = {
@@ -62,8 +64,9 @@ def compare_steps(
     }
     differences = {
         f"{name} loss, relative difference": max(
-            abs(a - b) / abs(b) for a, b in zip(losses, wanted, strict=True)
+            abs(a - b) for a, b in zip(losses, wanted, strict=True)
         )
+        / max(map(abs, wanted))
         for name, losses in measured.items()
     }
     return {"steps": steps, **differences}
@@ -135,6 +138,16 @@ def compare_kernels(shape: Shape, device: torch.device) -> dict[str, Any]:
 
         results[f"likelihood {name}"] = _compare(score_plainly, score_fused, [rate, theta])
     return results
+
+
+def compare_draws(device: torch.device, n_cells: int = 512, width: int = 301) -> dict[str, Any]:
+    """Compare the random words that a kernel draws with Philox in NumPy: all have to be equal."""
+    from clue_dist.model.fused.counter_draws import draw_for_cells
+
+    key, draw, cells = 0x123456789ABCDEF, 3, torch.arange(n_cells, dtype=torch.int32)
+    drawn = draw_for_cells("integers", cells.to(device), width, key, draw).cpu().numpy()
+    wanted = draw_plainly(cells.tolist(), width, key, draw)
+    return {"words": wanted.size, "words that differ": int((drawn != wanted).sum())}
 
 
 def _draw_counts(shape: Shape, device: torch.device) -> SparseCounts:

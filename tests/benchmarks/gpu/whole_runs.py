@@ -15,7 +15,13 @@ from clue_dist.train.loop import run_training
 from clue_dist.train.setup import prepare_setup
 from tests.stores import make_store
 
-EPOCHS = 2, 4  # of the run, and of the same one gone on
+EPOCHS = 1, 2  # of the run, and of the same one gone on
+MODEL = {
+    "latent": 8,
+    "trunk": {"projection": 16, "hidden": 16},
+    "decoder": {"hidden": 16},
+    "discriminator": {"hidden": 16},
+}
 LONGEST_S = 120  # a process of its own that takes longer is ended
 
 
@@ -26,7 +32,8 @@ def train_in_process(store: Path, run: Path, stage: int, epochs: float) -> None:
             "store": str(store),
             "run": str(run),
             "train": {"epochs": epochs, "zero_stage": stage, "precision": "bf16"},
-            "data": {"batch_size": 64},
+            "data": {"batch_size": 32},
+            "model": MODEL,
             "log": {"every": 1, "wandb": "disabled"},
         }
     )
@@ -34,7 +41,7 @@ def train_in_process(store: Path, run: Path, stage: int, epochs: float) -> None:
     assert result.finished
 
 
-def measure_runs(stages: tuple[int, ...] = (1, 3)) -> dict[str, Any]:
+def measure_runs(stages: tuple[int, ...] = (1, 3), longest_s: float = LONGEST_S) -> dict[str, Any]:
     """Train under each stage, save and go on; a process for each, as a job would be.
 
     Returns:
@@ -43,7 +50,7 @@ def measure_runs(stages: tuple[int, ...] = (1, 3)) -> dict[str, Any]:
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store.zarr"
-        make_store(store, {"rna+adt": 600, "rna": 300}, {"rna": 200, "adt": 20}, block_cells=64)
+        make_store(store, {"rna+adt": 120, "rna": 60}, {"rna": 60, "adt": 10})
         for stage in stages:
             run = Path(folder) / f"run{stage}"
             for epochs in EPOCHS:
@@ -52,7 +59,7 @@ def measure_runs(stages: tuple[int, ...] = (1, 3)) -> dict[str, Any]:
                     [*words, str(epochs)],
                     capture_output=True,
                     text=True,
-                    timeout=LONGEST_S,
+                    timeout=longest_s,
                     check=False,
                 )
                 if done.returncode:
