@@ -86,7 +86,7 @@ def build_objective_engine(
         device: this rank's.
     """
     groups = group_parameters(objective, config)
-    guards_on_device = can_guard_on_device(config, device)
+    guards_on_device = can_guard_on_device(config, world, device)
     optimizer = OPTIMIZERS[config.train.optimizer](groups, lr=config.train.lr, eps=EPSILON)
     optimizer.guards_on_device = guards_on_device
     engine, *_ = deepspeed.initialize(
@@ -95,12 +95,12 @@ def build_objective_engine(
         config=make_deepspeed_config(config, world, guards_on_device),
         dist_init_required=False,
     )
-    if ranks.world == 1 and choose_zero_stage(config, ranks.world) == 0:
+    if world == 1 and choose_zero_stage(config, world) == 0:
         keep_gradients_local(engine)
     return engine
 
 
-def can_guard_on_device(config: Config, device: torch.device) -> bool:
+def can_guard_on_device(config: Config, world: int, device: torch.device) -> bool:
     """Whether a GPU clips and skips updates by itself, so that the host need not wait for it.
 
     torch's fused AdamW does. In bf16 and under ZeRO-3 DeepSpeed looks at the gradient's norm on the
@@ -111,7 +111,7 @@ def can_guard_on_device(config: Config, device: torch.device) -> bool:
         device.type == "cuda"
         and settings.optimizer == "adamw"
         and settings.precision == "fp32"
-        and settings.zero_stage < 3
+        and choose_zero_stage(config, world) < 3
     )
 
 
