@@ -130,12 +130,12 @@ def test_a_step_with_kernels_is_that_without_and_waits_for_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shape = replace(TINY, n_cells=8, lanes=4, genes_per_cell=12, peaks_per_cell=16)
-    objective, batch = make_objective(shape, TINY_MODEL).to(DEVICE), make_batch(shape).to(DEVICE)
+    batch = make_batch(shape).to(DEVICE)
     losses, gradients = [], []
     for fuses in (False, True):
         for module in (decoders, trunk):
             monkeypatch.setattr(module, "can_fuse", lambda _, fuses=fuses: fuses)
-        objective.zero_grad()
+        objective = make_objective(shape, TINY_MODEL).to(DEVICE)
         noise = make_noise(shape, 1, DEVICE)
         with count_work(on_host=("triton/",)) as counts:
             loss, _ = objective(batch, noise)
