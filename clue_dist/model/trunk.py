@@ -151,6 +151,8 @@ class Trunk(nn.Module):
 
     def compute_components(self, counts: Counts) -> Tensor:
         """(n, features) -> (n, components), linear in the normalised profile but for the size."""
+        x: Tensor
+        sizes: Tensor | None = None
         if isinstance(counts, SparseCounts) and can_fuse(counts.values):
             from clue_dist.model.fused.projection import project_counts
 
@@ -159,7 +161,8 @@ class Trunk(nn.Module):
             x, sizes = project_counts(counts, self.normalisation, idf, layer.weight, layer.bias)
         else:
             x = self.projection(normalise_counts(counts, self.normalisation, self.idf))
-            sizes = compute_size_inputs(counts) if self.size_input else None
+            if self.size_input:
+                sizes = compute_size_inputs(counts)
         if self.size_input and sizes is not None:
             mean, deviation = self.size
             x = torch.cat([x, ((sizes - mean) / deviation).to(x.dtype)], 1)

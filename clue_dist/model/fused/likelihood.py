@@ -55,11 +55,11 @@ def score_sparse_counts(
         place = torch.full((counts.n_features,), -1, dtype=torch.int32, device=rate.device)
         place[features] = torch.arange(len(features), dtype=torch.int32, device=rate.device)
     kind, flat = FUSED_LIKELIHOODS[likelihood], rate.flatten(0, -2)
-    scores: Tensor = _Likelihood.apply(kind, counts, place, flat, theta, library)
+    scores: Tensor = _SparseScores.apply(kind, counts, place, flat, theta, library)
     return scores.view(rate.shape[:-1])
 
 
-class _Likelihood(torch.autograd.Function):
+class _SparseScores(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,

@@ -36,12 +36,12 @@ def project_counts(
     Returns:
         (n, components), in the type of the weights, and what `compute_size_inputs` gives, (n, 2).
     """
-    projected, total, detected = _Projection.apply(counts, method, idf, weight)
+    projected, total, detected = _RowProjection.apply(counts, method, idf, weight)
     sizes = torch.stack([total, detected], 1).clamp_min(1.0).log()
     return projected.to(weight.dtype) + bias, sizes
 
 
-class _Projection(torch.autograd.Function):
+class _RowProjection(torch.autograd.Function):
     """The product with the weights, which alone have a gradient."""
 
     @staticmethod
