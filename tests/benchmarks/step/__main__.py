@@ -29,7 +29,8 @@ class Step(Benchmark):
 
     name = work = "step"
     counted = "repeat"
-    columns = ("train", "encode_0", "encode_1", "step_ms", "peak_mib", "gflops", "copied_gb_per_s")
+    columns = ("train", "encode_0", "encode_1", "step_ms", "operations", "gb_touched", "peak_mib")
+    columns += ("share_products", "share_functions", "gflops", "copied_gb_per_s")
     options: ClassVar = {
         "shapes": Option(list(SHAPES), ["small"], choices=SHAPES),
         "methods": Option(["ours", "reference"], ["ours"], choices=["ours", "reference"]),

@@ -11,18 +11,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from clue_dist.config import load_config
 from clue_dist.data.batch import read_batch
 from clue_dist.ranks import Ranks
-from clue_dist.train.bench import _leave_untrained
 from clue_dist.train.engine import build_engine, join_process_group
 from clue_dist.train.setup import prepare_setup
 from clue_dist.train.step import train_step
 from clue_dist.train.trainer import Trainer
+from tests.benchmarks.gpu.counting import count_work
 from tests.benchmarks.peers import measure
 
-WARM_UP_STEPS = 4
+WARM_UP_STEPS, PROFILED_STEPS = 4, 5
+# What the time of a step goes into; what is not listed is the rest.
+KINDS_OF_WORK = {
+    "products": "mm bmm addmm baddbmm _embedding_bag_forward_only",
+    "functions": "exp exp_ log log_ log1p lgamma digamma gelu gelu_backward softplus sigmoid "
+    "softplus_backward log_sigmoid_forward log_sigmoid_backward",
+    "norms": "native_layer_norm native_layer_norm_backward linalg_vector_norm",
+    "draws": "random_ normal_ uniform_ randperm",
+    "optimizer": "_fused_adamw_",
+}
 MATRIX, COPIED_BYTES = 1024, 2**28  # of what the machine's own rates are measured on
 
 
@@ -73,6 +83,26 @@ def measure_machine(seconds: float) -> dict[str, float]:
     return {"gflops": 2e-9 * MATRIX**3 / product, "copied_gb_per_s": 2e-9 * COPIED_BYTES / copy}
 
 
+def measure_parts(trainer: Trainer) -> dict[str, float]:
+    """Shares of a step's CPU time by kind of operation; operations and bytes of one step."""
+    steps = itertools.count()
+    with trainer.open_loader(0) as loader:
+        for _ in range(WARM_UP_STEPS):
+            train_step(trainer, loader, next(steps))
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            for _ in range(PROFILED_STEPS):
+                train_step(trainer, loader, next(steps))
+        with count_work() as counts:
+            train_step(trainer, loader, next(steps))
+    spent = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+    shares = {
+        f"share_{kind}": sum(spent.get(f"aten::{name}", 0.0) for name in names.split())
+        for kind, names in KINDS_OF_WORK.items()
+    }
+    shares = {kind: share / sum(spent.values()) for kind, share in shares.items()}
+    return shares | {"operations": counts.launches, "gb_touched": 1e-9 * counts.bytes_touched}
+
+
 def void(_: object) -> None:
     """Forget a result."""
 
@@ -86,13 +116,15 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     settings = [f"store={args.store}", f"run={args.store.parent / 'run'}", "log.wandb=disabled"]
-    settings.append(f"data.batch_size={args.batch}")
+    # The values of weights do not change the speed.
+    settings += [f"data.batch_size={args.batch}", "model.trunk.projection_init=random"]
     setup = prepare_setup(load_config("configs/atlas.json", settings), 1, writes=False)
     ranks = Ranks.from_environment()
     device = join_process_group(ranks)
-    trainer = Trainer(build_engine(_leave_untrained(setup), ranks, device), setup, ranks, device)
+    trainer = Trainer(build_engine(setup, ranks, device), setup, ranks, device)
     result = measure_training(trainer, args.seconds)
     result |= measure_encoding(trainer, args.batch, args.seconds)
+    result |= measure_parts(trainer)
     result["peak_mib"] = measure.read_peak()
     measure.print_result(result | measure_machine(args.seconds / 5))
 
