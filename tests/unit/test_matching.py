@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -168,6 +171,33 @@ def test_slices_add_up(world):
         joined = join_ranked_partners(part.to_plain() for part in found)
         for name in ("nearer", "ties", "nearest", "least"):
             np.testing.assert_array_equal(getattr(joined, name), getattr(whole, name))
+
+
+class NotYetSentError(Exception):
+    """Other ranks have not sent their values yet."""
+
+
+@dataclass(frozen=True)
+class RecordedRanks(Ranks):
+    """A rank that gets what ranks before it have sent, and is the last to send."""
+
+    sent: list[Any] = field(default_factory=list)
+
+    def gather_values(self, value: Any) -> list[Any]:
+        self.sent.append(json.loads(json.dumps(value)))
+        if len(self.sent) < self.world:
+            raise NotYetSentError
+        return self.sent
+
+
+def test_ranks_share_the_pairs():
+    (u1, u2), batch = make_hard_pair(41, 0), np.arange(41) % 3
+    sent: list[Any] = []
+    for rank in range(2):
+        with pytest.raises(NotYetSentError):
+            matching.score_directions(u1, u2, batch, RecordedRanks(rank, 3, 0, None, sent))
+    found = matching.score_directions(u1, u2, batch, RecordedRanks(2, 3, 0, None, sent))
+    assert found == matching.score_directions(u1, u2, batch)
 
 
 def make_hard_pair(n_cells: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
