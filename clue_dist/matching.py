@@ -10,7 +10,7 @@ a FOSCTTM of 0, which `match` and `recall10` give away. NaN would have the same,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -78,12 +78,13 @@ def score_directions(
     # Of a single batch the second scope is the first.
     scopes = [scope for scope in SCOPES if scope == "global" or not _is_one_batch(groups)]
     all_groups = [cells for scope in scopes for cells in groups[scope]]
-    pairs = ((x[cells], y[cells]) for cells in all_groups)
-    ranked = _rank_pairs(pairs, ranks or Ranks())
-    sums = (
-        _sum_metrics(x[cells], y[cells], *both)
-        for cells, both in zip(all_groups, ranked, strict=True)
-    )
+
+    def select_pairs() -> Iterator[_Pair]:
+        for cells in all_groups:  # of all cells no copies are made
+            yield (x, y) if len(cells) == len(x) else (x[cells], y[cells])
+
+    ranked = _rank_pairs(select_pairs(), ranks or Ranks())
+    sums = (_sum_metrics(*pair, *both) for pair, both in zip(select_pairs(), ranked, strict=True))
     directed: dict[str, Scores] = {direction: {} for direction in DIRECTIONS}
     for scope in scopes:
         totals = np.zeros((len(DIRECTIONS), len(METRICS)))

@@ -219,6 +219,24 @@ def test_tiles_and_threads_give_the_dense_scores(n_threads, seed, monkeypatch):
     assert_equal_to_dense(*make_hard_pair(31, seed), np.arange(31) % 2)
 
 
+def test_profiles_of_all_cells_are_not_copied(monkeypatch):
+    pairs, scale = [], matching._scale_embeddings
+
+    def record_pair(x, y, part):
+        pairs.append((x, y))
+        return rank_partners_both_ways(x, y, part)
+
+    def record_scaled(u1, u2):
+        scaled.extend(scale(u1, u2))
+        return scaled
+
+    scaled: list[np.ndarray] = []
+    monkeypatch.setattr(matching, "_scale_embeddings", record_scaled)
+    monkeypatch.setattr(matching, "rank_partners_both_ways", record_pair)
+    matching.compute_scores(*noisy_pair(20, 4, seed=0), np.arange(20) % 2)
+    assert [np.shares_memory(x, scaled[0]) for x, _ in pairs] == [True, False, False]
+
+
 def test_each_distance_is_computed_once_and_few_are_in_memory(monkeypatch):
     sizes = []
 

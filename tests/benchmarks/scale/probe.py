@@ -4,19 +4,23 @@ python -m tests.benchmarks.scale.probe METHOD --cells N --work FOLDER
 python -m tests.benchmarks.scale.probe METHOD --run RUN --store STORE --reference STORE --out OUT
 """
 
+from __future__ import annotations
+
 import argparse
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clue_dist import trained_run
 from clue_dist.integration import measure_mixing
 from clue_dist.matching import compute_scores
 from clue_dist.matching_estimate import estimate_matching
 from tests.benchmarks.peers.measure import print_result, read_memory, watch_peak
 from tests.benchmarks.scale.profiles import find_profiles
+
+if TYPE_CHECKING:
+    from clue_dist.trained_run import Run
 
 
 def score_exactly(args: argparse.Namespace) -> dict[str, Any]:
@@ -33,19 +37,19 @@ def score_approximately(args: argparse.Namespace) -> dict[str, Any]:
     return values | {f"{name}_error": score.standard_error for name, score in found.items()}
 
 
-def embed(run: trained_run.Run, args: argparse.Namespace) -> None:
+def embed(run: Run, args: argparse.Namespace) -> None:
     run.embed(args.store, out=args.out / "embedding.zarr")
 
 
-def impute(run: trained_run.Run, args: argparse.Namespace) -> None:
+def impute(run: Run, args: argparse.Namespace) -> None:
     run.impute(args.store, "adt", from_="rna", out=args.out / "imputed.zarr")
 
 
-def match(run: trained_run.Run, args: argparse.Namespace) -> None:
+def match(run: Run, args: argparse.Namespace) -> None:
     run.match(args.store, "rna", "adt", approximate=True)
 
 
-def transfer(run: trained_run.Run, args: argparse.Namespace) -> None:
+def transfer(run: Run, args: argparse.Namespace) -> None:
     run.transfer(args.reference, args.store, "cell_type")
 
 
@@ -65,7 +69,9 @@ def main() -> None:
         if args.method in SCORES:
             found = SCORES[args.method](args)
         else:
-            CALLS[args.method](trained_run.load(args.run), args)
+            from clue_dist.trained_run import load  # scores need none of what it imports
+
+            CALLS[args.method](load(args.run), args)
     seconds = time.perf_counter() - began
     memory = {"anon_mib": peak[0] + peak[1], "rss_mib": peak[2]}
     print_result({"seconds": seconds, "cpu_s": time.process_time(), **memory, **found})
