@@ -156,6 +156,13 @@ def test_two_ranks_stopped_under_the_launcher_go_on_to_the_same_weights(folder: 
     )
 
 
+def test_the_console_command_starts_its_ranks(folder: Path) -> None:
+    _, *words = train_args(folder, folder / "s.zarr", "ranks", "train.epochs=1")
+    done = run(sys.executable, "-m", "clue_dist", "train", "--ranks", "2", *words)
+    assert "finished at step" in done.stdout
+    assert [attempt.ranks for attempt in read_attempts(folder / "ranks")] == [2]
+
+
 def test_a_second_job_on_the_same_run_folder_is_refused(folder: Path) -> None:
     args = train_args(folder, folder / "s.zarr", "twice", "train.epochs=1")
     (folder / "twice").mkdir()
