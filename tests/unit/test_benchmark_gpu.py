@@ -7,7 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from clue_dist.data.batch import SparseCounts
+from clue_dist.model import decoders
+from clue_dist.model.counter_noise import CounterNoise
+from clue_dist.model.likelihoods import LikelihoodParameters
 from tests.benchmarks.gpu import __main__ as benchmark
 from tests.benchmarks.gpu.counting import WorkCounts, count_work
 from tests.benchmarks.gpu.parity import compare_steps
@@ -38,6 +43,33 @@ def test_a_step_waits_for_the_device_only_where_scored_features_are_picked(
     elsewhere = [place for place in step_counts.syncs if "model/decoders.py" not in place]
     assert not elsewhere, step_counts.format_places()
     assert step_counts.syncs.total() <= 2  # once for each sparse modality
+
+
+def test_a_step_runs_on_a_device_whose_values_nobody_can_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Meta tensors have no values, no shape can depend on them, and none mixes with a CPU's."""
+
+    def draw_nothing(_: CounterNoise, kind: str, cells: Tensor, width: int) -> Tensor:
+        dtype = torch.int32 if kind == "integers" else torch.float32
+        return torch.empty(len(cells), width, dtype=dtype, device=cells.device)
+
+    def score_nothing(
+        _: str, counts: SparseCounts, parameters: LikelihoodParameters, __: Tensor | None
+    ) -> Tensor:
+        return parameters.rate.sum(-1) + parameters.theta.sum() + counts.totals
+
+    # Kernels have no meta device; what stands for them gives tensors of the same shape.
+    monkeypatch.setattr(CounterNoise, "_draw", draw_nothing)
+    monkeypatch.setattr(decoders, "can_fuse", lambda _: True)
+    monkeypatch.setattr(decoders.Decoder, "_score_by_kernels", staticmethod(score_nothing))
+    objective = make_objective(TINY, TINY_MODEL).to("meta")
+    noise = CounterNoise(0, 0, {"all": TINY.n_cells}, TINY.lanes, device="meta")
+    loss, _ = objective(make_batch(TINY).to("meta"), noise)
+    loss.backward()
+    assert all(weight.grad.is_meta for weight in objective.parameters())
+    with pytest.raises(RuntimeError):
+        loss.item()
 
 
 @pytest.mark.parametrize(

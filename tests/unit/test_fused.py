@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -146,6 +148,16 @@ def test_a_step_with_kernels_is_that_without_and_waits_for_nothing(
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-6)
     assert not counts.syncs, counts.format_places()
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_an_h100_on_any_machine() -> None:
+    """In a process of its own: in this one they are interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    words = [sys.executable, "-m", "tests.benchmarks.gpu.compile_kernels", "90"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(done.stdout.splitlines()) == len(set(done.stdout.splitlines())) > 20
 
 
 def test_kernels_are_left_to_gpus() -> None:

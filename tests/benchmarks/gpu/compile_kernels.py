@@ -6,7 +6,8 @@ Triton's interpreter, in which the tests run the kernels, takes more than its co
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import triton
@@ -65,12 +66,14 @@ def compile_variant(variant: KernelVariant, capability: int) -> int:
     return len(compiled.asm["cubin"])
 
 
-def main() -> None:
+def main(capabilities: Sequence[int]) -> None:
     """Compile all of them, a line each."""
-    for variant, capability in itertools.product(list_variants(), CAPABILITIES):
+    for variant, capability in itertools.product(list_variants(), capabilities):
         size = compile_variant(variant, capability)
-        print(f"sm_{capability} {variant.kernel.__name__} {variant.constants} {size} bytes")
+        constants, types = variant.constants, variant.types
+        name = variant.kernel.__name__
+        print(f"sm_{capability} {name} {constants} {types} {size} bytes")
 
 
 if __name__ == "__main__":
-    main()
+    main([int(word) for word in sys.argv[1:]] or CAPABILITIES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Iterator
@@ -35,14 +36,18 @@ class RepeatedBatches:
     """Stands for a loader: a few batches of the host over and over."""
 
     def __init__(self, shape: Shape) -> None:
-        batches = [make_batch(shape, seed) for seed in range(DISTINCT_BATCHES)]
-        self._batches: Iterator[Batch] = itertools.cycle(batches)
+        self._batches: Iterator[Batch] = itertools.cycle(_make_batches(shape))
 
     def __next__(self) -> Batch:
         return next(self._batches)
 
     def close(self) -> None:
         """Nothing is under way."""
+
+
+@functools.lru_cache(maxsize=1)
+def _make_batches(shape: Shape) -> list[Batch]:
+    return [make_batch(shape, seed) for seed in range(DISTINCT_BATCHES)]
 
 
 def make_trainer(
