@@ -31,6 +31,7 @@ from clue_dist.inference.query import (
 from clue_dist.inference.stream import Embedding, compute_embedding, embed_in_memory
 from clue_dist.process import print_error
 from clue_dist.ranks import Ranks
+from clue_dist.store.batch_vocabulary import name_level_column
 from clue_dist.store.reader import Store
 
 FORMATS = (".h5mu", ".h5ad", ".zarr")
@@ -221,10 +222,12 @@ def check_query(trained_model: LoadedModel, store: Store, min_known: float, rank
 
 def describe_embedding(trained_model: LoadedModel, cells: Cells, run: Path | str) -> dict[str, Any]:
     """Say what made a result, to be kept in it."""
+    columns = [name_level_column(name) for name in cells.batches.covariates]
     return {
         "run": str(run),
         "checkpoint": trained_model.name,
         **cells.describe_source(),
+        **({"covariates": columns} if cells.batches.has_several else {}),
         "latent": dict.fromkeys(trained_model.modalities, trained_model.latent),
         "private": dict.fromkeys(trained_model.modalities, trained_model.private),
         "private_scale": trained_model.private_scale,

@@ -20,10 +20,15 @@ from clue_dist.inference import new_batches
 from clue_dist.inference.cells import open_cells
 from clue_dist.inference.describe_run import describe_run
 from clue_dist.inference.differential import DifferentialChoices, compare_groups
+from clue_dist.inference.embed import collect_embedding
 from clue_dist.inference.imputation_question import ImputationChoices
 from clue_dist.inference.impute import impute_cells
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.new_batches import learn_batches
+from clue_dist.inference.report.layouts import list_colourings
+from clue_dist.inference.report.profiles import read_profiles
+from clue_dist.inference.score_tables import list_joint_scores
+from clue_dist.integration import score_joint_latent
 from clue_dist.model.decoders import Decoder
 from clue_dist.store.batch_vocabulary import BatchVocabulary, combine_levels
 from clue_dist.store.feature_reference import read_feature_reference
@@ -345,6 +350,33 @@ def test_both_sides_of_a_comparison_get_the_levels_that_are_asked_for(
     first = compare_groups(trained, cells, choices)["v2"]
     fixed = replace(choices, batch={"chemistry": "v2"})
     assert not np.allclose(first["mean"], compare_groups(trained, cells, fixed)["v2"]["mean"])
+
+
+def test_a_page_colours_cells_by_each_covariate(
+    store: Store, trained: TrainedModel, tmp_path: Path
+) -> None:
+    embedding = collect_embedding(trained, open_cells(store, trained), "")
+    assert list(embedding.obs.columns[:3]) == ["batch", *COLUMNS]
+    embedding.write_h5ad(tmp_path / "e.h5ad")
+    joint = read_profiles(tmp_path / "e.h5ad", 20, 0).joint
+    assert joint is not None
+    assert [found.title for found in list_colourings(joint)] == ["batch", *COLUMNS]
+    one = joint.select_rows(joint.batch == "d2 | v2")
+    assert set(one.levels["donor"]) == {"d2"}
+
+
+def test_scores_tell_how_each_covariate_mixes(store: Store) -> None:
+    latent = np.random.default_rng(0).normal(size=(N, 3))
+    codes = store.segments["rna+adt"].read_codes("batch", np.arange(N))
+    levels = store.manifest.batch_vocabulary.decode_levels(codes)
+    named = {name: np.asarray(each) for name, each in levels.items()} | {"same": np.full(N, "a")}
+    scores = score_joint_latent(latent, np.full(N, "rna"), codes, np.full(N, ""), covariates=named)
+    assert list(scores["covariates"]) == COLUMNS  # of a single level there is nothing to say
+    donors = scores["covariates"]["donor"]
+    alone = score_joint_latent(latent, np.full(N, "rna"), named["donor"], np.full(N, ""))
+    assert donors == {name: alone[name] for name in ("ilisi", "ilisi_random")}
+    titles = dict(list_joint_scores(scores))
+    assert titles["iLISI of donor"] == donors["ilisi"]
 
 
 def test_a_model_card_lists_the_levels(store: Store, trained: TrainedModel, tmp_path: Path) -> None:

@@ -128,6 +128,9 @@ def list_store_facts(facts: RunFacts) -> list[Fact]:
             for name, modality in facts.card.modalities.items()
         ]
         listed.append(("biological batches", f"{len(facts.card.batches):,}"))
+        for covariate in facts.card.batch_covariates:
+            levels = facts.card.batch_vocabulary.list_levels(covariate)
+            listed.append((f"levels of {covariate}", f"{len(levels):,}"))
     for attempt in facts.attempts[-1:]:
         sizes = attempt.train_cells
         listed += [

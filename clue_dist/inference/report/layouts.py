@@ -130,8 +130,8 @@ def compute_umap(latent: np.ndarray, seed: int = 0) -> np.ndarray:
 def list_colourings(profiles: Profiles) -> list[Colouring]:
     """List what points can be coloured by; a column that is the same everywhere tells nothing."""
     colourings = []
-    for column, title in _COLUMNS.items():
-        names = getattr(profiles, column)
+    columns = [(title, getattr(profiles, column)) for column, title in _COLUMNS.items()]
+    for title, names in [*columns, *profiles.levels.items()]:
         if len(set(names)) > 1:
             groups = group_legend(names)
             number = {name: code for code, name in enumerate(groups)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,10 +40,14 @@ class Profiles:
     batch: np.ndarray  # UNKNOWN where it is not known
     cell_type: np.ndarray  # UNKNOWN where it is not known
     pattern: np.ndarray  # what was observed in the cell, such as "rna+adt"
+    # By covariate the levels of the cells' batches, where there are several covariates.
+    levels: dict[str, np.ndarray] = field(default_factory=dict)
 
     def select_rows(self, rows: np.ndarray) -> Profiles:
         """Some of the profiles; rows: numbers or a mask."""
-        return Profiles(**{name: values[rows] for name, values in vars(self).items()})
+        levels = {name: values[rows] for name, values in self.levels.items()}
+        chosen = {name: values[rows] for name, values in vars(self).items() if name != "levels"}
+        return Profiles(**chosen, levels=levels)
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,7 @@ def _take_profiles(
         batch=_read_names(table.obs, "batch", cell),
         cell_type=_read_names(table.obs, "cell_type", cell),
         pattern=table.pattern[cell],
+        levels={name: _read_names(table.obs, name, cell) for name in table.about["covariates"]},
     )
 
 
@@ -182,8 +187,11 @@ def _read_anndata(path: Path) -> _Table:
 def _read_about(uns: Any) -> dict[str, Any]:
     """What made the file, as text; nothing of a file that does not say so."""
     about = uns.get("clue_dist", {})
-    texts = {key: str(about[key]) for key in ("run", "checkpoint", "store") if key in about}
-    return texts | {"modalities": list(about["modalities"])} if "modalities" in about else texts
+    facts: dict[str, Any] = {
+        key: str(about[key]) for key in ("run", "checkpoint", "store") if key in about
+    }
+    facts["covariates"] = [str(name) for name in about.get("covariates", [])]
+    return facts | {"modalities": list(about["modalities"])} if "modalities" in about else facts
 
 
 def _name_patterns(is_observed: dict[str, np.ndarray]) -> np.ndarray:
