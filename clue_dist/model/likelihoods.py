@@ -277,7 +277,8 @@ def compute_log_likelihood(
     entries = parameters.gather_entries(counts.entry_rows, counts.indices.long())
     gain = likelihood.compute_log_gain(counts.values, entries)
     # Row by row in a vector: sums over the last axis of a matrix are far slower.
-    by_source = [counts.sum_rows(one) for one in gain.reshape(-1, gain.shape[-1])]
+    n_sources = gain.shape[:-1].numel()  # which -1 could not stand for where no entry is
+    by_source = [counts.sum_rows(one) for one in gain.reshape(n_sources, -1)]
     return everywhere + torch.stack(by_source).view_as(everywhere)
 
 

@@ -134,6 +134,19 @@ def test_random_features_estimate_the_whole_sum_without_bias(name: str) -> None:
     assert ((mean - whole).abs() < 5 * error + 1e-3).all()
 
 
+@pytest.mark.parametrize("shape", [(N, 4), (2, N, 4)])
+def test_cells_without_any_of_the_scored_features_are_scored(shape: tuple[int, ...]) -> None:
+    x = counts()
+    x[:, :5] = 0
+    decoder = Decoder("nb", M, 1, 4, DecoderConfig(hidden=8, features_per_step=5))
+    z, code, features = torch.randn(shape), torch.zeros(N, dtype=torch.int64), torch.arange(5)
+    scores = decoder(z, code, sparse(x), features=features)
+    expected = decoder(z, code, torch.tensor(x, dtype=torch.float32), features=features)
+    torch.testing.assert_close(scores, expected)
+    scores.sum().backward()
+    assert decoder.rate.weight.grad[:5].any()
+
+
 def test_only_takes_the_columns_asked_for() -> None:
     x = counts()
     keep = torch.tensor([0, 3, 4, 20])
