@@ -149,6 +149,18 @@ def checks_gradients(engine: Any) -> bool:
     return hasattr(engine.optimizer, "overflow")
 
 
+def fill_missing_gradients(engine: Any) -> None:
+    """Give weights that no cell of a batch concerns the gradient zero, as several ranks do.
+
+    Else the optimizer would leave them out, and count fewer updates of them than of others.
+    """
+    if checks_gradients(engine):  # such an engine does it by itself
+        return
+    for weight in engine.module.parameters():
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+
+
 def list_reduced_gradients(engine: Any) -> tuple[list[Tensor], bool]:
     """List the gradients that the next update takes, under ZeRO-0, 1 and 2 in float32.
 

@@ -14,7 +14,11 @@ from torch import Tensor
 
 from clue_dist.checkpoint.saver import Saver
 from clue_dist.data.batch import Batch
-from clue_dist.deepspeed_internals import checks_gradients, list_reduced_gradients
+from clue_dist.deepspeed_internals import (
+    checks_gradients,
+    fill_missing_gradients,
+    list_reduced_gradients,
+)
 from clue_dist.resilience.stop_signals import StopFlag
 from clue_dist.train.outcome import LateOutcome, StepOutcome
 from clue_dist.train.schedule import compute_learning_rate
@@ -53,6 +57,7 @@ def train_step(
         taken.append(batch)
         if micro_step < micro_steps - 1:
             engine.step()  # DeepSpeed counts micro-batches, and updates at the last one alone
+    fill_missing_gradients(engine)
     if engine.basic_optimizer.guards_on_device:
         return _update_on_device(trainer, step, taken, means, saver, stop)
     outcome = _agree_on_outcome(trainer, step, taken, means, saver, stop)
@@ -100,8 +105,7 @@ def _agree_on_outcome(
     """Exchange a few numbers once. It waits for the device, as the gradient's norm does anyway."""
     is_bad = terms["loss"].new_zeros((), dtype=torch.bool)
     if not checks_gradients(trainer.engine):
-        parameters = trainer.engine.module.parameters()
-        gradients = [weight.grad for weight in parameters if weight.grad is not None]
+        gradients, _ = list_reduced_gradients(trainer.engine)
         is_bad = ~torch.nn.utils.get_total_norm(gradients).isfinite()
     sums = _sum_over_ranks(terms["loss"], is_bad, saver, stop)
     return LateOutcome(step, batches, terms, sums).read_outcome()

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from clue_dist.model.imputation import keep_sources
 from clue_dist.ranks import Ranks
 from clue_dist.train import engine as engines
 from clue_dist.train.outcome import LateOutcome, OutcomeReader, StepOutcome
@@ -49,6 +50,32 @@ def test_late_outcomes_come_in_order_and_all_of_them_when_they_must(group: None)
 def test_an_outcome_that_is_known_is_given_at_once() -> None:
     known = StepOutcome(3, [], {}, 1.0, skipped=False, stop_requested=False, save_failed=False)
     assert OutcomeReader().read_outcomes(known, False) == [known]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
+def test_a_batch_without_a_modality_updates_its_weights_as_on_several_ranks(
+    tmp_path: Path, group: None, optimizer: str
+) -> None:
+    make_store(tmp_path / "s.zarr")
+    settings = {"epochs": 8, "optimizer": optimizer, "lr": 0.01}
+    setup = make_setup(tmp_path / "s.zarr", train=settings, data={"batch_size": 16})
+    weights = []
+    for stage in (0, 1):  # ZeRO-1 has a gradient of every weight, as several ranks have
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engines, "choose_zero_stage", lambda *_, stage=stage: stage)
+            engine = engines.build_engine(setup, Ranks(), torch.device("cpu"))
+        trainer = Trainer(engine, setup, Ranks(), torch.device("cpu"))
+        names = trainer.model.modalities
+        with trainer.open_loader(0) as loader:
+            train_step(trainer, loader, 0)
+            batches = (keep_sources(batch, names, names[:1]) for batch in loader)
+            train_step(trainer, batches, 1)
+        weights.append(torch.cat([p.detach().flatten() for p in engine.module.parameters()]))
+        n_updates = {int(state["step"]) for state in engine.basic_optimizer.state.values()}
+        assert n_updates == {2}
+        engine.destroy()
+    assert torch.allclose(*weights, rtol=1e-4, atol=1e-6)
 
 
 def train_some(path: Path, stage: int, guarded: bool, limit: float) -> tuple[Any, list[Any]]:
