@@ -105,12 +105,15 @@ class Ranks:
         )
         return cast("T", result)
 
-    def join_group(self, backend: str = "gloo", timeout_s: float = 1800) -> Ranks:
+    def join_group(
+        self, backend: str = "gloo", timeout_s: float = 1800, gpu: torch.device | None = None
+    ) -> Ranks:
         """Join the other ranks in torch's default process group.
 
         Args:
             backend: "nccl" or "gloo".
             timeout_s: seconds that a collective may take from then on.
+            gpu: the GPU of this rank, for NCCL.
 
         Returns:
             These ranks.
@@ -128,6 +131,7 @@ class Ranks:
                 rank=self.rank,
                 world_size=self.world,
                 timeout=timedelta(seconds=timeout_s),
+                device_id=gpu,
             )
         return self
 

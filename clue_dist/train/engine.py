@@ -34,14 +34,16 @@ def join_process_group(ranks: Ranks) -> torch.device:
     """
     device = ranks.choose_device()
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    # NCCL is told its GPU, instead of guessing one at the first exchange.
+    gpu = device if device.type == "cuda" else None
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
     if ranks.world == 1 and not dist.is_initialized():
         store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, device_id=gpu)
     # DeepSpeed itself calls what torch will drop.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    ranks.join_group(backend)
+    ranks.join_group(backend, gpu=gpu)
     os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed takes the device of this number
     disable_shared_memory_collectives()
     forget_former_group()

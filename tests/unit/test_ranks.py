@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 import socket
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
 from clue_dist.errors import LOST, ConfigError
 from clue_dist.ranks import Ranks
 from clue_dist.ranks.job import choose_port
+from clue_dist.train import engine as engines
 from tests.processes import run_ranks
 
 SLURM = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8"}
@@ -168,3 +171,18 @@ def test_ranks_meet(tmp_path):
         ranks.leave_group()
     """
     run_ranks(2, f"folder = {str(tmp_path)!r}", code)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_process_group_is_told_its_gpu(monkeypatch: pytest.MonkeyPatch, world: int) -> None:
+    joined: list[dict[str, Any]] = []
+    gpu, ranks = torch.device("cuda", 1), Ranks(rank=0, world=world)
+    monkeypatch.setattr(Ranks, "choose_device", lambda _: gpu)
+    monkeypatch.setattr(Ranks, "open_rendezvous", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(dist, "is_initialized", lambda: bool(joined))
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **options: joined.append(options))
+    monkeypatch.setattr(engines.deepspeed, "init_distributed", lambda **_: None)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert engines.join_process_group(ranks) == gpu
+    assert [options["device_id"] for options in joined] == [gpu]
