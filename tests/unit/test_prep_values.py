@@ -14,6 +14,8 @@ from clue_dist.store.reader import Store
 from data_prep.check import check_store
 from data_prep.cli.commands import main
 from data_prep.convert import format_conversion
+from data_prep.from_python import ConversionRequest
+from data_prep.inspect import collect_facts, format_facts
 from data_prep.readers.source import CategoryCodes
 from tests.unit.prep_helpers import (
     assert_same_counts,
@@ -120,6 +122,20 @@ def test_column_that_no_file_has(tmp_path: Path, capsys: pytest.CaptureFixture[s
     _convert(*files, "--batch-key", "nothing", *out[:-1], str(tmp_path / "t.zarr"))
     assert Store(tmp_path / "t.zarr").manifest.batches == []
     assert "warning: no input has the batch column" in capsys.readouterr().err
+
+
+def test_levels_of_several_covariates_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    obs = {"donor": ["d1", "d2", "d1"], "kit": ["v2", "v2", None]}
+    rna = write_h5ad(tmp_path / "a.h5ad", make_counts(3, 4), **obs)
+    out = tmp_path / "s.zarr"
+    request = ConversionRequest(batch_key=["donor", "kit"])
+    _convert(f"rna={rna}", "--out", str(out), *request.list_flags())
+    facts = collect_facts(str(out))
+    assert facts["covariates"] == {"donor": {"d1": 2, "d2": 1}, "kit": {"v2": 2}}
+    assert "  donor        d1 2, d2 1\n  kit          v2 2\n" in format_facts(facts)
+    assert "1 cells have no kit" in capsys.readouterr().out
 
 
 def test_kinds_like_bins(tmp_path: Path) -> None:
