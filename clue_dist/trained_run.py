@@ -308,9 +308,12 @@ class Run(ImputationMethods, ComparisonMethods):
             The new model.
 
         Raises:
-            ConfigError: `settings` or `new_modalities` where batches alone are learnt.
+            ConfigError: another word for `train`; `settings` or `new_modalities` where batches
+                alone are learnt.
             ClueError: what `embed` raises of the cells, or `fit`.
         """
+        if train not in ("batches", "all"):
+            raise ConfigError("no such training", got=repr(train), expected="'batches' or 'all'")
         folder = parse_path(str(out))
         if train == "all":
             self._train_on_all(cells, folder, new_modalities, settings or {}, **choices)

@@ -6,10 +6,8 @@ import argparse
 
 from clue_dist.commands.catalogue import build_command_parser
 from clue_dist.commands.train import train_by_arguments
-from clue_dist.errors import ConfigError
 from clue_dist.files import parse_path
 from clue_dist.process import print_error, run_main
-from clue_dist.ranks import Ranks
 from clue_dist.train.arguments import list_further_settings
 
 _DETAILS = """\
@@ -50,10 +48,6 @@ def main() -> None:
     from clue_dist.inference.load_model import load_model
     from clue_dist.inference.new_batches import tune_batches
 
-    if Ranks.from_environment().world > 1:
-        raise ConfigError(
-            "new batches are learnt by one process", where="--ranks", fix="leave --ranks out"
-        )
     if arguments.overrides:
         print_error("warning: --set counts only with --train all")
     trained_model = load_model(arguments.run)

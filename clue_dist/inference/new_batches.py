@@ -27,6 +27,7 @@ from clue_dist.inference.load_model import TrainedModel, require_weights
 from clue_dist.inference.reference_cells import REFERENCE_FILE, collect_reference
 from clue_dist.model.clue import CLUE
 from clue_dist.model.decoders import Decoder
+from clue_dist.ranks import Ranks
 from clue_dist.store.batch_vocabulary import UNKNOWN, BatchVocabulary
 
 LEARNING_RATE = 0.05
@@ -55,9 +56,17 @@ def tune_batches(run: Path, trained_model: TrainedModel, cells: Cells, out: Path
 
     Raises:
         DataError: no cell is of a new batch.
-        ConfigError: the decoders do not ask for the batch; something is at `out`.
+        ConfigError: the decoders do not ask for the batch; something is at `out`; a launcher
+            started several processes.
         StoreError: the disk is full, or refuses to be written.
     """
+    n_processes = Ranks.from_environment().world
+    if n_processes > 1:  # each would write the folder
+        raise ConfigError(
+            "new batches are learnt by one process",
+            got=f"{n_processes} processes",
+            fix="start one: leave --ranks out",
+        )
     check_model_folder(out)
     tuned, report = learn_batches(trained_model, cells)
     batches = {"batches": tuned.batches, "batch_covariates": tuned.batch_covariates}

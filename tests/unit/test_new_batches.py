@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -21,6 +22,7 @@ from clue_dist.inference.stream import embed_in_memory
 from clue_dist.store.batch_vocabulary import BatchVocabulary
 from clue_dist.store.reader import Store
 from clue_dist.train.initial_weights import plan_warm_start
+from clue_dist.trained_run import load
 from tests.stores import make_store
 from tests.unit.run_helpers import commit_weights, make_model, make_setup
 
@@ -119,6 +121,24 @@ def test_the_new_model_is_a_folder_like_any_other(
         learn_batches(tuned, StoreCells(new_store, tuned))
     with pytest.raises(ConfigError, match="already there"):
         tune_batches(run, trained_model, StoreCells(new_store, trained_model), tmp_path / "new")
+
+
+def test_several_processes_are_refused_as_each_would_write_the_folder(
+    run: Path, trained_model: TrainedModel, new_store: Store, tmp_path: Path, monkeypatch
+) -> None:
+    ranks = SimpleNamespace(from_environment=lambda: SimpleNamespace(world=2))
+    monkeypatch.setattr(new_batches, "Ranks", ranks)
+    cells = StoreCells(new_store, trained_model)
+    with pytest.raises(ConfigError, match="by one process"):
+        tune_batches(run, trained_model, cells, tmp_path / "tuned")
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_word_for_the_training_is_refused(
+    run: Path, new_store: Store, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="no such training"):
+        load(run).fine_tune(new_store, tmp_path, train="everything")  # type: ignore[arg-type]
 
 
 def test_a_model_of_a_single_batch_has_no_place_for_others(
