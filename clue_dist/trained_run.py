@@ -298,7 +298,7 @@ class Run(ImputationMethods, ComparisonMethods):
             out: the folder to make, which holds the new model. Called again, the training of all
                 weights goes on where it was stopped.
             train: "batches" finds what the decoders must know of new batches, and z of every cell
-                stays. "all" trains all weights on, and z moves.
+                stays. "all" trains all of the run's best weights on, and z moves.
             new_modalities: modalities of the cells that the model does not have.
             settings: of training, by dotted path, where they are not those of the run.
             choices: `layer`, `batch_key` and others, as `embed` takes them, or, to train all

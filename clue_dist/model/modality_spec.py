@@ -11,7 +11,7 @@ from clue_dist.model.likelihoods import LIKELIHOODS
 from clue_dist.store.manifest import Modality
 
 # Where the config says "auto", a decoder scores at most so many features in a step. The estimate
-# stays unbiased, and on real cells models match as well as with all features.
+# stays unbiased; docs/results.md has what models of 4,096 and of 512 features reach on real cells.
 AUTO_FEATURES = 512
 
 
