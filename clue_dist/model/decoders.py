@@ -77,6 +77,8 @@ class Decoder(nn.Module):
         Args:
             batch_code: (n,) int64; -1: unknown.
         """
+        if self.batch is None:  # a single batch, which nothing asks for
+            return torch.zeros_like(batch_code)[:, None]
         if self._levels_of_code.device != batch_code.device:
             self._levels_of_code = self._levels_of_code.to(batch_code.device)
         return self._levels_of_code[batch_code]

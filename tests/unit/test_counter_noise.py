@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 import torch
 
 from tests.benchmarks.gpu.philox import compute_philox, draw_plainly
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are defined
 pytest.importorskip("triton", reason="Triton, which comes with torch for CUDA, is not installed")
 
 from clue_dist.model.counter_noise import CounterNoise, choose_noise

@@ -31,8 +31,6 @@ from tests.benchmarks.gpu.workload import (
     make_objective,
 )
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are defined
 pytest.importorskip("triton", reason="Triton, which comes with torch for CUDA, is not installed")
 
 from clue_dist.model.fused.likelihood import score_sparse_counts

@@ -34,7 +34,7 @@ class CountingEngine:
     """An engine whose update adds one to every weight."""
 
     def __init__(self) -> None:
-        self.weight = torch.zeros(LARGE)
+        self.weight, self.module = torch.zeros(LARGE), torch.nn.Module()
         self.optimizer = SimpleNamespace(param_groups=[])
         self.basic_optimizer = SimpleNamespace(skip=False, guards_on_device=False)
         self.updated = threading.Event()

@@ -38,7 +38,8 @@ class RecordingEngine:
         self.weight = torch.nn.Parameter(torch.ones(1))
         groups = [{"params": [self.weight], "lr_scale": 1.0}]
         groups.append({"params": [torch.nn.Parameter(torch.ones(1))], "lr_scale": 10.0})
-        self.optimizer = self.basic_optimizer = OPTIMIZERS["adamw"](groups, lr=1.0)
+        self.optimizer = self.basic_optimizer = OPTIMIZERS["adamw"](groups, lr=1.0, eps=1e-8)
+        self.module = torch.nn.ParameterList([self.weight])
         self.kl_weights: list[float] = []
         self.rates: list[list[float]] = []
 
