@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,21 +30,6 @@ class CounterNoise(Noise):
     Arguments are those of `Noise`. Draws are other ones than on a CPU.
     """
 
-    def __init__(
-        self,
-        seed: int,
-        micro_batch: int,
-        stratum_shares: Mapping[str, int],
-        lanes: int,
-        rank: int = 0,
-        world: int = 1,
-        device: torch.device | str = "cuda",
-    ) -> None:
-        super().__init__(seed, micro_batch, stratum_shares, lanes, rank, world, device)
-        self._key, self._draws = derive_key(seed, micro_batch, "counter") >> 1, 0
-        shares = tuple(stratum_shares.values())
-        self._numbered = number_cells(shares, lanes, rank, world, device)
-
     def draw_normal(self, *tail: int) -> Tensor:
         """Standard normal draws, (B, *tail) float32."""
         return self._draw("normal", self._numbered.cell, math.prod(tail)).unflatten(1, tail)
@@ -71,8 +55,12 @@ class CounterNoise(Noise):
         order = self._draw("integers", nobody, total)[0].argsort(stable=True)
         return order[:size].sort().values
 
-    def _make_generators(self, seed: int, micro_batch: int, lanes: Sequence[int]) -> None:
-        """None are needed."""
+    def _prepare_draws(
+        self, key: tuple[int, int], shares: tuple[int, ...], lanes: int, rank: int, world: int
+    ) -> None:
+        """Number the cells; generators are not needed."""
+        self._key, self._draws = derive_key(*key, "counter") >> 1, 0
+        self._numbered = number_cells(shares, lanes, rank, world, self._device)
 
     def _draw_bytes(self, columns: int, rows: Tensor | None) -> Tensor:
         cells = self._numbered.cell if rows is None else self._numbered.cell[rows]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -44,10 +44,10 @@ class Noise:
         device: torch.device | str = "cpu",
     ) -> None:
         self._device = device
-        self._make_generators(seed, micro_batch, range(rank, lanes, world))
-        self._rounds = [share // lanes for share in stratum_shares.values()]  # by stratum
+        shares = tuple(stratum_shares.values())
+        self._rounds = [share // lanes for share in shares]  # by stratum
         self._per_lane = sum(self._rounds)
-        self._order = order_rows(tuple(stratum_shares.values()), lanes, world, device)
+        self._prepare_draws((seed, micro_batch), shares, lanes, rank, world)
 
     def draw_normal(self, *tail: int) -> Tensor:
         """Standard normal draws, (B, *tail) float32."""
@@ -114,10 +114,13 @@ class Noise:
         fill = functools.partial(_fill_integers, least=-(2**31), beyond=2**31 - 1)
         return self._draw_rows(torch.int32, (width,), fill, rows).view(torch.uint8)[:, :columns]
 
-    def _make_generators(self, seed: int, micro_batch: int, lanes: Sequence[int]) -> None:
-        """One for each lane of this rank, and one that is the same on all ranks."""
-        self._lanes = [self._make_generator(seed, micro_batch, lane) for lane in lanes]
-        self._all_ranks = self._make_generator(seed, micro_batch, "all ranks")
+    def _prepare_draws(
+        self, key: tuple[int, int], shares: tuple[int, ...], lanes: int, rank: int, world: int
+    ) -> None:
+        """Make a generator for each lane of this rank, and one that is the same on all ranks."""
+        self._lanes = [self._make_generator(*key, lane) for lane in range(rank, lanes, world)]
+        self._all_ranks = self._make_generator(*key, "all ranks")
+        self._order = order_rows(shares, lanes, world, self._device)
 
     def _make_generator(self, *key: object) -> torch.Generator:
         return torch.Generator(self._device).manual_seed(derive_key(*key) >> 1)
