@@ -32,11 +32,11 @@ def normalise_counts(counts: Counts, method: str, idf: Tensor | None = None) -> 
     """
     if isinstance(counts, Tensor):
         return _normalise_dense(counts, method, idf)
-    x, totals = counts.values, counts.totals
+    x = counts.values
     if method == "tfidf" and idf is not None:
         x = x * idf.index_select(0, counts.indices)
-        totals = counts.sum_rows(x)
     if method in ("log_cp10k", "tfidf"):
+        totals = counts.totals if x is counts.values else counts.sum_rows(x)
         scale = 1e4 / totals.clamp_min(1e-9)
         x = x * scale.index_select(0, counts.entry_rows)
     if method in ("log_cp10k", "tfidf", "log"):
