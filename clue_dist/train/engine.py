@@ -203,7 +203,8 @@ def make_deepspeed_config(
         "train_batch_size": config.data.batch_size,
         "train_micro_batch_size_per_gpu": config.data.batch_size // (settings.grad_accum * world),
         "gradient_accumulation_steps": settings.grad_accum,
-        "gradient_clipping": 0.0 if guards_on_device else settings.clip,
+        # Under ZeRO-0 in fp32 `train.step` clips by the norm that it needs in any case.
+        "gradient_clipping": settings.clip if is_bf16 or (stage and not guards_on_device) else 0.0,
         "zero_optimization": {
             "stage": stage,
             **({"compute_grad_norm": False} if guards_on_device and stage else {}),

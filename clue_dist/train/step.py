@@ -60,8 +60,12 @@ def train_step(
     fill_missing_gradients(engine)
     if engine.basic_optimizer.guards_on_device:
         return _update_on_device(trainer, step, taken, means, saver, stop)
-    outcome = _agree_on_outcome(trainer, step, taken, means, saver, stop)
+    norm = _measure_norm(trainer)
+    outcome = _agree_on_outcome(trainer, step, taken, means, norm, saver, stop)
     engine.basic_optimizer.skip = outcome.skipped
+    if norm is not None and trainer.setup.config.train.clip > 0 and not outcome.skipped:
+        weights = engine.module.parameters()
+        torch.nn.utils.clip_grads_with_norm_(weights, trainer.setup.config.train.clip, norm)
     if saver is not None:
         saver.wait_for_copies()
     engine.step()
@@ -94,19 +98,25 @@ def _update_on_device(
     return LateOutcome(step, batches, terms, sums[:4])
 
 
+def _measure_norm(trainer: Trainer) -> Tensor | None:
+    """The norm of all gradients, (); None where DeepSpeed looks at it, and clips by it."""
+    if checks_gradients(trainer.engine):
+        return None
+    gradients, _ = list_reduced_gradients(trainer.engine)
+    return torch.nn.utils.get_total_norm(gradients)
+
+
 def _agree_on_outcome(
     trainer: Trainer,
     step: int,
     batches: list[Batch],
     terms: dict[str, Tensor],
+    norm: Tensor | None,
     saver: Saver | None,
     stop: StopFlag | None,
 ) -> StepOutcome:
     """Exchange a few numbers once. It waits for the device, as the gradient's norm does anyway."""
-    is_bad = terms["loss"].new_zeros((), dtype=torch.bool)
-    if not checks_gradients(trainer.engine):
-        gradients, _ = list_reduced_gradients(trainer.engine)
-        is_bad = ~torch.nn.utils.get_total_norm(gradients).isfinite()
+    is_bad = ~(terms["loss"] if norm is None else norm).isfinite()
     sums = _sum_over_ranks(terms["loss"], is_bad, saver, stop)
     return LateOutcome(step, batches, terms, sums).read_outcome()
 

@@ -63,7 +63,8 @@ def make_trainer(engine: CountingEngine, monkeypatch: pytest.MonkeyPatch) -> Tra
     """A trainer whose loss is zero."""
     outcome = StepOutcome(0, [], {}, 0.0, skipped=False, stop_requested=False, save_failed=False)
     monkeypatch.setattr(step, "_agree_on_outcome", lambda *_: outcome)
-    setup: Any = SimpleNamespace(config=SimpleNamespace(train=SimpleNamespace(grad_accum=1)))
+    settings = SimpleNamespace(grad_accum=1, clip=0.0)
+    setup: Any = SimpleNamespace(config=SimpleNamespace(train=settings))
     trainer = Trainer(engine, setup, Ranks(), torch.device("cpu"))
     monkeypatch.setattr(Trainer, "compute_loss", lambda *_: (torch.zeros(()), {}))
     return trainer
