@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, TypeVar
 import anndata as ad
 import mudata as md
 
-from clue_dist import config as configs
+from clue_dist import config_file
 from clue_dist.config import Config
 from clue_dist.errors import STOPPED
 from clue_dist.files import parse_path
@@ -45,8 +45,8 @@ def read_settings(
     chosen = {"log.wandb": "disabled"} | dict(settings) | {"run": str(folder)}
     words = [f"{name}={json.dumps(value)}" for name, value in chosen.items()]
     if isinstance(config, Mapping):
-        return configs.parse_config(deepcopy(dict(config)), "config", words)
-    return configs.load_config(config, words)
+        return config_file.parse_config(deepcopy(dict(config)), "config", words)
+    return config_file.load_config(config, words)
 
 
 def train_on_cells(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from clue_dist import config as configs
+from clue_dist import config_file
 from clue_dist.config import Config
 from clue_dist.errors import ResumeError
 
@@ -35,7 +35,7 @@ def load_kept_config(run_folder: Path) -> Config:
             got="no such file",
             fix="copy the whole folder of the run",
         )
-    return _fill_left_out(configs.load_config(path), VALUES_BEFORE)
+    return _fill_left_out(config_file.load_config(path), VALUES_BEFORE)
 
 
 def follow_kept_config(config: Config, kept: Config) -> Config:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from clue_dist import config as configs
+from clue_dist import config_file
 from clue_dist.checkpoint.metrics_lines import read_metrics_lines
 from clue_dist.checkpoint.run_folder import (
     COMMIT,
@@ -82,7 +82,7 @@ def require_no_lost_work(run_folder: Path, first_step: int) -> None:
 def _read_save_interval(run_folder: Path) -> int:
     """Steps between two checkpoints of the run that the folder holds; 0 if it does not say."""
     try:
-        interval = configs.load_config(run_folder / "config.json").train.checkpoint_every
+        interval = config_file.load_config(run_folder / "config.json").train.checkpoint_every
     except ConfigError:
         return 0
     return 0 if interval == "auto" else interval

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from clue_dist import config as configs
+from clue_dist import config_file
 from clue_dist.checkpoint.kept_config import follow_kept_config, load_kept_config
 from clue_dist.checkpoint.lost_work import require_no_lost_work, require_whole_copies
 from clue_dist.checkpoint.run_folder import (
@@ -73,7 +73,7 @@ class StartingPoint:
 
     def describe_inherited(self, config: Config) -> str | None:
         """Say which settings a config leaves out that the run has otherwise than the default."""
-        inherited = configs.compare_settings(config, self.config)
+        inherited = config_file.compare_settings(config, self.config)
         settings = ", ".join(f"{key}={value}" for key, (_, value) in inherited.items())
         return f"goes on as the run began, with {settings}" if settings else None
 
@@ -114,7 +114,7 @@ def find_starting_point(
     state = require_same_run(run_folder, config, fingerprint, checkpoint)
     if origin is not None:
         _require_origin(run_folder, state, origin.parent.parent)
-    return StartingPoint(state, checkpoint, config, configs.compare_settings(kept, config))
+    return StartingPoint(state, checkpoint, config, config_file.compare_settings(kept, config))
 
 
 def _require_origin(run_folder: Path, state: RunState, earlier_run: Path) -> None:
@@ -268,7 +268,7 @@ def require_same_run(
             fix="point --set store=... at the original store, or begin a new run with the weights "
             f"of this one: --init-from {run_folder} --set run=ANOTHER_FOLDER",
         )
-    changed = configs.compare_settings(load_kept_config(checkpoint.parent.parent), config)
+    changed = config_file.compare_settings(load_kept_config(checkpoint.parent.parent), config)
     forbidden = [key for key in changed if not key.startswith(CHANGEABLE)]
     if forbidden:
         raise ResumeError(

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clue_dist import config as configs
+from clue_dist import config_file
 from clue_dist.config import Config
 from clue_dist.errors import ConfigError
 from clue_dist.files import parse_path
@@ -87,11 +87,11 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def list_further_settings(config_file: Path) -> dict[str, Any]:
+def list_further_settings(run_config: Path) -> dict[str, Any]:
     """List what differs from the settings of a run where its weights are trained on.
 
     Args:
-        config_file: config.json of the run.
+        run_config: config.json of the run.
 
     Returns:
         Settings by dotted path.
@@ -99,7 +99,7 @@ def list_further_settings(config_file: Path) -> dict[str, Any]:
     Raises:
         ConfigError: config.json is damaged.
     """
-    learning_rate = configs.load_config(config_file).train.lr * _SLOWER
+    learning_rate = config_file.load_config(run_config).train.lr * _SLOWER
     return dict.fromkeys(_FROM_STORE, "auto") | {"train.lr": float(f"{learning_rate:g}")}
 
 
@@ -113,7 +113,7 @@ def prepare_training(arguments: argparse.Namespace, world: int) -> tuple[Setup, 
     Raises:
         ClueError: what `prepare_run` raises.
     """
-    config = configs.load_config(arguments.config, arguments.overrides)
+    config = config_file.load_config(arguments.config, arguments.overrides)
     return prepare_run(
         config, world, arguments.resume, arguments.init_from, imports_loop=not arguments.dry_run
     )
@@ -150,7 +150,7 @@ def prepare_run(
             got=f"--init-from {init_from} --resume {resume}",
             fix="leave one of the two out",
         )
-    configs.require_paths(config)
+    config_file.require_paths(config)
 
     with postpone_collections():
         from clue_dist.train.initial_weights import plan_warm_start
@@ -208,7 +208,7 @@ def prepare_benchmark(arguments: argparse.Namespace, world: int) -> Setup:
     """Check what is to be measured, as `prepare_training` does; no run folder is needed."""
     # Measuring takes minutes: what cannot be written is said first.
     check_bench_arguments(arguments)
-    config = configs.load_config(arguments.config, arguments.overrides)
+    config = config_file.load_config(arguments.config, arguments.overrides)
 
     from clue_dist.train.setup import prepare_setup
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from clue_dist import config as configs
+from clue_dist import config_file
 from clue_dist.checkpoint.model_card import ModelCard, read_model_card
 from clue_dist.checkpoint.run_folder import UNFIT, find_damage, list_checkpoints, read_weights
 from clue_dist.config import Config
@@ -114,7 +114,7 @@ def plan_warm_start(run: Path, setup: Setup) -> WarmStart:
         ResumeError: there is no such run, or it has no weights.
         ConfigError: the store has other features, or the settings make another model.
     """
-    card, config = read_model_card(run), configs.load_config(run / "config.json")
+    card, config = read_model_card(run), config_file.load_config(run / "config.json")
     saved = [*list_checkpoints(run / "best"), *list_checkpoints(run / "checkpoints")]
     if not saved:
         raise ResumeError(
@@ -158,7 +158,7 @@ def _require_same_model(run: Path, card: ModelCard, config: Config, setup: Setup
     """Check that the settings make the model that was trained."""
     changed = [
         key
-        for key in configs.compare_settings(config, setup.config)
+        for key in config_file.compare_settings(config, setup.config)
         if key.startswith("model.") and key not in _FREE_SETTINGS
     ]
     specs = specify_modalities(card.modalities, config)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clue_dist import config as configs
+from clue_dist import config_file
 from clue_dist.checkpoint.run_folder import RunState
 from clue_dist.config import Config
 from clue_dist.data.batch import Batch, BatchPart, assemble_batch
@@ -193,7 +193,7 @@ def prepare_setup(config: Config, world: int, *, writes: bool = True) -> Setup:
         StoreError: there is no store, or a damaged one.
         ConfigError: settings that cannot work on this store or on this number of ranks.
     """
-    configs.require_paths(config, *([] if writes else ["store"]))
+    config_file.require_paths(config, *([] if writes else ["store"]))
     if writes:
         _require_writable(Path(config.run))
     store = Store(config.store)

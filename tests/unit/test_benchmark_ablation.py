@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from clue_dist import config as configs
+from clue_dist import config_file
 from clue_dist.config import Config, ModelConfig, TrunkConfig
 from clue_dist.train.setup import Setup, prepare_setup
 from tests.benchmarks import mosaic
@@ -27,7 +27,7 @@ from tests.unit.mosaic_helpers import MODS, paired_cells
 
 
 def load_recipe(row: str, name: str) -> Config:
-    return configs.load_config(ROOT / rows.choose_recipe(row, name), ROWS[row].split())
+    return config_file.load_config(ROOT / rows.choose_recipe(row, name), ROWS[row].split())
 
 
 @pytest.mark.parametrize("name", ["cbmc_cite", "snare_adbrain_8lib"])
@@ -46,7 +46,7 @@ def test_every_row_is_a_valid_recipe_of_its_own(name: str) -> None:
     [("cbmc_cite", "neurips2021_cite"), ("snare_adbrain_8lib", "neurips2021_multiome")],
 )
 def test_table_5_is_the_authors_recipe_with_terms_left_out(name: str, authors: str) -> None:
-    whole = configs.load_config(ROOT / "configs" / f"{authors}.json")
+    whole = config_file.load_config(ROOT / "configs" / f"{authors}.json")
     assert load_recipe("paper: all", name) == whole
     used = set()
     table_5 = list(TABLE["paper"])[:8]
@@ -201,7 +201,7 @@ def test_a_model_is_fine_tuned_from_that_of_the_mosaic(
 
 def set_up(store: Path, *settings: str) -> Setup:
     words = [f"store={store}", f"run={store.parent / 'r'}", *settings]
-    return prepare_setup(configs.load_config(ROOT / mosaic.RECIPE, words), 1)
+    return prepare_setup(config_file.load_config(ROOT / mosaic.RECIPE, words), 1)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from clue_dist.config import load_config
+from clue_dist.config_file import load_config
 from clue_dist.data.batch import read_batch
 from clue_dist.errors import DataError
 from clue_dist.model.clue import CLUE

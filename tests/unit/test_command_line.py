@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from clue_dist import __version__
-from clue_dist import config as configs
+from clue_dist import __version__, config_file
 from clue_dist.commands import catalogue
 from clue_dist.commands.catalogue import COMMANDS, build_command_parser, build_launch, name_module
 from clue_dist.commands.cli import app
@@ -140,9 +139,9 @@ def test_a_recipe_is_found_by_its_name_in_any_folder(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert configs.load_config(name) == configs.load_config(ROOT / "configs" / "atlas.json")
+    assert config_file.load_config(name) == config_file.load_config(ROOT / "configs" / "atlas.json")
     Path(name).write_text('{"seed": 3}')  # a file goes before a recipe
-    assert configs.load_config(name).seed == 3
+    assert config_file.load_config(name).seed == 3
 
 
 @pytest.mark.parametrize("name", ["atlsa", "nowhere/atlas.json", "atlas.yaml"])
@@ -151,7 +150,7 @@ def test_a_recipe_that_is_missing_is_answered_with_the_names(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="does not exist") as caught:
-        configs.load_config(name)
+        config_file.load_config(name)
     assert "a recipe: atlas, demo" in str(caught.value.expected)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from clue_dist import config as configs
+from clue_dist import config_file
 from clue_dist.errors import ConfigError
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.json"))
@@ -19,7 +19,7 @@ def written(tmp_path: Path, tree: object) -> Path:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
 def test_recipes_load(path: Path) -> None:
-    configs.load_config(path)
+    config_file.load_config(path)
 
 
 def test_there_are_the_promised_recipes() -> None:
@@ -50,7 +50,7 @@ def test_a_misspelt_key_names_its_neighbour(
     tmp_path: Path, tree: object, where: str, near: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        configs.load_config(written(tmp_path, tree))
+        config_file.load_config(written(tmp_path, tree))
     assert str(caught.value.where).endswith(where)
     assert f"`{near}`" in str(caught.value.fix)
 
@@ -66,19 +66,19 @@ def test_a_misspelt_key_names_its_neighbour(
 )
 def test_a_wrong_value_is_named(tmp_path: Path, tree: object, where: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        configs.load_config(written(tmp_path, tree))
+        config_file.load_config(written(tmp_path, tree))
     assert where in str(caught.value.where)
 
 
 def test_batch_arithmetic_is_shown(tmp_path: Path) -> None:
     tree = {"data": {"batch_size": 100, "lanes": 8}, "train": {"grad_accum": 2}}
     with pytest.raises(ConfigError, match=r"8 x 2 = 16; got 100 % 16 = 4"):
-        configs.load_config(written(tmp_path, tree))
+        config_file.load_config(written(tmp_path, tree))
 
 
 def test_set_overrides_and_creates(tmp_path: Path) -> None:
     path = written(tmp_path, {"train": {"lr": 0.1}})
-    config = configs.load_config(
+    config = config_file.load_config(
         path, ["train.lr=1e-4", "store=a b.zarr", "modalities.rna.weight=2", "train.epochs=auto"]
     )
     assert (
@@ -97,50 +97,52 @@ def test_set_overrides_and_creates(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bad", ["train.lr", "=3", "store.x=1"])
 def test_a_bad_set_is_refused(tmp_path: Path, bad: str) -> None:
     with pytest.raises(ConfigError):
-        configs.load_config(written(tmp_path, {"store": "s"}), [bad])
+        config_file.load_config(written(tmp_path, {"store": "s"}), [bad])
 
 
 def test_missing_and_broken_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
-        configs.load_config(tmp_path / "no.json")
+        config_file.load_config(tmp_path / "no.json")
     (tmp_path / "b.json").write_text("{")
     with pytest.raises(ConfigError, match="not JSON"):
-        configs.load_config(tmp_path / "b.json")
+        config_file.load_config(tmp_path / "b.json")
     with pytest.raises(ConfigError, match="not a JSON object"):
-        configs.load_config(written(tmp_path, [1]))
+        config_file.load_config(written(tmp_path, [1]))
 
 
 def test_changed_lists_dotted_paths(tmp_path: Path) -> None:
-    a = configs.load_config(written(tmp_path, {}))
-    b = configs.load_config(tmp_path / "c.json", ["train.lr=0.5", "model.latent=8"])
-    assert configs.compare_settings(a, b) == {"model.latent": (64, 8), "train.lr": (0.001, 0.5)}
+    a = config_file.load_config(written(tmp_path, {}))
+    b = config_file.load_config(tmp_path / "c.json", ["train.lr=0.5", "model.latent=8"])
+    assert config_file.compare_settings(a, b) == {"model.latent": (64, 8), "train.lr": (0.001, 0.5)}
 
 
 def test_a_written_config_reads_back(tmp_path: Path) -> None:
-    a = configs.load_config(written(tmp_path, {}), ['data.weights={"rna": 2}', "seed=4"])
+    a = config_file.load_config(written(tmp_path, {}), ['data.weights={"rna": 2}', "seed=4"])
     (tmp_path / "out.json").write_text(a.to_json())
-    assert configs.load_config(tmp_path / "out.json") == a
+    assert config_file.load_config(tmp_path / "out.json") == a
 
 
 def test_a_recipe_that_trains_nothing_is_refused(tmp_path: Path) -> None:
     off = {f"lambda_{term}": 0 for term in ("self", "cross", "mse", "d", "contrastive")}
     with pytest.raises(ConfigError, match="nothing to train"):
-        configs.load_config(written(tmp_path, {"objective": off}))
+        config_file.load_config(written(tmp_path, {"objective": off}))
 
 
 def test_private_dimensions_without_a_term_that_trains_them_are_refused(tmp_path: Path) -> None:
     contrast_alone = {"lambda_self": 0, "lambda_cross": 0}
     with pytest.raises(ConfigError, match=r"model\.private=0"):
-        configs.load_config(written(tmp_path, {"objective": contrast_alone}))
-    configs.load_config(written(tmp_path, {"objective": contrast_alone, "model": {"private": 0}}))
+        config_file.load_config(written(tmp_path, {"objective": contrast_alone}))
+    config_file.load_config(
+        written(tmp_path, {"objective": contrast_alone, "model": {"private": 0}})
+    )
 
 
 def test_a_home_folder_is_found_in_a_config_and_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
-    config = configs.load_config(written(tmp_path, {"store": "~/s.zarr"}), ["run=~/runs/a"])
+    config = config_file.load_config(written(tmp_path, {"store": "~/s.zarr"}), ["run=~/runs/a"])
     assert (config.store, config.run) == ("/home/someone/s.zarr", "/home/someone/runs/a")
     with pytest.raises(ConfigError, match=r"~no-such-user is no home folder") as caught:
-        configs.load_config(tmp_path / "c.json", ["run=~no-such-user/a"])
+        config_file.load_config(tmp_path / "c.json", ["run=~no-such-user/a"])
     assert str(caught.value.where).endswith("c.json: run")

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from clue_dist import config as configs
+from clue_dist import config_file
 from clue_dist.config import Config
 from clue_dist.errors import ConfigError
 from tests.benchmarks.hostile import spoil
@@ -63,11 +63,11 @@ def loaded(content: bytes, overrides: list[str]) -> Config | None:
         path = Path(folder) / "c.json"
         path.write_bytes(content)
         try:
-            config = configs.load_config(path, overrides)
+            config = config_file.load_config(path, overrides)
         except ConfigError:
             return None
         path.write_text(config.to_json())
-        assert configs.load_config(path) == config
+        assert config_file.load_config(path) == config
         return config
 
 

@@ -13,7 +13,7 @@ import torch
 from clue_dist.checkpoint.model_card import read_model_card, write_model_card
 from clue_dist.checkpoint.resuming import StartingPoint, find_starting_point
 from clue_dist.checkpoint.run_folder import COMMIT, STATE, WEIGHTS, RunState, read_weights
-from clue_dist.config import load_config
+from clue_dist.config_file import load_config
 from clue_dist.errors import ClueError, ConfigError, ResumeError
 from clue_dist.inference.query import holds_training_cells
 from clue_dist.ranks import Ranks

@@ -12,7 +12,7 @@ import torch
 
 from clue_dist.checkpoint.model_card import read_model_card, write_model_card
 from clue_dist.commands.fine_tune import plan_further_training
-from clue_dist.config import load_config
+from clue_dist.config_file import load_config
 from clue_dist.errors import ConfigError, DataError
 from clue_dist.inference import new_batches
 from clue_dist.inference.load_model import TrainedModel, load_model

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from clue_dist import config as configs
+from clue_dist import config_file
 from clue_dist.errors import ConfigError
 from clue_dist.train.arguments import parse_train_arguments
 from clue_dist.train.sweep import run_sweep
@@ -118,7 +118,7 @@ def test_the_sweep_of_the_recipes_sets_what_training_reads(monkeypatch: pytest.M
         words = ["--config", "configs/atlas.json", "--set", "run=a", *settings, "--set", "run=b"]
         monkeypatch.setattr(sys, "argv", ["launch/train.py", *words])
         found = parse_train_arguments(argparse.ArgumentParser())
-        config = configs.load_config(ROOT / found.config, found.overrides)
+        config = config_file.load_config(ROOT / found.config, found.overrides)
         assert config.run == "b"
         assert config.train.lr == trial.parameters["train.lr"]
         assert config.model.latent == trial.parameters["model.latent"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import anndata as ad
 import mudata as md
 
-from clue_dist.config import load_config
+from clue_dist.config_file import load_config
 from clue_dist.train.setup import prepare_setup
 from tests.benchmarks.kept import compute_digest, make_once
 from tests.benchmarks.mosaic import RECIPE, Split, find_data_set, ignore_warnings

@@ -8,7 +8,8 @@ import pandas as pd
 import scipy.sparse as sp
 
 from clue_dist import matching
-from clue_dist.config import ModelConfig, load_config
+from clue_dist.config import ModelConfig
+from clue_dist.config_file import load_config
 from clue_dist.model.clue import CLUE
 from clue_dist.model.modality_spec import ModalitySpec
 from tests.benchmarks import mosaic, report

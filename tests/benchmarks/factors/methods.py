@@ -11,7 +11,7 @@ import mudata as md
 import numpy as np
 import torch
 
-from clue_dist.config import load_config
+from clue_dist.config_file import load_config
 from clue_dist.inference.embed import embed_store
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.store.reader import Store

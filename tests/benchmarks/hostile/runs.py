@@ -8,7 +8,7 @@ from random import Random
 
 from torch import Tensor
 
-from clue_dist import config as configs
+from clue_dist import config_file
 from clue_dist.checkpoint import resuming, run_folder
 from clue_dist.config import Config
 from clue_dist.inference.embed import embed_store
@@ -65,9 +65,9 @@ def draw_override(tree: object, rng: Random) -> str:
 
 def load_config(path: Path, overrides: list[str]) -> None:
     """Read, keep, read again, and check all that is checked before training."""
-    config, kept = configs.load_config(path, overrides), path.with_name("kept.json")
+    config, kept = config_file.load_config(path, overrides), path.with_name("kept.json")
     kept.write_text(config.to_json())
-    if configs.load_config(kept) != config:
+    if config_file.load_config(kept) != config:
         raise WrongValues("a config that is kept is read back as another")
     setup = prepare_setup(config, 1)
     if not 1 <= setup.total_steps < 10**12:
@@ -124,7 +124,7 @@ def resume_run(root: Path, base: Path, fits: bool) -> None:
     found = resuming.choose_checkpoint(root, "auto", Ranks())
     if found is None:
         return
-    config = configs.load_config(base / "run" / "config.json")
+    config = config_file.load_config(base / "run" / "config.json")
     resuming.require_same_run(root, config, Store(str(base / "s.zarr")).fingerprint, found)
     model = load_model(base / "run").model
     run_folder.load_weights(model, found, "choose another")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from clue_dist.config import load_config
+from clue_dist.config_file import load_config
 from clue_dist.data.batch import read_batch
 from clue_dist.ranks import Ranks
 from clue_dist.train.engine import build_engine, join_process_group
