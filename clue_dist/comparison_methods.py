@@ -20,6 +20,7 @@ from clue_dist.inference.reference_cells import (
 from clue_dist.inference.transfer import check_labels_path, label_cells, write_labels
 from clue_dist.label_transfer import TransferSettings
 from clue_dist.partner_settings import PartnerMethod, PartnerSettings
+from clue_dist.ranks import run_on_first_rank
 
 
 class ComparisonMethods:
@@ -102,7 +103,7 @@ class ComparisonMethods:
             batch_size=batch_size,
         )
         if path is not None:
-            write_matches(matched, path)
+            run_on_first_rank(lambda: write_matches(matched, path))
         return matched.pairs
 
     def transfer(
@@ -148,7 +149,7 @@ class ComparisonMethods:
             self.trained_model, known, asked, label_key, settings=settings, batch_size=batch_size
         )
         if path is not None:
-            write_labels(labels, path)
+            run_on_first_rank(lambda: write_labels(labels, path))
         return labels
 
     def _open_cells(self, source: CellSource, reading: Mapping[str, Any]) -> Cells:

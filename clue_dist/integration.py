@@ -107,15 +107,16 @@ def score_joint_latent(
     Args:
         latent: (N, D); every rank passes the same.
         patterns: (N,) names of the set of modalities that each cell has.
-        batches: (N,) names or codes.
-        labels: (N,) names.
+        batches: (N,) names, "" where unknown.
+        labels: (N,) names, likewise.
         ranks: processes that share the work. All must call, and all get the result.
-        covariates: by name (N,) levels, where several make up the batches.
+        covariates: by name (N,) levels, likewise, where several make up the batches.
 
     Returns:
         `cells` and, of two patterns or more, `islands` by pattern; of two batches or more
         `ilisi`, `ilisi_random` and `kbet`, and `covariates`, which holds the first two of each;
         of two labels or more `labelled_cells`, `accuracy`, `clisi`, `nmi`, `ari` and `asw`.
+        Cells of an unknown batch or level are left out; `unknown_cells` counts them, if any.
         SCIB_MEASURES are there where scib-metrics is installed.
 
     Raises:
@@ -128,22 +129,35 @@ def score_joint_latent(
     neighbours = find_neighbours(latent, LISI_NEIGHBOURS, ranks=ranks)
     if len(np.unique(patterns)) > 1:
         scores["islands"] = measure_islands(neighbours, patterns)
-    if len(np.unique(batches)) > 1:
-        scores |= _score_batches(neighbours, batches)
-        scores |= ranks.run_on_first(lambda: _measure_kbet(neighbours, batches))
-    varied = {name: each for name, each in covariates.items() if len(np.unique(each)) > 1}
-    if varied:
-        scores["covariates"] = {
-            name: _score_batches(neighbours, levels) for name, levels in varied.items()
-        }
-    known = mark_labelled_cells(labels)
-    if len(np.unique(labels[known])) > 1 and known.sum() > 2:
-        labelled = neighbours
-        if not known.all():
-            labelled = find_neighbours(latent[known], LISI_NEIGHBOURS, ranks=ranks)
+    if _tells_cells_apart(batches):
+        known, among = _select_known(latent, neighbours, batches, ranks)
+        scores |= _score_batches(among, batches, known)
+        scores |= ranks.run_on_first(lambda: _measure_kbet(among, batches[known]))
+    varied = {name: each for name, each in covariates.items() if _tells_cells_apart(each)}
+    for name, levels in varied.items():
+        known, among = _select_known(latent, neighbours, levels, ranks)
+        scores.setdefault("covariates", {})[name] = _score_batches(among, levels, known)
+    if _tells_cells_apart(labels):
+        known, among = _select_known(latent, neighbours, labels, ranks)
         scores["labelled_cells"] = int(known.sum())
-        scores |= ranks.run_on_first(lambda: _score_labels(latent[known], labelled, labels[known]))
+        scores |= ranks.run_on_first(lambda: _score_labels(latent[known], among, labels[known]))
     return scores
+
+
+def _tells_cells_apart(names: np.ndarray) -> bool:
+    """Whether cells have two names or more, those aside whose name is unknown."""
+    known = mark_labelled_cells(names)
+    return len(np.unique(names[known])) > 1 and int(known.sum()) > 2
+
+
+def _select_known(
+    latent: np.ndarray, neighbours: Neighbours, names: np.ndarray, ranks: Ranks
+) -> tuple[np.ndarray, Neighbours]:
+    """Which cells have a known name, (N,) bool, and the neighbours among these."""
+    known = mark_labelled_cells(names)
+    if not known.all():
+        neighbours = find_neighbours(latent[known], LISI_NEIGHBOURS, ranks=ranks)
+    return known, neighbours
 
 
 def mark_labelled_cells(labels: np.ndarray) -> np.ndarray:
@@ -184,12 +198,16 @@ def measure_ilisi(neighbours: Neighbours, groups: np.ndarray) -> float:
     return float((np.median(index) - 1) / (n_groups - 1))
 
 
-def _score_batches(neighbours: Neighbours, batches: np.ndarray) -> dict[str, float]:
+def _score_batches(
+    neighbours: Neighbours, batches: np.ndarray, known: np.ndarray
+) -> dict[str, float]:
     """How well batches, or levels of a covariate, mix, beside what they do where dealt anew."""
-    return {
+    batches, n_unknown = batches[known], int((~known).sum())
+    scores: dict[str, float] = {
         "ilisi": measure_ilisi(neighbours, batches),
         "ilisi_random": measure_ilisi(neighbours, deal_batches(batches)),
     }
+    return scores | ({"unknown_cells": n_unknown} if n_unknown else {})
 
 
 def deal_batches(batches: np.ndarray) -> np.ndarray:

@@ -36,7 +36,7 @@ from clue_dist.inference.load_model import TrainedModel, load_model
 from clue_dist.inference.new_batches import tune_batches
 from clue_dist.inference.score_tables import Scores
 from clue_dist.inference.shift import EmbeddingShift, measure_shift
-from clue_dist.ranks import Ranks
+from clue_dist.ranks import Ranks, run_on_first_rank
 from clue_dist.store.reader import Store
 from clue_dist.training_call import (
     TrainingData,
@@ -254,9 +254,11 @@ class Run(ImputationMethods, ComparisonMethods):
         embedding, scores, imputed = (
             None if path is None else parse_path(str(path)) for path in (embedding, scores, imputed)
         )
-        return write_report(
-            self.folder, embedding, scores, imputed, None if truth is None else str(truth)
+        store = None if truth is None else str(truth)
+        page = run_on_first_rank(
+            lambda: str(write_report(self.folder, embedding, scores, imputed, store))
         )
+        return Path(page)
 
     def export(
         self,
@@ -278,7 +280,11 @@ class Run(ImputationMethods, ComparisonMethods):
         file = None if scores is None else parse_path(str(scores))
         name, card = self.trained_model.name, CardTexts(**texts)
         target = parse_path(str(out))
-        export_run(self.folder, target, checkpoint=name, scores=file, texts=card, cells=cells)
+        run_on_first_rank(
+            lambda: export_run(
+                self.folder, target, checkpoint=name, scores=file, texts=card, cells=cells
+            )
+        )
 
     def fine_tune(
         self,

@@ -37,6 +37,15 @@ class ConversionRequest:
     modality: str | None = None  # what an AnnData holds
     flags: Sequence[str] = ()  # further flags of `python -m data_prep convert`, word by word
 
+    def __post_init__(self) -> None:
+        if self.batch_key is not None and not self.batch_key:
+            raise DataError(
+                "no column of batches is named",
+                where="batch_key",
+                got=self.batch_key,
+                fix="leave batch_key out",
+            )
+
     @property
     def batch_columns(self) -> list[str]:
         """The columns of obs that hold the batch; none where no one says."""

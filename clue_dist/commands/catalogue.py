@@ -134,8 +134,8 @@ def build_command_parser(command: str, details: str = "") -> argparse.ArgumentPa
             help="share the work among so many processes on this machine, one for each GPU; for "
             "several machines use deepspeed, torchrun or srun",
         )
-        # The launcher adds this argument; the variable LOCAL_RANK says the same.
-        parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    # The launcher adds this argument; the variable LOCAL_RANK says the same.
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     return parser
 
 

@@ -3,6 +3,7 @@
 from clue_dist.commands.catalogue import build_command_parser
 from clue_dist.files import parse_path
 from clue_dist.process import run_main
+from clue_dist.ranks import run_on_first_rank
 
 
 def main() -> None:
@@ -33,15 +34,18 @@ def main() -> None:
 
     from clue_dist.inference.export import CardTexts, export_run
 
-    export_run(
-        arguments.run,
-        arguments.out,
-        checkpoint=arguments.checkpoint,
-        scores=arguments.scores,
-        texts=CardTexts(arguments.title, arguments.data, arguments.licence),
-        cells=arguments.with_cells,
-    )
-    print(arguments.out)
+    def export_model() -> None:
+        export_run(
+            arguments.run,
+            arguments.out,
+            checkpoint=arguments.checkpoint,
+            scores=arguments.scores,
+            texts=CardTexts(arguments.title, arguments.data, arguments.licence),
+            cells=arguments.with_cells,
+        )
+        print(arguments.out)
+
+    run_on_first_rank(export_model)
 
 
 if __name__ == "__main__":

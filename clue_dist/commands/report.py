@@ -3,6 +3,7 @@
 from clue_dist.commands.catalogue import build_command_parser
 from clue_dist.files import parse_path
 from clue_dist.process import run_main
+from clue_dist.ranks import run_on_first_rank
 
 
 def main() -> None:
@@ -24,14 +25,17 @@ def main() -> None:
 
     from clue_dist.inference.report import write_report
 
-    page = write_report(
-        arguments.run, arguments.embedding, arguments.scores, arguments.imputed, arguments.truth
-    )
-    if arguments.wandb:
-        from clue_dist.inference.report.wandb_tables import log_report
+    def report_run() -> None:
+        page = write_report(
+            arguments.run, arguments.embedding, arguments.scores, arguments.imputed, arguments.truth
+        )
+        if arguments.wandb:
+            from clue_dist.inference.report.wandb_tables import log_report
 
-        log_report(arguments.run, page)
-    print(page)
+            log_report(arguments.run, page)
+        print(page)
+
+    run_on_first_rank(report_run)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from clue_dist.commands.catalogue import build_command_parser
 from clue_dist.errors import STOPPED
 from clue_dist.files import parse_path
 from clue_dist.process import run_main
+from clue_dist.ranks import Ranks
 
 
 def main() -> None:
@@ -20,6 +21,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, help="the most trials (default: run_cap of the plan)")
     parser.add_argument("--seed", type=int, default=0, help="of a random search (default: 0)")
     arguments = parser.parse_args()
+    Ranks.from_environment().require_alone("a search starts the ranks of its runs itself")
 
     from clue_dist.train.sweep import run_sweep
 

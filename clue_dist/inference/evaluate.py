@@ -184,7 +184,7 @@ class _EmbeddedCells:
     embedding: Embedding
     slices: Sequence[SegmentSlice]
     patterns: np.ndarray  # (N,) names of what was observed in a cell, such as "rna+adt"
-    batches: np.ndarray  # (N,) codes
+    batches: np.ndarray  # (N,) codes, -1 where unknown
     labels: np.ndarray  # (N,) names, "" where unknown
 
     @classmethod
@@ -299,14 +299,14 @@ def _score_joint(
     store: Store, cells: _EmbeddedCells, counts: Mapping[str, int], ranks: Ranks
 ) -> dict[str, Any]:
     """The scores of z from everything observed; the pattern that is the worst island by name."""
-    rows = cells.find_rows(counts)
+    rows, known = cells.find_rows(counts), store.manifest.batch_vocabulary
     scores = {"store_cells": store.manifest.n_cells} | integration.score_joint_latent(
         cells.embedding.joint[rows],
         cells.patterns[rows],
-        cells.batches[rows],
+        np.array([*known.names, UNKNOWN])[cells.batches[rows]],
         cells.labels[rows],
         ranks,
-        cells.read_levels(store.manifest.batch_vocabulary, rows),
+        cells.read_levels(known, rows),
     )
     if islands := scores.get("islands"):
         scores["worst_island"] = max(islands, key=islands.__getitem__)

@@ -129,6 +129,13 @@ def _read_levels(
 ) -> tuple[int | None, ...]:
     """Read the level that all cells get, by covariate of the model; None: each cell's own."""
     words = [batch] if isinstance(batch, str) else batch
+    if not words:
+        raise ConfigError(
+            "no batch is named",
+            where="batch",
+            got=words,
+            expected=f"{_list_choices(known)}, or a batch's name",
+        )
     if isinstance(words, Sequence):
         if len(words) == 1 and words[0] in (OWN, AVERAGE):
             return (None if words[0] == OWN else -1,) * len(known.covariates)

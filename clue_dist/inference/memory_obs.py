@@ -132,6 +132,10 @@ def _choose_columns(
             named = {covariates[0]: BATCH}
         return named
     given = [keys] if isinstance(keys, str) else list(keys)
+    if not given:
+        raise DataError(
+            "no column of batches is named", where="batch_key", got=keys, fix="leave batch_key out"
+        )
     chosen = dict(zip(covariates, given, strict=False))
     if len(given) != len(covariates):
         chosen = {name: name for name in given}

@@ -60,13 +60,7 @@ def tune_batches(run: Path, trained_model: TrainedModel, cells: Cells, out: Path
             started several processes.
         StoreError: the disk is full, or refuses to be written.
     """
-    n_processes = Ranks.from_environment().world
-    if n_processes > 1:  # each would write the folder
-        raise ConfigError(
-            "new batches are learnt by one process",
-            got=f"{n_processes} processes",
-            fix="start one: leave --ranks out",
-        )
+    Ranks.from_environment().require_alone("new batches are learnt by one process")
     check_model_folder(out)
     tuned, report = learn_batches(trained_model, cells)
     batches = {"batches": tuned.batches, "batch_covariates": tuned.batch_covariates}

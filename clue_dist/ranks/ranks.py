@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from clue_dist.errors import ClueError, LostError, RankError
+from clue_dist.errors import ClueError, ConfigError, LostError, RankError
 from clue_dist.ranks.messages import (
     MOST_BYTES,
     decode_error,
@@ -70,6 +70,22 @@ class Ranks:
     def is_first(self) -> bool:
         """Whether this is rank 0, which prints, commits and decides for all."""
         return self.rank == 0
+
+    def require_alone(self, reason: str) -> None:
+        """Refuse that a launcher has started several processes.
+
+        Args:
+            reason: why one process does the work.
+
+        Raises:
+            ConfigError: there are several.
+        """
+        if self.world > 1:
+            raise ConfigError(
+                reason,
+                got=f"{self.world} processes",
+                fix="start one: leave --ranks or the launcher out",
+            )
 
     def run_before_joining(self, work: Callable[[], T]) -> T:
         """Run `work` on every rank before they join; where one rank fails, none goes on.
@@ -296,6 +312,28 @@ class Ranks:
             part[:length].cpu().numpy().tobytes()
             for part, length in zip(parts, sizes.tolist(), strict=True)
         ]
+
+
+def run_on_first_rank(work: Callable[[], T]) -> T:
+    """Run on rank 0 alone what one process does, however many a launcher has started.
+
+    Args:
+        work: what is done, which returns plain data.
+
+    Returns:
+        What `work` returned there, on every rank.
+
+    Raises:
+        ClueError: what `work` raised, on all ranks.
+    """
+    ranks = Ranks.from_environment()
+    if ranks.world == 1:
+        return work()
+    had_joined = ranks.have_joined()
+    result = ranks.join_group().run_on_first(work)
+    if not had_joined:
+        ranks.leave_group()
+    return result
 
 
 def _raise_first_problem(problems: Iterable[ClueError | None]) -> None:

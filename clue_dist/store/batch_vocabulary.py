@@ -194,7 +194,7 @@ def name_batches(combinations: Sequence[Sequence[str]]) -> list[str]:
         raise DataError(
             "two combinations of levels would have one name",
             got=twice,
-            expected='levels without " | "',
+            expected='levels without " | ", and none that is "?", which stands for unknown',
             fix="rename the levels in obs",
         )
     return names

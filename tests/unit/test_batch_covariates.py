@@ -36,6 +36,7 @@ from clue_dist.store.manifest import Manifest
 from clue_dist.store.reader import Store
 from data_prep.cli.commands import run_command
 from data_prep.conversion import batch_levels
+from data_prep.from_python import ConversionRequest
 from tests.unit.impute_helpers import make_trained
 from tests.unit.prep_helpers import make_counts, write_h5ad
 
@@ -377,6 +378,39 @@ def test_scores_tell_how_each_covariate_mixes(store: Store) -> None:
     assert donors == {name: alone[name] for name in ("ilisi", "ilisi_random")}
     titles = dict(list_joint_scores(scores))
     assert titles["iLISI of donor"] == donors["ilisi"]
+
+
+def test_cells_of_an_unknown_level_are_no_level_of_their_own() -> None:
+    rng = np.random.default_rng(0)
+    latent, known = rng.normal(size=(200, 3)), np.arange(200) % 4 > 0
+    levels = np.where(known, rng.choice(["a", "b"], 200), "")
+    latent[~known] += 50  # were they a level, it would not mix
+    nothing = np.full(200, "")
+    scores = score_joint_latent(latent, nothing, levels, nothing, covariates={"kit": levels})
+    alone = score_joint_latent(latent[known], nothing[known], levels[known], nothing[known])
+    expected = {name: alone[name] for name in ("ilisi", "ilisi_random")} | {"unknown_cells": 50}
+    assert scores["covariates"] == {"kit": expected}
+    assert expected.items() <= scores.items()
+    assert "iLISI of kit without 50 cells of which none is known" in dict(list_joint_scores(scores))
+    levels[levels == "b"] = "a"  # of a single level there is nothing to say
+    assert "ilisi" not in score_joint_latent(latent, nothing, levels, nothing)
+
+
+def test_a_level_that_is_called_as_the_unknown_one_is_named_in_the_error() -> None:
+    with pytest.raises(DataError, match=r'(?s)one name.*d0 \| \?.*none that is "\?"'):
+        combine_levels({"donor": ["d0", "d0"], "chemistry": ["?", ""]})
+
+
+@pytest.mark.parametrize("batch", [[], {}])
+def test_no_batch_at_all_is_refused(
+    store: Store, trained: TrainedModel, batch: Sequence[str] | dict[str, str]
+) -> None:
+    with pytest.raises(ConfigError, match=r"(?s)no batch is named.*own, average"):
+        impute(trained, store, batch=batch)
+    with pytest.raises(DataError, match="no column of batches is named"):
+        open_cells(make_table(), trained, batch_key=[])
+    with pytest.raises(DataError, match="no column of batches is named"):
+        ConversionRequest(batch_key=[])
 
 
 def test_a_model_card_lists_the_levels(store: Store, trained: TrainedModel, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from clue_dist.commands import catalogue
 from clue_dist.commands.catalogue import COMMANDS, build_command_parser, build_launch, name_module
 from clue_dist.commands.cli import app
 from clue_dist.errors import ConfigError
+from clue_dist.ranks import Ranks
 
 ROOT = Path(__file__).parents[2]
 
@@ -177,3 +178,40 @@ def test_the_wheel_holds_all_modules_the_recipes_and_the_console_script(tmp_path
     recipes = {f"clue_dist/recipes/{path.name}" for path in ROOT.glob("configs/*.json")}
     assert modules | recipes <= names
     assert all(name.startswith((*packages, "clue_dist-")) for name in names)
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "prep"])
+def test_every_command_takes_what_the_launcher_adds(name: str) -> None:
+    assert build_command_parser(name).parse_args(["--local_rank=1"]).local_rank == "1"
+
+
+@pytest.mark.parametrize(("rank", "n_written"), [("0", 1), ("1", 0)])
+@pytest.mark.parametrize(
+    ("words", "writer"),
+    [
+        (["export", "--run", "r", "--out", "o"], "clue_dist.inference.export.export_run"),
+        (["report", "--run", "r"], "clue_dist.inference.report.write_report"),
+    ],
+)
+def test_of_several_ranks_the_first_alone_writes(
+    words: list[str], writer: str, rank: str, n_written: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[object] = []
+    monkeypatch.setattr(writer, lambda *args, **choices: written.append(args))
+    monkeypatch.setattr(sys, "argv", words)
+    for name, value in (("RANK", rank), ("WORLD_SIZE", "2"), ("LOCAL_RANK", rank)):
+        monkeypatch.setenv(name, value)
+    # The other rank says nothing that matters here.
+    monkeypatch.setattr(Ranks, "have_joined", lambda ranks: True)
+    monkeypatch.setattr(Ranks, "join_group", lambda ranks: ranks)
+    monkeypatch.setattr(Ranks, "gather_values", lambda ranks, value: [[*value], [None, None]])
+    importlib.import_module(name_module(words[0])).main()
+    assert len(written) == n_written
+
+
+def test_a_search_is_refused_to_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["sweep", "plan.yaml", "--out", "o"])
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"(?s)starts the ranks of its runs.*2 processes"):
+        importlib.import_module(name_module("sweep")).main()

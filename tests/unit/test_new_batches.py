@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -126,8 +125,8 @@ def test_the_new_model_is_a_folder_like_any_other(
 def test_several_processes_are_refused_as_each_would_write_the_folder(
     run: Path, trained_model: TrainedModel, new_store: Store, tmp_path: Path, monkeypatch
 ) -> None:
-    ranks = SimpleNamespace(from_environment=lambda: SimpleNamespace(world=2))
-    monkeypatch.setattr(new_batches, "Ranks", ranks)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     cells = StoreCells(new_store, trained_model)
     with pytest.raises(ConfigError, match="by one process"):
         tune_batches(run, trained_model, cells, tmp_path / "tuned")
