@@ -48,6 +48,13 @@ def test_the_plan_takes_as_many_cells_of_every_stratum(tmp_path: Path) -> None:
     assert len(plan.select_cells(probe.FAR, "rna")) == 32
 
 
+def test_any_number_of_cells_is_trained_on_for_as_many_steps(tmp_path: Path) -> None:
+    for size in (1_000_000, 10_000_000):
+        words = plan_atlas().list_training(size, tmp_path / "s.zarr", tmp_path / "run")
+        (epochs,) = (float(word.split("=")[1]) for word in words if "epochs" in str(word))
+        assert epochs * size == pytest.approx(atlas.STEPS * atlas.BATCH)
+
+
 def make_record(method: str, size: int, repeat: int) -> dict[str, Any]:
     values = dict.fromkeys(("cells_per_s", "anon_mib", *atlas.SHORT, *atlas.ABSOLUTE), 1.0)
     return {"method": method, "data_set": str(size), "fold": repeat} | values
@@ -56,7 +63,7 @@ def make_record(method: str, size: int, repeat: int) -> dict[str, Any]:
 def test_bars_compare_the_largest_with_the_smallest_once_all_is_measured() -> None:
     plan = plan_atlas("--cells", "2000000", "1000000", "--repeats", "2")
     records = [make_record(m, n, r) for m in atlas.METHODS for n in plan.args.cells for r in (0, 1)]
-    n_bars = 11 + 1 + len(atlas.ABSOLUTE)
+    n_bars = 13 + 1 + len(atlas.ABSOLUTE)
     assert [bar["holds"] for bar in plan.judge(records)] == [True] * n_bars
     slow = [r | {"cells_per_s": 0.8} if r["data_set"] == "2000000" else r for r in records]
     missed = [bar["name"] for bar in plan.judge(slow) if not bar["holds"]]

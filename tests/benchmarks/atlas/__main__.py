@@ -1,6 +1,7 @@
 """Is anything slower, or larger in memory, with ten million cells than with one?
 
 .venv/bin/python -m tests.benchmarks.atlas --json OUT.json [--quick] [--cells 1000000 3000000]
+                                       [--methods convert train]
 """
 
 import shutil
@@ -19,30 +20,41 @@ from tests.benchmarks.commands import read_last_json, run_command
 from tests.benchmarks.report import Result, find_median
 from tests.benchmarks.runner import Case, Option, Run
 from tests.benchmarks.stores import MIB_OF_GB, StoreBenchmark
+from tests.benchmarks.train_speed import read_training
+from tests.distributed.command import FAST, ROOT, launched
 
 SIZES, QUICK_SIZES = [1_000_000, 3_000_000, 10_000_000], [40_000, 120_000]
 LANE, QUICK_LANE = 500_000, 20_000  # cells of the files that all sizes are made of
 FEATURES = {"rna": (2_000, 150), "adt": (20, 15)}  # and non-zeros a cell
-METHODS = ("convert", "check", "stream")
-STORE = "atlas.zarr"
+METHODS = ("convert", "check", "stream", "train")
+STORE, RUN = "atlas.zarr", "run"
+BATCH, STEPS, QUICK_STEPS = 512, 200, 20  # of training
 SHORT = ("open_ms", "step_ms", "far_step_ms", "first_ms", "far_first_ms")  # that is timed
 ABSOLUTE = ("open_ms", "step_ms", "far_step_ms", "far_first_ms", "manifest_ms")
 
 
 class Atlas(StoreBenchmark):
-    """Stores of several sizes, converted, checked and streamed in turns."""
+    """Stores of several sizes, converted, checked, streamed and trained on in turns."""
 
     name = "atlas"
-    options: ClassVar = {"cells": Option(SIZES, QUICK_SIZES), "repeats": Option(3, 1)}
+    options: ClassVar = {
+        "methods": Option(list(METHODS), list(METHODS), choices=METHODS),
+        "cells": Option(SIZES, QUICK_SIZES),
+        "repeats": Option(3, 1),
+    }
 
     def list_cases(self) -> list[Case]:
-        turns = product(METHODS, range(self.args.repeats), sorted(self.args.cells))
+        turns = product(self.args.methods, range(self.args.repeats), sorted(self.args.cells))
         return [(method, str(size), number, 0) for method, number, size in turns]
 
     def list_inputs(self, method: str, data_set: str) -> list[Path | str]:
         shapes = map(cells.digest_shape, self.list_shapes())
         how = f"{self.args.threads} {self.args.quick}"
-        return [*shapes, *stores.SOURCES, Path(__file__).parent, how]
+        code = [*stores.SOURCES, Path(__file__).parent]
+        if method == "train":
+            # Its store is that of the same sources.
+            code += [ROOT / "clue_dist", ROOT / "configs/atlas.json"]
+        return [*shapes, *code, how]
 
     def list_extras(self) -> Result:
         return {}
@@ -63,22 +75,36 @@ class Atlas(StoreBenchmark):
         return stores.list_conversion(inputs, out, str(self.args.threads))
 
     def measure(self, run: Run, folder: Path) -> Result:
-        """Convert, check, or read; the first store that is converted is kept for the others."""
+        """Convert, check, read or train; the first store that is converted is kept for the others.
+
+        `cells_per_s` of training is of its steps alone.
+        """
         size, log, threads = int(run.data_set), folder / "log.txt", self.args.threads
-        kept = Run("convert", run.data_set, 0, 0, run.digest).folder(self.args.work) / STORE
+        converted = Run("convert", run.data_set, 0, 0, self.digest("convert", run.data_set))
+        kept = converted.folder(self.args.work) / STORE
         if run.method == "stream":
             seconds = ("--seconds", "1", "--warm", "0.5") if self.args.quick else ()
             probe = [sys.executable, "-m", "tests.benchmarks.atlas.probe", kept, *seconds]
             run_command(probe, log, threads)
             return read_last_json(log)
-        words = [sys.executable, "-m", "data_prep", "check", kept]
+        words: list[str | Path] = [sys.executable, "-m", "data_prep", "check", kept]
         if run.method == "convert":
             words = self.list_conversion(size, folder / STORE)
+        if run.method == "train":
+            words = self.list_training(size, kept, folder / RUN)
         with stores.watch_children() as peak:
             took = run_command(words, log, threads)
         if run.method == "convert" and run.fold:
             shutil.rmtree(folder / STORE)
-        return {"seconds": took, "cells_per_s": size / took, "anon_mib": peak[0]}
+        found = {"seconds": took, "cells_per_s": size / took, "anon_mib": peak[0]}
+        return found | (read_training(folder / RUN) if run.method == "train" else {})
+
+    def list_training(self, size: int, store: Path, run: Path) -> list[str | Path]:
+        """Train for as many steps on any number of cells, on batches of one size."""
+        steps = QUICK_STEPS if self.args.quick else STEPS
+        batches = [f"data.batch_size={BATCH}", f"train.epochs={steps * BATCH / size}"]
+        words = [*FAST, *batches, f"store={store}", f"run={run}"]
+        return [*launched(1, "launch/train.py", "--config", "configs/atlas.json", "--set", *words)]
 
     def judge(self, records: Sequence[Result]) -> Iterator[Result]:
         """Judge the worst of all larger sizes against the smallest, and what size must not change.

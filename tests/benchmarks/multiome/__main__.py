@@ -5,7 +5,6 @@
 
 import json
 import resource
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -22,11 +21,12 @@ from tests.benchmarks.peers.measure import watch_peak
 from tests.benchmarks.report import Result, find_median
 from tests.benchmarks.runner import Benchmark, Case, Option, Run
 from tests.benchmarks.stores import MIB_OF_GB, count_bytes
+from tests.benchmarks.train_speed import read_training
 from tests.distributed.command import ROOT, launched
 
 BATCH = 512  # cells of a step
 SOURCES = 4  # pairs of files that training lanes are made of
-STAGES = ("simulate", "convert", "split", "train", "embed", "evaluate", "estimate")
+STAGES = ("simulate", "convert", "split", "train", "evaluate", "embed", "estimate")
 STORE, PART, RUN, EMBEDDING, SCORES = "cells.zarr", "{}.zarr", "run", "z.zarr", "scores.json"
 SETTINGS = ("log.wandb=disabled", "log.tensorboard=false", "train.keep=1")
 PAIR = "rna->atac"
@@ -44,7 +44,8 @@ class Multiome(Benchmark):
     options: ClassVar = {
         "cells": Option(500_000, 4_000, "of all lanes"),
         "lane": Option(10_000, 1_000, "cells of a lane; those of the last one are for tests"),
-        "steps": Option(400, 20, f"of training, of {BATCH} cells each"),
+        "workers": Option(2, 2, "threads of the conversion"),
+        "steps": Option(200, 20, f"of training, of {BATCH} cells each"),
     }
 
     def list_cases(self) -> list[Case]:
@@ -54,7 +55,8 @@ class Multiome(Benchmark):
         """List the same of every stage: each goes on from what the one before left."""
         code = [ROOT / name for name in ("clue_dist", "data_prep", "configs/atlas.json")]
         shared = Path(__file__).parents[1] / "cells.py"
-        how = f"{self.args.lane} {self.args.steps} {self.args.threads}"
+        args = self.args
+        how = f"{args.lane} {args.steps} {args.threads} {args.workers}"
         return [*code, Path(__file__).parent, shared, how]
 
     def plan_lanes(self) -> list[Lane]:
@@ -68,7 +70,8 @@ class Multiome(Benchmark):
         """Run the command of a stage, and remove what no later one needs."""
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         words = self.list_command(run.method, partial(self.find_folder, run=run))
-        with watch_peak(read_largest_process, every_s=0.2) as peak:
+        # To look is dear among many processes, and a process keeps its peak until it ends.
+        with watch_peak(read_largest_process, every_s=1) as peak:
             seconds = run_command(words, folder / "log.txt", self.args.threads)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
@@ -81,7 +84,7 @@ class Multiome(Benchmark):
 
     def list_command(self, stage: str, find: Callable[[str], Path]) -> Command:
         """List the words of a stage's command; `find` knows the folder of each stage."""
-        folder, run, threads = find(stage), find("train") / RUN, str(self.args.threads)
+        folder, run = find(stage), find("train") / RUN
         whole, test = find("convert") / STORE, find("split") / PART.format(TEST)
         data_prep: Command = [sys.executable, "-m", "data_prep", stage]
         module = f"{__package__}.{stage}"
@@ -91,7 +94,7 @@ class Multiome(Benchmark):
         if stage == "convert":
             inputs = list_inputs_of_lanes(self.plan_lanes(), find("simulate"))
             keys = ["--batch-key", "donor", "--label-key", "cell_type", "--keep-obs", HELD_OUT]
-            return [*data_prep, *inputs, "--out", whole, *keys, "--workers", threads]
+            return [*data_prep, *inputs, "--out", whole, *keys, "--workers", str(self.args.workers)]
         if stage == "split":
             outs = [word for part in (TRAIN, TEST) for word in (f"--out-{part}", PART.format(part))]
             outs = [folder / word if word.endswith(".zarr") else word for word in outs]
@@ -123,7 +126,7 @@ class Multiome(Benchmark):
     def read_results(self, stage: str, folder: Path) -> Result:
         """Read what a stage found out, beside what it took."""
         if stage == "train":
-            return read_training((folder / RUN / "metrics.jsonl").read_text())
+            return read_training(folder / RUN)
         if stage == "evaluate":
             return read_scores(json.loads((folder / SCORES).read_text()))
         return read_last_json(folder / "log.txt") if stage == "estimate" else {}
@@ -152,14 +155,6 @@ def read_largest_process() -> tuple[float]:
             line = next(line for line in status if line.startswith("VmHWM"))
             peaks.append(int(line.split()[1]) / 1024)
     return (max(peaks),)
-
-
-def read_training(metrics: str) -> Result:
-    """Read steps and cells/s, whose median leaves out starting and validating, of a run's lines."""
-    lines = [json.loads(line) for line in metrics.splitlines()]
-    training = [line for line in lines if line["split"] == "train"]
-    speeds = sorted(line["cells_per_s"] for line in training)
-    return {"steps": training[-1]["step"], "cells_per_s": speeds[len(speeds) // 2]}
 
 
 def read_scores(scores: Mapping[str, Any]) -> Result:
