@@ -51,19 +51,36 @@ def _make_batches(shape: Shape) -> list[Batch]:
 
 
 def make_trainer(
-    shape: Shape, device: torch.device, precision: str, model: ModelConfig | None = None
+    shape: Shape,
+    device: torch.device,
+    precision: str,
+    model: ModelConfig | None = None,
+    stage: int = 1,
+    ranks: Ranks | None = None,
 ) -> Trainer:
-    """Make what training works with, around DeepSpeed's engine, without a store."""
+    """Make what a rank trains with, around DeepSpeed's engine, without a store.
+
+    Args:
+        shape: of the batch of each rank.
+        device: where.
+        precision: "fp32" or "bf16".
+        model: sizes of the model; those of `configs/atlas.json` by default.
+        stage: of ZeRO.
+        ranks: this rank among all; alone by default.
+    """
+    ranks = ranks or Ranks()
+    n_cells = shape.n_cells * ranks.world
     config = Config(
         model=model or ModelConfig(latent=64, posterior="gpoe"),
         objective=ATLAS_TERMS,
-        data={"batch_size": shape.n_cells, "lanes": shape.lanes},
-        train={"precision": precision, "zero_stage": 1},
+        data={"batch_size": n_cells, "lanes": shape.lanes},
+        train={"precision": precision, "zero_stage": stage},
     )
-    engine = build_objective_engine(make_objective(shape, model).to(device), config, 1, device)
-    plan = SimpleNamespace(compose_batch=lambda _: {"all": shape.n_cells}, lanes=shape.lanes)
+    objective = make_objective(shape, model).to(device)
+    engine = build_objective_engine(objective, config, ranks.world, device)
+    plan = SimpleNamespace(compose_batch=lambda _: {"all": n_cells}, lanes=shape.lanes)
     setup: Any = SimpleNamespace(config=config, total_steps=10_000, plan=plan)
-    return Trainer(engine, setup, Ranks(), device)
+    return Trainer(engine, setup, ranks, device)
 
 
 def measure_training(

@@ -23,6 +23,9 @@ ATLAS_TERMS = {
 }
 
 
+PANEL = 200
+
+
 @dataclass(frozen=True)
 class Shape:
     """Sizes of a batch and of what it holds; a modality of size 0 is left out."""
@@ -32,6 +35,7 @@ class Shape:
     n_genes: int = 0
     n_peaks: int = 0
     n_proteins: int = 0
+    n_panels: int = 0  # further modalities, of PANEL features each
     genes_per_cell: int = 1500  # non-zeros
     peaks_per_cell: int = 3500
     features_per_step: int = AUTO_FEATURES
@@ -67,6 +71,9 @@ def make_batch(shape: Shape, seed: int = 0) -> Batch:
     if shape.n_proteins:
         rates = torch.full((shape.n_cells, shape.n_proteins), 30.0)
         counts["adt"] = torch.poisson(rates, generator=generator)
+    for number in range(shape.n_panels):
+        rates = torch.full((shape.n_cells, PANEL), 3.0)
+        counts[f"panel{number}"] = torch.poisson(rates, generator=generator)
     modalities = {name: ObservedModality(rows, values, rows) for name, values in counts.items()}
     observed = torch.ones(shape.n_cells, len(modalities), dtype=torch.bool)
     code = torch.zeros(shape.n_cells, dtype=torch.int64)
@@ -101,6 +108,8 @@ def make_objective(shape: Shape, config: ModelConfig | None = None) -> Objective
         specs["atac"] = _specify(shape, shape.n_peaks, "tfidf", "bernoulli", thinning=0.5)
     if shape.n_proteins:
         specs["adt"] = _specify(shape, shape.n_proteins, "clr", "nb")
+    for number in range(shape.n_panels):
+        specs[f"panel{number}"] = _specify(shape, PANEL, "clr", "nb")
     model = CLUE(specs, 1, config or ModelConfig(latent=64, posterior="gpoe"))
     return Objective(model, ObjectiveConfig(**ATLAS_TERMS), [1.0] * len(specs))
 
