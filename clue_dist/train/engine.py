@@ -91,10 +91,11 @@ def build_objective_engine(
     guards_on_device = can_guard_on_device(config, world, device)
     optimizer = OPTIMIZERS[config.train.optimizer](groups, lr=config.train.lr, eps=EPSILON)
     optimizer.guards_on_device = guards_on_device
+    n_weights = sum(weight.numel() for weight in objective.parameters())
     engine, *_ = deepspeed.initialize(
         model=objective,
         optimizer=optimizer,
-        config=make_deepspeed_config(config, world, guards_on_device),
+        config=make_deepspeed_config(config, world, guards_on_device, n_weights),
         dist_init_required=False,
     )
     if world == 1 and choose_zero_stage(config, world) == 0:
@@ -146,6 +147,8 @@ OPTIMIZERS = {"adamw": AdamW, "rmsprop": RMSprop}
 # the order of a sum moves its weight by a good part of the learning rate, and by another part on
 # another number of ranks.
 EPSILON = 1e-6
+# Gradients that DeepSpeed lines up before ranks exchange them: its own default.
+LARGEST_BUCKET = 500_000_000
 
 
 def weigh_modalities(setup: Setup) -> list[float]:
@@ -186,7 +189,10 @@ def choose_zero_stage(config: Config, world: int) -> int:
 
 
 def make_deepspeed_config(
-    config: Config, world: int, guards_on_device: bool = False
+    config: Config,
+    world: int,
+    guards_on_device: bool,
+    n_weights: int,
 ) -> dict[str, Any]:
     """Make the few settings that DeepSpeed needs; all that a person may set is in our config.
 
@@ -194,6 +200,7 @@ def make_deepspeed_config(
         config: what a person set.
         world: the number of ranks.
         guards_on_device: whether the optimizer clips gradients, in place of DeepSpeed.
+        n_weights: parameters of the model.
     """
     settings = config.train
     assert config.data.batch_size != "auto"
@@ -207,6 +214,8 @@ def make_deepspeed_config(
         "gradient_clipping": settings.clip if is_bf16 or (stage and not guards_on_device) else 0.0,
         "zero_optimization": {
             "stage": stage,
+            # DeepSpeed takes memory for the whole bucket, be the model as small as it may.
+            "reduce_bucket_size": max(1, min(n_weights, LARGEST_BUCKET)),
             **({"compute_grad_norm": False} if guards_on_device and stage else {}),
         },
         "zero_allow_untested_optimizer": True,

@@ -60,7 +60,8 @@ class Sharding(Benchmark):
 
     def describe(self, record: Result) -> str:
         stages = record["stages"].items()
-        sizes = (f"ZeRO-{name} {predictions.count_held(c) / 1e6:.0f} MB" for name, c in stages)
+        held = ((name, predictions.count_held(int(name), c)) for name, c in stages)
+        sizes = (f"ZeRO-{name} {size / 1e6:.0f} MB" for name, size in held)
         return ", ".join(sizes)
 
     def tabulate(self, records: Sequence[Result]) -> str:

@@ -8,8 +8,10 @@ from statistics import median
 import pandas as pd
 
 from clue_dist.config import DecoderConfig
+from clue_dist.train.engine import LARGEST_BUCKET
 from tests.benchmarks.report import Result, format_table
 from tests.benchmarks.sharding.step_model import (
+    LIVE_WEIGHTS,
     Machine,
     StepWork,
     calibrate_machine,
@@ -30,10 +32,13 @@ FEATURE_WEIGHTS = DecoderConfig().hidden + 2  # with its bias and dispersion
 LEFT_OUT = ("calls", "exchanged", "gflop", "operators", "touched_gb", "step_ms", "step_cpu_ms")
 
 
-def count_held(counted: Result) -> float:
-    """Bytes of weights, gradients and optimizer that a rank holds at most."""
+def count_held(stage: int, counted: Result) -> float:
+    """Bytes of weights, gradients and optimizer that a rank holds.
+
+    From ZeRO-2 on the gradients of a large model are shards but for those in the bucket.
+    """
     parts = (*counted["parameters"].values(), *counted["optimizer"].values())
-    return float(sum(parts) + counted["gradients_most"])
+    return float(sum(parts) + counted["gradients_most" if stage < 2 else "gradients_kept"])
 
 
 def tabulate_bytes(records: Sequence[Result]) -> str:
@@ -51,9 +56,11 @@ def tabulate_bytes(records: Sequence[Result]) -> str:
             row |= (sizes.iloc[0] / 1e6).to_dict()
             if record["data_set"] in alone:
                 weights = sum(alone[record["data_set"]]["parameters"].values()) / 4
-                row["bytes a weight"] = count_held(counted) / weights
-                fixed = counted["bucket"] + counted["activations"]
+                row["bytes a weight"] = count_held(int(stage), counted) / weights
+                # What a large model has: a full bucket, and weights that ZeRO-3 has gathered.
+                fixed = 4 * (LARGEST_BUCKET * (stage > "0") + LIVE_WEIGHTS * (stage == "3"))
                 held = row["bytes a weight"] * FEATURE_WEIGHTS
+                fixed += alone[record["data_set"]]["activations"]
                 row["million features"] = fit_features(GPU_MEMORY, fixed, held) / 1e6
             rows.append(row)
     return format_table(pd.DataFrame(rows).set_index(["K", "ranks", "ZeRO"]))
@@ -121,7 +128,7 @@ def describe_work(steps: StepRecords) -> StepWork:
         contrast_flops=more,
         weights=sum(alone["parameters"].values()) / 4,
         # Under ZeRO-0 nothing else is gathered.
-        latents=together.get("0", first)["exchanged"].get("allgather", 0) / most,
+        latents=together["0"]["exchanged"].get("allgather", 0) / most if "0" in together else 0.0,
         collectives={int(stage): sum(c["calls"].values()) for stage, c in together.items()},
         bytes_touched=1e9 * alone["touched_gb"],
     )

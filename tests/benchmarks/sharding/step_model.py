@@ -11,8 +11,11 @@ BYTES = 4  # of a weight and of a gradient in float32
 UPDATE_BYTES = 7 * BYTES
 # How often the bytes of all weights go round the ring in a step, by stage. A sum over ranks goes
 # round twice. DeepSpeed sums gradients on all ranks under ZeRO-1 and 2, too, and then gathers the
-# weights; under ZeRO-3 it gathers them for both passes, and scatters the sums.
-PASSES = {0: 2, 1: 3, 2: 3, 3: 3}
+# weights; under ZeRO-3 it gathers them once and scatters the sums, as long as a model is small
+# enough (see LIVE_WEIGHTS) to keep them from the forward to the backward pass.
+PASSES = {0: 2, 1: 3, 2: 3, 3: 2}
+# Weights that DeepSpeed keeps gathered under ZeRO-3: `stage3_max_live_parameters`.
+LIVE_WEIGHTS = 1e9
 
 
 @dataclass(frozen=True)
