@@ -14,7 +14,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +42,8 @@ STEP_CELLS = 2**16  # cells of which narrow arrays are read at once
 class SplitRule:
     """Which cells go to the test part."""
 
-    # "cells", "batch", a covariate of batches, or a column of categories that the store keeps
+    # "cells"; "batch", or the column that batches were read from; a covariate of batches; or a
+    # column of categories that the store keeps
     by: str = CELLS
     share: float = 0.2  # of all cells, where `by` is "cells"
     test_names: tuple[str, ...] = ()  # batches, levels, or categories of the column, else
@@ -92,6 +93,7 @@ def split_store(
     """
     store = Store(location)
     store.manifest.verify_fingerprint(store.root)
+    rule = _call_batches_batch(store.manifest, rule)
     is_test = {name: _choose_test_cells(reader, rule) for name, reader in store.segments.items()}
     n_test = sum(int(chosen.sum()) for chosen in is_test.values())
     if n_test in (0, store.manifest.n_cells):
@@ -119,6 +121,13 @@ def split_store(
             for side in SIDES
         )
     return train, test
+
+
+def _call_batches_batch(manifest: Manifest, rule: SplitRule) -> SplitRule:
+    """The rule that says "batch" where it names the only column that batches were read from."""
+    vocabulary = manifest.batch_vocabulary
+    is_column = rule.by in vocabulary.covariates and rule.by not in manifest.obs_columns
+    return replace(rule, by=BATCH) if is_column and not vocabulary.has_several else rule
 
 
 def _choose_test_cells(reader: SegmentReader, rule: SplitRule) -> np.ndarray:

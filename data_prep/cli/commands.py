@@ -278,8 +278,9 @@ def _add_split(parser: argparse.ArgumentParser) -> None:
         "--by",
         default=CELLS,
         metavar="cells|batch|COLUMN",
-        help="what goes to the tests together: single cells (default), batches, as donors are, "
-        "levels of a covariate of batches, or categories of a column that the store keeps",
+        help="what goes to the tests together: single cells (default); batches, as donors are, "
+        "by that word or by the column that they were read from; levels of a covariate of batches; "
+        "or categories of a column that the store keeps",
     )
     parser.add_argument(
         "--test", metavar="NAME", help="batches, or categories, for the tests", **SEVERAL

@@ -159,12 +159,24 @@ def test_a_model_of_both_parts_has_seen_every_cell(cut: Any) -> None:
     assert share_cells(identify_cells(inner.manifest), seen)
 
 
+def test_the_column_that_gave_the_batches_stands_for_them(cut: Any, tmp_path: Path) -> None:
+    store = make_store(tmp_path / "named.zarr", {"rna+adt": 60}, batches=2)
+    manifest = store.manifest.model_copy(update={"provenance": {"columns": {"batch": "donor"}}})
+    manifest.write(store.root)
+    by_column, by_word = (
+        cut(Store(store.root), by=name, test_names=("batch-1",))[1] for name in ("donor", "batch")
+    )
+    assert {cell["batch"] for cell in read_cells(by_column).values()} == {"batch-1"}
+    # Both are one cut, of which a model that was trained on the other part has seen no cell.
+    assert by_column.manifest.provenance["parts"] == by_word.manifest.provenance["parts"]
+
+
 def test_a_store_that_was_cut_for_nothing_is_refused(
     whole: Store, cut: Any, tmp_path: Path
 ) -> None:
     for rule, what in (
         ({"by": "batch", "test_names": ("batch-9",)}, "no such batch"),
-        ({"by": "donor", "test_names": ("a",)}, "cannot be cut by this"),
+        ({"by": "kit", "test_names": ("a",)}, "cannot be cut by this"),
         ({"by": "batch", "test_names": tuple(whole.manifest.batches)}, "would have no cells"),
         ({"share": 1e-9}, "would have no cells"),
     ):
