@@ -53,6 +53,8 @@ class ComparisonMethods:
         calibrate_on: CellSource | None = None,
         layer: str | Mapping[str, str] | None = None,
         feature_ids: str | Mapping[str, str] | None = None,
+        reference_layer: str | Mapping[str, str] | None = None,
+        reference_feature_ids: str | Mapping[str, str] | None = None,
         batch_key: str | Sequence[str] | None = None,
         min_known: float | None = None,
         batch_size: int = 4096,
@@ -73,6 +75,8 @@ class ComparisonMethods:
                 calibrated on; by default those of `cells`, if these are a store that the model
                 was not trained on, with 50 of them or more.
             layer, feature_ids, batch_key, min_known, batch_size: as of `embed`.
+            reference_layer, reference_feature_ids: the first two of the reference, where they
+                differ; "X" stands for X.
 
         Returns:
             `cell`, `partner`, `weight`, and `confidence`, the probability that both are one cell;
@@ -88,6 +92,7 @@ class ComparisonMethods:
             "batch_key": batch_key,
             "min_known": min_known,
         }
+        known_reading = reading | _choose_reading(reading, reference_layer, reference_feature_ids)
         paired = None
         if calibrate_on is not None:  # whose batches do not matter
             paired = self._open_cells(calibrate_on, reading | {"batch_key": None})
@@ -96,7 +101,7 @@ class ComparisonMethods:
             self._open_cells(cells, reading),
             first,
             second,
-            reference=None if reference is None else self._open_reference(reference, reading),
+            reference=None if reference is None else self._open_reference(reference, known_reading),
             settings=settings,
             within_batch=within_batch,
             calibrate_on=paired,
@@ -120,6 +125,8 @@ class ComparisonMethods:
         query_modality: str | None = None,
         layer: str | Mapping[str, str] | None = None,
         feature_ids: str | Mapping[str, str] | None = None,
+        reference_layer: str | Mapping[str, str] | None = None,
+        reference_feature_ids: str | Mapping[str, str] | None = None,
         min_known: float | None = None,
         batch_size: int = 4096,
     ) -> pd.DataFrame:
@@ -134,6 +141,8 @@ class ComparisonMethods:
             n_neighbours, kept, least_confidence: see `TransferSettings`.
             reference_modality, query_modality: which modality an AnnData holds, as of `embed`.
             layer, feature_ids, min_known, batch_size: as of `embed`.
+            reference_layer, reference_feature_ids: the first two of the reference, where they
+                differ; "X" stands for X.
 
         Returns:
             A row for each query, as `clue_dist.inference.transfer.label_cells` explains it.
@@ -143,7 +152,14 @@ class ComparisonMethods:
         if path is not None:
             check_labels_path(path)
         reading = {"layer": layer, "feature_ids": feature_ids, "min_known": min_known}
-        known = self._open_reference(reference, {**reading, "modality": reference_modality})
+        known = self._open_reference(
+            reference,
+            {
+                **reading,
+                **_choose_reading(reading, reference_layer, reference_feature_ids),
+                "modality": reference_modality,
+            },
+        )
         asked = self._open_cells(query, {**reading, "modality": query_modality})
         labels = label_cells(
             self.trained_model, known, asked, label_key, settings=settings, batch_size=batch_size
@@ -163,3 +179,15 @@ class ComparisonMethods:
         if source is None:
             return self.reference
         return open_reference(source, self.trained_model, **reading)
+
+
+def _choose_reading(
+    query: Mapping[str, Any],
+    layer: str | Mapping[str, str] | None,
+    feature_ids: str | Mapping[str, str] | None,
+) -> dict[str, Any]:
+    """Where counts and names of a reference lie: as those of the query, unless told otherwise."""
+    return {
+        "layer": query["layer"] if layer is None else layer,
+        "feature_ids": query["feature_ids"] if feature_ids is None else feature_ids,
+    }

@@ -1,4 +1,4 @@
-"""Exit codes, and printing that survives a closed terminal or a full disk."""
+"""Exit codes; printing that survives a closed terminal or a full disk; advice that is no help."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import locale
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
@@ -100,6 +101,18 @@ def print_line(text: str) -> None:
         # means that nobody reads any more.
         if error.errno not in DISK_FULL:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+@contextmanager
+def silence_mudata() -> Iterator[None]:
+    """Keep mudata from warning of objects that it is our part to make and to read.
+
+    It warns of names that modalities share, as RNA and proteins share CD4, and of what its next
+    version changes. A person has heard that of the cells themselves, and cannot change our calls.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"mudata\.")
+        yield
 
 
 def mark_as_rank() -> None:

@@ -20,6 +20,7 @@ from clue_dist.imputation_methods import ImputationMethods
 from clue_dist.inference.cells import (
     CellSource,
     MemoryCells,
+    find_batch_columns,
     find_source_file,
     open_cells,
     open_source,
@@ -34,7 +35,7 @@ from clue_dist.inference.embed import (
 from clue_dist.inference.export import CardTexts, export_run
 from clue_dist.inference.load_model import TrainedModel, load_model
 from clue_dist.inference.new_batches import tune_batches
-from clue_dist.inference.score_tables import Scores
+from clue_dist.inference.score_tables import Scores, name_scores_file
 from clue_dist.inference.shift import EmbeddingShift, measure_shift
 from clue_dist.ranks import Ranks, run_on_first_rank
 from clue_dist.store.reader import Store
@@ -196,7 +197,7 @@ class Run(ImputationMethods, ComparisonMethods):
             kinds: of modalities.
             layer: where raw counts lie.
             feature_ids: column of var that names the features.
-            batch_key: column of obs with the batch.
+            batch_key: column of obs with the batch; by default that of the training cells.
             label_key: column of obs with the cell type.
             min_known: least share of a modality's features that each file must have had.
             batch_size: cells embedded at once.
@@ -207,6 +208,8 @@ class Run(ImputationMethods, ComparisonMethods):
         from clue_dist.inference.evaluate import evaluate_store
         from data_prep.from_python import ConversionRequest
 
+        if batch_key is None:
+            batch_key = find_batch_columns(cells, self.trained_model.batch_vocabulary)
         request = ConversionRequest(
             batch_key,
             label_key,
@@ -234,7 +237,7 @@ class Run(ImputationMethods, ComparisonMethods):
         self,
         *,
         embedding: str | Path | None = None,
-        scores: str | Path | None = None,
+        scores: str | Path | Mapping[str, Any] | None = None,
         imputed: str | Path | None = None,
         truth: str | Path | None = None,
     ) -> Path:
@@ -242,7 +245,7 @@ class Run(ImputationMethods, ComparisonMethods):
 
         Args:
             embedding: what `embed` has written: UMAPs, and labels between modalities.
-            scores: what `evaluate` has written, shown as tables.
+            scores: what `evaluate` has returned or written, shown as tables.
             imputed: what `clue impute` has written, compared with the counts of `truth`.
             truth: the store whose cells were imputed.
 
@@ -251,40 +254,49 @@ class Run(ImputationMethods, ComparisonMethods):
         """
         from clue_dist.inference.report import write_report
 
-        embedding, scores, imputed = (
-            None if path is None else parse_path(str(path)) for path in (embedding, scores, imputed)
+        embedding, imputed = (
+            None if path is None else parse_path(str(path)) for path in (embedding, imputed)
         )
         store = None if truth is None else str(truth)
-        page = run_on_first_rank(
-            lambda: str(write_report(self.folder, embedding, scores, imputed, store))
-        )
+        with name_scores_file(scores) as file:
+            page = run_on_first_rank(
+                lambda: str(write_report(self.folder, embedding, file, imputed, store))
+            )
         return Path(page)
 
     def export(
         self,
         out: str | Path,
-        scores: str | Path | None = None,
+        scores: str | Path | Mapping[str, Any] | None = None,
         *,
         cells: CellSource | None = None,
-        **texts: str,
-    ) -> None:
+        title: str = "",
+        data: str = "",
+        licence: str = "",
+    ) -> Path:
         """Write the model, and a card that explains it, into a folder to be shared.
 
         Args:
             out: the folder to make.
-            scores: what `evaluate` has written, for the card.
+            scores: what `evaluate` has returned or written, for the card.
             cells: reference cells that travel with the model: z and obs, no counts. As of `embed`,
                 or an .h5ad that `embed` has written.
-            texts: `title`, `data` and `licence`, as a person states them.
+            title: of the card; by default the folder's name.
+            data: what was measured, and where it can be had.
+            licence: terms under which others may use the model.
+
+        Returns:
+            The folder.
         """
-        file = None if scores is None else parse_path(str(scores))
-        name, card = self.trained_model.name, CardTexts(**texts)
+        name, card = self.trained_model.name, CardTexts(title, data, licence)
         target = parse_path(str(out))
-        run_on_first_rank(
-            lambda: export_run(
-                self.folder, target, checkpoint=name, scores=file, texts=card, cells=cells
+        with name_scores_file(scores) as file:
+            run_on_first_rank(
+                lambda: export_run(
+                    self.folder, target, checkpoint=name, scores=file, texts=card, cells=cells
+                )
             )
-        )
+        return target
 
     def fine_tune(
         self,

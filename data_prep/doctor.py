@@ -20,7 +20,7 @@ from data_prep.conversion.pairing import ALIKE_SHARE, PairingSurvey, find_drople
 from data_prep.conversion.scatter import plan_readings
 from data_prep.convert import format_feature_note
 from data_prep.jobs.workers import ThreadPool
-from data_prep.options import InputArgument
+from data_prep.options import FIELDS, InputArgument
 from data_prep.planned_cells import ConversionOptions, PlannedCells, plan_cells
 from data_prep.readers.formats import FileDescription, describe_file
 from data_prep.readers.fragments import ConversionInput, FragmentsInput
@@ -118,8 +118,18 @@ def _describe_plan(planned: PlannedCells) -> list[str]:
         lines += planned.describe_pairing()
     for field, names in planned.cells.names.items():
         shown = f"{len(names)} different ({list_names(names, 5)})" if names else "none"
-        lines.append(f"{field}: {shown}")
+        lines.append(f"{field}: {shown}{_suggest_key(field, planned) if not names else ''}")
     return lines
+
+
+def _suggest_key(field: str, planned: PlannedCells) -> str:
+    """The flag that would name a field's column, and the columns to choose from; "" if none is."""
+    if field not in FIELDS:
+        return ""
+    taken = {column for other, column in FIELDS.items() if planned.cells.names.get(other)}
+    columns = dict.fromkeys(column for head in planned.heads for column in head.obs_columns)
+    free = [column for column in columns if column not in taken]
+    return f"; --{field}-key names a column, one of {list_names(free, 5)}" if free else ""
 
 
 def examine_files(

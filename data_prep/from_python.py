@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -14,13 +15,14 @@ import h5py
 import mudata as md
 import pandas as pd
 
-from clue_dist.errors import DataError, StoreError
+from clue_dist.errors import DataError, StoreError, list_names
 from clue_dist.files import translate_disk_errors
 from clue_dist.kinds import TYPE_COLUMNS
+from clue_dist.process import silence_mudata
 from clue_dist.store.manifest import Manifest
 from data_prep.cli.commands import run_command
 from data_prep.jobs.job_folder import discard_job, find_partial_folder
-from data_prep.options import FIELDS
+from data_prep.options import FIELDS, NO_COLUMN
 
 _DEFAULT_LAYER = ("--layer", "X")  # which the command line reads where no layer is named
 
@@ -85,6 +87,8 @@ def convert_cells(
         DataError: the cells are not what they should be.
         StoreError: a store of other cells is at `out`, or the disk is full.
     """
+    if isinstance(data, (ad.AnnData, md.MuData)):
+        _require_columns(data, request)
     is_there = out.exists()
     with (
         _discard_failed_job(out) if isinstance(data, (ad.AnnData, md.MuData)) else nullcontext(),
@@ -92,13 +96,13 @@ def convert_cells(
     ):
         if isinstance(data, (ad.AnnData, md.MuData)):
             inputs = [_name_input(data, Path(folder), request)]
-            # Cells of one MuData are the same where their names are.
+            # Cells of one MuData are the same where their names are, unless a flag says otherwise.
             pairing = ["--pair-barcodes", "exact"]
         else:
             files = [data] if isinstance(data, (str, Path)) else data
             inputs, pairing = [str(path) for path in files], []
         target = Path(folder) / out.name if is_there else out
-        words = ["convert", *inputs, *request.list_flags(), *pairing, "--out", str(target)]
+        words = ["convert", *inputs, *pairing, *request.list_flags(), "--out", str(target)]
         try:
             run_command(words)
         except SystemExit:
@@ -114,6 +118,29 @@ def convert_cells(
                 fix="choose another `out`, remove the store, or give the store itself in place of "
                 "the cells",
             )
+
+
+def _require_columns(source: ad.AnnData | md.MuData, request: ConversionRequest) -> None:
+    """Require the columns of obs that are named for all modalities.
+
+    The command line warns of one that no file has, and goes on. A notebook would train on without
+    the batches that were asked for, and the columns that it has are known here alone.
+    """
+    tables = [source, *source.mod.values()] if isinstance(source, md.MuData) else [source]
+    known = [*dict.fromkeys(str(column) for table in tables for column in table.obs)]
+    asked = [("batch_key", column) for column in request.batch_columns]
+    asked += [("label_key", request.label_key)] if request.label_key else []
+    for argument, column in asked:
+        # `rna=donor` is of one modality, whose column the conversion requires itself.
+        if column in (*known, NO_COLUMN) or "=" in column:
+            continue
+        near = difflib.get_close_matches(column, known, n=3, cutoff=0.5)
+        raise DataError(
+            "obs has no such column",
+            where=f"{argument}={column!r}",
+            got=f"columns: {list_names(known, 30) or 'none'}",
+            fix=f"did you mean {' or '.join(near)}?" if near else None,
+        )
 
 
 @contextmanager
@@ -169,7 +196,7 @@ def _write_cells(source: ad.AnnData | md.MuData, folder: Path, request: Conversi
     path = folder / f"cells{ending}"
     with translate_disk_errors(folder, "free some space, or choose another `out`"):
         if isinstance(source, md.MuData):
-            with md.set_options(pull_on_update=False):
+            with silence_mudata(), md.set_options(pull_on_update=False):
                 tables = {
                     name: _strip_table(table, name, request) for name, table in source.mod.items()
                 }

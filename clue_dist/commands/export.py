@@ -22,7 +22,11 @@ def main() -> None:
         "--data", default="", metavar="TEXT", help="what was measured, and where it can be had"
     )
     parser.add_argument(
-        "--licence", default="", metavar="TEXT", help="terms under which others may use the model"
+        "--licence",
+        "--license",
+        default="",
+        metavar="TEXT",
+        help="terms under which others may use the model",
     )
     parser.add_argument(
         "--with-cells",

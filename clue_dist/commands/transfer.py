@@ -16,6 +16,13 @@ def main() -> None:
         "that travel with the model, else its training store)",
     )
     parser.add_argument(
+        "--label-key",
+        default="cell_type",  # what a store calls labels, whatever their column was called
+        metavar="COLUMN",
+        help="of the reference, with the labels: any that it keeps (default: %(default)s, as a "
+        "store calls the labels that it was converted with)",
+    )
+    parser.add_argument(
         "--kept",
         type=float,
         default=0.9,
@@ -50,7 +57,7 @@ def main() -> None:
                 trained_model,
                 known,
                 open_cells(store, trained_model, min_known=arguments.min_known),
-                "cell_type",  # what a store calls labels, whatever their column was called
+                arguments.label_key,
                 settings=TransferSettings(
                     kept=arguments.kept, least_confidence=arguments.least_confidence
                 ),

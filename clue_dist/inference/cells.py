@@ -16,6 +16,7 @@ from clue_dist.errors import DataError
 from clue_dist.files import parse_path
 from clue_dist.inference.load_model import LoadedModel
 from clue_dist.inference.memory_cells import MemoryCells, collect_memory_cells
+from clue_dist.inference.memory_obs import list_obs_columns
 from clue_dist.inference.named_counts import MemoryChoices, list_chosen, warn_of_cells
 from clue_dist.inference.query import (
     holds_training_cells,
@@ -24,6 +25,7 @@ from clue_dist.inference.query import (
     select_modalities,
 )
 from clue_dist.inference.store_cells import CellSlice, SegmentSlice, StoreCells
+from clue_dist.process import silence_mudata
 from clue_dist.store.batch_vocabulary import BatchVocabulary
 from clue_dist.store.reader import Store
 
@@ -34,6 +36,7 @@ __all__ = [
     "MemoryCells",
     "SegmentSlice",
     "StoreCells",
+    "find_batch_columns",
     "find_source_file",
     "open_cells",
     "open_source",
@@ -141,7 +144,8 @@ def open_source(
     try:
         backed = "r" if leave_counts else None
         if ending == ".h5mu":
-            return md.read_h5mu(file, backed=backed)
+            with silence_mudata():
+                return md.read_h5mu(file, backed=backed)
         return ad.read_h5ad(file, backed=backed)
     except (OSError, KeyError, ValueError, TypeError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -159,6 +163,27 @@ def find_source_file(source: CellSource) -> Path | None:
         return None
     place = source if isinstance(source, (str, Path)) else source.filename
     return None if place is None or "://" in str(place) else parse_path(str(place))
+
+
+def find_batch_columns(source: object, known: BatchVocabulary) -> list[str] | None:
+    """Find the columns of obs that gave a model its batches, in cells that are in no store yet.
+
+    Args:
+        source: cells in memory, or the path of an .h5ad or .h5mu; of anything else none is known.
+        known: the batches of the model.
+
+    Returns:
+        A column for each covariate; None where the cells lack one of them.
+    """
+    if isinstance(source, (str, Path)) and Path(source).suffix in (".h5ad", ".h5mu"):
+        if not parse_path(str(source)).is_file():  # `rna=cells.h5ad`, or a mistake
+            return None
+        source = open_source(source, leave_counts=True)
+        source.file.close()  # obs is in memory
+    if not isinstance(source, (ad.AnnData, md.MuData)):
+        return None
+    columns = list_obs_columns(source)
+    return [*known.covariates] if {*known.covariates} <= {*columns} else None
 
 
 def _open_store_cells(

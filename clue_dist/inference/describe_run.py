@@ -13,14 +13,15 @@ from clue_dist.store.location import parse_location
 from clue_dist.store.manifest import Manifest
 
 _SHOWN_BATCHES = 5
-_SHOWN_SCORES = ("score", "foscttm/")  # beginnings of the names of validation scores
+_FOSCTTM = "foscttm/"  # how names of those validation scores begin that choose the weights
 
 
 def describe_run(folder: Path, trained_model: TrainedModel) -> str:
     """Say what a run holds: modalities, batches, cells trained on, and how good its weights are."""
     lines = [f"Run {folder} ({trained_model.name})"]
     for name, modality in trained_model.modalities.items():
-        lines.append(f"  {name}: {modality.kind}, {modality.n_features:,} features")
+        kind = "" if name == modality.kind else f" of kind {modality.kind}"
+        lines.append(f"  {name}: {modality.n_features:,} features{kind}")
     batches = trained_model.batches
     named = f" ({list_names(batches, _SHOWN_BATCHES)})" if batches else ""
     lines.append(f"  batches: {len(batches)}{named}")
@@ -62,14 +63,17 @@ def _read_manifest(place: str) -> Manifest | None:
 
 
 def _describe_scores(folder: Path, checkpoint: str) -> str | None:
-    """The scores of the validation of a checkpoint; None where there was none."""
+    """The scores of the validation of a checkpoint, and their scale; None where there are none."""
     step = parse_step(Path(checkpoint)) if CHECKPOINT_NAME.fullmatch(checkpoint) else None
     validation = find_validation(folder / "metrics.jsonl", step)
-    if not validation:
-        return None
-    shown = [
-        f"{name} {value:.4g}"
-        for name, value in validation.items()
-        if name.startswith(_SHOWN_SCORES) and isinstance(value, float)
+    numbers = {name: value for name, value in validation.items() if isinstance(value, float)}
+    pairs = [
+        f"{name.removeprefix(_FOSCTTM)} {value:.3g}"
+        for name, value in numbers.items()
+        if name.startswith(_FOSCTTM)
     ]
-    return f"step {step}, {', '.join(shown)}"
+    if pairs:
+        return f"FOSCTTM of held-out pairs, {', '.join(pairs)} (0 is perfect, 0.5 is chance)"
+    if "score" in numbers:  # of cells without pairs, minus their ELBOs
+        return f"score of held-out cells {numbers['score']:.4g} (lower is better)"
+    return None

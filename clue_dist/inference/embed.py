@@ -29,7 +29,7 @@ from clue_dist.inference.query import (
     require_measured_features,
 )
 from clue_dist.inference.stream import Embedding, compute_embedding, embed_in_memory
-from clue_dist.process import print_error
+from clue_dist.process import print_error, silence_mudata
 from clue_dist.ranks import Ranks
 from clue_dist.store.batch_vocabulary import name_level_column
 from clue_dist.store.reader import Store
@@ -139,6 +139,7 @@ def embed_cells(
 
         def write_embedding() -> None:
             with (
+                silence_mudata(),
                 md.set_options(pull_on_update=False),
                 ad.settings.override(zarr_write_format=3, auto_shard_zarr_v3=False),
             ):

@@ -308,7 +308,8 @@ def _describe_cells(
                 got=f"{sum(s.n_cells for s in lacking):,} of {cells.n_cells:,} cells, such as "
                 f"{list_names(obs.index[lacking[0].rows], 3)}, which have "
                 f"{list_names(lacking[0].modalities)}",
-                fix="leave `from_` out, which takes whatever a cell has, or ask about the others",
+                fix="leave `from_` out, which takes whatever a cell has, or ask about the others: "
+                f'`mdata[mdata.obsm["{question.sources[0]}"]]` of a MuData',
             )
         names[cell_slice.rows] = "+".join(used)
     obs[SOURCES_COLUMN] = pd.Categorical(names)

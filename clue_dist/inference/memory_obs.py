@@ -83,6 +83,14 @@ def require_writable_obs(obs: pd.DataFrame, ending: str) -> None:
                 ) from error
 
 
+def list_obs_columns(source: ad.AnnData | md.MuData) -> list[str]:
+    """List the columns of obs, of all cells and of each modality."""
+    frames = [source.obs]
+    if isinstance(source, md.MuData):
+        frames += [adata.obs for adata in source.mod.values()]
+    return [*dict.fromkeys(name for frame in frames for name in frame.columns)]
+
+
 def find_levels(
     source: ad.AnnData | md.MuData,
     keys: str | Sequence[str] | None,
@@ -107,8 +115,7 @@ def find_levels(
     frames = [source.obs]
     if isinstance(source, md.MuData):
         frames += [adata.obs.reindex(source.obs_names) for adata in source.mod.values()]
-    columns = dict.fromkeys(name for frame in frames for name in frame.columns)
-    chosen = _choose_columns(keys, known, [*columns])
+    chosen = _choose_columns(keys, known, list_obs_columns(source))
     if not chosen:
         return None
     levels = {name: [UNKNOWN] * source.n_obs for name in known.covariates}

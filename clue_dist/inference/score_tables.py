@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import json
+import tempfile
 import textwrap
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from clue_dist import integration, matching
+from clue_dist.files import parse_path
 
 SEEN = "seen_in_training"  # in `about` of the scores: whether the model was trained on the cells
 SEEN_WARNING = (
@@ -17,6 +22,7 @@ SEEN_WARNING = (
 )
 
 JOINT_SCORES = "joint"  # the entry of scores.json about z from everything observed
+SCALES = "foscttm: 0 is perfect, lower is better; match, recall10: 1 is perfect, higher is better"
 # Entries of a pair that hold FOSCTTM alone, and how many cells it is of.
 CONTROLS = WITHIN_TYPE, WITHOUT_DEPTH = ("within_type", "without_depth")
 JOINT_TITLES = {
@@ -88,6 +94,8 @@ def format_scores(result: dict[str, Any]) -> str:
         values = itertools.chain.from_iterable(scores.values())
         numbers = "".join(f"{format_score(value, ''):>10}" for value in values)
         lines.append(f"{pair:<16}{scope:<14}{n_cells:>9,}{numbers}".rstrip())
+    if len(lines) > 2:
+        lines.append(SCALES)
     for facts in list_space_facts(result):
         lines += ["", *textwrap.wrap(facts, 100)]
     if result.get("about", {}).get(SEEN):
@@ -167,3 +175,23 @@ class Scores(dict[str, Any]):
 
     def __repr__(self) -> str:
         return format_scores(self)
+
+
+@contextmanager
+def name_scores_file(scores: str | Path | Mapping[str, Any] | None) -> Iterator[Path | None]:
+    """Name the file that holds scores.
+
+    Args:
+        scores: the file; what one would hold, which becomes a file for as long as the context; or
+            nothing, which stays nothing.
+
+    Yields:
+        Its path.
+    """
+    if not isinstance(scores, Mapping):
+        yield None if scores is None else parse_path(str(scores))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "scores.json"
+        path.write_text(json.dumps(scores), encoding="utf-8")
+        yield path

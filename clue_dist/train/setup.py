@@ -18,7 +18,7 @@ from clue_dist.config import Config
 from clue_dist.data.batch import Batch, BatchPart, assemble_batch
 from clue_dist.data.batch_shares import share_rounds, weigh_strata
 from clue_dist.data.plan import CellPlan
-from clue_dist.errors import ConfigError
+from clue_dist.errors import ConfigError, list_names
 from clue_dist.files import parse_path
 from clue_dist.model.modality_spec import ModalitySpec, specify_modalities
 from clue_dist.store.layout import name_stratum
@@ -147,10 +147,12 @@ class Setup:
                 f"  {modality}: {spec.n_features} features, "
                 f"{spec.normalise} -> {spec.likelihood}, {start}"
             )
-        lines += self._list_strata()
+        batches = self.store.manifest.batches
+        named = f"{len(batches)} ({list_names(batches, 5)})" if batches else "none are known"
+        lines += [f"  batches of cells: {named}", *self._list_strata()]
         lines.append(
             f"  {self.total_steps} steps of {config.data.batch_size} cells "
-            f"({settings.epochs:g} epochs), validation every {settings.validate_every}, "
+            f"({settings.epochs:g} epochs), validation every {settings.validate_every} steps, "
             f"ZeRO-{settings.zero_stage}, {settings.precision}"
         )
         return "\n".join(lines)
@@ -167,15 +169,15 @@ class Setup:
             segments = f" in {len(names)} segments" if len(names) > 1 else ""
             lines.append(
                 f"  stratum {stratum}: {n_train} {cells}{segments}, {n_held_out} held out, "
-                f"{amount} in each batch" + " on average" * (stratum in self.plan.turns)
+                f"{amount} in each training batch" + " on average" * (stratum in self.plan.turns)
             )
             copies = self.plan.count_copies(stratum)
             if copies > 1 and stratum in self.plan.turns:
                 lines.append(f"    up to {copies} copies of a cell in the batches of its turns")
             elif copies > 1:
                 lines += [
-                    f"    up to {copies} copies of a cell in each batch: they weigh more than",
-                    "    others, and InfoNCE takes them for other cells; leave these cells out of",
+                    f"    up to {copies} copies of a cell in each training batch: they weigh more",
+                    "    than others, and InfoNCE takes them for other cells; leave these out of",
                     "    the store, or lower data.lanes",
                 ]
         return lines
@@ -318,6 +320,7 @@ def _require_trainable(config: Config, store: Store, has_pairs: bool) -> None:
             where=config.store,
             got=f"strata {', '.join(store.segments)}",
             expected="at least one stratum of paired cells",
-            fix="add paired cells to the conversion (their barcodes must be equal in both files), "
-            "or train independent VAEs with --set objective.lambda_cross=0",
+            fix="convert cells whose names are equal in two modalities, or name what they have in "
+            'common (`--pair-barcodes core`, of `fit` conversion=["--pair-barcodes", "core"]); '
+            "or train independent VAEs, with objective.lambda_cross=0",
         )

@@ -264,8 +264,10 @@ def _describe_value(
     is_missing = bool(np.isnan(value))
     fix = _advise_on_value(source.modality, float(value)) if is_count or is_missing else None
     if other_counts:
-        names = list_names(other_counts)
-        fix = f"these look like raw counts: {names}; name one with `--layer`"
+        name, *others = other_counts
+        fix = f"`--layer {name}`, which looks like raw counts"
+        if others:
+            fix = f"`--layer NAME`, one of {list_names(other_counts)}, which look like raw counts"
     return DataError(
         rule,
         where=f"{source.display_name}, cell {cell!r}, feature {head.features[column]!r}",

@@ -83,11 +83,11 @@ def test_a_run_says_what_it_holds(folder: Path, run: Run) -> None:
     lines = repr(run).splitlines()
     assert lines == [
         f"Run {folder / 'run'} (step-00000005)",
-        "  rna: rna, 30 features",
-        "  adt: adt, 8 features",
+        "  rna: 30 features",
+        "  adt: 8 features",
         "  batches: 2 (batch-0, batch-1)",
         f"  trained on: 131 cells (70 rna+adt, 41 rna, 20 adt) of {folder / 's.zarr'}",
-        "  validation: step 5, score 0.25, foscttm/rna-adt 0.25",
+        "  validation: FOSCTTM of held-out pairs, rna-adt 0.25 (0 is perfect, 0.5 is chance)",
         "  z: 12 dimensions, no common space of the modalities",
     ]
 

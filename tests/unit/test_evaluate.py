@@ -74,7 +74,7 @@ def test_every_cell_that_carries_both_counts(store, tmp_path):
     lines = format_scores(scores).splitlines()
     n_types = sum("within_type" in entry for entry in select_pairs(scores).values())
     # What is the same in both directions stands once, and each direction alone has a row.
-    assert lines.index("") == 2 + 3 * len(pairs) // 2 + n_types // 2 + len(pairs)
+    assert lines.index("") == 3 + 3 * len(pairs) // 2 + n_types // 2 + len(pairs)
     assert max(map(len, lines)) <= 100
     assert lines[2].split()[:3] == ["rna-adt", "global", "110"]
     assert lines[5].split()[:3] == ["rna-adt", "without_depth", "110"]

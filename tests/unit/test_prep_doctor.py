@@ -86,7 +86,8 @@ def test_what_a_file_is_and_holds(here: Path, shell: Shell) -> None:
     )
     assert "    obs columns: donor\n" in said
     assert "rna: 30 features, of kind rna" in said
-    assert "batch: none" in said
+    assert "batch: none; --batch-key names a column, one of donor\n" in said
+    assert "label: none; --label-key names a column, one of donor\n" in said
     assert said.endswith("convert rna=rna.h5ad --out STORE.zarr\n")
 
 

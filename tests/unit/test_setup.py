@@ -89,8 +89,8 @@ def test_a_stratum_of_fewer_cells_than_its_share_is_told(tmp_path: Path) -> None
     setup = prepare_setup(config_of(tmp_path / "s.zarr"), world=1)
     lines = setup.format_summary().splitlines()
     (place,) = [i for i, line in enumerate(lines) if line.startswith("  stratum rna+adt: 1 cell,")]
-    assert "8 in each batch" in lines[place]
-    assert "up to 8 copies of a cell in each batch" in lines[place + 1]
+    assert "8 in each training batch" in lines[place]
+    assert "up to 8 copies of a cell in each training batch" in lines[place + 1]
     assert "lower data.lanes" in lines[place + 3]
     assert "copies" not in lines[place + 4]  # 300 cells of the other stratum are enough
     assert max(map(len, lines[place:])) <= 100
@@ -106,7 +106,7 @@ def test_many_rare_patterns_train_without_a_setting(tmp_path: Path) -> None:
     assert setup.plan.batch_size == setup.config.data.batch_size == 128
     lines = setup.format_summary().splitlines()
     (place,) = [i for i, line in enumerate(lines) if line.startswith("  stratum m0+m1: 1 cell,")]
-    assert lines[place].endswith("in each batch on average")
+    assert lines[place].endswith("in each training batch on average")
     assert lines[place + 1] == "    up to 8 copies of a cell in the batches of its turns"
     assert not any("leave these cells out" in line for line in lines)
 

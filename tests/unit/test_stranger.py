@@ -1,0 +1,137 @@
+"""What a person is told who types what the pages say, and sometimes types it wrong."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import anndata as ad
+import mudata as md
+import numpy as np
+import pandas as pd
+import pytest
+
+from clue_dist import comparison_methods, trained_run
+from clue_dist.api import Run
+from clue_dist.errors import DataError
+from clue_dist.inference import report
+from clue_dist.inference.cells import find_batch_columns, open_source
+from clue_dist.inference.score_tables import Scores
+from clue_dist.store.batch_vocabulary import BatchVocabulary
+from data_prep import from_python
+from data_prep.from_python import ConversionRequest, convert_cells
+
+DONORS = BatchVocabulary(["d1", "d2"], {"donor": ["d1", "d2"]})
+
+
+@pytest.fixture
+def mdata() -> md.MuData:
+    """Twenty cells, of which both modalities have a feature of one name."""
+    obs = pd.DataFrame({"donor": ["d1", "d2"] * 10}, index=[f"c{i}" for i in range(20)])
+    tables = {
+        name: ad.AnnData(np.ones((20, 2), np.float32), obs.copy(), pd.DataFrame(index=features))
+        for name, features in (("rna", ["CD4", "ACTB"]), ("adt", ["CD4", "CD8"]))
+    }
+    with md.set_options(pull_on_update=False), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return md.MuData(tables)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """A run whose model is never asked."""
+    return Run(tmp_path, SimpleNamespace(name="step-00000005"))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Words of the command lines that conversions would run."""
+    lines: list[list[str]] = []
+    monkeypatch.setattr(from_python, "run_command", lines.append)
+    return lines
+
+
+@pytest.mark.parametrize("argument", ["batch_key", "label_key"])
+def test_a_column_that_cells_in_memory_lack_is_refused(
+    mdata: md.MuData, tmp_path: Path, typed: list[list[str]], argument: str
+) -> None:
+    with pytest.raises(DataError, match=rf"{argument}='Donor'(.|\n)*did you mean donor\?"):
+        convert_cells(mdata, tmp_path / "s.zarr", ConversionRequest(**{argument: "Donor"}))
+    for known in ("donor", "none", "adt=donor"):
+        convert_cells(mdata, tmp_path / "s.zarr", ConversionRequest(**{argument: known}))
+    assert len(typed) == 3
+
+
+def test_a_flag_of_pairing_counts_for_cells_in_memory(
+    mdata: md.MuData, tmp_path: Path, typed: list[list[str]]
+) -> None:
+    flags = ["--pair-barcodes", "core"]
+    convert_cells(mdata, tmp_path / "s.zarr", ConversionRequest(flags=flags))
+    # The last one counts.
+    assert [w for w in typed[0] if w in ("exact", "core")] == ["exact", "core"]
+
+
+def test_cells_are_written_and_read_without_advice_of_mudata(
+    mdata: md.MuData, tmp_path: Path, typed: list[list[str]]
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mdata.write(tmp_path / "cells.h5mu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert_cells(mdata, tmp_path / "s.zarr", ConversionRequest())
+        assert open_source(tmp_path / "cells.h5mu").n_obs == 20
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_the_batch_of_cells_to_score_is_that_of_the_training_cells(
+    mdata: md.MuData, tmp_path: Path
+) -> None:
+    mdata.write(tmp_path / "cells.h5mu")
+    table = mdata["rna"]
+    table.write_h5ad(tmp_path / "rna.h5ad")
+    for cells in (mdata, table, tmp_path / "cells.h5mu", str(tmp_path / "rna.h5ad")):
+        assert find_batch_columns(cells, DONORS) == ["donor"]
+    two = BatchVocabulary(["d1 | v2"], {"donor": ["d1"], "kit": ["v2"]})
+    assert find_batch_columns(mdata, two) is None
+    for place in (["rna=rna.h5ad"], "rna=rna.h5ad", tmp_path / "s.zarr"):
+        assert find_batch_columns(place, DONORS) is None
+
+
+def test_scores_need_no_file(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts: list[str] = []
+
+    def read_scores(folder: Path, place: Path, scores: Path, *_: Any, **__: Any) -> Path:
+        texts.append(scores.read_text())
+        return place
+
+    monkeypatch.setattr(report, "write_report", read_scores)
+    monkeypatch.setattr(trained_run, "export_run", read_scores)
+    scores = Scores({"rna->adt": {"cells": 20}})
+    run.report(embedding=tmp_path / "z.h5mu", scores=scores)
+    assert run.export(tmp_path / "model", scores, licence="CC0") == tmp_path / "model"
+    assert texts == ['{"rna->adt": {"cells": 20}}'] * 2
+
+
+def test_counts_of_a_reference_may_lie_elsewhere(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    readings: list[dict[str, Any]] = []
+
+    def note_reading(source: object, model: object, **reading: Any) -> None:
+        readings.append(reading)
+
+    for name in ("open_cells", "open_reference"):
+        monkeypatch.setattr(comparison_methods, name, note_reading)
+    monkeypatch.setattr(comparison_methods, "label_cells", lambda *_, **__: None)
+    monkeypatch.setattr(
+        comparison_methods, "match_cells", lambda *_, **__: SimpleNamespace(pairs=None)
+    )
+    elsewhere = {"reference_layer": "X", "reference_feature_ids": "symbol"}
+    run.transfer("a.h5ad", "b.h5ad", layer="counts", **elsewhere)
+    run.match("b.h5ad", "rna", "adt", reference="a.h5ad", layer="counts", **elsewhere)
+    run.transfer("a.h5ad", "b.h5ad", layer="counts")
+    found = [(reading["layer"], reading["feature_ids"]) for reading in readings]
+    query, reference = ("counts", None), ("X", "symbol")
+    assert sorted(found[:4], key=str) == sorted([query, reference] * 2, key=str)
+    assert found[4:] == [query, query]
