@@ -178,8 +178,10 @@ def find_batch_columns(source: object, known: BatchVocabulary) -> list[str] | No
     if isinstance(source, (str, Path)) and Path(source).suffix in (".h5ad", ".h5mu"):
         if not parse_path(str(source)).is_file():  # `rna=cells.h5ad`, or a mistake
             return None
-        source = open_source(source, leave_counts=True)
-        source.file.close()  # obs is in memory
+        opened = open_source(source, leave_counts=True)
+        assert not isinstance(opened, Store)
+        opened.file.close()  # obs is in memory
+        source = opened
     if not isinstance(source, (ad.AnnData, md.MuData)):
         return None
     columns = list_obs_columns(source)
