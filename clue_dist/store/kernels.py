@@ -1,7 +1,7 @@
-"""Compiled kernels that code and decode rows; `rows` says what the code is.
+"""Compiled kernels that decode rows; `rows` says what the code is.
 
-All kernels are in this file. Numba's cache on disk would not notice that a kernel in another file,
-which one of these calls, had changed.
+All that they call is in this file. Numba's cache on disk would not notice that a kernel in another
+file, which one of these calls, had changed.
 
 Names that many of them share: codes, rest, lengths and starts are those of `rows.CodedBlocks`;
 slot says which block holds a row, row which row of its block it is; bits of a code hold the count.
@@ -10,6 +10,7 @@ slot says which block holds a row, row which row of its block it is; bits of a c
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,11 @@ from numba.extending import intrinsic
 
 from clue_dist.store.kernel_cache import compile_kernel
 
-LARGEST_COUNT = 2**24  # training reads counts as float32, which is exact up to here
 CACHE_LINE = 64  # bytes that enter a processor's cache together, on x86-64 and most ARM
+LINE_VALUES = CACHE_LINE // 4  # float32 values of a cache line
+SPAN_VALUES = (
+    4096  # of a dense row, put together at a time: 16 KB, half of a processor's first cache
+)
 ROWS_AHEAD = 1  # how early to ask for a row: it takes about as long to come as one takes to decode
 # What `find_fault` finds.
 COLUMN_FAULT = 1
@@ -59,7 +63,41 @@ def prefetch_array(array):
         _prefetch_line(address)
 
 
-# --- coding ---------------------------------------------------------------------------------------
+# --- a dense row as it is written: to fetch its memory into the cache first takes twice as long ---
+
+
+def _generate_line_copy(_typing: Any, _target: Any, _source: Any) -> Any:
+    """Generate the copy of a cache line that goes to memory past the cache."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        line = ir.VectorType(ir.FloatType(), LINE_VALUES)
+        target, source = (builder.inttoptr(address, line.as_pointer()) for address in args)
+        copy = builder.store(builder.load(source, align=4), target, align=CACHE_LINE)
+        one = ir.Constant(ir.IntType(32), 1)
+        copy.set_metadata("nontemporal", builder.module.add_metadata([one]))
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp), generate
+
+
+def _generate_fence(_typing: Any) -> Any:
+    """Generate a fence: other threads see what was written past the cache before it."""
+
+    def generate(context: Any, builder: Any, _signature: Any, _args: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+if config.DISABLE_JIT:
+    _copy_line = lambda target, source: ctypes.memmove(target, source, CACHE_LINE)  # noqa: E731
+    _finish_copies = lambda: None  # noqa: E731
+else:
+    _copy_line, _finish_copies = intrinsic(_generate_line_copy), intrinsic(_generate_fence)
+
+
+# --- coded rows -----------------------------------------------------------------------------------
 
 
 @compile_kernel
@@ -90,94 +128,6 @@ def copy_rows(starts, values, rows, out_rows, out_starts, out):
         # Of arrays that begin at 0 the compiler makes a copy of memory.
         for k in range(len(source)):
             target[k] = source[k]
-
-
-@compile_kernel
-def encode_rows(indptr, indices, values, bits, lengths, codes, rest, scratch):
-    """Fill codes, rest and lengths.
-
-    Args:
-        indptr: where each row lies in indices and values, (n + 1,).
-        indices: columns, (nnz,).
-        values: counts, (nnz,).
-        bits: bits of a code for the count.
-        lengths: filled, (n, 3).
-        codes: filled, (nnz,).
-        rest: filled from its beginning, (3 * nnz,).
-        scratch: memory to work in, (2, longest row).
-
-    Returns:
-        How much of codes is filled; how much of rest is filled; the largest count, or -1 where a
-        row is not canonical; the largest number in rest.
-    """
-    far, high = (256 >> bits) - 1, (1 << bits) - 1
-    n_codes, n_rest = 0, 0
-    largest, largest_rest = np.int64(0), np.int64(0)
-    for row in range(len(lengths)):
-        start, stop = indptr[row], indptr[row + 1]
-        column, last_high = np.int64(-1), start
-        first_rest, n_high = n_rest, 0
-        for i in range(start, stop):
-            before, column = column, np.int64(indices[i])
-            value = values[i]
-            count = np.int64(value)
-            if column <= before or count < 1 or count > LARGEST_COUNT or count != value:
-                return 0, 0, np.int64(-1), np.int64(0)
-            largest = max(largest, count)
-            gap = column - before if before > 0 else column
-            if gap >= far:
-                rest[n_rest] = gap
-                n_rest += 1
-                largest_rest = max(largest_rest, gap)
-                gap = np.int64(far)
-            low = np.int64(0)
-            if bits:
-                low = count - 1
-                if low >= high:
-                    scratch[0, n_high], scratch[1, n_high] = i - last_high, low
-                    largest_rest = max(largest_rest, low, i - last_high)
-                    n_high += 1
-                    last_high = i
-                    low = np.int64(high)
-            codes[n_codes] = gap << bits | low
-            n_codes += 1
-        lengths[row, 0], lengths[row, 1], lengths[row, 2] = (
-            stop - start,
-            n_rest - first_rest,
-            n_high,
-        )
-        for k in range(n_high):
-            rest[n_rest + k], rest[n_rest + n_high + k] = scratch[0, k], scratch[1, k]
-        n_rest += 2 * n_high
-    return n_codes, n_rest, largest, largest_rest
-
-
-@compile_kernel
-def recode_as_binary(codes, rest, starts, bits, lengths, out_rest):
-    """Take the bits of the count out of codes, in place; fill lengths (n, 3) and out_rest.
-
-    Returns:
-        How much of out_rest is filled; -1 where a count is not 1.
-    """
-    far, count = (256 >> bits) - 1, (1 << bits) - 1
-    n_rest = 0
-    for row in range(len(lengths)):
-        k, first_rest = starts[row, 1], n_rest
-        for j in range(starts[row, 0], starts[row + 1, 0]):
-            if codes[j] & count:
-                return -1
-            gap = np.int64(codes[j] >> bits)
-            if gap == far:
-                gap = np.int64(rest[k])
-                k += 1
-            if gap >= 255:  # far, too, where all eight bits hold the gap
-                out_rest[n_rest] = gap
-                n_rest += 1
-                gap = np.int64(255)
-            codes[j] = gap
-        lengths[row, 0] = starts[row + 1, 0] - starts[row, 0]
-        lengths[row, 1] = n_rest - first_rest
-    return n_rest
 
 
 # --- decoding -------------------------------------------------------------------------------------
@@ -228,6 +178,7 @@ def decode_dense_rows(codes, rest, lengths, starts, bits, slot, row, out):
         The first row that is not coded as it should be; -1: all are.
     """
     columns, counts = np.empty(out.shape[1], np.int32), np.empty(out.shape[1], np.float32)
+    span = np.zeros(SPAN_VALUES + LINE_VALUES, np.float32)
     for i in range(len(slot)):
         _prefetch_rows(codes, rest, starts, slot, row, i)
         s, r = slot[i], row[i]
@@ -243,11 +194,50 @@ def decode_dense_rows(codes, rest, lengths, starts, bits, slot, row, out):
             counts[:n],
         ):
             return i
-        target = out[i]
-        target[:] = np.float32(0)  # just before it is filled, while it is in the cache
-        for j in range(n):
-            target[columns[j]] = counts[j]
+        _write_dense_row(columns[:n], counts[:n], span, out[i])
+    _finish_copies()
     return -1
+
+
+@compile_kernel
+def _find_column(columns, begin, least):
+    """Find the first of ascending columns, from `begin` on, that is `least` or more."""
+    end = len(columns)
+    while begin < end:
+        middle = (begin + end) >> 1
+        if columns[middle] < least:
+            begin = middle + 1
+        else:
+            end = middle
+    return begin
+
+
+@compile_kernel
+def _write_dense_row(columns, counts, span, target):
+    """Write a row piece by piece; each is put together in `span`, zero before and after.
+
+    Whole cache lines go past the cache. A function of its own for that would cost a fifth more.
+    """
+    size, to, read = len(target), target.ctypes.data, span.ctypes.data
+    skip = (-to % CACHE_LINE) // 4  # values that lie in a cache line with those before the row
+    # The first piece is longer, so that all others begin with a cache line.
+    first, last, begin = 0, skip + SPAN_VALUES, 0
+    while first < size:
+        last = min(last, size)
+        end = _find_column(columns, begin, last)
+        for k in range(begin, end):
+            span[np.uint32(columns[k] - first)] = counts[k]
+        skip = min(skip, last - first)
+        lines = (last - first - skip) // LINE_VALUES
+        for j in range(skip):
+            target[first + j] = span[j]
+        for line in range(lines):
+            place = 4 * skip + CACHE_LINE * line
+            _copy_line(to + 4 * first + place, read + place)
+        for j in range(skip + LINE_VALUES * lines, last - first):
+            target[first + j] = span[j]
+        span[:] = np.float32(0)
+        first, last, begin, skip = last, last + SPAN_VALUES, end, 0
 
 
 @compile_kernel

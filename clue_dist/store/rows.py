@@ -21,8 +21,9 @@ import numpy as np
 import scipy.sparse as sp
 
 from clue_dist.errors import StoreError
-from clue_dist.store import kernels
-from clue_dist.store.kernels import LARGEST_COUNT, compute_row_starts, copy_rows
+from clue_dist.store import encoding_kernels, kernels
+from clue_dist.store.encoding_kernels import LARGEST_COUNT
+from clue_dist.store.kernels import compute_row_starts, copy_rows
 
 # The fix that errors of damaged data name.
 CHECK_FIX = (
@@ -277,7 +278,7 @@ def try_code_rows(rows: CsrRows, bits: int) -> tuple[CodedRows, int] | None:
     # The most that the rest can be. What is never written to takes no memory.
     rest = np.empty(3 * len(rows.values), np.uint32)
     scratch = np.empty((2, longest), np.uint32)
-    filled = kernels.encode_rows(
+    filled = encoding_kernels.encode_rows(
         rows.indptr, rows.indices, rows.values, bits, lengths, codes, rest, scratch
     )
     n_codes, n_rest, largest, largest_rest = (int(n) for n in filled)
@@ -298,7 +299,7 @@ def recode_rows_as_binary(rows: CodedRows) -> CodedRows:
     """
     lengths, rest = np.zeros_like(rows.lengths), np.empty_like(rows.rest)
     n_rest = int(
-        kernels.recode_as_binary(
+        encoding_kernels.recode_as_binary(
             rows.codes, rows.rest, rows.compute_starts(), rows.bits, lengths, rest
         )
     )

@@ -11,8 +11,8 @@ import scipy.sparse as sp
 from clue_dist.errors import DataError, list_names
 from clue_dist.files import write_file
 from clue_dist.kinds import KINDS
+from clue_dist.store.encoding_kernels import LARGEST_COUNT
 from clue_dist.store.kernel_cache import compile_kernel
-from clue_dist.store.kernels import LARGEST_COUNT
 from clue_dist.store.layout import choose_unsigned
 from clue_dist.store.rows import (
     COUNT_BITS,

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from clue_dist.store.kernels import LARGEST_COUNT, prefetch_array
+from clue_dist.store.encoding_kernels import LARGEST_COUNT
+from clue_dist.store.kernels import LINE_VALUES, SPAN_VALUES, prefetch_array
 from clue_dist.store.rows import (
     COUNT_BITS,
     CodedBlocks,
@@ -72,6 +73,24 @@ def test_rows_of_blocks_come_in_any_order_and_again(n: int, far: int) -> None:
     np.testing.assert_array_equal(out, dense[rows])
 
 
+@pytest.mark.parametrize("n_features", [1, 5, 700, SPAN_VALUES - 1, 2 * SPAN_VALUES + 33])
+@pytest.mark.parametrize("shift", [0, 1, LINE_VALUES - 1])
+def test_a_dense_row_is_written_wherever_it_begins(n_features: int, shift: int) -> None:
+    """Rows begin and end in the middle of cache lines and pieces; nothing beyond is written."""
+    rng = np.random.default_rng(n_features)
+    dense = rng.integers(0, 9, (5, n_features)) * (rng.random((5, n_features)) < 0.1)
+    dense[0], dense[1], dense[2, -1] = 1, 0, 3
+    coded = code_rows(csr(sp.csr_matrix(dense)), COUNT_BITS)
+    blocks = CodedBlocks(
+        coded.codes[None], coded.rest[None], coded.lengths[None], coded.compute_starts()[None]
+    )
+    located = LocatedRows(blocks, np.zeros(5, np.int32), np.arange(5), n_features, COUNT_BITS)
+    memory = np.full(shift + dense.size + LINE_VALUES, 7, np.float32)
+    located.decode_dense(memory[shift : shift + dense.size].reshape(dense.shape))
+    expected = [np.full(shift, 7), dense.ravel(), np.full(LINE_VALUES, 7)]
+    np.testing.assert_array_equal(memory, np.concatenate(expected))
+
+
 def _stacked(parts: list[np.ndarray], dtype: np.typing.DTypeLike) -> np.ndarray:
     out = np.zeros((len(parts), max(map(len, parts))), dtype)
     for row, part in zip(out, parts, strict=True):
@@ -92,9 +111,14 @@ def test_kernels_run_as_plain_python() -> None:
     """So that a debugger can step through them."""
     script = """
 import numpy as np
-from clue_dist.store.rows import CsrRows, code_rows
-coded = code_rows(CsrRows(np.array([0, 2, 3]), np.array([1, 9, 4]), np.ones(3), 10), 2).to_csr(10)
-print(coded.indices.tolist(), coded.indptr.tolist())
+from clue_dist.store.rows import CodedBlocks, CsrRows, LocatedRows, code_rows
+coded = code_rows(CsrRows(np.array([0, 2, 3]), np.array([1, 9, 4]), np.ones(3), 40), 2)
+rows = coded.to_csr(40)
+print(rows.indices.tolist(), rows.indptr.tolist())
+parts = (coded.codes, coded.rest, coded.lengths, coded.compute_starts())
+blocks, dense = CodedBlocks(*(part[None] for part in parts)), np.full((2, 40), 7, np.float32)
+LocatedRows(blocks, np.zeros(2, int), np.arange(2), 40, 2).decode_dense(dense)
+assert np.array_equal(dense, rows.to_scipy().toarray())
 """
     env = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
     done = subprocess.run(
