@@ -10,7 +10,12 @@ import pandas as pd
 
 from clue_dist.files import parse_path
 from clue_dist.inference.cells import CellSource, find_source_file, open_cells
-from clue_dist.inference.differential import DifferentialChoices, compare_groups
+from clue_dist.inference.differential import (
+    DifferentialChoices,
+    check_differences_path,
+    compare_groups,
+    write_differences,
+)
 from clue_dist.inference.embed import check_embedding_path
 from clue_dist.inference.imputation_question import ImputationChoices
 from clue_dist.inference.impute import FORMATS, impute_cells, write_imputation
@@ -118,6 +123,7 @@ class ImputationMethods:
         *,
         groupby: str,
         modality: str,
+        out: str | Path | None = None,
         groups: str | Sequence[str] | None = None,
         reference: str | None = None,
         from_: str | Sequence[str] | None = None,
@@ -137,6 +143,7 @@ class ImputationMethods:
             cells: the cells, as of `embed`.
             groupby: column of obs with the groups.
             modality: whose features are compared.
+            out: a file for the tables, too (.csv, .csv.gz, .parquet): one, with a column `group`.
             groups: those asked for; by default all.
             reference: the group to compare them with; by default all other cells.
             from_: modalities to infer values from; by default all that a cell has.
@@ -154,6 +161,9 @@ class ImputationMethods:
         Returns:
             By group a table of features, see `clue_dist.inference.differential.compare_groups`.
         """
+        path = None if out is None else parse_path(str(out))
+        if path is not None:
+            check_differences_path(path)
         opened = open_cells(
             cells,
             self.trained_model,
@@ -174,4 +184,7 @@ class ImputationMethods:
             pairs,
             seed,
         )
-        return compare_groups(self.trained_model, opened, choices)
+        tables = compare_groups(self.trained_model, opened, choices)
+        if path is not None:
+            write_differences(tables, path)
+        return tables

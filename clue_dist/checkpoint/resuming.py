@@ -276,7 +276,8 @@ def require_same_run(
             where=run_folder,
             got=f"changed: {', '.join(forbidden)}",
             expected=f"no other changes than of {', '.join(CHANGEABLE)}",
-            fix="use the run's own config.json, or start a new run with --set run=ANOTHER_FOLDER",
+            fix="use the run's own config.json, or start a new run with --set run=ANOTHER_FOLDER, "
+            "in Python with another `out`",
         )
     if not _belongs_to(checkpoint, run_folder):
         state = replace(state, origin=str(checkpoint.resolve()))

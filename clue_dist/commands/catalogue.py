@@ -69,6 +69,12 @@ COMMANDS = {
         "Impute a modality of the cells of a store, or denoise one.",
         "clue impute --run runs/atlas --store S.zarr --modality adt --from rna --out adt.h5ad",
     ),
+    "differential": CommandEntry(
+        ANSWERS,
+        "Find the features that mark groups of cells.",
+        "clue differential --run runs/atlas --store S.zarr --modality rna --out markers.csv",
+        takes_ranks=False,
+    ),
     "match": CommandEntry(
         ANSWERS,
         "Find partners of cells across two modalities.",

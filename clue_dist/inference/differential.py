@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -25,6 +26,7 @@ from clue_dist.inference.imputation_question import (
 )
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.named_counts import list_chosen
+from clue_dist.inference.output_files import check_output_format, replace_output
 from clue_dist.inference.stream import read_slices_ahead
 from clue_dist.model.imputation import PER_TEN_THOUSAND, infer_target_latent, keep_sources
 from clue_dist.ranks import Ranks
@@ -32,6 +34,7 @@ from clue_dist.ranks import Ranks
 # Of the mean share of a feature: what is added to shares, so that features which are hardly there
 # do not differ many times over.
 PSEUDO_SHARE = 0.1
+DIFFERENCE_FORMATS = (".csv", ".csv.gz", ".parquet")
 MOST_VALUES = 2**22  # decoded at once, for either side of the pairs: 16 MB
 
 
@@ -94,6 +97,26 @@ def compare_groups(
         group: _compare_pairs(question, choices, latents[number])
         for number, group in enumerate(groups)
     }
+
+
+def check_differences_path(out: Path) -> None:
+    """Check that a path has an ending that tables of groups can be written to.
+
+    Raises:
+        ConfigError: it has not, or its folder is not there.
+    """
+    check_output_format(out, DIFFERENCE_FORMATS)
+
+
+def write_differences(tables: Mapping[str, pd.DataFrame], out: Path) -> None:
+    """Write what `compare_groups` gives as one table, whose first columns are group and feature."""
+    check_differences_path(out)
+    table = pd.concat(tables, names=["group"]).reset_index()
+    with replace_output(out) as temporary:
+        if out.suffix == ".parquet":
+            table.to_parquet(temporary, index=False)
+        else:
+            table.to_csv(temporary, index=False)
 
 
 def _read_groups(cells: Cells, choices: DifferentialChoices, shown: np.ndarray) -> np.ndarray:

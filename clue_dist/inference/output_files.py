@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from clue_dist.process import skip_cleanup
 from clue_dist.ranks import Ranks
 from clue_dist.resilience.run_lock import take_file_lock
 
+_PARQUET_PACKAGES = ("pyarrow", "fastparquet")  # that pandas knows
 _DISK_FIX = "free some space or mend the permissions, then run it again"
 
 
@@ -40,7 +42,7 @@ def check_output_format(out: Path, formats: Sequence[str]) -> None:
     """Require that `out` has one of the known endings, and that its folder is there.
 
     Raises:
-        ConfigError: it has not, or the folder is not there.
+        ConfigError: it has not, or the folder is not there, or no package can write the format.
     """
     if not out.name.endswith(tuple(formats)):
         raise ConfigError(
@@ -48,6 +50,13 @@ def check_output_format(out: Path, formats: Sequence[str]) -> None:
             where=f"--out {out}",
             got=out.suffix,
             expected=" or ".join(formats),
+        )
+    if out.suffix == ".parquet" and not any(map(find_spec, _PARQUET_PACKAGES)):
+        raise ConfigError(
+            "no package that writes parquet is installed",
+            where=f"--out {out}",
+            expected=" or ".join(_PARQUET_PACKAGES),
+            fix="`pip install pyarrow`, or write .csv.gz",
         )
     check_output_folder(out)
 

@@ -35,6 +35,9 @@ from clue_dist.train.space_fit import fit_common_space, thin_cells
 from clue_dist.train.trainer import Trainer, ValidationCells
 from clue_dist.train.translation_fit import TranslatedCells, fit_translation
 
+# Of fewer labelled cells, half of them or more would vote for the label of each.
+LEAST_LABELLED = 2 * LABEL_NEIGHBOURS
+
 
 @dataclass(frozen=True)
 class Validation:
@@ -194,7 +197,7 @@ def _measure_joint(joint: Tensor, held_out: Batch, labels: np.ndarray) -> dict[s
         if len(np.unique(batches)) > 1 and batches.min() >= 0:  # -1: unknown
             neighbours = find_neighbours(joint, LISI_NEIGHBOURS)
             measures["ilisi"] = measure_ilisi(neighbours, batches)
-        if known.sum() > 2 and len(np.unique(labels[known])) > 1:
+        if known.sum() >= LEAST_LABELLED and len(np.unique(labels[known])) > 1:
             labelled = joint[torch.from_numpy(known).to(joint.device)]
             neighbours = find_neighbours(labelled, LABEL_NEIGHBOURS)
             measures["accuracy"] = measure_label_accuracy(neighbours, labels[known])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,7 +11,11 @@ import torch
 
 from clue_dist.errors import ConfigError
 from clue_dist.inference.cells import StoreCells
-from clue_dist.inference.differential import DifferentialChoices, compare_groups
+from clue_dist.inference.differential import (
+    DifferentialChoices,
+    compare_groups,
+    write_differences,
+)
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.store.reader import Store
 from tests.stores import make_store
@@ -118,3 +124,19 @@ def test_what_cannot_be_compared_is_refused(trained, cells, choices, message):
 def test_a_column_that_is_not_there_is_refused(trained, cells):
     with pytest.raises(ConfigError, match="no such column"):
         compare_groups(trained, cells, DifferentialChoices("rna", "leiden"))
+
+
+@pytest.mark.parametrize("name", ["markers.csv", "markers.csv.gz", "markers.parquet"])
+def test_the_tables_of_all_groups_make_one_file(tmp_path: Path, name: str) -> None:
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    features = pd.Index(["CD4", "CD8"], name="feature")
+    tables = {group: pd.DataFrame({"lfc_mean": [1.5, -0.5]}, index=features) for group in "BT"}
+    write_differences(tables, tmp_path / name)
+    read = pd.read_parquet if name.endswith("parquet") else pd.read_csv
+    table = read(tmp_path / name)
+    assert list(table.columns) == ["group", "feature", "lfc_mean"]
+    assert table["group"].tolist() == ["B", "B", "T", "T"]
+    assert table["feature"].tolist() == ["CD4", "CD8"] * 2
+    with pytest.raises(ConfigError, match="says its format"):
+        write_differences(tables, tmp_path / "markers.txt")

@@ -15,8 +15,8 @@ import pytest
 
 from clue_dist import comparison_methods, trained_run
 from clue_dist.api import Run
-from clue_dist.errors import DataError
-from clue_dist.inference import report
+from clue_dist.errors import ConfigError, DataError
+from clue_dist.inference import output_files, report
 from clue_dist.inference.cells import find_batch_columns, open_source
 from clue_dist.inference.score_tables import Scores
 from clue_dist.store.batch_vocabulary import BatchVocabulary
@@ -135,3 +135,15 @@ def test_counts_of_a_reference_may_lie_elsewhere(run: Run, monkeypatch: pytest.M
     query, reference = ("counts", None), ("X", "symbol")
     assert sorted(found[:4], key=str) == sorted([query, reference] * 2, key=str)
     assert found[4:] == [query, query]
+
+
+def test_parquet_is_refused_where_nothing_writes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = output_files.check_output_format
+    monkeypatch.setattr(output_files, "find_spec", lambda name: None)
+    check(tmp_path / "labels.csv.gz", [".csv.gz", ".parquet"])
+    with pytest.raises(ConfigError, match="pip install pyarrow"):
+        check(tmp_path / "labels.parquet", [".csv.gz", ".parquet"])
+    monkeypatch.setattr(output_files, "find_spec", {"pyarrow": object()}.get)
+    check(tmp_path / "labels.parquet", [".csv.gz", ".parquet"])

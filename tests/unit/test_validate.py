@@ -147,11 +147,15 @@ def test_rank_0_alone_compares_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     assert score_batch(trainer, batch) == Validation(*found)
 
 
-def test_validation_tells_how_the_joint_z_lies() -> None:
+def test_validation_tells_how_the_joint_z_lies(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer, batch = make_trainer()
     batch = replace(batch, batch_code=torch.arange(B) % 2)
     labels = np.array(["T", "B", "", "T"] * 3)
-    parts = score_held_out_cells(trainer, batch, choose_cells(batch, labels=labels)).parts
+    cells = choose_cells(batch, labels=labels)
+    # Nine labelled cells would all vote for the label of each.
+    assert "accuracy" not in score_held_out_cells(trainer, batch, cells).parts
+    monkeypatch.setattr(validate, "LEAST_LABELLED", 9)
+    parts = score_held_out_cells(trainer, batch, cells).parts
     joint, _ = trainer.model.eval().embed_batch(batch)
     patterns = np.array([str(row) for row in batch.observed.tolist()])
     islands = measure_islands(find_neighbours(joint, 30), patterns)

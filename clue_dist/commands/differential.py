@@ -1,0 +1,92 @@
+"""Find the features that mark groups of cells, by what a trained model expects of them."""
+
+from clue_dist.commands.model_arguments import build_model_parser, open_model_and_store
+from clue_dist.process import run_main
+
+
+def main() -> None:
+    """Compare groups as the arguments say, and name the feature that marks each one most."""
+    parser = build_model_parser(
+        "differential", store="store of the cells", out="tables as .csv, .csv.gz or .parquet"
+    )
+    parser.add_argument("--modality", required=True, help="whose features are compared")
+    parser.add_argument(
+        "--groupby",
+        default="cell_type",
+        metavar="COLUMN",
+        help="what the store keeps of cells that tells the groups: cell_type (default), batch, or "
+        "a column that --keep-obs kept",
+    )
+    parser.add_argument("--groups", nargs="+", metavar="NAME", help="groups wanted (default: all)")
+    parser.add_argument(
+        "--reference", metavar="NAME", help="group to compare them with (default: all other cells)"
+    )
+    parser.add_argument(
+        "--from",
+        dest="from_",
+        nargs="+",
+        metavar="NAME",
+        help="modalities to infer values from (default: all that a cell has)",
+    )
+    parser.add_argument(
+        "--batch",
+        nargs="+",
+        default=["average"],
+        metavar="BATCH|COVARIATE=LEVEL",
+        help="name of a batch to decode for, or average (default), a batch that is drawn for each "
+        "pair of cells; or levels of covariates, where the others are drawn",
+    )
+    parser.add_argument(
+        "--features", nargs="+", metavar="NAME", help="features wanted (default: all)"
+    )
+    parser.add_argument(
+        "--least-change",
+        type=float,
+        default=0.25,
+        help="log2 fold change from which cells count as different (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--pairs",
+        type=int,
+        default=2000,
+        metavar="NUMBER",
+        help="pairs of cells that are drawn for each group (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
+    arguments = parser.parse_args()
+
+    from clue_dist.inference.cells import open_cells
+    from clue_dist.inference.differential import (
+        DifferentialChoices,
+        check_differences_path,
+        compare_groups,
+        write_differences,
+    )
+
+    choices = DifferentialChoices(
+        arguments.modality,
+        arguments.groupby,
+        arguments.groups,
+        arguments.reference,
+        arguments.from_,
+        arguments.batch[0] if len(arguments.batch) == 1 else arguments.batch,
+        arguments.features,
+        arguments.least_change,
+        arguments.pairs,
+        arguments.seed,
+    )
+    with open_model_and_store(arguments, lambda: check_differences_path(arguments.out)) as opened:
+        trained_model, store, ranks = opened
+
+        def compare_cells() -> None:
+            cells = open_cells(store, trained_model, min_known=arguments.min_known)
+            tables = compare_groups(trained_model, cells, choices, arguments.batch_size)
+            write_differences(tables, arguments.out)
+            firsts = (f"{group}: {table.index[0]}" for group, table in tables.items())
+            print(*firsts, arguments.out, sep="\n")
+
+        ranks.run_on_first(compare_cells)
+
+
+if __name__ == "__main__":
+    run_main(main)
