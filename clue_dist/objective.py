@@ -17,9 +17,10 @@ from torch.nn import functional as F
 from clue_dist.config import ObjectiveConfig
 from clue_dist.data.batch import Batch, find_pair_rows
 from clue_dist.info_nce import compute_info_nce
-from clue_dist.model.clue import CLUE, CLUEOutput, Posterior
+from clue_dist.model.clue import CLUE, CLUEOutput
 from clue_dist.model.noise import Noise
 from clue_dist.model.posterior import compute_information, compute_kl_to_prior
+from clue_dist.model.posterior_encoder import Posterior
 
 # Held-out cells among which InfoNCE looks for a cell's partner: about as many as in a batch, as
 # the time grows with their square.

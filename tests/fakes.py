@@ -27,7 +27,9 @@ class Projection:
     def to(self, device: Any) -> Projection:
         return self
 
-    def embed_batch(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def embed_batch(
+        self, batch: Batch, per_modality: bool = True
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         assert batch.observed.shape[1] == len(self.order)
         total = torch.zeros(batch.n_cells, self.width)
         alone = {}
@@ -41,7 +43,9 @@ class Projection:
             total.index_add_(0, batch.modalities[m].rows, alone[m])
         return total / batch.observed.sum(1, keepdim=True), alone
 
-    def embed_batch_with_variance(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    def embed_batch_with_variance(
+        self, batch: Batch, per_modality: bool = True
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """The variance is the share of modalities that were not observed."""
         joint, alone = self.embed_batch(batch)
         unseen = 1 - batch.observed.float().mean(1, keepdim=True)

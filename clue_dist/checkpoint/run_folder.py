@@ -34,7 +34,8 @@ from torch import Tensor
 
 from clue_dist.checkpoint import shards
 from clue_dist.errors import ResumeError, list_names
-from clue_dist.model.clue import CLUE, FITTED_MODULES
+from clue_dist.model.clue import CLUE
+from clue_dist.model.posterior_encoder import FITTED_MODULES
 from clue_dist.process import print_line
 from clue_dist.store.writer import hash_file
 

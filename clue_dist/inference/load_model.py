@@ -30,8 +30,14 @@ class Embedder(Protocol):
 
     def to(self, device: Any) -> Any: ...
 
-    def embed_batch(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def embed_batch(
+        self, batch: Batch, per_modality: bool = True
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Embed the cells of a batch.
+
+        Args:
+            batch: B cells.
+            per_modality: whether z from each modality alone is wanted, too.
 
         Returns:
             Where cells lie by everything observed, (B, K * d); and by modality where they lie by
@@ -40,7 +46,9 @@ class Embedder(Protocol):
         """
         ...
 
-    def embed_batch_with_variance(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    def embed_batch_with_variance(
+        self, batch: Batch, per_modality: bool = True
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Embed the cells of a batch, and also return the variance of the first, (B, K * d)."""
         ...
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clue_dist.allocator import keep_freed_memory
 from clue_dist.data.batch import Batch, compute_library_size
 from clue_dist.errors import ResumeError, StoreError
 from clue_dist.inference.cells import Cells, CellSlice
@@ -232,6 +233,7 @@ def _embed_slices(
     ranks: Ranks,
 ) -> Iterator[tuple[CellSlice, dict[str, np.ndarray]]]:
     """Each slice with the rows (n, width) of its arrays, which are finite, by their names."""
+    keep_freed_memory()
     device = ranks.choose_device()
     model = trained_model.model.to(device)
     for cell_slice, batch in read_slices_ahead(cells, slices):
@@ -256,11 +258,13 @@ def _embed_cells(
         if f"{DEPTH}{name}" in wanted
     }
     variance = {}
+    per_modality = any(f"{ALONE}{name}" in wanted for name in batch.modalities)
+    batch = batch.to(device)
     with torch.inference_mode():
         if VARIANCE in wanted:
-            joint, alone, variance[VARIANCE] = model.embed_batch_with_variance(batch.to(device))
+            joint, alone, variance[VARIANCE] = model.embed_batch_with_variance(batch, per_modality)
         else:
-            joint, alone = model.embed_batch(batch.to(device))
+            joint, alone = model.embed_batch(batch, per_modality)
     latents = {f"{ALONE}{name}": latent for name, latent in alone.items()}
     return {JOINT: joint, **variance, **latents, **depth}
 

@@ -10,43 +10,18 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from clue_dist.config import ModelConfig
 from clue_dist.data.batch import Batch
-from clue_dist.model.common_space import CommonSpace
 from clue_dist.model.decoders import Decoder
 from clue_dist.model.discriminator import Discriminator
-from clue_dist.model.encoders import CrossEncoderHeads
 from clue_dist.model.layers import reverse_gradient
 from clue_dist.model.modality_spec import ModalitySpec
 from clue_dist.model.noise import Noise
-from clue_dist.model.posterior import choose_combination, sample_posterior, select_own_latent
+from clue_dist.model.posterior import sample_posterior, select_own_latent
+from clue_dist.model.posterior_encoder import Posterior, PosteriorEncoder
 from clue_dist.model.thinning import hide_entries
-from clue_dist.model.translation import LatentTranslation
-from clue_dist.model.trunk import Trunk
 from clue_dist.store.batch_vocabulary import BatchVocabulary
-
-# Embeddings shrink private dimensions to this: a linear probe still reads them, and a cell's
-# neighbours follow from what modalities share. In the common space, where z has length 1, to less.
-PRIVATE_SCALE = 0.2
-PRIVATE_SCALE_IN_SPACE = 0.005
-
-# Modules of buffers, which validations fit to the weights as they are then.
-FITTED_MODULES = "space", "translation"
-
-
-class Posterior(NamedTuple):
-    """Gaussians over the full z.
-
-    The last, private dimensions of z_j follow from x_j alone. What other experts say there is not
-    used; the prior stands for it.
-    """
-
-    mean: Tensor  # (B, K source, K target, d), of the experts q(z_j | x_k)
-    log_var: Tensor  # (B, K source, K target, d)
-    joint_mean: Tensor  # (B, K target, d), of q(z | everything observed), eq. 6
-    joint_log_var: Tensor  # (B, K target, d)
 
 
 class CLUEOutput(NamedTuple):
@@ -77,7 +52,7 @@ class LearnedTemperature(nn.Module):
         return self.log.float().clamp(max=4.6)[0]
 
 
-class CLUE(nn.Module):
+class CLUE(PosteriorEncoder):
     """The model for K modalities, K >= 1.
 
     Args:
@@ -94,37 +69,17 @@ class CLUE(nn.Module):
         config: ModelConfig,
         levels: Tensor | None = None,
     ) -> None:
-        super().__init__()
-        self.modalities, self.latent = list(specs), config.latent
-        k = len(specs)
-        # Lists, not dicts by name: a modality may be called like an attribute of torch's modules.
-        self.trunks = nn.ModuleList(
-            Trunk(spec.n_features, spec.normalise, k, config.trunk) for spec in specs.values()
-        )
-        self.members = config.trunk.members
-        self.n_private = config.n_private if k > 1 else 0  # a single modality has nothing to align
-        self.n_aligned = config.latent - self.n_private
-        self.heads = CrossEncoderHeads(
-            k, self.members, config.trunk.hidden, config.latent, config.trunk.shared
-        )
-        self.combine = choose_combination(config.posterior, k)
-        self.space = CommonSpace(k, k * self.n_aligned)
-        self.translation = LatentTranslation(k, config.latent)
+        super().__init__(specs, config)
         self.decoders = nn.ModuleList(
             Decoder(
                 spec.likelihood, spec.n_features, n_batches, config.latent, config.decoder, levels
             )
             for spec in specs.values()
         )
-        self.discriminator = Discriminator(k, self.n_aligned, config.discriminator)
+        self.discriminator = Discriminator(len(specs), self.n_aligned, config.discriminator)
         self.scale = LearnedTemperature()
         self.thinning = {name: spec.thinning for name, spec in specs.items() if spec.thinning}
         self.features_per_step = {name: spec.features_per_step for name, spec in specs.items()}
-
-    @property
-    def private_scale(self) -> float:
-        """The factor by which embeddings show private dimensions smaller."""
-        return PRIVATE_SCALE_IN_SPACE if self.space.is_fitted else PRIVATE_SCALE
 
     @property
     def knows_batches(self) -> bool:
@@ -136,20 +91,9 @@ class CLUE(nn.Module):
         """How far each modality tells the biological batch, (K,)."""
         return torch.cat([self.get_trunk(name).batch_told for name in self.modalities])
 
-    def get_trunk(self, name: str) -> Trunk:
-        """The trunk of a modality."""
-        return cast(Trunk, self.trunks[self.modalities.index(name)])
-
     def get_decoder(self, name: str) -> Decoder:
         """The decoder of a modality."""
         return cast(Decoder, self.decoders[self.modalities.index(name)])
-
-    def encode_batch(self, batch: Batch, noise: Noise | None = None) -> Posterior:
-        """Infer every expert's Gaussian and the joint one.
-
-        Experts of a modality that a cell lacks hold values that nobody may use.
-        """
-        return self._infer_posterior(batch, self._compute_components(batch), noise)
 
     def forward(
         self,
@@ -200,88 +144,6 @@ class CLUE(nn.Module):
             self.scale(),
         )
 
-    @torch.no_grad()
-    def embed_batch(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Where cells lie in the space of all modalities.
-
-        Aligned dimensions hold the coordinates of the common space, of length 1, of which the last
-        is a constant, and 0 beyond them; without a fitted space, as with one modality, they hold
-        posterior means of the aligned z.
-        Private dimensions hold posterior means, scaled by `private_scale`, and 0 where their
-        modality was not read.
-
-        Returns:
-            z from everything observed, (B, K * d), and z from each modality alone, (n, K * d), with
-            the rows of `batch.modalities[name].rows`.
-        """
-        return self.read_latents(batch, self.encode_batch(batch))
-
-    def read_latents(self, batch: Batch, posterior: Posterior) -> tuple[Tensor, dict[str, Tensor]]:
-        """Read off a batch's posterior what `embed_batch` gives."""
-        a, k = self.n_aligned, len(self.modalities)
-        experts, joint = posterior.mean[..., :a], posterior.joint_mean[..., :a]
-        if self.space.is_fitted:
-            experts, joint = self._place_in_space(batch, posterior)
-        private_scale = self.private_scale
-        private = private_scale * posterior.joint_mean[..., a:]
-        alone = {}
-        for source, name in enumerate(self.modalities):
-            if name in batch.modalities:
-                rows = batch.modalities[name].rows
-                private_of_source = private[rows].new_zeros(len(rows), k, self.n_private)
-                private_of_source[:, source] = (
-                    private_scale * posterior.mean[rows, source, source, a:]
-                )
-                alone[name] = torch.cat([experts[rows, source], private_of_source], -1).flatten(1)
-        return torch.cat([joint, private], -1).flatten(1), alone
-
-    @torch.no_grad()
-    def embed_batch_with_variance(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Embed as `embed_batch` does, and say how sure the joint z is.
-
-        Returns:
-            What `embed_batch` returns, and the posterior variance of each dimension of the joint z
-            as it is shown, (B, K * d): of the aligned ones in the common space, to first order, and
-            0 beyond its directions; of a private dimension whose modality was not read, the
-            prior's.
-        """
-        posterior = self.encode_batch(batch)
-        a = self.n_aligned
-        aligned, private = posterior.joint_log_var.exp().split([a, self.n_private], -1)
-        if self.space.is_fitted:
-            coordinates, variance = self.space.project_experts(
-                posterior.mean[..., :a].flatten(2), posterior.log_var[..., :a].flatten(2)
-            )
-            of_joint = self.space.estimate_variance(coordinates, variance, batch.observed)
-            k = len(self.modalities)
-            aligned = F.pad(of_joint, (0, k * a - of_joint.shape[-1])).unflatten(-1, (k, a))
-        shown = torch.cat([aligned, private * self.private_scale**2], -1).flatten(1)
-        return *self.read_latents(batch, posterior), shown
-
-    def _place_in_space(self, batch: Batch, posterior: Posterior) -> tuple[Tensor, Tensor]:
-        """Coordinates in the common space, with 0 beyond its directions.
-
-        Returns:
-            Of each modality alone, (B, K source, K, a), and of everything observed, (B, K, a).
-        """
-        a, k = self.n_aligned, len(self.modalities)
-        coordinates, variance = self.space.project_experts(
-            posterior.mean[..., :a].flatten(2), posterior.log_var[..., :a].flatten(2)
-        )
-        joint = self.space.join_experts(coordinates, variance, batch.observed)
-        padding = 0, k * a - joint.shape[-1]
-        return (
-            F.pad(self.space.weigh_directions(coordinates), padding).unflatten(-1, (k, a)),
-            F.pad(self.space.weigh_directions(joint), padding).unflatten(-1, (k, a)),
-        )
-
-    def _compute_components(self, batch: Batch) -> dict[str, Tensor]:
-        """The sparse first step of each trunk, done once: (n, components) by modality."""
-        return {
-            name: self.get_trunk(name).compute_components(observed.counts)
-            for name, observed in batch.modalities.items()
-        }
-
     def _hide_entries(self, batch: Batch, noise: Noise) -> Batch:
         """Hide entries of the modalities that are thinned. Decoders still score whole profiles."""
         key, shown = noise.draw_keys(), dict(batch.modalities)
@@ -291,19 +153,6 @@ class CLUE(nn.Module):
                 counts = hide_entries(observed.counts, most, key[observed.rows])
                 shown[name] = replace(observed, counts=counts)
         return replace(batch, modalities=shown)
-
-    def _infer_posterior(
-        self, batch: Batch, components: dict[str, Tensor], noise: Noise | None
-    ) -> Posterior:
-        """Combine the experts in aligned dimensions; take private ones from the own modality."""
-        rows = {name: batch.modalities[name].rows for name in components}
-        mean, log_var = self._encode_components(batch, components, rows, noise)
-        a, seen = self.n_aligned, batch.observed[:, :, None]
-        joint_mean, joint_log_var = self.combine(mean[..., :a], log_var[..., :a], batch.observed)
-        # Where a modality is not seen this leaves 0, the prior's mean and log-variance.
-        joint_mean = torch.cat([joint_mean, select_own_latent(mean)[..., a:] * seen], -1)
-        joint_log_var = torch.cat([joint_log_var, select_own_latent(log_var)[..., a:] * seen], -1)
-        return Posterior(mean, log_var, joint_mean, joint_log_var)
 
     def _encode_mixtures(
         self, batch: Batch, components: dict[str, Tensor], noise: Noise
@@ -332,35 +181,6 @@ class CLUE(nn.Module):
             mixed[name] = cell_share * x[observed.paired] + (1 - cell_share) * partner_x
         mean, _ = self._encode_components(batch, mixed, rows, noise)
         return mean, code
-
-    def _encode_components(
-        self,
-        batch: Batch,
-        components: dict[str, Tensor],
-        rows: dict[str, Tensor],
-        noise: Noise | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of the experts q(z_j | x_k), each (B, K source, K target, d).
-
-        They are 0 where a modality has no components of a cell.
-
-        Args:
-            batch: B cells.
-            components: by modality, (n, components), of the cells `rows`.
-            rows: by modality, (n,), rows in the batch.
-            noise: for dropout, in training.
-        """
-        k = len(self.modalities)
-        absent = torch.zeros(batch.n_cells, k, self.latent, device=batch.observed.device)
-        mean, log_var = [absent] * k, [absent] * k
-        for source, name in enumerate(self.modalities):
-            if name in components:
-                h = self.get_trunk(name)(components[name], noise, rows[name])
-                experts = self.heads(source, h)
-                mean[source], log_var[source] = (
-                    absent.index_copy(0, rows[name], values) for values in experts
-                )
-        return torch.stack(mean, 1), torch.stack(log_var, 1)
 
     def _split_members(self, z: Tensor) -> Tensor:
         """(B, K source, K target, a) -> (M, B, K source, K * a / M)."""

@@ -114,10 +114,14 @@ class CommonSpace(nn.Module):
         Returns:
             Coordinates and variances, each (B, K source, R).
         """
-        length = mean.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        length = _measure_length(mean)
         coordinates = torch.einsum("bkd,kdr->bkr", mean / length - self.mean, self.rotation)
         variance = torch.einsum("bkd,kdr->bkr", log_var.exp() / length**2, self.rotation**2)
         return coordinates, variance
+
+    def project_mean(self, mean: Tensor, source: int) -> Tensor:
+        """Coordinates of what one modality says of cells: (n, D) -> (n, R)."""
+        return (mean / _measure_length(mean) - self.mean[source]) @ self.rotation[source]
 
     def join_experts(self, coordinates: Tensor, variance: Tensor, observed: Tensor) -> Tensor:
         """The product of the observed modalities' Gaussians, scaled to vary as one of them does.
@@ -173,8 +177,10 @@ class CommonSpace(nn.Module):
 
     def _scale_joint(self, share: Tensor) -> Tensor:
         """The factor by which a joint varies as one modality does, (B, R)."""
-        variance_of_joint = torch.einsum("bkr,klr,blr->br", share, self.covariance, share)
-        variance_of_one = torch.einsum("bkr,kkr->br", share, self.covariance)
+        # Source by source: one product of all three would be made of tiny matrices.
+        mixed = [(share * covariance).sum(1) for covariance in self.covariance]  # (B, R) each
+        variance_of_joint = (share * torch.stack(mixed, 1)).sum(1)
+        variance_of_one = (share * self.covariance.diagonal().T).sum(1)
         return (variance_of_one / variance_of_joint.clamp_min(1e-12)).sqrt()
 
     def weigh_directions(self, coordinates: Tensor) -> Tensor:
@@ -187,6 +193,11 @@ class CommonSpace(nn.Module):
         weighted = coordinates[..., :-1] * self.weight[:-1]
         constant = self.weight[-1].to(weighted.dtype).expand(*weighted.shape[:-1], 1)
         return F.normalize(torch.cat([weighted, constant], -1), dim=-1)
+
+
+def _measure_length(mean: Tensor) -> Tensor:
+    """The length of posterior means (..., D), above 0: (..., 1)."""
+    return mean.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
 
 def _rename_former_buffer(_: nn.Module, state: dict[str, Tensor], prefix: str, *__: object) -> None:

@@ -48,13 +48,26 @@ class CrossEncoderHeads(nn.Module):
         Returns:
             Mean and log-variance, each (n, K target, d), float32.
         """
-        networks = slice(source * len(h), (source + 1) * len(h))
-        heads = torch.baddbmm(self.bias[networks], h, self.weight[networks])
-        if self.shared:
-            heads = heads.view(self.members, -1, *self.grid).permute(1, 2, 3, 4, 0)
-        else:
-            heads = heads.view(self.members, self.n_modalities, -1, *self.grid[1:])
-            heads = heads.permute(2, 1, 3, 4, 0)
-        heads = heads.flatten(-2).float()  # (n, K target, 2, d)
+        heads = self._apply_heads(source, h, slice(None))
         mean, log_var = heads[:, :, 0], heads[:, :, 1]
         return mean, log_var.clamp(-MAX_LOG_VARIANCE, MAX_LOG_VARIANCE)
+
+    def compute_mean(self, source: int, h: Tensor) -> Tensor:
+        """What `forward` gives first, by half of its products: (n, K target, d), float32."""
+        return self._apply_heads(source, h, slice(0, 1))[:, :, 0]
+
+    def _apply_heads(self, source: int, h: Tensor, parts: slice) -> Tensor:
+        """Mean and log-variance, or those of them in `parts`: (n, K target, parts, d)."""
+        networks = slice(source * len(h), (source + 1) * len(h))
+        # A view where both parts are wanted.
+        weight, bias = (
+            values[networks].unflatten(-1, self.grid)[..., parts, :]
+            for values in (self.weight, self.bias)
+        )
+        heads = torch.baddbmm(bias.flatten(2), h, weight.flatten(2))
+        if self.shared:
+            heads = heads.view(self.members, -1, *weight.shape[2:]).permute(1, 2, 3, 4, 0)
+        else:
+            heads = heads.view(self.members, self.n_modalities, -1, *weight.shape[3:])
+            heads = heads.permute(2, 1, 3, 4, 0)
+        return heads.flatten(-2).float()

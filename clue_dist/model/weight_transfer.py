@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from clue_dist.model.clue import CLUE, FITTED_MODULES
+from clue_dist.model.clue import CLUE
+from clue_dist.model.posterior_encoder import FITTED_MODULES
 
 
 @torch.no_grad()

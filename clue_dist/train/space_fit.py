@@ -15,7 +15,6 @@ from clue_dist.data.batch import Batch
 from clue_dist.errors import list_names
 from clue_dist.integration import measure_mixing
 from clue_dist.matching import compute_foscttm
-from clue_dist.model.clue import Posterior
 from clue_dist.model.common_space import (
     FEWEST_PAIRED,
     CommonSpace,
@@ -23,6 +22,7 @@ from clue_dist.model.common_space import (
     count_together,
     find_directions,
 )
+from clue_dist.model.posterior_encoder import Posterior
 from clue_dist.objective import EncodedCells
 from clue_dist.train.trainer import Trainer
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from clue_dist.data.batch import Batch
 from clue_dist.data.device_batches import DeviceBatches
 from clue_dist.data.loader import Loader
-from clue_dist.model.clue import CLUE, Posterior
+from clue_dist.model.clue import CLUE
 from clue_dist.model.counter_noise import choose_noise
+from clue_dist.model.posterior_encoder import Posterior
 from clue_dist.ranks import Ranks
 from clue_dist.train.schedule import compute_kl_weight
 from clue_dist.train.setup import Setup

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clue_dist.model.clue import Posterior
 from clue_dist.model.common_space import FEWEST_PAIRED
+from clue_dist.model.posterior_encoder import Posterior
 from clue_dist.model.translation import LatentTranslation, Regression, fit_regressions
 from clue_dist.ranks import Ranks
 

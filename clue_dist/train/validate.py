@@ -26,8 +26,8 @@ from clue_dist.integration import (
     measure_mixing,
 )
 from clue_dist.matching import compute_nearer_share
-from clue_dist.model.clue import Posterior
 from clue_dist.model.noise import Noise
+from clue_dist.model.posterior_encoder import Posterior
 from clue_dist.neighbours import find_neighbours
 from clue_dist.objective import EncodedCells, HeldOutScores
 from clue_dist.train.sinks import Sinks

@@ -20,7 +20,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from clue_dist.model.clue import FITTED_MODULES
+from clue_dist.model.posterior_encoder import FITTED_MODULES
 
 ROOT = Path(__file__).parents[2]
 KILLED = 128 + signal.SIGKILL  # exit code of ranks.py where its rank was killed

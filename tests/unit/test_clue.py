@@ -8,11 +8,11 @@ from torch import Tensor
 
 from clue_dist.config import ModelConfig
 from clue_dist.data.batch import Batch, ObservedModality
-from clue_dist.model.clue import PRIVATE_SCALE
 from clue_dist.model.encoders import CrossEncoderHeads
 from clue_dist.model.layers import reverse_gradient
 from clue_dist.model.noise import Noise
 from clue_dist.model.posterior import select_own_latent
+from clue_dist.model.posterior_encoder import PRIVATE_SCALE
 from tests.unit.model_helpers import B, D, K, draw, small_model
 
 
@@ -197,3 +197,27 @@ def test_members_share_nothing_but_their_input() -> None:
     for layer in model.model.get_trunk("m0").ensemble.layers:
         assert layer.weight.grad[0].abs().sum() > 0
         assert layer.weight.grad[1].abs().sum() == 0
+
+
+@pytest.mark.parametrize("fitted", [False, True])
+def test_a_lone_modality_is_embedded_without_variances_or_heads_of_others(
+    monkeypatch: pytest.MonkeyPatch, fitted: bool
+) -> None:
+    model, batch, _ = small_model(private=0.5, members=2)
+    clue = model.model.eval()
+    if fitted:
+        for buffer in (clue.space.mean, clue.space.rotation, clue.space.weight):
+            buffer.copy_(draw(*buffer.shape))
+        clue.space.covariance.fill_(0.5).diagonal().fill_(1)
+    seen = batch.modalities["m1"]
+    rows = torch.arange(len(seen.rows)).flip(0)
+    lone = Batch(
+        torch.tensor([False, True, False]).expand(len(rows), -1),
+        batch.batch_code[seen.rows],
+        {"m1": ObservedModality(rows, seen.counts, rows[:0])},
+    )
+    expected, alone_expected = clue.read_latents(lone, clue.encode_batch(lone))
+    monkeypatch.setattr(clue.heads, "forward", lambda *_: pytest.fail("variances were computed"))
+    joint, alone = clue.embed_batch(lone)
+    torch.testing.assert_close((joint, alone), (expected, alone_expected), rtol=1e-5, atol=1e-5)
+    assert clue.embed_batch(lone, per_modality=False)[1] == {}

@@ -14,13 +14,14 @@ from clue_dist import info_nce
 from clue_dist.config import Config
 from clue_dist.data.batch import find_pair_rows
 from clue_dist.info_nce import compute_info_nce
-from clue_dist.model.clue import CLUE, CLUEOutput, Posterior
+from clue_dist.model.clue import CLUE, CLUEOutput
 from clue_dist.model.modality_spec import ModalitySpec
 from clue_dist.model.noise import Noise
 from clue_dist.model.posterior import (
     product_of_experts,
     select_own_latent,
 )
+from clue_dist.model.posterior_encoder import Posterior
 from clue_dist.objective import (
     compute_alignment,
     compute_elbo_cross,

@@ -17,8 +17,8 @@ from tests.stores import make_store
 class Turned(Projection):
     """Gives z with its dimensions in the reverse order."""
 
-    def embed_batch(self, batch):
-        joint, alone = super().embed_batch(batch)
+    def embed_batch(self, batch, per_modality=True):
+        joint, alone = super().embed_batch(batch, per_modality)
         return joint.flip(1), alone
 
 

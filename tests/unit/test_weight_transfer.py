@@ -7,9 +7,10 @@ import torch
 
 from clue_dist.config import ModelConfig
 from clue_dist.data.batch import Batch, ObservedModality
-from clue_dist.model.clue import CLUE, FITTED_MODULES
+from clue_dist.model.clue import CLUE
 from clue_dist.model.modality_spec import ModalitySpec
 from clue_dist.model.noise import Noise
+from clue_dist.model.posterior_encoder import FITTED_MODULES
 from clue_dist.model.weight_transfer import transfer_weights
 
 SPECS = {

@@ -65,7 +65,9 @@ class CommonSpace(CLUE):
         return (weights.lambda_cross * joint + weights.lambda_self * alone).mean()
 
     @torch.no_grad()
-    def embed_batch(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def embed_batch(
+        self, batch: Batch, per_modality: bool = True
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Posterior means of z, as `CLUE.embed_batch` gives them."""
         mean, _ = self.infer(batch)
         alone = dict(zip(self.modalities, mean[:, 1:].unbind(1), strict=True))

@@ -1,0 +1,249 @@
+"""Trunk -> K x K heads -> posterior, and where cells lie by it: all of CLUE that embedding needs.
+
+Shapes: B cells, K modalities, d dimensions of each z_k, a of them aligned, M members of a trunk.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clue_dist.config import ModelConfig
+from clue_dist.data.batch import Batch
+from clue_dist.model.common_space import CommonSpace
+from clue_dist.model.encoders import CrossEncoderHeads
+from clue_dist.model.modality_spec import ModalitySpec
+from clue_dist.model.noise import Noise
+from clue_dist.model.posterior import choose_combination, select_own_latent
+from clue_dist.model.translation import LatentTranslation
+from clue_dist.model.trunk import Trunk
+
+# Embeddings shrink private dimensions to this: a linear probe still reads them, and a cell's
+# neighbours follow from what modalities share. In the common space, where z has length 1, to less.
+PRIVATE_SCALE = 0.2
+PRIVATE_SCALE_IN_SPACE = 0.005
+
+# Modules of buffers, which validations fit to the weights as they are then.
+FITTED_MODULES = "space", "translation"
+
+
+class Posterior(NamedTuple):
+    """Gaussians over the full z.
+
+    The last, private dimensions of z_j follow from x_j alone. What other experts say there is not
+    used; the prior stands for it.
+    """
+
+    mean: Tensor  # (B, K source, K target, d), of the experts q(z_j | x_k)
+    log_var: Tensor  # (B, K source, K target, d)
+    joint_mean: Tensor  # (B, K target, d), of q(z | everything observed), eq. 6
+    joint_log_var: Tensor  # (B, K target, d)
+
+
+class PosteriorEncoder(nn.Module):
+    """Infers z of cells from what was observed of them; `CLUE` adds what training needs.
+
+    Args:
+        specs: by name, in model order.
+        config: sizes, and how experts are combined.
+    """
+
+    def __init__(self, specs: dict[str, ModalitySpec], config: ModelConfig) -> None:
+        super().__init__()
+        self.modalities, self.latent = list(specs), config.latent
+        k = len(specs)
+        # Lists, not dicts by name: a modality may be called like an attribute of torch's modules.
+        self.trunks = nn.ModuleList(
+            Trunk(spec.n_features, spec.normalise, k, config.trunk) for spec in specs.values()
+        )
+        self.members = config.trunk.members
+        self.n_private = config.n_private if k > 1 else 0  # a single modality has nothing to align
+        self.n_aligned = config.latent - self.n_private
+        self.heads = CrossEncoderHeads(
+            k, self.members, config.trunk.hidden, config.latent, config.trunk.shared
+        )
+        self.combine = choose_combination(config.posterior, k)
+        self.space = CommonSpace(k, k * self.n_aligned)
+        self.translation = LatentTranslation(k, config.latent)
+
+    @property
+    def private_scale(self) -> float:
+        """The factor by which embeddings show private dimensions smaller."""
+        return PRIVATE_SCALE_IN_SPACE if self.space.is_fitted else PRIVATE_SCALE
+
+    def get_trunk(self, name: str) -> Trunk:
+        """The trunk of a modality."""
+        return cast(Trunk, self.trunks[self.modalities.index(name)])
+
+    def encode_batch(self, batch: Batch, noise: Noise | None = None) -> Posterior:
+        """Infer every expert's Gaussian and the joint one.
+
+        Experts of a modality that a cell lacks hold values that nobody may use.
+        """
+        return self._infer_posterior(batch, self._compute_components(batch), noise)
+
+    @torch.no_grad()
+    def embed_batch(
+        self, batch: Batch, per_modality: bool = True
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Where cells lie in the space of all modalities.
+
+        Aligned dimensions hold the coordinates of the common space, of length 1, of which the last
+        is a constant, and 0 beyond them; without a fitted space, as with one modality, they hold
+        posterior means of the aligned z.
+        Private dimensions hold posterior means, scaled by `private_scale`, and 0 where their
+        modality was not read.
+
+        Args:
+            batch: B cells.
+            per_modality: whether z from each modality alone is wanted, too.
+
+        Returns:
+            z from everything observed, (B, K * d), and z from each modality alone, (n, K * d), with
+            the rows of `batch.modalities[name].rows`.
+        """
+        if len(batch.modalities) == 1:
+            return self._embed_lone_modality(batch, per_modality)
+        return self.read_latents(batch, self.encode_batch(batch), per_modality)
+
+    def _embed_lone_modality(
+        self, batch: Batch, per_modality: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Embed cells that share their only modality, which says all that is known of them.
+
+        Nothing is combined, so that no variance is needed.
+        """
+        [(name, components)] = self._compute_components(batch).items()
+        source, rows = self.modalities.index(name), batch.modalities[name].rows
+        h = self.get_trunk(name)(components, None, rows)
+        mean = self.heads.compute_mean(source, h)  # (n, K target, d)
+        aligned, private = mean.split([self.n_aligned, self.n_private], -1)
+        is_fitted = self.space.is_fitted
+        if is_fitted:
+            aligned = self._pad_coordinates(
+                self.space.weigh_directions(self.space.project_mean(aligned.flatten(1), source))
+            )
+        scale = PRIVATE_SCALE_IN_SPACE if is_fitted else PRIVATE_SCALE
+        shown = torch.zeros_like(private)
+        shown[:, source] = scale * private[:, source]
+        latent = torch.cat([aligned, shown], -1).flatten(1)
+        joint = latent.new_empty(batch.n_cells, latent.shape[1]).index_copy_(0, rows, latent)
+        return joint, {name: latent} if per_modality else {}
+
+    def read_latents(
+        self, batch: Batch, posterior: Posterior, per_modality: bool = True
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Read off a batch's posterior what `embed_batch` gives."""
+        a, k = self.n_aligned, len(self.modalities)
+        experts, joint = posterior.mean[..., :a], posterior.joint_mean[..., :a]
+        if self.space.is_fitted:
+            experts, joint = self._place_in_space(batch, posterior)
+        private_scale = self.private_scale
+        private = private_scale * posterior.joint_mean[..., a:]
+        alone = {}
+        for source, name in enumerate(self.modalities):
+            if per_modality and name in batch.modalities:
+                rows = batch.modalities[name].rows
+                private_of_source = private[rows].new_zeros(len(rows), k, self.n_private)
+                private_of_source[:, source] = (
+                    private_scale * posterior.mean[rows, source, source, a:]
+                )
+                alone[name] = torch.cat([experts[rows, source], private_of_source], -1).flatten(1)
+        return torch.cat([joint, private], -1).flatten(1), alone
+
+    @torch.no_grad()
+    def embed_batch_with_variance(
+        self, batch: Batch, per_modality: bool = True
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Embed as `embed_batch` does, and say how sure the joint z is.
+
+        Returns:
+            What `embed_batch` returns, and the posterior variance of each dimension of the joint z
+            as it is shown, (B, K * d): of the aligned ones in the common space, to first order, and
+            0 beyond its directions; of a private dimension whose modality was not read, the
+            prior's.
+        """
+        posterior = self.encode_batch(batch)
+        a = self.n_aligned
+        aligned, private = posterior.joint_log_var.exp().split([a, self.n_private], -1)
+        if self.space.is_fitted:
+            coordinates, variance = self.space.project_experts(
+                posterior.mean[..., :a].flatten(2), posterior.log_var[..., :a].flatten(2)
+            )
+            of_joint = self.space.estimate_variance(coordinates, variance, batch.observed)
+            aligned = self._pad_coordinates(of_joint)
+        shown = torch.cat([aligned, private * self.private_scale**2], -1).flatten(1)
+        return *self.read_latents(batch, posterior, per_modality), shown
+
+    def _place_in_space(self, batch: Batch, posterior: Posterior) -> tuple[Tensor, Tensor]:
+        """Coordinates in the common space, with 0 beyond its directions.
+
+        Returns:
+            Of each modality alone, (B, K source, K, a), and of everything observed, (B, K, a).
+        """
+        a = self.n_aligned
+        coordinates, variance = self.space.project_experts(
+            posterior.mean[..., :a].flatten(2), posterior.log_var[..., :a].flatten(2)
+        )
+        joint = self.space.join_experts(coordinates, variance, batch.observed)
+        return (
+            self._pad_coordinates(self.space.weigh_directions(coordinates)),
+            self._pad_coordinates(self.space.weigh_directions(joint)),
+        )
+
+    def _pad_coordinates(self, coordinates: Tensor) -> Tensor:
+        """(..., R) -> (..., K, a), 0 beyond the directions of the common space."""
+        k, a = len(self.modalities), self.n_aligned
+        return F.pad(coordinates, (0, k * a - coordinates.shape[-1])).unflatten(-1, (k, a))
+
+    def _compute_components(self, batch: Batch) -> dict[str, Tensor]:
+        """The sparse first step of each trunk, done once: (n, components) by modality."""
+        return {
+            name: self.get_trunk(name).compute_components(observed.counts)
+            for name, observed in batch.modalities.items()
+        }
+
+    def _infer_posterior(
+        self, batch: Batch, components: dict[str, Tensor], noise: Noise | None
+    ) -> Posterior:
+        """Combine the experts in aligned dimensions; take private ones from the own modality."""
+        rows = {name: batch.modalities[name].rows for name in components}
+        mean, log_var = self._encode_components(batch, components, rows, noise)
+        a, seen = self.n_aligned, batch.observed[:, :, None]
+        joint_mean, joint_log_var = self.combine(mean[..., :a], log_var[..., :a], batch.observed)
+        # Where a modality is not seen this leaves 0, the prior's mean and log-variance.
+        joint_mean = torch.cat([joint_mean, select_own_latent(mean)[..., a:] * seen], -1)
+        joint_log_var = torch.cat([joint_log_var, select_own_latent(log_var)[..., a:] * seen], -1)
+        return Posterior(mean, log_var, joint_mean, joint_log_var)
+
+    def _encode_components(
+        self,
+        batch: Batch,
+        components: dict[str, Tensor],
+        rows: dict[str, Tensor],
+        noise: Noise | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of the experts q(z_j | x_k), each (B, K source, K target, d).
+
+        They are 0 where a modality has no components of a cell.
+
+        Args:
+            batch: B cells.
+            components: by modality, (n, components), of the cells `rows`.
+            rows: by modality, (n,), rows in the batch.
+            noise: for dropout, in training.
+        """
+        k = len(self.modalities)
+        absent = torch.zeros(batch.n_cells, k, self.latent, device=batch.observed.device)
+        mean, log_var = [absent] * k, [absent] * k
+        for source, name in enumerate(self.modalities):
+            if name in components:
+                h = self.get_trunk(name)(components[name], noise, rows[name])
+                experts = self.heads(source, h)
+                mean[source], log_var[source] = (
+                    absent.index_copy(0, rows[name], values) for values in experts
+                )
+        return torch.stack(mean, 1), torch.stack(log_var, 1)
