@@ -48,26 +48,36 @@ class CrossEncoderHeads(nn.Module):
         Returns:
             Mean and log-variance, each (n, K target, d), float32.
         """
-        heads = self._apply_heads(source, h, slice(None))
-        mean, log_var = heads[:, :, 0], heads[:, :, 1]
+        networks = self._list_networks(source)
+        heads = torch.baddbmm(self.bias[networks], h, self.weight[networks])
+        mean, log_var = self._arrange_outputs(heads).unbind(2)
         return mean, log_var.clamp(-MAX_LOG_VARIANCE, MAX_LOG_VARIANCE)
 
-    def compute_mean(self, source: int, h: Tensor) -> Tensor:
-        """What `forward` gives first, by half of its products: (n, K target, d), float32."""
-        return self._apply_heads(source, h, slice(0, 1))[:, :, 0]
-
-    def _apply_heads(self, source: int, h: Tensor, parts: slice) -> Tensor:
-        """Mean and log-variance, or those of them in `parts`: (n, K target, parts, d)."""
-        networks = slice(source * len(h), (source + 1) * len(h))
-        # A view where both parts are wanted.
+    def select_mean_weights(self, source: int) -> tuple[Tensor, Tensor]:
+        """Weights (N, H, outputs) and biases (N, 1, outputs) that give a source's means alone."""
+        networks = self._list_networks(source)
         weight, bias = (
-            values[networks].unflatten(-1, self.grid)[..., parts, :]
+            values[networks].unflatten(-1, self.grid)[..., :1, :].flatten(2)
             for values in (self.weight, self.bias)
         )
-        heads = torch.baddbmm(bias.flatten(2), h, weight.flatten(2))
+        return weight, bias
+
+    def arrange_means(self, outputs: Tensor) -> Tensor:
+        """Outputs of `select_mean_weights`, (N, n, outputs) -> (n, K target, d), float32."""
+        return self._arrange_outputs(outputs)[:, :, 0]
+
+    def _list_networks(self, source: int) -> slice:
+        """The networks of a source modality."""
+        n_networks = len(self.weight) // self.n_modalities
+        return slice(source * n_networks, (source + 1) * n_networks)
+
+    def _arrange_outputs(self, outputs: Tensor) -> Tensor:
+        """(N, n, outputs) -> (n, K target, 1 or 2, d), float32; of 1, it is the mean."""
+        targets, _, width = self.grid
+        outputs = outputs.unflatten(-1, (targets, -1, width))
         if self.shared:
-            heads = heads.view(self.members, -1, *weight.shape[2:]).permute(1, 2, 3, 4, 0)
+            outputs = outputs.permute(1, 2, 3, 4, 0)
         else:
-            heads = heads.view(self.members, self.n_modalities, -1, *weight.shape[3:])
-            heads = heads.permute(2, 1, 3, 4, 0)
-        return heads.flatten(-2).float()
+            outputs = outputs.view(self.members, self.n_modalities, *outputs.shape[1:])
+            outputs = outputs.squeeze(3).permute(2, 1, 3, 4, 0)
+        return outputs.flatten(-2).float()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clue_dist.model.noise import Noise
+
+NORM_EPSILON = 1e-5  # added to the variance in the layer norms of an ensemble
 
 
 class MLP(nn.Module):
@@ -52,6 +54,35 @@ class Ensemble(nn.Module):
             x = layer(x)
         return x
 
+    @torch.no_grad()
+    def apply_linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Apply the ensemble and a linear layer of each member, without dropout.
+
+        But for its deviation, which is divided out behind the next layer, a layer norm is linear,
+        and goes into the weights of that layer. So what a layer hands on is read less often.
+
+        Args:
+            x: (n, inputs), float32.
+            weight: (M, width, outputs), of the linear layer.
+            bias: (M, 1, outputs).
+
+        Returns:
+            (M, n, outputs).
+        """
+        layers = [cast(EnsembleLayer, layer) for layer in self.layers]
+        x = x.expand(self.members, *x.shape)
+        x = torch.baddbmm(layers[0].bias, x, layers[0].weight)
+        following = [(layer.weight, layer.bias) for layer in layers[1:]] + [(weight, bias)]
+        for layer, (next_weight, next_bias) in zip(layers, following, strict=True):
+            x = F.gelu(x)
+            shift = torch.baddbmm(next_bias, layer.norm_bias, next_weight)
+            scaled = layer.norm_scale.mT * next_weight
+            centred = scaled - scaled.mean(1, keepdim=True)
+            square = torch.linalg.vector_norm(x, dim=-1, keepdim=True) ** 2 / x.shape[-1]
+            variance = square - x.mean(-1, keepdim=True) ** 2
+            x = torch.addcmul(shift, torch.bmm(x, centred), (variance + NORM_EPSILON).rsqrt())
+        return x
+
 
 class EnsembleLayer(nn.Module):
     """linear -> GELU -> layer norm for each of M members: (M, n, inputs) -> (M, n, outputs)."""
@@ -66,7 +97,9 @@ class EnsembleLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(M, n, inputs) -> (M, n, outputs)."""
         x = F.gelu(torch.baddbmm(self.bias, x, self.weight))
-        return torch.addcmul(self.norm_bias, F.layer_norm(x, x.shape[-1:]), self.norm_scale)
+        return torch.addcmul(
+            self.norm_bias, F.layer_norm(x, x.shape[-1:], eps=NORM_EPSILON), self.norm_scale
+        )
 
 
 class _GradientReversal(torch.autograd.Function):

@@ -118,8 +118,9 @@ class PosteriorEncoder(nn.Module):
         """
         [(name, components)] = self._compute_components(batch).items()
         source, rows = self.modalities.index(name), batch.modalities[name].rows
-        h = self.get_trunk(name)(components, None, rows)
-        mean = self.heads.compute_mean(source, h)  # (n, K target, d)
+        weights = self.heads.select_mean_weights(source)
+        outputs = self.get_trunk(name).apply_linear(components, *weights)
+        mean = self.heads.arrange_means(outputs)  # (n, K target, d)
         aligned, private = mean.split([self.n_aligned, self.n_private], -1)
         is_fitted = self.space.is_fitted
         if is_fitted:

@@ -181,3 +181,7 @@ class Trunk(nn.Module):
         """
         h: Tensor = self.ensemble(self.norm(x.to(self.norm.weight.dtype)), noise, rows)
         return h
+
+    def apply_linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Apply `forward` and a linear layer of each network; see `Ensemble.apply_linear`."""
+        return self.ensemble.apply_linear(self.norm(x.to(self.norm.weight.dtype)), weight, bias)

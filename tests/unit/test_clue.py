@@ -200,11 +200,15 @@ def test_members_share_nothing_but_their_input() -> None:
 
 
 @pytest.mark.parametrize("fitted", [False, True])
-def test_a_lone_modality_is_embedded_without_variances_or_heads_of_others(
-    monkeypatch: pytest.MonkeyPatch, fitted: bool
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_lone_modality_is_embedded_without_variances(
+    monkeypatch: pytest.MonkeyPatch, fitted: bool, shared: bool
 ) -> None:
-    model, batch, _ = small_model(private=0.5, members=2)
+    model, batch, _ = small_model(private=0.5, members=2, shared=shared)
     clue = model.model.eval()
+    for layer in clue.trunks[1].ensemble.layers:  # layer norms that do something
+        for weight in (layer.bias, layer.norm_scale, layer.norm_bias):
+            weight.data.add_(0.3 * draw(*weight.shape))
     if fitted:
         for buffer in (clue.space.mean, clue.space.rotation, clue.space.weight):
             buffer.copy_(draw(*buffer.shape))
