@@ -11,6 +11,8 @@ import pytest
 from tests.benchmarks.step import cells, probe
 from tests.benchmarks.step.__main__ import Step
 
+RATES = "encode_0", "encode_1", "ready_0", "ready_1"
+
 
 def test_half_of_the_cells_carry_both_modalities(tmp_path: Path) -> None:
     sizes = (replace(cells.LARGE.modalities[0], features=300, depth=500),)
@@ -44,7 +46,7 @@ def test_bars_are_ratios_of_medians_at_512_cells() -> None:
     rates = {"ours-512": (30, 50, 41), "reference-512": (10, 10, 9), "ours-128": (1, 1, 1)}
     records = [
         {"method": method, "data_set": "small", "fold": repeat, "seed": 0}
-        | dict.fromkeys(("train", "encode_0", "encode_1"), value)
+        | dict.fromkeys(("train", *RATES), value)
         for method, values in rates.items()
         for repeat, value in enumerate(values)
     ]

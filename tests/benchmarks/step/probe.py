@@ -14,7 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from clue_dist.config_file import load_config
-from clue_dist.data.batch import read_batch
+from clue_dist.data.batch import Batch, read_batch
 from clue_dist.ranks import Ranks
 from clue_dist.train.engine import build_engine, join_process_group
 from clue_dist.train.setup import prepare_setup
@@ -59,18 +59,26 @@ def measure_training(trainer: Trainer, seconds: float) -> dict[str, float]:
     return {"train": cells / cpu, "train_wall": cells / wall, "step_ms": 1e3 * cpu}
 
 
-def measure_encoding(trainer: Trainer, batch: int, seconds: float) -> dict[str, float]:
-    """Cells of one modality, read from the store and embedded."""
+def measure_encoding(trainer: Trainer, encoded: int, seconds: float) -> dict[str, float]:
+    """Cells of one modality, embedded as they are read from the store, and out of memory."""
     model, store = trainer.model.eval(), trainer.setup.store
-
-    def embed(name: str, start: int) -> None:
-        model.embed_batch(read_batch(store, name, np.arange(start, start + batch)))
-
+    # As a trained model has one; the values do not change the speed.
+    for buffer in model.space.buffers():
+        buffer.uniform_(0.5, 1)
     rates = {}
     for number, name in enumerate(store.modalities):
-        starts = itertools.cycle(range(0, store.segments[name].n_cells - batch + 1, batch))
-        cpu, _ = time_calls(lambda n=name, s=starts: embed(n, next(s)), seconds)
-        rates[f"encode_{number}"] = batch / cpu
+        positions = np.arange(min(encoded, store.segments[name].n_cells))
+        batch = read_batch(store, name, positions)
+
+        def embed_stored(name: str = name, positions: np.ndarray = positions) -> None:
+            model.embed_batch(read_batch(store, name, positions), per_modality=False)
+
+        def embed_batch(batch: Batch = batch) -> None:
+            model.embed_batch(batch, per_modality=False)
+
+        with torch.inference_mode():
+            for key, work in (("encode", embed_stored), ("ready", embed_batch)):
+                rates[f"{key}_{number}"] = len(positions) / time_calls(work, seconds)[0]
     return rates
 
 
@@ -112,6 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("store", type=Path)
     parser.add_argument("--batch", type=int, required=True)
+    parser.add_argument("--encoded", type=int, required=True, help="cells at a time")
     parser.add_argument("--seconds", type=float, required=True, help="of each measurement")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -123,7 +132,7 @@ def main() -> None:
     device = join_process_group(ranks)
     trainer = Trainer(build_engine(setup, ranks, device), setup, ranks, device)
     result = measure_training(trainer, args.seconds)
-    result |= measure_encoding(trainer, args.batch, args.seconds)
+    result |= measure_encoding(trainer, args.encoded, args.seconds)
     result |= measure_parts(trainer)
     result["peak_mib"] = measure.read_peak()
     measure.print_result(result | measure_machine(args.seconds / 5))
