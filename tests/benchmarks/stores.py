@@ -23,9 +23,18 @@ from tests.distributed.command import ROOT
 PEERS = Path(__file__).with_name("peers")
 METHODS = ("ours", "annbatch")
 MIB_OF_GB = 1e9 / 2**20
-MADE_BY = {  # the code that a method's stores follow from
+TORCH_PEER = (PEERS / "torch_datasets.py", PEERS / "torch_datasets.txt", None)
+# Of each peer its script, the pins of its environment, and the Python it needs if not this one.
+SCRIPTS: dict[str, tuple[Path, Path, str | None]] = {
+    "annbatch": (PEERS / "annbatch_store.py", PEERS / "annbatch.txt", "3.12"),
+    "scdl": TORCH_PEER,
+    "scdataset": TORCH_PEER,
+    "anndata": TORCH_PEER,
+}
+MADE_BY = {  # the code that a method's stores follow from; the other peers read the .h5ad
     "ours": [ROOT / part for part in ("clue_dist/store", "data_prep", "constraints.txt")],
-    "annbatch": [PEERS / "annbatch_store.py", PEERS / "annbatch.txt"],
+    "annbatch": [*SCRIPTS["annbatch"][:2]],
+    "scdl": [*SCRIPTS["scdl"][:2]],
 }
 # All code that either method's speed follows from. One list for both, so that a change of ours has
 # both measured anew: ratios are of runs side by side.
@@ -58,12 +67,19 @@ class StoreBenchmark(Benchmark):
         if method == "ours":
             lanes = [f"lane{i}:" for i in range(copies)] if copies > 1 else [""]
             return list_conversion([f"{lane}{shape.name}={h5ad}" for lane in lanes], out, threads)
-        return [*self.list_annbatch(out), "--file", h5ad, "--threads", threads]
+        return [*self.list_peer(method, out), "--file", h5ad, "--threads", threads]
 
-    def list_annbatch(self, collection: Path) -> list[str | Path]:
-        """The command of annbatch's script, which needs another Python than ours."""
-        python = install_python(PEERS / "annbatch.txt", self.args.work, "3.12")
-        return [python, PEERS / "annbatch_store.py", collection]
+    def list_peer(self, method: str, place: Path) -> list[str | Path]:
+        """The command by which a peer reads or writes `place`, in an environment of its own."""
+        script, pins, version = SCRIPTS[method]
+        python = install_python(pins, self.args.work, version)
+        return [python, script, *([] if method == "annbatch" else [method]), place]
+
+    def find_cells(self, method: str, shape: Shape, copies: int = 1) -> Path:
+        """What a method reads the cells of a shape from: its store, or else the .h5ad."""
+        if method in MADE_BY:
+            return self.convert_once(method, shape, copies)
+        return cells.find_file(shape, self.args.work)
 
     def convert_once(self, method: str, shape: Shape, copies: int = 1) -> Path:
         """The store of a shape's cells, unless it is kept."""

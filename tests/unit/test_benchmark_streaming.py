@@ -3,6 +3,7 @@
 import argparse
 import gc
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from tests.benchmarks.streaming import probe
 from tests.benchmarks.streaming.__main__ import Streaming
 from tests.stores import make_store
 
-MEASURES = ("cells_per_s", "nonzeros_per_s", "anon_mib", "bytes_per_nonzero")
+MEASURES = ("cells_per_s", "cells_per_cpu_s", "nonzeros_per_s", "anon_mib", "bytes_per_nonzero")
 SMALL = Shape("rna", 600, 300, 40, binary=False)
 
 # --- the cells ---
@@ -135,6 +136,20 @@ def test_the_stopwatch_counts_batches_and_waiting(monkeypatch: pytest.MonkeyPatc
     assert found["p99_ms"] == pytest.approx(3)
     assert found["cells_per_s"] == pytest.approx(512 / 0.004)
     assert found["nonzeros_per_s"] == pytest.approx(1024 / 0.004)
+
+
+def test_workers_count_for_memory_and_cpu_time() -> None:
+    alone, cpu = measure.read_memory_of_all()[0], measure.read_cpu_seconds()
+    script = "b = bytearray(2**26); print(1, flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", script], **pipes) as worker:
+        assert worker.stdout is not None
+        worker.stdout.readline()
+        assert str(worker.pid) in measure.list_workers()
+        assert measure.read_memory_of_all()[0] > alone + 60
+        assert measure.read_cpu_seconds() > cpu
+        worker.communicate(b"\n")
+    assert str(worker.pid) not in measure.list_workers()
 
 
 def test_the_peak_of_memory_is_seen_and_files_do_not_count() -> None:
@@ -282,7 +297,9 @@ def make_records(plan: Streaming) -> list[Result]:
 def test_ours_and_the_peer_take_turns() -> None:
     words = ("--sets", "rna", "--repeats", "2")
     methods = [method for method, *_ in plan_streaming(*words).list_cases()]
-    turn = [f"{method}-{kind}" for kind in ("csr", "dense", "step") for method in stores.METHODS]
+    turn = [f"{method}-csr" for method in (*stores.METHODS, *streaming.OTHERS)]
+    turn += [f"{method}-dense" for method in (*stores.METHODS, *streaming.OTHERS)]
+    turn += [f"{method}-step" for method in stores.METHODS]
     turn += [f"ours-{kind}" for kind in ("windows", "s3", "decode", "memcpy", "memset")]
     assert methods[-len(turn) * 2 :] == turn * 2
     runs = Conversion(["--json", "out.json", *words]).list_cases()
@@ -304,25 +321,29 @@ def test_eight_times_the_cells_are_that_many_data_sets(
 
 def test_every_setting_of_the_peer_mixes_as_much_as_we_do() -> None:
     plan = plan_streaming()
-    settings = plan.settings.values()
+    settings = [(s["chunk"], s["preload"]) for s in plan.list_settings("annbatch").values()]
     assert streaming.DEFAULT in settings
     assert len(settings) > 3
     assert all(chunk * preload >= plan.args.window for chunk, preload in settings)
     assert all(chunk * preload % streaming.BATCH == 0 for chunk, preload in settings)
+    fetched = [s["fetch"] * streaming.BATCH for s in plan.list_settings("scdataset").values()]
+    assert set(fetched) == {plan.args.window}
 
 
 def test_the_peer_runs_with_the_fastest_setting_tried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plan_streaming("--sets", "rna", "--work", str(tmp_path))
-    for name, setting in plan.settings.items():
-        run = Run(f"annbatch-{name}", "rna", 0, 0, "f00d")
-        speed = 2.0 if setting == (256, 32) else 1.0
-        record = vars(run) | {"cells_per_s": speed}
-        kept.write_json(run.folder(tmp_path) / runner.RESULT, record)
+    fastest = {"annbatch": "try-256x32", "scdl": "try-2"}
+    for peer, best in fastest.items():
+        for name in plan.list_settings(peer):
+            run = Run(f"{peer}-{name}", "rna", 0, 0, "f00d")
+            record = vars(run) | {"cells_per_s": 2.0 if name == best else 1.0}
+            kept.write_json(run.folder(tmp_path) / runner.RESULT, record)
     run = Run("annbatch-csr", "rna", 0, 0, "f00d")
-    assert plan.choose_setting(run, "csr") == (256, 32)
-    assert plan.choose_setting(run, "try-64x128") == (64, 128)
+    assert plan.choose_setting(run, "csr") == {"chunk": 256, "preload": 32}
+    assert plan.choose_setting(run, "try-64x128") == {"chunk": 64, "preload": 128}
+    assert plan.choose_setting(Run("scdl-csr", "rna", 0, 0, "f00d"), "csr") == {"workers": 2}
 
 
 def test_bars_are_ratios_of_medians_and_wait_for_every_repeat() -> None:
@@ -343,6 +364,7 @@ def test_the_table_tells_ratios_settings_and_limits() -> None:
     plan = plan_streaming("--sets", "rna")
     text = plan.tabulate(make_records(plan))
     assert "annbatch-try-256x32" in text
+    assert "csr, ours to scdl, by CPU time: 2.00" in text
     for line in ("csr, ours to annbatch: 2.00", "csr, share of decode: 1.00", "memcpy: 1.00"):
         assert line in text
     assert "atac" not in text

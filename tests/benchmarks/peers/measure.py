@@ -2,11 +2,12 @@
 
 import argparse
 import json
+import os
 import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,32 @@ def read_memory(process: str = "self") -> tuple[float, ...]:
     status = Path(f"/proc/{process}/status").read_text()
     kib = dict(re.findall(r"^(RssAnon|RssShmem|VmRSS):\s+(\d+) kB", status, re.MULTILINE))
     return tuple(int(kib.get(name, 0)) / 1024 for name in ("RssAnon", "RssShmem", "VmRSS"))
+
+
+def list_workers() -> list[str]:
+    """The processes that this one started, as the workers of a PyTorch loader."""
+    listed = (path.read_text() for path in Path("/proc/self/task").glob("*/children"))
+    return [process for line in listed for process in line.split()]
+
+
+def read_memory_of_all() -> tuple[float, ...]:
+    """MiB of this process and its workers that no file stands behind."""
+    total = 0.0
+    for process in ("self", *list_workers()):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has gone
+            alone, shared, _ = read_memory(process)
+            total += alone + shared
+    return (total,)
+
+
+def read_cpu_seconds() -> float:
+    """CPU seconds of this process and its workers so far."""
+    ticks = 0
+    for process in list_workers():
+        with suppress(FileNotFoundError, ProcessLookupError):
+            fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])  # in user mode and in the system
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def read_peak() -> float:
@@ -57,14 +84,15 @@ def watch_peak(read: Callable[[], Iterable[float]], every_s: float) -> Iterator[
 
 def measure_stream(batches: Batches, args: argparse.Namespace) -> dict[str, float]:
     """Fetch batches for a while, timing each fetch."""
-    start, *_ = read_memory()
-    with watch_peak(read_memory, every_s=0.02) as peak:
+    (start,) = read_memory_of_all()
+    with watch_peak(read_memory_of_all, every_s=0.02) as peak:
         _fetch_batches(batches, args.warm, args.step_ms / 1e3)
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), read_cpu_seconds()
         waits, cells, nonzeros = _fetch_batches(batches, args.seconds, args.step_ms / 1e3)
-        took = time.perf_counter() - began
+        took, cpu = time.perf_counter() - began, read_cpu_seconds() - cpu
     return {
         "cells_per_s": cells / took,
+        "cells_per_cpu_s": cells / cpu,
         "nonzeros_per_s": nonzeros / took,
         "batches": len(waits),
         "waiting": sum(waits) / took,

@@ -1,4 +1,4 @@
-"""How fast does the loader serve shuffled batches, next to annbatch and to what the machine can do?
+"""How fast does the loader serve shuffled batches, next to others and to what the machine can do?
 
 .venv/bin/python -m tests.benchmarks.streaming --json OUT.json [--quick]
 """
@@ -7,13 +7,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
 from tests.benchmarks import cells, stores
-from tests.benchmarks.commands import read_last_json, run_command
+from tests.benchmarks.commands import read_last_json, read_pins, run_command
 from tests.benchmarks.report import Result, find_median
 from tests.benchmarks.runner import Case, Option, Run
 from tests.benchmarks.stores import METHODS, StoreBenchmark
@@ -23,10 +24,14 @@ BATCH = 512
 STEP_MS = 2.0
 # Cells annbatch reads in a row, with as many chunks as fill the window; and its default.
 CHUNKS, DEFAULT = (64, 128, 256, 512, 1024), (512, 32)
-QUICK_SETTING = (512, 4)
+QUICK_CHUNKS = {(512, 4)}
+# Cells scDataset reads in a row, out of a window like ours.
+BLOCKS = (64, 512)
 
 # What is measured in turns with annbatch, and what of ours alone.
 PAIRED = {"rna": ("csr", "dense", "step"), "atac": ("csr", "step")}
+OTHERS = ("scdl", "scdataset", "anndata")  # peers that are measured by these alone:
+BY_OTHERS = ("csr", "dense")
 ALONE = {"rna": ("windows", "s3"), "atac": ("large", "windows", "s3")}
 LIMITS = ("decode", "memcpy", "memset")
 COPIES = 8  # of the cells that are in a store too large for the loader to keep decoded
@@ -34,48 +39,70 @@ COPIES = 8  # of the cells that are in a store too large for the loader to keep 
 PEER = {"windows": "annbatch-csr", "large": "annbatch-csr", "s3": "ours-csr"}
 
 
+Setting = dict[str, int]  # options of a peer's script
+
+
 class Streaming(StoreBenchmark):
-    """Our loader and annbatch's in turns, each measurement in a process of its own."""
+    """Our loader and others in turns, each measurement in a process of its own."""
 
     name = "streaming"
     options: ClassVar = {
         **StoreBenchmark.options,
         "window": Option(8192, 2048, "cells mixed at a time"),
         "seconds": Option(10.0, 0.5, "of each measurement"),
+        "others": Option(list(OTHERS), [], "measured beside annbatch;", OTHERS),
     }
 
-    @property
-    def settings(self) -> dict[str, tuple[int, int]]:
-        """annbatch's settings to try, chunk and chunks: all mix a window like ours, or more."""
-        tried = sorted({(chunk, self.args.window // chunk) for chunk in CHUNKS} | {DEFAULT})
-        chosen = [QUICK_SETTING] if self.args.quick else tried
-        return {f"try-{chunk}x{preload}": (chunk, preload) for chunk, preload in chosen}
+    def list_settings(self, peer: str) -> dict[str, Setting]:
+        """The settings of a peer that are tried, all of which mix a window like ours, or more."""
+        window = self.args.window
+        if peer == "annbatch":
+            fitting = {(chunk, window // chunk) for chunk in CHUNKS} | {DEFAULT}
+            tried = sorted(QUICK_CHUNKS if self.args.quick else fitting)
+            return {f"try-{c}x{n}": {"chunk": c, "preload": n} for c, n in tried}
+        workers = sorted({0, self.args.threads})
+        if peer == "scdataset":
+            fetch, choices = window // BATCH, product(BLOCKS, workers)
+            return {
+                f"try-{block}-{n}": {"block": block, "fetch": fetch, "workers": n}
+                for block, n in choices
+            }
+        return {f"try-{n}": {"workers": n} for n in workers}
 
     def list_cases(self) -> Iterator[Case]:
-        """Of each data set: the stores, annbatch's settings, then all measures in turns."""
+        """Of each data set: the stores, the peers' settings, then all measures in turns."""
+        peers = ("annbatch", *self.args.others)
         for name in self.args.sets:
-            tries = [f"annbatch-{setting}" for setting in self.settings]
-            for method in (*(f"{method}-disk" for method in METHODS), *tries):
+            tries = [f"{peer}-{setting}" for peer in peers for setting in self.list_settings(peer)]
+            kept = [method for method in ("ours", *peers) if method in stores.MADE_BY]
+            for method in (*(f"{method}-disk" for method in kept), *tries):
                 yield method, name, 0, 0
-            turn = [f"{method}-{measure}" for measure in PAIRED[name] for method in METHODS]
+            turn = []
+            for measure in PAIRED[name]:
+                others = self.args.others if measure in BY_OTHERS else ()
+                turn += [f"{method}-{measure}" for method in (*METHODS, *others)]
             turn += [f"ours-{measure}" for measure in (*ALONE[name], *LIMITS)]
             for number in range(self.args.repeats):
                 for method in turn:
                     yield method, name, number, 0
 
     def list_inputs(self, method: str, data_set: str) -> list[Path | str]:
-        """Cells, sources and settings of both methods, as their ratio is what counts."""
+        """Cells, sources and settings of all methods, as their ratio is what counts."""
         how = f"{self.args.window} {self.args.seconds} {self.args.threads}"
         digest = cells.digest_shape(self.choose_shape(data_set))
-        return [digest, *stores.SOURCES, Path(__file__).parent, how]
+        return [digest, *stores.SOURCES, *stores.TORCH_PEER[:2], Path(__file__).parent, how]
+
+    def list_extras(self) -> Result:
+        peers = ("annbatch", *self.args.others)
+        return {"peers": {peer: read_pins(stores.SCRIPTS[peer][1]) for peer in peers}}
 
     def measure(self, run: Run, folder: Path) -> Result:
         method, _, measure = run.method.partition("-")
         shape, args, log = self.choose_shape(run.data_set), self.args, folder / "log.txt"
-        store = self.convert_once(method, shape, COPIES if measure == "large" else 1)
+        place = self.find_cells(method, shape, COPIES if measure == "large" else 1)
         if measure == "disk":
             nonzeros = cells.count_nonzeros(cells.find_file(shape, args.work))
-            return {"bytes_per_nonzero": stores.count_bytes(store) / nonzeros}
+            return {"bytes_per_nonzero": stores.count_bytes(place) / nonzeros}
         step = STEP_MS if measure == "step" else 0
         limits = {"batch": BATCH, "threads": args.threads, "seconds": args.seconds}
         limits |= {"warm": args.seconds / 3, "step-ms": step}
@@ -83,30 +110,31 @@ class Streaming(StoreBenchmark):
         if method == "ours":
             kind = "csr" if measure in ("step", "large", "s3") else measure
             probe = [sys.executable, "-m", "tests.benchmarks.streaming.probe"]
-            with upload_store(store) if measure == "s3" else nullcontext(store) as place:
-                command = [*probe, place, kind, "--window", str(args.window), *words]
+            with upload_store(place) if measure == "s3" else nullcontext(place) as source:
+                command = [*probe, source, kind, "--window", str(args.window), *words]
                 run_command(command, log, args.threads)
             return read_last_json(log)
-        chunk, preload = self.choose_setting(run, measure)
-        words += ["--chunk", str(chunk), "--preload", str(preload)]
+        setting = self.choose_setting(run, measure)
+        words += [f"--{name}={value}" for name, value in setting.items()]
         words += ["--dense"] if measure == "dense" else []
-        run_command([*self.list_annbatch(store), *words], log, args.threads)
-        return read_last_json(log) | {"chunk": chunk, "preload": preload}
+        run_command([*self.list_peer(method, place), *words], log, args.threads)
+        return read_last_json(log) | setting
 
-    def choose_setting(self, run: Run, measure: str) -> tuple[int, int]:
-        """The setting that a run of annbatch tries, or the fastest of all tried on the data set."""
+    def choose_setting(self, run: Run, measure: str) -> Setting:
+        """The setting that a run of a peer tries, or the fastest of all tried on the data set."""
+        peer, _, _ = run.method.partition("-")
 
         def find_speed(setting: str) -> float:
-            tried = Run(f"annbatch-{setting}", run.data_set, 0, 0, run.digest)
+            tried = Run(f"{peer}-{setting}", run.data_set, 0, 0, run.digest)
             return float(self.obtain(tried)["cells_per_s"])
 
-        settings = self.settings
+        settings = self.list_settings(peer)
         return settings[measure if measure in settings else max(settings, key=find_speed)]
 
     def tabulate(self, records: Sequence[Result]) -> str:
         lines = [super().tabulate(records), ""]
         for name in self.args.sets:
-            ratios = list_ratios(records, name)
+            ratios = [*list_ratios(records, name), *compare_others(records, name)]
             lines += [f"{name}: {what}: {ratio:.2f}" for what, ratio in ratios if ratio == ratio]
         return "\n".join(lines)
 
@@ -135,6 +163,19 @@ def compare_methods(records: Sequence[Result], name: str, what: str, least: int 
     path, least = ("bytes_per_nonzero", 1) if disk else ("cells_per_s", least)
     median = partial(find_median, records, path, least, data_set=name)
     return median(method=f"ours-{what}") / median(method=PEER.get(what, f"annbatch-{what}"))
+
+
+def compare_others(records: Sequence[Result], name: str) -> Iterator[tuple[str, float]]:
+    """What is ours to what is a peer's, in cells by CPU seconds and, but of annbatch, by seconds.
+
+    What other processes do on the machine changes ratios by CPU seconds less.
+    """
+    median = partial(find_median, records, data_set=name)
+    for peer, what in product(("annbatch", *OTHERS), BY_OTHERS):
+        paths = {"cells_per_s": "", "cells_per_cpu_s": ", by CPU time"}
+        for path, unit in list(paths.items())[peer == "annbatch" :]:
+            ratio = median(path, method=f"ours-{what}") / median(path, method=f"{peer}-{what}")
+            yield f"{what}, ours to {peer}{unit}", ratio
 
 
 def list_ratios(records: Sequence[Result], name: str) -> Iterator[tuple[str, float]]:
