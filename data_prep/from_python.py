@@ -88,6 +88,7 @@ def convert_cells(
         StoreError: a store of other cells is at `out`, or the disk is full.
     """
     if isinstance(data, (ad.AnnData, md.MuData)):
+        _require_modality(data, request)
         _require_columns(data, request)
     is_there = out.exists()
     with (
@@ -118,6 +119,18 @@ def convert_cells(
                 fix="choose another `out`, remove the store, or give the store itself in place of "
                 "the cells",
             )
+
+
+def _require_modality(source: ad.AnnData | md.MuData, request: ConversionRequest) -> None:
+    """Require that an AnnData says what it holds, or a person does."""
+    if isinstance(source, md.MuData) or request.modality is not None:
+        return
+    if not any(column in source.var for column in TYPE_COLUMNS):
+        raise DataError(
+            "an AnnData needs a modality's name",
+            got=f"features {list_names(source.var_names, 3)}",
+            fix='`modality="rna"`, say; proteins are "adt", peaks "atac"',
+        )
 
 
 def _require_columns(source: ad.AnnData | md.MuData, request: ConversionRequest) -> None:

@@ -150,9 +150,11 @@ class Setup:
         batches = self.store.manifest.batches
         named = f"{len(batches)} ({list_names(batches, 5)})" if batches else "none are known"
         lines += [f"  batches of cells: {named}", *self._list_strata()]
+        every = settings.validate_every
+        interval = "step" if every == 1 else f"{every} steps"
         lines.append(
             f"  {self.total_steps} steps of {config.data.batch_size} cells "
-            f"({settings.epochs:g} epochs), validation every {settings.validate_every} steps, "
+            f"({settings.epochs:g} epochs), validation every {interval}, "
             f"ZeRO-{settings.zero_stage}, {settings.precision}"
         )
         return "\n".join(lines)

@@ -64,6 +64,18 @@ def test_a_column_that_cells_in_memory_lack_is_refused(
     assert len(typed) == 3
 
 
+def test_an_anndata_without_feature_types_needs_a_name(
+    mdata: md.MuData, tmp_path: Path, typed: list[list[str]]
+) -> None:
+    table = mdata["rna"].copy()
+    with pytest.raises(DataError, match=r"needs a modality's name(.|\n)*`modality=\"rna\"`"):
+        convert_cells(table, tmp_path / "s.zarr", ConversionRequest())
+    convert_cells(table, tmp_path / "s.zarr", ConversionRequest(modality="rna"))
+    table.var["feature_types"] = "Gene Expression"
+    convert_cells(table, tmp_path / "s.zarr", ConversionRequest())
+    assert len(typed) == 2
+
+
 def test_a_flag_of_pairing_counts_for_cells_in_memory(
     mdata: md.MuData, tmp_path: Path, typed: list[list[str]]
 ) -> None:
