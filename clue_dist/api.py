@@ -50,8 +50,8 @@ def fit(
         config: a recipe's name, a JSON file, or what it would hold.
         settings: settings that differ from it, by dotted path: {"train.epochs": 20}. Unless they
             say otherwise, nothing is logged to wandb.
-        resume: "auto" goes on from the newest checkpoint, "never" begins anew, a folder names the
-            checkpoint to go on from.
+        resume: "auto" goes on from the newest checkpoint, "never" refuses a folder that holds a
+            run, and a checkpoint's folder goes on from there.
         init_from: a run whose weights to begin with.
 
     Returns:

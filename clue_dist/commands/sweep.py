@@ -16,7 +16,7 @@ def main() -> None:
         "Reads what `wandb sweep` reads, but needs no server. The same command typed again goes on "
         "where it was stopped; it ends with a table.",
     )
-    parser.add_argument("plan", type=parse_path, help="what to try, see configs/sweep.yaml")
+    parser.add_argument("plan", type=parse_path, help="what to try, as configs/sweep.yaml does")
     parser.add_argument("--out", type=parse_path, required=True, help="folder of the runs")
     parser.add_argument("--trials", type=int, help="the most trials (default: run_cap of the plan)")
     parser.add_argument("--seed", type=int, default=0, help="of a random search (default: 0)")

@@ -20,8 +20,10 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from clue_dist.config_file import RECIPES
 from clue_dist.errors import ConfigError
 
+EXAMPLE_PLAN = RECIPES / "sweep.yaml"  # which is installed, too
 _ENVIRONMENT_VARIABLE = re.compile(r"\$\{envvar:([A-Z0-9_]*)\}")
 _DEFAULT_COMMAND = ["${env}", "${interpreter}", "${program}", "${args}"]
 _RANGES = ("uniform", "int_uniform", "log_uniform_values", "q_uniform", "q_log_uniform_values")
@@ -167,11 +169,11 @@ def read_sweep_plan(path: Path) -> SweepPlan:
             where=f"{path}: {place}" if place else path,
             got=repr(first["input"])[:200],
             expected=first["msg"].removeprefix("Value error, "),
-            fix=fix if is_method else "see configs/sweep.yaml",
+            fix=fix if is_method else f"see {EXAMPLE_PLAN}",
         ) from None
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(
-            "the sweep cannot be read", where=path, got=error, fix="see configs/sweep.yaml"
+            "the sweep cannot be read", where=path, got=error, fix=f"see {EXAMPLE_PLAN}"
         ) from None
 
 

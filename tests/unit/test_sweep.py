@@ -83,8 +83,9 @@ def test_what_cannot_be_searched_is_said(tmp_path: Path) -> None:
             read_sweep_plan(path)
     path.write_text("{")
     for name in ("sweep.yaml", "nowhere.yaml"):
-        with pytest.raises(ConfigError, match="the sweep cannot be read"):
+        with pytest.raises(ConfigError, match="the sweep cannot be read") as refusal:
             read_sweep_plan(tmp_path / name)
+        assert Path(str(refusal.value.fix).removeprefix("see ")).is_file()
     with pytest.raises(ConfigError, match="unknown macro"):
         expand_command(make_plan(command=["${nothing}"]), {})
 
@@ -114,11 +115,13 @@ def test_the_sweep_of_the_recipes_sets_what_training_reads(monkeypatch: pytest.M
         # `sh -c` passes on what stands behind the name of the script.
         shell, flag, script, _, *settings = expand_command(plan, trial.parameters)
         assert (shell, flag) == ("sh", "-c")
-        assert script.startswith("exec deepspeed -q launch/train.py --config configs/atlas.json")
-        words = ["--config", "configs/atlas.json", "--set", "run=a", *settings, "--set", "run=b"]
+        # Which is found from any folder, and where there is no checkout.
+        assert script.startswith("exec deepspeed -q --module clue_dist.commands.train ")
+        assert "--config atlas --set" in script
+        words = ["--config", "atlas", "--set", "run=a", *settings, "--set", "run=b"]
         monkeypatch.setattr(sys, "argv", ["launch/train.py", *words])
         found = parse_train_arguments(argparse.ArgumentParser())
-        config = config_file.load_config(ROOT / found.config, found.overrides)
+        config = config_file.load_config(found.config, found.overrides)
         assert config.run == "b"
         assert config.train.lr == trial.parameters["train.lr"]
         assert config.model.latent == trial.parameters["model.latent"]
