@@ -100,6 +100,9 @@ class ModelConfig(SettingsGroup):
     # Share of the d dimensions that follow from x_k alone and that no term aligns.
     private: float = Field(0.25, ge=0, lt=1)
     posterior: Literal["gpoe", "poe", "mean"] = "gpoe"  # q(z | everything observed), eq. 6
+    # Rank of what tells the K heads of a target z_j apart; 0: each has a matrix of its own. auto: 0
+    # up to three modalities, 16 from four on.
+    head_rank: Annotated[int, Field(ge=0, le=2**20)] | Auto = "auto"
     trunk: TrunkConfig = TrunkConfig()
     decoder: DecoderConfig = DecoderConfig()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
@@ -112,6 +115,15 @@ class ModelConfig(SettingsGroup):
         """
         per_member = self.latent // self.trunk.members
         return int(self.private * per_member) * self.trunk.members
+
+    @model_validator(mode="after")
+    def _require_shared_trunk(self) -> ModelConfig:
+        if self.head_rank not in ("auto", 0) and not self.trunk.shared:
+            raise ValueError(
+                "model.head_rank is for heads on one trunk: set model.trunk.shared=true, or "
+                "model.head_rank=0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _require_equal_members(self) -> ModelConfig:

@@ -14,6 +14,7 @@ from clue_dist.errors import ResumeError
 VALUES_BEFORE: dict[str, float] = {
     "objective.contrastive_same_modality": 0.0,
     "objective.thinning": 0.0,
+    "model.head_rank": 0,
 }
 
 

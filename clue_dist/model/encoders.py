@@ -14,7 +14,9 @@ START_LOG_VARIANCE = -2.0  # a standard deviation of about 0.4
 class CrossEncoderHeads(nn.Module):
     """h of every source modality -> mean and log-variance of every target's z.
 
-    The wide layers are in the trunks, so parameters grow as K there and as K^2 only here.
+    The wide layers are in the trunks, so parameters grow as K there and as K^2 only here. With many
+    modalities that is much: a rank above 0 lets all sources share the matrix of a target, to which
+    each source adds one of low rank, so that H * d * K^2 weights become H * d * K + rank * d * K^2.
 
     Args:
         n_modalities: K.
@@ -22,21 +24,33 @@ class CrossEncoderHeads(nn.Module):
         width: H, of h.
         latent: d, dimensions of each z_k.
         shared: whether a trunk serves all K targets; else it holds M networks for each of them.
+        rank: of what tells the heads of one target apart; 0: each head has a matrix of its own.
     """
 
     def __init__(
-        self, n_modalities: int, members: int, width: int, latent: int, shared: bool = True
+        self,
+        n_modalities: int,
+        members: int,
+        width: int,
+        latent: int,
+        shared: bool = True,
+        rank: int = 0,
     ) -> None:
         super().__init__()
         self.n_modalities, self.members, self.shared = n_modalities, members, shared
+        self.rank = rank
         targets = n_modalities if shared else 1  # targets of one network
         self.grid = (targets, 2, latent // members)  # 2: mean and log-variance
         networks, outputs = n_modalities**2 * members // targets, math.prod(self.grid)
-        self.weight = nn.Parameter(torch.randn(networks, width, outputs) / width**0.5)
+        matrices = members if rank else networks
+        self.weight = nn.Parameter(torch.randn(matrices, width, outputs) / width**0.5)
         self.bias = nn.Parameter(torch.zeros(networks, 1, outputs))
         with torch.no_grad():  # log-variances start near START_LOG_VARIANCE, whatever the input
-            self.weight.view(networks, width, *self.grid)[:, :, :, 1].mul_(0.1)
+            self.weight.view(matrices, width, *self.grid)[:, :, :, 1].mul_(0.1)
             self.bias.view(networks, 1, *self.grid)[:, :, :, 1].fill_(START_LOG_VARIANCE)
+        if rank:  # all sources start with the same heads
+            self.reduce = nn.Parameter(torch.randn(networks, width, rank) / width**0.5)
+            self.expand = nn.Parameter(torch.zeros(networks, rank, outputs))
 
     def forward(self, source: int, h: Tensor) -> tuple[Tensor, Tensor]:
         """Apply the heads of a source modality.
@@ -49,7 +63,7 @@ class CrossEncoderHeads(nn.Module):
             Mean and log-variance, each (n, K target, d), float32.
         """
         networks = self._list_networks(source)
-        heads = torch.baddbmm(self.bias[networks], h, self.weight[networks])
+        heads = torch.baddbmm(self.bias[networks], h, self._compose_weight(networks))
         mean, log_var = self._arrange_outputs(heads).unbind(2)
         return mean, log_var.clamp(-MAX_LOG_VARIANCE, MAX_LOG_VARIANCE)
 
@@ -57,8 +71,8 @@ class CrossEncoderHeads(nn.Module):
         """Weights (N, H, outputs) and biases (N, 1, outputs) that give a source's means alone."""
         networks = self._list_networks(source)
         weight, bias = (
-            values[networks].unflatten(-1, self.grid)[..., :1, :].flatten(2)
-            for values in (self.weight, self.bias)
+            values.unflatten(-1, self.grid)[..., :1, :].flatten(2)
+            for values in (self._compose_weight(networks), self.bias[networks])
         )
         return weight, bias
 
@@ -68,8 +82,14 @@ class CrossEncoderHeads(nn.Module):
 
     def _list_networks(self, source: int) -> slice:
         """The networks of a source modality."""
-        n_networks = len(self.weight) // self.n_modalities
+        n_networks = len(self.bias) // self.n_modalities
         return slice(source * n_networks, (source + 1) * n_networks)
+
+    def _compose_weight(self, networks: slice) -> Tensor:
+        """The matrices of a source's heads, (N, H, outputs)."""
+        if not self.rank:
+            return self.weight[networks]
+        return torch.baddbmm(self.weight, self.reduce[networks], self.expand[networks])
 
     def _arrange_outputs(self, outputs: Tensor) -> Tensor:
         """(N, n, outputs) -> (n, K target, 1 or 2, d), float32; of 1, it is the mean."""

@@ -62,8 +62,10 @@ class PosteriorEncoder(nn.Module):
         self.members = config.trunk.members
         self.n_private = config.n_private if k > 1 else 0  # a single modality has nothing to align
         self.n_aligned = config.latent - self.n_private
+        # "auto" is what runs have that are older than this setting.
+        rank = 0 if config.head_rank == "auto" else config.head_rank
         self.heads = CrossEncoderHeads(
-            k, self.members, config.trunk.hidden, config.latent, config.trunk.shared
+            k, self.members, config.trunk.hidden, config.latent, config.trunk.shared, rank
         )
         self.combine = choose_combination(config.posterior, k)
         self.space = CommonSpace(k, k * self.n_aligned)

@@ -48,7 +48,7 @@ def transfer_weights(
             continue
         values = weights[name]
         if module == "heads":
-            _view_heads(model, tensor)[_cross(places)] = _view_heads(model, values)[_cross(sources)]
+            _transfer_heads(model, rest[0], tensor, places, values, sources)
         elif module == "trunks" and rest[1] == "ensemble" and not model.heads.shared:
             _view_networks(model, tensor)[:, places] = _view_networks(model, values)[:, sources]
         elif rest[-2:] == ["batch", "weight"]:
@@ -61,6 +61,24 @@ def transfer_weights(
             tensor[places] = values[sources]
         elif module != "discriminator" or model.modalities == list(modalities):
             tensor.copy_(values)
+
+
+def _transfer_heads(
+    model: CLUE, name: str, tensor: Tensor, places: list[int], values: Tensor, sources: list[int]
+) -> None:
+    """Take over the heads from and to modalities; with low ranks, what they share as well."""
+    rank, members = model.heads.rank, model.members
+    if rank and name == "weight":  # one matrix a target, for all sources
+        after, before = (
+            weight.view(members, weight.shape[1], -1, 2 * model.latent // members)
+            for weight in (tensor, values)
+        )
+        after[:, :, places] = before[:, :, sources]
+    elif rank and name == "reduce":  # by source
+        after, before = (weight.unflatten(0, (-1, members)) for weight in (tensor, values))
+        after[places] = before[sources]
+    else:
+        _view_heads(model, tensor)[_cross(places)] = _view_heads(model, values)[_cross(sources)]
 
 
 def _cross(places: list[int]) -> tuple[Tensor, Tensor]:

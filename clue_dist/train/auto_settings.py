@@ -1,8 +1,8 @@
-"""Numbers for what the config leaves at "auto"; they follow from the number of cells."""
+"""Numbers for what the config leaves at "auto"; they follow from the store's cells."""
 
 from __future__ import annotations
 
-from clue_dist.config import Config
+from clue_dist.config import Config, ModelConfig
 
 AUTO_STEPS = 1500  # a small data set is seen often enough to make so many steps ...
 AUTO_EPOCHS = 60.0  # ... but never more often than this
@@ -10,9 +10,13 @@ MOST_STEPS_BETWEEN = 2000  # two validations, or two checkpoints
 # Batch sizes with the number of training cells from which on the next one is taken.
 BATCH_SIZES = ((128, 2_000), (256, 4_000), (512, 500_000), (1024, 1_000_000), (2048, 4_000_000))
 LARGEST_BATCH_SIZE = 4096
+# From so many modalities on, heads with matrices of their own would be over a quarter of the
+# encoders' weights.
+MANY_MODALITIES = 4
+HEAD_RANK = 16
 
 
-def resolve_auto_settings(config: Config, n_train: int) -> Config:
+def resolve_auto_settings(config: Config, n_train: int, n_modalities: int) -> Config:
     """Put numbers where the config says "auto".
 
     Small data get small batches and many epochs, an atlas gets large batches and one epoch.
@@ -20,6 +24,7 @@ def resolve_auto_settings(config: Config, n_train: int) -> Config:
     Args:
         config: what a person set.
         n_train: the number of training cells.
+        n_modalities: K.
     """
     training, data = config.train, config.data
     multiple = data.lanes * training.grad_accum  # a batch is made of so many equal parts
@@ -36,10 +41,21 @@ def resolve_auto_settings(config: Config, n_train: int) -> Config:
         numbers["checkpoint_every"] = max(1, min(total_steps // 4, MOST_STEPS_BETWEEN))
     return config.model_copy(
         update={
+            "model": _resolve_head_rank(config.model, n_modalities),
             "data": data.model_copy(update={"batch_size": batch_size}),
             "train": training.model_copy(update=numbers),
         }
     )
+
+
+def _resolve_head_rank(model: ModelConfig, n_modalities: int) -> ModelConfig:
+    if model.head_rank != "auto":
+        return model
+    rank = HEAD_RANK if n_modalities >= MANY_MODALITIES and model.trunk.shared else 0
+    resolved = model.model_copy(update={"head_rank": rank})
+    # Nobody named it: a run that is older than this setting goes on without it.
+    resolved.model_fields_set.discard("head_rank")
+    return resolved
 
 
 def _choose_batch_size(n_train: int) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clue_dist import config_file
+from clue_dist.checkpoint.kept_config import load_kept_config
 from clue_dist.checkpoint.model_card import ModelCard, read_model_card
 from clue_dist.checkpoint.run_folder import UNFIT, find_damage, list_checkpoints, read_weights
 from clue_dist.config import Config
@@ -114,7 +115,7 @@ def plan_warm_start(run: Path, setup: Setup) -> WarmStart:
         ResumeError: there is no such run, or it has no weights.
         ConfigError: the store has other features, or the settings make another model.
     """
-    card, config = read_model_card(run), config_file.load_config(run / "config.json")
+    card, config = read_model_card(run), load_kept_config(run)
     saved = [*list_checkpoints(run / "best"), *list_checkpoints(run / "checkpoints")]
     if not saved:
         raise ResumeError(

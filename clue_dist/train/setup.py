@@ -209,7 +209,7 @@ def prepare_setup(config: Config, world: int, *, writes: bool = True) -> Setup:
     _require_divisible_lanes(config, world)
     held_out_cells = _hold_out_cells(config, n_cells, paired)
     train_cells = {name: n_cells[name] - held_out_cells[name] for name in n_cells}
-    config = resolve_auto_settings(config, sum(train_cells.values()))
+    config = resolve_auto_settings(config, sum(train_cells.values()), len(specs))
     assert config.data.batch_size != "auto"
     assert config.train.epochs != "auto"
     micro_batch_size = config.data.batch_size // config.train.grad_accum

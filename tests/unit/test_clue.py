@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from clue_dist.config import ModelConfig
+from clue_dist.config import Config, ModelConfig
 from clue_dist.data.batch import Batch, ObservedModality
 from clue_dist.model.encoders import CrossEncoderHeads
 from clue_dist.model.layers import reverse_gradient
 from clue_dist.model.noise import Noise
 from clue_dist.model.posterior import select_own_latent
 from clue_dist.model.posterior_encoder import PRIVATE_SCALE
+from clue_dist.model.trunk import Trunk
+from clue_dist.train.auto_settings import resolve_auto_settings
 from tests.unit.model_helpers import B, D, K, draw, small_model
 
 
@@ -129,6 +131,41 @@ def test_parameters_grow_as_k_in_the_wide_layers_and_as_k_squared_only_in_the_he
     assert wide[1] == 9 * wide[0]
     assert sizes[3]["decoders"] == 3 * sizes[1]["decoders"]
     assert sizes[3]["heads"] == 9 * sizes[1]["heads"]
+
+
+def test_heads_of_low_rank_are_a_shared_matrix_and_a_little_of_each() -> None:
+    members, d, rank = 2, D // 2, 3
+    heads = CrossEncoderHeads(K, members, 8, D, rank=rank)
+    h = draw(members, B, 8)
+    before = [heads(k, h)[0] for k in range(K)]
+    torch.testing.assert_close(before[0], before[1])  # all sources start with the same
+    with torch.no_grad():
+        heads.expand.copy_(draw(*heads.expand.shape, seed=1))
+        heads.bias.copy_(draw(*heads.bias.shape, seed=2))
+    mean, _ = heads(1, h)
+    for m, j in product(range(members), range(K)):
+        n = members + m  # the network of source 1
+        weight = heads.weight[m] + heads.reduce[n] @ heads.expand[n]
+        weight, bias = weight.view(8, K, 2, d)[:, j, 0], heads.bias[n].view(K, 2, d)[j, 0]
+        found = mean[:, j, m::members]
+        torch.testing.assert_close(found, h[m] @ weight + bias, rtol=1e-4, atol=1e-5)
+    weight, bias = heads.select_mean_weights(1)
+    alone = heads.arrange_means(torch.baddbmm(bias, h, weight))
+    torch.testing.assert_close(alone, mean, rtol=1e-4, atol=1e-5)
+
+
+def test_heads_of_eight_modalities_are_under_a_quarter_of_the_encoders() -> None:
+    def share_pairs(config: ModelConfig) -> float:
+        heads = CrossEncoderHeads(8, 4, 256, 64, rank=config.head_rank)
+        trunk = Trunk(50, "none", 8, config.trunk)
+        of_pairs = heads.bias.numel() + (heads.expand if heads.rank else heads.weight).numel()
+        all_heads = sum(weight.numel() for weight in heads.parameters())
+        trunks = 8 * sum(weight.numel() for weight in trunk.ensemble.parameters())
+        return of_pairs / (all_heads + trunks)
+
+    auto = resolve_auto_settings(Config(), 10**6, 8).model
+    assert share_pairs(auto) < 0.06
+    assert share_pairs(auto.model_copy(update={"head_rank": 0})) > 0.4
 
 
 def test_contrast_compares_mixtures_of_pairs() -> None:

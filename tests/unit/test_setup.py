@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from clue_dist.checkpoint.kept_config import follow_kept_config
 from clue_dist.config import Config, DataConfig, ObjectiveConfig
 from clue_dist.errors import ConfigError
 from clue_dist.train.auto_settings import resolve_auto_settings
@@ -51,16 +52,19 @@ def test_holdout_has_a_ceiling(tmp_path: Path) -> None:
 def test_auto_batch_grows_with_the_data_and_divides_into_lanes(
     cells: int, low: int, high: int
 ) -> None:
-    resolved = resolve_auto_settings(Config(data=DataConfig(lanes=8)), cells)
+    resolved = resolve_auto_settings(Config(data=DataConfig(lanes=8)), cells, 2)
     assert low <= resolved.data.batch_size <= high
-    assert resolve_auto_settings(Config(data=DataConfig(lanes=48)), cells).data.batch_size % 48 == 0
+    resolved = resolve_auto_settings(Config(data=DataConfig(lanes=48)), cells, 2)
+    assert resolved.data.batch_size % 48 == 0
 
 
 def test_auto_epochs_are_many_for_few_cells_and_one_for_an_atlas() -> None:
-    assert resolve_auto_settings(Config(), 500).train.epochs == 60
-    assert resolve_auto_settings(Config(), 30_000_000).train.epochs == 1
+    assert resolve_auto_settings(Config(), 500, 2).train.epochs == 60
+    assert resolve_auto_settings(Config(), 30_000_000, 2).train.epochs == 1
     explicit = resolve_auto_settings(
-        Config(train={"epochs": 3, "patience": 2, "validate_every": 7, "checkpoint_every": 9}), 500
+        Config(train={"epochs": 3, "patience": 2, "validate_every": 7, "checkpoint_every": 9}),
+        500,
+        2,
     ).train
     assert (
         explicit.epochs,
@@ -68,6 +72,27 @@ def test_auto_epochs_are_many_for_few_cells_and_one_for_an_atlas() -> None:
         explicit.validate_every,
         explicit.checkpoint_every,
     ) == (3, 2, 7, 9)
+
+
+def test_auto_heads_share_matrices_from_four_modalities_on() -> None:
+    ranks = [resolve_auto_settings(Config(), 500, k).model.head_rank for k in (1, 3, 4, 8)]
+    assert ranks == [0, 0, 16, 16]
+    explicit = Config(model={"head_rank": 5})
+    assert resolve_auto_settings(explicit, 500, 2).model.head_rank == 5
+    apart = Config(model={"trunk": {"shared": False}})
+    assert resolve_auto_settings(apart, 500, 8).model.head_rank == 0
+    with pytest.raises(ValueError, match="on one trunk"):
+        Config(model={"head_rank": 5, "trunk": {"shared": False}})
+
+
+def test_a_run_older_than_the_rank_of_heads_goes_on_without_it() -> None:
+    kept = Config(model={"head_rank": 0})
+    resolved = resolve_auto_settings(Config(), 500, 8)
+    assert follow_kept_config(resolved, kept).model.head_rank == 0
+    named = resolve_auto_settings(Config(model={"head_rank": 16}), 500, 8)
+    assert follow_kept_config(named, kept).model.head_rank == 16
+    younger = Config(model={"head_rank": 16})
+    assert follow_kept_config(resolved, younger).model.head_rank == 16
 
 
 def test_weights_must_name_every_stratum(tmp_path: Path) -> None:

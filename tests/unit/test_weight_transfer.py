@@ -20,11 +20,12 @@ SPECS = {
 CELLS = 6
 
 
-def make_model(names: list[str], n_batches: int, shared: bool, seed: int) -> CLUE:
+def make_model(names: list[str], n_batches: int, shared: bool, seed: int, rank: int = 0) -> CLUE:
     torch.manual_seed(seed)
     config = ModelConfig(
         latent=8,
         private=0.25,
+        head_rank=rank,
         trunk={"hidden": 6, "projection": 4, "members": 2, "shared": shared},
         decoder={"hidden": 5},
         discriminator={"hidden": 5},
@@ -46,12 +47,14 @@ def make_batch(names: list[str], code: int) -> Batch:
     return Batch(observed, torch.full((CELLS,), code), modalities)
 
 
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(("shared", "rank"), [(True, 0), (True, 3), (False, 0)])
 @pytest.mark.parametrize(("n_before", "n_after"), [(3, 4), (1, 2), (2, 1)])
-def test_what_both_models_know_is_kept(shared: bool, n_before: int, n_after: int) -> None:
-    before = make_model(["rna", "adt"], n_before, shared, seed=1)
+def test_what_both_models_know_is_kept(
+    shared: bool, rank: int, n_before: int, n_after: int
+) -> None:
+    before = make_model(["rna", "adt"], n_before, shared, seed=1, rank=rank)
     names = ["atac", "adt", "rna"]
-    after = make_model(names, n_after, shared, seed=2)
+    after = make_model(names, n_after, shared, seed=2, rank=rank)
     # The last batch of the one is the first of the other.
     codes = {0: n_before - 1} if min(n_before, n_after) > 1 else {}
     transfer_weights(after, before.state_dict(), before.modalities, codes)

@@ -12,9 +12,11 @@ from clue_dist.config import ModelConfig
 from clue_dist.config_file import load_config
 from clue_dist.model.clue import CLUE
 from clue_dist.model.modality_spec import ModalitySpec
+from clue_dist.train.auto_settings import resolve_auto_settings
 from tests.benchmarks import mosaic, report
 from tests.distributed.command import ROOT
 
+LARGEST = 10**6  # cells, of which the sizes of a model do not depend
 MODALITIES = (2, 3, 4, 8)  # how many, in the table of parameters
 
 
@@ -44,8 +46,10 @@ def tabulate_parameters() -> str:
     """Millions of parameters of atlas.json's encoders, as modalities become more."""
     table = pd.DataFrame(index=pd.Index(MODALITIES, name="modalities"))
     for name, shared in (("one trunk a modality", "true"), ("separate encoders", "false")):
-        model = load_config(ROOT / mosaic.RECIPE, [f"model.trunk.shared={shared}"]).model
-        table[f"million parameters, {name}"] = [count_encoders(k, model) / 1e6 for k in MODALITIES]
+        config = load_config(ROOT / mosaic.RECIPE, [f"model.trunk.shared={shared}"])
+        models = {k: resolve_auto_settings(config, LARGEST, k).model for k in MODALITIES}
+        counts = [count_encoders(k, model) / 1e6 for k, model in models.items()]
+        table[f"million parameters, {name}"] = counts
     return report.format_table(table)
 
 

@@ -15,9 +15,11 @@ import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
+from clue_dist.config import Config
 from clue_dist.data.batch import Batch
 from clue_dist.deepspeed_internals import fill_missing_gradients
 from clue_dist.ranks import Ranks
+from clue_dist.train.auto_settings import resolve_auto_settings
 from clue_dist.train.engine import join_process_group
 from clue_dist.train.step import train_step
 from clue_dist.train.trainer import Trainer
@@ -104,7 +106,9 @@ def count_stage(trainer: Trainer, batches: Iterator[Batch]) -> Result:
 def measure_stage(args: argparse.Namespace, stage: int, ranks: Ranks) -> Result:
     """Count and time one stage; means over the ranks, whose shards are of different parts."""
     shape = choose_shape(args.modalities, args.cells, args.quick)
-    trainer = make_trainer(shape, torch.device("cpu"), args.precision, stage=stage, ranks=ranks)
+    model = resolve_auto_settings(Config(), args.cells, args.modalities).model
+    cpu = torch.device("cpu")
+    trainer = make_trainer(shape, cpu, args.precision, model, stage, ranks)
     # It lies in memory: what the loader takes is another benchmark's.
     batches, steps = itertools.repeat(make_batch(shape, ranks.rank)), itertools.count(2)
     result = count_stage(trainer, batches)
