@@ -12,6 +12,7 @@ from clue_dist.train.engine import LARGEST_BUCKET
 from tests.benchmarks.report import Result, format_table
 from tests.benchmarks.sharding.step_model import (
     LIVE_WEIGHTS,
+    UPDATE_BYTES,
     Machine,
     StepWork,
     calibrate_machine,
@@ -121,16 +122,17 @@ def describe_work(steps: StepRecords) -> StepWork:
     most = max(steps)
     alone, together = find_stage(steps[1][0], 0), steps[most][0]["stages"]
     first = next(iter(together.values()))  # every stage computes the same
+    weights = sum(alone["parameters"].values()) / 4
     more = 1e9 * (first["gflop"] - alone["gflop"]) / max(1, most - 1)
     return StepWork(
         cells=steps[1][0]["cells"],
         flops=1e9 * alone["gflop"] - more,
         contrast_flops=more,
-        weights=sum(alone["parameters"].values()) / 4,
+        weights=weights,
         # Under ZeRO-0 nothing else is gathered.
         latents=together["0"]["exchanged"].get("allgather", 0) / most if "0" in together else 0.0,
         collectives={int(stage): sum(c["calls"].values()) for stage, c in together.items()},
-        bytes_touched=1e9 * alone["touched_gb"],
+        bytes_touched=1e9 * alone["touched_gb"] - UPDATE_BYTES * weights,
     )
 
 

@@ -41,7 +41,7 @@ class StepWork:
     weights: float  # parameters of the model
     latents: float  # bytes that each rank adds to what is gathered for InfoNCE
     collectives: dict[int, float]  # by stage
-    bytes_touched: float = 0.0  # of memory, where nothing is fused
+    bytes_touched: float = 0.0  # of memory, the update aside, where nothing is fused
 
 
 def resize_work(work: StepWork, cells: int) -> StepWork:
