@@ -1,6 +1,8 @@
 """The benchmark of multiome cells: what it simulates, its stages, what it reads of them."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,11 @@ import pytest
 from scipy.stats import rankdata
 
 from tests.benchmarks.cells import Shape, make_model
+from tests.benchmarks.command_cost import read_children_cpu, read_largest_process, read_training
 from tests.benchmarks.multiome import __main__ as multiome
 from tests.benchmarks.multiome import simulate
 from tests.benchmarks.multiome.__main__ import Multiome
 from tests.benchmarks.multiome.simulate import PROGRAMS, Lane, draw_counts, plan_lanes, write_lane
-from tests.benchmarks.train_speed import read_training
 
 
 def plan_multiome(*words: str) -> Multiome:
@@ -120,3 +122,15 @@ def test_the_largest_process_of_each_stage_is_judged() -> None:
     bars = list(plan.judge(records))
     assert [bar["holds"] for bar in bars] == [True, True, True, False, True, True, None]
     assert bars[3]["name"] == "train, 500,000 cells: GB of the largest process"
+
+
+def test_time_and_memory_of_a_command_are_those_of_what_it_started() -> None:
+    before = read_children_cpu()
+    program = "import os, sys; data = bytearray(2**26); print(1, flush=True); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-S", "-c", program], **pipes) as process:
+        process.stdout.readline()
+        (largest,) = read_largest_process()
+        process.stdin.close()
+    assert largest > 64
+    assert read_children_cpu() > before

@@ -16,11 +16,11 @@ import numpy as np
 
 from tests.benchmarks import cells, stores
 from tests.benchmarks.cells import Shape
+from tests.benchmarks.command_cost import read_children_cpu, read_training
 from tests.benchmarks.commands import read_last_json, run_command
 from tests.benchmarks.report import Result, find_median
 from tests.benchmarks.runner import Case, Option, Run
 from tests.benchmarks.stores import MIB_OF_GB, StoreBenchmark
-from tests.benchmarks.train_speed import read_training
 from tests.distributed.command import FAST, ROOT, launched
 
 SIZES, QUICK_SIZES = [1_000_000, 3_000_000, 10_000_000], [40_000, 120_000]
@@ -92,11 +92,13 @@ class Atlas(StoreBenchmark):
             words = self.list_conversion(size, folder / STORE)
         if run.method == "train":
             words = self.list_training(size, kept, folder / RUN)
+        before = read_children_cpu()
         with stores.watch_children() as peak:
             took = run_command(words, log, threads)
+        cpu = read_children_cpu() - before
         if run.method == "convert" and run.fold:
             shutil.rmtree(folder / STORE)
-        found = {"seconds": took, "cells_per_s": size / took, "anon_mib": peak[0]}
+        found = {"seconds": took, "cpu_s": cpu, "anon_mib": peak[0], "cells_per_s": size / took}
         return found | (read_training(folder / RUN) if run.method == "train" else {})
 
     def list_training(self, size: int, store: Path, run: Path) -> list[str | Path]:

@@ -4,16 +4,17 @@
 """
 
 import json
-import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import psutil
-
+from tests.benchmarks.command_cost import (
+    read_children_cpu,
+    read_largest_process,
+    read_training,
+)
 from tests.benchmarks.commands import read_last_json, run_command
 from tests.benchmarks.multiome import simulate
 from tests.benchmarks.multiome.simulate import HELD_OUT, TEST, TRAIN, Lane
@@ -21,7 +22,6 @@ from tests.benchmarks.peers.measure import watch_peak
 from tests.benchmarks.report import Result, find_median
 from tests.benchmarks.runner import Benchmark, Case, Option, Run
 from tests.benchmarks.stores import MIB_OF_GB, count_bytes
-from tests.benchmarks.train_speed import read_training
 from tests.distributed.command import ROOT, launched
 
 BATCH = 512  # cells of a step
@@ -68,13 +68,12 @@ class Multiome(Benchmark):
 
     def measure(self, run: Run, folder: Path) -> Result:
         """Run the command of a stage, and remove what no later one needs."""
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        before = read_children_cpu()
         words = self.list_command(run.method, partial(self.find_folder, run=run))
         # To look is dear among many processes, and a process keeps its peak until it ends.
         with watch_peak(read_largest_process, every_s=1) as peak:
             seconds = run_command(words, folder / "log.txt", self.args.threads)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        cpu = read_children_cpu() - before
         found = self.read_results(run.method, folder)
         if run.method == "convert":
             for file in self.find_folder("simulate", run).glob("*.h5ad"):
@@ -144,17 +143,6 @@ def list_inputs_of_lanes(lanes: Sequence[Lane], folder: Path) -> list[str]:
         for lane in lanes
         for modality in simulate.FEATURES
     ]
-
-
-def read_largest_process() -> tuple[float]:
-    """MiB that the largest of all processes that this one started ever took."""
-    peaks = [0.0]
-    for child in psutil.Process().children(recursive=True):
-        with suppress(OSError, psutil.Error, StopIteration):  # it has gone
-            status = Path(f"/proc/{child.pid}/status").read_text().splitlines()
-            line = next(line for line in status if line.startswith("VmHWM"))
-            peaks.append(int(line.split()[1]) / 1024)
-    return (max(peaks),)
 
 
 def read_scores(scores: Mapping[str, Any]) -> Result:
