@@ -93,6 +93,13 @@ def _name_mudata_parts(
     mdata: md.MuData, trained_model: LoadedModel, choices: MemoryChoices
 ) -> dict[str, NamedCounts]:
     """The modalities of a MuData, by what the model calls them, in the model's order."""
+    if choices.modality is not None:
+        raise DataError(
+            "`modality=` says what an AnnData holds",
+            got=f"{choices.modality!r}, of a MuData with {list_names(mdata.mod)}",
+            fix=f'`modalities=["{choices.modality}"]` of `embed` uses a part of the modalities; '
+            "elsewhere leave it out, or give the AnnData itself",
+        )
     known = trained_model.modalities
     found = {name: name for name in mdata.mod if name in known}
     for name in mdata.mod:

@@ -68,6 +68,13 @@ def test_a_value_that_is_no_count_is_refused_by_cell_and_feature(value):
         open_cells(table, LOADED)
 
 
+def test_a_mudata_names_its_modalities_itself():
+    mdata = md.MuData({name: make_table(name) for name in ("rna", "adt")})
+    with pytest.raises(DataError, match=r'MuData with rna, adt(.|\n)*`modalities=\["rna"\]`'):
+        open_cells(mdata, LOADED, modality="rna")
+    assert open_cells(mdata, LOADED, modalities=["rna"]).modalities == ["rna"]
+
+
 def test_values_that_are_nearly_whole_are_rounded():
     table = make_table()
     table.X = table.X.toarray() + 1e-4
