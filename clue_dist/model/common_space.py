@@ -119,9 +119,13 @@ class CommonSpace(nn.Module):
         variance = torch.einsum("bkd,kdr->bkr", log_var.exp() / length**2, self.rotation**2)
         return coordinates, variance
 
-    def project_mean(self, mean: Tensor, source: int) -> Tensor:
+    def project_expert(self, mean: Tensor, source: int) -> Tensor:
         """Coordinates of what one modality says of cells: (n, D) -> (n, R)."""
         return (mean / _measure_length(mean) - self.mean[source]) @ self.rotation[source]
+
+    def project_variance(self, mean: Tensor, variance: Tensor, source: int) -> Tensor:
+        """Variances of the coordinates that `project_expert` gives: (n, D) each -> (n, R)."""
+        return (variance / _measure_length(mean) ** 2) @ self.rotation[source] ** 2
 
     def join_experts(self, coordinates: Tensor, variance: Tensor, observed: Tensor) -> Tensor:
         """The product of the observed modalities' Gaussians, scaled to vary as one of them does.
@@ -159,14 +163,18 @@ class CommonSpace(nn.Module):
         share = self._share_joint(variance, observed)
         scale = self._scale_joint(share)
         of_product = 1 / (power / variance.clamp_min(1e-12)).sum(1).clamp_min(1e-12)
-        weighted = of_product * (scale * self.weight) ** 2
+        return self.carry_variance((share * coordinates).sum(1) * scale, of_product * scale**2)
+
+    def carry_variance(self, coordinates: Tensor, variance: Tensor) -> Tensor:
+        """Carry a variance on to first order through `weigh_directions`: (B, R) each."""
+        weighted = variance * self.weight**2
         weighted[..., -1] = 0
-        joint = (share * coordinates).sum(1) * scale
-        length = torch.cat(
-            [joint[..., :-1] * self.weight[:-1], self.weight[-1].expand(len(joint), 1)], -1
-        ).norm(dim=-1, keepdim=True)
+        constant = self.weight[-1].expand(len(coordinates), 1)
+        length = torch.cat([coordinates[..., :-1] * self.weight[:-1], constant], -1).norm(
+            dim=-1, keepdim=True
+        )
         # The derivative of x / |x| is (1 - u u^T) / |x|, where u is the unit vector.
-        square = self.weigh_directions(joint) ** 2
+        square = self.weigh_directions(coordinates) ** 2
         spread = weighted * (1 - 2 * square) + square * (square * weighted).sum(-1, keepdim=True)
         return spread.clamp_min(0) / length.clamp_min(1e-12) ** 2
 

@@ -64,21 +64,42 @@ class CrossEncoderHeads(nn.Module):
         """
         networks = self._list_networks(source)
         heads = torch.baddbmm(self.bias[networks], h, self._compose_weight(networks))
-        mean, log_var = self._arrange_outputs(heads).unbind(2)
-        return mean, log_var.clamp(-MAX_LOG_VARIANCE, MAX_LOG_VARIANCE)
+        mean, log_var = self.arrange_outputs(heads)
+        assert log_var is not None
+        return mean, log_var
 
-    def select_mean_weights(self, source: int) -> tuple[Tensor, Tensor]:
-        """Weights (N, H, outputs) and biases (N, 1, outputs) that give a source's means alone."""
-        networks = self._list_networks(source)
+    def select_weights(self, source: int, with_variance: bool) -> tuple[Tensor, Tensor]:
+        """The linear layer on h of a source, for its means alone or for its variances, too.
+
+        Returns:
+            Weights (N, H, outputs) and biases (N, 1, outputs), for `arrange_outputs`.
+        """
+        networks, parts = self._list_networks(source), 1 + with_variance
         weight, bias = (
-            values.unflatten(-1, self.grid)[..., :1, :].flatten(2)
+            values.unflatten(-1, self.grid)[..., :parts, :].flatten(2)
             for values in (self._compose_weight(networks), self.bias[networks])
         )
         return weight, bias
 
-    def arrange_means(self, outputs: Tensor) -> Tensor:
-        """Outputs of `select_mean_weights`, (N, n, outputs) -> (n, K target, d), float32."""
-        return self._arrange_outputs(outputs)[:, :, 0]
+    def arrange_outputs(self, outputs: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Read what the layer of `select_weights` gives.
+
+        Args:
+            outputs: (N, n, outputs).
+
+        Returns:
+            Mean and, where it was selected, log-variance, each (n, K target, d), float32.
+        """
+        targets, _, width = self.grid
+        outputs = outputs.unflatten(-1, (targets, -1, width))
+        if self.shared:
+            outputs = outputs.permute(1, 2, 3, 4, 0)
+        else:
+            outputs = outputs.view(self.members, self.n_modalities, *outputs.shape[1:])
+            outputs = outputs.squeeze(3).permute(2, 1, 3, 4, 0)
+        mean, *log_var = outputs.flatten(-2).float().unbind(2)
+        bound = MAX_LOG_VARIANCE
+        return mean, log_var[0].clamp(-bound, bound) if log_var else None
 
     def _list_networks(self, source: int) -> slice:
         """The networks of a source modality."""
@@ -90,14 +111,3 @@ class CrossEncoderHeads(nn.Module):
         if not self.rank:
             return self.weight[networks]
         return torch.baddbmm(self.weight, self.reduce[networks], self.expand[networks])
-
-    def _arrange_outputs(self, outputs: Tensor) -> Tensor:
-        """(N, n, outputs) -> (n, K target, 1 or 2, d), float32; of 1, it is the mean."""
-        targets, _, width = self.grid
-        outputs = outputs.unflatten(-1, (targets, -1, width))
-        if self.shared:
-            outputs = outputs.permute(1, 2, 3, 4, 0)
-        else:
-            outputs = outputs.view(self.members, self.n_modalities, *outputs.shape[1:])
-            outputs = outputs.squeeze(3).permute(2, 1, 3, 4, 0)
-        return outputs.flatten(-2).float()

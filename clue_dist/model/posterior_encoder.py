@@ -108,33 +108,59 @@ class PosteriorEncoder(nn.Module):
             the rows of `batch.modalities[name].rows`.
         """
         if len(batch.modalities) == 1:
-            return self._embed_lone_modality(batch, per_modality)
+            return self._embed_lone_modality(batch, per_modality, False)[:2]
         return self.read_latents(batch, self.encode_batch(batch), per_modality)
 
     def _embed_lone_modality(
-        self, batch: Batch, per_modality: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self, batch: Batch, per_modality: bool, with_variance: bool
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         """Embed cells that share their only modality, which says all that is known of them.
 
-        Nothing is combined, so that no variance is needed.
+        Nothing is combined, so that only what is asked for is computed.
         """
         [(name, components)] = self._compute_components(batch).items()
         source, rows = self.modalities.index(name), batch.modalities[name].rows
-        weights = self.heads.select_mean_weights(source)
+        weights = self.heads.select_weights(source, with_variance)
         outputs = self.get_trunk(name).apply_linear(components, *weights)
-        mean = self.heads.arrange_means(outputs)  # (n, K target, d)
+        mean, log_var = self.heads.arrange_outputs(outputs)
         aligned, private = mean.split([self.n_aligned, self.n_private], -1)
-        is_fitted = self.space.is_fitted
-        if is_fitted:
-            aligned = self._pad_coordinates(
-                self.space.weigh_directions(self.space.project_mean(aligned.flatten(1), source))
-            )
-        scale = PRIVATE_SCALE_IN_SPACE if is_fitted else PRIVATE_SCALE
+        coordinates = None
+        if self.space.is_fitted:
+            coordinates = self.space.project_expert(aligned.flatten(1), source)
+            aligned = self._pad_coordinates(self.space.weigh_directions(coordinates))
         shown = torch.zeros_like(private)
-        shown[:, source] = scale * private[:, source]
+        shown[:, source] = self.private_scale * private[:, source]
         latent = torch.cat([aligned, shown], -1).flatten(1)
-        joint = latent.new_empty(batch.n_cells, latent.shape[1]).index_copy_(0, rows, latent)
-        return joint, {name: latent} if per_modality else {}
+        variance = None
+        if log_var is not None:
+            variance = self._show_lone_variance(mean, log_var, source, coordinates)
+        joint, *variances = (
+            values.new_empty(batch.n_cells, values.shape[1]).index_copy_(0, rows, values)
+            for values in (latent, variance)
+            if values is not None
+        )
+        return joint, {name: latent} if per_modality else {}, variances[0] if variances else None
+
+    def _show_lone_variance(
+        self, mean: Tensor, log_var: Tensor, source: int, coordinates: Tensor | None
+    ) -> Tensor:
+        """The variance of what is shown of cells with one modality, (n, K * d).
+
+        Args:
+            mean: (n, K target, d).
+            log_var: of the same shape.
+            source: the modality.
+            coordinates: (n, R), in the common space, if it is fitted.
+        """
+        aligned, private = log_var.exp().split([self.n_aligned, self.n_private], -1)
+        if coordinates is not None:
+            spread = self.space.project_variance(
+                mean[..., : self.n_aligned].flatten(1), aligned.flatten(1), source
+            )
+            aligned = self._pad_coordinates(self.space.carry_variance(coordinates, spread))
+        shown = torch.ones_like(private)  # the prior's, of modalities that were not read
+        shown[:, source] = private[:, source]
+        return torch.cat([aligned, shown * self.private_scale**2], -1).flatten(1)
 
     def read_latents(
         self, batch: Batch, posterior: Posterior, per_modality: bool = True
@@ -169,6 +195,10 @@ class PosteriorEncoder(nn.Module):
             0 beyond its directions; of a private dimension whose modality was not read, the
             prior's.
         """
+        if len(batch.modalities) == 1:
+            joint, alone, variance = self._embed_lone_modality(batch, per_modality, True)
+            assert variance is not None
+            return joint, alone, variance
         posterior = self.encode_batch(batch)
         a = self.n_aligned
         aligned, private = posterior.joint_log_var.exp().split([a, self.n_private], -1)

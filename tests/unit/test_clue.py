@@ -1,5 +1,6 @@
 """The model: its grid of heads, its members, what is private, embeddings, and mixtures of cells."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -149,8 +150,8 @@ def test_heads_of_low_rank_are_a_shared_matrix_and_a_little_of_each() -> None:
         weight, bias = weight.view(8, K, 2, d)[:, j, 0], heads.bias[n].view(K, 2, d)[j, 0]
         found = mean[:, j, m::members]
         torch.testing.assert_close(found, h[m] @ weight + bias, rtol=1e-4, atol=1e-5)
-    weight, bias = heads.select_mean_weights(1)
-    alone = heads.arrange_means(torch.baddbmm(bias, h, weight))
+    weight, bias = heads.select_weights(1, with_variance=False)
+    alone, _ = heads.arrange_outputs(torch.baddbmm(bias, h, weight))
     torch.testing.assert_close(alone, mean, rtol=1e-4, atol=1e-5)
 
 
@@ -238,7 +239,7 @@ def test_members_share_nothing_but_their_input() -> None:
 
 @pytest.mark.parametrize("fitted", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
-def test_a_lone_modality_is_embedded_without_variances(
+def test_a_lone_modality_is_embedded_by_what_is_asked_for(
     monkeypatch: pytest.MonkeyPatch, fitted: bool, shared: bool
 ) -> None:
     model, batch, _ = small_model(private=0.5, members=2, shared=shared)
@@ -257,8 +258,23 @@ def test_a_lone_modality_is_embedded_without_variances(
         batch.batch_code[seen.rows],
         {"m1": ObservedModality(rows, seen.counts, rows[:0])},
     )
-    expected, alone_expected = clue.read_latents(lone, clue.encode_batch(lone))
-    monkeypatch.setattr(clue.heads, "forward", lambda *_: pytest.fail("variances were computed"))
-    joint, alone = clue.embed_batch(lone)
-    torch.testing.assert_close((joint, alone), (expected, alone_expected), rtol=1e-5, atol=1e-5)
-    assert clue.embed_batch(lone, per_modality=False)[1] == {}
+    # Of two modalities, of which no cell has the first, all experts are combined.
+    none = torch.zeros(0, dtype=torch.int64)
+    observed = {"m0": ObservedModality(none, torch.zeros(0, 6), none), **lone.modalities}
+    combined = clue.embed_batch_with_variance(replace(lone, modalities=observed))
+    monkeypatch.setattr(clue, "encode_batch", lambda *_: pytest.fail("experts were combined"))
+    found = clue.embed_batch_with_variance(lone)
+    for values, expected in zip(found[::2], combined[::2], strict=True):
+        torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[1]["m1"], combined[1]["m1"], rtol=1e-5, atol=1e-5)
+    select_weights, asked = clue.heads.select_weights, []
+    monkeypatch.setattr(
+        clue.heads,
+        "select_weights",
+        lambda source, with_variance: (
+            asked.append(with_variance) or select_weights(source, with_variance)
+        ),
+    )
+    joint, alone = clue.embed_batch(lone, per_modality=False)
+    torch.testing.assert_close(joint, found[0], rtol=1e-5, atol=1e-5)
+    assert (alone, asked) == ({}, [False])
