@@ -3,7 +3,7 @@
 A query's nearest reference cells vote, the nearer ones more. How often the winner of such a vote is
 right is read off the reference itself: each of its cells is asked as a query, its own vote left
 out. Votes cannot tell a type that the reference lacks, as some type always wins. So a second number
-says how far a query lies from every type of the reference, compared with the reference's own cells.
+says how far a query lies from every type of the reference: see `clue_dist.novelty`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,9 @@ from torch import Tensor
 
 from clue_dist.errors import ConfigError, DataError
 from clue_dist.neighbours import find_neighbours
+from clue_dist.novelty import NoveltyScale
 
 UNKNOWN_LABEL = "unknown"
-_SHRINKAGE = 0.1  # towards equal variances, of the covariance within types
-_PRIOR_CELLS = 5  # by which the spread of a small type is drawn to that of all
-_FEWEST_ALIGNED = 100  # queries whose distances are compared with the reference's as a set
-_ALIGNED_QUANTILE = 0.25  # of distances, which few new cells change
 _QUERIES_AT_ONCE = 2**16
 _FEWEST_CALIBRATION = 30  # cells without which votes stand for confidence
 
@@ -45,49 +42,6 @@ class TransferSettings:
 
 
 @dataclass(frozen=True, eq=False)
-class _TypeSpread:
-    """Where each type lies, and how its cells are spread: all types alike, but for a factor."""
-
-    means: Tensor  # (C, D), whitened
-    whitening: Tensor  # (D, D)
-    spread: Tensor  # (C,), median distance of a type's cells from their mean
-
-    @classmethod
-    def fit(cls, points: Tensor, codes: np.ndarray, n_types: int) -> _TypeSpread:
-        """Fit to labelled points (n, D)."""
-        counts = torch.from_numpy(np.bincount(codes, minlength=n_types)).double()
-        index = torch.from_numpy(codes)
-        means = torch.zeros(n_types, points.shape[1], dtype=points.dtype)
-        means.index_add_(0, index, points)
-        means /= counts.clamp(min=1)[:, None]
-        means[counts == 0] = torch.inf  # nobody is near a type without cells
-        residual = points - means[index]
-        covariance = residual.T @ residual / len(points)
-        ridge = _SHRINKAGE * covariance.diagonal().mean() + 1e-12
-        inverse = torch.linalg.inv(covariance + ridge * torch.eye(len(covariance)).double())
-        whitening = torch.linalg.cholesky(inverse)
-        distances = (residual @ whitening).norm(dim=1)
-        middle = distances.median()
-        spread = torch.stack(
-            [
-                (distances[index == code].median() * count + middle * _PRIOR_CELLS)
-                / (count + _PRIOR_CELLS)
-                if count
-                else middle
-                for code, count in enumerate(counts)
-            ]
-        )
-        return cls(means @ whitening, whitening, spread.clamp(min=1e-12))
-
-    def measure_distances(self, points: Tensor) -> np.ndarray:
-        """Distance to the nearest type, and the same in units of each type's spread, (n, 2)."""
-        filled = self.means.isfinite().all(1)
-        distances = torch.cdist(points @ self.whitening, self.means[filled])
-        relative = distances / self.spread[filled]
-        return torch.stack([distances.amin(1), relative.amin(1)], 1).numpy()
-
-
-@dataclass(frozen=True, eq=False)
 class LabelTransfer:
     """A reference that queries can be asked against; `fit_label_transfer` makes it."""
 
@@ -95,9 +49,7 @@ class LabelTransfer:
     codes: np.ndarray  # (R,)
     names: np.ndarray  # (C,), of the types
     settings: TransferSettings
-    spread: _TypeSpread
-    distances: np.ndarray  # (n, 2) ascending by column, of the reference's own cells
-    novelty: np.ndarray  # (n,) ascending, of the reference's own cells
+    novelty_scale: NoveltyScale  # of the reference, seen through what is measured in queries
     votes: np.ndarray  # (b,), shares of the winner at which confidence is known
     confidence: np.ndarray  # (b,)
     is_calibrated: bool
@@ -109,19 +61,17 @@ class LabelTransfer:
             `label`, which may be "unknown"; `nearest_label`, the winner of the vote whatever else
             holds; `confidence`, the probability that the winner is right of a cell whose type the
             reference has; `novelty`, the share of the reference's cells that lie nearer to a type.
-            That depends a little on the other queries, where there are 100 or more.
+            That depends on the other queries, where there are 100 or more.
         """
         # In slices, as float64 and what is computed of it would fill the memory.
-        votes, distances = [], [np.empty((0, 2))]
+        votes = [np.empty((0, len(self.names)))]
         for start in range(0, len(queries), _QUERIES_AT_ONCE):
             points = torch.as_tensor(queries[start : start + _QUERIES_AT_ONCE]).double()
             votes.append(_count_votes(points, self.keys, self.codes, self.names, self.settings))
-            distances.append(self.spread.measure_distances(points))
-        shares = np.concatenate([np.empty((0, len(self.names))), *votes])
+        shares = np.concatenate(votes)
         winner = shares.argmax(1)
         confidence = np.interp(shares.max(1), self.votes, self.confidence)
-        ranks = self._rank_distances(np.concatenate(distances))
-        novelty = np.searchsorted(self.novelty, ranks) / len(self.novelty)
+        novelty = self.novelty_scale.measure_novelty(queries)
         is_unknown = (novelty > self.settings.kept) | (confidence < self.settings.least_confidence)
         nearest = self.names[winner].astype(object)
         return pd.DataFrame(
@@ -135,20 +85,6 @@ class LabelTransfer:
                 "novelty": novelty,
             }
         )
-
-    def _rank_distances(self, distances: np.ndarray) -> np.ndarray:
-        """The larger rank of both distances (n, 2) among those of the reference, (n,).
-
-        Cells that a model was trained on spread more or less than new ones do. So the distances of
-        many queries are scaled until their lower quartiles are those of the reference.
-        """
-        if len(distances) >= _FEWEST_ALIGNED:
-            quartiles = [
-                np.quantile(values, _ALIGNED_QUANTILE, axis=0)
-                for values in (self.distances, distances)
-            ]
-            distances = distances * quartiles[0] / np.maximum(quartiles[1], 1e-12)
-        return _rank_largest(distances, self.distances)
 
 
 def fit_label_transfer(
@@ -185,28 +121,8 @@ def fit_label_transfer(
     points = seen[rows]
     shares = _count_votes(points, keys, codes, names, settings, itself=rows)
     votes, confidence = _calibrate_votes(shares.max(1), shares.argmax(1) == codes[rows])
-    spread = _TypeSpread.fit(points, codes[rows], len(names))
-    distances = spread.measure_distances(points)
-    ordered = np.sort(distances, axis=0)
-    novelty = np.sort(_rank_largest(distances, ordered))
-    return LabelTransfer(
-        keys, codes, names, settings, spread, ordered, novelty, votes, confidence, is_calibrated
-    )
-
-
-def _rank_largest(distances: np.ndarray, ordered: np.ndarray) -> np.ndarray:
-    """The larger of the ranks that both distances (n, 2) have among ordered ones (m, 2).
-
-    Of two types one may be wide and the other narrow: the first distance misses what is new beside
-    a narrow type, and the second what is new within reach of a wide one. Beyond the largest ranks
-    grow on, so that the farthest cells keep their order.
-    """
-    ranks = [
-        np.searchsorted(ordered[:, column], distances[:, column]) / len(ordered)
-        + np.maximum(distances[:, column] / ordered[-1, column] - 1, 0)
-        for column in range(2)
-    ]
-    return np.asarray(np.maximum(*ranks))
+    scale = NoveltyScale.fit(points, codes[rows], len(names))
+    return LabelTransfer(keys, codes, names, settings, scale, votes, confidence, is_calibrated)
 
 
 def _count_votes(

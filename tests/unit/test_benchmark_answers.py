@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from tests.benchmarks.answers import imputation
-from tests.benchmarks.answers.__main__ import METHODS, OURS, Answers
+from tests.benchmarks.answers import imputation, transfer
+from tests.benchmarks.answers.__main__ import METHODS, OURS, TRANSFER, Answers
 
 
 def test_a_perfect_prediction_correlates_and_a_constant_does_not():
@@ -78,6 +78,7 @@ def test_bars_are_about_leads_and_coverage(tmp_path):
             },
         }
         for method in METHODS
+        if method != TRANSFER
         for fold in range(5)
         for name, directions in {
             "cbmc_cite": ("rna-adt", "adt-rna"),
@@ -85,9 +86,39 @@ def test_bars_are_about_leads_and_coverage(tmp_path):
             "snare_adbrain_8lib": ("rna-atac", "atac-rna"),
         }.items()
     ]
+    labels = {"calibration_error": 0.01, "at_kept": 0.9}
+    parts = dict.fromkeys(("joint", "rna", "adt"), labels)
+    records += [
+        {"method": TRANSFER, "data_set": "hao_mosaic", "fold": fold, "seed": 0, TRANSFER: parts}
+        for fold in range(5)
+    ]
     judged = {bar["name"]: bar for bar in benchmark.judge(records)}
+    errors = [name for name, bar in judged.items() if "calibration error" in name and bar["holds"]]
+    assert len(errors) == 3
     assert judged["cbmc_cite, rna-adt: correlation by protein minus that of knn"]["holds"]
     lead = judged["snare_adbrain_8lib, atac-rna: correlation by cell minus that of knn"]
     assert (lead["value"], lead["holds"]) == (0, False)
     assert sum("coverage" in name for name in judged) == 6
-    assert "imputed, rna-adt" in benchmark.tabulate(records)
+    table = benchmark.tabulate([record | {"wall_s": 1.0} for record in records])
+    assert "imputed, rna-adt" in table
+    assert "transfer, adt" in table
+
+
+def test_labels_are_scored_by_confidence_and_by_types_left_out():
+    rng = np.random.default_rng(0)
+    names = np.array(["a", "b", "c"])
+
+    def draw(n_cells: int, lacking: float) -> transfer.LabelledCells:
+        codes = rng.integers(3, size=n_cells)
+        z = 4 * np.eye(3, 6)[codes] + rng.normal(size=(n_cells, 6))
+        alone = np.where(rng.random(n_cells) < lacking, np.nan, 1.0)[:, None] * z
+        return transfer.LabelledCells({"joint": z, "rna": alone}, names[codes])
+
+    found = dict(transfer.score_transfer(draw(400, 0.2), draw(300, 0.0)))
+    joint = found["joint"]
+    assert joint["accuracy"] > 0.9
+    assert joint["calibration_error"] < 0.1
+    assert min(joint["auroc"], joint["unknown"], joint["at_kept"]) > 0.8
+    assert joint["kept"] == pytest.approx(0.9, abs=0.1)
+    sure = transfer.measure_calibration_error(np.array([0.9, 0.9, 1.0]), np.array([1, 1, 1.0]))
+    assert sure == pytest.approx(0.2 / 3)

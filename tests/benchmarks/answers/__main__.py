@@ -1,11 +1,11 @@
-"""How right are a trained model's answers about unseen cells? One modality imputed from another.
+"""How right are a trained model's answers about unseen cells? Values imputed, labels carried over.
 
 .venv/bin/python -m tests.benchmarks.answers --json OUT.json [--quick] [--sets ...] [--folds ...]
 
 Ours asks the models that `matching` trains.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import ClassVar
@@ -13,7 +13,7 @@ from typing import ClassVar
 import mudata as md
 
 from clue_dist.trained_run import load
-from tests.benchmarks.answers import imputation
+from tests.benchmarks.answers import imputation, transfer
 from tests.benchmarks.factors import views
 from tests.benchmarks.matching import Matching, judge_lead
 from tests.benchmarks.mosaic import PAIRED, ignore_warnings
@@ -21,37 +21,43 @@ from tests.benchmarks.report import Result
 from tests.benchmarks.runner import Case, Option, Run
 
 OURS = "imputed"  # by the model that `matching` calls ours
-METHODS = (OURS, *imputation.RIVALS)
+TRANSFER = "transfer"  # of labels, by the same model
+MODELLED = (OURS, TRANSFER)
+METHODS = (*MODELLED, *imputation.RIVALS)
 LARGE, SMALL = ("cbmc_cite", "snare_adbrain_8lib", "hao_mosaic"), "hao_mosaic"
 
 
 class Answers(Matching):
-    """Modalities imputed, scored against what was measured."""
+    """Modalities imputed and labels carried over, scored against what was measured."""
 
     name = "answers"
     options: ClassVar = {
         **Matching.cells,
         "sets": Option(list(LARGE), [SMALL], choices=PAIRED),
         "seeds": Option([0], [0]),
+        "methods": Option([*METHODS], [*METHODS], "imputed, transfer: ours", METHODS),
     }
-    columns = ("feature", "cell", "rmse", "coverage")
+    columns = ("feature", "cell", "rmse", "coverage", "accuracy", "calibration_error")
+    columns += ("auroc", "unknown", "kept", "at_kept")
 
     def list_cases(self) -> Iterator[Case]:
         args = self.args
-        for method, seed, fold, name in product(METHODS, args.seeds, args.folds, args.sets):
-            if method == OURS or seed == 0:
+        for method, seed, fold, name in product(args.methods, args.seeds, args.folds, args.sets):
+            if method in MODELLED or seed == 0:
                 yield method, name, fold, seed
 
     def list_inputs(self, method: str, data_set: str) -> tuple[Path | str, ...]:
         if method not in METHODS:
             return tuple(super().list_inputs(method, data_set))
         code = (Path(__file__).parent, Path(views.__file__))
-        trained = super().list_inputs("ours", data_set) if method == OURS else ()
+        trained = super().list_inputs("ours", data_set) if method in MODELLED else ()
         return self.digest_data(data_set), *code, *trained
 
     def measure(self, run: Run, folder: Path) -> Result:
         if run.method not in METHODS:
             return super().measure(run, folder)
+        if run.method == TRANSFER:
+            return {TRANSFER: self.carry_labels(run), "threads": self.args.threads}
         split, found = self.cut_split(run), {}
         with ignore_warnings():
             train, test = md.read(split.train), md.read(split.test)
@@ -68,6 +74,16 @@ class Answers(Matching):
                 found[f"{source}-{target}"] = scores
         return {"imputation": found, "threads": self.args.threads}
 
+    def carry_labels(self, run: Run) -> Result:
+        """Scores of labels, by what queries are seen through."""
+        split, model = self.cut_split(run), load(self.find_model(run))
+        with ignore_warnings():
+            reference, queries = (
+                transfer.LabelledCells.embed_with(model, md.read(part))
+                for part in (split.train, split.test)
+            )
+        return dict(transfer.score_transfer(reference, queries))
+
     def find_model(self, run: Run) -> Path:
         """The model of `matching`, trained unless it is kept."""
         args = self.args
@@ -80,28 +96,33 @@ class Answers(Matching):
         return {} if run.method in METHODS else super().score(run, folder)
 
     def describe(self, record: Result) -> str:
+        told = {"feature": "by feature", "cell": "by cell"}
+        told |= {"calibration_error": "calibration error", "unknown": "unknown", "kept": "kept"}
         return ", ".join(
-            f"{direction} {scores['feature']:.3f} by feature, {scores['cell']:.3f} by cell"
-            for direction, scores in record["imputation"].items()
+            " ".join(
+                [part, *(f"{scores[s]:.3f} {name}" for s, name in told.items() if s in scores)]
+            )
+            for part, scores in list_parts(record)
         )
 
     def tabulate(self, records: Sequence[Result]) -> str:
         rows = [
             record
-            | {"method": f"{record['method']}, {direction}"}
+            | {"method": f"{record['method']}, {part}"}
             | {column: scores.get(column) for column in self.columns}
             for record in records
-            for direction, scores in record["imputation"].items()
+            for part, scores in list_parts(record)
         ]
         return super().tabulate(rows)
 
     def judge(self, records: Sequence[Result]) -> Iterator[Result]:
-        """Leads of ours over kNN regression, and how much of what is measured intervals hold."""
+        """Leads of ours over kNN regression, coverage of intervals, and what labels are worth."""
         for key, bar in self.bars.items():
-            name, direction, score = key.split()[:3]
-            path = f"imputation.{direction}.{score}"
-            ours = self.average_seeds(records, OURS, name, path)
-            if score == "coverage":
+            name, part, score = key.split()[:3]
+            method, kind = (OURS, "imputation") if "-" in part else (TRANSFER, TRANSFER)
+            path = f"{kind}.{part}.{score}"
+            ours = self.average_seeds(records, method, name, path)
+            if score not in ("feature", "cell"):
                 yield bar.judge_mean(list(ours.values()))
             else:
                 rivals = {"knn": self.average_seeds(records, "knn", name, path)}
@@ -109,6 +130,11 @@ class Answers(Matching):
 
     def list_extras(self) -> Result:
         return {}
+
+
+def list_parts(record: Result) -> Iterable[tuple[str, Result]]:
+    """The scores of a record by direction, or by what queries are seen through."""
+    return (record.get("imputation") or record[TRANSFER]).items()
 
 
 if __name__ == "__main__":
