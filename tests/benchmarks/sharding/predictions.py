@@ -7,7 +7,7 @@ from statistics import median
 
 import pandas as pd
 
-from clue_dist.config import DecoderConfig
+from clue_dist.config import DecoderConfig, TrunkConfig
 from clue_dist.train.engine import LARGEST_BUCKET
 from tests.benchmarks.report import Result, format_table
 from tests.benchmarks.sharding.step_model import (
@@ -30,6 +30,8 @@ GPU = Machine("GPU, assumed", 1e14, 2e12, 4e10, latency_s=3e-5)
 LAUNCH_S = 5e-6
 GPU_RANKS, GPU_CELLS, ATLAS = (1, 8, 64), (64, 512), 10**8
 FEATURE_WEIGHTS = DecoderConfig().hidden + 2  # with its bias and dispersion
+# A feature's row of the projection, and its share of cells: every rank has them.
+FEATURE_BUFFERS = 4 * (TrunkConfig().projection + 1)
 LEFT_OUT = ("calls", "exchanged", "gflop", "operators", "touched_gb", "step_ms", "step_cpu_ms")
 
 
@@ -60,7 +62,7 @@ def tabulate_bytes(records: Sequence[Result]) -> str:
                 row["bytes a weight"] = count_held(int(stage), counted) / weights
                 # What a large model has: a full bucket, and weights that ZeRO-3 has gathered.
                 fixed = 4 * (LARGEST_BUCKET * (stage > "0") + LIVE_WEIGHTS * (stage == "3"))
-                held = row["bytes a weight"] * FEATURE_WEIGHTS
+                held = row["bytes a weight"] * FEATURE_WEIGHTS + FEATURE_BUFFERS
                 fixed += alone[record["data_set"]]["activations"]
                 row["million features"] = fit_features(GPU_MEMORY, fixed, held) / 1e6
             rows.append(row)
