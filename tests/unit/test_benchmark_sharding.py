@@ -138,12 +138,12 @@ def test_work_is_told_apart_from_infonce_by_two_numbers_of_ranks() -> None:
 def test_the_bar_is_about_two_ranks_and_twice_one() -> None:
     benchmark = Sharding(["--json", "x.json", "--repeats", "1"])
     one, two = make_record(1, 100.0), make_record(2, 105.0)
-    (bar,) = benchmark.judge([one, two])
-    assert (bar["value"], bar["holds"]) == (pytest.approx(100 / 105), True)
-    (bar,) = benchmark.judge([one])
-    assert bar["holds"] is None
-    (bar,) = benchmark.judge([])
-    assert bar["holds"] is None
+    two["stages"]["1"] = two["stages"]["1"] | {"step_cpu_ms": 125.0}
+    wall, cpu = benchmark.judge([one, two])
+    assert (wall["value"], wall["holds"]) == (pytest.approx(100 / 105), True)
+    assert (cpu["value"], cpu["holds"]) == (pytest.approx(0.8), False)
+    assert all(bar["holds"] is None for bar in benchmark.judge([one]))
+    assert all(bar["holds"] is None for bar in benchmark.judge([]))
 
 
 def test_a_rank_alone_in_fp32_has_one_case_of_each_size() -> None:

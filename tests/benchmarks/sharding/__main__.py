@@ -75,12 +75,12 @@ class Sharding(Benchmark):
 
     def judge(self, records: Sequence[Result]) -> Iterator[Result]:
         """Weak scaling: cells per second of two ranks over those of two times one."""
-        steps, value = predictions.select_steps(records), None
+        steps = predictions.select_steps(records)
         runs = [steps.get(ranks, []) for ranks in (1, 2)]
-        if self.args.steps and all(len(repeats) == self.args.repeats for repeats in runs):
-            one, two = (predictions.measure_step(repeats, 1) for repeats in runs)
-            value = one / two
-        yield self.bars["weak"].judge(value)
+        known = self.args.steps and all(len(r) == self.args.repeats for r in runs)
+        for clock, bar in self.bars.items():
+            times = [predictions.measure_step(r, 1, clock) for r in runs] if known else []
+            yield bar.judge(times[0] / times[1] if times else None)
 
 
 if __name__ == "__main__":
