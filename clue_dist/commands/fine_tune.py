@@ -52,11 +52,8 @@ def main() -> None:
         print_error("warning: --set counts only with --train all")
     trained_model = load_model(arguments.run)
     cells = open_cells(arguments.store, trained_model)
-    report = tune_batches(arguments.run, trained_model, cells, arguments.out)
-    print(
-        f"{len(report.names)} new batches of {report.n_cells:,} cells: profiles became "
-        f"{report.gain:.4g} nats likelier, z of every cell is what it was\n{arguments.out}"
-    )
+    tune_batches(arguments.run, trained_model, cells, arguments.out)
+    print(arguments.out)
 
 
 def plan_further_training(arguments: argparse.Namespace) -> argparse.Namespace:

@@ -107,11 +107,16 @@ def test_no_embedding_moves(trained_model: TrainedModel, new_store: Store) -> No
 
 
 def test_the_new_model_is_a_folder_like_any_other(
-    run: Path, trained_model: TrainedModel, new_store: Store, tmp_path: Path
+    run: Path,
+    trained_model: TrainedModel,
+    new_store: Store,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     report = tune_batches(
         run, trained_model, StoreCells(new_store, trained_model), tmp_path / "new"
     )
+    assert capsys.readouterr().out.startswith("2 new batches of ")  # in a notebook, too
     tuned = load_model(tmp_path / "new")
     assert tuned.batches[2:] == report.names
     assert read_model_card(tmp_path / "new").seen_cells == read_model_card(run).seen_cells
