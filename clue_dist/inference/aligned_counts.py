@@ -32,6 +32,7 @@ class AlignedCounts:
     feature_names: pd.Index  # (columns,)
     places: np.ndarray  # (columns,) int32, of each column among the model's features; -1: dropped
     modality: Modality  # the model's
+    other_layers: Sequence[str] = ()  # where the counts may lie instead, for messages
 
     @property
     def has_real_values(self) -> bool:
@@ -157,6 +158,8 @@ class AlignedCounts:
             fix = "a value is missing: fill in zeros where nothing was counted"
         elif is_count:
             fix = "give the raw counts, not normalised values: `layer=` names the layer with them"
+            if self.other_layers:
+                fix += f", of {list_names(self.other_layers)}"
         return DataError(
             rule,
             where=f"{self.where}, cell {self.cell_names[row]!r}, "

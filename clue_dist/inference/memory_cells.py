@@ -141,7 +141,8 @@ def _align_part(
     part: NamedCounts, name: str, trained_model: LoadedModel, choices: MemoryChoices
 ) -> AlignedCounts:
     """The counts of one part as the model takes them; warns of features that are missing."""
-    matrix, var, where = _choose_matrix(part, _choose_value(choices.layer, name), name)
+    layer = _choose_value(choices.layer, name)
+    matrix, var, where = _choose_matrix(part, layer, name)
     column = _choose_value(choices.feature_ids, name)
     names = name_columns(part.adata, var, column)
     modality = trained_model.modalities[name]
@@ -155,7 +156,8 @@ def _align_part(
         warn_of_cells(warning)
     if sp.issparse(matrix) and matrix.format != "csr":
         matrix = matrix.tocsr()  # which is read by rows, again and again
-    return AlignedCounts(where, matrix, part.adata.obs_names, var.index, places, modality)
+    others = [other for other in _list_layers(part.adata) if other != layer]
+    return AlignedCounts(where, matrix, part.adata.obs_names, var.index, places, modality, others)
 
 
 def _choose_value(given: str | Mapping[str, str] | None, name: str) -> str | None:
@@ -168,9 +170,7 @@ def _choose_matrix(
 ) -> tuple[Any, pd.DataFrame, str]:
     """The matrix with the raw counts, var of its columns, and what it is called in messages."""
     adata = part.adata
-    layers: dict[str, Any] = dict(adata.layers)
-    if adata.raw is not None:
-        layers["raw.X"] = adata.raw.X
+    layers = _list_layers(adata)
     if layer is None and adata.X is None and len(layers) == 1:
         layer = next(iter(layers))
     if layer in (None, "X") and adata.X is not None:
@@ -189,6 +189,12 @@ def _choose_matrix(
     if layer == "raw.X":
         return layers[layer], adata.raw.var, f"{part.where}, raw.X"
     return layers[layer], adata.var, f"{part.where}, layer {layer!r}"
+
+
+def _list_layers(adata: ad.AnnData) -> dict[str, Any]:
+    """List the matrices of an AnnData beside X, by name."""
+    raw = {} if adata.raw is None else {"raw.X": adata.raw.X}
+    return dict(adata.layers) | raw
 
 
 def _find_rows(source: ad.AnnData | md.MuData, adata: ad.AnnData) -> np.ndarray:

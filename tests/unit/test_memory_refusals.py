@@ -68,6 +68,15 @@ def test_a_value_that_is_no_count_is_refused_by_cell_and_feature(value):
         open_cells(table, LOADED)
 
 
+def test_layers_that_may_hold_the_counts_are_named():
+    table = make_table()
+    table.layers["counts"], table.raw = table.X.copy(), table
+    table.X = table.X * 0.5
+    with pytest.raises(DataError, match=r"names the layer with them, of counts, raw\.X"):
+        open_cells(table, LOADED)
+    np.testing.assert_array_equal(read_all(table, layer="counts")["rna"], make_table().X.toarray())
+
+
 def test_a_mudata_names_its_modalities_itself():
     mdata = md.MuData({name: make_table(name) for name in ("rna", "adt")})
     with pytest.raises(DataError, match=r'MuData with rna, adt(.|\n)*`modalities=\["rna"\]`'):
