@@ -44,6 +44,20 @@ class SparseCounts:
         """Total counts of each cell, (n,)."""
         return self.sum_rows(self.values)
 
+    def replace_values(self, values: Tensor, has_zeros: bool | None = None) -> SparseCounts:
+        """The same layout with other values, (nnz,): the row of each stays known.
+
+        Args:
+            values: the values.
+            has_zeros: whether some of them are 0; by default as before.
+        """
+        same = replace(
+            self, values=values, has_zeros=self.has_zeros if has_zeros is None else has_zeros
+        )
+        if "entry_rows" in self.__dict__:
+            same.__dict__["entry_rows"] = self.entry_rows
+        return same
+
     def count_detected(self) -> Tensor:
         """How many features each cell has, (n,)."""
         if self.has_zeros:

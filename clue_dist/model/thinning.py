@@ -6,8 +6,6 @@ each time without another random part of them, they learn what the cell's region
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -37,7 +35,7 @@ def hide_entries(counts: Counts, most: float, key: Tensor) -> Counts:
         return counts * _find_shown(key[:, None], feature, share[:, None]).to(counts.dtype)
     row = counts.entry_rows
     shown = _find_shown(key.index_select(0, row), counts.indices, share.index_select(0, row))
-    return replace(counts, values=counts.values * shown, has_zeros=True)
+    return counts.replace_values(counts.values * shown, has_zeros=True)
 
 
 def _find_shown(key: Tensor, feature: Tensor, share: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +40,7 @@ def normalise_counts(counts: Counts, method: str, idf: Tensor | None = None) -> 
         x = x * scale.index_select(0, counts.entry_rows)
     if method in ("log_cp10k", "tfidf", "log"):
         x = torch.log1p(x)
-    return replace(counts, values=x)
+    return counts.replace_values(x)
 
 
 def _normalise_dense(x: Tensor, method: str, idf: Tensor | None) -> Tensor:

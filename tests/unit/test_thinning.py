@@ -14,7 +14,7 @@ from clue_dist.data.batch import SparseCounts, compute_library_size
 from clue_dist.model.modality_spec import specify_modalities
 from clue_dist.model.noise import Noise
 from clue_dist.model.thinning import hide_entries
-from clue_dist.model.trunk import compute_size_inputs
+from clue_dist.model.trunk import compute_size_inputs, normalise_counts
 from clue_dist.store.manifest import Modality
 from tests.unit.model_helpers import small_model
 
@@ -60,6 +60,13 @@ def test_entries_are_hidden_independently_of_feature_cell_and_step() -> None:
     centred = hidden.float() - hidden.float().mean(1, keepdim=True)
     for first, second in ((centred[:, 1:], centred[:, :-1]), (centred[1:], centred[:-1])):
         assert float((first * second).mean()) == pytest.approx(0, abs=0.01)
+
+
+def test_rows_of_entries_are_worked_out_once_for_what_is_shown_and_scored() -> None:
+    counts = SparseCounts(*map(torch.tensor, ([0, 2, 3], [0, 1, 1], [1.0, 2.0, 1.0])), 2)
+    shown = hide_entries(counts, 0.5, torch.tensor([3, 4]))
+    assert shown.entry_rows is counts.entry_rows
+    assert normalise_counts(shown, "log_cp10k").entry_rows is counts.entry_rows
 
 
 def test_a_dense_profile_hides_what_a_sparse_one_hides() -> None:
