@@ -127,19 +127,16 @@ class PosteriorEncoder(nn.Module):
         coordinates = None
         if self.space.is_fitted:
             coordinates = self.space.project_expert(aligned.flatten(1), source)
-            aligned = self._pad_coordinates(self.space.weigh_directions(coordinates))
-        shown = torch.zeros_like(private)
-        shown[:, source] = self.private_scale * private[:, source]
-        latent = torch.cat([aligned, shown], -1).flatten(1)
+            aligned = self._show_coordinates(coordinates)
+        latent = torch.cat([aligned, self._show_private(private, source)], -1).flatten(1)
         variance = None
         if log_var is not None:
             variance = self._show_lone_variance(mean, log_var, source, coordinates)
-        joint, *variances = (
-            values.new_empty(batch.n_cells, values.shape[1]).index_copy_(0, rows, values)
-            for values in (latent, variance)
-            if values is not None
-        )
-        return joint, {name: latent} if per_modality else {}, variances[0] if variances else None
+        empty = latent.new_full((batch.n_cells, latent.shape[1]), torch.nan)
+        if variance is not None:
+            variance = empty.index_copy(0, rows, variance)
+        joint = empty.index_copy(0, rows, latent)
+        return joint, {name: latent} if per_modality else {}, variance
 
     def _show_lone_variance(
         self, mean: Tensor, log_var: Tensor, source: int, coordinates: Tensor | None
@@ -166,21 +163,29 @@ class PosteriorEncoder(nn.Module):
         self, batch: Batch, posterior: Posterior, per_modality: bool = True
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Read off a batch's posterior what `embed_batch` gives."""
-        a, k = self.n_aligned, len(self.modalities)
-        experts, joint = posterior.mean[..., :a], posterior.joint_mean[..., :a]
-        if self.space.is_fitted:
-            experts, joint = self._place_in_space(batch, posterior)
-        private_scale = self.private_scale
-        private = private_scale * posterior.joint_mean[..., a:]
+        return self._show_latents(batch, posterior, self._project_experts(posterior), per_modality)
+
+    def _show_latents(
+        self,
+        batch: Batch,
+        posterior: Posterior,
+        projected: tuple[Tensor, Tensor] | None,
+        per_modality: bool,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Do as `read_latents` does, given what `_project_experts` gives."""
+        a, joint = self.n_aligned, posterior.joint_mean[..., : self.n_aligned]
+        if projected is not None:
+            joint = self._show_coordinates(self.space.join_experts(*projected, batch.observed))
         alone = {}
-        for source, name in enumerate(self.modalities):
-            if per_modality and name in batch.modalities:
+        for source, name in enumerate(self.modalities if per_modality else ()):
+            if name in batch.modalities:
                 rows = batch.modalities[name].rows
-                private_of_source = private[rows].new_zeros(len(rows), k, self.n_private)
-                private_of_source[:, source] = (
-                    private_scale * posterior.mean[rows, source, source, a:]
-                )
-                alone[name] = torch.cat([experts[rows, source], private_of_source], -1).flatten(1)
+                aligned, private = posterior.mean[rows, source].split([a, self.n_private], -1)
+                if projected is not None:
+                    aligned = self._show_coordinates(projected[0][rows, source])
+                shown = self._show_private(private, source)
+                alone[name] = torch.cat([aligned, shown], -1).flatten(1)
+        private = self.private_scale * posterior.joint_mean[..., a:]
         return torch.cat([joint, private], -1).flatten(1), alone
 
     @torch.no_grad()
@@ -202,30 +207,32 @@ class PosteriorEncoder(nn.Module):
         posterior = self.encode_batch(batch)
         a = self.n_aligned
         aligned, private = posterior.joint_log_var.exp().split([a, self.n_private], -1)
-        if self.space.is_fitted:
-            coordinates, variance = self.space.project_experts(
-                posterior.mean[..., :a].flatten(2), posterior.log_var[..., :a].flatten(2)
-            )
-            of_joint = self.space.estimate_variance(coordinates, variance, batch.observed)
-            aligned = self._pad_coordinates(of_joint)
+        projected = self._project_experts(posterior)
+        if projected is not None:
+            spread = self.space.estimate_variance(*projected, batch.observed)
+            aligned = self._pad_coordinates(spread)
         shown = torch.cat([aligned, private * self.private_scale**2], -1).flatten(1)
-        return *self.read_latents(batch, posterior, per_modality), shown
+        return *self._show_latents(batch, posterior, projected, per_modality), shown
 
-    def _place_in_space(self, batch: Batch, posterior: Posterior) -> tuple[Tensor, Tensor]:
-        """Coordinates in the common space, with 0 beyond its directions.
+    def _project_experts(self, posterior: Posterior) -> tuple[Tensor, Tensor] | None:
+        """Coordinates of the experts and their variances, (B, K source, R) each.
 
-        Returns:
-            Of each modality alone, (B, K source, K, a), and of everything observed, (B, K, a).
+        None where no common space is fitted.
         """
-        a = self.n_aligned
-        coordinates, variance = self.space.project_experts(
-            posterior.mean[..., :a].flatten(2), posterior.log_var[..., :a].flatten(2)
-        )
-        joint = self.space.join_experts(coordinates, variance, batch.observed)
-        return (
-            self._pad_coordinates(self.space.weigh_directions(coordinates)),
-            self._pad_coordinates(self.space.weigh_directions(joint)),
-        )
+        if not self.space.is_fitted:
+            return None
+        aligned = (values[..., : self.n_aligned].flatten(2) for values in posterior[:2])
+        return self.space.project_experts(*aligned)
+
+    def _show_private(self, private: Tensor, source: int) -> Tensor:
+        """Private dimensions (n, K, .) as shown where one modality was read: small, others 0."""
+        shown = torch.zeros_like(private)
+        shown[:, source] = self.private_scale * private[:, source]
+        return shown
+
+    def _show_coordinates(self, coordinates: Tensor) -> Tensor:
+        """Coordinates as embeddings show them, of length 1: (..., R) -> (..., K, a)."""
+        return self._pad_coordinates(self.space.weigh_directions(coordinates))
 
     def _pad_coordinates(self, coordinates: Tensor) -> Tensor:
         """(..., R) -> (..., K, a), 0 beyond the directions of the common space."""
