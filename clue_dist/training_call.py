@@ -16,13 +16,15 @@ import mudata as md
 
 from clue_dist import config_file
 from clue_dist.config import Config
-from clue_dist.errors import STOPPED
+from clue_dist.errors import STOPPED, list_names
 from clue_dist.files import parse_path
-from clue_dist.process import print_line
+from clue_dist.process import print_error, print_line
 from clue_dist.ranks import Ranks
 from clue_dist.store.layout import MANIFEST
 from clue_dist.store.reader import Store
 
+# What `fit` is told of a conversion: arguments that count for nothing of a store.
+_READING_ARGUMENTS = ("batch_key", "label_key", "layer", "feature_ids", "modality", "kinds")
 TrainingData: TypeAlias = ad.AnnData | md.MuData | Store | str | Path | Sequence[str | Path]
 T = TypeVar("T")
 
@@ -119,6 +121,12 @@ def _find_store(data: TrainingData, request: Any, run: Path) -> str:
     """Where the store to train on lies; cells that are in none are converted first."""
     place = find_store_path(data)
     if place is not None:
+        given = [name for name in _READING_ARGUMENTS if getattr(request, name)]
+        if given:
+            print_error(
+                f"warning: {list_names(given)} counts for nothing: {place} is a store, whose "
+                "conversion has read the cells already"
+            )
         return place
 
     from data_prep.from_python import convert_cells

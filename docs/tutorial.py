@@ -176,12 +176,12 @@ draw_groups(right, places, labels["label"], "transferred from RNA to proteins")
 # %% [markdown]
 # ## How good is the model?
 #
-# `evaluate` scores cells that the model has not seen, and `report` writes a page with pictures
-# about the run. [The glossary](glossary.md#of-scores) explains the scores.
+# `evaluate` scores cells that the model has not seen, and `report` writes a page with them and with
+# pictures about the run. [The glossary](glossary.md#of-scores) explains the scores.
 
 # %%
 scores = run.evaluate("data/pbmc/test.h5mu")
-report = run.report()
+report = run.report(scores=scores)
 print(report)
 
 # %% [markdown]

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from clue_dist import comparison_methods, trained_run
+from clue_dist import comparison_methods, trained_run, training_call
 from clue_dist.api import Run
 from clue_dist.errors import ConfigError, DataError
 from clue_dist.inference import output_files, report
@@ -159,3 +159,14 @@ def test_parquet_is_refused_where_nothing_writes_it(
         check(tmp_path / "labels.parquet", [".csv.gz", ".parquet"])
     monkeypatch.setattr(output_files, "find_spec", {"pyarrow": object()}.get)
     check(tmp_path / "labels.parquet", [".csv.gz", ".parquet"])
+
+
+def test_what_counts_for_nothing_of_a_store_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "manifest.json").touch()
+    for request in (ConversionRequest(), ConversionRequest(flags=["--features-from", "runs/a"])):
+        assert training_call._find_store(tmp_path, request, tmp_path / "run") == str(tmp_path)
+        assert capsys.readouterr().err == ""
+    training_call._find_store(tmp_path, ConversionRequest("donor", layer="counts"), tmp_path)
+    assert "warning: batch_key, layer counts for nothing" in capsys.readouterr().err
