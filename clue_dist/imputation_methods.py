@@ -20,7 +20,7 @@ from clue_dist.inference.embed import check_embedding_path
 from clue_dist.inference.imputation_question import ImputationChoices
 from clue_dist.inference.impute import FORMATS, impute_cells, write_imputation
 from clue_dist.inference.load_model import TrainedModel
-from clue_dist.ranks import Ranks
+from clue_dist.ranks import Ranks, run_on_first_rank
 
 
 class ImputationMethods:
@@ -186,5 +186,5 @@ class ImputationMethods:
         )
         tables = compare_groups(self.trained_model, opened, choices)
         if path is not None:
-            write_differences(tables, path)
+            run_on_first_rank(lambda: write_differences(tables, path))
         return tables

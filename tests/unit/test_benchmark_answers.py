@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import anndata as ad
 import mudata as md
 import numpy as np
@@ -9,8 +11,8 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from tests.benchmarks.answers import imputation, transfer
-from tests.benchmarks.answers.__main__ import METHODS, OURS, TRANSFER, Answers
+from tests.benchmarks.answers import imputation, markers, transfer
+from tests.benchmarks.answers.__main__ import MARKERS, METHODS, OURS, TRANSFER, Answers
 
 
 def test_a_perfect_prediction_correlates_and_a_constant_does_not():
@@ -78,7 +80,7 @@ def test_bars_are_about_leads_and_coverage(tmp_path):
             },
         }
         for method in METHODS
-        if method != TRANSFER
+        if method not in (TRANSFER, MARKERS)
         for fold in range(5)
         for name, directions in {
             "cbmc_cite": ("rna-adt", "adt-rna"),
@@ -122,3 +124,24 @@ def test_labels_are_scored_by_confidence_and_by_types_left_out():
     assert joint["kept"] == pytest.approx(0.9, abs=0.1)
     sure = transfer.measure_calibration_error(np.array([0.9, 0.9, 1.0]), np.array([1, 1, 1.0]))
     assert sure == pytest.approx(0.2 / 3)
+
+
+def test_markers_are_compared_with_a_t_test(cells):
+    labels = np.repeat(["a", "b"], [70, 70])
+    tables = {m: cells[m][cells["adt"].obs_names].copy() for m in ("rna", "adt")}
+    for table in tables.values():
+        table.obs["cell_type"] = labels
+        counts = table.X.toarray()
+        counts[:70, 0] += 40
+        table.X = sp.csr_matrix(counts)
+    both = md.MuData(tables)
+
+    def rank_first_feature(cells, *, groups, modality, **choices):
+        return {name: pd.DataFrame(index=cells[modality].var_names) for name in groups}
+
+    run = SimpleNamespace(differential=rank_first_feature)
+    found = dict(markers.score_markers(run, both))
+    assert (found["rna"]["first"], found["rna"]["types"]) == (15, 2)
+    assert 0 < found["rna"]["overlap"] < 1
+    values = imputation.log_normalise(tables["rna"].X)
+    assert markers.rank_features(values, labels == "a")[0] == 0

@@ -13,7 +13,7 @@ from typing import ClassVar
 import mudata as md
 
 from clue_dist.trained_run import load
-from tests.benchmarks.answers import imputation, transfer
+from tests.benchmarks.answers import imputation, markers, transfer
 from tests.benchmarks.factors import views
 from tests.benchmarks.matching import Matching, judge_lead
 from tests.benchmarks.mosaic import PAIRED, ignore_warnings
@@ -22,7 +22,8 @@ from tests.benchmarks.runner import Case, Option, Run
 
 OURS = "imputed"  # by the model that `matching` calls ours
 TRANSFER = "transfer"  # of labels, by the same model
-MODELLED = (OURS, TRANSFER)
+MARKERS = "markers"  # of cell types, by the same model
+MODELLED = (OURS, TRANSFER, MARKERS)
 METHODS = (*MODELLED, *imputation.RIVALS)
 LARGE, SMALL = ("cbmc_cite", "snare_adbrain_8lib", "hao_mosaic"), "hao_mosaic"
 
@@ -35,10 +36,10 @@ class Answers(Matching):
         **Matching.cells,
         "sets": Option(list(LARGE), [SMALL], choices=PAIRED),
         "seeds": Option([0], [0]),
-        "methods": Option([*METHODS], [*METHODS], "imputed, transfer: ours", METHODS),
+        "methods": Option([*METHODS], [*METHODS], "imputed, transfer, markers: ours", METHODS),
     }
     columns = ("feature", "cell", "rmse", "coverage", "accuracy", "calibration_error")
-    columns += ("auroc", "unknown", "kept", "at_kept")
+    columns += ("auroc", "unknown", "kept", "at_kept", "overlap")
 
     def list_cases(self) -> Iterator[Case]:
         args = self.args
@@ -58,6 +59,11 @@ class Answers(Matching):
             return super().measure(run, folder)
         if run.method == TRANSFER:
             return {TRANSFER: self.carry_labels(run), "threads": self.args.threads}
+        if run.method == MARKERS:
+            with ignore_warnings():
+                cells = md.read(self.cut_split(run).test)
+                overlap = dict(markers.score_markers(load(self.find_model(run)), cells))
+            return {MARKERS: overlap, "threads": self.args.threads}
         split, found = self.cut_split(run), {}
         with ignore_warnings():
             train, test = md.read(split.train), md.read(split.test)
@@ -98,6 +104,7 @@ class Answers(Matching):
     def describe(self, record: Result) -> str:
         told = {"feature": "by feature", "cell": "by cell"}
         told |= {"calibration_error": "calibration error", "unknown": "unknown", "kept": "kept"}
+        told |= {"overlap": "of the first features shared"}
         return ", ".join(
             " ".join(
                 [part, *(f"{scores[s]:.3f} {name}" for s, name in told.items() if s in scores)]
@@ -134,7 +141,8 @@ class Answers(Matching):
 
 def list_parts(record: Result) -> Iterable[tuple[str, Result]]:
     """The scores of a record by direction, or by what queries are seen through."""
-    return (record.get("imputation") or record[TRANSFER]).items()
+    found = next(record[kind] for kind in ("imputation", TRANSFER, MARKERS) if kind in record)
+    return found.items()
 
 
 if __name__ == "__main__":
