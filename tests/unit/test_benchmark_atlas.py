@@ -3,13 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from clue_dist.store.manifest import Manifest
+from clue_dist.store.reader import Store
 from tests.benchmarks import cells
 from tests.benchmarks.atlas import __main__ as atlas
 from tests.benchmarks.atlas import probe
 from tests.benchmarks.atlas.__main__ import Atlas
+from tests.benchmarks.atlas.enlarge import enlarge_store
 from tests.benchmarks.stores import plan_evenly
 from tests.stores import make_store
 
@@ -38,6 +41,26 @@ def test_the_manifest_of_many_cells_is_a_manifest(tmp_path: Path) -> None:
     assert len(many.shards) > 20 * len(store.manifest.shards)
     many.write(tmp_path)
     assert Manifest.read(tmp_path).n_cells == 15_000
+
+
+def test_an_enlarged_store_has_the_shards_of_the_small_one_over_and_over(tmp_path: Path) -> None:
+    cells = {"rna+adt": 600, "rna": 500}
+    small = make_store(tmp_path / "s.zarr", cells=cells)
+    shard_cells = next(iter(small.manifest.strata.values())).shard_blocks * 16
+    n_full = cells["rna"] // shard_cells
+    enlarge_store(tmp_path / "s.zarr", 3_300, tmp_path / "many.zarr")
+    many = Store(tmp_path / "many.zarr")
+    assert many.manifest.n_cells == 3_300
+    assert many.manifest.lists_every_shard()
+    positions = np.arange(1_500)
+    origins = positions % (n_full * shard_cells)
+    for name in cells:
+        found, expected = (
+            store.segments[name].read_rows("rna", rows)
+            for store, rows in ((many, positions), (small, origins))
+        )
+        for field in ("data", "indices", "indptr"):
+            np.testing.assert_array_equal(getattr(found, field), getattr(expected, field))
 
 
 def test_the_plan_takes_as_many_cells_of_every_stratum(tmp_path: Path) -> None:

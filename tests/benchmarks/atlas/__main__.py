@@ -15,6 +15,7 @@ from typing import ClassVar
 import numpy as np
 
 from tests.benchmarks import cells, stores
+from tests.benchmarks.atlas.enlarge import enlarge_store
 from tests.benchmarks.cells import Shape
 from tests.benchmarks.command_cost import read_children_cpu, read_training
 from tests.benchmarks.commands import read_last_json, run_command
@@ -80,8 +81,7 @@ class Atlas(StoreBenchmark):
         `cells_per_s` of training is of its steps alone.
         """
         size, log, threads = int(run.data_set), folder / "log.txt", self.args.threads
-        converted = Run("convert", run.data_set, 0, 0, self.digest("convert", run.data_set))
-        kept = converted.folder(self.args.work) / STORE
+        kept = self.find_store(run.data_set)
         if run.method == "stream":
             seconds = ("--seconds", "1", "--warm", "0.5") if self.args.quick else ()
             probe = [sys.executable, "-m", "tests.benchmarks.atlas.probe", kept, *seconds]
@@ -91,6 +91,9 @@ class Atlas(StoreBenchmark):
         if run.method == "convert":
             words = self.list_conversion(size, folder / STORE)
         if run.method == "train":
+            if not kept.exists():  # no conversion of so many cells was asked for
+                small, kept = self.find_store(str(min(self.args.cells))), folder / STORE
+                enlarge_store(small, size, kept)
             words = self.list_training(size, kept, folder / RUN)
         before = read_children_cpu()
         with stores.watch_children() as peak:
@@ -100,6 +103,11 @@ class Atlas(StoreBenchmark):
             shutil.rmtree(folder / STORE)
         found = {"seconds": took, "cpu_s": cpu, "anon_mib": peak[0], "cells_per_s": size / took}
         return found | (read_training(folder / RUN) if run.method == "train" else {})
+
+    def find_store(self, data_set: str) -> Path:
+        """Find the store of a size, the first that was converted."""
+        run = Run("convert", data_set, 0, 0, self.digest("convert", data_set))
+        return run.folder(self.args.work) / STORE
 
     def list_training(self, size: int, store: Path, run: Path) -> list[str | Path]:
         """Train for as many steps on any number of cells, on batches of one size."""
