@@ -2,7 +2,7 @@
 
 import argparse
 import gc
-import os
+import json
 import subprocess
 import sys
 import time
@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 import anndata as ad
+import boto3
 import numcodecs.blosc
 import numpy as np
 import psutil
@@ -28,11 +29,19 @@ from tests.benchmarks.peers import measure
 from tests.benchmarks.report import Result
 from tests.benchmarks.runner import Run
 from tests.benchmarks.streaming import __main__ as streaming
-from tests.benchmarks.streaming import probe
+from tests.benchmarks.streaming import gets, probe
 from tests.benchmarks.streaming.__main__ import Streaming
+from tests.s3 import serve
 from tests.stores import make_store
 
-MEASURES = ("cells_per_s", "cells_per_cpu_s", "nonzeros_per_s", "anon_mib", "bytes_per_nonzero")
+MEASURES = (
+    "cells_per_s",
+    "cells_per_cpu_s",
+    "plain_cells_per_s",
+    "nonzeros_per_s",
+    "anon_mib",
+    "bytes_per_nonzero",
+)
 SMALL = Shape("rna", 600, 300, 40, binary=False)
 
 # --- the cells ---
@@ -263,16 +272,31 @@ def test_how_often_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(done) == [0, 0, 1, 1]
 
 
-def test_a_store_on_s3_is_measured_like_one_in_a_folder(
+def test_a_store_on_s3_is_measured_beside_plain_gets(
     store: Store, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     assert isinstance(store.root, Path)
-    words = ["--window", str(probe.LANES * 16), "--batch", "32", "--seconds", "0.1", "--warm", "0"]
-    with streaming.upload_store(store.root) as url:
-        monkeypatch.setattr(sys, "argv", ["probe", url, "csr", *words])
+    limits = ["--batch", "32", "--seconds", "0.1", "--warm", "0"]
+    with serve() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        url = server.upload(store.root, "store")
+        words = ["probe", url, "csr", "--window", str(probe.LANES * 16), *limits]
+        monkeypatch.setattr(sys, "argv", words)
         probe.main()
-    assert '"cells_per_s": ' in capsys.readouterr().out
-    assert "AWS_ENDPOINT_URL" not in os.environ
+        monkeypatch.setattr(sys, "argv", ["gets", url, *limits])
+        gets.main()
+        asked: list[gets.ByteRange] = []
+        ranges = list(gets.list_ranges(Store(url), boto3.client("s3")))
+        monkeypatch.setattr(gets, "get_bytes", lambda wanted, thread: asked.append(wanted) or 8)
+        next(gets.count_cells(store, ranges))
+    ours, plain = capsys.readouterr().out.splitlines()
+    assert json.loads(ours)["cells_per_s"] > 0 < json.loads(plain)["cells_per_s"]
+    files = [store.root / spec.path for spec in store.manifest.specify_arrays(*store.segments)]
+    stored = [f for path in files if path.name in ("codes", "rest") for f in path.rglob("c/*/*")]
+    wanted = sum(last + 1 - first for _, first, last in ranges)
+    assert 0 < wanted < sum(file.stat().st_size for file in stored)
+    assert sorted(asked) == sorted(ranges)
 
 
 # --- what is told ---

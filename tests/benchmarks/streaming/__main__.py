@@ -5,20 +5,17 @@
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import ClassVar
-
-import pytest
 
 from tests.benchmarks import cells, stores
 from tests.benchmarks.commands import read_last_json, read_pins, run_command
 from tests.benchmarks.report import Result, find_median
 from tests.benchmarks.runner import Case, Option, Run
 from tests.benchmarks.stores import METHODS, StoreBenchmark
-from tests.s3 import serve
+from tests.benchmarks.streaming.s3_server import serve_store
 
 BATCH = 512
 STEP_MS = 2.0
@@ -108,17 +105,32 @@ class Streaming(StoreBenchmark):
         limits |= {"warm": args.seconds / 3, "step-ms": step}
         words = [f"--{name}={value}" for name, value in limits.items()]
         if method == "ours":
-            kind = "csr" if measure in ("step", "large", "s3") else measure
-            probe = [sys.executable, "-m", "tests.benchmarks.streaming.probe"]
-            with upload_store(place) if measure == "s3" else nullcontext(place) as source:
-                command = [*probe, source, kind, "--window", str(args.window), *words]
-                run_command(command, log, args.threads)
-            return read_last_json(log)
+            if measure == "s3":
+                return self.measure_s3(place, words, folder)
+            kind = "csr" if measure in ("step", "large") else measure
+            return self.probe_store(place, kind, words, log)
         setting = self.choose_setting(run, measure)
         words += [f"--{name}={value}" for name, value in setting.items()]
         words += ["--dense"] if measure == "dense" else []
         run_command([*self.list_peer(method, place), *words], log, args.threads)
         return read_last_json(log) | setting
+
+    def probe_store(self, place: Path | str, kind: str, words: Sequence[str], log: Path) -> Result:
+        """What our probe measures of a store."""
+        probe = [sys.executable, "-m", "tests.benchmarks.streaming.probe", place, kind]
+        run_command([*probe, "--window", str(self.args.window), *words], log, self.args.threads)
+        return read_last_json(log)
+
+    def measure_s3(self, store: Path, words: Sequence[str], folder: Path) -> Result:
+        """CSR batches out of an S3 server, then plain GETs of the same bytes."""
+        args, log = self.args, folder / "log.txt"
+        gets = [sys.executable, "-m", "tests.benchmarks.streaming.gets"]
+        with serve_store(store, args.work, folder, args.threads) as url:
+            found = self.probe_store(url, "csr", words, log)
+            run_command([*gets, url, *words], log, args.threads)
+        plain = read_last_json(log)
+        rates = ("cells_per_s", "cells_per_cpu_s")
+        return found | {f"plain_{rate}": plain[rate] for rate in rates}
 
     def choose_setting(self, run: Run, measure: str) -> Setting:
         """The setting that a run of a peer tries, or the fastest of all tried on the data set."""
@@ -148,15 +160,6 @@ class Streaming(StoreBenchmark):
                 yield bar.judge(compare_methods(records, name, what, least))
 
 
-@contextmanager
-def upload_store(store: Path) -> Iterator[str]:
-    """The URL of a copy of the store on a server that the commands of this process find."""
-    with serve() as server, pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment.items():
-            patch.setenv(name, value)
-        yield server.upload(store, "store")
-
-
 def compare_methods(records: Sequence[Result], name: str, what: str, least: int = 1) -> float:
     """What is ours to what is annbatch's: cells/s of a measure, or bytes per non-zero."""
     disk = what == "disk"
@@ -183,6 +186,8 @@ def list_ratios(records: Sequence[Result], name: str) -> Iterator[tuple[str, flo
     shape, median = cells.SHAPES[name], partial(find_median, records, data_set=name)
     for what in ("disk", *PAIRED[name], *ALONE[name]):
         yield f"{what}, ours to {PEER.get(what, 'annbatch')}", compare_methods(records, name, what)
+    served = {"path": "plain_cells_per_s", "method": "ours-s3"}
+    yield "s3, share of plain GETs", median("cells_per_s", method="ours-s3") / median(**served)
     which = "large" if "large" in ALONE[name] else "csr"
     entries = median("nonzeros_per_s", method=f"ours-{which}")
     yield f"{which}, share of decode", entries / median("nonzeros_per_s", method="ours-decode")
