@@ -85,9 +85,14 @@ class ReferenceRanks:
         return cls(ordered, np.sort(_rank_largest(distances, ordered)))
 
     def rank_distances(self, distances: np.ndarray) -> np.ndarray:
-        """Rank distances (n, 2): the share of the reference with smaller ones, (n,)."""
+        """Rank distances (n, 2): the share of the reference with smaller ones, (n,).
+
+        It stays below 1, and cells beyond all of the reference keep their order.
+        """
         largest = _rank_largest(distances, self.distances)
-        return np.asarray(np.searchsorted(self.largest, largest) / len(self.largest))
+        beyond = np.maximum(largest / max(self.largest[-1], 1e-12) - 1, 0)
+        n_smaller = np.searchsorted(self.largest, largest)
+        return np.asarray((n_smaller + beyond / (1 + beyond)) / (len(self.largest) + 1))
 
 
 @dataclass(frozen=True, eq=False)

@@ -58,3 +58,11 @@ def test_a_reference_of_two_cells_and_no_queries_are_possible() -> None:
     scale = NoveltyScale.fit(torch.eye(2, dtype=torch.float64), np.array([0, 1]), 2)
     assert scale.measure_novelty(np.empty((0, 2))).shape == (0,)
     assert scale.measure_novelty(np.eye(2)).shape == (2,)
+
+
+def test_cells_beyond_all_of_the_reference_keep_their_order() -> None:
+    far = np.zeros((6, 20))
+    far[:, 0] = [50, 100, 200, 400, 800, 1_600]
+    found = fit_without_last(400).measure_novelty(far)
+    assert (np.diff(found) > 0).all()
+    assert 0.99 < found[0] < found[-1] < 1
