@@ -53,11 +53,11 @@ def follow_kept_config(config: Config, kept: Config) -> Config:
 
 
 def _fill_left_out(config: Config, values: Mapping[str, float]) -> Config:
-    """Set settings by dotted path, of those that the config does not name."""
+    """Set settings by dotted path, of those that the config does not name or leaves at "auto"."""
     for key, value in values.items():
         name, field = key.split(".")
         group = getattr(config, name)
-        if field not in group.model_fields_set:
+        if field not in group.model_fields_set or getattr(group, field) == "auto":
             config = config.model_copy(update={name: group.model_copy(update={field: value})})
     return config
 

@@ -22,7 +22,7 @@ import anndata as ad
 from safetensors.torch import save_file
 from torch import Tensor
 
-from clue_dist import config_file
+from clue_dist.checkpoint.kept_config import load_kept_config
 from clue_dist.checkpoint.metrics_lines import find_validation
 from clue_dist.checkpoint.model_card import ModelCard, read_model_card
 from clue_dist.checkpoint.run_folder import (
@@ -91,7 +91,7 @@ def export_run(
         StoreError: the disk is full, or refuses to be written.
     """
     check_model_folder(out)
-    card, config = read_model_card(run), config_file.load_config(run / "config.json")
+    card, config = read_model_card(run), load_kept_config(run)
     folder = require_weights(run, checkpoint)
     if problem := find_damage(folder):
         raise ResumeError("the weights are damaged", where=folder, got=problem)

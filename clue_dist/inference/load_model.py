@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from clue_dist import config_file
+from clue_dist.checkpoint.kept_config import load_kept_config
 from clue_dist.checkpoint.model_card import ModelCard, read_model_card
 from clue_dist.checkpoint.run_folder import (
     find_damage,
@@ -157,7 +157,7 @@ def load_model(run: Path, checkpoint: str = "best") -> TrainedModel:
         ConfigError: config.json is damaged.
     """
     card = read_model_card(run)
-    config = config_file.load_config(run / "config.json")
+    config = load_kept_config(run)
     folder = require_weights(run, checkpoint)
     problem = find_damage(folder)
     if problem:

@@ -134,18 +134,18 @@ def list_space_facts(result: Mapping[str, Any]) -> list[str]:
 
 def list_joint_scores(joint: Mapping[str, Any]) -> list[tuple[str, float | None]]:
     """List the numbers that say how the joint z mixes and keeps apart, by title."""
-    titles = JOINT_TITLES | {"ilisi": JOINT_TITLES["ilisi"] + _name_left_out(joint)}
+    titles = JOINT_TITLES | {"ilisi": JOINT_TITLES["ilisi"] + _name_left_out(joint, "batch")}
     scores = [(title, joint[name]) for name, title in titles.items() if name in joint]
     for covariate, entry in joint.get("covariates", {}).items():
-        scores.append((f"iLISI of {covariate}{_name_left_out(entry)}", entry["ilisi"]))
+        scores.append((f"iLISI of {covariate}{_name_left_out(entry, covariate)}", entry["ilisi"]))
         scores.append((f"of {covariate} dealt at random", entry["ilisi_random"]))
     return scores
 
 
-def _name_left_out(entry: Mapping[str, Any]) -> str:
+def _name_left_out(entry: Mapping[str, Any], covariate: str) -> str:
     """How many cells a score of batches or levels leaves out; nothing where it leaves out none."""
     n_unknown = entry.get("unknown_cells", 0)
-    return f" without {n_unknown:,} cells of which none is known" if n_unknown else ""
+    return f" without {n_unknown:,} cells whose {covariate} is unknown" if n_unknown else ""
 
 
 def _list_joint_facts(joint: Mapping[str, Any]) -> list[str]:

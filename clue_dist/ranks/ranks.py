@@ -330,10 +330,11 @@ def run_on_first_rank(work: Callable[[], T]) -> T:
     if ranks.world == 1:
         return work()
     had_joined = ranks.have_joined()
-    result = ranks.join_group().run_on_first(work)
-    if not had_joined:
-        ranks.leave_group()
-    return result
+    try:
+        return ranks.join_group().run_on_first(work)
+    finally:
+        if not had_joined:
+            ranks.leave_group()
 
 
 def _raise_first_problem(problems: Iterable[ClueError | None]) -> None:

@@ -153,9 +153,11 @@ def prepare_run(
     config_file.require_paths(config)
 
     with postpone_collections():
-        from clue_dist.train.initial_weights import plan_warm_start
+        from clue_dist.train.initial_weights import follow_head_rank, plan_warm_start
         from clue_dist.train.setup import prepare_setup
 
+    if init_from is not None:
+        config = follow_head_rank(config, init_from)
     setup = prepare_setup(config, world)
     warm_start = None if init_from is None else plan_warm_start(init_from, setup)
     if imports_loop:

@@ -149,6 +149,7 @@ OPTIMIZERS = {"adamw": AdamW, "rmsprop": RMSprop}
 EPSILON = 1e-6
 # Gradients that DeepSpeed lines up before ranks exchange them: its own default.
 LARGEST_BUCKET = 500_000_000
+MATRICES = "weight", "reduce", "expand"  # names of parameters that decay
 
 
 def weigh_modalities(setup: Setup) -> list[float]:
@@ -166,7 +167,7 @@ def group_parameters(objective: nn.Module, config: Config) -> list[dict[str, Any
     groups: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)
     for module in objective.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            is_matrix = parameter.ndim > 1 and name == "weight"
+            is_matrix = parameter.ndim > 1 and name in MATRICES
             groups[getattr(module, "lr_scale", 1.0), is_matrix].append(parameter)
     return [
         {

@@ -129,6 +129,21 @@ def plan_warm_start(run: Path, setup: Setup) -> WarmStart:
     return WarmStart(run, saved[0], card, list(manifest.modalities), manifest.batch_vocabulary)
 
 
+def follow_head_rank(config: Config, run: Path) -> Config:
+    """Take the rank of the heads from an earlier run where the config leaves it open.
+
+    "auto" follows from the number of modalities, of which the new run may have more or fewer.
+
+    Args:
+        config: the settings of the new run.
+        run: folder of the earlier run; `plan_warm_start` says what is wrong with it.
+    """
+    if config.model.head_rank != "auto" or not (run / "config.json").exists():
+        return config
+    rank = load_kept_config(run).model.head_rank
+    return config.model_copy(update={"model": config.model.model_copy(update={"head_rank": rank})})
+
+
 def _require_same_features(run: Path, card: ModelCard, setup: Setup) -> None:
     """Check that the modalities which both know have the same features, in the same order."""
     modalities = setup.store.manifest.modalities

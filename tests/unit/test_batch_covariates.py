@@ -391,7 +391,7 @@ def test_cells_of_an_unknown_level_are_no_level_of_their_own() -> None:
     expected = {name: alone[name] for name in ("ilisi", "ilisi_random")} | {"unknown_cells": 50}
     assert scores["covariates"] == {"kit": expected}
     assert expected.items() <= scores.items()
-    assert "iLISI of kit without 50 cells of which none is known" in dict(list_joint_scores(scores))
+    assert "iLISI of kit without 50 cells whose kit is unknown" in dict(list_joint_scores(scores))
     levels[levels == "b"] = "a"  # of a single level there is nothing to say
     assert "ilisi" not in score_joint_latent(latent, nothing, levels, nothing)
 

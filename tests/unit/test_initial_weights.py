@@ -13,13 +13,19 @@ import torch
 from clue_dist.checkpoint.model_card import read_model_card, write_model_card
 from clue_dist.checkpoint.resuming import StartingPoint, find_starting_point
 from clue_dist.checkpoint.run_folder import COMMIT, STATE, WEIGHTS, RunState, read_weights
+from clue_dist.config import Config
 from clue_dist.config_file import load_config
 from clue_dist.errors import ClueError, ConfigError, ResumeError
 from clue_dist.inference.query import holds_training_cells
 from clue_dist.ranks import Ranks
 from clue_dist.store.reader import Store
 from clue_dist.store.writer import hash_file
-from clue_dist.train.initial_weights import plan_warm_start, set_initial_weights
+from clue_dist.train.auto_settings import resolve_auto_settings
+from clue_dist.train.initial_weights import (
+    follow_head_rank,
+    plan_warm_start,
+    set_initial_weights,
+)
 from clue_dist.train.loop import _read_earlier_card
 from tests.stores import make_store
 from tests.unit.run_helpers import MODEL, commit_weights, make_model, make_setup
@@ -150,6 +156,27 @@ def test_a_run_without_sound_weights_is_refused(folder: Path, tmp_path: Path) ->
         plan_warm_start(run, setup)
     with pytest.raises(ResumeError, match="no run here"):
         plan_warm_start(tmp_path / "nowhere", setup)
+
+
+def test_a_run_that_is_older_than_the_rank_of_heads_gives_its_weights(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Its settings lack the rank, or say "auto" where they were written again."""
+    shutil.copytree(folder / "run", tmp_path / "run")
+    file, setup = tmp_path / "run" / "config.json", make_setup(folder / "old.zarr")
+    tree = json.loads(file.read_text())
+    del tree["model"]["head_rank"]
+    for model in (tree["model"], tree["model"] | {"head_rank": "auto"}):
+        file.write_text(json.dumps(tree | {"model": model}))
+        plan_warm_start(tmp_path / "run", setup)
+
+
+def test_a_run_takes_the_rank_of_heads_from_the_one_that_it_begins_with(folder: Path) -> None:
+    followed = follow_head_rank(Config(), folder / "run")
+    assert resolve_auto_settings(followed, 500, 4).model.head_rank == 0
+    named = Config(model={"head_rank": 5})
+    assert follow_head_rank(named, folder / "run").model.head_rank == 5
+    assert follow_head_rank(Config(), folder / "nowhere").model.head_rank == "auto"
 
 
 def test_the_same_command_goes_on_with_what_began_with_these_weights(

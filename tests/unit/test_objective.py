@@ -28,7 +28,7 @@ from clue_dist.objective import (
     compute_elbo_self,
     score_discriminator,
 )
-from clue_dist.train.engine import group_parameters
+from clue_dist.train.engine import LARGEST_BUCKET, group_parameters, make_deepspeed_config
 from tests.unit.model_helpers import OBSERVED, B, D, K, draw, kl64, small_model
 
 
@@ -279,7 +279,8 @@ def test_the_joint_likelihood_trains_the_private_dimensions_of_what_was_observed
 
 
 def test_dispersions_learn_faster_and_biases_do_not_decay() -> None:
-    config = Config(model={"trunk": {"projection_lr": 0.5}}, train={"weight_decay": 0.1})
+    model = {"trunk": {"projection_lr": 0.5}, "head_rank": 2}
+    config = Config(model=model, train={"weight_decay": 0.1})
     specs = {
         "counts": ModalitySpec(6, "log", "nb", None),
         "reals": ModalitySpec(6, "none", "normal", None),
@@ -297,4 +298,15 @@ def test_dispersions_learn_faster_and_biases_do_not_decay() -> None:
     assert found["decoders.0.rate.bias"] == (1.0, 0.0)
     assert found["trunks.0.projection.weight"] == (0.5, 0.1)
     assert found["trunks.0.ensemble.layers.0.weight"] == (1.0, 0.1)
+    assert found["heads.reduce"] == found["heads.expand"] == (1.0, 0.1)
     assert found["scale.log"] == (1.0, 0.0)
+
+
+def test_the_bucket_of_gradients_is_no_larger_than_the_model() -> None:
+    config = Config(data={"batch_size": 64})
+
+    def find_bucket(n_weights: int) -> int:
+        settings = make_deepspeed_config(config, 2, False, n_weights)["zero_optimization"]
+        return int(settings["reduce_bucket_size"])
+
+    assert [find_bucket(n) for n in (0, 1000, 10**12)] == [1, 1000, LARGEST_BUCKET]
