@@ -269,5 +269,8 @@ def _explain_use(card: ModelCard, has_reference: bool) -> Iterable[str]:
     if has_reference:
         yield 'run.transfer(None, cells, "cell_type")  # labels of the reference cells'
     yield from ("```", "", "Files of any size, without the cells that it was trained on:", "")
-    yield from ("```", "clue prep convert new.h5ad --features-from FOLDER --out new.zarr")
+    yield from (
+        "```",
+        f"clue prep convert {modality}=new.h5ad --features-from FOLDER --out new.zarr",
+    )
     yield from ("clue embed --run FOLDER --store new.zarr --out new.h5mu", "```")

@@ -33,6 +33,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return load(make_run(folder / "run", folder / "old.zarr"))
 
 
+def assert_same_answers(found: pd.DataFrame, expected: pd.DataFrame) -> None:
+    """Where variances are asked for, too, z is computed another way, and rounded otherwise."""
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-3, atol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def query(run: Run) -> Store:
     return make_store(run.folder.parent / "new.zarr", {"rna": 30}, {"rna": 30}, batches=4, seed=0)
@@ -51,11 +56,11 @@ def test_labels_and_partners_come_from_the_cells_of_the_folder(
     store = run.folder.parent / "old.zarr"
     assert isinstance(shared.reference, ReferenceCells)
     expected = run.transfer(store, query, "cell_type")
-    pd.testing.assert_frame_equal(shared.transfer(None, query, "cell_type"), expected)
+    assert_same_answers(shared.transfer(None, query, "cell_type"), expected)
     assert expected.is_calibrated.all()
     pairs = run.match(query, "rna", "adt", reference=store, n_partners=3)
     found = shared.match(query, "rna", "adt", reference=shared.reference, n_partners=3)
-    pd.testing.assert_frame_equal(found, pairs)
+    assert_same_answers(found, pairs)
     assert set(found.cell) == {f"rna-{i}" for i in range(30)}
     assert all(name.startswith(("adt", "rna+adt")) for name in found.partner)
 
@@ -81,7 +86,7 @@ def test_an_embedding_may_stand_for_its_cells(run: Run, query: Store, tmp_path: 
     export_run(run.folder, tmp_path / "shared", cells=z)
     expected = run.transfer(run.folder.parent / "old.zarr", query, "cell_type")
     for reference in (z, tmp_path / "shared" / REFERENCE_FILE):
-        pd.testing.assert_frame_equal(run.transfer(reference, query, "cell_type"), expected)
+        assert_same_answers(run.transfer(reference, query, "cell_type"), expected)
 
 
 def test_an_embedding_that_does_not_serve_is_refused(
@@ -102,7 +107,7 @@ def test_without_cells_of_its_own_a_run_refers_to_its_training_store(
     run: Run, query: Store, tmp_path: Path
 ) -> None:
     expected = run.transfer(run.folder.parent / "old.zarr", query, "cell_type")
-    pd.testing.assert_frame_equal(run.transfer(None, query, "cell_type"), expected)
+    assert_same_answers(run.transfer(None, query, "cell_type"), expected)
     run.export(tmp_path / "plain")
     with pytest.raises(ConfigError, match="brings no reference cells"):
         load(tmp_path / "plain").transfer(None, query, "cell_type")
@@ -114,7 +119,7 @@ def test_a_model_that_learns_batches_keeps_its_cells(
     monkeypatch.setattr(new_batches, "STEPS", 2)
     tuned = shared.fine_tune(query, tmp_path / "tuned")
     before, after = (run.transfer(None, query, "cell_type") for run in (shared, tuned))
-    pd.testing.assert_frame_equal(before, after)
+    assert_same_answers(before, after)
 
 
 def test_the_commands_ask_the_cells_of_the_folder(
