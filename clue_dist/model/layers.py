@@ -79,7 +79,8 @@ class Ensemble(nn.Module):
             scaled = layer.norm_scale.mT * next_weight
             centred = scaled - scaled.mean(1, keepdim=True)
             square = torch.linalg.vector_norm(x, dim=-1, keepdim=True) ** 2 / x.shape[-1]
-            variance = square - x.mean(-1, keepdim=True) ** 2
+            # Of units that hardly differ the difference may round to less than 0.
+            variance = (square - x.mean(-1, keepdim=True) ** 2).clamp_min(0)
             x = torch.addcmul(shift, torch.bmm(x, centred), (variance + NORM_EPSILON).rsqrt())
         return x
 

@@ -19,6 +19,7 @@ from clue_dist.model.initialise import (
     initialise_model,
     sample_cells,
 )
+from clue_dist.model.layers import Ensemble
 from clue_dist.model.modality_spec import specify_modalities
 from clue_dist.model.moments import INVERSE_DISPERSION_LIMITS
 from clue_dist.model.trunk import Projection, compute_size_inputs, normalise_counts
@@ -215,3 +216,14 @@ def test_initialised_size_is_standardised_over_the_training_cells(tmp_path: Path
         120,
         6,
     )
+
+
+def test_units_that_hardly_differ_give_no_nan() -> None:
+    """Their variance, a difference of two large numbers, may round to less than 0."""
+    torch.manual_seed(0)
+    ensemble = Ensemble(2, 4, 8, 2, 0.0)
+    with torch.no_grad():
+        ensemble.layers[0].weight.mul_(1e-4)
+        ensemble.layers[0].bias.fill_(10)
+    found = ensemble.apply_linear(torch.randn(500, 4), torch.randn(2, 8, 3), torch.zeros(2, 1, 3))
+    assert found.isfinite().all()
