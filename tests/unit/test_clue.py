@@ -9,8 +9,10 @@ from torch import Tensor
 
 from clue_dist.config import Config, ModelConfig
 from clue_dist.data.batch import Batch, ObservedModality
+from clue_dist.model.clue import CLUE
 from clue_dist.model.encoders import CrossEncoderHeads
 from clue_dist.model.layers import reverse_gradient
+from clue_dist.model.modality_spec import ModalitySpec
 from clue_dist.model.noise import Noise
 from clue_dist.model.posterior import select_own_latent
 from clue_dist.model.posterior_encoder import PRIVATE_SCALE
@@ -153,6 +155,13 @@ def test_heads_of_low_rank_are_a_shared_matrix_and_a_little_of_each() -> None:
     weight, bias = heads.select_weights(1, with_variance=False)
     alone, _ = heads.arrange_outputs(torch.baddbmm(bias, h, weight))
     torch.testing.assert_close(alone, mean, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_older_than_the_rank_of_heads_has_a_matrix_for_each() -> None:
+    specs = {f"m{i}": ModalitySpec(6, "none", "normal", None) for i in range(5)}
+    clue = CLUE(specs, 1, ModelConfig(latent=8))
+    assert clue.heads.rank == 0
+    assert set(dict(clue.heads.named_parameters())) == {"weight", "bias"}
 
 
 def test_heads_of_eight_modalities_are_under_a_quarter_of_the_encoders() -> None:
