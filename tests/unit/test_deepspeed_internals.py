@@ -7,8 +7,10 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from clue_dist import deepspeed_internals
+from clue_dist.config import Config
 from clue_dist.deepspeed_internals import bf16_optimizer, deepspeed
 from clue_dist.errors import ClueError
+from clue_dist.train.engine import LARGEST_BUCKET, make_deepspeed_config
 
 
 def make_package(version: str) -> ModuleType:
@@ -61,3 +63,10 @@ def test_no_compiler_is_started_to_learn_that_gloo_is_used(monkeypatch: pytest.M
     monkeypatch.setattr(deepspeed.ops, "_probe_compatible_ops", probe)
     deepspeed_internals.disable_shared_memory_collectives()
     assert not deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"]
+
+
+@pytest.mark.parametrize(("n_weights", "expected"), [(1_000, 1_000), (10**9, LARGEST_BUCKET)])
+def test_the_bucket_of_gradients_is_no_larger_than_the_model(n_weights: int, expected: int) -> None:
+    config = Config(data={"batch_size": 64})
+    made = make_deepspeed_config(config, 2, False, n_weights)
+    assert made["zero_optimization"]["reduce_bucket_size"] == expected
