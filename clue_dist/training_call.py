@@ -124,8 +124,8 @@ def _find_store(data: TrainingData, request: Any, run: Path) -> str:
         given = [name for name in _READING_ARGUMENTS if getattr(request, name)]
         if given:
             print_error(
-                f"warning: {list_names(given)} counts for nothing: {place} is a store, whose "
-                "conversion has read the cells already"
+                f"warning: of no effect: {list_names(given)}; {place} is a store, whose conversion "
+                "has read the cells already"
             )
         return place
 

@@ -23,9 +23,8 @@ from clue_dist.store.kernel_cache import compile_kernel
 
 CACHE_LINE = 64  # bytes that enter a processor's cache together, on x86-64 and most ARM
 LINE_VALUES = CACHE_LINE // 4  # float32 values of a cache line
-SPAN_VALUES = (
-    4096  # of a dense row, put together at a time: 16 KB, half of a processor's first cache
-)
+# Values of a dense row that are put together at a time: 16 KB, half of a processor's first cache.
+SPAN_VALUES = 4096
 ROWS_AHEAD = 1  # how early to ask for a row: it takes about as long to come as one takes to decode
 # What `find_fault` finds.
 COLUMN_FAULT = 1

@@ -169,4 +169,4 @@ def test_what_counts_for_nothing_of_a_store_is_told(
         assert training_call._find_store(tmp_path, request, tmp_path / "run") == str(tmp_path)
         assert capsys.readouterr().err == ""
     training_call._find_store(tmp_path, ConversionRequest("donor", layer="counts"), tmp_path)
-    assert "warning: batch_key, layer counts for nothing" in capsys.readouterr().err
+    assert "warning: of no effect: batch_key, layer;" in capsys.readouterr().err

@@ -102,12 +102,12 @@ class Answers(Matching):
         return {} if run.method in METHODS else super().score(run, folder)
 
     def describe(self, record: Result) -> str:
-        told = {"feature": "by feature", "cell": "by cell"}
-        told |= {"calibration_error": "calibration error", "unknown": "unknown", "kept": "kept"}
-        told |= {"overlap": "of the first features shared"}
+        titles = {"feature": "by feature", "cell": "by cell"}
+        titles |= {"calibration_error": "calibration error", "unknown": "unknown", "kept": "kept"}
+        titles |= {"overlap": "of the first features shared"}
         return ", ".join(
             " ".join(
-                [part, *(f"{scores[s]:.3f} {name}" for s, name in told.items() if s in scores)]
+                [part, *(f"{scores[s]:.3f} {name}" for s, name in titles.items() if s in scores)]
             )
             for part, scores in list_parts(record)
         )

@@ -82,6 +82,8 @@ class Atlas(StoreBenchmark):
         """
         size, log, threads = int(run.data_set), folder / "log.txt", self.args.threads
         kept = self.find_store(run.data_set)
+        if run.method in ("check", "stream") and not kept.exists():
+            self.obtain(self.name_conversion(run.data_set))
         if run.method == "stream":
             seconds = ("--seconds", "1", "--warm", "0.5") if self.args.quick else ()
             probe = [sys.executable, "-m", "tests.benchmarks.atlas.probe", kept, *seconds]
@@ -92,8 +94,10 @@ class Atlas(StoreBenchmark):
             words = self.list_conversion(size, folder / STORE)
         if run.method == "train":
             if not kept.exists():  # no conversion of so many cells was asked for
-                small, kept = self.find_store(str(min(self.args.cells))), folder / STORE
-                enlarge_store(small, size, kept)
+                smallest = str(min(self.args.cells))
+                self.obtain(self.name_conversion(smallest))
+                kept = folder / STORE
+                enlarge_store(self.find_store(smallest), size, kept)
             words = self.list_training(size, kept, folder / RUN)
         before = read_children_cpu()
         with stores.watch_children() as peak:
@@ -106,8 +110,11 @@ class Atlas(StoreBenchmark):
 
     def find_store(self, data_set: str) -> Path:
         """Find the store of a size, the first that was converted."""
-        run = Run("convert", data_set, 0, 0, self.digest("convert", data_set))
-        return run.folder(self.args.work) / STORE
+        return self.name_conversion(data_set).folder(self.args.work) / STORE
+
+    def name_conversion(self, data_set: str) -> Run:
+        """Name the run that converts so many cells for the first time."""
+        return Run("convert", data_set, 0, 0, self.digest("convert", data_set))
 
     def list_training(self, size: int, store: Path, run: Path) -> list[str | Path]:
         """Train for as many steps on any number of cells, on batches of one size."""

@@ -23,7 +23,7 @@ ATLAS_TERMS = {
 }
 
 
-PANEL = 200
+PANEL = 200  # features of a further modality
 
 
 @dataclass(frozen=True)

@@ -95,8 +95,9 @@ class Multiome(Benchmark):
             keys = ["--batch-key", "donor", "--label-key", "cell_type", "--keep-obs", HELD_OUT]
             return [*data_prep, *inputs, "--out", whole, *keys, "--workers", str(self.args.workers)]
         if stage == "split":
-            outs = [word for part in (TRAIN, TEST) for word in (f"--out-{part}", PART.format(part))]
-            outs = [folder / word if word.endswith(".zarr") else word for word in outs]
+            outs: Command = []
+            for part in (TRAIN, TEST):
+                outs += [f"--out-{part}", folder / PART.format(part)]
             return [*data_prep, whole, "--by", HELD_OUT, "--test", TEST, *outs]
         if stage == "train":
             store = find("split") / PART.format(TRAIN)

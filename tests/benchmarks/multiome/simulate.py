@@ -18,9 +18,8 @@ from tests.benchmarks.cells import DEPTH, TYPES, CellModel, Rng, Shape, make_mod
 
 FEATURES = {"rna": (20_000, 1_500), "atac": (100_000, 3_500)}  # and non-zeros a cell
 PROGRAMS = TYPES
-CONCENTRATION = (
-    0.3  # of the Dirichlet distribution of shares: most cells have two or three programs
-)
+# Of the Dirichlet distribution of shares: most cells have two or three programs.
+CONCENTRATION = 0.3
 DONORS = 8  # which make no difference
 PIECE = 2048  # cells made at a time
 HELD_OUT, TRAIN, TEST = "held_out", "train", "test"  # a column of obs, and its categories
