@@ -70,7 +70,7 @@ def test_means_over_ranks_keep_the_places_of_numbers() -> None:
 def test_all_but_one_part_of_the_weights_go_round_the_ring(stage: int, passes: int) -> None:
     assert count_wire_bytes(stage, 100, 1) == 0
     assert count_wire_bytes(stage, 100, 4) == passes * 400 * 3 / 4
-    assert count_wire_bytes(stage, 100, 4, latents=10) == passes * 300 + 30
+    assert count_wire_bytes(stage, 100, 4, latents=10) == passes * 300 + 90
 
 
 def test_a_step_of_several_ranks_adds_exchange_and_shards_the_update() -> None:

@@ -66,7 +66,8 @@ def count_wire_bytes(stage: int, weights: float, ranks: int, latents: float = 0.
         ranks: N.
         latents: bytes of a rank that all ranks gather.
     """
-    return PASSES[stage] * BYTES * weights * (ranks - 1) / ranks + latents * (ranks - 1)
+    # Latents are gathered, and their gradients summed, which goes round the ring twice.
+    return PASSES[stage] * BYTES * weights * (ranks - 1) / ranks + 3 * latents * (ranks - 1)
 
 
 def predict_step(work: StepWork, machine: Machine, ranks: int, stage: int) -> float:
