@@ -130,9 +130,19 @@ def test_work_is_told_apart_from_infonce_by_two_numbers_of_ranks() -> None:
     assert predict_step(work, machine, 1, 0) == pytest.approx(0.1)
     assert "ms by the model" in predictions.tabulate_steps(steps, 2)
     assert len(predictions.tabulate_gpus(steps).splitlines()) == 1 + 2 * 3 * 2
-    table = predictions.tabulate_bytes([make_record(1, 1.0)])
-    assert "bytes a weight" in table
-    assert "16" in table  # a weight, its gradient and two moments
+
+
+def test_a_rank_holds_shards_of_gradients_from_zero_2_on() -> None:
+    record = make_record(1, 1.0)
+    counted = record["stages"]["0"] | {"gradients_kept": 1000.0}
+    # A weight, its gradient and two moments of 4 bytes each, of 1000 weights.
+    assert [predictions.count_held(stage, counted) for stage in (0, 1, 2, 3)] == [
+        16_000.0,
+        16_000.0,
+        13_000.0,
+        13_000.0,
+    ]
+    assert "bytes a weight" in predictions.tabulate_bytes([record])
 
 
 def test_the_bar_is_about_two_ranks_and_twice_one() -> None:

@@ -147,9 +147,11 @@ def test_the_stopwatch_counts_batches_and_waiting(monkeypatch: pytest.MonkeyPatc
     assert found["nonzeros_per_s"] == pytest.approx(1024 / 0.004)
 
 
-def test_workers_count_for_memory_and_cpu_time() -> None:
+@pytest.mark.slow
+def test_workers_count_for_memory_and_cpu_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure.time, "process_time", lambda: 0.0)  # of this process
     alone, cpu = measure.read_memory_of_all()[0], measure.read_cpu_seconds()
-    script = "b = bytearray(2**26); print(1, flush=True); input()"
+    script = "b = bytearray(2**26); sum(range(10**7)); print(1, flush=True); input()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", script], **pipes) as worker:
         assert worker.stdout is not None
