@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ import pandas as pd
 
 from clue_dist.errors import ConfigError
 from clue_dist.inference.embed import KEY
+from clue_dist.process import silence_mudata
 
 MOST_PROFILES = 10_000
 UNKNOWN = "unknown"
@@ -93,9 +93,7 @@ def read_profiles(path: Path, most: int = MOST_PROFILES, seed: int = 0) -> Embed
     if not path.exists():
         raise ConfigError("no embedding here", where=where, fix="make one with `clue embed`")
     try:
-        with warnings.catch_warnings():
-            # mudata announces a default that changes nothing here.
-            warnings.simplefilter("ignore", FutureWarning)
+        with silence_mudata():
             table = _read_mudata(path) if path.suffix == ".h5mu" else _read_anndata(path)
     except UNREADABLE as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
