@@ -366,7 +366,7 @@ def test_fit_trains_in_this_process_and_again(tmp_path: Path) -> None:
     first = clue_dist.fit(mdata, tmp_path / "first", settings=SMALL)
     dist.destroy_process_group()  # as other code in the process may do
     second = clue_dist.fit(tmp_path / "first.zarr", tmp_path / "second", settings=SMALL)
-    assert "score" in repr(first)
+    assert "FOSCTTM of held-out pairs" in repr(first)
     np.testing.assert_array_equal(first.embed(mdata), second.embed(mdata))
     assert np.isfinite(mdata.obsm["X_clue_var"]).all()
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
