@@ -57,5 +57,7 @@ class BufferPool:
                     "other batches share them"
                 )
             if len(self._ones) < size:
-                self._ones = torch.ones(size + size // _SPARE)
+                # Writes to a tensor that was made in inference mode are not counted.
+                with torch.inference_mode(False):
+                    self._ones = torch.ones(size + size // _SPARE)
             return self._ones[:size]

@@ -114,3 +114,13 @@ def test_batches_of_binary_counts_share_their_ones() -> None:
     one.values.log1p_()
     with pytest.raises(RuntimeError, match="were written to"):
         pool.share_ones(3)
+
+
+def test_ones_are_shared_in_inference_mode_too() -> None:
+    pool = BufferPool()
+    with torch.inference_mode():
+        ones = [pool.share_ones(3), pool.share_ones(2), pool.share_ones(5)]
+    assert [one.tolist() for one in ones] == [[1] * 3, [1] * 2, [1] * 5]
+    ones[2].log1p_()
+    with pytest.raises(RuntimeError, match="were written to"):
+        pool.share_ones(3)
