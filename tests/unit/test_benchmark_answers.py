@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import anndata as ad
@@ -126,22 +127,41 @@ def test_labels_are_scored_by_confidence_and_by_types_left_out():
     assert sure == pytest.approx(0.2 / 3)
 
 
-def test_markers_are_compared_with_a_t_test(cells):
-    labels = np.repeat(["a", "b"], [70, 70])
+def test_markers_are_compared_with_those_that_scanpy_names(cells, tmp_path):
+    types = np.repeat(["a", "b", "rare"], [70, 65, 5])
     tables = {m: cells[m][cells["adt"].obs_names].copy() for m in ("rna", "adt")}
     for table in tables.values():
-        table.obs["cell_type"] = labels
-        counts = table.X.toarray()
-        counts[:70, 0] += 40
-        table.X = sp.csr_matrix(counts)
+        table.obs["cell_type"] = types
     both = md.MuData(tables)
+    asked = []
 
-    def rank_first_feature(cells, *, groups, modality, **choices):
-        return {name: pd.DataFrame(index=cells[modality].var_names) for name in groups}
+    def find_differences(cells, *, groups, modality, **choices):
+        # The model knows all features but the first.
+        return {name: pd.DataFrame(index=cells[modality].var_names[1:]) for name in groups}
 
-    run = SimpleNamespace(differential=rank_first_feature)
-    found = dict(markers.score_markers(run, both))
-    assert (found["rna"]["first"], found["rna"]["types"]) == (15, 2)
-    assert 0 < found["rna"]["overlap"] < 1
-    values = imputation.log_normalise(tables["rna"].X)
-    assert markers.rank_features(values, labels == "a")[0] == 0
+    def rank_backwards(table, groups):
+        asked.append((table.obs["type"].tolist(), groups))
+        names = list(table.var_names)
+        return {"a": names, "b": names[::-1]}
+
+    run = SimpleNamespace(differential=find_differences)
+    found = dict(markers.score_markers(run, both, rank_backwards))
+    # The 14 first of 59 known genes are the same for a, and others for b.
+    assert found["rna"] == {"overlap": 0.5, "first": 14, "types": 2}
+    assert asked[0] == (types.tolist(), ["a", "b"])
+
+
+def test_scanpy_is_given_raw_counts_and_types(cells, tmp_path):
+    table = cells["adt"].copy()
+    table.obs["type"] = "a"
+    python = tmp_path / "python"  # stands for that of the environment: shows what it was given
+    python.write_text(
+        f"#!{sys.executable}\nimport json, sys\nimport anndata\n"
+        "_, script, path, column, out, *groups = sys.argv\ncells = anndata.read_h5ad(path)\n"
+        "names = [*cells.var_names, cells.obs[column].iloc[0], str(int(cells.X.sum()))]\n"
+        "json.dump({group: names for group in groups}, open(out, 'w'))\n"
+    )
+    python.chmod(0o755)
+    answer = markers.rank_by_scanpy(table, ["a", "b c"], python, tmp_path, threads=1)
+    shown = [*table.var_names, "a", str(int(table.X.sum()))]
+    assert answer == {"a": shown, "b c": shown}

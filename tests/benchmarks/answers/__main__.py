@@ -6,6 +6,7 @@ Ours asks the models that `matching` trains.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import ClassVar
@@ -14,6 +15,7 @@ import mudata as md
 
 from clue_dist.trained_run import load
 from tests.benchmarks.answers import imputation, markers, transfer
+from tests.benchmarks.commands import install_python
 from tests.benchmarks.factors import views
 from tests.benchmarks.matching import Matching, judge_lead
 from tests.benchmarks.mosaic import PAIRED, ignore_warnings
@@ -36,7 +38,12 @@ class Answers(Matching):
         **Matching.cells,
         "sets": Option(list(LARGE), [SMALL], choices=PAIRED),
         "seeds": Option([0], [0]),
-        "methods": Option([*METHODS], [*METHODS], "imputed, transfer, markers: ours", METHODS),
+        "methods": Option(
+            [*METHODS],
+            [method for method in METHODS if method != MARKERS],  # whose installation takes minutes
+            "imputed, transfer, markers: ours",
+            METHODS,
+        ),
     }
     columns = ("feature", "cell", "rmse", "coverage", "accuracy", "calibration_error")
     columns += ("auroc", "unknown", "kept", "at_kept", "overlap")
@@ -51,6 +58,7 @@ class Answers(Matching):
         if method not in METHODS:
             return tuple(super().list_inputs(method, data_set))
         code = (Path(__file__).parent, Path(views.__file__))
+        code += (markers.SCRIPT, markers.PINS) if method == MARKERS else ()
         trained = super().list_inputs("ours", data_set) if method in MODELLED else ()
         return self.digest_data(data_set), *code, *trained
 
@@ -60,10 +68,7 @@ class Answers(Matching):
         if run.method == TRANSFER:
             return {TRANSFER: self.carry_labels(run), "threads": self.args.threads}
         if run.method == MARKERS:
-            with ignore_warnings():
-                cells = md.read(self.cut_split(run).test)
-                overlap = dict(markers.score_markers(load(self.find_model(run)), cells))
-            return {MARKERS: overlap, "threads": self.args.threads}
+            return {MARKERS: self.compare_markers(run, folder), "threads": self.args.threads}
         split, found = self.cut_split(run), {}
         with ignore_warnings():
             train, test = md.read(split.train), md.read(split.test)
@@ -79,6 +84,18 @@ class Answers(Matching):
                     scores["coverage"] = imputation.measure_coverage(trained, test, source, target)
                 found[f"{source}-{target}"] = scores
         return {"imputation": found, "threads": self.args.threads}
+
+    def compare_markers(self, run: Run, folder: Path) -> Result:
+        """How many of the first features of types scanpy names, too."""
+        rank_features = partial(
+            markers.rank_by_scanpy,
+            python=install_python(markers.PINS, self.args.work),
+            folder=folder,
+            threads=self.args.threads,
+        )
+        with ignore_warnings():
+            cells, model = md.read(self.cut_split(run).test), load(self.find_model(run))
+            return dict(markers.score_markers(model, cells, rank_features))
 
     def carry_labels(self, run: Run) -> Result:
         """Scores of labels, by what queries are seen through."""
