@@ -5,7 +5,8 @@ Each says what happened, where, what was found, what was expected, and how to me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import difflib
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 # The exit code where a rank, a machine or the network was lost: starting again may mend it.
@@ -124,3 +125,9 @@ def list_names(names: Iterable[object], limit: int = 10) -> str:
     names = list(names)
     more = f" ... and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(str(name) for name in names[:limit]) + more
+
+
+def suggest_names(name: str, known: Sequence[str]) -> str | None:
+    """Ask whether one of the known names was meant that are spelled alike; None if none is."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,7 +14,7 @@ import h5py
 import mudata as md
 import pandas as pd
 
-from clue_dist.errors import DataError, StoreError, list_names
+from clue_dist.errors import DataError, StoreError, list_names, suggest_names
 from clue_dist.files import translate_disk_errors
 from clue_dist.kinds import TYPE_COLUMNS
 from clue_dist.process import silence_mudata
@@ -136,8 +135,7 @@ def _require_modality(source: ad.AnnData | md.MuData, request: ConversionRequest
 def _require_columns(source: ad.AnnData | md.MuData, request: ConversionRequest) -> None:
     """Require the columns of obs that are named for all modalities.
 
-    The command line warns of one that no file has, and goes on. A notebook would train on without
-    the batches that were asked for, and the columns that it has are known here alone.
+    What is written for the conversion has none but these columns; all there are are known here.
     """
     tables = [source, *source.mod.values()] if isinstance(source, md.MuData) else [source]
     known = [*dict.fromkeys(str(column) for table in tables for column in table.obs)]
@@ -147,12 +145,11 @@ def _require_columns(source: ad.AnnData | md.MuData, request: ConversionRequest)
         # `rna=donor` is of one modality, whose column the conversion requires itself.
         if column in (*known, NO_COLUMN) or "=" in column:
             continue
-        near = difflib.get_close_matches(column, known, n=3, cutoff=0.5)
         raise DataError(
             "obs has no such column",
             where=f"{argument}={column!r}",
             got=f"columns: {list_names(known, 30) or 'none'}",
-            fix=f"did you mean {' or '.join(near)}?" if near else None,
+            fix=suggest_names(column, known),
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clue_dist.errors import ConfigError, list_names
+from clue_dist.errors import ConfigError, list_names, suggest_names
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.named_counts import list_chosen
 from clue_dist.kinds import KINDS
@@ -167,13 +166,12 @@ def _require_known(name: str, known: Sequence[str], what: str, others: str = "")
     """Require that the model knows a name; else name the nearest ones."""
     if name in known:
         return
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     listed = list_names(known) or "none"
     raise ConfigError(
         f"the model knows no such {what}",
         got=name,
         expected=f"{others}, or one of {listed}" if others else listed,
-        fix=f"did you mean {' or '.join(near)}?" if near else None,
+        fix=suggest_names(name, known),
     )
 
 

@@ -10,7 +10,7 @@ import mudata as md
 import pandas as pd
 from pandas.api.types import infer_dtype
 
-from clue_dist.errors import DataError, list_names
+from clue_dist.errors import DataError, list_names, suggest_names
 from clue_dist.store.batch_vocabulary import BATCH, UNKNOWN, BatchVocabulary
 
 
@@ -159,6 +159,7 @@ def _choose_columns(
                 "obs has no such column",
                 where=f"batch_key={keys!r}",
                 got=f"columns: {list_names(columns, 30) or 'none'}",
+                fix=suggest_names(column, columns),
             )
     return chosen
 

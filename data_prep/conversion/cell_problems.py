@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from clue_dist.errors import DataError, list_names
+from clue_dist.errors import DataError, list_names, suggest_names
 from clue_dist.process import print_error
-from data_prep.options import COVARIATE, DATASET, NO_COLUMN, ObsColumns
+from data_prep.options import COVARIATE, FIELDS, NO_COLUMN, ObsColumns
 from data_prep.readers.source import Source, SourceHead
 
 BARCODES_SHOWN = 10  # barcodes that an error shows
@@ -28,7 +28,10 @@ class DisputedField:
 def require_obs_columns(
     obs_columns: ObsColumns, sources: Sequence[Source], heads: Sequence[SourceHead]
 ) -> None:
-    """Refuse a column that was asked for of a modality, and say of one that no file has.
+    """Refuse a column that was asked for and that no file has.
+
+    Of `batch` and `cell_type`, which are looked for anyway, it only warns: so one command line
+    serves files with batches and files without.
 
     Args:
         obs_columns: the columns that are asked for.
@@ -36,7 +39,7 @@ def require_obs_columns(
         heads: head of each source.
 
     Raises:
-        DataError: no file of the modality has the column; no input has that of data sets.
+        DataError: no file has the column, or none of the modality that it was asked for of.
     """
     pairs = list(zip(sources, heads, strict=True))
     for modality, columns in obs_columns.by_modality.items():
@@ -44,12 +47,12 @@ def require_obs_columns(
         for field, column in columns.items():
             if column != NO_COLUMN and not any(field in head.fields for head in files):
                 flag = f"{_name_flag(field)} {modality}={column}"
-                raise _describe_absence(field, flag, files)
+                raise _describe_absence(field, flag, column, files)
     for field in sorted(obs_columns.explicit_fields):
         if not any(field in head.fields for head in heads):
-            flag = f"{_name_flag(field)} {obs_columns.by_field[field]}"
-            absence = _describe_absence(field, flag, heads)
-            if field == DATASET:
+            column = obs_columns.by_field[field]
+            absence = _describe_absence(field, f"{_name_flag(field)} {column}", column, heads)
+            if column != FIELDS.get(field):
                 raise absence
             print_error(f"warning: {absence}")
 
@@ -59,13 +62,14 @@ def _name_flag(field: str) -> str:
     return "--batch-key" if field.startswith(COVARIATE) else f"--{field}-key"
 
 
-def _describe_absence(field: str, flag: str, heads: Sequence[SourceHead]) -> DataError:
-    columns = sorted({column for head in heads for column in head.obs_columns})
+def _describe_absence(field: str, flag: str, column: str, heads: Sequence[SourceHead]) -> DataError:
+    columns = sorted({name for head in heads for name in head.obs_columns})
     return DataError(
         f"no input has the {field.removeprefix(COVARIATE)} column asked for",
         where=flag,
         got=f"columns: {list_names(columns, 30) or 'none'}",
-        fix="name one of these columns",
+        expected="the name of one of these columns" if columns else None,
+        fix=suggest_names(column, columns) or f"leave {flag.split()[0]} out",
     )
 
 

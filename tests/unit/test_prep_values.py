@@ -106,7 +106,7 @@ def _convert(*typed: str) -> None:
 
 
 def test_column_that_no_file_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is told of all files, and refused where it was asked for of one modality."""
+    """It is refused, but where it is called as the column that is looked for anyway."""
     rna, adt = make_counts(6, 4), make_counts(6, 3, prefix="CD")
     files = (
         f"rna={write_h5ad(tmp_path / 'a.h5ad', rna, donor=['d1', 'd2'] * 3)}",
@@ -117,11 +117,35 @@ def test_column_that_no_file_has(tmp_path: Path, capsys: pytest.CaptureFixture[s
         _convert(*files, "--batch-key", "adt=donor", *out)
     with pytest.raises(DataError, match="no such modality"):
         _convert(*files, "--batch-key", "atac=donor", *out)
+    for flag, what in (("--batch-key", "batch"), ("--label-key", "label")):
+        message = (
+            rf"no input has the {what} column asked for\n  where: {flag} Donor\n"
+            r"  got: columns: donor, plate\n(.|\n)*  fix: did you mean donor\?"
+        )
+        with pytest.raises(DataError, match=message):
+            _convert(*files, flag, "Donor", *out)
+        with pytest.raises(DataError, match=f"fix: leave {flag} out"):
+            _convert(*files, flag, "xyz", *out)
+    with pytest.raises(DataError, match="no input has the kit column"):
+        _convert(*files, "--batch-key", "donor", "kit", *out)
     _convert(*files, "--batch-key", "nothing", "--batch-key", "rna=donor", *out)
     assert Store(tmp_path / "s.zarr").manifest.batches == ["d1", "d2"]
-    _convert(*files, "--batch-key", "nothing", *out[:-1], str(tmp_path / "t.zarr"))
+    defaults = ("--batch-key", "batch", "--label-key", "cell_type")
+    _convert(*files, *defaults, *out[:-1], str(tmp_path / "t.zarr"))
     assert Store(tmp_path / "t.zarr").manifest.batches == []
     assert "warning: no input has the batch column" in capsys.readouterr().err
+
+
+def test_column_that_some_files_have_is_read_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = (
+        f"a:rna={write_h5ad(tmp_path / 'a.h5ad', make_counts(6, 4), donor=['d1', 'd2'] * 3)}",
+        f"b:rna={write_h5ad(tmp_path / 'b.h5ad', make_counts(6, 4))}",
+    )
+    _convert(*files, "--batch-key", "donor", "--workers", "1", "--out", str(tmp_path / "s.zarr"))
+    assert Store(tmp_path / "s.zarr").manifest.batches == ["d1", "d2"]
+    assert "6 cells have no batch" in capsys.readouterr().out
 
 
 def test_levels_of_several_covariates_are_counted(

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import clue_dist
 from clue_dist import comparison_methods, trained_run, training_call
 from clue_dist.api import Run
 from clue_dist.errors import ConfigError, DataError
@@ -62,6 +63,16 @@ def test_a_column_that_cells_in_memory_lack_is_refused(
     for known in ("donor", "none", "adt=donor"):
         convert_cells(mdata, tmp_path / "s.zarr", ConversionRequest(**{argument: known}))
     assert len(typed) == 3
+
+
+def test_a_column_that_files_lack_is_refused_before_training(
+    mdata: md.MuData, tmp_path: Path
+) -> None:
+    path = tmp_path / "rna.h5ad"
+    mdata["rna"].write_h5ad(path)
+    with pytest.raises(DataError, match=r"no input has the batch column(.|\n)*did you mean donor"):
+        clue_dist.fit([f"rna={path}"], tmp_path / "run", batch_key="donors")
+    assert not (tmp_path / "run.zarr").exists()
 
 
 def test_an_anndata_without_feature_types_needs_a_name(
