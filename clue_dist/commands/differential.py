@@ -1,6 +1,11 @@
 """Find the features that mark groups of cells, by what a trained model expects of them."""
 
-from clue_dist.commands.model_arguments import build_model_parser, open_model_and_store
+from clue_dist.commands.model_arguments import (
+    add_value_arguments,
+    build_model_parser,
+    open_model_and_store,
+    read_batch,
+)
 from clue_dist.process import run_main
 
 
@@ -21,23 +26,11 @@ def main() -> None:
     parser.add_argument(
         "--reference", metavar="NAME", help="group to compare them with (default: all other cells)"
     )
-    parser.add_argument(
-        "--from",
-        dest="from_",
-        nargs="+",
-        metavar="NAME",
-        help="modalities to infer values from (default: all that a cell has)",
-    )
-    parser.add_argument(
-        "--batch",
-        nargs="+",
-        default=["average"],
-        metavar="BATCH|COVARIATE=LEVEL",
-        help="name of a batch to decode for, or average (default), a batch that is drawn for each "
-        "pair of cells; or levels of covariates, where the others are drawn",
-    )
-    parser.add_argument(
-        "--features", nargs="+", metavar="NAME", help="features wanted (default: all)"
+    add_value_arguments(
+        parser,
+        "average",
+        "name of a batch to decode for, or average, a batch that is drawn for each pair of cells; "
+        "or levels of covariates, where the others are drawn",
     )
     parser.add_argument(
         "--least-change",
@@ -52,7 +45,6 @@ def main() -> None:
         metavar="NUMBER",
         help="pairs of cells that are drawn for each group (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
     arguments = parser.parse_args()
 
     from clue_dist.inference.cells import open_cells
@@ -69,7 +61,7 @@ def main() -> None:
         arguments.groups,
         arguments.reference,
         arguments.from_,
-        arguments.batch[0] if len(arguments.batch) == 1 else arguments.batch,
+        read_batch(arguments),
         arguments.features,
         arguments.least_change,
         arguments.pairs,

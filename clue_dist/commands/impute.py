@@ -2,7 +2,12 @@
 
 import argparse
 
-from clue_dist.commands.model_arguments import build_model_parser, open_model_and_store
+from clue_dist.commands.model_arguments import (
+    add_value_arguments,
+    build_model_parser,
+    open_model_and_store,
+    read_batch,
+)
 from clue_dist.process import run_main
 
 
@@ -18,7 +23,7 @@ def main() -> None:
     choices = ImputationChoices(
         arguments.modality,
         from_=arguments.from_,
-        batch=arguments.batch[0] if len(arguments.batch) == 1 else arguments.batch,
+        batch=read_batch(arguments),
         features=arguments.features,
         library_size=arguments.library_size,
         log1p=arguments.log1p,
@@ -48,23 +53,11 @@ def main() -> None:
 def _parse_arguments() -> argparse.Namespace:
     parser = build_model_parser("impute", store="store of the cells", out="OUT.h5ad or .zarr")
     parser.add_argument("--modality", required=True, help="whose values are wanted")
-    parser.add_argument(
-        "--from",
-        dest="from_",
-        nargs="+",
-        metavar="NAME",
-        help="modalities to infer them from (default: all that a cell has)",
-    )
-    parser.add_argument(
-        "--batch",
-        nargs="+",
-        default=["own"],
-        metavar="BATCH|COVARIATE=LEVEL",
-        help="name of a batch to decode for, own (of each cell), or average (default: own); or "
-        "levels of covariates, where the others are each cell's own",
-    )
-    parser.add_argument(
-        "--features", nargs="+", metavar="NAME", help="features wanted (default: all)"
+    add_value_arguments(
+        parser,
+        "own",
+        "name of a batch to decode for, own (of each cell), or average; or levels of covariates, "
+        "where the others are each cell's own",
     )
     parser.add_argument(
         "--library-size",
@@ -84,7 +77,6 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--threshold", type=float, help="make smaller values zero, and the matrices sparse"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
     return parser.parse_args()
 
 

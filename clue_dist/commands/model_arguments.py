@@ -48,6 +48,40 @@ def build_model_parser(command: str, store: str, out: str) -> argparse.ArgumentP
     return parser
 
 
+def add_value_arguments(parser: argparse.ArgumentParser, batch: str, batch_help: str) -> None:
+    """Add the arguments of commands that ask for values of features.
+
+    Args:
+        parser: of the command.
+        batch: the default of --batch.
+        batch_help: what --batch may be.
+    """
+    parser.add_argument(
+        "--from",
+        dest="from_",
+        nargs="+",
+        metavar="NAME",
+        help="modalities to infer values from (default: all that a cell has)",
+    )
+    parser.add_argument(
+        "--batch",
+        nargs="+",
+        default=[batch],
+        metavar="BATCH|COVARIATE=LEVEL",
+        help=f"{batch_help} (default: {batch})",
+    )
+    parser.add_argument(
+        "--features", nargs="+", metavar="NAME", help="features wanted (default: all)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
+
+
+def read_batch(arguments: argparse.Namespace) -> str | list[str]:
+    """What --batch says: a batch's name or a choice, or levels of covariates, a word each."""
+    words: list[str] = arguments.batch
+    return words[0] if len(words) == 1 else words
+
+
 def _parse_share(text: str) -> float:
     try:
         share = float(text)
