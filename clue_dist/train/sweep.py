@@ -108,11 +108,12 @@ def format_trial_table(
         results: in the order of the lines.
         separator: what stands between columns; by default spaces, so that they are aligned.
     """
-    rows = [["trial", plan.metric.name, "step", "status", "time", *plan.varied]]
+    rows = [[plan.metric.name, "step", "status", "time", *plan.varied, "trial"]]
     for result in results:
-        facts = [result.name, _format_number(result.metric), _format_number(result.step)]
+        facts = [_format_number(result.metric), _format_number(result.step)]
         facts += [result.status, format_duration(result.seconds)]
-        rows.append(facts + [_format_number(result.parameters.get(name)) for name in plan.varied])
+        facts += [_format_number(result.parameters.get(name)) for name in plan.varied]
+        rows.append([*facts, result.name])  # last, as it is long
     if separator is not None:
         return "\n".join(separator.join(row) for row in rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -126,7 +127,7 @@ def _run_trial(plan: SweepPlan, trial: SweepTrial, out: Path, stop: StopFlag) ->
     # What is behind counts: the run folder is this trial's, whatever the command says.
     settings = [f"run={folder}", f"log.group={plan.name or out.name}", "log.wandb=offline"]
     command = [*expand_command(plan, trial.parameters), "--set", *settings]
-    environment = os.environ | {"WANDB_RUN_ID": trial.name}
+    environment = os.environ | {"WANDB_RUN_ID": trial.run_id}
     with (out / f"{trial.name}.log").open("ab") as log:
         try:
             # In a session of its own, as the launcher passes on to its ranks what it gets.

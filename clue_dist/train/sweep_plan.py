@@ -25,6 +25,7 @@ from clue_dist.errors import ConfigError
 
 EXAMPLE_PLAN = RECIPES / "sweep.yaml"  # which is installed, too
 _ENVIRONMENT_VARIABLE = re.compile(r"\$\{envvar:([A-Z0-9_]*)\}")
+_LONGEST_NAME = 120  # characters of a trial's name before its id; file systems take 255
 _DEFAULT_COMMAND = ["${env}", "${interpreter}", "${program}", "${args}"]
 _RANGES = ("uniform", "int_uniform", "log_uniform_values", "q_uniform", "q_log_uniform_values")
 Parameters = Mapping[str, Any]  # values by dotted path of a setting
@@ -144,7 +145,8 @@ class SweepTrial:
     """One choice of hyperparameters."""
 
     parameters: Parameters
-    name: str  # follows from the command and the parameters alone: the same trial has the same name
+    name: str  # what was set, and the id: "latent=32_lr=0.00123_1f0c9a3e"
+    run_id: str  # follows from command and parameters alone: the same trial has the same id
 
 
 def read_sweep_plan(path: Path) -> SweepPlan:
@@ -225,7 +227,24 @@ def _draw_choices(plan: SweepPlan, most: int | None, seed: int) -> list[Paramete
 
 def _name_trial(plan: SweepPlan, parameters: Parameters) -> SweepTrial:
     text = json.dumps([plan.program, plan.command, parameters], sort_keys=True, default=str)
-    return SweepTrial(parameters, hashlib.sha256(text.encode()).hexdigest()[:8])
+    run_id = hashlib.sha256(text.encode()).hexdigest()[:8]
+    titles = _shorten_paths(plan.varied)
+    words = [f"{title}={_format_setting(parameters[path])}" for path, title in titles.items()]
+    # The name becomes that of a folder, and wandb's of the run.
+    told = re.sub(r"[^A-Za-z0-9=._+-]+", "-", "_".join(words))[:_LONGEST_NAME]
+    return SweepTrial(parameters, f"{told}_{run_id}".lstrip("_"), run_id)
+
+
+def _shorten_paths(paths: Sequence[str]) -> dict[str, str]:
+    """The last part of each dotted path, or the whole where several end alike."""
+    ends = [path.rpartition(".")[2] for path in paths]
+    return {
+        path: path if ends.count(end) > 1 else end for path, end in zip(paths, ends, strict=True)
+    }
+
+
+def _format_setting(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def expand_command(plan: SweepPlan, parameters: Parameters) -> list[str]:

@@ -69,6 +69,34 @@ def test_random_trials_are_the_same_at_every_call_and_more_of_them_change_none()
         list_trials(make_plan(run_cap=None))
 
 
+def test_the_name_of_a_trial_says_what_was_set() -> None:
+    parameters = {
+        "store": {"value": "data/s.zarr"},  # the same in all trials
+        "train.lr": {"values": [0.00123456]},
+        "model.trunk.hidden": {"values": [128]},
+        "model.decoder.hidden": {"values": [[64, 64]]},
+        "objective.alignment": {"values": ["../mse / cosine"]},
+    }
+    plan = make_plan(method="grid", run_cap=None, parameters=parameters)
+    (trial,) = list_trials(plan)
+    assert trial.name == (
+        "lr=0.00123_model.trunk.hidden=128_model.decoder.hidden=-64-64-_alignment=..-mse-cosine_"
+        + trial.run_id
+    )
+    # The id tells trials apart, also where the name cannot.
+    for change in ({"values": [0.001234]}, {"values": [0.00123456, 1]}):
+        others = list_trials(make_plan(method="grid", parameters=parameters | {"train.lr": change}))
+        assert {other.run_id for other in others} & {trial.run_id} == (
+            {trial.run_id} if 0.00123456 in change["values"] else set()
+        )
+    (long,) = list_trials(
+        make_plan(method="grid", parameters={"store": {"values": ["a" * 300]}}), 1
+    )
+    assert len(f"{long.name}.log") < 150
+    (alone,) = list_trials(make_plan(method="grid", parameters={"store": {"value": "s"}}))
+    assert alone.name == alone.run_id
+
+
 def test_what_cannot_be_searched_is_said(tmp_path: Path) -> None:
     path = tmp_path / "sweep.yaml"
     wrong = {
@@ -172,7 +200,7 @@ def test_a_search_goes_on_where_it_was_and_ends_with_one_table(search: Path) -> 
     ]
     failed = results[0].name
     assert "no such thing" in (out / f"{failed}.log").read_text()
-    assert (out / failed / "environment").read_text() == failed
+    assert failed == f"lr=0.1_{(out / failed / 'environment').read_text()}"
     (search / "mood").write_text("fine")
     with (out / "trials.jsonl").open("a") as file:
         file.write('{"name": "abc')  # of a search that was killed
@@ -182,8 +210,9 @@ def test_a_search_goes_on_where_it_was_and_ends_with_one_table(search: Path) -> 
     assert (out / failed / "metrics.jsonl").read_text().count("best_score") == 2
     assert "2 of 3 trials have finished before" in lines
     head, *rows = (out / "table.tsv").read_text().splitlines()
-    assert head == "trial\tvalidation/best_score\tstep\tstatus\ttime\ttrain.lr"
-    assert [row.split("\t")[5] for row in rows] == ["0.1", "0.2", "0.3"]
+    assert head == "validation/best_score\tstep\tstatus\ttime\ttrain.lr\ttrial"
+    settings = [row.split("\t")[4:] for row in rows]
+    assert settings == [[str(r.parameters["train.lr"]), r.name] for r in again]
 
 
 @pytest.mark.slow
