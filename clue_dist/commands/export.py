@@ -9,7 +9,9 @@ from clue_dist.ranks import run_on_first_rank
 def main() -> None:
     """Export the run that the arguments name, and print the folder."""
     parser = build_command_parser("export")
-    parser.add_argument("--run", type=parse_path, required=True, help="folder of the trained run")
+    runs = parser.add_mutually_exclusive_group(required=True)
+    runs.add_argument("folder", nargs="?", metavar="RUN", type=parse_path, help="the trained run")
+    runs.add_argument("--run", type=parse_path, help="the same, as other commands take it")
     parser.add_argument("--out", type=parse_path, required=True, help="the folder to make")
     parser.add_argument("--checkpoint", default="best", help="best, last, or a checkpoint's name")
     parser.add_argument(
@@ -40,7 +42,7 @@ def main() -> None:
 
     def export_model() -> None:
         export_run(
-            arguments.run,
+            arguments.run or arguments.folder,
             arguments.out,
             checkpoint=arguments.checkpoint,
             scores=arguments.scores,

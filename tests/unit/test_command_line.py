@@ -19,6 +19,7 @@ from clue_dist import __version__, config_file
 from clue_dist.commands import catalogue
 from clue_dist.commands.catalogue import COMMANDS, build_command_parser, build_launch, name_module
 from clue_dist.commands.cli import app
+from clue_dist.commands.model_arguments import read_batch
 from clue_dist.errors import ConfigError
 from clue_dist.ranks import Ranks
 
@@ -61,6 +62,26 @@ def test_each_example_is_a_command_line_that_parses(
     monkeypatch.setattr(sys, "argv", [f"clue {name}", *words])
     with pytest.raises(Parsed):
         importlib.import_module(name_module(name)).main()
+
+
+@pytest.mark.usefixtures("_stops_after_parsing")
+@pytest.mark.parametrize(("name", "batch"), [("impute", "own"), ("differential", "average")])
+def test_commands_that_ask_for_values_take_the_same_words(
+    name: str, batch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def parse(*words: str) -> argparse.Namespace:
+        monkeypatch.setattr(sys, "argv", [*shlex.split(COMMANDS[name].example)[1:], *words])
+        with pytest.raises(Parsed) as parsed:
+            importlib.import_module(name_module(name)).main()
+        found: argparse.Namespace = parsed.value.args[0]
+        return found
+
+    assert read_batch(parse()) == batch
+    assert read_batch(parse("--batch", "d1")) == "d1"
+    words = ("--from", "rna", "adt", "--batch", "donor=d1", "kit=v2", "--features", "a", "b")
+    found = parse(*words, "--seed", "3")
+    assert (found.from_, found.features, found.seed) == (["rna", "adt"], ["a", "b"], 3)
+    assert read_batch(found) == ["donor=d1", "kit=v2"]
 
 
 def test_a_command_gets_its_words_as_they_were_typed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,6 +211,7 @@ def test_every_command_takes_what_the_launcher_adds(name: str) -> None:
     ("words", "writer"),
     [
         (["export", "--run", "r", "--out", "o"], "clue_dist.inference.export.export_run"),
+        (["export", "r", "--out", "o"], "clue_dist.inference.export.export_run"),
         (["report", "--run", "r"], "clue_dist.inference.report.write_report"),
     ],
 )
@@ -197,7 +219,7 @@ def test_of_several_ranks_the_first_alone_writes(
     words: list[str], writer: str, rank: str, n_written: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[object] = []
-    monkeypatch.setattr(writer, lambda *args, **choices: written.append(args))
+    monkeypatch.setattr(writer, lambda run, *args, **choices: written.append(run))
     monkeypatch.setattr(sys, "argv", words)
     for name, value in (("RANK", rank), ("WORLD_SIZE", "2"), ("LOCAL_RANK", rank)):
         monkeypatch.setenv(name, value)
@@ -206,7 +228,7 @@ def test_of_several_ranks_the_first_alone_writes(
     monkeypatch.setattr(Ranks, "join_group", lambda ranks: ranks)
     monkeypatch.setattr(Ranks, "gather_values", lambda ranks, value: [[*value], [None, None]])
     importlib.import_module(name_module(words[0])).main()
-    assert len(written) == n_written
+    assert written == [Path("r")] * n_written
 
 
 def test_a_search_is_refused_to_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
