@@ -4,7 +4,7 @@ from clue_dist.commands.model_arguments import (
     add_value_arguments,
     build_model_parser,
     open_model_and_store,
-    read_batch,
+    parse_batch_choice,
 )
 from clue_dist.process import run_main
 
@@ -61,7 +61,7 @@ def main() -> None:
         arguments.groups,
         arguments.reference,
         arguments.from_,
-        read_batch(arguments),
+        parse_batch_choice(arguments),
         arguments.features,
         arguments.least_change,
         arguments.pairs,

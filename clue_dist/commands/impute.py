@@ -6,7 +6,7 @@ from clue_dist.commands.model_arguments import (
     add_value_arguments,
     build_model_parser,
     open_model_and_store,
-    read_batch,
+    parse_batch_choice,
 )
 from clue_dist.process import run_main
 
@@ -23,7 +23,7 @@ def main() -> None:
     choices = ImputationChoices(
         arguments.modality,
         from_=arguments.from_,
-        batch=read_batch(arguments),
+        batch=parse_batch_choice(arguments),
         features=arguments.features,
         library_size=arguments.library_size,
         log1p=arguments.log1p,

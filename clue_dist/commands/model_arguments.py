@@ -76,7 +76,7 @@ def add_value_arguments(parser: argparse.ArgumentParser, batch: str, batch_help:
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
 
 
-def read_batch(arguments: argparse.Namespace) -> str | list[str]:
+def parse_batch_choice(arguments: argparse.Namespace) -> str | list[str]:
     """What --batch says: a batch's name or a choice, or levels of covariates, a word each."""
     words: list[str] = arguments.batch
     return words[0] if len(words) == 1 else words

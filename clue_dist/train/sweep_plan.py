@@ -231,8 +231,8 @@ def _name_trial(plan: SweepPlan, parameters: Parameters) -> SweepTrial:
     titles = _shorten_paths(plan.varied)
     words = [f"{title}={_format_setting(parameters[path])}" for path, title in titles.items()]
     # The name becomes that of a folder, and wandb's of the run.
-    told = re.sub(r"[^A-Za-z0-9=._+-]+", "-", "_".join(words))[:_LONGEST_NAME]
-    return SweepTrial(parameters, f"{told}_{run_id}".lstrip("_"), run_id)
+    description = re.sub(r"[^A-Za-z0-9=._+-]+", "-", "_".join(words))[:_LONGEST_NAME]
+    return SweepTrial(parameters, f"{description}_{run_id}".lstrip("_"), run_id)
 
 
 def _shorten_paths(paths: Sequence[str]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from clue_dist import __version__, config_file
 from clue_dist.commands import catalogue
 from clue_dist.commands.catalogue import COMMANDS, build_command_parser, build_launch, name_module
 from clue_dist.commands.cli import app
-from clue_dist.commands.model_arguments import read_batch
+from clue_dist.commands.model_arguments import parse_batch_choice
 from clue_dist.errors import ConfigError
 from clue_dist.ranks import Ranks
 
@@ -76,12 +76,12 @@ def test_commands_that_ask_for_values_take_the_same_words(
         found: argparse.Namespace = parsed.value.args[0]
         return found
 
-    assert read_batch(parse()) == batch
-    assert read_batch(parse("--batch", "d1")) == "d1"
+    assert parse_batch_choice(parse()) == batch
+    assert parse_batch_choice(parse("--batch", "d1")) == "d1"
     words = ("--from", "rna", "adt", "--batch", "donor=d1", "kit=v2", "--features", "a", "b")
     found = parse(*words, "--seed", "3")
     assert (found.from_, found.features, found.seed) == (["rna", "adt"], ["a", "b"], 3)
-    assert read_batch(found) == ["donor=d1", "kit=v2"]
+    assert parse_batch_choice(found) == ["donor=d1", "kit=v2"]
 
 
 def test_a_command_gets_its_words_as_they_were_typed(monkeypatch: pytest.MonkeyPatch) -> None:
