@@ -109,7 +109,7 @@ class Decoder(nn.Module):
         library, levels = compute_library_size(counts).unsqueeze(1), self.find_levels(batch_code)
         parameters = self.compute_parameters(z, levels, library, noise, rows, features)
         scale = 1.0 if features is None else self.n_features / len(features)
-        if self.fused_name and isinstance(counts, SparseCounts) and can_fuse(parameters.rate):
+        if self.fused_name and can_fuse(parameters.rate):
             return scale * self._score_by_kernels(self.fused_name, counts, parameters, features)
         if features is None:
             return compute_log_likelihood(self.likelihood, counts, parameters)
@@ -119,15 +119,14 @@ class Decoder(nn.Module):
     @staticmethod
     def _score_by_kernels(
         likelihood: str,
-        counts: SparseCounts,
+        counts: Counts,
         parameters: LikelihoodParameters,
         features: Tensor | None,
     ) -> Tensor:
         """What `compute_log_likelihood` gives of the features, on a GPU."""
-        from clue_dist.model.fused.likelihood import score_sparse_counts
+        from clue_dist.model.fused.likelihood import score_counts
 
-        rate, theta, library, _ = parameters
-        return score_sparse_counts(likelihood, counts, rate, theta, library, features)
+        return score_counts(likelihood, counts, *parameters, features)
 
     def compute_parameters(
         self,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clue_dist.data.batch import SparseCounts
+from clue_dist.data.batch import Counts, compute_library_size
 from clue_dist.model import decoders
 from clue_dist.model.counter_noise import CounterNoise
 from clue_dist.model.likelihoods import LikelihoodParameters
@@ -55,9 +55,9 @@ def test_a_step_runs_on_a_device_whose_values_nobody_can_read(
         return torch.empty(len(cells), width, dtype=dtype, device=cells.device)
 
     def score_nothing(
-        _: str, counts: SparseCounts, parameters: LikelihoodParameters, __: Tensor | None
+        _: str, counts: Counts, parameters: LikelihoodParameters, __: Tensor | None
     ) -> Tensor:
-        return parameters.rate.sum(-1) + parameters.theta.sum() + counts.totals
+        return parameters.rate.sum(-1) + parameters.theta.sum() + compute_library_size(counts)
 
     # Kernels have no meta device; what stands for them gives tensors of the same shape.
     monkeypatch.setattr(CounterNoise, "_draw", draw_nothing)

@@ -15,7 +15,7 @@ from torch import Tensor
 from clue_dist.data.batch import SparseCounts, compute_library_size
 from clue_dist.model import decoders, trunk
 from clue_dist.model.decoders import select_features
-from clue_dist.model.fused import can_fuse
+from clue_dist.model.fused import FUSED_LIKELIHOODS, can_fuse
 from clue_dist.model.likelihoods import (
     LIKELIHOODS,
     LikelihoodParameters,
@@ -33,7 +33,7 @@ from tests.benchmarks.gpu.workload import (
 
 pytest.importorskip("triton", reason="Triton, which comes with torch for CUDA, is not installed")
 
-from clue_dist.model.fused.likelihood import score_sparse_counts
+from clue_dist.model.fused.likelihood import score_counts
 from clue_dist.model.fused.projection import project_counts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,6 +54,14 @@ def make_counts() -> SparseCounts:
     return SparseCounts(
         indptr.to(DEVICE), torch.cat(columns).to(DEVICE), values.to(DEVICE), N_FEATURES, True
     )
+
+
+def make_dense_counts(likelihood: str) -> Tensor:
+    """Five cells, some counts of which are 0; real values of either sign for `normal`."""
+    generator = torch.Generator().manual_seed(0)
+    if likelihood == "normal":
+        return torch.randn(5, N_FEATURES, generator=generator).to(DEVICE)
+    return torch.poisson(torch.full((5, N_FEATURES), 2.0), generator=generator).to(DEVICE)
 
 
 def draw(*shape: int, scale: float = 1.0) -> Tensor:
@@ -80,33 +88,40 @@ def test_projected_counts_are_those_of_the_twin(method: str) -> None:
         )
 
 
-@pytest.mark.parametrize("likelihood", ["nb", "poisson", "bernoulli"])
-@pytest.mark.parametrize(("scored", "sources"), [(None, ()), (40, ()), (40, (2,))])
+@pytest.mark.parametrize("likelihood", FUSED_LIKELIHOODS)
+@pytest.mark.parametrize(
+    ("dense", "scored", "sources"),
+    [(False, None, ()), (False, 40, ()), (False, 40, (2,)), (True, None, (2,)), (True, 40, ())],
+)
 def test_log_likelihood_and_gradients_are_those_of_the_twin(
-    likelihood: str, scored: int | None, sources: tuple[int, ...]
+    likelihood: str, dense: bool, scored: int | None, sources: tuple[int, ...]
 ) -> None:
-    counts = make_counts()
+    counts = make_dense_counts(likelihood) if dense else make_counts()
     features = None if scored is None else torch.randperm(N_FEATURES)[:scored].sort().values
     features = features if features is None else features.to(DEVICE)
     width = scored or N_FEATURES
     library = compute_library_size(counts).unsqueeze(1)
     rate = draw(*sources, 5, width).sub(4).requires_grad_()
-    theta, upstream = draw(width, scale=4.0).requires_grad_(), draw(*sources, 5)
+    scale = 1.0 if likelihood == "normal" else 4.0
+    theta, upstream = draw(width, scale=scale).requires_grad_(), draw(*sources, 5)
+    gate = draw(*sources, 5, width, scale=9.0).requires_grad_() if likelihood == "zinb" else None
     picked = counts if features is None else select_features(counts, features)
-    parameters = LikelihoodParameters(rate, theta, library)
+    inputs = [x for x in (rate, theta, gate) if x is not None]
+    parameters = LikelihoodParameters(rate, theta, library, gate)
     wanted = compute_log_likelihood(LIKELIHOODS[likelihood], picked, parameters)
-    (wanted * upstream).sum().backward()
-    gradients = [rate.grad, theta.grad]
-    rate.grad = theta.grad = None
-    scores = score_sparse_counts(likelihood, counts, rate, theta, library, features)
-    (scores * upstream).sum().backward()
-    torch.testing.assert_close(scores, wanted, rtol=1e-4, atol=1e-3)
-    for parameter, gradient in zip([rate, theta], gradients, strict=True):
+    scores = score_counts(likelihood, counts, *parameters, features)
+    size = 1 + wanted.detach().abs().max().item()
+    torch.testing.assert_close(scores, wanted, rtol=1e-4, atol=1e-6 * size)
+    slopes = [
+        torch.autograd.grad((value * upstream).sum(), inputs, allow_unused=True)
+        for value in (scores, wanted)
+    ]
+    for found, gradient in zip(*slopes, strict=True):
         if gradient is None:
-            assert parameter.grad is None
+            assert found is None
             continue
         torch.testing.assert_close(
-            parameter.grad, gradient, rtol=1e-4, atol=1e-5 * (1 + gradient.abs().max().item())
+            found, gradient, rtol=1e-4, atol=1e-5 * (1 + gradient.abs().max().item())
         )
 
 
@@ -119,7 +134,7 @@ def test_the_rising_factorial_of_the_kernel_is_exact_at_every_dispersion() -> No
     place = torch.arange(n + 1, dtype=torch.int32, device=DEVICE)
     counts = SparseCounts(place, place[:-1].contiguous(), x, n)
     rate, library = torch.zeros(n, n, device=DEVICE), torch.full((n, 1), 100.0, device=DEVICE)
-    found = score_sparse_counts("nb", counts, rate, theta, library).double()
+    found = score_counts("nb", counts, rate, theta, library).double()
     r, x, mean = theta.double().exp(), x.double(), 50.0
     zeros = r * (r / (r + mean)).log()
     gain = torch.lgamma(r + x) - torch.lgamma(r) + x * (mean / (r + mean)).log()

@@ -11,8 +11,9 @@ from importlib.util import find_spec
 
 from torch import Tensor
 
-# Numbers by which the kernels know likelihoods; others are computed by PyTorch on a GPU, too.
-FUSED_LIKELIHOODS = {"nb": 0, "poisson": 1, "bernoulli": 2}
+# Numbers by which the kernels know likelihoods, those that have a theta from "nb" on. Likelihoods
+# that are not listed are computed by PyTorch on a GPU, too.
+FUSED_LIKELIHOODS = {"poisson": 0, "bernoulli": 1, "nb": 2, "zinb": 3, "normal": 4}
 
 
 def can_fuse(tensor: Tensor) -> bool:

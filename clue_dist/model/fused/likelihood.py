@@ -1,9 +1,10 @@
-"""ln p of sparse profiles at scored features, forward and backward, without a dense target.
+"""ln p of profiles at scored features, forward and backward, without a dense target.
 
 The PyTorch twin is `model.likelihoods.compute_log_likelihood`, after `select_features`. These
 kernels walk over all non-zeros of a cell and pass over those of features that are not scored, so
 that nobody need know how many there are. Two passes over the parameters are all that is left: one
-reads them, one reads them again and writes their gradient.
+reads them, one reads them again and writes their gradient. Dense profiles are few features wide;
+they take the same way, as rows that hold every feature.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from clue_dist.data.batch import SparseCounts
+from clue_dist.data.batch import Counts, SparseCounts
 from clue_dist.model.fused import FUSED_LIKELIHOODS
 from clue_dist.model.fused.functions import (
+    log1p,
     log_rising_factorial,
     rising_factorial_slope,
     sigmoid,
@@ -27,16 +29,19 @@ from clue_dist.model.fused.functions import (
 BLOCK = 256  # features, or non-zeros, that a program holds at a time
 ROWS_PER_PROGRAM = 16  # in the backward pass, over which a program sums the gradient of theta
 MOST_THETA = tl.constexpr(7.0)  # `model.likelihoods.MAX_LOG_DISPERSION`
-NB = tl.constexpr(0)
-POISSON = tl.constexpr(1)
+NB = tl.constexpr(FUSED_LIKELIHOODS["nb"])
+ZINB = tl.constexpr(FUSED_LIKELIHOODS["zinb"])
+POISSON = tl.constexpr(FUSED_LIKELIHOODS["poisson"])
+BERNOULLI = tl.constexpr(FUSED_LIKELIHOODS["bernoulli"])
 
 
-def score_sparse_counts(
+def score_counts(
     likelihood: str,
-    counts: SparseCounts,
+    counts: Counts,
     rate: Tensor,
     theta: Tensor,
     library: Tensor,
+    gate: Tensor | None = None,
     features: Tensor | None = None,
 ) -> Tensor:
     """ln p of n profiles in nats, (n,) or (S, n), summed over the scored features.
@@ -47,19 +52,30 @@ def score_sparse_counts(
         rate: (n, F), or (S, n, F) of several z of each cell, as in `LikelihoodParameters`.
         theta: (F,).
         library: (n, 1), total counts.
+        gate: of the shape of `rate`, for zinb alone.
         features: (F,), those that are scored; None: all.
     """
+    counts = _lay_out_sparse(counts) if isinstance(counts, Tensor) else counts
     if features is None:
         place = torch.arange(counts.n_features, dtype=torch.int32, device=rate.device)
     else:
         place = torch.full((counts.n_features,), -1, dtype=torch.int32, device=rate.device)
         place[features] = torch.arange(len(features), dtype=torch.int32, device=rate.device)
     kind, flat = FUSED_LIKELIHOODS[likelihood], rate.flatten(0, -2)
-    scores: Tensor = _SparseScores.apply(kind, counts, place, flat, theta, library)
+    gate = flat if gate is None else gate.flatten(0, -2)  # which other kinds do not read
+    scores: Tensor = _FusedScores.apply(kind, counts, place, flat, theta, gate, library)
     return scores.view(rate.shape[:-1])
 
 
-class _SparseScores(torch.autograd.Function):
+def _lay_out_sparse(counts: Tensor) -> SparseCounts:
+    """Dense counts (n, features) as rows that hold every feature."""
+    n_cells, width = counts.shape
+    column = torch.arange(width, dtype=torch.int32, device=counts.device)
+    indptr = torch.arange(n_cells + 1, dtype=torch.int32, device=counts.device) * width
+    return SparseCounts(indptr, column.repeat(n_cells), counts.flatten(), width, has_zeros=True)
+
+
+class _FusedScores(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -68,12 +84,13 @@ class _SparseScores(torch.autograd.Function):
         place: Tensor,
         rate: Tensor,
         theta: Tensor,
+        gate: Tensor,
         library: Tensor,
     ) -> Tensor:
-        rate, theta = rate.contiguous(), theta.contiguous()
+        rate, theta, gate = rate.contiguous(), theta.contiguous(), gate.contiguous()
         scores = torch.empty_like(rate[:, 0])
         sparse = counts.indptr, counts.indices, counts.values, place
-        inputs = *sparse, rate, theta, library.log().contiguous()
+        inputs = *sparse, rate, theta, gate, library.log().contiguous()
         sizes = rate.shape[1], len(library)
         _score_rows[(len(rate),)](*inputs, scores, *sizes, KIND=kind, BLOCK=BLOCK)
         ctx.save_for_backward(*inputs)
@@ -82,51 +99,110 @@ class _SparseScores(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-        *sparse, rate, theta, log_library = ctx.saved_tensors
+        *sparse, rate, theta, gate, log_library = ctx.saved_tensors
         n_rows, width = rate.shape
+        uses_theta, uses_gate = ctx.kind >= NB.value, ctx.kind == ZINB.value
         # Every element is written: by the terms of all features first, by non-zeros after that.
         rate_gradient, theta_gradient = torch.empty_like(rate), torch.zeros_like(theta)
-        rest = rate, theta, log_library, gradient.contiguous(), rate_gradient, theta_gradient
+        gate_gradient = torch.empty_like(gate) if uses_gate else rate_gradient
+        gradients = rate_gradient, theta_gradient, gate_gradient
+        rest = rate, theta, gate, log_library, gradient.contiguous(), *gradients
         sizes = width, len(log_library)
         options = {"KIND": ctx.kind, "BLOCK": BLOCK}
         grid = (triton.cdiv(width, BLOCK), triton.cdiv(n_rows, ROWS_PER_PROGRAM))
         _write_zero_gradients[grid](*rest, *sizes, n_rows, ROWS=ROWS_PER_PROGRAM, **options)
         _add_entry_gradients[(n_rows,)](*sparse, *rest, *sizes, **options)
-        uses_theta = ctx.kind == FUSED_LIKELIHOODS["nb"]
-        return None, None, None, rate_gradient, theta_gradient if uses_theta else None, None
+        by_theta, by_gate = theta_gradient if uses_theta else None, gate_gradient
+        return None, None, None, rate_gradient, by_theta, by_gate if uses_gate else None, None
 
 
 @triton.jit
-def _log_zero(rate, theta, log_library, KIND: tl.constexpr):
-    """ln p(0), its derivatives by rate and by theta."""
+def _load_parameters(rate, theta, gate, start, column, mask, KIND: tl.constexpr):
+    """Rate, theta and gate of some features of the row that begins at `start`; unread: rates."""
+    rates = tl.load(rate + start + column, mask=mask, other=0.0)
+    thetas, gates = rates, rates
+    if KIND >= NB:
+        thetas = tl.load(theta + column, mask=mask, other=0.0)
+    if KIND == ZINB:
+        gates = tl.load(gate + start + column, mask=mask, other=0.0)
+    return rates, thetas, gates
+
+
+@triton.jit
+def _log_zero(rate, theta, gate, log_library, KIND: tl.constexpr):
+    """ln p(0), its derivatives by rate, by theta and by gate."""
     if KIND == NB:
-        theta = tl.minimum(theta, MOST_THETA)
-        r, excess = tl.exp(theta), log_library - softplus(-rate) - theta
-        share = r * sigmoid(excess)
-        value = -r * softplus(excess)
-        return value, -share * sigmoid(-rate), value + share
+        value, by_rate, by_theta = _log_zero_of_nb(rate, theta, log_library)
+        return value, by_rate, by_theta, value * 0.0
+    elif KIND == ZINB:
+        value, by_rate, by_theta = _log_zero_of_nb(rate, theta, log_library)
+        of_nb = sigmoid(value - gate)  # p(the count is the negative binomial's | it is 0)
+        larger = tl.maximum(-softplus(-gate), value - softplus(gate))
+        return (
+            larger + log1p(tl.exp(-tl.abs(value - gate))),
+            of_nb * by_rate,
+            of_nb * by_theta,
+            sigmoid(-gate) - of_nb,
+        )
     elif KIND == POISSON:
         mean = tl.exp(log_library - softplus(-rate))
-        return -mean, -mean * sigmoid(-rate), mean * 0.0
-    else:
+        return -mean, -mean * sigmoid(-rate), mean * 0.0, mean * 0.0
+    elif KIND == BERNOULLI:
         odds = rate + log_library
-        return -softplus(odds), -sigmoid(odds), odds * 0.0
+        return -softplus(odds), -sigmoid(odds), odds * 0.0, odds * 0.0
+    else:
+        scaled = rate * tl.exp(-theta)
+        by_rate = -scaled * tl.exp(-theta)
+        return -0.5 * scaled * scaled - theta, by_rate, scaled * scaled - 1.0, rate * 0.0
 
 
 @triton.jit
-def _log_gain(x, rate, theta, log_library, KIND: tl.constexpr):
-    """ln p(x) - ln p(0), its derivatives by rate and by theta."""
+def _log_zero_of_nb(rate, theta, log_library):
+    """ln p(0) of the negative binomial, its derivatives by rate and by theta."""
+    most = tl.minimum(theta, MOST_THETA)
+    r, excess = tl.exp(most), log_library - softplus(-rate) - most
+    share = r * sigmoid(excess)
+    value = -r * softplus(excess)
+    return value, -share * sigmoid(-rate), tl.where(theta <= MOST_THETA, value + share, 0.0)
+
+
+@triton.jit
+def _log_gain(x, rate, theta, gate, log_library, KIND: tl.constexpr):
+    """ln p(x) - ln p(0), its derivatives by rate, by theta and by gate."""
     if KIND == NB:
-        theta = tl.minimum(theta, MOST_THETA)
-        r, excess = tl.exp(theta), log_library - softplus(-rate) - theta
-        left = x * sigmoid(-excess)
-        value = log_rising_factorial(r, x) - x * softplus(-excess)
-        return value, left * sigmoid(-rate), r * rising_factorial_slope(r, x) - left
+        value, by_rate, by_theta = _log_gain_of_nb(x, rate, theta, log_library)
+        return value, by_rate, by_theta, x * 0.0
+    elif KIND == ZINB:
+        zero, zero_by_rate, zero_by_theta = _log_zero_of_nb(rate, theta, log_library)
+        value, by_rate, by_theta = _log_gain_of_nb(x, rate, theta, log_library)
+        positive = tl.where(x > 0, 1.0, 0.0)
+        extra = positive * sigmoid(gate - zero)  # p(the zero would have been an extra one)
+        return (
+            value - positive * softplus(gate - zero),
+            by_rate + extra * zero_by_rate,
+            by_theta + extra * zero_by_theta,
+            -extra,
+        )
     elif KIND == POISSON:
-        return x * (log_library - softplus(-rate)), x * sigmoid(-rate), x * 0.0
-    else:
+        return x * (log_library - softplus(-rate)), x * sigmoid(-rate), x * 0.0, x * 0.0
+    elif KIND == BERNOULLI:
         is_open = tl.where(x > 0, 1.0, 0.0)
-        return is_open * (rate + log_library), is_open, x * 0.0
+        return is_open * (rate + log_library), is_open, x * 0.0, x * 0.0
+    else:
+        precision = tl.exp(-2.0 * theta)
+        value = (x * rate - 0.5 * x * x) * precision
+        return value, x * precision, -2.0 * value, x * 0.0
+
+
+@triton.jit
+def _log_gain_of_nb(x, rate, theta, log_library):
+    """ln p(x) - ln p(0) of the negative binomial, its derivatives by rate and by theta."""
+    most = tl.minimum(theta, MOST_THETA)
+    r, excess = tl.exp(most), log_library - softplus(-rate) - most
+    left = x * sigmoid(-excess)
+    value = log_rising_factorial(r, x) - x * softplus(-excess)
+    by_theta = tl.where(theta <= MOST_THETA, r * rising_factorial_slope(r, x) - left, 0.0)
+    return value, left * sigmoid(-rate), by_theta
 
 
 @triton.jit
@@ -137,6 +213,7 @@ def _score_rows(
     place,
     rate,
     theta,
+    gate,
     log_library,
     scores,
     width,
@@ -156,9 +233,8 @@ def _score_rows(
     for first in range(0, width, BLOCK):
         column = first + lanes
         mask = column < width
-        rates = tl.load(rate + row * width + column, mask=mask, other=0.0)
-        thetas = tl.load(theta + column, mask=mask, other=0.0)
-        value, _, _ = _log_zero(rates, thetas, size, KIND)
+        rates, thetas, gates = _load_parameters(rate, theta, gate, row * width, column, mask, KIND)
+        value, _, _, _ = _log_zero(rates, thetas, gates, size, KIND)
         sums += tl.where(mask, value, 0.0)
     start, end = tl.load(indptr + cell), tl.load(indptr + cell + 1)
     for first in range(start, end, BLOCK):
@@ -167,9 +243,8 @@ def _score_rows(
         feature = tl.load(indices + first + lanes, mask=inside, other=0)
         column = tl.load(place + feature, mask=inside, other=-1)
         mask = column >= 0
-        rates = tl.load(rate + row * width + column, mask=mask, other=0.0)
-        thetas = tl.load(theta + column, mask=mask, other=0.0)
-        value, _, _ = _log_gain(x, rates, thetas, size, KIND)
+        rates, thetas, gates = _load_parameters(rate, theta, gate, row * width, column, mask, KIND)
+        value, _, _, _ = _log_gain(x, rates, thetas, gates, size, KIND)
         sums += tl.where(mask, value, 0.0)
     tl.store(scores + row, tl.sum(sums, 0))
 
@@ -178,10 +253,12 @@ def _score_rows(
 def _write_zero_gradients(
     rate,
     theta,
+    gate,
     log_library,
     gradient,
     rate_gradient,
     theta_gradient,
+    gate_gradient,
     width,
     n_cells,
     n_rows,
@@ -192,19 +269,19 @@ def _write_zero_gradients(
     """One program for a block of features and some rows: the gradient of ln p(0)."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = column < width
-    thetas = tl.load(theta + column, mask=mask, other=0.0)
     sums = tl.zeros([BLOCK], tl.float32)
     first = tl.program_id(1) * ROWS
     for number in range(first, tl.minimum(first + ROWS, n_rows)):
         row = tl.cast(number, tl.int64)
         size = tl.load(log_library + row % n_cells)
-        rates = tl.load(rate + row * width + column, mask=mask, other=0.0)
-        _, by_rate, by_theta = _log_zero(rates, thetas, size, KIND)
+        rates, thetas, gates = _load_parameters(rate, theta, gate, row * width, column, mask, KIND)
+        _, by_rate, by_theta, by_gate = _log_zero(rates, thetas, gates, size, KIND)
         factor = tl.load(gradient + row)
         tl.store(rate_gradient + row * width + column, factor * by_rate, mask=mask)
+        if KIND == ZINB:
+            tl.store(gate_gradient + row * width + column, factor * by_gate, mask=mask)
         sums += factor * by_theta
-    if KIND == NB:
-        sums = tl.where(thetas <= MOST_THETA, sums, 0.0)
+    if KIND >= NB:
         tl.atomic_add(theta_gradient + column, sums, mask=mask)
 
 
@@ -216,10 +293,12 @@ def _add_entry_gradients(
     place,
     rate,
     theta,
+    gate,
     log_library,
     gradient,
     rate_gradient,
     theta_gradient,
+    gate_gradient,
     width,
     n_cells,
     KIND: tl.constexpr,
@@ -237,13 +316,15 @@ def _add_entry_gradients(
         feature = tl.load(indices + first + lanes, mask=inside, other=0)
         column = tl.load(place + feature, mask=inside, other=-1)
         mask = column >= 0
-        rates = tl.load(rate + row * width + column, mask=mask, other=0.0)
-        thetas = tl.load(theta + column, mask=mask, other=0.0)
-        _, by_rate, by_theta = _log_gain(x, rates, thetas, size, KIND)
-        # No other program and no other non-zero of this cell has this element.
+        rates, thetas, gates = _load_parameters(rate, theta, gate, row * width, column, mask, KIND)
+        _, by_rate, by_theta, by_gate = _log_gain(x, rates, thetas, gates, size, KIND)
+        # No other program and no other non-zero of this cell has these elements.
         target = rate_gradient + row * width + column
         before = tl.load(target, mask=mask, other=0.0)
         tl.store(target, before + factor * by_rate, mask=mask)
-        if KIND == NB:
-            by_theta = tl.where(thetas <= MOST_THETA, by_theta, 0.0)
+        if KIND == ZINB:
+            target = gate_gradient + row * width + column
+            before = tl.load(target, mask=mask, other=0.0)
+            tl.store(target, before + factor * by_gate, mask=mask)
+        if KIND >= NB:
             tl.atomic_add(theta_gradient + column, factor * by_theta, mask=mask)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from clue_dist.config import ModelConfig
-from clue_dist.data.batch import SparseCounts, compute_library_size
+from clue_dist.data.batch import Counts, SparseCounts, compute_library_size
 from clue_dist.model.decoders import select_features
+from clue_dist.model.fused import FUSED_LIKELIHOODS
 from clue_dist.model.likelihoods import LIKELIHOODS, LikelihoodParameters, compute_log_likelihood
 from clue_dist.model.noise import Noise
 from clue_dist.model.trunk import Projection, normalise_counts
@@ -102,8 +103,6 @@ def _train_steps(
 
 def compare_kernels(shape: Shape, device: torch.device) -> dict[str, Any]:
     """Compare every fused kernel with its twin: largest relative difference, and milliseconds."""
-    from clue_dist.model.fused import FUSED_LIKELIHOODS
-    from clue_dist.model.fused.likelihood import score_sparse_counts
     from clue_dist.model.fused.projection import project_counts
 
     counts = _draw_counts(shape, device)
@@ -123,21 +122,35 @@ def compare_kernels(shape: Shape, device: torch.device) -> dict[str, Any]:
         results[f"projection {method}"] = _compare(project_plainly, project_fused, weights)
     n_scored = min(shape.features_per_step, counts.n_features)
     features = torch.randperm(counts.n_features, device=device)[:n_scored].sort().values
-    library = compute_library_size(counts).unsqueeze(1)
-    rate = (torch.randn(2, shape.n_cells, n_scored, device=device) - 6).requires_grad_()
-    theta = torch.randn(n_scored, device=device).requires_grad_()
     for name in FUSED_LIKELIHOODS:
-
-        def score_plainly(name: str = name) -> Tensor:
-            picked = select_features(counts, features)
-            parameters = LikelihoodParameters(rate, theta, library)
-            return compute_log_likelihood(LIKELIHOODS[name], picked, parameters)
-
-        def score_fused(name: str = name) -> Tensor:
-            return score_sparse_counts(name, counts, rate, theta, library, features)
-
-        results[f"likelihood {name}"] = _compare(score_plainly, score_fused, [rate, theta])
+        results[f"likelihood {name}"] = _compare_scores(name, counts, features)
+    panel = torch.poisson(torch.full((shape.n_cells, shape.n_proteins), 30.0, device=device))
+    proteins = torch.arange(shape.n_proteins, device=device)
+    for name in ("nb", "normal"):
+        results[f"likelihood {name}, dense"] = _compare_scores(name, panel, proteins)
     return results
+
+
+def _compare_scores(name: str, counts: Counts, features: Tensor) -> dict[str, float]:
+    """Compare the kernels of a likelihood with their twin, for two z of each cell."""
+    from clue_dist.model.fused.likelihood import score_counts
+
+    library = compute_library_size(counts).unsqueeze(1)
+    size = 2, len(library), len(features)
+    rate = (torch.randn(size, device=library.device) - 6).requires_grad_()
+    theta = torch.randn(len(features), device=library.device).requires_grad_()
+    gate = torch.randn_like(rate).requires_grad_() if LIKELIHOODS[name].has_gate else None
+    parameters = LikelihoodParameters(rate, theta, library, gate)
+
+    def score_plainly() -> Tensor:
+        picked = select_features(counts, features)
+        return compute_log_likelihood(LIKELIHOODS[name], picked, parameters)
+
+    def score_fused() -> Tensor:
+        return score_counts(name, counts, *parameters, features)
+
+    inputs = [x for x in (rate, theta, gate) if x is not None]
+    return _compare(score_plainly, score_fused, inputs)
 
 
 def compare_draws(device: torch.device, n_cells: int = 512, width: int = 301) -> dict[str, Any]:
