@@ -24,7 +24,7 @@ def fit(
     feature_ids: str | Mapping[str, str] | None = None,
     modality: str | None = None,
     kinds: Mapping[str, str] | None = None,
-    conversion: Sequence[str] = (),
+    conversion: str | Sequence[str] = (),
     config: str | Path | Mapping[str, Any] = "atlas",
     settings: Mapping[str, Any] | None = None,
     resume: str = "auto",
@@ -46,7 +46,8 @@ def fit(
         feature_ids: column of var that names the features, instead of var_names, likewise.
         modality: what an AnnData holds, where its features do not say.
         kinds: by modality, kinds that names do not say: {"hto": "adt"}.
-        conversion: further flags of `python -m data_prep convert`: ["--top", "rna=4000"].
+        conversion: further flags of `python -m data_prep convert`: "--top rna=4000", or a list of
+            words.
         config: a recipe's name, a JSON file, or what it would hold.
         settings: settings that differ from it, by dotted path: {"train.epochs": 20}. Unless they
             say otherwise, nothing is logged to wandb.

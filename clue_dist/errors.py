@@ -129,5 +129,6 @@ def list_names(names: Iterable[object], limit: int = 10) -> str:
 
 def suggest_names(name: str, known: Sequence[str]) -> str | None:
     """Ask whether one of the known names was meant that are spelled alike; None if none is."""
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}?" if near else None
+    spelled = {other.casefold(): other for other in reversed(known)}
+    near = difflib.get_close_matches(name.casefold(), spelled, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(spelled[other] for other in near)}?" if near else None

@@ -178,7 +178,8 @@ def infer_kind(modality: str, given: Mapping[str, str]) -> str:
             where=f"modality {modality!r}",
             got=list_names(sorted(found)) or "no known word in the name",
             expected=f"one of {list_names(KINDS)}",
-            fix=f"add `--kind {modality}={suggestion or 'rna'}` (or another kind)",
+            fix=f"add `--kind {modality}={suggestion or 'rna'}` (or another kind), in Python "
+            f'`kinds={{"{modality}": "{suggestion or "rna"}"}}`',
             mistake=UnknownKind(modality),
         )
     return found[0]

@@ -33,12 +33,18 @@ class TransferSettings:
     least_confidence: float = 0.0  # below which a label is "unknown", too
 
     def __post_init__(self) -> None:
-        if self.n_neighbours < 1 or not 0 < self.kept <= 1 or not 0 <= self.least_confidence <= 1:
-            raise ConfigError(
-                "labels cannot be carried over so",
-                got=(self.n_neighbours, self.kept, self.least_confidence),
-                expected="one neighbour or more, a share above 0, a probability",
-            )
+        for name, is_right, expected in (
+            ("n_neighbours", self.n_neighbours >= 1, "1 or more"),
+            ("kept", 0 < self.kept <= 1, "a share above 0, 1 at most"),
+            ("least_confidence", 0 <= self.least_confidence <= 1, "a probability, from 0 to 1"),
+        ):
+            if not is_right:
+                raise ConfigError(
+                    "labels cannot be carried over so",
+                    where=name,
+                    got=getattr(self, name),
+                    expected=expected,
+                )
 
 
 @dataclass(frozen=True, eq=False)

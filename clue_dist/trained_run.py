@@ -364,16 +364,16 @@ class Run(ImputationMethods, ComparisonMethods):
         new_modalities: Sequence[str],
         settings: Mapping[str, Any],
         *,
-        conversion: Sequence[str] = (),
+        conversion: str | Sequence[str] = (),
         **columns: Any,
     ) -> None:
         """Train all weights on with the run's settings; cells get the run's features."""
         from clue_dist.train.arguments import list_further_settings
-        from data_prep.from_python import ConversionRequest
+        from data_prep.from_python import ConversionRequest, split_words
 
         flags = ["--features-from", str(self.folder)]
         flags += [word for name in new_modalities for word in ("--new-modality", name)]
-        request = ConversionRequest(**columns, flags=[*flags, *conversion])
+        request = ConversionRequest(**columns, flags=[*flags, *split_words(conversion)])
         ranks, config_file = Ranks.from_environment(), self.folder / "config.json"
         config = run_on_ranks(
             ranks,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -12,7 +13,9 @@ from typing import Any
 import anndata as ad
 import h5py
 import mudata as md
+import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 
 from clue_dist.errors import DataError, StoreError, list_names, suggest_names
 from clue_dist.files import translate_disk_errors
@@ -22,8 +25,10 @@ from clue_dist.store.manifest import Manifest
 from data_prep.cli.commands import run_command
 from data_prep.jobs.job_folder import discard_job, find_partial_folder
 from data_prep.options import FIELDS, NO_COLUMN
+from data_prep.readers.source import looks_whole
 
 _DEFAULT_LAYER = ("--layer", "X")  # which the command line reads where no layer is named
+_PROBED_ROWS = 20  # of X, that are looked at to guess whether it holds counts
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,8 @@ class ConversionRequest:
     feature_ids: str | Mapping[str, str] | None = None
     kinds: Mapping[str, str] = field(default_factory=dict)
     modality: str | None = None  # what an AnnData holds
-    flags: Sequence[str] = ()  # further flags of `python -m data_prep convert`, word by word
+    # Further flags of `python -m data_prep convert`, word by word, or as they are typed.
+    flags: str | Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.batch_key is not None and not self.batch_key:
@@ -46,6 +52,23 @@ class ConversionRequest:
                 got=self.batch_key,
                 fix="leave batch_key out",
             )
+        if not isinstance(self.label_key, str | None):
+            raise DataError(
+                "one column holds the labels",
+                where="label_key",
+                got=self.label_key,
+                fix="name it alone",
+            )
+
+    def choose_layer(self, modality: str | None) -> str | None:
+        """The layer that is named for a modality of cells in memory; None stands for X."""
+        layer = _choose_value(self.layer, modality)
+        return None if layer == _DEFAULT_LAYER[1] else layer
+
+    def choose_feature_columns(self, modality: str | None) -> list[str]:
+        """Columns of var, the first of which that is there names the features of a modality."""
+        named = _choose_value(self.feature_ids, modality)
+        return named.split(",") if named else []
 
     @property
     def batch_columns(self) -> list[str]:
@@ -55,7 +78,7 @@ class ConversionRequest:
 
     def list_flags(self) -> list[str]:
         """The words of the command line that say the same."""
-        words = [*self.flags]
+        words = split_words(self.flags)
         if self.batch_columns:
             words += ["--batch-key", *self.batch_columns]
         words += [] if self.label_key is None else ["--label-key", self.label_key]
@@ -68,6 +91,16 @@ class ConversionRequest:
         return words + [
             w for name, kind in self.kinds.items() for w in ("--kind", f"{name}={kind}")
         ]
+
+
+def split_words(flags: str | Sequence[str]) -> list[str]:
+    """Split flags into words, as a shell does, where they are one text."""
+    return shlex.split(flags) if isinstance(flags, str) else list(flags)
+
+
+def _choose_value(given: str | Mapping[str, str] | None, modality: str | None) -> str | None:
+    """What is given for a modality, where one value may stand for all."""
+    return given.get(modality or "") if isinstance(given, Mapping) else given
 
 
 def convert_cells(
@@ -89,6 +122,9 @@ def convert_cells(
     if isinstance(data, (ad.AnnData, md.MuData)):
         _require_modality(data, request)
         _require_columns(data, request)
+        _require_matrices(data, request)
+    else:
+        _require_files(data)
     is_there = out.exists()
     with (
         _discard_failed_job(out) if isinstance(data, (ad.AnnData, md.MuData)) else nullcontext(),
@@ -118,6 +154,23 @@ def convert_cells(
                 fix="choose another `out`, remove the store, or give the store itself in place of "
                 "the cells",
             )
+
+
+def _require_files(data: object) -> None:
+    """Require what may be files: a text or a path, or a list of them."""
+    if isinstance(data, str) and data.count("=") > 1 and " " in data.strip():
+        raise DataError("several files are a list", got=repr(data), fix=f"give {data.split()}")
+    if isinstance(data, (str, Path)):
+        return
+    given = list(data) if isinstance(data, Sequence) else None
+    if given is None or not all(isinstance(each, (str, Path)) for each in given):
+        kinds = sorted({type(each).__name__ for each in given or ()})
+        raise DataError(
+            "not cells to convert",
+            got=type(data).__name__ + (f" of {list_names(kinds)}" if kinds else ""),
+            expected="one AnnData or MuData, a file, or a list of files",
+            fix='several AnnData make one MuData: `mudata.MuData({"rna": rna, "adt": adt})`',
+        )
 
 
 def _require_modality(source: ad.AnnData | md.MuData, request: ConversionRequest) -> None:
@@ -151,6 +204,34 @@ def _require_columns(source: ad.AnnData | md.MuData, request: ConversionRequest)
             got=f"columns: {list_names(known, 30) or 'none'}",
             fix=suggest_names(column, known),
         )
+
+
+def _require_matrices(source: ad.AnnData | md.MuData, request: ConversionRequest) -> None:
+    """Require the layers, and the columns of var, that are named for cells in memory.
+
+    The conversion would name the file that is written for it, which has no others.
+    """
+    tables = source.mod if isinstance(source, md.MuData) else {request.modality: source}
+    for name, table in tables.items():
+        place = "" if name is None else f" of {name}"
+        layers = [*table.layers, *(["raw.X"] if table.raw is not None else [])]
+        layer = request.choose_layer(name)
+        if layer is not None and layer not in layers:
+            raise DataError(
+                "there is no such layer",
+                where=f"layer={layer!r}{place}",
+                got=f"layers: {list_names(layers) or 'none'}",
+                fix=suggest_names(layer, layers) or "a dict names a layer by modality, or X",
+            )
+        var = table.raw.var if layer == "raw.X" else table.var
+        columns, asked = [str(column) for column in var], request.choose_feature_columns(name)
+        if asked and not {*asked} & {*columns}:
+            raise DataError(
+                "var has no such column",
+                where=f"feature_ids={','.join(asked)!r}{place}",
+                got=f"columns: {list_names(columns, 30) or 'none'}",
+                fix=suggest_names(asked[0], columns) or "leave feature_ids out to use var_names",
+            )
 
 
 @contextmanager
@@ -220,14 +301,9 @@ def _write_cells(source: ad.AnnData | md.MuData, folder: Path, request: Conversi
 
 def _strip_table(table: ad.AnnData, name: str | None, request: ConversionRequest) -> ad.AnnData:
     """What the conversion reads of an AnnData, and nothing else, which may be unfit for a file."""
-    layer = request.layer.get(name or "") if isinstance(request.layer, Mapping) else request.layer
-    layer = None if layer == _DEFAULT_LAYER[1] else layer
-    column = (
-        request.feature_ids.get(name or "")
-        if isinstance(request.feature_ids, Mapping)
-        else request.feature_ids
-    )
-    var = table.var[[c for c in table.var if c in (*TYPE_COLUMNS, *(column or "").split(","))]]
+    layer = request.choose_layer(name)
+    columns = (*TYPE_COLUMNS, *request.choose_feature_columns(name))
+    var = table.var[[column for column in table.var if column in columns]]
     obs = _keep_columns(table.obs, [], request)
     if layer == "raw.X" and table.raw is not None:
         raw = ad.AnnData(
@@ -235,9 +311,17 @@ def _strip_table(table: ad.AnnData, name: str | None, request: ConversionRequest
         )
         return ad.AnnData(obs=obs, var=var, raw=raw)
     layers = {key: table.layers[key] for key in table.layers if layer in (None, key)}
-    if layer is None and table.X is not None:
+    # Where X is no counts, the error names the layer that holds them.
+    if layer is None and table.X is not None and _probe_counts(table):
         layers = {}
     return ad.AnnData(_load_matrix(table.X) if layer is None else None, obs, var, layers=layers)
+
+
+def _probe_counts(table: ad.AnnData) -> bool:
+    """Whether the first values of X are whole and not negative, as counts are."""
+    rows = _load_matrix(table.X[:_PROBED_ROWS])
+    values = rows.data if sp.issparse(rows) else np.asarray(rows).ravel()
+    return not len(values) or looks_whole(values)
 
 
 def _load_matrix(matrix: Any) -> Any:

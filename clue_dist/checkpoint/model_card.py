@@ -7,9 +7,10 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from clue_dist.config import Config
-from clue_dist.errors import ResumeError
+from clue_dist.errors import ResumeError, list_names
 from clue_dist.files import translate_write_errors, write_file
 from clue_dist.store.batch_vocabulary import BatchVocabulary, require_fitting_levels
+from clue_dist.store.layout import MANIFEST
 from clue_dist.store.manifest import Modality
 from clue_dist.store.provenance import Provenance
 from clue_dist.store.reader import Store
@@ -109,7 +110,7 @@ def read_model_card(run: Path) -> ModelCard:
             "no run here",
             where=run,
             got="no model.json",
-            fix="train one: `clue train --config ...`",
+            fix=_suggest_run(run),
         )
     try:
         return ModelCard.model_validate_json(path.read_bytes())
@@ -120,3 +121,12 @@ def read_model_card(run: Path) -> ModelCard:
             got=str(error)[:500],
             fix="train again, or restore the file",
         ) from error
+
+
+def _suggest_run(folder: Path) -> str:
+    """Say how to come to a run where there is none."""
+    if (folder / MANIFEST).is_file():
+        return "this is a store; name the folder of a run that was trained on it"
+    if runs := sorted(path.parent for path in folder.glob("*/model.json")):
+        return f"name one of the runs in it: {list_names(runs)}"
+    return "train one: `clue train --config ...`, in Python `clue_dist.fit`"

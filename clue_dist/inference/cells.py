@@ -136,11 +136,25 @@ def open_source(
         return source
     path = source
     ending = Path(path).suffix
-    if ending not in (".h5ad", ".h5mu"):
-        return Store(str(path))
     file = parse_path(str(path))
+    if ending not in (".h5ad", ".h5mu"):
+        if file.is_file():
+            raise DataError(
+                "not a file that cells are read from",
+                where=file,
+                expected=".h5ad, .h5mu, or the folder of a store",
+                fix=f"unpack it: `gunzip {file.name}`"
+                if ending == ".gz"
+                else f"`python -m data_prep doctor {file.name}` says how it becomes a store",
+            )
+        return Store(str(path))
     if not file.is_file():
-        raise DataError("no such file", where=file, fix="check the path")
+        name, equals, _ = str(path).partition("=")
+        raise DataError(
+            "no such file",
+            where=file,
+            fix=f'give the path alone, and `modality="{name}"`' if equals else "check the path",
+        )
     try:
         backed = "r" if leave_counts else None
         if ending == ".h5mu":

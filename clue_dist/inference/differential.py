@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from clue_dist.errors import ConfigError, list_names
+from clue_dist.errors import ConfigError, list_names, suggest_names
 from clue_dist.inference.cells import Cells
 from clue_dist.inference.imputation_question import (
     AVERAGE,
@@ -127,6 +127,7 @@ def _read_groups(cells: Cells, choices: DifferentialChoices, shown: np.ndarray) 
             "obs has no such column",
             where=f"groupby={choices.groupby!r}",
             got=f"columns: {list_names(obs.columns, 30) or 'none'}",
+            fix=suggest_names(choices.groupby, list(map(str, obs.columns))),
         )
     values = obs[choices.groupby]
     names = np.where(values.isna(), "", values.astype(str)).astype(object)

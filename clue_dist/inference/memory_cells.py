@@ -13,7 +13,7 @@ import scipy.sparse as sp
 import torch
 
 from clue_dist.data.batch import Batch, ObservedModality
-from clue_dist.errors import DataError, list_names
+from clue_dist.errors import DataError, list_names, suggest_names
 from clue_dist.inference.aligned_counts import AlignedCounts, align_features
 from clue_dist.inference.load_model import LoadedModel
 from clue_dist.inference.memory_obs import collect_obs, find_levels
@@ -116,6 +116,7 @@ def collect_memory_cells(
     Raises:
         DataError: they cannot be brought there.
     """
+    _require_modalities(source, trained_model, choices)
     named = name_parts(source, trained_model, choices)
     # A view may be left without any cell of a modality.
     named = {name: part for name, part in named.items() if part.adata.n_obs}
@@ -135,6 +136,23 @@ def collect_memory_cells(
         obs = obs.assign(**batches.decode_levels(codes))
     tables = {name: part.adata for name, part in named.items()}
     return MemoryCells(obs, counts, rows, trained_model, batches, codes, tables)
+
+
+def _require_modalities(
+    source: ad.AnnData | md.MuData, trained_model: LoadedModel, choices: MemoryChoices
+) -> None:
+    """Require that what is chosen by modality is chosen of modalities that there are."""
+    known = [*trained_model.modalities, *(source.mod if isinstance(source, md.MuData) else ())]
+    for argument, given in (("layer", choices.layer), ("feature_ids", choices.feature_ids)):
+        absent = [n for n in given if n not in known] if isinstance(given, Mapping) else []
+        if absent:
+            raise DataError(
+                "no such modality",
+                where=f"{argument}={given!r}",
+                got=list_names(absent),
+                expected=list_names(dict.fromkeys(known)),
+                fix=suggest_names(absent[0], known),
+            )
 
 
 def _align_part(

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from clue_dist.errors import ConfigError, DataError, list_names
+from clue_dist.errors import ConfigError, DataError, list_names, suggest_names
 from clue_dist.inference.cells import Cells
 from clue_dist.inference.load_model import LoadedModel
 from clue_dist.inference.named_counts import warn_of_cells
@@ -110,7 +110,7 @@ def _read_labels(reference: ComparedCells, label_key: str) -> np.ndarray:
             "the reference has no such column of labels",
             where=f"label key {label_key!r}",
             got=list_names(obs.columns) or "no columns",
-            fix="name a column of its obs",
+            fix=suggest_names(label_key, list(map(str, obs.columns))),
         )
     values = obs[label_key].astype(object).where(obs[label_key].notna(), "").astype(str)
     labels = values.where(values != UNKNOWN_LABEL, "").to_numpy()

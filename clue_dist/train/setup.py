@@ -21,7 +21,7 @@ from clue_dist.data.plan import CellPlan
 from clue_dist.errors import ConfigError, list_names
 from clue_dist.files import parse_path
 from clue_dist.model.modality_spec import ModalitySpec, specify_modalities
-from clue_dist.store.layout import name_stratum
+from clue_dist.store.layout import MANIFEST, name_stratum
 from clue_dist.store.reader import Store
 from clue_dist.store.svd import StoredSvd
 from clue_dist.train.auto_settings import resolve_auto_settings
@@ -289,6 +289,13 @@ def _require_writable(run_folder: Path) -> None:
             "the run folder cannot be written",
             where=f"run={run_folder}",
             got=f"{nearest} is {problem}",
+        )
+    if (nearest / MANIFEST).is_file():
+        raise ConfigError(
+            "the run folder would lie in a store",
+            where=f"run={run_folder}",
+            got=f"{nearest} is a store",
+            fix="name another folder: --set run=runs/atlas, in Python `out=`",
         )
 
 

@@ -265,9 +265,12 @@ def _describe_value(
     fix = _advise_on_value(source.modality, float(value)) if is_count or is_missing else None
     if other_counts:
         name, *others = other_counts
-        fix = f"`--layer {name}`, which looks like raw counts"
+        fix = f"`--layer {name}` (`layer=` in Python), which looks like raw counts"
         if others:
-            fix = f"`--layer NAME`, one of {list_names(other_counts)}, which look like raw counts"
+            fix = (
+                f"`--layer NAME` (`layer=` in Python), one of {list_names(other_counts)}, which "
+                "look like raw counts"
+            )
     return DataError(
         rule,
         where=f"{source.display_name}, cell {cell!r}, feature {head.features[column]!r}",

@@ -72,6 +72,8 @@ _OTHERS = (
                  (b"version https://git-lfs",), is_text=True),
     _OtherFormat("packed by xz, bzip2 or zstd", "unpack it",
                  (b"\xfd7zXZ", b"BZh", b"\x28\xb5\x2f\xfd")),
+    _OtherFormat("an HDF5 file that is packed", "unpack it, as by `gunzip FILE`",
+                 (b"\x89HDF\r\n\x1a\n",)),
     _OtherFormat("named as an HDF5 file, but no HDF5",
                  "check that the file is complete, and copy it again",
                  suffixes=(".h5ad", ".h5mu", ".h5", ".hdf5", ".loom", ".h5seurat")),

@@ -164,6 +164,8 @@ def test_layers_go_by_name():
     assert list(read_all(table, layer={"rna": "counts"})) == ["rna"]
     with pytest.raises(DataError, match=r"no such matrix(.|\n)*layers: counts"):
         open_cells(table, LOADED, layer="raw")
+    with pytest.raises(DataError, match=r"no such modality\n  where: layer=(.|\n)*mean rna\?"):
+        open_cells(table, LOADED, layer={"rnaa": "counts"})
     table.raw = make_table()
     np.testing.assert_array_equal(read_all(table, layer="raw.X")["rna"], make_table().X.toarray())
     table = make_table()

@@ -17,6 +17,14 @@ def config_of(path: Path, **parts: object) -> Config:
     return Config(store=str(path), run=str(path.parent / "run"), **parts)
 
 
+@pytest.mark.parametrize("folder", ["s.zarr", "s.zarr/runs/first"])
+def test_a_run_does_not_lie_in_a_store(tmp_path: Path, folder: str) -> None:
+    make_store(tmp_path / "s.zarr", features={"rna": 30, "adt": 8})
+    config = Config(store=str(tmp_path / "s.zarr"), run=str(tmp_path / folder))
+    with pytest.raises(ConfigError, match=r"run folder would lie in a store\n.*\n.*s\.zarr is a"):
+        prepare_setup(config, world=1)
+
+
 def test_held_out_cells_are_paired_last_and_never_planned(tmp_path: Path) -> None:
     make_store(
         tmp_path / "s.zarr", cells={"rna+adt": 200, "rna": 60}, features={"rna": 30, "adt": 8}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,11 +17,12 @@ import pytest
 import clue_dist
 from clue_dist import comparison_methods, trained_run, training_call
 from clue_dist.api import Run
-from clue_dist.errors import ConfigError, DataError
+from clue_dist.errors import ConfigError, DataError, ResumeError
 from clue_dist.inference import output_files, report
 from clue_dist.inference.cells import find_batch_columns, open_source
 from clue_dist.inference.score_tables import Scores
 from clue_dist.store.batch_vocabulary import BatchVocabulary
+from clue_dist.store.layout import MANIFEST
 from data_prep import from_python
 from data_prep.from_python import ConversionRequest, convert_cells
 
@@ -85,6 +87,93 @@ def test_an_anndata_without_feature_types_needs_a_name(
     table.var["feature_types"] = "Gene Expression"
     convert_cells(table, tmp_path / "s.zarr", ConversionRequest())
     assert len(typed) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "advice"),
+    [
+        ("rna=a.h5ad adt=b.h5ad", r"several files are a list(.|\n)*'rna=a.h5ad', 'adt=b.h5ad'"),
+        ([ad.AnnData(), ad.AnnData()], r"list of AnnData(.|\n)*mudata\.MuData"),
+        ({"rna": ad.AnnData()}, r"got: dict\n(.|\n)*mudata\.MuData"),
+        (pd.DataFrame({"a": [1]}), "got: DataFrame\n"),
+        (["a.h5ad", 3], "got: list of int, str"),
+    ],
+)
+def test_what_is_no_input_is_refused_with_a_way_on(
+    given: Any, advice: str, tmp_path: Path, typed: list[list[str]]
+) -> None:
+    with pytest.raises(DataError, match=advice):
+        convert_cells(given, tmp_path / "s.zarr", ConversionRequest())
+    assert not typed
+
+
+def test_layers_and_columns_of_var_that_cells_in_memory_lack_are_refused(
+    mdata: md.MuData, tmp_path: Path, typed: list[list[str]]
+) -> None:
+    mdata["rna"].layers["counts"] = mdata["rna"].X.copy()
+    for table in mdata.mod.values():
+        table.var["gene_id"] = table.var_names
+
+    def convert(**choices: Any) -> None:
+        convert_cells(mdata, tmp_path / "s.zarr", ConversionRequest(**choices))
+
+    with pytest.raises(DataError, match=r"layer='count' of rna\n  got: layers: counts\n.*counts\?"):
+        convert(layer={"rna": "count"})
+    with pytest.raises(DataError, match=r"layer='counts' of adt\n  got: layers: none\n.*a dict"):
+        convert(layer="counts")
+    with pytest.raises(DataError, match=r"of rna\n  got: columns: gene_id\n.*mean gene_id\?"):
+        convert(feature_ids="gene_ids")
+    convert(layer={"rna": "counts", "adt": "X"}, feature_ids="symbol,gene_id")
+    assert len(typed) == 1
+
+
+def test_counts_beside_normalised_values_are_named(tmp_path: Path) -> None:
+    counts = np.arange(40, dtype=np.float32).reshape(8, 5)
+    table = ad.AnnData(np.log1p(counts), layers={"counts": counts, "scaled": counts - 0.5})
+    with pytest.raises(DataError, match=r"must be raw(.|\n)*fix: `--layer counts` \(`layer=` in"):
+        convert_cells(table, tmp_path / "s.zarr", ConversionRequest(modality="rna"))
+
+
+def test_flags_may_be_one_text(mdata: md.MuData, tmp_path: Path, typed: list[list[str]]) -> None:
+    for flags in ("--keep-obs all --seed 3", ["--keep-obs", "all", "--seed", "3"]):
+        convert_cells(mdata, tmp_path / "s.zarr", ConversionRequest(flags=flags))
+    first, second = (words[words.index("--keep-obs") :][:4] for words in typed)
+    assert first == second == ["--keep-obs", "all", "--seed", "3"]
+    with pytest.raises(DataError, match="one column holds the labels"):
+        ConversionRequest(label_key=["cell_type"])  # type: ignore[arg-type]
+
+
+def test_a_path_that_no_cells_are_read_from_is_refused_with_a_way_on(tmp_path: Path) -> None:
+    for name, advice in (
+        ("rna.h5ad.gz", r"unpack it: `gunzip rna\.h5ad\.gz`"),
+        ("rna.h5", r"doctor rna\.h5` says how"),
+    ):
+        (tmp_path / name).write_bytes(b"1")
+        with pytest.raises(DataError, match=advice):
+            open_source(tmp_path / name)
+    with pytest.raises(DataError, match=r'give the path alone, and `modality="rna"`'):
+        open_source(f"rna={tmp_path}/rna.h5ad")
+
+
+def test_an_h5ad_that_is_packed_is_told_from_a_broken_one(mdata: md.MuData, tmp_path: Path) -> None:
+    mdata["rna"].write_h5ad(tmp_path / "a.h5ad")
+    packed = tmp_path / "a.h5ad.gz"
+    packed.write_bytes(gzip.compress((tmp_path / "a.h5ad").read_bytes()))
+    with pytest.raises(DataError, match=r"got: an HDF5 file that is packed\n(.|\n)*gunzip a.h5ad"):
+        convert_cells([f"rna={packed}"], tmp_path / "s.zarr", ConversionRequest())
+
+
+def test_a_folder_without_a_run_says_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(ResumeError, match=r"`clue_dist\.fit`"):
+        clue_dist.load(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.json").write_text("{}")
+    with pytest.raises(ResumeError, match=rf"name one of the runs in it: {tmp_path}/a, "):
+        clue_dist.load(tmp_path)
+    (tmp_path / MANIFEST).write_text("{}")
+    with pytest.raises(ResumeError, match="this is a store"):
+        clue_dist.load(tmp_path)
 
 
 def test_a_flag_of_pairing_counts_for_cells_in_memory(

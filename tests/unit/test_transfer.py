@@ -133,7 +133,9 @@ def test_small_references_and_types_of_one_cell_are_possible():
 
 @pytest.mark.parametrize("choice", [{"n_neighbours": 0}, {"kept": 0}, {"least_confidence": 2}])
 def test_settings_that_cannot_work_are_refused(choice):
-    with pytest.raises(ConfigError, match="cannot be carried over"):
+    with pytest.raises(
+        ConfigError, match=rf"cannot be carried over so\n  where: {next(iter(choice))}\n"
+    ):
         TransferSettings(**choice)
 
 
