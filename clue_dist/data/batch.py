@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import combinations
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -74,6 +75,21 @@ class SparseCounts:
 Counts = SparseCounts | Tensor
 
 
+@dataclass(frozen=True)
+class CodedCounts:
+    """Raw counts of n cells as the store codes them (`store.rows`), on their way to a GPU.
+
+    `device_batches` expands them there into `SparseCounts`, which all else works with.
+    """
+
+    starts: Tensor  # (n + 1, 2) int32, where each cell begins in codes and in rest
+    codes: Tensor  # (nnz,) uint8
+    rest: Tensor  # (r,), of an unsigned type
+    bits: Tensor  # (n,) uint8, bits of a code that hold the count
+    n_features: int
+    where: str  # where they come from, for error messages
+
+
 def compute_library_size(counts: Counts) -> Tensor:
     """Total counts of each cell, (n,), at least 1."""
     total = counts.sum(1) if isinstance(counts, Tensor) else counts.totals
@@ -135,12 +151,13 @@ class Batch:
         def map_counts(counts: Counts) -> Counts:
             if isinstance(counts, Tensor):
                 return transform(counts)
-            return replace(
-                counts,
-                indptr=transform(counts.indptr),
-                indices=transform(counts.indices),
-                values=transform(counts.values),
-            )
+            values = {field.name: getattr(counts, field.name) for field in fields(counts)}
+            changes: dict[str, Any] = {
+                name: transform(value)
+                for name, value in values.items()
+                if isinstance(value, Tensor)
+            }
+            return replace(counts, **changes)
 
         modalities = {
             name: ObservedModality(
@@ -180,6 +197,7 @@ def assemble_batch(
     parts: Sequence[BatchPart],
     buffers: BufferPool | None = None,
     dense: bool = False,
+    coded: bool = False,
 ) -> Batch:
     """Build one batch out of parts of several strata, one part behind the other.
 
@@ -188,6 +206,8 @@ def assemble_batch(
         parts: the cells.
         buffers: memory to build in; fresh memory by default.
         dense: whether sparse counts are to become tensors (n, features), too.
+        coded: whether sparse counts are to be `CodedCounts`, in a batch that is for
+            `device_batches` alone.
     """
     buffers = buffers or BufferPool()
     sizes = [len(part.batch_code) for part in parts]
@@ -203,7 +223,8 @@ def assemble_batch(
             paired = np.flatnonzero(
                 np.concatenate([np.full(sizes[i], len(parts[i].rows) > 1) for i in having])
             )
-            counts = _stack_counts([parts[i].rows[name] for i in having], buffers, dense)
+            stored = [parts[i].rows[name] for i in having]
+            counts = _stack_counts(stored, buffers, dense, coded)
             measured[name] = ObservedModality(
                 torch.from_numpy(rows), counts, torch.from_numpy(paired)
             )
@@ -232,15 +253,18 @@ def read_batch(
 
 @time_phase("gather")
 def _stack_counts(
-    parts: list[LocatedRows | np.ndarray], buffers: BufferPool, dense: bool
+    parts: list[LocatedRows | np.ndarray], buffers: BufferPool, dense: bool, coded: bool
 ) -> Counts:
-    """Lay the rows of all parts one behind the other, decoded."""
+    """Lay the rows of all parts one behind the other, decoded unless they are to stay coded."""
     stored_dense = [part for part in parts if isinstance(part, np.ndarray)]
     if stored_dense:
         return torch.from_numpy(np.concatenate(stored_dense).astype(np.float32, copy=False))
     sparse = [part for part in parts if isinstance(part, LocatedRows)]
     if dense:
         return _decode_dense_counts(sparse, buffers)
+    if coded:
+        # No part of a batch that is trained on: `device_batches` gives it its true type.
+        return cast(Counts, _stack_codes(sparse, buffers))
     lengths = np.concatenate([part.count_nonzeros() for part in sparse])
     indptr = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     indices = buffers.lend_array(int(indptr[-1]), np.int32)
@@ -256,6 +280,29 @@ def _stack_counts(
         torch.from_numpy(indices),
         buffers.share_ones(len(indices)) if values is None else torch.from_numpy(values),
         sparse[0].n_features,
+    )
+
+
+def _stack_codes(parts: list[LocatedRows], buffers: BufferPool) -> CodedCounts:
+    """The rows of all parts one behind the other, still coded."""
+    sizes = [part.measure_codes() for part in parts]
+    starts = np.concatenate([[[0, 0]], np.cumsum(np.concatenate(sizes), 0)])
+    codes = buffers.lend_array(int(starts[-1, 0]), np.uint8)
+    rest_type = np.result_type(*(part.blocks.rest for part in parts))
+    rest = buffers.lend_array(int(starts[-1, 1]), rest_type)
+    first = 0
+    for part in parts:
+        last = first + len(part.row)
+        part.copy_codes(starts[first : last + 1], codes, rest)
+        first = last
+    bits = np.repeat([np.uint8(part.bits) for part in parts], [len(size) for size in sizes])
+    return CodedCounts(
+        torch.from_numpy(starts.astype(np.int32)),
+        torch.from_numpy(codes),
+        torch.from_numpy(rest),
+        torch.from_numpy(bits),
+        parts[0].n_features,
+        "; ".join(dict.fromkeys(part.where for part in parts)),
     )
 
 

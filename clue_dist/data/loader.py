@@ -215,6 +215,7 @@ class Loader:
         first: the micro-batch to begin with.
         prefetch: batches kept ready.
         dense: whether sparse counts become tensors (n, features).
+        coded: whether sparse counts stay coded, for `DeviceBatches`, which expands them.
 
     Raises:
         ConfigError: `world` does not divide the plan's lanes.
@@ -230,6 +231,7 @@ class Loader:
         first: int = 0,
         prefetch: int = 4,
         dense: bool = False,
+        coded: bool = False,
     ) -> None:
         if plan.lanes % world:
             raise ConfigError(
@@ -238,7 +240,8 @@ class Loader:
                 got=f"{plan.lanes} % {world} = {plan.lanes % world}",
                 expected="a multiple of the number of ranks",
             )
-        self.plan, self.rank, self.world, self.dense = plan, rank, world, dense
+        self.plan, self.rank, self.world = plan, rank, world
+        self.dense, self.coded = dense, coded
         self.modalities = store.modalities
         self.waited_seconds = 0.0  # by `next()`, so far
         self._due: Future[Batch] | None = None  # what `next()` waits for
@@ -327,4 +330,4 @@ class Loader:
         return self._gatherers.submit(self._build_batch, parts)
 
     def _build_batch(self, parts: list[BatchPart]) -> Batch:
-        return assemble_batch(self.modalities, parts, self._buffers, self.dense)
+        return assemble_batch(self.modalities, parts, self._buffers, self.dense, self.coded)

@@ -129,7 +129,7 @@ def copy_rows(starts, values, rows, out_rows, out_starts, out):
             target[k] = source[k]
 
 
-# --- decoding -------------------------------------------------------------------------------------
+# --- rows of a batch ------------------------------------------------------------------------------
 
 
 @compile_kernel
@@ -142,6 +142,22 @@ def _prefetch_rows(codes, rest, starts, slot, row, i):
         s, r = slot[i + ROWS_AHEAD], row[i + ROWS_AHEAD]
         prefetch_array(codes[s, starts[s, r, 0] : starts[s, r + 1, 0]])
         prefetch_array(rest[s, starts[s, r, 1] : starts[s, r + 1, 1]])
+
+
+@compile_kernel
+def gather_rows(codes, rest, starts, slot, row, out_starts, out_codes, out_rest):
+    """Copy codes and rest of rows, still coded; out_starts: where each goes in both, (n + 1, 2)."""
+    for i in range(len(slot)):
+        _prefetch_rows(codes, rest, starts, slot, row, i)
+        s, r = slot[i], row[i]
+        source = codes[s, starts[s, r, 0] : starts[s, r + 1, 0]]
+        target = out_codes[out_starts[i, 0] : out_starts[i, 0] + len(source)]
+        for k in range(len(source)):
+            target[k] = source[k]
+        wide_source = rest[s, starts[s, r, 1] : starts[s, r + 1, 1]]
+        wide_target = out_rest[out_starts[i, 1] : out_starts[i, 1] + len(wide_source)]
+        for k in range(len(wide_source)):
+            wide_target[k] = wide_source[k]
 
 
 @compile_kernel

@@ -144,6 +144,24 @@ class LocatedRows:
         """Return the number of non-zeros of each row, (n,) uint32."""
         return self.blocks.lengths[self.slot, self.row, 0]
 
+    def measure_codes(self) -> np.ndarray:
+        """Return how much of codes and of rest each row takes, (n, 2) int64."""
+        starts = self.blocks.starts
+        return starts[self.slot, self.row + 1] - starts[self.slot, self.row]
+
+    def copy_codes(self, starts: np.ndarray, codes: np.ndarray, rest: np.ndarray) -> None:
+        """Copy the rows, still coded, into arrays of the caller.
+
+        Args:
+            starts: where each row goes in the other two, (n + 1, 2).
+            codes: filled, uint8.
+            rest: filled, of an unsigned type that holds that of the blocks.
+        """
+        blocks = self.blocks
+        kernels.gather_rows(
+            blocks.codes, blocks.rest, blocks.starts, self.slot, self.row, starts, codes, rest
+        )
+
     def decode(self, indptr: np.ndarray, indices: np.ndarray, values: np.ndarray | None) -> None:
         """Decode the rows into arrays of the caller.
 
@@ -204,14 +222,23 @@ class LocatedRows:
     def _require_decoded(self, bad_row: int) -> None:
         """Raise the error for the row that a kernel refused; -1: it refused none."""
         if bad_row >= 0:
-            nonzeros = self.count_nonzeros()[bad_row]
-            raise StoreError(
-                "values that no conversion writes",
-                where=self.where,
-                got=f"row {self.row[bad_row]} of a block, {nonzeros} non-zeros",
-                expected=f"columns below {self.n_features}, each gap and count once",
-                fix=CHECK_FIX,
+            raise report_coding_fault(
+                self.where,
+                f"row {self.row[bad_row]} of a block",
+                self.count_nonzeros()[bad_row],
+                self.n_features,
             )
+
+
+def report_coding_fault(where: str, row: str, nonzeros: int, n_features: int) -> StoreError:
+    """Make the error for a row that is not coded as it should be."""
+    return StoreError(
+        "values that no conversion writes",
+        where=where,
+        got=f"{row}, {nonzeros} non-zeros",
+        expected=f"columns below {n_features}, each gap and count once",
+        fix=CHECK_FIX,
+    )
 
 
 def limit_rounding(whole: np.ndarray) -> np.ndarray:

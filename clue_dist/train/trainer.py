@@ -14,6 +14,7 @@ from clue_dist.data.device_batches import DeviceBatches
 from clue_dist.data.loader import Loader
 from clue_dist.model.clue import CLUE
 from clue_dist.model.counter_noise import choose_noise
+from clue_dist.model.fused import has_triton
 from clue_dist.model.posterior_encoder import Posterior
 from clue_dist.ranks import Ranks
 from clue_dist.train.schedule import compute_kl_weight
@@ -54,8 +55,9 @@ class Trainer:
     def open_loader(self, step: int) -> Loader | DeviceBatches:
         """Open this rank's stream of micro-batches, from optimizer step `step` on.
 
-        On a GPU they lie there already.
+        On a GPU they lie there already, expanded there from the store's bytes.
         """
+        on_gpu = self.device.type == "cuda"
         loader = Loader(
             self.setup.store,
             self.setup.plan,
@@ -63,8 +65,9 @@ class Trainer:
             world=self.ranks.world,
             first=step * self.setup.config.train.grad_accum,
             prefetch=self.setup.config.data.prefetch,
+            coded=on_gpu and has_triton(),
         )
-        return DeviceBatches(loader, self.device) if self.device.type == "cuda" else loader
+        return DeviceBatches(loader, self.device) if on_gpu else loader
 
     def load_validation_cells(self) -> ValidationCells:
         """Load the cells that every validation looks at onto the device."""

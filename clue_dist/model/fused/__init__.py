@@ -18,9 +18,10 @@ FUSED_LIKELIHOODS = {"poisson": 0, "bernoulli": 1, "nb": 2, "zinb": 3, "normal":
 
 def can_fuse(tensor: Tensor) -> bool:
     """Whether work on a tensor is done by these kernels."""
-    return tensor.is_cuda and _has_triton()
+    return tensor.is_cuda and has_triton()
 
 
 @functools.cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether Triton is installed."""
     return find_spec("triton") is not None

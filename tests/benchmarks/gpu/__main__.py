@@ -18,7 +18,12 @@ from typing import Any
 import torch
 
 from tests.benchmarks.gpu.clock import measure_rates
-from tests.benchmarks.gpu.parity import compare_draws, compare_kernels, compare_steps
+from tests.benchmarks.gpu.parity import (
+    compare_draws,
+    compare_expansion,
+    compare_kernels,
+    compare_steps,
+)
 from tests.benchmarks.gpu.training import measure_embedding, measure_training
 from tests.benchmarks.gpu.whole_runs import measure_runs
 from tests.benchmarks.gpu.workload import SHAPES
@@ -39,6 +44,7 @@ def list_parts(device: torch.device, rates: dict[str, float]) -> Iterator[Part]:
     """List the parts, what says whether the numbers are right first."""
     small, middle, large = SHAPES
     yield "kernels", lambda: compare_kernels(middle, device)
+    yield "expansion", lambda: compare_expansion(large, device)
     yield "draws", lambda: compare_draws(device)
     yield f"parity {small.name}", lambda: compare_steps(small, device)
     for shape in (small, middle, large):

@@ -14,11 +14,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from clue_dist.data import expansion
 from clue_dist.model.fused import FUSED_LIKELIHOODS, counter_draws, likelihood, projection
 
 CAPABILITIES = 80, 90  # A100; H100 and H200
 POINTERS = {"indptr": "*i32", "indices": "*i32", "place": "*i32"}  # all others are "*fp32"
-SCALARS = {"width": "i32", "n_cells": "i32", "n_rows": "i32", "draw": "i32", "key": "i64"}
+SCALARS = {
+    "width": "i32",
+    "n_cells": "i32",
+    "n_rows": "i32",
+    "n_features": "i32",
+    "draw": "i32",
+    "key": "i64",
+}
 
 
 class KernelVariant(NamedTuple):
@@ -42,6 +50,9 @@ def list_variants() -> Iterator[KernelVariant]:
         constants = {"KIND": kind, "BLOCK": counter_draws.BLOCK}
         types = {"cells": "*i32", "drawn": drawn}
         yield KernelVariant(counter_draws._fill_rows, constants, types)
+    for rest in ("*u8", "*u16", "*u32"):
+        types = {"starts": "*i32", "codes": "*u8", "rest": rest, "bits": "*u8", "fits": "*i1"}
+        yield KernelVariant(expansion._expand_rows, {"BLOCK": expansion.BLOCK}, types)
     for (has_idf, scaled, logged), weight in itertools.product(
         [(1, 1, 1), (0, 1, 1), (0, 0, 1), (0, 0, 0)], ["*fp32", "*bf16"]
     ):

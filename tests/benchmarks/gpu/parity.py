@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,13 @@ from clue_dist.model.noise import Noise
 from clue_dist.model.trunk import Projection, normalise_counts
 from tests.benchmarks.gpu.clock import time_calls
 from tests.benchmarks.gpu.philox import draw_plainly
-from tests.benchmarks.gpu.workload import Shape, draw_sparse, make_batch, make_objective
+from tests.benchmarks.gpu.workload import (
+    Shape,
+    code_counts,
+    draw_sparse,
+    make_batch,
+    make_objective,
+)
 
 COMPONENTS = 100  # of the projection that is compared
 
@@ -151,6 +158,39 @@ def _compare_scores(name: str, counts: Counts, features: Tensor) -> dict[str, fl
 
     inputs = [x for x in (rate, theta, gate) if x is not None]
     return _compare(score_plainly, score_fused, inputs)
+
+
+def compare_expansion(shape: Shape, device: torch.device) -> dict[str, Any]:
+    """Compare batches that a device expands with those that the host decodes: bits have to agree.
+
+    Returns:
+        By sparse modality: entries that differ, bytes a non-zero takes on its way, and milliseconds
+        and GB/s read and written of the expansion.
+    """
+    from clue_dist.data.expansion import expand_counts
+
+    results: dict[str, Any] = {}
+    for name, part in make_batch(shape).modalities.items():
+        wanted = part.counts
+        if not isinstance(wanted, SparseCounts):
+            continue
+        coded = code_counts(wanted)
+        tensors = {name: getattr(coded, name) for name in ("starts", "codes", "rest", "bits")}
+        moved = replace(coded, **{name: x.to(device) for name, x in tensors.items()})
+        found = expand_counts(moved)
+        seconds = time_calls(lambda moved=moved: expand_counts(moved), device)
+        n_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        differing = [
+            int((getattr(found, field).cpu() != getattr(wanted, field)).sum())
+            for field in ("indptr", "indices", "values")
+        ]
+        results[name] = {
+            "entries that differ": sum(differing),
+            "bytes a non-zero": n_bytes / len(wanted.indices),
+            "ms": 1e3 * seconds,
+            "gb_per_s": (n_bytes + found.indices.nbytes + found.values.nbytes) / seconds / 1e9,
+        }
+    return results
 
 
 def compare_draws(device: torch.device, n_cells: int = 512, width: int = 301) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from clue_dist.config import Config, ModelConfig
 from clue_dist.data.batch import Batch
 from clue_dist.data.device_batches import DeviceBatches
+from clue_dist.model.fused import has_triton
 from clue_dist.ranks import Ranks
 from clue_dist.train.engine import build_objective_engine, join_process_group
 from clue_dist.train.outcome import OutcomeReader
@@ -23,7 +24,13 @@ from clue_dist.train.step import train_step
 from clue_dist.train.trainer import Trainer
 from tests.benchmarks.gpu.clock import time_calls, wait_for_device
 from tests.benchmarks.gpu.counting import count_work
-from tests.benchmarks.gpu.workload import ATLAS_TERMS, Shape, make_batch, make_objective
+from tests.benchmarks.gpu.workload import (
+    ATLAS_TERMS,
+    Shape,
+    code_batch,
+    make_batch,
+    make_objective,
+)
 
 WARM_UP_STEPS = 5
 DISTINCT_BATCHES = 4  # which are copied to the device in turns
@@ -33,10 +40,10 @@ LAUNCH_CALLS = "cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuL
 
 
 class RepeatedBatches:
-    """Stands for a loader: a few batches of the host over and over."""
+    """Stands for a loader: a few batches of the host over and over, coded for a GPU."""
 
-    def __init__(self, shape: Shape) -> None:
-        self._batches: Iterator[Batch] = itertools.cycle(_make_batches(shape))
+    def __init__(self, shape: Shape, coded: bool) -> None:
+        self._batches: Iterator[Batch] = itertools.cycle(_make_batches(shape, coded))
 
     def __next__(self) -> Batch:
         return next(self._batches)
@@ -46,8 +53,9 @@ class RepeatedBatches:
 
 
 @functools.lru_cache(maxsize=1)
-def _make_batches(shape: Shape) -> list[Batch]:
-    return [make_batch(shape, seed) for seed in range(DISTINCT_BATCHES)]
+def _make_batches(shape: Shape, coded: bool) -> list[Batch]:
+    batches = [make_batch(shape, seed) for seed in range(DISTINCT_BATCHES)]
+    return [code_batch(batch) for batch in batches] if coded else batches
 
 
 def make_trainer(
@@ -105,7 +113,7 @@ def measure_training(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     trainer, reader, steps = make_trainer(shape, device, precision, model), OutcomeReader(), 0
-    loader: Any = RepeatedBatches(shape)
+    loader: Any = RepeatedBatches(shape, coded=device.type == "cuda" and has_triton())
     with DeviceBatches(loader, device) as batches:
 
         def take_step() -> None:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from clue_dist.config import ModelConfig, ObjectiveConfig
-from clue_dist.data.batch import Batch, Counts, ObservedModality, SparseCounts, find_pair_rows
+from clue_dist.data.batch import (
+    Batch,
+    CodedCounts,
+    Counts,
+    ObservedModality,
+    SparseCounts,
+    find_pair_rows,
+)
 from clue_dist.model.clue import CLUE
 from clue_dist.model.modality_spec import AUTO_FEATURES, ModalitySpec
 from clue_dist.model.noise import Noise
 from clue_dist.objective import Objective
+from clue_dist.store.rows import COUNT_BITS, CsrRows, code_rows
 
 # The weights of `configs/atlas.json`.
 ATLAS_TERMS = {
@@ -96,6 +105,32 @@ def draw_sparse(
     rates = torch.full((int(indptr[-1]),), mean)
     values = 1 + torch.poisson(rates, generator=generator)
     return SparseCounts(indptr.int(), torch.cat(parts).int(), values, n_features)
+
+
+def code_batch(batch: Batch) -> Batch:
+    """The batch as a loader gives it to a GPU: sparse counts are coded as a store would."""
+    modalities = {
+        name: replace(part, counts=code_counts(part.counts))
+        if isinstance(part.counts, SparseCounts)
+        else part
+        for name, part in batch.modalities.items()
+    }
+    return replace(batch, modalities=modalities)
+
+
+def code_counts(counts: SparseCounts) -> CodedCounts:
+    """Code counts, with bits for the count where one is above 1."""
+    arrays = (counts.indptr.numpy(), counts.indices.numpy(), counts.values.numpy())
+    bits = COUNT_BITS if (arrays[2] > 1).any() else 0
+    rows = code_rows(CsrRows(*arrays, counts.n_features), bits)
+    return CodedCounts(
+        torch.from_numpy(rows.compute_starts().astype(np.int32)),
+        torch.from_numpy(rows.codes),
+        torch.from_numpy(rows.rest),
+        torch.full((rows.n_rows,), bits, dtype=torch.uint8),
+        counts.n_features,
+        "made up",
+    )
 
 
 def make_objective(shape: Shape, config: ModelConfig | None = None) -> Objective:

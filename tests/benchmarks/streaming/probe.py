@@ -1,7 +1,8 @@
 """Our loader, in a process of its own: python -m tests.benchmarks.streaming.probe STORE KIND.
 
-csr, dense: batches of the loader, sparse or as dense float32; windows: decoded blocks for a GPU to
-expand, no rows gathered. Limits of the machine: decode: our blocks decompressed; memcpy; memset.
+csr, dense, coded: batches of the loader, sparse, as dense float32, or for a GPU to expand; windows:
+decoded blocks, no rows gathered. Limits of the machine: decode: our blocks decompressed; memcpy;
+memset.
 """
 
 import argparse
@@ -12,11 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numcodecs.blosc
 import numpy as np
 
-from clue_dist.data.batch import SparseCounts
+from clue_dist.data.batch import CodedCounts, SparseCounts
 from clue_dist.data.loader import Loader
 from clue_dist.data.plan import CellPlan
 from clue_dist.store.layout import ArraySpec
@@ -45,8 +47,11 @@ def count_batches(loader: Loader) -> Batches:
     """Non-zeros of a dense batch are not counted, which would take longer than to make it."""
     while True:
         (observed,) = next(loader).modalities.values()
-        counts = observed.counts
-        yield len(observed.rows), len(counts.indices) if isinstance(counts, SparseCounts) else 0
+        counts: Any = observed.counts
+        if isinstance(counts, CodedCounts):
+            yield len(observed.rows), len(counts.codes)
+        else:
+            yield len(observed.rows), len(counts.indices) if isinstance(counts, SparseCounts) else 0
 
 
 def count_windows(store: Store, cells: int) -> Batches:
@@ -66,6 +71,15 @@ def count_windows(store: Store, cells: int) -> Batches:
         for number in itertools.count(1):
             lengths, coming = coming.result().lengths[..., 0], ahead.submit(read, number)
             yield int((lengths > 0).sum()), int(lengths.sum())
+
+
+def measure_codes(store: Store) -> float:
+    """Bytes of a coded non-zero, by the first blocks of the store."""
+    (reader,) = store.segments.values()
+    blocks = reader.read_blocks(reader.modalities[0], np.arange(min(reader.n_blocks, 16)))
+    assert isinstance(blocks, CodedBlocks)
+    n_codes, n_rest = blocks.starts[:, -1].sum(0)
+    return float((n_codes + n_rest * blocks.rest.itemsize) / n_codes)
 
 
 def measure_kept(loader: Loader, store: Store) -> float:
@@ -157,7 +171,7 @@ def measure_memory(args: argparse.Namespace) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    kinds = ("csr", "dense", "windows", "decode", "memcpy", "memset")
+    kinds = ("csr", "dense", "coded", "windows", "decode", "memcpy", "memset")
     parser.add_argument("store", help="folder or URL")
     parser.add_argument("kind", choices=kinds)
     parser.add_argument("--window", type=int, required=True, help="cells mixed at a time")
@@ -171,9 +185,11 @@ def main() -> None:
     if args.kind == "windows":
         return measure.print_result(measure.measure_stream(count_windows(store, args.window), args))
     plan = plan_windows(store, args.batch, args.window)
-    with Loader(store, plan, dense=args.kind == "dense") as loader:
+    form = {"dense": args.kind == "dense", "coded": args.kind == "coded"}
+    with Loader(store, plan, **form) as loader:
         found = measure.measure_stream(count_batches(loader), args)
-        return measure.print_result(found | {"kept": measure_kept(loader, store)})
+        found |= {"kept": measure_kept(loader, store), "bytes_per_code": measure_codes(store)}
+        return measure.print_result(found)
 
 
 if __name__ == "__main__":
