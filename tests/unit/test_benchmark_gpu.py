@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ from torch import Tensor
 from clue_dist.data.batch import Counts, compute_library_size
 from clue_dist.model import decoders
 from clue_dist.model.counter_noise import CounterNoise
+from clue_dist.model.fused import FUSED_LIKELIHOODS
 from clue_dist.model.likelihoods import LikelihoodParameters
 from tests.benchmarks.gpu import __main__ as benchmark
+from tests.benchmarks.gpu import parity
 from tests.benchmarks.gpu.counting import WorkCounts, count_work
 from tests.benchmarks.gpu.parity import compare_steps
 from tests.benchmarks.gpu.training import measure_embedding, measure_training
@@ -160,6 +164,17 @@ def test_training_and_embedding_are_measured_by_the_step_that_trains() -> None:
     assert measured["operators"] > 500
     assert measured["share_of_roofline"] > 0
     assert measure_embedding(TINY, cpu, TINY_MODEL)["cells_per_s"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_every_kernel_is_compared_with_its_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parity, "time_calls", lambda work, device: 0.0)
+    compared = parity.compare_kernels(replace(TINY, n_cells=4), torch.device("cpu"))
+    names = [f"likelihood {name}" for name in FUSED_LIKELIHOODS]
+    assert set(names) < set(compared)
+    for values in compared.values():
+        assert max(values["difference"], values["of gradients"]) < 1e-5
 
 
 @pytest.mark.slow

@@ -23,6 +23,9 @@ from clue_dist.errors import StoreError
 from clue_dist.ranks import Ranks
 from clue_dist.store.rows import COUNT_BITS, CodedBlocks, CsrRows, LocatedRows, code_rows
 from clue_dist.train import trainer
+from tests.benchmarks.gpu.parity import compare_expansion
+from tests.benchmarks.gpu.training import _make_batches
+from tests.benchmarks.gpu.workload import TINY, code_batch
 from tests.stores import make_store
 from tests.unit.test_device_batches import are_equal, make_plan
 
@@ -102,6 +105,16 @@ def test_a_nonzero_crosses_as_little_more_than_a_byte() -> None:
         sizes[coded] = copied.nbytes() / np.count_nonzero(dense)
     assert sizes[False] > 8
     assert sizes[True] < 1.1
+
+
+def test_the_benchmark_copies_and_expands_what_it_would_train_on() -> None:
+    shape = replace(TINY, n_cells=8)
+    packer = BatchPacker(DEVICE)
+    for batch in _make_batches(shape, coded=False):
+        assert are_equal(packer.copy_batch(code_batch(batch)).to("cpu"), batch)
+    for part in compare_expansion(shape, DEVICE).values():
+        assert part["entries that differ"] == 0
+        assert 1 < part["bytes a non-zero"] < 4  # the starts of short rows count
 
 
 def spoil(counts: CodedCounts, rng: np.random.Generator) -> CodedCounts:
