@@ -38,6 +38,17 @@ from data_prep.suggested_command import Command
 
 _DESCRIPTION = "From raw counts to a store that training streams from."
 _STORE_HELP = "a folder or a URL: s3://, gs://, https://"
+_EXAMPLES = {
+    "convert": "convert rna=rna.h5ad adt=protein.h5ad --out S.zarr --batch-key donor",
+    "append": "append rna=more.h5ad adt=more_protein.h5ad --to S.zarr",
+    "split": "split S.zarr --test-share 0.2 --out-train train.zarr --out-test test.zarr",
+    "simulate": "simulate --out SIM.zarr --cells 100000",
+    "svd": "svd S.zarr",
+    "check": "check S.zarr",
+    "inspect": "inspect S.zarr",
+    "doctor": "doctor rna.h5ad protein.h5ad",
+    "fetch": "fetch --out data/pbmc",
+}
 
 
 def main(program: str = "python -m data_prep") -> None:
@@ -51,7 +62,7 @@ def main(program: str = "python -m data_prep") -> None:
 
 def run_command(words: Sequence[str], program: str = "python -m data_prep") -> None:
     """Run a command that is given as the words of its command line."""
-    arguments = _build_parser(program).parse_args(words)
+    arguments = build_preparation_parser(program).parse_args(words)
     arguments.run(arguments)
 
 
@@ -111,7 +122,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
 def _doctor(arguments: argparse.Namespace) -> None:
     def rehearse(command: Command) -> doctor.Rehearsal:
         words = ["convert", *command.words, "--out", "STORE.zarr"]
-        parsed = _build_parser().parse_args(words)
+        parsed = build_preparation_parser().parse_args(words)
         return doctor.rehearse_conversion(*parse_conversion(parsed, FIELDS))
 
     files = [parse_argument(text) for text in arguments.files]
@@ -149,37 +160,44 @@ def _simulate(arguments: argparse.Namespace) -> None:
     print(f"{out}: {arguments.cells:,} simulated cells")
 
 
-def _build_parser(program: str = "python -m data_prep") -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=program, description=_DESCRIPTION)
+def build_preparation_parser(program: str = "python -m data_prep") -> argparse.ArgumentParser:
+    """Build the parser of all commands, whose help shows an example of each."""
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description=_DESCRIPTION,
+        epilog=f"example:\n  {program} {_EXAMPLES['convert']}\n\n"
+        f"`{program} COMMAND --help` lists what a command takes.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    _add_convert(commands.add_parser("convert", help="raw counts -> a store"))
-    _add_append(
-        commands.add_parser("append", help="more cells for a store, which is not rewritten")
-    )
-    _add_split(commands.add_parser("split", help="a store -> one for training and one for tests"))
-    _add_simulate(commands.add_parser("simulate", help="a mosaic of any size with known truth"))
-    _add_svd(
-        commands.add_parser("svd", help="singular vectors of all cells, for training to start from")
-    )
+    def add_command(name: str, summary: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=f"example:\n  {program} {_EXAMPLES[name]}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
 
-    check = commands.add_parser("check", help="verify every byte of a store")
+    _add_convert(add_command("convert", "raw counts -> a store"))
+    _add_append(add_command("append", "more cells for a store, which is not rewritten"))
+    _add_split(add_command("split", "a store -> one for training and one for tests"))
+    _add_simulate(add_command("simulate", "a mosaic of any size with known truth"))
+    _add_svd(add_command("svd", "singular vectors of all cells, for training to start from"))
+
+    check = add_command("check", "verify every byte of a store")
     check.add_argument("store", help=_STORE_HELP)
     check.set_defaults(run=_check)
 
-    inspection = commands.add_parser("inspect", help="what is in a store")
+    inspection = add_command("inspect", "what is in a store")
     inspection.add_argument("store", help=_STORE_HELP)
     inspection.add_argument("--json", action="store_true", help="for programs")
     inspection.set_defaults(run=_inspect)
 
-    _add_doctor(
-        commands.add_parser("doctor", help="what files are, and the command that converts them")
-    )
+    _add_doctor(add_command("doctor", "what files are, and the command that converts them"))
     _add_fetch(
-        commands.add_parser(
-            "fetch",
-            help="real PBMC from the package index, cut into a mosaic and a paired test set",
-        )
+        add_command("fetch", "real PBMC from the package index, cut into a mosaic and a test set")
     )
     return parser
 

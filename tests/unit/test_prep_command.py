@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 
 from clue_dist.process import run_main
-from data_prep.cli.commands import main
+from data_prep.cli.commands import build_preparation_parser, main
 from tests.unit.prep_helpers import make_counts, write_h5ad
 
 
@@ -115,3 +117,26 @@ def test_the_way_it_should_go(
         assert ended.value.code == 0
     assert "20 simulated cells" in capsys.readouterr().out
     assert sorted(p.name for p in (here / "new").iterdir()) == ["convert.zarr", "simulate.zarr"]
+
+
+def test_help_shows_an_example_of_each_command_that_parses(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    parser = build_preparation_parser("clue prep")
+
+    def read_example(*command: str) -> list[str]:
+        with pytest.raises(SystemExit):
+            parser.parse_args([*command, "--help"])
+        shown = capsys.readouterr().out
+        (example,) = re.findall(r"example:\n  clue prep (.*)\n", shown)
+        return shlex.split(example)
+
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    commands = re.findall(r"^    (\w+) +\S", capsys.readouterr().out, re.MULTILINE)
+    assert {"convert", "doctor", "fetch"} <= {*commands}
+    assert parser.parse_args(read_example()).inputs
+    for command in commands:
+        words = read_example(command)
+        assert words[0] == command
+        parser.parse_args(words)
