@@ -6,10 +6,14 @@ each time without another random part of them, they learn what the cell's region
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from clue_dist.data.batch import Counts
+from clue_dist.data.batch import Counts, SparseCounts
+from clue_dist.model.thinning_kernel import copy_shown_entries
 
 # Hashes are of 32 bits. In int64 a product of two may overflow, which leaves its low bits right.
 _BITS = 0xFFFFFFFF
@@ -27,19 +31,43 @@ def hide_entries(counts: Counts, most: float, key: Tensor) -> Counts:
         key: (n,) int64 of 32 bits, random.
 
     Returns:
-        The profiles, of the same layout.
+        The profiles. Sparse ones lack the hidden entries on a CPU; a GPU, which would have to say
+        how many are left, keeps them as zeros.
     """
     share = most * _hash_to_uniform(key)
     if isinstance(counts, Tensor):
         feature = torch.arange(counts.shape[1], device=key.device)
         return counts * _find_shown(key[:, None], feature, share[:, None]).to(counts.dtype)
+    if key.device.type == "cpu":
+        return _drop_entries(counts, key, share)
+    return _zero_entries(counts, key, share)
+
+
+def _zero_entries(counts: SparseCounts, key: Tensor, share: Tensor) -> SparseCounts:
+    """The profiles, of the same layout, with zeros."""
     row = counts.entry_rows
     shown = _find_shown(key.index_select(0, row), counts.indices, share.index_select(0, row))
     return counts.replace_values(counts.values * shown, has_zeros=True)
 
 
+def _drop_entries(counts: SparseCounts, key: Tensor, share: Tensor) -> SparseCounts:
+    """The profiles without what `_zero_entries` sets to 0, in one pass over the non-zeros."""
+    shown = SparseCounts(
+        torch.empty_like(counts.indptr),
+        torch.empty_like(counts.indices),
+        torch.empty_like(counts.values),
+        counts.n_features,
+        counts.has_zeros,
+    )
+    given, made = (
+        (part.indptr.numpy(), part.indices.numpy(), part.values.numpy()) for part in (counts, shown)
+    )
+    n_shown = copy_shown_entries(*given, key.numpy().astype(np.uint32), share.numpy(), *made)
+    return replace(shown, indices=shown.indices[:n_shown], values=shown.values[:n_shown])
+
+
 def _find_shown(key: Tensor, feature: Tensor, share: Tensor) -> Tensor:
-    """Whether each entry is shown, bool."""
+    """Whether each entry is shown, bool; `copy_shown_entries` decides alike."""
     return _hash_to_uniform(key ^ _mix_bits(feature.long() + 1)) >= share
 
 

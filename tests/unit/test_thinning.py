@@ -13,7 +13,7 @@ from clue_dist.config import Config
 from clue_dist.data.batch import SparseCounts, compute_library_size
 from clue_dist.model.modality_spec import specify_modalities
 from clue_dist.model.noise import Noise
-from clue_dist.model.thinning import hide_entries
+from clue_dist.model.thinning import _drop_entries, _zero_entries, hide_entries
 from clue_dist.model.trunk import compute_size_inputs, normalise_counts
 from clue_dist.store.manifest import Modality
 from tests.unit.model_helpers import small_model
@@ -34,16 +34,17 @@ def draw_keys(n_cells: int = CELLS, seed: int = 0) -> torch.Tensor:
 
 
 def make_dense(counts: SparseCounts) -> torch.Tensor:
-    matrix = sp.csr_matrix((counts.values, counts.indices, counts.indptr))
+    shape = len(counts.indptr) - 1, counts.n_features
+    matrix = sp.csr_matrix((counts.values, counts.indices, counts.indptr), shape)
     return torch.from_numpy(matrix.toarray())
 
 
 def test_the_share_that_is_hidden_is_uniform_and_the_rest_is_as_it_was() -> None:
     counts = make_counts()
     shown = hide_entries(counts, 0.8, draw_keys())
-    hidden = shown.values == 0
-    torch.testing.assert_close(shown.values[~hidden], counts.values[~hidden])
-    share = counts.sum_rows(hidden.float()) / counts.indptr.diff()
+    left, all_values = make_dense(shown), make_dense(counts)
+    torch.testing.assert_close(left, all_values * (left > 0))
+    share = 1 - shown.indptr.diff() / counts.indptr.diff()
     quantiles = torch.quantile(share, torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95]))
     torch.testing.assert_close(
         quantiles, torch.tensor([0.04, 0.2, 0.4, 0.6, 0.76]), atol=0.06, rtol=0
@@ -62,11 +63,18 @@ def test_entries_are_hidden_independently_of_feature_cell_and_step() -> None:
         assert float((first * second).mean()) == pytest.approx(0, abs=0.01)
 
 
-def test_rows_of_entries_are_worked_out_once_for_what_is_shown_and_scored() -> None:
-    counts = SparseCounts(*map(torch.tensor, ([0, 2, 3], [0, 1, 1], [1.0, 2.0, 1.0])), 2)
-    shown = hide_entries(counts, 0.5, torch.tensor([3, 4]))
-    assert shown.entry_rows is counts.entry_rows
-    assert normalise_counts(shown, "log_cp10k").entry_rows is counts.entry_rows
+def test_a_gpu_would_set_to_zero_what_a_cpu_leaves_out() -> None:
+    counts, key, share = make_counts(), draw_keys(), torch.rand(CELLS)
+    zeroed, left = _zero_entries(counts, key, share), _drop_entries(counts, key, share)
+    assert zeroed.has_zeros
+    assert not left.has_zeros
+    shown = zeroed.values > 0
+    assert torch.equal(left.indices, counts.indices[shown])
+    assert torch.equal(left.values, counts.values[shown])
+    assert torch.equal(left.indptr.diff(), counts.sum_rows(shown.float()).int())
+    # Rows of entries are worked out once for what is shown and scored.
+    assert zeroed.entry_rows is counts.entry_rows
+    assert normalise_counts(zeroed, "log_cp10k").entry_rows is counts.entry_rows
 
 
 def test_a_dense_profile_hides_what_a_sparse_one_hides() -> None:
@@ -85,8 +93,9 @@ def test_keys_are_those_of_the_cell_on_any_number_of_ranks() -> None:
         assert part.tolist() == whole[rows].tolist()
 
 
-def test_the_size_that_the_encoder_sees_is_that_of_what_is_shown() -> None:
-    shown = hide_entries(make_counts(), 0.8, draw_keys())
+@pytest.mark.parametrize("hide", [_zero_entries, _drop_entries])
+def test_the_size_that_the_encoder_sees_is_that_of_what_is_shown(hide: Any) -> None:
+    shown = hide(make_counts(), draw_keys(), torch.rand(CELLS))
     dense = make_dense(shown)
     torch.testing.assert_close(compute_size_inputs(shown), compute_size_inputs(dense))
     torch.testing.assert_close(compute_library_size(shown), dense.sum(1).clamp_min(1))

@@ -1,0 +1,57 @@
+"""The compiled kernel by which `thinning` leaves out entries on a CPU.
+
+In PyTorch the hashes of a batch's entries would be a dozen passes over memory.
+"""
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+import numpy as np
+
+from clue_dist.store.kernel_cache import compile_kernel
+
+
+@compile_kernel
+def copy_shown_entries(
+    indptr, indices, values, key, share, shown_indptr, shown_indices, shown_values
+):
+    """Copy the entries of n profiles that `thinning` shows, and return how many these are.
+
+    Args:
+        indptr: (n + 1,) int32, where each profile begins and ends.
+        indices: (nnz,) int32, the features.
+        values: (nnz,) float32.
+        key: (n,) uint32, random.
+        share: (n,) float32, of the entries that are hidden.
+        shown_indptr: written, like `indptr`.
+        shown_indices: written from the front, as long as `indices`.
+        shown_values: written from the front, as long as `values`.
+    """
+    longest = 0
+    for row in range(len(key)):
+        longest = max(longest, indptr[row + 1] - indptr[row])
+    is_shown = np.empty(longest, np.bool_)
+    n_shown = 0
+    shown_indptr[0] = 0
+    for row in range(len(key)):
+        first, last = indptr[row], indptr[row + 1]
+        limit = share[row] * np.float32(2**24)
+        for entry in range(first, last):  # a loop of its own, for the processor's vectors
+            hashed = mix_bits(key[row] ^ mix_bits(np.uint32(indices[entry] + 1)))
+            is_shown[entry - first] = np.float32(np.int32(hashed >> np.uint32(8))) >= limit
+        for entry in range(first, last):
+            shown_indices[n_shown] = indices[entry]
+            shown_values[n_shown] = values[entry]
+            n_shown += is_shown[entry - first]
+        shown_indptr[row + 1] = n_shown
+    return n_shown
+
+
+@compile_kernel
+def mix_bits(x):
+    """`thinning._mix_bits` of a uint32."""
+    x ^= x >> np.uint32(16)
+    x = np.uint32(x * np.uint32(0x7FEB352D))
+    x ^= x >> np.uint32(15)
+    x = np.uint32(x * np.uint32(0x846CA68B))
+    return x ^ (x >> np.uint32(16))
