@@ -6,6 +6,7 @@ stand here, and both the version and each name are checked before they are relie
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
@@ -139,6 +140,16 @@ def keep_gradients_local(engine: Any) -> None:
     """
     read_private(engine, "enable_backward_allreduce")
     engine.enable_backward_allreduce = False
+
+
+def keep_gradient_memory(engine: Any) -> None:
+    """Have an engine under ZeRO-0 in float32 set gradients to zero after a step, and keep them.
+
+    It would free them. Memory that is new in each step takes longer to fill with zeros than to
+    update the weights, and a step writes few rows of the largest gradients, those of decoders.
+    """
+    read_private(engine, "_take_model_step")  # which calls `zero_grad`
+    engine.zero_grad = functools.partial(engine.basic_optimizer.zero_grad, set_to_none=False)
 
 
 def checks_gradients(engine: Any) -> bool:

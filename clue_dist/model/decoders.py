@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from clue_dist.config import DecoderConfig
 from clue_dist.data.batch import Counts, SparseCounts, compute_library_size
@@ -170,7 +171,17 @@ class OutputLayer(nn.Module):
         """(n, width) -> (n, features), or (n, F) of `features` (F,)."""
         if features is None:
             return h @ self.weight.T + self.bias
-        return h @ self.weight[features].T + self.bias[features]
+        return h @ self._select_rows(features).T + self.bias[features]
+
+    def _select_rows(self, features: Tensor) -> Tensor:
+        """The weights of some features, (F, width).
+
+        The gradient of indexing is a matrix for all features, filled with zeros. Where there is one
+        already, a sparse gradient adds to its rows alone. On a GPU that would wait for the device.
+        """
+        if self.weight.grad is None or self.weight.is_cuda:
+            return self.weight[features]
+        return F.embedding(features, self.weight, sparse=True)
 
 
 class SecondParameter(nn.Module):

@@ -17,6 +17,7 @@ from clue_dist.deepspeed_internals import (
     deepspeed,
     disable_shared_memory_collectives,
     forget_former_group,
+    keep_gradient_memory,
     keep_gradients_local,
 )
 from clue_dist.model.clue import CLUE, build_model
@@ -100,6 +101,8 @@ def build_objective_engine(
     )
     if world == 1 and choose_zero_stage(config, world) == 0:
         keep_gradients_local(engine)
+        if device.type == "cpu":  # a GPU fills memory with zeros faster than it is told to
+            keep_gradient_memory(engine)
     return engine
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from clue_dist.config import DecoderConfig, LikelihoodName
 from clue_dist.data.batch import SparseCounts, compute_library_size
-from clue_dist.model.decoders import Decoder, select_features
+from clue_dist.model.decoders import Decoder, OutputLayer, select_features
 from clue_dist.model.likelihoods import (
     LIKELIHOODS,
     LikelihoodParameters,
@@ -145,6 +145,19 @@ def test_cells_without_any_of_the_scored_features_are_scored(shape: tuple[int, .
     torch.testing.assert_close(scores, expected)
     scores.sum().backward()
     assert decoder.rate.weight.grad[:5].any()
+
+
+def test_a_gradient_that_is_kept_gets_rows_as_a_fresh_one_does() -> None:
+    layer, h = OutputLayer(4, M), torch.randn(3, 4)
+    subsets = [torch.randperm(M)[:5].sort().values for _ in range(3)]
+    plain = sum(((h @ layer.weight[rows].T + layer.bias[rows]) ** 2).sum() for rows in subsets)
+    expected = torch.autograd.grad(plain, layer.weight)[0]
+    for kept in (None, torch.zeros(M, 4)):
+        layer.weight.grad = kept
+        for rows in subsets:
+            (layer(h, rows) ** 2).sum().backward()
+        assert kept is None or layer.weight.grad is kept
+        torch.testing.assert_close(layer.weight.grad, expected)
 
 
 def test_only_takes_the_columns_asked_for() -> None:

@@ -17,7 +17,7 @@ from clue_dist.train.step import train_step
 from clue_dist.train.trainer import Trainer
 from tests.benchmarks.gpu.counting import count_work
 from tests.stores import make_store
-from tests.unit.run_helpers import make_setup
+from tests.unit.run_helpers import MODEL, make_setup
 
 
 @pytest.fixture
@@ -76,6 +76,36 @@ def test_a_batch_without_a_modality_updates_its_weights_as_on_several_ranks(
         assert n_updates == {2}
         engine.destroy()
     assert torch.allclose(*weights, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_one_rank_keeps_the_memory_of_gradients_and_trains_as_if_it_were_fresh(
+    tmp_path: Path, group: None
+) -> None:
+    make_store(tmp_path / "s.zarr")
+    setup = make_setup(
+        tmp_path / "s.zarr",
+        model=MODEL | {"decoder": {"hidden": 8, "features_per_step": 5}},
+        train={"epochs": 8, "lr": 0.01, "grad_accum": 2},
+        data={"batch_size": 32},
+    )
+    weights = []
+    for fresh in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            if fresh:
+                patch.setattr(engines, "keep_gradient_memory", lambda _: None)
+            engine = engines.build_engine(setup, Ranks(), torch.device("cpu"))
+        trainer = Trainer(engine, setup, Ranks(), torch.device("cpu"))
+        places = []
+        with trainer.open_loader(0) as loader:
+            for step in range(4):
+                train_step(trainer, loader, step)
+                places.append([p.grad for p in engine.module.parameters()])
+        weights.append(torch.cat([p.detach().flatten() for p in engine.module.parameters()]))
+        for first, last in zip(places[0], places[-1], strict=True):
+            assert (last is None) if fresh else (last is first and not last.any())
+        engine.destroy()
+    assert torch.equal(*weights)
 
 
 def train_some(path: Path, stage: int, guarded: bool, limit: float) -> tuple[Any, list[Any]]:
