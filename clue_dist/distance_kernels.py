@@ -15,7 +15,9 @@ import numpy as np
 
 from clue_dist.store.kernel_cache import compile_kernel
 
-_CHUNK = 64  # entries that are tested together, by the vector instructions of the processor
+# Entries that are tested together, by the vector instructions of the processor. Where one of them
+# is among the nearest, smaller parts are tested.
+_CHUNK, _PART = 256, 32
 
 
 @compile_kernel
@@ -126,27 +128,38 @@ def collect_nearest(
         for j in inner:
             row, start = (j, i) if by_column else (i, j)
             stop = min(start + _CHUNK, area[3])
-            chunk, n_within = tile[row, start:stop], np.int32(0)
-            # int32, as wider counts would leave half of each vector instruction unused.
-            if by_column:
-                chunk_limits = limits[first_column + start : first_column + stop]
-                for place in range(len(chunk)):
-                    n_within = np.int32(n_within + (chunk[place] <= chunk_limits[place]))
-            else:
-                limit = limits[first_row + row]
-                for place in range(len(chunk)):
-                    n_within = np.int32(n_within + (chunk[place] <= limit))
-            if n_within == 0:
+            bounds, first = tile[row], (first_row + row, first_column)
+            if not _has_nearer(bounds, start, stop, by_column, first, limits):
                 continue
-            for place in range(len(chunk)):
-                query, key = first_row + row, first_column + start + place
-                if by_column:
-                    query, key = key, query
-                if chunk[place] > limits[query] or (is_same and key == query):
+            for part in range(start, stop, _PART):
+                part_stop = min(part + _PART, stop)
+                if not _has_nearer(bounds, part, part_stop, by_column, first, limits):
                     continue
-                half = compute_half_distance(queries, keys, query, key)
-                replace_furthest(distances[query], indices[query], half, key)
-                limits[query] = round_up(distances[query, 0])
+                for place in range(part, part_stop):
+                    query, key = first_row + row, first_column + place
+                    if by_column:
+                        query, key = key, query
+                    if bounds[place] > limits[query] or (is_same and key == query):
+                        continue
+                    half = compute_half_distance(queries, keys, query, key)
+                    replace_furthest(distances[query], indices[query], half, key)
+                    limits[query] = round_up(distances[query, 0])
+
+
+@compile_kernel
+def _has_nearer(bounds, start, stop, by_column, first, limits):
+    """Whether one of the entries `start` to `stop` of a row is within the limit of its query."""
+    chunk, n_within = bounds[start:stop], np.int32(0)
+    # int32, as wider counts would leave half of each vector instruction unused.
+    if by_column:
+        chunk_limits = limits[first[1] + start : first[1] + stop]
+        for place in range(len(chunk)):
+            n_within = np.int32(n_within + (chunk[place] <= chunk_limits[place]))
+    else:
+        limit = limits[first[0]]
+        for place in range(len(chunk)):
+            n_within = np.int32(n_within + (chunk[place] <= limit))
+    return n_within > 0
 
 
 @compile_kernel

@@ -15,10 +15,9 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-TILE = 1_024  # points on either side of a tile, 4 MiB
+TILE = 512  # points on either side of a tile, of 1 MiB, which a core's own cache holds
 _UNIT32, _UNIT64 = 2.0**-24, 2.0**-53  # how far rounding moves a number, relatively
 _LEAST_SLACK = 2.0**-100  # more than what rounding of the smallest numbers comes to
-_WIDTH_STEP = 8  # products of matrices are quick if widths are multiples of it
 _SMALLEST_EXPONENT = -1_000  # so that 2 ** 1000, by which points are scaled, is a number
 
 Area = np.ndarray  # of a tile: first row, last row + 1, first column, last column + 1
@@ -29,7 +28,7 @@ class BoundedPoints:
     """N points, and a copy in float32 whose products bound their distances."""
 
     exact: np.ndarray  # (N, D + 1) float64; the last column is half the square of a point's length
-    bounding: np.ndarray  # (N, K) float32: the centred point, 1, half its square less the slack
+    bounding: np.ndarray  # (N, D + 2) float32: the centred point, 1, half its square less the slack
     slack: np.ndarray  # (N,) float64, half of what a point adds to how far a bound may be too low
     scale: float  # the points are the caller's, times this power of two
 
@@ -74,7 +73,7 @@ def _append_half_square(points: np.ndarray, scale: float) -> np.ndarray:
 
 def _bound_points(exact: np.ndarray, centre: np.ndarray, scale: float) -> BoundedPoints:
     count, width = len(exact), len(centre)
-    bounding = np.zeros((count, -(-(width + 2) // _WIDTH_STEP) * _WIDTH_STEP), np.float32)
+    bounding = np.empty((count, width + 2), np.float32)
     points = bounding[:, :width]
     np.subtract(exact[:, :width], centre, out=points, casting="same_kind")
     square = np.einsum("ij,ij->i", points, points, dtype=np.float64)
@@ -137,12 +136,12 @@ class TileThreads:
     def fold_tile(self, tile: Tile, by_column: bool, fold: Callable[[Area], object]) -> None:
         """Run `fold` on shares of a tile's rows, or of its columns where these are the queries."""
         n_rows, n_columns = tile.bounds.shape
+        if self._count == 1:
+            fold(np.array([0, n_rows, 0, n_columns]))
+            return
         edges = np.linspace(0, n_columns if by_column else n_rows, self._count + 1).astype(np.int64)
         shares = [
             np.array([0, n_rows, start, stop] if by_column else [start, stop, 0, n_columns])
             for start, stop in pairwise(edges)
         ]
-        if len(shares) == 1:
-            fold(shares[0])
-        else:
-            list(self._pool.map(fold, shares))
+        list(self._pool.map(fold, shares))
