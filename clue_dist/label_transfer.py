@@ -18,6 +18,7 @@ from torch import Tensor
 from clue_dist.errors import ConfigError, DataError
 from clue_dist.neighbours import find_neighbours
 from clue_dist.novelty import NoveltyScale
+from clue_dist.progress import PATIENCE, Progress
 
 UNKNOWN_LABEL = "unknown"
 _QUERIES_AT_ONCE = 2**16
@@ -71,9 +72,11 @@ class LabelTransfer:
         """
         # In slices, as float64 and what is computed of it would fill the memory.
         votes = [np.empty((0, len(self.names)))]
-        for start in range(0, len(queries), _QUERIES_AT_ONCE):
-            points = torch.as_tensor(queries[start : start + _QUERIES_AT_ONCE]).double()
-            votes.append(_count_votes(points, self.keys, self.codes, self.names, self.settings))
+        with Progress("labelling", len(queries), unit="cell", patience=PATIENCE) as progress:
+            for start in range(0, len(queries), _QUERIES_AT_ONCE):
+                points = torch.as_tensor(queries[start : start + _QUERIES_AT_ONCE]).double()
+                votes.append(_count_votes(points, self.keys, self.codes, self.names, self.settings))
+                progress.mark_done(len(points))
         shares = np.concatenate(votes)
         winner = shares.argmax(1)
         confidence = np.interp(shares.max(1), self.votes, self.confidence)
@@ -125,7 +128,8 @@ def fit_label_transfer(
     if not is_calibrated:
         seen, rows = keys, np.arange(len(keys))
     points = seen[rows]
-    shares = _count_votes(points, keys, codes, names, settings, itself=rows)
+    title = "calibrating confidence"
+    shares = _count_votes(points, keys, codes, names, settings, rows, title)
     votes, confidence = _calibrate_votes(shares.max(1), shares.argmax(1) == codes[rows])
     scale = NoveltyScale.fit(points, codes[rows], len(names))
     return LabelTransfer(keys, codes, names, settings, scale, votes, confidence, is_calibrated)
@@ -138,6 +142,7 @@ def _count_votes(
     names: np.ndarray,
     settings: TransferSettings,
     itself: np.ndarray | None = None,
+    title: str = "",
 ) -> np.ndarray:
     """Shares of the weighted votes of the nearest keys, (n, C).
 
@@ -150,8 +155,10 @@ def _count_votes(
         names: (C,).
         settings: how many vote.
         itself: (n,), the key that is the same cell as each point and does not vote.
+        title: as of `find_neighbours`.
     """
-    found = find_neighbours(points, settings.n_neighbours + 1 + (itself is not None), keys)
+    count = settings.n_neighbours + 1 + (itself is not None)
+    found = find_neighbours(points, count, keys, title=title)
     indices, distances = found.indices, found.distances.copy()
     if itself is not None:
         distances[indices == itself[:, None]] = np.inf

@@ -24,11 +24,13 @@ from clue_dist.distance_tiles import (
     iterate_tiles,
 )
 from clue_dist.errors import ConfigError, DataError
+from clue_dist.progress import PATIENCE, Progress
 from clue_dist.ranks import Ranks
 
 _FEW_KEYS = 4_096  # up to which the approximate search compares all
 _LISTS_SEARCHED = 32  # of an approximate index
 _KEYS_PER_LIST = 64  # that k-means of an approximate index sees
+_QUERIES_AT_ONCE = 2**14  # of an approximate search, between two looks at its progress
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ def find_neighbours(
     n_neighbours: int,
     keys: np.ndarray | Tensor | None = None,
     ranks: Ranks | None = None,
+    title: str = "",
 ) -> Neighbours:
     """Find the nearest keys of each query; of keys as far away, that of lowest index comes first.
 
@@ -71,6 +74,7 @@ def find_neighbours(
         n_neighbours: how many of them; all where there are fewer.
         keys: (M, D). By default the queries themselves, of which none is its own neighbour.
         ranks: processes that share the queries. All must call, and all get the result.
+        title: under which the progress of a long search is shown, if it is.
 
     Raises:
         DataError: values that are not finite.
@@ -79,7 +83,9 @@ def find_neighbours(
     points = _require_finite_points(queries).cpu().numpy()
     targets = points if keys is None else _require_finite_points(keys).cpu().numpy()
     count = min(n_neighbours, len(targets) - (keys is None))
-    found = _collect_neighbours(points, targets, count, ranks.slice_for_rank(len(points)))
+    part = ranks.slice_for_rank(len(points))
+    with _show_search(title, part.stop - part.start, ranks.is_first) as progress:
+        found = _collect_neighbours(points, targets, count, part, progress)
     if ranks.world == 1:
         return found
     parts = [Neighbours.from_plain(value) for value in ranks.gather_values(found.to_plain())]
@@ -90,7 +96,7 @@ def find_neighbours(
 
 
 def _collect_neighbours(
-    points: np.ndarray, targets: np.ndarray, count: int, part: slice
+    points: np.ndarray, targets: np.ndarray, count: int, part: slice, progress: Progress
 ) -> Neighbours:
     """Neighbours of the queries of a slice; none is its own where `targets` are the points."""
     queries, keys = bound_points(points, targets)
@@ -113,6 +119,9 @@ def _collect_neighbours(
             # A tile beside the diagonal is the only one to hold the distances of its points.
             if is_symmetric(queries, keys, part) and tile.first_query != tile.first_key:
                 collect_tile(tile, by_column=True)
+            n_queries, n_keys = tile.bounds.shape
+            if tile.first_key + n_keys == len(keys.exact):
+                progress.mark_done(n_queries)
     found = Neighbours(indices[part], distances[part])
     sort_heaps(found.distances, found.indices)
     found.distances[:] *= 2
@@ -122,7 +131,7 @@ def _collect_neighbours(
 
 
 def find_approximate_neighbours(
-    queries: np.ndarray | Tensor, n_neighbours: int, keys: np.ndarray | Tensor
+    queries: np.ndarray | Tensor, n_neighbours: int, keys: np.ndarray | Tensor, title: str = ""
 ) -> Neighbours:
     """Find keys among the nearest of each query by faiss, in less than quadratic time.
 
@@ -134,6 +143,7 @@ def find_approximate_neighbours(
         queries: (N, D).
         n_neighbours: how many of them; all where there are fewer.
         keys: (M, D).
+        title: under which the progress of a long search is shown, if it is.
 
     Returns:
         Neighbours, whose index is -1 and distance infinite where too few were found.
@@ -156,9 +166,22 @@ def find_approximate_neighbours(
         index.train(targets[np.sort(sample)])
         index.nprobe = _LISTS_SEARCHED
     index.add(targets)
-    squares, indices = index.search(points, min(n_neighbours, len(targets)))
+    count = min(n_neighbours, len(targets))
+    squares = np.empty((len(points), count), np.float32)
+    indices = np.empty((len(points), count), np.int64)
+    with _show_search(title, len(points)) as progress:
+        for start in range(0, len(points), _QUERIES_AT_ONCE):
+            part = slice(start, start + _QUERIES_AT_ONCE)
+            index.search(points[part], count, D=squares[part], I=indices[part])
+            progress.mark_done(len(points[part]))
     squares[indices < 0] = np.inf
     return Neighbours(indices, np.sqrt(np.maximum(squares, 0, out=squares), out=squares))
+
+
+def _show_search(title: str, n_queries: int, is_shown: bool = True) -> Progress:
+    """The progress of a search, which is shown where it has a title."""
+    is_shown = is_shown and bool(title)
+    return Progress(title, n_queries, unit="cell", patience=PATIENCE, is_shown=is_shown)
 
 
 def _import_faiss() -> Any:

@@ -19,9 +19,11 @@ from clue_dist.errors import DataError
 from clue_dist.neighbours import scale_to_length_one
 from clue_dist.partner_settings import PartnerSettings
 from clue_dist.partners import find_partners
+from clue_dist.progress import PATIENCE, Progress
 
 FEWEST_PAIRS = 50  # that a calibration needs
 _MOST_PAIRS = 4_000  # that the temperature is fitted on
+_MOST_JUDGED = 50_000  # pairs of a calibration; of more, an even part stands for all
 _MOST_COMPARED = 20_000  # keys that odds are computed against; of more, an even part stands for all
 _SLICE_ELEMENTS = 2**22
 _TEMPERATURES = np.geomspace(0.005, 0.5, 15)
@@ -78,6 +80,8 @@ def fit_pair_confidence(
     """
     from sklearn.linear_model import LogisticRegression
 
+    step = -(-len(first) // _MOST_JUDGED) or 1
+    first, second = first[::step], second[::step]
     n_pairs = len(first)
     if n_pairs < FEWEST_PAIRS:
         raise DataError(
@@ -127,7 +131,10 @@ def _compare_pairs(
 ) -> np.ndarray:
     """Log likelihood ratios of pairs, the mean of both directions, (n,)."""
     x, y = _scale_profiles(first, second)
-    cosine = (x[rows] * y[columns]).sum(1)
+    # In slices, as rows of the profiles would fill the memory.
+    cosine = torch.empty(len(rows))
+    for part in _slice_rows(len(rows), x.shape[1]):
+        cosine[part] = (x[rows[part]] * y[columns[part]]).sum(1)
     ratios = np.zeros(len(rows))
     for queries, keys, places in ((x, y, rows), (y, x, columns)):
         everyone = _sum_candidates(queries, keys, places, temperature)
@@ -151,9 +158,11 @@ def _sum_candidates(
     compared = keys[::step]
     unique, inverse = np.unique(places, return_inverse=True)
     sums = torch.empty(len(unique))
-    for rows in _slice_rows(len(unique), len(compared)):
-        cosines = queries[unique[rows]] @ compared.T
-        sums[rows] = torch.logsumexp(cosines / temperature, 1)
+    with Progress("comparing partners", len(unique), unit="cell", patience=PATIENCE) as progress:
+        for rows in _slice_rows(len(unique), len(compared)):
+            cosines = queries[unique[rows]] @ compared.T
+            sums[rows] = torch.logsumexp(cosines.div_(temperature), 1)
+            progress.mark_done(rows.stop - rows.start)
     return sums[inverse] + np.log(len(keys) / len(compared))
 
 

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from clue_dist.errors import ServerError, StoreError
+from clue_dist.progress import Progress
 from clue_dist.store import layout, location, svd
 from clue_dist.store.location import Location
 from clue_dist.store.manifest import FileDigest, Manifest
 from clue_dist.store.reader import SegmentReader
 from clue_dist.store.rows import describe_coding_fault
 from clue_dist.store.writer import hash_file
-from data_prep.jobs.workers import Progress
 
 THREADS = 4
 SHARD_STEPS = 8  # a large shard is decoded in about as many steps

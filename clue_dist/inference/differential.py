@@ -178,7 +178,7 @@ def _draw_latents(
     drawn = torch.zeros(len(wanted), model.latent)
     generator = torch.Generator(device).manual_seed(question.choices.seed)
     slices = [s for s in cells.slice_cells(batch_size) if np.isin(s.rows, wanted).any()]
-    for cell_slice, batch in read_slices_ahead(cells, slices):
+    for cell_slice, batch in read_slices_ahead(cells, slices, "encoding", Ranks()):
         place[:] = -1
         place[cell_slice.rows] = np.arange(cell_slice.n_cells)
         times = np.flatnonzero(place[wanted] >= 0)

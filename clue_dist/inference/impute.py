@@ -209,8 +209,9 @@ def impute_slices(
     model = trained_model.model.to(device)
     piece = max(1, MOST_VALUES // (len(question.features) * max(1, question.n_draws)))
     modalities = list(trained_model.modalities)
+    title = f"imputing {choices.modality}"
     levels_of_batch = question.choose_levels(cells.batches).to(device)
-    for cell_slice, batch in read_slices_ahead(cells, slices):
+    for cell_slice, batch in read_slices_ahead(cells, slices, title, ranks):
         # A cell's draws follow from the seed and the slice alone, on any number of ranks.
         generator = torch.Generator(device)
         generator.manual_seed(hash((choices.seed, int(cell_slice.rows[0]))) % 2**63)

@@ -27,6 +27,7 @@ from clue_dist.inference.cells import Cells, CellSlice
 from clue_dist.inference.load_model import Embedder, LoadedModel
 from clue_dist.inference.output_files import translate_output_errors
 from clue_dist.kinds import KINDS
+from clue_dist.progress import PATIENCE, Progress
 from clue_dist.ranks import Ranks
 
 # Names of arrays, and of their files; "alone-" and "depth-" stand before a modality.
@@ -236,7 +237,7 @@ def _embed_slices(
     keep_freed_memory()
     device = ranks.choose_device()
     model = trained_model.model.to(device)
-    for cell_slice, batch in read_slices_ahead(cells, slices):
+    for cell_slice, batch in read_slices_ahead(cells, slices, "embedding", ranks):
         found = _embed_cells(model, batch, device, wanted)
         yield (
             cell_slice,
@@ -302,18 +303,24 @@ def _join_files(scratch: Path, widths: Mapping[str, int], n_cells: int, world: i
 
 
 def read_slices_ahead(
-    cells: Cells, slices: Sequence[CellSlice]
+    cells: Cells, slices: Sequence[CellSlice], title: str, ranks: Ranks
 ) -> Iterator[tuple[CellSlice, Batch]]:
-    """Read slices of cells; while the caller works on one, the next is read."""
+    """Read slices of cells; while the caller works on one, the next is read.
+
+    Rank 0 shows the progress of its own slices under a title.
+    """
     if not slices:
         return
-    with ThreadPoolExecutor(1) as pool:
+    n_cells = sum(cell_slice.n_cells for cell_slice in slices)
+    progress = Progress(title, n_cells, unit="cell", patience=PATIENCE, is_shown=ranks.is_first)
+    with ThreadPoolExecutor(1) as pool, progress:
         reading = pool.submit(cells.read_slice, slices[0])
         for cell_slice, following in zip(slices, [*slices[1:], None], strict=True):
             batch = reading.result()
             if following is not None:
                 reading = pool.submit(cells.read_slice, following)
             yield cell_slice, batch
+            progress.mark_done(cell_slice.n_cells)
 
 
 def _require_finite(latent: Tensor, cells: CellSlice, name: str) -> np.ndarray:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from clue_dist.checkpoint.wandb_run import open_wandb_run
 from clue_dist.config import Config
 from clue_dist.files import translate_write_errors, write_file
 from clue_dist.process import print_line
+from clue_dist.progress import has_spectator
 from clue_dist.ranks import Ranks
 from clue_dist.train.log_lines import Numbers, format_log_line, format_value
 
@@ -63,8 +63,7 @@ class Sinks:
                 "wandb", lambda: open_wandb_run(run_folder, config.log, settings)
             )
         self._run_folder, self._sends_weights = run_folder, config.log.artifacts
-        # A notebook shows a bar, too, though its stderr is no terminal.
-        if sys.stderr.isatty() or "ipykernel" in sys.modules:
+        if has_spectator():
             self._bar = tqdm(total=self._total_steps, initial=step, unit="step", dynamic_ncols=True)
         self._started, self._first_step = time.monotonic(), step
         # Steps between lines on the screen, and the step from which the next validation is shown.

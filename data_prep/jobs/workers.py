@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,57 +13,13 @@ from typing import Any, Protocol
 
 import dask
 import dask.threaded
-from tqdm import tqdm
 
 from clue_dist.allocator import give_back_freed_memory, keep_freed_memory
 from clue_dist.errors import DataError, StoreError
+from clue_dist.progress import Progress
 
 CONNECT = "20s"  # how long a scheduler may take to answer
 PATIENCE = 5.0  # seconds without a result, after which the scheduler is asked for its workers
-
-
-class Progress:
-    """A bar on a terminal; elsewhere a line every few seconds, which logs can keep."""
-
-    def __init__(self, title: str, total: int, done: int = 0, every: float = 10.0) -> None:
-        """Start to count.
-
-        Args:
-            title: title of the bar or line.
-            total: number of tasks.
-            done: tasks that an earlier run has done.
-            every: seconds between two lines.
-        """
-        self.title, self.total, self.done, self.every = title, total, done, every
-        self.lock = threading.Lock()  # tasks end on every worker thread
-        self.started = self.last_print = time.monotonic()
-        self.bar = (
-            tqdm(total=total, initial=done, desc=title, leave=True) if sys.stderr.isatty() else None
-        )
-        if done and self.bar is None:
-            self._print_line(f"{done} of {total} were done before")
-
-    def mark_done(self) -> None:
-        """Count one task more as done."""
-        with self.lock:
-            self.done += 1
-            now = time.monotonic()
-            if self.bar is not None:
-                self.bar.update()
-            elif now - self.last_print > self.every and self.done < self.total:
-                self.last_print = now
-                self._print_line(f"{self.done} of {self.total}")
-
-    def close(self) -> None:
-        """Close the bar, or say how long all tasks took, if they are done."""
-        if self.bar is not None:
-            self.bar.close()
-        elif self.done == self.total:
-            seconds = time.monotonic() - self.started
-            self._print_line(f"{self.done} of {self.total}, {seconds:.1f} s")
-
-    def _print_line(self, text: str) -> None:
-        print(f"{self.title}: {text}", file=sys.stderr, flush=True)
 
 
 class WorkerPool(Protocol):
