@@ -28,6 +28,7 @@ from clue_dist.neighbours import (
 from clue_dist.partner_settings import PartnerMethod, PartnerSettings
 
 _BIPARTITE_BLOCK = 4_096  # cells assigned at once: the time of an assignment is cubic at worst
+_ROWS_AT_ONCE = 2**16  # whose candidates are compared
 _TRANSPORT_ROUNDS = 200
 _TRANSPORT_ERROR = 1e-3  # of the marginals, relative, at which transport has converged
 
@@ -167,19 +168,30 @@ def link_nearest(profiles: ProfilePair) -> sp.csr_array:
 def link_scaled(profiles: ProfilePair) -> sp.csr_array:
     """Weights by cosines that are scaled locally, a softmax over the temperature."""
     settings, count = profiles.settings, profiles.settings.n_neighbours
-    backward = profiles.search(profiles.second, profiles.first, count)
-    most = max(count, settings.n_candidates, settings.n_partners)
-    forward = profiles.search(profiles.first, profiles.second, most)
-    # No two profiles are farther apart than 2, which stands for what faiss did not find.
-    squares, other = (np.minimum(near.distances, 2) ** 2 for near in (forward, backward))
     # Half the mean cosine around the candidate. That around the cell itself is equal for all of
     # its candidates, and the weights do not change with it.
-    crowding = (1 - other.mean(1) / 2) / 2
-    scores = (1 - squares / 2 - crowding[forward.indices]) / settings.temperature
-    # Of a million cells all candidates would fill the memory: the best are chosen at once.
-    best = np.argsort(-scores, axis=1, kind="stable")[:, : settings.n_partners]
-    scores, columns = (np.take_along_axis(u, best, 1) for u in (scores, forward.indices))
-    return _place_weights(columns, np.exp(scores - scores[:, :1]), profiles.shape)
+    backward = profiles.search(profiles.second, profiles.first, count)
+    crowding = (1 - _square_distances(backward.distances).mean(1) / 2) / 2
+    del backward
+    most = max(count, settings.n_candidates, settings.n_partners)
+    forward = profiles.search(profiles.first, profiles.second, most)
+    shape = len(forward.indices), min(settings.n_partners, forward.indices.shape[1])
+    columns, weights = np.empty(shape, np.int64), np.empty(shape)
+    # In slices, as the scores of all candidates of a million cells would fill the memory.
+    for start in range(0, len(columns), _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        candidates = forward.indices[rows]
+        cosines = 1 - _square_distances(forward.distances[rows]) / 2
+        scores = (cosines - crowding[candidates]) / settings.temperature
+        best = np.argsort(-scores, axis=1, kind="stable")[:, : shape[1]]
+        scores, columns[rows] = (np.take_along_axis(u, best, 1) for u in (scores, candidates))
+        weights[rows] = np.exp(scores - scores[:, :1])
+    return _place_weights(columns, weights, profiles.shape)
+
+
+def _square_distances(distances: np.ndarray) -> np.ndarray:
+    """Squares of distances; that of opposite profiles, 4, stands for what faiss did not find."""
+    return np.asarray(np.minimum(distances, 2) ** 2)
 
 
 def link_shared(profiles: ProfilePair) -> sp.csr_array:

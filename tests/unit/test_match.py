@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
+from clue_dist import pair_confidence
 from clue_dist.comparison_methods import ComparisonMethods
 from clue_dist.errors import ConfigError, DataError
 from clue_dist.inference import match
@@ -168,6 +169,24 @@ def test_a_calibration_on_few_cells_holds_for_more():
     confidence = fit_pair_confidence(*draw_profiles(400, 0.3, seed=1), PartnerSettings())
     assert measure_calibration(confidence, 400, 0.3) < 0.1
     assert measure_calibration(confidence, 1_200, 0.3) < 0.1
+
+
+def test_of_many_pairs_an_even_part_calibrates(monkeypatch):
+    pairs = draw_profiles(400, 0.3, seed=1)
+    part = [profiles[::3] for profiles in pairs]
+    expected = fit_pair_confidence(*part, PartnerSettings())
+    monkeypatch.setattr(pair_confidence, "_MOST_JUDGED", 150)
+    assert fit_pair_confidence(*pairs, PartnerSettings()) == expected
+    assert expected.n_pairs == 134
+
+
+def test_confidence_of_slices_of_pairs_is_that_of_all(monkeypatch):
+    first, second = draw_profiles(90, 0.3, seed=1)
+    rows, columns = np.arange(80), np.arange(80)[::-1]
+    whole = PairConfidence().compute_confidence(first, second, rows, columns)
+    monkeypatch.setattr(pair_confidence, "_SLICE_ELEMENTS", 200)
+    found = PairConfidence().compute_confidence(first, second, rows, columns)
+    np.testing.assert_allclose(found, whole, rtol=1e-4)
 
 
 def test_a_calibration_survives_json():

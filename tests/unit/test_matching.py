@@ -219,6 +219,10 @@ def test_tiles_and_threads_give_the_dense_scores(n_threads, seed, monkeypatch):
     assert_equal_to_dense(*make_hard_pair(31, seed), np.arange(31) % 2)
 
 
+def test_tiles_of_several_chunks_give_the_dense_scores():
+    assert_equal_to_dense(*make_hard_pair(700, 0), np.arange(700) % 2)
+
+
 def test_profiles_of_all_cells_are_not_copied(monkeypatch):
     pairs, scale = [], matching._scale_embeddings
 

@@ -51,6 +51,18 @@ def test_neighbours_are_those_of_a_dense_search(tile: int, monkeypatch: pytest.M
         np.testing.assert_allclose(found.distances, distances[:, :7], atol=1e-7)
 
 
+@pytest.mark.parametrize("is_among_themselves", [True, False])
+def test_neighbours_in_tiles_of_several_chunks_are_those_of_a_dense_search(
+    is_among_themselves: bool,
+) -> None:
+    points = np.random.default_rng(0).normal(size=(700, 3))
+    others = None if is_among_themselves else points[:610] + 0.1
+    targets = points if others is None else others
+    found = find_neighbours(points, 4, others)
+    indices, _ = search_densely(points, targets, is_among_themselves)
+    np.testing.assert_array_equal(found.indices, indices[:, :4])
+
+
 @pytest.mark.parametrize(("scale", "offset"), [(1e-150, 0.0), (1e100, 0.0), (1.0, 1e4)])
 def test_neighbours_do_not_depend_on_the_scale_and_the_place_of_points(
     scale: float, offset: float

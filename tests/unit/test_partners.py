@@ -7,7 +7,7 @@ import pytest
 import scipy.sparse as sp
 from scipy.optimize import linear_sum_assignment
 
-from clue_dist import partners
+from clue_dist import neighbours, partners
 from clue_dist.errors import ConfigError, DataError
 from clue_dist.matching import compute_scores
 from clue_dist.neighbours import Neighbours, find_approximate_neighbours, find_neighbours
@@ -148,6 +148,24 @@ def test_the_best_partners_are_kept_and_scaled():
     weights = keep_best_partners(sp.csr_array([[4.0, 1, 3], [0, 0, 0], [2, 2, 2]]), 2)
     expected = [[4 / 7, 0, 3 / 7], [0, 0, 0], [0.5, 0.5, 0]]
     np.testing.assert_allclose(weights.toarray(), expected)
+
+
+def test_candidates_compared_in_slices_are_the_same(monkeypatch):
+    first, second = make_profiles()
+    settings = PartnerSettings("scaled", n_partners=3)
+    whole = find_partners(first, second, settings)
+    monkeypatch.setattr(partners, "_ROWS_AT_ONCE", 7)
+    np.testing.assert_array_equal(find_partners(first, second, settings).toarray(), whole.toarray())
+
+
+def test_an_approximate_search_in_slices_finds_the_same(monkeypatch):
+    pytest.importorskip("faiss")
+    points = np.random.default_rng(0).normal(size=(90, 6))
+    whole = find_approximate_neighbours(points, 5, points[:80])
+    monkeypatch.setattr(neighbours, "_QUERIES_AT_ONCE", 20)
+    found = find_approximate_neighbours(points, 5, points[:80])
+    np.testing.assert_array_equal(found.indices, whole.indices)
+    np.testing.assert_allclose(found.distances, whole.distances, atol=1e-5)
 
 
 def test_approximate_neighbours_are_nearly_those_of_the_exact_search():
