@@ -219,8 +219,14 @@ def test_tiles_and_threads_give_the_dense_scores(n_threads, seed, monkeypatch):
     assert_equal_to_dense(*make_hard_pair(31, seed), np.arange(31) % 2)
 
 
-def test_tiles_of_several_chunks_give_the_dense_scores():
-    assert_equal_to_dense(*make_hard_pair(700, 0), np.arange(700) % 2)
+def test_tiles_of_several_chunks_rank_as_a_dense_search():
+    first, second = noisy_pair(700, 4, seed=0)
+    distances = ((first[:, None] - second[None]) ** 2).sum(2)
+    ranked = rank_partners_both_ways(first, second, slice(0, 700))
+    for found, expected in zip(ranked, (distances, distances.T), strict=True):
+        nearer = (expected < expected.diagonal()[:, None]).sum(1)
+        np.testing.assert_array_equal(found.nearer, nearer)
+        np.testing.assert_array_equal(found.nearest, expected.argmin(1))
 
 
 def test_profiles_of_all_cells_are_not_copied(monkeypatch):
