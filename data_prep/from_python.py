@@ -337,10 +337,12 @@ def _keep_columns(
     """The columns of obs that hold batch or label; MuData puts modalities before their names.
 
     Further flags may name others, as `--keep-obs` and `--dataset-key` do: with any, all are kept.
+    Where names of cells repeat, the error lists the columns that may tell the cells apart.
     """
+    keeps_all = bool(request.flags) or not obs.index.is_unique
     wanted = {*(request.batch_columns or [FIELDS["batch"]]), request.label_key or FIELDS["label"]}
     wanted |= {f"{modality}:{column}" for modality in modalities for column in wanted}
-    kept = obs[[column for column in obs if request.flags or column in wanted]]
+    kept = obs[[column for column in obs if keeps_all or column in wanted]]
     texts = {
         str(column): pd.Categorical(values.map(str, na_action="ignore"))
         for column, values in kept.items()

@@ -23,6 +23,7 @@ from clue_dist.inference.cells import find_batch_columns, open_source
 from clue_dist.inference.score_tables import Scores
 from clue_dist.store.batch_vocabulary import BatchVocabulary
 from clue_dist.store.layout import MANIFEST
+from clue_dist.store.reader import Store
 from data_prep import from_python
 from data_prep.from_python import ConversionRequest, convert_cells
 
@@ -132,6 +133,19 @@ def test_counts_beside_normalised_values_are_named(tmp_path: Path) -> None:
     table = ad.AnnData(np.log1p(counts), layers={"counts": counts, "scaled": counts - 0.5})
     with pytest.raises(DataError, match=r"must be raw(.|\n)*fix: `--layer counts` \(`layer=` in"):
         convert_cells(table, tmp_path / "s.zarr", ConversionRequest(modality="rna"))
+
+
+@pytest.mark.filterwarnings("ignore:Observation names are not unique")
+def test_columns_that_may_tell_cells_of_one_name_apart_are_listed(
+    mdata: md.MuData, tmp_path: Path
+) -> None:
+    table = mdata["rna"].copy()
+    table.obs_names = [f"c{i // 2}" for i in range(20)]
+    with pytest.raises(DataError, match=r"`--dataset-key COLUMN` \(donor\)"):
+        convert_cells(table, tmp_path / "s.zarr", ConversionRequest(modality="rna"))
+    request = ConversionRequest(modality="rna", flags="--dataset-key donor")
+    convert_cells(table, tmp_path / "s.zarr", request)
+    assert Store(tmp_path / "s.zarr").manifest.n_cells == 20
 
 
 def test_flags_may_be_one_text(mdata: md.MuData, tmp_path: Path, typed: list[list[str]]) -> None:
