@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import anndata as ad
 import mudata as md
@@ -174,6 +174,37 @@ def test_totalvi_leaves_out_cells_without_rna_and_has_a_batch_for_those_without_
     assert batches == {"a": "rna|one", "b": "rna|one", "c": "rna+adt|two"}
     np.testing.assert_array_equal(whole["adt"].X[2], tables["adt"].X.toarray()[0])
     assert whole["adt"].X[:2].sum() == 0
+
+
+@pytest.mark.filterwarnings("ignore:Cannot join columns", "ignore:var_names are not unique")
+def test_totalvi_imputes_proteins_in_the_batch_that_has_them(script) -> None:
+    totalvi, tables = script("totalvi"), make_mosaic()
+    tables["rna"].obs["batch"] = ["one", "three", "one"]
+    asked = {}
+
+    def tell_expression(cells: md.MuData, **options) -> tuple[None, np.ndarray]:
+        (batch,) = options["transform_batch"]
+        asked[batch] = options
+        return None, np.full((len(options["indices"]), cells["adt"].n_vars), len(batch))
+
+    model = SimpleNamespace(get_normalized_expression=tell_expression)
+    values = totalvi.impute_proteins(model, totalvi.join_cells_with_rna(tables))
+    assert asked.keys() == {"rna+adt|one", "rna+adt|three"}
+    assert all(options["include_protein_background"] for options in asked.values())
+    np.testing.assert_array_equal(values, np.repeat([[11], [13], [11]], 6, 1))
+
+
+def test_multivi_tells_each_modality_from_the_other_as_if_both_were_measured(script) -> None:
+    def answer(name: str) -> Callable[..., tuple[str, str, str]]:
+        return lambda cells, **options: (name, cells, options["transform_batch"])
+
+    names = ("get_normalized_accessibility", "get_normalized_expression")
+    model = SimpleNamespace(**{name: answer(name) for name in names})
+    shown = {m: f"cells of {m} alone" for m in ("joint", "rna", "atac")}
+    assert script("multivi").impute_modalities(model, shown) == {
+        "rna-atac": (names[0], "cells of rna alone", "rna+atac"),
+        "atac-rna": (names[1], "cells of atac alone", "rna+atac"),
+    }
 
 
 def test_multigrate_sees_features_side_by_side_and_nothing_negative(script) -> None:

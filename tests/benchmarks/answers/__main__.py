@@ -2,7 +2,7 @@
 
 .venv/bin/python -m tests.benchmarks.answers --json OUT.json [--quick] [--sets ...] [--folds ...]
 
-Ours asks the models that `matching` trains.
+Ours, totalVI and MultiVI are asked as `matching` trains them.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +17,7 @@ from clue_dist.trained_run import load
 from tests.benchmarks.answers import imputation, markers, transfer
 from tests.benchmarks.commands import install_python
 from tests.benchmarks.factors import views
-from tests.benchmarks.matching import Matching, judge_lead
+from tests.benchmarks.matching import KNOWN, SEEDLESS, Matching, applies_to, judge_lead
 from tests.benchmarks.mosaic import PAIRED, ignore_warnings
 from tests.benchmarks.report import Result
 from tests.benchmarks.runner import Case, Option, Run
@@ -25,8 +25,11 @@ from tests.benchmarks.runner import Case, Option, Run
 OURS = "imputed"  # by the model that `matching` calls ours
 TRANSFER = "transfer"  # of labels, by the same model
 MARKERS = "markers"  # of cell types, by the same model
-MODELLED = (OURS, TRANSFER, MARKERS)
-METHODS = (*MODELLED, *imputation.RIVALS)
+IMPUTATION = "imputation"  # what a record calls scores of imputed values, by whom ever
+QUICK = (OURS, TRANSFER, *imputation.RIVALS)  # the others take minutes to install
+METHODS = (*QUICK, MARKERS, *KNOWN)
+# The method of `matching` whose model is asked.
+TRAINED = dict.fromkeys((OURS, TRANSFER, MARKERS), "ours") | {name: name for name in KNOWN}
 LARGE, SMALL = ("cbmc_cite", "snare_adbrain_8lib", "hao_mosaic"), "hao_mosaic"
 
 
@@ -38,85 +41,65 @@ class Answers(Matching):
         **Matching.cells,
         "sets": Option(list(LARGE), [SMALL], choices=PAIRED),
         "seeds": Option([0], [0]),
-        "methods": Option(
-            [*METHODS],
-            [method for method in METHODS if method != MARKERS],  # whose installation takes minutes
-            "imputed, transfer, markers: ours",
-            METHODS,
-        ),
+        "methods": Option([*METHODS], [*QUICK], "imputed, transfer, markers: ours", METHODS),
     }
+    score_sources = ()  # `measure` scores
     columns = ("feature", "cell", "rmse", "coverage", "accuracy", "calibration_error")
     columns += ("auroc", "unknown", "kept", "at_kept", "overlap")
 
     def list_cases(self) -> Iterator[Case]:
         args = self.args
         for method, seed, fold, name in product(args.methods, args.seeds, args.folds, args.sets):
-            if method in MODELLED or seed == 0:
+            if applies_to(method, name) and (method not in SEEDLESS or seed == 0):
                 yield method, name, fold, seed
 
+    @property
+    def matching(self) -> Matching:
+        """The benchmark that trains the models."""
+        return Matching(args=self.args)
+
     def list_inputs(self, method: str, data_set: str) -> tuple[Path | str, ...]:
-        if method not in METHODS:
-            return tuple(super().list_inputs(method, data_set))
         code = (Path(__file__).parent, Path(views.__file__))
         code += (markers.SCRIPT, markers.PINS) if method == MARKERS else ()
-        trained = super().list_inputs("ours", data_set) if method in MODELLED else ()
+        is_trained = method in TRAINED
+        trained = self.matching.list_inputs(TRAINED[method], data_set) if is_trained else ()
         return self.digest_data(data_set), *code, *trained
 
     def measure(self, run: Run, folder: Path) -> Result:
-        if run.method not in METHODS:
-            return super().measure(run, folder)
-        if run.method == TRANSFER:
-            return {TRANSFER: self.carry_labels(run), "threads": self.args.threads}
-        if run.method == MARKERS:
-            return {MARKERS: self.compare_markers(run, folder), "threads": self.args.threads}
-        split, found = self.cut_split(run), {}
+        split = self.cut_split(run)
         with ignore_warnings():
             train, test = md.read(split.train), md.read(split.test)
-            trained = load(self.find_model(run)) if run.method == OURS else None
-            for source, target in imputation.list_directions(split.mods):
-                truth = imputation.log_normalise(test[target].X)
-                if trained is None:
-                    predicted = imputation.predict_simply(run.method, train, test, source, target)
-                else:
-                    predicted = imputation.predict_by_run(trained, test, source, target)
-                scores = imputation.score_prediction(predicted, truth)
-                if trained is not None:
-                    scores["coverage"] = imputation.measure_coverage(trained, test, source, target)
-                found[f"{source}-{target}"] = scores
-        return {"imputation": found, "threads": self.args.threads}
+            if run.method in imputation.RIVALS:
+                found = {IMPUTATION: imputation.score_rival(run.method, train, test)}
+            elif run.method in KNOWN:
+                found = {IMPUTATION: imputation.score_peer(self.find_training(run), test)}
+            else:
+                found = self.ask_model(run, folder, train, test)
+        return found | {"threads": self.args.threads}
 
-    def compare_markers(self, run: Run, folder: Path) -> Result:
-        """How many of the first features of types scanpy names, too."""
-        rank_features = partial(
-            markers.rank_by_scanpy,
-            python=install_python(markers.PINS, self.args.work),
-            folder=folder,
-            threads=self.args.threads,
-        )
-        with ignore_warnings():
-            cells, model = md.read(self.cut_split(run).test), load(self.find_model(run))
-            return dict(markers.score_markers(model, cells, rank_features))
-
-    def carry_labels(self, run: Run) -> Result:
-        """Scores of labels, by what queries are seen through."""
-        split, model = self.cut_split(run), load(self.find_model(run))
-        with ignore_warnings():
-            reference, queries = (
-                transfer.LabelledCells.embed_with(model, md.read(part))
-                for part in (split.train, split.test)
+    def ask_model(self, run: Run, folder: Path, train: md.MuData, test: md.MuData) -> Result:
+        """Scores of one of our answers."""
+        model = load(self.find_training(run) / "run")
+        if run.method == TRANSFER:
+            cells = (transfer.LabelledCells.embed_with(model, part) for part in (train, test))
+            return {TRANSFER: dict(transfer.score_transfer(*cells))}
+        if run.method == MARKERS:
+            rank_features = partial(
+                markers.rank_by_scanpy,
+                python=install_python(markers.PINS, self.args.work),
+                folder=folder,
+                threads=self.args.threads,
             )
-        return dict(transfer.score_transfer(reference, queries))
+            return {MARKERS: dict(markers.score_markers(model, test, rank_features))}
+        return {IMPUTATION: imputation.score_run(model, test)}
 
-    def find_model(self, run: Run) -> Path:
-        """The model of `matching`, trained unless it is kept."""
-        args = self.args
-        digest = self.digest("ours", run.data_set)
-        training = Run("ours", run.data_set, run.fold, run.seed, digest)
-        self.obtain(training)
-        return training.folder(args.work) / "run"
-
-    def score(self, run: Run, folder: Path) -> Result:
-        return {} if run.method in METHODS else super().score(run, folder)
+    def find_training(self, run: Run) -> Path:
+        """The folder of the run of `matching` whose model is asked, done unless it is kept."""
+        name = TRAINED[run.method]
+        digest = self.matching.digest(name, run.data_set)
+        training = Run(name, run.data_set, run.fold, run.seed, digest)
+        self.matching.obtain(training)
+        return training.folder(self.args.work)
 
     def describe(self, record: Result) -> str:
         titles = {"feature": "by feature", "cell": "by cell"}
@@ -140,16 +123,17 @@ class Answers(Matching):
         return super().tabulate(rows)
 
     def judge(self, records: Sequence[Result]) -> Iterator[Result]:
-        """Leads of ours over kNN regression, coverage of intervals, and what labels are worth."""
+        """Leads over kNN regression and totalVI, coverage of intervals, what labels are worth."""
         for key, bar in self.bars.items():
             name, part, score = key.split()[:3]
-            method, kind = (OURS, "imputation") if "-" in part else (TRANSFER, TRANSFER)
+            method, kind = (OURS, IMPUTATION) if "-" in part else (TRANSFER, TRANSFER)
             path = f"{kind}.{part}.{score}"
             ours = self.average_seeds(records, method, name, path)
             if score not in ("feature", "cell"):
                 yield bar.judge_mean(list(ours.values()))
             else:
-                rivals = {"knn": self.average_seeds(records, "knn", name, path)}
+                others = ["knn", "totalvi"] if part == "rna-adt" else ["knn"]
+                rivals = {m: self.average_seeds(records, m, name, path) for m in others}
                 yield judge_lead(bar, ours, rivals)
 
     def list_extras(self) -> Result:
@@ -158,7 +142,7 @@ class Answers(Matching):
 
 def list_parts(record: Result) -> Iterable[tuple[str, Result]]:
     """The scores of a record by direction, or by what queries are seen through."""
-    found = next(record[kind] for kind in ("imputation", TRANSFER, MARKERS) if kind in record)
+    found = next(record[kind] for kind in (IMPUTATION, TRANSFER, MARKERS) if kind in record)
     return found.items()
 
 

@@ -1,7 +1,7 @@
 """One modality of unseen cells told from another: ours and what is simpler, and their scores."""
 
-from collections.abc import Iterator
 from itertools import permutations
+from pathlib import Path
 
 import anndata as ad
 import mudata as md
@@ -18,10 +18,37 @@ COMPONENTS, NEIGHBOURS, RIDGE = 50, 25, 1.0
 INTERVAL, DRAWS = 0.9, 99
 MOST_CELLS, MOST_FEATURES = 500, 500  # whose intervals are judged
 RIVALS = ("mean", "knn", "ridge")
+IMPUTED = "imputed.npz"  # by scripts of `peers`: expected counts or shares, by direction
 
 
-def list_directions(mods: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    return permutations(mods, 2)
+def score_run(run: TrainedRun, test: md.MuData) -> Result:
+    """Scores of what a run imputes, by direction, such as "rna-adt"."""
+    found = {}
+    for source, target in permutations(test.mod, 2):
+        predicted = predict_by_run(run, test, source, target)
+        scores = score_prediction(predicted, log_normalise(test[target].X))
+        covered = {"coverage": measure_coverage(run, test, source, target)}
+        found[f"{source}-{target}"] = scores | covered
+    return found
+
+
+def score_rival(method: str, train: md.MuData, test: md.MuData) -> Result:
+    """Scores of what the mean, kNN or ridge regression imputes, by direction."""
+    found = {}
+    for source, target in permutations(test.mod, 2):
+        predicted = predict_simply(method, train, test, source, target)
+        found[f"{source}-{target}"] = score_prediction(predicted, log_normalise(test[target].X))
+    return found
+
+
+def score_peer(folder: Path, test: md.MuData) -> Result:
+    """Scores of what another model left in the folder of its run, by direction."""
+    found = {}
+    with np.load(folder / IMPUTED) as expected:
+        for direction, values in expected.items():
+            truth = log_normalise(test[direction.partition("-")[2]].X)
+            found[direction] = score_prediction(log_normalise(values), truth)
+    return found
 
 
 def log_normalise(counts: np.ndarray | sp.spmatrix) -> np.ndarray:

@@ -56,3 +56,12 @@ def save_views(
     if set(args.mods) <= test.keys():
         arrays |= {f"u{i}": test[m] for i, m in enumerate(args.mods, 1)}
     np.savez(args.out, **arrays, mosaic=mosaic, pattern=pattern.astype(str), fit_s=fit_s)
+
+
+def save_imputed(args: argparse.Namespace, expected: Mapping[str, np.ndarray]) -> None:
+    """Write imputed values of the test cells beside their embeddings.
+
+    expected: (test cells, features), such as "rna-adt" of proteins told from RNA alone; a cell's
+    values are in proportion to its counts.
+    """
+    np.savez(args.out.with_name("imputed.npz"), **expected)
