@@ -115,7 +115,7 @@ class CLUE(PosteriorEncoder):
         shown = self._hide_entries(batch, noise) if self.training and self.thinning else batch
         components = self._compute_components(shown)
         posterior = self._infer_posterior(batch, components, noise)
-        contrast, contrast_code = posterior.mean, batch.batch_code
+        contrast, contrast_code = posterior.mean[..., : self.n_aligned], batch.batch_code
         if mixup:
             contrast, contrast_code = self._encode_mixtures(batch, components, noise)
         z = sample_posterior(
@@ -131,7 +131,7 @@ class CLUE(PosteriorEncoder):
         zeros = z.new_zeros(batch.n_cells, len(self.modalities))
         ln_self = next(decoded) if decode_self else zeros
         ln_cross = next(decoded) if decode_cross else zeros
-        z, contrast = z[..., : self.n_aligned], contrast[..., : self.n_aligned]
+        z = z[..., : self.n_aligned]
         logits = self.discriminator(reverse_gradient(z.flatten(2)), noise)
         return CLUEOutput(
             posterior,
@@ -157,7 +157,7 @@ class CLUE(PosteriorEncoder):
     def _encode_mixtures(
         self, batch: Batch, components: dict[str, Tensor], noise: Noise
     ) -> tuple[Tensor, Tensor]:
-        """The experts' means for mixtures of paired cells (mixup, Zhang et al., 2018).
+        """The experts' aligned means for mixtures of paired cells (mixup, Zhang et al., 2018).
 
         Each paired cell is mixed with a partner of its stratum and lane, by the same share in all
         of its modalities: a new true pair. A cell stays as it is where its partner is itself, as
@@ -165,7 +165,7 @@ class CLUE(PosteriorEncoder):
         that nobody may use.
 
         Returns:
-            Means, (B, K source, K target, d), and biological batches, (B,): of the cell that has
+            Means, (B, K source, K target, a), and biological batches, (B,): of the cell that has
             the larger share.
         """
         partner, share = noise.draw_mixing()
@@ -179,7 +179,7 @@ class CLUE(PosteriorEncoder):
             cell_share = share[rows[name]].to(x.dtype)
             partner_x = x[index_of_row[partner[rows[name]]]]
             mixed[name] = cell_share * x[observed.paired] + (1 - cell_share) * partner_x
-        mean, _ = self._encode_components(batch, mixed, rows, noise)
+        (mean,) = self._encode_components(batch, mixed, rows, noise, self.n_aligned)
         return mean, code
 
     def _split_members(self, z: Tensor) -> Tensor:

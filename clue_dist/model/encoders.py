@@ -52,46 +52,52 @@ class CrossEncoderHeads(nn.Module):
             self.reduce = nn.Parameter(torch.randn(networks, width, rank) / width**0.5)
             self.expand = nn.Parameter(torch.zeros(networks, rank, outputs))
 
-    def forward(self, source: int, h: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, source: int, h: Tensor, n_means: int | None = None) -> tuple[Tensor, ...]:
         """Apply the heads of a source modality.
 
         Args:
             source: its number, in model order.
             h: (N, n, H), by network; N is M, or M * K where nothing is shared.
+            n_means: of how many dimensions of each z, the first ones, means alone are wanted.
 
         Returns:
-            Mean and log-variance, each (n, K target, d), float32.
+            Mean and log-variance, each (n, K target, d); or (n, K target, n_means), the mean.
+            In float32.
         """
-        networks = self._list_networks(source)
-        heads = torch.baddbmm(self.bias[networks], h, self._compose_weight(networks))
-        mean, log_var = self.arrange_outputs(heads)
-        assert log_var is not None
-        return mean, log_var
+        weight, bias = self.select_weights(source, n_means is None, n_means)
+        return self.arrange_outputs(torch.baddbmm(bias, h, weight), n_means)
 
-    def select_weights(self, source: int, with_variance: bool) -> tuple[Tensor, Tensor]:
+    def select_weights(
+        self, source: int, with_variance: bool, n_dims: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The linear layer on h of a source, for its means alone or for its variances, too.
+
+        Args:
+            source: its number, in model order.
+            with_variance: whether log-variances are wanted, too.
+            n_dims: of how many dimensions of each z, the first ones; None: of all d.
 
         Returns:
             Weights (N, H, outputs) and biases (N, 1, outputs), for `arrange_outputs`.
         """
-        networks, parts = self._list_networks(source), 1 + with_variance
+        networks, parts, width = self._list_networks(source), 1 + with_variance, self._split(n_dims)
         weight, bias = (
-            values.unflatten(-1, self.grid)[..., :parts, :].flatten(2)
+            values.unflatten(-1, self.grid)[..., :parts, :width].flatten(2)
             for values in (self._compose_weight(networks), self.bias[networks])
         )
         return weight, bias
 
-    def arrange_outputs(self, outputs: Tensor) -> tuple[Tensor, Tensor | None]:
+    def arrange_outputs(self, outputs: Tensor, n_dims: int | None = None) -> tuple[Tensor, ...]:
         """Read what the layer of `select_weights` gives.
 
         Args:
             outputs: (N, n, outputs).
+            n_dims: for how many dimensions of each z the layer was selected; None: all d.
 
         Returns:
-            Mean and, where it was selected, log-variance, each (n, K target, d), float32.
+            Mean and, where it was selected, log-variance, each (n, K target, n_dims), float32.
         """
-        targets, _, width = self.grid
-        outputs = outputs.unflatten(-1, (targets, -1, width))
+        outputs = outputs.unflatten(-1, (self.grid[0], -1, self._split(n_dims)))
         if self.shared:
             outputs = outputs.permute(1, 2, 3, 4, 0)
         else:
@@ -99,7 +105,11 @@ class CrossEncoderHeads(nn.Module):
             outputs = outputs.squeeze(3).permute(2, 1, 3, 4, 0)
         mean, *log_var = outputs.flatten(-2).float().unbind(2)
         bound = MAX_LOG_VARIANCE
-        return mean, log_var[0].clamp(-bound, bound) if log_var else None
+        return mean, *(values.clamp(-bound, bound) for values in log_var)
+
+    def _split(self, n_dims: int | None) -> int:
+        """How many of the first `n_dims` dimensions of a z each member gives; None: of all d."""
+        return self.grid[2] if n_dims is None else n_dims // self.members
 
     def _list_networks(self, source: int) -> slice:
         """The networks of a source modality."""

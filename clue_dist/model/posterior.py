@@ -44,6 +44,12 @@ def mean_of_experts(mean: Tensor, log_var: Tensor, observed: Tensor) -> tuple[Te
     return (mask * mean).sum(1) / n_sources, variance.log()
 
 
+def take_prior(mean: Tensor, log_var: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
+    """Leave the experts apart: let z have its prior. Shapes as in `product_of_experts`."""
+    prior = torch.zeros_like(mean[:, 0])  # the mean and the log-variance
+    return prior, prior
+
+
 class GeneralisedProduct(nn.Module):
     """Eq. 6 with experts weighted by how much they know (Cao and Fleet, 2014).
 

@@ -17,7 +17,12 @@ from clue_dist.model.common_space import CommonSpace
 from clue_dist.model.encoders import CrossEncoderHeads
 from clue_dist.model.modality_spec import ModalitySpec
 from clue_dist.model.noise import Noise
-from clue_dist.model.posterior import choose_combination, select_own_latent
+from clue_dist.model.posterior import (
+    Combination,
+    choose_combination,
+    select_own_latent,
+    take_prior,
+)
 from clue_dist.model.translation import LatentTranslation
 from clue_dist.model.trunk import Trunk
 
@@ -109,7 +114,7 @@ class PosteriorEncoder(nn.Module):
         """
         if len(batch.modalities) == 1:
             return self._embed_lone_modality(batch, per_modality, False)[:2]
-        return self.read_latents(batch, self.encode_batch(batch), per_modality)
+        return self.read_latents(batch, self._infer_for_embedding(batch), per_modality)
 
     def _embed_lone_modality(
         self, batch: Batch, per_modality: bool, with_variance: bool
@@ -120,9 +125,7 @@ class PosteriorEncoder(nn.Module):
         """
         [(name, components)] = self._compute_components(batch).items()
         source, rows = self.modalities.index(name), batch.modalities[name].rows
-        weights = self.heads.select_weights(source, with_variance)
-        outputs = self.get_trunk(name).apply_linear(components, *weights)
-        mean, log_var = self.heads.arrange_outputs(outputs)
+        mean, *log_var = self._apply_folded_norms(name, components, with_variance)
         aligned, private = mean.split([self.n_aligned, self.n_private], -1)
         coordinates = None
         if self.space.is_fitted:
@@ -130,8 +133,8 @@ class PosteriorEncoder(nn.Module):
             aligned = self._show_coordinates(coordinates)
         latent = torch.cat([aligned, self._show_private(private, source)], -1).flatten(1)
         variance = None
-        if log_var is not None:
-            variance = self._show_lone_variance(mean, log_var, source, coordinates)
+        if log_var:
+            variance = self._show_lone_variance(mean, log_var[0], source, coordinates)
         empty = latent.new_full((batch.n_cells, latent.shape[1]), torch.nan)
         if variance is not None:
             variance = empty.index_copy(0, rows, variance)
@@ -204,7 +207,7 @@ class PosteriorEncoder(nn.Module):
             joint, alone, variance = self._embed_lone_modality(batch, per_modality, True)
             assert variance is not None
             return joint, alone, variance
-        posterior = self.encode_batch(batch)
+        posterior = self._infer_for_embedding(batch)
         a = self.n_aligned
         aligned, private = posterior.joint_log_var.exp().split([a, self.n_private], -1)
         projected = self._project_experts(posterior)
@@ -249,11 +252,41 @@ class PosteriorEncoder(nn.Module):
     def _infer_posterior(
         self, batch: Batch, components: dict[str, Tensor], noise: Noise | None
     ) -> Posterior:
-        """Combine the experts in aligned dimensions; take private ones from the own modality."""
+        """Infer the posterior of cells, given the first step of each trunk."""
         rows = {name: batch.modalities[name].rows for name in components}
-        mean, log_var = self._encode_components(batch, components, rows, noise)
+        experts = self._encode_components(batch, components, rows, noise)
+        return self._combine_experts(batch, *experts, self.combine)
+
+    def _infer_for_embedding(self, batch: Batch) -> Posterior:
+        """Infer what `encode_batch` does as far as an embedding shows it, outside of training.
+
+        The common space, if fitted, joins aligned dimensions: in their place stands the prior.
+        """
+        components = self._compute_components(batch)
+        experts = {name: self._apply_folded_norms(name, x, True) for name, x in components.items()}
+        rows = {name: batch.modalities[name].rows for name in components}
+        combine = take_prior if self.space.is_fitted else self.combine
+        return self._combine_experts(batch, *self._place_experts(batch, experts, rows), combine)
+
+    def _apply_folded_norms(
+        self, name: str, components: Tensor, with_variance: bool
+    ) -> tuple[Tensor, ...]:
+        """Mean and, where wanted, log-variance of a modality's experts, (n, K target, d) each.
+
+        Layer norms of the trunk go into the weights behind them. ZeRO-3 would not gather these.
+        """
+        weights = self.heads.select_weights(self.modalities.index(name), with_variance)
+        return self.heads.arrange_outputs(self.get_trunk(name).apply_linear(components, *weights))
+
+    def _combine_experts(
+        self, batch: Batch, mean: Tensor, log_var: Tensor, combine: Combination
+    ) -> Posterior:
+        """Combine the experts (B, K source, K target, d) in aligned dimensions.
+
+        Private ones are taken from the own modality.
+        """
         a, seen = self.n_aligned, batch.observed[:, :, None]
-        joint_mean, joint_log_var = self.combine(mean[..., :a], log_var[..., :a], batch.observed)
+        joint_mean, joint_log_var = combine(mean[..., :a], log_var[..., :a], batch.observed)
         # Where a modality is not seen this leaves 0, the prior's mean and log-variance.
         joint_mean = torch.cat([joint_mean, select_own_latent(mean)[..., a:] * seen], -1)
         joint_log_var = torch.cat([joint_log_var, select_own_latent(log_var)[..., a:] * seen], -1)
@@ -265,7 +298,8 @@ class PosteriorEncoder(nn.Module):
         components: dict[str, Tensor],
         rows: dict[str, Tensor],
         noise: Noise | None,
-    ) -> tuple[Tensor, Tensor]:
+        n_means: int | None = None,
+    ) -> list[Tensor]:
         """Mean and log-variance of the experts q(z_j | x_k), each (B, K source, K target, d).
 
         They are 0 where a modality has no components of a cell.
@@ -275,15 +309,25 @@ class PosteriorEncoder(nn.Module):
             components: by modality, (n, components), of the cells `rows`.
             rows: by modality, (n,), rows in the batch.
             noise: for dropout, in training.
+            n_means: of how many dimensions, the first ones, means alone are wanted.
         """
-        k = len(self.modalities)
-        absent = torch.zeros(batch.n_cells, k, self.latent, device=batch.observed.device)
-        mean, log_var = [absent] * k, [absent] * k
-        for source, name in enumerate(self.modalities):
-            if name in components:
-                h = self.get_trunk(name)(components[name], noise, rows[name])
-                experts = self.heads(source, h)
-                mean[source], log_var[source] = (
-                    absent.index_copy(0, rows[name], values) for values in experts
-                )
-        return torch.stack(mean, 1), torch.stack(log_var, 1)
+        experts = {
+            name: self.heads(
+                self.modalities.index(name), self.get_trunk(name)(x, noise, rows[name]), n_means
+            )
+            for name, x in components.items()
+        }
+        return self._place_experts(batch, experts, rows)
+
+    def _place_experts(
+        self, batch: Batch, experts: dict[str, tuple[Tensor, ...]], rows: dict[str, Tensor]
+    ) -> list[Tensor]:
+        """What each modality says of its n cells, (n, ...), at their rows: (B, K source, ...)."""
+        placed = []
+        for values in zip(*experts.values(), strict=True):
+            absent = values[0].new_zeros(batch.n_cells, *values[0].shape[1:])
+            of_source = [absent] * len(self.modalities)
+            for name, said in zip(experts, values, strict=True):
+                of_source[self.modalities.index(name)] = absent.index_copy(0, rows[name], said)
+            placed.append(torch.stack(of_source, 1))
+        return placed

@@ -7,9 +7,11 @@ from pathlib import Path
 import mudata as md
 import numpy as np
 import pytest
+import torch
 
 from tests.benchmarks.step import cells, probe
 from tests.benchmarks.step.__main__ import Step
+from tests.benchmarks.step.parts import REST, OperationClock
 
 RATES = "encode_0", "encode_1", "ready_0", "ready_1"
 
@@ -37,6 +39,24 @@ def test_the_stopwatch_tells_cpu_seconds_and_seconds() -> None:
     cpu, wall = probe.time_calls(work, 0.02)
     assert 0 < cpu < wall
     assert wall > 0.01
+
+
+def test_the_backward_pass_counts_to_the_part_that_asked_for_it() -> None:
+    x, weight = torch.ones(5, 4), torch.ones(4, 3, requires_grad=True)
+    clock = OperationClock()
+    with clock:
+        with clock.open_part("outer"):
+            with clock.open_part("inner"):
+                y = x @ weight
+            y = y.exp()
+        y.sum().backward()
+    inner, outer = clock.times["inner"], clock.times["outer"]
+    assert inner.multiplied == 2 * (2 * 5 * 4 * 3)  # forward, and the gradient of the weight
+    assert inner.forward[True] > 0
+    assert inner.backward[True] > 0
+    assert outer.multiplied == clock.times[REST].multiplied == 0
+    assert outer.forward[False] > 0
+    assert outer.backward[False] > 0
 
 
 def test_bars_are_ratios_of_medians_at_512_cells() -> None:

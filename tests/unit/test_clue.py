@@ -112,6 +112,9 @@ def test_heads_are_the_grid_of_separate_encoders(shared: bool) -> None:
         )
         want = (h[k, i] @ weight[:, 1] + bias[1]).clamp(-8, 8)
         torch.testing.assert_close(log_var[:, k, j, its], want, rtol=1e-4, atol=1e-5)
+    for k in range(K):  # means of the first dimension of each member alone
+        (aligned,) = heads(k, h[k], n_means=members)
+        torch.testing.assert_close(aligned, mean[:, k, :, :members], rtol=1e-4, atol=1e-5)
 
 
 def test_parameters_grow_as_k_in_the_wide_layers_and_as_k_squared_only_in_the_heads() -> None:
@@ -153,7 +156,7 @@ def test_heads_of_low_rank_are_a_shared_matrix_and_a_little_of_each() -> None:
         found = mean[:, j, m::members]
         torch.testing.assert_close(found, h[m] @ weight + bias, rtol=1e-4, atol=1e-5)
     weight, bias = heads.select_weights(1, with_variance=False)
-    alone, _ = heads.arrange_outputs(torch.baddbmm(bias, h, weight))
+    (alone,) = heads.arrange_outputs(torch.baddbmm(bias, h, weight))
     torch.testing.assert_close(alone, mean, rtol=1e-4, atol=1e-5)
 
 
@@ -246,6 +249,33 @@ def test_members_share_nothing_but_their_input() -> None:
         assert layer.weight.grad[1].abs().sum() == 0
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_an_embedding_is_read_off_the_posterior_that_training_infers(shared: bool) -> None:
+    model, batch, _ = small_model(private=0.5, members=2, shared=shared)
+    clue = model.model.eval()
+    fit_space(clue)
+    for trunk in clue.trunks:
+        unsettle_norms(trunk)
+    joint, alone = clue.read_latents(batch, clue.encode_batch(batch))
+    found, found_alone = clue.embed_batch(batch)
+    torch.testing.assert_close(found, joint, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found_alone, alone, rtol=1e-5, atol=1e-5)
+
+
+def fit_space(clue: CLUE) -> None:
+    """A common space of random directions."""
+    for buffer in (clue.space.mean, clue.space.rotation, clue.space.weight):
+        buffer.copy_(draw(*buffer.shape))
+    clue.space.covariance.fill_(0.5).diagonal().fill_(1)
+
+
+def unsettle_norms(trunk: Trunk) -> None:
+    """Layer norms that do something."""
+    for layer in trunk.ensemble.layers:
+        for weight in (layer.bias, layer.norm_scale, layer.norm_bias):
+            weight.data.add_(0.3 * draw(*weight.shape))
+
+
 @pytest.mark.parametrize("fitted", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_lone_modality_is_embedded_by_what_is_asked_for(
@@ -253,13 +283,9 @@ def test_a_lone_modality_is_embedded_by_what_is_asked_for(
 ) -> None:
     model, batch, _ = small_model(private=0.5, members=2, shared=shared)
     clue = model.model.eval()
-    for layer in clue.trunks[1].ensemble.layers:  # layer norms that do something
-        for weight in (layer.bias, layer.norm_scale, layer.norm_bias):
-            weight.data.add_(0.3 * draw(*weight.shape))
+    unsettle_norms(clue.trunks[1])
     if fitted:
-        for buffer in (clue.space.mean, clue.space.rotation, clue.space.weight):
-            buffer.copy_(draw(*buffer.shape))
-        clue.space.covariance.fill_(0.5).diagonal().fill_(1)
+        fit_space(clue)
     seen = batch.modalities["m1"]
     rows = torch.arange(len(seen.rows)).flip(0)
     lone = Batch(
@@ -271,7 +297,7 @@ def test_a_lone_modality_is_embedded_by_what_is_asked_for(
     none = torch.zeros(0, dtype=torch.int64)
     observed = {"m0": ObservedModality(none, torch.zeros(0, 6), none), **lone.modalities}
     combined = clue.embed_batch_with_variance(replace(lone, modalities=observed))
-    monkeypatch.setattr(clue, "encode_batch", lambda *_: pytest.fail("experts were combined"))
+    monkeypatch.setattr(clue, "_combine_experts", lambda *_: pytest.fail("experts were combined"))
     found = clue.embed_batch_with_variance(lone)
     for values, expected in zip(found[::2], combined[::2], strict=True):
         torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)

@@ -111,6 +111,18 @@ def measure_parts(trainer: Trainer) -> dict[str, float]:
     return shares | {"operations": counts.launches, "gb_touched": 1e-9 * counts.bytes_touched}
 
 
+def open_trainer(store: Path, batch: int) -> Trainer:
+    """Open what trains `atlas.json` on a store, one thread, with weights drawn at random."""
+    torch.set_num_threads(1)
+    settings = [f"store={store}", f"run={store.parent / 'run'}", "log.wandb=disabled"]
+    # The values of weights do not change the speed.
+    settings += [f"data.batch_size={batch}", "model.trunk.projection_init=random"]
+    setup = prepare_setup(load_config("configs/atlas.json", settings), 1, writes=False)
+    ranks = Ranks.from_environment()
+    device = join_process_group(ranks)
+    return Trainer(build_engine(setup, ranks, device), setup, ranks, device)
+
+
 def void(_: object) -> None:
     """Forget a result."""
 
@@ -123,14 +135,7 @@ def main() -> None:
     parser.add_argument("--encoded", type=int, required=True, help="cells at a time")
     parser.add_argument("--seconds", type=float, required=True, help="of each measurement")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    settings = [f"store={args.store}", f"run={args.store.parent / 'run'}", "log.wandb=disabled"]
-    # The values of weights do not change the speed.
-    settings += [f"data.batch_size={args.batch}", "model.trunk.projection_init=random"]
-    setup = prepare_setup(load_config("configs/atlas.json", settings), 1, writes=False)
-    ranks = Ranks.from_environment()
-    device = join_process_group(ranks)
-    trainer = Trainer(build_engine(setup, ranks, device), setup, ranks, device)
+    trainer = open_trainer(args.store, args.batch)
     result = measure_training(trainer, args.seconds)
     result |= measure_encoding(trainer, args.encoded, args.seconds)
     result |= measure_parts(trainer)
