@@ -41,7 +41,8 @@ class MatchedCells:
         state = (
             f"calibrated on {self.confidence.n_pairs:,} pairs"
             if self.confidence.is_calibrated
-            else "not calibrated"
+            else f"not calibrated, which takes {FEWEST_PAIRS} cells with both modalities that the "
+            "model has not seen"
         )
         return (
             f"{n_matched:,} of {self.weights.shape[0]:,} cells matched to "

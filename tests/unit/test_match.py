@@ -138,7 +138,7 @@ def test_confidence_is_calibrated_on_pairs_the_model_has_not_seen(matched, store
     seen = FakeLoaded(loaded.modalities, seen_cells=frozenset(identify_cells(store.manifest)))
     found = match_cells(seen, open_cells(store, seen), "rna", "adt")
     assert not found.confidence.is_calibrated
-    assert "not calibrated" in repr(found)
+    assert "not calibrated, which takes 50 cells with both modalities" in repr(found)
 
 
 def test_cells_in_memory_calibrate_only_where_they_are_named(store, loaded):
