@@ -61,12 +61,12 @@ def round_up(value):
 
 
 @compile_kernel
-def _order_chunks(area, by_column):
+def _order_chunks(tile, by_column):
     """The loops over rows and chunks of columns; the outer one is that of the queries.
 
     So what is known of a query stays in the processor's cache while keys pass.
     """
-    rows, starts = range(area[0], area[1]), range(area[2], area[3], _CHUNK)
+    rows, starts = range(tile.shape[0]), range(0, tile.shape[1], _CHUNK)
     if by_column:
         return starts, rows
     return rows, starts
@@ -105,14 +105,12 @@ def replace_furthest(distances, indices, distance, index):
 
 @compile_kernel
 def collect_nearest(
-    tile, area, by_column, first_row, first_column, queries, keys, is_same, limits, distances,
-    indices,
+    tile, by_column, first_row, first_column, queries, keys, is_same, limits, distances, indices,
 ):  # fmt: skip
     """Put the keys of a tile into the heaps of nearest keys of its queries.
 
     Args:
         tile: (n, m) float32, bounds on half distances.
-        area: first row, last row + 1, first column and last column + 1 to go through.
         by_column: whether columns are the queries, and rows the keys.
         first_row: the point of the tile's first row.
         first_column: the point of its first column.
@@ -123,11 +121,11 @@ def collect_nearest(
         distances: (N, k) float64, a heap of half distances for each query.
         indices: (N, k) int64, keys.
     """
-    outer, inner = _order_chunks(area, by_column)
+    outer, inner = _order_chunks(tile, by_column)
     for i in outer:
         for j in inner:
             row, start = (j, i) if by_column else (i, j)
-            stop = min(start + _CHUNK, area[3])
+            stop = min(start + _CHUNK, tile.shape[1])
             bounds, first = tile[row], (first_row + row, first_column)
             if not _has_nearer(bounds, start, stop, by_column, first, limits):
                 continue
@@ -177,14 +175,13 @@ def sort_heaps(distances, indices):
 
 @compile_kernel
 def rank_partners(
-    tile, area, by_column, first_row, first_column, queries, keys, certain, limits, reach, halves,
+    tile, by_column, first_row, first_column, queries, keys, certain, limits, reach, halves,
     nearer, ties, nearest, least,
 ):  # fmt: skip
     """Count the keys of a tile that are nearer to a query than its partner, the key of its row.
 
     Args:
         tile: (n, m) float32, bounds on half distances.
-        area: first row, last row + 1, first column and last column + 1 to go through.
         by_column: whether columns are the queries, and rows the keys.
         first_row: the point of the tile's first row.
         first_column: the point of its first column.
@@ -199,11 +196,11 @@ def rank_partners(
         nearest: (N,) int64, the nearest key that was found, of ties the one of lowest index.
         least: (N,) float64, its half distance.
     """
-    outer, inner = _order_chunks(area, by_column)
+    outer, inner = _order_chunks(tile, by_column)
     for i in outer:
         for j in inner:
             row, start = (j, i) if by_column else (i, j)
-            chunk = tile[row, start : min(start + _CHUNK, area[3])]
+            chunk = tile[row, start : start + _CHUNK]
             if by_column:
                 n_open = _count_for_columns(
                     chunk, first_column + start, certain, limits, reach, nearer

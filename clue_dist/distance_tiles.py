@@ -10,17 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
+from threading import Lock
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 TILE = 512  # points on either side of a tile, of 1 MiB, which a core's own cache holds
 _UNIT32, _UNIT64 = 2.0**-24, 2.0**-53  # how far rounding moves a number, relatively
 _LEAST_SLACK = 2.0**-100  # more than what rounding of the smallest numbers comes to
 _SMALLEST_EXPONENT = -1_000  # so that 2 ** 1000, by which points are scaled, is a number
-
-Area = np.ndarray  # of a tile: first row, last row + 1, first column, last column + 1
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Tile:
 
 
 def bound_points(first: np.ndarray, second: np.ndarray) -> tuple[BoundedPoints, BoundedPoints]:
-    """Prepare two sets of points, which may be the same one, for `iterate_tiles`.
+    """Prepare two sets of points, which may be the same one, for `fold_tiles`.
 
     Args:
         first: (N, D) float64, finite.
@@ -86,62 +85,81 @@ def _bound_points(exact: np.ndarray, centre: np.ndarray, scale: float) -> Bounde
     return BoundedPoints(exact, bounding, slack, scale)
 
 
-def iterate_tiles(queries: BoundedPoints, keys: BoundedPoints, part: slice) -> Iterator[Tile]:
-    """Bound half the squared distances of queries and keys, tile by tile.
+def fold_tiles(
+    queries: BoundedPoints,
+    keys: BoundedPoints,
+    part: slice,
+    fold: Callable[[Tile, bool], object],
+    *,
+    both_ways: bool,
+    mark_done: Callable[[int], object] = lambda n_queries: None,
+) -> None:
+    """Fold all distances of queries and keys, tile by tile, into what is known of the points.
 
-    Where all points of one set are asked for each other, tiles below the diagonal are left out.
+    Threads share the queries. Two never fold into the same points at once. Where all points of one
+    set are asked for each other, tiles below the diagonal are left out.
 
     Args:
         queries: N points.
         keys: M points.
         part: which queries.
+        fold: takes a tile, and whether its columns are the points to fold into, or its rows.
+        both_ways: whether columns are folded into, too.
+        mark_done: takes how many more queries have met all keys.
+    """
+    first, last, _ = part.indices(len(queries.exact))
+    starts = range(first, last, TILE)
+    locks = {start: Lock() for start in (*starts, *range(0, len(keys.exact), TILE))}
+    is_same = is_symmetric(queries, keys, part)
+
+    def fold_queries(start: int) -> None:
+        asked = slice(start, min(start + TILE, last))
+        for tile in iterate_tiles(queries, keys, asked, start if is_same else 0):
+            with locks[start]:
+                fold(tile, False)
+            # A tile beside the diagonal is the only one to hold the distances of its points.
+            if both_ways and not (is_same and tile.first_key == start):
+                with locks[tile.first_key]:
+                    fold(tile, True)
+        mark_done(asked.stop - start)
+
+    count = torch.get_num_threads()
+    if count == 1:
+        for start in starts:
+            fold_queries(start)
+        return
+    # Each thread multiplies its own tiles: small products gain little from threads of their own.
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(count) as pool:
+        list(pool.map(fold_queries, starts))
+
+
+def iterate_tiles(
+    queries: BoundedPoints, keys: BoundedPoints, asked: slice, first_key: int = 0
+) -> Iterator[Tile]:
+    """Bound half the squared distances of some queries and all keys, tile by tile.
+
+    Args:
+        queries: N points.
+        keys: M points.
+        asked: which queries, TILE at most.
+        first_key: from which key on.
 
     Yields:
         Tiles, each of which overwrites the one before.
     """
     width = queries.exact.shape[1] - 1
-    first, last, _ = part.indices(len(queries.exact))
-    buffer = np.empty(TILE * TILE, np.float32)
-    for first_query in range(first, last, TILE):
-        # So a product is the sum of both half squares, less the product of both points.
-        asking = queries.bounding[first_query : min(first_query + TILE, last)].copy()
-        asking[:, :width] *= -1
-        asking[:, [width, width + 1]] = asking[:, [width + 1, width]]
-        skipped = first_query if is_symmetric(queries, keys, part) else 0
-        for first_key in range(skipped, len(keys.exact), TILE):
-            asked = keys.bounding[first_key : first_key + TILE]
-            bounds = buffer[: len(asking) * len(asked)].reshape(len(asking), len(asked))
-            np.matmul(asking, asked.T, out=bounds)
-            yield Tile(first_query, first_key, bounds)
+    # So a product is the sum of both half squares, less the product of both points.
+    asking = queries.bounding[asked].copy()
+    asking[:, :width] *= -1
+    asking[:, [width, width + 1]] = asking[:, [width + 1, width]]
+    buffer = np.empty(len(asking) * TILE, np.float32)
+    for start in range(first_key, len(keys.exact), TILE):
+        met = keys.bounding[start : start + TILE]
+        bounds = buffer[: len(asking) * len(met)].reshape(len(asking), len(met))
+        np.matmul(asking, met.T, out=bounds)
+        yield Tile(asked.start, start, bounds)
 
 
 def is_symmetric(queries: BoundedPoints, keys: BoundedPoints, part: slice) -> bool:
     """Whether all points of one set are asked for each other."""
     return queries is keys and part.indices(len(queries.exact)) == (0, len(keys.exact), 1)
-
-
-class TileThreads:
-    """Threads that go through a tile, each through the queries of a share of its own."""
-
-    def __init__(self) -> None:
-        self._count = torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(self._count)
-
-    def __enter__(self) -> TileThreads:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
-
-    def fold_tile(self, tile: Tile, by_column: bool, fold: Callable[[Area], object]) -> None:
-        """Run `fold` on shares of a tile's rows, or of its columns where these are the queries."""
-        n_rows, n_columns = tile.bounds.shape
-        if self._count == 1:
-            fold(np.array([0, n_rows, 0, n_columns]))
-            return
-        edges = np.linspace(0, n_columns if by_column else n_rows, self._count + 1).astype(np.int64)
-        shares = [
-            np.array([0, n_rows, start, stop] if by_column else [start, stop, 0, n_columns])
-            for start, stop in pairwise(edges)
-        ]
-        list(self._pool.map(fold, shares))

@@ -16,12 +16,10 @@ from torch import Tensor
 
 from clue_dist.distance_kernels import collect_nearest, sort_heaps
 from clue_dist.distance_tiles import (
-    Area,
     Tile,
-    TileThreads,
     bound_points,
+    fold_tiles,
     is_symmetric,
-    iterate_tiles,
 )
 from clue_dist.errors import ConfigError, DataError
 from clue_dist.progress import PATIENCE, Progress
@@ -106,22 +104,13 @@ def _collect_neighbours(
     limits = np.full(len(points), np.inf, np.float32)
 
     def collect_tile(tile: Tile, by_column: bool) -> None:
-        def collect_area(area: Area) -> None:
-            places = (area, by_column, tile.first_query, tile.first_key)
-            both = (queries.exact, keys.exact, queries is keys)
-            collect_nearest(tile.bounds, *places, *both, limits, distances, indices)
+        places = (by_column, tile.first_query, tile.first_key)
+        both = (queries.exact, keys.exact, queries is keys)
+        collect_nearest(tile.bounds, *places, *both, limits, distances, indices)
 
-        threads.fold_tile(tile, by_column, collect_area)
-
-    with TileThreads() as threads:
-        for tile in iterate_tiles(queries, keys, part) if count else ():
-            collect_tile(tile, by_column=False)
-            # A tile beside the diagonal is the only one to hold the distances of its points.
-            if is_symmetric(queries, keys, part) and tile.first_query != tile.first_key:
-                collect_tile(tile, by_column=True)
-            n_queries, n_keys = tile.bounds.shape
-            if tile.first_key + n_keys == len(keys.exact):
-                progress.mark_done(n_queries)
+    if count:
+        both_ways, mark_done = is_symmetric(queries, keys, part), progress.mark_done
+        fold_tiles(queries, keys, part, collect_tile, both_ways=both_ways, mark_done=mark_done)
     found = Neighbours(indices[part], distances[part])
     sort_heaps(found.distances, found.indices)
     found.distances[:] *= 2

@@ -14,12 +14,10 @@ import numpy as np
 
 from clue_dist.distance_kernels import compute_partner_distances, rank_partners
 from clue_dist.distance_tiles import (
-    Area,
     BoundedPoints,
     Tile,
-    TileThreads,
     bound_points,
-    iterate_tiles,
+    fold_tiles,
 )
 
 
@@ -90,10 +88,11 @@ def rank_partners_both_ways(
         _Direction(forward, backward, halves, by_column=False),
         _Direction(backward, forward, halves, by_column=True),
     ]
-    with TileThreads() as threads:
-        for tile in iterate_tiles(forward, backward, part):
-            for direction in directions:
-                direction.fold_tile(tile, threads)
+
+    def fold_tile(tile: Tile, by_column: bool) -> None:
+        directions[by_column].fold_tile(tile)
+
+    fold_tiles(forward, backward, part, fold_tile, both_ways=True)
     return directions[0].ranked, directions[1].ranked
 
 
@@ -116,14 +115,10 @@ class _Direction:
         none = np.zeros(n_cells, np.int32)
         self.ranked = RankedPartners(none, none.copy(), np.arange(n_cells), halves.copy())
 
-    def fold_tile(self, tile: Tile, threads: TileThreads) -> None:
+    def fold_tile(self, tile: Tile) -> None:
         """Count what the keys of a tile tell of its queries."""
         ranked = self.ranked
         limits = (self._certain, self._limits, self._reach, self._halves)
         counts = (ranked.nearer, ranked.ties, ranked.nearest, ranked.least)
-
-        def rank_area(area: Area) -> None:
-            places = (area, self._by_column, tile.first_query, tile.first_key)
-            rank_partners(tile.bounds, *places, *self._points, *limits, *counts)
-
-        threads.fold_tile(tile, self._by_column, rank_area)
+        places = (self._by_column, tile.first_query, tile.first_key)
+        rank_partners(tile.bounds, *places, *self._points, *limits, *counts)

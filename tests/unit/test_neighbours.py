@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from clue_dist import distance_tiles
 from clue_dist.errors import DataError
@@ -38,9 +39,12 @@ class RecordedRanks(Ranks):
         return values
 
 
-@pytest.mark.parametrize("tile", [1, 12, 1024])
-def test_neighbours_are_those_of_a_dense_search(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("tile", "n_threads"), [(1, 1), (12, 1), (1024, 1), (12, 3)])
+def test_neighbours_are_those_of_a_dense_search(
+    tile: int, n_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(distance_tiles, "TILE", tile)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
     generator = np.random.default_rng(0)
     queries, keys = generator.normal(size=(40, 5)), generator.normal(size=(30, 5))
     for others in (None, keys):
