@@ -34,6 +34,7 @@ import numpy as np
 FORMAT = "clue_dist.store"
 VERSION = 2
 MANIFEST = "manifest.json"
+GROUP_METADATA = {"attributes": {}, "zarr_format": 3, "node_type": "group"}
 BLOCK_CELLS = 64
 # A shard takes about SHARD_BYTES, before compression, in its largest modality. Where cells have few
 # counts it would hold very many of them, whose barcodes take memory too: hence the second limit.
@@ -95,15 +96,16 @@ class ArraySpec:
 
 
 def make_array_metadata(spec: ArraySpec) -> dict[str, Any]:
-    """Return what TensorStore reads in an array's zarr.json, less attributes and axis names."""
-    item_bytes = np.dtype(spec.dtype).itemsize
+    """Return what the zarr.json of an array says, its fields in the order of zarr-python's files.
+
+    Stores are to be the same bytes whatever writes them.
+    """
     little_endian = {"name": "bytes", "configuration": {"endian": "little"}}
-    options = make_blosc_options(spec)
-    if item_bytes == 1:  # single bytes have no order, and Blosc does not shuffle them
-        del options["typesize"]
+    item_bytes = np.dtype(spec.dtype).itemsize
     chunk_codecs = [
         little_endian if item_bytes > 1 else {"name": "bytes"},
-        {"name": "blosc", "configuration": options},
+        {"name": "blosc", "configuration": _make_blosc_options(spec.compressor, item_bytes)},
+        # The checksum comes last: a flipped bit raises an error before anything is decompressed.
         {"name": "crc32c"},
     ]
     sharding = {
@@ -113,14 +115,16 @@ def make_array_metadata(spec: ArraySpec) -> dict[str, Any]:
         "index_location": "end",
     }
     return {
-        "zarr_format": 3,
-        "node_type": "array",
         "shape": list(spec.shape),
         "data_type": spec.dtype,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(spec.shard)}},
-        "chunk_key_encoding": {"name": "default"},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
         "fill_value": 0,
         "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        "attributes": {},
+        "zarr_format": 3,
+        "node_type": "array",
+        "storage_transformers": [],
     }
 
 
@@ -184,13 +188,12 @@ def choose_compressor(codec: Codec, lz4_is_idle: bool = False) -> str:
     return "zstd" if codec == "small" or (codec == "balanced" and lz4_is_idle) else "lz4"
 
 
-def make_blosc_options(spec: ArraySpec) -> dict[str, Any]:
+def _make_blosc_options(compressor: str, item_bytes: int) -> dict[str, Any]:
     """Return the options of Blosc for the chunks of an array; it shuffles bytes of wide types."""
-    item_bytes = np.dtype(spec.dtype).itemsize
     return {
-        "cname": spec.compressor,
+        "typesize": item_bytes,
+        "cname": compressor,
         "clevel": 5,
         "shuffle": "shuffle" if item_bytes > 1 else "noshuffle",
-        "typesize": item_bytes,
         "blocksize": 0,
     }

@@ -301,7 +301,9 @@ class SegmentReader:
             # TensorStore would read it without a limit, and its parser of JSON ends the process
             # where lists are nested too deep.
             content = location.read_file(
-                self.root, f"{spec.path}/zarr.json", max_bytes=layout.MAX_METADATA_BYTES
+                self.root,
+                f"{spec.path}/zarr.json",
+                max_bytes=layout.MAX_METADATA_BYTES,
             )
             if content is None:
                 raise ValueError("zarr.json is missing")
@@ -320,7 +322,7 @@ class SegmentReader:
                 error, self.root, what, where=folder, fix=CHECK_FIX
             ) from None
         found = array.spec().to_json()["metadata"]
-        expected = layout.make_array_metadata(spec)
+        expected = _normalise_metadata(layout.make_array_metadata(spec))
         if differing := [key for key, value in expected.items() if found.get(key) != value]:
             raise StoreError(
                 "an array does not fit the manifest",
@@ -349,6 +351,13 @@ class SegmentReader:
     def _read(self, name: str, blocks: np.ndarray) -> np.ndarray:
         """Read whole blocks of an array, (n, ...)."""
         return np.asarray(self.finish_read(name, blocks, self._start(name, blocks)))
+
+
+def _normalise_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return what TensorStore makes of a zarr.json; it leaves out what says nothing."""
+    request = {"driver": "zarr3", "kvstore": {"driver": "memory"}, "metadata": metadata}
+    normalised: dict[str, Any] = ts.Spec(request).to_json()["metadata"]
+    return normalised
 
 
 class Store:

@@ -1,22 +1,24 @@
 """Writes a store: empty arrays first, then shard by shard, the manifest last.
 
-zarr-python creates the arrays, TensorStore writes the shards.
+TensorStore writes the shards. What an array is, `layout` says to writer and reader alike: Zarr's
+own package would say the same, and is a tenth of the start of a conversion or a rank.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorstore as ts
 
 from clue_dist.errors import StoreError
-from clue_dist.files import sync_to_disk
+from clue_dist.files import sync_to_disk, write_file
 from clue_dist.store import layout, location
-from clue_dist.store.layout import ArraySpec
 from clue_dist.store.manifest import FileDigest, Manifest, PackedModality
 from clue_dist.store.obs_columns import name_kept_array
 from clue_dist.store.rows import CodedRows
@@ -45,14 +47,19 @@ def create_store(root: Path, manifest: Manifest) -> None:
         root: the store's folder.
         manifest: what the store is to hold.
     """
-    import zarr  # a tenth of the start of a rank, which hashes files but writes no store
-
-    root.mkdir(parents=True, exist_ok=True)
-    zarr.open_group(root, mode="a", zarr_format=3)
     for name in manifest.strata:
         for spec in manifest.specify_arrays(name):
-            if not (root / spec.path / "zarr.json").exists():
-                _create_array(root, spec)
+            _write_metadata(root / spec.path, layout.make_array_metadata(spec))
+            for group in Path(spec.path).parents:
+                _write_metadata(root / group, layout.GROUP_METADATA)
+
+
+def _write_metadata(folder: Path, metadata: dict[str, Any]) -> None:
+    """Make the folder of an array or group, and say in it what it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "zarr.json"
+    if not path.exists():
+        write_file(path, json.dumps(metadata, indent=2))
 
 
 def write_shard(
@@ -164,26 +171,6 @@ def hash_file(path: Path) -> FileDigest:
         while n_read := file.readinto(buffer):
             digest.update(buffer[:n_read])
         return FileDigest(bytes=file.tell(), sha256=digest.hexdigest())
-
-
-def _create_array(root: Path, spec: ArraySpec) -> None:
-    """Create one empty array."""
-    import zarr
-
-    zarr.create_array(
-        store=str(root),
-        name=spec.path,
-        shape=spec.shape,
-        chunks=spec.chunk,
-        shards=spec.shard,
-        dtype=spec.dtype,
-        # The checksum comes last: a flipped bit raises an error before anything is decompressed.
-        compressors=[
-            zarr.codecs.BloscCodec(**layout.make_blosc_options(spec)),
-            zarr.codecs.Crc32cCodec(),
-        ],
-        fill_value=0,
-    )
 
 
 def _arrange_obs(

@@ -5,14 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
-
-import dask
-import dask.threaded
 
 from clue_dist.allocator import give_back_freed_memory, keep_freed_memory
 from clue_dist.errors import DataError, StoreError
@@ -33,7 +30,7 @@ class WorkerPool(Protocol):
 
 
 class ThreadPool:
-    """Dask's threaded scheduler: HDF5, NumPy, Blosc and the kernels leave the interpreter free."""
+    """Threads of this process: HDF5, NumPy, Blosc and the kernels leave the interpreter free."""
 
     def __init__(self, workers: int | None = None) -> None:
         """Choose the number of threads; None: one for each core."""
@@ -44,16 +41,16 @@ class ThreadPool:
     def run_tasks(
         self, function: Callable[[Any], object], tasks: Sequence[object], progress: Progress
     ) -> None:
-        def call(i: int) -> None:
-            function(tasks[i])
-            progress.mark_done()
-
         give_back_freed_memory()
-        delayed = dask.delayed(call, pure=False)
-        calls = [delayed(i) for i in range(len(tasks))]
-        # After an error, tasks may still be running: the end of the executor waits for them.
         with ThreadPoolExecutor(self.workers) as threads:
-            dask.compute(*calls, scheduler=dask.threaded.get, pool=threads)
+            futures = [threads.submit(function, task) for task in tasks]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+                    progress.mark_done()
+            finally:
+                # After an error, tasks may still be running: the executor waits for them alone.
+                threads.shutdown(wait=False, cancel_futures=True)
 
 
 class DaskPool:

@@ -8,17 +8,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
-import zarr
-from anndata.io import read_elem
 
 from clue_dist.errors import ClueError, DataError
 from clue_dist.store.location import Location, RemoteLocation, translate_read_error
 from data_prep.readers.text_files import explain_unreadable
-from data_prep.readers.zarr_file import has_zarr, locate_zarr, open_zarr, require_plain_codecs
+from data_prep.readers.zarr_file import (
+    has_zarr,
+    lies_in_zarr,
+    locate_zarr,
+    open_zarr,
+    require_plain_codecs,
+)
+
+if TYPE_CHECKING:
+    import zarr
 
 with suppress(ImportError):  # it is optional; h5py knows its compressions once it is imported
     import hdf5plugin  # noqa: F401
@@ -34,6 +41,7 @@ _FILTERS = {
     32015: "zstd",
     32026: "blosc2",
 }
+_PLAIN_ARRAYS = {("array", "0.2.0"), ("string-array", "0.2.0")}  # anndata's types and versions
 WRITE_ANEW = "write the file again, from what it was made of"  # how to mend a damaged file
 
 
@@ -89,17 +97,17 @@ def open_container(location: Location) -> Iterator[h5py.File | zarr.Group]:
 
 def is_array(part: Any) -> bool:
     """Whether a part of a file is an array, and not a group."""
-    return isinstance(part, h5py.Dataset | zarr.Array)
+    return hasattr(part, "shape")
 
 
 def is_group(part: Any) -> bool:
     """Whether a part of a file is a group."""
-    return isinstance(part, h5py.Group | zarr.Group)
+    return hasattr(part, "keys")
 
 
 def locate_part(part: Any) -> Location:
     """Where the file lies that a part is of."""
-    if isinstance(part, zarr.Array | zarr.Group):
+    if lies_in_zarr(part):
         return locate_zarr(part)
     return Path(part.file.filename)
 
@@ -135,7 +143,7 @@ def open_part(parent: Any, name: str) -> Any:
         DataError: it lies in another file, or claims more values than its file can hold.
         KeyError: there is none of this name.
     """
-    if isinstance(parent, zarr.Group):
+    if lies_in_zarr(parent):
         part = parent[name]
         require_plain_codecs(part)
         return part
@@ -178,11 +186,21 @@ def _require_filters(dataset: h5py.Dataset) -> None:
 def read_part(parent: Any, name: str) -> Any:
     """Read a part of a file as anndata does, once all that lies in it has passed `open_part`."""
     part = open_part(parent, name)
-    if isinstance(part, zarr.Array | zarr.Group):
+    if lies_in_zarr(part):
         require_plausible_size(part)
+    elif _is_plain_array(part):
+        return part.asstr()[()] if h5py.check_string_dtype(part.dtype) else part[()]
     else:
         _inspect_groups(part, set())
+    from anndata.io import read_elem  # a third of the start, for columns that few files have
+
     return read_elem(part)
+
+
+def _is_plain_array(part: Any) -> bool:
+    """Whether a part of a file is an array of numbers or texts, which anndata leaves to h5py."""
+    kind, version = (part.attrs.get(f"encoding-{name}") for name in ("type", "version"))
+    return isinstance(part, h5py.Dataset) and (kind, version) in _PLAIN_ARRAYS
 
 
 def require_plausible_size(part: Any) -> None:
@@ -190,13 +208,13 @@ def require_plausible_size(part: Any) -> None:
 
     An HDF5 file is looked at by `open_part`, which takes longer in a folder of many files.
     """
-    if not isinstance(part, zarr.Array | zarr.Group):
+    if not lies_in_zarr(part):
         return
     location = locate_zarr(part)
     if isinstance(location, RemoteLocation):
         return
     n_bytes = sum(file.stat().st_size for file in (location / part.path).rglob("*"))
-    arrays = [part] if isinstance(part, zarr.Array) else [array for _, array in part.arrays()]
+    arrays = [part] if is_array(part) else [array for _, array in part.arrays()]
     n_values = sum(array.size for array in arrays)
     if n_values > _MOST_VALUES * max(n_bytes, 2**16):
         raise DataError(
@@ -239,7 +257,7 @@ def read_stretch(dataset: Any, start: int, stop: int) -> np.ndarray:
     they are, uncompressed, they are read past HDF5.
     """
     start, stop = max(start, 0), min(stop, dataset.shape[0])
-    if isinstance(dataset, zarr.Array):
+    if lies_in_zarr(dataset):
         return np.asarray(dataset[start:stop])
     creation = dataset.id.get_create_plist()
     plain = creation.get_layout() == h5py.h5d.CHUNKED and not creation.get_nfilters()
