@@ -64,15 +64,11 @@ def check_store(store_location: str | Location) -> list[str]:
 
 def _check_all(title: str, check: Callable[[Any], list[str]], items: list[Any]) -> list[str]:
     """Check every item, several at once; return the problems of all."""
-    progress = Progress(title, len(items))
-
-    def check_item(item: Any) -> list[str]:
-        problems = check(item)
-        progress.mark_done()
-        return problems
-
+    progress, problems = Progress(title, len(items)), []
     with ThreadPoolExecutor(THREADS) as threads:
-        problems = [line for lines in threads.map(check_item, items) for line in lines]
+        for found in threads.map(check, items):
+            problems += found
+            progress.mark_done()
     progress.close()
     return problems
 
