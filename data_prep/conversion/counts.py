@@ -25,7 +25,7 @@ from clue_dist.store.rows import (
 from data_prep.jobs.array_files import load_array
 from data_prep.readers.source import Source, SourceRows, decode_barcodes
 
-STEP_ENTRIES = 2**20  # read and coded at once: a count takes eight times the memory of its code
+STEP_ENTRIES = 2**21  # read and coded at once: a count takes eight times the memory of its code
 ROUNDED = "rounded-"  # begins the names of notes about rounded counts
 _COUNTS_RULE = "counts must be raw: non-negative, finite integers"
 _VALUES_RULE = "dense values must be finite"

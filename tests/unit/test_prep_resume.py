@@ -239,14 +239,16 @@ def test_what_a_worker_still_writes_after_a_mistake_is_ignored(
 
 
 def test_an_error_waits_for_the_tasks_that_run() -> None:
-    failed, ended = threading.Event(), []
+    begun, failed, ended = threading.Event(), threading.Event(), []
 
     def work(number: int) -> None:
         if number:
+            begun.set()
             failed.wait(10)
             time.sleep(0.2)
             ended.append(number)
             return
+        begun.wait(10)
         failed.set()
         raise ValueError("bad")
 

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 import zarr
@@ -22,6 +23,7 @@ from clue_dist.store.rows import COUNT_BITS, CsrRows, code_rows
 from clue_dist.store.writer import ShardCells, commit_store, create_store, write_shard
 from tests.processes import ROOT
 from tests.stores import describe_packing, slice_rows
+from tests.unit.prep_helpers import make_counts, write_h5ad
 
 
 def write(
@@ -169,6 +171,41 @@ def test_all_zero_chunks_are_on_disk(tmp_path: Path) -> None:
     )
 
 
-def test_training_hashes_files_without_zarr() -> None:
-    code = "import sys, clue_dist.store.writer; sys.exit('zarr' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+def test_zarr_python_would_write_the_same_metadata(tmp_path: Path) -> None:
+    manifest = write(tmp_path, np.eye(40, 5, dtype=int), np.ones((40, 3), int), 2, "balanced")
+    for spec in manifest.specify_arrays("rna+adt"):
+        item_bytes = np.dtype(spec.dtype).itemsize
+        blosc = zarr.codecs.BloscCodec(
+            cname=spec.compressor,
+            clevel=5,
+            shuffle="shuffle" if item_bytes > 1 else "noshuffle",
+            typesize=item_bytes,
+            blocksize=0,
+        )
+        zarr.create_array(
+            store=str(tmp_path / "by-zarr"),
+            name=spec.path,
+            shape=spec.shape,
+            chunks=spec.chunk,
+            shards=spec.shard,
+            dtype=spec.dtype,
+            compressors=[blosc, zarr.codecs.Crc32cCodec()],
+            fill_value=0,
+        )
+    written = {path: (tmp_path / "s.zarr" / path).read_text() for path in manifest.metadata}
+    assert written.keys() > {"zarr.json", "strata/rna+adt/rna/codes/zarr.json"}
+    assert written == {path: (tmp_path / "by-zarr" / path).read_text() for path in written}
+
+
+@pytest.mark.slow
+def test_an_h5ad_is_converted_without_packages_that_take_long_to_start(tmp_path: Path) -> None:
+    batches = pd.Categorical(["a", "b"] * 10)
+    given = write_h5ad(tmp_path / "rna.h5ad", make_counts(20, 8), batch=batches)
+    words = ["convert", f"rna={given}", "--out", str(tmp_path / "out.zarr"), "--batch-key", "batch"]
+    code = f"""
+import sys
+from data_prep.cli.commands import run_command
+run_command({words})
+print(sorted({{"anndata", "dask", "zarr"}} & sys.modules.keys()))"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
