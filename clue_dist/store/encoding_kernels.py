@@ -87,7 +87,7 @@ def _fill_rest(columns, counts, bits, codes, rest, scratch):
         if bits and codes[i] & high == high:
             low = np.int64(counts[i]) - 1
             scratch[0, n_high], scratch[1, n_high] = i - last_high, low
-            largest = max(largest, low, i - last_high)
+            largest = max(largest, low, np.int64(i - last_high))
             n_high += 1
             last_high = i
     for k in range(n_high):
