@@ -19,7 +19,7 @@ from data_prep import append as additions
 from data_prep import svd
 from data_prep.append import append_cells, format_addition
 from data_prep.check import check_store
-from data_prep.cli.commands import _build_parser, main
+from data_prep.cli.commands import build_preparation_parser, main
 from data_prep.cli.feature_choices import parse_choices
 from data_prep.cli.inputs import parse_inputs
 from data_prep.jobs.workers import ThreadPool
@@ -293,7 +293,9 @@ def test_an_svd_is_not_saved_across_an_addition(
 
 def test_the_store_decides_features(tmp_path: Path, store: Path) -> None:
     with pytest.raises(SystemExit):
-        _build_parser().parse_args(["append", "rna=x.h5ad", "--to", str(store), "--top", "rna=10"])
+        build_preparation_parser().parse_args(
+            ["append", "rna=x.h5ad", "--to", str(store), "--top", "rna=10"]
+        )
     found = parse_inputs(
         [write_cells(tmp_path, slice(200, 300), "more")], ReadingOptions(ObsColumns(dict(FIELDS)))
     )
