@@ -11,7 +11,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,17 @@ _FINISHED = "finished"
 class TrialResult:
     """How a trial ended."""
 
-    name: str  # of the trial, and of its run folder
+    name: str  # of the trial, and of its run folder; it is the id of the trial, or ends with it
     parameters: dict[str, Any]
     status: str  # "finished", "stopped", or the exit code of a failure
     metric: float | None  # what the search compares; None where nothing was validated
     step: int | None  # the step that it was logged at
     seconds: float
+
+    @property
+    def run_id(self) -> str:
+        """The id of the trial: the same in every version, where names were the id alone once."""
+        return self.name.rpartition("_")[2]
 
 
 def run_sweep(
@@ -77,7 +82,7 @@ def run_sweep(
     with translate_disk_errors(out, "make room, or choose another --out", every=True):
         out.mkdir(parents=True, exist_ok=True)
         results = _read_results(out / RESULTS_FILE)
-    waiting = [trial for trial in trials if not _is_finished(results.get(trial.name))]
+    waiting = [_keep_name(t, out) for t in trials if not _is_finished(results.get(t.run_id))]
     if len(waiting) < len(trials):
         announce(f"{len(trials) - len(waiting)} of {len(trials)} trials have finished before")
     with StopFlag() as stop:
@@ -85,14 +90,14 @@ def run_sweep(
             announce(f"trial {number} of {len(trials)}: {_list_varied(plan, trial)}")
             announce(f"  its output: {out / trial.name}.log")
             result = _run_trial(plan, trial, out, stop)
-            results[trial.name] = result
+            results[trial.run_id] = result
             with (out / RESULTS_FILE).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(result)) + "\n")
             announce(f"  {_describe_result(plan, result)}")
             if stop:
                 announce("stopped: the same command goes on from here")
                 break
-    ranked = _rank_results(plan, [results[t.name] for t in trials if t.name in results])
+    ranked = _rank_results(plan, [results[t.run_id] for t in trials if t.run_id in results])
     write_file(out / TABLE_FILE, format_trial_table(plan, ranked, separator="\t") + "\n")
     announce("\n" + format_trial_table(plan, ranked))
     return ranked
@@ -119,6 +124,12 @@ def format_trial_table(
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
     return "\n".join(lines)
+
+
+def _keep_name(trial: SweepTrial, out: Path) -> SweepTrial:
+    """A trial under the name of the folder that an earlier call began for it, if one did."""
+    begun = [path.name for path in out.glob(f"*{trial.run_id}") if path.is_dir()]
+    return replace(trial, name=begun[0]) if begun and trial.name not in begun else trial
 
 
 def _run_trial(plan: SweepPlan, trial: SweepTrial, out: Path, stop: StopFlag) -> TrialResult:
@@ -164,14 +175,14 @@ def _wait_until_end(process: subprocess.Popen[bytes], stop: StopFlag) -> int:
 
 
 def _read_results(path: Path) -> dict[str, TrialResult]:
-    """Read how trials ended; of one that was tried again the last counts."""
+    """Read how trials ended, by id; of one that was tried again the last counts."""
     results = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
             result = TrialResult(**json.loads(line))
         except (ValueError, TypeError):  # half a line, of a search that was killed
             continue
-        results[result.name] = result
+        results[result.run_id] = result
     return results
 
 

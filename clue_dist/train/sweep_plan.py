@@ -193,7 +193,7 @@ def list_trials(plan: SweepPlan, n_trials: int | None = None, seed: int = 0) -> 
     most = n_trials or plan.run_cap
     choices = _list_grid(plan) if plan.method == "grid" else _draw_choices(plan, most, seed)
     # Two draws may be alike, as of few values.
-    trials = {trial.name: trial for trial in (_name_trial(plan, choice) for choice in choices)}
+    trials = {trial.run_id: trial for trial in (_name_trial(plan, choice) for choice in choices)}
     return list(trials.values())[:most]
 
 

@@ -83,12 +83,18 @@ def test_the_name_of_a_trial_says_what_was_set() -> None:
         "lr=0.00123_model.trunk.hidden=128_model.decoder.hidden=-64-64-_alignment=..-mse-cosine_"
         + trial.run_id
     )
-    # The id tells trials apart, also where the name cannot.
-    for change in ({"values": [0.001234]}, {"values": [0.00123456, 1]}):
-        others = list_trials(make_plan(method="grid", parameters=parameters | {"train.lr": change}))
-        assert {other.run_id for other in others} & {trial.run_id} == (
-            {trial.run_id} if 0.00123456 in change["values"] else set()
-        )
+    # The id tells trials apart, also where the name cannot; more values change none.
+    other_ids, more_ids = (
+        [
+            other.run_id
+            for other in list_trials(
+                make_plan(method="grid", parameters=parameters | {"train.lr": {"values": values}})
+            )
+        ]
+        for values in ([0.001234], [0.00123456, 1])
+    )
+    assert trial.run_id not in other_ids
+    assert trial.run_id in more_ids
     (long,) = list_trials(
         make_plan(method="grid", parameters={"store": {"values": ["a" * 300]}}), 1
     )
@@ -213,6 +219,27 @@ def test_a_search_goes_on_where_it_was_and_ends_with_one_table(search: Path) -> 
     assert head == "validation/best_score\tstep\tstatus\ttime\ttrain.lr\ttrial"
     settings = [row.split("\t")[4:] for row in rows]
     assert settings == [[str(r.parameters["train.lr"]), r.name] for r in again]
+
+
+@pytest.mark.slow
+def test_a_search_goes_on_whose_trials_had_other_names(search: Path) -> None:
+    """Names were ids alone once, and change with what is varied; the id stays."""
+    plan, out = search / "sweep.yaml", search / "runs"
+    lines: list[str] = []
+    (search / "mood").write_text("0.1")
+    failed, *finished = (result.name for result in run_sweep(plan, out, announce=lines.append))
+    results = (out / "trials.jsonl").read_text()
+    for name in (failed, *finished):
+        run_id = name.rpartition("_")[2]
+        (out / name).rename(out / run_id)
+        results = results.replace(name, run_id)
+    (out / "trials.jsonl").write_text(results)
+    (search / "mood").write_text("fine")
+    again = run_sweep(plan, out, announce=lines.append)
+    assert [r.status for r in again] == ["finished"] * 3
+    assert {r.name for r in again} == {name.rpartition("_")[2] for name in (failed, *finished)}
+    counts = [(out / r.name / "metrics.jsonl").read_text().count("best_score") for r in again]
+    assert counts == [2, 1, 1]  # the one that failed went on in its folder
 
 
 @pytest.mark.slow
