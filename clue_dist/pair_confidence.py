@@ -23,7 +23,7 @@ from clue_dist.progress import PATIENCE, Progress
 
 FEWEST_PAIRS = 50  # that a calibration needs
 _MOST_PAIRS = 4_000  # that the temperature is fitted on
-_MOST_JUDGED = 50_000  # pairs of a calibration; of more, an even part stands for all
+_MOST_JUDGED = 50_000  # pairs of a calibration; of more, a random part stands for all
 _MOST_COMPARED = 20_000  # keys that odds are computed against; of more, an even part stands for all
 _SLICE_ELEMENTS = 2**22
 _TEMPERATURES = np.geomspace(0.005, 0.5, 15)
@@ -80,9 +80,10 @@ def fit_pair_confidence(
     """
     from sklearn.linear_model import LogisticRegression
 
-    step = -(-len(first) // _MOST_JUDGED) or 1
-    first, second = first[::step], second[::step]
-    n_pairs = len(first)
+    n_pairs = min(len(first), _MOST_JUDGED)
+    # Drawn, as every second cell may be of one lane, say.
+    judged = np.sort(np.random.default_rng(0).permutation(len(first))[:n_pairs])
+    first, second = first[judged], second[judged]
     if n_pairs < FEWEST_PAIRS:
         raise DataError(
             "too few pairs to calibrate confidence on",
