@@ -134,11 +134,10 @@ def open_source(
     """
     if not isinstance(source, (str, Path)):
         return source
-    path = source
+    path = str(source)
     ending = Path(path).suffix
-    file = parse_path(str(path))
     if ending not in (".h5ad", ".h5mu"):
-        if file.is_file():
+        if "://" not in path and (file := parse_path(path)).is_file():
             raise DataError(
                 "not a file that cells are read from",
                 where=file,
@@ -147,9 +146,10 @@ def open_source(
                 if ending == ".gz"
                 else f"`python -m data_prep doctor {file.name}` says how it becomes a store",
             )
-        return Store(str(path))
+        return Store(path)
+    file = parse_path(path)
     if not file.is_file():
-        name, equals, _ = str(path).partition("=")
+        name, equals, _ = path.partition("=")
         raise DataError(
             "no such file",
             where=file,
