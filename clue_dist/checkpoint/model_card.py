@@ -10,8 +10,7 @@ from clue_dist.config import Config
 from clue_dist.errors import ResumeError, list_names
 from clue_dist.files import translate_write_errors, write_file
 from clue_dist.store.batch_vocabulary import BatchVocabulary, require_fitting_levels
-from clue_dist.store.layout import MANIFEST
-from clue_dist.store.manifest import Modality
+from clue_dist.store.manifest import Modality, is_store
 from clue_dist.store.provenance import Provenance
 from clue_dist.store.reader import Store
 from clue_dist.store.seen_cells import identify_cells
@@ -125,7 +124,7 @@ def read_model_card(run: Path) -> ModelCard:
 
 def _suggest_run(folder: Path) -> str:
     """Say how to come to a run where there is none."""
-    if (folder / MANIFEST).is_file():
+    if is_store(folder):
         return "this is a store; name the folder of a run that was trained on it"
     if runs := sorted(path.parent for path in folder.glob("*/model.json")):
         return f"name one of the runs in it: {list_names(runs)}"

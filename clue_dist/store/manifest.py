@@ -391,6 +391,15 @@ class Manifest(_ManifestPart):
             )
 
 
+def is_store(folder: Path) -> bool:
+    """Whether a folder is a store, of any version. Other programs write a manifest.json, too."""
+    try:
+        tree = json.loads((folder / layout.MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(tree, dict) and tree.get("format") == layout.FORMAT
+
+
 def _suggest_conversion(root: Location) -> str:
     """Say how to get a store where there is none."""
     if isinstance(root, Path) and Path(f"{root.resolve()}.partial").exists():

@@ -21,7 +21,8 @@ from clue_dist.data.plan import CellPlan
 from clue_dist.errors import ConfigError, list_names
 from clue_dist.files import parse_path
 from clue_dist.model.modality_spec import ModalitySpec, specify_modalities
-from clue_dist.store.layout import MANIFEST, name_stratum
+from clue_dist.store.layout import name_stratum
+from clue_dist.store.manifest import is_store
 from clue_dist.store.reader import Store
 from clue_dist.store.svd import StoredSvd
 from clue_dist.train.auto_settings import resolve_auto_settings
@@ -280,7 +281,10 @@ def _choose_weights(
 
 
 def _require_writable(run_folder: Path) -> None:
-    """Check that the run folder can be made and written, before ranks wait for each other."""
+    """Check that the run folder can be made and written, before ranks wait for each other.
+
+    It must not lie in a store, whose folder may be removed, copied and checked as a whole.
+    """
     paths = (parse_path(str(run_folder)), *run_folder.absolute().parents)
     nearest = next(path for path in paths if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
@@ -290,11 +294,12 @@ def _require_writable(run_folder: Path) -> None:
             where=f"run={run_folder}",
             got=f"{nearest} is {problem}",
         )
-    if (nearest / MANIFEST).is_file():
+    store = next(filter(is_store, paths), None)
+    if store is not None:
         raise ConfigError(
             "the run folder would lie in a store",
             where=f"run={run_folder}",
-            got=f"{nearest} is a store",
+            got=f"{store} is a store",
             fix="name another folder: --set run=runs/atlas, in Python `out=`",
         )
 

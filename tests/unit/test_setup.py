@@ -20,9 +20,16 @@ def config_of(path: Path, **parts: object) -> Config:
 @pytest.mark.parametrize("folder", ["s.zarr", "s.zarr/runs/first"])
 def test_a_run_does_not_lie_in_a_store(tmp_path: Path, folder: str) -> None:
     make_store(tmp_path / "s.zarr", features={"rna": 30, "adt": 8})
+    (tmp_path / folder).parent.mkdir(exist_ok=True)
     config = Config(store=str(tmp_path / "s.zarr"), run=str(tmp_path / folder))
     with pytest.raises(ConfigError, match=r"run folder would lie in a store\n.*\n.*s\.zarr is a"):
         prepare_setup(config, world=1)
+
+
+def test_a_run_may_lie_beside_the_manifest_of_another_program(tmp_path: Path) -> None:
+    make_store(tmp_path / "s.zarr", features={"rna": 30, "adt": 8})
+    (tmp_path / "manifest.json").write_text('{"name": "a web page"}')
+    assert prepare_setup(config_of(tmp_path / "s.zarr"), world=1).config.run == f"{tmp_path}/run"
 
 
 def test_held_out_cells_are_paired_last_and_never_planned(tmp_path: Path) -> None:

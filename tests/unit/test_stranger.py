@@ -17,7 +17,7 @@ import pytest
 import clue_dist
 from clue_dist import comparison_methods, trained_run, training_call
 from clue_dist.api import Run
-from clue_dist.errors import ConfigError, DataError, ResumeError
+from clue_dist.errors import ConfigError, DataError, ResumeError, StoreError
 from clue_dist.inference import output_files, report
 from clue_dist.inference.cells import find_batch_columns, open_source
 from clue_dist.inference.score_tables import Scores
@@ -26,6 +26,7 @@ from clue_dist.store.layout import MANIFEST
 from clue_dist.store.reader import Store
 from data_prep import from_python
 from data_prep.from_python import ConversionRequest, convert_cells
+from tests.stores import make_store
 
 DONORS = BatchVocabulary(["d1", "d2"], {"donor": ["d1", "d2"]})
 
@@ -167,6 +168,9 @@ def test_a_path_that_no_cells_are_read_from_is_refused_with_a_way_on(tmp_path: P
             open_source(tmp_path / name)
     with pytest.raises(DataError, match=r'give the path alone, and `modality="rna"`'):
         open_source(f"rna={tmp_path}/rna.h5ad")
+    # A URL may be longer than the name of any file.
+    with pytest.raises(StoreError, match="a store cannot lie there"):
+        open_source(f"ftp://host/{'a' * 300}.zarr")
 
 
 def test_an_h5ad_that_is_packed_is_told_from_a_broken_one(mdata: md.MuData, tmp_path: Path) -> None:
@@ -185,9 +189,12 @@ def test_a_folder_without_a_run_says_what_it_is(tmp_path: Path) -> None:
         (tmp_path / name / "model.json").write_text("{}")
     with pytest.raises(ResumeError, match=rf"name one of the runs in it: {tmp_path}/a, "):
         clue_dist.load(tmp_path)
-    (tmp_path / MANIFEST).write_text("{}")
-    with pytest.raises(ResumeError, match="this is a store"):
+    (tmp_path / MANIFEST).write_text('{"name": "a web page"}')  # as other programs write it, too
+    with pytest.raises(ResumeError, match="name one of the runs in it"):
         clue_dist.load(tmp_path)
+    make_store(tmp_path / "s.zarr")
+    with pytest.raises(ResumeError, match="this is a store"):
+        clue_dist.load(tmp_path / "s.zarr")
 
 
 def test_a_flag_of_pairing_counts_for_cells_in_memory(
