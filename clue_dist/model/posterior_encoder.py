@@ -255,7 +255,7 @@ class PosteriorEncoder(nn.Module):
         """Infer the posterior of cells, given the first step of each trunk."""
         rows = {name: batch.modalities[name].rows for name in components}
         experts = self._encode_components(batch, components, rows, noise)
-        return self._combine_experts(batch, *experts, self.combine)
+        return self._combine_experts(batch, self.combine, *experts)
 
     def _infer_for_embedding(self, batch: Batch) -> Posterior:
         """Infer what `encode_batch` does as far as an embedding shows it, outside of training.
@@ -266,7 +266,7 @@ class PosteriorEncoder(nn.Module):
         experts = {name: self._apply_folded_norms(name, x, True) for name, x in components.items()}
         rows = {name: batch.modalities[name].rows for name in components}
         combine = take_prior if self.space.is_fitted else self.combine
-        return self._combine_experts(batch, *self._place_experts(batch, experts, rows), combine)
+        return self._combine_experts(batch, combine, *self._place_experts(batch, experts, rows))
 
     def _apply_folded_norms(
         self, name: str, components: Tensor, with_variance: bool
@@ -279,7 +279,7 @@ class PosteriorEncoder(nn.Module):
         return self.heads.arrange_outputs(self.get_trunk(name).apply_linear(components, *weights))
 
     def _combine_experts(
-        self, batch: Batch, mean: Tensor, log_var: Tensor, combine: Combination
+        self, batch: Batch, combine: Combination, mean: Tensor, log_var: Tensor
     ) -> Posterior:
         """Combine the experts (B, K source, K target, d) in aligned dimensions.
 
