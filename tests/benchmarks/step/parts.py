@@ -69,13 +69,13 @@ class OperationClock(TorchDispatchMode):
     @contextmanager
     def open_part(self, name: str) -> Iterator[None]:
         """Count what is done inside to a part."""
-        first = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+        first = _count_nodes()
         self._parts.append(name)
         try:
             yield
         finally:
             self._parts.pop()
-            for node in range(first, torch.autograd._get_sequence_nr()):  # type: ignore[attr-defined]
+            for node in range(first, _count_nodes()):
                 self._part_of_node.setdefault(node, name)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -95,6 +95,11 @@ class OperationClock(TorchDispatchMode):
 
     def _find_part(self, node: Any) -> str:
         return self._part_of_node.get(node._sequence_nr(), REST)
+
+
+def _count_nodes() -> int:
+    """The number that the next node of the graph gets in this thread."""
+    return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
 
 
 @contextmanager
