@@ -81,7 +81,7 @@ def test_layer_and_raw(tmp_path: Path) -> None:
         read_counts(convert_files(tmp_path / "r.zarr", given, layers=("rna=raw.X",)), "rna"), wide
     )
     with pytest.raises(
-        DataError, match=r"`--layer NAME`, one of counts, raw\.X, which look like raw counts"
+        DataError, match=r"`--layer NAME` .*, one of counts, raw\.X, which look like raw counts"
     ):
         convert_files(tmp_path / "x.zarr", given)
     with pytest.raises(DataError, match=r"layers: counts, raw\.X"):
