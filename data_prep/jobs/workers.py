@@ -16,7 +16,7 @@ from clue_dist.errors import DataError, StoreError
 from clue_dist.progress import Progress
 
 CONNECT = "20s"  # how long a scheduler may take to answer
-PATIENCE = 5.0  # seconds without a result, after which the scheduler is asked for its workers
+SECONDS_WITHOUT_RESULT = 5.0  # after which the scheduler is asked for its workers
 
 
 class WorkerPool(Protocol):
@@ -126,7 +126,7 @@ class DaskPool:
         said_so = False
         while True:
             try:
-                return done.get(timeout=PATIENCE)
+                return done.get(timeout=SECONDS_WITHOUT_RESULT)
             except Empty:
                 if said_so or self.client.status != "running":
                     continue

@@ -253,7 +253,7 @@ def test_nobody_left_then_somebody_then_no_scheduler(
     tmp_path: Path, given: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Without workers the pool waits and says so; without a scheduler it ends, and can go on."""
-    monkeypatch.setattr(workers, "PATIENCE", 0.5)
+    monkeypatch.setattr(workers, "SECONDS_WITHOUT_RESULT", 0.5)
     cluster, out = Cluster(tmp_path), tmp_path / "s.zarr"
     output: list[str] = []
     try:
