@@ -19,6 +19,7 @@ from torch import Tensor
 from clue_dist.errors import DataError
 from clue_dist.neighbours import scale_to_length_one
 from clue_dist.partner_ranks import RankedPartners, join_ranked_partners, rank_partners_both_ways
+from clue_dist.progress import show_cells
 from clue_dist.ranks import Ranks
 
 METRICS = ("foscttm", "match", "recall10")
@@ -106,7 +107,7 @@ def _is_one_batch(groups: dict[str, list[np.ndarray]]) -> bool:
 
 def _rank_pairs(pairs: Iterable[_Pair], ranks: Ranks) -> list[_RankedPair]:
     """Rank partners in each pair, forward and backward; every rank does a slice of the rows."""
-    ranked_here = [rank_partners_both_ways(x, y, ranks.slice_for_rank(len(x))) for x, y in pairs]
+    ranked_here = [_rank_slice(x, y, ranks) for x, y in pairs]
     if ranks.world == 1:
         return ranked_here
     plain = [[ranked.to_plain() for ranked in both] for both in ranked_here]
@@ -117,6 +118,14 @@ def _rank_pairs(pairs: Iterable[_Pair], ranks: Ranks) -> list[_RankedPair]:
             for slices in zip(*ranks.gather_values(plain), strict=True)
         )
     ]
+
+
+def _rank_slice(x: np.ndarray, y: np.ndarray, ranks: Ranks) -> _RankedPair:
+    """Rank what this rank's slice of the rows tells of a pair."""
+    part = ranks.slice_for_rank(len(x))
+    n_rows = part.stop - part.start
+    with show_cells("ranking partners", n_rows, is_shown=ranks.is_first) as progress:
+        return rank_partners_both_ways(x, y, part, progress.mark_done)
 
 
 def _sum_metrics(

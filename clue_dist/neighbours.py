@@ -22,9 +22,10 @@ from clue_dist.distance_tiles import (
     is_symmetric,
 )
 from clue_dist.errors import ConfigError, DataError
-from clue_dist.progress import PATIENCE, Progress
+from clue_dist.progress import Progress, show_cells
 from clue_dist.ranks import Ranks
 
+_SEARCH_TITLE = "searching neighbours"
 _FEW_KEYS = 4_096  # up to which the approximate search compares all
 _LISTS_SEARCHED = 32  # of an approximate index
 _KEYS_PER_LIST = 64  # that k-means of an approximate index sees
@@ -63,7 +64,7 @@ def find_neighbours(
     n_neighbours: int,
     keys: np.ndarray | Tensor | None = None,
     ranks: Ranks | None = None,
-    title: str = "",
+    title: str = _SEARCH_TITLE,
 ) -> Neighbours:
     """Find the nearest keys of each query; of keys as far away, that of lowest index comes first.
 
@@ -72,7 +73,7 @@ def find_neighbours(
         n_neighbours: how many of them; all where there are fewer.
         keys: (M, D). By default the queries themselves, of which none is its own neighbour.
         ranks: processes that share the queries. All must call, and all get the result.
-        title: under which the progress of a long search is shown, if it is.
+        title: under which the progress of a long search is shown; "" shows none.
 
     Raises:
         DataError: values that are not finite.
@@ -82,7 +83,7 @@ def find_neighbours(
     targets = points if keys is None else _require_finite_points(keys).cpu().numpy()
     count = min(n_neighbours, len(targets) - (keys is None))
     part = ranks.slice_for_rank(len(points))
-    with _show_search(title, part.stop - part.start, ranks.is_first) as progress:
+    with show_cells(title, part.stop - part.start, is_shown=ranks.is_first) as progress:
         found = _collect_neighbours(points, targets, count, part, progress)
     if ranks.world == 1:
         return found
@@ -120,7 +121,10 @@ def _collect_neighbours(
 
 
 def find_approximate_neighbours(
-    queries: np.ndarray | Tensor, n_neighbours: int, keys: np.ndarray | Tensor, title: str = ""
+    queries: np.ndarray | Tensor,
+    n_neighbours: int,
+    keys: np.ndarray | Tensor,
+    title: str = _SEARCH_TITLE,
 ) -> Neighbours:
     """Find keys among the nearest of each query by faiss, in less than quadratic time.
 
@@ -132,7 +136,7 @@ def find_approximate_neighbours(
         queries: (N, D).
         n_neighbours: how many of them; all where there are fewer.
         keys: (M, D).
-        title: under which the progress of a long search is shown, if it is.
+        title: under which the progress of a long search is shown; "" shows none.
 
     Returns:
         Neighbours, whose index is -1 and distance infinite where too few were found.
@@ -158,19 +162,13 @@ def find_approximate_neighbours(
     count = min(n_neighbours, len(targets))
     squares = np.empty((len(points), count), np.float32)
     indices = np.empty((len(points), count), np.int64)
-    with _show_search(title, len(points)) as progress:
+    with show_cells(title, len(points)) as progress:
         for start in range(0, len(points), _QUERIES_AT_ONCE):
             part = slice(start, start + _QUERIES_AT_ONCE)
             index.search(points[part], count, D=squares[part], I=indices[part])
             progress.mark_done(len(points[part]))
     squares[indices < 0] = np.inf
     return Neighbours(indices, np.sqrt(np.maximum(squares, 0, out=squares), out=squares))
-
-
-def _show_search(title: str, n_queries: int, is_shown: bool = True) -> Progress:
-    """The progress of a search, which is shown where it has a title."""
-    is_shown = is_shown and bool(title)
-    return Progress(title, n_queries, unit="cell", patience=PATIENCE, is_shown=is_shown)
 
 
 def _import_faiss() -> Any:

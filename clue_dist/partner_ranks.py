@@ -7,7 +7,7 @@ distance the one of lowest index counts as the nearer. Memory is O(N).
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,7 +67,10 @@ def join_ranked_partners(parts: Iterable[list[str]]) -> RankedPartners:
 
 
 def rank_partners_both_ways(
-    first: np.ndarray, second: np.ndarray, part: slice
+    first: np.ndarray,
+    second: np.ndarray,
+    part: slice,
+    mark_done: Callable[[int], object] = lambda n_rows: None,
 ) -> tuple[RankedPartners, RankedPartners]:
     """Rank what rows of a slice of `first` tell of all pairs.
 
@@ -77,6 +80,7 @@ def rank_partners_both_ways(
         first: (N, D) float64, finite.
         second: (N, D).
         part: which rows of `first` are compared with all rows of `second`.
+        mark_done: takes how many more of these rows have been.
 
     Returns:
         Of `first` as queries, of which those outside `part` have met no key; and of `second` as
@@ -92,7 +96,7 @@ def rank_partners_both_ways(
     def fold_tile(tile: Tile, by_column: bool) -> None:
         directions[by_column].fold_tile(tile)
 
-    fold_tiles(forward, backward, part, fold_tile, both_ways=True)
+    fold_tiles(forward, backward, part, fold_tile, both_ways=True, mark_done=mark_done)
     return directions[0].ranked, directions[1].ranked
 
 

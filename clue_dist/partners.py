@@ -47,10 +47,9 @@ class ProfilePair:
 
     def search(self, queries: torch.Tensor, keys: torch.Tensor, count: int) -> Neighbours:
         """The nearest `count` keys of each query, exact or approximate."""
-        title = "searching neighbours"
         if self.settings.approximate:
-            return find_approximate_neighbours(queries, count, keys, title)
-        return find_neighbours(queries, count, keys, title=title)
+            return find_approximate_neighbours(queries, count, keys)
+        return find_neighbours(queries, count, keys)
 
     def link_candidates(self) -> sp.coo_array:
         """Cosines of all pairs of which one is among the other's candidates, (N, M)."""

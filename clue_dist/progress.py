@@ -86,3 +86,15 @@ class Progress:
     def _print_line(self, text: str) -> None:
         if self.is_shown:
             print(f"{self.title}: {text}", file=sys.stderr, flush=True)
+
+
+def show_cells(title: str, n_cells: int, *, is_shown: bool = True) -> Progress:
+    """Show how a question to a model goes on, cell by cell, if it takes long.
+
+    Args:
+        title: title of the bar or line; "" shows none.
+        n_cells: number of cells.
+        is_shown: as of `Progress`.
+    """
+    is_shown = is_shown and bool(title)
+    return Progress(title, n_cells, unit="cell", patience=PATIENCE, is_shown=is_shown)

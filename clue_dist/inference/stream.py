@@ -27,7 +27,7 @@ from clue_dist.inference.cells import Cells, CellSlice
 from clue_dist.inference.load_model import Embedder, LoadedModel
 from clue_dist.inference.output_files import translate_output_errors
 from clue_dist.kinds import KINDS
-from clue_dist.progress import PATIENCE, Progress
+from clue_dist.progress import show_cells
 from clue_dist.ranks import Ranks
 
 # Names of arrays, and of their files; "alone-" and "depth-" stand before a modality.
@@ -312,7 +312,7 @@ def read_slices_ahead(
     if not slices:
         return
     n_cells = sum(cell_slice.n_cells for cell_slice in slices)
-    progress = Progress(title, n_cells, unit="cell", patience=PATIENCE, is_shown=ranks.is_first)
+    progress = show_cells(title, n_cells, is_shown=ranks.is_first)
     with ThreadPoolExecutor(1) as pool, progress:
         reading = pool.submit(cells.read_slice, slices[0])
         for cell_slice, following in zip(slices, [*slices[1:], None], strict=True):

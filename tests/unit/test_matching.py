@@ -232,9 +232,9 @@ def test_tiles_of_several_chunks_rank_as_a_dense_search():
 def test_profiles_of_all_cells_are_not_copied(monkeypatch):
     pairs, scale = [], matching._scale_embeddings
 
-    def record_pair(x, y, part):
+    def record_pair(x, y, *others):
         pairs.append((x, y))
-        return rank_partners_both_ways(x, y, part)
+        return rank_partners_both_ways(x, y, *others)
 
     def record_scaled(u1, u2):
         scaled.extend(scale(u1, u2))

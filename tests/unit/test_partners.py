@@ -182,7 +182,7 @@ def test_approximate_neighbours_are_nearly_those_of_the_exact_search():
 def test_neighbours_that_faiss_does_not_find_are_no_partners(method, monkeypatch):
     """It then gives -1 for their index, and an infinite distance."""
 
-    def lose_last(queries, count, keys, title):
+    def lose_last(queries, count, keys):
         found = find_neighbours(queries, count, keys)
         indices, distances = found.indices.copy(), found.distances.copy()
         indices[:, -1], distances[:, -1] = -1, np.inf

@@ -9,11 +9,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from clue_dist import neighbours, pair_confidence, progress
-from clue_dist.inference import stream
+from clue_dist import progress
 from clue_dist.inference.cells import CellSlice
 from clue_dist.inference.stream import read_slices_ahead
+from clue_dist.integration import measure_mixing
 from clue_dist.label_transfer import fit_label_transfer
+from clue_dist.matching import compute_foscttm, score_directions
+from clue_dist.neighbours import find_neighbours
 from clue_dist.pair_confidence import PairConfidence
 from clue_dist.partner_settings import PartnerSettings
 from clue_dist.partners import find_partners
@@ -27,7 +29,13 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+def log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody looks on, whatever the tests run in."""
+    monkeypatch.setattr(progress, "has_spectator", lambda: False)
+
+
+@pytest.fixture
+def clock(log: None, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A clock of the lines that stands still until a test moves it."""
     now = SimpleNamespace(seconds=100.0)
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now.seconds))
@@ -35,10 +43,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def impatient(log: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Progress of the shortest work is shown, too."""
-    for module in (neighbours, pair_confidence, stream, sys.modules["clue_dist.label_transfer"]):
-        monkeypatch.setattr(module, "PATIENCE", 0.0)
+    monkeypatch.setattr(progress, "PATIENCE", 0.0)
 
 
 def work(clock: SimpleNamespace, seconds: list[float], **options: float | bool) -> None:
@@ -101,6 +108,24 @@ def test_searches_of_partners_are_shown(is_approximate, impatient, capsys) -> No
     assert capsys.readouterr().err.startswith("searching neighbours: 70 of 70, ")
     PairConfidence().compute_confidence(first, second, found.row, found.col)
     assert capsys.readouterr().err.count("comparing partners: ") == 2  # in both directions
+
+
+def test_searches_of_scores_are_shown(impatient, capsys) -> None:
+    first, second = np.random.default_rng(0).normal(size=(2, 70, 8))
+    score_directions(first, second, np.zeros(70))
+    assert capsys.readouterr().err.startswith("ranking partners: 70 of 70, ")
+    measure_mixing(first, second)
+    assert capsys.readouterr().err.startswith("searching neighbours: 140 of 140, ")
+
+
+def test_one_rank_shows_its_slice_of_a_search(impatient, capsys, monkeypatch) -> None:
+    points = np.random.default_rng(0).normal(size=(70, 8))
+    monkeypatch.setattr(Ranks, "gather_values", lambda ranks, value: [value])
+    find_neighbours(points, 5, ranks=Ranks(0, 2))
+    assert capsys.readouterr().err.startswith("searching neighbours: 35 of 35, ")
+    find_neighbours(points, 5, ranks=Ranks(1, 2))
+    compute_foscttm(points, points, Ranks(1, 2))
+    assert capsys.readouterr().err == ""
 
 
 def test_labelling_is_shown(impatient, capsys) -> None:
