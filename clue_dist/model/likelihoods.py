@@ -2,7 +2,8 @@
 
 A sparse profile never becomes dense. Its log-likelihood is the sum of ln p(0) over all features
 plus the sum of ln p(x) - ln p(0) over its non-zero counts, and each likelihood gives these two
-terms. Terms that hold no parameter, such as -ln x!, are left out. All is computed in float32.
+terms; of a dense profile it gives the sum itself. Terms that hold no parameter, such as -ln x!, are
+left out. All is computed in float32.
 
 To add a likelihood, write a subclass of `Likelihood` and enter its name in `LIKELIHOODS` below and
 in `clue_dist.config.LikelihoodName`. The decoder and the start of training ask the subclass for
@@ -84,6 +85,11 @@ class Likelihood(ABC):
     @abstractmethod
     def compute_log_gain(self, values: Tensor, parameters: LikelihoodParameters) -> Tensor:
         """ln p(x) - ln p(0), up to terms without parameters."""
+
+    def score_dense(self, values: Tensor, parameters: LikelihoodParameters) -> Tensor:
+        """ln p of n profiles, (n,) or (..., n); values: (n, F)."""
+        gain = self.compute_log_gain(values, parameters)
+        return self.compute_log_zero(parameters).sum(-1) + gain.sum(-1)
 
     @abstractmethod
     def compute_mean(self, parameters: LikelihoodParameters) -> Tensor:
@@ -239,6 +245,11 @@ class Normal(Likelihood):
     def compute_log_gain(self, values: Tensor, parameters: LikelihoodParameters) -> Tensor:
         return (values * parameters.rate - 0.5 * values**2) * (-2 * parameters.theta).exp()
 
+    def score_dense(self, values: Tensor, parameters: LikelihoodParameters) -> Tensor:
+        # Of values many deviations from zero, ln p is the small difference of two large terms.
+        scaled = (values - parameters.rate) * (-parameters.theta).exp()
+        return (-0.5 * scaled**2 - parameters.theta).sum(-1)
+
     def compute_mean(self, parameters: LikelihoodParameters) -> Tensor:
         return parameters.rate
 
@@ -271,9 +282,9 @@ def compute_log_likelihood(
     likelihood: Likelihood, counts: Counts, parameters: LikelihoodParameters
 ) -> Tensor:
     """ln p of n profiles in nats, (n,), or (..., n) for several z of each cell."""
-    everywhere = likelihood.compute_log_zero(parameters).sum(-1)
     if isinstance(counts, Tensor):
-        return everywhere + likelihood.compute_log_gain(counts, parameters).sum(-1)
+        return likelihood.score_dense(counts, parameters)
+    everywhere = likelihood.compute_log_zero(parameters).sum(-1)
     entries = parameters.gather_entries(counts.entry_rows, counts.indices.long())
     gain = likelihood.compute_log_gain(counts.values, entries)
     # Row by row in a vector: sums over the last axis of a matrix are far slower.

@@ -125,6 +125,37 @@ def test_log_likelihood_and_gradients_are_those_of_the_twin(
         )
 
 
+def test_values_far_from_zero_are_scored_as_in_float64() -> None:
+    """Of `normal`, 1,000 deviations from zero."""
+    counts, rate = (50 + 0.05 * draw(*size, N_FEATURES) for size in ((5,), (2, 5)))
+    theta = torch.full((N_FEATURES,), -3.0, device=DEVICE)
+    inputs = rate.requires_grad_(), theta.requires_grad_()
+    scores = score_counts("normal", counts, *inputs, torch.ones(5, 1, device=DEVICE))
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    scaled = (counts.double() - exact[0]) / exact[1].exp()
+    wanted = (-0.5 * scaled**2 - exact[1]).sum(-1)
+    torch.testing.assert_close(scores.double(), wanted, rtol=1e-5, atol=0)
+    slopes = [torch.autograd.grad(y.sum(), x) for y, x in ((scores, inputs), (wanted, exact))]
+    for found, gradient in zip(*slopes, strict=True):
+        size = gradient.abs().max().item()
+        torch.testing.assert_close(found.double(), gradient, rtol=1e-5, atol=1e-5 * size)
+
+
+def test_of_dense_profiles_nothing_is_kept_that_is_not_scored() -> None:
+    features, sizes = torch.tensor([1, 5, 30], device=DEVICE), []
+    rate = draw(5, 3).requires_grad_()
+
+    def note_size(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note_size, lambda tensor: tensor):
+        score_counts(
+            "nb", make_dense_counts("nb"), rate, draw(3), draw(5, 1).exp(), features=features
+        )
+    assert max(sizes) == rate.numel()
+
+
 def test_the_rising_factorial_of_the_kernel_is_exact_at_every_dispersion() -> None:
     """ln p differs from that of float64 by rounding alone."""
     pairs = list(itertools.product([-6.0, -1.0, 0.0, 2.0, 2.08, 4.0, 6.9], [1.0, 7.0, 500.0]))

@@ -85,6 +85,15 @@ def test_equals_scipy(name: str) -> None:
     np.testing.assert_allclose(log_likelihood.numpy(), oracle(name, x, p), rtol=2e-5)
 
 
+def test_values_far_from_zero_are_scored_as_in_float64() -> None:
+    """Of `normal`, 1,000 deviations from zero."""
+    p = params("normal", counts())
+    p = p._replace(rate=p.rate.add(1000), theta=0.1 * p.theta)
+    values = torch.randn(N, M, generator=torch.Generator().manual_seed(0)) + 1000
+    found = compute_log_likelihood(LIKELIHOODS["normal"], values, p)
+    np.testing.assert_allclose(found, oracle("normal", values.double().numpy(), p), rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", COUNTS)
 def test_sparse_equals_dense_with_its_gradient(name: str) -> None:
     x = counts()

@@ -3,8 +3,8 @@
 The PyTorch twin is `model.likelihoods.compute_log_likelihood`, after `select_features`. These
 kernels walk over all non-zeros of a cell and pass over those of features that are not scored, so
 that nobody need know how many there are. Two passes over the parameters are all that is left: one
-reads them, one reads them again and writes their gradient. Dense profiles are few features wide;
-they take the same way, as rows that hold every feature.
+reads them, one reads them again and writes their gradient. Of dense profiles the scored columns are
+picked first, and these same passes score them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from clue_dist.data.batch import Counts, SparseCounts
+from clue_dist.data.batch import Counts
 from clue_dist.model.fused import FUSED_LIKELIHOODS
 from clue_dist.model.fused.functions import (
     log1p,
@@ -33,6 +33,7 @@ NB = tl.constexpr(FUSED_LIKELIHOODS["nb"])
 ZINB = tl.constexpr(FUSED_LIKELIHOODS["zinb"])
 POISSON = tl.constexpr(FUSED_LIKELIHOODS["poisson"])
 BERNOULLI = tl.constexpr(FUSED_LIKELIHOODS["bernoulli"])
+NORMAL = tl.constexpr(FUSED_LIKELIHOODS["normal"])
 
 
 def score_counts(
@@ -55,24 +56,26 @@ def score_counts(
         gate: of the shape of `rate`, for zinb alone.
         features: (F,), those that are scored; None: all.
     """
-    counts = _lay_out_sparse(counts) if isinstance(counts, Tensor) else counts
-    if features is None:
-        place = torch.arange(counts.n_features, dtype=torch.int32, device=rate.device)
+    dense = isinstance(counts, Tensor)
+    if isinstance(counts, Tensor):
+        values = (counts if features is None else counts[:, features]).contiguous()
+        profiles = values, values, values, values  # the first three are not read
     else:
-        place = torch.full((counts.n_features,), -1, dtype=torch.int32, device=rate.device)
-        place[features] = torch.arange(len(features), dtype=torch.int32, device=rate.device)
+        place = _place_features(counts.n_features, features, rate.device)
+        profiles = counts.indptr, counts.indices, place, counts.values
     kind, flat = FUSED_LIKELIHOODS[likelihood], rate.flatten(0, -2)
     gate = flat if gate is None else gate.flatten(0, -2)  # which other kinds do not read
-    scores: Tensor = _FusedScores.apply(kind, counts, place, flat, theta, gate, library)
+    scores: Tensor = _FusedScores.apply(kind, dense, *profiles, flat, theta, gate, library)
     return scores.view(rate.shape[:-1])
 
 
-def _lay_out_sparse(counts: Tensor) -> SparseCounts:
-    """Dense counts (n, features) as rows that hold every feature."""
-    n_cells, width = counts.shape
-    column = torch.arange(width, dtype=torch.int32, device=counts.device)
-    indptr = torch.arange(n_cells + 1, dtype=torch.int32, device=counts.device) * width
-    return SparseCounts(indptr, column.repeat(n_cells), counts.flatten(), width, has_zeros=True)
+def _place_features(n_features: int, features: Tensor | None, device: torch.device) -> Tensor:
+    """Which of the scored features each feature is, (n_features,) int32; -1: none."""
+    if features is None:
+        return torch.arange(n_features, dtype=torch.int32, device=device)
+    place = torch.full((n_features,), -1, dtype=torch.int32, device=device)
+    place[features] = torch.arange(len(features), dtype=torch.int32, device=device)
+    return place
 
 
 class _FusedScores(torch.autograd.Function):
@@ -80,8 +83,11 @@ class _FusedScores(torch.autograd.Function):
     def forward(
         ctx: Any,
         kind: int,
-        counts: SparseCounts,
+        dense: bool,
+        indptr: Tensor,
+        indices: Tensor,
         place: Tensor,
+        values: Tensor,
         rate: Tensor,
         theta: Tensor,
         gate: Tensor,
@@ -89,31 +95,34 @@ class _FusedScores(torch.autograd.Function):
     ) -> Tensor:
         rate, theta, gate = rate.contiguous(), theta.contiguous(), gate.contiguous()
         scores = torch.empty_like(rate[:, 0])
-        sparse = counts.indptr, counts.indices, counts.values, place
-        inputs = *sparse, rate, theta, gate, library.log().contiguous()
+        profiles = indptr, indices, place, values
+        inputs = *profiles, rate, theta, gate, library.log().contiguous()
         sizes = rate.shape[1], len(library)
-        _score_rows[(len(rate),)](*inputs, scores, *sizes, KIND=kind, BLOCK=BLOCK)
+        _score_rows[(len(rate),)](*inputs, scores, *sizes, KIND=kind, DENSE=dense, BLOCK=BLOCK)
         ctx.save_for_backward(*inputs)
-        ctx.kind = kind
+        ctx.kind, ctx.dense = kind, dense
         return scores
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-        *sparse, rate, theta, gate, log_library = ctx.saved_tensors
+        *profiles, values, rate, theta, gate, log_library = ctx.saved_tensors
         n_rows, width = rate.shape
         uses_theta, uses_gate = ctx.kind >= NB.value, ctx.kind == ZINB.value
         # Every element is written: by the terms of all features first, by non-zeros after that.
         rate_gradient, theta_gradient = torch.empty_like(rate), torch.zeros_like(theta)
         gate_gradient = torch.empty_like(gate) if uses_gate else rate_gradient
         gradients = rate_gradient, theta_gradient, gate_gradient
-        rest = rate, theta, gate, log_library, gradient.contiguous(), *gradients
+        rest = values, rate, theta, gate, log_library, gradient.contiguous(), *gradients
         sizes = width, len(log_library)
         options = {"KIND": ctx.kind, "BLOCK": BLOCK}
         grid = (triton.cdiv(width, BLOCK), triton.cdiv(n_rows, ROWS_PER_PROGRAM))
-        _write_zero_gradients[grid](*rest, *sizes, n_rows, ROWS=ROWS_PER_PROGRAM, **options)
-        _add_entry_gradients[(n_rows,)](*sparse, *rest, *sizes, **options)
-        by_theta, by_gate = theta_gradient if uses_theta else None, gate_gradient
-        return None, None, None, rate_gradient, by_theta, by_gate if uses_gate else None, None
+        rows = {"ROWS": ROWS_PER_PROGRAM, "DENSE": ctx.dense}
+        _write_column_gradients[grid](*rest, *sizes, n_rows, **rows, **options)
+        if not ctx.dense:
+            _add_entry_gradients[(n_rows,)](*profiles, *rest, *sizes, **options)
+        by_theta = theta_gradient if uses_theta else None
+        by_gate = gate_gradient if uses_gate else None
+        return *[None] * 6, rate_gradient, by_theta, by_gate, None
 
 
 @triton.jit
@@ -206,11 +215,52 @@ def _log_gain_of_nb(x, rate, theta, log_library):
 
 
 @triton.jit
+def _log_dense(x, rate, theta, gate, log_library, KIND: tl.constexpr):
+    """ln p(x), its derivatives by rate, by theta and by gate."""
+    if KIND == NORMAL:  # not as a difference, see `model.likelihoods.Normal.score_dense`
+        precision = tl.exp(-theta)
+        scaled = (x - rate) * precision
+        return -0.5 * scaled * scaled - theta, scaled * precision, scaled * scaled - 1.0, x * 0.0
+    else:
+        zero, zero_by_rate, zero_by_theta, zero_by_gate = _log_zero(
+            rate, theta, gate, log_library, KIND
+        )
+        gain, by_rate, by_theta, by_gate = _log_gain(x, rate, theta, gate, log_library, KIND)
+        return (
+            zero + gain,
+            zero_by_rate + by_rate,
+            zero_by_theta + by_theta,
+            zero_by_gate + by_gate,
+        )
+
+
+@triton.jit
+def _log_column(
+    values,
+    start,
+    column,
+    mask,
+    rate,
+    theta,
+    gate,
+    log_library,
+    KIND: tl.constexpr,
+    DENSE: tl.constexpr,
+):
+    """ln p of the dense profile that begins at `start`, else ln p(0), and the derivatives."""
+    if DENSE:
+        x = tl.load(values + start + column, mask=mask, other=0.0)
+        return _log_dense(x, rate, theta, gate, log_library, KIND)
+    else:
+        return _log_zero(rate, theta, gate, log_library, KIND)
+
+
+@triton.jit
 def _score_rows(
     indptr,
     indices,
-    values,
     place,
+    values,
     rate,
     theta,
     gate,
@@ -219,10 +269,12 @@ def _score_rows(
     width,
     n_cells,
     KIND: tl.constexpr,
+    DENSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program for each row: ln p(0) of all scored features, then what its non-zeros add.
 
+    Of a dense profile it is ln p(x) at once.
     Row number `n_cells` is the first cell's again, with another z.
     """
     row = tl.program_id(0).to(tl.int64)
@@ -234,23 +286,29 @@ def _score_rows(
         column = first + lanes
         mask = column < width
         rates, thetas, gates = _load_parameters(rate, theta, gate, row * width, column, mask, KIND)
-        value, _, _, _ = _log_zero(rates, thetas, gates, size, KIND)
+        value, _, _, _ = _log_column(
+            values, cell * width, column, mask, rates, thetas, gates, size, KIND, DENSE
+        )
         sums += tl.where(mask, value, 0.0)
-    start, end = tl.load(indptr + cell), tl.load(indptr + cell + 1)
-    for first in range(start, end, BLOCK):
-        inside = first + lanes < end
-        x = tl.load(values + first + lanes, mask=inside, other=0.0)
-        feature = tl.load(indices + first + lanes, mask=inside, other=0)
-        column = tl.load(place + feature, mask=inside, other=-1)
-        mask = column >= 0
-        rates, thetas, gates = _load_parameters(rate, theta, gate, row * width, column, mask, KIND)
-        value, _, _, _ = _log_gain(x, rates, thetas, gates, size, KIND)
-        sums += tl.where(mask, value, 0.0)
+    if not DENSE:
+        start, end = tl.load(indptr + cell), tl.load(indptr + cell + 1)
+        for first in range(start, end, BLOCK):
+            inside = first + lanes < end
+            x = tl.load(values + first + lanes, mask=inside, other=0.0)
+            feature = tl.load(indices + first + lanes, mask=inside, other=0)
+            column = tl.load(place + feature, mask=inside, other=-1)
+            mask = column >= 0
+            rates, thetas, gates = _load_parameters(
+                rate, theta, gate, row * width, column, mask, KIND
+            )
+            value, _, _, _ = _log_gain(x, rates, thetas, gates, size, KIND)
+            sums += tl.where(mask, value, 0.0)
     tl.store(scores + row, tl.sum(sums, 0))
 
 
 @triton.jit
-def _write_zero_gradients(
+def _write_column_gradients(
+    values,
     rate,
     theta,
     gate,
@@ -263,19 +321,26 @@ def _write_zero_gradients(
     n_cells,
     n_rows,
     ROWS: tl.constexpr,
+    DENSE: tl.constexpr,
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program for a block of features and some rows: the gradient of ln p(0)."""
+    """One program for a block of features and some rows: the gradient of ln p(0).
+
+    Of a dense profile it is that of ln p(x).
+    """
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = column < width
     sums = tl.zeros([BLOCK], tl.float32)
     first = tl.program_id(1) * ROWS
     for number in range(first, tl.minimum(first + ROWS, n_rows)):
         row = tl.cast(number, tl.int64)
-        size = tl.load(log_library + row % n_cells)
+        cell = row % n_cells
+        size = tl.load(log_library + cell)
         rates, thetas, gates = _load_parameters(rate, theta, gate, row * width, column, mask, KIND)
-        _, by_rate, by_theta, by_gate = _log_zero(rates, thetas, gates, size, KIND)
+        _, by_rate, by_theta, by_gate = _log_column(
+            values, cell * width, column, mask, rates, thetas, gates, size, KIND, DENSE
+        )
         factor = tl.load(gradient + row)
         tl.store(rate_gradient + row * width + column, factor * by_rate, mask=mask)
         if KIND == ZINB:
@@ -289,8 +354,8 @@ def _write_zero_gradients(
 def _add_entry_gradients(
     indptr,
     indices,
-    values,
     place,
+    values,
     rate,
     theta,
     gate,

@@ -42,10 +42,14 @@ def list_variants() -> Iterator[KernelVariant]:
     kinds = FUSED_LIKELIHOODS.values()
     for kind in kinds:
         constants = {"KIND": kind, "BLOCK": likelihood.BLOCK}
-        yield KernelVariant(likelihood._score_rows, constants, {})
         yield KernelVariant(likelihood._add_entry_gradients, constants, {})
-        constants = constants | {"ROWS": likelihood.ROWS_PER_PROGRAM}
-        yield KernelVariant(likelihood._write_zero_gradients, constants, {})
+        for dense in (0, 1):
+            # What is not read of dense profiles is the values once more.
+            types = dict.fromkeys(POINTERS, "*fp32") if dense else {}
+            by_row = constants | {"DENSE": dense}
+            yield KernelVariant(likelihood._score_rows, by_row, types)
+            by_block = by_row | {"ROWS": likelihood.ROWS_PER_PROGRAM}
+            yield KernelVariant(likelihood._write_column_gradients, by_block, {})
     for kind, drawn in ((0, "*i32"), (1, "*fp32"), (2, "*fp32")):
         constants = {"KIND": kind, "BLOCK": counter_draws.BLOCK}
         types = {"cells": "*i32", "drawn": drawn}
