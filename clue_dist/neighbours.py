@@ -79,8 +79,8 @@ def find_neighbours(
         DataError: values that are not finite.
     """
     ranks = ranks or Ranks()
-    points = _require_finite_points(queries).cpu().numpy()
-    targets = points if keys is None else _require_finite_points(keys).cpu().numpy()
+    points = _require_finite_points(queries)
+    targets = points if keys is None else _require_finite_points(keys)
     count = min(n_neighbours, len(targets) - (keys is None))
     part = ranks.slice_for_rank(len(points))
     with show_cells(title, part.stop - part.start, is_shown=ranks.is_first) as progress:
@@ -147,8 +147,7 @@ def find_approximate_neighbours(
     """
     faiss = _import_faiss()
     points, targets = (
-        np.ascontiguousarray(_require_finite_points(u, torch.float32).cpu().numpy())
-        for u in (queries, keys)
+        np.ascontiguousarray(_require_finite_points(u, torch.float32)) for u in (queries, keys)
     )
     n_lists = int(4 * len(targets) ** 0.5)
     if len(targets) <= _FEW_KEYS:
@@ -190,12 +189,13 @@ def scale_to_length_one(points: Tensor) -> Tensor:
 
 def _require_finite_points(
     points: np.ndarray | Tensor, dtype: torch.dtype = torch.float64
-) -> Tensor:
-    """Points as a tensor, of which one that is not finite would have no neighbours."""
-    tensor = torch.as_tensor(points).detach().to(dtype)
-    n_wrong = int((~tensor.isfinite()).any(1).sum())
+) -> np.ndarray:
+    """Points on the CPU, of which one that is not finite would have no neighbours."""
+    found: np.ndarray = torch.as_tensor(points).detach().to(dtype).cpu().numpy()
+    # By NumPy, as torch would make a copy of all values for it.
+    n_wrong = int((~np.isfinite(found)).any(1).sum())
     if n_wrong:
         raise DataError(
-            "the embedding is not finite", got=f"{n_wrong} of {len(tensor)} cells with NaN or Inf"
+            "the embedding is not finite", got=f"{n_wrong} of {len(found)} cells with NaN or Inf"
         )
-    return tensor
+    return found
