@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,40 +120,63 @@ def convert_cells(
         StoreError: a store of other cells is at `out`, or the disk is full.
     """
     if isinstance(data, (ad.AnnData, md.MuData)):
-        _require_modality(data, request)
-        _require_columns(data, request)
-        _require_matrices(data, request)
+        _convert_memory(data, out, request)
     else:
-        _require_files(data)
-    is_there = out.exists()
-    with (
-        _discard_failed_job(out) if isinstance(data, (ad.AnnData, md.MuData)) else nullcontext(),
-        tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder,
-    ):
-        if isinstance(data, (ad.AnnData, md.MuData)):
-            inputs = [_name_input(data, Path(folder), request)]
-            # Cells of one MuData are the same where their names are, unless a flag says otherwise.
-            pairing = ["--pair-barcodes", "exact"]
-        else:
-            files = [data] if isinstance(data, (str, Path)) else data
-            inputs, pairing = [str(path) for path in files], []
-        target = Path(folder) / out.name if is_there else out
-        words = ["convert", *inputs, *pairing, *request.list_flags(), "--out", str(target)]
-        try:
-            run_command(words)
-        except SystemExit:
-            raise DataError(
-                "the words are no command line of `python -m data_prep convert`",
-                got=" ".join(words),
-                fix="the line above says what is wrong with it",
-            ) from None
-        if is_there and Manifest.read(target).fingerprint != Manifest.read(out).fingerprint:
+        _convert_files(data, out, request)
+
+
+def _convert_memory(cells: ad.AnnData | md.MuData, out: Path, request: ConversionRequest) -> None:
+    """Convert cells in memory, which are written beside the store first."""
+    _require_modality(cells, request)
+    _require_columns(cells, request)
+    _require_matrices(cells, request)
+    with _discard_failed_job(out), _make_scratch_folder(out) as folder:
+        # Cells of one MuData are the same where their names are, unless a flag says otherwise.
+        words = [_name_input(cells, Path(folder), request), "--pair-barcodes", "exact"]
+        _convert_inputs(words, out, request)
+
+
+def _convert_files(
+    data: str | Path | Sequence[str | Path], out: Path, request: ConversionRequest
+) -> None:
+    """Convert one file, or several."""
+    _require_files(data)
+    files = [data] if isinstance(data, (str, Path)) else data
+    _convert_inputs([str(path) for path in files], out, request)
+
+
+def _convert_inputs(words: Sequence[str], out: Path, request: ConversionRequest) -> None:
+    """Convert inputs, as words of a command line; a store that is there must have their cells."""
+    command = ["convert", *words, *request.list_flags(), "--out"]
+    if not out.exists():
+        _run_conversion([*command, str(out)])
+        return
+    with _make_scratch_folder(out) as folder:
+        again = Path(folder) / out.name
+        _run_conversion([*command, str(again)])
+        if Manifest.read(again).fingerprint != Manifest.read(out).fingerprint:
             raise StoreError(
                 "a store of other cells is here already",
                 where=out,
                 fix="choose another `out`, remove the store, or give the store itself in place of "
                 "the cells",
             )
+
+
+def _run_conversion(words: list[str]) -> None:
+    try:
+        run_command(words)
+    except SystemExit:
+        raise DataError(
+            "the words are no command line of `python -m data_prep convert`",
+            got=" ".join(words),
+            fix="the line above says what is wrong with it",
+        ) from None
+
+
+def _make_scratch_folder(out: Path) -> tempfile.TemporaryDirectory[str]:
+    """Make a folder beside the store, which goes when it is closed."""
+    return tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent)
 
 
 def _require_files(data: object) -> None:
