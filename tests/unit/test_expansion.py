@@ -21,6 +21,7 @@ from clue_dist.data.device_batches import BatchPacker, DeviceBatches
 from clue_dist.data.loader import Loader
 from clue_dist.errors import StoreError
 from clue_dist.ranks import Ranks
+from clue_dist.store.kernels import find_fault
 from clue_dist.store.rows import COUNT_BITS, CodedBlocks, CsrRows, LocatedRows, code_rows
 from clue_dist.train import trainer
 from tests.benchmarks.gpu.parity import compare_expansion
@@ -125,8 +126,8 @@ def spoil(counts: CodedCounts, rng: np.random.Generator) -> CodedCounts:
     return replace(counts, **{name: torch.from_numpy(array)})
 
 
-def decode_on_host(counts: CodedCounts) -> SparseCounts | None:
-    """Decode with the kernels of the host; None: they refuse a row."""
+def lay_rows(counts: CodedCounts) -> LocatedRows | None:
+    """The rows with lengths, which a store has, too; None: none fit what is coded."""
     starts = counts.starts.numpy().astype(np.int64)
     codes, rest, bits = counts.codes.numpy(), counts.rest.numpy(), int(counts.bits[0])
     lengths = np.zeros((len(counts.bits), 3), np.uint32)
@@ -138,25 +139,39 @@ def decode_on_host(counts: CodedCounts) -> SparseCounts | None:
         lengths[row] = end - start, n_far, n_high
     blocks = CodedBlocks(codes[None], rest[None], lengths[None], starts[None])
     n = len(lengths)
-    rows = LocatedRows(blocks, np.zeros(n, np.int32), np.arange(n), counts.n_features, bits)
+    return LocatedRows(blocks, np.zeros(n, np.int32), np.arange(n), counts.n_features, bits)
+
+
+def decode_on_host(rows: LocatedRows) -> SparseCounts | None:
+    """Decode with the kernels of the host; None: they refuse a row."""
     try:
         found = rows.to_csr()
     except StoreError:
         return None
     arrays = found.indptr.astype(np.int32), found.indices, found.values
-    return SparseCounts(*map(torch.from_numpy, arrays), counts.n_features)
+    return SparseCounts(*map(torch.from_numpy, arrays), rows.n_features)
 
 
-def test_what_the_host_refuses_is_refused_and_all_else_is_the_same() -> None:
+def has_fault(rows: LocatedRows) -> bool:
+    """Whether `python -m data_prep check` would find a row at fault."""
+    blocks = rows.blocks
+    parts = blocks.codes, blocks.rest, blocks.lengths, blocks.starts
+    return bool(find_fault(*parts, rows.bits, rows.n_features))
+
+
+def test_what_the_host_refuses_is_refused_and_all_that_is_not_is_the_same() -> None:
+    """A GPU, which has no lengths, counts the codes of high counts, as a check does."""
     rng = np.random.default_rng(0)
     batch: Any = assemble([locate_rows(draw_dense(70_000)[3:], COUNT_BITS)], coded=True)
     whole, n_refused = batch.modalities["rna"].counts, 0
     for _ in range(30):
         spoiled = spoil(whole, rng)
-        wanted = decode_on_host(spoiled)
+        rows = lay_rows(spoiled)
+        wanted = None if rows is None else decode_on_host(rows)
         try:
             found = expand_counts(spoiled)
         except StoreError:
+            assert rows is None or wanted is None or has_fault(rows)
             n_refused += 1
             continue
         assert wanted is not None
