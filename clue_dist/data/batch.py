@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
-from typing import Any, cast
 
 import numpy as np
 import torch
@@ -65,6 +64,11 @@ class SparseCounts:
             return self.sum_rows((self.values > 0).to(self.values.dtype))
         return self.indptr.diff()
 
+    def map_tensors(self, transform: Callable[[Tensor], Tensor]) -> SparseCounts:
+        """The same counts with every tensor replaced by its transform."""
+        indptr, indices, values = map(transform, (self.indptr, self.indices, self.values))
+        return replace(self, indptr=indptr, indices=indices, values=values)
+
     def sum_rows(self, values: Tensor) -> Tensor:
         """Sum one value per non-zero by row: (nnz,) -> (n,)."""
         # Nothing of it is checked a second time: whoever wrote `indptr` knows the lengths.
@@ -89,6 +93,11 @@ class CodedCounts:
     n_features: int
     where: str  # where they come from, for error messages
 
+    def map_tensors(self, transform: Callable[[Tensor], Tensor]) -> CodedCounts:
+        """The same counts with every tensor replaced by its transform."""
+        starts, codes, rest, bits = map(transform, (self.starts, self.codes, self.rest, self.bits))
+        return replace(self, starts=starts, codes=codes, rest=rest, bits=bits)
+
 
 def compute_library_size(counts: Counts) -> Tensor:
     """Total counts of each cell, (n,), at least 1."""
@@ -101,8 +110,21 @@ class ObservedModality:
     """What was measured in one modality, of the n cells of a batch that have it."""
 
     rows: Tensor  # (n,) int64, the cells' rows in the batch
-    counts: Counts  # their n profiles
+    profiles: Counts | CodedCounts  # of the n cells; coded on their way to a GPU alone
     paired: Tensor  # (p,) int64, which of the n cells have other modalities, too
+
+    @property
+    def counts(self) -> Counts:
+        """The n profiles, which are not coded."""
+        assert not isinstance(self.profiles, CodedCounts), "`device_batches` expands these first"
+        return self.profiles
+
+    def map_tensors(self, transform: Callable[[Tensor], Tensor]) -> ObservedModality:
+        """The same profiles and rows with every tensor replaced by its transform."""
+        rows, profiles = transform(self.rows), self.profiles
+        if isinstance(profiles, Tensor):
+            return ObservedModality(rows, transform(profiles), transform(self.paired))
+        return ObservedModality(rows, profiles.map_tensors(transform), transform(self.paired))
 
 
 # By two modalities a < b, numbers in model order: (p,) int64, rows of the cells that have both.
@@ -147,24 +169,7 @@ class Batch:
 
     def map_tensors(self, transform: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with every tensor replaced by its transform."""
-
-        def map_counts(counts: Counts) -> Counts:
-            if isinstance(counts, Tensor):
-                return transform(counts)
-            values = {field.name: getattr(counts, field.name) for field in fields(counts)}
-            changes: dict[str, Any] = {
-                name: transform(value)
-                for name, value in values.items()
-                if isinstance(value, Tensor)
-            }
-            return replace(counts, **changes)
-
-        modalities = {
-            name: ObservedModality(
-                transform(part.rows), map_counts(part.counts), transform(part.paired)
-            )
-            for name, part in self.modalities.items()
-        }
+        modalities = {name: part.map_tensors(transform) for name, part in self.modalities.items()}
         pairs = {pair: transform(rows) for pair, rows in self.pair_rows.items()}
         return Batch(transform(self.observed), transform(self.batch_code), modalities, pairs)
 
@@ -224,9 +229,9 @@ def assemble_batch(
                 np.concatenate([np.full(sizes[i], len(parts[i].rows) > 1) for i in having])
             )
             stored = [parts[i].rows[name] for i in having]
-            counts = _stack_counts(stored, buffers, dense, coded)
+            profiles = _stack_profiles(stored, buffers, dense, coded)
             measured[name] = ObservedModality(
-                torch.from_numpy(rows), counts, torch.from_numpy(paired)
+                torch.from_numpy(rows), profiles, torch.from_numpy(paired)
             )
     code = np.concatenate([part.batch_code for part in parts]).astype(np.int64)
     has_modality = torch.from_numpy(observed)
@@ -252,9 +257,9 @@ def read_batch(
 
 
 @time_phase("gather")
-def _stack_counts(
+def _stack_profiles(
     parts: list[LocatedRows | np.ndarray], buffers: BufferPool, dense: bool, coded: bool
-) -> Counts:
+) -> Counts | CodedCounts:
     """Lay the rows of all parts one behind the other, decoded unless they are to stay coded."""
     stored_dense = [part for part in parts if isinstance(part, np.ndarray)]
     if stored_dense:
@@ -263,8 +268,7 @@ def _stack_counts(
     if dense:
         return _decode_dense_counts(sparse, buffers)
     if coded:
-        # No part of a batch that is trained on: `device_batches` gives it its true type.
-        return cast(Counts, _stack_codes(sparse, buffers))
+        return _stack_codes(sparse, buffers)
     lengths = np.concatenate([part.count_nonzeros() for part in sparse])
     indptr = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     indices = buffers.lend_array(int(indptr[-1]), np.int32)

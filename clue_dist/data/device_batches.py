@@ -117,12 +117,11 @@ def _expand_coded(batch: Batch) -> Batch:
     """The batch with every `CodedCounts` expanded, by the device on which it lies."""
 
     def expand_modality(part: ObservedModality) -> ObservedModality:
-        counts: Any = part.counts
-        if not isinstance(counts, CodedCounts):
+        if not isinstance(part.profiles, CodedCounts):
             return part
         from clue_dist.data.expansion import expand_counts
 
-        return replace(part, counts=expand_counts(counts))
+        return replace(part, profiles=expand_counts(part.profiles))
 
     modalities = {name: expand_modality(part) for name, part in batch.modalities.items()}
     return replace(batch, modalities=modalities)

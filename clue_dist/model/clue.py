@@ -151,7 +151,7 @@ class CLUE(PosteriorEncoder):
             if name in shown:
                 observed = shown[name]
                 counts = hide_entries(observed.counts, most, key[observed.rows])
-                shown[name] = replace(observed, counts=counts)
+                shown[name] = replace(observed, profiles=counts)
         return replace(batch, modalities=shown)
 
     def _encode_mixtures(

@@ -226,7 +226,7 @@ def spoil(batch: Batch, modality: str, kind: str) -> None:
         if not isinstance(counts, SparseCounts)
         else SparseCounts(counts.indptr, counts.indices, values, counts.n_features)
     )
-    object.__setattr__(observed, "counts", spoilt)
+    object.__setattr__(observed, "profiles", spoilt)
 
 
 def dump(folder: Path) -> None:

@@ -84,6 +84,12 @@ def test_segments_of_other_codes_meet_in_a_batch() -> None:
     assert are_equal(packed.to("cpu"), assemble(parts, coded=False))
 
 
+def test_coded_profiles_are_not_taken_for_counts() -> None:
+    batch = assemble([locate_rows(draw_dense(9), COUNT_BITS)], coded=True)
+    with pytest.raises(AssertionError, match="`device_batches` expands these first"):
+        _ = batch.modalities["rna"].counts
+
+
 def test_coded_batches_of_a_loader_are_its_batches(tmp_path: Path) -> None:
     """Dense modalities, which have no code, are among them."""
     features = {"rna": 300, "adt": 6, "atac": 500}
@@ -162,8 +168,9 @@ def has_fault(rows: LocatedRows) -> bool:
 def test_what_the_host_refuses_is_refused_and_all_that_is_not_is_the_same() -> None:
     """A GPU, which has no lengths, counts the codes of high counts, as a check does."""
     rng = np.random.default_rng(0)
-    batch: Any = assemble([locate_rows(draw_dense(70_000)[3:], COUNT_BITS)], coded=True)
-    whole, n_refused = batch.modalities["rna"].counts, 0
+    batch = assemble([locate_rows(draw_dense(70_000)[3:], COUNT_BITS)], coded=True)
+    whole, n_refused = batch.modalities["rna"].profiles, 0
+    assert isinstance(whole, CodedCounts)
     for _ in range(30):
         spoiled = spoil(whole, rng)
         rows = lay_rows(spoiled)

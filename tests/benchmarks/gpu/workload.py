@@ -110,7 +110,7 @@ def draw_sparse(
 def code_batch(batch: Batch) -> Batch:
     """The batch as a loader gives it to a GPU: sparse counts are coded as a store would."""
     modalities = {
-        name: replace(part, counts=code_counts(part.counts))
+        name: replace(part, profiles=code_counts(part.counts))
         if isinstance(part.counts, SparseCounts)
         else part
         for name, part in batch.modalities.items()

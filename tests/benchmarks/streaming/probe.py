@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import numcodecs.blosc
 import numpy as np
@@ -47,7 +46,7 @@ def count_batches(loader: Loader) -> Batches:
     """Non-zeros of a dense batch are not counted, which would take longer than to make it."""
     while True:
         (observed,) = next(loader).modalities.values()
-        counts: Any = observed.counts
+        counts = observed.profiles
         if isinstance(counts, CodedCounts):
             yield len(observed.rows), len(counts.codes)
         else:
