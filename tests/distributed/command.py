@@ -152,8 +152,9 @@ def trained_weights(run_folder: Path) -> dict[str, Tensor]:
 
 
 def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Between weights of the same name; of a weight beyond 1, as a share of it."""
     assert a.keys() == b.keys()
-    return max(float((a[k] - b[k]).abs().max()) for k in a)
+    return max(float(((a[k] - b[k]) / a[k].abs().clamp_min(1)).abs().max()) for k in a)
 
 
 def metrics(run_folder: Path, split: str = "train") -> list[dict[str, Any]]:
