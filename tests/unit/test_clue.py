@@ -249,17 +249,23 @@ def test_members_share_nothing_but_their_input() -> None:
         assert layer.weight.grad[1].abs().sum() == 0
 
 
+@pytest.mark.parametrize("fitted", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
-def test_an_embedding_is_read_off_the_posterior_that_training_infers(shared: bool) -> None:
+def test_an_embedding_is_read_off_the_posterior_that_training_infers(
+    monkeypatch: pytest.MonkeyPatch, fitted: bool, shared: bool
+) -> None:
     model, batch, _ = small_model(private=0.5, members=2, shared=shared)
     clue = model.model.eval()
-    fit_space(clue)
+    if fitted:
+        fit_space(clue)
     for trunk in clue.trunks:
         unsettle_norms(trunk)
-    joint, alone = clue.read_latents(batch, clue.encode_batch(batch))
-    found, found_alone = clue.embed_batch(batch)
-    torch.testing.assert_close(found, joint, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found_alone, alone, rtol=1e-5, atol=1e-5)
+    found = clue.embed_batch_with_variance(batch)
+    torch.testing.assert_close(clue.embed_batch(batch), found[:2])
+    latents = clue.read_latents(batch, clue.encode_batch(batch))
+    monkeypatch.setattr(clue, "_infer_for_embedding", clue.encode_batch)
+    wanted = (*latents, clue.embed_batch_with_variance(batch)[2])
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 def fit_space(clue: CLUE) -> None:
