@@ -295,6 +295,8 @@ def code_rows(rows: CsrRows, bits: int) -> CodedRows:
 def try_code_rows(rows: CsrRows, bits: int) -> tuple[CodedRows, int] | None:
     """Code rows of any numbers, if they can be coded as they are.
 
+    Columns must lie inside the matrix: one beyond 2^31 is not noticed here.
+
     Returns:
         The coded rows and the largest count; None where a column does not ascend or a number is no
         count.

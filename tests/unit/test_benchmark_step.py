@@ -11,7 +11,7 @@ import torch
 
 from tests.benchmarks.step import cells, probe
 from tests.benchmarks.step.__main__ import Step
-from tests.benchmarks.step.parts import REST, OperationClock
+from tests.benchmarks.step.parts import PARTS, REST, OperationClock, mark_parts
 
 RATES = "encode_0", "encode_1", "ready_0", "ready_1"
 
@@ -73,3 +73,11 @@ def test_bars_are_ratios_of_medians_at_512_cells() -> None:
     training, *_ = benchmark.judge(records)
     assert (training["value"], training["holds"]) == (pytest.approx(4.1), True)
     assert all(bar["holds"] is None for bar in benchmark.judge(records[1:]))
+
+
+def test_each_part_of_a_step_is_marked_while_it_is_timed() -> None:
+    before = [getattr(owner, name) for owner, name in PARTS]
+    with mark_parts(OperationClock()):
+        marked = [getattr(owner, name) for owner, name in PARTS]
+    assert all(now is not then for now, then in zip(marked, before, strict=True))
+    assert [getattr(owner, name) for owner, name in PARTS] == before
