@@ -34,7 +34,7 @@ ROOMS = {
     "plan": ("clue_dist/data/plan.py", "plan"),
     "loader": ("clue_dist/data/loader.py", "loader prep_segments"),
     "posterior": ("clue_dist/model/posterior.py", "posterior clue"),
-    "objective": ("clue_dist/objective.py", "objective validate"),
+    "objective": ("clue_dist/losses/objective.py", "objective validate"),
     "checkpoint": (
         "clue_dist/checkpoint/*.py",
         "engine_state saver run_folder keep initial_weights",

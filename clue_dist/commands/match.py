@@ -1,7 +1,7 @@
 """Find partners of cells across two modalities."""
 
 from clue_dist.commands.model_arguments import build_model_parser, open_model_and_store
-from clue_dist.partner_settings import PARTNER_METHODS, PartnerSettings
+from clue_dist.neighbours.partner_settings import PARTNER_METHODS, PartnerSettings
 from clue_dist.process import run_main
 
 

@@ -41,7 +41,7 @@ def main() -> None:
     from clue_dist.inference.cells import open_cells
     from clue_dist.inference.reference_cells import open_own_reference, open_reference
     from clue_dist.inference.transfer import check_labels_path, label_cells, write_labels
-    from clue_dist.label_transfer import UNKNOWN_LABEL, TransferSettings
+    from clue_dist.neighbours.label_transfer import UNKNOWN_LABEL, TransferSettings
 
     with open_model_and_store(arguments, lambda: check_labels_path(arguments.out)) as opened:
         trained_model, store, ranks = opened

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from clue_dist import integration, matching, matching_controls
 from clue_dist.config import MIN_KNOWN
 from clue_dist.errors import ConfigError, StoreError
 from clue_dist.files import write_file
@@ -37,6 +36,7 @@ from clue_dist.inference.score_tables import (
     WITHOUT_DEPTH,
 )
 from clue_dist.inference.stream import Embedding, compute_embedding
+from clue_dist.metrics import integration, matching, matching_controls
 from clue_dist.process import print_error
 from clue_dist.ranks import Ranks
 from clue_dist.store.batch_vocabulary import UNKNOWN, BatchVocabulary

@@ -20,9 +20,9 @@ from clue_dist.inference.reference_cells import (
     ReferenceCells,
     embed_for_comparison,
 )
-from clue_dist.pair_confidence import FEWEST_PAIRS, PairConfidence, fit_pair_confidence
-from clue_dist.partner_settings import PartnerSettings
-from clue_dist.partners import find_partners
+from clue_dist.neighbours.pair_confidence import FEWEST_PAIRS, PairConfidence, fit_pair_confidence
+from clue_dist.neighbours.partner_settings import PartnerSettings
+from clue_dist.neighbours.partners import find_partners
 
 PAIR_FORMATS = (".npz", ".csv", ".csv.gz", ".parquet")
 _BATCH = "batch"  # column of obs

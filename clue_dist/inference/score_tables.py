@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from clue_dist import integration, matching
 from clue_dist.files import parse_path
+from clue_dist.metrics import integration, matching
 
 SEEN = "seen_in_training"  # in `about` of the scores: whether the model was trained on the cells
 SEEN_WARNING = (

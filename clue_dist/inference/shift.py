@@ -10,7 +10,7 @@ from clue_dist.errors import DataError
 from clue_dist.inference.cells import Cells
 from clue_dist.inference.load_model import LoadedModel
 from clue_dist.inference.stream import embed_in_memory
-from clue_dist.neighbours import find_neighbours
+from clue_dist.neighbours.nearest import find_neighbours
 
 NEIGHBOURS = 15
 

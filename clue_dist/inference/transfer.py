@@ -14,8 +14,8 @@ from clue_dist.inference.named_counts import warn_of_cells
 from clue_dist.inference.output_files import check_output_format, replace_output
 from clue_dist.inference.reference_cells import ComparedCells, embed_for_comparison
 from clue_dist.inference.stream import Embedding, embed_in_memory
-from clue_dist.integration import mark_labelled_cells
-from clue_dist.label_transfer import UNKNOWN_LABEL, TransferSettings, fit_label_transfer
+from clue_dist.metrics.integration import mark_labelled_cells
+from clue_dist.neighbours.label_transfer import UNKNOWN_LABEL, TransferSettings, fit_label_transfer
 
 LABEL_FORMATS = (".csv", ".csv.gz", ".parquet")
 

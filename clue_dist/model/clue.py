@@ -25,7 +25,7 @@ from clue_dist.store.batch_vocabulary import BatchVocabulary
 
 
 class CLUEOutput(NamedTuple):
-    """What one forward pass gives, for the losses of `clue_dist.objective`."""
+    """What one forward pass gives, for the losses of `clue_dist.losses.objective`."""
 
     posterior: Posterior
     z: Tensor  # (B, K source, K target, a), samples of the experts' aligned dimensions, eq. 10

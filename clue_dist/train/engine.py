@@ -20,8 +20,8 @@ from clue_dist.deepspeed_internals import (
     keep_gradient_memory,
     keep_gradients_local,
 )
+from clue_dist.losses.objective import Objective
 from clue_dist.model.clue import CLUE, build_model
-from clue_dist.objective import Objective
 from clue_dist.ranks import Ranks
 from clue_dist.train.initial_weights import set_initial_weights
 from clue_dist.train.setup import Setup

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from clue_dist.data.batch import Batch
 from clue_dist.errors import list_names
-from clue_dist.integration import measure_mixing
-from clue_dist.matching import compute_foscttm
+from clue_dist.losses.objective import EncodedCells
+from clue_dist.metrics.integration import measure_mixing
+from clue_dist.metrics.matching import compute_foscttm
 from clue_dist.model.common_space import (
     FEWEST_PAIRED,
     CommonSpace,
@@ -23,7 +24,6 @@ from clue_dist.model.common_space import (
     find_directions,
 )
 from clue_dist.model.posterior_encoder import Posterior
-from clue_dist.objective import EncodedCells
 from clue_dist.train.trainer import Trainer
 
 # Encoders know their training pairs, so that these agree more than other cells will: the fewer the

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from clue_dist.checkpoint.run_folder import RunState
 from clue_dist.data.batch import Batch
-from clue_dist.integration import (
+from clue_dist.losses.objective import EncodedCells, HeldOutScores
+from clue_dist.metrics.integration import (
     LABEL_NEIGHBOURS,
     LISI_NEIGHBOURS,
     MIXING_NEIGHBOURS,
@@ -25,11 +26,10 @@ from clue_dist.integration import (
     measure_label_accuracy,
     measure_mixing,
 )
-from clue_dist.matching import compute_nearer_share
+from clue_dist.metrics.matching import compute_nearer_share
 from clue_dist.model.noise import Noise
 from clue_dist.model.posterior_encoder import Posterior
-from clue_dist.neighbours import find_neighbours
-from clue_dist.objective import EncodedCells, HeldOutScores
+from clue_dist.neighbours.nearest import find_neighbours
 from clue_dist.train.sinks import Sinks
 from clue_dist.train.space_fit import fit_common_space, thin_cells
 from clue_dist.train.trainer import Trainer, ValidationCells

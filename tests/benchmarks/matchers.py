@@ -12,9 +12,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from clue_dist.matching import compute_scores
-from clue_dist.partner_settings import MOST_PARTNERS, PartnerSettings
-from clue_dist.partners import METHODS, find_partners
+from clue_dist.metrics.matching import compute_scores
+from clue_dist.neighbours.partner_settings import MOST_PARTNERS, PartnerSettings
+from clue_dist.neighbours.partners import METHODS, find_partners
 from tests.benchmarks import mosaic, scores
 from tests.benchmarks.kept import compute_digest
 from tests.benchmarks.matching import Matching
@@ -33,7 +33,8 @@ class Matchers(Matching):
     name = "matchers"
     score_sources = (
         Path(__file__),
-        *(ROOT / "clue_dist" / name for name in ("partners.py", "matching.py", "neighbours.py")),
+        *(ROOT / "clue_dist/neighbours" / name for name in ("partners.py", "nearest.py")),
+        ROOT / "clue_dist/metrics/matching.py",
     )
     options: ClassVar = {
         **Matching.cells,

@@ -16,7 +16,7 @@ from typing import ClassVar
 import mudata as md
 import numpy as np
 
-from clue_dist.matching import METRICS
+from clue_dist.metrics.matching import METRICS
 from tests.benchmarks import mosaic, scores
 from tests.benchmarks.commands import install_python, read_pins, run_command
 from tests.benchmarks.kept import compute_digest, make_once

@@ -13,13 +13,16 @@ from sklearn.model_selection import KFold, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import normalize
 
-from clue_dist import integration, matching, matching_controls
-from clue_dist.neighbours import find_neighbours
+from clue_dist.metrics import integration, matching, matching_controls
+from clue_dist.neighbours.nearest import find_neighbours
 from tests.benchmarks.mosaic import JOINT, Embedded, Split, ignore_warnings
 from tests.benchmarks.report import Result
 from tests.distributed.command import ROOT
 
-CODE = ("matching.py", "matching_controls.py", "integration.py", "neighbours.py", "ranks/ranks.py")
+CODE = (
+    *(f"metrics/{name}.py" for name in ("matching", "matching_controls", "integration")),
+    *("neighbours/nearest.py", "ranks/ranks.py"),
+)
 SOURCES = (Path(__file__), *(ROOT / "clue_dist" / name for name in CODE))
 LABEL = "cell_type"
 NO_TYPES = ("Mouse", "Multiplets", "T/Mono doublets", "Mis")  # labels that name no cell type

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import clue_dist
+from clue_dist.api.trained_run import Run, load
 from clue_dist.errors import ConfigError
-from clue_dist.trained_run import Run, load
 from data_prep.simulate import SimulationSpec, build_mudata, parse_features
 from tests.distributed.command import alone
 from tests.unit.test_api import SMALL

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from clue_dist.config import ModelConfig, ObjectiveConfig
 from clue_dist.data.batch import Batch, ObservedModality
+from clue_dist.losses.objective import Objective
 from clue_dist.model.clue import CLUE
 from clue_dist.model.modality_spec import ModalitySpec
 from clue_dist.model.noise import Noise
-from clue_dist.objective import Objective
 
 B, K, D = 12, 3, 4
 OBSERVED = torch.tensor(

@@ -28,7 +28,7 @@ from clue_dist.inference.new_batches import learn_batches
 from clue_dist.inference.report.layouts import list_colourings
 from clue_dist.inference.report.profiles import read_profiles
 from clue_dist.inference.score_tables import list_joint_scores
-from clue_dist.integration import score_joint_latent
+from clue_dist.metrics.integration import score_joint_latent
 from clue_dist.model.decoders import Decoder
 from clue_dist.store.batch_vocabulary import BatchVocabulary, combine_levels
 from clue_dist.store.feature_reference import read_feature_reference

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from clue_dist.matching import compute_foscttm
+from clue_dist.metrics.matching import compute_foscttm
 from tests.benchmarks import commands, mosaic, scores
 from tests.benchmarks.matching import PEERS
 from tests.benchmarks.split import cut_mosaic, draw_batches

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clue_dist.errors import DataError
-from clue_dist.integration import score_mixing
+from clue_dist.metrics.integration import score_mixing
 from tests.benchmarks import commands, kept, matching, mosaic, report, runner, scores
 from tests.benchmarks.commands import BenchmarkError
 from tests.benchmarks.matching import Matching

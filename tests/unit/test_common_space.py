@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from clue_dist.checkpoint.run_folder import WEIGHTS, load_weights
 from clue_dist.data.batch import Batch
 from clue_dist.errors import ResumeError
+from clue_dist.losses.objective import EncodedCells, Objective
 from clue_dist.model.common_space import FEWEST_PAIRED, CommonSpace, find_directions
-from clue_dist.objective import EncodedCells, Objective
 from clue_dist.ranks import Ranks
 from clue_dist.train.space_fit import (
     DEFAULT_POLE,

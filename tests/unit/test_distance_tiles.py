@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from clue_dist.distance_kernels import compute_half_distance
-from clue_dist.distance_tiles import bound_points, iterate_tiles
+from clue_dist.neighbours.distance_kernels import compute_half_distance
+from clue_dist.neighbours.distance_tiles import bound_points, iterate_tiles
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clue_dist import integration, matching, matching_controls
 from clue_dist.data.batch import read_batch
 from clue_dist.errors import ConfigError, StoreError
 from clue_dist.inference import evaluate
 from clue_dist.inference.evaluate import count_paired_cells, evaluate_store
 from clue_dist.inference.score_tables import format_scores, select_pairs
-from clue_dist.neighbours import find_neighbours
+from clue_dist.metrics import integration, matching, matching_controls
+from clue_dist.neighbours.nearest import find_neighbours
 from clue_dist.store.reader import Store
 from tests.fakes import FakeLoaded
 from tests.processes import run_ranks

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
+from clue_dist.api.trained_run import Run
 from clue_dist.errors import ConfigError, DataError, StoreError
 from clue_dist.inference.cells import StoreCells
 from clue_dist.inference.imputation_question import ImputationChoices
@@ -17,7 +18,6 @@ from clue_dist.inference.impute import impute_cells, write_imputation
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.matrix_files import MatrixFolder
 from clue_dist.store.reader import Store
-from clue_dist.trained_run import Run
 from tests.processes import run_ranks
 from tests.stores import make_store
 from tests.unit.impute_helpers import make_trained

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import silhouette_samples
 
-from clue_dist import integration
-from clue_dist.neighbours import find_neighbours
+from clue_dist.metrics import integration
+from clue_dist.neighbours.nearest import find_neighbours
 from clue_dist.ranks import Ranks
 
 

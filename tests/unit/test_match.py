@@ -7,15 +7,15 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from clue_dist import pair_confidence
-from clue_dist.comparison_methods import ComparisonMethods
+from clue_dist.api.comparison_methods import ComparisonMethods
 from clue_dist.errors import ConfigError, DataError
 from clue_dist.inference import match
 from clue_dist.inference.cells import open_cells
 from clue_dist.inference.match import MatchedCells, match_cells, write_matches
-from clue_dist.pair_confidence import PairConfidence, fit_pair_confidence
-from clue_dist.partner_settings import PARTNER_METHODS, PartnerSettings
-from clue_dist.partners import METHODS, find_partners
+from clue_dist.neighbours import pair_confidence
+from clue_dist.neighbours.pair_confidence import PairConfidence, fit_pair_confidence
+from clue_dist.neighbours.partner_settings import PARTNER_METHODS, PartnerSettings
+from clue_dist.neighbours.partners import METHODS, find_partners
 from clue_dist.store.reader import Store
 from clue_dist.store.seen_cells import identify_cells
 from tests.fakes import FakeLoaded

@@ -15,9 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clue_dist import distance_tiles, matching
 from clue_dist.errors import DataError
-from clue_dist.partner_ranks import join_ranked_partners, rank_partners_both_ways
+from clue_dist.metrics import matching
+from clue_dist.metrics.partner_ranks import join_ranked_partners, rank_partners_both_ways
+from clue_dist.neighbours import distance_tiles
 from clue_dist.ranks import Ranks
 
 PROTOCOL = Path(__file__).parents[3] / "shared" / "protocol" / "score.py"

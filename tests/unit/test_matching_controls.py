@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from clue_dist import matching, matching_controls
+from clue_dist.metrics import matching, matching_controls
 
 
 def test_only_types_of_twenty_cells_or_more_count_each_as_much_as_another() -> None:

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from clue_dist import matching_estimate
 from clue_dist.errors import DataError
-from clue_dist.integration import measure_mixing
-from clue_dist.matching import compute_scores
-from clue_dist.matching_estimate import EstimatedScore, estimate_matching
+from clue_dist.metrics import matching_estimate
+from clue_dist.metrics.integration import measure_mixing
+from clue_dist.metrics.matching import compute_scores
+from clue_dist.metrics.matching_estimate import EstimatedScore, estimate_matching
 
 
 def draw_pairs(n_cells: int, noise: float = 0.5) -> list[np.ndarray]:

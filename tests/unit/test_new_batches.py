@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
+from clue_dist.api.trained_run import load
 from clue_dist.checkpoint.model_card import read_model_card, write_model_card
 from clue_dist.commands.fine_tune import plan_further_training
 from clue_dist.config_file import load_config
@@ -21,7 +22,6 @@ from clue_dist.inference.stream import embed_in_memory
 from clue_dist.store.batch_vocabulary import BatchVocabulary
 from clue_dist.store.reader import Store
 from clue_dist.train.initial_weights import plan_warm_start
-from clue_dist.trained_run import load
 from tests.stores import make_store
 from tests.unit.run_helpers import commit_weights, make_model, make_setup
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from clue_dist import novelty
-from clue_dist.novelty import NoveltyScale
+from clue_dist.neighbours import novelty
+from clue_dist.neighbours.novelty import NoveltyScale
 
 
 def draw_cells(n_cells: int, seed: int, width: int = 20) -> tuple[np.ndarray, np.ndarray]:

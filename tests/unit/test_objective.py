@@ -10,10 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from clue_dist import info_nce
 from clue_dist.config import Config
 from clue_dist.data.batch import find_pair_rows
-from clue_dist.info_nce import compute_info_nce
+from clue_dist.losses import info_nce
+from clue_dist.losses.info_nce import compute_info_nce
+from clue_dist.losses.objective import (
+    compute_alignment,
+    compute_elbo_cross,
+    compute_elbo_self,
+    score_discriminator,
+)
 from clue_dist.model.clue import CLUE, CLUEOutput
 from clue_dist.model.modality_spec import ModalitySpec
 from clue_dist.model.noise import Noise
@@ -22,12 +28,6 @@ from clue_dist.model.posterior import (
     select_own_latent,
 )
 from clue_dist.model.posterior_encoder import Posterior
-from clue_dist.objective import (
-    compute_alignment,
-    compute_elbo_cross,
-    compute_elbo_self,
-    score_discriminator,
-)
 from clue_dist.train.engine import LARGEST_BUCKET, group_parameters, make_deepspeed_config
 from tests.unit.model_helpers import OBSERVED, B, D, K, draw, kl64, small_model
 

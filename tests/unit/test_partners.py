@@ -7,12 +7,12 @@ import pytest
 import scipy.sparse as sp
 from scipy.optimize import linear_sum_assignment
 
-from clue_dist import neighbours, partners
 from clue_dist.errors import ConfigError, DataError
-from clue_dist.matching import compute_scores
-from clue_dist.neighbours import Neighbours, find_approximate_neighbours, find_neighbours
-from clue_dist.partner_settings import PartnerSettings
-from clue_dist.partners import METHODS, find_partners, keep_best_partners
+from clue_dist.metrics.matching import compute_scores
+from clue_dist.neighbours import nearest, partners
+from clue_dist.neighbours.nearest import Neighbours, find_approximate_neighbours, find_neighbours
+from clue_dist.neighbours.partner_settings import PartnerSettings
+from clue_dist.neighbours.partners import METHODS, find_partners, keep_best_partners
 
 
 def make_profiles(n_cells: int = 60, noise: float = 0.6, seed: int = 0) -> list[np.ndarray]:
@@ -162,7 +162,7 @@ def test_an_approximate_search_in_slices_finds_the_same(monkeypatch):
     pytest.importorskip("faiss")
     points = np.random.default_rng(0).normal(size=(90, 6))
     whole = find_approximate_neighbours(points, 5, points[:80])
-    monkeypatch.setattr(neighbours, "_QUERIES_AT_ONCE", 20)
+    monkeypatch.setattr(nearest, "_QUERIES_AT_ONCE", 20)
     found = find_approximate_neighbours(points, 5, points[:80])
     np.testing.assert_array_equal(found.indices, whole.indices)
     np.testing.assert_allclose(found.distances, whole.distances, atol=1e-5)

@@ -12,13 +12,13 @@ import pytest
 from clue_dist import progress
 from clue_dist.inference.cells import CellSlice
 from clue_dist.inference.stream import read_slices_ahead
-from clue_dist.integration import measure_mixing
-from clue_dist.label_transfer import fit_label_transfer
-from clue_dist.matching import compute_foscttm, score_directions
-from clue_dist.neighbours import find_neighbours
-from clue_dist.pair_confidence import PairConfidence
-from clue_dist.partner_settings import PartnerSettings
-from clue_dist.partners import find_partners
+from clue_dist.metrics.integration import measure_mixing
+from clue_dist.metrics.matching import compute_foscttm, score_directions
+from clue_dist.neighbours.label_transfer import fit_label_transfer
+from clue_dist.neighbours.nearest import find_neighbours
+from clue_dist.neighbours.pair_confidence import PairConfidence
+from clue_dist.neighbours.partner_settings import PartnerSettings
+from clue_dist.neighbours.partners import find_partners
 from clue_dist.progress import Progress
 from clue_dist.ranks import Ranks
 

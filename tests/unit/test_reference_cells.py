@@ -11,13 +11,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from clue_dist.api.trained_run import Run, load
 from clue_dist.commands import match, transfer
 from clue_dist.errors import ConfigError, DataError
 from clue_dist.inference import new_batches
 from clue_dist.inference.export import export_run
 from clue_dist.inference.reference_cells import REFERENCE_FILE, ReferenceCells
 from clue_dist.store.reader import Store
-from clue_dist.trained_run import Run, load
 from tests.stores import make_store
 from tests.unit.run_helpers import make_run
 

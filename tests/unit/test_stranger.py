@@ -15,8 +15,7 @@ import pandas as pd
 import pytest
 
 import clue_dist
-from clue_dist import comparison_methods, trained_run, training_call
-from clue_dist.api import Run
+from clue_dist.api import Run, comparison_methods, trained_run, training_call
 from clue_dist.errors import ConfigError, DataError, ResumeError, StoreError
 from clue_dist.inference import output_files, report
 from clue_dist.inference.cells import find_batch_columns, open_source

@@ -4,11 +4,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from clue_dist import label_transfer
 from clue_dist.errors import ConfigError, DataError
 from clue_dist.inference.cells import StoreCells, open_cells
 from clue_dist.inference.transfer import label_cells, write_labels
-from clue_dist.label_transfer import (
+from clue_dist.neighbours import label_transfer
+from clue_dist.neighbours.label_transfer import (
     UNKNOWN_LABEL,
     TransferSettings,
     fit_label_transfer,

@@ -15,20 +15,20 @@ from torch import Tensor
 
 from clue_dist.checkpoint.run_folder import RunState
 from clue_dist.data.batch import Batch, find_pair_rows
-from clue_dist.info_nce import compute_info_nce
-from clue_dist.integration import (
+from clue_dist.losses.info_nce import compute_info_nce
+from clue_dist.losses.objective import (
+    HeldOutScores,
+    compute_alignment,
+    score_discriminator,
+)
+from clue_dist.metrics.integration import (
     measure_ilisi,
     measure_islands,
     measure_label_accuracy,
     measure_mixing,
 )
 from clue_dist.model.noise import Noise
-from clue_dist.neighbours import find_neighbours
-from clue_dist.objective import (
-    HeldOutScores,
-    compute_alignment,
-    score_discriminator,
-)
+from clue_dist.neighbours.nearest import find_neighbours
 from clue_dist.ranks import Ranks
 from clue_dist.train import validate
 from clue_dist.train.trainer import Trainer, ValidationCells
@@ -187,7 +187,7 @@ def test_info_nce_of_a_pair_is_that_of_its_two_modalities(
     def gather(*_: Tensor) -> None:
         raise AssertionError("held-out cells are not gathered")
 
-    monkeypatch.setattr("clue_dist.info_nce._gather_ranks", gather)
+    monkeypatch.setattr("clue_dist.losses.info_nce._gather_ranks", gather)
     trainer, batch = make_trainer()
     scores = score_directly(trainer, batch)
     with torch.no_grad():
@@ -208,7 +208,7 @@ def test_info_nce_of_a_pair_is_that_of_its_two_modalities(
 def test_of_many_cells_info_nce_takes_some_of_every_stratum(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("clue_dist.objective.MOST_CONTRASTED", 5)
+    monkeypatch.setattr("clue_dist.losses.objective.MOST_CONTRASTED", 5)
     trainer, batch = make_trainer()
     scores = score_directly(trainer, batch)
     with torch.no_grad():

@@ -15,8 +15,8 @@ import numpy as np
 
 from clue_dist.inference.report.figures import choose_colours, group_legend, name_rest
 from clue_dist.inference.report.profiles import UNKNOWN, EmbeddedFile, Profiles
-from clue_dist.integration import LABEL_NEIGHBOURS, elect_labels
-from clue_dist.neighbours import find_neighbours
+from clue_dist.metrics.integration import LABEL_NEIGHBOURS, elect_labels
+from clue_dist.neighbours.nearest import find_neighbours
 from clue_dist.store.kernel_cache import retry_with_cache
 
 MOST_LABELS = 40  # of a confusion matrix, the most frequent ones

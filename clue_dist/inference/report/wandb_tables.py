@@ -17,7 +17,7 @@ from clue_dist.inference.score_tables import (
     list_score_rows,
     select_unordered_pairs,
 )
-from clue_dist.matching import METRICS
+from clue_dist.metrics.matching import METRICS
 
 # Columns and rows.
 TableContent = tuple[list[str], list[list[Any]]]

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import mudata as md
 
-from clue_dist.matching import METRICS
+from clue_dist.metrics.matching import METRICS
 from tests.benchmarks import mosaic
 from tests.benchmarks.ablation import cells, estimates, rows
 from tests.benchmarks.ablation.cells import DOUBLINGS, FINE_TUNED, OTHER_CELLS, TRANSDUCTIVE
@@ -52,7 +52,7 @@ class Ablation(Matching):
         if row == ATLAS:
             return super().list_inputs(method, data_set)
         if row == COUNTED_ANEW:
-            return data, Path(estimates.__file__), ROOT / "clue_dist/matching.py"
+            return data, Path(estimates.__file__), ROOT / "clue_dist/metrics/matching.py"
         changed = (row, Path(cells.__file__)) if row in OTHER_CELLS else ()
         recipe = rows.choose_recipe(row, data_set)
         return data, mosaic.digest_sources(), recipe, *self.list_settings(row), *changed

@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from clue_dist import matching
 from clue_dist.config import ModelConfig
 from clue_dist.config_file import load_config
+from clue_dist.metrics import matching
 from clue_dist.model.clue import CLUE
 from clue_dist.model.modality_spec import ModalitySpec
 from clue_dist.train.auto_settings import resolve_auto_settings

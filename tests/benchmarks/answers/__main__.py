@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import mudata as md
 
-from clue_dist.trained_run import load
+from clue_dist.api.trained_run import load
 from tests.benchmarks.answers import imputation, markers, transfer
 from tests.benchmarks.commands import install_python
 from tests.benchmarks.factors import views

@@ -10,7 +10,7 @@ import scipy.sparse as sp
 from sklearn.linear_model import Ridge
 from sklearn.neighbors import NearestNeighbors
 
-from clue_dist.trained_run import Run as TrainedRun
+from clue_dist.api.trained_run import Run as TrainedRun
 from tests.benchmarks.factors import views
 from tests.benchmarks.report import Result
 

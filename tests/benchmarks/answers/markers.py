@@ -8,7 +8,7 @@ import anndata as ad
 import mudata as md
 import numpy as np
 
-from clue_dist.trained_run import Run as TrainedRun
+from clue_dist.api.trained_run import Run as TrainedRun
 from tests.benchmarks.commands import run_command
 from tests.benchmarks.matching import PEERS
 from tests.benchmarks.report import Result

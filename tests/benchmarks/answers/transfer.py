@@ -7,8 +7,8 @@ import mudata as md
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from clue_dist.label_transfer import UNKNOWN_LABEL, fit_label_transfer
-from clue_dist.trained_run import Run as TrainedRun
+from clue_dist.api.trained_run import Run as TrainedRun
+from clue_dist.neighbours.label_transfer import UNKNOWN_LABEL, fit_label_transfer
 from tests.benchmarks.mosaic import JOINT, Embedded
 from tests.benchmarks.report import Result
 from tests.benchmarks.scores import LABEL, NO_TYPES

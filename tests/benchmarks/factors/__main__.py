@@ -16,7 +16,7 @@ from sklearn.linear_model import RidgeCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from clue_dist import matching
+from clue_dist.metrics import matching
 from tests.benchmarks import mosaic, report, scores
 from tests.benchmarks.factors import methods
 from tests.benchmarks.factors.common_space import ALIGNMENT
@@ -118,7 +118,7 @@ class Factors(Benchmark):
         np.savez(folder / "z.npz", **arrays)
         return {"fit_s": fit_s, "threads": self.args.threads}
 
-    score_sources = (Path(__file__), ROOT / "clue_dist/matching.py")
+    score_sources = (Path(__file__), ROOT / "clue_dist/metrics/matching.py")
 
     def score(self, run: Run, folder: Path) -> Result:
         """R² of every factor; FOSCTTM where the modalities have one space."""

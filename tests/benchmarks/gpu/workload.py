@@ -16,10 +16,10 @@ from clue_dist.data.batch import (
     SparseCounts,
     find_pair_rows,
 )
+from clue_dist.losses.objective import Objective
 from clue_dist.model.clue import CLUE
 from clue_dist.model.modality_spec import AUTO_FEATURES, ModalitySpec
 from clue_dist.model.noise import Noise
-from clue_dist.objective import Objective
 from clue_dist.store.rows import COUNT_BITS, CsrRows, code_rows
 
 # The weights of `configs/atlas.json`.

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import zarr
 
-from clue_dist.matching_estimate import estimate_matching
+from clue_dist.metrics.matching_estimate import estimate_matching
 from tests.benchmarks.multiome.simulate import FEATURES
 from tests.benchmarks.peers.measure import print_result
 

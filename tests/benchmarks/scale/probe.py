@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clue_dist.integration import measure_mixing
-from clue_dist.matching import compute_scores
-from clue_dist.matching_estimate import estimate_matching
+from clue_dist.metrics.integration import measure_mixing
+from clue_dist.metrics.matching import compute_scores
+from clue_dist.metrics.matching_estimate import estimate_matching
 from tests.benchmarks.peers.measure import print_result, read_memory, watch_peak
 from tests.benchmarks.scale.profiles import find_profiles
 
 if TYPE_CHECKING:
-    from clue_dist.trained_run import Run
+    from clue_dist.api.trained_run import Run
 
 
 def score_exactly(args: argparse.Namespace) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def main() -> None:
         if args.method in SCORES:
             found = SCORES[args.method](args)
         else:
-            from clue_dist.trained_run import load  # scores need none of what it imports
+            from clue_dist.api.trained_run import load  # scores need none of what it imports
 
             CALLS[args.method](load(args.run), args)
     seconds = time.perf_counter() - began

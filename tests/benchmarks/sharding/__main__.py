@@ -44,7 +44,7 @@ class Sharding(Benchmark):
 
     def list_inputs(self, method: str, data_set: str) -> Iterable[Path | str]:
         args = self.args
-        code = (ROOT / f"clue_dist/{name}" for name in ("model", "train", "objective.py"))
+        code = (ROOT / f"clue_dist/{name}" for name in ("model", "train", "losses/objective.py"))
         return *code, Path(__file__).parent, repr((args.stages, args.cells, args.steps, args.quick))
 
     def measure(self, run: Run, folder: Path) -> Result:

@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clue_dist import objective
+from clue_dist.losses import objective
 from clue_dist.model import clue, decoders, discriminator, encoders, noise, trunk
 from clue_dist.train.engine import AdamW
 from clue_dist.train.step import train_step

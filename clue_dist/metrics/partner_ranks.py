@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from clue_dist.distance_kernels import compute_partner_distances, rank_partners
-from clue_dist.distance_tiles import (
+from clue_dist.neighbours.distance_kernels import compute_partner_distances, rank_partners
+from clue_dist.neighbours.distance_tiles import (
     BoundedPoints,
     Tile,
     bound_points,

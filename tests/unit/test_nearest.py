@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from clue_dist import distance_tiles
 from clue_dist.errors import DataError
-from clue_dist.neighbours import Neighbours, find_neighbours
+from clue_dist.neighbours import distance_tiles
+from clue_dist.neighbours.nearest import Neighbours, find_neighbours
 from clue_dist.ranks import Ranks
 
 

@@ -11,12 +11,19 @@ import anndata as ad
 import mudata as md
 import numpy as np
 
+from clue_dist.api.comparison_methods import ComparisonMethods
+from clue_dist.api.imputation_methods import ImputationMethods
+from clue_dist.api.training_call import (
+    TrainingData,
+    find_store_path,
+    read_settings,
+    run_on_ranks,
+    train_on_cells,
+)
 from clue_dist.checkpoint.run_folder import list_checkpoints
-from clue_dist.comparison_methods import ComparisonMethods
 from clue_dist.config import MIN_KNOWN
 from clue_dist.errors import ConfigError
 from clue_dist.files import parse_path
-from clue_dist.imputation_methods import ImputationMethods
 from clue_dist.inference.cells import (
     CellSource,
     MemoryCells,
@@ -39,13 +46,6 @@ from clue_dist.inference.score_tables import Scores, name_scores_file
 from clue_dist.inference.shift import EmbeddingShift, measure_shift
 from clue_dist.ranks import Ranks, run_on_first_rank
 from clue_dist.store.reader import Store
-from clue_dist.training_call import (
-    TrainingData,
-    find_store_path,
-    read_settings,
-    run_on_ranks,
-    train_on_cells,
-)
 
 
 def load(folder: str | Path, checkpoint: str = "best") -> Run:

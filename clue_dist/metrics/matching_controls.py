@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clue_dist.matching import compute_foscttm
-from clue_dist.neighbours import scale_to_length_one
+from clue_dist.metrics.matching import compute_foscttm
+from clue_dist.neighbours.nearest import scale_to_length_one
 from clue_dist.ranks import Ranks
 
 FEWEST_OF_TYPE = 20  # cells that a type must have to be scored by itself

@@ -3,7 +3,7 @@
 A query's nearest reference cells vote, the nearer ones more. How often the winner of such a vote is
 right is read off the reference itself: each of its cells is asked as a query, its own vote left
 out. Votes cannot tell a type that the reference lacks, as some type always wins. So a second number
-says how far a query lies from every type of the reference: see `clue_dist.novelty`.
+says how far a query lies from every type of the reference: see `clue_dist.neighbours.novelty`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from clue_dist.errors import ConfigError, DataError
-from clue_dist.neighbours import find_neighbours
-from clue_dist.novelty import NoveltyScale
+from clue_dist.neighbours.nearest import find_neighbours
+from clue_dist.neighbours.novelty import NoveltyScale
 from clue_dist.progress import show_cells
 
 UNKNOWN_LABEL = "unknown"

@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clue_dist.distance_kernels import collect_nearest, sort_heaps
-from clue_dist.distance_tiles import (
+from clue_dist.errors import ConfigError, DataError
+from clue_dist.neighbours.distance_kernels import collect_nearest, sort_heaps
+from clue_dist.neighbours.distance_tiles import (
     Tile,
     bound_points,
     fold_tiles,
     is_symmetric,
 )
-from clue_dist.errors import ConfigError, DataError
 from clue_dist.progress import Progress, show_cells
 from clue_dist.ranks import Ranks
 

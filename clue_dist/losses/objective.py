@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from clue_dist.config import ObjectiveConfig
 from clue_dist.data.batch import Batch, find_pair_rows
-from clue_dist.info_nce import compute_info_nce
+from clue_dist.losses.info_nce import compute_info_nce
 from clue_dist.model.clue import CLUE, CLUEOutput
 from clue_dist.model.noise import Noise
 from clue_dist.model.posterior import compute_information, compute_kl_to_prior

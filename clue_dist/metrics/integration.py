@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clue_dist.neighbours import Neighbours, find_neighbours, scale_to_length_one
+from clue_dist.neighbours.nearest import Neighbours, find_neighbours, scale_to_length_one
 from clue_dist.ranks import Ranks
 
 MIXING_NEIGHBOURS = 30  # of which the shares of modalities and patterns are taken

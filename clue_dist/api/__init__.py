@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from clue_dist.api.trained_run import Run, load, load_newest
+from clue_dist.api.training_call import TrainingData, read_settings, run_on_ranks, train_on_cells
 from clue_dist.files import parse_path
 from clue_dist.ranks import Ranks
-from clue_dist.trained_run import Run, load, load_newest
-from clue_dist.training_call import TrainingData, read_settings, run_on_ranks, train_on_cells
 
 __all__ = ["Run", "fit", "load"]
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from clue_dist.errors import DataError
-from clue_dist.integration import MIXING_NEIGHBOURS
-from clue_dist.neighbours import scale_to_length_one
+from clue_dist.metrics.integration import MIXING_NEIGHBOURS
+from clue_dist.neighbours.nearest import scale_to_length_one
 
 _KEYS_AT_ONCE = 2**14
 _RECALLS = (1, 10)
@@ -146,7 +146,7 @@ def _score_matches(
 ) -> np.ndarray:
     """What some of the drawn cells add to the matching score of one direction.
 
-    See `clue_dist.matching.score_matches`, here without profiles that are equal.
+    See `clue_dist.metrics.matching.score_matches`, here without profiles that are equal.
     """
     shared = (forward.nearer == 0).astype(float) + (backward.nearer == 0)
     # Only a cell that found its partner, or was found by it, has a score other than zero.

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clue_dist.neighbours import find_neighbours
+from clue_dist.neighbours.nearest import find_neighbours
 
 _SHRINKAGE = 0.1  # towards equal variances, of the covariance within types
 _PRIOR_CELLS = 5  # by which the spread of a small type is drawn to that of all

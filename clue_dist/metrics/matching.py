@@ -17,8 +17,12 @@ import torch
 from torch import Tensor
 
 from clue_dist.errors import DataError
-from clue_dist.neighbours import scale_to_length_one
-from clue_dist.partner_ranks import RankedPartners, join_ranked_partners, rank_partners_both_ways
+from clue_dist.metrics.partner_ranks import (
+    RankedPartners,
+    join_ranked_partners,
+    rank_partners_both_ways,
+)
+from clue_dist.neighbours.nearest import scale_to_length_one
 from clue_dist.progress import show_cells
 from clue_dist.ranks import Ranks
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from clue_dist.errors import DataError
-from clue_dist.neighbours import scale_to_length_one
-from clue_dist.partner_settings import PartnerSettings
-from clue_dist.partners import find_partners
+from clue_dist.neighbours.nearest import scale_to_length_one
+from clue_dist.neighbours.partner_settings import PartnerSettings
+from clue_dist.neighbours.partners import find_partners
 from clue_dist.progress import show_cells
 
 FEWEST_PAIRS = 50  # that a calibration needs

@@ -19,13 +19,13 @@ import scipy.sparse as sp
 import torch
 
 from clue_dist.errors import DataError
-from clue_dist.neighbours import (
+from clue_dist.neighbours.nearest import (
     Neighbours,
     find_approximate_neighbours,
     find_neighbours,
     scale_to_length_one,
 )
-from clue_dist.partner_settings import PartnerMethod, PartnerSettings
+from clue_dist.neighbours.partner_settings import PartnerMethod, PartnerSettings
 
 _BIPARTITE_BLOCK = 4_096  # cells assigned at once: the time of an assignment is cubic at worst
 _ROWS_AT_ONCE = 2**16  # whose candidates are compared

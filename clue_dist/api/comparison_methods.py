@@ -18,8 +18,8 @@ from clue_dist.inference.reference_cells import (
     open_reference,
 )
 from clue_dist.inference.transfer import check_labels_path, label_cells, write_labels
-from clue_dist.label_transfer import TransferSettings
-from clue_dist.partner_settings import PartnerMethod, PartnerSettings
+from clue_dist.neighbours.label_transfer import TransferSettings
+from clue_dist.neighbours.partner_settings import PartnerMethod, PartnerSettings
 from clue_dist.ranks import run_on_first_rank
 
 
@@ -66,7 +66,7 @@ class ComparisonMethods:
             first, second: two modalities.
             reference: cells among which partners are sought, as of `transfer`; by default `cells`.
             out: a file for the pairs (.csv, .csv.gz, .parquet) or their sparse matrix (.npz).
-            method: see `clue_dist.partners.find_partners`.
+            method: see `clue_dist.neighbours.partners.find_partners`.
             n_partners: the most that a cell gets, up to 1,000.
             within_batch: whether a partner must be of the same batch; a cell of an unknown batch
                 gets none.
