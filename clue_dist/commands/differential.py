@@ -1,5 +1,7 @@
 """Find the features that mark groups of cells, by what a trained model expects of them."""
 
+import argparse
+
 from clue_dist.commands.model_arguments import (
     add_value_arguments,
     build_model_parser,
@@ -11,6 +13,42 @@ from clue_dist.process import run_main
 
 def main() -> None:
     """Compare groups as the arguments say, and name the feature that marks each one most."""
+    arguments = _parse_arguments()
+
+    from clue_dist.inference.cells import open_cells
+    from clue_dist.inference.differential import (
+        DifferentialChoices,
+        check_differences_path,
+        compare_groups,
+        write_differences,
+    )
+
+    choices = DifferentialChoices(
+        arguments.modality,
+        arguments.groupby,
+        arguments.groups,
+        arguments.reference,
+        arguments.from_,
+        parse_batch_choice(arguments),
+        arguments.features,
+        arguments.least_change,
+        arguments.pairs,
+        arguments.seed,
+    )
+    with open_model_and_store(arguments, lambda: check_differences_path(arguments.out)) as opened:
+        trained_model, store, ranks = opened
+
+        def compare_cells() -> None:
+            cells = open_cells(store, trained_model, min_known=arguments.min_known)
+            tables = compare_groups(trained_model, cells, choices, arguments.batch_size)
+            write_differences(tables, arguments.out)
+            firsts = (f"{group}: {table.index[0]}" for group, table in tables.items())
+            print(*firsts, arguments.out, sep="\n")
+
+        ranks.run_on_first(compare_cells)
+
+
+def _parse_arguments() -> argparse.Namespace:
     parser = build_model_parser(
         "differential", store="store of the cells", out="tables as .csv, .csv.gz or .parquet"
     )
@@ -45,39 +83,7 @@ def main() -> None:
         metavar="NUMBER",
         help="pairs of cells that are drawn for each group (default: %(default)s)",
     )
-    arguments = parser.parse_args()
-
-    from clue_dist.inference.cells import open_cells
-    from clue_dist.inference.differential import (
-        DifferentialChoices,
-        check_differences_path,
-        compare_groups,
-        write_differences,
-    )
-
-    choices = DifferentialChoices(
-        arguments.modality,
-        arguments.groupby,
-        arguments.groups,
-        arguments.reference,
-        arguments.from_,
-        parse_batch_choice(arguments),
-        arguments.features,
-        arguments.least_change,
-        arguments.pairs,
-        arguments.seed,
-    )
-    with open_model_and_store(arguments, lambda: check_differences_path(arguments.out)) as opened:
-        trained_model, store, ranks = opened
-
-        def compare_cells() -> None:
-            cells = open_cells(store, trained_model, min_known=arguments.min_known)
-            tables = compare_groups(trained_model, cells, choices, arguments.batch_size)
-            write_differences(tables, arguments.out)
-            firsts = (f"{group}: {table.index[0]}" for group, table in tables.items())
-            print(*firsts, arguments.out, sep="\n")
-
-        ranks.run_on_first(compare_cells)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

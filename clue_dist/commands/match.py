@@ -1,5 +1,7 @@
 """Find partners of cells across two modalities."""
 
+import argparse
+
 from clue_dist.commands.model_arguments import build_model_parser, open_model_and_store
 from clue_dist.neighbours.partner_settings import PARTNER_METHODS, PartnerSettings
 from clue_dist.process import run_main
@@ -7,6 +9,40 @@ from clue_dist.process import run_main
 
 def main() -> None:
     """Match the cells of the store that the arguments name, and write pairs or their matrix."""
+    arguments = _parse_arguments()
+
+    from clue_dist.inference.cells import open_cells
+    from clue_dist.inference.match import check_pairs_path, match_cells, write_matches
+    from clue_dist.inference.reference_cells import open_reference
+
+    with open_model_and_store(arguments, lambda: check_pairs_path(arguments.out)) as opened:
+        trained_model, store, ranks = opened
+
+        def match_store() -> None:
+            paired = arguments.calibrate_on and open_cells(arguments.calibrate_on, trained_model)
+            known = arguments.reference and open_reference(
+                arguments.reference, trained_model, min_known=arguments.min_known
+            )
+            matched = match_cells(
+                trained_model,
+                open_cells(store, trained_model, min_known=arguments.min_known),
+                arguments.first,
+                arguments.second,
+                reference=known,
+                settings=PartnerSettings(
+                    arguments.method, arguments.partners, approximate=arguments.approximate
+                ),
+                within_batch=arguments.within_batch,
+                calibrate_on=paired,
+                batch_size=arguments.batch_size,
+            )
+            write_matches(matched, arguments.out)
+            print(f"{matched!r}\n{arguments.out}")
+
+        ranks.run_on_first(match_store)
+
+
+def _parse_arguments() -> argparse.Namespace:
     parser = build_model_parser(
         "match",
         store="store of the cells to match",
@@ -38,37 +74,7 @@ def main() -> None:
         help="cells with both modalities that the model has not seen, which confidence is "
         "calibrated on (default: those of --store)",
     )
-    arguments = parser.parse_args()
-
-    from clue_dist.inference.cells import open_cells
-    from clue_dist.inference.match import check_pairs_path, match_cells, write_matches
-    from clue_dist.inference.reference_cells import open_reference
-
-    with open_model_and_store(arguments, lambda: check_pairs_path(arguments.out)) as opened:
-        trained_model, store, ranks = opened
-
-        def match_store() -> None:
-            paired = arguments.calibrate_on and open_cells(arguments.calibrate_on, trained_model)
-            known = arguments.reference and open_reference(
-                arguments.reference, trained_model, min_known=arguments.min_known
-            )
-            matched = match_cells(
-                trained_model,
-                open_cells(store, trained_model, min_known=arguments.min_known),
-                arguments.first,
-                arguments.second,
-                reference=known,
-                settings=PartnerSettings(
-                    arguments.method, arguments.partners, approximate=arguments.approximate
-                ),
-                within_batch=arguments.within_batch,
-                calibrate_on=paired,
-                batch_size=arguments.batch_size,
-            )
-            write_matches(matched, arguments.out)
-            print(f"{matched!r}\n{arguments.out}")
-
-        ranks.run_on_first(match_store)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -1,42 +1,14 @@
 """Carry labels from the labelled cells of one store to the cells of another."""
 
+import argparse
+
 from clue_dist.commands.model_arguments import build_model_parser, open_model_and_store
 from clue_dist.process import run_main
 
 
 def main() -> None:
     """Label the cells of the store that the arguments name, and say how many are unknown."""
-    parser = build_model_parser(
-        "transfer", store="store of the cells to label", out="labels as .csv, .csv.gz or .parquet"
-    )
-    parser.add_argument(
-        "--reference",
-        metavar="STORE",
-        help="labelled cells, a store or an .h5ad of `clue embed --per-modality` (default: those "
-        "that travel with the model, else its training store)",
-    )
-    parser.add_argument(
-        "--label-key",
-        default="cell_type",  # what a store calls labels, whatever their column was called
-        metavar="COLUMN",
-        help="of the reference, with the labels: any that it keeps (default: %(default)s, as a "
-        "store calls the labels that it was converted with)",
-    )
-    parser.add_argument(
-        "--kept",
-        type=float,
-        default=0.9,
-        metavar="SHARE",
-        help="of the cells of known types, not to be called unknown (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--least-confidence",
-        type=float,
-        default=0.0,
-        metavar="PROBABILITY",
-        help="below which a label is unknown, too (default: %(default)s)",
-    )
-    arguments = parser.parse_args()
+    arguments = _parse_arguments()
 
     from clue_dist.inference.cells import open_cells
     from clue_dist.inference.reference_cells import open_own_reference, open_reference
@@ -68,6 +40,40 @@ def main() -> None:
             print(f"{len(labels):,} cells labelled, {n_unknown:,} unknown\n{arguments.out}")
 
         ranks.run_on_first(label_store)
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = build_model_parser(
+        "transfer", store="store of the cells to label", out="labels as .csv, .csv.gz or .parquet"
+    )
+    parser.add_argument(
+        "--reference",
+        metavar="STORE",
+        help="labelled cells, a store or an .h5ad of `clue embed --per-modality` (default: those "
+        "that travel with the model, else its training store)",
+    )
+    parser.add_argument(
+        "--label-key",
+        default="cell_type",  # what a store calls labels, whatever their column was called
+        metavar="COLUMN",
+        help="of the reference, with the labels: any that it keeps (default: %(default)s, as a "
+        "store calls the labels that it was converted with)",
+    )
+    parser.add_argument(
+        "--kept",
+        type=float,
+        default=0.9,
+        metavar="SHARE",
+        help="of the cells of known types, not to be called unknown (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--least-confidence",
+        type=float,
+        default=0.0,
+        metavar="PROBABILITY",
+        help="below which a label is unknown, too (default: %(default)s)",
+    )
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
