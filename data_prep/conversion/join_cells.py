@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -106,22 +107,14 @@ def join_cells_by_barcode(
     covariates: Mapping[str, Sequence[str]] = {name: [] for name in obs_columns.covariates}
     if known_batches.has_several:
         covariates = known_batches.covariates
-    known_names = {COVARIATE + name: _list_known(levels) for name, levels in covariates.items()}
-    known_names = known_names or {"batch": known_batches.names}
-    known_names["label"] = known_labels
-    names = {field: _merge_names(field, heads, known) for field, known in known_names.items()}
+    names = _name_codes(heads, covariates, known_batches, known_labels)
     hash_key = derive_key(seed, "cells")
-    rows_folder = work / "cells" / "rows"
+    rows_folder, joined_folder = work / "cells" / "rows", work / "cells" / "joined"
     row_lists = _list_all_rows(sources, heads, names, hash_key, by_core, rows_folder, pool)
-
-    bounds = [*divide_hashes(-(-n_rows // RANGE_ROWS)).tolist(), 2**64]
-    folders = [work / "cells" / "joined" / f"{i:04d}" for i in range(len(bounds) - 1)]
     numbers = [list(modalities).index(source.modality) for source in sources]
-    tasks = {
-        out: _JoinTask(row_lists, numbers, list(names), by_core, low, high, out)
-        for out, low, high in zip(folders, bounds[:-1], bounds[1:], strict=True)
-    }
-    run_missing(pool, "join cells", _join_range, tasks)
+    folders = _join_all_ranges(
+        row_lists, numbers, list(names), by_core, n_rows, joined_folder, pool
+    )
     reports = [json.loads((folder / "report.json").read_text()) for folder in folders]
     refuse_cell_problems(reports, sources, heads, modalities, names)
 
@@ -130,24 +123,32 @@ def join_cells_by_barcode(
         batches = combine_covariates(folders, names, covariates)
         names = {"batch": batches.names, "label": names["label"]}
     counts = [len(load_array(folder / "planned.npy")) for folder in folders]
-    row_folders = [work / "sources" / f"{i:03d}" for i in range(len(sources))]
-    range_starts = np.concatenate([[0], np.cumsum(counts)])
-    n_merged, n_ambiguous = (
-        sum(report.get(key, 0) for report in reports) for key in ("merged", "ambiguous")
-    )
     cells = CellTable(
         folders,
-        range_starts,
-        hash_key,
-        names,
-        batches.list_covariates(),
-        row_folders,
-        by_core,
-        n_merged,
-        n_ambiguous,
+        range_starts=np.concatenate([[0], np.cumsum(counts)]),
+        hash_key=hash_key,
+        names=names,
+        covariates=batches.list_covariates(),
+        row_folders=[work / "sources" / f"{i:03d}" for i in range(len(sources))],
+        by_core=by_core,
+        n_merged=sum(report.get("merged", 0) for report in reports),
+        n_ambiguous=sum(report.get("ambiguous", 0) for report in reports),
     )
     _write_row_keys(cells, [head.n_rows for head in heads])
     return cells
+
+
+def _name_codes(
+    heads: Sequence[SourceHead],
+    covariates: Mapping[str, Sequence[str]],
+    known_batches: BatchVocabulary,
+    known_labels: list[str],
+) -> dict[str, list[str]]:
+    """List what codes stand for: of each covariate of batches, else of batches, and of labels."""
+    known = {COVARIATE + name: _list_known(levels) for name, levels in covariates.items()}
+    known = known or {"batch": known_batches.names}
+    known["label"] = known_labels
+    return {field: _merge_names(field, heads, names) for field, names in known.items()}
 
 
 def _list_known(levels: Sequence[str]) -> list[str]:
@@ -183,6 +184,25 @@ def _list_all_rows(
             row_lists[-1].append(out)
     run_missing(pool, "list cells", _list_rows, tasks)
     return row_lists
+
+
+def _join_all_ranges(
+    row_lists: list[list[Path]],
+    modality: list[int],
+    fields: list[str],
+    by_core: bool,
+    n_rows: int,
+    folder: Path,
+    pool: WorkerPool,
+) -> list[Path]:
+    """Join the rows into cells, one range of hashes after another; return a folder for each."""
+    bounds = [*divide_hashes(-(-n_rows // RANGE_ROWS)).tolist(), 2**64]
+    tasks: dict[Path, _JoinTask] = {}
+    for i, (low, high) in enumerate(pairwise(bounds)):
+        out = folder / f"{i:04d}"
+        tasks[out] = _JoinTask(row_lists, modality, fields, by_core, low, high, out)
+    run_missing(pool, "join cells", _join_range, tasks)
+    return list(tasks)
 
 
 def _renumber_names(head: SourceHead, field: str, names: list[str]) -> np.ndarray:
