@@ -1,6 +1,6 @@
 """Join rows into cells, by barcode across modalities, one range of hashes after another.
 
-WORK/cells/rows/000-000000000000/    rows of a source: hash, barcode, codes; sorted by hash
+WORK/cells/rows/                     the rows, as `row_lists` describes them
 WORK/cells/joined/, WORK/sources/    the cells, as `cells` describes them
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from clue_dist.errors import DataError, list_names
 from clue_dist.store.batch_vocabulary import UNKNOWN, BatchVocabulary
-from clue_dist.store.shuffle import derive_key, hash_barcodes
+from clue_dist.store.shuffle import derive_key
 from data_prep.conversion.batch_levels import combine_covariates
 from data_prep.conversion.cell_problems import (
     BARCODES_SHOWN,
@@ -25,40 +25,26 @@ from data_prep.conversion.cell_problems import (
     require_obs_columns,
 )
 from data_prep.conversion.cells import CellTable, divide_hashes
+from data_prep.conversion.row_lists import list_all_rows
 from data_prep.jobs.array_files import flush_arrays, load_array, map_array, save_array
 from data_prep.jobs.whole_folders import make_whole_folder
 from data_prep.jobs.workers import WorkerPool, run_missing
-from data_prep.options import COVARIATE, DATASET, ObsColumns
+from data_prep.options import COVARIATE, ObsColumns
 from data_prep.readers.barcode_cores import (
     count_ambiguous_cells,
-    extract_cores,
     find_alike_cells,
     unite_masks,
 )
-from data_prep.readers.source import CategoryCodes, Source, SourceHead, decode_barcodes
+from data_prep.readers.source import Source, SourceHead, decode_barcodes
 
-TASK_ROWS = 2**18  # rows of a source that one task lists
 RANGE_ROWS = 2**18  # rows of a range of hashes, on average; some 40 MB
-
-
-@dataclass(frozen=True)
-class _ListTask:
-    """List rows `start` to `stop` of a source, sorted by the hash of their barcodes."""
-
-    source: Source
-    hash_key: int
-    by_core: bool  # whether the hash is that of the barcode's core
-    codes: dict[str, np.ndarray]  # of each field, the code of each of the source's names, then -1
-    start: int
-    stop: int
-    out: Path
 
 
 @dataclass(frozen=True)
 class _JoinTask:
     """Join the rows of all sources whose hashes are at least `low` and below `high`."""
 
-    row_lists: list[list[Path]]  # of each source, what its `_ListTask`s left
+    row_lists: list[list[Path]]  # of each source, see `list_all_rows`
     modality: list[int]  # of each source, the number of its modality
     fields: list[str]
     by_core: bool
@@ -110,7 +96,7 @@ def join_cells_by_barcode(
     names = _name_codes(heads, covariates, known_batches, known_labels)
     hash_key = derive_key(seed, "cells")
     rows_folder, joined_folder = work / "cells" / "rows", work / "cells" / "joined"
-    row_lists = _list_all_rows(sources, heads, names, hash_key, by_core, rows_folder, pool)
+    row_lists = list_all_rows(sources, heads, names, hash_key, by_core, rows_folder, pool)
     numbers = [list(modalities).index(source.modality) for source in sources]
     folders = _join_all_ranges(
         row_lists, numbers, list(names), by_core, n_rows, joined_folder, pool
@@ -162,30 +148,6 @@ def _merge_names(field: str, heads: Sequence[SourceHead], known: list[str]) -> l
     return known + sorted(found - set(known))
 
 
-def _list_all_rows(
-    sources: Sequence[Source],
-    heads: Sequence[SourceHead],
-    names: Mapping[str, list[str]],
-    hash_key: int,
-    by_core: bool,
-    folder: Path,
-    pool: WorkerPool,
-) -> list[list[Path]]:
-    """List the rows of all sources; return the lists of each source."""
-    row_lists: list[list[Path]] = []
-    tasks: dict[Path, _ListTask] = {}
-    for i, (source, head) in enumerate(zip(sources, heads, strict=True)):
-        codes = {field: _renumber_names(head, field, names[field]) for field in names}
-        row_lists.append([])
-        for start in range(0, head.n_rows, TASK_ROWS):
-            out = folder / f"{i:03d}-{start:012d}"
-            stop = min(start + TASK_ROWS, head.n_rows)
-            tasks[out] = _ListTask(source, hash_key, by_core, codes, start, stop, out)
-            row_lists[-1].append(out)
-    run_missing(pool, "list cells", _list_rows, tasks)
-    return row_lists
-
-
 def _join_all_ranges(
     row_lists: list[list[Path]],
     modality: list[int],
@@ -203,44 +165,6 @@ def _join_all_ranges(
         tasks[out] = _JoinTask(row_lists, modality, fields, by_core, low, high, out)
     run_missing(pool, "join cells", _join_range, tasks)
     return list(tasks)
-
-
-def _renumber_names(head: SourceHead, field: str, names: list[str]) -> np.ndarray:
-    """Give each of a source's names its code; the last entry, which -1 means, stays unknown."""
-    codes = {name: code for code, name in enumerate(names)}
-    source_names = head.fields[field].names if field in head.fields else []
-    return np.array([codes[name] for name in source_names] + [-1], np.int32)
-
-
-def _list_rows(task: _ListTask) -> None:
-    """Leave hash, barcode, number and codes of each row in a folder."""
-    head, dataset = task.source.read_head(), task.source.dataset
-    barcodes = head.barcodes[task.start : task.stop]
-    # Cells of different data sets never join: their barcodes differ.
-    if DATASET in head.fields:
-        barcodes = _prefix_datasets(barcodes, head.fields[DATASET], slice(task.start, task.stop))
-    if dataset:
-        barcodes = np.char.add(f"{dataset}:".encode(), barcodes)
-    keys = extract_cores(barcodes) if task.by_core else barcodes
-    hashes = hash_barcodes(keys, task.hash_key)
-    order = np.argsort(hashes)
-    with make_whole_folder(task.out) as folder:
-        save_array(folder / "hashes.npy", hashes[order])
-        save_array(folder / "barcodes.npy", barcodes[order])
-        save_array(folder / "rows.npy", order + task.start)
-        for field, codes in task.codes.items():
-            if field in head.fields:
-                source_codes = head.fields[field].codes[task.start : task.stop]
-            else:
-                source_codes = np.full(len(order), -1)
-            save_array(folder / f"{field}.npy", codes[source_codes][order])
-
-
-def _prefix_datasets(barcodes: np.ndarray, datasets: CategoryCodes, rows: slice) -> np.ndarray:
-    """Write before each barcode the data set that a column of obs names, where it names one."""
-    names = [f"{name}:".encode() for name in datasets.names]
-    prefixes = np.array([*names, b""])  # the last one is for the code -1
-    return np.char.add(prefixes[datasets.codes[rows]], barcodes)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from clue_dist.config import Config
 from clue_dist.errors import DataError, StoreError
 from clue_dist.kinds import infer_kind
 from clue_dist.store.feature_reference import read_feature_reference
-from data_prep.conversion import join_cells, strata
+from data_prep.conversion import join_cells, row_lists, strata
 from data_prep.convert import format_conversion
 from data_prep.readers.source import CategoryCodes
 from tests.unit.prep_helpers import (
@@ -76,7 +76,7 @@ def test_cells_joined_range_by_range_are_the_same(
     }
     path, columns = str(write_h5mu(tmp_path / "m.h5mu", **tables)), {"batch": "donor"}
     whole = convert_files(tmp_path / "1.zarr", path, block_cells=16, columns=columns)
-    monkeypatch.setattr(join_cells, "TASK_ROWS", 40)
+    monkeypatch.setattr(row_lists, "TASK_ROWS", 40)
     monkeypatch.setattr(join_cells, "RANGE_ROWS", 60)
     monkeypatch.setattr(strata, "STEP_PLACES", 50)
     pieces = convert_files(tmp_path / "2.zarr", path, block_cells=16, columns=columns)

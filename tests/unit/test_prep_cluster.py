@@ -232,7 +232,7 @@ def test_a_task_that_kills_every_worker(
     monkeypatch.setenv("DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES", "0")
     cluster = Cluster(tmp_path)
     try:
-        cluster.worker("data_prep.conversion.join_cells.save_array", 1)
+        cluster.worker("data_prep.conversion.row_lists.save_array", 1)
         with pytest.raises(
             StoreError,
             match=r"a task kills its workers\n.*\n  got: 1 workers died of it\n  fix: give each",

@@ -16,7 +16,7 @@ from clue_dist.store.manifest import Manifest
 from clue_dist.store.reader import Store
 from data_prep import convert
 from data_prep.cli.commands import main
-from data_prep.conversion import join_cells, pairing
+from data_prep.conversion import join_cells, pairing, row_lists
 from data_prep.conversion.pairing import format_pairing, survey_pairing
 from data_prep.readers.barcode_cores import extract_cores, find_alike_cells
 from tests.unit.prep_helpers import (
@@ -139,7 +139,7 @@ def test_barcodes_pair_by_their_core(
         name_cells(table, suffix="-1")
     assert_same_counts(read_counts(store, "rna"), rna)
     assert_same_counts(read_counts(store, "adt"), adt)
-    monkeypatch.setattr(join_cells, "TASK_ROWS", 13)
+    monkeypatch.setattr(row_lists, "TASK_ROWS", 13)
     monkeypatch.setattr(join_cells, "RANGE_ROWS", 20)
     pieces = convert_files(tmp_path / "t.zarr", *lanes, pairing="core")
     assert pieces.fingerprint == store.fingerprint

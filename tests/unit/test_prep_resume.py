@@ -110,8 +110,8 @@ def test_killed_and_run_again(
 @pytest.mark.parametrize(
     ("place", "n"),
     [
-        ("data_prep.conversion.join_cells.save_array", 7),  # while rows are listed
-        ("data_prep.conversion.join_cells.save_array", 13),  # while a range of hashes is joined
+        ("data_prep.conversion.row_lists.save_array", 7),  # while rows are listed
+        ("data_prep.conversion.join_cells.save_array", 3),  # while a range of hashes is joined
         ("data_prep.conversion.join_cells._write_row_keys", 1),
         ("data_prep.conversion.join_cells.flush_arrays", 1),  # once rows know their places
     ],
