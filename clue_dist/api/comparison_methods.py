@@ -8,16 +8,16 @@ from typing import Any
 
 import pandas as pd
 
-from clue_dist.files import parse_path
 from clue_dist.inference.cells import Cells, CellSource, open_cells
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.match import check_pairs_path, match_cells, write_matches
+from clue_dist.inference.output_files import check_table_path, parse_output
 from clue_dist.inference.reference_cells import (
     ComparedCells,
     open_own_reference,
     open_reference,
 )
-from clue_dist.inference.transfer import check_labels_path, label_cells, write_labels
+from clue_dist.inference.transfer import label_cells, write_labels
 from clue_dist.neighbours.label_transfer import TransferSettings
 from clue_dist.neighbours.partner_settings import PartnerMethod, PartnerSettings
 from clue_dist.ranks import run_on_first_rank
@@ -83,9 +83,7 @@ class ComparisonMethods:
             `attrs["is_calibrated"]` says whether that was calibrated.
         """
         settings = PartnerSettings(method, n_partners, approximate=approximate)
-        path = None if out is None else parse_path(str(out))
-        if path is not None:
-            check_pairs_path(path)
+        path = parse_output(out, check_pairs_path)
         reading = {
             "layer": layer,
             "feature_ids": feature_ids,
@@ -148,9 +146,7 @@ class ComparisonMethods:
             A row for each query, as `clue_dist.inference.transfer.label_cells` explains it.
         """
         settings = TransferSettings(n_neighbours, kept, least_confidence)
-        path = None if out is None else parse_path(str(out))
-        if path is not None:
-            check_labels_path(path)
+        path = parse_output(out, check_table_path)
         reading = {"layer": layer, "feature_ids": feature_ids, "min_known": min_known}
         known = self._open_reference(
             reference,

@@ -8,11 +8,9 @@ from pathlib import Path
 import anndata as ad
 import pandas as pd
 
-from clue_dist.files import parse_path
 from clue_dist.inference.cells import CellSource, find_source_file, open_cells
 from clue_dist.inference.differential import (
     DifferentialChoices,
-    check_differences_path,
     compare_groups,
     write_differences,
 )
@@ -20,6 +18,7 @@ from clue_dist.inference.embed import check_embedding_path
 from clue_dist.inference.imputation_question import ImputationChoices
 from clue_dist.inference.impute import FORMATS, impute_cells, write_imputation
 from clue_dist.inference.load_model import TrainedModel
+from clue_dist.inference.output_files import check_table_path, parse_output
 from clue_dist.ranks import Ranks, run_on_first_rank
 
 
@@ -79,9 +78,9 @@ class ImputationMethods:
         Returns:
             Means in X, draws and bounds in layers, (cells, features); `out`, where that is given.
         """
-        path = None if out is None else parse_path(str(out))
-        if path is not None:
-            check_embedding_path(path, FORMATS, find_source_file(cells))
+        path = parse_output(
+            out, lambda path: check_embedding_path(path, FORMATS, find_source_file(cells))
+        )
         opened = open_cells(
             cells,
             self.trained_model,
@@ -161,9 +160,7 @@ class ImputationMethods:
         Returns:
             By group a table of features, see `clue_dist.inference.differential.compare_groups`.
         """
-        path = None if out is None else parse_path(str(out))
-        if path is not None:
-            check_differences_path(path)
+        path = parse_output(out, check_table_path)
         opened = open_cells(
             cells,
             self.trained_model,

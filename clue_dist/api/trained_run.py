@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,28 +11,28 @@ import mudata as md
 import numpy as np
 
 from clue_dist.api.comparison_methods import ComparisonMethods
+from clue_dist.api.evaluation_methods import EvaluationMethods
 from clue_dist.api.imputation_methods import ImputationMethods
 from clue_dist.api.training_call import (
     TrainingData,
-    find_store_path,
     read_settings,
     run_on_ranks,
     train_on_cells,
 )
 from clue_dist.checkpoint.run_folder import list_checkpoints
-from clue_dist.config import MIN_KNOWN
 from clue_dist.errors import ConfigError
 from clue_dist.files import parse_path
 from clue_dist.inference.cells import (
+    Cells,
     CellSource,
     MemoryCells,
-    find_batch_columns,
     find_source_file,
     open_cells,
     open_source,
 )
 from clue_dist.inference.describe_run import describe_run
 from clue_dist.inference.embed import (
+    KEY,
     check_embedding_path,
     collect_embedding,
     embed_anndata,
@@ -42,7 +41,8 @@ from clue_dist.inference.embed import (
 from clue_dist.inference.export import CardTexts, export_run
 from clue_dist.inference.load_model import TrainedModel, load_model
 from clue_dist.inference.new_batches import tune_batches
-from clue_dist.inference.score_tables import Scores, name_scores_file
+from clue_dist.inference.output_files import parse_output
+from clue_dist.inference.score_tables import name_scores_file
 from clue_dist.inference.shift import EmbeddingShift, measure_shift
 from clue_dist.ranks import Ranks, run_on_first_rank
 from clue_dist.store.reader import Store
@@ -74,7 +74,7 @@ def load_newest(folder: Path) -> Run:
     return load(folder, "best" if list_checkpoints(folder / "best") else "last")
 
 
-class Run(ImputationMethods, ComparisonMethods):
+class Run(ImputationMethods, ComparisonMethods, EvaluationMethods):
     """A trained model that can be asked about cells.
 
     Args:
@@ -129,9 +129,9 @@ class Run(ImputationMethods, ComparisonMethods):
             StoreError: modalities or features of a store that are not the model's.
             ConfigError: `out` cannot be written.
         """
-        path = None if out is None else parse_path(str(out))
-        if path is not None:
-            check_embedding_path(path, source=find_source_file(cells))
+        path = parse_output(
+            out, lambda path: check_embedding_path(path, source=find_source_file(cells))
+        )
         # Where the answer goes into a file, the counts may stay in theirs.
         source = open_source(cells, leave_counts=out is not None)
         opened = open_cells(
@@ -144,125 +144,20 @@ class Run(ImputationMethods, ComparisonMethods):
             batch_key=batch_key,
             min_known=min_known,
         )
-        if path is not None:
-            embed_cells(
-                self.trained_model,
-                opened,
-                path,
-                run=self.folder,
-                per_modality=per_modality,
-                batch_size=batch_size,
-                ranks=self._join_ranks(),
-            )
-            return path
-        if isinstance(source, (ad.AnnData, md.MuData)):
-            assert isinstance(opened, MemoryCells)
-            joint = embed_anndata(
-                self.trained_model, source, opened, per_modality=per_modality, batch_size=batch_size
-            )
-            return joint if source is cells else source
-        return collect_embedding(
+        if path is None:
+            table = self._embed_in_memory(source, opened, per_modality, batch_size)
+            is_open = isinstance(cells, (ad.AnnData, md.MuData))
+            return table.obsm[KEY] if is_open else table
+        embed_cells(
             self.trained_model,
             opened,
-            self.folder,
+            path,
+            run=self.folder,
             per_modality=per_modality,
             batch_size=batch_size,
+            ranks=Ranks.from_environment().join_group(),
         )
-
-    def evaluate(
-        self,
-        cells: TrainingData,
-        *,
-        out: str | Path | None = None,
-        max_cells: int | None = None,
-        modality: str | None = None,
-        kinds: Mapping[str, str] | None = None,
-        layer: str | Mapping[str, str] | None = None,
-        feature_ids: str | Mapping[str, str] | None = None,
-        batch_key: str | Sequence[str] | None = None,
-        label_key: str | None = None,
-        min_known: float = MIN_KNOWN,
-        batch_size: int = 4096,
-    ) -> Scores:
-        """Score how well modalities match in cells, and whether z is one space.
-
-        Cells that the model was trained on are scored with a warning.
-
-        Args:
-            cells: cells that carry several modalities and that the model has not seen, a store; or
-                what `fit` takes, which is converted for the model into a folder that goes again.
-            out: a file for the scores.
-            max_cells: score a random part.
-            modality: as of `fit`, as are the next five, for cells that are in no store.
-            kinds: of modalities.
-            layer: where raw counts lie.
-            feature_ids: column of var that names the features.
-            batch_key: column of obs with the batch; by default that of the training cells.
-            label_key: column of obs with the cell type.
-            min_known: least share of a modality's features that each file must have had.
-            batch_size: cells embedded at once.
-
-        Returns:
-            The scores, a dict, see `clue_dist.inference.evaluate`; its repr is a table.
-        """
-        from clue_dist.inference.evaluate import evaluate_store
-        from data_prep.from_python import ConversionRequest
-
-        if batch_key is None:
-            batch_key = find_batch_columns(cells, self.trained_model.batch_vocabulary)
-        request = ConversionRequest(
-            batch_key,
-            label_key,
-            layer,
-            feature_ids,
-            kinds or {},
-            modality,
-            ["--features-from", str(self.folder)],
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "scores.json" if out is None else parse_path(str(out))
-            result = evaluate_store(
-                self.trained_model,
-                self._open_store(cells, Path(folder), request),
-                path,
-                run=self.folder,
-                max_cells=max_cells,
-                min_known=min_known,
-                batch_size=batch_size,
-                ranks=Ranks() if out is None else self._join_ranks(),
-            )
-        return Scores(result)
-
-    def report(
-        self,
-        *,
-        embedding: str | Path | None = None,
-        scores: str | Path | Mapping[str, Any] | None = None,
-        imputed: str | Path | None = None,
-        truth: str | Path | None = None,
-    ) -> Path:
-        """Write a page about the run, RUN/report/index.html; sections it has had stay.
-
-        Args:
-            embedding: what `embed` has written: UMAPs, and labels between modalities.
-            scores: what `evaluate` has returned or written, shown as tables.
-            imputed: what `clue impute` has written, compared with the counts of `truth`.
-            truth: the store whose cells were imputed.
-
-        Returns:
-            The page.
-        """
-        from clue_dist.inference.report import write_report
-
-        embedding, imputed = (
-            None if path is None else parse_path(str(path)) for path in (embedding, imputed)
-        )
-        store = None if truth is None else str(truth)
-        with name_scores_file(scores) as file:
-            page = run_on_first_rank(
-                lambda: str(write_report(self.folder, embedding, file, imputed, store))
-            )
-        return Path(page)
+        return path
 
     def export(
         self,
@@ -357,6 +252,28 @@ class Run(ImputationMethods, ComparisonMethods):
         models = earlier.trained_model, self.trained_model
         return measure_shift(*models, *(open_cells(cells, model, **choices) for model in models))
 
+    def _embed_in_memory(
+        self,
+        source: ad.AnnData | md.MuData | Store,
+        opened: Cells,
+        per_modality: bool,
+        batch_size: int,
+    ) -> ad.AnnData | md.MuData:
+        """Embed cells in memory into the object that holds them, and those of a store into one."""
+        if isinstance(source, Store):
+            return collect_embedding(
+                self.trained_model,
+                opened,
+                self.folder,
+                per_modality=per_modality,
+                batch_size=batch_size,
+            )
+        assert isinstance(opened, MemoryCells)
+        embed_anndata(
+            self.trained_model, source, opened, per_modality=per_modality, batch_size=batch_size
+        )
+        return source
+
     def _train_on_all(
         self,
         cells: TrainingData,
@@ -382,19 +299,3 @@ class Run(ImputationMethods, ComparisonMethods):
             ),
         )
         train_on_cells(cells, request, config, ranks, "auto", self.folder)
-
-    def _open_store(self, cells: TrainingData, folder: Path, request: Any) -> Store:
-        """The store that the cells are, or one that is made of them in a folder."""
-        if isinstance(cells, Store):
-            return cells
-        place = find_store_path(cells)
-        if place is None:
-            from data_prep.from_python import convert_cells
-
-            place = str(folder / "cells.zarr")
-            convert_cells(cells, Path(place), request)
-        return Store(place)
-
-    def _join_ranks(self) -> Ranks:
-        """The ranks that a launcher started, who all call alike."""
-        return Ranks.from_environment().join_group()

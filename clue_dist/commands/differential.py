@@ -18,10 +18,10 @@ def main() -> None:
     from clue_dist.inference.cells import open_cells
     from clue_dist.inference.differential import (
         DifferentialChoices,
-        check_differences_path,
         compare_groups,
         write_differences,
     )
+    from clue_dist.inference.output_files import check_table_path
 
     choices = DifferentialChoices(
         arguments.modality,
@@ -35,7 +35,7 @@ def main() -> None:
         arguments.pairs,
         arguments.seed,
     )
-    with open_model_and_store(arguments, lambda: check_differences_path(arguments.out)) as opened:
+    with open_model_and_store(arguments, lambda: check_table_path(arguments.out)) as opened:
         trained_model, store, ranks = opened
 
         def compare_cells() -> None:

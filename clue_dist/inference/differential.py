@@ -26,7 +26,7 @@ from clue_dist.inference.imputation_question import (
 )
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.named_counts import list_chosen
-from clue_dist.inference.output_files import check_output_format, replace_output
+from clue_dist.inference.output_files import check_table_path, write_table
 from clue_dist.inference.stream import read_slices_ahead
 from clue_dist.model.imputation import PER_TEN_THOUSAND, infer_target_latent, keep_sources
 from clue_dist.ranks import Ranks
@@ -34,7 +34,6 @@ from clue_dist.ranks import Ranks
 # Of the mean share of a feature: what is added to shares, so that features which are hardly there
 # do not differ many times over.
 PSEUDO_SHARE = 0.1
-DIFFERENCE_FORMATS = (".csv", ".csv.gz", ".parquet")
 MOST_VALUES = 2**22  # decoded at once, for either side of the pairs: 16 MB
 
 
@@ -99,24 +98,10 @@ def compare_groups(
     }
 
 
-def check_differences_path(out: Path) -> None:
-    """Check that a path has an ending that tables of groups can be written to.
-
-    Raises:
-        ConfigError: it has not, or its folder is not there.
-    """
-    check_output_format(out, DIFFERENCE_FORMATS)
-
-
 def write_differences(tables: Mapping[str, pd.DataFrame], out: Path) -> None:
     """Write what `compare_groups` gives as one table, whose first columns are group and feature."""
-    check_differences_path(out)
-    table = pd.concat(tables, names=["group"]).reset_index()
-    with replace_output(out) as temporary:
-        if out.suffix == ".parquet":
-            table.to_parquet(temporary, index=False)
-        else:
-            table.to_csv(temporary, index=False)
+    check_table_path(out)
+    write_table(pd.concat(tables, names=["group"]).reset_index(), out)
 
 
 def _read_groups(cells: Cells, choices: DifferentialChoices, shown: np.ndarray) -> np.ndarray:

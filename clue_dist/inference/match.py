@@ -13,7 +13,12 @@ from clue_dist.errors import ConfigError, list_names
 from clue_dist.inference.cells import Cells, StoreCells
 from clue_dist.inference.load_model import LoadedModel
 from clue_dist.inference.named_counts import warn_of_cells
-from clue_dist.inference.output_files import check_output_format, replace_output
+from clue_dist.inference.output_files import (
+    TABLE_FORMATS,
+    check_output_format,
+    replace_output,
+    write_table,
+)
 from clue_dist.inference.query import holds_training_cells
 from clue_dist.inference.reference_cells import (
     ComparedCells,
@@ -24,7 +29,7 @@ from clue_dist.neighbours.pair_confidence import FEWEST_PAIRS, PairConfidence, f
 from clue_dist.neighbours.partner_settings import PartnerSettings
 from clue_dist.neighbours.partners import find_partners
 
-PAIR_FORMATS = (".npz", ".csv", ".csv.gz", ".parquet")
+PAIR_FORMATS = (".npz", *TABLE_FORMATS)
 _BATCH = "batch"  # column of obs
 
 
@@ -143,14 +148,12 @@ def check_pairs_path(out: Path) -> None:
 def write_matches(matched: MatchedCells, out: Path) -> None:
     """Write the matrix of weights, to .npz, or the table of pairs, to .csv, .csv.gz or .parquet."""
     check_pairs_path(out)
+    if out.suffix != ".npz":
+        write_table(matched.pairs, out)
+        return
     with replace_output(out) as temporary:
-        if out.suffix == ".npz":
-            # Readers of the competition's files know sparse matrices, not arrays.
-            sp.save_npz(temporary, sp.csr_matrix(matched.weights))
-        elif out.suffix == ".parquet":
-            matched.pairs.to_parquet(temporary, index=False)
-        else:
-            matched.pairs.to_csv(temporary, index=False)
+        # Readers of the competition's files know sparse matrices, not arrays.
+        sp.save_npz(temporary, sp.csr_matrix(matched.weights))
 
 
 def _drop_joint(cells: ReferenceCells) -> ReferenceCells:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from clue_dist.errors import ConfigError
-from clue_dist.files import replace_file, translate_disk_errors
+from clue_dist.files import parse_path, replace_file, translate_disk_errors
 from clue_dist.process import skip_cleanup
 from clue_dist.ranks import Ranks
 from clue_dist.resilience.run_lock import take_file_lock
 
+TABLE_FORMATS = (".csv", ".csv.gz", ".parquet")
 _PARQUET_PACKAGES = ("pyarrow", "fastparquet")  # that pandas knows
 _DISK_FIX = "free some space or mend the permissions, then run it again"
 
@@ -59,6 +62,51 @@ def check_output_format(out: Path, formats: Sequence[str]) -> None:
             fix="`pip install pyarrow`, or write .csv.gz",
         )
     check_output_folder(out)
+
+
+def check_table_path(out: Path) -> None:
+    """Require that `out` has an ending that a table can be written to, and is in a folder.
+
+    Raises:
+        ConfigError: it has not, or the folder is not there.
+    """
+    check_output_format(out, TABLE_FORMATS)
+
+
+def parse_output(out: str | Path | None, check: Callable[[Path], None]) -> Path | None:
+    """Read where an answer goes, and check it before any work begins.
+
+    Args:
+        out: the path; None: the answer stays in memory.
+        check: raises where the answer cannot be written there.
+
+    Raises:
+        ConfigError: the path cannot be used.
+    """
+    if out is None:
+        return None
+    path = parse_path(str(out))
+    check(path)
+    return path
+
+
+def write_table(table: pd.DataFrame, out: Path, index_label: str | None = None) -> None:
+    """Write a table as a whole.
+
+    Args:
+        table: its rows and columns.
+        out: where to; its ending, one of TABLE_FORMATS, chooses the format.
+        index_label: name of the index, as the first column; None: the index is left out.
+
+    Raises:
+        StoreError: the disk is full or refuses to be written; nothing is left there.
+    """
+    has_index = index_label is not None
+    with replace_output(out) as temporary:
+        if out.suffix == ".parquet":
+            table.to_parquet(temporary, index=has_index)
+        else:
+            table.to_csv(temporary, index=has_index, index_label=index_label)
 
 
 @contextmanager

@@ -11,13 +11,11 @@ from clue_dist.errors import ConfigError, DataError, list_names, suggest_names
 from clue_dist.inference.cells import Cells
 from clue_dist.inference.load_model import LoadedModel
 from clue_dist.inference.named_counts import warn_of_cells
-from clue_dist.inference.output_files import check_output_format, replace_output
+from clue_dist.inference.output_files import check_table_path, write_table
 from clue_dist.inference.reference_cells import ComparedCells, embed_for_comparison
 from clue_dist.inference.stream import Embedding, embed_in_memory
 from clue_dist.metrics.integration import mark_labelled_cells
 from clue_dist.neighbours.label_transfer import UNKNOWN_LABEL, TransferSettings, fit_label_transfer
-
-LABEL_FORMATS = (".csv", ".csv.gz", ".parquet")
 
 
 def label_cells(
@@ -83,23 +81,10 @@ def label_cells(
     return frame
 
 
-def check_labels_path(out: Path) -> None:
-    """Check that a path has an ending that labels can be written to.
-
-    Raises:
-        ConfigError: it has not, or its folder is not there.
-    """
-    check_output_format(out, LABEL_FORMATS)
-
-
 def write_labels(labels: pd.DataFrame, out: Path) -> None:
     """Write labels, with the names of the cells as the first column."""
-    check_labels_path(out)
-    with replace_output(out) as temporary:
-        if out.suffix == ".parquet":
-            labels.to_parquet(temporary)
-        else:
-            labels.to_csv(temporary, index_label="cell")
+    check_table_path(out)
+    write_table(labels, out, index_label="cell")
 
 
 def _read_labels(reference: ComparedCells, label_key: str) -> np.ndarray:
