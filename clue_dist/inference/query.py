@@ -146,7 +146,8 @@ def require_measured_features(store: Store, min_known: float = MIN_KNOWN) -> lis
     """
     warnings = []
     for name in store.modalities:
-        poor = sorted(found for found in _list_overlaps(store, name) if found.share < _WARN_BELOW)
+        overlaps = sorted(_list_overlaps(store, name), key=lambda overlap: overlap.share)
+        poor = [overlap for overlap in overlaps if overlap.share < _WARN_BELOW]
         if not poor:
             continue
         worst = poor[0]

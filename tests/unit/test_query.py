@@ -129,10 +129,11 @@ def test_a_share_of_missing_features_is_a_warning(
         note_input("rna", 4),
         note_input("rna", 5),
         note_input("rna", 9),
+        note_input("rna", 9, file="lane2.h5ad"),
         note_input("adt", 1),
     )
     (warning,) = require_measured_features(query)
-    assert warning.startswith("rna: 9.h5ad: 11 of 20 features known, and 1 more files like it;")
+    assert warning.startswith("rna: 9.h5ad: 11 of 20 features known, and 2 more files like it;")
     view = select_modalities(query, ["rna", "adt"])
     embed_store(loaded, view, tmp_path / "o.h5ad", run="r")
     assert f"warning: {warning}\n" in capsys.readouterr().err
