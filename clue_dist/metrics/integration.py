@@ -68,8 +68,7 @@ def transfer_labels(
 ) -> float:
     """Measure how well labels of one modality's profiles tell those of the other's.
 
-    A profile gets the label of most of the 16 nearest profiles of the other modality, its own
-    cell left out; of labels with as many votes the first in order.
+    A profile gets the label that `predict_labels` gives it.
 
     Args:
         first: (N, D), cells seen through one modality; every rank passes the same.
@@ -85,13 +84,39 @@ def transfer_labels(
         return float("nan")
     rows = torch.from_numpy(np.flatnonzero(known))
     profiles = [scale_to_length_one(_select_rows(points, rows)) for points in (first, second)]
-    codes = np.unique(labels[known], return_inverse=True)[1]
-    shares = []
-    for queries, keys in (profiles, profiles[::-1]):
-        found = find_neighbours(queries, LABEL_NEIGHBOURS + 1, keys, ranks).indices
-        is_other = found != np.arange(len(found))[:, None]
-        shares.append((elect_labels(codes[found], is_other) == codes).mean())
+    codes, cells = np.unique(labels[known], return_inverse=True)[1], np.arange(known.sum())
+    shares = [
+        (predict_labels(queries, keys, codes, cells, cells, ranks) == codes).mean()
+        for queries, keys in (profiles, profiles[::-1])
+    ]
     return float(np.mean(shares))
+
+
+def predict_labels(
+    queries: np.ndarray | Tensor,
+    keys: np.ndarray | Tensor,
+    codes: np.ndarray,
+    query_cells: np.ndarray,
+    key_cells: np.ndarray,
+    ranks: Ranks | None = None,
+) -> np.ndarray:
+    """Predict the label of each query: that of most of the 15 nearest keys of other cells.
+
+    Args:
+        queries: (n, D); every rank passes the same.
+        keys: (m, D).
+        codes: (m,), the label of each key; of labels with as many votes the lowest is taken.
+        query_cells: (n,), the cell that each query is of.
+        key_cells: (m,), the cell that each key is of; no two keys are of one cell.
+        ranks: processes that share the work. All must call, and all get the result.
+
+    Returns:
+        (n,) codes.
+    """
+    found = find_neighbours(queries, LABEL_NEIGHBOURS + 1, keys, ranks).indices
+    is_other = key_cells[found] != query_cells[:, None]
+    # Where the own cell is not among the 16 nearest, the last of these has no vote either.
+    return elect_labels(codes[found], is_other & (is_other.cumsum(1) <= LABEL_NEIGHBOURS))
 
 
 def score_joint_latent(

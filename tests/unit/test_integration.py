@@ -50,9 +50,8 @@ def transfer_densely(first: np.ndarray, second: np.ndarray, labels: list[str]) -
     units, names = [scale_rows(u[kept]) for u in (first, second)], [labels[c] for c in kept]
     right = []
     for queries, keys in (units, units[::-1]):
-        order = order_others(queries, keys)[:, :16]
-        for cell, row in enumerate(order):
-            votes = [names[other] for other in row if other != cell]
+        for cell, row in enumerate(order_others(queries, keys)):
+            votes = [names[other] for other in row if other != cell][:15]
             right.append(max(sorted(set(names)), key=votes.count) == names[cell])
     return float(np.mean(right))
 

@@ -15,8 +15,7 @@ import numpy as np
 
 from clue_dist.inference.report.figures import choose_colours, group_legend, name_rest
 from clue_dist.inference.report.profiles import UNKNOWN, EmbeddedFile, Profiles
-from clue_dist.metrics.integration import LABEL_NEIGHBOURS, elect_labels
-from clue_dist.neighbours.nearest import find_neighbours
+from clue_dist.metrics.integration import LABEL_NEIGHBOURS, predict_labels
 from clue_dist.store.kernel_cache import retry_with_cache
 
 MOST_LABELS = 40  # of a confusion matrix, the most frequent ones
@@ -153,8 +152,8 @@ def _describe_layout(profiles: Profiles, points: np.ndarray, title: str, note: s
 def list_confusions(alone: Profiles) -> list[Confusion]:
     """List for every ordered pair of modalities how labels pass from one's profiles to the other's.
 
-    A profile gets the label of most of the nearest labelled profiles of the other modality, its own
-    cell left out, as `integration.transfer_labels` does it.
+    A profile gets the label that `predict_labels` gives it from labelled profiles of the other
+    modality.
     """
     known = alone.select_rows(alone.cell_type != UNKNOWN)
     confusions = []
@@ -162,19 +161,11 @@ def list_confusions(alone: Profiles) -> list[Confusion]:
         asked, asking = (known.select_rows(known.modality == name) for name in (keys, queries))
         labels, counts = np.unique(asking.cell_type, return_counts=True)
         if len(labels) > 1 and len(asked.z) > LABEL_NEIGHBOURS:
-            found = _predict_labels(asking, asked)
+            names, codes = np.unique(asked.cell_type, return_inverse=True)
+            found = names[predict_labels(asking.z, asked.z, codes, asking.cell, asked.cell)]
             order = np.sort(np.argsort(-counts, kind="stable")[:MOST_LABELS])
             confusions.append(_count_labels(queries, keys, asking.cell_type, found, labels[order]))
     return confusions
-
-
-def _predict_labels(asking: Profiles, asked: Profiles) -> np.ndarray:
-    """The label that the neighbours of each profile have, (n,)."""
-    names, codes = np.unique(asked.cell_type, return_inverse=True)
-    nearest = find_neighbours(asking.z, LABEL_NEIGHBOURS + 1, asked.z).indices
-    is_other = asked.cell[nearest] != asking.cell[:, None]
-    found: np.ndarray = names[elect_labels(codes[nearest], is_other)]
-    return found
 
 
 def _count_labels(
