@@ -75,8 +75,10 @@ def compare_groups(
         10,000).
 
     Raises:
-        ConfigError: no such column, group, modality, feature or batch; a group without cells.
+        ConfigError: no such column, group, modality, feature or batch; a group without cells; no
+            group but the reference; no pairs, or a change below 0.
     """
+    _check_numbers(choices)
     question = read_question(
         trained_model,
         ImputationChoices(
@@ -102,6 +104,14 @@ def write_differences(tables: Mapping[str, pd.DataFrame], out: Path) -> None:
     """Write what `compare_groups` gives as one table, whose first columns are group and feature."""
     check_table_path(out)
     write_table(pd.concat(tables, names=["group"]).reset_index(), out)
+
+
+def _check_numbers(choices: DifferentialChoices) -> None:
+    """Require numbers that mean something."""
+    if choices.pairs < 1:
+        raise ConfigError("no number of pairs", got=choices.pairs, expected="1 or more")
+    if not choices.least_change >= 0:  # nor NaN
+        raise ConfigError("no least change", got=choices.least_change, expected="0 or more")
 
 
 def _read_groups(cells: Cells, choices: DifferentialChoices, shown: np.ndarray) -> np.ndarray:
@@ -141,7 +151,15 @@ def _list_groups(labels: np.ndarray, choices: DifferentialChoices) -> list[str]:
             got=f"groups: {list_names(known) or 'none'}",
             expected="two groups or more",
         )
-    return [name for name in wanted if name != choices.reference]
+    compared = [name for name in wanted if name != choices.reference]
+    if not compared:
+        raise ConfigError(
+            "no group but the reference is asked for",
+            where=f"reference={choices.reference!r}",
+            got=f"groups: {list_names(wanted)}",
+            expected=f"another of {list_names(known)}",
+        )
+    return compared
 
 
 def _draw_pairs(

@@ -112,8 +112,15 @@ def test_the_same_seed_gives_the_same_table(trained, cells):
     [
         ({"groups": ["middle"]}, "no cell of a group"),
         ({"reference": "middle"}, "no cell of a group"),
-        ({"from_": ["adt"]}, "no such modality|nothing to compare|no cell"),
+        ({"groups": "high", "reference": "high"}, "no group but the reference"),
+        ({"groups": []}, "nothing to compare with"),
+        ({"from_": ["adt"]}, "nothing to compare with"),
+        ({"from_": ["adt"], "groups": ["high"]}, "no cell of a group"),
+        ({"from_": ["atac"]}, "no such modality"),
         ({"features": ["rna-9"]}, "no such feature"),
+        ({"pairs": 0}, "no number of pairs"),
+        ({"least_change": -0.1}, "no least change"),
+        ({"least_change": float("nan")}, "no least change"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(trained, cells, choices, message):
