@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from clue_dist.config import Config, ModalityConfig
+from clue_dist.train.auto_settings import BATCH_SIZES, LARGEST_BATCH_SIZE
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,8 +72,16 @@ def test_tests_are_named_by_their_paths(page: Path) -> None:
     assert re.findall(r"`(test_\w+\.py)`", page.read_text()) == []
 
 
-def test_the_readme_is_one_screen_long() -> None:
+def test_the_readme_has_at_most_130_lines() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+
+
+def test_every_step_of_automatic_batch_sizes_is_told() -> None:
+    sizes = [f"{size:,} for less than {limit:,}" for size, limit in BATCH_SIZES]
+    assert (
+        f"{', '.join(sizes)}, else {LARGEST_BATCH_SIZE:,}"
+        in (ROOT / "configs/README.md").read_text()
+    )
 
 
 def list_settings(model: type[BaseModel]) -> Iterator[tuple[str, object]]:
