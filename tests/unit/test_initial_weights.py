@@ -168,7 +168,13 @@ def test_a_run_that_is_older_than_the_rank_of_heads_gives_its_weights(
     del tree["model"]["head_rank"]
     for model in (tree["model"], tree["model"] | {"head_rank": "auto"}):
         file.write_text(json.dumps(tree | {"model": model}))
-        plan_warm_start(tmp_path / "run", setup)
+        model = make_model(setup)
+        plan_warm_start(tmp_path / "run", setup).set_weights(model, setup)
+        weights = read_weights(folder / "run" / "best" / "step-00000005")
+        heads = {name: values for name, values in weights.items() if name.startswith("heads.")}
+        assert heads
+        for name, values in heads.items():
+            assert torch.equal(model.state_dict()[name], values)
 
 
 def test_a_run_takes_the_rank_of_heads_from_the_one_that_it_begins_with(folder: Path) -> None:

@@ -118,8 +118,10 @@ def test_contradictions_are_refused(
 
 def test_blocks_may_be_as_full_as_cells_and_features_allow(manifest: Manifest) -> None:
     fields = manifest.model_dump(mode="json")
-    fields["strata"]["rna"]["packed"]["rna"] |= {"capacity": 16 * 30, "rest": 3 * 16 * 30}
-    Manifest.model_validate(fields)
+    fullest = {"capacity": 16 * 30, "rest": 3 * 16 * 30}
+    fields["strata"]["rna"]["packed"]["rna"] |= fullest
+    packed = Manifest.model_validate(fields).strata["rna"].packed["rna"]
+    assert {name: getattr(packed, name) for name in fullest} == fullest
 
 
 def test_exactly_the_shards_of_the_arrays_are_listed(manifest: Manifest) -> None:

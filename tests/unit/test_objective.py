@@ -135,9 +135,9 @@ def test_info_nce_over_pairs_both_directions(
                 total = sum(odds[e] * math.exp(v) for e, v in logits.items())
                 total += same_modality * sum(odds[e] * math.exp(v) for e, v in own.items())
                 losses.append(math.log(total) - logits[c])
-    batch_told = None if told is None else torch.tensor(told)
+    batch_separation = None if told is None else torch.tensor(told)
     found = compute_info_nce(
-        z, find_pair_rows(OBSERVED), code, log_scale, batch_told, same_modality
+        z, find_pair_rows(OBSERVED), code, log_scale, batch_separation, same_modality
     )
     assert float(found) == pytest.approx(np.mean(losses), rel=1e-5)
 
@@ -248,9 +248,10 @@ def test_no_alignment_reaches_private_dimensions() -> None:
     kept: list[Tensor] = []
     model.model.heads.register_forward_hook(lambda _m, _i, out: kept.extend(out))
     loss, _ = model(batch, noise)
-    # Of the cells' experts and of their mixtures'.
-    gradients = torch.autograd.grad(loss, kept, allow_unused=True)
-    for gradient in (g for g in gradients if g is not None):
+    # Of the cells' experts and of their mixtures', each of which has a part in the loss.
+    gradients = torch.autograd.grad(loss, kept)
+    assert sum(gradient.shape[-1] > model.model.n_aligned for gradient in gradients) == 6
+    for gradient in gradients:
         assert (gradient[..., model.model.n_aligned :] == 0).all()
         assert (gradient[..., : model.model.n_aligned] != 0).any()
 
