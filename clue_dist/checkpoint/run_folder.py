@@ -224,7 +224,7 @@ def load_weights(model: CLUE, folder: Path, fix: str) -> None:
                 buffers = model.get_submodule(module).named_buffers()
                 weights |= {f"{module}.{name}": values for name, values in buffers}
         for name, values in model.state_dict().items():
-            if name.endswith(".batch_told"):  # nor this, which only training asks for
+            if name.endswith(".batch_separation"):  # nor this, which only training asks for
                 weights.setdefault(name, values)
         model.load_state_dict(weights)
     except UNFIT as error:

@@ -40,6 +40,7 @@ from clue_dist.model.imputation import (
     keep_sources,
 )
 from clue_dist.ranks import Ranks
+from clue_dist.store.shuffle import derive_key
 
 FORMATS = (".h5ad", ".zarr")
 SOURCES_COLUMN = "clue_from"  # of obs: the modalities that a cell's values follow from
@@ -214,7 +215,7 @@ def impute_slices(
     for cell_slice, batch in read_slices_ahead(cells, slices, title, ranks):
         # A cell's draws follow from the seed and the slice alone, on any number of ranks.
         generator = torch.Generator(device)
-        generator.manual_seed(hash((choices.seed, int(cell_slice.rows[0]))) % 2**63)
+        generator.manual_seed(derive_key(int(choices.seed), int(cell_slice.rows[0])) >> 1)
         with torch.inference_mode():
             shown = keep_sources(batch, modalities, question.sources).to(device)
             latent = infer_target_latent(model, shown, choices.modality)

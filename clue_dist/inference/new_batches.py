@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -105,7 +106,7 @@ def learn_batches(
         ConfigError: the decoders do not ask for the batch.
     """
     obs, known = cells.read_obs(), trained_model.batch_vocabulary
-    batches = obs["batch"].astype(object) if "batch" in obs else obs.index.to_series() * 0
+    batches = obs["batch"].astype(object) if "batch" in obs else pd.Series("", index=obs.index)
     slices = cells.slice_cells(STEP_CELLS)
     # Cells without counts are in no slice, and teach nothing.
     shown = batches.iloc[np.concatenate([s.rows for s in slices])] if slices else batches[:0]

@@ -27,7 +27,7 @@ def compute_info_nce(
     pair_rows: PairRows,
     batch_code: Tensor,
     log_scale: Tensor,
-    batch_told: Tensor | None,
+    batch_separation: Tensor | None,
     same_modality: float,
     across_ranks: bool = True,
 ) -> Tensor:
@@ -43,9 +43,9 @@ def compute_info_nce(
         pair_rows: the cells that have two modalities; of equal rows on every rank.
         batch_code: (B,), biological batches.
         log_scale: (), log of the inverse temperature.
-        batch_told: (K,), how far each modality tells the biological batch. Where two modalities
-            both tell it, negatives come from the cell's own batch, as far as it has enough of
-            them. None: other batches always count as much.
+        batch_separation: (K,), how far each modality sets biological batches apart. Where two
+            modalities both do, negatives come from the cell's own batch, as far as it has enough
+            of them. None: other batches always count as much.
         same_modality: weight with which a profile is told from other cells' profiles of its own
             modality, too (1 is NT-Xent, Chen et al., 2020).
         across_ranks: whether the other ranks hold further cells of the batch.
@@ -62,8 +62,8 @@ def compute_info_nce(
         n_cells, first = len(rows), rank * len(rows)  # this rank's cells among all ranks' pairs
         every_row = torch.cat([rows + of_rank * z.shape[1] for of_rank in range(world)])
         bias = None  # what is added to logits
-        if batch_told is not None:
-            least = 1 - torch.minimum(batch_told[a], batch_told[b])
+        if batch_separation is not None:
+            least = 1 - torch.minimum(batch_separation[a], batch_separation[b])
             bias = _weigh_other_batches(batch_code[rows], every_code[every_row], least)
         keys = {k: F.normalize(every_z[:, every_row, k], dim=-1) for k in (a, b)}
         for source, target in ((a, b), (b, a)):

@@ -224,7 +224,7 @@ class Objective(nn.Module):
                 batch.pair_rows,
                 output.contrast_code,
                 output.log_scale,
-                self._read_batch_told(),
+                self._read_batch_separation(),
                 config.contrastive_same_modality,
             )
         return terms
@@ -288,20 +288,20 @@ class Objective(nn.Module):
         """InfoNCE of each pair of modalities that some cells have, over the cells of this rank."""
         # Evenly spread over the strata, so that memory stays bounded however many are held out.
         some, names = -(-batch.n_cells // MOST_CONTRASTED), self.model.modalities
-        terms, batch_told = {}, self._read_batch_told()
+        terms, batch_separation = {}, self._read_batch_separation()
         for (a, b), rows in find_pair_rows(batch.observed[::some]).items():
             terms[f"contrastive/{names[a]}-{names[b]}"] = compute_info_nce(
                 output.contrast[:, ::some],
                 {(a, b): rows},
                 output.contrast_code[::some],
                 output.log_scale,
-                batch_told,
+                batch_separation,
                 self.config.contrastive_same_modality,
                 across_ranks=False,
             )
         return terms
 
-    def _read_batch_told(self) -> Tensor | None:
-        """How far each modality tells the batch, (K,), if there are several that negatives heed."""
+    def _read_batch_separation(self) -> Tensor | None:
+        """How far each modality sets batches apart, (K,), if negatives heed that there are several."""
         heeds_batches = self.config.contrastive_within_batch and self.model.knows_batches
-        return self.model.batch_told if heeds_batches else None
+        return self.model.batch_separation if heeds_batches else None

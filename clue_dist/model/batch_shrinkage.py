@@ -23,9 +23,9 @@ class BatchShrinkage(NamedTuple):
     """The map that makes the directions between batches shorter, and how much there was to do."""
 
     matrix: np.ndarray  # (C, C), to be multiplied with columns (C, n) of cells
-    # How far a modality tells the batch: the variance of batches' means, where the cells of a batch
+    # How far a modality sets batches apart: the variance of batches' means, where the cells of a batch
     # vary by 1 in every direction, summed over directions.
-    batch_told: float
+    batch_separation: float
 
 
 def find_batch_shrinkage(

@@ -87,9 +87,9 @@ class CLUE(PosteriorEncoder):
         return any(self.get_decoder(name).batch is not None for name in self.modalities)
 
     @property
-    def batch_told(self) -> Tensor:
-        """How far each modality tells the biological batch, (K,)."""
-        return torch.cat([self.get_trunk(name).batch_told for name in self.modalities])
+    def batch_separation(self) -> Tensor:
+        """How far each modality sets biological batches apart, (K,)."""
+        return torch.cat([self.get_trunk(name).batch_separation for name in self.modalities])
 
     def get_decoder(self, name: str) -> Decoder:
         """The decoder of a modality."""

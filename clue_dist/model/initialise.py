@@ -65,7 +65,7 @@ def initialise_model(
             _project_as_stored(trunk, stored[name])
         else:
             _project_as_sampled(trunk, counts, svd, seed)
-        trunk.batch_told.zero_()
+        trunk.batch_separation.zero_()
         if svd and len(np.unique(batch)) > 1:
             _shrink_batches(trunk, counts, batch, batch_shrinkage)
         if trunk.size_input:
@@ -108,7 +108,7 @@ def _shrink_batches(trunk: Trunk, counts: Rows, batch: np.ndarray, weight: float
     components = trunk.projection(normalised).double().numpy()
     mean = components.mean(0)
     shrinkage = find_batch_shrinkage(components - mean, batch, weight)
-    trunk.batch_told.fill_(shrinkage.batch_told)
+    trunk.batch_separation.fill_(shrinkage.batch_separation)
     if not weight:
         return
     projection, matrix = trunk.projection, shrinkage.matrix

@@ -102,6 +102,12 @@ class Projection(nn.Module):
         return projected + self.bias
 
 
+def _rename_former_buffer(_: nn.Module, state: dict[str, Tensor], prefix: str, *__: object) -> None:
+    """Take the separation of batches from where an earlier version kept it."""
+    if prefix + "batch_told" in state:
+        state[prefix + "batch_separation"] = state.pop(prefix + "batch_told")
+
+
 class Trunk(nn.Module):
     """Raw counts -> components x = [projection(normalised counts), size] -> h = ensemble(norm(x)).
 
@@ -114,14 +120,15 @@ class Trunk(nn.Module):
 
     idf: Tensor  # (features,), for tfidf
     size: Tensor  # (2, 2), mean and standard deviation of `compute_size_inputs` over training cells
-    batch_told: Tensor  # (1,), how far components tell the batch, see `model.batch_shrinkage`
+    batch_separation: Tensor  # (1,), how far components set batches apart, see `BatchShrinkage`
 
     def __init__(
         self, n_features: int, normalisation: str, n_modalities: int, config: TrunkConfig
     ) -> None:
         super().__init__()
         self.normalisation = normalisation
-        self.register_buffer("batch_told", torch.zeros(1))
+        self.register_buffer("batch_separation", torch.zeros(1))
+        self.register_load_state_dict_pre_hook(_rename_former_buffer)
         components = min(config.projection, n_features)
         self.register_buffer("idf", torch.ones(n_features))
         self.projection = Projection(n_features, components, config.projection_lr)

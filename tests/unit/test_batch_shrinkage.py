@@ -14,6 +14,7 @@ from clue_dist.model.batch_shrinkage import find_batch_shrinkage
 from clue_dist.model.clue import CLUE
 from clue_dist.model.initialise import _shrink_batches, initialise_model, sample_cells
 from clue_dist.model.modality_spec import specify_modalities
+from clue_dist.model.trunk import Trunk
 from clue_dist.store.reader import Store
 from tests.stores import make_store
 
@@ -39,7 +40,7 @@ def test_the_direction_between_batches_is_shortened_by_how_far_they_lie_apart() 
         ratio = (shift / 2) ** 2 / (1 + ridge)
         np.testing.assert_allclose(length[0], (1 + 10 * ratio) ** -0.5, rtol=0.05)
         np.testing.assert_allclose(length[1:], 1, rtol=0.05)
-        told = find_batch_shrinkage(cells, batch, 10).batch_told
+        told = find_batch_shrinkage(cells, batch, 10).batch_separation
         np.testing.assert_allclose(told, ratio, rtol=0.05, atol=0.01)
 
 
@@ -75,10 +76,19 @@ def test_batches_lie_nearer_in_what_the_encoders_read(tmp_path: Path, known: boo
     after = measure_separation(model, store, label)
     if known:
         assert after < 0.4 * before
-        assert trunk.batch_told > 0.5
+        assert trunk.batch_separation > 0.5
     else:
         assert after == before
-        assert trunk.batch_told < 1e-9
+        assert trunk.batch_separation < 1e-9
+
+
+def test_the_separation_of_batches_is_found_under_its_former_name() -> None:
+    trunk, other = (Trunk(12, "none", 2, configs.TrunkConfig(projection=4)) for _ in range(2))
+    trunk.batch_separation.fill_(0.7)
+    state = trunk.state_dict()
+    state["batch_told"] = state.pop("batch_separation")
+    other.load_state_dict(state)
+    assert other.batch_separation.item() == pytest.approx(0.7)
 
 
 def measure_separation(model: CLUE, store: Store, label: np.ndarray) -> float:

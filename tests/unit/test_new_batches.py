@@ -127,6 +127,16 @@ def test_the_new_model_is_a_folder_like_any_other(
         tune_batches(run, trained_model, StoreCells(new_store, trained_model), tmp_path / "new")
 
 
+def test_cells_of_which_no_batch_is_known_teach_nothing(
+    trained_model: TrainedModel, new_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = StoreCells(new_store, trained_model)
+    obs = cells.read_obs().drop(columns="batch").reset_index(drop=True)  # cells of no name, too
+    monkeypatch.setattr(cells, "read_obs", lambda: obs)
+    with pytest.raises(DataError, match="got: no batch at all"):
+        learn_batches(trained_model, cells)
+
+
 def test_several_processes_are_refused_as_each_would_write_the_folder(
     run: Path, trained_model: TrainedModel, new_store: Store, tmp_path: Path, monkeypatch
 ) -> None:
