@@ -302,6 +302,6 @@ class Objective(nn.Module):
         return terms
 
     def _read_batch_separation(self) -> Tensor | None:
-        """How far each modality sets batches apart, (K,), if negatives heed that there are several."""
+        """How far each modality sets batches apart, (K,), if there are several that count."""
         heeds_batches = self.config.contrastive_within_batch and self.model.knows_batches
         return self.model.batch_separation if heeds_batches else None

@@ -23,8 +23,8 @@ class BatchShrinkage(NamedTuple):
     """The map that makes the directions between batches shorter, and how much there was to do."""
 
     matrix: np.ndarray  # (C, C), to be multiplied with columns (C, n) of cells
-    # How far a modality sets batches apart: the variance of batches' means, where the cells of a batch
-    # vary by 1 in every direction, summed over directions.
+    # How far a modality sets batches apart: the variance of batches' means, where the cells of a
+    # batch vary by 1 in every direction, summed over directions.
     batch_separation: float
 
 
