@@ -38,7 +38,7 @@ JOINT_TITLES = {
 COMMON_SPACE = "common_space"  # in `about` of the scores: whether the model has one
 NO_SPACE = (
     "no common space, so that profiles of different modalities lie apart: training had too few "
-    "cells with several modalities to fit one, or these weights are of before the first validation"
+    "cells that link all modalities, or these weights are of before the first validation"
 )
 NO_SCIB = "kBET of batches, and NMI and ARI of labels, need `pip install 'clue-dist[metrics]'`."
 # A score or None, and what chance gives or None.

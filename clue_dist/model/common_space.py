@@ -14,7 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import combinations, combinations_with_replacement
 
+import numpy as np
 import torch
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -237,13 +239,11 @@ def find_directions(
         batch_code: (N,), biological batches, -1 where unknown; by default all are of one.
 
     Returns:
-        The directions in float64; None if a modality has fewer than `FEWEST_PAIRED` cells in common
-        with each of the others.
+        The directions in float64; None if modalities are not linked, see `group_modalities`.
     """
-    paired = observed & (observed.sum(1, keepdim=True) > 1)
-    others = ~torch.eye(observed.shape[1], dtype=torch.bool)
-    if not bool((count_together(observed).bool() & others).any(1).all()):
+    if len(group_modalities(observed)) > 1:
         return None
+    paired = observed & (observed.sum(1, keepdim=True) > 1)
     z = F.normalize(mean.double(), dim=-1)
     centre = torch.stack([z[paired[:, k], k].mean(0) for k in range(z.shape[1])])
     z = z - centre
@@ -296,6 +296,16 @@ def count_together(observed: Tensor) -> Tensor:
     """
     together = observed.double().T @ observed.double()
     return together.masked_fill(together < FEWEST_PAIRED, 0)
+
+
+def group_modalities(observed: Tensor) -> list[list[int]]:
+    """Group the modalities that cells link, directly or through others; numbers in model order.
+
+    Two modalities are linked by `FEWEST_PAIRED` cells that have both. Groups that nothing links
+    cannot be compared: their directions would lie side by side in one space by chance.
+    """
+    n_groups, group = connected_components(count_together(observed).numpy(), directed=False)
+    return [np.flatnonzero(group == number).tolist() for number in range(n_groups)]
 
 
 def _rotate_to_agreement(white: Tensor, observed: Tensor, together: Tensor) -> Tensor:

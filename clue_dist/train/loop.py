@@ -216,6 +216,8 @@ def _announce_start(
     explanation = explain_missing_space(trainer.model.modalities, validation_cells.fitting)
     if explanation is not None:
         sinks.print_message(explanation)
+        if state.step == 0:
+            sinks.write_event("no common space", 1, {"why": explanation})
     if start.changes:
         # At the first step that they hold for: that line goes where that step is undone.
         sinks.write_event("settings changed", state.step + 1, start.format_changes())

@@ -22,6 +22,7 @@ from clue_dist.model.common_space import (
     Directions,
     count_together,
     find_directions,
+    group_modalities,
 )
 from clue_dist.model.posterior_encoder import Posterior
 from clue_dist.train.trainer import Trainer
@@ -87,21 +88,15 @@ def explain_missing_space(modalities: Sequence[str], fitting: Batch | None) -> s
         modalities: names, in model order.
         fitting: the training cells with several modalities.
     """
-    if len(modalities) == 1:
-        return None
-    lacking = list(modalities)
+    groups = [[number] for number in range(len(modalities))]
     if fitting is not None:
-        together = count_together(fitting.observed.cpu()).fill_diagonal_(0)
-        lacking = [
-            name for name, counts in zip(modalities, together, strict=True) if not counts.any()
-        ]
-    if not lacking:
+        groups = group_modalities(fitting.observed.cpu())
+    if len(groups) == 1:
         return None
-    verb = "shares" if len(lacking) == 1 else "share"
+    named = " | ".join(list_names([modalities[number] for number in group]) for group in groups)
     return (
-        f"modalities are not brought to one space: {list_names(lacking)} {verb} fewer than "
-        f"{FEWEST_PAIRED} training cells with any other; cells that were measured in both would "
-        "change that"
+        f"modalities are not brought to one space: fewer than {FEWEST_PAIRED} training cells link "
+        f"any two of {named}; cells that were measured in both would change that"
     )
 
 
@@ -116,7 +111,7 @@ def choose_directions(cells: EncodedCells, held_out: EncodedCells | None) -> Fit
         held_out: cells that choose; with few pairs among them the defaults are taken.
 
     Returns:
-        What is to be set; None if some modality has too few pairs.
+        What is to be set; None if modalities are not linked.
     """
     n_pairs = max(1, int((cells.observed.sum(1) > 1).sum()))
     ridge = DEFAULT_RIDGE * cells.mean.shape[2] / n_pairs

@@ -17,7 +17,12 @@ from clue_dist.checkpoint.run_folder import WEIGHTS, load_weights
 from clue_dist.data.batch import Batch
 from clue_dist.errors import ResumeError
 from clue_dist.losses.objective import EncodedCells, Objective
-from clue_dist.model.common_space import FEWEST_PAIRED, CommonSpace, find_directions
+from clue_dist.model.common_space import (
+    FEWEST_PAIRED,
+    CommonSpace,
+    find_directions,
+    group_modalities,
+)
 from clue_dist.ranks import Ranks
 from clue_dist.train.space_fit import (
     DEFAULT_POLE,
@@ -199,6 +204,21 @@ def test_too_few_pairs_fit_nothing() -> None:
     assert find_directions(draw_modalities(200), observed, 0.05) is not None
 
 
+def test_groups_of_modalities_that_no_cell_links_are_not_one_space() -> None:
+    observed = torch.zeros(200, 4, dtype=torch.bool)
+    observed[:100, [0, 2]] = observed[100:, [1, 3]] = True
+    mean = torch.cat([draw_modalities(200)] * 2, 1)
+    assert find_directions(mean, observed, 0.05) is None
+    assert group_modalities(observed) == [[0, 2], [1, 3]]
+    batch = Batch(observed, torch.zeros(200, dtype=torch.int64), {})
+    explanation = explain_missing_space(["rna", "atac", "adt", "meth"], batch)
+    assert explanation is not None
+    assert "link any two of rna, adt | atac, meth;" in explanation
+    observed[:FEWEST_PAIRED, 1] = True  # they link the first group to the second
+    assert find_directions(mean, observed, 0.05) is not None
+    assert group_modalities(observed) == [[0, 1, 2, 3]]
+
+
 def choose(train: Tensor, other: Tensor | None) -> FittedSpace:
     cells, held_out = (
         None
@@ -323,7 +343,7 @@ def test_validation_fits_the_space_and_embeddings_lie_in_it() -> None:
     assert not clue.space.is_fitted
     explanation = explain_missing_space(clue.modalities, batch)
     assert explanation is not None
-    assert "m0, m1, m2 share" in explanation
+    assert "m0 | m1 | m2" in explanation
     torch.testing.assert_close(clue.eval().embed_batch(batch)[0], before)
     many = repeat_cells(batch, 8)
     fit_common_space(trainer, many, held_out)
@@ -347,13 +367,14 @@ def test_a_run_says_why_modalities_are_not_brought_to_one_space() -> None:
     assert explain_missing_space(["rna"], None) is None
     explanation = explain_missing_space(["rna", "adt"], None)
     assert explanation is not None
-    assert explanation.startswith("modalities are not brought to one space: rna, adt share fewer")
+    assert explanation.startswith("modalities are not brought to one space: fewer than 20")
+    assert "link any two of rna | adt;" in explanation
     observed = torch.ones(60, 3, dtype=torch.bool)
     observed[FEWEST_PAIRED - 1 :, 2] = False
     few = Batch(observed, torch.zeros(60, dtype=torch.int64), batch.modalities)
     explanation = explain_missing_space(["rna", "adt", "atac"], few)
     assert explanation is not None
-    assert "space: atac shares fewer than 20 training cells" in explanation
+    assert "rna, adt | atac" in explanation
 
 
 def test_weights_of_earlier_versions_have_no_space(tmp_path: Path) -> None:
