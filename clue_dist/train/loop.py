@@ -214,10 +214,10 @@ def _announce_start(
     ranks.run_on_first(lambda: record_attempt(setup.run_folder, attempt))
     sinks.print_message(_format_greeting(trainer, state))
     explanation = explain_missing_space(trainer.model.modalities, validation_cells.fitting)
-    if explanation is not None:
+    if explanation is not None and state.step:
         sinks.print_message(explanation)
-        if state.step == 0:
-            sinks.write_event("no common space", 1, {"why": explanation})
+    elif explanation is not None:
+        sinks.write_event("no common space", 1, {"why": explanation})
     if start.changes:
         # At the first step that they hold for: that line goes where that step is undone.
         sinks.write_event("settings changed", state.step + 1, start.format_changes())

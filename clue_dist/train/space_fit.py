@@ -96,7 +96,7 @@ def explain_missing_space(modalities: Sequence[str], fitting: Batch | None) -> s
     named = " | ".join(list_names([modalities[number] for number in group]) for group in groups)
     return (
         f"modalities are not brought to one space: fewer than {FEWEST_PAIRED} training cells link "
-        f"any two of {named}; cells that were measured in both would change that"
+        f"any two of the groups {named}; cells that were measured in both would change that"
     )
 
 

@@ -213,7 +213,7 @@ def test_groups_of_modalities_that_no_cell_links_are_not_one_space() -> None:
     batch = Batch(observed, torch.zeros(200, dtype=torch.int64), {})
     explanation = explain_missing_space(["rna", "atac", "adt", "meth"], batch)
     assert explanation is not None
-    assert "link any two of rna, adt | atac, meth;" in explanation
+    assert "link any two of the groups rna, adt | atac, meth;" in explanation
     observed[:FEWEST_PAIRED, 1] = True  # they link the first group to the second
     assert find_directions(mean, observed, 0.05) is not None
     assert group_modalities(observed) == [[0, 1, 2, 3]]
@@ -368,7 +368,7 @@ def test_a_run_says_why_modalities_are_not_brought_to_one_space() -> None:
     explanation = explain_missing_space(["rna", "adt"], None)
     assert explanation is not None
     assert explanation.startswith("modalities are not brought to one space: fewer than 20")
-    assert "link any two of rna | adt;" in explanation
+    assert "link any two of the groups rna | adt;" in explanation
     observed = torch.ones(60, 3, dtype=torch.bool)
     observed[FEWEST_PAIRED - 1 :, 2] = False
     few = Batch(observed, torch.zeros(60, dtype=torch.int64), batch.modalities)
