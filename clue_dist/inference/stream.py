@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from clue_dist.inference.cells import Cells, CellSlice
 from clue_dist.inference.load_model import Embedder, LoadedModel
 from clue_dist.inference.output_files import translate_output_errors
 from clue_dist.kinds import KINDS
+from clue_dist.model.imputation import keep_sources
 from clue_dist.progress import show_cells
 from clue_dist.ranks import Ranks
 
@@ -85,6 +86,7 @@ def embed_in_memory(
     *,
     per_modality: bool = True,
     with_variance: bool = True,
+    sources: Collection[str] | None = None,
 ) -> Embedding:
     """Embed all cells into arrays in memory, on this rank alone.
 
@@ -94,16 +96,21 @@ def embed_in_memory(
         batch_size: cells embedded at once.
         per_modality: whether z from each modality alone is wanted, too.
         with_variance: whether the variance of the joint z is wanted, too.
+        sources: modalities to infer z from, whatever else a cell has; cells that lack one of them
+            are left out. By default every cell is inferred from all that it has.
 
     Raises:
         ClueError: what `compute_embedding` raises.
     """
     slices = cells.slice_cells(batch_size)
+    if sources is not None:
+        slices = [s for s in slices if set(sources) <= set(s.modalities)]
     widths = _list_widths(trained_model, cells, per_modality, with_variance=with_variance)
     arrays = {
         name: np.full((cells.n_cells, width), np.nan, np.float32) for name, width in widths.items()
     }
-    for cell_slice, found in _embed_slices(trained_model, cells, slices, widths, Ranks()):
+    embedded = _embed_slices(trained_model, cells, slices, widths, Ranks(), sources)
+    for cell_slice, found in embedded:
         for name, rows in found.items():
             arrays[name][cell_slice.rows] = rows
     return Embedding.from_arrays(slices, arrays)
@@ -232,12 +239,15 @@ def _embed_slices(
     slices: Sequence[CellSlice],
     wanted: Container[str],
     ranks: Ranks,
+    sources: Collection[str] | None = None,
 ) -> Iterator[tuple[CellSlice, dict[str, np.ndarray]]]:
     """Each slice with the rows (n, width) of its arrays, which are finite, by their names."""
     keep_freed_memory()
     device = ranks.choose_device()
     model = trained_model.model.to(device)
     for cell_slice, batch in read_slices_ahead(cells, slices, "embedding", ranks):
+        if sources is not None:
+            batch = keep_sources(batch, list(trained_model.modalities), sources)
         found = _embed_cells(model, batch, device, wanted)
         yield (
             cell_slice,

@@ -12,7 +12,11 @@ from clue_dist.inference.cells import Cells
 from clue_dist.inference.load_model import LoadedModel
 from clue_dist.inference.named_counts import warn_of_cells
 from clue_dist.inference.output_files import check_table_path, write_table
-from clue_dist.inference.reference_cells import ComparedCells, embed_for_comparison
+from clue_dist.inference.reference_cells import (
+    ComparedCells,
+    ReferenceCells,
+    embed_for_comparison,
+)
 from clue_dist.inference.stream import Embedding, embed_in_memory
 from clue_dist.metrics.integration import mark_labelled_cells
 from clue_dist.neighbours.label_transfer import UNKNOWN_LABEL, TransferSettings, fit_label_transfer
@@ -63,20 +67,21 @@ def label_cells(
         [UNKNOWN_LABEL] * len(frame), categories=[*names, UNKNOWN_LABEL]
     )
     frame["nearest_label"] = pd.Categorical([None] * len(frame), categories=names)
+    # An embedding tells how a cell is seen through all that it carries, or one modality alone.
+    alone = " and nothing else" if isinstance(reference, ReferenceCells) else ""
     frame["confidence"], frame["novelty"], frame["is_calibrated"] = 0.0, np.nan, False
     for pattern in np.unique(patterns[patterns != ""]):
         cells = np.flatnonzero(patterns == pattern)
-        fitted = fit_label_transfer(
-            known.joint[rows], labels[rows], _view_reference(known, pattern)[rows], settings
-        )
+        views = _view_reference(trained_model, reference, known, pattern, batch_size)
+        fitted = fit_label_transfer(known.joint[rows], labels[rows], views[rows], settings)
         found = fitted.assign_labels(asked.joint[cells])
         found["is_calibrated"] = fitted.is_calibrated
         for place, column in enumerate(frame.columns):
             frame.iloc[cells, place] = found[column].to_numpy()
         if not fitted.is_calibrated:
             warn_of_cells(
-                f"too few labelled cells carry {pattern}: the confidence of {len(cells):,} cells "
-                "is that of the reference's own modalities"
+                f"too few labelled cells carry {pattern}{alone}: the confidence of "
+                f"{len(cells):,} cells is that of the reference's own modalities"
             )
     return frame
 
@@ -106,9 +111,29 @@ def _read_labels(reference: ComparedCells, label_key: str) -> np.ndarray:
     return labels
 
 
-def _view_reference(known: Embedding, pattern: str) -> np.ndarray:
-    """z of the reference cells from the modalities of a pattern alone, NaN where they lack one."""
+def _view_reference(
+    trained_model: LoadedModel,
+    reference: ComparedCells,
+    known: Embedding,
+    pattern: str,
+    batch_size: int,
+) -> np.ndarray:
+    """z of the reference cells from the modalities of a pattern alone, NaN where they lack one.
+
+    Of cells that are embedded already, those that carry more have no such z: it needs their counts.
+    """
     if pattern in known.alone:
         return known.alone[pattern]
-    same = known.name_patterns() == pattern
-    return np.where(same[:, None], known.joint, np.nan)
+    sources = set(pattern.split("+"))
+    carry_more = any(sources < set(cells.modalities) for cells in known.slices)
+    if isinstance(reference, ReferenceCells) or not carry_more:
+        same = known.name_patterns() == pattern
+        return np.where(same[:, None], known.joint, np.nan)
+    return embed_in_memory(
+        trained_model,
+        reference,
+        batch_size,
+        per_modality=False,
+        with_variance=False,
+        sources=sources,
+    ).joint

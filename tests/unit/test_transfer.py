@@ -1,11 +1,16 @@
 """Labels carried over: votes, confidence that means something, and types that are not there."""
 
+import warnings
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from clue_dist.errors import ConfigError, DataError
 from clue_dist.inference.cells import StoreCells, open_cells
+from clue_dist.inference.named_counts import CellWarning
+from clue_dist.inference.reference_cells import embed_for_comparison
+from clue_dist.inference.stream import embed_in_memory
 from clue_dist.inference.transfer import label_cells, write_labels
 from clue_dist.neighbours import label_transfer
 from clue_dist.neighbours.label_transfer import (
@@ -175,6 +180,30 @@ def test_without_cells_of_the_queries_modalities_confidence_is_not_calibrated(lo
     with pytest.warns(UserWarning, match="too few labelled cells carry adt"):
         found = label_cells(loaded, reference, query, "cell_type")
     assert not found.is_calibrated.any()
+
+
+def test_reference_cells_that_carry_more_are_seen_through_the_queries_modalities(tmp_path):
+    features = {"rna": 20, "adt": 6, "atac": 15}
+    stores = {
+        name: make_store(tmp_path / f"{name}.zarr", cells=cells, features=features, seed=seed)
+        for name, cells, seed in (
+            ("r", {"rna+adt+atac": 60, "atac": 10}, 0),
+            ("q", {"rna+adt": 30, "atac": 1}, 1),
+        )
+    }
+    loaded = FakeLoaded(dict(stores["r"].manifest.modalities))
+    reference, query = open_cells(stores["r"], loaded), open_cells(stores["q"], loaded)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CellWarning)
+        found = label_cells(loaded, reference, query, "cell_type")
+    assert found.is_calibrated.to_numpy()[:30].all()
+    seen = embed_in_memory(loaded, reference, sources=["adt", "rna"]).joint
+    alone = embed_in_memory(loaded, reference).alone
+    np.testing.assert_allclose(seen[:60], (alone["rna"] + alone["adt"])[:60] / 2, rtol=1e-5)
+    assert np.isnan(seen[60:]).all()
+    embedded = embed_for_comparison(loaded, reference)
+    with pytest.warns(CellWarning, match=r"carry rna\+adt and nothing else"):
+        assert not label_cells(loaded, embedded, query, "cell_type").is_calibrated[:30].any()
 
 
 def test_a_column_that_is_not_there_and_no_labels_are_refused(store, loaded, tmp_path):
