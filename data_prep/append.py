@@ -24,7 +24,8 @@ from clue_dist.errors import DataError, StoreError, list_names
 from clue_dist.files import TEMPORARY_ENDING, write_file
 from clue_dist.store import layout, svd
 from clue_dist.store.location import Location, parse_location
-from clue_dist.store.manifest import FileDigest, Manifest
+from clue_dist.store.manifest import Manifest
+from clue_dist.store.manifest_parts import FileDigest
 from clue_dist.store.reader import SegmentReader, Store
 from clue_dist.store.writer import hash_metadata
 from data_prep.conversion.cells import CellTable

@@ -14,7 +14,8 @@ from clue_dist.errors import ServerError, StoreError
 from clue_dist.progress import Progress
 from clue_dist.store import layout, location, svd
 from clue_dist.store.location import Location
-from clue_dist.store.manifest import FileDigest, Manifest
+from clue_dist.store.manifest import Manifest
+from clue_dist.store.manifest_parts import FileDigest
 from clue_dist.store.reader import SegmentReader
 from clue_dist.store.rows import describe_coding_fault
 from clue_dist.store.writer import hash_file

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from clue_dist.store.manifest import FileDigest, Manifest
+from clue_dist.store.manifest import Manifest
+from clue_dist.store.manifest_parts import FileDigest
 from clue_dist.store.reader import SegmentReader
 from clue_dist.store.rows import CodedRows, join_rows
 from clue_dist.store.writer import ShardCells, write_shard

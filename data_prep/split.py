@@ -23,7 +23,8 @@ import numpy as np
 import clue_dist
 from clue_dist.errors import DataError, list_names
 from clue_dist.store import layout
-from clue_dist.store.manifest import FileDigest, Manifest, PackedModality, Segment
+from clue_dist.store.manifest import Manifest
+from clue_dist.store.manifest_parts import FileDigest, PackedModality, Segment
 from clue_dist.store.reader import SegmentReader, Store
 from clue_dist.store.seen_cells import identify_cells
 from clue_dist.store.shuffle import derive_key, hash_barcodes

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clue_dist.data.batch import Batch, SparseCounts
 from clue_dist.store.batch_vocabulary import BatchVocabulary
-from clue_dist.store.manifest import Modality
+from clue_dist.store.manifest_parts import Modality
 
 
 class Projection:

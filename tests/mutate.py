@@ -39,7 +39,7 @@ ROOMS = {
         "clue_dist/checkpoint/*.py",
         "engine_state saver run_folder keep initial_weights",
     ),
-    "manifest": ("clue_dist/store/manifest.py", "manifest prep_zarr"),
+    "manifest": ("clue_dist/store/manifest*.py", "manifest prep_zarr"),
     "reader": ("clue_dist/store/reader.py", "rows loader prep_values prep_store"),
     "convert": (
         "data_prep/conver*/*.py data_prep/convert.py",

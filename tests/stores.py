@@ -11,7 +11,8 @@ import scipy.sparse as sp
 
 from clue_dist.kinds import KINDS
 from clue_dist.store import layout, writer
-from clue_dist.store.manifest import FileDigest, Manifest, Modality, PackedModality, Segment
+from clue_dist.store.manifest import Manifest
+from clue_dist.store.manifest_parts import FileDigest, Modality, PackedModality, Segment
 from clue_dist.store.reader import Store
 from clue_dist.store.rows import COUNT_BITS, CodedRows, CsrRows, code_rows
 

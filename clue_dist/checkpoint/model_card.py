@@ -10,7 +10,8 @@ from clue_dist.config import Config
 from clue_dist.errors import ResumeError, list_names
 from clue_dist.files import translate_write_errors, write_file
 from clue_dist.store.batch_vocabulary import BatchVocabulary, require_fitting_levels
-from clue_dist.store.manifest import Modality, is_store
+from clue_dist.store.manifest import is_store
+from clue_dist.store.manifest_parts import Modality
 from clue_dist.store.provenance import Provenance
 from clue_dist.store.reader import Store
 from clue_dist.store.seen_cells import identify_cells

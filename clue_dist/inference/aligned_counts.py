@@ -15,7 +15,7 @@ from clue_dist.data.batch import Counts, SparseCounts
 from clue_dist.errors import DataError, list_names
 from clue_dist.kinds import KINDS
 from clue_dist.store.encoding_kernels import LARGEST_COUNT
-from clue_dist.store.manifest import Modality
+from clue_dist.store.manifest_parts import Modality
 from clue_dist.store.rows import limit_rounding
 
 _COUNTS_RULE = "counts must be raw: non-negative, finite integers"

@@ -22,7 +22,7 @@ from clue_dist.errors import ResumeError
 from clue_dist.model.clue import CLUE, build_model
 from clue_dist.model.modality_spec import specify_modalities
 from clue_dist.store.batch_vocabulary import BatchVocabulary
-from clue_dist.store.manifest import Modality
+from clue_dist.store.manifest_parts import Modality
 
 
 class Embedder(Protocol):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from clue_dist.config import MIN_KNOWN
 from clue_dist.errors import ConfigError, StoreError, list_names
-from clue_dist.store.manifest import Modality
+from clue_dist.store.manifest_parts import Modality
 from clue_dist.store.provenance import InputFile, Provenance
 from clue_dist.store.reader import Store
 from clue_dist.store.seen_cells import identify_cells, share_cells

@@ -8,7 +8,7 @@ from clue_dist.config import Config
 from clue_dist.errors import ConfigError
 from clue_dist.kinds import KINDS
 from clue_dist.model.likelihoods import LIKELIHOODS
-from clue_dist.store.manifest import Modality
+from clue_dist.store.manifest_parts import Modality
 
 # Where the config says "auto", a decoder scores at most so many features in a step. The estimate
 # stays unbiased; docs/results.md has what models of 4,096 and of 512 features reach on real cells.

@@ -13,7 +13,8 @@ from clue_dist.errors import StoreError, list_names
 from clue_dist.store import layout
 from clue_dist.store.batch_vocabulary import BatchVocabulary, require_fitting_levels
 from clue_dist.store.location import Location, parse_location, read_file
-from clue_dist.store.manifest import Manifest, Modality
+from clue_dist.store.manifest import Manifest
+from clue_dist.store.manifest_parts import Modality
 from clue_dist.store.obs_columns import Names
 
 _MODEL_CARD = "model.json"  # in a run folder, and in what is shared of one

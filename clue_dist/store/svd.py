@@ -25,7 +25,8 @@ from clue_dist.errors import StoreError
 from clue_dist.files import write_file
 from clue_dist.store import location
 from clue_dist.store.location import Location
-from clue_dist.store.manifest import FileDigest, Manifest
+from clue_dist.store.manifest import Manifest
+from clue_dist.store.manifest_parts import FileDigest
 
 FOLDER = "svd"
 VERSION = 1

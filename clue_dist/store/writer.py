@@ -19,7 +19,8 @@ import tensorstore as ts
 from clue_dist.errors import StoreError
 from clue_dist.files import sync_to_disk, write_file
 from clue_dist.store import layout, location
-from clue_dist.store.manifest import FileDigest, Manifest, PackedModality
+from clue_dist.store.manifest import Manifest
+from clue_dist.store.manifest_parts import FileDigest, PackedModality
 from clue_dist.store.obs_columns import name_kept_array
 from clue_dist.store.rows import CodedRows
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from clue_dist.files import TEMPORARY_ENDING, write_file
-from clue_dist.store.manifest import FileDigest, Manifest
+from clue_dist.store.manifest import Manifest
+from clue_dist.store.manifest_parts import FileDigest
 from clue_dist.store.writer import ShardCells, write_shard
 from data_prep.conversion.kept_obs import gather_kept_values
 from data_prep.conversion.spool import read_spool

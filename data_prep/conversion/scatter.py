@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clue_dist.store.manifest import Modality
+from clue_dist.store.manifest_parts import Modality
 from data_prep.conversion.cells import CellTable
 from data_prep.conversion.counts import AlignmentTarget, SourceReading
 from data_prep.conversion.spool import write_spool

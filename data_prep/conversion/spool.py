@@ -14,7 +14,7 @@ import numpy as np
 
 from clue_dist.store.kernel_cache import compile_kernel
 from clue_dist.store.kernels import compute_row_starts, copy_rows
-from clue_dist.store.manifest import PackedModality
+from clue_dist.store.manifest_parts import PackedModality
 from clue_dist.store.rows import COUNT_BITS, CodedRows, recode_rows_as_binary
 from data_prep.jobs.array_files import load_array, save_array
 from data_prep.jobs.whole_folders import make_whole_folder

@@ -20,7 +20,8 @@ from clue_dist.kinds import KINDS
 from clue_dist.store import layout
 from clue_dist.store.batch_vocabulary import UNKNOWN
 from clue_dist.store.layout import Codec
-from clue_dist.store.manifest import Manifest, Modality, PackedModality, Segment
+from clue_dist.store.manifest import Manifest
+from clue_dist.store.manifest_parts import Modality, PackedModality, Segment
 from clue_dist.store.rows import COUNT_BITS
 from data_prep.conversion.cells import CellRange, CellTable
 from data_prep.conversion.spool import extract_places, survey_spool

@@ -12,7 +12,7 @@ from clue_dist.errors import DataError, list_names
 from clue_dist.kinds import KINDS, infer_kind
 from clue_dist.store import layout
 from clue_dist.store.feature_reference import FeatureReference
-from clue_dist.store.manifest import Modality
+from clue_dist.store.manifest_parts import Modality
 from clue_dist.store.region_names import RegionSpelling, find_spelling
 from data_prep.features.agreement import (
     NamedSource,

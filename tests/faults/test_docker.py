@@ -22,7 +22,7 @@ import pytest
 from packaging.utils import canonicalize_name
 
 from clue_dist.checkpoint import run_folder
-from clue_dist.store.manifest import FileDigest
+from clue_dist.store.manifest_parts import FileDigest
 from clue_dist.store.writer import hash_file
 from tests.distributed.command import ROOT, launched, metrics, train_args
 from tests.faults.clean_root import CleanRoot, Container, copied, instructions, let_in, missing

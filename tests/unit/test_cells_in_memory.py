@@ -15,7 +15,7 @@ from clue_dist.inference.cells import open_cells
 from clue_dist.inference.embed import embed_anndata
 from clue_dist.inference.memory_obs import collect_obs
 from clue_dist.inference.stream import embed_in_memory
-from clue_dist.store.manifest import Modality
+from clue_dist.store.manifest_parts import Modality
 from clue_dist.store.reader import Store
 from tests.fakes import FakeLoaded, dense
 from tests.stores import make_store

@@ -18,7 +18,7 @@ from clue_dist.data.batch import read_batch
 from clue_dist.errors import ConfigError, ResumeError, StoreError
 from clue_dist.inference.embed import check_embedding_path, embed_store
 from clue_dist.inference.query import require_known_features
-from clue_dist.store.manifest import Modality
+from clue_dist.store.manifest_parts import Modality
 from clue_dist.store.reader import Store
 from tests.distributed.command import alone
 from tests.fakes import FakeLoaded
@@ -154,7 +154,7 @@ def test_ranks_write_what_one_writes(store, loaded, tmp_path, world, batch_size)
         from clue_dist.ranks import Ranks
         from clue_dist.store.reader import Store
         from tests.fakes import FakeLoaded
-        from clue_dist.store.manifest import Modality
+        from clue_dist.store.manifest_parts import Modality
         ranks, store = Ranks.from_environment().join_group(), Store(root)
         extra = Modality(kind="atac", storage="sparse", features=["peak-0", "peak-1"])
         stored = store.manifest.modalities

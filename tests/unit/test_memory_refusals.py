@@ -18,7 +18,7 @@ from clue_dist.inference.embed import embed_anndata, embed_cells
 from clue_dist.inference.memory_obs import require_writable_obs
 from clue_dist.inference.named_counts import warn_of_cells
 from clue_dist.ranks import Ranks
-from clue_dist.store.manifest import Modality
+from clue_dist.store.manifest_parts import Modality
 from tests.fakes import FakeLoaded, dense
 
 

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from clue_dist.kinds import KINDS
 from clue_dist.store import layout
-from clue_dist.store.manifest import Manifest, Modality, Segment
+from clue_dist.store.manifest import Manifest
+from clue_dist.store.manifest_parts import Modality, Segment
 from clue_dist.store.reader import Store
 from clue_dist.store.rows import COUNT_BITS, CsrRows, code_rows
 from clue_dist.store.writer import ShardCells, commit_store, create_store, write_shard

@@ -15,7 +15,7 @@ from clue_dist.model.modality_spec import specify_modalities
 from clue_dist.model.noise import Noise
 from clue_dist.model.thinning import _drop_entries, _zero_entries, hide_entries
 from clue_dist.model.trunk import compute_size_inputs, normalise_counts
-from clue_dist.store.manifest import Modality
+from clue_dist.store.manifest_parts import Modality
 from tests.unit.model_helpers import small_model
 
 CELLS, FEATURES = 400, 300
