@@ -1,4 +1,4 @@
-"""Functions of single numbers that the kernels share."""
+"""What the kernels share: functions of single numbers, and the loading of non-zeros."""
 
 from __future__ import annotations
 
@@ -52,3 +52,12 @@ def rising_factorial_slope(r, x):
     for i in tl.static_range(SHIFT):
         slope += x / ((r + i) * (r + i + x))
     return slope
+
+
+@triton.jit
+def load_entries(indices, values, entry, end):
+    """Features and values of non-zeros, and which of `entry` are below `end`, and so are there."""
+    mask = entry < end
+    feature = tl.load(indices + entry, mask=mask, other=0)
+    value = tl.load(values + entry, mask=mask, other=0.0)
+    return feature, value, mask

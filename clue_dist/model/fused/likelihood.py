@@ -19,6 +19,7 @@ from torch import Tensor
 from clue_dist.data.batch import Counts
 from clue_dist.model.fused import FUSED_LIKELIHOODS
 from clue_dist.model.fused.functions import (
+    load_entries,
     log1p,
     log_rising_factorial,
     rising_factorial_slope,
@@ -123,6 +124,14 @@ class _FusedScores(torch.autograd.Function):
         by_theta = theta_gradient if uses_theta else None
         by_gate = gate_gradient if uses_gate else None
         return *[None] * 6, rate_gradient, by_theta, by_gate, None
+
+
+@triton.jit
+def _load_scored_entries(indices, place, values, entry, end):
+    """Columns and values of non-zeros; which of `entry` are there, and of a scored feature."""
+    feature, value, inside = load_entries(indices, values, entry, end)
+    column = tl.load(place + feature, mask=inside, other=-1)
+    return column, value, column >= 0
 
 
 @triton.jit
@@ -293,11 +302,7 @@ def _score_rows(
     if not DENSE:
         start, end = tl.load(indptr + cell), tl.load(indptr + cell + 1)
         for first in range(start, end, BLOCK):
-            inside = first + lanes < end
-            x = tl.load(values + first + lanes, mask=inside, other=0.0)
-            feature = tl.load(indices + first + lanes, mask=inside, other=0)
-            column = tl.load(place + feature, mask=inside, other=-1)
-            mask = column >= 0
+            column, x, mask = _load_scored_entries(indices, place, values, first + lanes, end)
             rates, thetas, gates = _load_parameters(
                 rate, theta, gate, row * width, column, mask, KIND
             )
@@ -376,11 +381,7 @@ def _add_entry_gradients(
     size, factor = tl.load(log_library + cell), tl.load(gradient + row)
     start, end = tl.load(indptr + cell), tl.load(indptr + cell + 1)
     for first in range(start, end, BLOCK):
-        inside = first + lanes < end
-        x = tl.load(values + first + lanes, mask=inside, other=0.0)
-        feature = tl.load(indices + first + lanes, mask=inside, other=0)
-        column = tl.load(place + feature, mask=inside, other=-1)
-        mask = column >= 0
+        column, x, mask = _load_scored_entries(indices, place, values, first + lanes, end)
         rates, thetas, gates = _load_parameters(rate, theta, gate, row * width, column, mask, KIND)
         _, by_rate, by_theta, by_gate = _log_gain(x, rates, thetas, gates, size, KIND)
         # No other program and no other non-zero of this cell has these elements.

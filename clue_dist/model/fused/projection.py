@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from clue_dist.data.batch import SparseCounts
-from clue_dist.model.fused.functions import log1p
+from clue_dist.model.fused.functions import load_entries, log1p
 
 BLOCK = 32  # non-zeros that a program holds at a time, each with a row of weights
 SCALED_METHODS = "log_cp10k", "tfidf"  # to 10,000 counts a cell
@@ -115,9 +115,7 @@ def _project_rows(
     seen = tl.zeros([BLOCK], tl.float32)
     mass = tl.zeros([BLOCK], tl.float32)
     for first in range(start, end, BLOCK):
-        mask = first + places < end
-        x = tl.load(values + first + places, mask=mask, other=0.0)
-        column = tl.load(indices + first + places, mask=mask, other=0)
+        column, x, mask = load_entries(indices, values, first + places, end)
         counted += x
         seen += tl.where(x > 0, 1.0, 0.0)
         mass += _normalise(x, column, idf, 1.0, mask, HAS_IDF, False)
@@ -130,9 +128,7 @@ def _project_rows(
     components = tl.arange(0, WIDTH)
     sums = tl.zeros([WIDTH], tl.float32)
     for first in range(start, end, BLOCK):
-        mask = first + places < end
-        x = tl.load(values + first + places, mask=mask, other=0.0)
-        column = tl.load(indices + first + places, mask=mask, other=0)
+        column, x, mask = load_entries(indices, values, first + places, end)
         x = _normalise(x, column, idf, scale, mask, HAS_IDF, LOGGED)
         weights = tl.load(
             weight + column.to(tl.int64)[:, None] * width + components[None, :],
@@ -166,9 +162,7 @@ def _add_row_gradients(
     places, components = tl.arange(0, BLOCK), tl.arange(0, WIDTH)
     slope = tl.load(gradient + row * width + components, mask=components < width, other=0.0)
     for first in range(start, end, BLOCK):
-        mask = first + places < end
-        x = tl.load(values + first + places, mask=mask, other=0.0)
-        column = tl.load(indices + first + places, mask=mask, other=0)
+        column, x, mask = load_entries(indices, values, first + places, end)
         x = _normalise(x, column, idf, scale, mask, HAS_IDF, LOGGED)
         tl.atomic_add(
             weight_gradient + column.to(tl.int64)[:, None] * width + components[None, :],
