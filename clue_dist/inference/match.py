@@ -121,19 +121,7 @@ def match_cells(
         _require_modalities(first, second, calibrate_on)
         paired = embed_for_comparison(trained_model, calibrate_on, batch_size)
         confidence = fit_pair_confidence(*_select_pairs(paired, first, second), settings)
-    found = weights.tocoo()
-    pairs = pd.DataFrame(
-        {
-            "cell": one.names[found.row],
-            "partner": other.names[found.col],
-            "weight": found.data,
-            "confidence": _compute_confidences(confidence, sides, found),
-        }
-    )
-    order = np.lexsort((-found.data, found.row))
-    pairs = pairs.iloc[order].reset_index(drop=True)
-    pairs.attrs["is_calibrated"] = confidence.is_calibrated
-    return MatchedCells(weights, pairs, confidence)
+    return MatchedCells(weights, _list_pairs(weights, sides, confidence), confidence)
 
 
 def check_pairs_path(out: Path) -> None:
@@ -250,6 +238,26 @@ def _select_pairs(cells: ReferenceCells, first: str, second: str) -> tuple[np.nd
         return np.empty((0, 0)), np.empty((0, 0))
     both = cells.embedding.mark_measured(first) & cells.embedding.mark_measured(second)
     return _select_rows(alone[first], both), _select_rows(alone[second], both)
+
+
+def _list_pairs(
+    weights: sp.csr_array, sides: tuple[_MatchedSide, _MatchedSide], confidence: PairConfidence
+) -> pd.DataFrame:
+    """The pairs with a weight, cell by cell, the partner of the largest weight first."""
+    one, other = sides
+    found = weights.tocoo()
+    pairs = pd.DataFrame(
+        {
+            "cell": one.names[found.row],
+            "partner": other.names[found.col],
+            "weight": found.data,
+            "confidence": _compute_confidences(confidence, sides, found),
+        }
+    )
+    order = np.lexsort((-found.data, found.row))
+    pairs = pairs.iloc[order].reset_index(drop=True)
+    pairs.attrs["is_calibrated"] = confidence.is_calibrated
+    return pairs
 
 
 def _compute_confidences(

@@ -61,15 +61,10 @@ def label_cells(
     )
     # Cells without counts are not in the embedding.
     rows = np.flatnonzero(mark_labelled_cells(labels) & np.isfinite(known.joint).all(1))
-    patterns, names = asked.name_patterns(), np.unique(labels[rows])
-    frame = pd.DataFrame(index=query.read_obs().index)
-    frame["label"] = pd.Categorical(
-        [UNKNOWN_LABEL] * len(frame), categories=[*names, UNKNOWN_LABEL]
-    )
-    frame["nearest_label"] = pd.Categorical([None] * len(frame), categories=names)
+    patterns = asked.name_patterns()
+    frame = _make_unknown_labels(query.read_obs().index, np.unique(labels[rows]))
     # An embedding tells how a cell is seen through all that it carries, or one modality alone.
     alone = " and nothing else" if isinstance(reference, ReferenceCells) else ""
-    frame["confidence"], frame["novelty"], frame["is_calibrated"] = 0.0, np.nan, False
     for pattern in np.unique(patterns[patterns != ""]):
         cells = np.flatnonzero(patterns == pattern)
         views = _view_reference(trained_model, reference, known, pattern, batch_size)
@@ -109,6 +104,17 @@ def _read_labels(reference: ComparedCells, label_key: str) -> np.ndarray:
             "the reference needs two labelled cells", where=f"column {label_key!r} of its obs"
         )
     return labels
+
+
+def _make_unknown_labels(cells: pd.Index, names: np.ndarray) -> pd.DataFrame:
+    """The answer of `label_cells` for cells of which nothing is told; `names`: of the labels."""
+    frame = pd.DataFrame(index=cells)
+    frame["label"] = pd.Categorical(
+        [UNKNOWN_LABEL] * len(frame), categories=[*names, UNKNOWN_LABEL]
+    )
+    frame["nearest_label"] = pd.Categorical([None] * len(frame), categories=names)
+    frame["confidence"], frame["novelty"], frame["is_calibrated"] = 0.0, np.nan, False
+    return frame
 
 
 def _view_reference(
