@@ -170,16 +170,7 @@ class ImputationMethods:
             min_known=min_known,
         )
         choices = DifferentialChoices(
-            modality,
-            groupby,
-            groups,
-            reference,
-            from_,
-            batch,
-            features,
-            least_change,
-            pairs,
-            seed,
+            modality, groupby, groups, reference, from_, batch, features, least_change, pairs, seed
         )
         tables = compare_groups(self.trained_model, opened, choices)
         if path is not None:
