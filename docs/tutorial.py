@@ -14,8 +14,8 @@
 # # Tutorial
 #
 # Blood cells of four donors, some with RNA, some with surface proteins, some with both. We train a
-# model on them and ask it where each cell lies, what its proteins would be, which profiles belong
-# together, and of which type a cell is. It takes ten minutes on a laptop without a GPU.
+# model on them, embed the cells, impute proteins, match profiles of the same cell and transfer
+# cell types. It takes ten minutes on a laptop without a GPU.
 #
 # [`tutorial.py`](tutorial.py) is this page as a notebook. Jupyter opens it with the extension
 # [jupytext](https://jupytext.readthedocs.io), as PyCharm, VS Code and Spyder do by themselves.
@@ -43,23 +43,23 @@ test = mudata.read_h5mu("data/pbmc/test.h5mu")
 train
 
 # %% [markdown]
-# 641 of the 1,441 cells in `train` have both modalities, 400 have RNA alone and 400 proteins alone.
-# The 159 cells in `test` have both, and the model does not see them while it learns.
+# 641 of the 1,441 cells in `train` have both modalities, 400 have only RNA and 400 only proteins.
+# The 159 cells in `test` have both; training does not see them.
 #
-# Your own cells go in the same way. From two `.h5ad` files with raw counts:
+# Use your own cells in the same way. From two `.h5ad` files with raw counts:
 #
 # ```
 # rna, proteins = anndata.read_h5ad("rna.h5ad"), anndata.read_h5ad("proteins.h5ad")
 # train = mudata.MuData({"rna": rna, "adt": proteins})
 # ```
 #
-# Cells with the same name are one cell. No cell needs to have everything.
+# Rows with the same name are one cell. A cell may lack any modality.
 #
 # ## Train a model
 #
-# `fit` writes everything about the model into the folder `out`. It needs raw counts, and takes the
-# names of the columns of `obs` that hold the batch and, if there is one, the cell type. Cell types
-# are for scores; the model does not learn from them. `config="demo"` is a small model for few
+# `fit` writes everything about the model into the folder `out`. It needs raw counts, and the names
+# of the columns of `obs` that hold the batch and, if there is one, the cell type. Cell types serve
+# for scores only; the model does not learn from them. `config="demo"` is a small model for few
 # cells; leave it out for your own cells.
 
 # %%
@@ -67,14 +67,14 @@ run = clue.fit(train, out="runs/pbmc", batch_key="batch", label_key="cell_type",
 run
 
 # %% [markdown]
-# The same call, later, finds the trained model and does not train again. So does
+# Later, the same call loads the trained model instead of training again. So does
 # `clue.load("runs/pbmc")`.
 #
-# ## Where do cells lie?
+# ## Embed the cells
 #
-# `embed` writes into `test` where each cell lies. `test.obsm["X_clue"]` follows from everything
-# that was observed in a cell, and `test["rna"].obsm["X_clue"]` from its RNA alone. All are places
-# in one space. So each test cell can be drawn twice: once by its RNA and once by its proteins.
+# `embed` writes the embedding of each cell into `test`: `test.obsm["X_clue"]` from everything that
+# was observed in a cell, `test["rna"].obsm["X_clue"]` from its RNA alone. All share one space, so
+# we can draw each test cell twice: once by its RNA and once by its proteins.
 
 # %%
 run.embed(test)
@@ -96,15 +96,15 @@ draw_groups(left, plane, pd.Series(["rna", "adt"]).repeat(len(cell_types)), "mod
 draw_groups(right, plane, pd.concat([cell_types, cell_types]), "cell type")
 
 # %% [markdown]
-# The modalities lie together, and cell types lie apart. This is Figure 3 of the paper, for cells
-# that the model has not seen. scanpy takes the same matrix:
-# `sc.pp.neighbors(test["rna"], use_rep="X_clue")`.
+# The modalities mix, and cell types separate. This is Figure 3 of the paper, for cells that the
+# model has not seen. scanpy takes the same matrix: `sc.pp.neighbors(test["rna"],
+# use_rep="X_clue")`.
 #
-# ## What would the proteins be?
+# ## Impute proteins from RNA
 #
-# `impute` tells the values of a modality, here of proteins from RNA alone, as if the proteins had
-# not been measured. With `log1p=True` they are logarithms of counts per 10,000, as scanpy's
-# `normalize_total` and `log1p` make them. They were measured, too, so we can compare.
+# `impute` predicts a modality, here proteins from RNA alone, as if the proteins had not been
+# measured. With `log1p=True` the values are logarithms of counts per 10,000, as from scanpy's
+# `normalize_total` and `log1p`. These proteins were measured, so we can compare.
 
 # %%
 imputed = run.impute(test, "adt", from_=["rna"], log1p=True)
@@ -127,12 +127,12 @@ for values, row, panel_row in zip(
         figure.colorbar(dots, ax=panel)
 
 # %% [markdown]
-# `impute(..., samples=50, interval=0.9)` adds draws and intervals, `batch="p1_0"` tells the values
-# that cells would have had in that batch, and `out="proteins.h5ad"` writes them to a file.
+# `impute(..., samples=50, interval=0.9)` adds draws and intervals, `batch="p1_0"` predicts the
+# values that cells would have in that batch, and `out="proteins.h5ad"` writes them to a file.
 #
-# ## Which profiles belong together?
+# ## Match profiles of the same cell
 #
-# `match` finds for each RNA profile the protein profile that is most likely of the same cell. The
+# For each RNA profile, `match` finds the protein profile that is most likely of the same cell. The
 # test cells have both, so we know the truth.
 
 # %%
@@ -146,8 +146,8 @@ pairs.head()
 
 # %% [markdown]
 # `confidence` is the probability that both are one cell. It was calibrated on these cells, which
-# have both modalities and are new to the model. Now for cells where nobody knows:
-# the 400 with RNA alone and the 400 with proteins alone. Test cells calibrate the confidence.
+# have both modalities and are new to the model. Now we match cells without known partners: the 400
+# with only RNA and the 400 with only proteins. Test cells calibrate the confidence.
 
 # %%
 is_paired = train.obsm["rna"] & train.obsm["adt"]
@@ -156,10 +156,10 @@ partners = run.match(unpaired, "rna", "adt", calibrate_on=test)
 partners.sort_values("confidence", ascending=False).head()
 
 # %% [markdown]
-# ## Of which type is a cell?
+# ## Transfer cell types
 #
-# `transfer` carries labels from cells that have them to others, here from the RNA of the training
-# cells to the proteins of the test cells. Cells unlike all of the reference are called "unknown".
+# `transfer` gives labels of a reference to other cells, here from the RNA of the training cells to
+# the proteins of the test cells. Cells unlike all of the reference are called "unknown".
 
 # %%
 labels = run.transfer(train["rna"], test["adt"], "cell_type")
@@ -174,10 +174,10 @@ draw_groups(left, places, truth, "cell type")
 draw_groups(right, places, labels["label"], "transferred from RNA to proteins")
 
 # %% [markdown]
-# ## How good is the model?
+# ## Score the model
 #
-# `evaluate` scores cells that the model has not seen, and `report` writes a page with them and with
-# pictures about the run. [The glossary](glossary.md#of-scores) explains the scores.
+# `evaluate` scores cells that the model has not seen, and `report` writes a page with these scores
+# and with pictures of the run. [The glossary](glossary.md#of-scores) explains the scores.
 
 # %%
 scores = run.evaluate("data/pbmc/test.h5mu")
@@ -187,6 +187,6 @@ print(report)
 # %% [markdown]
 # ## Where to read on
 #
-# [Answers from a model](answers.md) has all that these calls can do, and how cells of other studies
-# are brought to a model. [Your data](data.md) is about files too large for memory, which become a
-# store first: `fit` and all other calls take it in place of the cells.
+# [Answers from a model](answers.md) explains everything that these calls can do, also with cells
+# of other studies. [Your data](data.md) is about files too large for memory: convert them to a
+# store, which `fit` and all other calls accept in place of cells.
