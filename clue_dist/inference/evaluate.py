@@ -76,7 +76,8 @@ def evaluate_store(
     Returns:
         For each ordered pair "rna->adt": `cells`; `global` and `within_batch`, both directions
         averaged; `directed`, from the first to the second alone; `chance`, what blind embeddings
-        get; `mixing`, `mixing_ilisi` and, where labels are known, `transfer`, of `mixing_cells`
+        get; `unknown_cells`, if any, whose batch is unknown: `within_batch` leaves them out and
+        has `cells`, the others; `mixing`, `mixing_ilisi` and, where labels are known, `transfer`, of `mixing_cells`
         cells; of the same cells FOSCTTM `within_type`, where types have enough of them, and
         `without_depth`, where both modalities are counts. `joint` is about the joint z, as
         `score_joint_latent` gives it, `worst_island` beside it. `about` says what was scored, and
@@ -217,6 +218,10 @@ class _EmbeddedCells:
             for name, levels in known.list_covariates().items()
         }
 
+    def name_batches(self, known: BatchVocabulary, rows: np.ndarray) -> np.ndarray:
+        """Name the batches of some cells, (n,), UNKNOWN where one is not known."""
+        return np.array([*known.names, UNKNOWN])[self.batches[rows]]
+
     def find_rows(self, counts: Mapping[str, int]) -> np.ndarray:
         """Find the rows of the first cells of each segment, of which `counts` says how many."""
         ends = (min(s.n_cells, counts.get(s.segment, 0) - s.start) for s in self.slices)
@@ -245,10 +250,15 @@ def _score_pairs(
         rows = cells.find_rows(counts)
         if len(rows) < 2:
             continue
-        batch = cells.batches[rows]
+        batch = cells.name_batches(store.manifest.batch_vocabulary, rows)
         directed = matching.score_directions(alone[first][rows], alone[second][rows], batch, ranks)
         averaged = matching.average_directions(directed)
         chance = matching.compute_chance(batch)
+        n_unknown = int((batch == UNKNOWN).sum())
+        unknown = {}
+        if 0 < n_unknown < len(rows):
+            averaged["within_batch"]["cells"] = len(rows) - n_unknown
+            unknown["unknown_cells"] = n_unknown
         sample = cells.find_rows(_take_part(counts, most))
         mixing = _score_profiles(cells, (first, second), sample, ranks)
         names = {"forward": f"{first}->{second}", "backward": f"{second}->{first}"}
@@ -258,6 +268,7 @@ def _score_pairs(
                 **averaged,
                 "directed": directed[direction],
                 "chance": chance,
+                **unknown,
                 **mixing,
             }
     if not result:
@@ -303,7 +314,7 @@ def _score_joint(
     scores = {"store_cells": store.manifest.n_cells} | integration.score_joint_latent(
         cells.embedding.joint[rows],
         cells.patterns[rows],
-        np.array([*known.names, UNKNOWN])[cells.batches[rows]],
+        cells.name_batches(known, rows),
         cells.labels[rows],
         ranks,
         cells.read_levels(known, rows),

@@ -126,6 +126,8 @@ def list_space_facts(result: Mapping[str, Any]) -> list[str]:
         numbers.append(f"iLISI {format_score(entry['mixing_ilisi'])}")
         if "transfer" in entry:
             numbers.append(f"label transfer {format_score(entry['transfer'])}")
+        if left_out := _name_left_out(entry, "batch"):
+            numbers.append(f"matching within batches{left_out}")
         names = name.replace("->", " and ")
         facts.append(f"{names}, {entry['mixing_cells']:,} cells: {', '.join(numbers)}")
     joint = result.get(JOINT_SCORES)

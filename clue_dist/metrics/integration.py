@@ -186,7 +186,7 @@ def _select_known(
 
 
 def mark_labelled_cells(labels: np.ndarray) -> np.ndarray:
-    """Mark the cells whose label says something, (N,) bool."""
+    """Mark the cells whose label, or batch, says something, (N,) bool."""
     return ~np.isin(labels.astype(str), ["", "nan"])
 
 

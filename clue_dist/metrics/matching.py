@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from clue_dist.errors import DataError
+from clue_dist.metrics.integration import mark_labelled_cells
 from clue_dist.metrics.partner_ranks import (
     RankedPartners,
     join_ranked_partners,
@@ -63,13 +64,14 @@ def score_directions(
     """Score `forward`, where row i of u1 looks for row i of u2, and `backward` apart.
 
     In the scope "global" a cell looks among all cells, in "within_batch" among those of its batch,
-    and batches count by their cells. Batches of one cell are left out. A scope without cells has
-    NaN for all scores.
+    and batches count by their cells. Batches of one cell are left out, and cells of an unknown
+    batch; where no batch is known at all, the cells are of one. A scope without cells has NaN for
+    all scores.
 
     Args:
         u1: (N, D), on any device; every rank passes the same.
         u2: (N, D).
-        batch: (N,) names or codes; equal values are one batch.
+        batch: (N,) names or codes; equal values are one batch, but for "", which is unknown.
         ranks: processes that share the work. All must call, and all get the result.
 
     Returns:
@@ -181,7 +183,7 @@ def compute_chance(batch: np.ndarray) -> Scores:
     It is a FOSCTTM of 0.5, a match of 1 in n and a recall of 10 in n.
 
     Args:
-        batch: (N,) names or codes.
+        batch: (N,) names or codes, as `score_directions` takes them.
     """
     chance: Scores = {}
     for scope, groups in _group_cells(batch).items():
@@ -245,6 +247,9 @@ def _group_cells(batch: np.ndarray) -> dict[str, list[np.ndarray]]:
     """Cells of each group of two or more, by scope."""
     _, code = np.unique(batch, return_inverse=True)
     order = np.argsort(code, kind="stable")
+    known = mark_labelled_cells(batch)
+    if known.any():
+        order = order[known[order]]
     batches = np.split(order, np.flatnonzero(np.diff(code[order])) + 1)
     groups = {"global": [np.arange(len(batch))], "within_batch": batches}
     return {scope: [cells for cells in groups[scope] if len(cells) >= 2] for scope in SCOPES}

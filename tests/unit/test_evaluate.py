@@ -286,6 +286,25 @@ def test_no_paired_cells_is_a_clear_error(tmp_path):
         evaluate_store(FakeLoaded(store.manifest.modalities), store, tmp_path / "s.json", run="r")
 
 
+def test_cells_of_an_unknown_batch_are_left_out_within_batches(store, tmp_path, monkeypatch):
+    reader = type(store.segments["rna"])
+    read_codes = reader.read_codes
+
+    def hide_batches(segment, name, positions):
+        codes = read_codes(segment, name, positions)
+        return np.where(positions % 5 == 0, -1, codes) if name == "batch" else codes
+
+    monkeypatch.setattr(reader, "read_codes", hide_batches)
+    scores = evaluate_store(
+        FakeLoaded(store.manifest.modalities), store, tmp_path / "s.json", run="r"
+    )
+    entry = scores["rna->atac"]
+    assert (entry["cells"], entry["unknown_cells"], entry["within_batch"]["cells"]) == (65, 13, 52)
+    lines = format_scores(scores).splitlines()
+    assert sum(line.split()[:3] == ["rna-atac", "within_batch", "52"] for line in lines) == 1
+    assert "matching within batches without 13 cells whose batch is unknown" in " ".join(lines)
+
+
 def test_arguments_that_cannot_be(store, tmp_path):
     loaded = FakeLoaded(store.manifest.modalities)
     with pytest.raises(ConfigError, match="into a file"):

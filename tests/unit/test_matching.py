@@ -160,6 +160,20 @@ def test_groups_of_one_are_left_out():
     assert np.isnan(matching.compute_scores(u1, u2, np.arange(7))["within_batch"]["foscttm"])
 
 
+def test_cells_of_an_unknown_batch_are_left_out_within_batches():
+    u1, u2 = noisy_pair(9, 3, seed=1)
+    batch = np.array(["a", "a", "", "b", "b", "", "b", "", "a"])
+    known = batch != ""
+    expected = matching.compute_scores(u1[known], u2[known], batch[known])["within_batch"]
+    found = matching.compute_scores(u1, u2, batch)
+    assert found["within_batch"] == pytest.approx(expected)
+    assert found["global"] == matching.compute_scores(u1, u2, np.zeros(9))["global"]
+    chance = matching.compute_chance(batch)["within_batch"]
+    assert chance == matching.compute_chance(batch[known])["within_batch"]
+    unknown = matching.compute_scores(u1, u2, np.full(9, ""))  # all cells are of one batch then
+    assert unknown["within_batch"] == unknown["global"]
+
+
 @pytest.mark.parametrize("world", [2, 3, 5])
 def test_slices_add_up(world):
     x, y = noisy_pair(23, 5, seed=world)
