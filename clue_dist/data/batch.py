@@ -250,10 +250,16 @@ def read_batch(
         positions: (n,), cells of it, in any order.
         modalities: names in model order, all of the segment's among them; the store's by default.
     """
+    return assemble_batch(
+        modalities or store.modalities, [read_batch_part(store, segment, positions)]
+    )
+
+
+def read_batch_part(store: Store, segment: str, positions: np.ndarray) -> BatchPart:
+    """Read cells of one segment, as `read_batch` does, to be put into a batch with others."""
     reader = store.segments[segment]
     rows = {name: reader.read_located_rows(name, positions) for name in reader.modalities}
-    part = BatchPart(rows, reader.read_codes("batch", positions))
-    return assemble_batch(modalities or store.modalities, [part])
+    return BatchPart(rows, reader.read_codes("batch", positions))
 
 
 @time_phase("gather")

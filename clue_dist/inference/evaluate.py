@@ -77,10 +77,10 @@ def evaluate_store(
         For each ordered pair "rna->adt": `cells`; `global` and `within_batch`, both directions
         averaged; `directed`, from the first to the second alone; `chance`, what blind embeddings
         get; `unknown_cells`, if any, whose batch is unknown: `within_batch` leaves them out and
-        has `cells`, the others; `mixing`, `mixing_ilisi` and, where labels are known, `transfer`, of `mixing_cells`
-        cells; of the same cells FOSCTTM `within_type`, where types have enough of them, and
-        `without_depth`, where both modalities are counts. `joint` is about the joint z, as
-        `score_joint_latent` gives it, `worst_island` beside it. `about` says what was scored, and
+        has `cells`, the others; `mixing`, `mixing_ilisi` and, where labels are known, `transfer`,
+        of `mixing_cells` cells; of the same cells FOSCTTM `within_type`, where types have enough of
+        them, and `without_depth`, where both modalities are counts. `joint` is about the joint z,
+        as `score_joint_latent` gives it, `worst_island` beside it. `about` says what was scored, and
         whether the model was trained on it.
 
     Raises:

@@ -11,9 +11,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
-# With so many cells the mean of a batch is taken half.
-CELLS_OF_BATCH = 10.0
+from clue_dist.model.batch_means import compute_batch_means
+
 # Of few cells some direction always sets batches apart. A ridge, as a multiple of the mean
 # variance, hides it: 1 where there are this many cells for each component.
 CELLS_PER_COMPONENT = 8.0
@@ -35,7 +36,7 @@ def find_batch_shrinkage(
 
     Args:
         components: (n, C), cells, of mean 0.
-        batch: (n,) codes of biological batches.
+        batch: (n,) codes of biological batches, all known.
         weight: of the variance between batches. At 10, a direction in which batches vary as much as
             the cells of a batch do is left a third of its length; one in which they vary a tenth of
             that, as batches of the same cell types do, 0.7.
@@ -43,9 +44,8 @@ def find_batch_shrinkage(
     _, code = np.unique(batch, return_inverse=True)
     n_cells = np.bincount(code)
     n, width = components.shape
-    sums = np.zeros((len(n_cells), width))
-    np.add.at(sums, code, components)
-    means = sums / (n_cells + CELLS_OF_BATCH)[:, None]
+    cells, everywhere = torch.from_numpy(components), torch.ones(n, 1, dtype=torch.bool)
+    means = compute_batch_means(cells, torch.from_numpy(code), everywhere).numpy()
     within = components - means[code]
     variance = within.T @ within / n
     ridge = CELLS_PER_COMPONENT * width / n * np.trace(variance) / width

@@ -20,6 +20,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clue_dist.model.batch_means import compute_batch_means
 from clue_dist.model.posterior import LEAST_NATS
 
 MOST_DIRECTIONS = 128
@@ -27,10 +28,10 @@ MOST_DIRECTIONS = 128
 # this power, since encoders know the pairs that they were trained on.
 UNSEEN_POWER = 1.5
 FEWEST_PAIRED = 20  # cells with which two modalities are compared
+FEWEST_CHOOSING = 50  # held-out cells of two modalities, with which something is chosen by them
 # Where variance between biological batches counts more than that within, batches mix better. Ten
 # times as much would not be safe: batches may hold other cell types.
 BATCH_WEIGHT = 3.0
-CELLS_OF_BATCH = 10.0  # with so many cells the mean of a batch is taken half
 
 
 @dataclass(frozen=True)
@@ -272,14 +273,15 @@ def find_directions(
 
 
 def _average_batches(z: Tensor, paired: Tensor, batch_code: Tensor | None) -> Tensor:
-    """The mean of each cell's batch, drawn towards 0 where few cells tell it: (N, K, D)."""
-    if batch_code is None or len(names := batch_code.unique()) < 2:
-        return torch.zeros_like(z)
-    batch = torch.searchsorted(names, batch_code)
-    counted = paired.to(z.dtype)[:, :, None]
-    sums = z.new_zeros(len(names), *z.shape[1:]).index_add(0, batch, z * counted)
-    n_cells = counted.new_zeros(len(names), *counted.shape[1:]).index_add(0, batch, counted)
-    return (sums / (n_cells + CELLS_OF_BATCH))[batch]
+    """The mean of each cell's batch, (N, K, D); 0 of cells of an unknown batch."""
+    average = torch.zeros_like(z)
+    if batch_code is None:
+        return average
+    known = batch_code >= 0
+    names, code = batch_code[known].unique(return_inverse=True)
+    if len(names) > 1:
+        average[known] = compute_batch_means(z[known], code, paired[known][:, :, None])[code]
+    return average
 
 
 def _find_whitening(z: Tensor, ridge: float, n_directions: int) -> Tensor:

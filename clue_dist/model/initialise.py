@@ -66,7 +66,7 @@ def initialise_model(
         else:
             _project_as_sampled(trunk, counts, svd, seed)
         trunk.batch_separation.zero_()
-        if svd and len(np.unique(batch)) > 1:
+        if svd and len(np.unique(batch[batch >= 0])) > 1:
             _shrink_batches(trunk, counts, batch, batch_shrinkage)
         if trunk.size_input:
             size = compute_size_inputs(_to_counts(counts)).double()
@@ -103,11 +103,15 @@ def _project_as_sampled(trunk: Trunk, counts: Rows, svd: bool, seed: int) -> Non
 
 
 def _shrink_batches(trunk: Trunk, counts: Rows, batch: np.ndarray, weight: float) -> None:
-    """Make components shorter along the directions that set biological batches apart."""
+    """Make components shorter along the directions that set biological batches apart.
+
+    Cells of an unknown batch, -1, may be of any: they say nothing of these directions.
+    """
     normalised = normalise_counts(_to_counts(counts), trunk.normalisation, trunk.idf)
-    components = trunk.projection(normalised).double().numpy()
+    known = batch >= 0
+    components = trunk.projection(normalised).double().numpy()[known]
     mean = components.mean(0)
-    shrinkage = find_batch_shrinkage(components - mean, batch, weight)
+    shrinkage = find_batch_shrinkage(components - mean, batch[known], weight)
     trunk.batch_separation.fill_(shrinkage.batch_separation)
     if not weight:
         return

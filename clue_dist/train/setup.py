@@ -15,7 +15,7 @@ import numpy as np
 from clue_dist import config_file
 from clue_dist.checkpoint.run_folder import RunState
 from clue_dist.config import Config
-from clue_dist.data.batch import Batch, BatchPart, assemble_batch
+from clue_dist.data.batch import Batch, assemble_batch, read_batch_part
 from clue_dist.data.batch_shares import share_rounds, weigh_strata
 from clue_dist.data.plan import CellPlan
 from clue_dist.errors import ConfigError, list_names
@@ -126,15 +126,13 @@ class Setup:
         """Load a range of cells of each segment as one batch; None if there are none."""
         if not any(sizes.values()):
             return None
-        parts = []
-        for segment, n_cells in sizes.items():
-            reader, first = self.store.segments[segment], starts[segment]
-            positions = np.arange(first, first + n_cells)
-            if n_cells:
-                rows = {
-                    name: reader.read_located_rows(name, positions) for name in reader.modalities
-                }
-                parts.append(BatchPart(rows, reader.read_codes("batch", positions)))
+        parts = [
+            read_batch_part(
+                self.store, segment, np.arange(starts[segment], starts[segment] + n_cells)
+            )
+            for segment, n_cells in sizes.items()
+            if n_cells
+        ]
         return assemble_batch(self.store.modalities, parts)
 
     def format_summary(self) -> str:

@@ -17,6 +17,7 @@ from clue_dist.losses.objective import EncodedCells
 from clue_dist.metrics.integration import measure_mixing
 from clue_dist.metrics.matching import compute_foscttm
 from clue_dist.model.common_space import (
+    FEWEST_CHOOSING,
     FEWEST_PAIRED,
     CommonSpace,
     Directions,
@@ -33,9 +34,8 @@ from clue_dist.train.trainer import Trainer
 # covariance, which grows with the variance of the direction, too, so that a smaller power will do.
 SMOOTHINGS = (0.05, 1.5), (0.3, 1.5), (1.0, 1.5), (3.0, 1.0), (10.0, 0.5)
 POLES = 0.0, 1.0, 2.0  # lengths of the constant coordinate, see `CommonSpace.weigh_directions`
-# With fewer held-out pairs than this nothing is chosen, and the defaults are taken. The noise of a
+# With too few held-out pairs nothing is chosen, and the defaults are taken. The noise of a
 # covariance falls with the number of pairs and grows with that of dimensions, so the ridge does.
-FEWEST_CHOOSING = 50
 DEFAULT_RIDGE = 8.0  # where there are as many training pairs as dimensions
 DEFAULT_EXPONENT = 1.0
 DEFAULT_POLE = 1.0

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clue_dist.model.common_space import FEWEST_PAIRED
+from clue_dist.model.common_space import FEWEST_CHOOSING, FEWEST_PAIRED
 from clue_dist.model.posterior_encoder import Posterior
 from clue_dist.model.translation import LatentTranslation, Regression, fit_regressions
 from clue_dist.ranks import Ranks
@@ -17,7 +17,6 @@ from clue_dist.ranks import Ranks
 # Encoders know their training pairs: held-out pairs tell how much of a regression holds for others.
 RIDGES = 0.003, 0.01, 0.03, 0.1, 0.3, 1.0
 DEFAULT_RIDGE = 0.1  # with too few held-out pairs to choose one
-FEWEST_CHOOSING = 50  # held-out pairs of two modalities
 LEAST_VARIANCE = 1e-6  # of an error, next to a variance of 1 that z has before any cell is seen
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from clue_dist import config as configs
 from clue_dist.data.batch import read_batch
+from clue_dist.model import initialise
 from clue_dist.model.batch_shrinkage import find_batch_shrinkage
 from clue_dist.model.clue import CLUE
 from clue_dist.model.initialise import _shrink_batches, initialise_model, sample_cells
@@ -80,6 +82,36 @@ def test_batches_lie_nearer_in_what_the_encoders_read(tmp_path: Path, known: boo
     else:
         assert after == before
         assert trunk.batch_separation < 1e-9
+
+
+def test_cells_of_an_unknown_batch_say_nothing(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s.zarr", cells={"rna": 300}, features={"rna": 30})
+    config = configs.Config(model={"trunk": {"projection": 6}})
+    model = CLUE(specify_modalities(store.manifest.modalities, config), 2, config.model)
+    initialise_model(model, store, {"rna": 300}, svd=True, seed=0)
+    counts, _ = sample_cells(store, {"rna": 300}, "rna")
+    code = (
+        store.segments["rna"].read_codes("label", np.arange(300)) - 1
+    )  # three, of which one is -1
+    trunk, other = model.get_trunk("rna"), copy.deepcopy(model.get_trunk("rna"))
+    with torch.no_grad():
+        _shrink_batches(trunk, counts, code, weight=10)
+        _shrink_batches(other, counts[code >= 0], code[code >= 0], weight=10)
+    assert trunk.batch_separation > 0.1
+    for name, values in trunk.state_dict().items():
+        assert torch.equal(values, other.state_dict()[name])
+
+
+def test_one_known_batch_leaves_the_projection_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store(tmp_path / "s.zarr", cells={"rna": 300}, features={"rna": 30})
+    config = configs.Config(model={"trunk": {"projection": 6}})
+    model = CLUE(specify_modalities(store.manifest.modalities, config), 2, config.model)
+    counts, batch = sample_cells(store, {"rna": 300}, "rna")
+    monkeypatch.setattr(initialise, "sample_cells", lambda *_: (counts, batch - 1))
+    initialise_model(model, store, {"rna": 300}, svd=True, seed=0)
+    assert model.get_trunk("rna").batch_separation == 0
 
 
 def test_the_separation_of_batches_is_found_under_its_former_name() -> None:

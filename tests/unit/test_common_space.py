@@ -204,6 +204,20 @@ def test_too_few_pairs_fit_nothing() -> None:
     assert find_directions(draw_modalities(200), observed, 0.05) is not None
 
 
+def test_cells_of_an_unknown_batch_are_no_batch() -> None:
+    mean, observed = draw_modalities(200), torch.ones(200, 2, dtype=torch.bool)
+    mean[:50] += 2.0  # these lie apart
+    code = torch.zeros(200, dtype=torch.int64)
+    code[:50] = -1
+    found, expected = (find_directions(mean, observed, 0.05, c) for c in (code, None))
+    assert found is not None
+    assert expected is not None
+    assert torch.equal(found.rotation, expected.rotation)
+    several = find_directions(mean, observed, 0.05, code + 1)
+    assert several is not None
+    assert not torch.equal(several.rotation, expected.rotation)
+
+
 def test_groups_of_modalities_that_no_cell_links_are_not_one_space() -> None:
     observed = torch.zeros(200, 4, dtype=torch.bool)
     observed[:100, [0, 2]] = observed[100:, [1, 3]] = True
