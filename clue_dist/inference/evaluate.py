@@ -80,8 +80,8 @@ def evaluate_store(
         has `cells`, the others; `mixing`, `mixing_ilisi` and, where labels are known, `transfer`,
         of `mixing_cells` cells; of the same cells FOSCTTM `within_type`, where types have enough of
         them, and `without_depth`, where both modalities are counts. `joint` is about the joint z,
-        as `score_joint_latent` gives it, `worst_island` beside it. `about` says what was scored, and
-        whether the model was trained on it.
+        as `score_joint_latent` gives it, `worst_island` beside it. `about` says what was scored,
+        and whether the model was trained on it.
 
     Raises:
         StoreError: no cell carries two modalities; features that are not the model's.
