@@ -5,7 +5,7 @@ from __future__ import annotations
 from clue_dist.config import Config, ModelConfig
 
 AUTO_STEPS = 1500  # a small data set is seen often enough to make so many steps ...
-AUTO_EPOCHS = 60.0  # ... but never more often than this
+AUTO_EPOCHS = 90.0  # ... but never more often than this
 MOST_STEPS_BETWEEN = 2000  # two validations, or two checkpoints
 # Batch sizes with the number of training cells from which on the next one is taken.
 BATCH_SIZES = ((128, 2_000), (256, 4_000), (512, 500_000), (1024, 1_000_000), (2048, 4_000_000))
