@@ -24,7 +24,8 @@ if not torch.cuda.is_available():
 
 # Other modules take the package from here, so that it is prepared as above and below.
 import deepspeed as deepspeed
-from deepspeed.runtime import bf16_optimizer, compiler
+from deepspeed.runtime import bf16_optimizer, compiler, utils
+from deepspeed.runtime.zero import stage_1_and_2
 from deepspeed.utils import groups
 
 from clue_dist.errors import ClueError
@@ -123,6 +124,23 @@ def disable_shared_memory_collectives() -> None:
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
 
 
+def gather_weights_by_broadcasts() -> None:
+    """Have DeepSpeed gather over gloo what the ranks updated by broadcasts, from where it lies.
+
+    gloo's own gathering copies everything twice, into memory that is new each time, which takes
+    four times as long.
+    """
+    read_private(utils, "all_gather_into_tensor_dp_groups")
+    utils.all_gather_into_tensor_dp_groups = _broadcast_parts
+
+
+def _broadcast_parts(_: list[Tensor], parts_of_groups: list[list[Tensor]], __: Any) -> None:
+    """Send every rank's part of each group of weights to all others."""
+    for parts in parts_of_groups:
+        for rank, part in enumerate(parts):
+            dist.broadcast(part, rank)
+
+
 def forget_former_group() -> None:
     """Have DeepSpeed make its copy of the process group anew.
 
@@ -134,9 +152,9 @@ def forget_former_group() -> None:
 
 
 def keep_gradients_local(engine: Any) -> None:
-    """Have an engine of one rank under ZeRO-0 leave gradients as they are.
+    """Have an engine under ZeRO-0 or 1 leave gradients as the backward pass made them.
 
-    It would copy all of them into one tensor, and back, to exchange them with nobody.
+    It would copy all of them into one tensor, and back, to exchange them, be it with nobody.
     """
     read_private(engine, "enable_backward_allreduce")
     engine.enable_backward_allreduce = False
@@ -150,6 +168,29 @@ def keep_gradient_memory(engine: Any) -> None:
     """
     read_private(engine, "_take_model_step")  # which calls `zero_grad`
     engine.zero_grad = functools.partial(engine.basic_optimizer.zero_grad, set_to_none=False)
+
+
+def keep_flat_gradients(engine: Any) -> None:
+    """Have an engine under ZeRO-1 in float32 update from where the backward pass adds gradients up.
+
+    They lie as DeepSpeed lays out the weights, end to end, in memory that is kept. So this rank's
+    part of them is one piece, which the optimizer takes as it is.
+    """
+    optimizer = engine.optimizer
+    memory = [torch.zeros_like(flat) for flat in read_private(optimizer, "bit16_groups_flat")]
+
+    def zero_grad(set_to_none: bool = True) -> None:
+        for number, flat in enumerate(memory):
+            part = optimizer.get_data_parallel_partitions(flat.zero_(), number)[dist.get_rank()]
+            group = stage_1_and_2.GradPartitionBufferGroup([part], part)
+            read_private(optimizer, "averaged_gradients")[number] = group
+            for weight in read_private(optimizer, "bit16_groups")[number]:
+                own = flat.narrow(0, weight.storage_offset(), weight.numel())
+                weight.grad = own.view_as(weight)
+
+    read_private(engine, "_take_model_step")  # which calls `zero_grad`
+    optimizer.zero_grad = zero_grad
+    zero_grad()
 
 
 def checks_gradients(engine: Any) -> bool:

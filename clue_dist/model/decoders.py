@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -166,12 +168,18 @@ class OutputLayer(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(n_features, width) * 0.1 / width**0.5)
         self.bias = nn.Parameter(torch.zeros(n_features))
+        # What the gradient of some features' weights, (F, width), goes through, as to be averaged
+        # over ranks that score the same features.
+        self.row_hook: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, h: Tensor, features: Tensor | None) -> Tensor:
         """(n, width) -> (n, features), or (n, F) of `features` (F,)."""
         if features is None:
             return h @ self.weight.T + self.bias
-        return h @ self._select_rows(features).T + self.bias[features]
+        rows = self._select_rows(features)
+        if self.row_hook is not None and rows.requires_grad:
+            rows.register_hook(self.row_hook)
+        return h @ rows.T + self.bias[features]
 
     def _select_rows(self, features: Tensor) -> Tensor:
         """The weights of some features, (F, width).

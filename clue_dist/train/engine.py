@@ -17,12 +17,15 @@ from clue_dist.deepspeed_internals import (
     deepspeed,
     disable_shared_memory_collectives,
     forget_former_group,
+    gather_weights_by_broadcasts,
+    keep_flat_gradients,
     keep_gradient_memory,
     keep_gradients_local,
 )
 from clue_dist.losses.objective import Objective
 from clue_dist.model.clue import CLUE, build_model
 from clue_dist.ranks import Ranks
+from clue_dist.train.gradients import average_scored_rows
 from clue_dist.train.initial_weights import set_initial_weights
 from clue_dist.train.setup import Setup
 
@@ -47,6 +50,8 @@ def join_process_group(ranks: Ranks) -> torch.device:
     ranks.join_group(backend, gpu=gpu)
     os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed takes the device of this number
     disable_shared_memory_collectives()
+    if backend == "gloo":
+        gather_weights_by_broadcasts()
     forget_former_group()
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
     return device
@@ -99,11 +104,20 @@ def build_objective_engine(
         config=make_deepspeed_config(config, world, guards_on_device, n_weights),
         dist_init_required=False,
     )
-    if world == 1 and choose_zero_stage(config, world) == 0:
+    if exchanges_rows(config, world):
         keep_gradients_local(engine)
-        if device.type == "cpu":  # a GPU fills memory with zeros faster than it is told to
+        if world > 1:
+            average_scored_rows(objective.model)
+        if choose_zero_stage(config, world) == 1:
+            keep_flat_gradients(engine)
+        elif device.type == "cpu":  # a GPU fills memory with zeros faster than it is told to
             keep_gradient_memory(engine)
     return engine
+
+
+def exchanges_rows(config: Config, world: int) -> bool:
+    """Whether ranks exchange gradients by `train.gradients`, in place of DeepSpeed."""
+    return config.train.precision == "fp32" and choose_zero_stage(config, world) < 2
 
 
 def can_guard_on_device(config: Config, world: int, device: torch.device) -> bool:
@@ -112,12 +126,11 @@ def can_guard_on_device(config: Config, world: int, device: torch.device) -> boo
     torch's fused AdamW does. In bf16 and under ZeRO-3 DeepSpeed looks at the gradient's norm on the
     host in any case.
     """
-    settings = config.train
+    settings, stage = config.train, choose_zero_stage(config, world)
     return (
-        device.type == "cuda"
+        (stage < 3 if device.type == "cuda" else stage == 1)
         and settings.optimizer == "adamw"
         and settings.precision == "fp32"
-        and choose_zero_stage(config, world) < 3
     )
 
 
@@ -218,6 +231,8 @@ def make_deepspeed_config(
         "gradient_clipping": settings.clip if is_bf16 or (stage and not guards_on_device) else 0.0,
         "zero_optimization": {
             "stage": stage,
+            # Of gradients that DeepSpeed does not exchange it needs no copy.
+            "contiguous_gradients": not exchanges_rows(config, world),
             # DeepSpeed takes memory for the whole bucket, be the model as small as it may.
             "reduce_bucket_size": max(1, min(n_weights, LARGEST_BUCKET)),
             **({"compute_grad_norm": False} if guards_on_device and stage else {}),
