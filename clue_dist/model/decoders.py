@@ -168,8 +168,8 @@ class OutputLayer(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(n_features, width) * 0.1 / width**0.5)
         self.bias = nn.Parameter(torch.zeros(n_features))
-        # What the gradient of some features' weights, (F, width), goes through, as to be averaged
-        # over ranks that score the same features.
+        # Called with the gradient of the scored features' weights, (F, width): what it returns
+        # takes its place.
         self.row_hook: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, h: Tensor, features: Tensor | None) -> Tensor:

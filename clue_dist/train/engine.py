@@ -104,7 +104,7 @@ def build_objective_engine(
         config=make_deepspeed_config(config, world, guards_on_device, n_weights),
         dist_init_required=False,
     )
-    if exchanges_rows(config, world):
+    if exchanges_gradients(config, world):
         keep_gradients_local(engine)
         if world > 1:
             average_scored_rows(objective.model)
@@ -115,16 +115,20 @@ def build_objective_engine(
     return engine
 
 
-def exchanges_rows(config: Config, world: int) -> bool:
-    """Whether ranks exchange gradients by `train.gradients`, in place of DeepSpeed."""
+def exchanges_gradients(config: Config, world: int) -> bool:
+    """Whether ranks exchange gradients as `train.gradients` says, in place of DeepSpeed.
+
+    They do in float32 where each of them has all gradients, which ZeRO-2 and 3 share out.
+    """
     return config.train.precision == "fp32" and choose_zero_stage(config, world) < 2
 
 
 def can_guard_on_device(config: Config, world: int, device: torch.device) -> bool:
-    """Whether a GPU clips and skips updates by itself, so that the host need not wait for it.
+    """Whether the optimizer clips and skips updates by itself, as torch's fused AdamW can.
 
-    torch's fused AdamW does. In bf16 and under ZeRO-3 DeepSpeed looks at the gradient's norm on the
-    host in any case.
+    So the host need not wait for a GPU. In bf16 and under ZeRO-3 DeepSpeed looks at the gradient's
+    norm on the host in any case. On a CPU DeepSpeed's norm under ZeRO-1 takes longer than the
+    update.
     """
     settings, stage = config.train, choose_zero_stage(config, world)
     return (
@@ -231,8 +235,8 @@ def make_deepspeed_config(
         "gradient_clipping": settings.clip if is_bf16 or (stage and not guards_on_device) else 0.0,
         "zero_optimization": {
             "stage": stage,
-            # Of gradients that DeepSpeed does not exchange it needs no copy.
-            "contiguous_gradients": not exchanges_rows(config, world),
+            # It needs no copy of gradients that it does not exchange.
+            "contiguous_gradients": not exchanges_gradients(config, world),
             # DeepSpeed takes memory for the whole bucket, be the model as small as it may.
             "reduce_bucket_size": max(1, min(n_weights, LARGEST_BUCKET)),
             **({"compute_grad_norm": False} if guards_on_device and stage else {}),

@@ -21,7 +21,7 @@ from tests.benchmarks.sharding.step_model import (
     resize_work,
 )
 
-WORK = StepWork(512, 8e9, 1e9, 1e6, 1e3, {0: 3, 1: 10, 3: 100}, bytes_touched=1e8)
+WORK = StepWork(512, 8e9, 1e9, 1e6, 1e3, 1e5, {0: 3, 1: 10, 3: 100}, bytes_touched=1e8)
 MACHINE = Machine("any", 1e11, 1e10, 1e9, latency_s=1e-3)
 
 
@@ -66,18 +66,23 @@ def test_means_over_ranks_keep_the_places_of_numbers() -> None:
     assert probe.average_values(two) == {"a": 2, "b": {"c": 2}}
 
 
-@pytest.mark.parametrize(("stage", "passes"), [(0, 2), (1, 3), (2, 3), (3, 2)])
-def test_all_but_one_part_of_the_weights_go_round_the_ring(stage: int, passes: int) -> None:
-    assert count_wire_bytes(stage, 100, 1) == 0
-    assert count_wire_bytes(stage, 100, 4) == passes * 400 * 3 / 4
-    assert count_wire_bytes(stage, 100, 4, latents=10) == passes * 300 + 90
+@pytest.mark.parametrize(
+    ("stage", "n_bytes"), [(0, 2 * 40), (1, 2 * 40 + 400), (2, 3 * 400), (3, 2 * 400)]
+)
+def test_all_but_one_part_of_what_is_exchanged_goes_round_the_ring(
+    stage: int, n_bytes: int
+) -> None:
+    work = replace(WORK, weights=100, gradients=40, latents=0)
+    assert count_wire_bytes(stage, work, 1) == 0
+    assert count_wire_bytes(stage, work, 4) == n_bytes * 3 / 4
+    assert count_wire_bytes(stage, replace(work, latents=10), 4) == n_bytes * 3 / 4 + 90
 
 
 def test_a_step_of_several_ranks_adds_exchange_and_shards_the_update() -> None:
     alone = predict_step(WORK, MACHINE, 1, 0)
     assert alone == pytest.approx(9e9 / 1e11 + 1e6 * 28 / 1e10)
     more = 1e9 / 1e11  # InfoNCE compares with the cells of the other rank, too
-    sent = count_wire_bytes(0, 1e6, 2, 1e3) / 1e9 + 3e-3
+    sent = count_wire_bytes(0, WORK, 2) / 1e9 + 3e-3
     assert predict_step(WORK, MACHINE, 2, 0) == pytest.approx(alone + more + sent)
     unsharded, sharded = (
         predict_step(WORK, replace(MACHINE, exchanged_per_s=1e30), 2, s) for s in (0, 1)
@@ -125,7 +130,7 @@ def test_work_is_told_apart_from_infonce_by_two_numbers_of_ranks() -> None:
     work = predictions.describe_work(steps)
     assert work.flops == pytest.approx(1e9)
     assert work.contrast_flops == pytest.approx(0.5e9)
-    assert (work.weights, work.latents) == (1000, 64)
+    assert (work.weights, work.latents, work.gradients) == (1000, 64, 4000 - 2 * 64)
     machine = predictions.describe_machine(steps, cores=2)
     assert predict_step(work, machine, 1, 0) == pytest.approx(0.1)
     assert "ms by the model" in predictions.tabulate_steps(steps, 2)

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from clue_dist.deepspeed_internals import list_updated_shards
 
 PARTS = {"model.trunks.": "trunks", "model.heads.": "heads", "model.decoders.": "decoders"}
-COLLECTIVES = "reduce_scatter", "allreduce", "allgather"
+COLLECTIVES = "reduce_scatter", "allreduce", "allgather", "broadcast"
 Bytes = dict[str, int]  # by part of the model
 
 
@@ -88,7 +88,10 @@ class GradientWatch:
 def count_gradients(engine: Any) -> int:
     """Bytes of gradients that this rank keeps for the update."""
     whole = [w.grad for w in engine.module.parameters() if w.grad is not None]
-    return sum(map(measure_size, [*whole, *list_kept_gradients(engine.optimizer)]))
+    memory = {gradient.untyped_storage().data_ptr() for gradient in whole}
+    kept = list_kept_gradients(engine.optimizer)  # under ZeRO-1 in fp32 in that same memory
+    others = [gradient for gradient in kept if gradient.untyped_storage().data_ptr() not in memory]
+    return sum(map(measure_size, [*whole, *others]))
 
 
 def list_kept_gradients(optimizer: Any) -> list[Tensor]:

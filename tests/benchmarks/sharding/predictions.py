@@ -61,7 +61,7 @@ def tabulate_bytes(records: Sequence[Result]) -> str:
                 weights = sum(alone[record["data_set"]]["parameters"].values()) / 4
                 row["bytes a weight"] = count_held(int(stage), counted) / weights
                 # What a large model has: a full bucket, and weights that ZeRO-3 has gathered.
-                fixed = 4 * (LARGEST_BUCKET * (stage > "0") + LIVE_WEIGHTS * (stage == "3"))
+                fixed = 4 * (LARGEST_BUCKET * (stage > "1") + LIVE_WEIGHTS * (stage == "3"))
                 held = row["bytes a weight"] * FEATURE_WEIGHTS + FEATURE_BUFFERS
                 fixed += alone[record["data_set"]]["activations"]
                 row["million features"] = fit_features(GPU_MEMORY, fixed, held) / 1e6
@@ -79,7 +79,7 @@ def tabulate_steps(steps: StepRecords, cores: int) -> str:
             row = {"ranks": str(ranks), "ZeRO": name, "ms": 1e3 * measure_step(repeats, stage)}
             row |= {"ms by the model": 1e3 * predict_step(work, machine, ranks, stage)}
             row |= {"CPU ms": cpu_ms, "MB sent": sum_wire_bytes(counted["exchanged"], ranks) / 1e6}
-            sent = count_wire_bytes(stage, work.weights, ranks, work.latents)
+            sent = count_wire_bytes(stage, work, ranks)
             rows.append(row | {"MB sent by the model": sent / 1e6})
     return format_table(pd.DataFrame(rows).set_index(["ranks", "ZeRO"]))
 
@@ -126,13 +126,16 @@ def describe_work(steps: StepRecords) -> StepWork:
     first = next(iter(together.values()))  # every stage computes the same
     weights = sum(alone["parameters"].values()) / 4
     more = 1e9 * (first["gflop"] - alone["gflop"]) / max(1, most - 1)
+    # Under ZeRO-0 and 1 nothing else is gathered, and the latents' gradients are summed, too.
+    exchanged = next((together[stage]["exchanged"] for stage in "01" if stage in together), {})
+    latents = exchanged.get("allgather", 0) / most
     return StepWork(
         cells=steps[1][0]["cells"],
         flops=1e9 * alone["gflop"] - more,
         contrast_flops=more,
         weights=weights,
-        # Under ZeRO-0 nothing else is gathered.
-        latents=together["0"]["exchanged"].get("allgather", 0) / most if "0" in together else 0.0,
+        latents=latents,
+        gradients=max(0.0, exchanged.get("allreduce", 0) - latents * most),
         collectives={int(stage): sum(c["calls"].values()) for stage, c in together.items()},
         bytes_touched=1e9 * alone["touched_gb"] - UPDATE_BYTES * weights,
     )

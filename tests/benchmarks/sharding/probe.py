@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
+from clue_dist.allocator import keep_freed_memory
 from clue_dist.config import Config
 from clue_dist.data.batch import Batch
 from clue_dist.deepspeed_internals import fill_missing_gradients
@@ -144,6 +145,7 @@ def main() -> None:
     args = parser.parse_args()
     ranks = Ranks.from_environment()
     choose_core(ranks)
+    keep_freed_memory()  # as the loader of a training does
     join_process_group(ranks)
     stages = {str(stage): measure_stage(args, stage, ranks) for stage in args.stages}
     result: Result = {"ranks": ranks.world, "cells": args.cells, "stages": stages}

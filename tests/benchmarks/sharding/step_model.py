@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 BYTES = 4  # of a weight and of a gradient in float32
 # Weight, gradient and two moments are read, all but the gradient are written.
 UPDATE_BYTES = 7 * BYTES
-# How often the bytes of all weights go round the ring in a step, by stage. A sum over ranks goes
-# round twice. DeepSpeed sums gradients on all ranks under ZeRO-1 and 2, too, and then gathers the
-# weights; under ZeRO-3 it gathers them once and scatters the sums, as long as a model is small
-# enough (see LIVE_WEIGHTS) to keep them from the forward to the backward pass.
-PASSES = {0: 2, 1: 3, 2: 3, 3: 2}
+# How often the bytes of all weights go round the ring in a step, by stage, beside the gradients
+# that ranks exchange by themselves under ZeRO-0 and 1. ZeRO-1 and 2 gather the updated weights. A
+# sum over ranks goes round twice: DeepSpeed sums all gradients under ZeRO-2. Under ZeRO-3 it
+# gathers the weights once and scatters the sums, as long as a model is small enough (see
+# LIVE_WEIGHTS) to keep them from the forward to the backward pass.
+PASSES = {0: 0, 1: 1, 2: 3, 3: 2}
+GRADIENT_PASSES = {0: 2, 1: 2, 2: 0, 3: 0}
 # Weights that DeepSpeed keeps gathered under ZeRO-3: `stage3_max_live_parameters`.
 LIVE_WEIGHTS = 1e9
 
@@ -40,6 +42,8 @@ class StepWork:
     contrast_flops: float  # of InfoNCE, for the cells of each rank
     weights: float  # parameters of the model
     latents: float  # bytes that each rank adds to what is gathered for InfoNCE
+    # Of gradients, bytes that ranks exchange under ZeRO-0 and 1: of decoders the scored rows alone.
+    gradients: float
     collectives: dict[int, float]  # by stage
     bytes_touched: float = 0.0  # of memory, the update aside, where nothing is fused
 
@@ -57,17 +61,11 @@ def resize_work(work: StepWork, cells: int) -> StepWork:
     )
 
 
-def count_wire_bytes(stage: int, weights: float, ranks: int, latents: float = 0.0) -> float:
-    """Bytes that a rank sends in a step where ranks form a ring (ZeRO's paper, section 7).
-
-    Args:
-        stage: of ZeRO.
-        weights: parameters.
-        ranks: N.
-        latents: bytes of a rank that all ranks gather.
-    """
+def count_wire_bytes(stage: int, work: StepWork, ranks: int) -> float:
+    """Bytes that a rank sends in a step where ranks form a ring (ZeRO's paper, section 7)."""
+    whole = PASSES[stage] * BYTES * work.weights + GRADIENT_PASSES[stage] * work.gradients
     # Latents are gathered, and their gradients summed, which goes round the ring twice.
-    return PASSES[stage] * BYTES * weights * (ranks - 1) / ranks + 3 * latents * (ranks - 1)
+    return whole * (ranks - 1) / ranks + 3 * work.latents * (ranks - 1)
 
 
 def predict_step(work: StepWork, machine: Machine, ranks: int, stage: int) -> float:
@@ -81,7 +79,7 @@ def predict_step(work: StepWork, machine: Machine, ranks: int, stage: int) -> fl
         busy_s *= max(1.0, ranks / machine.cores)
     if ranks == 1:
         return busy_s
-    sent = count_wire_bytes(stage, work.weights, ranks, work.latents)
+    sent = count_wire_bytes(stage, work, ranks)
     return busy_s + sent / machine.exchanged_per_s + machine.latency_s * work.collectives[stage]
 
 
