@@ -185,8 +185,8 @@ def keep_flat_gradients(engine: Any) -> None:
             group = stage_1_and_2.GradPartitionBufferGroup([part], part)
             read_private(optimizer, "averaged_gradients")[number] = group
             for weight in read_private(optimizer, "bit16_groups")[number]:
-                own = flat.narrow(0, weight.storage_offset(), weight.numel())
-                weight.grad = own.view_as(weight)
+                gradient = flat.narrow(0, weight.storage_offset(), weight.numel())
+                weight.grad = gradient.view_as(weight)
 
     read_private(engine, "_take_model_step")  # which calls `zero_grad`
     optimizer.zero_grad = zero_grad
