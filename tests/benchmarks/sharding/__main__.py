@@ -67,9 +67,10 @@ class Sharding(Benchmark):
     def tabulate(self, records: Sequence[Result]) -> str:
         tables = {"MB of a rank": predictions.tabulate_bytes(records)} if records else {}
         steps = predictions.select_steps(records)
-        if self.args.steps and 1 in steps:
+        if 1 in steps:
             cores = len(os.sched_getaffinity(0))
-            tables["a step here"] = predictions.tabulate_steps(steps, cores)
+            if self.args.steps:
+                tables["a step here"] = predictions.tabulate_steps(steps, cores)
             tables["MODEL, not measured: GPUs"] = predictions.tabulate_gpus(steps)
         return "\n\n".join(f"{title}\n{table}" for title, table in tables.items())
 
