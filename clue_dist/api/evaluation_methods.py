@@ -43,8 +43,9 @@ class EvaluationMethods:
         Cells that the model was trained on are scored with a warning.
 
         Args:
-            cells: cells that carry several modalities and that the model has not seen, a store; or
-                what `fit` takes, which is converted for the model into a folder that goes again.
+            cells: cells that the model has not seen, a store; or what `fit` takes, which is
+                converted for the model into a folder that goes again. Matching needs cells that
+                carry several modalities.
             out: a file for the scores.
             max_cells: score a random part.
             modality: as of `fit`, as are the next five, for cells that are in no store.

@@ -8,7 +8,7 @@ def main() -> None:
     """Score the store that the arguments name, write the scores and print them."""
     parser = build_model_parser(
         "evaluate",
-        store="store with paired cells the model has not seen",
+        store="store with cells the model has not seen; matching needs paired ones",
         out="where to write scores.json",
     )
     parser.add_argument(

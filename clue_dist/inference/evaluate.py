@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from clue_dist.config import MIN_KNOWN
-from clue_dist.errors import ConfigError, StoreError
+from clue_dist.errors import ConfigError
 from clue_dist.files import write_file
 from clue_dist.inference.cells import SegmentSlice, StoreCells
 from clue_dist.inference.embed import check_query, describe_embedding
@@ -29,7 +29,9 @@ from clue_dist.inference.output_files import (
 from clue_dist.inference.query import holds_training_cells
 from clue_dist.inference.score_tables import (
     COMMON_SPACE,
+    HAS_PAIRS,
     JOINT_SCORES,
+    NO_PAIRS,
     SEEN,
     SEEN_WARNING,
     WITHIN_TYPE,
@@ -59,8 +61,9 @@ def evaluate_store(
     """Write `scores.json`. All ranks call this, and all get its content.
 
     Every cell of the store that carries both modalities of a pair counts for its matching, and
-    every cell for the joint z. Where neighbours are searched, of more than `max_cells` or
-    MOST_CELLS an even part is taken.
+    every cell for the joint z. Where no two modalities share two cells, be the model of a single
+    one or the cells unpaired, the joint z alone is scored. Where neighbours are searched, of more
+    than `max_cells` or MOST_CELLS an even part is taken.
 
     Args:
         trained_model: the model.
@@ -84,7 +87,7 @@ def evaluate_store(
         and whether the model was trained on it.
 
     Raises:
-        StoreError: no cell carries two modalities; features that are not the model's.
+        StoreError: features that are not the model's.
         ConfigError: `out` is a folder or in none, or another job is writing it; `max_cells` is
             below 2.
         ResumeError: the model gives NaN.
@@ -104,15 +107,25 @@ def evaluate_store(
     modalities = [name for name in trained_model.modalities if name in store.modalities]
     with make_scratch_folder(out, ranks) as scratch:
         embedding = compute_embedding(
-            trained_model, asked, scratch, slices, per_modality=True, with_depth=True, ranks=ranks
+            trained_model,
+            asked,
+            scratch,
+            slices,
+            per_modality=bool(paired),
+            with_depth=bool(paired),
+            ranks=ranks,
         )
         cells = _EmbeddedCells.read_from(store, slices, embedding)
         result = _score_pairs(store, cells, modalities, paired, max_cells or MOST_CELLS, ranks)
+        has_pairs = bool(result)
+        if not has_pairs and ranks.is_first:
+            print_error(f"warning: {NO_PAIRS}")
         result[JOINT_SCORES] = _score_joint(store, cells, joint, ranks)
         result["about"] = describe_embedding(trained_model, asked, run) | {
             "cells": sum(paired.values()),
             "max_cells": max_cells,
             SEEN: is_seen,
+            HAS_PAIRS: has_pairs,
             COMMON_SPACE: trained_model.has_common_space,
         }
         ranks.run_on_first(lambda: _write_scores(out, result))
@@ -152,18 +165,8 @@ def count_paired_cells(store: Store, max_cells: int | None = None) -> dict[str, 
     Args:
         store: the cells.
         max_cells: the most in all; by default every one.
-
-    Raises:
-        StoreError: no cell carries two modalities.
     """
     paired = {name: s.n_cells for name, s in store.manifest.strata.items() if len(s.modalities) > 1}
-    if not paired:
-        raise StoreError(
-            "no cell carries two modalities, so there is no true match to look for",
-            where=store.root,
-            got=f"strata {', '.join(store.manifest.strata)}",
-            fix="evaluate on a store with paired cells",
-        )
     return paired if max_cells is None else _take_part(paired, max_cells)
 
 
@@ -271,12 +274,6 @@ def _score_pairs(
                 **unknown,
                 **mixing,
             }
-    if not result:
-        raise StoreError(
-            "no two modalities share two cells",
-            where=store.root,
-            got=f"{sum(paired.values())} paired cells taken",
-        )
     return result
 
 

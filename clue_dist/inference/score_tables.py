@@ -40,6 +40,11 @@ NO_SPACE = (
     "no common space, so that profiles of different modalities lie apart: training had too few "
     "cells that link all modalities, or these weights are of before the first validation"
 )
+HAS_PAIRS = "has_pairs"  # in `about` of the scores: whether two modalities share cells
+NO_PAIRS = (
+    "matching is left out: no two modalities share two cells of these, so that there is no true "
+    "match to look for"
+)
 NO_SCIB = "kBET of batches, and NMI and ARI of labels, need `pip install 'clue-dist[metrics]'`."
 # A score or None, and what chance gives or None.
 Comparison = tuple[float | None, float | None]
@@ -89,7 +94,7 @@ def format_scores(result: dict[str, Any]) -> str:
     """
     titles = "".join(f"{metric:>10}{'chance':>10}" for metric in matching.METRICS)
     head = f"{'pair':<16}{'scope':<14}{'cells':>9}{titles}"
-    lines = [head, "-" * len(head)]
+    lines = [head, "-" * len(head)] if select_pairs(result) else []
     for pair, scope, n_cells, scores in list_score_rows(result):
         values = itertools.chain.from_iterable(scores.values())
         numbers = "".join(f"{format_score(value, ''):>10}" for value in values)
@@ -100,7 +105,7 @@ def format_scores(result: dict[str, Any]) -> str:
         lines += ["", *textwrap.wrap(facts, 100)]
     if result.get("about", {}).get(SEEN):
         lines += ["", *textwrap.wrap(f"warning: {SEEN_WARNING}", 100)]
-    return "\n".join(lines)
+    return "\n".join(lines).strip()
 
 
 def select_unordered_pairs(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,9 +121,16 @@ def select_pairs(result: Mapping[str, Any]) -> dict[str, Any]:
     return {name: entry for name, entry in result.items() if "->" in name}
 
 
+def list_warnings(result: Mapping[str, Any]) -> list[str]:
+    """Say in sentences what the model or the cells lack; nothing of scores of earlier versions."""
+    about = result.get("about", {})
+    lacking = {NO_SPACE: about.get(COMMON_SPACE, True), NO_PAIRS: about.get(HAS_PAIRS, True)}
+    return [text for text, is_there in lacking.items() if not is_there]
+
+
 def list_space_facts(result: Mapping[str, Any]) -> list[str]:
     """Say in sentences whether z is one space; nothing of scores that an earlier version wrote."""
-    facts = [] if result.get("about", {}).get(COMMON_SPACE, True) else [NO_SPACE]
+    facts = list_warnings(result)
     for name, entry in select_unordered_pairs(result).items():
         if "mixing" not in entry:
             continue

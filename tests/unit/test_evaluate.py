@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from clue_dist.data.batch import read_batch
-from clue_dist.errors import ConfigError, StoreError
+from clue_dist.errors import ConfigError
 from clue_dist.inference import evaluate
 from clue_dist.inference.evaluate import count_paired_cells, evaluate_store
 from clue_dist.inference.score_tables import format_scores, select_pairs
@@ -278,12 +278,26 @@ def test_neighbours_are_searched_among_an_even_part_of_a_large_store(store, tmp_
     assert "joint z, 60 of the store's 177 cells" in format_scores(scores)
 
 
-def test_no_paired_cells_is_a_clear_error(tmp_path):
-    store = make_store(
-        tmp_path / "s.zarr", cells={"rna": 20, "adt": 20}, features={"rna": 9, "adt": 4}
+@pytest.mark.parametrize(
+    ("cells", "known"),
+    [({"rna": 60}, ["rna"]), ({"rna": 60, "adt": 60}, ["rna", "adt"])],
+    ids=["a model of one modality", "unpaired cells"],
+)
+def test_without_paired_cells_the_joint_z_alone_is_scored(tmp_path, capsys, cells, known):
+    features = {name: n for name, n in FEATURES.items() if name in known}
+    store = make_store(tmp_path / "s.zarr", cells=cells, features=features)
+    scores = evaluate_store(
+        FakeLoaded(store.manifest.modalities), store, tmp_path / "s.json", run="r"
     )
-    with pytest.raises(StoreError, match=r"no cell carries two modalities[\s\S]*strata rna, adt"):
-        evaluate_store(FakeLoaded(store.manifest.modalities), store, tmp_path / "s.json", run="r")
+    assert scores.keys() == {"joint", "about"}
+    assert {"ilisi", "accuracy", "asw"} <= scores["joint"].keys()
+    assert scores["joint"]["cells"] == sum(cells.values())
+    assert ("islands" in scores["joint"]) == (len(known) > 1)
+    assert json.loads((tmp_path / "s.json").read_text())["about"]["has_pairs"] is False
+    assert capsys.readouterr().err.startswith("warning: matching is left out: no two modalities")
+    text = format_scores(scores)
+    assert text.startswith("matching is left out: no two modalities share two cells")
+    assert "pair" not in text.split("\n\n")[-1]
 
 
 def test_cells_of_an_unknown_batch_are_left_out_within_batches(store, tmp_path, monkeypatch):

@@ -580,6 +580,16 @@ def test_scores_of_training_cells_are_called_so(run, tmp_path):
         assert ("The model was trained on this store" in text) == seen
 
 
+def test_scores_without_pairs_say_so_and_have_no_table_of_matching(run, tmp_path):
+    scores = tmp_path / "scores.json"
+    joint = {"cells": 90, "store_cells": 90, "accuracy": 0.875}
+    scores.write_text(json.dumps({"joint": joint, "about": {"has_pairs": False}}))
+    text = write_report(run, scores=scores).read_text()
+    assert "matching is left out" in text
+    assert "0.8750" in text
+    assert "<th>among</th>" not in text
+
+
 def test_a_run_is_called_by_its_name_wherever_it_is_typed(run, monkeypatch):
     monkeypatch.chdir(run)
     assert "<h1>demo</h1>" in write_report(Path(".")).read_text()

@@ -42,14 +42,13 @@ from clue_dist.inference.report.layouts import (
 from clue_dist.inference.report.panels import list_panels, read_metrics
 from clue_dist.inference.report.profiles import UNKNOWN, Profiles, read_profiles
 from clue_dist.inference.score_tables import (
-    COMMON_SPACE,
     JOINT_SCORES,
-    NO_SPACE,
     SEEN,
     SEEN_WARNING,
     format_score,
     list_joint_scores,
     list_score_rows,
+    list_warnings,
     select_unordered_pairs,
 )
 from clue_dist.metrics.matching import METRICS
@@ -260,7 +259,7 @@ def _tabulate_scores(scores: Section) -> dict[str, Any]:
         "joint_cells": f"{joint['cells']:,}" if "cells" in joint else "",
         "islands": sorted((joint.get("islands") or {}).items(), key=lambda item: -item[1]),
         "warnings": [
-            *([NO_SPACE] if not about.get(COMMON_SPACE, True) else []),
+            *list_warnings(scores),
             *([SEEN_WARNING] if about.get(SEEN) else []),
         ],
     }
