@@ -5,7 +5,10 @@ from __future__ import annotations
 from clue_dist.config import Config, ModelConfig
 
 AUTO_STEPS = 1500  # a small data set is seen often enough to make so many steps ...
-AUTO_EPOCHS = 90.0  # ... but never more often than this
+MOST_EPOCHS = 90.0  # ... but never more often than this
+# Fewer cells are learnt by heart sooner: of 480 bone marrow cells, 90 epochs matched others worse.
+FEW_CELLS = 2000
+MOST_EPOCHS_OF_FEW_CELLS = 60.0
 MOST_STEPS_BETWEEN = 2000  # two validations, or two checkpoints
 # Batch sizes with the number of training cells from which on the next one is taken.
 BATCH_SIZES = ((128, 2_000), (256, 4_000), (512, 500_000), (1024, 1_000_000), (2048, 4_000_000))
@@ -31,7 +34,8 @@ def resolve_auto_settings(config: Config, n_train: int, n_modalities: int) -> Co
     auto_batch_size = multiple * -(-_choose_batch_size(n_train) // multiple)
     batch_size = data.batch_size if data.batch_size != "auto" else auto_batch_size
     epoch_steps = max(1.0, n_train / batch_size)
-    auto_epochs = round(min(max(1.0, AUTO_STEPS / epoch_steps), AUTO_EPOCHS), 2)
+    most_epochs = MOST_EPOCHS if n_train >= FEW_CELLS else MOST_EPOCHS_OF_FEW_CELLS
+    auto_epochs = round(min(max(1.0, AUTO_STEPS / epoch_steps), most_epochs), 2)
     epochs = training.epochs if training.epochs != "auto" else auto_epochs
     total_steps = max(1, round(epochs * epoch_steps))
     numbers: dict[str, float] = {"epochs": epochs}

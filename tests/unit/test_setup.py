@@ -74,7 +74,8 @@ def test_auto_batch_grows_with_the_data_and_divides_into_lanes(
 
 
 def test_auto_epochs_are_many_for_few_cells_and_one_for_an_atlas() -> None:
-    assert resolve_auto_settings(Config(), 500, 2).train.epochs == 90
+    assert resolve_auto_settings(Config(), 500, 2).train.epochs == 60
+    assert resolve_auto_settings(Config(), 5_000, 2).train.epochs == 90
     assert resolve_auto_settings(Config(), 30_000_000, 2).train.epochs == 1
     explicit = resolve_auto_settings(
         Config(train={"epochs": 3, "patience": 2, "validate_every": 7, "checkpoint_every": 9}),
