@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,9 +19,10 @@ from clue_dist.store.batch_vocabulary import BatchVocabulary
 
 OWN, AVERAGE = "own", "average"  # choices of a batch, beside the names of batches
 MEAN, LOWER, UPPER, SAMPLE = "X", "lower", "upper", "sample-"  # matrices of an answer
-# Draws of a cell and feature from which the interval is taken. With 99 draws and the value itself
-# the ranks of 90% lie exactly between two draws.
+# Draws of a cell and feature from which the interval is taken, or more where its share asks for
+# that. With 99 draws and the value itself the ranks of 90% lie exactly between two draws.
 INTERVAL_DRAWS = 99
+LARGEST_INTERVAL = 0.999  # which takes 1,999 draws
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,25 @@ class ImputationQuestion:
     @property
     def n_draws(self) -> int:
         """Draws of each cell."""
-        return max(self.choices.samples, INTERVAL_DRAWS if self.choices.interval is not None else 0)
+        share, samples = self.choices.interval, self.choices.samples
+        return samples if share is None else max(samples, plan_interval(share)[0])
+
+
+def plan_interval(share: float) -> tuple[int, int]:
+    """Plan how a central interval is read off sorted draws.
+
+    Of a continuous value, n draws and the value itself are in any order. So the value lies between
+    the draws of ranks r and n + 1 - r with probability 1 - 2r / (n + 1).
+
+    Args:
+        share: the least probability that is asked for, below 1.
+
+    Returns:
+        The number of draws n, and the rank r, at least 1.
+    """
+    beyond, rounding = (1 - share) / 2, 1e-9
+    n_draws = max(INTERVAL_DRAWS, math.ceil(1 / beyond - 1 - rounding))
+    return n_draws, math.floor((n_draws + 1) * beyond + rounding)
 
 
 def read_question(trained_model: TrainedModel, choices: ImputationChoices) -> ImputationQuestion:
@@ -183,9 +203,11 @@ def _check_numbers(choices: ImputationChoices, real_values: bool) -> None:
     )
     if not is_size:
         raise ConfigError("no library size", got=size, expected=f"a number above 0, or {OWN!r}")
-    if interval is not None and not 0 < interval < 1:
+    if interval is not None and not 0 < interval <= LARGEST_INTERVAL:
         raise ConfigError(
-            "no share of an interval", got=interval, expected="a number between 0 and 1"
+            "no share of an interval",
+            got=interval,
+            expected=f"a number above 0, {LARGEST_INTERVAL} at most",
         )
     if choices.samples < 0:
         raise ConfigError("no number of samples", got=choices.samples, expected="0 or more")

@@ -18,13 +18,13 @@ from clue_dist.errors import DataError, ResumeError, list_names
 from clue_dist.inference.cells import Cells, CellSlice, MemoryCells
 from clue_dist.inference.embed import check_embedding_path, write_tables
 from clue_dist.inference.imputation_question import (
-    INTERVAL_DRAWS,
     LOWER,
     MEAN,
     SAMPLE,
     UPPER,
     ImputationChoices,
     ImputationQuestion,
+    plan_interval,
     read_question,
 )
 from clue_dist.inference.load_model import TrainedModel
@@ -269,10 +269,10 @@ def _impute_piece(
     for i in range(choices.samples):
         yield f"{SAMPLE}{i}", draws[i].clone()
     if choices.interval is not None:
-        draws = draws[:INTERVAL_DRAWS].sort(0).values
-        below = round((INTERVAL_DRAWS + 1) * (1 - choices.interval) / 2) - 1
-        yield LOWER, draws[max(below, 0)]
-        yield UPPER, draws[INTERVAL_DRAWS - 1 - max(below, 0)]
+        n_draws, rank = plan_interval(choices.interval)
+        draws = draws[:n_draws].sort(0).values
+        yield LOWER, draws[rank - 1]
+        yield UPPER, draws[n_draws - rank]
 
 
 def _finish(question: ImputationQuestion, values: Tensor, rows: np.ndarray) -> np.ndarray:

@@ -13,7 +13,11 @@ import scipy.sparse as sp
 from clue_dist.api.trained_run import Run
 from clue_dist.errors import ConfigError, DataError, StoreError
 from clue_dist.inference.cells import StoreCells
-from clue_dist.inference.imputation_question import ImputationChoices
+from clue_dist.inference.imputation_question import (
+    LARGEST_INTERVAL,
+    ImputationChoices,
+    plan_interval,
+)
 from clue_dist.inference.impute import impute_cells, write_imputation
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.matrix_files import MatrixFolder
@@ -128,6 +132,27 @@ def test_intervals_cover_what_the_model_draws(trained, store):
     assert mean == pytest.approx(answer.X.mean(), rel=0.2)
 
 
+@pytest.mark.parametrize("share", [0.95, 0.99])
+def test_intervals_hold_their_share_of_continuous_draws(tmp_path, share):
+    features = {"rna": 9, "image": 20}
+    store = make_store(tmp_path / "s.zarr", cells={"rna+image": 200}, features=features)
+    trained = make_trained(store)
+    answer = impute(trained, store, "image", interval=share)
+    others = impute(trained, store, "image", samples=10, seed=1).layers
+    draws = np.stack([others[f"sample-{i}"] for i in range(10)])
+    covered = (draws >= answer.layers["lower"]) & (draws <= answer.layers["upper"])
+    assert share - 0.003 < covered.mean() < share + 0.015
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.9, 0.95, 0.97, 0.98, 0.99, LARGEST_INTERVAL])
+def test_intervals_are_planned_to_hold_their_share(share):
+    n_draws, rank = plan_interval(share)
+    assert 1 <= rank <= n_draws / 2
+    held = 1 - 2 * rank / (n_draws + 1)
+    assert share - 1e-9 <= held < share + 0.02
+    assert (n_draws == 99) == (share <= 0.98)
+
+
 def test_an_answer_repeats_itself_and_says_what_made_it(trained, store):
     first, second = (impute(trained, store, interval=0.9) for _ in range(2))
     np.testing.assert_array_equal(first.layers["lower"], second.layers["lower"])
@@ -151,7 +176,8 @@ def test_expected_logarithms_are_means_of_logarithms(trained, store):
         ({"modality": "adt", "from_": ["atac"]}, "no such modality"),
         ({"modality": "adt", "features": ["adt-33"]}, "did you mean adt-3"),
         ({"modality": "adt", "batch": "batch-9"}, "own, average, or one of batch-0, batch-1"),
-        ({"modality": "adt", "interval": 90}, "between 0 and 1"),
+        ({"modality": "adt", "interval": 90}, "above 0, 0.999 at most"),
+        ({"modality": "adt", "interval": 0.9995}, "above 0, 0.999 at most"),
         ({"modality": "adt", "library_size": -1}, "above 0"),
         ({"modality": "adt", "features": []}, "no feature"),
     ],
