@@ -5,7 +5,7 @@ Shapes: B cells, K modalities, d dimensions of each z_k, F features of the modal
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from clue_dist.model.clue import CLUE
 from clue_dist.model.likelihoods import LikelihoodParameters, compute_log1p_mean
 
 PER_TEN_THOUSAND = 1e4  # to what total profiles are scaled before ln(1 + x) is taken
+N_POINTS = 8  # z's of a cell over which what is expected of it is averaged, an even number
 
 
 def keep_sources(batch: Batch, modalities: list[str], sources: Collection[str]) -> Batch:
@@ -51,8 +52,23 @@ class TargetLatent:
         noise = torch.randn(
             self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype
         )
-        spread = noise @ self.deviation.T if self.is_factor else noise * self.deviation
-        return self.mean + spread
+        return self.mean + self._scale_noise(noise)
+
+    def place_points(self) -> Iterator[Tensor]:
+        """Yield `N_POINTS` z_k of each cell, (B, d), which stand for its Gaussian.
+
+        All cells have the same draws, in pairs on both sides of the mean: so what is expected of a
+        cell follows from it alone, and no cell differs from another by chance.
+        """
+        generator, width = torch.Generator().manual_seed(0), self.mean.shape[1]
+        for noise in torch.randn(N_POINTS // 2, 1, width, generator=generator).to(self.mean):
+            spread = self._scale_noise(noise)
+            yield self.mean + spread
+            yield self.mean - spread
+
+    def _scale_noise(self, noise: Tensor) -> Tensor:
+        """Give standard normal vectors, (B, d) or (1, d), the covariance."""
+        return noise @ self.deviation.T if self.is_factor else noise * self.deviation
 
 
 def infer_target_latent(model: CLUE, batch: Batch, modality: str) -> TargetLatent:
@@ -137,6 +153,19 @@ class ValueDecoder:
         if log1p:
             return compute_log1p_mean(likelihood, parameters, PER_TEN_THOUSAND / library)
         return likelihood.compute_mean(parameters)
+
+    def average_over_points(
+        self, latent: TargetLatent, levels: Tensor, library: Tensor, log1p: bool = False
+    ) -> Tensor:
+        """Compute what is expected of each feature, (B, F), where z is not known but its Gaussian.
+
+        Decoders learn from samples of z. What they say of its mean alone is too sure: too much
+        where it is much, too little where it is little. Other arguments as of `compute_mean`.
+        """
+        total = torch.zeros(len(levels), self.width, device=levels.device)
+        for z in latent.place_points():
+            total += self.compute_mean(z, levels, library, log1p)
+        return total / N_POINTS
 
     def draw_values(
         self, z: Tensor, levels: Tensor, library: Tensor, generator: torch.Generator

@@ -32,8 +32,10 @@ from clue_dist.normalise import Rows, sum_columns
 MAX_LOG_DISPERSION = 7.0  # a negative binomial with r = 1,100 is as good as a Poisson
 LOG1P_NODES = range(-17, 4)  # steps of ln t, see `compute_log1p_mean`
 STIRLING_FROM = 8.0  # Stirling's series replaces ln Gamma from this r on
-# Given z, the noise that remains is several e-folds away from what the moments of the counts say.
-DISPERSION_LEARNING_RATE = 10.0
+# Given z, the noise that remains is several e-folds away from what the moments of the counts say,
+# and a short training has some 300 steps to get there. Where it does not, zeros and E ln(1 + x) are
+# wrong.
+DISPERSION_LEARNING_RATE = 50.0
 NOISE_OF_CONSTANTS = 2e-6  # standard deviation that rounding gives to a constant feature
 LEAST_RELATIVE_DEVIATION = 0.01  # of a feature's standard deviation, next to the median feature's
 

@@ -4,7 +4,8 @@ The cross-encoders q(z_j | x_k) of eq. 6 are trained to meet the others in align
 beside an expert that knows x_j itself they need not say how far z_j lies from the prior. Decoders
 have only seen z_j that x_j took part in. So, where x_j is not shown, z_j is predicted by a linear
 regression, from all that a modality says of every z to the mean of q(z_j | x_j), private dimensions
-among them. It is fitted to paired training cells, and held-out pairs tell what error remains.
+among them. It is fitted to paired training cells, and held-out pairs tell what error remains. To
+that the width of q(z_j | x_j) is added, as decoders learn from samples of it.
 
 Shapes: K modalities, d dimensions of each z_k.
 """
@@ -23,8 +24,7 @@ class Regression(NamedTuple):
 
     weight: Tensor  # (K * d, d)
     offset: Tensor  # (d,)
-    # (d, d), of the error. The width of q(z_j | x_j) is not added: decoders learnt their noise from
-    # samples of it, so that the noise holds it already.
+    # (d, d), of the error and of q(z_j | x_j): decoders read samples of it, and not its mean.
     covariance: Tensor
 
 

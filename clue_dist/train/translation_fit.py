@@ -24,17 +24,27 @@ class TranslatedCells(NamedTuple):
     """What modalities say of cells, on the CPU, in float64."""
 
     mean: Tensor  # (N, K source, K target, d), posterior means of the experts
+    # Mean and variance of z_k given everything observed, whose samples decoders read (eq. 8), each
+    # (N, K, d).
+    joint_mean: Tensor
+    joint_variance: Tensor
     observed: Tensor  # (N, K) bool
 
     @classmethod
     def from_posterior(cls, posterior: Posterior, observed: Tensor) -> TranslatedCells:
         """Select what is needed of a posterior."""
-        return cls(posterior.mean.cpu().double(), observed.cpu())
+        found = posterior.mean, posterior.joint_mean, posterior.joint_log_var.exp()
+        return cls(*(values.cpu().double() for values in found), observed.cpu())
 
     def select_pairs(self, source: int, target: int) -> tuple[Tensor, Tensor]:
         """Inputs (n, K * d) and latents (n, d) of the cells that have both."""
         both = self.observed[:, source] & self.observed[:, target]
-        return self.mean[both, source].flatten(1), self.mean[both, target, target]
+        return self.mean[both, source].flatten(1), self.joint_mean[both, target]
+
+    def average_variance(self, source: int, target: int) -> Tensor:
+        """Average the variance of z of the target, (d,), over the cells that have both."""
+        both = self.observed[:, source] & self.observed[:, target]
+        return self.joint_variance[both, target].mean(0)
 
 
 def fit_translation(
@@ -69,16 +79,18 @@ def _fit_all_pairs(
         if len(inputs) < FEWEST_PAIRED:
             continue
         others = None if held_out is None else held_out.select_pairs(source, target)
+        width = torch.diag(cells.average_variance(source, target))
         # Weights that give NaN keep the regression that they have; validation tells of them.
-        if all(part.isfinite().all() for part in (inputs, latents, *(others or ()))):
+        if all(part.isfinite().all() for part in (inputs, latents, width, *(others or ()))):
             regression = _choose_regression(inputs, latents, others)
+            regression = regression._replace(covariance=regression.covariance + width)
             translation.set_regression(source, target, regression)
 
 
 def _choose_regression(
     inputs: Tensor, latents: Tensor, others: tuple[Tensor, Tensor] | None
 ) -> Regression:
-    """The regression that serves held-out pairs best.
+    """The regression that serves held-out pairs best, with the covariance of its error alone.
 
     Errors correlate as they do in training cells, which are many. How large they are, held-out
     pairs say, by dimension.

@@ -1,5 +1,6 @@
 """Every likelihood equals scipy's, sparse equals dense, and random features are unbiased."""
 
+from types import SimpleNamespace
 from typing import get_args
 
 import numpy as np
@@ -9,15 +10,16 @@ import torch
 from scipy import stats
 from torch.nn import functional as F
 
-from clue_dist.config import DecoderConfig, LikelihoodName
+from clue_dist.config import Config, DecoderConfig, LikelihoodName
 from clue_dist.data.batch import SparseCounts, compute_library_size
-from clue_dist.model.decoders import Decoder, OutputLayer, select_features
+from clue_dist.model.decoders import Decoder, OutputLayer, SecondParameter, select_features
 from clue_dist.model.likelihoods import (
     LIKELIHOODS,
     LikelihoodParameters,
     compute_log_likelihood,
     compute_log_rising_factorial,
 )
+from clue_dist.train.schedule import compute_learning_rate
 
 N, M = 7, 23
 COUNTS = ["nb", "zinb", "poisson", "bernoulli"]
@@ -141,6 +143,31 @@ def test_random_features_estimate_the_whole_sum_without_bias(name: str) -> None:
         ]
     mean, error = torch.stack(draws).mean(0), torch.stack(draws).std(0) / 2000**0.5
     assert ((mean - whole).abs() < 5 * error + 1e-3).all()
+
+
+@pytest.mark.slow
+def test_a_short_training_finds_the_dispersions() -> None:
+    """Moments take two kinds of cells, far apart, for noise: the noise of one kind is far less."""
+    rng, n_cells, r = np.random.default_rng(0), 2000, 20.0
+    kinds = rng.dirichlet(np.full(M, 0.5), 2) * 0.98 + 0.02 / M
+    mean = 1000 * kinds[rng.integers(0, 2, n_cells)]
+    x = rng.poisson(rng.gamma(r, mean / r))
+    _, start = LIKELIHOODS["nb"].estimate_start(sp.csr_matrix(x))
+    assert np.median(np.log(r) - start) > 1
+    theta = SecondParameter(M, LIKELIHOODS["nb"].theta_learning_rate)
+    theta.weight.data.copy_(torch.tensor(start))
+    optimizer = torch.optim.AdamW(theta.parameters(), weight_decay=0.0)
+    setup = SimpleNamespace(config=Config(), total_steps=300)
+    values, share = torch.tensor(x).float(), torch.tensor(mean / 1000).float()
+    for step in range(300):
+        optimizer.param_groups[0]["lr"] = compute_learning_rate(setup, step) * theta.lr_scale
+        rows = torch.tensor(rng.integers(0, n_cells, 128))
+        p = LikelihoodParameters(share[rows].logit(), theta(None), torch.full((128, 1), 1000.0))
+        optimizer.zero_grad()
+        (-compute_log_likelihood(LIKELIHOODS["nb"], values[rows], p).mean()).backward()
+        optimizer.step()
+    found = theta.weight.detach().numpy()
+    assert np.abs(np.median(found) - np.log(r)) < 0.1
 
 
 @pytest.mark.parametrize("shape", [(N, 4), (2, N, 4)])

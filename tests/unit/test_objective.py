@@ -21,6 +21,7 @@ from clue_dist.losses.objective import (
     score_discriminator,
 )
 from clue_dist.model.clue import CLUE, CLUEOutput
+from clue_dist.model.likelihoods import DISPERSION_LEARNING_RATE
 from clue_dist.model.modality_spec import ModalitySpec
 from clue_dist.model.noise import Noise
 from clue_dist.model.posterior import (
@@ -292,7 +293,7 @@ def test_dispersions_learn_faster_and_biases_do_not_decay() -> None:
         n: (groups[id(p)]["lr_scale"], groups[id(p)]["weight_decay"])
         for n, p in model.named_parameters()
     }
-    assert found["decoders.0.theta.weight"] == (10.0, 0.0)
+    assert found["decoders.0.theta.weight"] == (DISPERSION_LEARNING_RATE, 0.0)
     # The theta of a normal distribution starts at the standard deviation itself.
     assert found["decoders.1.theta.weight"] == (1.0, 0.0)
     assert found["decoders.0.rate.weight"] == (1.0, 0.1)

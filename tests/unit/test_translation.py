@@ -13,13 +13,16 @@ from tests.unit.model_helpers import draw, small_model
 K, D = 2, 3
 
 
-def simulate_cells(n_cells: int, noise: float, seed: int = 0) -> TranslatedCells:
-    """z_1 of its own encoder is linear in what modality 0 says, and noise."""
+def simulate_cells(
+    n_cells: int, noise: float, seed: int = 0, variance: float = 0.0
+) -> TranslatedCells:
+    """z_1 given everything, of some variance, is linear in what modality 0 says, and noise."""
     mean = draw(n_cells, K, K, D, seed=seed).double()
     weight = draw(K * D, D, seed=99).double()
     error = noise * draw(n_cells, D, seed=seed + 1).double()
-    mean[:, 1, 1] = mean[:, 0].flatten(1) @ weight + 2 + error
-    return TranslatedCells(mean, torch.ones(n_cells, K, dtype=torch.bool))
+    joint = draw(n_cells, K, D, seed=seed + 2).double()
+    joint[:, 1] = mean[:, 0].flatten(1) @ weight + 2 + error
+    return TranslatedCells(mean, joint, torch.full_like(joint, variance), torch.ones(n_cells, K, dtype=torch.bool))
 
 
 def test_the_regression_is_found_and_so_is_its_error():
@@ -28,9 +31,17 @@ def test_the_regression_is_found_and_so_is_its_error():
     assert translation.list_fitted(1) == [0]
     cells = simulate_cells(2000, 0.0, seed=9)
     mean, covariance = translation.predict_latent(cells.mean.float(), [0], 1)
-    truth = cells.mean[:, 1, 1].float()
+    truth = cells.joint_mean[:, 1].float()
     assert (mean - truth).square().mean() < 0.01
     torch.testing.assert_close(covariance, 0.25 * torch.eye(D), rtol=0, atol=0.04)
+
+
+def test_the_width_of_what_decoders_read_is_added_to_the_error():
+    translation = LatentTranslation(K, D)
+    cells = simulate_cells(4000, 0.5, variance=2.0)
+    fit_translation(translation, cells, simulate_cells(500, 0.5, seed=5, variance=9.0))
+    expected = 2.25 * torch.eye(D)
+    torch.testing.assert_close(translation.covariance[0, 1], expected, rtol=0, atol=0.04)
 
 
 def test_held_out_pairs_say_how_large_the_error_is():
@@ -47,7 +58,9 @@ def test_errors_of_few_cells_can_be_inverted():
     """Fewer cells than dimensions: their covariance alone is singular."""
     translation, n_cells, width = LatentTranslation(2, 40), 25, 40
     mean = draw(n_cells, 2, 2, width).double()
-    cells = TranslatedCells(mean, torch.ones(n_cells, 2, dtype=torch.bool))
+    joint = draw(n_cells, 2, width, seed=1).double()
+    observed = torch.ones(n_cells, 2, dtype=torch.bool)
+    cells = TranslatedCells(mean, joint, torch.zeros_like(joint), observed)
     fit_translation(translation, cells, None)
     _, covariance = translation.predict_latent(mean.float(), [0], 1)
     assert torch.linalg.cholesky(covariance).isfinite().all()
@@ -89,6 +102,10 @@ def test_the_translation_speaks_only_where_the_modality_is_hidden():
     after = infer_target_latent(model, hidden, "m1")
     torch.testing.assert_close(after.mean, torch.ones(2, 4))
     torch.testing.assert_close(after.deviation, 2 * torch.eye(4))
+    points = torch.stack(list(after.place_points()))
+    torch.testing.assert_close(points.mean(0), after.mean)
+    assert (points - after.mean).std(0).eq((points - after.mean).std(0)[0]).all()
+    torch.testing.assert_close(points.std(), torch.tensor(2.0), rtol=0.4, atol=0)
     generator = torch.Generator().manual_seed(0)
     draws = torch.stack([after.draw_sample(generator) for _ in range(2000)])
     torch.testing.assert_close(draws.std(0), torch.full((2, 4), 2.0), rtol=0.1, atol=0)
