@@ -1,11 +1,11 @@
-"""z_k as its own encoder would infer it, told from what another modality says.
+"""z_k as it would be inferred from everything, told from what another modality says.
 
 The cross-encoders q(z_j | x_k) of eq. 6 are trained to meet the others in aligned dimensions, and
 beside an expert that knows x_j itself they need not say how far z_j lies from the prior. Decoders
 have only seen z_j that x_j took part in. So, where x_j is not shown, z_j is predicted by a linear
-regression, from all that a modality says of every z to the mean of q(z_j | x_j), private dimensions
-among them. It is fitted to paired training cells, and held-out pairs tell what error remains. To
-that the width of q(z_j | x_j) is added, as decoders learn from samples of it.
+regression, from all that a modality says of every z to the mean of q(z_j | everything observed),
+private dimensions among them. It is fitted to paired training cells, and held-out pairs tell what
+error remains. To that the variance of this q is added, as decoders read samples of it (eq. 8).
 
 Shapes: K modalities, d dimensions of each z_k.
 """
@@ -24,7 +24,7 @@ class Regression(NamedTuple):
 
     weight: Tensor  # (K * d, d)
     offset: Tensor  # (d,)
-    # (d, d), of the error and of q(z_j | x_j): decoders read samples of it, and not its mean.
+    # (d, d), of the error and of q(z_j | everything observed), of which decoders read samples.
     covariance: Tensor
 
 

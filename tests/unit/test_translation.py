@@ -22,7 +22,9 @@ def simulate_cells(
     error = noise * draw(n_cells, D, seed=seed + 1).double()
     joint = draw(n_cells, K, D, seed=seed + 2).double()
     joint[:, 1] = mean[:, 0].flatten(1) @ weight + 2 + error
-    return TranslatedCells(mean, joint, torch.full_like(joint, variance), torch.ones(n_cells, K, dtype=torch.bool))
+    return TranslatedCells(
+        mean, joint, torch.full_like(joint, variance), torch.ones(n_cells, K, dtype=torch.bool)
+    )
 
 
 def test_the_regression_is_found_and_so_is_its_error():
