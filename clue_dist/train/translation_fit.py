@@ -33,8 +33,12 @@ class TranslatedCells(NamedTuple):
     @classmethod
     def from_posterior(cls, posterior: Posterior, observed: Tensor) -> TranslatedCells:
         """Select what is needed of a posterior."""
-        found = posterior.mean, posterior.joint_mean, posterior.joint_log_var.exp()
-        return cls(*(values.cpu().double() for values in found), observed.cpu())
+        return cls(
+            posterior.mean.cpu().double(),
+            posterior.joint_mean.cpu().double(),
+            posterior.joint_log_var.exp().cpu().double(),
+            observed.cpu(),
+        )
 
     def select_pairs(self, source: int, target: int) -> tuple[Tensor, Tensor]:
         """Inputs (n, K * d) and latents (n, d) of the cells that have both."""
