@@ -92,15 +92,15 @@ class ImputationMethods:
         )
         choices = ImputationChoices(
             modality,
-            from_,
-            batch,
-            features,
-            library_size,
-            log1p,
-            samples,
-            interval,
-            threshold,
-            seed,
+            from_=from_,
+            batch=batch,
+            features=features,
+            library_size=library_size,
+            log1p=log1p,
+            samples=samples,
+            interval=interval,
+            threshold=threshold,
+            seed=seed,
         )
         if path is None:
             return impute_cells(self.trained_model, opened, choices, batch_size, self.folder)
@@ -170,7 +170,16 @@ class ImputationMethods:
             min_known=min_known,
         )
         choices = DifferentialChoices(
-            modality, groupby, groups, reference, from_, batch, features, least_change, pairs, seed
+            modality,
+            groupby,
+            groups=groups,
+            reference=reference,
+            from_=from_,
+            batch=batch,
+            features=features,
+            least_change=least_change,
+            pairs=pairs,
+            seed=seed,
         )
         tables = compare_groups(self.trained_model, opened, choices)
         if path is not None:

@@ -26,14 +26,14 @@ def main() -> None:
     choices = DifferentialChoices(
         arguments.modality,
         arguments.groupby,
-        arguments.groups,
-        arguments.reference,
-        arguments.from_,
-        parse_batch_choice(arguments),
-        arguments.features,
-        arguments.least_change,
-        arguments.pairs,
-        arguments.seed,
+        groups=arguments.groups,
+        reference=arguments.reference,
+        from_=arguments.from_,
+        batch=parse_batch_choice(arguments),
+        features=arguments.features,
+        least_change=arguments.least_change,
+        pairs=arguments.pairs,
+        seed=arguments.seed,
     )
     with open_model_and_store(arguments, lambda: check_table_path(arguments.out)) as opened:
         trained_model, store, ranks = opened

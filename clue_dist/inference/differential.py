@@ -8,7 +8,7 @@ drawn, too. The share of pairs whose log fold change is large is the probability
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +43,7 @@ class DifferentialChoices:
 
     modality: str  # whose features
     groupby: str  # column of obs with the groups
+    _: KW_ONLY
     groups: str | Sequence[str] | None = None  # None: every group
     reference: str | None = None  # the group to compare with; None: all other cells
     from_: str | Sequence[str] | None = None  # modalities to infer values from; None: all of a cell
@@ -82,7 +83,11 @@ def compare_groups(
     question = read_question(
         trained_model,
         ImputationChoices(
-            choices.modality, choices.from_, choices.batch, choices.features, seed=choices.seed
+            choices.modality,
+            from_=choices.from_,
+            batch=choices.batch,
+            features=choices.features,
+            seed=choices.seed,
         ),
     )
     rng = np.random.default_rng(choices.seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 import torch
@@ -30,9 +30,8 @@ class ImputationChoices:
     """What is asked for; see docs/answers.md."""
 
     modality: str  # whose values are asked for
-    from_: str | Sequence[str] | None = (
-        None  # modalities to infer them from; None: all that a cell has
-    )
+    _: KW_ONLY
+    from_: str | Sequence[str] | None = None  # to infer them from; None: all that a cell has
     # Name of a batch, "own" (of each cell, "average" where unknown), or "average"; or a level by
     # covariate, as {"donor": "d1"} or "donor=d1", where the other covariates are each cell's own.
     batch: str | Sequence[str] | Mapping[str, str] = OWN
