@@ -360,9 +360,9 @@ def test_a_dry_run_reads_no_weights(run_folder: Path, capsys: pytest.CaptureFixt
     assert start.checkpoint == newest.with_name("step-00000020")
 
 
-def test_the_page_lists_the_settings_that_may_differ() -> None:
+def test_the_page_lists_the_settings_that_may_change() -> None:
     page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
-    listed = page.partition("These settings may differ")[2].partition("Other changes")[0]
+    listed = page.partition("These settings may change")[2].partition("Other changes")[0]
     names = {key.removeprefix("train.") for key in CHANGEABLE}
     assert {name for name in names if f"`{name.replace('log.', 'log.*')}`" not in listed} == set()
 
