@@ -205,8 +205,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         The parameters and buffers of the model by name, float32.
     """
     if (folder / WEIGHTS).exists():
-        weights: dict[str, Tensor] = load_file(folder / WEIGHTS)
-        return weights
+        weights = load_file(folder / WEIGHTS)
+        return {shards.find_present_name(name): values for name, values in weights.items()}
     tensors = shards.assemble_tensors(list_shard_files(folder))
     return {name.removeprefix(MODEL_PREFIX): values for name, values in tensors.items()}
 

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 WEIGHTS = "weights"  # the key of a parameter itself, beside those of the optimizer ("exp_avg", ...)
+FORMER_NAMES = {"batch_told": "batch_separation"}  # of buffers, as earlier versions saved them
 
 
 class SavedShard(NamedTuple):
@@ -82,7 +83,8 @@ def iterate_shards(files: Iterable[Path]) -> Iterator[SavedShard]:
         with safe_open(path, "pt") as handle:
             for label in handle.keys():  # noqa: SIM118  not a dict
                 key, start, name = label.split(":", 2)
-                yield SavedShard(key, int(start), name, _make_reader(handle.get_slice(label)))
+                reader = _make_reader(handle.get_slice(label))
+                yield SavedShard(key, int(start), find_present_name(name), reader)
 
 
 def _make_reader(elements: Any) -> Callable[[int, int | None], Tensor]:
@@ -101,4 +103,10 @@ def read_shapes(files: Iterable[Path]) -> Mapping[str, list[int]]:
     """Read the shapes of all parameters and buffers, which every file holds."""
     with safe_open(next(iter(files)), "pt") as handle:
         shapes: dict[str, list[int]] = json.loads(handle.metadata()["shapes"])
-    return shapes
+    return {find_present_name(name): shape for name, shape in shapes.items()}
+
+
+def find_present_name(name: str) -> str:
+    """The present name of a parameter or buffer, which an earlier version may have named."""
+    parent, _, last = name.rpartition(".")
+    return f"{parent}.{FORMER_NAMES[last]}" if last in FORMER_NAMES else name

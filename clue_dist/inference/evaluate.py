@@ -257,7 +257,7 @@ def _score_pairs(
         directed = matching.score_directions(alone[first][rows], alone[second][rows], batch, ranks)
         averaged = matching.average_directions(directed)
         chance = matching.compute_chance(batch)
-        n_unknown = int((batch == UNKNOWN).sum())
+        n_unknown = int((~integration.mark_labelled_cells(batch)).sum())
         unknown = {}
         if 0 < n_unknown < len(rows):
             averaged["within_batch"]["cells"] = len(rows) - n_unknown

@@ -63,8 +63,6 @@ def label_cells(
     rows = np.flatnonzero(mark_labelled_cells(labels) & np.isfinite(known.joint).all(1))
     patterns = asked.name_patterns()
     frame = _make_unknown_labels(query.read_obs().index, np.unique(labels[rows]))
-    # An embedding tells how a cell is seen through all that it carries, or one modality alone.
-    alone = " and nothing else" if isinstance(reference, ReferenceCells) else ""
     for pattern in np.unique(patterns[patterns != ""]):
         cells = np.flatnonzero(patterns == pattern)
         views = _view_reference(trained_model, reference, known, pattern, batch_size)
@@ -74,6 +72,9 @@ def label_cells(
         for place, column in enumerate(frame.columns):
             frame.iloc[cells, place] = found[column].to_numpy()
         if not fitted.is_calibrated:
+            # What is embedded shows a cell by all that it carries, or by one modality alone.
+            is_exact = isinstance(reference, ReferenceCells) and pattern not in known.alone
+            alone = " and nothing else" if is_exact else ""
             warn_of_cells(
                 f"too few labelled cells carry {pattern}{alone}: the confidence of "
                 f"{len(cells):,} cells is that of the reference's own modalities"

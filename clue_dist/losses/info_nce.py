@@ -83,14 +83,16 @@ def _weigh_other_batches(batch_code: Tensor, every_code: Tensor, least: Tensor) 
     """The log of how much each of N keys counts for each of n cells, (n, N).
 
     A model that is to tell a cell from those of other batches learns to tell batches apart, if both
-    modalities tell the batch.
+    modalities tell the batch. Cells of an unknown batch may be of any, so that they count in full
+    for all cells, and all for them.
 
     Args:
-        batch_code: (n,), biological batches of the cells.
+        batch_code: (n,), biological batches of the cells; -1: unknown.
         every_code: (N,), those of the keys.
         least: (), how much those of other batches count where there are enough others.
     """
-    is_other = batch_code[:, None] != every_code[None]
+    both_known = (batch_code >= 0)[:, None] & (every_code >= 0)[None]
+    is_other = (batch_code[:, None] != every_code[None]) & both_known
     n_others = is_other.sum(1, keepdim=True)
     lacking = FEWEST_CANDIDATES - (len(every_code) - n_others)
     weight = torch.maximum(lacking / n_others.clamp_min(1), least).clamp(0, 1)

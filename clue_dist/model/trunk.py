@@ -102,12 +102,6 @@ class Projection(nn.Module):
         return projected + self.bias
 
 
-def _rename_former_buffer(_: nn.Module, state: dict[str, Tensor], prefix: str, *__: object) -> None:
-    """Take the separation of batches from where an earlier version kept it."""
-    if prefix + "batch_told" in state:
-        state[prefix + "batch_separation"] = state.pop(prefix + "batch_told")
-
-
 class Trunk(nn.Module):
     """Raw counts -> components x = [projection(normalised counts), size] -> h = ensemble(norm(x)).
 
@@ -128,7 +122,6 @@ class Trunk(nn.Module):
         super().__init__()
         self.normalisation = normalisation
         self.register_buffer("batch_separation", torch.zeros(1))
-        self.register_load_state_dict_pre_hook(_rename_former_buffer)
         components = min(config.projection, n_features)
         self.register_buffer("idf", torch.ones(n_features))
         self.projection = Projection(n_features, components, config.projection_lr)

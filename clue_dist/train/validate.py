@@ -194,9 +194,11 @@ def _measure_joint(joint: Tensor, held_out: Batch, labels: np.ndarray) -> dict[s
     batches = held_out.batch_code.cpu().numpy()
     measures = {}
     if len(joint) > 2 and joint.isfinite().all():
-        if len(np.unique(batches)) > 1 and batches.min() >= 0:  # -1: unknown
-            neighbours = find_neighbours(joint, LISI_NEIGHBOURS)
-            measures["ilisi"] = measure_ilisi(neighbours, batches)
+        in_batch = batches >= 0  # -1: unknown
+        if len(np.unique(batches[in_batch])) > 1:
+            placed = joint[torch.from_numpy(in_batch).to(joint.device)]
+            neighbours = find_neighbours(placed, LISI_NEIGHBOURS)
+            measures["ilisi"] = measure_ilisi(neighbours, batches[in_batch])
         if known.sum() >= LEAST_LABELLED and len(np.unique(labels[known])) > 1:
             labelled = joint[torch.from_numpy(known).to(joint.device)]
             neighbours = find_neighbours(labelled, LABEL_NEIGHBOURS)

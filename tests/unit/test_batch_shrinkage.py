@@ -16,7 +16,6 @@ from clue_dist.model.batch_shrinkage import find_batch_shrinkage
 from clue_dist.model.clue import CLUE
 from clue_dist.model.initialise import _shrink_batches, initialise_model, sample_cells
 from clue_dist.model.modality_spec import specify_modalities
-from clue_dist.model.trunk import Trunk
 from clue_dist.store.reader import Store
 from tests.stores import make_store
 
@@ -112,15 +111,6 @@ def test_one_known_batch_leaves_the_projection_as_it_is(
     monkeypatch.setattr(initialise, "sample_cells", lambda *_: (counts, batch - 1))
     initialise_model(model, store, {"rna": 300}, svd=True, seed=0)
     assert model.get_trunk("rna").batch_separation == 0
-
-
-def test_the_separation_of_batches_is_found_under_its_former_name() -> None:
-    trunk, other = (Trunk(12, "none", 2, configs.TrunkConfig(projection=4)) for _ in range(2))
-    trunk.batch_separation.fill_(0.7)
-    state = trunk.state_dict()
-    state["batch_told"] = state.pop("batch_separation")
-    other.load_state_dict(state)
-    assert other.batch_separation.item() == pytest.approx(0.7)
 
 
 def measure_separation(model: CLUE, store: Store, label: np.ndarray) -> float:

@@ -118,19 +118,24 @@ def test_info_nce_over_pairs_both_directions(
 ) -> None:
     monkeypatch.setattr(info_nce, "FEWEST_CANDIDATES", fewest)
     z, code, log_scale = draw(2, B, K, K * D), torch.arange(B) % 2, torch.tensor(1.3)
+    code[::4] = -1  # of an unknown batch, which may be any
+
+    def may_be_alike(c: int, e: int) -> bool:
+        return bool(code[e] == code[c] or min(code[e], code[c]) < 0)
+
     losses = []
     for member in z.double().numpy():
         unit = member / np.linalg.norm(member, axis=-1, keepdims=True)
         for a, b in permutations(range(K), 2):
             both = [c for c in range(B) if OBSERVED[c, a] and OBSERVED[c, b]]
             for c in both:
-                n_alike = sum(bool(code[e] == code[c]) for e in both)
+                n_alike = sum(may_be_alike(c, e) for e in both)
                 n_others = len(both) - n_alike
                 rest = 1.0
                 if told is not None:
                     rest = max(0, fewest - n_alike) / max(n_others, 1)
                     rest = min(1.0, max(rest, 1 - min(told[a], told[b])))
-                odds = {e: 1.0 if code[e] == code[c] else rest for e in both}
+                odds = {e: 1.0 if may_be_alike(c, e) else rest for e in both}
                 logits = {e: math.exp(1.3) * unit[c, a] @ unit[e, b] for e in both}
                 own = {e: math.exp(1.3) * unit[c, a] @ unit[e, a] for e in both if e != c}
                 total = sum(odds[e] * math.exp(v) for e, v in logits.items())

@@ -20,7 +20,15 @@ from clue_dist.checkpoint.resuming import (
     forget_lost_best,
     set_aside_later_work,
 )
-from clue_dist.checkpoint.run_folder import COMMIT, STATE, WEIGHTS, RunState, read_state
+from clue_dist.checkpoint.run_folder import (
+    COMMIT,
+    STATE,
+    WEIGHTS,
+    RunState,
+    read_state,
+    read_weights,
+)
+from clue_dist.checkpoint.shards import assemble_tensors, format_label
 from clue_dist.config import Config, LogConfig, ObjectiveConfig
 from clue_dist.errors import ResumeError, SavingError
 from clue_dist.files import translate_write_errors
@@ -382,3 +390,18 @@ def test_a_checkpoint_is_found_from_inside_its_run(
     for run in (run_folder, tmp_path / "new"):
         chosen = choose_checkpoint(run, typed, Ranks())
         assert chosen == run_folder / "checkpoints" / "step-00000020"
+
+
+def test_a_buffer_is_found_under_its_former_name(tmp_path: Path) -> None:
+    values = {"trunks.0.batch_told": torch.tensor([0.7]), "trunks.0.size": torch.ones(2, 2)}
+    present = {"trunks.0.batch_separation", "trunks.0.size"}
+    (tmp_path / "best").mkdir()
+    save_file(values, tmp_path / "best" / WEIGHTS)
+    weights = read_weights(tmp_path / "best")
+    assert weights.keys() == present
+    assert weights["trunks.0.batch_separation"].item() == pytest.approx(0.7)
+
+    flat = {format_label("weights", 0, name): value.flatten() for name, value in values.items()}
+    shapes = json.dumps({name: list(value.shape) for name, value in values.items()})
+    save_file(flat, tmp_path / "rank-0.safetensors", {"shapes": shapes})
+    assert assemble_tensors([tmp_path / "rank-0.safetensors"]).keys() == present
