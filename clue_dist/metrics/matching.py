@@ -71,7 +71,8 @@ def score_directions(
     Args:
         u1: (N, D), on any device; every rank passes the same.
         u2: (N, D).
-        batch: (N,) names or codes; equal values are one batch, but for "" and "nan", which are unknown.
+        batch: (N,) names or codes; equal values are one batch, but for "" and "nan", which are
+            unknown.
         ranks: processes that share the work. All must call, and all get the result.
 
     Returns:

@@ -177,7 +177,7 @@ def test_unknown_cells_of_a_reference_carry_no_label_over(store, loaded):
 def test_without_cells_of_the_queries_modalities_confidence_is_not_calibrated(loaded, tmp_path):
     reference = open_cells(make_store(tmp_path / "r.zarr", cells={"rna": 60}), loaded)
     query = open_cells(make_store(tmp_path / "q.zarr", cells={"adt": 20}), loaded)
-    with pytest.warns(UserWarning, match="too few labelled cells carry adt"):
+    with pytest.warns(UserWarning, match="too few labelled cells carry adt: "):
         found = label_cells(loaded, reference, query, "cell_type")
     assert not found.is_calibrated.any()
 
