@@ -124,21 +124,28 @@ def disable_shared_memory_collectives() -> None:
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
 
 
-def gather_weights_by_broadcasts() -> None:
-    """Have DeepSpeed gather over gloo what the ranks updated by broadcasts, from where it lies.
+_gather_parts = read_private(utils, "all_gather_into_tensor_dp_groups")
+
+
+def choose_gathering(backend: str) -> None:
+    """Have DeepSpeed gather what the ranks updated by broadcasts over gloo, else in its own way.
 
     gloo's own gathering copies everything twice, into memory that is new each time, which takes
     four times as long.
     """
-    read_private(utils, "all_gather_into_tensor_dp_groups")
-    utils.all_gather_into_tensor_dp_groups = _broadcast_parts
+    utils.all_gather_into_tensor_dp_groups = (
+        _broadcast_parts if backend == "gloo" else _gather_parts
+    )
 
 
-def _broadcast_parts(_: list[Tensor], parts_of_groups: list[list[Tensor]], __: Any) -> None:
+def _broadcast_parts(
+    _: list[Tensor], parts_of_groups: list[list[Tensor]], process_groups: list[Any]
+) -> None:
     """Send every rank's part of each group of weights to all others."""
-    for parts in parts_of_groups:
-        for rank, part in enumerate(parts):
-            dist.broadcast(part, rank)
+    for parts, process_group in zip(parts_of_groups, process_groups, strict=True):
+        if len(parts) > 1:  # a part for each rank
+            for rank, part in enumerate(parts):
+                dist.broadcast(part, group=process_group, group_src=rank)
 
 
 def forget_former_group() -> None:

@@ -168,25 +168,25 @@ class OutputLayer(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(n_features, width) * 0.1 / width**0.5)
         self.bias = nn.Parameter(torch.zeros(n_features))
-        # Called with the gradient of the scored features' weights, (F, width): what it returns
-        # takes its place.
+        # Called with the gradient of the scored features' weights, (F, width), be it of all: what
+        # it returns takes its place.
         self.row_hook: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, h: Tensor, features: Tensor | None) -> Tensor:
         """(n, width) -> (n, features), or (n, F) of `features` (F,)."""
-        if features is None:
-            return h @ self.weight.T + self.bias
         rows = self._select_rows(features)
         if self.row_hook is not None and rows.requires_grad:
             rows.register_hook(self.row_hook)
-        return h @ rows.T + self.bias[features]
+        return h @ rows.T + (self.bias if features is None else self.bias[features])
 
-    def _select_rows(self, features: Tensor) -> Tensor:
-        """The weights of some features, (F, width).
+    def _select_rows(self, features: Tensor | None) -> Tensor:
+        """The weights of some features, (F, width), or a view of all.
 
         The gradient of indexing is a matrix for all features, filled with zeros. Where there is one
         already, a sparse gradient adds to its rows alone. On a GPU that would wait for the device.
         """
+        if features is None:
+            return self.weight.view_as(self.weight)
         if self.weight.grad is None or self.weight.is_cuda:
             return self.weight[features]
         return F.embedding(features, self.weight, sparse=True)

@@ -14,10 +14,10 @@ from torch import nn
 
 from clue_dist.config import Config
 from clue_dist.deepspeed_internals import (
+    choose_gathering,
     deepspeed,
     disable_shared_memory_collectives,
     forget_former_group,
-    gather_weights_by_broadcasts,
     keep_flat_gradients,
     keep_gradient_memory,
     keep_gradients_local,
@@ -50,8 +50,7 @@ def join_process_group(ranks: Ranks) -> torch.device:
     ranks.join_group(backend, gpu=gpu)
     os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed takes the device of this number
     disable_shared_memory_collectives()
-    if backend == "gloo":
-        gather_weights_by_broadcasts()
+    choose_gathering(backend)
     forget_former_group()
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
     return device
@@ -104,10 +103,9 @@ def build_objective_engine(
         config=make_deepspeed_config(config, world, guards_on_device, n_weights),
         dist_init_required=False,
     )
-    if exchanges_gradients(config, world):
+    if keeps_gradients_local(config, world):
         keep_gradients_local(engine)
-        if world > 1:
-            average_scored_rows(objective.model)
+        average_scored_rows(objective.model)
         if choose_zero_stage(config, world) == 1:
             keep_flat_gradients(engine)
         elif device.type == "cpu":  # a GPU fills memory with zeros faster than it is told to
@@ -115,10 +113,10 @@ def build_objective_engine(
     return engine
 
 
-def exchanges_gradients(config: Config, world: int) -> bool:
-    """Whether ranks exchange gradients as `train.gradients` says, in place of DeepSpeed.
+def keeps_gradients_local(config: Config, world: int) -> bool:
+    """Whether DeepSpeed leaves gradients to `train.gradients`, which averages them over ranks.
 
-    They do in float32 where each of them has all gradients, which ZeRO-2 and 3 share out.
+    It does in float32 where each rank has all gradients, which ZeRO-2 and 3 share out.
     """
     return config.train.precision == "fp32" and choose_zero_stage(config, world) < 2
 
@@ -236,7 +234,7 @@ def make_deepspeed_config(
         "zero_optimization": {
             "stage": stage,
             # It needs no copy of gradients that it does not exchange.
-            "contiguous_gradients": not exchanges_gradients(config, world),
+            "contiguous_gradients": not keeps_gradients_local(config, world),
             # DeepSpeed takes memory for the whole bucket, be the model as small as it may.
             "reduce_bucket_size": max(1, min(n_weights, LARGEST_BUCKET)),
             **({"compute_grad_norm": False} if guards_on_device and stage else {}),

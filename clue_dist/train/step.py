@@ -20,7 +20,7 @@ from clue_dist.deepspeed_internals import (
     list_reduced_gradients,
 )
 from clue_dist.resilience.stop_signals import StopFlag
-from clue_dist.train.engine import exchanges_gradients
+from clue_dist.train.engine import keeps_gradients_local
 from clue_dist.train.gradients import average_other_gradients
 from clue_dist.train.outcome import LateOutcome, StepOutcome
 from clue_dist.train.schedule import compute_learning_rate
@@ -60,8 +60,8 @@ def train_step(
         if micro_step < micro_steps - 1:
             engine.step()  # DeepSpeed counts micro-batches, and updates at the last one alone
     fill_missing_gradients(engine)
-    if trainer.ranks.world > 1 and exchanges_gradients(trainer.setup.config, trainer.ranks.world):
-        average_other_gradients(engine)
+    if keeps_gradients_local(trainer.setup.config, trainer.ranks.world):
+        average_other_gradients(engine.module)
     if engine.basic_optimizer.guards_on_device:
         return _update_on_device(trainer, step, taken, means, saver, stop)
     norm = _measure_norm(trainer)

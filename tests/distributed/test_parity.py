@@ -46,6 +46,23 @@ def test_two_ranks_equal_one_process(folder: Path, stage: int) -> None:
     assert largest_difference(one, two) < 1e-5
 
 
+def test_two_ranks_equal_one_process_where_gates_are_averaged_and_clipped(folder: Path) -> None:
+    # Of rna and atac a step scores few features; rna has gates; of adt it scores all.
+    settings = (
+        "train.epochs=1.91",  # 10 steps
+        "train.optimizer=rmsprop",
+        "train.clip=0.05",
+        "modalities.rna.likelihood=zinb",
+        "model.decoder.features_per_step=12",
+    )
+    alone(*train_args(folder, folder / "s.zarr", "gates-one", *settings))
+    one = trained_weights(folder / "gates-one")
+    for stage in (0, 1):
+        name, zero = f"gates-two-{stage}", f"train.zero_stage={stage}"
+        run(*spawned(2, *train_args(folder, folder / "s.zarr", name, *settings, zero)))
+        assert largest_difference(one, trained_weights(folder / name)) < 1e-5
+
+
 def test_the_weights_did_move(folder: Path) -> None:
     # Guards the test above: had nothing been trained, everything would be equal.
     alone(*train_args(folder, folder / "s.zarr", "short", "train.epochs=0.2"))

@@ -5,10 +5,11 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch.distributed as dist
 
 from clue_dist import deepspeed_internals
 from clue_dist.config import Config
-from clue_dist.deepspeed_internals import bf16_optimizer, deepspeed
+from clue_dist.deepspeed_internals import bf16_optimizer, deepspeed, utils
 from clue_dist.errors import ClueError
 from clue_dist.train.engine import LARGEST_BUCKET, make_deepspeed_config
 
@@ -73,6 +74,20 @@ def test_no_compiler_is_started_to_learn_that_gloo_is_used(monkeypatch: pytest.M
     monkeypatch.setattr(deepspeed.ops, "_probe_compatible_ops", probe)
     deepspeed_internals.disable_shared_memory_collectives()
     assert not deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"]
+
+
+def test_only_gloo_gathers_by_broadcasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    former, sent = utils.all_gather_into_tensor_dp_groups, []
+    monkeypatch.setattr(utils, "all_gather_into_tensor_dp_groups", former)  # put back at the end
+    monkeypatch.setattr(dist, "broadcast", lambda part, **places: sent.append((part, places)))
+    deepspeed_internals.choose_gathering("gloo")
+    # Two groups of weights: of the first two ranks have parts, of the second one alone has.
+    utils.all_gather_into_tensor_dp_groups([], [["a", "b"], ["c"]], ["both", "alone"])
+    assert sent == [
+        (part, {"group": "both", "group_src": rank}) for rank, part in enumerate(["a", "b"])
+    ]
+    deepspeed_internals.choose_gathering("nccl")
+    assert utils.all_gather_into_tensor_dp_groups.__module__ == utils.__name__
 
 
 @pytest.mark.parametrize(("n_weights", "expected"), [(1_000, 1_000), (10**9, LARGEST_BUCKET)])

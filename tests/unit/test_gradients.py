@@ -45,13 +45,14 @@ def test_only_scored_rows_go_through_the_hook() -> None:
 
 def test_every_gradient_is_averaged_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two ranks, of which the other one has gradients of 1 everywhere."""
-    monkeypatch.setattr(gradients, "average_over_ranks", lambda gradient: (gradient + 1) / 2)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda gradient: gradient.add_(0.5))
     alone, shared = (make_objective(TINY, TINY_MODEL) for _ in range(2))
     gradients.average_scored_rows(shared.model)
     for objective in (alone, shared):
         objective(make_batch(TINY), make_noise(TINY, 0))[0].backward()
         fill_missing_gradients(SimpleNamespace(module=objective, optimizer=None))
-    gradients.average_other_gradients(SimpleNamespace(module=shared))
+    gradients.average_other_gradients(shared)
     hooked = [f"model.decoders.{i}.rate.weight" for i in (0, 1)]  # of 60 and 90 features, 40 a step
     for (name, weight), same in zip(alone.named_parameters(), shared.parameters(), strict=True):
         assert weight.grad is not None
@@ -64,11 +65,29 @@ def test_every_gradient_is_averaged_once(monkeypatch: pytest.MonkeyPatch) -> Non
         torch.testing.assert_close(same.grad, expected, msg=name)
 
 
-def test_ranks_exchange_gradients_where_each_has_all_of_them() -> None:
+def test_a_rank_alone_exchanges_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(dist, "all_reduce", lambda _: pytest.fail("exchanged"))
+    objective = make_objective(TINY, TINY_MODEL)
+    gradients.average_scored_rows(objective.model)
+    objective(make_batch(TINY), make_noise(TINY, 0))[0].backward()
+    gradients.average_other_gradients(objective)
+
+
+def test_deepspeed_leaves_gradients_where_each_rank_has_all_of_them() -> None:
     for precision, stage, expected in (("fp32", 0, True), ("fp32", 1, True), ("fp32", 2, False)):
         config = Config(train={"precision": precision, "zero_stage": stage})
-        assert engines.exchanges_gradients(config, 2) is expected
-    assert not engines.exchanges_gradients(Config(train={"precision": "bf16"}), 2)
+        assert engines.keeps_gradients_local(config, 2) is expected
+    assert not engines.keeps_gradients_local(Config(train={"precision": "bf16"}), 2)
+
+
+def test_the_hook_sees_all_rows_where_all_features_are_scored() -> None:
+    layer, h = OutputLayer(3, 10), torch.randn(4, 3)
+    layer.row_hook = lambda rows: 3 * rows
+    for times in (1, 2):  # a hook for each forward pass
+        layer(h, None).sum().backward()
+        assert layer.weight.grad is not None
+        torch.testing.assert_close(layer.weight.grad, 3 * times * h.sum(0).expand(10, 3))
 
 
 @pytest.mark.slow
