@@ -63,7 +63,8 @@ class ComparisonMethods:
 
         Args:
             cells: the cells, as of `embed`; some carry `first` and some `second`, or both.
-            first, second: two modalities.
+            first: modality of the cells whose partners are sought.
+            second: modality that the partners carry.
             reference: cells among which partners are sought, as of `transfer`; by default `cells`.
             out: a file for the pairs (.csv, .csv.gz, .parquet) or their sparse matrix (.npz).
             method: see `clue_dist.neighbours.partners.find_partners`.
@@ -74,9 +75,13 @@ class ComparisonMethods:
             calibrate_on: cells with both modalities, new to the model, that confidence is
                 calibrated on; by default those of `cells`, if these are a store that the model
                 was not trained on, with 50 of them or more.
-            layer, feature_ids, batch_key, min_known, batch_size: as of `embed`.
-            reference_layer, reference_feature_ids: the first two of the reference, where they
-                differ; "X" stands for X.
+            layer: where raw counts lie, as of `embed`.
+            feature_ids: column of var that names the features, likewise.
+            reference_layer: that of the reference, where it differs; "X" stands for X.
+            reference_feature_ids: that of the reference, where it differs.
+            batch_key: column of obs with the batch; by default that of the training cells.
+            min_known: least share of a modality's features that must be there.
+            batch_size: cells encoded at once.
 
         Returns:
             `cell`, `partner`, `weight`, and `confidence`, the probability that both are one cell;
@@ -136,11 +141,17 @@ class ComparisonMethods:
             query: the cells to label, as of `embed`.
             label_key: column of the reference's obs with the labels.
             out: a file for the labels, too (.csv, .csv.gz, .parquet).
-            n_neighbours, kept, least_confidence: see `TransferSettings`.
-            reference_modality, query_modality: which modality an AnnData holds, as of `embed`.
-            layer, feature_ids, min_known, batch_size: as of `embed`.
-            reference_layer, reference_feature_ids: the first two of the reference, where they
-                differ; "X" stands for X.
+            n_neighbours: reference cells that vote for a label.
+            kept: share of cells like the reference's that keep their label, see `TransferSettings`.
+            least_confidence: cells below it are "unknown".
+            reference_modality: which modality an AnnData holds, as `modality` of `embed`.
+            query_modality: likewise, of the query.
+            layer: where raw counts lie, as of `embed`.
+            feature_ids: column of var that names the features, likewise.
+            reference_layer: that of the reference, where it differs; "X" stands for X.
+            reference_feature_ids: that of the reference, where it differs.
+            min_known: least share of a modality's features that must be there.
+            batch_size: cells encoded at once.
 
         Returns:
             A row for each query, as `clue_dist.inference.transfer.label_cells` explains it.
