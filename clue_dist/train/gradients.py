@@ -45,8 +45,6 @@ def average_over_ranks(gradient: Tensor) -> Tensor:
 
 def average_other_gradients(objective: Objective) -> None:
     """Average over ranks, in place, all gradients that the backward pass has not averaged."""
-    if dist.get_world_size() == 1:
-        return
     done = {layer.weight for layer in list_subset_layers(objective.model)}
     gradients: list[Tensor] = []
     for weight in objective.parameters():

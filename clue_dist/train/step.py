@@ -60,7 +60,8 @@ def train_step(
         if micro_step < micro_steps - 1:
             engine.step()  # DeepSpeed counts micro-batches, and updates at the last one alone
     fill_missing_gradients(engine)
-    if keeps_gradients_local(trainer.setup.config, trainer.ranks.world):
+    world = trainer.ranks.world
+    if world > 1 and keeps_gradients_local(trainer.setup.config, world):
         average_other_gradients(engine.module)
     if engine.basic_optimizer.guards_on_device:
         return _update_on_device(trainer, step, taken, means, saver, stop)
