@@ -7,8 +7,9 @@ the global batch's mean.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import combinations
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from clue_dist.model.clue import CLUE, CLUEOutput
 from clue_dist.model.noise import Noise
 from clue_dist.model.posterior import compute_information, compute_kl_to_prior
 from clue_dist.model.posterior_encoder import Posterior
+
+Result = TypeVar("Result")
 
 # Held-out cells among which InfoNCE looks for a cell's partner: about as many as in a batch, as
 # the time grows with their square.
@@ -134,7 +137,7 @@ class EncodedCells(NamedTuple):
 
 
 class Objective(nn.Module):
-    """The model and its training loss (eq. 15) as one module, so that DeepSpeed sees one call.
+    """The model and its training loss (eq. 15) as one module.
 
     Args:
         model: to be trained.
@@ -152,45 +155,27 @@ class Objective(nn.Module):
         self.weights = [weight / size for weight, size in zip(modality_weights, sizes, strict=True)]
         self._weights_on_device = torch.tensor(self.weights)
 
-    def forward(
-        self,
-        batch: Batch,
-        noise: Noise | None,
-        beta: float = 1.0,
-        by_modality: bool = False,
-        held_out: bool = False,
-        encode: bool = False,
-    ) -> tuple[Tensor, dict[str, Tensor]] | HeldOutScores | Posterior:
-        """Compute the loss of a micro-batch, or score held-out cells, or encode cells.
+    def forward(self, compute: Callable[[Objective], Result]) -> Result:
+        """Compute something of this module.
 
-        Every call goes through the engine, so that ZeRO-3 gathers the parameters that it needs.
-        For that reason validation, too, comes here.
+        DeepSpeed's engine calls nothing but `forward`, and ZeRO-3 gathers parameters in the
+        engine's calls alone. So whatever needs the model while it is trained is computed in here,
+        as by `engine(lambda objective: objective.compute_loss(batch, noise))`.
+        """
+        return compute(self)
+
+    def compute_loss(
+        self, batch: Batch, noise: Noise, beta: float = 1.0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the loss of a micro-batch, and its terms without their weights, () each.
 
         Args:
             batch: B cells.
-            noise: all random draws of the step; encoding takes none.
+            noise: all random draws of the step.
             beta: factor on `lambda_kl`, for a warm-up.
-            by_modality: whether to return what each modality adds to the ELBOs, too.
-            held_out: whether to score the cells, which every rank has, instead.
-            encode: whether to encode the cells instead.
-
-        Returns:
-            The loss () and its terms without their weights; or the scores; or the posterior.
         """
-        if encode:
-            return self.model.encode_batch(batch)
-        assert noise is not None
-        if held_out:
-            return self._score_held_out(batch, noise)
         config = self.config
-        output = self.model(
-            batch,
-            noise,
-            decode_self=config.lambda_self > 0,
-            decode_cross=config.lambda_cross > 0,
-            mixup=config.contrastive_mixup and config.lambda_contrastive > 0,
-        )
-        terms = self._compute_terms(output, batch, beta * config.lambda_kl)
+        terms = self._compute_terms(self._run_model(batch, noise), batch, beta * config.lambda_kl)
         loss = (
             config.lambda_self * terms.get("self", 0.0)
             + config.lambda_cross * terms.get("cross", 0.0)
@@ -198,9 +183,48 @@ class Objective(nn.Module):
             - config.lambda_d * terms["d"]
             + config.lambda_contrastive * terms.get("contrastive", 0.0)
         )
-        if by_modality:
-            terms |= self._split_by_modality(output, batch, beta * config.lambda_kl)
         return loss, {name: term.detach() for name, term in terms.items()}
+
+    def split_loss(self, batch: Batch, noise: Noise, beta: float = 1.0) -> dict[str, Tensor]:
+        """Split the loss of a micro-batch into its terms and what each modality adds to the ELBOs.
+
+        Arguments are those of `compute_loss`.
+
+        Returns:
+            The terms of `compute_loss`, and "self/rna", "cross/rna" of each modality, () each.
+        """
+        output, kl_weight = self._run_model(batch, noise), beta * self.config.lambda_kl
+        terms = self._compute_terms(output, batch, kl_weight)
+        return terms | self._split_by_modality(output, batch, kl_weight)
+
+    def score_held_out(self, batch: Batch, noise: Noise) -> HeldOutScores:
+        """Score cells, which every rank has, without mixtures and under the whole KL."""
+        config, observed = self.config, batch.observed
+        output = self.model(
+            batch, noise, decode_self=config.lambda_self > 0, decode_cross=config.lambda_cross > 0
+        )
+        weight = self._place_weights(observed.device)
+        minus_elbo = -(
+            config.lambda_self * compute_elbo_self(output, observed, weight, config.lambda_kl)
+            + config.lambda_cross * compute_elbo_cross(output, observed, weight, config.lambda_kl)
+        )
+        terms = self._split_by_modality(output, batch, config.lambda_kl)
+        terms |= self._split_alignment(output, batch)
+        if config.lambda_contrastive:
+            terms |= self._contrast_pairs(output, batch)
+        return HeldOutScores(output.posterior, minus_elbo, terms)
+
+    def _run_model(self, batch: Batch, noise: Noise) -> CLUEOutput:
+        """Run the model as far as the terms that have a weight need it."""
+        config = self.config
+        output: CLUEOutput = self.model(
+            batch,
+            noise,
+            decode_self=config.lambda_self > 0,
+            decode_cross=config.lambda_cross > 0,
+            mixup=config.contrastive_mixup and config.lambda_contrastive > 0,
+        )
+        return output
 
     def _compute_terms(
         self, output: CLUEOutput, batch: Batch, kl_weight: float
@@ -234,23 +258,6 @@ class Objective(nn.Module):
         if self._weights_on_device.device != device:
             self._weights_on_device = self._weights_on_device.to(device)
         return self._weights_on_device
-
-    def _score_held_out(self, batch: Batch, noise: Noise) -> HeldOutScores:
-        """Score cells without dropout or mixtures, under the whole KL; see `forward`."""
-        config, observed = self.config, batch.observed
-        output = self.model(
-            batch, noise, decode_self=config.lambda_self > 0, decode_cross=config.lambda_cross > 0
-        )
-        weight = self._place_weights(observed.device)
-        minus_elbo = -(
-            config.lambda_self * compute_elbo_self(output, observed, weight, config.lambda_kl)
-            + config.lambda_cross * compute_elbo_cross(output, observed, weight, config.lambda_kl)
-        )
-        terms = self._split_by_modality(output, batch, config.lambda_kl)
-        terms |= self._split_alignment(output, batch)
-        if config.lambda_contrastive:
-            terms |= self._contrast_pairs(output, batch)
-        return HeldOutScores(output.posterior, minus_elbo, terms)
 
     def _split_alignment(self, output: CLUEOutput, batch: Batch) -> dict[str, Tensor]:
         """Eq. 9 by pair of modalities, over cells that have both; eq. 12 by modality."""

@@ -75,7 +75,7 @@ def find_culprits(trainer: Trainer, step: int, batches: list[Batch]) -> str:
     trainer.engine.eval()
     with torch.no_grad():
         for micro_step, batch in enumerate(batches):
-            _, terms = trainer.compute_loss(batch, step, micro_step, by_modality=True)
+            terms = trainer.split_loss(batch, step, micro_step)
             for modality in batch.modalities:
                 if not _get_values(batch, modality).isfinite().all():
                     bad_values.append(f"values of {modality}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +13,11 @@ from torch import Tensor
 from clue_dist.data.batch import Batch
 from clue_dist.data.device_batches import DeviceBatches
 from clue_dist.data.loader import Loader
+from clue_dist.losses.objective import Objective, Result
 from clue_dist.model.clue import CLUE
 from clue_dist.model.counter_noise import choose_noise
 from clue_dist.model.fused import has_triton
+from clue_dist.model.noise import Noise
 from clue_dist.model.posterior_encoder import Posterior
 from clue_dist.ranks import Ranks
 from clue_dist.train.schedule import compute_kl_weight
@@ -81,11 +84,19 @@ class Trainer:
         )
         return ValidationCells(held_out, self.setup.read_held_out_labels(), fitting, patterns)
 
+    def compute_in_engine(self, compute: Callable[[Objective], Result]) -> Result:
+        """Compute something of the objective, whose parameters ZeRO-3 gathers meanwhile.
+
+        Every rank must call.
+        """
+        result: Result = self.engine(compute)
+        return result
+
     @torch.no_grad()
     def encode_batch(self, batch: Batch) -> Posterior:
         """Encode cells by the present weights, without dropout. Every rank must call."""
         self.engine.eval()
-        posterior: Posterior = self.engine(batch, None, encode=True)
+        posterior = self.compute_in_engine(lambda objective: objective.model.encode_batch(batch))
         self.engine.train()
         return posterior
 
@@ -94,7 +105,7 @@ class Trainer:
         return self.model.read_latents(batch, self.encode_batch(batch))[0]
 
     def compute_loss(
-        self, batch: Batch, step: int, micro_step: int, by_modality: bool = False
+        self, batch: Batch, step: int, micro_step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of a micro-batch, and its terms without their weights, () each.
 
@@ -102,12 +113,20 @@ class Trainer:
             batch: the micro-batch, on the device.
             step: the optimizer step, counted from 0.
             micro_step: which micro-batch of the step it is.
-            by_modality: whether the terms also say what each modality adds to them.
         """
-        # Drawn by micro-batch and lane, so that a cell gets the same noise on any number of ranks.
+        noise, beta = self._draw_noise(batch, step, micro_step), compute_kl_weight(self.setup, step)
+        return self.compute_in_engine(lambda objective: objective.compute_loss(batch, noise, beta))
+
+    def split_loss(self, batch: Batch, step: int, micro_step: int) -> dict[str, Tensor]:
+        """Split what `compute_loss` computes into its terms and what each modality adds to them."""
+        noise, beta = self._draw_noise(batch, step, micro_step), compute_kl_weight(self.setup, step)
+        return self.compute_in_engine(lambda objective: objective.split_loss(batch, noise, beta))
+
+    def _draw_noise(self, batch: Batch, step: int, micro_step: int) -> Noise:
+        """By micro-batch and lane, so that a cell gets the same noise on any number of ranks."""
         plan = self.setup.plan
         micro_batch = step * self.setup.config.train.grad_accum + micro_step
-        noise = choose_noise(batch.observed)(
+        return choose_noise(batch.observed)(
             self.setup.config.seed,
             micro_batch,
             plan.compose_batch(micro_batch),
@@ -116,5 +135,3 @@ class Trainer:
             self.ranks.world,
             self.device,
         )
-        loss, terms = self.engine(batch, noise, compute_kl_weight(self.setup, step), by_modality)
-        return loss, terms

@@ -153,7 +153,9 @@ def score_held_out_cells(
     trainer.engine.eval()
     with torch.no_grad():
         noise = _make_noise(trainer, held_out)
-        scores: HeldOutScores = trainer.engine(held_out, noise, held_out=True)
+        scores = trainer.compute_in_engine(
+            lambda objective: objective.score_held_out(held_out, noise)
+        )
     trainer.engine.train()
     fit_to_pairs(trainer, validation_cells.fitting, held_out, scores.posterior)
     joint, alone = trainer.model.read_latents(held_out, scores.posterior)

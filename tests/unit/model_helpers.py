@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clue_dist.config import ModelConfig, ObjectiveConfig
 from clue_dist.data.batch import Batch, ObservedModality
-from clue_dist.losses.objective import Objective
+from clue_dist.losses.objective import Objective, Result
 from clue_dist.model.clue import CLUE
 from clue_dist.model.modality_spec import ModalitySpec
 from clue_dist.model.noise import Noise
@@ -28,8 +28,9 @@ class DirectEngine:
     def __init__(self, module: Objective) -> None:
         self.module, self.eval, self.train = module, module.eval, module.train
 
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        return self.module(*args, **options)
+    def __call__(self, compute: Callable[[Objective], Result]) -> Result:
+        result: Result = self.module(compute)
+        return result
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

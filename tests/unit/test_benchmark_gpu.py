@@ -29,12 +29,12 @@ from tests.benchmarks.gpu.workload import TINY, TINY_MODEL, make_batch, make_noi
 def step_counts() -> WorkCounts:
     """Count the second step of a tiny model: the first copies what stays on the device."""
     objective, batch = make_objective(TINY, TINY_MODEL), make_batch(TINY)
-    objective(batch, make_noise(TINY, 0))[0].backward()
+    objective.compute_loss(batch, make_noise(TINY, 0))[0].backward()
     with pytest.MonkeyPatch.context() as patch:
         # A CPU leaves out what a GPU sets to zero.
         patch.setattr(thinning, "_drop_entries", thinning._zero_entries)
         with count_work() as counts:
-            objective(batch.to("cpu"), make_noise(TINY, 1))[0].backward()
+            objective.compute_loss(batch.to("cpu"), make_noise(TINY, 1))[0].backward()
     return counts
 
 
@@ -72,7 +72,7 @@ def test_a_step_runs_on_a_device_whose_values_nobody_can_read(
     monkeypatch.setattr(decoders.Decoder, "_score_by_kernels", staticmethod(score_nothing))
     objective = make_objective(TINY, TINY_MODEL).to("meta")
     noise = CounterNoise(0, 0, {"all": TINY.n_cells}, TINY.lanes, device="meta")
-    loss, _ = objective(make_batch(TINY).to("meta"), noise)
+    loss, _ = objective.compute_loss(make_batch(TINY).to("meta"), noise)
     loss.backward()
     assert all(weight.grad.is_meta for weight in objective.parameters())
     with pytest.raises(RuntimeError):

@@ -50,7 +50,7 @@ def test_every_gradient_is_averaged_once(monkeypatch: pytest.MonkeyPatch) -> Non
     alone, shared = (make_objective(TINY, TINY_MODEL) for _ in range(2))
     gradients.average_scored_rows(shared.model)
     for objective in (alone, shared):
-        objective(make_batch(TINY), make_noise(TINY, 0))[0].backward()
+        objective.compute_loss(make_batch(TINY), make_noise(TINY, 0))[0].backward()
         fill_missing_gradients(SimpleNamespace(module=objective, optimizer=None))
     gradients.average_other_gradients(shared)
     hooked = [f"model.decoders.{i}.rate.weight" for i in (0, 1)]  # of 60 and 90 features, 40 a step
@@ -69,7 +69,7 @@ def test_a_rank_alone_exchanges_no_rows(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(gradients, "dist", SimpleNamespace(get_world_size=lambda: 1))
     objective = make_objective(TINY, TINY_MODEL)
     gradients.average_scored_rows(objective.model)
-    objective(make_batch(TINY), make_noise(TINY, 0))[0].backward()
+    objective.compute_loss(make_batch(TINY), make_noise(TINY, 0))[0].backward()
 
 
 def test_deepspeed_leaves_gradients_where_each_rank_has_all_of_them() -> None:

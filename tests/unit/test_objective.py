@@ -196,7 +196,7 @@ def test_total_loss_is_eq_15_and_plays_the_min_max() -> None:
         "lambda_contrastive": 0.75,
     }
     model, batch, noise = small_model(**weights)
-    loss, t = model(batch, noise)
+    loss, t = model.compute_loss(batch, noise)
     want = 2 * t["self"] + 3 * t["cross"] + 0.5 * t["mse"] - 0.25 * t["d"] + 0.75 * t["contrastive"]
     torch.testing.assert_close(loss.detach(), want)
 
@@ -206,20 +206,20 @@ def test_discriminator_ascends_and_encoders_descend_the_adversarial_term() -> No
     for part, sign in (("discriminator", 1), ("heads", -1)):
         model, batch, _ = small_model(**off, lambda_d=1.0)
         model.eval()
-        loss, before = model(batch, Noise(0, 0, {"s": B}, 1))
+        loss, before = model.compute_loss(batch, Noise(0, 0, {"s": B}, 1))
         loss.backward()
         with torch.no_grad():
             for name, p in model.named_parameters():
                 if part in name and p.grad is not None:
                     p -= 0.01 * p.grad
-        _, after = model(batch, Noise(0, 0, {"s": B}, 1))
+        _, after = model.compute_loss(batch, Noise(0, 0, {"s": B}, 1))
         assert sign * float(after["d"] - before["d"]) > 0
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_any_number_of_modalities_trains_with_finite_gradients(k: int) -> None:
     model, batch, noise = small_model(k, lambda_contrastive=1.0)
-    loss, _ = model(batch, noise)
+    loss, _ = model.compute_loss(batch, noise)
     loss.backward()
     assert loss.isfinite()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
@@ -228,7 +228,7 @@ def test_any_number_of_modalities_trains_with_finite_gradients(k: int) -> None:
 def test_what_a_cell_lacks_does_not_touch_its_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch, _ = small_model(lambda_contrastive=1.0)
     model.eval()
-    loss, _ = model(batch, Noise(0, 0, {"s": B}, 1))
+    loss, _ = model.compute_loss(batch, Noise(0, 0, {"s": B}, 1))
     # What is said of unobserved sources is arbitrary: make it absurd.
     encode = model.model._encode_components
     monkeypatch.setattr(
@@ -238,7 +238,7 @@ def test_what_a_cell_lacks_does_not_touch_its_loss(monkeypatch: pytest.MonkeyPat
             torch.where(OBSERVED[:, :, None, None], values, 3.0) for values in encode(*arguments)
         ),
     )
-    other, _ = model(batch, Noise(0, 0, {"s": B}, 1))
+    other, _ = model.compute_loss(batch, Noise(0, 0, {"s": B}, 1))
     torch.testing.assert_close(loss, other)
 
 
@@ -253,7 +253,7 @@ def test_no_alignment_reaches_private_dimensions() -> None:
     model, batch, noise = small_model(private=0.5, **weights)
     kept: list[Tensor] = []
     model.model.heads.register_forward_hook(lambda _m, _i, out: kept.extend(out))
-    loss, _ = model(batch, noise)
+    loss, _ = model.compute_loss(batch, noise)
     # Of the cells' experts and of their mixtures', each of which has a part in the loss.
     gradients = torch.autograd.grad(loss, kept)
     assert sum(gradient.shape[-1] > model.model.n_aligned for gradient in gradients) == 6
@@ -276,7 +276,7 @@ def test_the_joint_likelihood_trains_the_private_dimensions_of_what_was_observed
         return experts
 
     monkeypatch.setattr(model.model, "_encode_components", keep_experts)
-    loss, _ = model(batch, noise)
+    loss, _ = model.compute_loss(batch, noise)
     foreign = ~torch.eye(K, dtype=torch.bool)
     for gradient in torch.autograd.grad(loss, kept):  # of means, of log-variances
         private = gradient[..., model.model.n_aligned :]  # (B, K source, K target, .)

@@ -71,8 +71,7 @@ def score_directly(trainer: Trainer, batch: Batch) -> HeldOutScores:
     with torch.no_grad():
         trainer.engine.eval()
         noise = Noise(0, 0, {"held out": B}, 1)
-        scores: HeldOutScores = trainer.engine(batch, noise, held_out=True)
-    return scores
+        return trainer.compute_in_engine(lambda objective: objective.score_held_out(batch, noise))
 
 
 def test_validation_scores_every_modality_and_every_pair() -> None:

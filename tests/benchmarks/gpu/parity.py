@@ -97,7 +97,7 @@ def _train_steps(
     batch, losses = make_batch(shape).to(device), []
     for step in range(steps):
         objective.zero_grad()
-        loss, _ = objective(batch, HostNoise(shape, step, device))
+        loss, _ = objective.compute_loss(batch, HostNoise(shape, step, device))
         loss.backward()
         for weight, master in zip(weights, masters, strict=True):
             master.grad = None if weight.grad is None else weight.grad.float()
