@@ -23,35 +23,35 @@ if not torch.cuda.is_available():
 TESTS = Path(__file__).parent
 # What takes minutes, the longest first: what starts late runs alone at the end.
 LONG_FILES = (
-    "test_slurm.py",
-    "test_docker.py",
-    "test_hosts.py",
-    "test_campaigns.py",
-    "test_resume.py",
-    "test_saving.py",
-    "test_stop.py",
-    "test_train.py",
-    "test_peers.py",
-    "test_flow.py",
+    "faults/test_slurm.py",
+    "faults/test_docker.py",
+    "faults/test_hosts.py",
+    "faults/test_campaigns.py",
+    "faults/test_resume.py",
+    "faults/test_saving.py",
+    "faults/test_stop.py",
+    "distributed/test_train.py",
+    "faults/test_peers.py",
+    "distributed/test_flow.py",
 )
 # Everything there starts processes and waits for them.
 SLOW_FOLDERS = ("distributed", "faults")
-# Files of `tests/unit` whose tests take a second on average, or start clusters and commands.
+# Files whose tests take a second on average, or start clusters and commands.
 SLOW_FILES = frozenset(
     {
-        "test_embed.py",
-        "test_kernel_cache.py",
-        "test_order.py",
-        "test_prep_append.py",
-        "test_prep_check.py",
-        "test_prep_cluster.py",
-        "test_prep_fetch.py",
-        "test_prep_resume.py",
-        "test_prep_selection.py",
-        "test_prep_simulate.py",
-        "test_prep_store.py",
-        "test_prep_svd.py",
-        "test_s3.py",
+        "unit/test_embed.py",
+        "unit/test_kernel_cache.py",
+        "unit/test_order.py",
+        "unit/test_prep_append.py",
+        "unit/test_prep_check.py",
+        "unit/test_prep_cluster.py",
+        "unit/test_prep_fetch.py",
+        "unit/test_prep_resume.py",
+        "unit/test_prep_selection.py",
+        "unit/test_prep_simulate.py",
+        "unit/test_prep_store.py",
+        "unit/test_prep_svd.py",
+        "unit/test_s3.py",
     }
 )
 
@@ -64,9 +64,9 @@ def pytest_collection_finish() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what `make test-fast` leaves out, and begin with what takes long."""
-    places = {name: place for place, name in enumerate(LONG_FILES)}
-    items.sort(key=lambda item: places.get(item.path.name, len(places)))
-    for item in items:
-        place = item.path.relative_to(TESTS).parts
-        if place[0] in SLOW_FOLDERS or place[-1] in SLOW_FILES:
+    order = {name: place for place, name in enumerate(LONG_FILES)}
+    files = {item: item.path.relative_to(TESTS) for item in items}
+    items.sort(key=lambda item: order.get(files[item].as_posix(), len(order)))
+    for item, file in files.items():
+        if file.parts[0] in SLOW_FOLDERS or file.as_posix() in SLOW_FILES:
             item.add_marker(pytest.mark.slow)

@@ -12,6 +12,7 @@ import scipy.sparse as sp
 from clue_dist import config_file
 from clue_dist.config import Config, ModelConfig, TrunkConfig
 from clue_dist.train.setup import Setup, prepare_setup
+from tests.benchmark_tests.mosaic_helpers import MODS, paired_cells
 from tests.benchmarks import mosaic
 from tests.benchmarks.ablation import cells as other
 from tests.benchmarks.ablation import estimates, rows
@@ -21,7 +22,6 @@ from tests.benchmarks.matching import Matching
 from tests.benchmarks.split import FOLDS, cut_mosaic
 from tests.distributed.command import ROOT
 from tests.stores import make_store
-from tests.unit.mosaic_helpers import MODS, paired_cells
 
 # --- rows ---
 

@@ -64,7 +64,7 @@ def test_inputs_are_tried_in_a_process_that_is_started_anew_where_one_ends_it(
     assert (found["inputs"], found["right"], found["crashed"]) == (4, 2, 2)
     told = [crash["told"]["process"] for crash in found["crashes"]]
     assert told == ["ended by signal or code 3", "no answer in time"]
-    assert "test_benchmark_hostile" in (tmp_path / "probe.log").read_text()
+    assert "test_hostile" in (tmp_path / "probe.log").read_text()
 
 
 @pytest.mark.parametrize(

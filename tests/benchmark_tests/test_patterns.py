@@ -7,9 +7,9 @@ import mudata as md
 import numpy as np
 import pytest
 
+from tests.benchmark_tests.mosaic_helpers import paired_cells
 from tests.benchmarks import mosaic, scores
 from tests.benchmarks.split import cut_mosaic, place_cell, select_modality
-from tests.unit.mosaic_helpers import paired_cells
 
 
 def triple_cells() -> md.MuData:

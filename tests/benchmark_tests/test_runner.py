@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from clue_dist.errors import DataError
 from clue_dist.metrics.integration import score_mixing
+from tests.benchmark_tests.mosaic_helpers import MODS, paired_cells
 from tests.benchmarks import commands, kept, matching, mosaic, report, runner, scores
 from tests.benchmarks.commands import BenchmarkError
 from tests.benchmarks.matching import Matching
 from tests.benchmarks.report import Bar, Result
 from tests.benchmarks.runner import Benchmark, Option, Run
 from tests.benchmarks.split import FOLDS, cut_mosaic, place_cell
-from tests.unit.mosaic_helpers import MODS, paired_cells
 
 # --- the split ---
 

@@ -95,7 +95,7 @@ def test_what_needs_a_value_on_the_host_is_a_sync_of_its_line(work: object) -> N
     with count_work() as counts:
         work(torch.ones(3))  # type: ignore[operator]
     assert counts.syncs
-    assert all("test_benchmark_gpu.py" in place for place in counts.syncs)
+    assert all("test_gpu.py" in place for place in counts.syncs)
 
 
 def test_copies_that_wait_are_told_from_those_out_of_pinned_memory() -> None:

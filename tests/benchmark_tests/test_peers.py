@@ -15,11 +15,11 @@ import pytest
 import scipy.sparse as sp
 
 from clue_dist.metrics.matching import compute_foscttm
+from tests.benchmark_tests.mosaic_helpers import MODS, paired_cells
 from tests.benchmarks import commands, mosaic, scores
 from tests.benchmarks.matching import PEERS
 from tests.benchmarks.split import cut_mosaic, draw_batches
 from tests.distributed.command import ROOT
-from tests.unit.mosaic_helpers import MODS, paired_cells
 
 ABSENT = {
     "multivi": ["scvi"],
