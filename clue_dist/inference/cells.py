@@ -14,7 +14,7 @@ from clue_dist.config import MIN_KNOWN
 from clue_dist.data.batch import Batch
 from clue_dist.errors import DataError
 from clue_dist.files import parse_path
-from clue_dist.inference.load_model import LoadedModel
+from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.memory_cells import MemoryCells, collect_memory_cells
 from clue_dist.inference.memory_obs import list_obs_columns
 from clue_dist.inference.named_counts import MemoryChoices, list_chosen, warn_of_cells
@@ -82,7 +82,7 @@ class Cells(Protocol):
 
 def open_cells(
     source: CellSource,
-    trained_model: LoadedModel,
+    trained_model: TrainedModel,
     *,
     modality: str | None = None,
     modalities: Sequence[str] | None = None,
@@ -204,7 +204,7 @@ def find_batch_columns(source: object, known: BatchVocabulary) -> list[str] | No
 
 def _open_store_cells(
     store: Store,
-    trained_model: LoadedModel,
+    trained_model: TrainedModel,
     modalities: Sequence[str] | None,
     min_known: float | None,
 ) -> StoreCells:

@@ -16,7 +16,7 @@ from clue_dist.config import MIN_KNOWN
 from clue_dist.errors import ConfigError
 from clue_dist.inference.cells import Cells, MemoryCells, StoreCells
 from clue_dist.inference.file_order import restore_file_order
-from clue_dist.inference.load_model import LoadedModel
+from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.memory_obs import require_writable_obs
 from clue_dist.inference.output_files import (
     check_output_format,
@@ -41,7 +41,7 @@ OBSERVED_COLUMN = "clue_modalities"  # of obs: what was observed of a cell, as "
 
 
 def embed_store(
-    trained_model: LoadedModel,
+    trained_model: TrainedModel,
     store: Store,
     out: Path,
     *,
@@ -84,7 +84,7 @@ def embed_store(
 
 
 def embed_cells(
-    trained_model: LoadedModel,
+    trained_model: TrainedModel,
     cells: Cells,
     out: Path,
     *,
@@ -154,7 +154,7 @@ def embed_cells(
 
 
 def collect_embedding(
-    trained_model: LoadedModel,
+    trained_model: TrainedModel,
     cells: Cells,
     run: Path | str,
     *,
@@ -170,7 +170,7 @@ def collect_embedding(
 
 
 def embed_anndata(
-    trained_model: LoadedModel,
+    trained_model: TrainedModel,
     source: ad.AnnData | md.MuData,
     cells: MemoryCells,
     *,
@@ -207,7 +207,7 @@ def embed_anndata(
     return embedding.joint
 
 
-def check_query(trained_model: LoadedModel, store: Store, min_known: float, ranks: Ranks) -> None:
+def check_query(trained_model: TrainedModel, store: Store, min_known: float, ranks: Ranks) -> None:
     """Check that a model can embed a store; rank 0 prints what makes its z doubtful.
 
     Raises:
@@ -221,7 +221,9 @@ def check_query(trained_model: LoadedModel, store: Store, min_known: float, rank
             print_error(f"warning: {warning}")
 
 
-def describe_embedding(trained_model: LoadedModel, cells: Cells, run: Path | str) -> dict[str, Any]:
+def describe_embedding(
+    trained_model: TrainedModel, cells: Cells, run: Path | str
+) -> dict[str, Any]:
     """Say what made a result, to be kept in it."""
     columns = [name_level_column(name) for name in cells.batches.covariates]
     return {
@@ -269,7 +271,7 @@ def _holds_result(file: Path) -> bool:
 
 def _build_tables(
     suffix: str,
-    trained_model: LoadedModel,
+    trained_model: TrainedModel,
     cells: Cells,
     embedding: Embedding,
     provenance: dict[str, Any],

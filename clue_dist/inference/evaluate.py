@@ -20,7 +20,7 @@ from clue_dist.errors import ConfigError
 from clue_dist.files import write_file
 from clue_dist.inference.cells import SegmentSlice, StoreCells
 from clue_dist.inference.embed import check_query, describe_embedding
-from clue_dist.inference.load_model import LoadedModel
+from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.output_files import (
     check_output_folder,
     make_scratch_folder,
@@ -48,7 +48,7 @@ MOST_CELLS = 20_000  # whose neighbours are searched, where nobody says: the sea
 
 
 def evaluate_store(
-    trained_model: LoadedModel,
+    trained_model: TrainedModel,
     store: Store,
     out: Path,
     *,

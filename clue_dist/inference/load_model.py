@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
-
-from torch import Tensor
 
 from clue_dist.checkpoint.kept_config import load_kept_config
 from clue_dist.checkpoint.model_card import ModelCard, read_model_card
@@ -17,86 +14,11 @@ from clue_dist.checkpoint.run_folder import (
     load_weights,
 )
 from clue_dist.config import Config
-from clue_dist.data.batch import Batch
 from clue_dist.errors import ResumeError
 from clue_dist.model.clue import CLUE, build_model
 from clue_dist.model.modality_spec import specify_modalities
 from clue_dist.store.batch_vocabulary import BatchVocabulary
 from clue_dist.store.manifest_parts import Modality
-
-
-class Embedder(Protocol):
-    """What streaming asks of a model."""
-
-    def to(self, device: Any) -> Any: ...
-
-    def embed_batch(
-        self, batch: Batch, per_modality: bool = True
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Embed the cells of a batch.
-
-        Args:
-            batch: B cells.
-            per_modality: whether z from each modality alone is wanted, too.
-
-        Returns:
-            Where cells lie by everything observed, (B, K * d); and by modality where they lie by
-            that modality alone, (B_k, K * d), with rows as in the batch's `modalities[m].rows`.
-            Private dimensions are shrunk by `private_scale`.
-        """
-        ...
-
-    def embed_batch_with_variance(
-        self, batch: Batch, per_modality: bool = True
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Embed the cells of a batch, and also return the variance of the first, (B, K * d)."""
-        ...
-
-
-class LoadedModel(Protocol):
-    """A trained model as `load_model` gives it."""
-
-    @property
-    def model(self) -> Embedder: ...
-    @property
-    def modalities(self) -> dict[str, Modality]:
-        """What the model knows, in its order."""
-        ...
-
-    @property
-    def batch_vocabulary(self) -> BatchVocabulary:
-        """The biological batches that the decoders know, by the columns of obs that gave them."""
-        ...
-
-    @property
-    def name(self) -> str:
-        """The checkpoint that holds the weights."""
-        ...
-
-    @property
-    def seen_cells(self) -> frozenset[str]:
-        """What identifies the cells that the model was trained on; see `identify_cells`."""
-        ...
-
-    @property
-    def latent(self) -> int:
-        """d, dimensions of each modality's part of z."""
-        ...
-
-    @property
-    def private(self) -> int:
-        """How many of the d, the last ones, follow from their modality alone."""
-        ...
-
-    @property
-    def private_scale(self) -> float:
-        """The factor by which private dimensions are shown smaller."""
-        ...
-
-    @property
-    def has_common_space(self) -> bool:
-        """Whether training could fit a common space."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -105,7 +27,7 @@ class TrainedModel:
 
     model: CLUE
     modalities: dict[str, Modality]  # in the model's order
-    name: str  # name of the checkpoint
+    name: str  # of the checkpoint that holds the weights
     config: Config
     # What identifies the cells that it was trained on; see `identify_cells`.
     seen_cells: frozenset[str] = frozenset()

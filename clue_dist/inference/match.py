@@ -11,7 +11,7 @@ import scipy.sparse as sp
 
 from clue_dist.errors import ConfigError, list_names
 from clue_dist.inference.cells import Cells, StoreCells
-from clue_dist.inference.load_model import LoadedModel
+from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.named_counts import warn_of_cells
 from clue_dist.inference.output_files import (
     TABLE_FORMATS,
@@ -65,7 +65,7 @@ class _MatchedSide:
 
 
 def match_cells(
-    trained_model: LoadedModel,
+    trained_model: TrainedModel,
     cells: Cells,
     first: str,
     second: str,
@@ -210,7 +210,7 @@ def _read_batches(obs: pd.DataFrame) -> np.ndarray:
 
 
 def _calibrate_on_cells(
-    trained_model: LoadedModel,
+    trained_model: TrainedModel,
     cells: Cells,
     profiles: tuple[np.ndarray, np.ndarray],
     settings: PartnerSettings,

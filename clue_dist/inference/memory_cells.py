@@ -15,7 +15,7 @@ import torch
 from clue_dist.data.batch import Batch, ObservedModality
 from clue_dist.errors import DataError, list_names, suggest_names
 from clue_dist.inference.aligned_counts import AlignedCounts, align_features
-from clue_dist.inference.load_model import LoadedModel
+from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.memory_obs import collect_obs, find_levels
 from clue_dist.inference.named_counts import (
     MIN_KNOWN_IN_MEMORY,
@@ -48,7 +48,7 @@ class MemoryCells:
         obs: pd.DataFrame,
         counts: Mapping[str, AlignedCounts],
         rows: Mapping[str, np.ndarray],
-        trained_model: LoadedModel,
+        trained_model: TrainedModel,
         batches: BatchVocabulary,
         batch_codes: np.ndarray,
         tables: Mapping[str, ad.AnnData],
@@ -106,7 +106,7 @@ class MemoryCells:
 
 
 def collect_memory_cells(
-    source: ad.AnnData | md.MuData, trained_model: LoadedModel, choices: MemoryChoices
+    source: ad.AnnData | md.MuData, trained_model: TrainedModel, choices: MemoryChoices
 ) -> MemoryCells:
     """Bring cells in memory to what a model knows; see `cells.open_cells`.
 
@@ -139,7 +139,7 @@ def collect_memory_cells(
 
 
 def _require_modalities(
-    source: ad.AnnData | md.MuData, trained_model: LoadedModel, choices: MemoryChoices
+    source: ad.AnnData | md.MuData, trained_model: TrainedModel, choices: MemoryChoices
 ) -> None:
     """Require that what is chosen by modality is chosen of modalities that there are."""
     known = [*trained_model.modalities, *(source.mod if isinstance(source, md.MuData) else ())]
@@ -156,7 +156,7 @@ def _require_modalities(
 
 
 def _align_part(
-    part: NamedCounts, name: str, trained_model: LoadedModel, choices: MemoryChoices
+    part: NamedCounts, name: str, trained_model: TrainedModel, choices: MemoryChoices
 ) -> AlignedCounts:
     """The counts of one part as the model takes them; warns of features that are missing."""
     layer = _choose_value(choices.layer, name)

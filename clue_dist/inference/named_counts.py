@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from clue_dist.errors import DataError, list_names
-from clue_dist.inference.load_model import LoadedModel
+from clue_dist.inference.load_model import TrainedModel
 from clue_dist.kinds import TYPE_COLUMNS, find_kinds, match_alias
 from clue_dist.store.region_names import respell_regions
 
@@ -52,7 +52,7 @@ class NamedCounts:
 
 
 def name_parts(
-    source: ad.AnnData | md.MuData, trained_model: LoadedModel, choices: MemoryChoices
+    source: ad.AnnData | md.MuData, trained_model: TrainedModel, choices: MemoryChoices
 ) -> dict[str, NamedCounts]:
     """Find the modalities that cells in memory hold, in the model's order, by its names.
 
@@ -90,7 +90,7 @@ def warn_of_cells(text: str) -> None:
 
 
 def _name_mudata_parts(
-    mdata: md.MuData, trained_model: LoadedModel, choices: MemoryChoices
+    mdata: md.MuData, trained_model: TrainedModel, choices: MemoryChoices
 ) -> dict[str, NamedCounts]:
     """The modalities of a MuData, by what the model calls them, in the model's order."""
     if choices.modality is not None:
@@ -118,7 +118,7 @@ def _name_mudata_parts(
 
 
 def _name_anndata_parts(
-    adata: ad.AnnData, trained_model: LoadedModel, choices: MemoryChoices
+    adata: ad.AnnData, trained_model: TrainedModel, choices: MemoryChoices
 ) -> dict[str, NamedCounts]:
     """What an AnnData holds: the modality that is named, those of its feature types, or one."""
     known = trained_model.modalities
@@ -153,7 +153,7 @@ def _share_known(features: Sequence[str], names: Sequence[str]) -> float:
     return sum(feature in given for feature in features) / len(features)
 
 
-def _split_by_type(adata: ad.AnnData, trained_model: LoadedModel) -> dict[str, NamedCounts]:
+def _split_by_type(adata: ad.AnnData, trained_model: TrainedModel) -> dict[str, NamedCounts]:
     """The columns of each feature type that is a modality of the model, by the model's name."""
     column = _find_type_column(adata.var)
     if column is None:
@@ -177,7 +177,7 @@ def _find_type_column(var: pd.DataFrame) -> str | None:
 def _keep_chosen(
     parts: dict[str, NamedCounts],
     given: Sequence[str],
-    trained_model: LoadedModel,
+    trained_model: TrainedModel,
     choices: MemoryChoices,
 ) -> dict[str, NamedCounts]:
     """The parts that are asked for, or all of them; there must be some, and the model know them."""

@@ -19,7 +19,7 @@ from clue_dist.errors import ClueError, ConfigError, DataError, list_names
 from clue_dist.files import parse_path
 from clue_dist.inference.cells import Cells, CellSlice, CellSource, open_cells
 from clue_dist.inference.embed import KEY, OBSERVED_COLUMN, collect_embedding
-from clue_dist.inference.load_model import LoadedModel, TrainedModel
+from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.memory_obs import require_writable_obs
 from clue_dist.inference.stream import Embedding, embed_in_memory
 from clue_dist.store.reader import Store
@@ -51,7 +51,7 @@ ComparedCells: TypeAlias = Cells | ReferenceCells
 
 
 def embed_for_comparison(
-    trained_model: LoadedModel, cells: ComparedCells, batch_size: int = 4096
+    trained_model: TrainedModel, cells: ComparedCells, batch_size: int = 4096
 ) -> ReferenceCells:
     """Embed cells, unless they are embedded already.
 
@@ -67,7 +67,7 @@ def embed_for_comparison(
 
 
 def open_reference(
-    source: CellSource | ReferenceCells, trained_model: LoadedModel, **reading: Any
+    source: CellSource | ReferenceCells, trained_model: TrainedModel, **reading: Any
 ) -> ComparedCells:
     """Open the cells that others are to be compared with.
 
@@ -146,7 +146,7 @@ def _holds_embedding(source: str | Path) -> bool:
         return False
 
 
-def _read_embedding(source: str | Path, trained_model: LoadedModel) -> ad.AnnData:
+def _read_embedding(source: str | Path, trained_model: TrainedModel) -> ad.AnnData:
     """Read an .h5ad that `clue embed --per-modality` has written with a model."""
     path = parse_path(str(source))
     try:
@@ -181,7 +181,7 @@ def _read_embedding(source: str | Path, trained_model: LoadedModel) -> ad.AnnDat
     return table
 
 
-def _index_cells(table: ad.AnnData, trained_model: LoadedModel) -> ReferenceCells:
+def _index_cells(table: ad.AnnData, trained_model: TrainedModel) -> ReferenceCells:
     """The cells of a table that `_read_embedding` gives."""
     observed = table.obs[OBSERVED_COLUMN].astype(str).to_numpy()
     slices = [

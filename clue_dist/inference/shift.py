@@ -8,7 +8,7 @@ import numpy as np
 
 from clue_dist.errors import DataError
 from clue_dist.inference.cells import Cells
-from clue_dist.inference.load_model import LoadedModel
+from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.stream import embed_in_memory
 from clue_dist.neighbours.nearest import find_neighbours
 
@@ -28,7 +28,7 @@ class EmbeddingShift:
 
 
 def measure_shift(
-    before: LoadedModel, after: LoadedModel, cells: Cells, same_cells: Cells
+    before: TrainedModel, after: TrainedModel, cells: Cells, same_cells: Cells
 ) -> EmbeddingShift:
     """Compare the joint z of cells between two models.
 

@@ -12,7 +12,7 @@ from anndata.utils import make_index_unique
 
 from clue_dist.data.batch import Batch, read_batch
 from clue_dist.errors import StoreError, list_names
-from clue_dist.inference.load_model import LoadedModel
+from clue_dist.inference.load_model import TrainedModel
 from clue_dist.store.batch_vocabulary import BatchVocabulary
 from clue_dist.store.reader import Store
 
@@ -63,7 +63,7 @@ class StoreCells:
     """
 
     def __init__(
-        self, store: Store, trained_model: LoadedModel, sizes: Mapping[str, int] | None = None
+        self, store: Store, trained_model: TrainedModel, sizes: Mapping[str, int] | None = None
     ) -> None:
         self.store = store
         self.modalities = [name for name in trained_model.modalities if name in store.modalities]

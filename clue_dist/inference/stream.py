@@ -24,9 +24,10 @@ from clue_dist.allocator import keep_freed_memory
 from clue_dist.data.batch import Batch, compute_library_size
 from clue_dist.errors import ResumeError, StoreError
 from clue_dist.inference.cells import Cells, CellSlice
-from clue_dist.inference.load_model import Embedder, LoadedModel
+from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.output_files import translate_output_errors
 from clue_dist.kinds import KINDS
+from clue_dist.model.clue import CLUE
 from clue_dist.model.imputation import keep_sources
 from clue_dist.progress import show_cells
 from clue_dist.ranks import Ranks
@@ -80,7 +81,7 @@ class Embedding:
 
 
 def embed_in_memory(
-    trained_model: LoadedModel,
+    trained_model: TrainedModel,
     cells: Cells,
     batch_size: int = 4096,
     *,
@@ -117,7 +118,7 @@ def embed_in_memory(
 
 
 def compute_embedding(
-    trained_model: LoadedModel,
+    trained_model: TrainedModel,
     cells: Cells,
     scratch: Path,
     slices: Sequence[CellSlice],
@@ -173,7 +174,7 @@ def _order_rows(written: np.ndarray, rows: np.ndarray, n_cells: int) -> np.ndarr
 
 
 def _list_widths(
-    trained_model: LoadedModel,
+    trained_model: TrainedModel,
     cells: Cells,
     per_modality: bool,
     with_depth: bool = False,
@@ -203,7 +204,7 @@ def _array_path(scratch: Path, name: str, rank: int) -> Path:
 
 
 def _write_share(
-    trained_model: LoadedModel,
+    trained_model: TrainedModel,
     cells: Cells,
     scratch: Path,
     slices: Sequence[CellSlice],
@@ -234,7 +235,7 @@ def _write_share(
 
 
 def _embed_slices(
-    trained_model: LoadedModel,
+    trained_model: TrainedModel,
     cells: Cells,
     slices: Sequence[CellSlice],
     wanted: Container[str],
@@ -260,7 +261,7 @@ def _embed_slices(
 
 
 def _embed_cells(
-    model: Embedder, batch: Batch, device: torch.device, wanted: Container[str]
+    model: CLUE, batch: Batch, device: torch.device, wanted: Container[str]
 ) -> dict[str, Tensor]:
     """z of a batch, variance and depth where they are wanted, by the names of their arrays."""
     depth = {

@@ -9,7 +9,7 @@ import pandas as pd
 
 from clue_dist.errors import ConfigError, DataError, list_names, suggest_names
 from clue_dist.inference.cells import Cells
-from clue_dist.inference.load_model import LoadedModel
+from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.named_counts import warn_of_cells
 from clue_dist.inference.output_files import check_table_path, write_table
 from clue_dist.inference.reference_cells import (
@@ -23,7 +23,7 @@ from clue_dist.neighbours.label_transfer import UNKNOWN_LABEL, TransferSettings,
 
 
 def label_cells(
-    trained_model: LoadedModel,
+    trained_model: TrainedModel,
     reference: ComparedCells,
     query: Cells,
     label_key: str,
@@ -119,7 +119,7 @@ def _make_unknown_labels(cells: pd.Index, names: np.ndarray) -> pd.DataFrame:
 
 
 def _view_reference(
-    trained_model: LoadedModel,
+    trained_model: TrainedModel,
     reference: ComparedCells,
     known: Embedding,
     pattern: str,
