@@ -154,7 +154,7 @@ def open_model_and_store(
 @contextmanager
 def _print_cell_warnings(ranks: Ranks) -> Iterator[None]:
     """Print warnings of cells on rank 0 as commands print them, without a line of code."""
-    from clue_dist.inference.named_counts import CellWarning
+    from clue_dist.inference.cells.named_counts import CellWarning
 
     with warnings.catch_warnings():
         show_other = warnings.showwarning

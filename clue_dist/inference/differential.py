@@ -18,6 +18,7 @@ from torch import Tensor
 
 from clue_dist.errors import ConfigError, list_names, suggest_names
 from clue_dist.inference.cells import Cells
+from clue_dist.inference.cells.named_counts import list_chosen
 from clue_dist.inference.imputation_question import (
     AVERAGE,
     ImputationChoices,
@@ -25,7 +26,6 @@ from clue_dist.inference.imputation_question import (
     read_question,
 )
 from clue_dist.inference.load_model import TrainedModel
-from clue_dist.inference.named_counts import list_chosen
 from clue_dist.inference.output_files import check_table_path, write_table
 from clue_dist.inference.stream import read_slices_ahead
 from clue_dist.model.imputation import PER_TEN_THOUSAND, infer_target_latent, keep_sources

@@ -15,9 +15,9 @@ import pandas as pd
 from clue_dist.config import MIN_KNOWN
 from clue_dist.errors import ConfigError
 from clue_dist.inference.cells import Cells, MemoryCells, StoreCells
+from clue_dist.inference.cells.memory_obs import require_writable_obs
 from clue_dist.inference.file_order import restore_file_order
 from clue_dist.inference.load_model import TrainedModel
-from clue_dist.inference.memory_obs import require_writable_obs
 from clue_dist.inference.output_files import (
     check_output_format,
     make_scratch_folder,

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from clue_dist.errors import ConfigError, list_names, suggest_names
+from clue_dist.inference.cells.named_counts import list_chosen
 from clue_dist.inference.load_model import TrainedModel
-from clue_dist.inference.named_counts import list_chosen
 from clue_dist.kinds import KINDS
 from clue_dist.model.imputation import ValueDecoder
 from clue_dist.store.batch_vocabulary import BatchVocabulary

@@ -16,6 +16,8 @@ from torch import Tensor
 from clue_dist.data.batch import Batch, compute_library_size
 from clue_dist.errors import DataError, ResumeError, list_names
 from clue_dist.inference.cells import Cells, CellSlice, MemoryCells
+from clue_dist.inference.cells.memory_obs import require_writable_obs
+from clue_dist.inference.cells.named_counts import warn_of_cells
 from clue_dist.inference.embed import check_embedding_path, write_tables
 from clue_dist.inference.imputation_question import (
     LOWER,
@@ -29,8 +31,6 @@ from clue_dist.inference.imputation_question import (
 )
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.matrix_files import MatrixFolder
-from clue_dist.inference.memory_obs import require_writable_obs
-from clue_dist.inference.named_counts import warn_of_cells
 from clue_dist.inference.output_files import make_scratch_folder, translate_output_errors
 from clue_dist.inference.stream import read_slices_ahead
 from clue_dist.model.imputation import (

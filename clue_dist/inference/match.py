@@ -11,8 +11,8 @@ import scipy.sparse as sp
 
 from clue_dist.errors import ConfigError, list_names
 from clue_dist.inference.cells import Cells, StoreCells
+from clue_dist.inference.cells.named_counts import warn_of_cells
 from clue_dist.inference.load_model import TrainedModel
-from clue_dist.inference.named_counts import warn_of_cells
 from clue_dist.inference.output_files import (
     TABLE_FORMATS,
     check_output_format,

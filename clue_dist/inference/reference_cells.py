@@ -18,9 +18,9 @@ import pandas as pd
 from clue_dist.errors import ClueError, ConfigError, DataError, list_names
 from clue_dist.files import parse_path
 from clue_dist.inference.cells import Cells, CellSlice, CellSource, open_cells
+from clue_dist.inference.cells.memory_obs import require_writable_obs
 from clue_dist.inference.embed import KEY, OBSERVED_COLUMN, collect_embedding
 from clue_dist.inference.load_model import TrainedModel
-from clue_dist.inference.memory_obs import require_writable_obs
 from clue_dist.inference.stream import Embedding, embed_in_memory
 from clue_dist.store.reader import Store
 

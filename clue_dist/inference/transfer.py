@@ -9,8 +9,8 @@ import pandas as pd
 
 from clue_dist.errors import ConfigError, DataError, list_names, suggest_names
 from clue_dist.inference.cells import Cells
+from clue_dist.inference.cells.named_counts import warn_of_cells
 from clue_dist.inference.load_model import TrainedModel
-from clue_dist.inference.named_counts import warn_of_cells
 from clue_dist.inference.output_files import check_table_path, write_table
 from clue_dist.inference.reference_cells import (
     ComparedCells,

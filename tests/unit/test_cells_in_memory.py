@@ -12,8 +12,8 @@ import pytest
 import scipy.sparse as sp
 
 from clue_dist.inference.cells import open_cells
+from clue_dist.inference.cells.memory_obs import collect_obs
 from clue_dist.inference.embed import embed_anndata
-from clue_dist.inference.memory_obs import collect_obs
 from clue_dist.inference.stream import embed_in_memory
 from clue_dist.store.manifest_parts import Modality
 from clue_dist.store.reader import Store

@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 
 from clue_dist.errors import DataError
+from clue_dist.inference.cells.store_cells import StoreCells
 from clue_dist.inference.file_order import restore_file_order
-from clue_dist.inference.store_cells import StoreCells
 from clue_dist.store.manifest import Manifest
 from clue_dist.store.reader import Store
 from clue_dist.store.seen_cells import identify_cells, share_cells

@@ -14,9 +14,9 @@ import scipy.sparse as sp
 from clue_dist.commands import model_arguments
 from clue_dist.errors import ClueError, DataError
 from clue_dist.inference.cells import open_cells, open_source
+from clue_dist.inference.cells.memory_obs import require_writable_obs
+from clue_dist.inference.cells.named_counts import warn_of_cells
 from clue_dist.inference.embed import embed_anndata, embed_cells
-from clue_dist.inference.memory_obs import require_writable_obs
-from clue_dist.inference.named_counts import warn_of_cells
 from clue_dist.ranks import Ranks
 from clue_dist.store.manifest_parts import Modality
 from tests.fakes import FakeLoaded, dense

@@ -15,9 +15,9 @@ from clue_dist.commands.fine_tune import plan_further_training
 from clue_dist.config_file import load_config
 from clue_dist.errors import ConfigError, DataError
 from clue_dist.inference import new_batches
+from clue_dist.inference.cells.store_cells import StoreCells
 from clue_dist.inference.load_model import TrainedModel, load_model
 from clue_dist.inference.new_batches import learn_batches, tune_batches
-from clue_dist.inference.store_cells import StoreCells
 from clue_dist.inference.stream import embed_in_memory
 from clue_dist.store.batch_vocabulary import BatchVocabulary
 from clue_dist.store.reader import Store

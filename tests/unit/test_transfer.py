@@ -8,7 +8,7 @@ import pytest
 
 from clue_dist.errors import ConfigError, DataError
 from clue_dist.inference.cells import StoreCells, open_cells
-from clue_dist.inference.named_counts import CellWarning
+from clue_dist.inference.cells.named_counts import CellWarning
 from clue_dist.inference.reference_cells import embed_for_comparison
 from clue_dist.inference.stream import embed_in_memory
 from clue_dist.inference.transfer import label_cells, write_labels

@@ -14,10 +14,9 @@ import torch
 
 from clue_dist.data.batch import Batch, ObservedModality
 from clue_dist.errors import DataError, list_names, suggest_names
-from clue_dist.inference.aligned_counts import AlignedCounts, align_features
-from clue_dist.inference.load_model import TrainedModel
-from clue_dist.inference.memory_obs import collect_obs, find_levels
-from clue_dist.inference.named_counts import (
+from clue_dist.inference.cells.aligned_counts import AlignedCounts, align_features
+from clue_dist.inference.cells.memory_obs import collect_obs, find_levels
+from clue_dist.inference.cells.named_counts import (
     MIN_KNOWN_IN_MEMORY,
     MemoryChoices,
     NamedCounts,
@@ -25,7 +24,8 @@ from clue_dist.inference.named_counts import (
     name_parts,
     warn_of_cells,
 )
-from clue_dist.inference.store_cells import CellSlice
+from clue_dist.inference.cells.store_cells import CellSlice
+from clue_dist.inference.load_model import TrainedModel
 from clue_dist.store.batch_vocabulary import BATCH, UNKNOWN, BatchVocabulary, combine_levels
 from clue_dist.store.region_names import respell_regions
 

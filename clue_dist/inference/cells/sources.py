@@ -1,4 +1,4 @@
-"""The cells that a model is asked about: those of a store, or of an AnnData or MuData in memory."""
+"""Opens the cells that a model is asked about: a store, a path, or an object in memory."""
 
 from __future__ import annotations
 
@@ -14,33 +14,20 @@ from clue_dist.config import MIN_KNOWN
 from clue_dist.data.batch import Batch
 from clue_dist.errors import DataError
 from clue_dist.files import parse_path
+from clue_dist.inference.cells.memory_cells import collect_memory_cells
+from clue_dist.inference.cells.memory_obs import list_obs_columns
+from clue_dist.inference.cells.named_counts import MemoryChoices, list_chosen, warn_of_cells
+from clue_dist.inference.cells.store_cells import CellSlice, StoreCells
 from clue_dist.inference.load_model import TrainedModel
-from clue_dist.inference.memory_cells import MemoryCells, collect_memory_cells
-from clue_dist.inference.memory_obs import list_obs_columns
-from clue_dist.inference.named_counts import MemoryChoices, list_chosen, warn_of_cells
 from clue_dist.inference.query import (
     holds_training_cells,
     require_known_features,
     require_measured_features,
     select_modalities,
 )
-from clue_dist.inference.store_cells import CellSlice, SegmentSlice, StoreCells
 from clue_dist.process import silence_mudata
 from clue_dist.store.batch_vocabulary import BatchVocabulary
 from clue_dist.store.reader import Store
-
-__all__ = [
-    "CellSlice",
-    "CellSource",
-    "Cells",
-    "MemoryCells",
-    "SegmentSlice",
-    "StoreCells",
-    "find_batch_columns",
-    "find_source_file",
-    "open_cells",
-    "open_source",
-]
 
 CellSource: TypeAlias = ad.AnnData | md.MuData | Store | str | Path
 
