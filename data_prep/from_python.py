@@ -28,6 +28,7 @@ from data_prep.options import FIELDS, NO_COLUMN
 from data_prep.readers.source import looks_whole
 
 _DEFAULT_LAYER = ("--layer", "X")  # which the command line reads where no layer is named
+IN_MEMORY = "cells in memory"  # what messages call them
 _PROBED_ROWS = 20  # of X, that are looked at to guess whether it holds counts
 
 
@@ -123,6 +124,13 @@ def convert_cells(
         _convert_memory(data, out, request)
     else:
         _convert_files(data, out, request)
+
+
+def name_cells(data: ad.AnnData | md.MuData | str | Path | Sequence[str | Path]) -> str:
+    """Name what `convert_cells` takes, for messages."""
+    if isinstance(data, (ad.AnnData, md.MuData)):
+        return IN_MEMORY
+    return list_names([data] if isinstance(data, (str, Path)) else data)
 
 
 def _convert_memory(cells: ad.AnnData | md.MuData, out: Path, request: ConversionRequest) -> None:
@@ -307,7 +315,7 @@ def _is_table_of_group(table: ad.AnnData, group: h5py.Group) -> bool:
 def _write_cells(source: ad.AnnData | md.MuData, folder: Path, request: ConversionRequest) -> Path:
     """Write what the conversion reads of cells in memory."""
     ending = ".h5mu" if isinstance(source, md.MuData) else ".h5ad"
-    path = folder / f"cells{ending}"
+    path = folder / f"{IN_MEMORY}{ending}"  # which messages name
     with translate_disk_errors(folder, "free some space, or choose another `out`"):
         if isinstance(source, md.MuData):
             with silence_mudata(), md.set_options(pull_on_update=False):

@@ -124,9 +124,10 @@ class EvaluationMethods:
         if isinstance(cells, Store):
             return cells
         place = find_store_path(cells)
-        if place is None:
-            from data_prep.from_python import convert_cells
+        if place is not None:
+            return Store(place)
+        from data_prep.from_python import convert_cells, name_cells
 
-            place = str(folder / "cells.zarr")
-            convert_cells(cells, Path(place), request)
-        return Store(place)
+        made = folder / "cells.zarr"
+        convert_cells(cells, made, request)
+        return Store(made, name_cells(cells))

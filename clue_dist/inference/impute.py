@@ -254,7 +254,7 @@ def _impute_piece(
     scale = torch.ones_like(library)
     if choices.library_size is None and question.has_counts:
         scale = PER_TEN_THOUSAND / library
-    mean = decoder.average_over_points(latent, levels, library, choices.log1p)
+    mean = decoder.compute_mean(latent.place_points(), levels, library, choices.log1p)
     yield MEAN, mean if choices.log1p else mean * scale
     if not question.n_draws:
         return

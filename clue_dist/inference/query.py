@@ -32,7 +32,7 @@ def select_modalities(store: Store, names: Sequence[str]) -> Store:
     where = f"--modalities {' '.join(names)}"
     if unknown := [name for name in names if name not in store.modalities]:
         raise ConfigError(
-            f"{store.root} has no such modality",
+            f"{store.name} has no such modality",
             where=where,
             got=list_names(unknown),
             expected=list_names(store.modalities),
@@ -46,7 +46,7 @@ def select_modalities(store: Store, names: Sequence[str]) -> Store:
             view.segments[name] = copy.copy(reader)
             view.segments[name].segment = strata[name]
     if not strata:
-        raise ConfigError("no cell carries these modalities", where=where, got=store.root)
+        raise ConfigError("no cell carries these modalities", where=where, got=store.name)
     modalities = {m: part for m, part in store.manifest.modalities.items() if m in names}
     view.manifest = store.manifest.model_copy(update={"modalities": modalities, "strata": strata})
     return view
@@ -73,7 +73,7 @@ def require_known_features(store: Store, modalities: dict[str, Modality]) -> Non
         StoreError: missing, extra or reordered features, the first 10 of each.
     """
     for name, modality in store.manifest.modalities.items():
-        where = f"{store.root}: modality {name}"
+        where = f"{store.name}: modality {name}"
         if name not in modalities:
             shared = [known for known in store.modalities if known in modalities]
             raise StoreError(
@@ -154,7 +154,7 @@ def require_measured_features(store: Store, min_known: float = MIN_KNOWN) -> lis
         if worst.share < min_known:
             raise StoreError(
                 "next to none of the model's features were measured",
-                where=f"{store.root}: modality {name}",
+                where=f"{store.name}: modality {name}",
                 got=str(worst),
                 expected=f"{min_known:.0%} of them or more, named like "
                 f"{list_names(worst.modality.features, 3)}",

@@ -54,20 +54,19 @@ class TargetLatent:
         )
         return self.mean + self._scale_noise(noise)
 
-    def place_points(self) -> Iterator[Tensor]:
-        """Yield `N_POINTS` z_k of each cell, (B, d), which stand for its Gaussian.
+    def place_points(self) -> Tensor:
+        """Place `N_POINTS` z_k of each cell, (N_POINTS, B, d), which stand for its Gaussian.
 
         All cells have the same draws, in pairs on both sides of the mean: so what is expected of a
         cell follows from it alone, and no cell differs from another by chance.
         """
         generator, width = torch.Generator().manual_seed(0), self.mean.shape[1]
-        for noise in torch.randn(N_POINTS // 2, 1, width, generator=generator).to(self.mean):
-            spread = self._scale_noise(noise)
-            yield self.mean + spread
-            yield self.mean - spread
+        noise = torch.randn(N_POINTS // 2, 1, width, generator=generator).to(self.mean)
+        spread = self._scale_noise(noise)
+        return torch.cat([self.mean + spread, self.mean - spread])
 
     def _scale_noise(self, noise: Tensor) -> Tensor:
-        """Give standard normal vectors, (B, d) or (1, d), the covariance."""
+        """Give standard normal vectors, (B, d) or (S, 1, d), the covariance."""
         return noise @ self.deviation.T if self.is_factor else noise * self.deviation
 
 
@@ -123,8 +122,11 @@ class ValueDecoder:
     ) -> Tensor:
         """Compute what is expected of each feature.
 
+        Decoders learn from samples of z. What they say of its mean alone is too sure: too much
+        where it is much, too little where it is little. Points that stand for z are a remedy.
+
         Args:
-            z: (B, d).
+            z: (B, d), or several of each cell, (S, B, d), over which is averaged.
             levels: (B, C) int64, of the batch; -1: averaged over batches.
             library: (B, 1), total counts of a profile.
             log1p: whether ln(1 + counts per 10,000) is expected of a profile, not its value.
@@ -132,20 +134,29 @@ class ValueDecoder:
         Returns:
             (B, F).
         """
-        average = torch.zeros(len(z), self.width, device=z.device)
-        known = (levels >= 0).all(1)
+        average = torch.zeros(len(levels), self.width, device=z.device)
+        points = z if z.ndim == 3 else z[None]
+        for rows, chosen, share in self._share_batches(levels):
+            for point in points:  # one at a time, which the CPU's caches hold
+                mean = self._compute_mean(point[rows], chosen, library[rows], log1p)
+                average[rows] += mean * (share / len(points))
+        return average
+
+    def _share_batches(self, levels: Tensor) -> Iterator[tuple[slice | Tensor, Tensor, float]]:
+        """Yield rows of cells, the levels (n, C) that each is decoded for, and their share."""
+        known, batches = (levels >= 0).all(1), self.batches.to(levels.device)
         if known.any():
-            average[known] = self._compute_mean(z[known], levels[known], library[known], log1p)
-        batches = self.batches.to(levels.device)
+            yield _select_rows(known), levels[known], 1.0
         for partial in levels[~known].unique(dim=0):
             alike = (levels == partial).all(1)
             completed = torch.where(partial >= 0, partial, batches)
             choices, times = completed.unique(dim=0, return_counts=True)
             for chosen, n_times in zip(choices, times.tolist(), strict=True):
-                every = chosen.expand(int(alike.sum()), -1)
-                mean = self._compute_mean(z[alike], every, library[alike], log1p)
-                average[alike] += mean * n_times / len(batches)
-        return average
+                yield (
+                    _select_rows(alike),
+                    chosen.expand(int(alike.sum()), -1),
+                    n_times / len(batches),
+                )
 
     def _compute_mean(self, z: Tensor, levels: Tensor, library: Tensor, log1p: bool) -> Tensor:
         likelihood = self.model.get_decoder(self.modality).likelihood
@@ -153,19 +164,6 @@ class ValueDecoder:
         if log1p:
             return compute_log1p_mean(likelihood, parameters, PER_TEN_THOUSAND / library)
         return likelihood.compute_mean(parameters)
-
-    def average_over_points(
-        self, latent: TargetLatent, levels: Tensor, library: Tensor, log1p: bool = False
-    ) -> Tensor:
-        """Compute what is expected of each feature, (B, F), where z is not known but its Gaussian.
-
-        Decoders learn from samples of z. What they say of its mean alone is too sure: too much
-        where it is much, too little where it is little. Other arguments as of `compute_mean`.
-        """
-        total = torch.zeros(len(levels), self.width, device=levels.device)
-        for z in latent.place_points():
-            total += self.compute_mean(z, levels, library, log1p)
-        return total / N_POINTS
 
     def draw_values(
         self, z: Tensor, levels: Tensor, library: Tensor, generator: torch.Generator
@@ -182,3 +180,8 @@ class ValueDecoder:
     def _decode(self, z: Tensor, levels: Tensor, library: Tensor) -> LikelihoodParameters:
         decoder = self.model.get_decoder(self.modality)
         return decoder.compute_parameters(z, levels, library, features=self.features)
+
+
+def _select_rows(is_chosen: Tensor) -> slice | Tensor:
+    """Rows of a mask, (B,) bool; of all a view will do."""
+    return slice(None) if is_chosen.all() else is_chosen.nonzero()[:, 0]

@@ -57,6 +57,11 @@ class LikelihoodParameters(NamedTuple):
         """ln mu = ln library + ln sigmoid(rate): a feature takes a share of the cell's counts."""
         return self.library.log() + F.logsigmoid(self.rate)
 
+    @property
+    def mean(self) -> Tensor:
+        """mu, (n, F)."""
+        return self.library * torch.sigmoid(self.rate)
+
     def gather_entries(self, row: Tensor, column: Tensor) -> LikelihoodParameters:
         """The parameters of single entries, each (nnz,); row, column: (nnz,)."""
         flat = row * self.rate.shape[-1] + column
@@ -134,18 +139,18 @@ class NegativeBinomial(Likelihood):
         return rising + values * F.logsigmoid(parameters.log_mean - theta)
 
     def compute_mean(self, parameters: LikelihoodParameters) -> Tensor:
-        return parameters.log_mean.exp()
+        return parameters.mean
 
     def draw_values(self, parameters: LikelihoodParameters, generator: torch.Generator) -> Tensor:
         r = parameters.theta.clamp(max=MAX_LOG_DISPERSION).exp()
-        mean = parameters.log_mean.exp()
+        mean = parameters.mean
         # A Poisson whose mean is drawn from a Gamma distribution of shape r.
         relative = torch._standard_gamma(r.expand_as(mean), generator=generator) / r
         return torch.poisson(relative * mean, generator=generator)
 
     def compute_laplace(self, decay: Tensor, parameters: LikelihoodParameters) -> Tensor:
         r = parameters.theta.clamp(max=MAX_LOG_DISPERSION).exp()
-        return torch.exp(-r * torch.log1p(-torch.expm1(-decay) * parameters.log_mean.exp() / r))
+        return torch.exp(-r * torch.log1p(-torch.expm1(-decay) * parameters.mean / r))
 
     def estimate_start(self, counts: Rows) -> tuple[np.ndarray, np.ndarray]:
         """The mean as for every likelihood of counts, and r as the moments of the sample say."""
@@ -199,13 +204,13 @@ class Poisson(Likelihood):
         return values * parameters.log_mean
 
     def compute_mean(self, parameters: LikelihoodParameters) -> Tensor:
-        return parameters.log_mean.exp()
+        return parameters.mean
 
     def draw_values(self, parameters: LikelihoodParameters, generator: torch.Generator) -> Tensor:
-        return torch.poisson(parameters.log_mean.exp(), generator=generator)
+        return torch.poisson(parameters.mean, generator=generator)
 
     def compute_laplace(self, decay: Tensor, parameters: LikelihoodParameters) -> Tensor:
-        return torch.exp(torch.expm1(-decay) * parameters.log_mean.exp())
+        return torch.exp(torch.expm1(-decay) * parameters.mean)
 
 
 class Bernoulli(Likelihood):

@@ -365,14 +365,16 @@ class Store:
 
     Args:
         root: a folder or a URL; see `location`.
+        name: what messages call it; by default where it lies.
 
     Raises:
         StoreError: there is no store or an unfinished one, it does not fit its manifest, it holds
             a link, or its server fails.
     """
 
-    def __init__(self, root: str | Location) -> None:
+    def __init__(self, root: str | Location, name: str | None = None) -> None:
         self.root = location.parse_location(root)
+        self.name = str(self.root) if name is None else name
         location.require_plain_files(self.root)
         self.manifest = Manifest.read(self.root)
         self.segments = {
@@ -380,7 +382,7 @@ class Store:
         }
 
     def __repr__(self) -> str:
-        lines = [f"Store {self.root}: {self.manifest.n_cells:,} cells"]
+        lines = [f"Store {self.name}: {self.manifest.n_cells:,} cells"]
         for name, modality in self.manifest.modalities.items():
             lines.append(f"  {name}: {modality.kind}, {modality.n_features:,} features")
         for name, segment in self.manifest.strata.items():

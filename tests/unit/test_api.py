@@ -181,6 +181,22 @@ def test_cells_to_score_are_converted_as_fit_converts_them(
     ]
 
 
+@pytest.mark.slow
+def test_what_is_told_of_cells_in_memory_names_no_file(folder: Path, run: Run) -> None:
+    mdata = read_mudata(Store(folder / "s.zarr"))
+    assert run.evaluate(mdata)["about"]["store"] == "cells in memory"
+    rna = mdata["rna"]
+    rna.var_names = [name if i < 2 else f"other-{i}" for i, name in enumerate(rna.var_names)]
+    with pytest.raises(StoreError, match="next to none of the model's features") as raised:
+        run.evaluate(mdata)
+    assert raised.value.where == "cells in memory: modality rna"
+    assert raised.value.got == "cells in memory.h5mu/mod/rna: 2 of 30 features known"
+    rna.X = -rna.X
+    with pytest.raises(DataError, match="counts must be raw") as raised:
+        run.evaluate(mdata)
+    assert str(raised.value.where).startswith("cells in memory.h5mu/mod/rna, cell ")
+
+
 def test_the_modality_of_an_anndata_is_named_beside_the_one_asked_for(
     folder: Path, run: Run
 ) -> None:

@@ -23,6 +23,7 @@ from clue_dist.inference.imputation_question import (
 from clue_dist.inference.impute import impute_cells, write_imputation
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.matrix_files import MatrixFolder
+from clue_dist.model.imputation import ValueDecoder
 from clue_dist.model.translation import Regression
 from clue_dist.store.reader import Store
 from tests.processes import run_ranks
@@ -189,6 +190,18 @@ def test_what_is_expected_is_averaged_over_what_z_may_be(trained, store):
     of_mean = decoder.likelihood.compute_mean(parameters).detach().numpy()[0]
     errors = [np.abs(found - draws).sum() for found in (answer.X[0], of_mean)]
     assert errors[0] < 0.6 * errors[1]
+
+
+def test_several_z_of_a_cell_are_averaged_be_its_batch_known_or_not(trained):
+    decoder, latent = ValueDecoder(trained.model, "adt"), trained.model.latent
+    z = torch.randn(3, 4, latent, generator=torch.Generator().manual_seed(0))
+    levels, library = torch.tensor([[0], [-1], [1], [-1]]), torch.full((4, 1), 100.0)
+    found = decoder.compute_mean(z, levels, library)
+    each = torch.stack([decoder.compute_mean(point, levels, library) for point in z])
+    torch.testing.assert_close(found, each.mean(0))
+    assert each.std(0).max() > 1
+    alone = decoder.compute_mean(z[:, :1], levels[:1], library[:1])
+    torch.testing.assert_close(found[:1], alone)
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_the_translation_speaks_only_where_the_modality_is_hidden():
     after = infer_target_latent(model, hidden, "m1")
     torch.testing.assert_close(after.mean, torch.ones(2, 4))
     torch.testing.assert_close(after.deviation, 2 * torch.eye(4))
-    points = torch.stack(list(after.place_points()))
+    points = after.place_points()
     torch.testing.assert_close(points.mean(0), after.mean)
     assert (points - after.mean).std(0).eq((points - after.mean).std(0)[0]).all()
     torch.testing.assert_close(points.std(), torch.tensor(2.0), rtol=0.4, atol=0)

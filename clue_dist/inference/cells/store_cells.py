@@ -85,12 +85,12 @@ class StoreCells:
         return sum(self._sizes.values())
 
     def __repr__(self) -> str:
-        return f"{self.n_cells:,} cells with {list_names(self.modalities)} in {self.store.root}"
+        return f"{self.n_cells:,} cells with {list_names(self.modalities)} in {self.store.name}"
 
     def describe_source(self) -> dict[str, Any]:
         """Say where the cells come from."""
         return {
-            "store": str(self.store.root),
+            "store": self.store.name,
             "fingerprint": self.store.fingerprint,
             "modalities": self.store.modalities,
         }
@@ -116,7 +116,7 @@ class StoreCells:
                 slices.append(SegmentSlice(modalities, rows, name, start))
             row += n_cells
         if not slices:
-            raise StoreError("the store has no cells to embed", where=self.store.root)
+            raise StoreError("the store has no cells to embed", where=self.store.name)
         return slices
 
     def read_slice(self, cells: CellSlice) -> Batch:
