@@ -119,6 +119,23 @@ class Decoder(nn.Module):
         counts = select_features(counts, features)
         return scale * compute_log_likelihood(self.likelihood, counts, parameters)
 
+    def compare_with_mean(
+        self, z: Tensor, batch_code: Tensor, counts: Counts, features: Tensor | None = None
+    ) -> Tensor:
+        """Score each profile by its own z, less its score by what all z are decoded to on average.
+
+        Arguments are those of `forward`, with one z of each cell; so is the result, (n,).
+        """
+        library, levels = compute_library_size(counts).unsqueeze(1), self.find_levels(batch_code)
+        decoded = self.compute_parameters(z, levels, library, features=features)
+        counts = counts if features is None else select_features(counts, features)
+        ln_p, ln_p_of_mean = (
+            compute_log_likelihood(self.likelihood, counts, parameters)
+            for parameters in (decoded, self.likelihood.average_cells(decoded))
+        )
+        scale = 1.0 if features is None else self.n_features / len(features)
+        return scale * (ln_p - ln_p_of_mean)
+
     @staticmethod
     def _score_by_kernels(
         likelihood: str,

@@ -110,6 +110,11 @@ class Likelihood(ABC):
         """E exp(-s x) of each feature, (n, F), for counts; decay: s > 0, (n, 1)."""
         raise NotImplementedError(f"{type(self).__name__} is no distribution of counts")
 
+    def average_cells(self, parameters: LikelihoodParameters) -> LikelihoodParameters:
+        """Give all n cells the average of them, at the library of each."""
+        gate = None if parameters.gate is None else _average_logits(parameters.gate)
+        return parameters._replace(rate=_average_logits(parameters.rate), gate=gate)
+
     def estimate_start(self, counts: Rows) -> tuple[np.ndarray, np.ndarray]:
         """Rate and theta of each feature before the first step, from a sample of training cells.
 
@@ -260,6 +265,10 @@ class Normal(Likelihood):
     def compute_mean(self, parameters: LikelihoodParameters) -> Tensor:
         return parameters.rate
 
+    def average_cells(self, parameters: LikelihoodParameters) -> LikelihoodParameters:
+        rate = parameters.rate
+        return parameters._replace(rate=rate.mean(0, keepdim=True).expand_as(rate))
+
     def draw_values(self, parameters: LikelihoodParameters, generator: torch.Generator) -> Tensor:
         mean = parameters.rate
         return torch.normal(mean, parameters.theta.exp().expand_as(mean), generator=generator)
@@ -283,6 +292,12 @@ LIKELIHOODS: dict[str, Likelihood] = {
     "bernoulli": Bernoulli(),
     "normal": Normal(),
 }
+
+
+def _average_logits(logits: Tensor) -> Tensor:
+    """The logit of the mean probability over cells, for each of them: (n, F) -> (n, F)."""
+    probability = torch.sigmoid(logits).mean(0, keepdim=True).clamp_min(1e-30)
+    return torch.logit(probability).expand_as(logits)
 
 
 def compute_log_likelihood(

@@ -40,6 +40,7 @@ DEFAULT_RIDGE = 8.0  # where there are as many training pairs as dimensions
 DEFAULT_EXPONENT = 1.0
 DEFAULT_POLE = 1.0
 LEAST_MIXING = 0.01  # else a space in which nothing mixes would divide by 0
+LEAST_COUNTED = 0.25  # share of its nats that a modality counts for, if it explains nothing
 MOST_SCORED = 500  # held-out pairs of two modalities that choose, as the time grows with its square
 
 
@@ -52,7 +53,10 @@ class FittedSpace(NamedTuple):
 
 
 def fit_common_space(
-    trainer: Trainer, fitting: Batch | None, held_out: EncodedCells | None
+    trainer: Trainer,
+    fitting: Batch | None,
+    held_out: EncodedCells | None,
+    explained: Tensor | None = None,
 ) -> Posterior | None:
     """Fit the common space to the present weights. Every rank must call, with the same cells.
 
@@ -60,6 +64,7 @@ def fit_common_space(
         trainer: what training works with.
         fitting: training cells with several modalities.
         held_out: the validation cells.
+        explained: (K,), of the validation cells, see `measure_explained`.
 
     Returns:
         What the model infers of the fitting cells.
@@ -74,7 +79,10 @@ def fit_common_space(
     if trainer.ranks.is_first and all(part is None or part.is_finite for part in (cells, others)):
         chosen = choose_directions(cells, others)
         if chosen is not None:
-            model.space.set_directions(*chosen, _average_nats(cells, others))
+            nats = _average_nats(cells, others)
+            if explained is not None:
+                nats = bound_nats(nats, explained.cpu())
+            model.space.set_directions(*chosen, nats)
     if dist.is_initialized():  # rounding may differ between ranks, which must score the same z
         for values in model.space.buffers():
             dist.broadcast(values, 0)
@@ -152,6 +160,20 @@ def _average_nats(cells: EncodedCells, held_out: EncodedCells | None) -> Tensor:
         for part in (cells, unseen)
     )
     return torch.where(unseen.observed.sum(0) >= FEWEST_PAIRED, unseen_mean, seen_mean)
+
+
+def bound_nats(nats: Tensor, explained: Tensor) -> Tensor:
+    """Let no modality count for more nats than it explains of cells that were not trained on.
+
+    Nor for less than a share of its own: contrast teaches an encoder, too, and what it knows by
+    that its decoder may not have learnt.
+
+    Args:
+        nats: (K,), that each modality claims to tell of its own z_k.
+        explained: (K,), see `measure_explained`; where it is no number nothing is bound.
+    """
+    bound = torch.where(explained.isnan(), torch.inf, explained)
+    return torch.minimum(nats, torch.maximum(bound, LEAST_COUNTED * nats))
 
 
 def _score_candidate(held_out: EncodedCells, candidate: FittedSpace) -> float:

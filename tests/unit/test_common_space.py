@@ -26,6 +26,7 @@ from clue_dist.model.common_space import (
 from clue_dist.ranks import Ranks
 from clue_dist.train.space_fit import (
     DEFAULT_POLE,
+    LEAST_COUNTED,
     FittedSpace,
     choose_directions,
     explain_missing_space,
@@ -158,6 +159,17 @@ def test_weights_that_give_nan_keep_the_space() -> None:
         model.model.heads.bias.fill_(torch.nan)
     fit_common_space(trainer, repeat_cells(batch, 8), None)
     torch.testing.assert_close(model.model.space.rotation, before)
+
+
+def test_a_modality_that_explains_nothing_counts_for_less_in_the_joint() -> None:
+    model, batch, _ = small_model()
+    trainer, space = make_trainer(model), model.model.space
+    cells = repeat_cells(batch, 8)
+    fit_common_space(trainer, cells, None)
+    before = space.expert_weight.clone()
+    fit_common_space(trainer, cells, None, torch.tensor([-1.0, torch.inf, torch.inf]))
+    expected = before * torch.tensor([LEAST_COUNTED, 1.0, 1.0])
+    torch.testing.assert_close(space.expert_weight, expected)
 
 
 def test_a_joint_of_one_modality_is_that_modality() -> None:
