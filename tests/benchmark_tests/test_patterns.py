@@ -7,9 +7,9 @@ import mudata as md
 import numpy as np
 import pytest
 
-from tests.benchmark_tests.mosaic_helpers import paired_cells
+from tests.benchmark_tests.mosaic_helpers import MODS, paired_cells
 from tests.benchmarks import mosaic, scores
-from tests.benchmarks.split import cut_mosaic, place_cell, select_modality
+from tests.benchmarks.split import cut_by_batch, cut_mosaic, place_cell, select_modality
 
 
 def triple_cells() -> md.MuData:
@@ -66,3 +66,22 @@ def test_every_ordered_pair_is_scored_and_the_worst_is_told(tmp_path: Path) -> N
     }
     np.savez(npz, **pairs)
     assert scores.score_embedding(npz, split) == found
+
+
+def test_by_batch_pairs_are_of_half_the_batches_and_tested_cells_are_two() -> None:
+    whole = paired_cells()
+    for table in whole.mod.values():
+        table.obs["batch"] = [f"b{int(name.split('-')[-1]) % 4}" for name in table.obs_names]
+    for fold, paired in ((0, {"b0", "b1"}), (3, {"b3", "b0"})):
+        train, test = cut_by_batch(whole, MODS, fold)
+        names = {m: set(train[m].obs_names) for m in MODS}
+        pairs = train["rna"][sorted(names["rna"] & names["adt"])]
+        assert set(pairs.obs["batch"]) == paired
+        assert set(test["rna"].obs["batch"]) == {"b0", "b1", "b2", "b3"} - paired
+        assert list(test["rna"].obs_names) == list(test["adt"].obs_names)
+        for m in MODS:
+            assert names[m] - names["adt" if m == "rna" else "rna"] == {
+                f"{m}:{name}" for name in test[m].obs_names
+            }
+            again = train[m][[f"{m}:{name}" for name in test[m].obs_names]].X
+            np.testing.assert_array_equal(again.toarray(), test[m].X.toarray())

@@ -23,7 +23,7 @@ from tests.benchmarks.kept import compute_digest, make_once
 from tests.benchmarks.mosaic import MANY, SETS, Split, Training, find_data_set, ignore_warnings
 from tests.benchmarks.report import Bar, Result, select_values
 from tests.benchmarks.runner import Benchmark, Case, Option, Run
-from tests.benchmarks.split import FOLDS, cut_mosaic, draw_batches
+from tests.benchmarks.split import FOLDS, cut_by_batch, cut_mosaic, draw_batches
 from tests.distributed.command import ROOT
 
 DATA = ROOT.parent / "shared/data"
@@ -94,7 +94,8 @@ class Matching(Benchmark):
             with ignore_warnings():
                 whole = md.read(find_data_set(name, data))
                 whole = draw_batches(whole) if name == mosaic.WITH_DRAWN_BATCHES else whole
-                parts = cut_mosaic(whole, SETS[name], run.fold)
+                cut = cut_by_batch if name in mosaic.BY_BATCH else cut_mosaic
+                parts = cut(whole, SETS[name], run.fold)
                 for part, cells in zip(("train", "test"), parts, strict=True):
                     cells.write(folder / f"{part}.h5mu")
 

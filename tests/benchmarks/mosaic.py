@@ -33,13 +33,24 @@ MANY: dict[str, tuple[str, ...]] = {
     "snare_halves": ("rna", "atac_odd", "atac_even"),
     "digits": ("fac", "fou", "kar", "mor", "pix", "zer"),
 }
-SETS = PAIRED | MANY
+# Pairs are of half the batches; of cells of the others both profiles are known, but not as pairs.
+BY_BATCH: dict[str, tuple[str, ...]] = {
+    "snare_by_batch": ("rna", "atac"),
+    "bmmc_by_batch": ("rna", "adt"),
+    "hao_by_batch": ("rna", "adt"),
+    "multiome_by_batch": ("rna", "atac"),
+}
+SETS = PAIRED | MANY | BY_BATCH
 WITH_DRAWN_BATCHES = "cbmc_batches"
 # Of sets that have no file of their name.
 FILES = {
     WITH_DRAWN_BATCHES: "cbmc_cite",
     "cbmc_halves": "cbmc_cite",
     "snare_halves": "snare_adbrain_8lib",
+    "snare_by_batch": "snare_adbrain_8lib",
+    "bmmc_by_batch": "bmmc_cite_starter",
+    "hao_by_batch": "hao_mosaic",
+    "multiome_by_batch": "bmmc_multiome_starter",
 }
 LARGE, SMALL = ("cbmc_cite", "snare_adbrain_8lib"), "bmmc_cite_starter"
 BATCHED = tuple(name for name in PAIRED if name != "cbmc_cite")  # cells of two batches or more

@@ -54,6 +54,23 @@ def cut_mosaic(whole: md.MuData, mods: Sequence[str], fold: int) -> tuple[md.MuD
     return md.MuData(train), md.MuData(test)
 
 
+def cut_by_batch(whole: md.MuData, mods: Sequence[str], fold: int) -> tuple[md.MuData, md.MuData]:
+    """A mosaic whose pairs are of one half of the batches, and the cells of the other half.
+
+    These are tested, and trained on, too, each as two cells with one modality, as in the mosaics of
+    SCMMIB. A fold further, the halves begin one batch further.
+    """
+    tables = dict(zip(mods, select_pairs(whole, mods), strict=True))
+    batch = tables[mods[0]].obs["batch"].astype(str)
+    turned = np.roll(sorted(set(batch)), -fold)
+    paired = batch.isin(turned[: len(turned) // 2]).to_numpy()
+    train = {}
+    for name, x in tables.items():
+        train[name] = x.copy()
+        train[name].obs_names = np.where(paired, x.obs_names, f"{name}:" + x.obs_names)
+    return md.MuData(train), md.MuData({m: x[~paired].copy() for m, x in tables.items()})
+
+
 def draw_batches(whole: md.MuData) -> md.MuData:
     """Deal cells to batches that capture each feature to another share, in all modalities.
 
