@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -122,6 +124,14 @@ def read_question(trained_model: TrainedModel, choices: ImputationChoices) -> Im
     given, chosen = list_chosen(choices.from_), list_chosen(choices.features)
     for name in (choices.modality, *(given or [])):
         _require_known(name, list(known), "modality")
+    if given == []:
+        raise ConfigError(
+            "no modality to impute from is named",
+            where="from_",
+            got="an empty list",
+            expected=list_names(known),
+            fix="leave `from_` out, which takes whatever a cell has",
+        )
     modality = known[choices.modality]
     features = modality.features if chosen is None else chosen
     places = {name: place for place, name in enumerate(modality.features)}
@@ -129,6 +139,10 @@ def read_question(trained_model: TrainedModel, choices: ImputationChoices) -> Im
         _require_known(name, modality.features, f"feature of {choices.modality}")
     if not features:
         raise ConfigError("no feature is asked for", where="features", got="an empty list")
+    if repeated := [name for name, times in Counter(features).items() if times > 1]:
+        raise ConfigError(
+            "a feature is asked for twice", where="features", got=list_names(repeated)
+        )
     levels = _read_levels(choices.batch, trained_model.batch_vocabulary)
     _check_numbers(choices, KINDS[modality.kind].real_values)
     numbers = torch.tensor([places[name] for name in features])
@@ -197,22 +211,23 @@ def _require_known(name: str, known: Sequence[str], what: str, others: str = "")
 def _check_numbers(choices: ImputationChoices, real_values: bool) -> None:
     """Require numbers that mean something."""
     size, interval = choices.library_size, choices.interval
-    is_size = (
-        size is None or size == OWN or (isinstance(size, (int, float, np.number)) and size > 0)
-    )
-    if not is_size:
+    if not (size is None or size == OWN or (_is_number(size) and size > 0)):
         raise ConfigError("no library size", got=size, expected=f"a number above 0, or {OWN!r}")
-    if interval is not None and not 0 < interval <= LARGEST_INTERVAL:
+    if interval is not None and not (_is_number(interval) and 0 < interval <= LARGEST_INTERVAL):
         raise ConfigError(
             "no share of an interval",
             got=interval,
             expected=f"a number above 0, {LARGEST_INTERVAL} at most",
         )
-    if choices.samples < 0:
-        raise ConfigError("no number of samples", got=choices.samples, expected="0 or more")
+    if not isinstance(choices.samples, (int, np.integer)) or choices.samples < 0:
+        raise ConfigError("no number of samples", got=choices.samples, expected="0, 1, 2, ...")
     if real_values and (choices.log1p or size is not None):
         raise ConfigError(
             "real values have no library size",
             where=f"modality {choices.modality}",
             fix="leave library_size and log1p out",
         )
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float, np.number))

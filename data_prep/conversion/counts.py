@@ -259,7 +259,7 @@ def _describe_value(
     head, other_counts = source.read_head(), source.list_other_counts()
     cell = str(decode_barcodes(head.barcodes[row : row + 1])[0])
     is_count = rule == _COUNTS_RULE
-    if is_count and value > LARGEST_COUNT:
+    if is_count and LARGEST_COUNT < value < np.inf:
         rule = f"counts above {LARGEST_COUNT} cannot be held exactly in float32"
     is_missing = bool(np.isnan(value))
     fix = _advise_on_value(source.modality, float(value)) if is_count or is_missing else None

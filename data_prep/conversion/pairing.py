@@ -163,7 +163,7 @@ def find_droplets(survey: PairingSurvey, modalities: Sequence[str]) -> list[tupl
             n_large, n_small = survey.count_having(1 << m), survey.count_having(1 << k)
             n_both = survey.count_having(1 << m | 1 << k) + survey.n_alike
             # Cells of several experiments may differ as much in number, but then few are shared.
-            if n_large >= MANY_TIMES * n_small and 2 * n_both >= n_small:
+            if n_small and n_large >= MANY_TIMES * n_small and 2 * n_both >= n_small:
                 found.append((large, small, n_large // n_small))
     return found
 

@@ -110,6 +110,12 @@ def test_batches_are_those_of_the_store(store, loaded):
     assert loaded.batch_vocabulary.encode_levels(batches).tolist() == [[-1], [0]]
 
 
+@pytest.mark.parametrize("batch_size", [0, -3, 1])
+def test_slices_hold_a_cell_at_least(store, loaded, batch_size):
+    slices = open_cells(read_mudata(store), loaded).slice_cells(batch_size)
+    assert [cell_slice.n_cells for cell_slice in slices] == [1] * sum(CELLS.values())
+
+
 def test_batches_lie_where_those_of_the_training_cells_did(store, loaded):
     mdata = read_mudata(store)
     for table in mdata.mod.values():

@@ -214,7 +214,12 @@ def test_several_z_of_a_cell_are_averaged_be_its_batch_known_or_not(trained):
         ({"modality": "adt", "interval": 90}, "above 0, 0.999 at most"),
         ({"modality": "adt", "interval": 0.9995}, "above 0, 0.999 at most"),
         ({"modality": "adt", "library_size": -1}, "above 0"),
+        ({"modality": "adt", "library_size": "all"}, "above 0"),
+        ({"modality": "adt", "interval": "0.9"}, "above 0, 0.999 at most"),
+        ({"modality": "adt", "samples": 2.5}, "0, 1, 2"),
         ({"modality": "adt", "features": []}, "no feature"),
+        ({"modality": "adt", "features": ["adt-1", "adt-1"]}, "twice"),
+        ({"modality": "adt", "from_": []}, "no modality to impute from"),
     ],
 )
 def test_choices_that_the_model_does_not_know_are_refused(trained, store, choices, message):

@@ -68,6 +68,28 @@ def test_a_value_that_is_no_count_is_refused_by_cell_and_feature(value):
         open_cells(table, LOADED)
 
 
+def test_an_infinite_value_is_no_large_count():
+    table = make_table()
+    table.X[3, 7] = np.inf
+    with pytest.raises(DataError, match="finite integers"):
+        open_cells(table, LOADED)
+
+
+def test_cells_or_modalities_that_are_none_are_refused():
+    with pytest.raises(DataError, match=r"there are no cells\n.*AnnData with n_obs = 0"):
+        open_cells(make_table()[:0].copy(), LOADED)
+    with pytest.raises(DataError, match=r"an empty list\n  expected: rna"):
+        open_cells(make_table(), LOADED, modalities=[])
+
+
+def test_a_modality_is_told_by_the_column_that_names_its_features():
+    table = make_table()
+    table.var = pd.DataFrame({"symbol": list(table.var_names)}, index=list("abcdefghij"))
+    expected = make_table().X.toarray()
+    for column in ("symbol", {"rna": "symbol"}):
+        np.testing.assert_array_equal(read_all(table, feature_ids=column)["rna"], expected)
+
+
 def test_layers_that_may_hold_the_counts_are_named():
     table = make_table()
     table.layers["counts"], table.raw = table.X.copy(), table
@@ -92,8 +114,9 @@ def test_values_that_are_nearly_whole_are_rounded():
 
 def test_integers_and_tiny_negative_zeros_are_counts():
     table = make_table()
-    table.X = table.X.astype(np.int16)
-    np.testing.assert_array_equal(read_all(table)["rna"], make_table().X.toarray())
+    for values in (table.X.astype(np.int16), table.X.toarray().astype(np.float16)):
+        table.X = values
+        np.testing.assert_array_equal(read_all(table)["rna"], make_table().X.toarray())
     table = make_table()
     table.X[0, 0] = -1e-9
     assert read_all(table)["rna"][0, 0] == 0
@@ -274,7 +297,7 @@ def test_a_modality_without_cells_is_left_out():
     other.obs_names = [f"other-{i}" for i in range(3)]
     mdata = md.MuData({"rna": make_table(), "adt": other})
     assert open_cells(mdata[:5], LOADED).modalities == ["rna"]
-    with pytest.raises(DataError, match="no cell has counts"):
+    with pytest.raises(DataError, match="there are no cells"):
         open_cells(mdata[:0], LOADED)
 
 

@@ -104,6 +104,13 @@ def lanes(tmp_path: Path) -> list[str]:
     ]
 
 
+def test_a_modality_without_a_cell_is_refused(tmp_path: Path) -> None:
+    tables = {"rna": make_counts(8, 12), "adt": make_counts(8, 4, 1, "p").iloc[:0]}
+    typed = [f"{n}={write_h5ad(tmp_path / f'{n}.h5ad', table)}" for n, table in tables.items()]
+    with pytest.raises(DataError, match="no cell has any counts in modality 'adt'"):
+        convert_files(tmp_path / "s.zarr", *typed)
+
+
 def test_pairs_are_told_before_anything_is_written(
     tmp_path: Path, lanes: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -89,7 +89,8 @@ def test_corrected_counts_are_rounded_on_request(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "advice"), [(np.nan, "--features union"), (-0.5, "--kind rna=dense")]
+    ("value", "advice"),
+    [(np.nan, "--features union"), (-0.5, "--kind rna=dense"), (np.inf, "finite integers")],
 )
 def test_advice_fits_the_value(tmp_path: Path, value: float, advice: str) -> None:
     values = make_counts(20, 10).to_numpy().astype("float64")

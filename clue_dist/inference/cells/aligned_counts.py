@@ -99,6 +99,8 @@ class AlignedCounts:
                 got=found.dtype,
                 expected="integers or floats",
             )
+        if found.dtype == np.float16:  # which scipy's sparse matrices do not hold
+            found = found.astype(np.float32)
         return found if (order[:-1] < order[1:]).all() else found[np.argsort(order)]
 
     def _align_values(self, found: Any, rows: np.ndarray) -> np.ndarray:
@@ -151,7 +153,7 @@ class AlignedCounts:
     def _describe_value(self, row: int, column: int, value: Any, rule: str) -> DataError:
         """The error for a value that breaks a rule."""
         is_count = rule == _COUNTS_RULE
-        if is_count and value > LARGEST_COUNT:
+        if is_count and LARGEST_COUNT < value < np.inf:
             rule = f"counts above {LARGEST_COUNT} cannot be held exactly in float32"
         fix = None
         if np.isnan(value):

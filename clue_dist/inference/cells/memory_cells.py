@@ -20,6 +20,7 @@ from clue_dist.inference.cells.named_counts import (
     MIN_KNOWN_IN_MEMORY,
     MemoryChoices,
     NamedCounts,
+    choose_value,
     name_columns,
     name_parts,
     warn_of_cells,
@@ -68,9 +69,14 @@ class MemoryCells:
         return {"store": "", "fingerprint": "", "modalities": self.modalities}
 
     def slice_cells(self, batch_size: int) -> list[CellSlice]:
-        """Cut the cells into slices of the same modalities, of `batch_size` cells at most."""
+        """Cut the cells into slices of the same modalities, of `batch_size` cells at most.
+
+        Args:
+            batch_size: cells of a slice, at least one.
+        """
         observed = np.stack([self._rows[name] >= 0 for name in self.modalities], axis=1)
         patterns, pattern_of_cell = np.unique(observed, axis=0, return_inverse=True)
+        step = max(1, batch_size)
         slices = []
         for number, pattern in enumerate(patterns):
             if not pattern.any():
@@ -78,8 +84,8 @@ class MemoryCells:
             carried = tuple(m for m, has in zip(self.modalities, pattern, strict=True) if has)
             rows = np.flatnonzero(pattern_of_cell.ravel() == number)
             slices += [
-                CellSlice(carried, rows[start : start + batch_size])
-                for start in range(0, len(rows), batch_size)
+                CellSlice(carried, rows[start : start + step])
+                for start in range(0, len(rows), step)
             ]
         return slices
 
@@ -159,9 +165,9 @@ def _align_part(
     part: NamedCounts, name: str, trained_model: TrainedModel, choices: MemoryChoices
 ) -> AlignedCounts:
     """The counts of one part as the model takes them; warns of features that are missing."""
-    layer = _choose_value(choices.layer, name)
+    layer = choose_value(choices.layer, name)
     matrix, var, where = _choose_matrix(part, layer, name)
-    column = _choose_value(choices.feature_ids, name)
+    column = choose_value(choices.feature_ids, name)
     names = name_columns(part.adata, var, column)
     modality = trained_model.modalities[name]
     used = part.find_columns(var)
@@ -176,11 +182,6 @@ def _align_part(
         matrix = matrix.tocsr()  # which is read by rows, again and again
     others = [other for other in _list_layers(part.adata) if other != layer]
     return AlignedCounts(where, matrix, part.adata.obs_names, var.index, places, modality, others)
-
-
-def _choose_value(given: str | Mapping[str, str] | None, name: str) -> str | None:
-    """What is given for a modality, where one value may stand for all."""
-    return given.get(name) if isinstance(given, Mapping) else given
 
 
 def _choose_matrix(
@@ -239,6 +240,8 @@ def _find_rows(source: ad.AnnData | md.MuData, adata: ad.AnnData) -> np.ndarray:
 
 def _report_empty(source: ad.AnnData | md.MuData, rows: Mapping[str, np.ndarray]) -> None:
     """Warn of cells without any counts, which get no answer; refuse cells that all have none."""
+    if not source.n_obs:
+        raise DataError("there are no cells", got=f"{type(source).__name__} with n_obs = 0")
     measured = np.zeros(source.n_obs, bool)
     for row in rows.values():
         measured |= row >= 0

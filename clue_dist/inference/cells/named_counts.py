@@ -127,8 +127,12 @@ def _name_anndata_parts(
         return _keep_chosen(parts, [choices.modality], trained_model, choices)
     if types := _split_by_type(adata, trained_model):
         return _keep_chosen(types, [*types], trained_model, choices)
-    names = name_columns(adata, adata.var, None)
-    shares = {name: _share_known(part.features, names) for name, part in known.items()}
+    shares = {
+        name: _share_known(
+            part.features, name_columns(adata, adata.var, choose_value(choices.feature_ids, name))
+        )
+        for name, part in known.items()
+    }
     fitting = [name for name, share in shares.items() if share >= MIN_KNOWN_IN_MEMORY]
     fitting = fitting or [name for name, share in shares.items() if share > 0]
     if len(known) == 1:
@@ -146,6 +150,11 @@ def _name_anndata_parts(
     return _keep_chosen(
         {fitting[0]: NamedCounts("the AnnData", adata)}, fitting, trained_model, choices
     )
+
+
+def choose_value(given: str | Mapping[str, str] | None, name: str) -> str | None:
+    """Choose what is given for a modality, where one value may stand for all."""
+    return given.get(name) if isinstance(given, Mapping) else given
 
 
 def _share_known(features: Sequence[str], names: Sequence[str]) -> float:
@@ -182,6 +191,13 @@ def _keep_chosen(
 ) -> dict[str, NamedCounts]:
     """The parts that are asked for, or all of them; there must be some, and the model know them."""
     wanted = list(parts) if choices.modalities is None else list(choices.modalities)
+    if not wanted and parts:
+        raise DataError(
+            "no modality is asked for",
+            where="modalities",
+            got="an empty list",
+            expected=list_names(parts),
+        )
     if absent := [name for name in wanted if name not in parts]:
         raise DataError(
             "the cells have no such modality",
