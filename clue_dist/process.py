@@ -1,7 +1,8 @@
-"""Exit codes; printing that survives a closed terminal or a full disk; advice that is no help."""
+"""Exit codes; words that are no command line; printing that survives a closed terminal."""
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import gc
 import io
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
-from clue_dist.errors import LOST, ClueError
+from clue_dist.errors import LOST, ClueError, ConfigError
 from clue_dist.files import DISK_FULL
 
 _has_joined = False  # whether this process is, or was, one of the ranks of a job
@@ -50,6 +51,18 @@ def run_main(main: Callable[[], None]) -> NoReturn:
             raise
         _end_process(exit_request.code)
     _end_process(0)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser that complains as all of the package does: no page of usage, by one rank alone."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the words of a command line.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(message, fix=f"`{self.prog} --help` lists what it takes")
 
 
 @contextmanager

@@ -157,11 +157,11 @@ def _convert_inputs(words: Sequence[str], out: Path, request: ConversionRequest)
     """Convert inputs, as words of a command line; a store that is there must have their cells."""
     command = ["convert", *words, *request.list_flags(), "--out"]
     if not out.exists():
-        _run_conversion([*command, str(out)])
+        run_command([*command, str(out)])
         return
     with _make_scratch_folder(out) as folder:
         again = Path(folder) / out.name
-        _run_conversion([*command, str(again)])
+        run_command([*command, str(again)])
         if Manifest.read(again).fingerprint != Manifest.read(out).fingerprint:
             raise StoreError(
                 "a store of other cells is here already",
@@ -169,17 +169,6 @@ def _convert_inputs(words: Sequence[str], out: Path, request: ConversionRequest)
                 fix="choose another `out`, remove the store, or give the store itself in place of "
                 "the cells",
             )
-
-
-def _run_conversion(words: list[str]) -> None:
-    try:
-        run_command(words)
-    except SystemExit:
-        raise DataError(
-            "the words are no command line of `python -m data_prep convert`",
-            got=" ".join(words),
-            fix="the line above says what is wrong with it",
-        ) from None
 
 
 def _make_scratch_folder(out: Path) -> tempfile.TemporaryDirectory[str]:

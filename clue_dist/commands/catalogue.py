@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clue_dist.errors import ConfigError
+from clue_dist.process import CommandParser
 
 TRAINING = "From counts to a model"
 ANSWERS = "Ask a model"
@@ -125,7 +126,7 @@ def build_command_parser(command: str, details: str = "") -> argparse.ArgumentPa
         details: what help says beyond the summary.
     """
     entry = COMMANDS[command]
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=f"clue {command}",
         description="\n\n".join(filter(None, [entry.summary, details])),
         epilog=f"example:\n  {entry.example}",

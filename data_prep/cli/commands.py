@@ -10,6 +10,7 @@ from typing import get_args
 
 from clue_dist.errors import DataError, StoreError
 from clue_dist.files import parse_path
+from clue_dist.process import CommandParser
 from clue_dist.store import layout
 from clue_dist.store.feature_reference import read_feature_reference
 from clue_dist.store.location import parse_location
@@ -162,7 +163,7 @@ def _simulate(arguments: argparse.Namespace) -> None:
 
 def build_preparation_parser(program: str = "python -m data_prep") -> argparse.ArgumentParser:
     """Build the parser of all commands, whose help shows an example of each."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=program,
         description=_DESCRIPTION,
         epilog=f"example:\n  {program} {_EXAMPLES['convert']}\n\n"

@@ -318,7 +318,7 @@ def test_columns_that_flags_name_reach_the_store(tmp_path: Path) -> None:
 def test_mistakes_of_a_conversion_are_errors_that_can_be_caught(tmp_path: Path) -> None:
     table = make_mudata()["rna"]
     request = ConversionRequest(modality="rna", flags=["--nonsense"])
-    with pytest.raises(DataError, match="no command line"):
+    with pytest.raises(ConfigError, match="unrecognized arguments: --nonsense"):
         convert_cells(table, tmp_path / "s.zarr", request)
     with pytest.raises(DataError, match="needs a modality's name"):
         convert_cells(table, tmp_path / "s.zarr", ConversionRequest())

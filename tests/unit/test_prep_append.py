@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from clue_dist.errors import DataError, StoreError
+from clue_dist.errors import ConfigError, DataError, StoreError
 from clue_dist.store.manifest import Manifest
 from clue_dist.store.reader import Store
 from clue_dist.store.writer import hash_file
@@ -292,7 +292,7 @@ def test_an_svd_is_not_saved_across_an_addition(
 
 
 def test_the_store_decides_features(tmp_path: Path, store: Path) -> None:
-    with pytest.raises(SystemExit):
+    with pytest.raises(ConfigError, match="--top"):
         build_preparation_parser().parse_args(
             ["append", "rna=x.h5ad", "--to", str(store), "--top", "rna=10"]
         )

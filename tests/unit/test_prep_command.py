@@ -84,6 +84,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["simulate", "--out", "x.zarr", "--seed", "-1"], "seed -1"),
         (["simulate", "--out", "x.h5mu", "--seed", "-1"], "seed -1"),
         (["svd", "x.zarr"], "no store here"),
+        (["convert", "rna=good.h5ad"], "error: the following arguments are required: --out"),
+        (["convert", "--workers", "0"], "`python -m data_prep convert --help` lists"),
         (["fetch", "--out", "file", "--simulate"], "the folder cannot be made"),
     ],
 )

@@ -181,11 +181,15 @@ def test_cells_of_a_store_that_grew_are_known_by_what_it_was_and_is(
         assert not holds_training_cells(view, frozenset(identify_cells(manifest)))
 
 
-def test_the_command_line_names_modalities_and_the_share(capsys: pytest.CaptureFixture) -> None:
+def test_the_command_line_names_modalities_and_the_share() -> None:
     words = ["--run", "r", "--store", "s", "--out", "o.h5ad", "--modalities", "rna", "adt"]
     parser = build_model_parser("embed", "", "")
     assert parser.parse_args(words).modalities == ["rna", "adt"]
     assert parser.parse_args([*words, "--min-known", "0"]).min_known == 0
-    with pytest.raises(SystemExit):
-        parser.parse_args([*words, "--min-known", "2"])
-    assert "not a number from 0 to 1" in capsys.readouterr().err
+    for mistake, message in (
+        (["--min-known", "2"], "not a number from 0 to 1"),
+        (["--batch-size", "0"], "not a number from 1 on"),
+        (["--bogus"], r"unrecognized arguments: --bogus\n  fix: `clue embed --help` lists"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parser.parse_args([*words, *mistake])
