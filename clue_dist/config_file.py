@@ -64,7 +64,8 @@ def parse_config(tree: dict[str, Any], where: object, overrides: list[str] | Non
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise _explain_validation_error(error, where) from None
+        given = [override.partition("=")[0] for override in overrides or []]
+        raise _explain_validation_error(error, where, given) from None
 
 
 def _find_recipe(name: Path) -> Path:
@@ -151,17 +152,31 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     tree[last] = value
 
 
-def _explain_validation_error(error: ValidationError, path: object) -> ConfigError:
-    """Put the first of pydantic's complaints into one of our errors."""
+def _explain_validation_error(
+    error: ValidationError, path: object, overridden: list[str]
+) -> ConfigError:
+    """Put the first of pydantic's complaints into one of our errors.
+
+    Args:
+        error: what pydantic raised.
+        path: where the settings come from that are not overridden.
+        overridden: dotted paths of the settings that are.
+    """
     first = error.errors()[0]
     # Pydantic adds which member of a union it tried ("constrained-int", "literal['auto']").
     dotted = ".".join(
         str(key) for key in first["loc"] if str(key).isidentifier() and key not in ("float", "int")
     )
+    is_overridden = any(
+        f"{dotted}.".startswith(f"{key}.") or f"{key}.".startswith(f"{dotted}.")
+        for key in overridden
+        if dotted
+    )
+    where = f"--set {dotted}, in Python `settings`" if is_overridden else f"{path}: {dotted}"
     if first["type"] != "extra_forbidden":
         return ConfigError(
             first["msg"].removeprefix("Value error, "),
-            where=f"{path}: {dotted or 'config'}",
+            where=where if dotted else f"{path}: config",
             got=None if first["type"] == "value_error" else repr(first["input"])[:200],
             fix="put it in double quotes" if first["type"] == "string_type" else None,
         )
@@ -171,7 +186,7 @@ def _explain_validation_error(error: ValidationError, path: object) -> ConfigErr
     meant = ".".join(filter(None, [parent, *nearest]))
     return ConfigError(
         "unknown key in the config",
-        where=f"{path}: {dotted}",
+        where=where,
         expected=f"one of {', '.join(known)}",
         fix=f"did you mean `{meant}`?" if nearest else None,
     )

@@ -201,6 +201,14 @@ def _choose_newest(run_folder: Path, checkpoints: list[Path], reads_all: bool) -
 def _choose_named(run_folder: Path, resume: str, checkpoints: list[Path]) -> Path:
     """The checkpoint that a person named: of this run, or of another with which it begins."""
     checkpoint = Path(resume).resolve()  # it may be typed from inside its run
+    problem = find_damage(checkpoint)
+    if problem:
+        raise ResumeError(
+            "this checkpoint cannot be used",
+            where=resume,
+            got=problem,
+            expected="auto, never, or a folder like RUN/checkpoints/step-00001200",
+        )
     is_foreign = not _belongs_to(checkpoint, run_folder)
     if checkpoints and is_foreign:
         raise ResumeError(
@@ -208,14 +216,6 @@ def _choose_named(run_folder: Path, resume: str, checkpoints: list[Path]) -> Pat
             where=run_folder,
             got=resume,
             fix="choose a new folder for what goes on from there, with --set run=ANOTHER_FOLDER",
-        )
-    problem = find_damage(checkpoint)
-    if problem:
-        raise ResumeError(
-            "this checkpoint cannot be used",
-            where=resume,
-            got=problem,
-            fix="name a folder like RUN/checkpoints/step-00001200",
         )
     if is_foreign:
         require_no_lost_work(run_folder, read_state(checkpoint).step)

@@ -16,7 +16,6 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import anndata as ad
 from safetensors.torch import save_file
@@ -40,7 +39,7 @@ from clue_dist.inference.cells import CellSource
 from clue_dist.inference.load_model import load_model, require_weights
 from clue_dist.inference.output_files import check_output_folder, translate_output_errors
 from clue_dist.inference.reference_cells import REFERENCE_FILE, collect_reference
-from clue_dist.inference.score_tables import format_scores
+from clue_dist.inference.score_tables import format_scores, read_scores
 from clue_dist.store.writer import hash_file
 
 CARD_FILE = "README.md"
@@ -237,26 +236,7 @@ def _list_scores(run: Path, folder: Path, scores: Path | None) -> Iterable[str]:
     else:
         yield "The run holds no validation of these weights."
     if scores is not None:
-        yield from ("", "`clue evaluate`:", "", "```", format_scores(_read_scores(scores)), "```")
-
-
-def _read_scores(path: Path) -> dict[str, Any]:
-    """Read scores.json.
-
-    Raises:
-        ConfigError: it is something else.
-    """
-    try:
-        content: dict[str, Any] = json.loads(path.read_text())
-        format_scores(content)
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise ConfigError(
-            "no scores here",
-            where=f"--scores {path}",
-            got=error,
-            fix="make them with `clue evaluate`",
-        ) from error
-    return content
+        yield from ("", "`clue evaluate`:", "", "```", format_scores(read_scores(scores)), "```")
 
 
 def _explain_use(card: ModelCard, has_reference: bool) -> Iterable[str]:

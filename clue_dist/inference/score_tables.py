@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from clue_dist.errors import ConfigError
 from clue_dist.files import parse_path
 from clue_dist.metrics import integration, matching
 
@@ -209,3 +210,30 @@ def name_scores_file(scores: str | Path | Mapping[str, Any] | None) -> Iterator[
         path = Path(folder) / "scores.json"
         path.write_text(json.dumps(scores), encoding="utf-8")
         yield path
+
+
+def read_scores(path: Path) -> dict[str, Any]:
+    """Read scores.json.
+
+    Args:
+        path: the file, which may be of an earlier version.
+
+    Returns:
+        Its content, from which all tables can be made.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds something else.
+    """
+    try:
+        scores: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        format_scores(scores)
+        if not (select_pairs(scores) or JOINT_SCORES in scores):
+            raise ValueError(f"no pair of modalities, and no {JOINT_SCORES!r}")
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ConfigError(
+            "the scores cannot be read",
+            where=f"--scores {path}",
+            got=error,
+            fix="make them with `clue evaluate`",
+        ) from error
+    return scores

@@ -70,6 +70,15 @@ def test_a_wrong_value_is_named(tmp_path: Path, tree: object, where: str) -> Non
     assert where in str(caught.value.where)
 
 
+@pytest.mark.parametrize("override", ["train.epoch=3", "train.epochs=many", 'train={"lr": -1}'])
+def test_a_wrong_override_is_not_blamed_on_the_file(tmp_path: Path, override: str) -> None:
+    path = tmp_path / "c.json"
+    path.write_text("{}")
+    with pytest.raises(ConfigError) as caught:
+        config_file.load_config(path, [override])
+    assert str(caught.value.where).startswith("--set train.")
+
+
 def test_batch_arithmetic_is_shown(tmp_path: Path) -> None:
     tree = {"data": {"batch_size": 100, "lanes": 8}, "train": {"grad_accum": 2}}
     with pytest.raises(ConfigError, match=r"8 x 2 = 16; got 100 % 16 = 4"):
@@ -145,4 +154,4 @@ def test_a_home_folder_is_found_in_a_config_and_beside_it(
     assert (config.store, config.run) == ("/home/someone/s.zarr", "/home/someone/runs/a")
     with pytest.raises(ConfigError, match=r"~no-such-user is no home folder") as caught:
         config_file.load_config(tmp_path / "c.json", ["run=~no-such-user/a"])
-    assert str(caught.value.where).endswith("c.json: run")
+    assert str(caught.value.where).startswith("--set run")

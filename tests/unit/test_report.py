@@ -616,6 +616,7 @@ def test_what_is_not_there_is_said(run, tmp_path):
         (tmp_path / f"text.{ending}").write_text("no HDF5")
         with pytest.raises(ConfigError, match="embedding cannot be read"):
             write_report(run, tmp_path / f"text.{ending}")
-    (tmp_path / "bad.json").write_text('{"rna->adt": {}}')
-    with pytest.raises(ConfigError, match="scores cannot be read"):
-        write_report(run, scores=tmp_path / "bad.json")
+    for text in ('{"rna->adt": {}}', "[1]", '{"run": "atlas"}'):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(ConfigError, match="scores cannot be read"):
+            write_report(run, scores=tmp_path / "bad.json")

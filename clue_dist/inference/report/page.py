@@ -49,6 +49,7 @@ from clue_dist.inference.score_tables import (
     list_joint_scores,
     list_score_rows,
     list_warnings,
+    read_scores,
     select_unordered_pairs,
 )
 from clue_dist.metrics.matching import METRICS
@@ -97,7 +98,7 @@ def write_report(
     folder, figures, facts = run / "report", Figures(), read_run_facts(run)
     sections = read_sections(folder / PAGE_FILE)
     if scores is not None:
-        sections["scores"] = _read_scores(scores)
+        sections["scores"] = read_scores(scores) | {"file": scores.name}
     if embedding is not None:
         sections["embedding"] = _build_embedding(embedding, figures, announce)
     if imputed is not None and truth is not None:
@@ -126,20 +127,6 @@ def read_sections(page: Path) -> dict[str, Section]:
         return {}
     is_known = isinstance(kept, dict) and kept.get("format") == FORMAT
     return dict(kept["sections"]) if is_known else {}
-
-
-def _read_scores(path: Path) -> Section:
-    try:
-        scores: Section = json.loads(path.read_text(encoding="utf-8"))
-        scores["file"] = path.name
-        # A file that has no tables in it is refused now, not while the page is written.
-        _tabulate_scores(scores)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        fix = "make them with `clue evaluate`"
-        raise ConfigError(
-            "the scores cannot be read", where=f"--scores {path}", got=error, fix=fix
-        ) from None
-    return scores
 
 
 def _build_embedding(path: Path, figures: Figures, announce: Callable[[str], None]) -> Section:
