@@ -9,7 +9,6 @@ import os
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from clue_dist.model.likelihoods import DISPERSION_LEARNING_RATE
 from clue_dist.model.posterior_encoder import FITTED_MODULES
+from tests.ports import find_free_port
 
 ROOT = Path(__file__).parents[2]
 KILLED = 128 + signal.SIGKILL  # exit code of ranks.py where its rank was killed
@@ -70,10 +70,8 @@ def alone(*args: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
 
 def launched(ranks: int, *args: str) -> list[str]:
     """A command line under the deepspeed launcher, on a port of its own."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    return ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(port), *args]
+    port = str(find_free_port())
+    return ["deepspeed", "--num_accelerators", str(ranks), "--master_port", port, *args]
 
 
 def spawned(ranks: int, *args: str) -> list[str]:

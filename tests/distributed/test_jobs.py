@@ -12,6 +12,7 @@ import pytest
 
 from tests.distributed.command import ROOT, environment, metrics, train_args
 from tests.faults.command import planted
+from tests.ports import find_free_port
 from tests.stores import make_store
 
 LONG = ("train.epochs=1000", "log.every=1")
@@ -31,9 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    return str(find_free_port())
 
 
 StartJob = Callable[..., "subprocess.Popen[str]"]

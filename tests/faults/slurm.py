@@ -17,6 +17,7 @@ from types import MappingProxyType
 import psutil
 
 from tests.distributed.command import environment
+from tests.ports import find_free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 
@@ -163,7 +164,7 @@ def cluster(folder: Path, project: Path) -> Iterator[Slurm]:
     key = folder / "munge.key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
-    ports = {name: free_port() for name in ("ctld", "one", "two")}
+    ports = {name: find_free_port() for name in ("ctld", "one", "two")}
     (folder / "slurm.conf").write_text(configuration(folder, ports))
     for number in (0, 1):  # what Slurm takes for the devices of GPUs
         os.mknod(folder / f"gpu{number}", 0o600 | stat.S_IFCHR, os.makedev(1, 3))
@@ -212,10 +213,3 @@ def await_file(path: Path) -> None:
     while not path.exists():
         assert time.monotonic() < deadline, path
         time.sleep(0.1)
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import runpy
 import shutil
-import socket
 import subprocess
 import time
 import uuid
@@ -29,6 +28,7 @@ from tests.faults.clean_root import CleanRoot, Container, copied, instructions, 
 from tests.faults.command import saved_steps
 from tests.faults.needs import skip_or_fail
 from tests.pins import read_pins
+from tests.ports import find_free_port
 from tests.stores import make_store
 
 DOCKERFILES = ("Dockerfile", "Dockerfile.cpu")
@@ -346,9 +346,7 @@ def test_two_nodes_are_stopped_by_one_container_and_go_on(
 
 
 def start_nodes(image: Engine | CleanRoot, mounts: Mounts, training: list[str]) -> list[Container]:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
+    port = str(find_free_port())
     nodes = [
         "deepspeed",
         "--hostfile",

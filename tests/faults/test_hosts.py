@@ -14,7 +14,7 @@ from tests.distributed.command import ROOT, metrics, train_args
 from tests.faults.command import saved_steps, timeless
 from tests.faults.hosts import INTERFACE, Host, explain_missing_hosts, open_two_hosts
 from tests.faults.needs import needs
-from tests.faults.slurm import free_port
+from tests.ports import find_free_port
 from tests.stores import make_store
 
 pytestmark = needs(explain_missing_hosts())
@@ -56,7 +56,7 @@ def start_training(
 
 def use_both_hosts(folder: Path) -> tuple[str, ...]:
     """Write the options of `deepspeed` for both hosts."""
-    return (f"--hostfile={folder / 'hostfile'}", f"--master_port={free_port()}")
+    return (f"--hostfile={folder / 'hostfile'}", f"--master_port={find_free_port()}")
 
 
 def await_steps(folder: Path, name: str, count: int) -> None:
@@ -99,7 +99,7 @@ def test_a_host_dies_and_the_job_goes_on_with_the_one_that_is_left(
     # Lost are the checkpoint that was being saved as the host died, and the steps since.
     assert newest >= metrics(folder / name)[-1]["step"] - 2 * SAVE_EVERY
 
-    alone = ("--num_accelerators", "1", f"--master_port={free_port()}")
+    alone = ("--num_accelerators", "1", f"--master_port={find_free_port()}")
     again = start_training(left, folder, name, *alone)
     assert again.wait(120) == 0, read_output(folder, name)
     assert f"going on from step {newest}, saved by 2 ranks" in read_output(folder, name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -29,6 +28,7 @@ from data_prep.jobs import workers
 from data_prep.jobs.workers import open_pool
 from data_prep.options import ReadingOptions
 from data_prep.planned_cells import ConversionOptions
+from tests.ports import find_free_port
 from tests.unit.prep_helpers import (
     convert_files,
     make_anndata,
@@ -73,9 +73,7 @@ class Cluster:
     """Processes on a free port of this machine."""
 
     def __init__(self, folder: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = find_free_port()
         self.folder, self.address = folder, f"tcp://127.0.0.1:{port}"
         self.processes: list[subprocess.Popen[bytes]] = []
         here = ["--host", "127.0.0.1", "--port", str(port), "--no-dashboard"]

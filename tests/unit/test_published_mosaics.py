@@ -6,7 +6,6 @@ import gzip
 import json
 import re
 import shlex
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ import scipy.sparse as sp
 from scipy.io import mmwrite
 
 from tests.distributed.command import FAST, ROOT, environment
+from tests.ports import find_free_port
 
 PAGE = (ROOT / "docs/published.md").read_text()
 BLOCKS = dict(re.findall(r'^```\w+ title="([^"]+)"\n(.*?)^```', PAGE, re.MULTILINE | re.DOTALL))
@@ -109,9 +109,7 @@ def shorten_command(words: list[str]) -> list[str]:
     if program == "python":
         return [sys.executable, *others, *(["80"] if others == ["share_seq.py"] else [])]
     assert program == "deepspeed"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(find_free_port())
     return [program, "--num_accelerators", "1", "--master_port", port, *others, *SMALL]
 
 

