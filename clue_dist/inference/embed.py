@@ -138,17 +138,12 @@ def embed_cells(
         provenance = describe_embedding(trained_model, cells, run)
 
         def write_embedding() -> None:
-            with (
-                silence_mudata(),
-                md.set_options(pull_on_update=False),
-                ad.settings.override(zarr_write_format=3, auto_shard_zarr_v3=False),
-            ):
+            with silence_mudata(), md.set_options(pull_on_update=False):
                 tables = _build_tables(out.suffix, trained_model, cells, embedding, provenance)
                 if like is not None:
                     assert isinstance(tables, ad.AnnData)
                     tables = restore_file_order(tables, like)
-                with translate_output_errors(out):
-                    write_tables(out, scratch / f"out{out.suffix}", tables)
+                write_tables(out, scratch / f"out{out.suffix}", tables)
 
         ranks.run_on_first(write_embedding)
 
@@ -305,13 +300,19 @@ def _build_tables(
 
 
 def write_tables(out: Path, temporary: Path, tables: ad.AnnData | md.MuData) -> None:
-    """Write under a temporary name, then rename: `out` is whole or is not there."""
-    if out.suffix == ".zarr":
-        tables.write_zarr(temporary)
-        if out.exists():  # a folder that is not empty cannot be replaced by a rename
-            out.rename(temporary.with_name("replaced"))  # it goes with the scratch folder
-    elif out.suffix == ".h5mu":
-        tables.write(temporary)
-    else:
-        tables.write_h5ad(temporary)
-    temporary.replace(out)
+    """Write under a temporary name, then rename: `out` is whole or is not there.
+
+    Raises:
+        StoreError: the disk is full, or cannot be written to.
+    """
+    formats = ad.settings.override(zarr_write_format=3, auto_shard_zarr_v3=False)
+    with translate_output_errors(out), formats:
+        if out.suffix == ".zarr":
+            tables.write_zarr(temporary)
+            if out.exists():  # a folder that is not empty cannot be replaced by a rename
+                out.rename(temporary.with_name("replaced"))  # it goes with the scratch folder
+        elif out.suffix == ".h5mu":
+            tables.write(temporary)
+        else:
+            tables.write_h5ad(temporary)
+        temporary.replace(out)

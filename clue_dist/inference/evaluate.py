@@ -98,31 +98,27 @@ def evaluate_store(
     is_seen = holds_training_cells(store, trained_model.seen_cells)
     if is_seen and ranks.is_first:
         print_error(f"warning: {SEEN_WARNING}")
-    paired = count_paired_cells(store, max_cells)
-    sizes = {name: segment.n_cells for name, segment in store.manifest.strata.items()}
-    joint = _take_part(sizes, max_cells or MOST_CELLS)
-    taken = {name: max(paired.get(name, 0), n_cells) for name, n_cells in joint.items()}
-    asked = StoreCells(store, trained_model, taken)
+    sample = _ScoredSample.choose_cells(store, max_cells)
+    asked = StoreCells(store, trained_model, sample.count_cells())
     slices = asked.slice_cells(batch_size)
-    modalities = [name for name in trained_model.modalities if name in store.modalities]
     with make_scratch_folder(out, ranks) as scratch:
         embedding = compute_embedding(
             trained_model,
             asked,
             scratch,
             slices,
-            per_modality=bool(paired),
-            with_depth=bool(paired),
+            per_modality=bool(sample.paired),
+            with_depth=bool(sample.paired),
             ranks=ranks,
         )
         cells = _EmbeddedCells.read_from(store, slices, embedding)
-        result = _score_pairs(store, cells, modalities, paired, max_cells or MOST_CELLS, ranks)
+        result = _score_pairs(store, cells, asked.modalities, sample, ranks)
         has_pairs = bool(result)
         if not has_pairs and ranks.is_first:
             print_error(f"warning: {NO_PAIRS}")
-        result[JOINT_SCORES] = _score_joint(store, cells, joint, ranks)
+        result[JOINT_SCORES] = _score_joint(store, cells, sample.joint, ranks)
         result["about"] = describe_embedding(trained_model, asked, run) | {
-            "cells": sum(paired.values()),
+            "cells": sum(sample.paired.values()),
             "max_cells": max_cells,
             SEEN: is_seen,
             HAS_PAIRS: has_pairs,
@@ -182,6 +178,26 @@ def _take_part(sizes: Mapping[str, int], most: int) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
+class _ScoredSample:
+    """How many cells of each segment are scored: the first ones, which are a random draw."""
+
+    paired: dict[str, int]  # for matching
+    joint: dict[str, int]  # for the joint z
+    most_neighbours: int  # cells in all whose neighbours are searched
+
+    @classmethod
+    def choose_cells(cls, store: Store, max_cells: int | None) -> _ScoredSample:
+        """Choose an even part of each segment, or what can be scored."""
+        sizes = {name: segment.n_cells for name, segment in store.manifest.strata.items()}
+        most = max_cells or MOST_CELLS
+        return cls(count_paired_cells(store, max_cells), _take_part(sizes, most), most)
+
+    def count_cells(self) -> dict[str, int]:
+        """Count the cells of each segment that take part in any score."""
+        return {name: max(self.paired.get(name, 0), n) for name, n in self.joint.items()}
+
+
+@dataclass(frozen=True)
 class _EmbeddedCells:
     """The cells that were embedded, and what the store says about them."""
 
@@ -237,8 +253,7 @@ def _score_pairs(
     store: Store,
     cells: _EmbeddedCells,
     modalities: list[str],
-    paired: Mapping[str, int],
-    most: int,
+    sample: _ScoredSample,
     ranks: Ranks,
 ) -> dict[str, Any]:
     """The scores of every ordered pair of modalities that share two cells or more."""
@@ -247,7 +262,7 @@ def _score_pairs(
     for first, second in itertools.combinations(modalities, 2):
         counts = {
             name: n_cells
-            for name, n_cells in paired.items()
+            for name, n_cells in sample.paired.items()
             if {first, second} <= set(strata[name].modalities)
         }
         rows = cells.find_rows(counts)
@@ -262,8 +277,8 @@ def _score_pairs(
         if 0 < n_unknown < len(rows):
             averaged["within_batch"]["cells"] = len(rows) - n_unknown
             unknown["unknown_cells"] = n_unknown
-        sample = cells.find_rows(_take_part(counts, most))
-        mixing = _score_profiles(cells, (first, second), sample, ranks)
+        searched = cells.find_rows(_take_part(counts, sample.most_neighbours))
+        mixing = _score_profiles(cells, (first, second), searched, ranks)
         names = {"forward": f"{first}->{second}", "backward": f"{second}->{first}"}
         for direction, name in names.items():
             result[name] = {

@@ -31,7 +31,7 @@ from clue_dist.inference.imputation_question import (
 )
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.matrix_files import MatrixFolder
-from clue_dist.inference.output_files import make_scratch_folder, translate_output_errors
+from clue_dist.inference.output_files import make_scratch_folder
 from clue_dist.inference.stream import read_slices_ahead
 from clue_dist.model.imputation import (
     PER_TEN_THOUSAND,
@@ -139,11 +139,7 @@ def write_imputation(
                 for name in question.matrices
             }
             answer = build_answer(question, obs, matrices, run)
-            with (
-                ad.settings.override(zarr_write_format=3, auto_shard_zarr_v3=False),
-                translate_output_errors(out),
-            ):
-                write_tables(out, scratch / f"out{out.suffix}", answer)
+            write_tables(out, scratch / f"out{out.suffix}", answer)
 
         ranks.run_on_first(write_answer)
     return cells.n_cells
