@@ -20,7 +20,7 @@ from clue_dist.model.modality_spec import ModalitySpec
 from clue_dist.model.noise import Noise
 from clue_dist.model.posterior import sample_posterior, select_own_latent
 from clue_dist.model.posterior_encoder import Posterior, PosteriorEncoder
-from clue_dist.model.thinning import hide_entries
+from clue_dist.model.thinning import DENSE, hide_entries
 from clue_dist.store.batch_vocabulary import BatchVocabulary
 
 
@@ -145,12 +145,14 @@ class CLUE(PosteriorEncoder):
         )
 
     def _hide_entries(self, batch: Batch, noise: Noise) -> Batch:
-        """Hide entries of the modalities that are thinned. Decoders still score whole profiles."""
+        """Hide entries of sparse samples. Decoders still score whole profiles."""
         key, shown = noise.draw_keys(), dict(batch.modalities)
         for name, most in self.thinning.items():
             if name in shown:
                 observed = shown[name]
-                counts = hide_entries(observed.counts, most, key[observed.rows])
+                # A product, as to look at the density would wait for the device.
+                share = most * (self.get_trunk(name).typical_density < DENSE)
+                counts = hide_entries(observed.counts, share, key[observed.rows])
                 shown[name] = replace(observed, profiles=counts)
         return replace(batch, modalities=shown)
 

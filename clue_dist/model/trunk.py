@@ -148,6 +148,11 @@ class Trunk(nn.Module):
         log_mean = float(self.size[0, 0])
         return math.exp(log_mean) if log_mean > 0 else UNKNOWN_LIBRARY
 
+    @property
+    def typical_density(self) -> Tensor:
+        """The share of the features that a typical training cell shows, ()."""
+        return self.size[0, 1].exp() / len(self.projection.weight)
+
     def compute_components(self, counts: Counts) -> Tensor:
         """(n, features) -> (n, components), linear in the normalised profile but for the size."""
         x: Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from clue_dist.config import Config
 from clue_dist.data.batch import SparseCounts, compute_library_size
 from clue_dist.model.modality_spec import specify_modalities
 from clue_dist.model.noise import Noise
-from clue_dist.model.thinning import _drop_entries, _zero_entries, hide_entries
+from clue_dist.model.thinning import DENSE, _drop_entries, _zero_entries, hide_entries
 from clue_dist.model.trunk import compute_size_inputs, normalise_counts
 from clue_dist.store.manifest_parts import Modality
 from tests.unit.model_helpers import small_model
@@ -105,6 +106,8 @@ def test_training_alone_hides_and_decoders_score_whole_profiles() -> None:
     objective, batch, _ = small_model(2)
     model = objective.model
     model.thinning = {"m0": 0.9}
+    trunk = model.get_trunk("m0")
+    trunk.size[0, 1] = math.log(0.9 * DENSE * trunk.projection.weight.shape[0])
     encoded: dict[str, torch.Tensor] = {}
     decoded: dict[str, torch.Tensor] = {}
     for name in model.modalities:
@@ -125,6 +128,10 @@ def test_training_alone_hides_and_decoders_score_whole_profiles() -> None:
     assert (encoded["m0"] == 0).any()
     assert torch.equal(encoded["m1"], whole["m1"])
     assert all(torch.equal(decoded[name], counts) for name, counts in whole.items())
+    model.get_trunk("m0").size[0, 1] += 0.2  # more than DENSE: no sparse sample
+    model(batch, Noise(0, 0, {"s": batch.n_cells}, 1))
+    assert torch.equal(encoded["m0"], whole["m0"])
+    model.get_trunk("m0").size[0, 1] -= 0.2
     model.eval()
     model(batch, Noise(0, 1, {"s": batch.n_cells}, 1))
     assert torch.equal(encoded["m0"], whole["m0"])
