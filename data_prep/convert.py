@@ -41,6 +41,8 @@ from data_prep.readers.fragments import ConversionInput, FragmentsSource
 from data_prep.readers.listed_cells import identify_lists
 from data_prep.readers.source import Source, SourceHead
 
+MANY_CELLS = 20  # from which on batches of a single cell are hardly meant
+
 
 def convert_inputs(
     inputs: Sequence[ConversionInput], out: Path, options: ConversionOptions, pool: WorkerPool
@@ -266,6 +268,13 @@ def format_notes(manifest: Manifest, notes: Mapping[str, Any]) -> list[str]:
                 f"  {n_cells:,} cells have no {field.removeprefix(COVARIATE)}: their files have "
                 f"nothing in column {column!r} of obs"
             )
+    if 2 * len(manifest.batches) > manifest.n_cells >= MANY_CELLS:
+        columns = [notes["columns"].get(field, NO_COLUMN) for field in covariates or ["batch"]]
+        lines.append(
+            f"  warning: {len(manifest.batches):,} batches of {manifest.n_cells:,} cells: does "
+            f"{list_names(map(repr, columns))} of obs tell batches apart? `--batch-key` names "
+            "another column, or none"
+        )
     for name, note in notes["selected"].items():
         lines.append(f"  {name}: {note['kept']:,} of {note['of']:,} features, {note['by']}")
     if notes["cells"]["dropped"]:

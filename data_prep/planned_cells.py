@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from clue_dist.errors import list_names
+from clue_dist.errors import DataError, list_names
 from clue_dist.store import layout
 from clue_dist.store.batch_vocabulary import BatchVocabulary
 from clue_dist.store.feature_reference import FeatureReference
@@ -97,7 +98,7 @@ def plan_cells(
 
     Raises:
         DataError: the inputs are not what they should be (see `count_fragments`, `plan_features`,
-            `join_cells_by_barcode`).
+            `join_cells_by_barcode`), or two modalities are the same.
     """
     by_core = options.pairing == "core"
     sources = count_fragments(inputs, options.feature_choices, work / "fragments", pool, by_core)
@@ -106,6 +107,7 @@ def plan_cells(
     plan = plan_features(
         sources, heads, options.kinds, options.feature_choices, reference, options.new_modalities
     )
+    _refuse_equal_modalities(sources, plan)
     # The codes of known batches and labels stay what they are in the other store.
     batches = reference.batch_vocabulary if reference else BatchVocabulary.from_lists([], {}, "")
     labels = reference.labels if reference else []
@@ -116,6 +118,27 @@ def plan_cells(
         sources, heads, modalities, batches, labels, columns, options.seed, work, pool, by_core
     )
     return PlannedCells(sources, heads, plan, cells)
+
+
+def _refuse_equal_modalities(sources: Sequence[Source], plan: FeaturePlan) -> None:
+    """Refuse two modalities that are the same features of one file."""
+    modality_of: dict[str, str] = {}
+    for source in sources:
+        matrix = json.dumps(source.describe_identity() | {"modality": None}, default=str)
+        other = modality_of.setdefault(matrix, source.modality)
+        is_other = other != source.modality
+        if (
+            is_other
+            and plan.modalities[other].features == plan.modalities[source.modality].features
+        ):
+            raise DataError(
+                "two modalities are the same values of one file",
+                where=source.display_name,
+                got=f"{other}, {source.modality}",
+                expected="a file, a part of the file, a layer or a list of features for each",
+                fix=f"correct the file of {source.modality}; `python -m data_prep doctor "
+                f"{source.display_name}` lists the parts of this one",
+            )
 
 
 def _read_heads(sources: Sequence[Source]) -> list[SourceHead]:

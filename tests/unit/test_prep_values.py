@@ -99,6 +99,29 @@ def test_advice_fits_the_value(tmp_path: Path, value: float, advice: str) -> Non
         convert_files(tmp_path / "s.zarr", _write_values(tmp_path / "a.h5ad", values))
 
 
+def test_a_column_that_tells_every_cell_apart_is_doubted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts = make_counts(24, 10)
+    path = write_h5ad(tmp_path / "a.h5ad", counts, depth=range(24), lane=["1", "2"] * 12)
+    for column, is_doubted in (("depth", True), ("lane", False)):
+        _convert(f"rna={path}", "--out", str(tmp_path / f"{column}.zarr"), "--batch-key", column)
+        warning = "warning: 24 batches of 24 cells: does 'depth' of obs tell batches apart?"
+        assert (warning in capsys.readouterr().out) == is_doubted
+
+
+def test_two_modalities_need_values_of_their_own(tmp_path: Path) -> None:
+    path = write_h5ad(tmp_path / "a.h5ad", make_counts(20, 10))
+    with pytest.raises(DataError, match=r"two modalities are the same values[\s\S]*rna, adt"):
+        convert_files(tmp_path / "s.zarr", f"rna={path}", f"adt={path}")
+    lists = []
+    for name, features in (("rna", "g0 g1 g2 g3 g4 g5"), ("adt", "g6 g7 g8 g9")):
+        (tmp_path / f"{name}.txt").write_text(features.replace(" ", "\n"))
+        lists.append(f"{name}={tmp_path / f'{name}.txt'}")
+    store = convert_files(tmp_path / "t.zarr", f"rna={path}", f"adt={path}", features=lists)
+    assert store.manifest.modalities["adt"].features == ["g6", "g7", "g8", "g9"]
+
+
 def _convert(*typed: str) -> None:
     """Call `data_prep convert` as a person does."""
     with pytest.MonkeyPatch.context() as patch:
