@@ -76,7 +76,7 @@ def launched(ranks: int, *args: str) -> list[str]:
 
 def spawned(ranks: int, *args: str) -> list[str]:
     """A command line under a launcher that starts faster than `deepspeed`, which is not tested."""
-    return [sys.executable, "tests/ranks.py", str(_server()), str(ranks), *args]
+    return [sys.executable, str(ROOT / "tests/ranks.py"), str(_server()), str(ranks), *args]
 
 
 def write_quick_python(folder: Path) -> None:

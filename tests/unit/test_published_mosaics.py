@@ -7,7 +7,6 @@ import json
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import anndata as ad
@@ -17,8 +16,7 @@ import pytest
 import scipy.sparse as sp
 from scipy.io import mmwrite
 
-from tests.distributed.command import FAST, ROOT, environment
-from tests.ports import find_free_port
+from tests.distributed.command import FAST, ROOT, environment, spawned
 
 PAGE = (ROOT / "docs/published.md").read_text()
 BLOCKS = dict(re.findall(r'^```\w+ title="([^"]+)"\n(.*?)^```', PAGE, re.MULTILINE | re.DOTALL))
@@ -104,13 +102,12 @@ def follow_page(folder: Path, title: str) -> dict[str, dict]:
 
 
 def shorten_command(words: list[str]) -> list[str]:
-    """The same command of this Python, with few steps, few cells drawn, on a free port."""
+    """The same command, quicker to start, with few steps and few cells drawn."""
     program, *others = words
     if program == "python":
-        return [sys.executable, *others, *(["80"] if others == ["share_seq.py"] else [])]
+        return spawned(1, *others, *(["80"] if others == ["share_seq.py"] else []))
     assert program == "deepspeed"
-    port = str(find_free_port())
-    return [program, "--num_accelerators", "1", "--master_port", port, *others, *SMALL]
+    return spawned(1, *others, *SMALL)
 
 
 def test_every_command_of_the_page_is_one_that_is_run_here() -> None:
