@@ -219,10 +219,9 @@ def load_weights(model: CLUE, folder: Path, fix: str) -> None:
     """
     try:
         weights = read_weights(folder)
-        for module in FITTED_MODULES:  # an earlier version did not have all of them
-            if not any(name.startswith(f"{module}.") for name in weights):
-                buffers = model.get_submodule(module).named_buffers()
-                weights |= {f"{module}.{name}": values for name, values in buffers}
+        for module in FITTED_MODULES:  # an earlier version did not have all of their buffers
+            for name, values in model.get_submodule(module).named_buffers():
+                weights.setdefault(f"{module}.{name}", values)
         for name, values in model.state_dict().items():
             if name.endswith(".batch_separation"):  # nor this, which only training asks for
                 weights.setdefault(name, values)

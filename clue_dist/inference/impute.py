@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +255,8 @@ def _impute_piece(
     yield MEAN, mean if choices.log1p else mean * scale
     if not question.n_draws:
         return
+    # What is expected hardly depends on theta, and is told best by that which training found.
+    decoder = replace(decoder, theta_shift=latent.theta_shift)
     draws = torch.empty(question.n_draws, len(levels), decoder.width, device=levels.device)
     for i in range(question.n_draws):
         z = latent.draw_sample(generator)

@@ -6,7 +6,7 @@ Shapes: B cells, K modalities, d dimensions of each z_k, F features of the modal
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,11 +41,12 @@ class TargetLatent:
     # covariance that all cells have in common, (d, d) and lower triangular.
     deviation: Tensor
     is_factor: bool
+    theta_shift: float = 0.0  # added to theta of the likelihood
 
     def select_rows(self, rows: slice | Tensor) -> TargetLatent:
         """The Gaussian of some of the cells."""
         deviation = self.deviation if self.is_factor else self.deviation[rows]
-        return TargetLatent(self.mean[rows], deviation, self.is_factor)
+        return replace(self, mean=self.mean[rows], deviation=deviation)
 
     def draw_sample(self, generator: torch.Generator) -> Tensor:
         """Draw z_k of each cell, (B, d)."""
@@ -88,8 +89,14 @@ def infer_target_latent(model: CLUE, batch: Batch, modality: str) -> TargetLaten
     if k in shown or not fitted:
         deviation = (0.5 * posterior.joint_log_var[:, k]).exp()
         return TargetLatent(posterior.joint_mean[:, k], deviation, is_factor=False)
-    mean, covariance = model.translation.predict_latent(posterior.mean, fitted, k)
-    return TargetLatent(mean, torch.linalg.cholesky(covariance), is_factor=True)
+    return infer_from_sources(model, posterior.mean, fitted, k)
+
+
+def infer_from_sources(model: CLUE, mean: Tensor, sources: list[int], target: int) -> TargetLatent:
+    """Infer z_k of a target by the translation; arguments as of `predict_latent`."""
+    predicted, covariance = model.translation.predict_latent(mean, sources, target)
+    shift = float(model.translation.theta_shift[sources, target].mean())
+    return TargetLatent(predicted, torch.linalg.cholesky(covariance), True, shift)
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,7 @@ class ValueDecoder:
     model: CLUE
     modality: str
     features: Tensor | None = None  # (F,), their numbers; None: all of them
+    theta_shift: float = 0.0  # added to theta of the likelihood
 
     @property
     def batches(self) -> Tensor:
@@ -179,7 +187,8 @@ class ValueDecoder:
 
     def _decode(self, z: Tensor, levels: Tensor, library: Tensor) -> LikelihoodParameters:
         decoder = self.model.get_decoder(self.modality)
-        return decoder.compute_parameters(z, levels, library, features=self.features)
+        parameters = decoder.compute_parameters(z, levels, library, features=self.features)
+        return parameters.shift_theta(self.theta_shift)
 
 
 def _select_rows(is_chosen: Tensor) -> slice | Tensor:

@@ -62,6 +62,10 @@ class LikelihoodParameters(NamedTuple):
         """mu, (n, F)."""
         return self.library * torch.sigmoid(self.rate)
 
+    def shift_theta(self, shift: float | Tensor) -> LikelihoodParameters:
+        """The same, with something added to theta."""
+        return self._replace(theta=self.theta + shift)
+
     def gather_entries(self, row: Tensor, column: Tensor) -> LikelihoodParameters:
         """The parameters of single entries, each (nnz,); row, column: (nnz,)."""
         flat = row * self.rate.shape[-1] + column
@@ -92,6 +96,10 @@ class Likelihood(ABC):
     @abstractmethod
     def compute_log_gain(self, values: Tensor, parameters: LikelihoodParameters) -> Tensor:
         """ln p(x) - ln p(0), up to terms without parameters."""
+
+    def score_values(self, values: Tensor, parameters: LikelihoodParameters) -> Tensor:
+        """ln p of each value, (n, F) or (..., n, F); values: (n, F)."""
+        return self.compute_log_zero(parameters) + self.compute_log_gain(values, parameters)
 
     def score_dense(self, values: Tensor, parameters: LikelihoodParameters) -> Tensor:
         """ln p of n profiles, (n,) or (..., n); values: (n, F)."""
@@ -257,10 +265,13 @@ class Normal(Likelihood):
     def compute_log_gain(self, values: Tensor, parameters: LikelihoodParameters) -> Tensor:
         return (values * parameters.rate - 0.5 * values**2) * (-2 * parameters.theta).exp()
 
-    def score_dense(self, values: Tensor, parameters: LikelihoodParameters) -> Tensor:
+    def score_values(self, values: Tensor, parameters: LikelihoodParameters) -> Tensor:
         # Of values many deviations from zero, ln p is the small difference of two large terms.
         scaled = (values - parameters.rate) * (-parameters.theta).exp()
-        return (-0.5 * scaled**2 - parameters.theta).sum(-1)
+        return -0.5 * scaled**2 - parameters.theta
+
+    def score_dense(self, values: Tensor, parameters: LikelihoodParameters) -> Tensor:
+        return self.score_values(values, parameters).sum(-1)
 
     def compute_mean(self, parameters: LikelihoodParameters) -> Tensor:
         return parameters.rate

@@ -42,6 +42,9 @@ class LatentTranslation(nn.Module):
         self.register_buffer("weight", torch.zeros(k, k, k * d, d))  # by source, then by target
         self.register_buffer("offset", torch.zeros(k, k, d))
         self.register_buffer("covariance", torch.zeros(k, k, d, d))  # 0 where nothing is fitted
+        # Added to theta of the target's likelihood; see `choose_theta_shifts`.
+        self.register_buffer("theta_shift", torch.zeros(k, k))
+        self.theta_shift: Tensor
         self.weight: Tensor
         self.offset: Tensor
         self.covariance: Tensor

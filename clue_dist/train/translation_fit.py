@@ -9,10 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from clue_dist.data.batch import Batch
+from clue_dist.losses.predictive import choose_theta_shifts
 from clue_dist.model.common_space import FEWEST_CHOOSING, FEWEST_PAIRED
 from clue_dist.model.posterior_encoder import Posterior
 from clue_dist.model.translation import LatentTranslation, Regression, fit_regressions
 from clue_dist.ranks import Ranks
+from clue_dist.train.trainer import Trainer
 
 # Encoders know their training pairs: held-out pairs tell how much of a regression holds for others.
 RIDGES = 0.003, 0.01, 0.03, 0.1, 0.3, 1.0
@@ -72,6 +75,22 @@ def fit_translation(
     if ranks.world > 1:
         for values in translation.buffers():
             dist.broadcast(values, 0)
+
+
+def fit_theta_shifts(trainer: Trainer, held_out: Batch, posterior: Posterior) -> None:
+    """Fit how far counts scatter that the translation tells; every rank must call.
+
+    Args:
+        trainer: what training works with.
+        held_out: the validation cells.
+        posterior: what the model infers of them.
+    """
+    shifts = trainer.compute_in_engine(
+        lambda objective: choose_theta_shifts(objective.model, held_out, posterior)
+    )
+    if trainer.ranks.world > 1:  # rounding may differ between ranks
+        dist.broadcast(shifts, 0)
+    trainer.model.translation.theta_shift.copy_(shifts)
 
 
 def _fit_all_pairs(

@@ -32,7 +32,7 @@ from clue_dist.neighbours.nearest import find_neighbours
 from clue_dist.train.sinks import Sinks
 from clue_dist.train.space_fit import fit_common_space, thin_cells
 from clue_dist.train.trainer import Trainer, ValidationCells
-from clue_dist.train.translation_fit import TranslatedCells, fit_translation
+from clue_dist.train.translation_fit import TranslatedCells, fit_theta_shifts, fit_translation
 
 # Of fewer labelled cells, half of them or more would vote for the label of each.
 LEAST_LABELLED = 2 * LABEL_NEIGHBOURS
@@ -93,6 +93,8 @@ def fit_to_pairs(
     if fitting is not None and found is not None:
         cells = TranslatedCells.from_posterior(found, fitting.observed)
         fit_translation(trainer.model.translation, cells, translated, trainer.ranks)
+        if held_out is not None and scores is not None:
+            fit_theta_shifts(trainer, held_out, scores.posterior)
 
 
 def choose_weights(state: RunState, cells: Sequence[float]) -> tuple[RunState, float]:
