@@ -45,6 +45,7 @@ CHECKPOINT_NAME = re.compile(r"step-\d+")
 LARGEST_JSON = 2**26  # bytes: what a hundred thousand ranks would list
 # What loading weights or shards raises where the files hold something else.
 UNFIT = (KeyError, RuntimeError, TypeError, ValueError, OSError, SafetensorError)
+LATER_BUFFERS = ".batch_separation", ".theta_shift"  # which earlier versions did not have
 MODEL_PREFIX = "model."  # of the model's parameters in the engine, which trains an `Objective`
 
 
@@ -219,11 +220,12 @@ def load_weights(model: CLUE, folder: Path, fix: str) -> None:
     """
     try:
         weights = read_weights(folder)
-        for module in FITTED_MODULES:  # an earlier version did not have all of their buffers
-            for name, values in model.get_submodule(module).named_buffers():
-                weights.setdefault(f"{module}.{name}", values)
+        for module in FITTED_MODULES:  # an earlier version did not have all of them
+            if not any(name.startswith(f"{module}.") for name in weights):
+                buffers = model.get_submodule(module).named_buffers()
+                weights |= {f"{module}.{name}": values for name, values in buffers}
         for name, values in model.state_dict().items():
-            if name.endswith(".batch_separation"):  # nor this, which only training asks for
+            if name.endswith(LATER_BUFFERS):  # nor these, without which a model works
                 weights.setdefault(name, values)
         model.load_state_dict(weights)
     except UNFIT as error:

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from clue_dist.checkpoint.run_folder import WEIGHTS, load_weights
 from clue_dist.data.batch import Batch
 from clue_dist.inference.cells import StoreCells
 from clue_dist.inference.imputation_question import ImputationChoices
@@ -98,6 +100,19 @@ def test_a_validation_fits_the_shift(trained: TrainedModel, store: Store) -> Non
     trainer = Trainer(DirectEngine(objective), setup, Ranks(), torch.device("cpu"))
     fit_theta_shifts(trainer, batch, trainer.encode_batch(batch))
     assert trained.model.translation.theta_shift[RNA, ADT] == 0.75
+
+
+def test_weights_of_earlier_versions_have_no_shift(
+    trained: TrainedModel, store: Store, tmp_path: Path
+) -> None:
+    weights = trained.model.state_dict()
+    trained.model.translation.theta_shift.fill_(0.5)
+    kept = {name: v.clone() for name, v in weights.items() if not name.endswith(".theta_shift")}
+    save_file(kept, tmp_path / WEIGHTS)
+    again = make_trained(store).model
+    load_weights(again, tmp_path, "fix")
+    assert again.translation.list_fitted(ADT) == [RNA]
+    assert not again.translation.theta_shift.any()
 
 
 def test_draws_of_an_imputed_modality_follow_the_shift(trained: TrainedModel, store: Store) -> None:
