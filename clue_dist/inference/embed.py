@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -306,7 +307,9 @@ def write_tables(out: Path, temporary: Path, tables: ad.AnnData | md.MuData) -> 
         StoreError: the disk is full, or cannot be written to.
     """
     formats = ad.settings.override(zarr_write_format=3, auto_shard_zarr_v3=False)
-    with translate_output_errors(out), formats:
+    with translate_output_errors(out), formats, warnings.catch_warnings():
+        # anndata asks for what zarr warns of; a person can change neither.
+        warnings.filterwarnings("ignore", "Consolidated metadata")
         if out.suffix == ".zarr":
             tables.write_zarr(temporary)
             if out.exists():  # a folder that is not empty cannot be replaced by a rename

@@ -22,7 +22,7 @@ from clue_dist.inference.cells import SegmentSlice, StoreCells
 from clue_dist.inference.embed import check_query, describe_embedding
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.output_files import (
-    check_output_folder,
+    check_output_format,
     make_scratch_folder,
     translate_output_errors,
 )
@@ -136,7 +136,7 @@ def _write_scores(out: Path, result: dict[str, Any]) -> None:
 
 
 def check_scores_path(out: Path, max_cells: int | None) -> None:
-    """Require a file in a folder that is there, and two cells or more.
+    """Require a name that ends in .json, in a folder that is there, and two cells or more.
 
     Raises:
         ConfigError: they are not.
@@ -148,7 +148,7 @@ def check_scores_path(out: Path, max_cells: int | None) -> None:
             got="a folder",
             fix=f"--out {out}/scores.json",
         )
-    check_output_folder(out)
+    check_output_format(out, [".json"])  # a name of cells, mistyped, would be replaced by scores
     if max_cells is not None and max_cells < 2:
         raise ConfigError(
             "matching needs two cells", where="--max-cells", got=max_cells, expected="2 or more"

@@ -125,7 +125,11 @@ def select_pairs(result: Mapping[str, Any]) -> dict[str, Any]:
 def list_warnings(result: Mapping[str, Any]) -> list[str]:
     """Say in sentences what the model or the cells lack; nothing of scores of earlier versions."""
     about = result.get("about", {})
-    lacking = {NO_SPACE: about.get(COMMON_SPACE, True), NO_PAIRS: about.get(HAS_PAIRS, True)}
+    is_alone = len(about.get("modalities", ())) == 1  # and lies apart from nothing
+    lacking = {
+        NO_SPACE: is_alone or about.get(COMMON_SPACE, True),
+        NO_PAIRS: about.get(HAS_PAIRS, True),
+    }
     return [text for text, is_there in lacking.items() if not is_there]
 
 

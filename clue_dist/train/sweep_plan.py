@@ -169,7 +169,7 @@ def read_sweep_plan(path: Path) -> SweepPlan:
         raise ConfigError(
             "the sweep cannot be understood",
             where=f"{path}: {place}" if place else path,
-            got=repr(first["input"])[:200],
+            got=None if first["type"] == "missing" else repr(first["input"])[:200],
             expected=first["msg"].removeprefix("Value error, "),
             fix=fix if is_method else f"see {EXAMPLE_PLAN}",
         ) from None

@@ -329,6 +329,16 @@ def test_arguments_that_cannot_be(store, tmp_path):
             evaluate_store(loaded, store, tmp_path / folder / "s.json", run="r")
     with pytest.raises(ConfigError, match="two cells"):
         evaluate_store(loaded, store, tmp_path / "s.json", run="r", max_cells=1)
+    (tmp_path / "cells.h5ad").write_text("cells")
+    with pytest.raises(ConfigError, match=r"got: \.h5ad\n  expected: \.json"):
+        evaluate_store(loaded, store, tmp_path / "cells.h5ad", run="r")
+    assert (tmp_path / "cells.h5ad").read_text() == "cells"
+
+
+@pytest.mark.parametrize(("modalities", "is_told"), [(["rna"], False), (["rna", "adt"], True)])
+def test_a_lone_modality_lies_apart_from_none(modalities, is_told):
+    about = {"modalities": modalities, "common_space": False}
+    assert ("no common space" in format_scores({"about": about, "joint": None})) == is_told
 
 
 def test_batches_of_one_cell_give_null_not_nan(tmp_path):

@@ -232,6 +232,7 @@ def test_cells_without_a_source_are_refused(trained, store):
         impute(trained, store, "rna", from_=["adt"])
 
 
+@pytest.mark.filterwarnings("error:Consolidated metadata")  # which a person cannot change
 @pytest.mark.parametrize("ending", ["h5ad", "zarr"])
 @pytest.mark.parametrize("threshold", [None, 300.0])
 def test_a_file_holds_what_memory_holds(trained, store, tmp_path, ending, threshold):
