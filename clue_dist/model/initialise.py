@@ -68,10 +68,10 @@ def initialise_model(
         trunk.batch_separation.zero_()
         if svd and len(np.unique(batch[batch >= 0])) > 1:
             _shrink_batches(trunk, counts, batch, batch_shrinkage)
-        if trunk.size_input:
-            size = compute_size_inputs(_to_counts(counts)).double()
-            deviation = size.std(0, correction=0).clamp_min(LEAST_SIZE_DEVIATION)
-            trunk.size.copy_(torch.stack([size.mean(0), deviation]))
+        # Even where encoders do not see it: thinning and imputation ask for a typical cell's.
+        size = compute_size_inputs(_to_counts(counts)).double()
+        deviation = size.std(0, correction=0).clamp_min(LEAST_SIZE_DEVIATION)
+        trunk.size.copy_(torch.stack([size.mean(0), deviation]))
         _set_decoder_start(model.get_decoder(name), counts)
 
 

@@ -307,7 +307,8 @@ LIKELIHOODS: dict[str, Likelihood] = {
 
 def _average_logits(logits: Tensor) -> Tensor:
     """The logit of the mean probability over cells, for each of them: (n, F) -> (n, F)."""
-    probability = torch.sigmoid(logits).mean(0, keepdim=True).clamp_min(1e-30)
+    # In float32 a probability may round to 0 or 1, of which the logit is infinite.
+    probability = torch.sigmoid(logits).mean(0, keepdim=True).clamp(1e-30, 1 - 2**-24)
     return torch.logit(probability).expand_as(logits)
 
 

@@ -143,7 +143,7 @@ class Trunk(nn.Module):
     def typical_library(self) -> float:
         """Total counts of a typical training cell, the geometric mean.
 
-        1,000 where training did not look at sizes.
+        1,000 where training did not look at sizes, as with an earlier version.
         """
         log_mean = float(self.size[0, 0])
         return math.exp(log_mean) if log_mean > 0 else UNKNOWN_LIBRARY
@@ -151,7 +151,7 @@ class Trunk(nn.Module):
     @property
     def typical_density(self) -> Tensor:
         """The share of the features that a typical training cell shows, ()."""
-        return self.size[0, 1].exp() / len(self.projection.weight)
+        return self.size[0, 1].exp() / len(self.idf)  # of the projection ZeRO-3 may hold a part
 
     def compute_components(self, counts: Counts) -> Tensor:
         """(n, features) -> (n, components), linear in the normalised profile but for the size."""

@@ -216,6 +216,11 @@ def test_initialised_size_is_standardised_over_the_training_cells(tmp_path: Path
         120,
         6,
     )
+    initialise_model(plain, store, {"rna+adt": 120}, svd=True, seed=0)
+    torch.testing.assert_close(plain.get_trunk("rna").size, model.get_trunk("rna").size)
+    detected = batch.modalities["rna"].counts.count_detected()
+    found = float(plain.get_trunk("rna").typical_density)
+    assert found == pytest.approx(float(detected.log().mean().exp()) / 30, rel=1e-5)
 
 
 def test_units_that_hardly_differ_give_no_nan() -> None:
