@@ -62,7 +62,7 @@ def _choose_theta_shift(
     library = compute_library_size(observed.counts)[paired, None]
     rows = observed.rows[paired]
     levels = decoder.find_levels(batch.batch_code[rows])
-    latent = infer_from_sources(model, posterior.mean[rows], [source], target)
+    latent = infer_from_sources(model, posterior.mean[rows].float(), [source], target)
     draws = torch.Generator(rows.device).manual_seed(0)
     scores = []  # of each draw, (shifts, n, F)
     for _ in range(N_DRAWS):

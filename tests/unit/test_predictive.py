@@ -84,6 +84,16 @@ def test_held_out_counts_say_how_far_they_scatter(
     assert shifts.tolist() == [[0, theta_shift], [0, 0]]
 
 
+def test_parameters_in_bf16_choose_too(trained: TrainedModel, store: Store) -> None:
+    batch = draw_proteins(trained, store, 0.75)
+    for parameter in trained.model.parameters():  # buffers stay in float32
+        parameter.data = parameter.data.bfloat16()
+    with torch.no_grad():
+        posterior = trained.model.encode_batch(batch)
+    shifts = choose_theta_shifts(trained.model, batch, posterior)
+    assert shifts[RNA, ADT] == pytest.approx(0.75, abs=0.25)
+
+
 def test_few_pairs_choose_nothing(trained: TrainedModel, store: Store) -> None:
     batch = draw_proteins(trained, store, 0.75)
     observed = batch.observed.clone()
