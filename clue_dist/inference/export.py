@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -162,8 +163,9 @@ def write_model_folder(
         ]
     )
     temporary = out.with_name(f"{out.name}{TEMPORARY_ENDING}")
-    with translate_output_errors(out):
-        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    with translate_output_errors(out), ExitStack() as stack:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+        stack.callback(shutil.rmtree, temporary, ignore_errors=True)  # where it is not whole
         best = temporary / "best" / weights_folder.name
         best.mkdir(parents=True)
         with apply_umask(best / WEIGHTS):

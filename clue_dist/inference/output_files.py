@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from safetensors import SafetensorError
 
 from clue_dist.errors import ConfigError
 from clue_dist.files import parse_path, replace_file, translate_disk_errors
@@ -169,6 +170,8 @@ def translate_output_errors(where: Path) -> Iterator[None]:
         _mute_late_hdf5_errors()
         try:
             yield
+        except SafetensorError as error:  # so it says that a file cannot be written
+            raise OSError(str(error)) from error
         except (OSError, RuntimeError) as error:
             if not _comes_from_hdf5(error):
                 raise

@@ -109,9 +109,9 @@ def _svd(arguments: argparse.Namespace) -> None:
 def _check(arguments: argparse.Namespace) -> None:
     problems = check_store(arguments.store)
     if problems:
-        listed = "".join(f"\n    {problem}" for problem in problems)
+        listed = "\n".join(map(str, problems))
         fix = "restore these files from a copy, or convert again"
-        raise StoreError(f"{len(problems)} problems", where=arguments.store, got=listed, fix=fix)
+        raise StoreError("the store is not sound", where=arguments.store, got=listed, fix=fix)
     print(f"{arguments.store}: sound")
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import resource
 import shutil
 import stat
 from pathlib import Path
@@ -12,7 +14,8 @@ import pytest
 
 from clue_dist.checkpoint.model_card import read_model_card, write_model_card
 from clue_dist.checkpoint.run_folder import read_weights
-from clue_dist.errors import ConfigError, ResumeError
+from clue_dist.errors import ConfigError, ResumeError, StoreError
+from clue_dist.inference import export
 from clue_dist.inference.export import CardTexts, export_run
 from clue_dist.inference.load_model import load_model
 from clue_dist.store.feature_reference import read_feature_reference
@@ -49,6 +52,24 @@ def test_a_shared_folder_serves_where_a_run_does(run: Path, tmp_path: Path) -> N
     assert reference.modalities == Store(run.parent / "old.zarr").manifest.modalities
     warm_start = plan_warm_start(tmp_path / "shared", make_setup(run.parent / "old.zarr"))
     assert read_weights(warm_start.weights).keys() == known.model.state_dict().keys()
+
+
+@pytest.mark.parametrize("room", [100, 1_000_000])
+def test_nothing_is_left_where_the_disk_is_full(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(export, "write_file", refuse)  # after the weights
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limit[1]))
+    try:
+        with pytest.raises(StoreError, match="the disk is full"):
+            export.export_run(run, tmp_path / "shared")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_shared_folder_holds_no_path_of_this_machine(run: Path, tmp_path: Path) -> None:
