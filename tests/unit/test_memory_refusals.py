@@ -377,6 +377,9 @@ def test_files_are_read_and_what_is_none_is_said(tmp_path):
         open_cells(tmp_path / "v.h5mu", LOADED)
     with pytest.raises(ClueError, match="no store here"):
         open_cells(tmp_path / "nowhere.zarr", LOADED)
+    make_table().write_zarr(tmp_path / "cells.zarr")
+    with pytest.raises(DataError, match=r"and no store\n[\s\S]*`anndata\.read_zarr\('"):
+        open_cells(tmp_path / "cells.zarr", LOADED)
 
 
 def test_what_is_opened_says_what_it_is():

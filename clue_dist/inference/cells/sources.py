@@ -133,6 +133,13 @@ def open_source(
                 if ending == ".gz"
                 else f"`python -m data_prep doctor {file.name}` says how it becomes a store",
             )
+        if "://" not in path and _is_zarr_of_cells(parse_path(path)):
+            raise DataError(
+                "a Zarr folder of anndata or mudata, and no store",
+                where=path,
+                expected=".h5ad, .h5mu, or the folder of a store",
+                fix=f"give the cells themselves, `anndata.read_zarr({path!r})`",
+            )
         return Store(path)
     file = parse_path(path)
     if not file.is_file():
@@ -156,6 +163,12 @@ def open_source(
             got=reason,
             fix="`python -m data_prep doctor FILE` says what is wrong with it",
         ) from error
+
+
+def _is_zarr_of_cells(folder: Path) -> bool:
+    """Whether anndata or mudata wrote a folder, in version 2 or 3 of Zarr."""
+    attributes = [folder / name for name in (".zattrs", "zarr.json")]
+    return any('"encoding-type"' in path.read_text() for path in attributes if path.is_file())
 
 
 def find_source_file(source: CellSource) -> Path | None:
