@@ -10,7 +10,9 @@ from clue_dist.model.clue import CLUE
 from clue_dist.model.posterior import sample_posterior, select_own_latent
 from clue_dist.model.posterior_encoder import Posterior
 
-FEWEST_EXPLAINED = 5  # cells, or nothing is said of a modality
+# Cells, or nothing is said of a modality. Few will do: what a modality explains that is told well
+# is several times what it claims; what an encoder explains that learnt by heart is next to nothing.
+FEWEST_EXPLAINED = 5
 MOST_VALUES = 2**23  # of a modality that are scored, to bound memory: of many cells fewer features
 
 
@@ -21,7 +23,8 @@ def measure_explained(model: CLUE, batch: Batch, posterior: Posterior) -> Tensor
     E ln p(x_k | z_k) - ln p(x_k | mean), with z_k of q(z_k | x_k): what z_k is worth to a cell. A
     latent cannot tell more of its cell than that. The nats of q against its prior are what the
     encoder claims to tell, and one that knows its training cells by heart claims as much of cells
-    that it does not understand.
+    that it does not understand. It is an upper bound: private dimensions of z_k help to explain,
+    and so does the cell's batch, as the mean profile is of the cells of all batches.
 
     Args:
         model: the model.
@@ -40,7 +43,7 @@ def measure_explained(model: CLUE, batch: Batch, posterior: Posterior) -> Tensor
         observed, decoder = batch.modalities.get(name), model.get_decoder(name)
         if observed is None or len(observed.rows) < FEWEST_EXPLAINED:
             continue
-        features, n_scored = None, MOST_VALUES // len(observed.rows)
+        features, n_scored = None, max(1, MOST_VALUES // len(observed.rows))
         if n_scored < decoder.n_features:
             order = torch.randperm(decoder.n_features, generator=generator)
             features = order[:n_scored].sort().values.to(z.device)

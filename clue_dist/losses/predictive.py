@@ -64,17 +64,16 @@ def _choose_theta_shift(
     levels = decoder.find_levels(batch.batch_code[rows])
     latent = infer_from_sources(model, posterior.mean[rows].float(), [source], target)
     draws = torch.Generator(rows.device).manual_seed(0)
-    scores = []  # of each draw, (shifts, n, F)
-    for _ in range(N_DRAWS):
-        z = latent.draw_sample(draws)
-        parameters = decoder.compute_parameters(z, levels, library, features=features)
-        by_shift = [
-            decoder.likelihood.score_values(values, parameters.shift_theta(shift))
+    z = torch.stack([latent.draw_sample(draws) for _ in range(N_DRAWS)])
+    # All draws at once: under ZeRO-3 each call would gather the decoder.
+    parameters = decoder.compute_parameters(z, levels, library, features=features)
+    likelihood = torch.stack(
+        [
+            decoder.likelihood.score_values(values, parameters.shift_theta(shift)).logsumexp(0)
             for shift in (0.0, *THETA_SHIFTS)
         ]
-        scores.append(torch.stack(by_shift))
-    likelihood = torch.stack(scores).logsumexp(0).mean(2)  # of each cell
-    gain = likelihood[1:] - likelihood[0]
+    )  # (shifts, n, F)
+    gain = (likelihood[1:] - likelihood[0]).mean(2)
     best = int(gain.mean(1).argmax())
     error = gain[best].std() / len(paired) ** 0.5
     return THETA_SHIFTS[best] if gain[best].mean() > error else 0.0

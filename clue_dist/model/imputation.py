@@ -96,7 +96,8 @@ def infer_from_sources(model: CLUE, mean: Tensor, sources: list[int], target: in
     """Infer z_k of a target by the translation; arguments as of `predict_latent`."""
     predicted, covariance = model.translation.predict_latent(mean, sources, target)
     shift = float(model.translation.theta_shift[sources, target].mean())
-    return TargetLatent(predicted, torch.linalg.cholesky(covariance), True, shift)
+    factor = torch.linalg.cholesky(covariance.double())  # float32 could find it not definite
+    return TargetLatent(predicted, factor.to(covariance.dtype), True, shift)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from clue_dist.data.batch import Counts, SparseCounts
 from clue_dist.model.thinning_kernel import copy_shown_entries
 
 # Share of the features that a typical cell shows, from which on its profile is no sparse sample.
-# Thinning helps where it is 0.003 (mouse cortex), and costs where it is 0.04 (the 600 peaks that
-# most cells of mouse cortex show) or 0.12 (600 peaks of bone marrow).
+# Thinning helps where it is 0.003 (mouse cortex), and costs where it is 0.12 (600 peaks of bone
+# marrow, docs/results.md). It did, too, in one trial with the 600 peaks that most cells of mouse
+# cortex show, where it is 0.04.
 DENSE = 0.02
 # Hashes are of 32 bits. In int64 a product of two may overflow, which leaves its low bits right.
 _BITS = 0xFFFFFFFF

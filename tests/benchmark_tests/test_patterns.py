@@ -9,6 +9,7 @@ import pytest
 
 from tests.benchmark_tests.mosaic_helpers import MODS, paired_cells
 from tests.benchmarks import mosaic, scores
+from tests.benchmarks.commands import BenchmarkError
 from tests.benchmarks.split import cut_by_batch, cut_mosaic, place_cell, select_modality
 
 
@@ -66,6 +67,11 @@ def test_every_ordered_pair_is_scored_and_the_worst_is_told(tmp_path: Path) -> N
     }
     np.savez(npz, **pairs)
     assert scores.score_embedding(npz, split) == found
+
+
+def test_pairs_of_half_the_batches_need_two_batches() -> None:
+    with pytest.raises(BenchmarkError, match=r"two batches or more\n.*1 in obs"):
+        cut_by_batch(paired_cells(), MODS, 0)
 
 
 def test_by_batch_pairs_are_of_half_the_batches_and_tested_cells_are_two() -> None:
