@@ -241,14 +241,17 @@ class Run(ImputationMethods, ComparisonMethods, EvaluationMethods):
         tune_batches(self.folder, self.trained_model, opened, folder)
         return load(folder)
 
-    def measure_shift(self, earlier: Run, cells: CellSource, **choices: Any) -> EmbeddingShift:
+    def measure_shift(
+        self, earlier: Run | str | Path, cells: CellSource, **choices: Any
+    ) -> EmbeddingShift:
         """Measure by how much the joint z of cells differs from that of an earlier model.
 
         Args:
-            earlier: the model that this one was trained on from, say.
+            earlier: the model that this one was trained on from, say, or its folder.
             cells: cells with modalities that both know.
             choices: as `embed` takes them.
         """
+        earlier = earlier if isinstance(earlier, Run) else load(earlier)
         models = earlier.trained_model, self.trained_model
         return measure_shift(*models, *(open_cells(cells, model, **choices) for model in models))
 

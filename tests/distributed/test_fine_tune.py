@@ -61,7 +61,7 @@ def test_all_weights_train_on_with_new_unpaired_cells(
     assert new.config.train.lr == pytest.approx(0.3 * old.config.train.lr)
     assert old.seen_cells < new.seen_cells
     assert np.isfinite(tuned.embed(more)).all()
-    shift = tuned.measure_shift(run, old_cells)
+    shift = tuned.measure_shift(run.folder, old_cells)
     assert 2 * shift.by_chance < shift.neighbours_kept < 1
 
 
