@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +33,7 @@ def make_setup(config: Config = CONFIG) -> Any:
 
 
 class RecordingEngine:
-    """Takes the place of DeepSpeed's: it notes what it is called with, and at which rate."""
+    """Takes the place of DeepSpeed's and of the objective: it notes KL weights and rates."""
 
     def __init__(self) -> None:
         self.weight = torch.nn.Parameter(torch.ones(1))
@@ -43,8 +44,11 @@ class RecordingEngine:
         self.kl_weights: list[float] = []
         self.rates: list[list[float]] = []
 
-    def __call__(
-        self, _batch: object, _noise: Noise, kl_weight: float, *_: object
+    def __call__(self, compute: Callable[[Any], Any]) -> Any:
+        return compute(self)
+
+    def compute_loss(
+        self, _batch: object, _noise: Noise, kl_weight: float
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         self.kl_weights.append(kl_weight)
         return self.weight.sum(), {}

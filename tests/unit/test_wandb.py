@@ -30,7 +30,8 @@ ENTRY = {
     "mixing_ilisi": 0.7,
     "transfer": 0.9,
 }
-SCORES = {"rna->adt": ENTRY, "adt->rna": ENTRY, "joint": {"cells": 9, "asw": 0.6, "kbet": None}}
+JOINT = {"cells": 9, "store_cells": 20, "asw": 0.6, "kbet": None}
+SCORES = {"rna->adt": ENTRY, "adt->rna": ENTRY, "joint": JOINT}
 CONFUSION = {"queries": "rna", "keys": "adt", "labels": ["T", "B"], "counts": [[3, 0], [1, 2]]}
 
 
