@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from clue_dist.config import ObjectiveConfig
 from clue_dist.data.batch import Batch, find_pair_rows
-from clue_dist.losses.explained import measure_explained
 from clue_dist.losses.info_nce import compute_info_nce
 from clue_dist.model.clue import CLUE, CLUEOutput
 from clue_dist.model.noise import Noise
@@ -109,7 +108,6 @@ class HeldOutScores(NamedTuple):
     # means over the cells that have it; distance of z and InfoNCE by pair of modalities
     # ("mse/rna-adt", "contrastive/rna-adt"), () each; no weight of the loss enters.
     terms: dict[str, Tensor]
-    explained: Tensor  # (K,), see `measure_explained`
 
 
 class EncodedCells(NamedTuple):
@@ -214,8 +212,7 @@ class Objective(nn.Module):
         terms |= self._split_alignment(output, batch)
         if config.lambda_contrastive:
             terms |= self._contrast_pairs(output, batch)
-        explained = measure_explained(self.model, batch, output.posterior)
-        return HeldOutScores(output.posterior, minus_elbo, terms, explained)
+        return HeldOutScores(output.posterior, minus_elbo, terms)
 
     def _run_model(self, batch: Batch, noise: Noise) -> CLUEOutput:
         """Run the model as far as the terms that have a weight need it."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from clue_dist.checkpoint.run_folder import RunState
 from clue_dist.data.batch import Batch
+from clue_dist.losses.explained import measure_explained
 from clue_dist.losses.objective import EncodedCells, HeldOutScores
 from clue_dist.metrics.integration import (
     LABEL_NEIGHBOURS,
@@ -28,6 +29,7 @@ from clue_dist.metrics.integration import (
 )
 from clue_dist.metrics.matching import compute_nearer_share
 from clue_dist.model.noise import Noise
+from clue_dist.model.posterior_encoder import Posterior
 from clue_dist.neighbours.nearest import find_neighbours
 from clue_dist.train.sinks import Sinks
 from clue_dist.train.space_fit import fit_common_space, thin_cells
@@ -74,7 +76,7 @@ def validate_model(
 
 
 def fit_to_pairs(
-    trainer: Trainer, fitting: Batch | None, held_out: Batch | None, scores: HeldOutScores | None
+    trainer: Trainer, fitting: Batch | None, held_out: Batch | None, posterior: Posterior | None
 ) -> None:
     """Fit what is not trained but follows from pairs: the common space, and the translation.
 
@@ -82,19 +84,22 @@ def fit_to_pairs(
         trainer: what training works with.
         fitting: training cells with several modalities.
         held_out: the validation cells.
-        scores: what they say of the present weights.
+        posterior: what the model infers of them.
     """
     space_cells, translated, explained = None, None, None
-    if held_out is not None and scores is not None:
-        n_aligned, explained = trainer.model.n_aligned, scores.explained
-        space_cells = EncodedCells.select_aligned(scores.posterior, held_out, n_aligned)
-        translated = TranslatedCells.from_posterior(scores.posterior, held_out.observed)
+    if fitting is not None and held_out is not None and posterior is not None:
+        n_aligned = trainer.model.n_aligned
+        space_cells = EncodedCells.select_aligned(posterior, held_out, n_aligned)
+        translated = TranslatedCells.from_posterior(posterior, held_out.observed)
+        explained = trainer.compute_in_engine(
+            lambda objective: measure_explained(objective.model, held_out, posterior)
+        )
     found = fit_common_space(trainer, fitting, space_cells, explained)
     if fitting is not None and found is not None:
         cells = TranslatedCells.from_posterior(found, fitting.observed)
         fit_translation(trainer.model.translation, cells, translated, trainer.ranks)
-        if held_out is not None and scores is not None:
-            fit_theta_shifts(trainer, held_out, scores.posterior)
+        if held_out is not None and posterior is not None:
+            fit_theta_shifts(trainer, held_out, posterior)
 
 
 def choose_weights(state: RunState, cells: Sequence[float]) -> tuple[RunState, float]:
@@ -158,7 +163,7 @@ def score_held_out_cells(
             lambda objective: objective.score_held_out(held_out, noise)
         )
     trainer.engine.train()
-    fit_to_pairs(trainer, validation_cells.fitting, held_out, scores)
+    fit_to_pairs(trainer, validation_cells.fitting, held_out, scores.posterior)
     joint, alone = trainer.model.read_latents(held_out, scores.posterior)
     patterns = validation_cells.patterns
     joint_of_patterns = None if patterns is None else trainer.embed_batch(patterns)

@@ -74,6 +74,20 @@ def score_directly(trainer: Trainer, batch: Batch) -> HeldOutScores:
         return trainer.compute_in_engine(lambda objective: objective.score_held_out(batch, noise))
 
 
+def test_modalities_count_for_what_they_explain_of_the_held_out_cells(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trainer, batch = make_trainer()
+    cells, weights = choose_cells(batch, repeat_cells(batch, 8)), trainer.model.space.expert_weight
+    monkeypatch.setattr(validate, "measure_explained", lambda *_: torch.full((3,), torch.inf))
+    score_held_out_cells(trainer, batch, cells)
+    claimed = weights.clone()
+    explained = torch.tensor([0.5, torch.inf, 2.0]) * claimed
+    monkeypatch.setattr(validate, "measure_explained", lambda *_: explained)
+    score_held_out_cells(trainer, batch, cells)
+    torch.testing.assert_close(weights, torch.tensor([0.5, 1.0, 1.0]) * claimed)
+
+
 def test_validation_scores_every_modality_and_every_pair() -> None:
     trainer, batch = make_trainer()
     parts = score_batch(trainer, batch).parts
