@@ -276,6 +276,17 @@ def test_how_often_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(done) == [0, 0, 1, 1]
 
 
+def test_a_thread_that_ends_meanwhile_has_no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = Path("/proc/self/task")
+    ended = threads / "1" / "children"  # no thread of this process has that number
+    listed = [ended, *threads.glob("*/children")]
+    monkeypatch.setattr(measure.Path, "glob", lambda path, pattern: listed)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as worker:
+        found = measure.list_workers()
+        worker.communicate(b"\n")
+    assert str(worker.pid) in found
+
+
 def test_a_store_on_s3_is_measured_beside_plain_gets(
     store: Store, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:

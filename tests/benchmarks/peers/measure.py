@@ -34,8 +34,11 @@ def read_memory(process: str = "self") -> tuple[float, ...]:
 
 def list_workers() -> list[str]:
     """The processes that this one started, as the workers of a PyTorch loader."""
-    listed = (path.read_text() for path in Path("/proc/self/task").glob("*/children"))
-    return [process for line in listed for process in line.split()]
+    workers: list[str] = []
+    for children in Path("/proc/self/task").glob("*/children"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
+            workers += children.read_text().split()
+    return workers
 
 
 def read_memory_of_all() -> tuple[float, ...]:
