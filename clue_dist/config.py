@@ -192,7 +192,8 @@ class TrainConfig(SettingsGroup):
     kl_warmup: float = Field(0.0, ge=0, le=1)  # share of the steps over which lambda_kl rises
     clip: Weight = 5.0  # norm of the gradient; 0 turns clipping off
     zero_stage: Literal[0, 1, 2, 3] = 1  # what DeepSpeed shards over the ranks
-    precision: Literal["fp32", "bf16"] = "fp32"
+    # mixed: weights in float32, products of the networks in bfloat16; bf16: weights, too
+    precision: Literal["auto", "fp32", "mixed", "bf16"] = "auto"
     grad_accum: Positive = 1  # micro-batches of one step
     validate_every: Positive | Auto = "auto"  # steps
     patience: Natural = 0  # validations without a better score before training stops; 0: never

@@ -143,11 +143,19 @@ class Objective(nn.Module):
         model: to be trained.
         config: weights of the terms.
         modality_weights: weight of each modality in both ELBOs, in model order.
+        mixed_precision: whether networks multiply in bfloat16 for the loss. Held-out cells are
+            scored in float32, as they are embedded.
     """
 
-    def __init__(self, model: CLUE, config: ObjectiveConfig, modality_weights: list[float]) -> None:
+    def __init__(
+        self,
+        model: CLUE,
+        config: ObjectiveConfig,
+        modality_weights: list[float],
+        mixed_precision: bool = False,
+    ) -> None:
         super().__init__()
-        self.model, self.config = model, config
+        self.model, self.config, self.mixed_precision = model, config, mixed_precision
         sizes = [
             model.get_decoder(name).n_features if config.per_feature else 1
             for name in model.modalities
@@ -223,6 +231,7 @@ class Objective(nn.Module):
             decode_self=config.lambda_self > 0,
             decode_cross=config.lambda_cross > 0,
             mixup=config.contrastive_mixup and config.lambda_contrastive > 0,
+            mixed_precision=self.mixed_precision,
         )
         return output
 

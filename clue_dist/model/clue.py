@@ -102,6 +102,7 @@ class CLUE(PosteriorEncoder):
         decode_self: bool = True,
         decode_cross: bool = True,
         mixup: bool = False,
+        mixed_precision: bool = False,
     ) -> CLUEOutput:
         """Encode, sample, decode twice, discriminate.
 
@@ -111,9 +112,25 @@ class CLUE(PosteriorEncoder):
             decode_self: whether `ln_self` is wanted; else it is 0.
             decode_cross: whether `ln_cross` is wanted; else it is 0.
             mixup: whether InfoNCE is to compare mixtures of paired cells instead of the cells.
+            mixed_precision: whether networks multiply in bfloat16 (Micikevicius et al., 2018).
+                Projections, which sum over thousands of features, and likelihoods stay in float32.
         """
         shown = self._hide_entries(batch, noise) if self.training and self.thinning else batch
         components = self._compute_components(shown)
+        device = batch.observed.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=mixed_precision):
+            return self._run_networks(batch, components, noise, decode_self, decode_cross, mixup)
+
+    def _run_networks(
+        self,
+        batch: Batch,
+        components: dict[str, Tensor],
+        noise: Noise,
+        decode_self: bool,
+        decode_cross: bool,
+        mixup: bool,
+    ) -> CLUEOutput:
+        """What follows the projections; arguments are those of `forward`."""
         posterior = self._infer_posterior(batch, components, noise)
         contrast, contrast_code = posterior.mean[..., : self.n_aligned], batch.batch_code
         if mixup:

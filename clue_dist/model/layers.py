@@ -98,9 +98,9 @@ class EnsembleLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(M, n, inputs) -> (M, n, outputs)."""
         x = F.gelu(torch.baddbmm(self.bias, x, self.weight))
-        return torch.addcmul(
-            self.norm_bias, F.layer_norm(x, x.shape[-1:], eps=NORM_EPSILON), self.norm_scale
-        )
+        x = F.layer_norm(x, x.shape[-1:], eps=NORM_EPSILON)
+        # Autocast would make float32 of all three, and turn that back in the next layer.
+        return torch.addcmul(self.norm_bias.to(x.dtype), x, self.norm_scale.to(x.dtype))
 
 
 class _GradientReversal(torch.autograd.Function):

@@ -110,9 +110,9 @@ class Noise:
 
     def _draw_bytes(self, columns: int, rows: Tensor | None) -> Tensor:
         """Uniform bytes, (B, columns), or those of `rows`."""
-        width = -(-columns // 4)  # four bytes of a 32-bit draw
-        fill = functools.partial(_fill_integers, least=-(2**31), beyond=2**31 - 1)
-        return self._draw_rows(torch.int32, (width,), fill, rows).view(torch.uint8)[:, :columns]
+        width = -(-columns // 8)  # eight bytes of a draw from all of int64
+        fill = functools.partial(_fill_integers, least=-(2**63), beyond=None)
+        return self._draw_rows(torch.int64, (width,), fill, rows).view(torch.uint8)[:, :columns]
 
     def _prepare_draws(
         self, key: tuple[int, int], shares: tuple[int, ...], lanes: int, rank: int, world: int
@@ -148,7 +148,7 @@ class Noise:
         return drawn.flatten(0, 1).index_select(0, order)
 
 
-def _fill_integers(x: Tensor, generator: torch.Generator, least: int, beyond: int) -> Tensor:
+def _fill_integers(x: Tensor, generator: torch.Generator, least: int, beyond: int | None) -> Tensor:
     return x.random_(least, beyond, generator=generator)
 
 

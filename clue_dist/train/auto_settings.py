@@ -1,6 +1,8 @@
-"""Numbers for what the config leaves at "auto"; they follow from the store's cells."""
+"""What the config leaves at "auto"; it follows from the store's cells and from the processor."""
 
 from __future__ import annotations
+
+import torch
 
 from clue_dist.config import Config, ModelConfig
 
@@ -22,7 +24,7 @@ HEAD_RANK = 16
 
 
 def resolve_auto_settings(config: Config, n_train: int, n_modalities: int) -> Config:
-    """Put numbers where the config says "auto".
+    """Put what the data and the processor ask for where the config says "auto".
 
     Small data get small batches and many epochs, an atlas gets large batches and one epoch.
 
@@ -40,18 +42,32 @@ def resolve_auto_settings(config: Config, n_train: int, n_modalities: int) -> Co
     auto_epochs = round(min(max(1.0, AUTO_STEPS / epoch_steps), most_epochs), 2)
     epochs = training.epochs if training.epochs != "auto" else auto_epochs
     total_steps = max(1, round(epochs * epoch_steps))
-    numbers: dict[str, float] = {"epochs": epochs}
+    chosen: dict[str, float | str] = {"epochs": epochs}
+    if training.precision == "auto":
+        chosen["precision"] = "mixed" if can_multiply_bfloat16() else "fp32"
     if training.validate_every == "auto":
-        numbers["validate_every"] = max(1, min(total_steps // 20, MOST_STEPS_BETWEEN))
+        chosen["validate_every"] = max(1, min(total_steps // 20, MOST_STEPS_BETWEEN))
     if training.checkpoint_every == "auto":
-        numbers["checkpoint_every"] = max(1, min(total_steps // 4, MOST_STEPS_BETWEEN))
+        chosen["checkpoint_every"] = max(1, min(total_steps // 4, MOST_STEPS_BETWEEN))
     return config.model_copy(
         update={
             "model": _resolve_head_rank(config.model, n_modalities),
             "data": data.model_copy(update={"batch_size": batch_size}),
-            "train": training.model_copy(update=numbers),
+            "train": training.model_copy(update=chosen),
         }
     )
+
+
+def can_multiply_bfloat16() -> bool:
+    """Whether the GPU, or the processor where there is none, has instructions for bfloat16.
+
+    Others would take longer for it than for float32.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Earlier versions of torch do not tell.
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def _resolve_head_rank(model: ModelConfig, n_modalities: int) -> ModelConfig:

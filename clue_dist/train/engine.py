@@ -75,7 +75,9 @@ def build_engine(
     model = build_model(setup.specs, setup.store.manifest.batch_vocabulary, config.model)
     if ranks.is_first:
         (set_weights or (lambda fresh: set_initial_weights(fresh, setup)))(model)
-    objective = Objective(model, config.objective, weigh_modalities(setup)).to(device)
+    objective = Objective(
+        model, config.objective, weigh_modalities(setup), config.train.precision == "mixed"
+    ).to(device)
     for tensor in [*objective.parameters(), *objective.buffers()]:
         dist.broadcast(tensor.data, 0)
     return build_objective_engine(objective, config, ranks.world, device)
@@ -118,7 +120,7 @@ def keeps_gradients_local(config: Config, world: int) -> bool:
 
     It does in float32 where each rank has all gradients, which ZeRO-2 and 3 share out.
     """
-    return config.train.precision == "fp32" and choose_zero_stage(config, world) < 2
+    return config.train.precision != "bf16" and choose_zero_stage(config, world) < 2
 
 
 def can_guard_on_device(config: Config, world: int, device: torch.device) -> bool:
@@ -132,7 +134,7 @@ def can_guard_on_device(config: Config, world: int, device: torch.device) -> boo
     return (
         (stage < 3 if device.type == "cuda" else stage == 1)
         and settings.optimizer == "adamw"
-        and settings.precision == "fp32"
+        and settings.precision != "bf16"
     )
 
 
@@ -204,7 +206,7 @@ def choose_zero_stage(config: Config, world: int) -> int:
     A single rank of fp32 shards nothing: ZeRO would copy every gradient and weight in each step.
     """
     settings = config.train
-    return 0 if world == 1 and settings.precision == "fp32" else settings.zero_stage
+    return 0 if world == 1 and settings.precision != "bf16" else settings.zero_stage
 
 
 def make_deepspeed_config(

@@ -127,6 +127,8 @@ def train_args(folder: Path, store: Path, name: str, *settings: str) -> list[str
                 },
                 "objective": {"lambda_contrastive": 1.0},
                 "data": {"lanes": 4, "batch_size": 64, "window_blocks": 2},
+                # So that numbers do not depend on the processor, nor much on the number of ranks.
+                "train": {"precision": "fp32"},
             }
         )
     )

@@ -63,6 +63,14 @@ def test_two_ranks_equal_one_process_where_gates_are_averaged_and_clipped(folder
         assert largest_difference(one, trained_weights(folder / name)) < 1e-5
 
 
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_two_ranks_nearly_equal_one_process_in_mixed_precision(folder: Path, stage: int) -> None:
+    settings = (*STEPS_20, "train.precision=mixed", f"train.zero_stage={stage}")
+    run(*spawned(2, *train_args(folder, folder / "s.zarr", f"mixed{stage}", *settings)))
+    one, mixed = trained_weights(folder / "one"), trained_weights(folder / f"mixed{stage}")
+    assert 1e-5 < largest_difference(one, mixed) < 0.01  # 20 steps moved weights by more
+
+
 def test_the_weights_did_move(folder: Path) -> None:
     # Guards the test above: had nothing been trained, everything would be equal.
     alone(*train_args(folder, folder / "s.zarr", "short", "train.epochs=0.2"))

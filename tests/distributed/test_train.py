@@ -294,21 +294,24 @@ def test_every_recipe_trains(folder: Path, recipe: Path) -> None:
     assert best_weights(folder / recipe.stem)
 
 
-@pytest.mark.parametrize("stage", [0, 2])
-def test_bf16_trains_close_to_fp32(folder: Path, stage: int) -> None:
-    for precision in ("fp32", "bf16"):
+@pytest.mark.parametrize(("lower", "stage"), [("bf16", 0), ("bf16", 2), ("mixed", 0)])
+def test_lower_precision_trains_close_to_fp32(folder: Path, lower: str, stage: int) -> None:
+    for precision in ("fp32", lower):
         settings = (
             "train.epochs=10",
             "log.every=5",
             f"train.precision={precision}",
             f"train.zero_stage={stage}",
         )
-        alone(*train_args(folder, folder / "s.zarr", f"{precision}-{stage}", *settings))
+        name = f"{precision}-beside-{lower}-{stage}"
+        alone(*train_args(folder, folder / "s.zarr", name, *settings))
+    exact, rounded = (folder / f"{name}-beside-{lower}-{stage}" for name in ("fp32", lower))
     for term in ("self", "cross", "contrastive"):
-        a, b = ([line[term] for line in metrics(folder / f"{p}-{stage}")] for p in ("fp32", "bf16"))
+        a, b = ([line[term] for line in metrics(run)] for run in (exact, rounded))
         assert b == pytest.approx(a, rel=0.02)
+        assert b != a
         assert a[-1] < a[0]
-    assert all(w.dtype == torch.float32 for w in best_weights(folder / f"bf16-{stage}").values())
+    assert all(w.dtype == torch.float32 for w in best_weights(rounded).values())
 
 
 @pytest.mark.parametrize("likelihood", ["zinb", "poisson", "bernoulli"])

@@ -48,6 +48,7 @@ def args_of(folder: Path, name: str, *settings: str) -> list[str]:
         (1, "fp32", "inf"),
         (2, "fp32", "nan"),
         (3, "fp32", "inf"),
+        (0, "mixed", "nan"),
         (0, "bf16", "nan"),
         (1, "bf16", "nan"),
     ],
@@ -76,7 +77,7 @@ def test_all_ranks_skip_and_the_culprit_is_named(
 
 @pytest.mark.parametrize(
     ("stage", "precision"),
-    [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (2, "bf16")],
+    [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "mixed"), (0, "bf16"), (2, "bf16")],
 )
 def test_a_gradient_of_finite_losses_is_skipped_too(
     folder: Path, stage: int, precision: str

@@ -54,7 +54,8 @@ def args_of(folder: Path, name: str, *settings: str) -> list[str]:
     return train_args(folder, folder / "s.zarr", name, *SETTINGS, *settings)
 
 
-ACCUMULATED, RMSPROP, BF16 = "train.grad_accum=2", "train.optimizer=rmsprop", "train.precision=bf16"
+ACCUMULATED, RMSPROP = "train.grad_accum=2", "train.optimizer=rmsprop"
+MIXED, BF16 = "train.precision=mixed", "train.precision=bf16"
 
 
 @pytest.mark.parametrize(
@@ -67,6 +68,7 @@ ACCUMULATED, RMSPROP, BF16 = "train.grad_accum=2", "train.optimizer=rmsprop", "t
         (2, 2, ()),
         (2, 3, ()),
         (2, 0, (ACCUMULATED, RMSPROP)),
+        (2, 1, (MIXED,)),
         (2, 0, (BF16,)),
         (2, 1, (BF16, ACCUMULATED)),
     ],

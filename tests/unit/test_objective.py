@@ -225,6 +225,36 @@ def test_any_number_of_modalities_trains_with_finite_gradients(k: int) -> None:
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_mixed_precision_rounds_products_but_neither_weights_nor_held_out_scores() -> None:
+    objective, batch, noise = small_model(lambda_contrastive=1.0)
+    objective.eval()  # or running means would move
+    exact, _ = objective.compute_loss(batch, noise)
+    held_out = objective.score_held_out(batch, Noise(0, 1, {"s": B}, 1)).minus_elbo
+    objective.mixed_precision = True
+    rounded, _ = objective.compute_loss(batch, Noise(0, 0, {"s": B}, 1))
+    assert rounded.dtype == torch.float32
+    assert rounded.item() != exact.item()
+    assert rounded.item() == pytest.approx(exact.item(), rel=0.01)
+    rounded.backward()
+    gradients = [p.grad for p in objective.parameters() if p.grad is not None]
+    assert {gradient.dtype for gradient in gradients} == {torch.float32}
+    again = objective.score_held_out(batch, Noise(0, 1, {"s": B}, 1)).minus_elbo
+    torch.testing.assert_close(again, held_out, rtol=0, atol=0)
+
+
+def test_mixed_precision_leaves_projections_exact() -> None:
+    objective, batch, noise = small_model(lambda_contrastive=1.0)
+    projected: list[Tensor] = []
+    for trunk in objective.model.trunks:
+        trunk.projection.register_forward_hook(lambda *seen: projected.append(seen[-1]))
+    objective.compute_loss(batch, noise)
+    objective.mixed_precision = True
+    objective.compute_loss(batch, Noise(0, 0, {"s": B}, 1))
+    exact, rounded = projected[: len(projected) // 2], projected[len(projected) // 2 :]
+    for a, b in zip(exact, rounded, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
 def test_what_a_cell_lacks_does_not_touch_its_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch, _ = small_model(lambda_contrastive=1.0)
     model.eval()

@@ -4,6 +4,7 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+import torch
 
 from clue_dist.checkpoint.kept_config import follow_kept_config
 from clue_dist.config import Config, DataConfig, ObjectiveConfig
@@ -88,6 +89,31 @@ def test_auto_epochs_are_many_for_few_cells_and_one_for_an_atlas() -> None:
         explicit.validate_every,
         explicit.checkpoint_every,
     ) == (3, 2, 7, 9)
+
+
+@pytest.mark.parametrize(
+    ("instructions", "precision"),
+    [({"avx512_bf16": True}, "mixed"), ({"amx_bf16": True}, "mixed"), ({"avx2": True}, "fp32")],
+)
+def test_auto_precision_is_lower_where_the_processor_has_instructions_for_it(
+    monkeypatch: pytest.MonkeyPatch, instructions: dict[str, bool], precision: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions, raising=False)
+    assert resolve_auto_settings(Config(), 500, 2).train.precision == precision
+    named = Config(train={"precision": "fp32"})
+    assert resolve_auto_settings(named, 500, 2).train.precision == "fp32"
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in earlier versions
+    assert resolve_auto_settings(Config(), 500, 2).train.precision == "fp32"
+
+
+def test_auto_precision_asks_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for supported, precision in ((True, "mixed"), (False, "fp32")):
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation, s=supported: s
+        )
+        assert resolve_auto_settings(Config(), 500, 2).train.precision == precision
 
 
 def test_auto_heads_share_matrices_from_four_modalities_on() -> None:
