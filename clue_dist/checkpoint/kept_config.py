@@ -16,6 +16,8 @@ VALUES_BEFORE: dict[str, float] = {
     "objective.thinning": 0.0,
     "model.head_rank": 0,
 }
+# What "auto" found on the machine where a run began; another one may find otherwise.
+FOUND_ON_THE_MACHINE = ("train.precision",)
 
 
 def load_kept_config(run_folder: Path) -> Config:
@@ -49,10 +51,11 @@ def follow_kept_config(config: Config, kept: Config) -> Config:
     earlier = {
         key: value for key, value in VALUES_BEFORE.items() if _read_setting(kept, key) == value
     }
-    return _fill_left_out(config, earlier)
+    found = {key: _read_setting(kept, key) for key in FOUND_ON_THE_MACHINE}
+    return _fill_left_out(config, earlier | found)
 
 
-def _fill_left_out(config: Config, values: Mapping[str, float]) -> Config:
+def _fill_left_out(config: Config, values: Mapping[str, object]) -> Config:
     """Set settings by dotted path, of those that the config does not name or leaves at "auto"."""
     for key, value in values.items():
         name, field = key.split(".")

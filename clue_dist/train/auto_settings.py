@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from clue_dist.config import Config, ModelConfig
+from clue_dist.config import Config, ModelConfig, TrainConfig
 
 AUTO_STEPS = 1500  # a small data set is seen often enough to make so many steps ...
 MOST_EPOCHS = 90.0  # ... but never more often than this
@@ -42,20 +42,28 @@ def resolve_auto_settings(config: Config, n_train: int, n_modalities: int) -> Co
     auto_epochs = round(min(max(1.0, AUTO_STEPS / epoch_steps), most_epochs), 2)
     epochs = training.epochs if training.epochs != "auto" else auto_epochs
     total_steps = max(1, round(epochs * epoch_steps))
-    chosen: dict[str, float | str] = {"epochs": epochs}
-    if training.precision == "auto":
-        chosen["precision"] = "mixed" if can_multiply_bfloat16() else "fp32"
+    numbers: dict[str, float] = {"epochs": epochs}
     if training.validate_every == "auto":
-        chosen["validate_every"] = max(1, min(total_steps // 20, MOST_STEPS_BETWEEN))
+        numbers["validate_every"] = max(1, min(total_steps // 20, MOST_STEPS_BETWEEN))
     if training.checkpoint_every == "auto":
-        chosen["checkpoint_every"] = max(1, min(total_steps // 4, MOST_STEPS_BETWEEN))
+        numbers["checkpoint_every"] = max(1, min(total_steps // 4, MOST_STEPS_BETWEEN))
     return config.model_copy(
         update={
             "model": _resolve_head_rank(config.model, n_modalities),
             "data": data.model_copy(update={"batch_size": batch_size}),
-            "train": training.model_copy(update=chosen),
+            "train": _resolve_precision(training.model_copy(update=numbers)),
         }
     )
+
+
+def _resolve_precision(training: TrainConfig) -> TrainConfig:
+    if training.precision != "auto":
+        return training
+    precision = "mixed" if can_multiply_bfloat16() else "fp32"
+    resolved = training.model_copy(update={"precision": precision})
+    # Nobody named it: a run that began on another processor goes on as it began.
+    resolved.model_fields_set.discard("precision")
+    return resolved
 
 
 def can_multiply_bfloat16() -> bool:

@@ -9,6 +9,7 @@ import torch
 from clue_dist.checkpoint.kept_config import follow_kept_config
 from clue_dist.config import Config, DataConfig, ObjectiveConfig
 from clue_dist.errors import ConfigError
+from clue_dist.train import auto_settings
 from clue_dist.train.auto_settings import resolve_auto_settings
 from clue_dist.train.setup import prepare_setup
 from tests.stores import make_store
@@ -135,6 +136,15 @@ def test_a_run_older_than_the_rank_of_heads_goes_on_without_it() -> None:
     assert follow_kept_config(named, kept).model.head_rank == 16
     younger = Config(model={"head_rank": 16})
     assert follow_kept_config(resolved, younger).model.head_rank == 16
+
+
+def test_a_run_goes_on_in_the_precision_in_which_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto_settings, "can_multiply_bfloat16", lambda: True)
+    here, kept = resolve_auto_settings(Config(), 500, 2), Config(train={"precision": "fp32"})
+    assert here.train.precision == "mixed"
+    assert follow_kept_config(here, kept).train.precision == "fp32"
+    named = resolve_auto_settings(Config(train={"precision": "mixed"}), 500, 2)
+    assert follow_kept_config(named, kept).train.precision == "mixed"  # which is refused later
 
 
 def test_weights_must_name_every_stratum(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def list_parts(device: torch.device, rates: dict[str, float]) -> Iterator[Part]:
     yield "draws", lambda: compare_draws(device)
     yield f"parity {small.name}", lambda: compare_steps(small, device)
     for shape in (small, middle, large):
-        for precision in ("fp32", "bf16"):
+        for precision in ("fp32", "mixed", "bf16"):
             yield (
                 f"train {shape.name}, {precision}",
                 lambda shape=shape, precision=precision: measure_training(

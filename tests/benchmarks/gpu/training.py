@@ -71,7 +71,7 @@ def make_trainer(
     Args:
         shape: of the batch of each rank.
         device: where.
-        precision: "fp32" or "bf16".
+        precision: "fp32", "mixed" or "bf16".
         model: sizes of the model; those of `configs/atlas.json` by default.
         stage: of ZeRO.
         ranks: this rank among all; alone by default.
@@ -84,7 +84,7 @@ def make_trainer(
         data={"batch_size": n_cells, "lanes": shape.lanes},
         train={"precision": precision, "zero_stage": stage},
     )
-    objective = make_objective(shape, model).to(device)
+    objective = make_objective(shape, model, precision == "mixed").to(device)
     engine = build_objective_engine(objective, config, ranks.world, device)
     plan = SimpleNamespace(compose_batch=lambda _: {"all": n_cells}, lanes=shape.lanes)
     setup: Any = SimpleNamespace(config=config, total_steps=10_000, plan=plan)
@@ -104,7 +104,7 @@ def measure_training(
     Args:
         shape: of the batch.
         device: where.
-        precision: "fp32" or "bf16".
+        precision: "fp32", "mixed" or "bf16".
         rates: what `clock.measure_rates` gave.
         seconds: about how long steps are timed.
         model: sizes of the model; those of `configs/atlas.json` by default.
@@ -134,8 +134,9 @@ def measure_training(
         with FlopCounterMode(display=False) as flops, count_work() as work:
             take_step()
     trainer.engine.destroy()
+    multiplied = "fp32" if precision == "fp32" else "bf16"
     at_limit = max(
-        flops.get_total_flops() / (rates[f"{precision}_tflops"] * 1e12),
+        flops.get_total_flops() / (rates[f"{multiplied}_tflops"] * 1e12),
         work.bytes_touched / (rates["gb_per_s"] * 1e9),
     )
     return {

@@ -133,7 +133,9 @@ def code_counts(counts: SparseCounts) -> CodedCounts:
     )
 
 
-def make_objective(shape: Shape, config: ModelConfig | None = None) -> Objective:
+def make_objective(
+    shape: Shape, config: ModelConfig | None = None, mixed_precision: bool = False
+) -> Objective:
     """Make the model of a shape, of the sizes of `configs/atlas.json` by default, and its loss."""
     torch.manual_seed(0)
     specs = {}
@@ -146,7 +148,7 @@ def make_objective(shape: Shape, config: ModelConfig | None = None) -> Objective
     for number in range(shape.n_panels):
         specs[f"panel{number}"] = _specify(shape, PANEL, "clr", "nb")
     model = CLUE(specs, 1, config or ModelConfig(latent=64, posterior="gpoe"))
-    return Objective(model, ObjectiveConfig(**ATLAS_TERMS), [1.0] * len(specs))
+    return Objective(model, ObjectiveConfig(**ATLAS_TERMS), [1.0] * len(specs), mixed_precision)
 
 
 def _specify(
