@@ -5,6 +5,7 @@ Shapes: B cells, K modalities, d dimensions of each z_k, a of them aligned, M me
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import NamedTuple, cast
 
@@ -118,7 +119,7 @@ class CLUE(PosteriorEncoder):
         shown = self._hide_entries(batch, noise) if self.training and self.thinning else batch
         components = self._compute_components(shown)
         device = batch.observed.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=mixed_precision):
+        with torch.autocast(device, torch.bfloat16) if mixed_precision else nullcontext():
             return self._run_networks(batch, components, noise, decode_self, decode_cross, mixup)
 
     def _run_networks(

@@ -158,10 +158,14 @@ def test_a_cpu_agrees_with_itself_whatever_device_the_noise_is_copied_to() -> No
 
 
 @pytest.mark.slow
-def test_training_and_embedding_are_measured_by_the_step_that_trains() -> None:
+@pytest.mark.parametrize(("precision", "rate"), [("fp32", "fp32_tflops"), ("mixed", "bf16_tflops")])
+def test_training_and_embedding_are_measured_by_the_step_that_trains(
+    precision: str, rate: str
+) -> None:
     cpu = torch.device("cpu")
-    rates = {"fp32_tflops": 0.01, "gb_per_s": 1.0}
-    measured = measure_training(TINY, cpu, "fp32", rates, 0.1, TINY_MODEL)
+    measured = measure_training(
+        TINY, cpu, precision, {rate: 0.01, "gb_per_s": 1.0}, 0.1, TINY_MODEL
+    )
     assert measured["cells_per_s"] > 0
     assert measured["gflop"] > 0
     assert measured["operators"] > 500
