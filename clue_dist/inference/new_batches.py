@@ -226,7 +226,7 @@ def _read_new_cells(
     for cell_slice in slices:
         batch = cells.read_slice(cell_slice)
         batch = replace(batch, batch_code=torch.from_numpy(new_codes[cell_slice.rows]))
-        read.append((batch, model.encode_batch(batch).joint_mean))
+        read.append((batch, model.infer_batch(batch).joint_mean))
     return read
 
 

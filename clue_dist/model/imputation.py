@@ -83,7 +83,7 @@ def infer_target_latent(model: CLUE, batch: Batch, modality: str) -> TargetLaten
         batch: cells that show the same modalities.
         modality: the one asked for.
     """
-    posterior, k = model.encode_batch(batch), model.modalities.index(modality)
+    posterior, k = model.infer_batch(batch), model.modalities.index(modality)
     shown = [int(source) for source in batch.observed[0].nonzero()[:, 0]]
     fitted = [source for source in model.translation.list_fitted(k) if source in shown]
     if k in shown or not fitted:

@@ -92,6 +92,19 @@ class PosteriorEncoder(nn.Module):
         """
         return self._infer_posterior(batch, self._compute_components(batch), noise)
 
+    def infer_batch(self, batch: Batch, combine: Combination | None = None) -> Posterior:
+        """Infer what `encode_batch` does, up to rounding and faster, outside of training.
+
+        Args:
+            batch: B cells.
+            combine: how the joint z follows from the experts; by default as in training.
+        """
+        components = self._compute_components(batch)
+        experts = {name: self._apply_folded_norms(name, x, True) for name, x in components.items()}
+        rows = {name: batch.modalities[name].rows for name in components}
+        combine = combine or self.combine
+        return self._combine_experts(batch, combine, *self._place_experts(batch, experts, rows))
+
     @torch.no_grad()
     def embed_batch(
         self, batch: Batch, per_modality: bool = True
@@ -258,15 +271,11 @@ class PosteriorEncoder(nn.Module):
         return self._combine_experts(batch, self.combine, *experts)
 
     def _infer_for_embedding(self, batch: Batch) -> Posterior:
-        """Infer what `encode_batch` does as far as an embedding shows it, outside of training.
+        """Infer what an embedding shows, outside of training.
 
         The common space, if fitted, joins aligned dimensions: in their place stands the prior.
         """
-        components = self._compute_components(batch)
-        experts = {name: self._apply_folded_norms(name, x, True) for name, x in components.items()}
-        rows = {name: batch.modalities[name].rows for name in components}
-        combine = take_prior if self.space.is_fitted else self.combine
-        return self._combine_experts(batch, combine, *self._place_experts(batch, experts, rows))
+        return self.infer_batch(batch, take_prior if self.space.is_fitted else self.combine)
 
     def _apply_folded_norms(
         self, name: str, components: Tensor, with_variance: bool
