@@ -71,6 +71,7 @@ class Factors(Benchmark):
     name = work = "factors"
     options: ClassVar = {
         "designs": Option(list(DESIGNS), ["cite"], choices=DESIGNS),
+        "methods": Option(list(METHODS), list(METHODS), choices=METHODS),
         "seeds": Option(SEEDS, [0]),
         "set": Option([], [], "PATH=VALUE of our training; the common spaces share most of it"),
     }
@@ -80,7 +81,7 @@ class Factors(Benchmark):
         return [*(QUICK_SETTINGS if self.args.quick else ()), *self.args.set]
 
     def list_cases(self) -> list[Case]:
-        cases = product(self.args.seeds, self.args.designs, METHODS)
+        cases = product(self.args.seeds, self.args.designs, self.args.methods)
         return [(method, name, 0, seed) for seed, name, method in cases]
 
     def choose_design(self, name: str) -> Design:
