@@ -88,13 +88,14 @@ class Progress:
             print(f"{self.title}: {text}", file=sys.stderr, flush=True)
 
 
-def show_cells(title: str, n_cells: int, *, is_shown: bool = True) -> Progress:
-    """Show how a question to a model goes on, cell by cell, if it takes long.
+def show_progress(title: str, total: int, *, unit: str = "cell", is_shown: bool = True) -> Progress:
+    """Show how a question to a model goes on, if it takes long.
 
     Args:
         title: title of the bar or line; "" shows none.
-        n_cells: number of cells.
+        total: number of what is counted.
+        unit: what that is.
         is_shown: as of `Progress`.
     """
     is_shown = is_shown and bool(title)
-    return Progress(title, n_cells, unit="cell", patience=PATIENCE, is_shown=is_shown)
+    return Progress(title, total, unit=unit, patience=PATIENCE, is_shown=is_shown)

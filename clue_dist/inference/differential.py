@@ -29,6 +29,7 @@ from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.output_files import check_table_path, write_table
 from clue_dist.inference.stream import read_slices_ahead
 from clue_dist.model.imputation import PER_TEN_THOUSAND, infer_target_latent, keep_sources
+from clue_dist.progress import Progress, show_progress
 from clue_dist.ranks import Ranks
 
 # Of the mean share of a feature: what is added to shares, so that features which are hardly there
@@ -99,10 +100,12 @@ def compare_groups(
     groups = _list_groups(labels, choices)
     pairs = {group: _draw_pairs(labels, group, choices, rng) for group in groups}
     latents = _draw_latents(question, cells, np.stack(list(pairs.values())), batch_size)
-    return {
-        group: _compare_pairs(question, choices, latents[number])
-        for number, group in enumerate(groups)
-    }
+    n_pairs = len(groups) * choices.pairs
+    with show_progress("comparing pairs", n_pairs, unit="pair") as progress:
+        return {
+            group: _compare_pairs(question, choices, latents[number], progress)
+            for number, group in enumerate(groups)
+        }
 
 
 def write_differences(tables: Mapping[str, pd.DataFrame], out: Path) -> None:
@@ -199,7 +202,10 @@ def _draw_latents(
 
 
 def _compare_pairs(
-    question: ImputationQuestion, choices: DifferentialChoices, latents: Tensor
+    question: ImputationQuestion,
+    choices: DifferentialChoices,
+    latents: Tensor,
+    progress: Progress,
 ) -> pd.DataFrame:
     """The table of one group from z of its pairs, (2, pairs, d)."""
     decoder, device = question.decoder, Ranks().choose_device()
@@ -225,6 +231,7 @@ def _compare_pairs(
         changes.add_pairs(
             inside.double(), outside.double(), question.has_counts, choices.least_change
         )
+        progress.mark_done(len(inside))
     return changes.build_table(question.features)
 
 

@@ -29,6 +29,7 @@ from clue_dist.inference.reference_cells import REFERENCE_FILE, collect_referenc
 from clue_dist.model.clue import CLUE
 from clue_dist.model.decoders import Decoder
 from clue_dist.process import print_line
+from clue_dist.progress import show_progress
 from clue_dist.ranks import Ranks
 from clue_dist.store.batch_vocabulary import UNKNOWN, BatchVocabulary
 
@@ -259,10 +260,10 @@ def _train_rows(
 ) -> None:
     """Find the rows of new batches; those of known ones get no gradient and stay bit for bit."""
     optimizer = torch.optim.Adam(rows, lr=LEARNING_RATE)
-    order = np.random.default_rng(seed)
-    n_steps = 0
-    while n_steps < STEPS:
-        for number in order.permutation(len(slices)):
+    order, n_rounds = np.random.default_rng(seed), -(-STEPS // len(slices))
+    steps = np.concatenate([order.permutation(len(slices)) for _ in range(n_rounds)])
+    with show_progress("learning batches", len(steps), unit="step") as progress:
+        for number in steps:
             batch, z = slices[number]
             loss = -_compute_likelihood(model, batch, z) / batch.n_cells
             gradients = torch.autograd.grad(loss, rows, allow_unused=True)
@@ -270,4 +271,4 @@ def _train_rows(
                 row.grad = torch.zeros_like(row) if gradient is None else gradient
                 row.grad[:n_known] = 0
             optimizer.step()
-            n_steps += 1
+            progress.mark_done()

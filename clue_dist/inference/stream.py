@@ -29,7 +29,7 @@ from clue_dist.inference.output_files import translate_output_errors
 from clue_dist.kinds import KINDS
 from clue_dist.model.clue import CLUE
 from clue_dist.model.imputation import keep_sources
-from clue_dist.progress import show_cells
+from clue_dist.progress import show_progress
 from clue_dist.ranks import Ranks
 
 # Names of arrays, and of their files; "alone-" and "depth-" stand before a modality.
@@ -323,7 +323,7 @@ def read_slices_ahead(
     if not slices:
         return
     n_cells = sum(cell_slice.n_cells for cell_slice in slices)
-    progress = show_cells(title, n_cells, is_shown=ranks.is_first)
+    progress = show_progress(title, n_cells, is_shown=ranks.is_first)
     with ThreadPoolExecutor(1) as pool, progress:
         reading = pool.submit(cells.read_slice, slices[0])
         for cell_slice, following in zip(slices, [*slices[1:], None], strict=True):

@@ -24,7 +24,7 @@ from clue_dist.metrics.partner_ranks import (
     rank_partners_both_ways,
 )
 from clue_dist.neighbours.nearest import scale_to_length_one
-from clue_dist.progress import show_cells
+from clue_dist.progress import show_progress
 from clue_dist.ranks import Ranks
 
 METRICS = ("foscttm", "match", "recall10")
@@ -131,7 +131,7 @@ def _rank_slice(x: np.ndarray, y: np.ndarray, ranks: Ranks) -> _RankedPair:
     """Rank what this rank's slice of the rows tells of a pair."""
     part = ranks.slice_for_rank(len(x))
     n_rows = part.stop - part.start
-    with show_cells("ranking partners", n_rows, is_shown=ranks.is_first) as progress:
+    with show_progress("ranking partners", n_rows, is_shown=ranks.is_first) as progress:
         return rank_partners_both_ways(x, y, part, progress.mark_done)
 
 

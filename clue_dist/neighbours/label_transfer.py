@@ -18,7 +18,7 @@ from torch import Tensor
 from clue_dist.errors import ConfigError, DataError
 from clue_dist.neighbours.nearest import find_neighbours
 from clue_dist.neighbours.novelty import NoveltyScale
-from clue_dist.progress import show_cells
+from clue_dist.progress import show_progress
 
 UNKNOWN_LABEL = "unknown"
 _QUERIES_AT_ONCE = 2**16
@@ -72,7 +72,7 @@ class LabelTransfer:
         """
         # In slices, as float64 and what is computed of it would fill the memory.
         votes = [np.empty((0, len(self.names)))]
-        with show_cells("labelling", len(queries)) as progress:
+        with show_progress("labelling", len(queries)) as progress:
             for start in range(0, len(queries), _QUERIES_AT_ONCE):
                 points = torch.as_tensor(queries[start : start + _QUERIES_AT_ONCE]).double()
                 votes.append(_count_votes(points, self.keys, self.codes, self.names, self.settings))

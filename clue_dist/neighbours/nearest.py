@@ -22,7 +22,7 @@ from clue_dist.neighbours.distance_tiles import (
     fold_tiles,
     is_symmetric,
 )
-from clue_dist.progress import Progress, show_cells
+from clue_dist.progress import Progress, show_progress
 from clue_dist.ranks import Ranks
 
 _SEARCH_TITLE = "searching neighbours"
@@ -83,7 +83,7 @@ def find_neighbours(
     targets = points if keys is None else _require_finite_points(keys)
     count = min(n_neighbours, len(targets) - (keys is None))
     part = ranks.slice_for_rank(len(points))
-    with show_cells(title, part.stop - part.start, is_shown=ranks.is_first) as progress:
+    with show_progress(title, part.stop - part.start, is_shown=ranks.is_first) as progress:
         found = _collect_neighbours(points, targets, count, part, progress)
     if ranks.world == 1:
         return found
@@ -161,7 +161,7 @@ def find_approximate_neighbours(
     count = min(n_neighbours, len(targets))
     squares = np.empty((len(points), count), np.float32)
     indices = np.empty((len(points), count), np.int64)
-    with show_cells(title, len(points)) as progress:
+    with show_progress(title, len(points)) as progress:
         for start in range(0, len(points), _QUERIES_AT_ONCE):
             part = slice(start, start + _QUERIES_AT_ONCE)
             index.search(points[part], count, D=squares[part], I=indices[part])

@@ -19,7 +19,7 @@ from clue_dist.errors import DataError
 from clue_dist.neighbours.nearest import scale_to_length_one
 from clue_dist.neighbours.partner_settings import PartnerSettings
 from clue_dist.neighbours.partners import find_partners
-from clue_dist.progress import show_cells
+from clue_dist.progress import show_progress
 
 FEWEST_PAIRS = 50  # that a calibration needs
 _MOST_PAIRS = 4_000  # that the temperature is fitted on
@@ -159,7 +159,7 @@ def _sum_candidates(
     compared = keys[::step]
     unique, inverse = np.unique(places, return_inverse=True)
     sums = torch.empty(len(unique))
-    with show_cells("comparing partners", len(unique)) as progress:
+    with show_progress("comparing partners", len(unique)) as progress:
         for rows in _slice_rows(len(unique), len(compared)):
             cosines = queries[unique[rows]] @ compared.T
             sums[rows] = torch.logsumexp(cosines.div_(temperature), 1)

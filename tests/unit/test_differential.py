@@ -9,7 +9,9 @@ import pandas as pd
 import pytest
 import torch
 
+from clue_dist import progress
 from clue_dist.errors import ConfigError
+from clue_dist.inference import differential
 from clue_dist.inference.cells import StoreCells
 from clue_dist.inference.differential import (
     DifferentialChoices,
@@ -80,6 +82,14 @@ def test_the_feature_that_made_the_groups_marks_one_of_them(trained, cells):
     )
     # The other way round, but for what is drawn.
     assert tables["low"].loc["rna-0", "lfc_mean"] == pytest.approx(-first["lfc_mean"], rel=0.4)
+
+
+def test_pairs_that_are_compared_are_counted(trained, cells, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "PATIENCE", 0.0)
+    monkeypatch.setattr(progress, "has_spectator", lambda: False)
+    monkeypatch.setattr(differential, "MOST_VALUES", 40 * 6)  # 40 pairs at once
+    compare(trained, cells, pairs=100)
+    assert "comparing pairs: 200 of 200, " in capsys.readouterr().err
 
 
 def test_a_reference_and_features_are_chosen(trained, cells):

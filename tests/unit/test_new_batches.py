@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
+from clue_dist import progress
 from clue_dist.api.trained_run import load
 from clue_dist.checkpoint.model_card import read_model_card, write_model_card
 from clue_dist.commands.fine_tune import plan_further_training
@@ -83,6 +84,18 @@ def test_decoders_learn_the_new_batches_alone(
         assert len(after[name]) == len(values) + 2 * name.endswith("batch.weight"), name
     first, second = after["decoders.0.batch.weight"][2:]
     assert not first.equal(second)
+
+
+def test_steps_are_counted(
+    trained_model: TrainedModel,
+    new_store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(progress, "PATIENCE", 0.0)
+    monkeypatch.setattr(progress, "has_spectator", lambda: False)
+    learn_batches(trained_model, StoreCells(new_store, trained_model))
+    assert "learning batches: 9 of 9, " in capsys.readouterr().err  # all three slices thrice
 
 
 def test_every_new_batch_is_looked_at(
