@@ -22,7 +22,8 @@ from clue_dist.files import translate_disk_errors
 from clue_dist.kinds import TYPE_COLUMNS
 from clue_dist.process import silence_mudata
 from clue_dist.store.manifest import Manifest
-from data_prep.cli.commands import run_command
+from data_prep.cli.commands import build_preparation_parser, convert_as_typed
+from data_prep.convert import format_conversion
 from data_prep.jobs.job_folder import discard_job, find_partial_folder
 from data_prep.options import FIELDS, NO_COLUMN
 from data_prep.readers.source import looks_whole
@@ -108,6 +109,7 @@ def convert_cells(
     data: ad.AnnData | md.MuData | str | Path | Sequence[str | Path],
     out: Path,
     request: ConversionRequest,
+    name: str | None = None,
 ) -> None:
     """Convert cells into a store. A store of the same cells that is at `out` already stays.
 
@@ -115,15 +117,16 @@ def convert_cells(
         data: cells in memory; or files, each as `python -m data_prep convert` takes it.
         out: the store.
         request: how they are to be read.
+        name: what is printed for the store, where nobody is to look for it; by default `out`.
 
     Raises:
         DataError: the cells are not what they should be.
         StoreError: a store of other cells is at `out`, or the disk is full.
     """
     if isinstance(data, (ad.AnnData, md.MuData)):
-        _convert_memory(data, out, request)
+        _convert_memory(data, out, request, name or str(out))
     else:
-        _convert_files(data, out, request)
+        _convert_files(data, out, request, name or str(out))
 
 
 def name_cells(data: ad.AnnData | md.MuData | str | Path | Sequence[str | Path]) -> str:
@@ -133,7 +136,9 @@ def name_cells(data: ad.AnnData | md.MuData | str | Path | Sequence[str | Path])
     return list_names([data] if isinstance(data, (str, Path)) else data)
 
 
-def _convert_memory(cells: ad.AnnData | md.MuData, out: Path, request: ConversionRequest) -> None:
+def _convert_memory(
+    cells: ad.AnnData | md.MuData, out: Path, request: ConversionRequest, name: str
+) -> None:
     """Convert cells in memory, which are written beside the store first."""
     _require_modality(cells, request)
     _require_columns(cells, request)
@@ -141,27 +146,27 @@ def _convert_memory(cells: ad.AnnData | md.MuData, out: Path, request: Conversio
     with _discard_failed_job(out), _make_scratch_folder(out) as folder:
         # Cells of one MuData are the same where their names are, unless a flag says otherwise.
         words = [_name_input(cells, Path(folder), request), "--pair-barcodes", "exact"]
-        _convert_inputs(words, out, request)
+        _convert_inputs(words, out, request, name)
 
 
 def _convert_files(
-    data: str | Path | Sequence[str | Path], out: Path, request: ConversionRequest
+    data: str | Path | Sequence[str | Path], out: Path, request: ConversionRequest, name: str
 ) -> None:
     """Convert one file, or several."""
     _require_files(data)
     files = [data] if isinstance(data, (str, Path)) else data
-    _convert_inputs([str(path) for path in files], out, request)
+    _convert_inputs([str(path) for path in files], out, request, name)
 
 
-def _convert_inputs(words: Sequence[str], out: Path, request: ConversionRequest) -> None:
+def _convert_inputs(words: Sequence[str], out: Path, request: ConversionRequest, name: str) -> None:
     """Convert inputs, as words of a command line; a store that is there must have their cells."""
     command = ["convert", *words, *request.list_flags(), "--out"]
     if not out.exists():
-        run_command([*command, str(out)])
+        _run_conversion([*command, str(out)], name)
         return
     with _make_scratch_folder(out) as folder:
         again = Path(folder) / out.name
-        run_command([*command, str(again)])
+        _run_conversion([*command, str(again)], name)
         if Manifest.read(again).fingerprint != Manifest.read(out).fingerprint:
             raise StoreError(
                 "a store of other cells is here already",
@@ -169,6 +174,12 @@ def _convert_inputs(words: Sequence[str], out: Path, request: ConversionRequest)
                 fix="choose another `out`, remove the store, or give the store itself in place of "
                 "the cells",
             )
+
+
+def _run_conversion(words: Sequence[str], name: str) -> None:
+    """Run the command that the words are, and print about the store what it would print."""
+    manifest = convert_as_typed(build_preparation_parser("python -m data_prep").parse_args(words))
+    print(f"{name}: {format_conversion(manifest)}")
 
 
 def _make_scratch_folder(out: Path) -> tempfile.TemporaryDirectory[str]:

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import anndata as ad
+
 from clue_dist.api.training_call import TrainingData, find_store_path
 from clue_dist.config import MIN_KNOWN
 from clue_dist.files import parse_path
-from clue_dist.inference.cells import find_batch_columns
+from clue_dist.inference.cells import find_batch_columns, find_modality
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.score_tables import Scores, name_scores_file
 from clue_dist.ranks import Ranks, run_on_first_rank
@@ -48,8 +50,8 @@ class EvaluationMethods:
                 carry several modalities.
             out: a file for the scores.
             max_cells: score a random part.
-            modality: as of `fit`, as are the next five, for cells that are in no store.
-            kinds: of modalities.
+            modality: which modality of the model an AnnData holds, where its features do not say.
+            kinds: of modalities, as of `fit`, as are the next four, for cells that are in no store.
             layer: where raw counts lie.
             feature_ids: column of var that names the features.
             batch_key: column of obs with the batch; by default that of the training cells.
@@ -63,6 +65,8 @@ class EvaluationMethods:
         from clue_dist.inference.evaluate import evaluate_store
         from data_prep.from_python import ConversionRequest
 
+        if isinstance(cells, ad.AnnData):
+            modality = find_modality(cells, self.trained_model, modality, feature_ids)
         if batch_key is None:
             batch_key = find_batch_columns(cells, self.trained_model.batch_vocabulary)
         request = ConversionRequest(
@@ -128,6 +132,6 @@ class EvaluationMethods:
             return Store(place)
         from data_prep.from_python import convert_cells, name_cells
 
-        made = folder / "cells.zarr"
-        convert_cells(cells, made, request)
-        return Store(made, name_cells(cells))
+        made, name = folder / "cells.zarr", name_cells(cells)
+        convert_cells(cells, made, request, name)
+        return Store(made, name)

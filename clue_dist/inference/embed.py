@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from clue_dist.config import MIN_KNOWN
-from clue_dist.errors import ConfigError
+from clue_dist.errors import ConfigError, DataError
 from clue_dist.inference.cells import Cells, MemoryCells, StoreCells
 from clue_dist.inference.cells.memory_obs import require_writable_obs
 from clue_dist.inference.file_order import restore_file_order
@@ -188,7 +188,17 @@ def embed_anndata(
 
     Returns:
         The joint z, (N, K * d) float32; NaN for cells without counts.
+
+    Raises:
+        DataError: nothing can be written into the cells, which are a view of a file.
     """
+    if source.isbacked and source.is_view:
+        raise DataError(
+            "a view of a file does not take the embedding",
+            where=source.filename,
+            got=f"{source.n_obs:,} of its cells",
+            fix="read the file into memory, without `backed=`, or name another one, `out=`",
+        )
     embedding = embed_in_memory(trained_model, cells, batch_size, per_modality=per_modality)
     source.obsm[KEY] = embedding.joint
     source.obsm[VARIANCE_KEY] = embedding.variance

@@ -31,11 +31,10 @@ from clue_dist.inference.score_tables import (
     COMMON_SPACE,
     HAS_PAIRS,
     JOINT_SCORES,
-    NO_PAIRS,
     SEEN,
-    SEEN_WARNING,
     WITHIN_TYPE,
     WITHOUT_DEPTH,
+    list_warnings,
 )
 from clue_dist.inference.stream import Embedding, compute_embedding
 from clue_dist.metrics import integration, matching, matching_controls
@@ -95,9 +94,6 @@ def evaluate_store(
     ranks = ranks or Ranks()
     check_scores_path(out, max_cells)
     check_query(trained_model, store, min_known, ranks)
-    is_seen = holds_training_cells(store, trained_model.seen_cells)
-    if is_seen and ranks.is_first:
-        print_error(f"warning: {SEEN_WARNING}")
     sample = _ScoredSample.choose_cells(store, max_cells)
     asked = StoreCells(store, trained_model, sample.count_cells())
     slices = asked.slice_cells(batch_size)
@@ -114,17 +110,18 @@ def evaluate_store(
         cells = _EmbeddedCells.read_from(store, slices, embedding)
         result = _score_pairs(store, cells, asked.modalities, sample, ranks)
         has_pairs = bool(result)
-        if not has_pairs and ranks.is_first:
-            print_error(f"warning: {NO_PAIRS}")
         result[JOINT_SCORES] = _score_joint(store, cells, sample.joint, ranks)
         result["about"] = describe_embedding(trained_model, asked, run) | {
             "cells": sum(sample.paired.values()),
             "max_cells": max_cells,
-            SEEN: is_seen,
+            SEEN: holds_training_cells(store, trained_model.seen_cells),
             HAS_PAIRS: has_pairs,
             COMMON_SPACE: trained_model.has_common_space,
         }
         ranks.run_on_first(lambda: _write_scores(out, result))
+    if ranks.is_first:  # beside the scores, which the caller shows next
+        for text in list_warnings(result):
+            print_error(f"warning: {text}")
     return result
 
 

@@ -40,7 +40,7 @@ from clue_dist.inference.cells import CellSource
 from clue_dist.inference.load_model import load_model, require_weights
 from clue_dist.inference.output_files import check_output_folder, translate_output_errors
 from clue_dist.inference.reference_cells import REFERENCE_FILE, collect_reference
-from clue_dist.inference.score_tables import format_scores, read_scores
+from clue_dist.inference.score_tables import format_scores, list_warnings, read_scores
 from clue_dist.store.writer import hash_file
 
 CARD_FILE = "README.md"
@@ -238,7 +238,10 @@ def _list_scores(run: Path, folder: Path, scores: Path | None) -> Iterable[str]:
     else:
         yield "The run holds no validation of these weights."
     if scores is not None:
-        yield from ("", "`clue evaluate`:", "", "```", format_scores(read_scores(scores)), "```")
+        result = read_scores(scores)
+        yield from ("", "`clue evaluate`:", "", "```", format_scores(result), "```")
+        for text in list_warnings(result):
+            yield from ("", f"Warning: {text}")
 
 
 def _explain_use(card: ModelCard, has_reference: bool) -> Iterable[str]:

@@ -163,6 +163,9 @@ def _require_modalities(
             if reference is None
             else f"one of {list_names(cells.modalities)}, and one of the reference's "
             f"{list_names(known)}",
+            fix="name cells with the other modality, `reference`"
+            if reference is None and len(known) == 1
+            else None,
         )
 
 

@@ -88,11 +88,8 @@ def _compare_scores(scores: Mapping[str, Any], chance: Mapping[str, Any]) -> dic
     }
 
 
-def format_scores(result: dict[str, Any]) -> str:
-    """The scores as tables in text, chance beside those of matching.
-
-    A warning follows if the model has seen the cells.
-    """
+def format_scores(result: Mapping[str, Any]) -> str:
+    """The scores as tables in text, chance beside those of matching; see `list_warnings`, too."""
     titles = "".join(f"{metric:>10}{'chance':>10}" for metric in matching.METRICS)
     head = f"{'pair':<16}{'scope':<14}{'cells':>9}{titles}"
     lines = [head, "-" * len(head)] if select_pairs(result) else []
@@ -104,8 +101,6 @@ def format_scores(result: dict[str, Any]) -> str:
         lines.append(SCALES)
     for facts in list_space_facts(result):
         lines += ["", *textwrap.wrap(facts, 100)]
-    if result.get("about", {}).get(SEEN):
-        lines += ["", *textwrap.wrap(f"warning: {SEEN_WARNING}", 100)]
     return "\n".join(lines).strip()
 
 
@@ -123,19 +118,20 @@ def select_pairs(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def list_warnings(result: Mapping[str, Any]) -> list[str]:
-    """Say in sentences what the model or the cells lack; nothing of scores of earlier versions."""
+    """Say in sentences why scores are doubtful, or lack; nothing of scores of earlier versions."""
     about = result.get("about", {})
     is_alone = len(about.get("modalities", ())) == 1  # and lies apart from nothing
-    lacking = {
-        NO_SPACE: is_alone or about.get(COMMON_SPACE, True),
-        NO_PAIRS: about.get(HAS_PAIRS, True),
+    doubts = {
+        SEEN_WARNING: about.get(SEEN),
+        NO_SPACE: not (is_alone or about.get(COMMON_SPACE, True)),
+        NO_PAIRS: not about.get(HAS_PAIRS, True),
     }
-    return [text for text, is_there in lacking.items() if not is_there]
+    return [text for text, is_doubtful in doubts.items() if is_doubtful]
 
 
 def list_space_facts(result: Mapping[str, Any]) -> list[str]:
     """Say in sentences whether z is one space; nothing of scores that an earlier version wrote."""
-    facts = list_warnings(result)
+    facts = []
     for name, entry in select_unordered_pairs(result).items():
         if "mixing" not in entry:
             continue
@@ -206,10 +202,14 @@ def name_scores_file(scores: str | Path | Mapping[str, Any] | None) -> Iterator[
 
     Yields:
         Its path.
+
+    Raises:
+        ConfigError: what a file would hold is no scores.
     """
     if not isinstance(scores, Mapping):
         yield None if scores is None else parse_path(str(scores))
         return
+    _require_scores(scores, "scores")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "scores.json"
         path.write_text(json.dumps(scores), encoding="utf-8")
@@ -228,16 +228,29 @@ def read_scores(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file cannot be read, or holds something else.
     """
+    where = f"--scores {path}"
     try:
         scores: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _refuse_scores(where, error) from error
+    _require_scores(scores, where)
+    return scores
+
+
+def _require_scores(scores: Mapping[str, Any], where: str) -> None:
+    """Require what tables can be made of."""
+    try:
         format_scores(scores)
         if not (select_pairs(scores) or JOINT_SCORES in scores):
             raise ValueError(f"no pair of modalities, and no {JOINT_SCORES!r}")
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise ConfigError(
-            "the scores cannot be read",
-            where=f"--scores {path}",
-            got=error,
-            fix="make them with `clue evaluate`",
-        ) from error
-    return scores
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise _refuse_scores(where, error) from error
+
+
+def _refuse_scores(where: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        "the scores cannot be read",
+        where=where,
+        got=error,
+        fix="make them with `clue evaluate`",
+    )

@@ -68,12 +68,16 @@ def run_command(words: Sequence[str], program: str = "python -m data_prep") -> N
 
 
 def _convert(arguments: argparse.Namespace) -> None:
+    print(f"{arguments.out}: {format_conversion(convert_as_typed(arguments))}")
+
+
+def convert_as_typed(arguments: argparse.Namespace) -> Manifest:
+    """Convert the inputs that a command line names, and return the manifest of the store."""
     place = arguments.features_from
     known = None if place is None else read_feature_reference(place).batch_vocabulary
     inputs, options = parse_conversion(arguments, FIELDS, known)
     with open_pool(arguments.workers, arguments.scheduler) as pool:
-        manifest = convert_inputs(inputs, arguments.out, options, pool)
-    print(f"{arguments.out}: {format_conversion(manifest)}")
+        return convert_inputs(inputs, arguments.out, options, pool)
 
 
 def _append(arguments: argparse.Namespace) -> None:

@@ -26,6 +26,7 @@ from clue_dist.checkpoint.model_card import read_model_card, write_model_card
 from clue_dist.errors import ClueError, ConfigError, DataError, StoreError
 from clue_dist.inference import describe_run
 from clue_dist.inference.cells import open_source
+from clue_dist.inference.cells.named_counts import CellWarning
 from clue_dist.resilience.stop_signals import StopFlag
 from clue_dist.store.reader import Store
 from data_prep import from_python
@@ -162,12 +163,77 @@ def test_scores_are_a_table_and_cells_that_were_trained_on_are_told(
     assert sorted(path.name for path in folder.glob("*scores*")) == []
 
 
+def test_doubts_about_scores_are_told_once(
+    run: Run, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = run.evaluate(folder / "s.zarr")
+    print(scores)
+    told = capsys.readouterr()
+    assert (told.out + told.err).count("trained on this store") == 1
+
+
+def test_scores_that_are_none_are_refused_where_they_are_given(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="scores cannot be read") as raised:
+        run.export(tmp_path / "shared", {"foscttm": 0.1})
+    assert raised.value.where == "scores"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_warnings_of_cells_point_to_the_line_that_calls(folder: Path, run: Run) -> None:
+    table = read_mudata(Store(folder / "s.zarr"))["rna"][:, 1:].copy()
+    with pytest.warns(CellWarning, match="is missing") as caught:
+        run.embed(table)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_a_view_of_a_file_is_refused_before_any_work(
+    folder: Path, run: Run, tmp_path: Path
+) -> None:
+    read_mudata(Store(folder / "s.zarr"))["rna"].write_h5ad(tmp_path / "rna.h5ad")
+    view = ad.read_h5ad(tmp_path / "rna.h5ad", backed="r")[:9]
+    with pytest.raises(DataError, match="a view of a file"):
+        run.embed(view)
+    run.embed(view, out=tmp_path / "z.h5ad")
+    np.testing.assert_array_equal(
+        ad.read_h5ad(tmp_path / "z.h5ad").obsm["X_clue"], run.embed(view.to_memory())
+    )
+
+
+def test_the_modality_of_an_anndata_to_score_is_found_as_for_an_embedding(
+    folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests: list[ConversionRequest] = []
+
+    def convert(data: object, out: Path, request: ConversionRequest, name: str) -> None:
+        requests.append(request)
+        raise DataError("enough")
+
+    monkeypatch.setattr(from_python, "convert_cells", convert)
+    table = read_mudata(Store(folder / "s.zarr"))["rna"]
+    with pytest.raises(DataError, match="enough"):
+        run.evaluate(table)
+    assert requests.pop().modality == "rna"
+    strange = table.copy()
+    strange.var_names = [f"gene-{i}" for i in range(table.n_vars)]
+    for other, choices in ((strange, {}), (table, {"modality": "rn"})):
+        messages = []
+        for ask in (run.embed, run.evaluate):
+            with pytest.raises(DataError) as raised:
+                ask(other.copy(), **choices)
+            messages.append(str(raised.value))
+        assert messages[0] == messages[1]
+    table.var["feature_types"] = "Gene Expression"
+    with pytest.raises(DataError, match="enough"):
+        run.evaluate(table)
+    assert requests.pop().modality is None  # the conversion reads feature types itself
+
+
 def test_cells_to_score_are_converted_as_fit_converts_them(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests: list[ConversionRequest] = []
 
-    def convert(data: object, out: Path, request: ConversionRequest) -> None:
+    def convert(data: object, out: Path, request: ConversionRequest, name: str) -> None:
         requests.append(request)
         raise DataError("enough")
 
@@ -182,9 +248,12 @@ def test_cells_to_score_are_converted_as_fit_converts_them(
 
 
 @pytest.mark.slow
-def test_what_is_told_of_cells_in_memory_names_no_file(folder: Path, run: Run) -> None:
+def test_what_is_told_of_cells_in_memory_names_no_file(
+    folder: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     mdata = read_mudata(Store(folder / "s.zarr"))
     assert run.evaluate(mdata)["about"]["store"] == "cells in memory"
+    assert capsys.readouterr().out.startswith("cells in memory: 177 cells, fingerprint")
     rna = mdata["rna"]
     rna.var_names = [name if i < 2 else f"other-{i}" for i, name in enumerate(rna.var_names)]
     with pytest.raises(StoreError, match="next to none of the model's features") as raised:

@@ -215,6 +215,9 @@ def test_modalities_and_batches_that_are_not_there_are_refused(store, loaded, tm
         match_cells(loaded, cells, "rna", "rna")
     with pytest.raises(ConfigError, match="two different modalities"):
         match_cells(loaded, cells, "rna", "atac")
+    rna = make_store(tmp_path / "rna.zarr", cells={"rna": 9}, features={"rna": 30})
+    with pytest.raises(ConfigError, match=r"two of rna\n  fix: (.*)`reference`"):
+        match_cells(loaded, open_cells(rna, loaded), "rna", "adt")
     plain = make_store(tmp_path / "plain.zarr", cells=CELLS, batches=0)
     with pytest.raises(ConfigError, match="batches of the cells are not known"):
         match_cells(loaded, open_cells(plain, loaded), "rna", "adt", within_batch=True)

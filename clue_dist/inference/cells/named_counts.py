@@ -14,13 +14,14 @@ import mudata as md
 import numpy as np
 import pandas as pd
 
+import clue_dist
 from clue_dist.errors import DataError, list_names
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.kinds import TYPE_COLUMNS, find_kinds, match_alias
 from clue_dist.store.region_names import respell_regions
 
 MIN_KNOWN_IN_MEMORY = 0.5  # share of a modality's features that must be there, by default
-_PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
+_PACKAGE = f"{Path(clue_dist.__file__).parent}{os.sep}"
 
 
 @dataclass(frozen=True)

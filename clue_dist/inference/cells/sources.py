@@ -16,7 +16,12 @@ from clue_dist.errors import DataError
 from clue_dist.files import parse_path
 from clue_dist.inference.cells.memory_cells import collect_memory_cells
 from clue_dist.inference.cells.memory_obs import list_obs_columns
-from clue_dist.inference.cells.named_counts import MemoryChoices, list_chosen, warn_of_cells
+from clue_dist.inference.cells.named_counts import (
+    MemoryChoices,
+    list_chosen,
+    name_parts,
+    warn_of_cells,
+)
 from clue_dist.inference.cells.store_cells import CellSlice, StoreCells
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.query import (
@@ -177,6 +182,29 @@ def find_source_file(source: CellSource) -> Path | None:
         return None
     place = source if isinstance(source, (str, Path)) else source.filename
     return None if place is None or "://" in str(place) else parse_path(str(place))
+
+
+def find_modality(
+    adata: ad.AnnData,
+    trained_model: TrainedModel,
+    modality: str | None = None,
+    feature_ids: str | Mapping[str, str] | None = None,
+) -> str | None:
+    """Find which modality of a model an AnnData holds; None where its feature types say it.
+
+    Args:
+        adata: the cells.
+        trained_model: the model.
+        modality: the modality, where somebody says so.
+        feature_ids: column of var that names the features, as of `open_cells`.
+
+    Raises:
+        DataError: the model does not know it, or it cannot be told which it is.
+    """
+    parts = name_parts(
+        adata, trained_model, MemoryChoices(modality=modality, feature_ids=feature_ids)
+    )
+    return next((name for name, part in parts.items() if part.feature_type is None), None)
 
 
 def find_batch_columns(source: object, known: BatchVocabulary) -> list[str] | None:

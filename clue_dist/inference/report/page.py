@@ -43,8 +43,6 @@ from clue_dist.inference.report.panels import list_panels, read_metrics
 from clue_dist.inference.report.profiles import UNKNOWN, Profiles, read_profiles
 from clue_dist.inference.score_tables import (
     JOINT_SCORES,
-    SEEN,
-    SEEN_WARNING,
     format_score,
     list_joint_scores,
     list_score_rows,
@@ -245,10 +243,7 @@ def _tabulate_scores(scores: Section) -> dict[str, Any]:
         "joint": [(title, format_score(value)) for title, value in list_joint_scores(joint)],
         "joint_cells": f"{joint['cells']:,}" if "cells" in joint else "",
         "islands": sorted((joint.get("islands") or {}).items(), key=lambda item: -item[1]),
-        "warnings": [
-            *list_warnings(scores),
-            *([SEEN_WARNING] if about.get(SEEN) else []),
-        ],
+        "warnings": list_warnings(scores),
     }
 
 
