@@ -127,6 +127,17 @@ def list_names(names: Iterable[object], limit: int = 10) -> str:
     return ", ".join(str(name) for name in names[:limit]) + more
 
 
+def format_count(number: int, noun: str, plural: str | None = None) -> str:
+    """Write down how many there are of something: "1 cell", "1,200 cells".
+
+    Args:
+        number: how many.
+        noun: what one of them is called.
+        plural: what several are called; by default the noun with an s.
+    """
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
 def suggest_names(name: str, known: Sequence[str]) -> str | None:
     """Ask whether one of the known names was meant that are spelled alike; None if none is."""
     spelled = {other.casefold(): other for other in reversed(known)}

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from clue_dist.errors import DataError, StoreError, list_names
+from clue_dist.errors import DataError, StoreError, format_count, list_names
 from clue_dist.files import TEMPORARY_ENDING, write_file
 from clue_dist.store import layout, svd
 from clue_dist.store.location import Location, parse_location
@@ -160,7 +160,7 @@ def _refuse_known_cells(cells: CellTable, store: Store) -> None:
     if known:
         barcodes = np.concatenate(known)
         raise DataError(
-            f"{len(barcodes)} cells are in the store already",
+            f"the store already has {format_count(len(barcodes), 'cell')} of these",
             where=store.root,
             got=list_names(decode_barcodes(barcodes)),
             expected="cells with barcodes of their own",

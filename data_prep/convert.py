@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import clue_dist
-from clue_dist.errors import list_names
+from clue_dist.errors import format_count, list_names
 from clue_dist.store import layout
 from clue_dist.store.feature_reference import FeatureReference, read_feature_reference
 from clue_dist.store.manifest import Manifest
@@ -102,7 +102,7 @@ def build_store(
     kept = plan_kept_columns(heads, options.kept_obs, options.known_obs)
     write_kept_values(kept, heads, cells.row_folders)
     if len(plan.modalities) > 1:
-        lines = [f"pairing of {len(cells):,} cells:", *planned.describe_pairing()]
+        lines = [f"pairing of {format_count(len(cells), 'cell')}:", *planned.describe_pairing()]
         print(*lines, sep="\n", file=sys.stderr, flush=True)
 
     # First pass, after one or two more over the modalities whose features are chosen by cells.
@@ -245,9 +245,9 @@ def format_conversion(manifest: Manifest) -> str:
 
 def format_strata(manifest: Manifest) -> list[str]:
     """List how many cells a store has, in each of its segments too."""
-    lines = [f"{manifest.n_cells:,} cells, fingerprint {manifest.fingerprint[:16]}"]
+    lines = [f"{format_count(manifest.n_cells, 'cell')}, fingerprint {manifest.fingerprint[:16]}"]
     for name, stratum in manifest.strata.items():
-        lines.append(f"  {name}: {stratum.n_cells:,} cells")
+        lines.append(f"  {name}: {format_count(stratum.n_cells, 'cell')}")
     return lines
 
 
@@ -265,8 +265,8 @@ def format_notes(manifest: Manifest, notes: Mapping[str, Any]) -> list[str]:
         if names and (n_cells := notes["cells"].get(f"without_{field}")):
             column = notes["columns"].get(field, NO_COLUMN)
             lines.append(
-                f"  {n_cells:,} cells have no {field.removeprefix(COVARIATE)}: their files have "
-                f"nothing in column {column!r} of obs"
+                f"  {format_count(n_cells, 'cell')} without {field.removeprefix(COVARIATE)}: the "
+                f"files have nothing in column {column!r} of obs"
             )
     if 2 * len(manifest.batches) > manifest.n_cells >= MANY_CELLS:
         columns = [notes["columns"].get(field, NO_COLUMN) for field in covariates or ["batch"]]
@@ -278,12 +278,14 @@ def format_notes(manifest: Manifest, notes: Mapping[str, Any]) -> list[str]:
     for name, note in notes["selected"].items():
         lines.append(f"  {name}: {note['kept']:,} of {note['of']:,} features, {note['by']}")
     if notes["cells"]["dropped"]:
-        lines.append(f"  dropped: {notes['cells']['dropped']:,} cells with no counts at all")
+        lines.append(
+            f"  dropped: {format_count(notes['cells']['dropped'], 'cell')} with no counts at all"
+        )
     for note in notes["inputs"]:
         if note["empty"]:
             lines.append(
-                f"  {note['file']}: {note['empty']:,} cells have no {note['modality']} counts "
-                "and lose that modality"
+                f"  {note['file']}: {format_count(note['empty'], 'cell')} without counts of "
+                f"{note['modality']}, which counts as not measured there"
             )
         if "rounded_by" in note:
             change = f"{note['rounded_by']:.1g}"
@@ -309,8 +311,10 @@ def format_feature_note(file: str, note: Mapping[str, Any]) -> list[str]:
     if tallies := note.get("tallies"):
         verb = "is no feature and is" if len(tallies) == 1 else "are no features and are"
         lines.append(f"  {file}: {list_names(tallies)} {verb} left out")
-    for which, fate in (("missing", "become zero"), ("extra", "are dropped")):
+    for which, fate in (("missing", "taken as zero"), ("extra", "left out")):
         if n_features := note[which]:
             first = list_names(note[f"first_{which}"])
-            lines.append(f"  {file}: {n_features:,} features {which}, {fate} ({first})")
+            lines.append(
+                f"  {file}: {format_count(n_features, 'feature')} {which}, {fate} ({first})"
+            )
     return lines

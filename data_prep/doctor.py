@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from clue_dist.errors import DataError, list_names
+from clue_dist.errors import DataError, format_count, list_names
 from clue_dist.store import layout
 from data_prep.conversion.pairing import ALIKE_SHARE, PairingSurvey, find_droplets
 from data_prep.conversion.scatter import plan_readings
@@ -108,12 +108,12 @@ _NO_CELLS = PairingSurvey({}, {}, 0, (), False)
 def _describe_plan(planned: PlannedCells) -> list[str]:
     """Say what a store would hold."""
     lines = [
-        f"{name}: {modality.n_features:,} features, of kind {modality.kind}"
+        f"{name}: {format_count(modality.n_features, 'feature')}, of kind {modality.kind}"
         for name, modality in planned.plan.modalities.items()
     ]
     for source, note in zip(planned.sources, planned.plan.notes, strict=True):
         lines += [line.strip() for line in format_feature_note(source.display_name, note)]
-    lines.append(f"{len(planned.cells):,} cells")
+    lines.append(format_count(len(planned.cells), "cell"))
     if len(planned.plan.modalities) > 1:
         lines += planned.describe_pairing()
     for field, names in planned.cells.names.items():
@@ -182,7 +182,9 @@ def _describe_parts(file: FileDescription) -> list[str]:
             continue
         is_fragments = isinstance(each.source, FragmentsInput)
         name = each.part.key or ("fragments" if is_fragments else "matrix")
-        size = "" if each.n_cells is None else f"{each.n_cells:,} cells x {each.n_features:,}, "
+        size = ""
+        if each.n_cells is not None:
+            size = f"{format_count(each.n_cells, 'cell')} x {each.n_features:,}, "
         values = "counts" if each.holds_counts else "values that are not whole numbers"
         lines.append(f"  {name}: {size}{values}")
         for what, names in (
@@ -265,7 +267,7 @@ def _pair_more(command: Command, rehearsal: Rehearsal) -> Remedy | None:
     """The command with a flag that pairs more cells or leaves empty droplets out."""
     survey, flags = rehearsal.survey, [name for name, _ in command.flags]
     if survey.alike_share > ALIKE_SHARE and "--pair-barcodes" not in flags:
-        reason = f"{survey.n_alike:,} more cells pair"
+        reason = f"{format_count(survey.n_alike, 'more cell')} would pair"
         return Remedy(command.add_flag("--pair-barcodes", "core"), reason)
     for large, small, ratio in find_droplets(survey, rehearsal.modalities):
         if "--barcodes" not in flags:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from clue_dist.errors import list_names
+from clue_dist.errors import format_count, list_names
 from clue_dist.store import svd
 from clue_dist.store.manifest import Manifest
 from clue_dist.store.reader import SegmentReader, Store
@@ -120,7 +120,8 @@ def _count_levels(manifest: Manifest) -> dict[str, dict[str, int]]:
 def format_facts(facts: dict[str, Any]) -> str:
     """Format what `collect_facts` has found for people."""
     lines = [
-        f"{facts['store']}: {facts['cells']:,} cells, {facts['bytes'] / 2**20:,.1f} MiB",
+        f"{facts['store']}: {format_count(facts['cells'], 'cell')}, "
+        f"{facts['bytes'] / 2**20:,.1f} MiB",
         f"fingerprint  {facts['fingerprint']}",
         f"blocks       {facts['block_cells']} cells, codec {facts['codec']}",
         "modalities",
@@ -135,7 +136,7 @@ def format_facts(facts: dict[str, Any]) -> str:
     lines.append("strata")
     for name, stratum in facts["strata"].items():
         pairing = "paired" if stratum["paired"] else "one modality"
-        lines.append(f"  {name:<12} {stratum['cells']:,} cells, {pairing}")
+        lines.append(f"  {name:<12} {format_count(stratum['cells'], 'cell')}, {pairing}")
     for title in ("batches", "labels"):
         shares = [f"{name} {n_cells:,}" for name, n_cells in facts[title].items() if n_cells]
         lines.append(f"{title:<12} {list_names(shares, _SHOWN) or 'none'}")
@@ -158,11 +159,11 @@ def _format_provenance(notes: dict[str, Any], title: str) -> list[str]:
         return ["provenance   none recorded"]
     cells, inputs = notes.get("cells", {}), notes.get("inputs", [])
     lines = [
-        f"{title:<12} {notes.get('tool', '?')}: {cells.get('in', 0):,} cells in, "
+        f"{title:<12} {notes.get('tool', '?')}: {format_count(cells.get('in', 0), 'cell')} in, "
         f"{cells.get('dropped', 0):,} dropped"
     ]
     if n_paired := cells.get("paired_by_core"):
-        lines.append(f"  {n_paired:,} barcodes were paired by their core")
+        lines.append(f"  paired by their core: {format_count(n_paired, 'barcode')}")
     for name in notes.get("features", {}):
         if decision := _describe_decision(name, notes):
             lines.append(f"  {name}: {decision}")
@@ -177,7 +178,7 @@ def _format_input(note: dict[str, Any]) -> str:
     missing, extra = note["features"]["missing"], note["features"]["extra"]
     prefix = f"{note['dataset']}:" if note["dataset"] else ""
     facts = [
-        f"{note['cells']:,} cells ({note['empty']:,} empty)",
+        f"{format_count(note['cells'], 'cell')} ({note['empty']:,} empty)",
         f"features: {missing} missing",
         f"{extra} extra",
     ]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from clue_dist.errors import DataError, list_names
+from clue_dist.errors import DataError, format_count, list_names
 from clue_dist.store import layout
 from clue_dist.store.batch_vocabulary import BatchVocabulary
 from clue_dist.store.feature_reference import FeatureReference
@@ -71,11 +71,11 @@ class PlannedCells:
         modalities = list(self.plan.modalities)
         lines = format_pairing(self.survey_pairs(), modalities, list_modality_files(self.sources))
         if self.cells.n_merged:
-            lines.append(f"  {self.cells.n_merged:,} barcodes were paired by their core")
+            lines.append(f"  paired by their core: {format_count(self.cells.n_merged, 'barcode')}")
         if self.cells.n_ambiguous:
             lines.append(
-                f"  {self.cells.n_ambiguous:,} cells share a core with several others, and stay "
-                "apart: name the data set of each file, `lane1:FILE`"
+                f"  left apart: {format_count(self.cells.n_ambiguous, 'cell')} whose core several "
+                "others have: name the data set of each file, `lane1:FILE`"
             )
         return lines
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 import clue_dist
-from clue_dist.errors import DataError, list_names
+from clue_dist.errors import DataError, format_count, list_names
 from clue_dist.store import layout
 from clue_dist.store.manifest import Manifest
 from clue_dist.store.manifest_parts import FileDigest, PackedModality, Segment
@@ -361,6 +361,6 @@ def _copy_cells(
 def format_split(outs: tuple[Path, Path], parts: tuple[Manifest, Manifest]) -> str:
     """Say in a line for each part what it holds."""
     return "\n".join(
-        f"{out}: {part.n_cells:,} cells, fingerprint {part.fingerprint[:16]}"
+        f"{out}: {format_count(part.n_cells, 'cell')}, fingerprint {part.fingerprint[:16]}"
         for out, part in zip(outs, parts, strict=True)
     )

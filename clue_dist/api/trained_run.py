@@ -199,7 +199,7 @@ class Run(ImputationMethods, ComparisonMethods, EvaluationMethods):
         out: str | Path,
         *,
         train: Literal["batches", "all"] = "batches",
-        new_modalities: Sequence[str] = (),
+        new_modalities: str | Sequence[str] = (),
         settings: Mapping[str, Any] | None = None,
         **choices: Any,
     ) -> Run:
@@ -228,6 +228,7 @@ class Run(ImputationMethods, ComparisonMethods, EvaluationMethods):
         if train not in ("batches", "all"):
             raise ConfigError("no such training", got=repr(train), expected="'batches' or 'all'")
         folder = parse_path(str(out))
+        new_modalities = [new_modalities] if isinstance(new_modalities, str) else new_modalities
         if train == "all":
             self._train_on_all(cells, folder, new_modalities, settings or {}, **choices)
             return load_newest(folder)

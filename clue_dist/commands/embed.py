@@ -1,6 +1,7 @@
 """Embed the cells of a store with a trained model."""
 
 from clue_dist.commands.model_arguments import build_model_parser, open_model_and_store
+from clue_dist.errors import format_count
 from clue_dist.process import run_main
 
 
@@ -44,7 +45,7 @@ def main() -> None:
         if ranks.is_first:
             n_cells = store.manifest.n_cells
             model_name = f"{arguments.run} ({trained_model.name})"
-            print(f"{n_cells:,} cells embedded with {model_name}\n{arguments.out}")
+            print(f"{format_count(n_cells, 'cell')} embedded with {model_name}\n{arguments.out}")
 
 
 if __name__ == "__main__":

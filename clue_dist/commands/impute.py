@@ -8,6 +8,7 @@ from clue_dist.commands.model_arguments import (
     open_model_and_store,
     parse_batch_choice,
 )
+from clue_dist.errors import format_count
 from clue_dist.process import run_main
 
 
@@ -47,7 +48,8 @@ def main() -> None:
         )
         if ranks.is_first:
             model_name = f"{arguments.run} ({trained_model.name})"
-            print(f"{choices.modality} of {n_cells:,} cells by {model_name}\n{arguments.out}")
+            answer = f"{choices.modality} of {format_count(n_cells, 'cell')} by {model_name}"
+            print(f"{answer}\n{arguments.out}")
 
 
 def _parse_arguments() -> argparse.Namespace:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from clue_dist.commands.catalogue import build_command_parser
 from clue_dist.config import MIN_KNOWN
-from clue_dist.errors import list_names
+from clue_dist.errors import format_count, list_names
 from clue_dist.files import parse_path
 from clue_dist.process import postpone_collections, print_error
 from clue_dist.ranks import Ranks
@@ -119,7 +119,9 @@ def open_query_store(location: str, modalities: Sequence[str] | None, ranks: Ran
     view = select_modalities(store, modalities)
     n_left_out = store.manifest.n_cells - view.manifest.n_cells
     if n_left_out and ranks.is_first:
-        print_error(f"{n_left_out:,} cells without {list_names(modalities)} are left out")
+        print_error(
+            f"left out: {format_count(n_left_out, 'cell')} without {list_names(modalities)}"
+        )
     return view
 
 

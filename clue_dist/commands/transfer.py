@@ -3,6 +3,7 @@
 import argparse
 
 from clue_dist.commands.model_arguments import build_model_parser, open_model_and_store
+from clue_dist.errors import format_count
 from clue_dist.process import run_main
 
 
@@ -38,7 +39,8 @@ def main() -> None:
             )
             write_labels(labels, arguments.out)
             n_unknown = int((labels.label == UNKNOWN_LABEL).sum())
-            print(f"{len(labels):,} cells labelled, {n_unknown:,} unknown\n{arguments.out}")
+            print(f"{format_count(len(labels), 'cell')} labelled, {n_unknown:,} unknown")
+            print(arguments.out)
 
         ranks.run_on_first(label_store)
 

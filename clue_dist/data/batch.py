@@ -13,6 +13,7 @@ from torch import Tensor
 
 from clue_dist.data.buffers import BufferPool
 from clue_dist.data.timing import time_phase
+from clue_dist.errors import format_count
 from clue_dist.store.reader import Store
 from clue_dist.store.rows import LocatedRows
 
@@ -155,7 +156,7 @@ class Batch:
 
     def __repr__(self) -> str:
         parts = [f"{name}: {len(part.rows):,}" for name, part in self.modalities.items()]
-        return f"Batch({self.n_cells:,} cells; {', '.join(parts)})"
+        return f"Batch({format_count(self.n_cells, 'cell')}; {', '.join(parts)})"
 
     @property
     def n_cells(self) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
-from clue_dist.errors import ConfigError
+from clue_dist.errors import ConfigError, format_count
 
 _ROUNDING = 1e-9  # of a round; what floating point may be off
 
@@ -53,8 +53,8 @@ def share_rounds(
         if needed > rounds:
             raise ConfigError(
                 "the batch is too small for the modalities of this store",
-                got=f"{batch_size} cells / {lanes} lanes = {rounds} rounds, where {needed} "
-                "are needed to hold every modality",
+                got=f"{batch_size} cells / {lanes} lanes = {format_count(rounds, 'round')}, where "
+                f"{needed} are needed to hold every modality",
                 fix=f"--set data.batch_size={lanes * needed} or more",
             )
         groups = _group_by_modality(owed, modalities, rounds)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from clue_dist.checkpoint.metrics_lines import find_validation
 from clue_dist.checkpoint.run_folder import CHECKPOINT_NAME, parse_step
-from clue_dist.errors import ClueError, list_names
+from clue_dist.errors import ClueError, format_count, list_names
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.reference_cells import REFERENCE_FILE
 from clue_dist.store.location import parse_location
@@ -21,7 +21,7 @@ def describe_run(folder: Path, trained_model: TrainedModel) -> str:
     lines = [f"Run {folder} ({trained_model.name})"]
     for name, modality in trained_model.modalities.items():
         kind = "" if name == modality.kind else f" of kind {modality.kind}"
-        lines.append(f"  {name}: {modality.n_features:,} features{kind}")
+        lines.append(f"  {name}: {format_count(modality.n_features, 'feature')}{kind}")
     batches = trained_model.batches
     named = f" ({list_names(batches, _SHOWN_BATCHES)})" if batches else ""
     lines.append(f"  batches: {len(batches)}{named}")
@@ -51,7 +51,7 @@ def _describe_training_cells(trained_model: TrainedModel) -> str | None:
         n_cells = manifest.n_cells
         counts = (f"{segment.n_cells:,} {name}" for name, segment in manifest.strata.items())
         segments = f" ({', '.join(counts)})"
-    return f"{n_cells:,} cells{segments} of {place}" if n_cells else None
+    return f"{format_count(n_cells, 'cell')}{segments} of {place}" if n_cells else None
 
 
 def _read_manifest(place: str) -> Manifest | None:

@@ -34,7 +34,7 @@ from clue_dist.checkpoint.run_folder import (
     read_weights,
 )
 from clue_dist.config import Config
-from clue_dist.errors import ConfigError, ResumeError, list_names
+from clue_dist.errors import ConfigError, ResumeError, format_count, list_names
 from clue_dist.files import TEMPORARY_ENDING, apply_umask, write_file
 from clue_dist.inference.cells import CellSource
 from clue_dist.inference.load_model import load_model, require_weights
@@ -220,7 +220,8 @@ def _describe_reference(reference: ad.AnnData | None) -> Iterable[str]:
     """Say which cells travel with the model, and what of them."""
     if reference is not None:
         yield from ("## Reference cells", "")
-        yield f"`{REFERENCE_FILE}` holds z of {reference.n_obs:,} cells, from everything observed"
+        cells = format_count(reference.n_obs, "cell")
+        yield f"`{REFERENCE_FILE}` holds z of {cells}, from everything observed"
         yield "and from each modality alone, their barcodes, and of their obs"
         yield from (f"{list_names(reference.obs, 40)}. It holds no counts.", "")
 

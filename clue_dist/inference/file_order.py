@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import zarr
 
-from clue_dist.errors import ConfigError, DataError
+from clue_dist.errors import ConfigError, DataError, format_count
 from clue_dist.files import parse_path
 from clue_dist.process import print_error
 
@@ -105,10 +105,14 @@ def restore_file_order(table: ad.AnnData, like: str) -> ad.AnnData:
             fix="the store's names may have a data set before them: --like DATASET:FILE",
         )
     if n_missing:
-        print_error(f"warning: {n_missing:,} cells of {path} were not embedded and get NaN")
+        print_error(
+            f"warning: NaN for {format_count(n_missing, 'cell')} of {path} that the store lacks"
+        )
     n_left_out = table.n_obs - len(np.unique(rows[rows >= 0]))
     if n_left_out:
-        print_error(f"warning: {n_left_out:,} embedded cells are not in {path} and are left out")
+        print_error(
+            f"warning: left out: {format_count(n_left_out, 'embedded cell')} that {path} lacks"
+        )
     obs = table.obs.drop(columns="barcode", errors="ignore").set_axis(known)
     if n_missing:  # plain integers and booleans have no missing value
         nullable = {"b": "boolean", "i": "Int64"}

@@ -14,7 +14,7 @@ from clue_dist.checkpoint.run_folder import (
     load_weights,
 )
 from clue_dist.config import Config
-from clue_dist.errors import ResumeError
+from clue_dist.errors import ResumeError, format_count
 from clue_dist.model.clue import CLUE, build_model
 from clue_dist.model.modality_spec import specify_modalities
 from clue_dist.store.batch_vocabulary import BatchVocabulary
@@ -39,7 +39,8 @@ class TrainedModel:
     batch_covariates: dict[str, list[str]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        return f"TrainedModel({self.name}, {self.modalities}, {len(self.batches)} batches)"
+        batches = format_count(len(self.batches), "batch", "batches")
+        return f"TrainedModel({self.name}, {self.modalities}, {batches})"
 
     @property
     def batch_vocabulary(self) -> BatchVocabulary:

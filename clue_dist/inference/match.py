@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from clue_dist.errors import ConfigError, list_names
+from clue_dist.errors import ConfigError, format_count, list_names
 from clue_dist.inference.cells import Cells, StoreCells
 from clue_dist.inference.cells.named_counts import warn_of_cells
 from clue_dist.inference.load_model import TrainedModel
@@ -208,7 +208,7 @@ def _read_batches(obs: pd.DataFrame) -> np.ndarray:
     batches = obs[_BATCH].astype(object)
     batches = batches.where(batches.notna(), "").astype(str)
     if n_unknown := int((batches == "").sum()):
-        warn_of_cells(f"the batch of {n_unknown:,} cells is not known: they get no partner")
+        warn_of_cells(f"no partner for {format_count(n_unknown, 'cell')} whose batch is not known")
     return batches.to_numpy()
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from clue_dist.checkpoint.model_card import read_model_card
 from clue_dist.data.batch import Batch
-from clue_dist.errors import ConfigError, DataError, list_names
+from clue_dist.errors import ConfigError, DataError, format_count, list_names
 from clue_dist.inference.cells import Cells, CellSlice
 from clue_dist.inference.export import CardTexts, check_model_folder, write_model_folder
 from clue_dist.inference.load_model import TrainedModel, require_weights
@@ -84,9 +84,9 @@ def tune_batches(run: Path, trained_model: TrainedModel, cells: Cells, out: Path
         texts=texts,
         reference=reference,
     )
-    noun = "batch" if len(report.names) == 1 else "batches"
     print_line(
-        f"{len(report.names)} new {noun} of {report.n_cells:,} cells: profiles became "
+        f"{format_count(len(report.names), 'new batch', 'new batches')} of "
+        f"{format_count(report.n_cells, 'cell')}: profiles became "
         f"{report.gain:.4g} nats likelier, z of every cell is what it was"
     )
     return report

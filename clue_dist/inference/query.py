@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from clue_dist.config import MIN_KNOWN
-from clue_dist.errors import ConfigError, StoreError, list_names
+from clue_dist.errors import ConfigError, StoreError, format_count, list_names
 from clue_dist.store.manifest_parts import Modality
 from clue_dist.store.provenance import InputFile, Provenance
 from clue_dist.store.reader import Store
@@ -161,7 +161,7 @@ def require_measured_features(store: Store, min_known: float = MIN_KNOWN) -> lis
                 fix="names of another column (`convert --feature-ids COLUMN`) may be those of the "
                 "model; `--min-known 0` embeds the cells all the same",
             )
-        more = f", and {len(poor) - 1} more files like it" if len(poor) > 1 else ""
+        more = f", and {format_count(len(poor) - 1, 'more file')} like it" if len(poor) > 1 else ""
         warnings.append(f"{name}: {worst}{more}; the others count as zero, which moves z")
     return warnings
 

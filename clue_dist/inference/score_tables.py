@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from clue_dist.errors import ConfigError
+from clue_dist.errors import ConfigError, format_count
 from clue_dist.files import parse_path
 from clue_dist.metrics import integration, matching
 
@@ -142,7 +142,8 @@ def list_space_facts(result: Mapping[str, Any]) -> list[str]:
         if left_out := _name_left_out(entry, "batch"):
             numbers.append(f"matching within batches{left_out}")
         names = name.replace("->", " and ")
-        facts.append(f"{names}, {entry['mixing_cells']:,} cells: {', '.join(numbers)}")
+        cells = format_count(entry["mixing_cells"], "cell")
+        facts.append(f"{names}, {cells}: {', '.join(numbers)}")
     joint = result.get(JOINT_SCORES)
     return facts + ([] if joint is None else _list_joint_facts(joint))
 
@@ -160,7 +161,8 @@ def list_joint_scores(joint: Mapping[str, Any]) -> list[tuple[str, float | None]
 def _name_left_out(entry: Mapping[str, Any], covariate: str) -> str:
     """How many cells a score of batches or levels leaves out; nothing where it leaves out none."""
     n_unknown = entry.get("unknown_cells", 0)
-    return f" without {n_unknown:,} cells whose {covariate} is unknown" if n_unknown else ""
+    cells = format_count(n_unknown, "cell")
+    return f" without {cells} whose {covariate} is unknown" if n_unknown else ""
 
 
 def _list_joint_facts(joint: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from clue_dist.errors import ConfigError, DataError, list_names, suggest_names
+from clue_dist.errors import ConfigError, DataError, format_count, list_names, suggest_names
 from clue_dist.inference.cells import Cells
 from clue_dist.inference.cells.named_counts import warn_of_cells
 from clue_dist.inference.load_model import TrainedModel
@@ -77,7 +77,7 @@ def label_cells(
             alone = " and nothing else" if is_exact else ""
             warn_of_cells(
                 f"too few labelled cells carry {pattern}{alone}: the confidence of "
-                f"{len(cells):,} cells is that of the reference's own modalities"
+                f"{format_count(len(cells), 'cell')} is that of the reference's own modalities"
             )
     return frame
 

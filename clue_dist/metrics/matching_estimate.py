@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clue_dist.errors import DataError
+from clue_dist.errors import DataError, format_count
 from clue_dist.metrics.integration import MIXING_NEIGHBOURS
 from clue_dist.neighbours.nearest import scale_to_length_one
 
@@ -208,5 +208,7 @@ def _read_profiles(points: np.ndarray, rows: np.ndarray) -> Tensor:
     profiles = torch.from_numpy(np.asarray(points[rows], np.float32))
     n_wrong = int((~profiles.isfinite()).any(1).sum())
     if n_wrong:
-        raise DataError("the embedding is not finite", got=f"{n_wrong} cells with NaN or Inf")
+        raise DataError(
+            "the embedding is not finite", got=f"{format_count(n_wrong, 'cell')} with NaN or Inf"
+        )
     return scale_to_length_one(profiles)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clue_dist.errors import DataError
+from clue_dist.errors import DataError, format_count
 from clue_dist.neighbours.nearest import scale_to_length_one
 from clue_dist.neighbours.partner_settings import PartnerSettings
 from clue_dist.neighbours.partners import find_partners
@@ -87,7 +87,7 @@ def fit_pair_confidence(
     if n_pairs < FEWEST_PAIRS:
         raise DataError(
             "too few pairs to calibrate confidence on",
-            got=f"{n_pairs} cells with both modalities",
+            got=f"{format_count(n_pairs, 'cell')} with both modalities",
             expected=f"{FEWEST_PAIRS} or more",
         )
     temperature = _fit_temperature(first[:_MOST_PAIRS], second[:_MOST_PAIRS])

@@ -18,7 +18,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
-from clue_dist.errors import DataError
+from clue_dist.errors import DataError, list_names
 from clue_dist.neighbours.nearest import (
     Neighbours,
     find_approximate_neighbours,
@@ -128,7 +128,7 @@ def find_partners(
     if not parts:
         raise DataError(
             "no batch has cells of both modalities",
-            got=f"{len(np.unique(batches[0]))} batches and {len(np.unique(batches[1]))} others",
+            got="; against ".join(list_names(np.unique(side), 5) for side in batches),
             fix="seek partners among all cells, not within batches",
         )
     data, rows, columns = (np.concatenate(part) for part in zip(*parts, strict=True))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from clue_dist.errors import ClueError, ConfigError, LostError, RankError
+from clue_dist.errors import ClueError, ConfigError, LostError, RankError, format_count
 from clue_dist.ranks.messages import (
     MOST_BYTES,
     decode_error,
@@ -83,7 +83,7 @@ class Ranks:
         if self.world > 1:
             raise ConfigError(
                 reason,
-                got=f"{self.world} processes",
+                got=format_count(self.world, "process", "processes"),
                 fix="start one: leave --ranks or the launcher out",
             )
 

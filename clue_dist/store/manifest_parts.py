@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from clue_dist.errors import list_names
+from clue_dist.errors import format_count, list_names
 from clue_dist.kinds import KINDS, Storage
 from clue_dist.store import layout
 from clue_dist.store.obs_columns import Names
@@ -58,7 +58,7 @@ class Modality(_ManifestPart):
         return self
 
     def __repr__(self) -> str:
-        return f"Modality({self.kind}, {self.n_features:,} features)"
+        return f"Modality({self.kind}, {format_count(self.n_features, 'feature')})"
 
     @property
     def n_features(self) -> int:

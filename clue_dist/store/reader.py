@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from clue_dist.errors import StoreError
+from clue_dist.errors import StoreError, format_count
 from clue_dist.store import layout, location
 from clue_dist.store.kernels import compute_row_starts
 from clue_dist.store.layout import ArraySpec
@@ -382,11 +382,13 @@ class Store:
         }
 
     def __repr__(self) -> str:
-        lines = [f"Store {self.name}: {self.manifest.n_cells:,} cells"]
+        lines = [f"Store {self.name}: {format_count(self.manifest.n_cells, 'cell')}"]
         for name, modality in self.manifest.modalities.items():
-            lines.append(f"  {name}: {modality.kind}, {modality.n_features:,} features")
+            lines.append(
+                f"  {name}: {modality.kind}, {format_count(modality.n_features, 'feature')}"
+            )
         for name, segment in self.manifest.strata.items():
-            lines.append(f"  segment {name}: {segment.n_cells:,} cells")
+            lines.append(f"  segment {name}: {format_count(segment.n_cells, 'cell')}")
         lines.append(f"  {len(self.manifest.batches)} batches, {len(self.manifest.labels)} labels")
         return "\n".join(lines)
 

@@ -10,7 +10,7 @@ from clue_dist.checkpoint.kept_config import load_kept_config
 from clue_dist.checkpoint.model_card import ModelCard, read_model_card
 from clue_dist.checkpoint.run_folder import UNFIT, find_damage, list_checkpoints, read_weights
 from clue_dist.config import Config
-from clue_dist.errors import ConfigError, ResumeError, list_names
+from clue_dist.errors import ConfigError, ResumeError, format_count, list_names
 from clue_dist.model.clue import CLUE
 from clue_dist.model.initialise import initialise_model
 from clue_dist.model.modality_spec import specify_modalities
@@ -164,7 +164,7 @@ def _require_same_features(run: Path, card: ModelCard, setup: Setup) -> None:
             raise ConfigError(
                 f"the store has other features of {name} than the run to begin with",
                 where=where,
-                got=f"{now.n_features} features of kind {now.kind}, {differing}",
+                got=f"{format_count(now.n_features, 'feature')} of kind {now.kind}, {differing}",
                 expected=f"the {before.n_features} of the run, of kind {before.kind}",
                 fix=f"convert the cells with --features-from {run}",
             )

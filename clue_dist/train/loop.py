@@ -19,6 +19,7 @@ from clue_dist.checkpoint.resuming import (
 )
 from clue_dist.checkpoint.run_folder import RunState
 from clue_dist.checkpoint.saver import Kind, Saver
+from clue_dist.errors import format_count
 from clue_dist.process import print_line
 from clue_dist.ranks import Ranks
 from clue_dist.resilience.peers import Peers
@@ -246,7 +247,8 @@ def _format_greeting(trainer: Trainer, state: RunState) -> str:
     folder = trainer.setup.run_folder
     if not state.step:
         return f"starting: {folder}"
-    saved_by = f", saved by {state.world} ranks" if state.world != trainer.ranks.world else ""
+    is_other = state.world != trainer.ranks.world
+    saved_by = f", saved by {format_count(state.world, 'rank')}" if is_other else ""
     return f"going on from step {state.step}{saved_by}: {folder}"
 
 

@@ -18,7 +18,7 @@ from clue_dist.config import Config
 from clue_dist.data.batch import Batch, assemble_batch, read_batch_part
 from clue_dist.data.batch_shares import share_rounds, weigh_strata
 from clue_dist.data.plan import CellPlan
-from clue_dist.errors import ConfigError, list_names
+from clue_dist.errors import ConfigError, format_count, list_names
 from clue_dist.files import parse_path
 from clue_dist.model.modality_spec import ModalitySpec, specify_modalities
 from clue_dist.store.layout import name_stratum
@@ -143,7 +143,7 @@ class Setup:
         for modality, spec in self.specs.items():
             start = self.projection_starts[modality].description
             lines.append(
-                f"  {modality}: {spec.n_features} features, "
+                f"  {modality}: {format_count(spec.n_features, 'feature')}, "
                 f"{spec.normalise} -> {spec.likelihood}, {start}"
             )
         batches = self.store.manifest.batches
@@ -151,9 +151,10 @@ class Setup:
         lines += [f"  batches of cells: {named}", *self._list_strata()]
         every = settings.validate_every
         interval = "step" if every == 1 else f"{every} steps"
+        epochs = "1 epoch" if settings.epochs == 1 else f"{settings.epochs:g} epochs"
         lines.append(
-            f"  {self.total_steps} steps of {config.data.batch_size} cells "
-            f"({settings.epochs:g} epochs), validation every {interval}, "
+            f"  {format_count(self.total_steps, 'step')} of {config.data.batch_size} cells "
+            f"({epochs}), validation every {interval}, "
             f"ZeRO-{settings.zero_stage}, {settings.precision}"
         )
         return "\n".join(lines)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from clue_dist.errors import DataError, list_names, suggest_names
+from clue_dist.errors import DataError, format_count, list_names, suggest_names
 from clue_dist.process import print_error
 from data_prep.options import COVARIATE, FIELDS, NO_COLUMN, ObsColumns
 from data_prep.readers.source import Source, SourceHead
@@ -101,7 +101,8 @@ def refuse_cell_problems(
             within = {i for repeat in repeats if repeat for i in repeat["within"]}
             hidden = number - BARCODES_SHOWN
             raise DataError(
-                f"{number} barcodes occur more than once in modality {modality!r} of one data set",
+                f"{format_count(number, 'barcode')} more than once in modality {modality!r} of one "
+                "data set",
                 where=list_names(files),
                 got=list_names(barcodes) + (f" ... and {hidden} more" if hidden > 0 else ""),
                 expected="each cell once",
@@ -115,7 +116,7 @@ def refuse_cell_problems(
         if number:
             cells = [f"{barcode}: {values[a]!r} and {values[b]!r}" for barcode, a, b, _ in disputes]
             raise DataError(
-                f"the modalities of {number} cells disagree on their {what}",
+                f"the modalities of {format_count(number, 'cell')} disagree on their {what}",
                 where=sources[disputes[0][3]].display_name,
                 got=list_names(cells),
                 expected="one value per cell, or none",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from clue_dist.errors import DataError, list_names
+from clue_dist.errors import DataError, format_count, list_names
 from clue_dist.store.shuffle import derive_key, hash_barcodes
 from data_prep.readers.barcode_cores import extract_cores, find_alike_cells
 from data_prep.readers.source import Source, SourceHead, decode_barcodes
@@ -112,22 +112,23 @@ def format_pairing(
     lines = []
     for mask, n_cells in by_size[:PATTERNS_SHOWN]:
         example = "" if mask == everything else f", such as {survey.first_barcode[mask]}"
-        lines.append(f"  {_name_mask(mask, modalities)}: {n_cells:,} cells{example}")
+        lines.append(f"  {_name_mask(mask, modalities)}: {format_count(n_cells, 'cell')}{example}")
     if len(by_size) > PATTERNS_SHOWN:
-        lines.append(f"  ... and {len(by_size) - PATTERNS_SHOWN} more sets of modalities")
+        more = format_count(len(by_size) - PATTERNS_SHOWN, "more set")
+        lines.append(f"  ... and {more} of modalities")
     about = "about " if survey.is_estimate else ""
     if survey.alike_share > ALIKE_SHARE:
         lines.append(
-            f"  {about}{survey.n_alike:,} more cells would pair, {survey.alike_share:.0%} of those "
-            "that could, without what stands before and behind the sequence of their barcodes "
-            f"({list_names(survey.alike)}): "
+            f"  {about}{format_count(survey.n_alike, 'more cell')} would pair, "
+            f"{survey.alike_share:.0%} of those that could, without what stands before and "
+            f"behind the sequence of their barcodes ({list_names(survey.alike)}): "
             "`--pair-barcodes core`"
         )
     # Of data sets that have nothing in common, some barcodes agree by accident.
     elif survey.n_apart > APART_SHARE * sum(survey.n_cells.values()):
         lines.append(
-            f"  {about}{survey.n_apart:,} more cells would pair if they were of one data set "
-            f"({list_names(survey.apart)}): name it before all of its files, "
+            f"  {about}{format_count(survey.n_apart, 'more cell')} would pair if they were of "
+            f"one data set ({list_names(survey.apart)}): name it before all of its files, "
             "`lane1:rna=FILE lane1:adt=FILE`"
         )
     return lines + _warn_of_droplets(survey, modalities, files)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from clue_dist.errors import DataError, list_names
+from clue_dist.errors import DataError, format_count, list_names
 from clue_dist.store.region_names import find_spelling, sample_features
 from data_prep.features.spelling import drop_tallies, find_shift
 from data_prep.options import FeatureChoice
@@ -88,7 +88,7 @@ def require_similar_names(name: str, files: list[NamedSource], choice: FeatureCh
         few_shared = 2 * n_shared < min(len(known), len(file.features))
         is_union = choice.effective_mode == "union"
         if (few_shared and naming != first_naming) or not (n_shared or is_union):
-            shared = f"{n_shared:,} features alone" if n_shared else "no feature"
+            shared = f"{format_count(n_shared, 'feature')} alone" if n_shared else "no feature"
             columns = [list_names(each.head.var_columns, 20) or "none" for each in (first, file)]
             raise DataError(
                 f"the files of modality {name!r} share {shared}",

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from clue_dist.errors import DataError, list_names
+from clue_dist.errors import DataError, format_count, list_names
 from clue_dist.kinds import KINDS, infer_kind
 from clue_dist.store import layout
 from clue_dist.store.feature_reference import FeatureReference
@@ -122,7 +122,7 @@ def _reject_repeated_features(source: Source, head: SourceHead) -> None:
         seen.add(feature)
     if repeated:
         raise DataError(
-            f"{len(repeated)} feature names occur more than once",
+            f"{format_count(len(repeated), 'feature name')} more than once",
             where=source.display_name,
             got=list_names(repeated),
             fix="make them unique (`adata.var_names_make_unique()`), or add up the columns of "

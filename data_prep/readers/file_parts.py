@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from clue_dist.errors import DataError, list_names
+from clue_dist.errors import DataError, format_count, list_names
 from clue_dist.kinds import KINDS, find_kinds, match_alias, suggest_kind
 from data_prep.options import InputArgument, ReadingOptions
 
@@ -156,7 +156,7 @@ def _find_fitting(
 
 def describe_left_out(argument: InputArgument, part: FilePart) -> str:
     """Say that a part of a file becomes no modality, and what would make it one."""
-    features = "" if part.n_features is None else f" ({part.n_features:,} features)"
+    features = "" if part.n_features is None else f" ({format_count(part.n_features, 'feature')})"
     name = part.modality or part.suggestion
     kind = "" if find_kinds(name) else f" --kind {name}={suggest_kind(part.key) or 'adt'}"
     taking = f"`{_pick_part(argument, name, part.key)}{kind}`"

@@ -16,7 +16,7 @@ from typing import IO, Any
 import numpy as np
 import pandas as pd
 
-from clue_dist.errors import DataError
+from clue_dist.errors import DataError, format_count
 from data_prep.jobs.whole_folders import make_whole_folder
 from data_prep.options import InputArgument, ReadingOptions
 from data_prep.readers import sorted_entries
@@ -149,7 +149,7 @@ class MatrixMarketSource:
                 raise DataError(
                     "the matrix ends early or late",
                     where=path.name,
-                    got=f"{n_seen} entries",
+                    got=format_count(n_seen, "entry", "entries"),
                     expected=f"{header.n_entries}, as its header says",
                 )
 

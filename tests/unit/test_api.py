@@ -253,7 +253,7 @@ def test_what_is_told_of_cells_in_memory_names_no_file(
 ) -> None:
     mdata = read_mudata(Store(folder / "s.zarr"))
     assert run.evaluate(mdata)["about"]["store"] == "cells in memory"
-    assert capsys.readouterr().out.startswith("cells in memory: 177 cells, fingerprint")
+    assert capsys.readouterr().out.startswith("cells in memory: 131 cells, fingerprint")
     rna = mdata["rna"]
     rna.var_names = [name if i < 2 else f"other-{i}" for i, name in enumerate(rna.var_names)]
     with pytest.raises(StoreError, match="next to none of the model's features") as raised:
@@ -359,11 +359,11 @@ def test_an_interrupted_conversion_of_cells_in_memory_leaves_nothing(
 ) -> None:
     partial_folder = tmp_path / "s.zarr.partial"
 
-    def interrupt(words: list[str]) -> None:
+    def interrupt(arguments: object) -> None:
         partial_folder.mkdir(exist_ok=True)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(from_python, "run_command", interrupt)
+    monkeypatch.setattr(from_python, "convert_as_typed", interrupt)
     with pytest.raises(KeyboardInterrupt):
         convert_cells(make_mudata(20), tmp_path / "s.zarr", ConversionRequest())
     assert list(tmp_path.iterdir()) == []

@@ -116,7 +116,7 @@ def test_a_level_that_no_file_tells_is_unknown(tmp_path: Path, capsys) -> None:
     found = convert(tmp_path, "--batch-key", *COLUMNS, chemistry=chemistries).manifest
     assert found.batches[:2] == ["d0 | ?", "d0 | v2"]
     assert found.batch_covariates["chemistry"][:2] == ["", "v2"]
-    assert "5 cells have no chemistry: their files have nothing in column 'chemistry'" in (
+    assert "5 cells without chemistry: the files have nothing in column 'chemistry'" in (
         capsys.readouterr().out
     )
 

@@ -215,8 +215,8 @@ def test_an_embedding_gets_the_order_and_the_barcodes_of_a_file(
     assert some.obs["age"].tolist() == [2, pd.NA, 0]
     assert np.isnan(some.obsm["X_clue"][:, 0]).tolist() == [False, True, False]
     said = capsys.readouterr().err
-    assert "1 cells of" in said
-    assert "38 embedded cells are not in" in said
+    assert "NaN for 1 cell of" in said
+    assert "left out: 38 embedded cells that" in said
 
     prefixed = ad.AnnData(obs=obs.set_axis("lane1:" + obs.index), obsm=dict(table.obsm))
     assert restore_file_order(prefixed, f"lane1:{path}").obs_names.equals(same.obs_names)

@@ -69,5 +69,5 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(DataError, match="same cells"):
         estimate_matching(first, second[:10])
     second[3] = np.nan
-    with pytest.raises(DataError, match="1 cells with NaN"):
+    with pytest.raises(DataError, match="1 cell with NaN"):
         estimate_matching(first, second)

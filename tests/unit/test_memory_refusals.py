@@ -175,7 +175,7 @@ def test_regions_may_be_spelled_otherwise():
 def test_features_that_repeat_are_refused():
     table = make_table()
     table.var_names = ["rna-0", "rna-0", *table.var_names[2:]]
-    with pytest.raises(DataError, match=r"1 feature names occur more than once(.|\n)*rna-0"):
+    with pytest.raises(DataError, match=r"1 feature name more than once(.|\n)*rna-0"):
         open_cells(table, LOADED)
 
 
@@ -326,7 +326,7 @@ def test_cells_without_counts_have_no_place():
     table = make_table()
     table.X[2] = 0
     table.X.eliminate_zeros()
-    with pytest.warns(UserWarning, match=r"1 cells have no counts .*cell-2"):
+    with pytest.warns(UserWarning, match=r"NaN for 1 cell without .*cell-2"):
         cells = open_cells(table, LOADED)
     joint = embed_anndata(LOADED, table, cells)
     assert np.isnan(joint).any(axis=1).tolist() == [False, False, True, False, False]

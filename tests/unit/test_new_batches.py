@@ -166,6 +166,8 @@ def test_another_word_for_the_training_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match="no such training"):
         load(run).fine_tune(new_store, tmp_path, train="everything")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"new_modalities=\['atac'\]"):
+        load(run).fine_tune(new_store, tmp_path / "tuned", new_modalities="atac")
 
 
 def test_a_model_of_a_single_batch_has_no_place_for_others(

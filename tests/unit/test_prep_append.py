@@ -119,7 +119,7 @@ def test_a_modality_alone_starts_a_stratum(tmp_path: Path, store: Path) -> None:
 def test_cells_that_the_store_has_are_refused(tmp_path: Path, store: Path) -> None:
     files = hash_files(store)
     again = write_cells(tmp_path, slice(190, 230), "again")
-    with pytest.raises(DataError, match=r"10 cells are in the store already(.|\n)*c190"):
+    with pytest.raises(DataError, match=r"already has 10 cells of these(.|\n)*c190"):
         append_files(store, again)
     assert hash_files(store) == files
     after = append_files(store, f"lane2:{again}")
@@ -325,7 +325,7 @@ def test_batches_come_from_the_column_that_the_store_was_made_with(
     typed("convert", f"rna={files['a']}", "--out", store, "--batch-key", "donor")
     assert "no batch" not in typed("append", f"rna={files['b']}", "--to", store)
     printed = typed("append", f"rna={files['none']}", "--to", store)
-    assert "100 cells have no batch: their files have nothing in column 'donor'" in printed
+    assert "100 cells without batch: the files have nothing in column 'donor'" in printed
     assert read_field(Store(store), "batch") == {
         c: "ab"[i // 100] if i < 200 else None for i, c in enumerate(RNA.index)
     }
@@ -340,8 +340,8 @@ def test_features_that_do_not_fit_are_listed(tmp_path: Path, store: Path) -> Non
         ReadingOptions(),
     )
     manifest = append_cells(found, store, ConversionOptions(), ThreadPool(1))
-    assert "x.h5ad: 1 features missing, become zero (g3)" in format_addition(manifest)
-    assert "x.h5ad: 1 features extra, are dropped (x)" in format_addition(manifest)
+    assert "x.h5ad: 1 feature missing, taken as zero (g3)" in format_addition(manifest)
+    assert "x.h5ad: 1 feature extra, left out (x)" in format_addition(manifest)
 
 
 def test_a_link_to_a_store(tmp_path: Path, store: Path) -> None:

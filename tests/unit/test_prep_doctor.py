@@ -178,7 +178,7 @@ def test_the_same_cells_twice_are_not_made_two_data_sets(here: Path, shell: Shel
     for name in ("one", "again"):
         write_h5ad(here / f"{name}.h5ad", make_counts(60, 12))
     told = shell.run_words("doctor", "one.h5ad", "again.h5ad")
-    assert "convert would stop: 60 barcodes occur more than once" in told
+    assert "convert would stop: 60 barcodes more than once" in told
     assert "before that is mended:\npython -m data_prep convert" in told
 
 

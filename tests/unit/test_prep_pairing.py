@@ -139,7 +139,7 @@ def test_barcodes_pair_by_their_core(
 ) -> None:
     store = convert_files(tmp_path / "s.zarr", *lanes, pairing="core")
     assert count_strata(store) == {"rna+adt": 80}
-    assert "  40 barcodes were paired by their core" in capsys.readouterr().err
+    assert "  paired by their core: 40 barcodes" in capsys.readouterr().err
     assert store.manifest.provenance["cells"]["paired_by_core"] == 40
     rna, adt = make_counts(80, 12), make_counts(80, 4, 1, "p")
     for table in (rna, adt):  # the first modality names the cells
@@ -218,7 +218,7 @@ def test_a_column_tells_the_data_sets_of_one_file_apart(tmp_path: Path) -> None:
         table.index = [f"c{i % 20}" for i in range(40)]
         write_h5ad(tmp_path / f"{name}.h5ad", table, donor=donors)
     given = [f"rna={tmp_path / 'r.h5ad'}", f"adt={tmp_path / 'a.h5ad'}"]
-    with pytest.raises(DataError, match="20 barcodes occur more than once") as caught:
+    with pytest.raises(DataError, match="20 barcodes more than once") as caught:
         convert_files(tmp_path / "x.zarr", *given)
     assert "r.h5ad repeats barcodes" in str(caught.value)
     assert "`--dataset-key COLUMN` (donor)" in str(caught.value)
@@ -273,7 +273,7 @@ def test_cells_of_a_store_are_known_where_barcodes_pair_by_their_core(
     assert run_command(monkeypatch, "append", lanes[1], lanes[3], "--to", to, *words) == 0
     assert count_strata(Store(tmp_path / "s.zarr")) == {"rna+adt": 40, "rna+adt.2": 40}
     assert run_command(monkeypatch, "append", lanes[1], "--to", to, *words) == 2
-    assert "40 cells are in the store already" in capsys.readouterr().err
+    assert "already has 40 cells of these" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("form", ["csr", "csc", "dense", "10x", "mtx"])
@@ -380,5 +380,5 @@ def test_cores_that_leave_a_doubt_are_counted(
     store = convert_files(tmp_path / "s.zarr", *given, pairing="core")
     assert count_strata(store) == {"rna": 3, "adt": 2, "rna+adt": 1}
     said = capsys.readouterr().err
-    assert "  1 barcodes were paired by their core\n" in said
-    assert "  3 cells share a core with several others" in said
+    assert "  paired by their core: 1 barcode\n" in said
+    assert "  left apart: 3 cells whose core" in said

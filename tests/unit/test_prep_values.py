@@ -171,7 +171,7 @@ def test_column_that_some_files_have_is_read_there(
     )
     _convert(*files, "--batch-key", "donor", "--workers", "1", "--out", str(tmp_path / "s.zarr"))
     assert Store(tmp_path / "s.zarr").manifest.batches == ["d1", "d2"]
-    assert "6 cells have no batch" in capsys.readouterr().out
+    assert "6 cells without batch" in capsys.readouterr().out
 
 
 def test_levels_of_several_covariates_are_counted(
@@ -185,7 +185,7 @@ def test_levels_of_several_covariates_are_counted(
     facts = collect_facts(str(out))
     assert facts["covariates"] == {"donor": {"d1": 2, "d2": 1}, "kit": {"v2": 2}}
     assert "  donor        d1 2, d2 1\n  kit          v2 2\n" in format_facts(facts)
-    assert "1 cells have no kit" in capsys.readouterr().out
+    assert "1 cell without kit" in capsys.readouterr().out
 
 
 def test_kinds_like_bins(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_cells_that_are_left_out_are_counted(
     assert open_query_store(location, None, Ranks()).modalities == store.modalities
     assert capsys.readouterr().err == ""
     assert open_query_store(location, ["rna", "adt"], Ranks()).manifest.n_cells == 75
-    assert capsys.readouterr().err == "40 cells without rna, adt are left out\n"
+    assert capsys.readouterr().err == "left out: 40 cells without rna, adt\n"
 
 
 def test_a_view_has_the_same_cells(store: Store, tmp_path: Path) -> None:

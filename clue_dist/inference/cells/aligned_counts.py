@@ -12,7 +12,7 @@ import scipy.sparse as sp
 import torch
 
 from clue_dist.data.batch import Counts, SparseCounts
-from clue_dist.errors import DataError, list_names
+from clue_dist.errors import DataError, format_count, list_names
 from clue_dist.kinds import KINDS
 from clue_dist.store.encoding_kernels import LARGEST_COUNT
 from clue_dist.store.manifest_parts import Modality
@@ -196,7 +196,7 @@ def align_features(
     if (times > 1).any():
         repeated = [modality.features[place] for place in np.flatnonzero(times > 1)]
         raise DataError(
-            f"{len(repeated)} feature names occur more than once",
+            f"{format_count(len(repeated), 'feature name')} more than once",
             where=where,
             got=list_names(repeated),
             fix="make them unique (`adata.var_names_make_unique()`), or add up the columns of one "

@@ -13,7 +13,7 @@ import scipy.sparse as sp
 import torch
 
 from clue_dist.data.batch import Batch, ObservedModality
-from clue_dist.errors import DataError, list_names, suggest_names
+from clue_dist.errors import DataError, format_count, list_names, suggest_names
 from clue_dist.inference.cells.aligned_counts import AlignedCounts, align_features
 from clue_dist.inference.cells.memory_obs import collect_obs, find_levels
 from clue_dist.inference.cells.named_counts import (
@@ -62,7 +62,7 @@ class MemoryCells:
         self.tables = tables
 
     def __repr__(self) -> str:
-        return f"{self.n_cells:,} cells with {list_names(self.modalities)} in memory"
+        return f"{format_count(self.n_cells, 'cell')} with {list_names(self.modalities)} in memory"
 
     def describe_source(self) -> dict[str, Any]:
         """Say where the cells come from."""
@@ -249,11 +249,11 @@ def _report_empty(source: ad.AnnData | md.MuData, rows: Mapping[str, np.ndarray]
     if len(empty) == source.n_obs:
         raise DataError(
             "no cell has counts of features that the model knows",
-            got=f"{source.n_obs:,} cells without",
+            got=f"{format_count(source.n_obs, 'cell')} without",
             expected=f"counts of {list_names(rows)}",
         )
     if len(empty):
         warn_of_cells(
-            f"{len(empty):,} cells have no counts that the model knows, and no answer but NaN "
-            f"({list_names(empty)})"
+            f"no answer but NaN for {format_count(len(empty), 'cell')} without counts that the "
+            f"model knows ({list_names(empty)})"
         )

@@ -11,7 +11,7 @@ import pandas as pd
 from anndata.utils import make_index_unique
 
 from clue_dist.data.batch import Batch, read_batch
-from clue_dist.errors import StoreError, list_names
+from clue_dist.errors import StoreError, format_count, list_names
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.store.batch_vocabulary import BatchVocabulary
 from clue_dist.store.reader import Store
@@ -85,7 +85,8 @@ class StoreCells:
         return sum(self._sizes.values())
 
     def __repr__(self) -> str:
-        return f"{self.n_cells:,} cells with {list_names(self.modalities)} in {self.store.name}"
+        cells = format_count(self.n_cells, "cell")
+        return f"{cells} with {list_names(self.modalities)} in {self.store.name}"
 
     def describe_source(self) -> dict[str, Any]:
         """Say where the cells come from."""

@@ -12,6 +12,7 @@ import pandas as pd
 from clue_dist.checkpoint.attempts import TrainingAttempt, read_attempts
 from clue_dist.checkpoint.model_card import ModelCard, find_model_card
 from clue_dist.checkpoint.run_folder import list_checkpoints, parse_step
+from clue_dist.errors import format_count
 from clue_dist.inference.report.panels import split_quantity
 
 Fact = tuple[str, str]  # what it is called, and what it is
@@ -124,7 +125,7 @@ def list_store_facts(facts: RunFacts) -> list[Fact]:
     if facts.card is not None:
         listed.append(("fingerprint", facts.card.fingerprint))
         listed += [
-            (f"modality {name}", f"{len(modality.features):,} features, {modality.kind}")
+            (f"modality {name}", f"{format_count(modality.n_features, 'feature')}, {modality.kind}")
             for name, modality in facts.card.modalities.items()
         ]
         listed.append(("biological batches", f"{len(facts.card.batches):,}"))
@@ -154,7 +155,7 @@ def list_training_facts(metrics: pd.DataFrame, facts: RunFacts) -> list[Fact]:
         reason = "not recorded: the run is of an earlier version of clue_dist"
         return [*listed, ("command and versions", reason)]
     for attempt in facts.attempts:
-        ranks = f"{attempt.ranks} rank{'s' * (attempt.ranks != 1)} ({attempt.device})"
+        ranks = f"{format_count(attempt.ranks, 'rank')} ({attempt.device})"
         began = "began" if attempt.step == 0 else f"went on from step {attempt.step:,}"
         listed.append((f"{began} {attempt.time}", f"{attempt.command}; {ranks} on {attempt.host}"))
     versions = facts.attempts[-1].versions
