@@ -19,17 +19,16 @@ import scipy.sparse as sp
 
 from clue_dist.errors import DataError, StoreError, list_names, suggest_names
 from clue_dist.files import translate_disk_errors
-from clue_dist.kinds import TYPE_COLUMNS
+from clue_dist.kinds import TYPE_COLUMNS, match_alias
 from clue_dist.process import silence_mudata
 from clue_dist.store.manifest import Manifest
 from data_prep.cli.commands import build_preparation_parser, convert_as_typed
 from data_prep.convert import format_conversion
 from data_prep.jobs.job_folder import discard_job, find_partial_folder
-from data_prep.options import FIELDS, NO_COLUMN
-from data_prep.readers.source import looks_whole
+from data_prep.options import FIELDS, IN_MEMORY, NO_COLUMN
+from data_prep.readers.source import looks_whole, require_real_numbers
 
 _DEFAULT_LAYER = ("--layer", "X")  # which the command line reads where no layer is named
-IN_MEMORY = "cells in memory"  # what messages call them
 _PROBED_ROWS = 20  # of X, that are looked at to guess whether it holds counts
 
 
@@ -154,8 +153,10 @@ def _convert_files(
 ) -> None:
     """Convert one file, or several."""
     _require_files(data)
-    files = [data] if isinstance(data, (str, Path)) else data
-    _convert_inputs([str(path) for path in files], out, request, name)
+    words = [str(path) for path in ([data] if isinstance(data, (str, Path)) else data)]
+    if request.modality is not None and len(words) == 1 and "=" not in words[0]:
+        words = [f"{request.modality}={words[0]}"]
+    _convert_inputs(words, out, request, name)
 
 
 def _convert_inputs(words: Sequence[str], out: Path, request: ConversionRequest, name: str) -> None:
@@ -208,10 +209,13 @@ def _require_modality(source: ad.AnnData | md.MuData, request: ConversionRequest
     """Require that an AnnData says what it holds, or a person does."""
     if isinstance(source, md.MuData) or request.modality is not None:
         return
-    if not any(column in source.var for column in TYPE_COLUMNS):
+    column = next((column for column in TYPE_COLUMNS if column in source.var), None)
+    types = [] if column is None else [str(each) for each in source.var[column].unique()]
+    if not any(match_alias(each) for each in types):
         raise DataError(
             "an AnnData needs a modality's name",
-            got=f"features {list_names(source.var_names, 3)}",
+            got=f"features {list_names(source.var_names, 3)}"
+            + (f", of types {list_names(types, 3)}" if types else ""),
             fix='`modality="rna"`, say; proteins are "adt", peaks "atac"',
         )
 
@@ -238,15 +242,19 @@ def _require_columns(source: ad.AnnData | md.MuData, request: ConversionRequest)
 
 
 def _require_matrices(source: ad.AnnData | md.MuData, request: ConversionRequest) -> None:
-    """Require the layers, and the columns of var, that are named for cells in memory.
+    """Require counts, and the layers and columns of var that are named for cells in memory.
 
     The conversion would name the file that is written for it, which has no others.
     """
     tables = source.mod if isinstance(source, md.MuData) else {request.modality: source}
+    if not tables:
+        raise DataError("there are no cells", got="a MuData without modalities")
     for name, table in tables.items():
         place = "" if name is None else f" of {name}"
         layers = [*table.layers, *(["raw.X"] if table.raw is not None else [])]
         layer = request.choose_layer(name)
+        if table.X is None and not layers:
+            raise DataError("there are no counts", got=f"no X, layers or raw{place}")
         if layer is not None and layer not in layers:
             raise DataError(
                 "there is no such layer",
@@ -254,6 +262,9 @@ def _require_matrices(source: ad.AnnData | md.MuData, request: ConversionRequest
                 got=f"layers: {list_names(layers) or 'none'}",
                 fix=suggest_names(layer, layers) or "a dict names a layer by modality, or X",
             )
+        matrix = table.layers.get(layer, table.X)
+        if matrix is not None:  # nor does a file take objects
+            require_real_numbers(np.empty(0, matrix.dtype), f"{layer or 'X'}{place}")
         var = table.raw.var if layer == "raw.X" else table.var
         columns, asked = [str(column) for column in var], request.choose_feature_columns(name)
         if asked and not {*asked} & {*columns}:
@@ -336,16 +347,20 @@ def _strip_table(table: ad.AnnData, name: str | None, request: ConversionRequest
     columns = (*TYPE_COLUMNS, *request.choose_feature_columns(name))
     var = table.var[[column for column in table.var if column in columns]]
     obs = _keep_columns(table.obs, [], request)
-    if layer == "raw.X" and table.raw is not None:
-        raw = ad.AnnData(
-            _load_matrix(table.raw.X), pd.DataFrame(index=table.obs_names), table.raw.var
-        )
-        return ad.AnnData(obs=obs, var=var, raw=raw)
-    layers = {key: table.layers[key] for key in table.layers if layer in (None, key)}
     # Where X is no counts, the error names the layer that holds them.
-    if layer is None and table.X is not None and _probe_counts(table):
-        layers = {}
-    return ad.AnnData(_load_matrix(table.X) if layer is None else None, obs, var, layers=layers)
+    is_probed = layer is None and table.X is not None and _probe_counts(table)
+    layers, raw = {}, None
+    if not is_probed:
+        layers = {
+            key: matrix
+            for key, matrix in table.layers.items()
+            if layer in (None, key) and matrix.dtype.kind in "buif"
+        }
+    if not is_probed and layer in (None, "raw.X") and table.raw is not None:
+        index = pd.DataFrame(index=table.obs_names)
+        raw = ad.AnnData(_load_matrix(table.raw.X), index, table.raw.var)
+    x = _load_matrix(table.X) if layer is None else None
+    return ad.AnnData(x, obs, var, layers=layers, raw=raw)
 
 
 def _probe_counts(table: ad.AnnData) -> bool:

@@ -18,6 +18,8 @@ COVARIATE = "batch:"
 # Field of the column that tells the data sets of one file apart; it ends up in the barcode.
 DATASET = "dataset"
 
+IN_MEMORY = "cells in memory"  # what messages call them, and the file that is written of them
+
 NO_COLUMN = "none"  # what stands for a column where a field is read from none
 
 # How barcodes of several files meet: letter by letter, or by what `barcode_cores` leaves of them.

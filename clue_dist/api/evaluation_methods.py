@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import anndata as ad
-
 from clue_dist.api.training_call import TrainingData, find_store_path
 from clue_dist.config import MIN_KNOWN
 from clue_dist.files import parse_path
@@ -65,8 +63,7 @@ class EvaluationMethods:
         from clue_dist.inference.evaluate import evaluate_store
         from data_prep.from_python import ConversionRequest
 
-        if isinstance(cells, ad.AnnData):
-            modality = find_modality(cells, self.trained_model, modality, feature_ids)
+        modality = find_modality(cells, self.trained_model, modality, feature_ids)
         if batch_key is None:
             batch_key = find_batch_columns(cells, self.trained_model.batch_vocabulary)
         request = ConversionRequest(

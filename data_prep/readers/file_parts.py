@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from clue_dist.errors import DataError, format_count, list_names
 from clue_dist.kinds import KINDS, find_kinds, match_alias, suggest_kind
-from data_prep.options import InputArgument, ReadingOptions
+from data_prep.options import IN_MEMORY, InputArgument, ReadingOptions
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,8 @@ def _take_named_parts(
     argument: InputArgument, parts: Sequence[FilePart]
 ) -> list[tuple[str, FilePart]]:
     """Take every part that names a modality itself."""
+    if not parts:
+        raise DataError("the file holds no modality", where=argument.text)
     named = [(part.modality, part) for part in parts if part.modality is not None]
     if not named:
         _require_name(argument, parts[0])
@@ -157,6 +159,8 @@ def _find_fitting(
 def describe_left_out(argument: InputArgument, part: FilePart) -> str:
     """Say that a part of a file becomes no modality, and what would make it one."""
     features = "" if part.n_features is None else f" ({format_count(part.n_features, 'feature')})"
+    if argument.path.name.startswith(IN_MEMORY):
+        return f"{IN_MEMORY}: {part.key!r}{features} is left out; a MuData can hold it, too"
     name = part.modality or part.suggestion
     kind = "" if find_kinds(name) else f" --kind {name}={suggest_kind(part.key) or 'adt'}"
     taking = f"`{_pick_part(argument, name, part.key)}{kind}`"

@@ -11,6 +11,7 @@ import numpy as np
 from clue_dist.errors import DataError, list_names
 from clue_dist.kinds import TYPE_COLUMNS, match_alias
 from clue_dist.store.location import Location
+from clue_dist.store.unique_names import make_names_unique
 from data_prep.options import InputArgument, ObsColumns, ReadingOptions
 from data_prep.readers import sorted_entries
 from data_prep.readers.file_parts import FilePart, list_type_parts
@@ -40,7 +41,6 @@ from data_prep.readers.source import (
     SourceHead,
     SourceRows,
     identify_file,
-    make_names_unique,
     require_real_numbers,
 )
 

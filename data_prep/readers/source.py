@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -269,15 +268,6 @@ def looks_whole(values: np.ndarray) -> bool:
     whole = np.rint(values)
     with np.errstate(invalid="ignore"):  # infinite values are as far from whole as missing ones
         return bool(((whole >= 0) & (np.abs(whole - values) <= limit_rounding(whole))).all())
-
-
-def make_names_unique(names: Sequence[str], replacements: Sequence[str]) -> list[str]:
-    """Names where one that repeats, or is empty, gives way to its replacement. All (features,)."""
-    times = Counter(names)
-    return [
-        replacement if times[name] > 1 or not name else name
-        for name, replacement in zip(names, replacements, strict=True)
-    ]
 
 
 def select_columns(rows: sp.csr_matrix, wanted: np.ndarray) -> sp.csr_matrix:

@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 
 from clue_dist.errors import DataError, list_names
+from clue_dist.store.unique_names import make_names_unique
 from data_prep.options import InputArgument, ReadingOptions
 from data_prep.readers.file_parts import FilePart, list_type_parts
 from data_prep.readers.h5_file import (
@@ -26,7 +27,6 @@ from data_prep.readers.source import (
     SourceHead,
     SourceRows,
     identify_file,
-    make_names_unique,
     select_columns,
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -228,6 +230,24 @@ def test_the_modality_of_an_anndata_to_score_is_found_as_for_an_embedding(
     assert requests.pop().modality is None  # the conversion reads feature types itself
 
 
+def test_the_modality_of_a_file_to_score_is_found_too(
+    folder: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def convert(arguments: argparse.Namespace) -> None:
+        commands.append(arguments.inputs)
+        raise DataError("enough")
+
+    monkeypatch.setattr(from_python, "convert_as_typed", convert)
+    file = tmp_path / "cells.h5ad"
+    read_mudata(Store(folder / "s.zarr"))["adt"].write_h5ad(file)
+    for cells in (file, f"adt={file}", [f"adt={file}"]):
+        with pytest.raises(DataError, match="enough"):
+            run.evaluate(cells)
+    assert commands == [[f"adt={file}"]] * 3
+
+
 def test_cells_to_score_are_converted_as_fit_converts_them(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -372,6 +392,49 @@ def test_an_interrupted_conversion_of_cells_in_memory_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         convert_cells(make_mudata(20), tmp_path / "s.zarr", ConversionRequest())
     assert list(tmp_path.iterdir()) == [partial_folder]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda table: ad.AnnData(obs=table.obs, var=table.var), "there are no counts"),
+        (lambda table: ad.AnnData(table.X.toarray().astype(object)), "does not hold real numbers"),
+        (lambda table: md.MuData({}), "there are no cells"),
+    ],
+)
+def test_cells_without_counts_are_refused_before_a_file_is_written(
+    tmp_path: Path, make: Callable[[ad.AnnData], ad.AnnData | md.MuData], message: str
+) -> None:
+    cells = make(make_mudata(20)["rna"])
+    with pytest.raises(DataError, match=message) as raised:
+        convert_cells(cells, tmp_path / "s.zarr", ConversionRequest(modality="rna"))
+    assert str(tmp_path) not in str(raised.value)
+
+
+def test_features_of_no_known_type_need_the_name_of_a_modality(tmp_path: Path) -> None:
+    table = make_mudata(20)["rna"].copy()
+    table.var["feature_types"] = "Custom"
+    with pytest.raises(DataError, match=r"needs a modality's name\n  got: (.*), of types Custom"):
+        convert_cells(table, tmp_path / "s.zarr", ConversionRequest())
+
+
+@pytest.mark.slow
+def test_what_is_left_out_of_cells_in_memory_names_no_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = make_mudata(20)["rna"].copy()
+    table.var["feature_types"] = ["Gene Expression"] * 25 + ["Custom"] * 5
+    convert_cells(table, tmp_path / "s.zarr", ConversionRequest())
+    assert "cells in memory: 'Custom' (5 features) is left out" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_where_x_is_no_counts_raw_is_named(tmp_path: Path) -> None:
+    table = make_mudata(20)["rna"].copy()
+    table.raw = table.copy()
+    table.X = table.X * 0.5
+    with pytest.raises(DataError, match=r"--layer raw\.X"):
+        convert_cells(table, tmp_path / "s.zarr", ConversionRequest(modality="rna"))
 
 
 @pytest.mark.slow

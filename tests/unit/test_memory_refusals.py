@@ -245,6 +245,15 @@ def test_columns_and_names_that_no_file_takes_are_refused_before_any_work(tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_name_that_repeats_in_a_column_gives_way_to_that_of_the_feature():
+    table = make_table()
+    known = table.var_names.tolist()
+    table.var["symbol"] = ["twice", "twice", *known[2:]]
+    for columns in ("symbol", "gene_id,symbol"):
+        found = read_all(table, feature_ids=columns)["rna"]
+        assert found.tolist() == read_all(table)["rna"].tolist()
+
+
 def test_a_warning_points_to_the_line_that_asks():
     with pytest.warns(UserWarning, match="missing") as caught:
         open_cells(make_table(number=9), LOADED)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import cast
 
 import h5py
+import mudata as md
 import numpy as np
 import pandas as pd
 import pytest
@@ -223,3 +224,10 @@ def test_h5mu_whose_modalities_have_layers_alone(tmp_path: Path) -> None:
     layers = PerModality.parse_values(["counts"], "--layer")
     (source,) = parse_inputs([str(path)], ReadingOptions(layers=layers))
     _check_table(cast(Source, source), counts, tmp_path)
+
+
+def test_a_mudata_without_modalities_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "cells.h5mu"
+    md.MuData({}).write(path)
+    with pytest.raises(DataError, match="holds no modality"):
+        parse_inputs([str(path)], ReadingOptions())

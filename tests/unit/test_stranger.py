@@ -53,7 +53,7 @@ def run(tmp_path: Path) -> Run:
 def typed(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Words of the command lines that conversions would run."""
     lines: list[list[str]] = []
-    monkeypatch.setattr(from_python, "run_command", lines.append)
+    monkeypatch.setattr(from_python, "_run_conversion", lambda words, name: lines.append(words))
     return lines
 
 

@@ -19,6 +19,7 @@ from clue_dist.errors import DataError, list_names
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.kinds import TYPE_COLUMNS, find_kinds, match_alias
 from clue_dist.store.region_names import respell_regions
+from clue_dist.store.unique_names import make_names_unique
 
 MIN_KNOWN_IN_MEMORY = 0.5  # share of a modality's features that must be there, by default
 _PACKAGE = f"{Path(clue_dist.__file__).parent}{os.sep}"
@@ -218,14 +219,20 @@ def _keep_chosen(
 
 
 def name_columns(adata: ad.AnnData, var: pd.DataFrame, column: str | None) -> list[str]:
-    """Names of the features, (columns,): var_names, or those of a column of var."""
+    """Names of the features, (columns,): var_names, or those of a column of var.
+
+    As in a conversion, a name that repeats gives way to that in var_names, and of several columns,
+    "symbol,gene_id", the first counts that is there.
+    """
     if column is None:
         return [str(name) for name in var.index]
-    if column not in var:
+    chosen = next((each for each in column.split(",") if each in var), None)
+    if chosen is None:
         raise DataError(
             "var has no such column",
             where=f"feature_ids={column!r}",
             got=f"columns: {list_names(var.columns, 30) or 'none'}",
         )
-    values = var[column]
-    return values.where(values.notna(), "").astype(str).tolist()
+    values = var[chosen]
+    names = values.where(values.notna(), "").astype(str).tolist()
+    return make_names_unique(names, [str(name) for name in var.index])

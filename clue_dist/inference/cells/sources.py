@@ -185,7 +185,7 @@ def find_source_file(source: CellSource) -> Path | None:
 
 
 def find_modality(
-    adata: ad.AnnData,
+    source: object,
     trained_model: TrainedModel,
     modality: str | None = None,
     feature_ids: str | Mapping[str, str] | None = None,
@@ -193,7 +193,7 @@ def find_modality(
     """Find which modality of a model an AnnData holds; None where its feature types say it.
 
     Args:
-        adata: the cells.
+        source: cells in memory, or the path of an .h5ad; of anything else what is given is taken.
         trained_model: the model.
         modality: the modality, where somebody says so.
         feature_ids: column of var that names the features, as of `open_cells`.
@@ -201,6 +201,9 @@ def find_modality(
     Raises:
         DataError: the model does not know it, or it cannot be told which it is.
     """
+    adata = _open_tables(source)
+    if not isinstance(adata, ad.AnnData):
+        return modality
     parts = name_parts(
         adata, trained_model, MemoryChoices(modality=modality, feature_ids=feature_ids)
     )
@@ -217,17 +220,25 @@ def find_batch_columns(source: object, known: BatchVocabulary) -> list[str] | No
     Returns:
         A column for each covariate; None where the cells lack one of them.
     """
-    if isinstance(source, (str, Path)) and Path(source).suffix in (".h5ad", ".h5mu"):
-        if not parse_path(str(source)).is_file():  # `rna=cells.h5ad`, or a mistake
-            return None
-        opened = open_source(source, leave_counts=True)
-        assert not isinstance(opened, Store)
-        opened.file.close()  # obs is in memory
-        source = opened
-    if not isinstance(source, (ad.AnnData, md.MuData)):
+    tables = _open_tables(source)
+    if tables is None:
         return None
-    columns = list_obs_columns(source)
+    columns = list_obs_columns(tables)
     return [*known.covariates] if {*known.covariates} <= {*columns} else None
+
+
+def _open_tables(source: object) -> ad.AnnData | md.MuData | None:
+    """Read obs and var of cells that are in no store yet; None of what is no single file."""
+    if isinstance(source, (ad.AnnData, md.MuData)):
+        return source
+    if not isinstance(source, (str, Path)) or Path(source).suffix not in (".h5ad", ".h5mu"):
+        return None
+    if not parse_path(str(source)).is_file():  # `rna=cells.h5ad`, or a mistake
+        return None
+    opened = open_source(source, leave_counts=True)
+    assert not isinstance(opened, Store)
+    opened.file.close()  # obs and var are in memory
+    return opened
 
 
 def _open_store_cells(
