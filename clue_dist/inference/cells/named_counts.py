@@ -14,7 +14,6 @@ import mudata as md
 import numpy as np
 import pandas as pd
 
-import clue_dist
 from clue_dist.errors import DataError, list_names
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.kinds import TYPE_COLUMNS, find_kinds, match_alias
@@ -22,7 +21,7 @@ from clue_dist.store.region_names import respell_regions
 from clue_dist.store.unique_names import make_names_unique
 
 MIN_KNOWN_IN_MEMORY = 0.5  # share of a modality's features that must be there, by default
-_PACKAGE = f"{Path(clue_dist.__file__).parent}{os.sep}"
+_PACKAGE = f"{Path(__file__).parents[2]}{os.sep}"  # clue_dist
 
 
 @dataclass(frozen=True)
