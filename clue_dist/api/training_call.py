@@ -129,8 +129,10 @@ def _find_store(data: TrainingData, request: Any, run: Path) -> str:
             )
         return place
 
+    from clue_dist.train.setup import require_writable_run
     from data_prep.from_python import convert_cells
 
+    require_writable_run(run)  # before a conversion that may take hours
     store = run.with_name(f"{run.name}.zarr")
     store.parent.mkdir(parents=True, exist_ok=True)
     convert_cells(data, store, request)

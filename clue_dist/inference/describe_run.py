@@ -39,7 +39,8 @@ def describe_run(folder: Path, trained_model: TrainedModel) -> str:
         lines.append(f"  validation: {scores}")
     width = trained_model.latent * len(trained_model.modalities)
     space = "a common space" if trained_model.has_common_space else "no common space"
-    lines.append(f"  z: {width} dimensions, {space} of the modalities")
+    ending = f", {space} of the modalities" if len(trained_model.modalities) > 1 else ""
+    lines.append(f"  z: {width} dimensions{ending}")
     return "\n".join(lines)
 
 

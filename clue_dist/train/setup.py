@@ -199,7 +199,7 @@ def prepare_setup(config: Config, world: int, *, writes: bool = True) -> Setup:
     """
     config_file.require_paths(config, *([] if writes else ["store"]))
     if writes:
-        _require_writable(Path(config.run))
+        require_writable_run(Path(config.run))
     store = Store(config.store)
     store.manifest.verify_fingerprint(store.root)  # it decides whether a run may go on
     specs = specify_modalities(store.manifest.modalities, config)
@@ -279,10 +279,13 @@ def _choose_weights(
 # --- what cannot work ---------------------------------------------------------------------------
 
 
-def _require_writable(run_folder: Path) -> None:
+def require_writable_run(run_folder: Path) -> None:
     """Check that the run folder can be made and written, before ranks wait for each other.
 
     It must not lie in a store, whose folder may be removed, copied and checked as a whole.
+
+    Raises:
+        ConfigError: it does, or cannot be written.
     """
     paths = (parse_path(str(run_folder)), *run_folder.absolute().parents)
     nearest = next(path for path in paths if path.exists())

@@ -23,7 +23,7 @@ import pytest
 import torch.distributed as dist
 
 import clue_dist
-from clue_dist.api import Run, load
+from clue_dist.api import Run, load, training_call
 from clue_dist.checkpoint.model_card import read_model_card, write_model_card
 from clue_dist.errors import ClueError, ConfigError, DataError, StoreError
 from clue_dist.inference import describe_run
@@ -71,6 +71,13 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_a_lone_modality_needs_no_common_space(tmp_path: Path) -> None:
+    make_store(tmp_path / "s.zarr", cells={"rna": 60}, features={"rna": 30})
+    make_run(tmp_path / "run", tmp_path / "s.zarr")
+    assert "\n  z: 6 dimensions" in repr(load(tmp_path / "run"))
+    assert "common space" not in repr(load(tmp_path / "run"))
 
 
 def test_names_of_the_front_door_are_those_of_the_package() -> None:
@@ -435,6 +442,13 @@ def test_where_x_is_no_counts_raw_is_named(tmp_path: Path) -> None:
     table.X = table.X * 0.5
     with pytest.raises(DataError, match=r"--layer raw\.X"):
         convert_cells(table, tmp_path / "s.zarr", ConversionRequest(modality="rna"))
+
+
+def test_a_folder_that_cannot_hold_a_run_is_refused_before_the_conversion(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ConfigError, match="run folder cannot be written"):
+        training_call._find_store(make_mudata(20), ConversionRequest(), tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 @pytest.mark.slow
