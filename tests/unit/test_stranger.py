@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -241,10 +242,10 @@ def test_scores_need_no_file(run: Run, tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(report, "write_report", read_scores)
     monkeypatch.setattr(trained_run, "export_run", read_scores)
-    scores = Scores({"rna->adt": {"cells": 20}})
+    scores = Scores({"joint": {"cells": 20, "store_cells": 30}})
     run.report(embedding=tmp_path / "z.h5mu", scores=scores)
     assert run.export(tmp_path / "model", scores, licence="CC0") == tmp_path / "model"
-    assert texts == ['{"rna->adt": {"cells": 20}}'] * 2
+    assert texts == [json.dumps(scores)] * 2
 
 
 def test_counts_of_a_reference_may_lie_elsewhere(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
