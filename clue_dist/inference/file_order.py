@@ -13,6 +13,7 @@ import zarr
 from clue_dist.errors import ConfigError, DataError, format_count
 from clue_dist.files import parse_path
 from clue_dist.process import print_error
+from clue_dist.store.manifest import is_store
 
 _HDF5_ENDINGS = (".h5ad", ".h5mu")
 
@@ -38,6 +39,14 @@ def read_cell_names(path: Path) -> pd.Index:
     Raises:
         DataError: it is none of these.
     """
+    if not path.exists():
+        raise DataError("no such file", where=f"--like {path}", fix="check the path")
+    if is_store(path):
+        raise DataError(
+            "a store has an order of its own, and not that of a file",
+            where=f"--like {path}",
+            expected="the file that it was made of",
+        )
     try:
         if path.suffix in _HDF5_ENDINGS:
             with h5py.File(path) as file:

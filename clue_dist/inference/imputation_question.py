@@ -160,7 +160,7 @@ def _read_levels(
     batch: str | Sequence[str] | Mapping[str, str], known: BatchVocabulary
 ) -> tuple[int | None, ...]:
     """Read the level that all cells get, by covariate of the model; None: each cell's own."""
-    words = [batch] if isinstance(batch, str) else batch
+    words = [batch] if isinstance(batch, str | int) else batch  # a lane may have a number
     if not words:
         raise ConfigError(
             "no batch is named",
@@ -169,6 +169,7 @@ def _read_levels(
             expected=f"{_list_choices(known)}, or a batch's name",
         )
     if isinstance(words, Sequence):
+        words = [str(word) for word in words]
         if len(words) == 1 and words[0] in (OWN, AVERAGE):
             return (None if words[0] == OWN else -1,) * len(known.covariates)
         if len(words) == 1 and words[0] in known.names:
@@ -181,7 +182,7 @@ def _read_levels(
             raise ConfigError("two levels of one covariate", where="batch", got=" ".join(words))
         words = named
     numbers, fixed = known.number_levels(), dict.fromkeys(known.covariates)
-    for covariate, level in words.items():
+    for covariate, level in ((name, str(chosen)) for name, chosen in words.items()):
         _require_known(covariate, list(known.covariates), "covariate of batches")
         if level not in (OWN, AVERAGE):
             _require_known(level, known.list_levels(covariate), covariate, f"{OWN}, {AVERAGE}")

@@ -83,6 +83,12 @@ def open_reference(
     """
     if isinstance(source, ReferenceCells):
         return source
+    if isinstance(source, (str, Path)) and _holds_embedding(source, ".h5mu"):
+        raise DataError(
+            "an embedding in a MuData is no reference",
+            where=source,
+            fix="write it into an .h5ad: `clue embed --per-modality --out z.h5ad`",
+        )
     if isinstance(source, (str, Path)) and _holds_embedding(source):
         return _index_cells(_read_embedding(source, trained_model), trained_model)
     return open_cells(source, trained_model, **reading)
@@ -134,10 +140,10 @@ def collect_reference(source: CellSource, trained_model: TrainedModel) -> ad.Ann
     return ad.AnnData(obs=table.obs, obsm=obsm, uns={_PROVENANCE: provenance})
 
 
-def _holds_embedding(source: str | Path) -> bool:
-    """Whether a path names an .h5ad that `clue embed` has written."""
+def _holds_embedding(source: str | Path, ending: str = ".h5ad") -> bool:
+    """Whether a path names a file, with this ending, that `clue embed` has written."""
     path = parse_path(str(source))
-    if path.suffix != ".h5ad" or not path.is_file():
+    if path.suffix != ending or not path.is_file():
         return False
     try:
         with h5py.File(path) as file:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
-from clue_dist.errors import DataError
+from clue_dist.errors import DataError, format_count
 from clue_dist.files import replace_file
 from clue_dist.kinds import KINDS
 from clue_dist.store.kernel_cache import compile_kernel
@@ -146,7 +146,7 @@ def _select_variable(
         scores.append(trend.score_genes(total, squares))
     places = seurat_v3.rank_genes(np.array(scores), top)
     note = {
-        "by": f"most variable within {len(trends)} batches",
+        "by": f"most variable within {format_count(len(trends), 'batch', 'batches')}",
         "of": rows.n_features,
         "kept": len(places),
     }

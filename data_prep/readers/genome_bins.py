@@ -11,7 +11,7 @@ import re
 import numpy as np
 import pandas as pd
 
-from clue_dist.errors import DataError, list_names
+from clue_dist.errors import DataError, format_count, list_names
 
 _REGION = r"^(.*[^:_-])[:_-]([0-9]{1,10})[-_]([0-9]{1,10})$"  # the sum of two fits into 64 bits
 
@@ -31,9 +31,10 @@ def bin_peaks(names: list[str], width: int, where: str) -> list[str]:
     bad = np.flatnonzero(parts[0].isna().to_numpy())
     if len(bad):
         raise DataError(
-            f"{len(bad)} features are not named as regions of a genome, so they cannot be binned",
+            "bins take features that are named as regions of a genome",
             where=where,
-            got=list_names(names[i] for i in bad[:5]),
+            got=f"{format_count(len(bad), 'feature')} named otherwise, such as "
+            f"{list_names(names[i] for i in bad[:5])}",
             expected="chr1:1000-1500, chr1-1000-1500 or chr1_1000_1500",
             fix="leave `--bins` out, or take the names from a column of var with `--feature-ids`",
         )

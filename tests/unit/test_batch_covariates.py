@@ -265,6 +265,8 @@ def test_a_covariate_that_is_not_named_is_each_cells_own(
         ("d7", "no such batch(.|\n)*donor=LEVEL"),
         (["donor=d1", "donor=d2"], "two levels of one covariate"),
         (["donor=d1", "v3"], "no such batch"),
+        ({"donor": 7}, r"no such donor\n  got: 7"),
+        (7, r"no such batch\n  got: 7"),
     ],
 )
 def test_a_level_that_the_model_does_not_know_is_refused(
@@ -272,6 +274,14 @@ def test_a_level_that_the_model_does_not_know_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         impute(trained, store, batch=batch)
+
+
+def test_a_batch_may_be_a_number(store: Store, trained: TrainedModel) -> None:
+    known = BatchVocabulary(["1", "2"], {"lane": ["1", "2"]})
+    single = replace(trained, batches=known.names, batch_key="lane", batch_covariates={})
+    first, *others = [impute(single, store, batch=each).X for each in ("2", 2, {"lane": 2})]
+    for other in others:
+        np.testing.assert_array_equal(other, first)
 
 
 def test_a_batch_of_one_covariate_may_be_named_by_it(store: Store, trained: TrainedModel) -> None:

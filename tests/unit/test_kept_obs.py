@@ -210,6 +210,10 @@ def test_an_embedding_gets_the_order_and_the_barcodes_of_a_file(
     assert same.obsm["X_clue"][:, 0].tolist() == obs.index.get_indexer(RNA.index).tolist()
     assert capsys.readouterr().err == ""
 
+    for other, message in (("gone.h5ad", "no such file"), (store.root, "order of its own")):
+        with pytest.raises(DataError, match=message):
+            restore_file_order(table, str(other))
+
     (tmp_path / "cells.txt").write_text("c5\nelsewhere\nc3\n")
     some = restore_file_order(table, str(tmp_path / "cells.txt"))
     assert some.obs["age"].tolist() == [2, pd.NA, 0]

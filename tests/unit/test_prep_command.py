@@ -71,7 +71,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ),
         (
             ["convert", "atac=good.h5ad", "--out", "x.zarr", "--bins", "atac=5000"],
-            "are not named as regions",
+            "are named as regions",
         ),
         (["simulate", "--out", "x.h5ad"], ".h5mu or .zarr"),
         (["simulate", "--out", "x"], ".h5mu or .zarr"),

@@ -261,7 +261,7 @@ def test_peaks_beyond_every_chromosome_are_not_binned(tmp_path: Path, name: str)
     peaks = make_counts(20, 2)
     peaks.columns = ["chr²:5-9", name]
     path = write_h5ad(tmp_path / "a.h5ad", peaks)
-    with pytest.raises(DataError, match="1 features are not named as regions"):
+    with pytest.raises(DataError, match="1 feature named otherwise"):
         convert_files(tmp_path / "s.zarr", f"atac={path}", bins=["atac=1000"])
 
 

@@ -214,7 +214,7 @@ def test_few_cells_and_genes_alike(tmp_path: Path) -> None:
     path = write_h5ad(tmp_path / "a.h5ad", counts, batch=["b", "b", "b", "b", "alone"])
     store = convert_files(tmp_path / "s.zarr", f"rna={path}", top=["rna=3"])
     assert store.manifest.modalities["rna"].features == ["g0", "g1", "g2"]
-    assert store.manifest.provenance["selected"]["rna"]["by"] == "most variable within 1 batches"
+    assert store.manifest.provenance["selected"]["rna"]["by"] == "most variable within 1 batch"
     path = write_h5ad(tmp_path / "b.h5ad", counts, batch=list("abcde"))
     with pytest.raises(DataError, match="no batch has enough cells"):
         convert_files(tmp_path / "x.zarr", f"rna={path}", top=["rna=3"])

@@ -92,6 +92,10 @@ def test_an_embedding_may_stand_for_its_cells(run: Run, query: Store, tmp_path: 
 def test_an_embedding_that_does_not_serve_is_refused(
     run: Run, query: Store, tmp_path: Path
 ) -> None:
+    both = run.embed(run.folder.parent / "old.zarr", out=tmp_path / "z.h5mu")
+    with pytest.raises(DataError, match=r"in a MuData is no reference(.|\n)*--out z\.h5ad"):
+        run.transfer(both, query, "cell_type")
+    (tmp_path / "z.h5mu").unlink()
     joint = run.embed(run.folder.parent / "old.zarr", out=tmp_path / "z.h5ad", per_modality=False)
     with pytest.raises(DataError, match="lacks z from single modalities"):
         run.transfer(joint, query, "cell_type")
