@@ -40,7 +40,10 @@ ROOMS = {
         "engine_state saver run_folder keep initial_weights",
     ),
     "manifest": ("clue_dist/store/manifest*.py", "manifest prep_zarr"),
-    "reader": ("clue_dist/store/reader.py", "rows loader prep_values prep_store"),
+    "reader": (
+        "clue_dist/store/reader.py clue_dist/store/segment_arrays.py",
+        "rows loader prep_values prep_store",
+    ),
     "convert": (
         "data_prep/conver*/*.py data_prep/convert.py",
         "prep_conversion prep_pairing prep_cells prep_values prep_features prep_spelling",

@@ -32,16 +32,11 @@ class BlockPool:
 
     def __init__(self, reader: SegmentReader, slots: int) -> None:
         self.reader = reader
-        prefix = f"strata/{reader.name}/"
-        specs = {
-            spec.path.removeprefix(prefix): spec
-            for spec in reader.manifest.specify_arrays(reader.name)
-        }
         unread = ("obs/label", "obs/barcode")
         # Memory by name of the array ("rna/codes"), (slots, ...); and the same for TensorStore.
         self._memory = {
             name: np.empty((slots, *spec.shape[1:]), spec.dtype)
-            for name, spec in specs.items()
+            for name, spec in reader.arrays.specs.items()
             if name not in unread
         }
         self._targets = {
@@ -66,9 +61,9 @@ class BlockPool:
         """
         # All checks come first: after an error nothing may be on its way into the slots.
         for name in self._targets:
-            self.reader.require_plain_shards(name, blocks)
+            self.reader.arrays.require_plain_shards(name, blocks)
         futures = {
-            name: self.reader.start_read(name, blocks, target[slots])
+            name: self.reader.arrays.start_read(name, blocks, target[slots])
             for name, target in self._targets.items()
         }
         return BlockRead(blocks, slots, futures)
@@ -80,7 +75,7 @@ class BlockPool:
             StoreError: part of the store is missing or damaged.
         """
         for name, future in reading.futures.items():
-            self.reader.finish_read(name, reading.blocks, future)
+            self.reader.arrays.finish_read(name, reading.blocks, future)
         for modality, starts in self._starts.items():
             lengths = self._memory[f"{modality}/lengths"][reading.slots]
             starts[reading.slots] = self.reader.compute_starts(modality, lengths)

@@ -1,28 +1,19 @@
-"""Reads a store through TensorStore.
-
-A chunk that is missing, truncated or altered raises an error; it is never served as zeros.
-"""
+"""Reads a store: what the arrays of its segments say of cells."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import tensorstore as ts
 
 from clue_dist.errors import StoreError, format_count
 from clue_dist.store import layout, location
 from clue_dist.store.kernels import compute_row_starts
-from clue_dist.store.layout import ArraySpec
 from clue_dist.store.location import Location
 from clue_dist.store.manifest import Manifest
 from clue_dist.store.obs_columns import name_kept_array
 from clue_dist.store.rows import CHECK_FIX, CodedBlocks, CsrRows, LocatedRows
-
-# TensorStore caches nothing: the loader keeps the blocks that it needs, and keeps them once.
-_CONTEXT = {"cache_pool": {"total_bytes_limit": 0}, **location.RETRIES}
+from clue_dist.store.segment_arrays import SegmentArrays
 
 
 @dataclass(frozen=True)
@@ -54,15 +45,7 @@ class SegmentReader:
         self.segment = manifest.strata[name]
         self.n_cells, self.block_cells = self.segment.n_cells, manifest.block_cells
         self.n_blocks = layout.count_blocks(self.n_cells, self.block_cells)
-        self._context = ts.Context(_CONTEXT)
-        # Specs, open arrays and shards that were found to be plain files, all by name of the array
-        # in its segment: "rna/codes".
-        self._specs = {
-            spec.path.removeprefix(f"strata/{name}/"): spec
-            for spec in manifest.specify_arrays(name)
-        }
-        self._arrays = {array: self._open(spec) for array, spec in self._specs.items()}
-        self._plain_shards: dict[str, set[int]] = {array: set() for array in self._specs}
+        self.arrays = SegmentArrays(root, manifest, name)
 
     @property
     def modalities(self) -> list[str]:
@@ -83,13 +66,9 @@ class SegmentReader:
             StoreError: part of the store is missing or damaged.
         """
         if self.manifest.modalities[modality].storage == "dense":
-            return self._read(f"{modality}/values", blocks)
+            return self.arrays.read_blocks(f"{modality}/values", blocks)
         names = [f"{modality}/{array}" for array in ("codes", "rest", "lengths")]
-        futures = [self._start(name, blocks) for name in names]  # all at once, then wait
-        codes, rest, lengths = (
-            self.finish_read(name, blocks, future)
-            for name, future in zip(names, futures, strict=True)
-        )
+        codes, rest, lengths = self.arrays.read_together(names, blocks)
         return CodedBlocks(codes, rest, lengths, self.compute_starts(modality, lengths))
 
     def compute_starts(self, modality: str, lengths: np.ndarray) -> np.ndarray:
@@ -142,7 +121,7 @@ class SegmentReader:
             (n, B, 3) uint32: non-zeros, far gaps and high counts, as in `CodedRows`; the padding
             of the last block has none.
         """
-        return self._read(f"{modality}/lengths", blocks)
+        return self.arrays.read_blocks(f"{modality}/lengths", blocks)
 
     def read_located_rows(self, modality: str, positions: np.ndarray) -> LocatedRows | np.ndarray:
         """Read one modality of any cells, in the order asked for, rows still coded.
@@ -172,7 +151,9 @@ class SegmentReader:
             (n,) int32, -1 = unknown.
         """
         blocks, slot, row = self._split(positions)
-        return self.require_known_codes(field, self._read(f"obs/{field}", blocks)[slot, row])
+        return self.require_known_codes(
+            field, self.arrays.read_blocks(f"obs/{field}", blocks)[slot, row]
+        )
 
     def require_known_codes(self, field: str, codes: np.ndarray) -> np.ndarray:
         """Return `batch` or `label` codes of cells, (n,), as they are.
@@ -201,7 +182,7 @@ class SegmentReader:
         return CellMetadata(batch, label, barcodes)
 
     def read_kept_column(self, name: str, positions: np.ndarray) -> np.ndarray:
-        """Read a kept column of any cells, (n,) as it is stored; see `decode_column`.
+        """Read a kept column of any cells, (n,) as it is stored; see `KeptColumn.decode_values`.
 
         Raises:
             StoreError: a category has no name in the manifest.
@@ -209,7 +190,7 @@ class SegmentReader:
         columns = self.manifest.obs_columns
         array = f"obs/{name_kept_array(list(columns).index(name))}"
         blocks, slot, row = self._split(positions)
-        values = self._read(array, blocks)[slot, row]
+        values = self.arrays.read_blocks(array, blocks)[slot, row]
         if columns[name].kind == "category":
             self._require_codes(array, values, len(columns[name].categories))
         return values
@@ -221,117 +202,13 @@ class SegmentReader:
             (n,) bytes, UTF-8.
         """
         blocks, slot, row = self._split(positions)
-        letters = self._read("obs/barcode", blocks)[slot, row]  # (n, w) uint8
+        letters = self.arrays.read_blocks("obs/barcode", blocks)[slot, row]  # (n, w) uint8
         return np.ascontiguousarray(letters).view(f"S{letters.shape[1]}").reshape(-1)
-
-    def require_plain_shards(self, name: str, blocks: np.ndarray) -> None:
-        """Check that the shards of these blocks are files, and no larger than they can be.
-
-        TensorStore may read a shard whole. Each shard is looked at once.
-
-        Args:
-            name: an array, as "rna/codes".
-            blocks: numbers of blocks, (n,).
-
-        Raises:
-            StoreError: a shard is a link, say, or too large.
-        """
-        spec, known = self._specs[name], self._plain_shards[name]
-        new = set((np.asarray(blocks) // spec.shard[0]).tolist()) - known
-        for shard in new:
-            location.require_plain_files(
-                self.root, spec.name_shard_file(shard), max_bytes=spec.shard_bytes
-            )
-        known |= new
-
-    def start_read(self, name: str, blocks: np.ndarray, target: ts.TensorStore) -> Any:
-        """Begin to read whole blocks of an array into memory.
-
-        The caller has called `require_plain_shards`; that may take a while, and this does not.
-
-        Args:
-            name: an array, as "rna/codes".
-            blocks: numbers of the blocks, (n,).
-            target: where to put them, (n, ...).
-
-        Returns:
-            A future, for `finish_read`.
-        """
-        return target.write(self._arrays[name][np.asarray(blocks, np.int64)])
-
-    def finish_read(self, name: str, blocks: np.ndarray, future: Any) -> Any:
-        """Wait for blocks that are being read.
-
-        Args:
-            name: the array that they are read from.
-            blocks: their numbers, for the error message.
-            future: what began to read them.
-
-        Returns:
-            What the future gives.
-
-        Raises:
-            StoreError: part of the store is missing or damaged.
-        """
-        try:
-            return future.result()
-        except (ValueError, OSError) as error:
-            first, last = int(blocks.min()), int(blocks.max())
-            span = f"{first} to {last}" if len(blocks) > 1 else str(first)
-            cells = f"{first * self.block_cells} to {(last + 1) * self.block_cells - 1}"
-            raise location.translate_read_error(
-                error,
-                self.root,
-                "part of the store is missing or damaged",
-                where=f"{self.root}: segment {self.name}, array {name}, "
-                f"blocks {span} (cells {cells})",
-                fix=CHECK_FIX,
-            ) from None
 
     def _split(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the blocks that hold these cells, each cell's block among them, and its row."""
         blocks, slot = np.unique(positions // self.block_cells, return_inverse=True)
         return blocks, slot, positions % self.block_cells
-
-    def _open(self, spec: ArraySpec) -> Any:
-        """Open an array, if its zarr.json says what the manifest makes of it."""
-        folder = self.root / spec.path
-        what = "an array of the store cannot be opened"
-        try:
-            # TensorStore would read it without a limit, and its parser of JSON ends the process
-            # where lists are nested too deep.
-            content = location.read_file(
-                self.root,
-                f"{spec.path}/zarr.json",
-                max_bytes=layout.MAX_METADATA_BYTES,
-            )
-            if content is None:
-                raise ValueError("zarr.json is missing")
-            request = {
-                "driver": "zarr3",
-                "kvstore": location.open_kvstore(self.root, spec.path),
-                "metadata": json.loads(content),
-                "assume_metadata": True,
-                "fill_missing_data_reads": False,  # a missing chunk is an error, not zeros
-            }
-            array = ts.open(
-                request, read=True, open=True, context=self._context, recheck_cached_data=False
-            ).result()
-        except (ValueError, OverflowError, RuntimeError, OSError) as error:
-            raise location.translate_read_error(
-                error, self.root, what, where=folder, fix=CHECK_FIX
-            ) from None
-        found = array.spec().to_json()["metadata"]
-        expected = _normalise_metadata(layout.make_array_metadata(spec))
-        if differing := [key for key, value in expected.items() if found.get(key) != value]:
-            raise StoreError(
-                "an array does not fit the manifest",
-                where=folder,
-                got={key: found.get(key) for key in differing},
-                expected={key: expected[key] for key in differing},
-                fix=CHECK_FIX,
-            )
-        return array
 
     def _report_impossible(self, array: str, found: str, expected: str) -> StoreError:
         """Return the error for values that are impossible although their checksum is right."""
@@ -342,22 +219,6 @@ class SegmentReader:
             expected=expected,
             fix=CHECK_FIX,
         )
-
-    def _start(self, name: str, blocks: np.ndarray) -> Any:
-        """Begin to read whole blocks of an array."""
-        self.require_plain_shards(name, blocks)
-        return self._arrays[name][np.asarray(blocks, np.int64)].read()
-
-    def _read(self, name: str, blocks: np.ndarray) -> np.ndarray:
-        """Read whole blocks of an array, (n, ...)."""
-        return np.asarray(self.finish_read(name, blocks, self._start(name, blocks)))
-
-
-def _normalise_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Return what TensorStore makes of a zarr.json; it leaves out what says nothing."""
-    request = {"driver": "zarr3", "kvstore": {"driver": "memory"}, "metadata": metadata}
-    normalised: dict[str, Any] = ts.Spec(request).to_json()["metadata"]
-    return normalised
 
 
 class Store:

@@ -88,14 +88,14 @@ def test_a_slow_store_is_found_to_be_the_limit(folder: Path) -> None:
         import time
         from clue_dist.config import Config
         from clue_dist.ranks import Ranks
-        from clue_dist.store.reader import SegmentReader
+        from clue_dist.store.segment_arrays import SegmentArrays
         from clue_dist.train.setup import prepare_setup
         from clue_dist.train.bench import measure_speed
-        finish, delay_s = SegmentReader.finish_read, 0.0
+        finish, delay_s = SegmentArrays.finish_read, 0.0
         def slow(*args):
             time.sleep(delay_s)
             return finish(*args)
-        SegmentReader.finish_read = slow
+        SegmentArrays.finish_read = slow
         setup = prepare_setup(Config(**settings), 1, writes=False)
         # A read takes as long as several steps, however slow the machine is just now.
         delay_s = 2e-3 * measure_speed(setup, Ranks(), 0.1, 1).model.step_ms

@@ -15,7 +15,7 @@ import torch
 from clue_dist.data.loader import Loader
 from clue_dist.data.plan import CellPlan
 from clue_dist.errors import StoreError
-from clue_dist.store import location, reader, svd
+from clue_dist.store import location, segment_arrays, svd
 from clue_dist.store.location import RemoteLocation, open_kvstore, parse_location
 from clue_dist.store.reader import Store
 from clue_dist.store.rows import CodedBlocks
@@ -47,7 +47,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
     patience = {"max_retries": 3, "initial_delay": "20ms", "max_delay": "50ms"}
     for name in location.RETRIES:
         monkeypatch.setitem(location.RETRIES, name, patience)
-        monkeypatch.setitem(reader._CONTEXT, name, patience)
+        monkeypatch.setitem(segment_arrays._CONTEXT, name, patience)
     with serve() as server:
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
@@ -184,7 +184,7 @@ def test_a_server_that_is_down_is_given_up_after_some_tries(
 
 
 def test_patience_without_a_test_is_bounded() -> None:
-    assert reader._CONTEXT.items() >= location.RETRIES.items()
+    assert segment_arrays._CONTEXT.items() >= location.RETRIES.items()
     seconds = {"250ms": 0.25, "8s": 8.0}
     for given in location.RETRIES.values():
         delays = [
