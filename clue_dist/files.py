@@ -4,7 +4,7 @@ A reader therefore sees the old file or the new one, never half of one. What the
 the way becomes one of our errors, which says what a person can do.
 
 Two files grow while they are open and are synced by their own modules: metrics.jsonl (train.sinks)
-and the rows of an embedding under way (inference.stream).
+and the rows of an answer under way (inference.array_folder).
 """
 
 from __future__ import annotations

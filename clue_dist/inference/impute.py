@@ -16,6 +16,7 @@ from torch import Tensor
 
 from clue_dist.data.batch import Batch, compute_library_size
 from clue_dist.errors import DataError, ResumeError, list_names
+from clue_dist.inference.array_folder import arrange_rows
 from clue_dist.inference.cells import Cells, CellSlice, MemoryCells
 from clue_dist.inference.cells.memory_obs import require_writable_obs
 from clue_dist.inference.cells.named_counts import warn_of_cells
@@ -76,7 +77,6 @@ def impute_cells(
     question = read_question(trained_model, choices)
     slices = cells.slice_cells(batch_size)
     obs = _describe_cells(cells, slices, question)
-    shape = cells.n_cells, len(question.features)
     is_sparse = choices.threshold is not None
     parts: dict[str, list[Any]] = {name: [] for name in question.matrices}
     rows = []
@@ -85,7 +85,7 @@ def impute_cells(
         for name, values in found.items():
             parts[name].append(sp.csr_matrix(values) if is_sparse else values)
     order = np.concatenate(rows)
-    matrices = {name: _order_rows(part, order, shape) for name, part in parts.items()}
+    matrices = {name: arrange_rows(part, order, cells.n_cells) for name, part in parts.items()}
     return build_answer(question, obs, matrices, run)
 
 
@@ -132,11 +132,10 @@ def write_imputation(
         ranks.run_on_all(lambda: folder.write_share(pieces, ranks.rank))
 
         def write_answer() -> None:
-            folder.join_shares(ranks.world)
+            folder.arrays.join_shares(ranks.world)
             order = np.concatenate([cell_slice.rows for cell_slice in slices])
-            shape = cells.n_cells, len(question.features)
             matrices = {
-                name: _order_rows([folder.map_matrix(name, len(order))], order, shape)
+                name: arrange_rows([folder.map_matrix(name, len(order))], order, cells.n_cells)
                 for name in question.matrices
             }
             answer = build_answer(question, obs, matrices, run)
@@ -144,25 +143,6 @@ def write_imputation(
 
         ranks.run_on_first(write_answer)
     return cells.n_cells
-
-
-def _order_rows(parts: list[Any], order: np.ndarray, shape: tuple[int, int]) -> Any:
-    """Put the rows of pieces where they belong; NaN, or zeros if sparse, elsewhere."""
-    if len(parts) == 1 and np.array_equal(order, np.arange(shape[0])):
-        return parts[0]
-    if sp.issparse(parts[0]):
-        stacked = sp.vstack(parts, format="csr")
-        place = sp.csr_matrix(
-            (np.ones(len(order), np.float32), (order, np.arange(len(order)))),
-            shape=(shape[0], len(order)),
-        )
-        return (place @ stacked).tocsr()
-    ordered = np.full(shape, np.nan, np.float32)
-    first = 0
-    for part in parts:
-        ordered[order[first : first + len(part)]] = part
-        first += len(part)
-    return ordered
 
 
 def build_answer(

@@ -1,20 +1,15 @@
 """A trained model over all cells that it is asked about: slice by slice, this rank's share of them.
 
-Each rank writes its rows into files of its own beside the output, and rank 0 puts them together.
 Cells are cut into the same slices however many ranks there are, so that the result is the same to
 the last bit.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
 from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
@@ -22,17 +17,17 @@ from torch import Tensor
 
 from clue_dist.allocator import keep_freed_memory
 from clue_dist.data.batch import Batch, compute_library_size
-from clue_dist.errors import ResumeError, StoreError
+from clue_dist.errors import ResumeError
+from clue_dist.inference.array_folder import ArrayFolder, arrange_rows
 from clue_dist.inference.cells import Cells, CellSlice
 from clue_dist.inference.load_model import TrainedModel
-from clue_dist.inference.output_files import translate_output_errors
 from clue_dist.kinds import KINDS
 from clue_dist.model.clue import CLUE
 from clue_dist.model.imputation import keep_sources
 from clue_dist.progress import show_progress
 from clue_dist.ranks import Ranks
 
-# Names of arrays, and of their files; "alone-" and "depth-" stand before a modality.
+# Names of arrays; "alone-" and "depth-" stand before a modality.
 JOINT, VARIANCE, ALONE, DEPTH = "joint", "variance", "alone-", "depth-"
 
 
@@ -146,31 +141,37 @@ def compute_embedding(
         ResumeError: the model gives NaN or Inf.
     """
     widths = _list_widths(trained_model, cells, per_modality, with_depth, with_variance)
+    folder = ArrayFolder(scratch, dict.fromkeys(widths, np.float32))
     share = slices[ranks.slice_for_rank(len(slices))]
-    ranks.run_on_all(lambda: _write_share(trained_model, cells, scratch, share, widths, ranks))
-    n_embedded = sum(cell_slice.n_cells for cell_slice in slices)
-    ranks.run_on_first(lambda: _join_files(scratch, widths, n_embedded, ranks.world))
+    embedded = _embed_slices(trained_model, cells, share, widths, ranks)
+    pieces = (_complete_arrays(found, widths, each.n_cells) for each, found in embedded)
+    ranks.run_on_all(lambda: folder.write_share(pieces, ranks.rank))
     rows = np.concatenate([cell_slice.rows for cell_slice in slices])
+
+    def join_rows() -> None:
+        folder.join_shares(ranks.world)
+        for name, width in widths.items():
+            folder.require_size(name, len(rows) * width)
+
+    ranks.run_on_first(join_rows)
     arrays = {
-        name: _order_rows(
-            np.memmap(
-                _array_path(scratch, name, 0), np.float32, mode="r", shape=(n_embedded, width)
-            ),
-            rows,
-            cells.n_cells,
-        )
+        name: arrange_rows([folder.map_array(name).reshape(-1, width)], rows, cells.n_cells)
         for name, width in widths.items()
     }
     return Embedding.from_arrays(slices, arrays)
 
 
-def _order_rows(written: np.ndarray, rows: np.ndarray, n_cells: int) -> np.ndarray:
-    """Put rows where they belong, which in a store they do already, and NaN in the others."""
-    if np.array_equal(rows, np.arange(n_cells)):
-        return written
-    ordered = np.full((n_cells, written.shape[1]), np.nan, np.float32)
-    ordered[rows] = written
-    return ordered
+def _complete_arrays(
+    found: Mapping[str, np.ndarray], widths: Mapping[str, int], n_cells: int
+) -> dict[str, np.ndarray]:
+    """The arrays of a slice, with NaN for those that it lacks.
+
+    All its cells carry the same modalities, so that it has every row of a modality or none.
+    """
+    return {
+        name: found[name] if name in found else np.full((n_cells, width), np.nan, np.float32)
+        for name, width in widths.items()
+    }
 
 
 def _list_widths(
@@ -192,46 +193,6 @@ def _list_widths(
             if not KINDS[trained_model.modalities[name].kind].real_values
         }
     return widths
-
-
-def _array_path(scratch: Path, name: str, rank: int) -> Path:
-    """The file with a rank's rows of an array.
-
-    Ranks never share a file: machines that write into the same page of a file over a network lose
-    each other's rows.
-    """
-    return scratch / f"{name}-{rank:05d}.f32"
-
-
-def _write_share(
-    trained_model: TrainedModel,
-    cells: Cells,
-    scratch: Path,
-    slices: Sequence[CellSlice],
-    widths: Mapping[str, int],
-    ranks: Ranks,
-) -> None:
-    """Embed this rank's slices into its own files, which are on the disk when this returns."""
-    with contextlib.ExitStack() as stack:
-        with translate_output_errors(scratch):
-            files = {
-                name: stack.enter_context(
-                    _array_path(scratch, name, ranks.rank).open("wb", buffering=0)
-                )
-                for name in widths
-            }
-        for cell_slice, found in _embed_slices(trained_model, cells, slices, widths, ranks):
-            for name, file in files.items():
-                # All cells of a slice carry the same modalities, so that it has every row of a
-                # modality or none.
-                rows = found.get(name)
-                if rows is None:
-                    rows = np.full((cell_slice.n_cells, widths[name]), np.nan, np.float32)
-                with translate_output_errors(scratch):
-                    write_rows(file, rows)
-        with translate_output_errors(scratch):
-            for file in files.values():
-                os.fsync(file.fileno())
 
 
 def _embed_slices(
@@ -279,38 +240,6 @@ def _embed_cells(
             joint, alone = model.embed_batch(batch, per_modality)
     latents = {f"{ALONE}{name}": latent for name, latent in alone.items()}
     return {JOINT: joint, **variance, **latents, **depth}
-
-
-def write_rows(file: IO[bytes], rows: np.ndarray) -> None:
-    """Write all bytes of an array.
-
-    NumPy's own tofile() hides errors of the last few kilobytes, and a plain write may stop halfway.
-    """
-    left = np.ascontiguousarray(rows).data.cast("B")
-    while left:
-        left = left[file.write(left) :]
-
-
-def _join_files(scratch: Path, widths: Mapping[str, int], n_cells: int, world: int) -> None:
-    """Append the rows of the other ranks to those of rank 0, whose file so becomes the whole."""
-    for name, width in widths.items():
-        expected = 4 * n_cells * width
-        paths = [_array_path(scratch, name, rank) for rank in range(world)]
-        size = sum(path.stat().st_size for path in paths if path.exists())
-        if size != expected:
-            raise StoreError(
-                "rows of some rank are missing",
-                where=scratch,
-                got=f"{size} bytes in {paths[0].name} and its like, by {world} ranks",
-                expected=f"{expected} bytes",
-            )
-        with translate_output_errors(scratch), paths[0].open("ab") as whole:
-            for path in paths[1:]:
-                with path.open("rb") as rows:
-                    shutil.copyfileobj(rows, whole, 2**24)
-                path.unlink()
-            whole.flush()
-            os.fsync(whole.fileno())
 
 
 def read_slices_ahead(

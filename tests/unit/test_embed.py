@@ -149,7 +149,7 @@ def test_ranks_write_what_one_writes(store, loaded, tmp_path, world, batch_size)
     )
     code = """
         from pathlib import Path
-        from clue_dist.inference import stream
+        from clue_dist.inference.array_folder import ArrayFolder
         from clue_dist.inference.embed import check_embedding_path, embed_store
         from clue_dist.ranks import Ranks
         from clue_dist.store.reader import Store
@@ -159,13 +159,13 @@ def test_ranks_write_what_one_writes(store, loaded, tmp_path, world, batch_size)
         extra = Modality(kind="atac", storage="sparse", features=["peak-0", "peak-1"])
         stored = store.manifest.modalities
         known = {"adt": stored["adt"], "atac": extra, "rna": stored["rna"]}
-        join = stream._join_files
+        join = ArrayFolder.join_shares
 
-        def spied(scratch, *args):
-            print("files", len(list(scratch.iterdir())))
-            join(scratch, *args)
+        def spied(arrays, world):
+            print("files", len(list(arrays.folder.iterdir())))
+            join(arrays, world)
 
-        stream._join_files = spied
+        ArrayFolder.join_shares = spied
         options = dict(run="r", per_modality=True, batch_size=size, ranks=ranks)
         embed_store(FakeLoaded(known), store, Path(out), **options)
         ranks.leave_group()

@@ -260,7 +260,7 @@ def test_shares_of_ranks_make_one_matrix(tmp_path, is_sparse):
     pieces = [{"X": part, "lower": -part} for part in np.split(rows, 3)]
     folder.write_share(iter(pieces[:2]), 0)
     folder.write_share(iter(pieces[2:]), 1)
-    folder.join_shares(2)
+    folder.arrays.join_shares(2)
     for name, expected in {"X": rows, "lower": -rows}.items():
         found = folder.map_matrix(name, 3)
         np.testing.assert_array_equal(found.toarray() if is_sparse else found, expected)
