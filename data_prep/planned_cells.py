@@ -9,7 +9,7 @@ from pathlib import Path
 
 from clue_dist.errors import DataError, format_count, list_names
 from clue_dist.store import layout
-from clue_dist.store.batch_vocabulary import BatchVocabulary
+from clue_dist.store.batch_vocabulary import NO_BATCHES
 from clue_dist.store.feature_reference import FeatureReference
 from clue_dist.store.layout import Codec
 from clue_dist.store.obs_columns import KeptColumn
@@ -109,7 +109,7 @@ def plan_cells(
     )
     _refuse_equal_modalities(sources, plan)
     # The codes of known batches and labels stay what they are in the other store.
-    batches = reference.batch_vocabulary if reference else BatchVocabulary.from_lists([], {}, "")
+    batches = reference.batch_vocabulary if reference else NO_BATCHES
     labels = reference.labels if reference else []
     if options.pairing != "exact":
         refuse_row_numbers(sources, heads)

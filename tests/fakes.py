@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clue_dist.data.batch import Batch, SparseCounts
-from clue_dist.store.batch_vocabulary import BatchVocabulary
+from clue_dist.store.batch_vocabulary import NO_BATCHES, BatchVocabulary
 from clue_dist.store.manifest_parts import Modality
 
 
@@ -62,7 +62,7 @@ def dense(counts: SparseCounts | Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class FakeLoaded:
+class FakeTrainedModel:
     """What `load_model` gives, with a `Projection` as its model."""
 
     modalities: dict[str, Modality]
@@ -72,13 +72,8 @@ class FakeLoaded:
     has_common_space: bool = True
     name: str = "step-7"
     seen_cells: frozenset[str] = frozenset()
-    batches: list[str] = field(default_factory=list)
+    batch_vocabulary: BatchVocabulary = NO_BATCHES
     model: Any = field(default=None)
-    batch_key: str = ""
-
-    @property
-    def batch_vocabulary(self) -> BatchVocabulary:
-        return BatchVocabulary.from_lists(self.batches, {}, self.batch_key)
 
     def __post_init__(self) -> None:
         if self.model is None:

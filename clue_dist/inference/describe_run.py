@@ -22,10 +22,10 @@ def describe_run(folder: Path, trained_model: TrainedModel) -> str:
     for name, modality in trained_model.modalities.items():
         kind = "" if name == modality.kind else f" of kind {modality.kind}"
         lines.append(f"  {name}: {format_count(modality.n_features, 'feature')}{kind}")
-    batches = trained_model.batches
+    vocabulary = trained_model.batch_vocabulary
+    batches = vocabulary.names
     named = f" ({list_names(batches, _SHOWN_BATCHES)})" if batches else ""
     lines.append(f"  batches: {len(batches)}{named}")
-    vocabulary = trained_model.batch_vocabulary
     for covariate in vocabulary.covariates if vocabulary.has_several else ():
         levels = vocabulary.list_levels(covariate)
         lines.append(f"    {covariate}: {len(levels)} ({list_names(levels, _SHOWN_BATCHES)})")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from clue_dist.checkpoint.kept_config import load_kept_config
@@ -17,7 +17,7 @@ from clue_dist.config import Config
 from clue_dist.errors import ResumeError, format_count
 from clue_dist.model.clue import CLUE, build_model
 from clue_dist.model.modality_spec import specify_modalities
-from clue_dist.store.batch_vocabulary import BatchVocabulary
+from clue_dist.store.batch_vocabulary import NO_BATCHES, BatchVocabulary
 from clue_dist.store.manifest_parts import Modality
 
 
@@ -31,21 +31,12 @@ class TrainedModel:
     config: Config
     # What identifies the cells that it was trained on; see `identify_cells`.
     seen_cells: frozenset[str] = frozenset()
-    # The biological batches that the decoders know; a batch's code is its place here.
-    batches: list[str] = field(default_factory=list)
-    batch_key: str = ""  # the column of obs that gave them, where that is known
+    batch_vocabulary: BatchVocabulary = NO_BATCHES  # that the decoders know
     n_cells: int = 0  # that it was trained on, where that is known
-    # Where several columns gave the batches: by name, the level of each batch, or "".
-    batch_covariates: dict[str, list[str]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        batches = format_count(len(self.batches), "batch", "batches")
+        batches = format_count(len(self.batch_vocabulary.names), "batch", "batches")
         return f"TrainedModel({self.name}, {self.modalities}, {batches})"
-
-    @property
-    def batch_vocabulary(self) -> BatchVocabulary:
-        """The batches, and their levels of each covariate."""
-        return BatchVocabulary.from_lists(self.batches, self.batch_covariates, self.batch_key)
 
     @property
     def latent(self) -> int:
@@ -93,10 +84,8 @@ def load_model(run: Path, checkpoint: str = "best") -> TrainedModel:
         folder.name,
         config,
         card.identities,
-        card.batches,
-        card.batch_key,
+        card.batch_vocabulary,
         card.n_cells,
-        card.batch_covariates,
     )
 
 

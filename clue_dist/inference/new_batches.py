@@ -66,7 +66,8 @@ def tune_batches(run: Path, trained_model: TrainedModel, cells: Cells, out: Path
     Ranks.from_environment().require_alone("new batches are learnt by one process")
     check_model_folder(out)
     tuned, report = learn_batches(trained_model, cells)
-    batches = {"batches": tuned.batches, "batch_covariates": tuned.batch_covariates}
+    vocabulary = tuned.batch_vocabulary
+    batches = {"batches": vocabulary.names, "batch_covariates": vocabulary.list_covariates()}
     card = read_model_card(run).model_copy(update=batches)
     weights_folder = require_weights(run, trained_model.name)
     texts = CardTexts(data=f"Batches that were learnt later: {list_names(report.names, 20)}.")
@@ -130,12 +131,7 @@ def learn_batches(
     _train_rows(model, rows, examples, len(known.number_levels()), seed)
     gain = _score_cells(model, examples) - before
     n_cells = sum(int((batch.batch_code >= 0).sum()) for batch, _ in examples)
-    tuned = replace(
-        trained_model,
-        model=model.eval(),
-        batches=vocabulary.names,
-        batch_covariates=vocabulary.list_covariates(),
-    )
+    tuned = replace(trained_model, model=model.eval(), batch_vocabulary=vocabulary)
     return tuned, TunedBatches(vocabulary.names[len(known.names) :], n_cells, gain)
 
 

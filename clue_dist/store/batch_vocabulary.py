@@ -33,7 +33,10 @@ class BatchVocabulary:
 
     @classmethod
     def from_lists(
-        cls, names: list[str], covariates: Mapping[str, Sequence[str]], column: str
+        cls,
+        names: list[str],
+        covariates: Mapping[str, Sequence[str]] | None = None,
+        column: str = "",
     ) -> BatchVocabulary:
         """Take the lists of a manifest or of a model card.
 
@@ -151,6 +154,9 @@ class BatchVocabulary:
         if not self.has_several:
             return {}
         return {name: list(levels) for name, levels in self.covariates.items()}
+
+
+NO_BATCHES = BatchVocabulary.from_lists([])
 
 
 def require_fitting_levels(batches: Sequence[str], covariates: Mapping[str, Sequence[str]]) -> None:

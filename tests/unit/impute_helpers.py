@@ -37,6 +37,5 @@ def make_trained(store: Store, **likelihoods: str) -> TrainedModel:
         "step-7",
         config,
         frozenset(),
-        list(manifest.batches),
-        batch_covariates=manifest.batch_covariates,
+        manifest.batch_vocabulary,
     )

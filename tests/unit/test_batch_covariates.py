@@ -286,7 +286,7 @@ def test_a_batch_may_be_a_number(store: Store, trained: TrainedModel) -> None:
 
 def test_a_batch_of_one_covariate_may_be_named_by_it(store: Store, trained: TrainedModel) -> None:
     known = BatchVocabulary(["a=b", "c"], {"donor": ["a=b", "c"]})
-    single = replace(trained, batches=known.names, batch_key="donor", batch_covariates={})
+    single = replace(trained, batch_vocabulary=known)
     found = [
         impute(single, store, batch=batch).X
         for batch in ("a=b", "donor=a=b", {"donor": "a=b"}, "donor=c")
@@ -333,7 +333,7 @@ def test_a_new_level_is_learnt_and_a_new_combination_is_known(
     query = convert(tmp_path, "--batch-key", *COLUMNS, donor=donors, chemistry=chemistries)
     tuned, report = learn_batches(trained, open_cells(query, trained))
     assert report.names == ["d9 | v3"]  # d2 | v3 is new, too, and needs nothing to be learnt
-    assert tuned.batch_covariates["donor"] == ["d0", "d0", "d1", "d1", "d2", "d9"]
+    assert list(tuned.batch_vocabulary.covariates["donor"]) == ["d0", "d0", "d1", "d1", "d2", "d9"]
     before, after = (model.model.state_dict() for model in (trained, tuned))
     weights = after["decoders.0.batch.weight"]
     assert weights[:5].equal(before["decoders.0.batch.weight"])

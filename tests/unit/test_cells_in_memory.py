@@ -15,9 +15,10 @@ from clue_dist.inference.cells import open_cells
 from clue_dist.inference.cells.memory_obs import collect_obs
 from clue_dist.inference.embed import embed_anndata
 from clue_dist.inference.stream import embed_in_memory
+from clue_dist.store.batch_vocabulary import BatchVocabulary
 from clue_dist.store.manifest_parts import Modality
 from clue_dist.store.reader import Store
-from tests.fakes import FakeLoaded, dense
+from tests.fakes import FakeTrainedModel, dense
 from tests.stores import make_store
 
 CELLS = {"rna+adt": 70, "rna": 41, "adt": 20}
@@ -29,16 +30,16 @@ def store(tmp_path_factory) -> Store:
 
 
 @pytest.fixture(scope="module")
-def loaded(store) -> FakeLoaded:
+def loaded(store) -> FakeTrainedModel:
     """Knows one modality more than the store, and one batch fewer, in another order."""
     extra = Modality(kind="atac", storage="sparse", features=["peak-0", "peak-1"])
-    return FakeLoaded(
+    return FakeTrainedModel(
         {
             "adt": store.manifest.modalities["adt"],
             "atac": extra,
             "rna": store.manifest.modalities["rna"],
         },
-        batches=["batch-1", "elsewhere"],
+        batch_vocabulary=BatchVocabulary.from_lists(["batch-1", "elsewhere"]),
     )
 
 
@@ -122,7 +123,10 @@ def test_batches_lie_where_those_of_the_training_cells_did(store, loaded):
         table.obs = table.obs.rename(columns={"batch": "donor"})
     mdata.obs = mdata.obs[[]]
     assert {code for _, code, _ in collect_batches(open_cells(mdata, loaded)).values()} == {-1}
-    by_donor = replace(loaded, batch_key="donor")
+    by_donor = replace(
+        loaded,
+        batch_vocabulary=BatchVocabulary.from_lists(loaded.batch_vocabulary.names, column="donor"),
+    )
     found = open_cells(mdata, by_donor)
     assert collect_batches(found) == collect_batches(open_cells(store, loaded))
     mdata.obs["batch"] = "elsewhere"  # which stands for another thing here

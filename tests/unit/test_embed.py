@@ -21,7 +21,7 @@ from clue_dist.inference.query import require_known_features
 from clue_dist.store.manifest_parts import Modality
 from clue_dist.store.reader import Store
 from tests.distributed.command import alone
-from tests.fakes import FakeLoaded
+from tests.fakes import FakeTrainedModel
 from tests.processes import run_ranks
 from tests.stores import make_store
 
@@ -34,10 +34,10 @@ def store(tmp_path_factory) -> Store:
 
 
 @pytest.fixture(scope="module")
-def loaded(store) -> FakeLoaded:
+def loaded(store) -> FakeTrainedModel:
     """Knows one modality more than the store, and names them in another order."""
     extra = Modality(kind="atac", storage="sparse", features=["peak-0", "peak-1"])
-    return FakeLoaded(
+    return FakeTrainedModel(
         {
             "adt": store.manifest.modalities["adt"],
             "atac": extra,
@@ -117,7 +117,7 @@ def test_unknown_batch_and_label_are_left_out(tmp_path):
     store = make_store(
         tmp_path / "s.zarr", cells={"rna": 20}, features={"rna": 9}, batches=0, labels=0
     )
-    embed_store(FakeLoaded(store.manifest.modalities), store, tmp_path / "o.h5ad", run="r")
+    embed_store(FakeTrainedModel(store.manifest.modalities), store, tmp_path / "o.h5ad", run="r")
     embedding = ad.read_h5ad(tmp_path / "o.h5ad")
     assert list(embedding.obs) == ["clue_modalities"]
     assert sorted(embedding.obsm) == ["X_clue", "X_clue_var"]
@@ -153,7 +153,7 @@ def test_ranks_write_what_one_writes(store, loaded, tmp_path, world, batch_size)
         from clue_dist.inference.embed import check_embedding_path, embed_store
         from clue_dist.ranks import Ranks
         from clue_dist.store.reader import Store
-        from tests.fakes import FakeLoaded
+        from tests.fakes import FakeTrainedModel
         from clue_dist.store.manifest_parts import Modality
         ranks, store = Ranks.from_environment().join_group(), Store(root)
         extra = Modality(kind="atac", storage="sparse", features=["peak-0", "peak-1"])
@@ -167,7 +167,7 @@ def test_ranks_write_what_one_writes(store, loaded, tmp_path, world, batch_size)
 
         ArrayFolder.join_shares = spied
         options = dict(run="r", per_modality=True, batch_size=size, ranks=ranks)
-        embed_store(FakeLoaded(known), store, Path(out), **options)
+        embed_store(FakeTrainedModel(known), store, Path(out), **options)
         ranks.leave_group()
     """
     given = f"root, out, size = {str(store.root)!r}, {str(tmp_path / 'two.h5mu')!r}, {batch_size}"
@@ -272,7 +272,7 @@ from clue_dist.inference import embed
 from clue_dist.process import run_main
 from clue_dist.store.reader import Store
 from tests.distributed.command import alone
-from tests.fakes import FakeLoaded
+from tests.fakes import FakeTrainedModel
 store, out, write = Store(sys.argv[1]), Path(sys.argv[2]), embed.write_tables
 
 def write_to_full_disk(*arguments):
@@ -280,7 +280,7 @@ def write_to_full_disk(*arguments):
     write(*arguments)
 
 embed.write_tables, embed_store = write_to_full_disk, embed.embed_store
-run_main(lambda: embed_store(FakeLoaded(store.manifest.modalities), store, out, run="r"))
+run_main(lambda: embed_store(FakeTrainedModel(store.manifest.modalities), store, out, run="r"))
 """
 
 
@@ -318,9 +318,9 @@ def test_an_error_of_one_rank_is_raised_on_all(store, tmp_path):
         from clue_dist.errors import ResumeError
         from clue_dist.ranks import Ranks
         from clue_dist.store.reader import Store
-        from tests.fakes import FakeLoaded
+        from tests.fakes import FakeTrainedModel
         ranks, store = Ranks.from_environment().join_group(timeout_s=60), Store(root)
-        loaded = FakeLoaded(store.manifest.modalities)
+        loaded = FakeTrainedModel(store.manifest.modalities)
         if ranks.rank == 1:
             loaded.model.weights["adt"] *= torch.nan
         try:
@@ -338,7 +338,7 @@ def test_nan_is_refused_and_the_earlier_output_stands(store, loaded, tmp_path):
     out = tmp_path / "o.h5ad"
     embed_store(loaded, store, out, run="r")
     before = out.read_bytes()
-    broken = FakeLoaded(loaded.modalities)
+    broken = FakeTrainedModel(loaded.modalities)
     broken.model.weights["adt"] = broken.model.weights["adt"] * torch.nan
     with pytest.raises(ResumeError, match=r"NaN or Inf[\s\S]*segment rna\+adt"):
         embed_store(broken, store, out, run="r")

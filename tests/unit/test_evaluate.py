@@ -17,7 +17,7 @@ from clue_dist.inference.score_tables import format_scores, list_warnings, selec
 from clue_dist.metrics import integration, matching, matching_controls
 from clue_dist.neighbours.nearest import find_neighbours
 from clue_dist.store.reader import Store
-from tests.fakes import FakeLoaded
+from tests.fakes import FakeTrainedModel
 from tests.processes import run_ranks
 from tests.stores import make_store
 
@@ -31,7 +31,7 @@ def store(tmp_path_factory):
 
 
 def test_every_cell_that_carries_both_counts(store, tmp_path):
-    loaded = FakeLoaded(store.manifest.modalities)
+    loaded = FakeTrainedModel(store.manifest.modalities)
     evaluate_store(loaded, store, tmp_path / "scores.json", run="runs/a", batch_size=16)
     scores = json.loads((tmp_path / "scores.json").read_text())
     pairs = {
@@ -97,7 +97,7 @@ def sum_counts(store: Store, modality: str, *segments: str) -> np.ndarray:
 
 
 def test_matching_is_scored_within_types_and_without_depth(store, tmp_path):
-    loaded = FakeLoaded(store.manifest.modalities)
+    loaded = FakeTrainedModel(store.manifest.modalities)
     scores = evaluate_store(loaded, store, tmp_path / "s.json", run="r", batch_size=16)
     segments = ("rna+adt+atac", "rna+adt")
     parts = [embed_directly(store, name)[1] for name in segments]
@@ -117,7 +117,7 @@ def test_real_values_have_no_sequencing_depth(tmp_path):
         tmp_path / "s.zarr", cells={"rna+image": 40}, features={"rna": 9, "image": 4}, labels=1
     )
     scores = evaluate_store(
-        FakeLoaded(store.manifest.modalities), store, tmp_path / "s.json", run="r"
+        FakeTrainedModel(store.manifest.modalities), store, tmp_path / "s.json", run="r"
     )
     assert "without_depth" not in scores["rna->image"]
     assert scores["rna->image"]["within_type"]["types"] == 1
@@ -125,7 +125,7 @@ def test_real_values_have_no_sequencing_depth(tmp_path):
 
 def embed_directly(store: Store, *segments: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """z of all cells of segments with the same modalities: joint, and by modality."""
-    model = FakeLoaded(store.manifest.modalities).model
+    model = FakeTrainedModel(store.manifest.modalities).model
     parts = [
         model.embed_batch(read_batch(store, name, np.arange(CELLS[name]))) for name in segments
     ]
@@ -142,7 +142,7 @@ def read_labels(store: Store, *segments: str) -> np.ndarray:
 
 def test_every_cell_counts_for_the_joint_z_and_pairs_for_mixing(store, tmp_path, monkeypatch):
     monkeypatch.setattr(integration, "_import_scib", lambda: None)
-    loaded = FakeLoaded(store.manifest.modalities)
+    loaded = FakeTrainedModel(store.manifest.modalities)
     scores = evaluate_store(loaded, store, tmp_path / "s.json", run="r", batch_size=16)
     _, alone = embed_directly(store, "rna+atac")
     z, labels = {m: [alone[m]] for m in alone}, read_labels(store, "rna+adt+atac", "rna+atac")
@@ -178,7 +178,7 @@ def test_a_store_of_one_pattern_has_no_islands(tmp_path):
         tmp_path / "s.zarr", cells={"rna+adt": 40}, features={"rna": 9, "adt": 4}, labels=1
     )
     scores = evaluate_store(
-        FakeLoaded(store.manifest.modalities), store, tmp_path / "s.json", run="r"
+        FakeTrainedModel(store.manifest.modalities), store, tmp_path / "s.json", run="r"
     )
     assert not {"islands", "worst_island", "accuracy"} & scores["joint"].keys()
     assert "transfer" not in scores["rna->adt"]
@@ -191,7 +191,7 @@ def test_cells_of_the_training_store_are_told(store, tmp_path, capsys):
     out, known = tmp_path / "s.json", store.manifest.modalities
 
     def score(fingerprint: str, cells: Store = store) -> dict[str, Any]:
-        trained = FakeLoaded(known, seen_cells=frozenset({fingerprint}))
+        trained = FakeTrainedModel(known, seen_cells=frozenset({fingerprint}))
         return evaluate_store(trained, cells, out, run="r")
 
     for other in ("f" * 64, ""):
@@ -218,9 +218,9 @@ def test_two_ranks_score_as_one(store, tmp_path):
         from clue_dist.inference.evaluate import evaluate_store
         from clue_dist.ranks import Ranks
         from clue_dist.store.reader import Store
-        from tests.fakes import FakeLoaded
+        from tests.fakes import FakeTrainedModel
         ranks, store = Ranks.from_environment().join_group(), Store(root)
-        loaded = FakeLoaded(store.manifest.modalities)
+        loaded = FakeTrainedModel(store.manifest.modalities)
         evaluate_store(loaded, store, Path(out), run="r", batch_size=16, ranks=ranks)
         ranks.leave_group()
     """
@@ -256,7 +256,11 @@ def test_a_part_of_the_cells(store, tmp_path):
     assert all(0 < n <= CELLS[s] for s, n in taken.items())
     assert "rna" not in taken
     scores = evaluate_store(
-        FakeLoaded(store.manifest.modalities), store, tmp_path / "s.json", run="r", max_cells=50
+        FakeTrainedModel(store.manifest.modalities),
+        store,
+        tmp_path / "s.json",
+        run="r",
+        max_cells=50,
     )
     assert scores["about"]["cells"] == 50
     assert scores["joint"]["cells"] == 50
@@ -269,7 +273,7 @@ def test_a_part_of_the_cells(store, tmp_path):
 def test_neighbours_are_searched_among_an_even_part_of_a_large_store(store, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "MOST_CELLS", 60)
     scores = evaluate_store(
-        FakeLoaded(store.manifest.modalities), store, tmp_path / "s.json", run="r"
+        FakeTrainedModel(store.manifest.modalities), store, tmp_path / "s.json", run="r"
     )
     assert (scores["rna->adt"]["cells"], scores["rna->adt"]["mixing_cells"]) == (110, 60)
     assert (scores["joint"]["cells"], scores["joint"]["store_cells"]) == (60, 177)
@@ -286,7 +290,7 @@ def test_without_paired_cells_the_joint_z_alone_is_scored(tmp_path, capsys, cell
     features = {name: n for name, n in FEATURES.items() if name in known}
     store = make_store(tmp_path / "s.zarr", cells=cells, features=features)
     scores = evaluate_store(
-        FakeLoaded(store.manifest.modalities), store, tmp_path / "s.json", run="r"
+        FakeTrainedModel(store.manifest.modalities), store, tmp_path / "s.json", run="r"
     )
     assert scores.keys() == {"joint", "about"}
     assert {"ilisi", "accuracy", "asw"} <= scores["joint"].keys()
@@ -309,7 +313,7 @@ def test_cells_of_an_unknown_batch_are_left_out_within_batches(store, tmp_path, 
 
     monkeypatch.setattr(reader, "read_codes", hide_batches)
     scores = evaluate_store(
-        FakeLoaded(store.manifest.modalities), store, tmp_path / "s.json", run="r"
+        FakeTrainedModel(store.manifest.modalities), store, tmp_path / "s.json", run="r"
     )
     entry = scores["rna->atac"]
     assert (entry["cells"], entry["unknown_cells"], entry["within_batch"]["cells"]) == (65, 13, 52)
@@ -319,7 +323,7 @@ def test_cells_of_an_unknown_batch_are_left_out_within_batches(store, tmp_path, 
 
 
 def test_arguments_that_cannot_be(store, tmp_path):
-    loaded = FakeLoaded(store.manifest.modalities)
+    loaded = FakeTrainedModel(store.manifest.modalities)
     with pytest.raises(ConfigError, match="into a file"):
         evaluate_store(loaded, store, tmp_path, run="r")
     (tmp_path / "file").write_text("")
@@ -346,7 +350,7 @@ def test_batches_of_one_cell_give_null_not_nan(tmp_path):
     )
     codes = store.segments["rna+adt"].read_codes("batch", np.arange(2))
     assert codes[0] != codes[1], "the seed must put the two cells into two batches"
-    evaluate_store(FakeLoaded(store.manifest.modalities), store, tmp_path / "s.json", run="r")
+    evaluate_store(FakeTrainedModel(store.manifest.modalities), store, tmp_path / "s.json", run="r")
     text = (tmp_path / "s.json").read_text()
     assert "NaN" not in text
     assert json.loads(text)["rna->adt"]["within_batch"]["foscttm"] is None

@@ -25,6 +25,7 @@ from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.matrix_files import MatrixFolder
 from clue_dist.model.imputation import ValueDecoder
 from clue_dist.model.translation import Regression
+from clue_dist.store.batch_vocabulary import BatchVocabulary
 from clue_dist.store.reader import Store
 from tests.processes import run_ranks
 from tests.stores import make_store
@@ -73,7 +74,8 @@ def test_average_is_the_mean_over_batches(trained, store):
 
 
 def test_an_unknown_batch_is_averaged(trained, store):
-    stranger = replace(trained, batches=["elsewhere", "nowhere"])
+    other = BatchVocabulary.from_lists(["elsewhere", "nowhere"])
+    stranger = replace(trained, batch_vocabulary=other)
     own = impute(stranger, store, batch="own").X
     np.testing.assert_allclose(own, impute(trained, store, batch="average").X, rtol=1e-5)
 

@@ -25,7 +25,7 @@ from data_prep.jobs.workers import ThreadPool
 from data_prep.options import ReadingOptions
 from data_prep.planned_cells import ConversionOptions
 from data_prep.split import SplitRule, split_store
-from tests.fakes import FakeLoaded
+from tests.fakes import FakeTrainedModel
 from tests.stores import make_store
 from tests.unit.prep_helpers import convert_files, make_anndata, make_counts, write_h5ad
 
@@ -46,7 +46,7 @@ OBS: dict[str, Any] = {
 
 def read_obs(store: Store) -> pd.DataFrame:
     """What an embedding of a store would have in obs, by barcode."""
-    return StoreCells(store, FakeLoaded(store.manifest.modalities)).read_obs()
+    return StoreCells(store, FakeTrainedModel(store.manifest.modalities)).read_obs()
 
 
 @pytest.fixture(scope="module")

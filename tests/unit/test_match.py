@@ -18,7 +18,7 @@ from clue_dist.neighbours.partner_settings import PARTNER_METHODS, PartnerSettin
 from clue_dist.neighbours.partners import METHODS, find_partners
 from clue_dist.store.reader import Store
 from clue_dist.store.seen_cells import identify_cells
-from tests.fakes import FakeLoaded
+from tests.fakes import FakeTrainedModel
 from tests.stores import make_store
 from tests.unit.test_cells_in_memory import read_mudata
 
@@ -31,8 +31,8 @@ def store(tmp_path_factory) -> Store:
 
 
 @pytest.fixture(scope="module")
-def loaded(store) -> FakeLoaded:
-    return FakeLoaded(dict(store.manifest.modalities))
+def loaded(store) -> FakeTrainedModel:
+    return FakeTrainedModel(dict(store.manifest.modalities))
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_every_cell_with_the_first_modality_gets_partners_with_the_second(matche
 
 def test_profiles_of_cells_that_are_all_measured_are_not_copied(tmp_path, monkeypatch):
     store = make_store(tmp_path / "s.zarr", cells={"rna+adt": 90})
-    loaded, embedded, sides = FakeLoaded(dict(store.manifest.modalities)), [], []
+    loaded, embedded, sides = FakeTrainedModel(dict(store.manifest.modalities)), [], []
 
     def record_embedding(*arguments):
         embedded.append(embed(*arguments))
@@ -135,7 +135,7 @@ def test_cells_to_calibrate_on_need_no_batches(store, loaded):
 def test_confidence_is_calibrated_on_pairs_the_model_has_not_seen(matched, store, loaded):
     assert matched.confidence.n_pairs == 70
     assert "calibrated on 70 pairs" in repr(matched)
-    seen = FakeLoaded(loaded.modalities, seen_cells=frozenset(identify_cells(store.manifest)))
+    seen = FakeTrainedModel(loaded.modalities, seen_cells=frozenset(identify_cells(store.manifest)))
     found = match_cells(seen, open_cells(store, seen), "rna", "adt")
     assert not found.confidence.is_calibrated
     assert "not calibrated, which takes 50 cells with both modalities" in repr(found)

@@ -18,21 +18,22 @@ from clue_dist.inference.cells.memory_obs import require_writable_obs
 from clue_dist.inference.cells.named_counts import warn_of_cells
 from clue_dist.inference.embed import embed_anndata, embed_cells
 from clue_dist.ranks import Ranks
+from clue_dist.store.batch_vocabulary import BatchVocabulary
 from clue_dist.store.manifest_parts import Modality
-from tests.fakes import FakeLoaded, dense
+from tests.fakes import FakeTrainedModel, dense
 
 
 def name_features(modality: str, number: int) -> list[str]:
     return [f"{modality}-{i}" for i in range(number)]
 
 
-LOADED = FakeLoaded(
+LOADED = FakeTrainedModel(
     {
         "rna": Modality(kind="rna", storage="sparse", features=name_features("rna", 10)),
         "adt": Modality(kind="adt", storage="dense", features=name_features("adt", 4)),
         "clr": Modality(kind="dense", storage="dense", features=name_features("clr", 3)),
     },
-    batches=["1", "2"],
+    batch_vocabulary=BatchVocabulary.from_lists(["1", "2"]),
 )
 
 
@@ -162,7 +163,7 @@ def test_a_column_of_var_names_the_features():
 
 def test_regions_may_be_spelled_otherwise():
     peaks = [f"chr1:{start}-{start + 50}" for start in range(100, 700, 100)]
-    loaded = FakeLoaded({"atac": Modality(kind="atac", storage="sparse", features=peaks)})
+    loaded = FakeTrainedModel({"atac": Modality(kind="atac", storage="sparse", features=peaks)})
     names = pd.DataFrame(index=[peak.replace(":", "-") for peak in peaks])
     table = ad.AnnData(sp.csr_matrix(np.eye(6)), var=names)
     for choices in ({}, {"modality": "atac"}):

@@ -75,7 +75,7 @@ def test_decoders_learn_the_new_batches_alone(
 ) -> None:
     tuned, report = learn_batches(trained_model, StoreCells(new_store, trained_model))
     assert report.names == ["batch-2", "batch-3"]
-    assert tuned.batches == ["batch-0", "batch-1", "batch-2", "batch-3"]
+    assert tuned.batch_vocabulary.names == ["batch-0", "batch-1", "batch-2", "batch-3"]
     assert report.gain > 0
     before, after = trained_model.model.state_dict(), tuned.model.state_dict()
     assert before.keys() == after.keys()
@@ -131,7 +131,7 @@ def test_the_new_model_is_a_folder_like_any_other(
     )
     assert capsys.readouterr().out.startswith("2 new batches of ")  # in a notebook, too
     tuned = load_model(tmp_path / "new")
-    assert tuned.batches[2:] == report.names
+    assert tuned.batch_vocabulary.names[2:] == report.names
     assert read_model_card(tmp_path / "new").seen_cells == read_model_card(run).seen_cells
     assert "learnt later: batch-2, batch-3" in (tmp_path / "new" / "README.md").read_text()
     with pytest.raises(DataError, match="no cell is of a batch"):

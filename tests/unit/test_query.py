@@ -25,7 +25,7 @@ from clue_dist.inference.score_tables import select_pairs
 from clue_dist.ranks import Ranks
 from clue_dist.store.reader import Store
 from clue_dist.store.seen_cells import identify_cells
-from tests.fakes import FakeLoaded
+from tests.fakes import FakeTrainedModel
 from tests.stores import make_store
 
 CELLS = {"rna+adt+atac": 30, "rna+atac": 25, "rna": 20, "atac": 40}
@@ -38,9 +38,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 @pytest.fixture(scope="module")
-def loaded(store: Store) -> FakeLoaded:
+def loaded(store: Store) -> FakeTrainedModel:
     """A model that knows no atac."""
-    return FakeLoaded({name: store.manifest.modalities[name] for name in ("adt", "rna")})
+    return FakeTrainedModel({name: store.manifest.modalities[name] for name in ("adt", "rna")})
 
 
 def note_input(modality: str, missing: int, **more: Any) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def add_provenance(store: Store, *inputs: dict[str, Any], appended: bool = False
 
 
 def test_modalities_that_the_model_lacks_are_left_aside(
-    store: Store, loaded: FakeLoaded, tmp_path: Path
+    store: Store, loaded: FakeTrainedModel, tmp_path: Path
 ) -> None:
     with pytest.raises(StoreError, match=r"--modalities rna adt leaves it aside"):
         require_known_features(store, loaded.modalities)
@@ -94,7 +94,7 @@ def test_cells_that_are_left_out_are_counted(
 
 
 def test_a_view_has_the_same_cells(store: Store, tmp_path: Path) -> None:
-    alone = FakeLoaded({"rna": store.manifest.modalities["rna"]})
+    alone = FakeTrainedModel({"rna": store.manifest.modalities["rna"]})
     embed_store(alone, select_modalities(store, ["rna"]), tmp_path / "o.h5ad", run="r")
     reader = select_modalities(store, ["rna"]).segments["rna+atac"]
     barcodes = store.segments["rna+atac"].read_barcodes(np.arange(25))
@@ -122,7 +122,7 @@ def test_next_to_no_known_feature_is_an_error(store: Store, appended: bool) -> N
 
 
 def test_a_share_of_missing_features_is_a_warning(
-    store: Store, loaded: FakeLoaded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    store: Store, loaded: FakeTrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     query = add_provenance(
         store,
@@ -146,12 +146,12 @@ def test_what_was_measured_is_no_reason_to_complain(store: Store) -> None:
 
 
 def test_files_of_the_training_store_may_have_few_features(
-    store: Store, loaded: FakeLoaded, tmp_path: Path
+    store: Store, loaded: FakeTrainedModel, tmp_path: Path
 ) -> None:
     view = select_modalities(add_provenance(store, note_input("rna", 19)), ["rna", "adt"])
     with pytest.raises(StoreError, match="next to none"):
         embed_store(loaded, view, tmp_path / "o.h5ad", run="r")
-    trained = FakeLoaded(loaded.modalities, seen_cells=frozenset({store.fingerprint}))
+    trained = FakeTrainedModel(loaded.modalities, seen_cells=frozenset({store.fingerprint}))
     embed_store(trained, view, tmp_path / "o.h5ad", run="r")
 
 

@@ -10,7 +10,7 @@ import pytest
 from clue_dist.errors import DataError
 from clue_dist.inference.cells import open_cells
 from clue_dist.inference.shift import measure_shift
-from tests.fakes import FakeLoaded, Projection
+from tests.fakes import FakeTrainedModel, Projection
 from tests.stores import make_store
 
 
@@ -24,9 +24,9 @@ class Turned(Projection):
 
 def test_z_that_turns_as_a_whole_keeps_its_neighbours(tmp_path: Path) -> None:
     store = make_store(tmp_path / "s.zarr", {"rna+adt": 60})
-    before = FakeLoaded(dict(store.manifest.modalities))
-    turned = FakeLoaded(before.modalities, model=Turned(before.modalities, 3))
-    other = FakeLoaded(before.modalities, latent=1)
+    before = FakeTrainedModel(dict(store.manifest.modalities))
+    turned = FakeTrainedModel(before.modalities, model=Turned(before.modalities, 3))
+    other = FakeTrainedModel(before.modalities, latent=1)
     cells = open_cells(store, before)
     shift = measure_shift(before, before, cells, cells)
     assert (shift.moved, shift.neighbours_kept, shift.by_chance) == (0, 1, 15 / 59)
@@ -40,7 +40,7 @@ def test_z_that_turns_as_a_whole_keeps_its_neighbours(tmp_path: Path) -> None:
 
 def test_a_few_cells_have_no_neighbours(tmp_path: Path) -> None:
     store = make_store(tmp_path / "s.zarr", {"rna+adt": 16})
-    model = FakeLoaded(dict(store.manifest.modalities))
+    model = FakeTrainedModel(dict(store.manifest.modalities))
     cells = open_cells(store, model)
     with pytest.raises(DataError, match="too few cells"):
         measure_shift(model, model, cells, cells)

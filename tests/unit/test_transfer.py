@@ -19,7 +19,7 @@ from clue_dist.neighbours.label_transfer import (
     fit_label_transfer,
 )
 from clue_dist.store.reader import Store
-from tests.fakes import FakeLoaded
+from tests.fakes import FakeTrainedModel
 from tests.stores import make_store
 
 CELLS = {"rna+adt": 120, "rna": 50, "adt": 40}
@@ -51,8 +51,8 @@ def store(tmp_path_factory) -> Store:
 
 
 @pytest.fixture(scope="module")
-def loaded(store) -> FakeLoaded:
-    return FakeLoaded(dict(store.manifest.modalities))
+def loaded(store) -> FakeTrainedModel:
+    return FakeTrainedModel(dict(store.manifest.modalities))
 
 
 def test_queries_are_labelled_in_slices(monkeypatch):
@@ -191,7 +191,7 @@ def test_reference_cells_that_carry_more_are_seen_through_the_queries_modalities
             ("q", {"rna+adt": 30, "atac": 1}, 1),
         )
     }
-    loaded = FakeLoaded(dict(stores["r"].manifest.modalities))
+    loaded = FakeTrainedModel(dict(stores["r"].manifest.modalities))
     reference, query = open_cells(stores["r"], loaded), open_cells(stores["q"], loaded)
     with warnings.catch_warnings():
         warnings.simplefilter("error", CellWarning)
