@@ -8,15 +8,15 @@ from pathlib import Path
 import anndata as ad
 import pandas as pd
 
+from clue_dist.inference.answer_files import check_answer_path
 from clue_dist.inference.cells import CellSource, find_source_file, open_cells
 from clue_dist.inference.differential import (
     DifferentialChoices,
     compare_groups,
     write_differences,
 )
-from clue_dist.inference.embed import check_embedding_path
 from clue_dist.inference.imputation_question import ImputationChoices
-from clue_dist.inference.impute import FORMATS, impute_cells, write_imputation
+from clue_dist.inference.impute import IMPUTATION_FORMATS, impute_cells, write_imputation
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.inference.output_files import check_table_path, parse_output
 from clue_dist.ranks import Ranks, run_on_first_rank
@@ -79,7 +79,7 @@ class ImputationMethods:
             Means in X, draws and bounds in layers, (cells, features); `out`, where that is given.
         """
         path = parse_output(
-            out, lambda path: check_embedding_path(path, FORMATS, find_source_file(cells))
+            out, lambda path: check_answer_path(path, IMPUTATION_FORMATS, find_source_file(cells))
         )
         opened = open_cells(
             cells,

@@ -22,6 +22,7 @@ from clue_dist.api.training_call import (
 from clue_dist.checkpoint.run_folder import list_checkpoints
 from clue_dist.errors import ConfigError
 from clue_dist.files import parse_path
+from clue_dist.inference.answer_files import check_answer_path
 from clue_dist.inference.cells import (
     Cells,
     CellSource,
@@ -32,8 +33,8 @@ from clue_dist.inference.cells import (
 )
 from clue_dist.inference.describe_run import describe_run
 from clue_dist.inference.embed import (
+    EMBEDDING_FORMATS,
     KEY,
-    check_embedding_path,
     collect_embedding,
     embed_anndata,
     embed_cells,
@@ -130,7 +131,7 @@ class Run(ImputationMethods, ComparisonMethods, EvaluationMethods):
             ConfigError: `out` cannot be written.
         """
         path = parse_output(
-            out, lambda path: check_embedding_path(path, source=find_source_file(cells))
+            out, lambda path: check_answer_path(path, EMBEDDING_FORMATS, find_source_file(cells))
         )
         # Where the answer goes into a file, the counts may stay in theirs.
         source = open_source(cells, leave_counts=out is not None)

@@ -20,12 +20,13 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
-    from clue_dist.inference.embed import check_embedding_path, embed_store
+    from clue_dist.inference.answer_files import check_answer_path
+    from clue_dist.inference.embed import EMBEDDING_FORMATS, embed_store
     from clue_dist.inference.file_order import check_like, parse_like
 
     def check_arguments() -> None:
         like = None if arguments.like is None else parse_like(arguments.like)[1]
-        check_embedding_path(arguments.out, source=like)
+        check_answer_path(arguments.out, EMBEDDING_FORMATS, like)
         if arguments.like is not None:
             check_like(arguments.out, arguments.like)
 

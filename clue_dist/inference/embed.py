@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import anndata as ad
-import h5py
 import mudata as md
 import numpy as np
 import pandas as pd
 
 from clue_dist.config import MIN_KNOWN
-from clue_dist.errors import ConfigError, DataError
+from clue_dist.errors import DataError
+from clue_dist.inference.answer_files import check_answer_path, write_tables
 from clue_dist.inference.cells import Cells, MemoryCells, StoreCells
 from clue_dist.inference.cells.memory_obs import require_writable_obs
 from clue_dist.inference.file_order import restore_file_order
 from clue_dist.inference.load_model import TrainedModel
-from clue_dist.inference.output_files import (
-    check_output_format,
-    make_scratch_folder,
-    translate_output_errors,
-)
-from clue_dist.inference.query import (
-    holds_training_cells,
-    require_known_features,
-    require_measured_features,
-)
+from clue_dist.inference.output_files import make_scratch_folder
+from clue_dist.inference.query import require_fitting_store
 from clue_dist.inference.stream import Embedding, compute_embedding, embed_in_memory
 from clue_dist.process import print_error, silence_mudata
 from clue_dist.ranks import Ranks
 from clue_dist.store.batch_vocabulary import name_level_column
 from clue_dist.store.reader import Store
 
-FORMATS = (".h5mu", ".h5ad", ".zarr")
+EMBEDDING_FORMATS = (".h5mu", ".h5ad", ".zarr")
 KEY = "X_clue"  # key in obsm
 VARIANCE_KEY = "X_clue_var"  # key in obsm of the variance of each dimension
 OBSERVED_COLUMN = "clue_modalities"  # of obs: what was observed of a cell, as "rna+adt"
@@ -70,7 +60,7 @@ def embed_store(
         ClueError: what these two raise.
     """
     ranks = ranks or Ranks()
-    check_embedding_path(out)
+    check_answer_path(out, EMBEDDING_FORMATS)
     check_query(trained_model, store, min_known, ranks)
     embed_cells(
         trained_model,
@@ -122,7 +112,7 @@ def embed_cells(
         ResumeError: the model gives NaN.
     """
     ranks = ranks or Ranks()
-    check_embedding_path(out)
+    check_answer_path(out, EMBEDDING_FORMATS)
     if isinstance(cells, MemoryCells):
         require_writable_obs(cells.read_obs(), out.suffix)
     slices = cells.slice_cells(batch_size)
@@ -219,12 +209,9 @@ def check_query(trained_model: TrainedModel, store: Store, min_known: float, ran
     Raises:
         StoreError: modalities or features that are not the model's, or were hardly measured.
     """
-    require_known_features(store, trained_model.modalities)
-    # What the model was trained on may hold files of few features, as with `--features union`.
-    if not holds_training_cells(store, trained_model.seen_cells):
-        warnings = require_measured_features(store, min_known)
-        for warning in warnings if ranks.is_first else []:
-            print_error(f"warning: {warning}")
+    for doubt in require_fitting_store(store, trained_model, min_known):
+        if ranks.is_first:
+            print_error(f"warning: {doubt}")
 
 
 def describe_embedding(
@@ -241,38 +228,6 @@ def describe_embedding(
         "private": dict.fromkeys(trained_model.modalities, trained_model.private),
         "private_scale": trained_model.private_scale,
     }
-
-
-def check_embedding_path(
-    out: Path, formats: Sequence[str] = FORMATS, source: str | Path | None = None
-) -> None:
-    """Check that `out` has a known ending and would replace only an earlier result.
-
-    Args:
-        out: where a result is to go.
-        formats: the known endings.
-        source: a file that is read, which may not be `out`.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    where, fix = f"--out {out}", "choose another name"
-    check_output_format(out, formats)
-    if source is not None and out.exists() and Path(source).exists() and out.samefile(source):
-        raise ConfigError("the output would replace what is read", where=where, fix=fix)
-    if out.is_dir() and not (out / "uns" / "clue_dist").is_dir():
-        raise ConfigError("a folder that is not an embedding is in the way", where=where, fix=fix)
-    if out.is_file() and not _holds_result(out):
-        raise ConfigError("a file that is not an embedding is in the way", where=where, fix=fix)
-
-
-def _holds_result(file: Path) -> bool:
-    """Whether a file says that this project has written it."""
-    try:
-        with h5py.File(file) as opened:
-            return file.suffix != ".zarr" and "uns/clue_dist" in opened
-    except OSError:
-        return False
 
 
 def _build_tables(
@@ -308,24 +263,3 @@ def _build_tables(
         mdata.obsm[key] = np.asarray(z)[order]
     mdata.uns.update(uns)
     return mdata
-
-
-def write_tables(out: Path, temporary: Path, tables: ad.AnnData | md.MuData) -> None:
-    """Write under a temporary name, then rename: `out` is whole or is not there.
-
-    Raises:
-        StoreError: the disk is full, or cannot be written to.
-    """
-    formats = ad.settings.override(zarr_write_format=3, auto_shard_zarr_v3=False)
-    with translate_output_errors(out), formats, warnings.catch_warnings():
-        # anndata asks for what zarr warns of; a person can change neither.
-        warnings.filterwarnings("ignore", "Consolidated metadata")
-        if out.suffix == ".zarr":
-            tables.write_zarr(temporary)
-            if out.exists():  # a folder that is not empty cannot be replaced by a rename
-                out.rename(temporary.with_name("replaced"))  # it goes with the scratch folder
-        elif out.suffix == ".h5mu":
-            tables.write(temporary)
-        else:
-            tables.write_h5ad(temporary)
-        temporary.replace(out)

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from clue_dist.data.batch import Batch, compute_library_size
 from clue_dist.errors import DataError, ResumeError, list_names
+from clue_dist.inference.answer_files import check_answer_path, write_tables
 from clue_dist.inference.array_folder import arrange_rows
 from clue_dist.inference.cells import Cells, CellSlice, MemoryCells
 from clue_dist.inference.cells.memory_obs import require_writable_obs
 from clue_dist.inference.cells.named_counts import warn_of_cells
-from clue_dist.inference.embed import check_embedding_path, write_tables
 from clue_dist.inference.imputation_question import (
     LOWER,
     MEAN,
@@ -44,7 +44,7 @@ from clue_dist.model.imputation import (
 from clue_dist.ranks import Ranks
 from clue_dist.store.shuffle import derive_key
 
-FORMATS = (".h5ad", ".zarr")
+IMPUTATION_FORMATS = (".h5ad", ".zarr")
 SOURCES_COLUMN = "clue_from"  # of obs: the modalities that a cell's values follow from
 MOST_VALUES = 2**24  # of a piece of cells that is decoded at once, over its draws: 64 MB
 
@@ -117,7 +117,7 @@ def write_imputation(
         ClueError: what `impute_cells` raises; an unknown ending, no such folder, or a full disk.
     """
     ranks = ranks or Ranks()
-    check_embedding_path(out, FORMATS)
+    check_answer_path(out, IMPUTATION_FORMATS)
     if isinstance(cells, MemoryCells):
         require_writable_obs(cells.read_obs(), out.suffix)
     question = read_question(trained_model, choices)

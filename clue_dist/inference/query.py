@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from clue_dist.config import MIN_KNOWN
 from clue_dist.errors import ConfigError, StoreError, format_count, list_names
+from clue_dist.inference.load_model import TrainedModel
 from clue_dist.store.manifest_parts import Modality
 from clue_dist.store.provenance import InputFile, Provenance
 from clue_dist.store.reader import Store
@@ -60,6 +61,29 @@ def holds_training_cells(store: Store, seen_cells: frozenset[str]) -> bool:
         seen_cells: what identifies the cells that the model was trained on; see `identify_cells`.
     """
     return share_cells(identify_cells(store.manifest), seen_cells)
+
+
+def require_fitting_store(
+    store: Store, trained_model: TrainedModel, min_known: float = MIN_KNOWN
+) -> list[str]:
+    """Require that a model can be asked about the cells of a store.
+
+    Args:
+        store: the cells.
+        trained_model: the model.
+        min_known: the least share of a modality's features that each file must have had.
+
+    Returns:
+        Sentences that say what makes answers doubtful.
+
+    Raises:
+        StoreError: modalities or features that are not the model's, or were hardly measured.
+    """
+    require_known_features(store, trained_model.modalities)
+    # What the model was trained on may hold files of few features, as with `--features union`.
+    if holds_training_cells(store, trained_model.seen_cells):
+        return []
+    return require_measured_features(store, min_known)
 
 
 def require_known_features(store: Store, modalities: dict[str, Modality]) -> None:

@@ -16,7 +16,8 @@ import torch
 
 from clue_dist.data.batch import read_batch
 from clue_dist.errors import ConfigError, ResumeError, StoreError
-from clue_dist.inference.embed import check_embedding_path, embed_store
+from clue_dist.inference.answer_files import check_answer_path
+from clue_dist.inference.embed import embed_store
 from clue_dist.inference.query import require_known_features
 from clue_dist.store.manifest_parts import Modality
 from clue_dist.store.reader import Store
@@ -150,7 +151,7 @@ def test_ranks_write_what_one_writes(store, loaded, tmp_path, world, batch_size)
     code = """
         from pathlib import Path
         from clue_dist.inference.array_folder import ArrayFolder
-        from clue_dist.inference.embed import check_embedding_path, embed_store
+        from clue_dist.inference.embed import embed_store
         from clue_dist.ranks import Ranks
         from clue_dist.store.reader import Store
         from tests.fakes import FakeTrainedModel
@@ -246,10 +247,10 @@ def test_an_output_replaces_results_alone_and_never_what_is_read(store, loaded, 
         embed_store(loaded, store, out, run="r")
     assert out.read_bytes() == before
     ad.AnnData(np.ones((2, 2)), uns={"clue_dist": {"run": "r"}}).write_h5ad(out)
-    check_embedding_path(out)
+    check_answer_path(out, [".h5ad"])
     other.symlink_to(out)
     with pytest.raises(ConfigError, match="would replace what is read"):
-        check_embedding_path(out, source=other)
+        check_answer_path(out, [".h5ad"], source=other)
 
 
 def test_a_full_disk_is_told_and_leaves_nothing(store, loaded, tmp_path):
@@ -314,7 +315,7 @@ def test_an_error_of_one_rank_is_raised_on_all(store, tmp_path):
     code = """
         import torch
         from pathlib import Path
-        from clue_dist.inference.embed import check_embedding_path, embed_store
+        from clue_dist.inference.embed import embed_store
         from clue_dist.errors import ResumeError
         from clue_dist.ranks import Ranks
         from clue_dist.store.reader import Store

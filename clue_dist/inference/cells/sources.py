@@ -24,12 +24,7 @@ from clue_dist.inference.cells.named_counts import (
 )
 from clue_dist.inference.cells.store_cells import CellSlice, StoreCells
 from clue_dist.inference.load_model import TrainedModel
-from clue_dist.inference.query import (
-    holds_training_cells,
-    require_known_features,
-    require_measured_features,
-    select_modalities,
-)
+from clue_dist.inference.query import require_fitting_store, select_modalities
 from clue_dist.process import silence_mudata
 from clue_dist.store.batch_vocabulary import BatchVocabulary
 from clue_dist.store.reader import Store
@@ -249,9 +244,7 @@ def _open_store_cells(
 ) -> StoreCells:
     """Check that the model can be asked about the cells of a store, and warn of doubtful ones."""
     view = select_modalities(store, modalities) if modalities else store
-    require_known_features(view, trained_model.modalities)
-    # What the model was trained on may hold files of few features, as with `--features union`.
-    if not holds_training_cells(view, trained_model.seen_cells):
-        for text in require_measured_features(view, MIN_KNOWN if min_known is None else min_known):
-            warn_of_cells(text)
+    least = MIN_KNOWN if min_known is None else min_known
+    for doubt in require_fitting_store(view, trained_model, least):
+        warn_of_cells(doubt)
     return StoreCells(view, trained_model)
