@@ -35,7 +35,7 @@ from clue_dist.ranks import Ranks
 # Of the mean share of a feature: what is added to shares, so that features which are hardly there
 # do not differ many times over.
 PSEUDO_SHARE = 0.1
-MOST_VALUES = 2**22  # decoded at once, for either side of the pairs: 16 MB
+VALUES_AT_ONCE = 2**22  # decoded for either side of the pairs: 16 MB
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def _compare_pairs(
     # Shares are of the whole modality, whichever of its features are asked for.
     n_features = question.trained_model.modalities[choices.modality].n_features
     changes = _Changes(decoder.width, PSEUDO_SHARE * PER_TEN_THOUSAND / n_features)
-    step = max(1, MOST_VALUES // decoder.width)
+    step = max(1, VALUES_AT_ONCE // decoder.width)
     for start in range(0, n_pairs, step):
         part = slice(start, start + step)
         library = torch.full((len(levels[part]), 1), PER_TEN_THOUSAND, device=device)

@@ -46,7 +46,7 @@ from clue_dist.store.shuffle import derive_key
 
 IMPUTATION_FORMATS = (".h5ad", ".zarr")
 SOURCES_COLUMN = "clue_from"  # of obs: the modalities that a cell's values follow from
-MOST_VALUES = 2**24  # of a piece of cells that is decoded at once, over its draws: 64 MB
+VALUES_AT_ONCE = 2**24  # decoded of a piece of cells, over its draws: 64 MB
 
 
 def impute_cells(
@@ -185,7 +185,7 @@ def impute_slices(
     device = ranks.choose_device()
     trained_model, choices = question.trained_model, question.choices
     model = trained_model.model.to(device)
-    piece = max(1, MOST_VALUES // (len(question.features) * max(1, question.n_draws)))
+    piece = max(1, VALUES_AT_ONCE // (len(question.features) * max(1, question.n_draws)))
     modalities = list(trained_model.modalities)
     title = f"imputing {choices.modality}"
     levels_of_batch = question.choose_levels(cells.batches).to(device)

@@ -36,7 +36,7 @@ from clue_dist.store.batch_vocabulary import UNKNOWN, BatchVocabulary
 LEARNING_RATE = 0.05
 STEP_CELLS = 512  # of a gradient step
 STEPS = 300  # about so many, however many cells there are
-MOST_CELLS = 20_000  # of new batches that are looked at: a row has few numbers to be found
+TEACHING_CELLS = 20_000  # of new batches, about so many: a row has few numbers to be found
 
 
 @dataclass(frozen=True)
@@ -194,9 +194,9 @@ def _add_rows(
 
 
 def _choose_slices(slices: Sequence[CellSlice], new_codes: np.ndarray) -> list[CellSlice]:
-    """Choose slices with MOST_CELLS or so of new batches, and with some cells of each batch."""
+    """Choose slices with TEACHING_CELLS or so of new batches, and with some cells of each batch."""
     codes = np.unique(new_codes[new_codes >= 0])
-    most, chosen = max(1, MOST_CELLS // len(codes)), set()
+    most, chosen = max(1, TEACHING_CELLS // len(codes)), set()
     for code in codes:
         shares = [int((new_codes[s.rows] == code).sum()) for s in slices]
         holding = np.flatnonzero(shares)

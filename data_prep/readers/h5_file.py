@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 with suppress(ImportError):  # it is optional; h5py knows its compressions once it is imported
     import hdf5plugin  # noqa: F401
 
-_MOST_VALUES = 1000  # of a dataset for each byte of its file: even zeros compress no better
+_MOST_VALUES_OF_BYTE = 1000  # of a dataset, by its file: even zeros compress no better
 _DEEPEST_GROUP = 8  # groups within groups, as a link may lead back to a group above
 # Compressions that hdf5plugin adds, by the numbers under which they are registered.
 _FILTERS = {
@@ -158,7 +158,7 @@ def open_part(parent: Any, name: str) -> Any:
         raise DataError(what, where=name_part(part), fix=WRITE_ANEW)
     _require_filters(part)
     n_bytes = Path(path).stat().st_size
-    if (part.size or 0) > _MOST_VALUES * max(n_bytes, 2**16):
+    if (part.size or 0) > _MOST_VALUES_OF_BYTE * max(n_bytes, 2**16):
         raise DataError(
             "a dataset says that it holds more than its file can",
             where=name_part(part),
@@ -216,7 +216,7 @@ def require_plausible_size(part: Any) -> None:
     n_bytes = sum(file.stat().st_size for file in (location / part.path).rglob("*"))
     arrays = [part] if is_array(part) else [array for _, array in part.arrays()]
     n_values = sum(array.size for array in arrays)
-    if n_values > _MOST_VALUES * max(n_bytes, 2**16):
+    if n_values > _MOST_VALUES_OF_BYTE * max(n_bytes, 2**16):
         raise DataError(
             "an array says that it holds more than its folder can",
             where=name_part(part),

@@ -87,7 +87,7 @@ def test_the_feature_that_made_the_groups_marks_one_of_them(trained, cells):
 def test_pairs_that_are_compared_are_counted(trained, cells, monkeypatch, capsys):
     monkeypatch.setattr(progress, "PATIENCE", 0.0)
     monkeypatch.setattr(progress, "has_spectator", lambda: False)
-    monkeypatch.setattr(differential, "MOST_VALUES", 40 * 6)  # 40 pairs at once
+    monkeypatch.setattr(differential, "VALUES_AT_ONCE", 40 * 6)  # 40 pairs at once
     compare(trained, cells, pairs=100)
     assert "comparing pairs: 200 of 200, " in capsys.readouterr().err
 

@@ -103,7 +103,7 @@ def test_every_new_batch_is_looked_at(
 ) -> None:
     """A batch of few cells lies in few slices, which must not all be passed over."""
     monkeypatch.setattr(new_batches, "STEP_CELLS", 4)
-    monkeypatch.setattr(new_batches, "MOST_CELLS", 8)
+    monkeypatch.setattr(new_batches, "TEACHING_CELLS", 8)
     tuned, report = learn_batches(trained_model, RareBatch(new_store, trained_model))
     assert report.names == ["batch-2", "rare"]
     assert report.n_cells < 40
