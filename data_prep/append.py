@@ -29,7 +29,7 @@ from clue_dist.store.manifest_parts import FileDigest
 from clue_dist.store.reader import SegmentReader, Store
 from clue_dist.store.writer import hash_metadata
 from data_prep.conversion.cells import CellTable
-from data_prep.convert import build_store, describe_conversion, format_notes, format_strata
+from data_prep.convert import build_store, describe_conversion, format_notes, format_segments
 from data_prep.jobs.job_folder import (
     claim_job,
     discard_job,
@@ -248,4 +248,4 @@ def _remove_outdated_svd(root: Path, manifest: Manifest) -> None:
 def format_addition(manifest: Manifest) -> str:
     """Say in a few lines what a person should know after an addition."""
     notes = manifest.provenance[APPENDED][-1]
-    return "\n".join([*format_strata(manifest), *format_notes(manifest, notes)])
+    return "\n".join([*format_segments(manifest), *format_notes(manifest, notes)])

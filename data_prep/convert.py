@@ -240,14 +240,14 @@ def _describe_source(
 
 def format_conversion(manifest: Manifest) -> str:
     """Say in a few lines what a person should know after a conversion."""
-    return "\n".join([*format_strata(manifest), *format_notes(manifest, manifest.provenance)])
+    return "\n".join([*format_segments(manifest), *format_notes(manifest, manifest.provenance)])
 
 
-def format_strata(manifest: Manifest) -> list[str]:
+def format_segments(manifest: Manifest) -> list[str]:
     """List how many cells a store has, in each of its segments too."""
     lines = [f"{format_count(manifest.n_cells, 'cell')}, fingerprint {manifest.fingerprint[:16]}"]
-    for name, stratum in manifest.strata.items():
-        lines.append(f"  {name}: {format_count(stratum.n_cells, 'cell')}")
+    for name, segment in manifest.strata.items():
+        lines.append(f"  {name}: {format_count(segment.n_cells, 'cell')}")
     return lines
 
 

@@ -43,12 +43,12 @@ def collect_facts(root: str | Path) -> dict[str, Any]:
         "modalities": {name: _describe_modality(store, name) for name in store.modalities},
         "strata": {
             name: {
-                "cells": stratum.n_cells,
-                "paired": len(stratum.modalities) > 1,
-                "modalities": stratum.modalities,
-                "shard_blocks": stratum.shard_blocks,
+                "cells": segment.n_cells,
+                "paired": len(segment.modalities) > 1,
+                "modalities": segment.modalities,
+                "shard_blocks": segment.shard_blocks,
             }
-            for name, stratum in manifest.strata.items()
+            for name, segment in manifest.strata.items()
         },
         "batches": _count_cells(manifest, "batch"),
         **({"covariates": covariates} if (covariates := _count_levels(manifest)) else {}),
@@ -97,8 +97,10 @@ def _count_nonzeros(reader: SegmentReader, modality: str) -> int:
 def _count_cells(manifest: Manifest, field: str) -> dict[str, int]:
     """Count the cells of each batch or label, and those whose is unknown, if there are any."""
     is_batch = field == "batch"
-    strata = manifest.strata.values()
-    tallies = [stratum.batch_counts if is_batch else stratum.label_counts for stratum in strata]
+    tallies = [
+        segment.batch_counts if is_batch else segment.label_counts
+        for segment in manifest.strata.values()
+    ]
     names = manifest.batches if is_batch else manifest.labels
     totals = {name: sum(tally.get(name, 0) for tally in tallies) for name in names}
     unknown = manifest.n_cells - sum(totals.values())
@@ -134,9 +136,9 @@ def format_facts(facts: dict[str, Any]) -> str:
             f"features, {modality['cells']:,} cells, {density}"
         )
     lines.append("strata")
-    for name, stratum in facts["strata"].items():
-        pairing = "paired" if stratum["paired"] else "one modality"
-        lines.append(f"  {name:<12} {format_count(stratum['cells'], 'cell')}, {pairing}")
+    for name, segment in facts["strata"].items():
+        pairing = "paired" if segment["paired"] else "one modality"
+        lines.append(f"  {name:<12} {format_count(segment['cells'], 'cell')}, {pairing}")
     for title in ("batches", "labels"):
         shares = [f"{name} {n_cells:,}" for name, n_cells in facts[title].items() if n_cells]
         lines.append(f"{title:<12} {list_names(shares, _SHOWN) or 'none'}")

@@ -126,7 +126,7 @@ def format_svds(notes: dict[str, SvdNote]) -> str:
 
 def _choose_modalities(manifest: Manifest, modalities: Sequence[str]) -> list[str]:
     """List the modalities that are asked for, or all that any cell carries."""
-    carried = {name for stratum in manifest.strata.values() for name in stratum.modalities}
+    carried = {name for segment in manifest.strata.values() for name in segment.modalities}
     names = [name for name in manifest.modalities if name in carried]
     if unknown := [name for name in modalities if name not in names]:
         raise StoreError(
@@ -143,12 +143,12 @@ def _compute_modality(
 ) -> SvdNote:
     """Compute and save the SVD of one modality, unless the store has it already."""
     modality = manifest.modalities[name]
-    strata = [stratum for stratum in manifest.strata.values() if name in stratum.modalities]
+    segments = [each for each in manifest.strata.values() if name in each.modalities]
     note = SvdNote(
         store=manifest.fingerprint,
         modality=name,
         normalise=KINDS[modality.kind].normalise,
-        n_cells=sum(stratum.n_cells for stratum in strata),
+        n_cells=sum(segment.n_cells for segment in segments),
         n_features=modality.n_features,
         components=min(options.components, modality.n_features),
         power=options.power,
@@ -259,10 +259,10 @@ def _orthonormalise(basis: np.ndarray, product: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _PassTask:
-    """The part that some blocks of a stratum have in one pass."""
+    """The part that some blocks of a segment have in one pass."""
 
     root: Path
-    stratum: str
+    segment: str
     modality: str
     how: str  # the normalisation
     first_block: int
@@ -308,10 +308,10 @@ class _StandardisedMatrix:
         sums.mkdir(parents=True, exist_ok=True)
         moments = self.folder / "moments.npz"
         tasks = {}
-        for stratum, first, stop, step in _cut_blocks(self.manifest, self.modality):
-            out = sums / f"{stratum}-{first:012d}.npz"
+        for segment, first, stop, step in _cut_blocks(self.manifest, self.modality):
+            out = sums / f"{segment}-{first:012d}.npz"
             tasks[out] = _PassTask(
-                self.root, stratum, self.modality, self.how, first, stop, step, moments, basis, out
+                self.root, segment, self.modality, self.how, first, stop, step, moments, basis, out
             )
         function = _add_up_moments if basis is None else _multiply_blocks
         run_missing(self.pool, f"svd {self.modality} ({sums.name})", function, tasks)
@@ -333,12 +333,12 @@ def _remove_sums(result: Path) -> None:
 
 
 def _cut_blocks(manifest: Manifest, modality: str) -> Iterator[tuple[str, int, int, int]]:
-    """Yield stratum, first block, last block + 1 and blocks read at once of every task."""
+    """Yield segment, first block, last block + 1 and blocks read at once of every task."""
     block_cells, n_features = manifest.block_cells, manifest.modalities[modality].n_features
-    strata = {name: s for name, s in manifest.strata.items() if modality in s.modalities}
-    n_blocks = {name: layout.count_blocks(s.n_cells, block_cells) for name, s in strata.items()}
-    for name, stratum in strata.items():
-        block_entries = stratum.packed[modality].capacity or block_cells * n_features
+    segments = {name: s for name, s in manifest.strata.items() if modality in s.modalities}
+    n_blocks = {name: layout.count_blocks(s.n_cells, block_cells) for name, s in segments.items()}
+    for name, segment in segments.items():
+        block_entries = segment.packed[modality].capacity or block_cells * n_features
         step_blocks = max(1, STEP_ENTRIES // block_entries)
         task_blocks = max(step_blocks, -(-sum(n_blocks.values()) // MANY_TASKS))
         for first in range(0, n_blocks[name], task_blocks):
@@ -347,7 +347,7 @@ def _cut_blocks(manifest: Manifest, modality: str) -> Iterator[tuple[str, int, i
 
 def _read_cells(task: _PassTask, idf: np.ndarray | None) -> Iterator[tuple[Rows, Rows]]:
     """Read the task's cells, some at a time: counts and normalised values, (n, features)."""
-    reader = SegmentReader(task.root, Manifest.read(task.root), task.stratum)
+    reader = SegmentReader(task.root, Manifest.read(task.root), task.segment)
     for first in range(task.first_block, task.stop_block, task.step_blocks):
         stop = min(first + task.step_blocks, task.stop_block)
         stop_cell = min(stop * reader.block_cells, reader.n_cells)

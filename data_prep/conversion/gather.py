@@ -24,13 +24,13 @@ from data_prep.jobs.workers import WorkerPool, run_missing
 
 @dataclass(frozen=True)
 class _GatherTask:
-    """Write one shard of a stratum."""
+    """Write one shard of a segment."""
 
     manifest: Path
     store: Path
-    stratum: str
+    segment: str
     shard: int
-    cells: Path  # what `settle_strata` has written of the stratum
+    cells: Path  # what `settle_strata` has written of the segment
     spools: Path  # a folder for each modality
     sources: Path  # a folder for each source, with the columns of obs that are kept
     out: Path
@@ -44,10 +44,10 @@ def gather_shards(
     manifest_file = work / "manifest.json"
     manifest_file.write_text(manifest.model_dump_json())
     tasks = {}
-    for name, stratum in manifest.strata.items():
-        shard_cells = stratum.shard_blocks * manifest.block_cells
+    for name, segment in manifest.strata.items():
+        shard_cells = segment.shard_blocks * manifest.block_cells
         cells = work / "strata" / name
-        for shard in range(-(-stratum.n_cells // shard_cells)):
+        for shard in range(-(-segment.n_cells // shard_cells)):
             out = work / "shards" / f"{name}-{shard:06d}.json"
             spools, sources = work / "spools", work / "sources"
             tasks[out] = _GatherTask(manifest_file, store, name, shard, cells, spools, sources, out)
@@ -62,8 +62,8 @@ def gather_shards(
 def _gather_shard(task: _GatherTask) -> None:
     """Collect the rows of one shard from all spools, and write its files."""
     manifest = Manifest.model_validate_json(task.manifest.read_bytes())
-    stratum = manifest.strata[task.stratum]
-    shard_cells = stratum.shard_blocks * manifest.block_cells
+    segment = manifest.strata[task.segment]
+    shard_cells = segment.shard_blocks * manifest.block_cells
     span = slice(task.shard * shard_cells, (task.shard + 1) * shard_cells)
     # Mapped: only this shard's cells are read.
     keys, batch, label, barcodes = (
@@ -71,17 +71,17 @@ def _gather_shard(task: _GatherTask) -> None:
         for name in ("keys", "batch", "label", "barcodes")
     )
     modalities = {}
-    for name in stratum.modalities:
+    for name in segment.modalities:
         n_features = manifest.modalities[name].n_features
         # A spool with this ending belongs to a worker that died while it wrote.
         folders = sorted(p for p in (task.spools / name).iterdir() if p.suffix != TEMPORARY_ENDING)
-        packed = stratum.packed[name]
+        packed = segment.packed[name]
         modalities[name] = read_spool(folders, np.asarray(keys), n_features, packed)
     kept: list[np.ndarray] = []
     if manifest.obs_columns:
         folders = sorted(task.sources.iterdir())
         kept = gather_kept_values(manifest.obs_columns, folders, np.asarray(keys))
     cells = ShardCells(modalities, batch, label, barcodes, kept)
-    written = write_shard(task.store, manifest, task.stratum, task.shard, cells)
+    written = write_shard(task.store, manifest, task.segment, task.shard, cells)
     digests = json.dumps({file: digest.model_dump() for file, digest in written.items()})
     write_file(task.out, digests, unique=True)  # a worker given up for dead may still write it
