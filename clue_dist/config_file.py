@@ -65,7 +65,7 @@ def parse_config(tree: dict[str, Any], where: object, overrides: list[str] | Non
         return Config.model_validate(tree)
     except ValidationError as error:
         given = [override.partition("=")[0] for override in overrides or []]
-        raise _explain_validation_error(error, where, given) from None
+        raise _make_validation_error(error, where, given) from None
 
 
 def _find_recipe(name: Path) -> Path:
@@ -152,10 +152,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     tree[last] = value
 
 
-def _explain_validation_error(
+def _make_validation_error(
     error: ValidationError, path: object, overridden: list[str]
 ) -> ConfigError:
-    """Put the first of pydantic's complaints into one of our errors.
+    """Make one of our errors of the first of pydantic's complaints.
 
     Args:
         error: what pydantic raised.

@@ -57,7 +57,7 @@ def require_known_deepspeed(package: ModuleType) -> None:
     """
     version = tuple(int(number) for number in re.findall(r"\d+", package.__version__)[:3])
     if not OLDEST_VERSION <= version < FIRST_UNKNOWN_VERSION:
-        raise _explain_mismatch(package, f"DeepSpeed {package.__version__}")
+        raise _make_version_error(package, f"DeepSpeed {package.__version__}")
 
 
 def read_private(owner: Any, name: str, package: ModuleType = deepspeed) -> Any:
@@ -71,10 +71,10 @@ def read_private(owner: Any, name: str, package: ModuleType = deepspeed) -> Any:
     except AttributeError:
         title = owner.__name__ if isinstance(owner, ModuleType) else type(owner).__name__
         found = f"DeepSpeed {package.__version__}, whose {title} has no `{name}`"
-        raise _explain_mismatch(package, found) from None
+        raise _make_version_error(package, found) from None
 
 
-def _explain_mismatch(package: ModuleType, found: str) -> ClueError:
+def _make_version_error(package: ModuleType, found: str) -> ClueError:
     oldest, newest = (
         ".".join(map(str, version)) for version in (OLDEST_VERSION, FIRST_UNKNOWN_VERSION)
     )

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from clue_dist.data.batch import CodedCounts, SparseCounts
-from clue_dist.store.rows import report_coding_fault
+from clue_dist.store.rows import make_coding_error
 
 BLOCK = 512  # non-zeros that a program holds at a time
 
@@ -34,7 +34,7 @@ def expand_counts(counts: CodedCounts) -> SparseCounts:
     )
     if not bool(fits.all()):
         row, lengths = int(fits.int().argmin()), counts.starts[:, 0].diff()
-        raise report_coding_fault(
+        raise make_coding_error(
             counts.where, f"row {row} of a batch", int(lengths[row]), counts.n_features
         )
     return SparseCounts(counts.starts[:, 0].contiguous(), indices, values, counts.n_features)

@@ -12,7 +12,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from clue_dist.errors import ClueError, LostError, RankError, list_names
-from clue_dist.ranks.messages import clean_text, decode_value, encode_value, refuse_value
+from clue_dist.ranks.messages import (
+    clean_text,
+    decode_value,
+    encode_value,
+    make_foreign_value_error,
+)
 
 # Seconds to wait for the other ranks at the start: a cluster may start them minutes apart, and a
 # rank that is dead never comes.
@@ -47,7 +52,7 @@ class RankClaim:
         types = [str, int, str, str]
         fits = isinstance(value, list) and [type(field) for field in value] == types
         if not fits or not _TOKEN.fullmatch(value[3]):
-            raise refuse_value(data, where, "the claim of a rank")
+            raise make_foreign_value_error(data, where, "the claim of a rank")
         return cls(value[0], value[1], clean_text(value[2])[:MOST_HOLDER], value[3])
 
 

@@ -43,11 +43,11 @@ def decode_value(data: bytes, where: str) -> Any:
         RankError: it is not JSON, or too long.
     """
     if len(data) > MOST_BYTES:
-        raise refuse_value(data, where, f"at most {MOST_BYTES:,} bytes")
+        raise make_foreign_value_error(data, where, f"at most {MOST_BYTES:,} bytes")
     try:
         return json.loads(data)
     except (ValueError, RecursionError):  # a deeply nested list is a RecursionError
-        raise refuse_value(data, where, "JSON") from None
+        raise make_foreign_value_error(data, where, "JSON") from None
 
 
 def encode_error(error: ClueError | None) -> dict[str, str | None] | None:
@@ -78,7 +78,7 @@ def decode_error(value: Any, where: str) -> ClueError | None:
         and all(isinstance(value[name], str | None) for name in _PARTS)
     )
     if not fits:
-        raise refuse_value(value, where, "an error of clue_dist")
+        raise make_foreign_value_error(value, where, "an error of clue_dist")
     parts = {name: value[name] and clean_text(value[name]) for name in _PARTS}
     return ERROR_CLASSES[value["class"]](parts.pop("what"), **parts)
 
@@ -91,7 +91,7 @@ def clean_text(text: str) -> str:
     )
 
 
-def refuse_value(value: Any, where: str, expected: str) -> RankError:
+def make_foreign_value_error(value: Any, where: str, expected: str) -> RankError:
     """Make the error about a value that no rank of this job can have written."""
     shown = value if isinstance(value, bytes) else repr(value).encode()
     more = f" ... ({len(shown):,} bytes)" if len(shown) > _SHOWN_BYTES else ""

@@ -20,7 +20,7 @@ from clue_dist.ranks.messages import (
     decode_value,
     encode_error,
     encode_value,
-    refuse_value,
+    make_foreign_value_error,
 )
 from clue_dist.ranks.rendezvous import connect_to_rendezvous, exchange_messages
 
@@ -245,7 +245,9 @@ class Ranks:
         gathered = self.gather_values((result, encode_error(problem)))
         for rank, pair in enumerate(gathered):
             if not isinstance(pair, list) or len(pair) != 2:
-                raise refuse_value(pair, f"the value of rank {rank}", "a result and an error")
+                raise make_foreign_value_error(
+                    pair, f"the value of rank {rank}", "a result and an error"
+                )
         _raise_first_problem(
             decode_error(error, f"the error of rank {rank}")
             for rank, (_, error) in enumerate(gathered)
@@ -302,7 +304,9 @@ class Ranks:
         for rank, length in enumerate(sizes.tolist()):
             if not 0 <= length <= MOST_BYTES:
                 found = f"{length} bytes"
-                raise refuse_value(found, f"the value of rank {rank}", f"at most {MOST_BYTES:,}")
+                raise make_foreign_value_error(
+                    found, f"the value of rank {rank}", f"at most {MOST_BYTES:,}"
+                )
         longest = int(sizes.max())
         padded = torch.zeros(longest, dtype=torch.uint8, device=device)
         padded[: len(message)] = torch.frombuffer(bytearray(message), dtype=torch.uint8)

@@ -17,7 +17,7 @@ from clue_dist.ranks.messages import (
     clean_text,
     decode_value,
     encode_value,
-    refuse_value,
+    make_foreign_value_error,
 )
 
 SIGN_INTERVAL = 0.5  # seconds between two signs of life
@@ -101,14 +101,14 @@ class Bulletin:
         """Read the loss that a rank announced."""
         message = self._read(_LOSS)
         if not isinstance(message, str | None):
-            raise refuse_value(message, f"key {_LOSS}", "a sentence")
+            raise make_foreign_value_error(message, f"key {_LOSS}", "a sentence")
         return None if message is None else clean_text(message)
 
     def _read_late_ranks(self) -> str | None:
         """Read which ranks rank 0 calls late."""
         late = self._read(_LATE)
         if late is not None and not (isinstance(late, str) and _LATE_RANKS.fullmatch(late)):
-            raise refuse_value(late, f"key {_LATE}", "numbers of ranks")
+            raise make_foreign_value_error(late, f"key {_LATE}", "numbers of ranks")
         return late
 
     def _find_late_ranks(self) -> str | None:
@@ -142,5 +142,7 @@ def _parse_failure(value: Any) -> Failure:
         and value[1] in EXIT_CODES
     )
     if not fits:
-        raise refuse_value(value, f"key {_FAILURE}", "a rank, an exit code and an error")
+        raise make_foreign_value_error(
+            value, f"key {_FAILURE}", "a rank, an exit code and an error"
+        )
     return Failure(value[0], value[1], clean_text(value[2]))

@@ -87,7 +87,7 @@ class SegmentReader:
         starts, packed = compute_row_starts(lengths), self.segment.packed[modality]
         longest = starts[:, -1].max(0, initial=0)
         if (longest > (packed.capacity, packed.rest)).any():
-            raise self._report_impossible(
+            raise self._make_impossible_error(
                 modality,
                 f"a block of {longest[0]} non-zeros and {longest[1]} rests",
                 f"{packed.capacity} and {packed.rest} at most",
@@ -168,7 +168,7 @@ class SegmentReader:
     def _require_codes(self, array: str, codes: np.ndarray, n_names: int) -> None:
         """Refuse codes that are neither -1 nor places in a list of names."""
         if len(codes) and not (codes.min() >= -1 and codes.max() < n_names):
-            raise self._report_impossible(
+            raise self._make_impossible_error(
                 array, f"codes from {codes.min()} to {codes.max()}", f"-1 to {n_names - 1}"
             )
 
@@ -177,7 +177,7 @@ class SegmentReader:
         try:
             barcodes = np.char.decode(self.read_barcodes(positions), "utf-8")
         except UnicodeDecodeError as error:
-            raise self._report_impossible("obs/barcode", str(error), "UTF-8") from None
+            raise self._make_impossible_error("obs/barcode", str(error), "UTF-8") from None
         batch, label = (self.read_codes(field, positions) for field in ("batch", "label"))
         return CellMetadata(batch, label, barcodes)
 
@@ -210,8 +210,8 @@ class SegmentReader:
         blocks, slot = np.unique(positions // self.block_cells, return_inverse=True)
         return blocks, slot, positions % self.block_cells
 
-    def _report_impossible(self, array: str, found: str, expected: str) -> StoreError:
-        """Return the error for values that are impossible although their checksum is right."""
+    def _make_impossible_error(self, array: str, found: str, expected: str) -> StoreError:
+        """Make the error for values that are impossible although their checksum is right."""
         return StoreError(
             "values that no conversion writes",
             where=f"{self.root}: segment {self.name}, {array}",

@@ -222,7 +222,7 @@ class LocatedRows:
     def _require_decoded(self, bad_row: int) -> None:
         """Raise the error for the row that a kernel refused; -1: it refused none."""
         if bad_row >= 0:
-            raise report_coding_fault(
+            raise make_coding_error(
                 self.where,
                 f"row {self.row[bad_row]} of a block",
                 self.count_nonzeros()[bad_row],
@@ -230,7 +230,7 @@ class LocatedRows:
             )
 
 
-def report_coding_fault(where: str, row: str, nonzeros: int, n_features: int) -> StoreError:
+def make_coding_error(where: str, row: str, nonzeros: int, n_features: int) -> StoreError:
     """Make the error for a row that is not coded as it should be."""
     return StoreError(
         "values that no conversion writes",

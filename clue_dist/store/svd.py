@@ -132,9 +132,9 @@ def read_svd_note(root: Location, manifest: Manifest, modality: str) -> SvdNote 
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "top level"
-        raise _report_damage(where, f"{field}: {first['msg']}") from None
+        raise _make_damage_error(where, f"{field}: {first['msg']}") from None
     if note.digest != note.compute_digest():
-        raise _report_damage(where, f"digest {note.digest[:16]}", note.compute_digest()[:16])
+        raise _make_damage_error(where, f"digest {note.digest[:16]}", note.compute_digest()[:16])
     expected = (manifest.fingerprint, modality, manifest.modalities[modality].n_features)
     if (note.store, note.modality, note.n_features) != expected:
         raise StoreError(
@@ -159,10 +159,10 @@ def read_svd(root: Location, manifest: Manifest, modality: str) -> StoredSvd | N
     where = root / note.arrays_file
     content = location.read_file(root, note.arrays_file, max_bytes=note.arrays.bytes)
     if content is None:
-        raise _report_damage(where, "no such file")
+        raise _make_damage_error(where, "no such file")
     digest = FileDigest(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
     if digest != note.arrays:
-        raise _report_damage(where, _describe_digest(digest), _describe_digest(note.arrays))
+        raise _make_damage_error(where, _describe_digest(digest), _describe_digest(note.arrays))
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as file:
             arrays = {
@@ -180,7 +180,7 @@ def read_svd(root: Location, manifest: Manifest, modality: str) -> StoredSvd | N
         MemoryError,
         zipfile.BadZipFile,
     ) as error:
-        raise _report_damage(where, str(error)) from None
+        raise _make_damage_error(where, str(error)) from None
     return StoredSvd(note, **arrays)
 
 
@@ -257,8 +257,8 @@ def _describe_digest(digest: FileDigest) -> str:
     return f"{digest.bytes} bytes, sha256 {digest.sha256[:16]}"
 
 
-def _report_damage(where: object, found: str, expected: str | None = None) -> StoreError:
-    """Return the error for an SVD that is damaged."""
+def _make_damage_error(where: object, found: str, expected: str | None = None) -> StoreError:
+    """Make the error for an SVD that is damaged."""
     return StoreError(
         "the stored SVD is damaged", where=where, got=found, expected=expected, fix=_FIX
     )

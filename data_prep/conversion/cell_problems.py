@@ -47,11 +47,11 @@ def require_obs_columns(
         for field, column in columns.items():
             if column != NO_COLUMN and not any(field in head.fields for head in files):
                 flag = f"{_name_flag(field)} {modality}={column}"
-                raise _describe_absence(field, flag, column, files)
+                raise _make_absence_error(field, flag, column, files)
     for field in sorted(obs_columns.explicit_fields):
         if not any(field in head.fields for head in heads):
             column = obs_columns.by_field[field]
-            absence = _describe_absence(field, f"{_name_flag(field)} {column}", column, heads)
+            absence = _make_absence_error(field, f"{_name_flag(field)} {column}", column, heads)
             if column != FIELDS.get(field):
                 raise absence
             print_error(f"warning: {absence}")
@@ -62,7 +62,9 @@ def _name_flag(field: str) -> str:
     return "--batch-key" if field.startswith(COVARIATE) else f"--{field}-key"
 
 
-def _describe_absence(field: str, flag: str, column: str, heads: Sequence[SourceHead]) -> DataError:
+def _make_absence_error(
+    field: str, flag: str, column: str, heads: Sequence[SourceHead]
+) -> DataError:
     columns = sorted({name for head in heads for name in head.obs_columns})
     return DataError(
         f"no input has the {field.removeprefix(COVARIATE)} column asked for",

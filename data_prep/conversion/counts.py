@@ -153,7 +153,7 @@ def _canonicalise_values(
     wrong = np.argwhere(~np.isfinite(values))
     if len(wrong):
         row, column = wrong[0].tolist()
-        raise _describe_value(source, first_row + row, column, values[row, column], _VALUES_RULE)
+        raise _make_value_error(source, first_row + row, column, values[row, column], _VALUES_RULE)
     return values if columns is None else _align_dense(values, columns, n_features)
 
 
@@ -223,7 +223,7 @@ def _validate_counts(source: Source, matrix: sp.csr_matrix, first_row: int) -> b
     if wrong >= 0:
         row = int(np.searchsorted(matrix.indptr, wrong, side="right")) - 1
         column, value = int(matrix.indices[wrong]), matrix.data[wrong]
-        raise _describe_value(source, first_row + row, column, value, _COUNTS_RULE)
+        raise _make_value_error(source, first_row + row, column, value, _COUNTS_RULE)
     return bool(is_canonical)
 
 
@@ -252,7 +252,7 @@ def narrow_counts(values: np.ndarray) -> np.ndarray:
     return values.astype(choose_unsigned(int(values.max())), copy=False)
 
 
-def _describe_value(
+def _make_value_error(
     source: Source, row: int, column: int, value: np.number, rule: str
 ) -> DataError:
     """Make the error for a value that breaks a rule."""

@@ -87,7 +87,7 @@ def plan_features(
             with the reference or with the list that was given.
     """
     for source, head in zip(sources, heads, strict=True):
-        _reject_repeated_features(source, head)
+        _refuse_repeated_features(source, head)
     _require_id_columns(sources, heads)
     names = list(dict.fromkeys(source.modality for source in sources))
     named = [
@@ -112,7 +112,7 @@ def plan_features(
     return FeaturePlan(modalities, columns, notes)
 
 
-def _reject_repeated_features(source: Source, head: SourceHead) -> None:
+def _refuse_repeated_features(source: Source, head: SourceHead) -> None:
     """Refuse a source in which a feature name occurs more than once."""
     seen: set[str] = set()
     repeated: dict[str, None] = {}

@@ -35,8 +35,8 @@ from data_prep.readers.mtx_files import is_seldom_meant, list_matrices, split_pa
 from data_prep.readers.other_formats import (
     UNKNOWN,
     FolderSearch,
-    describe_other_file,
-    describe_other_folder,
+    make_other_file_error,
+    make_other_folder_error,
 )
 from data_prep.readers.source import decode_barcodes
 from data_prep.readers.tenx import is_tenx, list_tenx_parts, open_tenx
@@ -187,9 +187,11 @@ def find_format(location: Location) -> InputFormat:
         return found
     if isinstance(location, Path) and not has_zarr(location):
         if location.is_dir():
-            raise describe_other_folder(location, find_inputs_below(location), list_format_names())
+            raise make_other_folder_error(
+                location, find_inputs_below(location), list_format_names()
+            )
         if not has_hdf5(location):
-            raise describe_other_file(location, list_format_names())
+            raise make_other_file_error(location, list_format_names())
     with open_container(location) as file:
         advice = next((fix for name, fix in _OTHER_FORMATS.items() if name in file), None)
         top_level = list_names(file) or "nothing"

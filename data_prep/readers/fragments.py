@@ -279,7 +279,7 @@ def _count_file(task: _CountTask) -> None:
             _write_counts(folder / f"{part:06d}", np.tile(rows, len(hits)), columns)
         if not cells.numbers:
             if allowed is not None:
-                raise allowed.explain_absence(where, first_barcodes)
+                raise allowed.make_absence_error(where, first_barcodes)
             raise DataError("the file holds no fragments", where=where)
         names = list(chromosomes.numbers)
         texts = [

@@ -15,7 +15,7 @@ import numpy as np
 
 from clue_dist.errors import ClueError, DataError
 from clue_dist.store.location import Location, RemoteLocation, translate_read_error
-from data_prep.readers.text_files import explain_unreadable
+from data_prep.readers.text_files import make_unreadable_error
 from data_prep.readers.zarr_file import (
     has_zarr,
     lies_in_zarr,
@@ -133,7 +133,7 @@ def has_hdf5(path: Location) -> bool:
     try:
         return isinstance(path, Path) and path.is_file() and bool(h5py.is_hdf5(path))
     except OSError as error:
-        raise explain_unreadable(Path(str(path)), error) from None
+        raise make_unreadable_error(Path(str(path)), error) from None
 
 
 def open_part(parent: Any, name: str) -> Any:

@@ -54,8 +54,8 @@ class CellList:
         # Encoding would take longer than the rest: a fragments file has millions of barcodes.
         return texts.isin(self.texts)
 
-    def explain_absence(self, where: str, barcodes: np.ndarray) -> DataError:
-        """The error for a file none of whose barcodes, (n,) bytes, is wanted."""
+    def make_absence_error(self, where: str, barcodes: np.ndarray) -> DataError:
+        """Make the error for a file none of whose barcodes, (n,) bytes, is wanted."""
         n_alike = int(CellList(self.barcodes, by_core=True).find_wanted(barcodes).sum())
         advice = "the list and the file must spell barcodes alike"
         if n_alike:
@@ -165,7 +165,7 @@ def keep_listed_cells(
             found.append(np.flatnonzero(wanted) + start)
         rows = np.concatenate(found) if found else np.zeros(0, np.int64)
         if not len(rows):
-            raise cell_list.explain_absence(source.display_name, barcodes[:STEP_BARCODES])
+            raise cell_list.make_absence_error(source.display_name, barcodes[:STEP_BARCODES])
         folder.mkdir(parents=True, exist_ok=True)
         rows_file = folder / f"{i:03d}.npy"
         save_array(rows_file, rows)

@@ -36,7 +36,7 @@ from data_prep.readers.text_files import (
     MOST_LETTERS,
     UNREADABLE,
     PlainText,
-    explain_unreadable,
+    make_unreadable_error,
     open_text,
 )
 from data_prep.readers.zarr_file import has_zarr
@@ -260,7 +260,7 @@ def _open_header(matrix: Path) -> _MtxHeader:
         with open_text(matrix) as file:
             return _read_header(file, matrix)
     except UNREADABLE as error:
-        raise explain_unreadable(matrix, error) from None
+        raise make_unreadable_error(matrix, error) from None
 
 
 def read_mtx_features(path: Path) -> FeatureTable:

@@ -74,13 +74,13 @@ def find_mtx_files(path: Path) -> MtxFiles:
         below = _list_folders(path)
         if len(below) == 1:
             return find_mtx_files(below[0])
-        raise _describe_missing(path, "matrix.mtx", below or files)
+        raise _make_missing_error(path, "matrix.mtx", below or files)
     matrix = _find_matrix(path) if path.is_dir() else path
     barcodes = _find_closest(matrix, files, _BARCODES)
     features = _find_closest(matrix, files, _FEATURES)
     if barcodes is None or features is None:
         missing = "barcodes.tsv" if barcodes is None else "features.tsv"
-        raise _describe_missing(path, missing, files)
+        raise _make_missing_error(path, missing, files)
     return MtxFiles(matrix, barcodes, features)
 
 
@@ -188,7 +188,7 @@ def _split_words(file: Path) -> list[str]:
     return re.split(r"[._-]", file.name.lower().removesuffix(".gz"))[:-1]
 
 
-def _describe_missing(path: Path, name: str, files: Sequence[Path]) -> DataError:
+def _make_missing_error(path: Path, name: str, files: Sequence[Path]) -> DataError:
     return DataError(
         "a folder that is no Matrix Market input",
         where=path,

@@ -90,8 +90,8 @@ _OTHER_FOLDERS = {
 }
 
 
-def describe_other_file(path: Path, expected: str) -> DataError:
-    """An error that says what a file seems to be, which is no HDF5 and no table.
+def make_other_file_error(path: Path, expected: str) -> DataError:
+    """Make an error that says what a file seems to be, which is no HDF5 and no table.
 
     Args:
         path: the file.
@@ -154,8 +154,8 @@ def _read_head(path: Path) -> bytes:
         return file.read(_PROBED_BYTES)
 
 
-def describe_other_folder(path: Path, below: FolderSearch, expected: str) -> DataError:
-    """An error that says what a folder that is no input holds.
+def make_other_folder_error(path: Path, below: FolderSearch, expected: str) -> DataError:
+    """Make an error that says what a folder that is no input holds.
 
     Args:
         path: the folder.

@@ -104,11 +104,11 @@ def read_lines(path: Path) -> list[str]:
                 if line.strip():
                     lines.append(line.rstrip("\r\n"))
     except UNREADABLE as error:
-        raise explain_unreadable(path, error) from None
+        raise make_unreadable_error(path, error) from None
     return lines
 
 
-def explain_unreadable(path: Path, error: Exception) -> DataError:
-    """Turn what reading a damaged file raises into an error for people."""
+def make_unreadable_error(path: Path, error: Exception) -> DataError:
+    """Make of what reading a damaged file raises an error for people."""
     fix = "check that the file is complete"
     return DataError("a file cannot be read", where=path, got=str(error), fix=fix)

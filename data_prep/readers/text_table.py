@@ -31,7 +31,7 @@ from data_prep.readers.source import (
 from data_prep.readers.text_files import (
     UNREADABLE,
     PlainText,
-    explain_unreadable,
+    make_unreadable_error,
     open_text,
     split_fields,
 )
@@ -258,7 +258,7 @@ def read_axis_names(path: Path, mtime_ns: int) -> tuple[list[str], list[str]]:
                 dtype=str, na_filter=False,
             )[0]  # fmt: skip
     except (ValueError, OverflowError, *UNREADABLE) as error:  # pandas raises ValueErrors
-        raise explain_unreadable(path, error) from None
+        raise make_unreadable_error(path, error) from None
     return form.columns, names.tolist()
 
 

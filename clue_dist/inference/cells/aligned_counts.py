@@ -112,7 +112,7 @@ class AlignedCounts:
         wrong = np.argwhere(~np.isfinite(values))
         if len(wrong):
             row, column = wrong[0].tolist()
-            raise self._describe_value(rows[row], column, values[row, column], _VALUES_RULE)
+            raise self._make_value_error(rows[row], column, values[row, column], _VALUES_RULE)
         aligned = np.zeros((len(values), self.modality.n_features), np.float32)
         aligned[:, self.places[self.places >= 0]] = values[:, self.places >= 0]
         return aligned
@@ -131,7 +131,7 @@ class AlignedCounts:
             wrong = int(np.flatnonzero(~is_count)[0])
             row = int(np.searchsorted(matrix.indptr, wrong, side="right")) - 1
             value, column = matrix.data[wrong], int(matrix.indices[wrong])
-            raise self._describe_value(rows[row], column, value, _COUNTS_RULE)
+            raise self._make_value_error(rows[row], column, value, _COUNTS_RULE)
         return sp.csr_matrix((values, matrix.indices, matrix.indptr), shape=matrix.shape)
 
     def _align_counts(self, matrix: sp.csr_matrix) -> sp.csr_matrix:
@@ -150,8 +150,8 @@ class AlignedCounts:
         aligned.sum_duplicates()  # sorts, too
         return aligned
 
-    def _describe_value(self, row: int, column: int, value: Any, rule: str) -> DataError:
-        """The error for a value that breaks a rule."""
+    def _make_value_error(self, row: int, column: int, value: Any, rule: str) -> DataError:
+        """Make the error for a value that breaks a rule."""
         is_count = rule == _COUNTS_RULE
         if is_count and LARGEST_COUNT < value < np.inf:
             rule = f"counts above {LARGEST_COUNT} cannot be held exactly in float32"
