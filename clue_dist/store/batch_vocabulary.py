@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 BATCH = "batch"  # what the only covariate is called where no column is known that gave it
 UNKNOWN = ""  # the level of a covariate that is not known of a batch
-# Columns of obs that results have for other ends. A covariate of that name gets another one.
-_TAKEN_COLUMNS = frozenset({BATCH, "cell_type", "barcode"})
+# Columns of obs that results have for these ends. A covariate that is called so gets another one.
+TAKEN_COLUMNS = frozenset({BATCH, "cell_type", "barcode"})
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ def name_batches(combinations: Sequence[Sequence[str]]) -> list[str]:
 
 def name_level_column(covariate: str) -> str:
     """Name the column of obs in which results have the levels of a covariate."""
-    return f"{covariate}_level" if covariate in _TAKEN_COLUMNS else covariate
+    return f"{covariate}_level" if covariate in TAKEN_COLUMNS else covariate
 
 
 def combine_levels(

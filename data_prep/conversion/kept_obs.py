@@ -18,13 +18,12 @@ import numpy as np
 import pandas as pd
 
 from clue_dist.errors import DataError, list_names
+from clue_dist.store.batch_vocabulary import TAKEN_COLUMNS
 from clue_dist.store.obs_columns import KeptColumn, name_kept_array
 from data_prep.jobs.array_files import load_array, save_array
 from data_prep.readers.source import CategoryCodes, SourceHead
 
 ALL = "all"  # stands for every column
-# The embedding has columns of these names already, from the fields of the same meaning.
-_TAKEN = frozenset({"batch", "cell_type", "barcode"})
 
 
 def plan_kept_columns(
@@ -45,7 +44,7 @@ def plan_kept_columns(
             type than that of the store.
     """
     found = {name for head in heads for name in head.kept_columns}
-    names = sorted(found - _TAKEN) if list(wanted) == [ALL] else list(dict.fromkeys(wanted))
+    names = sorted(found - TAKEN_COLUMNS) if list(wanted) == [ALL] else list(dict.fromkeys(wanted))
     if absent := [name for name in names if name not in found and name not in known]:
         raise DataError(
             "no input has a column that is to be kept",
