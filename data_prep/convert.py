@@ -200,7 +200,7 @@ def _describe_provenance(
         inputs.append(_describe_source(source, head, counted, cells.row_folders[i]))
     fields = [*FIELDS, *(COVARIATE + name for name in cells.covariates)]
     unknown = {f"without_{field}": count_unknown(final, cells, field) for field in fields}
-    merged = {"paired_by_core": cells.n_merged} if cells.by_core else {}
+    merged = {"paired_by_core": cells.n_merged} if cells.barcode_hash.by_core else {}
     return {
         "tool": f"data_prep {clue_dist.__version__}",
         "seed": options.seed,

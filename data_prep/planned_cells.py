@@ -13,7 +13,8 @@ from clue_dist.store.batch_vocabulary import NO_BATCHES
 from clue_dist.store.feature_reference import FeatureReference
 from clue_dist.store.layout import Codec
 from clue_dist.store.obs_columns import KeptColumn
-from data_prep.conversion.cells import CellTable
+from clue_dist.store.shuffle import derive_key
+from data_prep.conversion.cells import BarcodeHash, CellTable
 from data_prep.conversion.join_cells import join_cells_by_barcode
 from data_prep.conversion.pairing import (
     PairingSurvey,
@@ -114,8 +115,9 @@ def plan_cells(
     if options.pairing != "exact":
         refuse_row_numbers(sources, heads)
     modalities, columns = list(plan.modalities), options.obs_columns
+    barcode_hash = BarcodeHash(derive_key(options.seed, "cells"), by_core)
     cells = join_cells_by_barcode(
-        sources, heads, modalities, batches, labels, columns, options.seed, work, pool, by_core
+        sources, heads, modalities, batches, labels, columns, barcode_hash, work, pool
     )
     return PlannedCells(sources, heads, plan, cells)
 

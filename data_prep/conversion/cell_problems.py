@@ -113,7 +113,7 @@ def refuse_cell_problems(
             )
     for field, values in names.items():
         what = field.removeprefix(COVARIATE)
-        flag = "--batch-key" if what != field else f"--{field}-key"
+        flag = _name_flag(field)
         number, disputes = _sum_problems([report["dispute"].get(field) for report in reports])
         if number:
             cells = [f"{barcode}: {values[a]!r} and {values[b]!r}" for barcode, a, b, _ in disputes]

@@ -23,6 +23,18 @@ from data_prep.readers.barcode_cores import extract_cores
 
 
 @dataclass(frozen=True)
+class BarcodeHash:
+    """The hash that gives each barcode its place in the shuffle."""
+
+    key: int
+    by_core: bool = False  # whether it is that of the barcode's core
+
+    def hash_all(self, barcodes: np.ndarray) -> np.ndarray:
+        """Hash barcodes, (n,) bytes: (n,) uint64."""
+        return hash_barcodes(extract_cores(barcodes) if self.by_core else barcodes, self.key)
+
+
+@dataclass(frozen=True)
 class CellRange:
     """The cells whose hashes lie in one range, in shuffled order."""
 
@@ -48,12 +60,11 @@ class CellTable:
 
     folders: list[Path]
     range_starts: np.ndarray  # (ranges + 1,), place of the first cell of each; the number of cells
-    hash_key: int
+    barcode_hash: BarcodeHash
     names: dict[str, list[str]]  # of each field, the batches or labels that codes are indices of
     # Of several covariates of batches: by name, the level of each batch, or "".
     covariates: dict[str, list[str]]
     row_folders: list[Path]  # of each source: keys.npy and batch.npy hold a number for each row
-    by_core: bool = False  # whether hashes are those of the barcodes' cores
     n_merged: int = 0  # barcodes that joined a cell with another barcode, of the same core
     n_ambiguous: int = 0  # cells whose core does not say which of several cells completes them
 
@@ -71,8 +82,7 @@ class CellTable:
 
     def find_known_barcodes(self, barcodes: np.ndarray) -> np.ndarray:
         """Find those of `barcodes`, (n,) bytes, that are the barcode of a cell."""
-        keys = extract_cores(barcodes) if self.by_core else barcodes
-        hashes = hash_barcodes(keys, self.hash_key)
+        hashes = self.barcode_hash.hash_all(barcodes)
         bounds = divide_hashes(len(self.folders))
         range_numbers = np.searchsorted(bounds, hashes, side="right") - 1
         known = []

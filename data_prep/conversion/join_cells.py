@@ -17,14 +17,13 @@ import numpy as np
 
 from clue_dist.errors import DataError, list_names
 from clue_dist.store.batch_vocabulary import UNKNOWN, BatchVocabulary
-from clue_dist.store.shuffle import derive_key
 from data_prep.conversion.batch_levels import combine_covariates
 from data_prep.conversion.cell_problems import (
     BARCODES_SHOWN,
     refuse_cell_problems,
     require_obs_columns,
 )
-from data_prep.conversion.cells import CellTable, divide_hashes
+from data_prep.conversion.cells import BarcodeHash, CellTable, divide_hashes
 from data_prep.conversion.row_lists import list_all_rows
 from data_prep.jobs.array_files import flush_arrays, load_array, map_array, save_array
 from data_prep.jobs.whole_folders import make_whole_folder
@@ -60,10 +59,9 @@ def join_cells_by_barcode(
     known_batches: BatchVocabulary,
     known_labels: list[str],
     obs_columns: ObsColumns,
-    seed: int,
+    barcode_hash: BarcodeHash,
     work: Path,
     pool: WorkerPool,
-    by_core: bool = False,
 ) -> CellTable:
     """Join the rows of all sources into cells.
 
@@ -74,11 +72,10 @@ def join_cells_by_barcode(
         known_batches: the batches that have codes already: 0, 1, ...
         known_labels: likewise the labels.
         obs_columns: where batch and label are found.
-        seed: seed of the shuffle.
+        barcode_hash: which shuffles the cells. Where it is that of cores, barcodes of different
+            modalities that have the same core are one cell, too; see `find_alike_cells`.
         work: the folder for the files of this job.
         pool: the workers.
-        by_core: whether barcodes of different modalities that have the same core are one cell, too;
-            see `find_alike_cells`.
 
     Raises:
         DataError: a barcode stands twice in one modality of a data set; modalities disagree on the
@@ -94,12 +91,11 @@ def join_cells_by_barcode(
     if known_batches.has_several:
         covariates = known_batches.covariates
     names = _name_codes(heads, covariates, known_batches, known_labels)
-    hash_key = derive_key(seed, "cells")
     rows_folder, joined_folder = work / "cells" / "rows", work / "cells" / "joined"
-    row_lists = list_all_rows(sources, heads, names, hash_key, by_core, rows_folder, pool)
+    row_lists = list_all_rows(sources, heads, names, barcode_hash, rows_folder, pool)
     numbers = [list(modalities).index(source.modality) for source in sources]
     folders = _join_all_ranges(
-        row_lists, numbers, list(names), by_core, n_rows, joined_folder, pool
+        row_lists, numbers, list(names), barcode_hash.by_core, n_rows, joined_folder, pool
     )
     reports = [json.loads((folder / "report.json").read_text()) for folder in folders]
     refuse_cell_problems(reports, sources, heads, modalities, names)
@@ -112,11 +108,10 @@ def join_cells_by_barcode(
     cells = CellTable(
         folders,
         range_starts=np.concatenate([[0], np.cumsum(counts)]),
-        hash_key=hash_key,
+        barcode_hash=barcode_hash,
         names=names,
         covariates=batches.list_covariates(),
         row_folders=[work / "sources" / f"{i:03d}" for i in range(len(sources))],
-        by_core=by_core,
         n_merged=sum(report.get("merged", 0) for report in reports),
         n_ambiguous=sum(report.get("ambiguous", 0) for report in reports),
     )

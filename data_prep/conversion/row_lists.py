@@ -11,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from clue_dist.store.shuffle import hash_barcodes
+from data_prep.conversion.cells import BarcodeHash
 from data_prep.jobs.array_files import save_array
 from data_prep.jobs.whole_folders import make_whole_folder
 from data_prep.jobs.workers import WorkerPool, run_missing
 from data_prep.options import DATASET
-from data_prep.readers.barcode_cores import extract_cores
 from data_prep.readers.source import CategoryCodes, Source, SourceHead
 
 TASK_ROWS = 2**18  # rows of a source that one task lists
@@ -27,8 +26,7 @@ class _ListTask:
     """List rows `start` to `stop` of a source, sorted by the hash of their barcodes."""
 
     source: Source
-    hash_key: int
-    by_core: bool  # whether the hash is that of the barcode's core
+    barcode_hash: BarcodeHash
     codes: dict[str, np.ndarray]  # of each field, the code of each of the source's names, then -1
     start: int
     stop: int
@@ -39,8 +37,7 @@ def list_all_rows(
     sources: Sequence[Source],
     heads: Sequence[SourceHead],
     names: Mapping[str, list[str]],
-    hash_key: int,
-    by_core: bool,
+    barcode_hash: BarcodeHash,
     folder: Path,
     pool: WorkerPool,
 ) -> list[list[Path]]:
@@ -50,8 +47,7 @@ def list_all_rows(
         sources: the inputs.
         heads: head of each source.
         names: of each field, the names that codes stand for.
-        hash_key: the key of the hash of barcodes.
-        by_core: whether the hash is that of the barcode's core.
+        barcode_hash: the hash that lists are sorted by.
         folder: for the lists.
         pool: the workers.
 
@@ -66,7 +62,7 @@ def list_all_rows(
         for start in range(0, head.n_rows, TASK_ROWS):
             out = folder / f"{i:03d}-{start:012d}"
             stop = min(start + TASK_ROWS, head.n_rows)
-            tasks[out] = _ListTask(source, hash_key, by_core, codes, start, stop, out)
+            tasks[out] = _ListTask(source, barcode_hash, codes, start, stop, out)
             row_lists[-1].append(out)
     run_missing(pool, "list cells", _list_rows, tasks)
     return row_lists
@@ -88,8 +84,7 @@ def _list_rows(task: _ListTask) -> None:
         barcodes = _prefix_datasets(barcodes, head.fields[DATASET], slice(task.start, task.stop))
     if dataset:
         barcodes = np.char.add(f"{dataset}:".encode(), barcodes)
-    keys = extract_cores(barcodes) if task.by_core else barcodes
-    hashes = hash_barcodes(keys, task.hash_key)
+    hashes = task.barcode_hash.hash_all(barcodes)
     order = np.argsort(hashes)
     with make_whole_folder(task.out) as folder:
         save_array(folder / "hashes.npy", hashes[order])
