@@ -10,7 +10,6 @@ import hashlib
 import subprocess
 import sys
 import tempfile
-import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import numpy as np
 
 from clue_dist.errors import DataError
 from clue_dist.files import TEMPORARY_ENDING, replace_file
+from clue_dist.process import silence_mudata
 from data_prep import simulate
 from data_prep.jobs.whole_folders import make_folder
 from data_prep.options import FIELDS
@@ -47,9 +47,7 @@ def fetch_cells(folder: Path, simulated: bool = False) -> None:
         print(f"{folder}: already there")
         return
     make_folder(folder)
-    with tempfile.TemporaryDirectory(dir=folder) as name, warnings.catch_warnings():
-        # mudata announces its next defaults at every call
-        warnings.simplefilter("ignore", FutureWarning)
+    with tempfile.TemporaryDirectory(dir=folder) as name, silence_mudata():
         cells = simulate.build_mudata(SIMULATED) if simulated else _download_cells(Path(name))
         for file, part in zip(files, split_mosaic(cells), strict=True):
             with replace_file(file, ending=f"{TEMPORARY_ENDING}.h5mu") as temporary:

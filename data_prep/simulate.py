@@ -7,9 +7,7 @@ the purpose and the number of the chunk, so that a range of rows needs no others
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +19,7 @@ import scipy.sparse as sp
 from clue_dist.errors import DataError
 from clue_dist.files import TEMPORARY_ENDING, replace_file
 from clue_dist.kinds import KINDS, infer_kind
+from clue_dist.process import silence_mudata
 from data_prep.jobs.whole_folders import make_folder
 from data_prep.options import FIELDS, require_known_modalities
 from data_prep.readers.source import CategoryCodes, DirectSource, Source, SourceHead, SourceRows
@@ -300,19 +299,11 @@ def build_mudata(spec: SimulationSpec) -> Any:
             part.obs[FIELDS[field]] = np.array(names)[codes]
         part.obsm["private"] = draw_private_factors(spec, number, cells)
         parts[name] = part
-    with _silence_mudata():
+    with silence_mudata():
         whole = md.MuData(parts)
     cells = np.array([int(barcode[4:]) for barcode in whole.obs_names])
     whole.obsm["shared"] = draw_true_factors(spec, cells).shared
     return whole
-
-
-@contextmanager
-def _silence_mudata() -> Iterator[None]:
-    """Keep mudata from announcing its next defaults at every call."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
 
 
 def write_h5mu(spec: SimulationSpec, out: Path) -> None:
@@ -327,7 +318,7 @@ def write_h5mu(spec: SimulationSpec, out: Path) -> None:
         )
     make_folder(out.parent)
     # mudata chooses the format by the ending
-    with replace_file(out, ending=f"{TEMPORARY_ENDING}.h5mu") as temporary, _silence_mudata():
+    with replace_file(out, ending=f"{TEMPORARY_ENDING}.h5mu") as temporary, silence_mudata():
         build_mudata(spec).write(temporary)
 
 
