@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from clue_dist.data.buffers import BufferPool
-from clue_dist.data.timing import time_phase
 from clue_dist.errors import format_count
-from clue_dist.store.reader import Store
-from clue_dist.store.rows import LocatedRows
 
 
 @dataclass(frozen=True)
@@ -188,142 +183,3 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The batch on a device; a copy out of pinned memory goes on while the caller does."""
         return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
-
-
-@dataclass(frozen=True)
-class BatchPart:
-    """n cells of one stratum on their way into a batch."""
-
-    rows: dict[str, LocatedRows | np.ndarray]  # by modality; still coded where stored sparse
-    batch_code: np.ndarray  # (n,) int32
-
-
-def assemble_batch(
-    modalities: Sequence[str],
-    parts: Sequence[BatchPart],
-    buffers: BufferPool | None = None,
-    dense: bool = False,
-    coded: bool = False,
-) -> Batch:
-    """Build one batch out of parts of several strata, one part behind the other.
-
-    Args:
-        modalities: names, in model order.
-        parts: the cells.
-        buffers: memory to build in; fresh memory by default.
-        dense: whether sparse counts are to become tensors (n, features), too.
-        coded: whether sparse counts are to be `CodedCounts`, in a batch that is for
-            `device_batches` alone.
-    """
-    buffers = buffers or BufferPool()
-    sizes = [len(part.batch_code) for part in parts]
-    starts = np.cumsum([0, *sizes])
-    observed = np.zeros((starts[-1], len(modalities)), bool)
-    measured: dict[str, ObservedModality] = {}
-    for k, name in enumerate(modalities):
-        having = [i for i, part in enumerate(parts) if name in part.rows]
-        for i in having:
-            observed[starts[i] : starts[i + 1], k] = True
-        if having:
-            rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in having])
-            paired = np.flatnonzero(
-                np.concatenate([np.full(sizes[i], len(parts[i].rows) > 1) for i in having])
-            )
-            stored = [parts[i].rows[name] for i in having]
-            profiles = _stack_profiles(stored, buffers, dense, coded)
-            measured[name] = ObservedModality(
-                torch.from_numpy(rows), profiles, torch.from_numpy(paired)
-            )
-    code = np.concatenate([part.batch_code for part in parts]).astype(np.int64)
-    has_modality = torch.from_numpy(observed)
-    pairs = find_pair_rows(has_modality)
-    return Batch(has_modality, torch.from_numpy(code), measured, pairs)
-
-
-def read_batch(
-    store: Store, segment: str, positions: np.ndarray, modalities: Sequence[str] | None = None
-) -> Batch:
-    """Read any cells of one segment straight from the store.
-
-    Args:
-        store: an open store.
-        segment: its name; the first segment of a stratum has the stratum's name.
-        positions: (n,), cells of it, in any order.
-        modalities: names in model order, all of the segment's among them; the store's by default.
-    """
-    return assemble_batch(
-        modalities or store.modalities, [read_batch_part(store, segment, positions)]
-    )
-
-
-def read_batch_part(store: Store, segment: str, positions: np.ndarray) -> BatchPart:
-    """Read cells of one segment, as `read_batch` does, to be put into a batch with others."""
-    reader = store.segments[segment]
-    rows = {name: reader.read_located_rows(name, positions) for name in reader.modalities}
-    return BatchPart(rows, reader.read_codes("batch", positions))
-
-
-@time_phase("gather")
-def _stack_profiles(
-    parts: list[LocatedRows | np.ndarray], buffers: BufferPool, dense: bool, coded: bool
-) -> Counts | CodedCounts:
-    """Lay the rows of all parts one behind the other, decoded unless they are to stay coded."""
-    stored_dense = [part for part in parts if isinstance(part, np.ndarray)]
-    if stored_dense:
-        return torch.from_numpy(np.concatenate(stored_dense).astype(np.float32, copy=False))
-    sparse = [part for part in parts if isinstance(part, LocatedRows)]
-    if dense:
-        return _decode_dense_counts(sparse, buffers)
-    if coded:
-        return _stack_codes(sparse, buffers)
-    lengths = np.concatenate([part.count_nonzeros() for part in sparse])
-    indptr = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    indices = buffers.lend_array(int(indptr[-1]), np.int32)
-    binary = not any(part.bits for part in sparse)
-    values = None if binary else buffers.lend_array(len(indices), np.float32)
-    first = 0
-    for part in sparse:
-        last = first + len(part.row)
-        part.decode(indptr[first : last + 1], indices, values)
-        first = last
-    return SparseCounts(
-        torch.from_numpy(indptr.astype(np.int32)),
-        torch.from_numpy(indices),
-        buffers.share_ones(len(indices)) if values is None else torch.from_numpy(values),
-        sparse[0].n_features,
-    )
-
-
-def _stack_codes(parts: list[LocatedRows], buffers: BufferPool) -> CodedCounts:
-    """The rows of all parts one behind the other, still coded."""
-    sizes = [part.measure_codes() for part in parts]
-    starts = np.concatenate([[[0, 0]], np.cumsum(np.concatenate(sizes), 0)])
-    codes = buffers.lend_array(int(starts[-1, 0]), np.uint8)
-    rest_type = np.result_type(*(part.blocks.rest for part in parts))
-    rest = buffers.lend_array(int(starts[-1, 1]), rest_type)
-    first = 0
-    for part in parts:
-        last = first + len(part.row)
-        part.copy_codes(starts[first : last + 1], codes, rest)
-        first = last
-    bits = np.repeat([np.uint8(part.bits) for part in parts], [len(size) for size in sizes])
-    return CodedCounts(
-        torch.from_numpy(starts.astype(np.int32)),
-        torch.from_numpy(codes),
-        torch.from_numpy(rest),
-        torch.from_numpy(bits),
-        parts[0].n_features,
-        "; ".join(dict.fromkeys(part.where for part in parts)),
-    )
-
-
-def _decode_dense_counts(parts: list[LocatedRows], buffers: BufferPool) -> Tensor:
-    """The rows of all parts as one tensor (n, features)."""
-    n_cells, n_features = sum(len(part.row) for part in parts), parts[0].n_features
-    counts = buffers.lend_array(n_cells * n_features, np.float32).reshape(n_cells, n_features)
-    first = 0
-    for part in parts:
-        last = first + len(part.row)
-        part.decode_dense(counts[first:last])
-        first = last
-    return torch.from_numpy(counts)

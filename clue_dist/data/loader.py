@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from clue_dist.allocator import keep_freed_memory
-from clue_dist.data.batch import Batch, BatchPart, assemble_batch
+from clue_dist.data.assembly import BatchPart, CountsForm, assemble_batch
+from clue_dist.data.batch import Batch
 from clue_dist.data.buffers import BufferPool
 from clue_dist.data.plan import CellPlan
 from clue_dist.data.timing import time_phase
@@ -214,8 +215,8 @@ class Loader:
         world: number of ranks.
         first: the micro-batch to begin with.
         prefetch: batches kept ready.
-        dense: whether sparse counts become tensors (n, features).
-        coded: whether sparse counts stay coded, for `DeviceBatches`, which expands them.
+        form: what counts that are stored sparse become; coded ones are for `DeviceBatches`, which
+            expands them.
 
     Raises:
         ConfigError: `world` does not divide the plan's lanes.
@@ -230,8 +231,7 @@ class Loader:
         world: int = 1,
         first: int = 0,
         prefetch: int = 4,
-        dense: bool = False,
-        coded: bool = False,
+        form: CountsForm = "sparse",
     ) -> None:
         if plan.lanes % world:
             raise ConfigError(
@@ -241,7 +241,7 @@ class Loader:
                 expected="a multiple of the number of ranks",
             )
         self.plan, self.rank, self.world = plan, rank, world
-        self.dense, self.coded = dense, coded
+        self.form: CountsForm = form
         self.modalities = store.modalities
         self.waited_seconds = 0.0  # by `next()`, so far
         self._due: Future[Batch] | None = None  # what `next()` waits for
@@ -330,4 +330,4 @@ class Loader:
         return self._gatherers.submit(self._build_batch, parts)
 
     def _build_batch(self, parts: list[BatchPart]) -> Batch:
-        return assemble_batch(self.modalities, parts, self._buffers, self.dense, self.coded)
+        return assemble_batch(self.modalities, parts, self._buffers, self.form)

@@ -15,7 +15,8 @@ import numpy as np
 from clue_dist import config_file
 from clue_dist.checkpoint.run_folder import RunState
 from clue_dist.config import Config
-from clue_dist.data.batch import Batch, assemble_batch, read_batch_part
+from clue_dist.data.assembly import assemble_batch, read_batch_part
+from clue_dist.data.batch import Batch
 from clue_dist.data.batch_shares import share_rounds, weigh_strata
 from clue_dist.data.plan import CellPlan
 from clue_dist.errors import ConfigError, format_count, list_names

@@ -68,7 +68,7 @@ class Trainer:
             world=self.ranks.world,
             first=step * self.setup.config.train.grad_accum,
             prefetch=self.setup.config.data.prefetch,
-            coded=on_gpu and has_triton(),
+            form="coded" if on_gpu and has_triton() else "sparse",
         )
         return DeviceBatches(loader, self.device) if on_gpu else loader
 

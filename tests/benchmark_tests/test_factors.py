@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from clue_dist.config_file import load_config
-from clue_dist.data.batch import read_batch
+from clue_dist.data.assembly import read_batch
 from clue_dist.errors import DataError
 from clue_dist.model.clue import CLUE
 from clue_dist.model.noise import Noise

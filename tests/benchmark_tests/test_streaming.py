@@ -218,9 +218,9 @@ def test_our_batches_are_counted(store: Store) -> None:
         # Room for two lots and a batch of blocks is more than these 26.
         assert probe.measure_kept(loader, store) == 1
     assert found == [(16, len(read_step(store, plan, step).values)) for step in range(3)]
-    with probe.Loader(store, plan, coded=True) as loader:
+    with probe.Loader(store, plan, form="coded") as loader:
         assert list(islice(probe.count_batches(loader), 3)) == found
-    with probe.Loader(store, plan, dense=True) as loader:
+    with probe.Loader(store, plan, form="dense") as loader:
         assert next(probe.count_batches(loader)) == (16, 0)
     with pytest.raises(ValueError, match="no multiple"):
         probe.plan_windows(store, batch=16, window=100)

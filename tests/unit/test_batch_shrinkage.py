@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from clue_dist import config as configs
-from clue_dist.data.batch import read_batch
+from clue_dist.data.assembly import read_batch
 from clue_dist.model import initialise
 from clue_dist.model.batch_shrinkage import find_batch_shrinkage
 from clue_dist.model.clue import CLUE

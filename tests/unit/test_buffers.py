@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from clue_dist.data.batch import BatchPart, SparseCounts, assemble_batch
+from clue_dist.data.assembly import BatchPart, CountsForm, assemble_batch
+from clue_dist.data.batch import SparseCounts
 from clue_dist.data.buffers import BufferPool
 from clue_dist.data.loader import Loader
 from clue_dist.data.plan import CellPlan
@@ -60,8 +61,8 @@ def test_memory_comes_back_from_garbage_collection_in_the_middle_of_lending() ->
     assert len(set(places)) <= 20
 
 
-@pytest.mark.parametrize("dense", [False, True])
-def test_a_kept_batch_keeps_its_values(tmp_path: Path, dense: bool) -> None:
+@pytest.mark.parametrize("form", ["sparse", "dense"])
+def test_a_kept_batch_keeps_its_values(tmp_path: Path, form: CountsForm) -> None:
     store = make_store(
         tmp_path / "s.zarr", cells={"rna+adt": 203, "rna": 70}, features={"rna": 40, "adt": 6}
     )
@@ -74,7 +75,7 @@ def test_a_kept_batch_keeps_its_values(tmp_path: Path, dense: bool) -> None:
         return [counts.indptr, counts.indices, counts.values]
 
     kept = []
-    with Loader(store, plan, dense=dense) as loader:
+    with Loader(store, plan, form=form) as loader:
         for step in range(60):
             batch = next(loader)
             if step % 3 == 0:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from clue_dist.data.batch import read_batch
+from clue_dist.data.assembly import read_batch
 from clue_dist.errors import ConfigError, ResumeError, StoreError
 from clue_dist.inference.answer_files import check_answer_path
 from clue_dist.inference.embed import embed_store

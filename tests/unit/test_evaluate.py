@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clue_dist.data.batch import read_batch
+from clue_dist.data.assembly import read_batch
 from clue_dist.errors import ConfigError
 from clue_dist.inference import evaluate
 from clue_dist.inference.evaluate import count_paired_cells, evaluate_store

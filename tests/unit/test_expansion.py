@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from clue_dist.config import Config
-from clue_dist.data.batch import Batch, BatchPart, CodedCounts, SparseCounts, assemble_batch
+from clue_dist.data.assembly import BatchPart, CountsForm, assemble_batch
+from clue_dist.data.batch import Batch, CodedCounts, SparseCounts
 from clue_dist.data.device_batches import BatchPacker, DeviceBatches
 from clue_dist.data.loader import Loader
 from clue_dist.errors import StoreError
@@ -61,10 +62,10 @@ def locate_rows(dense: np.ndarray, bits: int) -> LocatedRows:
     return LocatedRows(blocks, np.zeros(len(dense), np.int32), order, dense.shape[1], bits)
 
 
-def assemble(parts: Sequence[LocatedRows], coded: bool) -> Batch:
+def assemble(parts: Sequence[LocatedRows], form: CountsForm) -> Batch:
     codes = [np.zeros(len(part.row), np.int32) for part in parts]
     rows = [BatchPart({"rna": part}, code) for part, code in zip(parts, codes, strict=True)]
-    return assemble_batch(["rna"], rows, coded=coded)
+    return assemble_batch(["rna"], rows, form=form)
 
 
 @pytest.mark.parametrize(
@@ -73,19 +74,19 @@ def assemble(parts: Sequence[LocatedRows], coded: bool) -> Batch:
 def test_expanded_rows_are_those_that_the_host_decodes(bits: int, largest: int) -> None:
     """Numbers that do not fit a code take one, two or four bytes."""
     rows = locate_rows(draw_dense(largest), bits)
-    packed = BatchPacker(DEVICE).copy_batch(assemble([rows], coded=True))
-    assert are_equal(packed.to("cpu"), assemble([rows], coded=False))
+    packed = BatchPacker(DEVICE).copy_batch(assemble([rows], "coded"))
+    assert are_equal(packed.to("cpu"), assemble([rows], "sparse"))
 
 
 def test_segments_of_other_codes_meet_in_a_batch() -> None:
     """One is binary, and its numbers are of another width than those of the other."""
     parts = [locate_rows(draw_dense(1), 0), locate_rows(draw_dense(70_000, seed=2), COUNT_BITS)]
-    packed = BatchPacker(DEVICE).copy_batch(assemble(parts, coded=True))
-    assert are_equal(packed.to("cpu"), assemble(parts, coded=False))
+    packed = BatchPacker(DEVICE).copy_batch(assemble(parts, "coded"))
+    assert are_equal(packed.to("cpu"), assemble(parts, "sparse"))
 
 
 def test_coded_profiles_are_not_taken_for_counts() -> None:
-    batch = assemble([locate_rows(draw_dense(9), COUNT_BITS)], coded=True)
+    batch = assemble([locate_rows(draw_dense(9), COUNT_BITS)], "coded")
     with pytest.raises(AssertionError, match="`device_batches` expands these first"):
         _ = batch.modalities["rna"].counts
 
@@ -98,7 +99,7 @@ def test_coded_batches_of_a_loader_are_its_batches(tmp_path: Path) -> None:
     plan = replace(make_plan(store), stratum_shares={"rna+adt": 8, "rna": 4, "atac": 4})
     with Loader(store, plan) as loader:
         wanted = [next(loader).map_tensors(Tensor.clone) for _ in range(3)]
-    with DeviceBatches(Loader(store, plan, coded=True), DEVICE) as batches:
+    with DeviceBatches(Loader(store, plan, form="coded"), DEVICE) as batches:
         assert all(are_equal(next(batches).to("cpu"), batch) for batch in wanted)
 
 
@@ -106,12 +107,12 @@ def test_a_nonzero_crosses_as_little_more_than_a_byte() -> None:
     """Of droplets, in which few counts and gaps are large; as CSR one takes eight bytes."""
     dense = np.random.default_rng(0).poisson(0.1, (64, 20_000))
     sizes = {}
-    for coded in (False, True):
-        batch = assemble([locate_rows(dense, COUNT_BITS)], coded)
+    for form in ("sparse", "coded"):
+        batch = assemble([locate_rows(dense, COUNT_BITS)], form)
         copied = BatchPacker(torch.device("cpu")).copy_batch(batch).observed.untyped_storage()
-        sizes[coded] = copied.nbytes() / np.count_nonzero(dense)
-    assert sizes[False] > 8
-    assert sizes[True] < 1.1
+        sizes[form] = copied.nbytes() / np.count_nonzero(dense)
+    assert sizes["sparse"] > 8
+    assert sizes["coded"] < 1.1
 
 
 def test_the_benchmark_copies_and_expands_what_it_would_train_on() -> None:
@@ -168,7 +169,7 @@ def has_fault(rows: LocatedRows) -> bool:
 def test_what_the_host_refuses_is_refused_and_all_that_is_not_is_the_same() -> None:
     """A GPU, which has no lengths, counts the codes of high counts, as a check does."""
     rng = np.random.default_rng(0)
-    batch = assemble([locate_rows(draw_dense(70_000)[3:], COUNT_BITS)], coded=True)
+    batch = assemble([locate_rows(draw_dense(70_000)[3:], COUNT_BITS)], "coded")
     whole, n_refused = batch.modalities["rna"].profiles, 0
     assert isinstance(whole, CodedCounts)
     for _ in range(30):
@@ -196,5 +197,5 @@ def test_training_on_a_gpu_takes_coded_batches(
     for device, coded in (("cuda", True), ("cpu", False)):
         opened: Any = trainer.Trainer(None, setup, Ranks(), torch.device(device)).open_loader(0)
         loader = opened[0] if coded else opened
-        assert loader.coded is coded
+        assert loader.form == ("coded" if coded else "sparse")
         loader.close()

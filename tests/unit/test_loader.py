@@ -14,8 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clue_dist.data import batch as loaders
 from clue_dist.data import loader as loading
+from clue_dist.data.assembly import assemble_batch
 from clue_dist.data.batch import Batch, SparseCounts
 from clue_dist.data.loader import (
     HELD_STRETCHES,
@@ -99,7 +99,7 @@ def test_lengths_are_the_numbers_of_non_zeros(store: Store) -> None:
 
 def test_dense_batches_hold_the_same_counts(store: Store) -> None:
     plan = plan_of(store)
-    with Loader(store, plan, dense=True) as loader:
+    with Loader(store, plan, form="dense") as loader:
         for step in range(12):
             batch = next(loader)
             assert all(isinstance(o.counts, torch.Tensor) for o in batch.modalities.values())
@@ -118,7 +118,7 @@ def test_blocks_stay_while_a_slow_thread_gathers_from_them(
 
     def assemble(*args: Any) -> Batch:
         time.sleep(0.004 * slow.random())
-        return loaders.assemble_batch(*args)
+        return assemble_batch(*args)
 
     monkeypatch.setattr("clue_dist.data.loader.assemble_batch", assemble)
     with Loader(store, plan, first=7) as loader:

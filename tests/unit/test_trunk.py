@@ -10,7 +10,8 @@ import torch
 from clue_dist import config as configs
 from clue_dist import normalise as in_numpy
 from clue_dist.config import DecoderConfig
-from clue_dist.data.batch import SparseCounts, read_batch
+from clue_dist.data.assembly import read_batch
+from clue_dist.data.batch import SparseCounts
 from clue_dist.model.clue import CLUE
 from clue_dist.model.decoders import Decoder
 from clue_dist.model.initialise import (

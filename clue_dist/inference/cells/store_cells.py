@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 from anndata.utils import make_index_unique
 
-from clue_dist.data.batch import Batch, read_batch
+from clue_dist.data.assembly import read_batch
+from clue_dist.data.batch import Batch
 from clue_dist.errors import StoreError, format_count, list_names
 from clue_dist.inference.load_model import TrainedModel
 from clue_dist.store.batch_vocabulary import BatchVocabulary

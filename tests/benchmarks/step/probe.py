@@ -14,7 +14,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from clue_dist.config_file import load_config
-from clue_dist.data.batch import Batch, read_batch
+from clue_dist.data.assembly import read_batch
+from clue_dist.data.batch import Batch
 from clue_dist.ranks import Ranks
 from clue_dist.train.engine import build_engine, join_process_group
 from clue_dist.train.setup import prepare_setup

@@ -17,6 +17,7 @@ from pathlib import Path
 import numcodecs.blosc
 import numpy as np
 
+from clue_dist.data.assembly import CountsForm
 from clue_dist.data.batch import CodedCounts, SparseCounts
 from clue_dist.data.loader import Loader
 from clue_dist.data.plan import CellPlan
@@ -184,8 +185,8 @@ def main() -> None:
     if args.kind == "windows":
         return measure.print_result(measure.measure_stream(count_windows(store, args.window), args))
     plan = plan_windows(store, args.batch, args.window)
-    form = {"dense": args.kind == "dense", "coded": args.kind == "coded"}
-    with Loader(store, plan, **form) as loader:
+    form: CountsForm = "sparse" if args.kind == "csr" else args.kind
+    with Loader(store, plan, form=form) as loader:
         found = measure.measure_stream(count_batches(loader), args)
         found |= {"kept": measure_kept(loader, store), "bytes_per_code": measure_codes(store)}
         return measure.print_result(found)
