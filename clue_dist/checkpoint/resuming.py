@@ -18,6 +18,7 @@ from clue_dist.checkpoint.run_folder import (
     find_state,
     iterate_sound_checkpoints,
     list_checkpoints,
+    name_checkpoint,
     parse_step,
     read_state,
 )
@@ -331,7 +332,7 @@ def _set_aside(path: Path, step: int) -> None:
 
 def _report_lost_best(run_folder: Path, best_step: int) -> bool:
     """Whether the best weights are damaged or gone; the damage is reported."""
-    best = run_folder / "best" / f"step-{best_step:08d}"
+    best = run_folder / "best" / name_checkpoint(best_step)
     problem = find_damage(best)
     # A run that begins from another's checkpoint has no folder of best weights yet.
     if problem is not None and best.parent.exists():

@@ -102,6 +102,11 @@ def list_shard_files(checkpoint: Path) -> list[Path]:
     return sorted(checkpoint.glob(SHARD_FILES))
 
 
+def name_checkpoint(step: int) -> str:
+    """The name of the checkpoint of a step; `parse_step` parses it."""
+    return f"step-{step:08d}"
+
+
 def parse_step(checkpoint: Path) -> int:
     """Parse the step out of the name of a checkpoint, of one set aside or half-written, too."""
     return int(checkpoint.name.split(".")[0].removeprefix("step-"))

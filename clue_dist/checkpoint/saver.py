@@ -35,6 +35,7 @@ from clue_dist.checkpoint.run_folder import (
     WEIGHTS,
     RunState,
     list_checkpoints,
+    name_checkpoint,
     parse_step,
     read_best_step,
 )
@@ -168,7 +169,7 @@ class Saver:
         if self._failure is not None:
             raise self._failure
         ranks = self._ranks
-        final = self._run_folder / kind / f"step-{state.step:08d}"
+        final = self._run_folder / kind / name_checkpoint(state.step)
         partial = final.with_suffix(f".{self._attempt}.partial")
         shard_file = partial / f"rank-{ranks.rank:05d}.safetensors"
         translated = translate_write_errors("a checkpoint", partial)

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from clue_dist.checkpoint.metrics_lines import read_metrics_lines
+from clue_dist.checkpoint.run_folder import name_checkpoint
 from clue_dist.checkpoint.wandb_run import open_wandb_run
 from clue_dist.config import Config
 from clue_dist.files import translate_write_errors, write_file
@@ -243,7 +244,7 @@ def _log_weights(run: Any, run_folder: Path, step: int, score: float | None) -> 
     artifact = wandb.Artifact(
         f"clue-{run.id}", type="model", metadata={"step": step, "score": score}
     )
-    weights = run_folder / "best" / f"step-{step:08d}"
+    weights = run_folder / "best" / name_checkpoint(step)
     # "immutable" spares a copy: nothing changes files that are committed.
     for name in ("config.json", "model.json"):
         artifact.add_file(str(run_folder / name), name=name)

@@ -11,7 +11,7 @@ import pandas as pd
 
 from clue_dist.checkpoint.attempts import TrainingAttempt, read_attempts
 from clue_dist.checkpoint.model_card import ModelCard, find_model_card
-from clue_dist.checkpoint.run_folder import list_checkpoints, parse_step
+from clue_dist.checkpoint.run_folder import list_checkpoints, name_checkpoint, parse_step
 from clue_dist.errors import format_count
 from clue_dist.inference.report.panels import split_quantity
 
@@ -56,7 +56,7 @@ def read_run_facts(run: Path) -> RunFacts:
 def describe_weights(metrics: pd.DataFrame, facts: RunFacts) -> list[str]:
     """Say in sentences which weights a run keeps, and why these."""
     choice = _find_choice(metrics)
-    folder = f"best/step-{facts.best_steps[0]:08d}" if facts.best_steps else ""
+    folder = f"best/{name_checkpoint(facts.best_steps[0])}" if facts.best_steps else ""
     if choice is None:
         if not folder:
             return ["No weights are kept yet."]
