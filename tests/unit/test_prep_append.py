@@ -25,7 +25,7 @@ from data_prep.cli.inputs import parse_inputs
 from data_prep.jobs.workers import ThreadPool
 from data_prep.options import FIELDS, FeatureChoice, ObsColumns, ReadingOptions
 from data_prep.planned_cells import ConversionOptions
-from tests.distributed.command import KILLED, alone
+from tests.distributed.command import KILLED
 from tests.unit.prep_helpers import (
     convert_files,
     make_anndata,
@@ -35,6 +35,7 @@ from tests.unit.prep_helpers import (
     write_h5ad,
     write_h5mu,
 )
+from tests.unit.prep_victims import run_victim
 
 RNA, ADT = make_counts(300, 40), make_counts(300, 8, 1, "p", density=0.8)
 
@@ -137,24 +138,6 @@ def test_unknown_modalities_and_no_store_are_refused(tmp_path: Path, store: Path
         append_files(tmp_path / "nowhere.zarr", write_cells(tmp_path, slice(200, 210), "x"))
 
 
-VICTIM = """
-import importlib, os, signal, sys
-from clue_dist.process import run_main
-from data_prep.cli import commands
-place, n = sys.argv.pop(1), int(sys.argv.pop(1))
-module, name = place.rsplit(".", 1)
-module = importlib.import_module(module)
-real, calls = getattr(module, name), [0]
-def fatal(*args, **kwargs):
-    calls[0] += 1
-    if calls[0] == n:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*args, **kwargs)
-setattr(module, name, fatal)
-run_main(commands.main)
-"""
-
-
 @pytest.mark.parametrize(
     ("place", "n"),
     [
@@ -181,7 +164,8 @@ def test_killed_and_run_again(tmp_path: Path, store: Path, place: str, n: int) -
 
 def kill_append(store: Path, more: str, place: str, n: int) -> None:
     options = ("--to", str(store), "--workers", "1")
-    alone("-c", VICTIM, place, str(n), "append", more, *options, expect=KILLED)
+    ended = run_victim("append", more, *options, place=place, n=n)
+    assert ended.returncode == KILLED, ended.stderr
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,7 @@ import json
 import subprocess
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,41 +18,25 @@ from clue_dist.store.reader import Store
 from data_prep.check import check_store
 from data_prep.conversion import gather, scatter
 from data_prep.jobs.workers import Progress, ThreadPool, open_pool
-from tests.distributed.command import KILLED, alone
+from tests.distributed.command import KILLED
 from tests.unit.prep_helpers import convert_files, make_anndata, make_counts, write_h5ad, write_h5mu
+from tests.unit.prep_victims import count_calls, run_victim
 
 TASK_ENTRIES, SHARD_BYTES, BLOCK = 400, 1, 4  # about 20 spools and 10 shards
 
-# A process that kills itself at the n-th call of a function, or whose files may not grow.
-VICTIM = f"""
-import importlib, os, resource, signal, sys
-from clue_dist.process import run_main
-from clue_dist.store import layout
-from data_prep.cli import commands
-from data_prep.conversion import scatter
-scatter.TASK_ENTRIES, layout.SHARD_BYTES = {TASK_ENTRIES}, {SHARD_BYTES}
-place, n, limit = sys.argv.pop(1), int(sys.argv.pop(1)), int(sys.argv.pop(1))
-module, name = place.rsplit(".", 1)
-module = importlib.import_module(module)
-real, calls = getattr(module, name), [0]
-def fatal(*args, **kwargs):
-    calls[0] += 1
-    if calls[0] == n:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*args, **kwargs)
-setattr(module, name, fatal)
-if limit:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-run_main(commands.main)
-"""
 
-
-def run_victim(
-    out: Path, given: str, place: str = "os.getcwd", n: int = -1, limit: int = 0
+def convert_fatally(
+    out: Path, given: str, place: str = "os.getcwd", n: int = -1, file_bytes: int | None = None
 ) -> subprocess.CompletedProcess[str]:
-    faults = (place, str(n), str(limit))
+    """Convert in a process that kills itself at the n-th call of a function."""
     options = ("--out", str(out), "--block-cells", str(BLOCK), "--workers", "2")
-    return alone("-c", VICTIM, *faults, "convert", given, *options, expect=None)
+    constants = {
+        "data_prep.conversion.scatter.TASK_ENTRIES": TASK_ENTRIES,
+        "clue_dist.store.layout.SHARD_BYTES": SHARD_BYTES,
+    }
+    return run_victim(
+        *("convert", given, *options), place=place, n=n, file_bytes=file_bytes, constants=constants
+    )
 
 
 @pytest.fixture
@@ -80,15 +62,15 @@ def test_killed_and_run_again(
     tmp_path: Path, given: str, place: str, n: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     every = (
-        _counting(monkeypatch, scatter, "_scatter_rows"),
-        _counting(monkeypatch, gather, "_gather_shard"),
+        count_calls(monkeypatch, scatter, "_scatter_rows"),
+        count_calls(monkeypatch, gather, "_gather_shard"),
     )
     whole = convert_files(tmp_path / "whole.zarr", given, block_cells=BLOCK)
     n_spools, n_shards = every[0][0], every[1][0]
     assert n_spools > 10
     assert n_shards > 5
     out, partial = tmp_path / "s.zarr", tmp_path / "s.zarr.partial"
-    assert run_victim(out, given, place, n).returncode == KILLED
+    assert convert_fatally(out, given, place, n).returncode == KILLED
     assert not out.exists()
     with pytest.raises(StoreError, match="run the same `python -m data_prep convert` again"):
         Store(out)
@@ -96,8 +78,8 @@ def test_killed_and_run_again(
     written = list(partial.rglob("shards/*.json"))
     assert spooled
     redone = (
-        _counting(monkeypatch, scatter, "_scatter_rows"),
-        _counting(monkeypatch, gather, "_gather_shard"),
+        count_calls(monkeypatch, scatter, "_scatter_rows"),
+        count_calls(monkeypatch, gather, "_gather_shard"),
     )
     again = convert_files(out, given, block_cells=BLOCK, workers=1)
     assert again.fingerprint == whole.fingerprint
@@ -121,37 +103,25 @@ def test_killed_while_cells_are_joined(tmp_path: Path, given: str, place: str, n
         convert_files(tmp_path / "whole.zarr", given, block_cells=BLOCK),
         tmp_path / "s.zarr",
     )
-    assert run_victim(out, given, place, n).returncode == KILLED
+    assert convert_fatally(out, given, place, n).returncode == KILLED
     assert convert_files(out, given, block_cells=BLOCK, workers=1).fingerprint == whole.fingerprint
-
-
-def _counting(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str) -> list[int]:
-    real: Callable[[object], None] = getattr(module, name)
-    calls = [0]
-
-    def counted(task: object) -> None:
-        calls[0] += 1
-        real(task)
-
-    monkeypatch.setattr(module, name, counted)
-    return calls
 
 
 def test_spools_that_are_there_are_not_made_again(
     tmp_path: Path, given: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert (
-        run_victim(tmp_path / "s.zarr", given, "data_prep.convert.settle_strata", 1).returncode
+        convert_fatally(tmp_path / "s.zarr", given, "data_prep.convert.settle_strata", 1).returncode
         == KILLED
     )
-    calls = _counting(monkeypatch, scatter, "_scatter_rows")
+    calls = count_calls(monkeypatch, scatter, "_scatter_rows")
     convert_files(tmp_path / "s.zarr", given, block_cells=BLOCK)
     assert calls == [0]
 
 
 def test_killed_after_the_commit(tmp_path: Path, given: str) -> None:
     out = tmp_path / "s.zarr"
-    assert run_victim(out, given, "shutil.rmtree", 10**6).returncode == 0
+    assert convert_fatally(out, given, "shutil.rmtree", 10**6).returncode == 0
     # What is left if the run was killed while it cleaned up.
     (tmp_path / "s.zarr.partial" / "0123" / "work").mkdir(parents=True)
     with pytest.raises(StoreError, match="something is already there"):
@@ -162,8 +132,8 @@ def test_killed_after_the_commit(tmp_path: Path, given: str) -> None:
 
 def test_a_full_disk_is_loud_and_can_be_mended(tmp_path: Path, given: str) -> None:
     out = tmp_path / "s.zarr"
-    for limit in (500, 5000):  # too little for the job's description; for a spool
-        failed = run_victim(out, given, limit=limit)
+    for file_bytes in (500, 5000):  # too little for the job's description; for a spool
+        failed = convert_fatally(out, given, file_bytes=file_bytes)
         assert failed.returncode == 2, failed.stderr
         assert "disk" in failed.stderr
         assert "Traceback" not in failed.stderr
@@ -177,7 +147,7 @@ def test_a_full_disk_is_loud_and_can_be_mended(tmp_path: Path, given: str) -> No
 
 def test_another_job_is_refused(tmp_path: Path, given: str) -> None:
     out = tmp_path / "s.zarr"
-    run_victim(out, given, "data_prep.convert.settle_strata", 1)
+    convert_fatally(out, given, "data_prep.convert.settle_strata", 1)
     with pytest.raises(StoreError, match="a change of options") as caught:
         convert_files(out, given, block_cells=BLOCK, seed=1)
     assert "remove s.zarr.partial" in str(caught.value)
@@ -259,7 +229,7 @@ def test_an_error_waits_for_the_tasks_that_run() -> None:
 
 def test_what_killed_writers_leave_is_swept(tmp_path: Path, given: str) -> None:
     out = tmp_path / "s.zarr"
-    run_victim(out, given, "data_prep.convert.commit_store", 1)
+    convert_fatally(out, given, "data_prep.convert.commit_store", 1)
     (store,) = (tmp_path / "s.zarr.partial").glob("*/store")
     (store / "zarr.0123.partial").write_text("{")
     (next(store.rglob("c")) / "0.__lock").write_text("")

@@ -14,7 +14,7 @@ from data_prep import inspect
 from data_prep.conversion import scatter
 from data_prep.convert import format_conversion
 from data_prep.features import selection, seurat_v3
-from tests.distributed.command import KILLED, alone
+from tests.distributed.command import KILLED
 from tests.unit.prep_helpers import (
     assert_same_counts,
     convert_files,
@@ -24,6 +24,7 @@ from tests.unit.prep_helpers import (
     write_h5ad,
     write_h5mu,
 )
+from tests.unit.prep_victims import run_victim
 
 REPO = Path(__file__).parents[2]
 
@@ -220,25 +221,6 @@ def test_few_cells_and_genes_alike(tmp_path: Path) -> None:
         convert_files(tmp_path / "x.zarr", f"rna={path}", top=["rna=3"])
 
 
-# A process that kills itself at its n-th file of sums.
-VICTIM = """
-import os, signal, sys
-from clue_dist.process import run_main
-from data_prep.cli import commands
-from data_prep.conversion import scatter
-from data_prep.features import selection
-scatter.TASK_ENTRIES = 2000
-real, left = selection.np.savez, [int(sys.argv.pop(1))]
-def fatal(*args, **kwargs):
-    left[0] -= 1
-    if not left[0]:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*args, **kwargs)
-selection.np.savez = fatal
-run_main(commands.main)
-"""
-
-
 def test_killed_while_selecting_and_run_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,7 +231,10 @@ def test_killed_while_selecting_and_run_again(
         tmp_path / "s.zarr",
     )
     options = ("--out", str(out), "--top", "rna=50")
-    alone("-c", VICTIM, "20", "convert", given, *options, expect=KILLED)
+    constants = {"data_prep.conversion.scatter.TASK_ENTRIES": 2000}
+    words = ("convert", given, *options)
+    ended = run_victim(*words, place="numpy.savez", n=20, constants=constants)  # of sums
+    assert ended.returncode == KILLED, ended.stderr
     calls, real = [], selection._add_up_rows
     monkeypatch.setattr(
         selection, "_add_up_rows", lambda task: (calls.append(task.out.parent.name), real(task))[1]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +26,10 @@ from data_prep.check import check_store
 from data_prep.jobs.workers import ThreadPool, open_pool
 from data_prep.simulate import SimulationSpec, draw_measurements
 from data_prep.svd import SvdOptions, compute_svd
-from tests.distributed.command import KILLED, alone
+from tests.distributed.command import KILLED
 from tests.stores import make_store
 from tests.unit.prep_helpers import convert_files, make_counts, write_h5ad
+from tests.unit.prep_victims import count_calls, run_victim
 from tests.unit.test_prep_cluster import Cluster
 
 REPO = Path(__file__).parents[2]
@@ -138,54 +138,28 @@ def test_the_default_is_nearly_exact_where_the_spectrum_is_flat(shallow: Store) 
 
 # --- killed and run again ---
 
-VICTIM = """
-import os, signal, sys
-from clue_dist.process import run_main
-from data_prep import svd
-from data_prep.cli import commands
-svd.MANY_TASKS, svd.STEP_ENTRIES = 8, 1500
-real, calls, n = svd._save_arrays, [0], int(sys.argv.pop(1))
-def fatal(*args, **kwargs):
-    calls[0] += 1
-    if calls[0] == n:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*args, **kwargs)
-svd._save_arrays = fatal
-run_main(commands.main)
-"""
 
-
-def run_victim(store: Store, n: int, *more: str) -> subprocess.CompletedProcess[str]:
-    options = ("--components", str(COMPONENTS), *more)
-    return alone("-c", VICTIM, str(n), "svd", str(store.root), *options, expect=None)
-
-
-def counting(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
-    real: Callable[[object], None] = getattr(svd, name)
-    calls = [0]
-
-    def counted(task: object) -> None:
-        calls[0] += 1
-        real(task)
-
-    monkeypatch.setattr(svd, name, counted)
-    return calls
+def run_svd(store: Store, n: int, *more: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process that kills itself at the n-th file of arrays."""
+    words = ("svd", str(store.root), "--components", str(COMPONENTS), *more)
+    constants = {"data_prep.svd.MANY_TASKS": 8, "data_prep.svd.STEP_ENTRIES": 1500}
+    return run_victim(*words, place="data_prep.svd._save_arrays", n=n, constants=constants)
 
 
 def test_killed_and_run_again(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    every = counting(monkeypatch, "_multiply_blocks")
+    every = count_calls(monkeypatch, svd, "_multiply_blocks")
     whole = run(store, "rna")["rna"]
     shutil.rmtree(tmp_path / "s.zarr" / "svd")
-    assert run_victim(store, 25, "--modality", "rna", "--workers", "2").returncode == KILLED
+    assert run_svd(store, 25, "--modality", "rna", "--workers", "2").returncode == KILLED
     partial = tmp_path / "s.zarr.svd.partial"
     assert list(partial.glob("*/rna/pass-1.npz"))  # in the middle of a later pass
     assert len(list(partial.glob("*/rna/pass-2/*.npz"))) > 1
     assert stored.read_svd(store.root, store.manifest, "rna") is None
     with pytest.raises(StoreError, match="an interrupted SVD of other inputs or options"):
         run(store, "rna", components=5)
-    again = counting(monkeypatch, "_multiply_blocks")
+    again = count_calls(monkeypatch, svd, "_multiply_blocks")
     np.testing.assert_allclose(run(store, "rna")["rna"].loadings, whole.loadings, atol=1e-6)
     assert 0 < again[0] < every[0] - len(list(store.segments)) - 1
     assert not partial.exists()
@@ -345,7 +319,7 @@ def test_what_does_not_fit_is_refused_or_left(store: Store, tmp_path: Path) -> N
 
 
 def test_the_command_line(store: Store) -> None:
-    ended = run_victim(store, -1, "--modality", "adt", "x", "--power", "2")
+    ended = run_svd(store, -1, "--modality", "adt", "x", "--power", "2")
     assert ended.returncode == 0, ended.stderr
     assert (
         "adt: 6 components of 150 cells, log\n  x: 6 components of 40 cells, none" in ended.stdout
@@ -356,7 +330,7 @@ def test_the_command_line(store: Store) -> None:
         "x": {"components": 6, "cells": 40, "normalise": "none"},
     }
     assert "svd          adt: 6 components of 150 cells, log" in inspect.format_facts(found)
-    wrong = run_victim(store, -1, "--modality", "rnaa")
+    wrong = run_svd(store, -1, "--modality", "rnaa")
     assert wrong.returncode == 2
     assert "no cell carries this modality" in wrong.stderr
     with pytest.raises(StoreError, match="saved in a folder"):
