@@ -39,7 +39,7 @@ from data_prep.options import COVARIATE, FIELDS, NO_COLUMN, FeatureChoice
 from data_prep.planned_cells import ConversionOptions, list_modality_files, plan_cells
 from data_prep.readers.fragments import ConversionInput, FragmentsSource
 from data_prep.readers.listed_cells import identify_lists
-from data_prep.readers.source import Source, SourceHead
+from data_prep.readers.source import OpenedSource, Source, SourceHead
 
 MANY_CELLS = 20  # from which on batches of a single cell are hardly meant
 
@@ -97,8 +97,9 @@ def build_store(
     if reference and any(c.mode or c.listed or c.top_features for c in decided):
         raise ValueError("features are chosen, although another store decides them")
     planned = plan_cells(inputs, options, reference, work, pool)
-    sources, heads, plan, cells = planned.sources, planned.heads, planned.plan, planned.cells
+    sources, plan, cells = planned.sources, planned.plan, planned.cells
     refuse_cells(cells)
+    heads = [head for _, head in sources]
     kept = plan_kept_columns(heads, options.kept_obs, options.known_obs)
     write_kept_values(kept, heads, cells.row_folders)
     if len(plan.modalities) > 1:
@@ -107,16 +108,16 @@ def build_store(
 
     # First pass, after one or two more over the modalities whose features are chosen by cells.
     scatter.prepare_sources(sources, work, pool)
-    plan, selected = _select_features(sources, heads, plan, cells, options, work, pool)
+    plan, selected = _select_features(sources, plan, cells, options, work, pool)
     readings = scatter.plan_readings(
-        sources, heads, plan.modalities, plan.columns, cells, work, options.round_counts
+        sources, plan.modalities, plan.columns, cells, work, options.round_counts
     )
     spools = scatter.scatter_rows(readings, work / "spools", pool)
 
     # Second pass, once it is known what every cell takes.
     files, block_cells = list_modality_files(sources), options.block_cells
     final = settle_strata(cells, plan.modalities, files, spools, block_cells, work / "strata")
-    provenance = _describe_provenance(sources, heads, plan, cells, final, options, selected)
+    provenance = _describe_provenance(sources, plan, cells, final, options, selected)
     manifest = build_manifest(final, cells, plan.modalities, block_cells, options.codec, provenance)
     manifest = manifest.model_copy(update={"obs_columns": kept})
     create_store(store, manifest)
@@ -126,8 +127,7 @@ def build_store(
 
 
 def _select_features(
-    sources: Sequence[Source],
-    heads: Sequence[SourceHead],
+    sources: Sequence[OpenedSource],
     plan: FeaturePlan,
     cells: CellTable,
     options: ConversionOptions,
@@ -136,14 +136,14 @@ def _select_features(
 ) -> tuple[FeaturePlan, dict[str, SelectedFeatures]]:
     """The plan with the features that are kept, and how they were chosen, by modality."""
     readings = scatter.plan_readings(
-        sources, heads, plan.modalities, plan.columns, cells, work, options.round_counts
+        sources, plan.modalities, plan.columns, cells, work, options.round_counts
     )
     choices = options.feature_choices
     selected = select_variable_features(
         readings, plan, cells, choices, work / "select", scatter.TASK_ENTRIES, pool
     )
     kept = {name: features.places for name, features in selected.items()}
-    return plan.keep_features(sources, heads, kept), selected
+    return plan.keep_features(sources, kept), selected
 
 
 def describe_conversion(
@@ -179,8 +179,7 @@ def describe_conversion(
 
 
 def _describe_provenance(
-    sources: Sequence[Source],
-    heads: Sequence[SourceHead],
+    sources: Sequence[OpenedSource],
     plan: FeaturePlan,
     cells: CellTable,
     final: FinalStrata,
@@ -193,7 +192,7 @@ def _describe_provenance(
     """
     numbers = {name: m for m, name in enumerate(plan.modalities)}
     inputs = []
-    for i, (source, head) in enumerate(zip(sources, heads, strict=True)):
+    for i, (source, head) in enumerate(sources):
         keys = load_array(cells.row_folders[i] / "keys.npy")
         n_empty = final.count_lost_rows(keys, numbers[source.modality])
         counted = {"empty": n_empty, "features": plan.notes[i]}

@@ -89,13 +89,7 @@ def _try_values(planned: PlannedCells, options: ConversionOptions, work: Path) -
     """
     sources, plan = planned.sources, planned.plan
     readings = plan_readings(
-        sources,
-        planned.heads,
-        plan.modalities,
-        plan.columns,
-        planned.cells,
-        work,
-        options.round_counts,
+        sources, plan.modalities, plan.columns, planned.cells, work, options.round_counts
     )
     for reading in readings:
         if reading.n_rows and not reading.source.count_parts():
@@ -111,7 +105,7 @@ def _describe_plan(planned: PlannedCells) -> list[str]:
         f"{name}: {format_count(modality.n_features, 'feature')}, of kind {modality.kind}"
         for name, modality in planned.plan.modalities.items()
     ]
-    for source, note in zip(planned.sources, planned.plan.notes, strict=True):
+    for (source, _), note in zip(planned.sources, planned.plan.notes, strict=True):
         lines += [line.strip() for line in format_feature_note(source.display_name, note)]
     lines.append(format_count(len(planned.cells), "cell"))
     if len(planned.plan.modalities) > 1:
@@ -127,7 +121,7 @@ def _suggest_key(field: str, planned: PlannedCells) -> str:
     if field not in FIELDS:
         return ""
     taken = {column for other, column in FIELDS.items() if planned.cells.names.get(other)}
-    columns = dict.fromkeys(column for head in planned.heads for column in head.obs_columns)
+    columns = dict.fromkeys(column for _, head in planned.sources for column in head.obs_columns)
     free = [column for column in columns if column not in taken]
     return f"; --{field}-key names a column, one of {list_names(free, 5)}" if free else ""
 

@@ -27,7 +27,7 @@ from data_prep.jobs.workers import WorkerPool
 from data_prep.options import FeatureChoice, ObsColumns, Pairing
 from data_prep.readers.fragments import ConversionInput, count_fragments
 from data_prep.readers.listed_cells import keep_listed_cells
-from data_prep.readers.source import Source, SourceHead
+from data_prep.readers.source import OpenedSource, Source
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,7 @@ class ConversionOptions:
 class PlannedCells:
     """The cells of a conversion before any count is read, and the features they are to have."""
 
-    sources: list[Source]
-    heads: list[SourceHead]
+    sources: list[OpenedSource]
     plan: FeaturePlan
     cells: CellTable
 
@@ -102,30 +101,29 @@ def plan_cells(
             `join_cells_by_barcode`), or two modalities are the same.
     """
     by_core = options.pairing == "core"
-    sources = count_fragments(inputs, options.feature_choices, work / "fragments", pool, by_core)
-    sources = keep_listed_cells(sources, options.kept_cells, by_core, work / "kept")
-    heads = _read_heads(sources)
+    counted = count_fragments(inputs, options.feature_choices, work / "fragments", pool, by_core)
+    sources = _open_sources(keep_listed_cells(counted, options.kept_cells, by_core, work / "kept"))
     plan = plan_features(
-        sources, heads, options.kinds, options.feature_choices, reference, options.new_modalities
+        sources, options.kinds, options.feature_choices, reference, options.new_modalities
     )
     _refuse_equal_modalities(sources, plan)
     # The codes of known batches and labels stay what they are in the other store.
     batches = reference.batch_vocabulary if reference else NO_BATCHES
     labels = reference.labels if reference else []
     if options.pairing != "exact":
-        refuse_row_numbers(sources, heads)
+        refuse_row_numbers(sources)
     modalities, columns = list(plan.modalities), options.obs_columns
     barcode_hash = BarcodeHash(derive_key(options.seed, "cells"), by_core)
     cells = join_cells_by_barcode(
-        sources, heads, modalities, batches, labels, columns, barcode_hash, work, pool
+        sources, modalities, batches, labels, columns, barcode_hash, work, pool
     )
-    return PlannedCells(sources, heads, plan, cells)
+    return PlannedCells(sources, plan, cells)
 
 
-def _refuse_equal_modalities(sources: Sequence[Source], plan: FeaturePlan) -> None:
+def _refuse_equal_modalities(sources: Sequence[OpenedSource], plan: FeaturePlan) -> None:
     """Refuse two modalities that are the same features of one file."""
     modality_of: dict[str, str] = {}
-    for source in sources:
+    for source, _ in sources:
         matrix = json.dumps(source.describe_identity() | {"modality": None}, default=str)
         other = modality_of.setdefault(matrix, source.modality)
         is_other = other != source.modality
@@ -143,22 +141,23 @@ def _refuse_equal_modalities(sources: Sequence[Source], plan: FeaturePlan) -> No
             )
 
 
-def _read_heads(sources: Sequence[Source]) -> list[SourceHead]:
+def _open_sources(sources: Sequence[Source]) -> list[OpenedSource]:
     """Read the head of every source.
 
     Files may be many: equal lists of features are kept once.
     """
-    heads: list[SourceHead] = []
+    opened: list[OpenedSource] = []
     for source in sources:
         head = source.read_head()
-        equal = (other.features for other in heads if other.features == head.features)
-        heads.append(replace(head, features=next(equal, head.features)))
-    return heads
+        equal = (other.features for _, other in opened if other.features == head.features)
+        head = replace(head, features=next(equal, head.features))
+        opened.append(OpenedSource(source, head))
+    return opened
 
 
-def list_modality_files(sources: Sequence[Source]) -> dict[str, str]:
+def list_modality_files(sources: Sequence[OpenedSource]) -> dict[str, str]:
     """List the files of each modality, for messages."""
     files: dict[str, list[str]] = {}
-    for source in sources:
+    for source, _ in sources:
         files.setdefault(source.modality, []).append(source.display_name)
     return {modality: list_names(names) for modality, names in files.items()}

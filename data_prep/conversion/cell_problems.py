@@ -9,7 +9,7 @@ from typing import Any
 from clue_dist.errors import DataError, format_count, list_names, suggest_names
 from clue_dist.process import print_error
 from data_prep.options import COVARIATE, FIELDS, NO_COLUMN, ObsColumns
-from data_prep.readers.source import Source, SourceHead
+from data_prep.readers.source import OpenedSource, SourceHead
 
 BARCODES_SHOWN = 10  # barcodes that an error shows
 
@@ -25,9 +25,7 @@ class DisputedField:
     field: str
 
 
-def require_obs_columns(
-    obs_columns: ObsColumns, sources: Sequence[Source], heads: Sequence[SourceHead]
-) -> None:
+def require_obs_columns(obs_columns: ObsColumns, sources: Sequence[OpenedSource]) -> None:
     """Refuse a column that was asked for and that no file has.
 
     Of `batch` and `cell_type`, which are looked for anyway, it only warns: so one command line
@@ -35,19 +33,18 @@ def require_obs_columns(
 
     Args:
         obs_columns: the columns that are asked for.
-        sources: the inputs.
-        heads: head of each source.
+        sources: the inputs, with their heads.
 
     Raises:
         DataError: no file has the column, or none of the modality that it was asked for of.
     """
-    pairs = list(zip(sources, heads, strict=True))
     for modality, columns in obs_columns.by_modality.items():
-        files = [head for source, head in pairs if source.modality == modality]
+        files = [head for source, head in sources if source.modality == modality]
         for field, column in columns.items():
             if column != NO_COLUMN and not any(field in head.fields for head in files):
                 flag = f"{_name_flag(field)} {modality}={column}"
                 raise _make_absence_error(field, flag, column, files)
+    heads = [head for _, head in sources]
     for field in sorted(obs_columns.explicit_fields):
         if not any(field in head.fields for head in heads):
             column = obs_columns.by_field[field]
@@ -77,8 +74,7 @@ def _make_absence_error(
 
 def refuse_cell_problems(
     reports: Sequence[dict[str, Any]],
-    sources: Sequence[Source],
-    heads: Sequence[SourceHead],
+    sources: Sequence[OpenedSource],
     modalities: Sequence[str],
     names: Mapping[str, list[str]],
 ) -> None:
@@ -86,8 +82,7 @@ def refuse_cell_problems(
 
     Args:
         reports: what the join of each range of hashes has found.
-        sources: the inputs.
-        heads: head of each source.
+        sources: the inputs, with their heads.
         modalities: names of the modalities, whose numbers the reports have.
         names: of each field, the batches or labels that codes are indices of.
 
@@ -99,7 +94,7 @@ def refuse_cell_problems(
         repeats = [report["twice"].get(str(m)) for report in reports]
         number, barcodes = _sum_problems(repeats)
         if number:
-            files = dict.fromkeys(s.display_name for s in sources if s.modality == modality)
+            files = dict.fromkeys(s.display_name for s, _ in sources if s.modality == modality)
             within = {i for repeat in repeats if repeat for i in repeat["within"]}
             hidden = number - BARCODES_SHOWN
             raise DataError(
@@ -108,7 +103,7 @@ def refuse_cell_problems(
                 where=list_names(files),
                 got=list_names(barcodes) + (f" ... and {hidden} more" if hidden > 0 else ""),
                 expected="each cell once",
-                fix=_advise_on_repeats([(sources[i], heads[i]) for i in sorted(within)]),
+                fix=_advise_on_repeats([sources[i] for i in sorted(within)]),
                 mistake=RepeatedBarcodes(),
             )
     for field, values in names.items():
@@ -119,7 +114,7 @@ def refuse_cell_problems(
             cells = [f"{barcode}: {values[a]!r} and {values[b]!r}" for barcode, a, b, _ in disputes]
             raise DataError(
                 f"the modalities of {format_count(number, 'cell')} disagree on their {what}",
-                where=sources[disputes[0][3]].display_name,
+                where=sources[disputes[0][3]].source.display_name,
                 got=list_names(cells),
                 expected="one value per cell, or none",
                 fix=f"if the column holds no {what}, leave it out: `{flag} none`, or name "
@@ -129,7 +124,7 @@ def refuse_cell_problems(
             )
 
 
-def _advise_on_repeats(repeating: Sequence[tuple[Source, SourceHead]]) -> str:
+def _advise_on_repeats(repeating: Sequence[OpenedSource]) -> str:
     """Say how to tell cells with one barcode apart.
 
     repeating: the files in which a barcode occurs more than once.

@@ -34,7 +34,7 @@ from data_prep.readers.barcode_cores import (
     find_alike_cells,
     unite_masks,
 )
-from data_prep.readers.source import Source, SourceHead, decode_barcodes
+from data_prep.readers.source import OpenedSource, SourceHead, decode_barcodes
 
 RANGE_ROWS = 2**18  # rows of a range of hashes, on average; some 40 MB
 
@@ -53,8 +53,7 @@ class _JoinTask:
 
 
 def join_cells_by_barcode(
-    sources: Sequence[Source],
-    heads: Sequence[SourceHead],
+    sources: Sequence[OpenedSource],
     modalities: Sequence[str],
     known_batches: BatchVocabulary,
     known_labels: list[str],
@@ -66,8 +65,7 @@ def join_cells_by_barcode(
     """Join the rows of all sources into cells.
 
     Args:
-        sources: the inputs.
-        heads: head of each source.
+        sources: the inputs, with their heads.
         modalities: their order decides which bit of a cell's mask is whose.
         known_batches: the batches that have codes already: 0, 1, ...
         known_labels: likewise the labels.
@@ -82,23 +80,24 @@ def join_cells_by_barcode(
             batch or label of a cell; no file has a column that was asked for; a covariate of
             batches has nearly as many levels as there are cells.
     """
+    heads = [head for _, head in sources]
     n_rows = sum(head.n_rows for head in heads)
     if not n_rows:
-        where = list_names(source.display_name for source in sources)
+        where = list_names(source.display_name for source, _ in sources)
         raise DataError("the inputs hold no cells", where=where)
-    require_obs_columns(obs_columns, sources, heads)
+    require_obs_columns(obs_columns, sources)
     covariates: Mapping[str, Sequence[str]] = {name: [] for name in obs_columns.covariates}
     if known_batches.has_several:
         covariates = known_batches.covariates
     names = _name_codes(heads, covariates, known_batches, known_labels)
     rows_folder, joined_folder = work / "cells" / "rows", work / "cells" / "joined"
-    row_lists = list_all_rows(sources, heads, names, barcode_hash, rows_folder, pool)
-    numbers = [list(modalities).index(source.modality) for source in sources]
+    row_lists = list_all_rows(sources, names, barcode_hash, rows_folder, pool)
+    numbers = [list(modalities).index(source.modality) for source, _ in sources]
     folders = _join_all_ranges(
         row_lists, numbers, list(names), barcode_hash.by_core, n_rows, joined_folder, pool
     )
     reports = [json.loads((folder / "report.json").read_text()) for folder in folders]
-    refuse_cell_problems(reports, sources, heads, modalities, names)
+    refuse_cell_problems(reports, sources, modalities, names)
 
     batches = known_batches
     if covariates:

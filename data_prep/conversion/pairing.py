@@ -11,7 +11,7 @@ import numpy as np
 from clue_dist.errors import DataError, format_count, list_names
 from clue_dist.store.shuffle import derive_key, hash_barcodes
 from data_prep.readers.barcode_cores import extract_cores, find_alike_cells
-from data_prep.readers.source import Source, SourceHead, decode_barcodes
+from data_prep.readers.source import OpenedSource, decode_barcodes
 
 SAMPLE_BARCODES = 2**20  # compared by their cores, some 100 MB; of more barcodes, a share is
 HEAD_BARCODES = 1000  # of a file, by which row numbers are recognised
@@ -169,17 +169,17 @@ def find_droplets(survey: PairingSurvey, modalities: Sequence[str]) -> list[tupl
     return found
 
 
-def refuse_row_numbers(sources: Sequence[Source], heads: Sequence[SourceHead]) -> None:
+def refuse_row_numbers(sources: Sequence[OpenedSource]) -> None:
     """Refuse to pair cells of several files that are called by their row numbers.
 
     Raises:
         DataError: two files of one data set, with different modalities, number their cells.
     """
-    numbered: dict[str, list[tuple[Source, SourceHead]]] = {}
-    for source, head in zip(sources, heads, strict=True):
-        barcodes = head.barcodes[:HEAD_BARCODES].tolist()
+    numbered: dict[str, list[OpenedSource]] = {}
+    for opened in sources:
+        barcodes = opened.head.barcodes[:HEAD_BARCODES].tolist()
         if barcodes and all(_ROW_NUMBER.fullmatch(barcode) for barcode in barcodes):
-            numbered.setdefault(source.dataset, []).append((source, head))
+            numbered.setdefault(opened.source.dataset, []).append(opened)
     for found in numbered.values():
         # The modalities of one file have the same cells, whatever they are called.
         files = {getattr(source, "path", source.display_name) for source, _ in found}

@@ -16,7 +16,7 @@ from data_prep.jobs.array_files import save_array
 from data_prep.jobs.whole_folders import make_whole_folder
 from data_prep.jobs.workers import WorkerPool, run_missing
 from data_prep.options import DATASET
-from data_prep.readers.source import CategoryCodes, Source, SourceHead
+from data_prep.readers.source import CategoryCodes, OpenedSource, Source, SourceHead
 
 TASK_ROWS = 2**18  # rows of a source that one task lists
 
@@ -34,8 +34,7 @@ class _ListTask:
 
 
 def list_all_rows(
-    sources: Sequence[Source],
-    heads: Sequence[SourceHead],
+    sources: Sequence[OpenedSource],
     names: Mapping[str, list[str]],
     barcode_hash: BarcodeHash,
     folder: Path,
@@ -44,8 +43,7 @@ def list_all_rows(
     """List the rows of all sources, in folders that hold an array of each thing known of a row.
 
     Args:
-        sources: the inputs.
-        heads: head of each source.
+        sources: the inputs, with their heads.
         names: of each field, the names that codes stand for.
         barcode_hash: the hash that lists are sorted by.
         folder: for the lists.
@@ -56,7 +54,7 @@ def list_all_rows(
     """
     row_lists: list[list[Path]] = []
     tasks: dict[Path, _ListTask] = {}
-    for i, (source, head) in enumerate(zip(sources, heads, strict=True)):
+    for i, (source, head) in enumerate(sources):
         codes = {field: _renumber_names(head, field, names[field]) for field in names}
         row_lists.append([])
         for start in range(0, head.n_rows, TASK_ROWS):

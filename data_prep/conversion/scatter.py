@@ -19,7 +19,7 @@ from data_prep.conversion.counts import AlignmentTarget, SourceReading
 from data_prep.conversion.spool import write_spool
 from data_prep.jobs.array_files import load_array, save_array
 from data_prep.jobs.workers import WorkerPool, run_missing
-from data_prep.readers.source import Source, SourceHead
+from data_prep.readers.source import OpenedSource, Source
 
 # Every shard looks into every spool, so that many spools take time; large ones take memory.
 TASK_ENTRIES = 2**20  # stored values of a task where the inputs are small
@@ -47,10 +47,10 @@ class _ScatterTask:
     out: Path
 
 
-def prepare_sources(sources: Sequence[Source], work: Path, pool: WorkerPool) -> None:
+def prepare_sources(sources: Sequence[OpenedSource], work: Path, pool: WorkerPool) -> None:
     """Sort the inputs whose rows cannot be read directly."""
     tasks: dict[Path, _PrepareTask] = {}
-    for i, source in enumerate(sources):
+    for i, (source, _) in enumerate(sources):
         scratch = work / "prepared" / f"{i:03d}"
         for part in range(source.count_parts()):
             tasks[scratch / f"{part:06d}"] = _PrepareTask(source, part, scratch)
@@ -64,8 +64,7 @@ def _prepare_part(task: _PrepareTask) -> None:
 
 
 def plan_readings(
-    sources: Sequence[Source],
-    heads: Sequence[SourceHead],
+    sources: Sequence[OpenedSource],
     modalities: Mapping[str, Modality],
     columns: Sequence[np.ndarray | None],
     cells: CellTable,
@@ -75,8 +74,7 @@ def plan_readings(
     """Plan how tasks read each source's rows.
 
     Args:
-        sources: the inputs.
-        heads: head of each source.
+        sources: the inputs, with their heads.
         modalities: modalities of the store, with their features.
         columns: for each source, where its columns go (-1 = dropped); None: all are in place. They
             are saved to files, which tasks read.
@@ -85,7 +83,8 @@ def plan_readings(
         round_counts: whether counts may be fractions, which are rounded.
     """
     readings = []
-    for i, (source, head, folder) in enumerate(zip(sources, heads, cells.row_folders, strict=True)):
+    for i, (source, head) in enumerate(sources):
+        folder = cells.row_folders[i]
         column_file = None
         if (places := columns[i]) is not None:
             column_file = folder / "columns.npy"

@@ -23,7 +23,7 @@ from data_prep.features.agreement import (
 from data_prep.features.spelling import TALLIES, drop_tallies
 from data_prep.options import FeatureChoice
 from data_prep.readers.genome_bins import bin_peaks, order_along_genome
-from data_prep.readers.source import Source, SourceHead
+from data_prep.readers.source import OpenedSource, Source, SourceHead
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,12 @@ class FeaturePlan:
     notes: list[dict[str, Any]]  # for each source, what it lacks or has beside, for the provenance
 
     def keep_features(
-        self, sources: Sequence[Source], heads: Sequence[SourceHead], kept: Mapping[str, np.ndarray]
+        self, sources: Sequence[OpenedSource], kept: Mapping[str, np.ndarray]
     ) -> FeaturePlan:
         """Plan for some of the features only.
 
         Args:
-            sources: the inputs.
-            heads: head of each source.
+            sources: the inputs, with their heads.
             kept: ascending places of the features to keep, by modality. Others stay as they are.
         """
         modalities, columns = dict(self.modalities), list(self.columns)
@@ -54,18 +53,17 @@ class FeaturePlan:
             # The last entry is for columns that were dropped before: their -1 stays -1.
             new_places = np.full(len(features) + 1, -1, np.int32)
             new_places[places] = np.arange(len(places))
-            for i, source in enumerate(sources):
+            for i, (source, head) in enumerate(sources):
                 if source.modality == name:
                     old_places = columns[i]
                     if old_places is None:
-                        old_places = np.arange(len(heads[i].features))
+                        old_places = np.arange(len(head.features))
                     columns[i] = new_places[old_places]
         return replace(self, modalities=modalities, columns=columns)
 
 
 def plan_features(
-    sources: Sequence[Source],
-    heads: Sequence[SourceHead],
+    sources: Sequence[OpenedSource],
     kinds: Mapping[str, str],
     choices: Mapping[str, FeatureChoice],
     reference: FeatureReference | None,
@@ -74,8 +72,7 @@ def plan_features(
     """Decide the features of every modality.
 
     Args:
-        sources: the inputs.
-        heads: head of each source.
+        sources: the inputs, with their heads.
         kinds: kinds of modalities whose name does not say what they measure.
         choices: by modality; the default is `FeatureChoice()`.
         reference: a store or model, which decides the features alone, but for
@@ -86,13 +83,13 @@ def plan_features(
             the reference lacks a modality, or has one that is `added`; a file shares no feature
             with the reference or with the list that was given.
     """
-    for source, head in zip(sources, heads, strict=True):
+    for source, head in sources:
         _refuse_repeated_features(source, head)
-    _require_id_columns(sources, heads)
-    names = list(dict.fromkeys(source.modality for source in sources))
+    _require_id_columns(sources)
+    names = list(dict.fromkeys(source.modality for source, _ in sources))
     named = [
         _name_features(source, head, choices.get(source.modality, FeatureChoice()))
-        for source, head in zip(sources, heads, strict=True)
+        for source, head in sources
     ]
     modalities = _take_modalities(names, reference, added) if reference is not None else {}
     decided = {name: modality.features for name, modality in modalities.items()}
@@ -130,14 +127,10 @@ def _refuse_repeated_features(source: Source, head: SourceHead) -> None:
         )
 
 
-def _require_id_columns(sources: Sequence[Source], heads: Sequence[SourceHead]) -> None:
+def _require_id_columns(sources: Sequence[OpenedSource]) -> None:
     """Refuse a column that `--feature-ids` asks for and that no file has."""
-    for asked in {source.id_columns for source in sources if source.id_columns is not None}:
-        files = [
-            (source, head)
-            for source, head in zip(sources, heads, strict=True)
-            if source.id_columns == asked
-        ]
+    for asked in {s.id_columns for s, _ in sources if s.id_columns is not None}:
+        files = [opened for opened in sources if opened.source.id_columns == asked]
         if not any(head.name_column for _, head in files):
             columns = dict.fromkeys(column for _, head in files for column in head.var_columns)
             file_names = list_names(source.display_name for source, _ in files)

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -164,6 +164,13 @@ class Source(Protocol):
     def probe_counts(self) -> bool:
         """Whether the first values are whole and not negative, as counts are."""
         ...
+
+
+class OpenedSource(NamedTuple):
+    """A source, and its head, which has been read."""
+
+    source: Source
+    head: SourceHead
 
 
 class DirectSource(ABC):
