@@ -31,8 +31,6 @@ CHECK_FIX = (
 )
 # With two bits, three of four counts of droplets fit, and so do the gaps below 63: few are far.
 COUNT_BITS = 2
-# How far a count may be from a whole number: that far if it is small, and if it is large.
-_NEARLY_WHOLE = (1e-3, 0.05)
 
 
 @dataclass(frozen=True)
@@ -239,15 +237,6 @@ def make_coding_error(where: str, row: str, nonzeros: int, n_features: int) -> S
         expected=f"columns below {n_features}, each gap and count once",
         fix=CHECK_FIX,
     )
-
-
-def limit_rounding(whole: np.ndarray) -> np.ndarray:
-    """How far a count may be from a whole number and still is rounded to it, as it was computed.
-
-    Args:
-        whole: the whole numbers, (n,).
-    """
-    return np.clip(1e-5 * whole, *_NEARLY_WHOLE)
 
 
 def join_rows(parts: Sequence[CodedRows], order: np.ndarray) -> CodedRows:

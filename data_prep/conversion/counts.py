@@ -11,6 +11,7 @@ import scipy.sparse as sp
 from clue_dist.errors import DataError, list_names
 from clue_dist.files import write_file
 from clue_dist.kinds import KINDS
+from clue_dist.store.count_rules import limit_rounding, make_count_error, make_real_value_error
 from clue_dist.store.encoding_kernels import LARGEST_COUNT
 from clue_dist.store.kernel_cache import compile_kernel
 from clue_dist.store.layout import choose_unsigned
@@ -19,7 +20,6 @@ from clue_dist.store.rows import (
     CodedRows,
     CsrRows,
     join_rows,
-    limit_rounding,
     try_code_rows,
 )
 from data_prep.jobs.array_files import load_array
@@ -27,8 +27,6 @@ from data_prep.readers.source import Source, SourceRows, decode_barcodes
 
 STEP_ENTRIES = 2**21  # read and coded at once: a count takes eight times the memory of its code
 ROUNDED = "rounded-"  # begins the names of notes about rounded counts
-_COUNTS_RULE = "counts must be raw: non-negative, finite integers"
-_VALUES_RULE = "dense values must be finite"
 
 
 @dataclass(frozen=True)
@@ -153,7 +151,7 @@ def _canonicalise_values(
     wrong = np.argwhere(~np.isfinite(values))
     if len(wrong):
         row, column = wrong[0].tolist()
-        raise _make_value_error(source, first_row + row, column, values[row, column], _VALUES_RULE)
+        raise _make_value_error(source, first_row + row, column, values[row, column], False)
     return values if columns is None else _align_dense(values, columns, n_features)
 
 
@@ -223,7 +221,7 @@ def _validate_counts(source: Source, matrix: sp.csr_matrix, first_row: int) -> b
     if wrong >= 0:
         row = int(np.searchsorted(matrix.indptr, wrong, side="right")) - 1
         column, value = int(matrix.indices[wrong]), matrix.data[wrong]
-        raise _make_value_error(source, first_row + row, column, value, _COUNTS_RULE)
+        raise _make_value_error(source, first_row + row, column, value, True)
     return bool(is_canonical)
 
 
@@ -253,14 +251,11 @@ def narrow_counts(values: np.ndarray) -> np.ndarray:
 
 
 def _make_value_error(
-    source: Source, row: int, column: int, value: np.number, rule: str
+    source: Source, row: int, column: int, value: np.number, is_count: bool
 ) -> DataError:
-    """Make the error for a value that breaks a rule."""
+    """Make the error for a value that should be a count, or else a finite number."""
     head, other_counts = source.read_head(), source.list_other_counts()
     cell = str(decode_barcodes(head.barcodes[row : row + 1])[0])
-    is_count = rule == _COUNTS_RULE
-    if is_count and LARGEST_COUNT < value < np.inf:
-        rule = f"counts above {LARGEST_COUNT} cannot be held exactly in float32"
     is_missing = bool(np.isnan(value))
     fix = _advise_on_value(source.modality, float(value)) if is_count or is_missing else None
     if other_counts:
@@ -271,13 +266,9 @@ def _make_value_error(
                 f"`--layer NAME` (`layer=` in Python), one of {list_names(other_counts)}, which "
                 "look like raw counts"
             )
-    return DataError(
-        rule,
-        where=f"{source.display_name}, cell {cell!r}, feature {head.features[column]!r}",
-        got=value,
-        expected="0, 1, 2, ..." if is_count else "a finite number",
-        fix=fix,
-    )
+    make_error = make_count_error if is_count else make_real_value_error
+    where = f"{source.display_name}, cell {cell!r}, feature {head.features[column]!r}"
+    return make_error(where, value, fix)
 
 
 def _advise_on_value(modality: str, value: float) -> str:

@@ -13,9 +13,9 @@ import pandas as pd
 import scipy.sparse as sp
 
 from clue_dist.errors import DataError
+from clue_dist.store.count_rules import limit_rounding
 from clue_dist.store.layout import MAX_BARCODE_BYTES
 from clue_dist.store.location import Location, RemoteLocation
-from clue_dist.store.rows import limit_rounding
 from data_prep.readers.zarr_file import identify_zarr
 
 # (n, features), as the file has them: neither validated nor aligned to the store's features.

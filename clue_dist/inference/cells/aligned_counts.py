@@ -14,12 +14,9 @@ import torch
 from clue_dist.data.batch import Counts, SparseCounts
 from clue_dist.errors import DataError, format_count, list_names
 from clue_dist.kinds import KINDS
+from clue_dist.store.count_rules import limit_rounding, make_count_error, make_real_value_error
 from clue_dist.store.encoding_kernels import LARGEST_COUNT
 from clue_dist.store.manifest_parts import Modality
-from clue_dist.store.rows import limit_rounding
-
-_COUNTS_RULE = "counts must be raw: non-negative, finite integers"
-_VALUES_RULE = "dense values must be finite"
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +109,7 @@ class AlignedCounts:
         wrong = np.argwhere(~np.isfinite(values))
         if len(wrong):
             row, column = wrong[0].tolist()
-            raise self._make_value_error(rows[row], column, values[row, column], _VALUES_RULE)
+            raise self._make_value_error(rows[row], column, values[row, column])
         aligned = np.zeros((len(values), self.modality.n_features), np.float32)
         aligned[:, self.places[self.places >= 0]] = values[:, self.places >= 0]
         return aligned
@@ -131,7 +128,7 @@ class AlignedCounts:
             wrong = int(np.flatnonzero(~is_count)[0])
             row = int(np.searchsorted(matrix.indptr, wrong, side="right")) - 1
             value, column = matrix.data[wrong], int(matrix.indices[wrong])
-            raise self._make_value_error(rows[row], column, value, _COUNTS_RULE)
+            raise self._make_value_error(rows[row], column, value)
         return sp.csr_matrix((values, matrix.indices, matrix.indptr), shape=matrix.shape)
 
     def _align_counts(self, matrix: sp.csr_matrix) -> sp.csr_matrix:
@@ -150,26 +147,18 @@ class AlignedCounts:
         aligned.sum_duplicates()  # sorts, too
         return aligned
 
-    def _make_value_error(self, row: int, column: int, value: Any, rule: str) -> DataError:
-        """Make the error for a value that breaks a rule."""
-        is_count = rule == _COUNTS_RULE
-        if is_count and LARGEST_COUNT < value < np.inf:
-            rule = f"counts above {LARGEST_COUNT} cannot be held exactly in float32"
+    def _make_value_error(self, row: int, column: int, value: Any) -> DataError:
+        """Make the error for a value that is not what the modality's kind takes."""
         fix = None
         if np.isnan(value):
             fix = "a value is missing: fill in zeros where nothing was counted"
-        elif is_count:
+        elif not self.has_real_values:
             fix = "give the raw counts, not normalised values: `layer=` names the layer with them"
             if self.other_layers:
                 fix += f", of {list_names(self.other_layers)}"
-        return DataError(
-            rule,
-            where=f"{self.where}, cell {self.cell_names[row]!r}, "
-            f"feature {self.feature_names[column]!r}",
-            got=value,
-            expected="0, 1, 2, ..." if is_count else "a finite number",
-            fix=fix,
-        )
+        cell, feature = self.cell_names[row], self.feature_names[column]
+        make_error = make_real_value_error if self.has_real_values else make_count_error
+        return make_error(f"{self.where}, cell {cell!r}, feature {feature!r}", value, fix)
 
 
 def align_features(
