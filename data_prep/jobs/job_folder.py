@@ -47,8 +47,9 @@ def claim_job(out: Path, description: dict[str, Any], what: str = "conversion") 
     if out.exists():
         if not any(partial.glob("*/store")):
             discard_job(partial)  # left by a run that was killed after its commit
-        what, fix = "something is already there", "choose another --out, or remove it"
-        raise StoreError(what, where=out, fix=fix)
+        raise StoreError(
+            "something is already there", where=out, fix="choose another --out, or remove it"
+        )
     fix = "free some space, then run the same command again: it goes on"
     with translate_disk_errors(partial, fix):
         make_folder(partial)
