@@ -13,6 +13,8 @@ import mudata as md
 from clue_dist.errors import ConfigError
 from clue_dist.inference.output_files import check_output_format, translate_output_errors
 
+PROVENANCE_KEY = "clue_dist"  # of uns: what made a result
+
 
 def check_answer_path(out: Path, formats: Sequence[str], source: str | Path | None = None) -> None:
     """Check that `out` has a known ending and would replace only an earlier result.
@@ -29,7 +31,7 @@ def check_answer_path(out: Path, formats: Sequence[str], source: str | Path | No
     check_output_format(out, formats)
     if source is not None and out.exists() and Path(source).exists() and out.samefile(source):
         raise ConfigError("the output would replace what is read", where=where, fix=fix)
-    if out.is_dir() and not (out / "uns" / "clue_dist").is_dir():
+    if out.is_dir() and not (out / "uns" / PROVENANCE_KEY).is_dir():
         raise ConfigError("a folder that is not an embedding is in the way", where=where, fix=fix)
     if out.is_file() and not _holds_result(out):
         raise ConfigError("a file that is not an embedding is in the way", where=where, fix=fix)
@@ -39,7 +41,7 @@ def _holds_result(file: Path) -> bool:
     """Whether a file says that this project has written it."""
     try:
         with h5py.File(file) as opened:
-            return file.suffix != ".zarr" and "uns/clue_dist" in opened
+            return file.suffix != ".zarr" and f"uns/{PROVENANCE_KEY}" in opened
     except OSError:
         return False
 

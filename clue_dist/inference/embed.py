@@ -12,7 +12,7 @@ import pandas as pd
 
 from clue_dist.config import MIN_KNOWN
 from clue_dist.errors import DataError
-from clue_dist.inference.answer_files import check_answer_path, write_tables
+from clue_dist.inference.answer_files import PROVENANCE_KEY, check_answer_path, write_tables
 from clue_dist.inference.cells import Cells, MemoryCells, StoreCells
 from clue_dist.inference.cells.memory_obs import require_writable_obs
 from clue_dist.inference.file_order import restore_file_order
@@ -240,7 +240,7 @@ def _build_tables(
     """The embedding as the object that the format of `suffix` holds."""
     obs = cells.read_obs()
     obs[OBSERVED_COLUMN] = pd.Categorical(embedding.name_patterns())
-    uns = {"clue_dist": provenance}
+    uns = {PROVENANCE_KEY: provenance}
     joint = {KEY: embedding.joint, VARIANCE_KEY: embedding.variance}
     if suffix != ".h5mu":
         alone = {f"{KEY}_{name}": latent for name, latent in embedding.alone.items()}

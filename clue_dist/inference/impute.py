@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clue_dist.data.batch import Batch, compute_library_size
 from clue_dist.errors import DataError, ResumeError, list_names
-from clue_dist.inference.answer_files import check_answer_path, write_tables
+from clue_dist.inference.answer_files import PROVENANCE_KEY, check_answer_path, write_tables
 from clue_dist.inference.array_folder import arrange_rows
 from clue_dist.inference.cells import Cells, CellSlice, MemoryCells
 from clue_dist.inference.cells.memory_obs import require_writable_obs
@@ -170,7 +170,7 @@ def build_answer(
         obs=obs,
         var=pd.DataFrame(index=question.features),
         layers={name: values for name, values in matrices.items() if name != MEAN},
-        uns={"clue_dist": uns},
+        uns={PROVENANCE_KEY: uns},
     )
 
 

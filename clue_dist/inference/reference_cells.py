@@ -17,6 +17,7 @@ import pandas as pd
 
 from clue_dist.errors import ClueError, ConfigError, DataError, list_names
 from clue_dist.files import parse_path
+from clue_dist.inference.answer_files import PROVENANCE_KEY
 from clue_dist.inference.cells import Cells, CellSlice, CellSource, open_cells
 from clue_dist.inference.cells.memory_obs import require_writable_obs
 from clue_dist.inference.embed import KEY, OBSERVED_COLUMN, collect_embedding
@@ -25,7 +26,6 @@ from clue_dist.inference.stream import Embedding, embed_in_memory
 from clue_dist.store.reader import Store
 
 REFERENCE_FILE = "cells.h5ad"  # in the folder of a model
-_PROVENANCE = "clue_dist"  # key in uns
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,10 +134,10 @@ def collect_reference(source: CellSource, trained_model: TrainedModel) -> ad.Ann
         table = collect_embedding(trained_model, open_cells(source, trained_model), "")
     require_writable_obs(table.obs, ".h5ad")
     keys = [KEY, *(f"{KEY}_{name}" for name in trained_model.modalities)]
-    made = table.uns[_PROVENANCE]
+    made = table.uns[PROVENANCE_KEY]
     provenance = {**made, "run": "", "store": Path(str(made["store"])).name}
     obsm = {key: table.obsm[key] for key in keys if key in table.obsm}
-    return ad.AnnData(obs=table.obs, obsm=obsm, uns={_PROVENANCE: provenance})
+    return ad.AnnData(obs=table.obs, obsm=obsm, uns={PROVENANCE_KEY: provenance})
 
 
 def _holds_embedding(source: str | Path, ending: str = ".h5ad") -> bool:
@@ -147,7 +147,7 @@ def _holds_embedding(source: str | Path, ending: str = ".h5ad") -> bool:
         return False
     try:
         with h5py.File(path) as file:
-            return f"uns/{_PROVENANCE}" in file and f"obsm/{KEY}" in file
+            return f"uns/{PROVENANCE_KEY}" in file and f"obsm/{KEY}" in file
     except OSError:  # which reading counts from it will explain
         return False
 
@@ -157,7 +157,7 @@ def _read_embedding(source: str | Path, trained_model: TrainedModel) -> ad.AnnDa
     path = parse_path(str(source))
     try:
         table = ad.read_h5ad(path)
-        made = table.uns[_PROVENANCE]
+        made = table.uns[PROVENANCE_KEY]
         weights, sizes = made["checkpoint"], {name: int(d) for name, d in made["latent"].items()}
         observed = table.obs[OBSERVED_COLUMN].astype(str)
     except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:

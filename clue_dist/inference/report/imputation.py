@@ -14,6 +14,7 @@ import scipy.sparse as sp
 from anndata.utils import make_index_unique
 
 from clue_dist.errors import ConfigError
+from clue_dist.inference.answer_files import PROVENANCE_KEY
 from clue_dist.inference.query import holds_training_cells
 from clue_dist.inference.report.profiles import UNREADABLE
 from clue_dist.store.reader import Store
@@ -64,7 +65,7 @@ def compare_imputation(
         StoreError: no such store.
     """
     answer = _read_answer(path)
-    about = dict(answer.uns["clue_dist"])
+    about = dict(answer.uns[PROVENANCE_KEY])
     store = Store(truth)
     matched = _match_values(path, answer, store, about, np.random.default_rng(seed))
     if answer.isbacked:
@@ -136,8 +137,8 @@ def _read_answer(path: Path) -> ad.AnnData:
             warnings.simplefilter("ignore", FutureWarning)
             is_zarr = path.suffix == ".zarr"
             answer = ad.read_zarr(path) if is_zarr else ad.read_h5ad(path, backed="r")
-        if not {"modality", "unit"} <= set(answer.uns["clue_dist"]):
-            raise KeyError("no modality in uns['clue_dist']")
+        if not {"modality", "unit"} <= set(answer.uns[PROVENANCE_KEY]):
+            raise KeyError(f"no modality in uns[{PROVENANCE_KEY!r}]")
     except UNREADABLE as error:
         raise ConfigError(
             "the imputed values cannot be read",

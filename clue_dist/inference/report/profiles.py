@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from clue_dist.errors import ConfigError
+from clue_dist.inference.answer_files import PROVENANCE_KEY
 from clue_dist.inference.embed import KEY
 from clue_dist.process import silence_mudata
 
@@ -184,7 +185,7 @@ def _read_anndata(path: Path) -> _Table:
 
 def _read_about(uns: Any) -> dict[str, Any]:
     """What made the file, as text; nothing of a file that does not say so."""
-    about = uns.get("clue_dist", {})
+    about = uns.get(PROVENANCE_KEY, {})
     facts: dict[str, Any] = {
         key: str(about[key]) for key in ("run", "checkpoint", "store") if key in about
     }
