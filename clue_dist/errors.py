@@ -138,8 +138,8 @@ def format_count(number: int, noun: str, plural: str | None = None) -> str:
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
-def suggest_names(name: str, known: Sequence[str]) -> str | None:
+def suggest_names(name: object, known: Sequence[str]) -> str | None:
     """Ask whether one of the known names was meant that are spelled alike; None if none is."""
     spelled = {other.casefold(): other for other in reversed(known)}
-    near = difflib.get_close_matches(name.casefold(), spelled, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(str(name).casefold(), spelled, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(spelled[other] for other in near)}?" if near else None

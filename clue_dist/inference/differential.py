@@ -8,7 +8,8 @@ drawn, too. The share of pairs whose log fold change is large is the probability
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,8 @@ def compare_groups(
             group but the reference; no pairs, or a change below 0.
     """
     _check_numbers(choices)
+    if choices.reference is not None:
+        choices = replace(choices, reference=str(choices.reference))
     question = read_question(
         trained_model,
         ImputationChoices(
@@ -116,7 +119,7 @@ def write_differences(tables: Mapping[str, pd.DataFrame], out: Path) -> None:
 
 def _check_numbers(choices: DifferentialChoices) -> None:
     """Require numbers that mean something."""
-    if choices.pairs < 1:
+    if not isinstance(choices.pairs, Integral) or choices.pairs < 1:
         raise ConfigError("no number of pairs", got=choices.pairs, expected="1 or more")
     if not choices.least_change >= 0:  # nor NaN
         raise ConfigError("no least change", got=choices.least_change, expected="0 or more")
@@ -125,7 +128,7 @@ def _check_numbers(choices: DifferentialChoices) -> None:
 def _read_groups(cells: Cells, choices: DifferentialChoices, shown: np.ndarray) -> np.ndarray:
     """The group of each cell, (N,) names; "" of those without, or without a source."""
     obs = cells.read_obs()
-    if choices.groupby not in obs:
+    if not (isinstance(choices.groupby, str) and choices.groupby in obs):
         raise ConfigError(
             "obs has no such column",
             where=f"groupby={choices.groupby!r}",
@@ -143,7 +146,7 @@ def _list_groups(labels: np.ndarray, choices: DifferentialChoices) -> list[str]:
     """The groups to compare, each with cells and with others to compare them with."""
     known = sorted(set(labels) - {""})
     chosen = list_chosen(choices.groups)
-    wanted = known if chosen is None else chosen
+    wanted = known if chosen is None else [str(name) for name in chosen]  # 1 is called "1"
     named = wanted + ([choices.reference] if choices.reference is not None else [])
     if absent := [name for name in named if name not in known]:
         raise ConfigError(

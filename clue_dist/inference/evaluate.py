@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ def check_scores_path(out: Path, max_cells: int | None) -> None:
             fix=f"--out {out}/scores.json",
         )
     check_output_format(out, [".json"])  # a name of cells, mistyped, would be replaced by scores
-    if max_cells is not None and max_cells < 2:
+    if max_cells is not None and not (isinstance(max_cells, Integral) and max_cells >= 2):
         raise ConfigError(
             "matching needs two cells", where="--max-cells", got=max_cells, expected="2 or more"
         )

@@ -91,7 +91,7 @@ def write_labels(labels: pd.DataFrame, out: Path) -> None:
 def _read_labels(reference: ComparedCells, label_key: str) -> np.ndarray:
     """The labels of the reference cells, (R,) names, "" where there is none, or "unknown"."""
     obs = reference.read_obs()
-    if label_key not in obs:
+    if not (isinstance(label_key, str) and label_key in obs):
         raise ConfigError(
             "the reference has no such column of labels",
             where=f"label key {label_key!r}",

@@ -9,6 +9,7 @@ says how far a query lies from every type of the reference: see `clue_dist.neigh
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 import pandas as pd
@@ -35,7 +36,7 @@ class TransferSettings:
 
     def __post_init__(self) -> None:
         for name, is_right, expected in (
-            ("n_neighbours", self.n_neighbours >= 1, "1 or more"),
+            ("n_neighbours", _is_count(self.n_neighbours), "1, 2, ..."),
             ("kept", 0 < self.kept <= 1, "a share above 0, 1 at most"),
             ("least_confidence", 0 <= self.least_confidence <= 1, "a probability, from 0 to 1"),
         ):
@@ -46,6 +47,10 @@ class TransferSettings:
                     got=getattr(self, name),
                     expected=expected,
                 )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, Integral) and int(value) >= 1
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal, get_args
 
 from clue_dist.errors import ConfigError
@@ -29,7 +30,8 @@ class PartnerSettings:
             raise ConfigError(
                 "no such way to seek partners", got=self.method, expected=", ".join(PARTNER_METHODS)
             )
-        if not 1 <= self.n_partners <= MOST_PARTNERS:
+        is_number = isinstance(self.n_partners, Integral)
+        if not (is_number and 1 <= self.n_partners <= MOST_PARTNERS):
             raise ConfigError(
                 "a cell cannot have so many partners",
                 got=self.n_partners,

@@ -111,6 +111,15 @@ def test_one_group_and_one_feature_need_no_list(trained, cells):
     assert {name: list(table.index) for name, table in tables.items()} == {"high": ["rna-0"]}
 
 
+def test_groups_may_be_numbers(trained, cells, monkeypatch):
+    expected = compare(trained, cells, groups="high", reference="low", pairs=9)["high"]
+    numbers = np.array([{"low": 0, "high": 1}.get(name) for name in cells.group], object)
+    monkeypatch.setattr(cells, "group", numbers)
+    for groups in (1, [1]):
+        tables = compare(trained, cells, groups=groups, reference=0, pairs=9)
+        pd.testing.assert_frame_equal(tables["1"], expected)
+
+
 def test_the_same_seed_gives_the_same_table(trained, cells):
     first, second, other = (compare(trained, cells, pairs=50, seed=s)["high"] for s in (0, 0, 1))
     pd.testing.assert_frame_equal(first, second)
@@ -128,7 +137,9 @@ def test_the_same_seed_gives_the_same_table(trained, cells):
         ({"from_": ["adt"], "groups": ["high"]}, "no cell of a group"),
         ({"from_": ["atac"]}, "no such modality"),
         ({"features": ["rna-9"]}, "no such feature"),
+        ({"features": [9]}, "no such feature"),
         ({"pairs": 0}, "no number of pairs"),
+        ({"pairs": 0.5}, "no number of pairs"),
         ({"least_change": -0.1}, "no least change"),
         ({"least_change": float("nan")}, "no least change"),
     ],
@@ -139,8 +150,9 @@ def test_what_cannot_be_compared_is_refused(trained, cells, choices, message):
 
 
 def test_a_column_that_is_not_there_is_refused(trained, cells):
-    with pytest.raises(ConfigError, match="no such column"):
-        compare_groups(trained, cells, DifferentialChoices("rna", "leiden"))
+    for groupby, fix in (("leiden", ""), (["group"], "(.|\n)*did you mean group")):
+        with pytest.raises(ConfigError, match=f"no such column{fix}"):
+            compare_groups(trained, cells, DifferentialChoices("rna", groupby))
 
 
 @pytest.mark.parametrize("name", ["markers.csv", "markers.csv.gz", "markers.parquet"])

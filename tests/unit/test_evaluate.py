@@ -330,8 +330,9 @@ def test_arguments_that_cannot_be(store, tmp_path):
     for folder in ("file", "nowhere"):
         with pytest.raises(ConfigError, match="no such folder"):
             evaluate_store(loaded, store, tmp_path / folder / "s.json", run="r")
-    with pytest.raises(ConfigError, match="two cells"):
-        evaluate_store(loaded, store, tmp_path / "s.json", run="r", max_cells=1)
+    for max_cells in (1, "10"):
+        with pytest.raises(ConfigError, match="two cells"):
+            evaluate_store(loaded, store, tmp_path / "s.json", run="r", max_cells=max_cells)
     (tmp_path / "cells.h5ad").write_text("cells")
     with pytest.raises(ConfigError, match=r"got: \.h5ad\n  expected: \.json"):
         evaluate_store(loaded, store, tmp_path / "cells.h5ad", run="r")

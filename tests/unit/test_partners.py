@@ -219,6 +219,7 @@ def test_without_faiss_the_error_says_what_to_install(monkeypatch):
     [
         ({"method": "guess"}, "nearest, scaled, shared, mutual, transport, bipartite"),
         ({"n_partners": 1_001}, "1 to 1,000"),
+        ({"n_partners": 1.5}, "1 to 1,000"),
         ({"temperature": 0.0}, "above 0"),
     ],
 )

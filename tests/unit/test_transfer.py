@@ -136,7 +136,9 @@ def test_small_references_and_types_of_one_cell_are_possible():
         fit_label_transfer(reference[:1], labels[:1])
 
 
-@pytest.mark.parametrize("choice", [{"n_neighbours": 0}, {"kept": 0}, {"least_confidence": 2}])
+@pytest.mark.parametrize(
+    "choice", [{"n_neighbours": 0}, {"n_neighbours": "5"}, {"kept": 0}, {"least_confidence": 2}]
+)
 def test_settings_that_cannot_work_are_refused(choice):
     with pytest.raises(
         ConfigError, match=rf"cannot be carried over so\n  where: {next(iter(choice))}\n"
@@ -210,6 +212,8 @@ def test_a_column_that_is_not_there_and_no_labels_are_refused(store, loaded, tmp
     cells = open_cells(store, loaded)
     with pytest.raises(ConfigError, match="no such column of labels"):
         label_cells(loaded, cells, cells, "leiden")
+    with pytest.raises(ConfigError, match=r"no such column of labels(.|\n)*did you mean cell_type"):
+        label_cells(loaded, cells, cells, ["cell_type"])
     plain = open_cells(make_store(tmp_path / "plain.zarr", cells=CELLS, labels=0), loaded)
     with pytest.raises(ConfigError, match="no such column of labels"):
         label_cells(loaded, plain, cells, "cell_type")

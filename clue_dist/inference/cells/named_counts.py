@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,7 +75,7 @@ def list_chosen(names: str | Sequence[str] | None) -> list[str] | None:
     """List the names that are given, of which one may stand alone; None where none is given."""
     if names is None:
         return None
-    return [names] if isinstance(names, str) else list(names)
+    return [names] if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
 
 
 class CellWarning(UserWarning):
