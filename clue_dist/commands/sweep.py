@@ -26,7 +26,8 @@ def main() -> None:
     from clue_dist.train.sweep import run_sweep
 
     results = run_sweep(arguments.plan, arguments.out, arguments.trials, arguments.seed)
-    sys.exit(STOPPED if any(result.status == "stopped" for result in results) else 0)
+    statuses = {result.status for result in results}
+    sys.exit(STOPPED if "stopped" in statuses else int("finished" not in statuses))
 
 
 if __name__ == "__main__":

@@ -94,6 +94,9 @@ def run_sweep(
             with (out / RESULTS_FILE).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(result)) + "\n")
             announce(f"  {_describe_result(plan, result)}")
+            if result.status != _FINISHED:
+                for line in _find_error(out / f"{trial.name}.log"):
+                    announce(f"  {line}")
             if stop:
                 announce("stopped: the same command goes on from here")
                 break
@@ -157,6 +160,18 @@ def _run_trial(plan: SweepPlan, trial: SweepTrial, out: Path, stop: StopFlag) ->
     status = _FINISHED if code == 0 else "stopped" if stop else f"exit code {code}"
     seconds = time.monotonic() - started
     return TrialResult(trial.name, dict(trial.parameters), status, metric, step, seconds)
+
+
+def _find_error(log: Path) -> list[str]:
+    """The lines of the last error of ours that a log holds; none where there is none."""
+    found: list[str] = []
+    is_error = False
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+        if line.startswith("error: "):
+            found = []
+        is_error = line.startswith("error: ") or (is_error and line.startswith("  "))
+        found += [line] if is_error else []
+    return found
 
 
 def _wait_until_end(process: subprocess.Popen[bytes], stop: StopFlag) -> int:

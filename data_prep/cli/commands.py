@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from clue_dist.errors import DataError, StoreError
+from clue_dist.errors import DataError, StoreError, format_count
 from clue_dist.files import parse_path
 from clue_dist.process import CommandParser
 from clue_dist.store import layout
@@ -162,7 +162,7 @@ def _simulate(arguments: argparse.Namespace) -> None:
         options = ConversionOptions(seed=arguments.seed, kinds=kinds)
         with open_pool(arguments.workers, arguments.scheduler) as pool:
             print(format_conversion(convert_inputs(spec.build_sources(), out, options, pool)))
-    print(f"{out}: {arguments.cells:,} simulated cells")
+    print(f"{out}: {format_count(arguments.cells, 'simulated cell')}")
 
 
 def build_preparation_parser(program: str = "python -m data_prep") -> argparse.ArgumentParser:

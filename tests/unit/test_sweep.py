@@ -178,7 +178,7 @@ def search(tmp_path: Path) -> Path:
                 line = {"step": 7, "split": "validation", "best_score": score}
                 file.write(json.dumps(line) + "\\n" + json.dumps({"step": 8, "loss": 1}) + "\\n")
             if mood == settings["train.lr"]:
-                sys.exit("no such thing")
+                sys.exit("error: no such thing\\n  where: here\\nthe launcher ends")
             """
         )
     )
@@ -205,7 +205,10 @@ def test_a_search_goes_on_where_it_was_and_ends_with_one_table(search: Path) -> 
         ("finished", 0.6, 7),
     ]
     failed = results[0].name
-    assert "no such thing" in (out / f"{failed}.log").read_text()
+    place = next(i for i, line in enumerate(lines) if line.startswith("  exit code 1"))
+    assert lines[place + 1 : place + 3] == ["  error: no such thing", "    where: here"]
+    assert lines[place + 3].startswith("trial 3 of 3")
+    assert "the launcher ends" in (out / f"{failed}.log").read_text()
     assert failed == f"lr=0.1_{(out / failed / 'environment').read_text()}"
     (search / "mood").write_text("fine")
     with (out / "trials.jsonl").open("a") as file:
