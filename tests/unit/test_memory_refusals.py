@@ -243,7 +243,20 @@ def test_columns_and_names_that_no_file_takes_are_refused_before_any_work(tmp_pa
     table.obs_names = ["cell"] * 5
     with pytest.raises(DataError, match="names of their own"):
         embed_cells(LOADED, open_cells(table, LOADED), tmp_path / "z.h5mu", run="r")
+    table = make_table()
+    table.obs[0] = 1
+    with pytest.raises(DataError, match=r"need texts as names\n  got: 0"):
+        embed_cells(LOADED, open_cells(table, LOADED), tmp_path / "z.h5ad", run="r")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_modalities_that_disagree_on_a_batch_are_told():
+    mdata = md.MuData({"rna": make_table(), "adt": make_table("adt")})
+    for name, batch in (("rna", ["a", "a", None, "b", "b"]), ("adt", ["a", "b", "b", "b", None])):
+        mdata[name].obs["batch"] = batch
+    with pytest.warns(UserWarning, match="disagree on the batch of 1 cell: the first one counts"):
+        obs = open_cells(mdata, LOADED).read_obs()
+    assert obs["batch"].tolist() == ["a", "a", "b", "b", "b"]
 
 
 def test_a_name_that_repeats_in_a_column_gives_way_to_that_of_the_feature():

@@ -10,7 +10,8 @@ import mudata as md
 import pandas as pd
 from pandas.api.types import infer_dtype
 
-from clue_dist.errors import DataError, list_names, suggest_names
+from clue_dist.errors import DataError, format_count, list_names, suggest_names
+from clue_dist.inference.cells.named_counts import warn_of_cells
 from clue_dist.store.batch_vocabulary import BATCH, UNKNOWN, BatchVocabulary
 
 
@@ -57,8 +58,15 @@ def require_writable_obs(obs: pd.DataFrame, ending: str) -> None:
         ending: of the file.
 
     Raises:
-        DataError: a column holds what no file takes; names repeat, which a MuData does not take.
+        DataError: a column holds what no file takes, or its name is no text; names of cells
+            repeat, which a MuData does not take.
     """
+    if numbers := [name for name in obs if not isinstance(name, str)]:
+        raise DataError(
+            "columns of obs need texts as names",
+            got=list_names(map(repr, numbers)),
+            fix="`obs.columns = obs.columns.astype(str)`",
+        )
     if ending == ".h5mu" and obs.index.has_duplicates:
         raise DataError(
             "cells of an .h5mu need names of their own",
@@ -111,6 +119,8 @@ def find_levels(
 
     Raises:
         DataError: there is no such column; columns that are not the model's covariates.
+
+    Warns of cells on whose batch modalities disagree.
     """
     frames = [source.obs]
     if isinstance(source, md.MuData):
@@ -120,11 +130,16 @@ def find_levels(
         return None
     levels = {name: [UNKNOWN] * source.n_obs for name in known.covariates}
     for covariate, column in chosen.items():
+        n_disputed = 0
         for values in (frame[column] for frame in frames if column in frame):
-            levels[covariate] = [
-                name or text
-                for name, text in zip(levels[covariate], _write_names(values), strict=True)
-            ]
+            pairs = [*zip(levels[covariate], _write_names(values), strict=True)]
+            n_disputed += sum(bool(name and text and name != text) for name, text in pairs)
+            levels[covariate] = [name or text for name, text in pairs]
+        if n_disputed:
+            cells = format_count(n_disputed, "cell")
+            warn_of_cells(
+                f"modalities disagree on the {covariate} of {cells}: the first one counts"
+            )
     return levels
 
 
