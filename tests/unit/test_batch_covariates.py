@@ -278,7 +278,7 @@ def test_a_level_that_the_model_does_not_know_is_refused(
 
 def test_a_batch_may_be_a_number(store: Store, trained: TrainedModel) -> None:
     known = BatchVocabulary(["1", "2"], {"lane": ["1", "2"]})
-    single = replace(trained, batches=known.names, batch_key="lane", batch_covariates={})
+    single = replace(trained, batch_vocabulary=known)
     first, *others = [impute(single, store, batch=each).X for each in ("2", 2, {"lane": 2})]
     for other in others:
         np.testing.assert_array_equal(other, first)
