@@ -436,8 +436,9 @@ def test_a_browser_draws_every_panel_and_fits_a_phone(run, embedding, tmp_path):
     </script></body>"""
     page.write_text(text.replace("</body>", probe))
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command += ["--disable-dev-shm-usage"]  # which is small in a container
     command += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=500,2000"]
-    done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=300)
     n_panels = sum(map(len, read_json(text, "data")["panels"].values()))
     assert f'data-drawn="{n_panels}"' in done.stdout
     assert done.stdout.count("<figure>") == n_panels > 3
