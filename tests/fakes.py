@@ -11,6 +11,7 @@ from torch import Tensor
 from clue_dist.data.batch import Batch, SparseCounts
 from clue_dist.store.batch_vocabulary import NO_BATCHES, BatchVocabulary
 from clue_dist.store.manifest_parts import Modality
+from clue_dist.store.reader import Store
 
 
 class Projection:
@@ -50,6 +51,13 @@ class Projection:
         joint, alone = self.embed_batch(batch)
         unseen = 1 - batch.observed.float().mean(1, keepdim=True)
         return joint, alone, unseen.expand_as(joint)
+
+
+def widen_modalities(store: Store) -> dict[str, Modality]:
+    """One modality more than a store of RNA and proteins has, and these in another order."""
+    stored = store.manifest.modalities
+    peaks = Modality(kind="atac", storage="sparse", features=["peak-0", "peak-1"])
+    return {"adt": stored["adt"], "atac": peaks, "rna": stored["rna"]}
 
 
 def dense(counts: SparseCounts | Tensor) -> Tensor:

@@ -16,9 +16,8 @@ from clue_dist.inference.cells.memory_obs import collect_obs
 from clue_dist.inference.embed import embed_anndata
 from clue_dist.inference.stream import embed_in_memory
 from clue_dist.store.batch_vocabulary import BatchVocabulary
-from clue_dist.store.manifest_parts import Modality
 from clue_dist.store.reader import Store
-from tests.fakes import FakeTrainedModel, dense
+from tests.fakes import FakeTrainedModel, dense, widen_modalities
 from tests.stores import make_store
 
 CELLS = {"rna+adt": 70, "rna": 41, "adt": 20}
@@ -32,13 +31,8 @@ def store(tmp_path_factory) -> Store:
 @pytest.fixture(scope="module")
 def loaded(store) -> FakeTrainedModel:
     """Knows one modality more than the store, and one batch fewer, in another order."""
-    extra = Modality(kind="atac", storage="sparse", features=["peak-0", "peak-1"])
     return FakeTrainedModel(
-        {
-            "adt": store.manifest.modalities["adt"],
-            "atac": extra,
-            "rna": store.manifest.modalities["rna"],
-        },
+        widen_modalities(store),
         batch_vocabulary=BatchVocabulary.from_lists(["batch-1", "elsewhere"]),
     )
 

@@ -22,7 +22,7 @@ from clue_dist.inference.query import require_known_features
 from clue_dist.store.manifest_parts import Modality
 from clue_dist.store.reader import Store
 from tests.distributed.command import alone
-from tests.fakes import FakeTrainedModel
+from tests.fakes import FakeTrainedModel, widen_modalities
 from tests.processes import run_ranks
 from tests.stores import make_store
 
@@ -37,14 +37,7 @@ def store(tmp_path_factory) -> Store:
 @pytest.fixture(scope="module")
 def loaded(store) -> FakeTrainedModel:
     """Knows one modality more than the store, and names them in another order."""
-    extra = Modality(kind="atac", storage="sparse", features=["peak-0", "peak-1"])
-    return FakeTrainedModel(
-        {
-            "adt": store.manifest.modalities["adt"],
-            "atac": extra,
-            "rna": store.manifest.modalities["rna"],
-        }
-    )
+    return FakeTrainedModel(widen_modalities(store))
 
 
 @pytest.fixture(scope="module")
@@ -154,12 +147,8 @@ def test_ranks_write_what_one_writes(store, loaded, tmp_path, world, batch_size)
         from clue_dist.inference.embed import embed_store
         from clue_dist.ranks import Ranks
         from clue_dist.store.reader import Store
-        from tests.fakes import FakeTrainedModel
-        from clue_dist.store.manifest_parts import Modality
+        from tests.fakes import FakeTrainedModel, widen_modalities
         ranks, store = Ranks.from_environment().join_group(), Store(root)
-        extra = Modality(kind="atac", storage="sparse", features=["peak-0", "peak-1"])
-        stored = store.manifest.modalities
-        known = {"adt": stored["adt"], "atac": extra, "rna": stored["rna"]}
         join = ArrayFolder.join_shares
 
         def spied(arrays, world):
@@ -168,7 +157,7 @@ def test_ranks_write_what_one_writes(store, loaded, tmp_path, world, batch_size)
 
         ArrayFolder.join_shares = spied
         options = dict(run="r", per_modality=True, batch_size=size, ranks=ranks)
-        embed_store(FakeTrainedModel(known), store, Path(out), **options)
+        embed_store(FakeTrainedModel(widen_modalities(store)), store, Path(out), **options)
         ranks.leave_group()
     """
     given = f"root, out, size = {str(store.root)!r}, {str(tmp_path / 'two.h5mu')!r}, {batch_size}"
