@@ -57,7 +57,8 @@ def test_all_weights_train_on_with_new_unpaired_cells(
     tuned = run.fine_tune(more, tmp_path / "new", train="all", settings={"train.epochs": 1})
     old, new = run.trained_model, tuned.trained_model
     assert new.modalities == old.modalities
-    assert set(new.batches) == {*old.batches, "new"}
+    names = [model.batch_vocabulary.names for model in (old, new)]
+    assert {*names[1]} == {*names[0], "new"}
     assert new.config.train.lr == pytest.approx(0.3 * old.config.train.lr)
     assert old.seen_cells < new.seen_cells
     assert np.isfinite(tuned.embed(more)).all()
