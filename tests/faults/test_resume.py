@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from clue_dist.checkpoint import run_folder, shards
+from clue_dist.errors import format_count
 from tests.distributed.command import (
     KILLED,
     alone,
@@ -126,7 +127,8 @@ def test_it_goes_on_with_another_number_of_ranks(folder: Path, before: int, afte
     assert "asked to stop: saved at step 10" in done.stdout
     saved = contents(folder / name / "checkpoints" / "step-00000010")
     done = run(*planted(after, args, f"dump:{folder / name / 'begun'}"))
-    assert f"going on from step 10, saved by {before} ranks" in done.stdout
+    ranks = format_count(before, "rank")
+    assert f"going on from step 10, saved by {ranks}" in done.stdout
 
     begun = contents(folder / name / "begun")
     assert len(run_folder.list_shard_files(folder / name / "begun")) == after
