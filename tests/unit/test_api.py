@@ -63,6 +63,19 @@ def run(folder: Path) -> Run:
     return load(str(folder / "run"))
 
 
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[ConversionRequest]:
+    """What conversions of cells in memory are asked for; each ends with the error "enough"."""
+    requests: list[ConversionRequest] = []
+
+    def convert(data: object, out: Path, request: ConversionRequest, name: str) -> None:
+        requests.append(request)
+        raise DataError("enough")
+
+    monkeypatch.setattr(from_python, "convert_cells", convert)
+    return requests
+
+
 @pytest.mark.slow
 def test_importing_the_package_imports_nothing_heavy() -> None:
     code = (
@@ -209,15 +222,8 @@ def test_a_view_of_a_file_is_refused_before_any_work(
 
 
 def test_the_modality_of_an_anndata_to_score_is_found_as_for_an_embedding(
-    folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    folder: Path, run: Run, requests: list[ConversionRequest]
 ) -> None:
-    requests: list[ConversionRequest] = []
-
-    def convert(data: object, out: Path, request: ConversionRequest, name: str) -> None:
-        requests.append(request)
-        raise DataError("enough")
-
-    monkeypatch.setattr(from_python, "convert_cells", convert)
     table = read_mudata(Store(folder / "s.zarr"))["rna"]
     with pytest.raises(DataError, match="enough"):
         run.evaluate(table)
@@ -256,15 +262,8 @@ def test_the_modality_of_a_file_to_score_is_found_too(
 
 
 def test_cells_to_score_are_converted_as_fit_converts_them(
-    run: Run, monkeypatch: pytest.MonkeyPatch
+    run: Run, requests: list[ConversionRequest]
 ) -> None:
-    requests: list[ConversionRequest] = []
-
-    def convert(data: object, out: Path, request: ConversionRequest, name: str) -> None:
-        requests.append(request)
-        raise DataError("enough")
-
-    monkeypatch.setattr(from_python, "convert_cells", convert)
     choices = {"layer": "counts", "feature_ids": "ids", "batch_key": "donor", "label_key": "type"}
     with pytest.raises(DataError, match="enough"):
         run.evaluate(make_mudata(20), kinds={"hto": "adt"}, modality="rna", **choices)
