@@ -118,7 +118,7 @@ def build_objective_engine(
 def keeps_gradients_local(config: Config, world: int) -> bool:
     """Whether DeepSpeed leaves gradients to `train.gradients`, which averages them over ranks.
 
-    It does in float32 where each rank has all gradients, which ZeRO-2 and 3 share out.
+    It does for weights in float32 where each rank has all gradients, which ZeRO-2 and 3 share out.
     """
     return config.train.precision != "bf16" and choose_zero_stage(config, world) < 2
 
@@ -126,7 +126,7 @@ def keeps_gradients_local(config: Config, world: int) -> bool:
 def can_guard_on_device(config: Config, world: int, device: torch.device) -> bool:
     """Whether the optimizer clips and skips updates by itself, as torch's fused AdamW can.
 
-    So the host need not wait for a GPU. In bf16 and under ZeRO-3 DeepSpeed looks at the gradient's
+    So the host need not wait for a GPU. In bf16, or under ZeRO-3, DeepSpeed looks at the gradient's
     norm on the host in any case. On a CPU DeepSpeed's norm under ZeRO-1 takes longer than the
     update.
     """
@@ -203,7 +203,8 @@ def group_parameters(objective: nn.Module, config: Config) -> list[dict[str, Any
 def choose_zero_stage(config: Config, world: int) -> int:
     """Choose what DeepSpeed shards, as `train.zero_stage` numbers it.
 
-    A single rank of fp32 shards nothing: ZeRO would copy every gradient and weight in each step.
+    A single rank shards nothing, unless its weights are bf16: ZeRO would copy every gradient and
+    weight in each step.
     """
     settings = config.train
     return 0 if world == 1 and settings.precision != "bf16" else settings.zero_stage
@@ -231,7 +232,7 @@ def make_deepspeed_config(
         "train_batch_size": config.data.batch_size,
         "train_micro_batch_size_per_gpu": config.data.batch_size // (settings.grad_accum * world),
         "gradient_accumulation_steps": settings.grad_accum,
-        # Under ZeRO-0 in fp32 `train.step` clips by the norm that it needs in any case.
+        # Under ZeRO-0, unless in bf16, `train.step` clips by the norm that it needs in any case.
         "gradient_clipping": settings.clip if is_bf16 or (stage and not guards_on_device) else 0.0,
         "zero_optimization": {
             "stage": stage,
